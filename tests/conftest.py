@@ -1,0 +1,45 @@
+"""What every test stands on: no network, one thread, the same bits each time, and one model loaded once.
+
+The jaxtyping and beartype import hook is left out on purpose: it breaks under torch.compile and costs near a millisecond a
+call. A test that wants it decorates the one function it is about.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Read when the libraries are imported, so set before they are. One thread each: the order of a sum, and so its last bits, does
+# not depend on the machine or on how many workers share it.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would warn about each fork
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "funcattn-inductor"))  # compiled once, kept
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# No deadline: a first call compiles, and no test here asserts a time. In CI the examples are the same each time, so that a
+# red run is about the change; at home they are new each time, so that somebody finds the next counterexample.
+hypothesis.settings.register_profile("home", deadline=None, max_examples=30)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True, database=None)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "home"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct as `Loaded(config, params, tokenizer)`. It is a value: no test can change it for another."""
+    import funcattn as fa
+
+    return fa.load("smollm2-135m")
+
+
+@pytest.fixture(autouse=True)
+def the_ambient_state_is_left_as_it_was():
+    """A test that sets torch's default dtype or device, and does not set it back, fails itself and not its neighbour."""
+    before = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    yield
+    assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == before

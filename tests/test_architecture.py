@@ -1,0 +1,302 @@
+"""The shape of the library, read from its source: floors, sizes, names, and what it must never call.
+
+Each rule is a function from a package's folder to a list of complaints, so that the last test can show it a package that
+breaks the rule and see it complain.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "funcattn"
+
+# A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
+FLOORS = [
+    {"records", "tree", "randomness", "_checks", "_autodiff"},
+    {"masks", "collectives", "remat", "packing"},  # packing: the arithmetic of quantization (`codecs` is the standard library's)
+    {"kernels"},
+    {"layers"},
+    {"caches", "sampling", "quantization"},
+    {"transformer", "lora"},
+    {"families", "sharding", "compilation", "generation"},
+    {"speculation", "drafters", "search", "checkpoints", "training", "evaluation", "interop"},
+    {"__init__"},  # the face: a map of all below
+    {"cli", "__main__"},
+]
+WITHIN = {"tree": {"records", "_checks"}, "randomness": {"records", "_checks"}, "__main__": {"cli"}}  # neighbours on one floor
+APART = "testing"  # may import anything; nothing imports it
+
+LONGEST = 400  # lines: what can be read in one sitting
+MIRRORLESS = {"transforms", "architecture", "references", "canaries"}  # about the whole or about torch, not about a module
+
+GLOBAL_DRAWS = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson"),
+    *("multinomial", "binomial", "dropout", "seed", "initial_seed", "manual_seed", "get_rng_state", "set_rng_state", "Generator"),
+}
+DRAWING_METHODS = {
+    *("normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "geometric_", "log_normal_", "multinomial"),
+}
+
+
+# What is there: modules by dotted name below the package, and which imports which.
+
+
+def modules(package: Path) -> dict[str, ast.Module]:
+    """`kernels.choice` -> its syntax tree; a folder's `__init__` goes by the folder's name, the package's own by `__init__`."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = ast.parse(path.read_text(), str(path))
+    return found
+
+
+def targets(name: str, node: ast.AST, package: Path) -> list[str]:
+    """What one import statement of module `name` names, below the package: `from ..layers import linear` -> layers.linear."""
+    here = [] if name == "__init__" else name.split(".")
+    folder = here if (package / Path(*here)).is_dir() else here[:-1]
+    if isinstance(node, ast.Import):
+        whole = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        base = [package.name, *folder[: len(folder) - node.level + 1]] if node.level else []
+        whole = [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+    else:
+        whole = []
+    return [path.partition(".")[2] for path in whole if path.split(".")[0] == package.name]
+
+
+def imports(name: str, tree: ast.Module, known: dict[str, ast.Module], package: Path) -> set[str]:
+    """The modules of this package that a module imports, wherever in its source: late and type-checking imports too."""
+    named = {target for node in ast.walk(tree) for target in targets(name, node, package)}
+    return {target if target in known else target.rpartition(".")[0] or "__init__" for target in named}
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def floor(name: str) -> int | None:
+    return next((number for number, rooms in enumerate(FLOORS) if room(name) in rooms), None)
+
+
+def public(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """Functions and classes at the top of a module, and the methods of its classes, that a user may call by name."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    for node in tree.body:
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            yield node.name, node
+            if isinstance(node, ast.ClassDef) and not any("Function" in ast.unparse(base) for base in node.bases):
+                for method in node.body:
+                    if isinstance(method, kinds) and not method.name.startswith("_"):
+                        yield f"{node.name}.{method.name}", method
+
+
+# The rules.
+
+
+def imports_point_downward(package: Path) -> list[str]:
+    known, complaints = modules(package), []
+    for name, tree in known.items():
+        if room(name) == APART:
+            continue
+        here = floor(name)
+        if here is None:
+            complaints.append(f"{name} stands on no floor")
+            continue
+        for target in imports(name, tree, known, package):
+            there = floor(target)
+            if room(target) == APART:
+                complaints.append(f"{name} imports {target}, which stands apart")
+            elif room(target) == room(name) or room(target) in WITHIN.get(room(name), ()):
+                continue
+            elif there is None or there >= here:
+                complaints.append(f"{name} (floor {here}) imports {target} (floor {there})")
+    return complaints
+
+
+def imports_make_no_circle(package: Path) -> list[str]:
+    known, complaints, done = modules(package), [], set()
+    graph = {name: sorted(imports(name, tree, known, package) - {name}) for name, tree in known.items()}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            complaints.append(" -> ".join([*path[path.index(name) :], name]))
+        elif name not in done:
+            for target in graph.get(name, ()):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+    return complaints
+
+
+def modules_are_short(package: Path) -> list[str]:
+    lengths = {path: len(path.read_text().splitlines()) for path in package.rglob("*.py")}
+    return [f"{path.name} has {length} lines, above {LONGEST}" for path, length in lengths.items() if length > LONGEST]
+
+
+def module_names_are_their_own(package: Path) -> list[str]:
+    """A module named as a public function rebinds it when imported late; one named as the standard library's hides it."""
+    known, complaints = modules(package), []
+    faces = {name: tree for name, tree in known.items() if name == "__init__" or (package / Path(*name.split("."))).is_dir()}
+    exported = {
+        alias.asname or alias.name
+        for name, tree in faces.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias, target in zip(node.names, targets(name, node, package), strict=True)
+        if target not in known
+    }
+    for name in known:
+        last = name.split(".")[-1]
+        if last in sys.stdlib_module_names:
+            complaints.append(f"{name} bears the name of a module of the standard library")
+        if last in exported:
+            complaints.append(f"{name} bears a public name")
+        if last in {"utils", "util", "helpers", "common", "misc"}:
+            complaints.append(f"{name} says nothing about what is in it")
+    return complaints
+
+
+def randomness_is_explicit(package: Path) -> list[str]:
+    """Nothing draws from a generator that torch, numpy or Python holds for everyone."""
+    complaints = []
+    for name, tree in modules(package).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                used = [(ast.unparse(node.value), node.attr)]
+            elif isinstance(node, ast.Import):
+                used = [("", alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                used = [(node.module or "", alias.name) for alias in node.names]
+            elif isinstance(node, ast.keyword) and node.arg == "dropout_p" and ast.unparse(node.value) not in {"0.0", "0"}:
+                complaints.append(f"{name}:{node.value.lineno} dropout_p draws from torch's generator")
+                continue
+            else:
+                continue
+            for base, member in used:
+                foreign = base.split(".")[0] in {"torch", "F", "nn", "np", "numpy"}
+                of_python = (base, member) == ("", "random") or (base == "random" and isinstance(node, ast.ImportFrom))
+                of_numpy = foreign and (member == "random" or base.endswith(".random"))
+                if of_python or of_numpy or (foreign and member in GLOBAL_DRAWS) or member in DRAWING_METHODS:
+                    complaints.append(f"{name}:{node.lineno} {base}.{member}".replace(" .", " "))
+    return complaints
+
+
+def everything_public_is_described(package: Path) -> list[str]:
+    complaints = []
+    for name, tree in modules(package).items():
+        if not ast.get_docstring(tree):
+            complaints.append(f"{name} does not say what it is for")
+        for label, node in public(tree):
+            if not ast.get_docstring(node):
+                complaints.append(f"{name}.{label} has no docstring")
+    return complaints
+
+
+RULES = [
+    imports_point_downward,
+    imports_make_no_circle,
+    modules_are_short,
+    module_names_are_their_own,
+    randomness_is_explicit,
+    everything_public_is_described,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_library_keeps(rule):
+    complaints = rule(PACKAGE)
+    assert not complaints, "\n".join(complaints)
+
+
+def test_every_public_name_survives_the_import_of_every_module():
+    script = """
+import importlib, pkgutil, types, funcattn
+before = {name: value for name, value in vars(funcattn).items() if not name.startswith("__")}
+for module in list(pkgutil.walk_packages(funcattn.__path__, "funcattn.")):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        parent, _, last = module.name.rpartition(".")
+        found = getattr(importlib.import_module(parent), last)
+        assert isinstance(found, types.ModuleType) and found.__name__ == module.name, f"{module.name} is hidden by {found}"
+changed = [name for name, value in before.items() if getattr(funcattn, name) is not value]
+missing = [name for name in getattr(funcattn, "__all__", ()) if not hasattr(funcattn, name)]
+assert not changed and not missing, (changed, missing)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_test_file_mirrors_a_module():
+    known = {part.lstrip("_") for name in modules(PACKAGE) for part in (name.replace(".", "_"), name.split(".")[-1])}
+    names = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert sorted(names - known - MIRRORLESS) == []
+
+
+def test_the_readme_runs():
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(compile(block.split("```")[0], "README.md", "exec"), {"__name__": "readme"})
+
+
+# Each rule broken on purpose: one file of a small sound package replaced, and the complaint that must come.
+
+SOUND = {
+    "__init__.py": '"""The face."""\nfrom funcattn import masks\nfrom funcattn.kernels import merge',
+    "tree.py": '"""Trees."""',
+    "masks.py": '"""Masks."""\nfrom funcattn import tree',
+    "layers.py": '"""Layers."""',
+    "sampling.py": '"""Samplers."""',
+    "testing/__init__.py": '"""Apart."""\nimport funcattn',
+    "testing/laws.py": '"""Laws."""',
+    "kernels/__init__.py": '"""Kernels."""\nfrom .reference import merge',
+    "kernels/reference.py": '"""Dense."""\ndef merge():\n    """Join."""',
+}
+BROKEN = [
+    (imports_point_downward, "tree.py", "from funcattn.masks import Mask", "tree (floor 0) imports masks (floor 1)"),
+    (imports_point_downward, "tree.py", "def late():\n    from . import masks", "tree (floor 0) imports masks (floor 1)"),
+    (imports_point_downward, "kernels/a.py", "from ..layers import linear", "kernels.a (floor 2) imports layers (floor 3)"),
+    (imports_point_downward, "caches.py", "import funcattn.sampling", "caches (floor 4) imports sampling (floor 4)"),
+    (imports_point_downward, "tree.py", "import funcattn", "tree (floor 0) imports __init__ (floor 8)"),
+    (imports_point_downward, "cli.py", "from funcattn.testing import laws", "cli imports testing.laws, which stands apart"),
+    (imports_point_downward, "attic.py", "", "attic stands on no floor"),
+    (imports_make_no_circle, "kernels/reference.py", "from .. import kernels", "kernels -> kernels.reference -> kernels"),
+    (modules_are_short, "masks.py", "\n" * 401, "masks.py has 401 lines, above 400"),
+    (module_names_are_their_own, "codecs.py", "", "codecs bears the name of a module of the standard library"),
+    (module_names_are_their_own, "kernels/merge.py", "", "kernels.merge bears a public name"),
+    (module_names_are_their_own, "utils.py", "", "utils says nothing about what is in it"),
+    (randomness_is_explicit, "masks.py", "torch.rand(3)", "masks:1 torch.rand"),
+    (randomness_is_explicit, "masks.py", "x.normal_()", "masks:1 x.normal_"),
+    (randomness_is_explicit, "masks.py", "from torch import randn", "masks:1 torch.randn"),
+    (randomness_is_explicit, "masks.py", "import random", "masks:1 random"),
+    (randomness_is_explicit, "masks.py", "attend(q, dropout_p=p)", "masks:1 dropout_p draws from torch's generator"),
+    (everything_public_is_described, "masks.py", "def causal(): ...", "masks.causal has no docstring"),
+    (everything_public_is_described, "masks.py", "class Mask:\n    def dense(self): ...", "masks.Mask.dense has no docstring"),
+    (everything_public_is_described, "masks.py", "", "masks does not say what it is for"),
+]
+
+
+def build(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = folder / "funcattn" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder / "funcattn"
+
+
+def test_a_sound_package_draws_no_complaint(tmp_path):
+    package = build(tmp_path, SOUND)
+    assert [complaint for rule in RULES for complaint in rule(package)] == []
+
+
+@pytest.mark.parametrize(("rule", "file", "text", "complaint"), BROKEN, ids=[complaint for *_, complaint in BROKEN])
+def test_a_broken_rule_draws_its_complaint(rule, file, text, complaint, tmp_path):
+    assert complaint in rule(build(tmp_path, SOUND | {file: text}))
