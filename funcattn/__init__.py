@@ -1,0 +1,27 @@
+"""funcattn: JAX-style attention and decoding for PyTorch.
+
+Every piece of a language model as a pure function of values, so that torch.func goes through all of it.
+
+    records, tree          what values are made of                   floor 0
+    random                 explicit keys; the bits of jax.random
+    masks                  unions of intervals, with & | ~                  1
+    kernels                attend, attention, merge, explain                2
+    layers                 linear, norms, rope, gates                       3
+    caches, sampling       the past as a value; transforms of logits        4
+    transformer            Config, Params, decoder                          5
+    generation             generate, stream                                 6
+    checkpoints            load, save                                       7
+"""
+
+from . import caches, kernels, layers, masks, records, sampling, transformer
+from . import randomness as random
+from .caches import Branch, Cache, Delta, commit
+from .generation import Streamed, generate, stream
+from .kernels import attend, attention, explain, merge
+from .masks import Mask
+from .randomness import fold_in, key, split
+from .records import Attended, Model
+from .transformer import Config, Params, decoder
+
+
+__version__ = "0.1.0"

@@ -1,0 +1,48 @@
+"""What torch.func asks of an autograd Function that is to be closed under every transform.
+
+A Function composes at every order when it has `setup_context`, saves the same tensors for backward and forward mode, has a
+`vmap` staticmethod written by hand, and calls in its backward and jvp only Functions of its own family. One trap needs help:
+torch runs `Function.jvp` with forward mode switched off, so every *outer* jvp level silently becomes zero
+(pytorch/pytorch#197867). `closed_jvp` switches it on again, and strips this level's tangents from what was saved, so that
+only the outer levels differentiate the rule. tests/test_canaries.py tells when a newer torch mends it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _functorch
+
+
+def closed_jvp(rule: Callable[..., Any]) -> Any:
+    """A `jvp` staticmethod from `rule(ctx, saved, *tangents)`, differentiable by the jvp levels outside."""
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            # Not forward_ad.unpack_dual: its Python-side level is not kept while AOTAutograd replays a graph.
+            saved = [torch._VF._unpack_dual(t, level=0)[0] for t in ctx.saved_tensors]
+            return rule(ctx, saved, *tangents)
+
+    return staticmethod(jvp)
+
+
+def transforming() -> bool:
+    """True inside grad, vjp, jvp, vmap or functionalize of torch.func, or inside a forward-mode level of autograd."""
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def sum_to(x: Tensor, like: Tensor) -> Tensor:
+    """Undo a broadcast: sum the axes that `like` lacks or has at size one."""
+    return x if x.shape == like.shape else x.sum_to_size(like.shape)
+
+
+def align(in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """For a vmap rule over broadcasting axes: the mapped axis first, size one where a tensor lacks it, ranks made equal."""
+    rank = max(x.dim() - (d is not None) for x, d in zip(tensors, in_dims, strict=True))
+    out = []
+    for x, d in zip(tensors, in_dims, strict=True):
+        x = x.unsqueeze(0) if d is None else x.movedim(d, 0)
+        out.append(x.reshape(x.shape[0], *([1] * (rank + 1 - x.dim())), *x.shape[1:]))
+    return out

@@ -1,0 +1,75 @@
+"""Checks at the public door: one form of error, and one helper that knows whether values can be looked at.
+
+Shapes and dtypes are checked always, since every transform keeps them concrete. Values (token ids, NaN, a full cache) are
+checked where they are concrete; inside vmap or a compile the result is defined instead, and loud.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def fail(function: str, argument: str, wanted: str, got: Any, remedy: str, kind: type[Exception] = ValueError) -> NoReturn:
+    """Raise `function: argument should be wanted, got got. remedy`.
+
+    Example:
+        >>> fail("attention", "k", "(*lead, K, S, D) with D = 32 as in q", (2, 16, 48), "Project k to q's head size.")
+        Traceback (most recent call last):
+        ValueError: attention: k should be (*lead, K, S, D) with D = 32 as in q, got (2, 16, 48). Project k to q's head size.
+    """
+    raise kind(f"{function}: {argument} should be {wanted}, got {got}. {remedy}")
+
+
+def shape(x: Tensor) -> tuple[int, ...]:
+    """The shape as a plain tuple, for messages."""
+    return tuple(x.shape)
+
+
+def peek(x: Tensor) -> Tensor | None:
+    """The plain tensor under every level of torch.func, all rows of a vmap at once, or None while compiling or tracing.
+
+    Only for what holds for all rows alike: an upper bound, a reason to raise, a reason to stop.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    if isinstance(x, FakeTensor) or x.device.type == "meta" or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY):
+        return None
+    return x.detach()
+
+
+def value(x: Tensor) -> Tensor | None:
+    """The plain tensor under the derivative levels of torch.func, or None where values cannot be looked at.
+
+    None under vmap when x is batched, while compiling or tracing, and for fake or meta tensors.
+    """
+    inner = x
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(inner):
+        if _functorch.is_batchedtensor(inner):
+            return None
+        inner = _functorch.get_unwrapped(inner)
+    return peek(x)
+
+
+def integer(x: Tensor | int) -> int | None:
+    """The Python int in a 0-d integer tensor, or None where it is not concrete."""
+    if isinstance(x, int):
+        return x
+    concrete = value(x)
+    return None if concrete is None else int(concrete)
+
+
+def greatest(x: Tensor) -> int | None:
+    """The greatest integer of any row, also under vmap, or None while compiling or tracing."""
+    concrete = peek(x)
+    return None if concrete is None or not concrete.numel() else int(concrete.max())
+
+
+def is_true(condition: Tensor) -> bool:
+    """True where the condition holds somewhere, in any row under vmap; False where it cannot be looked at."""
+    concrete = peek(condition)
+    return concrete is not None and bool(concrete.any())

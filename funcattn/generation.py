@@ -1,0 +1,252 @@
+"""Text, one token after another: prefill in chunks, then draw, extend, commit.
+
+`generate` is a pure function of one sequence; `vmap` over keys, prompts or pasts makes batches and futures. It never writes into
+the past it was given: what it generates goes to a tail of its own behind it, so 32 futures of one past store that past once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, caches, randomness, sampling
+from ._autodiff import transforming
+from .records import ABSENT, Model, is_absent
+from .sampling import Sampler
+
+
+def generate(
+    key: Tensor,
+    model: Model,
+    params: Any,
+    prompt: Tensor,
+    cache: Any = ABSENT,
+    *,
+    steps: int,
+    sampler: Sampler = sampling.greedy,
+    stop: Sequence[int] = (),
+    prompt_length: Tensor | None = None,
+    chunk: int = 512,
+) -> tuple[Tensor, Any]:
+    """Continue a prompt by `steps` tokens.
+
+    Args:
+        key: randomness; step i spends `split(key, steps)[i]`, so fewer steps give the beginning of more.
+        model, params: a decoder and its weights.
+        prompt: int64 (T,), T >= 1.
+        cache: a past that the prompt continues; it stays as it was. `()` is no past.
+        steps: number of tokens to return, 0 or more.
+        sampler: how a token is drawn from logits; see `funcattn.sampling`.
+        stop: ids that end the text. After one, the rest is filled with it; once every row of a vmap has ended, the loop ends.
+        prompt_length: int64 (), where the prompt is padded at its end: the pads are never remembered.
+        chunk: tokens of the prompt that are read at a time; bounds the memory of prefill.
+
+    Returns:
+        tokens: int64 (steps,).
+        cache: a past that holds the prompt and all new tokens but the last (which the model has not read yet): a `Cache` where
+            none was given, else a `Branch` behind the given one. `caches.grow` makes room for more, `caches.join` makes it dense.
+
+    Raises:
+        ValueError: an empty prompt, a prompt longer than the cache, negative steps, logits that are NaN.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config())
+        >>> params = model.init(fa.key(0))
+        >>> tokens, cache = generate(fa.key(1), model, params, torch.tensor([1, 2, 3]), steps=4)
+        >>> tokens.shape, int(cache.length)
+        (torch.Size([4]), 6)
+
+    Law: vmap over keys, prompts or pasts equals the loop; the past is unchanged (test_generation.py).
+    """
+    _check("generate", prompt, cache, steps, chunk, stop)
+    start = _prefill(model, params, prompt, cache, steps, prompt_length, chunk)
+    tokens, done = [], torch.zeros((), dtype=torch.bool, device=prompt.device)
+    committed = torch.zeros_like(prompt[0])
+    after = start.cache
+    for drawn in _draws(key, model, params, start, steps, sampler):
+        token = torch.where(done, tokens[-1], drawn.token) if tokens else drawn.token
+        committed = committed + (~done & (len(tokens) > 0)).to(committed.dtype)  # this step has read the token before
+        tokens.append(token)
+        after = drawn.cache
+        for end in stop:
+            done = done | (token == end)
+        if stop and _all_done(done):
+            break
+    if stop:  # rows that ended read on in step with the others; what they remember of it is cut off here
+        after = caches.with_length(after, start.own_length + committed)
+    tokens = tokens + tokens[-1:] * (steps - len(tokens))
+    return torch.stack(tokens) if tokens else prompt[:0], after
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A piece of a stream: the text that became certain, all tokens so far, the past, and whether this is the last piece."""
+
+    text: str
+    tokens: tuple[int, ...]
+    cache: Any
+    ended: bool
+
+
+def stream(
+    key: Tensor,
+    model: Model,
+    params: Any,
+    prompt: Tensor,
+    cache: Any = ABSENT,
+    *,
+    steps: int,
+    tokenizer: Any = None,
+    sampler: Sampler = sampling.greedy,
+    stop: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    chunk: int = 512,
+) -> Iterator[Streamed]:
+    """`generate`, yielding text as it is written; the same key gives the same tokens.
+
+    Text is held back while it may still change: an unfinished character, or what may become a stop string. A stop id and a stop
+    string are not part of the text. Arguments as in `generate`, and:
+
+    Args:
+        tokenizer: what decodes; without one, text is "".
+        stop: ids that end the text; None takes the tokenizer's own.
+        stop_strings: texts that end it; the piece that would hold one ends before it.
+
+    Yields:
+        A `Streamed` for each token; at least one, the last with `ended` True.
+    """
+    if stop_strings and tokenizer is None:
+        _checks.fail("stream", "tokenizer", "given with stop_strings", None, "Pass the tokenizer that fa.load returned.", TypeError)
+    ends = tuple(tokenizer.stop if stop is None and tokenizer is not None else stop or ())
+    _check("stream", prompt, cache, steps, chunk, ends)
+    start = _prefill(model, params, prompt, cache, steps, None, chunk)
+    text = _Text(tokenizer, tuple(stop_strings))
+    tokens: tuple[int, ...] = ()
+    after = start.cache
+    for drawn in _draws(key, model, params, start, steps, sampler):
+        token, after = int(drawn.token), drawn.cache
+        tokens = (*tokens, token)
+        if token in ends or len(tokens) == steps:
+            break
+        piece, found = text.add(token)
+        if found:
+            yield Streamed(piece, tokens, after, True)
+            return
+        yield Streamed(piece, tokens, after, False)
+    piece = text.add(tokens[-1], last=True)[0] if tokens and tokens[-1] not in ends else text.rest()
+    yield Streamed(piece, tokens, after, True)
+
+
+class _Text:
+    """What of the text is certain: decodes a short window of tokens, and holds back what may still change."""
+
+    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...]) -> None:
+        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.ids: list[int] = []
+        self.begin = self.read = 0  # the window decodes from begin; the text of ids before read is out or held
+        self.held = ""
+
+    def add(self, token: int, *, last: bool = False) -> tuple[str, bool]:
+        """Text that is now certain, and whether a stop string was met."""
+        if self.tokenizer is None:
+            return "", False
+        self.ids.append(token)
+        known = self.tokenizer.decode(self.ids[self.begin : self.read])
+        full = self.tokenizer.decode(self.ids[self.begin :])
+        if not full.endswith("\N{REPLACEMENT CHARACTER}") or last:
+            self.held += full[len(known) :]
+            self.begin, self.read = self.read, len(self.ids)
+        places = [place for place in (self.held.find(s) for s in self.stop_strings) if place >= 0]
+        if places:
+            return self.held[: min(places)], True
+        keep = 0 if last else max((_overlap(self.held, s) for s in self.stop_strings), default=0)
+        certain, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return certain, False
+
+    def rest(self) -> str:
+        """What was held back, once nothing can follow."""
+        pending = self.tokenizer.decode(self.ids[self.begin :])[len(self.tokenizer.decode(self.ids[self.begin : self.read])) :] if self.ids else ""
+        return self.held + pending
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that begins stop."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class _Start(NamedTuple):
+    logits: Tensor  # (V,), after the last token of the prompt
+    cache: Any
+    own_length: Tensor  # of the tail that grows, after the prompt
+
+
+class _Drawn(NamedTuple):
+    token: Tensor
+    cache: Any  # holds everything before this token
+
+
+def _prefill(model: Model, params: Any, prompt: Tensor, cache: Any, steps: int, prompt_length: Tensor | None, chunk: int) -> _Start:
+    """Read the prompt in chunks into a tail of its own; logits of its last token alone."""
+    T = prompt.shape[0]
+    last, tail = None, cache
+    for begin in range(0, T, chunk):
+        piece = prompt[begin : begin + chunk]
+        x, delta = model.hidden(params, piece, tail)
+        if begin == 0:
+            tail = caches.follow(cache, delta, T + steps)
+        n: Any = len(piece)
+        if prompt_length is None:
+            last = x[-1]
+        else:
+            n = (prompt_length - begin).clamp(0, len(piece))
+            here = x.index_select(0, (prompt_length - begin - 1).clamp(0, len(piece) - 1).reshape(1))[0]
+            last = here if last is None else torch.where(prompt_length > begin, here, last)
+        tail = _commit(tail, delta, n)
+    return _Start(model.logits(params, last), tail, tail.own.length if isinstance(tail, caches.Branch) else tail.length)
+
+
+def _draws(key: Tensor, model: Model, params: Any, start: _Start, steps: int, sampler: Sampler) -> Iterator[_Drawn]:
+    """One token a step; the model reads a token only when another is asked for."""
+    logits, cache = start.logits, start.cache
+    state = sampler.init(logits.shape[-1])
+    keys = randomness.split(key, max(steps, 1))
+    for i in range(steps):
+        if _checks.is_true(logits.isnan()):
+            remedy = "Look for NaN in params and in the past; a past that overflowed inside a transform gives NaN too."
+            _checks.fail("generate", f"the logits of step {i}", "numbers", "NaN", remedy)
+        token, state = sampling.draw(keys[i], sampler, logits, state)
+        yield _Drawn(token, cache)
+        if i + 1 < steps:
+            x, delta = model.hidden(params, token.unsqueeze(0), cache)
+            cache = _commit(cache, delta, 1)
+            logits = model.logits(params, x[-1])
+
+
+def _commit(tail: Any, delta: Any, n: Any) -> Any:
+    """Commit into the tail, which is ours: in place where no transform could see it."""
+    return caches.commit(tail, delta, n) if transforming() or torch.compiler.is_compiling() else caches.commit_own(tail, delta, n)
+
+
+def _all_done(done: Tensor) -> bool:
+    known = _checks.peek(done)
+    return known is not None and bool(known.all())
+
+
+def _check(door: str, prompt: Tensor, cache: Any, steps: int, chunk: int, stop: Sequence[int]) -> None:
+    if not isinstance(prompt, Tensor) or prompt.dim() != 1:
+        got = _checks.shape(prompt) if isinstance(prompt, Tensor) else f"a {type(prompt).__name__}"
+        _checks.fail(door, "prompt", "one sequence (T,) of token ids", got, "Pass torch.tensor(tokenizer.encode(text)); map over many with vmap.")
+    if not prompt.shape[0]:
+        _checks.fail(door, "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Begin with one token, such as the tokenizer's first.")
+    if not isinstance(steps, int) or steps < 0:
+        _checks.fail(door, "steps", "an int, 0 or more", steps, "Say how many tokens to write.")
+    if chunk < 1:
+        _checks.fail(door, "chunk", "at least 1", chunk, "Tokens of the prompt read at a time.")
+    if isinstance(stop, (str, Tensor)) or not all(isinstance(end, int) for end in stop):
+        _checks.fail(door, "stop", "ids as ints", stop, "Stop strings belong to fa.stream, where the tokenizer is.", TypeError)
+    if not is_absent(cache) and prompt.shape[0] > caches.capacity(cache):
+        wanted = f"at most the {caches.capacity(cache)} tokens that the cache has room for"
+        _checks.fail(door, "prompt", wanted, f"{prompt.shape[0]} tokens", "Make it with model.cache(size) for a larger size.")

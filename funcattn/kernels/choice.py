@@ -1,0 +1,132 @@
+"""Which kernel runs: each says whether it can and why not; the first that can, in order of speed, is chosen.
+
+The automatic choice never changes what composes: a kernel that lacks a derivative is not chosen where one may be asked for.
+`use("reference")` forces one inside a `with`; a kernel that cannot run is then an error with its reason.
+"""
+
+import contextlib
+import contextvars
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._autodiff import transforming
+from ..masks import Mask
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("funcattn_kernel", default=None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a kernel: the inputs, and whether the log-sum-exp or dropped weights are wanted beside the output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask | Tensor | None = None
+    bias: Tensor | None = None
+    scale: float | Tensor = 1.0
+    dropout: float = 0.0
+    wants_lse: bool = False
+
+
+class Verdict(NamedTuple):
+    kernel: str
+    what: str
+    obstacle: str  # "" where the kernel can run
+    chosen: bool
+
+
+class Explanation(NamedTuple):
+    """What `explain` returns: prints as a table, shows as one in a notebook."""
+
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def chosen(self) -> str:
+        return next(v.kernel for v in self.verdicts if v.chosen)
+
+    def __repr__(self) -> str:
+        rows = [(("-> " if v.chosen else "   ") + v.kernel, v.obstacle or "can run", v.what) for v in self.verdicts]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        return "\n".join(f"{name:<{widths[0]}}  {state:<{widths[1]}}  {what}" for name, state, what in rows)
+
+    def _repr_html_(self) -> str:
+        cell = lambda text, bold: f"<td>{'<b>' if bold else ''}{html.escape(text)}{'</b>' if bold else ''}</td>"
+        rows = "".join(
+            "<tr>" + "".join(cell(text, v.chosen) for text in (v.kernel, v.obstacle or "can run", v.what, "chosen" if v.chosen else "")) + "</tr>"
+            for v in self.verdicts
+        )
+        return f"<table><tr><th>kernel</th><th>here</th><th>what it is</th><th></th></tr>{rows}</table>"
+
+
+def _sdpa_obstacle(r: Request) -> str:
+    if r.wants_lse:
+        return "does not return the log-sum-exp"
+    if isinstance(r.scale, Tensor):
+        return "scale is a tensor"
+    if r.dropout:
+        return "draws dropout from torch's global generator, not from a key"
+    if not r.k.shape[-2]:
+        return "there are no keys"
+    return ""
+
+
+KERNELS = {  # in order of preference
+    "sdpa": ("torch's F.scaled_dot_product_attention", _sdpa_obstacle),
+    "reference": ("dense, the specification: every transform, O(T S) memory", lambda r: ""),
+}
+
+
+def differentiable(r: Request) -> bool:
+    """True where a derivative may be asked: a transform is active, or autograd records one of the inputs."""
+    tensors = [t for t in (r.q, r.k, r.v, r.bias, r.scale) if isinstance(t, Tensor)]
+    return transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def verdicts(r: Request, kernel: str | None = None) -> tuple[Verdict, ...]:
+    forced = kernel if kernel is not None else _forced.get()
+    if forced is not None and forced not in KERNELS:
+        _checks.fail("attention", "kernel", f"None or one of {', '.join(map(repr, KERNELS))}", repr(forced), "See kernels.explain.")
+    found = []
+    chosen = ""
+    for name, (what, obstacle_of) in KERNELS.items():
+        obstacle = obstacle_of(r)
+        if name == "sdpa" and not obstacle and forced is None and differentiable(r):
+            obstacle = "a derivative may be asked, and torch's kernel has no jvp and no second one"
+        if forced == name and obstacle:
+            _checks.fail("attention", "kernel", "one that can run on these inputs", f"{name!r}: {obstacle}", "Use kernel=None to let it be chosen.")
+        if not chosen and not obstacle and forced in (None, name):
+            chosen = name
+        found.append(Verdict(name, what, obstacle, chosen == name))
+    return tuple(found)
+
+
+def choose(r: Request, kernel: str | None = None) -> str:
+    """The name of the kernel that runs; forced by the argument, else by `use`, else automatic."""
+    return next(v.kernel for v in verdicts(r, kernel) if v.chosen)
+
+
+@contextlib.contextmanager
+def use(kernel: str) -> Iterator[None]:
+    """Force a kernel for every attention inside the `with`, as torch's `sdpa_kernel` does.
+
+    Example:
+        >>> import funcattn as fa
+        >>> q = torch.ones(1, 2, 4)
+        >>> with fa.kernels.use("reference"):
+        ...     fa.kernels.explain(q, q, q).chosen
+        'reference'
+    """
+    if kernel not in KERNELS:
+        _checks.fail("kernels.use", "kernel", f"one of {', '.join(map(repr, KERNELS))}", repr(kernel), "See kernels.explain.")
+    token = _forced.set(kernel)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

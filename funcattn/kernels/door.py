@@ -1,0 +1,167 @@
+"""The public door of attention: what is accepted, checked once, and handed to the kernel that is chosen."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..masks import Mask
+from ..records import Attended
+from . import choice, fused, reference
+from .choice import Explanation, Request
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    kernel: str | None = None,
+) -> Attended:
+    """Attention and the log of the mass it normalised by.
+
+        S_ij = scale q_i . k_j + bias_ij        lse_i = log sum_j exp S_ij        out_i = sum_j exp(S_ij - lse_i) v_j
+
+    Args:
+        q: (*lead, H, T, D) queries, any floating dtype.
+        k: (*lead, K, S, D) keys, with H % K == 0 (K = H multi-head, K = 1 multi-query, between them grouped).
+        v: (*lead, K, S, Dv) values.
+        mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the query sees the key.
+        scale: what logits are multiplied by, a number or a 0-d tensor; None is 1 / sqrt(D).
+        bias: floating, broadcasts to (*lead, H, T, S), added to the logits; -inf hides a key.
+        kernel: None chooses; a name forces (see `explain`).
+
+    Returns:
+        Attended(out (*lead, H, T, Dv) in the dtype of v, lse (*lead, H, T) in float32 at least). A query that sees no key has
+        out = 0 and lse = -inf, with zero derivatives.
+
+    Raises:
+        ValueError: sizes that do not fit. TypeError: dtypes, or kinds of mask, that do not.
+
+    Example:
+        >>> q = k = v = torch.ones(1, 2, 4)
+        >>> attend(q, k, v).out.shape
+        torch.Size([1, 2, 4])
+
+    Law: `merge` of the parts is the whole (test_kernels.py::test_merge_of_any_split_is_the_whole).
+    """
+    request = _request("attend", q, k, v, mask, scale, bias, wants_lse=True)
+    choice.choose(request, kernel)
+    return reference.attend(q, k, v, mask, scale=request.scale, bias=bias)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Attention, the output alone: `attend(...).out`. Arguments, errors and empty rows as there.
+
+    Example:
+        >>> from funcattn import masks
+        >>> q = k = v = torch.ones(1, 2, 4)
+        >>> attention(q, k, v, masks.causal(2)).shape
+        torch.Size([1, 2, 4])
+    """
+    request = _request("attention", q, k, v, mask, scale, bias, wants_lse=False)
+    if choice.choose(request, kernel) == "sdpa":
+        return fused.attention(q, k, v, mask, scale=request.scale, bias=bias, causal=bias is None and _is_causal(mask, k.shape[-2]))
+    return reference.attend(q, k, v, mask, scale=request.scale, bias=bias).out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    kernel: str | None = None,
+) -> Explanation:
+    """Which kernels `attention` could use on these inputs, why the others cannot, and which one it would take."""
+    return Explanation(choice.verdicts(_request("explain", q, k, v, mask, scale, bias, wants_lse=False), kernel))
+
+
+def _is_causal(mask: Mask | Tensor | None, S: int) -> bool:
+    """True where a Mask is known to be the plain causal one, found by looking at its 2 T numbers."""
+    if not isinstance(mask, Mask) or mask.start.shape[-1] != 1 or mask.start.dim() != 2:
+        return False
+    start, stop = _checks.value(mask.start), _checks.value(mask.stop)
+    if start is None or stop is None:
+        return False
+    T = start.shape[-2]
+    last = torch.arange(1, T + 1, device=stop.device).clamp(max=S).unsqueeze(-1)
+    return bool((start == 0).all()) and torch.equal(stop.clamp(max=S), last)
+
+
+def _request(
+    door: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, scale: float | Tensor | None, bias: Tensor | None, *, wants_lse: bool
+) -> Request:
+    for name, x, letters in (("q", q, "(*lead, H, T, D)"), ("k", k, "(*lead, K, S, D)"), ("v", v, "(*lead, K, S, Dv)")):
+        if not isinstance(x, Tensor):
+            _checks.fail(door, name, f"a tensor {letters}", f"a {type(x).__name__}", "Pass torch tensors.", TypeError)
+        if x.dim() < 3:
+            _checks.fail(door, name, letters, _checks.shape(x), f"Give a single head an axis of its own: {name}.unsqueeze(-3).")
+        if not x.is_floating_point():
+            _checks.fail(door, name, "floating", x.dtype, f"Convert it: {name}.float().", TypeError)
+        if x.dtype != q.dtype:
+            _checks.fail(door, name, f"{q.dtype} as q is", x.dtype, f"Convert it: {name}.to(q.dtype).", TypeError)
+        if x.device != q.device:
+            _checks.fail(door, name, f"on {q.device} as q is", x.device, f"Move it: {name}.to(q.device).")
+    H, T, D = q.shape[-3:]
+    K, S = k.shape[-3:-1]
+    if k.shape[-1] != D:
+        _checks.fail(door, "k", f"(*lead, K, S, D) with D = {D} as in q", _checks.shape(k), "Project k to q's head size.")
+    if v.shape[-3:-1] != (K, S):
+        _checks.fail(door, "v", f"(*lead, K, S, Dv) with K, S = {K}, {S} as in k", _checks.shape(v), "Give every key a value.")
+    if not K or H % K:
+        _checks.fail(door, "k", f"(*lead, K, S, D) with K dividing H = {H}", _checks.shape(k), "Each key head serves H / K query heads.")
+    try:
+        lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    except RuntimeError:
+        wanted, got = "leading axes that broadcast", f"{_checks.shape(q)}, {_checks.shape(k)} and {_checks.shape(v)}"
+        _checks.fail(door, "q, k, v", wanted, got, "Insert axes of size 1 where one is shared.")
+    _check_mask(door, mask, lead, (H, T, S))
+    if bias is not None:
+        if not isinstance(bias, Tensor) or not bias.is_floating_point():
+            _checks.fail(door, "bias", "a floating tensor", getattr(bias, "dtype", type(bias).__name__), "A boolean one is a mask.", TypeError)
+        _must_broadcast(door, "bias", bias, (*lead, H, T, S))
+    if isinstance(scale, Tensor) and scale.dim():
+        _checks.fail(door, "scale", "a number or a 0-d tensor", _checks.shape(scale), "Multiply q by it instead.")
+    return Request(q, k, v, mask, bias, 1 / math.sqrt(D) if scale is None else scale, wants_lse=wants_lse)
+
+
+def _check_mask(door: str, mask: Mask | Tensor | None, lead: torch.Size, HTS: tuple[int, int, int]) -> None:
+    H, T, S = HTS
+    if mask is None:
+        return
+    if isinstance(mask, Mask):
+        if mask.start.shape[-2] != T:
+            _checks.fail(door, "mask", f"for T = {T} queries as in q", f"one for {mask.start.shape[-2]}", f"Build it with T = {T}.")
+        _must_broadcast(door, "mask", mask.start[..., 0], (*lead, T))
+    elif not isinstance(mask, Tensor):
+        _checks.fail(door, "mask", "a Mask, booleans or None", f"a {type(mask).__name__}", "See funcattn.masks.", TypeError)
+    elif mask.dtype != torch.bool:
+        remedy = "Pass a floating one as bias=." if mask.is_floating_point() else "Convert it: mask.bool()."
+        _checks.fail(door, "mask", "boolean", mask.dtype, remedy, TypeError)
+    else:
+        _must_broadcast(door, "mask", mask, (*lead, H, T, S))
+
+
+def _must_broadcast(door: str, name: str, x: Tensor, to: tuple[int, ...]) -> None:
+    try:
+        fits = torch.broadcast_shapes(x.shape, to) == torch.Size(to)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        _checks.fail(door, name, f"such that it broadcasts to {tuple(to)}", _checks.shape(x), "Its last axes are queries and keys.")

@@ -1,0 +1,94 @@
+"""Joining attention over disjoint sets of keys: a monoid, so flash, paged, forked and ring attention are folds of it.
+
+    lse = log(exp lse_a + exp lse_b)        out = w out_a + (1 - w) out_b,   w = exp(lse_a - lse)
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..masks import Mask
+from ..records import ABSENT, Attended, is_absent
+from . import reference
+from .door import attend
+
+FEW = 16  # queries at which the dense form over the remembered keys stops being the cheaper one
+
+
+class Part(NamedTuple):
+    """One set of keys: k (*lead, K, S, D), v (*lead, K, S, Dv), and which of them each query sees (`()`: all)."""
+
+    k: Tensor
+    v: Tensor
+    mask: Mask | Tensor | tuple[()] = ABSENT
+
+
+def merge(a: Attended, b: Attended) -> Attended:
+    """Join attention over two disjoint sets of keys.
+
+    Each part is weighted by its share of the mass, exp(lse_i - lse).
+
+    Args:
+        a, b: out (*lead, H, T, Dv) and lse (*lead, H, T), with the same queries and disjoint keys.
+
+    Returns:
+        Attention over the union of the keys.
+
+    Raises:
+        ValueError: the shapes of the two differ.
+
+    Law: associative, commutative, with attention over no keys (out = 0, lse = -inf) as identity, and zero derivatives, not NaN,
+        where both see nothing (test_kernels.py::test_merge_is_a_monoid).
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867.
+    """
+    if a.out.shape[-3:] != b.out.shape[-3:] or a.lse.shape[-2:] != b.lse.shape[-2:]:
+        wanted, got = f"out {_checks.shape(a.out)} as in a", f"out {_checks.shape(b.out)}"
+        _checks.fail("merge", "b", wanted, got, "Attend with the same queries and head size of values.")
+    nothing = float("-inf")
+    no_a, no_b = a.lse == nothing, b.lse == nothing
+    x, y = torch.where(no_a, 0, a.lse), torch.where(no_b, 0, b.lse)  # finite, so that no derivative divides by nothing
+    w = torch.where(no_a, 0, torch.where(no_b, 1, torch.sigmoid(x - y))).unsqueeze(-1)
+    lse = torch.where(no_a, b.lse, torch.where(no_b, a.lse, torch.logaddexp(x, y)))
+    out = w * reference.accurate(a.out) + (1 - w) * reference.accurate(b.out)
+    return Attended(out.to(a.out.dtype), lse)
+
+
+def attend_parts(q: Tensor, parts: Sequence[Part], *, scale: float | Tensor, kernel: str | None = None) -> Tensor:
+    """Attention (*lead, H, T, Dv) over the union of several disjoint sets of keys, such as a past and the new tokens.
+
+    A fold of `attend` and `merge`. For a few queries, a decode step, it is written out as one softmax over all logits: linear in
+    memory when T is small, a dozen operations, any transform.
+    """
+    for part in parts:
+        if part.k.dtype != q.dtype:
+            wanted, remedy = f"{q.dtype} as the weights give", f"Make the past with model.cache(size, dtype={q.dtype})."
+            _checks.fail("attention", "the past", wanted, part.k.dtype, remedy, TypeError)
+    if q.shape[-2] <= FEW and kernel is None:
+        return _joint(q, parts, scale)
+    attended = [attend(q, k, v, None if is_absent(mask) else mask, scale=scale, kernel=kernel) for k, v, mask in parts]
+    return functools.reduce(merge, attended).out
+
+
+def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> Tensor:
+    logits, can_be_empty = [], True
+    for k, _, mask in parts:
+        S = reference.accurate(reference.logits(q, k, scale))
+        if is_absent(mask):
+            can_be_empty = can_be_empty and not k.shape[-2]
+        else:
+            S = torch.where(reference.visible(mask, k.shape[-2]), S, float("-inf"))
+        logits.append(S)
+    lead = torch.broadcast_shapes(*[S.shape[:-1] for S in logits])
+    S = torch.cat([S.expand(*lead, -1) for S in logits], -1) if len(logits) > 1 else logits[0]
+    if can_be_empty:
+        empty = (S == float("-inf")).all(-1, keepdim=True)
+        P = torch.where(empty, 0, torch.where(empty, 0, S).softmax(-1))
+    else:
+        P = S.softmax(-1)
+    shares = P.to(q.dtype).split([part.k.shape[-2] for part in parts], -1)
+    mixed = [reference.mix(share, part.v) for share, part in zip(shares, parts, strict=True)]
+    return functools.reduce(torch.add, mixed)

@@ -1,0 +1,60 @@
+"""A matrix product that never copies a shared operand for a mapped axis.
+
+    product(x, w)[r, s] = sum_d x[r, d] w[d, s]
+
+Under `vmap`, torch expands an operand that is not mapped to the size of the batch and multiplies batch by batch: reading one
+past from 32 futures would copy the past 32 times. Here the mapped axis of x becomes more rows (and that of w more columns), so
+what is shared stays shared. Bilinear, so its derivatives are products again, at every order.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .._autodiff import align, closed_jvp, sum_to, transforming
+
+
+class Product(Function):
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x @ w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        dx = sum_to(Product.apply(g, w.mT), x) if ctx.needs_input_grad[0] else None
+        dw = sum_to(Product.apply(x.mT, g), w) if ctx.needs_input_grad[1] else None
+        return dx, dw
+
+    @closed_jvp
+    def jvp(ctx: Any, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None) -> Tensor:
+        x, w = saved
+        if dx is None:
+            return Product.apply(x, dw)
+        return Product.apply(dx, w) if dw is None else Product.apply(dx, w) + Product.apply(x, dw)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, w: Tensor) -> tuple[Tensor, int]:
+        if in_dims[1] is None:  # more rows
+            x = x.movedim(in_dims[0], -3)  # (*lead, B, R, D)
+            out = Product.apply(x.flatten(-3, -2), w)
+            return out.unflatten(-2, x.shape[-3:-1]), out.dim() - 2
+        if in_dims[0] is None:  # more columns
+            w = w.movedim(in_dims[1], -2)  # (*lead, D, B, S)
+            out = Product.apply(x, w.flatten(-2, -1))
+            return out.unflatten(-1, w.shape[-2:]), out.dim() - 1
+        return Product.apply(*align(in_dims, (x, w))), 0
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x (*lead, R, D) times w (*lead, D, S), leading axes broadcast; the plain `@` where no transform is active."""
+    if transforming() and not torch.compiler.is_compiling():
+        return Product.apply(x, w)
+    return x @ w

@@ -1,0 +1,207 @@
+"""Masks as unions of intervals of keys, closed under `&`, `|` and `~`.
+
+    query i sees key j   iff   start[i, r] <= j < stop[i, r]   for some r
+
+Causal, window, prefix, padding and packed documents are one or two intervals a query, so a mask costs O(T) memory, not
+O(T * S); it is a record of two integer tensors, so it differs per sequence, crosses vmap and compiles without a recompile;
+and a kernel skips a block of keys by looking at the ends. The algebra is exact and canonical: intervals are sorted, disjoint
+and not adjacent, the empty ones stand last, so two masks that show the same keys hold the same intervals.
+
+Source: Wang et al., FlashMask, arXiv:2410.01359 (column-wise intervals); here they are per query, and an algebra.
+"""
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .records import record
+
+END = 2**31 - 1  # stands for infinity: no sequence is that long, and int64 has room to add to it
+
+
+@record
+class Mask(NamedTuple):
+    """For each query, a union of intervals of keys.
+
+    start, stop: int64 (*lead, T, n); interval r of query i holds the keys start <= j < stop. No axis of heads: every head of a
+    sequence sees the same keys (`vmap` over heads gives one mask each).
+
+    Example:
+        >>> (causal(4) & window(4, 2)).dense(4).int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    """
+
+    start: Tensor
+    stop: Tensor
+
+    def dense(self, S: int) -> Tensor:
+        """The same mask as booleans (*lead, T, S), True where the query sees the key."""
+        key = torch.arange(S, device=self.start.device)
+        return ((self.start.unsqueeze(-1) <= key) & (key < self.stop.unsqueeze(-1))).any(-2)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return intersection(self, other)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return union(self, other)
+
+    def __invert__(self) -> "Mask":
+        return complement(self)
+
+    def __rand__(self, other: Any) -> NoReturn:
+        _refuse("&", other)
+
+    def __ror__(self, other: Any) -> NoReturn:
+        _refuse("|", other)
+
+
+def full(T: int, S: int | None = None) -> Mask:
+    """Every query sees every key (of the first S where S is given)."""
+    zeros = torch.zeros(T, 1, dtype=torch.int64)
+    return Mask(zeros, torch.full_like(zeros, END if S is None else S))
+
+
+def causal(T: int, S: int | None = None, *, align: str = "upper", offset: int | Tensor = 0) -> Mask:
+    """Query i sees the keys up to its own position, j <= i + offset.
+
+    Args:
+        T: number of queries.
+        S: number of keys; needed for `align="lower"`, and bounds the intervals where given.
+        align: "upper" puts query 0 on key 0; "lower" puts the last query on the last key, as when T queries follow S - T keys.
+        offset: int or int64 tensor (*lead,), added to the position of each query (how many keys came before).
+
+    Example:
+        >>> causal(2, 3, align="lower").dense(3).int().tolist()
+        [[1, 1, 0], [1, 1, 1]]
+    """
+    if align not in ("upper", "lower"):
+        _checks.fail("masks.causal", "align", '"upper" or "lower"', repr(align), "Say which corner the diagonal starts from.")
+    if align == "lower" and S is None:
+        _checks.fail("masks.causal", "S", 'given with align="lower"', S, "Pass the number of keys.")
+    shift = (S - T if align == "lower" and S is not None else 0) + offset
+    last = _positions(T, shift) + 1
+    return Mask(*_canonical(torch.zeros_like(last), last if S is None else last.clamp(max=S)))
+
+
+def window(T: int, size: int, *, offset: int | Tensor = 0) -> Mask:
+    """Query i sees the keys nearer than size, |i + offset - j| < size; with `causal`, its own key and the size - 1 before it.
+
+    Example:
+        >>> window(3, 2).dense(3).int().tolist()
+        [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
+    """
+    if isinstance(size, int) and size < 1:
+        _checks.fail("masks.window", "size", "at least 1", size, "A window of 1 sees the query's own key alone.")
+    middle = _positions(T, offset)
+    return Mask(*_canonical(middle - size + 1, middle + size))
+
+
+def prefix(T: int, n: int | Tensor) -> Mask:
+    """Every query sees the first n keys; n is an int or an int64 tensor (*lead,)."""
+    stop = _positions(T, 0) * 0 + (n.unsqueeze(-1).unsqueeze(-1) if isinstance(n, Tensor) else n)
+    return Mask(*_canonical(torch.zeros_like(stop), stop))
+
+
+def sinks(T: int, n: int | Tensor) -> Mask:
+    """The first n keys, kept for every query beside a window: `causal(T) & (window(T, 128) | sinks(T, 4))`.
+
+    Source: Xiao et al., Efficient streaming language models with attention sinks, arXiv:2309.17453.
+    """
+    return prefix(T, n)
+
+
+def padding(T: int, lengths: Tensor) -> Mask:
+    """Queries of a padded batch see the keys below their own sequence's length; lengths is int64 (*lead,)."""
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point():
+        _checks.fail("masks.padding", "lengths", "an integer tensor (*lead,)", lengths, "Pass the lengths, not a mask.", TypeError)
+    return prefix(T, lengths)
+
+
+def segments(ids: Tensor) -> Mask:
+    """Packed documents: a query sees the keys of its own run of equal ids; ids is (*lead, T).
+
+    Example:
+        >>> segments(torch.tensor([7, 7, 9])).dense(3).int().tolist()
+        [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+
+    Raises:
+        ValueError: an id comes back after another (checked where values are concrete): two runs are two documents.
+    """
+    T = ids.shape[-1]
+    place = torch.arange(T, device=ids.device).expand(ids.shape)
+    edge = torch.ones_like(ids[..., :1], dtype=torch.bool)
+    change = ids[..., 1:] != ids[..., :-1]
+    starts, ends = torch.cat([edge, change], -1), torch.cat([change, edge], -1)
+    ordered = ids.sort(-1).values
+    distinct = 1 + (ordered[..., 1:] != ordered[..., :-1]).sum(-1)
+    if _checks.is_true(starts.sum(-1) > distinct):
+        _checks.fail("masks.segments", "ids", "one run for each document", "an id in two runs", "Give each document an id of its own.")
+    start = torch.where(starts, place, 0).cummax(-1).values
+    stop = torch.where(ends, place + 1, T).flip(-1).cummin(-1).values.flip(-1)
+    return Mask(start.unsqueeze(-1), stop.unsqueeze(-1))
+
+
+def intersection(a: Mask, b: Mask) -> Mask:
+    """Keys that both masks show; `a & b`. Keeps at most n + m - 1 intervals.
+
+    Law: dense(a & b) = dense(a) & dense(b) (test_masks.py::test_algebra_agrees_with_booleans).
+    """
+    _same_queries("&", a, b)
+    n, m = a.start.shape[-1], b.start.shape[-1]
+    start = torch.maximum(a.start.unsqueeze(-1), b.start.unsqueeze(-2)).flatten(-2)  # every pair, of which n + m - 1 can be non-empty
+    stop = torch.minimum(a.stop.unsqueeze(-1), b.stop.unsqueeze(-2)).flatten(-2)
+    start, stop = _canonical(start, stop)
+    return Mask(start[..., : n + m - 1], stop[..., : n + m - 1])
+
+
+def union(a: Mask, b: Mask) -> Mask:
+    """Keys that either mask shows; `a | b`. Keeps at most n + m intervals."""
+    _same_queries("|", a, b)
+    lead = torch.broadcast_shapes(a.start.shape[:-1], b.start.shape[:-1])
+    join = lambda x, y: torch.cat([x.expand(*lead, -1), y.expand(*lead, -1)], -1)
+    return Mask(*_canonical(join(a.start, b.start), join(a.stop, b.stop)))
+
+
+def complement(m: Mask) -> Mask:
+    """Keys that the mask hides; `~m`, or this function in compiled code (torch.compile refuses `~` on an object)."""
+    start, stop = _canonical(m.start, m.stop)
+    edge = torch.zeros_like(start[..., :1])
+    return Mask(*_canonical(torch.cat([edge, stop], -1), torch.cat([start, edge + END], -1)))
+
+
+def _canonical(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort, join what overlaps or touches, move the empty ones last; n stays. Static shapes, so it vmaps and compiles."""
+    start, stop = start.clamp(0, END), stop.clamp(0, END)
+    empty = stop <= start
+    start, stop = torch.where(empty, END, start), torch.where(empty, END, stop)
+    if start.shape[-1] == 1:
+        return start, stop
+    start, order = start.sort(-1)
+    reach = stop.gather(-1, order).cummax(-1).values  # how far the intervals up to here go
+    begins = torch.cat([torch.ones_like(start[..., :1], dtype=torch.bool), start[..., 1:] > reach[..., :-1]], -1)
+    closes = torch.cat([begins[..., 1:], begins[..., :1]], -1)  # the last of a group: the next one begins another
+    # Group k has the k-th smallest beginning and the k-th smallest end, so sorting pairs them again.
+    return torch.where(begins, start, END).sort(-1).values, torch.where(closes, reach, END).sort(-1).values
+
+
+def _positions(T: int, offset: int | Tensor) -> Tensor:
+    """(*lead, T, 1): the place of each query, offset being (*lead,) or an int."""
+    if isinstance(offset, Tensor):
+        return torch.arange(T, device=offset.device).unsqueeze(-1) + offset.unsqueeze(-1).unsqueeze(-1)
+    return torch.arange(T).unsqueeze(-1) + offset
+
+
+def _same_queries(sign: str, a: Mask, b: Mask) -> None:
+    for side in (a, b):
+        if not isinstance(side, Mask):
+            _refuse(sign, side)
+    if a.start.shape[-2] != b.start.shape[-2]:
+        got = f"{a.start.shape[-2]} and {b.start.shape[-2]}"
+        _checks.fail(f"Mask {sign} Mask", "both", "masks of the same number of queries T", got, "Build them with the same T.")
+
+
+def _refuse(sign: str, other: Any) -> NoReturn:
+    got = f"a {type(other).__name__}"
+    _checks.fail(f"Mask {sign}", "the other side", "a Mask", got, "Turn the mask into booleans first with .dense(S).", TypeError)

@@ -1,0 +1,95 @@
+"""The vocabulary as types: what a record is, and the records that every floor shares.
+
+A record is a NamedTuple of tensors and records. It is a pytree for optree and for torch.func with no registration, so it
+crosses grad, jvp, vmap and compile as it is. Three rules keep it so:
+
+- no int, string or None inside: torch counts None as a leaf, optree does not, and a transform would break on any of them.
+  What is absent is the empty tuple, `ABSENT`; sizes are read from shapes.
+- a record is a value: nothing writes into its tensors once it is made.
+- it is a tuple only by accident of representation: `+`, `*` and `bool()` raise instead of doing a tuple's arithmetic.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Cls = TypeVar("Cls", bound=type)
+
+ABSENT = ()  # what a record holds where it holds nothing: a tree without leaves
+
+
+def is_absent(value: Any) -> bool:
+    """True for the empty tuple, which stands for what is not there (no past, no bias, no own head)."""
+    return type(value) is tuple and not len(value)
+
+
+def record(cls: Cls) -> Cls:
+    """Mark a NamedTuple as a record: tuple arithmetic raises, and printing shows shapes instead of numbers.
+
+    Example:
+        >>> import torch
+        >>> @record
+        ... class Point(NamedTuple):
+        ...     x: torch.Tensor
+        >>> Point(torch.zeros(2, 3))
+        Point(x=float32[2,3])
+    """
+    name = cls.__name__
+
+    def refuse(sign: str) -> Callable[..., Any]:
+        def method(self: Any, *_: Any) -> Any:
+            raise TypeError(f"{name}: `{sign}` has no meaning for a record; it would do a tuple's work. Name a field, or use funcattn.tree.")
+
+        return method
+
+    signs = {"__add__": "+", "__radd__": "+", "__mul__": "*", "__rmul__": "*", "__bool__": "bool()"}
+    for method_name, sign in signs.items():
+        if method_name not in vars(cls):
+            setattr(cls, method_name, refuse(sign))
+    if "__repr__" not in cls.__dict__ or cls.__repr__.__module__ != cls.__module__:
+        setattr(cls, "__repr__", _describe)
+    return cls
+
+
+def _describe(self: Any) -> str:
+    fields = ", ".join(f"{name}={describe(value)}" for name, value in zip(self._fields, self, strict=True))
+    return f"{type(self).__name__}({fields})"
+
+
+def describe(value: Any) -> str:
+    """One line for a leaf or a subtree: `float32[2,3]` for a tensor, the element kind and count for a long tuple."""
+    if isinstance(value, Tensor):
+        sizes = ",".join(str(n) for n in value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+    if type(value) is tuple and len(value) > 3:
+        return f"({describe(value[0])}, ... {len(value)} in all)"
+    if type(value) is tuple:
+        return "(" + ", ".join(describe(item) for item in value) + ")"
+    return repr(value)
+
+
+@record
+class Attended(NamedTuple):
+    """What attention gives: the weighted values and how much mass they stand for.
+
+    out: (*lead, H, T, Dv), the dtype of v.
+    lse: (*lead, H, T), log of the sum of exp of the logits, float32 at least; -inf where a query saw no key.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+class Model(NamedTuple):
+    """Six pure functions that make a decoder (DESIGN of each: transformer.decoder).
+
+    Not a record: it holds functions, not tensors, and is passed beside the data, never through a transform.
+    """
+
+    init: Callable[..., Any]
+    cache: Callable[..., Any]
+    hidden: Callable[..., Any]
+    logits: Callable[..., Any]
+    extend: Callable[..., Any]
+    apply: Callable[..., Any]

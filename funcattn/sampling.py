@@ -1,0 +1,152 @@
+"""Sampling as transforms of logits, composed as optax composes gradients.
+
+    sampler = chain(temperature(0.8), top_k(40), top_p(0.95))      order is what you write
+
+A `Sampler` is three pure functions over a state that is a pytree, so a penalty forks and rolls back with the cache:
+
+    init(V) -> state            update(logits, state) -> (logits, state)            observe(token, state) -> state
+
+What is filtered out has a logit of -inf. `law(sampler)` gives the log-probabilities, and is the same computation that `draw`
+draws from: what is verified in speculation is what was sampled. Written for one row of logits (V,); many rows are `vmap`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, randomness
+from .records import ABSENT
+
+
+class Sampler(NamedTuple):
+    """A transform of logits. Not a record: it holds functions; its state is a pytree of tensors, `()` where it has none.
+
+    `deterministic` says that update leaves one token, so that drawing needs no noise.
+    """
+
+    init: Callable[[int], Any]
+    update: Callable[[Tensor, Any], tuple[Tensor, Any]]
+    observe: Callable[[Tensor, Any], Any]
+    deterministic: bool = False
+
+
+def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = False) -> Sampler:
+    """A sampler from a function of logits (V,) -> (V,).
+
+    Example:
+        >>> never_zero = stateless(lambda logits: logits.index_fill(-1, torch.tensor(0), float("-inf")))
+        >>> law(never_zero)(torch.zeros(3)).exp().tolist()
+        [0.0, 0.5, 0.5]
+    """
+    return Sampler(lambda V: ABSENT, lambda logits, state: (transform(logits), state), lambda token, state: state, deterministic)
+
+
+def chain(*samplers: Sampler) -> Sampler:
+    """Apply samplers from left to right; the state is the tuple of theirs."""
+    for i, sampler in enumerate(samplers):
+        if not isinstance(sampler, Sampler):
+            remedy = "Call a factory such as temperature(0.8) for each."
+            _checks.fail("chain", f"argument {i}", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
+
+    def update(logits: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        after = []
+        for sampler, state in zip(samplers, states, strict=True):
+            logits, state = sampler.update(logits, state)
+            after.append(state)
+        return logits, tuple(after)
+
+    return Sampler(
+        lambda V: tuple(sampler.init(V) for sampler in samplers),
+        update,
+        lambda token, states: tuple(s.observe(token, state) for s, state in zip(samplers, states, strict=True)),
+        any(sampler.deterministic for sampler in samplers),
+    )
+
+
+def _argmax_only(logits: Tensor) -> Tensor:
+    best = logits == logits.amax(-1, keepdim=True)
+    return torch.where(best & (best.cumsum(-1) == 1), logits, float("-inf"))  # of equals the lowest id
+
+
+greedy = stateless(_argmax_only, deterministic=True)
+
+
+def temperature(t: float | Tensor) -> Sampler:
+    """Divide logits by t > 0: below 1 sharper, above 1 flatter. For the limit 0 use `greedy`."""
+    if not isinstance(t, Tensor) and not t > 0:
+        _checks.fail("temperature", "t", "above 0", t, "For the most likely token use sampling.greedy.")
+    return stateless(lambda logits: logits / t)
+
+
+def top_k(k: int | Tensor) -> Sampler:
+    """Keep the k greatest logits, exactly k: of equals the lower ids.
+
+    Source: Fan, Lewis and Dauphin, Hierarchical neural story generation, arXiv:1805.04833.
+    """
+    if not isinstance(k, Tensor) and k < 1:
+        _checks.fail("top_k", "k", "at least 1", k, "k = 1 keeps the most likely token.")
+    return stateless(lambda logits: torch.where(_rank(logits) < k, logits, float("-inf")))
+
+
+def top_p(p: float | Tensor) -> Sampler:
+    """Keep the most likely tokens until their probabilities reach p; always at least one.
+
+    Source: Holtzman et al., The curious case of neural text degeneration, arXiv:1904.09751.
+    """
+    if not isinstance(p, Tensor) and not 0 < p <= 1:
+        _checks.fail("top_p", "p", "in (0, 1]", p, "p = 1 keeps every token.")
+
+    def transform(logits: Tensor) -> Tensor:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability  # mass of the more likely ones; exactly 0 for the first
+        keep = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < p)
+        return torch.where(keep, logits, float("-inf"))
+
+    return stateless(transform)
+
+
+def min_p(p: float | Tensor) -> Sampler:
+    """Keep the tokens at least p times as likely as the most likely one.
+
+    Source: Nguyen et al., Turning up the heat: min-p sampling, arXiv:2407.01082.
+    """
+    if not isinstance(p, Tensor) and not 0 <= p <= 1:
+        _checks.fail("min_p", "p", "in [0, 1]", p, "p = 0 keeps every token, p = 1 the most likely ones.")
+    ratio = lambda logits: (logits - logits.amax(-1, keepdim=True)).exp()
+    return stateless(lambda logits: torch.where(ratio(logits) >= p, logits, float("-inf")))
+
+
+def law(sampler: Sampler) -> Callable[..., Tensor]:
+    """The log-probabilities that a sampler draws from, as a function (logits (V,), state=None) -> (V,) in float32 at least.
+
+    Example:
+        >>> law(chain(temperature(0.5), top_k(2)))(torch.tensor([0.0, 1.0, 2.0])).exp().round(decimals=3).tolist()
+        [0.0, 0.119, 0.881]
+    """
+
+    def log_probabilities(logits: Tensor, state: Any = None) -> Tensor:
+        logits = _accurate(logits)
+        filtered, _ = sampler.update(logits, sampler.init(logits.shape[-1]) if state is None else state)
+        return filtered.log_softmax(-1)
+
+    return log_probabilities
+
+
+def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """One token () from logits (V,), and the state that has seen it."""
+    filtered, state = sampler.update(_accurate(logits), state)
+    token = filtered.argmax(-1) if sampler.deterministic else randomness.categorical(key, filtered)
+    return token, sampler.observe(token, state)
+
+
+def _rank(logits: Tensor) -> Tensor:
+    """The place of each logit in descending order, equals by id."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(order).scatter(-1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order))
+
+
+def _accurate(logits: Tensor) -> Tensor:
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
