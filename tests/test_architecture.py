@@ -218,15 +218,16 @@ def test_the_library_keeps(rule):
 
 def test_every_public_name_survives_the_import_of_every_module():
     script = """
-import importlib, pkgutil, types, funcattn
-before = {name: value for name, value in vars(funcattn).items() if not name.startswith("__")}
+import importlib, pkgutil, sys, types, funcattn
+loaded = [module for name, module in sys.modules.items() if name.split(".")[0] == "funcattn"]
+before = [(module, name, value) for module in loaded for name, value in vars(module).items() if not name.startswith("__")]
 for module in list(pkgutil.walk_packages(funcattn.__path__, "funcattn.")):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
         parent, _, last = module.name.rpartition(".")
         found = getattr(importlib.import_module(parent), last)
         assert isinstance(found, types.ModuleType) and found.__name__ == module.name, f"{module.name} is hidden by {found}"
-changed = [name for name, value in before.items() if getattr(funcattn, name) is not value]
+changed = [f"{module.__name__}.{name}" for module, name, value in before if getattr(module, name) is not value]
 missing = [name for name in getattr(funcattn, "__all__", ()) if not hasattr(funcattn, name)]
 assert not changed and not missing, (changed, missing)
 """
