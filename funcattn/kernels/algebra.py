@@ -1,0 +1,189 @@
+"""The closed algebra of attention: every derivative of a sweep is a sweep.
+
+    P_ij = exp(q_i . k_j + bias_ij - l_i)                          over the keys that query i sees; scale is inside q
+
+With l an *independent* input, take sums over terms of weights W = P * F_1 * F_2 * ..., where each factor F is a sum of products
+a_i . b_j (or a dense matrix), and let an output be one of
+
+    query side   o_i  = sum_j W_ij c_j        key side   o_j = sum_i W_ij c_i        pair side   o_ij = W_ij
+
+A *sweep* computes any number of such outputs in one pass over blocks of P, which no one ever holds whole. Differentiating W gives
+the same W with one more factor, so the vjp and the jvp of a sweep are again one sweep each: derivatives of every order, in every
+nesting, in O(T + S) memory. `attend`, the one function that normalises, has a sweep for its vjp and another for its jvp.
+
+This module is only the bookkeeping: it says, for a sweep and the cotangents or tangents, which sweep comes next. Tensors are named
+by their place in a flat list that starts with q, k, l.
+
+Source: the rules follow from d exp(S - l) = exp(S - l) (dS - dl); Dao et al., FlashAttention, arXiv:2205.14135, appendix B, is the
+case of the first vjp.
+"""
+
+from typing import NamedTuple
+
+Q, K, L = 0, 1, 2  # places of the queries, the keys and the log-sum-exp
+ONES = -1  # stands for a feature of ones: a . 1, or a sum without values
+
+
+class Pair(NamedTuple):
+    """sign * a_i . b_j, with a on the query side and b on the key side."""
+
+    a: int
+    b: int
+    sign: float = 1.0
+
+
+class Dense(NamedTuple):
+    """sign * m_ij, a matrix of queries and keys."""
+
+    m: int
+    sign: float = 1.0
+
+
+Factor = tuple[Pair | Dense, ...]  # a sum
+
+
+class Term(NamedTuple):
+    """sign * P * (product of factors), against the values at place `value` (ONES: summed; ignored on the pair side)."""
+
+    factors: tuple[Factor, ...]
+    value: int = ONES
+    sign: float = 1.0
+
+
+class Output(NamedTuple):
+    side: str  # "query", "key" or "pair"
+    terms: tuple[Term, ...]
+
+
+class Sweep(NamedTuple):
+    """Outputs that share P, and what P is made of beside q, k and l."""
+
+    outputs: tuple[Output, ...]
+    mask: tuple[int, ...] = ()  # places of (start, stop), or of (booleans,)
+    bias: int = ONES  # place of the bias, or ONES for none
+    dropout: int = ONES  # place of the keys of dropout, or ONES
+    rate: float = 0.0
+
+
+class _Collect:
+    """Outputs by the tensor whose derivative they are."""
+
+    def __init__(self) -> None:
+        self.terms: dict[int, list[Term]] = {}
+        self.side: dict[int, str] = {}
+
+    def add(self, of: int, side: str, factors: tuple[Factor, ...], value: int = ONES, sign: float = 1.0) -> None:
+        self.terms.setdefault(of, []).append(Term(factors, value, sign))
+        self.side[of] = side
+
+    def outputs(self) -> tuple[tuple[Output, ...], tuple[int, ...]]:
+        places = tuple(sorted(self.terms))
+        return tuple(Output(self.side[p], tuple(self.terms[p])) for p in places), places
+
+
+def vjp(sweep: Sweep, cotangents: dict[int, int], needed: set[int]) -> tuple[Sweep, tuple[int, ...]]:
+    """The sweep that pulls cotangents back.
+
+    Args:
+        sweep: what is differentiated.
+        cotangents: for an output (by number) the place of its cotangent.
+        needed: places of the tensors whose derivatives are wanted.
+
+    Returns:
+        The sweep, and for each of its outputs the place of the tensor it is the derivative of.
+    """
+    found = _Collect()
+    pulled: dict[tuple[Factor, ...], list[Pair | Dense]] = {}  # for each product of factors, the sum of g . c over its terms
+    for number, g in cotangents.items():
+        side, terms = sweep.outputs[number]
+        for factors, c, sign in terms:
+            x = Pair(g, c, sign) if side == "query" else Pair(c, g, sign) if side == "key" else Dense(g, sign)
+            pulled.setdefault(factors, []).append(x)
+            if c in needed and side != "pair":
+                found.add(c, "key" if side == "query" else "query", factors, g, sign)
+    for factors, summands in pulled.items():
+        x = tuple(summands)
+        for place, side, value, sign in ((Q, "query", K, 1.0), (K, "key", Q, 1.0), (L, "query", ONES, -1.0), (sweep.bias, "pair", ONES, 1.0)):
+            if place in needed:
+                found.add(place, side, (*factors, x), value, sign)
+        for i, factor in enumerate(factors):
+            rest = (*factors[:i], *factors[i + 1 :], x)
+            for summand in factor:
+                if isinstance(summand, Dense):
+                    if summand.m in needed:
+                        found.add(summand.m, "pair", rest, ONES, summand.sign)
+                    continue
+                if summand.a in needed:
+                    found.add(summand.a, "query", rest, summand.b, summand.sign)
+                if summand.b in needed:
+                    found.add(summand.b, "key", rest, summand.a, summand.sign)
+    outputs, places = found.outputs()
+    return sweep._replace(outputs=outputs), places
+
+
+def jvp(sweep: Sweep, tangents: dict[int, int]) -> Sweep:
+    """The sweep that pushes tangents forward; tangents maps the place of a tensor to the place of its tangent.
+
+    An output that no tangent reaches has no terms.
+    """
+    dS = logit_tangent(sweep.bias, tangents)
+    outputs = []
+    for side, terms in sweep.outputs:
+        pushed = []
+        for factors, c, sign in terms:
+            if dS:
+                pushed.append(Term((*factors, dS), c, sign))
+            for i, factor in enumerate(factors):
+                if moved := _factor_tangent(factor, tangents):
+                    pushed.append(Term((*factors[:i], *factors[i + 1 :], moved), c, sign))
+            if c in tangents and side != "pair":
+                pushed.append(Term(factors, tangents[c], sign))
+        outputs.append(Output(side, tuple(pushed)))
+    return sweep._replace(outputs=tuple(outputs))
+
+
+def logit_tangent(bias: int, tangents: dict[int, int]) -> Factor:
+    """d(q . k + bias - l) as a factor."""
+    dS: list[Pair | Dense] = []
+    if Q in tangents:
+        dS.append(Pair(tangents[Q], K))
+    if K in tangents:
+        dS.append(Pair(Q, tangents[K]))
+    if L in tangents:
+        dS.append(Pair(tangents[L], ONES, -1.0))
+    if bias in tangents:
+        dS.append(Dense(tangents[bias]))
+    return tuple(dS)
+
+
+def _factor_tangent(factor: Factor, tangents: dict[int, int]) -> Factor:
+    moved: list[Pair | Dense] = []
+    for summand in factor:
+        if isinstance(summand, Dense):
+            if summand.m in tangents:
+                moved.append(Dense(tangents[summand.m], summand.sign))
+            continue
+        if summand.a in tangents:
+            moved.append(Pair(tangents[summand.a], summand.b, summand.sign))
+        if summand.b in tangents:
+            moved.append(Pair(summand.a, tangents[summand.b], summand.sign))
+    return tuple(moved)
+
+
+def places(sweep: Sweep) -> tuple[set[int], set[int], set[int]]:
+    """Which tensors lie on the query side (T rows), on the key side (S rows), and on pairs (T x S)."""
+    query, key, pair = {Q, L}, {K}, set()
+    if sweep.bias != ONES:
+        pair.add(sweep.bias)
+    for side, terms in sweep.outputs:
+        for factors, c, _ in terms:
+            if side != "pair" and c != ONES:
+                (key if side == "query" else query).add(c)
+            for factor in factors:
+                for summand in factor:
+                    if isinstance(summand, Dense):
+                        pair.add(summand.m)
+                        continue
+                    query.add(summand.a)
+                    key.add(summand.b)
+    return query - {ONES}, key - {ONES}, pair

@@ -1,0 +1,237 @@
+"""The "torch" backend: `attend` and `sweep` over blocks of queries and keys, in torch operations on any device and dtype.
+
+A block of logits lives in cache and is gone when the next one comes; what is kept is O(T + S). Powers are of two, not of e, since
+torch's exp2 is several times faster than its exp on CPU and does not slow down where results underflow: q is scaled by log2(e).
+Tensors here are plain: no transform is active inside, so writing in place is legal.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import dropout
+from .algebra import ONES, Dense, Factor, K, L, Output, Q, Sweep, Term, places
+from .layout import Layout, fold, group_sizes, multiply, multiply_rows, plan, unfold
+
+LOG2E = math.log2(math.e)
+NOTHING = float("-inf")
+ELEMENTS = 2**18  # of one block of logits: 1 MB of float32, what stays in a core's cache
+KEYS = 512  # of one block, at most
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the blocks of queries and keys lie, and which a mask lets one see: masks of T rows, folded, with S keys."""
+
+    T: int
+    S: int
+    rows: int
+    keys: int
+    start: Tensor | None = None
+    stop: Tensor | None = None
+
+    def walk(self) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+        """For each block of queries the blocks of keys that some query of it sees, and whether all see all of it."""
+        columns = [slice(j, min(j + self.keys, self.S)) for j in range(0, self.S, self.keys)]
+        lines = [slice(i, min(i + self.rows, self.T)) for i in range(0, self.T, self.rows)]
+        if self.start is None or self.stop is None or not columns:
+            yield from ((line, [(column, True) for column in columns]) for line in lines)
+            return
+        first = torch.tensor([c.start for c in columns], device=self.start.device)
+        last = torch.tensor([c.stop for c in columns], device=self.start.device)
+        for line in lines:
+            start, stop = self.start[..., line, :, None], self.stop[..., line, :, None]  # (*groups, rows, n, 1)
+            some = ((start < last) & (stop > first)).flatten(0, -2).any(0).tolist()
+            every = ((start <= first) & (stop >= last)).any(-2).flatten(0, -2).all(0).tolist()
+            yield line, [(column, every[n]) for n, column in enumerate(columns) if some[n]]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1); q already carries the scale.
+
+    Source: Milakov and Gimelshein, arXiv:1805.02867; Dao et al., FlashAttention, arXiv:2205.14135.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))])
+    others = [x.shape[:-2] for x in mask] + ([] if bias is None else [bias.shape[:-2]]) + [lead]
+    layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], others)
+    wide = _accurate(q.dtype)
+    queries = fold(q, layout).to(wide) * LOG2E
+    keys, values = fold(k, layout).to(wide), fold(v, layout).to(wide)
+    groups = torch.broadcast_shapes(*[(1,) * len(layout.groups), queries.shape[:-2], keys.shape[:-2], *[group_sizes(s, layout) for s in others[:-1]]])
+    out = values.new_zeros(*layout.sizes, T, v.shape[-1])
+    lse = values.new_full((*groups, T, 1), NOTHING)
+    seen = _Seen(mask, bias, layout, wide)
+    for line, columns in seen.blocks(T, S, groups).walk():
+        top = lse[..., line, :]  # in powers of two until the end of the line
+        mass = torch.zeros_like(top)
+        mixed = torch.zeros_like(out[..., line, :])
+        for column, whole in columns:
+            s = seen.logits(multiply(queries[..., line, :], keys[..., column, :].mT, layout.batch), line, column, whole)
+            higher = torch.maximum(top, s.amax(-1, keepdim=True))
+            base = torch.where(higher == NOTHING, 0, higher) if seen.anything else higher
+            p = s.sub_(base).exp2_() if s.shape[:-1] == base.shape[:-1] else torch.exp2(s - base)
+            fade = torch.exp2(top - base)
+            mass = mass.mul_(fade).add_(p.sum(-1, keepdim=True))
+            mixed.mul_(fade).add_(multiply(p, values[..., column, :], layout.batch))
+            top = higher
+        out[..., line, :] = mixed / torch.where(mass == 0, 1, mass)
+        lse[..., line, :] = torch.where(mass == 0, NOTHING, (top + mass.log2()) / LOG2E)
+    shape = (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]), T, 1)
+    return unfold(out, layout, (*lead, T, v.shape[-1])).to(v.dtype), unfold(lse, layout, shape)
+
+
+def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """All outputs of a sweep (see algebra) in one pass over the blocks of P; `shapes` are those of the outputs.
+
+    An output is summed over the leading axes that its terms have and its shape lacks, and repeated over those it alone has.
+    """
+    return _Pass(spec, shapes, tensors).run()
+
+
+class _Seen:
+    """Mask and bias, laid out block by block: neither is ever expanded as a whole."""
+
+    def __init__(self, mask: Sequence[Tensor], bias: Tensor | None, layout: Layout, dtype: torch.dtype) -> None:
+        self.mask, self.bias, self.layout, self.dtype = mask, bias, layout, dtype
+        self.intervals = [fold(x, layout) for x in mask] if len(mask) == 2 else []
+        self.anything = bool(mask) or bias is not None
+
+    def blocks(self, T: int, S: int, groups: Sequence[int]) -> Blocks:
+        rows, keys = block_sizes(T, S, math.prod(groups))
+        return Blocks(T, S, rows, keys, *self.intervals)
+
+    def logits(self, s: Tensor, line: slice, column: slice, whole: bool) -> Tensor:
+        """Logits in powers of two with the bias added, -inf where hidden."""
+        if self.bias is not None:
+            s = s + self._block(self.bias, line, column).to(self.dtype) * LOG2E
+        if self.intervals and not whole:
+            key = torch.arange(column.start, column.stop, device=s.device)
+            start, stop = (x[..., line, :, None] for x in self.intervals)
+            s = torch.where(((start <= key) & (key < stop)).any(-2), s, NOTHING)
+        if len(self.mask) == 1:
+            s = torch.where(self._block(self.mask[0], line, column), s, NOTHING)
+        return s
+
+    def _block(self, x: Tensor, line: slice, column: slice) -> Tensor:
+        return block_of(x, self.layout, line, column)
+
+
+def block_of(x: Tensor, layout: Layout, line: slice, column: slice) -> Tensor:
+    """A block of a tensor of pairs (*lead, T or 1, S or 1)."""
+    line = line if x.shape[-2] != 1 else slice(0, 1)
+    column = column if x.shape[-1] != 1 else slice(0, 1)
+    return fold(x[..., line, column], layout)
+
+
+class _Pass:
+    """One sweep: inputs laid out, buffers of the outputs, and the loop."""
+
+    def __init__(self, spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> None:
+        query, key, pair = places(spec)
+        extra = [*spec.mask, *([spec.dropout] if spec.dropout != ONES else [])]
+        lead = lambda where: [tensors[p].shape[:-2] for p in where]
+        self.spec, self.shapes, self.tensors = spec, shapes, tensors
+        self.layout = layout = plan(lead([*query, *extra]), lead(key), lead(pair) + [tuple(s[:-2]) for s in shapes])
+        self.wide = _accurate(tensors[Q].dtype)
+        self.x = {p: fold(tensors[p], layout).to(self.wide) for p in query | key}
+        self.scaled = self.x[Q] * LOG2E
+        level = self.x[L]
+        self.level = torch.where(level == NOTHING, float("inf"), level) * LOG2E  # a query that saw no key has no weights
+        self.seen = _Seen([tensors[p] for p in spec.mask], tensors[spec.bias] if spec.bias != ONES else None, layout, self.wide)
+        self.keys = fold(tensors[spec.dropout], layout) if spec.dropout != ONES else None
+        self.targets = [group_sizes(tuple(s[:-2]), layout) for s in shapes]
+        self.keep = [any(t[i] != 1 for t, o in zip(self.targets, spec.outputs, strict=True) if o.side == "key") for i in range(len(layout.groups))]
+        self.T, self.S = tensors[Q].shape[-2], tensors[K].shape[-2]
+        self.out = [self.scaled.new_zeros(*t, *s[-2:]) for t, s in zip(self.targets, shapes, strict=True)]
+
+    def run(self) -> list[Tensor]:
+        groups = torch.broadcast_shapes((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
+        for line, columns in self.seen.blocks(self.T, self.S, groups).walk():
+            for column, whole in columns:
+                self._block(line, column, whole)
+        dtypes = [self.tensors[Q].dtype] * len(self.out)
+        return [unfold(o, self.layout, s).to(d) for o, s, d in zip(self.out, self.shapes, dtypes, strict=True)]
+
+    def _block(self, line: slice, column: slice, whole: bool) -> None:
+        s = multiply(self.scaled[..., line, :], self.x[K][..., column, :].mT, self.layout.batch)
+        s = self.seen.logits(s, line, column, whole)
+        level = self.level[..., line, :]
+        P = s.sub_(level).exp2_() if s.shape[:-1] == level.shape[:-1] else torch.exp2(s - level)
+        if self.keys is not None:
+            P = P * dropout.keep(self.keys, line, column, self.S, self.spec.rate).to(P.dtype)
+        weights: dict[tuple[Factor, ...], Tensor] = {(): P}
+        factors: dict[Factor, Tensor] = {}
+        for output, target, out in zip(self.spec.outputs, self.targets, self.out, strict=True):
+            by_value: dict[int, list[Term]] = {}
+            for term in output.terms:
+                by_value.setdefault(term.value, []).append(term)
+            for value, terms in by_value.items():
+                W = self._sum([(t.sign, self._weight(t.factors, weights, factors, line, column)) for t in terms])
+                self._add(output, out, target, W, value, line, column)
+
+    def _weight(self, product: tuple[Factor, ...], weights: dict, factors: dict, line: slice, column: slice) -> Tensor:
+        """P times a product of factors; products that begin alike are computed once."""
+        if product not in weights:
+            head = self._weight(product[:-1], weights, factors, line, column)
+            if product[-1] not in factors:
+                factors[product[-1]] = self._factor(product[-1], line, column)
+            weights[product] = head * factors[product[-1]]
+        return weights[product]
+
+    def _factor(self, factor: Factor, line: slice, column: slice) -> Tensor:
+        return self._sum([(s.sign, self._summand(s, line, column)) for s in factor])
+
+    def _summand(self, summand: Dense | tuple, line: slice, column: slice) -> Tensor:
+        if isinstance(summand, Dense):
+            return block_of(self.tensors[summand.m], self.layout, line, column).to(self.wide)
+        a, b, _ = summand
+        if a == ONES:
+            return self.x[b][..., column, :].sum(-1).unsqueeze(-2)
+        if b == ONES:
+            return self.x[a][..., line, :].sum(-1, keepdim=True)
+        return multiply(self.x[a][..., line, :], self.x[b][..., column, :].mT, self.layout.batch)
+
+    def _sum(self, signed: list[tuple[float, Tensor]]) -> Tensor:
+        sign, total = signed[0]
+        total = total if sign == 1 else total * sign
+        for sign, x in signed[1:]:
+            total = torch.add(total, x, alpha=sign)
+        return total
+
+    def _add(self, output: Output, out: Tensor, target: Sequence[int], W: Tensor, value: int, line: slice, column: slice) -> None:
+        batch = self.layout.batch
+        if output.side == "query":
+            part = W.sum(-1, keepdim=True) if value == ONES else multiply(W, self.x[value][..., column, :], batch)
+            out[..., line, :] += _reduce(part, target)
+        elif output.side == "key":
+            part = W.sum(-2).unsqueeze(-1) if value == ONES else multiply_rows(W, self.x[value][..., line, :], self.keep, batch)
+            out[..., column, :] += _reduce(part, target)
+        else:
+            line = line if out.shape[-2] != 1 else slice(0, 1)
+            column = column if out.shape[-1] != 1 else slice(0, 1)
+            W = W if out.shape[-2] != 1 else W.sum(-2, keepdim=True)
+            W = W if out.shape[-1] != 1 else W.sum(-1, keepdim=True)
+            out[..., line, column] += _reduce(W, target)
+
+
+def block_sizes(T: int, S: int, groups: int) -> tuple[int, int]:
+    """Rows of queries and of keys in one block, so that all groups together stay within ELEMENTS."""
+    keys = max(1, min(S, KEYS))
+    rows = max(16, ELEMENTS // (keys * max(groups, 1)))
+    return min(max(T, 1), rows), keys
+
+
+def _reduce(x: Tensor, target: Sequence[int]) -> Tensor:
+    """Sum the groups that the target lacks."""
+    axes = [i for i, n in enumerate(target) if n == 1 and x.shape[i] != 1]
+    return x.sum(axes, keepdim=True) if axes else x
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32

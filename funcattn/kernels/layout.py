@@ -1,0 +1,97 @@
+"""One layout for every kernel: axes that behave alike are merged, and what keys lack becomes rows.
+
+The tensors of a sweep broadcast over leading axes: heads, groups of heads that share a key, examples, and every axis a vmap adds.
+Axes of the same pattern (who has them, who lacks them) merge into one group. Groups that some key-side tensor has come first and
+are a batch of matrix products; groups that all key-side tensors lack come after, and are more rows of the same product. So grouped
+queries and futures of one past read k and v once, and nothing on the key side is ever repeated.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """lead: the broadcast leading shape. groups: for each group the leading axes it merges, batch groups before row groups."""
+
+    lead: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+    batch: int  # how many of the groups are batch groups
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.lead[axis] for axis in group) for group in self.groups)
+
+
+def plan(query: Sequence[tuple[int, ...]], key: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> Layout:
+    """The layout for leading shapes on the query side, on the key side, and of all else that must keep its axes apart (pairs, outputs).
+
+    Example:
+        >>> plan([(2, 3, 4)], [(2, 3, 1)], [])
+        Layout(lead=(2, 3, 4), groups=((0, 1), (2,)), batch=1)
+    """
+    shapes = [*query, *key, *other]
+    rank = max(len(s) for s in shapes)
+    padded = [(1,) * (rank - len(s)) + tuple(s) for s in shapes]
+    lead = torch.broadcast_shapes(*padded)
+    keyed = padded[len(query) : len(query) + len(key)]
+    merged: dict[tuple[bool, ...], list[int]] = {}
+    for axis in range(rank):
+        if lead[axis] != 1:
+            merged.setdefault(tuple(s[axis] == 1 for s in padded), []).append(axis)
+    has_key = lambda group: any(s[group[0]] != 1 for s in keyed)
+    groups = sorted((tuple(group) for group in merged.values()), key=lambda group: (not has_key(group), group))
+    return Layout(tuple(lead), tuple(groups), sum(map(has_key, groups)))
+
+
+def fold(x: Tensor, layout: Layout) -> Tensor:
+    """(*lead', A, B) to (*groups, A, B), each group at its size or at one where x lacks it. A view wherever torch allows."""
+    rank = len(layout.lead)
+    x = x.reshape(*([1] * (rank + 2 - x.dim())), *x.shape)
+    kept = [axis for group in layout.groups for axis in group]
+    dropped = [axis for axis in range(rank) if axis not in kept]
+    x = x.permute(*dropped, *kept, rank, rank + 1)
+    sizes = [math.prod(x.shape[len(dropped) + kept.index(axis)] for axis in group) for group in layout.groups]
+    return x.reshape(*sizes, *x.shape[-2:])
+
+
+def unfold(x: Tensor, layout: Layout, shape: Sequence[int]) -> Tensor:
+    """The inverse of `fold` for a tensor whose full shape, leading axes and last two, is `shape`."""
+    rank = len(layout.lead)
+    wanted = (1,) * (rank + 2 - len(shape)) + tuple(shape)
+    kept = [axis for group in layout.groups for axis in group]
+    dropped = [axis for axis in range(rank) if axis not in kept]
+    x = x.reshape(*[1] * len(dropped), *[wanted[axis] for axis in kept], *x.shape[-2:])
+    order = [*dropped, *kept, rank, rank + 1]
+    return x.permute(*[order.index(axis) for axis in range(rank + 2)]).reshape(tuple(shape))
+
+
+def group_sizes(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """Sizes of the groups, at one where the leading shape lacks them."""
+    padded = (1,) * (len(layout.lead) - len(shape)) + tuple(shape)
+    return tuple(math.prod(padded[axis] for axis in group) for group in layout.groups)
+
+
+def multiply(x: Tensor, w: Tensor, batch: int) -> Tensor:
+    """x (*groups, R, X) @ w (*groups, X, C): row groups, which w lacks, are folded into the rows of one product."""
+    rows = x.shape[batch:-2]
+    if all(n == 1 for n in w.shape[:batch]) and x.dim() > 2:
+        return (x.reshape(-1, x.shape[-1]) @ w.reshape(w.shape[-2:])).reshape(*x.shape[:-1], w.shape[-1])
+    flat = x.reshape(*x.shape[:batch], -1, x.shape[-1])
+    out = flat @ w.reshape(*w.shape[:batch], *w.shape[-2:])
+    return out.reshape(*out.shape[:-2], *rows, x.shape[-2], w.shape[-1])
+
+
+def multiply_rows(x: Tensor, c: Tensor, keep: Sequence[bool], batch: int) -> Tensor:
+    """sum over rows, x (*groups, R, X).mT @ c (*groups, R, C), also over the row groups not kept, giving (*groups, X, C)."""
+    groups = torch.broadcast_shapes(x.shape[:-2], c.shape[:-2])
+    x, c = x.expand(*groups, *x.shape[-2:]), c.expand(*groups, *c.shape[-2:])
+    kept = [i for i in range(len(groups)) if i < batch or keep[i]]
+    summed = [i for i in range(len(groups)) if i not in kept]
+    order = [*kept, *summed, len(groups), len(groups) + 1]
+    flat = lambda t: t.permute(order).reshape(*[groups[i] for i in kept], -1, t.shape[-1])
+    out = flat(x).mT @ flat(c)
+    return out.reshape(*[groups[i] if i in kept else 1 for i in range(len(groups))], *out.shape[-2:])
