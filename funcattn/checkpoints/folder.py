@@ -1,0 +1,147 @@
+"""The Hugging Face layout: a folder of config.json, safetensors, and the tokenizer's files.
+
+Nothing is unpickled: pytorch_model.bin and its kin are refused. safetensors is read with the library of that name, which holds a
+header against the file before it gives a tensor; what names it must hold, and in which shapes, is checked here.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import families
+from .._checks import fail
+from ..families import CheckpointError
+from ..transformer import Config, Params
+from .tokenizer import Tokenizer, from_files
+
+SMALL, LARGE = 2**22, 2**26  # bytes of a file of settings, of tokenizer.json or an index; Gemma's, the largest seen, has 2**25
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+# Reading.
+
+
+def read_folder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Config, Params, Tokenizer | None]:
+    """Config, weights and tokenizer (None where there is no tokenizer.json) of a folder."""
+    settings = read_json(folder / "config.json")
+    config = families.read_config(settings)
+    files = _weight_files(folder)
+    return config, _read_weights(folder, files, settings, config, dtype), _read_tokenizer(folder, settings)
+
+
+def read_json(path: Path, largest: int = SMALL) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        found = json.loads(read_text(path, largest))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        _refuse(path.name, "JSON", f"an error: {str(error)[:200]}")
+    if not isinstance(found, dict):
+        _refuse(path.name, "an object", f"a {type(found).__name__}")
+    return found
+
+
+def read_text(path: Path, largest: int = SMALL) -> str:
+    """The text of a file of at most `largest` bytes."""
+    if path.stat().st_size > largest:
+        _refuse(path.name, f"at most {largest} bytes", path.stat().st_size)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        _refuse(path.name, "UTF-8", "other bytes")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder: the one file, or the shards that the index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        places = read_json(folder / INDEX, LARGE).get("weight_map")
+        if not isinstance(places, dict):
+            _refuse(f"weight_map of {INDEX}", "an object", places)
+        names = list(dict.fromkeys(str(name) for name in places.values()))
+        for name in names:
+            # A shard is a plain name: no path leads out of the folder.
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                _refuse(f"a shard in {INDEX}", "the name of a .safetensors file beside it", repr(name))
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"load: {folder / name} should be there, since {INDEX} names it. Fetch the folder again.")
+        return [folder / name for name in names]
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        remedy = "A pickle runs code of its author's when it is opened: convert it to safetensors where that does no harm."
+        fail("load", f"weights of {folder}", WEIGHTS, ", ".join(pickled[:5]), remedy, CheckpointError)
+    raise FileNotFoundError(f"load: {folder} should hold {WEIGHTS} or {INDEX}, has neither. Fetch the folder again.")
+
+
+def _read_weights(
+    folder: Path, files: list[Path], settings: Mapping[str, Any], config: Config, dtype: torch.dtype | None
+) -> Params:
+    family = families.family_of(settings.get("model_type"), "model_type in config.json")
+    found: dict[str, tuple[int, ...]] = {}
+    where: dict[str, Any] = {}
+    for path in files:
+        with _safetensors_errors(path):
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(name)
+                if part.get_dtype() not in DTYPES and not family.harmless.fullmatch(name):
+                    _refuse(f"the type of {name} in {path.name}", f"one of {', '.join(DTYPES)}", part.get_dtype())
+                if name in found:
+                    _refuse(f"{name} in {path.name}", f"in one file only, and is in {where[name][1].name} too", "two of it")
+                found[name], where[name] = tuple(part.get_shape()), (file, path)
+
+    def read(name: str) -> Tensor:
+        file, path = where[name]
+        with _safetensors_errors(path):
+            tensor = file.get_tensor(name)
+        return tensor.to(dtype or tensor.dtype, copy=True)  # out of the mapping: the file may change, the value may not
+
+    head, embedding = family.tensors["head"], family.tensors["embedding"]
+    if config.tied and found.get(head, ()) == found.get(embedding):  # some writers store the one matrix twice
+        if not torch.equal(read(head), read(embedding)):
+            _refuse(f"{head} of {folder}", f"the same as {embedding}, since config.json ties them", "other numbers")
+        del found[head]
+    stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
+    names = families.match(config, family.tensors, stored, str(folder))
+    return families.assemble(config, lambda path: read(names[path]))
+
+
+def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    optional = {
+        name: read_json(folder / name) for name in ("tokenizer_config.json", "generation_config.json") if (folder / name).is_file()
+    }
+    template = read_text(folder / "chat_template.jinja") if (folder / "chat_template.jinja").is_file() else None
+    ends = optional.get("generation_config.json", {}).get("eos_token_id", settings.get("eos_token_id"))
+    stop = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < 2**32 for end in stop):
+        _refuse("eos_token_id", "a token id or a list of them", ends)
+    text = read_text(folder / "tokenizer.json", LARGE)
+    return from_files(text, optional.get("tokenizer_config.json", {}), template, stop)
+
+
+# Checks of what a file says.
+
+
+@contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    """What the `safetensors` library raises, as CheckpointError."""
+    try:
+        yield
+    except SafetensorError as error:
+        _refuse(path.name, "safetensors", f"an error: {str(error)[:200]}")
+
+
+def _refuse(what: str, wanted: str, got: Any) -> NoReturn:
+    fail("load", what, wanted, got, "The file is damaged, cut off, or not what its name says: fetch it again.", CheckpointError)

