@@ -91,7 +91,7 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor
 
     An output is summed over the leading axes that its terms have and its shape lacks, and repeated over those it alone has.
     """
-    return _Pass(spec, shapes, tensors).run()
+    return _Sweeper(spec, shapes, tensors).run()
 
 
 class _Seen:
@@ -129,7 +129,7 @@ def block_of(x: Tensor, layout: Layout, line: slice, column: slice) -> Tensor:
     return fold(x[..., line, column], layout)
 
 
-class _Pass:
+class _Sweeper:
     """One sweep: inputs laid out, buffers of the outputs, and the loop."""
 
     def __init__(self, spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> None:
@@ -155,8 +155,7 @@ class _Pass:
         for line, columns in self.seen.blocks(self.T, self.S, groups).walk():
             for column, whole in columns:
                 self._block(line, column, whole)
-        dtypes = [self.tensors[Q].dtype] * len(self.out)
-        return [unfold(o, self.layout, s).to(d) for o, s, d in zip(self.out, self.shapes, dtypes, strict=True)]
+        return [unfold(out, self.layout, shape) for out, shape in zip(self.out, self.shapes, strict=True)]
 
     def _block(self, line: slice, column: slice, whole: bool) -> None:
         s = multiply(self.scaled[..., line, :], self.x[K][..., column, :].mT, self.layout.batch)
@@ -164,7 +163,7 @@ class _Pass:
         level = self.level[..., line, :]
         P = s.sub_(level).exp2_() if s.shape[:-1] == level.shape[:-1] else torch.exp2(s - level)
         if self.keys is not None:
-            P = P * dropout.keep(self.keys, line, column, self.S, self.spec.rate).to(P.dtype)
+            P = P * dropout.keep(self.keys, line, column, self.spec.rate).to(P.dtype)
         weights: dict[tuple[Factor, ...], Tensor] = {(): P}
         factors: dict[Factor, Tensor] = {}
         for output, target, out in zip(self.spec.outputs, self.targets, self.out, strict=True):

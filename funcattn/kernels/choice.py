@@ -32,10 +32,15 @@ class Request:
     bias: Tensor | None = None
     scale: float | Tensor = 1.0
     dropout: float = 0.0
+    key: Tensor | None = None
     wants_lse: bool = False
+    causal: bool = False  # the mask is known to be the plain causal one
+    lead: tuple[int, ...] = ()
 
 
 class Verdict(NamedTuple):
+    """One line of an explanation: what stands against a kernel, "" where it can run."""
+
     kernel: str
     what: str
     obstacle: str  # "" where the kernel can run
@@ -49,6 +54,7 @@ class Explanation(NamedTuple):
 
     @property
     def chosen(self) -> str:
+        """The name of the kernel that runs."""
         return next(v.kernel for v in self.verdicts if v.chosen)
 
     def __repr__(self) -> str:
@@ -65,6 +71,9 @@ class Explanation(NamedTuple):
         return f"<table><tr><th>kernel</th><th>here</th><th>what it is</th><th></th></tr>{rows}</table>"
 
 
+FEW = 16  # queries up to which the dense form over all keys is linear memory enough, and the cheapest
+
+
 def _sdpa_obstacle(r: Request) -> str:
     if r.wants_lse:
         return "does not return the log-sum-exp"
@@ -77,9 +86,21 @@ def _sdpa_obstacle(r: Request) -> str:
     return ""
 
 
-KERNELS = {  # in order of preference
+def _flash_obstacle(r: Request) -> str:
+    return ""
+
+
+def _flex_obstacle(r: Request) -> str:
+    if r.q.device.type == "cpu":
+        return "forward only on CPU, and only when compiled; composes with no transform"
+    return "not wired here: flash covers its masks, and composes"
+
+
+KERNELS = {
     "sdpa": ("torch's F.scaled_dot_product_attention", _sdpa_obstacle),
+    "flash": ("the closed streaming family: every transform, O(T + S) memory", _flash_obstacle),
     "reference": ("dense, the specification: every transform, O(T S) memory", lambda r: ""),
+    "flex": ("torch's flex_attention", _flex_obstacle),
 }
 
 
@@ -89,22 +110,32 @@ def differentiable(r: Request) -> bool:
     return transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
+def _reluctance(name: str, r: Request) -> str:
+    """Why a kernel that can run is left alone where none is forced, or ""."""
+    if name == "sdpa" and differentiable(r):
+        return "a derivative may be asked: it has no jvp and no second one"
+    if name == "sdpa" and isinstance(r.mask, Mask) and not r.causal and r.q.shape[-2] > FEW:
+        return "would hold the mask dense, T x S"
+    if name == "flash" and r.q.shape[-2] <= FEW:
+        return f"for at most {FEW} queries the dense form is cheaper"
+    return ""
+
+
 def verdicts(r: Request, kernel: str | None = None) -> tuple[Verdict, ...]:
+    """What each kernel says to a request, the chosen one marked."""
     forced = kernel if kernel is not None else _forced.get()
     if forced is not None and forced not in KERNELS:
         _checks.fail("attention", "kernel", f"None or one of {', '.join(map(repr, KERNELS))}", repr(forced), "See kernels.explain.")
-    found = []
-    chosen = ""
-    for name, (what, obstacle_of) in KERNELS.items():
-        obstacle = obstacle_of(r)
-        if name == "sdpa" and not obstacle and forced is None and differentiable(r):
-            obstacle = "a derivative may be asked, and torch's kernel has no jvp and no second one"
-        if forced == name and obstacle:
-            _checks.fail("attention", "kernel", "one that can run on these inputs", f"{name!r}: {obstacle}", "Use kernel=None to let it be chosen.")
-        if not chosen and not obstacle and forced in (None, name):
-            chosen = name
-        found.append(Verdict(name, what, obstacle, chosen == name))
-    return tuple(found)
+    obstacles = {name: obstacle_of(r) for name, (_, obstacle_of) in KERNELS.items()}
+    if forced is not None:
+        if obstacles[forced]:
+            wanted, got = "one that can run on these inputs", f"{forced!r}: {obstacles[forced]}"
+            _checks.fail("attention", "kernel", wanted, got, "Use kernel=None to let it be chosen.")
+        chosen = forced
+    else:
+        obstacles = {name: obstacle or _reluctance(name, r) for name, obstacle in obstacles.items()}
+        chosen = next(name for name, obstacle in obstacles.items() if not obstacle)
+    return tuple(Verdict(name, what, obstacles[name], name == chosen) for name, (what, _) in KERNELS.items())
 
 
 def choose(r: Request, kernel: str | None = None) -> str:

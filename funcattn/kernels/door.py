@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _checks
 from ..masks import Mask
 from ..records import Attended
-from . import choice, fused, reference
+from . import choice, dropout, flash, fused, reference
 from .choice import Explanation, Request
 
 
@@ -50,8 +50,7 @@ def attend(
     Law: `merge` of the parts is the whole (test_kernels.py::test_merge_of_any_split_is_the_whole).
     """
     request = _request("attend", q, k, v, mask, scale, bias, wants_lse=True)
-    choice.choose(request, kernel)
-    return reference.attend(q, k, v, mask, scale=request.scale, bias=bias)
+    return _run(request, choice.choose(request, kernel))
 
 
 def attention(
@@ -62,9 +61,15 @@ def attention(
     *,
     scale: float | Tensor | None = None,
     bias: Tensor | None = None,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
     kernel: str | None = None,
 ) -> Tensor:
-    """Attention, the output alone: `attend(...).out`. Arguments, errors and empty rows as there.
+    """Attention, the output alone: `attend(...).out`. Arguments, errors and empty rows as there, and:
+
+    Args:
+        dropout: rate in [0, 1) at which weights are dropped, the kept ones divided by 1 - dropout.
+        key: randomness of the dropout, int64 (2,); the same key drops the same (head, query, key) in any kernel and transform.
 
     Example:
         >>> from funcattn import masks
@@ -72,10 +77,8 @@ def attention(
         >>> attention(q, k, v, masks.causal(2)).shape
         torch.Size([1, 2, 4])
     """
-    request = _request("attention", q, k, v, mask, scale, bias, wants_lse=False)
-    if choice.choose(request, kernel) == "sdpa":
-        return fused.attention(q, k, v, mask, scale=request.scale, bias=bias, causal=bias is None and _is_causal(mask, k.shape[-2]))
-    return reference.attend(q, k, v, mask, scale=request.scale, bias=bias).out
+    request = _request("attention", q, k, v, mask, scale, bias, dropout=dropout, key=key)
+    return _run(request, choice.choose(request, kernel)).out
 
 
 def explain(
@@ -89,7 +92,22 @@ def explain(
     kernel: str | None = None,
 ) -> Explanation:
     """Which kernels `attention` could use on these inputs, why the others cannot, and which one it would take."""
-    return Explanation(choice.verdicts(_request("explain", q, k, v, mask, scale, bias, wants_lse=False), kernel))
+    return Explanation(choice.verdicts(_request("explain", q, k, v, mask, scale, bias), kernel))
+
+
+def _run(r: Request, kernel: str) -> Attended:
+    """The chosen kernel; lse is left out (a scalar zero) where a kernel does not give it and none was asked."""
+    if kernel == "sdpa":
+        assert not isinstance(r.scale, Tensor)
+        out = fused.attention(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, causal=r.causal)
+        return Attended(out, out.new_zeros(()))
+    if kernel == "flash":
+        return flash.attend(r)
+    keep = None
+    if r.dropout and r.key is not None:
+        keys = dropout.head_keys(r.key, (*r.lead, r.q.shape[-3]))
+        keep = dropout.keep(keys, slice(0, r.q.shape[-2]), slice(0, r.k.shape[-2]), r.dropout)
+    return reference.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep)
 
 
 def _is_causal(mask: Mask | Tensor | None, S: int) -> bool:
@@ -105,7 +123,17 @@ def _is_causal(mask: Mask | Tensor | None, S: int) -> bool:
 
 
 def _request(
-    door: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, scale: float | Tensor | None, bias: Tensor | None, *, wants_lse: bool
+    door: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    scale: float | Tensor | None,
+    bias: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+    wants_lse: bool = False,
 ) -> Request:
     for name, x, letters in (("q", q, "(*lead, H, T, D)"), ("k", k, "(*lead, K, S, D)"), ("v", v, "(*lead, K, S, Dv)")):
         if not isinstance(x, Tensor):
@@ -138,7 +166,19 @@ def _request(
         _must_broadcast(door, "bias", bias, (*lead, H, T, S))
     if isinstance(scale, Tensor) and scale.dim():
         _checks.fail(door, "scale", "a number or a 0-d tensor", _checks.shape(scale), "Multiply q by it instead.")
-    return Request(q, k, v, mask, bias, 1 / math.sqrt(D) if scale is None else scale, wants_lse=wants_lse)
+    if dropout or key is not None:
+        _check_dropout(door, dropout, key)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    return Request(q, k, v, mask, bias, scale, dropout, key, wants_lse, bias is None and _is_causal(mask, S), tuple(lead))
+
+
+def _check_dropout(door: str, dropout: float, key: Tensor | None) -> None:
+    if not 0 <= dropout < 1:
+        _checks.fail(door, "dropout", "a rate in [0, 1)", dropout, "It is the share of weights to drop.")
+    if not isinstance(key, Tensor):
+        _checks.fail(door, "key", "given with dropout", key, "Pass funcattn.key(seed), split for each use.", TypeError)
+    if key.shape != (2,) or key.is_floating_point():
+        _checks.fail(door, "key", "one key, int64 (2,)", f"{key.dtype} {_checks.shape(key)}", "Map over a batch of keys with vmap.")
 
 
 def _check_mask(door: str, mask: Mask | Tensor | None, lead: torch.Size, HTS: tuple[int, int, int]) -> None:

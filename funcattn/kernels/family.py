@@ -4,8 +4,9 @@
 operations or torch's own fused kernels, is decided by `primitives`.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,18 +14,10 @@ from torch.autograd import Function
 
 from .._autodiff import align, closed_jvp
 from . import algebra, primitives
-from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, Term
+from .algebra import ONES, Dense, K, Output, Pair, Q, Sweep, Term
+from .primitives import Job, Like, Plan, like
 
 V = 2  # place of the values in the tensors of Attend, whose list is q, k, v, mask..., bias
-
-
-class Plan(NamedTuple):
-    """What Attend is asked beside its tensors: how many of them are the mask, whether a bias follows, and which kernel runs."""
-
-    masks: int = 0
-    biased: bool = False
-    kernel: str = "flash"
-    causal: bool = False  # known to be the plain causal mask, which torch's kernel need not be shown
 
 
 class Attend(Function):
@@ -64,9 +57,10 @@ class Attend(Function):
             terms[at] = ("key", Term((), at + 1))
         wanted = [p for p in terms if ctx.needs_input_grad[1 + (V if p == at else p)]]
         spec = base._replace(outputs=tuple(Output(terms[p][0], (terms[p][1],)) for p in wanted))
-        # Torch's own backward computes the same from (g, out), where nothing flows into lse and all three are wanted.
-        fused = primitives.fused_backward(plan, wanted == [Q, K, at] and g_lse is None, out)
-        for p, grad in zip(wanted, run(spec, [flat[p].shape for p in wanted], flat, fused), strict=True):
+        fused = plan.fused and wanted == [Q, K, at] and g_lse is None
+        if fused:  # torch's own backward gives these three from (g, out); the derivatives of it are those of the sweep
+            flat.append(out)
+        for p, grad in zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat, plan if fused else None), strict=True):
             grads[1 + (V if p == at else p)] = grad
         return tuple(grads)
 
@@ -86,10 +80,10 @@ class Attend(Function):
         if at in moved:
             mixed.append(Term((), moved[at]))
         outputs = [Output("query", tuple(mixed))] + ([Output("query", (Term((dS,)),))] if dS else [])
-        pushed = run(base._replace(outputs=tuple(outputs)), [out.shape, lse.shape][: len(outputs)], flat)
+        pushed = run(base._replace(outputs=tuple(outputs)), [like(out), like(lse)][: len(outputs)], flat)
         if not dS:
             return pushed[0], torch.zeros_like(lse)
-        return pushed[0] - (pushed[1] * out).to(out.dtype), pushed[1].to(lse.dtype)
+        return pushed[0] - (pushed[1] * out).to(out.dtype), pushed[1]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -98,64 +92,65 @@ class Attend(Function):
 
 
 class Pass(Function):
-    """(spec, shapes, fused, *tensors) -> the outputs of a sweep, of these shapes."""
+    """(job, *tensors) -> the outputs of the sweep that the job names."""
 
     @staticmethod
-    def forward(spec: Sweep, shapes: Sequence[Sequence[int]], fused: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(primitives.sweep(spec, shapes, fused, tensors))
+    def forward(job: Job, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(primitives.sweep(job, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.spec, ctx.shapes = inputs[0], inputs[1]
+        ctx.job = inputs[0]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[3:])
-        ctx.save_for_forward(*inputs[3:])
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         flat = list(ctx.saved_tensors)
-        grads: list[Any] = [None] * (3 + len(flat))
-        needed = {p for p in range(len(flat)) if ctx.needs_input_grad[3 + p]}
+        grads: list[Any] = [None] * (1 + len(flat))
+        needed = {p for p in range(len(flat)) if ctx.needs_input_grad[1 + p]}
         given: dict[int, int] = {}
         for number, g in enumerate(cotangents):
             if g is not None:
                 given[number] = len(flat)
                 flat.append(g)
-        spec, wanted = algebra.vjp(ctx.spec, given, needed)
-        for p, grad in zip(wanted, run(spec, [flat[p].shape for p in wanted], flat), strict=True):
-            grads[3 + p] = grad
+        spec, wanted = algebra.vjp(ctx.job.sweep, given, needed)
+        for p, grad in zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat), strict=True):
+            grads[1 + p] = grad
         return tuple(grads)
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], *tangents: Any) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, saved: list[Tensor], _: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         flat = list(saved)
         moved: dict[int, int] = {}
-        for place, tangent in enumerate(tangents[3:]):
+        for place, tangent in enumerate(tangents):
             if tangent is not None:
                 moved[place] = len(flat)
                 flat.append(tangent)
-        return tuple(run(algebra.jvp(ctx.spec, moved), ctx.shapes, flat))
+        return tuple(run(algebra.jvp(ctx.job.sweep, moved), ctx.job.likes, flat))
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], spec: Sweep, shapes: Sequence[Sequence[int]], fused: Any, *tensors: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        aligned = align(in_dims[3:], tensors)
+    def vmap(info: Any, in_dims: tuple[Any, ...], job: Job, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        aligned = align(in_dims[1:], tensors)
         rank = aligned[0].dim() - 1
-        mapped = [(info.batch_size, *[1] * (rank - len(s)), *s) for s in shapes]
-        outputs = Pass.apply(spec, mapped, None, *aligned)
-        return tuple(o.reshape(info.batch_size, *s) for o, s in zip(outputs, shapes, strict=True)), (0,) * len(shapes)
+        mapped = [Like((info.batch_size, *[1] * (rank - len(o.shape)), *o.shape), o.dtype) for o in job.likes]
+        outputs = Pass.apply(dataclasses.replace(job, likes=tuple(mapped)), *aligned)
+        return tuple(x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, job.likes, strict=True)), (0,) * len(outputs)
 
 
-def run(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], fused: Any = None) -> list[Tensor]:
-    """Run a sweep as a Function, without the tensors that it does not read; outputs without terms are zeros."""
-    live = [i for i, output in enumerate(spec.outputs) if output.terms]
+def run(sweep: Sweep, likes: Sequence[Like], tensors: Sequence[Tensor], plan: Plan | None = None) -> list[Tensor]:
+    """Run a sweep as a Function, over the tensors that it reads; an output without terms is zeros.
+
+    A plan says that torch's fused backward may compute it; the last tensor is then the output of attention, which it wants.
+    """
+    live = [i for i, output in enumerate(sweep.outputs) if output.terms]
     done: dict[int, Tensor] = {}
     if live:
-        pruned, used = _prune(spec._replace(outputs=tuple(spec.outputs[i] for i in live)))
-        outputs = Pass.apply(pruned, [tuple(shapes[i]) for i in live], fused, *[tensors[p] for p in used])
-        done = dict(zip(live, outputs, strict=True))
-    return [done[i] if i in done else tensors[Q].new_zeros(tuple(shapes[i])) for i in range(len(shapes))]
+        pruned, used = _prune(sweep._replace(outputs=tuple(sweep.outputs[i] for i in live)))
+        read = [tensors[p] for p in used] + ([tensors[-1]] if plan is not None else [])
+        done = dict(zip(live, Pass.apply(Job(pruned, tuple(likes[i] for i in live), plan), *read), strict=True))
+    return [done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype) for i, o in enumerate(likes)]
 
 
 def _prune(spec: Sweep) -> tuple[Sweep, list[int]]:

@@ -1,9 +1,128 @@
-"""What runs below the family: blocks in torch operations."""
-from . import blocks
-def attend(plan, tensors):
-    q,k,v,*extra=tensors
-    return blocks.attend(q,k,v,extra[:plan.masks], extra[plan.masks] if plan.biased else None)
-def sweep(spec, shapes, fused, tensors):
-    return blocks.sweep(spec, shapes, tensors)
-def fused_backward(plan, possible, out):
-    return None
+"""What runs below the family: blocks in torch operations, or torch's own fused kernels for the value and the first gradient.
+
+Inside a compile, or wherever else tensors are not plain, both primitives are opaque custom operations: one node each, never
+unrolled or recomputed. They are private: a custom operation used directly under torch.func.jvp silently has zero tangents; the
+Functions above give it its derivatives.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from . import blocks, torch_fused
+from .algebra import Dense, Output, Pair, Sweep, Term
+
+
+class Like(NamedTuple):
+    """Shape and dtype of an output."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def like(x: Tensor) -> Like:
+    return Like(tuple(x.shape), x.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What attend is asked beside its tensors q, k, v, mask..., bias."""
+
+    masks: int = 0  # how many tensors are the mask: (start, stop), or booleans
+    biased: bool = False
+    fused: bool = False  # torch's own kernels compute the value and the first gradient
+    causal: bool = False  # the mask is known to be the plain causal one
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pass is asked beside its tensors. A plan says that torch's fused backward computes it."""
+
+    sweep: Sweep
+    likes: tuple[Like, ...]
+    plan: Plan | None = None
+
+
+def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    if _plain(tensors):
+        return _attend(plan, tensors)
+    return _attend_op(list(tensors), plan.masks, plan.biased, plan.fused, plan.causal)
+
+
+def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
+    if _plain(tensors):
+        return _sweep(job, tensors)
+    ranks = [len(o.shape) for o in job.likes]
+    sizes = [n for o in job.likes for n in o.shape]
+    names = [str(o.dtype).removeprefix("torch.") for o in job.likes]
+    return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.plan and vars(job.plan)]), ranks, sizes)
+
+
+def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    q, k, v, *extra = tensors
+    if plan.fused:
+        return torch_fused.attend(q, k, v, causal=plan.causal)
+    return blocks.attend(q, k, v, extra[: plan.masks], extra[plan.masks] if plan.biased else None)
+
+
+def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
+    shapes = [o.shape for o in job.likes]
+    if job.plan is not None:
+        q, k, lse, *_, v, g, _, out = tensors
+        outputs: Sequence[Tensor] = torch_fused.backward(shapes, q, k, v, lse, g, out, causal=job.plan.causal)
+    else:
+        outputs = blocks.sweep(job.sweep, shapes, tensors)
+    return [x.to(o.dtype) for x, o in zip(outputs, job.likes, strict=True)]
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """True for real tensors with nothing between them and their numbers."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) and not _functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+@torch.library.custom_op("funcattn::attend", mutates_args=())
+def _attend_op(tensors: list[Tensor], masks: int, biased: bool, fused: bool, causal: bool) -> tuple[Tensor, Tensor]:
+    return _attend(Plan(masks, biased, fused, causal), tensors)
+
+
+@_attend_op.register_fake
+def _(tensors: list[Tensor], masks: int, biased: bool, fused: bool, causal: bool) -> tuple[Tensor, Tensor]:
+    q, k, v, *extra = tensors
+    level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
+    lead = torch.broadcast_shapes(level, v.shape[:-2])
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(*level, q.shape[-2], 1, dtype=wide)
+
+
+@torch.library.custom_op("funcattn::sweep", mutates_args=())
+def _sweep_op(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
+    return [x.clone() if x._is_view() else x for x in _sweep(_read(job, ranks, sizes), tensors)]
+
+
+@_sweep_op.register_fake
+def _(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
+    return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in _read(job, ranks, sizes).likes]
+
+
+def _read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> Job:
+    spec, dtypes, plan = _decode(text)
+    rest = iter(sizes)
+    shapes = [tuple(next(rest) for _ in range(rank)) for rank in ranks]
+    return Job(spec, tuple(Like(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)), plan)
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode(text: str) -> tuple[Sweep, list[torch.dtype], Plan | None]:
+    (outputs, mask, bias, dropout, rate), names, plan = json.loads(text)
+    summand: Any = lambda s: Pair(*s) if len(s) == 3 else Dense(*s)
+    term = lambda t: Term(tuple(tuple(map(summand, factor)) for factor in t[0]), *t[1:])
+    spec = Sweep(tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), tuple(mask), bias, dropout, rate)
+    return spec, [getattr(torch, name) for name in names], plan and Plan(**plan)

@@ -1,0 +1,59 @@
+"""The "aten" backend: torch's fused kernels on CPU, which return the log-sum-exp, and their backward.
+
+They take four axes, so the groups of the layout are put there: batch groups as examples, row groups as heads that share one key
+head by a stride of zero; nothing is repeated in memory but the gradients of k and v, one for each query head until they are summed.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, fold, group_sizes, plan, unfold
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why torch's fused kernel cannot take these, or ""."""
+    if q.device.type != "cpu":
+        return f"on {q.device.type}, where it is not wired yet"
+    if v.shape[-1] != q.shape[-1]:
+        return "values are wider or narrower than keys"
+    if not q.shape[-2] or not k.shape[-2]:
+        return "there are no queries or no keys"
+    return ""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """out (*lead, T, D) and lse (*lead, T, 1); q carries the scale."""
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], [lead])
+    out, lse = _forward(_four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=1.0)
+    level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    lse = lse.reshape(*layout.sizes, -1, 1)
+    if level != lead:  # values alone have an axis: its log-sum-exps are all the same
+        lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(level), layout))]
+    return unfold(out.reshape(*layout.sizes, *out.shape[-2:]), layout, (*lead, *out.shape[-2:])), unfold(lse, layout, (*level, *lse.shape[-2:]))
+
+
+def backward(
+    shapes: Sequence[Sequence[int]], q: Tensor, k: Tensor, v: Tensor, lse: Tensor, g: Tensor, out: Tensor, *, causal: bool
+) -> list[Tensor]:
+    """Gradients of q, k and v, of these shapes."""
+    lead = [x.shape[:-2] for x in (q, lse, g, out)]
+    layout = plan(lead, [k.shape[:-2], v.shape[:-2]], [tuple(s[:-2]) for s in shapes])
+    of = lambda x: _four(x, layout)
+    grads = _backward(of(g), of(q), of(k), of(v), of(out), of(lse).squeeze(-1).contiguous(), 0.0, causal, scale=1.0)
+    full = [unfold(x.reshape(*layout.sizes, *x.shape[-2:]), layout, (*layout.lead, *x.shape[-2:])) for x in grads]
+    return [x.sum_to_size(tuple(s)) if x.dim() >= len(s) else x for x, s in zip(full, shapes, strict=True)]
+
+
+def _four(x: Tensor, layout: Layout) -> Tensor:
+    """(*lead, A, B) as (batch groups, row groups, A, B), repeated by strides of zero; features contiguous, as the kernel wants."""
+    x = fold(x, layout).expand(*layout.sizes, *x.shape[-2:])
+    x = x.reshape(math.prod(layout.sizes[: layout.batch]), math.prod(layout.sizes[layout.batch :]), *x.shape[-2:])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
