@@ -13,7 +13,7 @@ Every piece of a language model as a pure function of values, so that torch.func
     checkpoints            load, save                                       7
 """
 
-from . import caches, kernels, layers, masks, records, sampling, transformer
+from . import caches, kernels, layers, masks, records, sampling, transformer, tree
 from . import randomness as random
 from .caches import Branch, Cache, Delta, commit
 from .generation import Streamed, generate, stream
@@ -22,6 +22,7 @@ from .masks import Mask
 from .randomness import fold_in, key, split
 from .records import Attended, Model
 from .transformer import Config, Params, decoder
+from .tree import cast, to
 
 
 __version__ = "0.1.0"

@@ -44,8 +44,10 @@ Key: TypeAlias = Int64[Tensor, "2"]
 Sizes: TypeAlias = Sequence[int]
 
 
-def _cipher(key: Key, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32, 20 rounds: encipher the pairs (0, count) under the key's two words; all int32.
+def encipher(key: Key, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32, 20 rounds: encipher the pairs (0, count) under the key's two words; gives two words, all int32.
+
+    The key is (2,), or (2, *lead) with axes that broadcast against counts.
 
     int32 wraps around as the cipher's unsigned words do, and costs a third of masked int64. Writing in place saves two thirds
     of the time of large draws; it touches nothing but the two tensors made here.
@@ -73,7 +75,7 @@ def _words(function: str, key: Key, shape: tuple[int, ...]) -> tuple[Tensor, Ten
     n = math.prod(shape)
     if n >= 2**31:
         _checks.fail(function, "shape", "fewer than 2**31 elements", shape, "Split the key and draw in parts.")
-    return _cipher(key, torch.arange(n, dtype=torch.int32, device=key.device).reshape(shape))
+    return encipher(key, torch.arange(n, dtype=torch.int32, device=key.device).reshape(shape))
 
 
 def _join(high: Tensor, low: Tensor) -> Int64[Tensor, "*n 2"]:
@@ -136,7 +138,7 @@ def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
         if not 0 <= data <= WORD:
             _checks.fail("fold_in", "data", "in [0, 2**32)", data, "Fold in its high and its low word one after the other.")
         data = torch.full((), data, dtype=torch.int64, device=key.device)
-    return _join(*_cipher(key, data.to(device=key.device, dtype=torch.int32)))
+    return _join(*encipher(key, data.to(device=key.device, dtype=torch.int32)))
 
 
 def bits(key: Key, shape: Sizes = ()) -> Int64[Tensor, "*shape"]:

@@ -6,7 +6,7 @@ Tensors here are plain: no transform is active inside, so writing in place is le
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,8 @@ from .layout import Layout, fold, group_sizes, multiply, multiply_rows, plan, un
 LOG2E = math.log2(math.e)
 NOTHING = float("-inf")
 ELEMENTS = 2**18  # of one block of logits: 1 MB of float32, what stays in a core's cache
-KEYS = 512  # of one block, at most
+KEYS = 256  # of one block, at most
+ROWS = 128  # of one block, at least where heads or examples can be taken a few at a time instead
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,24 @@ class Blocks:
             yield line, [(column, every[n]) for n, column in enumerate(columns) if some[n]]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1); q already carries the scale.
 
     Source: Milakov and Gimelshein, arXiv:1805.02867; Dao et al., FlashAttention, arXiv:2205.14135.
     """
+    T, extra = q.shape[-2], [*mask, *([] if bias is None else [bias])]
+    level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
+    lead = torch.broadcast_shapes(level, v.shape[:-2])
+
+    def part(_: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        q, k, v, *extra = tensors
+        return _attend(q, k, v, extra[: len(mask)], extra[len(mask)] if bias is not None else None)
+
+    out, lse = in_parts(part, [(*lead, T, v.shape[-1]), (*level, T, 1)], [q, k, v, *extra], [K, 2], [Q, K])
+    return out, lse
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None) -> tuple[Tensor, Tensor]:
     T, S = q.shape[-2], k.shape[-2]
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))])
     others = [x.shape[:-2] for x in mask] + ([] if bias is None else [bias.shape[:-2]]) + [lead]
@@ -91,7 +103,47 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor
 
     An output is summed over the leading axes that its terms have and its shape lacks, and repeated over those it alone has.
     """
-    return _Sweeper(spec, shapes, tensors).run()
+    _, keyed, _ = places(spec)
+    return in_parts(lambda shapes, tensors: _Sweeper(spec, shapes, tensors).run(), shapes, tensors, sorted(keyed), [Q, K, L])
+
+
+def in_parts(
+    run: Callable[[Sequence[Sequence[int]], Sequence[Tensor]], Sequence[Tensor]],
+    shapes: Sequence[Sequence[int]],
+    tensors: Sequence[Tensor],
+    keyed: Sequence[int],
+    weighing: Sequence[int],
+) -> list[Tensor]:
+    """Run over a few heads or examples at a time, so that blocks stay in cache and still have rows enough for an efficient product.
+
+    The axis is the longest one that the key side has (`keyed`, places) and that P depends on (`weighing`), so that every term does: an
+    output that lacks the axis is then the sum over it.
+    """
+    lead = torch.broadcast_shapes(*[x.shape[:-2] for x in tensors], *[tuple(s[:-2]) for s in shapes])
+    some = lambda where, axis: any(_has(tensors[p].shape, axis) for p in where)
+    axes = [axis for axis in range(-len(lead), 0) if some(keyed, axis) and some(weighing, axis)]
+    axis = max(axes, key=lambda a: lead[a], default=0)
+    block = math.prod(lead) * min(ROWS, tensors[Q].shape[-2]) * min(KEYS, tensors[K].shape[-2])
+    if not axis or block <= ELEMENTS:
+        return list(run(shapes, tensors))
+    step = max(1, lead[axis] * ELEMENTS // block)
+    whole: list[Tensor] = []
+    for begin in range(0, lead[axis], step):
+        here = slice(begin, min(begin + step, lead[axis]))
+        cut = lambda x: x.narrow(axis - 2, here.start, here.stop - here.start) if _has(x.shape, axis) else x
+        sizes = [(*s[: axis - 2], here.stop - here.start, *s[len(s) + axis - 1 :]) if _has(s, axis) else s for s in shapes]
+        parts = in_parts(run, sizes, [cut(x) for x in tensors], keyed, weighing)
+        if not whole:
+            whole = [x.new_zeros(tuple(s)) for x, s in zip(parts, shapes, strict=True)]
+        for total, x in zip(whole, parts, strict=True):
+            into = cut(total)
+            into += x  # a shape without the axis is a sum over it
+    return whole
+
+
+def _has(shape: Sequence[int], axis: int) -> bool:
+    """True where a shape has more than one of a leading axis, counted from the last two backwards."""
+    return len(shape) - 2 >= -axis and shape[axis - 2] != 1
 
 
 class _Seen:

@@ -19,6 +19,7 @@ from .._autodiff import transforming
 from ..masks import Mask
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("funcattn_kernel", default=None)
+_forced_last: str | None = None  # the same for compiled code, which can guard on a global but not read a context variable
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,9 @@ def verdicts(r: Request, kernel: str | None = None) -> tuple[Verdict, ...]:
 
 def choose(r: Request, kernel: str | None = None) -> str:
     """The name of the kernel that runs; forced by the argument, else by `use`, else automatic."""
+    if torch.compiler.is_compiling():  # transforms cannot be seen from here: what composes is taken
+        forced = kernel if kernel is not None else _forced_last
+        return forced if forced is not None else "reference" if r.q.shape[-2] <= FEW else "flash"
     return next(v.kernel for v in verdicts(r, kernel) if v.chosen)
 
 
@@ -156,8 +160,11 @@ def use(kernel: str) -> Iterator[None]:
     """
     if kernel not in KERNELS:
         _checks.fail("kernels.use", "kernel", f"one of {', '.join(map(repr, KERNELS))}", repr(kernel), "See kernels.explain.")
-    token = _forced.set(kernel)
+    global _forced_last
+    token, before = _forced.set(kernel), _forced_last
+    _forced_last = kernel
     try:
         yield
     finally:
         _forced.reset(token)
+        _forced_last = before

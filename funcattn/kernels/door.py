@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _checks
 from ..masks import Mask
 from ..records import Attended
-from . import choice, dropout, flash, fused, reference
+from . import choice, dropout, flash, fused, reference, torch_fused
 from .choice import Explanation, Request
 
 
@@ -112,14 +112,10 @@ def _run(r: Request, kernel: str) -> Attended:
 
 def _is_causal(mask: Mask | Tensor | None, S: int) -> bool:
     """True where a Mask is known to be the plain causal one, found by looking at its 2 T numbers."""
-    if not isinstance(mask, Mask) or mask.start.shape[-1] != 1 or mask.start.dim() != 2:
+    if not isinstance(mask, Mask):
         return False
     start, stop = _checks.value(mask.start), _checks.value(mask.stop)
-    if start is None or stop is None:
-        return False
-    T = start.shape[-2]
-    last = torch.arange(1, T + 1, device=stop.device).clamp(max=S).unsqueeze(-1)
-    return bool((start == 0).all()) and torch.equal(stop.clamp(max=S), last)
+    return start is not None and stop is not None and torch_fused.is_causal((start, stop), S)
 
 
 def _request(

@@ -22,7 +22,7 @@ def keep(keys: Tensor, line: slice, column: slice, rate: float) -> Tensor:
     """1 / (1 - rate) where the pair is kept, else 0, float32 (*groups, rows, columns); keys are (*groups, 1, 2)."""
     count = lambda part: torch.arange(part.start, part.stop, dtype=torch.int32, device=keys.device)
     of_head = keys.movedim(-1, 0).unsqueeze(-1)  # (2, *groups, 1, 1)
-    of_row = torch.stack(randomness._cipher(of_head, count(line).unsqueeze(-1)))
-    x, y = randomness._cipher(of_row, count(column))
+    of_row = torch.stack(randomness.encipher(of_head, count(line).unsqueeze(-1)))
+    x, y = randomness.encipher(of_row, count(column))
     word = (x ^ y).long() & randomness.WORD
     return (word >= math.ceil(rate * 2**32)).float() / (1 - rate)

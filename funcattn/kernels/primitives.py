@@ -36,8 +36,7 @@ class Plan:
 
     masks: int = 0  # how many tensors are the mask: (start, stop), or booleans
     biased: bool = False
-    fused: bool = False  # torch's own kernels compute the value and the first gradient
-    causal: bool = False  # the mask is known to be the plain causal one
+    fused: bool = False  # torch's own kernels may compute the value and the first gradient, if the mask turns out to be causal
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Job:
 def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if _plain(tensors):
         return _attend(plan, tensors)
-    return _attend_op(list(tensors), plan.masks, plan.biased, plan.fused, plan.causal)
+    return _attend_op(list(tensors), plan.masks, plan.biased, plan.fused)
 
 
 def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -66,16 +65,18 @@ def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
-    if plan.fused:
-        return torch_fused.attend(q, k, v, causal=plan.causal)
-    return blocks.attend(q, k, v, extra[: plan.masks], extra[plan.masks] if plan.biased else None)
+    mask = extra[: plan.masks]
+    if plan.fused and (not mask or torch_fused.is_causal(mask, k.shape[-2])):
+        return torch_fused.attend(q, k, v, causal=bool(mask))
+    return blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None)
 
 
 def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     shapes = [o.shape for o in job.likes]
-    if job.plan is not None:
+    mask = [tensors[p] for p in job.sweep.mask]
+    if job.plan is not None and (not mask or torch_fused.is_causal(mask, tensors[1].shape[-2])):
         q, k, lse, *_, v, g, _, out = tensors
-        outputs: Sequence[Tensor] = torch_fused.backward(shapes, q, k, v, lse, g, out, causal=job.plan.causal)
+        outputs: Sequence[Tensor] = torch_fused.backward(shapes, q, k, v, lse, g, out, causal=bool(mask))
     else:
         outputs = blocks.sweep(job.sweep, shapes, tensors)
     return [x.to(o.dtype) for x, o in zip(outputs, job.likes, strict=True)]
@@ -89,12 +90,13 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
 
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())
-def _attend_op(tensors: list[Tensor], masks: int, biased: bool, fused: bool, causal: bool) -> tuple[Tensor, Tensor]:
-    return _attend(Plan(masks, biased, fused, causal), tensors)
+def _attend_op(tensors: list[Tensor], masks: int, biased: bool, fused: bool) -> tuple[Tensor, Tensor]:
+    out, lse = _attend(Plan(masks, biased, fused), tensors)
+    return out.contiguous(), lse.contiguous()  # the strides that the fake kernel promised
 
 
 @_attend_op.register_fake
-def _(tensors: list[Tensor], masks: int, biased: bool, fused: bool, causal: bool) -> tuple[Tensor, Tensor]:
+def _(tensors: list[Tensor], masks: int, biased: bool, fused: bool) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
     lead = torch.broadcast_shapes(level, v.shape[:-2])
@@ -104,7 +106,7 @@ def _(tensors: list[Tensor], masks: int, biased: bool, fused: bool, causal: bool
 
 @torch.library.custom_op("funcattn::sweep", mutates_args=())
 def _sweep_op(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
-    return [x.clone() if x._is_view() else x for x in _sweep(_read(job, ranks, sizes), tensors)]
+    return [x.contiguous() for x in _sweep(_read(job, ranks, sizes), tensors)]
 
 
 @_sweep_op.register_fake

@@ -27,6 +27,15 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str:
     return ""
 
 
+def is_causal(mask: Sequence[Tensor], S: int) -> bool:
+    """True where intervals (*ones, T, 1) are those of the plain causal mask: query i sees the keys 0..i."""
+    if len(mask) != 2 or mask[0].shape[-1] != 1 or mask[0].numel() != mask[0].shape[-2]:
+        return False
+    start, stop = (x.flatten() for x in mask)
+    last = torch.arange(1, len(stop) + 1, device=stop.device).clamp(max=S)
+    return not bool(start.any()) and torch.equal(stop.clamp(max=S), last)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """out (*lead, T, D) and lse (*lead, T, 1); q carries the scale."""
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
