@@ -100,8 +100,8 @@ def window(T: int, size: int, *, offset: int | Tensor = 0) -> Mask:
 
 def prefix(T: int, n: int | Tensor) -> Mask:
     """Every query sees the first n keys; n is an int or an int64 tensor (*lead,)."""
-    stop = _positions(T, 0) * 0 + (n.unsqueeze(-1).unsqueeze(-1) if isinstance(n, Tensor) else n)
-    return Mask(*_canonical(torch.zeros_like(stop), stop))
+    start = torch.zeros_like(_positions(T, n))
+    return Mask(*_canonical(start, start + (n.unsqueeze(-1).unsqueeze(-1) if isinstance(n, Tensor) else n)))
 
 
 def sinks(T: int, n: int | Tensor) -> Mask:
@@ -137,7 +137,9 @@ def segments(ids: Tensor) -> Mask:
     ordered = ids.sort(-1).values
     distinct = 1 + (ordered[..., 1:] != ordered[..., :-1]).sum(-1)
     if _checks.is_true(starts.sum(-1) > distinct):
-        _checks.fail("masks.segments", "ids", "one run for each document", "an id in two runs", "Give each document an id of its own.")
+        _checks.fail(
+            "masks.segments", "ids", "one run for each document", "an id in two runs", "Give each document an id of its own."
+        )
     start = torch.where(starts, place, 0).cummax(-1).values
     stop = torch.where(ends, place + 1, T).flip(-1).cummin(-1).values.flip(-1)
     return Mask(start.unsqueeze(-1), stop.unsqueeze(-1))
@@ -150,7 +152,9 @@ def intersection(a: Mask, b: Mask) -> Mask:
     """
     _same_queries("&", a, b)
     n, m = a.start.shape[-1], b.start.shape[-1]
-    start = torch.maximum(a.start.unsqueeze(-1), b.start.unsqueeze(-2)).flatten(-2)  # every pair, of which n + m - 1 can be non-empty
+    start = torch.maximum(a.start.unsqueeze(-1), b.start.unsqueeze(-2)).flatten(
+        -2
+    )  # every pair, of which n + m - 1 can be non-empty
     stop = torch.minimum(a.stop.unsqueeze(-1), b.stop.unsqueeze(-2)).flatten(-2)
     start, stop = _canonical(start, stop)
     return Mask(start[..., : n + m - 1], stop[..., : n + m - 1])
@@ -167,7 +171,7 @@ def union(a: Mask, b: Mask) -> Mask:
 def complement(m: Mask) -> Mask:
     """Keys that the mask hides; `~m`, or this function in compiled code (torch.compile refuses `~` on an object)."""
     start, stop = _canonical(m.start, m.stop)
-    edge = torch.zeros_like(start[..., :1])
+    edge = start.new_zeros(*start.shape[:-1], 1)
     return Mask(*_canonical(torch.cat([edge, stop], -1), torch.cat([start, edge + END], -1)))
 
 
