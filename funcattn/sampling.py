@@ -75,8 +75,7 @@ greedy = stateless(_argmax_only, deterministic=True)
 
 def temperature(t: float | Tensor) -> Sampler:
     """Divide logits by t > 0: below 1 sharper, above 1 flatter. For the limit 0 use `greedy`."""
-    if not isinstance(t, Tensor) and not t > 0:
-        _checks.fail("temperature", "t", "above 0", t, "For the most likely token use sampling.greedy.")
+    _require(t > 0, "temperature", "t", "above 0", t, "For the most likely token use sampling.greedy.")
     return stateless(lambda logits: logits / t)
 
 
@@ -85,24 +84,25 @@ def top_k(k: int | Tensor) -> Sampler:
 
     Source: Fan, Lewis and Dauphin, Hierarchical neural story generation, arXiv:1805.04833.
     """
-    if not isinstance(k, Tensor) and k < 1:
-        _checks.fail("top_k", "k", "at least 1", k, "k = 1 keeps the most likely token.")
+    if isinstance(k, float) or (isinstance(k, Tensor) and k.is_floating_point()):
+        _checks.fail("top_k", "k", "an integer", k, "For a share of the probability use top_p.", TypeError)
+    _require(k >= 1, "top_k", "k", "at least 1", k, "k = 1 keeps the most likely token.")
     return stateless(lambda logits: torch.where(_rank(logits) < k, logits, float("-inf")))
 
 
 def top_p(p: float | Tensor) -> Sampler:
-    """Keep the most likely tokens until their probabilities reach p; always at least one.
+    """Keep the most likely tokens until their probabilities reach p: at least one, and of equals the lower ids; p = 1 keeps all.
 
     Source: Holtzman et al., The curious case of neural text degeneration, arXiv:1904.09751.
     """
-    if not isinstance(p, Tensor) and not 0 < p <= 1:
-        _checks.fail("top_p", "p", "in (0, 1]", p, "p = 1 keeps every token.")
+    _require((p > 0) & (p <= 1), "top_p", "p", "in (0, 1]", p, "p = 1 keeps every token.")
 
     def transform(logits: Tensor) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probability = ordered.softmax(-1)
-        before = probability.cumsum(-1) - probability  # mass of the more likely ones; exactly 0 for the first
-        keep = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < p)
+        reached = ordered.softmax(-1).cumsum(-1)
+        before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)  # mass of the more likely ones
+        kept = (before < p) | (p >= 1)  # rounding can bring the sum to 1 before the last token
+        keep = torch.zeros_like(kept).scatter(-1, order, kept)
         return torch.where(keep, logits, float("-inf"))
 
     return stateless(transform)
@@ -113,8 +113,7 @@ def min_p(p: float | Tensor) -> Sampler:
 
     Source: Nguyen et al., Turning up the heat: min-p sampling, arXiv:2407.01082.
     """
-    if not isinstance(p, Tensor) and not 0 <= p <= 1:
-        _checks.fail("min_p", "p", "in [0, 1]", p, "p = 0 keeps every token, p = 1 the most likely ones.")
+    _require((p >= 0) & (p <= 1), "min_p", "p", "in [0, 1]", p, "p = 0 keeps every token, p = 1 the most likely ones.")
     ratio = lambda logits: (logits - logits.amax(-1, keepdim=True)).exp()
     return stateless(lambda logits: torch.where(ratio(logits) >= p, logits, float("-inf")))
 
@@ -136,10 +135,23 @@ def law(sampler: Sampler) -> Callable[..., Tensor]:
 
 
 def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """One token () from logits (V,), and the state that has seen it."""
+    """One token () from logits (V,), and the state that has seen it.
+
+    Raises:
+        ValueError: the sampler left no token, or NaN (checked where values are concrete, in every row under vmap).
+    """
     filtered, state = sampler.update(_accurate(logits), state)
+    if _checks.is_true(~filtered.amax(-1).isfinite()):
+        remedy = "Look for NaN in the logits, and let no filter hide every token."
+        _checks.fail("draw", "what the sampler leaves", "one token at least, and no NaN", "nothing to draw from", remedy)
     token = filtered.argmax(-1) if sampler.deterministic else randomness.categorical(key, filtered)
     return token, sampler.observe(token, state)
+
+
+def _require(holds: bool | Tensor, function: str, argument: str, wanted: str, got: Any, remedy: str) -> None:
+    """Fail where a number, or any entry of a tensor that can be looked at, is out of range."""
+    if _checks.is_true(~holds) if isinstance(holds, Tensor) else not holds:
+        _checks.fail(function, argument, wanted, _checks.peek(got) if isinstance(got, Tensor) else got, remedy)
 
 
 def _rank(logits: Tensor) -> Tensor:

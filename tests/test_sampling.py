@@ -1,0 +1,244 @@
+"""Each sampler's law against lists and sorted(), and draws against the law that was promised."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch.func import grad, jvp, vmap
+
+import funcattn as fa
+from funcattn.sampling import Sampler, chain, draw, greedy, law, min_p, stateless, temperature, top_k, top_p
+
+INF = float("inf")
+
+# few values, so that there are ties, and hidden tokens among them
+LOGITS = st.lists(st.sampled_from([-INF, -3.0, 0.0, 0.5, 0.5, 2.0]), min_size=1, max_size=8)
+SHARES = [1e-9, 0.123, 0.37, 0.61, 0.83, 0.99, 1.0]  # none is a sum of the probabilities that these logits give, but the last
+
+
+def softmax(logits):
+    mass = [math.exp(x - max(logits)) for x in logits]
+    return [m / math.fsum(mass) for m in mass]
+
+
+def ranked(logits):
+    """Ids from the most to the least likely, equals by id."""
+    return sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+
+
+def hide(logits, kept):
+    return [x if i in kept else -INF for i, x in enumerate(logits)]
+
+
+def naive_top_p(logits, p):
+    probability, kept, reached = softmax(logits), [], 0.0
+    for i in ranked(logits):
+        if p == 1 or reached < p:
+            kept.append(i)
+        reached += probability[i]
+    return hide(logits, kept)
+
+
+def naive_min_p(logits, p):
+    probability = softmax(logits)
+    return hide(logits, [i for i, share in enumerate(probability) if share >= p * max(probability) * (1 - 1e-12)])
+
+
+NAIVE = {
+    "temperature": (temperature, lambda x, t: [a / t for a in x], [0.1, 0.7, 1.0, 3.0]),
+    "top_k": (top_k, lambda x, k: hide(x, ranked(x)[:k]), [1, 2, 3, 100]),
+    "top_p": (top_p, naive_top_p, SHARES),
+    "min_p": (min_p, naive_min_p, [0.0, 0.05, 0.5, 1.0]),
+    "greedy": (lambda _: greedy, lambda x, _: hide(x, ranked(x)[:1]), [0]),
+}
+
+
+@given(LOGITS, st.sampled_from([(name, option) for name, (_, _, options) in NAIVE.items() for option in options]))
+def test_the_law_of_each_sampler_is_that_of_a_list(logits, which):
+    assume(max(logits) > -INF)
+    make, naive, _ = NAIVE[which[0]]
+    got = law(make(which[1]))(torch.tensor(logits, dtype=torch.float64)).exp()
+    torch.testing.assert_close(got, torch.tensor(softmax(naive(logits, which[1])), dtype=torch.float64))
+
+
+@given(LOGITS, st.permutations([temperature(0.5), top_k(3), top_p(0.9), min_p(0.1)]))
+def test_a_law_sums_to_one_in_any_order(logits, samplers):
+    assume(max(logits) > -INF)
+    got = law(chain(*samplers))(torch.tensor(logits))
+    torch.testing.assert_close(got.exp().sum(), torch.tensor(1.0))
+    assert not got.isnan().any()
+
+
+@given(LOGITS, st.integers(1, 9))
+def test_exactly_k_tokens_are_kept(logits, k):
+    assume(max(logits) > -INF)
+    kept = law(top_k(k))(torch.tensor(logits)).isfinite().sum()
+    assert int(kept) == min(k, sum(x > -INF for x in logits))
+
+
+def test_of_equals_the_lower_ids_are_kept():
+    equal = torch.zeros(5)
+    ids = lambda sampler: law(sampler)(equal).isfinite().nonzero().flatten().tolist()
+    assert ids(top_k(2)) == [0, 1]
+    assert ids(top_p(0.5)) == [0, 1, 2]
+    assert ids(greedy) == [0]
+    assert ids(min_p(1.0)) == [0, 1, 2, 3, 4]
+
+
+def test_a_share_of_one_keeps_every_token_however_unlikely():
+    logits = torch.tensor([50.0, 0.0, -50.0])  # in float32 the first has all the mass
+    assert law(top_p(1.0))(logits).tolist() == [0.0, -50.0, -100.0]
+    assert law(top_p(torch.tensor(1.0)))(logits).tolist() == [0.0, -50.0, -100.0]
+    assert law(min_p(0.0))(logits).tolist() == [0.0, -50.0, -100.0]
+
+
+@pytest.mark.parametrize("sampler", [temperature(0.5), top_k(2), top_p(0.5), min_p(0.5), greedy])
+def test_the_only_token_left_is_certain(sampler):
+    logits = torch.tensor([-INF, -7.0, -INF])
+    assert law(sampler)(logits).tolist() == [-INF, 0.0, -INF]
+    assert draw(fa.key(0), sampler, logits, sampler.init(3))[0] == 1
+
+
+def test_the_order_of_a_chain_matters():
+    logits = torch.tensor([2.0, 1.0, 0.0])
+    flat, kept = temperature(10.0), top_p(0.6)
+    assert law(chain(kept, flat))(logits).isfinite().tolist() == [True, False, False]
+    assert law(chain(flat, kept))(logits).isfinite().tolist() == [True, True, False]
+
+
+def test_a_chain_of_chains_is_one_chain_and_the_empty_one_is_softmax():
+    logits = fa.random.normal(fa.key(0), (9,))
+    nested = chain(chain(temperature(0.5), top_k(4)), chain(), top_p(0.9))
+    assert torch.equal(law(nested)(logits), law(chain(temperature(0.5), top_k(4), top_p(0.9)))(logits))
+    assert torch.equal(law(chain())(logits), logits.log_softmax(-1))
+
+
+def test_half_precision_logits_have_a_float32_law():
+    logits = fa.random.normal(fa.key(0), (9,)).bfloat16()
+    assert torch.equal(law(temperature(0.7))(logits), law(temperature(0.7))(logits.float()))
+    assert law(top_k(2))(logits).dtype == torch.float32
+
+
+CHI_SQUARE = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47}  # quantiles at 0.999 by degrees of freedom
+
+
+@pytest.mark.parametrize("sampler", [chain(), temperature(0.5), chain(temperature(2.0), top_k(3)), top_p(0.7), min_p(0.2)])
+def test_draws_follow_the_law(sampler):
+    logits, N = torch.tensor([0.0, 1.0, -1.0, 1.5, -INF, 0.3]), 4000
+    tokens = vmap(lambda key: draw(key, sampler, logits, sampler.init(6))[0])(fa.split(fa.key(7), N))
+    counts, expected = torch.bincount(tokens, minlength=6), N * law(sampler)(logits).exp()
+    kept = expected > 0
+    assert not counts[~kept].any()
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert statistic < CHI_SQUARE[int(kept.sum()) - 1]
+
+
+@pytest.mark.parametrize("sampler", [chain(temperature(0.7), top_k(3), top_p(0.9)), greedy, min_p(0.3)])
+def test_vmap_is_the_loop(sampler):
+    rows, keys = fa.random.normal(fa.key(1), (5, 7)), fa.split(fa.key(2), 5)
+    one = lambda key, logits: draw(key, sampler, logits, sampler.init(7))[0]
+    assert torch.equal(vmap(one)(keys, rows), torch.stack([one(key, row) for key, row in zip(keys, rows, strict=True)]))
+    assert torch.equal(vmap(law(sampler))(rows), torch.stack([law(sampler)(row) for row in rows]))
+
+
+@pytest.mark.parametrize(
+    ("make", "options"), [(temperature, [0.5, 1.0, 2.0]), (top_k, [1, 2, 5]), (top_p, [0.2, 0.8, 1.0]), (min_p, [0.0, 0.3, 1.0])]
+)
+def test_thresholds_may_be_tensors_one_for_each_row(make, options):
+    rows = fa.random.normal(fa.key(1), (3, 5), torch.float64)
+    tensors = torch.tensor(options, dtype=torch.int64 if make is top_k else torch.float64)
+    got = vmap(lambda option, row: law(make(option))(row))(tensors, rows)
+    for row, logits, option in zip(got, rows, options, strict=True):
+        torch.testing.assert_close(row, law(make(option))(logits))
+
+
+def test_a_law_has_finite_derivatives_where_tokens_are_hidden():
+    logits = torch.tensor([0.0, 1.0, -INF, 2.0], dtype=torch.float64)
+    f = lambda logits: law(chain(temperature(0.5), top_k(2)))(logits)[3]
+    of_the_other = 1 / (1 + math.exp(2))  # probability of token 1, whose logit is 2 below that of token 3 at this temperature
+    wanted = torch.tensor([0.0, -2 * of_the_other, 0.0, 2 * of_the_other], dtype=torch.float64)
+    torch.testing.assert_close(grad(f)(logits), wanted)
+    tangent = jvp(f, (logits,), (torch.arange(4.0, dtype=torch.float64),))[1]
+    torch.testing.assert_close(tangent, (wanted * torch.arange(4)).sum())
+
+
+def test_compiled_samplers_have_the_same_law():
+    sampler = chain(temperature(0.7), top_k(4), top_p(0.9), min_p(0.01))
+    logits = fa.random.normal(fa.key(1), (9,))
+    one = lambda key, logits: draw(key, sampler, logits, sampler.init(9))[0]
+    assert torch.equal(torch.compile(law(sampler), fullgraph=True, backend="eager")(logits), law(sampler)(logits))
+    assert torch.equal(torch.compile(one, fullgraph=True, backend="eager")(fa.key(3), logits), one(fa.key(3), logits))
+
+
+def once():
+    """A sampler with a state: what was drawn is not drawn again."""
+    return Sampler(
+        lambda V: torch.zeros(V, dtype=torch.bool),
+        lambda logits, seen: (torch.where(seen, -INF, logits), seen),
+        lambda token, seen: seen | (torch.arange(len(seen)) == token),
+    )
+
+
+def test_the_states_of_a_chain_are_those_of_its_parts_and_values():
+    sampler = chain(temperature(0.5), once(), greedy)
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    state, tokens, states = sampler.init(3), [], []
+    for key in fa.split(fa.key(0), 3):
+        states.append(state)
+        token, state = draw(key, sampler, logits, state)
+        tokens.append(int(token))
+    assert tokens == [1, 2, 0]
+    assert int(draw(fa.key(0), sampler, logits, states[1])[0]) == 2  # an older state is a rewound sampler
+    assert [int(s[1].sum()) for s in (*states, state)] == [0, 1, 2, 3]
+    assert law(sampler)(logits, states[2]).tolist() == [0.0, -INF, -INF]
+    with pytest.raises(ValueError, match="draw: what the sampler leaves should be one token at least"):
+        draw(fa.key(0), sampler, logits, state)
+
+
+def test_greedy_draws_without_noise_wherever_it_stands_in_a_chain():
+    assert greedy.deterministic
+    assert chain(greedy, temperature(2.0)).deterministic
+    assert chain(temperature(2.0), chain(greedy)).deterministic
+    assert not chain(temperature(2.0), top_k(1)).deterministic
+
+
+def test_smaller_thresholds_keep_no_more():
+    logits = fa.random.normal(fa.key(1), (20,))
+    for make, options in ((top_k, [1, 2, 5, 30]), (top_p, [0.1, 0.5, 0.9, 1.0]), (min_p, [1.0, 0.5, 0.1, 0.0])):
+        kept = [law(make(option))(logits).isfinite() for option in options]
+        assert all((fewer <= more).all() for fewer, more in pairwise(kept))
+        assert kept[0].any()
+        assert kept[-1].all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "message"),
+    [
+        (
+            lambda: temperature(0.0),
+            ValueError,
+            "temperature: t should be above 0, got 0.0. For the most likely token use sampling.greedy",
+        ),
+        (lambda: temperature(float("nan")), ValueError, "above 0, got nan"),
+        (lambda: temperature(torch.tensor(-1.0)), ValueError, "temperature: t should be above 0"),
+        (lambda: vmap(lambda t: law(temperature(t))(torch.ones(2)))(torch.tensor([1.0, 0.0])), ValueError, "above 0"),
+        (lambda: top_k(0), ValueError, "top_k: k should be at least 1, got 0"),
+        (lambda: top_k(torch.tensor(0)), ValueError, "at least 1"),
+        (lambda: top_k(2.5), TypeError, "an integer, got 2.5. For a share of the probability use top_p"),
+        (lambda: top_p(0.0), ValueError, r"top_p: p should be in \(0, 1\], got 0.0"),
+        (lambda: top_p(1.5), ValueError, r"in \(0, 1\]"),
+        (lambda: top_p(torch.tensor([0.5, 1.5])), ValueError, r"in \(0, 1\]"),
+        (lambda: min_p(-0.1), ValueError, r"min_p: p should be in \[0, 1\]"),
+        (lambda: min_p(torch.tensor(2.0)), ValueError, r"in \[0, 1\]"),
+        (lambda: chain(temperature(1.0), top_k), TypeError, r"argument 1 should be a Sampler, got a function\. Call a factory"),
+        (lambda: draw(fa.key(0), chain(), torch.tensor([0.0, float("nan")]), ()), ValueError, "no NaN"),
+        (lambda: draw(fa.key(0), greedy, torch.tensor([0.0, float("nan")]), ()), ValueError, "no NaN"),
+        (lambda: draw(fa.key(0), stateless(lambda x: x - INF), torch.zeros(3), ()), ValueError, "let no filter hide every token"),
+    ],
+)
+def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
+    with pytest.raises(kind, match=message):
+        wrong()
