@@ -122,8 +122,8 @@ def law(sampler: Sampler) -> Callable[..., Tensor]:
     """The log-probabilities that a sampler draws from, as a function (logits (V,), state=None) -> (V,) in float32 at least.
 
     Example:
-        >>> law(chain(temperature(0.5), top_k(2)))(torch.tensor([0.0, 1.0, 2.0])).exp().round(decimals=3).tolist()
-        [0.0, 0.119, 0.881]
+        >>> law(chain(temperature(0.5), top_k(2)))(torch.tensor([0.0, 1.0, 2.0])).exp()
+        tensor([0.0000, 0.1192, 0.8808])
     """
 
     def log_probabilities(logits: Tensor, state: Any = None) -> Tensor:
