@@ -6,6 +6,7 @@ Tensors here are plain: no transform is active inside, so writing in place is le
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from . import dropout
-from .algebra import ONES, Dense, Factor, K, L, Output, Q, Sweep, Term, places
+from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, Term, places
 from .layout import Layout, fold, group_sizes, multiply, multiply_rows, plan, unfold
 
 LOG2E = math.log2(math.e)
 NOTHING = float("-inf")
-ELEMENTS = 2**18  # of one block of logits: 1 MB of float32, what stays in a core's cache
+ELEMENTS = 2**17  # of one block of logits: half a megabyte of float32, so that a few of them stay in a core's cache
 KEYS = 256  # of one block, at most
-ROWS = 128  # of one block, at least where heads or examples can be taken a few at a time instead
+ROWS = 512  # of one block, at least where heads or examples can be taken a few at a time instead
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,21 @@ class _Sweeper:
         self.targets = [group_sizes(tuple(s[:-2]), layout) for s in shapes]
         self.keep = [any(t[i] != 1 for t, o in zip(self.targets, spec.outputs, strict=True) if o.side == "key") for i in range(len(layout.groups))]
         self.T, self.S = tensors[Q].shape[-2], tensors[K].shape[-2]
+        self.uses, self.joined = self._factors()
         self.out = [self.scaled.new_zeros(*t, *s[-2:]) for t, s in zip(self.targets, shapes, strict=True)]
+
+    def _factors(self) -> tuple[Counter[Factor], dict[Factor, tuple[Tensor, Tensor]]]:
+        """How many products hold a factor, and the features of its pairs side by side, [a_1, a_2] . [b_1, b_2], where they may stand so."""
+        products = {term.factors for output in self.spec.outputs for term in output.terms}
+        uses = Counter(factor for product in products for factor in set(product))
+        joined = {}
+        for factor in uses:
+            pairs = [s for s in factor if isinstance(s, Pair) and ONES not in (s.a, s.b)]
+            left, right = [self.x[s.a] if s.sign == 1 else self.x[s.a] * s.sign for s in pairs], [self.x[s.b] for s in pairs]
+            if pairs and all(len({x.shape[:-2] for x in side}) == 1 for side in (left, right)):
+                join = lambda side: side[0] if len(side) == 1 else torch.cat(side, -1)
+                joined[factor] = join(left), join(right)
+        return uses, joined
 
     def run(self) -> list[Tensor]:
         groups = torch.broadcast_shapes((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
@@ -230,15 +245,36 @@ class _Sweeper:
         """P times a product of factors; products that begin alike are computed once."""
         if product not in weights:
             head = self._weight(product[:-1], weights, factors, line, column)
-            if product[-1] not in factors:
-                factors[product[-1]] = self._factor(product[-1], line, column)
-            weights[product] = head * factors[product[-1]]
+            last = product[-1]
+            if self.uses[last] == 1 and len(product) == 1:  # no one else reads this factor: it becomes the weight
+                fresh = self._factor(last, line, column)
+                weights[product] = fresh.mul_(head) if fresh.shape == head.shape else head * fresh
+                return weights[product]
+            if last not in factors:
+                factors[last] = self._factor(last, line, column)
+            weights[product] = head * factors[last]
         return weights[product]
 
     def _factor(self, factor: Factor, line: slice, column: slice) -> Tensor:
-        return self._sum([(s.sign, self._summand(s, line, column)) for s in factor])
+        """A fresh block of a factor: its pairs in one product, then what is constant along queries or keys."""
+        total = None
+        if factor in self.joined:
+            a, b = self.joined[factor]
+            total = multiply(a[..., line, :], b[..., column, :].mT, self.layout.batch)
+        for summand in factor:
+            if total is not None and isinstance(summand, Pair) and ONES not in (summand.a, summand.b):
+                continue
+            x = self._summand(summand, line, column)
+            if total is None:
+                total = x * summand.sign
+            elif total.shape == torch.broadcast_shapes(total.shape, x.shape):
+                total.add_(x, alpha=summand.sign)
+            else:
+                total = torch.add(total, x, alpha=summand.sign)
+        assert total is not None
+        return total
 
-    def _summand(self, summand: Dense | tuple, line: slice, column: slice) -> Tensor:
+    def _summand(self, summand: Pair | Dense, line: slice, column: slice) -> Tensor:
         if isinstance(summand, Dense):
             return block_of(self.tensors[summand.m], self.layout, line, column).to(self.wide)
         a, b, _ = summand

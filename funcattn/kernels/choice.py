@@ -144,6 +144,8 @@ def choose(r: Request, kernel: str | None = None) -> str:
     if torch.compiler.is_compiling():  # transforms cannot be seen from here: what composes is taken
         forced = kernel if kernel is not None else _forced_last
         return forced if forced is not None else "reference" if r.q.shape[-2] <= FEW else "flash"
+    if kernel is None and _forced.get() is None:
+        return next(name for name, (_, obstacle_of) in KERNELS.items() if not (obstacle_of(r) or _reluctance(name, r)))
     return next(v.kernel for v in verdicts(r, kernel) if v.chosen)
 
 

@@ -41,6 +41,9 @@ class Attend(Function):
         if g is None and g_lse is None:
             return tuple(grads)
         plan, (q, k, v, *extra) = ctx.plan, tensors
+        if g is not None and g_lse is None and (last := primitives.last_gradient(plan, tensors, lse, g, out)):
+            grads[1:4] = last
+            return tuple(grads)
         at, base = _base(plan)
         flat = [q, k, lse, *extra, v]
         x: list[Pair | Dense] = []

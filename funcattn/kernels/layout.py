@@ -77,6 +77,8 @@ def group_sizes(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
 
 def multiply(x: Tensor, w: Tensor, batch: int) -> Tensor:
     """x (*groups, R, X) @ w (*groups, X, C): row groups, which w lacks, are folded into the rows of one product."""
+    if x.dim() == batch + 2:
+        return x @ w
     rows = x.shape[batch:-2]
     if all(n == 1 for n in w.shape[:batch]) and x.dim() > 2:
         return (x.reshape(-1, x.shape[-1]) @ w.reshape(w.shape[-2:])).reshape(*x.shape[:-1], w.shape[-1])
@@ -87,6 +89,8 @@ def multiply(x: Tensor, w: Tensor, batch: int) -> Tensor:
 
 def multiply_rows(x: Tensor, c: Tensor, keep: Sequence[bool], batch: int) -> Tensor:
     """sum over rows, x (*groups, R, X).mT @ c (*groups, R, C), also over the row groups not kept, giving (*groups, X, C)."""
+    if x.dim() == batch + 2:
+        return x.mT @ c
     groups = torch.broadcast_shapes(x.shape[:-2], c.shape[:-2])
     x, c = x.expand(*groups, *x.shape[-2:]), c.expand(*groups, *c.shape[-2:])
     kept = [i for i in range(len(groups)) if i < batch or keep[i]]

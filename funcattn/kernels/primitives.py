@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from . import blocks, torch_fused
+from .._autodiff import transforming
 from .algebra import Dense, Output, Pair, Sweep, Term
 
 
@@ -61,6 +62,16 @@ def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     sizes = [n for o in job.likes for n in o.shape]
     names = [str(o.dtype).removeprefix("torch.") for o in job.likes]
     return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.plan and vars(job.plan)]), ranks, sizes)
+
+
+def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
+    """Gradients of q, k and v straight from torch's kernel, where it serves and no one can ask for a further derivative."""
+    if not plan.fused or torch.is_grad_enabled() or transforming() or not _plain([*tensors, g]):
+        return None
+    q, k, v, *mask = tensors
+    if mask and not torch_fused.is_causal(mask, k.shape[-2]):
+        return None
+    return torch_fused.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, causal=bool(mask))
 
 
 def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
