@@ -157,6 +157,7 @@ class _Seen:
 
     def blocks(self, T: int, S: int, groups: Sequence[int]) -> Blocks:
         rows, keys = block_sizes(T, S, math.prod(groups))
+        rows = min(rows, keys) if self.intervals else rows  # square blocks hug a diagonal closer
         return Blocks(T, S, rows, keys, *self.intervals)
 
     def logits(self, s: Tensor, line: slice, column: slice, whole: bool) -> Tensor:
@@ -166,7 +167,8 @@ class _Seen:
         if self.intervals and not whole:
             key = torch.arange(column.start, column.stop, device=s.device)
             start, stop = (x[..., line, :, None] for x in self.intervals)
-            s = torch.where(((start <= key) & (key < stop)).any(-2), s, NOTHING)
+            seen = key < stop.squeeze(-2) if stop.shape[-2] == 1 and not start.any() else ((start <= key) & (key < stop)).any(-2)
+            s = torch.where(seen, s, NOTHING)
         if len(self.mask) == 1:
             s = torch.where(self._block(self.mask[0], line, column), s, NOTHING)
         return s
