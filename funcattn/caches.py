@@ -8,12 +8,12 @@ So rejected speculation costs nothing, rewinding is keeping the older value, and
 
 Three rules keep a past honest. Entries at or beyond `length` are unobservable, even NaN. Rows that are rejected, or beyond the
 capacity, go to one scratch row behind the last: a clamped index would corrupt a row that counts. And a commit that does not fit
-writes nothing: eagerly it raises; inside vmap or a compile, where values cannot be looked at, it leaves a length beyond the
-capacity, which stays, and which turns all later logits into NaN.
+writes nothing: eagerly it raises; inside vmap or a compile, where values cannot be looked at, it leaves a length beyond every
+capacity, `OVERFLOWED`, which stays, and which turns all later logits into NaN.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from . import _checks
 from .kernels import Part
 from .masks import Mask
 from .records import record
+
+OVERFLOWED = 2**60  # a length that no capacity reaches, however a past grows; the sum of two still fits an int64
 
 
 @record
@@ -69,14 +71,20 @@ def capacity(cache: Any) -> int:
 
 
 @functools.singledispatch
+def sizes(cache: Any) -> tuple[int, int, int]:
+    """Layers, key/value heads and head size (L, K, D) of the model that the past belongs to."""
+    _unknown("sizes", cache)
+
+
+@functools.singledispatch
 def broken(cache: Any) -> Tensor:
     """Bool (): True once a commit did not fit, inside a transform that could not raise."""
     _unknown("broken", cache)
 
 
 @functools.singledispatch
-def past(cache: Any, layer: int) -> list[Part]:
-    """What a new token attends to in one layer: the remembered keys and values, in parts."""
+def past(cache: Any, layer: int, T: int) -> list[Part]:
+    """What T new tokens attend to in one layer: the remembered keys and values, in parts."""
     _unknown("past", cache)
 
 
@@ -97,7 +105,7 @@ def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Te
     Args:
         cache: any kind of past. It stays as it was.
         delta: what `extend` returned for T tokens.
-        n: how many of them count, an int or an int64 tensor () in 0..T (one for each row under vmap); None is all.
+        n: how many of them count, an int or an integer tensor () in 0..T (one for each row under vmap); None is all.
         index: int64 (N,), a path through a tree of drafts: the tokens of the delta to add, in this order, before n counts.
 
     Returns:
@@ -105,21 +113,30 @@ def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Te
 
     Raises:
         ValueError: there is no room for n more, or n or index is outside the delta (where values are concrete; inside a transform
-        nothing is written, and the logits of every later step are NaN).
+            nothing is written, and the logits of every later step are NaN).
+        TypeError: kinds or dtypes that do not fit.
 
     Law: committing all equals committing any split of it; the argument is unchanged (test_caches.py).
     """
     if not isinstance(delta, Delta):
-        _checks.fail("commit", "delta", "what extend returned", f"a {type(delta).__name__}", "Pass (cache, delta), in this order.", TypeError)
+        _checks.fail(
+            "commit", "delta", "what extend returned", f"a {type(delta).__name__}", "Pass (cache, delta), in this order.", TypeError
+        )
     T = delta.k[0].shape[-2]
     if index is not None:
-        if index.dim() != 1 or index.is_floating_point():
-            _checks.fail("commit", "index", "int64 (N,)", f"{index.dtype} {_checks.shape(index)}", "Give one path; vmap makes many.")
+        if index.dim() != 1 or not _is_integer(index):
+            _checks.fail(
+                "commit", "index", "int64 (N,)", f"{index.dtype} {_checks.shape(index)}", "Give one path; vmap makes many."
+            )
         if _checks.is_true((index < 0) | (index >= T)):
-            _checks.fail("commit", "index", f"within the {T} tokens of the delta", index.tolist(), "Index the tokens that were extended.")
+            got = _checks.peek(index)
+            _checks.fail("commit", "index", f"within the {T} tokens of the delta", got, "Index the tokens that were extended.")
         take = lambda rows: tuple(row.index_select(-2, index) for row in rows)
         delta, T = Delta(take(delta.k), take(delta.v)), index.shape[0]
     count = T if n is None else n
+    if isinstance(count, Tensor) and (count.dim() or not _is_integer(count)):
+        got, remedy = f"{count.dtype} {_checks.shape(count)}", "Give one number; one for each row is torch.func.vmap."
+        _checks.fail("commit", "n", "an int or an integer tensor ()", got, remedy, ValueError if _is_integer(count) else TypeError)
     known = _checks.integer(count)
     if known is not None and not 0 <= known <= T:
         _checks.fail("commit", "n", f"between 0 and the {T} tokens of the delta", known, "Commit at most what was extended.")
@@ -150,12 +167,32 @@ def with_length(cache: Any, length: Tensor) -> Any:
 
 
 def join(branch: Branch) -> Any:
-    """The prefix with the own tail written behind it: one dense past again, with the prefix's capacity."""
+    """The prefix with the own tail written behind it: a past of the prefix's kind and capacity.
+
+    Raises:
+        ValueError: the prefix has no room for the tail. TypeError: not a Branch.
+    """
     if not isinstance(branch, Branch):
         _checks.fail("join", "branch", "a Branch", f"a {type(branch).__name__}", "Any other past is already one.", TypeError)
-    own = branch.own
+    check_whole("join", branch)
+    own, last = branch.own, branch.prefix
+    while isinstance(last, Branch):
+        last = last.own
+    held, more = _checks.integer(last.length), _checks.integer(own.length)
+    if held is not None and more is not None and held + more > capacity(last):
+        wanted, got = f"with room for the {more} tokens of its tail", f"{capacity(last) - held}"
+        remedy = f"Grow it first: branch._replace(prefix=funcattn.caches.grow(branch.prefix, {more}))."
+        _checks.fail("join", "branch.prefix", wanted, got, remedy)
     rows = lambda x: tuple(x[..., : capacity(own), :].unbind(0))
     return _write(branch.prefix, Delta(rows(own.k), rows(own.v)), own.length, False)
+
+
+def check_whole(function: str, cache: Any) -> None:
+    """Fail where the past is known to have lost tokens: a commit inside a transform did not fit."""
+    lost = _checks.value(broken(cache))
+    if lost is not None and bool(lost):
+        remedy = "Begin it again with model.cache(size) for a larger size."
+        _checks.fail(function, "cache", "a past that every commit fitted into", "one that overflowed inside a transform", remedy)
 
 
 @capacity.register
@@ -166,6 +203,16 @@ def _(cache: Cache) -> int:
 @capacity.register
 def _(cache: Branch) -> int:
     return capacity(cache.prefix) + capacity(cache.own)
+
+
+@sizes.register
+def _(cache: Cache) -> tuple[int, int, int]:
+    return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
+
+
+@sizes.register
+def _(cache: Branch) -> tuple[int, int, int]:
+    return sizes(cache.own)
 
 
 @broken.register
@@ -179,11 +226,10 @@ def _(cache: Branch) -> Tensor:
 
 
 @past.register
-def _(cache: Cache, layer: int) -> list[Part]:
+def _(cache: Cache, layer: int, T: int) -> list[Part]:
     k, v = cache.k[layer], cache.v[layer]
     known = _checks.integer(cache.length)
     if known is not None:  # read what is remembered, not what is reserved
-        known = min(known, capacity(cache))
         return [Part(k[..., :known, :], v[..., :known, :], ())] if known else []
     longest = _checks.greatest(cache.length)
     S = capacity(cache) if longest is None else min(longest, capacity(cache))
@@ -192,13 +238,13 @@ def _(cache: Cache, layer: int) -> list[Part]:
     stop = cache.length.clamp(max=S)
     remembered = (torch.arange(S, device=k.device) < stop).unsqueeze(-1)
     clean = lambda rows: torch.where(remembered, rows[..., :S, :], 0)  # 0 * NaN would be NaN, in the output and in gradients
-    stop = stop.reshape(1, 1)
+    stop = stop.reshape(1, 1).expand(T, 1)
     return [Part(clean(k), clean(v), Mask(torch.zeros_like(stop), stop))]
 
 
 @past.register
-def _(cache: Branch, layer: int) -> list[Part]:
-    return [*past(cache.prefix, layer), *past(cache.own, layer)]
+def _(cache: Branch, layer: int, T: int) -> list[Part]:
+    return [*past(cache.prefix, layer, T), *past(cache.own, layer, T)]
 
 
 @grow.register
@@ -221,35 +267,61 @@ def _(cache: Branch, delta: Delta, n: Any, donate: bool) -> Branch:
 @_write.register
 def _(cache: Cache, delta: Delta, n: Any, donate: bool) -> Cache:
     k, v = torch.stack(delta.k), torch.stack(delta.v)
+    check_whole("commit", cache)
     _check_delta(cache, k, v)
     S, T = capacity(cache), k.shape[-2]
     before, count = _checks.integer(cache.length), _checks.integer(n)
     if before is not None and count is not None:
         if before + count > S:
             got = f"{before} remembered and {count} more"
-            _checks.fail("commit", "cache", f"with room for {before + count} tokens (it has {S})", got, f"Use funcattn.caches.grow(cache, {count}).")
-        if donate and not (k.requires_grad or cache.k.requires_grad):
+            _checks.fail(
+                "commit",
+                "cache",
+                f"with room for {before + count} tokens (it has {S})",
+                got,
+                f"Use funcattn.caches.grow(cache, {count}).",
+            )
+        if donate and not any(x.requires_grad for x in (k, v, cache.k, cache.v)):
             cache.k[..., before : before + count, :] = k[..., :count, :]
             cache.v[..., before : before + count, :] = v[..., :count, :]
             return Cache(cache.k, cache.v, cache.length + n)
     after = cache.length + n
-    fits = after <= S
+    fits = (after <= S) & (n >= 0) & (n <= T)
     step = torch.arange(T, device=k.device)
     row = torch.where((step < n) & fits, cache.length + step, S)  # rejected rows share the scratch row
     put = lambda x, rows: torch.ops.aten.index_put(x, [None, None, row], rows)
-    return Cache(put(cache.k, k), put(cache.v, v), torch.where(fits, after, S + 1))
+    return Cache(put(cache.k, k), put(cache.v, v), torch.where(fits, after, OVERFLOWED))
 
 
 def _check_delta(cache: Cache, k: Tensor, v: Tensor) -> None:
     for name, held, new in (("k", cache.k, k), ("v", cache.v, v)):
         if (held.shape[:2], held.shape[-1]) != (new.shape[:2], new.shape[-1]):
             L, K, D = held.shape[0], held.shape[1], held.shape[-1]
-            _checks.fail("commit", f"delta.{name}", f"(L, K, T, D) = ({L}, {K}, T, {D})", _checks.shape(new), "Use the cache of the same model.")
+            _checks.fail(
+                "commit",
+                f"delta.{name}",
+                f"(L, K, T, D) = ({L}, {K}, T, {D})",
+                _checks.shape(new),
+                "Use the cache of the same model.",
+            )
         if held.dtype != new.dtype:
-            _checks.fail("commit", f"delta.{name}", f"{held.dtype} as the cache is", new.dtype, f"Make it with model.cache(size, dtype={new.dtype}).", TypeError)
+            _checks.fail(
+                "commit",
+                f"delta.{name}",
+                f"{held.dtype} as the cache is",
+                new.dtype,
+                f"Make it with model.cache(size, dtype={new.dtype}).",
+                TypeError,
+            )
 
 
-def _unknown(verb: str, cache: Any) -> Any:
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _unknown(verb: str, cache: Any) -> NoReturn:
     if type(cache) is tuple:
         _checks.fail(verb, "cache", "a past", "(), which is no past", "Make one with model.cache(size).", TypeError)
-    _checks.fail(verb, "cache", "a past such as Cache or Branch", f"a {type(cache).__name__}", "Make one with model.cache(size).", TypeError)
+    _checks.fail(
+        verb, "cache", "a past such as Cache or Branch", f"a {type(cache).__name__}", "Make one with model.cache(size).", TypeError
+    )

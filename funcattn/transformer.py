@@ -47,11 +47,13 @@ class Config:
     tied: bool = True  # the head is the embedding
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "width", "heads", "kv_heads", "head_size", "feed_forward"):
+        for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward"):
             if getattr(self, name) < 1:
                 _checks.fail("Config", name, "at least 1", getattr(self, name), "Sizes are positive.")
         if self.heads % self.kv_heads:
-            _checks.fail("Config", "kv_heads", f"a divisor of heads = {self.heads}", self.kv_heads, "Each key head serves H / K query heads.")
+            _checks.fail(
+                "Config", "kv_heads", f"a divisor of heads = {self.heads}", self.kv_heads, "Each key head serves H / K query heads."
+            )
         if self.head_size % 2:
             _checks.fail("Config", "head_size", "even", self.head_size, "Rotary angles turn pairs of features.")
         if self.activation not in layers.ACTIVATIONS:
@@ -104,8 +106,8 @@ def decoder(config: Config, kernel: str | None = None) -> Model:
 
     With no past (`cache=()`) tokens are int64 (*lead, T), leading axes free: training is
     `model.logits(params, model.hidden(params, tokens)[0])`. With a past, tokens are one sequence (T,), and `vmap` makes batches.
-    `mask` says which of the new tokens each new token sees (causal by default; a Mask of T queries, or booleans (T, T)); the past is
-    seen by all. `positions` (*lead, T) are those of the rotary angles; by default they go on from the past.
+    `mask` says which of the new tokens each new token sees (causal by default; a Mask of T queries, or booleans (T, T)); all see
+    the past. `positions` (*lead, T) are those of the rotary angles; by default they go on from the past.
 
     Args:
         config: sizes and kinds.
@@ -134,16 +136,17 @@ def decoder(config: Config, kernel: str | None = None) -> Model:
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
         _check_tokens(tokens, config, has_past=not is_absent(cache))
+        if not is_absent(cache):
+            _check_past(cache, config)
         T = tokens.shape[-1]
-        if positions is None:
-            positions = torch.arange(T, device=tokens.device)
-            positions = positions if is_absent(cache) else positions + cache.length
+        _check_mask(mask, T)
+        before = 0 if is_absent(cache) else cache.length
+        places = torch.arange(T, device=tokens.device) + before if positions is None else positions
         x = layers.embed(params.embedding, tokens)
         turn = layers.frequencies(config.head_size, base=config.rope_base, scaling=config.rope_scaling, device=tokens.device)
-        rotation = layers.rope(positions, turn, x.dtype)
+        rotation = layers.rope(places, turn, x.dtype)
         if mask is None and T > 1:
-            with torch.device(tokens.device):
-                mask = masks.causal(T)
+            mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device))  # a tensor, to be where it is
         keys, values = [], []
         for i, layer in enumerate(params.layers):
             attended, k, v = _attend(config, kernel, layer, i, x, rotation, mask, cache)
@@ -180,7 +183,7 @@ def initialize(key: Tensor, config: Config) -> Params:
 
     Source: Radford et al., Language models are unsupervised multitask learners (GPT-2), section 2.3.
     """
-    residual = {"o": 0.02 / (2 * max(config.layers, 1)) ** 0.5, "down": 0.02 / (2 * max(config.layers, 1)) ** 0.5}
+    residual = {name: 0.02 / (2 * config.layers) ** 0.5 for name in ("o", "down")}
     wanted = shapes(config)
 
     def draw(key: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -193,7 +196,7 @@ def initialize(key: Tensor, config: Config) -> Params:
         return [draw(drawn[i], name, shape) for i, (name, shape) in enumerate(zip(record._fields, record, strict=True))]
 
     of_embedding, of_head, of_layers = randomness.split(key, 3).unbind(0)
-    each = randomness.split(of_layers, max(config.layers, 1))
+    each = randomness.split(of_layers, config.layers)
     return Params(
         embedding=draw(of_embedding, "embedding", wanted.embedding),
         layers=tuple(Layer(*fields(each[i], layer)) for i, layer in enumerate(wanted.layers)),
@@ -203,18 +206,27 @@ def initialize(key: Tensor, config: Config) -> Params:
 
 
 def _attend(
-    config: Config, kernel: str | None, layer: Layer, index: int, x: Tensor, rotation: Rotation, mask: Mask | Tensor | None, cache: Any
+    config: Config,
+    kernel: str | None,
+    layer: Layer,
+    index: int,
+    x: Tensor,
+    rotation: Rotation,
+    mask: Mask | Tensor | None,
+    cache: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What attention adds to the residual, and the keys and values (*lead, K, T, D) of the new tokens."""
     y = layers.rms_norm(x, layer.attention_norm, epsilon=config.norm_epsilon)
-    heads: Callable[[Any, int], Tensor] = lambda weight, n: layers.linear(weight, y).unflatten(-1, (n, config.head_size)).transpose(-2, -3)
+    heads: Callable[[Any, int], Tensor] = lambda weight, n: (
+        layers.linear(weight, y).unflatten(-1, (n, config.head_size)).transpose(-2, -3)
+    )
     q = layers.rotate(heads(layer.q, config.heads), rotation)
     k = layers.rotate(heads(layer.k, config.kv_heads), rotation)
     v = heads(layer.v, config.kv_heads)
     if is_absent(cache):
         out = kernels.attention(q, k, v, mask, kernel=kernel)
     else:
-        parts = [*caches.past(cache, index), Part(k, v, ABSENT if mask is None else mask)]
+        parts = [*caches.past(cache, index, y.shape[-2]), Part(k, v, ABSENT if mask is None else mask)]
         out = kernels.attend_parts(q, parts, scale=config.head_size**-0.5, kernel=kernel)
     return layers.linear(layer.o, out.transpose(-2, -3).flatten(-2)), k, v
 
@@ -224,12 +236,47 @@ def _feed_forward(config: Config, layer: Layer, x: Tensor) -> Tensor:
     return layers.linear(layer.down, layers.gated(layers.linear(layer.gate, y), layers.linear(layer.up, y), config.activation))
 
 
+def _check_past(cache: Any, config: Config) -> None:
+    wanted, got = (config.layers, config.kv_heads, config.head_size), caches.sizes(cache)
+    if got != wanted:
+        _checks.fail(
+            "decoder",
+            "cache",
+            f"of (layers, kv_heads, head_size) = {wanted}",
+            got,
+            "Make it with the cache function of this model.",
+        )
+    caches.check_whole("decoder", cache)
+
+
+def _check_mask(mask: Mask | Tensor | None, T: int) -> None:
+    if isinstance(mask, Mask):
+        if mask.start.shape[-2] != T:
+            _checks.fail("decoder", "mask", f"for T = {T} new tokens", f"one for {mask.start.shape[-2]}", f"Build it with T = {T}.")
+    elif mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        got = getattr(mask, "dtype", type(mask).__name__)
+        _checks.fail(
+            "decoder", "mask", "a Mask, booleans or None", got, "See funcattn.masks, or convert it: mask.bool().", TypeError
+        )
+    elif mask is not None and any(size not in (1, T) for size in mask.shape[-2:]):
+        remedy = "It says which of the new tokens each sees; all see the past."
+        _checks.fail("decoder", "mask", f"booleans (T, T) with T = {T}", _checks.shape(mask), remedy)
+
+
 def _check_tokens(tokens: Tensor, config: Config, *, has_past: bool) -> None:
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         got = getattr(tokens, "dtype", type(tokens).__name__)
-        _checks.fail("decoder", "tokens", "an integer tensor", got, "Pass token ids: torch.tensor(tokenizer.encode(text)).", TypeError)
+        _checks.fail(
+            "decoder", "tokens", "an integer tensor", got, "Pass token ids: torch.tensor(tokenizer.encode(text)).", TypeError
+        )
     if has_past and tokens.dim() != 1:
-        _checks.fail("decoder", "tokens", "one sequence (T,) where there is a past", _checks.shape(tokens), "Map over sequences with torch.func.vmap.")
+        _checks.fail(
+            "decoder",
+            "tokens",
+            "one sequence (T,) where there is a past",
+            _checks.shape(tokens),
+            "Map over sequences with torch.func.vmap.",
+        )
     if not tokens.dim():
         _checks.fail("decoder", "tokens", "(*lead, T)", _checks.shape(tokens), "Give one token an axis: tokens[None].")
     if _checks.is_true((tokens < 0) | (tokens >= config.vocabulary)):
