@@ -4,7 +4,7 @@
 the past it was given: what it generates goes to a tail of its own behind it, so 32 futures of one past store that past once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ def generate(
         steps: number of tokens to return, 0 or more.
         sampler: how a token is drawn from logits; see `funcattn.sampling`.
         stop: ids that end the text. After one, the rest is filled with it; once every row of a vmap has ended, the loop ends.
-        prompt_length: int64 (), where the prompt is padded at its end: the pads are never remembered.
+        prompt_length: int64 (), 1 to T, where the prompt is padded at its end: the pads (any valid id) are never remembered.
         chunk: tokens of the prompt that are read at a time; bounds the memory of prefill.
 
     Returns:
@@ -49,7 +49,9 @@ def generate(
             none was given, else a `Branch` behind the given one. `caches.grow` makes room for more, `caches.join` makes it dense.
 
     Raises:
-        ValueError: an empty prompt, a prompt longer than the cache, negative steps, logits that are NaN.
+        ValueError: an empty prompt, a prompt longer than the cache, a prompt_length outside the prompt, negative steps,
+            NaN logits.
+        TypeError: arguments of another kind, such as a stop that is a string.
 
     Example:
         >>> import funcattn as fa
@@ -62,6 +64,7 @@ def generate(
     Law: vmap over keys, prompts or pasts equals the loop; the past is unchanged (test_generation.py).
     """
     _check("generate", prompt, cache, steps, chunk, stop)
+    _check_length(prompt, prompt_length)
     start = _prefill(model, params, prompt, cache, steps, prompt_length, chunk)
     tokens, done = [], torch.zeros((), dtype=torch.bool, device=prompt.device)
     committed = torch.zeros_like(prompt[0])
@@ -117,7 +120,15 @@ def stream(
 
     Yields:
         A `Streamed` for each token; at least one, the last with `ended` True.
+
+    Raises:
+        ValueError, TypeError: as `generate`, at the first piece.
+
+    Law: the tokens are those of `generate`, and the texts join to their decoded whole (test_generation.py).
     """
+    if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
+        remedy = "Put a single one into a tuple; ids belong to stop."
+        _checks.fail("stream", "stop_strings", "a sequence of texts, none of them empty", repr(stop_strings), remedy, TypeError)
     if stop_strings and tokenizer is None:
         _checks.fail("stream", "tokenizer", "given with stop_strings", None, "Pass the tokenizer that fa.load returned.", TypeError)
     ends = tuple(tokenizer.stop if stop is None and tokenizer is not None else stop or ())
@@ -168,7 +179,11 @@ class _Text:
 
     def rest(self) -> str:
         """What was held back, once nothing can follow."""
-        pending = self.tokenizer.decode(self.ids[self.begin :])[len(self.tokenizer.decode(self.ids[self.begin : self.read])) :] if self.ids else ""
+        pending = (
+            self.tokenizer.decode(self.ids[self.begin :])[len(self.tokenizer.decode(self.ids[self.begin : self.read])) :]
+            if self.ids
+            else ""
+        )
         return self.held + pending
 
 
@@ -238,15 +253,37 @@ def _all_done(done: Tensor) -> bool:
 def _check(door: str, prompt: Tensor, cache: Any, steps: int, chunk: int, stop: Sequence[int]) -> None:
     if not isinstance(prompt, Tensor) or prompt.dim() != 1:
         got = _checks.shape(prompt) if isinstance(prompt, Tensor) else f"a {type(prompt).__name__}"
-        _checks.fail(door, "prompt", "one sequence (T,) of token ids", got, "Pass torch.tensor(tokenizer.encode(text)); map over many with vmap.")
+        _checks.fail(
+            door,
+            "prompt",
+            "one sequence (T,) of token ids",
+            got,
+            "Pass torch.tensor(tokenizer.encode(text)); map over many with vmap.",
+        )
     if not prompt.shape[0]:
-        _checks.fail(door, "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Begin with one token, such as the tokenizer's first.")
+        _checks.fail(
+            door, "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Begin with one token, such as the tokenizer's first."
+        )
     if not isinstance(steps, int) or steps < 0:
         _checks.fail(door, "steps", "an int, 0 or more", steps, "Say how many tokens to write.")
     if chunk < 1:
         _checks.fail(door, "chunk", "at least 1", chunk, "Tokens of the prompt read at a time.")
-    if isinstance(stop, (str, Tensor)) or not all(isinstance(end, int) for end in stop):
-        _checks.fail(door, "stop", "ids as ints", stop, "Stop strings belong to fa.stream, where the tokenizer is.", TypeError)
+    if not isinstance(stop, Collection) or not all(isinstance(end, int) for end in stop):
+        _checks.fail(
+            door, "stop", "ids as ints", repr(stop), "Stop strings belong to fa.stream, where the tokenizer is.", TypeError
+        )
     if not is_absent(cache) and prompt.shape[0] > caches.capacity(cache):
         wanted = f"at most the {caches.capacity(cache)} tokens that the cache has room for"
         _checks.fail(door, "prompt", wanted, f"{prompt.shape[0]} tokens", "Make it with model.cache(size) for a larger size.")
+
+
+def _check_length(prompt: Tensor, prompt_length: Tensor | None) -> None:
+    if prompt_length is None:
+        return
+    if not isinstance(prompt_length, Tensor) or prompt_length.is_floating_point() or prompt_length.dim():
+        got = f"{prompt_length.dtype} {_checks.shape(prompt_length)}" if isinstance(prompt_length, Tensor) else repr(prompt_length)
+        remedy = "Pass torch.tensor(n), and map over many prompts with vmap."
+        _checks.fail("generate", "prompt_length", "an integer tensor ()", got, remedy, TypeError)
+    if _checks.is_true((prompt_length < 1) | (prompt_length > prompt.shape[0])):
+        wanted = f"between 1 and the {prompt.shape[0]} tokens of the prompt"
+        _checks.fail("generate", "prompt_length", wanted, _checks.peek(prompt_length), "Count the tokens before the padding.")
