@@ -42,11 +42,12 @@ def measure(name: str, T: int) -> None:
     torch.set_num_threads(2)
     small = operations(64)[name][0]
     small()  # what libraries allocate once
-    call, inputs, outputs = operations(T)[name]
+    table = operations(T)  # held, so that nothing given back can hide what a call takes
+    call, inputs, outputs = table[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = call()
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    del result
+    del result, table
     tensor = HEADS * T * WIDTH * 4
     print(json.dumps({"extra": (after - before) / MB, "held": (inputs * tensor) / MB, "sizes": (inputs + outputs) * tensor / MB}))
 
@@ -68,7 +69,10 @@ def main() -> None:
             found = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
             total = found["extra"] + found["held"]
             growth = f"{found['extra'] / last:>6.1f}x" if last else ""
-            print(f"{name:<12}{T:>7} {found['extra']:>9.0f} {total:>8.0f} {found['sizes']:>9.0f} {total / found['sizes']:>5.2f}x {growth}", flush=True)
+            print(
+                f"{name:<12}{T:>7} {found['extra']:>9.0f} {total:>8.0f} {found['sizes']:>9.0f} {total / found['sizes']:>5.2f}x {growth}",
+                flush=True,
+            )
             last = found["extra"]
     if options.dense:
         T = max(options.lengths)

@@ -17,7 +17,7 @@ from . import caches, kernels, layers, masks, records, sampling, transformer, tr
 from . import randomness as random
 from .caches import Branch, Cache, Delta, commit
 from .generation import Streamed, generate, stream
-from .kernels import attend, attention, explain, merge
+from .kernels import attend, attention, attention_weights, explain, merge
 from .masks import Mask
 from .randomness import fold_in, key, split
 from .records import Attended, Model

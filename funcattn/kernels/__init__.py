@@ -2,14 +2,17 @@
 
 | kernel | what it is |
 | --- | --- |
+| flash | the closed streaming family: every transform, O(T + S) memory; torch's fused kernel for the value and first gradient |
 | reference | dense, plain torch operations, the specification |
-| sdpa | torch's F.scaled_dot_product_attention |
+| sdpa | torch's F.scaled_dot_product_attention; sdpa:flash, sdpa:math and so on force one of its own kernels |
 
 `attend` gives the output and the log-sum-exp, `attention` the output, `merge` joins two, `explain` says what runs and why.
+Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two autograd Functions) differentiates by the rules of
+`algebra`; `primitives` runs them as `blocks` of torch operations in the `layout` they share, or by `torch_fused`.
 """
 
 from .choice import Explanation, use
-from .door import attend, attention, explain
+from .door import attend, attention, attention_weights, explain
 from .merging import Part, attend_parts, merge
 
-__all__ = ["Explanation", "Part", "attend", "attend_parts", "attention", "explain", "merge", "use"]
+__all__ = ["Explanation", "Part", "attend", "attend_parts", "attention", "attention_weights", "explain", "merge", "use"]

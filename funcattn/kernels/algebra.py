@@ -1,6 +1,6 @@
 """The closed algebra of attention: every derivative of a sweep is a sweep.
 
-    P_ij = exp(q_i . k_j + bias_ij - l_i)                          over the keys that query i sees; scale is inside q
+    P_ij = exp(scale q_i . k_j + bias_ij - l_i)                    over the keys that query i sees
 
 With l an *independent* input, take sums over terms of weights W = P * F_1 * F_2 * ..., where each factor F is a sum of products
 a_i . b_j (or a dense matrix), and let an output be one of
@@ -25,29 +25,29 @@ ONES = -1  # stands for a feature of ones: a . 1, or a sum without values
 
 
 class Pair(NamedTuple):
-    """sign * a_i . b_j, with a on the query side and b on the key side."""
+    """weight * a_i . b_j, with a on the query side and b on the key side."""
 
     a: int
     b: int
-    sign: float = 1.0
+    weight: float = 1.0
 
 
 class Dense(NamedTuple):
-    """sign * m_ij, a matrix of queries and keys."""
+    """weight * m_ij, a matrix of queries and keys."""
 
     m: int
-    sign: float = 1.0
+    weight: float = 1.0
 
 
 Factor = tuple[Pair | Dense, ...]  # a sum
 
 
 class Term(NamedTuple):
-    """sign * P * (product of factors), against the values at place `value` (ONES: summed; ignored on the pair side)."""
+    """weight * P * (product of factors), against the values at place `value` (ONES: summed; ignored on the pair side)."""
 
     factors: tuple[Factor, ...]
     value: int = ONES
-    sign: float = 1.0
+    weight: float = 1.0
 
 
 class Output(NamedTuple):
@@ -59,6 +59,7 @@ class Sweep(NamedTuple):
     """Outputs that share P, and what P is made of beside q, k and l."""
 
     outputs: tuple[Output, ...]
+    scale: float = 1.0
     mask: tuple[int, ...] = ()  # places of (start, stop), or of (booleans,)
     bias: int = ONES  # place of the bias, or ONES for none
     dropout: int = ONES  # place of the keys of dropout, or ONES
@@ -72,8 +73,8 @@ class _Collect:
         self.terms: dict[int, list[Term]] = {}
         self.side: dict[int, str] = {}
 
-    def add(self, of: int, side: str, factors: tuple[Factor, ...], value: int = ONES, sign: float = 1.0) -> None:
-        self.terms.setdefault(of, []).append(Term(factors, value, sign))
+    def add(self, of: int, side: str, factors: tuple[Factor, ...], value: int = ONES, weight: float = 1.0) -> None:
+        self.terms.setdefault(of, []).append(Term(factors, value, weight))
         self.side[of] = side
 
     def outputs(self) -> tuple[tuple[Output, ...], tuple[int, ...]]:
@@ -96,27 +97,33 @@ def vjp(sweep: Sweep, cotangents: dict[int, int], needed: set[int]) -> tuple[Swe
     pulled: dict[tuple[Factor, ...], list[Pair | Dense]] = {}  # for each product of factors, the sum of g . c over its terms
     for number, g in cotangents.items():
         side, terms = sweep.outputs[number]
-        for factors, c, sign in terms:
-            x = Pair(g, c, sign) if side == "query" else Pair(c, g, sign) if side == "key" else Dense(g, sign)
+        for factors, c, weight in terms:
+            x = Pair(g, c, weight) if side == "query" else Pair(c, g, weight) if side == "key" else Dense(g, weight)
             pulled.setdefault(factors, []).append(x)
             if c in needed and side != "pair":
-                found.add(c, "key" if side == "query" else "query", factors, g, sign)
+                found.add(c, "key" if side == "query" else "query", factors, g, weight)
     for factors, summands in pulled.items():
         x = tuple(summands)
-        for place, side, value, sign in ((Q, "query", K, 1.0), (K, "key", Q, 1.0), (L, "query", ONES, -1.0), (sweep.bias, "pair", ONES, 1.0)):
+        s = sweep.scale
+        for place, side, value, weight in (
+            (Q, "query", K, s),
+            (K, "key", Q, s),
+            (L, "query", ONES, -1.0),
+            (sweep.bias, "pair", ONES, 1.0),
+        ):
             if place in needed:
-                found.add(place, side, (*factors, x), value, sign)
+                found.add(place, side, (*factors, x), value, weight)
         for i, factor in enumerate(factors):
             rest = (*factors[:i], *factors[i + 1 :], x)
             for summand in factor:
                 if isinstance(summand, Dense):
                     if summand.m in needed:
-                        found.add(summand.m, "pair", rest, ONES, summand.sign)
+                        found.add(summand.m, "pair", rest, ONES, summand.weight)
                     continue
                 if summand.a in needed:
-                    found.add(summand.a, "query", rest, summand.b, summand.sign)
+                    found.add(summand.a, "query", rest, summand.b, summand.weight)
                 if summand.b in needed:
-                    found.add(summand.b, "key", rest, summand.a, summand.sign)
+                    found.add(summand.b, "key", rest, summand.a, summand.weight)
     outputs, places = found.outputs()
     return sweep._replace(outputs=outputs), places
 
@@ -126,33 +133,33 @@ def jvp(sweep: Sweep, tangents: dict[int, int]) -> Sweep:
 
     An output that no tangent reaches has no terms.
     """
-    dS = logit_tangent(sweep.bias, tangents)
+    dS = logit_tangent(sweep, tangents)
     outputs = []
     for side, terms in sweep.outputs:
         pushed = []
-        for factors, c, sign in terms:
+        for factors, c, weight in terms:
             if dS:
-                pushed.append(Term((*factors, dS), c, sign))
+                pushed.append(Term((*factors, dS), c, weight))
             for i, factor in enumerate(factors):
                 if moved := _factor_tangent(factor, tangents):
-                    pushed.append(Term((*factors[:i], *factors[i + 1 :], moved), c, sign))
+                    pushed.append(Term((*factors[:i], *factors[i + 1 :], moved), c, weight))
             if c in tangents and side != "pair":
-                pushed.append(Term(factors, tangents[c], sign))
+                pushed.append(Term(factors, tangents[c], weight))
         outputs.append(Output(side, tuple(pushed)))
     return sweep._replace(outputs=tuple(outputs))
 
 
-def logit_tangent(bias: int, tangents: dict[int, int]) -> Factor:
-    """d(q . k + bias - l) as a factor."""
+def logit_tangent(sweep: Sweep, tangents: dict[int, int]) -> Factor:
+    """d(scale q . k + bias - l) as a factor."""
     dS: list[Pair | Dense] = []
     if Q in tangents:
-        dS.append(Pair(tangents[Q], K))
+        dS.append(Pair(tangents[Q], K, sweep.scale))
     if K in tangents:
-        dS.append(Pair(Q, tangents[K]))
+        dS.append(Pair(Q, tangents[K], sweep.scale))
     if L in tangents:
         dS.append(Pair(tangents[L], ONES, -1.0))
-    if bias in tangents:
-        dS.append(Dense(tangents[bias]))
+    if sweep.bias in tangents:
+        dS.append(Dense(tangents[sweep.bias]))
     return tuple(dS)
 
 
@@ -161,12 +168,12 @@ def _factor_tangent(factor: Factor, tangents: dict[int, int]) -> Factor:
     for summand in factor:
         if isinstance(summand, Dense):
             if summand.m in tangents:
-                moved.append(Dense(tangents[summand.m], summand.sign))
+                moved.append(Dense(tangents[summand.m], summand.weight))
             continue
         if summand.a in tangents:
-            moved.append(Pair(tangents[summand.a], summand.b, summand.sign))
+            moved.append(Pair(tangents[summand.a], summand.b, summand.weight))
         if summand.b in tangents:
-            moved.append(Pair(summand.a, tangents[summand.b], summand.sign))
+            moved.append(Pair(summand.a, tangents[summand.b], summand.weight))
     return tuple(moved)
 
 

@@ -51,8 +51,10 @@ class Blocks:
             yield line, [(column, every[n]) for n, column in enumerate(columns) if some[n]]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1); q already carries the scale.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1).
 
     Source: Milakov and Gimelshein, arXiv:1805.02867; Dao et al., FlashAttention, arXiv:2205.14135.
     """
@@ -62,21 +64,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: T
 
     def part(_: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         q, k, v, *extra = tensors
-        return _attend(q, k, v, extra[: len(mask)], extra[len(mask)] if bias is not None else None)
+        return _attend(q, k, v, extra[: len(mask)], extra[len(mask)] if bias is not None else None, scale)
 
     out, lse = in_parts(part, [(*lead, T, v.shape[-1]), (*level, T, 1)], [q, k, v, *extra], [K, 2], [Q, K])
     return out, lse
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     T, S = q.shape[-2], k.shape[-2]
-    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))])
+    lead = torch.broadcast_shapes(
+        q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]
+    )
     others = [x.shape[:-2] for x in mask] + ([] if bias is None else [bias.shape[:-2]]) + [lead]
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], others)
     wide = _accurate(q.dtype)
-    queries = fold(q, layout).to(wide) * LOG2E
+    queries = fold(q, layout).to(wide) * (scale * LOG2E)
     keys, values = fold(k, layout).to(wide), fold(v, layout).to(wide)
-    groups = torch.broadcast_shapes(*[(1,) * len(layout.groups), queries.shape[:-2], keys.shape[:-2], *[group_sizes(s, layout) for s in others[:-1]]])
+    groups = torch.broadcast_shapes(
+        *[(1,) * len(layout.groups), queries.shape[:-2], keys.shape[:-2], *[group_sizes(s, layout) for s in others[:-1]]]
+    )
     out = values.new_zeros(*layout.sizes, T, v.shape[-1])
     lse = values.new_full((*groups, T, 1), NOTHING)
     seen = _Seen(mask, bias, layout, wide)
@@ -95,7 +101,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tenso
             top = higher
         out[..., line, :] = mixed / torch.where(mass == 0, 1, mass)
         lse[..., line, :] = torch.where(mass == 0, NOTHING, (top + mass.log2()) / LOG2E)
-    shape = (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]), T, 1)
+    shape = (
+        *torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]),
+        T,
+        1,
+    )
     return unfold(out, layout, (*lead, T, v.shape[-1])).to(v.dtype), unfold(lse, layout, shape)
 
 
@@ -195,13 +205,16 @@ class _Sweeper:
         self.layout = layout = plan(lead([*query, *extra]), lead(key), lead(pair) + [tuple(s[:-2]) for s in shapes])
         self.wide = _accurate(tensors[Q].dtype)
         self.x = {p: fold(tensors[p], layout).to(self.wide) for p in query | key}
-        self.scaled = self.x[Q] * LOG2E
+        self.scaled = self.x[Q] * (spec.scale * LOG2E)
         level = self.x[L]
         self.level = torch.where(level == NOTHING, float("inf"), level) * LOG2E  # a query that saw no key has no weights
         self.seen = _Seen([tensors[p] for p in spec.mask], tensors[spec.bias] if spec.bias != ONES else None, layout, self.wide)
         self.keys = fold(tensors[spec.dropout], layout) if spec.dropout != ONES else None
         self.targets = [group_sizes(tuple(s[:-2]), layout) for s in shapes]
-        self.keep = [any(t[i] != 1 for t, o in zip(self.targets, spec.outputs, strict=True) if o.side == "key") for i in range(len(layout.groups))]
+        self.keep = [
+            any(t[i] != 1 for t, o in zip(self.targets, spec.outputs, strict=True) if o.side == "key")
+            for i in range(len(layout.groups))
+        ]
         self.T, self.S = tensors[Q].shape[-2], tensors[K].shape[-2]
         self.uses, self.joined = self._factors()
         self.out = [self.scaled.new_zeros(*t, *s[-2:]) for t, s in zip(self.targets, shapes, strict=True)]
@@ -213,7 +226,7 @@ class _Sweeper:
         joined = {}
         for factor in uses:
             pairs = [s for s in factor if isinstance(s, Pair) and ONES not in (s.a, s.b)]
-            left, right = [self.x[s.a] if s.sign == 1 else self.x[s.a] * s.sign for s in pairs], [self.x[s.b] for s in pairs]
+            left, right = [self.x[s.a] if s.weight == 1 else self.x[s.a] * s.weight for s in pairs], [self.x[s.b] for s in pairs]
             if pairs and all(len({x.shape[:-2] for x in side}) == 1 for side in (left, right)):
                 join = lambda side: side[0] if len(side) == 1 else torch.cat(side, -1)
                 joined[factor] = join(left), join(right)
@@ -240,7 +253,7 @@ class _Sweeper:
             for term in output.terms:
                 by_value.setdefault(term.value, []).append(term)
             for value, terms in by_value.items():
-                W = self._sum([(t.sign, self._weight(t.factors, weights, factors, line, column)) for t in terms])
+                W = self._sum([(t.weight, self._weight(t.factors, weights, factors, line, column)) for t in terms])
                 self._add(output, out, target, W, value, line, column)
 
     def _weight(self, product: tuple[Factor, ...], weights: dict, factors: dict, line: slice, column: slice) -> Tensor:
@@ -268,11 +281,11 @@ class _Sweeper:
                 continue
             x = self._summand(summand, line, column)
             if total is None:
-                total = x * summand.sign
+                total = x * summand.weight
             elif total.shape == torch.broadcast_shapes(total.shape, x.shape):
-                total.add_(x, alpha=summand.sign)
+                total.add_(x, alpha=summand.weight)
             else:
-                total = torch.add(total, x, alpha=summand.sign)
+                total = torch.add(total, x, alpha=summand.weight)
         assert total is not None
         return total
 
@@ -286,11 +299,11 @@ class _Sweeper:
             return self.x[a][..., line, :].sum(-1, keepdim=True)
         return multiply(self.x[a][..., line, :], self.x[b][..., column, :].mT, self.layout.batch)
 
-    def _sum(self, signed: list[tuple[float, Tensor]]) -> Tensor:
-        sign, total = signed[0]
-        total = total if sign == 1 else total * sign
-        for sign, x in signed[1:]:
-            total = torch.add(total, x, alpha=sign)
+    def _sum(self, weighted: list[tuple[float, Tensor]]) -> Tensor:
+        weight, total = weighted[0]
+        total = total if weight == 1 else total * weight
+        for weight, x in weighted[1:]:
+            total = torch.add(total, x, alpha=weight)
         return total
 
     def _add(self, output: Output, out: Tensor, target: Sequence[int], W: Tensor, value: int, line: slice, column: slice) -> None:

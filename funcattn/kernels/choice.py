@@ -66,7 +66,9 @@ class Explanation(NamedTuple):
     def _repr_html_(self) -> str:
         cell = lambda text, bold: f"<td>{'<b>' if bold else ''}{html.escape(text)}{'</b>' if bold else ''}</td>"
         rows = "".join(
-            "<tr>" + "".join(cell(text, v.chosen) for text in (v.kernel, v.obstacle or "can run", v.what, "chosen" if v.chosen else "")) + "</tr>"
+            "<tr>"
+            + "".join(cell(text, v.chosen) for text in (v.kernel, v.obstacle or "can run", v.what, "chosen" if v.chosen else ""))
+            + "</tr>"
             for v in self.verdicts
         )
         return f"<table><tr><th>kernel</th><th>here</th><th>what it is</th><th></th></tr>{rows}</table>"
@@ -87,20 +89,34 @@ def _sdpa_obstacle(r: Request) -> str:
     return ""
 
 
-def _flash_obstacle(r: Request) -> str:
-    return ""
+def _sdpa_flash_obstacle(r: Request) -> str:
+    if r.v.shape[-1] != r.q.shape[-1]:
+        return f"values of {r.v.shape[-1]} features, keys of {r.q.shape[-1]}"
+    if r.q.device.type == "cuda" and (r.mask is not None and not r.causal or r.bias is not None):
+        return "takes no mask but the causal one"
+    if r.q.device.type == "cuda" and r.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"float16 and bfloat16 only, not {r.q.dtype}"
+    return _sdpa_obstacle(r)
+
+
+def _cuda_obstacle(r: Request) -> str:
+    return f"for CUDA, not for {r.q.device.type}" if r.q.device.type != "cuda" else _sdpa_obstacle(r)
 
 
 def _flex_obstacle(r: Request) -> str:
     if r.q.device.type == "cpu":
         return "forward only on CPU, and only when compiled; composes with no transform"
-    return "not wired here: flash covers its masks, and composes"
+    return "not wired: flash has its masks, attention_with_score its scores, and both compose"
 
 
 KERNELS = {
-    "sdpa": ("torch's F.scaled_dot_product_attention", _sdpa_obstacle),
-    "flash": ("the closed streaming family: every transform, O(T + S) memory", _flash_obstacle),
+    "sdpa": ("torch's F.scaled_dot_product_attention, which chooses one of the next four", _sdpa_obstacle),
+    "flash": ("the closed streaming family: every transform, O(T + S) memory", lambda r: ""),
     "reference": ("dense, the specification: every transform, O(T S) memory", lambda r: ""),
+    "sdpa:flash": ("torch's fused kernel: first gradient, no jvp, no second derivative", _sdpa_flash_obstacle),
+    "sdpa:efficient": ("torch's memory-efficient kernel: first gradient", _cuda_obstacle),
+    "sdpa:cudnn": ("cuDNN's kernel: first gradient", _cuda_obstacle),
+    "sdpa:math": ("torch's dense route: composes, O(T S) memory", _sdpa_obstacle),
     "flex": ("torch's flex_attention", _flex_obstacle),
 }
 
@@ -113,9 +129,9 @@ def differentiable(r: Request) -> bool:
 
 def _reluctance(name: str, r: Request) -> str:
     """Why a kernel that can run is left alone where none is forced, or ""."""
-    if name == "sdpa" and differentiable(r):
+    if name in ("sdpa", "sdpa:flash") and differentiable(r):
         return "a derivative may be asked: it has no jvp and no second one"
-    if name == "sdpa" and isinstance(r.mask, Mask) and not r.causal and r.q.shape[-2] > FEW:
+    if name.startswith("sdpa") and isinstance(r.mask, Mask) and not r.causal and r.q.shape[-2] > FEW:
         return "would hold the mask dense, T x S"
     if name == "flash" and r.q.shape[-2] <= FEW:
         return f"for at most {FEW} queries the dense form is cheaper"

@@ -1,6 +1,8 @@
 """The public door of attention: what is accepted, checked once, and handed to the kernel that is chosen."""
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +83,29 @@ def attention(
     return _run(request, choice.choose(request, kernel)).out
 
 
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The weights themselves, (*lead, H, T, S), for those who plot them: dense by nature, in float32 at least.
+
+    Rows sum to one, or to zero where a query sees no key. Arguments and errors as in `attend`.
+
+    Example:
+        >>> from funcattn import masks
+        >>> attention_weights(torch.ones(1, 2, 4), torch.ones(1, 2, 4), masks.causal(2))
+        tensor([[[1.0000, 0.0000],
+                 [0.5000, 0.5000]]])
+    """
+    r = _request("attention_weights", q, k, k, mask, scale, bias)
+    with _no_autocast(r.q):
+        return reference.weigh(r.q, r.k, r.mask, scale=r.scale, bias=r.bias).probability
+
+
 def explain(
     q: Tensor,
     k: Tensor,
@@ -96,10 +121,21 @@ def explain(
 
 
 def _run(r: Request, kernel: str) -> Attended:
+    with _no_autocast(r.q):
+        return _chosen(r, kernel)
+
+
+def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """What runs inside is in the dtypes that the door gave, statistics in float32."""
+    on = torch.is_autocast_enabled(q.device.type)
+    return torch.autocast(q.device.type, enabled=False) if on else contextlib.nullcontext()
+
+
+def _chosen(r: Request, kernel: str) -> Attended:
     """The chosen kernel; lse is left out (a scalar zero) where a kernel does not give it and none was asked."""
-    if kernel == "sdpa":
-        assert not isinstance(r.scale, Tensor)
-        out = fused.attention(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, causal=r.causal)
+    if kernel.startswith("sdpa"):
+        backend = kernel.removeprefix("sdpa").removeprefix(":")
+        out = fused.attention(r.q, r.k, r.v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
         return Attended(out, out.new_zeros(()))
     if kernel == "flash":
         return flash.attend(r)
@@ -131,6 +167,9 @@ def _request(
     key: Tensor | None = None,
     wants_lse: bool = False,
 ) -> Request:
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
+        narrow = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(narrow) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
     for name, x, letters in (("q", q, "(*lead, H, T, D)"), ("k", k, "(*lead, K, S, D)"), ("v", v, "(*lead, K, S, Dv)")):
         if not isinstance(x, Tensor):
             _checks.fail(door, name, f"a tensor {letters}", f"a {type(x).__name__}", "Pass torch tensors.", TypeError)
@@ -149,7 +188,9 @@ def _request(
     if v.shape[-3:-1] != (K, S):
         _checks.fail(door, "v", f"(*lead, K, S, Dv) with K, S = {K}, {S} as in k", _checks.shape(v), "Give every key a value.")
     if not K or H % K:
-        _checks.fail(door, "k", f"(*lead, K, S, D) with K dividing H = {H}", _checks.shape(k), "Each key head serves H / K query heads.")
+        _checks.fail(
+            door, "k", f"(*lead, K, S, D) with K dividing H = {H}", _checks.shape(k), "Each key head serves H / K query heads."
+        )
     try:
         lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     except RuntimeError:
@@ -158,7 +199,14 @@ def _request(
     _check_mask(door, mask, lead, (H, T, S))
     if bias is not None:
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
-            _checks.fail(door, "bias", "a floating tensor", getattr(bias, "dtype", type(bias).__name__), "A boolean one is a mask.", TypeError)
+            _checks.fail(
+                door,
+                "bias",
+                "a floating tensor",
+                getattr(bias, "dtype", type(bias).__name__),
+                "A boolean one is a mask.",
+                TypeError,
+            )
         _must_broadcast(door, "bias", bias, (*lead, H, T, S))
     if isinstance(scale, Tensor) and scale.dim():
         _checks.fail(door, "scale", "a number or a 0-d tensor", _checks.shape(scale), "Multiply q by it instead.")

@@ -21,7 +21,7 @@ V = 2  # place of the values in the tensors of Attend, whose list is q, k, v, ma
 
 
 class Attend(Function):
-    """(plan, q, k, v, *mask, *bias) -> out (*lead, T, Dv), lse (*lead, T, 1); q carries the scale."""
+    """(plan, q, k, v, *mask, *bias) -> out (*lead, T, Dv), lse (*lead, T, 1)."""
 
     @staticmethod
     def forward(plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class Attend(Function):
         level = g_lse if g is None else -(g * out).sum(-1, keepdim=True).to(lse.dtype) + (0 if g_lse is None else g_lse)
         x.append(Pair(len(flat), ONES))
         flat.append(level)
-        terms = {Q: ("query", Term((tuple(x),), K)), K: ("key", Term((tuple(x),), Q))}
+        terms = {Q: ("query", Term((tuple(x),), K, plan.scale)), K: ("key", Term((tuple(x),), Q, plan.scale))}
         if plan.biased:
             terms[base.bias] = ("pair", Term((tuple(x),)))
         if g is not None:
@@ -74,11 +74,16 @@ class Attend(Function):
         at, base = _base(plan)
         flat = [q, k, lse, *extra, v]
         moved: dict[int, int] = {}
-        for place, tangent in ((Q, tangents[Q]), (K, tangents[K]), (at, tangents[V]), *([(base.bias, tangents[-1])] if plan.biased else [])):
+        for place, tangent in (
+            (Q, tangents[Q]),
+            (K, tangents[K]),
+            (at, tangents[V]),
+            *([(base.bias, tangents[-1])] if plan.biased else []),
+        ):
             if tangent is not None:
                 moved[place] = len(flat)
                 flat.append(tangent)
-        dS = algebra.logit_tangent(base.bias, moved)
+        dS = algebra.logit_tangent(base, moved)
         mixed = [Term((dS,), at)] if dS else []
         if at in moved:
             mixed.append(Term((), moved[at]))
@@ -160,17 +165,17 @@ def _prune(spec: Sweep) -> tuple[Sweep, list[int]]:
     """The same sweep over the tensors it reads alone, renumbered, and their old places."""
     used = sorted(set().union(*algebra.places(spec), spec.mask, {spec.dropout} - {ONES}))
     new = {old: n for n, old in enumerate(used)} | {ONES: ONES}
-    summand = lambda s: Dense(new[s.m], s.sign) if isinstance(s, Dense) else Pair(new[s.a], new[s.b], s.sign)
+    summand = lambda s: Dense(new[s.m], s.weight) if isinstance(s, Dense) else Pair(new[s.a], new[s.b], s.weight)
     factor: Any = lambda f: tuple(summand(s) for s in f)
-    term = lambda t, side: Term(tuple(factor(f) for f in t.factors), ONES if side == "pair" else new[t.value], t.sign)
+    term = lambda t, side: Term(tuple(factor(f) for f in t.factors), ONES if side == "pair" else new[t.value], t.weight)
     outputs = tuple(Output(o.side, tuple(term(t, o.side) for t in o.terms)) for o in spec.outputs)
-    return Sweep(outputs, tuple(new[p] for p in spec.mask), new[spec.bias], new[spec.dropout], spec.rate), used
+    return Sweep(outputs, spec.scale, tuple(new[p] for p in spec.mask), new[spec.bias], new[spec.dropout], spec.rate), used
 
 
 def _base(plan: Plan) -> tuple[int, Sweep]:
     """For Attend's tensors laid out as q, k, lse, mask..., bias, v: the place of v, and a sweep without outputs."""
     at = 3 + plan.masks + plan.biased
-    return at, Sweep((), tuple(range(3, 3 + plan.masks)), 3 + plan.masks if plan.biased else ONES)
+    return at, Sweep((), plan.scale, tuple(range(3, 3 + plan.masks)), 3 + plan.masks if plan.biased else ONES)
 
 
 def _at_batch(x: Tensor, info: Any) -> Tensor:

@@ -1,12 +1,10 @@
 """The "flash" kernel: from the public arguments to the closed family and back.
 
-Scale goes into q, groups of query heads become an axis that k lacks, masks get axes for the heads. Inside a compile all of it is
+Groups of query heads become an axis that k lacks, masks get axes for the heads. Inside a compile all of it is
 behind `nonstrict_trace`: Dynamo would otherwise inline the Functions, losing their memory, or refuse them.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +23,8 @@ def attend(r: Request) -> Attended:
     mask = () if r.mask is None else tuple(r.mask) if isinstance(r.mask, Mask) else (r.mask,)
     optional = (*mask, *(() if r.bias is None else (r.bias,)), *(() if r.key is None else (r.key,)))
     asked = (len(mask), r.bias is not None, r.dropout if r.key is not None else 0.0)
-    call = _opaque() if torch.compiler.is_compiling() else _attend
+    call = torch._dynamo.nonstrict_trace(_attend) if torch.compiler.is_compiling() else _attend
     return Attended(*call(asked, r.lead, r.scale, r.q, r.k, r.v, *optional))
-
-
-@functools.cache
-def _opaque() -> Any:
-    return torch._dynamo.nonstrict_trace(_attend)
 
 
 def _attend(
@@ -46,10 +39,12 @@ def _attend(
     laid = [spread(x) for x in mask] if masks == 2 else [_pairs(x, H, K) for x in mask]
     laid += [_pairs(x, H, K) for x in bias]
     fused = not bias and masks != 1 and not torch_fused.obstacle(q, k, v)
-    tensors = [q * scale, k, v]
+    if isinstance(scale, Tensor):  # differentiable, so it goes into q; a number goes into the sweep, in float32
+        q, scale = q * scale, 1.0
+    tensors = [q, k, v]
     if grouped:
-        tensors = [tensors[0].unflatten(-3, (K, H // K)), k.unsqueeze(-3), v.unsqueeze(-3)]
-    plan = Plan(masks, biased, fused)
+        tensors = [q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), v.unsqueeze(-3)]
+    plan = Plan(scale, masks, biased, fused)
     out, lse = Attend.apply(plan, *tensors, *laid)
     if rate:
         keys = dropout.head_keys(optional[-1], (*lead, H))
@@ -65,6 +60,7 @@ def _dropped(plan: Plan, rate: float, tensors: Sequence[Tensor], lse: Tensor, wh
     at = 3 + len(extra)
     spec = Sweep(
         (Output("query", (Term((), at),)),),
+        scale=plan.scale,
         mask=tuple(range(3, 3 + plan.masks)),
         bias=3 + plan.masks if plan.biased else ONES,
         dropout=at + 1,

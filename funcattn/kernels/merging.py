@@ -1,6 +1,6 @@
 """Joining attention over disjoint sets of keys: a monoid, so flash, paged, forked and ring attention are folds of it.
 
-    lse = log(exp lse_a + exp lse_b)        out = w out_a + (1 - w) out_b,   w = exp(lse_a - lse)
+lse = log(exp lse_a + exp lse_b)        out = w out_a + (1 - w) out_b,   w = exp(lse_a - lse)
 """
 
 import functools

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from . import blocks, torch_fused
+from .. import _checks
 from .._autodiff import transforming
+from . import blocks, torch_fused
 from .algebra import Dense, Output, Pair, Sweep, Term
 
 
@@ -35,6 +36,7 @@ def like(x: Tensor) -> Like:
 class Plan:
     """What attend is asked beside its tensors q, k, v, mask..., bias."""
 
+    scale: float = 1.0
     masks: int = 0  # how many tensors are the mask: (start, stop), or booleans
     biased: bool = False
     fused: bool = False  # torch's own kernels may compute the value and the first gradient, if the mask turns out to be causal
@@ -51,13 +53,14 @@ class Job:
 
 def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if _plain(tensors):
-        return _attend(plan, tensors)
-    return _attend_op(list(tensors), plan.masks, plan.biased, plan.fused)
+        out, lse = _attend(plan, tensors)
+        return _own(out), _own(lse)
+    return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.fused)
 
 
 def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     if _plain(tensors):
-        return _sweep(job, tensors)
+        return [_own(x) for x in _sweep(job, tensors)]
     ranks = [len(o.shape) for o in job.likes]
     sizes = [n for o in job.likes for n in o.shape]
     names = [str(o.dtype).removeprefix("torch.") for o in job.likes]
@@ -71,15 +74,15 @@ def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor,
     q, k, v, *mask = tensors
     if mask and not torch_fused.is_causal(mask, k.shape[-2]):
         return None
-    return torch_fused.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, causal=bool(mask))
+    return torch_fused.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, scale=plan.scale, causal=bool(mask))
 
 
 def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     mask = extra[: plan.masks]
     if plan.fused and (not mask or torch_fused.is_causal(mask, k.shape[-2])):
-        return torch_fused.attend(q, k, v, causal=bool(mask))
-    return blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None)
+        return torch_fused.attend(q, k, v, scale=plan.scale, causal=bool(mask))
+    return blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
 
 
 def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -87,27 +90,38 @@ def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     mask = [tensors[p] for p in job.sweep.mask]
     if job.plan is not None and (not mask or torch_fused.is_causal(mask, tensors[1].shape[-2])):
         q, k, lse, *_, v, g, _, out = tensors
-        outputs: Sequence[Tensor] = torch_fused.backward(shapes, q, k, v, lse, g, out, causal=bool(mask))
+        outputs: Sequence[Tensor] = torch_fused.backward(shapes, q, k, v, lse, g, out, scale=job.plan.scale, causal=bool(mask))
     else:
         outputs = blocks.sweep(job.sweep, shapes, tensors)
     return [x.to(o.dtype) for x, o in zip(outputs, job.likes, strict=True)]
 
 
+def _own(x: Tensor) -> Tensor:
+    """The same numbers, contiguous and not a view: forward mode wants tangents laid out as a primal that stands for itself."""
+    x = x.contiguous()
+    return x.new_empty(0).set_(x) if x._is_view() else x
+
+
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """True for real tensors with nothing between them and their numbers."""
+    if any(_functorch.is_legacy_batchedtensor(x) for x in tensors):
+        remedy = "Use torch.func.jacrev, jacfwd or vmap, which go through."
+        _checks.fail(
+            "attention", "the transform", "one of torch.func", "torch.autograd.grad(is_grads_batched=True)", remedy, RuntimeError
+        )
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     return all(type(x) in (Tensor, torch.nn.Parameter) and not _functorch.is_functorch_wrapped_tensor(x) for x in tensors)
 
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())
-def _attend_op(tensors: list[Tensor], masks: int, biased: bool, fused: bool) -> tuple[Tensor, Tensor]:
-    out, lse = _attend(Plan(masks, biased, fused), tensors)
+def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool) -> tuple[Tensor, Tensor]:
+    out, lse = _attend(Plan(scale, masks, biased, fused), tensors)
     return out.contiguous(), lse.contiguous()  # the strides that the fake kernel promised
 
 
 @_attend_op.register_fake
-def _(tensors: list[Tensor], masks: int, biased: bool, fused: bool) -> tuple[Tensor, Tensor]:
+def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
     lead = torch.broadcast_shapes(level, v.shape[:-2])
@@ -134,8 +148,8 @@ def _read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> Job:
 
 @functools.lru_cache(maxsize=4096)
 def _decode(text: str) -> tuple[Sweep, list[torch.dtype], Plan | None]:
-    (outputs, mask, bias, dropout, rate), names, plan = json.loads(text)
+    (outputs, scale, mask, bias, dropout, rate), names, plan = json.loads(text)
     summand: Any = lambda s: Pair(*s) if len(s) == 3 else Dense(*s)
     term = lambda t: Term(tuple(tuple(map(summand, factor)) for factor in t[0]), *t[1:])
-    spec = Sweep(tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), tuple(mask), bias, dropout, rate)
+    spec = Sweep(tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate)
     return spec, [getattr(torch, name) for name in names], plan and Plan(**plan)

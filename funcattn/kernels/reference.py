@@ -69,7 +69,14 @@ def weigh(q: Tensor, k: Tensor, mask: Mask | Tensor | None, *, scale: float | Te
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, *, scale: float | Tensor, bias: Tensor | None = None, keep: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    *,
+    scale: float | Tensor,
+    bias: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Attended:
     """Dense attention; keep (*lead, H, T, S) multiplies the weights (dropout: 0 or 1 / (1 - rate))."""
     P, lse = weigh(q, k, mask, scale=scale, bias=bias)

@@ -36,26 +36,37 @@ def is_causal(mask: Sequence[Tensor], S: int) -> bool:
     return not bool(start.any()) and torch.equal(stop.clamp(max=S), last)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """out (*lead, T, D) and lse (*lead, T, 1); q carries the scale."""
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """out (*lead, T, D) and lse (*lead, T, 1)."""
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], [lead])
-    out, lse = _forward(_four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=1.0)
+    out, lse = _forward(_four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=scale)
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
     lse = lse.reshape(*layout.sizes, -1, 1)
     if level != lead:  # values alone have an axis: its log-sum-exps are all the same
         lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(level), layout))]
-    return unfold(out.reshape(*layout.sizes, *out.shape[-2:]), layout, (*lead, *out.shape[-2:])), unfold(lse, layout, (*level, *lse.shape[-2:]))
+    return unfold(out.reshape(*layout.sizes, *out.shape[-2:]), layout, (*lead, *out.shape[-2:])), unfold(
+        lse, layout, (*level, *lse.shape[-2:])
+    )
 
 
 def backward(
-    shapes: Sequence[Sequence[int]], q: Tensor, k: Tensor, v: Tensor, lse: Tensor, g: Tensor, out: Tensor, *, causal: bool
+    shapes: Sequence[Sequence[int]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    g: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    causal: bool,
 ) -> list[Tensor]:
     """Gradients of q, k and v, of these shapes."""
     lead = [x.shape[:-2] for x in (q, lse, g, out)]
     layout = plan(lead, [k.shape[:-2], v.shape[:-2]], [tuple(s[:-2]) for s in shapes])
     of = lambda x: _four(x, layout)
-    grads = _backward(of(g), of(q), of(k), of(v), of(out), of(lse).squeeze(-1).contiguous(), 0.0, causal, scale=1.0)
+    grads = _backward(of(g), of(q), of(k), of(v), of(out), of(lse).squeeze(-1).contiguous(), 0.0, causal, scale=scale)
     full = [unfold(x.reshape(*layout.sizes, *x.shape[-2:]), layout, (*layout.lead, *x.shape[-2:])) for x in grads]
     return [x.sum_to_size(tuple(s)) if x.dim() >= len(s) else x for x, s in zip(full, shapes, strict=True)]
 
@@ -65,4 +76,3 @@ def _four(x: Tensor, layout: Layout) -> Tensor:
     x = fold(x, layout).expand(*layout.sizes, *x.shape[-2:])
     x = x.reshape(math.prod(layout.sizes[: layout.batch]), math.prod(layout.sizes[layout.batch :]), *x.shape[-2:])
     return x if x.stride(-1) == 1 else x.contiguous()
-

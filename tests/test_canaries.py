@@ -1,0 +1,105 @@
+"""Traps in torch that this library works around. Each test shows the trap as it is; one that goes red means that torch has mended it,
+and that the work-around named in it can go."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.func import grad, jvp, vmap
+
+
+class Cube(Function):
+    """x^3 with a jvp in plain operations, as the documentation has it."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 3 * ctx.saved_tensors[0] ** 2 * t
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return Cube.apply(x), in_dims[0]
+
+
+def test_an_outer_jvp_of_a_functions_jvp_is_silently_zero():
+    """pytorch/pytorch#197867; worked around by _autodiff.closed_jvp."""
+    x = torch.tensor(2.0, dtype=torch.float64)
+    second = jvp(lambda x: jvp(Cube.apply, (x,), (torch.ones_like(x),))[1], (x,), (torch.ones_like(x),))[1]
+    assert second == 0  # 12 would be right
+
+
+def test_a_custom_op_under_jvp_has_silently_zero_tangents():
+    """Worked around by keeping our operations behind Functions with a jvp (kernels.primitives)."""
+
+    @torch.library.custom_op("funcattn_canary::double", mutates_args=())
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    assert jvp(double, (torch.tensor(1.0),), (torch.tensor(1.0),))[1] == 0  # 2 would be right
+
+
+def test_torchs_fused_attention_has_no_jvp_and_no_second_derivative():
+    """The gap that the closed family fills; if torch fills it, `sdpa` may be chosen where a derivative is asked."""
+    q = torch.ones(1, 1, 4, 8)
+    attention = lambda q: F.scaled_dot_product_attention(q, q, q)
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        jvp(attention, (q,), (q,))
+    leaf = q.clone().requires_grad_()
+    (first,) = torch.autograd.grad(attention(leaf).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(first.sum(), leaf)
+
+
+def test_vmap_expands_an_operand_that_is_not_mapped():
+    """Worked around by kernels.products and kernels.layout, which fold the mapped axis into rows."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    shapes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                shapes.append(tuple(out.shape))
+            return out
+
+    x, w = torch.ones(6, 2, 3, 4), torch.ones(2, 4, 5)
+    with Watch():
+        vmap(lambda x: x @ w)(x)
+    assert any(s[:1] in ((6,), (12,)) and s[-2:] == (4, 5) for s in shapes)
+
+
+def test_checkpoint_does_not_nest_under_torch_func():
+    """Worked around by fa.remat."""
+    from torch.utils.checkpoint import checkpoint
+
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        grad(lambda x: checkpoint(torch.sin, x, use_reentrant=False).sum())(torch.ones(2))
+
+
+def test_the_private_names_that_closed_jvp_rests_on_are_there():
+    assert (
+        callable(forward_ad._set_fwd_grad_enabled)
+        and callable(torch._VF._unpack_dual)
+        and hasattr(torch._dynamo, "nonstrict_trace")
+    )
+    assert forward_ad._current_level == -1
+
+
+def test_exp_is_slower_than_exp2_is_no_test_but_both_agree():
+    """kernels.blocks takes powers of two because torch's exp is the slower of the two on CPU; their values agree."""
+    x = torch.linspace(-80, 0, 97, dtype=torch.float64)
+    assert torch.allclose(torch.exp2(x * 1.4426950408889634), x.exp(), rtol=1e-13, atol=0)
