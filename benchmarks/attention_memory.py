@@ -69,10 +69,8 @@ def main() -> None:
             found = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
             total = found["extra"] + found["held"]
             growth = f"{found['extra'] / last:>6.1f}x" if last else ""
-            print(
-                f"{name:<12}{T:>7} {found['extra']:>9.0f} {total:>8.0f} {found['sizes']:>9.0f} {total / found['sizes']:>5.2f}x {growth}",
-                flush=True,
-            )
+            ratio = f"{total / found['sizes']:>5.2f}x"
+            print(f"{name:<12}{T:>7} {found['extra']:>9.0f} {total:>8.0f} {found['sizes']:>9.0f} {ratio} {growth}", flush=True)
             last = found["extra"]
     if options.dense:
         T = max(options.lengths)

@@ -1,5 +1,7 @@
-"""Traps in torch that this library works around. Each test shows the trap as it is; one that goes red means that torch has mended it,
-and that the work-around named in it can go."""
+"""Traps in torch that this library works around.
+
+Each test shows the trap as it is; one that goes red means that torch has mended it, and that the work-around it names can go.
+"""
 
 import pytest
 import torch
@@ -91,11 +93,9 @@ def test_checkpoint_does_not_nest_under_torch_func():
 
 
 def test_the_private_names_that_closed_jvp_rests_on_are_there():
-    assert (
-        callable(forward_ad._set_fwd_grad_enabled)
-        and callable(torch._VF._unpack_dual)
-        and hasattr(torch._dynamo, "nonstrict_trace")
-    )
+    assert callable(forward_ad._set_fwd_grad_enabled)
+    assert callable(torch._VF._unpack_dual)
+    assert hasattr(torch._dynamo, "nonstrict_trace")
     assert forward_ad._current_level == -1
 
 

@@ -59,7 +59,8 @@ def close(found, wanted, tolerance: float = EXACT) -> None:
     for x, y in zip(found, wanted, strict=True):
         assert x.shape == y.shape
         infinite = torch.isinf(y)
-        assert torch.equal(infinite, torch.isinf(x)) and not x.isnan().any()
+        assert torch.equal(infinite, torch.isinf(x))
+        assert not x.isnan().any()
         size = y[~infinite].abs().max().item() if (~infinite).any() else 0.0
         assert (x - y)[~infinite].abs().max().item() <= tolerance * max(size, 1.0) if (~infinite).any() else True
 
@@ -174,7 +175,8 @@ def test_leading_axes_broadcast_in_any_pattern():
 def test_no_keys_at_all_have_zero_value_and_zero_derivatives():
     q, k, v = normal(1, 2, T, D), normal(2, 2, 0, D), normal(3, 2, 0, D)
     out, lse = fa.attend(q, k, v, kernel="flash")
-    assert torch.equal(out, torch.zeros_like(q)) and (lse == -math.inf).all()
+    assert torch.equal(out, torch.zeros_like(q))
+    assert (lse == -math.inf).all()
     value = lambda q: fa.attention(q, k, v, kernel="flash").sin().sum()
     assert torch.equal(grad(value)(q), torch.zeros_like(q))
     assert torch.equal(jvp(grad(value), (q,), (q,))[1], torch.zeros_like(q))
@@ -203,7 +205,8 @@ def test_narrow_dtypes_keep_statistics_in_float32(dtype):
     q, k, v = (x.to(dtype) for x in inputs())
     out, lse = fa.attend(q, k, v, OPTIONS["causal"]["mask"], kernel="flash")
     exact = fa.attend(q.double(), k.double(), v.double(), OPTIONS["causal"]["mask"], kernel="reference")
-    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
     close(lse.double(), exact.lse, 1e-5)
     close(out.double(), exact.out, 4 * torch.finfo(dtype).eps)  # one rounding of values below 4
     first = jvp(lambda q: fa.attention(q, k, v, kernel="flash"), (q,), (q,))[1]
@@ -244,7 +247,7 @@ def test_shared_keys_are_never_expanded_under_vmap():
     for kernel in ("flash", "reference"):
         Largest.size = 0
         with Largest():
-            vmap(lambda q: fa.attention(q, k, v, kernel=kernel))(q)
+            vmap(lambda q, kernel=kernel: fa.attention(q, k, v, kernel=kernel))(q)
         logits = 64 * 2 * 4 * 8192 * 4 if kernel == "reference" else 0  # the dense route holds these, and only these
         assert Largest.size <= max(4 * one, logits)
 
@@ -282,5 +285,6 @@ def test_autocast_gives_the_dtype_that_torchs_attention_gives():
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         for kernel in (None, "flash", "reference"):
             out, lse = fa.attend(q, k, v, kernel=kernel)
-            assert out.dtype == wanted.dtype == torch.bfloat16 and lse.dtype == torch.float32
+            assert out.dtype == wanted.dtype == torch.bfloat16
+            assert lse.dtype == torch.float32
             close(out.double(), wanted.double(), 4 * torch.finfo(torch.bfloat16).eps)

@@ -7,7 +7,7 @@ Tensors here are plain: no transform is active inside, so writing in place is le
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import dropout
 from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, Term, places
-from .layout import Layout, fold, group_sizes, multiply, multiply_rows, plan, unfold
+from .layout import Layout, fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
 
 LOG2E = math.log2(math.e)
 NOTHING = float("-inf")
@@ -66,7 +66,7 @@ def attend(
         q, k, v, *extra = tensors
         return _attend(q, k, v, extra[: len(mask)], extra[len(mask)] if bias is not None else None, scale)
 
-    out, lse = in_parts(part, [(*lead, T, v.shape[-1]), (*level, T, 1)], [q, k, v, *extra], [K, 2], [Q, K])
+    out, lse = in_parts(part, [(*lead, T, v.shape[-1]), (*level, T, 1)], [q, k, v, *extra], [K, 2], [Q, K], _too_many)
     return out, lse
 
 
@@ -115,46 +115,9 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor
     An output is summed over the leading axes that its terms have and its shape lacks, and repeated over those it alone has.
     """
     _, keyed, _ = places(spec)
-    return in_parts(lambda shapes, tensors: _Sweeper(spec, shapes, tensors).run(), shapes, tensors, sorted(keyed), [Q, K, L])
-
-
-def in_parts(
-    run: Callable[[Sequence[Sequence[int]], Sequence[Tensor]], Sequence[Tensor]],
-    shapes: Sequence[Sequence[int]],
-    tensors: Sequence[Tensor],
-    keyed: Sequence[int],
-    weighing: Sequence[int],
-) -> list[Tensor]:
-    """Run over a few heads or examples at a time, so that blocks stay in cache and still have rows enough for an efficient product.
-
-    The axis is the longest one that the key side has (`keyed`, places) and that P depends on (`weighing`), so that every term does: an
-    output that lacks the axis is then the sum over it.
-    """
-    lead = torch.broadcast_shapes(*[x.shape[:-2] for x in tensors], *[tuple(s[:-2]) for s in shapes])
-    some = lambda where, axis: any(_has(tensors[p].shape, axis) for p in where)
-    axes = [axis for axis in range(-len(lead), 0) if some(keyed, axis) and some(weighing, axis)]
-    axis = max(axes, key=lambda a: lead[a], default=0)
-    block = math.prod(lead) * min(ROWS, tensors[Q].shape[-2]) * min(KEYS, tensors[K].shape[-2])
-    if not axis or block <= ELEMENTS:
-        return list(run(shapes, tensors))
-    step = max(1, lead[axis] * ELEMENTS // block)
-    whole: list[Tensor] = []
-    for begin in range(0, lead[axis], step):
-        here = slice(begin, min(begin + step, lead[axis]))
-        cut = lambda x: x.narrow(axis - 2, here.start, here.stop - here.start) if _has(x.shape, axis) else x
-        sizes = [(*s[: axis - 2], here.stop - here.start, *s[len(s) + axis - 1 :]) if _has(s, axis) else s for s in shapes]
-        parts = in_parts(run, sizes, [cut(x) for x in tensors], keyed, weighing)
-        if not whole:
-            whole = [x.new_zeros(tuple(s)) for x, s in zip(parts, shapes, strict=True)]
-        for total, x in zip(whole, parts, strict=True):
-            into = cut(total)
-            into += x  # a shape without the axis is a sum over it
-    return whole
-
-
-def _has(shape: Sequence[int], axis: int) -> bool:
-    """True where a shape has more than one of a leading axis, counted from the last two backwards."""
-    return len(shape) - 2 >= -axis and shape[axis - 2] != 1
+    return in_parts(
+        lambda shapes, tensors: _Sweeper(spec, shapes, tensors).run(), shapes, tensors, sorted(keyed), [Q, K, L], _too_many
+    )
 
 
 class _Seen:
@@ -220,7 +183,7 @@ class _Sweeper:
         self.out = [self.scaled.new_zeros(*t, *s[-2:]) for t, s in zip(self.targets, shapes, strict=True)]
 
     def _factors(self) -> tuple[Counter[Factor], dict[Factor, tuple[Tensor, Tensor]]]:
-        """How many products hold a factor, and the features of its pairs side by side, [a_1, a_2] . [b_1, b_2], where they may stand so."""
+        """How many products hold a factor, and the features of its pairs side by side, [a_1, a_2] . [b_1, b_2]."""
         products = {term.factors for output in self.spec.outputs for term in output.terms}
         uses = Counter(factor for product in products for factor in set(product))
         joined = {}
@@ -333,6 +296,11 @@ def _reduce(x: Tensor, target: Sequence[int]) -> Tensor:
     """Sum the groups that the target lacks."""
     axes = [i for i, n in enumerate(target) if n == 1 and x.shape[i] != 1]
     return x.sum(axes, keepdim=True) if axes else x
+
+
+def _too_many(lead: int, T: int, S: int) -> float:
+    """How many times too large one block of all leading axes would be."""
+    return lead * min(ROWS, T) * min(KEYS, S) / ELEMENTS
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:

@@ -92,7 +92,7 @@ def _sdpa_obstacle(r: Request) -> str:
 def _sdpa_flash_obstacle(r: Request) -> str:
     if r.v.shape[-1] != r.q.shape[-1]:
         return f"values of {r.v.shape[-1]} features, keys of {r.q.shape[-1]}"
-    if r.q.device.type == "cuda" and (r.mask is not None and not r.causal or r.bias is not None):
+    if r.q.device.type == "cuda" and ((r.mask is not None and not r.causal) or r.bias is not None):
         return "takes no mask but the causal one"
     if r.q.device.type == "cuda" and r.q.dtype not in (torch.float16, torch.bfloat16):
         return f"float16 and bfloat16 only, not {r.q.dtype}"

@@ -70,7 +70,7 @@ def _dropped(plan: Plan, rate: float, tensors: Sequence[Tensor], lse: Tensor, wh
 
 
 def _pairs(x: Tensor, H: int, K: int) -> Tensor:
-    """A tensor that broadcasts to (*lead, H, T, S), with the axes of the family: (*lead, K, H / K, T, S) where heads are grouped."""
+    """A tensor that broadcasts to (*lead, H, T, S), with the family's axes: (*lead, K, H / K, T, S) where heads are grouped."""
     x = x.reshape(*[1] * (3 - x.dim()), *x.shape) if x.dim() < 3 else x
     if H == K:
         return x

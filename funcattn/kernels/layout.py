@@ -7,7 +7,7 @@ queries and futures of one past read k and v once, and nothing on the key side i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
 
 
 def plan(query: Sequence[tuple[int, ...]], key: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> Layout:
-    """The layout for leading shapes on the query side, on the key side, and of all else that must keep its axes apart (pairs, outputs).
+    """The layout for leading shapes on the query side, on the key side, and of what else has axes of its own (pairs, outputs).
 
     Example:
         >>> plan([(2, 3, 4)], [(2, 3, 1)], [])
@@ -99,3 +99,48 @@ def multiply_rows(x: Tensor, c: Tensor, keep: Sequence[bool], batch: int) -> Ten
     flat = lambda t: t.permute(order).reshape(*[groups[i] for i in kept], -1, t.shape[-1])
     out = flat(x).mT @ flat(c)
     return out.reshape(*[groups[i] if i in kept else 1 for i in range(len(groups))], *out.shape[-2:])
+
+
+Run = Callable[[Sequence[Sequence[int]], Sequence[Tensor]], Sequence[Tensor]]
+
+
+def in_parts(
+    run: Run,
+    shapes: Sequence[Sequence[int]],
+    tensors: Sequence[Tensor],
+    keyed: Sequence[int],
+    weighing: Sequence[int],
+    too_many: Callable[[int, int, int], float],
+) -> list[Tensor]:
+    """Run over a few heads or examples at a time, so that blocks stay in cache and have rows enough for an efficient product.
+
+    The axis is the longest one that the key side has (`keyed`, places) and that P depends on (`weighing`), so that every term
+    does: an output that lacks the axis is then the sum over it.
+    """
+    lead = torch.broadcast_shapes(*[x.shape[:-2] for x in tensors], *[tuple(s[:-2]) for s in shapes])
+    some = lambda where, axis: any(_has(tensors[p].shape, axis) for p in where)
+    axes = [axis for axis in range(-len(lead), 0) if some(keyed, axis) and some(weighing, axis)]
+    times = too_many(math.prod(lead), tensors[0].shape[-2], tensors[1].shape[-2])
+    if not axes or times <= 1:
+        return list(run(shapes, tensors))
+    axis = max(axes, key=lambda a: lead[a])
+    step = max(1, int(lead[axis] / times))
+    whole: list[Tensor] = []
+    for begin in range(0, lead[axis], step):
+        n = min(step, lead[axis] - begin)
+        sizes = [(*s[: axis - 2], n, *s[len(s) + axis - 1 :]) if _has(s, axis) else s for s in shapes]
+        parts = in_parts(run, sizes, [_cut(x, axis, begin, n) for x in tensors], keyed, weighing, too_many)
+        if not whole:
+            whole = [x.new_zeros(tuple(s)) for x, s in zip(parts, shapes, strict=True)]
+        for total, x in zip(whole, parts, strict=True):
+            _cut(total, axis, begin, n).add_(x)  # a shape without the axis is a sum over it
+    return whole
+
+
+def _cut(x: Tensor, axis: int, begin: int, n: int) -> Tensor:
+    return x.narrow(axis - 2, begin, n) if _has(x.shape, axis) else x
+
+
+def _has(shape: Sequence[int], axis: int) -> bool:
+    """True where a shape has more than one of a leading axis, counted backwards from the last two."""
+    return len(shape) - 2 >= -axis and shape[axis - 2] != 1

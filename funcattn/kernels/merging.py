@@ -5,13 +5,12 @@ lse = log(exp lse_a + exp lse_b)        out = w out_a + (1 - w) out_b,   w = exp
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks
-from ..masks import Mask
 from ..records import ABSENT, Attended, is_absent
 from . import reference
 from .door import attend
@@ -24,7 +23,7 @@ class Part(NamedTuple):
 
     k: Tensor
     v: Tensor
-    mask: Mask | Tensor | tuple[()] = ABSENT
+    mask: Any = ABSENT  # a Mask, booleans, or ()
 
 
 def merge(a: Attended, b: Attended) -> Attended:
@@ -85,7 +84,7 @@ def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> Tensor:
     lead = torch.broadcast_shapes(*[S.shape[:-1] for S in logits])
     S = torch.cat([S.expand(*lead, -1) for S in logits], -1) if len(logits) > 1 else logits[0]
     if can_be_empty:
-        empty = (S == float("-inf")).all(-1, keepdim=True)
+        empty = (float("-inf") == S).all(-1, keepdim=True)
         P = torch.where(empty, 0, torch.where(empty, 0, S).softmax(-1))
     else:
         P = S.softmax(-1)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import _checks
 from .._autodiff import transforming
@@ -99,7 +99,7 @@ def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
 def _own(x: Tensor) -> Tensor:
     """The same numbers, contiguous and not a view: forward mode wants tangents laid out as a primal that stands for itself."""
     x = x.contiguous()
-    return x.new_empty(0).set_(x) if x._is_view() else x
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride()) if x._is_view() else x
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:

@@ -42,12 +42,13 @@ class Product(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, w: Tensor) -> tuple[Tensor, int]:
-        if in_dims[1] is None:  # more rows
-            x = x.movedim(in_dims[0], -3)  # (*lead, B, R, D)
+        dx, dw = in_dims
+        if dx is not None and dw is None:  # more rows
+            x = x.movedim(dx, -3)  # (*lead, B, R, D)
             out = Product.apply(x.flatten(-3, -2), w)
             return out.unflatten(-2, x.shape[-3:-1]), out.dim() - 2
-        if in_dims[0] is None:  # more columns
-            w = w.movedim(in_dims[1], -2)  # (*lead, D, B, S)
+        if dx is None and dw is not None:  # more columns
+            w = w.movedim(dw, -2)  # (*lead, D, B, S)
             out = Product.apply(x, w.flatten(-2, -1))
             return out.unflatten(-1, w.shape[-2:]), out.dim() - 1
         return Product.apply(*align(in_dims, (x, w))), 0
