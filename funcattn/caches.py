@@ -61,6 +61,7 @@ class Branch(NamedTuple):
 
     @property
     def length(self) -> Tensor:
+        """Tokens remembered by both together, int64 ()."""
         return self.prefix.length + self.own.length
 
 

@@ -51,6 +51,8 @@ class Term(NamedTuple):
 
 
 class Output(NamedTuple):
+    """One result of a sweep: which side its rows lie on, and the terms it is the sum of."""
+
     side: str  # "query", "key" or "pair"
     terms: tuple[Term, ...]
 

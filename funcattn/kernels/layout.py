@@ -23,6 +23,7 @@ class Layout(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Size of each group."""
         return tuple(math.prod(self.lead[axis] for axis in group) for group in self.groups)
 
 

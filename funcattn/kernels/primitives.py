@@ -29,6 +29,7 @@ class Like(NamedTuple):
 
 
 def like(x: Tensor) -> Like:
+    """The shape and dtype of a tensor."""
     return Like(tuple(x.shape), x.dtype)
 
 
@@ -52,6 +53,7 @@ class Job:
 
 
 def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """out (*lead, T, Dv) and lse (*lead, T, 1) of tensors q, k, v, mask..., bias."""
     if _plain(tensors):
         out, lse = _attend(plan, tensors)
         return _own(out), _own(lse)
@@ -59,6 +61,7 @@ def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a sweep over tensors that start with q, k, lse."""
     if _plain(tensors):
         return [_own(x) for x in _sweep(job, tensors)]
     ranks = [len(o.shape) for o in job.likes]

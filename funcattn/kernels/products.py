@@ -17,6 +17,8 @@ from .._autodiff import align, closed_jvp, sum_to, transforming
 
 
 class Product(Function):
+    """x (*lead, R, D) @ w (*lead, D, S), closed under every transform."""
+
     @staticmethod
     def forward(x: Tensor, w: Tensor) -> Tensor:
         return x @ w
