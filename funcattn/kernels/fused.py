@@ -1,7 +1,10 @@
 """The "sdpa" kernels: torch's own F.scaled_dot_product_attention, as fast as torch is and composing as little as it does."""
 
 import contextlib
+import math
+from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,11 +37,25 @@ def attention(
     """
     seen = None if mask is None or causal else reference.visible(mask, k.shape[-2])
     if bias is not None:
-        seen = bias.to(q.dtype) if seen is None else bias.to(q.dtype).masked_fill(~seen, float("-inf"))
-    grouped = q.shape[-3] != k.shape[-3]
-    flat = q.dim() == 3  # torch's fused kernels want an axis of batch
-    if flat:
-        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        bias = bias.to(q.dtype)
+        seen = bias if seen is None else torch.where(seen, bias, float("-inf"))
+    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     with sdpa_kernel(BACKENDS[backend]) if backend else contextlib.nullcontext():
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return out.squeeze(0) if flat else out
+        out = F.scaled_dot_product_attention(
+            _four(q, lead),
+            _four(k, lead),
+            _four(v, lead),
+            attn_mask=None if seen is None else _four(seen, lead),
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=q.shape[-3] != k.shape[-3],
+        )
+    return out.reshape(*lead, *out.shape[1:])
+
+
+def _four(x: Tensor, lead: Sequence[int]) -> Tensor:
+    """(*lead, H, A, B) with exactly one leading axis: torch's fused kernels take no other, and its dense route would step in unasked."""
+    x = x.reshape(*[1] * (len(lead) + 3 - x.dim()), *x.shape)
+    if all(n == 1 for n in x.shape[: len(lead)]):
+        return x.reshape(1, *x.shape[-3:]).expand(math.prod(lead), *x.shape[-3:])
+    return x.expand(*lead, *x.shape[-3:]).reshape(-1, *x.shape[-3:])

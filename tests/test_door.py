@@ -1,0 +1,71 @@
+"""The public door of attention: dropout's errors, the weights for those who plot them, and what `explain` tells."""
+
+import pytest
+import torch
+from torch.func import grad
+
+import funcattn as fa
+from funcattn import masks
+
+Q = torch.ones(2, 4, 20, 8)
+KV = torch.ones(2, 2, 20, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"dropout": 0.1}, TypeError, "attention: key should be given with dropout, got None. Pass funcattn.key"),
+        ({"dropout": 1.0, "key": fa.key(0)}, ValueError, r"dropout should be a rate in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1, "key": fa.key(0)}, ValueError, "dropout should be a rate"),
+        (
+            {"dropout": 0.1, "key": fa.split(fa.key(0), 3)},
+            ValueError,
+            r"one key, int64 \(2,\), got torch.int64 \(3, 2\). Map over .* vmap",
+        ),
+        ({"dropout": 0.1, "key": fa.key(0), "kernel": "sdpa"}, ValueError, "'sdpa': draws dropout from torch's global generator"),
+        ({"kernel": "sdpa:cudnn"}, ValueError, "for CUDA, not for cpu"),
+        ({"kernel": "flex"}, ValueError, "forward only on CPU"),
+        ({"kernel": "fast"}, ValueError, "kernel should be None or one of 'sdpa', 'flash'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_the_reason(options, kind, message):
+    with pytest.raises(kind, match=message):
+        fa.attention(Q, KV, KV, **options)
+
+
+def test_the_weights_are_those_that_mix_the_values():
+    q, k, v = (
+        fa.random.normal(key, x.shape, dtype=torch.float64) for key, x in zip(fa.split(fa.key(0), 3), (Q, KV, KV), strict=True)
+    )
+    m = masks.causal(20)
+    P = fa.attention_weights(q, k, m)
+    assert torch.allclose(P @ v.repeat_interleave(2, -3), fa.attention(q, k, v, m), rtol=0, atol=1e-13)
+    assert torch.allclose(P.sum(-1), torch.ones_like(P[..., 0]), rtol=0, atol=1e-14)
+    assert not P.triu(1).any()
+
+
+def test_the_explanation_names_every_kernel_with_what_stands_against_it():
+    told = {v.kernel: v.obstacle for v in fa.explain(Q, KV, KV).verdicts}
+    assert set(told) == {"sdpa", "flash", "reference", "sdpa:flash", "sdpa:efficient", "sdpa:cudnn", "sdpa:math", "flex"}
+    assert told["sdpa"] == told["flash"] == told["reference"] == ""
+    assert "CUDA" in told["sdpa:efficient"]
+    assert "values of 3 features" in {v.kernel: v.obstacle for v in fa.explain(Q, KV, KV[..., :3]).verdicts}["sdpa:flash"]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "sdpa:flash", "sdpa:math", "flash", "reference"])
+@pytest.mark.parametrize("mask", [None, masks.causal(20), masks.window(20, 4), torch.ones(20, 20, dtype=torch.bool).tril()])
+def test_every_kernel_that_can_run_gives_the_same(kernel, mask):
+    q, k, v = (fa.random.normal(key, x.shape) for key, x in zip(fa.split(fa.key(0), 3), (Q, KV, KV), strict=True))
+    exact = fa.attention(q.double(), k.double(), v.double(), mask, kernel="reference")
+    error = (fa.attention(q, k, v, mask, kernel=kernel) - exact).abs().max().item()
+    assert error < 20 * torch.finfo(torch.float32).eps * v.abs().max().item()  # a mean of at most 20 values
+
+
+def test_the_choice_changes_with_what_may_be_asked():
+    assert fa.explain(Q, KV, KV, masks.causal(20)).chosen == "sdpa"
+    assert fa.explain(Q, KV, KV, masks.window(20, 4)).chosen == "flash"
+    assert fa.explain(Q[..., :1, :], KV, KV).chosen == "sdpa"
+    seen = []
+    grad(lambda q: (seen.append(fa.explain(q, KV, KV).chosen), q.sum())[1])(Q)
+    grad(lambda q: (seen.append(fa.explain(q[..., :1, :], KV, KV).chosen), q.sum())[1])(Q)
+    assert seen == ["flash", "reference"]
