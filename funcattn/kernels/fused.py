@@ -54,7 +54,7 @@ def attention(
 
 
 def _four(x: Tensor, lead: Sequence[int]) -> Tensor:
-    """(*lead, H, A, B) with exactly one leading axis: torch's fused kernels take no other, and its dense route would step in unasked."""
+    """(*lead, H, A, B) with exactly one leading axis: with any other number torch takes its dense route unasked."""
     x = x.reshape(*[1] * (len(lead) + 3 - x.dim()), *x.shape)
     if all(n == 1 for n in x.shape[: len(lead)]):
         return x.reshape(1, *x.shape[-3:]).expand(math.prod(lead), *x.shape[-3:])
