@@ -16,6 +16,7 @@ Every piece of a language model as a pure function of values, so that torch.func
 from . import caches, kernels, layers, masks, records, sampling, transformer, tree
 from . import randomness as random
 from .caches import Branch, Cache, Delta, commit
+from .checkpoints import Loaded, load, save
 from .generation import Streamed, generate, stream
 from .kernels import attend, attention, attention_weights, explain, merge
 from .masks import Mask

@@ -1,0 +1,278 @@
+"""The command line: what stands on stdout and on stderr, which exit code comes back, and what is read from the past."""
+
+import io
+import re
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import funcattn as fa
+from funcattn import cli
+
+SPEED = re.compile(r"prefill: .* tokens.*, \d+\.\d\d s; decode: \d+ tokens, \d+\.\d\d s(, \d+\.\d tokens/s)?\n")
+CONFIG = fa.Config(vocabulary=49152, width=16, layers=2, heads=2, kv_heads=1, head_size=8, feed_forward=16, context=256)
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2, tmp_path_factory):
+    """A model of random weights that shares SmolLM2's tokenizer. A large head makes its greedy text less of a loop."""
+    model = fa.decoder(CONFIG)
+    params = model.init(fa.key(0))
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    fa.save(path, CONFIG, params._replace(embedding=params.embedding * 50), smollm2.tokenizer)
+    return path
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Call main in this process, with the tiny model where the arguments name no other."""
+
+    def call(command: str, *arguments: str, stdin: str = "") -> Ran:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        chosen = () if "--model" in arguments else ("--model", str(folder))
+        try:
+            code = cli.main([command, *chosen, *arguments])
+        except SystemExit as end:
+            code = end.code
+        return Ran(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How many tokens the model was given, call by call (one for all rows of a vmap)."""
+    calls = []
+
+    def counted(config):
+        model = fa.decoder(config)
+
+        def hidden(params, tokens, *rest, **options):
+            calls.append(tokens.shape[-1])
+            return model.hidden(params, tokens, *rest, **options)
+
+        return model._replace(hidden=hidden)
+
+    decoder = fa.decoder
+    monkeypatch.setattr(cli.fa, "decoder", lambda config: (monkeypatch.setattr(cli.fa, "decoder", decoder), counted(config))[1])
+    return calls
+
+
+def test_the_answer_is_alone_on_stdout_and_the_speed_on_stderr():
+    command = [sys.executable, "-m", "funcattn", "generate", "--chat", "--greedy", "What is the capital of France?"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n")
+    assert SPEED.fullmatch(done.stderr)
+
+
+def test_the_text_is_that_of_generate(run, folder):
+    config, params, tokenizer = fa.load(folder)
+    sampler = fa.sampling.chain(fa.sampling.temperature(0.9), fa.sampling.top_k(20), fa.sampling.min_p(0.01))
+    prompt = torch.tensor(tokenizer.encode("The sea"))
+    key = fa.split(fa.key(7), 1)[0]
+    tokens, _ = fa.generate(key, fa.decoder(config), params, prompt, steps=12, sampler=sampler)
+    options = ["--temperature", "0.9", "--top-k", "20", "--top-p", "1", "--min-p", "0.01", "--seed", "7", "--steps", "12"]
+    assert run("generate", *options, "The sea").out == tokenizer.decode(tokens) + "\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",)], ids=["no prompt", "a dash"])
+def test_stdin_is_the_prompt_where_none_is_given(run, arguments):
+    given = run("generate", "--greedy", "--steps", "8", "The sea")
+    assert run("generate", "--greedy", "--steps", "8", *arguments, stdin="The sea\n").out == given.out
+
+
+def test_text_is_written_before_the_next_token_is_asked_for(run, monkeypatch, capsys):
+    seen = []
+
+    def pieces(*_, **__):
+        for text in ("one", " two", " three"):
+            yield fa.Streamed(text, (1,), (), text == " three")
+            seen.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(cli.fa, "stream", pieces)
+    run("generate", "The sea")
+    assert seen[:2] == ["one", " two"]
+
+
+def test_no_steps_write_an_empty_line(run):
+    assert run("generate", "--steps", "0", "The sea")[:2] == (0, "\n")
+
+
+def test_bfloat16_is_what_the_model_computes_in(run, monkeypatch):
+    dtypes = []
+    decoder = fa.decoder
+    spy = lambda model: model._replace(logits=lambda params, x: (dtypes.append(x.dtype), model.logits(params, x))[1])
+    monkeypatch.setattr(cli.fa, "decoder", lambda config: spy(decoder(config)))
+    assert run("generate", "--dtype", "bfloat16", "--steps", "2", "The sea").code == 0
+    assert set(dtypes) == {torch.bfloat16}
+
+
+def test_the_first_of_several_samples_is_the_only_one_of_one(run):
+    options = ["--seed", "3", "--temperature", "1.5", "--steps", "10", "The sea"]
+    one, three = run("generate", *options), run("generate", "--num-samples", "3", *options)
+    assert three.out.startswith(one.out)
+    assert len(set(three.out.removesuffix("\n").split("\n\n"))) == 3
+
+
+def test_several_samples_read_their_prompt_once(run, read, folder):
+    T = len(fa.load(folder).tokenizer.encode("The old keeper of the light by the sea"))
+    run("generate", "--num-samples", "5", "--steps", "4", "The old keeper of the light by the sea")
+    assert read == [T - 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("several", [(), ("--num-samples", "2")], ids=["one", "two"])
+def test_a_stop_string_ends_the_text_before_it(run, several):
+    whole = run("generate", "--greedy", "--steps", "12", "The sea").out.removesuffix("\n")
+    stop = whole[5:8]
+    cut = whole[: whole.index(stop)]
+    expected = "\n\n".join([cut] * (2 if several else 1)) + "\n"
+    assert run("generate", "--greedy", "--steps", "12", "--stop", "\0", "--stop", stop, *several, "The sea").out == expected
+
+
+CHAT = ("--greedy", "--steps", "6")
+
+
+def test_a_chat_answers_as_if_it_read_everything_anew(run, folder):
+    config, params, tokenizer = fa.load(folder)
+    ran = run("chat", *CHAT, stdin="The sea is blue.\nAnd the sky?\n")
+    messages, answers = [], []
+    for text in ("The sea is blue.", "And the sky?"):
+        messages.append({"role": "user", "content": text})
+        prompt = torch.tensor(tokenizer.prompt(messages))
+        tokens, _ = fa.generate(fa.key(0), fa.decoder(config), params, prompt, steps=6)
+        answers.append(tokenizer.decode(tokens))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert ran[:2] == (0, "".join(f"{answer}\n" for answer in answers))
+
+
+def test_a_later_turn_reads_only_what_the_past_does_not_hold(run, read):
+    ran = run("chat", *CHAT, stdin="The sea is blue.\nAnd the sky?\n")
+    prompts = [n for n in read if n > 1]
+    reported = [int(n) for n in re.findall(r"prefill: (\d+) tokens", ran.err)]
+    assert prompts == reported
+    assert len(prompts) == 2
+    assert prompts[1] < prompts[0]
+
+
+@pytest.mark.parametrize("back", ["/undo", "/new"])
+def test_a_turn_taken_back_was_never_said(run, back):
+    plain = run("chat", *CHAT, stdin="And the sky?\n").out
+    assert run("chat", *CHAT, stdin=f"The sea is blue.\n{back}\nAnd the sky?\n").out.endswith(plain)
+    assert run("chat", *CHAT, stdin=f"{back}\nAnd the sky?\n").out == plain
+
+
+def interrupted(pieces: int):
+    """`fa.stream` that Ctrl-C meets after some pieces, the first time it is called."""
+    stream, calls = fa.stream, []
+
+    def broken(*arguments, **options):
+        calls.append(1)
+        for number, piece in enumerate(stream(*arguments, **options)):
+            if len(calls) == 1 and number == pieces:
+                raise KeyboardInterrupt
+            yield piece
+
+    return broken
+
+
+def test_an_interrupted_text_ends_its_line_and_reports(run, monkeypatch):
+    whole = run("generate", *CHAT, "The sea").out
+    monkeypatch.setattr(cli.fa, "stream", interrupted(3))
+    ran = run("generate", *CHAT, "The sea")
+    assert ran.code == 130
+    assert ran.out.endswith("\n")
+    assert whole.startswith(ran.out.removesuffix("\n"))
+    assert SPEED.fullmatch(ran.err)
+
+
+def test_an_answer_interrupted_before_its_first_word_was_never_asked_for(run, monkeypatch):
+    plain = run("chat", *CHAT, stdin="And the sky?\n").out
+    monkeypatch.setattr(cli.fa, "stream", interrupted(0))
+    assert run("chat", *CHAT, stdin="The sea is blue.\nAnd the sky?\n")[:2] == (0, plain)
+
+
+def test_an_interrupted_answer_is_remembered_as_far_as_it_was_written(run, monkeypatch, folder):
+    config, params, tokenizer = fa.load(folder)
+    monkeypatch.setattr(cli.fa, "stream", interrupted(3))
+    ran = run("chat", *CHAT, stdin="The sea is blue.\nAnd the sky?\n")
+    messages = [{"role": "user", "content": "The sea is blue."}]
+    written, _ = fa.generate(fa.key(0), fa.decoder(config), params, torch.tensor(tokenizer.prompt(messages)), steps=3)
+    messages += [{"role": "assistant", "content": tokenizer.decode(written)}, {"role": "user", "content": "And the sky?"}]
+    then, _ = fa.generate(fa.key(0), fa.decoder(config), params, torch.tensor(tokenizer.prompt(messages)), steps=6)
+    assert ran[:2] == (0, f"{tokenizer.decode(written)}\n{tokenizer.decode(then)}\n")
+
+
+def test_inspect_tells_the_memory_of_a_past(run, folder):
+    ran = run("inspect")
+    config, params, _ = fa.load(folder)
+    per_token = fa.tree.nbytes(fa.decoder(config).cache(1)) - fa.tree.nbytes(fa.decoder(config).cache(0))
+    assert ran.code == 0
+    assert ran.err == ""
+    assert f"  1000 tokens    {1000 * per_token / 2**20:.1f} MiB\n" in ran.out
+    assert f"{fa.tree.count(params):,} elements" in ran.out
+    assert re.search(r"vocabulary +49152\n", ran.out)
+    assert "layers.0-1" in ran.out
+
+
+def test_a_terminal_is_never_steered_by_the_model(monkeypatch):
+    assert cli._shown("\x1b[2Ja") == "\x1b[2Ja"  # a pipe gets what was written
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    sys.stdout.isatty = lambda: True
+    assert cli._shown("\x1b[2Ja\tb\nc\x9b") == "[2Ja\tb\nc"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "required: COMMAND"),
+        (("write",), "invalid choice: 'write'"),
+        (("generate", "--temperature", "0", "x"), "--temperature: should be above 0, got 0"),
+        (("generate", "--temperature", "nan", "x"), "--temperature: should be above 0, got nan"),
+        (("generate", "--greedy", "--temperature", "1", "x"), "--temperature: not allowed with argument --greedy"),
+        (("generate", "--top-k", "0", "x"), "--top-k: should be 1 or more, got 0"),
+        (("generate", "--top-p", "1.5", "x"), "--top-p: should be above 0, at most 1, got 1.5"),
+        (("generate", "--steps", "-1", "x"), "--steps: should be 0 or more, got -1"),
+        (("generate", "--steps", "many", "x"), "--steps: should be 0 or more, got many"),
+        (("generate", "--seed", str(2**63), "x"), "--seed: should be 0 or more"),
+        (("generate", "--num-samples", "0", "x"), "--num-samples: should be 1 or more, got 0"),
+        (("generate", "--dtype", "int8", "x"), "--dtype: should be float32 or bfloat16, got int8"),
+        (("generate", "--device", "meta", "x"), "--device: should be a device of this machine, got meta"),
+        (("generate", "--stop", "", "x"), "--stop: should be a text, got an empty one"),
+        (("generate", "--model", "no/such.gguf", "x"), "no/such.gguf should be a folder, a .gguf file"),
+        (("generate", "--model", __file__, "x"), "should be a folder or a .gguf file, got a .py file"),
+        (("generate", ""), "the prompt is empty"),
+        (("generate",), "the prompt is empty"),
+        (("generate", "\udcff"), "should be UTF-8"),
+        (("generate", "sea " * 300), "tokens, and the model was trained on 256"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, told, capsys):
+    if len(arguments) > 1 or arguments == ("generate",):
+        ran = run(*arguments)
+    else:
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(arguments))
+        ran = Ran(end.value.code, *capsys.readouterr())
+    assert (ran.code, ran.out) == (2, "")
+    assert told in ran.err
+    assert ran.err.count("\n") == 1
+    assert ran.err.startswith("funcattn")
+
+
+def test_a_reader_that_goes_away_is_no_mistake(folder):
+    command = [sys.executable, "-m", "funcattn", "generate", "--model", str(folder), "--steps", "200", "The sea"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
