@@ -205,14 +205,11 @@ def _answer(session: _Session, talk: _Talk, text: str, sampler: sampling.Sampler
         stop_strings=options.stop,
     )
     said, last = "", None
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         for last in _write(pieces, f"{len(wanted) - known} tokens behind a past of {known}"):
             said += last.text
-    except KeyboardInterrupt:
-        if last is None:
-            return talk
-    if last is None:  # a stream has a piece at least
-        return talk
+    if last is None:
+        return talk  # nothing was said yet: as if it had not been asked
     past = caches.join(last.cache)
     return _Talk(past, (*wanted, *last.tokens)[: int(past.length)], (*messages, _message("assistant", said)))
 

@@ -18,11 +18,10 @@ CONFIG = fa.Config(vocabulary=49152, width=16, layers=2, heads=2, kv_heads=1, he
 
 @pytest.fixture(scope="module")
 def folder(smollm2, tmp_path_factory):
-    """A model of random weights that shares SmolLM2's tokenizer. A large head makes its greedy text less of a loop."""
-    model = fa.decoder(CONFIG)
-    params = model.init(fa.key(0))
+    """A model of random weights, large enough for each token to depend on all before it, with SmolLM2's tokenizer."""
+    params = fa.tree.map(lambda weight: weight * (15 if weight.dim() > 1 else 1), fa.decoder(CONFIG).init(fa.key(0)))
     path = tmp_path_factory.mktemp("models") / "tiny"
-    fa.save(path, CONFIG, params._replace(embedding=params.embedding * 50), smollm2.tokenizer)
+    fa.save(path, CONFIG, params, smollm2.tokenizer)
     return path
 
 
@@ -51,10 +50,10 @@ def run(folder, monkeypatch, capsys):
 @pytest.fixture
 def read(monkeypatch):
     """How many tokens the model was given, call by call (one for all rows of a vmap)."""
-    calls = []
+    calls, decoder = [], fa.decoder
 
     def counted(config):
-        model = fa.decoder(config)
+        model = decoder(config)
 
         def hidden(params, tokens, *rest, **options):
             calls.append(tokens.shape[-1])
@@ -62,8 +61,7 @@ def read(monkeypatch):
 
         return model._replace(hidden=hidden)
 
-    decoder = fa.decoder
-    monkeypatch.setattr(cli.fa, "decoder", lambda config: (monkeypatch.setattr(cli.fa, "decoder", decoder), counted(config))[1])
+    monkeypatch.setattr(fa, "decoder", counted)
     return calls
 
 
@@ -90,17 +88,18 @@ def test_stdin_is_the_prompt_where_none_is_given(run, arguments):
     assert run("generate", "--greedy", "--steps", "8", *arguments, stdin="The sea\n").out == given.out
 
 
-def test_text_is_written_before_the_next_token_is_asked_for(run, monkeypatch, capsys):
-    seen = []
+def test_text_is_written_before_the_next_token_is_asked_for(run, monkeypatch):
+    written, seen = io.BytesIO(), []
 
     def pieces(*_, **__):
         for text in ("one", " two", " three"):
             yield fa.Streamed(text, (1,), (), text == " three")
-            seen.append(capsys.readouterr().out)
+            seen.append(written.getvalue())
 
-    monkeypatch.setattr(cli.fa, "stream", pieces)
+    monkeypatch.setattr(fa, "stream", pieces)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))  # holds back what is not flushed, as a pipe does
     run("generate", "The sea")
-    assert seen[:2] == ["one", " two"]
+    assert seen[:2] == [b"one", b"one two"]
 
 
 def test_no_steps_write_an_empty_line(run):
@@ -111,7 +110,7 @@ def test_bfloat16_is_what_the_model_computes_in(run, monkeypatch):
     dtypes = []
     decoder = fa.decoder
     spy = lambda model: model._replace(logits=lambda params, x: (dtypes.append(x.dtype), model.logits(params, x))[1])
-    monkeypatch.setattr(cli.fa, "decoder", lambda config: spy(decoder(config)))
+    monkeypatch.setattr(fa, "decoder", lambda config: spy(decoder(config)))
     assert run("generate", "--dtype", "bfloat16", "--steps", "2", "The sea").code == 0
     assert set(dtypes) == {torch.bfloat16}
 
@@ -154,13 +153,20 @@ def test_a_chat_answers_as_if_it_read_everything_anew(run, folder):
     assert ran[:2] == (0, "".join(f"{answer}\n" for answer in answers))
 
 
-def test_a_later_turn_reads_only_what_the_past_does_not_hold(run, read):
+def test_a_later_turn_reads_only_what_the_past_does_not_hold(run, read, folder):
+    config, params, tokenizer = fa.load(folder)
+    first, second = ({"role": "user", "content": text} for text in ("The sea is blue.", "And the sky?"))
+    begun = tokenizer.prompt([first])
+    tokens, _ = fa.generate(fa.key(0), fa.decoder(config), params, torch.tensor(begun), steps=6)
+    wanted = tokenizer.prompt([first, {"role": "assistant", "content": tokenizer.decode(tokens)}, second])
+    held = [*begun, *tokens[:-1].tolist()]  # the last was not read
+    known = next(n for n in range(len(held), 0, -1) if held[:n] == wanted[:n])
+    prompts = [len(begun), len(wanted) - known]
+    read.clear()
     ran = run("chat", *CHAT, stdin="The sea is blue.\nAnd the sky?\n")
-    prompts = [n for n in read if n > 1]
-    reported = [int(n) for n in re.findall(r"prefill: (\d+) tokens", ran.err)]
-    assert prompts == reported
-    assert len(prompts) == 2
-    assert prompts[1] < prompts[0]
+    assert prompts[1] < len(wanted) - len(begun)
+    assert [n for n in read if n > 1] == prompts
+    assert [int(n) for n in re.findall(r"prefill: (\d+) tokens", ran.err)] == prompts
 
 
 @pytest.mark.parametrize("back", ["/undo", "/new"])
@@ -186,7 +192,7 @@ def interrupted(pieces: int):
 
 def test_an_interrupted_text_ends_its_line_and_reports(run, monkeypatch):
     whole = run("generate", *CHAT, "The sea").out
-    monkeypatch.setattr(cli.fa, "stream", interrupted(3))
+    monkeypatch.setattr(fa, "stream", interrupted(3))
     ran = run("generate", *CHAT, "The sea")
     assert ran.code == 130
     assert ran.out.endswith("\n")
@@ -196,13 +202,13 @@ def test_an_interrupted_text_ends_its_line_and_reports(run, monkeypatch):
 
 def test_an_answer_interrupted_before_its_first_word_was_never_asked_for(run, monkeypatch):
     plain = run("chat", *CHAT, stdin="And the sky?\n").out
-    monkeypatch.setattr(cli.fa, "stream", interrupted(0))
+    monkeypatch.setattr(fa, "stream", interrupted(0))
     assert run("chat", *CHAT, stdin="The sea is blue.\nAnd the sky?\n")[:2] == (0, plain)
 
 
 def test_an_interrupted_answer_is_remembered_as_far_as_it_was_written(run, monkeypatch, folder):
     config, params, tokenizer = fa.load(folder)
-    monkeypatch.setattr(cli.fa, "stream", interrupted(3))
+    monkeypatch.setattr(fa, "stream", interrupted(3))
     ran = run("chat", *CHAT, stdin="The sea is blue.\nAnd the sky?\n")
     messages = [{"role": "user", "content": "The sea is blue."}]
     written, _ = fa.generate(fa.key(0), fa.decoder(config), params, torch.tensor(tokenizer.prompt(messages)), steps=3)
