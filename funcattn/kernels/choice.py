@@ -155,6 +155,11 @@ def verdicts(r: Request, kernel: str | None = None) -> tuple[Verdict, ...]:
     return tuple(Verdict(name, what, obstacles[name], name == chosen) for name, (what, _) in KERNELS.items())
 
 
+def current() -> str | None:
+    """The kernel that `use` forces here, if any."""
+    return _forced.get()
+
+
 def choose(r: Request, kernel: str | None = None) -> str:
     """The name of the kernel that runs; forced by the argument, else by `use`, else automatic."""
     if torch.compiler.is_compiling():  # transforms cannot be seen from here: what composes is taken

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._autodiff import transforming
 from ..records import ABSENT, Attended, is_absent
-from . import reference
+from . import choice, reference, torch_fused
 from .door import attend
 
 FEW = 16  # queries at which the dense form over the remembered keys stops being the cheaper one
@@ -67,9 +68,40 @@ def attend_parts(q: Tensor, parts: Sequence[Part], *, scale: float | Tensor, ker
             wanted, remedy = f"{q.dtype} as the weights give", f"Make the past with model.cache(size, dtype={q.dtype})."
             _checks.fail("attention", "the past", wanted, part.k.dtype, remedy, TypeError)
     if q.shape[-2] <= FEW and kernel is None:
-        return _joint(q, parts, scale)
+        return _one(q, parts, scale) if _is_plain_step(q, parts, scale) else _joint(q, parts, scale)
     attended = [attend(q, k, v, None if is_absent(mask) else mask, scale=scale, kernel=kernel) for k, v, mask in parts]
     return functools.reduce(merge, attended).out
+
+
+def _is_plain_step(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> bool:
+    """True for a decode step of one sequence that nobody differentiates, over parts that hide nothing: torch's kernel serves."""
+    if q.shape[-2] != 1 or q.dim() != 3 or isinstance(scale, Tensor) or torch.compiler.is_compiling() or choice.current():
+        return False
+    if not all(is_absent(part.mask) and part.k.dim() == 3 and part.k.shape[-2] for part in parts) or transforming():
+        return False
+    tensors = [q, *[x for part in parts for x in (part.k, part.v)]]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return not any(torch_fused.obstacle(q, part.k, part.v) for part in parts)
+
+
+def _one(q: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
+    """One query: query heads that share a key are rows of one fused call a part, and the parts are merged by their mass."""
+    K = parts[0].k.shape[-3]
+    rows = q.reshape(K, 1, -1, q.shape[-1])  # (K, 1, H / K, D)
+    out = lse = None
+    for k, v, _ in parts:
+        if k.shape[-2] == 1:  # one key: its logit is the log-sum-exp
+            more, mass = v.unsqueeze(1), (rows * k.unsqueeze(1)).sum(-1) * scale
+        else:
+            more, mass = torch_fused.rows(rows, k.unsqueeze(1), v.unsqueeze(1), scale)
+        if out is None or lse is None:
+            out, lse = more, mass
+        else:
+            share = torch.sigmoid(lse - mass).unsqueeze(-1).to(out.dtype)
+            out, lse = torch.lerp(more.expand_as(rows), out.expand_as(rows), share), torch.logaddexp(lse, mass)
+    assert out is not None
+    return out.expand_as(rows).reshape(q.shape[0], 1, -1)
 
 
 def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> Tensor:
@@ -81,8 +113,10 @@ def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> Tensor:
         else:
             S = torch.where(reference.visible(mask, k.shape[-2]), S, float("-inf"))
         logits.append(S)
-    lead = torch.broadcast_shapes(*[S.shape[:-1] for S in logits])
-    S = torch.cat([S.expand(*lead, -1) for S in logits], -1) if len(logits) > 1 else logits[0]
+    if any(S.shape[:-1] != logits[0].shape[:-1] for S in logits):
+        lead = torch.broadcast_shapes(*[S.shape[:-1] for S in logits])
+        logits = [S.expand(*lead, -1) for S in logits]
+    S = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
     if can_be_empty:
         empty = (float("-inf") == S).all(-1, keepdim=True)
         P = torch.where(empty, 0, torch.where(empty, 0, S).softmax(-1))

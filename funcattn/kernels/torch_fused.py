@@ -50,6 +50,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tu
     )
 
 
+def rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, 1, R, D) and lse (B, 1, R) of four axes that need no layout."""
+    return _forward(q, k, v, 0.0, False, scale=scale)
+
+
 def backward(
     shapes: Sequence[Sequence[int]],
     q: Tensor,
