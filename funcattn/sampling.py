@@ -66,8 +66,8 @@ def chain(*samplers: Sampler) -> Sampler:
 
 
 def _argmax_only(logits: Tensor) -> Tensor:
-    best = logits == logits.amax(-1, keepdim=True)
-    return torch.where(best & (best.cumsum(-1) == 1), logits, float("-inf"))  # of equals the lowest id
+    best = logits.argmax(-1, keepdim=True)  # of equals the lowest id, as torch promises
+    return torch.full_like(logits, float("-inf")).scatter(-1, best, logits.gather(-1, best))
 
 
 greedy = stateless(_argmax_only, deterministic=True)
