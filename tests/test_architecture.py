@@ -32,7 +32,7 @@ WITHIN = {"tree": {"records", "_checks"}, "randomness": {"records", "_checks"}, 
 APART = "testing"  # may import anything; nothing imports it
 
 LONGEST = 400  # lines: what can be read in one sitting
-MIRRORLESS = {"transforms", "architecture", "references", "canaries"}  # about the whole or about torch, not about a module
+MIRRORLESS = {"transforms", "architecture", "references", "canaries", "smollm2"}  # about the whole or torch, not a module
 
 GLOBAL_DRAWS = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson"),
