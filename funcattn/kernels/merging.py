@@ -68,14 +68,16 @@ def attend_parts(q: Tensor, parts: Sequence[Part], *, scale: float | Tensor, ker
             wanted, remedy = f"{q.dtype} as the weights give", f"Make the past with model.cache(size, dtype={q.dtype})."
             _checks.fail("attention", "the past", wanted, part.k.dtype, remedy, TypeError)
     if q.shape[-2] <= FEW and kernel is None:
-        return _one(q, parts, scale) if _is_plain_step(q, parts, scale) else _joint(q, parts, scale)
+        if not isinstance(scale, Tensor) and _is_plain_step(q, parts):
+            return _one(q, parts, scale)
+        return _joint(q, parts, scale)
     attended = [attend(q, k, v, None if is_absent(mask) else mask, scale=scale, kernel=kernel) for k, v, mask in parts]
     return functools.reduce(merge, attended).out
 
 
-def _is_plain_step(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> bool:
+def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
     """True for a decode step of one sequence that nobody differentiates, over parts that hide nothing: torch's kernel serves."""
-    if q.shape[-2] != 1 or q.dim() != 3 or isinstance(scale, Tensor) or torch.compiler.is_compiling() or choice.current():
+    if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling() or choice.current():
         return False
     if not all(is_absent(part.mask) and part.k.dim() == 3 and part.k.shape[-2] for part in parts) or transforming():
         return False
@@ -118,7 +120,7 @@ def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> Tensor:
         logits = [S.expand(*lead, -1) for S in logits]
     S = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
     if can_be_empty:
-        empty = (float("-inf") == S).all(-1, keepdim=True)
+        empty = torch.isneginf(S.amax(-1, keepdim=True))
         P = torch.where(empty, 0, torch.where(empty, 0, S).softmax(-1))
     else:
         P = S.softmax(-1)
