@@ -152,9 +152,19 @@ def test_the_owner_of_a_past_may_commit_in_place_with_the_same_result():
 def test_commit_in_place_leaves_what_autograd_records_alone():
     v = torch.ones(L, K, 1, D, dtype=torch.float64, requires_grad=True)
     delta = step([1])._replace(v=tuple(v))
-    cache = caches.commit_own(caches.commit_own(empty(4), delta, 1), delta, 1)
-    caches.past(cache, 0, 1)[0].v.square().sum().backward()
-    assert torch.equal(v.grad[0], torch.full((K, 1, D), 4.0, dtype=torch.float64))
+    loss = lambda cache: caches.past(cache, 0, 1)[0].v.square().sum()
+    one = caches.commit_own(empty(4), delta, 1)
+    first = loss(one)
+    (first + loss(caches.commit_own(one, delta, 1))).backward()
+    assert torch.equal(v.grad[0], torch.full((K, 1, D), 6.0, dtype=torch.float64))  # 2 v for each row of either past
+
+
+def test_a_branch_grows_at_its_own_tail_and_shares_its_prefix():
+    branch = Branch(fa.commit(empty(2), step([1, 2])), empty(1))
+    grown = caches.grow(branch, 3)
+    assert grown.prefix is branch.prefix
+    assert (caches.capacity(branch), caches.capacity(grown), caches.capacity(grown.own)) == (3, 6, 4)
+    assert remembered(fa.commit(grown, step([3, 4, 5, 6]))) == [1, 2, 3, 4, 5, 6]
 
 
 # What is not remembered.
@@ -165,7 +175,7 @@ TOKENS = torch.tensor([3, 14, 15, 9, 2, 6, 5, 31, 8])
 
 
 def past_of(n, size=8):
-    return MODEL.apply(PARAMS, TOKENS[:n], MODEL.cache(size))[1]
+    return MODEL.apply(PARAMS, TOKENS[:n], MODEL.cache(size))[1] if n else MODEL.cache(size)
 
 
 def poisoned(cache):

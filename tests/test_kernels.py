@@ -248,13 +248,13 @@ class Storages(TorchDispatchMode):
         return out
 
 
-B, H, T, SHARED, D = 16, 4, 2, 32, 16
+B, H, K, T, SHARED, D = 16, 4, 2, 2, 32, 16
 
 
 @pytest.mark.parametrize("kernel", [None, "reference", "flash"])
 @pytest.mark.parametrize("wanted", ["values", "gradients", "tangents"])
 def test_keys_shared_by_a_vmap_or_by_heads_are_never_repeated(wanted, kernel):
-    q, k, v = normal(0, B, H, T, D), normal(1, 1, SHARED, D), normal(2, 1, SHARED, D)
+    q, k, v = normal(0, B, H, T, D), normal(1, K, SHARED, D), normal(2, K, SHARED, D)
     f = lambda q: fa.attend(q, k, v, kernel=kernel).out.sum()
     g = {"values": f, "gradients": grad(f), "tangents": lambda q: jvp(f, (q,), (q,))[1]}[wanted]
     with Storages() as seen:
@@ -263,11 +263,14 @@ def test_keys_shared_by_a_vmap_or_by_heads_are_never_repeated(wanted, kernel):
     assert 0 < seen.largest <= logits < B * k.numel()
 
 
-def test_the_loop_over_heads_would_be_seen():
-    q, k = normal(0, B, H, T, D), normal(1, 1, SHARED, D)
-    with Storages() as seen:
-        vmap(lambda q: q @ k.mT.clone().expand(H, D, SHARED).contiguous())(q)
-    assert seen.largest > k.numel()
+def test_the_product_repeats_nothing_where_the_plain_one_does():
+    q, k = normal(0, B, K, T, D), normal(1, K, SHARED, D)
+    largest = []
+    for product in (products.product, torch.matmul):
+        with Storages() as seen:
+            vmap(lambda q, product=product: product(q, k.mT))(q)
+        largest.append(seen.largest)
+    assert largest == [B * K * T * SHARED, B * k.numel()]
 
 
 # The product.
