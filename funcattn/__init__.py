@@ -5,15 +5,17 @@ Every piece of a language model as a pure function of values, so that torch.func
     records, tree          what values are made of                   floor 0
     random                 explicit keys; the bits of jax.random
     masks                  unions of intervals, with & | ~                  1
+    remat                  a checkpoint that nests under torch.func
     kernels                attend, attention, merge, explain                2
     layers                 linear, norms, rope, gates                       3
     caches, sampling       the past as a value; transforms of logits        4
     transformer            Config, Params, decoder                          5
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
+    interop                other people's modules, closed
 """
 
-from . import caches, kernels, layers, masks, records, sampling, transformer, tree
+from . import caches, interop, kernels, layers, masks, records, sampling, transformer, tree
 from . import randomness as random
 from .caches import Branch, Cache, Delta, commit
 from .checkpoints import Loaded, load, save
@@ -22,6 +24,7 @@ from .kernels import attend, attention, attention_weights, explain, merge
 from .masks import Mask
 from .randomness import fold_in, key, split
 from .records import Attended, Model
+from .rematerialization import remat
 from .transformer import Config, Params, decoder
 from .tree import cast, to
 

@@ -1,0 +1,364 @@
+"""Rematerialization: a checkpoint that nests under torch.func, at every order.
+
+    Remat[f].vjp = Remat[vjp f]            Remat[f].jvp = Remat[jvp f]            Remat[f].vmap = Remat[vmap f]
+
+A rematerialized function keeps its inputs and nothing of what it computed on the way; its derivatives are computed from those
+inputs, by functions that are rematerialized themselves. So a derivative of any order, in any nesting, keeps only inputs. torch's
+own checkpoint hooks into saved tensors, which torch.func refuses; and a backward written in plain operations would be recorded
+by the grad around it, intermediates and all.
+
+What is rematerialized is a `Computation`, which says what its derivatives are. `Whole`, a function run at once, is the one behind
+`remat`; kernels.scores has another, a function summed over blocks.
+
+Source: Chen et al., Training deep nets with sublinear memory cost, arXiv:1604.06174; jax.checkpoint is the model of the nesting.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from . import _checks
+from ._autodiff import closed_jvp, transforming
+from .records import describe
+
+Flat = Callable[..., tuple[Tensor, ...]]  # of tensors alone, one after the other
+
+# What tells of a tensor without letting a derivative through: f may ask it of a tensor that is not its argument.
+METADATA = frozenset(
+    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point]
+    + [Tensor.detach, torch.detach]
+)
+
+
+class Computation(Protocol):
+    """A function of tensors to a tuple of tensors, that knows its derivatives as computations of its own kind.
+
+    Inputs and outputs go by number.
+    """
+
+    def __call__(self, *x: Tensor) -> tuple[Tensor, ...]: ...
+
+    def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "Computation":
+        """(inputs, cotangents of the outputs given) -> derivatives of the inputs needed."""
+        ...
+
+    def jvp(self, inputs: int, moved: Sequence[int]) -> "Computation":
+        """(inputs, tangents of the inputs moved) -> tangents of the floating outputs."""
+        ...
+
+    def vmap(self, mapped: Sequence[bool], randomness: str) -> "Computation":
+        """The same over the first axis of the inputs that are mapped and of all outputs."""
+        ...
+
+
+class Whole(NamedTuple):
+    """The computation that runs a flat function at once."""
+
+    f: Flat
+
+    def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
+        return self.f(*x)
+
+    def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "Whole":
+        """See Computation."""
+        return Whole(pullback(self.f, inputs, needed, given))
+
+    def jvp(self, inputs: int, moved: Sequence[int]) -> "Whole":
+        """See Computation."""
+        return Whole(pushforward(self.f, inputs, moved))
+
+    def vmap(self, mapped: Sequence[bool], randomness: str) -> "Whole":
+        """See Computation."""
+        return Whole(batched(self.f, mapped, randomness))
+
+
+def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) -> Flat:
+    """(inputs, cotangents of the outputs given) -> derivatives of the inputs needed."""
+
+    def pulled(*flat: Tensor) -> tuple[Tensor, ...]:
+        x, cotangents = flat[:inputs], flat[inputs:]
+
+        def outputs(*moving: Tensor) -> tuple[Tensor, ...]:
+            out = f(*_exchange(x, needed, moving))
+            return tuple(out[n] for n in given)
+
+        return torch.func.vjp(outputs, *[x[n] for n in needed])[1](cotangents)
+
+    return pulled
+
+
+def pushforward(f: Flat, inputs: int, moved: Sequence[int]) -> Flat:
+    """(inputs, tangents of the inputs moved) -> tangents of the floating outputs."""
+
+    def pushed(*flat: Tensor) -> tuple[Tensor, ...]:
+        x, tangents = flat[:inputs], flat[inputs:]
+        outputs = lambda *moving: tuple(out for out in f(*_exchange(x, moved, moving)) if is_differentiable(out))
+        return torch.func.jvp(outputs, tuple(x[n] for n in moved), tangents)[1]
+
+    return pushed
+
+
+def batched(f: Flat, mapped: Sequence[bool], randomness: str) -> Flat:
+    """f over the first axis of the inputs that are mapped."""
+    return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness=randomness)
+
+
+def is_differentiable(x: Any) -> bool:
+    """True for a tensor of numbers that a derivative can be taken of."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Watches the first run of a function: what it reads must be its arguments, and the same again in the next run.
+
+    A tensor from outside that grad, jvp or vmap follows would silently count as a constant, since the function runs below their
+    levels and they only see its arguments.
+    """
+
+    door: str  # the public function, and its argument, that an error names
+    argument: str
+    remedy: str
+    depth: int  # levels of torch.func around the door
+
+    def refuse(self, got: str, remedy: str) -> NoReturn:
+        """Raise the error that says what the function does beside computing."""
+        _checks.fail(self.door, self.argument, "a pure function of its arguments", got, remedy)
+
+    def run(self, computation: Computation, x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """computation(*x), or an error that says what it does beside computing."""
+        before = _traces(x)
+        try:
+            with _Watch(self, 0):
+                out = computation(*x)
+        except _OpensALevel:
+            with _levels(self.depth), _Watch(self, self.depth):
+                out = computation(*x)
+        for t in out:
+            if _functorch.is_functorch_wrapped_tensor(t) or t.requires_grad:
+                self.refuse(f"one that returns a tracked {describe(t)} from outside", self.remedy)
+        after = _traces(x)
+        if before[0] != after[0]:
+            self.refuse("one that writes into an argument", "Return a new tensor instead.")
+        if before[1] != after[1]:
+            self.refuse("one that draws from torch's global generator", "Draw from a key with funcattn.random, and pass the key.")
+        return out
+
+
+class _OpensALevel(Exception):
+    """The function opens a level of torch.func: it bears the number of one around the door, and tensors of the two look alike."""
+
+
+class _Watch(TorchFunctionMode):
+    """Sees the arguments of every torch function that is called from Python, above `below` levels that do nothing."""
+
+    def __init__(self, guard: Guard, below: int) -> None:
+        super().__init__()
+        self.guard, self.below = guard, below
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.guard.depth and not self.below and _depth():
+            raise _OpensALevel
+        if func not in METADATA:
+            for x in _tensors((*args, *(kwargs or {}).values())):
+                if self._is_tracked(x):
+                    self.guard.refuse(f"one that reads a tracked {describe(x)} from outside", self.guard.remedy)
+        return func(*args, **(kwargs or {}))
+
+    def _is_tracked(self, x: Tensor) -> bool:
+        """The arguments came in plain: what is of a level below the function's own, or recorded by autograd, did not come in."""
+        if not _functorch.is_functorch_wrapped_tensor(x):
+            return x.requires_grad
+        level = _functorch.maybe_get_level(x)
+        return 0 < level <= self.below or level > _depth()
+
+
+class Remat(Function):
+    """(computation, guard, *x) -> the outputs of the computation; the guard watches it, where it has not run before."""
+
+    @staticmethod
+    @torch.compiler.disable  # where a compiled frame has fallen back to eager, Dynamo would start again inside
+    def forward(computation: Computation, guard: Guard | None, *x: Tensor) -> tuple[Tensor, ...]:
+        x = tuple(t.detach() if t.requires_grad else t for t in x)
+        out = computation(*x) if guard is None else guard.run(computation, x)
+        return tuple(t.view_as(t) for t in out)  # fresh tensors, also where the function returns an argument, or one tensor twice
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.computation = inputs[0]
+        ctx.floating = [is_differentiable(t) for t in output]
+        ctx.mark_non_differentiable(*[t for t in output if not is_differentiable(t)])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        x = ctx.saved_tensors
+        needed = [n for n in range(len(x)) if ctx.needs_input_grad[2 + n]]
+        given = [n for n, g in enumerate(cotangents) if g is not None]
+        grads: list[Any] = [None] * (2 + len(x))
+        if needed and given:
+            pulled = Remat.apply(ctx.computation.vjp(len(x), needed, given), None, *x, *[cotangents[n] for n in given])
+            for n, grad in zip(needed, pulled, strict=True):
+                grads[2 + n] = grad
+        return tuple(grads)
+
+    @closed_jvp
+    def jvp(ctx: Any, saved: list[Tensor], _: Any, __: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        moved = [n for n, t in enumerate(tangents) if t is not None]
+        pushed = iter(Remat.apply(ctx.computation.jvp(len(saved), moved), None, *saved, *[tangents[n] for n in moved]))
+        return tuple(next(pushed) if floating else None for floating in ctx.floating)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], computation: Computation, guard: Guard | None, *x: Tensor) -> tuple[Any, Any]:
+        mapped = [d is not None for d in in_dims[2:]]
+        first = [t if d is None else t.movedim(d, 0) for t, d in zip(x, in_dims[2:], strict=True)]
+        out = Remat.apply(computation.vmap(mapped, info.randomness), guard, *first)
+        return out, (0,) * len(out)
+
+
+def run(computation: Computation, x: Sequence[Tensor], *, door: str, argument: str, remedy: str) -> tuple[Tensor, ...]:
+    """Rematerialize a computation that has not run before; the names are for its errors."""
+    return Remat.apply(computation, Guard(door, argument, remedy, _depth()), *x)
+
+
+def remat(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f, whose derivatives keep only its arguments: what it computed on the way is computed again when they are taken.
+
+    Memory for time, at every order and in every nesting of torch.func. Split a long chain into segments and rematerialize each:
+    the memory of a gradient is then the inputs of all segments and the inside of one.
+
+    Args:
+        f: a pure function. Arguments and results are trees; their tensors of any dtype, of which the floating ones are
+            differentiated, and whatever else is in them stays as it is. Everything that a derivative or a vmap is to follow must
+            be an argument, and randomness comes from a key: f runs more than once.
+
+    Returns:
+        A function with the arguments and results of f. It runs f under the autocast state of its call, each time. In compiled code
+        it keeps its promise of memory where it was made outside of the compiled function and no jvp is taken; else it is f.
+
+    Raises:
+        ValueError: f reads a tensor from outside that a derivative or a vmap follows (a constant to it, silently, were it let
+            through), writes into an argument, or draws from torch's global generator.
+
+    Example:
+        >>> x = torch.tensor([0.0, 1.0])
+        >>> torch.func.hessian(remat(lambda x: (x**3).sum()))(x)
+        tensor([[0., 0.],
+                [0., 6.]])
+
+    Law: every nesting of grad, jvp and vmap gives what it gives on f (test_rematerialization.py::test_every_nesting_is_that_of_f).
+    """
+    if torch.compiler.is_compiling():
+        return f
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _call(f, args, kwargs)
+
+    opaque = torch._dynamo.nonstrict_trace(call)  # Dynamo would otherwise look inside, where it knows no such Function
+
+    @functools.wraps(f)
+    def rematerialized(*args: Any, **kwargs: Any) -> Any:
+        return (opaque if torch.compiler.is_compiling() else call)(*args, **kwargs)
+
+    return rematerialized
+
+
+def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    x = [leaves[n] for n in places]
+    result: list[Any] = []  # of the last run: the tree of what f returned, its tensors left out
+
+    def flat(*x: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = pytree.tree_unflatten(_exchange(leaves, places, x), tree)
+        returned, form = pytree.tree_flatten(f(*args, **kwargs))
+        result[:] = [[() if isinstance(leaf, Tensor) else leaf for leaf in returned], form]
+        result.append([n for n, leaf in enumerate(returned) if isinstance(leaf, Tensor)])
+        return tuple(returned[n] for n in result[2])
+
+    names = {"door": "remat", "argument": getattr(f, "__name__", "f"), "remedy": "Pass it as an argument, or detach() it before."}
+    followed = transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in x))
+    if not x or not followed or _forward_mode_is_taken():
+        if torch.compiler.is_compiling():  # to what is compiled, a tensor from outside is a constant here too
+            with torch.no_grad(), _Watch(Guard(depth=0, **names), 0):
+                flat(*[t.detach() for t in x])
+        return f(*args, **kwargs)
+    out = run(Whole(with_autocast_of_now(flat, {t.device.type for t in x})), x, **names)
+    rest, form, where = result
+    return pytree.tree_unflatten(_exchange(rest, where, out), form)
+
+
+def with_autocast_of_now(f: Flat, devices: Iterable[str]) -> Flat:
+    """f that always runs under the autocast state of this moment, also when a backward pass runs it again."""
+    able = [d for d in devices if torch.amp.is_autocast_available(d)]
+    states = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), torch.is_autocast_cache_enabled()) for d in able]
+
+    def under(*x: Tensor) -> tuple[Tensor, ...]:
+        with contextlib.ExitStack() as stack:
+            for state in states:
+                stack.enter_context(torch.autocast(*state))
+            return f(*x)
+
+    return under
+
+
+def _exchange(whole: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    out = list(whole)
+    for n, value in zip(places, new, strict=True):
+        out[n] = value
+    return out
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _depth() -> int:
+    """How many levels of torch.func are open."""
+    return len(_functorch.get_interpreter_stack() or ())
+
+
+def _forward_mode_is_taken() -> bool:
+    """True inside a forward-mode level that torch.func.jvp does not know of, and would fail to open a second of."""
+    known = any(level.key() == _functorch.TransformType.Jvp for level in _functorch.get_interpreter_stack() or ())
+    return known if torch.compiler.is_compiling() else forward_ad._current_level >= 0 and not known
+
+
+@contextlib.contextmanager
+def _levels(count: int) -> Iterator[None]:
+    """That many levels that do nothing, so that the levels opened inside bear other numbers than those around the door."""
+    opened = 0
+    try:
+        for _ in range(count):
+            _functorch._vmap_increment_nesting(1, "same")
+            opened += 1
+        yield
+    finally:
+        for _ in range(opened):
+            _functorch._vmap_decrement_nesting()
+
+
+def _traces(x: Sequence[Tensor]) -> tuple[list[int], list[bytes]]:
+    """What a function that is not pure leaves behind: how often tensors were written, and where torch's global generators stand."""
+    if torch.compiler.is_compiling():
+        return [], []
+    generators = (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()))
+    written = [0 if t.is_inference() else t._version for t in x]
+    return written, [generator.get_state().numpy().tobytes() for generator in generators]
