@@ -7,6 +7,7 @@
 | sdpa | torch's F.scaled_dot_product_attention; sdpa:flash, sdpa:math and so on force one of its own kernels |
 
 `attend` gives the output and the log-sum-exp, `attention` the output, `merge` joins two, `explain` says what runs and why.
+`attention_with_score` puts the logits through any elementwise function: every transform, linear memory, slower than all of them.
 Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two autograd Functions) differentiates by the rules of
 `algebra`; `primitives` runs them as `blocks` of torch operations in the `layout` they share, or by `torch_fused`.
 """
@@ -14,5 +15,9 @@ Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two aut
 from .choice import Explanation, use
 from .door import attend, attention, attention_weights, explain
 from .merging import Part, attend_parts, merge
+from .scores import attention_with_score
 
-__all__ = ["Explanation", "Part", "attend", "attend_parts", "attention", "attention_weights", "explain", "merge", "use"]
+__all__ = [
+    *("attend", "attention", "attention_weights", "attention_with_score", "explain", "use"),
+    *("Part", "attend_parts", "merge", "Explanation"),
+]

@@ -1,0 +1,275 @@
+"""Attention with a score function: any elementwise function of a logit and its indices, in O(T + S) memory, at every order.
+
+    s_ij = score(scale * q_i . k_j, b, h, i, j, *parameters)                                       over the keys that query i sees
+    m_i = sum_j exp(s_ij - c_i)        n_i = sum_j exp(s_ij - c_i) v_j        out_i = n_i / m_i        lse_i = c_i + log m_i
+
+The result does not depend on c, so c = max_j s_ij is found first and then taken for a constant. What is left to differentiate is a
+*sum over blocks*: a function f of one block of queries and one of keys, whose outputs belong to queries (summed over the blocks of
+keys), to keys (summed over those of queries), or to neither, such as the parameters (summed over all). The vjp of such a sum is the
+sum of the vjps of f, the jvp that of the jvps, the vmap that of the vmaps. So it is closed, as the algebra is, for an f that no one
+knows: each block is rematerialized, and no derivative of any order holds more than one.
+
+What an unknown f costs: two passes for the value, autograd in every block of a derivative, no fused kernel. Low-rank biases and
+ALiBi have a faster way, two more columns of q and k.
+
+Source: score_mod of flex_attention, Dong et al., Flex Attention, arXiv:2412.05496.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .. import _checks, rematerialization
+from ..masks import Mask
+from ..records import Attended
+from ..rematerialization import Flat, batched, pullback, pushforward
+from . import door, reference
+from .blocks import Blocks
+
+DOOR = "attention_with_score"
+REMEDY = "Give it what a derivative or a vmap follows in parameters=."
+NOTHING = float("-inf")
+ELEMENTS = 2**18  # of one block of logits: at a megabyte of float32, calls into torch are no longer what a block costs
+SIDE = 512  # of one block, at most
+
+
+class Axes(NamedTuple):
+    """Which axis of a tensor counts queries and which keys, from its last one backwards, so that a vmap in front moves neither."""
+
+    query: int = 0  # 0 for none
+    key: int = 0
+
+
+@dataclass(frozen=True)
+class BlockSum:
+    """The computation that sums a function over blocks of queries and keys (a `rematerialization.Computation`).
+
+    The first input is on the query side with the leading axes of the logits; it tells how many there are of them. `mask` are the
+    places of the ends of intervals among the inputs, or nothing: blocks that no query sees are left out.
+    """
+
+    f: Flat  # of blocks of the inputs, to blocks of the outputs
+    reads: tuple[Axes, ...]
+    writes: tuple[Axes, ...]
+    T: int
+    S: int
+    mask: tuple[int, ...] = ()
+    maximum: bool = False  # take the greatest over blocks, not the sum; without derivatives
+
+    def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
+        part_of = lambda line, column: self.f(*[cut(t, axes, line, column) for t, axes in zip(x, self.reads, strict=True)])
+        nowhere = slice(0, 0)  # an empty block, which tells the shapes
+        with torch.autocast(x[0].device.type, enabled=False):  # sums are in float32 at least, those of a backward pass too
+            out = [self._whole(part, axes) for part, axes in zip(part_of(nowhere, nowhere), self.writes, strict=True)]
+            for line, column in self._blocks(x):
+                for total, part, axes in zip(out, part_of(line, column), self.writes, strict=True):
+                    into = cut(total, axes, line, column)
+                    into.copy_(torch.maximum(into, part)) if self.maximum else into.add_(part)
+        return tuple(out)
+
+    def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "BlockSum":
+        """See rematerialization.Computation: the derivative of an input lies where the input does."""
+        reads = (*self.reads, *[self.writes[n] for n in given])
+        return replace(self, f=pullback(self.f, inputs, needed, given), reads=reads, writes=tuple(self.reads[n] for n in needed))
+
+    def jvp(self, inputs: int, moved: Sequence[int]) -> "BlockSum":
+        """See rematerialization.Computation: a tangent lies where its input does."""
+        return replace(self, f=pushforward(self.f, inputs, moved), reads=(*self.reads, *[self.reads[n] for n in moved]))
+
+    def vmap(self, mapped: Sequence[bool], randomness: str) -> "BlockSum":
+        """See rematerialization.Computation."""
+        return replace(self, f=batched(self.f, mapped, randomness))
+
+    def _blocks(self, x: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
+        groups = max(1, x[0].numel() // max(1, self.T))
+        rows = min(SIDE, max(16, ELEMENTS // (groups * min(self.S + 1, SIDE))))
+        for line, columns in Blocks(self.T, self.S, rows, SIDE, *[x[n] for n in self.mask]).walk():
+            yield from ((line, column) for column, _ in columns)
+
+    def _whole(self, part: Tensor, axes: Axes) -> Tensor:
+        shape = list(part.shape)
+        for axis, size in ((axes.query, self.T), (axes.key, self.S)):
+            if axis:
+                shape[axis] = size
+        return part.new_full(shape, NOTHING) if self.maximum else part.new_zeros(shape)
+
+
+def cut(x: Tensor, axes: Axes, line: slice, column: slice) -> Tensor:
+    """The block of a tensor at these queries and keys, a view."""
+    for axis, part in ((axes.query, line), (axes.key, column)):
+        if axis:
+            x = x.narrow(axis, part.start, part.stop - part.start)
+    return x
+
+
+def attention_with_score(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Callable[..., Tensor],
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    parameters: tuple[Any, ...] = (),
+) -> Attended:
+    """Attention whose logits go through a function: soft caps, relative biases, anything elementwise in the logit and its indices.
+
+        s_ij = score(scale q_i . k_j, b, h, i, j, *parameters)
+        lse_i = log sum_j exp s_ij        out_i = sum_j exp(s_ij - lse_i) v_j
+
+    Linear memory, exact under every nesting of grad, jvp and vmap, and slower than `attention`, which knows what it differentiates.
+
+    Args:
+        q: (*lead, H, T, D) queries, any floating dtype.
+        k: (*lead, K, S, D) keys, with H % K == 0.
+        v: (*lead, K, S, Dv) values.
+        score: score(s, b, h, i, j, *parameters) -> logits of the shape of s. s (*lead, H, rows, columns) is a block of logits in
+            float32 at least, and b, h, i, j are int64 tensors that broadcast against it: the numbers of the example (in the lead
+            of q and k, flattened; a vmap adds none), of the query head, of the query and of the key. -inf hides the key.
+        mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the query sees the key. Blocks
+            that a Mask hides are not computed; those that score hides are.
+        scale: what logits are multiplied by, a number or a 0-d tensor; None is 1 / sqrt(D).
+        parameters: trees of tensors that score reads, whole in every block; what a derivative or a vmap follows must be among them.
+
+    Returns:
+        Attended(out (*lead, H, T, Dv) in the dtype of v, lse (*lead, H, T) in float32 at least). A query that sees no key has
+        out = 0 and lse = -inf, with zero derivatives.
+
+    Raises:
+        ValueError: sizes that do not fit; a score that is not elementwise (another shape, a sum over keys or queries, or a value
+            that is another one in the next call), that reads a tracked tensor from outside, or draws from torch's global generator.
+        TypeError: dtypes, or kinds of mask, that do not fit.
+
+    Under autocast q, k and v are rounded to its dtype, as in `attention`. Inside torch.compile it runs eagerly, outside of the
+    graph (an error with fullgraph=True).
+
+    Example:
+        >>> q = k = v = torch.ones(1, 2, 4)
+        >>> capped = lambda s, b, h, i, j, cap: cap * torch.tanh(s / cap)
+        >>> attention_with_score(q, k, v, capped, parameters=(torch.tensor(30.0),)).out.shape
+        torch.Size([1, 2, 4])
+        >>> attention_with_score(q, k, v, lambda s, b, h, i, j: s - s.mean(-1, keepdim=True))
+        Traceback (most recent call last):
+        ValueError: attention_with_score: score should be elementwise, got one whose value at a pair depends on the other pairs, or
+        on the call. Let it read its own logit, the indices and parameters, and nothing else.
+
+    Law: derivatives are those of the dense formula (test_scores.py::test_derivatives_agree_with_the_dense_formula).
+    """
+    r = door._request(DOOR, q, k, v, mask, scale, None)
+    if not isinstance(parameters, tuple):
+        remedy = "Put a single one in a tuple of its own: parameters=(table,)."
+        _checks.fail(DOOR, "parameters", "a tuple", f"a {type(parameters).__name__}", remedy, TypeError)
+    return _attend(r, score, parameters)  # pyright: ignore[reportCallIssue]
+
+
+OfTensors = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]  # a score of the logits, the indices and the parameters
+
+
+@torch.compiler.disable
+def _attend(r: door.Request, score: Callable[..., Tensor], parameters: tuple[Any, ...]) -> Attended:
+    leaves, tree = pytree.tree_flatten(parameters)
+    places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def of_tensors(s: Tensor, indices: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        filled = dict(zip(places, tensors, strict=True))
+        return score(s, *indices, *pytree.tree_unflatten([filled.get(n, leaf) for n, leaf in enumerate(leaves)], tree))
+
+    tensors = [leaves[n] for n in places]
+    _probe(r, of_tensors, [t.detach() for t in tensors])
+    return _stream(r, of_tensors, tensors)
+
+
+def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> Attended:
+    q, k, v = (reference.accurate(x) for x in (r.q, r.k, r.v))
+    H, T, S = *q.shape[-3:-1], k.shape[-2]
+    scale = r.scale if isinstance(r.scale, Tensor) else q.new_tensor(r.scale)
+    i, j = torch.arange(T, device=q.device), torch.arange(S, device=q.device)
+    mask, mask_axes = _mask_inputs(r.mask, T, S)
+
+    def logits(i: Tensor, j: Tensor, q: Tensor, k: Tensor, scale: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
+        s = reference.logits(q, k, scale)
+        s = score(s, _indices(s, i, j), rest[len(mask) :]).to(s.dtype)
+        return s, _seen(rest[: len(mask)], j)
+
+    def highest(_: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+        s, seen = logits(*x)
+        s = s if seen is None else torch.where(seen, s, NOTHING)
+        return ((s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), NOTHING)),)
+
+    def masses(shift: Tensor, v: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+        s, seen = logits(*x)
+        p = (s - shift).exp() if seen is None else torch.where(seen, (torch.where(seen, s, shift) - shift).exp(), 0)
+        return p.sum(-1, keepdim=True), reference.mix(p, v)
+
+    query, key = Axes(query=-2), Axes(key=-2)
+    common = (Axes(query=-1), Axes(key=-1), query, key, Axes(), *mask_axes, *[Axes()] * len(parameters))
+    x = (i, j, q, k, scale, *mask, *parameters)
+    ends = (6, 7) if isinstance(r.mask, Mask) else ()
+    names = {"door": DOOR, "argument": "score", "remedy": REMEDY}
+    # c stands for a constant at every level, since the result does not depend on it; its shape tells the number of heads.
+    width = q.new_zeros(()).expand(*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3]), H, T, 1)
+    search = BlockSum(highest, (query, *common), (query,), T, S, ends, maximum=True)
+    shift = rematerialization.run(search, [t.detach() for t in (width, *x)], **names)[0]
+    shift = torch.where(shift == NOTHING, 0, shift)
+    total = BlockSum(masses, (query, key, *common), (query, query), T, S, tuple(n + 1 for n in ends))
+    m, n = rematerialization.run(total, (shift, v, *x), **names)
+    empty = m == 0
+    m = torch.where(empty, 1, m)
+    lse = torch.where(empty, NOTHING, shift + m.log()).squeeze(-1)
+    return Attended((n / m).to(r.v.dtype), lse.expand(*r.lead, H, T))
+
+
+def _mask_inputs(mask: Mask | Tensor | None, T: int, S: int) -> tuple[list[Tensor], list[Axes]]:
+    if mask is None:
+        return [], []
+    if isinstance(mask, Mask):
+        return list(mask), [Axes(query=-2), Axes(query=-2)]
+    mask = mask.reshape(*[1] * (2 - mask.dim()), *mask.shape)
+    return [mask], [Axes(-2 if mask.shape[-2] == T != 1 else 0, -1 if mask.shape[-1] == S != 1 else 0)]
+
+
+def _seen(mask: Sequence[Tensor], j: Tensor) -> Tensor | None:
+    """Booleans that broadcast against a block of logits (*lead, H, rows, columns)."""
+    if len(mask) < 2:
+        return mask[0] if mask else None
+    start, stop = (end.unsqueeze(-1) for end in mask)  # (*lead, rows, n, 1)
+    return ((start <= j) & (j < stop)).any(-2).unsqueeze(-3)
+
+
+def _indices(s: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """b, h, i, j for a block of logits (*lead, H, rows, columns)."""
+    *lead, H = s.shape[:-2]
+    b = torch.arange(math.prod(lead), device=s.device).reshape(*lead, 1, 1, 1)
+    return b, torch.arange(H, device=s.device).reshape(H, 1, 1), i.unsqueeze(-1), j
+
+
+def _probe(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> None:
+    """Refuse a score that is not elementwise: what it gives for one query and one key must be part of what it gives for more."""
+    H, T, S = *r.q.shape[-3:-1], r.k.shape[-2]
+    if not T or not S:
+        return
+    some = lambda n: torch.tensor(sorted({0, n // 2, n - 1}), device=r.q.device)
+    i, j = some(T), some(S)
+    s = torch.arange(len(i) * len(j), device=r.q.device).to(reference.accurate(r.q).dtype).cos().reshape(len(i), len(j))
+    s = s.expand(*torch.broadcast_shapes(r.q.shape[:-3], r.k.shape[:-3]), H, len(i), len(j))
+    with torch.no_grad():
+        whole = score(s.clone(), _indices(s, i, j), parameters)
+        if not isinstance(whole, Tensor) or whole.shape != s.shape or not whole.is_floating_point():
+            wanted = f"a function to floating logits of the shape of s, here {_checks.shape(s)}"
+            got = f"{whole.dtype} {_checks.shape(whole)}" if isinstance(whole, Tensor) else f"a {type(whole).__name__}"
+            _checks.fail(DOOR, "score", wanted, got, "Keep the shape.")
+        for n in (0, -1):
+            pair = s[..., [n], :][..., [n]]
+            alone, among = score(pair.clone(), _indices(pair, i[[n]], j[[n]]), parameters), whole[..., [n], :][..., [n]]
+            # Vectorized functions round the last elements of a row in their own way.
+            near = (alone == among) | ((alone - among).abs() <= 1e-6 + 1e-4 * among.abs()) | (alone.isnan() & among.isnan())
+            if alone.shape != among.shape or _checks.is_true(~near):
+                remedy = "Let it read its own logit, the indices and parameters, and nothing else."
+                _checks.fail(
+                    DOOR, "score", "elementwise", "one whose value at a pair depends on the other pairs, or on the call", remedy
+                )
