@@ -1,0 +1,72 @@
+"""How laws compare: what they say when two tensors differ, and how much rounding may make them differ.
+
+The tolerance of a kernel is an error bound, not a habit. With u the rounding of the dtype and e that of its sums (float32 at
+least), logits that are sums of absolute values up to L, and an amplitude A of what is compared (the absolute values of its terms,
+summed),
+
+    |got - wanted|  <=  A (2 (L + 2) u + 4 (2 L D + S + R + Dv) e)
+
+A logit may be rounded once to the dtype, and is a sum of D products; a weight exp(S - l) carries the error of S and of l; a weight,
+an output, and two results on the way to it may be rounded to the dtype; a sum over S keys, or in a gradient over the R queries that
+see a key, carries one e for each term. The 4 stands for the few operations (maximum, exp, rescaling) that a term passes through.
+
+Source: Higham, Accuracy and stability of numerical algorithms, sections 3.1 (sums) and 3.5 (products).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def agree(law: Callable[..., Any], what: str, got: Tensor, wanted: Tensor, allowed: float, why: str) -> None:
+    """Raise AssertionError that names the law, the worst entry, by how much it is off, and why less was allowed."""
+    if got.shape != wanted.shape:
+        raise AssertionError(f"{law.__name__}: {what} should be {tuple(wanted.shape)}, got {tuple(got.shape)}.")
+    got, wanted = got.detach().double(), wanted.detach().double()
+    off = torch.where(got == wanted, 0, (got - wanted).abs()).nan_to_num(nan=math.inf)  # equal infinities are equal
+    if not off.numel() or off.max() <= allowed:
+        return
+    at = torch.unravel_index(off.argmax(), off.shape)
+    place = f"{what}[{', '.join(str(int(i)) for i in at)}]" if at else what
+    raise AssertionError(
+        f"{law.__name__}: {place} is {got[at]:.6g}, should be {wanted[at]:.6g}. It is off by {off[at]:.2g} where {allowed:.2g} is "
+        f"allowed ({why}); {int((off > allowed).sum())} of {off.numel()} entries are off."
+    )
+
+
+class Amplitudes(NamedTuple):
+    """The sizes that a tolerance follows from: how large q, k and v are, and how long the sums."""
+
+    q: float  # the longest row, as are k and v
+    k: float
+    v: float
+    value: float  # the greatest entry of v
+    scale: float
+    leads: int  # examples, over which the gradient of what they share is summed
+    rows: int  # queries that may see a key: terms of the sums in the gradients of k and v
+    rounding: float  # allowed error of a sum whose terms' absolute values add up to one
+    why: str
+
+
+def amplitudes(q: Tensor, k: Tensor, v: Tensor) -> Amplitudes:
+    """What is allowed for attention over these inputs."""
+    H, T, D = q.shape[-3:]
+    S, Dv = v.shape[-2:]
+    leads = math.prod(torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]))
+    rows, scale = leads * H * T, D**-0.5
+    products = q.detach().double().abs() @ k.detach().double().abs().repeat_interleave(H // k.shape[-3], -3).mT
+    L = scale * float(products.max()) if products.numel() else 0.0
+    u, e = torch.finfo(q.dtype).eps / 2, min(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps) / 2
+    rounding = 2 * (L + 2) * u + 4 * (2 * L * D + S + rows + Dv) * e
+    sizes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+    why = f"rounding of {str(q.dtype).removeprefix('torch.')} with logits up to {L:.3g}, {sizes}"
+    greatest = float(v.detach().abs().max()) if v.numel() else 0.0
+    return Amplitudes(longest(q), longest(k), longest(v), greatest, scale, leads, rows, rounding, why)
+
+
+def longest(x: Tensor) -> float:
+    """The greatest Euclidean norm of a row, (..., rows, features) -> a number; 0 where there are none."""
+    return float(x.detach().double().norm(dim=-1).max()) if x.numel() else 0.0

@@ -1,0 +1,51 @@
+"""Laws, as lists of plain functions that return nothing or raise AssertionError.
+
+    laws.kernel       law(kernel, q, k, v, mask, key)     kernel(q, k, v, mask) -> out, or Attended(out, lse)
+    laws.sampler      law(sampler, logits, key)           a funcattn.sampling.Sampler, logits (V,)
+    laws.cache        law(kind, size, key)                a kind of past: a class with `.empty`
+    laws.transform    law(transform, tree)                tree -> tree
+
+Each is a list, so what does not apply is left out by name: `[law for law in laws.kernel if law is not laws.kernels.jvp_...]`.
+A key is spent on the law's own choices: which keys are shuffled, where a past is split, which direction is differentiated.
+"""
+
+from . import kernels, pasts, samplers, trees
+
+kernel = [
+    kernels.agrees_with_the_reference,
+    kernels.order_of_keys_does_not_matter,
+    kernels.output_lies_in_the_hull_of_the_values,
+    kernels.future_cannot_change_the_past,
+    kernels.shifting_all_logits_of_a_query_changes_only_lse,
+    kernels.merge_of_any_split_is_the_whole,
+    kernels.commutes_with_vmap,
+    kernels.gradient_agrees_with_the_reference,
+    kernels.masked_rows_are_zero_with_zero_gradients,
+    kernels.jvp_agrees_with_the_reference,
+    kernels.hvp_agrees_with_the_reference,
+    kernels.masked_rows_have_zero_tangents,
+]
+sampler = [
+    samplers.law_sums_to_one,
+    samplers.no_hidden_token_comes_back,
+    samplers.at_least_one_token_is_kept,
+    samplers.adding_a_constant_to_logits_changes_nothing,
+    samplers.commutes_with_vmap,
+    samplers.draws_follow_the_law,
+    samplers.state_keeps_its_form,
+    samplers.arguments_stay_as_they_were,
+]
+cache = [
+    pasts.commit_leaves_its_argument_as_it_was,
+    pasts.remembers_what_was_committed,
+    pasts.committing_all_equals_committing_any_split,
+    pasts.rejected_rows_are_never_seen,
+    pasts.entries_beyond_length_are_unobservable,
+    pasts.each_row_under_vmap_commits_its_own_number,
+]
+transform = [
+    trees.keeps_paths,
+    trees.gives_a_tree_of_tensors,
+    trees.leaves_its_argument_as_it_was,
+    trees.is_idempotent,
+]

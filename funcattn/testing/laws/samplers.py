@@ -1,0 +1,124 @@
+"""Laws of samplers: law(sampler, logits, key), for one row of logits (V,) with at least one finite.
+
+The state that they see has observed two tokens, so that penalties have something to penalise.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from ... import randomness, sampling, tree
+from ...sampling import Sampler
+from ..agreement import agree
+
+DRAWS = 1000
+
+
+def law_sums_to_one(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
+    """The probabilities that the sampler promises sum to one, and none is NaN."""
+    total = _law(sampler, logits, key).exp().sum()
+    agree(law_sums_to_one, "the sum of probabilities", total, torch.ones_like(total), *_slack(logits))
+
+
+def no_hidden_token_comes_back(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
+    """A logit of -inf stays so: what one sampler of a chain hides, the next cannot show."""
+    found = _law(sampler, logits, key)
+    hidden = logits == -torch.inf
+    agree(no_hidden_token_comes_back, "law where logits are -inf", found[hidden], logits[hidden], 0, "it stays hidden")
+
+
+def at_least_one_token_is_kept(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
+    """There is something to draw."""
+    left, _ = sampler.update(logits, _state(sampler, logits, key))
+    if not left.isfinite().any():
+        raise AssertionError(f"at_least_one_token_is_kept: update({logits.tolist()}) leaves {left.tolist()}: nothing to draw.")
+
+
+def adding_a_constant_to_logits_changes_nothing(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
+    """A softmax does not see the level of its logits. Not of penalties that look at the sign of a logit: leave it out there."""
+    grid = (logits * 8).round() / 8  # so that adding 4 is exact, and a tie stays a tie
+    wanted, got = _law(sampler, grid, key), _law(sampler, grid + 4, key)
+    agree(adding_a_constant_to_logits_changes_nothing, "law", got.exp(), wanted.exp(), *_slack(logits))
+
+
+def commutes_with_vmap(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
+    """Many rows are vmap: the law of each is what it is alone, and so is the token drawn with its key."""
+    state, keys = _state(sampler, logits, key), randomness.split(key, 3)
+    rows = torch.stack([logits, logits.flip(0), logits / 2])
+    got = vmap(sampling.law(sampler), (0, None))(rows, state)
+    tokens = vmap(lambda key, row: sampling.draw(key, sampler, row, state)[0])(keys, rows)
+    for n in range(3):
+        wanted = sampling.law(sampler)(rows[n], state)
+        agree(commutes_with_vmap, f"law of row {n}", got[n].exp(), wanted.exp(), *_slack(logits))
+        token, _ = sampling.draw(keys[n], sampler, rows[n], state)
+        agree(commutes_with_vmap, f"token of row {n}", tokens[n], token, 0, "the same key draws the same")
+
+
+def draws_follow_the_law(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
+    """What is drawn has the law that is promised: a chi-square test of 1000 draws that a true law fails once in 10^9 keys.
+
+    A token of probability zero is never drawn. The least likely tokens are counted as one, so that five of it are expected.
+    """
+    state, V = _state(sampler, logits, key), logits.shape[-1]
+    expected = DRAWS * _law(sampler, logits, key).double().exp()
+    tokens = vmap(lambda key: sampling.draw(key, sampler, logits, state)[0])(randomness.split(key, DRAWS))
+    seen = torch.bincount(tokens, minlength=V).double()
+    never = seen[expected == 0].sum()
+    agree(draws_follow_the_law, "draws of tokens of probability zero", never, torch.zeros_like(never), 0, "there are none")
+    order = expected.argsort()
+    rare = max(1, int((expected[order].cumsum(0) < 5).sum()) + 1)  # the least likely, as many as are expected five times together
+    bins = lambda counts: torch.cat([counts[order][:rare].sum().reshape(1), counts[order][rare:]])
+    expected, seen = bins(expected), bins(seen)
+    freedom, statistic = len(expected) - 1, float(((seen - expected) ** 2 / expected).sum())
+    if statistic > _tail(freedom):
+        raise AssertionError(
+            f"draws_follow_the_law: {DRAWS} draws gave {seen.int().tolist()} where the law promises {expected.tolist()}: "
+            f"chi-square {statistic:.4g} with {freedom} degrees of freedom, above {_tail(freedom):.4g}."
+        )
+
+
+def state_keeps_its_form(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
+    """update and observe return a state of the same structure, shapes and dtypes, so that a loop and vmap can carry it."""
+    state = sampler.init(logits.shape[-1])
+    form = lambda state: [(path, tuple(x.shape), x.dtype) for path, x in tree.items(state)]
+    for verb, after in (("update", sampler.update(logits, state)[1]), ("observe", sampler.observe(torch.tensor(0), state))):
+        if form(after) != form(state):
+            raise AssertionError(f"state_keeps_its_form: {verb} should return {form(state)}, got {form(after)}.")
+
+
+def arguments_stay_as_they_were(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
+    """update, observe and draw write into nothing that they were given."""
+    state = _state(sampler, logits, key)
+    given = (logits, state)
+    before = tree.map(torch.clone, given)
+    sampler.update(logits, state)
+    sampling.draw(key, sampler, logits, state)
+    for (path, now), then in zip(tree.items(given), tree.leaves(before), strict=True):
+        agree(arguments_stay_as_they_were, "logits" if path == "0" else f"state{path[1:]}", now, then, 0, "nothing is written")
+
+
+def _state(sampler: Sampler, logits: Tensor, key: Tensor) -> Any:
+    state = sampler.init(logits.shape[-1])
+    for token in randomness.randint(randomness.fold_in(key, 1), (2,), 0, logits.shape[-1]):
+        state = sampler.observe(token, state)
+    return state
+
+
+def _law(sampler: Sampler, logits: Tensor, key: Tensor) -> Tensor:
+    return sampling.law(sampler)(logits, _state(sampler, logits, key))
+
+
+def _slack(logits: Tensor) -> tuple[float, str]:
+    """A softmax is a sum of V terms in float32 at least, of exponents as large as the spread of the logits."""
+    finite = logits[logits.isfinite()].double()
+    spread, V = float(finite.max() - finite.min()) + 4, logits.shape[-1]
+    eps = torch.finfo(torch.float64 if logits.dtype == torch.float64 else torch.float32).eps
+    return 4 * (V + spread) * eps, f"rounding of a sum of V = {V} terms, logits {spread - 4:.3g} apart"
+
+
+def _tail(freedom: int) -> float:
+    """What chi-square exceeds once in 10^9; Wilson and Hilferty's cube of a normal, whose quantile there is 6."""
+    return freedom * (1 - 2 / (9 * freedom) + 6 * math.sqrt(2 / (9 * freedom))) ** 3 if freedom else 1e-6

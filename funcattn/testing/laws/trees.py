@@ -1,0 +1,73 @@
+"""Laws of transforms of trees: law(transform, tree), where transform is configured and takes the tree alone.
+
+`is_idempotent` is for those that say so (cast, quantize, to); leave it out for the others.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import tree
+from ...tree import Transform, Tree
+from ..agreement import agree
+
+
+def keeps_paths(transform: Transform, given: Tree) -> None:
+    """What was at a path is still there: as a leaf, or as a record whose parts are named below it; and nothing is elsewhere."""
+    before, after = set(tree.paths(given)), tree.paths(transform(given))
+    owner = {path: next((old for old in _prefixes(path) if old in before), None) for path in after}
+    strange = sorted(path for path, old in owner.items() if old is None)
+    lost = sorted(before - set(owner.values()))
+    if strange or lost:
+        raise AssertionError(f"keeps_paths: lost {lost[:3]} ({len(lost)} in all), and added {strange[:3]} ({len(strange)} in all).")
+
+
+def gives_a_tree_of_tensors(transform: Transform, given: Tree) -> None:
+    """Every leaf is a tensor, and nothing is None: the result crosses torch.func as the argument does."""
+    kinds = lambda found: {path: type(leaf).__name__ for path, leaf in tree.items(found) if not isinstance(leaf, Tensor)}
+    found = transform(given)
+    strange = {path: kind for path, kind in kinds(found).items() if kinds(given).get(path) != kind}
+    if strange or _has_none(found):
+        raise AssertionError(
+            f"gives_a_tree_of_tensors: {'there is a None' if _has_none(found) else strange}. Hold () for what is absent."
+        )
+
+
+def leaves_its_argument_as_it_was(transform: Transform, given: Tree) -> None:
+    """The same leaves at the same paths, holding the same numbers."""
+    before = tree.items(given)
+    values = [leaf.clone() if isinstance(leaf, Tensor) else leaf for _, leaf in before]
+    transform(given)
+    now = tree.items(given)
+    if [path for path, _ in now] != [path for path, _ in before] or any(
+        a is not b for (_, a), (_, b) in zip(now, before, strict=True)
+    ):
+        raise AssertionError("leaves_its_argument_as_it_was: the tree that was given holds other leaves than before.")
+    for (path, leaf), value in zip(now, values, strict=True):
+        if isinstance(leaf, Tensor):
+            agree(leaves_its_argument_as_it_was, path, leaf, value, 0, "nothing is written")
+
+
+def is_idempotent(transform: Transform, given: Tree) -> None:
+    """Doing it twice is doing it once."""
+    once = transform(given)
+    twice = transform(once)
+    if tree.paths(twice) != tree.paths(once):
+        raise AssertionError(f"is_idempotent: once gives {tree.paths(once)[:3]}..., twice {tree.paths(twice)[:3]}...")
+    for (path, again), first in zip(tree.items(twice), tree.leaves(once), strict=True):
+        if isinstance(first, Tensor) and (again.dtype != first.dtype or not torch.equal(again, first)):
+            raise AssertionError(f"is_idempotent: {path} is {first.dtype} once, and another {again.dtype} twice.")
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)] + [""]
+
+
+def _has_none(found: Any) -> bool:
+    try:
+        tree.partition(found)
+    except ValueError:
+        return True
+    return False

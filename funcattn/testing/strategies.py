@@ -1,0 +1,187 @@
+"""What to try laws on: hypothesis strategies that draw sizes and a key, and make tensors of them.
+
+Numbers come from the key, never from hypothesis, so a failure shrinks to the smallest sizes that show it, and to key(0). Small
+sizes are where the bugs are: one query, one key, a head size of one, more queries than keys, a query that sees nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from hypothesis import strategies as st
+except ImportError as error:
+    raise ImportError(
+        "funcattn.testing.strategies: hypothesis is not installed. Install it: pip install funcattn[testing]"
+    ) from error
+
+from .. import masks as constructors
+from .. import randomness
+from ..masks import Mask
+from ..records import describe
+
+Strategy = st.SearchStrategy
+LARGE = 1000.0  # what q is multiplied by where logits are large: exp of them overflows in every dtype
+
+
+class QKV(NamedTuple):
+    """q (*lead, H, T, D), k (*lead, K, S, D), v (*lead, K, S, Dv)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def __repr__(self) -> str:
+        return f"QKV({', '.join(f'{name}={describe(x)}' for name, x in zip(self._fields, self, strict=True))})"
+
+
+class Problem(NamedTuple):
+    """The arguments of a law of kernels, in order: `law(kernel, *problem)`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask | Tensor | None
+    key: Tensor
+
+    def __repr__(self) -> str:
+        mask = self.mask if self.mask is None or isinstance(self.mask, Mask) else self.mask.int().tolist()
+        if isinstance(mask, Mask):
+            mask = f"Mask({mask.start.tolist()}, {mask.stop.tolist()})"
+        sizes = ", ".join(f"{name}={describe(getattr(self, name))}" for name in "qkv")
+        return f"Problem({sizes}, mask={mask}, key={self.key.tolist()})"
+
+
+def keys() -> "Strategy[Tensor]":
+    """Keys of explicit randomness; they shrink to key(0)."""
+    return st.integers(0, 2**32 - 1).map(randomness.key)
+
+
+@st.composite
+def qkv(
+    draw: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    leads: int = 2,
+    no_keys: bool = False,
+    large_logits: bool = True,
+    grouped: bool = True,
+) -> QKV:
+    """Queries, keys and values of any shapes that fit together.
+
+    Args:
+        dtype: of all three.
+        leads: how many leading axes there are at most; each may be missing, or of size one, in some of the three.
+        no_keys: whether there may be no keys, S = 0.
+        large_logits: whether logits may be so large that exp of them overflows.
+        grouped: whether several query heads may share a key head (GQA, MQA).
+    """
+    sizes = st.integers(1, 5)
+    key, K, G = draw(keys()), draw(st.integers(1, 3)), draw(st.integers(1, 3)) if grouped else 1
+    T, S, D, Dv = draw(sizes), draw(st.integers(0 if no_keys else 1, 7)), draw(sizes), draw(sizes)
+    lead = draw(st.lists(st.integers(1, 3), max_size=leads))
+    shapes = []
+    for heads, rows, width in ((K * G, T, D), (K, S, D), (K, S, Dv)):
+        own = [draw(st.sampled_from([n, 1])) for n in lead] if lead else []
+        lacks = draw(st.integers(0, len(lead))) if lead else 0
+        shapes.append((*own[lacks:], heads, rows, width))
+    q, k, v = (randomness.normal(randomness.fold_in(key, i), shape, dtype) for i, shape in enumerate(shapes))
+    return QKV(q * LARGE if large_logits and draw(st.booleans()) else q, k, v)
+
+
+@st.composite
+def masks(
+    draw: Any,
+    T: int | None = None,
+    S: int | None = None,
+    lead: tuple[int, ...] = (),
+    heads: int | None = None,
+    *,
+    booleans: bool = True,
+    empty_rows: bool = True,
+) -> Mask | Tensor:
+    """Masks for T queries and S keys (drawn where not given): constructors, their unions, intersections and complements.
+
+    Args:
+        lead: leading axes that a mask may have, so that it differs per sequence.
+        heads: query heads; booleans may then differ per head.
+        booleans: whether a mask may be a dense bool tensor.
+        empty_rows: whether a query may see no key.
+    """
+    queries = draw(st.integers(1, 5)) if T is None else T
+    columns = draw(st.integers(1, 7)) if S is None else S
+    own = draw(st.sampled_from([(), lead]))
+    if booleans and draw(st.booleans()):
+        axes = (*own, draw(st.sampled_from([1, heads or 1]))) if own or draw(st.booleans()) else ()
+        found = randomness.bernoulli(draw(keys()), draw(st.sampled_from([1.0, 0.7, 0.3])), (*axes, queries, columns))
+        return found if empty_rows else found | (torch.arange(columns) == 0)
+    found = draw(_intervals(queries, columns, own))
+    for _ in range(draw(st.integers(0, 2))):
+        other, sign = draw(_intervals(queries, columns, own)), draw(st.sampled_from("&|~"))
+        found = found & other if sign == "&" else found | other if sign == "|" else ~found
+    return found if empty_rows else found | constructors.sinks(queries, 1)
+
+
+@st.composite
+def _intervals(draw: Any, T: int, S: int, lead: tuple[int, ...]) -> Mask:
+    """One mask from one constructor."""
+    number = lambda low, high: draw(st.integers(low, high))
+    of_sequence = lambda low, high: randomness.randint(draw(keys()), lead, low, high + 1) if lead else number(low, high)
+    name = draw(st.sampled_from(["causal", "full", "lower", "offset", "window", "prefix", "padding", "segments"]))
+    if name == "full":
+        return constructors.full(T)
+    if name == "lower":
+        return constructors.causal(T, S, align="lower")
+    if name == "offset":
+        return constructors.causal(T, offset=of_sequence(-2, S))
+    if name == "window":
+        return constructors.window(T, number(1, 3), offset=of_sequence(-2, S))
+    if name == "prefix":
+        return constructors.sinks(T, number(0, S))
+    if name == "padding":
+        return constructors.padding(T, randomness.randint(draw(keys()), lead, 0, S + 1))
+    if name == "segments":
+        return constructors.segments(randomness.randint(draw(keys()), (*lead, T), 0, 2).cumsum(-1))
+    return constructors.causal(T)
+
+
+@st.composite
+def problems(
+    draw: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    leads: int = 2,
+    no_keys: bool = False,
+    large_logits: bool = True,
+    grouped: bool = True,
+    booleans: bool = True,
+    empty_rows: bool = True,
+) -> Problem:
+    """(q, k, v, mask, key), what a law of kernels takes; options as in `qkv` and `masks`. The mask may be None.
+
+    Example:
+        >>> from hypothesis import find
+        >>> find(problems(), lambda problem: True)
+        Problem(q=float64[1,1,1], k=float64[1,1,1], v=float64[1,1,1], mask=None, key=[0, 0])
+    """
+    q, k, v = draw(qkv(dtype=dtype, leads=leads, no_keys=no_keys, large_logits=large_logits, grouped=grouped))
+    H, T, S = q.shape[-3], q.shape[-2], k.shape[-2]
+    lead = tuple(torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]))
+    mask = draw(st.none() | masks(T, S, lead, H, booleans=booleans, empty_rows=empty_rows))
+    return Problem(q, k, v, mask, draw(keys()))
+
+
+@st.composite
+def logits(draw: Any, *, dtype: torch.dtype = torch.float32, hidden: bool = True) -> Tensor:
+    """Logits (V,) with ties and, where `hidden`, some of -inf; one token is always finite.
+
+    They lie on a grid of quarters, so that adding a small whole number to them is exact.
+    """
+    V, key = draw(st.integers(1, 12)), draw(keys())
+    values, hides = randomness.split(key)
+    found = randomness.randint(values, (V,), -16, 17).to(dtype) / 4
+    if not (hidden and draw(st.booleans())):
+        return found
+    kept = torch.arange(V) == draw(st.integers(0, V - 1))
+    return torch.where(randomness.bernoulli(hides, 0.5, (V,)) & ~kept, float("-inf"), found)
