@@ -425,6 +425,7 @@ def ends(text, stop_strings):
 
 @given(st.text(alphabet="aab€😀", max_size=10), st.lists(st.text(alphabet="aab€", min_size=1, max_size=3), max_size=3))
 @example("aaab", ["aab"])
+@example("ab", ["ab", "b"])
 @example("a€b", ["€b", "€"])
 def test_the_pieces_join_to_the_text_before_the_first_stop_string(text, stop_strings):
     pieces = write(text, stop_strings=stop_strings)
