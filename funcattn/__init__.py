@@ -12,10 +12,9 @@ Every piece of a language model as a pure function of values, so that torch.func
     transformer            Config, Params, decoder                          5
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
-    interop                other people's modules, closed
 """
 
-from . import caches, interop, kernels, layers, masks, records, sampling, transformer, tree
+from . import caches, kernels, layers, masks, records, sampling, transformer, tree
 from . import randomness as random
 from .caches import Branch, Cache, Delta, commit
 from .checkpoints import Loaded, load, save
