@@ -2,13 +2,12 @@
 
 They render in jinja2's ImmutableSandboxedEnvironment, with the names that transformers gives them, so that no template reaches
 Python's internals (the hole of CVE-2024-34359), a file or the network. The sandbox alone lets a program run, or grow a value, for
-as long as it likes. So one rendering has `STEPS` steps to spend: a turn of a loop or a call costs one, and so do every 256
-characters and every element of a value that is kept (`set`, `with`, `call`), which is all that one turn can hand to the next.
-What makes something large at once (`*`, `**`, `~`, `+`, `|center(n)`) is looked at before it does; `range` gives 100 000 numbers
-at most.
+as long as it likes. So one rendering has `STEPS` steps to spend: a turn of a loop or a call costs one, and so does every element
+and every 256 characters of a value that an operator or a filter makes, or that is kept (`set`, `with`, `call`). What makes
+something large at once (`*`, `**`, `~`, `+`, `|center(n)`) is looked at before it does; `range` gives 100 000 numbers at most.
 
-Limits: the steps are counted, the seconds are not; a worst case of each limit at once still takes seconds and some hundred
-megabytes. A template that needs recursion (`for ... recursive`), `include` or `import` is refused.
+Limits: steps are counted, not seconds; all of them take some seconds and some hundred megabytes at worst. A template that needs
+a recursive loop, another file, or one of the filters in `DROPPED` is refused.
 """
 
 import functools
@@ -23,13 +22,17 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from ..families import CheckpointError
 
-STEPS = 100_000  # of one rendering; a turn of a conversation takes some ten
-LARGEST = 2**22  # characters of a text, elements of a list
+STEPS = 300_000  # of one rendering; a message takes some ten to fifty
+LARGEST = 2**22  # characters of a text: a prompt of a million tokens
+LONGEST = 2**17  # elements of a list
+# Quadratic in a text or a list, or random.
+DROPPED = ("wordwrap", "urlize", "striptags", "xmlattr", "pprint", "sum", "random", "center")
 WIDEST = re.compile(r"[%{][^%{}a-zA-Z]*(\d{5}|\*)")  # a field of a format that asks for its own width
 
 
@@ -75,7 +78,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols])
         self.left = STEPS
         self.concat = _join
-        self.filters = {name: _modest(function) for name, function in self.filters.items()}
+        self.filters = {name: self._modest(function) for name, function in self.filters.items() if name not in DROPPED}
         # Names with a space: no template can write them.
         self.filters |= {"tojson": _to_json, "each counted": self._each, "kept one": self._kept, "joined parts": _join_any}
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda layout: datetime.now().strftime(layout)}
@@ -105,13 +108,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """The value, paid for: its text by length, its elements one by one."""
         waiting = [value]
         while waiting:
-            item = waiting.pop()
-            self._spend(len(item) // 256 if isinstance(item, str) else 1)
-            if isinstance(item, Mapping):
-                waiting += [*item.keys(), *item.values()]
+            item, parts = waiting.pop(), ()
+            if isinstance(item, str):
+                self._spend(len(item) // 256)
+            elif isinstance(item, Mapping) and not isinstance(item, Context):  # all names there are; the filter keeps none
+                parts = (*item.keys(), *item.values())
             elif isinstance(item, list | tuple):
-                self._spend(len(item))
-                waiting += item
+                parts = item
+            self._spend(len(parts))
+            waiting += parts
         return value
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +130,20 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _check_operation(operator, left, right)
-        return super().call_binop(context, operator, left, right)
+        return self._kept(super().call_binop(context, operator, left, right))
+
+    def _modest(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter whose numbers are no larger than a `range` may be, and whose result is paid for."""
+
+        @functools.wraps(function)
+        def filtered(*args: Any, **kwargs: Any) -> Any:
+            texts = [value for value in args if isinstance(value, str)]
+            _check_arguments(texts[:1] if function.__name__ == "do_format" else [], [*args, *kwargs.values()])
+            if function.__name__ == "do_replace":
+                _check_made("replace", texts[0] if texts else "", texts[1:])
+            return self._kept(function(*(self._kept(value) for value in args), **kwargs))
+
+        return filtered
 
 
 class _Rewrite(NodeTransformer):
@@ -170,9 +188,9 @@ def _filtered(name: str, node: Any) -> nodes.Filter:
 # What a built-in operation may make.
 
 
-def _limit(size: int) -> None:
-    if size > LARGEST:
-        raise SecurityError(f"a value larger than {LARGEST}")
+def _limit(size: int, most: int = LARGEST) -> None:
+    if size > most:
+        raise SecurityError(f"a value larger than {most}")
 
 
 def _join(parts: Iterable[str]) -> str:
@@ -187,10 +205,11 @@ def _join_any(parts: Iterable[Any]) -> str:
 
 def _check_operation(operator: str, left: Any, right: Any) -> None:
     sized, other = (left, right) if hasattr(left, "__len__") else (right, left)
+    most = LARGEST if isinstance(sized, str) else LONGEST
     if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-        _limit(len(left) + len(right))
+        _limit(len(left) + len(right), most)
     elif operator == "*" and hasattr(sized, "__len__") and isinstance(other, int):
-        _limit(len(sized) * other)
+        _limit(len(sized) * other, most)
     elif operator == "*" and isinstance(left, int) and isinstance(right, int):
         _limit(left.bit_length() + right.bit_length())
     elif operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -212,20 +231,6 @@ def _check_made(method: str, text: str, arguments: Sequence[Any]) -> None:
         _limit(len(text) * len(items) + sum(len(item) for item in items if isinstance(item, str)))
     elif method == "replace" and len(arguments) > 1 and all(isinstance(argument, str) for argument in arguments[:2]):
         _limit(len(text) + text.count(arguments[0]) * len(arguments[1]))
-
-
-def _modest(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose numbers are no larger than a `range` may be."""
-
-    @functools.wraps(function)
-    def filtered(*args: Any, **kwargs: Any) -> Any:
-        texts = [value for value in args if isinstance(value, str)]
-        _check_arguments(texts[:1] if function.__name__ == "do_format" else [], [*args, *kwargs.values()])
-        if function.__name__ == "do_replace":
-            _check_made("replace", texts[0] if texts else "", texts[1:])
-        return function(*args, **kwargs)
-
-    return filtered
 
 
 # What transformers gives to templates.
