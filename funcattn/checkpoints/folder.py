@@ -52,6 +52,10 @@ def read_json(path: Path, largest: int = SMALL) -> dict[str, Any]:
 
 def read_text(path: Path, largest: int = SMALL) -> str:
     """The text of a file of at most `largest` bytes."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"load: {path} should be there, and is not. Give a folder in the Hugging Face layout, or fetch it again."
+        )
     if path.stat().st_size > largest:
         _refuse(path.name, f"at most {largest} bytes", path.stat().st_size)
     try:

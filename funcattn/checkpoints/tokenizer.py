@@ -71,11 +71,13 @@ class Tokenizer:
                 False for text from anywhere else: what looks like a special token is encoded as the characters that it is, and
                 what the model was trained to see first (a Llama's `<s>`) is put before it.
         """
+        if not isinstance(text, str):
+            fail("encode", "text", "a str", f"a {type(text).__name__}", "Encode texts one by one.", TypeError)
         try:
             with _rust_errors("encode"), _LOCK:  # the switch is the backend's own state: set for each call, never relied upon
                 self.backend.encode_special_tokens = not special
                 return self.backend.encode(text, add_special_tokens=not special).ids
-        except UnicodeEncodeError:
+        except (TypeError, UnicodeEncodeError):
             fail(
                 "encode",
                 "text",
@@ -83,8 +85,6 @@ class Tokenizer:
                 "a lone surrogate",
                 'text.encode("utf-8", "replace").decode() has none.',
             )
-        except TypeError:
-            fail("encode", "text", "a str", f"a {type(text).__name__}", "Encode the texts one by one.", TypeError)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ids (a list, or an integer tensor (T,)); bytes that are no whole character yet become U+FFFD.

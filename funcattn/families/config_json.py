@@ -93,14 +93,15 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     rope, where = values.get(field, {}), f"{field} in config.json"
     if not isinstance(rope, dict):
         refuse(where, "an object", rope)
-    old = values.get("rope_scaling", rope)
-    if not isinstance(old, dict) or any(rope.get(name, value) != value for name, value in old.items()):
+    rope = {"rope_type" if name == "type" else name: value for name, value in rope.items()}
+    old = values.get("rope_scaling", {})
+    if not isinstance(old, dict) or any(rope.get("rope_type" if name == "type" else name) != value for name, value in old.items()):
         refuse("rope_scaling in config.json", "absent beside rope_parameters, or the same", old)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in KINDS:
         refuse(f"rope_type of {where}", f"one of {', '.join(KINDS)}", kind)
     check_neutral(rope, {"partial_rotary_factor": (1, 1.0)}, f"{{}} of {where}")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", *KINDS[kind]}
+    known = {"rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", *KINDS[kind]}
     for name in rope.keys() - known:
         refuse(f"{name} of {where}", f"absent where rope_type is {kind}", rope[name])
     base = positive(rope.get("rope_theta", values.get("rope_theta", 10000.0)), "rope_theta in config.json")

@@ -1,0 +1,258 @@
+"""Families: what a file says becomes Config and Params, or is refused by name."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import CONFIG, LLAMA3, interleave, metadata, params, same
+from transformers import LlamaConfig
+
+from funcattn import layers
+from funcattn.families import (
+    LLAMA,
+    CheckpointError,
+    assemble,
+    half_split,
+    leaves,
+    match,
+    read_config,
+    read_metadata,
+    shapes,
+    write_config,
+)
+from funcattn.layers import RopeScaling
+from funcattn.transformer import Config
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+MINIMAL = {"model_type": "llama", **SIZES}
+SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+scalings = st.one_of(
+    st.none(),
+    st.builds(RopeScaling, st.just("linear"), st.floats(1, 64)),
+    st.builds(RopeScaling, st.just("llama3"), st.floats(1, 64), st.floats(0.5, 2), st.floats(3, 9), st.integers(1, 2**20)),
+)
+configs = st.builds(
+    lambda K, G, D, **rest: Config(heads=K * G, kv_heads=K, head_size=2 * D, **rest),
+    K=st.integers(1, 8),
+    G=st.integers(1, 8),
+    D=st.integers(1, 64),
+    vocabulary=st.integers(1, 2**20),
+    width=st.integers(1, 2**14),
+    layers=st.integers(1, 200),
+    feed_forward=st.integers(1, 2**16),
+    activation=st.sampled_from(sorted(layers.ACTIVATIONS)),
+    norm_epsilon=st.floats(1e-9, 1e-2),
+    rope_base=st.floats(1, 1e8),
+    rope_scaling=scalings,
+    context=st.integers(1, 2**20),
+    tied=st.booleans(),
+)
+
+
+@given(configs)
+def test_a_config_comes_back_from_its_json(config):
+    assert read_config(write_config(config)) == config
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), LLAMA3], ids=str)
+def test_transformers_reads_what_is_written_and_back(scaling):
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling, tied=False)
+    theirs = LlamaConfig(**write_config(config))
+    kind = scaling.kind if scaling else "default"
+    assert (theirs.rope_parameters["rope_type"], theirs.rope_parameters["rope_theta"]) == (kind, CONFIG.rope_base)
+    assert theirs.head_dim == CONFIG.head_size
+    assert read_config(theirs.to_dict()) == config
+
+
+def test_what_config_json_leaves_out_is_the_default_of_transformers():
+    assert read_config(MINIMAL) == read_config({**LlamaConfig(**SIZES).to_dict(), "architectures": None})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "scaling"),
+    [
+        ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}, None),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_type": "linear", "factor": 2.0},
+            ("linear", 2.0),
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALED}},
+            {"rope_type": "llama3", **SCALED},
+            ("llama3", 8.0),
+        ),
+    ],
+)
+def test_both_spellings_of_rotary_fields_mean_the_same(old, new, scaling):
+    config = read_config({**MINIMAL, **old})
+    assert config == read_config({**MINIMAL, "rope_parameters": {**new, "rope_theta": 5e5}})
+    assert config.rope_base == 5e5
+    assert config.rope_scaling == (RopeScaling(*scaling) if scaling else None)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "rwkv"}, "model_type"),
+        ({"model_type": None}, "model_type"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "xielu"}, "hidden_act"),
+        ({"hidden_act": {"a": 1}}, "hidden_act"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "attention_factor": 3.0}}, "attention_factor"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ({"rope_parameters": {"rope_type": "llama3", **SCALED, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_hidden_layers": 10**9}, "layers"),
+        ({"num_attention_heads": True}, "num_attention_heads"),
+        ({"intermediate_size": 2**40}, "intermediate_size"),
+        ({"num_key_value_heads": 3}, "kv_heads"),
+        ({"head_dim": 7}, "head_size"),
+    ],
+    ids=str,
+)
+def test_what_config_cannot_express_is_refused_by_name(change, named):
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        read_config({**MINIMAL, **change})
+
+
+@pytest.mark.parametrize("field", sorted(LLAMA.neutral))
+def test_a_neutral_field_is_ignored_only_where_it_is_neutral(field):
+    for value in (None, *LLAMA.neutral[field]):
+        assert read_config({**MINIMAL, field: value}) == read_config(MINIMAL)
+    with pytest.raises(CheckpointError, match=field):
+        read_config({**MINIMAL, field: "something else"})
+
+
+# GGUF metadata.
+
+
+def plain(change=()):
+    return {**metadata(), **dict(change)}
+
+
+def test_metadata_gives_the_config_it_was_written_from():
+    assert read_metadata(metadata(), CONFIG.vocabulary, True) == CONFIG
+    assert read_metadata(metadata(), CONFIG.vocabulary, False).tied is False
+
+
+def test_linear_scaling_is_read_from_metadata():
+    config = read_metadata(plain({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}), 300, True)
+    assert config.rope_scaling == RopeScaling("linear", 4.0)
+
+
+def test_rotary_factors_are_read_as_the_scaling_they_follow_from():
+    """The tensor as convert_hf_to_gguf.py computes it, from the wavelengths."""
+    base, D = 500000.0, 64
+    turn = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float64) / D)
+    factors = []
+    for length in (2 * torch.pi / turn).tolist():
+        smooth = (8192 / length - 1.0) / (4.0 - 1.0)
+        factors.append(1.0 if length < 8192 / 4 else 8.0 if length > 8192 else 1 / ((1 - smooth) / 8.0 + smooth))
+    change = {"llama.rope.freq_base": base, "llama.rope.dimension_count": D, "llama.attention.key_length": D}
+    stretch = torch.tensor(factors)
+    assert read_metadata(plain(change), 300, True, stretch).rope_scaling == LLAMA3
+    with pytest.raises(CheckpointError, match="rope_freqs"):
+        read_metadata(plain(change), 300, True, stretch + torch.eye(32)[9])
+    with pytest.raises(CheckpointError, match="rope_freqs"):
+        read_metadata(plain(), 300, True, stretch)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"general.architecture": "mamba"}, "general.architecture"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type"),
+        ({"llama.rope.scaling.type": "linear"}, "rope.scaling.factor"),
+        ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
+        ({"llama.attention.value_length": 8}, "attention.value_length"),
+        ({"llama.expert_count": 8}, "expert_count"),
+        ({"llama.attention.scale": 0.5}, "attention.scale"),
+        ({"llama.attention.head_count_kv": [2, 2]}, "attention.head_count_kv"),
+        ({"llama.of_tomorrow": 1}, "llama.of_tomorrow"),
+        ({"llama.block_count": None}, "block_count"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),
+    ],
+    ids=str,
+)
+def test_metadata_that_config_cannot_express_is_refused_by_name(change, named):
+    values = {name: value for name, value in plain(change).items() if value is not None}
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        read_metadata(values, 300, True)
+
+
+# Tensors.
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tree_is_assembled_from_its_leaves(tied):
+    config = dataclasses.replace(CONFIG, tied=tied)
+    tree = params(config)
+    assert same(assemble(config, leaves(tree).__getitem__), tree)
+    assert {path: tuple(leaf.shape) for path, leaf in leaves(tree).items()} == shapes(config)
+
+
+def test_every_difference_is_told_in_one_error():
+    names = {path: LLAMA.tensors[re.sub(r"\.\d+\.", ".{}.", path)].format(*re.findall(r"\d+", path)) for path in shapes(CONFIG)}
+    found = {names[path]: shape for path, shape in shapes(CONFIG).items()}
+    assert match(CONFIG, LLAMA.tensors, found, "here") == names
+    del found["model.norm.weight"]
+    found["model.layers.1.mlp.up_proj.weight"] = (1, 2)
+    found["model.layers.0.self_attn.q_proj.bias"] = (64,)
+    with pytest.raises(CheckpointError) as error:
+        match(CONFIG, LLAMA.tensors, found, "here")
+    assert "missing: model.norm.weight" in str(error.value)
+    assert "unknown: model.layers.0.self_attn.q_proj.bias" in str(error.value)
+    assert "model.layers.1.mlp.up_proj.weight (1, 2) instead of (96, 64)" in str(error.value)
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 3))
+def test_half_split_undoes_the_order_of_gguf(heads, half, width):
+    weight = torch.arange(heads * half * 2 * width).reshape(-1, width)
+    assert torch.equal(half_split(torch.from_numpy(interleave(weight.numpy(), heads)), 2 * half), weight)
+
+
+def test_scores_under_neighbouring_angles_are_those_of_half_split_rows():
+    """What the permutation is for: q.k after rotating pairs (2i, 2i + 1) of GGUF's rows is ours with pairs (i, i + D / 2)."""
+    D, T, E = 16, 5, 64
+    tree, x = params().layers[0], torch.randn(T, E, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    turn = layers.frequencies(D, base=CONFIG.rope_base).double()
+    rotation = layers.rope(torch.arange(T), turn, torch.float64)
+
+    def stored(weight, heads):
+        return torch.from_numpy(interleave(weight.detach().double().numpy(), heads))
+
+    def neighbours(y):
+        turned = torch.view_as_complex(y.reshape(*y.shape[:-1], D // 2, 2).contiguous())
+        return torch.view_as_real(turned * torch.polar(torch.ones(()).double(), torch.arange(T)[:, None] * turn)).flatten(-2)
+
+    def score(q, k, rotate):
+        return rotate(q.unflatten(-1, (-1, D)).movedim(-2, 0))[:2] @ rotate(k.unflatten(-1, (-1, D)).movedim(-2, 0)).mT
+
+    q, k = stored(tree.q, CONFIG.heads), stored(tree.k, CONFIG.kv_heads)
+    ours = score(x @ half_split(q, D).T, x @ half_split(k, D).T, lambda y: layers.rotate(y, rotation))
+    assert torch.allclose(ours, score(x @ q.T, x @ k.T, neighbours), atol=1e-12)
+    assert not torch.allclose(ours, score(x @ q.T, x @ k.T, lambda y: layers.rotate(y, rotation)), atol=1e-3)
