@@ -1,0 +1,17 @@
+"""Everyone else's models: what was written against torch and transformers, made to compose.
+
+| name | what it does |
+| --- | --- |
+| override_sdpa | closes every F.scaled_dot_product_attention inside a `with` |
+| register_transformers | makes "funcattn" an attention implementation of transformers |
+| functional | splits a module into a pure function and its params |
+| nested_attention | attention over jagged NestedTensors, without padding |
+| document_mask | the mask under which it is attention of the values |
+"""
+
+from .huggingface import register_transformers
+from .jagged import document_mask, nested_attention
+from .modules import functional
+from .sdpa import override_sdpa
+
+__all__ = ["document_mask", "functional", "nested_attention", "override_sdpa", "register_transformers"]
