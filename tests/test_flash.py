@@ -172,6 +172,37 @@ def test_leading_axes_broadcast_in_any_pattern():
     both("plain", lambda f: (f(q, k, v), grad(loss(f), (0, 1, 2))(q, k, v), jvp(grad(loss(f), (0, 1, 2)), (q, k, v), (q, k, v))[1]))
 
 
+@pytest.mark.parametrize(
+    "nesting", ["grad of jvp", "grad of grad", "jvp of jvp", "grad of jvp of grad", "vjp of a jvp with a cotangent"]
+)
+def test_an_axis_of_the_values_alone_is_counted_once(nesting):
+    """Sums over an axis that P lacks: a term without it must not be counted once for each."""
+    primal = normal(1, 2, T, D), normal(2, 2, S, D), normal(3, 3, 2, S, D)
+    tangent = tuple(x.cos() for x in primal)
+    both("plain", lambda f: NESTINGS[nesting](f, primal, tangent))
+    for kernel in ("flash", "reference"):
+        assert fa.attend(*primal, kernel=kernel).lse.shape == (3, 2, T)
+
+
+@pytest.mark.parametrize("mapped", [(0, None, None), (None, 0, None), (None, None, 0)])
+def test_both_outputs_of_attend_have_right_derivatives_where_one_input_is_mapped(mapped):
+    primal = normal(1, 2, T, D), normal(2, 2, S, D), normal(3, 2, S, D)
+    tangent = tuple(x.cos() for x in primal)
+    batch = tuple(several(x) if d == 0 else x for x, d in zip(primal, mapped, strict=True))
+
+    def value(kernel):
+        return lambda *x: sum(y.sin().sum() for y in fa.attend(*x, kernel=kernel))
+
+    for program in (
+        lambda f: vmap(lambda *x: jvp(f, x, tangent)[1], mapped)(*batch),
+        lambda f: vmap(grad(f, (0, 1, 2)), mapped)(*batch),
+        lambda f: grad(lambda *x: vmap(f, mapped)(*x).square().sum(), (0, 1, 2))(*batch),
+        lambda f: vmap(lambda *x: jvp(grad(f, (0, 1, 2)), x, tangent)[1], mapped)(*batch),
+        lambda f: grad(lambda *x: vmap(lambda *y: jvp(f, y, tangent)[1], mapped)(*x).square().sum(), (0, 1, 2))(*batch),
+    ):
+        close(program(value("flash")), program(value("reference")))
+
+
 def test_no_keys_at_all_have_zero_value_and_zero_derivatives():
     q, k, v = normal(1, 2, T, D), normal(2, 2, 0, D), normal(3, 2, 0, D)
     out, lse = fa.attend(q, k, v, kernel="flash")

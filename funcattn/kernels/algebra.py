@@ -18,6 +18,7 @@ Source: the rules follow from d exp(S - l) = exp(S - l) (dS - dl); Dao et al., F
 case of the first vjp.
 """
 
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 Q, K, L = 0, 1, 2  # places of the queries, the keys and the log-sum-exp
@@ -84,27 +85,33 @@ class _Collect:
         return tuple(Output(self.side[p], tuple(self.terms[p])) for p in places), places
 
 
-def vjp(sweep: Sweep, cotangents: dict[int, int], needed: set[int]) -> tuple[Sweep, tuple[int, ...]]:
+def vjp(
+    sweep: Sweep, cotangents: dict[int, int], needed: set[int], lead: Callable[[int], Hashable]
+) -> tuple[Sweep, tuple[int, ...]]:
     """The sweep that pulls cotangents back.
 
     Args:
         sweep: what is differentiated.
         cotangents: for an output (by number) the place of its cotangent.
         needed: places of the tensors whose derivatives are wanted.
+        lead: the leading shape of the tensor at a place; only products of one lead share a factor, since a sum over an axis that a
+            product lacks would count it once for each.
 
     Returns:
         The sweep, and for each of its outputs the place of the tensor it is the derivative of.
     """
     found = _Collect()
-    pulled: dict[tuple[Factor, ...], list[Pair | Dense]] = {}  # for each product of factors, the sum of g . c over its terms
+    pulled: dict[
+        tuple[tuple[Factor, ...], Hashable], list[Pair | Dense]
+    ] = {}  # a product of factors: the sum of g . c over its terms
     for number, g in cotangents.items():
         side, terms = sweep.outputs[number]
         for factors, c, weight in terms:
             x = Pair(g, c, weight) if side == "query" else Pair(c, g, weight) if side == "key" else Dense(g, weight)
-            pulled.setdefault(factors, []).append(x)
+            pulled.setdefault((factors, (lead(g), lead(c) if c != ONES and side != "pair" else ())), []).append(x)
             if c in needed and side != "pair":
                 found.add(c, "key" if side == "query" else "query", factors, g, weight)
-    for factors, summands in pulled.items():
+    for (factors, _), summands in pulled.items():
         x = tuple(summands)
         s = sweep.scale
         for place, side, value, weight in (

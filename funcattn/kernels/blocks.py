@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dropout
-from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, Term, places
+from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, places
 from .layout import Layout, fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
 
 LOG2E = math.log2(math.e)
@@ -212,12 +212,14 @@ class _Sweeper:
         weights: dict[tuple[Factor, ...], Tensor] = {(): P}
         factors: dict[Factor, Tensor] = {}
         for output, target, out in zip(self.spec.outputs, self.targets, self.out, strict=True):
-            by_value: dict[int, list[Term]] = {}
+            alike: dict[
+                tuple[int, torch.Size], list[tuple[float, Tensor]]
+            ] = {}  # not across leads: a sum over one would count twice
             for term in output.terms:
-                by_value.setdefault(term.value, []).append(term)
-            for value, terms in by_value.items():
-                W = self._sum([(t.weight, self._weight(t.factors, weights, factors, line, column)) for t in terms])
-                self._add(output, out, target, W, value, line, column)
+                W = self._weight(term.factors, weights, factors, line, column)
+                alike.setdefault((term.value, W.shape), []).append((term.weight, W))
+            for (value, _), weighted in alike.items():
+                self._add(output, out, target, self._sum(weighted), value, line, column)
 
     def _weight(self, product: tuple[Factor, ...], weights: dict, factors: dict, line: slice, column: slice) -> Tensor:
         """P times a product of factors; products that begin alike are computed once."""
@@ -240,7 +242,7 @@ class _Sweeper:
             a, b = self.joined[factor]
             total = multiply(a[..., line, :], b[..., column, :].mT, self.layout.batch)
         for summand in factor:
-            if total is not None and isinstance(summand, Pair) and ONES not in (summand.a, summand.b):
+            if factor in self.joined and isinstance(summand, Pair) and ONES not in (summand.a, summand.b):
                 continue
             x = self._summand(summand, line, column)
             if total is None:

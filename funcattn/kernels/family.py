@@ -50,7 +50,11 @@ class Attend(Function):
         if g is not None:
             x.append(Pair(len(flat), at))
             flat.append(g)
-        level = g_lse if g is None else -(g * out).sum(-1, keepdim=True).to(lse.dtype) + (0 if g_lse is None else g_lse)
+        level = g_lse
+        if g is not None:
+            level = -(g * out).sum(-1, keepdim=True).to(lse.dtype)
+            if g_lse is not None:  # where values alone have an axis, the sum over it must count the log-sum-exp once
+                level = level + g_lse * (g_lse.numel() / level.numel())
         x.append(Pair(len(flat), ONES))
         flat.append(level)
         terms = {Q: ("query", Term((tuple(x),), K, plan.scale)), K: ("key", Term((tuple(x),), Q, plan.scale))}
@@ -123,7 +127,7 @@ class Pass(Function):
             if g is not None:
                 given[number] = len(flat)
                 flat.append(g)
-        spec, wanted = algebra.vjp(ctx.job.sweep, given, needed)
+        spec, wanted = algebra.vjp(ctx.job.sweep, given, needed, lambda place: flat[place].shape[:-2])
         for p, grad in zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat), strict=True):
             grads[1 + p] = grad
         return tuple(grads)

@@ -80,7 +80,8 @@ def attend(
 ) -> Attended:
     """Dense attention; keep (*lead, H, T, S) multiplies the weights (dropout: 0 or 1 / (1 - rate))."""
     P, lse = weigh(q, k, mask, scale=scale, bias=bias)
-    return Attended(mix(P if keep is None else P * keep, accurate(v)).to(v.dtype), lse)
+    out = mix(P if keep is None else P * keep, accurate(v)).to(v.dtype)
+    return Attended(out, lse.expand(out.shape[:-1]))
 
 
 def accurate(x: Tensor) -> Tensor:
