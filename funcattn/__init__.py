@@ -12,9 +12,10 @@ Every piece of a language model as a pure function of values, so that torch.func
     transformer            Config, Params, decoder                          5
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
+    interop                other people's modules, closed
 """
 
-from . import caches, kernels, layers, masks, records, sampling, transformer, tree
+from . import caches, families, interop, kernels, layers, masks, records, sampling, transformer, tree
 from . import randomness as random
 from .caches import Branch, Cache, Delta, commit
 from .checkpoints import Loaded, load, save
@@ -27,5 +28,45 @@ from .rematerialization import remat
 from .transformer import Config, Params, decoder
 from .tree import cast, to
 
+__all__ = [
+    "caches",
+    "families",
+    "interop",
+    "kernels",
+    "layers",
+    "masks",
+    "random",
+    "records",
+    "sampling",
+    "transformer",
+    "tree",
+    "Attended",
+    "Branch",
+    "Cache",
+    "Config",
+    "Delta",
+    "Loaded",
+    "Mask",
+    "Model",
+    "Params",
+    "Streamed",
+    "attend",
+    "attention",
+    "attention_weights",
+    "cast",
+    "commit",
+    "decoder",
+    "explain",
+    "fold_in",
+    "generate",
+    "key",
+    "load",
+    "merge",
+    "remat",
+    "save",
+    "split",
+    "stream",
+    "to",
+]
 
 __version__ = "0.1.0"

@@ -20,7 +20,9 @@ from . import _checks
 def linear(weight: Any, x: Tensor) -> Tensor:
     """x (*lead, in) times a weight (out, in), giving (*lead, out). A record registers its own way: `@linear.register`."""
     wanted = "a tensor or a record that registered itself with layers.linear"
-    _checks.fail("linear", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.linear.register.", TypeError)
+    _checks.fail(
+        "linear", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.linear.register.", TypeError
+    )
 
 
 @linear.register
@@ -32,7 +34,9 @@ def _(weight: Tensor, x: Tensor) -> Tensor:
 def embed(weight: Any, ids: Tensor) -> Tensor:
     """Rows of a weight (V, E) at integer ids (*lead,), giving (*lead, E). A record registers its own way."""
     wanted = "a tensor or a record that registered itself with layers.embed"
-    _checks.fail("embed", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.embed.register.", TypeError)
+    _checks.fail(
+        "embed", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.embed.register.", TypeError
+    )
 
 
 @embed.register
@@ -90,7 +94,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
-            _checks.fail("RopeScaling", "kind", '"linear" or "llama3"', repr(self.kind), "Another kind would change the mathematics.")
+            _checks.fail(
+                "RopeScaling", "kind", '"linear" or "llama3"', repr(self.kind), "Another kind would change the mathematics."
+            )
 
 
 class Rotation(NamedTuple):
@@ -125,4 +131,4 @@ def rope(positions: Tensor, turn: Tensor, dtype: torch.dtype) -> Rotation:
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn x (*lead, H, T, D) by its positions; plane i holds the features i and i + D / 2 (half-split, as Hugging Face)."""
-    return torch.addcmul(x * rotation.cos, x.roll(x.shape[-1] // 2, -1), rotation.sin)
+    return torch.addcmul(x * rotation.cos, x.roll(x.shape[-1] // 2, -1), rotation.sin).to(x.dtype)  # narrow stays so in autocast

@@ -39,7 +39,9 @@ def record(cls: Cls) -> Cls:
 
     def refuse(sign: str) -> Callable[..., Any]:
         def method(self: Any, *_: Any) -> Any:
-            raise TypeError(f"{name}: `{sign}` has no meaning for a record; it would do a tuple's work. Name a field, or use funcattn.tree.")
+            raise TypeError(
+                f"{name}: `{sign}` has no meaning for a record; it would do a tuple's work. Name a field, or use funcattn.tree."
+            )
 
         return method
 

@@ -18,7 +18,12 @@ PACKAGE = ROOT / "funcattn"
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
     {"records", "tree", "randomness", "_checks", "_autodiff"},
-    {"masks", "collectives", "rematerialization", "packing"},  # packing: the arithmetic of quantization (`codecs` is the standard library's)
+    {
+        "masks",
+        "collectives",
+        "rematerialization",
+        "packing",
+    },  # packing: quantization's arithmetic (`codecs` is the standard library's)
     {"kernels"},
     {"layers"},
     {"caches", "sampling", "quantization"},

@@ -71,3 +71,17 @@ def test_the_choice_changes_with_what_may_be_asked():
     grad(lambda q: (seen.append(fa.explain(q, KV, KV).chosen), q.sum())[1])(Q)
     grad(lambda q: (seen.append(fa.explain(q[..., :1, :], KV, KV).chosen), q.sum())[1])(Q)
     assert seen == ["flash", "reference"]
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_a_mask_on_another_device_is_refused(name):
+    elsewhere = masks.causal(20).dense(20).to("meta")
+    options = {"mask": elsewhere} if name == "mask" else {"bias": elsewhere.float()}
+    with pytest.raises(ValueError, match=f"{name} should be on cpu as q is, got meta. Move it"):
+        fa.attention(Q, KV, KV, **options)
+
+
+def test_a_mask_without_intervals_shows_nothing():
+    nothing = masks.Mask(torch.zeros(20, 0, dtype=torch.int64), torch.zeros(20, 0, dtype=torch.int64))
+    for kernel in ("flash", "reference"):
+        assert not fa.attention(Q, KV, KV, nothing, kernel=kernel).any()

@@ -310,8 +310,9 @@ def test_a_compiled_training_step_equals_the_eager_one():
     close(torch.autograd.grad(compiled(W), W), torch.autograd.grad(step(W), W))
 
 
-def test_autocast_gives_the_dtype_that_torchs_attention_gives():
-    q, k, v = (x.float() for x in inputs())
+@pytest.mark.parametrize("given", [torch.float32, torch.float16])
+def test_autocast_gives_the_dtype_that_torchs_attention_gives(given):
+    q, k, v = (x.to(given) for x in inputs())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         for kernel in (None, "flash", "reference"):

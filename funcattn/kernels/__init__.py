@@ -18,6 +18,14 @@ from .merging import Part, attend_parts, merge
 from .scores import attention_with_score
 
 __all__ = [
-    *("attend", "attention", "attention_weights", "attention_with_score", "explain", "use"),
-    *("Part", "attend_parts", "merge", "Explanation"),
+    "attend",
+    "attention",
+    "attention_weights",
+    "attention_with_score",
+    "explain",
+    "use",
+    "merge",
+    "Part",
+    "attend_parts",
+    "Explanation",
 ]

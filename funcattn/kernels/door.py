@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -169,7 +170,8 @@ def _request(
 ) -> Request:
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
         narrow = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(narrow) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
+        cast = lambda x: x.to(narrow) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        q, k, v = cast(q), cast(k), cast(v)
     for name, x, letters in (("q", q, "(*lead, H, T, D)"), ("k", k, "(*lead, K, S, D)"), ("v", v, "(*lead, K, S, Dv)")):
         if not isinstance(x, Tensor):
             _checks.fail(door, name, f"a tensor {letters}", f"a {type(x).__name__}", "Pass torch tensors.", TypeError)
@@ -196,7 +198,7 @@ def _request(
     except RuntimeError:
         wanted, got = "leading axes that broadcast", f"{_checks.shape(q)}, {_checks.shape(k)} and {_checks.shape(v)}"
         _checks.fail(door, "q, k, v", wanted, got, "Insert axes of size 1 where one is shared.")
-    _check_mask(door, mask, lead, (H, T, S))
+    _check_mask(door, mask, lead, (H, T, S), q.device)
     if bias is not None:
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
             _checks.fail(
@@ -207,7 +209,9 @@ def _request(
                 "A boolean one is a mask.",
                 TypeError,
             )
-        _must_broadcast(door, "bias", bias, (*lead, H, T, S))
+        _must_broadcast(door, "bias", bias.shape, (*lead, H, T, S))
+        if bias.device != q.device:
+            _checks.fail(door, "bias", f"on {q.device} as q is", bias.device, "Move it: bias.to(q.device).")
     if isinstance(scale, Tensor) and scale.dim():
         _checks.fail(door, "scale", "a number or a 0-d tensor", _checks.shape(scale), "Multiply q by it instead.")
     if dropout or key is not None:
@@ -225,27 +229,31 @@ def _check_dropout(door: str, dropout: float, key: Tensor | None) -> None:
         _checks.fail(door, "key", "one key, int64 (2,)", f"{key.dtype} {_checks.shape(key)}", "Map over a batch of keys with vmap.")
 
 
-def _check_mask(door: str, mask: Mask | Tensor | None, lead: torch.Size, HTS: tuple[int, int, int]) -> None:
+def _check_mask(door: str, mask: Mask | Tensor | None, lead: torch.Size, HTS: tuple[int, int, int], device: torch.device) -> None:
     H, T, S = HTS
     if mask is None:
         return
     if isinstance(mask, Mask):
         if mask.start.shape[-2] != T:
             _checks.fail(door, "mask", f"for T = {T} queries as in q", f"one for {mask.start.shape[-2]}", f"Build it with T = {T}.")
-        _must_broadcast(door, "mask", mask.start[..., 0], (*lead, T))
+        _must_broadcast(door, "mask", mask.start.shape[:-1], (*lead, T))
+        where = mask.start.device
     elif not isinstance(mask, Tensor):
         _checks.fail(door, "mask", "a Mask, booleans or None", f"a {type(mask).__name__}", "See funcattn.masks.", TypeError)
     elif mask.dtype != torch.bool:
         remedy = "Pass a floating one as bias=." if mask.is_floating_point() else "Convert it: mask.bool()."
         _checks.fail(door, "mask", "boolean", mask.dtype, remedy, TypeError)
     else:
-        _must_broadcast(door, "mask", mask, (*lead, H, T, S))
+        _must_broadcast(door, "mask", mask.shape, (*lead, H, T, S))
+        where = mask.device
+    if where != device:
+        _checks.fail(door, "mask", f"on {device} as q is", where, "Move it: funcattn.to(device)(mask).")
 
 
-def _must_broadcast(door: str, name: str, x: Tensor, to: tuple[int, ...]) -> None:
+def _must_broadcast(door: str, name: str, shape: Sequence[int], to: tuple[int, ...]) -> None:
     try:
-        fits = torch.broadcast_shapes(x.shape, to) == torch.Size(to)
+        fits = torch.broadcast_shapes(shape, to) == torch.Size(to)
     except RuntimeError:
         fits = False
     if not fits:
-        _checks.fail(door, name, f"such that it broadcasts to {tuple(to)}", _checks.shape(x), "Its last axes are queries and keys.")
+        _checks.fail(door, name, f"such that it broadcasts to {tuple(to)}", tuple(shape), "Its last axes are queries and keys.")

@@ -45,9 +45,13 @@ def merge(a: Attended, b: Attended) -> Attended:
         where both see nothing (test_kernels.py::test_merge_is_a_monoid).
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867.
     """
-    if a.out.shape[-3:] != b.out.shape[-3:] or a.lse.shape[-2:] != b.lse.shape[-2:]:
-        wanted, got = f"out {_checks.shape(a.out)} as in a", f"out {_checks.shape(b.out)}"
-        _checks.fail("merge", "b", wanted, got, "Attend with the same queries and head size of values.")
+    told = lambda x: f"out {_checks.shape(x.out)} and lse {_checks.shape(x.lse)}"
+    try:
+        lead = torch.broadcast_shapes(a.out.shape[:-3], b.out.shape[:-3], a.lse.shape[:-2], b.lse.shape[:-2])
+    except RuntimeError:
+        lead = None
+    if lead is None or a.out.shape[-3:] != b.out.shape[-3:] or a.lse.shape[-2:] != b.lse.shape[-2:]:
+        _checks.fail("merge", "b", f"{told(a)} as in a", told(b), "Attend with the same queries and head size of values.")
     nothing = float("-inf")
     no_a, no_b = a.lse == nothing, b.lse == nothing
     x, y = torch.where(no_a, 0, a.lse), torch.where(no_b, 0, b.lse)  # finite, so that no derivative divides by nothing
@@ -67,11 +71,14 @@ def attend_parts(q: Tensor, parts: Sequence[Part], *, scale: float | Tensor, ker
         if part.k.dtype != q.dtype:
             wanted, remedy = f"{q.dtype} as the weights give", f"Make the past with model.cache(size, dtype={q.dtype})."
             _checks.fail("attention", "the past", wanted, part.k.dtype, remedy, TypeError)
-    if q.shape[-2] <= FEW and kernel is None:
+    forced = kernel if kernel is not None or torch.compiler.is_compiling() else choice.current()
+    if forced is not None and forced.startswith("sdpa"):
+        forced = "flash"  # parts are joined by their log-sum-exp, which sdpa keeps to itself; flash runs the same fused kernel
+    if q.shape[-2] <= FEW and forced is None:
         if not isinstance(scale, Tensor) and _is_plain_step(q, parts):
             return _one(q, parts, scale)
         return _joint(q, parts, scale)
-    attended = [attend(q, k, v, None if is_absent(mask) else mask, scale=scale, kernel=kernel) for k, v, mask in parts]
+    attended = [attend(q, k, v, None if is_absent(mask) else mask, scale=scale, kernel=forced) for k, v, mask in parts]
     return functools.reduce(merge, attended).out
 
 
@@ -109,7 +116,7 @@ def _one(q: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
 def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> Tensor:
     logits, can_be_empty = [], True
     for k, _, mask in parts:
-        S = reference.accurate(reference.logits(q, k, scale))
+        S = reference.logits(reference.accurate(q), reference.accurate(k), scale)
         if is_absent(mask):
             can_be_empty = can_be_empty and not k.shape[-2]
         else:
@@ -120,7 +127,7 @@ def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> Tensor:
         logits = [S.expand(*lead, -1) for S in logits]
     S = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
     if can_be_empty:
-        empty = torch.isneginf(S.amax(-1, keepdim=True))
+        empty = torch.eq(S, float("-inf")).all(-1, keepdim=True)
         P = torch.where(empty, 0, torch.where(empty, 0, S).softmax(-1))
     else:
         P = S.softmax(-1)
