@@ -255,6 +255,21 @@ def test_padding_and_truncation_of_a_file_are_not_obeyed():
     assert back.encode("hello the") == tokenizer().encode("hello the")
 
 
+def test_merges_are_not_dropped_at_random():
+    values = json.loads(tokenizer().backend.to_str())
+    values["model"]["dropout"] = 0.9
+    back = from_files(json.dumps(values), {}, None, ())
+    assert {tuple(back.encode("hello the hello")) for _ in range(20)} == {tuple(tokenizer().encode("hello the hello"))}
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_like_any_other(capfd):
+    values = json.loads(tokenizer().backend.to_str())
+    values["model"]["continuing_subword_prefix"] = "longer than any token"
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        from_files(json.dumps(values), {}, None, ())
+    capfd.readouterr()  # Rust tells standard error about it
+
+
 def test_the_end_is_the_eos_token_where_no_file_gives_ids():
     assert from_files(tokenizer().files()["tokenizer.json"], {"eos_token": {"content": "<|turn|>"}}, None, ()).stop == (1,)
 

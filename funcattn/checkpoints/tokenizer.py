@@ -185,6 +185,8 @@ def from_files(tokenizer: str, settings: Mapping[str, Any], template: str | None
         backend = tokenizers.Tokenizer.from_str(tokenizer)
         backend.no_padding()  # a file may ask for any length
         backend.no_truncation()
+        if getattr(backend.model, "dropout", None):  # of merges, at random: for training
+            backend.model.dropout = None
     roles = {}
     for role in ROLES:
         value = settings.get(role)
