@@ -183,7 +183,7 @@ def initialize(key: Tensor, config: Config) -> Params:
 
     Source: Radford et al., Language models are unsupervised multitask learners (GPT-2), section 2.3.
     """
-    residual = dict.fromkeys(("o", "down"), 0.02 / (2 * config.layers) ** 0.5)
+    residual: dict[str, float] = dict.fromkeys(("o", "down"), 0.02 / (2 * config.layers) ** 0.5)
     wanted = shapes(config)
 
     def draw(key: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
