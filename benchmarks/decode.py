@@ -5,7 +5,8 @@
 SmolLM2-135M in float32, eager, batch one, a chat of 44 tokens. All candidates write the same tokens after the same prompt, which
 each has read before: what is timed is decoding. "By rows" is the same tree with each matrix stored row after row, as in the file:
 equal shapes and numbers in another order in memory than `fa.load` gives. The limit is one matrix-vector product over as many
-bytes as the weights have, for each token: no decoder that reads all these weights is faster. Prefill and loading are timed after it.
+equal shapes and numbers in another order than `fa.load` gives. The limit is one matrix-vector product over as many bytes as the
+weights have, for each token: no decoder that reads all these weights is faster. Prefill and loading are timed after it.
 """
 
 import argparse
