@@ -1,17 +1,18 @@
 """How fast does the decoder write, against transformers and against the speed at which this machine reads memory?
 
-    python benchmarks/decode.py [--threads 2] [--tokens 24] [--rounds 9]
+    python benchmarks/decode.py [--threads 2] [--tokens 120] [--rounds 9]
 
-SmolLM2-135M in float32, eager, batch one, a chat of 44 tokens. All candidates write the same tokens after the same prompt, which
-each has read before: what is timed is decoding. "By rows" is the same tree with each matrix stored row after row, as in the file:
-equal shapes and numbers in another order in memory than `fa.load` gives. The limit is one matrix-vector product over as many
-equal shapes and numbers in another order than `fa.load` gives. The limit is one matrix-vector product over as many bytes as the
-weights have, for each token: no decoder that reads all these weights is faster. Prefill and loading are timed after it.
+SmolLM2-135M in float32, eager, batch one, a chat of 44 tokens. First token by token: all candidates write the same text, and take
+turns at each token of it, so that a neighbour that wakes up wakes up for all. Then whole: 16 tokens by either `generate`, behind a
+past that each has read before. "By rows" is the same tree with each matrix stored row after row, as in the file: equal shapes and
+numbers in another order in memory than `fa.load` gives. The limit is one matrix-vector product over as many bytes as the weights
+have: no decoder that reads all these weights is faster. Prefill and loading are timed after it.
 """
 
 import argparse
 import copy
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -20,13 +21,14 @@ from _timing import Timing, interleave
 
 import funcattn as fa
 
+WARMUP = 4  # tokens
 MESSAGES = [{"role": "user", "content": "What is the capital of France? Then tell me about the city."}]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -36,7 +38,8 @@ def main() -> None:
     loaded = fa.load("smollm2-135m")
     peer = of_transformers(loaded)
     prompt = torch.tensor(loaded.tokenizer.prompt(MESSAGES))
-    decoding(loaded, peer, prompt, options)
+    token_by_token(loaded, peer, prompt, options)
+    whole(loaded, peer, prompt, options)
     for T in (len(prompt), 512):
         prefill(loaded, peer, prompt.repeat(1 + T // len(prompt))[:T], options)
     print("\nload from GGUF")
@@ -50,50 +53,65 @@ def of_transformers(loaded: fa.Loaded) -> transformers.PreTrainedModel:
         return transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32).eval()
 
 
-def decoding(loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch.Tensor, options: argparse.Namespace) -> None:
+def token_by_token(
+    loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch.Tensor, options: argparse.Namespace
+) -> None:
     config, params, _ = loaded
-    model, steps = fa.decoder(config), options.tokens
+    model = fa.decoder(config)
     _, past = fa.generate(fa.key(0), model, params, prompt[:-1], steps=0)
-    with torch.no_grad():
-        their_past = peer(prompt[None, :-1], past_key_values=transformers.DynamicCache(config=peer.config)).past_key_values
 
-    def ours(params: fa.Params) -> torch.Tensor:
-        return fa.generate(fa.key(0), model, params, prompt[-1:], past, steps=steps)[0]
+    def ours(params: fa.Params) -> Iterator[int]:
+        for piece in fa.stream(fa.key(0), model, params, prompt[-1:], past, steps=WARMUP + options.tokens):
+            yield piece.tokens[-1]
 
-    def theirs() -> torch.Tensor:
-        cache, ends = copy.deepcopy(their_past), {"eos_token_id": None, "pad_token_id": 0}  # it is written in place
-        return peer.generate(prompt[None], past_key_values=cache, max_new_tokens=steps, do_sample=False, **ends)[0, len(prompt) :]
-
-    @torch.no_grad()
-    def their_loop() -> torch.Tensor:
-        cache, token, tokens = copy.deepcopy(their_past), prompt[None, -1:], []
-        for _ in range(steps):
-            token = peer(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            tokens.append(token)
-        return torch.cat(tokens, -1)[0]
+    def theirs() -> Iterator[int]:
+        cache, token = their_past(peer, prompt), prompt[None, -1:]
+        while True:
+            with torch.no_grad():
+                token = peer(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            yield int(token)
 
     width = 8192
     rows = torch.ones(fa.tree.nbytes(params) // (4 * width), width)  # written: untouched zeros share one page
     x = torch.ones(width)
-
-    def limit() -> None:
-        for _ in range(steps):
-            torch.mv(rows, x)
-
-    by_rows = fa.tree.map(torch.Tensor.contiguous, params)
+    written: dict[str, list[int]] = {}
+    turn = lambda name, tokens: lambda: written.setdefault(name, []).append(next(tokens))
     candidates = {
-        "transformers generate": theirs,
-        "transformers bare loop": their_loop,
-        "fa.generate": partial(ours, params),
-        "fa.generate by rows": partial(ours, by_rows),
-        "memory-read limit": limit,
+        "transformers": turn("transformers", theirs()),
+        "fa.stream": turn("fa.stream", ours(params)),
+        "fa.stream by rows": turn("by rows", ours(fa.tree.map(torch.Tensor.contiguous, params))),
+        "memory-read limit": lambda: torch.mv(rows, x),
     }
-    assert all(torch.equal(candidates[name](), theirs()) for name in candidates if name != "memory-read limit")
-    print(f"\n{steps} tokens behind a past of {len(prompt) - 1}")
-    timings = interleave(candidates, repeats=options.rounds, warmup=1)
-    speeds(timings, steps)
-    bandwidth = steps * rows.numel() * 4 / timings["memory-read limit"].wall
+    print(f"\na token, behind a past of {len(prompt) - 1} to {len(prompt) + options.tokens}")
+    timings = interleave(candidates, repeats=options.tokens, warmup=WARMUP)
+    assert written["transformers"] == written["fa.stream"] == written["by rows"]
+    speeds(timings, 1)
+    bandwidth = rows.numel() * 4 / timings["memory-read limit"].wall
     print(f"GEMV reads {bandwidth / 1e9:.1f} GB/s; the weights are {fa.tree.nbytes(params) / 1e6:.0f} MB")
+
+
+def whole(loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch.Tensor, options: argparse.Namespace) -> None:
+    config, params, _ = loaded
+    model, steps = fa.decoder(config), 16
+    _, past = fa.generate(fa.key(0), model, params, prompt[:-1], steps=0)
+    read = their_past(peer, prompt)
+
+    def ours() -> torch.Tensor:
+        return fa.generate(fa.key(0), model, params, prompt[-1:], past, steps=steps)[0]
+
+    def theirs() -> torch.Tensor:
+        cache, ends = copy.deepcopy(read), {"eos_token_id": None, "pad_token_id": 0}  # it is written in place
+        return peer.generate(prompt[None], past_key_values=cache, max_new_tokens=steps, do_sample=False, **ends)[0, len(prompt) :]
+
+    assert torch.equal(ours(), theirs())
+    print(f"\n{steps} tokens behind a past of {len(prompt) - 1}")
+    speeds(interleave({"transformers generate": theirs, "fa.generate": ours}, repeats=options.rounds, warmup=1), steps)
+
+
+@torch.no_grad()
+def their_past(peer: transformers.PreTrainedModel, prompt: torch.Tensor) -> transformers.DynamicCache:
+    """All of the prompt but its last token, read."""
+    return peer(prompt[None, :-1], past_key_values=transformers.DynamicCache(config=peer.config)).past_key_values
 
 
 def prefill(loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch.Tensor, options: argparse.Namespace) -> None:
