@@ -84,8 +84,22 @@ def broken(cache: Any) -> Tensor:
 
 
 @functools.singledispatch
-def past(cache: Any, layer: int, T: int) -> list[Part]:
-    """What T new tokens attend to in one layer: the remembered keys and values, in parts."""
+def past(cache: Any, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+    """What new tokens attend to in one layer: the remembered keys and values, in parts.
+
+    Args:
+        cache: any kind of past.
+        layer: which layer, 0 to L - 1.
+        places: int64 (T,), the position of each new token, where the first token that the past remembers has position 0. They
+            follow the past, `cache.length + arange(T)`, unless they are drafts of a tree.
+        window: a layer of sliding window attention: the token at p sees the remembered position j only where j > p - window.
+
+    Returns:
+        Disjoint sets of keys. Where lengths and places are concrete, they hold what some new token sees and no more, so a step
+        costs no more than its window; a part that every new token sees whole has no mask.
+
+    Law: a window reads what dense attention reads under `masks.window` (test_caches.py).
+    """
     _unknown("past", cache)
 
 
@@ -227,25 +241,46 @@ def _(cache: Branch) -> Tensor:
 
 
 @past.register
-def _(cache: Cache, layer: int, T: int) -> list[Part]:
+def _(cache: Cache, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
     k, v = cache.k[layer], cache.v[layer]
+    first, each = _first_seen(places, window)
     known = _checks.integer(cache.length)
     if known is not None:  # read what is remembered, not what is reserved
-        return [Part(k[..., :known, :], v[..., :known, :], ())] if known else []
+        if first >= known:
+            return []
+        k, v = k[..., first:known, :], v[..., first:known, :]
+        if each is None:
+            return [Part(k, v)]
+        stop = torch.full_like(each, known - first)
+        return [Part(k, v, Mask((each - first).clamp(0, known - first).unsqueeze(-1), stop.unsqueeze(-1)))]
     longest = _checks.greatest(cache.length)
     S = capacity(cache) if longest is None else min(longest, capacity(cache))
-    if not S:
+    if first >= S:
         return []
     stop = cache.length.clamp(max=S)
-    remembered = (torch.arange(S, device=k.device) < stop).unsqueeze(-1)
-    clean = lambda rows: torch.where(remembered, rows[..., :S, :], 0)  # 0 * NaN would be NaN, in the output and in gradients
-    stop = stop.reshape(1, 1).expand(T, 1)
-    return [Part(clean(k), clean(v), Mask(torch.zeros_like(stop), stop))]
+    remembered = (torch.arange(first, S, device=k.device) < stop).unsqueeze(-1)
+    clean = lambda rows: torch.where(remembered, rows[..., first:S, :], 0)  # 0 * NaN would be NaN, in the output and in gradients
+    stop = (stop - first).clamp(min=0).expand(places.shape[-1])
+    start = torch.zeros_like(stop) if each is None else torch.minimum((each - first).clamp(min=0), stop)
+    return [Part(clean(k), clean(v), Mask(start.unsqueeze(-1), stop.unsqueeze(-1)))]
+
+
+def _first_seen(places: Tensor, window: int | None) -> tuple[int, Tensor | None]:
+    """The first position that any new token sees, 0 where that is not known; and of each token, or None where all see the same."""
+    if window is None:
+        return 0, None
+    each = places - (window - 1)
+    known = _checks.peek(each)
+    if known is None or not known.numel():
+        return 0, each
+    first, last = (int(x) for x in known.aminmax()) if known.numel() > 1 else (int(known),) * 2
+    return max(first, 0), None if last <= max(first, 0) else each
 
 
 @past.register
-def _(cache: Branch, layer: int, T: int) -> list[Part]:
-    return [*past(cache.prefix, layer, T), *past(cache.own, layer, T)]
+def _(cache: Branch, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+    behind = places - cache.prefix.length  # the own tail counts its rows from 0
+    return [*past(cache.prefix, layer, places, window), *past(cache.own, layer, behind, window)]
 
 
 @grow.register

@@ -149,7 +149,7 @@ def decoder(config: Config, kernel: str | None = None) -> Model:
             mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device))  # a tensor, to be where it is
         keys, values = [], []
         for i, layer in enumerate(params.layers):
-            attended, k, v = _attend(config, kernel, layer, i, x, rotation, mask, cache)
+            attended, k, v = _attend(config, kernel, layer, i, x, rotation, mask, cache, places)
             x = x + attended
             x = x + _feed_forward(config, layer, x)
             keys.append(k)
@@ -214,6 +214,7 @@ def _attend(
     rotation: Rotation,
     mask: Mask | Tensor | None,
     cache: Any,
+    places: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What attention adds to the residual, and the keys and values (*lead, K, T, D) of the new tokens."""
     y = layers.rms_norm(x, layer.attention_norm, epsilon=config.norm_epsilon)
@@ -226,7 +227,7 @@ def _attend(
     if is_absent(cache):
         out = kernels.attention(q, k, v, mask, kernel=kernel)
     else:
-        parts = [*caches.past(cache, index, y.shape[-2]), Part(k, v, ABSENT if mask is None else mask)]
+        parts = [*caches.past(cache, index, places), Part(k, v, ABSENT if mask is None else mask)]
         out = kernels.attend_parts(q, parts, scale=config.head_size**-0.5, kernel=kernel)
     return layers.linear(layer.o, out.transpose(-2, -3).flatten(-2)), k, v
 

@@ -11,6 +11,7 @@ from torch.func import grad, jvp, vmap
 import funcattn as fa
 from funcattn import caches
 from funcattn.caches import Branch, Cache, Delta
+from funcattn.kernels import Part
 
 L, K, D = 2, 2, 4
 
@@ -30,7 +31,7 @@ def remembered(cache):
     """The ids of the rows that a new token would attend to, in order, all layers, heads and features agreeing."""
     ids = []
     for layer in range(L):
-        parts = caches.past(cache, layer, 1)
+        parts = caches.past(cache, layer, cache.length.reshape(1))
         k, v = (torch.cat([part[i] for part in parts], -2) if parts else torch.zeros(K, 0, D, dtype=torch.float64) for i in (0, 1))
         ids.append(k[0, :, 0].round().int().tolist())
         assert torch.equal(k, step(ids[-1]).k[layer])
@@ -152,7 +153,7 @@ def test_the_owner_of_a_past_may_commit_in_place_with_the_same_result():
 def test_commit_in_place_leaves_what_autograd_records_alone():
     v = torch.ones(L, K, 1, D, dtype=torch.float64, requires_grad=True)
     delta = step([1])._replace(v=tuple(v))
-    loss = lambda cache: caches.past(cache, 0, 1)[0].v.square().sum()
+    loss = lambda cache: caches.past(cache, 0, cache.length.reshape(1))[0].v.square().sum()
     one = caches.commit_own(empty(4), delta, 1)
     first = loss(one)
     (first + loss(caches.commit_own(one, delta, 1))).backward()
@@ -165,6 +166,64 @@ def test_a_branch_grows_at_its_own_tail_and_shares_its_prefix():
     assert grown.prefix is branch.prefix
     assert (caches.capacity(branch), caches.capacity(grown), caches.capacity(grown.own)) == (3, 6, 4)
     assert remembered(fa.commit(grown, step([3, 4, 5, 6]))) == [1, 2, 3, 4, 5, 6]
+
+
+# A window.
+
+
+def visible_rows(cache, places, window):
+    """Booleans (T, length): which remembered rows each new token sees; rows that no part holds are seen by none."""
+    T, seen = len(places), torch.zeros(len(places), int(cache.length), dtype=torch.bool)
+    for part in caches.past(cache, 0, places, window):
+        S = part.k.shape[-2]
+        mask = torch.ones(T, S, dtype=torch.bool) if type(part.mask) is tuple else part.mask.dense(S)
+        for column in range(S):
+            row = part.k[0, column, 0].round().int()
+            if mask[:, column].any():
+                seen[:, row] |= mask[:, column]
+    return seen
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 6), st.integers(0, 4), st.integers(1, 5), st.integers(1, 9), st.booleans())
+def test_a_window_hides_what_the_mask_of_a_window_hides(before, own, T, window, ahead):
+    prefix = fa.commit(empty(9), step(list(range(before))))
+    branch = Branch(prefix, fa.commit(empty(5), step(list(range(before, before + own)))))
+    S = before + own
+    places = S + torch.arange(T) // (2 if ahead else 1)  # drafts of a tree share positions
+    wanted = (places.unsqueeze(-1) - torch.arange(S)) < window
+    for past in (branch, fa.commit(empty(12), step(list(range(S))))):
+        assert torch.equal(visible_rows(past, places, window), wanted)
+
+
+def test_a_step_reads_its_window_alone_and_without_a_mask():
+    past = fa.commit(empty(9), step(list(range(9))))
+    for window, rows in ((1, []), (4, [6, 7, 8]), (10, list(range(9)))):
+        parts = caches.past(past, 0, torch.tensor([9]), window)
+        assert [part.k.shape[-2] for part in parts] == [len(rows)] * bool(rows)
+        assert all(type(part.mask) is tuple for part in parts)
+    branch = Branch(past, fa.commit(empty(5), step([9, 10, 11])))
+    assert [part.k.shape[-2] for part in caches.past(branch, 0, torch.tensor([12]), 5)] == [1, 3]
+    assert [part.k.shape[-2] for part in caches.past(branch, 0, torch.tensor([12]), 3)] == [2]
+
+
+def test_each_row_of_a_batch_has_its_own_window():
+    """Lengths and places differ per row: what attention reads is what each row reads alone, and no row below the lowest is kept."""
+    values = [fa.commit(empty(12), step(list(range(n)))) for n in (7, 0, 12)]
+    q = torch.linspace(-1, 1, 2 * K * 2 * D, dtype=torch.float64).reshape(2 * K, 2, D)
+    new = Part(q[:K], q[K:])
+
+    def read(cache, window):
+        places = cache.length + torch.arange(2)
+        return fa.kernels.attend_parts(q, [*caches.past(cache, 0, places, window), new], scale=1.0)
+
+    for window in (1, 3, 5, 20):
+        got = vmap(lambda cache, window=window: read(cache, window))(stack(values))
+        torch.testing.assert_close(got, torch.stack([read(value, window) for value in values]))
+    far = stack([fa.commit(empty(12), step(list(range(n)))) for n in (11, 12)])
+    rows = []
+    vmap(lambda cache: rows.append(caches.past(cache, 0, cache.length.reshape(1), 3)[0].k.shape[-2]) or cache.length)(far)
+    assert rows == [3]
 
 
 # What is not remembered.

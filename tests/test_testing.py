@@ -542,7 +542,7 @@ def kind_of_past(write=None, past=None):
     Kind.empty = staticmethod(lambda *sizes: Kind(*Cache.empty(*sizes)))
     caches.capacity.register(Kind, lambda kind: caches.capacity(as_cache(kind)))
     caches.broken.register(Kind, lambda kind: caches.broken(as_cache(kind)))
-    caches.past.register(Kind, past or (lambda kind, layer, T: caches.past(as_cache(kind), layer, T)))
+    caches.past.register(Kind, past or (lambda kind, *given: caches.past(as_cache(kind), *given)))
     rightly = lambda kind, delta, n, donate: caches._write(as_cache(kind), delta, n, donate)
     caches._write.register(Kind, lambda *given: Kind(*(write or rightly)(*given)))
     return Kind
@@ -561,12 +561,12 @@ def all_written(kind, delta, n, donate):
     return caches.commit(Cache(*kind), delta)
 
 
-def all_read(kind, layer, T):
-    return caches.past(Cache(kind.k, kind.v, torch.tensor(kind.k.shape[-2] - 1)), layer, T)
+def all_read(kind, *given):
+    return caches.past(Cache(kind.k, kind.v, torch.tensor(kind.k.shape[-2] - 1)), *given)
 
 
-def values_doubled(kind, layer, T):
-    return [part._replace(v=2 * part.v) for part in caches.past(Cache(*kind), layer, T)]
+def values_doubled(kind, *given):
+    return [part._replace(v=2 * part.v) for part in caches.past(Cache(*kind), *given)]
 
 
 SEEDED_PASTS = [

@@ -91,7 +91,7 @@ def each_row_under_vmap_commits_its_own_number(kind: Any, size: int, key: Tensor
 def observe(past: Any, q: Tensor | None = None) -> Tensor:
     """What one query (H, 1, D) gets from every layer of a past, (L, H, 1, D); zeros where nothing is remembered."""
     q = _query() if q is None else q
-    layers = [caches.past(past, layer, 1) for layer in range(L)]
+    layers = [caches.past(past, layer, past.length.reshape(1)) for layer in range(L)]
     return torch.stack([attend_parts(q, parts, scale=D**-0.5) if parts else torch.zeros_like(q) for parts in layers])
 
 
