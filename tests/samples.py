@@ -10,7 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from funcattn import randomness, transformer
 from funcattn.checkpoints import Tokenizer
-from funcattn.families import LLAMA, leaves, spelling
+from funcattn.families import GGUF_TENSORS, leaves, spelling
+from funcattn.families.metadata import SIZES as GGUF_SIZES
 from funcattn.layers import RopeScaling
 
 CONFIG = transformer.Config(
@@ -48,7 +49,7 @@ def tokenizer() -> Tokenizer:
 
 def metadata(config=CONFIG) -> dict[str, object]:
     """What a GGUF file says of a Config and of the tokenizer."""
-    sizes = {f"llama.{theirs}": getattr(config, ours) for ours, theirs in LLAMA.gguf_sizes.items()}
+    sizes = {f"llama.{theirs}": getattr(config, ours) for ours, theirs in GGUF_SIZES.items()}
     return {
         "general.architecture": "llama",
         **sizes,
@@ -94,7 +95,7 @@ def write_gguf(path: Path, config=CONFIG, weights=None, *, kind="F32", change=()
         if last in ("q", "k"):
             numbers = interleave(numbers, config.heads if last == "q" else config.kv_heads)
         of_kind = quantized if numbers.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(spelling(LLAMA.gguf_tensors, leaf_path), gguf.quants.quantize(numbers, of_kind), raw_dtype=of_kind)
+        writer.add_tensor(spelling(GGUF_TENSORS, leaf_path), gguf.quants.quantize(numbers, of_kind), raw_dtype=of_kind)
     for name, numbers in dict(extra).items():
         writer.add_tensor(name, numbers)
     writer.write_header_to_file()

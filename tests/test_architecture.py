@@ -22,6 +22,7 @@ FLOORS = [
         "masks",
         "collectives",
         "rematerialization",
+        "taps",
         "packing",
     },  # packing: quantization's arithmetic (`codecs` is the standard library's)
     {"kernels"},
@@ -37,7 +38,14 @@ WITHIN = {"tree": {"records", "_checks"}, "randomness": {"records", "_checks"}, 
 APART = "testing"  # may import anything; nothing imports it
 
 LONGEST = 400  # lines: what can be read in one sitting
-MIRRORLESS = {"transforms", "architecture", "references", "canaries", "smollm2"}  # about the whole or torch, not a module
+MIRRORLESS = {
+    "family_peers",
+    "transforms",
+    "architecture",
+    "references",
+    "canaries",
+    "smollm2",
+}  # about the whole or torch, not a module
 
 GLOBAL_DRAWS = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson"),

@@ -12,17 +12,25 @@ from transformers import LlamaConfig
 
 from funcattn import layers
 from funcattn.families import (
+    FAMILIES,
     LLAMA,
     CheckpointError,
     assemble,
     half_split,
     leaves,
     match,
+    pack,
     read_config,
     read_metadata,
     shapes,
+    unpack,
+    wanted,
+    whereabouts,
     write_config,
 )
+from funcattn.families import interleave as rows_of_neighbours
+from funcattn.families.tables import NEUTRAL
+from funcattn.families.usual import ACTIVATIONS
 from funcattn.layers import RopeScaling
 from funcattn.transformer import Config
 
@@ -34,6 +42,22 @@ scalings = st.one_of(
     st.none(),
     st.builds(RopeScaling, st.just("linear"), st.floats(1, 64)),
     st.builds(RopeScaling, st.just("llama3"), st.floats(1, 64), st.floats(0.5, 2), st.floats(3, 9), st.integers(1, 2**20)),
+    st.builds(
+        RopeScaling,
+        st.just("yarn"),
+        st.floats(1, 64),
+        context=st.integers(1, 2**20),
+        fast=st.floats(8, 64),
+        slow=st.floats(1, 4),
+        truncate=st.booleans(),
+        attention=st.floats(0.5, 2),
+    ),
+    st.builds(
+        lambda factors, **rest: RopeScaling("longrope", short=tuple(factors), long=tuple(2 * x for x in factors), **rest),
+        st.lists(st.floats(1, 64), min_size=1, max_size=8),
+        context=st.integers(1, 2**20),
+        attention=st.floats(0.5, 2),
+    ),
 )
 configs = st.builds(
     lambda K, G, D, **rest: Config(heads=K * G, kv_heads=K, head_size=2 * D, **rest),
@@ -44,7 +68,7 @@ configs = st.builds(
     width=st.integers(1, 2**14),
     layers=st.integers(1, 200),
     feed_forward=st.integers(1, 2**16),
-    activation=st.sampled_from(sorted(layers.ACTIVATIONS)),
+    activation=st.sampled_from(sorted(set(ACTIVATIONS.values()))),
     norm_epsilon=st.floats(1e-9, 1e-2),
     rope_base=st.floats(1, 1e8),
     rope_scaling=scalings,
@@ -102,15 +126,20 @@ def test_both_spellings_of_rotary_fields_mean_the_same(old, new, scaling):
         ({"model_type": None}, "model_type"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": "yes"}, "attention_bias"),
+        ({"mlp_bias": 1}, "mlp_bias"),
         ({"hidden_act": "xielu"}, "hidden_act"),
         ({"hidden_act": {"a": 1}}, "hidden_act"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta": 1.0}}, "beta"),
+        ({"rope_parameters": {"rope_type": "yarn", "truncate": 1}}, "truncate"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}}, "long_factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": 1.0, "long_factor": [1.0]}}, "short_factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "attention_factor": 3.0}}, "attention_factor"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
@@ -122,6 +151,16 @@ def test_both_spellings_of_rotary_fields_mean_the_same(old, new, scaling):
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
         ({"sliding_window": 4096}, "sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
+        ({"model_type": "qwen2", "final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"model_type": "gemma2", "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}}, "full_attention"),
+        ({"model_type": "gpt_oss", "swiglu_alpha": 2.0}, "swiglu_alpha"),
+        ({"model_type": "mixtral", "num_key_value_heads": 4, "num_experts_per_tok": 9}, "experts_per_token"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.01}, "partial_rotary_factor"),
+        ({"model_type": "phi3", "hidden_size": None}, "hidden_size"),
         ({"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"vocab_size": None}, "vocab_size"),
@@ -139,12 +178,20 @@ def test_what_config_cannot_express_is_refused_by_name(change, named):
         read_config({**MINIMAL, **change})
 
 
-@pytest.mark.parametrize("field", sorted(LLAMA.neutral))
+READ_BY_LLAMA = {"attention_bias", "mlp_bias"}
+
+
+@pytest.mark.parametrize("field", sorted(NEUTRAL.keys() - READ_BY_LLAMA))
 def test_a_neutral_field_is_ignored_only_where_it_is_neutral(field):
-    for value in (None, *LLAMA.neutral[field]):
+    for value in (None, *NEUTRAL[field]):
         assert read_config({**MINIMAL, field: value}) == read_config(MINIMAL)
     with pytest.raises(CheckpointError, match=field):
         read_config({**MINIMAL, field: "something else"})
+
+
+def test_a_config_that_no_family_has_is_not_written():
+    with pytest.raises(CheckpointError, match=r"one that a family among llama, .* has"):
+        write_config(dataclasses.replace(CONFIG, logit_cap=3.0, sinks=True))
 
 
 # GGUF metadata.
@@ -216,17 +263,44 @@ def test_a_tree_is_assembled_from_its_leaves(tied):
 
 
 def test_every_difference_is_told_in_one_error():
-    names = {path: LLAMA.tensors[re.sub(r"\.\d+\.", ".{}.", path)].format(*re.findall(r"\d+", path)) for path in shapes(CONFIG)}
-    found = {names[path]: shape for path, shape in shapes(CONFIG).items()}
-    assert match(CONFIG, LLAMA.tensors, found, "here") == names
+    needed = wanted(CONFIG, whereabouts(LLAMA, CONFIG))
+    found = dict(needed)
+    match(needed, found, "here")
     del found["model.norm.weight"]
     found["model.layers.1.mlp.up_proj.weight"] = (1, 2)
     found["model.layers.0.self_attn.q_proj.bias"] = (64,)
     with pytest.raises(CheckpointError) as error:
-        match(CONFIG, LLAMA.tensors, found, "here")
+        match(needed, found, "here")
     assert "missing: model.norm.weight" in str(error.value)
     assert "unknown: model.layers.0.self_attn.q_proj.bias" in str(error.value)
     assert "model.layers.1.mlp.up_proj.weight (1, 2) instead of (96, 64)" in str(error.value)
+
+
+PACKED = {  # a Config whose leaves the family holds in another form
+    "phi3": dataclasses.replace(CONFIG, rotary_size=8),
+    "gpt2": Config(4, 8, 2, 2, 2, 4, 16, positions="learned", norm="layer", norm_bias=True, gated=False, qkv_bias=True),
+    "gpt_neox": Config(4, 8, 2, 2, 2, 4, 16, norm="layer", norm_bias=True, gated=False, qkv_bias=True, tied=False),
+    "cohere": Config(4, 8, 2, 2, 1, 4, 16, norm="layer", parallel=True, shared_norm=True, head_norm="layer", qkv_bias=True),
+    "stablelm": Config(4, 8, 2, 2, 1, 4, 16, norm="layer", norm_bias=True, head_norm="layer"),
+    "mixtral": Config(4, 8, 2, 2, 1, 4, 16, experts=3, experts_per_token=2, expert_size=16),
+    "qwen3_moe": Config(4, 8, 2, 2, 1, 4, 6, experts=3, experts_per_token=2, expert_size=5, expert_layers=(True, False)),
+    "gpt_oss": Config(4, 8, 2, 2, 1, 4, 16, experts=3, experts_per_token=2, expert_size=16, feed_forward_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_is_packed_is_unpacked_bit_for_bit(name):
+    config = PACKED[name]
+    tree, way = params(config), whereabouts(FAMILIES[name], config)
+    packed = pack(config, way, leaves(tree))
+    assert {name: tuple(tensor.shape) for name, tensor in packed.items()} == wanted(config, way)
+    assert same(unpack(config, way, packed.__getitem__), tree)
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 3))
+def test_the_two_orders_of_rotary_rows_undo_each_other(heads, half, width):
+    weight = torch.arange(heads * half * 2 * width).reshape(-1, width)
+    assert torch.equal(rows_of_neighbours(half_split(weight, 2 * half), 2 * half), weight)
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 3))

@@ -36,6 +36,7 @@ def test_layer_norm_is_its_equation(has_bias):
 
 NAIVE = {
     "silu": lambda x: x / (1 + math.exp(-x)),
+    "quick_gelu": lambda x: x / (1 + math.exp(-1.702 * x)),
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
     "gelu_tanh": lambda x: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "relu": lambda x: max(x, 0.0),
@@ -178,9 +179,9 @@ def test_a_decoder_runs_on_the_record_of_a_user():
         (
             lambda: layers.gated(torch.ones(1), torch.ones(1), "swish"),
             ValueError,
-            "'silu', 'gelu', 'gelu_tanh', 'relu', got 'swish'",
+            "'silu', 'gelu', 'gelu_tanh', 'relu', 'quick_gelu', got 'swish'",
         ),
-        (lambda: RopeScaling("yarn"), ValueError, '"linear" or "llama3", got \'yarn\''),
+        (lambda: RopeScaling("ntk"), ValueError, "'llama3', 'longrope', got 'ntk'"),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):

@@ -371,7 +371,7 @@ def test_compiled_code_takes_the_step_in_one_graph():
         (lambda: fa.decoder(CONFIG, kernel="fast").hidden(PARAMS, TOKENS), ValueError, "kernel should be None or one of"),
         (lambda: fa.Config(layers=0), ValueError, "Config: layers should be at least 1, got 0"),
         (lambda: fa.Config(heads=4, kv_heads=3), ValueError, "kv_heads should be a divisor of heads = 4, got 3"),
-        (lambda: fa.Config(head_size=5), ValueError, "head_size should be even, got 5"),
+        (lambda: fa.Config(head_size=5), ValueError, "head_size should be even, and at most head_size = 5, got 5"),
         (lambda: fa.Config(activation="swish"), ValueError, "activation should be one of 'silu'"),
     ],
 )

@@ -102,22 +102,25 @@ def _read_weights(
                     _refuse(f"the type of {name} in {path.name}", f"one of {', '.join(DTYPES)}", part.get_dtype())
                 if name in found:
                     _refuse(f"{name} in {path.name}", f"in one file only, and is in {where[name][1].name} too", "two of it")
-                found[name], where[name] = tuple(part.get_shape()), (file, path)
+                found[name], where[name] = tuple(part.get_shape()), (file, path, name)
 
     def read(name: str) -> Tensor:
-        file, path = where[name]
+        file, path, stored = where[name]
         with _safetensors_errors(path):
-            tensor = file.get_tensor(name)
+            tensor = file.get_tensor(stored)
         return tensor.to(dtype or tensor.dtype, copy=True)  # out of the mapping: the file may change, the value may not
 
+    if family.prefix and found and not any(name.startswith(family.prefix) for name in found):  # as some writers leave it out
+        found, where = ({family.prefix + name: value for name, value in table.items()} for table in (found, where))
     head, embedding = family.tensors["head"], family.tensors["embedding"]
     if config.tied and found.get(head, ()) == found.get(embedding):  # some writers store the one matrix twice
         if not torch.equal(read(head), read(embedding)):
             _refuse(f"{head} of {folder}", f"the same as {embedding}, since config.json ties them", "other numbers")
         del found[head]
     stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
-    names = families.match(config, family.tensors, stored, str(folder))
-    return families.assemble(config, lambda path: read(names[path]))
+    held = families.whereabouts(family, config)
+    families.match(families.wanted(config, held), stored, str(folder))
+    return families.unpack(config, held, read)
 
 
 def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:

@@ -216,20 +216,23 @@ def read_gguf(path: Path, dtype: torch.dtype | None = None) -> tuple[Config, Par
             "Join the parts with gguf-split --merge.",
             CheckpointError,
         )
-    family = families.family_of(metadata.get("general.architecture"), "general.architecture")
-    names = family.gguf_tensors
+    names = families.GGUF_TENSORS
     stretch = read_tensor(data, tensors.pop(families.STRETCH)) if families.STRETCH in tensors else None
     vocabulary = (
         tensors[names["embedding"]].shape[0] if names["embedding"] in tensors else 1
     )  # its absence is told with the others'
     config = families.read_metadata(metadata, vocabulary, names["head"] not in tensors, stretch)
+    family = families.GGUF[metadata["general.architecture"]]
+    spelled = {path: families.spelling(names, path) for path in families.shapes(config)}
     found = {name: entry.shape for name, entry in tensors.items()}
-    wanted = families.match(config, names, found, path.name)
+    families.match({spelled[path]: shape for path, shape in families.shapes(config).items()}, found, path.name)
 
     def leaf(path: str) -> Tensor:
-        weight = read_tensor(data, tensors[wanted[path]])
-        if path.rpartition(".")[2] in family.interleaved:
+        weight, kind = read_tensor(data, tensors[spelled[path]]), path.rpartition(".")[2]
+        if kind in family.rotated:
             weight = families.half_split(weight, config.head_size)
+        if family.offset and kind.endswith("norm"):
+            weight = weight - family.offset
         return weight.to(dtype or torch.float32)
 
     return config, families.assemble(config, leaf), metadata

@@ -50,9 +50,9 @@ def save(
 
     Law: load(save(...)) is what was saved, bit for bit (test_checkpoints.py::test_a_saved_model_comes_back_bit_for_bit).
     """
-    tensors = _named(config, params)
     settings = families.write_config(config)
-    settings["dtype"] = str(tensors[families.LLAMA.tensors["embedding"]].dtype).removeprefix("torch.")
+    tensors = _named(config, params)
+    settings["dtype"] = str(params.embedding.dtype).removeprefix("torch.")
     files = {} if tokenizer is None else tokenizer.files()
     if tokenizer is not None and tokenizer.stop:
         settings["eos_token_id"] = list(tokenizer.stop)
@@ -84,7 +84,7 @@ def _named(config: Config, params: Params) -> dict[str, Tensor]:
             fail("save", path, f"{needed[path]} as in the Config", shape(leaf), "Pass the Config that they belong to.")
         if leaf.dtype not in DTYPES.values():
             fail("save", path, f"of a dtype among {', '.join(map(str, DTYPES.values()))}", leaf.dtype, "Cast it.", TypeError)
-    return {families.spelling(families.LLAMA.tensors, path): leaf for path, leaf in leaves.items()}
+    return families.pack(config, families.whereabouts(families.family_for(config), config), leaves)
 
 
 def _write_tensors(draft: Path, tensors: Mapping[str, Tensor], shard_size: int) -> None:

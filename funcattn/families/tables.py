@@ -1,16 +1,18 @@
-"""What a family is, the error of a file that cannot be read as one, and the checks of what a file says."""
+"""What a family is, the error of a file that cannot be read as one, and the checked reading of its fields."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from .._checks import fail
-from ..layers import RopeScaling
 from ..transformer import Config
 
 LARGEST = 2**31 - 1  # of a size in a file; what a tensor index of 32 bits can count
 DEEPEST = 4096  # layers; a tree of names is made of them before the file is seen to hold them
+ABSENT_FIELD: Any = object()  # a field that has no default must be there
 
 
 class CheckpointError(ValueError):
@@ -18,27 +20,137 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Family:
-    """How one family is spelled. `{}` in a tensor's name stands for the number of the layer.
+class Pack:
+    """Leaves that a file holds in another form: several in one tensor, one in several, or turned.
 
-    sizes, gguf_sizes: Config field -> field of the file, all required unless `defaults` or a rule below gives them.
-    neutral, gguf_neutral: fields of the file that would change the mathematics -> the values under which they do not. Absent
-        and null are neutral too. What transformers' own model of the family does not read is not listed: it changes nothing there.
-    tensors, gguf_tensors: path -> tensor. harmless: tensors on disk that say nothing new.
-    interleaved: leaves of Layer whose rows GGUF stores for rotary angles on neighbouring features.
+    paths, names: templates; `{}` is the number of the layer, `{expert}` in a name stands for one tensor an expert (or head).
+    unpack: (config, tensors in the order of names) -> leaves in the order of paths. pack: the other way.
+    applies: (config, number of the layer) -> whether the layer is held so.
+    """
+
+    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    unpack: Callable[[Config, list[Tensor]], list[Tensor]]
+    pack: Callable[[Config, list[Tensor]], list[Tensor]]
+    applies: Callable[[Config, int], bool] = lambda config, layer: True
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family is spelled in the files of Hugging Face.
+
+    read: the fields of config.json -> those of Config. write: a Config -> the fields of config.json that are the family's own.
+        A Config that the family cannot say may be written as anything: it is read again and compared.
+    tensors: path -> name on disk, templates with `{}` for the number of the layer; of what a Config does not have, none is wanted.
+    packs: leaves that are held in another form; they go before `tensors`.
+    neutral: fields of the file that would change the mathematics -> the values under which they do not, besides NEUTRAL.
+    harmless: tensors on disk that say nothing new. prefix: what some writers leave out in front of every name.
     """
 
     name: str
     architecture: str
-    sizes: Mapping[str, str]
-    defaults: Mapping[str, Any]
-    neutral: Mapping[str, tuple[Any, ...]]
+    read: Callable[["Fields"], dict[str, Any]]
+    write: Callable[[Config], dict[str, Any]]
     tensors: Mapping[str, str]
-    harmless: re.Pattern[str]
-    gguf_sizes: Mapping[str, str]
-    gguf_neutral: Mapping[str, tuple[Any, ...]]
-    gguf_tensors: Mapping[str, str]
-    interleaved: tuple[str, ...] = ()
+    packs: tuple[Pack, ...] = ()
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: re.Pattern[str] = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # follows from rope_theta
+    prefix: str = ""
+
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    # Fields of config.json that would change the mathematics where a family does not read them -> where they do not.
+    # Absent and null are neutral too. What transformers' own models never read is not listed: it changes nothing there.
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_qkv_bias": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "rope_interleaved": (False,),
+    "quantization_config": (),
+    "sliding_window": (),
+    "use_sliding_window": (False,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "auto_map": (),  # code of its own
+    "attention_multiplier": (1, 1.0),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "logit_scale": (1, 1.0),
+    "query_pre_attn_scalar": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "use_bidirectional_attention": (False,),
+    "num_local_experts": (0,),
+    "num_experts": (0,),
+    "no_rope_layers": (),
+    "use_qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "use_parallel_residual": (False,),
+    "clip_qkv": (),
+    "alibi": (False,),
+}
+
+
+class Fields:
+    """The fields of a file, read one by one and checked; those that nobody read are held against a table of neutral values."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "{} in config.json") -> None:
+        self.values = {name: value for name, value in values.items() if value is not None}
+        self.where, self.seen, self.present = where, set[str](), frozenset(values)
+
+    def says(self, name: str) -> bool:
+        """Whether the file has the field, be it null."""
+        return name in self.present
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value as it is; null counts as absent."""
+        self.seen.add(name)
+        return self.values.get(name, default)
+
+    def place(self, name: str) -> str:
+        """The field for a message."""
+        return self.where.format(name)
+
+    def whole(self, name: str, default: Any = ABSENT_FIELD) -> Any:
+        """A size: an integer that a file can mean."""
+        value = self.get(name, default)
+        return value if value is default and default is not ABSENT_FIELD else whole(_missing(value), self.place(name))
+
+    def positive(self, name: str, default: Any = ABSENT_FIELD) -> Any:
+        """A number above 0 that a float32 can hold."""
+        value = self.get(name, default)
+        return value if value is default and default is not ABSENT_FIELD else positive(_missing(value), self.place(name))
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            refuse(self.place(name), "true or false", value)
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
+        """A name, as ours."""
+        value = self.get(name, default)
+        if not isinstance(value, str) or value not in choices:
+            refuse(self.place(name), f"one of {', '.join(choices)}", value)
+        return choices[value]
+
+    def items(self, name: str) -> list[Any]:
+        """A list, empty where the file says nothing."""
+        value = self.get(name, [])
+        if not isinstance(value, list):
+            refuse(self.place(name), "a list", value)
+        return value
+
+    def check_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse a field of `neutral` that was not read and holds anything but one of the values under which it changes nothing."""
+        check_neutral({name: value for name, value in self.values.items() if name not in self.seen}, neutral, self.where)
+
+
+def _missing(value: Any) -> Any:
+    return None if value is ABSENT_FIELD else value
 
 
 def refuse(what: str, wanted: Any, got: Any) -> NoReturn:
@@ -54,13 +166,6 @@ def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ..
         value = values.get(name)
         if value is not None and not any(type(value) is type(other) and value == other for other in allowed):
             refuse(where.format(name), " or ".join([*map(repr, allowed[:1]), "absent"]), value)
-
-
-def listed(value: Any, where: str) -> list[Any]:
-    """A list, empty where the file says nothing."""
-    if value is not None and not isinstance(value, list):
-        refuse(where, "a list", value)
-    return value or []
 
 
 def whole(value: Any, where: str) -> int:
@@ -85,10 +190,3 @@ def configure(**values: Any) -> Config:
         return Config(**values)
     except ValueError as error:
         raise CheckpointError(f"load: the sizes in the file make no decoder. {error}") from error
-
-
-def scaling(kind: str, factor: float = 1.0, low: float = 1.0, high: float = 4.0, context: float = 8192) -> RopeScaling | None:
-    """The RopeScaling of a kind, None for "default". The defaults are those of Llama 3.1."""
-    if kind == "llama3" and not low < high:
-        refuse("high_freq_factor of llama3 rope scaling", f"above low_freq_factor = {low}", high)
-    return None if kind == "default" else RopeScaling(kind, factor, low, high, int(context))

@@ -14,7 +14,7 @@ Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two aut
 
 from .choice import Explanation, use
 from .door import attend, attention, attention_weights, explain
-from .merging import Part, attend_parts, merge
+from .merging import Part, attend_parts, merge, soft_cap
 from .scores import attention_with_score
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "merge",
     "Part",
     "attend_parts",
+    "soft_cap",
     "Explanation",
 ]

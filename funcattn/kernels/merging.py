@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks
 from .._autodiff import transforming
 from ..records import ABSENT, Attended, is_absent
-from . import choice, reference, torch_fused
+from . import choice, reference, scores, torch_fused
 from .door import attend
 
 FEW = 16  # queries at which the dense form over the remembered keys stops being the cheaper one
@@ -61,11 +61,28 @@ def merge(a: Attended, b: Attended) -> Attended:
     return Attended(out.to(a.out.dtype), lse)
 
 
-def attend_parts(q: Tensor, parts: Sequence[Part], *, scale: float | Tensor, kernel: str | None = None) -> Tensor:
+def attend_parts(
+    q: Tensor,
+    parts: Sequence[Part],
+    *,
+    scale: float | Tensor,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+    kernel: str | None = None,
+) -> Tensor:
     """Attention (*lead, H, T, Dv) over the union of several disjoint sets of keys, such as a past and the new tokens.
 
     A fold of `attend` and `merge`. For a few queries, a decode step, it is written out as one softmax over all logits: linear in
     memory when T is small, a dozen operations, any transform.
+
+    Args:
+        q: (*lead, H, T, D).
+        parts: of keys and values, and which of them each query sees.
+        scale: what logits are multiplied by.
+        cap: a soft cap: logits s become cap * tanh(s / cap). Beyond a few queries it goes by `attention_with_score`, linear in
+            memory and exact in every derivative.
+        sinks: (H,), one more logit for each head whose value is 0: mass that goes nowhere.
+        kernel: one to force; None chooses.
     """
     for part in parts:
         if part.k.dtype != q.dtype:
@@ -75,11 +92,32 @@ def attend_parts(q: Tensor, parts: Sequence[Part], *, scale: float | Tensor, ker
     if forced is not None and forced.startswith("sdpa"):
         forced = "flash"  # parts are joined by their log-sum-exp, which sdpa keeps to itself; flash runs the same fused kernel
     if q.shape[-2] <= FEW and forced is None:
-        if not isinstance(scale, Tensor) and _is_plain_step(q, parts):
-            return _one(q, parts, scale)
-        return _joint(q, parts, scale)
-    attended = [attend(q, k, v, None if is_absent(mask) else mask, scale=scale, kernel=forced) for k, v, mask in parts]
-    return functools.reduce(merge, attended).out
+        if cap is None and not isinstance(scale, Tensor) and _is_plain_step(q, parts):
+            return _one(q, parts, scale, sinks)
+        return _joint(q, parts, scale, cap, sinks)
+    attended = functools.reduce(merge, [_attend_part(q, part, scale, cap, forced) for part in parts])
+    return attended.out if sinks is None else _drain(attended, sinks)
+
+
+def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None, kernel: str | None) -> Attended:
+    k, v, mask = part.k, part.v, None if is_absent(part.mask) else part.mask
+    if cap is None:
+        return attend(q, k, v, mask, scale=scale, kernel=kernel)
+    return scores.attention_with_score(q, k, v, lambda s, *_: soft_cap(s, cap), mask, scale=scale)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): x where it is small, never beyond the cap.
+
+    Source: Gemma 2, arXiv:2408.00118, section 2.
+    """
+    return (x / cap).tanh() * cap
+
+
+def _drain(attended: Attended, sinks: Tensor) -> Tensor:
+    """Attention merged with one key a head of logit `sinks` and value 0."""
+    kept = torch.sigmoid(attended.lse - sinks.to(attended.lse.dtype).unsqueeze(-1))
+    return attended.out * kept.unsqueeze(-1).to(attended.out.dtype)
 
 
 def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
@@ -94,7 +132,7 @@ def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
     return not any(torch_fused.obstacle(q, part.k, part.v) for part in parts)
 
 
-def _one(q: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
+def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -> Tensor:
     """One query: query heads that share a key are rows of one fused call a part, and the parts are merged by their mass."""
     K = parts[0].k.shape[-3]
     rows = q.reshape(K, 1, -1, q.shape[-1])  # (K, 1, H / K, D)
@@ -110,18 +148,24 @@ def _one(q: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
             share = torch.sigmoid(lse - mass).unsqueeze(-1).to(out.dtype)
             out, lse = torch.lerp(more.expand_as(rows), out.expand_as(rows), share), torch.logaddexp(lse, mass)
     assert out is not None
-    return out.expand_as(rows).reshape(q.shape[0], 1, -1)
+    assert lse is not None
+    out = out.expand_as(rows).reshape(q.shape[0], 1, -1)
+    return out if sinks is None else _drain(Attended(out, lse.expand(rows.shape[:-1]).reshape(q.shape[0], 1)), sinks)
 
 
-def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> Tensor:
+def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
     logits, can_be_empty = [], True
     for k, _, mask in parts:
         S = reference.logits(reference.accurate(q), reference.accurate(k), scale)
+        S = S if cap is None else soft_cap(S, cap)
         if is_absent(mask):
             can_be_empty = can_be_empty and not k.shape[-2]
         else:
             S = torch.where(reference.visible(mask, k.shape[-2]), S, float("-inf"))
         logits.append(S)
+    if sinks is not None:
+        can_be_empty = False
+        logits.append(sinks.to(logits[0].dtype).reshape(-1, 1, 1).expand(*logits[0].shape[:-1], 1))
     if any(S.shape[:-1] != logits[0].shape[:-1] for S in logits):
         lead = torch.broadcast_shapes(*[S.shape[:-1] for S in logits])
         logits = [S.expand(*lead, -1) for S in logits]
@@ -131,6 +175,7 @@ def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor) -> Tensor:
         P = torch.where(empty, 0, torch.where(empty, 0, S).softmax(-1))
     else:
         P = S.softmax(-1)
-    shares = P.to(q.dtype).split([part.k.shape[-2] for part in parts], -1)
-    mixed = [reference.mix(share, part.v) for share, part in zip(shares, parts, strict=True)]
+    sizes = [part.k.shape[-2] for part in parts]
+    shares = P.to(q.dtype).split(sizes if sinks is None else [*sizes, 1], -1)
+    mixed = [reference.mix(share, part.v) for share, part in zip(shares, parts, strict=False)]
     return functools.reduce(torch.add, mixed)

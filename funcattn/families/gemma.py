@@ -1,0 +1,135 @@
+"""Gemma 1, 2 and 3: embeddings times sqrt(E), norm weights around 0, GeGLU; in 2 and 3 a norm before and after each part, soft caps
+(2), layers with a window and a rotary base of their own (3).
+
+The weights of a norm are stored as what is added to 1; they stay so here (`Config.norm_offset`), bit for bit.
+"""
+
+from typing import Any
+
+from ..transformer import Config
+from .positions import parse_rope, read_rope, whole_heads, write_rope
+from .tables import Family, Fields, refuse
+from .usual import TENSORS, read_activation, read_sizes, read_windows, write_activation, write_sizes, write_windows
+
+AROUND = {
+    "layers.{}.attention_after_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.feed_forward_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "layers.{}.feed_forward_after_norm": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+
+
+def _read_sizes(fields: Fields, context: int, heads: int, name: str) -> dict[str, Any]:
+    sizes = read_sizes(fields, context=context, kv_heads=heads, head_size=256)
+    biased = fields.flag("attention_bias", False)
+    return {
+        **sizes,
+        "activation": read_activation(fields, "gelu_pytorch_tanh", name),
+        "norm_epsilon": fields.positive("rms_norm_eps", 1e-6),
+        "norm_offset": 1.0,
+        "embedding_scale": sizes["width"] ** 0.5,
+        "tied": fields.flag("tie_word_embeddings", True),
+        "qkv_bias": biased,
+        "output_bias": biased,
+    }
+
+
+def _write_sizes(config: Config, name: str) -> dict[str, Any]:
+    return {
+        **write_sizes(config),
+        name: write_activation(config),
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied,
+        "attention_bias": config.output_bias,
+    }
+
+
+def _read_gemma(fields: Fields) -> dict[str, Any]:
+    sizes = _read_sizes(fields, 8192, 16, "hidden_act")
+    if fields.get("hidden_act") == "gelu":  # the first releases said so and meant the other, as transformers takes it
+        sizes["activation"] = "gelu_tanh"
+    meant = fields.get("hidden_activation")
+    if meant is not None:
+        sizes["activation"] = read_activation(fields, "gelu_pytorch_tanh", "hidden_activation")
+    return {**sizes, **whole_heads(read_rope(fields, sizes["context"]))}
+
+
+def _write_gemma(config: Config) -> dict[str, Any]:
+    return {**_write_sizes(config, "hidden_act"), **write_rope(config)}
+
+
+def _read_caps(fields: Fields, attention: float | None, logits: float | None) -> dict[str, Any]:
+    silent = lambda name, default: None if fields.says(name) else default  # null is none, silence is the default
+    names = {"attention_cap": ("attn_logit_softcapping", attention), "logit_cap": ("final_logit_softcapping", logits)}
+    caps = {ours: fields.positive(theirs, silent(theirs, default)) for ours, (theirs, default) in names.items()}
+    return {**caps, "attention_scale": fields.positive("query_pre_attn_scalar", 256.0) ** -0.5, "norm_placement": "around"}
+
+
+def _write_caps(config: Config) -> dict[str, Any]:
+    scalar = config.scale**-2
+    return {
+        "attn_logit_softcapping": config.attention_cap,
+        "final_logit_softcapping": config.logit_cap,
+        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
+    }
+
+
+def _read_gemma2(fields: Fields) -> dict[str, Any]:
+    sizes = _read_sizes(fields, 8192, 4, "hidden_activation")
+    fields.get("hidden_act")
+    window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
+    windows = read_windows(fields, window, layers, [bool((i + 1) % 2) for i in range(layers)])
+    return {**sizes, **_read_caps(fields, 50.0, 30.0), **windows, **whole_heads(read_rope(fields, sizes["context"]))}
+
+
+def _write_gemma2(config: Config) -> dict[str, Any]:
+    return {**_write_sizes(config, "hidden_activation"), **write_rope(config), **_write_caps(config), **write_windows(config)}
+
+
+def _read_gemma3(fields: Fields) -> dict[str, Any]:
+    sizes = _read_sizes(fields, 131072, 4, "hidden_activation")
+    fields.get("hidden_act")
+    window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
+    every = fields.whole("sliding_window_pattern", fields.whole("_sliding_window_pattern", 6))
+    windows = read_windows(fields, window, layers, [bool((i + 1) % every) for i in range(layers)])
+    return {
+        **sizes,
+        **_read_caps(fields, None, None),
+        **windows,
+        **_read_two_bases(fields, sizes["context"], windows["window"] is not None),
+        "head_norm": "rms",
+    }
+
+
+def _read_two_bases(fields: Fields, context: int, windowed: bool) -> dict[str, Any]:
+    """One base for layers with a window, another for those without, in either spelling."""
+    nested, where = fields.get("rope_parameters"), "rope_parameters in config.json"
+    if nested is None:
+        base, local = fields.get("rope_theta", 1e6), fields.positive("rope_local_base_freq", 1e4)
+        wide = parse_rope({**fields.get("rope_scaling", {}), "rope_theta": base}, where, context, {})
+    else:
+        for name in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
+            fields.get(name)
+        if not isinstance(nested, dict) or not nested.keys() <= {"full_attention", "sliding_attention"}:
+            refuse(where, "an object of full_attention and sliding_attention", nested)
+        parts = {kind: nested.get(kind) or {} for kind in ("full_attention", "sliding_attention")}
+        wide = parse_rope({"rope_theta": 1e6, **parts["full_attention"]}, where, context, {})
+        near = parse_rope({"rope_theta": 1e4, **parts["sliding_attention"]}, where, context, {})
+        if near["rope_scaling"] is not None:
+            refuse(f"sliding_attention of {where}", "rope_type default", parts["sliding_attention"])
+        local = whole_heads(near)["rope_base"]
+    return {**whole_heads(wide), "local_rope_base": local if windowed else None}
+
+
+def _write_gemma3(config: Config) -> dict[str, Any]:
+    near = {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4}
+    return {
+        **_write_sizes(config, "hidden_activation"),
+        "rope_parameters": {"full_attention": write_rope(config, nested=True), "sliding_attention": near},
+        **_write_caps(config),
+        **write_windows(config),
+    }
+
+
+GEMMA = Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma, TENSORS)
+GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2, {**TENSORS, **AROUND})
+GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, {**TENSORS, **AROUND})

@@ -1,0 +1,33 @@
+"""The layers of a decoder as functions of a weight and an activation.
+
+    products    linear, embed: dispatch on the type of the weight, so that a quantized one registers itself
+    norms       rms_norm, layer_norm
+    rotary      RopeScaling, frequencies, rope, rotate
+    gates       the activations of a feed-forward
+    experts     route, linear_experts: a feed-forward chosen per token, with static shapes
+
+Matrices are (out, in), as torch and Hugging Face store them.
+"""
+
+from .experts import linear_experts, route
+from .gates import ACTIVATIONS, activate, gated
+from .norms import layer_norm, rms_norm
+from .products import embed, linear
+from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
+
+__all__ = [
+    "ACTIVATIONS",
+    "RopeScaling",
+    "Rotation",
+    "activate",
+    "embed",
+    "frequencies",
+    "gated",
+    "layer_norm",
+    "linear",
+    "linear_experts",
+    "rms_norm",
+    "rope",
+    "rotate",
+    "route",
+]

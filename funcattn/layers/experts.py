@@ -1,0 +1,182 @@
+"""A feed-forward chosen per token: each token goes through the few matrices that a router names.
+
+    y_n = W[expert_n] x_n          W (X, out, in), expert (N,)
+
+How many tokens an expert gets depends on the data, so no static shape tells it. The product is one operation with static shapes
+around it, which sorts the tokens by expert and multiplies each group once: an expert that nobody chose is not read, so a decode
+step reads only the matrices it uses. Its derivatives are itself with W transposed and the sum of outer products by expert, and
+those of the latter are the former again: the two are closed under every transform. Under vmap the tokens of all rows are one
+list, and matrices that are not mapped stay shared.
+
+Source: Shazeer et al., Outrageously large neural networks, arXiv:1701.06538; Fedus et al., Switch transformers, arXiv:2101.03961.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import _checks
+from .._autodiff import closed_jvp, transforming
+from .products import linear
+
+
+def route(logits: Tensor, k: int, *, normalized: bool = True) -> tuple[Tensor, Tensor]:
+    """The k experts of each token and their shares, a softmax of logits (*lead, X).
+
+    Args:
+        logits: of the router; the softmax is in float32 at least.
+        k: experts a token.
+        normalized: whether the k shares sum to one; else they are those among all X.
+
+    Returns:
+        share (*lead, k), in the dtype of the softmax, and expert (*lead, k), int64, the largest first.
+    """
+    if not 0 < k <= logits.shape[-1]:
+        _checks.fail("route", "k", f"between 1 and the {logits.shape[-1]} experts", k, "Choose fewer experts for each token.")
+    wide = logits if logits.element_size() > 2 else logits.float()
+    best, expert = wide.topk(k, -1)
+    if normalized:
+        return best.softmax(-1), expert
+    return (best - wide.logsumexp(-1, keepdim=True)).exp(), expert
+
+
+@functools.singledispatch
+def linear_experts(weight: Any, x: Tensor, expert: Tensor) -> Tensor:
+    """x (N, in) times the matrices weight[expert] of a weight (X, out, in), giving (N, out); expert int64 (N,).
+
+    A record that registered itself with `linear`, its fields with X in front, is applied to all tokens once for each expert; it
+    may register a better way: `@linear_experts.register`.
+
+    Law: equals weight[expert] @ x, with every derivative (test_layers.py::test_the_product_by_experts_is_the_dense_one).
+    """
+    all_of_them = torch.func.vmap(linear, (0, None))(weight, x)  # (X, N, out)
+    return all_of_them[expert, torch.arange(len(expert), device=expert.device)]
+
+
+@linear_experts.register
+def _(weight: Tensor, x: Tensor, expert: Tensor) -> Tensor:
+    if transforming() or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)):
+        return Grouped.apply(x, weight, expert)
+    return _grouped(x, weight, expert)
+
+
+@torch.library.custom_op("funcattn::grouped", mutates_args=())
+def _grouped(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    """(N, in), (X, out, in), (N,) -> (N, out)."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for i, rows in _groups(expert, weight.shape[0]):
+        out[rows] = x[rows] @ weight[i].mT
+    return out
+
+
+@_grouped.register_fake
+def _(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("funcattn::outer_by_group", mutates_args=())
+def _outer(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
+    """sum over the rows n of expert i of y_n x_n^T: (N, out), (N, in), (N,) -> (X, out, in)."""
+    out = x.new_zeros(X, y.shape[1], x.shape[1])
+    for i, rows in _groups(expert, X):
+        out[i] = y[rows].mT @ x[rows]
+    return out
+
+
+@_outer.register_fake
+def _(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
+    return x.new_empty(X, y.shape[1], x.shape[1])
+
+
+def _groups(expert: Tensor, X: int) -> list[tuple[int, Tensor]]:
+    """The rows of each expert that has any, in their order."""
+    counts = torch.bincount(expert, minlength=X).tolist()
+    rows = expert.argsort(stable=True).split(counts)
+    return [(i, rows[i]) for i, count in enumerate(counts) if count]
+
+
+class Grouped(Function):
+    """The product by experts: x (N, in), weight (X, out, in), expert (N,)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+        return _grouped(x, weight, expert)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, expert = ctx.saved_tensors
+        dx = Grouped.apply(g, weight.mT, expert) if ctx.needs_input_grad[0] else None
+        dw = Outer.apply(g, x, expert, weight.shape[0]) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+    @closed_jvp
+    def jvp(ctx: Any, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None) -> Tensor:
+        x, weight, expert = saved
+        moved = [] if dx is None else [Grouped.apply(dx, weight, expert)]
+        moved += [] if dw is None else [Grouped.apply(x, dw, expert)]
+        return functools.reduce(torch.add, moved)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, expert: Tensor) -> tuple[Tensor, int]:
+        B = info.batch_size
+        x, expert = _rows(x, in_dims[0], B), _rows(expert, in_dims[2], B)
+        weight, expert = _matrices(weight, in_dims[1], expert)
+        out = Grouped.apply(x.flatten(0, 1), weight, expert.flatten())
+        return out.unflatten(0, x.shape[:2]), 0
+
+
+class Outer(Function):
+    """The sum of outer products by expert: y (N, out), x (N, in), expert (N,), X."""
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
+        return _outer(y, x, expert, X)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.experts = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        y, x, expert = ctx.saved_tensors
+        dy = Grouped.apply(x, g, expert) if ctx.needs_input_grad[0] else None
+        dx = Grouped.apply(y, g.mT, expert) if ctx.needs_input_grad[1] else None
+        return dy, dx, None, None
+
+    @closed_jvp
+    def jvp(ctx: Any, saved: list[Tensor], dy: Tensor | None, dx: Tensor | None, *_: None) -> Tensor:
+        y, x, expert = saved
+        moved = [] if dy is None else [Outer.apply(dy, x, expert, ctx.experts)]
+        moved += [] if dx is None else [Outer.apply(y, dx, expert, ctx.experts)]
+        return functools.reduce(torch.add, moved)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], y: Tensor, x: Tensor, expert: Tensor, X: int) -> tuple[Tensor, int]:
+        B = info.batch_size
+        y, x, expert = (_rows(t, dim, B) for t, dim in zip((y, x, expert), in_dims, strict=False))
+        expert = expert + X * torch.arange(B, device=expert.device).unsqueeze(1)
+        return Outer.apply(y.flatten(0, 1), x.flatten(0, 1), expert.flatten(), X * B).unflatten(0, (B, X)), 0
+
+
+def _rows(x: Tensor, dim: int | None, B: int) -> Tensor:
+    """(B, N, ...), with the mapped axis in front."""
+    return x.expand(B, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _matrices(weight: Tensor, dim: int | None, expert: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices of all rows in one list, and where in it those of each row begin; shared ones stay as they are."""
+    if dim is None:
+        return weight, expert
+    weight = weight.movedim(dim, 0)
+    B, X = weight.shape[:2]
+    return weight.flatten(0, 1), expert + X * torch.arange(B, device=expert.device).unsqueeze(1)

@@ -1,0 +1,156 @@
+"""Rotary positions: each plane of two features turns by an angle that grows with the position.
+
+    angle_i(p) = p * base ** (-2 i / D)        x turns to x * cos + swap(x) * sin
+
+Half-split, as Hugging Face: plane i holds the features i and i + D / 2. Scalings stretch the angles beyond the trained context.
+
+Source: Su et al., RoFormer, arXiv:2104.09864, section 3.2.2.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary angles are stretched beyond the trained context.
+
+    kind:
+        "linear" divides every frequency by factor (position interpolation, arXiv:2306.15595).
+        "dynamic" raises the base as the sequence outgrows `context` (NTK-aware; Peng et al., arXiv:2309.00071, appendix B.1).
+        "yarn" divides the slow frequencies, keeps the fast ones and ramps between the planes that turn `fast` and `slow` times in
+            `context` (arXiv:2309.00071, section 3.2); `truncate` rounds the ends of the ramp to whole planes.
+        "llama3" does so by wavelength: those above context / low are slow, those below context / high fast.
+        "longrope" divides each frequency by its own number: of `short` up to `context` positions, of `long` beyond
+            (Ding et al., arXiv:2402.13753).
+    attention: what cos and sin are multiplied by (yarn, longrope).
+
+    "dynamic" and "longrope" angles depend on how long the sequence is when a token is read; keys that were cached before keep
+    theirs. This is how the models were published, and the one place where reading in steps differs from reading at once.
+    """
+
+    kind: str
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    context: int = 8192  # positions before any stretching
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+    attention: float = 1.0
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            wanted = f"one of {', '.join(map(repr, KINDS))}"
+            _checks.fail("RopeScaling", "kind", wanted, repr(self.kind), "Another kind would change the mathematics.")
+        if self.kind == "longrope" and (not self.short or len(self.short) != len(self.long)):
+            got = f"{len(self.short)} and {len(self.long)} numbers"
+            _checks.fail("RopeScaling", "short and long", "one factor a plane each, for longrope", got, "Give D / 2 of each.")
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether the angles depend on how long the sequence is."""
+        return self.kind in ("dynamic", "longrope")
+
+
+class Rotation(NamedTuple):
+    """cos and signed sin of the angles, each (*lead, 1, T, D): x turns to x * cos + swap(x) * sin, alike in every head."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def frequencies(
+    D: int,
+    *,
+    base: float,
+    scaling: RopeScaling | None = None,
+    length: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Angle per position of each of the D / 2 planes, float32: base ** (-2 i / D), then scaled.
+
+    Args:
+        D: features that turn.
+        base: of the powers.
+        scaling: how they are stretched.
+        length: int64 (*lead), positions of the sequence so far, for a scaling that follows it; None is within the context.
+        device: where they are made.
+
+    Returns:
+        (D / 2,), or (*lead, D / 2) where the scaling follows a length.
+    """
+    powers = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D
+    turn = 1.0 / base**powers
+    if scaling is None:
+        return turn
+    if scaling.kind == "linear":
+        return turn / scaling.factor
+    if scaling.kind == "dynamic":
+        if length is None:
+            return turn
+        seen = length.clamp(min=scaling.context).to(torch.float32) / scaling.context
+        stretched = base * (scaling.factor * seen - (scaling.factor - 1)) ** (D / (D - 2))
+        return 1.0 / stretched.unsqueeze(-1) ** powers
+    if scaling.kind == "longrope":
+        if len(scaling.short) != D // 2:
+            remedy = "They belong to another head size."
+            _checks.fail("frequencies", "scaling.short and .long", f"{D // 2} numbers for D = {D}", len(scaling.short), remedy)
+        by = turn.new_tensor(scaling.short)
+        if length is not None:
+            by = torch.where((length > scaling.context).unsqueeze(-1), turn.new_tensor(scaling.long), by)
+        return 1.0 / (by * base**powers)
+    if scaling.kind == "yarn":
+        return _yarn(D, base, turn, scaling)
+    wavelength = 2 * math.pi / turn
+    blend = (scaling.context / wavelength - scaling.low) / (scaling.high - scaling.low)
+    blend = blend.clamp(0, 1)  # 0 slow, 1 fast
+    return blend * turn + (1 - blend) * turn / scaling.factor
+
+
+def _yarn(D: int, base: float, turn: Tensor, scaling: RopeScaling) -> Tensor:
+    plane = lambda turns: D * math.log(scaling.context / (turns * 2 * math.pi)) / (2 * math.log(base))
+    low, high = plane(scaling.fast), plane(scaling.slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    slow = (torch.arange(D // 2, dtype=torch.float32, device=turn.device) - low) / ((high - low) or 0.001)
+    slow = slow.clamp(0, 1)
+    return turn / scaling.factor * slow + turn * (1 - slow)
+
+
+def rope(positions: Tensor, turn: Tensor, dtype: torch.dtype, *, amplitude: float = 1.0) -> Rotation:
+    """The rotation of each position, its angles in float32, given in dtype.
+
+    Args:
+        positions: int64 (*lead, T).
+        turn: (D / 2,) or (*lead, D / 2), from `frequencies`.
+        dtype: of the result.
+        amplitude: what cos and sin are multiplied by, `RopeScaling.attention`.
+    """
+    angle = positions.unsqueeze(-1).unsqueeze(-3).to(turn.dtype) * turn.unsqueeze(-2).unsqueeze(-2)  # (*lead, 1, T, D / 2)
+    cos, sin = angle.cos(), angle.sin()
+    if amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    return Rotation(torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype))
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn x (*lead, H, T, D) by its positions; plane i holds the features i and i + R / 2 of the first R, those of the rotation.
+
+    Features beyond R stay as they are (partial rotary).
+    """
+    R = rotation.cos.shape[-1]
+    if x.shape[-1] > R:
+        return torch.cat([rotate(x[..., :R], rotation), x[..., R:]], -1)
+    return torch.addcmul(x * rotation.cos, x.roll(R // 2, -1), rotation.sin).to(x.dtype)  # narrow stays so in autocast

@@ -1,0 +1,48 @@
+"""Taps: named places in a computation where someone may look at a value, or put another in its place.
+
+    x = tap("layers.0.output", x)          in the model: x itself, unless someone listens
+
+A tap is the identity. Inside `listening(f)` every tap hands its name and value to f and goes on with what f returns. The listener
+belongs to the thread and the context (a contextvar), and what it sees are the tracers of whatever transform is active, so what is
+built on taps (`fa.trace`, `fa.patch`, calibration) is a pure function under grad, jvp and vmap. In compiled code taps are silent.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+Listener = Callable[[str, Tensor], Tensor]
+
+_listener: ContextVar[Listener | None] = ContextVar("funcattn_taps", default=None)
+
+
+def tap(name: str, x: Tensor) -> Tensor:
+    """x, or what the listener puts in its place."""
+    if torch.compiler.is_compiling():
+        return x
+    listener = _listener.get()
+    return x if listener is None else listener(name, x)
+
+
+def heard() -> bool:
+    """Whether anyone listens here."""
+    return not torch.compiler.is_compiling() and _listener.get() is not None
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Hand every tap of this context to a function from a name and a value to the value to go on with; inner ones replace outer.
+
+    Example:
+        >>> with listening(lambda name, x: 2 * x):
+        ...     tap("here", torch.ones(2))
+        tensor([2., 2.])
+    """
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)

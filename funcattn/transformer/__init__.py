@@ -1,0 +1,14 @@
+"""The decoder: one Config, one tree of Params, six pure functions.
+
+config     Config: what the mathematics needs to know and the weights do not say
+weights    Layer, Params, shapes, initialize
+blocks     one layer as a pure function: attention over the past and the new tokens, then the feed-forward
+model      decoder(config) -> Model
+"""
+
+from .blocks import Block, block
+from .config import Config, Kind
+from .model import decoder
+from .weights import Layer, Params, initialize, shapes
+
+__all__ = ["Block", "Config", "Kind", "Layer", "Params", "block", "decoder", "initialize", "shapes"]

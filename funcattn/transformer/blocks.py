@@ -1,0 +1,147 @@
+"""One layer of a decoder as a pure function of its weights.
+
+    x = x + attention(norm(x))              over the past and the new tokens
+    x = x + feed_forward(norm(x))           dense, or of a few experts
+
+Layers of one kind are one function, applied to different trees: what is compiled or rematerialized is this.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import kernels, layers
+from ..kernels import Part
+from ..layers import Rotation
+from ..masks import Mask
+from ..records import is_absent
+from ..taps import tap
+from .config import Config, Kind
+from .weights import Layer
+
+
+class Block(NamedTuple):
+    """What is the same in every layer of a kind, besides the weights: the rotation and the mask of the new tokens."""
+
+    rotation: Rotation | tuple[()]
+    mask: Mask | Tensor | None
+
+
+def block(
+    config: Config, kind: Kind, weights: Layer, x: Tensor, shared: Block, past: Sequence[Part], *, name: str, kernel: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual x (*lead, T, E) after one layer, and the keys and values (*lead, K, T, D) of the new tokens.
+
+    Args:
+        config, kind: what the layer computes.
+        weights: its tree.
+        x: residual.
+        shared: rotation and mask.
+        past: what is remembered of this layer, in parts; none is no past.
+        name: of the layer, for taps: `layers.3`.
+        kernel: of attention; None chooses.
+    """
+    y = x if is_absent(weights.attention_norm) else _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
+    attended, k, v = _attend(config, kind, weights, y, shared, past, name, kernel)
+    if not is_absent(weights.attention_after_norm):
+        attended = _norm(config, attended, weights.attention_after_norm, ())
+    attended = tap(f"{name}.attention.output", attended)
+    if not config.parallel:
+        x = _add(config, x, attended)
+    if not config.shared_norm:
+        placed = not is_absent(weights.feed_forward_norm)
+        y = _norm(config, x, weights.feed_forward_norm, weights.feed_forward_norm_bias) if placed else x
+    fed = _feed_forward(config, kind, weights, y, name)
+    if not is_absent(weights.feed_forward_after_norm):
+        fed = _norm(config, fed, weights.feed_forward_after_norm, ())
+    fed = tap(f"{name}.feed_forward.output", fed)
+    x = _add(config, x, attended + fed) if config.parallel else _add(config, x, fed)
+    return tap(f"{name}.output", x), k, v
+
+
+def _add(config: Config, x: Tensor, more: Tensor) -> Tensor:
+    return x + more if config.residual_scale == 1.0 else x + more * config.residual_scale
+
+
+def _norm(config: Config, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    if config.norm == "rms":
+        return layers.rms_norm(x, weight, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    return layers.layer_norm(x, weight, bias, epsilon=config.norm_epsilon)
+
+
+def _affine(weight: Any, bias: Any, x: Tensor) -> Tensor:
+    y = layers.linear(weight, x)
+    return y if is_absent(bias) else y + bias
+
+
+def _attend(
+    config: Config,
+    kind: Kind,
+    weights: Layer,
+    y: Tensor,
+    shared: Block,
+    past: Sequence[Part],
+    name: str,
+    kernel: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention adds to the residual, and the keys and values of the new tokens."""
+    y = tap(f"{name}.attention.input", y)
+    H, K, D = config.heads, config.kv_heads, config.head_size
+    q = _heads(config, _affine(weights.q, weights.q_bias, y), weights.q_norm, H, D)
+    k = _heads(config, _affine(weights.k, weights.k_bias, y), weights.k_norm, K, D)
+    v = _affine(weights.v, weights.v_bias, y).unflatten(-1, (K, D)).transpose(-2, -3)
+    if kind.rotary:
+        assert isinstance(shared.rotation, Rotation)
+        q, k = layers.rotate(q, shared.rotation), layers.rotate(k, shared.rotation)
+    q, k, v = tap(f"{name}.attention.q", q), tap(f"{name}.attention.k", k), tap(f"{name}.attention.v", v)
+    if not past and config.attention_cap is None and not config.sinks:
+        out = kernels.attention(q, k, v, shared.mask, scale=config.scale, kernel=kernel)
+    else:
+        parts = [*past, Part(k, v, () if shared.mask is None else shared.mask)]
+        sinks = weights.sinks if config.sinks else None
+        out = kernels.attend_parts(q, parts, scale=config.scale, cap=config.attention_cap, sinks=sinks, kernel=kernel)
+    mixed = tap(f"{name}.attention.mixed", out.transpose(-2, -3).flatten(-2))
+    return _affine(weights.o, weights.o_bias, mixed), k, v
+
+
+def _heads(config: Config, x: Tensor, norm: Any, heads: int, D: int) -> Tensor:
+    """(*lead, T, heads D) to (*lead, heads, T, D), normalized as the family does it."""
+    if config.head_norm == "rms_width":
+        x = _norm(config, x, norm, ())
+    x = x.unflatten(-1, (heads, D))
+    if config.head_norm == "rms":
+        x = layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    elif config.head_norm == "layer":
+        x = layers.layer_norm(x, norm, epsilon=config.norm_epsilon)
+    return x.transpose(-2, -3)
+
+
+def _feed_forward(config: Config, kind: Kind, weights: Layer, y: Tensor, name: str) -> Tensor:
+    y = tap(f"{name}.feed_forward.input", y)
+    if kind.experts:
+        return _choose(config, weights, y, name)
+    up = _affine(weights.up, weights.up_bias, y)
+    if config.gated:
+        gate = _affine(weights.gate, weights.gate_bias, y)
+        inner = layers.gated(gate, up, config.activation, config.activation_limit)
+    else:
+        inner = layers.activate(up, config.activation)
+    return _affine(weights.down, weights.down_bias, tap(f"{name}.feed_forward.inner", inner))
+
+
+def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
+    """The feed-forward of a few experts for each token: every chosen pair (token, expert) is one row."""
+    scores = tap(f"{name}.feed_forward.router", _affine(weights.router, weights.router_bias, y))
+    share, expert = layers.route(scores, config.experts_per_token, normalized=config.normalized_routing)
+    chosen = expert.flatten()
+    rows = y.unsqueeze(-2).expand(*expert.shape, -1).flatten(0, -2)
+
+    def affine(weight: Any, bias: Any, x: Tensor) -> Tensor:
+        out = layers.linear_experts(weight, x, chosen)
+        return out if is_absent(bias) else out + bias[chosen]
+
+    up, gate = affine(weights.up, weights.up_bias, rows), affine(weights.gate, weights.gate_bias, rows)
+    inner = layers.gated(gate, up, config.activation, config.activation_limit)
+    out = affine(weights.down, weights.down_bias, inner).unflatten(0, expert.shape)
+    return (out * share.to(out.dtype).unsqueeze(-1)).sum(-2)

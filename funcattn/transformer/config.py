@@ -1,0 +1,154 @@
+"""What the mathematics of a decoder needs to know and its weights do not say.
+
+A family of models is a few of these fields, never a subclass: `families` reads them from other people's files.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .. import _checks, layers
+from ..layers import RopeScaling
+
+NORMS = ("rms", "layer")
+HEAD_NORMS = ("none", "rms", "rms_width", "layer")
+PLACEMENTS = ("before", "after", "around")
+POSITIONS = ("rotary", "learned", "none")
+
+
+class Kind(NamedTuple):
+    """What one layer is where layers differ. Layers of one kind are one function, applied to different weights."""
+
+    window: int | None  # each token sees that many, itself included; None is all before it
+    rotary: bool
+    local: bool  # its rotary base is Config.local_rope_base
+    experts: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the mathematics needs to know and the weights do not say. Hashable, no tensors; the defaults make a tiny model.
+
+    A field that differs from layer to layer is a tuple of one bool a layer, `()` for all of them.
+
+    Example:
+        >>> Config(layers=2).head_size
+        16
+    """
+
+    vocabulary: int = 256  # V, how many token ids there are
+    width: int = 64  # E
+    layers: int = 2  # L
+    heads: int = 4  # H, query heads
+    kv_heads: int = 2  # K, key/value heads; H % K == 0
+    head_size: int = 16  # D
+    feed_forward: int = 128  # F
+    activation: str = "silu"  # of the feed-forward; see layers.ACTIVATIONS
+    norm_epsilon: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    context: int = 2048  # positions that the model was trained on, or stretched to
+    tied: bool = True  # the head is the embedding
+
+    # Attention.
+    qkv_bias: bool = False
+    output_bias: bool = False
+    head_norm: str = "none"  # of queries and keys before rotation: "rms" one weight (D,) for every head, "rms_width" over all
+    # heads together, "layer" a layer norm with weights (H, D)
+    attention_scale: float | None = None  # of logits; None is 1 / sqrt(D)
+    attention_cap: float | None = None  # soft cap of logits
+    sinks: bool = False  # one learned logit a head whose value is 0
+    window: int | None = None  # tokens that each sees, itself included
+    window_layers: tuple[bool, ...] = ()  # which layers have the window
+
+    # Positions.
+    positions: str = "rotary"  # or "learned", a table (context, E) added to the embedding, or "none"
+    rotary_size: int | None = None  # features of a head that turn; None is all
+    rotary_layers: tuple[bool, ...] = ()  # which layers turn at all
+    local_rope_base: float | None = None  # base in layers with a window, where it is another; never scaled
+
+    # Norms and the residual.
+    norm: str = "rms"  # or "layer"
+    norm_bias: bool = False
+    norm_offset: float = 0.0  # added to the weight: Gemma's is 1
+    norm_placement: str = "before"  # attention and feed-forward; or "after" them, or "around": both
+    parallel: bool = False  # attention and feed-forward read the same residual
+    shared_norm: bool = False  # and the same norm of it
+    residual_scale: float = 1.0  # of what attention and feed-forward add
+
+    # Feed-forward.
+    gated: bool = True
+    feed_forward_bias: bool = False
+    activation_limit: float | None = None  # clamped SwiGLU; see layers.gated
+    experts: int = 0  # X, matrices to choose from; 0 is one dense feed-forward
+    experts_per_token: int = 0
+    expert_size: int = 0  # F of each expert
+    expert_layers: tuple[bool, ...] = ()  # which layers have experts; the others are dense
+    normalized_routing: bool = True  # shares of the chosen experts sum to one
+    router_bias: bool = False
+
+    # Ends.
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None  # soft cap
+
+    def __post_init__(self) -> None:
+        fail = lambda name, wanted, remedy: _checks.fail("Config", name, wanted, getattr(self, name), remedy)
+        for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", "context"):
+            if getattr(self, name) < 1:
+                fail(name, "at least 1", "Sizes are positive.")
+        if self.heads % self.kv_heads:
+            fail("kv_heads", f"a divisor of heads = {self.heads}", "Each key head serves H / K query heads.")
+        for name, choices in (
+            ("activation", tuple(layers.ACTIVATIONS)),
+            ("norm", NORMS),
+            ("head_norm", HEAD_NORMS),
+            ("norm_placement", PLACEMENTS),
+            ("positions", POSITIONS),
+        ):
+            if getattr(self, name) not in choices:
+                wanted = f"one of {', '.join(map(repr, choices))}"
+                _checks.fail("Config", name, wanted, repr(getattr(self, name)), "Choose one of these.")
+        for name in ("window_layers", "rotary_layers", "expert_layers"):
+            given = getattr(self, name)
+            if not isinstance(given, tuple) or len(given) not in (0, self.layers):
+                fail(name, f"() or a tuple of {self.layers} bools, one a layer", "Say it for every layer.")
+        if self.positions == "rotary":
+            turning = self.head_size if self.rotary_size is None else self.rotary_size
+            if turning % 2 or not 0 < turning <= self.head_size:
+                name = "head_size" if self.rotary_size is None else "rotary_size"
+                fail(name, f"even, and at most head_size = {self.head_size}", "Rotary angles turn pairs of features.")
+        if self.window is not None and self.window < 1:
+            fail("window", "None or at least 1", "Each token sees itself.")
+        if self.experts and not (0 < self.experts_per_token <= self.experts and self.expert_size > 0):
+            wanted = f"from 1 to experts = {self.experts}, with an expert_size above 0"
+            fail("experts_per_token", wanted, "Say how many experts a token takes and how wide they are.")
+        if self.norm_placement != "before" and (self.parallel or self.norm_bias):
+            fail("norm_placement", '"before" where blocks are parallel or norms have a bias', "No family has both.")
+        if self.shared_norm and not self.parallel:
+            fail("shared_norm", "False where blocks follow each other", "Set parallel=True, or let each have its norm.")
+
+    @property
+    def scale(self) -> float:
+        """What attention multiplies its logits by."""
+        return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def kind(self, layer: int) -> Kind:
+        """What the layer of that number is.
+
+        Example:
+            >>> Config(window=8, window_layers=(True, False)).kind(1).window is None
+            True
+        """
+        has = lambda layers: not layers or layers[layer]
+        local = self.window is not None and has(self.window_layers)
+        return Kind(
+            window=self.window if local else None,
+            rotary=self.positions == "rotary" and has(self.rotary_layers),
+            local=local and self.local_rope_base is not None,
+            experts=bool(self.experts) and has(self.expert_layers),
+        )
+
+    def limit(self) -> int | None:
+        """Positions that the model can tell apart as it was trained to, or None where its angles follow the length."""
+        follows: Any = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
+        return None if follows or self.positions == "none" else self.context

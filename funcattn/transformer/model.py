@@ -1,0 +1,209 @@
+"""decoder(config): the six pure functions of a model.
+
+    x = embed(tokens)
+    x = layer(x)                  for each layer
+    logits = head(norm(x))
+
+Written for one sequence. Many sequences, a ragged batch, a forest of futures or an ensemble of weights are `vmap`.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, caches, kernels, layers, masks, rematerialization, taps
+from ..caches import Cache, Delta
+from ..layers import Rotation
+from ..masks import Mask
+from ..records import ABSENT, Model, is_absent
+from .blocks import Block, block
+from .config import Config, Kind
+from .weights import Params, initialize
+
+
+def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -> Model:
+    """The six pure functions of a decoder.
+
+        init(key) -> params
+        cache(size, *, kind=fa.Cache, dtype=None) -> cache
+        hidden(params, tokens, cache=(), *, mask=None, positions=None) -> (hidden, delta)
+        logits(params, hidden) -> logits
+        extend(params, tokens, cache, *, mask=None, positions=None) -> (logits, delta)
+        apply(params, tokens, cache) -> (logits, cache)
+
+    With no past (`cache=()`) tokens are int64 (*lead, T), leading axes free: training is
+    `model.logits(params, model.hidden(params, tokens)[0])`. With a past, tokens are one sequence (T,), and `vmap` makes batches.
+    `mask` says which of the new tokens each new token sees (causal by default; a Mask of T queries, or booleans (T, T)); all see
+    the past, as far as the window of a layer reaches. `positions` (*lead, T) are those of the sequence; by default they go on from
+    the past.
+
+    Args:
+        config: sizes and kinds.
+        kernel: a kernel of attention to force; None chooses (see `kernels.explain`).
+        remat: keep of each layer only its input, and compute the rest again for its derivatives: less memory for more time.
+
+    Raises:
+        ValueError: tokens outside the vocabulary; a sequence longer than `config.context` positions; masks, positions or pasts of
+            other sizes. TypeError: arguments of another kind.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config(layers=2))
+        >>> params = model.init(fa.key(0))
+        >>> logits, cache = model.apply(params, torch.tensor([1, 2, 3]), model.cache(8))
+        >>> logits.shape, int(cache.length)
+        (torch.Size([3, 256]), 3)
+
+    Law: extending in any number of steps gives the logits of one (test_transformer.py::test_steps_equal_the_whole).
+    """
+
+    all_kinds = [config.kind(i) for i in range(config.layers)]
+    kinds = list(dict.fromkeys(all_kinds))
+
+    def init(key: Tensor) -> Params:
+        return initialize(key, config)
+
+    def cache(size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> Any:
+        if not isinstance(size, int) or size < 0:
+            _checks.fail("cache", "size", "a number of tokens, 0 or more", size, "Say how many tokens the past has room for.")
+        return kind.empty(config.layers, config.kv_heads, size, config.head_size, dtype)
+
+    def hidden(
+        params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Delta]:
+        _check_tokens(tokens, config, has_past=not is_absent(cache))
+        if not is_absent(cache):
+            _check_past(cache, config)
+        _check_mask(mask, tokens.shape[-1])
+        before = 0 if is_absent(cache) else cache.length
+        places = torch.arange(tokens.shape[-1], device=tokens.device) + before if positions is None else positions
+        _check_places(places, config)
+        x = layers.embed(params.embedding, tokens)
+        if config.embedding_scale != 1.0:
+            x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded as its authors do
+        if config.positions == "learned":
+            x = x + layers.embed(params.positions, places)
+        x = taps.tap("embedding", x)
+        shared = {kind: _shared(config, kind, places, mask, x.dtype, positions is None) for kind in kinds}
+        keys, values = [], []
+        for i, (weights, kind) in enumerate(zip(params.layers, all_kinds, strict=True)):
+            past = () if is_absent(cache) else tuple(caches.past(cache, i, places, kind.window))
+            layer = functools.partial(block, config, kind, name=f"layers.{i}", kernel=kernel)
+            x, k, v = (rematerialization.remat(layer) if remat and not taps.heard() else layer)(weights, x, shared[kind], past)
+            keys.append(k)
+            values.append(v)
+        if config.norm == "rms":
+            x = layers.rms_norm(x, params.norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+        else:
+            x = layers.layer_norm(x, params.norm, params.norm_bias, epsilon=config.norm_epsilon)
+        if not is_absent(cache) and _checks.value(cache.length) is None:
+            x = torch.where(caches.broken(cache), float("nan"), x)
+        return taps.tap("output", x), Delta(tuple(keys), tuple(values))
+
+    def logits(params: Params, hidden: Tensor) -> Tensor:
+        out = layers.linear(params.embedding if is_absent(params.head) else params.head, hidden)
+        if config.logit_scale != 1.0:
+            out = out * config.logit_scale
+        return out if config.logit_cap is None else kernels.soft_cap(out, config.logit_cap)
+
+    def extend(
+        params: Params, tokens: Tensor, cache: Any, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Delta]:
+        x, delta = hidden(params, tokens, cache, mask=mask, positions=positions)
+        return logits(params, x), delta
+
+    def apply(params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        proposed, delta = extend(params, tokens, cache)
+        after = caches.commit(cache, delta)
+        if _checks.value(after.length) is None:
+            proposed = torch.where(caches.broken(after), float("nan"), proposed)
+        return proposed, after
+
+    return Model(init, cache, hidden, logits, extend, apply)
+
+
+def _shared(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None, dtype: torch.dtype, in_order: bool) -> Block:
+    """The rotation and the mask of all layers of a kind."""
+    T = places.shape[-1]
+    rotation: Rotation | tuple[()] = ()
+    if kind.rotary:
+        base = config.local_rope_base if kind.local else config.rope_base
+        scaling = None if kind.local else config.rope_scaling
+        assert base is not None
+        length = places.amax(-1) + 1 if scaling is not None and scaling.follows_length else None
+        size = config.rotary_size or config.head_size
+        turn = layers.frequencies(size, base=base, scaling=scaling, length=length, device=places.device)
+        rotation = layers.rope(places, turn, dtype, amplitude=1.0 if scaling is None else scaling.attention)
+    if mask is None and T > 1:
+        mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=places.device))  # a tensor, to be where it is
+    if kind.window is not None and mask is not None and not (in_order and kind.window >= T):
+        if in_order and isinstance(mask, Mask):
+            near: Mask | Tensor = masks.window(T, kind.window, offset=torch.zeros((), dtype=torch.int64, device=places.device))
+            mask = masks.intersection(mask, near)
+        else:  # positions of one's own are in no order: the window is that of the positions, not of the rows
+            ahead = places.unsqueeze(-1) - places.unsqueeze(-2)
+            seen = mask.dense(T) if isinstance(mask, Mask) else mask
+            mask = seen & (ahead < kind.window).unsqueeze(-3) if seen.dim() > 2 else seen & (ahead < kind.window)
+    return Block(rotation, mask)
+
+
+def _check_past(cache: Any, config: Config) -> None:
+    wanted, got = (config.layers, config.kv_heads, config.head_size), caches.sizes(cache)
+    if got != wanted:
+        _checks.fail(
+            "decoder",
+            "cache",
+            f"of (layers, kv_heads, head_size) = {wanted}",
+            got,
+            "Make it with the cache function of this model.",
+        )
+    caches.check_whole("decoder", cache)
+
+
+def _check_places(places: Tensor, config: Config) -> None:
+    limit = config.limit()
+    if limit is None or not places.shape[-1]:
+        return
+    last = _checks.greatest(places)
+    if last is not None and limit <= last < caches.OVERFLOWED:  # beyond is what a commit that did not fit left: NaN tells of it
+        whose = "of its table" if config.positions == "learned" else "that the model was trained on, config.context"
+        remedy = "Shorten it; or where you know better, stretch it by dataclasses.replace(config, context=..., rope_scaling=...)."
+        _checks.fail("decoder", "tokens", f"within the {limit} positions {whose}", f"position {last}", remedy)
+
+
+def _check_mask(mask: Mask | Tensor | None, T: int) -> None:
+    if isinstance(mask, Mask):
+        if mask.start.shape[-2] != T:
+            _checks.fail("decoder", "mask", f"for T = {T} new tokens", f"one for {mask.start.shape[-2]}", f"Build it with T = {T}.")
+    elif mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        got = getattr(mask, "dtype", type(mask).__name__)
+        _checks.fail(
+            "decoder", "mask", "a Mask, booleans or None", got, "See funcattn.masks, or convert it: mask.bool().", TypeError
+        )
+    elif mask is not None and any(size not in (1, T) for size in mask.shape[-2:]):
+        remedy = "It says which of the new tokens each sees; all see the past."
+        _checks.fail("decoder", "mask", f"booleans (T, T) with T = {T}", _checks.shape(mask), remedy)
+
+
+def _check_tokens(tokens: Tensor, config: Config, *, has_past: bool) -> None:
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        got = getattr(tokens, "dtype", type(tokens).__name__)
+        _checks.fail(
+            "decoder", "tokens", "an integer tensor", got, "Pass token ids: torch.tensor(tokenizer.encode(text)).", TypeError
+        )
+    if has_past and tokens.dim() != 1:
+        _checks.fail(
+            "decoder",
+            "tokens",
+            "one sequence (T,) where there is a past",
+            _checks.shape(tokens),
+            "Map over sequences with torch.func.vmap.",
+        )
+    if not tokens.dim():
+        _checks.fail("decoder", "tokens", "(*lead, T)", _checks.shape(tokens), "Give one token an axis: tokens[None].")
+    if _checks.is_true((tokens < 0) | (tokens >= config.vocabulary)):
+        known = _checks.peek(tokens)
+        bad = known[(known < 0) | (known >= config.vocabulary)][0].item() if known is not None else "another"
+        _checks.fail("decoder", "tokens", f"ids in 0..{config.vocabulary - 1}", bad, "Encode with the tokenizer of this model.")

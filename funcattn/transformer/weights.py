@@ -1,0 +1,136 @@
+"""All weights of a decoder as one tree, what shape each must have, and how they begin."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import randomness
+from ..records import ABSENT, is_absent, record
+from .config import Config
+
+
+@record
+class Layer(NamedTuple):
+    """The weights of one layer; matrices are (out, in). What a family does not have is `()`."""
+
+    attention_norm: Any = ABSENT  # (E,)
+    q: Any = ABSENT  # (H D, E)
+    k: Any = ABSENT  # (K D, E)
+    v: Any = ABSENT  # (K D, E)
+    o: Any = ABSENT  # (E, H D)
+    feed_forward_norm: Any = ABSENT  # (E,)
+    gate: Any = ABSENT  # (F, E), of experts (X, F, E)
+    up: Any = ABSENT  # (F, E)
+    down: Any = ABSENT  # (E, F)
+    attention_norm_bias: Any = ABSENT  # (E,)
+    feed_forward_norm_bias: Any = ABSENT  # (E,)
+    attention_after_norm: Any = ABSENT  # (E,), of what attention adds
+    feed_forward_after_norm: Any = ABSENT  # (E,)
+    q_norm: Any = ABSENT  # (D,), (H D,) or (H, D)
+    k_norm: Any = ABSENT  # (D,), (K D,) or (K, D)
+    sinks: Any = ABSENT  # (H,)
+    q_bias: Any = ABSENT  # (H D,)
+    k_bias: Any = ABSENT  # (K D,)
+    v_bias: Any = ABSENT  # (K D,)
+    o_bias: Any = ABSENT  # (E,)
+    gate_bias: Any = ABSENT  # (F,), of experts (X, F)
+    up_bias: Any = ABSENT  # (F,)
+    down_bias: Any = ABSENT  # (E,)
+    router: Any = ABSENT  # (X, E)
+    router_bias: Any = ABSENT  # (X,)
+
+
+@record
+class Params(NamedTuple):
+    """All weights: a weight is a tensor, a quantized record or a DTensor, and the decoder never knows which."""
+
+    embedding: Any  # (V, E)
+    layers: tuple[Layer, ...]
+    norm: Any  # (E,)
+    head: Any = ABSENT  # (V, E), or () where the embedding serves
+    positions: Any = ABSENT  # (context, E), where they are learned
+    norm_bias: Any = ABSENT  # (E,)
+
+
+def shapes(config: Config) -> Params:
+    """The shape of every weight, as a tree of tuples of ints: what `init` makes and what a checkpoint must hold."""
+    E, V = config.width, config.vocabulary
+    return Params(
+        embedding=(V, E),
+        layers=tuple(_layer(config, config.kind(i).experts) for i in range(config.layers)),
+        norm=(E,),
+        head=ABSENT if config.tied else (V, E),
+        positions=(config.context, E) if config.positions == "learned" else ABSENT,
+        norm_bias=(E,) if config.norm_bias else ABSENT,
+    )
+
+
+def _layer(config: Config, experts: bool) -> Layer:
+    E, D, H, K = config.width, config.head_size, config.heads, config.kv_heads
+    F = config.expert_size if experts else config.feed_forward
+    many = (config.experts,) if experts else ()
+    where = lambda condition, shape: shape if condition else ABSENT
+    head_norm = {"none": lambda n: ABSENT, "rms": lambda n: (D,), "rms_width": lambda n: (n * D,), "layer": lambda n: (n, D)}
+    before, after = config.norm_placement != "after", config.norm_placement != "before"
+    two = not config.shared_norm
+    return Layer(
+        attention_norm=where(before, (E,)),
+        q=(H * D, E),
+        k=(K * D, E),
+        v=(K * D, E),
+        o=(E, H * D),
+        feed_forward_norm=where(before and two, (E,)),
+        gate=where(config.gated, (*many, F, E)),
+        up=(*many, F, E),
+        down=(*many, E, F),
+        attention_norm_bias=where(config.norm_bias, (E,)),
+        feed_forward_norm_bias=where(config.norm_bias and two, (E,)),
+        attention_after_norm=where(after, (E,)),
+        feed_forward_after_norm=where(after, (E,)),
+        q_norm=head_norm[config.head_norm](H),
+        k_norm=head_norm[config.head_norm](K),
+        sinks=where(config.sinks, (H,)),
+        q_bias=where(config.qkv_bias, (H * D,)),
+        k_bias=where(config.qkv_bias, (K * D,)),
+        v_bias=where(config.qkv_bias, (K * D,)),
+        o_bias=where(config.output_bias, (E,)),
+        gate_bias=where(config.feed_forward_bias and config.gated, (*many, F)),
+        up_bias=where(config.feed_forward_bias, (*many, F)),
+        down_bias=where(config.feed_forward_bias, (*many, E)),
+        router=where(experts, (config.experts, E)),
+        router_bias=where(experts and config.router_bias, (config.experts,)),
+    )
+
+
+def initialize(key: Tensor, config: Config) -> Params:
+    """Random weights: normal of deviation 0.02, over sqrt(2 L) where they write into the residual; norms are one, biases zero.
+
+    Source: Radford et al., Language models are unsupervised multitask learners (GPT-2), section 2.3.
+    """
+    residual: dict[str, float] = dict.fromkeys(("o", "down"), 0.02 / (2 * config.layers) ** 0.5)
+    wanted = shapes(config)
+
+    def draw(key: Tensor, name: str, shape: Any) -> Any:
+        if is_absent(shape):
+            return ABSENT
+        if name.endswith("norm"):
+            return torch.full(shape, 1.0 - config.norm_offset, device=key.device)
+        if name.endswith("bias") or name == "sinks":
+            return torch.zeros(shape, device=key.device)
+        return randomness.normal(key, shape) * residual.get(name, 0.02)
+
+    def fields(key: Tensor, record: Any) -> list[Any]:
+        drawn = randomness.split(key, len(record))
+        return [draw(drawn[i], name, shape) for i, (name, shape) in enumerate(zip(record._fields, record, strict=True))]
+
+    of_embedding, of_head, of_layers, of_positions = randomness.split(key, 4).unbind(0)
+    each = randomness.split(of_layers, config.layers)
+    return Params(
+        embedding=draw(of_embedding, "embedding", wanted.embedding),
+        layers=tuple(Layer(*fields(each[i], layer)) for i, layer in enumerate(wanted.layers)),
+        norm=draw(key, "norm", wanted.norm),
+        head=draw(of_head, "head", wanted.head),
+        positions=draw(of_positions, "positions", wanted.positions),
+        norm_bias=draw(key, "norm_bias", wanted.norm_bias),
+    )

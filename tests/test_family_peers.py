@@ -1,0 +1,194 @@
+"""Every family against its original: tiny random models made by transformers, read, run, decoded step by step, saved, read back."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch.func import grad, jvp, vmap
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import funcattn as fa
+
+V, T = 61, 40
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"num_experts_per_tok": 2}
+ROPE = lambda kind, **rest: {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **rest}}
+LOCAL = {"sliding_window": 8}
+KINDS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+CAPS = {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 5.0, 9.0], "original_max_position_embeddings": 16}
+
+MODELS = {
+    "llama": ("llama", {}),
+    "llama-3": (
+        "llama",
+        ROPE("llama3", **LLAMA3),
+    ),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "tie_word_embeddings": True}),
+    "llama-linear": ("llama", ROPE("linear", factor=4.0)),
+    "llama-dynamic": ("llama", {**ROPE("dynamic", factor=2.0), "max_position_embeddings": 24}),
+    "llama-yarn": ("llama", ROPE("yarn", **YARN)),
+    "smollm3": ("smollm3", {}),
+    "smollm3-window": ("smollm3", {"use_sliding_window": True, **LOCAL}),
+    "mistral": ("mistral", LOCAL),
+    "mistral-full": ("mistral", {"sliding_window": None, "head_dim": 10}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2, **LOCAL}),
+    "qwen3": ("qwen3", {"head_dim": 12}),
+    "gemma": ("gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, **CAPS, **LOCAL},
+    ),
+    "gemma3": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 24, **LOCAL, **KINDS}),
+    "gemma3-linear": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            **LOCAL,
+            **KINDS,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 8}),
+    "phi3-longrope": ("phi3", {**ROPE("longrope", **LONG), "original_max_position_embeddings": 16}),
+    "phi3-partial": ("phi3", ROPE("default", partial_rotary_factor=0.5)),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    ),
+    "olmo2": ("olmo2", {}),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "cohere-norm": ("cohere", {"use_qk_norm": True, "attention_bias": True}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
+    "stablelm": ("stablelm", ROPE("default", partial_rotary_factor=0.25)),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True, "qk_layernorm": True}),
+    "starcoder2": ("starcoder2", LOCAL),
+    "mixtral": ("mixtral", {"num_local_experts": 4, **MOE, **LOCAL}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 12, **MOE}),
+    "qwen3_moe-mixed": (
+        "qwen3_moe",
+        {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1], "norm_topk_prob": True, **MOE},
+    ),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "head_dim": 16, **MOE, **LOCAL, **ROPE("yarn", **YARN, truncate=False)}),
+}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Name -> (their model, the folder it was saved in), each made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            kind, more = MODELS[name]
+            own = {"gpt2": {"vocab_size": V}}.get(kind, SMALL)
+            config = AutoConfig.for_model(kind, **{**own, **more}, attn_implementation="eager")
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config).eval()
+            with torch.no_grad():  # as made, norms are one and biases zero, and an error in either would not show
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder)
+            made[name] = model, folder
+        return made[name]
+
+    return make
+
+
+def tokens(n=T, seed=0):
+    return torch.randint(0, V, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def theirs(model, ids):
+    with torch.no_grad():
+        return model(ids[None], use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_original(originals, name):
+    model, folder = originals(name)
+    config, params, _ = fa.load(folder)
+    ours = fa.decoder(config)
+    got = ours.logits(params, ours.hidden(params, tokens())[0])
+    torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_step_by_step_is_that_of_the_original_beyond_window_and_scaling(originals, name):
+    """Chunks of 10 and then single tokens; where angles follow the length, the original is stepped in the same way."""
+    model, folder = originals(name)
+    config, params, _ = fa.load(folder)
+    ours, past, mine, other, cache = fa.decoder(config), None, [], [], transformers.DynamicCache(config=model.config)
+    past = ours.cache(T)
+    for piece in tokens().split([10, 10, *([1] * (T - 20))]):
+        logits, past = ours.apply(params, piece, past)
+        mine.append(logits)
+        with torch.no_grad():
+            other.append(model(piece[None], past_key_values=cache, use_cache=True).logits[0])
+    torch.testing.assert_close(torch.cat(mine), torch.cat(other), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_is_read_by_transformers_with_equal_logits(originals, name, tmp_path):
+    model, folder = originals(name)
+    config, params, _ = fa.load(folder)
+    fa.save(tmp_path / "ours", config, params)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    torch.testing.assert_close(theirs(read, tokens()), theirs(model, tokens()), atol=2e-5, rtol=0)
+    again = fa.load(tmp_path / "ours")
+    assert again.config == config
+    assert fa.tree.allclose(again.params, params, atol=0, rtol=0)
+
+
+SPELLED_AS_ANOTHER = {"mistral-full": "llama", "phi3": "mistral", "phi3-longrope": "llama"}  # the first that says the same
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_keeps_its_family(originals, name):
+    _, folder = originals(name)
+    settings = json.loads((folder / "config.json").read_text())
+    config = fa.families.read_config(settings)
+    assert fa.families.family_for(config).name == SPELLED_AS_ANOTHER.get(name, settings["model_type"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_composes(originals, name):
+    """vmap of grad is the loop, and a jvp along a direction is the gradient's product with it: in every family."""
+    _, folder = originals(name)
+    config, params, _ = fa.load(folder, dtype=torch.float64)
+    model = fa.decoder(config)
+    batch = torch.stack([tokens(12, 1), tokens(12, 2)])
+
+    def loss(params, ids):
+        return torch.nn.functional.cross_entropy(model.logits(params, model.hidden(params, ids[:-1])[0]), ids[1:])
+
+    each = vmap(grad(loss), (None, 0))(params, batch)
+    for row in range(2):
+        one = grad(loss)(params, batch[row])
+        assert fa.tree.allclose(fa.tree.map(lambda g, row=row: g[row], each), one, atol=1e-12, rtol=1e-9)
+    direction = fa.tree.map(torch.ones_like, params)
+    moved = jvp(lambda p: loss(p, batch[0]), (params,), (direction,))[1]
+    first = grad(loss)(params, batch[0])
+    wanted = sum(g.sum() for g in fa.tree.leaves(first))
+    torch.testing.assert_close(moved, wanted, atol=1e-10, rtol=1e-9)
