@@ -1,0 +1,38 @@
+"""The past as a value: a step proposes a delta, `commit` disposes of it.
+
+    logits, delta = model.extend(params, tokens, cache)        reads the past, writes nothing
+    cache = commit(cache, delta, n)                            a new past with the first n of it
+
+So rejected speculation costs nothing, rewinding is keeping the older value, and forking is using it twice.
+
+Three rules keep a past honest. Entries at or beyond `length` are unobservable, even NaN. Rows that are rejected, or beyond the
+capacity, are written nowhere that counts. And a commit that does not fit writes nothing: eagerly it raises; inside vmap or a
+compile, where values cannot be looked at, it leaves a length beyond every capacity, `OVERFLOWED`, which stays, and which turns all
+later logits into NaN.
+
+    protocol      the verbs, and what holds for all kinds          rows         reading and writing rows
+    dense         Cache                                            branching    Branch, follow, join
+"""
+
+from .branching import Branch, follow, join
+from .dense import Cache
+from .protocol import OVERFLOWED, Delta, _write, broken, capacity, check_whole, commit, commit_own, grow, past, sizes, with_length
+
+__all__ = [
+    "OVERFLOWED",
+    "Branch",
+    "Cache",
+    "Delta",
+    "_write",
+    "broken",
+    "capacity",
+    "check_whole",
+    "commit",
+    "commit_own",
+    "follow",
+    "grow",
+    "join",
+    "past",
+    "sizes",
+    "with_length",
+]

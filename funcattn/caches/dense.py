@@ -1,0 +1,69 @@
+"""`Cache`, the dense past: one tensor of keys and one of values, with room reserved. The plainest kind, and the reference."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import Part
+from ..records import record
+from . import rows
+from .protocol import Delta, _write, admit, broken, capacity, grow, past, sizes
+
+
+@record
+class Cache(NamedTuple):
+    """A dense past: k (L, K, S + 1, D), v (L, K, S + 1, Dv), of which the first `length` rows count; row S is scratch."""
+
+    k: Tensor
+    v: Tensor
+    length: Tensor  # int64 ()
+
+    @classmethod
+    def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Cache":
+        """Room for `size` tokens, on torch's default device."""
+        rows = torch.zeros(layers, heads, size + 1, head_size, dtype=dtype)
+        return cls(rows, torch.zeros_like(rows), torch.zeros((), dtype=torch.int64))
+
+
+@capacity.register
+def _(cache: Cache) -> int:
+    return cache.k.shape[-2] - 1
+
+
+@sizes.register
+def _(cache: Cache) -> tuple[int, int, int]:
+    return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
+
+
+@broken.register
+def _(cache: Cache) -> Tensor:
+    return cache.length > capacity(cache)
+
+
+@past.register
+def _(cache: Cache, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+    S = capacity(cache)
+    k, v = cache.k[layer, ..., :S, :], cache.v[layer, ..., :S, :]
+    return rows.read(k, v, places, window, stop=cache.length)
+
+
+@grow.register
+def _(cache: Cache, rows: int) -> Cache:
+    S = capacity(cache)
+    more = lambda x: torch.cat([x[..., :S, :], x.new_zeros(*x.shape[:-2], rows + 1, x.shape[-1])], -2)
+    return Cache(more(cache.k), more(cache.v), cache.length)
+
+
+@_write.register
+def _(cache: Cache, delta: Delta, n: Any, donate: bool) -> Cache:
+    new = admit(cache, delta, n, (cache.k, cache.v))
+    if donate and new.known and not any(x.requires_grad for x in (new.k, new.v, cache.k, cache.v)):
+        here = slice(new.before, new.before + new.count)
+        cache.k[..., here, :] = new.k[..., : new.count, :]
+        cache.v[..., here, :] = new.v[..., : new.count, :]
+        return Cache(cache.k, cache.v, new.after)
+    step = torch.arange(new.k.shape[-2], device=new.k.device)
+    row = torch.where(step < new.count, cache.length + step, capacity(cache))  # rejected rows share the scratch row
+    put = lambda x, rows: torch.ops.aten.index_put(x, [None, None, row], rows)
+    return Cache(put(cache.k, new.k), put(cache.v, new.v), new.after)

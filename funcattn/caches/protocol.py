@@ -1,0 +1,197 @@
+"""What every kind of past can do: verbs that dispatch on the kind, and the rules of `commit` that hold for all.
+
+A kind is a record. It registers with `capacity`, `sizes`, `broken`, `past`, `_write` and `grow` (and `with_length`, where
+shortening is more than another length); a user's own kind does the same.
+"""
+
+import functools
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..kernels import Part
+from ..records import record
+
+OVERFLOWED = 2**60  # a length that no capacity reaches, however a past grows; the sum of two still fits an int64
+
+
+@record
+class Delta(NamedTuple):
+    """What a step would add: for each layer the keys (K, T, D) and values (K, T, Dv) of the new tokens."""
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+
+
+@functools.singledispatch
+def capacity(cache: Any) -> int:
+    """How many tokens the past has room for."""
+    _unknown("capacity", cache)
+
+
+@functools.singledispatch
+def sizes(cache: Any) -> tuple[int, int, int]:
+    """Layers, key/value heads and head size (L, K, D) of the model that the past belongs to."""
+    _unknown("sizes", cache)
+
+
+@functools.singledispatch
+def broken(cache: Any) -> Tensor:
+    """Bool (): True once a commit did not fit, inside a transform that could not raise."""
+    _unknown("broken", cache)
+
+
+@functools.singledispatch
+def past(cache: Any, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+    """What new tokens attend to in one layer: the remembered keys and values, in parts.
+
+    Args:
+        cache: any kind of past.
+        layer: which layer, 0 to L - 1.
+        places: int64 (T,), the position of each new token, where the first token that the past remembers has position 0. They
+            follow the past, `cache.length + arange(T)`, unless they are drafts of a tree.
+        window: a layer of sliding window attention: the token at p sees the remembered position j only where j > p - window.
+
+    Returns:
+        Disjoint sets of keys. Where lengths and places are concrete, they hold what some new token sees and no more, so a step
+        costs no more than its window; a part that every new token sees whole has no mask.
+
+    Law: a window reads what dense attention reads under `masks.window` (test_caches.py).
+    """
+    _unknown("past", cache)
+
+
+@functools.singledispatch
+def _write(cache: Any, delta: Delta, n: Any, donate: bool) -> Any:
+    _unknown("commit", cache)
+
+
+@functools.singledispatch
+def grow(cache: Any, rows: int) -> Any:
+    """The same past with room for `rows` more tokens; the end that grows is a copy (of a `Branch`, its own tail alone)."""
+    _unknown("grow", cache)
+
+
+@functools.singledispatch
+def with_length(cache: Any, length: Tensor) -> Any:
+    """The same tensors with another length of the part that grows: what lies beyond is unobservable.
+
+    Raises:
+        TypeError: a kind that no longer has the rows it once had, such as `Ring`: keep the older value instead.
+    """
+    return cache._replace(length=length)
+
+
+def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Tensor | None = None) -> Any:
+    """The past with the first n tokens of a delta added.
+
+    Args:
+        cache: any kind of past. It stays as it was.
+        delta: what `extend` returned for T tokens.
+        n: how many of them count, an int or an integer tensor () in 0..T (one for each row under vmap); None is all.
+        index: int64 (N,), a path through a tree of drafts: the tokens of the delta to add, in this order, before n counts.
+
+    Returns:
+        A past of the same kind and shapes, n tokens longer.
+
+    Raises:
+        ValueError: there is no room for n more, or n or index is outside the delta (where values are concrete; inside a transform
+            nothing is written, and the logits of every later step are NaN).
+        TypeError: kinds or dtypes that do not fit.
+
+    Law: committing all equals committing any split of it; the argument is unchanged (test_caches.py).
+    """
+    if not isinstance(delta, Delta):
+        _checks.fail(
+            "commit", "delta", "what extend returned", f"a {type(delta).__name__}", "Pass (cache, delta), in this order.", TypeError
+        )
+    T = delta.k[0].shape[-2]
+    if index is not None:
+        if index.dim() != 1 or not _is_integer(index):
+            _checks.fail(
+                "commit", "index", "int64 (N,)", f"{index.dtype} {_checks.shape(index)}", "Give one path; vmap makes many."
+            )
+        if _checks.is_true((index < 0) | (index >= T)):
+            got = _checks.peek(index)
+            _checks.fail("commit", "index", f"within the {T} tokens of the delta", got, "Index the tokens that were extended.")
+        take = lambda rows: tuple(row.index_select(-2, index) for row in rows)
+        delta, T = Delta(take(delta.k), take(delta.v)), index.shape[0]
+    count = T if n is None else n
+    if isinstance(count, Tensor) and (count.dim() or not _is_integer(count)):
+        got, remedy = f"{count.dtype} {_checks.shape(count)}", "Give one number; one for each row is torch.func.vmap."
+        _checks.fail("commit", "n", "an int or an integer tensor ()", got, remedy, ValueError if _is_integer(count) else TypeError)
+    known = _checks.integer(count)
+    if known is not None and not 0 <= known <= T:
+        _checks.fail("commit", "n", f"between 0 and the {T} tokens of the delta", known, "Commit at most what was extended.")
+    return _write(cache, delta, count, False)
+
+
+def commit_own(cache: Any, delta: Delta, n: int | Tensor) -> Any:
+    """`commit` that may write into the tensors of a past nobody else holds: for a loop over its own intermediate pasts."""
+    return _write(cache, delta, n, True)
+
+
+def check_whole(function: str, cache: Any) -> None:
+    """Fail where the past is known to have lost tokens: a commit inside a transform did not fit."""
+    lost = _checks.value(broken(cache))
+    if lost is not None and bool(lost):
+        remedy = "Begin it again with model.cache(size) for a larger size."
+        _checks.fail(function, "cache", "a past that every commit fitted into", "one that overflowed inside a transform", remedy)
+
+
+class Admitted(NamedTuple):
+    """A commit that was checked: rows k and v (L, K, T, D), the lengths before and after it, and how many of the rows count.
+
+    `known` says that all numbers are concrete: then `before` and `count` are ints, else tensors. What does not fit counts 0 rows,
+    and leaves the length `OVERFLOWED`.
+    """
+
+    k: Tensor
+    v: Tensor
+    before: Any
+    count: Any
+    after: Tensor  # int64 ()
+    known: bool
+
+
+def admit(cache: Any, delta: Delta, n: Any, held: tuple[Tensor, Tensor]) -> Admitted:
+    """Check a commit against a past that holds rows like `held`, (L, K, ..., D) and (L, K, ..., Dv)."""
+    k, v = torch.stack(delta.k), torch.stack(delta.v)
+    check_whole("commit", cache)
+    _check_delta(held, k, v)
+    S, T = capacity(cache), k.shape[-2]
+    before, count = _checks.integer(cache.length), _checks.integer(n)
+    if before is not None and count is not None:
+        if before + count > S:
+            got = f"{before} remembered and {count} more"
+            remedy = f"Use funcattn.caches.grow(cache, {count})."
+            _checks.fail("commit", "cache", f"with room for {before + count} tokens (it has {S})", got, remedy)
+        return Admitted(k, v, before, count, cache.length + n, True)
+    after = cache.length + n
+    fits = (after <= S) & (n >= 0) & (n <= T)
+    return Admitted(k, v, cache.length, torch.where(fits, n, 0), torch.where(fits, after, OVERFLOWED), False)
+
+
+def _check_delta(held: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
+    for name, old, new in (("k", held[0], k), ("v", held[1], v)):
+        if (old.shape[:2], old.shape[-1]) != (new.shape[:2], new.shape[-1]):
+            L, K, D = old.shape[0], old.shape[1], old.shape[-1]
+            wanted, remedy = f"(L, K, T, D) = ({L}, {K}, T, {D})", "Use the cache of the same model."
+            _checks.fail("commit", f"delta.{name}", wanted, _checks.shape(new), remedy)
+        if old.dtype != new.dtype:
+            remedy = f"Make it with model.cache(size, dtype={new.dtype})."
+            _checks.fail("commit", f"delta.{name}", f"{old.dtype} as the cache is", new.dtype, remedy, TypeError)
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _unknown(verb: str, cache: Any) -> NoReturn:
+    if type(cache) is tuple:
+        _checks.fail(verb, "cache", "a past", "(), which is no past", "Make one with model.cache(size).", TypeError)
+    _checks.fail(
+        verb, "cache", "a past such as Cache or Branch", f"a {type(cache).__name__}", "Make one with model.cache(size).", TypeError
+    )

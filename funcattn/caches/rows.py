@@ -1,0 +1,99 @@
+"""Rows of keys and values in a tensor: reading those that new tokens see, and writing new ones, for every kind that keeps rows.
+
+Both know whether numbers can be looked at. Where they can, rows are sliced; where they cannot (lengths that differ under vmap, a
+compile), rows are masked when read and gathered when written: row r takes new row r - at, so no two rows ever collide.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+from .. import _checks
+from ..kernels import Part
+from ..masks import Mask
+
+
+def read(
+    k: Tensor, v: Tensor, places: Tensor, window: int | None, *, start: int | Tensor = 0, stop: int | Tensor = 2**62
+) -> list[Part]:
+    """The rows start <= r < stop of k (K, S, D) and v (K, S, Dv) that new tokens at `places` (T,) see, places counted in rows."""
+    S = k.shape[-2]
+    first, each = _first_seen(places, window)
+    (least_start, start_of_all), (stop_of_all, last_stop) = bounds(start, S), bounds(stop, S)
+    begin, end = max(least_start, first), last_stop
+    if begin >= end:
+        return []
+    k, v = k[..., begin:end, :], v[..., begin:end, :]
+    n = end - begin
+    if start_of_all <= begin and stop_of_all >= end:  # no row is hidden but by the window
+        if each is None:
+            return [Part(k, v)]
+        seen = torch.minimum((each - begin).clamp(min=0), torch.full_like(each, n))
+        return [Part(k, v, Mask(seen.unsqueeze(-1), torch.full_like(seen, n).unsqueeze(-1)))]
+    inside = lambda x: torch.as_tensor(x - begin, device=k.device).clamp(0, n)
+    lower, upper, row = inside(start), inside(stop), torch.arange(n, device=k.device)
+    remembered = ((lower <= row) & (row < upper)).unsqueeze(-1)
+    clean = lambda rows: torch.where(remembered, rows, 0)  # 0 * NaN would be NaN, in the output and in gradients
+    T = places.shape[-1]
+    lower = lower.expand(T) if each is None else torch.maximum(lower, (each - begin).clamp(0, n))
+    upper = upper.expand(T)
+    return [Part(clean(k), clean(v), Mask(torch.minimum(lower, upper).unsqueeze(-1), upper.unsqueeze(-1)))]
+
+
+def written(x: Tensor, new: Tensor, at: int | Tensor, n: int | Tensor) -> Tensor:
+    """x (..., S, D) with the first n rows of new (..., T, D) at rows at, at + 1, ...; those beyond either end are left out."""
+    S, T = x.shape[-2], new.shape[-2]
+    if isinstance(at, int) and isinstance(n, int):
+        lo, hi = min(max(at, 0), S), min(max(at + n, 0), S)
+        if hi <= lo:
+            return x
+        return torch.cat([x[..., :lo, :], new[..., lo - at : hi - at, :], x[..., hi:, :]], -2)
+    if not T or not S:
+        return x
+    source = torch.arange(S, device=x.device) - at
+    hit = ((source >= 0) & (source < n)).unsqueeze(-1)
+    return torch.where(hit, new.index_select(-2, source.clamp(0, T - 1)), x)
+
+
+def bounds(x: int | Tensor, most: int) -> tuple[int, int]:
+    """The least and the greatest x of all rows under vmap, both clamped to 0..most; 0 and most where it cannot be looked at."""
+    if isinstance(x, Tensor):
+        known = _checks.peek(x)
+        if known is None or not known.numel():
+            return 0, most
+        least, greatest = (int(y) for y in known.aminmax()) if known.numel() > 1 else (int(known),) * 2
+    else:
+        least = greatest = x
+    return min(max(least, 0), most), min(max(greatest, 0), most)
+
+
+def runs(blocks: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Runs start, stop of neighbours that are mapped by the same levels of vmap: one that is shared is not copied for each row."""
+    kinds = [_mapped(block) for block in blocks]
+    cuts = [0, *[i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]], len(kinds)]
+    return list(itertools.pairwise(cuts)) if kinds else []
+
+
+def _mapped(x: Tensor) -> tuple[int, ...]:
+    """The levels of vmap that x is mapped by."""
+    levels = []
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            levels.append(_functorch.maybe_get_level(x))
+        x = _functorch.get_unwrapped(x)
+    return tuple(levels)
+
+
+def _first_seen(places: Tensor, window: int | None) -> tuple[int, Tensor | None]:
+    """The first row that any new token sees, 0 where that is not known; and of each token, or None where all see the same."""
+    if window is None:
+        return 0, None
+    each = places - (window - 1)
+    known = _checks.peek(each)
+    if known is None or not known.numel():
+        return 0, each
+    first, last = (int(x) for x in known.aminmax()) if known.numel() > 1 else (int(known),) * 2
+    return max(first, 0), None if last <= max(first, 0) else each
