@@ -33,6 +33,23 @@ def transforming() -> bool:
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def differentiated(x: Tensor) -> bool:
+    """True where a derivative level that can be seen from here follows x: autograd, or grad, vjp, jvp of torch.func.
+
+    False while compiling. A jvp outside another transform may stay unseen: for loud errors, never for what is computed.
+    """
+    while not torch.compiler.is_compiling():
+        if x.requires_grad and (torch.is_grad_enabled() or _functorch.is_gradtrackingtensor(x)):
+            return True
+        wrapped = _functorch.is_functorch_wrapped_tensor(x)
+        if not (wrapped and _functorch.is_batchedtensor(x)) and torch._VF._unpack_dual(x, level=0)[1] is not None:
+            return True
+        if not wrapped:
+            return False
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
 def sum_to(x: Tensor, like: Tensor) -> Tensor:
     """Undo a broadcast: sum the axes that `like` lacks or has at size one."""
     return x if x.shape == like.shape else x.sum_to_size(like.shape)

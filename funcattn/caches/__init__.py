@@ -11,18 +11,29 @@ compile, where values cannot be looked at, it leaves a length beyond every capac
 later logits into NaN.
 
     protocol      the verbs, and what holds for all kinds          rows         reading and writing rows
-    dense         Cache                                            branching    Branch, follow, join
+    dense         Cache: one tensor, room reserved                 branching    Branch: a tail behind a shared prefix; follow, join
+    paged         Pages: blocks, shared by forks                   windowed     Ring: a window and sinks, constant memory
+    coded         QuantizedCache: 8 or 4 bits                      readonly     Memory: another sequence, never written
 """
 
 from .branching import Branch, follow, join
+from .coded import Coded, QuantizedCache, quantized
 from .dense import Cache
+from .paged import Pages, pages
 from .protocol import OVERFLOWED, Delta, _write, broken, capacity, check_whole, commit, commit_own, grow, past, sizes, with_length
+from .readonly import Memory
+from .windowed import Ring, ring
 
 __all__ = [
     "OVERFLOWED",
     "Branch",
     "Cache",
+    "Coded",
     "Delta",
+    "Memory",
+    "Pages",
+    "QuantizedCache",
+    "Ring",
     "_write",
     "broken",
     "capacity",
@@ -32,7 +43,10 @@ __all__ = [
     "follow",
     "grow",
     "join",
+    "pages",
     "past",
+    "quantized",
+    "ring",
     "sizes",
     "with_length",
 ]

@@ -21,7 +21,7 @@ def read(
 ) -> list[Part]:
     """The rows start <= r < stop of k (K, S, D) and v (K, S, Dv) that new tokens at `places` (T,) see, places counted in rows."""
     S = k.shape[-2]
-    first, each = _first_seen(places, window)
+    first, each = first_seen(places, window)
     (least_start, start_of_all), (stop_of_all, last_stop) = bounds(start, S), bounds(stop, S)
     begin, end = max(least_start, first), last_stop
     if begin >= end:
@@ -87,7 +87,7 @@ def _mapped(x: Tensor) -> tuple[int, ...]:
     return tuple(levels)
 
 
-def _first_seen(places: Tensor, window: int | None) -> tuple[int, Tensor | None]:
+def first_seen(places: Tensor, window: int | None) -> tuple[int, Tensor | None]:
     """The first row that any new token sees, 0 where that is not known; and of each token, or None where all see the same."""
     if window is None:
         return 0, None

@@ -42,6 +42,7 @@ cache = [
     pasts.rejected_rows_are_never_seen,
     pasts.entries_beyond_length_are_unobservable,
     pasts.each_row_under_vmap_commits_its_own_number,
+    pasts.any_program_reads_as_its_rows_and_changes_no_earlier_value,
 ]
 transform = [
     trees.keeps_paths,

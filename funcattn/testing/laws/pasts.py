@@ -88,6 +88,48 @@ def each_row_under_vmap_commits_its_own_number(kind: Any, size: int, key: Tensor
         agree(each_row_under_vmap_commits_its_own_number, what, got[n], run(n), ROUNDING, WHY)
 
 
+def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: int, key: Tensor) -> None:
+    """Extend, commit, fork and rewind in any order: each value reads as its rows committed at once, and stays as it was made.
+
+    A fork is using a value twice, rewinding is going on from an older one; so the program picks any value made so far. It commits
+    some of a new delta to it, by an int or under vmap, or into tensors that it copied and therefore owns, as `generate` does; or
+    it shortens it by its length, where the kind can.
+    """
+    law, T = any_program_reads_as_its_rows_and_changes_no_earlier_value, 3
+    values: list[tuple[Any, Delta, Any]] = []
+
+    def remember(past: Any, rows: Delta) -> None:
+        values.append((past, rows, tree.map(torch.clone, past)))
+
+    remember(_empty(kind, size), _delta(key, 0))
+    for step in range(6):
+        here = randomness.fold_in(key, 3 + step)
+        which, count, how = (int(x) for x in randomness.bits(here, (3,)))
+        past, rows, _ = values[which % len(values)]
+        delta, held = _delta(here, T), rows.k[0].shape[-2]
+        n = min(count % (T + 1), size - held)
+        if how % 4 == 0:
+            after = caches.commit(past, delta, n)
+        elif how % 4 == 1:
+            one = vmap(lambda n, past=past, delta=delta: caches.commit(past, delta, n))(torch.tensor([n, 0]))
+            after = tree.map(lambda x: x[0], one)
+        elif how % 4 == 2:
+            n, after = 0, _rewound(past, count % (held + 1))
+            rows = rows if after is past else _rows(rows, 0, count % (held + 1))
+        else:  # whoever continues a copy may write in place, and hands out every value on the way
+            middle = caches.commit_own(caches.grow(past, 0), _rows(delta, 0, n // 2), n // 2)
+            remember(middle, _joined(rows, _rows(delta, 0, n // 2)))
+            after = caches.commit_own(middle, _rows(delta, n // 2, n), n - n // 2)
+        remember(after, _joined(rows, _rows(delta, 0, n)))
+    for i, (past, rows, then) in enumerate(values):
+        n = rows.k[0].shape[-2]
+        wanted = observe(caches.commit(_empty(kind, size), rows))
+        agree(law, f"what is read of value {i}, which has {n} of {size} rows", observe(past), wanted, ROUNDING, WHY)
+        agree(
+            law, f"what is read of value {i} as it was made", observe(past), observe(then), 0, "nothing that counts is written over"
+        )
+
+
 def observe(past: Any, q: Tensor | None = None) -> Tensor:
     """What one query (H, 1, D) gets from every layer of a past, (L, H, 1, D); zeros where nothing is remembered."""
     q = _query() if q is None else q
@@ -110,6 +152,20 @@ def _delta(key: Tensor, T: int) -> Delta:
 
 def _rows(delta: Delta, start: int, stop: int) -> Delta:
     return Delta(*(tuple(x[..., start:stop, :] for x in side) for side in delta))
+
+
+def _rewound(past: Any, length: int) -> Any:
+    """The past at a shorter length, or itself where its kind cannot be shortened."""
+    own = past.own.length if isinstance(past, caches.Branch) else past.length
+    try:
+        return caches.with_length(past, torch.full_like(own, length))
+    except TypeError:
+        return past
+
+
+def _joined(a: Delta, b: Delta) -> Delta:
+    both = lambda x, y: tuple(torch.cat(pair, -2) for pair in zip(x, y, strict=True))
+    return Delta(both(a.k, b.k), both(a.v, b.v))
 
 
 def _row(T: int) -> Tensor:

@@ -1,0 +1,150 @@
+"""`Pages`: a past in blocks of equal size. A commit copies the blocks it writes in; all others are shared with the older value.
+
+So a fork is free, a step costs one block however long the past, and forks that go on hold the blocks they share once. A block that
+nothing was written in is one zero, expanded: room that is reserved takes no memory until it is used.
+
+Source: Kwon et al., Efficient memory management for large language model serving with PagedAttention, arXiv:2309.06180.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..kernels import Part
+from ..records import record
+from . import rows
+from .branching import Branch, _follow, rows_of
+from .protocol import Delta, _write, admit, broken, capacity, grow, past, sizes
+
+
+@record
+class Pages(NamedTuple):
+    """A past in n blocks of R rows: k and v are blocks (L, K, R, D) and (L, K, R, Dv); the first `length` rows of all count."""
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    length: Tensor  # int64 ()
+
+    @classmethod
+    def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Pages":
+        """Room for `size` tokens, rounded up to blocks of 64; see `pages` for another size of block."""
+        return pages().empty(layers, heads, size, head_size, dtype)
+
+
+@dataclass(frozen=True)
+class pages:  # a value that is called like a function: model.cache(size, kind=pages(block=16))
+    """A kind for `model.cache`: `Pages` in blocks of this many tokens. Small blocks share more; large blocks are fewer to read.
+
+    Example:
+        >>> import funcattn as fa
+        >>> cache = fa.decoder(fa.Config()).cache(100, kind=pages(block=16))
+        >>> len(cache.k), cache.k[0].shape, capacity(cache)
+        (7, torch.Size([2, 2, 16, 16]), 112)
+    """
+
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block, int) or self.block < 1:
+            _checks.fail("pages", "block", "a number of tokens, at least 1", self.block, "64 suits most models.")
+
+    def empty(self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> Pages:
+        """Room for `size` tokens, rounded up to whole blocks, on torch's default device."""
+        n = max(1, -(-size // self.block))
+        unwritten = torch.zeros((), dtype=dtype).expand(layers, heads, self.block, head_size)
+        return Pages((unwritten,) * n, (unwritten,) * n, torch.zeros((), dtype=torch.int64))
+
+
+@capacity.register
+def _(cache: Pages) -> int:
+    return len(cache.k) * _block(cache)
+
+
+@sizes.register
+def _(cache: Pages) -> tuple[int, int, int]:
+    return cache.k[0].shape[0], cache.k[0].shape[1], cache.k[0].shape[3]
+
+
+@broken.register
+def _(cache: Pages) -> Tensor:
+    return cache.length > capacity(cache)
+
+
+@past.register
+def _(cache: Pages, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+    R = _block(cache)
+    held = -(-rows.bounds(cache.length, capacity(cache))[1] // R)  # blocks that hold a row of some past
+    first = min(rows.first_seen(places, window)[0] // R, held)  # and that some new token sees
+    parts = []
+    for start, stop in rows.runs(cache.k[first:held]):
+        begin, end = first + start, first + stop
+        k, v = (_joined([x[layer] for x in side[begin:end]]) for side in (cache.k, cache.v))
+        parts += rows.read(k, v, places - begin * R, window, stop=cache.length - begin * R)
+    return parts
+
+
+@grow.register
+def _(cache: Pages, more: int) -> Pages:
+    R, length = _block(cache), _checks.integer(cache.length)
+
+    def grown(blocks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        n, unwritten = -(-more // R), blocks[0].new_zeros(()).expand(blocks[0].shape)
+        if length is None:
+            return blocks + (unwritten,) * n
+        at = length // R  # the block that is written next is a copy, and of those behind it nothing counts
+        copied = tuple(x.clone() for x in blocks[at : at + 1])
+        return blocks[:at] + copied + (unwritten,) * (len(blocks) - at - len(copied) + n)
+
+    return Pages(grown(cache.k), grown(cache.v), cache.length)
+
+
+@rows_of.register
+def _(cache: Pages) -> Delta:
+    whole = lambda blocks: tuple(torch.cat(blocks, -2).unbind(0))
+    return Delta(whole(cache.k), whole(cache.v))
+
+
+@_follow.register
+def _(cache: Pages, delta: Delta, size: int) -> Branch:
+    """Behind the past, in blocks of its own that begin at a block's first row: the last block of the past is not copied."""
+    L, K, D = sizes(cache)
+    room = lambda x: (x.new_zeros(()).expand(L, K, _block(cache), x.shape[-1]),) * max(1, -(-size // _block(cache)))
+    own = Pages(room(delta.k[0]), room(delta.v[0]), torch.zeros((), dtype=torch.int64, device=delta.k[0].device))
+    return Branch(cache, own)
+
+
+@_write.register
+def _(cache: Pages, delta: Delta, n: Any, donate: bool) -> Pages:
+    new = admit(cache, delta, n, (cache.k[0], cache.v[0]))
+    R, T = _block(cache), new.k.shape[-2]
+    k, v = list(cache.k), list(cache.v)
+    for i in _touched(cache, new.count if new.known else T):
+        for blocks, more in ((k, new.k), (v, new.v)):
+            at = new.before - i * R
+            own = donate and new.known and not (more.requires_grad or blocks[i].requires_grad)
+            if own and blocks[i].stride(-1):  # written before, so this loop made it: an unwritten block is one zero
+                lo, hi = max(at, 0), min(at + new.count, R)
+                blocks[i][..., lo:hi, :] = more[..., lo - at : hi - at, :]
+            else:
+                blocks[i] = rows.written(blocks[i], more, at, new.count)
+    return Pages(tuple(k), tuple(v), new.after)
+
+
+def _touched(cache: Pages, T: int) -> list[int]:
+    """The blocks that some row writes in when T tokens come; all of them where lengths cannot be looked at."""
+    R, n = _block(cache), len(cache.k)
+    lengths = _checks.peek(cache.length)
+    if lengths is None:
+        return list(range(n))
+    return sorted({i for at in set(lengths.flatten().tolist()) for i in range(at // R, min(-(-(at + T) // R), n))})
+
+
+def _joined(blocks: list[Tensor]) -> Tensor:
+    return torch.cat(blocks, -2) if len(blocks) > 1 else blocks[0]
+
+
+def _block(cache: Pages) -> int:
+    return cache.k[0].shape[-2]

@@ -1,0 +1,65 @@
+"""`Memory`: keys and values of another sequence, which a text attends to and never adds to: cross-attention, a learned prefix."""
+
+from typing import Any, NamedTuple, NoReturn
+
+from torch import Tensor
+
+from .. import _checks
+from ..kernels import Part
+from ..records import record
+from . import rows
+from .protocol import Delta, _write, broken, capacity, grow, past, sizes
+
+
+@record
+class Memory(NamedTuple):
+    """A past that is read and never written: k (L, K, S, D), v (L, K, S, Dv), of which the first `length` rows count.
+
+    Every new token sees all of it, whatever the window of its layer. `Branch(memory, own)` is a text that continues it: a prefix
+    that is learned, or a document that many texts share; its own positions begin at `length`.
+
+    Example:
+        >>> import funcattn as fa
+        >>> memory = Memory(*torch.zeros(2, 2, 2, 5, 16), torch.tensor(5))
+        >>> [part.k.shape for part in fa.caches.past(memory, 0, torch.arange(3))]
+        [torch.Size([2, 5, 16])]
+    """
+
+    k: Tensor
+    v: Tensor
+    length: Tensor  # int64 ()
+
+
+@capacity.register
+def _(cache: Memory) -> int:
+    return cache.k.shape[-2]
+
+
+@sizes.register
+def _(cache: Memory) -> tuple[int, int, int]:
+    return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
+
+
+@broken.register
+def _(cache: Memory) -> Tensor:
+    return cache.length > capacity(cache)
+
+
+@past.register
+def _(cache: Memory, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+    return rows.read(cache.k[layer], cache.v[layer], places, None, stop=cache.length)
+
+
+@grow.register
+def _(cache: Memory, more: int) -> NoReturn:
+    _refuse("grow")
+
+
+@_write.register
+def _(cache: Memory, delta: Delta, n: Any, donate: bool) -> NoReturn:
+    _refuse("commit")
+
+
+def _refuse(verb: str) -> NoReturn:
+    remedy = "Write behind it: Branch(memory, model.cache(size))."
+    _checks.fail(verb, "cache", "a past that can be written", "a Memory, which is read only", remedy, TypeError)

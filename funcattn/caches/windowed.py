@@ -1,0 +1,165 @@
+"""`Ring`: the last tokens of a text, and its first few. Memory and the cost of a step stay the same however long the text.
+
+    sinks | ... forgotten ... | kept: R rows | tail: up to C rows, growing
+
+New rows go to a small tail. When it is full, the last R rows of both become what is kept, and an empty tail begins: so no row
+moves until it must, rows stay in order, a commit copies the tail alone, and no older value is ever written over. Positions are
+absolute: row r of the tail stands at `start + r`, row r of what is kept at `start - R + r`.
+
+Source: Beltagy et al., Longformer, arXiv:2004.05150 (sliding window); Xiao et al., Efficient streaming language models with
+attention sinks, arXiv:2309.17453 (sinks).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..kernels import Part
+from ..masks import END
+from ..records import record
+from . import rows
+from .branching import _follow
+from .protocol import Delta, _write, admit, broken, capacity, grow, past, sizes, with_length
+
+
+@record
+class Ring(NamedTuple):
+    """A past of a window: each token sees the R tokens before it, and the first A tokens of all.
+
+    Rewinding is keeping the older value, which is never written over; by a length it cannot be rewound (`with_length` raises).
+    """
+
+    sinks_k: Tensor  # (L, K, A, D)
+    sinks_v: Tensor
+    k: Tensor  # (L, K, R, D)
+    v: Tensor
+    tail_k: Tensor  # (L, K, C, D)
+    tail_v: Tensor
+    start: Tensor  # int64 (), the position of the first row of the tail
+    length: Tensor  # int64 (), how many tokens there were
+
+    @classmethod
+    def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Ring":
+        """A window that holds `size` tokens beside the one that looks; see `ring` for windows and sinks by name."""
+        return ring(window=size + 1).empty(layers, heads, size, head_size, dtype)
+
+
+@dataclass(frozen=True)
+class ring:  # a value that is called like a function: model.cache(size, kind=ring(window=128))
+    """A kind for `model.cache`: a `Ring` in which a token sees itself, the `window - 1` before it, and the first `sinks`.
+
+    For a model whose layers all have a window no longer than this it is exact, else an approximation that its user chooses.
+    The size that `model.cache` is given has no effect: a ring is never full.
+
+    Example:
+        >>> import funcattn as fa
+        >>> cache = fa.decoder(fa.Config()).cache(0, kind=ring(window=128, sinks=4))
+        >>> cache.k.shape[-2], cache.sinks_k.shape[-2]
+        (127, 4)
+    """
+
+    window: int
+    sinks: int = 0
+    tail: int = 64  # C, rows that are appended before the window moves on: more is fewer moves, and dearer commits
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("sinks", 0), ("tail", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                _checks.fail("ring", name, f"a number of tokens, at least {least}", getattr(self, name), "Count in tokens.")
+
+    def empty(self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> Ring:
+        """An empty ring on torch's default device; `size` has no effect."""
+        zeros = lambda n: torch.zeros(layers, heads, n, head_size, dtype=dtype)
+        rows = [zeros(n) for n in (self.sinks, self.window - 1, self.tail) for _ in "kv"]
+        return Ring(*[*rows, *torch.zeros(2, dtype=torch.int64).unbind()])
+
+
+@capacity.register
+def _(cache: Ring) -> int:
+    return END  # a ring is never full
+
+
+@sizes.register
+def _(cache: Ring) -> tuple[int, int, int]:
+    return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
+
+
+@broken.register
+def _(cache: Ring) -> Tensor:
+    return cache.length > END
+
+
+@past.register
+def _(cache: Ring, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+    A, R = cache.sinks_k.shape[-2], cache.k.shape[-2]
+    start, length = (x if known is None else known for x, known in ((x, _checks.integer(x)) for x in (cache.start, cache.length)))
+    nearest = R + 1 if window is None else min(window, R + 1)
+    parts = rows.read(cache.sinks_k[layer], cache.sinks_v[layer], places, None, stop=length) if A else []
+    for k, v, first, end in ((cache.k, cache.v, start - R, R), (cache.tail_k, cache.tail_v, start, length - start)):
+        begin = A - first  # sinks are read above, and before the text began there is nothing
+        parts += rows.read(k[layer], v[layer], places - first, nearest, start=begin, stop=end)
+    return parts
+
+
+@grow.register
+def _(cache: Ring, more: int) -> Ring:
+    return cache._replace(tail_k=cache.tail_k.clone(), tail_v=cache.tail_v.clone())
+
+
+@_follow.register
+def _(cache: Ring, delta: Delta, size: int) -> Ring:
+    return grow(cache, size)  # itself: what is shared is never written, and memory stays what it was
+
+
+@with_length.register
+def _(cache: Ring, length: Tensor) -> NoReturn:
+    remedy = "A ring forgets what leaves its window. Keep the older value, or commit fewer tokens: commit(cache, delta, n)."
+    _checks.fail("with_length", "cache", "a past that keeps all its rows", "a Ring", remedy, TypeError)
+
+
+@_write.register
+def _(cache: Ring, delta: Delta, n: Any, donate: bool) -> Ring:
+    new = admit(cache, delta, n, (cache.k, cache.v))
+    A, R, C = (x.shape[-2] for x in (cache.sinks_k, cache.k, cache.tail_k))
+    start = _checks.integer(cache.start) if new.known else None
+    if start is None:
+        return _write_masked(cache, new, A, R, C)
+    held = new.before - start  # rows of the tail that count
+    sinks = [rows.written(x, y, new.before, new.count) for x, y in ((cache.sinks_k, new.k), (cache.sinks_v, new.v))]
+    kept, tails = [cache.k, cache.v], [cache.tail_k, cache.tail_v]
+    if held + new.count > C:
+        together = lambda x, tail, y: torch.cat([x, tail[..., :held, :], y[..., : new.count, :]], -2)
+        kept = [together(*three) for three in zip(kept, tails, (new.k, new.v), strict=True)]
+        kept = [x[..., x.shape[-2] - R :, :].clone() for x in kept]  # not a view, which would hold all of it
+        tails = [torch.zeros_like(x) for x in tails]
+        return Ring(*[*sinks, *kept, *tails, new.after.clone(), new.after])
+    if donate and not any(x.requires_grad for x in (new.k, new.v, *tails)):
+        for tail, more in zip(tails, (new.k, new.v), strict=True):
+            tail[..., held : held + new.count, :] = more[..., : new.count, :]
+    else:
+        tails = [rows.written(tail, more, held, new.count) for tail, more in zip(tails, (new.k, new.v), strict=True)]
+    return Ring(*[*sinks, *kept, *tails, cache.start, new.after])
+
+
+def _write_masked(cache: Ring, new: Any, A: int, R: int, C: int) -> Ring:
+    """The same where numbers cannot be looked at: each row under vmap moves on when its own tail is full."""
+    T, device = new.k.shape[-2], new.k.device
+    n = new.count
+    held = (new.before - cache.start).clamp(0, C)
+    full = held + n > C
+    some_full = _checks.peek(full)
+    sinks = [rows.written(x, y, new.before, n) for x, y in ((cache.sinks_k, new.k), (cache.sinks_v, new.v))]
+    put = lambda tail, more: rows.written(tail, more, held, torch.where(full, 0, n))
+    tails = [put(tail, more) for tail, more in ((cache.tail_k, new.k), (cache.tail_v, new.v))]
+    kept, start = [cache.k, cache.v], cache.start
+    if some_full is None or bool(some_full.any()):
+        last = held + n + torch.arange(R, device=device)  # the last R rows of what is kept, R, then the tail, held, then n new ones
+        source = torch.where(last < R + held, last, last - held + C).clamp(max=R + C + T - 1)
+        gather = lambda x, tail, more: torch.cat([x, tail, more], -2).index_select(-2, source)
+        old = [(cache.k, cache.tail_k, new.k), (cache.v, cache.tail_v, new.v)]
+        kept = [torch.where(full, gather(*three), three[0]) for three in old]
+        start = torch.where(full, new.before + n, cache.start)
+    return Ring(*[*sinks, *kept, *tails, start, new.after])
