@@ -1,7 +1,7 @@
 """Text, one token after another: prefill in chunks, then draw, extend, commit.
 
 `generate` is a pure function of one sequence; `vmap` over keys, prompts or pasts makes batches and futures. It never writes into
-the past it was given: what it generates goes to a tail of its own behind it, so 32 futures of one past store that past once.
+the past it was given: what it generates goes where nothing is shared (`caches.follow`), so 32 futures of one past store it once.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -46,7 +46,8 @@ def generate(
     Returns:
         tokens: int64 (steps,).
         cache: a past that holds the prompt and all new tokens but the last (which the model has not read yet): a `Cache` where
-            none was given, else a `Branch` behind the given one. `caches.grow` makes room for more, `caches.join` makes it dense.
+            none was given, else what `caches.follow` makes of the given one: a `Branch` behind it, or a longer `Ring` or
+            `QuantizedCache`. `caches.grow` makes room for more, `caches.join` makes a branch one past again.
 
     Raises:
         ValueError: an empty prompt, a prompt longer than the cache, a prompt_length outside the prompt, negative steps,
@@ -66,20 +67,12 @@ def generate(
     _check("generate", prompt, cache, steps, chunk, stop)
     _check_length(prompt, prompt_length)
     start = _prefill(model, params, prompt, cache, steps, prompt_length, chunk)
-    tokens, done = [], torch.zeros((), dtype=torch.bool, device=prompt.device)
-    committed = torch.zeros_like(prompt[0])
-    after = start.cache
-    for drawn in _draws(key, model, params, start, steps, sampler):
-        token = torch.where(done, tokens[-1], drawn.token) if tokens else drawn.token
-        committed = committed + (~done & (len(tokens) > 0)).to(committed.dtype)  # this step has read the token before
-        tokens.append(token)
+    tokens, after = [], start.cache
+    for drawn in _draws(key, model, params, start, steps, sampler, stop):
+        tokens.append(drawn.token)
         after = drawn.cache
-        for end in stop:
-            done = done | (token == end)
-        if stop and _all_done(done):
+        if stop and _all_done(drawn.done):
             break
-    if stop:  # rows that ended read on in step with the others; what they remember of it is cut off here
-        after = caches.with_length(after, start.own_length + committed)
     tokens = tokens + tokens[-1:] * (steps - len(tokens))
     return torch.stack(tokens) if tokens else prompt[:0], after
 
@@ -195,12 +188,12 @@ def _overlap(text: str, stop: str) -> int:
 class _Start(NamedTuple):
     logits: Tensor  # (V,), after the last token of the prompt
     cache: Any
-    own_length: Tensor  # of the tail that grows, after the prompt
 
 
 class _Drawn(NamedTuple):
     token: Tensor
     cache: Any  # holds everything before this token
+    done: Tensor  # bool (): this token ends the text, or it had ended before
 
 
 def _prefill(model: Model, params: Any, prompt: Tensor, cache: Any, steps: int, prompt_length: Tensor | None, chunk: int) -> _Start:
@@ -220,12 +213,15 @@ def _prefill(model: Model, params: Any, prompt: Tensor, cache: Any, steps: int, 
             here = x.index_select(0, (prompt_length - begin - 1).clamp(0, len(piece) - 1).reshape(1))[0]
             last = here if last is None else torch.where(prompt_length > begin, here, last)
         tail = _commit(tail, delta, n)
-    return _Start(model.logits(params, last), tail, tail.own.length if isinstance(tail, caches.Branch) else tail.length)
+    return _Start(model.logits(params, last), tail)
 
 
-def _draws(key: Tensor, model: Model, params: Any, start: _Start, steps: int, sampler: Sampler) -> Iterator[_Drawn]:
-    """One token a step; the model reads a token only when another is asked for."""
+def _draws(
+    key: Tensor, model: Model, params: Any, start: _Start, steps: int, sampler: Sampler, stop: Sequence[int] = ()
+) -> Iterator[_Drawn]:
+    """One token a step; the model reads a token only when another is asked for. After a stop id, that id again and again."""
     logits, cache = start.logits, start.cache
+    last, done = None, torch.zeros((), dtype=torch.bool, device=logits.device)
     state = sampler.init(logits.shape[-1])
     keys = randomness.split(key, max(steps, 1))
     for i in range(steps):
@@ -233,16 +229,25 @@ def _draws(key: Tensor, model: Model, params: Any, start: _Start, steps: int, sa
             remedy = "Look for NaN in params and in the past; a past that overflowed inside a transform gives NaN too."
             _checks.fail("generate", f"the logits of step {i}", "numbers", "NaN", remedy)
         token, state = sampling.draw(keys[i], sampler, logits, state)
-        yield _Drawn(token, cache)
+        last = token = token if last is None else torch.where(done, last, token)
+        for end in stop:
+            done = done | (token == end)
+        yield _Drawn(token, cache, done)
         if i + 1 < steps:
             x, delta = model.hidden(params, token.unsqueeze(0), cache)
-            cache = _commit(cache, delta, 1)
+            cache = _commit(cache, delta, (~done).long() if stop and not _none_done(done) else 1)
             logits = model.logits(params, x[-1])
 
 
 def _commit(tail: Any, delta: Any, n: Any) -> Any:
     """Commit into the tail, which is ours: in place where no transform could see it."""
     return caches.commit(tail, delta, n) if transforming() or torch.compiler.is_compiling() else caches.commit_own(tail, delta, n)
+
+
+def _none_done(done: Tensor) -> bool:
+    """True where no row has ended. One that has reads on in step with the others, and remembers nothing of it."""
+    known = _checks.peek(done)
+    return known is not None and not bool(known.any())
 
 
 def _all_done(done: Tensor) -> bool:

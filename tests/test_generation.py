@@ -521,3 +521,58 @@ def test_ragged_lengths_are_checked_in_every_row():
     f = lambda length: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, steps=2, prompt_length=length)[0]
     with pytest.raises(ValueError, match="prompt_length should be between 1 and the 5 tokens"):
         vmap(f)(torch.tensor([5, 6]))
+
+
+KINDS = {
+    "pages": caches.pages(block=3),
+    "ring that holds all": caches.ring(window=40, sinks=2, tail=3),
+    "ring": caches.ring(window=5, sinks=1, tail=2),
+    "int8": caches.quantized(bits=8, block=3, recent=2),
+    "int4": caches.quantized(bits=4, block=2, recent=0),
+}
+EXACT = {"pages", "ring that holds all"}
+
+
+def by_hand(past, prompt, steps):
+    """Greedy tokens by apply alone, in a past with room for them."""
+    logits, past = MODEL.apply(PARAMS, prompt, caches.grow(past, 40))
+    tokens = []
+    for _ in range(steps):
+        tokens.append(logits[-1].argmax())
+        logits, past = MODEL.apply(PARAMS, tokens[-1].reshape(1), past)
+    return torch.stack(tokens)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_past_is_continued_and_left_as_it_was(name):
+    prompt, key = torch.tensor([7, 8, 9, 3, 1, 4]), fa.key(0)
+    _, past = MODEL.apply(PARAMS, prompt, MODEL.cache(20, kind=KINDS[name], dtype=torch.float64))
+    before = optree.tree_map(torch.clone, past)
+    more = torch.tensor([2, 7])
+    tokens, after = fa.generate(key, MODEL, PARAMS, more, past, steps=9)
+    assert torch.equal(tokens, by_hand(past, more, 9))
+    if name in EXACT:
+        assert torch.equal(tokens, fa.generate(key, MODEL, PARAMS, torch.cat([prompt, more]), steps=9)[0])
+    assert int(after.length) == 6 + 2 + 8
+    for now, then in zip(optree.tree_leaves(past), optree.tree_leaves(before), strict=True):
+        assert torch.equal(now, then)
+    again, _ = fa.generate(key, MODEL, PARAMS, tokens[-1:], after, steps=4)  # and what came out goes on
+    assert torch.equal(again, by_hand(after, tokens[-1:], 4))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_of_every_kind_end_at_their_own_stop(name):
+    _, past = MODEL.apply(PARAMS, torch.tensor([7, 8, 9, 3]), MODEL.cache(9, kind=KINDS[name], dtype=torch.float64))
+    go_on = lambda key, first: fa.generate(key, MODEL, PARAMS, first.reshape(1), past, steps=12, sampler=WARM, stop=(1, 5, 6))
+    keys, firsts = fa.split(fa.key(3), 5), torch.tensor([0, 2, 4, 7, 8])
+    tokens, after = vmap(go_on)(keys, firsts)
+    lengths = []
+    for i in range(5):
+        alone, own = go_on(keys[i], firsts[i])
+        assert torch.equal(tokens[i], alone)
+        row = optree.tree_map(lambda leaf, i=i: leaf[i], after)
+        lengths.append(int(row.length))
+        assert lengths[-1] == int(own.length)
+        wanted = MODEL.extend(PARAMS, torch.tensor([3]), own)[0]
+        torch.testing.assert_close(MODEL.extend(PARAMS, torch.tensor([3]), row)[0], wanted)
+    assert len(set(lengths)) > 1
