@@ -227,7 +227,8 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
 def _check_constant(cache: QuantizedCache, new: Admitted) -> None:
     if any(differentiated(x) for x in (new.k, new.v, cache.tail_k, cache.tail_v)):
         remedy = "Use a dense Cache while differentiating, or a larger `recent`: rows of the tail keep their derivatives."
-        _checks.fail("commit", "delta", "rows that nobody differentiates where they are coded", "rows with a derivative", remedy)
+        wanted = "rows that nobody differentiates where they are coded"
+        _checks.fail("commit", "delta", wanted, "rows with a derivative", remedy, TypeError)
 
 
 def _coded_blocks(cache: QuantizedCache, length: Any) -> Any:
