@@ -15,9 +15,9 @@ Every piece of a language model as a pure function of values, so that torch.func
     interop                other people's modules, closed
 """
 
-from . import caches, families, interop, kernels, layers, masks, records, sampling, transformer, tree
+from . import caches, families, interop, kernels, layers, masks, records, sampling, serving, transformer, tree
 from . import randomness as random
-from .caches import Branch, Cache, Delta, commit
+from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
 from .checkpoints import Loaded, load, save
 from .generation import Streamed, generate, stream
 from .kernels import attend, attention, attention_weights, explain, merge
@@ -38,6 +38,7 @@ __all__ = [
     "random",
     "records",
     "sampling",
+    "serving",
     "transformer",
     "tree",
     "Attended",
@@ -47,8 +48,12 @@ __all__ = [
     "Delta",
     "Loaded",
     "Mask",
+    "Memory",
     "Model",
+    "Pages",
     "Params",
+    "QuantizedCache",
+    "Ring",
     "Streamed",
     "attend",
     "attention",

@@ -29,7 +29,7 @@ FLOORS = [
     {"layers"},
     {"caches", "sampling", "quantization"},
     {"transformer", "lora"},
-    {"families", "sharding", "compilation", "generation"},
+    {"families", "sharding", "compilation", "generation", "serving"},
     {"speculation", "drafters", "search", "checkpoints", "training", "evaluation", "interop"},
     {"__init__"},  # the face: a map of all below
     {"cli", "__main__"},
