@@ -10,6 +10,7 @@ Every piece of a language model as a pure function of values, so that torch.func
     layers                 linear, norms, rope, gates                       3
     caches, sampling       the past as a value; transforms of logits        4
     transformer            Config, Params, decoder                          5
+    compilation            compile: decoding at the speed of memory
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
     interop                other people's modules, closed
@@ -19,6 +20,7 @@ from . import caches, families, interop, kernels, layers, masks, records, sampli
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
 from .checkpoints import Loaded, load, save
+from .compilation import compile
 from .generation import Streamed, generate, stream
 from .kernels import attend, attention, attention_weights, explain, merge
 from .masks import Mask
@@ -38,6 +40,7 @@ __all__ = [
     "random",
     "records",
     "sampling",
+    "taps",
     "serving",
     "transformer",
     "tree",
@@ -60,6 +63,7 @@ __all__ = [
     "attention_weights",
     "cast",
     "commit",
+    "compile",
     "decoder",
     "explain",
     "fold_in",

@@ -204,7 +204,7 @@ def _prefill(model: Model, params: Any, prompt: Tensor, cache: Any, steps: int, 
         piece = prompt[begin : begin + chunk]
         x, delta = model.hidden(params, piece, tail)
         if begin == 0:
-            tail = caches.follow(cache, delta, T + steps)
+            tail = caches.follow(cache, delta, T + steps if transforming() else caches.bucket(T + steps))
         n: Any = len(piece)
         if prompt_length is None:
             last = x[-1]

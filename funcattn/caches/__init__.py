@@ -20,11 +20,27 @@ from .branching import Branch, follow, join
 from .coded import Coded, QuantizedCache, quantized
 from .dense import Cache
 from .paged import Pages, pages
-from .protocol import OVERFLOWED, Delta, _write, broken, capacity, check_whole, commit, commit_own, grow, past, sizes, with_length
+from .protocol import (
+    DONATED,
+    OVERFLOWED,
+    Delta,
+    _write,
+    broken,
+    capacity,
+    check_whole,
+    commit,
+    commit_own,
+    grow,
+    past,
+    sizes,
+    with_length,
+)
 from .readonly import Memory
+from .rows import bucket
 from .windowed import Ring, ring
 
 __all__ = [
+    "DONATED",
     "OVERFLOWED",
     "Branch",
     "Cache",
@@ -36,6 +52,7 @@ __all__ = [
     "Ring",
     "_write",
     "broken",
+    "bucket",
     "capacity",
     "check_whole",
     "commit",

@@ -15,6 +15,7 @@ from ..kernels import Part
 from ..records import record
 
 OVERFLOWED = 2**60  # a length that no capacity reaches, however a past grows; the sum of two still fits an int64
+DONATED = 2**62  # the length of a past that was given away: whoever holds it, or a fork of it, holds nothing
 
 
 @record
@@ -137,6 +138,9 @@ def check_whole(function: str, cache: Any) -> None:
     """Fail where the past is known to have lost tokens: a commit inside a transform did not fit."""
     lost = _checks.value(broken(cache))
     if lost is not None and bool(lost):
+        if not 0 <= int(cache.length) < DONATED:
+            got, remedy = "one that was donated to fa.compile(model).step", "Go on with the past that it returned, or use apply."
+            _checks.fail(function, "cache", "a past that its owner still has", got, remedy)
         remedy = "Begin it again with model.cache(size) for a larger size."
         _checks.fail(function, "cache", "a past that every commit fitted into", "one that overflowed inside a transform", remedy)
 

@@ -15,6 +15,20 @@ from .. import _checks
 from ..kernels import Part
 from ..masks import Mask
 
+SHORTEST = 128  # rows of the smallest bucket
+
+
+def bucket(rows: int) -> int:
+    """The power of two, 128 or more, that holds so many rows: compiled code serves all lengths of a bucket.
+
+    A past that a loop makes for itself has a bucket's rows; of those that are never written, memory has no page.
+
+    Example:
+        >>> [bucket(n) for n in (0, 100, 128, 129)]
+        [128, 128, 128, 256]
+    """
+    return max(SHORTEST, 1 << max(rows - 1, 0).bit_length())
+
 
 def read(
     k: Tensor, v: Tensor, places: Tensor, window: int | None, *, start: int | Tensor = 0, stop: int | Tensor = 2**62

@@ -8,7 +8,24 @@ model      decoder(config) -> Model
 
 from .blocks import Block, block
 from .config import Config, Kind
-from .model import decoder
+from .model import Parts, begin, decoder, finish, locate, parts_of, predict, share
 from .weights import Layer, Params, initialize, shapes
 
-__all__ = ["Block", "Config", "Kind", "Layer", "Params", "block", "decoder", "initialize", "shapes"]
+__all__ = [
+    "Block",
+    "Config",
+    "Kind",
+    "Layer",
+    "Params",
+    "Parts",
+    "begin",
+    "block",
+    "decoder",
+    "finish",
+    "initialize",
+    "locate",
+    "parts_of",
+    "predict",
+    "shapes",
+    "share",
+]

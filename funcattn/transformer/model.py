@@ -8,7 +8,9 @@ Written for one sequence. Many sequences, a ragged batch, a forest of futures or
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -73,20 +75,10 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     def hidden(
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
-        _check_tokens(tokens, config, has_past=not is_absent(cache))
-        if not is_absent(cache):
-            _check_past(cache, config)
+        places = locate(config, tokens, cache, positions)
         _check_mask(mask, tokens.shape[-1])
-        before = 0 if is_absent(cache) else cache.length
-        places = torch.arange(tokens.shape[-1], device=tokens.device) + before if positions is None else positions
-        _check_places(places, config)
-        x = layers.embed(params.embedding, tokens)
-        if config.embedding_scale != 1.0:
-            x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded as its authors do
-        if config.positions == "learned":
-            x = x + layers.embed(params.positions, places)
-        x = taps.tap("embedding", x)
-        shared = {kind: _shared(config, kind, places, mask, x.dtype, positions is None) for kind in kinds}
+        x = taps.tap("embedding", begin(config, params, tokens, places))
+        shared = {kind: share(config, kind, places, mask, x.dtype, positions is None) for kind in kinds}
         keys, values = [], []
         for i, (weights, kind) in enumerate(zip(params.layers, all_kinds, strict=True)):
             past = () if is_absent(cache) else tuple(caches.past(cache, i, places, kind.window))
@@ -94,19 +86,13 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
             x, k, v = (rematerialization.remat(layer) if remat and not taps.heard() else layer)(weights, x, shared[kind], past)
             keys.append(k)
             values.append(v)
-        if config.norm == "rms":
-            x = layers.rms_norm(x, params.norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-        else:
-            x = layers.layer_norm(x, params.norm, params.norm_bias, epsilon=config.norm_epsilon)
+        x = finish(config, params, x)
         if not is_absent(cache) and _checks.value(cache.length) is None:
             x = torch.where(caches.broken(cache), float("nan"), x)
         return taps.tap("output", x), Delta(tuple(keys), tuple(values))
 
     def logits(params: Params, hidden: Tensor) -> Tensor:
-        out = layers.linear(params.embedding if is_absent(params.head) else params.head, hidden)
-        if config.logit_scale != 1.0:
-            out = out * config.logit_scale
-        return out if config.logit_cap is None else kernels.soft_cap(out, config.logit_cap)
+        return predict(config, params.embedding if is_absent(params.head) else params.head, hidden)
 
     def extend(
         params: Params, tokens: Tensor, cache: Any, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
@@ -121,11 +107,71 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
             proposed = torch.where(caches.broken(after), float("nan"), proposed)
         return proposed, after
 
-    return Model(init, cache, hidden, logits, extend, apply)
+    made = Model(init, cache, hidden, logits, extend, apply)
+    _made[hidden] = Parts(config, kernel, remat)
+    return made
 
 
-def _shared(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None, dtype: torch.dtype, in_order: bool) -> Block:
-    """The rotation and the mask of all layers of a kind."""
+class Parts(NamedTuple):
+    """What a decoder was made of."""
+
+    config: Config
+    kernel: str | None
+    remat: bool
+
+
+_made: WeakKeyDictionary[Callable[..., Any], Parts] = WeakKeyDictionary()
+
+
+def parts_of(model: Model) -> Parts | None:
+    """What a Model was made of by `decoder`, for those who build another of the same parts; None where it was made otherwise."""
+    return _made.get(model.hidden)
+
+
+def locate(config: Config, tokens: Tensor, cache: Any, positions: Tensor | None = None) -> Tensor:
+    """The positions of new tokens, which go on from the past unless they are given; tokens, past and positions are checked."""
+    _check_tokens(tokens, config, has_past=not is_absent(cache))
+    if not is_absent(cache):
+        _check_past(cache, config)
+    before = 0 if is_absent(cache) else cache.length
+    places = torch.arange(tokens.shape[-1], device=tokens.device) + before if positions is None else positions
+    _check_places(places, config)
+    return places
+
+
+def begin(config: Config, params: Params, tokens: Tensor, places: Tensor) -> Tensor:
+    """The residual (*lead, T, E) before the first layer."""
+    x = layers.embed(params.embedding, tokens)
+    if config.embedding_scale != 1.0:
+        x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded as its authors do
+    return x + layers.embed(params.positions, places) if config.positions == "learned" else x
+
+
+def finish(config: Config, params: Params, x: Tensor) -> Tensor:
+    """The residual after the last layer, normalized."""
+    if config.norm == "rms":
+        return layers.rms_norm(x, params.norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    return layers.layer_norm(x, params.norm, params.norm_bias, epsilon=config.norm_epsilon)
+
+
+def predict(config: Config, head: Any, hidden: Tensor) -> Tensor:
+    """Logits (*lead, V), by the weight of the head (or of the embedding, where it serves)."""
+    out = layers.linear(head, hidden)
+    if config.logit_scale != 1.0:
+        out = out * config.logit_scale
+    return out if config.logit_cap is None else kernels.soft_cap(out, config.logit_cap)
+
+
+def share(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None, dtype: torch.dtype, in_order: bool) -> Block:
+    """The rotation and the mask that all layers of a kind share.
+
+    Args:
+        config, kind: what they compute.
+        places: int64 (*lead, T), the position of each new token.
+        mask: which new tokens each sees; None is causal.
+        dtype: of activations.
+        in_order: whether the new tokens stand one behind the other, as they do unless positions were given.
+    """
     T = places.shape[-1]
     rotation: Rotation | tuple[()] = ()
     if kind.rotary:

@@ -1,0 +1,303 @@
+"""Compiled models: the same pure functions, where decoding runs at the speed of memory.
+
+    model = fa.compile(fa.decoder(config))          generate, stream and speculate take it as they take any model
+
+A layer is one pure function applied to L different trees, so what is compiled is a few layers as one function, called again and
+again with other weights: a cold start costs what a few layers cost, and the code is small. Three things make it fast:
+
+- The past is read as the rows below a power of two, not as a whole: one graph serves all lengths of a bucket, and a step costs what
+  is remembered. A step returns what it would add, and writes nothing; the loop that owns the past writes those few rows in place.
+- A matrix times one vector is written out as products and sums, which the compiler turns into loops over the rows of the matrix.
+  They read memory as fast as the machine can, faster than the library routine. They want matrices stored by rows; `fa.load` stores
+  by columns, which is what the routine wants. So each matrix is stored by rows once, when it is first seen, and kept while the
+  caller keeps his own.
+- Everything else of a layer is fused around them.
+
+Under torch.func the compiled model is the model it was made of, run as it is: every transform works and is exact. So is a call that
+compiled code has no gain for: a long prompt (its matrix products are the cost, and they are the same), a mask of one's own, a past
+of a kind that is not dense.
+
+Source: Ansel et al., PyTorch 2, ASPLOS 2024.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from . import _checks, caches, taps, transformer, tree
+from ._autodiff import transforming
+from .caches import Branch, Cache, Delta
+from .kernels import Part
+from .masks import Mask
+from .records import ABSENT, Model, is_absent
+from .transformer import Config, Kind, Layer, Params
+
+FEW = 16  # new tokens, at most, of a step that is compiled; beyond, matrix products are the cost, and they are the library's
+DEEPEST = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
+
+
+_number = itertools.count()  # of the compiled functions of this process
+
+
+class Compiled(Model):
+    """A Model whose decoding is compiled, and `step`, which is `apply` that takes the past away from its caller.
+
+    step(params, tokens, cache) -> (logits, cache): writes into the tensors of the given past, copying nothing. The given value,
+    and every fork that shares its tensors, is gone: using one is an error.
+    """
+
+    step: Callable[[Params, Tensor, Any], tuple[Tensor, Any]]
+
+
+class Rows(NamedTuple):
+    """A past of some layers as compiled code reads it: the rows of a bucket, how many count, and the position of the first."""
+
+    k: Tensor  # (layers, K, S, D)
+    v: Tensor
+    length: Tensor  # int64 ()
+    offset: Tensor  # int64 ()
+
+    def of(self, layers: slice) -> "Rows":
+        """That of some of the layers."""
+        return Rows(self.k[layers], self.v[layers], self.length, self.offset)
+
+
+def compile(model: Model, *, depth: int | None = None, backend: str = "inductor") -> Compiled:
+    """The same functions, with decoding compiled.
+
+    The first step of each form (a number of new tokens, a bucket of lengths) waits for the compiler, some ten seconds with a C++
+    compiler at hand; a second process finds its code in the cache of torch.
+
+    Args:
+        model: from `fa.decoder`.
+        depth: layers of one compiled function; None takes the largest divisor of their number up to 5 (of one kind of sequence).
+        backend: of torch.compile.
+
+    Raises:
+        TypeError: not a model of `fa.decoder`.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.compile(fa.decoder(fa.Config()), backend="eager")
+        >>> params = model.init(fa.key(0))
+        >>> fa.generate(fa.key(1), model, params, torch.tensor([1, 2, 3]), steps=4)[0].shape
+        torch.Size([4])
+
+    Law: every function equals that of the model it was made of, under every transform (test_compilation.py).
+    """
+    parts = transformer.parts_of(model) if isinstance(model, Model) else None
+    if parts is None:
+        remedy = "Make it with fa.decoder(config); torch.compile takes any other function."
+        _checks.fail("compile", "model", "from fa.decoder", f"a {type(model).__name__}", remedy, TypeError)
+    config = parts.config
+    stack = _Stack(config, parts.kernel, _depth(config, depth), backend)
+
+    def hidden(
+        params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Delta]:
+        if mask is not None or positions is not None or not _is_plain_step(params, tokens, cache):
+            return model.hidden(params, tokens, cache, mask=mask, positions=positions)
+        return stack.hidden(params, tokens, cache)
+
+    def logits(params: Params, hidden: Tensor) -> Tensor:
+        if hidden.dim() > 1 or not _is_plain(params, hidden):
+            return model.logits(params, hidden)
+        return stack.logits(params, hidden)
+
+    def extend(
+        params: Params, tokens: Tensor, cache: Any, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Delta]:
+        x, delta = hidden(params, tokens, cache, mask=mask, positions=positions)
+        return logits(params, x) if len(x) > 1 else logits(params, x[0])[None], delta
+
+    def apply(params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        if not _is_plain_step(params, tokens, cache):
+            return model.apply(params, tokens, cache)
+        proposed, delta = extend(params, tokens, cache)
+        return proposed, caches.commit(cache, delta)
+
+    def step(params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        _check_step(cache)
+        proposed, delta = extend(params, tokens, cache)
+        after = caches.commit_own(cache, delta, tokens.shape[-1])
+        given = cache.own.length if isinstance(cache, Branch) else cache.length
+        given.fill_(caches.DONATED)
+        return proposed, after
+
+    made = Compiled(model.init, model.cache, hidden, logits, extend, apply)
+    made.step = step
+    return made
+
+
+def _is_plain(params: Any, x: Tensor) -> bool:
+    """Nobody differentiates, maps, traces or listens."""
+    if transforming() or torch.compiler.is_compiling() or taps.heard():
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in tree.leaves(params))))
+
+
+def _is_plain_step(params: Any, tokens: Tensor, cache: Any) -> bool:
+    """A few tokens behind a dense past."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 1 or not 0 < len(tokens) <= FEW:
+        return False
+    return _is_dense(cache) and _is_plain(params, cache.own.k if isinstance(cache, Branch) else cache.k)
+
+
+def _is_dense(cache: Any) -> bool:
+    return isinstance(cache, Cache) or (isinstance(cache, Branch) and _is_dense(cache.prefix) and _is_dense(cache.own))
+
+
+def _check_step(cache: Any) -> None:
+    if not _is_dense(cache):
+        remedy = "Use apply, which takes every kind of past, and no cache away."
+        _checks.fail("step", "cache", "a Cache, or a Branch of such", f"a {type(cache).__name__}", remedy, TypeError)
+    if transforming() or torch.compiler.is_compiling():
+        _checks.fail("step", "the call", "outside of every transform", "one inside", "Use apply: a donation cannot be undone.")
+
+
+def _depth(config: Config, depth: int | None) -> int:
+    if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= config.layers):
+        _checks.fail("compile", "depth", f"from 1 to the {config.layers} layers", depth, "Leave it out: None chooses.")
+    if depth is not None:
+        return depth
+    kinds = [config.kind(i) for i in range(config.layers)]
+    alike = lambda n: all(kinds[i : i + n] == kinds[:n] for i in range(0, config.layers, n))
+    divisors = [n for n in range(1, config.layers + 1) if config.layers % n == 0 and alike(n)]
+    small = [n for n in divisors if n <= DEEPEST]
+    if small and not (small == [1] and len(divisors) > 1 and divisors[1] <= 2 * DEEPEST):
+        return small[-1]
+    return min(DEEPEST if len(divisors) < 2 else divisors[1], config.layers)
+
+
+class _Stack:
+    """The layers of a decoder as calls of a few compiled functions."""
+
+    def __init__(self, config: Config, kernel: str | None, depth: int, backend: str) -> None:
+        self.config, self.kernel, self.depth, self.backend = config, kernel, depth, backend
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.packed: dict[int, tuple[ref[Tensor], int, Tensor]] = {}
+
+    def hidden(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
+        """`Model.hidden` for a few tokens behind a dense past."""
+        config, T = self.config, len(tokens)
+        places = transformer.locate(config, tokens, cache)
+        pasts = _rows(cache)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        x = transformer.begin(config, params, tokens, places)
+        for first in range(0, config.layers, self.depth):
+            kinds = self.kinds[first : first + self.depth]
+            weights = params.layers[first : first + self.depth]
+            if T == 1:
+                weights = tuple(Layer(*map(self.by_rows, layer)) for layer in weights)
+            here = tuple(past.of(slice(first, first + self.depth)) for past in pasts)
+            run = self.function(("layers", kinds, T, tuple(past.k.shape for past in here), x.dtype), _layers)
+            x, k, v = run(config, kinds, self.kernel, weights, x, places, here)
+            keys += k.unbind(0)
+            values += v.unbind(0)
+        return transformer.finish(config, params, x), Delta(tuple(keys), tuple(values))
+
+    def logits(self, params: Params, x: Tensor) -> Tensor:
+        """`Model.logits` of one vector."""
+        weight = self.by_rows(params.embedding if is_absent(params.head) else params.head)
+        return self.function(("head", x.dtype), transformer.predict)(self.config, weight, x)
+
+    @functools.cached_property
+    def options(self) -> dict[str, Any] | None:
+        """Of the compiler: not to find out by compiling test programs which vector instructions there are.
+
+        The processor has told torch, and the search takes the compiler ten seconds, once for each empty cache.
+        """
+        known = self.backend == "inductor" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        return {"cpp.vec_isa_ok": True} if known else None
+
+    @functools.cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of all layers."""
+        return tuple(self.config.kind(i) for i in range(self.config.layers))
+
+    def function(self, form: Any, f: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled f for calls of one form, each with code and a name of its own.
+
+        By code torch counts recompilations, and by name it remembers which sizes have differed. Here only strides may, which follow
+        from the capacity of a past: after the second capacity they are symbols.
+        """
+        if form not in self.compiled:
+            name = f"{f.__name__}_{next(_number)}"
+            own = FunctionType(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__)
+            self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=self.options)
+        return self.compiled[form]
+
+    def by_rows(self, weight: Any) -> Any:
+        """A matrix stored row after row: itself, or a copy that is made once and kept while the matrix is."""
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_contiguous() or weight.device.type != "cpu":
+            return weight
+        held = self.packed.get(id(weight))
+        if held is None or held[0]() is not weight or held[1] != weight._version:
+            forget = functools.partial(self.packed.pop, id(weight), None)
+            held = ref(weight, lambda _: forget()), weight._version, weight.contiguous()
+            self.packed[id(weight)] = held
+        return held[2]
+
+
+def _rows(cache: Any) -> list[Rows]:
+    """The dense parts of a past, as far as their buckets reach."""
+    flat: list[Cache] = []
+    _flatten(cache, flat)
+    offset, found = torch.zeros_like(flat[0].length), []
+    for part in flat:
+        held = int(part.length)
+        if held:
+            S, whole = caches.bucket(held), caches.capacity(part)
+            S = whole if whole <= 2 * S else S  # all of it where that is no more than the next bucket: one graph less
+            found.append(Rows(part.k[..., :S, :], part.v[..., :S, :], part.length, offset))
+        offset = offset + part.length
+    return found
+
+
+def _flatten(cache: Any, into: list[Cache]) -> None:
+    if isinstance(cache, Branch):
+        _flatten(cache.prefix, into)
+        _flatten(cache.own, into)
+    else:
+        into.append(cache)
+
+
+# What is compiled.
+
+
+def _layers(
+    config: Config,
+    kinds: Sequence[Kind],
+    kernel: str | None,
+    weights: Sequence[Layer],
+    x: Tensor,
+    places: Tensor,
+    pasts: Sequence[Rows],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some layers behind each other: the residual, and the keys and values of the new tokens (layers, K, T, D)."""
+    keys, values = [], []
+    for i, (kind, weight) in enumerate(zip(kinds, weights, strict=True)):
+        shared = transformer.share(config, kind, places, None, x.dtype, True)
+        parts = [_part(past, i, kind, places) for past in pasts]
+        x, k, v = transformer.block(config, kind, weight, x, shared, parts, name="", kernel=kernel)
+        keys.append(k)
+        values.append(v)
+    return x, torch.stack(keys), torch.stack(values)
+
+
+def _part(past: Rows, layer: int, kind: Kind, places: Tensor) -> Part:
+    k, v = past.k[layer], past.v[layer]
+    remembered = (torch.arange(k.shape[-2], device=k.device) < past.length).unsqueeze(-1)
+    v = torch.where(remembered, v, 0)  # 0 * NaN would be NaN
+    stop = past.length.reshape(1, 1).expand(len(places), 1)
+    start = torch.zeros_like(stop)
+    if kind.window is not None:
+        start = (places - past.offset - kind.window + 1).clamp(min=0).unsqueeze(-1)
+    return Part(k, v, Mask(start, stop))
