@@ -16,11 +16,12 @@ Every piece of a language model as a pure function of values, so that torch.func
     interop                other people's modules, closed
 """
 
-from . import caches, families, interop, kernels, layers, masks, records, sampling, serving, transformer, tree
+from . import caches, evaluation, families, interop, kernels, layers, masks, records, sampling, serving, transformer, tree
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
 from .checkpoints import Loaded, load, save
 from .compilation import compile
+from .evaluation import patch, perplexity, score, score_continuation, trace
 from .generation import Streamed, generate, stream
 from .kernels import attend, attention, attention_weights, explain, merge
 from .masks import Mask
@@ -32,6 +33,7 @@ from .tree import cast, to
 
 __all__ = [
     "caches",
+    "evaluation",
     "families",
     "interop",
     "kernels",
@@ -71,11 +73,16 @@ __all__ = [
     "key",
     "load",
     "merge",
+    "patch",
+    "perplexity",
     "remat",
     "save",
+    "score",
+    "score_continuation",
     "split",
     "stream",
     "to",
+    "trace",
 ]
 
 __version__ = "0.1.0"

@@ -93,7 +93,9 @@ def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) 
             out = f(*_exchange(x, needed, moving))
             return tuple(out[n] for n in given)
 
-        return torch.func.vjp(outputs, *[x[n] for n in needed])[1](cotangents)
+        # Where grad mode is off, as in the forward of a Function, backward rules may be such that forward mode cannot pass them.
+        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        return torch.func.vjp(outputs, *[x[n] for n in needed])[1](cotangents, create_graph=recorded)
 
     return pulled
 

@@ -1,7 +1,11 @@
 """Attention over parts: the past and the new tokens, in the ways a decode step meets them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch.func import grad, jvp, vmap
 
 import funcattn as fa
 from funcattn.kernels import Part, attend_parts
@@ -63,3 +67,143 @@ def test_a_cached_step_runs_under_autocast():
         logits, past = model.apply(params, torch.arange(1), past)
     assert int(past.length) == 6
     assert logits.isfinite().all()
+
+
+# Caps and sinks, against the dense formula in float64.
+
+H, K, D, SINKS = 4, 2, 3, torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+SIZES = (4, 0, 7)  # keys of each part; one has none
+
+
+def wide(number: int, *shape: int) -> torch.Tensor:
+    return fa.random.normal(fa.key(number), shape, torch.float64)
+
+
+def inputs(T: int):
+    """q, and k and v of all parts together."""
+    return wide(0, H, T, D), wide(1, K, sum(SIZES), D), wide(2, K, sum(SIZES), D)
+
+
+def visible(T: int) -> torch.Tensor:
+    """(T, 11): the first part whole, of the last what is not after the row; nothing at all for the last row."""
+    seen = torch.cat([torch.ones(T, 4).bool(), torch.arange(7) <= torch.arange(T).unsqueeze(-1)], -1)
+    seen[-1] = T == 1
+    return seen
+
+
+def by_parts(T: int, cap: float | None):
+    """The function under test, of plain tensors."""
+    seen = visible(T).split(SIZES, -1)
+
+    def f(q, k, v, *sinks):
+        parts = zip(k.split(SIZES, -2), v.split(SIZES, -2), seen, strict=True)
+        return attend_parts(q, [Part(*part) for part in parts], scale=0.8, cap=cap, sinks=sinks[0] if sinks else None)
+
+    return f
+
+
+def by_definition(T: int, cap: float | None):
+    seen = visible(T)
+
+    def f(q, k, v, *sinks):
+        k, v = (x.repeat_interleave(H // K, -3) for x in (k, v))
+        S = 0.8 * q @ k.mT
+        S = S if cap is None else cap * (S / cap).tanh()
+        S = torch.where(seen, S, -torch.inf)
+        if sinks:  # one more key, of value 0
+            S = torch.cat([S, sinks[0][:, None, None].expand(*S.shape[:-1], 1)], -1)
+            v = torch.cat([v, torch.zeros_like(v[..., :1, :])], -2)
+        none = S.eq(-torch.inf).all(-1, keepdim=True)
+        return torch.where(none, 0, torch.where(none, 0, S).softmax(-1)) @ v
+
+    return f
+
+
+WAYS = [(T, cap, sinks) for T in (1, 3, 16, 17, 20) for cap in (None, 1.5) for sinks in ((), (SINKS,))]
+
+
+@pytest.mark.parametrize(("T", "cap", "sinks"), WAYS)
+def test_caps_and_sinks_are_the_dense_formula_with_every_derivative(T, cap, sinks):
+    x = (*inputs(T), *sinks)
+    tangents = tuple(t.cos() for t in x)
+    total = lambda f: lambda *x: f(*x).sin().sum()
+    every = tuple(range(len(x)))
+    pair = tuple(torch.stack([t, t.sin()]) for t in x)
+    rules = [
+        lambda f: (f(*x),),
+        lambda f: grad(total(f), every)(*x),
+        lambda f: (jvp(f, x, tangents)[1],),
+        lambda f: jvp(grad(total(f), every), x, tangents)[1],
+        lambda f: vmap(grad(total(f), every))(*pair),
+        lambda f: (vmap(f, (0, *[None] * (len(x) - 1)))(pair[0], *x[1:]),),
+        lambda f: vmap(lambda *x: jvp(f, x, x)[1], (None, *[0] * (len(x) - 1)))(x[0], *pair[1:])[None],
+    ]
+    for rule in rules:
+        for got, wanted in zip(rule(by_parts(T, cap)), rule(by_definition(T, cap)), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_a_sink_is_one_more_key_of_value_zero(T):
+    """A feature of q that is always one makes a key whose logit is the same for every query."""
+    q, k, v = wide(0, H, T, D), wide(1, H, 6, D), wide(2, H, 6, D)
+    ones, zeros = torch.ones(H, T, 1, dtype=torch.float64), torch.zeros(H, 6, 1, dtype=torch.float64)
+    key = torch.cat([torch.zeros(H, 1, D, dtype=torch.float64), SINKS[:, None, None] / 0.5], -1)
+    parts = [Part(torch.cat([k, zeros], -1), v), Part(key, torch.zeros(H, 1, D, dtype=torch.float64))]
+    wanted = attend_parts(torch.cat([q, ones], -1), parts, scale=0.5)
+    torch.testing.assert_close(attend_parts(q, [Part(k, v)], scale=0.5, sinks=SINKS), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_sinks_over_no_keys_take_all_mass(T):
+    q, none = wide(0, H, T, D), torch.zeros(K, 0, D, dtype=torch.float64)
+    f = lambda q, sinks: attend_parts(q, [Part(none, none)], scale=1.0, sinks=sinks)
+    assert not f(q, SINKS).any()
+    for g in grad(lambda q, sinks: f(q, sinks).sum(), (0, 1))(q, SINKS):
+        assert torch.equal(g, torch.zeros_like(g))
+    assert not jvp(f, (q, SINKS), (q, SINKS))[1].any()
+
+
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_a_step_with_sinks_that_nobody_differentiates_is_the_same_step(T):
+    """A plain step takes torch's fused kernel; in float32 too."""
+    q, k, v = inputs(T)
+    parts = [Part(k[:, :4], v[:, :4]), Part(k[:, 4:5], v[:, 4:5]), Part(k[:, 5:], v[:, 5:])]
+    wanted = attend_parts(q, [Part(k, v)], scale=0.8, sinks=SINKS, kernel="reference")
+    torch.testing.assert_close(attend_parts(q, parts, scale=0.8, sinks=SINKS), wanted, rtol=1e-12, atol=1e-12)
+    narrow = [Part(part.k.float(), part.v.float()) for part in parts]
+    torch.testing.assert_close(attend_parts(q.float(), narrow, scale=0.8, sinks=SINKS).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cap_bends_large_logits_and_leaves_small_ones():
+    x = torch.tensor([-1e6, -1e-3, 0.0, 1e-3, 1e6], dtype=torch.float64)
+    y = fa.kernels.soft_cap(x, 30.0)
+    torch.testing.assert_close(y[1:4], x[1:4], rtol=1e-8, atol=0)
+    assert torch.equal(y[[0, 4]], torch.tensor([-30.0, 30.0], dtype=torch.float64))
+
+
+MEMORY = """
+import torch
+from funcattn.kernels import Part, attend_parts
+from torch.func import grad
+torch.set_num_threads(1)
+status = lambda: open("/proc/self/status").read().split()  # ru_maxrss would begin at the parent's
+peak = lambda: int((words := status())[words.index("VmHWM:") + 1]) / 1024
+from funcattn import masks
+def f(q, k, v, sinks, cap):
+    T = q.shape[-2]
+    return attend_parts(q, [Part(k[:, :99], v[:, :99]), Part(k, v, masks.causal(T))], scale=0.2, cap=cap, sinks=sinks).sum()
+inputs = lambda T: (torch.ones(2, T, 16), torch.ones(1, T, 16), torch.ones(1, T, 16), torch.ones(2))
+for cap in (None, 30.0):
+    grad(f, (0, 1, 2, 3))(*inputs(600), cap)  # what torch loads on first use, and the blocks
+before = peak()
+for cap in (None, 30.0):
+    grad(f, (0, 1, 2, 3))(*inputs(4096), cap)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_caps_and_sinks_over_many_tokens_take_linear_memory():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64, done.stdout  # half of one matrix of pairs, 2 x 4096 x 4096 floats

@@ -308,3 +308,15 @@ def test_compiled_code_loses_no_gradient_of_a_captured_tensor(of):
     f = fa.remat(lambda x: x * w)
     with pytest.raises(Exception, match=r"from outside\. Pass it|nonstrict_trace"):
         compiled(lambda x: f(x))(of)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "softplus", "leaky_relu", "hardswish"])
+def test_products_with_the_hessian_go_through_activations_whose_fused_backward_has_no_forward_mode(name):
+    """torch has two backward rules for some: a fused one where grad mode is off, and one that differentiates again."""
+    f = lambda x: getattr(torch.nn.functional, name)(x).sin().sum()
+    x = torch.linspace(-2, 2, 7, dtype=torch.float64)
+    hvp = lambda f: jvp(grad(f), (x,), (x.cos(),))[1]
+    torch.testing.assert_close(hvp(fa.remat(f)), hvp(f))
+    torch.testing.assert_close(
+        vmap(lambda v: jvp(grad(fa.remat(f)), (x,), (v,))[1])(torch.eye(7).double()), torch.func.hessian(f)(x)
+    )

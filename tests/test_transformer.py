@@ -1,5 +1,6 @@
 """The decoder: against transformers' Llama, steps against the whole, and every derivative through a past, full or empty."""
 
+import dataclasses
 import functools
 
 import optree
@@ -378,3 +379,179 @@ def test_compiled_code_takes_the_step_in_one_graph():
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong()
+
+
+# What families need: kinds of layers, positions of one's own, limits.
+
+MIXED = fa.Config(
+    vocabulary=40,
+    width=16,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_size=4,
+    feed_forward=24,
+    attention_cap=5.0,
+    sinks=True,
+    window=3,
+    window_layers=(True, False, True),
+    local_rope_base=50.0,
+    norm_placement="around",
+    norm_offset=1.0,
+    head_norm="rms",
+    experts=4,
+    experts_per_token=2,
+    expert_size=8,
+    expert_layers=(False, True, True),
+    logit_cap=3.0,
+)
+
+
+def weights_of(config):
+    """Not a fresh model's: nothing at a neutral value."""
+    flat = fa.decoder(config).init(fa.key(0))
+    return fa.tree.map(lambda x: (10 * x + 0.1 * torch.arange(x.numel()).cos().reshape(x.shape)).double(), flat)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["plain", "mixed"])
+def test_a_decoder_that_rematerializes_has_the_same_derivatives(config):
+    plain, again, params = fa.decoder(config), fa.decoder(config, remat=True), weights_of(config)
+    tangent = fa.tree.map(torch.cos, params)
+
+    def loss(model, tokens):
+        return lambda params: model.logits(params, model.hidden(params, tokens)[0]).sin().sum()
+
+    rules = [
+        lambda model: loss(model, TOKENS)(params),
+        lambda model: grad(loss(model, TOKENS))(params),
+        lambda model: jvp(loss(model, TOKENS), (params,), (tangent,))[1],
+        lambda model: jvp(grad(loss(model, TOKENS[:20])), (params,), (tangent,))[1],
+        lambda model: vmap(lambda tokens: grad(loss(model, tokens))(params))(TOKENS.reshape(2, 20)),
+    ]
+    for rule in rules:
+        for got, wanted in zip(fa.tree.leaves(rule(again)), fa.tree.leaves(rule(plain)), strict=True):
+            close(got, wanted, rtol=1e-8, atol=1e-9)
+    past = plain.apply(params, TOKENS[:7], plain.cache(20, dtype=torch.float64))[1]
+    f = lambda model: lambda k, v: model.extend(params, TOKENS[7:12], Cache(k, v, past.length))[0].sin().sum()
+    for got, wanted in zip(grad(f(again), (0, 1))(past.k, past.v), grad(f(plain), (0, 1))(past.k, past.v), strict=True):
+        close(got, wanted)
+
+
+def test_steps_of_a_mixed_decoder_equal_the_whole():
+    model, params = fa.decoder(MIXED), weights_of(MIXED)
+    wanted, cache, found = model.logits(params, model.hidden(params, TOKENS)[0]), model.cache(40, dtype=torch.float64), []
+    for piece in TOKENS.split([10, 1, 20, 1, 1, 7]):
+        logits, cache = model.apply(params, piece, cache)
+        found.append(logits)
+    close(torch.cat(found), wanted)
+
+
+def test_a_compiled_step_through_experts_is_one_graph():
+    model, params = fa.decoder(MIXED), weights_of(MIXED)
+    past = model.apply(params, TOKENS[:5], model.cache(9, dtype=torch.float64))[1]
+    step = torch.compile(lambda tokens, past: model.apply(params, tokens, past), fullgraph=True, backend="eager")
+    logits, after = step(TOKENS[5:8], past)
+    close(logits, model.extend(params, TOKENS[5:8], past)[0])
+    assert int(after.length) == 8
+
+
+@pytest.mark.parametrize("T", [5, 20])
+@pytest.mark.parametrize("n", [0, 6])
+def test_tokens_in_any_order_see_those_near_them_by_position(n, T):
+    """Rows shuffled with their positions, and the mask with them, give the shuffled logits: the window is that of positions."""
+    model, params = fa.decoder(MIXED), weights_of(MIXED)
+    past = model.apply(params, TOKENS[:n], model.cache(40, dtype=torch.float64))[1] if n else model.cache(40, dtype=torch.float64)
+    order = fa.random.permutation(fa.key(3), T)
+    causal = masks.causal(T).dense(T)[order][:, order]
+    wanted = model.extend(params, TOKENS[n : n + T], past)[0]
+    got = model.extend(params, TOKENS[n : n + T][order], past, mask=causal, positions=order + n)[0]
+    close(got, wanted[order])
+    close(model.extend(params, TOKENS[n : n + T], past, positions=torch.arange(T) + n)[0], wanted)
+
+
+def test_a_tree_of_drafts_under_a_window_is_each_of_its_paths():
+    model, params = fa.decoder(MIXED), weights_of(MIXED)
+    sees = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]).bool()
+    depth, drafts = torch.tensor([0, 1, 1, 2, 3]), TOKENS[20:25]
+    past = model.apply(params, TOKENS[:5], model.cache(20, dtype=torch.float64))[1]
+    logits, _ = model.extend(params, drafts, past, mask=sees, positions=depth + past.length)
+    for path in ([0, 1], [0, 2, 3, 4]):  # the last is further from the first than the window
+        index = torch.tensor(path)
+        close(logits[index], model.extend(params, drafts[index], past)[0])
+
+
+def learned(context):
+    config = dataclasses.replace(CONFIG, positions="learned", context=context)
+    return fa.decoder(config), weights_of(config)
+
+
+def test_learned_positions_are_a_table_that_the_tokens_look_into():
+    model, params = learned(40)
+    shifted = model.hidden(params, TOKENS[:5], positions=torch.arange(5) + 3)[0]
+    rolled = params._replace(positions=params.positions.roll(-3, 0))
+    close(model.hidden(rolled, TOKENS[:5])[0], shifted)
+    rows = grad(lambda params: model.hidden(params, TOKENS[:5])[0].sin().sum())(params).positions
+    assert rows[:5].abs().sum(-1).all()
+    assert not rows[5:].any()
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, positions="learned")], ids=["rotary", "learned"])
+def test_a_text_as_long_as_the_context_is_read_and_one_token_more_is_not(config):
+    config = dataclasses.replace(config, context=10)
+    model, params = fa.decoder(config), weights_of(config)
+    whose = "of its table" if config.positions == "learned" else "that the model was trained on, config.context"
+    told = rf"tokens should be within the 10 positions {whose}, got position 10\. Shorten it; or .* dataclasses\.replace"
+    assert model.hidden(params, TOKENS[:10])[0].isfinite().all()
+    past = model.apply(params, TOKENS[:9], model.cache(20, dtype=torch.float64))[1]
+    assert model.extend(params, TOKENS[9:10], past)[0].isfinite().all()
+    for wrong in (
+        lambda: model.hidden(params, TOKENS[:11]),
+        lambda: model.extend(params, TOKENS[9:11], past),
+        lambda: model.hidden(params, TOKENS[:2], positions=torch.tensor([3, 10])),
+        lambda: vmap(lambda tokens: model.hidden(params, tokens)[0])(TOKENS[:22].reshape(2, 11)),
+        lambda: vmap(lambda places: model.hidden(params, TOKENS[:1], positions=places)[0])(torch.tensor([[3], [10]])),
+    ):
+        with pytest.raises(ValueError, match=told):
+            wrong()
+
+
+@pytest.mark.parametrize(
+    "more", [{"positions": "none"}, {"rope_scaling": RopeScaling("dynamic", 2.0, context=10)}], ids=["none", "dynamic"]
+)
+def test_a_model_without_a_limit_reads_on(more):
+    config = dataclasses.replace(CONFIG, context=10, **more)
+    model = fa.decoder(config)
+    assert config.limit() is None
+    assert model.hidden(weights_of(config), TOKENS)[0].isfinite().all()
+
+
+CHOICES = {"norm": "batch", "head_norm": "l2", "norm_placement": "inside", "positions": "alibi", "activation": "swish"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *[({name: wrong}, rf"Config: {name} should be one of .*, got '{wrong}'\. Choose one") for name, wrong in CHOICES.items()],
+        *[({name: 0}, f"Config: {name} should be at least 1, got 0") for name in ("vocabulary", "width", "head_size", "context")],
+        ({"feed_forward": -3}, "feed_forward should be at least 1, got -3"),
+        ({"window": 0}, r"window should be None or at least 1, got 0\. Each token sees itself"),
+        (
+            {"window": 4, "window_layers": (True,)},
+            r"window_layers should be \(\) or a tuple of 2 bools, one a layer, got \(True,\)",
+        ),
+        ({"rotary_layers": [True, False]}, r"rotary_layers should be .*, got \[True, False\]"),
+        ({"expert_layers": (True, False, True)}, "expert_layers should be .* 2 bools"),
+        ({"rotary_size": 3}, "rotary_size should be even, and at most head_size = 16, got 3"),
+        ({"rotary_size": 18}, "rotary_size should be even, and at most head_size = 16, got 18"),
+        ({"rotary_size": 0}, "rotary_size should be even, .* got 0"),
+        ({"experts": 4}, "experts_per_token should be from 1 to experts = 4, with an expert_size above 0, got 0"),
+        ({"experts": 4, "experts_per_token": 5, "expert_size": 8}, "from 1 to experts = 4, .* got 5"),
+        ({"experts": 4, "experts_per_token": 2}, "with an expert_size above 0, got 2"),
+        ({"norm_placement": "after", "parallel": True}, 'norm_placement should be "before" where .*, got after'),
+        ({"norm_placement": "around", "norm_bias": True, "norm": "layer"}, "No family has both"),
+        ({"shared_norm": True}, r"shared_norm should be False where blocks follow each other, got True\. Set parallel=True"),
+    ],
+)
+def test_a_config_that_says_nothing_is_an_error_with_its_remedy(fields, message):
+    with pytest.raises(ValueError, match=message):
+        fa.Config(**fields)

@@ -7,11 +7,21 @@
 | functional | splits a module into a pure function and its params |
 | nested_attention | attention over jagged NestedTensors, without padding |
 | document_mask | the mask under which it is attention of the values |
+| lm_eval_model, register_lm_eval | a model for the lm-evaluation-harness |
 """
 
+from .harness import lm_eval_model, register_lm_eval
 from .huggingface import register_transformers
 from .jagged import document_mask, nested_attention
 from .modules import functional
 from .sdpa import override_sdpa
 
-__all__ = ["document_mask", "functional", "nested_attention", "override_sdpa", "register_transformers"]
+__all__ = [
+    "document_mask",
+    "functional",
+    "lm_eval_model",
+    "nested_attention",
+    "override_sdpa",
+    "register_lm_eval",
+    "register_transformers",
+]

@@ -58,6 +58,12 @@ def linear_experts(weight: Any, x: Tensor, expert: Tensor) -> Tensor:
 
 @linear_experts.register
 def _(weight: Tensor, x: Tensor, expert: Tensor) -> Tensor:
+    # Dynamo would otherwise inline the Function, or refuse it for its jvp.
+    call = torch._dynamo.nonstrict_trace(_product) if torch.compiler.is_compiling() else _product
+    return call(x, weight, expert)
+
+
+def _product(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     if transforming() or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)):
         return Grouped.apply(x, weight, expert)
     return _grouped(x, weight, expert)

@@ -1,0 +1,379 @@
+"""What a model thinks of a text, and what it thinks with: scores, perplexity, activations, and the effect of changing them.
+
+    score_t = log p(tokens[t] | past, tokens[0..t-1])          perplexity = exp(- mean score)
+    trace: the values at the taps of a run                     patch: the logits of a run with some of them replaced
+
+All are pure functions of values: a score differentiates in the weights, a patched logit in the activation, and vmap runs many.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import _checks, taps, tree
+from .masks import Mask
+from .records import ABSENT, Model
+from .rematerialization import remat
+from .tree import Tree
+
+Change = Tensor | Callable[[Tensor], Tensor]  # what stands in the place of an activation, or a function that makes it of that
+Where = str | Callable[[str], bool] | Iterable[str] | None
+
+
+# Scores.
+
+
+def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, chunk: int = 512) -> Tensor:
+    """The log-probability of each token given all before it.
+
+        score_t = log softmax(logits(past, tokens[0..t]))[tokens[t + 1]],   t = 0 .. T - 2
+
+    The first token is read and not scored: a past holds keys and values, and not the logits that foretell what follows it. To score
+    a text behind a past, keep the last token of the past out of it and give it as the first (as `generate` is given its prompt).
+
+    Args:
+        model, params: a decoder and its weights.
+        tokens: integers (*lead, T), T >= 1; (T,) where there is a past.
+        cache: a past that the tokens continue; it stays as it was. `()` is no past.
+        chunk: positions whose logits (chunk, V) are held at a time; in a derivative they are computed again, not kept.
+
+    Returns:
+        (*lead, T - 1), float32 at least: natural logarithms, at most 0; entry t is of tokens[..., t + 1].
+
+    Raises:
+        ValueError: no tokens, ids outside of the vocabulary, a chunk below 1. TypeError: arguments of another kind.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config())
+        >>> score(model, model.init(fa.key(0)), torch.arange(5)).shape
+        torch.Size([4])
+
+    Law: any chunk gives what one softmax over all logits gives, with its derivatives
+    (test_evaluation.py::test_scores_are_those_of_all_logits_at_once).
+    """
+    _check_tokens("score", "tokens", tokens, 1)
+    _check_chunk("score", chunk)
+    hidden = model.hidden(params, tokens[..., :-1], cache)[0]
+    return _look(model, params, hidden, tokens[..., 1:], chunk, _log_probability)
+
+
+def score_continuation(
+    model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Any = ABSENT, *, chunk: int = 512
+) -> Tensor:
+    """The log-probability of each token of a continuation, given the prompt and those before: (N,) for a continuation (N,).
+
+    Logits are made for the continuation alone, however long the prompt is. Their sum is the log-probability of the whole.
+
+    Args:
+        model, params: a decoder and its weights.
+        prompt: integers (*lead, T), T >= 1; what was read before, besides the cache.
+        continuation: integers (*lead, N), N >= 0.
+        cache, chunk: as in `score`.
+
+    Raises:
+        ValueError, TypeError: as `score`.
+
+    Law: equals the end of the scores of both joined (test_evaluation.py::test_a_continuation_has_the_last_scores_of_the_whole).
+    """
+    inputs, targets = _join("score_continuation", prompt, continuation, chunk)
+    hidden = model.hidden(params, inputs, cache)[0]
+    return _look(model, params, hidden[..., prompt.shape[-1] - 1 :, :], targets, chunk, _log_probability)
+
+
+def foretold(
+    model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Any = ABSENT, *, chunk: int = 512
+) -> tuple[Tensor, Tensor]:
+    """`score_continuation`, and whether each token is the likeliest (booleans (*lead, N)): what greedy decoding would write.
+
+    Args and errors: as `score_continuation`.
+    """
+    inputs, targets = _join("foretold", prompt, continuation, chunk)
+    hidden = model.hidden(params, inputs, cache)[0][..., prompt.shape[-1] - 1 :, :]
+
+    def both(logits: Tensor, targets: Tensor) -> Tensor:
+        scores = _log_probability(logits, targets)
+        return torch.stack([scores, (logits.argmax(-1) == targets).to(scores.dtype)], -1)
+
+    scores, likeliest = _look(model, params, hidden, targets, chunk, both).unbind(-1)
+    return scores, likeliest > 0
+
+
+class Window(NamedTuple):
+    """One reading of a long text: tokens begin..end are read, of which first..end are scored."""
+
+    begin: int
+    first: int
+    end: int
+
+
+def windows(length: int, *, context: int | None = None, stride: int | None = None) -> list[Window]:
+    """The readings that score each token but the first of a text once.
+
+    Args:
+        length: tokens of the text.
+        context: tokens a window has at most; None is all of them.
+        stride: tokens from one window to the next; None is half of the context. Tokens have at least context - stride before them
+            (in the first window, all that there are).
+
+    Example:
+        >>> [tuple(window) for window in windows(10, context=6, stride=3)]
+        [(0, 1, 6), (3, 6, 9), (6, 9, 10)]
+
+    Source: Hugging Face, docs of transformers, Perplexity of fixed-length models.
+    """
+    context = max(length, 2) if context is None else context
+    stride = max(context // 2, 1) if stride is None else stride
+    if context < 2:
+        _checks.fail("windows", "context", "at least 2 tokens", context, "A token is scored by what is before it.")
+    if not 1 <= stride < context:
+        remedy = "A token at the begin of a window would have nothing before it."
+        _checks.fail("windows", "stride", f"from 1 to context - 1 = {context - 1}", stride, remedy)
+    found, begin, first = [], 0, 1
+    while first < length:
+        end = min(begin + context, length)
+        found.append(Window(begin, first, end))
+        begin, first = begin + stride, end
+    return found
+
+
+def perplexity(
+    model: Model, params: Tree, tokens: Tensor, *, context: int | None = None, stride: int | None = None, chunk: int = 512
+) -> Tensor:
+    """exp(- mean score) of a text, read in windows where it is longer than a model can read: smaller is better.
+
+    Each token but the first is scored once, with at least context - stride tokens before it: a stride of 1 is what the model can
+    do at best, and costs a reading of the context for each token.
+
+    Args:
+        model, params: a decoder and its weights.
+        tokens: integers (*lead, T), T >= 2; the mean is over all rows.
+        context: tokens that are read at once; None is all of them.
+        stride: tokens from one reading to the next; None is half of the context.
+        chunk: as in `score`.
+
+    Returns:
+        A scalar, float32 at least.
+
+    Raises:
+        ValueError, TypeError: as `score`; a context below 2, or a stride that is not below it.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config())
+        >>> 200 < float(perplexity(model, model.init(fa.key(0)), torch.arange(20), context=8)) < 300
+        True
+
+    Law: where the text fits, exp(-mean(score)); else the naive loop (test_evaluation.py::test_perplexity_is_the_naive_loop).
+    """
+    _check_tokens("perplexity", "tokens", tokens, 2)
+    parts = [
+        score_continuation(model, params, tokens[..., begin:first], tokens[..., first:end], chunk=chunk)
+        for begin, first, end in windows(tokens.shape[-1], context=context, stride=stride)
+    ]
+    return (-torch.cat(parts, -1).mean()).exp()
+
+
+def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _look(model: Model, params: Tree, hidden: Tensor, targets: Tensor, chunk: int, f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """f(logits (n, V), targets (n,)) -> (n, ...) over hidden (*lead, N, E) and targets (*lead, N), n = chunk rows at a time."""
+    ends = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]  # all that logits are made of
+    V = model.logits(ends, hidden.flatten(0, -2)[:0]).shape[-1]
+    if _checks.is_true((targets < 0) | (targets >= V)):
+        _checks.fail("score", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")
+    of = lambda ends, hidden, targets: f(model.logits(ends, hidden), targets)
+    rows, wanted = hidden.flatten(0, -2), targets.flatten().long()
+    if len(wanted) <= chunk:
+        return of(ends, rows, wanted).unflatten(0, targets.shape)
+    again = remat(of)
+    blocks = zip(rows.split(chunk), wanted.split(chunk), strict=True)
+    return torch.cat([again(ends, *block) for block in blocks]).unflatten(0, targets.shape)
+
+
+# Activations.
+
+
+def trace(
+    model: Model,
+    params: Tree,
+    tokens: Tensor,
+    where: Where = None,
+    *,
+    cache: Any = ABSENT,
+    mask: Mask | Tensor | None = None,
+    positions: Tensor | None = None,
+    changes: Mapping[str, Change] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits of a run and the values at its taps.
+
+    The taps of a decoder are `embedding`, `output` (after the last norm) and in each layer N, `layers.N.` and
+
+        attention.{input, q, k, v, mixed, output}     q, k, v after rotation (*lead, H, T, D); mixed (*lead, T, H D) before o
+        feed_forward.{input, inner, output}           inner (*lead, T, F) before down; router (*lead, T, X) in place of it,
+                                                      where there are experts
+        output                                        the residual (*lead, T, E) after the layer
+
+    Args:
+        model, params: a decoder and its weights, not compiled: taps are silent in compiled code.
+        tokens, cache, mask, positions: as in `model.extend`.
+        where: which taps: an expression that the whole name matches (`r"layers\\.\\d+\\.output"`), a function of the name, names,
+            or None for all.
+        changes: what `patch` takes, applied in the same run: activations downstream of a change.
+
+    Returns:
+        logits (*lead, T, V), and name -> value, in the order of the computation.
+
+    Raises:
+        ValueError: a name that no tap has, or a `where` that chooses none.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config())
+        >>> logits, seen = trace(model, model.init(fa.key(0)), torch.arange(5), r"layers\\.\\d\\.output")
+        >>> {name: tuple(value.shape) for name, value in seen.items()}
+        {'layers.0.output': (5, 64), 'layers.1.output': (5, 64)}
+
+    Law: a run that is traced is the run (test_evaluation.py::test_a_traced_run_has_the_logits_of_the_run).
+    """
+    chosen, named = _chooser(where)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        if chosen(name):
+            seen[name] = x
+
+    run = lambda: model.extend(params, tokens, cache, mask=mask, positions=positions)[0]
+    logits, names = _hear("trace", run, dict(changes or {}), keep)
+    for name in named:
+        if name not in names:
+            _unknown("trace", "where", name, names)
+    if not seen:
+        remedy = f"A whole name must match; there are {len(names)}, such as {', '.join(names[:4])}."
+        _checks.fail("trace", "where", "such that it chooses some tap", f"none by {where!r}", remedy)
+    return logits, seen
+
+
+def patch(
+    model: Model,
+    params: Tree,
+    tokens: Tensor,
+    changes: Mapping[str, Change],
+    *,
+    cache: Any = ABSENT,
+    mask: Mask | Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """The logits of a run in which some activations are others.
+
+    A gradient of a logit in an activation is `grad(lambda x: patch(model, params, tokens, {name: x})[-1, id])(x)`; many
+    patches at once are vmap; a cut or a nudge is a function, `{name: lambda x: x + direction}`.
+
+    Args:
+        model, params, tokens, cache, mask, positions: as in `trace`.
+        changes: name of a tap -> a tensor of the shape and dtype of the activation, or a function from the activation to one.
+
+    Returns:
+        logits (*lead, T, V).
+
+    Raises:
+        ValueError: a name that no tap has, or another shape. TypeError: another dtype.
+
+    Law: patching what is there changes nothing (test_evaluation.py::test_patching_with_what_is_there_changes_nothing).
+    Source: Vig et al., Causal mediation analysis for language models, arXiv:2004.12265; Meng et al., arXiv:2202.05262 (ROME).
+    """
+    run = lambda: model.extend(params, tokens, cache, mask=mask, positions=positions)[0]
+    return _hear("patch", run, dict(changes), lambda name, x: None)[0]
+
+
+def _hear(
+    door: str, run: Callable[[], Tensor], changes: dict[str, Change], keep: Callable[[str, Tensor], None]
+) -> tuple[Tensor, list[str]]:
+    """The result of a run whose taps are changed, then kept; and the names of its taps, in order."""
+    if torch.compiler.is_compiling():
+        remedy = "Taps are silent in compiled code: compile what is around, not the model that is looked into."
+        _checks.fail(door, "the call", "outside of torch.compile", "one inside", remedy)
+    names: dict[str, None] = {}
+
+    def listen(name: str, x: Tensor) -> Tensor:
+        names[name] = None
+        if name in changes:
+            x = _changed(door, name, x, changes[name])
+        keep(name, x)
+        return x
+
+    with taps.listening(listen):
+        out = run()
+    if not names:
+        _checks.fail(door, "model", "one with taps", "one without", "Give the model itself, not a compiled one.")
+    for name in changes:
+        if name not in names:
+            _unknown(door, "changes", name, list(names))
+    return out, list(names)
+
+
+def _changed(door: str, name: str, x: Tensor, change: Change) -> Tensor:
+    other = change if isinstance(change, Tensor) else change(x)
+    if not isinstance(other, Tensor) or other.dtype != x.dtype:
+        got = getattr(other, "dtype", f"a {type(other).__name__}")
+        _checks.fail(door, f"the change of {name}", f"a tensor of {x.dtype}", got, "Convert it: .to(dtype).", TypeError)
+    if other.shape != x.shape:
+        remedy = "Take it from a trace of as many tokens, or change a part: lambda x: x.index_put(...)."
+        _checks.fail(door, f"the change of {name}", f"{_checks.shape(x)} as the activation", _checks.shape(other), remedy)
+    return other
+
+
+def _chooser(where: Where) -> tuple[Callable[[str], bool], tuple[str, ...]]:
+    """Which names are wanted, and those that were named outright."""
+    if where is None:
+        return lambda name: True, ()
+    if isinstance(where, str):
+        try:
+            pattern = re.compile(where)
+        except re.error as error:
+            _checks.fail("trace", "where", "a regular expression", f"{where!r}: {error}", "Escape what is meant literally.")
+        return lambda name: pattern.fullmatch(name) is not None, ()
+    if callable(where):
+        return lambda name: bool(where(name)), ()
+    named = tuple(where)
+    return lambda name: name in named, named
+
+
+def _unknown(door: str, argument: str, name: str, names: list[str]) -> NoReturn:
+    near = difflib.get_close_matches(name, names, 3, 0.6) or names[:3]
+    _checks.fail(door, argument, "names of taps", repr(name), f"Did you mean {' or '.join(map(repr, near))}?")
+
+
+# Checks.
+
+
+def _join(door: str, prompt: Tensor, continuation: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets."""
+    _check_tokens(door, "prompt", prompt, 1)
+    _check_tokens(door, "continuation", continuation, 0)
+    _check_chunk(door, chunk)
+    if prompt.shape[:-1] != continuation.shape[:-1]:
+        got, remedy = _checks.shape(continuation), "Give both the same leading axes, or map by vmap."
+        _checks.fail(door, "continuation", f"{(*prompt.shape[:-1], 'N')}, as the prompt leads", got, remedy)
+    return torch.cat([prompt, continuation], -1)[..., :-1], continuation
+
+
+def _check_tokens(door: str, name: str, tokens: Tensor, least: int) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype not in tree.INTEGERS:
+        got = getattr(tokens, "dtype", f"a {type(tokens).__name__}")
+        _checks.fail(door, name, "an integer tensor", got, "Pass token ids: torch.tensor(tokenizer.encode(text)).", TypeError)
+    if not tokens.dim() or tokens.shape[-1] < least:
+        remedy = "Begin with one token, such as the tokenizer's first." if least == 1 else "Give more tokens."
+        _checks.fail(door, name, f"(*lead, T) with T at least {least}", _checks.shape(tokens), remedy)
+
+
+def _check_chunk(door: str, chunk: int) -> None:
+    if not isinstance(chunk, int) or chunk < 1:
+        _checks.fail(door, "chunk", "at least 1", chunk, "Positions whose logits are held at a time.")

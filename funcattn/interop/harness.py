@@ -1,0 +1,229 @@
+"""EleutherAI's lm-evaluation-harness asks, a model of this library answers.
+
+fa.interop.register_lm_eval()
+lm_eval.simple_evaluate("funcattn", model_args={"pretrained": "smollm2-135m"}, tasks=["hellaswag"])
+
+or, with a model at hand, `simple_evaluate(fa.interop.lm_eval_model(model, params, tokenizer, context=2048), tasks=[...])`. Answers
+to one question (the choices of a multiple choice) are futures of one past, which is read once.
+
+Source: Gao et al., github.com/EleutherAI/lm-evaluation-harness, docs/model_guide.md; the interface is lm_eval.api.model.LM.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import _checks, checkpoints, evaluation, generation, randomness, sampling, transformer, tree
+from ..records import ABSENT, Model, is_absent
+
+STEPS = 256  # tokens to write where a task does not say how many: the harness's own number
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+
+
+class Answers:
+    """What the harness asks of a model, without the harness: mixed into its LM by `lm_eval_model`.
+
+    Args:
+        model, params, tokenizer: of one another.
+        context: tokens that the model reads at most; texts are cut from the left to fit.
+        chunk: positions whose logits are held at a time.
+        seed: of what is drawn, where a task asks for samples.
+    """
+
+    def __init__(self, model: Model, params: Any, tokenizer: Any, *, context: int, chunk: int = 512, seed: int = 0) -> None:
+        super().__init__()
+        if tokenizer is None:
+            _checks.fail("lm_eval_model", "tokenizer", "given", None, "The harness asks in text: load a model with its tokenizer.")
+        if context < 2:
+            _checks.fail("lm_eval_model", "context", "at least 2 tokens", context, "Such as config.context.")
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.context, self.chunk, self.seed = context, chunk, seed
+        self.templated = False  # whether prompts come from the chat template, with special tokens spelled out
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each (context, continuation): the log-probability of the continuation, and whether greedy decoding writes it."""
+        pairs = [self._pair(*request.args) for request in requests]
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for place, (before, _) in enumerate(pairs):
+            alike.setdefault(before, []).append(place)
+        for before, places in alike.items():
+            fits = [place for place in places if len(before) + len(pairs[place][1]) <= self.context + 1]
+            past = self._past(before) if len(fits) > 1 and len(before) > 1 else ABSENT
+            for place in places:
+                after = pairs[place][1]
+                shared = place in fits and not is_absent(past)
+                found[place] = self._foretold(
+                    *((before[-1:], after) if shared else self._cut(before, after)), past if shared else ABSENT
+                )
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """For each (text,): the log-probability of all of it, behind the token that begins a text, in windows where it is long."""
+        found = []
+        for request in requests:
+            ids = (self.prefix, *self._plain(request.args[0]))
+            total = 0.0
+            for begin, first, end in rolling(len(ids), self.context):
+                total += self._foretold(ids[begin:first], ids[first:end], ABSENT)[0]
+            found.append(total)
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """For each (context, options): the text that follows, up to a stop string of `until` or `max_gen_toks` tokens."""
+        found = []
+        for number, request in enumerate(requests):
+            text, options = request.args[0], dict(request.args[1])
+            until = options.get("until") or []
+            until = [until] if isinstance(until, str) else [stop for stop in until if stop]
+            steps = next((int(options[name]) for name in LIMITS if options.get(name) is not None), STEPS)
+            steps = min(steps, self.context - 1)
+            ids = (self._encode(text) or [self.prefix])[-(self.context - steps) :]
+            pieces = generation.stream(
+                *(randomness.fold_in(randomness.key(self.seed), number), self.model, self.params, self._tensor(ids)),
+                steps=steps,
+                tokenizer=self.tokenizer,
+                sampler=_sampler(options),
+                stop_strings=tuple(until),
+            )
+            found.append("".join(piece.text for piece in pieces))
+        return found
+
+    @property
+    def prefix(self) -> int:
+        """The token that begins a text: the tokenizer's first, or else its last, as the harness does it."""
+        for role in ("bos_token", "eos_token"):
+            found = self.tokenizer.backend.token_to_id(self.tokenizer.roles.get(role, ""))
+            if found is not None:
+                return found
+        return self.tokenizer.stop[0] if self.tokenizer.stop else 0
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells answers that were kept on disk from those of another tokenizer."""
+        return f"funcattn-{self.tokenizer.vocabulary}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template that `apply_chat_template` fills, or ""."""
+        return (self.tokenizer.template or "") if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as one text; from then on, special tokens in texts are read as such."""
+        self.templated = True
+        return self.tokenizer.chat(chat_history, add_generation_prompt=add_generation_prompt)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, special=self.templated)
+
+    def _plain(self, text: str) -> list[int]:
+        """The ids of a text without the token that begins it."""
+        ids = self._encode(text)
+        return ids[1:] if ids[:1] == [self.prefix] else ids
+
+    def _pair(self, before: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of both, cut where the harness cuts: spaces at the end of the first belong to the second."""
+        if not before:
+            return (self.prefix,), tuple(self._plain(after))
+        bare = before.rstrip()
+        whole, head = self._encode(before + after), self._encode(bare) or [self.prefix]
+        return tuple(head), tuple(whole[len(head) :] if self._encode(bare) else whole)
+
+    def _cut(self, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Both, cut from the left to what the model reads, one token at least before what is scored."""
+        whole = (*before, *after)[-(self.context + 1) :]
+        n = min(len(after), len(whole) - 1)
+        return whole[: len(whole) - n], whole[len(whole) - n :]
+
+    def _past(self, ids: tuple[int, ...]) -> Any:
+        """What the answers share: all but the last token of the question."""
+        return generation.generate(randomness.key(0), self.model, self.params, self._tensor(ids[:-1]), steps=0, chunk=self.chunk)[1]
+
+    def _foretold(self, before: tuple[int, ...], after: tuple[int, ...], past: Any) -> tuple[float, bool]:
+        with torch.no_grad():
+            before_after = self._tensor(before), self._tensor(after)
+            scores, likeliest = evaluation.foretold(self.model, self.params, *before_after, past, chunk=self.chunk)
+        return float(scores.double().sum()), bool(likeliest.all())
+
+    def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=tree.leaves(self.params)[0].device)
+
+
+def rolling(length: int, context: int) -> list[evaluation.Window]:
+    """The readings of a long text that the harness wants: each token scored once, the last window as full as the others.
+
+    Example:
+        >>> [tuple(window) for window in rolling(11, 4)]  # 4 tokens are read for 4 scores; the last reads 4 for 2
+        [(0, 1, 5), (4, 5, 9), (6, 9, 11)]
+    """
+    found, first = [], 1
+    while first < length:
+        end = min(first + context, length)
+        found.append(evaluation.Window(max(0, end - context - 1), first, end))
+        first = end
+    return found
+
+
+def lm_eval_model(
+    model: Model, params: Any, tokenizer: Any, *, context: int, chunk: int = 512, seed: int = 0
+) -> Any:  # an lm_eval.api.model.LM, which this library does not depend on
+    """A model as the harness takes it: `lm_eval.simple_evaluate(lm_eval_model(...), tasks=[...])`.
+
+    Args:
+        model, params, tokenizer: of one another, as `fa.load` and `fa.decoder` give them.
+        context: tokens that the model reads at most, such as config.context.
+        chunk: positions whose logits are held at a time.
+        seed: of what is drawn, where a task asks for samples.
+
+    Raises:
+        ImportError: lm_eval is not installed. ValueError: no tokenizer.
+    """
+    return _kind()(model, params, tokenizer, context=context, chunk=chunk, seed=seed)
+
+
+def register_lm_eval() -> None:
+    """Register "funcattn" with the harness, whose command then knows it:
+
+        lm_eval --model funcattn --model_args pretrained=smollm2-135m,dtype=float32 --tasks hellaswag
+
+    `pretrained` is what `fa.load` takes. The registration is of the process: call it before, or in `--include_path` code.
+
+    Raises:
+        ImportError: lm_eval is not installed.
+    """
+    kind = _kind()
+    registry = _harness("lm_eval.api.registry")
+
+    class Loading(kind):
+        def __init__(self, pretrained: str = "smollm2-135m", dtype: Any = None, device: Any = None, **options: Any) -> None:
+            named = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else None
+            config, params, tokenizer = checkpoints.load(pretrained, dtype=named)
+            place = tree.to(device or "cpu")
+            kept = {name: int(options[name]) for name in ("chunk", "seed") if name in options}
+            context = int(options.get("max_length") or config.context)
+            super().__init__(transformer.decoder(config), place(params), tokenizer, context=context, **kept)
+
+    if "funcattn" not in registry.model_registry:
+        registry.register_model("funcattn")(Loading)
+
+
+def _kind() -> type:
+    base = _harness("lm_eval.api.model").LM
+    return type("FuncattnLM", (Answers, base), {"__doc__": Answers.__doc__})
+
+
+def _harness(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as missing:
+        raise ImportError("lm_eval_model: lm_eval should be installed, got none. Run pip install lm_eval.") from missing
+
+
+def _sampler(options: dict[str, Any]) -> sampling.Sampler:
+    """How a task wants its tokens drawn: greedily, unless it asks for samples."""
+    heat = float(options.get("temperature") or 0.0)
+    if not options.get("do_sample", heat > 0) or not heat:
+        return sampling.greedy
+    filters = {sampling.top_k: "top_k", sampling.top_p: "top_p", sampling.min_p: "min_p"}
+    return sampling.chain(sampling.temperature(heat), *(f(options[name]) for f, name in filters.items() if options.get(name)))

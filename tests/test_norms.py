@@ -1,0 +1,61 @@
+"""Norms in narrow dtypes and with offsets, against float64 and against transformers' Gemma."""
+
+import pytest
+import torch
+from torch.func import grad, jvp, vmap
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+import funcattn as fa
+from funcattn import layers
+
+
+def normal(seed, *shape):
+    return fa.random.normal(fa.key(seed), shape, torch.float64)
+
+
+def plain(x, weight, offset):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (offset + weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_an_offset_norm_is_that_of_gemma(dtype):
+    x, weight = normal(0, 3, 32).to(dtype), (0.1 * normal(1, 32)).to(dtype)
+    theirs = Gemma3RMSNorm(32, eps=1e-6)
+    theirs.weight.data = weight
+    got = layers.rms_norm(x, weight, epsilon=1e-6, offset=1.0)
+    assert got.dtype == dtype
+    # theirs is in float32, and so is ours of what is narrow: the last rounding is the same but for ties that float32 moved
+    torch.testing.assert_close(
+        got, theirs(x).to(dtype).detach(), rtol=torch.finfo(dtype).eps if dtype.itemsize < 4 else 1e-6, atol=1e-6
+    )
+
+
+def test_a_narrow_norm_with_an_offset_is_rounded_once():
+    """1 + weight of a small weight is not a number of bfloat16; the product is, to half a unit in its last place."""
+    x, weight = normal(0, 64, 32).bfloat16(), (0.003 * normal(1, 32)).bfloat16()
+    got = layers.rms_norm(x, weight, epsilon=1e-6, offset=1.0).double()
+    wanted = plain(x.double(), weight.double(), 1.0)
+    half_a_unit = torch.finfo(torch.bfloat16).eps / 2
+    assert ((got - wanted).abs() <= wanted.abs() * half_a_unit * 1.001).all()  # and float32's own rounding
+    early = plain(x.double(), (1 + weight).double() - 1, 1.0)
+    assert ((early - wanted).abs() > wanted.abs() * half_a_unit / 2).any()  # to add in bfloat16 would show
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_differentiate_and_map(offset):
+    x, weight = normal(0, 3, 8), normal(1, 8)
+    ours = lambda x, weight: layers.rms_norm(x, weight, epsilon=1e-6, offset=offset).sin().sum()
+    reference = lambda x, weight: plain(x, weight, offset).sin().sum()
+    direction = (x.cos(), weight.sin())
+    hvp = lambda f: jvp(grad(f, (0, 1)), (x, weight), direction)[1]
+    for derive in (lambda f: grad(f, (0, 1))(x, weight), hvp, lambda f: vmap(grad(f), (0, None))(x, weight)):
+        for got, wanted in zip(derive(ours), derive(reference), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_a_norm_a_head_is_the_norm_of_each():
+    x, weight, bias = normal(0, 5, 4, 8), normal(1, 4, 8), normal(2, 4, 8)
+    got = layers.layer_norm(x, weight, bias, epsilon=1e-5)
+    for head in range(4):
+        torch.testing.assert_close(got[:, head], layers.layer_norm(x[:, head], weight[head], bias[head], epsilon=1e-5))
+    torch.testing.assert_close(layers.layer_norm(x, weight, epsilon=1e-5), got - bias)
