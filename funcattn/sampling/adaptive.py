@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .. import _checks
 from ..records import Model, record
-from .composition import Sampler, between, chain, greedy, mixture, rank, require, stateless
+from .composition import Sampler, between, chain, mixture, rank, require, stateless
 
 
 def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, then: Sampler | None = None) -> Sampler:
     """Exclude top choices: with a probability, hide all tokens of at least the threshold but the least likely of them.
 
-    No coin is tossed here: what is left is the `mixture` of both outcomes, with the law of the toss. What should act on each outcome
-    rather than on their mixture goes into `then`, such as llama.cpp's temperature, which it applies after its xtc.
+    No coin is tossed here: what is left is the `mixture` of both outcomes, with the law of the toss. What should act on each
+    outcome rather than on their mixture goes into `then`, such as llama.cpp's temperature, which it applies after its xtc.
 
     Args:
         probability: of excluding, at each token; llama.cpp `--xtc-probability` (0 there: off).
@@ -115,6 +115,7 @@ def guidance(scale: float | Tensor, model: Model, params: Any, cache: Any, logit
 
     Example:
         >>> import funcattn as fa
+        >>> from funcattn.sampling import greedy
         >>> model = fa.decoder(fa.Config())
         >>> params = model.init(fa.key(0))
         >>> logits, past = model.apply(params, torch.tensor([7]), model.cache(16))

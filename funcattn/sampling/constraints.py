@@ -34,7 +34,7 @@ def suppress_tokens(ids: Sequence[int] | Tensor) -> Sampler:
 
 
 def min_new_tokens(n: int | Tensor, stop: Sequence[int]) -> Sampler:
-    """Hide the stop ids until n tokens were written: transformers `min_new_tokens`, vLLM `min_tokens`. The prompt does not count."""
+    """Hide the stop ids until n tokens were written: transformers `min_new_tokens`, vLLM `min_tokens`. A prompt does not count."""
     require(n >= 0, "min_new_tokens", "n", "0 or more", n, "0 changes nothing.")
     hidden = _mask("min_new_tokens", stop)
     update = lambda logits, written: (torch.where(hidden(logits) & (written < n), -torch.inf, logits), written)

@@ -1,7 +1,7 @@
 """Penalties for what was written: the state counts each token, (V,) integers, or holds the last `window` tokens.
 
-    repetition   z / r where z > 0, z * r where z < 0, once a token was seen
-    presence     z - a, once a token was written                    frequency   z - a * (times written)
+repetition   z / r where z > 0, z * r where z < 0, once a token was seen
+presence     z - a, once a token was written                    frequency   z - a * (times written)
 """
 
 from collections.abc import Mapping
@@ -105,5 +105,3 @@ def _counting(function: str, penalize: Any, prompt: bool, window: int | None) ->
 def tally(tokens: Tensor, counted: Tensor, V: int) -> Tensor:
     """How often each of V tokens occurs among those (T,) that are counted."""
     return torch.zeros(V, dtype=torch.int64, device=tokens.device).scatter_add(-1, tokens, counted.long())
-
-
