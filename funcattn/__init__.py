@@ -12,10 +12,11 @@ Every piece of a language model as a pure function of values, so that torch.func
     transformer            Config, Params, decoder                          5
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
+    speculation            accept: drafts, verified without loss
     interop                other people's modules, closed
 """
 
-from . import caches, families, interop, kernels, layers, masks, records, sampling, serving, transformer, tree
+from . import caches, families, interop, kernels, layers, masks, records, sampling, serving, speculation, transformer, tree
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
 from .checkpoints import Loaded, load, save
@@ -39,6 +40,7 @@ __all__ = [
     "records",
     "sampling",
     "serving",
+    "speculation",
     "transformer",
     "tree",
     "Attended",
