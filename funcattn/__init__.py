@@ -13,10 +13,11 @@ Every piece of a language model as a pure function of values, so that torch.func
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
     speculation            accept: drafts, verified without loss
+    search                 beam_search, best_of
     interop                other people's modules, closed
 """
 
-from . import caches, families, interop, kernels, layers, masks, records, sampling, serving, speculation, transformer, tree
+from . import caches, families, interop, kernels, layers, masks, records, sampling, search, serving, speculation, transformer, tree
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
 from .checkpoints import Loaded, load, save
@@ -26,6 +27,7 @@ from .masks import Mask
 from .randomness import fold_in, key, split
 from .records import Attended, Model
 from .rematerialization import remat
+from .search import beam_search, best_of
 from .transformer import Config, Params, decoder
 from .tree import cast, to
 
@@ -39,6 +41,7 @@ __all__ = [
     "random",
     "records",
     "sampling",
+    "search",
     "serving",
     "speculation",
     "transformer",
@@ -60,6 +63,8 @@ __all__ = [
     "attend",
     "attention",
     "attention_weights",
+    "beam_search",
+    "best_of",
     "cast",
     "commit",
     "decoder",
