@@ -12,12 +12,27 @@ Every piece of a language model as a pure function of values, so that torch.func
     transformer            Config, Params, decoder                          5
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
-    speculation            accept: drafts, verified without loss
+    speculation, drafters  speculate, accept: drafts, verified without loss
     search                 beam_search, best_of
     interop                other people's modules, closed
 """
 
-from . import caches, families, interop, kernels, layers, masks, records, sampling, search, serving, speculation, transformer, tree
+from . import (
+    caches,
+    drafters,
+    families,
+    interop,
+    kernels,
+    layers,
+    masks,
+    records,
+    sampling,
+    search,
+    serving,
+    speculation,
+    transformer,
+    tree,
+)
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
 from .checkpoints import Loaded, load, save
@@ -28,11 +43,13 @@ from .randomness import fold_in, key, split
 from .records import Attended, Model
 from .rematerialization import remat
 from .search import beam_search, best_of
+from .speculation import Speculated, speculate
 from .transformer import Config, Params, decoder
 from .tree import cast, to
 
 __all__ = [
     "caches",
+    "drafters",
     "families",
     "interop",
     "kernels",
@@ -59,6 +76,7 @@ __all__ = [
     "Params",
     "QuantizedCache",
     "Ring",
+    "Speculated",
     "Streamed",
     "attend",
     "attention",
@@ -76,6 +94,7 @@ __all__ = [
     "merge",
     "remat",
     "save",
+    "speculate",
     "split",
     "stream",
     "to",

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +253,18 @@ def test_smaller_thresholds_keep_no_more():
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong()
+
+
+def test_the_figures_of_the_page_are_those_of_the_code():
+    page = (Path(__file__).parent.parent / "docs" / "sampling.md").read_text()
+    scope, figures = {}, 0
+    for block in page.split("```python\n")[1:]:
+        for line in block.split("```")[0].splitlines():
+            code, _, comment = line.partition("#")
+            wanted = [float(word) for word in comment.split() if word[0].isdigit()]
+            if not wanted:
+                exec(code, scope)
+                continue
+            torch.testing.assert_close(eval(code, scope), torch.tensor(wanted), atol=5e-4, rtol=0)  # three digits are shown
+            figures += 1
+    assert figures == 4

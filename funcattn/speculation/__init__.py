@@ -4,6 +4,7 @@
     acceptance      accept, acceptance_pmf: one row, static shapes, branch-free
     branches        accept_tree, accept_among: a tree of drafts, drawn without replacement or with
     verification    laws_along, rewind: samplers with a state along a draft
+    decoding        speculate: generate with drafts
 
 The token that is emitted has the law of the target, exactly, if `draft` is the law that the draft was drawn from: after
 temperature, filters and penalties, in the dtype that was drawn from. `sampling.law` gives both.
@@ -11,6 +12,7 @@ temperature, filters and penalties, in the dtype that was drawn from. `sampling.
 
 from .acceptance import Accepted, accept, acceptance_pmf
 from .branches import Branched, accept_among, accept_tree, tree_pmf
+from .decoding import Speculated, Stats, speculate
 from .rules import Regions, Rule, blockwise, tokenwise
 from .verification import Along, laws_along, rewind
 
@@ -20,6 +22,8 @@ __all__ = [
     "Branched",
     "Regions",
     "Rule",
+    "Speculated",
+    "Stats",
     "accept",
     "accept_among",
     "accept_tree",
@@ -27,6 +31,7 @@ __all__ = [
     "blockwise",
     "laws_along",
     "rewind",
+    "speculate",
     "tokenwise",
     "tree_pmf",
 ]
