@@ -13,10 +13,28 @@ Every piece of a language model as a pure function of values, so that torch.func
     compilation            compile: decoding at the speed of memory
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
+    speculation, drafters  speculate, accept: drafts, verified without loss
+    search                 beam_search, best_of
     interop                other people's modules, closed
 """
 
 from . import caches, evaluation, families, interop, kernels, layers, masks, records, sampling, serving, transformer, tree
+from . import (
+    caches,
+    drafters,
+    families,
+    interop,
+    kernels,
+    layers,
+    masks,
+    records,
+    sampling,
+    search,
+    serving,
+    speculation,
+    transformer,
+    tree,
+)
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
 from .checkpoints import Loaded, load, save
@@ -28,12 +46,15 @@ from .masks import Mask
 from .randomness import fold_in, key, split
 from .records import Attended, Model
 from .rematerialization import remat
+from .search import beam_search, best_of
+from .speculation import Speculated, speculate
 from .transformer import Config, Params, decoder
 from .tree import cast, to
 
 __all__ = [
     "caches",
     "evaluation",
+    "drafters",
     "families",
     "interop",
     "kernels",
@@ -43,7 +64,9 @@ __all__ = [
     "records",
     "sampling",
     "taps",
+    "search",
     "serving",
+    "speculation",
     "transformer",
     "tree",
     "Attended",
@@ -59,10 +82,13 @@ __all__ = [
     "Params",
     "QuantizedCache",
     "Ring",
+    "Speculated",
     "Streamed",
     "attend",
     "attention",
     "attention_weights",
+    "beam_search",
+    "best_of",
     "cast",
     "commit",
     "compile",
@@ -79,6 +105,7 @@ __all__ = [
     "save",
     "score",
     "score_continuation",
+    "speculate",
     "split",
     "stream",
     "to",

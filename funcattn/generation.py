@@ -38,7 +38,8 @@ def generate(
         prompt: int64 (T,), T >= 1.
         cache: a past that the prompt continues; it stays as it was. `()` is no past.
         steps: number of tokens to return, 0 or more.
-        sampler: how a token is drawn from logits; see `funcattn.sampling`.
+        sampler: how a token is drawn from logits; see `funcattn.sampling`. It is primed with the prompt (`sampling.prime`); for a
+            cache whose text it should know too, `sampling.primed`.
         stop: ids that end the text. After one, the rest is filled with it; once every row of a vmap has ended, the loop ends.
         prompt_length: int64 (), 1 to T, where the prompt is padded at its end: the pads (any valid id) are never remembered.
         chunk: tokens of the prompt that are read at a time; bounds the memory of prefill.
@@ -68,7 +69,7 @@ def generate(
     _check_length(prompt, prompt_length)
     start = _prefill(model, params, prompt, cache, steps, prompt_length, chunk)
     tokens, after = [], start.cache
-    for drawn in _draws(key, model, params, start, steps, sampler, stop):
+    for drawn in _draws(key, model, params, start, steps, sampler, prompt, prompt_length, stop):
         tokens.append(drawn.token)
         after = drawn.cache
         if stop and _all_done(drawn.done):
@@ -130,7 +131,7 @@ def stream(
     text = _Text(tokenizer, tuple(stop_strings))
     tokens: tuple[int, ...] = ()
     after = start.cache
-    for drawn in _draws(key, model, params, start, steps, sampler):
+    for drawn in _draws(key, model, params, start, steps, sampler, prompt):
         token, after = int(drawn.token), drawn.cache
         tokens = (*tokens, token)
         if token in ends or len(tokens) == steps:
@@ -217,12 +218,20 @@ def _prefill(model: Model, params: Any, prompt: Tensor, cache: Any, steps: int, 
 
 
 def _draws(
-    key: Tensor, model: Model, params: Any, start: _Start, steps: int, sampler: Sampler, stop: Sequence[int] = ()
+    key: Tensor,
+    model: Model,
+    params: Any,
+    start: _Start,
+    steps: int,
+    sampler: Sampler,
+    prompt: Tensor,
+    prompt_length: Tensor | None = None,
+    stop: Sequence[int] = (),
 ) -> Iterator[_Drawn]:
     """One token a step; the model reads a token only when another is asked for. After a stop id, that id again and again."""
     logits, cache = start.logits, start.cache
     last, done = None, torch.zeros((), dtype=torch.bool, device=logits.device)
-    state = sampler.init(logits.shape[-1])
+    state = sampling.prime(sampler, prompt, sampling.begin(sampler, logits), length=prompt_length)
     keys = randomness.split(key, max(steps, 1))
     for i in range(steps):
         if _checks.is_true(logits.isnan()):

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
-from funcattn.sampling import Sampler, chain, draw, greedy, law, min_p, stateless, temperature, top_k, top_p
+from funcattn.sampling import Sampler, chain, draw, greedy, law, min_p, mixture, stateless, temperature, top_k, top_p
 
 INF = float("inf")
 
@@ -115,6 +116,15 @@ def test_a_chain_of_chains_is_one_chain_and_the_empty_one_is_softmax():
     nested = chain(chain(temperature(0.5), top_k(4)), chain(), top_p(0.9))
     assert torch.equal(law(nested)(logits), law(chain(temperature(0.5), top_k(4), top_p(0.9)))(logits))
     assert torch.equal(law(chain())(logits), logits.log_softmax(-1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_mixture_has_the_mixed_law(share):
+    logits = torch.tensor([0.0, 1.0, -INF, 2.0], dtype=torch.float64)
+    sampler = mixture(share, top_k(1), temperature(3.0))
+    wanted = (1 - share) * law(top_k(1))(logits).exp() + share * law(temperature(3.0))(logits).exp()
+    torch.testing.assert_close(law(sampler)(logits).exp(), wanted)
+    assert grad(lambda x: law(sampler)(x)[0])(logits).isfinite().all()
 
 
 def test_half_precision_logits_have_a_float32_law():
@@ -243,3 +253,18 @@ def test_smaller_thresholds_keep_no_more():
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong()
+
+
+def test_the_figures_of_the_page_are_those_of_the_code():
+    page = (Path(__file__).parent.parent / "docs" / "sampling.md").read_text()
+    scope, figures = {}, 0
+    for block in page.split("```python\n")[1:]:
+        for line in block.split("```")[0].splitlines():
+            code, _, comment = line.partition("#")
+            wanted = [float(word) for word in comment.split() if word[0].isdigit()]
+            if not wanted:
+                exec(code, scope)
+                continue
+            torch.testing.assert_close(eval(code, scope), torch.tensor(wanted), atol=5e-4, rtol=0)  # three digits are shown
+            figures += 1
+    assert figures == 4

@@ -4,12 +4,13 @@
     laws.sampler      law(sampler, logits, key)           a funcattn.sampling.Sampler, logits (V,)
     laws.cache        law(kind, size, key)                a kind of past: a class with `.empty`
     laws.transform    law(transform, tree)                tree -> tree
+    laws.acceptance   law(rule, target, draft, key)       a funcattn.speculation.Rule, tables of conditional laws in float64
 
 Each is a list, so what does not apply is left out by name: `[law for law in laws.kernel if law is not laws.kernels.jvp_...]`.
 A key is spent on the law's own choices: which keys are shuffled, where a past is split, which direction is differentiated.
 """
 
-from . import kernels, pasts, samplers, trees
+from . import acceptances, kernels, pasts, samplers, trees
 
 kernel = [
     kernels.agrees_with_the_reference,
@@ -49,4 +50,12 @@ transform = [
     trees.gives_a_tree_of_tensors,
     trees.leaves_its_argument_as_it_was,
     trees.is_idempotent,
+]
+acceptance = [
+    acceptances.what_is_written_has_the_law_of_the_target,
+    acceptances.regions_are_probabilities,
+    acceptances.regions_have_the_volume_of_the_pmf,
+    acceptances.counts_follow_the_pmf,
+    acceptances.a_shorter_draft_is_the_beginning_of_a_longer,
+    acceptances.accepts_as_many_as_tokenwise,
 ]

@@ -1,0 +1,160 @@
+"""Who drafts, for `fa.speculate`: a model, the text itself, or a function of yours. The draft decides the speed, never the law.
+
+A drafter is three pure functions over a state that is a pytree; it knows all the text but the last token, which it is told:
+
+    init(prompt, prompt_length, steps) -> state
+    propose(key, last, state) -> (Draft, state)          N tokens that may follow, and the laws they were drawn from
+    keep(tokens, count, state) -> state                  what was written instead: the first count of tokens (N + 1,)
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, caches, randomness, sampling, tree
+from .generation import _commit, _prefill
+from .records import ABSENT, Model, record
+from .sampling import Sampler
+
+
+@record
+class Draft(NamedTuple):
+    """Tokens that may follow.
+
+    tokens: int64 (N,). laws: (N, V), what each was drawn from, or () where there was no chance. valid: int64 (), how many count.
+    """
+
+    tokens: Tensor
+    laws: Any
+    valid: Tensor
+
+
+class Drafter(NamedTuple):
+    """A way to draft. Not a record: it holds functions; N is `length`, a size."""
+
+    init: Callable[[Tensor, Tensor, int], Any]
+    propose: Callable[[Tensor, Tensor, Any], tuple[Draft, Any]]
+    keep: Callable[[Tensor, Tensor, Any], Any]
+    length: int
+
+
+@record
+class Reader(NamedTuple):
+    """The state of a model that drafts: its past, the length of it that is certain, its sampler's state at each drafted place."""
+
+    cache: Any
+    certain: Tensor
+    states: Any
+
+
+def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = sampling.greedy, chunk: int = 512) -> Drafter:
+    """Another model drafts, or the same with cheaper weights, a token at a time with a past of its own.
+
+    Args:
+        model, params: any decoder of the same vocabulary.
+        length: N, how many tokens to draft.
+        sampler: how it draws; for a target that samples, the target's own is a good choice.
+        chunk: as in `fa.generate`.
+    """
+    _check_length("drafters.model", length)
+    rewind = lambda states, n: tree.map(lambda leaf: leaf.index_select(0, n.reshape(1))[0], states)
+
+    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> Reader:
+        start = _prefill(model, params, prompt, ABSENT, steps + length + 1, prompt_length, chunk)
+        state = sampling.prime(sampler, prompt, sampling.begin(sampler, start.logits), length=prompt_length)
+        state = tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), state)
+        return Reader(start.cache, start.cache.length, state)
+
+    def propose(key: Tensor, last: Tensor, state: Reader) -> tuple[Draft, Reader]:
+        cache, token, tokens, laws, states = state.cache, last, [], [], []
+        now = sampler.observe(last, rewind(state.states, torch.zeros_like(last)))
+        for n, fresh in enumerate(randomness.split(key, length + 1).unbind()):
+            x, delta = model.hidden(params, token.reshape(1), cache)
+            cache = _commit(cache, delta, 1) if n else caches.commit(cache, delta, 1)  # copied once, then it is ours
+            logits = model.logits(params, x[-1])
+            law = sampling.law(sampler)(logits, now)
+            now = sampler.update(logits.to(law.dtype), now)[1]
+            states.append(now)
+            if n < length:  # the last is read too, so that the past is whole where all of them stay
+                token = law.argmax(-1) if sampler.deterministic else randomness.categorical(fresh, law)
+                tokens.append(token)
+                laws.append(law.exp())
+                now = sampler.observe(token, now)
+        draft = Draft(torch.stack(tokens), torch.stack(laws), torch.full_like(last, length))
+        return draft, Reader(cache, state.certain, tree.map(lambda *leaves: torch.stack(leaves), *states))
+
+    def keep(tokens: Tensor, count: Tensor, state: Reader) -> Reader:
+        certain = state.certain + count  # the last token that was told, and all but the last of the new ones
+        here = rewind(state.states, (count - 1).clamp(min=0))  # has seen all but the last of the new ones
+        states = tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), here)
+        return Reader(caches.with_length(state.cache, certain), certain, states)
+
+    return Drafter(init, propose, keep, length)
+
+
+@record
+class Written(NamedTuple):
+    """The state of a drafter that looks at the text: tokens (S,) with -1 where none is yet, and how many are there but the last."""
+
+    tokens: Tensor
+    length: Tensor
+
+
+def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: int = 4) -> Drafter:
+    """A function of yours drafts, without chance: f(text (S,), n ()) -> (tokens (N,), valid ()).
+
+    Args:
+        f: sees the text, of which the first n count, and gives N = `length` tokens, of which the first `valid` count.
+    """
+    _check_length("drafters.function", length)
+
+    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> Written:
+        return Written(torch.cat([prompt, prompt.new_full((steps + length + 2,), -1)]), prompt_length)
+
+    def propose(key: Tensor, last: Tensor, state: Written) -> tuple[Draft, Written]:
+        places = torch.arange(len(state.tokens), device=last.device)
+        text = torch.where(places == state.length, last, torch.where(places < state.length, state.tokens, -1))
+        tokens, valid = f(text, state.length + 1)
+        if tokens.shape != (length,) or valid.dim():
+            got = f"{_checks.shape(tokens)} and {_checks.shape(valid)}"
+            _checks.fail("drafters.function", "what f returns", f"tokens (N,) with N = {length}, valid ()", got, "Pad the tokens.")
+        return Draft(tokens, ABSENT, valid), Written(text, state.length)
+
+    def keep(tokens: Tensor, count: Tensor, state: Written) -> Written:
+        places = torch.arange(len(state.tokens), device=tokens.device) - state.length - 1
+        new = tokens.index_select(0, places.clamp(0, length))
+        return Written(torch.where((places >= 0) & (places < count), new, state.tokens), state.length + count)
+
+    return Drafter(init, propose, keep, length)
+
+
+def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
+    """The text drafts: what followed the last time that it ended as it does now, by the longest of 1 to ngram tokens that is found.
+
+    Source: Saxena, Prompt lookup decoding (2023); transformers `prompt_lookup_num_tokens`, vLLM's "ngram".
+    """
+    _check_length("drafters.prompt_lookup", length)
+    if not isinstance(ngram, int) or ngram < 1:
+        _checks.fail("drafters.prompt_lookup", "ngram", "an int, at least 1", repr(ngram), "2 or 3 is usual.")
+
+    def look(text: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        follows = torch.zeros_like(n)  # where what followed begins; 0 is nowhere
+        for m in range(1, min(ngram, len(text)) + 1):
+            ends = torch.arange(m, len(text) + 1, device=text.device)
+            newest = text.index_select(0, (n - m + torch.arange(m, device=text.device)).clamp(min=0))
+            same = (text.unfold(0, m, 1) == newest).all(-1) & (ends < n) & (n > m)
+            found = torch.where(same, ends, 0).amax(-1)
+            follows = torch.where(found > 0, found, follows)
+        places = (follows + torch.arange(length, device=text.device)).clamp(max=len(text) - 1)
+        valid = torch.where(follows > 0, (n - follows).clamp(0, length), 0)
+        there = torch.arange(length, device=text.device) < valid
+        return torch.where(there, text.index_select(0, places), 0), valid
+
+    return function(look, length=length)
+
+
+def _check_length(function: str, length: int) -> None:
+    if not isinstance(length, int) or length < 1:
+        _checks.fail(function, "length", "an int, at least 1", repr(length), "Draft one token at least; 4 is usual.")

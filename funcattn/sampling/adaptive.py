@@ -1,0 +1,144 @@
+"""Samplers with more than logits to go by: a coin, a running surprise, a second past."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..records import Model, record
+from .composition import Sampler, between, chain, mixture, rank, require, stateless
+
+
+def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, then: Sampler | None = None) -> Sampler:
+    """Exclude top choices: with a probability, hide all tokens of at least the threshold but the least likely of them.
+
+    No coin is tossed here: what is left is the `mixture` of both outcomes, with the law of the toss. What should act on each
+    outcome rather than on their mixture goes into `then`, such as llama.cpp's temperature, which it applies after its xtc.
+
+    Args:
+        probability: of excluding, at each token; llama.cpp `--xtc-probability` (0 there: off).
+        threshold: llama.cpp `--xtc-threshold` (0.1); above 0.5 nothing is ever excluded.
+        then: samplers that follow within each outcome.
+
+    Example:
+        >>> from funcattn.sampling import law
+        >>> law(xtc(0.5, 0.25))(torch.tensor([0.5, 0.3, 0.2]).log()).exp()
+        tensor([0.2500, 0.4500, 0.3000])
+
+    Source: p-e-w, text-generation-webui pull request 6335, "Exclude top choices".
+
+    Law: the exact mixture over the coin (test_adaptive.py::test_xtc_is_a_coin_integrated_exactly).
+    """
+    require(between(probability, 0, 1), "xtc", "probability", "in [0, 1]", probability, "0 changes nothing; 0.5 is usual.")
+    require(between(threshold, 0, 1), "xtc", "threshold", "in [0, 1]", threshold, "0.1 is usual.")
+
+    def exclude(logits: Tensor) -> Tensor:
+        above = logits.softmax(-1) >= threshold
+        return torch.where(above & (rank(logits) < above.sum(-1, keepdim=True) - 1), -torch.inf, logits)
+
+    rest = chain() if then is None else then
+    return mixture(probability, rest, chain(stateless(exclude), rest))
+
+
+@record
+class Surprise(NamedTuple):
+    """The state of mirostat.
+
+    most: (), the greatest surprise in bits that is kept now. tokens: (V,), the surprise of each token in the last law.
+    """
+
+    most: Tensor
+    tokens: Tensor
+
+
+def mirostat(tau: float = 5.0, eta: float = 0.1) -> Sampler:
+    """Mirostat 2: keep the tokens of at most `most` bits of surprise, and move `most` so that the text has tau bits a token.
+
+    most starts at 2 * tau, and after a token of surprise s is most - eta * (s - tau). The most likely token is always kept.
+
+    Args:
+        tau: llama.cpp `--mirostat-ent` (5.0). eta: `--mirostat-lr` (0.1). Numbers, or tensors ().
+
+    Put it last: the surprise is that of the law it leaves. Its update writes down that law for `observe`, so a state is made by
+    update, then observe, in turn, which is what `draw` does.
+
+    Source: Basu et al., Mirostat, arXiv:2007.14966; the second version is llama.cpp's.
+    """
+    require(tau > 0, "mirostat", "tau", "above 0 bits", tau, "5 is usual.")
+    require(eta >= 0, "mirostat", "eta", "0 or more", eta, "0.1 is usual.")
+
+    def update(logits: Tensor, state: Surprise) -> tuple[Tensor, Surprise]:
+        surprise = -logits.log_softmax(-1) / torch.log(torch.full_like(logits[:1], 2.0))
+        kept = torch.where((surprise <= state.most) | (rank(logits) == 0), logits, -torch.inf)
+        after = -kept.log_softmax(-1) / torch.log(torch.full_like(logits[:1], 2.0))
+        return kept, Surprise(state.most, after.to(state.tokens.dtype))
+
+    def observe(token: Tensor, state: Surprise) -> Surprise:
+        found = state.tokens.gather(-1, token.reshape(1).long())[0]
+        return Surprise(state.most - eta * (found - tau), state.tokens)
+
+    init = lambda V: Surprise(torch.zeros(()) + 2 * tau, torch.zeros(V) + tau)
+    return Sampler(init, update, observe)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance of two rows of logits (V,): u + scale * (c - u) of their log-probabilities.
+
+    scale 1 gives the conditional ones, above 1 goes beyond them. A token that the condition hides stays hidden; one that only the
+    other hides has its conditional log-probability.
+
+    Source: Sanchez et al., Stay on topic with classifier-free guidance, arXiv:2306.17806.
+    """
+    c, u = conditional.log_softmax(-1), unconditional.log_softmax(-1)
+    hidden = (c == -torch.inf) | (u == -torch.inf)
+    return torch.where(hidden, c, u + scale * (torch.where(hidden, 0, c) - torch.where(hidden, 0, u)))
+
+
+@record
+class Other(NamedTuple):
+    """The state of guidance: the other past, and its logits (V,) for the next token."""
+
+    cache: Any
+    logits: Tensor
+
+
+def guidance(scale: float | Tensor, model: Model, params: Any, cache: Any, logits: Tensor) -> Sampler:
+    """Classifier-free guidance by a second past that reads every token too: without the condition, or of a negative prompt.
+
+    The second past lives in the sampler's state, so it forks and rolls back with the rest, and its model may be another one.
+
+    Args:
+        scale: transformers' `guidance_scale`; 1 changes nothing.
+        model, params, cache: what reads the other text; the cache needs room for what will be written.
+        logits: (V,), after the last token of the other text.
+
+    Example:
+        >>> import funcattn as fa
+        >>> from funcattn.sampling import greedy
+        >>> model = fa.decoder(fa.Config())
+        >>> params = model.init(fa.key(0))
+        >>> logits, past = model.apply(params, torch.tensor([7]), model.cache(16))
+        >>> sampler = chain(guidance(1.5, model, params, past, logits[-1]), greedy)
+        >>> fa.generate(fa.key(0), model, params, torch.tensor([1, 2]), steps=3, sampler=sampler)[0].shape
+        torch.Size([3])
+
+    Law: equal to running both texts in full (test_adaptive.py::test_guidance_reads_both_texts).
+    """
+    require(between(scale, -torch.inf, torch.inf), "guidance", "scale", "a number", scale, "1 changes nothing.")
+    if logits.dim() != 1:
+        _checks.fail("guidance", "logits", "(V,), of the last token", _checks.shape(logits), "Pass logits[-1].")
+
+    def update(conditional: Tensor, state: Other) -> tuple[Tensor, Other]:
+        return guide(conditional, state.logits.to(conditional.dtype), scale), state
+
+    def observe(token: Tensor, state: Other) -> Other:
+        after, past = model.apply(params, token.reshape(1), state.cache)
+        return Other(past, after[-1])
+
+    def init(V: int) -> Other:
+        if logits.shape[-1] != V:
+            _checks.fail("guidance", "logits", f"(V,) with V = {V}", _checks.shape(logits), "Both models need one vocabulary.")
+        return Other(cache, logits)
+
+    return Sampler(init, update, observe)

@@ -1,0 +1,205 @@
+"""What a sampler is, how samplers compose, and the law that they promise.
+
+    init(V) -> state            update(logits, state) -> (logits, state)            observe(token, state) -> state
+
+The state is a pytree of tensors, so a penalty forks and rolls back with the cache: an older state is a rewound sampler. What is
+filtered out has a logit of -inf. Written for one row of logits (V,); many rows are `vmap`.
+
+Nothing here draws but `draw`. A sampler that tosses a coin (xtc) promises the mixture of both outcomes, which has the same law as
+the toss, so that the law stays exact and a state needs no key.
+
+Edges: of equal logits the lower ids go first. A row in which nothing is left has a law of NaN, as has one with NaN or +inf in
+what is left, and `draw` raises on it where values can be looked at.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, randomness, tree
+from ..records import ABSENT
+
+
+def _ignore(tokens: Tensor, length: Tensor, state: Any) -> Any:
+    return state
+
+
+class Sampler(NamedTuple):
+    """A transform of logits. Not a record: it holds functions; its state is a pytree of tensors, `()` where it has none.
+
+    `deterministic` says that update leaves one token, so that drawing needs no noise. `prime(tokens, length, state)` is what the
+    sampler makes of a prompt (T,) of which the first `length` count; most make nothing of it.
+    """
+
+    init: Callable[[int], Any]
+    update: Callable[[Tensor, Any], tuple[Tensor, Any]]
+    observe: Callable[[Tensor, Any], Any]
+    deterministic: bool = False
+    prime: Callable[[Tensor, Tensor, Any], Any] = _ignore
+
+
+def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = False) -> Sampler:
+    """A sampler from a function of logits (V,) -> (V,).
+
+    Example:
+        >>> never_zero = stateless(lambda logits: logits.index_fill(-1, torch.tensor(0), float("-inf")))
+        >>> law(never_zero)(torch.zeros(3)).exp().tolist()
+        [0.0, 0.5, 0.5]
+    """
+    return Sampler(lambda V: ABSENT, lambda logits, state: (transform(logits), state), lambda token, state: state, deterministic)
+
+
+def chain(*samplers: Sampler) -> Sampler:
+    """Apply samplers from left to right; the state is the tuple of theirs."""
+    _require_samplers("chain", samplers)
+
+    def update(logits: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        after = []
+        for sampler, state in zip(samplers, states, strict=True):
+            logits, state = sampler.update(logits, state)
+            after.append(state)
+        return logits, tuple(after)
+
+    return Sampler(
+        lambda V: tuple(sampler.init(V) for sampler in samplers),
+        update,
+        lambda token, states: tuple(s.observe(token, state) for s, state in zip(samplers, states, strict=True)),
+        any(sampler.deterministic for sampler in samplers),
+        lambda tokens, length, states: tuple(s.prime(tokens, length, x) for s, x in zip(samplers, states, strict=True)),
+    )
+
+
+def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
+    """At every token the second sampler with probability `share`, else the first: law = (1 - share) * first + share * second.
+
+    No coin is tossed: the sampler leaves the logarithm of the mixed law, and a draw from that is a draw after the toss. What
+    follows in a chain acts on the mixture; what should act on each outcome belongs into `first` and `second`.
+
+    Raises:
+        ValueError: share outside [0, 1].
+
+    Example:
+        >>> law(mixture(0.25, greedy, chain()))(torch.zeros(2)).exp()
+        tensor([0.8750, 0.1250])
+
+    Law: the mixture of both laws (test_sampling.py::test_a_mixture_has_the_mixed_law).
+    """
+    require(between(share, 0, 1), "mixture", "share", "in [0, 1]", share, "It is the probability of the second sampler.")
+    _require_samplers("mixture", (first, second))
+    both = chain(first, second)
+
+    def update(logits: Tensor, states: tuple[Any, Any]) -> tuple[Tensor, tuple[Any, Any]]:
+        weight = torch.as_tensor(share, dtype=logits.dtype, device=logits.device)
+        (one, one_after), (two, two_after) = first.update(logits, states[0]), second.update(logits, states[1])
+        one, two = one.log_softmax(-1) + (1 - weight).log(), two.log_softmax(-1) + weight.log()
+        hidden = (one == -torch.inf) & (two == -torch.inf)  # where the derivative of logaddexp is NaN
+        mixed = torch.logaddexp(torch.where(hidden, 0, one), torch.where(hidden, 0, two))
+        return torch.where(hidden, -torch.inf, mixed), (one_after, two_after)
+
+    return both._replace(update=update, deterministic=False)
+
+
+def _argmax_only(logits: Tensor) -> Tensor:
+    best = logits.argmax(-1, keepdim=True)  # of equals the lowest id, as torch promises
+    return torch.full_like(logits, float("-inf")).scatter(-1, best, logits.gather(-1, best))
+
+
+greedy = stateless(_argmax_only, deterministic=True)
+
+
+def law(sampler: Sampler) -> Callable[..., Tensor]:
+    """The log-probabilities that a sampler draws from, as a function (logits (V,), state=None) -> (V,) in float32 at least.
+
+    Example:
+        >>> from funcattn.sampling import temperature, top_k
+        >>> law(chain(temperature(0.5), top_k(2)))(torch.tensor([0.0, 1.0, 2.0])).exp()
+        tensor([0.0000, 0.1192, 0.8808])
+    """
+
+    def log_probabilities(logits: Tensor, state: Any = None) -> Tensor:
+        logits = _accurate(logits)
+        filtered, _ = sampler.update(logits, begin(sampler, logits) if state is None else state)
+        return filtered.log_softmax(-1)
+
+    return log_probabilities
+
+
+def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """One token () from logits (V,), and the state that has seen it.
+
+    Raises:
+        ValueError: the sampler left no token, or NaN (checked where values are concrete, in every row under vmap).
+    """
+    filtered, state = sampler.update(_accurate(logits), state)
+    if _checks.is_true(~filtered.amax(-1).isfinite()):
+        remedy = "Look for NaN in the logits, and let no filter hide every token."
+        _checks.fail("draw", "what the sampler leaves", "one token at least, and no NaN", "nothing to draw from", remedy)
+    token = filtered.argmax(-1) if sampler.deterministic else randomness.categorical(key, filtered)
+    return token, sampler.observe(token, state)
+
+
+def begin(sampler: Sampler, logits: Tensor) -> Any:
+    """The state before the first token, where the logits (V,) are."""
+    return tree.map(lambda x: x.to(logits.device), sampler.init(logits.shape[-1]))
+
+
+def prime(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tensor | None = None) -> Any:
+    """The state after a prompt: each sampler of a chain takes from it what users of its name expect.
+
+    repetition_penalty, no_repeat_ngram and dry count the prompt, as in transformers, vLLM and llama.cpp; presence_penalty and
+    frequency_penalty count what was written only, as in vLLM; constraints begin behind it. `fa.generate` calls this.
+
+    Args:
+        tokens: int64 (T,).
+        state: from `sampler.init(V)`.
+        length: int64 (), how many of the tokens count, where the prompt is padded at its end; None is all.
+
+    Example:
+        >>> from funcattn.sampling import repetition_penalty
+        >>> sampler = repetition_penalty(2.0)
+        >>> sampler.update(torch.ones(4), prime(sampler, torch.tensor([1, 3, 3]), sampler.init(4)))[0]
+        tensor([1.0000, 0.5000, 1.0000, 0.5000])
+
+    Law: pads are not seen, and priming in parts is priming at once (test_penalties.py).
+    """
+    _require_samplers("prime", (sampler,))
+    if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
+        got = f"{tokens.dtype} {_checks.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        _checks.fail("prime", "tokens", "one sequence (T,) of token ids", got, "Map over many with vmap.", TypeError)
+    count = torch.full((), len(tokens), dtype=torch.int64, device=tokens.device) if length is None else length
+    return sampler.prime(tokens, count, state)
+
+
+def primed(sampler: Sampler, tokens: Tensor) -> Sampler:
+    """The sampler that has seen these tokens (T,) before it begins: for a text whose beginning is in a cache already."""
+    return sampler._replace(init=lambda V: prime(sampler, tokens, sampler.init(V)))
+
+
+def require(holds: bool | Tensor, function: str, argument: str, wanted: str, got: Any, remedy: str) -> None:
+    """Fail where a number, or any entry of a tensor that can be looked at, is out of range."""
+    if _checks.is_true(~holds) if isinstance(holds, Tensor) else not holds:
+        _checks.fail(function, argument, wanted, _checks.peek(got) if isinstance(got, Tensor) else got, remedy)
+
+
+def between(x: Any, low: float, high: float) -> Any:
+    """Whether low <= x <= high, for a number or for each entry of a tensor; NaN is not."""
+    return (x >= low) & (x <= high)
+
+
+def rank(logits: Tensor) -> Tensor:
+    """The place of each logit in descending order, equals by id."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(order).scatter(-1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order))
+
+
+def _require_samplers(function: str, samplers: tuple[Any, ...]) -> None:
+    for i, sampler in enumerate(samplers):
+        if not isinstance(sampler, Sampler):
+            remedy = "Call a factory such as temperature(0.8) for each."
+            _checks.fail(function, f"argument {i}", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
+
+
+def _accurate(logits: Tensor) -> Tensor:
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

@@ -1,0 +1,119 @@
+"""What may be written: masks over the vocabulary, fixed or decided by a state that every token moves.
+
+A grammar is `constrained(start, allowed, step)`, its state a pytree in the sampler's state, so that it forks and rolls back with
+the cache; a finite one is a table, `automaton`. Where nothing is allowed, the law is NaN and `draw` raises.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .composition import Sampler, require, stateless
+from .penalties import require_ids
+
+
+def allowed_tokens(allowed: Sequence[int] | Tensor) -> Sampler:
+    """Hide every token but these: ids, or a bool tensor (V,) that is True where a token may be written.
+
+    vLLM `allowed_token_ids`, transformers `prefix_allowed_tokens_fn` with a constant.
+    """
+    shown = _mask("allowed_tokens", allowed)
+    return stateless(lambda logits: torch.where(shown(logits), logits, -torch.inf))
+
+
+def suppress_tokens(ids: Sequence[int] | Tensor) -> Sampler:
+    """Hide these tokens: ids, or a bool tensor (V,) that is True where a token may not be written.
+
+    transformers `suppress_tokens` and `bad_words_ids` of single tokens, vLLM `bad_words` of single tokens.
+    """
+    hidden = _mask("suppress_tokens", ids)
+    return stateless(lambda logits: torch.where(hidden(logits), -torch.inf, logits))
+
+
+def min_new_tokens(n: int | Tensor, stop: Sequence[int]) -> Sampler:
+    """Hide the stop ids until n tokens were written: transformers `min_new_tokens`, vLLM `min_tokens`. A prompt does not count."""
+    require(n >= 0, "min_new_tokens", "n", "0 or more", n, "0 changes nothing.")
+    hidden = _mask("min_new_tokens", stop)
+    update = lambda logits, written: (torch.where(hidden(logits) & (written < n), -torch.inf, logits), written)
+    return Sampler(lambda V: torch.zeros((), dtype=torch.int64), update, lambda token, written: written + 1)
+
+
+def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Tensor, Any], Any]) -> Sampler:
+    """Write only what a state allows: the hook for grammars.
+
+    Args:
+        start: the first state, a pytree of tensors.
+        allowed: state -> bool (V,), True where a token may follow.
+        step: (token (), state) -> state, of the same structure, shapes and dtypes; it may see a token that is not allowed (a draft
+            that is refused), and may then return anything.
+
+    Example:
+        >>> from funcattn.sampling import law
+        >>> rises = constrained(torch.tensor(0), lambda least: torch.arange(4) >= least, lambda token, least: token)
+        >>> law(rises)(torch.zeros(4), torch.tensor(2)).exp().tolist()
+        [0.0, 0.0, 0.5, 0.5]
+    """
+
+    def update(logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+        shown = allowed(state)
+        if shown.dtype != torch.bool or shown.shape != logits.shape:
+            got, remedy = f"{shown.dtype} {_checks.shape(shown)}", "Return True where a token may follow."
+            _checks.fail("constrained", "what allowed returns", f"bool (V,) with V = {logits.shape[-1]}", got, remedy)
+        return torch.where(shown, logits, -torch.inf), state
+
+    return Sampler(lambda V: start, update, step)
+
+
+def automaton(table: Tensor, start: int = 0) -> Sampler:
+    """Write only what a finite automaton reads.
+
+    Args:
+        table: int64 (S, V), table[s, token] is the next of S states, or -1 where the token may not follow.
+        start: the first state.
+
+    Example:
+        >>> from funcattn.sampling import law
+        >>> takes_turns = automaton(torch.tensor([[1, -1], [-1, 0]]))
+        >>> law(takes_turns)(torch.zeros(2), takes_turns.observe(torch.tensor(0), takes_turns.init(2))).exp().tolist()
+        [0.0, 1.0]
+    """
+    if not isinstance(table, Tensor) or table.dim() != 2 or table.is_floating_point():
+        got = f"{table.dtype} {_checks.shape(table)}" if isinstance(table, Tensor) else f"a {type(table).__name__}"
+        _checks.fail("automaton", "table", "int64 (S, V), the next state of each state and token", got, "-1 forbids.", TypeError)
+    S, V = table.shape
+    require(((table >= -1) & (table < S)).all(), "automaton", "table", f"in [-1, S = {S})", table, "-1 forbids a token.")
+    require(0 <= start < S, "automaton", "start", f"in [0, S = {S})", start, "Name one of the table's states.")
+    row = lambda state: torch.where(state < 0, -1, table.index_select(0, state.clamp(min=0).reshape(1))[0])  # lost stays lost
+    step = lambda token, state: row(state).index_select(0, token.reshape(1).long())[0]
+    inner = constrained(torch.full((), start, dtype=table.dtype, device=table.device), lambda state: row(state) >= 0, step)
+
+    def init(size: int) -> Any:
+        if size != V:
+            _checks.fail("automaton", "table", f"(S, V) with V = {size} as the logits", _checks.shape(table), "Pad it with -1.")
+        return inner.init(size)
+
+    return inner._replace(init=init)
+
+
+def _mask(function: str, ids: Sequence[int] | Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from logits (V,) to bool (V,), True at the ids."""
+    if isinstance(ids, Tensor) and ids.dtype == torch.bool:
+
+        def whole(logits: Tensor) -> Tensor:
+            require_ids(function, ids, logits.shape[-1], whole=True)
+            return ids.to(logits.device)
+
+        return whole
+    if isinstance(ids, str) or not (isinstance(ids, Tensor) or all(isinstance(token, int) for token in ids)):
+        _checks.fail(function, "ids", "ints, or a bool tensor (V,)", repr(ids), "Encode text with the tokenizer.", TypeError)
+    places = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+
+    def some(logits: Tensor) -> Tensor:
+        require_ids(function, places, logits.shape[-1], whole=False)
+        there = torch.arange(logits.shape[-1], device=logits.device).unsqueeze(-1) == places.to(logits.device)
+        return there.any(-1)
+
+    return some

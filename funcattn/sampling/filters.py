@@ -1,0 +1,157 @@
+"""Samplers that look at the logits alone: each keeps some tokens and hides the others, temperature rescales.
+
+Every one keeps at least one token. Thresholds are numbers or tensors, so that `vmap` gives each row its own.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .composition import Sampler, between, rank, require, stateless
+
+
+def temperature(t: float | Tensor) -> Sampler:
+    """Divide logits by t > 0: below 1 sharper, above 1 flatter. For the limit 0 use `greedy`."""
+    require(t > 0, "temperature", "t", "above 0", t, "For the most likely token use sampling.greedy.")
+    return stateless(lambda logits: logits / t)
+
+
+def top_k(k: int | Tensor) -> Sampler:
+    """Keep the k greatest logits, exactly k: of equals the lower ids.
+
+    Source: Fan, Lewis and Dauphin, Hierarchical neural story generation, arXiv:1805.04833.
+    """
+    if isinstance(k, float) or (isinstance(k, Tensor) and k.is_floating_point()):
+        _checks.fail("top_k", "k", "an integer", k, "For a share of the probability use top_p.", TypeError)
+    require(k >= 1, "top_k", "k", "at least 1", k, "k = 1 keeps the most likely token.")
+    return stateless(lambda logits: _keep(rank(logits) < k, logits))
+
+
+def top_p(p: float | Tensor) -> Sampler:
+    """Keep the most likely tokens until their probabilities reach p: at least one, and of equals the lower ids; p = 1 keeps all.
+
+    Source: Holtzman et al., The curious case of neural text degeneration, arXiv:1904.09751.
+    """
+    require((p > 0) & (p <= 1), "top_p", "p", "in (0, 1]", p, "p = 1 keeps every token.")
+
+    def transform(logits: Tensor) -> Tensor:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        reached = ordered.softmax(-1).cumsum(-1)
+        before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)  # mass of the more likely ones
+        kept = (before < p) | (p >= 1)  # rounding can bring the sum to 1 before the last token
+        return _keep(torch.zeros_like(kept).scatter(-1, order, kept), logits)
+
+    return stateless(transform)
+
+
+def min_p(p: float | Tensor) -> Sampler:
+    """Keep the tokens at least p times as likely as the most likely one.
+
+    Source: Nguyen et al., Turning up the heat: min-p sampling, arXiv:2407.01082.
+    """
+    require(between(p, 0, 1), "min_p", "p", "in [0, 1]", p, "p = 0 keeps every token, p = 1 the most likely ones.")
+    return stateless(lambda logits: _keep((logits - logits.amax(-1, keepdim=True)).exp() >= p, logits))
+
+
+def typical_p(p: float | Tensor) -> Sampler:
+    """Keep the tokens whose surprise -log P is nearest to the entropy until their probabilities reach p; p = 1 keeps all.
+
+    Tokens as near as the last that is kept are kept too, as in transformers.
+
+    Source: Meister et al., Locally typical sampling, arXiv:2202.00666.
+    """
+    require((p > 0) & (p <= 1), "typical_p", "p", "in (0, 1]", p, "p = 1 keeps every token.")
+
+    def transform(logits: Tensor) -> Tensor:
+        normal = logits.log_softmax(-1)
+        distance = (-normal - _entropy(normal)).abs()
+        ordered, order = distance.sort(dim=-1, stable=True)
+        reached = normal.gather(-1, order).exp().cumsum(-1)
+        last = (reached < p).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+        return _keep((distance <= ordered.gather(-1, last)) | (p >= 1), logits)
+
+    return stateless(transform)
+
+
+def epsilon_cutoff(epsilon: float | Tensor) -> Sampler:
+    """Keep the tokens of probability epsilon at least, and the most likely ones always.
+
+    Source: Hewitt, Manning and Liang, Truncation sampling as language model desmoothing, arXiv:2210.15191.
+    """
+    require(between(epsilon, 0, 1), "epsilon_cutoff", "epsilon", "in [0, 1]", epsilon, "Usual values are 3e-4 to 9e-4.")
+    return stateless(lambda logits: _keep((logits.softmax(-1) >= epsilon) | _greatest(logits), logits))
+
+
+def eta_cutoff(epsilon: float | Tensor) -> Sampler:
+    """Keep the tokens of probability min(epsilon, sqrt(epsilon) * exp(-entropy)) at least, and the most likely ones always.
+
+    Source: Hewitt, Manning and Liang, Truncation sampling as language model desmoothing, arXiv:2210.15191.
+    """
+    require(between(epsilon, 0, 1), "eta_cutoff", "epsilon", "in [0, 1]", epsilon, "Usual values are 3e-4 to 2e-3.")
+
+    def transform(logits: Tensor) -> Tensor:
+        normal = logits.log_softmax(-1)
+        eta = (epsilon**0.5 * (-_entropy(normal)).exp()).clamp(max=epsilon)
+        return _keep((normal.exp() >= eta) | _greatest(logits), logits)
+
+    return stateless(transform)
+
+
+def top_n_sigma(n: float | Tensor) -> Sampler:
+    """Keep the logits within n standard deviations of the greatest. The choice does not depend on a temperature before it.
+
+    The deviation is that of the logits that are not hidden, over their number, as in llama.cpp.
+
+    Source: Tang et al., Top-n-sigma: not all logits are you need, arXiv:2411.07641.
+    """
+    require(n >= 0, "top_n_sigma", "n", "0 or more", n, "n = 1 is usual; n = 0 keeps the greatest.")
+
+    def transform(logits: Tensor) -> Tensor:
+        there = logits != -torch.inf
+        number = there.sum(-1, keepdim=True)
+        seen = torch.where(there, logits, 0)
+        mean = seen.sum(-1, keepdim=True) / number
+        sigma = (torch.where(there, logits - mean, 0).square().sum(-1, keepdim=True) / number).sqrt()
+        return _keep(logits >= logits.amax(-1, keepdim=True) - n * sigma.detach(), logits)
+
+    return stateless(transform)
+
+
+def top_h(share: float | Tensor, *, candidates: int = 100) -> Sampler:
+    """Keep the most likely tokens while their part of the entropy stays within a share of it: at least one.
+
+    Args:
+        share: in (0, 1]; transformers' `top_h`.
+        candidates: only so many of the most likely tokens are looked at, as in transformers.
+
+    Source: Baghaei Potraghloo et al., Top-H decoding: adapting the creativity and coherence with bounded entropy in text
+        generation, arXiv:2509.02510.
+    """
+    require((share > 0) & (share <= 1), "top_h", "share", "in (0, 1]", share, "A usual value is 0.4.")
+    require(candidates >= 1, "top_h", "candidates", "at least 1", candidates, "The default is 100.")
+
+    def transform(logits: Tensor) -> Tensor:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        first = ordered[..., :candidates]
+        parts = torch.special.entr(first.softmax(-1))
+        kept = (parts.cumsum(-1) <= parts.sum(-1, keepdim=True) * share) | (share >= 1) | _only_first(first)
+        return _keep(torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., :candidates], kept), logits)
+
+    return stateless(transform)
+
+
+def _keep(kept: Tensor, logits: Tensor) -> Tensor:
+    return torch.where(kept, logits, -torch.inf)
+
+
+def _greatest(logits: Tensor) -> Tensor:
+    return logits >= logits.amax(-1, keepdim=True)
+
+
+def _only_first(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[-1], device=x.device) == 0
+
+
+def _entropy(normal: Tensor) -> Tensor:
+    """Of log-probabilities (V,), (1,); what is hidden adds nothing."""
+    return torch.special.entr(normal.exp()).sum(-1, keepdim=True)

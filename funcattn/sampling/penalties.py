@@ -1,0 +1,107 @@
+"""Penalties for what was written: the state counts each token, (V,) integers, or holds the last `window` tokens.
+
+repetition   z / r where z > 0, z * r where z < 0, once a token was seen
+presence     z - a, once a token was written                    frequency   z - a * (times written)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .composition import Sampler, require, stateless
+from .repeats import empty_ring, prime_ring, push
+
+
+def repetition_penalty(penalty: float | Tensor, *, prompt: bool = True, window: int | None = None) -> Sampler:
+    """Divide the logits of tokens seen by the penalty where they are positive, multiply where negative: above 1 discourages.
+
+    It looks at the sign of a logit, so adding a constant to all logits changes what it does (put it first in a chain).
+
+    Args:
+        penalty: above 0; 1 changes nothing. transformers and vLLM `repetition_penalty`, llama.cpp `--repeat-penalty`.
+        prompt: whether the prompt counts, as it does in all three.
+        window: how many of the last tokens count (llama.cpp `--repeat-last-n`, 64 there); None is all.
+
+    Source: Keskar et al., CTRL, arXiv:1909.05858, section 4.1.
+    """
+    require(penalty > 0, "repetition_penalty", "penalty", "above 0", penalty, "1 changes nothing; 1.1 is usual.")
+    penalize = lambda logits: torch.where(logits > 0, logits / penalty, logits * penalty)
+    return _counting("repetition_penalty", lambda x, counts: torch.where(counts > 0, penalize(x), x), prompt, window)
+
+
+def presence_penalty(penalty: float | Tensor, *, prompt: bool = False, window: int | None = None) -> Sampler:
+    """Subtract the penalty from the logit of every token that was written, however often.
+
+    vLLM and OpenAI `presence_penalty` (in [-2, 2], negative encourages), of written tokens only; llama.cpp `--presence-penalty`
+    counts the last 64 of the prompt too: `prompt=True, window=64`.
+    """
+    _require_finite("presence_penalty", penalty)
+    return _counting("presence_penalty", lambda x, counts: x - penalty * (counts > 0), prompt, window)
+
+
+def frequency_penalty(penalty: float | Tensor, *, prompt: bool = False, window: int | None = None) -> Sampler:
+    """Subtract the penalty from the logit of a token as often as it was written. Names and edges as `presence_penalty`."""
+    _require_finite("frequency_penalty", penalty)
+    return _counting("frequency_penalty", lambda x, counts: x - penalty * counts, prompt, window)
+
+
+def logit_bias(bias: Mapping[int, float] | Tensor) -> Sampler:
+    """Add a number to each logit: a mapping from ids to numbers, or a tensor (V,). -inf hides a token; what is hidden stays so.
+
+    vLLM and OpenAI `logit_bias`, llama.cpp `--logit-bias`, transformers `sequence_bias` of single tokens.
+    """
+    if isinstance(bias, Mapping):
+        if not all(isinstance(token, int) and token >= 0 for token in bias):
+            _checks.fail("logit_bias", "bias", "keyed by ids, 0 or more", list(bias), "Encode text with the tokenizer.", TypeError)
+        ids, added = torch.tensor(list(bias), dtype=torch.int64), torch.tensor(list(bias.values()), dtype=torch.float64)
+    else:
+        ids, added = None, bias
+    require(added < torch.inf, "logit_bias", "bias", "numbers or -inf", added, "To force a token, allow no other.")
+
+    def transform(logits: Tensor) -> Tensor:
+        require_ids("logit_bias", ids if ids is not None else added, logits.shape[-1], whole=ids is None)
+        if ids is None:
+            return logits + added
+        whole = torch.zeros_like(logits).index_add(-1, ids.to(logits.device), added.to(logits))
+        return logits + whole
+
+    return stateless(transform)
+
+
+def require_ids(function: str, ids: Tensor, V: int, *, whole: bool) -> None:
+    """Fail where a tensor over the vocabulary is not (V,), or an id is not below V."""
+    if whole and ids.shape[-1:] != (V,):
+        _checks.fail(function, "the tensor", f"(V,) with V = {V} as the logits", _checks.shape(ids), "Give one entry a token.")
+    if not whole and _checks.is_true((ids >= V) | (ids < 0)):
+        _checks.fail(function, "ids", f"below the vocabulary's {V}", _checks.peek(ids), "Use the tokenizer of this model.")
+
+
+def _require_finite(function: str, penalty: float | Tensor) -> None:
+    require((penalty > -torch.inf) & (penalty < torch.inf), function, "penalty", "a finite number", penalty, "0 changes nothing.")
+
+
+def _counting(function: str, penalize: Any, prompt: bool, window: int | None) -> Sampler:
+    """A sampler whose update sees how often each token was seen, counts (V,)."""
+    if window is not None:
+        require(window >= 1, function, "window", "at least 1", window, "None counts everything.")
+        init: Any = lambda V: empty_ring(window)
+        count = lambda ring, V: tally(ring.tokens.clamp(min=0), ring.tokens >= 0, V)
+        observe: Any = push
+        prime: Any = prime_ring
+    else:
+        init = lambda V: torch.zeros(V, dtype=torch.int64)
+        count = lambda counts, V: counts
+        observe = lambda token, counts: counts + (torch.arange(counts.shape[-1], device=counts.device) == token)
+        prime = lambda tokens, length, counts: (
+            counts + tally(tokens, torch.arange(len(tokens), device=tokens.device) < length, counts.shape[-1])
+        )
+    update = lambda logits, state: (penalize(logits, count(state, logits.shape[-1])), state)
+    return Sampler(init, update, observe, False, prime if prompt else lambda tokens, length, state: state)
+
+
+def tally(tokens: Tensor, counted: Tensor, V: int) -> Tensor:
+    """How often each of V tokens occurs among those (T,) that are counted."""
+    return torch.zeros(V, dtype=torch.int64, device=tokens.device).scatter_add(-1, tokens, counted.long())

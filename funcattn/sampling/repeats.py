@@ -1,0 +1,120 @@
+"""Samplers that look for repeated passages. Their state is a `Ring`: the last `window` tokens, the newest at the end, -1 before.
+
+The shape is static, so they vmap and compile; what left the window is forgotten.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..records import record
+from .composition import Sampler, require
+
+
+@record
+class Ring(NamedTuple):
+    """The last tokens, int64 (W,): the newest at the end, -1 where there was none."""
+
+    tokens: Tensor
+
+
+def empty_ring(window: int) -> Ring:
+    """A history of nothing yet."""
+    return Ring(torch.full((window,), -1, dtype=torch.int64))
+
+
+def push(token: Tensor, ring: Ring) -> Ring:
+    """The history with one more token; the oldest is forgotten."""
+    return Ring(torch.cat([ring.tokens[1:], token.reshape(1)]))
+
+
+def prime_ring(tokens: Tensor, length: Tensor, ring: Ring) -> Ring:
+    """The history with the first `length` of tokens (T,) added."""
+    W = ring.tokens.shape[-1]
+    places = torch.arange(W, device=tokens.device) + length
+    return Ring(torch.cat([ring.tokens, tokens]).index_select(0, places))
+
+
+def no_repeat_ngram(n: int, *, window: int = 1024) -> Sampler:
+    """Hide every token that would complete an n-gram seen before, prompt included: transformers' `no_repeat_ngram_size`.
+
+    Args:
+        n: at least 1; 1 forbids every token seen.
+        window: how many tokens back to look.
+
+    Law: equal to transformers' while all fits into the window (test_repeats.py).
+    """
+    _require_integer("no_repeat_ngram", "n", n)
+    require(n >= 1, "no_repeat_ngram", "n", "at least 1", n, "3 forbids repeated triples.")
+    require(window >= n, "no_repeat_ngram", "window", f"at least n = {n}", window, "Look back at least one n-gram.")
+
+    def update(logits: Tensor, ring: Ring) -> tuple[Tensor, Ring]:
+        grams = ring.tokens.unfold(0, n, 1)  # (W - n + 1, n)
+        newest = ring.tokens[len(ring.tokens) - (n - 1) :]
+        seen = (grams[:, : n - 1] == newest).all(-1) & (grams >= 0).all(-1)
+        hidden = torch.zeros_like(logits).scatter_add(-1, grams[:, -1].clamp(min=0), seen.to(logits.dtype)) > 0
+        return torch.where(hidden, -torch.inf, logits), ring
+
+    return Sampler(lambda V: empty_ring(window), update, push, False, prime_ring)
+
+
+def dry(
+    multiplier: float | Tensor = 0.8,
+    *,
+    base: float | Tensor = 1.75,
+    allowed_length: int | Tensor = 2,
+    breakers: Sequence[int] = (),
+    window: int = 1024,
+    longest: int = 50,
+) -> Sampler:
+    """Don't repeat yourself: a token that would prolong a repeated passage of m tokens loses multiplier * base^(m - allowed).
+
+    For each earlier place where the text ended as it ends now, m is how many tokens agree, backward, up to the nearest breaker;
+    the token that followed there is penalized, from m = allowed_length on, by its longest match. The prompt counts.
+
+    Args:
+        multiplier: 0 changes nothing; llama.cpp `--dry-multiplier` (0 there).
+        base, allowed_length: llama.cpp `--dry-base` (1.75), `--dry-allowed-length` (2).
+        breakers: ids across which nothing matches, and which are not penalized, such as those of a newline or a quote
+            (`--dry-sequence-breaker` names strings; encode them).
+        window: how many tokens back to look, `--dry-penalty-last-n`.
+        longest: matches are counted up to so many tokens, so that the power stays finite.
+
+    Source: p-e-w, text-generation-webui pull request 5677, "DRY: a modern repetition penalty".
+
+    Law: equal to a loop over the text (test_repeats.py).
+    """
+    require(multiplier >= 0, "dry", "multiplier", "0 or more", multiplier, "0 changes nothing; 0.8 is usual.")
+    require(base >= 1, "dry", "base", "at least 1", base, "1.75 is usual.")
+    require(allowed_length >= 1, "dry", "allowed_length", "at least 1", allowed_length, "2 is usual.")
+    require(window >= 2, "dry", "window", "at least 2", window, "Look back farther.")
+    require(longest >= 1, "dry", "longest", "at least 1", longest, "50 is usual.")
+    if not all(isinstance(token, int) for token in breakers):
+        _checks.fail("dry", "breakers", "ids as ints", repr(breakers), "Encode strings with the tokenizer.", TypeError)
+
+    def update(logits: Tensor, ring: Ring) -> tuple[Tensor, Ring]:
+        text, W = ring.tokens, len(ring.tokens)
+        whole = text >= 0
+        for token in breakers:
+            whole = whole & (text != token)
+        M = min(longest, W - 1)
+        before = torch.cat([torch.full((M,), -1, dtype=text.dtype, device=text.device), text])
+        ends = before.unfold(0, M, 1)[1:W].flip(-1)  # ends[i, m] = text[i - m]
+        newest = text[W - M :].flip(0)  # newest[m] = text[W - 1 - m]
+        agree = (ends == newest) & whole[W - M :].flip(0)
+        lengths = agree.long().cumprod(-1).sum(-1)  # (W - 1,): how far the text before place i + 1 ends as it ends now
+        lengths = torch.where(whole[1:], lengths, 0)
+        places = torch.where(text[1:] >= 0, text[1:], 0)
+        match = torch.zeros(logits.shape[-1], dtype=torch.int64, device=logits.device).scatter_reduce(-1, places, lengths, "amax")
+        power = torch.as_tensor(base, dtype=logits.dtype, device=logits.device) ** (match - allowed_length)
+        return logits - torch.where(match >= allowed_length, multiplier * power, 0), ring
+
+    return Sampler(lambda V: empty_ring(window), update, push, False, prime_ring)
+
+
+def _require_integer(function: str, argument: str, n: object) -> None:
+    if not isinstance(n, int):
+        _checks.fail(function, argument, "an int, which sets shapes", repr(n), "It cannot be a tensor.", TypeError)

@@ -1,0 +1,232 @@
+"""Search for likely texts: beams, contrast with a weaker model, the best of several samples.
+
+A beam is a fork of the past. The prompt is a prefix that is held once and never mapped; each beam has a tail of `steps` tokens, and
+choosing beams is indexing tails:
+
+    score(text) = log P(text) / length ^ length_penalty,      running beams: the greatest log P, finished ones: the greatest score
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from . import _checks, caches, randomness, sampling, tree
+from .generation import generate
+from .records import ABSENT, Model, is_absent, record
+from .sampling import Sampler
+
+
+@record
+class Texts(NamedTuple):
+    """Texts from the best to the worst.
+
+    tokens: int64 (n, steps), after the end filled with the stop id. scores: (n,). lengths: int64 (n,), the stop id included.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    lengths: Tensor
+
+
+def beam_search(
+    model: Model,
+    params: Any,
+    prompt: Tensor,
+    cache: Any = ABSENT,
+    *,
+    steps: int,
+    beams: int = 4,
+    best: int = 1,
+    stop: Sequence[int] = (),
+    length_penalty: float = 1.0,
+    early_stop: bool | Literal["never"] = False,
+    sampler: Sampler | None = None,
+) -> Texts:
+    """The likeliest continuations that a beam of this width finds.
+
+    Args:
+        model, params, prompt (T,), cache, steps, stop: as in `fa.generate`.
+        beams: how many unfinished texts are kept.
+        best: how many texts to return, at most `beams`.
+        length_penalty: the power of the length that divides log P; above 0 favours long texts, 0 is log P itself.
+        early_stop: True ends once `beams` texts have finished; False once no running beam beats them at its present length; "never"
+            once none could at any length up to steps. As transformers' `early_stopping`.
+        sampler: what makes log-probabilities of logits, such as penalties or a grammar; each beam has its state.
+
+    Returns:
+        Texts with n = best. Scores are of tokens that were written, a stop id included. With fewer texts than `best` (a grammar
+        that allows no more) the scores of the rest are -inf.
+
+    Raises:
+        ValueError, TypeError: as generate; beams or best below 1, best above beams.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config())
+        >>> found = beam_search(model, model.init(fa.key(0)), torch.tensor([1, 2]), steps=3, beams=4, best=2)
+        >>> found.tokens.shape, bool(found.scores[0] >= found.scores[1])
+        (torch.Size([2, 3]), True)
+
+    Law: with beams enough for all texts it is the exhaustive search; vmap over prompts equals the loop (test_search.py).
+    """
+    _check_counts("beam_search", beams=beams, best=best, steps=steps)
+    if best > beams:
+        _checks.fail("beam_search", "best", f"at most the {beams} beams", best, "Keep more beams.")
+    if early_stop not in (True, False, "never"):
+        _checks.fail("beam_search", "early_stop", 'True, False or "never"', repr(early_stop), "As transformers' early_stopping.")
+    sampler = sampling.chain() if sampler is None else sampler
+    prefix, x, delta = _read(model, params, prompt, cache, stop)
+    logits = model.logits(params, x[-1])
+    V, device = logits.shape[-1], logits.device
+    states = sampling.prime(sampler, prompt, sampling.begin(sampler, logits))
+    fork = lambda leaf: leaf.expand(beams, *leaf.shape)
+    states, logits = tree.map(fork, states), fork(logits)
+    own = caches.commit(caches.follow((), delta, steps), delta)
+    own = caches.Cache(fork(own.k), fork(own.v), own.length)
+    numbers: Any = (0, 0, None)  # the length is the same in all beams, so it stays one that can be looked at
+    axes: Any = (0, caches.Cache(*numbers))
+
+    def read(token: Tensor, own: caches.Cache) -> tuple[Tensor, caches.Cache]:
+        x, delta = model.hidden(params, token.reshape(1), own if is_absent(prefix) else caches.Branch(prefix, own))
+        return model.logits(params, x[-1]), caches.commit(own, delta)
+
+    written = torch.zeros(beams, steps, dtype=torch.int64, device=device)
+    total = torch.where(torch.arange(beams, device=device) == 0, 0.0, -torch.inf).to(logits.dtype)  # one beam, before it forks
+    done = Texts(written, torch.full_like(total, -torch.inf), torch.zeros(beams, dtype=torch.int64, device=device))
+    ended = torch.zeros(beams, dtype=torch.bool, device=device)
+    improvable = torch.ones((), dtype=torch.bool, device=device)
+    many = min(max(2, 1 + len(stop)) * beams, beams * V)
+    law = sampling.law(sampler)
+    for step in range(steps):
+        log_p = vmap(law)(logits, states) + total.unsqueeze(-1)
+        values, places = log_p.reshape(-1).topk(many)
+        parent, token = places // V, places % V
+        texts = written.index_select(0, parent).index_fill(1, torch.tensor([step], device=device), 0)
+        texts = torch.where(torch.arange(steps, device=device) >= step, token.unsqueeze(-1), texts)  # filled: a stop id stays
+        ends = _among(token, stop) | (step + 1 == steps)
+
+        full = ended.all() & (early_stop is True)
+        finishes = ends & (torch.arange(many, device=device) < beams) & improvable & ~full & (values > -torch.inf)
+        scores = torch.where(finishes, values / (step + 1) ** length_penalty, -torch.inf)
+        lengths = torch.full_like(parent, step + 1)
+        joined = Texts(*(torch.cat([a, b]) for a, b in zip(done, (texts, scores, lengths), strict=True)))
+        keep = joined.scores.topk(beams).indices
+        done, ended = Texts(*(x.index_select(0, keep) for x in joined)), torch.cat([ended, finishes]).index_select(0, keep)
+        if step + 1 == steps:
+            break
+
+        total, chosen = torch.where(ends, -torch.inf, values).topk(beams)
+        written, token, parent = (x.index_select(0, chosen) for x in (texts, token, parent))
+        reach = steps if early_stop == "never" and length_penalty > 0 else step + 1
+        worst = torch.where(ended, done.scores.amin(), -torch.inf)
+        improvable = improvable & (total[0] / reach**length_penalty > worst).any() & ~(ended.all() & (early_stop is True))
+        if _nowhere(improvable):
+            break
+        states = tree.map(lambda leaf, parent=parent: leaf.index_select(0, parent), states)
+        states = vmap(lambda logits, token, state: sampler.observe(token, sampler.update(logits, state)[1]))(
+            logits.index_select(0, parent), token, states
+        )
+        own = caches.Cache(own.k.index_select(0, parent), own.v.index_select(0, parent), own.length)
+        logits, own = vmap(read, axes, axes)(token, own)
+    return Texts(*(x[:best] for x in done))
+
+
+def best_of(
+    key: Tensor,
+    model: Model,
+    params: Any,
+    prompt: Tensor,
+    cache: Any = ABSENT,
+    *,
+    n: int,
+    steps: int,
+    sampler: Sampler,
+    stop: Sequence[int] = (),
+    score: Callable[[Tensor], Tensor] | None = None,
+) -> Texts:
+    """Sample n texts of one past, which is stored once, and order them by a score.
+
+    Args:
+        key, model, params, prompt, cache, steps, sampler, stop: as in `fa.generate`; text i spends `split(key, n)[i]`.
+        score: a function of tokens (steps,) -> (), such as a reward or a verifier; None is the model's mean log-probability of the
+            tokens up to the stop id, as vLLM's `best_of`.
+
+    Returns:
+        Texts with all n, the best first.
+
+    Raises:
+        ValueError, TypeError: as generate; n below 1.
+
+    Law: each text is what generate writes with its key (test_search.py).
+    """
+    _check_counts("best_of", n=n, steps=steps)
+    prefix, _, _ = _read(model, params, prompt, cache, stop)
+    last = prompt[-1:]
+    seen = sampling.primed(sampler, prompt[:-1])  # generate primes it with the last
+    one = lambda key: generate(key, model, params, last, prefix, steps=steps, sampler=seen, stop=stop)[0]
+    tokens = vmap(one)(randomness.split(key, n))
+    ends = _among(tokens, stop)
+    lengths = ((ends.long().cumsum(-1) - ends.long()) == 0).sum(-1)  # tokens with no end before them
+    if score is None:
+
+        def rate(tokens: Tensor, length: Tensor) -> Tensor:
+            logits, _ = model.extend(params, torch.cat([last, tokens[:-1]]), prefix)
+            log_p = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            return torch.where(torch.arange(steps, device=tokens.device) < length, log_p, 0).sum() / length
+
+        scores = vmap(rate)(tokens, lengths)
+    else:
+        scores = vmap(score)(tokens)
+    order = scores.sort(descending=True, stable=True).indices
+    return Texts(*(x.index_select(0, order) for x in (tokens, scores, lengths)))
+
+
+def contrastive(
+    model: Model, params: Any, cache: Any, logits: Tensor, *, alpha: float | Tensor = 0.1, beta: float | Tensor = 0.5
+) -> Sampler:
+    """Contrastive decoding: of the tokens at least alpha as likely as the likeliest, prefer what a weaker model would not write.
+
+        (1 + beta) * log P_expert - beta * log P_amateur        where P_expert >= alpha * max P_expert
+
+    Args:
+        model, params, cache: the amateur, and its past of the same text, with room for what will be written.
+        logits: (V,), the amateur's after the last token of the prompt.
+
+    Returns:
+        A sampler, for `generate` and `beam_search`: `chain(min_p(alpha), guidance(1 + beta, ...))`.
+
+    Source: Li et al., Contrastive decoding, arXiv:2210.15097; O'Brien and Lewis, arXiv:2309.09117 (beta).
+    """
+    return sampling.chain(sampling.min_p(alpha), sampling.guidance(1 + beta, model, params, cache, logits))
+
+
+def _read(model: Model, params: Any, prompt: Tensor, cache: Any, stop: Sequence[int]) -> tuple[Any, Tensor, Any]:
+    """The past of all but the last token, and what reading the last gives."""
+    prefix = cache
+    if not isinstance(prompt, Tensor) or prompt.dim() != 1 or len(prompt) < 2:
+        generate(randomness.key(0), model, params, prompt, cache, steps=0, stop=stop)  # says what is wrong
+    else:
+        prefix = generate(randomness.key(0), model, params, prompt[:-1], cache, steps=0, stop=stop)[1]
+    return (prefix, *model.hidden(params, prompt[-1:], prefix))
+
+
+def _among(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+    """True where a token is one of the ids (torch.isin has no batching rule)."""
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for one in ids:
+        found = found | (tokens == one)
+    return found
+
+
+def _nowhere(open_: Tensor) -> bool:
+    known = _checks.peek(open_)
+    return known is not None and not bool(known.any())
+
+
+def _check_counts(function: str, **counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            _checks.fail(function, name, "an int, at least 1", repr(count), "Ask for one at least.")

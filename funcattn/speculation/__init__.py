@@ -1,0 +1,37 @@
+"""Speculative decoding that loses nothing: who drafts decides the speed, never the law.
+
+    rules           tokenwise, blockwise: which of the drafted tokens stay, as functions of the uniforms
+    acceptance      accept, acceptance_pmf: one row, static shapes, branch-free
+    branches        accept_tree, accept_among: a tree of drafts, drawn without replacement or with
+    verification    laws_along, rewind: samplers with a state along a draft
+    decoding        speculate: generate with drafts
+
+The token that is emitted has the law of the target, exactly, if `draft` is the law that the draft was drawn from: after
+temperature, filters and penalties, in the dtype that was drawn from. `sampling.law` gives both.
+"""
+
+from .acceptance import Accepted, accept, acceptance_pmf
+from .branches import Branched, accept_among, accept_tree, tree_pmf
+from .decoding import Speculated, Stats, speculate
+from .rules import Regions, Rule, blockwise, tokenwise
+from .verification import Along, laws_along, rewind
+
+__all__ = [
+    "Accepted",
+    "Along",
+    "Branched",
+    "Regions",
+    "Rule",
+    "Speculated",
+    "Stats",
+    "accept",
+    "accept_among",
+    "accept_tree",
+    "acceptance_pmf",
+    "blockwise",
+    "laws_along",
+    "rewind",
+    "speculate",
+    "tokenwise",
+    "tree_pmf",
+]

@@ -1,0 +1,172 @@
+"""Accept the beginning of a draft, for one row; many rows, each with its own length, are `vmap`.
+
+    count, token, tokens = accept(key, target, draft, proposed, valid)
+
+Shapes are static and nothing branches on values, so it vmaps and compiles.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, randomness
+from ..records import record
+from .rules import Rule, at, blockwise
+
+
+@record
+class Accepted(NamedTuple):
+    """What becomes of a draft.
+
+    count: int64 (), how many of its tokens stay, 0 to valid.
+    token: int64 (), the one that follows them, drawn from what they leave of the target's law.
+    tokens: int64 (N + 1,), those that stay, then `token`, then -1.
+    """
+
+    count: Tensor
+    token: Tensor
+    tokens: Tensor
+
+
+def accept(
+    key: Tensor,
+    target: Tensor,
+    draft: Tensor,
+    proposed: Tensor,
+    valid: Tensor | None = None,
+    *,
+    rule: Rule = blockwise,
+    check: bool = True,
+) -> Accepted:
+    """Keep the beginning of a draft, and draw one token more, so that what is written has the law of the target.
+
+    Args:
+        key: randomness for all of it.
+        target: (N + 1, V), float32 or float64: probabilities of each token given the draft before it, the last given all of it.
+        draft: (N, V), the probabilities that each drafted token was drawn from. A draft without chance is one-hot.
+        proposed: int64 (N,), the draft.
+        valid: int64 (), how many of the N count; what is in the others' rows does not matter, even NaN. None is all.
+        rule: `blockwise`, or `tokenwise`, or one of your own.
+        check: look at the values, where that is possible (it waits for the device): laws that sum to one, tokens that can be drawn.
+
+    Returns:
+        Accepted. Where the target is NaN and could not be looked at, `token` is -1.
+
+    Raises:
+        ValueError: sizes that differ, an empty draft, probabilities that are NaN, negative or do not sum to one, a token outside
+            the vocabulary or of probability zero in the draft, valid outside 0 to N.
+        TypeError: probabilities in half precision or as integers.
+
+    Example:
+        >>> import torch, funcattn as fa
+        >>> p, q = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[0.5, 0.5]])
+        >>> accept(fa.key(0), p, q, torch.tensor([0])).tokens
+        tensor([ 1, -1])
+
+    Law: the target's law exactly, by enumeration (test_speculation.py::test_what_is_written_has_the_law_of_the_target).
+    """
+    valid = _checked("accept", target, draft, proposed, valid, check)
+    for_uniforms, for_token = randomness.split(key).unbind()
+    regions = rule.regions(*clean(target, draft, proposed, valid), valid)
+    uniforms = randomness.uniform(for_uniforms, (len(proposed),), torch.float64)  # float32 ones are multiples of 2^-23
+    count = rule.count(regions.threshold.double(), uniforms)
+    token = draw_row(for_token, regions.correction, count)
+    return Accepted(count, token, finish(proposed, count, token))
+
+
+def acceptance_pmf(
+    target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor | None = None, *, rule: Rule = blockwise, check: bool = True
+) -> Tensor:
+    """The probability of each count, (N + 1,), given the draft: exact, and differentiable in target and draft.
+
+    Args and errors as in `accept`.
+
+    Example:
+        >>> import torch
+        >>> p, q = torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.tensor([[0.5, 0.5]])
+        >>> acceptance_pmf(p, q, torch.tensor([0]))
+        tensor([0.5000, 0.5000])
+
+    Law: counts of `accept` follow it; it is the volume of the uniforms that give each count
+        (laws.acceptance: counts_follow_the_pmf, regions_have_the_volume_of_the_pmf).
+    """
+    valid = _checked("acceptance_pmf", target, draft, proposed, valid, check)
+    return rule.pmf(rule.regions(*clean(target, draft, proposed, valid), valid).threshold)
+
+
+def clean(target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with rows that do not count made harmless: the uniform law, token 0."""
+    rows, V = torch.arange(len(target), device=target.device).unsqueeze(-1), target.shape[-1]
+    there = rows[:-1] < valid
+    return (
+        torch.where(rows <= valid, target, 1 / V),
+        torch.where(there, draft, 1 / V),
+        torch.where(there.squeeze(-1), proposed, 0),
+    )
+
+
+def draw_row(key: Tensor, laws: Tensor, row: Tensor) -> Tensor:
+    """One token from one row of probabilities (R, V); -1 where it is NaN."""
+    law = laws.index_select(0, row.reshape(1))[0]
+    return torch.where(law.isnan().any(-1), -1, randomness.categorical(key, law.log()))
+
+
+def finish(proposed: Tensor, count: Tensor, token: Tensor) -> Tensor:
+    """The first `count` of (N,), then the token, then -1: (N + 1,)."""
+    places = torch.arange(len(proposed) + 1, device=proposed.device)
+    longer = torch.cat([proposed, proposed[:1]])
+    return torch.where(places < count, longer, torch.where(places == count, token, -1))
+
+
+def _checked(function: str, target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor | None, check: bool) -> Tensor:
+    if proposed.dim() != 1 or proposed.is_floating_point():
+        got, remedy = f"{proposed.dtype} {_checks.shape(proposed)}", "Map over many rows with vmap."
+        _checks.fail(function, "proposed", "one draft (N,) of token ids", got, remedy)
+    N = len(proposed)
+    if not N:
+        _checks.fail(function, "proposed", "(N,) with N at least 1", (0,), "With nothing drafted, draw from the target.")
+    V = target.shape[-1]
+    check_laws(function, "target", target, (N + 1, V), "(N + 1, V)", N)
+    check_laws(function, "draft", draft, (N, V), "(N, V)", N)
+    if valid is None:
+        valid = torch.full((), N, dtype=torch.int64, device=proposed.device)
+    elif not isinstance(valid, Tensor) or valid.dim() or valid.is_floating_point():
+        got = f"{valid.dtype} {_checks.shape(valid)}" if isinstance(valid, Tensor) else repr(valid)
+        _checks.fail(function, "valid", "an integer tensor ()", got, "Pass torch.tensor(n); map over rows with vmap.", TypeError)
+    if _checks.is_true((valid < 0) | (valid > N)):
+        _checks.fail(function, "valid", f"between 0 and N = {N}", _checks.peek(valid), "It counts the drafted tokens.")
+    places = torch.arange(N + 1, device=target.device)
+    if check:
+        check_values(function, "target", target, places <= valid)
+        check_values(function, "draft", draft, places[:N] < valid)
+        check_tokens(function, draft, proposed, places[:N] < valid)
+    return valid
+
+
+def check_laws(function: str, argument: str, law: Tensor, wanted: tuple[int, ...], letters: str, N: int) -> None:
+    """Fail where rows of probabilities have another shape or kind than wanted."""
+    if law.dtype not in (torch.float32, torch.float64):
+        remedy = "Take the softmax in float32, and draw from that too."
+        _checks.fail(function, argument, "probabilities in float32 or float64", law.dtype, remedy, TypeError)
+    if law.shape != wanted:
+        remedy = "Target and draft need one vocabulary; the target has one row more."
+        _checks.fail(function, argument, f"{letters} = {wanted} with N = {N} as proposed", _checks.shape(law), remedy)
+
+
+def check_values(function: str, argument: str, law: Tensor, counts: Tensor) -> None:
+    """Fail where a row that counts is no law: sums of V terms, each rounded, and a softmax's own rounding."""
+    slack = 4 * law.shape[-1] * torch.finfo(law.dtype).eps
+    wrong = ~(((law.sum(-1) - 1).abs() <= slack) & (law >= 0).all(-1))  # NaN is wrong
+    if _checks.is_true(wrong & counts):
+        _checks.fail(function, argument, "rows of probabilities that sum to one", "others, or NaN", "Pass softmax(logits).")
+
+
+def check_tokens(function: str, draft: Tensor, proposed: Tensor, counts: Tensor) -> None:
+    """Fail where a token that counts is outside the vocabulary, or could not have been drawn."""
+    V = draft.shape[-1]
+    if _checks.is_true(((proposed < 0) | (proposed >= V)) & counts):
+        _checks.fail(function, "proposed", f"ids below V = {V}", _checks.peek(proposed), "Set valid where the draft is short.")
+    if _checks.is_true((at(draft, proposed.clamp(0, V - 1)) <= 0) & counts):
+        remedy = "Pass the law that was drawn from, after every filter; of a draft without chance it is one-hot."
+        _checks.fail(function, "draft", "positive at the proposed tokens", "zero", remedy)

@@ -1,0 +1,151 @@
+"""Laws of acceptance rules by exact enumeration: law(rule, target, draft, key).
+
+Target and draft are tables of conditional laws: `target[n]` is (V,) * n + (V,), the law of token n after each text of n tokens, for
+n = 0, ..., N; `draft[n]` likewise for n = 0, ..., N - 1. Every draft is enumerated (V^N of them), weighted with its probability;
+`emitted` completes what a rule writes to N + 1 tokens by the target, and compares all V^(N + 1) texts. In float64 a rule that
+loses nothing agrees to a few roundings, so a wrong one stands out by ten orders of magnitude.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from ... import randomness
+from ...speculation import Rule, accept, tokenwise
+from ..agreement import agree
+from .samplers import _tail
+
+Table = Sequence[Tensor]
+EXACT = 1e-12  # total variation: V^(N + 1) <= 256 texts, each a sum of at most V^N products of N + 2 numbers, times 2e-16
+DRAWS = 2000
+
+
+def joint(table: Table) -> Tensor:
+    """The probability of every text: the product of the conditional laws, (V,) * len(table)."""
+    mass = torch.ones((), dtype=table[0].dtype)
+    for law in table:
+        mass = mass.unsqueeze(-1) * law
+    return mass
+
+
+def rows(table: Table, N: int) -> Tensor:
+    """The laws that each of the V^N drafts meets on its way: (V^N, len(table), V)."""
+    V = table[0].shape[-1]
+    return torch.stack([law.reshape(-1, V).repeat_interleave(V ** (N - n), 0) for n, law in enumerate(table)], 1)
+
+
+def drafts(V: int, N: int) -> Tensor:
+    """Every draft, (V^N, N), in the order of `rows`."""
+    return torch.tensor(list(itertools.product(range(V), repeat=N)))
+
+
+def outcomes(rule: Rule, target: Table, draft: Table) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each draft: its probability (V^N,), that of each count (V^N, N + 1), and the law that follows (V^N, N + 1, V)."""
+    N, V = len(draft), draft[0].shape[-1]
+    regions = vmap(lambda p, q, d: rule.regions(p, q, d, torch.tensor(N)))(rows(target, N), rows(draft, N), drafts(V, N))
+    return joint(draft).reshape(-1), vmap(rule.pmf)(regions.threshold), regions.correction
+
+
+def emitted(rule: Rule, target: Table, draft: Table, *, shown: Table | None = None) -> Tensor:
+    """The probability of every text of N + 1 tokens: what the rule writes, completed by the target. (V,) * (N + 1).
+
+    `shown` is what the rule takes for the target where that is not the truth: for a proof that a mistake is seen.
+    """
+    N, V = len(draft), draft[0].shape[-1]
+    drawn, counts, after = outcomes(rule, target if shown is None else shown, draft)
+    total = torch.zeros(V ** (N + 1), dtype=drawn.dtype)
+    for n in range(N + 1):
+        written = (drawn * counts[:, n]).unsqueeze(-1) * after[:, n]  # (V^N, V)
+        written = written.reshape(V**n, -1, V).sum(1).reshape((V,) * (n + 1))  # texts of n + 1 tokens
+        for law in target[n + 1 :]:
+            written = written.unsqueeze(-1) * law
+        total = total + written.reshape(-1)
+    return total.reshape((V,) * (N + 1))
+
+
+def expected_count(rule: Rule, target: Table, draft: Table) -> Tensor:
+    """The mean number of drafted tokens that stay."""
+    drawn, counts, _ = outcomes(rule, target, draft)
+    return (drawn.unsqueeze(-1) * counts * torch.arange(counts.shape[-1])).sum()
+
+
+def what_is_written_has_the_law_of_the_target(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
+    """Nothing is lost: the total variation from the target's law of N + 1 tokens is a rounding."""
+    off = (emitted(rule, target, draft) - joint(target)).abs().sum() / 2
+    agree(what_is_written_has_the_law_of_the_target, "the total variation", off, torch.zeros_like(off), EXACT, "float64")
+
+
+def regions_are_probabilities(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
+    """Thresholds lie in [0, 1], counts have probabilities that sum to one, and so has what follows."""
+    drawn, counts, after = outcomes(rule, target, draft)
+    possible = drawn > 0
+    for name, mass in (("the probabilities of counts", counts[possible]), ("what follows", after[possible])):
+        if not (mass >= 0).all():
+            raise AssertionError(f"regions_are_probabilities: {name} should be 0 or more, got {float(mass.min()):.3g}.")
+        total = mass.sum(-1)
+        agree(regions_are_probabilities, f"the sum of {name}", total, torch.ones_like(total), EXACT, "float64")
+
+
+def regions_have_the_volume_of_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
+    """The uniforms for which `count` gives n have the volume that `pmf` says, exactly.
+
+    The thresholds cut the cube of uniforms into 2^N boxes [0, h) and [h, 1). In each corner of each box, up to the last number
+    below an open end, `count` must give the same; then volumes of boxes add up to the integral. `u <= h` fails at the corner h.
+    """
+    N, V = len(draft), draft[0].shape[-1]
+    below = lambda x: torch.nextafter(x, torch.zeros_like(x))
+    for p, q, d in zip(rows(target, N), rows(draft, N), drafts(V, N), strict=True):
+        h = rule.regions(p, q, d, torch.tensor(N)).threshold
+        volumes = torch.zeros(N + 1, dtype=h.dtype)
+        for box in itertools.product((True, False), repeat=N):
+            inside = torch.tensor(box)
+            volume = torch.where(inside, h, 1 - h).prod()
+            if volume <= 0:
+                continue
+            low, high = torch.where(inside, 0, h), torch.where(inside, below(h), below(torch.ones_like(h)))
+            corners = [torch.where(torch.tensor(c), low, high) for c in itertools.product((True, False), repeat=N)]
+            found = {int(rule.count(h, u)) for u in corners}
+            if len(found) > 1:
+                raise AssertionError(
+                    f"regions_have_the_volume_of_the_pmf: counts {found} within one box of thresholds {h.tolist()}."
+                )
+            volumes[found.pop()] += volume
+        agree(regions_have_the_volume_of_the_pmf, "the volume of each count", volumes, rule.pmf(h), EXACT, "float64")
+
+
+def counts_follow_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
+    """Counts that `accept` draws follow pmf: a chi-square test of the likeliest draft that a true rule fails once in 10^9 keys."""
+    N, V = len(draft), draft[0].shape[-1]
+    best = int(joint(draft).argmax())
+    p, q, d = rows(target, N)[best], rows(draft, N)[best], drafts(V, N)[best]
+    wanted = DRAWS * rule.pmf(rule.regions(p, q, d, torch.tensor(N)).threshold)
+    counts = vmap(lambda key: accept(key, p, q, d, rule=rule).count)(randomness.split(key, DRAWS))
+    seen, likely = torch.bincount(counts, minlength=N + 1).double(), wanted > 1e-6
+    if seen[~likely].any():
+        raise AssertionError(f"counts_follow_the_pmf: got {seen.tolist()} where {wanted.tolist()} is expected.")
+    freedom, statistic = int(likely.sum()) - 1, float(((seen - wanted)[likely] ** 2 / wanted[likely]).sum())
+    if statistic > _tail(freedom) + 25 / float(wanted[likely].min()):  # a count expected less than a few times has a heavier tail
+        raise AssertionError(f"counts_follow_the_pmf: chi-square {statistic:.4g} with {freedom} degrees of freedom.")
+
+
+def a_shorter_draft_is_the_beginning_of_a_longer(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
+    """valid = n gives what a draft of n tokens gives, whatever stands in the other rows."""
+    N, V = len(draft), draft[0].shape[-1]
+    for n in range(1, N):
+        p, q, d = rows(target, N), rows(draft, N), drafts(V, N)
+        longer = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n)))(p, q, d)
+        shorter = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n)))(p[:, : n + 1], q[:, :n], d[:, :n])
+        law = a_shorter_draft_is_the_beginning_of_a_longer
+        counts = vmap(rule.pmf)(longer.threshold)
+        agree(law, "counts", counts[:, : n + 1], vmap(rule.pmf)(shorter.threshold), EXACT, "float64")
+        agree(law, "counts beyond valid", counts[:, n + 1 :], torch.zeros_like(counts[:, n + 1 :]), 0, "there are none")
+        agree(law, "what follows", longer.correction[:, : n + 1], shorter.correction, EXACT, "float64")
+
+
+def accepts_as_many_as_tokenwise(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
+    """On average no fewer tokens stay than token by token. Not a duty: leave it out for a rule that has other merits."""
+    less = (expected_count(tokenwise, target, draft) - expected_count(rule, target, draft)).clamp(min=0)
+    agree(accepts_as_many_as_tokenwise, "the mean count that is missing", less, torch.zeros_like(less), EXACT, "float64")

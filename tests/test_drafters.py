@@ -1,0 +1,56 @@
+"""What drafters propose; that nothing is lost is in test_decoding.py."""
+
+import pytest
+import torch
+
+import funcattn as fa
+from funcattn import drafters
+
+
+def look(text, **options):
+    drafter = drafters.prompt_lookup(**options)
+    state = drafter.init(torch.tensor(text[:-1]), torch.tensor(len(text) - 1), 8)
+    draft, _ = drafter.propose(fa.key(0), torch.tensor(text[-1]), state)
+    return draft.tokens[: int(draft.valid)].tolist()
+
+
+def test_prompt_lookup_gives_what_followed_the_last_time():
+    assert look([1, 2, 3, 4, 1, 2], length=3) == [3, 4, 1]
+    assert look([5, 1, 7, 1, 8, 1], length=2) == [8, 1]  # the latest of equals
+    assert look([1, 2, 7, 9, 2, 8, 1, 2], length=1) == [7]  # two tokens tell more than one
+    assert look([1, 2, 7, 9, 2, 8, 1, 2], length=1, ngram=1) == [8]
+    assert look([1, 2, 3], length=3) == []
+    assert look([6, 6], length=3) == [6]
+
+
+def test_what_was_kept_is_looked_up_next():
+    drafter = drafters.prompt_lookup(length=3)
+    state = drafter.init(torch.tensor([1, 2, 3, 9]), torch.tensor(3), 8)  # the last is a pad
+    draft, state = drafter.propose(fa.key(0), torch.tensor(4), state)
+    assert int(draft.valid) == 0
+    state = drafter.keep(torch.tensor([1, -1, -1, -1]), torch.tensor(1), state)
+    draft, state = drafter.propose(fa.key(0), torch.tensor(1), state)
+    assert draft.tokens.tolist() == [2, 3, 4]
+    state = drafter.keep(torch.tensor([2, 3, 7, -1]), torch.tensor(3), state)
+    draft, state = drafter.propose(fa.key(0), torch.tensor(7), state)
+    assert state.tokens[: int(state.length) + 1].tolist() == [1, 2, 3, 4, 1, 2, 3, 7]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: drafters.prompt_lookup(length=0), "drafters.prompt_lookup: length should be an int, at least 1"),
+        (lambda: drafters.prompt_lookup(ngram=0), "ngram should be an int, at least 1"),
+        (lambda: drafters.model(None, (), length=0), "drafters.model: length"),
+        (lambda: drafters.function(None, length=1.5), "drafters.function: length"),
+    ],
+)
+def test_bad_input_is_an_error_with_its_remedy(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+def test_a_function_that_gives_another_size_is_an_error():
+    drafter = drafters.function(lambda text, n: (text[:2], n), length=3)
+    with pytest.raises(ValueError, match=r"tokens \(N,\) with N = 3, valid \(\)"):
+        drafter.propose(fa.key(0), torch.tensor(1), drafter.init(torch.tensor([1, 2]), torch.tensor(2), 4))
