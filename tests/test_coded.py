@@ -233,6 +233,7 @@ def test_int8_changes_at_most_one_greedy_token_of_three_times_64(smollm2):
     assert changed <= 1
 
 
+@pytest.mark.slow
 def test_int8_changes_at_most_one_choice_of_192_where_all_is_coded(smollm2):
     """No row stays as it came for long, and the text is the exact one. Measured: one choice, between logits 0.012 apart."""
     config, params, tokenizer = smollm2
