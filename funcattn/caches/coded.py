@@ -51,7 +51,7 @@ class QuantizedCache(NamedTuple):
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "QuantizedCache":
-        """Room for `size` tokens at least, 8 bits in blocks of 64; see `quantized` for others."""
+        """Room for `size` tokens at least, 8 bits in blocks of 32; see `quantized` for others."""
         return quantized().empty(layers, heads, size, head_size, dtype)
 
 
@@ -61,13 +61,13 @@ class quantized:  # a value that is called like a function: model.cache(size, ki
 
     Example:
         >>> import funcattn as fa
-        >>> cache = fa.decoder(fa.Config()).cache(100, kind=quantized(bits=4, block=32))
+        >>> cache = fa.decoder(fa.Config()).cache(100, kind=quantized(bits=4))
         >>> cache.k[0].codes.shape, cache.tail_k.shape
         (torch.Size([2, 2, 32, 8]), torch.Size([2, 2, 64, 16]))
     """
 
     bits: int = 8
-    block: int = 64
+    block: int = 32
     recent: int = 32
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._autodiff import transforming
 from ..kernels import Part
 from ..records import record
 from . import rows
@@ -58,12 +59,21 @@ def _(cache: Cache, rows: int) -> Cache:
 @_write.register
 def _(cache: Cache, delta: Delta, n: Any, donate: bool) -> Cache:
     new = admit(cache, delta, n, (cache.k, cache.v))
-    if donate and new.known and not any(x.requires_grad for x in (new.k, new.v, cache.k, cache.v)):
+    tensors = (new.k, new.v, cache.k, cache.v)
+    if new.known and not transforming() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        k, v = (cache.k, cache.v) if donate else (_copied(x, new.before) for x in (cache.k, cache.v))
         here = slice(new.before, new.before + new.count)
-        cache.k[..., here, :] = new.k[..., : new.count, :]
-        cache.v[..., here, :] = new.v[..., : new.count, :]
-        return Cache(cache.k, cache.v, new.after)
+        k[..., here, :] = new.k[..., : new.count, :]
+        v[..., here, :] = new.v[..., : new.count, :]
+        return Cache(k, v, new.after)
     step = torch.arange(new.k.shape[-2], device=new.k.device)
     row = torch.where(step < new.count, cache.length + step, capacity(cache))  # rejected rows share the scratch row
     put = lambda x, rows: torch.ops.aten.index_put(x, [None, None, row], rows)
     return Cache(put(cache.k, new.k), put(cache.v, new.v), new.after)
+
+
+def _copied(x: Tensor, length: int) -> Tensor:
+    """A copy of the rows that count. The others may hold anything, so what is only reserved costs nothing: no page is touched."""
+    copy = torch.empty_like(x)
+    copy[..., :length, :] = x[..., :length, :]
+    return copy
