@@ -13,9 +13,10 @@ Every piece of a language model as a pure function of values, so that torch.func
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
     interop                other people's modules, closed
+    training               loss, optimizers, step, fit
 """
 
-from . import caches, families, interop, kernels, layers, masks, records, sampling, serving, transformer, tree
+from . import caches, families, interop, kernels, layers, masks, records, sampling, serving, training, transformer, tree
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
 from .checkpoints import Loaded, load, save
@@ -25,6 +26,7 @@ from .masks import Mask
 from .randomness import fold_in, key, split
 from .records import Attended, Model
 from .rematerialization import remat
+from .training import loss
 from .transformer import Config, Params, decoder
 from .tree import cast, to
 
@@ -39,6 +41,7 @@ __all__ = [
     "records",
     "sampling",
     "serving",
+    "training",
     "transformer",
     "tree",
     "Attended",
@@ -66,6 +69,7 @@ __all__ = [
     "generate",
     "key",
     "load",
+    "loss",
     "merge",
     "remat",
     "save",

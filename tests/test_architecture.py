@@ -34,7 +34,12 @@ FLOORS = [
     {"__init__"},  # the face: a map of all below
     {"cli", "__main__"},
 ]
-WITHIN = {"tree": {"records", "_checks"}, "randomness": {"records", "_checks"}, "__main__": {"cli"}}  # neighbours on one floor
+WITHIN = {  # neighbours on one floor
+    "tree": {"records", "_checks"},
+    "randomness": {"records", "_checks"},
+    "training": {"checkpoints"},
+    "__main__": {"cli"},
+}
 APART = "testing"  # may import anything; nothing imports it
 
 LONGEST = 400  # lines: what can be read in one sitting
