@@ -2,8 +2,8 @@
 
     python benchmarks/training.py --threads 1 [--eager] [--large]
 
-The twin is a nn.Module of the same mathematics (RMSNorm, rotary attention, SwiGLU, tied head) with fused linears for q, k and v, torch's
-fused attention and AdamW(fused=True), as nanoGPT trains. Both begin with the same weights and must agree on the loss after three steps.
+The twin is a nn.Module of the same mathematics (RMSNorm, rotary attention, SwiGLU, tied head), with one linear for q, k and v,
+torch's fused attention and AdamW(fused=True), as nanoGPT trains. Both begin with the same weights, and must agree on three losses.
 """
 
 import argparse

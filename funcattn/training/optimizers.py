@@ -12,7 +12,7 @@ rate is a gradient). Absent leaves `()` have neither gradient nor state: frozen 
 Source: the shape of optax (DeepMind), Babuschkin et al., The DeepMind JAX ecosystem, 2020.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -22,9 +22,11 @@ from torch import Tensor
 from .. import _checks, tree
 from ..records import ABSENT, record
 from ..tree import Tree
+from . import fused
 from .schedules import Rate, at, check_rate
 
 Where: TypeAlias = Callable[[str, Tensor], bool]
+Column: TypeAlias = list[Tensor]
 matrices: Where = lambda path, leaf: leaf.dim() >= 2
 
 
@@ -142,22 +144,25 @@ def adamw(
     def init(params: Tree) -> Moments:
         return Moments(_zero(params), tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, params))
 
-    def update(gradients: Tree, state: Moments, params: Tree) -> tuple[Tree, Moments]:
-        rate, count = at(learning_rate, state.count), state.count + 1
+    def moved(gs: Column, ms: Column, vs: Column, rate: Tensor, count: Tensor) -> tuple[Column, Column, Column]:
         pull = -rate / (1 - b1 ** count.double())
         spread = (1 - b2 ** count.double()).sqrt()
-        held = _paths_where(params, decays) if weight_decay else frozenset()
-        paths = iter(tree.paths(params) if held else ())
+        ms = [torch.lerp(m, g, 1 - b1) for m, g in zip(ms, gs, strict=True)]
+        vs = [(v * b2).addcmul(g, g, value=1 - b2) for v, g in zip(vs, gs, strict=True)]
+        us = [_scaled(m, pull) / (v.sqrt() / spread.to(v.dtype) + epsilon) for m, v in zip(ms, vs, strict=True)]
+        return us, ms, vs
 
-        def move(g: Tensor, m: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            m = torch.lerp(m, g, 1 - b1)
-            v = (v * b2).addcmul(g, g, value=1 - b2)
-            u = _scaled(m, pull) / (v.sqrt() / spread.to(v.dtype) + epsilon)
-            if held and next(paths) in held:
-                u = u - _scaled(p, rate * weight_decay)
-            return u, m, v
-
-        updates, mean, square = _unzip(3, move, gradients, state.mean, state.square, params)
+    def update(gradients: Tree, state: Moments, params: Tree) -> tuple[Tree, Moments]:
+        rate, count = at(learning_rate, state.count), state.count + 1
+        gs, ms, vs, ps, build = _columns(gradients, state.mean, state.square, params)
+        if fused.serves(gs, ms, vs, ps):
+            us, ms, vs = fused.adam(gs, ms, vs, count=count, rate=rate, betas=betas, epsilon=epsilon)
+        else:
+            us, ms, vs = moved(gs, ms, vs, rate, count)
+        if weight_decay:
+            held = [decays(path, leaf) for path, leaf in tree.items(params)]
+            us = [u - _scaled(p, rate * weight_decay) if h else u for u, p, h in zip(us, ps, held, strict=True)]
+        updates, mean, square = build(us), build(ms), build(vs)
         return updates, Moments(count, mean, square)
 
     return Optimizer(init, update)
@@ -248,8 +253,8 @@ def orthogonal(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16
 
 def norm(gradients: Tree) -> Tensor:
     """The 2-norm of all leaves as one vector, () in float32 at least; zero for a tree without leaves."""
-    squares = [g.float().square().sum() if g.dtype != torch.float64 else g.square().sum() for g in tree.leaves(gradients)]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    lengths = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in tree.leaves(gradients)]
+    return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
 
 
 def clip(max_norm: float) -> Optimizer:
@@ -328,19 +333,19 @@ def _paths_where(params: Tree, where: Where) -> frozenset[str]:
     return frozenset(path for path, leaf in tree.items(params) if where(path, leaf))
 
 
-def _unzip(n: int, f: Callable[..., tuple[Tensor, ...]], first: Tree, *others: Tree) -> list[Tree]:
+def _unzip(n: int, f: Callable[..., tuple[Tensor, ...]], *trees: Tree) -> list[Tree]:
     """n trees of one structure, from f at every leaf, which gives n tensors."""
-    leaves, structure = optree.tree_flatten(first)
-    columns: list[Sequence[Any]] = [leaves]
-    for other in others:
-        own, theirs = optree.tree_flatten(other)
-        if theirs != structure:
-            _checks.fail(
-                "update", "gradients, state and params", "trees of one structure", "two", "Give the state of these params."
-            )
-        columns.append(own)
+    *columns, build = _columns(*trees)
     results = [f(*row) for row in zip(*columns, strict=True)]
-    return [optree.tree_unflatten(structure, [row[i] for row in results]) for i in range(n)]
+    return [build([row[i] for row in results]) for i in range(n)]
+
+
+def _columns(*trees: Tree) -> list[Any]:
+    """The leaves of each tree, and what makes a tree of such leaves."""
+    columns, structures = zip(*map(optree.tree_flatten, trees), strict=True)
+    if any(structure != structures[0] for structure in structures):
+        _checks.fail("update", "gradients, state and params", "trees of one structure", "two", "Give the state of these params.")
+    return [*columns, lambda leaves: optree.tree_unflatten(structures[0], leaves)]
 
 
 def _share(function: str, argument: str, x: float) -> None:
