@@ -10,18 +10,34 @@ Every piece of a language model as a pure function of values, so that torch.func
     layers                 linear, norms, rope, gates                       3
     caches, sampling       the past as a value; transforms of logits        4
     transformer            Config, Params, decoder                          5
+    low_rank               lora: a few trained numbers beside a weight
     generation             generate, stream                                 6
     checkpoints            load, save                                       7
     interop                other people's modules, closed
     training               loss, optimizers, step, fit
 """
 
-from . import caches, families, interop, kernels, layers, masks, records, sampling, serving, training, transformer, tree
+from . import (
+    caches,
+    families,
+    interop,
+    kernels,
+    layers,
+    low_rank,
+    masks,
+    records,
+    sampling,
+    serving,
+    training,
+    transformer,
+    tree,
+)
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
-from .checkpoints import Loaded, load, save
+from .checkpoints import Loaded, load, load_lora, save, save_lora
 from .generation import Streamed, generate, stream
 from .kernels import attend, attention, attention_weights, explain, merge
+from .low_rank import lora, merge_lora
 from .masks import Mask
 from .randomness import fold_in, key, split
 from .records import Attended, Model
@@ -36,6 +52,7 @@ __all__ = [
     "interop",
     "kernels",
     "layers",
+    "low_rank",
     "masks",
     "random",
     "records",
@@ -69,10 +86,14 @@ __all__ = [
     "generate",
     "key",
     "load",
+    "load_lora",
+    "lora",
     "loss",
     "merge",
+    "merge_lora",
     "remat",
     "save",
+    "save_lora",
     "split",
     "stream",
     "to",

@@ -28,7 +28,7 @@ FLOORS = [
     {"kernels"},
     {"layers"},
     {"caches", "sampling", "quantization"},
-    {"transformer", "lora"},
+    {"transformer", "low_rank"},
     {"families", "sharding", "compilation", "generation", "serving"},
     {"speculation", "drafters", "search", "checkpoints", "training", "evaluation", "interop"},
     {"__init__"},  # the face: a map of all below

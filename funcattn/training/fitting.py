@@ -166,7 +166,7 @@ def _begin(
 ) -> tuple[Tree, Any, int, list[Report], list[float]]:
     """params, state, the steps taken, the reports made, and the losses since the last of them."""
     taken = [] if folder is None else snapshots.steps_in(folder)
-    if not taken:
+    if folder is None or not taken:
         return params, state, 0, [], []
     if not resume:
         remedy = "Pass resume=True to go on from it, or choose another folder."

@@ -45,7 +45,7 @@ def adam(
     m, v = ([x.clone() for x in column] for column in (means, squares))
     # The kernel wants a count for each leaf, and reads them before it writes nothing into them: the optimizer adds one itself.
     counts = [count.to(gradients[0].device, torch.float32)] * len(gradients)
-    torch._fused_adamw_(
+    torch.ops.aten._fused_adamw_(
         *(updates, list(gradients), m, v, [], counts),
         lr=float(rate) if gradients[0].device.type == "cpu" else rate.to(gradients[0].device, torch.float32),
         beta1=betas[0],

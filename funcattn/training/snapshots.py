@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -85,7 +85,10 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
     others = [name for name in steps_in(folder) if name < step]
     earlier = f" to go on from step {others[-1]}" if others else " and begin again"
     remedy = f"Remove {place}{earlier}."
-    damaged = lambda got: fail("fit", f"{place}", "a whole snapshot", got, remedy, CheckpointError)
+
+    def damaged(got: str) -> NoReturn:
+        fail("fit", f"{place}", "a whole snapshot", got, remedy, CheckpointError)
+
     try:
         whole = json.loads((place / RUN).read_text(encoding="utf-8"))
         content, known = whole["content"], whole["sha256"]
