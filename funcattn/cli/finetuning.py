@@ -10,7 +10,7 @@ import funcattn as fa
 
 from .. import low_rank, training, tree
 from .arguments import TINY, number
-from .pretraining import MODEL, add_fitting, fitted, read, write_sample
+from .pretraining import MODEL, add_fitting, encoded, fitted, read, write_sample
 from .terminal import say, working
 
 ADAPTER = "adapter"
@@ -37,13 +37,14 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.model} has no tokenizer.json. Put the one of this model beside its weights.")
     if options.context > config.context:
         raise ValueError(f"--context should be at most {config.context}, which the model was trained on, got {options.context}.")
+    ids = encoded(options, tokenizer, text)
     params = tree.to(options.device)(params)
     adapted = low_rank.lora(options.rank, alpha=options.alpha)(fa.key(options.seed), params)
     chosen, frozen = tree.partition(adapted, low_rank.is_trained)
     say(f"{tree.count(chosen):,} of {tree.count(params):,} weights are trained")
     rate = training.cosine(options.rate, options.steps, warmup=options.steps // 10)
     optimizer = training.chain(training.clip(1.0), training.adamw(rate, weight_decay=0.0))
-    chosen = fitted(options, config, chosen, tokenizer, text, optimizer, frozen)
+    chosen = fitted(options, config, chosen, ids, optimizer, frozen)
     adapted = tree.combine(chosen, frozen)
     place = Path(options.out) / ADAPTER
     fa.save_lora(place, adapted, base=options.model)

@@ -75,13 +75,14 @@ def run(options: argparse.Namespace) -> None:
         feed_forward=8 * -(-options.width // 3),  # three matrices of this size hold what two of 4 times the width do
         context=options.context,
     )
+    ids = encoded(options, tokenizer, text)
     params = tree.to(options.device)(fa.decoder(config).init(fa.key(options.seed)))
     say(f"{tree.count(params):,} weights, {tokenizer.vocabulary} kinds of token")
     rate = training.cosine(options.rate, options.steps, warmup=min(100, options.steps // 10), floor=options.rate / 10)
     kinds = {"adamw": lambda: training.adamw(rate, betas=(0.9, 0.99), weight_decay=0.1)}
     kinds["muon"] = lambda: training.muon(rate, match=True)
     optimizer = training.chain(training.clip(1.0), kinds[options.optimizer]())
-    params = fitted(options, config, params, tokenizer, text, optimizer)
+    params = fitted(options, config, params, ids, optimizer)
     place = Path(options.out) / MODEL
     fa.save(place, config, tree.to("cpu")(params), tokenizer)
     write_sample(options, config, params, tokenizer, text[:1])
@@ -100,18 +101,12 @@ def fitted(
     options: argparse.Namespace,
     config: fa.Config,
     params: Any,
-    tokenizer: Any,
-    text: str,
+    ids: Tensor,
     optimizer: training.Optimizer,
     frozen: Any = (),
 ) -> Any:
     """The trained part of params, after all steps."""
     folder = Path(options.out) / SNAPSHOTS
-    taken = steps_in(folder)
-    if taken and not options.resume:
-        raise ValueError(f"{folder} holds a run of {taken[-1]} steps. Add --resume to go on with it, or choose another --out.")
-    with working("Encoding the text"):
-        ids = torch.tensor(tokenizer.encode(text), device=options.device)
     learnt, validation = halves(ids, options.context)
     if validation is None:
         say("The text is too short to hold a part back: there is no loss of validation.")
@@ -138,10 +133,22 @@ def fitted(
         raise
 
 
+def encoded(options: argparse.Namespace, tokenizer: Any, text: str) -> Tensor:
+    """The ids of a text, checked to be enough before anything is said or begun."""
+    taken = steps_in(Path(options.out) / SNAPSHOTS)
+    if taken and not options.resume:
+        raise ValueError(f"{options.out} holds a run of {taken[-1]} steps. Add --resume to go on with it, or choose another --out.")
+    with working("Encoding the text"):
+        ids = torch.tensor(tokenizer.encode(text), device=options.device)
+    if len(ids) < options.context + 1:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, and a row is {options.context} + 1. Give a longer text, or a smaller --context."
+        )
+    return ids
+
+
 def halves(ids: Tensor, context: int) -> tuple[Tensor, Tensor | None]:
     """What is learnt from, and the end of the text that is held back, or None where it would be shorter than a row."""
-    if len(ids) < context + 1:
-        raise ValueError(f"the text has {len(ids)} tokens, a row {context} + 1. Give a longer text, or a smaller --context.")
     n = int(len(ids) * HELD_OUT)
     return (ids[:-n], ids[-n:]) if n > context and len(ids) - n > context else (ids, None)
 
