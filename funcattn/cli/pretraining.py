@@ -154,16 +154,27 @@ def halves(ids: Tensor, context: int) -> tuple[Tensor, Tensor | None]:
 
 
 def write_sample(options: argparse.Namespace, config: fa.Config, params: Any, tokenizer: Any, begin: str) -> None:
-    """Print what the model writes behind a beginning, within its context."""
+    """Print a beginning and what the model writes behind it.
+
+    Positions beyond the context are none that it was trained on: where it is full, the later half of it is read anew.
+    """
     if not options.sample:
         return
-    prompt = torch.tensor(tokenizer.encode(begin), device=options.device)
+    model, sampler = fa.decoder(config), sampling.chain(sampling.temperature(0.8), sampling.top_k(200))
     key = tree.to(options.device)(fa.fold_in(fa.key(options.seed), 2))
-    sampler = sampling.chain(sampling.temperature(0.8), sampling.top_k(200))
-    pieces = fa.stream(
-        key, fa.decoder(config), params, prompt, steps=options.sample, tokenizer=tokenizer, sampler=sampler, stop_strings=[]
-    )
+    ids, left = list(tokenizer.encode(begin)), options.sample
     print(shown(begin), end="")
-    for piece in pieces:
-        print(shown(piece.text), end="", flush=True)
+    while left:
+        prompt = ids[-max(1, config.context // 2) :]
+        steps = min(left, config.context - len(prompt) + 1)
+        piece = None
+        for piece in fa.stream(
+            *(fa.fold_in(key, left), model, params, torch.tensor(prompt, device=options.device)),
+            steps=steps,
+            tokenizer=tokenizer,
+            sampler=sampler,
+        ):
+            print(shown(piece.text), end="", flush=True)
+        written = piece.tokens if piece is not None else ()
+        ids, left = [*ids, *written], left - steps if len(written) == steps else 0
     print(flush=True)
