@@ -4,69 +4,79 @@ Every piece of a language model as a pure function of values, so that torch.func
 
     records, tree          what values are made of                   floor 0
     random                 explicit keys; the bits of jax.random
-    masks                  unions of intervals, with & | ~                  1
+    masks, taps            unions of intervals, with & | ~; listeners       1
     remat                  a checkpoint that nests under torch.func
     kernels                attend, attention, merge, explain                2
-    layers                 linear, norms, rope, gates                       3
+    layers                 linear, norms, rope, gates, experts              3
     caches, sampling       the past as a value; transforms of logits        4
     transformer            Config, Params, decoder                          5
+    low_rank               lora: a few trained numbers beside a weight
+    families               other people's files                             6
     compilation            compile: decoding at the speed of memory
-    generation             generate, stream                                 6
+    generation, serving    generate, stream; texts that come and go
     checkpoints            load, save                                       7
     speculation, drafters  speculate, accept: drafts, verified without loss
     search                 beam_search, best_of
+    training, evaluation   loss, optimizers, fit; score, trace, patch
     interop                other people's modules, closed
 """
 
-from . import caches, evaluation, families, interop, kernels, layers, masks, records, sampling, serving, transformer, tree
 from . import (
     caches,
     drafters,
+    evaluation,
     families,
     interop,
     kernels,
     layers,
+    low_rank,
     masks,
     records,
     sampling,
     search,
     serving,
     speculation,
+    taps,
+    training,
     transformer,
     tree,
 )
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
-from .checkpoints import Loaded, load, save
+from .checkpoints import Loaded, load, load_lora, save, save_lora
 from .compilation import compile
 from .evaluation import patch, perplexity, score, score_continuation, trace
 from .generation import Streamed, generate, stream
 from .kernels import attend, attention, attention_weights, explain, merge
+from .low_rank import lora, merge_lora
 from .masks import Mask
 from .randomness import fold_in, key, split
 from .records import Attended, Model
 from .rematerialization import remat
 from .search import beam_search, best_of
 from .speculation import Speculated, speculate
+from .training import loss
 from .transformer import Config, Params, decoder
 from .tree import cast, to
 
 __all__ = [
     "caches",
-    "evaluation",
     "drafters",
+    "evaluation",
     "families",
     "interop",
     "kernels",
     "layers",
+    "low_rank",
     "masks",
     "random",
     "records",
     "sampling",
-    "taps",
     "search",
     "serving",
     "speculation",
+    "taps",
+    "training",
     "transformer",
     "tree",
     "Attended",
@@ -98,11 +108,16 @@ __all__ = [
     "generate",
     "key",
     "load",
+    "load_lora",
+    "lora",
+    "loss",
     "merge",
+    "merge_lora",
     "patch",
     "perplexity",
     "remat",
     "save",
+    "save_lora",
     "score",
     "score_continuation",
     "speculate",

@@ -28,7 +28,7 @@ FLOORS = [
     {"kernels"},
     {"layers"},
     {"caches", "sampling", "quantization"},
-    {"transformer", "lora"},
+    {"transformer", "low_rank"},
     {"families", "sharding", "compilation", "generation", "serving"},
     {"speculation", "drafters", "search", "checkpoints", "training", "evaluation", "interop"},
     {"__init__"},  # the face: a map of all below
@@ -38,6 +38,7 @@ WITHIN = {  # neighbours on one floor
     "tree": {"records", "_checks"},
     "randomness": {"records", "_checks"},
     "interop": {"evaluation", "checkpoints"},
+    "training": {"checkpoints"},
     "__main__": {"cli"},
 }
 APART = "testing"  # may import anything; nothing imports it

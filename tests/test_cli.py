@@ -230,10 +230,10 @@ def test_inspect_tells_the_memory_of_a_past(run, folder):
 
 
 def test_a_terminal_is_never_steered_by_the_model(monkeypatch):
-    assert cli._shown("\x1b[2Ja") == "\x1b[2Ja"  # a pipe gets what was written
+    assert cli.terminal.shown("\x1b[2Ja") == "\x1b[2Ja"  # a pipe gets what was written
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     sys.stdout.isatty = lambda: True
-    assert cli._shown("\x1b[2Ja\tb\nc\x9b") == "[2Ja\tb\nc"
+    assert cli.terminal.shown("\x1b[2Ja\tb\nc\x9b") == "[2Ja\tb\nc"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ wrong with a file is a CheckpointError that says what was wanted, what came, and
 """
 
 from ..families import CheckpointError
+from .adapters import load_lora, save_lora
 from .loading import Loaded, load
 from .saving import save
 from .tokenizer import Tokenizer
 
-__all__ = ["load", "save", "Loaded", "Tokenizer", "CheckpointError"]
+__all__ = ["load", "save", "load_lora", "save_lora", "Loaded", "Tokenizer", "CheckpointError"]

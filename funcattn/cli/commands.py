@@ -1,0 +1,90 @@
+"""The commands, their options, and what comes of a mistake.
+
+Text of the model goes to stdout and nothing else does, so that it can be piped; what is said about it goes to stderr. A mistake is
+one line and exit code 2. Several samples of one prompt fork one past, and a chat keeps its past from turn to turn: it reads only
+what the past does not hold, and taking a turn back is keeping less of it.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+import funcattn as fa
+
+from . import chatting, finetuning, generating, inspecting, pretraining
+from .arguments import TINY, Parser, device, dtype, number, stop
+from .terminal import CUT_OFF, INTERRUPTED, complain
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 for a mistake, 130 after Ctrl-C, 141 where the reader of the text went away.
+
+    Raises:
+        SystemExit: as argparse does, for --help and for options that cannot be read.
+    """
+    options = parser().parse_args(arguments)
+    for file in (sys.stdout, sys.stderr):
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors="replace")  # a terminal that cannot show a letter shows that there is one
+    try:
+        options.run(options)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
+        return CUT_OFF
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except UnicodeError:
+        return complain("the text should be UTF-8, is not. Convert it first, as with iconv.")
+    except (ValueError, OSError, RuntimeError) as error:  # ours, the system's, and torch's for a device or its memory
+        return complain(error)
+
+
+def parser() -> Parser:
+    """The commands and their options."""
+    weights, writing = Parser(add_help=False), Parser(add_help=False)
+    positive, share = number(float, TINY, 1 / TINY, "above 0"), number(float, TINY, 1, "above 0, at most 1")
+    whole, count = number(int, 0, 2**63 - 1, "0 or more"), number(int, 1, 2**63 - 1, "1 or more")
+    add = weights.add_argument
+    add("--model", default="smollm2-135m", help="a .gguf file, a folder, a name, or org/name of the hub (%(default)s)")
+    add("--dtype", metavar="D", type=dtype, help="of the weights, float32 or bfloat16 (as a folder has them; float32 from .gguf)")
+    add("--device", type=device, default="cpu", help="such as cpu or cuda (%(default)s)")
+
+    add, either = writing.add_argument, writing.add_mutually_exclusive_group().add_argument
+    either("--greedy", action="store_true", help="the most likely token each time; nothing is drawn")
+    either("--temperature", metavar="T", type=positive, default=0.7, help="below 1 sharper, above 1 flatter (%(default)s)")
+    add("--top-k", metavar="K", type=count, help="draw from the K most likely tokens")
+    add("--top-p", metavar="P", type=share, default=0.95, help="from the most likely ones that reach P together (%(default)s)")
+    add("--min-p", metavar="P", type=share, help="from those at least P times as likely as the likeliest")
+    add("--steps", metavar="N", type=whole, default=256, help="tokens to write at most (%(default)s)")
+    add("--seed", metavar="N", type=whole, default=0, help="the same seed gives the same text (%(default)s)")
+    add("--stop", metavar="STRING", type=stop, action="append", default=[], help="end before this text; may be given again")
+
+    whole_parser = Parser("funcattn", description="Text from a language model, in pure functions of values.")
+    whole_parser.add_argument("--version", action="version", version=f"funcattn {fa.__version__}")
+    commands = whole_parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, module, parents, help in (
+        ("generate", generating, [weights, writing], "continue a prompt, or answer it"),
+        ("chat", chatting, [weights, writing], "talk; the past is kept from turn to turn"),
+        ("inspect", inspecting, [weights], "show config, parameters, and the memory of a past"),
+        ("train", pretraining, [], "train a small model on a text, from nothing"),
+        ("finetune", finetuning, [], "adapt a model to a text, by matrices of low rank"),
+    ):
+        command = commands.add_parser(name, parents=parents, help=help, description=f"{help.capitalize()}.")
+        command.set_defaults(run=module.run)
+        if module is generating:
+            command.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to go on from; without one, or for -, stdin")
+            command.add_argument("--chat", action="store_true", help="the prompt is a message to be answered")
+            several = "continuations of one past, written side by side (%(default)s)"
+            command.add_argument("--num-samples", metavar="N", type=count, default=1, help=several)
+        elif module in (pretraining, finetuning):
+            module.add_options(command)
+    return whole_parser

@@ -1,0 +1,82 @@
+"""`funcattn generate`: go on from a text, once or several times side by side."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+import funcattn as fa
+
+from .. import sampling
+from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
+from .terminal import report, shown, working
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    text, sampler = prompt_of(options), sampler_of(options)
+    session = load(options)
+    ids = session.tokenizer.prompt([message("user", text)]) if options.chat else session.tokenizer.encode(text)
+    if not ids:
+        raise ValueError("the prompt is empty. Give some text, as an argument or on stdin.")
+    steps = room(session, len(ids), options.steps)
+    prompt = torch.tensor(ids, device=options.device)
+    keys = fa.split(key_of(options), options.num_samples)
+    if options.num_samples > 1:
+        return _write_samples(session, prompt, keys, sampler, steps, options)
+    pieces = fa.stream(
+        *(keys[0], session.model, session.params, prompt),
+        steps=steps,
+        tokenizer=session.tokenizer,
+        sampler=sampler,
+        stop_strings=options.stop,
+    )
+    for _ in write(pieces, f"{len(ids)} tokens"):
+        pass
+
+
+def _write_samples(
+    session: Session, prompt: Tensor, keys: Tensor, sampler: sampling.Sampler, steps: int, options: argparse.Namespace
+) -> None:
+    """Read the prompt once, write all samples side by side behind it, and print them with an empty line between."""
+    model, params, tokenizer = session.model, session.params, session.tokenizer
+    started = time.perf_counter()
+    with working("Reading the prompt"):
+        past = fa.generate(keys[0], model, params, prompt[:-1], steps=0)[1] if len(prompt) > 1 else ()
+    read = time.perf_counter()
+    with working(f"Writing {len(keys)} samples"):
+        go_on = lambda key: fa.generate(key, model, params, prompt[-1:], past, steps=steps, sampler=sampler, stop=tokenizer.stop)[0]
+        rows = vmap(go_on)(keys).tolist()
+    wrote = time.perf_counter()
+    written = 0
+    for number, row in enumerate(rows):
+        ends = [place for place, token in enumerate(row) if token in tokenizer.stop]
+        written += min(ends, default=steps - 1) + 1 if row else 0
+        text = tokenizer.decode(row[: min(ends, default=steps)])
+        text = text[: min((text.find(stop) for stop in options.stop if stop in text), default=len(text))]
+        print(shown(text), end="\n\n" if number < len(rows) - 1 else "\n")
+    report(f"{len(prompt)} tokens", read - started, written, wrote - read)
+
+
+def write(pieces: Iterator[fa.Streamed], prompt: str) -> Iterator[fa.Streamed]:
+    """Print each piece as it comes and pass it on; then, also after Ctrl-C, end the line and report the speed."""
+    started = time.perf_counter()
+    with working("Reading the prompt"):
+        piece = next(pieces)
+    read = time.perf_counter()
+    try:
+        while True:
+            print(shown(piece.text), end="", flush=True)
+            yield piece
+            if piece.ended:
+                break
+            piece = next(pieces)
+    finally:
+        if not isinstance(sys.exception(), BrokenPipeError):
+            print(flush=True)
+            # the first token came with the prompt
+            report(prompt, read - started, max(len(piece.tokens) - 1, 0), time.perf_counter() - read)

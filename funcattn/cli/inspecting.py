@@ -1,0 +1,30 @@
+"""`funcattn inspect`: config, parameters, and the memory of a past."""
+
+import argparse
+import dataclasses
+
+import torch
+
+from .. import tree
+from .sessions import load
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    session = load(options)
+    config, tokenizer, dtype = session.config, session.tokenizer, session.dtype
+    print(f"{options.model}\n\nconfig")
+    for field in dataclasses.fields(config):
+        print(f"  {field.name:<14} {getattr(config, field.name)}")
+    print("\nparams")
+    for line in str(tree.summary(session.params)).splitlines():
+        print(f"  {line}")
+    with torch.device("meta"):  # sizes without memory
+        per_token = tree.nbytes(session.model.cache(1, dtype=dtype)) - tree.nbytes(session.model.cache(0, dtype=dtype))
+    name = str(dtype).removeprefix("torch.")
+    print(f"\ncache, {name} keys and values of {config.layers} layers x {config.kv_heads} heads x {config.head_size}")
+    for tokens in (1000, config.context):
+        print(f"  {f'{tokens} tokens':<14} {tokens * per_token / 2**20:.1f} MiB")
+    stops = " ".join(tokenizer.decode([stop], skip_special=False) for stop in tokenizer.stop)
+    print(f"\ntokenizer\n  {'ids':<14} {tokenizer.vocabulary}\n  {'stops at':<14} {stops or 'nothing'}")
+    print(f"  {'chat template':<14} {'no' if tokenizer.template is None else 'yes'}")

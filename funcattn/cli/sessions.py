@@ -1,0 +1,81 @@
+"""What the commands that write text need: a model with its tokenizer, a prompt, a sampler, a key."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import funcattn as fa
+
+from .. import sampling, tree
+from .terminal import say, working
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model that was loaded."""
+
+    config: fa.Config
+    params: fa.Params
+    tokenizer: Any
+    model: fa.Model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.params.norm.dtype
+
+
+def load(options: argparse.Namespace) -> Session:
+    """The model that the options name."""
+    with working(f"Loading {options.model}"):
+        config, params, tokenizer = fa.load(options.model, dtype=options.dtype)
+        params = tree.to(options.device)(params)
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.json. Put the one of this model beside its weights.")
+    return Session(config, params, tokenizer, fa.decoder(config))
+
+
+def key_of(options: argparse.Namespace) -> Tensor:
+    """The randomness that the options name."""
+    return tree.to(options.device)(fa.key(options.seed))
+
+
+def room(session: Session, read: int, steps: int) -> int:
+    """How many tokens can be written behind `read`, at most `steps`."""
+    context = session.config.context
+    if read > context:
+        raise ValueError(f"the text has {read} tokens, and the model was trained on {context}. Give it a shorter one.")
+    return min(steps, context - read + 1)  # the last is written and never read
+
+
+def prompt_of(options: argparse.Namespace) -> str:
+    """The text to go on from: the argument, or stdin."""
+    text = options.prompt
+    if text in (None, "-"):
+        if sys.stdin.isatty():
+            say("Type the prompt; Ctrl-D on a line of its own ends it.")
+        text = sys.stdin.read().removesuffix("\n")  # as the shell does in $(...)
+    return utf8(text)
+
+
+def utf8(text: str) -> str:
+    """The text, unless bytes stand in it that are no text: Python then holds lone surrogates, which no tokenizer reads."""
+    text.encode()
+    return text
+
+
+def sampler_of(options: argparse.Namespace) -> sampling.Sampler:
+    """How a token is chosen."""
+    if options.greedy:
+        return sampling.greedy
+    filters = {sampling.top_k: options.top_k, sampling.top_p: options.top_p, sampling.min_p: options.min_p}
+    return sampling.chain(sampling.temperature(options.temperature), *(f(x) for f, x in filters.items() if x is not None))
+
+
+def message(role: str, text: str) -> dict[str, str]:
+    """One message of a conversation."""
+    return {"role": role, "content": text}

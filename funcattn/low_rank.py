@@ -1,0 +1,166 @@
+"""Low-rank adaptation: a few trained numbers beside a weight that stays.
+
+    W x   becomes   W x + scale b (a x)        a (r, in), b (out, r), r much smaller than either
+
+A weight becomes a record that registers itself with `layers.linear` and `layers.embed`, so the decoder never knows. The weight
+below goes through `linear` again: it may be a tensor, a quantized record, or another adaptation.
+
+    params = lora(8)(key, params)
+    trained, frozen = tree.partition(params, is_trained)
+    grad(lambda trained: loss(tree.combine(trained, frozen)))(trained)
+
+Source: Hu et al., LoRA: low-rank adaptation of large language models, arXiv:2106.09685.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks, randomness, tree
+from .layers import embed, linear
+from .records import is_absent, record
+from .tree import Tree
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of attention and feed-forward
+
+
+@record
+class Lora(NamedTuple):
+    """A weight and what is added to it: base + scale b a.
+
+    base: (out, in), any weight; a: (r, in); b: (out, r); scale: (), alpha / r.
+    """
+
+    base: Any
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+
+
+@linear.register
+def _(weight: Lora, x: Tensor) -> Tensor:
+    return linear(weight.base, x) + F.linear(F.linear(x, weight.a), weight.b) * weight.scale.to(x.dtype)
+
+
+@embed.register
+def _(weight: Lora, ids: Tensor) -> Tensor:
+    rows = embed(weight.base, ids)
+    return rows + F.embedding(ids, weight.b) @ weight.a * weight.scale.to(rows.dtype)
+
+
+def is_adapted(node: Any) -> bool:
+    """True for a Lora record: `is_leaf` for functions of `fa.tree` that should see the weight's own path."""
+    return isinstance(node, Lora)
+
+
+def is_trained(path: str, leaf: Any) -> bool:
+    """True for the leaves a and b of adaptations: the predicate that parts what is trained from what is frozen.
+
+    Example:
+        >>> from funcattn import randomness
+        >>> params = lora(2)(randomness.key(0), {"q": torch.zeros(4, 3), "norm": torch.ones(3)})
+        >>> tree.paths(tree.partition(params, is_trained)[0])
+        ['q.a', 'q.b']
+    """
+    return path.rpartition(".")[2] in ("a", "b")
+
+
+def lora(
+    rank: int, where: Callable[[str, Any], bool] | None = None, *, alpha: float | None = None
+) -> Callable[[Tensor, Tree], Tree]:
+    """A function (key, params) -> params with adaptations of the weights chosen.
+
+    a is uniform within 1 / sqrt(in) of zero, b is zero: the function is unchanged until b is trained.
+
+    Args:
+        rank: r.
+        where: f(path, weight), True for what is adapted; by default the matrices of attention and feed-forward, by their names.
+        alpha: scale is alpha / rank. None is alpha = 2 rank.
+
+    Raises:
+        ValueError: nothing is chosen, or something that is no matrix, or a rank above a matrix's sizes.
+
+    Law: the function is unchanged (test_low_rank.py::test_an_adapted_model_is_the_same_function).
+    """
+    if not isinstance(rank, int) or rank < 1:
+        _checks.fail("lora", "rank", "1 or more", rank, "It is the number of directions that are added.")
+    if alpha is not None and not 0 < alpha < math.inf:
+        _checks.fail("lora", "alpha", "above 0", alpha, "What is added is multiplied by alpha / rank.")
+    choose = where if where is not None else lambda path, weight: path.rpartition(".")[2] in MATRICES
+    scale = 2.0 if alpha is None else alpha / rank
+
+    def adapt(key: Tensor, params: Tree) -> Tree:
+        chosen = [path for path, weight in tree.items(params, is_leaf=_is_weight) if choose(path, weight)]
+        if not chosen:
+            _checks.fail("lora", "where", "true of some weight", "none", f"Paths are such as {tree.paths(params)[:3]}.")
+        keys = dict(zip(chosen, randomness.split(key, len(chosen)), strict=True))
+
+        def adapted(path: str, weight: Any) -> Any:
+            return _begin(keys[path], path, weight, rank, scale) if path in keys else weight
+
+        return tree.map_with_path(adapted, params, is_leaf=_is_weight)
+
+    return adapt
+
+
+def merge_lora(params: Tree) -> Tree:
+    """The same function with plain weights: base + scale b a.
+
+    Raises:
+        TypeError: a base that is no tensor, such as a quantized one.
+
+    Law: it computes what the adapted one does (test_low_rank.py::test_a_merged_model_is_the_same_function).
+    """
+
+    def merge(path: str, weight: Any) -> Any:
+        if not is_adapted(weight):
+            return weight
+        base = merge(path, weight.base)
+        if not isinstance(base, Tensor):
+            remedy = "Dequantize the bases first, or keep the adaptation beside them."
+            _checks.fail("merge_lora", f"the base at {path!r}", "a tensor", f"a {type(base).__name__}", remedy, TypeError)
+        return base + (weight.scale.to(base.dtype) * weight.b @ weight.a).to(base.dtype)
+
+    return tree.map_with_path(merge, params, is_leaf=is_adapted)
+
+
+def without_lora(params: Tree) -> Tree:
+    """The params as they were before they were adapted."""
+    return tree.map(lambda weight: weight.base if is_adapted(weight) else weight, params, is_leaf=is_adapted)
+
+
+def _is_weight(node: Any) -> bool:
+    """A record that layers.linear knows: its own path is the weight's."""
+    return optree.is_namedtuple(node) and linear.dispatch(type(node)) is not linear.dispatch(object)
+
+
+def _begin(key: Tensor, path: str, weight: Any, rank: int, scale: float) -> Lora:
+    out, inner, dtype, device = _sizes(path, weight)
+    if rank > min(out, inner):
+        _checks.fail("lora", "rank", f"at most {min(out, inner)}, a size of {path!r}", rank, "A low rank is a small one.")
+    bound = inner**-0.5
+    a = randomness.uniform(key, (rank, inner), minval=-bound, maxval=bound).to(device=device, dtype=dtype)
+    b = torch.zeros(out, rank, dtype=dtype, device=device)
+    return Lora(weight, a, b, torch.full((), scale, dtype=torch.float32, device=device))
+
+
+def _sizes(path: str, weight: Any) -> tuple[int, int, torch.dtype, torch.device]:
+    """(out, in) of any weight and what it computes in, asked of the function that it is."""
+    if isinstance(weight, Tensor):
+        if weight.dim() != 2 or not weight.is_floating_point():
+            got = f"{weight.dtype} {_checks.shape(weight)} at {path!r}"
+            _checks.fail("lora", "where", "true of floating matrices (out, in)", got, "Leave norms and biases out.")
+        return weight.shape[0], weight.shape[1], weight.dtype, weight.device
+    if is_adapted(weight):
+        return weight.b.shape[0], weight.a.shape[1], weight.a.dtype, weight.a.device
+    if not is_absent(weight) and hasattr(weight, "shape"):
+        out, inner = weight.shape
+        leaf = next(x for x in tree.leaves(weight) if isinstance(x, Tensor))
+        return out, inner, torch.float32, leaf.device
+    remedy = "Give its type a property `shape` of (out, in)."
+    _checks.fail("lora", "where", "true of weights of known sizes", f"a {type(weight).__name__} at {path!r}", remedy, TypeError)

@@ -1,0 +1,240 @@
+"""The loop: steps over batches that are drawn by key, with reports, evaluation, snapshots and exact resumption.
+
+    batch i = rows of the text at places drawn from fold_in(key, i)
+
+A batch depends on the key and its number alone, so a run that goes on needs no state of an iterator: what it was is params, the
+optimizer's state and a number. A run that was killed and goes on ends with the same bits as one that was not.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, randomness, tree
+from ..records import ABSENT, Model
+from ..tree import Tree
+from . import losses, snapshots
+from .optimizers import Optimizer
+from .steps import Loss, step
+
+EVALUATIONS = 2**31  # batches of evaluations are numbered from here, and never those of training
+
+
+class Report(NamedTuple):
+    """What a run said at one step: the mean losses of training since the last report, and of the validation text (None without)."""
+
+    step: int
+    training: float
+    validation: float | None
+
+
+class Fitted(NamedTuple):
+    """What `fit` gives. Not a record: history holds numbers."""
+
+    params: Any
+    state: Any
+    history: tuple[Report, ...]
+
+
+def draw(key: Tensor, tokens: Tensor, number: int | Tensor, *, rows: int, context: int) -> Tensor:
+    """Batch `number` of a text: (rows, context + 1) tokens, each row from a place of its own, all places as likely.
+
+    Example:
+        >>> import funcattn as fa
+        >>> draw(fa.key(0), torch.arange(100), 3, rows=2, context=4)
+        tensor([[27, 28, 29, 30, 31],
+                [36, 37, 38, 39, 40]])
+
+    Law: it depends on nothing but key and number (test_fitting.py::test_a_batch_depends_on_its_number_alone).
+    """
+    _check_text("draw", "tokens", tokens, context)
+    start = randomness.randint(randomness.fold_in(key, number), (rows,), 0, len(tokens) - context).to(tokens.device)
+    return tokens[start.unsqueeze(-1) + torch.arange(context + 1, device=tokens.device)]
+
+
+def fit(
+    key: Tensor,
+    model: Model,
+    params: Tree,
+    tokens: Tensor,
+    *,
+    optimizer: Optimizer,
+    steps: int,
+    rows: int = 12,
+    context: int = 64,
+    frozen: Tree = ABSENT,
+    loss: Loss = losses.loss,
+    micro_batches: int = 1,
+    compute: torch.dtype | None = None,
+    validation: Tensor | None = None,
+    report_every: int = 100,
+    evaluations: int = 20,
+    folder: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
+    resume: bool = False,
+    keep: int = 2,
+    compile: bool = False,
+    progress: bool = True,
+) -> Fitted:
+    """Train for a number of steps.
+
+    Args:
+        key: of the batches.
+        params: to begin with; not changed. frozen: leaves that are not trained (see `step`).
+        tokens: the text, integers (N,). validation: another one, of which losses are reported, or None.
+        rows, context: of a batch: (rows, context + 1) tokens.
+        loss, micro_batches, compute: see `step`.
+        report_every: steps between reports. evaluations: batches of the validation text behind each.
+        folder: where snapshots go, every save_every steps (at each report where None) and at the end; None keeps none.
+        resume: go on from the newest snapshot in folder, if there is one. Without it a folder that has some is refused.
+        keep: how many snapshots stay.
+        compile: run the step as one compiled graph. Last bits differ from those of an eager run.
+        progress: show a bar, or one line a report where nobody looks, on stderr.
+
+    Returns:
+        Fitted(params, state, history).
+
+    Raises:
+        ValueError: the text is shorter than a row, or the loss is not finite: the step is named, and no snapshot has such params.
+        CheckpointError: a snapshot that is damaged or of another run, or that cannot be written.
+
+    Law: a run killed at any moment and resumed ends with the bits of an unbroken one
+        (test_fitting.py::test_a_run_that_was_killed_ends_as_if_it_had_not_been).
+    """
+    _check_text("fit", "tokens", tokens, context)
+    if validation is not None:
+        _check_text("fit", "validation", validation, context)
+    least = {"steps": (steps, 0), "rows": (rows, 1), "report_every": (report_every, 1), "evaluations": (evaluations, 1)}
+    least |= {"keep": (keep, 1), "save_every": (1 if save_every is None else save_every, 1)}
+    for name, (n, low) in least.items():
+        if not isinstance(n, int) or n < low:
+            _checks.fail("fit", name, f"{low} or more", n, "It is a number of steps, rows, batches or snapshots.")
+    if not tree.leaves(params):
+        _checks.fail("fit", "params", "a tree with leaves to train", "none", "Leave some out of frozen.")
+    one = step(model, optimizer, loss=loss, micro_batches=micro_batches, compute=compute)
+    narrow = tree.cast(compute) if compute is not None else lambda params: params
+    look = lambda params, batch, frozen: loss(model, narrow(tree.combine(params, frozen)), batch)
+    if compile:
+        one, look = torch.compile(one, fullgraph=True), torch.compile(look, fullgraph=True)
+    run = {
+        "text": _fingerprint(tokens),
+        "validation": "" if validation is None else _fingerprint(validation),
+        "key": key.tolist(),
+        "sizes": [rows, context, micro_batches, report_every, evaluations],
+        "compute": str(compute),
+    }
+    begun = _begin(folder, params, optimizer.init(params), run, resume)
+    params, state, first, told, seen = begun
+    if first > steps:
+        _checks.fail("fit", "steps", f"at least the {first} of the snapshot", steps, "Ask for more steps.")
+    every = report_every if save_every is None else save_every
+    with torch.no_grad(), _progress(first, steps, progress) as show:
+        waiting: list[Tensor] = []
+        for i in range(first, steps):
+            batch = draw(key, tokens, i, rows=rows, context=context)
+            params, state, metrics = one(params, state, batch, frozen)
+            waiting.append(metrics.loss)
+            done = i + 1
+            reports, saves = done % report_every == 0 or done == steps, folder is not None and (done % every == 0 or done == steps)
+            if reports or saves or metrics.loss.device.type == "cpu":  # elsewhere, looking is waiting
+                seen += _finite(waiting, done)
+                waiting = []
+            if reports:
+                validated = None
+                if validation is not None:
+                    at = lambda n: draw(key, validation, EVALUATIONS + n, rows=rows, context=context)
+                    validated = _mean([float(look(params, at(n), frozen)) for n in range(evaluations)])
+                told.append(Report(done, _mean(seen), validated))
+                seen = []
+            if saves and folder is not None:
+                held = {"told": [list(report) for report in told], "seen": seen}
+                snapshots.write(folder, done, {"params": params, "state": state}, {"of": run, **held}, keep=keep)
+            show(done, told[-1] if reports else None)
+    return Fitted(params, state, tuple(told))
+
+
+def _begin(
+    folder: Any, params: Tree, state: Any, run: dict[str, Any], resume: bool
+) -> tuple[Tree, Any, int, list[Report], list[float]]:
+    """params, state, the steps taken, the reports made, and the losses since the last of them."""
+    taken = [] if folder is None else snapshots.steps_in(folder)
+    if folder is None or not taken:
+        return params, state, 0, [], []
+    if not resume:
+        remedy = "Pass resume=True to go on from it, or choose another folder."
+        _checks.fail("fit", "folder", "without snapshots", f"one of step {taken[-1]} in {os.fspath(folder)}", remedy)
+    values, held = snapshots.read(folder, taken[-1], {"params": params, "state": state})
+    for name, wanted in run.items():
+        if held["of"][name] != wanted:
+            remedy = "A run goes on with what it began with; choose another folder for another one."
+            _checks.fail("fit", name, f"{held['of'][name]} as in the snapshot of step {taken[-1]}", wanted, remedy)
+    return values["params"], values["state"], taken[-1], [Report(*report) for report in held["told"]], held["seen"]
+
+
+def _finite(waiting: list[Tensor], done: int) -> list[float]:
+    """The losses of the last steps as numbers, none of them NaN or infinite."""
+    values = [float(loss) for loss in waiting]
+    for back, value in enumerate(reversed(values)):
+        if not math.isfinite(value):
+            remedy = "Lower the learning rate, warm up longer, or clip gradients; the last snapshot is from before."
+            _checks.fail("fit", f"the loss of step {done - back}", "finite", value, remedy)
+    return values
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _fingerprint(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.detach().to("cpu", torch.int64).contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _check_text(function: str, argument: str, tokens: Tensor, context: int) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype not in tree.INTEGERS:
+        got = getattr(tokens, "dtype", type(tokens).__name__)
+        _checks.fail(
+            function, argument, "an integer tensor (N,)", got, "Encode the text: torch.tensor(tokenizer.encode(text)).", TypeError
+        )
+    if not isinstance(context, int) or context < 1:
+        _checks.fail(function, "context", "1 or more", context, "It is the number of inputs in a row.")
+    if tokens.dim() != 1 or len(tokens) < context + 1:
+        remedy = "Give a longer text, or a smaller context."
+        _checks.fail(function, argument, f"(N,) with N at least context + 1 = {context + 1}", _checks.shape(tokens), remedy)
+
+
+@contextlib.contextmanager
+def _progress(first: int, steps: int, wanted: bool) -> Iterator[Callable[[int, Report | None], None]]:
+    """A bar where somebody looks and tqdm is there, else one line a report; both on stderr."""
+    bar: Any = None
+    if wanted and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        with contextlib.suppress(ImportError):
+            from tqdm.auto import tqdm
+
+            bar = tqdm(initial=first, total=steps, unit="step", file=sys.stderr, dynamic_ncols=True)
+    started = time.perf_counter()
+
+    def show(done: int, report: Report | None) -> None:
+        if bar is not None:
+            bar.update()
+        if report is None or not wanted:
+            return
+        losses = f"training {report.training:.4f}" + ("" if report.validation is None else f", validation {report.validation:.4f}")
+        if bar is not None:
+            bar.set_postfix_str(losses)
+            return
+        speed = (time.perf_counter() - started) / (done - first)
+        print(f"step {done}/{steps}: {losses}, {speed * 1e3:.0f} ms a step", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()

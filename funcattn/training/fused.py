@@ -1,0 +1,58 @@
+"""AdamW by torch's fused kernel, where nobody can tell: on values that were copied first, so that nothing given is changed.
+
+The kernel writes into weights and moments. Given zeros for weights, and no decay, what it writes there is the update itself:
+
+    0 - rate m' / (sqrt(v') + epsilon)
+
+It knows no transform, so it serves only where none can be asked for.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autodiff import transforming
+
+
+def is_quiet() -> bool:
+    """True where no transform, no autograd and no compiler can see what is computed here."""
+    return not (torch.is_grad_enabled() or transforming() or torch.compiler.is_compiling())
+
+
+def serves(*columns: Sequence[Any]) -> bool:
+    """True where the fused kernel takes such leaves: plain tensors, all on one CPU or CUDA device and of one float dtype."""
+    first = columns[0][0] if columns[0] else None
+    if not is_quiet() or type(first) is not Tensor or first.device.type not in ("cpu", "cuda"):
+        return False
+    alike = lambda x: type(x) is Tensor and x.dtype == first.dtype and x.device == first.device
+    return first.dtype in (torch.float32, torch.float64) and all(alike(x) for column in columns for x in column)
+
+
+def adam(
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    *,
+    count: Tensor,
+    rate: Tensor,
+    betas: tuple[float, float],
+    epsilon: float,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Updates and new moments. count: int64 (), this update included; rate: ()."""
+    updates = [torch.zeros_like(g) for g in gradients]
+    m, v = ([x.clone() for x in column] for column in (means, squares))
+    # The kernel wants a count for each leaf, and reads them before it writes nothing into them: the optimizer adds one itself.
+    counts = [count.to(gradients[0].device, torch.float32)] * len(gradients)
+    torch.ops.aten._fused_adamw_(
+        *(updates, list(gradients), m, v, [], counts),
+        lr=float(rate) if gradients[0].device.type == "cpu" else rate.to(gradients[0].device, torch.float32),
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=epsilon,
+        amsgrad=False,
+        maximize=False,
+    )
+    return updates, m, v

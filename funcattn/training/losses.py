@@ -1,0 +1,116 @@
+"""The loss of a language model: how surprised it is by each next token.
+
+    loss = - mean over the targets that count of log p(tokens[t + 1] | tokens[0..t])
+
+Logits are the largest thing in training: (*lead, T, V). Where they are many, they are made for some positions at a time and made
+again for the gradient (`remat`), so that no more than one block of them is ever held; that composes with every transform.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks, masks, tree
+from ..records import Model
+from ..rematerialization import remat
+from ..tree import Tree
+
+BLOCK = 2**24  # logits held at a time: 64 MiB in float32, beside which a call costs nothing
+NEVER = torch.iinfo(torch.int64).min  # torch leaves out targets of -100 in silence; no target is this
+
+
+def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    """The mean cross-entropy, in nats, of each next token.
+
+    Args:
+        model, params: of one another (`fa.decoder`). Logits are compared in float32 at least.
+        tokens: integers (*lead, T), T at least 2: T - 1 inputs, and T - 1 targets that are one token ahead of them.
+        mask: booleans that broadcast to (*lead, T - 1), True where the target tokens[..., 1:] counts. None counts all.
+        segments: integers (*lead, T), the document that each token is of, where several are packed in one row. Attention stays
+            inside a document, positions begin again at each, and no target is of another document than its input.
+
+    Returns:
+        A scalar, float32 at least. Where no target counts: an error, or NaN where values cannot be looked at.
+
+    Raises:
+        ValueError: sizes, ids outside of the vocabulary, or no target that counts. TypeError: kinds.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config())
+        >>> round(float(loss(model, model.init(fa.key(0)), torch.arange(12).view(2, 6))), 1)  # log 256 = 5.5
+        5.6
+
+    Law: packed documents lose what they lose alone (test_training.py::test_packed_documents_lose_what_they_lose_alone).
+    Law: grad, jvp, vmap(grad) and hvp are exact (test_training.py::test_derivatives_of_the_loss_are_those_of_the_reference).
+    """
+    _check(tokens, mask, segments)
+    inputs, targets = tokens[..., :-1], tokens[..., 1:]
+    counts = None if mask is None else mask.expand(targets.shape)
+    if segments is None:
+        hidden = model.hidden(params, inputs)[0]
+    else:
+        own, T = segments[..., :-1], inputs.shape[-1]
+        alone = masks.segments(own)
+        seen = masks.intersection(alone, masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device)))
+        places = torch.arange(T, device=tokens.device) - alone.start.squeeze(-1)
+        hidden = model.hidden(params, inputs, mask=seen, positions=places)[0]
+        same = own == segments[..., 1:]
+        counts = same if counts is None else counts & same
+    if counts is not None and _checks.value(counts) is not None and not _checks.is_true(counts):
+        _checks.fail("loss", "mask", "true of some target", "none that counts", "Leave out batches without targets.")
+    summed = _cross_entropy(model, params, hidden.flatten(0, -2), targets.flatten(), None if counts is None else counts.flatten())
+    return summed / (targets.numel() if counts is None else counts.sum())
+
+
+def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
+    """The sum over the rows that count of hidden (N, E) against targets (N,)."""
+    outside = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]  # all that logits are made of
+
+    def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
+        logits = model.logits(outside, hidden)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        if not counts:
+            return F.cross_entropy(wide, targets, reduction="sum", ignore_index=NEVER)
+        each = F.cross_entropy(wide, targets, reduction="none", ignore_index=NEVER)
+        return torch.where(counts[0], each, 0.0).sum()
+
+    V = _vocabulary(model, outside, hidden)
+    if _checks.is_true((targets < 0) | (targets >= V)):
+        _checks.fail("loss", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")
+    rows = max(1, BLOCK // V)
+    data = (hidden, targets, *(() if counts is None else (counts,)))
+    if len(targets) <= rows:
+        return of(outside, *data)
+    again = remat(of)
+    blocks = zip(*(x.split(rows) for x in data), strict=True)
+    return torch.stack([again(outside, *block) for block in blocks]).sum()
+
+
+def _vocabulary(model: Model, outside: Tree, hidden: Tensor) -> int:
+    return model.logits(outside, hidden[:0]).shape[-1]  # of no rows: the width of what comes out
+
+
+def _check(tokens: Tensor, mask: Tensor | None, segments: Tensor | None) -> None:
+    integer = lambda x: isinstance(x, Tensor) and x.dtype in tree.INTEGERS
+    kind = lambda x: getattr(x, "dtype", type(x).__name__)
+    if not integer(tokens):
+        _checks.fail("loss", "tokens", "an integer tensor", kind(tokens), "Pass token ids (*lead, T).", TypeError)
+    if tokens.dim() < 1 or tokens.shape[-1] < 2 or not tokens.numel():
+        remedy = "A row of T tokens has T - 1 inputs and their targets."
+        _checks.fail("loss", "tokens", "(*lead, T) with T at least 2", _checks.shape(tokens), remedy)
+    wanted = (*tokens.shape[:-1], tokens.shape[-1] - 1)
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        _checks.fail("loss", "mask", "booleans", kind(mask), "Say which targets count: mask.bool().", TypeError)
+    if mask is not None and not _fits(mask.shape, wanted):
+        _checks.fail(
+            "loss", "mask", f"such that it broadcasts to {wanted}, the targets", _checks.shape(mask), "Use tokens[..., 1:]."
+        )
+    if segments is not None and not integer(segments):
+        _checks.fail("loss", "segments", "integers", kind(segments), "Number the documents.", TypeError)
+    if segments is not None and segments.shape != tokens.shape:
+        _checks.fail("loss", "segments", f"{_checks.shape(tokens)} as tokens are", _checks.shape(segments), "One number a token.")
+
+
+def _fits(shape: torch.Size, wanted: tuple[int, ...]) -> bool:
+    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False))

@@ -1,0 +1,120 @@
+"""One step of training, as a pure function.
+
+    params, state, metrics = step(params, state, batch)
+
+It is `torch.func.grad_and_value` of the loss, then the optimizer's update, so it goes through vmap (an ensemble), grad (a gradient
+with respect to what came before it) and `torch.compile(step, fullgraph=True)`, which makes one graph of loss, gradient and update.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+
+from .. import _checks, tree
+from .._autodiff import transforming
+from ..records import ABSENT, Model, record
+from ..tree import Tree
+from . import losses, optimizers
+from .optimizers import Optimizer
+
+Loss: TypeAlias = Callable[[Model, Tree, Any], Tensor]
+Step: TypeAlias = Callable[..., tuple[Tree, Any, "Metrics"]]
+
+
+@record
+class Metrics(NamedTuple):
+    """What a step tells beside its result.
+
+    loss: (), of the params that the step was given. norm: (), the 2-norm of the gradient before any clipping.
+    """
+
+    loss: Tensor
+    norm: Tensor
+
+
+def step(
+    model: Model,
+    optimizer: Optimizer,
+    *,
+    loss: Loss = losses.loss,
+    micro_batches: int = 1,
+    compute: torch.dtype | None = None,
+) -> Step:
+    """A function (params, state, batch, frozen=()) -> (params, state, metrics).
+
+    What it makes:
+        params: the tree that is trained; floating leaves. state: `optimizer.init(params)`.
+        batch: what the loss takes: for `fa.loss`, tokens (B, T).
+        frozen: leaves that are not trained, the other half of `fa.tree.partition(params, ...)`, or ().
+
+    Called inside `torch.no_grad()`, eagerly and below no transform, nothing can ask for a derivative of the step itself: the
+    gradient is then taken by autograd, the same numbers with less overhead per operation. `fit` calls it so.
+
+    Args:
+        model: `fa.decoder(config)`. With kernel="sdpa" attention is torch's own, whose first gradient is the fastest and which has
+            no other.
+        loss: f(model, params, batch) -> scalar.
+        micro_batches: n splits the leading axis of each leaf of batch in n, and averages n gradients, so that only one part's
+            activations are held. Equal to the whole where each part has as many targets that count.
+        compute: a dtype that parameters are cast to inside the loss, as torch.bfloat16, while masters, gradients and state stay in
+            theirs. The cast is part of what is differentiated.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model, optimizer = fa.decoder(fa.Config(layers=1)), fa.training.adamw(1e-2)
+        >>> params = model.init(fa.key(0))
+        >>> one = step(model, optimizer)
+        >>> after, state, metrics = one(params, optimizer.init(params), torch.arange(12).view(2, 6))
+        >>> bool(fa.loss(model, after, torch.arange(12).view(2, 6)) < metrics.loss)
+        True
+
+    Law: a compiled step is one graph and the same step (test_steps.py::test_a_step_compiles_to_one_graph).
+    Law: micro-batches of one size give the step of the whole (test_steps.py::test_micro_batches_give_the_step_of_the_whole).
+    """
+    if not isinstance(micro_batches, int) or micro_batches < 1:
+        _checks.fail("step", "micro_batches", "1 or more", micro_batches, "It is the number of parts of a batch.")
+    if not isinstance(optimizer, Optimizer):
+        got = f"a {type(optimizer).__name__}"
+        _checks.fail("step", "optimizer", "an Optimizer", got, "Use fa.training.adamw(3e-4), or one of its kin.", TypeError)
+    narrow = tree.cast(compute) if compute is not None else lambda params: params
+
+    def one(params: Tree, state: Any, batch: Any, frozen: Tree = ABSENT) -> tuple[Tree, Any, Metrics]:
+        of = lambda part: lambda params: loss(model, narrow(tree.combine(params, frozen)), part)
+        parts = _split(batch, micro_batches)
+        gradients, value = _gradient(of(parts[0]), params)
+        for part in parts[1:]:
+            more, also = _gradient(of(part), params)
+            gradients, value = tree.map(torch.add, gradients, more), value + also
+        if len(parts) > 1:
+            gradients, value = tree.map(lambda g: g / len(parts), gradients), value / len(parts)
+        updates, state = optimizer.update(gradients, state, params)
+        return optimizers.apply(params, updates), state, Metrics(value, optimizers.norm(gradients))
+
+    return one
+
+
+def _gradient(f: Callable[[Tree], Tensor], params: Tree) -> tuple[Tree, Tensor]:
+    """The gradient of f and its value."""
+    if torch.is_grad_enabled() or transforming() or torch.compiler.is_compiling():
+        return grad_and_value(f)(params)
+    leaves, structure = optree.tree_flatten(params)
+    with torch.enable_grad():
+        fresh = [leaf.detach().requires_grad_() for leaf in leaves]
+        value = f(optree.tree_unflatten(structure, fresh))
+        gradients = torch.autograd.grad(value, fresh, allow_unused=True, materialize_grads=True)
+    return optree.tree_unflatten(structure, gradients), value.detach()
+
+
+def _split(batch: Any, n: int) -> list[Any]:
+    if n == 1:
+        return [batch]
+    leaves, structure = optree.tree_flatten(batch)
+    for leaf in leaves:
+        if not leaf.dim() or leaf.shape[0] % n:
+            remedy = "Choose sizes that divide."
+            _checks.fail("step", "batch", f"of a leading axis that {n} micro_batches divide", _checks.shape(leaf), remedy)
+    return [optree.tree_unflatten(structure, row) for row in zip(*(leaf.chunk(n) for leaf in leaves), strict=True)]

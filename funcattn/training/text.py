@@ -1,0 +1,31 @@
+"""Text for training without a tokenizer at hand: one token a character."""
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from .. import _checks
+from ..checkpoints import Tokenizer
+
+UNKNOWN = "\ufffd"  # what stands for a character that the text did not have
+
+
+def characters(text: str) -> Tokenizer:
+    """A tokenizer whose tokens are the characters of a text, in the order of Unicode, and one for all others.
+
+    It is a Tokenizer like any: `fa.save` writes it beside a model, and `fa.load` reads it.
+
+    Example:
+        >>> tokenizer = characters("to be, or not to be")
+        >>> tokenizer.vocabulary, tokenizer.decode(tokenizer.encode("not to be"))
+        (9, 'not to be')
+
+    Law: decode undoes encode on the text's own characters (test_text.py::test_characters_come_back).
+    """
+    if not isinstance(text, str) or not text:
+        got = "an empty one" if isinstance(text, str) else f"a {type(text).__name__}"
+        _checks.fail("characters", "text", "a text", got, "Read one: Path(...).read_text().")
+    known = {letter: number for number, letter in enumerate(sorted({*text, UNKNOWN}))}
+    backend = tokenizers.Tokenizer(models.WordLevel(known, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend)
