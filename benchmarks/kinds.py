@@ -2,8 +2,8 @@
 
     python benchmarks/kinds.py [--threads 1] [--tokens 1000] [--rounds 9]
 
-SmolLM2-135M in float32, eager, one sequence. A step is `extend`; "with commit" is `apply`, which copies what the kind must so that the
-older value stays; "generated" is a token of `generate`, which writes into what it made itself. Memory counts each storage
+SmolLM2-135M in float32, eager, one sequence. A step is `extend`; "with commit" is `apply`, which copies what the kind must so that
+the older value stays; "generated" is a token of `generate`, which writes into what it made itself. Memory counts each storage
 once. The ring is a window of 256 and four sinks: for this model an approximation. Last, a dense past with more and more reserved.
 """
 

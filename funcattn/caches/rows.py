@@ -21,7 +21,7 @@ SHORTEST = 128  # rows of the smallest bucket
 def bucket(rows: int) -> int:
     """The power of two, 128 or more, that holds so many rows: compiled code serves all lengths of a bucket.
 
-    A past that a loop makes for itself has a bucket's rows; of those that are never written, memory has no page.
+    A past that a loop makes for itself has a bucket's rows.
 
     Example:
         >>> [bucket(n) for n in (0, 100, 128, 129)]
