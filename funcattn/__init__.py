@@ -9,6 +9,7 @@ Every piece of a language model as a pure function of values, so that torch.func
     kernels                attend, attention, merge, explain                2
     layers                 linear, norms, rope, gates, experts              3
     caches, sampling       the past as a value; transforms of logits        4
+    quantization           int8, int4, ... as transforms of the tree
     transformer            Config, Params, decoder                          5
     low_rank               lora: a few trained numbers beside a weight
     families               other people's files                             6
@@ -31,6 +32,7 @@ from . import (
     layers,
     low_rank,
     masks,
+    quantization,
     records,
     sampling,
     search,
@@ -50,6 +52,7 @@ from .generation import Streamed, generate, stream
 from .kernels import attend, attention, attention_weights, explain, merge
 from .low_rank import lora, merge_lora
 from .masks import Mask
+from .quantization import dequantize, fp8, int4, int8, nf4, quantize, ternary, w8a8
 from .randomness import fold_in, key, split
 from .records import Attended, Model
 from .rematerialization import remat
@@ -69,6 +72,7 @@ __all__ = [
     "layers",
     "low_rank",
     "masks",
+    "quantization",
     "random",
     "records",
     "sampling",
@@ -125,6 +129,14 @@ __all__ = [
     "stream",
     "to",
     "trace",
+    "dequantize",
+    "fp8",
+    "int4",
+    "int8",
+    "nf4",
+    "quantize",
+    "ternary",
+    "w8a8",
 ]
 
 __version__ = "0.1.0"

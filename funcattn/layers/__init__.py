@@ -12,7 +12,7 @@ Matrices are (out, in), as torch and Hugging Face store them.
 from .experts import linear_experts, route
 from .gates import ACTIVATIONS, activate, gated
 from .norms import layer_norm, rms_norm
-from .products import embed, linear
+from .products import embed, is_vector, linear, rows_times
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "embed",
     "frequencies",
     "gated",
+    "is_vector",
     "layer_norm",
     "linear",
     "linear_experts",
@@ -30,4 +31,5 @@ __all__ = [
     "rope",
     "rotate",
     "route",
+    "rows_times",
 ]

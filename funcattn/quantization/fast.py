@@ -1,0 +1,72 @@
+"""Fast kernels behind exact derivatives.
+
+Several of torch's integer kernels have no derivative and give zeros without a word under grad and jvp. Here a product has a plain
+form, whose derivatives are right at every order, and a fast one, which is used for the value alone:
+
+    value: fast(x)          vjp, jvp: those of plain          vmap over x: fast, with more rows
+
+Where nothing is differentiated or mapped the fast form is called as it is.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._autodiff import transforming
+from ..rematerialization import Flat, Remat, Whole, batched, pullback, pushforward
+
+FEW = 16  # rows up to which the fast kernels are: beyond, expanding the matrix once is the smaller cost
+
+
+class Routed(NamedTuple):
+    """A product (*fields, x) whose value is `fast` and whose derivatives are those of `plain` (a rematerialization.Computation)."""
+
+    plain: Flat
+    fast: Flat
+
+    def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
+        return self.fast(*x)
+
+    def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> Whole:
+        """See rematerialization.Computation."""
+        return Whole(pullback(self.plain, inputs, needed, given))
+
+    def jvp(self, inputs: int, moved: Sequence[int]) -> Whole:
+        """See rematerialization.Computation."""
+        return Whole(pushforward(self.plain, inputs, moved))
+
+    def vmap(self, mapped: Sequence[bool], randomness: str) -> "Routed":
+        """See rematerialization.Computation: a mapped x alone is more rows of the same product."""
+        if any(mapped[:-1]):
+            return Routed(*[batched(self.plain, mapped, randomness)] * 2)
+        return Routed(batched(self.plain, mapped, randomness), self.fast)
+
+
+def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Any, x: Tensor) -> Tensor:
+    """plain(*weight, x), by fast(*weight, rows) where that kernel serves: a few rows of a floating x (rows, K).
+
+    Args:
+        plain: exact, any x (*lead, K).
+        fast: x (rows, K), or None where it cannot.
+        weight: a record of tensors.
+        x: (*lead, K).
+    """
+    if torch.compiler.is_compiling():
+        return plain(*weight, x)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*weight, x))
+    if not transforming() and not differentiated:
+        return _by_rows(plain, fast)(*weight, x)[0]
+    flat = lambda *inputs: (plain(*inputs),)
+    return Remat.apply(Routed(flat, _by_rows(plain, fast)), None, *weight, x)[0]
+
+
+def _by_rows(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None]) -> Flat:
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        *fields, x = inputs
+        rows = x.reshape(-1, x.shape[-1])
+        out = fast(*fields, rows) if 0 < len(rows) <= FEW and x.is_floating_point() else None
+        return (plain(*inputs) if out is None else out.reshape(*x.shape[:-1], -1),)
+
+    return call

@@ -1,0 +1,181 @@
+"""Schemes: frozen values that encode a matrix (N, K) as a record. Called, a scheme is itself with other settings: int4(group=64).
+
+| scheme | bits a weight | source |
+| --- | --- | --- |
+| int8 | 8, one scale a row | Dettmers et al., LLM.int8(), arXiv:2208.07339, section 2 (absmax) |
+| int4 | 4, scale and zero for 32 columns | Frantar et al., GPTQ, arXiv:2210.17323, section 4 (min-max grid) |
+| w8a8 | 8, and 8 for each activation | Yao et al., ZeroQuant, arXiv:2206.01861 (token-wise activations) |
+| nf4 | 4, a scale for 64 columns | Dettmers et al., QLoRA, arXiv:2305.14314 |
+| fp8 | 8, one scale a row | Micikevicius et al., FP8 formats, arXiv:2209.05433 |
+| ternary | 2, a scale for 64 columns | Ma et al., The era of 1-bit LLMs, arXiv:2402.17764 (absmean) |
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import _checks, packing
+from .weights import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary
+
+
+class Scheme(Protocol):
+    """What `quantize` needs of a scheme: `encode` a matrix (N, K), and the scheme for the embedding and the head."""
+
+    def encode(self, weight: Tensor) -> Any:
+        """The record that stands for the matrix."""
+        ...
+
+    @property
+    def for_head(self) -> "Scheme":
+        """The scheme of the embedding and the head, where it is another: 8 bits where the layers have fewer."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Called with settings, a scheme is itself with those changed."""
+
+    def __call__(self, **changes: Any) -> Any:
+        """The scheme with other settings.
+
+        Example:
+            >>> int4(group=64).group
+            64
+        """
+        return replace(self, **changes)
+
+    @property
+    def for_head(self) -> Any:
+        """The scheme of the embedding and the head."""
+        return self
+
+
+@dataclass(frozen=True)
+class Eight(_Settings):
+    """int8, symmetric; group: columns that share a scale, None for all of a row."""
+
+    group: int | None = None
+
+    def encode(self, weight: Tensor) -> Int8:
+        """See Scheme."""
+        size = _size("int8", self.group, weight)
+        return Int8(*packing.symmetric(weight, size, 127))
+
+
+@dataclass(frozen=True)
+class Four(_Settings):
+    """int4 in groups of columns; symmetric has no zero of its own, clip shrinks the range (1 is all of it)."""
+
+    group: int = 32
+    symmetric: bool = False
+    clip: float = 1.0
+
+    def encode(self, weight: Tensor) -> Int4:
+        """See Scheme."""
+        size = _size("int4", self.group, weight, even=True)
+        if not self.symmetric:
+            codes, scale, zero = packing.affine(weight, size, 16, self.clip)
+            return Int4(packing.pack(codes, size, 4), scale, zero)
+        signed, scale = packing.symmetric(weight, size, 7, self.clip)
+        return Int4(packing.pack((signed + 8).to(torch.uint8), size, 4), scale, -8 * scale)
+
+    @property
+    def for_head(self) -> Eight:
+        """8 bits."""
+        return int8
+
+
+@dataclass(frozen=True)
+class EightByEight(_Settings):
+    """int8 weights and activations, the latter rounded for each token as it comes."""
+
+    def encode(self, weight: Tensor) -> Int8Dynamic:
+        """See Scheme."""
+        return Int8Dynamic(*packing.symmetric(weight, weight.shape[-1], 127))
+
+    @property
+    def for_head(self) -> Eight:
+        """8 bits, activations as they are: an embedding has none."""
+        return int8
+
+
+@dataclass(frozen=True)
+class NormalFloat(_Settings):
+    """16 levels that hold equal mass of a normal law, in groups of columns."""
+
+    group: int = 64
+
+    def encode(self, weight: Tensor) -> Codebook:
+        """See Scheme."""
+        size = _size("nf4", self.group, weight, even=True)
+        levels = torch.tensor(packing.NF4, device=weight.device)
+        grouped = packing.groups(weight.float(), size)
+        scale = packing.narrow(grouped.abs().amax(-1))
+        by = torch.where(scale == 0, 1, scale.float()).unsqueeze(-1)
+        codes = packing.nearest_level(grouped / by, levels).flatten(-2)
+        return Codebook(packing.pack(codes, size, 4), scale, levels)
+
+    @property
+    def for_head(self) -> Eight:
+        """8 bits."""
+        return int8
+
+
+@dataclass(frozen=True)
+class EightFloat(_Settings):
+    """8-bit floating point with a scale a row: kind "e4m3" (more digits) or "e5m2" (more range)."""
+
+    kind: str = "e4m3"
+
+    def encode(self, weight: Tensor) -> Fp8:
+        """See Scheme."""
+        dtypes = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+        if self.kind not in dtypes:
+            _checks.fail("fp8", "kind", '"e4m3" or "e5m2"', repr(self.kind), "Choose one of these.")
+        largest = torch.finfo(dtypes[self.kind]).max
+        wide = weight.float()
+        scale = wide.abs().amax(-1, keepdim=True) / largest
+        codes = (wide / torch.where(scale == 0, 1, scale)).clamp(-largest, largest)
+        return Fp8(codes.to(dtypes[self.kind]), scale)
+
+
+@dataclass(frozen=True)
+class Three(_Settings):
+    """-1, 0 and 1 times a scale, the mean size of a group."""
+
+    group: int = 64
+
+    def encode(self, weight: Tensor) -> Ternary:
+        """See Scheme."""
+        size = _size("ternary", self.group, weight, even=True)
+        if size % 4:
+            _checks.fail("ternary", "group", "a multiple of 4", size, "Four codes share a byte.")
+        grouped = packing.groups(weight.float(), size)
+        scale = packing.narrow(grouped.abs().mean(-1))
+        codes = packing.nearest(grouped, scale, 1) + 1
+        return Ternary(packing.pack(codes.to(torch.uint8), size, 2), scale)
+
+    @property
+    def for_head(self) -> Eight:
+        """8 bits."""
+        return int8
+
+
+int8 = Eight()
+int4 = Four()
+w8a8 = EightByEight()
+nf4 = NormalFloat()
+fp8 = EightFloat()
+ternary = Three()
+
+
+def _size(scheme: str, group: int | None, weight: Tensor, *, even: bool = False) -> int:
+    """Columns of a group, which divides the columns of the matrix."""
+    K = weight.shape[-1]
+    size = K if group is None else group
+    if not isinstance(size, int) or size < 1 or K % size or (even and size % 2):
+        wanted = f"{'an even' if even else 'a'} divisor of the {K} columns"
+        _checks.fail(scheme, "group", wanted, size, "Choose another group, or leave the leaf out by where.")
+    return size

@@ -1,0 +1,198 @@
+"""Quantized weights: records that stand for a matrix (N, K), and multiply and embed as it would.
+
+`expand(record)` is the matrix. What a record computes is what that matrix computes; where a kernel of torch is faster it runs
+(`fast`), and every derivative is that of the plain form. Codes are integers and have none; scales are numbers and have theirs.
+"""
+
+import functools
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks, packing
+from ..layers import embed, is_vector, linear, rows_times
+from ..records import record
+from .fast import routed
+
+
+@record
+class Int8(NamedTuple):
+    """w ~ codes * scale: codes int8 (N, K), scale (N, G), one for each K / G neighbouring columns; G = 1 is one a row."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@record
+class Int8Dynamic(NamedTuple):
+    """Int8 of one scale a row whose activations are rounded to 8 bits too, with a scale for each token as it comes."""
+
+    codes: Tensor  # int8 (N, K)
+    scale: Tensor  # (N, 1)
+
+
+@record
+class Int4(NamedTuple):
+    """w ~ codes * scale + zero: codes uint8 (N, K / 2), two a byte (see packing), scale and zero (N, G)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+@record
+class Codebook(NamedTuple):
+    """w ~ levels[codes] * scale: codes uint8 (N, K / 2), two a byte, scale (N, G), levels (16,)."""
+
+    codes: Tensor
+    scale: Tensor
+    levels: Tensor
+
+
+@record
+class Fp8(NamedTuple):
+    """w ~ codes * scale: codes float8 (N, K), scale (N, 1)."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@record
+class Ternary(NamedTuple):
+    """w ~ (codes - 1) * scale: codes uint8 (N, K / 4), four a byte, scale (N, G)."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@functools.singledispatch
+def expand(weight: Any) -> Tensor:
+    """The matrix (N, K) that a quantized record stands for, in float32. A record of one's own registers: `@expand.register`."""
+    _unknown(weight)
+
+
+def is_quantized(node: Any) -> bool:
+    """True for a quantized record: `is_leaf` for functions of `fa.tree` that should see the path of the weight."""
+    return expand.dispatch(type(node)) is not expand.dispatch(object)
+
+
+@expand.register(Int8)
+@expand.register(Int8Dynamic)
+@expand.register(Fp8)
+def _(weight: Any) -> Tensor:
+    codes = weight.codes.to(_wide(weight.scale))
+    return codes * packing.spread(weight.scale.to(codes.dtype), codes.shape[-1])
+
+
+@expand.register
+def _(weight: Int4) -> Tensor:
+    codes = packing.unpack(weight.codes, weight.scale.shape[-1], 4).to(_wide(weight.scale))
+    K = codes.shape[-1]
+    return torch.addcmul(packing.spread(weight.zero.to(codes.dtype), K), codes, packing.spread(weight.scale.to(codes.dtype), K))
+
+
+@expand.register
+def _(weight: Codebook) -> Tensor:
+    codes = packing.unpack(weight.codes, weight.scale.shape[-1], 4)
+    wide = _wide(weight.scale)
+    return weight.levels.to(wide)[codes.long()] * packing.spread(weight.scale.to(wide), codes.shape[-1])
+
+
+@expand.register
+def _(weight: Ternary) -> Tensor:
+    codes = packing.unpack(weight.codes, weight.scale.shape[-1], 2).to(_wide(weight.scale)) - 1
+    return codes * packing.spread(weight.scale.to(codes.dtype), codes.shape[-1])
+
+
+def _wide(scale: Tensor) -> torch.dtype:
+    return torch.promote_types(scale.dtype, torch.float32)
+
+
+# Products and rows.
+
+
+def times(weight: Any, x: Tensor) -> Tensor:
+    """The plain form: the matrix is expanded, and torch multiplies. Every transform goes through it."""
+    return F.linear(x, expand(weight).to(x.dtype))
+
+
+@linear.register(Codebook)
+@linear.register(Fp8)
+@linear.register(Ternary)
+def _(weight: Any, x: Tensor) -> Tensor:
+    return times(weight, x)
+
+
+@linear.register
+def _(weight: Int8, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() and weight.scale.shape[-1] == 1 and is_vector(x) and x.device.type == "cpu":
+        return rows_times(weight.codes, x) * weight.scale.squeeze(-1).to(x.dtype)
+    return routed(_plain_int8, _fast_int8, weight, x)
+
+
+def _plain_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    return times(Int8(codes, scale), x)
+
+
+def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
+    if scale.shape[-1] > 1 or x.device.type != "cpu":
+        return None
+    narrow = x.to(torch.bfloat16)  # other activations go through scalar code there, slower than float32 weights
+    return torch._weight_int8pack_mm(narrow, codes, scale.squeeze(-1).to(torch.bfloat16)).to(x.dtype)
+
+
+@linear.register
+def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
+    return routed(_plain_dynamic, _fast_dynamic, weight, x)
+
+
+def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """The derivative in x is that of the rounded product with the rounding taken for the identity (straight through)."""
+    rounded, by = _round_tokens(x.detach())
+    return times(Int8(codes, scale), x + (rounded * by - x).detach())
+
+
+def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
+    if x.device.type != "cpu" or len(x) < 1:
+        return None
+    rounded, by = _round_tokens(x)
+    product = torch._int_mm(rounded.to(torch.int8), codes.mT)
+    return (product.float() * by.float() * scale.float().mT).to(x.dtype)
+
+
+def _round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token in codes -127 .. 127, and its scale."""
+    by = x.abs().amax(-1, keepdim=True) / 127
+    return (x / torch.where(by == 0, 1, by)).round(), by
+
+
+@linear.register
+def _(weight: Int4, x: Tensor) -> Tensor:
+    return routed(_plain_int4, _fast_int4, weight, x)
+
+
+def _plain_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
+    return times(Int4(codes, scale, zero), x)
+
+
+def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | None:
+    return None
+
+
+@embed.register(Int8)
+@embed.register(Int8Dynamic)
+@embed.register(Int4)
+@embed.register(Codebook)
+@embed.register(Fp8)
+@embed.register(Ternary)
+def _(weight: Any, ids: Tensor) -> Tensor:
+    taken = ids.flatten()
+    rows = [field[taken] if name != "levels" else field for name, field in zip(weight._fields, weight, strict=True)]
+    return expand(type(weight)(*rows)).unflatten(0, ids.shape)
+
+
+def _unknown(weight: Any) -> NoReturn:
+    remedy = "Make it with fa.quantize, or register its type with funcattn.quantization.expand."
+    _checks.fail("expand", "weight", "a quantized record", f"a {type(weight).__name__}", remedy, TypeError)
