@@ -74,8 +74,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
             x, delta = model.hidden(params, token.reshape(1), cache)
             cache = _commit(cache, delta, 1) if n else caches.commit(cache, delta, 1)  # copied once, then it is ours
             logits = model.logits(params, x[-1])
-            law = sampling.law(sampler)(logits, now)
-            now = sampler.update(logits.to(law.dtype), now)[1]
+            law, now = sampling.weigh(sampler, logits, now)
             states.append(now)
             if n < length:  # the last is read too, so that the past is whole where all of them stay
                 token = law.argmax(-1) if sampler.deterministic else randomness.categorical(fresh, law)

@@ -108,8 +108,7 @@ def beam_search(
         texts = torch.where(torch.arange(steps, device=device) >= step, token.unsqueeze(-1), texts)  # filled: a stop id stays
         ends = _among(token, stop) | (step + 1 == steps)
 
-        full = ended.all() & (early_stop is True)
-        finishes = ends & (torch.arange(many, device=device) < beams) & improvable & ~full & (values > -torch.inf)
+        finishes = ends & (torch.arange(many, device=device) < beams) & improvable & (values > -torch.inf)
         scores = torch.where(finishes, values / (step + 1) ** length_penalty, -torch.inf)
         lengths = torch.full_like(parent, step + 1)
         joined = Texts(*(torch.cat([a, b]) for a, b in zip(done, (texts, scores, lengths), strict=True)))

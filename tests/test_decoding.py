@@ -57,6 +57,19 @@ def test_under_greedy_the_tokens_are_those_of_generate(name, rule):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_sampler_with_a_state_follows_the_accepted_text_alone(name):
+    model, params = some()
+    sampler = sampling.chain(
+        *(sampling.repetition_penalty(1.2), sampling.frequency_penalty(0.3), sampling.no_repeat_ngram(2)),
+        *(sampling.dry(window=64), sampling.min_new_tokens(20, (9,)), sampling.greedy),
+    )
+    wanted = fa.generate(fa.key(0), model, params, PROMPT, steps=40, sampler=sampler)[0]
+    got = speculate(fa.key(0), model, params, each(model, params)[name], PROMPT, steps=40, sampler=sampler)[0]
+    assert got.tokens.tolist() == wanted.tolist()
+    assert int(got.stats.accepted) > 0 or name in ("prompt lookup", "a function")  # nothing is to be repeated here
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stop_id_ends_the_text_as_in_generate(name):
     model, params = some()
     free = fa.generate(fa.key(0), model, params, PROMPT, steps=30)[0].tolist()

@@ -2,7 +2,7 @@
 
     sampler = chain(repetition_penalty(1.1), temperature(0.8), top_k(40), top_p(0.95))      order is what you write
 
-    composition    Sampler, chain, mixture; law, draw; begin, prime, primed: the prompt's part
+    composition    Sampler, chain, mixture; law, weigh, draw; begin, prime, primed: the prompt's part
     filters        what the logits alone decide: temperature, top_k, top_p, min_p, typical_p, cutoffs, top_n_sigma, top_h
     penalties      what was written counts: repetition, presence, frequency; logit_bias
     repeats        what was written lately: no_repeat_ngram, dry
@@ -14,7 +14,7 @@ what was sampled.
 """
 
 from .adaptive import guidance, guide, mirostat, xtc
-from .composition import Sampler, begin, chain, draw, greedy, law, mixture, prime, primed, stateless
+from .composition import Sampler, begin, chain, draw, greedy, law, mixture, prime, primed, stateless, weigh
 from .constraints import allowed_tokens, automaton, constrained, min_new_tokens, suppress_tokens
 from .filters import epsilon_cutoff, eta_cutoff, min_p, temperature, top_h, top_k, top_n_sigma, top_p, typical_p
 from .penalties import frequency_penalty, logit_bias, presence_penalty, repetition_penalty
@@ -54,5 +54,6 @@ __all__ = [
     "top_n_sigma",
     "top_p",
     "typical_p",
+    "weigh",
     "xtc",
 ]

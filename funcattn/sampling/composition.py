@@ -119,11 +119,15 @@ def law(sampler: Sampler) -> Callable[..., Tensor]:
     """
 
     def log_probabilities(logits: Tensor, state: Any = None) -> Tensor:
-        logits = _accurate(logits)
-        filtered, _ = sampler.update(logits, begin(sampler, logits) if state is None else state)
-        return filtered.log_softmax(-1)
+        return weigh(sampler, logits, begin(sampler, logits) if state is None else state)[0]
 
     return log_probabilities
+
+
+def weigh(sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """The law (V,), log-probabilities in float32 at least, and the state that is ready to observe a token drawn from it."""
+    filtered, state = sampler.update(_accurate(logits), state)
+    return filtered.log_softmax(-1), state
 
 
 def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:

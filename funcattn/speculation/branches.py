@@ -80,7 +80,7 @@ def accept_among(
     """Keep one of M candidates for one token, or draw another: multi-draft verification, a tree of depth one.
 
     Args:
-        target: (2, V) would need the laws after each candidate; this is for one position: (V,). `token` is the one written.
+        target: (V,), the target's law of this one position.
         draft: (V,), the law the M candidates were drawn from, without replacement unless said.
         proposed: int64 (M,).
 

@@ -97,7 +97,7 @@ def speculate(
             break
         draft, drafting = drafter.propose(keys[step, 0], last, drafting)
         logits, delta = model.extend(params, torch.cat([last.reshape(1), draft.tokens]), past)
-        laws, states = laws_along(sampler, logits.to(torch.promote_types(logits.dtype, torch.float32)), draft.tokens, state)
+        laws, states = laws_along(sampler, logits, draft.tokens, state)
         chance = F.one_hot(draft.tokens, logits.shape[-1]).to(laws.dtype) if is_absent(draft.laws) else draft.laws.to(laws.dtype)
         found = accept(keys[step, 1], laws.exp(), chance, draft.tokens, draft.valid, rule=rule, check=False)
         kept = torch.minimum(_until_stop(found.tokens, found.count + 1, stop), steps - count)

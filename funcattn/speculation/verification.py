@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _checks, tree
 from ..records import record
-from ..sampling import Sampler, law
+from ..sampling import Sampler, weigh
 
 
 @record
@@ -43,10 +43,10 @@ def laws_along(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -
     if logits.shape[:-1] != (len(proposed) + 1,):
         wanted = f"(N + 1, V) with N = {len(proposed)} as proposed"
         _checks.fail("laws_along", "logits", wanted, _checks.shape(logits), "One row before the draft, one after each token.")
-    of, laws, states = law(sampler), [], []
+    laws, states = [], []
     for n, row in enumerate(logits.unbind()):
-        laws.append(of(row, state))
-        state = sampler.update(row.to(laws[-1].dtype), state)[1]
+        law, state = weigh(sampler, row, state)
+        laws.append(law)
         states.append(state)
         if n < len(proposed):
             state = sampler.observe(proposed[n], state)
