@@ -206,11 +206,10 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
     _check_constant(cache, new)
 
     def take(tail: Tensor, more: Tensor, begin: Any, count: int) -> Tensor:
-        """Rows of the tail with the new ones behind it; zero where there are none, since what is hidden may be NaN."""
+        """Rows of the tail with the new ones behind it; what comes after the last of them is never observed."""
         row = begin + torch.arange(count, device=more.device)
         source = torch.where(row < held, row, row - held + C).clamp(max=C + T - 1)
-        there = (row < held + new.count).unsqueeze(-1)
-        return torch.where(there, torch.cat([tail, more], -2).index_select(-2, source), 0)
+        return torch.cat([tail, more], -2).index_select(-2, source)
 
     sides = [list(cache.k), list(cache.v)]
     least, most = rows.bounds(was, n)[0], rows.bounds(now, n)[1]

@@ -19,6 +19,7 @@ class Memory(NamedTuple):
     that is learned, or a document that many texts share; its own positions begin at `length`.
 
     Example:
+        >>> import torch
         >>> import funcattn as fa
         >>> memory = Memory(*torch.zeros(2, 2, 2, 5, 16), torch.tensor(5))
         >>> [part.k.shape for part in fa.caches.past(memory, 0, torch.arange(3))]
