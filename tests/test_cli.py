@@ -282,3 +282,65 @@ def test_a_reader_that_goes_away_is_no_mistake(folder):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+# eval
+
+
+def told(out: str) -> dict[str, str]:
+    """What stands on stdout, name by name."""
+    return dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+
+
+def test_eval_tells_the_perplexity_of_a_text(run, folder, tmp_path):
+    config, params, tokenizer = fa.load(folder)
+    text = "The sea was calm, and the old lighthouse stood. Grüße!\n" * 3
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    ran = run("eval", str(tmp_path / "a.txt"))
+    assert (ran.code, ran.err) == (0, "")
+    ids = torch.tensor(tokenizer.encode(text))
+    scores = fa.score(fa.decoder(config), params, ids).double()
+    found = told(ran.out)
+    assert float(found["perplexity"]) == pytest.approx(float((-scores.mean()).exp()), rel=1e-5)
+    size = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+    assert float(found["bits per byte"]) == pytest.approx(float(-scores.sum() / size / torch.tensor(2.0).log()), abs=1e-4)
+    assert found["tokens"] == f"{len(ids) - 1} scored, of {size} bytes"
+    assert run("eval", "-", stdin=text).out == ran.out
+
+
+def test_eval_reads_a_long_text_in_windows(run, folder, tmp_path):
+    config, params, tokenizer = fa.load(folder)
+    text = "One two three four five six seven. " * 20
+    found = told(run("eval", "-", "--context", "32", "--stride", "8", stdin=text).out)
+    ids = torch.tensor(tokenizer.encode(text))
+    wanted = fa.perplexity(fa.decoder(config), params, ids, context=32, stride=8)
+    assert float(found["perplexity"]) == pytest.approx(float(wanted), rel=1e-4)
+    assert found["windows"] == f"{-(-(len(ids) - 32) // 8) + 1} of at most 32 tokens"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "complaint"),
+    [
+        (["-"], "a", "the text has 1 tokens, and is scored from the second"),
+        (["-"], "", "the text has 0 tokens"),
+        (["-", "--context", "300"], "a b c", "--context should be at most the 256 tokens"),
+        (["-", "--context", "8", "--stride", "8"], "a b c", "stride should be from 1 to context - 1 = 7, got 8"),
+        (["-", "--stride", "0"], "a b c", "argument --stride: should be 1 or more, got 0"),
+        (["/no/such/file"], "", "No such file"),
+    ],
+)
+def test_eval_complains_in_one_line(run, arguments, stdin, complaint):
+    ran = run("eval", *arguments, stdin=stdin)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert complaint in ran.err
+
+
+def test_a_bar_is_shown_to_who_looks(monkeypatch):
+    from rich.console import Console
+
+    from funcattn.cli import evaluating
+
+    screen = io.StringIO()
+    monkeypatch.setattr(evaluating, "Console", lambda stderr: Console(file=screen, force_terminal=True))
+    assert list(evaluating._shown([(0, 1, 4), (2, 4, 6)])) == [(0, 1, 4), (2, 4, 6)]
+    assert "Reading" in screen.getvalue()

@@ -187,7 +187,8 @@ def test_every_end_that_the_file_names_stops():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model"),
+        ({"model": "bert"}, "tokenizer.ggml.model"),
+        ({"model": "llama"}, "tokenizer.ggml.scores"),
         ({"model": None}, "tokenizer.ggml.model"),
         ({"pre": "deepseek-llm"}, "deepseek-llm"),
         ({"pre": None}, "tokenizer.ggml.pre"),

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from .._checks import fail
 from ..families import CheckpointError
 from . import templates
+from .pieces import pieces
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
 ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
@@ -231,23 +232,51 @@ SPLITS = {  # how text is cut before the merges, as in the tokenizer.json of the
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
-    """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of text."""
-    kind = _text(metadata, "tokenizer.ggml.model")
-    if kind != "gpt2":
-        _refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE)", kind)
-    tokens, merges = _texts(metadata, "tokenizer.ggml.tokens"), _texts(metadata, "tokenizer.ggml.merges")
-    ids = {token: number for number, token in enumerate(tokens)}
-    if len(ids) != len(tokens):
-        _refuse("tokenizer.ggml.tokens", "all different", f"{len(tokens) - len(ids)} twice")
+    """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of text, or SentencePiece's."""
+    kind_of_model = _text(metadata, "tokenizer.ggml.model")
+    if kind_of_model not in ("gpt2", "llama"):
+        _refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model)
+    tokens = _texts(metadata, "tokenizer.ggml.tokens")
+    if len(set(tokens)) != len(tokens):
+        _refuse("tokenizer.ggml.tokens", "all different", f"{len(tokens) - len(set(tokens))} twice")
+    kinds = _numbers(metadata, "tokenizer.ggml.token_type", len(tokens))
+    leading_space = metadata.get("tokenizer.ggml.add_space_prefix", True) is True
+    if kind_of_model == "gpt2":
+        split = _text(metadata, "tokenizer.ggml.pre")
+        backend, first = _byte_level(metadata, tokens, split), split == "llama-bpe"
+    else:
+        scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens))
+        unknown = _id(metadata, "unknown_token_id", len(tokens))
+        with _rust_errors("tokenizer.ggml.tokens"):
+            named = None if unknown is None else tokens[unknown]
+            backend = pieces(tokens, scores.tolist(), kinds.tolist(), named, leading_space=leading_space)
+        first = True
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        found = [tokens[number] for number in np.flatnonzero(kinds == kind) if tokens[number]]
+        add = backend.add_special_tokens if special else backend.add_tokens
+        spaced = not special and not leading_space  # such tokens may hold SentencePiece's sign for a space
+        add([AddedToken(token, normalized=spaced, special=special) for token in found])
+
+    roles = {role: tokens[number] for role, name in ROLES.items() if (number := _id(metadata, name, len(tokens))) is not None}
+    begin = _id(metadata, "bos_token_id", len(tokens))
+    if metadata.get("tokenizer.ggml.add_bos_token", first) is True and begin is not None and tokens[begin]:
+        beginning = processors.TemplateProcessing(single=[tokens[begin], "$A"], special_tokens=[(tokens[begin], begin)])
+        of_bytes = [processors.ByteLevel(trim_offsets=False)] if kind_of_model == "gpt2" else []
+        backend.post_processor = processors.Sequence([*of_bytes, beginning])
+    ends = (_id(metadata, name, len(tokens)) for name in ("eos_token_id", "eot_token_id", "eom_token_id"))
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        _refuse("tokenizer.chat_template", "a string", type(template).__name__)
+    return Tokenizer(backend, tuple(dict.fromkeys(end for end in ends if end is not None)), template, roles)
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: str) -> tokenizers.Tokenizer:
+    """Byte-level BPE."""
+    ids, merges = {token: number for number, token in enumerate(tokens)}, _texts(metadata, "tokenizer.ggml.merges")
     wrong = [merge for merge in merges if merge.count(" ") != 1]
     if wrong:
         _refuse("tokenizer.ggml.merges", "pairs of tokens", wrong[0])
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
-    kinds = metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(kinds, np.ndarray) or kinds.shape != (len(tokens),):
-        _refuse("tokenizer.ggml.token_type", f"{len(tokens)} numbers", "another count, or none")
-
-    split = _text(metadata, "tokenizer.ggml.pre")
     if split not in SPLITS:
         _refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", split)
     with _rust_errors("tokenizer.ggml.merges"):
@@ -255,25 +284,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     backend.pre_tokenizer, backend.decoder = SPLITS[split](), decoders.ByteLevel()
     if split == "qwen2":
         backend.normalizer = normalizers.NFC()
-    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        found = [tokens[number] for number in np.flatnonzero(kinds == kind) if tokens[number]]
-        add = backend.add_special_tokens if special else backend.add_tokens
-        add([AddedToken(token, normalized=False, special=special) for token in found])
-
-    roles = {role: tokens[number] for role, name in ROLES.items() if (number := _id(metadata, name, len(tokens))) is not None}
-    begin = _id(metadata, "bos_token_id", len(tokens))
-    if metadata.get("tokenizer.ggml.add_bos_token", split == "llama-bpe") is True and begin is not None and tokens[begin]:
-        backend.post_processor = processors.Sequence(
-            [
-                processors.ByteLevel(trim_offsets=False),
-                processors.TemplateProcessing(single=[tokens[begin], "$A"], special_tokens=[(tokens[begin], begin)]),
-            ]
-        )
-    ends = (_id(metadata, name, len(tokens)) for name in ("eos_token_id", "eot_token_id", "eom_token_id"))
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        _refuse("tokenizer.chat_template", "a string", type(template).__name__)
-    return Tokenizer(backend, tuple(dict.fromkeys(end for end in ends if end is not None)), template, roles)
+    return backend
 
 
 # Checks of what a file says.
@@ -309,6 +320,13 @@ def _texts(metadata: Mapping[str, Any], name: str) -> list[str]:
     value = metadata.get(name)
     if not isinstance(value, list):
         _refuse(name, "strings", None if value is None else "numbers")
+    return value
+
+
+def _numbers(metadata: Mapping[str, Any], name: str, count: int) -> np.ndarray:
+    value = metadata.get(name)
+    if not isinstance(value, np.ndarray) or value.shape != (count,):
+        _refuse(name, f"{count} numbers", "another count, or none")
     return value
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import funcattn as fa
 
-from . import chatting, finetuning, generating, inspecting, pretraining
+from . import chatting, evaluating, finetuning, generating, inspecting, pretraining
 from .arguments import TINY, Parser, device, dtype, number, stop
 from .terminal import CUT_OFF, INTERRUPTED, complain
 
@@ -75,6 +75,7 @@ def parser() -> Parser:
         ("generate", generating, [weights, writing], "continue a prompt, or answer it"),
         ("chat", chatting, [weights, writing], "talk; the past is kept from turn to turn"),
         ("inspect", inspecting, [weights], "show config, parameters, and the memory of a past"),
+        ("eval", evaluating, [weights], "tell how well a model foretells a text"),
         ("train", pretraining, [], "train a small model on a text, from nothing"),
         ("finetune", finetuning, [], "adapt a model to a text, by matrices of low rank"),
     ):
@@ -85,6 +86,6 @@ def parser() -> Parser:
             command.add_argument("--chat", action="store_true", help="the prompt is a message to be answered")
             several = "continuations of one past, written side by side (%(default)s)"
             command.add_argument("--num-samples", metavar="N", type=count, default=1, help=several)
-        elif module in (pretraining, finetuning):
+        elif module in (evaluating, pretraining, finetuning):
             module.add_options(command)
     return whole_parser
