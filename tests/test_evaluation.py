@@ -77,6 +77,16 @@ def test_a_continuation_has_the_last_scores_of_the_whole():
     close(fa.score_continuation(MODEL, PARAMS, rows[:, :5], rows[:, 5:]), naive(PARAMS, rows)[:, 4:])
 
 
+def test_derivatives_of_a_continuation_are_those_of_all_logits_at_once():
+    total = lambda f: lambda params: f(params).sin().sum()
+    ours = total(lambda params: fa.score_continuation(MODEL, params, TOKENS[:10], TOKENS[10:], chunk=3))
+    reference = total(lambda params: naive(params, TOKENS)[9:])
+    direction = fa.tree.map(torch.cos, PARAMS)
+    for derive in (lambda f: grad(f)(PARAMS), lambda f: jvp(grad(f), (PARAMS,), (direction,))[1]):
+        for got, wanted in zip(fa.tree.leaves(derive(ours)), fa.tree.leaves(derive(reference)), strict=True):
+            close(got, wanted, rtol=1e-8, atol=1e-9)
+
+
 def test_what_greedy_decoding_writes_is_foretold():
     written, _ = fa.generate(fa.key(0), MODEL, PARAMS, TOKENS[:3], steps=6)
     changed = written.clone()

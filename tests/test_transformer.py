@@ -469,6 +469,17 @@ def test_tokens_in_any_order_see_those_near_them_by_position(n, T):
     close(model.extend(params, TOKENS[n : n + T], past, positions=torch.arange(T) + n)[0], wanted)
 
 
+def test_a_few_tokens_far_apart_do_not_see_each_other_through_a_window():
+    """Two tokens at positions 0 and 10 are two tokens of eleven whose others are hidden, though a window of 3 holds two rows."""
+    model, params = fa.decoder(MIXED), weights_of(MIXED)
+    hidden = masks.causal(11).dense(11).clone()
+    hidden[:, 1:10] = False
+    hidden[1:10, 1:10] = torch.eye(9).bool()
+    wanted = model.logits(params, model.hidden(params, TOKENS[:11], mask=hidden)[0])[[0, 10]]
+    got = model.logits(params, model.hidden(params, TOKENS[[0, 10]], positions=torch.tensor([0, 10]))[0])
+    close(got, wanted)
+
+
 def test_a_tree_of_drafts_under_a_window_is_each_of_its_paths():
     model, params = fa.decoder(MIXED), weights_of(MIXED)
     sees = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]).bool()

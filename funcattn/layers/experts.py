@@ -50,7 +50,7 @@ def linear_experts(weight: Any, x: Tensor, expert: Tensor) -> Tensor:
     A record that registered itself with `linear`, its fields with X in front, is applied to all tokens once for each expert; it
     may register a better way: `@linear_experts.register`.
 
-    Law: equals weight[expert] @ x, with every derivative (test_layers.py::test_the_product_by_experts_is_the_dense_one).
+    Law: equals weight[expert] @ x, with every derivative (test_experts.py::test_the_product_by_experts_is_the_dense_one).
     """
     all_of_them = torch.func.vmap(linear, (0, None))(weight, x)  # (X, N, out)
     return all_of_them[expert, torch.arange(len(expert), device=expert.device)]
