@@ -9,10 +9,11 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import funcattn as fa
 
-from . import chatting, evaluating, finetuning, generating, inspecting, pretraining
+from . import benchmarking, chatting, evaluating, finetuning, generating, inspecting, pretraining
 from .arguments import TINY, Parser, device, dtype, number, stop
 from .terminal import CUT_OFF, INTERRUPTED, complain
 
@@ -64,6 +65,7 @@ def parser() -> Parser:
     add("--top-k", metavar="K", type=count, help="draw from the K most likely tokens")
     add("--top-p", metavar="P", type=share, default=0.95, help="from the most likely ones that reach P together (%(default)s)")
     add("--min-p", metavar="P", type=share, help="from those at least P times as likely as the likeliest")
+    add("--compile", action="store_true", help="wait some seconds for a compiler, then decode at the speed of memory")
     add("--steps", metavar="N", type=whole, default=256, help="tokens to write at most (%(default)s)")
     add("--seed", metavar="N", type=whole, default=0, help="the same seed gives the same text (%(default)s)")
     add("--stop", metavar="STRING", type=stop, action="append", default=[], help="end before this text; may be given again")
@@ -76,6 +78,7 @@ def parser() -> Parser:
         ("chat", chatting, [weights, writing], "talk; the past is kept from turn to turn"),
         ("inspect", inspecting, [weights], "show config, parameters, and the memory of a past"),
         ("eval", evaluating, [weights], "tell how well a model foretells a text"),
+        ("bench", benchmarking, [weights], "time decoding on this machine, against its memory"),
         ("train", pretraining, [], "train a small model on a text, from nothing"),
         ("finetune", finetuning, [], "adapt a model to a text, by matrices of low rank"),
     ):
@@ -84,8 +87,10 @@ def parser() -> Parser:
         if module is generating:
             command.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to go on from; without one, or for -, stdin")
             command.add_argument("--chat", action="store_true", help="the prompt is a message to be answered")
+            trace = "write a trace for chrome://tracing, and tell the ten costliest operations"
+            command.add_argument("--profile", metavar="FILE", type=Path, help=trace)
             several = "continuations of one past, written side by side (%(default)s)"
             command.add_argument("--num-samples", metavar="N", type=count, default=1, help=several)
-        elif module in (evaluating, pretraining, finetuning):
+        elif module in (evaluating, benchmarking, pretraining, finetuning):
             module.add_options(command)
     return whole_parser

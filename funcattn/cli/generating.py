@@ -1,19 +1,22 @@
 """`funcattn generate`: go on from a text, once or several times side by side."""
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.profiler import ProfilerActivity, profile
 
 import funcattn as fa
 
 from .. import sampling
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
-from .terminal import report, shown, working
+from .terminal import report, say, shown, working
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,8 +38,25 @@ def run(options: argparse.Namespace) -> None:
         sampler=sampler,
         stop_strings=options.stop,
     )
-    for _ in write(pieces, f"{len(ids)} tokens"):
-        pass
+    with profiled(options.profile):
+        for _ in write(pieces, f"{len(ids)} tokens"):
+            pass
+
+
+@contextlib.contextmanager
+def profiled(file: Path | None) -> Iterator[None]:
+    """Write a trace of what runs inside, and tell its ten costliest operations; nothing without a file."""
+    if file is None:
+        yield
+        return
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]) as found:
+        yield
+    found.export_chrome_trace(str(file))
+    costliest = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)[:10]
+    width = max((len(event.key) for event in costliest), default=0)
+    for event in costliest:
+        say(f"{event.key[:60]:<{min(width, 60)}}  {event.self_cpu_time_total / 1e3:9.1f} ms  {event.count:6} calls")
+    say(f"trace in {file}")
 
 
 def _write_samples(

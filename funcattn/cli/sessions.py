@@ -36,7 +36,8 @@ def load(options: argparse.Namespace) -> Session:
         params = tree.to(options.device)(params)
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json. Put the one of this model beside its weights.")
-    return Session(config, params, tokenizer, fa.decoder(config))
+    model = fa.decoder(config)
+    return Session(config, params, tokenizer, fa.compile(model) if getattr(options, "compile", False) else model)
 
 
 def key_of(options: argparse.Namespace) -> Tensor:

@@ -140,7 +140,7 @@ def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
     if scale.shape[-1] > 1 or x.device.type != "cpu":
         return None
     narrow = x.to(torch.bfloat16)  # other activations go through scalar code there, slower than float32 weights
-    return torch._weight_int8pack_mm(narrow, codes, scale.squeeze(-1).to(torch.bfloat16)).to(x.dtype)
+    return torch.ops.aten._weight_int8pack_mm(narrow, codes, scale.squeeze(-1).to(torch.bfloat16)).to(x.dtype)
 
 
 @linear.register
@@ -158,7 +158,7 @@ def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
     if x.device.type != "cpu" or len(x) < 1:
         return None
     rounded, by = _round_tokens(x)
-    product = torch._int_mm(rounded.to(torch.int8), codes.mT)
+    product = torch.ops.aten._int_mm(rounded.to(torch.int8), codes.mT)
     return (product.float() * by.float() * scale.float().mT).to(x.dtype)
 
 
