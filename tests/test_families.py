@@ -330,3 +330,11 @@ def test_scores_under_neighbouring_angles_are_those_of_half_split_rows():
     ours = score(x @ half_split(q, D).T, x @ half_split(k, D).T, lambda y: layers.rotate(y, rotation))
     assert torch.allclose(ours, score(x @ q.T, x @ k.T, neighbours), atol=1e-12)
     assert not torch.allclose(ours, score(x @ q.T, x @ k.T, lambda y: layers.rotate(y, rotation)), atol=1e-3)
+
+
+def test_longrope_beyond_a_context_of_one_says_its_factor():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 1}
+    given = {**rope, "attention_factor": 1.5}
+    assert read_config({**MINIMAL, "max_position_embeddings": 2, "rope_parameters": given}).rope_scaling.attention == 1.5
+    with pytest.raises(CheckpointError, match=r"attention_factor of rope_parameters .* given where original_max"):
+        read_config({**MINIMAL, "max_position_embeddings": 2, "rope_parameters": rope})

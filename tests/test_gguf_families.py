@@ -71,7 +71,33 @@ MODELS = {
         {**KEYS(256), **WINDOW, "rope.freq_base": 1e6, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
     ),
 }
-READ_BY_THEM = [name for name in MODELS if name not in ("gemma", "gemma3-linear")]  # they know no gemma, and drop rope.scaling
+MODELS["gemma3-newer"] = (  # what later converters write besides
+    "gemma3",
+    "gemma3_text",
+    {
+        **WIDE,
+        **LOCAL,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
+    {
+        **KEYS(256),
+        **WINDOW,
+        "rope.freq_base": 1e6,
+        "rope.freq_base_swa": 500.0,
+        "attention.sliding_window_pattern": 2,
+        "attention.key_length_swa": 256,
+        "attention.value_length_swa": 256,
+        "rope.dimension_count_swa": 256,
+    },
+)
+READ_BY_THEM = [
+    name for name in MODELS if name not in ("gemma", "gemma3-linear", "gemma3-newer")
+]  # they know no gemma, and drop rope.scaling
 
 # Random blocks of the types that the gguf package reads and does not write: where in a block its halves are, and its size.
 BLOCKS = {"Q4_K": ((0, 2), 144), "Q6_K": ((208,), 210)}
@@ -245,6 +271,9 @@ def test_the_largest_gemmas_have_their_own_scale(architecture, layers, heads, wi
         ("gemma", {"final_logit_softcapping": 30.0}, "gemma.final_logit_softcapping"),
         ("gemma3", {"something.new": 1}, "gemma3.something.new"),
         ("qwen3", {"attention.value_length": 64}, "qwen3.attention.value_length"),
+        ("gemma3", {"attention.key_length_swa": 64}, "gemma3.attention.key_length_swa"),
+        ("gemma3", {"attention.sliding_window_pattern": 0}, "gemma3.attention.sliding_window_pattern"),
+        ("qwen3", {"rope.freq_base_swa": 500.0}, "qwen3.rope.freq_base_swa"),
     ],
 )
 def test_a_field_that_would_change_the_mathematics_is_refused(tmp_path, name, change, named):

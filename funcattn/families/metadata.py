@@ -46,9 +46,11 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (0.0,),
     "final_logit_softcapping": (0.0,),
 }
+OF_A_HEAD = ("attention.value_length", "rope.dimension_count", "attention.key_length_swa", "attention.value_length_swa")
+OF_A_HEAD += ("rope.dimension_count_swa",)
 IGNORED = {
-    *("vocab_size", "attention.value_length", "attention.layer_norm_rms_epsilon", "tensor_data_layout"),
-    *("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor"),
+    *("vocab_size", "attention.layer_norm_rms_epsilon", "tensor_data_layout", *OF_A_HEAD),
+    *("rope.freq_base", "rope.scaling.type", "rope.scaling.factor"),
     *("rope.scaling.original_context_length", "rope.scaling.finetuned"),  # read by YaRN only, which is refused
 }
 TENSORS = {
@@ -89,18 +91,21 @@ def _gemma2(values: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]
         **_around(values, config, largest=46),
         "attention_cap": positive(values.get("attn_logit_softcapping", 50.0), "gemma2.attn_logit_softcapping"),
         "logit_cap": positive(values.get("final_logit_softcapping", 30.0), "gemma2.final_logit_softcapping"),
-        **_windows(values.get("attention.sliding_window", 4096), 2, config["layers"], "gemma2"),
+        **_windows(values, 2, config["layers"], "gemma2", 4096),
     }
 
 
 def _gemma3(values: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    windows = _windows(values.get("attention.sliding_window"), 6, config["layers"], "gemma3")
-    return {**_around(values, config, largest=62), **windows, "head_norm": "rms", "local_rope_base": 10000.0}
+    windows = _windows(values, 6, config["layers"], "gemma3")
+    base = positive(values.get("rope.freq_base_swa", 10000.0), "gemma3.rope.freq_base_swa")
+    return {**_around(values, config, largest=62), **windows, "head_norm": "rms", "local_rope_base": base}
 
 
-def _windows(window: Any, every: int, layers: int, name: str) -> dict[str, Any]:
+def _windows(values: Mapping[str, Any], every: int, layers: int, name: str, usual: int | None = None) -> dict[str, Any]:
+    every = whole(values.get("attention.sliding_window_pattern", every), f"{name}.attention.sliding_window_pattern")
     local = tuple(bool((i + 1) % every) for i in range(layers))
-    return {"window": whole(window, f"{name}.attention.sliding_window"), "window_layers": () if all(local) else local}
+    window = whole(values.get("attention.sliding_window", usual), f"{name}.attention.sliding_window")
+    return {"window": window, "window_layers": () if all(local) else local}
 
 
 @dataclass(frozen=True)
@@ -118,15 +123,14 @@ class Gguf:
     base: float = 10000.0
 
 
+WINDOWS = frozenset(["attention.sliding_window", "attention.sliding_window_pattern"])
 GGUF = {
     "llama": Gguf(rotated=("q", "k")),
     "qwen2": Gguf(lambda values, config: {"qkv_bias": True}),
     "qwen3": Gguf(lambda values, config: {"head_norm": "rms"}),
     "gemma": Gguf(_gemma, offset=1.0),
-    "gemma2": Gguf(
-        _gemma2, frozenset(["attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"]), offset=1.0
-    ),
-    "gemma3": Gguf(_gemma3, frozenset(["attention.sliding_window"]), offset=1.0, base=1e6),
+    "gemma2": Gguf(_gemma2, WINDOWS | {"attn_logit_softcapping", "final_logit_softcapping"}, offset=1.0),
+    "gemma3": Gguf(_gemma3, WINDOWS | {"rope.freq_base_swa"}, offset=1.0, base=1e6),
 }
 
 
@@ -158,7 +162,7 @@ def read_metadata(metadata: Mapping[str, Any], vocabulary: int, tied: bool, stre
     width = whole(values.get("embedding_length"), prefix + "embedding_length")
     values = {"attention.head_count_kv": heads, "attention.key_length": width // heads, **values}
     head_size = values["attention.key_length"]
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in OF_A_HEAD:
         if values.get(key, head_size) != head_size:
             refuse(prefix + key, f"{head_size}, the size of a head", values[key])
     sizes = {ours: whole(values.get(theirs), prefix + theirs) for ours, theirs in SIZES.items()}

@@ -78,7 +78,10 @@ def _scaling(kind: str, numbers: list[float], rope: Mapping[str, Any], where: st
     number = lambda name, default: positive(rope.get(name, default), f"{name} of {where}")
     factor = number("factor", context / original)
     if kind == "longrope":
-        default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        told = rope.get("attention_factor") is not None
+        if factor > 1 and original == 1 and not told:
+            refuse(f"attention_factor of {where}", f"given where {ORIGINAL} is 1", None)
+        default = 1.0 if told or factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         short, long = (_factors(rope.get(name), f"{name} of {where}") for name in ("short_factor", "long_factor"))
         if len(short) != len(long):
             refuse(f"long_factor of {where}", f"as long as short_factor, {len(short)}", len(long))
