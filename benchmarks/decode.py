@@ -1,19 +1,22 @@
-"""How fast does the decoder write, against transformers and against the speed at which this machine reads memory?
+"""How fast does the decoder write, against transformers and the speed at which this machine reads memory?
 
-    python benchmarks/decode.py [--threads 2] [--tokens 120] [--rounds 9]
+    python benchmarks/decode.py [--threads 2] [--tokens 120] [--rounds 9] [--peers-compiled]
 
-SmolLM2-135M in float32, eager, batch one, a chat of 44 tokens. First token by token: all candidates write the same text, and take
-turns at each token of it, so that a neighbour that wakes up wakes up for all. Then whole: 16 tokens by either `generate`, behind a
-past that each has read before. "By rows" is the same tree with each matrix stored row after row, as in the file: equal shapes and
-numbers in another order in memory than `fa.load` gives. The limit is one matrix-vector product over as many bytes as the weights
-have: no decoder that reads all these weights is faster. Prefill and loading are timed after it.
+SmolLM2-135M, batch one, a chat of 44 tokens. First token by token: all float32 candidates write the same text, and take turns at
+each token of it, so that a neighbour that wakes up wakes up for all. "By rows" is the same tree with each matrix stored row after
+row, as in the file: equal shapes and numbers in another order than `fa.load` gives. The limit is one matrix-vector product over as
+many bytes as the weights have. llama.cpp, where xllamacpp is installed, decodes the file's own Q4_1 blocks, by its own clock.
+Then steps behind 500 tokens in pasts with more and more room, and, whole, 16 tokens by either `generate` behind a past that each
+has read before. Prefill and loading come last.
 """
 
 import argparse
 import copy
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import partial
+from statistics import median
 
 import torch
 import transformers
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--peers-compiled", action="store_true", help="transformers with StaticCache under torch.compile: minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -39,6 +43,8 @@ def main() -> None:
     peer = of_transformers(loaded)
     prompt = torch.tensor(loaded.tokenizer.prompt(MESSAGES))
     token_by_token(loaded, peer, prompt, options)
+    llama_cpp(options.threads)
+    capacities(loaded, options)
     whole(loaded, peer, prompt, options)
     for T in (len(prompt), 512):
         prefill(loaded, peer, prompt.repeat(1 + T // len(prompt))[:T], options)
@@ -58,9 +64,10 @@ def token_by_token(
 ) -> None:
     config, params, _ = loaded
     model = fa.decoder(config)
+    compiled = fa.compile(model)
     _, past = fa.generate(fa.key(0), model, params, prompt[:-1], steps=0)
 
-    def ours(params: fa.Params) -> Iterator[int]:
+    def ours(params: fa.Params, model: fa.Model = model) -> Iterator[int]:
         for piece in fa.stream(fa.key(0), model, params, prompt[-1:], past, steps=WARMUP + options.tokens):
             yield piece.tokens[-1]
 
@@ -79,15 +86,73 @@ def token_by_token(
     candidates = {
         "transformers": turn("transformers", theirs()),
         "fa.stream": turn("fa.stream", ours(params)),
+        "fa.stream compiled": turn("compiled", ours(params, compiled)),
+        "fa.stream compiled int8": turn("compiled int8", ours(fa.quantize(fa.int8)(params), compiled)),
         "fa.stream by rows": turn("by rows", ours(fa.tree.map(torch.Tensor.contiguous, params))),
         "memory-read limit": lambda: torch.mv(rows, x),
     }
+    if options.peers_compiled:
+        candidates["transformers compiled"] = turn("transformers compiled", compiled_peer(peer, prompt, options.tokens))
+    begun = time.perf_counter()
+    next(ours(params, fa.compile(model)))
+    print(f"compiled, the first token and its code: {time.perf_counter() - begun:.1f} s")
     print(f"\na token, behind a past of {len(prompt) - 1} to {len(prompt) + options.tokens}")
     timings = interleave(candidates, repeats=options.tokens, warmup=WARMUP)
-    assert written["transformers"] == written["fa.stream"] == written["by rows"]
+    assert written["transformers"] == written["fa.stream"] == written["by rows"] == written["compiled"]
     speeds(timings, 1)
     bandwidth = rows.numel() * 4 / timings["memory-read limit"].wall
     print(f"GEMV reads {bandwidth / 1e9:.1f} GB/s; the weights are {fa.tree.nbytes(params) / 1e6:.0f} MB")
+
+
+def compiled_peer(peer: transformers.PreTrainedModel, prompt: torch.Tensor, tokens: int) -> Iterator[int]:
+    """transformers as it recommends for speed: a static cache, the forward pass under torch.compile."""
+    room = len(prompt) + WARMUP + tokens + 8
+    cache = transformers.StaticCache(config=peer.config, max_cache_len=room)
+    with torch.no_grad():
+        peer(prompt[None, :-1], past_key_values=cache, cache_position=torch.arange(len(prompt) - 1))
+        forward = torch.compile(peer.forward, fullgraph=True, dynamic=False)
+        token, place = prompt[None, -1:].clone(), torch.tensor([len(prompt) - 1])
+    while True:
+        with torch.no_grad():
+            token = forward(token, past_key_values=cache, cache_position=place).logits[:, -1:].argmax(-1)
+            place = place + 1
+        yield int(token)
+
+
+def llama_cpp(threads: int) -> None:
+    """What llama.cpp says of itself: 64 tokens from the file's quantized blocks, five times."""
+    try:
+        import xllamacpp
+    except ImportError:
+        return
+    from funcattn.checkpoints.sources import locate
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx = str(locate("smollm2-135m")), 512
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.warmup = True
+    server = xllamacpp.Server(settings)
+    request = {"prompt": "The capital of France is", "n_predict": 64, "temperature": 0.0, "ignore_eos": True}
+    speeds = [server.handle_completions(request)["timings"]["predicted_per_second"] for _ in range(5)]
+    speed = median(speeds)
+    print(f"llama.cpp Q4_1, {threads} thread(s): {speed:.1f} tokens/s, {1e3 / speed:.1f} ms a token, by its own clock")
+
+
+def capacities(loaded: fa.Loaded, options: argparse.Namespace) -> None:
+    """A step behind 500 tokens: what is reserved should not cost."""
+    model, remembered = fa.decoder(loaded.config), 500
+    compiled, token = fa.compile(model), torch.tensor([1])
+    pasts = {}
+    for capacity in (1024, 8192):
+        past = model.cache(capacity)
+        pasts[capacity] = past._replace(length=torch.tensor(remembered))
+    step = lambda model, past: lambda: model.extend(loaded.params, token, past)
+    candidates = {
+        f"{how}, capacity {n}": step(made, pasts[n]) for how, made in (("eager", model), ("compiled", compiled)) for n in pasts
+    }
+    print(f"\na step behind {remembered} tokens")
+    with torch.no_grad():
+        interleave(candidates, repeats=3 * options.rounds, warmup=3)
 
 
 def whole(loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch.Tensor, options: argparse.Namespace) -> None:
