@@ -10,7 +10,8 @@ again with other weights: a cold start costs what a few layers cost, and the cod
 - A matrix times one vector is written out as products and sums, which the compiler turns into loops over the rows of the matrix.
   They read memory as fast as the machine can, faster than the library routine. They want matrices stored by rows; `fa.load` stores
   by columns, which is what the routine wants. So each matrix is stored by rows once, when it is first seen, and kept while the
-  caller keeps his own.
+  caller keeps his own. A few vectors at once, as where drafts are verified, are a sum each in one loop over the matrix, which is
+  stored once more for it (`layers.Blocks`).
 - Everything else of a layer is fused around them.
 
 Under torch.func the compiled model is the model it was made of, run as it is: every transform works and is exact. So is a call that
@@ -30,7 +31,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from . import _checks, caches, taps, transformer, tree
+from . import _checks, caches, layers, taps, transformer, tree
 from ._autodiff import transforming
 from .caches import Branch, Cache, Delta
 from .kernels import Part
@@ -38,7 +39,9 @@ from .masks import Mask
 from .records import ABSENT, Model, is_absent
 from .transformer import Config, Kind, Layer, Params
 
+SEVERAL = 8  # vectors at once, at most, whose products are written out: each has a sum of its own, in a register
 FEW = 16  # new tokens, at most, of a step that is compiled; beyond, matrix products are the cost, and they are the library's
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 DEEPEST = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 
 
@@ -106,7 +109,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         return stack.hidden(params, tokens, cache)
 
     def logits(params: Params, hidden: Tensor) -> Tensor:
-        if hidden.dim() > 1 or not _is_plain(params, hidden):
+        if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= SEVERAL) or not _is_plain(params, hidden):
             return model.logits(params, hidden)
         return stack.logits(params, hidden)
 
@@ -181,7 +184,7 @@ class _Stack:
     def __init__(self, config: Config, kernel: str | None, depth: int, backend: str) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, depth, backend
         self.compiled: dict[Any, Callable[..., Any]] = {}
-        self.packed: dict[int, tuple[ref[Tensor], int, Tensor]] = {}
+        self.packed: dict[tuple[int, bool], tuple[ref[Tensor], int, Any]] = {}
 
     def hidden(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
         """`Model.hidden` for a few tokens behind a dense past."""
@@ -194,8 +197,8 @@ class _Stack:
         for first in range(0, config.layers, self.depth):
             kinds = self.kinds[first : first + self.depth]
             weights = params.layers[first : first + self.depth]
-            if T == 1:
-                weights = tuple(Layer(*map(self.by_rows, layer)) for layer in weights)
+            if T <= SEVERAL:
+                weights = tuple(self.stored_layer(layer, T) for layer in weights)
             here = tuple(past.of(slice(first, first + self.depth)) for past in pasts)
             run = self.function(("layers", kinds, T, tuple(past.k.shape for past in here), x.dtype), _layers)
             x, k, v = run(config, kinds, self.kernel, weights, x, places, here)
@@ -204,9 +207,10 @@ class _Stack:
         return transformer.finish(config, params, x), Delta(tuple(keys), tuple(values))
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
-        """`Model.logits` of one vector."""
-        weight = self.by_rows(params.embedding if is_absent(params.head) else params.head)
-        return self.function(("head", x.dtype), transformer.predict)(self.config, weight, x)
+        """`Model.logits` of one vector, or of a few."""
+        T = 1 if x.dim() == 1 else len(x)
+        weight = self.stored(params.embedding if is_absent(params.head) else params.head, T)
+        return self.function(("head", tuple(x.shape), x.dtype), transformer.predict)(self.config, weight, x)
 
     @functools.cached_property
     def options(self) -> dict[str, Any] | None:
@@ -234,15 +238,26 @@ class _Stack:
             self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=self.options)
         return self.compiled[form]
 
-    def by_rows(self, weight: Any) -> Any:
-        """A matrix stored row after row: itself, or a copy that is made once and kept while the matrix is."""
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_contiguous() or weight.device.type != "cpu":
+    def stored_layer(self, layer: Layer, T: int) -> Layer:
+        """A layer with its matrices as the products with T vectors want them."""
+        return layer._replace(**{name: self.stored(getattr(layer, name), T) for name in MATRICES})
+
+    def stored(self, weight: Any, T: int) -> Any:
+        """A matrix as the products with T vectors want it: itself, or a copy that is made once and kept while the matrix is.
+
+        For one vector it is stored by rows; for several by blocks, if these divide it.
+        """
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.device.type != "cpu":
             return weight
-        held = self.packed.get(id(weight))
+        if weight.is_contiguous() if T == 1 else len(weight) % layers.BLOCK:
+            return weight
+        form = id(weight), T > 1
+        held = self.packed.get(form)
         if held is None or held[0]() is not weight or held[1] != weight._version:
-            forget = functools.partial(self.packed.pop, id(weight), None)
-            held = ref(weight, lambda _: forget()), weight._version, weight.contiguous()
-            self.packed[id(weight)] = held
+            forget = functools.partial(self.packed.pop, form, None)
+            kept = weight.contiguous() if T == 1 else layers.blocks(weight)
+            held = ref(weight, lambda _: forget()), weight._version, kept
+            self.packed[form] = held
         return held[2]
 
 
