@@ -24,6 +24,11 @@ class Int8(NamedTuple):
     codes: Tensor
     scale: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return tuple(self.codes.shape)
+
 
 @record
 class Int8Dynamic(NamedTuple):
@@ -31,6 +36,11 @@ class Int8Dynamic(NamedTuple):
 
     codes: Tensor  # int8 (N, K)
     scale: Tensor  # (N, 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return tuple(self.codes.shape)
 
 
 @record
@@ -41,6 +51,11 @@ class Int4(NamedTuple):
     scale: Tensor
     zero: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return *self.codes.shape[:-1], 2 * self.codes.shape[-1]
+
 
 @record
 class Codebook(NamedTuple):
@@ -50,6 +65,11 @@ class Codebook(NamedTuple):
     scale: Tensor
     levels: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return *self.codes.shape[:-1], 2 * self.codes.shape[-1]
+
 
 @record
 class Fp8(NamedTuple):
@@ -58,6 +78,11 @@ class Fp8(NamedTuple):
     codes: Tensor
     scale: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return tuple(self.codes.shape)
+
 
 @record
 class Ternary(NamedTuple):
@@ -65,6 +90,11 @@ class Ternary(NamedTuple):
 
     codes: Tensor
     scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return *self.codes.shape[:-1], 4 * self.codes.shape[-1]
 
 
 @functools.singledispatch
@@ -140,7 +170,7 @@ def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
     if scale.shape[-1] > 1 or x.device.type != "cpu":
         return None
     narrow = x.to(torch.bfloat16)  # other activations go through scalar code there, slower than float32 weights
-    return torch._weight_int8pack_mm(narrow, codes, scale.squeeze(-1).to(torch.bfloat16)).to(x.dtype)
+    return torch.ops.aten._weight_int8pack_mm(narrow, codes, scale.squeeze(-1).to(torch.bfloat16)).to(x.dtype)
 
 
 @linear.register
@@ -151,21 +181,22 @@ def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
 def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """The derivative in x is that of the rounded product with the rounding taken for the identity (straight through)."""
     rounded, by = _round_tokens(x.detach())
-    return times(Int8(codes, scale), x + (rounded * by - x).detach())
+    return times(Int8(codes, scale), x.to(by.dtype) + (rounded * by - x.detach())).to(x.dtype)
 
 
 def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
     if x.device.type != "cpu" or len(x) < 1:
         return None
     rounded, by = _round_tokens(x)
-    product = torch._int_mm(rounded.to(torch.int8), codes.mT)
-    return (product.float() * by.float() * scale.float().mT).to(x.dtype)
+    product = torch.ops.aten._int_mm(rounded.to(torch.int8), codes.mT)
+    return (product.to(by.dtype) * by * scale.to(by.dtype).mT).to(x.dtype)
 
 
 def _round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each token in codes -127 .. 127, and its scale."""
-    by = x.abs().amax(-1, keepdim=True) / 127
-    return (x / torch.where(by == 0, 1, by)).round(), by
+    wide = x.to(_wide(x))  # in bfloat16 a quotient has no room for 127 codes
+    by = wide.abs().amax(-1, keepdim=True) / 127
+    return (wide / torch.where(by == 0, 1, by)).round(), by
 
 
 @linear.register
@@ -190,7 +221,7 @@ def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor 
 def _(weight: Any, ids: Tensor) -> Tensor:
     taken = ids.flatten()
     rows = [field[taken] if name != "levels" else field for name, field in zip(weight._fields, weight, strict=True)]
-    return expand(type(weight)(*rows)).unflatten(0, ids.shape)
+    return expand(type(weight)(*rows)).reshape(*ids.shape, -1)
 
 
 def _unknown(weight: Any) -> NoReturn:
