@@ -25,12 +25,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
 
-from . import _checks, caches, taps, transformer, tree
+from . import _checks, caches, layers, taps, transformer, tree
 from ._autodiff import transforming
 from .caches import Branch, Cache, Delta
 from .kernels import Part
@@ -181,7 +180,6 @@ class _Stack:
     def __init__(self, config: Config, kernel: str | None, depth: int, backend: str) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, depth, backend
         self.compiled: dict[Any, Callable[..., Any]] = {}
-        self.packed: dict[int, tuple[ref[Tensor], int, Tensor]] = {}
 
     def hidden(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
         """`Model.hidden` for a few tokens behind a dense past."""
@@ -194,10 +192,9 @@ class _Stack:
         for first in range(0, config.layers, self.depth):
             kinds = self.kinds[first : first + self.depth]
             weights = params.layers[first : first + self.depth]
-            if T == 1:
-                weights = tuple(Layer(*map(self.by_rows, layer)) for layer in weights)
+            weights = tuple(Layer(*(layers.prepare(weight, T) for weight in layer)) for layer in weights)
             here = tuple(past.of(slice(first, first + self.depth)) for past in pasts)
-            run = self.function(("layers", kinds, T, tuple(past.k.shape for past in here), x.dtype), _layers)
+            run = self.function(("layers", kinds, _kinds_of(weights), T, tuple(past.k.shape for past in here), x.dtype), _layers)
             x, k, v = run(config, kinds, self.kernel, weights, x, places, here)
             keys += k.unbind(0)
             values += v.unbind(0)
@@ -205,8 +202,8 @@ class _Stack:
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """`Model.logits` of one vector."""
-        weight = self.by_rows(params.embedding if is_absent(params.head) else params.head)
-        return self.function(("head", x.dtype), transformer.predict)(self.config, weight, x)
+        weight = layers.prepare(params.embedding if is_absent(params.head) else params.head, 1)
+        return self.function(("head", _kind_of(weight), x.dtype), transformer.predict)(self.config, weight, x)
 
     @functools.cached_property
     def options(self) -> dict[str, Any] | None:
@@ -234,16 +231,14 @@ class _Stack:
             self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=self.options)
         return self.compiled[form]
 
-    def by_rows(self, weight: Any) -> Any:
-        """A matrix stored row after row: itself, or a copy that is made once and kept while the matrix is."""
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_contiguous() or weight.device.type != "cpu":
-            return weight
-        held = self.packed.get(id(weight))
-        if held is None or held[0]() is not weight or held[1] != weight._version:
-            forget = functools.partial(self.packed.pop, id(weight), None)
-            held = ref(weight, lambda _: forget()), weight._version, weight.contiguous()
-            self.packed[id(weight)] = held
-        return held[2]
+
+def _kinds_of(weights: Sequence[Layer]) -> tuple[Any, ...]:
+    """What tells weights apart by what is compiled for them: a record is another graph than a matrix."""
+    return tuple(_kind_of(weight) for layer in weights for weight in layer)
+
+
+def _kind_of(weight: Any) -> Any:
+    return weight.dtype if isinstance(weight, Tensor) else (type(weight), *map(_kind_of, weight))
 
 
 def _rows(cache: Any) -> list[Rows]:

@@ -54,7 +54,9 @@ def affine(w: Tensor, size: int, levels: int, clip: float | Tensor = 1.0) -> tup
     grouped = groups(w.float(), size)
     low, high = grouped.amin(-1), grouped.amax(-1)
     middle, half = (low + high) / 2, (high - low) / 2 * clip
-    scale, zero = narrow(2 * half / (levels - 1)), narrow(middle - half)
+    scale, zero = narrow(2 * half / (levels - 1)), middle - half
+    if scale.dtype == torch.float16 and bool((zero.abs() <= torch.finfo(torch.float16).max).all()):
+        zero = zero.half()  # where it is subnormal, what rounding changes is small beside the scale, which is not
     return nearest_affine(grouped, scale, zero, levels), scale, zero
 
 

@@ -11,9 +11,10 @@ from torch.func import grad, jacrev, jvp, vmap
 
 import funcattn as fa
 from funcattn import packing
-from funcattn.layers import embed, linear
+from funcattn.layers import embed, linear, prepare
 from funcattn.low_rank import is_trained
 from funcattn.quantization import Int4, Int8, Int8Dynamic, expand, is_quantized
+from funcattn.quantization.packed import PackedInt4
 from funcattn.records import record
 from funcattn.testing import strategies
 
@@ -164,12 +165,17 @@ def allowed(record, x):
     return exact + 1e-30
 
 
+def coarser(scheme):
+    """In groups that the fast kernel takes."""
+    return scheme(group=32) if isinstance(scheme, type(fa.int4)) else scheme
+
+
 @each_scheme
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 4), (40,)], ids=str)
 def test_a_product_is_that_of_the_matrix(scheme, dtype, lead):
-    for N, K in ((12, 16), (7, 48), (64, 64)):
-        weight = scheme.encode(matrix(1, N, K))
+    for N, K, one in ((12, 16, scheme), (7, 48, scheme), (64, 64, coarser(scheme))):
+        weight = one.encode(matrix(1, N, K))
         x = fa.random.normal(fa.key(2), (*lead, K)).to(dtype)
         found = linear(weight, x)
         assert found.dtype == dtype
@@ -180,7 +186,7 @@ def test_a_product_is_that_of_the_matrix(scheme, dtype, lead):
 
 @each_scheme
 def test_every_derivative_is_that_of_the_matrix(scheme):
-    weight = scheme.encode(matrix(1, 24, 32))
+    weight = coarser(scheme).encode(matrix(1, 48, 32))
     dense = expand(weight).double()
     rows, direction = (fa.random.normal(fa.key(n), (5, 32), torch.float64) for n in (2, 3))
     ours = lambda x: (linear(weight, x) ** 3).sum()
@@ -280,6 +286,33 @@ def test_an_adaptation_stands_upon_a_record(scheme):
 def test_a_sampled_text_comes_from_a_quantized_model():
     tokens = fa.generate(fa.key(0), MODEL, fa.quantize(fa.int4(group=8))(weights()), TOKENS, steps=5)[0]
     assert tokens.shape == (len(TOKENS) + 5,) or tokens.shape == (5,)
+
+
+@each_scheme
+def test_a_compiled_model_of_records_is_the_model(scheme):
+    """The graphs alone; the fast kernels are the same, but int8 meets one vector in float32."""
+    params, fast = fa.quantize(scheme)(weights()), fa.compile(MODEL, backend="eager")
+    for T in (1, 3):
+        _, past = MODEL.apply(params, TOKENS, MODEL.cache(16))
+        found, wanted = fast.extend(params, TOKENS[:T], past)[0], MODEL.extend(params, TOKENS[:T], past)[0]
+        assert (found - wanted).norm() <= 0.1 * wanted.norm()  # see a_model_of_records above
+
+
+WIDE = fa.Config(vocabulary=64, width=64, layers=2, heads=2, kv_heads=1, head_size=32, feed_forward=64, context=64)
+
+
+@pytest.mark.parametrize("scheme", [fa.int8, fa.int4, fa.w8a8], ids=["int8", "int4", "w8a8"])
+def test_the_compiler_takes_records_that_are_packed(scheme):
+    """Sizes that every kernel takes, one vector and three, really compiled."""
+    model, params = fa.decoder(WIDE), fa.quantize(scheme)(weights(WIDE))
+    fast, same = fa.compile(model), fa.dequantize(params)
+    assert scheme is not fa.int4 or isinstance(prepare(params.layers[0].q, 1), PackedInt4)
+    _, past = model.apply(same, TOKENS, model.cache(16))
+    for T in (1, 3):
+        found, wanted = fast.extend(params, TOKENS[:T], past)[0], model.extend(same, TOKENS[:T], past)[0]
+        assert (found - wanted).norm() <= 0.1 * wanted.norm()
+    moved = lambda k: fast.extend(params, TOKENS[:1], past._replace(k=k))[0].sum()
+    assert grad(moved)(past.k).abs().sum() > 0
 
 
 # A scheme of one's own.

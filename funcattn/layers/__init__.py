@@ -1,6 +1,7 @@
 """The layers of a decoder as functions of a weight and an activation.
 
     products    linear, embed: dispatch on the type of the weight, so that a quantized one registers itself
+    prepared    prepare: the form of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
     gates       the activations of a feed-forward
@@ -12,6 +13,7 @@ Matrices are (out, in), as torch and Hugging Face store them.
 from .experts import linear_experts, route
 from .gates import ACTIVATIONS, activate, gated
 from .norms import layer_norm, rms_norm
+from .prepared import prepare
 from .products import embed, is_vector, linear, rows_times
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 
@@ -27,6 +29,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_experts",
+    "prepare",
     "rms_norm",
     "rope",
     "rotate",

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, packing
-from ..layers import embed, is_vector, linear, rows_times
+from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from .fast import routed
+from .packed import PackedDynamic, pack_int4, pack_int8, round_tokens
 
 
 @record
@@ -167,10 +168,7 @@ def _plain_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    if scale.shape[-1] > 1 or x.device.type != "cpu":
-        return None
-    narrow = x.to(torch.bfloat16)  # other activations go through scalar code there, slower than float32 weights
-    return torch.ops.aten._weight_int8pack_mm(narrow, codes, scale.squeeze(-1).to(torch.bfloat16)).to(x.dtype)
+    return _through(pack_int8(codes, scale), x)
 
 
 @linear.register
@@ -180,23 +178,12 @@ def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
 
 def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """The derivative in x is that of the rounded product with the rounding taken for the identity (straight through)."""
-    rounded, by = _round_tokens(x.detach())
+    rounded, by = round_tokens(x.detach())
     return times(Int8(codes, scale), x.to(by.dtype) + (rounded * by - x.detach())).to(x.dtype)
 
 
 def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    if x.device.type != "cpu" or len(x) < 1:
-        return None
-    rounded, by = _round_tokens(x)
-    product = torch.ops.aten._int_mm(rounded.to(torch.int8), codes.mT)
-    return (product.to(by.dtype) * by * scale.to(by.dtype).mT).to(x.dtype)
-
-
-def _round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token in codes -127 .. 127, and its scale."""
-    wide = x.to(_wide(x))  # in bfloat16 a quotient has no room for 127 codes
-    by = wide.abs().amax(-1, keepdim=True) / 127
-    return (wide / torch.where(by == 0, 1, by)).round(), by
+    return _through(PackedDynamic(codes, scale), x)
 
 
 @linear.register
@@ -209,7 +196,31 @@ def _plain_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor
 
 
 def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | None:
-    return None
+    return _through(pack_int4(codes, scale, zero), x)
+
+
+def _through(packed: Any, x: Tensor) -> Tensor | None:
+    return None if packed is None or x.device.type != "cpu" else linear(packed, x)
+
+
+# Compiled decoding, which differentiates nothing.
+
+
+@prepare.register
+def _(weight: Int8, rows: int) -> Any:
+    packed = None if rows == 1 else pack_int8(*weight)  # one vector: products and sums, see linear
+    return weight if packed is None else packed
+
+
+@prepare.register
+def _(weight: Int4, rows: int) -> Any:
+    packed = pack_int4(*weight)
+    return weight if packed is None else packed
+
+
+@prepare.register
+def _(weight: Int8Dynamic, rows: int) -> Any:
+    return PackedDynamic(*weight) if weight.codes.device.type == "cpu" and weight.codes.dim() == 2 else weight
 
 
 @embed.register(Int8)
