@@ -26,7 +26,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -39,9 +38,8 @@ from .masks import Mask
 from .records import ABSENT, Model, is_absent
 from .transformer import Config, Kind, Layer, Params
 
-SEVERAL = 8  # vectors at once, at most, whose products are written out: each has a sum of its own, in a register
+SEVERAL = layers.SEVERAL  # vectors at once, at most, whose products are written out
 FEW = 16  # new tokens, at most, of a step that is compiled; beyond, matrix products are the cost, and they are the library's
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 DEEPEST = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 
 
@@ -184,7 +182,6 @@ class _Stack:
     def __init__(self, config: Config, kernel: str | None, depth: int, backend: str) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, depth, backend
         self.compiled: dict[Any, Callable[..., Any]] = {}
-        self.packed: dict[tuple[int, bool], tuple[ref[Tensor], int, Any]] = {}
 
     def hidden(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
         """`Model.hidden` for a few tokens behind a dense past."""
@@ -197,10 +194,9 @@ class _Stack:
         for first in range(0, config.layers, self.depth):
             kinds = self.kinds[first : first + self.depth]
             weights = params.layers[first : first + self.depth]
-            if T <= SEVERAL:
-                weights = tuple(self.stored_layer(layer, T) for layer in weights)
+            weights = tuple(Layer(*(layers.prepare(weight, T) for weight in layer)) for layer in weights)
             here = tuple(past.of(slice(first, first + self.depth)) for past in pasts)
-            run = self.function(("layers", kinds, T, tuple(past.k.shape for past in here), x.dtype), _layers)
+            run = self.function(("layers", kinds, _kinds_of(weights), T, tuple(past.k.shape for past in here), x.dtype), _layers)
             x, k, v = run(config, kinds, self.kernel, weights, x, places, here)
             keys += k.unbind(0)
             values += v.unbind(0)
@@ -208,9 +204,8 @@ class _Stack:
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """`Model.logits` of one vector, or of a few."""
-        T = 1 if x.dim() == 1 else len(x)
-        weight = self.stored(params.embedding if is_absent(params.head) else params.head, T)
-        return self.function(("head", tuple(x.shape), x.dtype), transformer.predict)(self.config, weight, x)
+        weight = layers.prepare(params.embedding if is_absent(params.head) else params.head, 1 if x.dim() == 1 else len(x))
+        return self.function(("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict)(self.config, weight, x)
 
     @functools.cached_property
     def options(self) -> dict[str, Any] | None:
@@ -238,27 +233,14 @@ class _Stack:
             self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=self.options)
         return self.compiled[form]
 
-    def stored_layer(self, layer: Layer, T: int) -> Layer:
-        """A layer with its matrices as the products with T vectors want them."""
-        return layer._replace(**{name: self.stored(getattr(layer, name), T) for name in MATRICES})
 
-    def stored(self, weight: Any, T: int) -> Any:
-        """A matrix as the products with T vectors want it: itself, or a copy that is made once and kept while the matrix is.
+def _kinds_of(weights: Sequence[Layer]) -> tuple[Any, ...]:
+    """What tells weights apart by what is compiled for them: a record is another graph than a matrix."""
+    return tuple(_kind_of(weight) for layer in weights for weight in layer)
 
-        For one vector it is stored by rows; for several by blocks, if these divide it.
-        """
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.device.type != "cpu":
-            return weight
-        if weight.is_contiguous() if T == 1 else len(weight) % layers.BLOCK:
-            return weight
-        form = id(weight), T > 1
-        held = self.packed.get(form)
-        if held is None or held[0]() is not weight or held[1] != weight._version:
-            forget = functools.partial(self.packed.pop, form, None)
-            kept = weight.contiguous() if T == 1 else layers.blocks(weight)
-            held = ref(weight, lambda _: forget()), weight._version, kept
-            self.packed[form] = held
-        return held[2]
+
+def _kind_of(weight: Any) -> Any:
+    return weight.dtype if isinstance(weight, Tensor) else (type(weight), *map(_kind_of, weight))
 
 
 def _rows(cache: Any) -> list[Rows]:

@@ -54,7 +54,11 @@ def affine(w: Tensor, size: int, levels: int, clip: float | Tensor = 1.0) -> tup
     grouped = groups(w.float(), size)
     low, high = grouped.amin(-1), grouped.amax(-1)
     middle, half = (low + high) / 2, (high - low) / 2 * clip
-    scale, zero = narrow(2 * half / (levels - 1)), narrow(middle - half)
+    scale, zero = narrow(2 * half / (levels - 1)), middle - half
+    kind = torch.finfo(torch.float16)
+    # A subnormal zero may be rounded beside a scale that is none: what it loses is little of a step.
+    fits = (zero.abs() <= kind.max) & ((scale > 0) | (zero == 0) | (zero.abs() >= kind.smallest_normal))
+    zero = zero.half() if scale.dtype == torch.float16 and bool(fits.all()) else zero
     return nearest_affine(grouped, scale, zero, levels), scale, zero
 
 

@@ -29,7 +29,7 @@ FLOORS = [
     {"layers"},
     {"caches", "sampling", "quantization"},
     {"transformer", "low_rank"},
-    {"families", "sharding", "compilation", "generation", "serving"},
+    {"families", "sharding", "compilation", "calibration", "generation", "serving"},
     {"speculation", "drafters", "search", "checkpoints", "training", "evaluation", "interop"},
     {"__init__"},  # the face: a map of all below
     {"cli", "__main__"},

@@ -103,3 +103,35 @@ def test_exp_is_slower_than_exp2_is_no_test_but_both_agree():
     """kernels.blocks takes powers of two because torch's exp is the slower of the two on CPU; their values agree."""
     x = torch.linspace(-80, 0, 97, dtype=torch.float64)
     assert torch.allclose(torch.exp2(x * 1.4426950408889634), x.exp(), rtol=1e-13, atol=0)
+
+
+def test_an_integer_product_has_silently_zero_derivatives():
+    """Worked around by quantization.fast.routed, which keeps the kernel for the value alone."""
+    codes = torch.ones(4, 8, dtype=torch.int8)
+    product = lambda x: torch._int_mm(x.to(torch.int8), codes).float() + 0 * x.sum()
+    x = torch.full((4, 4), 3.0)
+    assert jvp(product, (x,), (x,))[1].abs().max() == 0
+    assert grad(lambda x: product(x).sum())(x).abs().max() == 0
+
+
+def test_the_packed_int4_product_has_no_derivative():
+    """So routed has to give one."""
+    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.ones(16, 32, dtype=torch.int32), 1)
+    grid = torch.ones(1, 16, 2, dtype=torch.bfloat16)
+    product = lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, 32, grid)
+    x = torch.ones(1, 32, dtype=torch.bfloat16)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        jvp(product, (x,), (x,))
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        grad(lambda x: product(x).sum())(x)
+
+
+def test_the_packed_int8_product_has_no_derivative():
+    """So routed has to give one."""
+    codes, scale = torch.ones(16, 32, dtype=torch.int8), torch.ones(16, dtype=torch.bfloat16)
+    product = lambda x: torch._weight_int8pack_mm(x, codes, scale)
+    x = torch.ones(1, 32, dtype=torch.bfloat16)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        jvp(product, (x,), (x,))
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        grad(lambda x: product(x).sum())(x)

@@ -1,6 +1,7 @@
 """The layers of a decoder as functions of a weight and an activation.
 
     products    linear, embed: dispatch on the type of the weight, so that a quantized one registers itself; blocks
+    prepared    prepare: the form of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
     gates       the activations of a feed-forward
@@ -12,7 +13,8 @@ Matrices are (out, in), as torch and Hugging Face store them.
 from .experts import linear_experts, route
 from .gates import ACTIVATIONS, activate, gated
 from .norms import layer_norm, rms_norm
-from .products import BLOCK, Blocks, blocks, embed, is_vector, linear, rows_times
+from .prepared import SEVERAL, prepare
+from .products import BLOCK, Blocks, embed, in_blocks, is_vector, linear, rows_times
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 
 __all__ = [
@@ -21,8 +23,9 @@ __all__ = [
     "Blocks",
     "RopeScaling",
     "Rotation",
+    "SEVERAL",
     "activate",
-    "blocks",
+    "in_blocks",
     "embed",
     "frequencies",
     "gated",
@@ -30,6 +33,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_experts",
+    "prepare",
     "rms_norm",
     "rope",
     "rotate",

@@ -9,7 +9,7 @@ A scheme of one's own is a record, its `dequantize`, and a value with `encode`: 
 """
 
 from .schemes import Scheme, fp8, int4, int8, nf4, ternary, w8a8
-from .transforms import Report, dequantize, quantize, report
+from .transforms import Report, Where, dequantize, quantize, report
 from .weights import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary, expand, is_quantized
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Report",
     "Scheme",
     "Ternary",
+    "Where",
     "dequantize",
     "expand",
     "fp8",

@@ -79,7 +79,7 @@ class Four(_Settings):
             codes, scale, zero = packing.affine(weight, size, 16, self.clip)
             return Int4(packing.pack(codes, size, 4), scale, zero)
         signed, scale = packing.symmetric(weight, size, 7, self.clip)
-        return Int4(packing.pack((signed + 8).to(torch.uint8), size, 4), scale, -8 * scale)
+        return Int4(packing.pack((signed + 8).to(torch.uint8), size, 4), scale, packing.narrow(-8 * scale.float()))
 
     @property
     def for_head(self) -> Eight:

@@ -36,7 +36,7 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
 
     Law: paths are kept, the argument is unchanged, quantizing twice is quantizing once (test_quantization.py).
     """
-    if not hasattr(scheme, "encode"):
+    if isinstance(scheme, (str, type)) or not hasattr(scheme, "encode"):  # a str has an encode of its own
         remedy = "Pass fa.int8, fa.int4(group=64) or another scheme."
         _checks.fail("quantize", "scheme", "a scheme", f"a {type(scheme).__name__}", remedy, TypeError)
     if where is not None and not isinstance(where, str) and not callable(where):

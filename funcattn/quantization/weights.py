@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, packing
-from ..layers import embed, is_vector, linear, rows_times
+from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from .fast import routed
+from .packed import PackedDynamic, pack_int4, pack_int8, round_tokens
 
 
 @record
@@ -24,6 +25,11 @@ class Int8(NamedTuple):
     codes: Tensor
     scale: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return tuple(self.codes.shape)
+
 
 @record
 class Int8Dynamic(NamedTuple):
@@ -31,6 +37,11 @@ class Int8Dynamic(NamedTuple):
 
     codes: Tensor  # int8 (N, K)
     scale: Tensor  # (N, 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return tuple(self.codes.shape)
 
 
 @record
@@ -41,6 +52,11 @@ class Int4(NamedTuple):
     scale: Tensor
     zero: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return *self.codes.shape[:-1], 2 * self.codes.shape[-1]
+
 
 @record
 class Codebook(NamedTuple):
@@ -50,6 +66,11 @@ class Codebook(NamedTuple):
     scale: Tensor
     levels: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return *self.codes.shape[:-1], 2 * self.codes.shape[-1]
+
 
 @record
 class Fp8(NamedTuple):
@@ -58,6 +79,11 @@ class Fp8(NamedTuple):
     codes: Tensor
     scale: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return tuple(self.codes.shape)
+
 
 @record
 class Ternary(NamedTuple):
@@ -65,6 +91,11 @@ class Ternary(NamedTuple):
 
     codes: Tensor
     scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix, (N, K)."""
+        return *self.codes.shape[:-1], 4 * self.codes.shape[-1]
 
 
 @functools.singledispatch
@@ -137,10 +168,7 @@ def _plain_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    if scale.shape[-1] > 1 or x.device.type != "cpu":
-        return None
-    narrow = x.to(torch.bfloat16)  # other activations go through scalar code there, slower than float32 weights
-    return torch.ops.aten._weight_int8pack_mm(narrow, codes, scale.squeeze(-1).to(torch.bfloat16)).to(x.dtype)
+    return _through(pack_int8(codes, scale), x)
 
 
 @linear.register
@@ -150,22 +178,12 @@ def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
 
 def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """The derivative in x is that of the rounded product with the rounding taken for the identity (straight through)."""
-    rounded, by = _round_tokens(x.detach())
-    return times(Int8(codes, scale), x + (rounded * by - x).detach())
+    rounded, by = round_tokens(x.detach())
+    return times(Int8(codes, scale), x.to(by.dtype) + (rounded * by - x.detach())).to(x.dtype)
 
 
 def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    if x.device.type != "cpu" or len(x) < 1:
-        return None
-    rounded, by = _round_tokens(x)
-    product = torch.ops.aten._int_mm(rounded.to(torch.int8), codes.mT)
-    return (product.float() * by.float() * scale.float().mT).to(x.dtype)
-
-
-def _round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token in codes -127 .. 127, and its scale."""
-    by = x.abs().amax(-1, keepdim=True) / 127
-    return (x / torch.where(by == 0, 1, by)).round(), by
+    return _through(PackedDynamic(codes, scale), x)
 
 
 @linear.register
@@ -178,7 +196,31 @@ def _plain_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor
 
 
 def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | None:
-    return None
+    return _through(pack_int4(codes, scale, zero), x)
+
+
+def _through(packed: Any, x: Tensor) -> Tensor | None:
+    return None if packed is None or x.device.type != "cpu" else linear(packed, x)
+
+
+# Compiled decoding, which differentiates nothing.
+
+
+@prepare.register
+def _(weight: Int8, rows: int) -> Any:
+    packed = None if rows == 1 else pack_int8(*weight)  # one vector: products and sums, see linear
+    return weight if packed is None else packed
+
+
+@prepare.register
+def _(weight: Int4, rows: int) -> Any:
+    packed = pack_int4(*weight)
+    return weight if packed is None else packed
+
+
+@prepare.register
+def _(weight: Int8Dynamic, rows: int) -> Any:
+    return PackedDynamic(*weight) if weight.codes.device.type == "cpu" and weight.codes.dim() == 2 else weight
 
 
 @embed.register(Int8)
@@ -190,7 +232,7 @@ def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor 
 def _(weight: Any, ids: Tensor) -> Tensor:
     taken = ids.flatten()
     rows = [field[taken] if name != "levels" else field for name, field in zip(weight._fields, weight, strict=True)]
-    return expand(type(weight)(*rows)).unflatten(0, ids.shape)
+    return expand(type(weight)(*rows)).reshape(*ids.shape, -1)
 
 
 def _unknown(weight: Any) -> NoReturn:

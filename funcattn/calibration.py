@@ -1,0 +1,178 @@
+"""Quantization that looks at what a model is fed: GPTQ.
+
+    min over codes of | (W - Wq) X |          X the activations that a text gives
+
+Columns are rounded one after the other, and what rounding one did to the output is made good by those that follow. The order is
+that of their weight in H = X X^T, the heaviest first; scales and zeros are those of round-to-nearest, fixed before.
+
+Layer by layer, on the activations of the layers before it as they are after quantization, so that a layer also makes good what
+those did.
+
+Source: Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1; act-order with static groups are of its authors' implementation.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, packing, quantization, taps, transformer, tree
+from .quantization import Int4, Int8, Int8Dynamic, Scheme, is_quantized
+from .records import Model
+from .transformer import Layer, Params
+from .tree import Tree
+
+FEEDS = {  # a tap of a layer, and the matrices that its value goes into
+    "attention.input": ("q", "k", "v"),
+    "attention.mixed": ("o",),
+    "feed_forward.input": ("gate", "up"),
+    "feed_forward.inner": ("down",),
+}
+BLOCK = 128  # columns between two updates of all that follow
+WINDOW = 512  # tokens that are read at once
+
+
+def gptq(
+    model: Model,
+    tokens: Tensor,
+    scheme: Scheme,
+    where: quantization.Where | None = None,
+    *,
+    damping: float = 0.01,
+    progress: Callable[[int, int], None] | None = None,
+) -> Callable[[Tree], Tree]:
+    """A transform of params whose matrices become the records of `quantize(scheme, where)`, with codes that fit a text.
+
+    The embedding and the head, whose input is no activation, and whatever else is chosen are rounded to nearest.
+
+    Args:
+        model: from `fa.decoder`.
+        tokens: integers (T,), the text, of at least as many tokens as the widest chosen matrix has columns; it is read in windows
+            of 512, and what is left over at the end is not.
+        scheme: fa.int4, fa.int8 or fa.w8a8 with any settings.
+        where: as in `quantize`.
+        damping: of the mean diagonal of H, added to all of it.
+        progress: called with the number of layers that are done, and of all.
+
+    Raises:
+        ValueError: a text that is too short; experts. TypeError: another model or scheme.
+
+    Law: the codes are those of the exact update in float64 (test_calibration.py); on the text that it was calibrated with the
+    output of a layer is nearer than that of round-to-nearest.
+    Source: Frantar et al., GPTQ, arXiv:2210.17323.
+    """
+    parts = transformer.parts_of(model) if isinstance(model, Model) else None
+    if parts is None:
+        _checks.fail("gptq", "model", "from fa.decoder", f"a {type(model).__name__}", "Make it with fa.decoder(config).", TypeError)
+    if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
+        got = f"{tokens.dtype} {_checks.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        _checks.fail("gptq", "tokens", "integers (T,)", got, "Encode the text with the tokenizer of the model.", TypeError)
+    if not isinstance(damping, float) or not damping > 0:
+        _checks.fail("gptq", "damping", "above 0", damping, "0.01 is usual.")
+    config = parts.config
+    if any(config.kind(i).experts for i in range(config.layers)):
+        _checks.fail("gptq", "model", "one without experts", "one with", "Each expert sees few tokens: use fa.quantize(scheme).")
+    to_nearest = quantization.quantize(scheme, where)
+
+    def transform(params: Params) -> Params:
+        with torch.no_grad():
+            plan = to_nearest(params)  # which matrices, and their scales
+            _check_length(plan, params, tokens)
+            size = min(WINDOW, len(tokens), config.limit() or WINDOW)
+            windows = tokens[: len(tokens) // size * size].unflatten(0, (-1, size))
+            places = torch.arange(size, device=tokens.device)
+            x = transformer.begin(config, params, windows, places)
+            layers = []
+            for i, (layer, planned) in enumerate(zip(params.layers, plan.layers, strict=True)):
+                kind = config.kind(i)
+                shared = transformer.share(config, kind, places, None, x.dtype, True)
+                run = lambda layer, x, kind=kind, shared=shared: transformer.block(
+                    config, kind, layer, x, shared, (), name="", kernel=parts.kernel
+                )[0]
+                done = _layer(layer, planned, lambda x, layer=layer, run=run: run(layer, x), x, damping)
+                x = torch.stack([run(done, row) for row in x])
+                layers.append(done)
+                if progress is not None:
+                    progress(i + 1, config.layers)
+            return plan._replace(layers=tuple(layers))
+
+    return transform
+
+
+def _check_length(plan: Params, params: Params, tokens: Tensor) -> None:
+    for path, leaf in tree.items(plan.layers, is_leaf=is_quantized):
+        if is_quantized(leaf) and not isinstance(leaf, (Int4, Int8, Int8Dynamic)):
+            remedy = "Round it to nearest, with fa.quantize(scheme)."
+            _checks.fail("gptq", "scheme", "int4, int8 or w8a8", f"one that makes a {type(leaf).__name__}", remedy, TypeError)
+        if is_quantized(leaf) and leaf.shape[-1] > len(tokens):
+            wanted = f"at least {leaf.shape[-1]} tokens, the columns of layers.{path}"
+            _checks.fail("gptq", "tokens", wanted, f"{len(tokens)}", "Calibrate with a longer text.")
+
+
+def _layer(layer: Layer, plan: Layer, run: Callable[[Tensor], Tensor], x: Tensor, damping: float) -> Layer:
+    """The layer with fitted codes, for rows of the residual before it (windows, T, E)."""
+    chosen = {name for name in Layer._fields if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))}
+    needed = {tap for tap, names in FEEDS.items() if chosen & {*names}}
+    sums: dict[str, Tensor] = {}
+
+    def listen(name: str, value: Tensor) -> Tensor:
+        tap = name.lstrip(".")
+        if tap in needed:
+            rows = value.flatten(0, -2)
+            sums[tap] = sums.get(tap, 0) + (rows.mT @ rows).double()
+        return value
+
+    with taps.listening(listen):
+        for row in x:
+            run(row)
+    done = {}
+    for tap in sums:
+        order, U = factor(sums[tap], damping)
+        done |= {name: fit(getattr(plan, name), getattr(layer, name), order, U) for name in FEEDS[tap] if name in chosen}
+    return plan._replace(**done)
+
+
+def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """The order of columns, heaviest first, and the upper Cholesky factor U of the inverse of H in it: H^-1 = U^T U.
+
+    Args:
+        H: X X^T (K, K) in float64.
+        damping: of the mean diagonal, added to all of it.
+    """
+    heavy = H.diagonal().clone()
+    order = heavy.argsort(descending=True, stable=True)
+    added = damping * heavy.mean() if bool(heavy.any()) else torch.ones((), dtype=H.dtype)
+    damped = H[order][:, order] + added * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def fit(plan: Any, weight: Tensor, order: Tensor, U: Tensor) -> Any:
+    """The record `plan` with codes such that (W - Wq) X is small.
+
+    Rounding column j is off by e; the columns after it are moved by -e U_jk / U_jj, the best that they can do about it.
+
+    Args:
+        plan: int4, int8 or w8a8 of the weight, whose scales stay.
+        weight: (N, K).
+        order, U: of `factor`.
+    """
+    K = weight.shape[-1]
+    least, greatest = (0, 15) if isinstance(plan, Int4) else (-127, 127)
+    scale = packing.spread(plan.scale.double(), K)[:, order]
+    zero = packing.spread(plan.zero.double(), K)[:, order] if isinstance(plan, Int4) else torch.zeros_like(scale)
+    by = torch.where(scale == 0, 1, scale)
+    w, codes = weight.double()[:, order], torch.zeros_like(scale)
+    for first in range(0, K, BLOCK):
+        stop = min(first + BLOCK, K)
+        errors = []
+        for j in range(first, stop):
+            codes[:, j] = ((w[:, j] - zero[:, j]) / by[:, j]).round().clamp(least, greatest)
+            error = (w[:, j] - (codes[:, j] * scale[:, j] + zero[:, j])) / U[j, j]
+            w[:, j:stop] -= error.unsqueeze(-1) * U[j, j:stop]
+            errors.append(error)
+        w[:, stop:] -= torch.stack(errors, -1) @ U[first:stop, stop:]
+    codes = torch.empty_like(codes).index_copy_(1, order, codes)
+    if isinstance(plan, Int4):
+        return plan._replace(codes=packing.pack(codes.to(torch.uint8), K // plan.scale.shape[-1], 4))
+    return plan._replace(codes=codes.to(torch.int8))

@@ -1,0 +1,106 @@
+"""torch's integer kernels on the CPU, and the forms of weights that they read.
+
+They have no derivative, and one of them gives zeros for it without a word: `fast.routed` puts exact ones around them, and
+`layers.prepare` hands the forms here to compiled decoding, where nobody differentiates.
+
+    int8    activations in bfloat16, sums in float32
+    int4    the same, scale and zero in bfloat16 too; N a multiple of 16, groups of 32, 64, 128 or 256 columns
+    w8a8    activations in int8, sums in int32
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import packing
+from ..layers import linear
+from ..layers.prepared import kept
+from ..records import record
+
+aten = torch.ops.aten
+
+
+@record
+class PackedInt8(NamedTuple):
+    """codes int8 (N, K), scale bfloat16 (N,)."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@record
+class PackedInt4(NamedTuple):
+    """codes uint8 (N, K / 2) in the order of torch's kernel; grid bfloat16 (G, N, 2), w = (code - 8) grid[0] + grid[1]."""
+
+    codes: Tensor
+    grid: Tensor
+
+
+@record
+class PackedDynamic(NamedTuple):
+    """codes int8 (N, K), scale (N, 1), for activations that are rounded to 8 bits."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def pack_int8(codes: Tensor, scale: Tensor) -> PackedInt8 | None:
+    """For int8 of one scale a row, else None."""
+    if scale.shape[-1] != 1 or codes.device.type != "cpu" or codes.dim() != 2:
+        return None
+    return PackedInt8(codes, kept([scale], lambda: scale.squeeze(-1).to(torch.bfloat16, copy=True), "int8"))
+
+
+def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
+    """For sizes that the kernel takes, else None. Packed once for each weight, and kept while the weight is."""
+    if codes.dim() != 2 or codes.device.type != "cpu":
+        return None
+    (N, half), G = codes.shape, scale.shape[-1]
+    if N % 16 or 2 * half // G not in (32, 64, 128, 256):
+        return None
+
+    def make() -> PackedInt4:
+        numbers = packing.unpack(codes, G, 4).to(torch.int32)
+        wide = scale.double()
+        grid = torch.stack([wide.mT, (zero.double() + 8 * wide).mT], -1).to(torch.bfloat16).contiguous()
+        return PackedInt4(aten._convert_weight_to_int4pack_for_cpu(numbers, 1), grid)
+
+    return kept([codes, scale, zero], make, "int4")
+
+
+@linear.register
+def _(weight: PackedInt8, x: Tensor) -> Tensor:
+    narrow = _rows(x).to(torch.bfloat16)  # other activations go through scalar code there, slower than float32 weights
+    return _like(aten._weight_int8pack_mm(narrow, weight.codes, weight.scale), x)
+
+
+@linear.register
+def _(weight: PackedInt4, x: Tensor) -> Tensor:
+    narrow, group = _rows(x).to(torch.bfloat16), x.shape[-1] // weight.grid.shape[0]
+    return _like(aten._weight_int4pack_mm_for_cpu(narrow, weight.codes, group, weight.grid), x)
+
+
+@linear.register
+def _(weight: PackedDynamic, x: Tensor) -> Tensor:
+    rounded, by = round_tokens(_rows(x))
+    product = aten._int_mm(rounded.to(torch.int8), weight.codes.mT)
+    return _like(product.to(by.dtype) * by * weight.scale.to(by.dtype).mT, x)
+
+
+def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token (*lead, K) in codes -127 .. 127, and its scale (*lead, 1), in float32 at least.
+
+    In bfloat16 a quotient has no room for 127 codes.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    by = wide.abs().amax(-1, keepdim=True) / 127
+    return (wide / torch.where(by == 0, 1, by)).round(), by
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _like(out: Tensor, x: Tensor) -> Tensor:
+    return out.to(x.dtype).reshape(*x.shape[:-1], -1)

@@ -1,0 +1,75 @@
+"""What is prepared of a weight: equal to it, made once, forgotten with it, made anew when it is written into."""
+
+import gc
+
+import pytest
+import torch
+
+import funcattn as fa
+from funcattn.layers import linear, prepare
+from funcattn.layers.prepared import _kept
+from funcattn.quantization import expand
+from funcattn.quantization.packed import PackedDynamic, PackedInt4, PackedInt8
+
+
+def matrix(seed, *sizes):
+    return fa.random.normal(fa.key(seed), sizes)
+
+
+def test_a_matrix_is_stored_by_rows_for_one_vector_alone():
+    weight = matrix(0, 6, 4).mT.contiguous().mT
+    assert prepare(weight, 1).is_contiguous()
+    assert torch.equal(prepare(weight, 1), weight)
+    assert prepare(weight, 2) is weight
+    for other in (matrix(0, 6, 4), matrix(0, 3), matrix(0, 2, 3, 4).mT, (), "anything"):
+        assert prepare(other, 1) is other
+
+
+SCHEMES = {"int8": (fa.int8, PackedInt8), "int4": (fa.int4, PackedInt4), "w8a8": (fa.w8a8, PackedDynamic)}
+
+
+@pytest.mark.parametrize(("scheme", "kind"), SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("rows", [2, 5, 16])
+def test_what_is_prepared_multiplies_alike(scheme, kind, rows):
+    weight, x = scheme.encode(matrix(0, 32, 64)), matrix(1, rows, 64)
+    packed = prepare(weight, rows)
+    assert isinstance(packed, kind)
+    assert torch.equal(linear(packed, x), linear(weight, x))  # both by the same kernel
+    exact = x @ expand(weight).mT
+    assert (linear(packed, x) - exact).norm() < 0.01 * exact.norm()  # bfloat16, or half a step of 127
+    assert linear(packed, x.bfloat16().reshape(1, rows, 64)).shape == (1, rows, 32)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sizes"), [(fa.int4, (20, 64)), (fa.int4(group=16), (32, 64)), (fa.int8(group=32), (32, 64))], ids=str
+)
+def test_sizes_that_the_kernel_does_not_take_stay(scheme, sizes):
+    weight = scheme.encode(matrix(0, *sizes))
+    assert prepare(weight, 4) is weight
+
+
+def test_it_is_made_once_and_forgotten_with_its_weight():
+    gc.collect()
+    before = len(_kept)
+    weight = fa.int4.encode(matrix(0, 32, 64))
+    first = prepare(weight, 1)
+    assert len(_kept) == before + 1
+    assert prepare(weight, 4).codes is first.codes
+    other = weight._replace(scale=weight.scale * 2)  # the same codes with other scales are another matrix
+    assert not torch.equal(linear(prepare(other, 4), matrix(1, 4, 64)), linear(first, matrix(1, 4, 64)))
+    weight.scale.mul_(3.0)
+    assert not torch.equal(prepare(weight, 1).grid, first.grid)
+    del weight, other
+    gc.collect()
+    assert len(_kept) == before
+
+
+def test_a_scale_in_bfloat16_is_not_kept_alive():
+    gc.collect()
+    before = len(_kept)
+    weight = fa.tree.cast(torch.bfloat16)(fa.int8.encode(matrix(0, 32, 64)))
+    prepare(weight, 4)
+    assert len(_kept) == before + 1
+    del weight
+    gc.collect()
+    assert len(_kept) == before
