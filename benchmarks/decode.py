@@ -1,6 +1,6 @@
 """How fast does the decoder write, against transformers and the speed at which this machine reads memory?
 
-    python benchmarks/decode.py [--threads 2] [--tokens 120] [--rounds 9] [--peers-compiled]
+    python benchmarks/decode.py [--threads 2] [--tokens 120] [--rounds 9]
 
 SmolLM2-135M, batch one, a chat of 44 tokens. First token by token: all float32 candidates write the same text, and take turns at
 each token of it, so that a neighbour that wakes up wakes up for all. "By rows" is the same tree with each matrix stored row after
@@ -33,7 +33,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--peers-compiled", action="store_true", help="transformers with StaticCache under torch.compile: minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -91,8 +90,6 @@ def token_by_token(
         "fa.stream by rows": turn("by rows", ours(fa.tree.map(torch.Tensor.contiguous, params))),
         "memory-read limit": lambda: torch.mv(rows, x),
     }
-    if options.peers_compiled:
-        candidates["transformers compiled"] = turn("transformers compiled", compiled_peer(peer, prompt, options.tokens))
     begun = time.perf_counter()
     next(ours(params, fa.compile(model)))
     print(f"compiled, the first token and its code: {time.perf_counter() - begun:.1f} s")
@@ -102,21 +99,6 @@ def token_by_token(
     speeds(timings, 1)
     bandwidth = rows.numel() * 4 / timings["memory-read limit"].wall
     print(f"GEMV reads {bandwidth / 1e9:.1f} GB/s; the weights are {fa.tree.nbytes(params) / 1e6:.0f} MB")
-
-
-def compiled_peer(peer: transformers.PreTrainedModel, prompt: torch.Tensor, tokens: int) -> Iterator[int]:
-    """transformers as it recommends for speed: a static cache, the forward pass under torch.compile."""
-    room = len(prompt) + WARMUP + tokens + 8
-    cache = transformers.StaticCache(config=peer.config, max_cache_len=room)
-    with torch.no_grad():
-        peer(prompt[None, :-1], past_key_values=cache, cache_position=torch.arange(len(prompt) - 1))
-        forward = torch.compile(peer.forward, fullgraph=True, dynamic=False)
-        token, place = prompt[None, -1:].clone(), torch.tensor([len(prompt) - 1])
-    while True:
-        with torch.no_grad():
-            token = forward(token, past_key_values=cache, cache_position=place).logits[:, -1:].argmax(-1)
-            place = place + 1
-        yield int(token)
 
 
 def llama_cpp(threads: int) -> None:
