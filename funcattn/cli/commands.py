@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import funcattn as fa
 
-from . import chatting, evaluating, finetuning, generating, inspecting, pretraining
+from . import chatting, evaluating, finetuning, generating, inspecting, pretraining, quantizing
 from .arguments import TINY, Parser, device, dtype, number, stop
 from .terminal import CUT_OFF, INTERRUPTED, complain
 
@@ -78,6 +78,7 @@ def parser() -> Parser:
         ("eval", evaluating, [weights], "tell how well a model foretells a text"),
         ("train", pretraining, [], "train a small model on a text, from nothing"),
         ("finetune", finetuning, [], "adapt a model to a text, by matrices of low rank"),
+        ("quantize", quantizing, [weights], "write a model with weights of fewer bits"),
     ):
         command = commands.add_parser(name, parents=parents, help=help, description=f"{help.capitalize()}.")
         command.set_defaults(run=module.run)
@@ -86,6 +87,6 @@ def parser() -> Parser:
             command.add_argument("--chat", action="store_true", help="the prompt is a message to be answered")
             several = "continuations of one past, written side by side (%(default)s)"
             command.add_argument("--num-samples", metavar="N", type=count, default=1, help=several)
-        elif module in (evaluating, pretraining, finetuning):
+        elif module in (evaluating, pretraining, finetuning, quantizing):
             module.add_options(command)
     return whole_parser
