@@ -256,7 +256,7 @@ class _Stack:
         held = self.packed.get(form)
         if held is None or held[0]() is not weight or held[1] != weight._version:
             forget = functools.partial(self.packed.pop, form, None)
-            kept = weight.contiguous() if T == 1 else layers.blocks(weight)
+            kept = weight.contiguous() if T == 1 else layers.by_blocks(weight)
             held = ref(weight, lambda _: forget()), weight._version, kept
             self.packed[form] = held
         return held[2]

@@ -50,8 +50,8 @@ class Drafter(NamedTuple):
 class Sharing(NamedTuple):
     """How a model drafts for itself, with other weights: behind the past of the target, which the state is given as `cache`.
 
-    init(prompt, prompt_length, logits, cache) -> state. propose and keep are as in Drafter; what it writes into the past lies beyond its
-    length, where the target's own rows go next.
+    init(prompt, prompt_length, logits, cache) -> state. propose and keep are as in Drafter. What propose writes into the past lies
+    beyond its length, where the target's own rows go next.
     """
 
     model: Model

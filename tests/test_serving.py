@@ -44,7 +44,7 @@ def alone(key, prompt, steps, kind, sampler, prefix):
 
 def test_a_penalty_knows_the_prompt_as_in_generate():
     sampler = chain(fa.sampling.repetition_penalty(3.0), fa.sampling.no_repeat_ngram(2), greedy)
-    slots = serving.idle(MODEL, PARAMS, empty("dense", 32), 2, sampler=sampler)
+    slots = serving.idle(MODEL, PARAMS, empty(KINDS["dense"], 32), 2, sampler=sampler)
     slots = serving.enter(fa.key(5), MODEL, PARAMS, TOKENS[:9], slots, 1, steps=9, sampler=sampler)
     text = []
     for _ in range(9):

@@ -1,6 +1,6 @@
 """The layers of a decoder as functions of a weight and an activation.
 
-    products    linear, embed: dispatch on the type of the weight, so that a quantized one registers itself; blocks
+    products    linear, embed: dispatch on the type of the weight, so that a quantized one registers itself; by_blocks
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
     gates       the activations of a feed-forward
@@ -12,7 +12,7 @@ Matrices are (out, in), as torch and Hugging Face store them.
 from .experts import linear_experts, route
 from .gates import ACTIVATIONS, activate, gated
 from .norms import layer_norm, rms_norm
-from .products import BLOCK, Blocks, blocks, embed, is_vector, linear, rows_times
+from .products import BLOCK, Blocks, by_blocks, embed, is_vector, linear, rows_times
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "RopeScaling",
     "Rotation",
     "activate",
-    "blocks",
+    "by_blocks",
     "embed",
     "frequencies",
     "gated",
