@@ -54,6 +54,7 @@ class Compiled(Model):
     """
 
     step: Callable[[Params, Tensor, Any], tuple[Tensor, Any]]
+    parts: transformer.Parts
 
 
 class Rows(NamedTuple):
@@ -132,7 +133,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         return proposed, after
 
     made = Compiled(model.init, model.cache, hidden, logits, extend, apply)
-    made.step = step
+    made.step, made.parts = step, parts
     return made
 
 

@@ -7,13 +7,15 @@ A drafter is three pure functions over a state that is a pytree; it knows all th
     keep(tokens, count, state) -> state                  what was written instead: the first count of tokens (N + 1,)
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks, caches, randomness, sampling, tree
+from . import _checks, caches, compilation, randomness, sampling, transformer, tree
+from .caches import Branch, Cache
 from .generation import _commit, _prefill
 from .records import ABSENT, Model, record
 from .sampling import Sampler
@@ -32,12 +34,30 @@ class Draft(NamedTuple):
 
 
 class Drafter(NamedTuple):
-    """A way to draft. Not a record: it holds functions; N is `length`, a size."""
+    """A way to draft. Not a record: it holds functions; N is `length`, a size.
+
+    vocabulary: how many tokens it knows, None where it does not know. sharing: how it drafts for its own model, None if not.
+    """
 
     init: Callable[[Tensor, Tensor, int], Any]
     propose: Callable[[Tensor, Tensor, Any], tuple[Draft, Any]]
     keep: Callable[[Tensor, Tensor, Any], Any]
     length: int
+    vocabulary: int | None = None
+    sharing: "Sharing | None" = None
+
+
+class Sharing(NamedTuple):
+    """How a model drafts for itself, with other weights: behind the past of the target, which the state is given as `cache`.
+
+    init(prompt, prompt_length, logits, cache) -> state. propose and keep are as in Drafter. What propose writes into the past lies
+    beyond its length, where the target's own rows go next.
+    """
+
+    model: Model
+    init: Callable[[Tensor, Tensor, Tensor, Any], Any]
+    propose: Callable[[Tensor, Tensor, Any], tuple[Draft, Any]]
+    keep: Callable[[Tensor, Tensor, Any], Any]
 
 
 @record
@@ -50,7 +70,10 @@ class Reader(NamedTuple):
 
 
 def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = sampling.greedy, chunk: int = 512) -> Drafter:
-    """Another model drafts, or the same with cheaper weights, a token at a time with a past of its own.
+    """Another model drafts, or the same with cheaper weights, a token at a time.
+
+    Where `fa.speculate` is given this very `model`, the draft reads the past of the target, which is better than its own, and
+    costs no prefill: `fa.drafters.model(model, fa.quantize(fa.int8)(params))`. Else it has a past of its own.
 
     Args:
         model, params: any decoder of the same vocabulary.
@@ -61,36 +84,99 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
     _check_length("drafters.model", length)
     rewind = lambda states, n: tree.map(lambda leaf: leaf.index_select(0, n.reshape(1))[0], states)
 
+    def logits_of(x: Tensor) -> Tensor:
+        logits = model.logits(params, x[-1])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def primed(prompt: Tensor, prompt_length: Tensor, logits: Tensor) -> Any:
+        state = sampling.prime(sampler, prompt, sampling.begin(sampler, logits), length=prompt_length)
+        return tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), state)
+
     def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> Reader:
         start = _prefill(model, params, prompt, ABSENT, steps + length + 1, prompt_length, chunk)
-        state = sampling.prime(sampler, prompt, sampling.begin(sampler, start.logits), length=prompt_length)
-        state = tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), state)
-        return Reader(start.cache, start.cache.length, state)
+        return Reader(start.cache, start.cache.length, primed(prompt, prompt_length, start.logits))
+
+    def share(prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: Any) -> Reader:
+        return Reader(cache, torch.zeros_like(prompt_length), primed(prompt, prompt_length, logits))
+
+    def read(key: Tensor, last: Tensor, state: Reader, whole: bool) -> tuple[Draft, Reader]:
+        cache, token, tokens, laws, states = state.cache, last, [], [], []
+        owned = not whole and _is_dense(cache)  # rows beyond its length are for the taking
+        now = sampler.observe(last, rewind(state.states, torch.zeros_like(last)))
+        keys = () if sampler.deterministic else randomness.split(key, length).unbind()
+        for n in range(length):
+            x, delta = model.hidden(params, token.reshape(1), cache)
+            if n < length - 1 or whole:
+                cache = _commit(cache, delta, 1) if n or owned else caches.commit(cache, delta, 1)  # copied once, then it is ours
+            left, now = sampler.update(logits_of(x), now)
+            states.append(now)
+            token = left.argmax(-1) if sampler.deterministic else randomness.categorical(keys[n], left)
+            tokens.append(token)
+            if not sampler.deterministic:
+                laws.append(left.softmax(-1))
+            now = sampler.observe(token, now)
+        if whole:  # the last is read too, so that the past is whole where all of them stay
+            x, delta = model.hidden(params, token.reshape(1), cache)
+            cache = _commit(cache, delta, 1)
+            now = sampler.update(logits_of(x), now)[1] if tree.leaves(now) else now
+        states = tree.map(lambda *leaves: torch.stack(leaves), *states, now)
+        draft = Draft(torch.stack(tokens), torch.stack(laws) if laws else ABSENT, torch.full_like(last, length))
+        return draft, Reader(cache, state.certain, states)
 
     def propose(key: Tensor, last: Tensor, state: Reader) -> tuple[Draft, Reader]:
-        cache, token, tokens, laws, states = state.cache, last, [], [], []
-        now = sampler.observe(last, rewind(state.states, torch.zeros_like(last)))
-        for n, fresh in enumerate(randomness.split(key, length + 1).unbind()):
-            x, delta = model.hidden(params, token.reshape(1), cache)
-            cache = _commit(cache, delta, 1) if n else caches.commit(cache, delta, 1)  # copied once, then it is ours
-            logits = model.logits(params, x[-1])
-            law, now = sampling.weigh(sampler, logits, now)
-            states.append(now)
-            if n < length:  # the last is read too, so that the past is whole where all of them stay
-                token = law.argmax(-1) if sampler.deterministic else randomness.categorical(fresh, law)
-                tokens.append(token)
-                laws.append(law.exp())
-                now = sampler.observe(token, now)
-        draft = Draft(torch.stack(tokens), torch.stack(laws), torch.full_like(last, length))
-        return draft, Reader(cache, state.certain, tree.map(lambda *leaves: torch.stack(leaves), *states))
+        return read(key, last, state, True)
+
+    def keep_states(tokens: Tensor, count: Tensor, state: Reader) -> Reader:
+        here = rewind(state.states, (count - 1).clamp(min=0))  # has seen all but the last of the new ones
+        return state._replace(states=tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), here))
 
     def keep(tokens: Tensor, count: Tensor, state: Reader) -> Reader:
         certain = state.certain + count  # the last token that was told, and all but the last of the new ones
-        here = rewind(state.states, (count - 1).clamp(min=0))  # has seen all but the last of the new ones
-        states = tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), here)
-        return Reader(caches.with_length(state.cache, certain), certain, states)
+        cache = caches.with_length(state.cache, certain)
+        return keep_states(tokens, count, state)._replace(cache=cache, certain=certain)
 
-    return Drafter(init, propose, keep, length)
+    sharing = Sharing(model, share, lambda *given: read(*given, False), keep_states)
+    return Drafter(init, propose, keep, length, _vocabulary(params), sharing)
+
+
+_model = model
+
+
+def skip(
+    model: Model,
+    params: Any,
+    layers: Sequence[int],
+    *,
+    length: int = 4,
+    sampler: Sampler = sampling.greedy,
+    chunk: int = 512,
+) -> Drafter:
+    """The same model drafts without some of its layers, with a past of its own.
+
+    Args:
+        model, params: from `fa.decoder`, or compiled.
+        layers: which to leave out, 0 to L - 1; those in the middle are missed least.
+        length, sampler, chunk: as in `model`.
+
+    Source: Zhang et al., Draft and verify: lossless acceleration by self-speculative decoding, arXiv:2309.08168.
+    """
+    compiled = isinstance(model, compilation.Compiled)
+    parts = model.parts if isinstance(model, compilation.Compiled) else transformer.parts_of(model)
+    if parts is None:
+        _checks.fail(
+            "drafters.skip", "model", "from fa.decoder", f"a {type(model).__name__}", "Make it with fa.decoder.", TypeError
+        )
+    config, out = parts.config, set(layers)
+    if not out or not out < set(range(config.layers)):
+        wanted = f"some of 0..{config.layers - 1}, not all"
+        _checks.fail("drafters.skip", "layers", wanted, tuple(layers), "Leave out a few in the middle.")
+    left = [i for i in range(config.layers) if i not in out]
+    each = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fewer = {name: tuple(x[i] for i in left) for name, x in each.items() if isinstance(x, tuple) and len(x) == config.layers}
+    smaller = transformer.decoder(dataclasses.replace(config, layers=len(left), **fewer), parts.kernel)
+    weights = params._replace(layers=tuple(params.layers[i] for i in left))
+    drafting = compilation.compile(smaller) if compiled else smaller
+    return _model(drafting, weights, length=length, sampler=sampler, chunk=chunk)
 
 
 @record
@@ -152,6 +238,17 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
         return torch.where(there, text.index_select(0, places), 0), valid
 
     return function(look, length=length)
+
+
+def _vocabulary(params: Any) -> int | None:
+    """How many tokens a tree of `fa.decoder` knows."""
+    if not isinstance(params, transformer.Params):
+        return None
+    return tree.leaves(params.embedding)[0].shape[0]
+
+
+def _is_dense(cache: Any) -> bool:
+    return isinstance(cache, Cache) or (isinstance(cache, Branch) and isinstance(cache.own, Cache))
 
 
 def _check_length(function: str, length: int) -> None:

@@ -120,11 +120,7 @@ def stream(
 
     Law: the tokens are those of `generate`, and the texts join to their decoded whole (test_generation.py).
     """
-    if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
-        remedy = "Put a single one into a tuple; ids belong to stop."
-        _checks.fail("stream", "stop_strings", "a sequence of texts, none of them empty", repr(stop_strings), remedy, TypeError)
-    if stop_strings and tokenizer is None:
-        _checks.fail("stream", "tokenizer", "given with stop_strings", None, "Pass the tokenizer that fa.load returned.", TypeError)
+    _check_stops(tokenizer, stop_strings)
     ends = tuple(tokenizer.stop if stop is None and tokenizer is not None else stop or ())
     _check("stream", prompt, cache, steps, chunk, ends)
     start = _prefill(model, params, prompt, cache, steps, None, chunk)
@@ -289,6 +285,14 @@ def _check(door: str, prompt: Tensor, cache: Any, steps: int, chunk: int, stop: 
     if not is_absent(cache) and prompt.shape[0] > caches.capacity(cache):
         wanted = f"at most the {caches.capacity(cache)} tokens that the cache has room for"
         _checks.fail(door, "prompt", wanted, f"{prompt.shape[0]} tokens", "Make it with model.cache(size) for a larger size.")
+
+
+def _check_stops(tokenizer: Any, stop_strings: Sequence[str]) -> None:
+    if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
+        remedy = "Put a single one into a tuple; ids belong to stop."
+        _checks.fail("stream", "stop_strings", "a sequence of texts, none of them empty", repr(stop_strings), remedy, TypeError)
+    if stop_strings and tokenizer is None:
+        _checks.fail("stream", "tokenizer", "given with stop_strings", None, "Pass the tokenizer that fa.load returned.", TypeError)
 
 
 def _check_length(prompt: Tensor, prompt_length: Tensor | None) -> None:

@@ -125,7 +125,8 @@ def enter(
     assert last is not None
     logits = model.logits(params, last[-1])
     left = torch.full_like(before.left, steps)
-    here = Slot(cache, logits, key, torch.zeros_like(left), left, sampler.init(logits.shape[-1]))
+    state = sampling.prime(sampler, prompt, sampling.begin(sampler, logits))
+    here = Slot(cache, logits, key, torch.zeros_like(left), left, state)
     return slots._replace(slots=_put(slots.slots, before, here, slot))
 
 

@@ -128,6 +128,15 @@ def test_several_samples_read_their_prompt_once(run, read, folder):
     assert read == [T - 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("drafts", ["int8", "lookup"])
+def test_drafts_change_the_speed_and_not_the_text(run, monkeypatch, drafts):
+    monkeypatch.setattr(fa, "compile", lambda model: model)  # the compiler has tests of its own
+    options = ("--greedy", "--steps", "12", "The old keeper of the light by the sea")
+    plain, drafted = run("generate", *options), run("generate", "--speculate", drafts, "--draft-length", "2", *options)
+    assert (drafted.code, drafted.out) == (0, plain.out)
+    assert re.search(r"drafts: \d+ of \d+ drafted tokens stayed \(\d+%\), \d\.\d\d tokens a round in \d+ rounds\n", drafted.err)
+
+
 @pytest.mark.parametrize("several", [(), ("--num-samples", "2")], ids=["one", "two"])
 def test_a_stop_string_ends_the_text_before_it(run, several):
     whole = run("generate", "--greedy", "--steps", "12", "The sea").out.removesuffix("\n")
@@ -250,6 +259,8 @@ def test_a_terminal_is_never_steered_by_the_model(monkeypatch):
         (("generate", "--steps", "many", "x"), "--steps: should be 0 or more, got many"),
         (("generate", "--seed", str(2**63), "x"), "--seed: should be 0 or more"),
         (("generate", "--num-samples", "0", "x"), "--num-samples: should be 1 or more, got 0"),
+        (("generate", "--speculate", "int8", "--num-samples", "2", "x"), "drafts are for one text at a time"),
+        (("generate", "--speculate", "int2", "x"), "argument --speculate: invalid choice: 'int2'"),
         (("generate", "--dtype", "int8", "x"), "--dtype: should be float32 or bfloat16, got int8"),
         (("generate", "--device", "meta", "x"), "--device: should be a device of this machine, got meta"),
         (("generate", "--stop", "", "x"), "--stop: should be a text, got an empty one"),

@@ -5,9 +5,10 @@ import torch
 from torch.func import vmap
 
 import funcattn as fa
-from funcattn import drafters, sampling
-from funcattn.speculation import blockwise, speculate, tokenwise
+from funcattn import caches, drafters, sampling, transformer
+from funcattn.speculation import Stats, blockwise, speculate, stream, tokenwise
 
+MATRICES = r"layers.*\.(q|k|v|o|gate|up|down)"  # an embedding that is quantized gives float32
 SMALL = fa.Config(vocabulary=24, layers=2)
 RULES = {"tokenwise": tokenwise, "blockwise": blockwise}
 
@@ -25,15 +26,29 @@ def noisy(params, share):
     return fa.tree.map(lambda w: w + share * w.std(correction=0) * fa.random.normal(next(keys), tuple(w.shape), w.dtype), params)
 
 
+def another(model):
+    """An equal model, whose past is not the target's."""
+    return fa.decoder(transformer.parts_of(model).config)
+
+
 def each(model, params):
     says = lambda text, n: (text.index_select(0, (n - 1).reshape(1)).expand(3), n % 4)  # 0 to 3 times the last token
     return {
         "a worse model": drafters.model(model, noisy(params, 0.1), length=3),
         "a worse model that samples": drafters.model(model, noisy(params, 0.1), length=4, sampler=sampling.temperature(0.7)),
         "the same model": drafters.model(model, params, length=4),
+        "the same model with a past of its own": drafters.model(another(model), params, length=4),
+        "a worse model with a past of its own": drafters.model(another(model), noisy(params, 0.1), length=3),
+        "itself in int8": drafters.model(model, fa.quantize(fa.int8, MATRICES)(params), length=3),
+        "itself without a layer": drafters.skip(model, params, [1], length=3),
         "prompt lookup": drafters.prompt_lookup(length=5, ngram=2),
         "a function": drafters.function(says, length=3),
     }
+
+
+def foreign():
+    model = fa.decoder(fa.Config(vocabulary=30, layers=1))
+    return drafters.model(model, model.init(fa.key(0)))
 
 
 NAMES = list(each(*some()))
@@ -52,7 +67,7 @@ def test_under_greedy_the_tokens_are_those_of_generate(name, rule):
     n = int(past.length)
     torch.testing.assert_close(past.k[..., :n, :], wanted_past.k[..., :n, :])
     assert int(got.stats.rounds) + int(got.stats.accepted) in (63, 64)  # a token a round, and those accepted; the last may be cut
-    if name == "the same model":
+    if name.startswith("the same model"):
         assert int(got.stats.rounds) == 13  # 63 tokens after the first, five a round
 
 
@@ -66,7 +81,11 @@ def test_a_sampler_with_a_state_follows_the_accepted_text_alone(name):
     wanted = fa.generate(fa.key(0), model, params, PROMPT, steps=40, sampler=sampler)[0]
     got = speculate(fa.key(0), model, params, each(model, params)[name], PROMPT, steps=40, sampler=sampler)[0]
     assert got.tokens.tolist() == wanted.tolist()
-    assert int(got.stats.accepted) > 0 or name in ("prompt lookup", "a function")  # nothing is to be repeated here
+    assert int(got.stats.accepted) > 0 or name in (
+        "prompt lookup",
+        "a function",
+        "itself without a layer",
+    )  # nothing is to be repeated here
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,6 +169,68 @@ def test_few_steps_are_few_tokens(steps):
     assert int(got.count) == steps
 
 
+KINDS = {"dense": caches.Cache, "pages": caches.pages(block=4), "ring": caches.ring(window=40, sinks=1, tail=8)}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_draft_behind_the_past_of_the_target_leaves_no_trace_in_it(kind):
+    model, params = some()
+    empty = model.cache(64, kind=kind, dtype=torch.float64)
+    wanted, wanted_past = fa.generate(fa.key(0), model, params, PROMPT, empty, steps=20)
+    drafter = drafters.model(model, noisy(params, 0.3), length=4)
+    got, past = speculate(fa.key(0), model, params, drafter, PROMPT, empty, steps=20)
+    assert got.tokens.tolist() == wanted.tolist()
+    assert 0 < int(got.stats.accepted) < int(got.stats.drafted)
+    more = torch.tensor([5, 6])
+    torch.testing.assert_close(model.extend(params, more, past)[0], model.extend(params, more, wanted_past)[0])
+
+
+def test_eight_ragged_texts_are_eight_single_ones():
+    model, params = some()
+    keys = fa.split(fa.key(3), 8)
+    prompts = torch.stack([fa.random.randint(key, (9,), 0, 24) for key in keys])
+    lengths = torch.tensor([9, 2, 5, 1, 7, 3, 8, 4])
+    drafter = drafters.model(model, fa.quantize(fa.int4(group=8), MATRICES)(params), length=3)
+    one = lambda key, prompt, n: speculate(key, model, params, drafter, prompt, steps=16, stop=(7,), prompt_length=n)[0]
+    rows = vmap(one)(keys, prompts, lengths)
+    for i in range(8):
+        alone = one(keys[i], prompts[i, : lengths[i]], lengths[i])
+        assert rows.tokens[i].tolist() == alone.tokens.tolist()
+        assert (int(rows.count[i]), int(rows.stats.accepted[i])) == (int(alone.count), int(alone.stats.accepted))
+
+
+class Letters:
+    """Token n is the letter n."""
+
+    stop = ()
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + n) for n in ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stop_string_in_the_middle_of_a_draft_ends_the_text_there(name):
+    model, params = some()
+    free = fa.generate(fa.key(0), model, params, PROMPT, steps=30)[0].tolist()
+    text = Letters().decode(free)
+    for options in ({"stop_strings": (text[9:12],)}, {"stop": (free[14],)}, {}):
+        wanted = list(fa.stream(fa.key(0), model, params, PROMPT, steps=30, tokenizer=Letters(), **options))
+        pieces = list(stream(fa.key(0), model, params, each(model, params)[name], PROMPT, steps=30, tokenizer=Letters(), **options))
+        assert "".join(piece.text for piece in pieces) == "".join(piece.text for piece in wanted)
+        assert pieces[-1].tokens == wanted[-1].tokens
+        assert int(pieces[-1].cache.length) == int(wanted[-1].cache.length)
+        assert [piece.ended for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_statistics_tell_the_speedup_from_what_the_parts_cost():
+    stats = Stats(*map(torch.tensor, (10, 40, 25)))
+    assert float(stats.acceptance) == 25 / 40
+    assert float(stats.tokens_per_round) == 3.5
+    assert float(stats.speedup(0.5, 1.5)) == pytest.approx(3.5 / (4 * 0.5 + 1.5))
+    nothing = Stats(*[torch.tensor(0)] * 3)
+    assert (float(nothing.acceptance), float(nothing.tokens_per_round)) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -158,6 +239,16 @@ def test_few_steps_are_few_tokens(steps):
             "speculate: prompt should be one",
         ),
         (lambda m, p: speculate(fa.key(0), m, p, drafters.prompt_lookup(), PROMPT, steps=-1), "speculate: steps should be"),
+        (
+            lambda m, p: speculate(fa.key(0), m, p, foreign(), PROMPT, steps=3),
+            "speculate: drafter should be of the model's 24 tokens, got one of 30",
+        ),
+        (
+            lambda m, p: speculate(fa.key(0), m, p, drafters.prompt_lookup(), PROMPT, m.cache(4, dtype=torch.float64), steps=3),
+            "at most the 4 tokens that the cache has room for",
+        ),
+        (lambda m, p: drafters.skip(m, p, []), r"drafters.skip: layers should be some of 0..1, not all, got \(\)"),
+        (lambda m, p: drafters.skip(m, p, [0, 1]), "not all"),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, message):

@@ -187,3 +187,10 @@ def test_a_decoder_runs_on_the_record_of_a_user():
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("lead", [(1,), (3,), (2, 4)])
+def test_a_matrix_by_blocks_is_the_matrix(lead):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((48, 7), (*lead, 7)))
+    torch.testing.assert_close(fa.layers.linear(fa.layers.by_blocks(weight), x), x @ weight.mT)

@@ -42,6 +42,17 @@ def alone(key, prompt, steps, kind, sampler, prefix):
     return tokens[: min((tokens.index(end) for end in STOP if end in tokens), default=steps) + 1]
 
 
+def test_a_penalty_knows_the_prompt_as_in_generate():
+    sampler = chain(fa.sampling.repetition_penalty(3.0), fa.sampling.no_repeat_ngram(2), greedy)
+    slots = serving.idle(MODEL, PARAMS, empty(KINDS["dense"], 32), 2, sampler=sampler)
+    slots = serving.enter(fa.key(5), MODEL, PARAMS, TOKENS[:9], slots, 1, steps=9, sampler=sampler)
+    text = []
+    for _ in range(9):
+        served, slots = serving.step(MODEL, PARAMS, slots, sampler=sampler)
+        text.append(int(served.token[1]))
+    assert text == fa.generate(fa.key(5), MODEL, PARAMS, TOKENS[:9], steps=9, sampler=sampler)[0].tolist()
+
+
 REQUESTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=7)
 
 

@@ -7,7 +7,7 @@ from torch.func import vmap
 import funcattn as fa
 from funcattn import sampling, tree
 from funcattn.sampling import chain, greedy, law, mirostat, repetition_penalty, temperature
-from funcattn.speculation import accept, laws_along, rewind
+from funcattn.speculation import accept, laws_along, matched, rewind
 
 V, N = 6, 3
 SAMPLERS = [
@@ -72,3 +72,19 @@ def test_a_row_too_few_is_an_error():
     logits, proposed = drafted()
     with pytest.raises(ValueError, match=r"laws_along: logits should be \(N \+ 1, V\) with N = 3"):
         laws_along(chain(), logits[:N], proposed, ())
+
+
+@pytest.mark.parametrize("sampler", [greedy, chain(repetition_penalty(1.5), sampling.frequency_penalty(0.4), greedy)])
+@pytest.mark.parametrize("valid", range(N + 1))
+def test_matching_ids_is_accepting_one_hot_laws(sampler, valid):
+    for seed in range(20):
+        logits, proposed = drafted(seed)
+        state, valid = sampler.observe(torch.tensor(2), sampler.init(V)), torch.as_tensor(valid)
+        laws, states = laws_along(sampler, logits, proposed, state)
+        proposed = torch.where(torch.arange(N) < seed % (N + 1), laws.argmax(-1)[:N], proposed)  # some beginnings stay
+        laws, states = laws_along(sampler, logits, proposed, state)
+        wanted = accept(fa.key(0), laws.exp(), torch.nn.functional.one_hot(proposed, V).double(), proposed, valid)
+        found, found_states = matched(sampler, logits, proposed, valid, state)
+        assert found.tokens.tolist() == wanted.tokens.tolist()
+        assert (int(found.count), int(found.token)) == (int(wanted.count), int(wanted.token))
+        assert tree.allclose(found_states, states, atol=0, rtol=0)

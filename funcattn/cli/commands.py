@@ -92,6 +92,9 @@ def parser() -> Parser:
             command.add_argument("--profile", metavar="FILE", type=Path, help=trace)
             several = "continuations of one past, written side by side (%(default)s)"
             command.add_argument("--num-samples", metavar="N", type=count, default=1, help=several)
+            drafts = "compile, and draft by the same weights in 8 or 4 bits, or by looking the text up; the text stays the same"
+            command.add_argument("--speculate", choices=("int8", "int4", "lookup"), help=drafts)
+            command.add_argument("--draft-length", metavar="N", type=count, default=3, help="tokens of a draft (%(default)s)")
         elif module in (evaluating, benchmarking, pretraining, finetuning, quantizing):
             module.add_options(command)
     return whole_parser

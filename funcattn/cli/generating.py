@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import funcattn as fa
 
-from .. import sampling
+from .. import drafters, sampling, speculation
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
 from .terminal import report, say, shown, working
 
@@ -30,7 +30,11 @@ def run(options: argparse.Namespace) -> None:
     prompt = torch.tensor(ids, device=options.device)
     keys = fa.split(key_of(options), options.num_samples)
     if options.num_samples > 1:
+        if options.speculate:
+            raise ValueError("drafts are for one text at a time. Leave out --num-samples or --speculate.")
         return _write_samples(session, prompt, keys, sampler, steps, options)
+    if options.speculate:
+        return _write_drafted(session, prompt, keys[0], sampler, steps, options)
     pieces = fa.stream(
         *(keys[0], session.model, session.params, prompt),
         steps=steps,
@@ -57,6 +61,33 @@ def profiled(file: Path | None) -> Iterator[None]:
     for event in costliest:
         say(f"{event.key[:60]:<{min(width, 60)}}  {event.self_cpu_time_total / 1e3:9.1f} ms  {event.count:6} calls")
     say(f"trace in {file}")
+
+
+def _write_drafted(
+    session: Session, prompt: Tensor, key: Tensor, sampler: sampling.Sampler, steps: int, options: argparse.Namespace
+) -> None:
+    """Write with drafts, and tell how they did."""
+    model, N = fa.compile(session.model), options.draft_length
+    if options.speculate == "lookup":
+        drafter = drafters.prompt_lookup(length=N)
+    else:
+        with working("Quantizing the draft"):
+            scheme = fa.int8 if options.speculate == "int8" else fa.int4(group=64)
+            drafter = drafters.model(model, fa.quantize(scheme)(session.params), length=N, sampler=sampler)
+    pieces = speculation.stream(
+        *(key, model, session.params, drafter, prompt),
+        steps=steps,
+        tokenizer=session.tokenizer,
+        sampler=sampler,
+        stop_strings=options.stop,
+    )
+    last = None
+    for piece in write(pieces, f"{len(prompt)} tokens"):
+        last = piece
+    if isinstance(last, speculation.Piece):
+        stats = last.stats
+        kept = f"{int(stats.accepted)} of {int(stats.drafted)} drafted tokens stayed ({float(stats.acceptance):.0%})"
+        say(f"drafts: {kept}, {float(stats.tokens_per_round):.2f} tokens a round in {int(stats.rounds)} rounds")
 
 
 def _write_samples(

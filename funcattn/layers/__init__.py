@@ -14,7 +14,7 @@ from .experts import linear_experts, route
 from .gates import ACTIVATIONS, activate, gated
 from .norms import layer_norm, rms_norm
 from .prepared import SEVERAL, prepare
-from .products import BLOCK, Blocks, embed, in_blocks, is_vector, linear, rows_times
+from .products import BLOCK, Blocks, by_blocks, embed, is_vector, linear, rows_times
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "Rotation",
     "SEVERAL",
     "activate",
-    "in_blocks",
+    "by_blocks",
     "embed",
     "frequencies",
     "gated",

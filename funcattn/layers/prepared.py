@@ -13,7 +13,7 @@ from weakref import ref
 
 from torch import Tensor
 
-from .products import BLOCK, in_blocks
+from .products import BLOCK, by_blocks
 
 SEVERAL = 8  # vectors at once, at most, whose products are written out: each has a sum of its own, in a register
 
@@ -54,5 +54,5 @@ def _(weight: Tensor, rows: int) -> Tensor:
     if rows > SEVERAL or weight.dim() != 2 or weight.device.type != "cpu":
         return weight
     if rows > 1:
-        return weight if len(weight) % BLOCK else kept([weight], lambda: in_blocks(weight), "blocks")
+        return weight if len(weight) % BLOCK else kept([weight], lambda: by_blocks(weight), "blocks")
     return weight if weight.is_contiguous() else kept([weight], weight.contiguous, "rows")

@@ -53,13 +53,13 @@ def rows_times(weight: Tensor, x: Tensor) -> Tensor:
 class Blocks(NamedTuple):
     """A matrix (N, K) stored for products with a few vectors at once: entries (N / 16, K, 16), column by column in blocks of rows.
 
-    `in_blocks` makes it; compiled code reads it once for all vectors.
+    `by_blocks` makes it; compiled code reads it once for all vectors.
     """
 
     entries: Tensor
 
 
-def in_blocks(weight: Tensor) -> Blocks:
+def by_blocks(weight: Tensor) -> Blocks:
     """A matrix (N, K) whose N is a multiple of 16, stored anew."""
     return Blocks(weight.unflatten(0, (-1, BLOCK)).mT.contiguous())
 

@@ -3,8 +3,8 @@
     rules           tokenwise, blockwise: which of the drafted tokens stay, as functions of the uniforms
     acceptance      accept, acceptance_pmf: one row, static shapes, branch-free
     branches        accept_tree, accept_among: a tree of drafts, drawn without replacement or with
-    verification    laws_along, rewind: samplers with a state along a draft
-    decoding        speculate: generate with drafts
+    verification    laws_along, matched, rewind: samplers with a state along a draft
+    decoding        speculate, stream: generate with drafts
 
 The token that is emitted has the law of the target, exactly, if `draft` is the law that the draft was drawn from: after
 temperature, filters and penalties, in the dtype that was drawn from. `sampling.law` gives both.
@@ -12,14 +12,15 @@ temperature, filters and penalties, in the dtype that was drawn from. `sampling.
 
 from .acceptance import Accepted, accept, acceptance_pmf
 from .branches import Branched, accept_among, accept_tree, tree_pmf
-from .decoding import Speculated, Stats, speculate
+from .decoding import Piece, Speculated, Stats, speculate, stream
 from .rules import Regions, Rule, blockwise, tokenwise
-from .verification import Along, laws_along, rewind
+from .verification import Along, laws_along, matched, rewind
 
 __all__ = [
     "Accepted",
     "Along",
     "Branched",
+    "Piece",
     "Regions",
     "Rule",
     "Speculated",
@@ -30,8 +31,10 @@ __all__ = [
     "acceptance_pmf",
     "blockwise",
     "laws_along",
+    "matched",
     "rewind",
     "speculate",
+    "stream",
     "tokenwise",
     "tree_pmf",
 ]

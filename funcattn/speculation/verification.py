@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import _checks, tree
 from ..records import record
-from ..sampling import Sampler, weigh
+from ..sampling import Sampler, greedy, weigh
+from .acceptance import Accepted
 
 
 @record
@@ -51,6 +52,37 @@ def laws_along(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -
         if n < len(proposed):
             state = sampler.observe(proposed[n], state)
     return Along(torch.stack(laws), tree.map(lambda *leaves: torch.stack(leaves), *states))
+
+
+def matched(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, state: Any) -> tuple[Accepted, Any]:
+    """`accept` where the sampler leaves one token: drafts stay while they are that token. No law is computed.
+
+    Args:
+        sampler: a deterministic one.
+        logits, proposed, state: as in `laws_along`.
+        valid: int64 (), how many of the N count.
+
+    Returns:
+        What `accept` gives, and the states of `laws_along`.
+
+    Law: equal to `accept` of the laws along the draft (test_verification.py).
+    """
+    N = len(proposed)
+    if sampler is greedy:
+        chosen, states = logits.argmax(-1), tree.map(lambda leaf: leaf.expand(N + 1, *leaf.shape), state)
+    else:
+        picks, kept = [], []
+        for n, row in enumerate(logits.unbind()):
+            left, state = sampler.update(row if row.dtype == torch.float64 else row.float(), state)
+            picks.append(left.argmax(-1))
+            kept.append(state)
+            if n < N:
+                state = sampler.observe(proposed[n], state)
+        chosen, states = torch.stack(picks), tree.map(lambda *leaves: torch.stack(leaves), *kept)
+    places = torch.arange(N + 1, device=proposed.device)
+    count = ((chosen[:N] == proposed) & (places[:N] < valid)).long().cumprod(0).sum()
+    token = chosen.index_select(0, count.reshape(1))[0]
+    return Accepted(count, token, torch.where(places <= count, chosen, -1)), states
 
 
 def rewind(states: Any, count: Tensor) -> Any:

@@ -1,0 +1,73 @@
+"""How much faster is a text written with drafts, compiled, than the same text token by token, compiled?
+
+    python benchmarks/speculation.py [--threads 2] [--tokens 64] [--length 3] [--rounds 3]
+
+SmolLM2-135M in float32, greedy, batch one. Both write the same text and take turns. Drafts come from the same weights in fewer
+bits, read behind the target's own past, and from the text itself where the prompt asks to repeat it with a change. Prefill is part
+of both.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+from _timing import interleave
+
+import funcattn as fa
+
+CHATS = {
+    "facts": "What is the capital of France? Then tell me about the city.",
+    "story": "Write a short story about a lighthouse keeper.",
+    "science": "Explain how photosynthesis works.",
+    "recipe": "Give me a recipe for bread.",
+}
+EDIT = """Copy this text, and change Tom to Anna: Tom walked to the old harbour in the morning. The boats were still asleep, and \
+the gulls stood in a row on the wall. Tom sat down beside them and opened his bag. There was bread in it, and a letter that he had \
+not read yet."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--length", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--schemes", nargs="*", default=["int8", "int4"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    loaded = fa.load("smollm2-135m")
+    model, N = fa.compile(fa.decoder(loaded.config)), options.length
+    schemes = {"int8": fa.int8, "int4": fa.int4(group=64)}
+    drafts = {name: fa.drafters.model(model, fa.quantize(schemes[name])(loaded.params), length=N) for name in options.schemes}
+    lookup = {"prompt lookup": fa.drafters.prompt_lookup(length=N)}
+    with torch.no_grad():
+        for name, chat in CHATS.items() if drafts else ():
+            compare(name, model, loaded, chat, drafts, options)
+        compare("edit", model, loaded, EDIT, lookup, options)
+
+
+def compare(
+    name: str,
+    model: fa.Model,
+    loaded: fa.Loaded,
+    chat: str,
+    drafts: dict[str, fa.drafters.Drafter],
+    options: argparse.Namespace,
+) -> None:
+    prompt = torch.tensor(loaded.tokenizer.prompt([{"role": "user", "content": chat}]))
+    print(f"\n{name}: {len(prompt)} tokens, and {options.tokens} more", flush=True)
+    plain = partial(fa.generate, fa.key(0), model, loaded.params, prompt, steps=options.tokens)
+    wanted = plain()[0]
+    candidates = {"token by token": plain}
+    for kind, drafter in drafts.items():
+        run = partial(fa.speculate, fa.key(0), model, loaded.params, drafter, prompt, steps=options.tokens)
+        done = run()[0]
+        same = int((done.tokens == wanted).long().cumprod(0).sum())
+        stats = done.stats
+        print(f"{kind}: acceptance {stats.acceptance:.2f}, {stats.tokens_per_round:.2f} tokens a round, {same} tokens the same")
+        candidates[kind] = run
+    interleave(candidates, repeats=options.rounds, warmup=0)
+
+
+if __name__ == "__main__":
+    main()
