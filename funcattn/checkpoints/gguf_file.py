@@ -25,10 +25,11 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from torch import Tensor
 
-from .. import families
+from .. import families, tree
 from .._checks import fail
 from ..families import CheckpointError
 from ..transformer import Config, Params
+from . import quantized
 
 READ = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 LONGEST_NAME = 2**16 - 1  # bytes, by the specification
@@ -200,8 +201,10 @@ def read_tensor(data: mmap.mmap | bytes, entry: Entry) -> Tensor:
     return torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
 
 
-def read_gguf(path: Path, dtype: torch.dtype | None = None) -> tuple[Config, Params, dict[str, Any]]:
-    """Config, weights (dequantized, q and k half-split) and metadata of a GGUF file."""
+def read_gguf(
+    path: Path, dtype: torch.dtype | None = None, *, keep_quantized: bool = False
+) -> tuple[Config, Params, dict[str, Any]]:
+    """Config, weights (dequantized or as records, q and k half-split) and metadata of a GGUF file."""
     with path.open("rb") as file:
         if not path.stat().st_size:
             fail("load", str(path), "a model", "an empty file", "Fetch it again.", CheckpointError)
@@ -227,8 +230,14 @@ def read_gguf(path: Path, dtype: torch.dtype | None = None) -> tuple[Config, Par
     found = {name: entry.shape for name, entry in tensors.items()}
     families.match({spelled[path]: shape for path, shape in families.shapes(config).items()}, found, path.name)
 
-    def leaf(path: str) -> Tensor:
-        weight, kind = read_tensor(data, tensors[spelled[path]]), path.rpartition(".")[2]
+    def leaf(path: str) -> Any:
+        entry, kind = tensors[spelled[path]], path.rpartition(".")[2]
+        if keep_quantized and entry.type in quantized.BLOCKS and len(entry.shape) == 2:
+            record = quantized.from_blocks(data, entry.start, *entry.shape, entry.type)
+            if kind not in family.rotated:
+                return record
+            return tree.map(lambda field: families.half_split(field, config.head_size), record)
+        weight = read_tensor(data, entry)
         if kind in family.rotated:
             weight = families.half_split(weight, config.head_size)
         if family.offset and kind.endswith("norm"):

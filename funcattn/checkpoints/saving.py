@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import families
-from .._checks import fail, shape
+from .. import families, quantization
+from .._checks import fail
 from ..families import CheckpointError
 from ..transformer import Config, Params
+from . import quantized
 from .folder import DTYPES, INDEX, WEIGHTS
 from .tokenizer import Tokenizer
 
@@ -40,7 +41,8 @@ def save(
 
     Args:
         folder: a new one, or one that `save` wrote, which is replaced. One that holds anything else is refused.
-        config, params: of one another; weights are floating tensors, each saved in its own dtype.
+        config, params: of one another; weights are floating tensors, each saved in its own dtype, or quantized records of this
+            library, which only it reads back (config.json says so, and other readers refuse it).
         tokenizer: None leaves its files out.
         shard_size: bytes of weights above which they are spread over several files.
 
@@ -51,8 +53,9 @@ def save(
     Law: load(save(...)) is what was saved, bit for bit (test_checkpoints.py::test_a_saved_model_comes_back_bit_for_bit).
     """
     settings = families.write_config(config)
-    tensors = _named(config, params)
-    settings["dtype"] = str(params.embedding.dtype).removeprefix("torch.")
+    tensors, kinds = quantized.apart(_named(config, params))
+    settings["dtype"] = str(getattr(params.embedding, "dtype", params.norm.dtype)).removeprefix("torch.")
+    settings = quantized.settings(settings, kinds)
     files = {} if tokenizer is None else tokenizer.files()
     if tokenizer is not None and tokenizer.stop:
         settings["eos_token_id"] = list(tokenizer.stop)
@@ -77,14 +80,19 @@ def _named(config: Config, params: Params) -> dict[str, Tensor]:
             "Pass the Config that they belong to.",
         )
     for path, leaf in leaves.items():
-        if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, (Tensor, *quantization.RECORDS)):
             remedy = "Dequantize the weights first: fa.dequantize(params)."
             fail("save", path, "a tensor", f"a {type(leaf).__name__}", remedy, TypeError)
-        if shape(leaf) != needed[path]:
-            fail("save", path, f"{needed[path]} as in the Config", shape(leaf), "Pass the Config that they belong to.")
-        if leaf.dtype not in DTYPES.values():
+        if tuple(leaf.shape) != needed[path]:
+            fail("save", path, f"{needed[path]} as in the Config", tuple(leaf.shape), "Pass the Config that they belong to.")
+        if isinstance(leaf, Tensor) and leaf.dtype not in DTYPES.values():
             fail("save", path, f"of a dtype among {', '.join(map(str, DTYPES.values()))}", leaf.dtype, "Cast it.", TypeError)
-    return families.pack(config, families.whereabouts(families.family_for(config), config), leaves)
+    places = families.whereabouts(families.family_for(config), config)
+    for source in places:
+        if source.is_changed and not all(isinstance(leaves[path], Tensor) for path in source.paths):
+            remedy = "The family stores it transposed or joined with others: dequantize it, fa.dequantize(params)."
+            fail("save", source.paths[0], "a tensor", f"a {type(leaves[source.paths[0]]).__name__}", remedy, TypeError)
+    return families.pack(config, places, leaves)
 
 
 def _write_tensors(draft: Path, tensors: Mapping[str, Tensor], shard_size: int) -> None:

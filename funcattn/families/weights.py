@@ -25,6 +25,11 @@ class Source:
     names: tuple[str, ...]
     pack: Pack
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether the tensors are other than the leaves: joined, split or transposed."""
+        return self.pack is not PLAIN
+
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Path -> the shape that the leaf must have."""

@@ -10,9 +10,10 @@ A scheme of one's own is a record, its `dequantize`, and a value with `encode`: 
 
 from .schemes import Scheme, fp8, int4, int8, nf4, ternary, w8a8
 from .transforms import Report, Where, dequantize, quantize, report
-from .weights import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary, expand, is_quantized
+from .weights import RECORDS, Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary, expand, is_quantized
 
 __all__ = [
+    "RECORDS",
     "Codebook",
     "Fp8",
     "Int4",

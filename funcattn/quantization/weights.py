@@ -98,6 +98,9 @@ class Ternary(NamedTuple):
         return *self.codes.shape[:-1], 4 * self.codes.shape[-1]
 
 
+RECORDS = (Int8, Int8Dynamic, Int4, Codebook, Fp8, Ternary)
+
+
 @functools.singledispatch
 def expand(weight: Any) -> Tensor:
     """The matrix (N, K) that a quantized record stands for, in float32. A record of one's own registers: `@expand.register`."""
