@@ -1,6 +1,7 @@
 """Quantized trees: what they stand for, what their products are worth, every transform through them, and what is refused."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -404,3 +405,13 @@ def test_a_mistake_is_one_clear_error(call, kind, message):
     with pytest.raises(kind) as error:
         call()
     assert message in str(error.value)
+
+
+def test_the_documentation_runs():
+    text = (Path(__file__).parent.parent / "docs" / "quantization.md").read_text()
+    names = {"__name__": "quantization"}
+    for block in text.split("```python\n")[1:]:
+        exec(compile(block.split("```")[0], "quantization.md", "exec"), names)
+    chosen = {path for path, leaf in fa.tree.items(names["signs"], is_leaf=is_quantized) if is_quantized(leaf)}
+    assert "layers.0.up" in chosen
+    assert "layers.0.q" not in chosen
