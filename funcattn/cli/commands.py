@@ -13,7 +13,7 @@ from pathlib import Path
 
 import funcattn as fa
 
-from . import benchmarking, chatting, evaluating, finetuning, generating, inspecting, pretraining
+from . import benchmarking, chatting, evaluating, finetuning, generating, inspecting, pretraining, quantizing
 from .arguments import TINY, Parser, device, dtype, number, stop
 from .terminal import CUT_OFF, INTERRUPTED, complain
 
@@ -81,6 +81,7 @@ def parser() -> Parser:
         ("bench", benchmarking, [weights], "time decoding on this machine, against its memory"),
         ("train", pretraining, [], "train a small model on a text, from nothing"),
         ("finetune", finetuning, [], "adapt a model to a text, by matrices of low rank"),
+        ("quantize", quantizing, [weights], "write a model with weights of fewer bits"),
     ):
         command = commands.add_parser(name, parents=parents, help=help, description=f"{help.capitalize()}.")
         command.set_defaults(run=module.run)
@@ -91,6 +92,6 @@ def parser() -> Parser:
             command.add_argument("--profile", metavar="FILE", type=Path, help=trace)
             several = "continuations of one past, written side by side (%(default)s)"
             command.add_argument("--num-samples", metavar="N", type=count, default=1, help=several)
-        elif module in (evaluating, benchmarking, pretraining, finetuning):
+        elif module in (evaluating, benchmarking, pretraining, finetuning, quantizing):
             module.add_options(command)
     return whole_parser

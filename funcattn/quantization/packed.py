@@ -54,13 +54,13 @@ def pack_int8(codes: Tensor, scale: Tensor) -> PackedInt8 | None:
 
 def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
     """For sizes that the kernel takes, else None. Packed once for each weight, and kept while the weight is."""
-    if codes.dim() != 2 or codes.device.type != "cpu":
-        return None
-    (N, half), G = codes.shape, scale.shape[-1]
-    if N % 16 or 2 * half // G not in (32, 64, 128, 256):
-        return None
 
-    def make() -> PackedInt4:
+    def make() -> PackedInt4 | None:
+        if codes.dim() != 2 or codes.device.type != "cpu":
+            return None
+        (N, half), G = codes.shape, scale.shape[-1]
+        if N % 16 or 2 * half // G not in (32, 64, 128, 256):
+            return None
         numbers = packing.unpack(codes, G, 4).to(torch.int32)
         wide = scale.double()
         grid = torch.stack([wide.mT, (zero.double() + 8 * wide).mT], -1).to(torch.bfloat16).contiguous()

@@ -1,0 +1,72 @@
+"""`funcattn quantize`: a model with weights of fewer bits, as a folder that `fa.load` reads.
+
+What became of each matrix goes to stdout. With a text, its perplexity before and after does too; with `--gptq` another text chooses
+the codes.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from .. import calibration, checkpoints, evaluation, quantization, tree
+from .arguments import number
+from .sessions import Session, load
+from .terminal import working
+
+SCHEMES = {name: getattr(quantization, name) for name in ("int8", "int4", "w8a8", "nf4", "fp8", "ternary")}
+CONTEXT = 512  # tokens read at once for the perplexity
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = command.add_argument
+    add("--scheme", choices=SCHEMES, default="int4", help="of the matrices of the layers (%(default)s)")
+    add("--group", metavar="N", type=number(int, 1, 2**31, "1 or more"), help="columns that share a scale (the scheme's own)")
+    add("--gptq", metavar="TEXT", type=Path, help="a file of UTF-8, to which int4, int8 and w8a8 fit their codes")
+    add("--text", metavar="TEXT", type=Path, help="a file of UTF-8: tell its perplexity before and after")
+    add("-o", "--output", metavar="FOLDER", type=Path, required=True, help="a new folder, or one that was written before")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    scheme = SCHEMES[options.scheme]
+    if options.group is not None:
+        if not hasattr(scheme, "group"):
+            raise ValueError(f"--group is for int8, int4, nf4 and ternary: {options.scheme} has one scale a row. Leave it out.")
+        scheme = scheme(group=options.group)
+    texts = {path: path.read_text(encoding="utf-8") for path in (options.gptq, options.text) if path is not None}
+    session = load(options)
+    if any(quantization.is_quantized(leaf) for leaf in tree.leaves(session.params, is_leaf=quantization.is_quantized)):
+        raise ValueError(f"{options.model} is quantized already. Give the model that it was made of.")
+    ids = {path: torch.tensor(session.tokenizer.encode(text), device=options.device) for path, text in texts.items()}
+    if options.text is not None and len(ids[options.text]) < 2:
+        raise ValueError(f"{options.text} has {len(ids[options.text])} tokens, and is scored from the second. Give a longer one.")
+    if options.gptq is None:
+        with working("Quantizing"):
+            params = quantization.quantize(scheme)(session.params)
+    else:
+        params = _fitted(session, ids[options.gptq], scheme)
+    print(quantization.report(session.params, params))
+    if options.text is not None:
+        for when, weights in (("before", session.params), ("after", params)):
+            print(f"perplexity {when:<7} {_perplexity(session, weights, ids[options.text]):.4f}")
+    checkpoints.save(options.output, session.config, params, session.tokenizer)
+
+
+def _fitted(session: Session, tokens: torch.Tensor, scheme: Any) -> Any:
+    """The weights after GPTQ, with a bar on stderr where somebody looks at it."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Layers", total=session.config.layers)
+        show = lambda done, of: bar.update(task, completed=done, total=of)
+        return calibration.gptq(session.model, tokens, scheme, progress=show)(session.params)
+
+
+def _perplexity(session: Session, params: Any, tokens: torch.Tensor) -> float:
+    limit = session.config.limit()
+    with torch.no_grad():
+        return float(evaluation.perplexity(session.model, params, tokens, context=min(CONTEXT, limit or CONTEXT)))
