@@ -18,7 +18,7 @@ from .. import families
 from .._checks import fail
 from ..families import CheckpointError
 from ..transformer import Config, Params
-from . import quantized
+from . import compressed
 from .tokenizer import Tokenizer, from_files
 
 SMALL, LARGE = 2**22, 2**26  # bytes of a file of settings, of tokenizer.json or an index; Gemma's, the largest seen, has 2**25
@@ -33,7 +33,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_folder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Config, Params, Tokenizer | None]:
     """Config, weights and tokenizer (None where there is no tokenizer.json) of a folder."""
     settings = read_json(folder / "config.json")
-    kinds = quantized.kinds_in(settings)
+    kinds = compressed.kinds_in(settings)
     config = families.read_config(settings)
     files = _weight_files(folder)
     return config, _read_weights(folder, files, settings, config, dtype, kinds), _read_tokenizer(folder, settings)
@@ -100,13 +100,13 @@ def _read_weights(
     family = families.family_of(settings.get("model_type"), "model_type in config.json")
     found: dict[str, tuple[int, ...]] = {}
     where: dict[str, Any] = {}
-    parts = {stored for name, kind in kinds.items() for stored in quantized.fields(name, kind).values()}
+    parts = {stored for name, kind in kinds.items() for stored in compressed.fields(name, kind).values()}
     for path in files:
         with _safetensors_errors(path):
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(name)
-                known = part.get_dtype() in DTYPES or (name in parts and part.get_dtype() in quantized.CODES)
+                known = part.get_dtype() in DTYPES or (name in parts and part.get_dtype() in compressed.CODES)
                 if not known and not family.harmless.fullmatch(name):
                     _refuse(f"the type of {name} in {path.name}", f"one of {', '.join(DTYPES)}", part.get_dtype())
                 if name in found:
@@ -123,16 +123,14 @@ def _read_weights(
         return records[name] if name in records else tensor(name, dtype)
 
     if family.prefix and found and not any(name.startswith(family.prefix) for name in found):  # as some writers leave it out
-        found, where, records = (
-            {family.prefix + name: value for name, value in table.items()} for table in (found, where, records)
-        )
+        found, where = ({family.prefix + name: value for name, value in table.items()} for table in (found, where))
     records = {}
     for name, kind in kinds.items():
-        for stored in quantized.fields(name, kind).values():
+        for stored in compressed.fields(name, kind).values():
             if stored not in found:
                 _refuse(f"tensors of {folder}", f"those of config.json, {stored} among them", "none of this name")
-        records[name] = quantized.together(name, kind, tensor)
-        for stored in quantized.fields(name, kind).values():
+        records[name] = compressed.together(name, kind, tensor)
+        for stored in compressed.fields(name, kind).values():
             del found[stored]
         found[name] = records[name].shape
     head, embedding = family.tensors["head"], family.tensors["embedding"]

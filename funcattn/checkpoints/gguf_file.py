@@ -29,7 +29,7 @@ from .. import families, tree
 from .._checks import fail
 from ..families import CheckpointError
 from ..transformer import Config, Params
-from . import quantized
+from . import compressed
 
 READ = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 LONGEST_NAME = 2**16 - 1  # bytes, by the specification
@@ -232,8 +232,8 @@ def read_gguf(
 
     def leaf(path: str) -> Any:
         entry, kind = tensors[spelled[path]], path.rpartition(".")[2]
-        if keep_quantized and entry.type in quantized.BLOCKS and len(entry.shape) == 2:
-            record = quantized.from_blocks(data, entry.start, *entry.shape, entry.type)
+        if keep_quantized and entry.type in compressed.BLOCKS and len(entry.shape) == 2:
+            record = compressed.from_blocks(data, entry.start, *entry.shape, entry.type)
             if kind not in family.rotated:
                 return record
             return tree.map(lambda field: families.half_split(field, config.head_size), record)

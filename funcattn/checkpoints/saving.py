@@ -20,7 +20,7 @@ from .. import families, quantization
 from .._checks import fail
 from ..families import CheckpointError
 from ..transformer import Config, Params
-from . import quantized
+from . import compressed
 from .folder import DTYPES, INDEX, WEIGHTS
 from .tokenizer import Tokenizer
 
@@ -53,9 +53,9 @@ def save(
     Law: load(save(...)) is what was saved, bit for bit (test_checkpoints.py::test_a_saved_model_comes_back_bit_for_bit).
     """
     settings = families.write_config(config)
-    tensors, kinds = quantized.apart(_named(config, params))
+    tensors, kinds = compressed.apart(_named(config, params))
     settings["dtype"] = str(getattr(params.embedding, "dtype", params.norm.dtype)).removeprefix("torch.")
-    settings = quantized.settings(settings, kinds)
+    settings = compressed.settings(settings, kinds)
     files = {} if tokenizer is None else tokenizer.files()
     if tokenizer is not None and tokenizer.stop:
         settings["eos_token_id"] = list(tokenizer.stop)
