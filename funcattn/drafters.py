@@ -135,7 +135,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
         cache = caches.with_length(state.cache, certain)
         return keep_states(tokens, count, state)._replace(cache=cache, certain=certain)
 
-    sharing = Sharing(model, share, lambda *given: read(*given, False), keep_states)
+    sharing = Sharing(model, share, lambda key, last, state: read(key, last, state, False), keep_states)
     return Drafter(init, propose, keep, length, _vocabulary(params), sharing)
 
 

@@ -266,8 +266,8 @@ def test_a_vector_is_multiplied_row_by_row_where_it_is_compiled():
 def test_a_few_tokens_are_multiplied_in_one_loop_over_the_matrix(really):
     model, fast, params = really
     past = model.apply(params, tokens(9), model.cache(20))[1]
-    (found, codes) = run_and_get_code(lambda: fa.compile(model).extend(params, tokens(3), past)[0])
-    torch.testing.assert_close(found, model.extend(params, tokens(3), past)[0])
+    (found, codes) = run_and_get_code(lambda: fa.compile(model).hidden(params, tokens(3), past)[0])
+    torch.testing.assert_close(found, model.hidden(params, tokens(3), past)[0])
     assert not any("extern_kernels.mm" in code or "extern_kernels.addmm" in code for code in codes)
 
 
