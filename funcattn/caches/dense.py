@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,14 @@ def _(cache: Cache, delta: Delta, n: Any, donate: bool) -> Cache:
 
 
 def _copied(x: Tensor, length: int) -> Tensor:
-    """A copy of the rows that count. The others may hold anything, so what is only reserved costs nothing: no page is touched."""
-    copy = torch.empty_like(x)
+    """A copy of the rows that count, zeros behind them."""
+    copy = _zeros(x)
     copy[..., :length, :] = x[..., :length, :]
     return copy
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros whose pages nobody has touched, so what is only reserved costs nothing: torch writes them, numpy asks the system."""
+    if like.device.type != "cpu":
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    return torch.from_numpy(np.zeros(like.numel() * like.element_size(), np.uint8)).view(like.dtype).view(like.shape)
