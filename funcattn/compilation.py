@@ -33,12 +33,13 @@ from torch import Tensor
 from . import _checks, caches, layers, taps, transformer, tree
 from ._autodiff import transforming
 from .caches import Branch, Cache, Delta
-from .kernels import Part
+from .kernels import Part, choice
 from .masks import Mask
 from .records import ABSENT, Model, is_absent
 from .transformer import Config, Kind, Layer, Params
 
 SEVERAL = layers.SEVERAL  # vectors at once, at most, whose products are written out
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 FEW = 16  # new tokens, at most, of a step that is compiled; beyond, matrix products are the cost, and they are the library's
 DEEPEST = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 
@@ -128,8 +129,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         _check_step(cache)
         proposed, delta = extend(params, tokens, cache)
         after = caches.commit_own(cache, delta, tokens.shape[-1])
-        given = cache.own.length if isinstance(cache, Branch) else cache.length
-        given.fill_(caches.DONATED)
+        _tail(cache).length.fill_(caches.DONATED)
         return proposed, after
 
     made = Compiled(model.init, model.cache, hidden, logits, extend, apply)
@@ -137,22 +137,29 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     return made
 
 
-def _is_plain(params: Any, x: Tensor) -> bool:
-    """Nobody differentiates, maps, traces or listens."""
-    if transforming() or torch.compiler.is_compiling() or taps.heard():
+def _is_plain(*trees: Any) -> bool:
+    """Nobody differentiates, maps, traces or listens, and no kernel or other precision was asked for."""
+    if transforming() or torch.compiler.is_compiling() or taps.heard() or choice.current() is not None:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in tree.leaves(params))))
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tree.leaves(trees)))
 
 
 def _is_plain_step(params: Any, tokens: Tensor, cache: Any) -> bool:
     """A few tokens behind a dense past."""
     if not isinstance(tokens, Tensor) or tokens.dim() != 1 or not 0 < len(tokens) <= FEW:
         return False
-    return _is_dense(cache) and _is_plain(params, cache.own.k if isinstance(cache, Branch) else cache.k)
+    return _is_dense(cache) and _is_plain(params, cache)
 
 
 def _is_dense(cache: Any) -> bool:
     return isinstance(cache, Cache) or (isinstance(cache, Branch) and _is_dense(cache.prefix) and _is_dense(cache.own))
+
+
+def _tail(cache: Any) -> Cache:
+    """The part of a dense past that is written."""
+    return _tail(cache.own) if isinstance(cache, Branch) else cache
 
 
 def _check_step(cache: Any) -> None:
@@ -171,10 +178,8 @@ def _depth(config: Config, depth: int | None) -> int:
     kinds = [config.kind(i) for i in range(config.layers)]
     alike = lambda n: all(kinds[i : i + n] == kinds[:n] for i in range(0, config.layers, n))
     divisors = [n for n in range(1, config.layers + 1) if config.layers % n == 0 and alike(n)]
-    small = [n for n in divisors if n <= DEEPEST]
-    if small and not (small == [1] and len(divisors) > 1 and divisors[1] <= 2 * DEEPEST):
-        return small[-1]
-    return min(DEEPEST if len(divisors) < 2 else divisors[1], config.layers)
+    several = [n for n in divisors if 1 < n <= DEEPEST] or [n for n in divisors if n <= 2 * DEEPEST][-1:]
+    return several[-1] if several else min(DEEPEST, config.layers)
 
 
 class _Stack:
@@ -195,7 +200,7 @@ class _Stack:
         for first in range(0, config.layers, self.depth):
             kinds = self.kinds[first : first + self.depth]
             weights = params.layers[first : first + self.depth]
-            weights = tuple(Layer(*(layers.prepare(weight, T) for weight in layer)) for layer in weights)
+            weights = tuple(_prepared(layer, T) for layer in weights)
             here = tuple(past.of(slice(first, first + self.depth)) for past in pasts)
             run = self.function(("layers", kinds, _kinds_of(weights), T, tuple(past.k.shape for past in here), x.dtype), _layers)
             x, k, v = run(config, kinds, self.kernel, weights, x, places, here)
@@ -235,9 +240,14 @@ class _Stack:
         return self.compiled[form]
 
 
+def _prepared(layer: Layer, T: int) -> Layer:
+    """The layer with its matrices in the form that products with T vectors want."""
+    return layer._replace(**{name: layers.prepare(getattr(layer, name), T) for name in MATRICES})
+
+
 def _kinds_of(weights: Sequence[Layer]) -> tuple[Any, ...]:
     """What tells weights apart by what is compiled for them: a record is another graph than a matrix."""
-    return tuple(_kind_of(weight) for layer in weights for weight in layer)
+    return tuple(_kind_of(getattr(layer, name)) for layer in weights for name in MATRICES)
 
 
 def _kind_of(weight: Any) -> Any:

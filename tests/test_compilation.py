@@ -12,7 +12,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
-from funcattn import caches
+from funcattn import caches, compilation
 from funcattn.caches import Branch
 
 CONFIG = fa.Config(vocabulary=40, width=32, layers=2, heads=4, kv_heads=2, head_size=8, feed_forward=48, context=600)
@@ -223,6 +223,41 @@ def test_a_past_that_was_donated_is_an_error_with_all_its_forks(made):
     with pytest.raises(ValueError, match="was donated"):
         fa.commit(past, model.extend(params, tokens(1), kept)[1])
     assert fast.extend(params, tokens(1), kept)[0].isfinite().all()
+
+
+def test_a_donated_branch_of_branches_is_gone_too(made):
+    model, fast, params = made("llama")
+    kept = lambda n: model.apply(params, tokens(n), model.cache(20, dtype=torch.float64))[1]
+    past = Branch(kept(3), Branch(kept(2), kept(1)))
+    fast.step(params, tokens(1), past)
+    with pytest.raises(ValueError, match="was donated"):
+        fast.extend(params, tokens(1), past)
+
+
+def test_a_kernel_that_is_forced_is_not_passed_over(made, monkeypatch):
+    model, fast, params = made("llama")
+    past = pasts(model, params)[0]
+    called = []
+    monkeypatch.setattr(compilation._Stack, "hidden", lambda *_: called.append(1) or model.hidden(params, tokens(1), past))
+    with fa.kernels.use("reference"):
+        fast.hidden(params, tokens(1), past)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast.hidden(fa.cast(torch.float32)(params), tokens(1), fa.cast(torch.float32)(past))
+    assert not called
+    fast.hidden(params, tokens(1), past)
+    assert called
+
+
+def test_a_prefix_that_is_differentiated_runs_as_the_model(made):
+    model, fast, params = made("llama")
+    branch = pasts(model, params)[3]
+    found = []
+    for each in (fast, model):
+        k = branch.prefix.k.clone().requires_grad_()
+        each.extend(params, tokens(1), Branch(branch.prefix._replace(k=k), branch.own))[0].square().sum().backward()
+        found.append(k.grad)
+    assert torch.equal(*found)
+    assert found[0].any()
 
 
 # What the compiler makes of it.
