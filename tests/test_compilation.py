@@ -242,7 +242,7 @@ def test_a_kernel_that_is_forced_is_not_passed_over(made, monkeypatch):
     with fa.kernels.use("reference"):
         fast.hidden(params, tokens(1), past)
     with torch.autocast("cpu", torch.bfloat16):
-        fast.hidden(fa.cast(torch.float32)(params), tokens(1), fa.cast(torch.float32)(past))
+        fast.hidden(fa.cast(torch.float32)(params), tokens(1), fa.cast(torch.bfloat16)(past))
     assert not called
     fast.hidden(params, tokens(1), past)
     assert called
