@@ -1,8 +1,8 @@
 """`Cache`, the dense past: one tensor of keys and one of values, with room reserved. The plainest kind, and the reference."""
 
+import mmap
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +81,8 @@ def _copied(x: Tensor, length: int) -> Tensor:
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """Zeros whose pages nobody has touched, so what is only reserved costs nothing: torch writes them, numpy asks the system."""
-    if like.device.type != "cpu":
+    """Zeros whose pages nobody has touched, so what is only reserved costs nothing: torch would write them all."""
+    size = like.numel() * like.element_size()
+    if like.device.type != "cpu" or not size:
         return torch.zeros_like(like, memory_format=torch.contiguous_format)
-    return torch.from_numpy(np.zeros(like.numel() * like.element_size(), np.uint8)).view(like.dtype).view(like.shape)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(like.shape)
