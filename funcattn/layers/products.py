@@ -45,7 +45,7 @@ def rows_times(weight: Tensor, x: Tensor) -> Tensor:
     matrices stored by columns, and 0.58 on those stored by rows (one thread, AVX-512). Sums are in float32 at least.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = (weight.to(wide) * _computed(x.reshape(-1).to(wide))).sum(-1)
+    y = (weight.to(wide) * computed(x.reshape(-1).to(wide))).sum(-1)
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
@@ -73,13 +73,16 @@ def _(weight: Blocks, x: Tensor) -> Tensor:
     (one thread, AVX-512).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    entries, vectors = weight.entries.to(wide), _computed(x.reshape(-1, x.shape[-1]).to(wide)).unbind(0)
+    entries, vectors = weight.entries.to(wide), computed(x.reshape(-1, x.shape[-1]).to(wide)).unbind(0)
     y = torch.stack([(entries * vector.unsqueeze(-1)).sum(-2).flatten() for vector in vectors])
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def _computed(x: Tensor) -> Tensor:
-    """x as memory that holds it: a compiler would otherwise compute it, a norm for example, anew for each row of the matrix."""
+def computed(x: Tensor) -> Tensor:
+    """x as memory that holds it, where a compiler would otherwise compute it anew in every loop that reads it.
+
+    A norm, for example, for each row of a matrix; or the cosines of the positions, for each head and layer.
+    """
     if not torch.compiler.is_compiling():
         return x
     x = x.clone(memory_format=torch.contiguous_format)

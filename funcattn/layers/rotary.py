@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .products import computed
 
 KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -142,7 +143,8 @@ def rope(positions: Tensor, turn: Tensor, dtype: torch.dtype, *, amplitude: floa
     cos, sin = angle.cos(), angle.sin()
     if amplitude != 1.0:
         cos, sin = cos * amplitude, sin * amplitude
-    return Rotation(torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype))
+    cos, sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+    return Rotation(computed(cos), computed(sin))  # else compiled anew per head and layer: 3.4 of a training step's 63 ms
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
