@@ -102,7 +102,9 @@ def test_a_run_that_was_stopped_is_resumed_bit_for_bit(run, text, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(text, tmp_path):
     out = str(tmp_path / "out")
-    command = [sys.executable, "-m", "funcattn", "train", text, *SMALL, "--steps", "100000", "--report-every", "4", "--out", out]
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job inherits deafness to it
+    start = f"{listen}; import runpy; runpy.run_module('funcattn', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", start, "train", text, *SMALL, "--steps", "100000", "--report-every", "4", "--out", out]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(fa.__file__).parent.parent) as process:
         for line in process.stderr:
             if line.startswith("step 8/"):
