@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..masks import Mask
 from ..records import Attended
-from . import choice, dropout, flash, fused, reference, torch_fused
+from . import choice, dropout, flash, fused, layout, reference, torch_fused
 from .choice import Explanation, Request
 
 
@@ -194,7 +194,7 @@ def _request(
             door, "k", f"(*lead, K, S, D) with K dividing H = {H}", _checks.shape(k), "Each key head serves H / K query heads."
         )
     try:
-        lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+        lead = layout.broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     except RuntimeError:
         wanted, got = "leading axes that broadcast", f"{_checks.shape(q)}, {_checks.shape(k)} and {_checks.shape(v)}"
         _checks.fail(door, "q, k, v", wanted, got, "Insert axes of size 1 where one is shared.")
@@ -251,9 +251,5 @@ def _check_mask(door: str, mask: Mask | Tensor | None, lead: torch.Size, HTS: tu
 
 
 def _must_broadcast(door: str, name: str, shape: Sequence[int], to: tuple[int, ...]) -> None:
-    try:
-        fits = torch.broadcast_shapes(shape, to) == torch.Size(to)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if len(shape) > len(to) or any(a not in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)):
         _checks.fail(door, name, f"such that it broadcasts to {tuple(to)}", tuple(shape), "Its last axes are queries and keys.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..masks import Mask
-from . import reference
+from . import layout, reference
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -39,7 +39,7 @@ def attention(
     if bias is not None:
         bias = bias.to(q.dtype)
         seen = bias if seen is None else torch.where(seen, bias, float("-inf"))
-    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    lead = layout.broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     with sdpa_kernel(BACKENDS[backend]) if backend else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(
             _four(q, lead),

@@ -65,8 +65,6 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
 
 def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
     """The sum over the rows that count of hidden (N, E) against targets (N,)."""
-    outside = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]  # all that logits are made of
-
     def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
         logits = model.logits(outside, hidden)
         wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -75,20 +73,21 @@ def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, 
         each = F.cross_entropy(wide, targets, reduction="none", ignore_index=NEVER)
         return torch.where(counts[0], each, 0.0).sum()
 
-    V = _vocabulary(model, outside, hidden)
+    V = _vocabulary(model, params, hidden)
     if _checks.is_true((targets < 0) | (targets >= V)):
         _checks.fail("loss", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")
     rows = max(1, BLOCK // V)
     data = (hidden, targets, *(() if counts is None else (counts,)))
     if len(targets) <= rows:
-        return of(outside, *data)
+        return of(params, *data)
+    outside = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]  # all that logits are made of
     again = remat(of)
     blocks = zip(*(x.split(rows) for x in data), strict=True)
     return torch.stack([again(outside, *block) for block in blocks]).sum()
 
 
-def _vocabulary(model: Model, outside: Tree, hidden: Tensor) -> int:
-    return model.logits(outside, hidden[:0]).shape[-1]  # of no rows: the width of what comes out
+def _vocabulary(model: Model, params: Tree, hidden: Tensor) -> int:
+    return model.logits(params, hidden[:0]).shape[-1]  # of no rows: the width of what comes out
 
 
 def _check(tokens: Tensor, mask: Tensor | None, segments: Tensor | None) -> None:
