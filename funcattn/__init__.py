@@ -45,7 +45,7 @@ from . import (
 )
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
-from .calibration import gptq
+from .calibration import awq, clipped, gptq, smooth
 from .checkpoints import Loaded, load, load_lora, save, save_lora
 from .compilation import compile
 from .evaluation import patch, perplexity, score, score_continuation, trace
@@ -111,7 +111,10 @@ __all__ = [
     "explain",
     "fold_in",
     "generate",
+    "awq",
+    "clipped",
     "gptq",
+    "smooth",
     "key",
     "load",
     "load_lora",

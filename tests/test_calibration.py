@@ -1,4 +1,4 @@
-"""GPTQ: against the exact update in float64, better than round-to-nearest on what it saw, and what is refused."""
+"""What calibrates: GPTQ against the exact update in float64, searches against each choice tried, and what is refused."""
 
 from dataclasses import replace
 
@@ -7,8 +7,9 @@ import torch
 from torch.func import grad
 
 import funcattn as fa
-from funcattn import calibration, packing
-from funcattn.calibration import factor, fit, gptq
+from funcattn import packing
+from funcattn.calibration import awq, channels, clipped, clipping, columns, gptq, smooth
+from funcattn.calibration.columns import factor, fit
 from funcattn.quantization import Int4, Int8, expand, is_quantized
 
 CONFIG = fa.Config(vocabulary=33, width=32, layers=2, heads=2, kv_heads=1, head_size=16, feed_forward=48, context=64)
@@ -47,7 +48,7 @@ def slow(plan, weight, H, damping):
 
 @pytest.mark.parametrize("scheme", [SCHEME, fa.int4(group=16, symmetric=True), fa.int8(group=16), fa.w8a8], ids=str)
 def test_the_codes_are_those_of_the_exact_update(scheme, monkeypatch):
-    monkeypatch.setattr(calibration, "BLOCK", 5)  # several blocks, the last one ragged
+    monkeypatch.setattr(columns, "BLOCK", 5)  # several blocks, the last one ragged
     weight, x = fa.random.normal(fa.key(2), (6, 32), torch.float64), activations(32)
     H, plan = x.mT @ x, scheme.encode(weight)
     found = fit(plan, weight, *factor(H, 0.01))
@@ -90,6 +91,111 @@ def test_where_chooses_what_is_fitted():
     assert chosen == {"up", "down"}
 
 
+# Clipping.
+
+
+def test_a_clip_is_the_best_of_those_tried_for_each_group():
+    weight, x = fa.random.normal(fa.key(4), (6, 48)) ** 3, activations(48).float()
+    square = x.square().sum(0)
+    found = clipping.best_clip(SCHEME, weight, square)
+    for row in range(6):
+        for group in range(3):
+            part = slice(16 * group, 16 * group + 16)
+            off = lambda record: ((expand(record)[row, part] - weight[row, part]).square() * square[part]).sum()  # noqa: B023
+            tried = min(off(SCHEME(clip=clip).encode(weight)) for clip in clipping.CLIPS)
+            torch.testing.assert_close(off(found), tried, rtol=1e-4, atol=0)
+    assert (found.scale < SCHEME.encode(weight).scale).any()
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, fa.int8(group=16), fa.int8, fa.w8a8], ids=str)
+def test_a_clipped_tree_is_of_the_records_of_quantize(scheme):
+    params = weights()
+    before = fa.tree.map(torch.clone, params)
+    found, rounded = clipped(MODEL, TOKENS, scheme)(params), fa.quantize(scheme)(params)
+    assert [(p, type(leaf), leaf.shape) for p, leaf in fa.tree.items(found, is_leaf=is_quantized)] == [
+        (p, type(leaf), leaf.shape) for p, leaf in fa.tree.items(rounded, is_leaf=is_quantized)
+    ]
+    assert (found.layers[0].q.scale <= rounded.layers[0].q.scale * 1.001).all()
+    assert fa.tree.allclose(params, before, rtol=0, atol=0)
+    assert fa.tree.allclose(clipped(MODEL, TOKENS, scheme)(found), found, rtol=0, atol=0)
+
+
+# Scaling.
+
+
+def outlying(params):
+    """Weights whose features differ in size: some of what norms, v and up give is 20 times larger, as trained models have it."""
+    layers = []
+    for layer in params.layers:
+        big = lambda n: torch.where(torch.arange(n) % 7 == 3, 20.0, 1.0)
+        by = {name: getattr(layer, name) * big(CONFIG.width) for name in ("attention_norm", "feed_forward_norm")}
+        by |= {name: getattr(layer, name) * big(len(getattr(layer, name)))[:, None] for name in ("v", "up")}
+        layers.append(layer._replace(**by))
+    return params._replace(layers=tuple(layers))
+
+
+FAMILIES = {
+    "llama": {},
+    "groups": {"heads": 4, "kv_heads": 2, "head_size": 8},
+    "gemma": {"norm_offset": 1.0, "norm_placement": "around", "activation": "gelu_tanh"},
+    "after": {"norm_placement": "after", "head_norm": "rms_width"},
+    "biased": {"qkv_bias": True, "output_bias": True, "feed_forward_bias": True},
+    "gpt2": {"norm": "layer", "norm_bias": True, "gated": False, "activation": "gelu"},
+    "cohere": {"norm": "layer", "parallel": True, "shared_norm": True},
+    "experts": {"experts": 4, "experts_per_token": 2, "expert_size": 16, "expert_layers": (True, False)},
+}
+
+
+@pytest.mark.parametrize("fields", FAMILIES.values(), ids=FAMILIES.keys())
+def test_smoothing_keeps_the_function(fields):
+    config = replace(CONFIG, **fields)
+    model = fa.decoder(config, kernel="reference")
+    params = fa.to(torch.float64)(model.init(fa.key(1)))
+    params = fa.tree.map(lambda w: w + 0.1 * fa.random.normal(fa.key(7), w.shape, w.dtype), params)  # no zeros, no ones
+    tokens = TOKENS[:64]
+    before = fa.tree.map(torch.clone, params)
+    found = smooth(model, tokens, fa.int4(group=8))(params)
+    moved = [p for (p, a), b in zip(fa.tree.items(found), fa.tree.leaves(params), strict=True) if not torch.equal(a, b)]
+    assert any(path.endswith(".o") for path in moved)
+    logits = lambda params: model.logits(params, model.hidden(params, tokens)[0])
+    torch.testing.assert_close(logits(found), logits(params), rtol=1e-9, atol=1e-9)
+    assert fa.tree.allclose(params, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, fa.w8a8], ids=str)
+def test_scaled_weights_lose_less(scheme):
+    params, windows = outlying(weights()), TOKENS[:192].reshape(3, 64)
+    of = lambda params: torch.stack([MODEL.hidden(params, row)[0] for row in windows])
+    wanted = of(params)
+    off = lambda params: float((of(params) - wanted).norm())
+    nearest, scaled = off(fa.quantize(scheme)(params)), off(fa.quantize(scheme)(smooth(MODEL, TOKENS, scheme)(params)))
+    assert scaled < 0.9 * nearest
+    assert off(awq(MODEL, TOKENS, scheme)(params)) < 0.9 * nearest
+
+
+def test_a_place_that_nothing_improves_stays():
+    params = weights()
+    found = smooth(MODEL, TOKENS, fa.int8(group=1))(params)  # every weight has a scale of its own: nothing is lost anywhere
+    kept = [torch.equal(a, b) for a, b in zip(fa.tree.leaves(found), fa.tree.leaves(params), strict=True)]
+    assert sum(kept) >= len(kept) // 2
+
+
+def test_records_and_what_feeds_them_are_left_alone():
+    params = fa.quantize(fa.int8, r".*\.(v|gate)")(outlying(weights()))
+    found = smooth(MODEL, TOKENS, SCHEME)(params)
+    same = lambda name: all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(found.layers, params.layers, strict=True))
+    assert same("o")
+    assert same("feed_forward_norm")
+    assert not same("down")
+
+
+def test_heads_that_share_a_value_share_its_scale():
+    s = torch.tensor([1.0, 2, 3, 4])
+    assert channels.spread(s, (2, 2)).tolist() == [1, 2, 1, 2, 3, 4, 3, 4]
+
+
+# What is refused.
+
 MIXED = replace(CONFIG, experts=4, experts_per_token=2, expert_size=16, expert_layers=(True, False))
 BAD = [
     (lambda: gptq("model", TOKENS, SCHEME), TypeError, "gptq: model should be from fa.decoder, got a str"),
@@ -101,6 +207,12 @@ BAD = [
     (lambda: gptq(fa.decoder(MIXED), TOKENS, SCHEME), ValueError, "gptq: model should be one without experts"),
     (lambda: gptq(MODEL, TOKENS, fa.nf4(group=16))(weights()), TypeError, "gptq: scheme should be int4, int8 or w8a8"),
     (lambda: gptq(MODEL, TOKENS[:40], SCHEME)(weights()), ValueError, "gptq: tokens should be at least 48 tokens, the columns of"),
+    (lambda: clipped("model", TOKENS, SCHEME), TypeError, "clipped: model should be from fa.decoder, got a str"),
+    (lambda: clipped(MODEL, TOKENS, fa.nf4), TypeError, "clipped: scheme should be one with a clip"),
+    (lambda: clipped(MODEL, TOKENS[:0], SCHEME), ValueError, "clipped: tokens should be a text, got none"),
+    (lambda: smooth(MODEL, TOKENS.float(), SCHEME), TypeError, "smooth: tokens should be integers (T,)"),
+    (lambda: smooth(MODEL, TOKENS, "int4"), TypeError, "scheme should be a scheme"),
+    (lambda: awq("model", TOKENS, SCHEME), TypeError, "smooth: model should be from fa.decoder"),
 ]
 
 

@@ -54,14 +54,15 @@ class _Settings:
 
 @dataclass(frozen=True)
 class Eight(_Settings):
-    """int8, symmetric; group: columns that share a scale, None for all of a row."""
+    """int8, symmetric; group: columns that share a scale, None for all of a row; clip shrinks the range (1 is all of it)."""
 
     group: int | None = None
+    clip: float = 1.0
 
     def encode(self, weight: Tensor) -> Int8:
         """See Scheme."""
         size = _size("int8", self.group, weight)
-        return Int8(*packing.symmetric(weight, size, 127))
+        return Int8(*packing.symmetric(weight, size, 127, self.clip))
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ class Four(_Settings):
 
 @dataclass(frozen=True)
 class EightByEight(_Settings):
-    """int8 weights and activations, the latter rounded for each token as it comes."""
+    """int8 weights and activations, the latter rounded for each token as it comes; clip shrinks the range of a row's weights."""
+
+    clip: float = 1.0
 
     def encode(self, weight: Tensor) -> Int8Dynamic:
         """See Scheme."""
-        return Int8Dynamic(*packing.symmetric(weight, weight.shape[-1], 127))
+        return Int8Dynamic(*packing.symmetric(weight, weight.shape[-1], 127, self.clip))
 
     @property
     def for_head(self) -> Eight:

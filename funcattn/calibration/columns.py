@@ -1,4 +1,4 @@
-"""Quantization that looks at what a model is fed: GPTQ.
+"""GPTQ: codes that fit what a matrix is fed, column by column.
 
     min over codes of | (W - Wq) X |          X the activations that a text gives
 
@@ -17,20 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, packing, quantization, taps, transformer, tree
-from .quantization import Int4, Int8, Int8Dynamic, Scheme, is_quantized
-from .records import Model
-from .transformer import Layer, Params
-from .tree import Tree
+from .. import _checks, packing, quantization, tree
+from ..quantization import Int4, Int8, Int8Dynamic, Scheme, is_quantized
+from ..records import Model
+from ..transformer import Layer, Params
+from ..tree import Tree
+from .walking import FEEDS, Gather, decoder_of, walk
 
-FEEDS = {  # a tap of a layer, and the matrices that its value goes into
-    "attention.input": ("q", "k", "v"),
-    "attention.mixed": ("o",),
-    "feed_forward.input": ("gate", "up"),
-    "feed_forward.inner": ("down",),
-}
 BLOCK = 128  # columns between two updates of all that follow
-WINDOW = 512  # tokens that are read at once
 
 
 def gptq(
@@ -62,40 +56,19 @@ def gptq(
     output of a layer is nearer than that of round-to-nearest.
     Source: Frantar et al., GPTQ, arXiv:2210.17323.
     """
-    parts = transformer.parts_of(model) if isinstance(model, Model) else None
-    if parts is None:
-        _checks.fail("gptq", "model", "from fa.decoder", f"a {type(model).__name__}", "Make it with fa.decoder(config).", TypeError)
-    if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
-        got = f"{tokens.dtype} {_checks.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        _checks.fail("gptq", "tokens", "integers (T,)", got, "Encode the text with the tokenizer of the model.", TypeError)
     if not isinstance(damping, float) or not damping > 0:
         _checks.fail("gptq", "damping", "above 0", damping, "0.01 is usual.")
-    config = parts.config
+    to_nearest = quantization.quantize(scheme, where)
+    config = decoder_of("gptq", model, tokens).config
     if any(config.kind(i).experts for i in range(config.layers)):
         _checks.fail("gptq", "model", "one without experts", "one with", "Each expert sees few tokens: use fa.quantize(scheme).")
-    to_nearest = quantization.quantize(scheme, where)
 
     def transform(params: Params) -> Params:
         with torch.no_grad():
             plan = to_nearest(params)  # which matrices, and their scales
             _check_length(plan, params, tokens)
-            size = min(WINDOW, len(tokens), config.limit() or WINDOW)
-            windows = tokens[: len(tokens) // size * size].unflatten(0, (-1, size))
-            places = torch.arange(size, device=tokens.device)
-            x = transformer.begin(config, params, windows, places)
-            layers = []
-            for i, (layer, planned) in enumerate(zip(params.layers, plan.layers, strict=True)):
-                kind = config.kind(i)
-                shared = transformer.share(config, kind, places, None, x.dtype, True)
-                run = lambda layer, x, kind=kind, shared=shared: transformer.block(
-                    config, kind, layer, x, shared, (), name="", kernel=parts.kernel
-                )[0]
-                done = _layer(layer, planned, lambda x, layer=layer, run=run: run(layer, x), x, damping)
-                x = torch.stack([run(done, row) for row in x])
-                layers.append(done)
-                if progress is not None:
-                    progress(i + 1, config.layers)
-            return plan._replace(layers=tuple(layers))
+            fitted = lambda i, layer, feeds: _layer(layer, plan.layers[i], feeds, damping)
+            return plan._replace(layers=walk(model, params, tokens, fitted, progress))
 
     return transform
 
@@ -110,22 +83,15 @@ def _check_length(plan: Params, params: Params, tokens: Tensor) -> None:
             _checks.fail("gptq", "tokens", wanted, f"{len(tokens)}", "Calibrate with a longer text.")
 
 
-def _layer(layer: Layer, plan: Layer, run: Callable[[Tensor], Tensor], x: Tensor, damping: float) -> Layer:
-    """The layer with fitted codes, for rows of the residual before it (windows, T, E)."""
+def _layer(layer: Layer, plan: Layer, feeds: Callable[[set[str], Gather], None], damping: float) -> Layer:
+    """The layer with fitted codes."""
     chosen = {name for name in Layer._fields if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))}
-    needed = {tap for tap, names in FEEDS.items() if chosen & {*names}}
     sums: dict[str, Tensor] = {}
 
-    def listen(name: str, value: Tensor) -> Tensor:
-        tap = name.lstrip(".")
-        if tap in needed:
-            rows = value.flatten(0, -2)
-            sums[tap] = sums.get(tap, 0) + (rows.mT @ rows).double()
-        return value
+    def gather(tap: str, rows: Tensor) -> None:
+        sums[tap] = sums.get(tap, 0) + (rows.mT @ rows).double()
 
-    with taps.listening(listen):
-        for row in x:
-            run(row)
+    feeds({tap for tap, names in FEEDS.items() if chosen & {*names}}, gather)
     done = {}
     for tap in sums:
         order, U = factor(sums[tap], damping)

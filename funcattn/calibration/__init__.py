@@ -1,0 +1,11 @@
+"""Quantization that looks at what a model is fed by a text.
+
+Each is a transform of params made from (model, tokens, scheme): `gptq` fits codes, `clipped` searches ranges, `smooth` scales features
+before any rounding, and `awq` is smooth, then clipped. They compose: `gptq(...)(smooth(...)(params))`.
+"""
+
+from .channels import smooth
+from .clipping import awq, clipped
+from .columns import gptq
+
+__all__ = ["awq", "clipped", "gptq", "smooth"]

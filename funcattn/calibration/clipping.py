@@ -1,0 +1,117 @@
+"""Rounding to nearest on a grid that is narrower where that loses less: the clipping search, and AWQ, which scales before it.
+
+    min over c of sum_j E[x_j^2] (w_j - wq_j(c))^2          for each group of columns of each row
+
+A scale that leaves out the largest weight of a group rounds all others more finely. What counts is weighed by how large the
+features are that a text gives.
+
+Source: Lin et al., AWQ, arXiv:2306.00978, section 4; the search of the range is of its authors' implementation.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, packing, quantization
+from ..quantization import Scheme, expand, is_quantized
+from ..records import Model
+from ..transformer import Layer, Params
+from ..tree import Tree
+from .channels import smooth
+from .walking import FEEDS, Feeds, Progress, decoder_of, walk
+
+CLIPS = tuple(1 - 0.05 * i for i in range(11))  # of the range of a group: 1 to 0.5
+
+
+def clipped(
+    model: Model,
+    tokens: Tensor,
+    scheme: Scheme,
+    where: quantization.Where | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Callable[[Tree], Tree]:
+    """A transform of params whose matrices become the records of `quantize(scheme, where)`, the range of each group searched.
+
+    The embedding and the head, whose input is no activation, and the matrices of experts are rounded as `quantize` does.
+
+    Args:
+        model: from `fa.decoder`.
+        tokens: integers (T,), a text; some hundreds of tokens suffice.
+        scheme: one whose `clip` is a share of the range: fa.int4, fa.int8 or fa.w8a8 with any settings.
+        where: as in `quantize`.
+        progress: called with the number of layers that are done, and of all.
+
+    Raises:
+        TypeError: another model, text or scheme.
+
+    Law: no group loses more than by round-to-nearest, as weighed above (test_calibration.py).
+    Source: Lin et al., AWQ, arXiv:2306.00978.
+    """
+    to_nearest = quantization.quantize(scheme, where)
+    config = decoder_of("clipped", model, tokens).config
+    if not is_dataclass(scheme) or "clip" not in {field.name for field in fields(scheme)}:
+        remedy = "Use fa.int4, fa.int8 or fa.w8a8."
+        _checks.fail("clipped", "scheme", "one with a clip", f"a {type(scheme).__name__} without", remedy, TypeError)
+
+    def transform(params: Params) -> Params:
+        with torch.no_grad():
+            plan = to_nearest(params)
+
+            def fitted(i: int, layer: Layer, feeds: Feeds) -> Layer:
+                return plan.layers[i] if config.kind(i).experts else _layer(layer, plan.layers[i], feeds, scheme)
+
+            return plan._replace(layers=walk(model, params, tokens, fitted, progress))
+
+    return transform
+
+
+def awq(
+    model: Model,
+    tokens: Tensor,
+    scheme: Scheme,
+    where: quantization.Where | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Callable[[Tree], Tree]:
+    """A transform of params: the features that count are scaled up, then rounded to nearest with a clipping search.
+
+    That is `clipped` after `smooth`, whose pages tell the rest.
+
+    Law: on the text that it was calibrated with the model is nearer than by round-to-nearest (test_calibration.py).
+    Source: Lin et al., AWQ, arXiv:2306.00978.
+    """
+    scaled, rounded = smooth(model, tokens, scheme, where), clipped(model, tokens, scheme, where, progress=progress)
+    return lambda params: rounded(scaled(params))
+
+
+def best_clip(scheme: Any, weight: Tensor, square: Tensor) -> Any:
+    """The record of weight (N, K) whose groups have the clip that loses least, for mean squares (K,) of what it is fed."""
+    whole = scheme(clip=1.0).encode(weight)
+    least, best = _lost(whole, weight, square), torch.ones_like(whole.scale, dtype=torch.float32)
+    for clip in CLIPS[1:]:
+        lost = _lost(scheme(clip=clip).encode(weight), weight, square)
+        best = torch.where(lost < least, clip, best)
+        least = torch.minimum(lost, least)
+    return scheme(clip=best).encode(weight)
+
+
+def _lost(record: Any, weight: Tensor, square: Tensor) -> Tensor:
+    """(N, G): the weighed squares of what each group is off by."""
+    off = (expand(record).float() - weight.float()).square() * square.float()
+    return packing.groups(off, weight.shape[-1] // record.scale.shape[-1]).sum(-1)
+
+
+def _layer(layer: Layer, plan: Layer, feeds: Feeds, scheme: Any) -> Layer:
+    chosen = {name for name in Layer._fields if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))}
+    sums: dict[str, Tensor] = {}
+
+    def gather(tap: str, rows: Tensor) -> None:
+        sums[tap] = sums.get(tap, 0) + rows.double().square().sum(0)
+
+    feeds({tap for tap, names in FEEDS.items() if chosen & {*names}}, gather)
+    found = {name: best_clip(scheme, getattr(layer, name), sums[tap]) for tap in sums for name in FEEDS[tap] if name in chosen}
+    return plan._replace(**found)

@@ -1,0 +1,87 @@
+"""A model layer by layer, with what a text makes of it before each: what everything that calibrates shares."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import _checks, taps, transformer
+from ..records import Model
+from ..transformer import Layer, Params
+from ..transformer import Parts
+
+FEEDS = {  # a tap of a layer, and the matrices that its value goes into
+    "attention.input": ("q", "k", "v"),
+    "attention.mixed": ("o",),
+    "feed_forward.input": ("gate", "up"),
+    "feed_forward.inner": ("down",),
+}
+WINDOW = 512  # tokens that are read at once
+
+Gather: TypeAlias = Callable[[str, Tensor], None]  # (tap, rows (n, K))
+Feeds: TypeAlias = Callable[[set[str], Gather], None]  # shows the rows of those taps, a window at a time
+Progress: TypeAlias = Callable[[int, int], None]  # (layers done, of all)
+
+
+def decoder_of(function: str, model: Model, tokens: Tensor) -> Parts:
+    """What the model is made of; an error of that function where it is no decoder, or the tokens are no text."""
+    parts = transformer.parts_of(model) if isinstance(model, Model) else None
+    if parts is None:
+        got = f"a {type(model).__name__}"
+        _checks.fail(function, "model", "from fa.decoder", got, "Make it with fa.decoder(config).", TypeError)
+    if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
+        got = f"{tokens.dtype} {_checks.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        _checks.fail(function, "tokens", "integers (T,)", got, "Encode the text with the tokenizer of the model.", TypeError)
+    if not len(tokens):
+        _checks.fail(function, "tokens", "a text", "none", "Calibrate with some hundreds of tokens at least.")
+    return parts
+
+
+def walk(
+    model: Model,
+    params: Params,
+    tokens: Tensor,
+    change: Callable[[int, Layer, Feeds], Layer],
+    progress: Progress | None = None,
+) -> tuple[Layer, ...]:
+    """Every layer as `change` makes it, each on the activations that the changed layers before it give.
+
+    Args:
+        model: from `fa.decoder`.
+        tokens: integers (T,), read in windows of 512; what is left over at the end is not.
+        change: f(number, layer, feeds) -> layer. Called, feeds({taps}, gather) runs the layer as it was, and hands what goes into
+            its matrices to gather(tap, rows (n, K)), a window at a time.
+        progress: called with the number of layers that are done, and of all.
+    """
+    parts = transformer.parts_of(model)
+    assert parts is not None
+    config = parts.config
+    size = min(WINDOW, len(tokens), config.limit() or WINDOW)
+    windows = tokens[: len(tokens) // size * size].unflatten(0, (-1, size))
+    places = torch.arange(size, device=tokens.device)
+    x = transformer.begin(config, params, windows, places)
+    done = []
+    for i, layer in enumerate(params.layers):
+        kind = config.kind(i)
+        shared = transformer.share(config, kind, places, None, x.dtype, True)
+        run = lambda layer, x, kind=kind, shared=shared: transformer.block(
+            config, kind, layer, x, shared, (), name="", kernel=parts.kernel
+        )[0]
+
+        def feeds(wanted: set[str], gather: Gather, layer: Layer = layer, rows: Tensor = x, run: Callable = run) -> None:
+            def listen(name: str, value: Tensor) -> Tensor:
+                if name.lstrip(".") in wanted:
+                    gather(name.lstrip("."), value.flatten(0, -2))
+                return value
+
+            with taps.listening(listen):
+                for row in rows:
+                    run(layer, row)
+
+        changed = change(i, layer, feeds)
+        x = torch.stack([run(changed, row) for row in x])
+        done.append(changed)
+        if progress is not None:
+            progress(i + 1, config.layers)
+    return tuple(done)
