@@ -183,7 +183,9 @@ def test_a_place_that_nothing_improves_stays():
 def test_records_and_what_feeds_them_are_left_alone():
     params = fa.quantize(fa.int8, r".*\.(v|gate)")(outlying(weights()))
     found = smooth(MODEL, TOKENS, SCHEME)(params)
-    same = lambda name: all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(found.layers, params.layers, strict=True))
+    same = lambda name: all(
+        torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(found.layers, params.layers, strict=True)
+    )
     assert same("o")
     assert same("feed_forward_norm")
     assert not same("down")

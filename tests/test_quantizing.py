@@ -37,12 +37,14 @@ def test_it_writes_the_quantized_model_and_tells_what_became_of_it(run, tmp_path
     assert "perplexity after" in out
 
 
-def test_a_text_chooses_the_codes(run, tmp_path):
-    code, _, _ = run("--scheme", "int8", "--gptq", str(tmp_path / "text"))
+@pytest.mark.parametrize("method", ["gptq", "awq", "smooth"])
+def test_a_text_chooses_the_codes(run, tmp_path, method):
+    code, _, _ = run("--scheme", "int8", f"--{method}", str(tmp_path / "text"))
     assert code == 0
     down = fa.load(tmp_path / "small").params.layers[1].down
     ids = torch.tensor(tokenizer().encode(TEXT))
-    wanted = fa.gptq(fa.decoder(CONFIG), ids, fa.int8)(fa.load(tmp_path / "model").params).layers[1].down
+    made = getattr(fa, method)(fa.decoder(CONFIG), ids, fa.int8)(fa.load(tmp_path / "model").params)
+    wanted = fa.quantize(fa.int8)(made).layers[1].down
     assert isinstance(down, Int8)
     assert torch.equal(down.codes, wanted.codes)
 
@@ -51,6 +53,7 @@ BAD = [
     (["--scheme", "fp8", "--group", "16"], "--group is for int8, int4, nf4 and ternary"),
     (["--group", "5"], "group should be an even divisor of the 64 columns, got 5"),
     (["--gptq", "no-such-file"], "no-such-file"),
+    (["--gptq", "a", "--awq", "b"], "not allowed with argument --gptq"),
 ]
 
 

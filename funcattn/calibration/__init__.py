@@ -1,7 +1,7 @@
 """Quantization that looks at what a model is fed by a text.
 
-Each is a transform of params made from (model, tokens, scheme): `gptq` fits codes, `clipped` searches ranges, `smooth` scales features
-before any rounding, and `awq` is smooth, then clipped. They compose: `gptq(...)(smooth(...)(params))`.
+Each is a transform of params made from (model, tokens, scheme): `gptq` fits codes, `clipped` searches ranges, `smooth` scales
+features before any rounding, and `awq` is smooth, then clipped. They compose: `gptq(...)(smooth(...)(params))`.
 """
 
 from .channels import smooth

@@ -2,8 +2,8 @@
 
     W x = (W diag(s)) (x / s)          s > 0, and 1 / s goes into whatever makes x
 
-A large feature is made smaller, and its column of the weight larger. Activations of 8 bits then have fewer outliers (SmoothQuant), and
-weights of 4 bits round the columns that count more finely (AWQ). What makes x is a norm's weight, or rows of another matrix:
+A large feature is made smaller, and its column of the weight larger. Activations of 8 bits then have fewer outliers (SmoothQuant),
+and weights of 4 bits round the columns that count more finely (AWQ). What makes x is a norm's weight, or rows of another matrix:
 
     the norm before attention -> q, k, v        v -> o          the norm before the feed-forward -> gate, up        up -> down
 
@@ -11,7 +11,7 @@ Sources: Xiao et al., SmoothQuant, arXiv:2211.10438, section 4; Lin et al., AWQ,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

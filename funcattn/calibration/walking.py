@@ -8,8 +8,7 @@ from torch import Tensor
 
 from .. import _checks, taps, transformer
 from ..records import Model
-from ..transformer import Layer, Params
-from ..transformer import Parts
+from ..transformer import Layer, Params, Parts
 
 FEEDS = {  # a tap of a layer, and the matrices that its value goes into
     "attention.input": ("q", "k", "v"),

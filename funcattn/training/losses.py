@@ -65,6 +65,7 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
 
 def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
     """The sum over the rows that count of hidden (N, E) against targets (N,)."""
+
     def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
         logits = model.logits(outside, hidden)
         wide = logits if logits.dtype == torch.float64 else logits.float()
