@@ -53,7 +53,6 @@ BAD = [
     (["--scheme", "fp8", "--group", "16"], "--group is for int8, int4, nf4 and ternary"),
     (["--group", "5"], "group should be an even divisor of the 64 columns, got 5"),
     (["--gptq", "no-such-file"], "no-such-file"),
-    (["--gptq", "a", "--awq", "b"], "not allowed with argument --gptq"),
 ]
 
 
