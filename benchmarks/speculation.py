@@ -4,7 +4,7 @@
 
 SmolLM2-135M in float32, greedy, batch one. Both write the same text and take turns. Drafts come from the same weights in fewer
 bits, read behind the target's own past, and from the text itself where the prompt asks to repeat it with a change. Prefill is part
-of both.
+of both; what is left without it is told too.
 """
 
 import argparse
@@ -23,7 +23,9 @@ CHATS = {
 }
 EDIT = """Copy this text, and change Tom to Anna: Tom walked to the old harbour in the morning. The boats were still asleep, and \
 the gulls stood in a row on the wall. Tom sat down beside them and opened his bag. There was bread in it, and a letter that he had \
-not read yet."""
+not read yet. The letter came from his sister, who lived on the other side of the bay, in a white house with a green door. She wrote \
+that the apples were ripe, that the dog was well, and that she hoped to see him before the winter. Tom folded the letter and looked \
+at the water. A small boat came in, with two men in it, and the gulls rose from the wall and flew towards it."""
 
 
 def main() -> None:
@@ -32,6 +34,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--length", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lookups", type=int, nargs="*", default=[3, 7])
+    parser.add_argument("--chats", nargs="*", default=[*CHATS])
     parser.add_argument("--schemes", nargs="*", default=["int8", "int4"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -39,11 +43,12 @@ def main() -> None:
     model, N = fa.compile(fa.decoder(loaded.config)), options.length
     schemes = {"int8": fa.int8, "int4": fa.int4(group=64)}
     drafts = {name: fa.drafters.model(model, fa.quantize(schemes[name])(loaded.params), length=N) for name in options.schemes}
-    lookup = {"prompt lookup": fa.drafters.prompt_lookup(length=N)}
+    lookup = {f"prompt lookup, {n}": fa.drafters.prompt_lookup(length=n) for n in options.lookups}
     with torch.no_grad():
-        for name, chat in CHATS.items() if drafts else ():
-            compare(name, model, loaded, chat, drafts, options)
-        compare("edit", model, loaded, EDIT, lookup, options)
+        for name in options.chats if drafts else ():
+            compare(name, model, loaded, CHATS[name], drafts, options)
+        if lookup:
+            compare("edit", model, loaded, EDIT, lookup, options)
 
 
 def compare(
@@ -58,7 +63,8 @@ def compare(
     print(f"\n{name}: {len(prompt)} tokens, and {options.tokens} more", flush=True)
     plain = partial(fa.generate, fa.key(0), model, loaded.params, prompt, steps=options.tokens)
     wanted = plain()[0]
-    candidates = {"token by token": plain}
+    first = partial(fa.generate, fa.key(0), model, loaded.params, prompt, steps=1)
+    candidates = {"token by token": plain, "prefill and one token": first}
     for kind, drafter in drafts.items():
         run = partial(fa.speculate, fa.key(0), model, loaded.params, drafter, prompt, steps=options.tokens)
         done = run()[0]
@@ -66,7 +72,10 @@ def compare(
         stats = done.stats
         print(f"{kind}: acceptance {stats.acceptance:.2f}, {stats.tokens_per_round:.2f} tokens a round, {same} tokens the same")
         candidates[kind] = run
-    interleave(candidates, repeats=options.rounds, warmup=0)
+    timings = interleave(candidates, repeats=options.rounds, warmup=0)
+    own = {name: timing.wall - timings["prefill and one token"].wall for name, timing in timings.items()}
+    ratios = [f"{name} {own['token by token'] / own[name]:.2f}" for name in drafts]
+    print(f"without the prefill: {', '.join(ratios)}")
 
 
 if __name__ == "__main__":
