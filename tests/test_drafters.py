@@ -54,3 +54,14 @@ def test_a_function_that_gives_another_size_is_an_error():
     drafter = drafters.function(lambda text, n: (text[:2], n), length=3)
     with pytest.raises(ValueError, match=r"tokens \(N,\) with N = 3, valid \(\)"):
         drafter.propose(fa.key(0), torch.tensor(1), drafter.init(torch.tensor([1, 2]), torch.tensor(2), 4))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_knows_the_tokens_of_its_head(tied):
+    config = fa.Config(vocabulary=24, layers=1, tied=tied)
+    model = fa.decoder(config)
+    params = model.init(fa.key(0))
+    padded = params._replace(embedding=torch.zeros(32, config.width))  # more rows than there are tokens, as some files have
+    assert drafters.model(model, params).vocabulary == 24
+    assert drafters.model(model, fa.quantize(fa.int4(group=8))(params)).vocabulary == 24
+    assert drafters.model(model, padded).vocabulary == (32 if tied else 24)

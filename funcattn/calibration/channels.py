@@ -141,12 +141,15 @@ def _scaled(layer: Layer, site: Site, x: Tensor, scheme: Scheme) -> Layer:
     """The layer with the scale of a site that loses least; as it is where none loses less."""
     matrices = [getattr(layer, name) for name in site.readers]
     rows = x[:: max(1, len(x) // ROWS)]
-    wanted = [layers.linear(matrix, rows) for matrix in matrices]
+    wanted = [layers.linear(matrix, rows).double() for matrix in matrices]
+    sizes = sum(goal.square().sum(-1) for goal in wanted)
+    share = torch.where(sizes > 0, 1 / sizes, 0.0)  # each vector by its own size: a few are a hundred times as long as the rest
 
     def lost(s: Tensor) -> float:
         wide = spread(s, site.heads).to(rows.dtype)
         products = [layers.linear(scheme.encode((m * wide).contiguous()), rows / wide) for m in matrices]
-        return sum(float((found - goal).double().square().sum()) for found, goal in zip(products, wanted, strict=True))
+        off = [(found - goal).square().sum(-1) for found, goal in zip(products, wanted, strict=True)]
+        return float((sum(off) * share).sum())
 
     mean, greatest = (_gathered(size.float(), site.heads) for size in (x.abs().mean(0), x.abs().amax(0)))
     column = _gathered(torch.stack([m.abs().amax(0) for m in matrices]).amax(0).float(), site.heads)
