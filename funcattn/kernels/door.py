@@ -138,8 +138,8 @@ def _chosen(r: Request, kernel: str) -> Attended:
         backend = kernel.removeprefix("sdpa").removeprefix(":")
         out = fused.attention(r.q, r.k, r.v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
         return Attended(out, out.new_zeros(()))
-    if kernel == "flash":
-        return flash.attend(r)
+    if kernel in ("flash", "triton"):
+        return flash.attend(r, "triton" if kernel == "triton" else "torch")
     keep = None
     if r.dropout and r.key is not None:
         keys = dropout.head_keys(r.key, (*r.lead, r.q.shape[-3]))
