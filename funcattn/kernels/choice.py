@@ -127,8 +127,8 @@ def _triton_obstacle(r: Request) -> str:
     if isinstance(r.mask, Tensor):
         return "takes a Mask of intervals, not booleans"
     if r.q.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
-        if (card := torch.cuda.get_device_capability(r.q.device)) < (8, 0):
-            return f"needs compute capability 8.0 (A100 and newer), this is {card[0]}.{card[1]}"
+        card = torch.cuda.get_device_capability(r.q.device)
+        return "" if card >= (8, 0) else f"needs compute capability 8.0 (A100 and newer), this is {card[0]}.{card[1]}"
     return ""
 
 

@@ -67,7 +67,9 @@ class Attend(Function):
         fused = plan.fused and wanted == [Q, K, at] and g_lse is None
         if fused:  # torch's own backward gives these three from (g, out); the derivatives of it are those of the sweep
             flat.append(out)
-        for p, grad in zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None), strict=True):
+        for p, grad in zip(
+            wanted, run(spec, [like(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None), strict=True
+        ):
             grads[1 + (V if p == at else p)] = grad
         return tuple(grads)
 

@@ -28,9 +28,15 @@ def attend(r: Request, backend: str = "torch") -> Attended:
 
 
 def _attend(
-    asked: tuple[int, bool, float, str], lead: Sequence[int], scale: float | Tensor, q: Tensor, k: Tensor, v: Tensor, *optional: Tensor
+    asked: tuple[int, bool, float, str],
+    lead: Sequence[int],
+    scale: float | Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *optional: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """asked: tensors of the mask, whether a bias and, at a rate above zero, a key follow it, the backend; plain, as tracing wants."""
+    """asked: tensors of the mask, whether a bias and, at a rate above zero, a key follow it, the backend; plain values."""
     masks, biased, rate, backend = asked
     (H, T, _), K = q.shape[-3:], k.shape[-3]
     grouped = H != K

@@ -26,7 +26,7 @@ class Axes(NamedTuple):
 
 
 def axes(tensors: Sequence[Tensor | None], lead: Sequence[int], chosen: Sequence[int]) -> Axes:
-    """The chosen axes, counted from the end of lead, -1 the last, of tensors (*lead', A, B) that broadcast to lead; what is not there lies at zero.
+    """The chosen axes, -1 the last of lead, of tensors (*lead', A, B) that broadcast to lead; what is not there lies at zero.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """From tensors to launches: what is allocated, where it lies, and which kernel runs over which heads.
 
-`attend` is one launch. A sweep is a launch for each side its outputs lie on: rows of queries and rows of keys are owned by different
-programs, which is what makes sums over queries deterministic.
+`attend` is one launch. A sweep is a launch for each side its outputs lie on: rows of queries and rows of keys are owned by
+different programs, which is what makes sums over queries deterministic.
 """
 
 import contextlib
@@ -79,7 +79,10 @@ def obstacle(spec: Sweep, tensors: Sequence[Tensor]) -> str:
     if any(len(term.factors) > ORDERS for term in terms):
         return f"it has more than {ORDERS} factors"
     query, key, _ = places(spec)
-    return _obstacle_of([tensors[p] for p in sorted(query | key)])
+    read = [tensors[p] for p in sorted(query | key)]
+    if sum(width(x.shape[-1]) for x in read if x.dtype == torch.float32 and x.shape[-1] > 1) > tuning.MOST:
+        return f"it reads more than {tuning.MOST} features of float32"
+    return _obstacle_of(read)
 
 
 def _obstacle_of(tensors: Sequence[Tensor]) -> str:
@@ -101,9 +104,7 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.d
     mask = intervals([tensors[p] for p in spec.mask])
     found: list[list[Tensor]] = [[] for _ in shapes]
     for (side, own, summed), terms in passes.items():
-        into = [
-            tensors[Q].new_empty(tuple(shapes[n]), dtype=dtypes[n] if parts[n] == 1 else torch.float32) for n in terms
-        ]
+        into = [tensors[Q].new_empty(tuple(shapes[n]), dtype=dtypes[n] if parts[n] == 1 else torch.float32) for n in terms]
         outputs = [Output(side, of_output) for of_output in terms.values()]
         _launch(spec._replace(outputs=tuple(outputs)), into, own, summed, tensors, mask)
         for n, x in zip(terms, into, strict=True):
@@ -178,9 +179,7 @@ def _launch(
             tuning.run(launch, tuning.of_sweep(program), program, T * S, q)
 
 
-def describe(
-    spec: Sweep, tensors: Sequence[Tensor], into: Sequence[Tensor], n: int = 0
-) -> tuple[Program, list[int], list[float]]:
+def describe(spec: Sweep, tensors: Sequence[Tensor], into: Sequence[Tensor], n: int = 0) -> tuple[Program, list[int], list[float]]:
     """The program of a sweep whose outputs lie on one side, the places of the tensors it reads, and the weights it is given."""
     query, key, _ = places(spec)
     used = sorted(query | key)
@@ -202,7 +201,7 @@ def _bounds(start: Tensor, stop: Tensor, S: int, rows: int) -> Tensor:
     """What blocks of queries see of each interval, as `pieces.span` reads it: int32 (*lead, n, blocks, 4)."""
     *lead, T, n = start.shape
     table = start.new_empty(*lead, n, -(-T // rows), 4)
-    pieces.bounds[(-(-T // rows) * math.prod(lead),)](start, stop, table, T, S, INTERVALS=n, ROWS=rows, enable_fp_fusion=True)
+    pieces.bounds[(-(-T // rows) * math.prod(lead),)](start, stop, table, T, S, n, rows, enable_fp_fusion=True)
     return table
 
 
@@ -222,7 +221,7 @@ def intervals(mask: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def precision() -> str:
-    """How products of float32 are made on the tensor cores: as torch's own are, three products of tf32 where it asks for float32."""
+    """How products of float32 are made on tensor cores: where torch asks for all of its digits, as three products of tf32."""
     if INTERPRETED:
         return "wide"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

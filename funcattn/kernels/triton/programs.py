@@ -169,7 +169,8 @@ class _Writer:
         of_query, of_key = side
         yield f"P = {self._pair(Q, K)} * scale - level{of_query}"
         if edge and self.own == "query":
-            yield "P = tl.where((starts[:, None] <= other[None, :]) & (other[None, :] < tl.minimum(stops, S)[:, None]), P, float('-inf'))"
+            yield "ends = tl.minimum(stops, S)"
+            yield "P = tl.where((starts[:, None] <= other[None, :]) & (other[None, :] < ends[:, None]), P, float('-inf'))"
         elif edge and program.intervals:
             for end in ("start", "stop"):
                 yield f"{end}s = line({end} + mask_to + interval, at, T, {program.intervals}, 0, OTHER)"

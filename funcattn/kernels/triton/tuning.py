@@ -15,6 +15,7 @@ from .addresses import width
 from .language import INTERPRETED, OutOfResources
 from .programs import Program
 
+MOST = 576  # features of float32 that a program reads; with more, a thread spills thousands of bytes, and torch's blocks serve
 PAYS = 2**22  # pairs of a query and a key beyond which candidates are timed
 REPEATS = 5  # of a timed launch
 _best: dict[Hashable, int] = {}
@@ -36,37 +37,53 @@ class Blocks(NamedTuple):
 
 SMALLEST = Blocks(16, 16)
 
+# (own, other, warps, stages), best guess first, by features of two bytes that a program works on at once. Compiled for an H100, the
+# first of each spills nothing or little from registers and fits its shared memory; which is fastest is for a timing to say.
+ATTEND = {
+    64: (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)),
+    128: (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 2)),
+    256: (Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
+    512: (Blocks(32, 16, 8, 1),),
+}
+ATTEND_FLOAT32 = {
+    64: (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
+    128: (Blocks(32, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
+    256: (Blocks(32, 16, 8, 1),),
+}
+SWEEP = {
+    320: (Blocks(64, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(128, 32, 4, 2), Blocks(64, 32, 4, 2)),
+    384: (Blocks(64, 32, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 1)),
+    448: (Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
+    512: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
+    640: (Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
+    768: (Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 1)),
+    1024: (Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1)),
+    2**31: (Blocks(32, 32, 8, 1), Blocks(32, 16, 4, 1)),
+}
+
 
 def of_attend(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
-    """Candidates for the kernel of attend."""
-    wide = max(width(q.shape[-1]), width(v.shape[-1])) * q.element_size() // 2  # in features of two bytes
-    if INTERPRETED:
-        return (SMALLEST,)
-    if wide <= 64:
-        return Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), SMALLEST
-    if wide <= 128:
-        return Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), SMALLEST
-    if wide <= 256:
-        return Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), SMALLEST
-    return Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), SMALLEST
+    """Candidates for the kernel of attend, the smallest last."""
+    wide = max(width(q.shape[-1]), width(v.shape[-1]))
+    table = ATTEND_FLOAT32 if q.dtype == torch.float32 else ATTEND
+    return _candidates(table, wide)
 
 
 def of_sweep(program: Program) -> tuple[Blocks, ...]:
-    """Candidates for the kernel of a sweep: the more it holds of a row, the fewer rows."""
+    """Candidates for the kernel of a sweep, the smallest last."""
+    return _candidates(SWEEP, load(program))
+
+
+def load(program: Program) -> int:
+    """Features of two bytes that a program reads and sums in one block; those of float32 are three products, and count fourfold."""
+    read = [width(x.features) * (4 if x.dtype == "float32" else 1) for x in program.operands if x.features > 1]
+    return sum(read) + sum(width(n) for n in program.features if n > 1)
+
+
+def _candidates(table: dict[int, tuple[Blocks, ...]], size: int) -> tuple[Blocks, ...]:
     if INTERPRETED:
         return (SMALLEST,)
-    size = {"float32": 2}
-    held = sum(width(x.features) * size.get(x.dtype, 1) for x in program.operands if x.features > 1)
-    summed = sum(width(n) for n in program.features if n > 1)
-    if "float32" in {x.dtype for x in program.operands if x.features > 1}:
-        held *= 2  # three products each, of halves that are held too
-    if held <= 320 and summed <= 128:
-        return Blocks(64, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(128, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), SMALLEST
-    if held <= 640 and summed <= 256:
-        return Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), SMALLEST
-    if held <= 1280:
-        return Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), SMALLEST
-    return Blocks(32, 32, 8, 1), Blocks(32, 16, 4, 1), SMALLEST
+    return (*next((blocks for most, blocks in table.items() if size <= most), ()), SMALLEST)
 
 
 def run(launch: Callable[[Blocks], None], candidates: Sequence[Blocks], kind: Hashable, pairs: int, x: Tensor) -> None:
