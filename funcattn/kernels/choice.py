@@ -6,6 +6,7 @@ The automatic choice never changes what composes: a kernel that lacks a derivati
 
 import contextlib
 import contextvars
+import functools
 import html
 import importlib.util
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 from .. import _checks
 from .._autodiff import transforming
 from ..masks import Mask
+from . import torch_fused
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("funcattn_kernel", default=None)
 _forced_last: str | None = None  # the same for compiled code, which can guard on a global but not read a context variable
@@ -37,8 +39,15 @@ class Request:
     dropout: float = 0.0
     key: Tensor | None = None
     wants_lse: bool = False
-    causal: bool = False  # the mask is known to be the plain causal one
     lead: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def causal(self) -> bool:
+        """True where the mask is known to be the plain causal one, found by looking at its 2 T numbers: on a GPU, by waiting."""
+        if not isinstance(self.mask, Mask) or self.bias is not None:
+            return False
+        start, stop = _checks.value(self.mask.start), _checks.value(self.mask.stop)
+        return start is not None and stop is not None and torch_fused.is_causal((start, stop), self.k.shape[-2])
 
 
 class Verdict(NamedTuple):
@@ -155,6 +164,8 @@ def _reluctance(name: str, r: Request) -> str:
     """Why a kernel that can run is left alone where none is forced, or ""."""
     if name in ("sdpa", "sdpa:flash") and differentiable(r):
         return "a derivative may be asked: it has no jvp and no second one"
+    if name.startswith("sdpa") and isinstance(r.mask, Mask) and not _triton_obstacle(r) and r.q.device.type == "cuda":
+        return "to see whether the mask is causal would be to wait for the device"
     if name.startswith("sdpa") and isinstance(r.mask, Mask) and not r.causal and r.q.shape[-2] > FEW:
         return "would hold the mask dense, T x S"
     if name == "triton" and r.q.device.type != "cuda":

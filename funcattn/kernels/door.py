@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..masks import Mask
 from ..records import Attended
-from . import choice, dropout, flash, fused, reference, torch_fused
+from . import choice, dropout, flash, fused, reference
 from .choice import Explanation, Request
 
 
@@ -147,14 +147,6 @@ def _chosen(r: Request, kernel: str) -> Attended:
     return reference.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep)
 
 
-def _is_causal(mask: Mask | Tensor | None, S: int) -> bool:
-    """True where a Mask is known to be the plain causal one, found by looking at its 2 T numbers."""
-    if not isinstance(mask, Mask):
-        return False
-    start, stop = _checks.value(mask.start), _checks.value(mask.stop)
-    return start is not None and stop is not None and torch_fused.is_causal((start, stop), S)
-
-
 def _request(
     door: str,
     q: Tensor,
@@ -217,7 +209,7 @@ def _request(
     if dropout or key is not None:
         _check_dropout(door, dropout, key)
     scale = 1 / math.sqrt(D) if scale is None else scale
-    return Request(q, k, v, mask, bias, scale, dropout, key, wants_lse, bias is None and _is_causal(mask, S), tuple(lead))
+    return Request(q, k, v, mask, bias, scale, dropout, key, wants_lse, tuple(lead))
 
 
 def _check_dropout(door: str, dropout: float, key: Tensor | None) -> None:
