@@ -31,6 +31,11 @@ demo: $(VENV)/.library $(VENV)/.model  ## install, and answer a question with Sm
 test: $(VENV)/.dev $(VENV)/.model  ## install, and run every test that takes seconds
 	$(PYTEST) -m "not slow" $(ARGS)
 
+test-gpu: $(VENV)/.dev $(VENV)/.model  ## every test on a machine with a GPU: what has kernels for it runs there
+	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'test-gpu: torch sees no CUDA device')"
+	$(PIP) --constraint $(VENV)/constraints.txt '.[triton]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 $(ARGS)
+
 test-all: $(VENV)/.dev $(VENV)/.model  ## the slow tests too
 	$(PYTEST) $(ARGS)
 

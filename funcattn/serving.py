@@ -75,7 +75,7 @@ def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler =
         _checks.fail("idle", "count", "a number of slots, at least 1", count, "Say how many texts are decoded side by side.")
     token = torch.zeros_like(past.length)
     logits = torch.zeros_like(model.logits(params, model.hidden(params, token.unsqueeze(0), past)[0][-1]))
-    key, state = token.new_zeros(2), sampler.init(logits.shape[-1])
+    key, state = token.new_zeros(2), sampling.begin(sampler, logits)
     one = Slot(_emptied(past, torch.ones_like(token, dtype=torch.bool)), logits, key, token, token, state)
     return Slots(tree.map(lambda leaf: leaf.expand(count, *leaf.shape), one), prefix)
 

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # Triton's kernels then run in numpy; it reads this when it is imported, which torch does late
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No deadline: a first call compiles, and no test here asserts a time. In CI the examples are the same each time, so that a
 # red run is about the change; at home they are new each time, so that somebody finds the next counterexample.

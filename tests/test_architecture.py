@@ -49,6 +49,7 @@ MIRRORLESS = {
     "gguf_families",
     "transforms",
     "architecture",
+    "devices",
     "references",
     "canaries",
     "smollm2",

@@ -29,7 +29,7 @@ def normal(dtype: torch.dtype) -> list[torch.Tensor]:
         ({"dropout": 0.1, "key": fa.key(0), "kernel": "sdpa"}, ValueError, "'sdpa': draws dropout from torch's global generator"),
         ({"kernel": "sdpa:cudnn"}, ValueError, "for CUDA, not for cpu"),
         ({"kernel": "flex"}, ValueError, "forward only on CPU"),
-        ({"kernel": "fast"}, ValueError, "kernel should be None or one of 'sdpa', 'flash'"),
+        ({"kernel": "fast"}, ValueError, "kernel should be None or one of 'sdpa', 'triton', 'flash'"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(options, kind, message):
@@ -48,7 +48,14 @@ def test_the_weights_are_those_that_mix_the_values():
 
 def test_the_explanation_names_every_kernel_with_what_stands_against_it():
     told = {v.kernel: v.obstacle for v in fa.explain(Q, KV, KV).verdicts}
-    assert set(told) == {"sdpa", "flash", "reference", "sdpa:flash", "sdpa:efficient", "sdpa:cudnn", "sdpa:math", "flex"}
+    assert set(told) == {
+        "sdpa",
+        "triton",
+        "flash",
+        "reference",
+        *(f"sdpa:{name}" for name in ("flash", "efficient", "cudnn", "math")),
+        "flex",
+    }
     assert told["sdpa"] == told["flash"] == told["reference"] == ""
     assert "CUDA" in told["sdpa:efficient"]
     assert "values of 3 features" in {v.kernel: v.obstacle for v in fa.explain(Q, KV, KV[..., :3]).verdicts}["sdpa:flash"]

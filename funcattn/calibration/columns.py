@@ -108,7 +108,7 @@ def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     """
     heavy = H.diagonal().clone()
     order = heavy.argsort(descending=True, stable=True)
-    added = damping * heavy.mean() if bool(heavy.any()) else torch.ones((), dtype=H.dtype)
+    added = damping * heavy.mean() if bool(heavy.any()) else H.new_ones(())
     damped = H[order][:, order] + added * torch.eye(len(H), dtype=H.dtype, device=H.device)
     return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 

@@ -6,7 +6,10 @@ The automatic choice never changes what composes: a kernel that lacks a derivati
 
 import contextlib
 import contextvars
+import functools
 import html
+import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +20,7 @@ from torch import Tensor
 from .. import _checks
 from .._autodiff import transforming
 from ..masks import Mask
+from . import torch_fused
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("funcattn_kernel", default=None)
 _forced_last: str | None = None  # the same for compiled code, which can guard on a global but not read a context variable
@@ -35,8 +39,15 @@ class Request:
     dropout: float = 0.0
     key: Tensor | None = None
     wants_lse: bool = False
-    causal: bool = False  # the mask is known to be the plain causal one
     lead: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def causal(self) -> bool:
+        """True where the mask is known to be the plain causal one, found by looking at its 2 T numbers: on a GPU, by waiting."""
+        if not isinstance(self.mask, Mask) or self.bias is not None:
+            return False
+        start, stop = _checks.value(self.mask.start), _checks.value(self.mask.stop)
+        return start is not None and stop is not None and torch_fused.is_causal((start, stop), self.k.shape[-2])
 
 
 class Verdict(NamedTuple):
@@ -74,6 +85,8 @@ class Explanation(NamedTuple):
         return f"<table><tr><th>kernel</th><th>here</th><th>what it is</th><th></th></tr>{rows}</table>"
 
 
+TRITON = importlib.util.find_spec("triton") is not None  # there; imported where it is used
+WIDEST = 256  # features of a key or a value that its kernels take
 FEW = 16  # queries up to which the dense form over all keys is linear memory enough, and the cheapest
 
 
@@ -109,8 +122,28 @@ def _flex_obstacle(r: Request) -> str:
     return "not wired: flash has its masks, attention_with_score its scores, and both compose"
 
 
+def _triton_obstacle(r: Request) -> str:
+    if not TRITON:
+        return "Triton is not installed: pip install funcattn[triton]"
+    if r.q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"for CUDA, not for {r.q.device.type} (where TRITON_INTERPRET=1 interprets it, slowly)"
+    if r.q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"float32, float16 and bfloat16 only, not {r.q.dtype}"
+    if max(r.q.shape[-1], r.v.shape[-1]) > WIDEST:
+        return f"heads of at most {WIDEST} features, not {max(r.q.shape[-1], r.v.shape[-1])}"
+    if r.bias is not None:
+        return "takes no dense bias"
+    if isinstance(r.mask, Tensor):
+        return "takes a Mask of intervals, not booleans"
+    if r.q.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
+        card = torch.cuda.get_device_capability(r.q.device)
+        return "" if card >= (8, 0) else f"needs compute capability 8.0 (A100 and newer), this is {card[0]}.{card[1]}"
+    return ""
+
+
 KERNELS = {
-    "sdpa": ("torch's F.scaled_dot_product_attention, which chooses one of the next four", _sdpa_obstacle),
+    "sdpa": ("torch's F.scaled_dot_product_attention, which chooses one of the four below", _sdpa_obstacle),
+    "triton": ("the closed streaming family in kernels for CUDA: every transform, O(T + S) memory", _triton_obstacle),
     "flash": ("the closed streaming family: every transform, O(T + S) memory", lambda r: ""),
     "reference": ("dense, the specification: every transform, O(T S) memory", lambda r: ""),
     "sdpa:flash": ("torch's fused kernel: first gradient, no jvp, no second derivative", _sdpa_flash_obstacle),
@@ -131,9 +164,13 @@ def _reluctance(name: str, r: Request) -> str:
     """Why a kernel that can run is left alone where none is forced, or ""."""
     if name in ("sdpa", "sdpa:flash") and differentiable(r):
         return "a derivative may be asked: it has no jvp and no second one"
+    if name.startswith("sdpa") and isinstance(r.mask, Mask) and not _triton_obstacle(r) and r.q.device.type == "cuda":
+        return "to see whether the mask is causal would be to wait for the device"
     if name.startswith("sdpa") and isinstance(r.mask, Mask) and not r.causal and r.q.shape[-2] > FEW:
         return "would hold the mask dense, T x S"
-    if name == "flash" and r.q.shape[-2] <= FEW:
+    if name == "triton" and r.q.device.type != "cuda":
+        return "interpreted: for tests"
+    if name in ("flash", "triton") and r.q.shape[-2] <= FEW:
         return f"for at most {FEW} queries the dense form is cheaper"
     return ""
 
@@ -164,7 +201,10 @@ def choose(r: Request, kernel: str | None = None) -> str:
     """The name of the kernel that runs; forced by the argument, else by `use`, else automatic."""
     if torch.compiler.is_compiling():  # transforms cannot be seen from here: what composes is taken
         forced = kernel if kernel is not None else _forced_last
-        return forced if forced is not None else "reference" if r.q.shape[-2] <= FEW else "flash"
+        if forced is not None:
+            return forced
+        streaming = "triton" if r.q.device.type == "cuda" and not _triton_obstacle(r) else "flash"
+        return "reference" if r.q.shape[-2] <= FEW else streaming
     if kernel is None and _forced.get() is None:
         return next(name for name, (_, obstacle_of) in KERNELS.items() if not (obstacle_of(r) or _reluctance(name, r)))
     return next(v.kernel for v in verdicts(r, kernel) if v.chosen)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..masks import Mask
 from ..records import Attended
-from . import choice, dropout, flash, fused, layout, reference, torch_fused
+from . import choice, dropout, flash, fused, layout, reference
 from .choice import Explanation, Request
 
 
@@ -138,21 +138,13 @@ def _chosen(r: Request, kernel: str) -> Attended:
         backend = kernel.removeprefix("sdpa").removeprefix(":")
         out = fused.attention(r.q, r.k, r.v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
         return Attended(out, out.new_zeros(()))
-    if kernel == "flash":
-        return flash.attend(r)
+    if kernel in ("flash", "triton"):
+        return flash.attend(r, "triton" if kernel == "triton" else "torch")
     keep = None
     if r.dropout and r.key is not None:
         keys = dropout.head_keys(r.key, (*r.lead, r.q.shape[-3]))
         keep = dropout.keep(keys, slice(0, r.q.shape[-2]), slice(0, r.k.shape[-2]), r.dropout)
     return reference.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep)
-
-
-def _is_causal(mask: Mask | Tensor | None, S: int) -> bool:
-    """True where a Mask is known to be the plain causal one, found by looking at its 2 T numbers."""
-    if not isinstance(mask, Mask):
-        return False
-    start, stop = _checks.value(mask.start), _checks.value(mask.stop)
-    return start is not None and stop is not None and torch_fused.is_causal((start, stop), S)
 
 
 def _request(
@@ -217,7 +209,7 @@ def _request(
     if dropout or key is not None:
         _check_dropout(door, dropout, key)
     scale = 1 / math.sqrt(D) if scale is None else scale
-    return Request(q, k, v, mask, bias, scale, dropout, key, wants_lse, bias is None and _is_causal(mask, S), tuple(lead))
+    return Request(q, k, v, mask, bias, scale, dropout, key, wants_lse, tuple(lead))
 
 
 def _check_dropout(door: str, dropout: float, key: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """The two autograd Functions of attention, closed under grad, jvp and vmap at every order.
 
 `Attend` normalises; `Pass` is a sweep of the algebra. The vjp and jvp of both are passes. What runs below, the blocks in torch
-operations or torch's own fused kernels, is decided by `primitives`.
+operations, kernels in Triton or torch's own fused ones, is decided by `primitives`.
 """
 
 import dataclasses
@@ -67,7 +67,9 @@ class Attend(Function):
         fused = plan.fused and wanted == [Q, K, at] and g_lse is None
         if fused:  # torch's own backward gives these three from (g, out); the derivatives of it are those of the sweep
             flat.append(out)
-        for p, grad in zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat, plan if fused else None), strict=True):
+        for p, grad in zip(
+            wanted, run(spec, [like(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None), strict=True
+        ):
             grads[1 + (V if p == at else p)] = grad
         return tuple(grads)
 
@@ -92,7 +94,7 @@ class Attend(Function):
         if at in moved:
             mixed.append(Term((), moved[at]))
         outputs = [Output("query", tuple(mixed))] + ([Output("query", (Term((dS,)),))] if dS else [])
-        pushed = run(base._replace(outputs=tuple(outputs)), [like(out), like(lse)][: len(outputs)], flat)
+        pushed = run(base._replace(outputs=tuple(outputs)), [like(out), like(lse)][: len(outputs)], flat, plan.backend)
         if not dS:
             return pushed[0], torch.zeros_like(lse)
         return pushed[0] - (pushed[1] * out).to(out.dtype), pushed[1]
@@ -128,7 +130,7 @@ class Pass(Function):
                 given[number] = len(flat)
                 flat.append(g)
         spec, wanted = algebra.vjp(ctx.job.sweep, given, needed, lambda place: flat[place].shape[:-2])
-        for p, grad in zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat), strict=True):
+        for p, grad in zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat, ctx.job.backend), strict=True):
             grads[1 + p] = grad
         return tuple(grads)
 
@@ -140,7 +142,7 @@ class Pass(Function):
             if tangent is not None:
                 moved[place] = len(flat)
                 flat.append(tangent)
-        return tuple(run(algebra.jvp(ctx.job.sweep, moved), ctx.job.likes, flat))
+        return tuple(run(algebra.jvp(ctx.job.sweep, moved), ctx.job.likes, flat, ctx.job.backend))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], job: Job, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -151,7 +153,9 @@ class Pass(Function):
         return tuple(x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, job.likes, strict=True)), (0,) * len(outputs)
 
 
-def run(sweep: Sweep, likes: Sequence[Like], tensors: Sequence[Tensor], plan: Plan | None = None) -> list[Tensor]:
+def run(
+    sweep: Sweep, likes: Sequence[Like], tensors: Sequence[Tensor], backend: str = "torch", plan: Plan | None = None
+) -> list[Tensor]:
     """Run a sweep as a Function, over the tensors that it reads; an output without terms is zeros.
 
     A plan says that torch's fused backward may compute it; the last tensor is then the output of attention, which it wants.
@@ -161,7 +165,7 @@ def run(sweep: Sweep, likes: Sequence[Like], tensors: Sequence[Tensor], plan: Pl
     if live:
         pruned, used = _prune(sweep._replace(outputs=tuple(sweep.outputs[i] for i in live)))
         read = [tensors[p] for p in used] + ([tensors[-1]] if plan is not None else [])
-        done = dict(zip(live, Pass.apply(Job(pruned, tuple(likes[i] for i in live), plan), *read), strict=True))
+        done = dict(zip(live, Pass.apply(Job(pruned, tuple(likes[i] for i in live), backend, plan), *read), strict=True))
     return [done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype) for i, o in enumerate(likes)]
 
 

@@ -1,4 +1,4 @@
-"""The "flash" kernel: from the public arguments to the closed family and back.
+"""The "flash" and "triton" kernels: from the public arguments to the closed family and back.
 
 Groups of query heads become an axis that k lacks, masks get axes for the heads. Inside a compile all of it is
 behind `nonstrict_trace`: Dynamo would otherwise inline the Functions, losing their memory, or refuse them.
@@ -18,33 +18,39 @@ from .family import Attend, run
 from .primitives import Plan, like
 
 
-def attend(r: Request) -> Attended:
-    """Attention by the closed family."""
+def attend(r: Request, backend: str = "torch") -> Attended:
+    """Attention by the closed family, its passes by blocks of torch operations or, where it can, by Triton."""
     mask = () if r.mask is None else tuple(r.mask) if isinstance(r.mask, Mask) else (r.mask,)
     optional = (*mask, *(() if r.bias is None else (r.bias,)), *(() if r.key is None else (r.key,)))
-    asked = (len(mask), r.bias is not None, r.dropout if r.key is not None else 0.0)
+    asked = (len(mask), r.bias is not None, r.dropout if r.key is not None else 0.0, backend)
     call = torch._dynamo.nonstrict_trace(_attend) if torch.compiler.is_compiling() else _attend
     return Attended(*call(asked, r.lead, r.scale, r.q, r.k, r.v, *optional))
 
 
 def _attend(
-    asked: tuple[int, bool, float], lead: Sequence[int], scale: float | Tensor, q: Tensor, k: Tensor, v: Tensor, *optional: Tensor
+    asked: tuple[int, bool, float, str],
+    lead: Sequence[int],
+    scale: float | Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *optional: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """asked: tensors of the mask, whether a bias and, at a rate above zero, a key follow it; plain numbers, as tracing wants."""
-    masks, biased, rate = asked
+    """asked: tensors of the mask, whether a bias and, at a rate above zero, a key follow it, the backend; plain values."""
+    masks, biased, rate, backend = asked
     (H, T, _), K = q.shape[-3:], k.shape[-3]
     grouped = H != K
     mask, bias = optional[:masks], optional[masks : masks + biased]
     spread = lambda x: x.unsqueeze(-3).unsqueeze(-3) if grouped else x.unsqueeze(-3)
     laid = [spread(x) for x in mask] if masks == 2 else [_pairs(x, H, K) for x in mask]
     laid += [_pairs(x, H, K) for x in bias]
-    fused = not bias and masks != 1 and not torch_fused.obstacle(q, k, v)
+    fused = backend == "torch" and not bias and masks != 1 and not torch_fused.obstacle(q, k, v)
     if isinstance(scale, Tensor):  # differentiable, so it goes into q; a number goes into the sweep, in float32
         q, scale = q * scale, 1.0
     tensors = [q, k, v]
     if grouped:
         tensors = [q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), v.unsqueeze(-3)]
-    plan = Plan(scale, masks, biased, fused)
+    plan = Plan(scale, masks, biased, fused, backend)
     out, lse = Attend.apply(plan, *tensors, *laid)
     if rate:
         keys = dropout.head_keys(optional[-1], (*lead, H))
@@ -66,7 +72,7 @@ def _dropped(plan: Plan, rate: float, tensors: Sequence[Tensor], lse: Tensor, wh
         dropout=at + 1,
         rate=rate,
     )
-    return run(spec, [like(whole)], [q, k, lse, *extra, v, keys])[0]
+    return run(spec, [like(whole)], [q, k, lse, *extra, v, keys], plan.backend)[0]
 
 
 def _pairs(x: Tensor, H: int, K: int) -> Tensor:

@@ -125,7 +125,7 @@ def in_parts(
     does: an output that lacks the axis is then the sum over it.
     """
     lead = torch.broadcast_shapes(*[x.shape[:-2] for x in tensors], *[tuple(s[:-2]) for s in shapes])
-    some = lambda where, axis: any(_has(tensors[p].shape, axis) for p in where)
+    some = lambda where, axis: any(has(tensors[p].shape, axis) for p in where)
     axes = [axis for axis in range(-len(lead), 0) if some(keyed, axis) and some(weighing, axis)]
     times = too_many(math.prod(lead), tensors[0].shape[-2], tensors[1].shape[-2])
     if not axes or times <= 1:
@@ -135,7 +135,7 @@ def in_parts(
     whole: list[Tensor] = []
     for begin in range(0, lead[axis], step):
         n = min(step, lead[axis] - begin)
-        sizes = [(*s[: axis - 2], n, *s[len(s) + axis - 1 :]) if _has(s, axis) else s for s in shapes]
+        sizes = [(*s[: axis - 2], n, *s[len(s) + axis - 1 :]) if has(s, axis) else s for s in shapes]
         parts = in_parts(run, sizes, [_cut(x, axis, begin, n) for x in tensors], keyed, weighing, too_many)
         if not whole:
             whole = [x.new_zeros(tuple(s)) for x, s in zip(parts, shapes, strict=True)]
@@ -145,9 +145,9 @@ def in_parts(
 
 
 def _cut(x: Tensor, axis: int, begin: int, n: int) -> Tensor:
-    return x.narrow(axis - 2, begin, n) if _has(x.shape, axis) else x
+    return x.narrow(axis - 2, begin, n) if has(x.shape, axis) else x
 
 
-def _has(shape: Sequence[int], axis: int) -> bool:
+def has(shape: Sequence[int], axis: int) -> bool:
     """True where a shape has more than one of a leading axis, counted backwards from the last two."""
     return len(shape) - 2 >= -axis and shape[axis - 2] != 1

@@ -1,4 +1,5 @@
-"""What runs below the family: blocks in torch operations, or torch's own fused kernels for the value and the first gradient.
+"""What runs below the family: blocks in torch operations, kernels written in Triton, or torch's own fused kernels for the value
+and the first gradient.
 
 Inside a compile, or wherever else tensors are not plain, both primitives are opaque custom operations: one node each, never
 unrolled or recomputed. They are private: a custom operation used directly under torch.func.jvp silently has zero tangents; the
@@ -41,6 +42,7 @@ class Plan:
     masks: int = 0  # how many tensors are the mask: (start, stop), or booleans
     biased: bool = False
     fused: bool = False  # torch's own kernels may compute the value and the first gradient, if the mask turns out to be causal
+    backend: str = "torch"  # or "triton", where it can
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Job:
 
     sweep: Sweep
     likes: tuple[Like, ...]
+    backend: str = "torch"
     plan: Plan | None = None
 
 
@@ -57,7 +60,7 @@ def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if _plain(tensors):
         out, lse = _attend(plan, tensors)
         return _own(out), _own(lse)
-    return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.fused)
+    return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.fused, plan.backend)
 
 
 def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -67,7 +70,7 @@ def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     ranks = [len(o.shape) for o in job.likes]
     sizes = [n for o in job.likes for n in o.shape]
     names = [str(o.dtype).removeprefix("torch.") for o in job.likes]
-    return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.plan and vars(job.plan)]), ranks, sizes)
+    return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.backend, job.plan and vars(job.plan)]), ranks, sizes)
 
 
 def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
@@ -85,6 +88,8 @@ def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     mask = extra[: plan.masks]
     if plan.fused and (not mask or torch_fused.is_causal(mask, k.shape[-2])):
         return torch_fused.attend(q, k, v, scale=plan.scale, causal=bool(mask))
+    if plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_attend(q, k, v, mask):
+        return _triton().attend(q, k, v, mask, plan.scale)
     return blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
 
 
@@ -94,9 +99,18 @@ def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     if job.plan is not None and (not mask or torch_fused.is_causal(mask, tensors[1].shape[-2])):
         q, k, lse, *_, v, g, _, out = tensors
         outputs: Sequence[Tensor] = torch_fused.backward(shapes, q, k, v, lse, g, out, scale=job.plan.scale, causal=bool(mask))
+    elif job.backend == "triton" and not _triton().obstacle(job.sweep, tensors):
+        outputs = _triton().sweep(job.sweep, shapes, [o.dtype for o in job.likes], tensors)
     else:
         outputs = blocks.sweep(job.sweep, shapes, tensors)
     return [x.to(o.dtype) for x, o in zip(outputs, job.likes, strict=True)]
+
+
+def _triton() -> Any:
+    """The backend that needs Triton, imported when it is first used."""
+    from . import triton
+
+    return triton
 
 
 def _own(x: Tensor) -> Tensor:
@@ -118,13 +132,13 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
 
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())
-def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool) -> tuple[Tensor, Tensor]:
-    out, lse = _attend(Plan(scale, masks, biased, fused), tensors)
+def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool, backend: str) -> tuple[Tensor, Tensor]:
+    out, lse = _attend(Plan(scale, masks, biased, fused, backend), tensors)
     return out.contiguous(), lse.contiguous()  # the strides that the fake kernel promised
 
 
 @_attend_op.register_fake
-def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool) -> tuple[Tensor, Tensor]:
+def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool, backend: str) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
     lead = torch.broadcast_shapes(level, v.shape[:-2])
@@ -143,16 +157,16 @@ def _(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> li
 
 
 def _read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> Job:
-    spec, dtypes, plan = _decode(text)
+    spec, dtypes, backend, plan = _decode(text)
     rest = iter(sizes)
     shapes = [tuple(next(rest) for _ in range(rank)) for rank in ranks]
-    return Job(spec, tuple(Like(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)), plan)
+    return Job(spec, tuple(Like(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)), backend, plan)
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode(text: str) -> tuple[Sweep, list[torch.dtype], Plan | None]:
-    (outputs, scale, mask, bias, dropout, rate), names, plan = json.loads(text)
+def _decode(text: str) -> tuple[Sweep, list[torch.dtype], str, Plan | None]:
+    (outputs, scale, mask, bias, dropout, rate), names, backend, plan = json.loads(text)
     summand: Any = lambda s: Pair(*s) if len(s) == 3 else Dense(*s)
     term = lambda t: Term(tuple(tuple(map(summand, factor)) for factor in t[0]), *t[1:])
     spec = Sweep(tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate)
-    return spec, [getattr(torch, name) for name in names], plan and Plan(**plan)
+    return spec, [getattr(torch, name) for name in names], backend, plan and Plan(**plan)

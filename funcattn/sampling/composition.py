@@ -12,6 +12,7 @@ Edges: of equal logits the lower ids go first. A row in which nothing is left ha
 what is left, and `draw` raises on it where values can be looked at.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -146,7 +147,10 @@ def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any) -> tuple[Ten
 
 def begin(sampler: Sampler, logits: Tensor) -> Any:
     """The state before the first token, where the logits (V,) are."""
-    return tree.map(lambda x: x.to(logits.device), sampler.init(logits.shape[-1]))
+    here = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.device(logits.device)  # Dynamo knows no such `with`
+    with here:
+        state = sampler.init(logits.shape[-1])
+    return tree.map(lambda x: x.to(logits.device), state)  # what a sampler was primed with lies where it lay
 
 
 def prime(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tensor | None = None) -> Any:

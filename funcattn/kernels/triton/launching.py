@@ -1,0 +1,232 @@
+"""From tensors to launches: what is allocated, where it lies, and which kernel runs over which heads.
+
+`attend` is one launch. A sweep is a launch for each side its outputs lie on: rows of queries and rows of keys are owned by
+different programs, which is what makes sums over queries deterministic.
+"""
+
+import contextlib
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import masks
+from ...masks import Mask
+from ..algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term, places
+from ..choice import WIDEST
+from ..layout import has
+from . import pieces, programs, softmax, tuning
+from .addresses import axes, width
+from .language import INTERPRETED
+from .programs import Operand, Program
+
+LOG2E = math.log2(math.e)
+ORDERS = 2  # factors under one P, those of value, gradient, jvp and hvp; beyond, blocks of torch operations serve
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1) in float32, without the lead of v alone."""
+    (T, D), (S, Dv) = q.shape[-2:], v.shape[-2:]
+    level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in mask])
+    lead = torch.broadcast_shapes(level, v.shape[:-2])
+    out, lse = v.new_empty(*lead, T, Dv), q.new_empty(*level, T, 1, dtype=torch.float32)
+    start, stop = intervals(mask) or (None, None)
+    over = axes([q, k, v, start, out, lse], lead, range(-len(lead), 0))
+    q, k, v = (x.detach() for x in (q, k, v))
+
+    def launch(blocks: tuning.Blocks) -> None:
+        softmax.attend[(-(-T // blocks.own) * over.programs,)](
+            *(q, k, v, q if start is None else start, q if stop is None else stop, out, lse),
+            over.sizes,
+            *over.strides,
+            *(*q.stride()[-2:], *k.stride()[-2:], *v.stride()[-2:], T, S, scale * LOG2E),
+            D=D,
+            Dv=Dv,
+            WIDTH=width(D),
+            WIDTH_V=width(Dv),
+            INTERVALS=0 if start is None else start.shape[-1],
+            PRECISION=precision(),
+            ROWS=blocks.own,
+            KEYS=blocks.other,
+            **blocks.options(),
+        )
+
+    if lse.numel():
+        with on(q):
+            tuning.run(launch, tuning.of_attend(q, v), ("attend", q.dtype, D, Dv, start is None), T * S, q)
+    return out, lse
+
+
+def obstacle_to_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
+    """Why the kernel of attend cannot run, or ""."""
+    if len(mask) == 1:
+        return "it reads a matrix of queries and keys"
+    return _obstacle_of([q, k, v])
+
+
+def obstacle(spec: Sweep, tensors: Sequence[Tensor]) -> str:
+    """Why these kernels cannot run a sweep, or ""."""
+    terms = [term for output in spec.outputs for term in output.terms]
+    summands = [summand for term in terms for factor in term.factors for summand in factor]
+    if len(spec.mask) == 1 or spec.bias != ONES or any(isinstance(summand, Dense) for summand in summands):
+        return "it reads a matrix of queries and keys"
+    if any(output.side == "pair" for output in spec.outputs):
+        return "it writes a matrix of queries and keys"
+    if any(len(term.factors) > ORDERS for term in terms):
+        return f"it has more than {ORDERS} factors"
+    query, key, _ = places(spec)
+    read = [tensors[p] for p in sorted(query | key)]
+    if sum(width(x.shape[-1]) for x in read if x.dtype == torch.float32 and x.shape[-1] > 1) > tuning.MOST:
+        return f"it reads more than {tuning.MOST} features of float32"
+    return _obstacle_of(read)
+
+
+def _obstacle_of(tensors: Sequence[Tensor]) -> str:
+    if not tensors[0].is_cuda and not (INTERPRETED and tensors[0].device.type == "cpu"):
+        return f"it is on {tensors[0].device.type}"
+    if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
+        return "the card is older than compute capability 8.0"
+    if any(x.dtype not in (torch.float32, torch.float16, torch.bfloat16) for x in tensors):
+        return "it is in float64"
+    if any(x.shape[-1] > WIDEST for x in tensors):
+        return f"it has more than {WIDEST} features"
+    return ""
+
+
+def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """All outputs of a sweep (see algebra), each of its shape and dtype: one launch for all of one side and one set of heads."""
+    passes = _passes(spec, shapes, tensors)
+    parts = Counter(number for outputs in passes.values() for number in outputs)
+    mask = intervals([tensors[p] for p in spec.mask])
+    found: list[list[Tensor]] = [[] for _ in shapes]
+    for (side, own, summed), terms in passes.items():
+        into = [tensors[Q].new_empty(tuple(shapes[n]), dtype=dtypes[n] if parts[n] == 1 else torch.float32) for n in terms]
+        outputs = [Output(side, of_output) for of_output in terms.values()]
+        _launch(spec._replace(outputs=tuple(outputs)), into, own, summed, tensors, mask)
+        for n, x in zip(terms, into, strict=True):
+            found[n].append(x)
+    return [functools.reduce(torch.add, some).to(dtype) for some, dtype in zip(found, dtypes, strict=True)]
+
+
+class _Pass(NamedTuple):
+    """What outputs of one launch share: their side, the leading axes they have, and those that are summed over."""
+
+    side: str
+    own: tuple[int, ...]
+    summed: tuple[int, ...]
+
+
+def _passes(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> dict[_Pass, dict[int, tuple[Term, ...]]]:
+    """The launches, and of each the terms of its outputs by their number.
+
+    A term is summed over the axes that it has and its output lacks; terms of one output that differ in these go apart.
+    """
+    always = [Q, K, L, *spec.mask, *([spec.dropout] if spec.dropout != ONES else [])]
+    passes: dict[_Pass, dict[int, tuple[Term, ...]]] = {}
+    for number, (side, terms) in enumerate(spec.outputs):
+        shape = shapes[number]
+        for term in terms:
+            read = {*always, term.value, *(p for factor in term.factors for pair in factor for p in pair[:2])} - {ONES}
+            rank = max(len(shape), *(tensors[int(p)].dim() for p in read)) - 2
+            own = tuple(axis for axis in range(-rank, 0) if has(shape, axis))
+            summed = (axis for axis in range(-rank, 0) if any(has(tensors[int(p)].shape, axis) for p in read))
+            outputs = passes.setdefault(_Pass(side, own, tuple(axis for axis in summed if axis not in own)), {})
+            outputs[number] = (*outputs.get(number, ()), term)
+    return passes
+
+
+def _launch(
+    spec: Sweep,
+    into: Sequence[Tensor],
+    own: Sequence[int],
+    summed: Sequence[int],
+    tensors: Sequence[Tensor],
+    mask: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Write the outputs of one pass over P."""
+    program, used, weights = describe(spec, tensors, into, 0 if mask is None else mask[0].shape[-1])
+    x = [tensors[p].detach() for p in used]
+    q, (T, S) = x[Q], (x[Q].shape[-2], x[K].shape[-2])
+    start, stop = mask or (None, None)
+    seeds = tensors[spec.dropout].contiguous() if program.dropout else None
+    lead = torch.broadcast_shapes(*[y.shape[:-2] for y in (*x, *into, start, seeds) if y is not None])
+    over, under = axes([*x, start, seeds, *into], lead, own), axes([*x, start, seeds], lead, summed)
+    at, into_at = over.strides[: len(x) + 2], over.strides[len(x) + 2 :]
+
+    def launch(blocks: tuning.Blocks) -> None:
+        table, lines = q, 0
+        if start is not None and stop is not None and program.side == "key":
+            table, lines = _bounds(start, stop, S, blocks.other), -(-T // blocks.other) * 4
+        laid = lambda of: (*of[:-1], tuple(step // T * lines for step in of[-2]), of[-1])  # x..., mask, table, seeds
+        programs.kernel(program)[(-(-(T if program.side == "query" else S) // blocks.own) * over.programs,)](
+            *(*x, q if start is None else start, q if stop is None else stop, table, q if seeds is None else seeds, *into),
+            *(over.sizes, under.sizes, *laid(at), *laid(under.strides), *into_at),
+            *(step for y in x for step in y.stride()[-2:]),
+            *(T, S, under.programs, spec.scale * LOG2E, math.ceil(spec.rate * 2**32), 1 / (1 - spec.rate), *weights),
+            OWN=blocks.own,
+            OTHER=blocks.other,
+            PRECISION=precision(),
+            FACTORED="wide" if INTERPRETED else "tf32",
+            **blocks.options(),
+        )
+
+    if into[0].numel():
+        with on(q):
+            tuning.run(launch, tuning.of_sweep(program), program, T * S, q)
+
+
+def describe(spec: Sweep, tensors: Sequence[Tensor], into: Sequence[Tensor], n: int = 0) -> tuple[Program, list[int], list[float]]:
+    """The program of a sweep whose outputs lie on one side, the places of the tensors it reads, and the weights it is given."""
+    query, key, _ = places(spec)
+    used = sorted(query | key)
+    new = {old: number for number, old in enumerate(used)} | {ONES: ONES}
+    weights: dict[float, int] = {1.0: 0}
+    number_of = lambda weight: weights.setdefault(float(weight), len(weights))
+    pair: Any = lambda p: Pair(new[p.a], new[p.b], number_of(p.weight))
+    factor: Any = lambda f: tuple(pair(p) for p in f)
+    term = lambda t: Term(tuple(factor(f) for f in t.factors), new[t.value], number_of(t.weight))
+    outputs = tuple(Output(side, tuple(term(t) for t in terms)) for side, terms in spec.outputs)
+    name = lambda x: str(x.dtype).removeprefix("torch.")
+    operands = tuple(Operand("query" if p in query else "key", tensors[p].shape[-1], name(tensors[p])) for p in used)
+    features = tuple(x.shape[-1] for x in into)
+    program = Program(spec.outputs[0].side, outputs, features, operands, n, spec.dropout != ONES, len(weights))
+    return program, used, list(weights)[1:]
+
+
+def _bounds(start: Tensor, stop: Tensor, S: int, rows: int) -> Tensor:
+    """What blocks of queries see of each interval, as `pieces.span` reads it: int32 (*lead, n, blocks, 4)."""
+    *lead, T, n = start.shape
+    table = start.new_empty(*lead, n, -(-T // rows), 4)
+    pieces.bounds[(-(-T // rows) * math.prod(lead),)](start, stop, table, T, S, n, rows, enable_fp_fusion=True)
+    return table
+
+
+def intervals(mask: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The ends of intervals as the kernels read them, or None where there is no mask: int32, contiguous, sorted and disjoint."""
+    if not mask:
+        return None
+    start, stop = mask
+    if not start.shape[-1]:  # no interval is one that holds nothing
+        start, stop = start.new_zeros(*start.shape[:-1], 1), stop.new_zeros(*stop.shape[:-1], 1)
+    if start.shape[-1] != 1:
+        everything = Mask(torch.zeros_like(start[..., :1]), torch.full_like(stop[..., :1], masks.END))
+        start, stop = masks.intersection(Mask(start, stop), everything)
+    lead = torch.broadcast_shapes(start.shape, stop.shape)
+    narrow = lambda x: x.clamp(0, masks.END).to(torch.int32).expand(lead).contiguous()
+    return narrow(start), narrow(stop)
+
+
+def precision() -> str:
+    """How products of float32 are made on tensor cores: where torch asks for all of its digits, as three products of tf32."""
+    if INTERPRETED:
+        return "wide"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch where the tensor is."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,174 @@
+"""Compile what would be launched for a GPU that is not there: to PTX and, by Triton's own ptxas, to the machine code of a card.
+
+    python tests/ahead.py 90 80      one line a kernel: its name, the card, registers, bytes spilled, bytes of shared memory
+
+Launches are recorded with the arguments that the library gives them on tensors of the CPU, and specialised as Triton's launcher
+does: an integer 1 is a constant, a multiple of 16 says so. Runs in a process of its own, since Triton reads TRITON_INTERPRET once.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from funcattn import masks
+from funcattn.kernels.algebra import ONES, K, Output, Pair, Q, Sweep, Term
+from funcattn.kernels.triton import launching, tuning
+
+SHARED = {90: 232448, 80: 166912, 86: 101376}  # bytes a block of threads may have
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
+
+
+class Launch(NamedTuple):
+    """A kernel and what it was called with."""
+
+    kernel: Any
+    args: tuple
+    options: dict
+
+
+class Built(NamedTuple):
+    """What a kernel needs on a card."""
+
+    kernel: str
+    card: int
+    blocks: str  # own x other, warps, stages
+    registers: int
+    spilled: int  # bytes of local memory a thread
+    shared: int  # bytes
+
+
+def recorded(run) -> list[list[Launch]]:
+    """The launches that run() would make, none of them made; for each a candidate for every size of blocks."""
+    launches: list[list[Launch]] = []
+    before = JITFunction.run, tuning.run
+
+    def record(self, *args, grid, warmup, **options):
+        launches[-1].append(Launch(self, args, options))
+
+    def each(launch, candidates, *_):
+        launches.append([])
+        for blocks in candidates:
+            launch(blocks)
+
+    JITFunction.run, tuning.run = record, each
+    try:
+        run()
+    finally:
+        JITFunction.run, tuning.run = before
+    return launches
+
+
+def build(launch: Launch, card: int) -> Built:
+    """Compile one launch for a card: 90 is a H100 or H200, 80 an A100."""
+    kernel, args, options = launch
+    names = kernel.arg_names
+    given = dict(zip(names, args, strict=False)) | {name: options[name] for name in names if name in options}
+    signature, constants, attributes = {}, {}, {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(x, (*path, n)) for n, x in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return POINTERS[str(value.dtype).removeprefix("torch.")]
+        if isinstance(value, float):
+            return "fp32"
+        if value == 1:
+            constants[path] = 1
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    for n, name in enumerate(names):
+        if kernel.params[n].is_constexpr:
+            signature[name], constants[(n,)] = "constexpr", given[name]
+        else:
+            signature[name] = kind(given[name], (n,))
+    chosen = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in options}
+    source = ASTSource(kernel, signature, constants, attributes)
+    done = triton.compile(source, target=GPUTarget("cuda", card, 32), options=chosen)
+
+    sizes = [options.get(name, 0) for name in ("OWN", "ROWS", "OTHER", "KEYS", "num_warps", "num_stages")]
+    told = f"{sizes[0] + sizes[1]}x{sizes[2] + sizes[3]} {sizes[4]} {sizes[5]}"
+    return Built(kernel.__name__, card, told, *usage(done.asm["cubin"]), done.metadata.shared)
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread, as the binary says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found, told
+    return int(found[1]), int(found[2])
+
+
+def launches(D: int, dtype: torch.dtype, *, causal: bool, dropout: bool = False) -> list[list[Launch]]:
+    """What value, gradient, jvp and hvp of attention launch, on 2048 tokens of 8 heads that share 2 key heads."""
+    T, m = 2048, ()
+    q, k, v = torch.empty(4, 2, T, D, dtype=dtype), torch.empty(4, 1, T, D, dtype=dtype), torch.empty(4, 1, T, D, dtype=dtype)
+    if causal:
+        m = tuple(masks.causal(T))
+    lse, column = torch.empty(4, 2, T, 1), torch.empty(4, 2, T, 1)
+    at = 3 + len(m)
+    x, dS = (Pair(at + 1, at), Pair(at + 2, ONES)), (Pair(at + 3, K, 0.1), Pair(Q, at + 4, 0.1))
+    tensors = [q, k, lse, *m, v, torch.empty_like(q), column, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
+    sweeps = {
+        "gradient": [
+            Output("query", (Term((x,), K, 0.1),)),
+            Output("key", (Term((x,), Q, 0.1),)),
+            Output("key", (Term((), at + 1),)),
+        ],
+        "jvp": [Output("query", (Term((dS,), at), Term((), at + 5))), Output("query", (Term((dS,)),))],
+        "hvp": [
+            Output("query", (Term((x, dS), K, 0.1), Term((x,), at + 4, 0.1))),
+            Output("key", (Term((x, dS), Q, 0.1), Term((x,), at + 3, 0.1))),
+            Output("key", (Term((dS,), at + 1),)),
+        ],
+    }
+    if dropout:
+        tensors.append(torch.empty(4, 2, 1, 2, dtype=torch.int64))
+        sweeps = {"gradient": sweeps["gradient"]}
+    kind = lambda o: (*(q.shape if o.side == "query" else k.shape)[:-1], 1 if o.terms[0].value == ONES else D)
+
+    def run() -> None:
+        launching.attend(q, k, v, m, 0.1)
+        for outputs in sweeps.values():
+            spec = Sweep(tuple(outputs), 0.1, tuple(range(3, at)))
+            spec = spec._replace(dropout=len(tensors) - 1, rate=0.1) if dropout else spec
+            launching.sweep(spec, [kind(o) for o in outputs], [dtype] * len(outputs), tensors)
+
+    return recorded(run)
+
+
+def main() -> None:
+    """Compile for the cards that are named."""
+    for D, dtype, causal, dropout in (
+        (64, torch.bfloat16, True, False),
+        (128, torch.bfloat16, True, False),
+        (128, torch.float16, False, False),
+        (80, torch.bfloat16, False, True),
+        (256, torch.bfloat16, True, False),
+        (64, torch.float32, True, False),
+    ):
+        for number, candidates in enumerate(launches(D, dtype, causal=causal, dropout=dropout)):
+            for card in map(int, sys.argv[1:]):
+                fits = (built for built in (build(launch, card) for launch in candidates) if built.shared <= SHARED[card])
+                name = f"{candidates[0].kernel.__name__} {number} {D} {str(dtype).removeprefix('torch.')}" + " causal" * causal
+                print(name, *next(fits)[1:], sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()
