@@ -27,10 +27,18 @@
 #define END_TARGET _Pragma("GCC pop_options")
 #endif
 
+// What has an index known to the compiler is a register.
+#define UNROLLED _Pragma("GCC unroll 8")
+#if defined(__clang__)
+#define VECTORIZED
+#else
+#define VECTORIZED __attribute__((optimize("O3")))
+#endif
 #define DIGITS 3  // of 8 bits each: a number of 24 bits, as the digits of a float32 are
 
 BEGIN_TARGET_AVX512
 namespace avx512 {
+constexpr int MOST = 4;
 using Int = __m512i;
 using Real = __m512;
 static inline Int zero_int() { return _mm512_setzero_si512(); }
@@ -65,6 +73,7 @@ END_TARGET
 
 BEGIN_TARGET_AVX2
 namespace avx2 {
+constexpr int MOST = 2;
 struct Int {
   __m256i a, b;
 };

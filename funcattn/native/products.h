@@ -1,7 +1,7 @@
 // Products of a quantized matrix with a few vectors, written once for every set of instructions.
 //
 // Included inside a namespace that names the vectors: Int (16 lanes of 32 bits) and Real (16 floats), and what products.cpp says
-// of them. A lane is a row of the matrix, so no sum is ever taken across lanes.
+// of them, and MOST vectors whose sums, a register for each digit, are taken in one pass over a tile. A lane is a row of the matrix, so no sum is ever taken across lanes.
 //
 // The matrix comes in tiles of 16 rows, and a tile in blocks of 32 columns, one behind the other in memory: the codes of a block,
 // then its 16 scales, then its 16 zeros, where it has them. A vector comes in the same blocks, each as a scale and digits:
@@ -20,8 +20,9 @@ constexpr int bytes_of(int kind) {
 constexpr bool has_zero(int kind) { return kind == HALF4 || kind == REAL4; }
 constexpr int offset_of(int kind) { return bits_of(kind) == 8 ? 128 : kind == CENTERED4 ? 8 : 0; }  // what code stands for 0
 
-constexpr int MOST = 6;  // vectors whose sums, a register for each digit, are taken in one pass over a tile
-
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
 // A few vectors as digits. Of vector t and block b: digits at 32 P (t B + b), sums at P (t B + b), the rest at t B + b.
 struct Vectors {
   const int8_t* digits;
@@ -32,7 +33,7 @@ struct Vectors {
 };
 
 template <int P>
-static void to_digits(const float* x, int64_t K, int64_t blocks, int8_t* digits, int32_t* sums, float* unit, float* total) {
+VECTORIZED static void to_digits(const float* x, int64_t K, int64_t blocks, int8_t* digits, int32_t* sums, float* unit, float* total) {
   constexpr int largest = P == 3 ? 8355708 : P == 2 ? 32639 : 127;  // all digits 127, and 3 less, by which a float may be rounded up
   for (int64_t b = 0; b < blocks; b++) {
     alignas(64) float v[32];
@@ -72,28 +73,37 @@ static void to_digits(const float* x, int64_t K, int64_t blocks, int8_t* digits,
 
 // out[t] = the tile times vector t, for T vectors.
 template <int KIND, int P, int T>
-static inline void tile(const uint8_t* at, const Vectors& x, Real* out) {
+static inline void tile(const uint8_t* at, const Vectors& x, Real* to) {
+  Real out[T];
+  UNROLLED
   for (int t = 0; t < T; t++) out[t] = zero_real();
   for (int64_t b = 0; b < x.blocks; b++, at += bytes_of(KIND)) {
+    for (int i = 0; i < bytes_of(KIND); i += 64) __builtin_prefetch(at + AHEAD + i);
     Int dot[T][P];
+    UNROLLED
     for (int t = 0; t < T; t++)
+      UNROLLED
       for (int p = 0; p < P; p++)
         dot[t][p] = offset_of(KIND) ? broadcast(-offset_of(KIND) * x.sums[(t * x.blocks + b) * P + p]) : zero_int();
     if constexpr (bits_of(KIND) == 4) {
-#pragma GCC unroll 4
+      UNROLLED
       for (int c = 0; c < 4; c++) {
         const Int codes = load(at + 64 * c), low = low_nibbles(codes), high = high_nibbles(codes);
+        UNROLLED
         for (int t = 0; t < T; t++)
+          UNROLLED
           for (int p = 0; p < P; p++) {
             const int8_t* d = x.digits + ((t * x.blocks + b) * P + p) * 32 + 4 * c;
             dot[t][p] = dot_nibbles(dot_nibbles(dot[t][p], low, d), high, d + 16);
           }
       }
     } else {
-#pragma GCC unroll 8
+      UNROLLED
       for (int c = 0; c < 8; c++) {
         const Int codes = load(at + 64 * c);
+        UNROLLED
         for (int t = 0; t < T; t++)
+          UNROLLED
           for (int p = 0; p < P; p++)
             dot[t][p] = dot_bytes(dot[t][p], codes, x.digits + ((t * x.blocks + b) * P + p) * 32 + 4 * c);
       }
@@ -102,6 +112,7 @@ static inline void tile(const uint8_t* at, const Vectors& x, Real* out) {
     constexpr bool half = KIND == HALF8 || KIND == HALF4 || KIND == CENTERED4;
     Real scale = KIND == ROW8 ? zero_real() : half ? load_half(after) : load_real(after);
     Real zero = !has_zero(KIND) ? zero_real() : half ? load_half(after + 32) : load_real(after + 64);
+    UNROLLED
     for (int t = 0; t < T; t++) {
       const int64_t i = t * x.blocks + b;
       Real sum;
@@ -116,6 +127,8 @@ static inline void tile(const uint8_t* at, const Vectors& x, Real* out) {
       if constexpr (has_zero(KIND)) out[t] = fma(zero, broadcast(x.total[i]), out[t]);
     }
   }
+  UNROLLED
+  for (int t = 0; t < T; t++) to[t] = out[t];
 }
 
 static inline Vectors from(const Vectors& x, int P, int64_t t) {
@@ -136,9 +149,7 @@ static void rows(const uint8_t* blocks, const float* scale, const Vectors& x, in
       switch (many) {
         case 1: tile<KIND, P, 1>(at, part, out); break;
         case 2: tile<KIND, P, 2>(at, part, out); break;
-        case 3: tile<KIND, P, 3>(at, part, out); break;
-        case 4: tile<KIND, P, 4>(at, part, out); break;
-        case 5: tile<KIND, P, 5>(at, part, out); break;
+        case 3: tile<KIND, P, MOST < 3 ? MOST : 3>(at, part, out); break;
         default: tile<KIND, P, MOST>(at, part, out);
       }
       for (int i = 0; i < many; i++, t++) {

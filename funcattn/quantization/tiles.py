@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native, packing
-from ..layers import linear
+from ..layers import linear, together
 from ..layers.prepared import kept
 from ..records import record
 
@@ -133,6 +133,13 @@ def expand_tiles(blocks: Tensor, scale: Tensor, K: int) -> Tensor:
 @linear.register
 def _(weight: Tiles, x: Tensor) -> Tensor:
     return products([weight], x)
+
+
+def _several(weights: Sequence[Tiles], x: Tensor) -> tuple[Tensor, ...]:
+    return products(weights, x).split([len(weight.scale) for weight in weights], -1)
+
+
+together[Tiles] = _several
 
 
 def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
