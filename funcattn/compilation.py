@@ -219,13 +219,14 @@ class _Stack:
             return run(self.config, weight, x)
 
     @functools.cached_property
-    def options(self) -> dict[str, Any] | None:
+    def options(self) -> dict[str, Any]:
         """Of the compiler: not to find out by compiling test programs which vector instructions there are.
 
         The processor has told torch, and the search takes the compiler ten seconds, once for each empty cache.
         """
         known = self.backend == "inductor" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-        return {"size_asserts": False, **({"cpp.vec_isa_ok": True} if known else {})} if self.backend == "inductor" else None
+        quick = {"size_asserts": False} if self.backend == "inductor" else {}  # of sizes that Dynamo's guards have seen already
+        return {**quick, "cpp.vec_isa_ok": True} if known else quick
 
     @functools.cached_property
     def kinds(self) -> tuple[Kind, ...]:
@@ -241,8 +242,19 @@ class _Stack:
         if form not in self.compiled:
             name = f"{f.__name__}_{next(_number)}"
             own = FunctionType(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__)
-            self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=self.options)
+            options = {**self.options, "guard_filter_fn": _guards}
+            self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=options)
         return self.compiled[form]
+
+
+def _guards(entries: Sequence[Any]) -> list[bool]:
+    """Which of Dynamo's guards are kept: tensors, and what has no name: the state of torch.
+
+    Functions and modules stay what they are, and the rest (types and lengths of records, fields of the configuration) is in the
+    form of the call. There are hundreds, which cost a tenth of a step of a small model; and one of them, on the cache in which
+    `linear` remembers types, fails at the second call and has everything compiled twice.
+    """
+    return [not e.name or e.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") or isinstance(e.value, Tensor) for e in entries]
 
 
 class _Prepared(NamedTuple):
