@@ -26,6 +26,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -188,6 +189,7 @@ class _Stack:
     def __init__(self, config: Config, kernel: str | None, depth: int, backend: str) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, depth, backend
         self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.forms = _Forms()
 
     def hidden(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
         """`Model.hidden` for a few tokens behind a dense past."""
@@ -197,13 +199,14 @@ class _Stack:
         keys: list[Tensor] = []
         values: list[Tensor] = []
         x = transformer.begin(config, params, tokens, places)
+        forms = self.forms.of(params.layers, T)
         for first in range(0, config.layers, self.depth):
-            kinds = self.kinds[first : first + self.depth]
-            weights = params.layers[first : first + self.depth]
-            weights = tuple(_prepared(layer, T) for layer in weights)
-            here = tuple(past.of(slice(first, first + self.depth)) for past in pasts)
-            run = self.function(("layers", kinds, _kinds_of(weights), T, tuple(past.k.shape for past in here), x.dtype), _layers)
-            x, k, v = run(config, kinds, self.kernel, weights, x, places, here)
+            kinds, part = self.kinds[first : first + self.depth], slice(first, first + self.depth)
+            weights = tuple(layer._replace(**form) for layer, form in zip(params.layers[part], forms.prepared[part], strict=True))
+            here = tuple(past.of(part) for past in pasts)
+            run = self.function(("layers", kinds, forms.kinds[part], T, tuple(past.k.shape for past in here), x.dtype), _layers)
+            with torch._C._AutoDispatchBelowAutograd():
+                x, k, v = run(config, kinds, self.kernel, weights, x, places, here)
             keys += k.unbind(0)
             values += v.unbind(0)
         return transformer.finish(config, params, x), Delta(tuple(keys), tuple(values))
@@ -211,16 +214,19 @@ class _Stack:
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """`Model.logits` of one vector, or of a few."""
         weight = layers.prepare(params.embedding if is_absent(params.head) else params.head, 1 if x.dim() == 1 else len(x))
-        return self.function(("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict)(self.config, weight, x)
+        run = self.function(("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict)
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(self.config, weight, x)
 
     @functools.cached_property
-    def options(self) -> dict[str, Any] | None:
+    def options(self) -> dict[str, Any]:
         """Of the compiler: not to find out by compiling test programs which vector instructions there are.
 
         The processor has told torch, and the search takes the compiler ten seconds, once for each empty cache.
         """
         known = self.backend == "inductor" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-        return {"cpp.vec_isa_ok": True} if known else None
+        quick = {"size_asserts": False} if self.backend == "inductor" else {}  # of sizes that Dynamo's guards have seen already
+        return {**quick, "cpp.vec_isa_ok": True} if known else quick
 
     @functools.cached_property
     def kinds(self) -> tuple[Kind, ...]:
@@ -236,18 +242,62 @@ class _Stack:
         if form not in self.compiled:
             name = f"{f.__name__}_{next(_number)}"
             own = FunctionType(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__)
-            self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=self.options)
+            options = {**self.options, "guard_filter_fn": _guards}
+            self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=options)
         return self.compiled[form]
 
 
-def _prepared(layer: Layer, T: int) -> Layer:
-    """The layer with its matrices in the form that products with T vectors want."""
-    return layer._replace(**{name: layers.prepare(getattr(layer, name), T) for name in MATRICES})
+def _guards(entries: Sequence[Any]) -> list[bool]:
+    """Which of Dynamo's guards are kept: tensors, and what has no name: the state of torch.
+
+    Functions and modules stay what they are, and the rest (types and lengths of records, fields of the configuration) is in the
+    form of the call. There are hundreds, which cost a tenth of a step of a small model; and one of them, on the cache in which
+    `linear` remembers types, fails at the second call and has everything compiled twice.
+    """
+    return [not e.name or e.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") or isinstance(e.value, Tensor) for e in entries]
 
 
-def _kinds_of(weights: Sequence[Layer]) -> tuple[Any, ...]:
+class _Prepared(NamedTuple):
+    """Of some layers: the matrices that have another form, and the kinds of all."""
+
+    prepared: tuple[dict[str, Any], ...]
+    kinds: tuple[tuple[Any, ...], ...]
+
+
+class _Forms:
+    """`layers.prepare` of all matrices of a model, remembered as long as it meets the same tensors, unwritten."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, tuple[list[ref[Tensor]], list[int], _Prepared]] = {}
+
+    def of(self, stack: Sequence[Layer], T: int) -> _Prepared:
+        """For products with T vectors."""
+        leaves = [leaf for layer in stack for name in MATRICES for leaf in _tensors(getattr(layer, name))]
+        versions = [0 if leaf.is_inference() else leaf._version for leaf in leaves]
+        refs, before, forms = self.held.get(T, ((), (), None))
+        if forms is not None and before == versions and all(have() is leaf for have, leaf in zip(refs, leaves, strict=True)):
+            return forms
+        forms = _Prepared(tuple(_prepared(layer, T) for layer in stack), tuple(_kinds_of(layer, T) for layer in stack))
+        held = self.held  # not self: what is held goes with the weights, and with the model
+        self.held[T] = [ref(leaf, lambda _: held.pop(T, None)) for leaf in leaves], versions, forms
+        return forms
+
+
+def _tensors(weight: Any) -> Sequence[Tensor]:
+    if isinstance(weight, Tensor):
+        return (weight,)
+    return [leaf for field in weight for leaf in _tensors(field)]
+
+
+def _prepared(layer: Layer, T: int) -> dict[str, Any]:
+    """The matrices that products with T vectors want in another form, in it."""
+    forms = {name: layers.prepare(getattr(layer, name), T) for name in MATRICES}
+    return {name: form for name, form in forms.items() if form is not getattr(layer, name)}
+
+
+def _kinds_of(layer: Layer, T: int) -> tuple[Any, ...]:
     """What tells weights apart by what is compiled for them: a record is another graph than a matrix."""
-    return tuple(_kind_of(getattr(layer, name)) for layer in weights for name in MATRICES)
+    return tuple(_kind_of(layers.prepare(getattr(layer, name), T)) for name in MATRICES)
 
 
 def _kind_of(weight: Any) -> Any:

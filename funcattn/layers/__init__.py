@@ -1,6 +1,6 @@
 """The layers of a decoder as functions of a weight and an activation.
 
-    products    linear, embed: dispatch on the type of the weight, so that a quantized one registers itself; blocks
+    products    linear, linears, embed: dispatch on the type of the weight, so that a quantized one registers itself; blocks
     prepared    prepare: the form of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
@@ -14,7 +14,7 @@ from .experts import linear_experts, route
 from .gates import ACTIVATIONS, activate, gated
 from .norms import layer_norm, rms_norm
 from .prepared import SEVERAL, prepare
-from .products import BLOCK, Blocks, by_blocks, embed, is_vector, linear, rows_times
+from .products import BLOCK, Blocks, by_blocks, embed, is_vector, linear, linears, rows_times, together
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 
 __all__ = [
@@ -33,10 +33,12 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_experts",
+    "linears",
     "prepare",
     "rms_norm",
     "rope",
     "rotate",
     "route",
     "rows_times",
+    "together",
 ]

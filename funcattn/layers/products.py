@@ -5,6 +5,7 @@ the decoder never knows what its weights are made of.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,20 @@ def _(weight: Tensor, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() and is_vector(x) and weight.device.type == "cpu" and weight.is_contiguous():
         return rows_times(weight, x)
     return F.linear(x, weight)
+
+
+together: dict[type, Callable[[Sequence[Any], Tensor], tuple[Tensor, ...]]] = {}  # types that multiply several at once
+
+
+def linears(weights: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """Several weights times the same x: `linear` of each, or one call where their type entered one in `together`.
+
+    Law: linears(weights, x) is linear(weight, x) of each (test_layers.py).
+    """
+    kinds = [type(weight) for weight in weights]
+    if kinds[0] in together and all(kind is kinds[0] for kind in kinds):
+        return together[kinds[0]](weights, x)
+    return tuple(linear(weight, x) for weight in weights)
 
 
 def is_vector(x: Tensor) -> bool:

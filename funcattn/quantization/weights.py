@@ -14,8 +14,9 @@ from torch import Tensor
 from .. import _checks, packing
 from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
-from .fast import routed
+from .fast import FEW, routed
 from .packed import PackedDynamic, pack_int4, pack_int8, round_tokens
+from .tiles import tile_int4, tile_int8
 
 
 @record
@@ -171,7 +172,7 @@ def _plain_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    return _through(pack_int8(codes, scale), x)
+    return _through(_few_int8(codes, scale), x)
 
 
 @linear.register
@@ -199,7 +200,18 @@ def _plain_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor
 
 
 def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | None:
-    return _through(pack_int4(codes, scale, zero), x)
+    return _through(_few_int4(codes, scale, zero), x)
+
+
+def _few_int8(codes: Tensor, scale: Tensor) -> Any:
+    """The form that multiplies a few rows fastest: tiles, else torch's kernel, or None."""
+    tiles = tile_int8(codes, scale)
+    return pack_int8(codes, scale) if tiles is None else tiles
+
+
+def _few_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Any:
+    tiles = tile_int4(codes, scale, zero)
+    return pack_int4(codes, scale, zero) if tiles is None else tiles
 
 
 def _through(packed: Any, x: Tensor) -> Tensor | None:
@@ -211,13 +223,15 @@ def _through(packed: Any, x: Tensor) -> Tensor | None:
 
 @prepare.register
 def _(weight: Int8, rows: int) -> Any:
-    packed = None if rows == 1 else pack_int8(*weight)  # one vector: products and sums, see linear
+    packed = None if rows > FEW else tile_int8(*weight)
+    if packed is None and rows > 1:  # one vector: products and sums, see linear
+        packed = pack_int8(*weight)
     return weight if packed is None else packed
 
 
 @prepare.register
 def _(weight: Int4, rows: int) -> Any:
-    packed = pack_int4(*weight)
+    packed = _few_int4(*weight) if rows <= FEW else pack_int4(*weight)
     return weight if packed is None else packed
 
 

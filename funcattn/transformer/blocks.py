@@ -75,6 +75,11 @@ def _affine(weight: Any, bias: Any, x: Tensor) -> Tensor:
     return y if is_absent(bias) else y + bias
 
 
+def _affines(weights: Sequence[Any], biases: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+    each = zip(layers.linears(weights, x), biases, strict=True)
+    return tuple(y if is_absent(bias) else y + bias for y, bias in each)
+
+
 def _attend(
     config: Config,
     kind: Kind,
@@ -88,9 +93,10 @@ def _attend(
     """What attention adds to the residual, and the keys and values of the new tokens."""
     y = tap(f"{name}.attention.input", y)
     H, K, D = config.heads, config.kv_heads, config.head_size
-    q = _heads(config, _affine(weights.q, weights.q_bias, y), weights.q_norm, H, D)
-    k = _heads(config, _affine(weights.k, weights.k_bias, y), weights.k_norm, K, D)
-    v = _affine(weights.v, weights.v_bias, y).unflatten(-1, (K, D)).transpose(-2, -3)
+    q, k, v = _affines((weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y)
+    q = _heads(config, q, weights.q_norm, H, D)
+    k = _heads(config, k, weights.k_norm, K, D)
+    v = v.unflatten(-1, (K, D)).transpose(-2, -3)
     if kind.rotary:
         assert isinstance(shared.rotation, Rotation)
         q, k = layers.rotate(q, shared.rotation), layers.rotate(k, shared.rotation)
@@ -121,12 +127,11 @@ def _feed_forward(config: Config, kind: Kind, weights: Layer, y: Tensor, name: s
     y = tap(f"{name}.feed_forward.input", y)
     if kind.experts:
         return _choose(config, weights, y, name)
-    up = _affine(weights.up, weights.up_bias, y)
     if config.gated:
-        gate = _affine(weights.gate, weights.gate_bias, y)
+        gate, up = _affines((weights.gate, weights.up), (weights.gate_bias, weights.up_bias), y)
         inner = layers.gated(gate, up, config.activation, config.activation_limit)
     else:
-        inner = layers.activate(up, config.activation)
+        inner = layers.activate(_affine(weights.up, weights.up_bias, y), config.activation)
     return _affine(weights.down, weights.down_bias, tap(f"{name}.feed_forward.inner", inner))
 
 

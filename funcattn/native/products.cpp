@@ -1,0 +1,236 @@
+// The operator funcattn::products, for the CPU: see products.h for the arithmetic, and building.py for who compiles this.
+//
+// Both sets of instructions are compiled, and the processor is asked at run time. Only the stable ABI of torch is used, which takes
+// seconds to compile where all of its headers take a minute.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(__clang__)
+#define BEGIN_TARGET_AVX512 \
+  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c\"))), apply_to = function)")
+#define BEGIN_TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define BEGIN_TARGET_AVX512 \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c\")")
+#define BEGIN_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
+#define END_TARGET _Pragma("GCC pop_options")
+#endif
+
+// What has an index known to the compiler is a register.
+#define UNROLLED _Pragma("GCC unroll 8")
+#if defined(__clang__)
+#define VECTORIZED
+#else
+#define VECTORIZED __attribute__((optimize("O3")))
+#endif
+#define DIGITS 3  // of 8 bits each: a number of 24 bits, as the digits of a float32 are
+
+BEGIN_TARGET_AVX512
+namespace avx512 {
+constexpr int MOST = 4;
+using Int = __m512i;
+using Real = __m512;
+static inline Int zero_int() { return _mm512_setzero_si512(); }
+static inline Real zero_real() { return _mm512_setzero_ps(); }
+static inline Int broadcast(int32_t v) { return _mm512_set1_epi32(v); }
+static inline Real broadcast(float v) { return _mm512_set1_ps(v); }
+static inline Int load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+static inline Int low_nibbles(Int c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
+static inline Int high_nibbles(Int c) { return low_nibbles(_mm512_srli_epi32(c, 4)); }
+static inline Int four(const int8_t* d) {
+  int32_t v;
+  __builtin_memcpy(&v, d, 4);
+  return _mm512_set1_epi32(v);
+}
+static inline Int dot_nibbles(Int a, Int codes, const int8_t* d) { return _mm512_dpbusd_epi32(a, codes, four(d)); }
+static inline Int dot_bytes(Int a, Int codes, const int8_t* d) { return _mm512_dpbusd_epi32(a, codes, four(d)); }
+static inline Int shifted(Int a) { return _mm512_slli_epi32(a, 8); }
+static inline Int plus(Int a, Int b) { return _mm512_add_epi32(a, b); }
+static inline Real to_real(Int a) { return _mm512_cvtepi32_ps(a); }
+static inline Real fma(Real a, Real b, Real c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Real times(Real a, Real b) { return _mm512_mul_ps(a, b); }
+static inline Real load_half(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline Real load_real(const uint8_t* p) { return _mm512_loadu_ps((const float*)p); }
+static inline Real load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+static inline void store_some(float* p, Real v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+static inline void round_all(const float* v, int32_t* to) {
+  for (int i = 0; i < 32; i += 16) _mm512_store_si512(to + i, _mm512_cvtps_epi32(_mm512_load_ps(v + i)));
+}
+#include "products.h"
+}  // namespace avx512
+END_TARGET
+
+BEGIN_TARGET_AVX2
+namespace avx2 {
+constexpr int MOST = 2;
+struct Int {
+  __m256i a, b;
+};
+struct Real {
+  __m256 a, b;
+};
+static inline Int zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline Real zero_real() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+static inline Int broadcast(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+static inline Real broadcast(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+static inline Int load(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
+static inline __m256i low(__m256i c) { return _mm256_and_si256(c, _mm256_set1_epi8(15)); }
+static inline Int low_nibbles(Int c) { return {low(c.a), low(c.b)}; }
+static inline Int high_nibbles(Int c) { return {low(_mm256_srli_epi32(c.a, 4)), low(_mm256_srli_epi32(c.b, 4))}; }
+static inline __m256i four(const int8_t* d) {
+  int32_t v;
+  __builtin_memcpy(&v, d, 4);
+  return _mm256_set1_epi32(v);
+}
+// Pairs of products have 16 bits there: 2 * 15 * 128 fits, and what is less than 16 times that does after a second multiplication.
+static inline __m256i weighed(__m256i codes, __m256i d, int by) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, d), _mm256_set1_epi16(short(by)));
+}
+static inline Int dot_nibbles(Int a, Int codes, const int8_t* at) {
+  const __m256i d = four(at);
+  return {_mm256_add_epi32(a.a, weighed(codes.a, d, 1)), _mm256_add_epi32(a.b, weighed(codes.b, d, 1))};
+}
+static inline __m256i dot_byte(__m256i a, __m256i codes, __m256i d) {
+  return _mm256_add_epi32(a, _mm256_add_epi32(weighed(low(codes), d, 1), weighed(low(_mm256_srli_epi32(codes, 4)), d, 16)));
+}
+static inline Int dot_bytes(Int a, Int codes, const int8_t* at) {
+  const __m256i d = four(at);
+  return {dot_byte(a.a, codes.a, d), dot_byte(a.b, codes.b, d)};
+}
+static inline Int shifted(Int a) { return {_mm256_slli_epi32(a.a, 8), _mm256_slli_epi32(a.b, 8)}; }
+static inline Int plus(Int a, Int b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
+static inline Real to_real(Int a) { return {_mm256_cvtepi32_ps(a.a), _mm256_cvtepi32_ps(a.b)}; }
+static inline Real fma(Real a, Real b, Real c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
+static inline Real times(Real a, Real b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+static inline Real load_half(const uint8_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
+}
+static inline Real load_real(const uint8_t* p) { return {_mm256_loadu_ps((const float*)p), _mm256_loadu_ps((const float*)(p + 32))}; }
+static inline Real load_some(const float* p, int n) {
+  float v[16] = {};
+  __builtin_memcpy(v, p, 4 * size_t(n));
+  return load_real((const uint8_t*)v);
+}
+static inline void store_some(float* p, Real r, int n) {
+  float v[16];
+  _mm256_storeu_ps(v, r.a);
+  _mm256_storeu_ps(v + 8, r.b);
+  __builtin_memcpy(p, v, 4 * size_t(n));
+}
+static inline void round_all(const float* v, int32_t* to) {
+  for (int i = 0; i < 32; i += 8) _mm256_store_si256((__m256i*)(to + i), _mm256_cvtps_epi32(_mm256_load_ps(v + i)));
+}
+#include "products.h"
+}  // namespace avx2
+END_TARGET
+
+namespace {
+
+using torch::stable::Tensor;
+
+enum Instructions { NONE, AVX2, AVX512 };
+
+int of_processor() {
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return AVX512;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? AVX2 : NONE;
+}
+
+int chosen = of_processor();
+
+// Which instructions run: those asked for (-1: the best), or as many of them as there are.
+int64_t instructions(int64_t wanted) {
+  const int best = of_processor();
+  return chosen = wanted < 0 || wanted > best ? best : int(wanted);
+}
+
+int kind_of(int64_t bytes) {
+  for (int kind = 0; kind < avx2::KINDS; kind++)
+    if (avx2::bytes_of(kind) == bytes) return kind;
+  STD_TORCH_CHECK(false, "funcattn::products: blocks of ", bytes, " bytes are of no kind");
+}
+
+void* aligned(std::unique_ptr<char[]>& room, size_t bytes) {
+  room.reset(new char[bytes + 64]);
+  return (void*)((uintptr_t(room.get()) + 63) / 64 * 64);
+}
+
+// Several matrices times the same vectors: x (T, K) float32 to (T, N1 + N2 + ...).
+Tensor products(std::vector<Tensor> blocks, std::vector<Tensor> scales, Tensor x) {
+  STD_TORCH_CHECK(chosen != NONE, "funcattn::products: the processor has no AVX2");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "funcattn::products: x should be contiguous float32 (T, K)");
+  STD_TORCH_CHECK(blocks.size() == scales.size(), "funcattn::products: as many scales as blocks");
+  const int64_t T = x.size(0), K = x.size(1), B = (K + 31) / 32, L = int64_t(blocks.size());
+  std::vector<int> kinds(L);
+  std::vector<int64_t> first(L + 1, 0), tiles(L + 1, 0);  // row of the result, and tile, at which a matrix begins
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < L; i++) {
+    const Tensor &w = blocks[i], &s = scales[i];
+    STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && w.scalar_type() == torch::headeronly::ScalarType::Byte && w.size(1) == B,
+                    "funcattn::products: blocks should be contiguous uint8 (tiles, blocks of K, bytes)");
+    kinds[i] = kind_of(w.size(2));
+    STD_TORCH_CHECK(w.size(0) == (s.size(0) + 15) / 16 && s.is_contiguous() && s.scalar_type() == torch::headeronly::ScalarType::Float,
+                    "funcattn::products: scales should be contiguous float32 (N, ...), of as many tiles as the blocks");
+    STD_TORCH_CHECK(kinds[i] != avx2::ROW8 || s.numel() == s.size(0), "funcattn::products: a scale for each row");
+    first[i + 1] = first[i] + s.size(0);
+    tiles[i + 1] = tiles[i] + w.size(0);
+    bytes += w.numel();
+  }
+  const int64_t N = first[L];
+  Tensor y = torch::stable::new_empty(x, {T, N});
+  if (T == 0 || N == 0) return y;
+
+  std::unique_ptr<char[]> room;
+  const int64_t many = T * B;
+  int8_t* const digits = (int8_t*)aligned(room, size_t(many * (32 * DIGITS + 4 * DIGITS + 8)));
+  int32_t* const sums = (int32_t*)(digits + many * 32 * DIGITS);
+  float* const unit = (float*)(sums + many * DIGITS);
+  float* const total = unit + many;
+  const float* const from = (const float*)x.data_ptr();
+  const auto digits_of = chosen == AVX512 ? avx512::digits_of : avx2::digits_of;
+  for (int64_t t = 0; t < T; t++)
+    digits_of(from + t * K, K, B, digits + 32 * DIGITS * t * B, sums + DIGITS * t * B, unit + t * B, total + t * B);
+
+  float* const to = (float*)y.data_ptr();
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < L; i++) {
+      const int64_t low = begin > tiles[i] ? begin - tiles[i] : 0;
+      const int64_t high = (end < tiles[i + 1] ? end : tiles[i + 1]) - tiles[i];
+      if (low >= high) continue;
+      const uint8_t* const w = (const uint8_t*)blocks[i].data_ptr();
+      const float* const s = (const float*)scales[i].data_ptr();
+      const int64_t rows = first[i + 1] - first[i];
+      if (chosen == AVX512)
+        avx512::rows_of[kinds[i]](w, s, {digits, sums, unit, total, B}, T, rows, low, high, to + first[i], N);
+      else
+        avx2::rows_of[kinds[i]](w, s, {digits, sums, unit, total, B}, T, rows, low, high, to + first[i], N);
+    }
+  };
+  const int64_t share = 1 + 65536 * tiles[L] / (bytes * T);  // of tiles that is worth waking a thread for
+  torch::stable::parallel_for(0, tiles[L], share, run);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(funcattn, m) {
+  m.def("products(Tensor[] blocks, Tensor[] scales, Tensor x) -> Tensor");
+  m.def("instructions(int wanted) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("products", TORCH_BOX(&products)); }
+
+STABLE_TORCH_LIBRARY_IMPL(funcattn, CompositeExplicitAutograd, m) { m.impl("instructions", TORCH_BOX(&instructions)); }

@@ -1,0 +1,168 @@
+// Products of a quantized matrix with a few vectors, written once for every set of instructions.
+//
+// Included inside a namespace that names the vectors: Int (16 lanes of 32 bits) and Real (16 floats), and what products.cpp says
+// of them, and MOST vectors whose sums, a register for each digit, are taken in one pass over a tile. A lane is a row of the matrix, so no sum is ever taken across lanes.
+//
+// The matrix comes in tiles of 16 rows, and a tile in blocks of 32 columns, one behind the other in memory: the codes of a block,
+// then its 16 scales, then its 16 zeros, where it has them. A vector comes in the same blocks, each as a scale and digits:
+//
+//     x[k] ~ unit * (d0[k] 256^(P-1) + ... + d(P-1)[k])          digits from -128 to 127
+//
+// so that sums of products of codes and digits are sums of integers, and exact.
+
+enum Kind { ROW8, HALF8, REAL8, CENTERED4, HALF4, REAL4, KINDS };
+
+constexpr int bits_of(int kind) { return kind >= CENTERED4 ? 4 : 8; }
+constexpr int codes_of(int kind) { return 16 * 32 * bits_of(kind) / 8; }
+constexpr int bytes_of(int kind) {
+  return codes_of(kind) + (kind == ROW8 ? 0 : kind == HALF8 || kind == CENTERED4 ? 32 : kind == HALF4 || kind == REAL8 ? 64 : 128);
+}
+constexpr bool has_zero(int kind) { return kind == HALF4 || kind == REAL4; }
+constexpr int offset_of(int kind) { return bits_of(kind) == 8 ? 128 : kind == CENTERED4 ? 8 : 0; }  // what code stands for 0
+
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
+// A few vectors as digits. Of vector t and block b: digits at 32 P (t B + b), sums at P (t B + b), the rest at t B + b.
+struct Vectors {
+  const int8_t* digits;
+  const int32_t* sums;  // of the digits of a block
+  const float* unit;
+  const float* total;  // of the block, as its digits say it
+  int64_t blocks;
+};
+
+template <int P>
+VECTORIZED static void to_digits(const float* x, int64_t K, int64_t blocks, int8_t* digits, int32_t* sums, float* unit, float* total) {
+  constexpr int largest = P == 3 ? 8355708 : P == 2 ? 32639 : 127;  // all digits 127, and 3 less, by which a float may be rounded up
+  for (int64_t b = 0; b < blocks; b++) {
+    alignas(64) float v[32];
+    alignas(64) int32_t whole[32];
+    const int64_t first = 32 * b, count = K - first < 32 ? K - first : 32;
+    for (int j = 0; j < 32; j++) v[j] = j < count ? x[first + j] : 0.0f;
+    uint32_t most = 0;  // of floats without their sign, which are ordered as integers; NaN is above infinity
+    for (int j = 0; j < 32; j++) {
+      uint32_t as_integer;
+      __builtin_memcpy(&as_integer, v + j, 4);
+      as_integer &= 0x7fffffffu;
+      most = as_integer > most ? as_integer : most;
+    }
+    float size;
+    __builtin_memcpy(&size, &most, 4);
+    const bool finite = most < 0x7f800000u, tiny = size < 1e-30f;
+    const float by = finite && !tiny ? largest / size : 0.0f;
+    for (int j = 0; j < 32; j++) v[j] = finite ? v[j] * by : 0.0f;
+    round_all(v, whole);
+    int8_t* const to = digits + 32 * P * b;
+    for (int p = P - 1; p >= 0; p--) {
+      int32_t sum = 0;
+      for (int j = 0; j < 32; j++) {
+        const int32_t digit = int32_t(int8_t(whole[j]));
+        whole[j] = (whole[j] - digit) >> 8;
+        to[32 * p + j] = int8_t(digit);
+        sum += digit;
+      }
+      sums[P * b + p] = sum;
+    }
+    float all = 0.0f;
+    for (int p = 0; p < P; p++) all = all * 256.0f + float(sums[P * b + p]);
+    unit[b] = finite ? (tiny ? 0.0f : size / largest) : __builtin_nanf("");
+    total[b] = all * unit[b];
+  }
+}
+
+// out[t] = the tile times vector t, for T vectors.
+template <int KIND, int P, int T>
+static inline void tile(const uint8_t* at, const Vectors& x, Real* to) {
+  Real out[T];
+  UNROLLED
+  for (int t = 0; t < T; t++) out[t] = zero_real();
+  for (int64_t b = 0; b < x.blocks; b++, at += bytes_of(KIND)) {
+    for (int i = 0; i < bytes_of(KIND); i += 64) __builtin_prefetch(at + AHEAD + i);
+    Int dot[T][P];
+    UNROLLED
+    for (int t = 0; t < T; t++)
+      UNROLLED
+      for (int p = 0; p < P; p++)
+        dot[t][p] = offset_of(KIND) ? broadcast(-offset_of(KIND) * x.sums[(t * x.blocks + b) * P + p]) : zero_int();
+    if constexpr (bits_of(KIND) == 4) {
+      UNROLLED
+      for (int c = 0; c < 4; c++) {
+        const Int codes = load(at + 64 * c), low = low_nibbles(codes), high = high_nibbles(codes);
+        UNROLLED
+        for (int t = 0; t < T; t++)
+          UNROLLED
+          for (int p = 0; p < P; p++) {
+            const int8_t* d = x.digits + ((t * x.blocks + b) * P + p) * 32 + 4 * c;
+            dot[t][p] = dot_nibbles(dot_nibbles(dot[t][p], low, d), high, d + 16);
+          }
+      }
+    } else {
+      UNROLLED
+      for (int c = 0; c < 8; c++) {
+        const Int codes = load(at + 64 * c);
+        UNROLLED
+        for (int t = 0; t < T; t++)
+          UNROLLED
+          for (int p = 0; p < P; p++)
+            dot[t][p] = dot_bytes(dot[t][p], codes, x.digits + ((t * x.blocks + b) * P + p) * 32 + 4 * c);
+      }
+    }
+    const uint8_t* const after = at + codes_of(KIND);
+    constexpr bool half = KIND == HALF8 || KIND == HALF4 || KIND == CENTERED4;
+    Real scale = KIND == ROW8 ? zero_real() : half ? load_half(after) : load_real(after);
+    Real zero = !has_zero(KIND) ? zero_real() : half ? load_half(after + 32) : load_real(after + 64);
+    UNROLLED
+    for (int t = 0; t < T; t++) {
+      const int64_t i = t * x.blocks + b;
+      Real sum;
+      if constexpr (P == 3)
+        sum = fma(to_real(plus(shifted(dot[t][0]), dot[t][1])), broadcast(256.0f), to_real(dot[t][2]));
+      else if constexpr (P == 2)
+        sum = to_real(plus(shifted(dot[t][0]), dot[t][1]));
+      else
+        sum = to_real(dot[t][0]);
+      const Real unit = broadcast(x.unit[i]);
+      out[t] = fma(sum, KIND == ROW8 ? unit : times(scale, unit), out[t]);
+      if constexpr (has_zero(KIND)) out[t] = fma(zero, broadcast(x.total[i]), out[t]);
+    }
+  }
+  UNROLLED
+  for (int t = 0; t < T; t++) to[t] = out[t];
+}
+
+static inline Vectors from(const Vectors& x, int P, int64_t t) {
+  const int64_t i = t * x.blocks;
+  return {x.digits + 32 * P * i, x.sums + P * i, x.unit + i, x.total + i, x.blocks};
+}
+
+// Rows 16 begin .. 16 end of y, a vector of N each `step` numbers; those from N on are not written.
+template <int KIND, int P>
+static void rows(const uint8_t* blocks, const float* scale, const Vectors& x, int64_t T, int64_t N, int64_t begin, int64_t end, float* y, int64_t step) {
+  for (int64_t n = begin; n < end; n++) {
+    const uint8_t* const at = blocks + n * x.blocks * bytes_of(KIND);
+    const int count = N - 16 * n < 16 ? int(N - 16 * n) : 16;
+    for (int64_t t = 0, left = (T + MOST - 1) / MOST; t < T; left--) {  // parts of like sizes
+      Real out[MOST];
+      const int many = int((T - t + left - 1) / left);
+      const Vectors part = from(x, P, t);
+      switch (many) {
+        case 1: tile<KIND, P, 1>(at, part, out); break;
+        case 2: tile<KIND, P, 2>(at, part, out); break;
+        case 3: tile<KIND, P, MOST < 3 ? MOST : 3>(at, part, out); break;
+        default: tile<KIND, P, MOST>(at, part, out);
+      }
+      for (int i = 0; i < many; i++, t++) {
+        if (KIND == ROW8) out[i] = times(out[i], load_some(scale + 16 * n, count));
+        store_some(y + t * step + 16 * n, out[i], count);
+      }
+    }
+  }
+}
+
+using Rows = void (*)(const uint8_t*, const float*, const Vectors&, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
+using ToDigits = void (*)(const float*, int64_t, int64_t, int8_t*, int32_t*, float*, float*);
+
+constexpr Rows rows_of[KINDS] = {
+    rows<ROW8, DIGITS>, rows<HALF8, DIGITS>, rows<REAL8, DIGITS>, rows<CENTERED4, DIGITS>, rows<HALF4, DIGITS>, rows<REAL4, DIGITS>};
+constexpr ToDigits digits_of = to_digits<DIGITS>;

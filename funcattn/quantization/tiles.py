@@ -1,0 +1,179 @@
+"""Matrices of 8 and 4 bits in tiles, for the operator of `funcattn.native`: a stream that is read once, for 1 to 16 vectors.
+
+    y = sum over blocks of 32 columns   scale * (codes @ digits) * unit + zero * total
+
+A vector comes as three digits of 8 bits with a unit for each block, so codes times digits are integers and their sums exact; a
+number is off by at most 2^-23 of the largest of its block. So the product is as near to that of the matrix as the product of
+floats is, whatever the dtype of the vector. A tile is 16 rows, a block of it 16 rows and 32 columns: codes, scales, zeros.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import native, packing
+from ..layers import linear, together
+from ..layers.prepared import kept
+from ..records import record
+
+ROWS, COLUMNS = 16, 32  # of a block
+FORMS = {  # bytes of a block: bits of a code, dtype of scales (None: one a row), whether zeros follow, what code stands for 0
+    512: (8, None, False, 128),
+    544: (8, torch.float16, False, 128),
+    576: (8, torch.float32, False, 128),
+    288: (4, torch.float16, False, 8),
+    320: (4, torch.float16, True, 0),
+    384: (4, torch.float32, True, 0),
+}
+
+
+@record
+class Tiles(NamedTuple):
+    """blocks uint8 (N / 16, K / 32, bytes), rounded up; scale float32 (N, 1) where there is one a row, else (N, 0)."""
+
+    blocks: Tensor
+    scale: Tensor
+
+
+@functools.cache
+def missing() -> str:
+    """"" where the operator runs, else why not."""
+    reason = native.load()
+    if not reason:
+        torch.library.register_fake("funcattn::products", _like)
+        torch.library.register_vmap("funcattn::products", _mapped)
+        _library.impl("products", _differentiated, "Autograd")
+    return reason
+
+
+def tile_int8(codes: Tensor, scale: Tensor) -> Tiles | None:
+    """For int8 codes (N, K) and scales (N, G): one a row, or for groups of whole blocks. None for others, or without the operator."""
+    if not _is_served(codes, scale):
+        return None
+    N, K = codes.shape
+    by_row = scale.shape[-1] == 1
+
+    def make() -> Tiles:
+        bytes_ = _blocks(codes.view(torch.uint8) ^ 128, 8)
+        if by_row:
+            return Tiles(bytes_, scale.float().clone())
+        return Tiles(torch.cat([bytes_, _numbers(_exact(scale), K)], -1), scale.new_empty(N, 0, dtype=torch.float32))
+
+    if not by_row and (K % scale.shape[-1] or K // scale.shape[-1] % COLUMNS):
+        return None
+    return kept([codes, scale], make, "tiles")
+
+
+def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Tiles | None:
+    """For codes (N, K / 2) as `packing` packs them, in groups of whole blocks. None for others, or without the operator."""
+    if not _is_served(codes, scale):
+        return None
+    (N, half), G = codes.shape, scale.shape[-1]
+    if 2 * half // G % COLUMNS:
+        return None
+
+    def make() -> Tiles:
+        numbers = packing.unpack(codes, G, 4)
+        wide = _exact(scale), _exact(zero)
+        centered = wide[0].dtype == torch.float16 and torch.equal(zero.double(), -8 * scale.double())
+        if wide[0].dtype != wide[1].dtype:
+            wide = wide[0].float(), wide[1].float()
+        after = [_numbers(part, 2 * half) for part in wide[: 1 if centered else 2]]
+        return Tiles(torch.cat([_blocks(numbers, 4), *after], -1), scale.new_empty(N, 0, dtype=torch.float32))
+
+    return kept([codes, scale, zero], make, "tiles")
+
+
+def _is_served(codes: Tensor, scale: Tensor) -> bool:
+    return codes.dim() == 2 and codes.device.type == "cpu" and codes.numel() > 0 and not missing()
+
+
+def _exact(scale: Tensor) -> Tensor:
+    """In float16 where that is what it is, else in float32."""
+    return scale if scale.dtype == torch.float16 else scale.float()
+
+
+def _blocks(codes: Tensor, bits: int) -> Tensor:
+    """Codes (N, K) uint8 in the order of the operator: a lane of 32 bits is a row, and holds 4 columns (and 4 more above them)."""
+    N, K = codes.shape
+    padded = F.pad(codes, (0, -K % COLUMNS, 0, -N % ROWS))
+    if bits == 8:
+        return padded.view(-(-N // ROWS), ROWS, -(-K // COLUMNS), 8, 4).permute(0, 2, 3, 1, 4).flatten(2).contiguous()
+    parts = padded.view(-(-N // ROWS), ROWS, -1, 2, 4, 4)
+    return (parts[:, :, :, 0] | parts[:, :, :, 1] << 4).permute(0, 2, 3, 1, 4).flatten(2).contiguous()
+
+
+def _numbers(scale: Tensor, K: int) -> Tensor:
+    """Scales (N, G) as bytes, for each block."""
+    N, G = scale.shape
+    each = F.pad(scale, (0, 0, 0, -N % ROWS)).view(-1, ROWS, G).mT
+    return each.repeat_interleave(K // COLUMNS // G, 1).contiguous().view(torch.uint8)
+
+
+def expand_tiles(blocks: Tensor, scale: Tensor, K: int) -> Tensor:
+    """The matrix (N, K) in float32 that tiles stand for."""
+    bits, dtype, has_zero, offset = FORMS[blocks.shape[-1]]
+    size, N = ROWS * COLUMNS * bits // 8, len(scale)
+    codes = blocks[..., :size].unflatten(-1, (-1, ROWS, 4))  # tiles, blocks, 8 or 4, rows, 4
+    if bits == 4:
+        codes = torch.cat([codes & 15, codes >> 4], 2)
+    codes = codes.permute(0, 3, 1, 2, 4).float() - offset  # tiles, rows, blocks, 8, 4
+    if dtype is None:
+        return codes.flatten(2).flatten(0, 1)[:N, :K] * scale
+    after = blocks[..., size:].contiguous().view(dtype).unflatten(-1, (-1, ROWS)).float().permute(2, 0, 3, 1)[..., None, None]
+    matrix = codes * after[0] + (after[1] if has_zero else 0)
+    return matrix.flatten(2).flatten(0, 1)[:N, :K]
+
+
+@linear.register
+def _(weight: Tiles, x: Tensor) -> Tensor:
+    return products([weight], x)
+
+
+def _several(weights: Sequence[Tiles], x: Tensor) -> tuple[Tensor, ...]:
+    return products(weights, x).split([len(weight.scale) for weight in weights], -1)
+
+
+together[Tiles] = _several
+
+
+def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
+    """Several matrices times the same x (*lead, K), behind each other: (*lead, N1 + N2 + ...)."""
+    rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    y = torch.ops.funcattn.products([*(w.blocks for w in weights)], [*(w.scale for w in weights)], rows)
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+# What torch asks of an operator.
+
+_library = torch.library.Library("funcattn", "FRAGMENT")
+
+
+def _plain(blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> Tensor:
+    return F.linear(x, torch.cat([expand_tiles(*parts, x.shape[-1]) for parts in zip(blocks, scales, strict=True)]))
+
+
+def _like(blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], sum(len(scale) for scale in scales))
+
+
+def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Where somebody may differentiate it is products of floats, whose derivatives of every order torch knows."""
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in (*scales, x))):
+        return _plain(blocks, scales, x)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.funcattn.products(blocks, scales, x)
+
+
+def _mapped(info: object, in_dims: tuple, blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> tuple[Tensor, int]:
+    """More vectors of the same matrices; matrices that are mapped are products of floats."""
+    of_blocks, of_scales, of_x = in_dims
+    if of_x is not None and all(d is None for d in (*of_blocks, *of_scales)):
+        x = x.movedim(of_x, 0)
+        return torch.ops.funcattn.products(blocks, scales, x.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
+    return torch.func.vmap(_plain, in_dims)(blocks, scales, x), 0
