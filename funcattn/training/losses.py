@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, masks, tree
+from .. import _checks, masks, transformer, tree
+from ..collectives import axis_size, psum
 from ..records import Model
 from ..rematerialization import remat
+from ..sharding import vocabulary
+from ..transformer import DATA
 from ..tree import Tree
 
 BLOCK = 2**24  # logits held at a time: 64 MiB in float32, beside which a call costs nothing
@@ -41,6 +44,9 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
         >>> round(float(loss(model, model.init(fa.key(0)), torch.arange(12).view(2, 6))), 1)  # log 256 = 5.5
         5.6
 
+    Where the axes of a mesh are bound (see funcattn.sharding), tokens are this device's rows, and the loss is that of the rows of
+    all: sums and counts are summed over "data", and over "tensor" nobody holds all logits.
+
     Law: packed documents lose what they lose alone (test_training.py::test_packed_documents_lose_what_they_lose_alone).
     Law: grad, jvp, vmap(grad) and hvp are exact (test_training.py::test_derivatives_of_the_loss_are_those_of_the_reference).
     """
@@ -51,16 +57,20 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
         hidden = model.hidden(params, inputs)[0]
     else:
         own, T = segments[..., :-1], inputs.shape[-1]
-        alone = masks.segments(own)
-        seen = masks.intersection(alone, masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device)))
-        places = torch.arange(T, device=tokens.device) - alone.start.squeeze(-1)
+        documents = masks.segments(own)
+        seen = masks.intersection(documents, masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device)))
+        places = torch.arange(T, device=tokens.device) - documents.start.squeeze(-1)
         hidden = model.hidden(params, inputs, mask=seen, positions=places)[0]
         same = own == segments[..., 1:]
         counts = same if counts is None else counts & same
-    if counts is not None and _checks.value(counts) is not None and not _checks.is_true(counts):
+    alone = axis_size(DATA) == 1
+    if alone and counts is not None and _checks.value(counts) is not None and not _checks.is_true(counts):
         _checks.fail("loss", "mask", "true of some target", "none that counts", "Leave out batches without targets.")
     summed = _cross_entropy(model, params, hidden.flatten(0, -2), targets.flatten(), None if counts is None else counts.flatten())
-    return summed / (targets.numel() if counts is None else counts.sum())
+    if alone:
+        return summed / (targets.numel() if counts is None else counts.sum())
+    total = targets.numel() * axis_size(DATA) if counts is None else psum(counts.sum(), DATA)
+    return psum(summed, DATA) / total
 
 
 def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
@@ -68,8 +78,12 @@ def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, 
     outside = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]  # all that logits are made of
 
     def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
-        logits = model.logits(outside, hidden)
+        own = vocabulary.own_logits(model, outside, hidden)
+        logits = model.logits(outside, hidden) if own is None else own
         wide = logits if logits.dtype == torch.float64 else logits.float()
+        if own is not None:
+            each = vocabulary.cross_entropy(wide, targets)
+            return each.sum() if not counts else torch.where(counts[0], each, 0.0).sum()
         if not counts:
             return F.cross_entropy(wide, targets, reduction="sum", ignore_index=NEVER)
         each = F.cross_entropy(wide, targets, reduction="none", ignore_index=NEVER)
@@ -88,6 +102,9 @@ def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, 
 
 
 def _vocabulary(model: Model, outside: Tree, hidden: Tensor) -> int:
+    parts = transformer.parts_of(model)
+    if parts is not None:
+        return parts.config.vocabulary
     return model.logits(outside, hidden[:0]).shape[-1]  # of no rows: the width of what comes out
 
 

@@ -1,0 +1,41 @@
+"""Sharding as a transform of the tree: the same untouched model on many devices, or on many that are simulated in one process.
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))   # or Grid(data=2, tensor=2)
+    params = fa.shard(mesh, fa.sharding.tensor_parallel(config))(params)
+    logits, past = fa.shard_map(model, mesh).apply(params, prompt, cache)
+    gradients = fa.shard_map(grad(loss), mesh, in_specs, out_specs)(params, tokens)
+
+    partitions P, Grid, Rule: which axis of a tensor is cut along which axis of a mesh
+    rules      tensor_parallel, fsdp, replicated: ordered rules for the decoder
+    matching   specs: what rules say of every leaf
+    storing    shard, gather: DTensors, which are storage
+    devices    all devices at once
+    vocabulary candidates: the likeliest tokens, without all logits; the loss in parts
+    models     a Model from outside of the mesh
+    mapping    shard_map, spmd: computation, each device on its part
+
+What a function says inside is `fa.collectives`: psum, enter, all_gather, reduce_scatter, ppermute, axis_index.
+"""
+
+from .mapping import shard_map, spmd
+from .matching import specs
+from .partitions import Grid, P, PartitionSpec, Rule
+from .rules import fsdp, replicated, tensor_parallel
+from .storing import gather, shard
+from .vocabulary import candidates
+
+__all__ = [
+    "Grid",
+    "P",
+    "PartitionSpec",
+    "Rule",
+    "candidates",
+    "fsdp",
+    "gather",
+    "replicated",
+    "shard",
+    "shard_map",
+    "specs",
+    "spmd",
+    "tensor_parallel",
+]
