@@ -22,7 +22,7 @@ def numbers(i, *shape):
     return fa.random.normal(fa.key(i), shape, torch.float64)
 
 
-# name -> what a device does with its x (6, 2) in a space (N, 6, 2) of all, and the same on all at once; results are each device's own.
+# name -> what a device does with its x (6, 2), and the same on the x (N, 6, 2) of all at once; results are each device's own.
 VERBS = {
     "psum": (lambda x: psum(x, "t"), lambda x: x.sum(0).expand(N, 6, 2)),
     "all_gather": (lambda x: all_gather(x, "t", dim=1), lambda x: torch.cat(list(x), 1).expand(N, 6, 2 * N)),

@@ -18,7 +18,7 @@ What a function says inside is `fa.collectives`: psum, enter, all_gather, reduce
 """
 
 from .mapping import shard_map, spmd
-from .matching import specs
+from .matching import alongside, specs
 from .partitions import Grid, P, PartitionSpec, Rule
 from .rules import fsdp, replicated, tensor_parallel
 from .storing import gather, shard
@@ -29,6 +29,7 @@ __all__ = [
     "P",
     "PartitionSpec",
     "Rule",
+    "alongside",
     "candidates",
     "fsdp",
     "gather",

@@ -108,10 +108,7 @@ def _in_specs(in_specs: Any, args: tuple[Any, ...], flat: list[Any]) -> list[Par
     if not isinstance(in_specs, PartitionSpec) and (not isinstance(in_specs, tuple) or len(in_specs) != len(args)):
         got = f"{len(in_specs)}" if isinstance(in_specs, tuple) else f"a {type(in_specs).__name__}"
         _checks.fail("shard_map", "in_specs", f"a tuple of {len(args)}, one for each argument, or one P", got, "Say P() for whole.")
-    try:
-        return broadcast(in_specs, args)
-    except ValueError as error:
-        _checks.fail("shard_map", "in_specs", "prefixes of the arguments", str(error).splitlines()[0], "Say P() for whole.")
+    return broadcast(in_specs, args)
 
 
 def _ways(args: tuple[Any, ...], cuts: Sequence[PartitionSpec], seen: Sequence[str]) -> list[list[tuple[str, ...]]]:

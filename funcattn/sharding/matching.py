@@ -36,6 +36,16 @@ for _record in RECORDS:
     layers.fields.register(_record, _quantized)
 
 
+def alongside(state: Tree, params: Tree, cuts: Tree) -> Tree:
+    """Specs of a tree that holds others shaped like params, as the state of an optimizer does: theirs there, whole elsewhere.
+
+    Args:
+        state: any tree. params: as its parts are shaped. cuts: the specs of params.
+    """
+    same = lambda node: optree.tree_structure(node) == optree.tree_structure(params)
+    return tree.map(lambda node: cuts if same(node) else P(), state, is_leaf=same)
+
+
 def is_weight(node: Any) -> bool:
     """True for a record that stands for a matrix, whose path is the weight's."""
     return optree.is_namedtuple(node) and layers.fields.dispatch(type(node)) is not layers.fields.dispatch(object)

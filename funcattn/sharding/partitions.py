@@ -125,7 +125,11 @@ def pieces(spec: PartitionSpec, dim: int, sizes: dict[str, int]) -> int:
 
 def broadcast(prefix: Any, whole: Tree) -> list[PartitionSpec]:
     """The spec of each leaf of `whole`, in order, from a prefix of it: a spec stands for all leaves below its place."""
-    return optree.broadcast_prefix(prefix, whole, is_leaf=is_spec)
+    try:
+        return optree.broadcast_prefix(prefix, whole, is_leaf=is_spec)
+    except ValueError as error:
+        remedy = "Say P() for all that is whole, and use the records that the tree has."
+        _checks.fail("shard_map", "specs", "prefixes of the trees", str(error).splitlines()[0], remedy)
 
 
 def part(leaf: Tensor, spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> Tensor:

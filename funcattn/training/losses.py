@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, masks, transformer, tree
-from ..collectives import axis_size, psum
+from ..caches import CONTEXT
+from ..collectives import axis_size, own, psum
+from ..kernels import zigzag
 from ..records import Model
 from ..rematerialization import remat
 from ..sharding import vocabulary
@@ -45,7 +47,8 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
         5.6
 
     Where the axes of a mesh are bound (see funcattn.sharding), tokens are this device's rows, and the loss is that of the rows of
-    all: sums and counts are summed over "data", and over "tensor" nobody holds all logits.
+    all: sums and counts are summed over "data", and over "tensor" nobody holds all logits. Over "context" every device is given
+    whole rows, and takes its part of their inputs, 2 n of which there should be a multiple.
 
     Law: packed documents lose what they lose alone (test_training.py::test_packed_documents_lose_what_they_lose_alone).
     Law: grad, jvp, vmap(grad) and hvp are exact (test_training.py::test_derivatives_of_the_loss_are_those_of_the_reference).
@@ -53,24 +56,36 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     _check(tokens, mask, segments)
     inputs, targets = tokens[..., :-1], tokens[..., 1:]
     counts = None if mask is None else mask.expand(targets.shape)
+    if axis_size(CONTEXT) > 1:
+        if segments is not None:
+            _checks.fail("loss", "segments", "None over 'context'", "some", "Pack documents over 'data', or leave them whole.")
+        inputs, targets = _part(inputs), _part(targets)
+        counts = None if counts is None else _part(counts)
     if segments is None:
         hidden = model.hidden(params, inputs)[0]
     else:
-        own, T = segments[..., :-1], inputs.shape[-1]
-        documents = masks.segments(own)
+        ids, T = segments[..., :-1], inputs.shape[-1]
+        documents = masks.segments(ids)
         seen = masks.intersection(documents, masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device)))
         places = torch.arange(T, device=tokens.device) - documents.start.squeeze(-1)
         hidden = model.hidden(params, inputs, mask=seen, positions=places)[0]
-        same = own == segments[..., 1:]
+        same = ids == segments[..., 1:]
         counts = same if counts is None else counts & same
-    alone = axis_size(DATA) == 1
+    alone = axis_size(DATA) * axis_size(CONTEXT) == 1
     if alone and counts is not None and _checks.value(counts) is not None and not _checks.is_true(counts):
         _checks.fail("loss", "mask", "true of some target", "none that counts", "Leave out batches without targets.")
     summed = _cross_entropy(model, params, hidden.flatten(0, -2), targets.flatten(), None if counts is None else counts.flatten())
     if alone:
         return summed / (targets.numel() if counts is None else counts.sum())
-    total = targets.numel() * axis_size(DATA) if counts is None else psum(counts.sum(), DATA)
-    return psum(summed, DATA) / total
+    everywhere = lambda x: psum(psum(x, DATA), CONTEXT)
+    return everywhere(summed) / (
+        targets.numel() * axis_size(DATA) * axis_size(CONTEXT) if counts is None else everywhere(counts.sum())
+    )
+
+
+def _part(x: Tensor) -> Tensor:
+    """This device's positions of rows that all hold whole."""
+    return own(zigzag(x, axis_size(CONTEXT)), CONTEXT, dim=-1)
 
 
 def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
@@ -78,10 +93,10 @@ def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, 
     outside = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]  # all that logits are made of
 
     def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
-        own = vocabulary.own_logits(model, outside, hidden)
-        logits = model.logits(outside, hidden) if own is None else own
+        mine = vocabulary.own_logits(model, outside, hidden)
+        logits = model.logits(outside, hidden) if mine is None else mine
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        if own is not None:
+        if mine is not None:
             each = vocabulary.cross_entropy(wide, targets)
             return each.sum() if not counts else torch.where(counts[0], each, 0.0).sum()
         if not counts:

@@ -97,7 +97,9 @@ def _attend(
         assert isinstance(shared.rotation, Rotation)
         q, k = layers.rotate(q, shared.rotation), layers.rotate(k, shared.rotation)
     q, k, v = tap(f"{name}.attention.q", q), tap(f"{name}.attention.k", k), tap(f"{name}.attention.v", v)
-    if not past and config.attention_cap is None and not config.sinks:
+    if parallel.in_parts():
+        out = parallel.attend(config, kind, q, k, v, shared.mask, past, kernel)
+    elif not past and config.attention_cap is None and not config.sinks:
         out = kernels.attention(q, k, v, shared.mask, scale=config.scale, kernel=kernel)
     else:
         parts = [*past, Part(k, v, () if shared.mask is None else shared.mask)]

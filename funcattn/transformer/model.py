@@ -78,6 +78,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     ) -> tuple[Tensor, Delta]:
         places = locate(config, tokens, cache, positions)
         _check_mask(mask, tokens.shape[-1])
+        parallel.check(params, cache, mask)
         x = taps.tap("embedding", begin(config, params, tokens, places))
         shared = {kind: share(config, kind, places, mask, x.dtype, positions is None) for kind in kinds}
         keys, values = [], []
@@ -140,6 +141,8 @@ def locate(config: Config, tokens: Tensor, cache: Any, positions: Tensor | None 
     if not is_absent(cache):
         _check_past(cache, config)
     before = 0 if is_absent(cache) else cache.length
+    if positions is None and is_absent(cache):
+        positions = parallel.places(tokens.shape[-1])
     places = torch.arange(tokens.shape[-1], device=tokens.device) + before if positions is None else positions
     _check_places(places, config)
     return places
@@ -193,7 +196,7 @@ def share(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None
         base = config.local_rope_base if kind.local else config.rope_base
         scaling = None if kind.local else config.rope_scaling
         assert base is not None
-        length = places.amax(-1) + 1 if scaling is not None and scaling.follows_length else None
+        length = parallel.longest(places.amax(-1) + 1) if scaling is not None and scaling.follows_length else None
         size = config.rotary_size or config.head_size
         turn = layers.frequencies(size, base=base, scaling=scaling, length=length, device=places.device)
         rotation = layers.rope(places, turn, dtype, amplitude=1.0 if scaling is None else scaling.attention)

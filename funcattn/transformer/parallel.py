@@ -11,21 +11,29 @@ adaptation) is entered too, so that its gradient is the sum of all of theirs, an
 Where the axis "data" is bound, each device has sequences of its own. A weight that is cut over it is gathered before its layer, and
 its gradient scattered; one that is whole is entered. So the gradient of every leaf is cut as the leaf is.
 
+Where the axis "context" is bound, each device has a part of every text: a ring attends to all of it, and a past in parts
+(`caches.Spread`) is attended to by one merge.
+
 Nothing bound costs nothing: each function returns what it was given.
 
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-from .. import _checks, collectives, layers
-from ..collectives import all_gather, axis_index, axis_size, enter, psum, share
+from .. import _checks, collectives, kernels, layers
+from .._autodiff import differentiated
+from ..caches import CONTEXT, Spread
+from ..collectives import all_gather, axis_index, axis_size, enter, pmax, psum, share
+from ..kernels import Part
 from ..records import is_absent
-from .config import Config
+from .config import Config, Kind
 from .weights import Layer, shapes
 
 TENSOR, DATA = "tensor", "data"
@@ -106,7 +114,10 @@ def _own_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
         if not axis.mapped:
             return x.narrow(0, axis.rank * config.kv_heads // axis.size * block, block)
         mine = axis_index(TENSOR) * config.kv_heads // axis.size
-        return x.unflatten(0, (config.kv_heads, block)).index_select(0, mine.reshape(1)).flatten(0, 1)
+        select = lambda x: x.unflatten(0, (config.kv_heads, block)).index_select(0, mine.reshape(1)).flatten(0, 1)
+        if x.is_floating_point() and x.element_size() == 1:  # codes, of which torch selects none as they are
+            return select(x.view(torch.uint8)).view(x.dtype)
+        return select(x)
 
     return optree.tree_map(one, weight, divided)
 
@@ -123,11 +134,12 @@ def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
         remedy = "Shard params by fa.sharding.tensor_parallel(config) or fsdp(config), and give in_specs of the same rules."
         bound = ", ".join(f"{axis.size} devices of {axis.name!r}" for axis in collectives.bound())
         _checks.fail("decoder", path, f"a part {shape} for {bound}", got, remedy)
-    if n == 1:
+    if n == 1 and not in_parts():
         return weight
     divided = layers.fields(weight, _division(len(shape), dims[0] if dims else None, DATA))
 
     def one(x: Tensor, division: Any) -> Tensor:
+        x = enter(x, CONTEXT) if x.is_floating_point() else x
         if DATA in division:
             return all_gather(x, DATA, dim=division.index(DATA))
         return enter(x, DATA) if x.is_floating_point() else x
@@ -137,7 +149,7 @@ def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
 
 def vector(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
     """A norm, a bias or a table outside of the layers."""
-    return weight if is_absent(weight) or axis_size(DATA) == 1 else _over_data(path, weight, shape)
+    return weight if is_absent(weight) or not collectives.bound() else _over_data(path, weight, shape)
 
 
 def embed(config: Config, weight: Any, tokens: Tensor) -> Tensor:
@@ -178,6 +190,55 @@ def together(config: Config, logits: Tensor) -> Tensor:
     if logits.shape[-1] == config.vocabulary:
         return logits
     return share(logits, TENSOR, dim=-1)
+
+
+def in_parts() -> bool:
+    """Whether the text lies on several devices."""
+    return axis_size(CONTEXT) > 1
+
+
+def check(params: Any, cache: Any, mask: Any) -> None:
+    """Fail where a text in parts meets what knows of no parts."""
+    if not in_parts():
+        return
+    if is_absent(cache):
+        if mask is not None:
+            remedy = "A text in parts is causal; leave the mask out."
+            _checks.fail("decoder", "mask", "None over 'context'", f"a {type(mask).__name__}", remedy)
+        return
+    if not isinstance(cache, Spread):
+        remedy = "Make it with model.cache(size, kind=fa.caches.Spread), or caches.spread(delta)."
+        _checks.fail("decoder", "cache", "a Spread over 'context'", f"a {type(cache).__name__}", remedy, TypeError)
+    if any(differentiated(x) for x in optree.tree_leaves(params) if isinstance(x, Tensor)):
+        remedy = "Take gradients without a past: the ring gives them."
+        _checks.fail("decoder", "params", "followed by no gradient behind a Spread", "some that are", remedy, NotImplementedError)
+
+
+def longest(length: Tensor) -> Tensor:
+    """The greatest length of all parts of a text."""
+    return pmax(length, CONTEXT)
+
+
+def places(T: int) -> Tensor | None:
+    """The positions of this device's tokens, where the text lies on several, in the order of `kernels.zigzag`; else None."""
+    return kernels.places(T, CONTEXT) if in_parts() else None
+
+
+def attend(
+    config: Config, kind: Kind, q: Tensor, k: Tensor, v: Tensor, mask: Any, past: Sequence[Part], kernel: str | None
+) -> Tensor:
+    """Attention over a text in parts: a ring; or behind a past, which new tokens that all hold alike attend to every part of."""
+    for name, given in (("attention_cap", config.attention_cap), ("sinks", config.sinks or None), ("window", kind.window)):
+        if given is not None:
+            remedy = "Shard it over 'data' and 'tensor'."
+            _checks.fail("decoder", f"config.{name}", "none over 'context'", given, remedy)
+    if not past:
+        return kernels.ring(q, k, v, CONTEXT, scale=config.scale, kernel=kernel).out
+    new = kernels.attend(q, k, v, mask, scale=config.scale, kernel=kernel)
+    query = enter(q, CONTEXT)
+    held = [kernels.attend(query, *part[:2], None if is_absent(part.mask) else part.mask, scale=config.scale) for part in past]
+    before = kernels.merge_over(functools.reduce(kernels.merge, held), CONTEXT)
+    return kernels.merge(before, new).out
 
 
 def leave(x: Tensor) -> Tensor:
