@@ -119,6 +119,112 @@ def counted(rank, n):
     return calls[2] - calls[0], calls[3] - calls[1], sorted(name for seen in told for name in seen)
 
 
+def said(rank, n, axes, sharded):
+    """Calls of one more layer in a gradient, by kind, and the bytes given to the first of them."""
+    mesh, tokens, told = mesh_of(**axes), fa.random.randint(fa.key(1), (4, 9), 0, 48), []
+    for layers in (1, 2):
+        config = fa.Config(vocabulary=48, width=16, layers=layers, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+        model, rules = fa.decoder(config), (fsdp if sharded else tensor_parallel)(config)
+        params = params_of(config)
+        cuts, rows = specs(params, mesh, rules), P("data") if "data" in axes else P()
+        collectives.reset()
+        shard_map(grad(lambda p, x, model=model: fa.loss(model, p, x)), mesh, (cuts, rows), cuts)(
+            fa.shard(mesh, rules)(params), tokens
+        )
+        told.append(collectives.counts())
+    less = lambda kind, what: told[1][kind][what] - told[0].get(kind, {what: 0})[what]
+    return {kind: (less(kind, "calls"), less(kind, "bytes")) for kind in told[1]}
+
+
+def compiled(rank, n):
+    """A compiled step of training is one graph and the same step; compiled decoding writes the same tokens."""
+    config = fa.Config(vocabulary=48, width=16, layers=1, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+    mesh, params, model = mesh_of(tensor=n), params_of(config), fa.decoder(config)
+    rules = tensor_parallel(config)
+    cuts, held = specs(params, mesh, rules), fa.shard(mesh, rules)(params)
+    tokens = fa.random.randint(fa.key(1), (4, 9), 0, 48)
+    optimizer = fa.training.chain(fa.training.clip(0.1), fa.training.adamw(1e-2))
+    step, state = fa.training.step(model, optimizer), optimizer.init(params)
+    of_state = sharding.alongside(state, params, cuts)
+    specs_of = (cuts, of_state, P()), (cuts, of_state, fa.training.Metrics(P(), P()))
+    once = shard_map(torch.compile(step, fullgraph=True, backend="aot_eager"), mesh, *specs_of)(held, state, tokens)
+    difference = error(once, step(params, state, tokens))
+    with torch.no_grad():
+        fast = shard_map(fa.compile(model, backend="eager"), mesh)
+        collectives.reset()
+        ours = fa.generate(fa.key(2), fast, held, tokens[0], steps=6)[0].tolist()
+        calls = collectives.counts()["all_reduce"]["calls"]
+        theirs = fa.generate(fa.key(2), model, params, tokens[0], steps=6)[0].tolist()
+    refused = ""
+    try:
+        tangent = lambda x: jvp(lambda x: collectives.psum(x, "tensor"), (x,), (x,))[1]
+        shard_map(torch.compile(tangent, fullgraph=True, backend="eager"), mesh, P(), P())(torch.ones(2))
+    except Exception as problem:
+        refused = f"{problem}"
+    return difference, ours == theirs, calls, refused
+
+
+def saved(rank, n, folder):
+    """Save on dp 2 x tp 2."""
+    mesh, params = mesh_of(data=2, tensor=2), params_of()
+    fa.checkpoints.save_parts(folder, fa.shard(mesh, fsdp(CONFIG))(fa.quantize(fa.int8, "embedding")(params)))
+    return True
+
+
+def restored(rank, n, folder):
+    """Load on tp 2, by other rules."""
+    mesh, expected = mesh_of(tensor=n), fa.quantize(fa.int8, "embedding")(params_of())
+    like = fa.shard(mesh, tensor_parallel(CONFIG))(tree.map(torch.zeros_like, expected))
+    found = fa.checkpoints.load_parts(folder, like)
+    untouched = all(not bool(x.to_local().any()) for x in tree.leaves(like))
+    placed = all(spec_of(a) == spec_of(b) for a, b in zip(tree.leaves(found), tree.leaves(like), strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(tree.leaves(fa.gather(found)), tree.leaves(expected), strict=True))
+    return untouched, placed, same
+
+
+def sliced(rank, n, folder):
+    """Each process reads its own part of a folder: the same as sharding the whole, and no byte of the others."""
+    from funcattn.checkpoints import folder as folders
+
+    read = []
+    original = folders.safe_open
+
+    class Counted:
+        def __init__(self, *args, **options):
+            self.file = original(*args, **options)
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_tensor(self, name):
+            read.append(self.file.get_tensor(name).nbytes)
+            return self.file.get_tensor(name)
+
+        def get_slice(self, name):
+            return Sliced(self.file.get_slice(name))
+
+    class Sliced:
+        def __init__(self, part):
+            self.part, self.get_dtype, self.get_shape = part, part.get_dtype, part.get_shape
+
+        def __getitem__(self, where):
+            read.append(self.part[where].nbytes)
+            return self.part[where]
+
+    folders.safe_open = Counted
+    mesh = mesh_of(tensor=n)
+    config, held, tokenizer = fa.checkpoints.load_sharded(folder, mesh)
+    total, mine = sum(read), tree.nbytes(sharding.parts_of(held))
+    folders.safe_open = original
+    params = fa.load(folder).params
+    whole = fa.shard(mesh, tensor_parallel(config, size=n))(params)
+    same = all(
+        spec_of(a) == spec_of(b) and torch.equal(a.to_local(), b.to_local())
+        for a, b in zip(tree.leaves(held), tree.leaves(whole), strict=True)
+    )
+    return same, total, mine, tree.nbytes(params)
+
+
 def verbs(rank, n):
     """Each collective under each transform, against the same over simulated devices."""
     ring = [(i, (i + 1) % n) for i in range(n)]

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-NAMES = ("all_reduce", "all_gather", "reduce_scatter", "permute")
+# Their names until torch 2.13, which warns of them.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _counts: dict[str, dict[str, int]] = {}
 
 
@@ -46,7 +48,7 @@ def all_gather(x: Tensor, group: str, size: int) -> Tensor:
     """All parts one behind the other along the first axis: (n, ...) to (size n, ...)."""
     count("all_gather", x)
     out = x.new_empty(size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=_group(group))
+    _gather(out, x.contiguous(), group=_group(group))
     return out
 
 
@@ -60,7 +62,7 @@ def reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
     """This device's part, along the first axis, of the sum: (size n, ...) to (n, ...)."""
     count("reduce_scatter", x)
     out = x.new_empty(x.shape[0] // size, *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=_group(group))
+    _scatter(out, x.contiguous(), group=_group(group))
     return out
 
 

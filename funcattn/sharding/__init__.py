@@ -9,34 +9,42 @@
     rules      tensor_parallel, fsdp, replicated: ordered rules for the decoder
     matching   specs: what rules say of every leaf
     storing    shard, gather: DTensors, which are storage
-    devices    all devices at once
+    devices    all devices at once; inside: a whole program on this process's parts
     vocabulary candidates: the likeliest tokens, without all logits; the loss in parts
+    costs      cost: what crosses the mesh, and what that takes
     models     a Model from outside of the mesh
     mapping    shard_map, spmd: computation, each device on its part
 
 What a function says inside is `fa.collectives`: psum, enter, all_gather, reduce_scatter, ppermute, axis_index.
 """
 
+from .costs import Cost, cost
+from .devices import inside
 from .mapping import shard_map, spmd
 from .matching import alongside, specs
 from .partitions import Grid, P, PartitionSpec, Rule
 from .rules import fsdp, replicated, tensor_parallel
-from .storing import gather, shard
+from .storing import gather, parts_of, shard, whole_of
 from .vocabulary import candidates
 
 __all__ = [
+    "Cost",
     "Grid",
     "P",
     "PartitionSpec",
     "Rule",
     "alongside",
     "candidates",
+    "cost",
     "fsdp",
     "gather",
+    "inside",
+    "parts_of",
     "replicated",
     "shard",
     "shard_map",
     "specs",
     "spmd",
     "tensor_parallel",
+    "whole_of",
 ]

@@ -1,6 +1,7 @@
 """All devices of a mesh at once: process groups that names are bound to, or a vmap for each axis of a `Grid`."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import optree
@@ -9,9 +10,9 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import _checks
-from ..collectives import Axis, binding
+from ..collectives import Axis, binding, remembering
 from ..tree import Tree
-from .partitions import Grid, PartitionSpec, axes_of, broadcast
+from .partitions import Grid, PartitionSpec, axes_of, broadcast, is_spec
 from .storing import distributed
 
 
@@ -27,6 +28,23 @@ def bind(mesh: Any, seen: Sequence[str]) -> Any:
     return binding(
         *(Axis(name, sizes[name], rank=mesh.get_local_rank(name), group=mesh.get_group(name).group_name) for name in seen)
     )
+
+
+@contextlib.contextmanager
+def inside(mesh: Any, *cuts: Tree) -> Iterator[None]:
+    """A whole program on this process's parts: the names of a DeviceMesh are bound, as they are inside of shard_map.
+
+    For loops that own their arguments, such as `fa.training.fit`: values are plain tensors, which `parts_of` takes from DTensors.
+
+    Args:
+        cuts: specs of the trees whose norms are taken, as training does of gradients.
+    """
+    ways = []
+    for tree_ in cuts:
+        flat = optree.tree_leaves(tree_, is_leaf=is_spec)
+        ways.append([tuple(name for dim in range(len(spec)) for name in spec.names(dim)) for spec in flat])
+    with bind(mesh, tuple(axes_of(mesh))), remembering(*ways):
+        yield
 
 
 def wrapped(out: Tree, mesh: Any, out_specs: Any) -> Tree:

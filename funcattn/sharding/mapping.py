@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
-from torch.distributed.tensor import DTensor
 
 from .. import _checks
 from .._autodiff import transforming
@@ -24,7 +23,7 @@ from ..records import Model
 from .devices import bind, check, refuse_transform, stacked, wrapped
 from .models import sharded
 from .partitions import Grid, Mesh, P, PartitionSpec, axes_of, broadcast
-from .storing import local, spec_of
+from .storing import is_distributed, local, spec_of
 
 
 def spmd(f: Callable[..., Any], axis: str, n: int, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -104,7 +103,7 @@ def shard_map(f: Any, mesh: Mesh, in_specs: Any = None, out_specs: Any = None, *
 
 def _in_specs(in_specs: Any, args: tuple[Any, ...], flat: list[Any]) -> list[PartitionSpec]:
     if in_specs is None:
-        return [spec_of(leaf) if isinstance(leaf, DTensor) else P() for leaf in flat]
+        return [spec_of(leaf) if is_distributed(leaf) else P() for leaf in flat]
     if not isinstance(in_specs, PartitionSpec) and (not isinstance(in_specs, tuple) or len(in_specs) != len(args)):
         got = f"{len(in_specs)}" if isinstance(in_specs, tuple) else f"a {type(in_specs).__name__}"
         _checks.fail("shard_map", "in_specs", f"a tuple of {len(args)}, one for each argument, or one P", got, "Say P() for whole.")

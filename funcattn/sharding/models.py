@@ -16,7 +16,6 @@ from typing import Any
 
 import optree
 import torch
-from torch.distributed.tensor import DTensor
 
 from .. import _checks, transformer, tree
 from .._autodiff import transforming
@@ -27,7 +26,7 @@ from .devices import bind, refuse_transform, stacked
 from .matching import specs
 from .partitions import Grid, Mesh, P, axes_of, is_spec
 from .rules import tensor_parallel
-from .storing import local, spec_of
+from .storing import is_distributed, local, spec_of
 
 
 def sharded(model: Model, mesh: Mesh) -> Model:
@@ -53,10 +52,10 @@ def _speak(model: Model, mesh: Any) -> Callable[[str, Callable[..., Any]], Calla
             return f
 
         def call(*args: Any, **options: Any) -> Any:
-            if transforming() and any(isinstance(leaf, DTensor) for leaf in tree.leaves(args)):
+            if transforming() and any(is_distributed(leaf) for leaf in tree.leaves(args)):
                 refuse_transform("shard_map")
             flat, structure = optree.tree_flatten(args)
-            held = [local(x, spec_of(x), mesh) if isinstance(x, DTensor) else x for x in flat]
+            held = [local(x, spec_of(x), mesh) if is_distributed(x) else x for x in flat]
             with bind(mesh, names):
                 return f(*optree.tree_unflatten(structure, held), **options)
 

@@ -134,14 +134,18 @@ def broadcast(prefix: Any, whole: Tree) -> list[PartitionSpec]:
 
 def part(leaf: Tensor, spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> Tensor:
     """What the device at these coordinates holds of a leaf: a view."""
-    for dim in range(len(spec)):
+    return leaf[bounds(tuple(leaf.shape), spec, coordinates, sizes)]
+
+
+def bounds(shape: tuple[int, ...], spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> tuple[slice, ...]:
+    """Where in a leaf of that shape the part of the device at these coordinates is."""
+    found = []
+    for dim, size in enumerate(shape):
         n, i = 1, 0
         for name in spec.names(dim):
             n, i = n * sizes[name], i * sizes[name] + coordinates[name]
-        if n > 1:
-            size = leaf.shape[dim] // n
-            leaf = leaf.narrow(dim, i * size, size)
-    return leaf
+        found.append(slice(i * (size // n), (i + 1) * (size // n)))
+    return tuple(found)
 
 
 def devices(sizes: dict[str, int]) -> Iterator[dict[str, int]]:

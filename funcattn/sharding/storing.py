@@ -5,11 +5,11 @@ torch 2.13 its operators lack forward mode, lose placements under grad, and shif
 """
 
 import functools
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .. import _checks, tree
 from .._autodiff import transforming
@@ -17,6 +17,9 @@ from ..collectives import groups
 from ..tree import Tree
 from .matching import specs
 from .partitions import Grid, Mesh, P, PartitionSpec, Rules, axes_of, part
+
+if TYPE_CHECKING:  # a third of the time of importing torch: it waits until somebody shards
+    from torch.distributed.tensor import DTensor, Placement
 
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # Gloo has no such numbers
 
@@ -48,8 +51,8 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
             _checks.fail("shard", "the call", "outside of every transform", "one inside", "Shard first.", TypeError)
         coordinates = {name: mesh.get_local_rank(name) for name in sizes}
 
-        def one(leaf: Tensor, spec: PartitionSpec) -> DTensor:
-            if isinstance(leaf, DTensor):
+        def one(leaf: Tensor, spec: PartitionSpec) -> "DTensor":
+            if is_distributed(leaf):
                 if spec_of(leaf) == _trimmed(spec) and leaf.device_mesh == mesh:
                     return leaf
                 remedy = "Gather it first: fa.gather(tree)."
@@ -70,11 +73,24 @@ def gather(tree_: Tree) -> Tree:
     """
     if transforming():
         _checks.fail("gather", "the call", "outside of every transform", "one inside", "Use all_gather inside.", TypeError)
-    return tree.map(lambda leaf: _whole(leaf) if isinstance(leaf, DTensor) else leaf, tree_)
+    return tree.map(lambda leaf: _whole(leaf) if is_distributed(leaf) else leaf, tree_)
 
 
-def spec_of(leaf: DTensor) -> PartitionSpec:
+def parts_of(tree_: Tree) -> Tree:
+    """The tree with every DTensor as this process's part, a plain tensor: what `inside` computes with."""
+    return tree.map(lambda leaf: leaf.to_local() if is_distributed(leaf) else leaf, tree_)
+
+
+def is_distributed(leaf: Any) -> "TypeGuard[DTensor]":
+    """Whether a leaf is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(leaf, module.DTensor)
+
+
+def spec_of(leaf: "DTensor") -> PartitionSpec:
     """The spec of a DTensor."""
+    from torch.distributed.tensor import Replicate, Shard
+
     names, found = leaf.device_mesh.mesh_dim_names or (), [()] * leaf.dim()
     for name, placement in zip(names, leaf.placements, strict=True):
         if isinstance(placement, Shard):
@@ -92,14 +108,23 @@ def _trimmed(spec: PartitionSpec) -> PartitionSpec:
     return P(*entries)
 
 
-def placements(spec: PartitionSpec, mesh: Any) -> list[Placement]:
+def placements(spec: PartitionSpec, mesh: Any) -> "list[Placement]":
     """One placement for each axis of the mesh, as DTensor has it."""
+    from torch.distributed.tensor import Replicate, Shard
+
     cuts = (spec.cut(name) for name in axes_of(mesh))
     return [Replicate() if dim is None else Shard(dim) for dim in cuts]
 
 
-def distributed(held: Tensor, spec: PartitionSpec, mesh: Any, shape: torch.Size | None = None) -> DTensor:
+def whole_of(parts: Tree, cuts: Tree, mesh: Any) -> Tree:
+    """DTensors from the parts of all processes: the other way of `parts_of`. cuts: their specs."""
+    return tree.map(lambda held, spec: distributed(held, spec, mesh), parts, cuts)
+
+
+def distributed(held: Tensor, spec: PartitionSpec, mesh: Any, shape: torch.Size | None = None) -> "DTensor":
     """This process's part as a DTensor."""
+    from torch.distributed.tensor import DTensor
+
     if shape is None:
         sizes = axes_of(mesh)
         times = [functools.reduce(lambda n, name: n * sizes[name], spec.names(dim), 1) for dim in range(held.dim())]
@@ -110,7 +135,7 @@ def distributed(held: Tensor, spec: PartitionSpec, mesh: Any, shape: torch.Size 
 
 def local(leaf: Tensor, spec: PartitionSpec, mesh: Any) -> Tensor:
     """This process's part of a DTensor, or of a plain tensor that every process holds whole."""
-    if isinstance(leaf, DTensor):
+    if is_distributed(leaf):
         if leaf.device_mesh != mesh:
             _checks.fail("shard_map", "a DTensor", "of this mesh", f"one of {leaf.device_mesh}", "Gather it and shard it anew.")
         if spec_of(leaf) != _trimmed(spec):
@@ -131,7 +156,7 @@ def _copied(x: Tensor) -> Tensor:
     return x.mT.clone(memory_format=torch.contiguous_format).mT if by_columns else x.clone(memory_format=torch.contiguous_format)
 
 
-def _whole(leaf: DTensor) -> Tensor:
+def _whole(leaf: "DTensor") -> Tensor:
     spec, mesh = spec_of(leaf), leaf.device_mesh
     sizes, held = axes_of(mesh), leaf.to_local()
     bits = held.view(torch.uint8) if held.dtype in NARROW else held

@@ -3,6 +3,10 @@
 import devices
 import processes
 import pytest
+import torch
+
+import funcattn as fa
+from funcattn import sharding
 
 TIGHT = 1e-11  # float64, sums of a few hundred terms
 
@@ -39,6 +43,43 @@ def test_a_layer_says_two_things_forward_and_two_backward():
         assert set(kinds) == {"all_reduce"}
 
 
+CONFIG = fa.Config(vocabulary=48, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+
+
+@pytest.mark.parametrize(
+    ("axes", "sharded"), [({"tensor": 2}, False), ({"data": 2}, False), ({"data": 2}, True), ({"context": 2}, False)]
+)
+def test_the_cost_of_a_layer_is_what_is_counted(axes, sharded):
+    """Calls, and bytes, of one more layer in a gradient."""
+    told = sharding.cost(CONFIG, axes, tokens=8, rows=4, training=True, sharded=sharded, nbytes=8).said
+    for found in processes.run(devices.said, 2, axes, sharded):
+        for kind, (calls, nbytes) in found.items():
+            ours = [one for one in told if one.kind == kind]
+            assert sum(one.calls for one in ours) == 2 * calls, (kind, told)
+            assert sum(one.calls * one.nbytes for one in ours) == pytest.approx(2 * nbytes), (kind, told)
+
+
+def test_compiled_code_speaks_as_eager_code_does():
+    for difference, same, calls, refused in processes.run(devices.compiled, 2, timeout=170):
+        assert difference < 1e-8
+        assert same
+        assert calls == 6 * 3  # two of the layer and one of the embedding, each step
+        assert "no compiled forward mode" in refused
+
+
+def test_what_one_mesh_saved_another_loads(tmp_path):
+    assert all(processes.run(devices.saved, 4, str(tmp_path)))
+    assert processes.run(devices.restored, 2, str(tmp_path)) == [(True, True, True)] * 2
+
+
+def test_a_process_reads_its_own_part_of_a_file(tmp_path):
+    config = fa.Config(vocabulary=48, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24, tied=False)
+    fa.save(tmp_path, config, fa.decoder(config).init(fa.key(0)))
+    for same, read, mine, whole in processes.run(devices.sliced, 2, str(tmp_path)):
+        assert same
+        assert read == mine < 0.6 * whole
+
+
 def test_what_cannot_be_is_refused():
     wanted = {
         "grad outside": "TypeError: shard_map: the call should be outside of grad, vjp, jvp and vmap, got one inside. "
@@ -65,10 +106,6 @@ def test_a_dead_process_ends_the_others_with_an_error():
 
 
 def test_the_real_model_on_three_processes_writes_what_one_writes(smollm2):
-    import torch
-
-    import funcattn as fa
-
     config, params, tokenizer = smollm2
     prompt = torch.tensor(tokenizer.encode("The capital of France is"))
     with torch.no_grad():
