@@ -5,6 +5,7 @@ Every piece of a language model as a pure function of values, so that torch.func
     records, tree          what values are made of                   floor 0
     random                 explicit keys; the bits of jax.random
     masks, taps            unions of intervals, with & | ~; listeners       1
+    collectives            psum and its kin, between the devices of a mesh
     remat                  a checkpoint that nests under torch.func
     kernels                attend, attention, merge, explain                2
     layers                 linear, norms, rope, gates, experts              3
@@ -13,6 +14,7 @@ Every piece of a language model as a pure function of values, so that torch.func
     transformer            Config, Params, decoder                          5
     low_rank               lora: a few trained numbers beside a weight
     families               other people's files                             6
+    sharding               shard, gather, shard_map, spmd: many devices
     compilation            compile: decoding at the speed of memory
     generation, serving    generate, stream; texts that come and go
     checkpoints            load, save                                       7
@@ -24,6 +26,7 @@ Every piece of a language model as a pure function of values, so that torch.func
 
 from . import (
     caches,
+    collectives,
     drafters,
     evaluation,
     families,
@@ -37,6 +40,7 @@ from . import (
     sampling,
     search,
     serving,
+    sharding,
     speculation,
     taps,
     training,
@@ -47,6 +51,7 @@ from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
 from .calibration import awq, clipped, gptq, smooth
 from .checkpoints import Loaded, load, load_lora, save, save_lora
+from .collectives import all_gather, axis_index, ppermute, psum, reduce_scatter
 from .compilation import compile
 from .evaluation import patch, perplexity, score, score_continuation, trace
 from .generation import Streamed, generate, stream
@@ -58,6 +63,7 @@ from .randomness import fold_in, key, split
 from .records import Attended, Model
 from .rematerialization import remat
 from .search import beam_search, best_of
+from .sharding import gather, shard, shard_map, spmd
 from .speculation import Speculated, speculate
 from .training import loss
 from .transformer import Config, Params, decoder
@@ -65,6 +71,7 @@ from .tree import cast, to
 
 __all__ = [
     "caches",
+    "collectives",
     "drafters",
     "evaluation",
     "families",
@@ -79,6 +86,7 @@ __all__ = [
     "sampling",
     "search",
     "serving",
+    "sharding",
     "speculation",
     "taps",
     "training",
@@ -99,9 +107,11 @@ __all__ = [
     "Ring",
     "Speculated",
     "Streamed",
+    "all_gather",
     "attend",
     "attention",
     "attention_weights",
+    "axis_index",
     "beam_search",
     "best_of",
     "cast",
@@ -110,6 +120,7 @@ __all__ = [
     "decoder",
     "explain",
     "fold_in",
+    "gather",
     "generate",
     "awq",
     "clipped",
@@ -124,13 +135,19 @@ __all__ = [
     "merge_lora",
     "patch",
     "perplexity",
+    "ppermute",
+    "psum",
+    "reduce_scatter",
     "remat",
     "save",
     "save_lora",
     "score",
     "score_continuation",
+    "shard",
+    "shard_map",
     "speculate",
     "split",
+    "spmd",
     "stream",
     "to",
     "trace",

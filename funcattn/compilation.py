@@ -31,7 +31,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from . import _checks, caches, layers, taps, transformer, tree
+from . import _checks, caches, collectives, layers, taps, transformer, tree
 from ._autodiff import transforming
 from .caches import Branch, Cache, Delta
 from .kernels import Part, choice
@@ -141,6 +141,8 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
 def _is_plain(*trees: Any) -> bool:
     """Nobody differentiates, maps, traces or listens, and no kernel or other precision was asked for."""
     if transforming() or torch.compiler.is_compiling() or taps.heard() or choice.current() is not None:
+        return False
+    if collectives.simulated() or collectives.axis_size(transformer.DATA) > 1:
         return False
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False

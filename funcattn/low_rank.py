@@ -41,6 +41,11 @@ class Lora(NamedTuple):
     b: Tensor
     scale: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight, (out, in)."""
+        return tuple(self.base.shape)
+
 
 @linear.register
 def _(weight: Lora, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from . import _checks
+from . import _checks, collectives
 from ._autodiff import closed_jvp, transforming
 from .records import describe
 
@@ -293,6 +293,9 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     names = {"door": "remat", "argument": getattr(f, "__name__", "f"), "remedy": "Pass it as an argument, or detach() it before."}
     followed = transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in x))
+    if collectives.simulated():  # devices are a vmap here, whose level would bear another number when f runs again
+        return f(*args, **kwargs)
+    f = collectives.carried(f)
     if not x or not followed or _forward_mode_is_taken():
         if torch.compiler.is_compiling():  # to what is compiled, a tensor from outside is a constant here too
             with torch.no_grad(), _Watch(Guard(depth=0, **names), 0):

@@ -14,6 +14,7 @@ later logits into NaN.
     dense         Cache: one tensor, room reserved                 branching    Branch: a tail behind a shared prefix; follow, join
     paged         Pages: blocks, shared by forks                   windowed     Ring: a window and sinks, constant memory
     coded         QuantizedCache: 8 or 4 bits                      readonly     Memory: another sequence, never written
+    spreading     Spread: rows on many devices
 """
 
 from .branching import Branch, follow, join
@@ -37,9 +38,11 @@ from .protocol import (
 )
 from .readonly import Memory
 from .rows import bucket
+from .spreading import CONTEXT, Spread, spread
 from .windowed import Ring, ring
 
 __all__ = [
+    "CONTEXT",
     "DONATED",
     "OVERFLOWED",
     "Branch",
@@ -50,6 +53,7 @@ __all__ = [
     "Pages",
     "QuantizedCache",
     "Ring",
+    "Spread",
     "_write",
     "broken",
     "bucket",
@@ -65,5 +69,6 @@ __all__ = [
     "quantized",
     "ring",
     "sizes",
+    "spread",
     "with_length",
 ]

@@ -11,7 +11,19 @@ wrong with a file is a CheckpointError that says what was wanted, what came, and
 from ..families import CheckpointError
 from .adapters import load_lora, save_lora
 from .loading import Loaded, load
+from .parts import load_parts, load_sharded, save_parts
 from .saving import save
 from .tokenizer import Tokenizer
 
-__all__ = ["load", "save", "load_lora", "save_lora", "Loaded", "Tokenizer", "CheckpointError"]
+__all__ = [
+    "load",
+    "save",
+    "load_lora",
+    "save_lora",
+    "Loaded",
+    "Tokenizer",
+    "CheckpointError",
+    "load_parts",
+    "load_sharded",
+    "save_parts",
+]

@@ -5,7 +5,7 @@ header against the file before it gives a tensor; what names it must hold, and i
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .. import families
+from .. import families, tree
 from .._checks import fail
 from ..families import CheckpointError
 from ..transformer import Config, Params
@@ -30,13 +30,25 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Reading.
 
 
-def read_folder(folder: Path, dtype: torch.dtype | None = None) -> tuple[Config, Params, Tokenizer | None]:
-    """Config, weights and tokenizer (None where there is no tokenizer.json) of a folder."""
+Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]  # path and shape of a leaf -> which of it is wanted
+
+
+def read_folder(
+    folder: Path, dtype: torch.dtype | None = None, cut: Callable[[Config], Cut] | None = None
+) -> tuple[Config, Params, Tokenizer | None]:
+    """Config, weights and tokenizer (None where there is no tokenizer.json) of a folder.
+
+    Args:
+        cut: of the config, which part of each leaf is wanted; no more of a file is read, but where it holds a leaf in another form.
+    """
     settings = read_json(folder / "config.json")
     kinds = compressed.kinds_in(settings)
     config = families.read_config(settings)
+    if cut is not None and kinds:
+        _refuse("the weights", "plain where they are read in parts", "compressed ones")
     files = _weight_files(folder)
-    return config, _read_weights(folder, files, settings, config, dtype, kinds), _read_tokenizer(folder, settings)
+    wanted = None if cut is None else cut(config)
+    return config, _read_weights(folder, files, settings, config, dtype, kinds, wanted), _read_tokenizer(folder, settings)
 
 
 def read_json(path: Path, largest: int = SMALL) -> dict[str, Any]:
@@ -96,6 +108,7 @@ def _read_weights(
     config: Config,
     dtype: torch.dtype | None,
     kinds: Mapping[str, str],
+    cut: Cut | None,
 ) -> Params:
     family = families.family_of(settings.get("model_type"), "model_type in config.json")
     found: dict[str, tuple[int, ...]] = {}
@@ -113,10 +126,12 @@ def _read_weights(
                     _refuse(f"{name} in {path.name}", f"in one file only, and is in {where[name][1].name} too", "two of it")
                 found[name], where[name] = tuple(part.get_shape()), (file, path, name)
 
+    plain: dict[str, tuple[slice, ...]] = {}  # by name, where leaves are wanted in parts and a file holds them as they are
+
     def tensor(name: str, dtype: torch.dtype | None = None) -> Tensor:
         file, path, stored = where[name]
         with _safetensors_errors(path):
-            mapped = file.get_tensor(stored)
+            mapped = file.get_slice(stored)[plain[name]] if name in plain else file.get_tensor(stored)
         return mapped.to(dtype or mapped.dtype, copy=True)  # out of the mapping: the file may change, the value may not
 
     def read(name: str) -> Any:
@@ -141,7 +156,13 @@ def _read_weights(
     stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
     held = families.whereabouts(family, config)
     families.match(families.wanted(config, held), stored, str(folder))
-    return families.unpack(config, held, read)
+    if cut is None:
+        return families.unpack(config, held, read)
+    shapes = families.shapes(config)
+    plain |= {source.names[0]: cut(source.paths[0], shapes[source.paths[0]]) for source in held if not source.is_changed}
+    params = families.unpack(config, held, read)
+    turned = {path for source in held if source.is_changed for path in source.paths}
+    return tree.map_with_path(lambda path, x: x[cut(path, shapes[path])].clone() if path in turned else x, params)
 
 
 def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import funcattn as fa
 
-from . import benchmarking, chatting, evaluating, finetuning, generating, inspecting, pretraining, quantizing
+from . import benchmarking, chatting, evaluating, finetuning, generating, inspecting, pretraining, quantizing, ranks
 from .arguments import TINY, Parser, device, dtype, number, stop
 from .terminal import CUT_OFF, INTERRUPTED, complain
 
@@ -94,6 +94,7 @@ def parser() -> Parser:
             command.add_argument("--num-samples", metavar="N", type=count, default=1, help=several)
             drafts = "compile, and draft by the same weights in 8 or 4 bits, or by looking the text up; the text stays the same"
             command.add_argument("--speculate", choices=("int8", "int4", "lookup"), help=drafts)
+            ranks.add_options(command, data=False)
             command.add_argument("--draft-length", metavar="N", type=count, default=3, help="tokens of a draft (%(default)s)")
         elif module in (evaluating, benchmarking, pretraining, finetuning, quantizing):
             module.add_options(command)

@@ -14,15 +14,24 @@ from torch.profiler import ProfilerActivity, profile
 
 import funcattn as fa
 
-from .. import drafters, sampling, speculation
+from .. import drafters, sampling, sharding, speculation
+from . import ranks
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
 from .terminal import report, say, shown, working
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    with ranks.meshed(options) as mesh:
+        if mesh is not None and options.prompt in (None, "-"):
+            raise ValueError("the prompt should be an argument, is to come from stdin, which processes cannot share. Write it out.")
+        session = load(options, mesh)
+        with contextlib.nullcontext() if mesh is None else sharding.inside(mesh):
+            _run(options, session)
+
+
+def _run(options: argparse.Namespace, session: Session) -> None:
     text, sampler = prompt_of(options), sampler_of(options)
-    session = load(options)
     ids = session.tokenizer.prompt([message("user", text)]) if options.chat else session.tokenizer.encode(text)
     if not ids:
         raise ValueError("the prompt is empty. Give some text, as an argument or on stdin.")

@@ -5,6 +5,8 @@ that was stopped goes on with --resume, with the bits that it would have had.
 """
 
 import argparse
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from torch import Tensor
 
 import funcattn as fa
 
-from .. import sampling, training, tree
-from ..training.snapshots import steps_in
+from .. import collectives, sampling, sharding, training, tree
+from ..training.snapshots import PREFIX, steps_in
+from . import ranks
 from .arguments import TINY, device, number
 from .terminal import say, shown, working
 
@@ -34,6 +37,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--heads", metavar="N", type=count, default=4, help="(%(default)s)")
     add("--optimizer", choices=["adamw", "muon"], default="adamw", help="(%(default)s)")
     add_fitting(command, out="trained", steps=2000, rate=1e-3, rows=12, context=64)
+    ranks.add_options(command, data=True)
 
 
 def add_fitting(command: argparse.ArgumentParser, *, out: str, steps: int, rate: float, rows: int, context: int) -> None:
@@ -56,6 +60,13 @@ def add_fitting(command: argparse.ArgumentParser, *, out: str, steps: int, rate:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    with ranks.meshed(options) as mesh:
+        _run(options, mesh)
+
+
+def _run(options: argparse.Namespace, mesh: Any) -> None:
+    if mesh is not None and options.text == "-":
+        raise ValueError("the text should be a file, is to come from stdin, which processes cannot share. Write it into one.")
     text = read(options.text)
     if options.tokenizer is None:
         tokenizer = training.characters(text)
@@ -82,11 +93,47 @@ def run(options: argparse.Namespace) -> None:
     kinds = {"adamw": lambda: training.adamw(rate, betas=(0.9, 0.99), weight_decay=0.1)}
     kinds["muon"] = lambda: training.muon(rate, match=True)
     optimizer = training.chain(training.clip(1.0), kinds[options.optimizer]())
-    params = fitted(options, config, params, ids, optimizer)
+    params = (
+        fitted(options, config, params, ids, optimizer)
+        if mesh is None
+        else _together(options, config, params, ids, optimizer, mesh)
+    )
+    if not ranks.leads():
+        return
     place = Path(options.out) / MODEL
     fa.save(place, config, tree.to("cpu")(params), tokenizer)
     write_sample(options, config, params, tokenizer, text[:1])
     say(f"The model is in {place}. Go on from a text with: funcattn generate --model {place} TEXT")
+
+
+def _together(
+    options: argparse.Namespace, config: fa.Config, params: Any, ids: Tensor, optimizer: training.Optimizer, mesh: Any
+) -> Any:
+    """The trained params, whole, after all steps on a mesh: each process has its part of them, and its rows of every batch."""
+    if options.rows % options.dp:
+        raise ValueError(f"--rows should be a multiple of --dp {options.dp}, got {options.rows}. Change either.")
+    rules = sharding.tensor_parallel(config, size=options.tp)
+    cuts = sharding.specs(params, mesh, rules)
+    held = sharding.parts_of(fa.shard(mesh, rules)(params))
+
+    def loss(model: fa.Model, params: Any, batch: Tensor) -> Tensor:
+        return fa.loss(model, params, collectives.own(batch, "data"))
+
+    with sharding.inside(mesh, cuts):
+        held = fitted(options, config, held, ids, optimizer, loss=loss)
+    return fa.gather(sharding.whole_of(held, cuts, mesh))
+
+
+def snapshots_of(options: argparse.Namespace) -> Path:
+    """Where this process's snapshots are; those that not every process has are taken away."""
+    place, n = Path(options.out) / SNAPSHOTS, options.tp * options.dp if hasattr(options, "tp") else 1
+    if n == 1:
+        return place
+    place = place / f"{os.environ['RANK']}-of-tp{options.tp}-dp{options.dp}"
+    taken = steps_in(place)
+    for step in set(taken) - set(ranks.agreed(taken)):
+        shutil.rmtree(place / f"{PREFIX}{step:08}")
+    return place
 
 
 def read(path: str) -> str:
@@ -104,9 +151,10 @@ def fitted(
     ids: Tensor,
     optimizer: training.Optimizer,
     frozen: Any = (),
+    loss: Any = fa.loss,
 ) -> Any:
     """The trained part of params, after all steps."""
-    folder = Path(options.out) / SNAPSHOTS
+    folder = snapshots_of(options)
     learnt, validation = halves(ids, options.context)
     if validation is None:
         say("The text is too short to hold a part back: there is no loss of validation.")
@@ -117,6 +165,7 @@ def fitted(
             params,
             learnt,
             frozen=frozen,
+            loss=loss,
             optimizer=optimizer,
             steps=options.steps,
             rows=options.rows,
@@ -135,7 +184,7 @@ def fitted(
 
 def encoded(options: argparse.Namespace, tokenizer: Any, text: str) -> Tensor:
     """The ids of a text, checked to be enough before anything is said or begun."""
-    taken = steps_in(Path(options.out) / SNAPSHOTS)
+    taken = steps_in(snapshots_of(options))
     if taken and not options.resume:
         raise ValueError(f"{options.out} holds a run of {taken[-1]} steps. Add --resume to go on with it, or choose another --out.")
     with working("Encoding the text"):

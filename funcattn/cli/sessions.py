@@ -10,7 +10,7 @@ from torch import Tensor
 
 import funcattn as fa
 
-from .. import sampling, tree
+from .. import checkpoints, sampling, sharding, tree
 from .terminal import say, working
 
 
@@ -29,11 +29,14 @@ class Session:
         return self.params.norm.dtype
 
 
-def load(options: argparse.Namespace) -> Session:
-    """The model that the options name."""
+def load(options: argparse.Namespace, mesh: Any = None) -> Session:
+    """The model that the options name; on a mesh, this process's part of it."""
     with working(f"Loading {options.model}"):
-        config, params, tokenizer = fa.load(options.model, dtype=options.dtype)
-        params = tree.to(options.device)(params)
+        if mesh is None:
+            config, params, tokenizer = fa.load(options.model, dtype=options.dtype)
+        else:
+            config, params, tokenizer = checkpoints.load_sharded(options.model, mesh, dtype=options.dtype)
+        params = tree.to(options.device)(sharding.parts_of(params))
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json. Put the one of this model beside its weights.")
     model = fa.decoder(config)

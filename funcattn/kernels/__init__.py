@@ -8,6 +8,7 @@
 
 `attend` gives the output and the log-sum-exp, `attention` the output, `merge` joins two, `explain` says what runs and why.
 `attention_with_score` puts the logits through any elementwise function: every transform, linear memory, slower than all of them.
+`ring` and `merge_over` attend over a text that no device of a mesh holds all of.
 Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two autograd Functions) differentiates by the rules of
 `algebra`; `primitives` runs them as `blocks` of torch operations in the `layout` they share, or by `torch_fused`.
 """
@@ -15,6 +16,7 @@ Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two aut
 from .choice import Explanation, use
 from .door import attend, attention, attention_weights, explain
 from .merging import Part, attend_parts, merge, soft_cap
+from .rings import merge_over, places, ring, unzigzag, zigzag
 from .scores import attention_with_score
 
 __all__ = [
@@ -29,4 +31,9 @@ __all__ = [
     "attend_parts",
     "soft_cap",
     "Explanation",
+    "merge_over",
+    "places",
+    "ring",
+    "unzigzag",
+    "zigzag",
 ]

@@ -1,6 +1,7 @@
 """The layers of a decoder as functions of a weight and an activation.
 
     products    linear, linears, embed: dispatch on the type of the weight, so that a quantized one registers itself; blocks
+    layouts     fields: how the fields of a weight lie when it is divided among devices
     prepared    prepare: the form of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
@@ -12,6 +13,7 @@ Matrices are (out, in), as torch and Hugging Face store them.
 
 from .experts import linear_experts, route
 from .gates import ACTIVATIONS, activate, gated
+from .layouts import fields
 from .norms import layer_norm, rms_norm
 from .prepared import SEVERAL, prepare
 from .products import BLOCK, Blocks, by_blocks, embed, is_vector, linear, linears, rows_times, together
@@ -27,6 +29,7 @@ __all__ = [
     "activate",
     "by_blocks",
     "embed",
+    "fields",
     "frequencies",
     "gated",
     "is_vector",

@@ -81,6 +81,9 @@ def _check(path: str, leaf: Any) -> None:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() not in (2, 3):
         got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
         _checks.fail("quantize", path, "a floating matrix", got, "Leave it out by where.", TypeError)
+    if type(leaf) is not Tensor and hasattr(leaf, "device_mesh"):  # its operators shift integers wrongly in silence (torch 2.13)
+        remedy = "Quantize before fa.shard, or each part: fa.shard_map(fa.quantize(scheme), mesh, in_specs, out_specs)."
+        _checks.fail("quantize", path, "a tensor of this process", "a DTensor", remedy, TypeError)
     if not leaf.numel():
         _checks.fail("quantize", path, "a matrix with numbers in it", f"one of shape {tuple(leaf.shape)}", "Leave it out by where.")
     if _checks.is_true(~leaf.isfinite()):

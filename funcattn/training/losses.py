@@ -10,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, masks, tree
+from .. import _checks, masks, transformer, tree
+from ..caches import CONTEXT
+from ..collectives import axis_size, own, psum
+from ..kernels import zigzag
 from ..records import Model
 from ..rematerialization import remat
+from ..sharding import vocabulary
+from ..transformer import DATA
 from ..tree import Tree
 
 BLOCK = 2**24  # logits held at a time: 64 MiB in float32, beside which a call costs nothing
@@ -41,34 +46,58 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
         >>> round(float(loss(model, model.init(fa.key(0)), torch.arange(12).view(2, 6))), 1)  # log 256 = 5.5
         5.6
 
+    Where the axes of a mesh are bound (see funcattn.sharding), tokens are this device's rows, and the loss is that of the rows of
+    all: sums and counts are summed over "data", and over "tensor" nobody holds all logits. Over "context" every device is given
+    whole rows, and takes its part of their inputs, 2 n of which there should be a multiple.
+
     Law: packed documents lose what they lose alone (test_training.py::test_packed_documents_lose_what_they_lose_alone).
     Law: grad, jvp, vmap(grad) and hvp are exact (test_training.py::test_derivatives_of_the_loss_are_those_of_the_reference).
     """
     _check(tokens, mask, segments)
     inputs, targets = tokens[..., :-1], tokens[..., 1:]
     counts = None if mask is None else mask.expand(targets.shape)
+    if axis_size(CONTEXT) > 1:
+        if segments is not None:
+            _checks.fail("loss", "segments", "None over 'context'", "some", "Pack documents over 'data', or leave them whole.")
+        inputs, targets = _part(inputs), _part(targets)
+        counts = None if counts is None else _part(counts)
     if segments is None:
         hidden = model.hidden(params, inputs)[0]
     else:
-        own, T = segments[..., :-1], inputs.shape[-1]
-        alone = masks.segments(own)
-        seen = masks.intersection(alone, masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device)))
-        places = torch.arange(T, device=tokens.device) - alone.start.squeeze(-1)
+        ids, T = segments[..., :-1], inputs.shape[-1]
+        documents = masks.segments(ids)
+        seen = masks.intersection(documents, masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device)))
+        places = torch.arange(T, device=tokens.device) - documents.start.squeeze(-1)
         hidden = model.hidden(params, inputs, mask=seen, positions=places)[0]
-        same = own == segments[..., 1:]
+        same = ids == segments[..., 1:]
         counts = same if counts is None else counts & same
-    if counts is not None and _checks.value(counts) is not None and not _checks.is_true(counts):
+    alone = axis_size(DATA) * axis_size(CONTEXT) == 1
+    if alone and counts is not None and _checks.value(counts) is not None and not _checks.is_true(counts):
         _checks.fail("loss", "mask", "true of some target", "none that counts", "Leave out batches without targets.")
     summed = _cross_entropy(model, params, hidden.flatten(0, -2), targets.flatten(), None if counts is None else counts.flatten())
-    return summed / (targets.numel() if counts is None else counts.sum())
+    if alone:
+        return summed / (targets.numel() if counts is None else counts.sum())
+    everywhere = lambda x: psum(psum(x, DATA), CONTEXT)
+    return everywhere(summed) / (
+        targets.numel() * axis_size(DATA) * axis_size(CONTEXT) if counts is None else everywhere(counts.sum())
+    )
+
+
+def _part(x: Tensor) -> Tensor:
+    """This device's positions of rows that all hold whole."""
+    return own(zigzag(x, axis_size(CONTEXT)), CONTEXT, dim=-1)
 
 
 def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
     """The sum over the rows that count of hidden (N, E) against targets (N,)."""
 
     def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
-        logits = model.logits(outside, hidden)
+        mine = vocabulary.own_logits(model, outside, hidden)
+        logits = model.logits(outside, hidden) if mine is None else mine
         wide = logits if logits.dtype == torch.float64 else logits.float()
+        if mine is not None:
+            each = vocabulary.cross_entropy(wide, targets)
+            return each.sum() if not counts else torch.where(counts[0], each, 0.0).sum()
         if not counts:
             return F.cross_entropy(wide, targets, reduction="sum", ignore_index=NEVER)
         each = F.cross_entropy(wide, targets, reduction="none", ignore_index=NEVER)
@@ -88,6 +117,9 @@ def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, 
 
 
 def _vocabulary(model: Model, params: Tree, hidden: Tensor) -> int:
+    parts = transformer.parts_of(model)
+    if parts is not None:
+        return parts.config.vocabulary
     return model.logits(params, hidden[:0]).shape[-1]  # of no rows: the width of what comes out
 
 

@@ -19,7 +19,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
+from .. import _checks, collectives, tree
 from ..records import ABSENT, record
 from ..tree import Tree
 from . import fused
@@ -218,6 +218,9 @@ def muon(
         return Momentum(_zero(params), tree.map(torch.zeros_like, mine)), others.init(theirs)
 
     def update(gradients: Tree, state: tuple[Momentum, Any], params: Tree) -> tuple[Tree, tuple[Momentum, Any]]:
+        if collectives.bound() and any(collectives.cuts_of(len(tree.leaves(params)))):
+            remedy = "Use adamw, or keep params whole: sharding.replicated()."
+            _checks.fail("muon", "params", "whole on every device", "matrices that are cut, of which none has the whole", remedy)
         mine, theirs = tree.partition(params, where)
         chosen = _paths_where(params, where)
         gradient, rest_gradient = tree.partition(gradients, lambda path, _: path in chosen)
@@ -253,8 +256,13 @@ def orthogonal(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16
 
 
 def norm(gradients: Tree) -> Tensor:
-    """The 2-norm of all leaves as one vector, () in float32 at least; zero for a tree without leaves."""
+    """The 2-norm of all leaves as one vector, () in float32 at least; zero for a tree without leaves.
+
+    Of leaves that are cut over the devices of a mesh it is that of the whole ones.
+    """
     lengths = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in tree.leaves(gradients)]
+    if collectives.bound():
+        lengths = collectives.whole_lengths(lengths)
     return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
 
 

@@ -2,16 +2,20 @@
 
 config     Config: what the mathematics needs to know and the weights do not say
 weights    Layer, Params, shapes, initialize
+parallel   what a device with a part of the weights says to the others
 blocks     one layer as a pure function: attention over the past and the new tokens, then the feed-forward
 model      decoder(config) -> Model
 """
 
 from .blocks import Block, block
 from .config import Config, Kind
-from .model import Parts, begin, decoder, finish, locate, parts_of, predict, share
+from .model import Parts, begin, decoder, finish, locate, parts_of, predict, predict_own, share
+from .parallel import DATA, TENSOR
 from .weights import Layer, Params, initialize, shapes
 
 __all__ = [
+    "DATA",
+    "TENSOR",
     "Block",
     "Config",
     "Kind",
@@ -26,6 +30,7 @@ __all__ = [
     "locate",
     "parts_of",
     "predict",
+    "predict_own",
     "shapes",
     "share",
 ]

@@ -17,6 +17,7 @@ from ..layers import Rotation
 from ..masks import Mask
 from ..records import is_absent
 from ..taps import tap
+from . import parallel
 from .config import Config, Kind
 from .weights import Layer
 
@@ -70,8 +71,9 @@ def _norm(config: Config, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
     return layers.layer_norm(x, weight, bias, epsilon=config.norm_epsilon)
 
 
-def _affine(weight: Any, bias: Any, x: Tensor) -> Tensor:
-    y = layers.linear(weight, x)
+def _affine(weight: Any, bias: Any, x: Tensor, *, ends: bool = False) -> Tensor:
+    """weight x + bias; `ends` says that the weight ends a region, of which every device made a part."""
+    y = parallel.leave(layers.linear(weight, x)) if ends else layers.linear(weight, x)
     return y if is_absent(bias) else y + bias
 
 
@@ -91,8 +93,8 @@ def _attend(
     kernel: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What attention adds to the residual, and the keys and values of the new tokens."""
-    y = tap(f"{name}.attention.input", y)
-    H, K, D = config.heads, config.kv_heads, config.head_size
+    y = tap(f"{name}.attention.input", parallel.begin(y))
+    (H, K), D = parallel.heads(config), config.head_size
     q, k, v = _affines((weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y)
     q = _heads(config, q, weights.q_norm, H, D)
     k = _heads(config, k, weights.k_norm, K, D)
@@ -101,14 +103,16 @@ def _attend(
         assert isinstance(shared.rotation, Rotation)
         q, k = layers.rotate(q, shared.rotation), layers.rotate(k, shared.rotation)
     q, k, v = tap(f"{name}.attention.q", q), tap(f"{name}.attention.k", k), tap(f"{name}.attention.v", v)
-    if not past and config.attention_cap is None and not config.sinks:
+    if parallel.in_parts():
+        out = parallel.attend(config, kind, q, k, v, shared.mask, past, kernel)
+    elif not past and config.attention_cap is None and not config.sinks:
         out = kernels.attention(q, k, v, shared.mask, scale=config.scale, kernel=kernel)
     else:
         parts = [*past, Part(k, v, () if shared.mask is None else shared.mask)]
         sinks = weights.sinks if config.sinks else None
         out = kernels.attend_parts(q, parts, scale=config.scale, cap=config.attention_cap, sinks=sinks, kernel=kernel)
     mixed = tap(f"{name}.attention.mixed", out.transpose(-2, -3).flatten(-2))
-    return _affine(weights.o, weights.o_bias, mixed), k, v
+    return _affine(weights.o, weights.o_bias, mixed, ends=True), k, v
 
 
 def _heads(config: Config, x: Tensor, norm: Any, heads: int, D: int) -> Tensor:
@@ -124,7 +128,7 @@ def _heads(config: Config, x: Tensor, norm: Any, heads: int, D: int) -> Tensor:
 
 
 def _feed_forward(config: Config, kind: Kind, weights: Layer, y: Tensor, name: str) -> Tensor:
-    y = tap(f"{name}.feed_forward.input", y)
+    y = tap(f"{name}.feed_forward.input", parallel.begin(y))
     if kind.experts:
         return _choose(config, weights, y, name)
     if config.gated:
@@ -132,7 +136,7 @@ def _feed_forward(config: Config, kind: Kind, weights: Layer, y: Tensor, name: s
         inner = layers.gated(gate, up, config.activation, config.activation_limit)
     else:
         inner = layers.activate(_affine(weights.up, weights.up_bias, y), config.activation)
-    return _affine(weights.down, weights.down_bias, tap(f"{name}.feed_forward.inner", inner))
+    return _affine(weights.down, weights.down_bias, tap(f"{name}.feed_forward.inner", inner), ends=True)
 
 
 def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
@@ -149,4 +153,4 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
     up, gate = affine(weights.up, weights.up_bias, rows), affine(weights.gate, weights.gate_bias, rows)
     inner = layers.gated(gate, up, config.activation, config.activation_limit)
     out = affine(weights.down, weights.down_bias, inner).unflatten(0, expert.shape)
-    return (out * share.to(out.dtype).unsqueeze(-1)).sum(-2)
+    return parallel.leave((out * share.to(out.dtype).unsqueeze(-1)).sum(-2))

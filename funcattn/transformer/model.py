@@ -20,9 +20,10 @@ from ..caches import Cache, Delta
 from ..layers import Rotation
 from ..masks import Mask
 from ..records import ABSENT, Model, is_absent
+from . import parallel
 from .blocks import Block, block
 from .config import Config, Kind
-from .weights import Params, initialize
+from .weights import Layer, Params, initialize
 
 
 def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -> Model:
@@ -70,19 +71,20 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     def cache(size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> Any:
         if not isinstance(size, int) or size < 0:
             _checks.fail("cache", "size", "a number of tokens, 0 or more", size, "Say how many tokens the past has room for.")
-        return kind.empty(config.layers, config.kv_heads, size, config.head_size, dtype)
+        return kind.empty(config.layers, parallel.heads(config)[1], size, config.head_size, dtype)
 
     def hidden(
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
         places = locate(config, tokens, cache, positions)
         _check_mask(mask, tokens.shape[-1])
+        parallel.check(params, cache, mask)
         x = taps.tap("embedding", begin(config, params, tokens, places))
         shared = {kind: share(config, kind, places, mask, x.dtype, positions is None) for kind in kinds}
         keys, values = [], []
         for i, (weights, kind) in enumerate(zip(params.layers, all_kinds, strict=True)):
             past = () if is_absent(cache) else tuple(caches.past(cache, i, places, kind.window))
-            layer = functools.partial(block, config, kind, name=f"layers.{i}", kernel=kernel)
+            layer = functools.partial(_place, i, config, kind, name=f"layers.{i}", kernel=kernel)
             x, k, v = (rematerialization.remat(layer) if remat and not taps.heard() else layer)(weights, x, shared[kind], past)
             keys.append(k)
             values.append(v)
@@ -112,6 +114,11 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     return made
 
 
+def _place(number: int, config: Config, kind: Kind, weights: Layer, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer with its weights as this device computes with them."""
+    return block(config, kind, parallel.layer(config, number, weights), *rest, **options)
+
+
 class Parts(NamedTuple):
     """What a decoder was made of."""
 
@@ -134,6 +141,8 @@ def locate(config: Config, tokens: Tensor, cache: Any, positions: Tensor | None 
     if not is_absent(cache):
         _check_past(cache, config)
     before = 0 if is_absent(cache) else cache.length
+    if positions is None and is_absent(cache):
+        positions = parallel.places(tokens.shape[-1])
     places = torch.arange(tokens.shape[-1], device=tokens.device) + before if positions is None else positions
     _check_places(places, config)
     return places
@@ -141,22 +150,31 @@ def locate(config: Config, tokens: Tensor, cache: Any, positions: Tensor | None 
 
 def begin(config: Config, params: Params, tokens: Tensor, places: Tensor) -> Tensor:
     """The residual (*lead, T, E) before the first layer."""
-    x = layers.embed(params.embedding, tokens)
+    x = parallel.embed(config, params.embedding, tokens)
     if config.embedding_scale != 1.0:
         x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded as its authors do
-    return x + layers.embed(params.positions, places) if config.positions == "learned" else x
+    if config.positions != "learned":
+        return x
+    return x + layers.embed(parallel.vector("positions", params.positions, (config.context, config.width)), places)
 
 
 def finish(config: Config, params: Params, x: Tensor) -> Tensor:
     """The residual after the last layer, normalized."""
+    norm = parallel.vector("norm", params.norm, (config.width,))
     if config.norm == "rms":
-        return layers.rms_norm(x, params.norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    return layers.layer_norm(x, params.norm, params.norm_bias, epsilon=config.norm_epsilon)
+        return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    bias = parallel.vector("norm_bias", params.norm_bias, (config.width,))
+    return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
 
 
 def predict(config: Config, head: Any, hidden: Tensor) -> Tensor:
     """Logits (*lead, V), by the weight of the head (or of the embedding, where it serves)."""
-    out = layers.linear(head, hidden)
+    return parallel.together(config, predict_own(config, head, hidden))
+
+
+def predict_own(config: Config, head: Any, hidden: Tensor) -> Tensor:
+    """The logits of the part of the vocabulary that this device's head holds: all of it, unless "tensor" is bound."""
+    out = parallel.head(config, head, hidden)
     if config.logit_scale != 1.0:
         out = out * config.logit_scale
     return out if config.logit_cap is None else kernels.soft_cap(out, config.logit_cap)
@@ -178,7 +196,7 @@ def share(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None
         base = config.local_rope_base if kind.local else config.rope_base
         scaling = None if kind.local else config.rope_scaling
         assert base is not None
-        length = places.amax(-1) + 1 if scaling is not None and scaling.follows_length else None
+        length = parallel.longest(places.amax(-1) + 1) if scaling is not None and scaling.follows_length else None
         size = config.rotary_size or config.head_size
         turn = layers.frequencies(size, base=base, scaling=scaling, length=length, device=places.device)
         rotation = layers.rope(places, turn, dtype, amplitude=1.0 if scaling is None else scaling.attention)
@@ -196,7 +214,7 @@ def share(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None
 
 
 def _check_past(cache: Any, config: Config) -> None:
-    wanted, got = (config.layers, config.kv_heads, config.head_size), caches.sizes(cache)
+    wanted, got = (config.layers, parallel.heads(config)[1], config.head_size), caches.sizes(cache)
     if got != wanted:
         _checks.fail(
             "decoder",

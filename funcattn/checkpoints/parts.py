@@ -1,0 +1,107 @@
+"""Checkpoints of models on many devices: each process reads and writes its own part.
+
+load_sharded(folder, mesh)     the Hugging Face layout: no process reads more of it than it keeps
+save_parts, load_parts         torch.distributed.checkpoint: written by one mesh, read by another
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import sharding, transformer, tree
+from .._checks import fail
+from ..families import CheckpointError
+from ..sharding.partitions import Rules, axes_of, bounds
+from ..tree import Tree
+from .folder import Cut, read_folder
+from .loading import Loaded, by_columns, load
+from .sources import locate
+
+
+def load_sharded(
+    path_or_name: str | os.PathLike[str], mesh: Any, rules: Rules | None = None, *, dtype: torch.dtype | None = None
+) -> Loaded:
+    """A model whose params are on a mesh: what `fa.shard(mesh, rules)(fa.load(...).params)` gives.
+
+    Of a folder each process reads its own part of each tensor, and no process ever holds a whole model; tensors that a family keeps
+    in another form (fused, or one an expert) are read whole, one after the other. A .gguf file is read whole, and cut.
+
+    Args:
+        path_or_name, dtype: as `fa.load`.
+        mesh: a DeviceMesh with names.
+        rules: None is `tensor_parallel(config, size=...)` of the config that is read.
+
+    Raises: as `fa.load`, and as `fa.shard` before anything is read.
+
+    Law: equals loading and sharding (tests/distributed: test_a_process_reads_its_own_part_of_a_file).
+    """
+    path, sizes = locate(os.fspath(path_or_name)), axes_of(mesh)
+    rules_of = lambda config: sharding.tensor_parallel(config, size=sizes.get("tensor", 1)) if rules is None else rules
+    if not path.is_dir():
+        config, params, tokenizer = load(path, dtype=dtype)
+        return Loaded(config, sharding.shard(mesh, rules_of(config))(params), tokenizer)
+    coordinates = {name: mesh.get_local_rank(name) for name in sizes}
+    cuts: Any = None
+
+    def cut(config: transformer.Config) -> Cut:
+        nonlocal cuts
+        wanted = transformer.shapes(config)
+        empty = tree.map(lambda shape: torch.empty(shape, device="meta"), wanted, is_leaf=_is_shape)
+        cuts = sharding.specs(empty, mesh, rules_of(config))
+        of = dict(tree.items(cuts, is_leaf=lambda node: isinstance(node, sharding.PartitionSpec)))
+        return lambda path, shape: bounds(shape, of[path], coordinates, sizes)
+
+    config, params, tokenizer = read_folder(path, dtype, cut)
+    return Loaded(config, sharding.whole_of(by_columns(params), cuts, mesh), tokenizer)
+
+
+def _is_shape(node: Any) -> bool:
+    return type(node) is tuple and len(node) > 0 and all(isinstance(size, int) for size in node)
+
+
+def save_parts(folder: str | os.PathLike[str], params: Tree) -> None:
+    """Write a tree of DTensors and tensors, each process what it holds, for `load_parts` on any mesh.
+
+    Every process calls it with the same folder, which all should see. Tensors that are no DTensors should be the same on all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.save(_state(params), checkpoint_id=os.fspath(folder))
+    except (OSError, dcp.CheckpointException) as error:
+        fail("save_parts", os.fspath(folder), "a place that can be written", str(error)[:300], "Make room.", CheckpointError)
+
+
+def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
+    """What `save_parts` wrote, cut as another tree is: each process reads what it will hold, whatever mesh wrote it.
+
+    Args:
+        like: a tree of the shapes, dtypes and placements that are wanted; it stays as it is.
+
+    Raises:
+        CheckpointError: nothing is there, or other leaves are.
+
+    Law: equals what was saved, on meshes of other shapes (tests/distributed: test_what_one_mesh_saved_another_loads).
+    """
+    import torch.distributed.checkpoint as dcp
+
+    if not (Path(folder) / ".metadata").is_file():
+        remedy = "Give the folder that save_parts wrote."
+        fail("load_parts", os.fspath(folder), "a folder with .metadata", "none", remedy, CheckpointError)
+    empty = tree.map(torch.empty_like, like)
+    try:
+        dcp.load(_state(empty), checkpoint_id=os.fspath(folder))
+    except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as error:
+        remedy = "Give a tree of the model that was saved."
+        fail("load_parts", os.fspath(folder), "of these leaves", str(error).strip()[:300], remedy, CheckpointError)
+    return empty
+
+
+def _state(params: Tree) -> dict[str, Tensor]:
+    return dict(tree.items(params))

@@ -1,0 +1,250 @@
+"""psum and its kin: functions of a value and the name of an axis, the identity where the name is not bound.
+
+Each is one autograd Function around a linear map (`operations`), so its vjp is the map's transpose and its jvp the map itself, and
+both are such functions again: grad, vjp, jvp, vmap and their nestings are exact, whatever the axis is bound to.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import Function
+
+from .. import _checks
+from .._autodiff import closed_jvp, transforming
+from . import groups
+from .bindings import Axis, cuts_of, find
+from .operations import Enter, Gather, Operation, Own, Permute, Scatter, Share, Sum
+
+
+def psum(x: Tensor, axis: str) -> Tensor:
+    """The sum of the x of all devices along an axis; all get it.
+
+    A derivative of what all devices compute alike from it is the same on all of them, so each one's own x has that derivative: the
+    transpose is `enter`. What is summed should be each device's own: of a value that all hold alike it is a multiple.
+
+    Args:
+        x: of the same shape and dtype on every device.
+        axis: name of an axis of a mesh. Where it is not bound there is one device, and x is the sum.
+
+    Example:
+        >>> psum(torch.ones(2), "tensor")
+        tensor([1., 1.])
+
+    Law: grad, vjp, jvp, vmap and their nestings equal those of the sum (test_collectives.py).
+    """
+    return _move(x, Sum, axis)
+
+
+def enter(x: Tensor, axis: str) -> Tensor:
+    """x, which all devices hold alike, as the beginning of what each computes in its own way: its gradient is the sum of theirs.
+
+    The transpose of `psum`. JAX's name for it is pvary.
+
+    Args:
+        x: the same on every device of the axis.
+        axis: name of an axis of a mesh; where it is not bound, or nobody differentiates, x itself.
+    """
+    return _move(x, Enter, axis)
+
+
+def all_gather(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
+    """The x of all devices, one behind the other along an axis of theirs; each goes on with it in its own way.
+
+    The transpose is `reduce_scatter`.
+
+    Args:
+        x: of the same shape on every device.
+        dim: the axis of x.
+    """
+    return _move(x, Gather, axis, _dim("all_gather", x, dim))
+
+
+def reduce_scatter(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
+    """Each device's part, along an axis, of the sum of the x of all; the transpose of `all_gather`.
+
+    Raises:
+        ValueError: the devices do not divide that axis of x.
+    """
+    dim = _dim("reduce_scatter", x, dim)
+    _divides("reduce_scatter", x, axis, dim)
+    return _move(x, Scatter, axis, dim)
+
+
+def share(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
+    """`all_gather` where all devices go on in the same way: the cotangent of each part is its part of the one cotangent (`own`)."""
+    return _move(x, Share, axis, _dim("share", x, dim))
+
+
+def own(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
+    """Each device's part, along an axis, of an x that all hold alike; the transpose of `share`."""
+    dim = _dim("own", x, dim)
+    _divides("own", x, axis, dim)
+    return _move(x, Own, axis, dim)
+
+
+def ppermute(x: Tensor, axis: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """What another device holds: by pairs (source, destination); whom nobody sends to gets zeros.
+
+    Args:
+        x: of the same shape on every device.
+        pairs: each device at most once as a source and once as a destination; a ring is [(i, (i + 1) % n) for i in range(n)].
+
+    Raises:
+        ValueError: a device outside the axis, or twice on one side.
+    """
+    bound = find(axis)
+    if bound is None:
+        return x
+    pairs = tuple((int(a), int(b)) for a, b in pairs)
+    for side in ([a for a, _ in pairs], [b for _, b in pairs]):
+        if len(set(side)) != len(side) or any(not 0 <= i < bound.size for i in side):
+            remedy = "A device sends once and receives once."
+            _checks.fail("ppermute", "pairs", f"of different devices 0..{bound.size - 1} on each side", list(pairs), remedy)
+    return _move(x, Permute, axis, pairs)
+
+
+def axis_index(axis: str) -> Tensor:
+    """Which device this is along an axis, int64 (); 0 where it is not bound."""
+    bound = find(axis)
+    if bound is not None and bound.index is not None:
+        return bound.index
+    return torch.full((), 0 if bound is None else bound.rank, dtype=torch.int64)
+
+
+def pmax(x: Tensor, axis: str) -> Tensor:
+    """The greatest x of all devices. It has no derivative: detach x first, or it raises where one is asked for."""
+    bound = find(axis)
+    if bound is None:
+        return x
+    if bound.mapped:
+        return Greatest.apply(x, bound.index, bound)  # pyright: ignore[reportReturnType]
+    if torch.compiler.is_compiling() or not (transforming() or (torch.is_grad_enabled() and x.requires_grad)):
+        return groups.all_reduce(x, bound.group, "max")
+    return Greatest.apply(x, None, bound)  # pyright: ignore[reportReturnType]
+
+
+def whole_lengths(lengths: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norms of the whole leaves of a tree from those of this device's parts, each ()."""
+    axes = cuts_of(len(lengths)) if lengths else ()
+    out = [length * length for length in lengths]
+    for name in dict.fromkeys(name for cut in axes for name in cut):
+        places = [i for i, cut in enumerate(axes) if name in cut]
+        summed = psum(torch.stack([out[i] for i in places]), name)
+        for i, square in zip(places, summed.unbind(), strict=True):
+            out[i] = square
+    return [square.sqrt() for square in out]
+
+
+def _dim(function: str, x: Tensor, dim: int) -> int:
+    if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+        _checks.fail(function, "dim", f"an axis of x {_checks.shape(x)}", dim, "Name one that is there.")
+    return dim % x.dim()
+
+
+def _divides(function: str, x: Tensor, axis: str, dim: int) -> None:
+    bound = find(axis)
+    if bound is not None and x.shape[dim] % bound.size:
+        wanted = f"divisible by the {bound.size} devices of {axis!r} along axis {dim}"
+        _checks.fail(function, "x", wanted, _checks.shape(x), "Pad it, or choose another axis.")
+
+
+def _move(x: Tensor, kind: Any, name: str, *settings: Any) -> Tensor:
+    axis = find(name)
+    if axis is None or (axis.size == 1 and not axis.mapped):
+        return x
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            remedy = "Compile what is inside of jvp, or leave the jvp uncompiled."
+            _checks.fail(kind.__name__.lower(), "the call", "no compiled forward mode", "one", remedy, NotImplementedError)
+        return Traced.apply(x, kind(axis, *settings))  # pyright: ignore[reportReturnType]
+    operation = kind(axis, *settings)
+    if not axis.mapped and not transforming() and not (torch.is_grad_enabled() and x.requires_grad):
+        return operation.across(x)
+    return Moved.apply(x, axis.index, operation)  # pyright: ignore[reportReturnType]
+
+
+def _here(axis: Axis) -> bool:
+    """In a vmap rule: whether it is the rule of the axis' own vmap."""
+    top = _functorch.peek_interpreter_stack()
+    return axis.mapped and (0 if top is None else top.level()) + 1 == axis.level
+
+
+class Moved(Function):
+    """A linear map between devices: x, and the index of each device, whose only use is that the vmap of the axis sees it."""
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor | None, operation: Operation) -> Tensor:
+        if operation.axis.mapped:
+            remedy = "Call it inside of the function that spmd was given."
+            _checks.fail("psum", "axis", f"{operation.axis.name!r} of a spmd that runs", "one that has ended", remedy, RuntimeError)
+        return operation.across(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.operation = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        operation = ctx.operation.transposed()
+        return Moved.apply(g, operation.axis.index, operation), None, None  # pyright: ignore[reportReturnType]
+
+    @closed_jvp
+    def jvp(ctx: Any, saved: list[Tensor], tangent: Tensor, *_: None) -> Tensor:
+        return Moved.apply(tangent, ctx.operation.axis.index, ctx.operation)  # pyright: ignore[reportReturnType]
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, index: Tensor | None, operation: Operation
+    ) -> tuple[Tensor, int | None]:
+        dim = in_dims[0]
+        x = x if dim is None else x.movedim(dim, 0)
+        if _here(operation.axis):
+            return operation.stacked(x, dim is None)
+        return Moved.apply(x, index, operation if dim is None else operation.behind()), None if dim is None else 0  # pyright: ignore
+
+
+class Traced(Function):
+    """`Moved` for compiled code, which refuses a Function with a jvp of its own."""
+
+    @staticmethod
+    def forward(x: Tensor, operation: Operation) -> Tensor:
+        return operation.across(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.operation = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return Traced.apply(g, ctx.operation.transposed()), None  # pyright: ignore[reportReturnType]
+
+
+class Greatest(Function):
+    """The maximum over an axis, without a derivative."""
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor | None, axis: Axis) -> Tensor:
+        return groups.all_reduce(x, axis.group, "max")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        _checks.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _checks.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, index: Tensor | None, axis: Axis) -> tuple[Tensor, int | None]:
+        dim = in_dims[0]
+        if _here(axis):
+            return (x, None) if dim is None else (x.amax(dim), None)
+        return Greatest.apply(x, index, axis), dim  # pyright: ignore[reportReturnType]

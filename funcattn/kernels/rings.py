@@ -1,0 +1,138 @@
+"""Attention over a sequence that no device holds all of: a fold of attend and merge over what goes round.
+
+    ring            queries, keys and values in parts: keys go round, n - 1 steps, each device merges what it meets
+    merge_over      each device has attended to its own keys with the same queries: one merge over all
+
+A causal mask would give the device with the last part of the text n times the work of the first. So the text is cut in 2 n chunks,
+and device i holds chunks i and 2 n - 1 - i (`zigzag`): all have the same work at every step.
+
+Derivatives are those of attend, merge and ppermute: exact at every order. Keys cross the mesh once forward, and their cotangents
+once backward.
+
+Source: Liu, Zaharia and Abbeel, Ring attention with blockwise transformers, arXiv:2310.01889; Brandon et al., Striped attention,
+arXiv:2311.09431 (balance).
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..collectives import axis_index, axis_size, enter, pmax, ppermute, psum
+from ..masks import Mask
+from ..records import Attended
+from .door import attend
+from .merging import merge
+
+
+def zigzag(x: Tensor, n: int, *, dim: int = -1) -> Tensor:
+    """A sequence in the order of devices, so that the n parts of equal length are those that balance a causal mask.
+
+    Args:
+        x: whose axis `dim` is the text, a multiple of 2 n long.
+
+    Example:
+        >>> zigzag(torch.arange(8), 2)
+        tensor([0, 1, 6, 7, 2, 3, 4, 5])
+
+    Law: unzigzag undoes it (test_rings.py).
+    """
+    order = [i for device in range(n) for i in (device, 2 * n - 1 - device)]
+    return _chunks("zigzag", x, n, dim, order)
+
+
+def unzigzag(x: Tensor, n: int, *, dim: int = -1) -> Tensor:
+    """The order of the text again, from that of `zigzag`."""
+    order = [i for device in range(n) for i in (device, 2 * n - 1 - device)]
+    return _chunks("unzigzag", x, n, dim, sorted(range(2 * n), key=order.__getitem__))
+
+
+def _chunks(function: str, x: Tensor, n: int, dim: int, order: list[int]) -> Tensor:
+    if x.shape[dim] % (2 * n):
+        remedy = "Pad the text, and let no target be a pad."
+        _checks.fail(function, "x", f"a multiple of 2 n = {2 * n} long along axis {dim}", _checks.shape(x), remedy)
+    parts = x.chunk(2 * n, dim)
+    return torch.cat([parts[i] for i in order], dim)
+
+
+def places(T: int, axis: str) -> Tensor:
+    """The positions in the text of the T tokens that this device holds in the order of `zigzag`, int64 (T,)."""
+    n, i = axis_size(axis), axis_index(axis)
+    if n == 1:
+        return torch.arange(T)
+    if T % 2:
+        remedy = "Cut a text that is a multiple of twice the devices long."
+        _checks.fail("ring", "tokens", f"an even number on each of the {n} devices of {axis!r}", T, remedy)
+    C = T // 2
+    row = torch.arange(C, device=i.device)
+    return torch.cat([row + i * C, row + (2 * n - 1 - i) * C])
+
+
+def ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axis: str,
+    *,
+    causal: bool = True,
+    scale: float | Tensor | None = None,
+    kernel: str | None = None,
+) -> Attended:
+    """Attention of this device's queries over the keys of all devices.
+
+    Args:
+        q: (*lead, H, T, D); k (*lead, K, T, D); v (*lead, K, T, Dv): this device's tokens, in the order of `zigzag` where causal.
+        axis: name of the axis of the mesh that the text is cut along; where it is not bound this is `attend`.
+        causal: whether each token sees those before it and itself, or all.
+        scale, kernel: as in `attend`.
+
+    Returns:
+        Attended, for this device's queries.
+
+    Raises:
+        ValueError: where causal, an odd number of tokens on a device, or queries and keys of different numbers.
+
+    Law: equals attention of the whole, with every derivative (test_rings.py::test_a_ring_attends_to_the_whole).
+    """
+    n, T = axis_size(axis), q.shape[-2]
+    if causal and k.shape[-2] != T:
+        remedy = "Each device has queries, keys and values of the same tokens."
+        _checks.fail("ring", "k", f"of the {T} tokens of q", _checks.shape(k), remedy)
+    mine = places(T, axis).to(q.device)
+    mask = _seen(mine, axis_index(axis).to(q.device), T // 2, n) if causal else None
+    found = attend(q, k, v, mask, scale=scale, kernel=kernel)
+    pairs = [(i, (i + 1) % n) for i in range(n)]
+    for step in range(1, n):
+        k, v = ppermute(k, axis, pairs), ppermute(v, axis, pairs)
+        whose = (axis_index(axis).to(q.device) - step) % n
+        mask = _seen(mine, whose, T // 2, n) if causal else None
+        found = merge(found, attend(q, k, v, mask, scale=scale, kernel=kernel))
+    return found
+
+
+def _seen(places: Tensor, whose: Tensor, C: int, n: int) -> Mask:
+    """Which keys of a device's two chunks of C, `whose` and 2 n - 1 - `whose`, stand at or before each place: the first so many."""
+    if n == 1:
+        stop = places + 1
+    else:
+        stop = (places - whose * C + 1).clamp(0, C) + (places - (2 * n - 1 - whose) * C + 1).clamp(0, C)
+    return Mask(torch.zeros_like(stop).unsqueeze(-1), stop.unsqueeze(-1))
+
+
+def merge_over(attended: Attended, axis: str) -> Attended:
+    """Attention over the keys of all devices, from what each made of its own keys with queries that all hold alike.
+
+    The n-ary `merge`, on every device: lse = log sum_i exp lse_i, out = sum_i exp(lse_i - lse) out_i.
+
+    Law: equals attention over all keys, with every derivative (test_rings.py::test_a_past_in_parts_is_one_past).
+    """
+    out, lse = attended
+    nothing = float("-inf")
+    greatest = pmax(lse.detach(), axis)  # any number serves: it cancels
+    greatest = torch.where(greatest == nothing, 0, greatest)
+    none = lse == nothing
+    mass = torch.where(none, 0, (torch.where(none, 0, lse) - greatest).exp())
+    total = psum(mass, axis)
+    empty = total == 0
+    share = mass / enter(torch.where(empty, 1, total), axis)
+    mixed = psum(share.unsqueeze(-1) * out.to(share.dtype), axis)
+    return Attended(mixed.to(out.dtype), torch.where(empty, nothing, torch.where(empty, 1, total).log() + greatest))

@@ -1,0 +1,50 @@
+"""Sharding as a transform of the tree: the same untouched model on many devices, or on many that are simulated in one process.
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))   # or Grid(data=2, tensor=2)
+    params = fa.shard(mesh, fa.sharding.tensor_parallel(config))(params)
+    logits, past = fa.shard_map(model, mesh).apply(params, prompt, cache)
+    gradients = fa.shard_map(grad(loss), mesh, in_specs, out_specs)(params, tokens)
+
+    partitions P, Grid, Rule: which axis of a tensor is cut along which axis of a mesh
+    rules      tensor_parallel, fsdp, replicated: ordered rules for the decoder
+    matching   specs: what rules say of every leaf
+    storing    shard, gather: DTensors, which are storage
+    devices    all devices at once; inside: a whole program on this process's parts
+    vocabulary candidates: the likeliest tokens, without all logits; the loss in parts
+    costs      cost: what crosses the mesh, and what that takes
+    models     a Model from outside of the mesh
+    mapping    shard_map, spmd: computation, each device on its part
+
+What a function says inside is `fa.collectives`: psum, enter, all_gather, reduce_scatter, ppermute, axis_index.
+"""
+
+from .costs import Cost, cost
+from .devices import inside
+from .mapping import shard_map, spmd
+from .matching import alongside, specs
+from .partitions import Grid, P, PartitionSpec, Rule
+from .rules import fsdp, replicated, tensor_parallel
+from .storing import gather, parts_of, shard, whole_of
+from .vocabulary import candidates
+
+__all__ = [
+    "Cost",
+    "Grid",
+    "P",
+    "PartitionSpec",
+    "Rule",
+    "alongside",
+    "candidates",
+    "cost",
+    "fsdp",
+    "gather",
+    "inside",
+    "parts_of",
+    "replicated",
+    "shard",
+    "shard_map",
+    "specs",
+    "spmd",
+    "tensor_parallel",
+    "whole_of",
+]

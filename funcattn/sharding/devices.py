@@ -1,0 +1,164 @@
+"""All devices of a mesh at once: process groups that names are bound to, or a vmap for each axis of a `Grid`."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+from .. import _checks
+from ..collectives import Axis, binding, remembering
+from ..tree import Tree
+from .partitions import Grid, PartitionSpec, axes_of, broadcast, is_spec
+from .storing import distributed
+
+
+def refuse_transform(what: str) -> None:
+    """Raise where a transform is outside of something that spans processes."""
+    remedy = f"{what} is the outermost: write shard_map(grad(f), ...), not grad(shard_map(f, ...)); or map over a Grid."
+    _checks.fail(what, "the call", "outside of grad, vjp, jvp and vmap", "one inside", remedy, TypeError)
+
+
+def bind(mesh: Any, seen: Sequence[str]) -> Any:
+    """The context in which the axes of a DeviceMesh are bound to its process groups."""
+    sizes = axes_of(mesh)
+    return binding(
+        *(Axis(name, sizes[name], rank=mesh.get_local_rank(name), group=mesh.get_group(name).group_name) for name in seen)
+    )
+
+
+@contextlib.contextmanager
+def inside(mesh: Any, *cuts: Tree) -> Iterator[None]:
+    """A whole program on this process's parts: the names of a DeviceMesh are bound, as they are inside of shard_map.
+
+    For loops that own their arguments, such as `fa.training.fit`: values are plain tensors, which `parts_of` takes from DTensors.
+
+    Args:
+        cuts: specs of the trees whose norms are taken, as training does of gradients.
+    """
+    ways = []
+    for tree_ in cuts:
+        flat = optree.tree_leaves(tree_, is_leaf=is_spec)
+        ways.append([tuple(name for dim in range(len(spec)) for name in spec.names(dim)) for spec in flat])
+    with bind(mesh, tuple(axes_of(mesh))), remembering(*ways):
+        yield
+
+
+def wrapped(out: Tree, mesh: Any, out_specs: Any) -> Tree:
+    """The results of this process as DTensors."""
+    flat, structure = optree.tree_flatten(out)
+    cuts = broadcast(out_specs, out)
+    return optree.tree_unflatten(
+        structure, [distributed(x, spec, mesh) if isinstance(x, Tensor) else x for x, spec in zip(flat, cuts, strict=True)]
+    )
+
+
+def check(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> None:
+    """Fail where a spec does not fit a leaf."""
+    if not isinstance(leaf, Tensor):
+        _checks.fail("shard_map", "arguments", "trees of tensors", f"a {type(leaf).__name__}", "Close f over it.", TypeError)
+    if len(spec) > leaf.dim():
+        _checks.fail("shard_map", "in_specs", f"of at most {leaf.dim()} axes", repr(spec), f"The leaf is {_checks.shape(leaf)}.")
+    for dim in range(len(spec)):
+        n = 1
+        for name in spec.names(dim):
+            if name not in sizes:
+                _checks.fail("shard_map", "specs", f"of names of the mesh, {list(sizes)}", repr(name), "Name an axis that it has.")
+            n *= sizes[name]
+        if leaf.shape[dim] % n:
+            wanted = f"divisible into {n} parts along axis {dim}, as {spec} says"
+            _checks.fail("shard_map", "a leaf", wanted, _checks.shape(leaf), "Pad it, or keep it whole: P().")
+
+
+# All devices in one process.
+
+
+def stacked(
+    f: Callable[..., Any],
+    mesh: Grid,
+    flat: list[Tensor],
+    structure: Any,
+    cuts: list[PartitionSpec],
+    out_specs: Any,
+    seen: Sequence[str],
+) -> Any:
+    """f under one vmap for each axis of the mesh, the first outermost."""
+    shaped: Any = None
+
+    def device(*leaves: Tensor) -> tuple[Tensor, ...]:
+        nonlocal shaped
+        out = f(*optree.tree_unflatten(structure, list(leaves)))
+        results, shaped = optree.tree_flatten(out)
+        return tuple(results)
+
+    run: Callable[..., Any] = device
+    for name, n in reversed(mesh.axes):
+        run = _over(run, name, n, [spec.cut(name) is not None for spec in cuts], name in seen)
+    results = run(*(_split(leaf, spec, mesh) for leaf, spec in zip(flat, cuts, strict=True)))
+    whole = optree.tree_unflatten(shaped, list(results))
+    specs = broadcast(out_specs, whole)
+    return optree.tree_unflatten(shaped, [_join(x, spec, mesh) for x, spec in zip(results, specs, strict=True)])
+
+
+def _over(f: Callable[..., Any], name: str, n: int, cut: list[bool], seen: bool) -> Callable[..., Any]:
+    def device(index: Tensor, *leaves: Tensor) -> Any:
+        if not seen:
+            return f(*leaves)
+        level = _functorch.peek_interpreter_stack().level()
+        with binding(Axis(name, n, level=level, index=index)):
+            return f(*leaves)
+
+    def run(*leaves: Tensor) -> Any:
+        where = leaves[0].device if leaves else None
+        return torch.func.vmap(device, (0, *(0 if c else None for c in cut)))(torch.arange(n, device=where), *leaves)
+
+    return run
+
+
+def _split(x: Tensor, spec: PartitionSpec, mesh: Grid) -> Tensor:
+    """The parts of all devices, stacked in front in the order of the mesh's axes, of those that cut x."""
+    done = 0
+    for name, n in mesh.axes:
+        dim = spec.cut(name)
+        if dim is not None:  # outer axes of the mesh are outer in the spec: what is left of the axis is cut again
+            x = x.unflatten(done + dim, (n, -1)).movedim(done + dim, done)
+            done += 1
+    return x
+
+
+def _join(x: Tensor, spec: PartitionSpec, mesh: Grid) -> Tensor:
+    """The whole of results (*mesh, ...): parts side by side, and of what is not cut the first, once all are seen to be the same."""
+    left = len(mesh.axes)
+    for name, _ in reversed(mesh.axes):
+        left -= 1
+        dim = spec.cut(name)
+        if dim is None:
+            _check_alike(x.select(left, 0), x, left, name)
+            x = x.select(left, 0)
+            continue
+        later = sum(1 for other, _ in mesh.axes[:left])  # axes that are still in front of the value
+        x = x.movedim(left, later + dim).flatten(later + dim, later + dim + 1)
+    return x
+
+
+def _check_alike(first: Tensor, x: Tensor, dim: int, name: str) -> None:
+    known, all_of_them = _checks.value(first), _checks.value(x)
+    if known is None or all_of_them is None or x.shape[dim] == 1:
+        return
+    if x.is_floating_point():
+        near = torch.finfo(x.dtype).eps ** 0.5
+        same = torch.isclose(
+            known.unsqueeze(dim),
+            all_of_them,
+            near,
+            near * float(known.abs().nan_to_num(0, 0, 0).amax() if known.numel() else 0),
+            equal_nan=True,
+        )
+    else:
+        same = known.unsqueeze(dim) == all_of_them
+    if not bool(same.all()):
+        remedy = "Say P(name) where each has its own, or psum it."
+        _checks.fail("shard_map", "a result that out_specs does not cut", f"the same on every device of {name!r}", "others", remedy)

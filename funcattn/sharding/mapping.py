@@ -1,0 +1,119 @@
+"""shard_map and spmd: one function on every device of a mesh, each with its own part of the arguments.
+
+    shard_map(f, mesh, in_specs, out_specs)     a DeviceMesh: this process is one of the devices
+    shard_map(f, Grid(tensor=2), ...)           a Grid: all of them are here, by vmap
+    spmd(f, "tensor", 2, in_specs, out_specs)   the same, of one axis
+
+Inside f values are plain tensors, each device's own part, and the names of the axes are bound: `psum` and its kin speak between
+devices. So grad, vjp, jvp, vmap and their nestings go inside: shard_map(grad(f)). A DTensor is how a value is kept outside.
+
+Source: JAX's shard_map (DESIGN note 14273).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+
+from .. import _checks
+from .._autodiff import transforming
+from ..collectives import remembering
+from ..records import Model
+from .devices import bind, check, refuse_transform, stacked, wrapped
+from .models import sharded
+from .partitions import Grid, Mesh, P, PartitionSpec, axes_of, broadcast
+from .storing import is_distributed, local, spec_of
+
+
+def spmd(f: Callable[..., Any], axis: str, n: int, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """f on n devices that are all in this process: a vmap whose axis psum and its kin speak over.
+
+    It takes and returns whole values, and goes through every transform from outside as well as inside.
+
+    Args:
+        f: of the parts of its arguments; positional ones.
+        axis: the name that f calls the axis by.
+        n: devices.
+        in_specs: one for each argument, each a prefix of its tree; or one spec for all.
+        out_specs: of what f returns.
+
+    Example:
+        >>> from funcattn.collectives import psum
+        >>> spmd(lambda x: psum(x.sum(), "tensor"), "tensor", 2, P("tensor"), P())(torch.arange(4))
+        tensor(6)
+
+    Law: equals the function of one device, under every transform (test_sharding.py).
+    """
+    return shard_map(f, Grid(**{axis: n}), in_specs, out_specs)
+
+
+def shard_map(f: Any, mesh: Mesh, in_specs: Any = None, out_specs: Any = None, *, axes: Sequence[str] | None = None) -> Any:
+    """f on every device of a mesh; or, of a Model, the same Model on params that were sharded.
+
+    Args:
+        f: a function of the parts of its positional arguments, or a Model (then see `models.sharded`; no specs).
+        mesh: a DeviceMesh with names, or a Grid.
+        in_specs: a tuple, one for each argument, each a prefix of its tree of `P`; or one P for all. None stands for what the
+            DTensors among the arguments say of themselves, and whole for the others.
+        out_specs: a prefix of the tree that f returns. A result that is not cut should be the same on every device.
+        axes: which names f sees; the others cut values, and f computes as if its part were all. None is all.
+
+    Returns:
+        A function of whole values, or over a DeviceMesh of DTensors, or plain tensors that every process holds alike. It returns
+        whole values over a Grid, and DTensors (also of what is not cut; see `gather`) over a DeviceMesh.
+
+    Raises:
+        TypeError: called inside a transform over a DeviceMesh: shard_map is the outermost. Write shard_map(grad(f)).
+        ValueError: specs that do not fit.
+
+    Law: equals f of the whole (test_sharding.py; over processes, test_distributed.py).
+    """
+    sizes = axes_of(mesh)
+    if isinstance(f, Model):
+        if in_specs is not None or out_specs is not None:
+            _checks.fail("shard_map", "in_specs", "left out for a Model", "some", "A Model knows what its arguments are.")
+        return sharded(f, mesh)
+    for name in axes or ():
+        if name not in sizes:
+            _checks.fail("shard_map", "axes", f"names of the mesh, {list(sizes)}", repr(name), "Name what f speaks over.")
+    if out_specs is None:
+        _checks.fail("shard_map", "out_specs", "given", None, "Say how what f returns is cut; P() is not at all.")
+    seen = tuple(sizes) if axes is None else tuple(axes)
+
+    @functools.wraps(f)
+    def mapped(*args: Any) -> Any:
+        flat, structure = optree.tree_flatten(args)
+        cuts = _in_specs(in_specs, args, flat)
+        for leaf, spec in zip(flat, cuts, strict=True):
+            check(leaf, spec, sizes)
+        ways = _ways(args, cuts, seen)
+        if isinstance(mesh, Grid):
+            with remembering(*ways):
+                return stacked(f, mesh, flat, structure, cuts, out_specs, seen)
+        if transforming():
+            refuse_transform("shard_map")
+        parts = [local(leaf, spec, mesh) for leaf, spec in zip(flat, cuts, strict=True)]
+        with bind(mesh, seen), remembering(*ways):
+            out = f(*optree.tree_unflatten(structure, parts))
+        return wrapped(out, mesh, out_specs)
+
+    return mapped
+
+
+def _in_specs(in_specs: Any, args: tuple[Any, ...], flat: list[Any]) -> list[PartitionSpec]:
+    if in_specs is None:
+        return [spec_of(leaf) if is_distributed(leaf) else P() for leaf in flat]
+    if not isinstance(in_specs, PartitionSpec) and (not isinstance(in_specs, tuple) or len(in_specs) != len(args)):
+        got = f"{len(in_specs)}" if isinstance(in_specs, tuple) else f"a {type(in_specs).__name__}"
+        _checks.fail("shard_map", "in_specs", f"a tuple of {len(args)}, one for each argument, or one P", got, "Say P() for whole.")
+    return broadcast(in_specs, args)
+
+
+def _ways(args: tuple[Any, ...], cuts: Sequence[PartitionSpec], seen: Sequence[str]) -> list[list[tuple[str, ...]]]:
+    """For each argument, leaf by leaf, the axes that f sees and that cut it."""
+    ways, rest = [], iter(cuts)
+    for arg in args:
+        own = [next(rest) for _ in optree.tree_leaves(arg)]
+        ways.append([tuple(name for dim in range(len(spec)) for name in spec.names(dim) if name in seen) for spec in own])
+    return ways

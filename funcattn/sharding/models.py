@@ -1,0 +1,107 @@
+"""A Model whose functions run on every device of a mesh: from outside it is the Model it was.
+
+    params = fa.shard(mesh)(params)
+    fa.generate(key, fa.shard_map(model, mesh), params, prompt, steps=32)
+
+Over a DeviceMesh every process calls it alike. Params are DTensors, tokens and logits whole on every process, and pasts plain
+tensors of this process's heads: whoever commits, forks or grows them need not know. Over a `Grid` params are whole, and the heads
+of a past stand one device's behind the other's.
+
+For a gradient map the function that takes it: shard_map(grad(f), mesh, ...), where f calls the model that is not mapped.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+
+from .. import _checks, transformer, tree
+from .._autodiff import transforming
+from ..caches import Branch, Cache, Delta
+from ..records import ABSENT, Model, is_absent
+from ..transformer import TENSOR
+from .devices import bind, refuse_transform, stacked
+from .matching import specs
+from .partitions import Grid, Mesh, P, axes_of, is_spec
+from .rules import tensor_parallel
+from .storing import is_distributed, local, spec_of
+
+
+def sharded(model: Model, mesh: Mesh) -> Model:
+    """The Model on a mesh; see the module.
+
+    Raises:
+        TypeError: not a model of `fa.decoder`.
+    """
+    parts = transformer.parts_of(model) or getattr(model, "parts", None)
+    if parts is None:
+        remedy = "Make it with fa.decoder(config)."
+        _checks.fail("shard_map", "model", "from fa.decoder", f"a {type(model).__name__} of another make", remedy, TypeError)
+    run = _simulate(model, mesh, parts.config) if isinstance(mesh, Grid) else _speak(model, mesh)
+    return Model(*(run(name, f) for name, f in zip(Model._fields, model, strict=True)))
+
+
+def _speak(model: Model, mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+    """Each function with the axes bound to process groups."""
+    names = tuple(axes_of(mesh))
+
+    def run(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        if name == "init":
+            return f
+
+        def call(*args: Any, **options: Any) -> Any:
+            if transforming() and any(is_distributed(leaf) for leaf in tree.leaves(args)):
+                refuse_transform("shard_map")
+            flat, structure = optree.tree_flatten(args)
+            held = [local(x, spec_of(x), mesh) if is_distributed(x) else x for x in flat]
+            with bind(mesh, names):
+                return f(*optree.tree_unflatten(structure, held), **options)
+
+        return call
+
+    return run
+
+
+def _simulate(model: Model, mesh: Grid, config: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+    """Each function as a vmap over the devices."""
+    n = axes_of(mesh).get(TENSOR, 1)
+    rules = tensor_parallel(config, size=n)
+    of_past = P(None, TENSOR)
+
+    def past(cache: Any) -> Any:
+        if is_absent(cache):
+            return ABSENT
+        if isinstance(cache, Branch):
+            return Branch(past(cache.prefix), past(cache.own))
+        if not isinstance(cache, Cache):
+            got, remedy = f"a {type(cache).__name__}", "Use a dense past, or map f with specs of its own: shard_map(f, mesh, ...)."
+            _checks.fail("shard_map", "cache", "a Cache, or a Branch of such, over a Grid", got, remedy, TypeError)
+        return Cache(of_past, of_past, P())
+
+    def run(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        if name == "init":
+            return f
+        if name == "cache":
+            return functools.partial(_room, config, n)
+
+        def call(params: Any, *args: Any, **options: Any) -> Any:
+            kept = {key: value for key, value in options.items() if value is not None}
+            whole = lambda value: tree.map(lambda _: P(), value)
+            cuts = (specs(params, mesh, rules), *(past(x) if i else whole(x) for i, x in enumerate(args)), whole(kept))
+            flat, structure = optree.tree_flatten((params, *args, kept))
+            rows = Delta((P(TENSOR),) * config.layers, (P(TENSOR),) * config.layers)
+            out = P() if name == "logits" else (P(), past(args[-1]) if name == "apply" else rows)
+            return stacked(
+                lambda params, *rest: f(params, *rest[:-1], **rest[-1]),
+                *(mesh, flat, structure, tree.leaves(cuts, is_leaf=is_spec), out, tuple(axes_of(mesh))),
+            )
+
+        return call
+
+    return run
+
+
+def _room(config: Any, n: int, size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> Any:
+    return kind.empty(config.layers, max(config.kv_heads, n), size, config.head_size, dtype)

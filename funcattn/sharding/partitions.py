@@ -1,0 +1,159 @@
+"""Which axis of a tensor is cut along which axis of a mesh: a spec for a leaf, ordered rules for a tree.
+
+    P("tensor", None)              rows over the axis "tensor", columns whole
+    P("tensor", "data")            and columns over "data"
+    P()                            whole on every device
+
+A rule is a regular expression that the whole path of a weight must match, and a spec; the first that matches holds, and a weight
+that none matches is an error. A record goes by the rule of the weight that it stands for: its codes and scales are cut together.
+
+Source: JAX's PartitionSpec; match_partition_rules of EasyLM.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..tree import Tree
+
+
+class PartitionSpec(tuple[Any, ...]):
+    """For each axis of a tensor the name of the mesh axis that cuts it, several names (outer first), or None; P() cuts none.
+
+    Example:
+        >>> PartitionSpec("tensor", None)
+        P('tensor', None)
+    """
+
+    def __new__(cls, *axes: Any) -> "PartitionSpec":
+        for entry in axes:
+            names = entry if isinstance(entry, tuple) else (entry,)
+            if not all(name is None or isinstance(name, str) for name in names):
+                remedy = "Write P('tensor', None), or P(('data', 'tensor'), None)."
+                _checks.fail("PartitionSpec", "axes", "names of mesh axes, tuples of them, or None", repr(entry), remedy, TypeError)
+        used = [name for entry in axes for name in (entry if isinstance(entry, tuple) else (entry,)) if name is not None]
+        if len(set(used)) != len(used):
+            _checks.fail("PartitionSpec", "axes", "each name once", repr(axes), "An axis of a mesh cuts one axis of a tensor.")
+        return super().__new__(cls, axes)
+
+    def __repr__(self) -> str:
+        return f"P({', '.join(map(repr, self))})"
+
+    def names(self, dim: int) -> tuple[str, ...]:
+        """The mesh axes that cut an axis of the tensor, outer first."""
+        entry = self[dim] if dim < len(self) else None
+        return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+    def cut(self, name: str) -> int | None:
+        """The axis of the tensor that a mesh axis cuts, or None."""
+        return next((dim for dim in range(len(self)) if name in self.names(dim)), None)
+
+
+P = PartitionSpec
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A mesh in one process: names and sizes of axes, and no process group. What runs over it is vmap.
+
+    Example:
+        >>> Grid(data=2, tensor=3).shape
+        (2, 3)
+    """
+
+    axes: tuple[tuple[str, int], ...]
+
+    def __init__(self, **axes: int) -> None:
+        for name, size in axes.items():
+            if not isinstance(size, int) or size < 1:
+                _checks.fail("Grid", name, "1 or more", size, "It is the number of devices along an axis.")
+        object.__setattr__(self, "axes", tuple(axes.items()))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes in order."""
+        return tuple(size for _, size in self.axes)
+
+
+Mesh: TypeAlias = Any  # a DeviceMesh with names, or a Grid
+
+
+def axes_of(mesh: Mesh) -> dict[str, int]:
+    """Name -> size of the axes of a mesh, outer first.
+
+    Raises:
+        TypeError: something else, or a DeviceMesh without names.
+    """
+    if isinstance(mesh, Grid):
+        return dict(mesh.axes)
+    names = getattr(mesh, "mesh_dim_names", None)
+    if not names:
+        remedy = "Use torch.distributed.init_device_mesh('cpu', (2,), mesh_dim_names=('tensor',)), or fa.sharding.Grid(tensor=2)."
+        got = f"a {type(mesh).__name__}" + (" without names" if hasattr(mesh, "mesh_dim_names") else "")
+        _checks.fail("sharding", "mesh", "a DeviceMesh with mesh_dim_names, or a Grid", got, remedy, TypeError)
+    return {name: mesh.size(i) for i, name in enumerate(names)}
+
+
+class Rule(NamedTuple):
+    """path: a regular expression that the whole path of a weight matches; spec; and how many rows stay together."""
+
+    path: str
+    spec: PartitionSpec
+    block: int = 1  # neighbouring rows that are not cut apart, as the features of a head
+
+
+Rules: TypeAlias = Sequence[Rule | tuple[str, PartitionSpec]]
+
+
+def is_spec(node: Any) -> bool:
+    """True for a PartitionSpec: `is_leaf` for functions of `fa.tree` over trees of specs."""
+    return isinstance(node, PartitionSpec)
+
+
+def pieces(spec: PartitionSpec, dim: int, sizes: dict[str, int]) -> int:
+    """Into how many pieces an axis of a tensor is cut."""
+    n = 1
+    for name in spec.names(dim):
+        n *= sizes[name]
+    return n
+
+
+def broadcast(prefix: Any, whole: Tree) -> list[PartitionSpec]:
+    """The spec of each leaf of `whole`, in order, from a prefix of it: a spec stands for all leaves below its place."""
+    try:
+        return optree.broadcast_prefix(prefix, whole, is_leaf=is_spec)
+    except ValueError as error:
+        remedy = "Say P() for all that is whole, and use the records that the tree has."
+        _checks.fail("shard_map", "specs", "prefixes of the trees", str(error).splitlines()[0], remedy)
+
+
+def part(leaf: Tensor, spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> Tensor:
+    """What the device at these coordinates holds of a leaf: a view."""
+    return leaf[bounds(tuple(leaf.shape), spec, coordinates, sizes)]
+
+
+def bounds(shape: tuple[int, ...], spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> tuple[slice, ...]:
+    """Where in a leaf of that shape the part of the device at these coordinates is."""
+    found = []
+    for dim, size in enumerate(shape):
+        n, i = 1, 0
+        for name in spec.names(dim):
+            n, i = n * sizes[name], i * sizes[name] + coordinates[name]
+        found.append(slice(i * (size // n), (i + 1) * (size // n)))
+    return tuple(found)
+
+
+def devices(sizes: dict[str, int]) -> Iterator[dict[str, int]]:
+    """The coordinates of every device, the last axis fastest."""
+    shape = tuple(sizes.values())
+    for flat in range(int(torch.Size(shape).numel())):
+        found, rest = [], flat
+        for size in reversed(shape):
+            found.append(rest % size)
+            rest //= size
+        yield dict(zip(sizes, reversed(found), strict=True))

@@ -1,0 +1,167 @@
+"""shard and gather: a tree kept in parts, as DTensors, and whole again.
+
+A DTensor here is storage: a part and how it belongs to the whole. Nothing is computed on it (`shard_map` takes the parts out): of
+torch 2.13 its operators lack forward mode, lose placements under grad, and shift integers wrongly in silence.
+"""
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .. import _checks, tree
+from .._autodiff import transforming
+from ..collectives import groups
+from ..tree import Tree
+from .matching import specs
+from .partitions import Grid, Mesh, P, PartitionSpec, Rules, axes_of, part
+
+if TYPE_CHECKING:  # a third of the time of importing torch: it waits until somebody shards
+    from torch.distributed.tensor import DTensor, Placement
+
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # Gloo has no such numbers
+
+
+def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
+    """A transform of a tree that keeps of each leaf this process's part, as a DTensor.
+
+    Every process should hold the same tree. Over a `Grid` the tree stays as it is, once the rules are seen to fit: all devices are
+    here.
+
+    Args:
+        mesh: a DeviceMesh with names, or a Grid.
+        rules: ordered pairs (expression for the whole path, spec); None is `tensor_parallel()`. Give `tensor_parallel(config)` to
+            have heads that do not divide refused here.
+
+    Raises:
+        ValueError: no rule matches a path, or sizes do not divide: the leaf is named. TypeError: no mesh; a leaf of another mesh.
+
+    Law: gather(shard(mesh)(tree)) == tree, bit for bit (test_sharding.py::test_gathering_undoes_sharding).
+    Law: shard commutes with quantize where groups are not cut (test_sharding.py::test_sharding_commutes_with_quantizing).
+    """
+    sizes = axes_of(mesh)
+
+    def transform(params: Tree) -> Tree:
+        cuts = specs(params, mesh, rules)
+        if isinstance(mesh, Grid):
+            return params
+        if transforming():
+            _checks.fail("shard", "the call", "outside of every transform", "one inside", "Shard first.", TypeError)
+        coordinates = {name: mesh.get_local_rank(name) for name in sizes}
+
+        def one(leaf: Tensor, spec: PartitionSpec) -> "DTensor":
+            if is_distributed(leaf):
+                if spec_of(leaf) == _trimmed(spec) and leaf.device_mesh == mesh:
+                    return leaf
+                remedy = "Gather it first: fa.gather(tree)."
+                _checks.fail("shard", "tree", "of whole tensors", "a DTensor that is cut otherwise", remedy, TypeError)
+            held = part(leaf.detach(), spec, coordinates, sizes)
+            return distributed(_copied(held), spec, mesh, leaf.shape)
+
+        return tree.map(one, params, cuts)
+
+    return transform
+
+
+def gather(tree_: Tree) -> Tree:
+    """The tree with every DTensor whole again, on every process; other leaves are shared.
+
+    Raises:
+        TypeError: inside a transform.
+    """
+    if transforming():
+        _checks.fail("gather", "the call", "outside of every transform", "one inside", "Use all_gather inside.", TypeError)
+    return tree.map(lambda leaf: _whole(leaf) if is_distributed(leaf) else leaf, tree_)
+
+
+def parts_of(tree_: Tree) -> Tree:
+    """The tree with every DTensor as this process's part, a plain tensor: what `inside` computes with."""
+    return tree.map(lambda leaf: leaf.to_local() if is_distributed(leaf) else leaf, tree_)
+
+
+def is_distributed(leaf: Any) -> "TypeGuard[DTensor]":
+    """Whether a leaf is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(leaf, module.DTensor)
+
+
+def spec_of(leaf: "DTensor") -> PartitionSpec:
+    """The spec of a DTensor."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    names, found = leaf.device_mesh.mesh_dim_names or (), [()] * leaf.dim()
+    for name, placement in zip(names, leaf.placements, strict=True):
+        if isinstance(placement, Shard):
+            found[placement.dim] = (*found[placement.dim], name)
+        elif not isinstance(placement, Replicate):
+            _checks.fail("shard_map", "a DTensor", "cut or whole", repr(placement), "Redistribute it first.")
+    return _trimmed(P(*(None if not entry else entry[0] if len(entry) == 1 else entry for entry in found)))
+
+
+def _trimmed(spec: PartitionSpec) -> PartitionSpec:
+    """The same spec, its Nones at the end left out, to compare."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)
+
+
+def placements(spec: PartitionSpec, mesh: Any) -> "list[Placement]":
+    """One placement for each axis of the mesh, as DTensor has it."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    cuts = (spec.cut(name) for name in axes_of(mesh))
+    return [Replicate() if dim is None else Shard(dim) for dim in cuts]
+
+
+def whole_of(parts: Tree, cuts: Tree, mesh: Any) -> Tree:
+    """DTensors from the parts of all processes: the other way of `parts_of`. cuts: their specs."""
+    return tree.map(lambda held, spec: distributed(held, spec, mesh), parts, cuts)
+
+
+def distributed(held: Tensor, spec: PartitionSpec, mesh: Any, shape: torch.Size | None = None) -> "DTensor":
+    """This process's part as a DTensor."""
+    from torch.distributed.tensor import DTensor
+
+    if shape is None:
+        sizes = axes_of(mesh)
+        times = [functools.reduce(lambda n, name: n * sizes[name], spec.names(dim), 1) for dim in range(held.dim())]
+        shape = torch.Size(n * size for n, size in zip(times, held.shape, strict=True))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(held, mesh, placements(spec, mesh), run_check=False, shape=shape, stride=stride)
+
+
+def local(leaf: Tensor, spec: PartitionSpec, mesh: Any) -> Tensor:
+    """This process's part of a DTensor, or of a plain tensor that every process holds whole."""
+    if is_distributed(leaf):
+        if leaf.device_mesh != mesh:
+            _checks.fail("shard_map", "a DTensor", "of this mesh", f"one of {leaf.device_mesh}", "Gather it and shard it anew.")
+        if spec_of(leaf) != _trimmed(spec):
+            remedy = "Shard it by the same rules, or leave in_specs out."
+            _checks.fail("shard_map", "a DTensor", f"cut as in_specs says, {spec}", repr(spec_of(leaf)), remedy)
+        leaf = leaf.detach() if not leaf.requires_grad else leaf
+        if torch.is_grad_enabled() and leaf.requires_grad:
+            remedy = "Differentiate inside: shard_map(grad(f), ...)."
+            _checks.fail("shard_map", "a DTensor", "one that autograd does not follow", "requires_grad", remedy, TypeError)
+        return leaf.to_local()
+    sizes = axes_of(mesh)
+    return part(leaf, spec, {name: mesh.get_local_rank(name) for name in sizes}, sizes)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """Its own memory, in the order of the original: `fa.load` keeps matrices column by column."""
+    by_columns = x.dim() == 2 and x.stride(0) == 1 and x.stride(1) != 1
+    return x.mT.clone(memory_format=torch.contiguous_format).mT if by_columns else x.clone(memory_format=torch.contiguous_format)
+
+
+def _whole(leaf: "DTensor") -> Tensor:
+    spec, mesh = spec_of(leaf), leaf.device_mesh
+    sizes, held = axes_of(mesh), leaf.to_local()
+    bits = held.view(torch.uint8) if held.dtype in NARROW else held
+    for dim in range(len(spec)):
+        for name in reversed(spec.names(dim)):
+            rows = bits.movedim(dim, 0).contiguous()
+            bits = groups.all_gather(rows, mesh.get_group(name).group_name, sizes[name]).movedim(0, dim)
+    return bits.view(held.dtype) if held.dtype in NARROW else bits.contiguous()

@@ -1,0 +1,109 @@
+"""The vocabulary in parts: cross-entropy and candidates without one device ever holding all logits.
+
+    log p(t) = logit_t - log sum_v exp logit_v        three numbers a token cross the mesh: a maximum, a sum, and logit_t
+
+Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, caches, collectives, transformer
+from ..collectives import all_gather, axis_index, pmax, psum, share
+from ..records import Model, is_absent
+from ..transformer import TENSOR
+from ..tree import Tree
+
+
+def own_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
+    """The logits (*lead, V / n) of this device's part of the vocabulary, or None where it holds all of it."""
+    parts = transformer.parts_of(model)
+    if parts is None or collectives.axis_size(TENSOR) == 1:
+        return None
+    head = params.embedding if is_absent(params.head) else params.head
+    if head.shape[0] == parts.config.vocabulary:
+        return None
+    return transformer.predict_own(parts.config, head, hidden)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """- log p of targets (*lead), from each device's logits (*lead, V / n) of its part of the vocabulary; the same on all.
+
+    Args:
+        logits: float32 at least; parts stand in the order of the devices along "tensor".
+        targets: int64 ids of the whole vocabulary.
+
+    Law: equals the cross-entropy of the whole, with every derivative (test_sharding.py::test_the_loss_needs_no_whole_logits).
+    """
+    greatest = pmax(logits.detach().amax(-1), TENSOR)  # any number serves: it cancels
+    summed = psum((logits - greatest.unsqueeze(-1)).exp().sum(-1), TENSOR)
+    n = logits.shape[-1]
+    at = targets - axis_index(TENSOR).to(targets.device) * n
+    mine = (at >= 0) & (at < n)
+    found = logits.gather(-1, torch.where(mine, at, 0).unsqueeze(-1)).squeeze(-1)
+    logit = psum(torch.where(mine, found, torch.zeros((), dtype=found.dtype, device=found.device)), TENSOR)
+    return summed.log() + greatest - logit
+
+
+def candidates(model: Model, k: int) -> Model:
+    """The model whose logits are those of its k likeliest tokens, and -inf of all others: k numbers of each device cross the mesh.
+
+    A sampler that begins by keeping the k likeliest (greedy, with k = 1; top_k(k), then what you like) draws what it draws from all
+    logits, token for token.
+
+    Args:
+        model: from `fa.decoder`, before it goes into shard_map.
+        k: how many; at least what the sampler keeps.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = candidates(fa.decoder(fa.Config()), 3)
+        >>> logits = model.logits(model.init(fa.key(0)), torch.ones(64))
+        >>> int(logits.isfinite().sum())
+        3
+
+    Law: greedy and top_k draw the same tokens (test_sharding.py::test_candidates_draw_what_all_logits_draw).
+    """
+    parts = transformer.parts_of(model)
+    if parts is None:
+        remedy = "Make it with fa.decoder(config)."
+        _checks.fail("candidates", "model", "from fa.decoder", f"a {type(model).__name__} of another make", remedy, TypeError)
+    V = parts.config.vocabulary
+    if not isinstance(k, int) or not 1 <= k <= V:
+        _checks.fail("candidates", "k", f"from 1 to the {V} tokens", k, "Give what the sampler keeps.")
+
+    def logits(params: Tree, hidden: Tensor) -> Tensor:
+        own = own_logits(model, params, hidden)
+        values, ids = _best(model.logits(params, hidden) if own is None else own, k)
+        if own is not None:
+            ids = all_gather(ids + axis_index(TENSOR).to(ids.device) * own.shape[-1], TENSOR, dim=-1)
+            values = share(values, TENSOR, dim=-1)
+            values, places = _best(values, k)
+            ids = ids.gather(-1, places)
+        nothing = torch.full((*values.shape[:-1], V), float("-inf"), dtype=values.dtype, device=values.device)
+        return nothing.scatter(-1, ids, values)
+
+    def extend(params: Tree, *args: Any, **options: Any) -> tuple[Tensor, Any]:
+        x, delta = model.hidden(params, *args, **options)
+        return logits(params, x), delta
+
+    def apply(params: Tree, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        x, delta = model.hidden(params, tokens, cache)
+        after = caches.commit(cache, delta)
+        proposed = logits(params, x)
+        if _checks.value(after.length) is None:
+            proposed = torch.where(caches.broken(after), float("nan"), proposed)
+        return proposed, after
+
+    return model._replace(logits=logits, extend=extend, apply=apply)
+
+
+def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k greatest and where they are, of equals the lowest ids first."""
+    if k == 1:
+        place = logits.argmax(-1, keepdim=True)
+        return logits.gather(-1, place), place
+    ordered = logits.sort(dim=-1, descending=True, stable=True)
+    return ordered.values[..., :k], ordered.indices[..., :k]

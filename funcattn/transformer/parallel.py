@@ -1,0 +1,251 @@
+"""The decoder on a part of its weights: what it says to the other devices of a mesh, and when.
+
+Where the axis "tensor" is bound, a device holds some heads, some features and some of the vocabulary, by the rules of
+`sharding.tensor_parallel`. A layer enters its two regions (attention, feed-forward) and leaves each by one psum:
+
+    y = enter(norm(x))        x = x + psum(o attend(q y, k y, v y))        x = x + psum(down act(gate y, up y))
+
+forward 2 collectives a layer, backward 2. What a region uses and every device holds (head norms, routers, the down-projection of an
+adaptation) is entered too, so that its gradient is the sum of all of theirs, and the same everywhere.
+
+Where the axis "data" is bound, each device has sequences of its own. A weight that is cut over it is gathered before its layer, and
+its gradient scattered; one that is whole is entered. So the gradient of every leaf is cut as the leaf is.
+
+Where the axis "context" is bound, each device has a part of every text: a ring attends to all of it, and a past in parts
+(`caches.Spread`) is attended to by one merge.
+
+Nothing bound costs nothing: each function returns what it was given.
+
+Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .. import _checks, collectives, kernels, layers
+from .._autodiff import differentiated
+from ..caches import CONTEXT, Spread
+from ..collectives import all_gather, axis_index, axis_size, enter, pmax, psum, share
+from ..kernels import Part
+from ..records import is_absent
+from .config import Config, Kind
+from .weights import Layer, shapes
+
+TENSOR, DATA = "tensor", "data"
+BY_ROWS = ("q", "k", "v", "gate", "up", "q_bias", "k_bias", "v_bias", "gate_bias", "up_bias", "sinks")
+BY_COLUMNS = ("o", "down")
+INSIDE = ("q_norm", "k_norm", "router", "router_bias")  # whole, and used inside of a region
+
+
+def heads(config: Config) -> tuple[int, int]:
+    """Query heads and key/value heads of this device.
+
+    Raises:
+        ValueError: the devices of "tensor" do not divide them.
+    """
+    n, H, K = axis_size(TENSOR), config.heads, config.kv_heads
+    if n == 1:
+        return H, K
+    if H % n or (K % n and n % K):
+        wanted = f"such that the {n} devices of 'tensor' divide its {H} heads, and divide or are divided by its {K} key/value heads"
+        _checks.fail("decoder", "config", wanted, f"{H} and {K}", "Take another number of devices.")
+    if config.head_norm == "rms_width":
+        remedy = "Shard it over 'data' alone."
+        _checks.fail("decoder", "config.head_norm", "other than rms_width over 'tensor'", "a norm over all heads together", remedy)
+    return H // n, max(1, K // n)
+
+
+def layer(config: Config, number: int, weights: Layer) -> Layer:
+    """The weights of a layer as this device computes with them: gathered over "data", and what a region shares entered."""
+    if not collectives.bound():
+        return weights
+    n, whole = axis_size(TENSOR), shapes(config).layers[number]
+    few = config.kv_heads < n
+    made = []
+    for name, weight, shape in zip(Layer._fields, weights, whole, strict=True):
+        if is_absent(weight) or is_absent(shape):
+            made.append(weight)
+            continue
+        of_kv = name in ("k", "v", "k_bias", "v_bias") or (name == "k_norm" and config.head_norm == "layer")
+        cut = None
+        if n > 1 and not (few and of_kv):
+            by_rows = name in BY_ROWS or (name in ("q_norm", "k_norm") and config.head_norm == "layer")
+            matrix = (
+                1 if len(shape) == 3 or (name.startswith(("gate_b", "up_b")) and len(shape) == 2) else 0
+            )  # experts stand in front
+            cut = matrix if by_rows else len(shape) - 1 if name in BY_COLUMNS else None
+        here = tuple(size // n if dim == cut else size for dim, size in enumerate(shape))
+        weight = _over_data(f"layers.{number}.{name}", weight, here)
+        if n > 1 and (cut is not None or of_kv or name in INSIDE):
+            weight = _entered(weight, cut, len(shape))
+        if few and of_kv:
+            weight = _own_heads(config, weight, 1 if name == "k_norm" else config.head_size, len(shape))
+        if n > 1 and name == "down_bias" and len(shape) == 2:  # of experts: added before the psum, so by one device alone
+            first = axis_index(TENSOR).to(weight.device) == 0
+            weight = torch.where(first, enter(weight, TENSOR), 0)
+        made.append(weight)
+    return Layer(*made)
+
+
+def _division(shape_length: int, dim: int | None, mark: str) -> tuple[str | None, ...]:
+    return tuple(mark if i == dim else None for i in range(shape_length))
+
+
+def _entered(weight: Any, cut: int | None, rank: int) -> Any:
+    """The weight with those of its numbers entered that are whole on every device."""
+    divided = layers.fields(weight, _division(rank, cut, TENSOR))
+    return optree.tree_map(lambda x, d: x if TENSOR in d or not x.is_floating_point() else enter(x, TENSOR), weight, divided)
+
+
+def _own_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
+    """The rows of the key/value head that this device's query heads read."""
+    axis = collectives.find(TENSOR)
+    assert axis is not None
+    divided = layers.fields(weight, _division(rank, 0, TENSOR))
+
+    def one(x: Tensor, division: Any) -> Tensor:
+        if TENSOR not in division:
+            return x
+        if not axis.mapped:
+            return x.narrow(0, axis.rank * config.kv_heads // axis.size * block, block)
+        mine = axis_index(TENSOR) * config.kv_heads // axis.size
+        select = lambda x: x.unflatten(0, (config.kv_heads, block)).index_select(0, mine.reshape(1)).flatten(0, 1)
+        if x.is_floating_point() and x.element_size() == 1:  # codes, of which torch selects none as they are
+            return select(x.view(torch.uint8)).view(x.dtype)
+        return select(x)
+
+    return optree.tree_map(one, weight, divided)
+
+
+def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
+    """A weight whole along "data": gathered where it is cut, else entered. What is here should be of that shape."""
+    n = axis_size(DATA)
+    got = getattr(weight, "shape", None)
+    if got is None:  # prepared for compiled code
+        return weight
+    got = tuple(got)
+    dims = [dim for dim, (size, whole) in enumerate(zip(got, shape, strict=False)) if size != whole]
+    if len(got) != len(shape) or len(dims) > 1 or any(got[dim] * n != shape[dim] for dim in dims):
+        remedy = "Shard params by fa.sharding.tensor_parallel(config) or fsdp(config), and give in_specs of the same rules."
+        bound = ", ".join(f"{axis.size} devices of {axis.name!r}" for axis in collectives.bound())
+        _checks.fail("decoder", path, f"a part {shape} for {bound}", got, remedy)
+    if n == 1 and not in_parts():
+        return weight
+    divided = layers.fields(weight, _division(len(shape), dims[0] if dims else None, DATA))
+
+    def one(x: Tensor, division: Any) -> Tensor:
+        x = enter(x, CONTEXT) if x.is_floating_point() else x
+        if DATA in division:
+            return all_gather(x, DATA, dim=division.index(DATA))
+        return enter(x, DATA) if x.is_floating_point() else x
+
+    return optree.tree_map(one, weight, divided)
+
+
+def vector(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
+    """A norm, a bias or a table outside of the layers."""
+    return weight if is_absent(weight) or not collectives.bound() else _over_data(path, weight, shape)
+
+
+def embed(config: Config, weight: Any, tokens: Tensor) -> Tensor:
+    """Rows of the embedding, of which this device may hold some: the others' are zeros, and psum joins them."""
+    if not collectives.bound():
+        return layers.embed(weight, tokens)
+    rows = weight.shape[0]
+    if rows == config.vocabulary:
+        return layers.embed(_over_data("embedding", weight, (config.vocabulary, config.width)), tokens)
+    weight = _table(config, "embedding", weight)
+    first = axis_index(TENSOR).to(tokens.device) * rows
+    mine = (tokens >= first) & (tokens < first + rows)
+    found = layers.embed(weight, torch.where(mine, tokens - first, 0))
+    return psum(torch.where(mine.unsqueeze(-1), found, torch.zeros((), dtype=found.dtype, device=found.device)), TENSOR)
+
+
+def _table(config: Config, path: str, weight: Any) -> Any:
+    """A part of the vocabulary."""
+    n = axis_size(TENSOR)
+    weight = _over_data(path, weight, (config.vocabulary // n, config.width))
+    return _entered(weight, 0, 2) if n > 1 else weight
+
+
+def head(config: Config, weight: Any, hidden: Tensor) -> Tensor:
+    """Logits (*lead, V), or of the part (*lead, V / n) of the vocabulary that this device's head holds."""
+    if not collectives.bound():
+        return layers.linear(weight, hidden)
+    shape = getattr(weight, "shape", None)
+    if shape is None:
+        return layers.linear(weight, hidden)  # prepared for compiled code, which differentiates nothing
+    if shape[0] == config.vocabulary:
+        return layers.linear(_over_data("head", weight, (config.vocabulary, config.width)), hidden)
+    return layers.linear(_table(config, "head", weight), enter(hidden, TENSOR))
+
+
+def together(config: Config, logits: Tensor) -> Tensor:
+    """Logits (*lead, V) on every device, from those of each one's part of the vocabulary."""
+    if logits.shape[-1] == config.vocabulary:
+        return logits
+    return share(logits, TENSOR, dim=-1)
+
+
+def in_parts() -> bool:
+    """Whether the text lies on several devices."""
+    return axis_size(CONTEXT) > 1
+
+
+def check(params: Any, cache: Any, mask: Any) -> None:
+    """Fail where a text in parts meets what knows of no parts."""
+    if not in_parts():
+        return
+    if is_absent(cache):
+        if mask is not None:
+            remedy = "A text in parts is causal; leave the mask out."
+            _checks.fail("decoder", "mask", "None over 'context'", f"a {type(mask).__name__}", remedy)
+        return
+    if not isinstance(cache, Spread):
+        remedy = "Make it with model.cache(size, kind=fa.caches.Spread), or caches.spread(delta)."
+        _checks.fail("decoder", "cache", "a Spread over 'context'", f"a {type(cache).__name__}", remedy, TypeError)
+    if any(differentiated(x) for x in optree.tree_leaves(params) if isinstance(x, Tensor)):
+        remedy = "Take gradients without a past: the ring gives them."
+        _checks.fail("decoder", "params", "followed by no gradient behind a Spread", "some that are", remedy, NotImplementedError)
+
+
+def longest(length: Tensor) -> Tensor:
+    """The greatest length of all parts of a text."""
+    return pmax(length, CONTEXT)
+
+
+def places(T: int) -> Tensor | None:
+    """The positions of this device's tokens, where the text lies on several, in the order of `kernels.zigzag`; else None."""
+    return kernels.places(T, CONTEXT) if in_parts() else None
+
+
+def attend(
+    config: Config, kind: Kind, q: Tensor, k: Tensor, v: Tensor, mask: Any, past: Sequence[Part], kernel: str | None
+) -> Tensor:
+    """Attention over a text in parts: a ring; or behind a past, which new tokens that all hold alike attend to every part of."""
+    for name, given in (("attention_cap", config.attention_cap), ("sinks", config.sinks or None), ("window", kind.window)):
+        if given is not None:
+            remedy = "Shard it over 'data' and 'tensor'."
+            _checks.fail("decoder", f"config.{name}", "none over 'context'", given, remedy)
+    if not past:
+        return kernels.ring(q, k, v, CONTEXT, scale=config.scale, kernel=kernel).out
+    new = kernels.attend(q, k, v, mask, scale=config.scale, kernel=kernel)
+    query = enter(q, CONTEXT)
+    held = [kernels.attend(query, *part[:2], None if is_absent(part.mask) else part.mask, scale=config.scale) for part in past]
+    before = kernels.merge_over(functools.reduce(kernels.merge, held), CONTEXT)
+    return kernels.merge(before, new).out
+
+
+def leave(x: Tensor) -> Tensor:
+    """The end of a region: the sum of what all devices made."""
+    return psum(x, TENSOR)
+
+
+def begin(x: Tensor) -> Tensor:
+    """The beginning of a region."""
+    return enter(x, TENSOR)
