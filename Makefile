@@ -48,8 +48,8 @@ typecheck: $(VENV)/.dev  ## pyright on the package
 docs: $(VENV)/.dev  ## build the pages into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-notebooks: $(VENV)/.dev $(VENV)/.model  ## run every notebook; ARGS=--inplace keeps the outputs
-	$(BIN)/jupyter-execute --timeout=600 $(ARGS) $(wildcard notebooks/*.ipynb)
+notebooks: $(VENV)/.dev $(VENV)/.model  ## run every notebook from its script; ARGS="--keep 04" writes 04_*.ipynb
+	$(BIN)/python notebooks/run.py $(ARGS)
 
 benchmarks:  ## list the questions; each is a script of its own
 	@for file in $(wildcard benchmarks/[a-z]*.py); do echo "$(BIN)/python $$file"; sed -n '1s/"""//gp' "$$file"; done

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Attention is a function
 #
-# Attention takes three tensors and gives one. A function can be differentiated along a direction (`jvp`), twice (a Hessian-vector product),
-# mapped over anything (`vmap`), in any nesting. The fused kernels that make attention affordable have the derivatives that their authors
-# wrote, which is one. Everything else falls back to the T x T matrix that they were made to avoid.
+# Attention takes three tensors and gives one. A function can be differentiated along a direction (`jvp`), twice (a Hessian-vector
+# product), mapped over anything (`vmap`), in any nesting. The fused kernels that make attention affordable have the derivatives
+# that their authors wrote, which is one. Everything else falls back to the T x T matrix that they were made to avoid.
 #
 # `fa.attention` is that function with all of its derivatives, and none of them holds a T x T matrix.
 
@@ -87,8 +87,9 @@ for name, value in ours.items():
 # %% [markdown]
 # ## What it costs: memory
 #
-# The greatest amount of memory that a Hessian-vector product takes, inputs and result included, one head of 64, in processes of their own
-# (lengths rise, so the peak of a process is that of the last one). The dense route is stopped at 4096; beyond that is its T x T law.
+# The greatest amount of memory that a Hessian-vector product takes, inputs and result included, one head of 64, in processes of
+# their own (lengths rise, so the peak of a process is that of the last one). The dense route is stopped at 4096; beyond that is
+# its T x T law.
 
 # %%
 PROGRAM = """
@@ -138,7 +139,8 @@ plt.show()
 # %% [markdown]
 # ## What it costs: time
 #
-# In units of torch's own fused forward, causal, on this machine. Where a value or a first gradient is asked, `fa.attention` *is* that kernel.
+# In units of torch's own fused forward, causal, on this machine. Where a value or a first gradient is asked, `fa.attention` *is*
+# that kernel.
 
 # %%
 T = 2048

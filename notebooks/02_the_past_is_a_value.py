@@ -1,11 +1,11 @@
 # %% [markdown]
 # # The past is a value
 #
-# A language model that writes keeps a past: the keys and values of every token it has read. Most libraries hold it in an object that
-# each step changes. Here it is a value, as a number is. Whoever has it can use it twice.
+# A language model that writes keeps a past: the keys and values of every token it has read. Most libraries hold it in an object
+# that each step changes. Here it is a value, as a number is. Whoever has it can use it twice.
 #
-# So thirty-two continuations of one prompt need no batch, no copy and no reordering of a cache: we write *one* continuation as a function
-# of its randomness, and `vmap` it over thirty-two keys.
+# So thirty-two continuations of one prompt need no batch, no copy and no reordering of a cache: we write *one* continuation as a
+# function of its randomness, and `vmap` it over thirty-two keys.
 
 # %%
 import time
@@ -27,7 +27,9 @@ steps = 9
 # %% [markdown]
 # ## Naive: again and again from the start
 #
-# `generate` continues one prompt. A loop over keys reads that prompt each time, to arrive at the same place each time. Eight of them will do.
+# `generate` continues one prompt. A loop over keys reads that prompt each time, to arrive at the same place each time. Eight of
+# them will do.
+
 
 # %%
 def from_the_start(key):
@@ -43,8 +45,8 @@ looped.shape
 # %% [markdown]
 # ## Transform: read once, go on 32 times
 #
-# Read all but the last token, and keep the past that comes back. Then map over the keys *alone*: the past is a closed-over constant, so
-# `vmap` has nothing to batch there. Each future writes behind it, into a small tail of its own.
+# Read all but the last token, and keep the past that comes back. Then map over the keys *alone*: the past is a closed-over
+# constant, so `vmap` has nothing to batch there. Each future writes behind it, into a small tail of its own.
 
 # %%
 begun = time.perf_counter()
@@ -90,7 +92,9 @@ for T in (100, 1000, 8000):
 # %% [markdown]
 # ## The tree
 #
-# Where two futures begin with the same tokens they are one branch, and a line is as thick as the number of futures that run along it.
+# Where two futures begin with the same tokens they are one branch, and a line is as thick as the number of futures that run along
+# it.
+
 
 # %%
 def spell(ids):
@@ -135,8 +139,8 @@ figure.set_size_inches((width + 2) * COLUMN, (len(rows) + 0.2) * LINE)
 # %% [markdown]
 # ## A ragged batch is another vmap
 #
-# Prompts of different lengths differ in their pasts, and pasts are values like any other. Pad the prompts, say how long each is, and map: no
-# pad is ever remembered, and each row is what it would be alone.
+# Prompts of different lengths differ in their pasts, and pasts are values like any other. Pad the prompts, say how long each is,
+# and map: no pad is ever remembered, and each row is what it would be alone.
 
 # %%
 beginnings = ["The sea", "In the middle of the night, a knock at the door", "Two and two"]
@@ -159,7 +163,7 @@ for row, ids in zip(together, encoded, strict=True):
 #
 # - Equal *texts* are not equal bits. A product of 32 rows sums in another order than 32 products of one, so logits differ in their
 #   last places. Two tokens that tie within that rounding could be drawn differently; here none are.
-# - Nothing is shared but the past that was there before the fork. Futures that happen to agree for three tokens write those three tokens
-#   twice. To share them too, fork later: `fa.commit` them into a past, and go on from there.
+# - Nothing is shared but the past that was there before the fork. Futures that happen to agree for three tokens write those three
+#   tokens twice. To share them too, fork later: `fa.commit` them into a past, and go on from there.
 # - Every row of a `vmap` takes every step. A future that ended early waits for the longest one.
 # - A fork is free, a long tail is not: 32 tails of a thousand tokens are as large as a batch's.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Weights are trees
 #
-# The parameters of a model are a value: a tree of named tensors. Whatever makes a model cheaper, or a little different, is a function from
-# a tree to a tree, and the model is never told. Fewer bits, a few trained numbers beside the rest, ten models at once: each is one line,
-# and they compose because they are functions.
+# The parameters of a model are a value: a tree of named tensors. Whatever makes a model cheaper, or a little different, is a
+# function from a tree to a tree, and the model is never told. Fewer bits, a few trained numbers beside the rest, ten models at
+# once: each is one line, and they compose because they are functions.
 
 # %%
 import matplotlib.pyplot as plt
@@ -20,8 +20,8 @@ fa.tree.summary(params)
 # %% [markdown]
 # ## Naive: round a matrix by hand
 #
-# Eight bits for a weight and one scale for a row is arithmetic on one matrix. The rest of the usual work is plumbing: find the matrices, swap
-# their modules, teach the module to multiply.
+# Eight bits for a weight and one scale for a row is arithmetic on one matrix. The rest of the usual work is plumbing: find the
+# matrices, swap their modules, teach the module to multiply.
 
 # %%
 matrix = params.layers[0].q
@@ -32,8 +32,8 @@ by_hand.shape
 # %% [markdown]
 # ## Transform: a tree to a tree
 #
-# The plumbing is the same for every scheme, so it is written once. A quantized weight is a record of codes and scales; `linear` dispatches on
-# its type.
+# The plumbing is the same for every scheme, so it is written once. A quantized weight is a record of codes and scales; `linear`
+# dispatches on its type.
 
 # %%
 eight = fa.quantize(fa.int8)(params)
@@ -43,7 +43,8 @@ eight.layers[0].q
 # %% [markdown]
 # ## They agree
 #
-# With the arithmetic by hand, and with each other where they should: a model of codes is the model of the matrices that the codes stand for.
+# With the arithmetic by hand, and with each other where they should: a model of codes is the model of the matrices that the codes
+# stand for.
 
 # %%
 assert torch.equal(fa.dequantize(eight).layers[0].q, by_hand)
@@ -55,8 +56,8 @@ print(f"loss {float(fa.loss(model, params, text)):.3f}, in eight bits {float(eig
 # %% [markdown]
 # ## What it costs: the error of every matrix
 #
-# A report is a tree's worth of rows. As a picture: layers from left to right, kinds of matrix from top to bottom, the relative error of each
-# where four bits replace thirty-two, in groups of 64.
+# A report is a tree's worth of rows. As a picture: layers from left to right, kinds of matrix from top to bottom, the relative
+# error of each where four bits replace thirty-two, in groups of 64.
 
 # %%
 report = fa.quantization.report(params, four)
@@ -77,11 +78,11 @@ print(f"{size(params):.0f} MiB -> int8 {size(eight):.0f} MiB, int4 {size(four):.
 # %% [markdown]
 # ## A few trained numbers
 #
-# LoRA adds a product of two thin matrices to a weight. Here the weight below is the one in four bits: the transforms compose, and the
-# gradient goes through both. Nothing but the thin matrices is trained.
+# LoRA adds a product of two thin matrices to a weight. Here the weight below is the one in four bits: the transforms compose, and
+# the gradient goes through both. Nothing but the thin matrices is trained.
 #
-# And an *ensemble* is `vmap`: four beginnings, four learning rates, one base that is held once. This is the same `loss`, the same `grad`, the
-# same update, written for one.
+# And an *ensemble* is `vmap`: four beginnings, four learning rates, one base that is held once. This is the same `loss`, the same
+# `grad`, the same update, written for one.
 
 # %%
 rates = torch.tensor([0.1, 0.3, 1.0, 2.0])

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Speculation without loops
 #
-# A step of a language model reads all of its weights to write one token. Reading several tokens in the same step costs little more. So a
-# cheap draft proposes a few tokens, the model reads them at once, and a rule keeps those that it might have written itself. The rule is a
-# theorem: what comes out has the law of the model, whatever the draft was.
+# A step of a language model reads all of its weights to write one token. Reading several tokens in the same step costs little
+# more. So a cheap draft proposes a few tokens, the model reads them at once, and a rule keeps those that it might have written
+# itself. The rule is a theorem: what comes out has the law of the model, whatever the draft was.
 #
-# Usually this is a subsystem, with caches that are rolled back. Where the past is a value there is nothing to roll back: a rejected token is
-# one that was never committed.
+# Usually this is a subsystem, with caches that are rolled back. Where the past is a value there is nothing to roll back: a
+# rejected token is one that was never committed.
 
 # %%
 import time
@@ -22,13 +22,13 @@ BLUE, PALE, RED = "#3b6ea5", "#8fb8d0", "#c8553d"
 # %% [markdown]
 # ## The theorem
 #
-# The draft has law q, the model law p. A drafted token x stays with probability min(1, p(x) / q(x)); if it does not, another is drawn from
-# what p has more than q, max(p - q, 0), scaled to one. Then
+# The draft has law q, the model law p. A drafted token x stays with probability min(1, p(x) / q(x)); if it does not, another is
+# drawn from what p has more than q, max(p - q, 0), scaled to one. Then
 #
 #     P(x comes out) = q(x) min(1, p(x) / q(x)) + P(rejected) max(p(x) - q(x), 0) / Z = min(p, q) + max(p - q, 0) = p(x)
 #
-# because the mass that is rejected is the mass that is missing. As a picture: the blue part of p is what the draft gives, the red part is what
-# the correction adds, and together they are p.
+# because the mass that is rejected is the mass that is missing. As a picture: the blue part of p is what the draft gives, the red
+# part is what the correction adds, and together they are p.
 
 # %%
 V = 9
@@ -68,8 +68,8 @@ def loop(key, proposed):
 # %% [markdown]
 # ## Transform: a function of one row, mapped
 #
-# `accept` is the same rule without a branch: one row, static shapes. Many rows are `vmap`, and a better rule, which looks at the block as a
-# whole, is another value of `rule`.
+# `accept` is the same rule without a branch: one row, static shapes. Many rows are `vmap`, and a better rule, which looks at the
+# block as a whole, is another value of `rule`.
 
 
 # %%
@@ -86,8 +86,8 @@ blockwise = vmap(lambda key: trial(key, fa.speculation.blockwise))(keys)
 # %% [markdown]
 # ## They agree
 #
-# With the loop, draw for draw: it threw the same coins. And with p: the first token that comes out has the law of the model, whichever rule
-# was used. That is one draw of chance; `funcattn.testing` proves it by enumerating every draft and every text.
+# With the loop, draw for draw: it threw the same coins. And with p: the first token that comes out has the law of the model,
+# whichever rule was used. That is one draw of chance; `funcattn.testing` proves it by enumerating every draft and every text.
 
 # %%
 for key, count in zip(keys[:200], tokenwise.count[:200], strict=True):
@@ -97,12 +97,13 @@ for key, count in zip(keys[:200], tokenwise.count[:200], strict=True):
 for name, found in (("token by token", tokenwise), ("block", blockwise)):
     frequencies = torch.bincount(found.tokens[:, 0], minlength=V) / DRAWS
     chi_square = float(DRAWS * ((frequencies - target[0]) ** 2 / target[0]).sum())
-    print(f"{name:<15} chi-square {chi_square:4.1f} with {V - 1} degrees of freedom, {float(found.count.double().mean()):.3f} of {N} kept")
+    mean = float(found.count.double().mean())
+    print(f"{name:<15} chi-square {chi_square:4.1f} with {V - 1} degrees of freedom, {mean:.3f} of {N} kept")
     assert chi_square < 26.1  # one in a thousand is above
 
 # %% [markdown]
-# Since a law is a function, one can ask how to draft better. The chance that a drafted token stays is differentiable in the draft's law:
-# climb it.
+# Since a law is a function, one can ask how to draft better. The chance that a drafted token stays is differentiable in the
+# draft's law: climb it.
 
 
 # %%
@@ -122,8 +123,8 @@ print(f"a drafted token stays with probability {before:.2f}, after 30 steps uphi
 # %% [markdown]
 # ## A model drafts for itself
 #
-# SmolLM2 with its weights in few bits is a draft for SmolLM2. It reads the past of the target, so there is one prefill and one past. Both
-# are compiled; the first call of each waits for the compiler and is not counted.
+# SmolLM2 with its weights in few bits is a draft for SmolLM2. It reads the past of the target, so there is one prefill and one
+# past. Both are compiled; the first call of each waits for the compiler and is not counted.
 
 # %%
 config, params, tokenizer = fa.load("smollm2-135m")
@@ -181,8 +182,8 @@ fa.speculation.transcript(pieces, tokenizer)
 # %% [markdown]
 # ## Limits
 #
-# - A draft pays where its step costs much less than the model's. A record of few bits does only with a kernel that multiplies its codes;
-#   where the bar of int4 is short on your machine, it has none.
+# - A draft pays where its step costs much less than the model's. A record of few bits does only with a kernel that multiplies its
+#   codes; where the bar of int4 is short on your machine, it has none.
 # - Under `greedy` a token that ties with another within the rounding of float32 may come out as the other: one step and a step of
 #   several add in different orders.
 # - Long drafts pay only where nearly all of them stay. `stats.speedup(draft, verify)` gives the formula with your costs in it.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Test your own kernel
 #
-# You wrote a kernel, it looks right on the example at hand, and the loss goes down. It may still be wrong at the edges: a row that sees no key, a
-# last block that is shorter, heads that share keys, a second derivative. `funcattn.testing` holds a kernel to laws that have nothing to do with
-# how it is written, and shrinks what fails to the smallest shapes that fail.
+# You wrote a kernel, it looks right on the example at hand, and the loss goes down. It may still be wrong at the edges: a row
+# that sees no key, a last block that is shorter, heads that share keys, a second derivative. `funcattn.testing` holds a kernel to
+# laws that have nothing to do with how it is written, and shrinks what fails to the smallest shapes that fail.
 
 # %%
 import textwrap
@@ -11,6 +11,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import torch
 from hypothesis import HealthCheck, find, settings
+from hypothesis.errors import NoSuchExample
 
 import funcattn as fa
 from funcattn.testing import check_transforms, laws, strategies
@@ -73,8 +74,8 @@ assert torch.allclose(right(q, k, v, None), expected)
 # %% [markdown]
 # ## Transform: laws over drawn problems
 #
-# A problem is `(q, k, v, mask, key)`. hypothesis draws sizes and a key, never numbers, so what fails shrinks to small shapes. In a test file this is
-# five lines (`@given(strategies.problems())`); here we ask for the smallest problem that breaks a law.
+# A problem is `(q, k, v, mask, key)`. hypothesis draws sizes and a key, never numbers, so what fails shrinks to small shapes. In
+# a test file this is five lines (`@given(strategies.problems())`); here we ask for the smallest problem that breaks a law.
 
 
 # %%
@@ -93,7 +94,8 @@ print()
 print(textwrap.fill(complaint(law, wrong, smallest), 110))
 
 # %% [markdown]
-# One more key than a block holds, and nothing else: the shapes are the hint. The line that should rescale what was added so far does not.
+# One more key than a block holds, and nothing else: the shapes are the hint. The line that should rescale what was added so far
+# does not.
 #
 # ## The mended kernel agrees
 #
@@ -107,8 +109,7 @@ for each in laws.kernel:
         try:
             find(strategies.problems(), lambda problem, k=kernel, f=each: complaint(f, k, problem) is not None, settings=SEARCH)
             found[name] = "broken"
-        except Exception as error:  # hypothesis.errors.NoSuchExample: none was found
-            assert type(error).__name__ == "NoSuchExample", error
+        except NoSuchExample:
             found[name] = "kept"
     table[each.__name__] = found
     print(f"{each.__name__:<48} {found['wrong']:<8} {found['right']}")
@@ -116,12 +117,13 @@ assert all(found["right"] == "kept" for found in table.values())
 assert sum(found["wrong"] == "broken" for found in table.values()) > 3
 
 # %% [markdown]
-# Most laws are kept by the wrong kernel too, on these problems: a mistake shows where a law asks about it. That is why there are many.
+# Most laws are kept by the wrong kernel too, on these problems: a mistake shows where a law asks about it. That is why there are
+# many.
 #
 # ## Every nesting of transforms
 #
-# The kernel is plain operations, so `torch.func` goes through it. All nestings of grad, jvp and vmap to a depth, against the definition, in
-# float64:
+# The kernel is plain operations, so `torch.func` goes through it. All nestings of grad, jvp and vmap to a depth, against the
+# definition, in float64:
 
 # %%
 report = check_transforms(right, depth=2)
@@ -142,6 +144,7 @@ plt.show()
 # ## Limits
 #
 # - Laws are tried on examples, not proved. Small shapes find most mistakes; a mistake at block 4097 needs a test of its own.
-# - What is allowed is a bound on rounding, derived from dtype, logits and lengths. In bfloat16 with large logits that is wide: prove a
-#   kernel in float64 or float32 first.
-# - `check_transforms` compares with plain operations under torch's own `grad` and `jvp`. A mistake of torch's would be on both sides.
+# - What is allowed is a bound on rounding, derived from dtype, logits and lengths. In bfloat16 with large logits that is wide:
+#   prove a kernel in float64 or float32 first.
+# - `check_transforms` compares with plain operations under torch's own `grad` and `jvp`. A mistake of torch's would be on both
+#   sides.

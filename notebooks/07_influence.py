@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Which sentence taught it?
 #
-# A model is about to be trained on twelve sentences, and it will be asked one question. Which of the sentences will help with it, and which
-# will not? To first order, a step along the gradient of sentence i changes the loss of the question by
+# A model is about to be trained on twelve sentences, and it will be asked one question. Which of the sentences will help with it,
+# and which will not? To first order, a step along the gradient of sentence i changes the loss of the question by
 #
 #     influence_i = grad loss(question) . grad loss(sentence_i)
 #
@@ -78,8 +78,8 @@ naive_seconds = time.perf_counter() - begun
 # %% [markdown]
 # ## Transform: one directional derivative
 #
-# All twelve losses are one function of the parameters; its derivative along `wanted` is all twelve inner products. `vmap` inside, `jvp` outside,
-# through every layer of the model.
+# All twelve losses are one function of the parameters; its derivative along `wanted` is all twelve inner products. `vmap` inside,
+# `jvp` outside, through every layer of the model.
 
 # %%
 begun = time.perf_counter()
@@ -100,8 +100,8 @@ print(f"twelve gradients at once would be {12 * each_gradient:.0f} MiB; the jvp 
 # ## Is it true?
 #
 # Take the step: a little of each gradient, and ask again. To first order the answer's loss falls by the step times the influence.
-# The points lie on the line. What is on top is the sentence that a person would choose; that tomatoes come second is a fact about this
-# model too, not about Iceland: all sentences push the same few directions.
+# The points lie on the line. What is on top is the sentence that a person would choose; that tomatoes come second is a fact about
+# this model too, not about Iceland: all sentences push the same few directions.
 
 # %%
 rate = 2e-5
@@ -126,8 +126,8 @@ assert torch.corrcoef(torch.stack([-rate * influence, change]))[0, 1] > 0.95
 # %% [markdown]
 # ## Gradients for each sentence, where they are wanted
 #
-# Sometimes the gradients themselves are needed: clipped one by one for privacy, or as a measure of how much a sentence would change. For some
-# of the weights they fit: `vmap` of `grad` with respect to a part of the tree.
+# Sometimes the gradients themselves are needed: clipped one by one for privacy, or as a measure of how much a sentence would
+# change. For some of the weights they fit: `vmap` of `grad` with respect to a part of the tree.
 
 # %%
 part, rest = fa.tree.partition(params, lambda path, _: path in ("layers.29.o", "layers.29.down"))

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Curvature
 #
-# The Hessian of a model's loss has as many rows as the model has weights. Nobody writes it down. But its product with a vector is a derivative
-# of a gradient, `jvp(grad(loss))`, and from a few dozen such products Lanczos' method reads off the ends of its spectrum, and its shape.
+# The Hessian of a model's loss has as many rows as the model has weights. Nobody writes it down. But its product with a vector is
+# a derivative of a gradient, `jvp(grad(loss))`, and from a few dozen such products Lanczos' method reads off the ends of its
+# spectrum, and its shape.
 #
-# For a transformer that product goes through attention twice, which fused kernels refuse. Here it is a transform like any other, in memory
-# linear in the length.
+# For a transformer that product goes through attention twice, which fused kernels refuse. Here it is a transform like any other,
+# in memory linear in the length.
 
 # %%
 import time
@@ -19,9 +20,9 @@ import funcattn as fa
 config, params, tokenizer = fa.load("smollm2-135m")
 model = fa.decoder(config)
 text = (
-    "The lamp on the cape was lit by hand for a hundred and forty years. The keeper climbed the stairs at dusk with a can of oil, trimmed the "
-    "wick, and wound the clockwork that turned the lens. In fog he rang the bell. When the current came, nobody had to climb any more, but the "
-    "stairs were kept, and the bell, and the logbook in which every night of those years has a line of its own."
+    "The lamp on the cape was lit by hand for a hundred and forty years. The keeper climbed the stairs at dusk with a can of oil, "
+    "trimmed the wick, and wound the clockwork that turned the lens. In fog he rang the bell. When the current came, nobody had to "
+    "climb any more, but the stairs were kept, and the bell, and the logbook in which every night of those years has a line."
 )
 tokens = torch.tensor(tokenizer.encode(text))
 len(tokens)
@@ -29,8 +30,8 @@ len(tokens)
 # %% [markdown]
 # ## Naive: write the Hessian down
 #
-# For a function of a few numbers one can. Scale each head's queries of one layer by a factor: nine numbers, a Hessian of nine by nine, by finite
-# differences of gradients, the way it is done where a second derivative is not to be had.
+# For a function of a few numbers one can. Scale each head's queries of one layer by a factor: nine numbers, a Hessian of nine by
+# nine, by finite differences of gradients, the way it is done where a second derivative is not to be had.
 
 # %%
 LAYER = 15
@@ -73,9 +74,10 @@ assert asymmetry < 1e-3
 # %% [markdown]
 # ## The spectrum of a layer's block
 #
-# Now all the matrices of attention in one layer: 885 thousand numbers, a Hessian of 780 billion entries. Lanczos builds an orthonormal basis of v, Hv,
-# HHv, ..., in which the Hessian is a small tridiagonal matrix; its eigenvalues are those of the ends of the spectrum, and its eigenvectors' first
-# entries squared are weights of a density. Twenty-four products each, for an early layer and the last one.
+# Now all the matrices of attention in one layer: 885 thousand numbers, a Hessian of 780 billion entries. Lanczos builds an
+# orthonormal basis of v, Hv, HHv, ..., in which the Hessian is a small tridiagonal matrix; its eigenvalues are those of the ends
+# of the spectrum, and its eigenvectors' first entries squared are weights of a density. Twenty-four products each, for an early
+# layer and the last one.
 
 
 # %%
@@ -125,15 +127,16 @@ figure, axes = plt.subplots(figsize=(7, 3.2), dpi=110, layout="constrained")
 for (layer, (values, weights)), color in zip(spectra.items(), ["#c8553d", "#3b6ea5"], strict=True):
     axes.vlines(values, 1e-9, weights, color=color, linewidth=1.5)
     axes.plot(values, weights, "o", color=color, markersize=4, label=f"layer {layer}, from {values[0]:.2f} to {values[-1]:.2f}")
-axes.set(yscale="log", xlabel="eigenvalue", ylabel="weight", title="The Hessian of the loss in the attention of a layer, by Lanczos")
+axes.set(yscale="log", xlabel="eigenvalue", ylabel="weight", title="The Hessian of the loss in one layer, by Lanczos")
 axes.set_xscale("symlog", linthresh=0.1)
 axes.axvline(0, color="#ccc", zorder=0)
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# Most of the weight is near zero: in nearly all directions the loss is flat. A few directions are sharp, and some are negative: the model is
-# not at a minimum for this text. The greatest eigenvalue is the *sharpness*, which bounds the step of gradient descent by 2 / sharpness.
+# Most of the weight is near zero: in nearly all directions the loss is flat. A few directions are sharp, and some are negative:
+# the model is not at a minimum for this text. The greatest eigenvalue is the *sharpness*, which bounds the step of gradient
+# descent by 2 / sharpness.
 #
 # Is it one? The product with its own vector should be a multiple of it; take steps on both sides of the bound and see.
 
@@ -150,8 +153,8 @@ assert abs(sharpness / float(spectra[29][0].abs().max()) - 1) < 0.1
 # %% [markdown]
 # ## All weights
 #
-# Nothing above is about one layer. A product with the Hessian of all 135 million weights is the same line; the trace of the Hessian is the
-# mean of v.Hv over random signs. One sign, one product:
+# Nothing above is about one layer. A product with the Hessian of all 135 million weights is the same line; the trace of the
+# Hessian is the mean of v.Hv over random signs. One sign, one product:
 
 # %%
 floating = fa.tree.partition(params, "floating")[0]

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Two tutorials, re-told
 #
-# PyTorch has a tutorial on `scaled_dot_product_attention`: which kernel runs, causal biases, jagged batches, compile. And it has gpt-fast, a
-# thousand lines that make a language model decode ten times faster: compile, int8, int4, speculation, tensor parallelism. Here are both, step
-# by step, as functions of values, each step measured on the machine in front of you.
+# PyTorch has a tutorial on `scaled_dot_product_attention`: which kernel runs, causal biases, jagged batches, compile. And it has
+# gpt-fast, a thousand lines that make a language model decode ten times faster: compile, int8, int4, speculation, tensor
+# parallelism. Here are both, step by step, as functions of values, each step measured on the machine in front of you.
 
 # %%
 import time
@@ -34,8 +34,9 @@ fa.explain(q, k, v)
 # %% [markdown]
 # ## Causal biases
 #
-# The tutorial's `causal_upper_left` and `causal_lower_right` are the same mask with another corner: which key the first query stands on matters
-# where T queries follow a past. They are intervals, so they combine with windows, documents and padding, and `&` is exact.
+# The tutorial's `causal_upper_left` and `causal_lower_right` are the same mask with another corner: which key the first query
+# stands on matters where T queries follow a past. They are intervals, so they combine with windows, documents and padding, and
+# `&` is exact.
 
 # %%
 T, S = 6, 10
@@ -49,8 +50,8 @@ assert torch.allclose(fa.attention(*short, lower), theirs, atol=1e-5)
 # %% [markdown]
 # ## Jagged batches
 #
-# Sequences of different lengths: the tutorial packs them into a NestedTensor. Pack them into one row, and the mask says which document a
-# token is of. The sum is the same, and unlike a NestedTensor it goes through every transform.
+# Sequences of different lengths: the tutorial packs them into a NestedTensor. Pack them into one row, and the mask says which
+# document a token is of. The sum is the same, and unlike a NestedTensor it goes through every transform.
 
 # %%
 lengths = [5, 17, 9, 33]
@@ -71,17 +72,21 @@ mask
 # Value and gradient compile to one graph.
 
 # %%
-compiled = torch.compile(grad(lambda q: fa.attention(q, k, v, fa.masks.causal(64)).square().sum()), fullgraph=True, backend="aot_eager")
-assert torch.allclose(compiled(q), grad(lambda q: fa.attention(q, k, v, fa.masks.causal(64)).square().sum())(q), atol=1e-4)
+slope = grad(lambda q: fa.attention(q, k, v, fa.masks.causal(64)).square().sum())
+compiled = torch.compile(slope, fullgraph=True, backend="aot_eager")
+assert torch.allclose(compiled(q), slope(q), atol=1e-4)
 
 # %% [markdown]
 # # Part two: decoding
 #
-# gpt-fast's ladder, on SmolLM2-135M. Every step is a value: another model, another tree, a drafter. The rest of the code stays as it was.
+# gpt-fast's ladder, on SmolLM2-135M. Every step is a value: another model, another tree, a drafter. The rest of the code stays as
+# it was.
 
 # %%
 config, params, tokenizer = fa.load("smollm2-135m")
-prompt = torch.tensor(tokenizer.encode("The three largest cities of France are Paris, Marseille and Lyon. The largest of Spain are"))
+prompt = torch.tensor(
+    tokenizer.encode("The three largest cities of France are Paris, Marseille and Lyon. The largest of Spain are")
+)
 steps = 32
 
 eager = fa.decoder(config)
@@ -92,9 +97,9 @@ ladder = {
     "eager": lambda: fa.generate(fa.key(0), eager, params, prompt, steps=steps)[0],
     "compile": lambda: fa.generate(fa.key(0), model, params, prompt, steps=steps)[0],
     "int4": lambda: fa.generate(fa.key(0), model, four, prompt, steps=steps)[0],
-    "speculate, int4 drafts": lambda: fa.speculate(
-        fa.key(0), model, params, fa.drafters.model(model, four, length=3), prompt, steps=steps
-    )[0].tokens,
+    "speculate, int4 drafts": lambda: (
+        fa.speculate(fa.key(0), model, params, fa.drafters.model(model, four, length=3), prompt, steps=steps)[0].tokens
+    ),
 }
 texts = {name: call() for name, call in ladder.items()}  # waits for the compiler
 
@@ -131,9 +136,9 @@ axes.set_xlim(0, 1.25 * max(speed.values()))
 plt.show()
 
 # %% [markdown]
-# Dark bars write the text of the eager model, the light one is another model. On a CPU with two cores the ladder is not gpt-fast's on an A100, and
-# not in the same order: what pays is decided by what the machine's memory and its instructions for small integers can do. int8, and where
-# it pays, is `funcattn bench --schemes int8 int4`.
+# Dark bars write the text of the eager model, the light one is another model. On a CPU with two cores the ladder is not
+# gpt-fast's on an A100, and not in the same order: what pays is decided by what the machine's memory and its instructions for
+# small integers can do. int8, and where it pays, is `funcattn bench --schemes int8 int4`.
 #
 # ## What gpt-fast does by surgery
 #

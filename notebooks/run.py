@@ -3,8 +3,8 @@
     python notebooks/run.py                 run all; fail if one raises, or if a committed notebook differs from its script
     python notebooks/run.py --keep 04 07    run these and write 04_*.ipynb and 07_*.ipynb with what came out
 
-A notebook is two files: `NN_name.py`, in the percent format, is what is written, read and reviewed; `NN_name.ipynb` is the same cells
-with their outputs, for people who look. Nobody edits the second by hand, or does so with jupytext, which pairs the two.
+A notebook is two files: `NN_name.py`, in the percent format, is what is written, read and reviewed; `NN_name.ipynb` is the same
+cells with their outputs, for people who look. Nobody edits the second by hand, or does so with jupytext, which pairs the two.
 """
 
 import argparse
@@ -58,8 +58,8 @@ def executed(script: Path, limit: int) -> Any:
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # random ones would change with every run
-    client = NotebookClient(notebook, timeout=limit, kernel_name=KERNEL["name"], extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(FOLDER)}})
-    client.execute()
+    client = NotebookClient(notebook, timeout=limit, kernel_name=KERNEL["name"], extra_arguments=["--log-level=ERROR"])
+    client.execute(cwd=str(FOLDER))
     for cell in notebook.cells:
         cell.metadata = {}  # times of execution
         if cell.cell_type == "code":

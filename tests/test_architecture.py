@@ -17,7 +17,7 @@ PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
-    {"records", "tree", "randomness", "_checks", "_autodiff"},
+    {"records", "tree", "randomness", "progress", "_checks", "_autodiff"},
     {
         "masks",
         "collectives",
@@ -51,6 +51,10 @@ MIRRORLESS = {
     "architecture",
     "references",
     "canaries",
+    "notebooks",
+    "readme",
+    "site",
+    "wheel",
     "smollm2",
 }  # about the whole or torch, not a module
 
