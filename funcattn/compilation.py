@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, caches, layers, taps, transformer, tree
+from . import _checks, caches, layers, progress, taps, transformer, tree
 from ._autodiff import transforming
 from .caches import Branch, Cache, Delta
 from .kernels import Part, choice
@@ -236,7 +236,15 @@ class _Stack:
         if form not in self.compiled:
             name = f"{f.__name__}_{next(_number)}"
             own = FunctionType(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__)
-            self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=self.options)
+            compiled = torch.compile(own, fullgraph=True, backend=self.backend, options=self.options)
+
+            def first(*args: Any) -> Any:
+                with progress.waiting("compiling"):
+                    result = compiled(*args)
+                self.compiled[form] = compiled
+                return result
+
+            self.compiled[form] = first
         return self.compiled[form]
 
 

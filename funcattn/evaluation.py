@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from . import _checks, taps, tree
+from . import _checks, progress, taps, tree
 from .masks import Mask
 from .records import ABSENT, Model
 from .rematerialization import remat

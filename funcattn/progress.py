@@ -44,15 +44,15 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterabl
 
 def _told(items: Iterable[Item], what: str, total: int | None) -> Iterator[Item]:
     begun = time.monotonic()
-    told = begun + PATIENCE - PAUSE
+    due, told = begun + PATIENCE, False
     try:
         for n, item in enumerate(items):
-            if time.monotonic() - told >= PAUSE:
-                told = time.monotonic()
-                _write(_line(what, n, total, told - begun))
+            if (now := time.monotonic()) >= due:
+                due, told = now + PAUSE, True
+                _write(_line(what, n, total, now - begun))
             yield item
     finally:
-        if told > begun + PATIENCE - PAUSE:
+        if told:
             _write("")
 
 
@@ -97,4 +97,4 @@ def watched() -> bool:
 
 
 def _write(line: str) -> None:
-    print(f"\r{line:<72}\r{line}", end="", file=sys.stderr, flush=True)
+    print(f"\r{line:<72}", end="" if line else "\r", file=sys.stderr, flush=True)

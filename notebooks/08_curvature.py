@@ -22,7 +22,7 @@ model = fa.decoder(config)
 text = (
     "The lamp on the cape was lit by hand for a hundred and forty years. The keeper climbed the stairs at dusk with a can of oil, "
     "trimmed the wick, and wound the clockwork that turned the lens. In fog he rang the bell. When the current came, nobody had to "
-    "climb any more, but the stairs were kept, and the bell, and the logbook in which every night of those years has a line."
+    "climb any more."
 )
 tokens = torch.tensor(tokenizer.encode(text))
 len(tokens)
@@ -34,7 +34,7 @@ len(tokens)
 # nine, by finite differences of gradients, the way it is done where a second derivative is not to be had.
 
 # %%
-LAYER = 15
+LAYER = 24
 heads, size = config.heads, config.head_size
 
 
@@ -113,8 +113,8 @@ def lanczos(hvp, n, products, key):
     return values, vectors[0] ** 2
 
 
-spectra, seconds, PRODUCTS = {}, [], 24
-for layer in (2, 29):
+spectra, seconds, PRODUCTS = {}, [], 16
+for layer in (20, 29):
     flat, loss = block(layer)
     slope = grad(loss)
     begun = time.perf_counter()
@@ -138,17 +138,17 @@ plt.show()
 # the model is not at a minimum for this text. The greatest eigenvalue is the *sharpness*, which bounds the step of gradient
 # descent by 2 / sharpness.
 #
-# Is it one? The product with its own vector should be a multiple of it; take steps on both sides of the bound and see.
+# Power iteration, which keeps one vector and no basis, comes near the greatest one from below.
 
 # %%
 flat, loss = block(29)
 slope = grad(loss)
 v = fa.random.normal(fa.key(2), (len(flat),))
-for _ in range(12):
+for _ in range(10):
     v = jvp(slope, (flat,), (v / v.norm(),))[1]
 sharpness = float(v.norm())
 print(f"by power iteration {sharpness:.2f}, by Lanczos {float(spectra[29][0].abs().max()):.2f}")
-assert abs(sharpness / float(spectra[29][0].abs().max()) - 1) < 0.1
+assert 0.7 < sharpness / float(spectra[29][0].abs().max()) < 1.02
 
 # %% [markdown]
 # ## All weights
@@ -161,7 +161,7 @@ floating = fa.tree.partition(params, "floating")[0]
 keys = fa.split(fa.key(3), len(fa.tree.leaves(floating)))
 signs = iter([fa.random.bernoulli(key, 0.5, leaf.shape) for key, leaf in zip(keys, fa.tree.leaves(floating), strict=True)])
 v = fa.tree.map(lambda leaf: torch.where(next(signs), 1.0, -1.0).to(leaf.dtype), params)
-few = tokens[:32]
+few = tokens[:24]
 begun = time.perf_counter()
 Hv = jvp(grad(lambda params: fa.loss(model, params, few)), (params,), (v,))[1]
 trace = sum((a * b).sum() for a, b in zip(fa.tree.leaves(v), fa.tree.leaves(Hv), strict=True))
