@@ -92,7 +92,7 @@ for T in (100, 1000, 8000):
 # %% [markdown]
 # ## The tree
 #
-# Where two futures begin with the same tokens they are one branch, and a line is as thick as the number of futures that run along
+# Where two futures begin with the same tokens they are one branch, and a line is thicker where more futures run along
 # it.
 
 
@@ -122,7 +122,7 @@ def draw(axes, rows, column, line):
     t = torch.linspace(0, 1, 40)
     for height, count in children:
         x, y = end + 1 + 5 * t, root + (height - root) * t * t * (3 - 2 * t)
-        axes.plot(x, y, color="#8fb8d0", linewidth=0.7 * count + 0.5, solid_capstyle="round", zorder=0)
+        axes.plot(x, y, color="#8fb8d0", linewidth=1.4 * count**0.5, solid_capstyle="butt", zorder=0)
     axes.text(column, root, text, family="DejaVu Sans Mono", fontsize=SIZE, va="center")
     return root, furthest
 

@@ -113,7 +113,7 @@ def lanczos(hvp, n, products, key):
     return values, vectors[0] ** 2
 
 
-spectra, seconds, PRODUCTS = {}, [], 16
+spectra, seconds, PRODUCTS = {}, [], 12
 for layer in (20, 29):
     flat, loss = block(layer)
     slope = grad(loss)

@@ -85,7 +85,7 @@ assert all(torch.allclose(per_sample[name][1], one[name], atol=1e-12) for name i
 # %%
 with tempfile.TemporaryDirectory() as folder:
     fa.save(folder, *fa.load("smollm2-135m"))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval().requires_grad_(False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
 text = "The keeper of the old lighthouse opened the heavy door and saw the"

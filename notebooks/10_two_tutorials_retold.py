@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch.func import grad, jvp
+from torch.nn.attention.bias import causal_lower_right
 
 import funcattn as fa
 
@@ -42,7 +43,7 @@ fa.explain(q, k, v)
 T, S = 6, 10
 upper, lower = fa.masks.causal(T, S), fa.masks.causal(T, S, align="lower")
 short = q[:, :T], k[:, :S], v[:, :S]
-bias = torch.nn.attention.bias.causal_lower_right(T, S)
+bias = causal_lower_right(T, S)
 theirs = F.scaled_dot_product_attention(*(x[None] for x in short), attn_mask=bias)[0]
 assert torch.allclose(fa.attention(*short, lower), theirs, atol=1e-5)
 (lower & fa.masks.window(T, 4, offset=S - T)) | fa.masks.sinks(T, 1)
@@ -91,11 +92,12 @@ steps = 32
 
 eager = fa.decoder(config)
 model = fa.compile(eager)
-four = fa.quantize(fa.int4(group=64))(params)
+eight, four = fa.quantize(fa.int8)(params), fa.quantize(fa.int4(group=64))(params)
 
 ladder = {
     "eager": lambda: fa.generate(fa.key(0), eager, params, prompt, steps=steps)[0],
     "compile": lambda: fa.generate(fa.key(0), model, params, prompt, steps=steps)[0],
+    "int8": lambda: fa.generate(fa.key(0), model, eight, prompt, steps=steps)[0],
     "int4": lambda: fa.generate(fa.key(0), model, four, prompt, steps=steps)[0],
     "speculate, int4 drafts": lambda: (
         fa.speculate(fa.key(0), model, params, fa.drafters.model(model, four, length=3), prompt, steps=steps)[0].tokens
@@ -106,12 +108,12 @@ texts = {name: call() for name, call in ladder.items()}  # waits for the compile
 # %% [markdown]
 # ## They agree
 #
-# What changes the speed and not the function writes the same text. Four bits are another function, and may write another one.
+# What changes the speed and not the function writes the same text. Fewer bits are another function, and may write another one.
 
 # %%
 assert torch.equal(texts["compile"], texts["eager"])
 assert torch.equal(texts["speculate, int4 drafts"], texts["eager"])
-for name in ("eager", "int4"):
+for name in ("eager", "int8", "int4"):
     print(f"{name:>6}: {tokenizer.decode(texts[name])!r}")
 
 # %% [markdown]
@@ -126,9 +128,9 @@ for _ in range(3):  # in turns
         seconds[name].append(time.perf_counter() - begun)
 speed = {name: steps / min(times) for name, times in seconds.items()}
 
-figure, axes = plt.subplots(figsize=(7, 2.4), dpi=110, layout="constrained")
+figure, axes = plt.subplots(figsize=(7, 2.8), dpi=110, layout="constrained")
 names = list(ladder)[::-1]
-lossless = [name != "int4" for name in names]
+lossless = [name not in ("int8", "int4") for name in names]
 bars = axes.barh(names, [speed[name] for name in names], color=[BLUE if same else PALE for same in lossless])
 axes.bar_label(bars, [f"{speed[name]:.0f}   {speed[name] / speed['eager']:.2f}x" for name in names], padding=4)
 axes.set(xlabel="tokens/s, prefill included", title=f"SmolLM2-135M, batch one, {torch.get_num_threads()} thread(s), this machine")
@@ -136,9 +138,8 @@ axes.set_xlim(0, 1.25 * max(speed.values()))
 plt.show()
 
 # %% [markdown]
-# Dark bars write the text of the eager model, the light one is another model. On a CPU with two cores the ladder is not
-# gpt-fast's on an A100, and not in the same order: what pays is decided by what the machine's memory and its instructions for
-# small integers can do. int8, and where it pays, is `funcattn bench --schemes int8 int4`.
+# Dark bars write the text of the eager model, light ones are other models. On a CPU with two cores the ladder is not gpt-fast's on
+# an A100: what pays is decided by what the machine's memory and its instructions for small integers can do.
 #
 # ## What gpt-fast does by surgery
 #

@@ -8,6 +8,7 @@ cells with their outputs, for people who look. Nobody edits the second by hand, 
 """
 
 import argparse
+import base64
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).parent
+PICTURES = {"02_the_past_is_a_value": FOLDER.parent / "docs" / "assets" / "futures.png"}  # that other pages show too
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
@@ -52,6 +54,12 @@ def complaints(script: Path) -> list[str]:
     return found
 
 
+def picture(notebook: Any) -> bytes:
+    """The first picture of a notebook, as a file of PNG."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return base64.b64decode(next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})))
+
+
 def executed(script: Path, limit: int) -> Any:
     """The notebook of a script, run from top to bottom in a kernel of its own."""
     notebook = jupytext.read(script)
@@ -63,9 +71,20 @@ def executed(script: Path, limit: int) -> Any:
     for cell in notebook.cells:
         cell.metadata = {}  # times of execution
         if cell.cell_type == "code":
-            cell.outputs = [output for output in map(_settled, cell.outputs) if output is not None]
+            cell.outputs = [output for output in map(_settled, _joined(cell.outputs)) if output is not None]
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     return notebook
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """The outputs, with what one stream wrote in several pieces as one."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _settled(output: Any) -> Any:
@@ -97,6 +116,8 @@ def main() -> int:
         print(f"{script.stem:<40} {time.perf_counter() - started:6.1f} s", flush=True)
         if options.keep:
             nbformat.write(notebook, script.with_suffix(".ipynb"))
+            if script.stem in PICTURES:
+                PICTURES[script.stem].write_bytes(picture(notebook))
         wrong += complaints(script)
     for complaint in wrong:
         print(complaint, file=sys.stderr)

@@ -265,13 +265,6 @@ def test_every_test_file_mirrors_a_module():
     assert sorted(names - known - MIRRORLESS) == []
 
 
-def test_the_readme_runs():
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    assert blocks
-    for block in blocks:
-        exec(compile(block.split("```")[0], "README.md", "exec"), {"__name__": "readme"})
-
-
 # Each rule broken on purpose: one file of a small sound package replaced, and the complaint that must come.
 
 SOUND = {
