@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint typecheck format docs notebooks benchmarks clean
+.PHONY: help demo test test-all lint typecheck format docs site package notebooks benchmarks clean
 
 help:  ## list what can be made
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,8 +53,14 @@ typecheck: $(VENV)/.dev  ## pyright on the package
 docs: $(VENV)/.dev  ## build the pages into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-notebooks: $(VENV)/.dev $(VENV)/.model  ## run every notebook; ARGS=--inplace keeps the outputs
-	$(BIN)/jupyter-execute --timeout=600 $(ARGS) $(wildcard notebooks/*.ipynb)
+site: $(VENV)/.dev  ## build the pages and open them in chromium; skipped, and said so, where there is none
+	$(PYTEST) -rs tests/test_site.py $(ARGS)
+
+package: $(VENV)/.dev $(VENV)/.model  ## build sdist and wheel, install each elsewhere, and try them
+	$(PYTEST) --numprocesses 0 tests/test_wheel.py $(ARGS)
+
+notebooks: $(VENV)/.dev $(VENV)/.model  ## run every notebook from its script; ARGS="--keep 04" writes 04_*.ipynb
+	$(BIN)/python notebooks/run.py $(ARGS)
 
 benchmarks:  ## list the questions; each is a script of its own
 	@for file in $(wildcard benchmarks/[a-z]*.py); do echo "$(BIN)/python $$file"; sed -n '1s/"""//gp' "$$file"; done

@@ -31,7 +31,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from . import _checks, caches, collectives, layers, taps, transformer, tree
+from . import _checks, caches, collectives, layers, progress, taps, transformer, tree
 from ._autodiff import transforming
 from .caches import Branch, Cache, Delta
 from .kernels import Part, choice
@@ -245,7 +245,15 @@ class _Stack:
             name = f"{f.__name__}_{next(_number)}"
             own = FunctionType(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__)
             options = {**self.options, "guard_filter_fn": _guards}
-            self.compiled[form] = torch.compile(own, fullgraph=True, backend=self.backend, options=options)
+            compiled = torch.compile(own, fullgraph=True, backend=self.backend, options=options)
+
+            def first(*args: Any) -> Any:
+                with progress.waiting("compiling"):
+                    result = compiled(*args)
+                self.compiled[form] = compiled
+                return result
+
+            self.compiled[form] = first
         return self.compiled[form]
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from . import _checks, taps, tree
+from . import _checks, progress, taps, tree
 from .masks import Mask
 from .records import ABSENT, Model
 from .rematerialization import remat
@@ -173,7 +173,7 @@ def perplexity(
     _check_tokens("perplexity", "tokens", tokens, 2)
     parts = [
         score_continuation(model, params, tokens[..., begin:first], tokens[..., first:end], chunk=chunk)
-        for begin, first, end in windows(tokens.shape[-1], context=context, stride=stride)
+        for begin, first, end in progress.track(windows(tokens.shape[-1], context=context, stride=stride), "reading")
     ]
     return (-torch.cat(parts, -1).mean()).exp()
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, caches, randomness, sampling
+from . import _checks, caches, progress, randomness, sampling
 from ._autodiff import transforming
 from .records import ABSENT, Model, is_absent
 from .sampling import Sampler
@@ -69,7 +69,8 @@ def generate(
     _check_length(prompt, prompt_length)
     start = _prefill(model, params, prompt, cache, steps, prompt_length, chunk)
     tokens, after = [], start.cache
-    for drawn in _draws(key, model, params, start, steps, sampler, prompt, prompt_length, stop):
+    draws = _draws(key, model, params, start, steps, sampler, prompt, prompt_length, stop)
+    for drawn in progress.track(draws, "writing", steps):
         tokens.append(drawn.token)
         after = drawn.cache
         if stop and _all_done(drawn.done):

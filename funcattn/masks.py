@@ -10,6 +10,7 @@ and not adjacent, the empty ones stand last, so two masks that show the same key
 Source: Wang et al., FlashMask, arXiv:2410.01359 (column-wise intervals); here they are per query, and an algebra.
 """
 
+import html
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -40,6 +41,13 @@ class Mask(NamedTuple):
         """The same mask as booleans (*lead, T, S), True where the query sees the key."""
         key = torch.arange(S, device=self.start.device)
         return ((self.start.unsqueeze(-1) <= key) & (key < self.stop.unsqueeze(-1))).any(-2)
+
+    def __str__(self) -> str:
+        drawn = picture(self)
+        return repr(self) if drawn is None else f"{self!r}\n{drawn}"
+
+    def _repr_html_(self) -> str:
+        return _drawn(self)
 
     def __and__(self, other: "Mask") -> "Mask":
         return intersection(self, other)
@@ -173,6 +181,72 @@ def complement(m: Mask) -> Mask:
     start, stop = _canonical(m.start, m.stop)
     edge = start.new_zeros(*start.shape[:-1], 1)
     return Mask(*_canonical(torch.cat([edge, stop], -1), torch.cat([start, edge + END], -1)))
+
+
+CELLS = 32  # of a picture, each way, at most
+
+
+def picture(m: Mask, S: int | None = None) -> str | None:
+    """The mask as letters, for `print`: queries from top to bottom, keys from left to right, in at most 32 x 32 cells.
+
+    A cell is `#` where all of its pairs are seen, `+` where some are, `.` where none is. None where values cannot be looked at, as
+    under vmap or in compiled code. Of a mask with leading axes, the first.
+
+    Args:
+        m: a mask.
+        S: number of keys; None takes the last that is bounded, and as many as there are queries at least.
+
+    Example:
+        >>> print(picture(causal(5) & window(5, 2)))
+        #....
+        ##...
+        .##..
+        ..##.
+        ...##
+    """
+    cells = _cells(m, S)
+    return None if cells is None else "\n".join("".join(".#"[int(x)] if x in (0, 1) else "+" for x in row) for row in cells[0])
+
+
+def _cells(m: Mask, S: int | None) -> tuple[list[list[float]], int, int] | None:
+    """The share of pairs seen in each cell of a picture, and how many queries and keys there are."""
+    start, stop = _checks.value(m.start), _checks.value(m.stop)
+    if start is None or stop is None or not start.numel():
+        return None
+    start, stop = (x.reshape(-1, *x.shape[-2:])[0].cpu() for x in (start, stop))
+    T = start.shape[0]
+    if S is None:
+        bounded = torch.cat([start[start < END], stop[stop < END]])
+        S = max(T, int(bounded.max()) if bounded.numel() else 0)
+    edges = [(n * torch.arange(min(n, CELLS) + 1)) // min(n, CELLS) for n in (T, S)]
+    low, high = edges[1][:-1], edges[1][1:]
+    overlap = torch.minimum(stop.unsqueeze(-1), high) - torch.maximum(start.unsqueeze(-1), low)  # (T, n, cells)
+    seen = overlap.clamp(min=0).sum(1).double()
+    sums = torch.cat([seen.new_zeros(1, len(low)), seen.cumsum(0)])[edges[0]]
+    area = (edges[0][1:] - edges[0][:-1]).unsqueeze(-1) * (high - low)
+    return ((sums[1:] - sums[:-1]) / area).tolist(), T, S
+
+
+def _drawn(m: Mask) -> str:
+    """The picture as SVG: a cell is as dark as the share of its pairs that are seen."""
+    cells = _cells(m, None)
+    if cells is None:
+        return f"<pre>{html.escape(repr(m))}</pre>"
+    rows, T, S = cells
+    size = max(3, 192 // max(len(rows), len(rows[0])))
+    body = "".join(
+        f'<rect x="{x * size}" y="{y * size}" width="{size}" height="{size}" fill="#3b6ea5" fill-opacity="{share:.2f}"/>'
+        for y, row in enumerate(rows)
+        for x, share in enumerate(row)
+        if share
+    )
+    W, H = size * len(rows[0]), size * len(rows)
+    frame = f'<rect width="{W}" height="{H}" fill="none" stroke="#8888"/>'
+    lead = f", the first of {tuple(m.start.shape[:-2])}" if m.start.dim() > 2 else ""
+    n = m.start.shape[-1]
+    said = f"Mask: {T} queries, {S} keys, {n} interval{'s' if n > 1 else ''} a query{lead}"
+    label = f'role="img" aria-label="{said}"'
+    return f'<div><svg width="{W + 1}" height="{H + 1}" {label}>{body}{frame}</svg><br><small>{said}</small></div>'
 
 
 def _canonical(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:

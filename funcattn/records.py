@@ -9,6 +9,7 @@ crosses grad, jvp, vmap and compile as it is. Three rules keep it so:
 - it is a tuple only by accident of representation: `+`, `*` and `bool()` raise instead of doing a tuple's arithmetic.
 """
 
+import html
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -51,6 +52,8 @@ def record(cls: Cls) -> Cls:
             setattr(cls, method_name, refuse(sign))
     if "__repr__" not in cls.__dict__ or cls.__repr__.__module__ != cls.__module__:
         setattr(cls, "__repr__", _describe)
+    if "_repr_html_" not in cls.__dict__:
+        setattr(cls, "_repr_html_", lambda self: unfolded(type(self).__name__, self))
     return cls
 
 
@@ -69,6 +72,33 @@ def describe(value: Any) -> str:
     if type(value) is tuple:
         return "(" + ", ".join(describe(item) for item in value) + ")"
     return repr(value)
+
+
+def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
+    """A record as HTML that unfolds: a line for a leaf, a triangle for a node; neighbours that are alike share one.
+
+    Example:
+        >>> unfolded("w", ABSENT)
+        '<div style="font-family:monospace">w: ()</div>'
+    """
+    line = '<div style="font-family:monospace">'
+    if not isinstance(value, (tuple, dict)) or not len(value):
+        return f"{line}{html.escape(f'{name}: {describe(value)}')}</div>"
+    fields = value._fields if hasattr(value, "_fields") else value if isinstance(value, dict) else range(len(value))
+    groups: list[tuple[Any, Any, Any]] = []  # first name, last name, what they are
+    for field, item in zip(fields, value.values() if isinstance(value, dict) else value, strict=True):
+        if groups and isinstance(field, int) and describe(groups[-1][2]) == describe(item):
+            groups[-1] = (groups[-1][0], field, item)
+        else:
+            groups.append((field, field, item))
+    inner = "".join(unfolded(str(a) if a == b else f"{a} to {b}, each", item, opened=False) for a, b, item in groups)
+    kind = type(value).__name__ if type(value) is not tuple else f"{len(value)}"
+    title = html.escape(name if name == kind else f"{name}: {kind}")
+    return f"<details{' open' if opened else ''}>{SUMMARY}{title}</summary>{INDENT}{inner}</div></details>"
+
+
+SUMMARY = '<summary style="font-family:monospace;cursor:pointer">'
+INDENT = '<div style="margin-left:1.2em">'
 
 
 @record

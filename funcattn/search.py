@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from . import _checks, caches, randomness, sampling, tree
+from . import _checks, caches, progress, randomness, sampling, tree
 from .generation import generate
 from .records import ABSENT, Model, is_absent, record
 from .sampling import Sampler
@@ -100,7 +100,7 @@ def beam_search(
     improvable = torch.ones((), dtype=torch.bool, device=device)
     many = min(max(2, 1 + len(stop)) * beams, beams * V)
     law = sampling.law(sampler)
-    for step in range(steps):
+    for step in progress.track(range(steps), "searching"):
         log_p = vmap(law)(logits, states) + total.unsqueeze(-1)
         values, places = log_p.reshape(-1).topk(many)
         parent, token = places // V, places % V

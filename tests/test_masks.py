@@ -209,3 +209,27 @@ def test_mixing_with_booleans_names_dense(sign, dense_first):
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong()
+
+
+def test_a_picture_shows_what_the_dense_mask_shows():
+    mask = masks.causal(7) & (masks.window(7, 3) | masks.sinks(7, 1))
+    letters = ["".join(".#"[int(x)] for x in row) for row in mask.dense(7).int()]
+    assert masks.picture(mask).splitlines() == letters
+    assert str(mask).splitlines()[1:] == letters
+    svg = mask._repr_html_()
+    assert svg.count("fill-opacity") == int(mask.dense(7).sum())
+    assert "7 queries, 7 keys, 2 intervals a query" in svg
+
+
+def test_a_picture_of_a_long_mask_has_cells_that_are_seen_in_part():
+    lines = masks.picture(masks.causal(320)).splitlines()
+    assert len(lines) == 32
+    assert lines[0] == "+" + "." * 31
+    assert lines[31] == "#" * 31 + "+"
+
+
+def test_a_mask_under_vmap_is_described_and_not_drawn():
+    seen = []
+    torch.func.vmap(lambda n: (seen.append((str(masks.prefix(4, n)), masks.prefix(4, n)._repr_html_())), n)[1])(torch.arange(3))
+    assert "#" not in seen[0][0]
+    assert "<svg" not in seen[0][1]

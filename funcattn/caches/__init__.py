@@ -14,9 +14,10 @@ later logits into NaN.
     dense         Cache: one tensor, room reserved                 branching    Branch: a tail behind a shared prefix; follow, join
     paged         Pages: blocks, shared by forks                   windowed     Ring: a window and sinks, constant memory
     coded         QuantizedCache: 8 or 4 bits                      readonly     Memory: another sequence, never written
-    spreading     Spread: rows on many devices
+    spreading     Spread: rows on many devices                     pictures     pasts to look at
 """
 
+from . import pictures
 from .branching import Branch, follow, join
 from .coded import Coded, QuantizedCache, quantized
 from .dense import Cache
@@ -66,6 +67,7 @@ __all__ = [
     "join",
     "pages",
     "past",
+    "pictures",
     "quantized",
     "ring",
     "sizes",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, taps, transformer
+from ..progress import track
 from ..records import Model
 from ..transformer import Layer, Params, Parts
 
@@ -51,7 +52,7 @@ def walk(
         tokens: integers (T,), read in windows of 512; what is left over at the end is not.
         change: f(number, layer, feeds) -> layer. Called, feeds({taps}, gather) runs the layer as it was, and hands what goes into
             its matrices to gather(tap, rows (n, K)), a window at a time.
-        progress: called with the number of layers that are done, and of all.
+        progress: called with the number of layers that are done, and of all; None shows a line where somebody looks.
     """
     parts = transformer.parts_of(model)
     assert parts is not None
@@ -61,7 +62,7 @@ def walk(
     places = torch.arange(size, device=tokens.device)
     x = transformer.begin(config, params, windows, places)
     done = []
-    for i, layer in enumerate(params.layers):
+    for i, layer in enumerate(params.layers if progress is not None else track(params.layers, "calibrating layer")):
         kind = config.kind(i)
         shared = transformer.share(config, kind, places, None, x.dtype, True)
         run = lambda layer, x, kind=kind, shared=shared: transformer.block(

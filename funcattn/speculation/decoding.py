@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, randomness, sampling
+from .. import _checks, progress, randomness, sampling
 from ..generation import Streamed, _check, _check_length, _check_stops, _commit, _prefill, _Text
 from ..records import ABSENT, Model, is_absent, record
 from ..sampling import Sampler
@@ -108,7 +108,8 @@ def speculate(
     ends, places = tuple(stop), torch.arange(steps, device=prompt.device)
     tokens = count = last = None
     stats, past = None, cache
-    for turn in _rounds(key, model, params, drafter, prompt, cache, steps, sampler, ends, prompt_length, rule, chunk):
+    turns = _rounds(key, model, params, drafter, prompt, cache, steps, sampler, ends, prompt_length, rule, chunk)
+    for turn in progress.track(turns, "writing round"):
         if tokens is None or count is None:
             tokens = torch.where(places == 0, turn.last, 0)
             count = turn.kept

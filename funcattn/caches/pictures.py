@@ -1,0 +1,67 @@
+"""Pasts to look at: how much of the room is used, in a line when printed and as a bar in a notebook."""
+
+from typing import Any
+
+from .. import _checks, tree
+from ..records import unfolded
+from .branching import Branch
+from .coded import QuantizedCache
+from .dense import Cache
+from .paged import Pages
+from .protocol import capacity, sizes
+from .readonly import Memory
+from .windowed import Ring
+
+
+def line(cache: Any) -> str:
+    """A past in one line.
+
+    Example:
+        >>> import funcattn as fa
+        >>> line(fa.decoder(fa.Config()).cache(100))
+        'Cache: 0 of 100 tokens, 2 layers, 2 heads of 16, 50.5 KiB'
+    """
+    L, K, D = sizes(cache)
+    return f"{type(cache).__name__}: {_held(cache)}, {L} layers, {K} heads of {D}, {_bytes(tree.nbytes(cache))}"
+
+
+def bar(cache: Any) -> str:
+    """A past as HTML: a bar of what is remembered in what there is room for, and its tensors, folded."""
+    share = _share(cache)
+    inner = "" if share is None else f'<div style="width:{100 * share:.1f}%;height:100%;background:#3b6ea5"></div>'
+    frame = f'<div style="width:18em;height:.7em;border:1px solid #8888;margin:.2em 0">{inner}</div>'
+    return f"<div><small>{line(cache)}</small>{frame}{unfolded(type(cache).__name__, cache, opened=False)}</div>"
+
+
+def _held(cache: Any) -> str:
+    length = _checks.peek(cache.length)
+    if isinstance(cache, Branch):
+        prefix, own = (_checks.peek(part.length) for part in (cache.prefix, cache.own))
+        if prefix is not None and own is not None and not prefix.dim() and not own.dim():
+            return f"{int(prefix)} + {int(own)} of {capacity(cache)} tokens"
+    if length is None:
+        return f"room for {capacity(cache)} tokens"
+    if length.dim():
+        return f"{length.numel()} pasts of {int(length.min())} to {int(length.max())} tokens"
+    if int(length) < 0 or int(length) > 2**59:
+        return "given away, or beyond its capacity"
+    if isinstance(cache, (Ring, Memory)):
+        return f"{int(length)} tokens"
+    return f"{int(length)} of {capacity(cache)} tokens"
+
+
+def _share(cache: Any) -> float | None:
+    length = _checks.peek(cache.length)
+    if length is None or length.dim() or not capacity(cache):
+        return None
+    return min(1.0, max(0.0, int(length) / capacity(cache)))
+
+
+def _bytes(n: int) -> str:
+    power = min((max(n, 1).bit_length() - 1) // 10, 3)
+    return f"{n / 1024**power:.1f} {'KMG'[power - 1]}iB" if power else f"{n} B"
+
+
+for kind in (Cache, Branch, Pages, QuantizedCache, Ring, Memory):
+    setattr(kind, "__str__", line)
+    setattr(kind, "_repr_html_", bar)

@@ -1,0 +1,100 @@
+"""What takes longer than two seconds says so: one line on stderr, in a terminal and in a notebook alike, gone when it is done.
+
+    for window in track(windows, "reading"):        reading 12/40 #########.......... 9 s
+    with waiting("compiling"):                      compiling, 5 s
+
+Nothing is written where nobody looks (stderr is no terminal and there is no notebook), inside a transform of torch.compile, or
+where the environment has FUNCATTN_PROGRESS=0.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+PATIENCE = 2.0  # seconds in silence
+PAUSE = 0.2  # seconds between two lines
+WIDTH = 24  # of the bar, in letters
+
+
+def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
+    """The same items; once they have taken two seconds, a line says how far it is.
+
+    Args:
+        items: what is gone through.
+        what: a word for it.
+        total: how many there are, where `len(items)` does not say.
+
+    Example:
+        >>> list(track([1, 2, 3], "counting"))
+        [1, 2, 3]
+    """
+    if torch.compiler.is_compiling() or not watched():
+        return items
+    count = total if total is not None else len(items) if hasattr(items, "__len__") else None  # pyright: ignore[reportArgumentType]
+    return _told(items, what, count)
+
+
+def _told(items: Iterable[Item], what: str, total: int | None) -> Iterator[Item]:
+    begun = time.monotonic()
+    due, told = begun + PATIENCE, False
+    try:
+        for n, item in enumerate(items):
+            if (now := time.monotonic()) >= due:
+                due, told = now + PAUSE, True
+                _write(_line(what, n, total, now - begun))
+            yield item
+    finally:
+        if told:
+            _write("")
+
+
+def _line(what: str, n: int, total: int | None, seconds: float) -> str:
+    if not total:
+        return f"{what} {n}, {seconds:.0f} s"
+    full = WIDTH * min(n, total) // total
+    return f"{what} {n}/{total} {'#' * full}{'.' * (WIDTH - full)} {seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A line that counts seconds, from the second one on, while one call takes its time."""
+    if torch.compiler.is_compiling() or not watched():
+        yield
+        return
+    over, begun, told = threading.Event(), time.monotonic(), False
+
+    def tell() -> None:
+        nonlocal told
+        pause = PATIENCE
+        while not over.wait(pause):
+            told, pause = True, 1.0
+            _write(f"{what}, {time.monotonic() - begun:.0f} s")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+        if told:
+            _write("")
+
+
+def watched() -> bool:
+    """True where somebody may look: stderr is a terminal, or this is a notebook."""
+    if os.environ.get("FUNCATTN_PROGRESS") == "0":
+        return False
+    return "ipykernel" in sys.modules or bool(getattr(sys.stderr, "isatty", bool)())
+
+
+def _write(line: str) -> None:
+    print(f"\r{line:<72}", end="" if line else "\r", file=sys.stderr, flush=True)

@@ -1,0 +1,110 @@
+"""The package as others get it: built, installed where nothing of the checkout is, and tried without what only developers have."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DEVELOPERS = (
+    "hypothesis",
+    "pytest",
+    "transformers",
+    "matplotlib",
+    "mkdocs",
+    "jupytext",
+    "nbformat",
+    "tqdm",
+    "huggingface_hub",
+    "lm_eval",
+)
+TRIAL = f"""
+import importlib.util, sys
+from pathlib import Path
+
+class Refused:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {DEVELOPERS!r}:
+            return importlib.util.spec_from_loader(name, self)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        raise ImportError(f"{{module.__name__}} is for developers")
+
+sys.meta_path.insert(0, Refused())
+import torch, funcattn as fa
+from torch.func import vmap
+assert Path(fa.__file__).is_relative_to(sys.argv[1]), fa.__file__
+assert (Path(fa.__file__).parent / "py.typed").exists()
+config, params, tokenizer = fa.load("smollm2-135m")
+model = fa.decoder(config)
+prompt = torch.tensor(tokenizer.encode("The capital of France is"))
+write = lambda key: fa.generate(key, model, params, prompt, steps=2)[0]
+print(tokenizer.decode(vmap(write)(fa.split(fa.key(0)))[0]))
+small = fa.quantize(fa.int8)(params)
+fa.save(sys.argv[1] + "/saved", config, small, tokenizer)
+assert fa.tree.paths(fa.load(sys.argv[1] + "/saved").params) == fa.tree.paths(small)
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with a source distribution, and a wheel that was made of it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(built):
+    (wheel,) = built.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "funcattn/py.typed" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"funcattn"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "funcattn").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+
+
+def test_the_source_distribution_holds_what_its_tests_need(built):
+    (source,) = built.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "funcattn/__init__.py", "tests/conftest.py", "benchmarks/_timing.py"} <= names
+    assert not [name for name in names if name.startswith(("notebooks", "site", ".venv"))]
+
+
+@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
+def test_what_is_installed_elsewhere_writes_and_saves(built, tmp_path, pattern):
+    (package,) = built.glob(pattern)
+    place = tmp_path / "installed"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--target",
+        str(place),
+    ]
+    done = subprocess.run([*install, str(package)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    environment = os.environ | {"PYTHONPATH": str(place)}
+    command = [sys.executable, "-W", "error::SyntaxWarning", "-c", TRIAL, str(place)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "Paris."
+    shown = [sys.executable, "-m", "funcattn", "--help"]
+    done = subprocess.run(shown, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "generate" in done.stdout
