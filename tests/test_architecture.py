@@ -25,7 +25,7 @@ FLOORS = [
         "taps",
         "packing",
     },  # packing: quantization's arithmetic (`codecs` is the standard library's)
-    {"kernels"},
+    {"kernels", "native"},
     {"layers"},
     {"caches", "sampling", "quantization"},
     {"transformer", "low_rank"},

@@ -41,9 +41,13 @@ class Request:
     wants_lse: bool = False
     lead: tuple[int, ...] = ()
 
-    @functools.cached_property
+    @property
     def causal(self) -> bool:
         """True where the mask is known to be the plain causal one, found by looking at its 2 T numbers: on a GPU, by waiting."""
+        return not torch.compiler.is_compiling() and self._causal  # a compiler sees no numbers, nor the lock of a cached property
+
+    @functools.cached_property
+    def _causal(self) -> bool:
         if not isinstance(self.mask, Mask) or self.bias is not None:
             return False
         start, stop = _checks.value(self.mask.start), _checks.value(self.mask.stop)
