@@ -72,7 +72,8 @@ def test_a_step_compiles_to_one_graph(make, kernel):
     one = step(fa.decoder(CONFIG, kernel=kernel), optimizer)
     compiled = torch.compile(one, fullgraph=True, backend=counter)
     with torch.no_grad():
-        close(taken(compiled, params, optimizer.init(params), 4), taken(one, params, optimizer.init(params), 4), 1e-4)
+        expected = taken(one, params, optimizer.init(params), 4)  # first: functools.singledispatch remembers the types it met
+        close(taken(compiled, params, optimizer.init(params), 4), expected, 1e-4)
     assert counter.frame_count == 1  # the count of steps is a tensor, so no step is a graph of its own
 
 
