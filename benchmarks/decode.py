@@ -1,6 +1,7 @@
 """How fast does the decoder write, against transformers and the speed at which this machine reads memory?
 
     python benchmarks/decode.py [--threads 2] [--tokens 120] [--rounds 9]
+    python benchmarks/decode.py --cuda [--past 1024]
 
 SmolLM2-135M, batch one, a chat of 44 tokens. First token by token: all float32 candidates write the same text, and take turns at
 each token of it, so that a neighbour that wakes up wakes up for all. "By rows" is the same tree with each matrix stored row after
@@ -8,18 +9,23 @@ row, as in the file: equal shapes and numbers in another order than `fa.load` gi
 many bytes as the weights have. llama.cpp, where xllamacpp is installed, decodes the file's own Q4_1 blocks, by its own clock.
 Then steps behind 500 tokens in pasts with more and more room, and, whole, 16 tokens by either `generate` behind a past that each
 has read before. Prefill and loading come last.
+
+On a GPU the question is another one: a random model of the shape of Llama 2 7B, in bfloat16, int8 and int4, one step recorded as
+a CUDA graph, and the share of the measured memory bandwidth (MBU) at which it reads its weights and its past.
 """
 
 import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 import transformers
+from _cuda import milliseconds, read_ceiling, require
 from _timing import Timing, interleave
 
 import funcattn as fa
@@ -33,7 +39,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cuda", action="store_true", help="a random 7B model on a GPU instead")
+    parser.add_argument("--past", type=int, default=1024, help="tokens that the step on a GPU reads")
     options = parser.parse_args()
+    if options.cuda:
+        return on_gpu(options.past)
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -49,6 +59,43 @@ def main() -> None:
         prefill(loaded, peer, prompt.repeat(1 + T // len(prompt))[:T], options)
     print("\nload from GGUF")
     interleave({"fa.load": partial(fa.load, "smollm2-135m")}, repeats=5, warmup=1)
+
+
+def on_gpu(remembered: int) -> None:
+    """A step of a 7B model, as one CUDA graph, by scheme."""
+    print(f"{require('decode --cuda')}, torch {torch.__version__}, a step behind {remembered} tokens")
+    torch._inductor.config.coordinate_descent_tuning = True  # products with one vector become sums that read codes as they are
+    bandwidth = read_ceiling()
+    print(f"GEMV reads {bandwidth:.0f} GB/s")
+    config = fa.Config(
+        vocabulary=32000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, feed_forward=11008, context=4096, tied=False
+    )
+    model = fa.decoder(config)
+    with torch.device("cuda"), torch.no_grad():
+        params = fa.cast(torch.bfloat16)(model.init(fa.key(0)))
+        past = model.cache(2 * remembered, dtype=torch.bfloat16)._replace(length=torch.tensor(remembered))
+        for name, scheme in (("bfloat16", None), ("int8", fa.int8), ("int4", fa.int4)):
+            weights = params if scheme is None else fa.quantize(scheme)(params)
+            wall = milliseconds(recorded(torch.compile(model.extend, fullgraph=True), weights, torch.tensor([1]), past))
+            read = fa.tree.nbytes(weights) - fa.tree.nbytes(weights.embedding) + past.k.nbytes  # half of the room of k and of v
+            print(
+                f"{name:<9} {wall:>7.2f} ms a token, {1e3 / wall:>6.1f} tokens/s, MBU {read / wall / 1e6 / bandwidth:.2f}",
+                flush=True,
+            )
+
+
+def recorded(step: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
+    """A step as a CUDA graph: run three times beside, then recorded."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*arguments)
+    return graph.replay
 
 
 def of_transformers(loaded: fa.Loaded) -> transformers.PreTrainedModel:
