@@ -9,7 +9,7 @@ floats is, whatever the dtype of the vector. A tile is 16 rows, a block of it 16
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -170,10 +170,13 @@ def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tenso
         return torch.ops.funcattn.products(blocks, scales, x)
 
 
-def _mapped(info: object, in_dims: tuple, blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> tuple[Tensor, int]:
-    """More vectors of the same matrices; matrices that are mapped are products of floats."""
+def _mapped(info: Any, in_dims: tuple[Any, ...], blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> tuple[Tensor, int]:
+    """More vectors of the same matrices; of matrices that are mapped, one after the other."""
     of_blocks, of_scales, of_x = in_dims
     if of_x is not None and all(d is None for d in (*of_blocks, *of_scales)):
         x = x.movedim(of_x, 0)
         return torch.ops.funcattn.products(blocks, scales, x.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
-    return torch.func.vmap(_plain, in_dims)(blocks, scales, x), 0
+    one = lambda t, d, n: t if d is None else t.select(d, n)
+    many = lambda tensors, dims, n: [one(t, d, n).contiguous() for t, d in zip(tensors, dims, strict=True)]
+    each = [(many(blocks, of_blocks, n), many(scales, of_scales, n), one(x, of_x, n).contiguous()) for n in range(info.batch_size)]
+    return torch.stack([torch.ops.funcattn.products(*parts) for parts in each]), 0
