@@ -282,7 +282,7 @@ class _Forms:
 
     def of(self, stack: Sequence[Layer], T: int) -> _Prepared:
         """For products with T vectors."""
-        leaves = [leaf for layer in stack for name in MATRICES for leaf in _tensors(getattr(layer, name))]
+        leaves = tree.leaves([[getattr(layer, name) for name in MATRICES] for layer in stack])
         versions = [0 if leaf.is_inference() else leaf._version for leaf in leaves]
         refs, before, forms = self.held.get(T, ((), (), None))
         if forms is not None and before == versions and all(have() is leaf for have, leaf in zip(refs, leaves, strict=True)):
@@ -291,12 +291,6 @@ class _Forms:
         held = self.held  # not self: what is held goes with the weights, and with the model
         self.held[T] = [ref(leaf, lambda _: held.pop(T, None)) for leaf in leaves], versions, forms
         return forms
-
-
-def _tensors(weight: Any) -> Sequence[Tensor]:
-    if isinstance(weight, Tensor):
-        return (weight,)
-    return [leaf for field in weight for leaf in _tensors(field)]
 
 
 def _prepared(layer: Layer, T: int) -> dict[str, Any]:

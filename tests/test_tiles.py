@@ -9,7 +9,7 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 import funcattn as fa
 from funcattn.layers import linear, linears
 from funcattn.quantization import Int4, Int8, expand, tiles
-from funcattn.quantization.tiles import Tiles, expand_tiles, products, tile_int4, tile_int8
+from funcattn.quantization.tiles import expand_tiles, products, tile_int4, tile_int8
 from funcattn.testing import strategies
 
 needs_operator = pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing())
@@ -39,6 +39,10 @@ def encode(scheme, w):
 
 def tile(record):
     return tile_int4(*record) if isinstance(record, Int4) else tile_int8(*record)
+
+
+def whole(weight, K):
+    return expand_tiles(*weight, weight.rows, K)
 
 
 @pytest.fixture
@@ -73,12 +77,12 @@ def allowed(record, x):
 def test_tiles_hold_the_matrix_bit_for_bit(scheme):
     for N, K in ((16, 64), (33, 64), (7, 128), (40, 192)):
         record = encode(scheme, matrix(1, N, K))
-        assert torch.equal(expand_tiles(*tile(record), K), expand(record))
+        assert torch.equal(whole(tile(record), K), expand(record))
 
 
 def test_rows_of_any_length_have_one_scale():
     record = fa.int8.encode(matrix(1, 5, 50))
-    assert torch.equal(expand_tiles(*tile_int8(*record), 50), expand(record))
+    assert torch.equal(whole(tile_int8(*record), 50), expand(record))
 
 
 @each_instruction
@@ -186,7 +190,7 @@ def test_every_derivative_is_that_of_the_matrix(scheme):
 def test_matrices_that_are_mapped_are_each_their_own():
     records = [fa.int4.encode(matrix(n, 20, 64)) for n in range(3)]
     stacked, x = fa.tree.stack([tile(r) for r in records]), matrix(5, 64)
-    found = vmap(lambda blocks, scale: linear(Tiles(blocks, scale), x))(*stacked)
+    found = vmap(lambda weight: linear(weight, x))(stacked)
     torch.testing.assert_close(found, torch.stack([expand(r) @ x for r in records]))
 
 
@@ -197,9 +201,9 @@ def test_the_compiler_keeps_it_as_one_node(T):
     assert torch.equal(fast(x), linear(weight, x * 2) + 1)
     y = x.clone().requires_grad_()
     fast(y).sum().backward()
-    torch.testing.assert_close(y.grad, 2 * expand_tiles(*weight, 64).sum(0).expand(T, 64), rtol=1e-5, atol=1e-4)
-    torch.library.opcheck(torch.ops.funcattn.products.default, ([weight.blocks], [weight.scale], x), test_utils="test_schema")
-    torch.library.opcheck(torch.ops.funcattn.products.default, ([weight.blocks], [weight.scale], x), test_utils="test_faketensor")
+    torch.testing.assert_close(y.grad, 2 * whole(weight, 64).sum(0).expand(T, 64), rtol=1e-5, atol=1e-4)
+    torch.library.opcheck(torch.ops.funcattn.products.default, ([weight.blocks], [], [24], x), test_utils="test_schema")
+    torch.library.opcheck(torch.ops.funcattn.products.default, ([weight.blocks], [], [24], x), test_utils="test_faketensor")
 
 
 def test_sizes_and_places_that_it_does_not_take():
@@ -209,12 +213,14 @@ def test_sizes_and_places_that_it_does_not_take():
 
 
 BAD = {
-    "blocks": (lambda w, x: ([w.blocks[..., 1:].contiguous()], [w.scale], x), "are of no kind"),
-    "columns": (lambda w, x: ([w.blocks], [w.scale], x[:, :32].contiguous()), "blocks should be contiguous uint8"),
-    "rows": (lambda w, x: ([w.blocks], [w.scale[:8]], x), "of as many tiles as the blocks"),
-    "dtype": (lambda w, x: ([w.blocks], [w.scale], x.double()), "x should be contiguous float32"),
-    "strides": (lambda w, x: ([w.blocks], [w.scale], x.mT), "x should be contiguous float32"),
-    "count": (lambda w, x: ([w.blocks], [], x), "as many scales as blocks"),
+    "blocks": (lambda w, x: ([w.blocks[..., 1:].contiguous()], [], [24], x), "are of no kind"),
+    "columns": (lambda w, x: ([w.blocks], [], [24], x[:, :32].contiguous()), "blocks should be contiguous uint8"),
+    "rows": (lambda w, x: ([w.blocks], [], [16], x), "as many as the tiles have"),
+    "no scale": (lambda w, x: ([w.blocks.new_zeros(2, 2, 512)], [], [24], x), "a scale for each row"),
+    "a short scale": (lambda w, x: ([w.blocks.new_zeros(2, 2, 512)], [x[0, :23].clone()], [24], x), "one for each row"),
+    "dtype": (lambda w, x: ([w.blocks], [], [24], x.double()), "x should be contiguous float32"),
+    "strides": (lambda w, x: ([w.blocks], [], [24], x.mT), "x should be contiguous float32"),
+    "count": (lambda w, x: ([w.blocks], [], [], x), "as many rows as blocks"),
 }
 
 
