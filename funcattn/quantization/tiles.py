@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
 
 @functools.cache
 def missing() -> str:
-    """"" where the operator runs, else why not."""
+    """ "" where the operator runs, else why not."""
     reason = native.load()
     if not reason:
         torch.library.register_fake("funcattn::products", _like)
@@ -60,7 +60,10 @@ def missing() -> str:
 
 
 def tile_int8(codes: Tensor, scale: Tensor) -> Tiles | None:
-    """For int8 codes (N, K) and scales (N, G): one a row, or for groups of whole blocks. None for others, or without the operator."""
+    """For int8 codes (N, K) and scales (N, G): one a row, or for groups of whole blocks. None for others, and without the operator.
+
+    Law: the tiles stand for the same matrix, bit for bit (test_tiles.py::test_tiles_hold_the_matrix_bit_for_bit).
+    """
     if not _is_served(codes, scale):
         return None
     N, K = codes.shape
@@ -78,7 +81,7 @@ def tile_int8(codes: Tensor, scale: Tensor) -> Tiles | None:
 
 
 def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Tiles | None:
-    """For codes (N, K / 2) as `packing` packs them, in groups of whole blocks. None for others, or without the operator."""
+    """For codes (N, K / 2) as `packing` packs them, in groups of whole blocks. None for others, and without the operator."""
     if not _is_served(codes, scale):
         return None
     (N, half), G = codes.shape, scale.shape[-1]
@@ -155,7 +158,12 @@ together[Tiles] = _several
 
 
 def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
-    """Several matrices times the same x (*lead, K), behind each other: (*lead, N1 + N2 + ...)."""
+    """Several matrices times the same x (*lead, K), behind each other: (*lead, N1 + N2 + ...).
+
+    Where x is not finite in a block the whole row of the result is NaN.
+
+    Law: as near to the product with the matrices as that of float32 (test_tiles.py::test_a_product_is_as_near_as_that_of_floats).
+    """
     flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
     blocks, rows = [weight.blocks for weight in weights], [weight.rows for weight in weights]
     scales = [weight.scale for weight in weights if _has_row_scale(weight.blocks)]
