@@ -61,7 +61,7 @@ def allowed(record, x):
     """How far a product may be from the exact one, for each output.
 
     A number of x is off by at most 2^-23 of the largest of its block (half a step of 1 / 8355708, and two roundings). For each
-    block there are then a handful of roundings in float32, of terms no larger than 15 |scale| and |zero| (with codes of 8 bits, than
+    block there are then a handful of roundings in float32, of terms no larger than 15 |scale| and |zero| (with 8 bits, than
     |w|: their integers are exact) times |x|, and one more of the sum so far.
     """
     wide, K = x.double().abs(), x.shape[-1]
