@@ -210,6 +210,9 @@ def test_sizes_and_places_that_it_does_not_take():
     assert tile(fa.int4(group=16).encode(matrix(0, 32, 64))) is None
     assert tile(fa.int8(group=8).encode(matrix(0, 32, 64))) is None
     assert tile(fa.tree.to("meta")(fa.int8.encode(matrix(0, 32, 64)))) is None
+    many = tiles.most_rows(4)
+    assert tile_int4(*fa.int4.encode(matrix(0, 32, 64)), rows=many) is not None
+    assert tile_int4(*fa.int4.encode(matrix(0, 32, 64)), rows=many + 1) is None
 
 
 BAD = {

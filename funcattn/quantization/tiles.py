@@ -22,6 +22,8 @@ from ..layers.prepared import kept
 from ..records import ABSENT, is_absent, record
 
 ROWS, COLUMNS = 16, 32  # of a block
+FEWEST = 1  # row for which every processor is faster with it
+AVX512 = 2  # as the operator numbers its sets of instructions
 FORMS = {  # bytes of a block: bits of a code, dtype of scales (None: one a row), whether zeros follow, what code stands for 0
     512: (8, None, False, 128),
     544: (8, torch.float16, False, 128),
@@ -56,15 +58,26 @@ def missing() -> str:
         torch.library.register_fake("funcattn::products", _like)
         torch.library.register_vmap("funcattn::products", _mapped)
         _library.impl("products", _differentiated, "Autograd")
+        _instructions()
     return reason
 
 
-def tile_int8(codes: Tensor, scale: Tensor) -> Tiles | None:
-    """For int8 codes (N, K) and scales (N, G): one a row, or for groups of whole blocks. None for others, and without the operator.
+def most_rows(bits: int) -> int:
+    """Up to how many rows the operator is faster than expanding the matrix and multiplying floats.
+
+    With AVX-512 VNNI always, by 2 to 3 at 512 rows; AVX2 has no product of bytes that cannot overflow.
+    """
+    return 2**31 if _instructions() == AVX512 else {4: 8, 8: FEWEST}[bits]
+
+
+def tile_int8(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
+    """For int8 codes (N, K) and scales (N, G): one a row, or for groups of whole blocks; None for others.
+
+    None without the operator too, and for more rows than it multiplies faster than the library does floats.
 
     Law: the tiles stand for the same matrix, bit for bit (test_tiles.py::test_tiles_hold_the_matrix_bit_for_bit).
     """
-    if not _is_served(codes, scale):
+    if not _is_served(codes, rows, 8):
         return None
     N, K = codes.shape
     by_row = scale.shape[-1] == 1
@@ -80,9 +93,9 @@ def tile_int8(codes: Tensor, scale: Tensor) -> Tiles | None:
     return kept([codes, scale], make, "tiles")
 
 
-def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Tiles | None:
-    """For codes (N, K / 2) as `packing` packs them, in groups of whole blocks. None for others, and without the operator."""
-    if not _is_served(codes, scale):
+def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> Tiles | None:
+    """For codes (N, K / 2) as `packing` packs them, in groups of whole blocks; None for others, and where tile_int8 says."""
+    if not _is_served(codes, rows, 4):
         return None
     (N, half), G = codes.shape, scale.shape[-1]
     if 2 * half // G % COLUMNS:
@@ -100,8 +113,15 @@ def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Tiles | None:
     return kept([codes, scale, zero], make, "tiles")
 
 
-def _is_served(codes: Tensor, scale: Tensor) -> bool:
-    return codes.dim() == 2 and codes.device.type == "cpu" and codes.numel() > 0 and not missing()
+def _is_served(codes: Tensor, rows: int, bits: int) -> bool:
+    if codes.dim() != 2 or codes.device.type != "cpu" or not codes.numel() or missing():
+        return False
+    return rows <= FEWEST or rows <= most_rows(bits)
+
+
+@functools.cache
+def _instructions() -> int:
+    return torch.ops.funcattn.instructions(-1)
 
 
 def _rows_of(N: int) -> Any:
