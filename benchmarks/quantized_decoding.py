@@ -3,8 +3,8 @@
     python benchmarks/quantized_decoding.py [--threads 1] [--turns 12]
 
 SmolLM2-135M, batch one, behind a chat of 44 tokens, compiled and eager; "blocks" are those of the GGUF file as they are. Candidates
-take turns of 8 tokens: were they to change at every token, each would find the caches filled by the others, and a model that reads a
-fifth of the bytes would pay most for it. MBU is the bytes of the weights over the time, as a share of the bandwidth at which one
+take turns of 8 tokens: were they to change at every token, each would find the caches filled by the others, and a model that reads
+a fifth of the bytes would pay most for it. MBU is the bytes of the weights over the time, as a share of the bandwidth at which one
 matrix-vector product reads float32. Then a step of 5 tokens beside one of 1, as where drafts are verified. llama.cpp, where
 xllamacpp is installed, decodes the file by its own clock, before and after. Where other programs take the processor, CPU time says
 more than wall time: both are printed.
