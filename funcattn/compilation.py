@@ -268,7 +268,7 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
 
 
 class _Prepared(NamedTuple):
-    """Of some layers: the matrices that have another form, and the kinds of all."""
+    """Of some layers: the matrices that have another form; and what tells trees apart by what is compiled for them."""
 
     prepared: tuple[dict[str, Any], ...]
     kinds: tuple[tuple[Any, ...], ...]
@@ -282,21 +282,17 @@ class _Forms:
 
     def of(self, stack: Sequence[Layer], T: int) -> _Prepared:
         """For products with T vectors."""
-        leaves = [leaf for layer in stack for name in MATRICES for leaf in _tensors(getattr(layer, name))]
+        leaves = tree.leaves(stack)
         versions = [0 if leaf.is_inference() else leaf._version for leaf in leaves]
         refs, before, forms = self.held.get(T, ((), (), None))
         if forms is not None and before == versions and all(have() is leaf for have, leaf in zip(refs, leaves, strict=True)):
             return forms
-        forms = _Prepared(tuple(_prepared(layer, T) for layer in stack), tuple(_kinds_of(layer, T) for layer in stack))
+        prepared = tuple(_prepared(layer, T) for layer in stack)
+        kinds = tuple(_kind_of(layer._replace(**form)) for layer, form in zip(stack, prepared, strict=True))
+        forms = _Prepared(prepared, kinds)
         held = self.held  # not self: what is held goes with the weights, and with the model
         self.held[T] = [ref(leaf, lambda _: held.pop(T, None)) for leaf in leaves], versions, forms
         return forms
-
-
-def _tensors(weight: Any) -> Sequence[Tensor]:
-    if isinstance(weight, Tensor):
-        return (weight,)
-    return [leaf for field in weight for leaf in _tensors(field)]
 
 
 def _prepared(layer: Layer, T: int) -> dict[str, Any]:
@@ -305,12 +301,8 @@ def _prepared(layer: Layer, T: int) -> dict[str, Any]:
     return {name: form for name, form in forms.items() if form is not getattr(layer, name)}
 
 
-def _kinds_of(layer: Layer, T: int) -> tuple[Any, ...]:
-    """What tells weights apart by what is compiled for them: a record is another graph than a matrix."""
-    return tuple(_kind_of(layers.prepare(getattr(layer, name), T)) for name in MATRICES)
-
-
 def _kind_of(weight: Any) -> Any:
+    """Of all leaves: a record is another graph than a matrix, and a bias that is there than one that is not."""
     return weight.dtype if isinstance(weight, Tensor) else (type(weight), *map(_kind_of, weight))
 
 

@@ -20,6 +20,7 @@ FLOORS = [
     {"records", "tree", "randomness", "progress", "_checks", "_autodiff"},
     {
         "masks",
+        "native",
         "collectives",
         "rematerialization",
         "taps",

@@ -187,6 +187,43 @@ def test_one_graph_serves_a_bucket_and_every_prompt(made):
     assert len(seen) == 3
 
 
+def test_records_are_compiled_once(made):
+    """Tracing once changed what `linear` remembers of types, and all was compiled again at the second call."""
+    model, seen = made("llama")[0], []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    params = fa.quantize(fa.nf4(group=8))(model.init(fa.key(0)))  # of a kind that no other test here has met
+    fast = fa.compile(model, backend=backend)
+    for size in (9, 9, 30):
+        fast.extend(params, tokens(1), model.apply(params, tokens(4), model.cache(size))[1])
+    assert len(seen) == 3  # layers behind 9 rows and behind 30, and the head
+
+
+def test_weights_that_differ_in_what_is_absent_or_shared_are_told_apart(made):
+    """The guards that would tell are left out: the form of the call does."""
+    model, params = made("llama")[0], made("llama")[2]
+    fast, token = fa.compile(model, backend="eager"), tokens(1)
+    of = lambda m, params: m.extend(params, token, model.cache(3, dtype=torch.float64))[0]
+    change = lambda **fields: params._replace(layers=tuple(layer._replace(**fields) for layer in params.layers))
+    first = params.layers[0]
+    trees = [
+        params,
+        change(k=first.v),  # one tensor in two places, and then two of the same sizes
+        params,
+        change(q_bias=torch.ones(32, dtype=torch.float64)),
+        change(attention_norm=first.attention_norm[:1].expand(32)),  # of another stride
+        params,
+    ]
+    for tree in trees:
+        torch.testing.assert_close(of(fast, tree), of(model, tree))
+    fewer = fa.compile(model, backend="eager")
+    for tree in (change(k=first.v), params):
+        torch.testing.assert_close(of(fewer, tree), of(model, tree))
+
+
 def test_a_weight_that_was_written_into_is_read_anew(made):
     model, params = made("llama")[0], fa.tree.map(lambda w: w.clone(), made("llama")[2])
     fast = fa.compile(model, backend="eager")

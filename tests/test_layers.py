@@ -153,6 +153,17 @@ def test_linear_and_embed_take_a_tensor_or_the_record_of_a_user():
         assert torch.equal(layers.embed(weight, ids), W[ids])
 
 
+def test_several_weights_times_the_same_vectors_are_each_of_them(monkeypatch):
+    several, x, calls = [normal(0, 5, 3), Doubled(normal(1, 4, 3)), normal(2, 2, 3)], normal(3, 2, 3), []
+    each = [layers.linear(weight, x) for weight in several]
+    assert all(torch.equal(found, one) for found, one in zip(layers.linears(several, x), each, strict=True))
+    monkeypatch.setitem(layers.together, Doubled, lambda weights, x: calls.append(weights) or tuple(x for _ in weights))
+    assert layers.linears([several[1], several[1]], x)[1] is x
+    assert len(calls) == 1
+    assert all(torch.equal(found, one) for found, one in zip(layers.linears(several, x), each, strict=True))  # of two kinds
+    assert len(calls) == 1
+
+
 def test_a_decoder_runs_on_the_record_of_a_user():
     model = fa.decoder(fa.Config(layers=1))
     params = model.init(fa.key(0))

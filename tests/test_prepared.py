@@ -8,7 +8,7 @@ import torch
 import funcattn as fa
 from funcattn.layers import linear, prepare
 from funcattn.layers.prepared import _kept
-from funcattn.quantization import expand
+from funcattn.quantization import expand, tiles
 from funcattn.quantization.packed import PackedDynamic, PackedInt4, PackedInt8
 
 
@@ -25,15 +25,25 @@ def test_a_matrix_is_stored_by_rows_for_one_vector_alone():
         assert prepare(other, 1) is other
 
 
+@pytest.fixture(params=[False, True], ids=["torch's kernels", "tiles"])
+def tiled(request, monkeypatch):
+    """Whether the operator of funcattn.native is there."""
+    if request.param and tiles.missing():
+        pytest.skip(tiles.missing())
+    if not request.param:
+        monkeypatch.setattr(tiles, "missing", lambda: "as a test wants it")
+    return request.param
+
+
 SCHEMES = {"int8": (fa.int8, PackedInt8), "int4": (fa.int4, PackedInt4), "w8a8": (fa.w8a8, PackedDynamic)}
 
 
 @pytest.mark.parametrize(("scheme", "kind"), SCHEMES.values(), ids=SCHEMES)
 @pytest.mark.parametrize("rows", [2, 5, 16])
-def test_what_is_prepared_multiplies_alike(scheme, kind, rows):
+def test_what_is_prepared_multiplies_alike(scheme, kind, rows, tiled):
     weight, x = scheme.encode(matrix(0, 32, 64)), matrix(1, rows, 64)
     packed = prepare(weight, rows)
-    assert isinstance(packed, kind)
+    assert isinstance(packed, tiles.Tiles if tiled and kind is not PackedDynamic else kind)
     assert torch.equal(linear(packed, x), linear(weight, x))  # both by the same kernel
     exact = x @ expand(weight).mT
     assert (linear(packed, x) - exact).norm() < 0.01 * exact.norm()  # bfloat16, or half a step of 127
@@ -43,22 +53,24 @@ def test_what_is_prepared_multiplies_alike(scheme, kind, rows):
 @pytest.mark.parametrize(
     ("scheme", "sizes"), [(fa.int4, (20, 64)), (fa.int4(group=16), (32, 64)), (fa.int8(group=32), (32, 64))], ids=str
 )
-def test_sizes_that_the_kernel_does_not_take_stay(scheme, sizes):
+def test_sizes_that_the_kernel_does_not_take_stay(scheme, sizes, tiled):
     weight = scheme.encode(matrix(0, *sizes))
-    assert prepare(weight, 4) is weight
+    served = tiled and scheme is not fa.int4(group=16) and (getattr(scheme, "group", None) or 32) % 32 == 0
+    assert (prepare(weight, 4) is weight) is not served
+    assert (prepare(weight, 40) is weight) is not (served and tiles.most_rows(4) >= 40)
 
 
-def test_it_is_made_once_and_forgotten_with_its_weight():
+def test_it_is_made_once_and_forgotten_with_its_weight(tiled):
     gc.collect()
     before = len(_kept)
     weight = fa.int4.encode(matrix(0, 32, 64))
     first = prepare(weight, 1)
     assert len(_kept) == before + 1
-    assert prepare(weight, 4).codes is first.codes
+    assert prepare(weight, 4)[0] is first[0]
     other = weight._replace(scale=weight.scale * 2)  # the same codes with other scales are another matrix
     assert not torch.equal(linear(prepare(other, 4), matrix(1, 4, 64)), linear(first, matrix(1, 4, 64)))
     weight.scale.mul_(3.0)
-    assert not torch.equal(prepare(weight, 1).grid, first.grid)
+    assert any(not torch.equal(a, b) for a, b in zip(prepare(weight, 1), first, strict=True))
     del weight, other
     gc.collect()
     assert len(_kept) == before

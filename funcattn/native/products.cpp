@@ -167,25 +167,33 @@ void* aligned(std::unique_ptr<char[]>& room, size_t bytes) {
   return (void*)((uintptr_t(room.get()) + 63) / 64 * 64);
 }
 
-// Several matrices times the same vectors: x (T, K) float32 to (T, N1 + N2 + ...).
-Tensor products(std::vector<Tensor> blocks, std::vector<Tensor> scales, Tensor x) {
+// Several matrices times the same vectors: x (T, K) float32 to (T, N1 + N2 + ...). N are their rows; scales are of those that have
+// one a row, in order.
+Tensor products(std::vector<Tensor> blocks, std::vector<Tensor> scales, std::vector<int64_t> rows, Tensor x) {
   STD_TORCH_CHECK(chosen != NONE, "funcattn::products: the processor has no AVX2");
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == torch::headeronly::ScalarType::Float,
                   "funcattn::products: x should be contiguous float32 (T, K)");
-  STD_TORCH_CHECK(blocks.size() == scales.size(), "funcattn::products: as many scales as blocks");
+  STD_TORCH_CHECK(blocks.size() == rows.size(), "funcattn::products: as many rows as blocks");
   const int64_t T = x.size(0), K = x.size(1), B = (K + 31) / 32, L = int64_t(blocks.size());
   std::vector<int> kinds(L);
+  std::vector<const float*> by_row(L, nullptr);
+  size_t taken = 0;
   std::vector<int64_t> first(L + 1, 0), tiles(L + 1, 0);  // row of the result, and tile, at which a matrix begins
   int64_t bytes = 0;
   for (int64_t i = 0; i < L; i++) {
-    const Tensor &w = blocks[i], &s = scales[i];
+    const Tensor& w = blocks[i];
     STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && w.scalar_type() == torch::headeronly::ScalarType::Byte && w.size(1) == B,
                     "funcattn::products: blocks should be contiguous uint8 (tiles, blocks of K, bytes)");
+    STD_TORCH_CHECK(rows[i] >= 0 && w.size(0) == (rows[i] + 15) / 16, "funcattn::products: rows should be as many as the tiles have");
     kinds[i] = kind_of(w.size(2));
-    STD_TORCH_CHECK(w.size(0) == (s.size(0) + 15) / 16 && s.is_contiguous() && s.scalar_type() == torch::headeronly::ScalarType::Float,
-                    "funcattn::products: scales should be contiguous float32 (N, ...), of as many tiles as the blocks");
-    STD_TORCH_CHECK(kinds[i] != avx2::ROW8 || s.numel() == s.size(0), "funcattn::products: a scale for each row");
-    first[i + 1] = first[i] + s.size(0);
+    if (kinds[i] == avx2::ROW8) {
+      STD_TORCH_CHECK(taken < scales.size(), "funcattn::products: a scale for each row");
+      const Tensor& s = scales[taken++];
+      STD_TORCH_CHECK(s.is_contiguous() && s.scalar_type() == torch::headeronly::ScalarType::Float && s.numel() == rows[i],
+                      "funcattn::products: scales should be contiguous float32, one for each row");
+      by_row[i] = (const float*)s.data_ptr();
+    }
+    first[i + 1] = first[i] + rows[i];
     tiles[i + 1] = tiles[i] + w.size(0);
     bytes += w.numel();
   }
@@ -211,12 +219,10 @@ Tensor products(std::vector<Tensor> blocks, std::vector<Tensor> scales, Tensor x
       const int64_t high = (end < tiles[i + 1] ? end : tiles[i + 1]) - tiles[i];
       if (low >= high) continue;
       const uint8_t* const w = (const uint8_t*)blocks[i].data_ptr();
-      const float* const s = (const float*)scales[i].data_ptr();
-      const int64_t rows = first[i + 1] - first[i];
       if (chosen == AVX512)
-        avx512::rows_of[kinds[i]](w, s, {digits, sums, unit, total, B}, T, rows, low, high, to + first[i], N);
+        avx512::rows_of[kinds[i]](w, by_row[i], {digits, sums, unit, total, B}, T, rows[i], low, high, to + first[i], N);
       else
-        avx2::rows_of[kinds[i]](w, s, {digits, sums, unit, total, B}, T, rows, low, high, to + first[i], N);
+        avx2::rows_of[kinds[i]](w, by_row[i], {digits, sums, unit, total, B}, T, rows[i], low, high, to + first[i], N);
     }
   };
   const int64_t share = 1 + 65536 * tiles[L] / (bytes * T);  // of tiles that is worth waking a thread for
@@ -227,7 +233,7 @@ Tensor products(std::vector<Tensor> blocks, std::vector<Tensor> scales, Tensor x
 }  // namespace
 
 STABLE_TORCH_LIBRARY(funcattn, m) {
-  m.def("products(Tensor[] blocks, Tensor[] scales, Tensor x) -> Tensor");
+  m.def("products(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor x) -> Tensor");
   m.def("instructions(int wanted) -> int");
 }
 

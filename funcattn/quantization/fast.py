@@ -17,7 +17,7 @@ from torch import Tensor
 from .._autodiff import transforming
 from ..rematerialization import Flat, Remat, Whole, batched, pullback, pushforward
 
-FEW = 16  # rows up to which the fast kernels are: beyond, expanding the matrix once is the smaller cost
+FEW = 16  # rows up to which torch's kernels are faster: beyond, expanding the matrix once is the smaller cost
 
 
 class Routed(NamedTuple):
@@ -45,7 +45,7 @@ class Routed(NamedTuple):
 
 
 def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Any, x: Tensor) -> Tensor:
-    """plain(*weight, x), by fast(*weight, rows) where that kernel serves: a few rows of a floating x (rows, K).
+    """plain(*weight, x), by fast(*weight, rows) where that kernel serves: rows of a floating x (rows, K).
 
     Args:
         plain: exact, any x (*lead, K).
@@ -66,7 +66,7 @@ def _by_rows(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None]) -
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
         *fields, x = inputs
         rows = x.reshape(-1, x.shape[-1])
-        out = fast(*fields, rows) if 0 < len(rows) <= FEW and x.is_floating_point() else None
+        out = fast(*fields, rows) if len(rows) and x.is_floating_point() else None
         return (plain(*inputs) if out is None else out.reshape(*x.shape[:-1], -1),)
 
     return call

@@ -9,7 +9,7 @@ floats is, whatever the dtype of the vector. A tile is 16 rows, a block of it 16
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -19,9 +19,11 @@ from torch import Tensor
 from .. import native, packing
 from ..layers import linear, together
 from ..layers.prepared import kept
-from ..records import record
+from ..records import ABSENT, is_absent, record
 
 ROWS, COLUMNS = 16, 32  # of a block
+FEWEST = 1  # row for which every processor is faster with it
+AVX512 = 2  # as the operator numbers its sets of instructions
 FORMS = {  # bytes of a block: bits of a code, dtype of scales (None: one a row), whether zeros follow, what code stands for 0
     512: (8, None, False, 128),
     544: (8, torch.float16, False, 128),
@@ -34,26 +36,48 @@ FORMS = {  # bytes of a block: bits of a code, dtype of scales (None: one a row)
 
 @record
 class Tiles(NamedTuple):
-    """blocks uint8 (N / 16, K / 32, bytes), rounded up; scale float32 (N, 1) where there is one a row, else (N, 0)."""
+    """blocks uint8 (N / 16, K / 32, bytes), rounded up; scale float32 (N, 1) where there is one a row.
+
+    Where there is none it is (), or, if N is no multiple of 16, (N, 0): a tensor less is a guard less for compiled code.
+    """
 
     blocks: Tensor
-    scale: Tensor
+    scale: Any = ABSENT
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return ROWS * self.blocks.shape[-3] if is_absent(self.scale) else self.scale.shape[-2]
 
 
 @functools.cache
 def missing() -> str:
-    """"" where the operator runs, else why not."""
+    """ "" where the operator runs, else why not."""
     reason = native.load()
     if not reason:
         torch.library.register_fake("funcattn::products", _like)
         torch.library.register_vmap("funcattn::products", _mapped)
         _library.impl("products", _differentiated, "Autograd")
+        _instructions()
     return reason
 
 
-def tile_int8(codes: Tensor, scale: Tensor) -> Tiles | None:
-    """For int8 codes (N, K) and scales (N, G): one a row, or for groups of whole blocks. None for others, or without the operator."""
-    if not _is_served(codes, scale):
+def most_rows(bits: int) -> int:
+    """Up to how many rows the operator is faster than expanding the matrix and multiplying floats.
+
+    With AVX-512 VNNI always, by 2 to 3 at 512 rows; AVX2 has no product of bytes that cannot overflow.
+    """
+    return 2**31 if _instructions() == AVX512 else {4: 8, 8: FEWEST}[bits]
+
+
+def tile_int8(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
+    """For int8 codes (N, K) and scales (N, G): one a row, or for groups of whole blocks; None for others.
+
+    None without the operator too, and for more rows than it multiplies faster than the library does floats.
+
+    Law: the tiles stand for the same matrix, bit for bit (test_tiles.py::test_tiles_hold_the_matrix_bit_for_bit).
+    """
+    if not _is_served(codes, rows, 8):
         return None
     N, K = codes.shape
     by_row = scale.shape[-1] == 1
@@ -62,16 +86,16 @@ def tile_int8(codes: Tensor, scale: Tensor) -> Tiles | None:
         bytes_ = _blocks(codes.view(torch.uint8) ^ 128, 8)
         if by_row:
             return Tiles(bytes_, scale.float().clone())
-        return Tiles(torch.cat([bytes_, _numbers(_exact(scale), K)], -1), scale.new_empty(N, 0, dtype=torch.float32))
+        return Tiles(torch.cat([bytes_, _numbers(_exact(scale), K)], -1), _rows_of(N))
 
     if not by_row and (K % scale.shape[-1] or K // scale.shape[-1] % COLUMNS):
         return None
     return kept([codes, scale], make, "tiles")
 
 
-def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Tiles | None:
-    """For codes (N, K / 2) as `packing` packs them, in groups of whole blocks. None for others, or without the operator."""
-    if not _is_served(codes, scale):
+def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> Tiles | None:
+    """For codes (N, K / 2) as `packing` packs them, in groups of whole blocks; None for others, and where tile_int8 says."""
+    if not _is_served(codes, rows, 4):
         return None
     (N, half), G = codes.shape, scale.shape[-1]
     if 2 * half // G % COLUMNS:
@@ -84,13 +108,24 @@ def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Tiles | None:
         if wide[0].dtype != wide[1].dtype:
             wide = wide[0].float(), wide[1].float()
         after = [_numbers(part, 2 * half) for part in wide[: 1 if centered else 2]]
-        return Tiles(torch.cat([_blocks(numbers, 4), *after], -1), scale.new_empty(N, 0, dtype=torch.float32))
+        return Tiles(torch.cat([_blocks(numbers, 4), *after], -1), _rows_of(N))
 
     return kept([codes, scale, zero], make, "tiles")
 
 
-def _is_served(codes: Tensor, scale: Tensor) -> bool:
-    return codes.dim() == 2 and codes.device.type == "cpu" and codes.numel() > 0 and not missing()
+def _is_served(codes: Tensor, rows: int, bits: int) -> bool:
+    if codes.dim() != 2 or codes.device.type != "cpu" or not codes.numel() or missing():
+        return False
+    return rows <= FEWEST or rows <= most_rows(bits)
+
+
+@functools.cache
+def _instructions() -> int:
+    return torch.ops.funcattn.instructions(-1)
+
+
+def _rows_of(N: int) -> Any:
+    return torch.empty(N, 0) if N % ROWS else ABSENT
 
 
 def _exact(scale: Tensor) -> Tensor:
@@ -115,10 +150,10 @@ def _numbers(scale: Tensor, K: int) -> Tensor:
     return each.repeat_interleave(K // COLUMNS // G, 1).contiguous().view(torch.uint8)
 
 
-def expand_tiles(blocks: Tensor, scale: Tensor, K: int) -> Tensor:
+def expand_tiles(blocks: Tensor, scale: Any, N: int, K: int) -> Tensor:
     """The matrix (N, K) in float32 that tiles stand for."""
     bits, dtype, has_zero, offset = FORMS[blocks.shape[-1]]
-    size, N = ROWS * COLUMNS * bits // 8, len(scale)
+    size = ROWS * COLUMNS * bits // 8
     codes = blocks[..., :size].unflatten(-1, (-1, ROWS, 4))  # tiles, blocks, 8 or 4, rows, 4
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], 2)
@@ -136,16 +171,23 @@ def _(weight: Tiles, x: Tensor) -> Tensor:
 
 
 def _several(weights: Sequence[Tiles], x: Tensor) -> tuple[Tensor, ...]:
-    return products(weights, x).split([len(weight.scale) for weight in weights], -1)
+    return products(weights, x).split([weight.rows for weight in weights], -1)
 
 
 together[Tiles] = _several
 
 
 def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
-    """Several matrices times the same x (*lead, K), behind each other: (*lead, N1 + N2 + ...)."""
-    rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
-    y = torch.ops.funcattn.products([*(w.blocks for w in weights)], [*(w.scale for w in weights)], rows)
+    """Several matrices times the same x (*lead, K), behind each other: (*lead, N1 + N2 + ...).
+
+    Where x is not finite in a block the whole row of the result is NaN.
+
+    Law: as near to the product with the matrices as that of float32 (test_tiles.py::test_a_product_is_as_near_as_that_of_floats).
+    """
+    flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    blocks, rows = [weight.blocks for weight in weights], [weight.rows for weight in weights]
+    scales = [weight.scale for weight in weights if _has_row_scale(weight.blocks)]
+    y = torch.ops.funcattn.products(blocks, scales, rows, flat)
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -154,26 +196,37 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
 _library = torch.library.Library("funcattn", "FRAGMENT")
 
 
-def _plain(blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> Tensor:
-    return F.linear(x, torch.cat([expand_tiles(*parts, x.shape[-1]) for parts in zip(blocks, scales, strict=True)]))
+def _has_row_scale(blocks: Tensor) -> bool:
+    return FORMS[blocks.shape[-1]][1] is None
 
 
-def _like(blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], sum(len(scale) for scale in scales))
+def _plain(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
+    left = iter(scales)
+    each = [expand_tiles(b, next(left) if _has_row_scale(b) else (), n, x.shape[-1]) for b, n in zip(blocks, rows, strict=True)]
+    return F.linear(x, torch.cat(each))
 
 
-def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> Tensor:
+def _like(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], sum(rows))
+
+
+def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
     """Where somebody may differentiate it is products of floats, whose derivatives of every order torch knows."""
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in (*scales, x))):
-        return _plain(blocks, scales, x)
+        return _plain(blocks, scales, rows, x)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.funcattn.products(blocks, scales, x)
+        return torch.ops.funcattn.products(blocks, scales, rows, x)
 
 
-def _mapped(info: object, in_dims: tuple, blocks: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor) -> tuple[Tensor, int]:
-    """More vectors of the same matrices; matrices that are mapped are products of floats."""
-    of_blocks, of_scales, of_x = in_dims
+def _mapped(
+    info: Any, in_dims: tuple[Any, ...], blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor
+) -> tuple[Tensor, int]:
+    """More vectors of the same matrices; of matrices that are mapped, one after the other."""
+    of_blocks, of_scales, _, of_x = in_dims
     if of_x is not None and all(d is None for d in (*of_blocks, *of_scales)):
         x = x.movedim(of_x, 0)
-        return torch.ops.funcattn.products(blocks, scales, x.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
-    return torch.func.vmap(_plain, in_dims)(blocks, scales, x), 0
+        return torch.ops.funcattn.products(blocks, scales, rows, x.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
+    one = lambda t, d, n: (t if d is None else t.select(d, n)).contiguous()
+    many = lambda tensors, dims, n: [one(t, d, n) for t, d in zip(tensors, dims, strict=True)]
+    call = lambda n: torch.ops.funcattn.products(many(blocks, of_blocks, n), many(scales, of_scales, n), rows, one(x, of_x, n))
+    return torch.stack([call(n) for n in range(info.batch_size)]), 0

@@ -15,7 +15,7 @@ from .. import _checks, packing
 from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from .fast import FEW, routed
-from .packed import PackedDynamic, pack_int4, pack_int8, round_tokens
+from .packed import PackedDynamic, PackedInt8, pack_int4, pack_int8, round_tokens
 from .tiles import tile_int4, tile_int8
 
 
@@ -172,7 +172,7 @@ def _plain_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    return _through(_few_int8(codes, scale), x)
+    return _through(_form_int8(Int8(codes, scale), len(x)), x)
 
 
 @linear.register
@@ -187,7 +187,7 @@ def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    return _through(PackedDynamic(codes, scale), x)
+    return _through(PackedDynamic(codes, scale) if len(x) <= FEW else None, x)
 
 
 @linear.register
@@ -200,22 +200,22 @@ def _plain_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor
 
 
 def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | None:
-    return _through(_few_int4(codes, scale, zero), x)
+    return _through(_form_int4(Int4(codes, scale, zero), len(x)), x)
 
 
-def _few_int8(codes: Tensor, scale: Tensor) -> Any:
-    """The form that multiplies a few rows fastest: tiles, else torch's kernel, or None."""
-    tiles = tile_int8(codes, scale)
-    return pack_int8(codes, scale) if tiles is None else tiles
+def _form_int8(weight: Int8, rows: int) -> Any:
+    """What multiplies that many rows fastest: tiles, else torch's kernel; None where that is the matrix itself."""
+    tiles = tile_int8(*weight, rows=rows)
+    return pack_int8(*weight) if tiles is None and rows <= FEW else tiles
 
 
-def _few_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> Any:
-    tiles = tile_int4(codes, scale, zero)
-    return pack_int4(codes, scale, zero) if tiles is None else tiles
+def _form_int4(weight: Int4, rows: int) -> Any:
+    tiles = tile_int4(*weight, rows=rows)
+    return pack_int4(*weight) if tiles is None and rows <= FEW else tiles
 
 
-def _through(packed: Any, x: Tensor) -> Tensor | None:
-    return None if packed is None or x.device.type != "cpu" else linear(packed, x)
+def _through(form: Any, x: Tensor) -> Tensor | None:
+    return None if form is None or x.device.type != "cpu" else linear(form, x)
 
 
 # Compiled decoding, which differentiates nothing.
@@ -223,16 +223,15 @@ def _through(packed: Any, x: Tensor) -> Tensor | None:
 
 @prepare.register
 def _(weight: Int8, rows: int) -> Any:
-    packed = None if rows > FEW else tile_int8(*weight)
-    if packed is None and rows > 1:  # one vector: products and sums, see linear
-        packed = pack_int8(*weight)
-    return weight if packed is None else packed
+    form = _form_int8(weight, rows)
+    by_rows = isinstance(form, PackedInt8) and rows == 1  # one vector is products and sums, see linear, before torch's kernel
+    return weight if form is None or by_rows else form
 
 
 @prepare.register
 def _(weight: Int4, rows: int) -> Any:
-    packed = _few_int4(*weight) if rows <= FEW else pack_int4(*weight)
-    return weight if packed is None else packed
+    form = _form_int4(weight, rows)
+    return weight if form is None else form
 
 
 @prepare.register

@@ -1,0 +1,238 @@
+"""Matrices in tiles: the bits of their records, products as near as those of floats, every transform, every instruction set."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import grad, hessian, jvp, vjp, vmap
+
+import funcattn as fa
+from funcattn.layers import linear, linears
+from funcattn.quantization import Int4, Int8, expand, tiles
+from funcattn.quantization.tiles import expand_tiles, products, tile_int4, tile_int8
+from funcattn.testing import strategies
+
+needs_operator = pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing())
+pytestmark = needs_operator
+EPS = 2.0**-24  # what rounding to float32 changes, of the number
+
+SCHEMES = {
+    "int4": fa.int4,
+    "int4, groups of 64": fa.int4(group=64),
+    "int4 symmetric": fa.int4(symmetric=True),
+    "int4, float32 scales": lambda w: fa.tree.cast(torch.float32)(fa.int4.encode(w)),
+    "int8": fa.int8,
+    "int8, groups of 32": fa.int8(group=32),
+    "int8, float32 scales": lambda w: fa.tree.cast(torch.float32)(fa.int8(group=64).encode(w)),
+}
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+each_instruction = pytest.mark.parametrize("instructions", [1, 2], ids=["AVX2", "AVX-512"])
+
+
+def matrix(seed, *sizes):
+    return fa.random.normal(fa.key(seed), sizes)
+
+
+def encode(scheme, w):
+    return scheme.encode(w) if hasattr(scheme, "encode") else scheme(w)
+
+
+def tile(record):
+    return tile_int4(*record) if isinstance(record, Int4) else tile_int8(*record)
+
+
+def whole(weight, K):
+    return expand_tiles(*weight, weight.rows, K)
+
+
+@pytest.fixture
+def with_instructions():
+    """Sets what the operator may use; skips where the processor has less."""
+
+    def choose(wanted):
+        if torch.ops.funcattn.instructions(wanted) != wanted:
+            pytest.skip("the processor has no such instructions")
+
+    yield choose
+    torch.ops.funcattn.instructions(-1)
+
+
+def allowed(record, x):
+    """How far a product may be from the exact one, for each output.
+
+    A number of x is off by at most 2^-23 of the largest of its block (half a step of 1 / 8355708, and two roundings). For each
+    block there are then a handful of roundings in float32, of terms no larger than 15 |scale| and |zero| (with 8 bits, than
+    |w|: their integers are exact) times |x|, and one more of the sum so far.
+    """
+    wide, K = x.double().abs(), x.shape[-1]
+    blocks = torch.nn.functional.pad(wide, (0, -K % 32)).unflatten(-1, (-1, 32))
+    coarse = (wide * 0 + 1) * blocks.amax(-1, keepdim=True).expand(*blocks.shape).flatten(-2)[..., :K]
+    dense = expand(record).double().abs()
+    scale = fa.packing.spread(record.scale.double().abs(), K)
+    parts = 15 * scale + fa.packing.spread(record.zero.double().abs(), K) if isinstance(record, Int4) else dense
+    return 2 * EPS * coarse @ dense.mT + (8 + K / 32) * EPS * (wide @ parts.mT) + 1e-28
+
+
+@each_scheme
+def test_tiles_hold_the_matrix_bit_for_bit(scheme):
+    for N, K in ((16, 64), (33, 64), (7, 128), (40, 192)):
+        record = encode(scheme, matrix(1, N, K))
+        assert torch.equal(whole(tile(record), K), expand(record))
+
+
+def test_rows_of_any_length_have_one_scale():
+    record = fa.int8.encode(matrix(1, 5, 50))
+    assert torch.equal(whole(tile_int8(*record), 50), expand(record))
+
+
+@each_instruction
+@each_scheme
+def test_a_product_is_as_near_as_that_of_floats(scheme, instructions, with_instructions):
+    with_instructions(instructions)
+    for (N, K), T in zip(((16, 64), (33, 64), (7, 576), (100, 1536), (16, 64)), (1, 2, 5, 16, 31), strict=True):
+        record, x = encode(scheme, matrix(1, N, K)), matrix(2, T, K)
+        found, exact = linear(tile(record), x), x.double() @ expand(record).double().mT
+        assert ((found - exact).abs() <= allowed(record, x)).all()
+        assert (found - exact).norm() <= 6 * EPS * exact.norm()  # chance: the errors of hundreds of terms partly cancel
+
+
+@given(strategies.keys(), st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(-30, 30), st.booleans())
+def test_a_product_of_any_size_is_that_of_the_matrix(key, N, B, T, power, symmetric):
+    of_w, of_x = fa.split(key, 2)
+    record = fa.int4(symmetric=symmetric).encode(fa.random.normal(of_w, (N, 32 * B)))
+    x = fa.random.normal(of_x, (T, 32 * B)) * 2.0**power
+    x[0, : 16 * B] *= 1e-4
+    assert ((linear(tile(record), x) - x.double() @ expand(record).double().mT).abs() <= allowed(record, x)).all()
+
+
+@each_instruction
+@pytest.mark.parametrize("extreme", [-128, 127])
+def test_the_largest_codes_do_not_overflow(extreme, instructions, with_instructions):
+    with_instructions(instructions)
+    record = Int8(torch.full((16, 64), extreme, dtype=torch.int8), torch.ones(16, 1))
+    for sign in (1.0, -1.0):
+        assert torch.equal(linear(tile(record), torch.full((3, 64), sign)).round(), torch.full((3, 16), 64.0 * extreme * sign))
+
+
+@each_instruction
+def test_what_is_not_finite_is_loud_and_zero_is_zero(instructions, with_instructions):
+    with_instructions(instructions)
+    weight = tile(fa.int4.encode(matrix(1, 33, 64)))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = matrix(2, 2, 64)
+        x[1, 40] = bad
+        found = linear(weight, x)
+        assert found[0].isfinite().all()
+        assert found[1].isnan().all()
+    assert (linear(weight, torch.zeros(2, 64)) == 0).all()
+    assert (linear(weight, torch.full((2, 64), 1e-40)).abs() < 1e-28).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_dtype_and_shape_of_vectors(dtype):
+    record = fa.int4.encode(matrix(1, 24, 64))
+    for lead in ((), (1,), (2, 3)):
+        x = matrix(2, *lead, 64).to(dtype)
+        found = linear(tile(record), x)
+        assert found.dtype == dtype
+        assert found.shape == (*lead, 24)
+        torch.testing.assert_close(found.double(), x.double() @ expand(record).double().mT, rtol=1e-2, atol=1e-2)
+    strided = matrix(3, 64, 5).mT
+    assert torch.equal(linear(tile(record), strided), linear(tile(record), strided.contiguous()))
+    assert linear(tile(record), matrix(1, 0, 64)).shape == (0, 24)
+
+
+def test_several_matrices_at_once_are_each_of_them():
+    several = [tile(encode(scheme, matrix(n, 10 + 7 * n, 64))) for n, scheme in enumerate(SCHEMES.values())]
+    x = matrix(9, 3, 64)
+    for found, weight in zip(linears(several, x), several, strict=True):
+        assert torch.equal(found, linear(weight, x))
+    mixed = [several[0], matrix(1, 4, 64)]
+    assert torch.equal(linears(mixed, x)[1], x @ mixed[1].mT)
+
+
+def test_threads_change_no_bit():
+    record, x = fa.int8.encode(matrix(1, 4000, 128)), matrix(2, 3, 128)
+    one = linear(tile(record), x)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(linear(tile(record), x), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@each_scheme
+def test_every_derivative_is_that_of_the_matrix(scheme):
+    """torch's own integer kernels give zeros here; both the operator and the product that is routed to it do not."""
+    record = encode(scheme, matrix(1, 24, 64))
+    dense, (x, v) = expand(record), matrix(2, 2, 64)
+    for weight in (tile(record), record):
+        f = lambda x, weight=weight: (linear(weight, x) ** 3).sum()
+        theirs = lambda x: ((x @ dense.mT) ** 3).sum()
+        for of in (
+            grad,
+            hessian,
+            lambda f: lambda x: jvp(f, (x,), (v,))[1],
+            lambda f: lambda x: jvp(grad(f), (x,), (v,))[1],
+            lambda f: lambda x: jvp(lambda y: jvp(f, (y,), (v,))[1], (x,), (v,))[1],
+            lambda f: lambda x: vmap(grad(f))(torch.stack([x, v])),
+            lambda f: lambda x: vjp(grad(f), x)[1](v)[0],
+            lambda f: lambda x: vmap(f)(torch.stack([x, v, x])),
+        ):
+            found, wanted = of(f)(x), of(theirs)(x)
+            assert wanted.abs().max() > 0.1
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    y = x.clone().requires_grad_()
+    linear(tile(record), y).sum().backward()
+    torch.testing.assert_close(y.grad, dense.sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_matrices_that_are_mapped_are_each_their_own():
+    records = [fa.int4.encode(matrix(n, 20, 64)) for n in range(3)]
+    stacked, x = fa.tree.stack([tile(r) for r in records]), matrix(5, 64)
+    found = vmap(lambda weight: linear(weight, x))(stacked)
+    torch.testing.assert_close(found, torch.stack([expand(r) @ x for r in records]))
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_the_compiler_keeps_it_as_one_node(T):
+    weight, x = tile(fa.int4.encode(matrix(1, 24, 64))), matrix(2, T, 64)
+    fast = torch.compile(lambda x: linear(weight, x * 2) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(fast(x), linear(weight, x * 2) + 1)
+    y = x.clone().requires_grad_()
+    fast(y).sum().backward()
+    torch.testing.assert_close(y.grad, 2 * whole(weight, 64).sum(0).expand(T, 64), rtol=1e-5, atol=1e-4)
+    torch.library.opcheck(torch.ops.funcattn.products.default, ([weight.blocks], [], [24], x), test_utils="test_schema")
+    torch.library.opcheck(torch.ops.funcattn.products.default, ([weight.blocks], [], [24], x), test_utils="test_faketensor")
+
+
+def test_sizes_and_places_that_it_does_not_take():
+    assert tile(fa.int4(group=16).encode(matrix(0, 32, 64))) is None
+    assert tile(fa.int8(group=8).encode(matrix(0, 32, 64))) is None
+    assert tile(fa.tree.to("meta")(fa.int8.encode(matrix(0, 32, 64)))) is None
+    many = tiles.most_rows(4)
+    assert tile_int4(*fa.int4.encode(matrix(0, 32, 64)), rows=many) is not None
+    assert tile_int4(*fa.int4.encode(matrix(0, 32, 64)), rows=many + 1) is None
+
+
+BAD = {
+    "blocks": (lambda w, x: ([w.blocks[..., 1:].contiguous()], [], [24], x), "are of no kind"),
+    "columns": (lambda w, x: ([w.blocks], [], [24], x[:, :32].contiguous()), "blocks should be contiguous uint8"),
+    "rows": (lambda w, x: ([w.blocks], [], [16], x), "as many as the tiles have"),
+    "no scale": (lambda w, x: ([w.blocks.new_zeros(2, 2, 512)], [], [24], x), "a scale for each row"),
+    "a short scale": (lambda w, x: ([w.blocks.new_zeros(2, 2, 512)], [x[0, :23].clone()], [24], x), "one for each row"),
+    "dtype": (lambda w, x: ([w.blocks], [], [24], x.double()), "x should be contiguous float32"),
+    "strides": (lambda w, x: ([w.blocks], [], [24], x.mT), "x should be contiguous float32"),
+    "count": (lambda w, x: ([w.blocks], [], [], x), "as many rows as blocks"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_an_error(wrong, message):
+    weight = tile(fa.int4.encode(matrix(1, 24, 64)))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.funcattn.products(*wrong(weight, matrix(2, 64, 64)))
+
+
+def test_nothing_times_nothing():
+    assert products([tile(fa.int4.encode(matrix(1, 24, 64)))], matrix(2, 0, 64)).shape == (0, 24)
