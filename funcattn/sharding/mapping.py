@@ -83,7 +83,8 @@ def shard_map(f: Any, mesh: Mesh, in_specs: Any = None, out_specs: Any = None, *
 
     @functools.wraps(f)
     def mapped(*args: Any) -> Any:
-        flat, structure = optree.tree_flatten(args)
+        whole: Any = args
+        flat, structure = optree.tree_flatten(whole)
         cuts = _in_specs(in_specs, args, flat)
         for leaf, spec in zip(flat, cuts, strict=True):
             check(leaf, spec, sizes)
