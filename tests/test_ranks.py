@@ -4,8 +4,9 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
+import devices
+import processes
 import pytest
 
 import funcattn as fa
@@ -28,25 +29,9 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def start(n, *arguments):
-    """The processes of a run, as torchrun starts them."""
-    command, port, workers = [sys.executable, "-m", "funcattn", *map(str, arguments)], free_port(), []
-    for rank in range(n):
-        run = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        settings = {**os.environ, **{key: str(value) for key, value in run.items()}, "GLOO_SOCKET_IFNAME": "lo"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        workers.append(subprocess.Popen(command, env=settings, **pipes))
-    return workers
-
-
-def finish(workers, seconds=120):
-    """What each said and how it ended; none is left behind."""
-    try:
-        return [(*worker.communicate(timeout=seconds), worker.returncode) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+def start(n, *arguments, **options):
+    """What each process of a run said, and its exit code."""
+    return processes.run(devices.command, n, free_port(), [*map(str, arguments)], meet=False, timeout=120, **options)
 
 
 def test_torchrun_writes_what_one_process_writes(folder, capsys, monkeypatch):
@@ -74,13 +59,13 @@ def test_training_on_two_processes_is_training_on_one(axis, tmp_path, capsys, mo
     assert cli.main([*map(str, arguments), "--out", str(tmp_path / "alone")]) == 0
     alone = capsys.readouterr()
     losses = lambda err: [line.split(": ")[1].rsplit(",", 1)[0] for line in err.splitlines() if line.startswith("step ")]
-    first, second = finish(start(2, *arguments, "--out", tmp_path / "out", axis, 2))
+    first, second = start(2, *arguments, "--out", tmp_path / "out", axis, 2)
     assert (first[2], second[2]) == (0, 0), (first, second)
     assert second[:2] == ("", "")
     assert losses(first[1]) == losses(alone.err) != []
     assert first[0] == alone.out
     assert fa.load(tmp_path / "out" / "model").config == fa.load(tmp_path / "alone" / "model").config
-    again = finish(start(2, *arguments, "--out", tmp_path / "out", axis, 2))
+    again = start(2, *arguments, "--out", tmp_path / "out", axis, 2)
     assert "holds a run of 6 steps" in again[0][1]
     assert [code for *_, code in again] == [2, 2]
 
@@ -89,19 +74,12 @@ def test_a_run_that_lost_a_process_ends_with_an_error(tmp_path):
     text = tmp_path / "text"
     text.write_text("to be or not to be, that is the question. " * 20)
     sizes = ["--layers", 1, "--width", 16, "--heads", 2, "--steps", 10**6, "--rows", 2, "--context", 8, "--report-every", 5]
-    workers = start(2, "train", text, *sizes, "--tp", 2, "--timeout", 20, "--out", tmp_path / "out")
-    try:
-        for line in workers[0].stderr:
-            if line.startswith("step 5/"):
-                break
-        workers[1].kill()
-        killed = time.monotonic()
-        _, err = workers[0].communicate(timeout=60)
-        assert workers[0].returncode == 2
-        assert "funcattn: process 0 of 2: another one has ended, or said nothing for 20 s." in err
-        assert time.monotonic() - killed < 60  # it ends, and soon; how soon is the machine's
-    finally:
-        finish(workers)
+    snapshot = tmp_path / "out" / "snapshots" / "1-of-tp2-dp1" / "step-00000005"
+    arguments = ["train", text, *sizes, "--tp", 2, "--timeout", 20, "--out", tmp_path / "out"]
+    first, second = start(2, *arguments, dies_at=str(snapshot), strict=False)
+    assert second == "rank 1 ended without a word"
+    assert first[2] == 2
+    assert "funcattn: process 0 of 2: another one has ended, or said nothing for 20 s." in first[1]
 
 
 BAD = {

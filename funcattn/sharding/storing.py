@@ -5,7 +5,6 @@ torch 2.13 its operators lack forward mode, lose placements under grad, and shif
 """
 
 import functools
-import sys
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -83,8 +82,7 @@ def parts_of(tree_: Tree) -> Tree:
 
 def is_distributed(leaf: Any) -> "TypeGuard[DTensor]":
     """Whether a leaf is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(leaf, module.DTensor)
+    return _checks.is_distributed(leaf)
 
 
 def spec_of(leaf: "DTensor") -> PartitionSpec:

@@ -92,7 +92,10 @@ def test_what_cannot_be_is_refused():
         "specs of another cut": "ValueError: shard_map: a DTensor should be cut as in_specs says",
         "autograd follows": "TypeError: shard_map: a DTensor should be one that autograd does not follow",
         "heads that are cut": "ValueError: decoder: config should be such that the 2 devices",
-        "quantize in parts": "TypeError: quantize: embedding should be a tensor of this process",
+        "quantize in parts": "TypeError: quantize: embedding should be of tensors of this process",
+        "results that differ": "ValueError: shard_map: a result that out_specs does not cut should be the same on every device",
+        "dequantize in parts": "TypeError: dequantize: params should be of tensors of this process, got a DTensor",
+        "save in parts": "TypeError: save: params should be of tensors of this process, got a DTensor",
         "no names": "TypeError: sharding: mesh should be a DeviceMesh with mesh_dim_names",
         "a whole tree on a mesh": "ValueError: decoder: layers.0.q should be a part (8, 16)",
     }
