@@ -290,16 +290,10 @@ def refusals(rank, n):
     return told
 
 
-def smollm2(rank, n, steps):
-    """Greedy ids of the real model in float32."""
-    import os
-
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    config, params, tokenizer = fa.load("smollm2-135m")
+def greedy(rank, n, folder, prompt, steps):
+    """Greedy ids of the model in a folder, of which each process reads its part."""
     mesh = mesh_of(tensor=n)
-    held = fa.shard(mesh, tensor_parallel(config))(params)
-    del params
-    prompt = torch.tensor(tokenizer.encode("The capital of France is"))
+    config, held, _ = fa.checkpoints.load_sharded(folder, mesh)
     model = shard_map(sharding.candidates(fa.decoder(config), 1), mesh)
     with torch.no_grad():
         collectives.reset()

@@ -29,9 +29,10 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def start(n, *arguments, **options):
-    """What each process of a run said, and its exit code."""
-    return processes.run(devices.command, n, free_port(), [*map(str, arguments)], meet=False, timeout=120, **options)
+def start(n, *arguments, dies_at="", strict=True):
+    """What each process of a run said, and its exit code; the last one ends where a file is that is named."""
+    given = (free_port(), [*map(str, arguments)], dies_at)
+    return processes.run(devices.command, n, *given, meet=False, timeout=120, strict=strict)
 
 
 def test_torchrun_writes_what_one_process_writes(folder, capsys, monkeypatch):
