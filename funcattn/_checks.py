@@ -4,6 +4,8 @@ Shapes and dtypes are checked always, since every transform keeps them concrete.
 checked where they are concrete; inside vmap or a compile the result is defined instead, and loud.
 """
 
+import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +28,18 @@ def fail(function: str, argument: str, wanted: str, got: Any, remedy: str, kind:
 def shape(x: Tensor) -> tuple[int, ...]:
     """The shape as a plain tuple, for messages."""
     return tuple(x.shape)
+
+
+def is_distributed(x: Any) -> bool:
+    """True for a DTensor, which is a part of a tensor: code that computes should have been given the part, or the whole."""
+    module = sys.modules.get("torch.distributed.tensor")  # a third of the time of importing torch: not imported, no such tensor
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def whole(function: str, argument: str, leaves: Iterable[Any], remedy: str) -> None:
+    """Fail where one of the leaves is a DTensor."""
+    if any(is_distributed(leaf) for leaf in leaves):
+        fail(function, argument, "of tensors of this process", "a DTensor", remedy, TypeError)
 
 
 def peek(x: Tensor) -> Tensor | None:

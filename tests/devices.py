@@ -113,24 +113,23 @@ def counted(rank, n):
         forward = lambda params, model=model: model.hidden(params, tokens)[0]
         for f, out in ((forward, P()), (grad(lambda params, forward=forward: forward(params).sum()), cuts)):
             collectives.reset()
-            shard_map(f, mesh, (cuts,), out)(held)
+            shard_map(f, mesh, (cuts,), out, check_alike=False)(held)
             told.append(collectives.counts())
     calls = [seen["all_reduce"]["calls"] for seen in told]
     return calls[2] - calls[0], calls[3] - calls[1], sorted(name for seen in told for name in seen)
 
 
 def said(rank, n, axes, sharded):
-    """Calls of one more layer in a gradient, by kind, and the bytes given to the first of them."""
+    """Calls of one more layer in a gradient, by kind, and the bytes given to them."""
     mesh, tokens, told = mesh_of(**axes), fa.random.randint(fa.key(1), (4, 9), 0, 48), []
     for layers in (1, 2):
         config = fa.Config(vocabulary=48, width=16, layers=layers, heads=4, kv_heads=2, head_size=4, feed_forward=24)
         model, rules = fa.decoder(config), (fsdp if sharded else tensor_parallel)(config)
         params = params_of(config)
         cuts, rows = specs(params, mesh, rules), P("data") if "data" in axes else P()
+        held, gradient = fa.shard(mesh, rules)(params), grad(lambda p, x, model=model: fa.loss(model, p, x))
         collectives.reset()
-        shard_map(grad(lambda p, x, model=model: fa.loss(model, p, x)), mesh, (cuts, rows), cuts)(
-            fa.shard(mesh, rules)(params), tokens
-        )
+        shard_map(gradient, mesh, (cuts, rows), cuts, check_alike=False)(held, tokens)
         told.append(collectives.counts())
     less = lambda kind, what: told[1][kind][what] - told[0].get(kind, {what: 0})[what]
     return {kind: (less(kind, "calls"), less(kind, "bytes")) for kind in told[1]}
@@ -275,6 +274,9 @@ def refusals(rank, n):
         "autograd follows": lambda: shard_map(torch.sin, mesh, None, P())(held.layers[0].q.detach().requires_grad_()),
         "heads that are cut": lambda: shard_map(fa.decoder(fa.Config(heads=3, kv_heads=3)), mesh).cache(4),
         "quantize in parts": lambda: fa.quantize(fa.int4)(held),
+        "results that differ": lambda: shard_map(lambda: collectives.axis_index("tensor"), mesh, (), P())(),
+        "dequantize in parts": lambda: fa.dequantize(fa.shard(mesh)(fa.quantize(fa.int8)(params))),
+        "save in parts": lambda: fa.save("nowhere", CONFIG, held),
         "no names": lambda: fa.shard(dist.init_device_mesh("cpu", (n,)))(params),
         "a whole tree on a mesh": lambda: on.hidden(params, tokens),
     }
@@ -288,21 +290,42 @@ def refusals(rank, n):
     return told
 
 
-def smollm2(rank, n, steps):
-    """Greedy ids of the real model in float32."""
-    import os
-
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    config, params, tokenizer = fa.load("smollm2-135m")
+def greedy(rank, n, folder, prompt, steps):
+    """Greedy ids of the model in a folder, of which each process reads its part."""
     mesh = mesh_of(tensor=n)
-    held = fa.shard(mesh, tensor_parallel(config))(params)
-    del params
-    prompt = torch.tensor(tokenizer.encode("The capital of France is"))
+    config, held, _ = fa.checkpoints.load_sharded(folder, mesh)
     model = shard_map(sharding.candidates(fa.decoder(config), 1), mesh)
     with torch.no_grad():
         collectives.reset()
         tokens = fa.generate(fa.key(0), model, held, prompt, steps=steps)[0].tolist()
     return tokens, collectives.counts(), tree.nbytes(tree.map(lambda x: x.to_local(), held))
+
+
+def command(rank, n, port, arguments, dies_at=""):
+    """The command line as torchrun starts it: stdout, stderr, exit code. The last one ends when a file is there."""
+    import contextlib
+    import io
+    import os
+    import threading
+    import time
+
+    from funcattn import cli
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    def watch():
+        while not os.path.exists(dies_at):
+            time.sleep(0.02)
+        os._exit(3)
+
+    if dies_at and rank == n - 1:
+        threading.Thread(target=watch, daemon=True).start()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = cli.main(arguments)
+        except SystemExit as end:
+            code = end.code
+    return out.getvalue(), err.getvalue(), code
 
 
 def dies(rank, n):

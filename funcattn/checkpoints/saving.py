@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import families, quantization
-from .._checks import fail
+from .. import families, quantization, tree
+from .._checks import fail, whole
 from ..families import CheckpointError
 from ..transformer import Config, Params
 from . import compressed
@@ -68,6 +68,7 @@ def save(
 
 def _named(config: Config, params: Params) -> dict[str, Tensor]:
     """Name on disk -> tensor, checked against the Config."""
+    whole("save", "params", tree.leaves(params), "Gather them first: fa.gather(params); or use checkpoints.save_parts.")
     leaves = families.leaves(params)
     needed = families.shapes(config)
     if leaves.keys() != needed.keys():

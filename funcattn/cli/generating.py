@@ -25,13 +25,13 @@ def run(options: argparse.Namespace) -> None:
     with ranks.meshed(options) as mesh:
         if mesh is not None and options.prompt in (None, "-"):
             raise ValueError("the prompt should be an argument, is to come from stdin, which processes cannot share. Write it out.")
+        text, sampler = prompt_of(options), sampler_of(options)
         session = load(options, mesh)
         with contextlib.nullcontext() if mesh is None else sharding.inside(mesh):
-            _run(options, session)
+            _write(options, session, text, sampler)
 
 
-def _run(options: argparse.Namespace, session: Session) -> None:
-    text, sampler = prompt_of(options), sampler_of(options)
+def _write(options: argparse.Namespace, session: Session, text: str, sampler: sampling.Sampler) -> None:
     ids = session.tokenizer.prompt([message("user", text)]) if options.chat else session.tokenizer.encode(text)
     if not ids:
         raise ValueError("the prompt is empty. Give some text, as an argument or on stdin.")

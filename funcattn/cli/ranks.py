@@ -1,7 +1,7 @@
 """Several processes as one command: torchrun --nproc-per-node 2 -m funcattn generate TEXT --tp 2
 
-Every process runs the same command on its part; the first alone speaks. A process that ends or falls silent ends the others, with an
-error, within --timeout seconds.
+Every process runs the same command on its part; the first alone speaks. A process that ends or falls silent ends the others, with
+an error, within --timeout seconds.
 """
 
 import argparse
@@ -57,10 +57,8 @@ def meshed(options: argparse.Namespace) -> Iterator[Any]:
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("gloo", "Gloo", "nccl", "NCCL")):
                 raise
-            told = " ".join(str(error).split())[:200]
-            raise RuntimeError(
-                f"process {rank} of {n}: another one has ended, or said nothing for {options.timeout} s. Look at its error. ({told})"
-            ) from error
+            told = f"another one has ended, or said nothing for {options.timeout} s. Look at its error."
+            raise RuntimeError(f"process {rank} of {n}: {told} ({' '.join(str(error).split())[:200]})") from error
         except (ValueError, OSError):
             if rank:  # the first process tells the same mistake
                 raise SystemExit(MISTAKE) from None

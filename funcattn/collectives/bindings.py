@@ -131,9 +131,9 @@ def cuts_of(count: int) -> tuple[tuple[str, ...], ...]:
 
 @contextmanager
 def _held(axes: tuple[Axis, ...]) -> Iterator[None]:
-    token = _bound.set(axes)
     thread, before = threading.get_ident(), _holders.get(threading.get_ident(), ())
     _hold(thread, axes)
+    token = _bound.set(axes)
     try:
         yield
     finally:

@@ -81,9 +81,9 @@ def _check(path: str, leaf: Any) -> None:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() not in (2, 3):
         got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
         _checks.fail("quantize", path, "a floating matrix", got, "Leave it out by where.", TypeError)
-    if type(leaf) is not Tensor and hasattr(leaf, "device_mesh"):  # its operators shift integers wrongly in silence (torch 2.13)
-        remedy = "Quantize before fa.shard, or each part: fa.shard_map(fa.quantize(scheme), mesh, in_specs, out_specs)."
-        _checks.fail("quantize", path, "a tensor of this process", "a DTensor", remedy, TypeError)
+    # Operators of DTensor shift integers wrongly in silence (torch 2.13).
+    remedy = "Quantize before fa.shard, or each part: fa.shard_map(fa.quantize(scheme), mesh, in_specs, out_specs)."
+    _checks.whole("quantize", path, [leaf], remedy)
     if not leaf.numel():
         _checks.fail("quantize", path, "a matrix with numbers in it", f"one of shape {tuple(leaf.shape)}", "Leave it out by where.")
     if _checks.is_true(~leaf.isfinite()):
@@ -92,6 +92,7 @@ def _check(path: str, leaf: Any) -> None:
 
 def dequantize(params: Tree, dtype: torch.dtype = torch.float32) -> Tree:
     """The tree with every quantized record as the matrix that it stands for, in a dtype."""
+    _checks.whole("dequantize", "params", tree.leaves(params), "Gather them first: fa.gather(params).")
     one = lambda leaf: expand(leaf).to(dtype) if is_quantized(leaf) else leaf
     return tree.map(one, params, is_leaf=is_quantized)
 

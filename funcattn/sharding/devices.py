@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import _checks
-from ..collectives import Axis, binding, remembering
+from ..collectives import Axis, binding, groups, remembering
 from ..tree import Tree
 from .partitions import Grid, PartitionSpec, axes_of, broadcast, is_spec
 from .storing import distributed
@@ -47,13 +47,26 @@ def inside(mesh: Any, *cuts: Tree) -> Iterator[None]:
         yield
 
 
-def wrapped(out: Tree, mesh: Any, out_specs: Any) -> Tree:
-    """The results of this process as DTensors."""
+def wrapped(out: Tree, mesh: Any, out_specs: Any, *, alike: bool) -> Tree:
+    """The results of this process as DTensors; `alike` checks that what is not cut is the same on every process."""
     flat, structure = optree.tree_flatten(out)
     cuts = broadcast(out_specs, out)
-    return optree.tree_unflatten(
-        structure, [distributed(x, spec, mesh) if isinstance(x, Tensor) else x for x, spec in zip(flat, cuts, strict=True)]
-    )
+    for x in flat:
+        if not isinstance(x, Tensor):
+            _checks.fail("shard_map", "results", "trees of tensors", f"a {type(x).__name__}", "Return torch.tensor(x).", TypeError)
+    if alike:
+        for x, spec in zip(flat, cuts, strict=True):
+            _check_over(x, spec, mesh)
+    return optree.tree_unflatten(structure, [distributed(x, spec, mesh) for x, spec in zip(flat, cuts, strict=True)])
+
+
+def _check_over(x: Tensor, spec: PartitionSpec, mesh: Any) -> None:
+    """The least and the greatest of all processes tell it, and tell it to all of them alike."""
+    wide = x.detach().double() if x.is_floating_point() else x.detach().long()
+    for name, n in axes_of(mesh).items():
+        if n > 1 and spec.cut(name) is None:
+            group = mesh.get_group(name).group_name
+            _compare(groups.all_reduce(wide, group, "max"), -groups.all_reduce(-wide, group, "max"), x.dtype, name)
 
 
 def check(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> None:
@@ -146,19 +159,18 @@ def _join(x: Tensor, spec: PartitionSpec, mesh: Grid) -> Tensor:
 
 def _check_alike(first: Tensor, x: Tensor, dim: int, name: str) -> None:
     known, all_of_them = _checks.value(first), _checks.value(x)
-    if known is None or all_of_them is None or x.shape[dim] == 1:
-        return
-    if x.is_floating_point():
-        near = torch.finfo(x.dtype).eps ** 0.5
-        same = torch.isclose(
-            known.unsqueeze(dim),
-            all_of_them,
-            near,
-            near * float(known.abs().nan_to_num(0, 0, 0).amax() if known.numel() else 0),
-            equal_nan=True,
-        )
+    if known is not None and all_of_them is not None and x.shape[dim] > 1:
+        _compare(known.unsqueeze(dim), all_of_them, x.dtype, name)
+
+
+def _compare(one: Tensor, other: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Fail where numbers that should be the same differ by more than sums in another order do: half of the digits."""
+    if dtype.is_floating_point:
+        near = torch.finfo(dtype).eps ** 0.5
+        largest = float(one.abs().nan_to_num(0, 0, 0).amax()) if one.numel() else 0.0
+        same = torch.isclose(one, other, near, near * largest, equal_nan=True)
     else:
-        same = known.unsqueeze(dim) == all_of_them
+        same = one == other
     if not bool(same.all()):
         remedy = "Say P(name) where each has its own, or psum it."
         _checks.fail("shard_map", "a result that out_specs does not cut", f"the same on every device of {name!r}", "others", remedy)

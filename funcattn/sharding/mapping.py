@@ -48,7 +48,15 @@ def spmd(f: Callable[..., Any], axis: str, n: int, in_specs: Any, out_specs: Any
     return shard_map(f, Grid(**{axis: n}), in_specs, out_specs)
 
 
-def shard_map(f: Any, mesh: Mesh, in_specs: Any = None, out_specs: Any = None, *, axes: Sequence[str] | None = None) -> Any:
+def shard_map(
+    f: Any,
+    mesh: Mesh,
+    in_specs: Any = None,
+    out_specs: Any = None,
+    *,
+    axes: Sequence[str] | None = None,
+    check_alike: bool = True,
+) -> Any:
     """f on every device of a mesh; or, of a Model, the same Model on params that were sharded.
 
     Args:
@@ -57,6 +65,8 @@ def shard_map(f: Any, mesh: Mesh, in_specs: Any = None, out_specs: Any = None, *
         in_specs: a tuple, one for each argument, each a prefix of its tree of `P`; or one P for all. None stands for what the
             DTensors among the arguments say of themselves, and whole for the others.
         out_specs: a prefix of the tree that f returns. A result that is not cut should be the same on every device.
+        check_alike: whether results that are not cut are held against those of the other processes, which costs two all_reduce of
+            each. Over a Grid they always are.
         axes: which names f sees; the others cut values, and f computes as if its part were all. None is all.
 
     Returns:
@@ -83,7 +93,8 @@ def shard_map(f: Any, mesh: Mesh, in_specs: Any = None, out_specs: Any = None, *
 
     @functools.wraps(f)
     def mapped(*args: Any) -> Any:
-        flat, structure = optree.tree_flatten(args)
+        whole: Any = args
+        flat, structure = optree.tree_flatten(whole)
         cuts = _in_specs(in_specs, args, flat)
         for leaf, spec in zip(flat, cuts, strict=True):
             check(leaf, spec, sizes)
@@ -96,7 +107,7 @@ def shard_map(f: Any, mesh: Mesh, in_specs: Any = None, out_specs: Any = None, *
         parts = [local(leaf, spec, mesh) for leaf, spec in zip(flat, cuts, strict=True)]
         with bind(mesh, seen), remembering(*ways):
             out = f(*optree.tree_unflatten(structure, parts))
-        return wrapped(out, mesh, out_specs)
+        return wrapped(out, mesh, out_specs, alike=check_alike)
 
     return mapped
 

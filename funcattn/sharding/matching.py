@@ -17,7 +17,8 @@ from .rules import tensor_parallel
 @layers.fields.register(Lora)
 def _(weight: Lora, division: tuple[Any, ...]) -> Lora:
     rows, columns = (*division, None, None)[:2]
-    return Lora(layers.fields(weight.base, division), (None, columns), (rows, None), ())
+    fields: Any = (layers.fields(weight.base, division), (None, columns), (rows, None), ())
+    return Lora(*fields)
 
 
 def _quantized(weight: Any, division: tuple[Any, ...]) -> Any:
@@ -62,7 +63,8 @@ def specs(params: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
     Raises:
         ValueError: no rule matches a path, or sizes do not divide: the leaf is named. TypeError: a record that has not registered.
     """
-    sizes, known = axes_of(mesh), [Rule(*rule) for rule in (tensor_parallel() if rules is None else rules)]
+    given: Any = tensor_parallel() if rules is None else rules
+    sizes, known = axes_of(mesh), [Rule(*rule) for rule in given]
 
     def one(path: str, weight: Any) -> Any:
         rule = next((rule for rule in known if re.fullmatch(rule.path, path)), None)

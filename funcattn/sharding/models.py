@@ -54,7 +54,8 @@ def _speak(model: Model, mesh: Any) -> Callable[[str, Callable[..., Any]], Calla
         def call(*args: Any, **options: Any) -> Any:
             if transforming() and any(is_distributed(leaf) for leaf in tree.leaves(args)):
                 refuse_transform("shard_map")
-            flat, structure = optree.tree_flatten(args)
+            whole: Any = args
+            flat, structure = optree.tree_flatten(whole)
             held = [local(x, spec_of(x), mesh) if is_distributed(x) else x for x in flat]
             with bind(mesh, names):
                 return f(*optree.tree_unflatten(structure, held), **options)
@@ -78,7 +79,8 @@ def _simulate(model: Model, mesh: Grid, config: Any) -> Callable[[str, Callable[
         if not isinstance(cache, Cache):
             got, remedy = f"a {type(cache).__name__}", "Use a dense past, or map f with specs of its own: shard_map(f, mesh, ...)."
             _checks.fail("shard_map", "cache", "a Cache, or a Branch of such, over a Grid", got, remedy, TypeError)
-        return Cache(of_past, of_past, P())
+        cuts: Any = (of_past, of_past, P())
+        return Cache(*cuts)
 
     def run(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
         if name == "init":
@@ -90,8 +92,10 @@ def _simulate(model: Model, mesh: Grid, config: Any) -> Callable[[str, Callable[
             kept = {key: value for key, value in options.items() if value is not None}
             whole = lambda value: tree.map(lambda _: P(), value)
             cuts = (specs(params, mesh, rules), *(past(x) if i else whole(x) for i, x in enumerate(args)), whole(kept))
-            flat, structure = optree.tree_flatten((params, *args, kept))
-            rows = Delta((P(TENSOR),) * config.layers, (P(TENSOR),) * config.layers)
+            given: Any = (params, *args, kept)
+            flat, structure = optree.tree_flatten(given)
+            each: Any = (P(TENSOR),) * config.layers
+            rows = Delta(each, each)
             out = P() if name == "logits" else (P(), past(args[-1]) if name == "apply" else rows)
             return stacked(
                 lambda params, *rest: f(params, *rest[:-1], **rest[-1]),

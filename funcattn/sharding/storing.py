@@ -5,7 +5,6 @@ torch 2.13 its operators lack forward mode, lose placements under grad, and shif
 """
 
 import functools
-import sys
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -83,15 +82,15 @@ def parts_of(tree_: Tree) -> Tree:
 
 def is_distributed(leaf: Any) -> "TypeGuard[DTensor]":
     """Whether a leaf is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(leaf, module.DTensor)
+    return _checks.is_distributed(leaf)
 
 
 def spec_of(leaf: "DTensor") -> PartitionSpec:
     """The spec of a DTensor."""
     from torch.distributed.tensor import Replicate, Shard
 
-    names, found = leaf.device_mesh.mesh_dim_names or (), [()] * leaf.dim()
+    names = leaf.device_mesh.mesh_dim_names or ()
+    found: list[tuple[str, ...]] = [()] * leaf.dim()
     for name, placement in zip(names, leaf.placements, strict=True):
         if isinstance(placement, Shard):
             found[placement.dim] = (*found[placement.dim], name)
@@ -141,7 +140,6 @@ def local(leaf: Tensor, spec: PartitionSpec, mesh: Any) -> Tensor:
         if spec_of(leaf) != _trimmed(spec):
             remedy = "Shard it by the same rules, or leave in_specs out."
             _checks.fail("shard_map", "a DTensor", f"cut as in_specs says, {spec}", repr(spec_of(leaf)), remedy)
-        leaf = leaf.detach() if not leaf.requires_grad else leaf
         if torch.is_grad_enabled() and leaf.requires_grad:
             remedy = "Differentiate inside: shard_map(grad(f), ...)."
             _checks.fail("shard_map", "a DTensor", "one that autograd does not follow", "requires_grad", remedy, TypeError)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import tree
-from .._checks import fail, shape
+from .._checks import fail, shape, whole
 from ..families import CheckpointError
 from ..tree import Tree
 
@@ -49,14 +49,15 @@ def write(folder: str | os.PathLike[str], step: int, values: Tree, run: dict[str
     target = _place(folder, step)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     leaves = dict(tree.items(values))
+    whole("fit", "params", leaves.values(), "Train the parts: fa.sharding.parts_of(params), inside of fa.sharding.inside(mesh).")
     layout = {path: list(x.stride()) for path, x in leaves.items() if not x.is_contiguous()}
     try:
         _sweep(target.parent)
         draft.mkdir(parents=True)
         save_file({path: _own(leaf) for path, leaf in leaves.items()}, draft / TENSORS)
         content = {"step": step, "strides": layout, "run": run, "tensors": _digest(draft / TENSORS)}
-        whole = {"content": content, "sha256": _sum(content)}
-        (draft / RUN).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        record = {"content": content, "sha256": _sum(content)}
+        (draft / RUN).write_text(json.dumps(record, indent=1), encoding="utf-8")
         for path in (draft / TENSORS, draft / RUN, draft):
             _flush(path)
         if target.exists():
@@ -90,8 +91,8 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
         fail("fit", f"{place}", "a whole snapshot", got, remedy, CheckpointError)
 
     try:
-        whole = json.loads((place / RUN).read_text(encoding="utf-8"))
-        content, known = whole["content"], whole["sha256"]
+        record = json.loads((place / RUN).read_text(encoding="utf-8"))
+        content, known = record["content"], record["sha256"]
         data = (place / TENSORS).read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as error:
         damaged(f"one that cannot be read: {type(error).__name__} {error}")

@@ -92,7 +92,10 @@ def test_what_cannot_be_is_refused():
         "specs of another cut": "ValueError: shard_map: a DTensor should be cut as in_specs says",
         "autograd follows": "TypeError: shard_map: a DTensor should be one that autograd does not follow",
         "heads that are cut": "ValueError: decoder: config should be such that the 2 devices",
-        "quantize in parts": "TypeError: quantize: embedding should be a tensor of this process",
+        "quantize in parts": "TypeError: quantize: embedding should be of tensors of this process",
+        "results that differ": "ValueError: shard_map: a result that out_specs does not cut should be the same on every device",
+        "dequantize in parts": "TypeError: dequantize: params should be of tensors of this process, got a DTensor",
+        "save in parts": "TypeError: save: params should be of tensors of this process, got a DTensor",
         "no names": "TypeError: sharding: mesh should be a DeviceMesh with mesh_dim_names",
         "a whole tree on a mesh": "ValueError: decoder: layers.0.q should be a part (8, 16)",
     }
@@ -105,12 +108,13 @@ def test_a_dead_process_ends_the_others_with_an_error():
         processes.run(devices.dies, 2, timeout=20)
 
 
-def test_the_real_model_on_three_processes_writes_what_one_writes(smollm2):
+def test_the_real_model_on_three_processes_writes_what_one_writes(smollm2, tmp_path):
     config, params, tokenizer = smollm2
     prompt = torch.tensor(tokenizer.encode("The capital of France is"))
     with torch.no_grad():
         expected = fa.generate(fa.key(0), fa.decoder(config), params, prompt, steps=64)[0].tolist()
-    for tokens, counts, nbytes in processes.run(devices.smollm2, 3, 64):
+    fa.save(tmp_path, config, params)
+    for tokens, counts, nbytes in processes.run(devices.greedy, 3, str(tmp_path), prompt, 64):
         assert tokens == expected
         assert counts["all_reduce"]["calls"] == 64 * (2 * config.layers + 1)  # two a layer, and one for the embedding
         assert counts["all_gather"]["calls"] == 64 * 2  # the likeliest token of each: its logit and its id
