@@ -50,8 +50,8 @@ format: $(VENV)/.dev  ## let ruff write what lint asks for
 typecheck: $(VENV)/.dev  ## pyright on the package
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(VENV)/.dev  ## build the pages into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+docs: $(VENV)/.dev  ## build the pages into site/; a warning is an error (with --quiet it would be none)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 site: $(VENV)/.dev  ## build the pages and open them in chromium; skipped, and said so, where there is none
 	$(PYTEST) -rs tests/test_site.py $(ARGS)
