@@ -25,7 +25,7 @@ class Browser:
         self.loop, self.numbers, self.complaints = asyncio.new_event_loop(), itertools.count(1), []
         try:
             address = self._address(folder / "DevToolsActivePort")
-            self.socket = self._wait(websocket_connect(address, max_message_size=2**28))
+            self.socket = self._wait(lambda: websocket_connect(address, max_message_size=2**28))
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.send(f"{domain}.enable")
         except BaseException:
@@ -40,18 +40,18 @@ class Browser:
             time.sleep(0.1)
         raise TimeoutError("chromium did not start")
 
-    def _wait(self, future):
+    def _wait(self, begin):
         async def within():
-            return await asyncio.wait_for(future, 60)
+            return await asyncio.wait_for(begin(), 60)
 
         return self.loop.run_until_complete(within())
 
     def send(self, method: str, **options):
         """One command, and its result; what happens meanwhile is heard."""
         number = next(self.numbers)
-        self._wait(self.socket.write_message(json.dumps({"id": number, "method": method, "params": options})))
+        self._wait(lambda: self.socket.write_message(json.dumps({"id": number, "method": method, "params": options})))
         while True:
-            message = json.loads(self._wait(self.socket.read_message()))
+            message = json.loads(self._wait(self.socket.read_message))
             self._hear(message)
             if message.get("id") == number:
                 assert "error" not in message, message
@@ -87,6 +87,9 @@ class Browser:
         self.complaints.clear()
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        if address.startswith("http"):  # a visitor who was never here: no color scheme is remembered
+            origin = "/".join(address.split("/")[:3])
+            self.send("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
         self.send("Page.navigate", url=address)
         self.until(f"location.href.startsWith({json.dumps(address)}) && document.readyState === 'complete'")
         time.sleep(0.3)  # scripts that run behind the load

@@ -84,3 +84,21 @@ def test_a_page_shows_what_the_notebook_shows():
     assert all(part in text for part in ("(../masks.md)", "```python\n1 + 1\n```", "said", "<b> two</b>"))
     assert "<Figure>" not in text
     assert images == {"01_small_1.png": b"hi"}
+
+
+def test_shapes_are_escaped_where_they_are_prose_and_doctests_are_not():
+    lines = [
+        "k (*lead, S), v (*lead, S)",
+        "",
+        "    out = f(*q)",
+        "",
+        "Args:",
+        "    q: (*lead, T), `(*lead,)`.",
+        "Examples:",
+        "    >>> f(*q)",
+    ]
+    found = _load("pages/docstrings").escaped(lines)
+    assert found[0] == r"k (\*lead, S), v (\*lead, S)"
+    assert found[2] == lines[2]
+    assert found[5] == r"    q: (\*lead, T), `(*lead,)`."
+    assert found[7] == lines[7]
