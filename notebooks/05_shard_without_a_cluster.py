@@ -147,9 +147,10 @@ assert done.stdout.splitlines()[0].split() == [str(token) for token in written.t
 # %% [markdown]
 # ## What it costs
 #
-# Compute and weights divide by the devices; what they say does not. `cost` counts what a step of the decoder says (the tests hold it
-# to what Gloo is asked to do) and divides by the speeds of a machine, which are arguments. Here for the sizes of Llama 3 8B, with its
-# defaults: 400 TFLOP/s, 3 TB/s of memory, 300 GB/s and 5 microseconds a message between devices. A model, not a measurement.
+# Compute and weights divide by the devices; what they say does not. `cost` counts what a step of the decoder says (the tests
+# hold it to what Gloo is asked to do) and divides by the speeds of a machine, which are arguments. Here for the sizes of Llama
+# 3 8B, with its defaults: 400 TFLOP/s, 3 TB/s of memory, 300 GB/s and 5 microseconds a message between devices. A model, not a
+# measurement.
 
 # %%
 llama = fa.Config(vocabulary=128256, width=4096, layers=32, heads=32, kv_heads=8, head_size=128, feed_forward=14336)

@@ -1,7 +1,7 @@
 """The pages: what they show in doctest form runs, and the built site opens in a browser.
 
 The browser is Debian's chromium. Without one on the machine the tests of it are skipped, and the reason says so: on a runner that
-has nothing but pip, nobody has looked at the site. They are slow, for the site is built first: `make site` runs them.
+has nothing but pip, nobody has looked at the site. All are slow: `make site` runs them.
 """
 
 import doctest
@@ -36,6 +36,7 @@ class Fences(doctest.DocTestParser):
         return super().parse(re.sub(r"(?m)^```.*$", "", string), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
 def test_the_examples_of_a_page_give_what_it_shows(page):
     found = doctest.testfile(str(page), module_relative=False, optionflags=FLAGS, parser=Fences(), verbose=False)
