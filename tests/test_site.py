@@ -25,6 +25,7 @@ PAGES = (
 )
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DOCS.exists(), reason="the pages are not part of a source distribution")]
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: nobody has looked at the site")
 
 
@@ -36,7 +37,6 @@ class Fences(doctest.DocTestParser):
         return super().parse(re.sub(r"(?m)^```.*$", "", string), name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
 def test_the_examples_of_a_page_give_what_it_shows(page):
     found = doctest.testfile(str(page), module_relative=False, optionflags=FLAGS, parser=Fences(), verbose=False)
@@ -82,7 +82,6 @@ PARTS = {  # what is looked for: words, and things by their selectors
 }
 
 
-@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 420])
@@ -99,7 +98,6 @@ def test_a_page_renders_and_nothing_complains(site, browser, path, width, dark):
     assert browser.complaints == []
 
 
-@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("query", ["speculation", "hessian", "futures"])
 def test_search_answers(site, browser, query):
@@ -113,7 +111,6 @@ def test_search_answers(site, browser, query):
     assert browser.complaints == []
 
 
-@pytest.mark.slow
 @needs_chromium
 def test_every_page_of_the_navigation_is_there(site, browser):
     browser.open(site + "/")
