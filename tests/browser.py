@@ -84,6 +84,8 @@ class Browser:
 
     def open(self, address: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Go to an address, with a window of this size, and wait until it is loaded."""
+        self.send("Page.navigate", url="about:blank")  # the page before would hear of the change, and remember it
+        self.until("location.href === 'about:blank'")
         self.complaints.clear()
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
