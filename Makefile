@@ -50,11 +50,11 @@ format: $(VENV)/.dev  ## let ruff write what lint asks for
 typecheck: $(VENV)/.dev  ## pyright on the package
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(VENV)/.dev  ## build the pages into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+docs: $(VENV)/.dev  ## build the pages into site/; a warning is an error (with --quiet it would be none)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-site: $(VENV)/.dev  ## build the pages and open them in chromium; skipped, and said so, where there is none
-	$(PYTEST) -rs tests/test_site.py $(ARGS)
+site: $(VENV)/.dev $(VENV)/.model  ## hold the pages to what they say, and open them in chromium where there is one
+	$(PYTEST) --dist loadfile -rs tests/test_site.py tests/test_readme.py $(ARGS)
 
 package: $(VENV)/.dev $(VENV)/.model  ## build sdist and wheel, install each elsewhere, and try them
 	$(PYTEST) --numprocesses 0 tests/test_wheel.py $(ARGS)

@@ -84,7 +84,7 @@ def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
     line = '<div style="font-family:monospace">'
     if not isinstance(value, (tuple, dict)) or not len(value):
         return f"{line}{html.escape(f'{name}: {describe(value)}')}</div>"
-    fields = value._fields if hasattr(value, "_fields") else value if isinstance(value, dict) else range(len(value))
+    fields = getattr(value, "_fields", value if isinstance(value, dict) else range(len(value)))
     groups: list[tuple[Any, Any, Any]] = []  # first name, last name, what they are
     for field, item in zip(fields, value.values() if isinstance(value, dict) else value, strict=True):
         if groups and isinstance(field, int) and describe(groups[-1][2]) == describe(item):

@@ -71,9 +71,14 @@ def dot(a, b):
     return sum((x * y).sum() for x, y in zip(fa.tree.leaves(a), fa.tree.leaves(b), strict=True))
 
 
-begun = time.perf_counter()
-naive = torch.stack([dot(wanted, grad(loss)(params, *each)) for each in zip(tokens, lengths, strict=True)])
-naive_seconds = time.perf_counter() - begun
+rate, naive, change, naive_seconds = 2e-5, [], [], 0.0
+for each in zip(tokens, lengths, strict=True):
+    begun = time.perf_counter()
+    slope = grad(loss)(params, *each)
+    naive.append(dot(wanted, slope))
+    naive_seconds += time.perf_counter() - begun
+    change.append(asking(fa.tree.map(lambda x, g: x - rate * g, params, slope)) - asking(params))  # for later
+naive, change = torch.stack(naive), torch.stack(change)
 
 # %% [markdown]
 # ## Transform: one directional derivative
@@ -99,18 +104,12 @@ print(f"twelve gradients at once would be {12 * each_gradient:.0f} MiB; the jvp 
 # %% [markdown]
 # ## Is it true?
 #
-# Take the step: a little of each gradient, and ask again. To first order the answer's loss falls by the step times the influence.
+# Take a little step along each gradient, and ask again (that was done above, while the gradient was there). To first order the
+# answer's loss falls by the step times the influence.
 # The points lie on the line. What is on top is the sentence that a person would choose; that tomatoes come second is a fact about
 # this model too, not about Iceland: all sentences push the same few directions.
 
 # %%
-rate = 2e-5
-change = []
-for each in zip(tokens, lengths, strict=True):
-    slope = grad(loss)(params, *each)
-    change.append(float(asking(fa.tree.map(lambda x, g: x - rate * g, params, slope)) - asking(params)))
-change = torch.tensor(change)
-
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), dpi=110, layout="constrained", width_ratios=[3, 2])
 order = influence.argsort()
 colors = ["#3b6ea5" if value > 0 else "#c8553d" for value in influence[order]]

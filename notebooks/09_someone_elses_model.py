@@ -9,9 +9,12 @@
 
 # %%
 import tempfile
+import warnings
 
 import matplotlib.pyplot as plt
 import torch
+
+warnings.filterwarnings("ignore", "IProgress not found")  # transformers' bars want ipywidgets
 import transformers
 from torch.func import grad, jvp, vmap
 

@@ -19,9 +19,9 @@ import funcattn as fa
 BLUE, PALE = "#3b6ea5", "#8fb8d0"
 
 # %% [markdown]
-# # Part one: attention
+# ## Part one: attention
 #
-# ## Which kernel
+# ### Which kernel
 #
 # torch chooses among its kernels and keeps the reason to itself, or warns. Here one asks, and a `with` forces.
 
@@ -33,7 +33,7 @@ assert torch.allclose(fa.attention(q, k, v), dense, atol=1e-5)
 fa.explain(q, k, v)
 
 # %% [markdown]
-# ## Causal biases
+# ### Causal biases
 #
 # The tutorial's `causal_upper_left` and `causal_lower_right` are the same mask with another corner: which key the first query
 # stands on matters where T queries follow a past. They are intervals, so they combine with windows, documents and padding, and
@@ -49,7 +49,7 @@ assert torch.allclose(fa.attention(*short, lower), theirs, atol=1e-5)
 (lower & fa.masks.window(T, 4, offset=S - T)) | fa.masks.sinks(T, 1)
 
 # %% [markdown]
-# ## Jagged batches
+# ### Jagged batches
 #
 # Sequences of different lengths: the tutorial packs them into a NestedTensor. Pack them into one row, and the mask says which
 # document a token is of. The sum is the same, and unlike a NestedTensor it goes through every transform.
@@ -68,7 +68,7 @@ hvp = jvp(grad(lambda q: fa.attention(q, k, v, mask).square().sum()), (q,), (q,)
 mask
 
 # %% [markdown]
-# ## Compile
+# ### Compile
 #
 # Value and gradient compile to one graph.
 
@@ -78,7 +78,7 @@ compiled = torch.compile(slope, fullgraph=True, backend="aot_eager")
 assert torch.allclose(compiled(q), slope(q), atol=1e-4)
 
 # %% [markdown]
-# # Part two: decoding
+# ## Part two: decoding
 #
 # gpt-fast's ladder, on SmolLM2-135M. Every step is a value: another model, another tree, a drafter. The rest of the code stays as
 # it was.
@@ -106,7 +106,7 @@ ladder = {
 texts = {name: call() for name, call in ladder.items()}  # waits for the compiler
 
 # %% [markdown]
-# ## They agree
+# ### They agree
 #
 # What changes the speed and not the function writes the same text. Fewer bits are another function, and may write another one.
 
@@ -117,7 +117,7 @@ for name in ("eager", "int8", "int4"):
     print(f"{name:>6}: {tokenizer.decode(texts[name])!r}")
 
 # %% [markdown]
-# ## What it costs
+# ### What it costs
 
 # %%
 seconds = {name: [] for name in ladder}
@@ -141,7 +141,7 @@ plt.show()
 # Dark bars write the text of the eager model, light ones are other models. On a CPU with two cores the ladder is not gpt-fast's on
 # an A100: what pays is decided by what the machine's memory and its instructions for small integers can do.
 #
-# ## What gpt-fast does by surgery
+# ### What gpt-fast does by surgery
 #
 # | step | gpt-fast | here |
 # | --- | --- | --- |

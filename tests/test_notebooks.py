@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the notebooks are n
 
 
 def _load(name):
-    spec = importlib.util.spec_from_file_location(f"notebooks_{name}", FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"tool_{name.replace('/', '_')}", FOLDER.parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -21,7 +21,7 @@ def _load(name):
 
 @pytest.fixture(scope="module")
 def run():
-    return _load("run")
+    return _load("notebooks/run")
 
 
 SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
@@ -67,7 +67,7 @@ def test_what_a_progress_bar_wrote_over_itself_is_not_kept(run):
 
 
 def test_a_page_shows_what_the_notebook_shows():
-    pages = _load("pages")
+    pages = _load("pages/notebooks")
     cells = [
         nbformat.v4.new_markdown_cell("# Title\n\nSee [masks](../docs/masks.md)."),
         nbformat.v4.new_code_cell(
@@ -84,3 +84,21 @@ def test_a_page_shows_what_the_notebook_shows():
     assert all(part in text for part in ("(../masks.md)", "```python\n1 + 1\n```", "said", "<b> two</b>"))
     assert "<Figure>" not in text
     assert images == {"01_small_1.png": b"hi"}
+
+
+def test_shapes_are_escaped_where_they_are_prose_and_doctests_are_not():
+    lines = [
+        "k (*lead, S), v (*lead, S)",
+        "",
+        "    out = f(*q)",
+        "",
+        "Args:",
+        "    q: (*lead, T), `(*lead,)`.",
+        "Examples:",
+        "    >>> f(*q)",
+    ]
+    found = _load("pages/docstrings").escaped(lines)
+    assert found[0] == r"k (\*lead, S), v (\*lead, S)"
+    assert found[2] == lines[2]
+    assert found[5] == r"    q: (\*lead, T), `(*lead,)`."
+    assert found[7] == lines[7]

@@ -1,4 +1,7 @@
-"""What the front page says is what happens: its example prints its output, its table is current, its links lead somewhere."""
+"""What the front page says is what happens: its example prints its output, its table is current, its links lead somewhere.
+
+The slow ones are run by `make site`.
+"""
 
 import base64
 import contextlib
@@ -19,6 +22,7 @@ def blocks(path, language):
     return [block.split("```")[0] for block in path.read_text().split(f"```{language}\n")[1:]]
 
 
+@pytest.mark.slow
 def test_the_example_prints_what_the_page_shows():
     (example,), (shown,) = blocks(INDEX, "python"), blocks(INDEX, "text")
     printed = io.StringIO()
@@ -32,6 +36,7 @@ def test_readme_and_landing_page_show_the_same_example():
         assert blocks(README, language)[0] == blocks(INDEX, language)[0]
 
 
+@pytest.mark.slow
 def test_the_table_of_what_composes_is_what_check_transforms_finds():
     spec = importlib.util.spec_from_file_location("composition", ROOT / "benchmarks" / "composition.py")
     composition = importlib.util.module_from_spec(spec)

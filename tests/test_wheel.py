@@ -70,8 +70,8 @@ def test_the_wheel_holds_the_library_and_nothing_else(built):
     names = zipfile.ZipFile(wheel).namelist()
     assert "funcattn/py.typed" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"funcattn"}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "funcattn").rglob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == modules
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "funcattn").rglob("*.*") if path.parent.name != "__pycache__"}
+    assert {name for name in names if name.startswith("funcattn/")} == files
 
 
 def test_the_source_distribution_holds_what_its_tests_need(built):

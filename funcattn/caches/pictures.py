@@ -21,8 +21,11 @@ def line(cache: Any) -> str:
         >>> line(fa.decoder(fa.Config()).cache(100))
         'Cache: 0 of 100 tokens, 2 layers, 2 heads of 16, 50.5 KiB'
     """
+    name, size = type(cache).__name__, _bytes(tree.nbytes(cache))
+    if cache.length.dim():  # made by vmap: what the kind takes for its axes are others
+        return f"{name}: {_held(cache)}, {size}"
     L, K, D = sizes(cache)
-    return f"{type(cache).__name__}: {_held(cache)}, {L} layers, {K} heads of {D}, {_bytes(tree.nbytes(cache))}"
+    return f"{name}: {_held(cache)}, {L} layers, {K} heads of {D}, {size}"
 
 
 def bar(cache: Any) -> str:
@@ -35,14 +38,13 @@ def bar(cache: Any) -> str:
 
 def _held(cache: Any) -> str:
     length = _checks.peek(cache.length)
-    if isinstance(cache, Branch):
-        prefix, own = (_checks.peek(part.length) for part in (cache.prefix, cache.own))
-        if prefix is not None and own is not None and not prefix.dim() and not own.dim():
-            return f"{int(prefix)} + {int(own)} of {capacity(cache)} tokens"
     if length is None:
         return f"room for {capacity(cache)} tokens"
+    if isinstance(cache, Branch) and not length.dim():
+        return f"{int(cache.prefix.length)} + {int(cache.own.length)} of {capacity(cache)} tokens"
     if length.dim():
-        return f"{length.numel()} pasts of {int(length.min())} to {int(length.max())} tokens"
+        least, most = int(length.min()), int(length.max())
+        return f"{length.numel()} pasts of {least} to {most} tokens" if least < most else f"{length.numel()} pasts of {most} tokens"
     if int(length) < 0 or int(length) > 2**59:
         return "given away, or beyond its capacity"
     if isinstance(cache, (Ring, Memory)):

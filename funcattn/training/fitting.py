@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -215,7 +216,8 @@ def _progress(first: int, steps: int, wanted: bool) -> Iterator[Callable[[int, R
     """A bar where somebody looks and tqdm is there, else one line a report; both on stderr."""
     bar: Any = None
     if wanted and (sys.stderr.isatty() or "ipykernel" in sys.modules):
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without ipywidgets tqdm warns in a notebook, and draws a bar of letters
             from tqdm.auto import tqdm
 
             bar = tqdm(initial=first, total=steps, unit="step", file=sys.stderr, dynamic_ncols=True)
