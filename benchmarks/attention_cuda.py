@@ -140,7 +140,7 @@ def main() -> None:
     for D in options.sizes:
         for causal in (False, True):
             T = 512
-            while T <= options.longest:
+            while options.longest >= T:
                 table(D, T, options, ceiling, causal)
                 T *= 2
     print("\nhvp of one head of 64, causal: MiB should double with T")

@@ -1,6 +1,6 @@
-"""What does each scheme cost in perplexity, and how much of it does GPTQ give back?
+"""What does each scheme cost in perplexity, and how much of it do GPTQ, AWQ and smoothing give back?
 
-    python benchmarks/quantization.py TEXT [--tokens 50000] [--calibration 8192]
+    python benchmarks/quantization.py TEXT [--tokens 50000] [--calibration 8192] [--only int8 w8a8]
 
 SmolLM2-135M on a plain text, such as that of the King James Bible in Debian's package bible-kjv-text. Its first tokens calibrate;
 what is measured begins behind them. Each scheme reads the same tokens in windows of 512, of which the last 384 are scored; what is
@@ -24,7 +24,10 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=50_000)
     parser.add_argument("--calibration", type=int, default=8192)
+    parser.add_argument("--only", nargs="*", help="names of what is measured beside float32; all of it by default")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     config, params, tokenizer = fa.load("smollm2-135m")
     model, scheme = fa.decoder(config), fa.int4(group=64)
     ids = torch.tensor(tokenizer.encode(options.text.read_text()[: 8 * (options.tokens + options.calibration)]))
@@ -35,8 +38,12 @@ def main() -> None:
         "int8": lambda: fa.dequantize(fa.quantize(fa.int8)(params)),
         "int4, groups of 64, to nearest": lambda: fa.dequantize(fa.quantize(scheme)(params)),
         "int4, groups of 64, GPTQ": lambda: fa.dequantize(fa.gptq(model, before, scheme)(params)),
+        "int4, groups of 64, AWQ": lambda: fa.dequantize(fa.awq(model, before, scheme)(params)),
         "w8a8": lambda: fa.quantize(fa.w8a8)(params),
+        "w8a8, smoothed": lambda: fa.quantize(fa.w8a8)(fa.smooth(model, before, fa.w8a8)(params)),
     }
+    if options.only is not None:
+        candidates = {name: make for name, make in candidates.items() if name == "float32" or name in options.only}
     scores: dict[str, torch.Tensor] = {}
     for name, make in candidates.items():
         begin = time.perf_counter()
@@ -52,8 +59,10 @@ def main() -> None:
             flush=True,
         )
     loss = {name: -float(found.double().mean()) for name, found in scores.items()}
-    nearest, fitted = (loss[f"int4, groups of 64, {how}"] - loss["float32"] for how in ("to nearest", "GPTQ"))
-    print(f"GPTQ gives back {1 - fitted / nearest:.0%} of what rounding to nearest loses")
+    for how in ("GPTQ", "AWQ"):
+        if {f"int4, groups of 64, {how}", "int4, groups of 64, to nearest"} <= {*loss}:
+            nearest, fitted = (loss[f"int4, groups of 64, {by}"] - loss["float32"] for by in ("to nearest", how))
+            print(f"{how} gives back {1 - fitted / nearest:.0%} of what rounding to nearest loses")
 
 
 def score(model: fa.Model, params: fa.Params, text: torch.Tensor) -> torch.Tensor:

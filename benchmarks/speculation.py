@@ -23,9 +23,9 @@ CHATS = {
 }
 EDIT = """Copy this text, and change Tom to Anna: Tom walked to the old harbour in the morning. The boats were still asleep, and \
 the gulls stood in a row on the wall. Tom sat down beside them and opened his bag. There was bread in it, and a letter that he had \
-not read yet. The letter came from his sister, who lived on the other side of the bay, in a white house with a green door. She wrote \
-that the apples were ripe, that the dog was well, and that she hoped to see him before the winter. Tom folded the letter and looked \
-at the water. A small boat came in, with two men in it, and the gulls rose from the wall and flew towards it."""
+not read yet. The letter came from his sister, who lived on the other side of the bay, in a white house with a green door. She \
+wrote that the apples were ripe, that the dog was well, and that she hoped to see him before the winter. Tom folded the letter and \
+looked at the water. A small boat came in, with two men in it, and the gulls rose from the wall and flew towards it."""
 
 
 def main() -> None:
