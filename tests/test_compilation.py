@@ -5,6 +5,7 @@ Laws run with Dynamo alone (backend "eager": the same graphs, no C++); three tes
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -195,10 +196,15 @@ def test_records_are_compiled_once(made):
         seen.append(graph)
         return graph
 
-    params = fa.quantize(fa.nf4(group=8))(model.init(fa.key(0)))  # of a kind that no other test here has met
+    class Twice(NamedTuple):  # a type that `linear` has not met
+        half: torch.Tensor
+
+    fa.layers.linear.register(Twice, lambda weight, x: 2 * (x @ weight.half.mT))
+    plain = model.init(fa.key(0))
+    params = plain._replace(layers=tuple(layer._replace(up=Twice(layer.up / 2)) for layer in plain.layers))
     fast = fa.compile(model, backend=backend)
     for size in (9, 9, 30):
-        fast.extend(params, tokens(1), model.apply(params, tokens(4), model.cache(size))[1])
+        fast.extend(params, tokens(1), model.apply(plain, tokens(4), model.cache(size))[1])
     assert len(seen) == 3  # layers behind 9 rows and behind 30, and the head
 
 
@@ -206,14 +212,15 @@ def test_weights_that_differ_in_what_is_absent_or_shared_are_told_apart(made):
     """The guards that would tell are left out: the form of the call does."""
     model, params = made("llama")[0], made("llama")[2]
     fast, token = fa.compile(model, backend="eager"), tokens(1)
-    of = lambda m, params: m.extend(params, token, model.cache(3, dtype=torch.float64))[0]
+    _, past = model.apply(params, tokens(4, 1), model.cache(9, dtype=torch.float64))  # with one token alone q would not matter
+    of = lambda m, params: m.extend(params, token, past)[0]
     change = lambda **fields: params._replace(layers=tuple(layer._replace(**fields) for layer in params.layers))
     first = params.layers[0]
     trees = [
         params,
+        change(q_bias=torch.ones(32, dtype=torch.float64)),
         change(k=first.v),  # one tensor in two places, and then two of the same sizes
         params,
-        change(q_bias=torch.ones(32, dtype=torch.float64)),
         change(attention_norm=first.attention_norm[:1].expand(32)),  # of another stride
         params,
     ]
