@@ -1,7 +1,7 @@
 """Quantization as a transform of the tree: `params = fa.quantize(fa.int4(group=32))(params)`, and the decoder is untouched.
 
     weights      the records, what each stands for (dequantize), how it multiplies and embeds
-    kernels of   fast: torch's integer kernels where they are faster, exact derivatives of the plain form behind them
+    kernels of   fast: a faster kernel for the value, exact derivatives of the plain form; packed: torch's, tiles: our own
     schemes      int8, int4, w8a8, nf4, fp8, ternary: frozen values that encode a matrix
     transforms   quantize, dequantize, report
 
