@@ -125,7 +125,7 @@ def _instructions() -> int:
 
 
 def _rows_of(N: int) -> Any:
-    return torch.empty(N, 0) if N % ROWS else ABSENT
+    return torch.empty(N, 0, device="cpu") if N % ROWS else ABSENT
 
 
 def _exact(scale: Tensor) -> Tensor:
