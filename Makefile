@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint typecheck format docs site package notebooks benchmarks clean
+.PHONY: help demo test test-gpu test-triton test-all lint typecheck format docs site package notebooks benchmarks clean
 
 help:  ## list what can be made
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,8 +33,12 @@ test: $(VENV)/.dev $(VENV)/.model  ## install, and run every test that takes sec
 
 test-gpu: $(VENV)/.dev $(VENV)/.model  ## every test on a machine with a GPU: what has kernels for it runs there
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'test-gpu: torch sees no CUDA device')"
-	$(PIP) --constraint $(VENV)/constraints.txt '.[triton]'
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[triton]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 $(ARGS)
+
+test-triton: $(VENV)/.dev  ## the kernels for CUDA without a GPU: interpreted, and compiled ahead of time
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[triton]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 600 tests/test_triton.py $(ARGS)
 
 test-all: $(VENV)/.dev $(VENV)/.model  ## the slow tests too
 	$(PYTEST) $(ARGS)

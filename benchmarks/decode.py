@@ -31,6 +31,7 @@ from _timing import Timing, interleave
 import funcattn as fa
 
 WARMUP = 4  # tokens
+MATRICES = r"layers\..*\.(q|k|v|o|gate|up|down)|head"  # not the embedding, whose dtype is that of the activations
 MESSAGES = [{"role": "user", "content": "What is the capital of France? Then tell me about the city."}]
 
 
@@ -75,7 +76,7 @@ def on_gpu(remembered: int) -> None:
         params = fa.cast(torch.bfloat16)(model.init(fa.key(0)))
         past = model.cache(2 * remembered, dtype=torch.bfloat16)._replace(length=torch.tensor(remembered))
         for name, scheme in (("bfloat16", None), ("int8", fa.int8), ("int4", fa.int4)):
-            weights = params if scheme is None else fa.quantize(scheme)(params)
+            weights = params if scheme is None else fa.quantize(scheme, MATRICES)(params)
             wall = milliseconds(recorded(torch.compile(model.extend, fullgraph=True), weights, torch.tensor([1]), past))
             read = fa.tree.nbytes(weights) - fa.tree.nbytes(weights.embedding) + past.k.nbytes  # half of the room of k and of v
             print(

@@ -31,6 +31,9 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "home"))
 
 
+collect_ignore = ["ahead.py"]  # a script that needs Triton, which test_triton.py runs
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct as `Loaded(config, params, tokenizer)`. It is a value: no test can change it for another."""

@@ -3,6 +3,7 @@
 | kernel | what it is |
 | --- | --- |
 | flash | the closed streaming family: every transform, O(T + S) memory; torch's fused kernel for the value and first gradient |
+| triton | the same family in kernels for CUDA, written in Triton: an extra, imported when it is used |
 | reference | dense, plain torch operations, the specification |
 | sdpa | torch's F.scaled_dot_product_attention; sdpa:flash, sdpa:math and so on force one of its own kernels |
 
@@ -10,7 +11,7 @@
 `attention_with_score` puts the logits through any elementwise function: every transform, linear memory, slower than all of them.
 `ring` and `merge_over` attend over a text that no device of a mesh holds all of.
 Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two autograd Functions) differentiates by the rules of
-`algebra`; `primitives` runs them as `blocks` of torch operations in the `layout` they share, or by `torch_fused`.
+`algebra`; `primitives` runs them as `blocks` of torch operations in the `layout` they share, by `triton`, or by `torch_fused`.
 """
 
 from .choice import Explanation, use

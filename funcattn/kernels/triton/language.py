@@ -1,25 +1,23 @@
 """Triton where it is installed, and stand-ins where it is not, so that these modules can always be imported and read.
 
-Nothing is launched without it: `choice` and `primitives` ask `AVAILABLE` first.
+Nothing is launched without it: the choice of kernels asks first whether it is there.
 """
 
+import importlib
 import os
 from types import SimpleNamespace
 from typing import Any
 
+tl: Any
+jit: Any
+OutOfResources: Any
 try:
-    import triton
-    import triton.language as tl
-    from triton.runtime.errors import OutOfResources
-
-    jit: Any = triton.jit
-    AVAILABLE = True
+    tl = importlib.import_module("triton.language")
+    jit = importlib.import_module("triton").jit
+    OutOfResources = importlib.import_module("triton.runtime.errors").OutOfResources
 except ImportError:
-    tl: Any = SimpleNamespace(constexpr=object)
-    jit: Any = lambda f: f
-    OutOfResources: Any = MemoryError
-    AVAILABLE = False
+    tl, jit, OutOfResources = SimpleNamespace(constexpr=object), lambda f: f, MemoryError
 
-INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")  # read when triton is, as there
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read when Triton is imported, as there
 
-__all__ = ["AVAILABLE", "INTERPRETED", "OutOfResources", "jit", "tl"]
+__all__ = ["INTERPRETED", "OutOfResources", "jit", "tl"]

@@ -4,6 +4,8 @@ Device functions. Pointers stand at an example and a head (`locate`); blocks are
 the features; statistics and sums are float32, and powers are of two.
 """
 
+# pyright: reportInvalidTypeForm=false
+
 from .language import jit, tl
 
 __all__ = [

@@ -6,6 +6,8 @@ looked at, then those that every query sees whole. Heads that share a key read t
 Source: Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1.
 """
 
+# pyright: reportInvalidTypeForm=false
+
 from .language import jit, tl
 from .pieces import add_product, block, blocks_of, line, locate, product, reach, store, store_line
 
