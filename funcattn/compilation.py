@@ -105,7 +105,8 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     def hidden(
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
-        if mask is not None or positions is not None or not _is_plain_step(params, tokens, cache):
+        few = config.kv_heads < collectives.axis_size(transformer.TENSOR)  # of heads that all hold, each device selects its own
+        if few or mask is not None or positions is not None or not _is_plain_step(params, tokens, cache):
             return model.hidden(params, tokens, cache, mask=mask, positions=positions)
         return stack.hidden(params, tokens, cache)
 

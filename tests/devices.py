@@ -86,6 +86,8 @@ def decoding(rank, n):
     found["step"] = error(logits, model.apply(params, both, model.cache(20, dtype=torch.float64))[0][-3:])
     write = lambda model, params, **options: fa.generate(fa.key(2), model, params, tokens[0], steps=8, **options)[0].tolist()
     found["greedy"] = write(on, held) == write(model, params)
+    if n > CONFIG.kv_heads:  # where compiled decoding leaves the layers to the model
+        found["compiled"] = write(shard_map(fa.compile(model, backend="eager"), mesh), held) == write(model, params)
     sampler = fa.sampling.chain(fa.sampling.temperature(0.9), fa.sampling.top_k(5))
     few = shard_map(sharding.candidates(model, 5), mesh)
     found["sampled"] = write(few, held, sampler=sampler) == write(model, params, sampler=sampler)

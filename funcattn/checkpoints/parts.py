@@ -70,11 +70,12 @@ def save_parts(folder: str | os.PathLike[str], params: Tree) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        dcp.save(_state(params), checkpoint_id=os.fspath(folder))
-    except (OSError, dcp.CheckpointException) as error:
+        save(_state(params), checkpoint_id=os.fspath(folder))
+    except (OSError, CheckpointException) as error:
         fail("save_parts", os.fspath(folder), "a place that can be written", str(error)[:300], "Make room.", CheckpointError)
 
 
@@ -89,15 +90,16 @@ def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
 
     Law: equals what was saved, on meshes of other shapes (tests/distributed: test_what_one_mesh_saved_another_loads).
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load as read
 
     if not (Path(folder) / ".metadata").is_file():
         remedy = "Give the folder that save_parts wrote."
         fail("load_parts", os.fspath(folder), "a folder with .metadata", "none", remedy, CheckpointError)
     empty = tree.map(torch.empty_like, like)
     try:
-        dcp.load(_state(empty), checkpoint_id=os.fspath(folder))
-    except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as error:
+        read(_state(empty), checkpoint_id=os.fspath(folder))
+    except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         remedy = "Give a tree of the model that was saved."
         fail("load_parts", os.fspath(folder), "of these leaves", str(error).strip()[:300], remedy, CheckpointError)
     return empty

@@ -53,7 +53,9 @@ def meshed(options: argparse.Namespace) -> Iterator[Any]:
             limit = datetime.timedelta(seconds=options.timeout)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
             stack.callback(dist.destroy_process_group)
-            yield dist.init_device_mesh("cuda" if cuda else "cpu", (data, tensor), mesh_dim_names=("data", "tensor"))
+            from torch.distributed.device_mesh import init_device_mesh
+
+            yield init_device_mesh("cuda" if cuda else "cpu", (data, tensor), mesh_dim_names=("data", "tensor"))
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("gloo", "Gloo", "nccl", "NCCL")):
                 raise

@@ -19,7 +19,7 @@ _counts: dict[str, dict[str, int]] = {}
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+    return distributed_c10d._resolve_process_group(name)  # pyright: ignore
 
 
 def count(name: str, x: Tensor) -> None:

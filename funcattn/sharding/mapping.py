@@ -39,6 +39,7 @@ def spmd(f: Callable[..., Any], axis: str, n: int, in_specs: Any, out_specs: Any
         out_specs: of what f returns.
 
     Example:
+        >>> import torch
         >>> from funcattn.collectives import psum
         >>> spmd(lambda x: psum(x.sum(), "tensor"), "tensor", 2, P("tensor"), P())(torch.arange(4))
         tensor(6)

@@ -39,7 +39,10 @@ from .weights import Layer, shapes
 TENSOR, DATA = "tensor", "data"
 BY_ROWS = ("q", "k", "v", "gate", "up", "q_bias", "k_bias", "v_bias", "gate_bias", "up_bias", "sinks")
 BY_COLUMNS = ("o", "down")
+MATRICES = ("q", "k", "v", "gate", "up", "o", "down")
 INSIDE = ("q_norm", "k_norm", "router", "router_bias")  # whole, and used inside of a region
+
+_shapes = functools.cache(shapes)
 
 
 def heads(config: Config) -> tuple[int, int]:
@@ -64,7 +67,7 @@ def layer(config: Config, number: int, weights: Layer) -> Layer:
     """The weights of a layer as this device computes with them: gathered over "data", and what a region shares entered."""
     if not collectives.bound():
         return weights
-    n, whole = axis_size(TENSOR), shapes(config).layers[number]
+    n, whole = axis_size(TENSOR), _shapes(config).layers[number]
     few = config.kv_heads < n
     made = []
     for name, weight, shape in zip(Layer._fields, weights, whole, strict=True):
@@ -75,10 +78,8 @@ def layer(config: Config, number: int, weights: Layer) -> Layer:
         cut = None
         if n > 1 and not (few and of_kv):
             by_rows = name in BY_ROWS or (name in ("q_norm", "k_norm") and config.head_norm == "layer")
-            matrix = (
-                1 if len(shape) == 3 or (name.startswith(("gate_b", "up_b")) and len(shape) == 2) else 0
-            )  # experts stand in front
-            cut = matrix if by_rows else len(shape) - 1 if name in BY_COLUMNS else None
+            experts = len(shape) - (2 if name in (*MATRICES, "q_norm", "k_norm") else 1)  # axes in front of the rows
+            cut = experts if by_rows else len(shape) - 1 if name in BY_COLUMNS else None
         here = tuple(size // n if dim == cut else size for dim, size in enumerate(shape))
         weight = _over_data(f"layers.{number}.{name}", weight, here)
         if n > 1 and (cut is not None or of_kv or name in INSIDE):
