@@ -107,7 +107,7 @@ print(f"twelve gradients at once would be {12 * each_gradient:.0f} MiB; the jvp 
 # Take a little step along each gradient, and ask again (that was done above, while the gradient was there). To first order the
 # answer's loss falls by the step times the influence.
 # The points lie on the line. What is on top is the sentence that a person would choose; that tomatoes come second is a fact about
-# this model too, not about Iceland: all sentences push the same few directions.
+# this model too, not about Iceland.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), dpi=110, layout="constrained", width_ratios=[3, 2])
