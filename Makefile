@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-all lint typecheck format docs site package notebooks benchmarks clean
+.PHONY: help demo test distributed test-gpu test-triton test-all lint typecheck format docs site package notebooks benchmarks clean
 
 help:  ## list what can be made
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +29,10 @@ demo: $(VENV)/.library $(VENV)/.model  ## install, and answer a question with Sm
 	$(BIN)/funcattn generate --chat --greedy "What is the capital of France?"
 
 test: $(VENV)/.dev $(VENV)/.model  ## install, and run every test that takes seconds
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" --ignore tests/distributed $(ARGS)
+
+distributed: $(VENV)/.dev $(VENV)/.model  ## several processes that talk to each other, started by the tests
+	$(PYTEST) --numprocesses 0 tests/distributed $(ARGS)
 
 test-gpu: $(VENV)/.dev $(VENV)/.model  ## every test on a machine with a GPU: what has kernels for it runs there
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'test-gpu: torch sees no CUDA device')"
