@@ -142,7 +142,7 @@ def _scaled(layer: Layer, site: Site, x: Tensor, scheme: Scheme) -> Layer:
     matrices = [getattr(layer, name) for name in site.readers]
     rows = x[:: max(1, len(x) // ROWS)]
     wanted = [layers.linear(matrix, rows).double() for matrix in matrices]
-    sizes = sum(goal.square().sum(-1) for goal in wanted)
+    sizes = torch.stack([goal.square().sum(-1) for goal in wanted]).sum(0)
     share = torch.where(sizes > 0, 1 / sizes, 0.0)  # each vector by its own size: a few are a hundred times as long as the rest
 
     def lost(s: Tensor) -> float:
