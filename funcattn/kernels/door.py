@@ -221,7 +221,9 @@ def _check_dropout(door: str, dropout: float, key: Tensor | None) -> None:
         _checks.fail(door, "key", "one key, int64 (2,)", f"{key.dtype} {_checks.shape(key)}", "Map over a batch of keys with vmap.")
 
 
-def _check_mask(door: str, mask: Mask | Tensor | None, lead: tuple[int, ...], HTS: tuple[int, int, int], device: torch.device) -> None:
+def _check_mask(
+    door: str, mask: Mask | Tensor | None, lead: tuple[int, ...], HTS: tuple[int, int, int], device: torch.device
+) -> None:
     H, T, S = HTS
     if mask is None:
         return
