@@ -9,6 +9,7 @@ of both; what is left without it is told too.
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
 from _timing import interleave
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lookups", type=int, nargs="*", default=[3, 7])
+    parser.add_argument("--text", type=Path, help="calibrates another draft: int4 by GPTQ, of 2048 of its tokens")
     parser.add_argument("--chats", nargs="*", default=[*CHATS])
     parser.add_argument("--schemes", nargs="*", default=["int8", "int4"])
     options = parser.parse_args()
@@ -43,6 +45,10 @@ def main() -> None:
     model, N = fa.compile(fa.decoder(loaded.config)), options.length
     schemes = {"int8": fa.int8, "int4": fa.int4(group=64)}
     drafts = {name: fa.drafters.model(model, fa.quantize(schemes[name])(loaded.params), length=N) for name in options.schemes}
+    if options.text is not None:
+        text = torch.tensor(loaded.tokenizer.encode(options.text.read_text()[:20_000])[:2048])
+        fitted = fa.gptq(fa.decoder(loaded.config), text, schemes["int4"])(loaded.params)
+        drafts["int4 by GPTQ"] = fa.drafters.model(model, fitted, length=N)
     lookup = {f"prompt lookup, {n}": fa.drafters.prompt_lookup(length=n) for n in options.lookups}
     with torch.no_grad():
         for name in options.chats if drafts else ():
