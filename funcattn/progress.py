@@ -3,8 +3,8 @@
     for window in track(windows, "reading"):        reading 12/40 #########.......... 9 s
     with waiting("compiling"):                      compiling, 5 s
 
-Nothing is written where nobody looks (stderr is no terminal and there is no notebook), inside a transform of torch.compile, or
-where the environment has FUNCATTN_PROGRESS=0.
+Of waits within each other the innermost is told. Nothing is written where nobody looks (stderr is no terminal and there is no
+notebook), inside a transform of torch.compile, inside `silence()`, or where the environment has FUNCATTN_PROGRESS=0.
 """
 
 import contextlib
@@ -22,6 +22,9 @@ Item = TypeVar("Item")
 PATIENCE = 2.0  # seconds in silence
 PAUSE = 0.2  # seconds between two lines
 WIDTH = 24  # of the bar, in letters
+
+_waits: list[object] = []  # those that are under way, the innermost last
+_silences: list[object] = []
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
@@ -69,29 +72,44 @@ def waiting(what: str) -> Iterator[None]:
     if torch.compiler.is_compiling() or not watched():
         yield
         return
-    over, begun, told = threading.Event(), time.monotonic(), False
+    over, begun, told, this = threading.Event(), time.monotonic(), False, object()
 
     def tell() -> None:
         nonlocal told
         pause = PATIENCE
         while not over.wait(pause):
-            told, pause = True, 1.0
-            _write(f"{what}, {time.monotonic() - begun:.0f} s")
+            pause = 1.0
+            if _waits[-1:] == [this] and not _silences:
+                told = True
+                _write(f"{what}, {time.monotonic() - begun:.0f} s")
 
     teller = threading.Thread(target=tell, daemon=True)
+    _waits.append(this)
     teller.start()
     try:
         yield
     finally:
         over.set()
         teller.join()
+        _waits.remove(this)
         if told:
             _write("")
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """No lines from what runs inside: somebody is writing a line of his own there."""
+    this = object()
+    _silences.append(this)
+    try:
+        yield
+    finally:
+        _silences.remove(this)
+
+
 def watched() -> bool:
     """True where somebody may look: stderr is a terminal, or this is a notebook."""
-    if os.environ.get("FUNCATTN_PROGRESS") == "0":
+    if _silences or os.environ.get("FUNCATTN_PROGRESS") == "0":
         return False
     return "ipykernel" in sys.modules or bool(getattr(sys.stderr, "isatty", bool)())
 

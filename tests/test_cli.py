@@ -246,6 +246,30 @@ def test_a_terminal_is_never_steered_by_the_model(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("variable", "value", "has_colours"), [("TERM", "xterm", True), ("TERM", "dumb", False), ("NO_COLOR", "1", False)]
+)
+def test_accepted_drafts_are_coloured_on_a_terminal_that_wants_it(folder, monkeypatch, variable, value, has_colours):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    def written(screen):
+        monkeypatch.setattr(sys, "stdout", screen)
+        drafts = ["--speculate", "lookup", "--greedy", "--steps", "24"]
+        assert cli.main(["generate", "--model", str(folder), *drafts, "The sea, the sea, the"]) == 0
+        return screen.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(fa, "compile", lambda model: model)
+    piped, seen = written(io.StringIO()), written(Screen())
+    assert "\x1b" not in piped
+    assert bool(re.search(r"\x1b\[36m.+?\x1b\[39m", seen, re.DOTALL)) == has_colours
+    assert re.sub(r"\x1b\[3[69]m", "", seen) == cli.terminal.shown(piped)
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ((), "required: COMMAND"),

@@ -91,6 +91,29 @@ def test_a_wait_is_told_and_ends_with_what_is_raised(terminal, monkeypatch):
     assert terminal.getvalue().endswith("\r")
 
 
+def test_of_two_waits_only_the_inner_is_told(terminal, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.01)
+    seen = progress.threading.Event()
+    write = progress._write
+    monkeypatch.setattr(progress, "_write", lambda line: (write(line), seen.set()))
+    with progress.waiting("reading"), progress.waiting("compiling"):
+        assert seen.wait(60)
+    assert "compiling, 0 s" in terminal.getvalue()
+    assert "reading" not in terminal.getvalue()
+    assert progress._waits == []
+
+
+def test_who_writes_a_line_of_his_own_has_silence(terminal, clock, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    with progress.silence():
+        for _ in progress.track(range(8), "reading"):
+            clock[0] += 1.0
+        with progress.waiting("compiling"):
+            pass
+    assert terminal.getvalue() == ""
+    assert progress.watched()
+
+
 def test_generation_is_the_same_while_it_is_watched(terminal, monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     monkeypatch.setattr(progress, "PAUSE", 0.0)

@@ -56,3 +56,16 @@ def test_the_text_is_that_of_the_tokens():
 def test_nothing_written_is_an_error():
     with pytest.raises(ValueError, match="got none"):
         speculation.transcript([], Bytes())
+
+
+def test_the_spans_of_a_piece_are_its_text_and_what_was_held_back_keeps_its_mark():
+    rounds = [
+        Piece("a", tuple(b"ab"), (), False, stats(1, 3, 1)),  # b may begin a stop string, and waits
+        Piece("bc", tuple(b"abcd"), (), False, stats(2, 6, 1)),
+        Piece("", tuple(b"abcdx"), (), True, stats(3, 9, 2)),  # the stop string is there, and is not text
+    ]
+    marks = speculation.Marks(Bytes())
+    spans = [marks.spans(piece) for piece in rounds]
+    assert ["".join(span.text for span in found) for found in spans] == ["a", "bc", ""]
+    assert [[span.drafted for span in found] for found in spans] == [[True], [False, False], []]
+    assert speculation.transcript(rounds, Bytes()).text == "abc"

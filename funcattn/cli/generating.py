@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +16,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import funcattn as fa
 
-from .. import drafters, sampling, sharding, speculation
+from .. import drafters, progress, sampling, sharding, speculation
 from . import ranks
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
-from .terminal import report, say, shown, working
+from .terminal import coloured, is_coloured, report, say, shown, working
+
+COMPILED = 512  # tokens of a prompt at most that are read for the compiler: as many as stream reads at once
+P = TypeVar("P", bound=fa.Streamed)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -44,16 +49,32 @@ def _write(options: argparse.Namespace, session: Session, text: str, sampler: sa
         return _write_samples(session, prompt, keys, sampler, steps, options)
     if options.speculate:
         return _write_drafted(session, prompt, keys[0], sampler, steps, options)
-    pieces = fa.stream(
+    begin = lambda prompt, steps: fa.stream(
         *(keys[0], session.model, session.params, prompt),
         steps=steps,
         tokenizer=session.tokenizer,
         sampler=sampler,
         stop_strings=options.stop,
     )
+    if options.compile:
+        _compile(begin, prompt, steps)
+    pieces = begin(prompt, steps)
     with profiled(options.profile):
         for _ in write(pieces, f"{len(ids)} tokens"):
             pass
+
+
+def _compile(begin: Callable[[Tensor, int], Iterator[fa.Streamed]], prompt: Tensor, steps: int) -> None:
+    """Let the compiler do its work before the text begins, and tell how long it took.
+
+    Three pieces behind the end of the prompt, in a past of the size that is wanted later, are computed and forgotten.
+    """
+    started = time.perf_counter()
+    end = prompt[-COMPILED:]
+    with working("Compiling"):
+        for _ in itertools.islice(begin(end, steps + len(prompt) - len(end)), 3):
+            pass
+    say(f"compiled in {time.perf_counter() - started:.1f} s")
 
 
 @contextlib.contextmanager
@@ -83,20 +104,27 @@ def _write_drafted(
         with working("Quantizing the draft"):
             scheme = fa.int8 if options.speculate == "int8" else fa.int4(group=64)
             drafter = drafters.model(model, fa.quantize(scheme)(session.params), length=N, sampler=sampler)
-    pieces = speculation.stream(
+    begin = lambda prompt, steps: speculation.stream(
         *(key, model, session.params, drafter, prompt),
         steps=steps,
         tokenizer=session.tokenizer,
         sampler=sampler,
         stop_strings=options.stop,
     )
-    last = None
-    for piece in write(pieces, f"{len(prompt)} tokens"):
+    _compile(begin, prompt, steps)
+    pieces = begin(prompt, steps)
+    last, marks = None, speculation.Marks(session.tokenizer)
+
+    def show(piece: speculation.Piece) -> str:
+        return "".join(coloured(span.text) if span.drafted else shown(span.text) for span in marks.spans(piece))
+
+    for piece in write(pieces, f"{len(prompt)} tokens", show):
         last = piece
     if isinstance(last, speculation.Piece):
         stats = last.stats
         kept = f"{int(stats.accepted)} of {int(stats.drafted)} drafted tokens stayed ({float(stats.acceptance):.0%})"
-        say(f"drafts: {kept}, {float(stats.tokens_per_round):.2f} tokens a round in {int(stats.rounds)} rounds")
+        what = "drafts, coloured" if is_coloured() else "drafts"
+        say(f"{what}: {kept}, {float(stats.tokens_per_round):.2f} tokens a round in {int(stats.rounds)} rounds")
 
 
 def _write_samples(
@@ -122,7 +150,7 @@ def _write_samples(
     report(f"{len(prompt)} tokens", read - started, written, wrote - read)
 
 
-def write(pieces: Iterator[fa.Streamed], prompt: str) -> Iterator[fa.Streamed]:
+def write(pieces: Iterator[P], prompt: str, show: Callable[[P], str] = lambda piece: shown(piece.text)) -> Iterator[P]:
     """Print each piece as it comes and pass it on; then, also after Ctrl-C, end the line and report the speed."""
     started = time.perf_counter()
     with working("Reading the prompt"):
@@ -130,11 +158,12 @@ def write(pieces: Iterator[fa.Streamed], prompt: str) -> Iterator[fa.Streamed]:
     read = time.perf_counter()
     try:
         while True:
-            print(shown(piece.text), end="", flush=True)
+            print(show(piece), end="", flush=True)
             yield piece
             if piece.ended:
                 break
-            piece = next(pieces)
+            with progress.silence() if sys.stdout.isatty() else contextlib.nullcontext():  # the line is the text's
+                piece = next(pieces)
     finally:
         if not isinstance(sys.exception(), BrokenPipeError):
             print(flush=True)

@@ -1,10 +1,13 @@
 """What is said to a person: on stderr, dim, one line; and text of a model shown so that it cannot steer a terminal."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
 from rich.console import Console
+
+from .. import progress
 
 MISTAKE, INTERRUPTED, CUT_OFF = 2, 128 + 2, 128 + 13  # exit codes; the last two are a shell's for SIGINT and SIGPIPE
 INVISIBLE = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\t"), ord("\n")})  # what could steer a terminal
@@ -13,6 +16,16 @@ INVISIBLE = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\t"), ord("\n")
 def shown(text: str) -> str:
     """The text, on a terminal without what could steer it: a model is no more to be trusted than a file."""
     return text.translate(INVISIBLE) if sys.stdout.isatty() else text
+
+
+def is_coloured() -> bool:
+    """True where text on stdout may have colours: a terminal that knows them, and nobody who asks for none (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def coloured(text: str) -> str:
+    """The text of an accepted draft, as it is shown: on a terminal in a colour."""
+    return f"\x1b[36m{shown(text)}\x1b[39m" if text and is_coloured() else shown(text)
 
 
 def report(prompt: str, reading: float, tokens: int, writing: float) -> None:
@@ -34,7 +47,6 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner on stderr, where somebody looks at it."""
-    console = Console(stderr=True)
-    with console.status(f"[dim]{what.replace('[', chr(92) + '[')}") if console.is_terminal else contextlib.nullcontext():
+    """A line on stderr from the second second on, where somebody looks at it; what takes long inside may say so in its place."""
+    with progress.waiting(what):
         yield

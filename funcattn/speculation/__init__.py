@@ -5,7 +5,7 @@
     branches        accept_tree, accept_among: a tree of drafts, drawn without replacement or with
     verification    laws_along, matched, rewind: samplers with a state along a draft
     decoding        speculate, stream: generate with drafts
-    transcripts     transcript: a text with its accepted drafts marked
+    transcripts     transcript, Marks: a text with its accepted drafts marked
 
 The token that is emitted has the law of the target, exactly, if `draft` is the law that the draft was drawn from: after
 temperature, filters and penalties, in the dtype that was drawn from. `sampling.law` gives both.
@@ -15,16 +15,18 @@ from .acceptance import Accepted, accept, acceptance_pmf
 from .branches import Branched, accept_among, accept_tree, tree_pmf
 from .decoding import Piece, Speculated, Stats, speculate, stream
 from .rules import Regions, Rule, blockwise, tokenwise
-from .transcripts import Transcript, transcript
+from .transcripts import Marks, Span, Transcript, transcript
 from .verification import Along, laws_along, matched, rewind
 
 __all__ = [
     "Accepted",
     "Along",
     "Branched",
+    "Marks",
     "Piece",
     "Regions",
     "Rule",
+    "Span",
     "Speculated",
     "Stats",
     "Transcript",

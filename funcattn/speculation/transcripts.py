@@ -50,11 +50,49 @@ class Transcript:
         return f"{kept}; {float(stats.tokens_per_round):.2f} tokens a round in {int(stats.rounds)} rounds"
 
 
+class Marks:
+    """Tells of each piece of a stream which of its text was drafted, as it comes.
+
+    Args:
+        tokenizer: the one that the stream decodes with.
+
+    Law: the texts of the spans of a piece are the text of the piece (test_transcripts.py).
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.runs: list[tuple[int, bool]] = []  # where in the text a run of tokens ends, and whether it was drafted; not told yet
+        self.told = self.tokens = self.accepted = 0
+
+    def spans(self, piece: Piece) -> tuple[Span, ...]:
+        """The text of the next piece, by where it came from; text that the stream held back comes with what it was then."""
+        new, accepted = len(piece.tokens) - self.tokens, int(piece.stats.accepted)
+        stayed = min(accepted - self.accepted, new)  # the first of a round; what follows is the model's own
+        for count, drafted in ((stayed, True), (new - stayed, False)):
+            self.tokens += count
+            if count:  # an unfinished character waits for the token that completes it
+                self.runs.append((len(self.tokenizer.decode(list(piece.tokens[: self.tokens])).rstrip("\ufffd")), drafted))
+        self.accepted = accepted
+        spans, text, drafted = [], piece.text, False
+        while text and self.runs:
+            end, drafted = self.runs[0]
+            now, text = text[: max(0, end - self.told)], text[max(0, end - self.told) :]
+            self.told += len(now)
+            if now:
+                spans.append(Span(now, drafted))
+            if self.told >= end:
+                self.runs.pop(0)
+        if text:
+            self.told += len(text)
+            spans.append(Span(text, False))
+        return tuple(spans)
+
+
 def transcript(pieces: Iterable[Piece], tokenizer: Any) -> Transcript:
     """Write a text to its end, and keep which of its tokens were drafted.
 
     Args:
-        pieces: of `fa.speculation.stream`, a round each.
+        pieces: of `fa.speculation.stream` with this tokenizer, a round each.
         tokenizer: what decodes.
 
     Raises:
@@ -63,23 +101,10 @@ def transcript(pieces: Iterable[Piece], tokenizer: Any) -> Transcript:
     Law: the text is that of the tokens (test_transcripts.py).
     """
     spans: list[Span] = []
-    told, before, accepted, last = "", 0, 0, None
-
-    def add(text: str, drafted: bool) -> None:
-        nonlocal told
-        if new := text[len(told) :]:
-            spans.append(Span(new, drafted))
-            told = text
-
+    marks, last = Marks(tokenizer), None
     for piece in pieces:
-        new = len(piece.tokens) - before
-        stayed = min(int(piece.stats.accepted) - accepted, new)  # the first of a round; what follows is the model's own
-        for count, drafted in ((stayed, True), (new - stayed, False)):
-            before += count
-            if count:  # an unfinished character waits for the token that completes it
-                add(tokenizer.decode(list(piece.tokens[:before])).rstrip("\ufffd"), drafted)
-        accepted, last = int(piece.stats.accepted), piece
+        spans += marks.spans(piece)
+        last = piece
     if last is None:
         raise ValueError("transcript: pieces should be those of fa.speculation.stream, got none. Call it with steps of 1 or more.")
-    add(tokenizer.decode(list(last.tokens)), False)
     return Transcript(tuple(spans), last.stats)
