@@ -123,3 +123,32 @@ def test_generation_is_the_same_while_it_is_watched(terminal, monkeypatch):
     assert "writing 3/4" in terminal.getvalue()
     monkeypatch.setenv("FUNCATTN_PROGRESS", "0")
     assert torch.equal(watched, fa.generate(fa.key(1), model, params, prompt, steps=4)[0])
+
+
+@pytest.mark.parametrize("what", ["loading", "quantizing"])
+def test_what_takes_long_is_told_and_what_does_not_is_not(terminal, monkeypatch, tmp_path, what):
+    config = fa.Config()
+    params = fa.decoder(config).init(fa.key(0))
+    fa.save(tmp_path / "model", config, params)
+    run = (lambda: fa.load(tmp_path / "model")) if what == "loading" else (lambda: fa.quantize(Slow())(params))
+    monkeypatch.setattr(progress, "PATIENCE", 3600.0)
+    run()
+    assert terminal.getvalue() == ""
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    slow = fa.checkpoints.loading._read
+    monkeypatch.setattr(fa.checkpoints.loading, "_read", lambda *rest: (seen(terminal, what), slow(*rest))[1])
+    monkeypatch.setattr(Slow, "encode", lambda self, weight: (seen(terminal, what), fa.int8.encode(weight))[1])
+    run()
+    assert f"{what}" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r")
+
+
+class Slow:
+    encode = fa.int8.encode
+
+
+def seen(terminal, what):
+    """Wait for the line."""
+    end = progress.time.monotonic() + 60
+    while what not in terminal.getvalue() and progress.time.monotonic() < end:
+        progress.time.sleep(0.001)

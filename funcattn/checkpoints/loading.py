@@ -1,11 +1,12 @@
 """Reading a model, wherever it is."""
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .. import tree
+from .. import progress, tree
 from .._checks import fail
 from ..families import CheckpointError
 from ..quantization import is_quantized
@@ -52,7 +53,14 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     """
     if dtype is not None and dtype not in DTYPES.values():
         fail("load", "dtype", f"None or one of {', '.join(map(str, DTYPES.values()))}", dtype, "Quantize after loading.", TypeError)
-    path = locate(os.fspath(path_or_name))
+    if not isinstance(path_or_name, (str, os.PathLike)):
+        remedy = 'Such as fa.load("smollm2-135m").'
+        fail("load", "path_or_name", "a path or a name", f"a {type(path_or_name).__name__}", remedy, TypeError)
+    with progress.waiting(f"loading {path_or_name}"):
+        return _read(locate(os.fspath(path_or_name)), dtype, keep_quantized)
+
+
+def _read(path: Path, dtype: torch.dtype | None, keep_quantized: bool) -> Loaded:
     if path.is_dir():
         config, params, tokenizer = read_folder(path, dtype)
         return Loaded(config, by_columns(params), tokenizer)

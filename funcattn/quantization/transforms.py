@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
+from .. import _checks, progress, tree
 from ..tree import Tree
 from .schemes import Scheme, int8
 from .weights import expand, is_quantized
@@ -68,7 +68,8 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
                 raise ValueError(f"quantize: {path}: {error}") from error
             return tree.stack(matrices) if leaf.dim() > 2 else matrices[0]
 
-        out = tree.map_with_path(encode, params, is_leaf=is_quantized)
+        with progress.waiting("quantizing"):
+            out = tree.map_with_path(encode, params, is_leaf=is_quantized)
         if not met:
             remedy = "Look at the paths: funcattn.tree.paths(params)."
             _checks.fail("quantize", "where", "a rule that chooses a leaf", f"{where!r}, which chooses none", remedy)
