@@ -6,7 +6,11 @@
 # parallelism. Here are both, step by step, as functions of values, each step measured on the machine in front of you.
 
 # %%
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -117,6 +121,41 @@ for name in ("eager", "int8", "int4"):
     print(f"{name:>6}: {tokenizer.decode(texts[name])!r}")
 
 # %% [markdown]
+# ### Tensor parallelism
+#
+# The last step of the ladder: each process holds a part of every matrix, and they add up what they found by Gloo. SmolLM2 has nine
+# heads and three of keys, so three processes it is, by torchrun, of one thread each. The text is the same.
+
+# %%
+PROGRAM = """
+import sys, time, torch, torch.distributed as dist, funcattn as fa
+from funcattn.sharding import tensor_parallel
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+mesh = dist.init_device_mesh("cpu", (3,), mesh_dim_names=("tensor",))
+config, params, _ = fa.load("smollm2-135m")
+model, held = fa.shard_map(fa.decoder(config), mesh), fa.shard(mesh, tensor_parallel(config))(params)
+steps, *prompt = map(int, sys.argv[1:])
+for count in (1, steps):  # the first is not timed
+    dist.barrier()
+    begun = time.perf_counter()
+    tokens = fa.generate(fa.key(0), model, held, torch.tensor(prompt), steps=count)[0]
+    seconds = time.perf_counter() - begun
+if dist.get_rank() == 0:
+    print(seconds, *tokens.tolist())
+dist.destroy_process_group()
+"""
+
+few = 8  # tokens; they take their time
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "program.py"
+    file.write_text(PROGRAM)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(file), str(few)]
+    done = subprocess.run([*run, *map(str, prompt.tolist())], capture_output=True, text=True, check=True)
+took, *written = done.stdout.split()
+assert [int(token) for token in written] == texts["eager"][:few].tolist()
+
+# %% [markdown]
 # ### What it costs
 
 # %%
@@ -127,9 +166,10 @@ for _ in range(3):  # in turns
         call()
         seconds[name].append(time.perf_counter() - begun)
 speed = {name: steps / min(times) for name, times in seconds.items()}
+speed["eager, 3 processes"] = few / float(took)
 
-figure, axes = plt.subplots(figsize=(7, 2.8), dpi=110, layout="constrained")
-names = list(ladder)[::-1]
+figure, axes = plt.subplots(figsize=(7, 3.2), dpi=110, layout="constrained")
+names = list(speed)[::-1]
 lossless = [name not in ("int8", "int4") for name in names]
 bars = axes.barh(names, [speed[name] for name in names], color=[BLUE if same else PALE for same in lossless])
 axes.bar_label(bars, [f"{speed[name]:.0f}   {speed[name] / speed['eager']:.2f}x" for name in names], padding=4)
@@ -139,7 +179,9 @@ plt.show()
 
 # %% [markdown]
 # Dark bars write the text of the eager model, light ones are other models. On a CPU with two cores the ladder is not gpt-fast's on
-# an A100: what pays is decided by what the machine's memory and its instructions for small integers can do.
+# an A100: what pays is decided by what the machine's memory and its instructions for small integers can do. And tensor
+# parallelism does not pay here at all: the processes share the cores and the memory that one of them had for itself, and each
+# token waits for some sixty messages. It is for several machines, or several GPUs; here it shows that the text stays the same.
 #
 # ### What gpt-fast does by surgery
 #
