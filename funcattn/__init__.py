@@ -2,6 +2,14 @@
 
 Every piece of a language model as a pure function of values, so that torch.func goes through all of it.
 
+    config, params, tokenizer = fa.load("smollm2-135m")          a tree of named tensors
+    model = fa.decoder(config)                                   six pure functions
+    text = torch.tensor(tokenizer.encode("The sea"))             one sequence (T,); many are vmap
+    tokens, past = fa.generate(fa.key(0), model, params, text, steps=8)
+    small = fa.quantize(fa.int4(group=64))(params)               cheaper is a transform of the tree
+
+Arguments come in one order: key, model, params, data, state. What is here, by floors:
+
     records, tree          what values are made of                   floor 0
     random                 explicit keys; the bits of jax.random
     masks, taps            unions of intervals, with & | ~; listeners       1
@@ -162,3 +170,8 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """What a person may want to complete `fa.` to; modules that only others here import are left out."""
+    return sorted([*__all__, "__version__", "__doc__"])

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import FakeTensor
 
+LONGEST = 400  # letters of what was got, in a message
+
 
 def fail(function: str, argument: str, wanted: str, got: Any, remedy: str, kind: type[Exception] = ValueError) -> NoReturn:
     """Raise `function: argument should be wanted, got got. remedy`.
@@ -22,7 +24,16 @@ def fail(function: str, argument: str, wanted: str, got: Any, remedy: str, kind:
         Traceback (most recent call last):
         ValueError: attention: k should be (*lead, K, S, D) with D = 32 as in q, got (2, 16, 48). Project k to q's head size.
     """
-    raise kind(f"{function}: {argument} should be {wanted}, got {got}. {remedy}")
+    shown = f"{got}"
+    shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."  # as of a tree of parameters in the place of a number
+    raise kind(f"{function}: {argument} should be {wanted}, got {shown}. {remedy}")
+
+
+def is_decoder(function: str, model: Any) -> None:
+    """Fail where something else stands in the place of a model, such as the parameters."""
+    if not hasattr(model, "hidden") or not hasattr(model, "logits"):
+        remedy = "Make it with fa.decoder(config); arguments come in the order key, model, params, data."
+        fail(function, "model", "from fa.decoder", f"a {type(model).__name__}", remedy, TypeError)
 
 
 def shape(x: Tensor) -> tuple[int, ...]:

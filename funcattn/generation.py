@@ -65,6 +65,7 @@ def generate(
 
     Law: vmap over keys, prompts or pasts equals the loop; the past is unchanged (test_generation.py).
     """
+    _check_parts("generate", model, sampler)
     _check("generate", prompt, cache, steps, chunk, stop)
     _check_length(prompt, prompt_length)
     start = _prefill(model, params, prompt, cache, steps, prompt_length, chunk)
@@ -122,7 +123,8 @@ def stream(
     Law: the tokens are those of `generate`, and the texts join to their decoded whole (test_generation.py).
     """
     _check_stops(tokenizer, stop_strings)
-    ends = tuple(tokenizer.stop if stop is None and tokenizer is not None else stop or ())
+    ends = _ends_of("stream", tokenizer, stop)
+    _check_parts("stream", model, sampler)
     _check("stream", prompt, cache, steps, chunk, ends)
     start = _prefill(model, params, prompt, cache, steps, None, chunk)
     text = _Text(tokenizer, tuple(stop_strings))
@@ -261,6 +263,23 @@ def _all_done(done: Tensor) -> bool:
     return known is not None and bool(known.all())
 
 
+def _check_parts(door: str, model: Any, sampler: Any) -> None:
+    _checks.is_decoder(door, model)
+    if not isinstance(sampler, Sampler):
+        remedy = "Such as fa.sampling.temperature(0.8) or fa.sampling.greedy; of a function of logits, fa.sampling.stateless(f)."
+        _checks.fail(door, "sampler", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
+
+
+def _ends_of(door: str, tokenizer: Any, stop: Any) -> tuple[int, ...]:
+    """The ids that end a text: those given, or else the tokenizer's."""
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        got = f"a {type(tokenizer).__name__}"
+        _checks.fail(door, "tokenizer", "one that decodes", got, "Pass the tokenizer that fa.load returned.", TypeError)
+    if stop is None:
+        return tuple(getattr(tokenizer, "stop", ()))
+    return tuple(stop) if isinstance(stop, Collection) else stop  # _check complains
+
+
 def _check(door: str, prompt: Tensor, cache: Any, steps: int, chunk: int, stop: Sequence[int]) -> None:
     if not isinstance(prompt, Tensor) or prompt.dim() != 1:
         got = _checks.shape(prompt) if isinstance(prompt, Tensor) else f"a {type(prompt).__name__}"
@@ -276,7 +295,7 @@ def _check(door: str, prompt: Tensor, cache: Any, steps: int, chunk: int, stop: 
             door, "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Begin with one token, such as the tokenizer's first."
         )
     if not isinstance(steps, int) or steps < 0:
-        _checks.fail(door, "steps", "an int, 0 or more", steps, "Say how many tokens to write.")
+        _checks.fail(door, "steps", "an int, 0 or more", repr(steps), "Say how many tokens to write.")
     if chunk < 1:
         _checks.fail(door, "chunk", "at least 1", chunk, "Tokens of the prompt read at a time.")
     if not isinstance(stop, Collection) or not all(isinstance(end, int) for end in stop):

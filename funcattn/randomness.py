@@ -117,6 +117,8 @@ def split(key: Key, n: int | Sizes = 2) -> Int64[Tensor, "*n 2"]:
 
     Law: split(key, n)[i] == fold_in(key, i) (test_randomness.py::test_split_is_fold_in_of_the_index).
     """
+    if isinstance(n, str) or (isinstance(n, int) and n < 0):
+        _checks.fail("split", "n", "a number of keys, 0 or more, or a tuple of them", repr(n), "Two keys are split(key).")
     return _join(*_words("split", key, _sizes("split", "n", (n,) if isinstance(n, int) else n)))
 
 

@@ -125,3 +125,6 @@ class Model(NamedTuple):
     logits: Callable[..., Any]
     extend: Callable[..., Any]
     apply: Callable[..., Any]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._fields)})"

@@ -249,8 +249,16 @@ def test_statistics_tell_the_speedup_from_what_the_parts_cost():
         ),
         (lambda m, p: drafters.skip(m, p, []), r"drafters.skip: layers should be some of 0..1, not all, got \(\)"),
         (lambda m, p: drafters.skip(m, p, [0, 1]), "not all"),
+        (
+            lambda m, p: speculate(fa.key(0), m, p, p, PROMPT, steps=3),
+            "speculate: drafter should be one of fa.drafters, got a Params",
+        ),
+        (
+            lambda m, p: speculate(fa.key(0), p, m, drafters.prompt_lookup(), PROMPT, steps=3),
+            "speculate: model should be from fa.decoder",
+        ),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         wrong(*some())

@@ -484,6 +484,13 @@ def streamed(**options):
     [
         (run(TOKENS[:0]), ValueError, r"prompt should be \(T,\) with T at least 1, got \(0,\)\. Begin with one token"),
         (run(TOKENS.reshape(2, 20)), ValueError, r"one sequence \(T,\) of token ids, got \(2, 20\).* vmap"),
+        (
+            lambda: fa.generate(fa.key(0), PARAMS, MODEL, TOKENS, steps=2),
+            TypeError,
+            "generate: model should be from fa.decoder, got a Params",
+        ),
+        (run(TOKENS, sampler=0.7), TypeError, r"generate: sampler should be a Sampler, got a float\. Such as fa\.sampling"),
+        (run(TOKENS, steps="3"), ValueError, "steps should be an int, 0 or more, got '3'"),
         (run([1, 2]), ValueError, r"got a list\. Pass torch\.tensor\(tokenizer\.encode\(text\)\)"),
         (run(PROMPT.double()), TypeError, "tokens should be an integer tensor"),
         (run(torch.tensor([1, 40])), ValueError, r"ids in 0\.\.39, got 40"),
@@ -511,6 +518,9 @@ def streamed(**options):
         (streamed(stop_strings="x", tokenizer=Bytes()), TypeError, "Put a single one into a tuple"),
         (streamed(stop_strings=[""], tokenizer=Bytes()), TypeError, "none of them empty"),
         (streamed(stop_strings=[3], tokenizer=Bytes()), TypeError, "a sequence of texts"),
+        (streamed(stop=5), TypeError, "stream: stop should be ids as ints, got 5"),
+        (streamed(tokenizer="smollm2"), TypeError, "stream: tokenizer should be one that decodes, got a str"),
+        (streamed(sampler=fa.sampling.temperature), TypeError, "stream: sampler should be a Sampler, got a function"),
         (streamed(steps=-1), ValueError, "stream: steps should be an int, 0 or more"),
     ],
 )

@@ -196,6 +196,9 @@ def test_mixing_with_booleans_names_dense(sign, dense_first):
     [
         (lambda: masks.causal(2) & masks.causal(3), ValueError, "got 2 and 3. Build them with the same T"),
         (lambda: masks.causal(2) | masks.causal(3), ValueError, "got 2 and 3. Build them with the same T"),
+        (lambda: masks.causal("5"), ValueError, "masks: T should be a number of queries, 0 or more, got '5'"),
+        (lambda: masks.window(-1, 2), ValueError, "masks: T should be a number of queries, 0 or more, got -1"),
+        (lambda: masks.causal(torch.ones(3, 3)), ValueError, "got a Tensor. Such as"),
         (lambda: masks.causal(2, align="left"), ValueError, '"upper" or "lower"'),
         (lambda: masks.causal(2, align="lower"), ValueError, "Pass the number of keys"),
         (lambda: masks.window(2, 0), ValueError, "at least 1"),

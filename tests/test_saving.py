@@ -169,6 +169,11 @@ def test_params_that_are_not_those_of_the_config_are_refused(tmp_path):
     tree = params()
     cases = [
         (tree._replace(norm=torch.zeros(3)), ValueError, "norm should be .*64.* got .*3"),
+        (
+            CONFIG,
+            TypeError,
+            "save: config, params should be a Config and its Params, got a Config and a Config. The order is folder,",
+        ),
         (tree._replace(layers=tree.layers[:1]), ValueError, r"layers\.1\.attention_norm"),
         (tree._replace(head=tree.embedding), ValueError, "head"),
         (tree._replace(norm=tree.norm.long()), TypeError, "norm should be of a dtype among .*, got torch.int64"),

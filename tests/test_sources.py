@@ -51,6 +51,11 @@ def test_a_name_of_nothing_is_refused(name, tmp_path, monkeypatch):
         load(name)
 
 
+def test_what_is_neither_a_path_nor_a_name_is_refused():
+    with pytest.raises(TypeError, match="load: path_or_name should be a path or a name, got a int"):
+        load(135)
+
+
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.onnx").touch()
     with pytest.raises(CheckpointError, match=r"\.onnx"):

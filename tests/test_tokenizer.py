@@ -147,6 +147,19 @@ def test_what_is_no_text_is_refused():
         tokenizer().encode("a\ud800")
     with pytest.raises(TypeError, match="encode: text should be a str, got a list"):
         tokenizer().encode(["a"])
+    with pytest.raises(TypeError, match="decode: ids should be token ids, got a str"):
+        tokenizer().decode("abc")
+
+
+@pytest.mark.parametrize("messages", ["Hello", [{"user": "Hello"}], ["Hello"]])
+def test_what_is_no_conversation_is_refused(messages):
+    with pytest.raises(TypeError, match=r"chat: messages should be messages such as \[.*, got .*Hello"):
+        tokenizer().prompt(messages)
+
+
+def test_a_tokenizer_is_shown_in_one_line():
+    assert repr(tokenizer()).startswith(f"Tokenizer(vocabulary={tokenizer().vocabulary}, stop=")
+    assert len(repr(tokenizer())) < 100
 
 
 def test_a_token_of_one_character_cannot_be_shielded_and_is_refused():

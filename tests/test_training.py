@@ -185,6 +185,11 @@ BAD = [
 ]
 
 
+def test_params_in_the_place_of_the_model_are_named():
+    with pytest.raises(TypeError, match=r"loss: model should be from fa\.decoder, got a "):
+        fa.loss(weights(), MODEL, row)
+
+
 @pytest.mark.parametrize(("arguments", "options", "kind", "message"), BAD, ids=[message for *_, message in BAD])
 def test_a_mistake_is_one_clear_error(arguments, options, kind, message):
     with pytest.raises(kind) as error:

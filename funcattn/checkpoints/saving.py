@@ -52,6 +52,10 @@ def save(
 
     Law: load(save(...)) is what was saved, bit for bit (test_checkpoints.py::test_a_saved_model_comes_back_bit_for_bit).
     """
+    if not isinstance(config, Config) or not isinstance(params, Params):
+        got = f"a {type(config).__name__} and a {type(params).__name__}"
+        remedy = "The order is folder, config, params, tokenizer."
+        fail("save", "config, params", "a Config and its Params", got, remedy, TypeError)
     settings = families.write_config(config)
     tensors, kinds = compressed.apart(_named(config, params))
     settings["dtype"] = str(getattr(params.embedding, "dtype", params.norm.dtype)).removeprefix("torch.")

@@ -58,6 +58,10 @@ class Tokenizer:
     template: str | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        template = "none" if self.template is None else f"{len(self.template)} letters"
+        return f"Tokenizer(vocabulary={self.vocabulary}, stop={self.stop}, template: {template})"
+
     @property
     def vocabulary(self) -> int:
         """How many ids the tokenizer knows; the model may have more."""
@@ -94,6 +98,8 @@ class Tokenizer:
             ids: ids that the tokenizer does not know, which a model with spare rows may draw, mean no text.
             skip_special: leave special tokens out.
         """
+        if isinstance(ids, str):
+            fail("decode", "ids", "token ids", "a str", "Text becomes ids by encode(text).", TypeError)
         numbers = [int(number) for number in ids]
         wrong = [number for number in numbers if not 0 <= number < 2**32]
         if wrong:
@@ -112,7 +118,11 @@ class Tokenizer:
 
         Raises:
             CheckpointError: there is no template, or it fails, or it asks for what the sandbox refuses.
+            TypeError: messages are none.
         """
+        if isinstance(messages, str) or not all(isinstance(message, Mapping) and "role" in message for message in messages):
+            wanted = 'messages such as [{"role": "user", "content": "Hello"}]'
+            fail("chat", "messages", wanted, repr(messages), "Text without roles goes through encode.", TypeError)
         if self.template is None:
             remedy = "Write the prompt yourself, or set one: dataclasses.replace(tokenizer, template=...)."
             fail("chat", "the tokenizer", "one with a chat template", "none", remedy, CheckpointError)

@@ -3,6 +3,8 @@
 Every one keeps at least one token. Thresholds are numbers or tensors, so that `vmap` gives each row its own.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from .composition import Sampler, between, rank, require, stateless
 
 def temperature(t: float | Tensor) -> Sampler:
     """Divide logits by t > 0: below 1 sharper, above 1 flatter. For the limit 0 use `greedy`."""
+    _number("temperature", "t", t)
     require(t > 0, "temperature", "t", "above 0", t, "For the most likely token use sampling.greedy.")
     return stateless(lambda logits: logits / t)
 
@@ -21,6 +24,7 @@ def top_k(k: int | Tensor) -> Sampler:
 
     Source: Fan, Lewis and Dauphin, Hierarchical neural story generation, arXiv:1805.04833.
     """
+    _number("top_k", "k", k)
     if isinstance(k, float) or (isinstance(k, Tensor) and k.is_floating_point()):
         _checks.fail("top_k", "k", "an integer", k, "For a share of the probability use top_p.", TypeError)
     require(k >= 1, "top_k", "k", "at least 1", k, "k = 1 keeps the most likely token.")
@@ -32,6 +36,7 @@ def top_p(p: float | Tensor) -> Sampler:
 
     Source: Holtzman et al., The curious case of neural text degeneration, arXiv:1904.09751.
     """
+    _number("top_p", "p", p)
     require((p > 0) & (p <= 1), "top_p", "p", "in (0, 1]", p, "p = 1 keeps every token.")
 
     def transform(logits: Tensor) -> Tensor:
@@ -49,6 +54,7 @@ def min_p(p: float | Tensor) -> Sampler:
 
     Source: Nguyen et al., Turning up the heat: min-p sampling, arXiv:2407.01082.
     """
+    _number("min_p", "p", p)
     require(between(p, 0, 1), "min_p", "p", "in [0, 1]", p, "p = 0 keeps every token, p = 1 the most likely ones.")
     return stateless(lambda logits: _keep((logits - logits.amax(-1, keepdim=True)).exp() >= p, logits))
 
@@ -155,3 +161,8 @@ def _only_first(x: Tensor) -> Tensor:
 def _entropy(normal: Tensor) -> Tensor:
     """Of log-probabilities (V,), (1,); what is hidden adds nothing."""
     return torch.special.entr(normal.exp()).sum(-1, keepdim=True)
+
+
+def _number(function: str, argument: str, x: Any) -> None:
+    if not isinstance(x, int | float | Tensor):
+        _checks.fail(function, argument, "a number or a tensor", repr(x), "A tensor gives each row its own under vmap.", TypeError)

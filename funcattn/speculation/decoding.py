@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, progress, randomness, sampling
-from ..generation import Streamed, _check, _check_length, _check_stops, _commit, _prefill, _Text
+from ..generation import Streamed, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill, _Text
 from ..records import ABSENT, Model, is_absent, record
 from ..sampling import Sampler
 from .acceptance import accept
@@ -162,7 +162,7 @@ def stream(
     Law: the tokens are those of `speculate`, the text ends where that of `fa.stream` ends (test_decoding.py).
     """
     _check_stops(tokenizer, stop_strings)
-    ends = tuple(tokenizer.stop if stop is None and tokenizer is not None else stop or ())
+    ends = _ends_of("stream", tokenizer, stop)
     text, tokens, out = _Text(tokenizer, tuple(stop_strings)), [], []
 
     def hear(new: list[int]) -> tuple[int, bool]:
@@ -209,8 +209,10 @@ def _rounds(
     hear: Callable[[list[int]], tuple[int, bool]] | None = None,
 ) -> Iterator[_Round]:
     """The first token, then what each step of the model gave; `hear` is told the tokens, and may end the text among them."""
+    _check_parts("speculate", model, sampler)
     _check("speculate", prompt, cache, steps, chunk, stop)
     _check_length(prompt, prompt_length)
+    _check_drafter(drafter)
     whole = torch.full_like(prompt[0], len(prompt))
     start = _prefill(model, params, prompt, cache, steps + drafter.length, prompt_length, chunk)
     _check_vocabulary(drafter, start.logits)
@@ -263,6 +265,12 @@ def _rounds(
         count = count + kept
         done = done | _ends(last, stop) | (count >= steps) | heard
         yield _Round(tokens, kept, last, past, stats, done)
+
+
+def _check_drafter(drafter: Any) -> None:
+    if not hasattr(drafter, "length") or not hasattr(drafter, "keep"):
+        remedy = "Such as fa.drafters.model(model, fa.quantize(fa.int8)(params)), or fa.drafters.prompt_lookup()."
+        _checks.fail("speculate", "drafter", "one of fa.drafters", f"a {type(drafter).__name__}", remedy, TypeError)
 
 
 def _check_vocabulary(drafter: Any, logits: Tensor) -> None:

@@ -53,6 +53,7 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     Law: packed documents lose what they lose alone (test_training.py::test_packed_documents_lose_what_they_lose_alone).
     Law: grad, jvp, vmap(grad) and hvp are exact (test_training.py::test_derivatives_of_the_loss_are_those_of_the_reference).
     """
+    _checks.is_decoder("loss", model)
     _check(tokens, mask, segments)
     inputs, targets = tokens[..., :-1], tokens[..., 1:]
     counts = None if mask is None else mask.expand(targets.shape)
