@@ -7,6 +7,7 @@ from samples import CONFIG, params, tokenizer
 import funcattn as fa
 from funcattn import cli
 from funcattn.quantization import Int4, Int8
+from funcattn.quantization.transforms import Row
 
 TEXT = "hello the 12 " * 40
 
@@ -30,7 +31,19 @@ def test_it_writes_the_quantized_model_and_tells_what_became_of_it(run, tmp_path
     assert isinstance(found.params.layers[0].q, Int4)
     assert torch.equal(found.params.layers[0].q.codes, fa.quantize(fa.int4(group=16))(params()).layers[0].q.codes)
     assert found.tokenizer.encode("hello") == tokenizer().encode("hello")
-    assert "layers.0.q" in out
+    whole = fa.quantization.report(params(), found.params)
+    errors = [row.error for row in whole if row.path.endswith(".q")]
+    row = next(line.split() for line in out.splitlines() if line.startswith("layers.0-1.q "))
+    assert row[1:] == [
+        "Int4",
+        "6.00",
+        f"{sum(r.nbytes for r in whole if r.path.endswith('.q')):,}",
+        f"{min(errors):.2%}",
+        "to",
+        f"{max(errors):.2%}",
+    ]
+    total = next(line.split() for line in out.splitlines() if line.startswith("total"))
+    assert [cell.replace(",", "") for cell in total] == str(whole).splitlines()[-1].split()
     ids = torch.tensor(tokenizer().encode(TEXT))
     before = float(fa.perplexity(fa.decoder(CONFIG), params(), ids, context=CONFIG.context))
     assert f"perplexity before  {before:.4f}" in out
@@ -69,3 +82,17 @@ def test_what_is_quantized_already_is_refused(run, tmp_path, capsys):
     code = cli.main(["quantize", "--model", str(tmp_path / "small"), "-o", str(tmp_path / "smaller")])
     assert code == 2
     assert "is quantized already" in capsys.readouterr().err
+
+
+def test_layers_of_another_kind_have_a_line_of_their_own():
+    row = lambda path, kind, error: Row(path, kind, 4.5, 9, error)
+    report = [
+        row("layers.0.q", "Int4", 0.1),
+        row("layers.1.q", "Int8", 0.01),
+        row("layers.2.q", "Int4", 0.2),
+        row("norm", "float32", 0.0),
+    ]
+    lines = [line.split() for line in cli.quantizing.table(report).splitlines()[1:]]
+    assert lines[0] == ["layers.0,2.q", "Int4", "4.50", "18", "10.00%", "to", "20.00%"]
+    assert lines[1] == ["layers.1.q", "Int8", "4.50", "9", "1.00%"]
+    assert lines[2] == ["norm", "float32", "4.50", "9", "-"]
