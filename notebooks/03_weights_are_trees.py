@@ -85,7 +85,7 @@ print(f"{size(params):.0f} MiB -> int8 {size(eight):.0f} MiB, int4 {size(four):.
 # `grad`, the same update, written for one.
 
 # %%
-rates = torch.tensor([0.1, 0.3, 1.0, 2.0])
+rates = torch.tensor([0.1, 0.3, 0.6, 1.0])
 adapt = fa.lora(4, lambda path, weight: path in ("layers.28.v", "layers.29.v", "layers.29.o"))
 trained, frozen = fa.tree.partition(adapt(fa.key(0), four), fa.low_rank.is_trained)
 
