@@ -134,7 +134,7 @@ def test_drafts_change_the_speed_and_not_the_text(run, monkeypatch, drafts):
     options = ("--greedy", "--steps", "12", "The old keeper of the light by the sea")
     plain, drafted = run("generate", *options), run("generate", "--speculate", drafts, "--draft-length", "2", *options)
     assert (drafted.code, drafted.out) == (0, plain.out)
-    assert re.search(r"drafts: \d+ of \d+ drafted tokens stayed \(\d+%\), \d\.\d\d tokens a round in \d+ rounds\n", drafted.err)
+    assert re.search(r"drafts: \d+ of \d+ drafted tokens stayed \(\d+%\); \d\.\d\d tokens a round in \d+ rounds\n", drafted.err)
 
 
 @pytest.mark.parametrize("several", [(), ("--num-samples", "2")], ids=["one", "two"])

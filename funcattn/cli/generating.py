@@ -121,10 +121,7 @@ def _write_drafted(
     for piece in write(pieces, f"{len(prompt)} tokens", show):
         last = piece
     if isinstance(last, speculation.Piece):
-        stats = last.stats
-        kept = f"{int(stats.accepted)} of {int(stats.drafted)} drafted tokens stayed ({float(stats.acceptance):.0%})"
-        what = "drafts, coloured" if is_coloured() else "drafts"
-        say(f"{what}: {kept}, {float(stats.tokens_per_round):.2f} tokens a round in {int(stats.rounds)} rounds")
+        say(f"{'drafts, coloured' if is_coloured() else 'drafts'}: {last.stats}")
 
 
 def _write_samples(

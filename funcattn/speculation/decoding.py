@@ -23,7 +23,7 @@ from .verification import laws_along, matched, rewind
 
 @record
 class Stats(NamedTuple):
-    """How the drafts did, all int64 (): steps of the model, tokens drafted, tokens of them that stayed."""
+    """How the drafts did, all int64 (): steps of the model, tokens drafted, tokens of them that stayed. Prints as a sentence."""
 
     rounds: Tensor
     drafted: Tensor
@@ -38,6 +38,12 @@ class Stats(NamedTuple):
     def tokens_per_round(self) -> Tensor:
         """How many tokens a step of the model gave, (): those that stayed and one more; 0 where there was none."""
         return torch.where(self.rounds > 0, 1 + self.accepted / self.rounds.clamp(min=1), 0)
+
+    def __str__(self) -> str:
+        if not all(isinstance(x, Tensor) and not x.dim() and _checks.value(x) is not None for x in self):
+            return repr(self)
+        kept = f"{int(self.accepted)} of {int(self.drafted)} drafted tokens stayed ({float(self.acceptance):.0%})"
+        return f"{kept}; {float(self.tokens_per_round):.2f} tokens a round in {int(self.rounds)} rounds"
 
     def speedup(self, draft: float, verify: float) -> Tensor:
         """How many times faster the text came than token by token, by what the parts cost, ().

@@ -34,7 +34,7 @@ class Transcript:
 
     def __str__(self) -> str:
         body = "".join(f"‹{span.text}›" if span.drafted else span.text for span in self.spans)
-        return f"{body}\n{self._total()}"
+        return f"{body}\n{self.stats}"
 
     __repr__ = __str__
 
@@ -42,12 +42,7 @@ class Transcript:
         shown = lambda text: html.escape(text).replace("\n", "<br>")
         mark = '<span style="background:rgba(59,110,165,.28);border-radius:3px;padding:1px 0">'
         body = "".join(f"{mark}{shown(span.text)}</span>" if span.drafted else shown(span.text) for span in self.spans)
-        return f'<div style="line-height:1.6;max-width:48em;white-space:pre-wrap">{body}</div><p><small>{self._total()}</small></p>'
-
-    def _total(self) -> str:
-        stats = self.stats
-        kept = f"{int(stats.accepted)} of {int(stats.drafted)} drafted tokens stayed ({float(stats.acceptance):.0%})"
-        return f"{kept}; {float(stats.tokens_per_round):.2f} tokens a round in {int(stats.rounds)} rounds"
+        return f'<div style="line-height:1.6;max-width:48em;white-space:pre-wrap">{body}</div><p><small>{self.stats}</small></p>'
 
 
 class Marks:
