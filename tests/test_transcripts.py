@@ -69,3 +69,12 @@ def test_the_spans_of_a_piece_are_its_text_and_what_was_held_back_keeps_its_mark
     assert ["".join(span.text for span in found) for found in spans] == ["a", "bc", ""]
     assert [[span.drafted for span in found] for found in spans] == [[True], [False, False], []]
     assert speculation.transcript(rounds, Bytes()).text == "abc"
+
+
+def test_a_run_that_was_told_in_part_keeps_its_mark_for_the_rest():
+    rounds = [
+        Piece("a", tuple(b"abc"), (), False, stats(1, 3, 2)),  # bc may begin a stop string; a and b were drafted
+        Piece("bcd", tuple(b"abcd"), (), True, stats(2, 6, 2)),
+    ]
+    found = speculation.transcript(rounds, Bytes())
+    assert [(span.text, span.drafted) for span in found.spans] == [("a", True), ("b", True), ("c", False), ("d", False)]
