@@ -26,7 +26,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -36,8 +35,9 @@ from ._autodiff import transforming
 from .caches import Branch, Cache, Delta
 from .kernels import Part, choice
 from .masks import Mask
-from .records import ABSENT, Model, is_absent
+from .records import ABSENT, Model
 from .transformer import Config, Kind, Layer, Params
+from .watching import Watch, is_differentiated
 
 SEVERAL = layers.SEVERAL  # vectors at once, at most, whose products are written out
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -105,15 +105,16 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     def hidden(
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
-        few = config.kv_heads < collectives.axis_size(transformer.TENSOR)  # of heads that all hold, each device selects its own
-        if few or mask is not None or positions is not None or not _is_plain_step(params, tokens, cache):
+        forms = stack.forms(params, tokens, cache) if mask is None and positions is None else None
+        if forms is None:
             return model.hidden(params, tokens, cache, mask=mask, positions=positions)
-        return stack.hidden(params, tokens, cache)
+        return stack.hidden(params, tokens, cache, forms)
 
     def logits(params: Params, hidden: Tensor) -> Tensor:
-        if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= SEVERAL) or not _is_plain(params, hidden):
+        if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= SEVERAL):
             return model.logits(params, hidden)
-        return stack.logits(params, hidden)
+        weight = transformer.head(params)
+        return stack.logits(weight, hidden) if _is_plain(weight, hidden) else model.logits(params, hidden)
 
     def extend(
         params: Params, tokens: Tensor, cache: Any, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
@@ -122,7 +123,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         return logits(params, x) if len(x) > 1 else logits(params, x[0])[None], delta
 
     def apply(params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        if not _is_plain_step(params, tokens, cache):
+        if not _is_step(tokens, cache):
             return model.apply(params, tokens, cache)
         proposed, delta = extend(params, tokens, cache)
         return proposed, caches.commit(cache, delta)
@@ -139,22 +140,23 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     return made
 
 
-def _is_plain(*trees: Any) -> bool:
-    """Nobody differentiates, maps, traces or listens, and no kernel or other precision was asked for."""
+def _is_undisturbed() -> bool:
+    """Nobody maps, traces or listens, and no kernel or other precision was asked for."""
     if transforming() or torch.compiler.is_compiling() or taps.heard() or choice.current() is not None:
         return False
     if collectives.simulated() or collectives.axis_size(transformer.DATA) > 1:
         return False
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tree.leaves(trees)))
+    return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
 
 
-def _is_plain_step(params: Any, tokens: Tensor, cache: Any) -> bool:
+def _is_plain(*trees: Any) -> bool:
+    """Nor does anybody differentiate these."""
+    return _is_undisturbed() and not (torch.is_grad_enabled() and is_differentiated(tree.leaves(trees)))
+
+
+def _is_step(tokens: Any, cache: Any) -> bool:
     """A few tokens behind a dense past."""
-    if not isinstance(tokens, Tensor) or tokens.dim() != 1 or not 0 < len(tokens) <= FEW:
-        return False
-    return _is_dense(cache) and _is_plain(params, cache)
+    return isinstance(tokens, Tensor) and tokens.dim() == 1 and 0 < len(tokens) <= FEW and _is_dense(cache)
 
 
 def _is_dense(cache: Any) -> bool:
@@ -191,32 +193,54 @@ class _Stack:
 
     def __init__(self, config: Config, kernel: str | None, depth: int, backend: str) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, depth, backend
-        self.compiled: dict[Any, Callable[..., Any]] = {}
-        self.forms = _Forms()
+        self.compiled: dict[Any, _Function] = {}
+        self.held: dict[int, _Prepared] = {}  # for each number of vectors
 
-    def hidden(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
+    def forms(self, params: Params, tokens: Tensor, cache: Any) -> "_Prepared | None":
+        """What was prepared of the weights for this step, or None where it runs as the model it was made of.
+
+        Remembered as long as it meets the same tensors, unwritten; and not longer than they live.
+        """
+        few = self.config.kv_heads < collectives.axis_size(
+            transformer.TENSOR
+        )  # of heads that all hold, each device selects its own
+        if few or not _is_step(tokens, cache) or not _is_plain(cache):
+            return None
+        T, held = len(tokens), self.held
+        forms = held.get(T)
+        found = None if forms is None else forms.watch.leaves(params)
+        if torch.is_grad_enabled() and is_differentiated(tree.leaves(params) if found is None else found):
+            return None
+        if forms is None or found is None:
+            gone = lambda: held.pop(T, None)  # not of self: what is held goes with the model too
+            forms = held[T] = _prepared(params, T, Watch(params, gone))
+        return forms
+
+    def hidden(self, params: Params, tokens: Tensor, cache: Any, forms: "_Prepared") -> tuple[Tensor, Delta]:
         """`Model.hidden` for a few tokens behind a dense past."""
-        config, T = self.config, len(tokens)
+        config = self.config
         places = transformer.locate(config, tokens, cache)
         pasts = _rows(cache)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         x = transformer.begin(config, params, tokens, places)
-        forms = self.forms.of(params.layers, T)
-        for first in range(0, config.layers, self.depth):
-            kinds, part = self.kinds[first : first + self.depth], slice(first, first + self.depth)
+        shapes = *(past.k.shape for past in pasts), x.dtype
+        if shapes not in forms.runs:
+            forms.runs[shapes] = [
+                self.function(("layers", self.kinds[part], forms.kinds[part], len(tokens), shapes), _layers) for part in self.parts
+            ]
+        for part, run in zip(self.parts, forms.runs[shapes], strict=True):
             weights = tuple(layer._replace(**form) for layer, form in zip(params.layers[part], forms.prepared[part], strict=True))
             here = tuple(past.of(part) for past in pasts)
-            run = self.function(("layers", kinds, forms.kinds[part], T, tuple(past.k.shape for past in here), x.dtype), _layers)
             with torch._C._AutoDispatchBelowAutograd():
-                x, k, v = run(config, kinds, self.kernel, weights, x, places, here)
+                x, k, v = run(config, self.kinds[part], self.kernel, weights, x, places, here)
             keys += k.unbind(0)
             values += v.unbind(0)
         return transformer.finish(config, params, x), Delta(tuple(keys), tuple(values))
 
-    def logits(self, params: Params, x: Tensor) -> Tensor:
-        """`Model.logits` of one vector, or of a few."""
-        weight = layers.prepare(params.embedding if is_absent(params.head) else params.head, 1 if x.dim() == 1 else len(x))
+    def logits(self, weight: Any, x: Tensor) -> Tensor:
+        """`Model.logits` of one vector, or of a few, by the weight of the head."""
+        weight = layers.prepare(weight, 1 if x.dim() == 1 else len(x))
         run = self.function(("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict)
         with torch._C._AutoDispatchBelowAutograd():
             return run(self.config, weight, x)
@@ -236,7 +260,12 @@ class _Stack:
         """Of all layers."""
         return tuple(self.config.kind(i) for i in range(self.config.layers))
 
-    def function(self, form: Any, f: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.cached_property
+    def parts(self) -> tuple[slice, ...]:
+        """Which layers each call of a compiled function takes."""
+        return tuple(slice(first, first + self.depth) for first in range(0, self.config.layers, self.depth))
+
+    def function(self, form: Any, f: Callable[..., Any]) -> "_Function":
         """The compiled f for calls of one form, each with code and a name of its own.
 
         By code torch counts recompilations, and by name it remembers which sizes have differed. Here only strides may, which follow
@@ -246,16 +275,23 @@ class _Stack:
             name = f"{f.__name__}_{next(_number)}"
             own = FunctionType(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__)
             options = {**self.options, "guard_filter_fn": _guards}
-            compiled = torch.compile(own, fullgraph=True, backend=self.backend, options=options)
-
-            def first(*args: Any) -> Any:
-                with progress.waiting("compiling"):
-                    result = compiled(*args)
-                self.compiled[form] = compiled
-                return result
-
-            self.compiled[form] = first
+            self.compiled[form] = _Function(torch.compile(own, fullgraph=True, backend=self.backend, options=options))
         return self.compiled[form]
+
+
+class _Function:
+    """A compiled function that says so while it is compiled."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run, self.is_compiled = run, False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.is_compiled:
+            return self.run(*args)
+        with progress.waiting("compiling"):
+            result = self.run(*args)
+        self.is_compiled = True
+        return result
 
 
 def _guards(entries: Sequence[Any]) -> list[bool]:
@@ -269,37 +305,22 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
 
 
 class _Prepared(NamedTuple):
-    """Of some layers: the matrices that have another form; and what tells trees apart by what is compiled for them."""
+    """Of the layers of a tree: matrices in another form, what tells trees apart by the code they need, and that code."""
 
+    watch: Watch
     prepared: tuple[dict[str, Any], ...]
     kinds: tuple[tuple[Any, ...], ...]
+    runs: dict[Any, list[_Function]]
 
 
-class _Forms:
-    """`layers.prepare` of all matrices of a model, remembered as long as it meets the same tensors, unwritten."""
-
-    def __init__(self) -> None:
-        self.held: dict[int, tuple[list[ref[Tensor]], list[int], _Prepared]] = {}
-
-    def of(self, stack: Sequence[Layer], T: int) -> _Prepared:
-        """For products with T vectors."""
-        leaves = tree.leaves(stack)
-        versions = [0 if leaf.is_inference() else leaf._version for leaf in leaves]
-        refs, before, forms = self.held.get(T, ((), (), None))
-        if forms is not None and before == versions and all(have() is leaf for have, leaf in zip(refs, leaves, strict=True)):
-            return forms
-        prepared = tuple(_prepared(layer, T) for layer in stack)
-        kinds = tuple(_kind_of(layer._replace(**form)) for layer, form in zip(stack, prepared, strict=True))
-        forms = _Prepared(prepared, kinds)
-        held = self.held  # not self: what is held goes with the weights, and with the model
-        self.held[T] = [ref(leaf, lambda _: held.pop(T, None)) for leaf in leaves], versions, forms
-        return forms
-
-
-def _prepared(layer: Layer, T: int) -> dict[str, Any]:
+def _prepared(params: Params, T: int, watch: Watch) -> _Prepared:
     """The matrices that products with T vectors want in another form, in it."""
-    forms = {name: layers.prepare(getattr(layer, name), T) for name in MATRICES}
-    return {name: form for name, form in forms.items() if form is not getattr(layer, name)}
+    prepared = []
+    for layer in params.layers:
+        forms = {name: layers.prepare(getattr(layer, name), T) for name in MATRICES}
+        prepared.append({name: form for name, form in forms.items() if form is not getattr(layer, name)})
+    kinds = tuple(_kind_of(layer._replace(**form)) for layer, form in zip(params.layers, prepared, strict=True))
+    return _Prepared(watch, tuple(prepared), kinds, {})
 
 
 def _kind_of(weight: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _checks, caches, compilation, randomness, sampling, transformer, tree
 from .caches import Branch, Cache
 from .generation import _commit, _prefill
-from .records import ABSENT, Model, is_absent, record
+from .records import ABSENT, Model, record
 from .sampling import Sampler
 
 
@@ -244,7 +244,7 @@ def _vocabulary(params: Any) -> int | None:
     """How many tokens a tree of `fa.decoder` knows."""
     if not isinstance(params, transformer.Params):
         return None
-    return tree.leaves(params.embedding if is_absent(params.head) else params.head)[0].shape[0]
+    return tree.leaves(transformer.head(params))[0].shape[0]
 
 
 def _is_dense(cache: Any) -> bool:

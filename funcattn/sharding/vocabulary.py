@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks, caches, collectives, transformer
 from ..collectives import all_gather, axis_index, pmax, psum, share
-from ..records import Model, is_absent
+from ..records import Model
 from ..transformer import TENSOR
 from ..tree import Tree
 
@@ -22,7 +22,7 @@ def own_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
     parts = transformer.parts_of(model)
     if parts is None or collectives.axis_size(TENSOR) == 1:
         return None
-    head = params.embedding if is_absent(params.head) else params.head
+    head = transformer.head(params)
     if head.shape[0] == parts.config.vocabulary:
         return None
     return transformer.predict_own(parts.config, head, hidden)

@@ -9,7 +9,7 @@ model      decoder(config) -> Model
 
 from .blocks import Block, block
 from .config import Config, Kind
-from .model import Parts, begin, decoder, finish, locate, parts_of, predict, predict_own, share
+from .model import Parts, begin, decoder, finish, head, locate, parts_of, predict, predict_own, share
 from .parallel import DATA, TENSOR
 from .weights import Layer, Params, initialize, shapes
 
@@ -26,6 +26,7 @@ __all__ = [
     "block",
     "decoder",
     "finish",
+    "head",
     "initialize",
     "locate",
     "parts_of",

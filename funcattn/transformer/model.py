@@ -94,7 +94,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
         return taps.tap("output", x), Delta(tuple(keys), tuple(values))
 
     def logits(params: Params, hidden: Tensor) -> Tensor:
-        return predict(config, params.embedding if is_absent(params.head) else params.head, hidden)
+        return predict(config, head(params), hidden)
 
     def extend(
         params: Params, tokens: Tensor, cache: Any, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
@@ -165,6 +165,11 @@ def finish(config: Config, params: Params, x: Tensor) -> Tensor:
         return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
     bias = parallel.vector("norm_bias", params.norm_bias, (config.width,))
     return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
+
+
+def head(params: Params) -> Any:
+    """The weight that makes logits: the embedding, where it has none of its own."""
+    return params.embedding if is_absent(params.head) else params.head
 
 
 def predict(config: Config, head: Any, hidden: Tensor) -> Tensor:
