@@ -15,6 +15,8 @@ from torch.autograd import Function
 
 from .._autodiff import align, closed_jvp, sum_to, transforming
 
+FEW = 8  # rows, at most, that compiled code multiplies by itself
+
 
 class Product(Function):
     """x (*lead, R, D) @ w (*lead, D, S), closed under every transform."""
@@ -57,7 +59,33 @@ class Product(Function):
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (*lead, R, D) times w (*lead, D, S), leading axes broadcast; the plain `@` where no transform is active."""
-    if transforming() and not torch.compiler.is_compiling():
+    """x (*lead, R, D) times w (*lead, D, S), leading axes broadcast; the plain `@` where no transform is active.
+
+    A few rows on the CPU are written out as products and sums where they are compiled: the loops are fused with what stands around
+    them. With 3 rows and heads of 64, attention over 256 keys takes 17 us where two calls of the library take 31, besides what the
+    call takes; with 15 rows there is no gain (one thread, AVX-512).
+    """
+    if torch.compiler.is_compiling():
+        few = isinstance(x.shape[-2], int) and x.shape[-2] <= FEW and x.device.type == "cpu"
+        return _sums(computed(x), w) if few else x @ w
+    if transforming():
         return Product.apply(x, w)
     return x @ w
+
+
+def _sums(x: Tensor, w: Tensor) -> Tensor:
+    """Over that axis of w which lies together in memory where there is one, so that loops run along it."""
+    if w.stride(-2) == 1:
+        return (x.unsqueeze(-2) * w.mT.unsqueeze(-3)).sum(-1)
+    return (x.unsqueeze(-1) * w.unsqueeze(-3)).sum(-2)
+
+
+def computed(x: Tensor) -> Tensor:
+    """x as memory that holds it, where a compiler would otherwise compute it anew in every loop that reads it.
+
+    A norm, for example, for each row of a matrix; or the cosines of the positions, for each head and layer.
+    """
+    if not torch.compiler.is_compiling():
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x.as_strided(x.shape, x.stride())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks
+from ..kernels.products import computed
 from ..records import record
 
 BLOCK = 16  # rows of a block: float32 numbers of a 512-bit vector
@@ -91,17 +92,6 @@ def _(weight: Blocks, x: Tensor) -> Tensor:
     entries, vectors = weight.entries.to(wide), computed(x.reshape(-1, x.shape[-1]).to(wide)).unbind(0)
     y = torch.stack([(entries * vector.unsqueeze(-1)).sum(-2).flatten() for vector in vectors])
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
-
-
-def computed(x: Tensor) -> Tensor:
-    """x as memory that holds it, where a compiler would otherwise compute it anew in every loop that reads it.
-
-    A norm, for example, for each row of a matrix; or the cosines of the positions, for each head and layer.
-    """
-    if not torch.compiler.is_compiling():
-        return x
-    x = x.clone(memory_format=torch.contiguous_format)
-    return x.as_strided(x.shape, x.stride())
 
 
 @functools.singledispatch

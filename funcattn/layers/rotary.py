@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .products import computed
+from ..kernels.products import computed
 
 KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
 
