@@ -36,7 +36,7 @@ class Watch:
     Law: `leaves` gives those of an equal arrangement of the same unwritten tensors, and None of any other (test_watching.py).
     """
 
-    def __init__(self, tree: Any, gone: Callable[[], None]) -> None:
+    def __init__(self, tree: Any, gone: Callable[[], object]) -> None:
         self.levels: list[_Level] | None = []
         found: list[Tensor] = []
         level: list[Any] = [tree]

@@ -13,8 +13,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
-from funcattn import caches, compilation
+from funcattn import caches
 from funcattn.caches import Branch
+from funcattn.compilation.stack import Stack
 
 CONFIG = fa.Config(vocabulary=40, width=32, layers=2, heads=4, kv_heads=2, head_size=8, feed_forward=48, context=600)
 FAMILIES = {
@@ -282,7 +283,7 @@ def test_a_kernel_that_is_forced_is_not_passed_over(made, monkeypatch):
     model, fast, params = made("llama")
     past = pasts(model, params)[0]
     called = []
-    monkeypatch.setattr(compilation._Stack, "hidden", lambda *_: called.append(1) or model.hidden(params, tokens(1), past))
+    monkeypatch.setattr(Stack, "hidden", lambda *_: called.append(1) or model.hidden(params, tokens(1), past))
     with fa.kernels.use("reference"):
         fast.hidden(params, tokens(1), past)
     with torch.autocast("cpu", torch.bfloat16):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "products.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "layers.cpp", "products.h", "floats.h", "matrices.h"))
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w")
 PATIENCE = 300  # seconds that a compiler may take
 
@@ -101,7 +101,17 @@ def _compile(compiler: str, path: Path) -> None:
         raise Missing(f"{path.parent} cannot be written ({error.strerror}); set FUNCATTN_CACHE") from error
     try:
         libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _run([compiler, *FLAGS, f"-I{home / 'include'}", str(SOURCES[0]), "-o", own, *libraries])
+        _run(
+            [
+                compiler,
+                *FLAGS,
+                f"-I{home / 'include'}",
+                *(str(path) for path in SOURCES if path.suffix == ".cpp"),
+                "-o",
+                own,
+                *libraries,
+            ]
+        )
         os.chmod(own, 0o755)
         os.replace(own, path)
     finally:

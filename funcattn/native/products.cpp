@@ -1,10 +1,12 @@
-// The operator funcattn::products, for the CPU: see products.h for the arithmetic, and building.py for who compiles this.
+// Products with matrices in tiles, and the operator funcattn::products, for the CPU: see products.h for the arithmetic, and building.py
+// for who compiles this.
 //
 // Both sets of instructions are compiled, and the processor is asked at run time. Only the stable ABI of torch is used, which takes
 // seconds to compile where all of its headers take a minute.
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -14,6 +16,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include "matrices.h"
 
 #if defined(__clang__)
 #define BEGIN_TARGET_AVX512 \
@@ -35,6 +39,8 @@
 #define VECTORIZED __attribute__((optimize("O3")))
 #endif
 #define DIGITS 3  // of 8 bits each: a number of 24 bits, as the digits of a float32 are
+
+static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
 
 BEGIN_TARGET_AVX512
 namespace avx512 {
@@ -67,7 +73,14 @@ static inline void store_some(float* p, Real v, int n) { _mm512_mask_storeu_ps(p
 static inline void round_all(const float* v, int32_t* to) {
   for (int i = 0; i < 32; i += 16) _mm512_store_si512(to + i, _mm512_cvtps_epi32(_mm512_load_ps(v + i)));
 }
+static inline Real plus(Real a, Real b) { return _mm512_add_ps(a, b); }
+static inline Real over(Real a, Real b) { return _mm512_div_ps(a, b); }
+static inline float sum_of(Real a) { return _mm512_reduce_add_ps(a); }
+static inline Real bounded(Real a) { return _mm512_min_ps(broadcast(88.0f), _mm512_max_ps(broadcast(-105.0f), a)); }  // NaN stays
+static inline Real whole_part(Real a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Real times_power(Real a, Real n) { return _mm512_scalef_ps(a, n); }
 #include "products.h"
+#include "floats.h"
 }  // namespace avx512
 END_TARGET
 
@@ -131,7 +144,27 @@ static inline void store_some(float* p, Real r, int n) {
 static inline void round_all(const float* v, int32_t* to) {
   for (int i = 0; i < 32; i += 8) _mm256_store_si256((__m256i*)(to + i), _mm256_cvtps_epi32(_mm256_load_ps(v + i)));
 }
+static inline Real plus(Real a, Real b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+static inline Real over(Real a, Real b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
+static inline float sum_of(Real r) {
+  const __m256 both = _mm256_add_ps(r.a, r.b);
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+static inline __m256 within(__m256 a) { return _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-105.0f), a)); }
+static inline Real bounded(Real a) { return {within(a.a), within(a.b)}; }  // NaN stays
+static inline __m256 rounded(__m256 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Real whole_part(Real a) { return {rounded(a.a), rounded(a.b)}; }
+static inline __m256 power(__m256 n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_add_ps(n, _mm256_set1_ps(127.0f))), 23)); }
+// 2^n by halves: n is from -152 to 127, and a number has exponents from -126.
+static inline __m256 scaled(__m256 a, __m256 n) {
+  const __m256 half = rounded(_mm256_mul_ps(n, _mm256_set1_ps(0.5f)));
+  return _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_ps(n, half)));
+}
+static inline Real times_power(Real a, Real n) { return {scaled(a.a, n.a), scaled(a.b, n.b)}; }
 #include "products.h"
+#include "floats.h"
 }  // namespace avx2
 END_TARGET
 
@@ -169,37 +202,54 @@ void* aligned(std::unique_ptr<char[]>& room, size_t bytes) {
 
 // Several matrices times the same vectors: x (T, K) float32 to (T, N1 + N2 + ...). N are their rows; scales are of those that have
 // one a row, in order.
-Tensor products(std::vector<Tensor> blocks, std::vector<Tensor> scales, std::vector<int64_t> rows, Tensor x) {
-  STD_TORCH_CHECK(chosen != NONE, "funcattn::products: the processor has no AVX2");
+Tensor products(Tensors blocks, Tensors scales, std::vector<int64_t> rows, Tensor x) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == torch::headeronly::ScalarType::Float,
                   "funcattn::products: x should be contiguous float32 (T, K)");
-  STD_TORCH_CHECK(blocks.size() == rows.size(), "funcattn::products: as many rows as blocks");
-  const int64_t T = x.size(0), K = x.size(1), B = (K + 31) / 32, L = int64_t(blocks.size());
-  std::vector<int> kinds(L);
-  std::vector<const float*> by_row(L, nullptr);
+  const auto all = matrices(blocks, scales, rows, std::vector<int64_t>(blocks.size(), x.size(1)));
+  int64_t N = 0;
+  for (const Matrix& one : all) N += one.rows;
+  Tensor y = torch::stable::new_empty(x, {x.size(0), N});
+  multiply(all.data(), int64_t(all.size()), (const float*)x.data_ptr(), x.size(0), x.size(1), (float*)y.data_ptr(), N);
+  return y;
+}
+
+}  // namespace
+
+const Floats& floats() { return chosen == AVX512 ? avx512::floats : avx2::floats; }
+
+std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& K) {
+  STD_TORCH_CHECK(chosen != NONE, "funcattn::products: the processor has no AVX2");
+  STD_TORCH_CHECK(blocks.size() == rows.size() && blocks.size() == K.size(), "funcattn::products: as many rows as blocks");
+  std::vector<Matrix> all;
   size_t taken = 0;
-  std::vector<int64_t> first(L + 1, 0), tiles(L + 1, 0);  // row of the result, and tile, at which a matrix begins
-  int64_t bytes = 0;
-  for (int64_t i = 0; i < L; i++) {
+  for (size_t i = 0; i < blocks.size(); i++) {
     const Tensor& w = blocks[i];
-    STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && w.scalar_type() == torch::headeronly::ScalarType::Byte && w.size(1) == B,
+    STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && w.scalar_type() == torch::headeronly::ScalarType::Byte && w.size(1) == (K[i] + 31) / 32,
                     "funcattn::products: blocks should be contiguous uint8 (tiles, blocks of K, bytes)");
     STD_TORCH_CHECK(rows[i] >= 0 && w.size(0) == (rows[i] + 15) / 16, "funcattn::products: rows should be as many as the tiles have");
-    kinds[i] = kind_of(w.size(2));
-    if (kinds[i] == avx2::ROW8) {
+    Matrix one = {(const uint8_t*)w.data_ptr(), nullptr, kind_of(w.size(2)), rows[i], w.size(0), w.numel()};
+    if (one.kind == avx2::ROW8) {
       STD_TORCH_CHECK(taken < scales.size(), "funcattn::products: a scale for each row");
       const Tensor& s = scales[taken++];
       STD_TORCH_CHECK(s.is_contiguous() && s.scalar_type() == torch::headeronly::ScalarType::Float && s.numel() == rows[i],
                       "funcattn::products: scales should be contiguous float32, one for each row");
-      by_row[i] = (const float*)s.data_ptr();
+      one.scale = (const float*)s.data_ptr();
     }
-    first[i + 1] = first[i] + rows[i];
-    tiles[i + 1] = tiles[i] + w.size(0);
-    bytes += w.numel();
+    all.push_back(one);
   }
-  const int64_t N = first[L];
-  Tensor y = torch::stable::new_empty(x, {T, N});
-  if (T == 0 || N == 0) return y;
+  return all;
+}
+
+void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int64_t K, float* y, int64_t step) {
+  const int64_t B = (K + 31) / 32;
+  std::vector<int64_t> first(count + 1, 0), tiles(count + 1, 0);  // row of the result, and tile, at which a matrix begins
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; i++) {
+    first[i + 1] = first[i] + which[i].rows;
+    tiles[i + 1] = tiles[i] + which[i].tiles;
+    bytes += which[i].bytes;
+  }
+  if (T == 0 || first[count] == 0) return;
 
   std::unique_ptr<char[]> room;
   const int64_t many = T * B;
@@ -207,34 +257,32 @@ Tensor products(std::vector<Tensor> blocks, std::vector<Tensor> scales, std::vec
   int32_t* const sums = (int32_t*)(digits + many * 32 * DIGITS);
   float* const unit = (float*)(sums + many * DIGITS);
   float* const total = unit + many;
-  const float* const from = (const float*)x.data_ptr();
   const auto digits_of = chosen == AVX512 ? avx512::digits_of : avx2::digits_of;
   for (int64_t t = 0; t < T; t++)
-    digits_of(from + t * K, K, B, digits + 32 * DIGITS * t * B, sums + DIGITS * t * B, unit + t * B, total + t * B);
+    digits_of(x + t * K, K, B, digits + 32 * DIGITS * t * B, sums + DIGITS * t * B, unit + t * B, total + t * B);
 
-  float* const to = (float*)y.data_ptr();
   const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < L; i++) {
+    for (int64_t i = 0; i < count; i++) {
       const int64_t low = begin > tiles[i] ? begin - tiles[i] : 0;
       const int64_t high = (end < tiles[i + 1] ? end : tiles[i + 1]) - tiles[i];
       if (low >= high) continue;
-      const uint8_t* const w = (const uint8_t*)blocks[i].data_ptr();
+      const Matrix& w = which[i];
       if (chosen == AVX512)
-        avx512::rows_of[kinds[i]](w, by_row[i], {digits, sums, unit, total, B}, T, rows[i], low, high, to + first[i], N);
+        avx512::rows_of[w.kind](w.blocks, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
       else
-        avx2::rows_of[kinds[i]](w, by_row[i], {digits, sums, unit, total, B}, T, rows[i], low, high, to + first[i], N);
+        avx2::rows_of[w.kind](w.blocks, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
     }
   };
-  const int64_t share = 1 + 65536 * tiles[L] / (bytes * T);  // of tiles that is worth waking a thread for
-  torch::stable::parallel_for(0, tiles[L], share, run);
-  return y;
+  const int64_t share = 1 + 65536 * tiles[count] / (bytes * T);  // of tiles that is worth waking a thread for
+  torch::stable::parallel_for(0, tiles[count], share, run);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY(funcattn, m) {
   m.def("products(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor x) -> Tensor");
   m.def("instructions(int wanted) -> int");
+  m.def(
+      "layers(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor[] norms, Tensor x, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, "
+      "int[] lengths, int heads, int kv_heads, float scale, float epsilon) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("products", TORCH_BOX(&products)); }

@@ -58,6 +58,7 @@ def missing() -> str:
         torch.library.register_fake("funcattn::products", _like)
         torch.library.register_vmap("funcattn::products", _mapped)
         _library.impl("products", _differentiated, "Autograd")
+        _library.impl("layers", _refused, "Autograd")
         _instructions()
     return reason
 
@@ -186,7 +187,7 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
     """
     flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
     blocks, rows = [weight.blocks for weight in weights], [weight.rows for weight in weights]
-    scales = [weight.scale for weight in weights if _has_row_scale(weight.blocks)]
+    scales = [weight.scale for weight in weights if has_row_scale(weight.blocks)]
     y = torch.ops.funcattn.products(blocks, scales, rows, flat)
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
@@ -196,13 +197,14 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
 _library = torch.library.Library("funcattn", "FRAGMENT")
 
 
-def _has_row_scale(blocks: Tensor) -> bool:
+def has_row_scale(blocks: Tensor) -> bool:
+    """True where a matrix in such blocks has one scale a row, apart from them."""
     return FORMS[blocks.shape[-1]][1] is None
 
 
 def _plain(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
     left = iter(scales)
-    each = [expand_tiles(b, next(left) if _has_row_scale(b) else (), n, x.shape[-1]) for b, n in zip(blocks, rows, strict=True)]
+    each = [expand_tiles(b, next(left) if has_row_scale(b) else (), n, x.shape[-1]) for b, n in zip(blocks, rows, strict=True)]
     return F.linear(x, torch.cat(each))
 
 
@@ -216,6 +218,11 @@ def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Se
         return _plain(blocks, scales, rows, x)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.funcattn.products(blocks, scales, rows, x)
+
+
+def _refused(*args: Any) -> Any:
+    """The layers have no derivative; `fa.compile` runs them where nobody differentiates, below autograd."""
+    raise RuntimeError("funcattn::layers: it has no derivative; call the functions of the model, which do not use it under grad.")
 
 
 def _mapped(

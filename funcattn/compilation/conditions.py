@@ -1,0 +1,37 @@
+"""When a call is a plain step, which has a faster way than the model itself."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import collectives, taps, transformer, tree
+from .._autodiff import transforming
+from ..caches import Branch, Cache
+from ..kernels import choice
+from ..watching import is_differentiated
+
+FEW = 16  # new tokens, at most, of a step that is compiled; beyond, matrix products are the cost, and they are the library's
+
+
+def is_undisturbed() -> bool:
+    """Nobody maps, traces or listens, and no kernel or other precision was asked for."""
+    if transforming() or torch.compiler.is_compiling() or taps.heard() or choice.current() is not None:
+        return False
+    if collectives.simulated() or collectives.axis_size(transformer.DATA) > 1:
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+
+
+def is_plain(*trees: Any) -> bool:
+    """Nor does anybody differentiate these."""
+    return is_undisturbed() and not (torch.is_grad_enabled() and is_differentiated(tree.leaves(trees)))
+
+
+def is_step(tokens: Any, cache: Any) -> bool:
+    """A few tokens behind a dense past."""
+    return isinstance(tokens, Tensor) and tokens.dim() == 1 and 0 < len(tokens) <= FEW and is_dense(cache)
+
+
+def is_dense(cache: Any) -> bool:
+    return isinstance(cache, Cache) or (isinstance(cache, Branch) and is_dense(cache.prefix) and is_dense(cache.own))

@@ -1,0 +1,104 @@
+"""Layers as one call of the operator in C++, for weights in tiles.
+
+A step of a small model is thirty layers of thirteen calls each, of which a quantized product takes a few microseconds: what stands
+between the calls takes longer than they do. The operator runs what most models consist of (norms, rotation, attention over a dense
+past, a gated feed-forward) from the first layer to the last; a model with anything else runs as compiled code.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import collectives, transformer
+from ..caches import Cache
+from ..layers import Rotation
+from ..quantization.tiles import Tiles, has_row_scale, missing
+from ..records import is_absent
+from ..transformer import Config, Layer
+from .inside import flatten
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the operator
+LANES = 16  # of which the size of a head is a multiple
+
+
+class Weights(NamedTuple):
+    """The matrices of all layers, as the operator takes them."""
+
+    blocks: list[Tensor]
+    scales: list[Tensor]
+    rows: list[int]
+
+
+def obstacle(config: Config, stack: Sequence[Layer]) -> str:
+    """Why the operator does not run these layers (their matrices as `layers.prepare` gives them), or "" where it does."""
+    kinds = {config.kind(i) for i in range(config.layers)}
+    for field, wanted in {
+        "norm": "rms",
+        "norm_offset": 0.0,
+        "norm_placement": "before",
+        "head_norm": "none",
+        "activation": "silu",
+        "activation_limit": None,
+        "gated": True,
+        "parallel": False,
+        "shared_norm": False,
+        "residual_scale": 1.0,
+        "attention_cap": None,
+        "sinks": False,
+        "experts": 0,
+    }.items():
+        if getattr(config, field) != wanted:
+            return f"it knows {field} = {wanted!r} only, and this is {getattr(config, field)!r}"
+    if len(kinds) > 1 or next(iter(kinds)).window is not None:
+        return "it knows layers of one kind, without a window"
+    if config.head_size % LANES:
+        return f"it knows heads of a multiple of {LANES} features, and these have {config.head_size}"
+    for i, layer in enumerate(stack):
+        for name in MATRICES:
+            if not isinstance(getattr(layer, name), Tiles):
+                return missing() or f"it multiplies matrices of 8 or 4 bits, and layers.{i}.{name} is {_told(getattr(layer, name))}"
+            if f"{name}_bias" in Layer._fields and not is_absent(getattr(layer, f"{name}_bias")):
+                return f"it adds no biases, and there is layers.{i}.{name}_bias"
+        norms = layer.attention_norm, layer.feed_forward_norm
+        if any(not isinstance(norm, Tensor) or norm.dtype != torch.float32 or norm.device.type != "cpu" for norm in norms):
+            return f"it knows norms with weights of float32, and those of layers.{i} are others"
+    return ""
+
+
+def _told(weight: Any) -> str:
+    return f"a matrix of {weight.dtype}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+
+
+def weights(stack: Sequence[Layer]) -> Weights:
+    """Those of layers without an obstacle."""
+    tiles = [getattr(layer, name) for layer in stack for name in MATRICES]
+    scales = [weight.scale for weight in tiles if has_row_scale(weight.blocks)]
+    return Weights([weight.blocks for weight in tiles], scales, [weight.rows for weight in tiles])
+
+
+def serves(x: Tensor, cache: Any) -> bool:
+    """True for a residual and a past in float32 on the CPU, no device of a mesh having a part of either."""
+    if x.dtype != torch.float32 or collectives.axis_size(transformer.TENSOR) > 1:
+        return False
+    return all(part.k.dtype == part.v.dtype == torch.float32 and part.k.device.type == "cpu" for part in _parts(cache))
+
+
+def run(config: Config, matrices: Weights, stack: Sequence[Layer], x: Tensor, places: Tensor, cache: Any) -> tuple[Tensor, ...]:
+    """The residual (T, E) behind all layers, and the keys and values (layers, K, T, D) of the new tokens."""
+    rotation = transformer.share(config, config.kind(0), places, None, x.dtype, True).rotation
+    turns = rotation if isinstance(rotation, Rotation) else [x[:, :0]] * 2
+    cos, sin = (part.reshape(len(x), -1).contiguous() for part in turns)
+    norms = [norm.contiguous() for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
+    parts = _parts(cache)
+    keys, values, lengths = [part.k for part in parts], [part.v for part in parts], [int(part.length) for part in parts]
+    sizes = config.heads, config.kv_heads, config.scale, config.norm_epsilon
+    with torch._C._AutoDispatchBelowAutograd():  # nobody differentiates here
+        return torch.ops.funcattn.layers.default(*matrices, norms, x.contiguous(), cos, sin, keys, values, lengths, *sizes)
+
+
+def _parts(cache: Any) -> list[Cache]:
+    found: list[Cache] = []
+    flatten(cache, found)
+    return found

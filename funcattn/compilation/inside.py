@@ -1,0 +1,80 @@
+"""What is compiled: a few layers as one function, over a past read as the rows of a bucket."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import caches, transformer
+from ..caches import Branch, Cache
+from ..kernels import Part
+from ..masks import Mask
+from ..transformer import Config, Kind, Layer
+
+
+class Rows(NamedTuple):
+    """A past of some layers as compiled code reads it: the rows of a bucket, how many count, and the position of the first."""
+
+    k: Tensor  # (layers, K, S, D)
+    v: Tensor
+    length: Tensor  # int64 ()
+    offset: Tensor  # int64 ()
+
+    def of(self, layers: slice) -> "Rows":
+        """That of some of the layers."""
+        return Rows(self.k[layers], self.v[layers], self.length, self.offset)
+
+
+def rows(cache: Any) -> list[Rows]:
+    """The dense parts of a past, as far as their buckets reach."""
+    flat: list[Cache] = []
+    flatten(cache, flat)
+    offset, found = torch.zeros_like(flat[0].length), []
+    for part in flat:
+        held = int(part.length)
+        if held:
+            S, whole = caches.bucket(held), caches.capacity(part)
+            S = whole if whole <= 2 * S else S  # all of it where that is no more than the next bucket: one graph less
+            found.append(Rows(part.k[..., :S, :], part.v[..., :S, :], part.length, offset))
+        offset = offset + part.length
+    return found
+
+
+def flatten(cache: Any, into: list[Cache]) -> None:
+    if isinstance(cache, Branch):
+        flatten(cache.prefix, into)
+        flatten(cache.own, into)
+    else:
+        into.append(cache)
+
+
+def several(
+    config: Config,
+    kinds: Sequence[Kind],
+    kernel: str | None,
+    weights: Sequence[Layer],
+    x: Tensor,
+    places: Tensor,
+    pasts: Sequence[Rows],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some layers behind each other: the residual, and the keys and values of the new tokens (layers, K, T, D)."""
+    keys, values = [], []
+    for i, (kind, weight) in enumerate(zip(kinds, weights, strict=True)):
+        shared = transformer.share(config, kind, places, None, x.dtype, True)
+        parts = [_part(past, i, kind, places) for past in pasts]
+        x, k, v = transformer.block(config, kind, weight, x, shared, parts, name="", kernel=kernel)
+        keys.append(k)
+        values.append(v)
+    return x, torch.stack(keys), torch.stack(values)
+
+
+def _part(past: Rows, layer: int, kind: Kind, places: Tensor) -> Part:
+    k, v = past.k[layer], past.v[layer]
+    remembered = (torch.arange(k.shape[-2], device=k.device) < past.length).unsqueeze(-1)
+    v = torch.where(remembered, v, 0)  # 0 * NaN would be NaN
+    stop = past.length.reshape(1, 1).expand(len(places), 1)
+    start = torch.zeros_like(stop)
+    if kind.window is not None:
+        start = (places - past.offset - kind.window + 1).clamp(min=0).unsqueeze(-1)
+    return Part(k, v, Mask(start, stop))

@@ -1,0 +1,191 @@
+"""The layers of a decoder as calls of a few compiled functions, or of one operator in C++ where it knows all there is to do."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, collectives, layers, progress, transformer, tree
+from ..caches import Delta
+from ..transformer import Config, Kind, Layer, Params
+from ..watching import Watch, is_differentiated
+from . import fused
+from .conditions import is_plain, is_step
+from .inside import rows, several
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+DEEPEST = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
+
+_number = itertools.count()  # of the compiled functions of this process
+
+
+class Stack:
+    """The layers of a decoder as calls of a few compiled functions."""
+
+    def __init__(self, config: Config, kernel: str | None, depth: int | None, backend: str) -> None:
+        self.config, self.kernel, self.depth, self.backend = config, kernel, chosen_depth(config, depth), backend
+        self.compiled: dict[Any, _Function] = {}
+        self.held: dict[int, _Prepared] = {}  # for each number of vectors
+
+    def forms(self, params: Params, tokens: Tensor, cache: Any) -> "_Prepared | None":
+        """What was prepared of the weights for this step, or None where it runs as the model it was made of.
+
+        Remembered as long as it meets the same tensors, unwritten; and not longer than they live.
+        """
+        few = self.config.kv_heads < collectives.axis_size(
+            transformer.TENSOR
+        )  # of heads that all hold, each device selects its own
+        if few or not is_step(tokens, cache) or not is_plain(cache):
+            return None
+        T, held = len(tokens), self.held
+        forms = held.get(T)
+        found = None if forms is None else forms.watch.leaves(params)
+        if torch.is_grad_enabled() and is_differentiated(tree.leaves(params) if found is None else found):
+            return None
+        if forms is None or found is None:
+            gone = lambda: held.pop(T, None)  # not of self: what is held goes with the model too
+            forms = held[T] = _prepared(self.config, params, T, Watch(params, gone))
+        return forms
+
+    def explain(self, params: Params) -> str:
+        """What runs the layers of a step with these weights, and why the operator in C++ does not."""
+        stack = [layer._replace(**_forms(layer, 1)) for layer in params.layers]
+        why = fused.obstacle(self.config, stack)
+        if not why:
+            return f"{len(stack)} layers: one call of the operator funcattn::layers"
+        calls = f"{len(self.parts)} calls of compiled code, {self.depth} layers each"
+        return f"{len(stack)} layers: {calls}; not the operator funcattn::layers: {why}"
+
+    def hidden(self, params: Params, tokens: Tensor, cache: Any, forms: "_Prepared") -> tuple[Tensor, Delta]:
+        """`Model.hidden` for a few tokens behind a dense past."""
+        config = self.config
+        places = transformer.locate(config, tokens, cache)
+        x = transformer.begin(config, params, tokens, places)
+        if forms.fused is not None and fused.serves(x, cache):
+            x, k, v = fused.run(config, forms.fused, params.layers, x, places, cache)
+            return transformer.finish(config, params, x), Delta(k.unbind(0), v.unbind(0))
+        pasts = rows(cache)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        shapes = *(past.k.shape for past in pasts), x.dtype
+        if shapes not in forms.runs:
+            forms.runs[shapes] = [
+                self.function(("layers", self.kinds[part], forms.kinds[part], len(tokens), shapes), several) for part in self.parts
+            ]
+        for part, run in zip(self.parts, forms.runs[shapes], strict=True):
+            weights = tuple(layer._replace(**form) for layer, form in zip(params.layers[part], forms.prepared[part], strict=True))
+            here = tuple(past.of(part) for past in pasts)
+            with torch._C._AutoDispatchBelowAutograd():
+                x, k, v = run(config, self.kinds[part], self.kernel, weights, x, places, here)
+            keys += k.unbind(0)
+            values += v.unbind(0)
+        return transformer.finish(config, params, x), Delta(tuple(keys), tuple(values))
+
+    def logits(self, weight: Any, x: Tensor) -> Tensor:
+        """`Model.logits` of one vector, or of a few, by the weight of the head."""
+        weight = layers.prepare(weight, 1 if x.dim() == 1 else len(x))
+        run = self.function(("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict)
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(self.config, weight, x)
+
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler: not to find out by compiling test programs which vector instructions there are.
+
+        The processor has told torch, and the search takes the compiler ten seconds, once for each empty cache.
+        """
+        known = self.backend == "inductor" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        quick = {"size_asserts": False} if self.backend == "inductor" else {}  # of sizes that Dynamo's guards have seen already
+        return {**quick, "cpp.vec_isa_ok": True} if known else quick
+
+    @functools.cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of all layers."""
+        return tuple(self.config.kind(i) for i in range(self.config.layers))
+
+    @functools.cached_property
+    def parts(self) -> tuple[slice, ...]:
+        """Which layers each call of a compiled function takes."""
+        return tuple(slice(first, first + self.depth) for first in range(0, self.config.layers, self.depth))
+
+    def function(self, form: Any, f: Callable[..., Any]) -> "_Function":
+        """The compiled f for calls of one form, each with code and a name of its own.
+
+        By code torch counts recompilations, and by name it remembers which sizes have differed. Here only strides may, which follow
+        from the capacity of a past: after the second capacity they are symbols.
+        """
+        if form not in self.compiled:
+            name = f"{f.__name__}_{next(_number)}"
+            own = FunctionType(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__)
+            options = {**self.options, "guard_filter_fn": _guards}
+            self.compiled[form] = _Function(torch.compile(own, fullgraph=True, backend=self.backend, options=options))
+        return self.compiled[form]
+
+
+class _Function:
+    """A compiled function that says so while it is compiled."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run, self.is_compiled = run, False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.is_compiled:
+            return self.run(*args)
+        with progress.waiting("compiling"):
+            result = self.run(*args)
+        self.is_compiled = True
+        return result
+
+
+def _guards(entries: Sequence[Any]) -> list[bool]:
+    """Which of Dynamo's guards are kept: tensors, and what has no name: the state of torch.
+
+    Functions and modules stay what they are, and the rest (types and lengths of records, fields of the configuration) is in the
+    form of the call. There are hundreds, which cost a tenth of a step of a small model; and one of them, on the cache in which
+    `linear` remembers types, fails at the second call and has everything compiled twice.
+    """
+    return [not e.name or e.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") or isinstance(e.value, Tensor) for e in entries]
+
+
+class _Prepared(NamedTuple):
+    """Of the layers of a tree: matrices in another form, what tells trees apart by the code they need, and that code."""
+
+    watch: Watch
+    prepared: tuple[dict[str, Any], ...]
+    kinds: tuple[tuple[Any, ...], ...]
+    runs: dict[Any, list[_Function]]
+    fused: fused.Weights | None  # where one operator runs all layers
+
+
+def _prepared(config: Config, params: Params, T: int, watch: Watch) -> _Prepared:
+    """The matrices that products with T vectors want in another form, in it."""
+    prepared = [_forms(layer, T) for layer in params.layers]
+    stack = [layer._replace(**form) for layer, form in zip(params.layers, prepared, strict=True)]
+    operator = None if fused.obstacle(config, stack) else fused.weights(stack)
+    return _Prepared(watch, tuple(prepared), tuple(map(_kind_of, stack)), {}, operator)
+
+
+def _forms(layer: Layer, T: int) -> dict[str, Any]:
+    forms = {name: layers.prepare(getattr(layer, name), T) for name in MATRICES}
+    return {name: form for name, form in forms.items() if form is not getattr(layer, name)}
+
+
+def _kind_of(weight: Any) -> Any:
+    """Of all leaves: a record is another graph than a matrix, and a bias that is there than one that is not."""
+    return weight.dtype if isinstance(weight, Tensor) else (type(weight), *map(_kind_of, weight))
+
+
+def chosen_depth(config: Config, depth: int | None) -> int:
+    if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= config.layers):
+        _checks.fail("compile", "depth", f"from 1 to the {config.layers} layers", depth, "Leave it out: None chooses.")
+    if depth is not None:
+        return depth
+    kinds = [config.kind(i) for i in range(config.layers)]
+    alike = lambda n: all(kinds[i : i + n] == kinds[:n] for i in range(0, config.layers, n))
+    divisors = [n for n in range(1, config.layers + 1) if config.layers % n == 0 and alike(n)]
+    several = [n for n in divisors if 1 < n <= DEEPEST] or [n for n in divisors if n <= 2 * DEEPEST][-1:]
+    return several[-1] if several else min(DEEPEST, config.layers)

@@ -1,0 +1,37 @@
+// What the operators share: matrices in tiles and their products, and the arithmetic of floats between these.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+using Tensors = std::vector<torch::stable::Tensor>;
+
+struct Matrix {
+  const uint8_t* blocks;
+  const float* scale;  // one a row, or null
+  int kind;
+  int64_t rows, tiles, bytes;
+};
+
+// Some rows of what is remembered of one head.
+struct Past {
+  const float *k, *v;
+  int64_t k_step, v_step;
+};
+
+struct Floats {
+  void (*norm)(const float* x, const float* weight, int64_t E, float epsilon, float* y);
+  void (*gated)(const float* gate, const float* up, int64_t F, float* y);
+  void (*attend)(const float* q, const Past* parts, const int64_t* seen, int64_t count, int64_t D, float scale, float* room, float* y);
+};
+
+// The matrices that blocks (tiles, blocks of K, bytes) and scales hold, checked; K is the length of their rows.
+std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& K);
+
+// Several matrices times the same T vectors x (T, K): y (T, step), the results of a vector behind each other.
+void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int64_t K, float* y, int64_t step);
+
+// Of the instructions that run.
+const Floats& floats();

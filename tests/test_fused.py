@@ -1,0 +1,254 @@
+"""Layers as one operator in C++: as near to the exact decoder as that of floats is, for every past; and what it does not know."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import funcattn as fa
+from funcattn.caches import Branch
+from funcattn.compilation import fused
+from funcattn.quantization import tiles
+
+pytestmark = pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing())
+
+CONFIG = fa.Config(vocabulary=48, width=64, layers=2, heads=4, kv_heads=2, head_size=16, feed_forward=96, context=600)
+MODELS = {
+    "int8": ({}, fa.int8),
+    "int4": ({}, fa.int4),
+    "int4, symmetric": ({"kv_heads": 4}, fa.int4(symmetric=True)),
+    "int8 in groups, odd heads": ({"kv_heads": 1, "head_size": 80}, fa.int8(group=32)),
+    "features that do not turn": ({"head_size": 64, "rotary_size": 32, "tied": False}, fa.int4),
+    "no positions": ({"positions": "none", "layers": 1}, fa.int4),
+    "odd sizes": ({"positions": "learned", "width": 40, "feed_forward": 37}, fa.int8),
+    "scales": (
+        {
+            "rope_scaling": fa.layers.RopeScaling("linear", factor=2.0),
+            "attention_scale": 0.7,
+            "logit_scale": 2.0,
+            "embedding_scale": 3.0,
+        },
+        fa.int4,
+    ),
+}
+OTHERS = {
+    "a window": {"window": 4},
+    "a window in some layers": {"window": 4, "window_layers": (True, False)},
+    "a cap": {"attention_cap": 5.0},
+    "sinks": {"sinks": True},
+    "norms of heads": {"head_norm": "rms"},
+    "layer norms": {"norm": "layer"},
+    "an offset": {"norm_offset": 1.0},
+    "norms around": {"norm_placement": "around"},
+    "GELU": {"activation": "gelu_tanh"},
+    "a limit": {"activation_limit": 3.0},
+    "no gate": {"gated": False},
+    "side by side": {"parallel": True},
+    "one norm": {"parallel": True, "shared_norm": True},
+    "a residual scale": {"residual_scale": 0.5},
+    "biases": {"qkv_bias": True},
+    "biases behind": {"output_bias": True, "feed_forward_bias": True},
+    "experts": {"experts": 4, "experts_per_token": 2, "expert_size": 16},
+    "small heads": {"head_size": 8},
+}
+
+
+def ids(n, seed=0):
+    return torch.randint(0, 48, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(config, scheme, seed=0):
+    params = fa.decoder(config).init(fa.key(seed))
+    varied = fa.tree.map(lambda w: w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape)) if w.dim() == 1 else w, params)
+    return fa.quantize(scheme)(varied)
+
+
+def exact(config, params, tokens, past):
+    """Logits, keys and values in float64."""
+    wide = fa.cast(torch.float64)
+    return fa.decoder(config).extend(wide(fa.dequantize(params)), tokens, wide(past))
+
+
+def far(given, wanted):
+    """The largest difference of logits, and of what is remembered."""
+    values = lambda result: [result[0], *result[1].k, *result[1].v]
+    return [(a.double() - b).abs().max() for a, b in zip(values(given), values(wanted), strict=True)]
+
+
+def check(config, params, tokens, past):
+    """No further from the exact result than 8 times what the same steps in float32 are, and 2^-20 of what numbers there are."""
+    model = fa.decoder(config)
+    fast = fa.compile(model, backend="eager")
+    wanted = exact(config, params, tokens, past)
+    ours = far(fast.extend(params, tokens, past), wanted)
+    theirs = far(model.extend(fa.dequantize(params), tokens, past), wanted)
+    largest = max(x.abs().max() for x in (wanted[0], *wanted[1].k, *wanted[1].v))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine <= 8 * other + 2.0**-20 * largest
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts calls of the operator."""
+    seen, run = [], fused.run
+    monkeypatch.setattr(fused, "run", lambda *args: seen.append(1) or run(*args))
+    return seen
+
+
+@pytest.mark.parametrize("instructions", [1, 2], ids=["AVX2", "AVX-512"])
+@pytest.mark.parametrize(("changes", "scheme"), MODELS.values(), ids=MODELS)
+def test_it_is_as_near_as_floats_are(calls, instructions, changes, scheme):
+    if torch.ops.funcattn.instructions(instructions) != instructions:
+        pytest.skip("the processor has no such instructions")
+    try:
+        config = dataclasses.replace(CONFIG, **changes)
+        params, model = quantized(config, scheme), fa.decoder(config)
+        for T, past in ((1, model.cache(9)), (5, model.cache(9)), (1, model.apply(params, ids(40, 1), model.cache(50))[1])):
+            check(config, params, ids(T, 2), past)
+        assert len(calls) == 3
+    finally:
+        torch.ops.funcattn.instructions(-1)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 16), st.integers(0, 40), st.integers(0, 20), st.integers(0, 7), st.integers(0, 100))
+def test_every_past_is_read_as_far_as_it_goes(T, first, second, spare, seed):
+    """A prefix and what is its own, of any lengths and capacities; what lies beyond a length is NaN here."""
+    params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
+    fill = lambda cache, n, seed: model.apply(params, ids(n, seed), cache)[1] if n else cache
+    nan = lambda past: past._replace(**{name: spoilt(getattr(past, name), int(past.length)) for name in ("k", "v")})
+    spoilt = lambda rows, n: torch.where((torch.arange(rows.shape[-2]) < n).unsqueeze(-1), rows, torch.nan)
+    prefix = nan(fill(model.cache(first + spare), first, seed))
+    branch = Branch(prefix, nan(fill(model.cache(second + spare + T), second, seed + 1)))
+    fast = fa.compile(model, backend="eager")
+    clean = lambda past: past._replace(k=past.k.nan_to_num(), v=past.v.nan_to_num())
+    wanted = model.extend(params, ids(T, seed), Branch(clean(branch.prefix), clean(branch.own)))
+    got = fast.extend(params, ids(T, seed), branch)
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+def test_no_token_sees_those_behind_it():
+    params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
+    table = params.embedding if isinstance(params.embedding, torch.Tensor) else fa.dequantize(params).embedding
+    spoilt = params._replace(embedding=table.index_fill(0, torch.tensor([7]), torch.nan), head=fa.dequantize(params).embedding)
+    fast = fa.compile(model, backend="eager")
+    logits = fast.extend(spoilt, torch.tensor([1, 2, 7, 3]), model.cache(9))[0]
+    assert logits[:2].isfinite().all()
+    assert logits[2:].isnan().all()
+    whole = spoilt._replace(embedding=table)
+    torch.testing.assert_close(logits[:2], fast.extend(whole, torch.tensor([1, 2, 5, 3]), model.cache(9))[0][:2])
+
+
+def test_large_logits_are_a_choice_and_not_an_overflow():
+    config = dataclasses.replace(CONFIG, attention_scale=1e4)
+    params, model = quantized(config, fa.int8), fa.decoder(config)
+    logits = fa.compile(model, backend="eager").extend(params, ids(6), model.cache(9))[0]
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[:1], model.extend(params, ids(6), model.cache(9))[0][:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+def test_what_it_does_not_know_runs_as_compiled_code(calls, changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    params, model = quantized(config, fa.int8), fa.decoder(config)
+    fast = fa.compile(model, backend="eager")
+    assert "not the operator funcattn::layers: it" in fast.explain(params)
+    past = model.apply(params, ids(5, 1), model.cache(12))[1]
+    torch.testing.assert_close(fast.extend(params, ids(2), past)[0], model.extend(params, ids(2), past)[0], rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
+def test_so_do_other_dtypes_and_matrices(calls):
+    params, model = quantized(CONFIG, fa.int8), fa.decoder(CONFIG)
+    fast, plain = fa.compile(model, backend="eager"), fa.dequantize(params)
+    assert "layers.0.q is a matrix of torch.float32" in fast.explain(plain)
+    first = params.layers[0]
+    some = params._replace(layers=(first._replace(down=plain.layers[0].down), *params.layers[1:]))
+    assert "layers.0.down" in fast.explain(some)
+    wide = fa.cast(torch.float64)(params)
+    assert "norms with weights of float32" in fast.explain(wide)
+    for tree, dtype in ((plain, torch.float32), (some, torch.float32), (wide, torch.float64)):
+        past = model.apply(tree, ids(5, 1), model.cache(12, dtype=dtype))[1]
+        torch.testing.assert_close(fast.extend(tree, ids(2), past)[0], model.extend(tree, ids(2), past)[0], rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
+def test_a_norm_that_was_written_into_is_read_anew(calls):
+    params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
+    fast = fa.compile(model, backend="eager")
+    fast.extend(params, ids(1), model.cache(3))
+    params.layers[1].attention_norm.mul_(2.0)
+    wanted = model.extend(params, ids(1), model.cache(3))[0]
+    torch.testing.assert_close(fast.extend(params, ids(1), model.cache(3))[0], wanted, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
+
+
+def test_threads_change_nothing():
+    config = dataclasses.replace(CONFIG, width=256, feed_forward=512)
+    params, model = quantized(config, fa.int4), fa.decoder(config)
+    fast = fa.compile(model, backend="eager")
+    past = model.apply(params, ids(300, 1), model.cache(400))[1]
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(fast.hidden(params, ids(3), past)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def arguments(**changes):
+    params = quantized(CONFIG, fa.int4)
+    stack = [
+        layer._replace(**{name: fa.layers.prepare(getattr(layer, name), 1) for name in fused.MATRICES}) for layer in params.layers
+    ]
+    blocks, scales, rows = fused.weights(stack)
+    norms = [norm for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
+    past = torch.zeros(2, 2, 5, 16)
+    given = {"blocks": blocks, "scales": scales, "rows": rows, "norms": norms, "x": torch.zeros(2, 64)}
+    given |= {"cos": torch.ones(2, 16), "sin": torch.zeros(2, 16), "keys": [past], "values": [past], "lengths": [4]}
+    given |= {"heads": 4, "kv_heads": 2, "scale": 1.0, "epsilon": 1e-5}
+    return given | {name: change(given[name]) for name, change in changes.items()}
+
+
+BAD = {
+    "x of another dtype": ({"x": lambda x: x.double()}, "x should be"),
+    "x by columns": ({"x": lambda x: x.mT.contiguous().mT}, "x should be"),
+    "a norm too few": ({"norms": lambda x: x[:-1]}, "two norms for each layer"),
+    "a short norm": ({"norms": lambda x: [x[0][:5], *x[1:]]}, "norms should be"),
+    "another number of heads": ({"heads": lambda x: 3}, "heads of a multiple"),
+    "no heads": ({"heads": lambda x: 0}, "heads of a multiple"),
+    "other rows": ({"rows": lambda x: [*x[:-1], 40]}, "layers of the same sizes"),
+    "a matrix of other columns": ({"blocks": lambda x: [x[6], *x[1:]]}, "blocks should be"),
+    "angles of other tokens": ({"cos": lambda x: x[:1]}, "cos and sin should be"),
+    "a past of other heads": ({"keys": lambda x: [x[0][:, :1]]}, "keys and values should be"),
+    "a length beyond": ({"lengths": lambda x: [6]}, "within the past"),
+    "a negative length": ({"lengths": lambda x: [-1]}, "within the past"),
+    "no length": ({"lengths": lambda x: []}, "a length for each part"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_the_operator_refuses_what_does_not_fit(changes, message):
+    run = lambda **given: torch.ops.funcattn.layers(*given.values())
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        assert run(**arguments())[0].shape == (2, 64)
+        with pytest.raises(RuntimeError, match=message):
+            run(**arguments(**changes))
+
+
+def test_it_has_no_derivative_and_says_so():
+    with pytest.raises(RuntimeError, match="no derivative"):
+        torch.ops.funcattn.layers(*arguments().values())
+
+
+def test_derivatives_of_the_compiled_model_are_those_of_the_model(calls):
+    params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
+    fast, past = fa.compile(model, backend="eager"), model.cache(4)
+    of = lambda m: torch.func.grad(lambda norm: m.extend(params._replace(norm=norm), ids(2), past)[0].square().sum())(params.norm)
+    torch.testing.assert_close(of(fast), of(model))
+    assert not calls
