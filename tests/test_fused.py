@@ -60,9 +60,9 @@ def ids(n, seed=0):
 
 
 def quantized(config, scheme, seed=0):
-    params = fa.decoder(config).init(fa.key(seed))
-    varied = fa.tree.map(lambda w: w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape)) if w.dim() == 1 else w, params)
-    return fa.quantize(scheme)(varied)
+    """Norms of their own, and matrices so large that attention chooses and gates close."""
+    vary = lambda w: w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape)) if w.dim() == 1 else 6 * w
+    return fa.quantize(scheme)(fa.tree.map(vary, fa.decoder(config).init(fa.key(seed))))
 
 
 def exact(config, params, tokens, past):
@@ -128,6 +128,27 @@ def test_every_past_is_read_as_far_as_it_goes(T, first, second, spare, seed):
     got = fast.extend(params, ids(T, seed), branch)
     torch.testing.assert_close(got[0], wanted[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got[1], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_past_may_lie_in_memory_as_it_likes(calls):
+    params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
+    past = model.apply(params, ids(9, 1), model.cache(12))[1]
+    by_rows = lambda rows: rows.transpose(1, 2).contiguous().transpose(1, 2)  # a token's heads together
+    wider = lambda rows: torch.cat([rows, rows], -1)[..., : rows.shape[-1]]
+    fast = fa.compile(model, backend="eager")
+    wanted = fast.extend(params, ids(3), past)
+    for k, v in ((by_rows, by_rows), (wider, by_rows), (by_rows, wider)):
+        got = fast.extend(params, ids(3), past._replace(k=k(past.k), v=v(past.v)))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert len(calls) == 4
+
+
+def test_a_past_of_another_dtype_is_the_error_of_the_model(calls):
+    params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
+    for m in (model, fa.compile(model, backend="eager")):
+        with pytest.raises(TypeError, match=r"the past should be torch\.float32"):
+            m.extend(params, ids(2), fa.cast(torch.bfloat16)(model.apply(params, ids(5, 1), model.cache(12))[1]))
+    assert not calls
 
 
 def test_no_token_sees_those_behind_it():

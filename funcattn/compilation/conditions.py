@@ -34,4 +34,5 @@ def is_step(tokens: Any, cache: Any) -> bool:
 
 
 def is_dense(cache: Any) -> bool:
+    """True for a Cache, and for Branches of such."""
     return isinstance(cache, Cache) or (isinstance(cache, Branch) and is_dense(cache.prefix) and is_dense(cache.own))

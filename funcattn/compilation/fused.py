@@ -17,7 +17,6 @@ from ..layers import Rotation
 from ..quantization.tiles import Tiles, has_row_scale, missing
 from ..records import is_absent
 from ..transformer import Config, Layer
-from .inside import flatten
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the operator
 LANES = 16  # of which the size of a head is a multiple
@@ -78,27 +77,22 @@ def weights(stack: Sequence[Layer]) -> Weights:
     return Weights([weight.blocks for weight in tiles], scales, [weight.rows for weight in tiles])
 
 
-def serves(x: Tensor, cache: Any) -> bool:
+def serves(x: Tensor, parts: Sequence[Cache]) -> bool:
     """True for a residual and a past in float32 on the CPU, no device of a mesh having a part of either."""
     if x.dtype != torch.float32 or collectives.axis_size(transformer.TENSOR) > 1:
         return False
-    return all(part.k.dtype == part.v.dtype == torch.float32 and part.k.device.type == "cpu" for part in _parts(cache))
+    return all(part.v.dtype == torch.float32 and part.k.device.type == "cpu" for part in parts)
 
 
-def run(config: Config, matrices: Weights, stack: Sequence[Layer], x: Tensor, places: Tensor, cache: Any) -> tuple[Tensor, ...]:
+def run(
+    config: Config, matrices: Weights, stack: Sequence[Layer], x: Tensor, places: Tensor, parts: Sequence[Cache]
+) -> tuple[Tensor, ...]:
     """The residual (T, E) behind all layers, and the keys and values (layers, K, T, D) of the new tokens."""
     rotation = transformer.share(config, config.kind(0), places, None, x.dtype, True).rotation
     turns = rotation if isinstance(rotation, Rotation) else [x[:, :0]] * 2
     cos, sin = (part.reshape(len(x), -1).contiguous() for part in turns)
     norms = [norm.contiguous() for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
-    parts = _parts(cache)
     keys, values, lengths = [part.k for part in parts], [part.v for part in parts], [int(part.length) for part in parts]
     sizes = config.heads, config.kv_heads, config.scale, config.norm_epsilon
     with torch._C._AutoDispatchBelowAutograd():  # nobody differentiates here
         return torch.ops.funcattn.layers.default(*matrices, norms, x.contiguous(), cos, sin, keys, values, lengths, *sizes)
-
-
-def _parts(cache: Any) -> list[Cache]:
-    found: list[Cache] = []
-    flatten(cache, found)
-    return found

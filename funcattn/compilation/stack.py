@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .. import _checks, collectives, layers, progress, transformer, tree
 from ..caches import Delta
+from ..kernels import check_remembered
 from ..transformer import Config, Kind, Layer, Params
 from ..watching import Watch, is_differentiated
 from . import fused
+from .compiled import dense_parts, rows, several
 from .conditions import is_plain, is_step
-from .inside import rows, several
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 DEEPEST = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
@@ -65,10 +66,13 @@ class Stack:
         config = self.config
         places = transformer.locate(config, tokens, cache)
         x = transformer.begin(config, params, tokens, places)
-        if forms.fused is not None and fused.serves(x, cache):
-            x, k, v = fused.run(config, forms.fused, params.layers, x, places, cache)
+        parts = dense_parts(cache)
+        for part in parts:
+            check_remembered(part.k, x.dtype)
+        if forms.fused is not None and fused.serves(x, parts):
+            x, k, v = fused.run(config, forms.fused, params.layers, x, places, parts)
             return transformer.finish(config, params, x), Delta(k.unbind(0), v.unbind(0))
-        pasts = rows(cache)
+        pasts = rows(parts)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         shapes = *(past.k.shape for past in pasts), x.dtype
@@ -180,6 +184,7 @@ def _kind_of(weight: Any) -> Any:
 
 
 def chosen_depth(config: Config, depth: int | None) -> int:
+    """How many layers one compiled function has: as asked, or the largest divisor up to 5 by which the kinds of layers repeat."""
     if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= config.layers):
         _checks.fail("compile", "depth", f"from 1 to the {config.layers} layers", depth, "Leave it out: None chooses.")
     if depth is not None:

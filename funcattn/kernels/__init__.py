@@ -16,7 +16,7 @@ Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two aut
 
 from .choice import Explanation, use
 from .door import attend, attention, attention_weights, explain
-from .merging import Part, attend_parts, merge, soft_cap
+from .merging import Part, attend_parts, check_remembered, merge, soft_cap
 from .rings import merge_over, places, ring, unzigzag, zigzag
 from .scores import attention_with_score
 
@@ -30,6 +30,7 @@ __all__ = [
     "merge",
     "Part",
     "attend_parts",
+    "check_remembered",
     "soft_cap",
     "Explanation",
     "merge_over",

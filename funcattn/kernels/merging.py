@@ -85,9 +85,7 @@ def attend_parts(
         kernel: one to force; None chooses.
     """
     for part in parts:
-        if part.k.dtype != q.dtype:
-            wanted, remedy = f"{q.dtype} as the weights give", f"Make the past with model.cache(size, dtype={q.dtype})."
-            _checks.fail("attention", "the past", wanted, part.k.dtype, remedy, TypeError)
+        check_remembered(part.k, q.dtype)
     forced = kernel if kernel is not None or torch.compiler.is_compiling() else choice.current()
     if forced is not None and forced.startswith("sdpa"):
         forced = "flash"  # parts are joined by their log-sum-exp, which sdpa keeps to itself; flash runs the same fused kernel
@@ -97,6 +95,13 @@ def attend_parts(
         return _joint(q, parts, scale, cap, sinks)
     attended = functools.reduce(merge, [_attend_part(q, part, scale, cap, forced) for part in parts])
     return attended.out if sinks is None else _drain(attended, sinks)
+
+
+def check_remembered(k: Tensor, dtype: torch.dtype) -> None:
+    """Raise the one error of a past whose keys are not in the dtype of the queries."""
+    if k.dtype != dtype:
+        wanted, remedy = f"{dtype} as the weights give", f"Make the past with model.cache(size, dtype={dtype})."
+        _checks.fail("attention", "the past", wanted, k.dtype, remedy, TypeError)
 
 
 def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None, kernel: str | None) -> Attended:

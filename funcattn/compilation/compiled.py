@@ -26,10 +26,8 @@ class Rows(NamedTuple):
         return Rows(self.k[layers], self.v[layers], self.length, self.offset)
 
 
-def rows(cache: Any) -> list[Rows]:
-    """The dense parts of a past, as far as their buckets reach."""
-    flat: list[Cache] = []
-    flatten(cache, flat)
+def rows(flat: Sequence[Cache]) -> list[Rows]:
+    """The parts of a past, as far as their buckets reach."""
     offset, found = torch.zeros_like(flat[0].length), []
     for part in flat:
         held = int(part.length)
@@ -41,12 +39,9 @@ def rows(cache: Any) -> list[Rows]:
     return found
 
 
-def flatten(cache: Any, into: list[Cache]) -> None:
-    if isinstance(cache, Branch):
-        flatten(cache.prefix, into)
-        flatten(cache.own, into)
-    else:
-        into.append(cache)
+def dense_parts(cache: Any) -> list[Cache]:
+    """Those that a dense past consists of, in order."""
+    return [*dense_parts(cache.prefix), *dense_parts(cache.own)] if isinstance(cache, Branch) else [cache]
 
 
 def several(
