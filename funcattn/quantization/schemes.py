@@ -10,7 +10,7 @@
 | ternary | 2, a scale for 64 columns | Ma et al., The era of 1-bit LLMs, arXiv:2402.17764 (absmean) |
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,13 +37,23 @@ class Scheme(Protocol):
 class _Settings:
     """Called with settings, a scheme is itself with those changed."""
 
-    def __call__(self, **changes: Any) -> Any:
+    def __call__(self, *unnamed: Any, **changes: Any) -> Any:
         """The scheme with other settings.
+
+        Raises:
+            TypeError: a setting without its name, or one that the scheme does not have.
 
         Example:
             >>> int4(group=64).group
             64
         """
+        names = [field.name for field in fields(self)]
+        strange = [repr(value) for value in unnamed] or [name for name in changes if name not in names]
+        if strange:
+            wanted = f"by name: {', '.join(names)}" if names else "none: it has no settings"
+            name = type(self).__name__
+            remedy = "A scheme is made of weights by fa.quantize(scheme)(params), and changed as in fa.int4(group=64)."
+            _checks.fail(name, "settings", wanted, ", ".join(strange), remedy, TypeError)
         return replace(self, **changes)
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, progress, tree
+from ..records import Model
 from ..tree import Tree
 from .schemes import Scheme, int8
 from .weights import expand, is_quantized
@@ -51,6 +52,10 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
         return scheme if (re.fullmatch(where, path) if isinstance(where, str) else where(path, leaf)) else None
 
     def transform(params: Tree) -> Tree:
+        if isinstance(params, Model) or not tree.leaves(params):
+            got = "a Model" if isinstance(params, Model) else f"a {type(params).__name__} without leaves"
+            remedy = "Pass the params: fa.load returns (config, params, tokenizer)."
+            _checks.fail("quantize", "params", "a tree of weights", got, remedy, TypeError)
         met = []
 
         def encode(path: str, leaf: Any) -> Any:

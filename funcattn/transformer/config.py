@@ -94,6 +94,9 @@ class Config:
     def __post_init__(self) -> None:
         fail = lambda name, wanted, remedy: _checks.fail("Config", name, wanted, getattr(self, name), remedy)
         for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", "context"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                got = getattr(self, name)
+                _checks.fail("Config", name, "an int", f"{got!r}, a {type(got).__name__}", "Sizes are whole numbers.", TypeError)
             if getattr(self, name) < 1:
                 fail(name, "at least 1", "Sizes are positive.")
         if self.heads % self.kv_heads:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _checks, caches, kernels, layers, masks, rematerialization, taps
 from ..caches import Cache, Delta
+from ..collectives import bound
 from ..layers import Rotation
 from ..masks import Mask
 from ..records import ABSENT, Model, is_absent
@@ -62,6 +63,9 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     Law: extending in any number of steps gives the logits of one (test_transformer.py::test_steps_equal_the_whole).
     """
 
+    if not isinstance(config, Config):
+        remedy = "Make one with fa.Config(...), or take that of fa.load, which returns (config, params, tokenizer)."
+        _checks.fail("decoder", "config", "a Config", f"a {type(config).__name__}", remedy, TypeError)
     all_kinds = [config.kind(i) for i in range(config.layers)]
     kinds = list(dict.fromkeys(all_kinds))
 
@@ -71,6 +75,11 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     def cache(size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> Any:
         if not isinstance(size, int) or size < 0:
             _checks.fail("cache", "size", "a number of tokens, 0 or more", size, "Say how many tokens the past has room for.")
+        if not hasattr(kind, "empty"):
+            remedy = "Pass fa.Cache, fa.Pages, fa.Ring or another kind, not its name."
+            _checks.fail("cache", "kind", "a kind of past", repr(kind), remedy, TypeError)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            _checks.fail("cache", "dtype", "a torch.dtype, or None", repr(dtype), "Pass one such as torch.bfloat16.", TypeError)
         return kind.empty(config.layers, parallel.heads(config)[1], size, config.head_size, dtype)
 
     def hidden(
@@ -149,7 +158,8 @@ def locate(config: Config, tokens: Tensor, cache: Any, positions: Tensor | None 
 
 
 def begin(config: Config, params: Params, tokens: Tensor, places: Tensor) -> Tensor:
-    """The residual (*lead, T, E) before the first layer."""
+    """The residual (*lead, T, E) before the first layer; params that are plainly not of this config are an error."""
+    _check_params(params, config)
     x = parallel.embed(config, params.embedding, tokens)
     if config.embedding_scale != 1.0:
         x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded as its authors do
@@ -216,6 +226,15 @@ def share(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None
             seen = mask.dense(T) if isinstance(mask, Mask) else mask
             mask = seen & (ahead < kind.window).unsqueeze(-3) if seen.dim() > 2 else seen & (ahead < kind.window)
     return Block(rotation, mask)
+
+
+def _check_params(params: Params, config: Config) -> None:
+    count, norm = len(params.layers), params.norm
+    if count == config.layers and (bound() or norm.shape[-1:] == (config.width,)):  # a device of a mesh may hold a part
+        return
+    got = f"{count} layers" if count != config.layers else f"a width of {_checks.shape(norm)[-1]}"
+    wanted = f"those of the config: {config.layers} layers of width {config.width}"
+    _checks.fail("decoder", "params", wanted, got, "Config, params and tokenizer of one fa.load belong together.")
 
 
 def _check_past(cache: Any, config: Config) -> None:
