@@ -1,11 +1,12 @@
 """What does each scheme cost in perplexity, and how much of it do GPTQ, AWQ and smoothing give back?
 
-    python benchmarks/quantization.py TEXT [--tokens 50000] [--calibration 8192] [--only int8 w8a8]
+    python benchmarks/quantization.py TEXT [--tokens 50000] [--calibration 8192] [--only int8 w8a8] [--scores FOLDER]
 
 SmolLM2-135M on a plain text, such as that of the King James Bible in Debian's package bible-kjv-text. Its first tokens calibrate;
 what is measured begins behind them. Each scheme reads the same tokens in windows of 512, of which the last 384 are scored; what is
 compared with is float32 of the same weights, and errors of the mean are those of the differences of single tokens. The file's
-weights lie on a grid of 4 bits and groups of 32 columns, on which rounding would lose nothing: so int4 has groups of 64.
+weights lie on a grid of 4 bits and groups of 32 columns, on which rounding would lose nothing: so int4 has groups of 64. With a
+folder for scores each run may measure one scheme: what others gave on the same tokens is read from there.
 """
 
 import argparse
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50_000)
     parser.add_argument("--calibration", type=int, default=8192)
     parser.add_argument("--only", nargs="*", help="names of what is measured beside float32; all of it by default")
+    parser.add_argument("--scores", type=Path, help="a folder that keeps the score of each token")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -47,8 +49,12 @@ def main() -> None:
     scores: dict[str, torch.Tensor] = {}
     for name, make in candidates.items():
         begin = time.perf_counter()
+        kept = options.scores and options.scores / f"{name}, {len(text)} behind {len(before)}.pt"
         with torch.no_grad():
-            scores[name] = score(model, make(), text)
+            scores[name] = torch.load(kept) if kept and kept.exists() else score(model, make(), text)
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(scores[name], kept)
         losses = -scores[name].double()
         more = losses + scores["float32"].double()  # of each token
         mean, error = float(more.mean()), float(more.std() / len(more) ** 0.5)
