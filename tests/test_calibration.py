@@ -46,7 +46,7 @@ def slow(plan, weight, H, damping):
     return codes
 
 
-@pytest.mark.parametrize("scheme", [SCHEME, fa.int4(group=16, symmetric=True), fa.int8(group=16), fa.w8a8], ids=str)
+@pytest.mark.parametrize("scheme", [SCHEME, fa.int4(group=16, symmetric=True), fa.int8(group=16), fa.w8a8(group=16), fa.w8a8(group=None)], ids=str)
 def test_the_codes_are_those_of_the_exact_update(scheme, monkeypatch):
     monkeypatch.setattr(columns, "BLOCK", 5)  # several blocks, the last one ragged
     weight, x = fa.random.normal(fa.key(2), (6, 32), torch.float64), activations(32)
@@ -107,7 +107,7 @@ def test_a_clip_is_the_best_of_those_tried_for_each_group():
     assert (found.scale < SCHEME.encode(weight).scale).any()
 
 
-@pytest.mark.parametrize("scheme", [SCHEME, fa.int8(group=16), fa.int8, fa.w8a8], ids=str)
+@pytest.mark.parametrize("scheme", [SCHEME, fa.int8(group=16), fa.int8, fa.w8a8(group=16), fa.w8a8(group=None)], ids=str)
 def test_a_clipped_tree_is_of_the_records_of_quantize(scheme):
     params = weights()
     before = fa.tree.map(torch.clone, params)
@@ -162,7 +162,7 @@ def test_smoothing_keeps_the_function(fields):
     assert fa.tree.allclose(params, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scheme", [SCHEME, fa.w8a8], ids=str)
+@pytest.mark.parametrize("scheme", [SCHEME, fa.w8a8(group=None)], ids=str)
 def test_scaled_weights_lose_less(scheme):
     params, windows = outlying(weights()), TOKENS[:192].reshape(3, 64)
     of = lambda params: torch.stack([MODEL.hidden(params, row)[0] for row in windows])

@@ -35,7 +35,7 @@ def tiled(request, monkeypatch):
     return request.param
 
 
-SCHEMES = {"int8": (fa.int8, PackedInt8), "int4": (fa.int4, PackedInt4), "w8a8": (fa.w8a8, PackedDynamic)}
+SCHEMES = {"int8": (fa.int8, PackedInt8), "int4": (fa.int4, PackedInt4), "w8a8": (fa.w8a8(group=None), PackedDynamic)}
 
 
 @pytest.mark.parametrize(("scheme", "kind"), SCHEMES.values(), ids=SCHEMES)

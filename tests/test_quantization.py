@@ -14,7 +14,7 @@ import funcattn as fa
 from funcattn import packing
 from funcattn.layers import embed, linear, prepare
 from funcattn.low_rank import is_trained
-from funcattn.quantization import Int4, Int8, Int8Dynamic, expand, is_quantized, tiles
+from funcattn.quantization import Int4, Int8, Int8Dynamic, expand, is_quantized, packed, tiles
 from funcattn.quantization.packed import PackedInt4
 from funcattn.records import record
 from funcattn.testing import strategies
@@ -28,7 +28,8 @@ SCHEMES = {
     "int8 in groups": fa.int8(group=8),
     "int4": fa.int4(group=8),
     "int4 symmetric": fa.int4(group=16, symmetric=True),
-    "w8a8": fa.w8a8,
+    "w8a8": fa.w8a8(group=8),
+    "w8a8 by rows": fa.w8a8(group=None),
     "nf4": fa.nf4(group=8),
     "fp8": fa.fp8,
     "fp8 wide": fa.fp8(kind="e5m2"),
@@ -64,8 +65,7 @@ def test_a_record_stands_for_a_matrix_near_the_weight(data, N, quarters, key):
     by = packing.groups(w.double(), size)
     most = by.abs().amax(-1, keepdim=True)
     if kind in ("int8", "w8a8"):
-        scheme, size = (fa.int8(group=size), size) if kind == "int8" else (fa.w8a8, K)
-        by = packing.groups(w.double(), size)
+        scheme = fa.int8(group=size) if kind == "int8" else fa.w8a8(group=size)
         bound = by.abs().amax(-1, keepdim=True) / 254 * (1 + U8)
     elif kind == "int4":
         low, high = by.amin(-1, keepdim=True), by.amax(-1, keepdim=True)
@@ -161,14 +161,16 @@ def allowed(record, x):
         parts = packing.spread(8 * scale.abs() + (zero + 8 * scale).abs(), x.shape[-1])
         return exact + U8 * (2.1 * size + 1.05 * x.double().abs() @ parts.mT) + 1e-30
     if isinstance(record, Int8Dynamic):
-        step = x.double().abs().amax(-1, keepdim=True) / 127  # each activation is off by half a step
-        return exact + 8 * torch.finfo(torch.float32).eps * size + step / 2 * 1.001 * expand(record).double().abs().sum(-1) + 1e-30
+        by = packing.groups(x.double().abs(), x.shape[-1] // record.scale.shape[-1]).amax(-1) / 127
+        step = packing.spread(by, x.shape[-1])  # each activation is off by half of it
+        return exact + 8 * torch.finfo(torch.float32).eps * size + step / 2 * 1.001 @ expand(record).double().abs().mT + 1e-30
     return exact + 1e-30
 
 
 def coarser(scheme):
     """In groups that the fast kernel takes."""
-    return scheme(group=32) if isinstance(scheme, type(fa.int4)) else scheme
+    grouped = isinstance(scheme, type(fa.int4)) or (isinstance(scheme, type(fa.w8a8)) and scheme.group is not None)
+    return scheme(group=32) if grouped else scheme
 
 
 @pytest.fixture(params=[False, True], ids=["torch's kernels", "tiles"])
@@ -229,8 +231,36 @@ def straight(weight, dense, x):
     if not isinstance(weight, Int8Dynamic):
         return x @ dense.mT
     still = x.detach()
-    by = still.abs().amax(-1, keepdim=True) / 127
-    return (x + ((still / by).round() * by - still)) @ dense.mT
+    by = still.unflatten(-1, (weight.scale.shape[-1], -1)).abs().amax(-1, keepdim=True) / 127
+    by = by.expand(*by.shape[:-1], x.shape[-1] // weight.scale.shape[-1]).flatten(-2)
+    return (x + ((still / by.clamp(min=1e-30)).round() * by - still)) @ dense.mT
+
+
+@given(strategies.keys(), st.sampled_from([8, 32, 64, None]), st.sampled_from([1, 3, 18]), st.integers(-9, 9))
+def test_w8a8_is_the_product_of_what_both_were_rounded_to(key, group, rows, power):
+    """Against float64, by every kernel; a scale of activations is shared by the columns that share one of weights."""
+    one, two = fa.split(key)
+    weight = fa.w8a8(group=group).encode(fa.random.normal(one, (20, 64)))
+    x = fa.random.normal(two, (rows, 64), torch.float64) ** 3 * 10.0**power
+    x[0, 8:16] = 0
+    wanted = straight(weight, expand(weight).double(), x)
+    size = x.abs() @ expand(weight).double().abs().mT
+    # Sums of 64 products in float32, and an activation in digits is off by 2^-23 of the greatest of its block.
+    bound = (2 * 64 + 4) * 2.0**-23 * (size + x.abs().amax() * expand(weight).double().abs().sum(-1))
+    assert ((linear(weight, x) - wanted).abs() <= bound).all()
+
+
+def test_where_bytes_are_not_summed_exactly_they_are_not_used(monkeypatch):
+    """As on processors before VNNI, where torch's product of bytes saturates."""
+    wrong = lambda a, b: torch.zeros(len(a), b.shape[1], dtype=torch.int32)
+    monkeypatch.setattr(packed.aten, "_int_mm", wrong)
+    packed.bytes_are_exact.cache_clear()
+    try:
+        weight, x = fa.w8a8(group=None).encode(matrix(1, 8, 64)), matrix(2, 3, 64)
+        torch.testing.assert_close(linear(weight, x), straight(weight, expand(weight), x), rtol=1e-5, atol=1e-5)
+        assert not isinstance(prepare(weight, 3), packed.PackedDynamic)
+    finally:
+        packed.bytes_are_exact.cache_clear()
 
 
 @each_scheme

@@ -5,9 +5,10 @@ They have no derivative, and one of them gives zeros for it without a word: `fas
 
     int8    activations in bfloat16, sums in float32
     int4    the same, scale and zero in bfloat16 too; N a multiple of 16, groups of 32, 64, 128 or 256 columns
-    w8a8    activations in int8, sums in int32
+    w8a8    activations in int8, sums in int32; one scale a row, and processors that do not saturate sums of two products
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .. import packing
 from ..layers import linear
 from ..layers.prepared import kept
 from ..records import record
+from .fast import FEW
 
 aten = torch.ops.aten
 
@@ -39,7 +41,7 @@ class PackedInt4(NamedTuple):
 
 @record
 class PackedDynamic(NamedTuple):
-    """codes int8 (N, K), scale (N, 1), for activations that are rounded to 8 bits."""
+    """codes int8 (N, K), scale (N, 1), for activations that are rounded to 8 bits, one scale a token."""
 
     codes: Tensor
     scale: Tensor
@@ -69,6 +71,27 @@ def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
     return kept([codes, scale, zero], make, "int4")
 
 
+def pack_dynamic(codes: Tensor, scale: Tensor, rows: int) -> PackedDynamic | None:
+    """For w8a8 of one scale a row, else None; None too where torch's product of bytes is not exact, or not fast."""
+    if rows > FEW and not torch.backends.mkldnn.is_available():
+        return None
+    if scale.shape[-1] != 1 or codes.device.type != "cpu" or codes.dim() != 2 or not bytes_are_exact():
+        return None
+    return PackedDynamic(codes, scale)
+
+
+@functools.cache
+def bytes_are_exact() -> bool:
+    """Whether products of bytes are summed without loss: processors older than VNNI saturate each two at 16 bits, in silence."""
+    most = torch.full((17, 64), 127, dtype=torch.int8, device="cpu")
+    return all(
+        bool((aten._int_mm(x * most[:rows], y * most.mT) == x * y * 64 * 127**2).all())
+        for rows in (1, 2, 17)
+        for x in (1, -1)
+        for y in (1, -1)
+    )
+
+
 @linear.register
 def _(weight: PackedInt8, x: Tensor) -> Tensor:
     narrow = _rows(x).to(torch.bfloat16)  # other activations go through scalar code there, slower than float32 weights
@@ -88,14 +111,20 @@ def _(weight: PackedDynamic, x: Tensor) -> Tensor:
     return _like(product.to(by.dtype) * by * weight.scale.to(by.dtype).mT, x)
 
 
-def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token (*lead, K) in codes -127 .. 127, and its scale (*lead, 1), in float32 at least.
+def round_tokens(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Each token (*lead, K) in codes -127 .. 127, and scales (*lead, groups) of its neighbouring columns, in float32 at least.
 
     In bfloat16 a quotient has no room for 127 codes.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    by = wide.abs().amax(-1, keepdim=True) / 127
-    return (wide / torch.where(by == 0, 1, by)).round(), by
+    by = packing.groups(wide, x.shape[-1] // groups).abs().amax(-1) / 127
+    return (wide / packing.spread(torch.where(by == 0, 1, by), x.shape[-1])).round(), by
+
+
+def rounded(x: Tensor, groups: int = 1) -> Tensor:
+    """What the codes of `round_tokens` stand for."""
+    codes, by = round_tokens(x, groups)
+    return codes * packing.spread(by, x.shape[-1])
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | int8 | 8, one scale a row | Dettmers et al., LLM.int8(), arXiv:2208.07339, section 2 (absmax) |
 | int4 | 4, scale and zero for 32 columns | Frantar et al., GPTQ, arXiv:2210.17323, section 4 (min-max grid) |
-| w8a8 | 8, and 8 for each activation | Yao et al., ZeroQuant, arXiv:2206.01861 (token-wise activations) |
+| w8a8 | 8, a scale for 32 columns; activations too | Yao et al., ZeroQuant, arXiv:2206.01861 (token-wise activations) |
 | nf4 | 4, a scale for 64 columns | Dettmers et al., QLoRA, arXiv:2305.14314 |
 | fp8 | 8, one scale a row | Micikevicius et al., FP8 formats, arXiv:2209.05433 |
 | ternary | 2, a scale for 64 columns | Ma et al., The era of 1-bit LLMs, arXiv:2402.17764 (absmean) |
@@ -100,13 +100,19 @@ class Four(_Settings):
 
 @dataclass(frozen=True)
 class EightByEight(_Settings):
-    """int8 weights and activations, the latter rounded for each token as it comes; clip shrinks the range of a row's weights."""
+    """int8 weights and activations, the latter rounded for each token as it comes.
 
+    group: columns that share a scale, of a row's weights and of a token; None for all of them, which loses more where a few
+    features are much larger than the rest. clip shrinks the range of the weights (1 is all of it).
+    """
+
+    group: int | None = 32
     clip: float = 1.0
 
     def encode(self, weight: Tensor) -> Int8Dynamic:
         """See Scheme."""
-        return Int8Dynamic(*packing.symmetric(weight, weight.shape[-1], 127, self.clip))
+        size = _size("w8a8", self.group, weight)
+        return Int8Dynamic(*packing.symmetric(weight, size, 127, self.clip))
 
     @property
     def for_head(self) -> Eight:

@@ -20,6 +20,7 @@ from .. import native, packing
 from ..layers import linear, together
 from ..layers.prepared import kept
 from ..records import ABSENT, is_absent, record
+from .packed import rounded
 
 ROWS, COLUMNS = 16, 32  # of a block
 FEWEST = 1  # row for which every processor is faster with it
@@ -48,6 +49,14 @@ class Tiles(NamedTuple):
     def rows(self) -> int:
         """N."""
         return ROWS * self.blocks.shape[-3] if is_absent(self.scale) else self.scale.shape[-2]
+
+
+@record
+class DynamicTiles(NamedTuple):
+    """Tiles (G groups of columns) for activations that are rounded to 8 bits; scale (N, G), of which the shape alone is read."""
+
+    tiles: Tiles
+    scale: Tensor
 
 
 @functools.cache
@@ -176,6 +185,21 @@ def _several(weights: Sequence[Tiles], x: Tensor) -> tuple[Tensor, ...]:
 
 
 together[Tiles] = _several
+
+
+@linear.register
+def _(weight: DynamicTiles, x: Tensor) -> Tensor:
+    return products([weight.tiles], rounded(x, weight.scale.shape[-1])).to(x.dtype)
+
+
+def _several_dynamic(weights: Sequence[DynamicTiles], x: Tensor) -> tuple[Tensor, ...]:
+    if len({weight.scale.shape[-1] for weight in weights}) > 1:
+        return tuple(linear(weight, x) for weight in weights)
+    value = rounded(x, weights[0].scale.shape[-1])
+    return tuple(y.to(x.dtype) for y in _several([weight.tiles for weight in weights], value))
+
+
+together[DynamicTiles] = _several_dynamic
 
 
 def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from .. import _checks, packing
 from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from .fast import FEW, routed
-from .packed import PackedDynamic, PackedInt8, pack_int4, pack_int8, round_tokens
-from .tiles import tile_int4, tile_int8
+from .packed import PackedInt8, pack_dynamic, pack_int4, pack_int8, rounded
+from .tiles import DynamicTiles, tile_int4, tile_int8
 
 
 @record
@@ -34,10 +34,10 @@ class Int8(NamedTuple):
 
 @record
 class Int8Dynamic(NamedTuple):
-    """Int8 of one scale a row whose activations are rounded to 8 bits too, with a scale for each token as it comes."""
+    """Int8 whose activations are rounded to 8 bits too: each token as it comes, with a scale for the columns that share one here."""
 
     codes: Tensor  # int8 (N, K)
-    scale: Tensor  # (N, 1)
+    scale: Tensor  # (N, G)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,12 +182,13 @@ def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
 
 def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """The derivative in x is that of the rounded product with the rounding taken for the identity (straight through)."""
-    rounded, by = round_tokens(x.detach())
-    return times(Int8(codes, scale), x.to(by.dtype) + (rounded * by - x.detach())).to(x.dtype)
+    still = x.detach()
+    value = rounded(still, scale.shape[-1])
+    return times(Int8(codes, scale), x.to(value.dtype) + (value - still)).to(x.dtype)
 
 
 def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    return _through(PackedDynamic(codes, scale) if len(x) <= FEW else None, x)
+    return _through(_form_dynamic(Int8Dynamic(codes, scale), len(x)), x)
 
 
 @linear.register
@@ -214,6 +215,15 @@ def _form_int4(weight: Int4, rows: int) -> Any:
     return pack_int4(*weight) if tiles is None and rows <= FEW else tiles
 
 
+def _form_dynamic(weight: Int8Dynamic, rows: int) -> Any:
+    """torch's product of bytes where a row has one scale, else tiles."""
+    packed = pack_dynamic(*weight, rows=rows)
+    if packed is not None:
+        return packed
+    tiles = tile_int8(*weight, rows=rows)
+    return None if tiles is None else DynamicTiles(tiles, weight.scale)
+
+
 def _through(form: Any, x: Tensor) -> Tensor | None:
     return None if form is None or x.device.type != "cpu" else linear(form, x)
 
@@ -236,7 +246,8 @@ def _(weight: Int4, rows: int) -> Any:
 
 @prepare.register
 def _(weight: Int8Dynamic, rows: int) -> Any:
-    return PackedDynamic(*weight) if weight.codes.device.type == "cpu" and weight.codes.dim() == 2 else weight
+    form = _form_dynamic(weight, rows)
+    return weight if form is None else form
 
 
 @embed.register(Int8)
