@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config, params, tokenizer = fa.load("smollm2-135m")
-    model, scheme = fa.decoder(config), fa.int4(group=64)
+    model, scheme, by_rows = fa.decoder(config), fa.int4(group=64), fa.w8a8(group=None)
     ids = torch.tensor(tokenizer.encode(options.text.read_text()[: 8 * (options.tokens + options.calibration)]))
     before, text = ids[: options.calibration], ids[options.calibration :][: options.tokens]
     print(f"{len(text)} tokens behind {len(before)} of calibration")
@@ -41,8 +41,13 @@ def main() -> None:
         "int4, groups of 64, to nearest": lambda: fa.dequantize(fa.quantize(scheme)(params)),
         "int4, groups of 64, GPTQ": lambda: fa.dequantize(fa.gptq(model, before, scheme)(params)),
         "int4, groups of 64, AWQ": lambda: fa.dequantize(fa.awq(model, before, scheme)(params)),
+        "int4, groups of 64, smoothed, GPTQ": lambda: fa.dequantize(
+            fa.gptq(model, before, scheme)(fa.smooth(model, before, scheme)(params))
+        ),
         "w8a8": lambda: fa.quantize(fa.w8a8)(params),
         "w8a8, smoothed": lambda: fa.quantize(fa.w8a8)(fa.smooth(model, before, fa.w8a8)(params)),
+        "w8a8, by rows": lambda: fa.quantize(by_rows)(params),
+        "w8a8, by rows, smoothed": lambda: fa.quantize(by_rows)(fa.smooth(model, before, by_rows)(params)),
     }
     if options.only is not None:
         candidates = {name: make for name, make in candidates.items() if name == "float32" or name in options.only}
@@ -60,12 +65,12 @@ def main() -> None:
         mean, error = float(more.mean()), float(more.std() / len(more) ** 0.5)
         perplexity = float(losses.mean().exp())
         print(
-            f"{name:32} perplexity {perplexity:8.4f}  {torch.tensor(mean).expm1().item():+.3%} +- {error:.3%}"
+            f"{name:36} perplexity {perplexity:8.4f}  {torch.tensor(mean).expm1().item():+.3%} +- {error:.3%}"
             f"  ({time.perf_counter() - begin:.0f} s)",
             flush=True,
         )
     loss = {name: -float(found.double().mean()) for name, found in scores.items()}
-    for how in ("GPTQ", "AWQ"):
+    for how in ("GPTQ", "AWQ", "smoothed, GPTQ"):
         if {f"int4, groups of 64, {how}", "int4, groups of 64, to nearest"} <= {*loss}:
             nearest, fitted = (loss[f"int4, groups of 64, {by}"] - loss["float32"] for by in ("to nearest", how))
             print(f"{how} gives back {1 - fitted / nearest:.0%} of what rounding to nearest loses")

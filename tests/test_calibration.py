@@ -46,7 +46,9 @@ def slow(plan, weight, H, damping):
     return codes
 
 
-@pytest.mark.parametrize("scheme", [SCHEME, fa.int4(group=16, symmetric=True), fa.int8(group=16), fa.w8a8(group=16), fa.w8a8(group=None)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [SCHEME, fa.int4(group=16, symmetric=True), fa.int8(group=16), fa.w8a8(group=16), fa.w8a8(group=None)], ids=str
+)
 def test_the_codes_are_those_of_the_exact_update(scheme, monkeypatch):
     monkeypatch.setattr(columns, "BLOCK", 5)  # several blocks, the last one ragged
     weight, x = fa.random.normal(fa.key(2), (6, 32), torch.float64), activations(32)
@@ -89,6 +91,63 @@ def test_where_chooses_what_is_fitted():
     fitted = gptq(MODEL, TOKENS, SCHEME, r".*\.(up|down)")(weights())
     chosen = {path.rpartition(".")[2] for path, leaf in fa.tree.items(fitted, is_leaf=is_quantized) if is_quantized(leaf)}
     assert chosen == {"up", "down"}
+
+
+MIXED = replace(CONFIG, experts=4, experts_per_token=2, expert_size=16, expert_layers=(True, False))
+
+
+def rows_of_experts(model, params, tokens):
+    """What goes into `up` and into `down` of each expert of layer 0, token by token, from the definition."""
+    layer, up, down = params.layers[0], [[] for _ in range(4)], [[] for _ in range(4)]
+    for window in tokens.reshape(-1, 64):
+        for y in fa.trace(model, params, window, where="layers.0.feed_forward.input")[1]["layers.0.feed_forward.input"]:
+            for i in (layer.router @ y).topk(2).indices.tolist():
+                up[i].append(y.double())
+                down[i].append((torch.nn.functional.silu(layer.gate[i] @ y) * (layer.up[i] @ y)).double())
+    return [torch.stack(rows) for rows in up], [torch.stack(rows) for rows in down]
+
+
+@pytest.mark.parametrize(("count", "few"), [(192, 0), (64, 1)])
+def test_an_expert_is_fitted_by_the_tokens_it_is_sent(count, few):
+    model = fa.decoder(MIXED)
+    params = fa.tree.map(lambda w: w * (5 if w.dim() > 1 else 1), model.init(fa.key(1)))
+    plan = fa.quantize(SCHEME)(params).layers[0]
+    found = gptq(model, TOKENS[:count], SCHEME)(params)
+    into_up, into_down = rows_of_experts(model, params, TOKENS[:count])
+    seen = [len(rows) for rows in into_up]
+    assert sum(seen) == 2 * count
+    assert sum(n < 32 for n in seen) == few
+    for names, inputs in ((("gate", "up"), into_up), (("down",), into_down)):
+        for name in names:
+            for i, x in enumerate(inputs):
+                one, planned = (fa.tree.unstack(getattr(layer, name))[i] for layer in (found.layers[0], plan))
+                weight = getattr(params.layers[0], name)[i]
+                enough = len(x) >= weight.shape[1]
+                wanted = slow(planned, weight, x.mT @ x, 0.01) if enough else unpacked(planned)
+                assert torch.equal(unpacked(one).double(), wanted.double()), (name, i)
+                assert torch.equal(one.codes, planned.codes) is not enough
+    noted = {row.path: row.note for row in fa.quantization.report(params, found)}
+    assert noted["layers.0.up"] == (f"{few} of 4 experts to nearest" if few else "")
+    assert noted["layers.1.up"] == ""
+    assert "experts to nearest" in str(fa.quantization.report(params, fa.quantize(SCHEME)(params)))
+
+
+def unpacked(record):
+    return packing.unpack(record.codes, record.scale.shape[-1], 4)
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, fa.int8, fa.w8a8(group=16)], ids=str)
+def test_experts_that_saw_too_little_are_rounded_to_nearest(scheme):
+    config = replace(MIXED, expert_layers=(True, True))
+    model = fa.decoder(config)
+    params = fa.tree.map(lambda w: w * (5 if w.dim() > 1 else 1), model.init(fa.key(1)))
+    found, rounded = gptq(model, TOKENS[:34], scheme)(params), fa.quantize(scheme)(params)
+    notes = {row.path: row.note for row in fa.quantization.report(params, found)}
+    assert notes["layers.0.up"] == "4 of 4 experts to nearest"
+    assert fa.tree.allclose(found.layers[0].up, rounded.layers[0].up, rtol=0, atol=0)
+    assert not torch.equal(found.layers[0].q.codes, rounded.layers[0].q.codes)
+    assert notes["layers.0.q"] == ""
+    assert fa.decoder(config).hidden(found, TOKENS[:8])[0].isfinite().all()
 
 
 # Clipping.
@@ -198,7 +257,6 @@ def test_heads_that_share_a_value_share_its_scale():
 
 # What is refused.
 
-MIXED = replace(CONFIG, experts=4, experts_per_token=2, expert_size=16, expert_layers=(True, False))
 BAD = [
     (lambda: gptq("model", TOKENS, SCHEME), TypeError, "gptq: model should be from fa.decoder, got a str"),
     (lambda: gptq(MODEL, TOKENS.float(), SCHEME), TypeError, "gptq: tokens should be integers (T,)"),
@@ -206,7 +264,6 @@ BAD = [
     (lambda: gptq(MODEL, [1, 2], SCHEME), TypeError, "got a list"),
     (lambda: gptq(MODEL, TOKENS, "int4"), TypeError, "scheme should be a scheme"),
     (lambda: gptq(MODEL, TOKENS, SCHEME, damping=0.0), ValueError, "gptq: damping should be above 0"),
-    (lambda: gptq(fa.decoder(MIXED), TOKENS, SCHEME), ValueError, "gptq: model should be one without experts"),
     (lambda: gptq(MODEL, TOKENS, fa.nf4(group=16))(weights()), TypeError, "gptq: scheme should be int4, int8 or w8a8"),
     (lambda: gptq(MODEL, TOKENS[:40], SCHEME)(weights()), ValueError, "gptq: tokens should be at least 48 tokens, the columns of"),
     (lambda: clipped("model", TOKENS, SCHEME), TypeError, "clipped: model should be from fa.decoder, got a str"),

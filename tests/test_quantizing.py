@@ -50,6 +50,12 @@ def test_it_writes_the_quantized_model_and_tells_what_became_of_it(run, tmp_path
     assert "perplexity after" in out
 
 
+def test_groups_are_for_activations_of_8_bits_too(run, tmp_path):
+    assert run("--scheme", "w8a8", "--group", "16")[0] == 0
+    found = fa.load(tmp_path / "small").params.layers[0].q
+    assert fa.tree.allclose(found, fa.w8a8(group=16).encode(params().layers[0].q), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "smooth"])
 def test_a_text_chooses_the_codes(run, tmp_path, method):
     code, _, _ = run("--scheme", "int8", f"--{method}", str(tmp_path / "text"))
@@ -63,7 +69,7 @@ def test_a_text_chooses_the_codes(run, tmp_path, method):
 
 
 BAD = [
-    (["--scheme", "fp8", "--group", "16"], "--group is for int8, int4, nf4 and ternary"),
+    (["--scheme", "fp8", "--group", "16"], "--group is for int8, int4, w8a8, nf4 and ternary"),
     (["--group", "5"], "group should be an even divisor of the 64 columns, got 5"),
     (["--gptq", "no-such-file"], "no-such-file"),
 ]

@@ -22,7 +22,7 @@ from ..quantization import Int4, Int8, Int8Dynamic, Scheme, is_quantized
 from ..records import Model
 from ..transformer import Layer, Params
 from ..tree import Tree
-from .walking import FEEDS, Gather, decoder_of, walk
+from .walking import BY_EXPERT, FEEDS, Feeds, decoder_of, walk
 
 BLOCK = 128  # columns between two updates of all that follow
 
@@ -38,19 +38,21 @@ def gptq(
 ) -> Callable[[Tree], Tree]:
     """A transform of params whose matrices become the records of `quantize(scheme, where)`, with codes that fit a text.
 
-    The embedding and the head, whose input is no activation, and whatever else is chosen are rounded to nearest.
+    The embedding and the head, whose input is no activation, and whatever else is chosen are rounded to nearest. An expert is
+    fitted by the tokens that a router sends it; where they are fewer than the columns of a matrix, it is rounded to nearest, and
+    `fa.quantization.report` says of how many that is so.
 
     Args:
         model: from `fa.decoder`.
-        tokens: integers (T,), the text, of at least as many tokens as the widest chosen matrix has columns; it is read in windows
-            of 512, and what is left over at the end is not.
+        tokens: integers (T,), the text, of at least as many tokens as the widest chosen matrix has columns (of experts: more, so
+            that each sees as many); it is read in windows of 512, and what is left over at the end is not.
         scheme: fa.int4, fa.int8 or fa.w8a8 with any settings.
         where: as in `quantize`.
         damping: of the mean diagonal of H, added to all of it.
         progress: called with the number of layers that are done, and of all.
 
     Raises:
-        ValueError: a text that is too short; experts. TypeError: another model or scheme.
+        ValueError: a text that is too short. TypeError: another model or scheme.
 
     Law: the codes are those of the exact update in float64 (test_calibration.py); on the text that it was calibrated with the
     output of a layer is nearer than that of round-to-nearest.
@@ -59,9 +61,7 @@ def gptq(
     if not isinstance(damping, float) or not damping > 0:
         _checks.fail("gptq", "damping", "above 0", damping, "0.01 is usual.")
     to_nearest = quantization.quantize(scheme, where)
-    config = decoder_of("gptq", model, tokens).config
-    if any(config.kind(i).experts for i in range(config.layers)):
-        _checks.fail("gptq", "model", "one without experts", "one with", "Each expert sees few tokens: use fa.quantize(scheme).")
+    decoder_of("gptq", model, tokens)
 
     def transform(params: Params) -> Params:
         with torch.no_grad():
@@ -78,25 +78,37 @@ def _check_length(plan: Params, params: Params, tokens: Tensor) -> None:
         if is_quantized(leaf) and not isinstance(leaf, (Int4, Int8, Int8Dynamic)):
             remedy = "Round it to nearest, with fa.quantize(scheme)."
             _checks.fail("gptq", "scheme", "int4, int8 or w8a8", f"one that makes a {type(leaf).__name__}", remedy, TypeError)
-        if is_quantized(leaf) and leaf.shape[-1] > len(tokens):
+        if is_quantized(leaf) and len(leaf.shape) == 2 and leaf.shape[-1] > len(tokens):
             wanted = f"at least {leaf.shape[-1]} tokens, the columns of layers.{path}"
             _checks.fail("gptq", "tokens", wanted, f"{len(tokens)}", "Calibrate with a longer text.")
 
 
-def _layer(layer: Layer, plan: Layer, feeds: Callable[[set[str], Gather], None], damping: float) -> Layer:
+def _layer(layer: Layer, plan: Layer, feeds: Feeds, damping: float) -> Layer:
     """The layer with fitted codes."""
     chosen = {name for name in Layer._fields if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))}
+    of_experts = {name for name in chosen if getattr(layer, name).dim() > 2}
+    taps = {tap: [*chosen & {*names} - of_experts] for tap, names in FEEDS.items()}
+    heard = {name: [*of_experts & {*names}] for name, names in BY_EXPERT.items()}
     sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
 
     def gather(tap: str, rows: Tensor) -> None:
         sums[tap] = sums.get(tap, 0) + (rows.mT @ rows).double()
+        counts[tap] = counts.get(tap, 0) + len(rows)
 
-    feeds({tap for tap, names in FEEDS.items() if chosen & {*names}}, gather)
+    feeds({tap for tap, names in (taps | heard).items() if names}, gather)
     done = {}
     for tap in sums:
-        order, U = factor(sums[tap], damping)
-        done |= {name: fit(getattr(plan, name), getattr(layer, name), order, U) for name in FEEDS[tap] if name in chosen}
-    return plan._replace(**done)
+        place, _, number = tap.rpartition(".")
+        if place not in heard:
+            order, U = factor(sums[tap], damping)
+            done |= {name: fit(getattr(plan, name), getattr(layer, name), order, U) for name in taps[tap]}
+        elif counts[tap] >= len(sums[tap]):
+            order, U = factor(sums[tap], damping)
+            for name in heard[place]:
+                records = done.setdefault(name, [*tree.unstack(getattr(plan, name))])
+                records[int(number)] = fit(records[int(number)], getattr(layer, name)[int(number)], order, U)
+    return plan._replace(**{name: tree.stack(found) if name in of_experts else found for name, found in done.items()})
 
 
 def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:

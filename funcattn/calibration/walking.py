@@ -1,12 +1,12 @@
 """A model layer by layer, with what a text makes of it before each: what everything that calibrates shares."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .. import _checks, taps, transformer
+from .. import _checks, layers, taps, transformer
 from ..progress import track
 from ..records import Model
 from ..transformer import Layer, Params, Parts
@@ -17,10 +17,14 @@ FEEDS = {  # a tap of a layer, and the matrices that its value goes into
     "feed_forward.input": ("gate", "up"),
     "feed_forward.inner": ("down",),
 }
+BY_EXPERT = {  # a matrix of experts at which the rows are heard, and the matrices that they go into
+    "up": ("gate", "up"),
+    "down": ("down",),
+}
 WINDOW = 512  # tokens that are read at once
 
-Gather: TypeAlias = Callable[[str, Tensor], None]  # (tap, rows (n, K))
-Feeds: TypeAlias = Callable[[set[str], Gather], None]  # shows the rows of those taps, a window at a time
+Gather: TypeAlias = Callable[[str, Tensor], None]  # (tap, rows (n, K)); for experts (name.expert, its rows)
+Feeds: TypeAlias = Callable[[set[str], Gather], None]  # shows the rows of those taps, and of experts, a window at a time
 Progress: TypeAlias = Callable[[int, int], None]  # (layers done, of all)
 
 
@@ -38,6 +42,21 @@ def decoder_of(function: str, model: Model, tokens: Tensor) -> Parts:
     return parts
 
 
+class Heard(NamedTuple):
+    """A weight of experts (X, out, in) that tells which rows go into each before it multiplies them."""
+
+    weight: Any
+    name: str
+    gather: Gather
+
+
+@layers.linear_experts.register
+def _(weight: Heard, x: Tensor, expert: Tensor) -> Tensor:
+    for i in expert.unique().tolist():
+        weight.gather(f"{weight.name}.{i}", x[expert == i])
+    return layers.linear_experts(weight.weight, x, expert)
+
+
 def walk(
     model: Model,
     params: Params,
@@ -51,7 +70,7 @@ def walk(
         model: from `fa.decoder`.
         tokens: integers (T,), read in windows of 512; what is left over at the end is not.
         change: f(number, layer, feeds) -> layer. Called, feeds({taps}, gather) runs the layer as it was, and hands what goes into
-            its matrices to gather(tap, rows (n, K)), a window at a time.
+            its matrices to gather(tap, rows (n, K)), a window at a time; for "up" or "down" of experts to gather("up.3", rows).
         progress: called with the number of layers that are done, and of all; None shows a line where somebody looks.
     """
     parts = transformer.parts_of(model)
@@ -69,12 +88,15 @@ def walk(
             config, kind, layer, x, shared, (), name="", kernel=parts.kernel
         )[0]
 
-        def feeds(wanted: set[str], gather: Gather, layer: Layer = layer, rows: Tensor = x, run: Callable = run) -> None:
+        def feeds(
+            wanted: set[str], gather: Gather, layer: Layer = layer, rows: Tensor = x, run: Any = run, kind: Any = kind
+        ) -> None:
             def listen(name: str, value: Tensor) -> Tensor:
                 if name.lstrip(".") in wanted:
                     gather(name.lstrip("."), value.flatten(0, -2))
                 return value
 
+            layer = layer._replace(**{name: Heard(getattr(layer, name), name, gather) for name in wanted & {*BY_EXPERT}})
             with taps.listening(listen):
                 for row in rows:
                     run(layer, row)

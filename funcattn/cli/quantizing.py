@@ -52,7 +52,9 @@ def run(options: argparse.Namespace) -> None:
     scheme = SCHEMES[options.scheme]
     if options.group is not None:
         if not hasattr(scheme, "group"):
-            raise ValueError(f"--group is for int8, int4, nf4 and ternary: {options.scheme} has one scale a row. Leave it out.")
+            raise ValueError(
+                f"--group is for int8, int4, w8a8, nf4 and ternary: {options.scheme} has one scale a row. Leave it out."
+            )
         scheme = scheme(group=options.group)
     method, sample = next(((name, getattr(options, name)) for name in FITTED if getattr(options, name) is not None), (None, None))
     texts = {path: path.read_text(encoding="utf-8") for path in (sample, options.text) if path is not None}

@@ -34,7 +34,7 @@ class Int8(NamedTuple):
 
 @record
 class Int8Dynamic(NamedTuple):
-    """Int8 whose activations are rounded to 8 bits too: each token as it comes, with a scale for the columns that share one here."""
+    """Int8 whose activations are rounded to 8 bits too, as they come: of each token, columns that share a scale here share one."""
 
     codes: Tensor  # int8 (N, K)
     scale: Tensor  # (N, G)
@@ -139,6 +139,16 @@ def _(weight: Codebook) -> Tensor:
 def _(weight: Ternary) -> Tensor:
     codes = packing.unpack(weight.codes, weight.scale.shape[-1], 2).to(_wide(weight.scale)) - 1
     return codes * packing.spread(weight.scale.to(codes.dtype), codes.shape[-1])
+
+
+def is_nearest(record: Int4 | Int8 | Int8Dynamic, weight: Tensor) -> bool:
+    """Whether the codes are the nearest that the record's scales allow to a matrix (N, K), bit for bit."""
+    grouped = packing.groups(weight.float(), weight.shape[-1] // record.scale.shape[-1])
+    if not isinstance(record, Int4):
+        return torch.equal(record.codes, packing.nearest(grouped, record.scale, 127))
+    symmetric = (packing.nearest(grouped, record.scale, 7) + 8).to(torch.uint8)
+    affine = packing.nearest_affine(grouped, record.scale, record.zero, 16)
+    return any(torch.equal(record.codes, packing.pack(codes, grouped.shape[-1], 4)) for codes in (affine, symmetric))
 
 
 def _wide(scale: Tensor) -> torch.dtype:
