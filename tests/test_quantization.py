@@ -197,6 +197,21 @@ def test_a_product_is_that_of_the_matrix(scheme, dtype, lead, tiled):
         assert ((found.double() - exact).abs() <= allowed(weight, x)).all(), float((found - exact).abs().max())
 
 
+@pytest.mark.parametrize("narrow", [False, True], ids=["as float32", "fast bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [24, 25, 40])
+def test_many_rows_of_large_numbers_are_that_of_the_matrix(dtype, rows, narrow, tiled, monkeypatch):
+    """By whichever product the processor asks for; the sum of codes times x alone would be beyond float16."""
+    monkeypatch.setattr("funcattn.quantization.weights.bfloat16_is_fast", lambda: narrow)
+    for scheme in (fa.int8, fa.int8(group=16)):
+        weight, x = scheme.encode(matrix(1, 24, 64)), (300 * matrix(2, rows, 64)).to(dtype)
+        assert (x.double().abs() @ weight.codes.double().abs().mT).amax() > torch.finfo(torch.float16).max
+        found = linear(weight, x)
+        assert found.dtype == dtype
+        exact = x.double() @ expand(weight).double().mT
+        assert ((found.double() - exact).abs() <= allowed(weight, x)).all()
+
+
 @each_scheme
 def test_every_derivative_is_that_of_the_matrix(scheme, tiled):
     weight = coarser(scheme).encode(matrix(1, 48, 32))

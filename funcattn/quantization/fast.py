@@ -55,18 +55,15 @@ def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], wei
     """
     if torch.compiler.is_compiling():
         return plain(*weight, x)
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*weight, x))
-    if not transforming() and not differentiated:
-        return _by_rows(plain, fast)(*weight, x)[0]
+    if not transforming() and not (torch.is_grad_enabled() and any([t.requires_grad for t in (*weight, x)])):
+        return _value(plain, fast, weight, x)
     flat = lambda *inputs: (plain(*inputs),)
-    return Remat.apply(Routed(flat, _by_rows(plain, fast)), None, *weight, x)[0]
+    return Remat.apply(Routed(flat, lambda *inputs: (_value(plain, fast, inputs[:-1], inputs[-1]),)), None, *weight, x)[0]
 
 
-def _by_rows(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None]) -> Flat:
-    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
-        *fields, x = inputs
-        rows = x.reshape(-1, x.shape[-1])
-        out = fast(*fields, rows) if len(rows) and x.is_floating_point() else None
-        return (plain(*inputs) if out is None else out.reshape(*x.shape[:-1], -1),)
-
-    return call
+def _value(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Sequence[Tensor], x: Tensor) -> Tensor:
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    out = fast(*weight, rows) if len(rows) and x.is_floating_point() else None
+    if out is None:
+        return plain(*weight, x)
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])

@@ -111,6 +111,23 @@ def _(weight: PackedDynamic, x: Tensor) -> Tensor:
     return _like(product.to(by.dtype) * by * weight.scale.to(by.dtype).mT, x)
 
 
+@functools.cache
+def bfloat16_is_fast() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 by itself, several times as fast as those of float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def times_codes(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
+    """(x codes^T) scale for int8 of one scale a row and many vectors x (n, K), or None where that is not it.
+
+    A pass over the matrix less than to expand it. Codes are exact in every dtype; but products with them, as much larger than the
+    result as scales are small, may be beyond float16.
+    """
+    if scale.shape[-1] != 1 or x.dtype == torch.float16:
+        return None
+    return (x @ codes.to(x.dtype).mT).mul_(scale.mT.to(x.dtype))
+
+
 def round_tokens(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     """Each token (*lead, K) in codes -127 .. 127, and scales (*lead, groups) of its neighbouring columns, in float32 at least.
 

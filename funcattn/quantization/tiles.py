@@ -209,11 +209,25 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
 
     Law: as near to the product with the matrices as that of float32 (test_tiles.py::test_a_product_is_as_near_as_that_of_floats).
     """
-    flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    flat = _flat(x)
     blocks, rows = [weight.blocks for weight in weights], [weight.rows for weight in weights]
     scales = [weight.scale for weight in weights if has_row_scale(weight.blocks)]
     y = torch.ops.funcattn.products(blocks, scales, rows, flat)
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def value(weight: Tiles, x: Tensor) -> Tensor:
+    """`products` of one matrix with x (n, K), where nobody differentiates or maps it: without what those would cost."""
+    with torch._C._AutoDispatchBelowAutograd():
+        scales = [weight.scale] if _has_row_scale(weight.blocks) else []
+        return torch.ops.funcattn.products([weight.blocks], scales, [weight.rows], _flat(x)).to(x.dtype)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Vectors (n, K) as the operator reads them."""
+    if x.dim() == 2 and x.dtype == torch.float32 and x.is_contiguous():
+        return x
+    return x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
 
 
 # What torch asks of an operator.

@@ -15,8 +15,10 @@ from .. import _checks, packing
 from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from .fast import FEW, routed
-from .packed import PackedInt8, pack_dynamic, pack_int4, pack_int8, rounded
-from .tiles import DynamicTiles, tile_int4, tile_int8
+from .packed import PackedInt8, bfloat16_is_fast, pack_dynamic, pack_int4, pack_int8, rounded, times_codes
+from .tiles import DynamicTiles, Tiles, tile_int4, tile_int8, value
+
+MOST_IN_BFLOAT16 = 24  # rows of bfloat16 up to which three digits of them cost less than to expand the codes
 
 
 @record
@@ -182,7 +184,10 @@ def _plain_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    return _through(_form_int8(Int8(codes, scale), len(x)), x)
+    """Tiles, unless the processor has products of bfloat16 that make up for expanding the codes; floats where there are none."""
+    narrow = x.dtype == torch.bfloat16 and len(x) > MOST_IN_BFLOAT16 and bfloat16_is_fast()
+    out = None if narrow else _through(_form_int8(Int8(codes, scale), len(x)), x)
+    return times_codes(codes, scale, x) if out is None else out
 
 
 @linear.register
@@ -193,8 +198,8 @@ def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
 def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """The derivative in x is that of the rounded product with the rounding taken for the identity (straight through)."""
     still = x.detach()
-    value = rounded(still, scale.shape[-1])
-    return times(Int8(codes, scale), x.to(value.dtype) + (value - still)).to(x.dtype)
+    near = rounded(still, scale.shape[-1])
+    return times(Int8(codes, scale), x.to(near.dtype) + (near - still)).to(x.dtype)
 
 
 def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
@@ -235,7 +240,9 @@ def _form_dynamic(weight: Int8Dynamic, rows: int) -> Any:
 
 
 def _through(form: Any, x: Tensor) -> Tensor | None:
-    return None if form is None or x.device.type != "cpu" else linear(form, x)
+    if form is None or x.device.type != "cpu":
+        return None
+    return value(form, x) if isinstance(form, Tiles) else linear(form, x)
 
 
 # Compiled decoding, which differentiates nothing.
