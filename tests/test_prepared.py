@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch.func import grad, jvp, vmap
 
 import funcattn as fa
 from funcattn.layers import linear, prepare
@@ -85,3 +86,14 @@ def test_a_scale_in_bfloat16_is_not_kept_alive():
     del weight
     gc.collect()
     assert len(_kept) == before
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rounded_activations_keep_their_derivative(rows):
+    """That of the identity, where torch's product of bytes has none and rounding would give zeros."""
+    weight, x = fa.w8a8(group=None).encode(matrix(0, 32, 64)), matrix(1, rows, 64)
+    packed, dense = PackedDynamic(*weight), expand(weight)
+    torch.testing.assert_close(jvp(lambda x: linear(packed, x), (x,), (x,))[1], x @ dense.mT, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        vmap(grad(lambda row: linear(packed, row).sum()))(x), dense.sum(0).expand(rows, 64), rtol=1e-5, atol=1e-5
+    )

@@ -8,7 +8,7 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 
 import funcattn as fa
 from funcattn.layers import linear, linears
-from funcattn.quantization import Int4, Int8, expand, tiles
+from funcattn.quantization import Int4, Int8, expand, packed, tiles
 from funcattn.quantization.tiles import expand_tiles, products, tile_int4, tile_int8
 from funcattn.testing import strategies
 
@@ -236,3 +236,28 @@ def test_bad_input_is_an_error(wrong, message):
 
 def test_nothing_times_nothing():
     assert products([tile(fa.int4.encode(matrix(1, 24, 64)))], matrix(2, 0, 64)).shape == (0, 24)
+
+
+@pytest.mark.parametrize("group", [32, 64, None])
+def test_tiles_of_8_bit_activations_multiply_what_these_are_rounded_to(group):
+    """Several at once too, of one size of group and of two; under every transform of what is prepared."""
+    K = 128
+    weights = [tile_dynamic(fa.w8a8(group=size).encode(matrix(n, 20, K))) for n, size in enumerate((group, group, 64))]
+    x = matrix(5, 3, K)
+    near = [packed.rounded(x, weight.scale.shape[-1]).double() for weight in weights]
+    for found, weight, y in zip(linears(weights, x), weights, near, strict=True):
+        exact = y @ whole(weight.tiles, K).double().mT
+        bound = K * 4 * EPS * (y.abs() @ whole(weight.tiles, K).double().abs().mT)
+        assert ((found - exact).abs() <= bound).all()
+        assert torch.equal(linear(weight, x), found)
+    assert linears(weights[:2], x.bfloat16())[1].dtype == torch.bfloat16
+    torch.testing.assert_close(vmap(lambda row: linear(weights[0], row))(x), linear(weights[0], x))
+    dense = whole(weights[0].tiles, K)
+    torch.testing.assert_close(jvp(lambda x: linear(weights[0], x), (x,), (x,))[1], x @ dense.mT, rtol=1e-5, atol=1e-5)
+    slope = vmap(grad(lambda row: sum(y.sum() for y in linears(weights[:2], row))))(x)
+    each = dense.sum(0) + whole(weights[1].tiles, K).sum(0)
+    torch.testing.assert_close(slope, each.expand(3, K), rtol=1e-5, atol=1e-5)
+
+
+def tile_dynamic(record):
+    return tiles.DynamicTiles(tile_int8(*record), record.scale)

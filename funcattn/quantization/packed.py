@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import packing
+from .._autodiff import transforming
 from ..layers import linear
 from ..layers.prepared import kept
 from ..records import record
@@ -106,8 +107,12 @@ def _(weight: PackedInt4, x: Tensor) -> Tensor:
 
 @linear.register
 def _(weight: PackedDynamic, x: Tensor) -> Tensor:
-    rounded, by = round_tokens(_rows(x))
-    product = aten._int_mm(rounded.to(torch.int8), weight.codes.mT)
+    if followed(x):
+        return (straight(x, 1) @ (weight.codes * weight.scale.float()).mT.to(torch.promote_types(x.dtype, torch.float32))).to(
+            x.dtype
+        )
+    codes, by = round_tokens(_rows(x))
+    product = aten._int_mm(codes.to(torch.int8), weight.codes.mT)
     return _like(product.to(by.dtype) * by * weight.scale.to(by.dtype).mT, x)
 
 
@@ -142,6 +147,18 @@ def rounded(x: Tensor, groups: int = 1) -> Tensor:
     """What the codes of `round_tokens` stand for."""
     codes, by = round_tokens(x, groups)
     return codes * packing.spread(by, x.shape[-1])
+
+
+def straight(x: Tensor, groups: int) -> Tensor:
+    """`rounded`, with the rounding taken for the identity in derivatives."""
+    still = x.detach()
+    near = rounded(still, groups)
+    return x.to(near.dtype) + (near - still)
+
+
+def followed(x: Tensor) -> bool:
+    """Whether somebody may differentiate here; not while compiling, where `fa.compile` has asked before."""
+    return not torch.compiler.is_compiling() and (transforming() or (torch.is_grad_enabled() and x.requires_grad))
 
 
 def _rows(x: Tensor) -> Tensor:

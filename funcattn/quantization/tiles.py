@@ -20,7 +20,7 @@ from .. import native, packing
 from ..layers import linear, together
 from ..layers.prepared import kept
 from ..records import ABSENT, is_absent, record
-from .packed import rounded
+from .packed import followed, rounded, straight
 
 ROWS, COLUMNS = 16, 32  # of a block
 FEWEST = 1  # row for which every processor is faster with it
@@ -189,14 +189,19 @@ together[Tiles] = _several
 
 @linear.register
 def _(weight: DynamicTiles, x: Tensor) -> Tensor:
-    return products([weight.tiles], rounded(x, weight.scale.shape[-1])).to(x.dtype)
+    return products([weight.tiles], _near(weight, x)).to(x.dtype)
+
+
+def _near(weight: DynamicTiles, x: Tensor) -> Tensor:
+    groups = weight.scale.shape[-1]
+    return straight(x, groups) if followed(x) else rounded(x, groups)
 
 
 def _several_dynamic(weights: Sequence[DynamicTiles], x: Tensor) -> tuple[Tensor, ...]:
     if len({weight.scale.shape[-1] for weight in weights}) > 1:
         return tuple(linear(weight, x) for weight in weights)
-    value = rounded(x, weights[0].scale.shape[-1])
-    return tuple(y.to(x.dtype) for y in _several([weight.tiles for weight in weights], value))
+    several = _several([weight.tiles for weight in weights], _near(weights[0], x))
+    return tuple(y.to(x.dtype) for y in several)
 
 
 together[DynamicTiles] = _several_dynamic

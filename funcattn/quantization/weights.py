@@ -15,7 +15,7 @@ from .. import _checks, packing
 from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from .fast import FEW, routed
-from .packed import PackedInt8, bfloat16_is_fast, pack_dynamic, pack_int4, pack_int8, rounded, times_codes
+from .packed import PackedInt8, bfloat16_is_fast, pack_dynamic, pack_int4, pack_int8, straight, times_codes
 from .tiles import DynamicTiles, Tiles, tile_int4, tile_int8, value
 
 MOST_IN_BFLOAT16 = 24  # rows of bfloat16 up to which three digits of them cost less than to expand the codes
@@ -197,9 +197,7 @@ def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
 
 def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """The derivative in x is that of the rounded product with the rounding taken for the identity (straight through)."""
-    still = x.detach()
-    near = rounded(still, scale.shape[-1])
-    return times(Int8(codes, scale), x.to(near.dtype) + (near - still)).to(x.dtype)
+    return times(Int8(codes, scale), straight(x, scale.shape[-1])).to(x.dtype)
 
 
 def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
