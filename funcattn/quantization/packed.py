@@ -112,8 +112,8 @@ def _(weight: PackedDynamic, x: Tensor) -> Tensor:
             x.dtype
         )
     codes, by = round_tokens(_rows(x))
-    product = aten._int_mm(codes.to(torch.int8), weight.codes.mT)
-    return _like(product.to(by.dtype) * by * weight.scale.to(by.dtype).mT, x)
+    product = aten._int_mm(codes.flatten(-2).to(torch.int8), weight.codes.mT)
+    return _like((product * by.flatten(-2)).mul_(weight.scale.to(by.dtype).mT), x)
 
 
 @functools.cache
@@ -134,19 +134,19 @@ def times_codes(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
 
 
 def round_tokens(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Each token (*lead, K) in codes -127 .. 127, and scales (*lead, groups) of its neighbouring columns, in float32 at least.
+    """Codes -127 .. 127 of each token (*lead, groups, K / groups), and scales (*lead, groups, 1), in float32 at least.
 
     In bfloat16 a quotient has no room for 127 codes.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    by = packing.groups(wide, x.shape[-1] // groups).abs().amax(-1) / 127
-    return (wide / packing.spread(torch.where(by == 0, 1, by), x.shape[-1])).round(), by
+    wide = packing.groups(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1] // groups)
+    by = wide.abs().amax(-1, keepdim=True) / 127
+    return (wide / torch.where(by == 0, 1, by)).round_(), by
 
 
 def rounded(x: Tensor, groups: int = 1) -> Tensor:
-    """What the codes of `round_tokens` stand for."""
+    """What the codes of `round_tokens` stand for, (*lead, K)."""
     codes, by = round_tokens(x, groups)
-    return codes * packing.spread(by, x.shape[-1])
+    return codes.mul_(by).flatten(-2)
 
 
 def straight(x: Tensor, groups: int) -> Tensor:

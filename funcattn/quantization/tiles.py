@@ -221,8 +221,10 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
-def value(weight: Tiles, x: Tensor) -> Tensor:
-    """`products` of one matrix with x (n, K), where nobody differentiates or maps it: without what those would cost."""
+def value(weight: Tiles | DynamicTiles, x: Tensor) -> Tensor:
+    """`linear` of x (n, K), where nobody differentiates or maps it: without what those would cost."""
+    if isinstance(weight, DynamicTiles):
+        return value(weight.tiles, rounded(x, weight.scale.shape[-1])).to(x.dtype)
     with torch._C._AutoDispatchBelowAutograd():
         scales = [weight.scale] if _has_row_scale(weight.blocks) else []
         return torch.ops.funcattn.products([weight.blocks], scales, [weight.rows], _flat(x)).to(x.dtype)

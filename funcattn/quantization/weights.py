@@ -240,7 +240,7 @@ def _form_dynamic(weight: Int8Dynamic, rows: int) -> Any:
 def _through(form: Any, x: Tensor) -> Tensor | None:
     if form is None or x.device.type != "cpu":
         return None
-    return value(form, x) if isinstance(form, Tiles) else linear(form, x)
+    return value(form, x) if isinstance(form, (Tiles, DynamicTiles)) else linear(form, x)
 
 
 # Compiled decoding, which differentiates nothing.
