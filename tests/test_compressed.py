@@ -19,6 +19,7 @@ SCHEMES = {
     "int8": fa.int8,
     "int4": fa.int4,
     "w8a8": fa.w8a8,
+    "w8a8 by rows": fa.w8a8(group=None),
     "nf4": fa.nf4(group=32),
     "fp8": fa.fp8,
     "fp8 wide": fa.fp8(kind="e5m2"),

@@ -442,6 +442,7 @@ BAD = [
     ),
     (lambda: fa.quantize(fa.int4(group=5))(weights()), ValueError, "layers.0."),
     (lambda: fa.quantize(fa.int8(group=3))(weights()), ValueError, "int8: group should be a divisor of the 16 columns, got 3"),
+    (lambda: fa.quantize(fa.w8a8)(weights()), ValueError, "w8a8: group should be a divisor of the 16 columns, got 32"),
     (lambda: fa.quantize(fa.nf4(group=0))(weights()), ValueError, "nf4: group should be"),
     (lambda: fa.quantize(fa.ternary(group=2))(weights()), ValueError, "ternary: group should be a multiple of 4, got 2"),
     (lambda: fa.quantize(fa.fp8(kind="e3m4"))(weights()), ValueError, 'fp8: kind should be "e4m3" or "e5m2"'),
