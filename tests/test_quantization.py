@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jacrev, jvp, vmap
 
 import funcattn as fa
@@ -370,6 +371,16 @@ def test_the_compiler_takes_records_that_are_packed(scheme):
         assert (found - wanted).norm() <= (1e-5 if exact else 0.1) * wanted.norm()
     moved = lambda k: fast.extend(params, TOKENS[:1], past._replace(k=k))[0].sum()
     assert grad(moved)(past.k).abs().sum() > 0
+
+
+def test_the_question_whether_bytes_are_exact_needs_no_real_tensors():
+    """Where tensors have shapes alone, as while a graph is traced, the answer is still that of the processor."""
+    answer, weight = packed.bytes_are_exact(), fa.w8a8(group=None).encode(matrix(1, 32, 64))
+    packed.bytes_are_exact.cache_clear()
+    with FakeTensorMode() as mode:
+        found = linear(fa.tree.map(mode.from_tensor, weight), mode.from_tensor(matrix(2, 3, 64)))
+    assert found.shape == (3, 32)
+    assert packed.bytes_are_exact() is answer
 
 
 # A scheme of one's own.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import packing
 from .._autodiff import transforming
@@ -84,13 +85,14 @@ def pack_dynamic(codes: Tensor, scale: Tensor, rows: int) -> PackedDynamic | Non
 @functools.cache
 def bytes_are_exact() -> bool:
     """Whether products of bytes are summed without loss: processors older than VNNI saturate each two at 16 bits, in silence."""
-    most = torch.full((17, 64), 127, dtype=torch.int8, device="cpu")
-    return all(
-        bool((aten._int_mm(x * most[:rows], y * most.mT) == x * y * 64 * 127**2).all())
-        for rows in (1, 2, 17)
-        for x in (1, -1)
-        for y in (1, -1)
-    )
+    with _disable_current_modes():  # a fake tensor would not tell
+        most = torch.full((17, 64), 127, dtype=torch.int8, device="cpu")
+        return all(
+            bool((aten._int_mm(x * most[:rows], y * most.mT) == x * y * 64 * 127**2).all())
+            for rows in (1, 2, 17)
+            for x in (1, -1)
+            for y in (1, -1)
+        )
 
 
 @linear.register
