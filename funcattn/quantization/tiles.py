@@ -226,7 +226,7 @@ def value(weight: Tiles | DynamicTiles, x: Tensor) -> Tensor:
     if isinstance(weight, DynamicTiles):
         return value(weight.tiles, rounded(x, weight.scale.shape[-1])).to(x.dtype)
     with torch._C._AutoDispatchBelowAutograd():
-        scales = [weight.scale] if _has_row_scale(weight.blocks) else []
+        scales = [weight.scale] if has_row_scale(weight.blocks) else []
         return torch.ops.funcattn.products([weight.blocks], scales, [weight.rows], _flat(x)).to(x.dtype)
 
 
