@@ -15,8 +15,9 @@ import funcattn as fa
 from funcattn import packing
 from funcattn.layers import embed, linear, prepare
 from funcattn.low_rank import is_trained
-from funcattn.quantization import Int4, Int8, Int8Dynamic, expand, is_quantized, packed, tiles
+from funcattn.quantization import Int4, Int8, Int8Dynamic, Report, expand, is_quantized, packed, tiles
 from funcattn.quantization.packed import PackedInt4
+from funcattn.quantization.reports import Row
 from funcattn.records import record
 from funcattn.testing import strategies
 
@@ -428,9 +429,25 @@ def test_a_report_says_bits_bytes_and_error():
     assert rows["norm"].error == 0
     assert rows["norm"].bits == 32
     text = str(fa.quantization.report(params, quantized))
-    assert "layers.0.q" in text
+    assert "layers.0-1.q" in text
     assert "total" in text
     assert fa.quantization.report(params, quantized)._repr_html_().count("<tr>") == len(rows) + 1
+
+
+def test_layers_of_another_kind_have_a_line_of_their_own():
+    row = lambda path, kind, error, note="": Row(path, kind, 4.5, 9, error, note)
+    rows = [
+        row("layers.0.q", "Int4", 0.1),
+        row("layers.1.q", "Int8", 0.01),
+        row("layers.2.q", "Int4", 0.2),
+        row("layers.3.q", "Int4", 0.3, "2 of 4 experts to nearest"),
+        row("norm", "float32", 0.0),
+    ]
+    lines = [line.split() for line in str(Report(rows)).splitlines()[1:]]
+    assert lines[0] == ["layers.0,2.q", "Int4", "4.50", "18", "10.00%", "to", "20.00%"]
+    assert lines[1] == ["layers.1.q", "Int8", "4.50", "9", "1.00%"]
+    assert lines[2] == ["layers.3.q", "Int4", "4.50", "9", "30.00%", *["2", "of", "4", "experts", "to", "nearest"]]
+    assert lines[3] == ["norm", "float32", "4.50", "9", "-"]
 
 
 # Mistakes.

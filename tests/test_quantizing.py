@@ -7,7 +7,6 @@ from samples import CONFIG, params, tokenizer
 import funcattn as fa
 from funcattn import cli
 from funcattn.quantization import Int4, Int8
-from funcattn.quantization.transforms import Row
 
 TEXT = "hello the 12 " * 40
 
@@ -88,17 +87,3 @@ def test_what_is_quantized_already_is_refused(run, tmp_path, capsys):
     code = cli.main(["quantize", "--model", str(tmp_path / "small"), "-o", str(tmp_path / "smaller")])
     assert code == 2
     assert "is quantized already" in capsys.readouterr().err
-
-
-def test_layers_of_another_kind_have_a_line_of_their_own():
-    row = lambda path, kind, error: Row(path, kind, 4.5, 9, error)
-    report = [
-        row("layers.0.q", "Int4", 0.1),
-        row("layers.1.q", "Int8", 0.01),
-        row("layers.2.q", "Int4", 0.2),
-        row("norm", "float32", 0.0),
-    ]
-    lines = [line.split() for line in cli.quantizing.table(report).splitlines()[1:]]
-    assert lines[0] == ["layers.0,2.q", "Int4", "4.50", "18", "10.00%", "to", "20.00%"]
-    assert lines[1] == ["layers.1.q", "Int8", "4.50", "9", "1.00%"]
-    assert lines[2] == ["norm", "float32", "4.50", "9", "-"]

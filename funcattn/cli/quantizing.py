@@ -5,8 +5,7 @@ after does too; with `--gptq`, `--awq` or `--smooth` another text chooses the co
 """
 
 import argparse
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import calibration, checkpoints, evaluation, progress, quantization, tree
-from ..quantization.transforms import Row
 from ..records import Model
 from .arguments import number
 from .sessions import Session, load
@@ -30,7 +28,6 @@ def _smooth(model: Model, tokens: torch.Tensor, scheme: Any, **options: Any) -> 
 
 
 FITTED = {"gptq": calibration.gptq, "awq": calibration.awq, "smooth": _smooth}
-LAYER = re.compile(r"layers\.(\d+)")
 CONTEXT = 512  # tokens read at once for the perplexity
 
 
@@ -69,36 +66,11 @@ def run(options: argparse.Namespace) -> None:
             params = quantization.quantize(scheme)(session.params)
     else:
         params = _fitted(method, session, ids[sample], scheme)
-    print(table(quantization.report(session.params, params)))
+    print(quantization.report(session.params, params))
     if options.text is not None:
         for when, weights in (("before", session.params), ("after", params)):
             print(f"perplexity {when:<7} {_perplexity(session, weights, ids[options.text]):.4f}")
     checkpoints.save(options.output, session.config, params, session.tokenizer)
-
-
-def table(report: Sequence[Row]) -> str:
-    """The report with a line for all leaves of one name and kind: bits and bytes of all, errors from the least to the greatest."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in report:
-        groups.setdefault((LAYER.sub("layers.*", row.path), row.kind), []).append(row)
-    cells = [("path", "kind", "bits", "bytes", "relative error")]
-    for (path, kind), rows in groups.items():
-        numbers = [int(found[1]) for row in rows if (found := LAYER.match(row.path))]
-        if len(numbers) == 1 or (numbers and numbers != list(range(numbers[0], numbers[-1] + 1))):
-            path = path.replace("*", ",".join(map(str, numbers)))
-        elif numbers:
-            path = path.replace("*", f"{numbers[0]}-{numbers[-1]}")
-        errors = [row.error for row in rows]
-        told = f"{min(errors):.2%}" + (f" to {max(errors):.2%}" if len(errors) > 1 else "") if any(errors) else "-"
-        cells.append((path, kind, _bits(rows), f"{sum(row.nbytes for row in rows):,}", told))
-    cells.append(("total", "", _bits(report), f"{sum(row.nbytes for row in report):,}", ""))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
-
-
-def _bits(rows: Sequence[Row]) -> str:
-    """A weight, on average."""
-    return f"{sum(row.nbytes for row in rows) * 8 / max(1.0, sum(row.nbytes * 8 / row.bits for row in rows)):.2f}"
 
 
 def _fitted(method: str, session: Session, tokens: torch.Tensor, scheme: Any) -> Any:

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Callable
-from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from .. import _checks, progress, tree
 from ..records import Model
 from ..tree import Tree
 from .schemes import Scheme, int8
-from .weights import Int4, Int8, Int8Dynamic, expand, is_nearest, is_quantized
+from .weights import expand, is_quantized
 
 Where = str | Callable[[str, Tensor], bool]
 MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down)"
@@ -101,72 +100,3 @@ def dequantize(params: Tree, dtype: torch.dtype = torch.float32) -> Tree:
     _checks.whole("dequantize", "params", tree.leaves(params), "Gather them first: fa.gather(params).")
     one = lambda leaf: expand(leaf).to(dtype) if is_quantized(leaf) else leaf
     return tree.map(one, params, is_leaf=is_quantized)
-
-
-class Row(NamedTuple):
-    """One leaf of a report."""
-
-    path: str
-    kind: str
-    bits: float  # a weight
-    nbytes: int
-    error: float  # |approximation - weight| / |weight|, Frobenius
-    note: str = ""
-
-
-class Report(tuple[Row, ...]):
-    """Rows of `report`: a table when printed, HTML in a notebook."""
-
-    def __str__(self) -> str:
-        cells = [("path", "kind", "bits", "bytes", "relative error", "")]
-        cells += [(r.path, r.kind, f"{r.bits:.2f}", str(r.nbytes), f"{r.error:.2%}" if r.error else "-", r.note) for r in self]
-        bits = sum(r.nbytes for r in self) * 8 / max(1.0, sum(r.nbytes * 8 / r.bits for r in self))
-        cells.append(("total", "", f"{bits:.2f}", str(sum(r.nbytes for r in self)), "", ""))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        lines = [(r.path, r.kind, f"{r.bits:.2f}", f"{r.nbytes:,}", r.error, r.note) for r in self]
-        worst = max((r.error for r in self), default=0.0) or 1.0
-        row = lambda path, kind, bits, size, error, note: (
-            f"<tr><td>{escape(path)}</td><td>{kind}</td><td>{bits}</td><td>{size}</td>"
-            f'<td style="background:rgba(220,60,40,{error / worst * 0.6:.2f})">{f"{error:.2%}" if error else "-"}</td>'
-            f"<td>{note}</td></tr>"
-        )
-        head = "".join(f"<th>{name}</th>" for name in ("path", "kind", "bits", "bytes", "relative error", ""))
-        return f"<table><tr>{head}</tr>{''.join(row(*line) for line in lines)}</table>"
-
-
-def report(params: Tree, quantized: Tree) -> Report:
-    """What quantization did to each leaf: bits a weight, bytes, and the relative error of the matrix.
-
-    Of experts in 4 or 8 bits it notes how many are rounded to nearest: all of them by `quantize`, by `fa.gptq` those that the text
-    reached too seldom.
-
-    Args:
-        params: the tree before.
-        quantized: the tree after, of the same paths.
-    """
-    after = dict(tree.items(quantized, is_leaf=is_quantized))
-    rows = []
-    for path, weight in tree.items(params):
-        node = after.get(path)
-        if node is None:
-            remedy = "Pass the tree before and the tree after."
-            _checks.fail("report", "quantized", f"a tree with a leaf {path}", "none", remedy)
-        size, error, kind, note = tree.nbytes(node), 0.0, str(weight.dtype).removeprefix("torch."), ""
-        if is_quantized(node):
-            kind = type(node).__name__
-            approximation = torch.func.vmap(expand)(node) if weight.dim() > 2 else expand(node)
-            note = _note(node, weight) if weight.dim() == 3 and isinstance(node, (Int4, Int8, Int8Dynamic)) else ""
-            error = float((approximation.double() - weight.double()).norm() / weight.double().norm().clamp(min=1e-300))
-        rows.append(Row(path, kind, size * 8 / max(1, weight.numel()), size, error, note))
-    return Report(rows)
-
-
-def _note(node: Any, weight: Tensor) -> str:
-    pairs = zip(tree.unstack(node), weight, strict=True)
-    count = sum(is_nearest(record, matrix) for record, matrix in pairs)
-    return f"{count} of {len(weight)} experts to nearest" if count else ""
