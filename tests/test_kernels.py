@@ -293,6 +293,17 @@ def nest(name, f):
 STEPS = ["grad", "jvp", "jvp in x", "vmap x", "vmap w", "vmap both"]
 
 
+@pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_of_a_compiled_product_are_in_float32_whatever_the_compiler(dtype, by_columns):
+    """300 * 300 is beyond float16, and the square of 1 + 2^-7 is in neither; yet what is left of the sums is."""
+    compiled = torch.compile(products.product, fullgraph=True, backend="eager")
+    for x, w in (([300.0, 1, 300], [300.0, 1, -300]), ([1 + 2**-7, 1 + 2**-6, 0], [1 + 2**-7, -1.0, 0])):
+        x, w = torch.tensor([x], dtype=dtype), torch.tensor([w], dtype=dtype).mT
+        w = w if by_columns else w.expand(3, 2)
+        assert torch.equal(compiled(x, w), (x.double() @ w.double()).to(dtype))
+
+
 @pytest.mark.parametrize("shapes", [((2, 3), (3, 2)), ((2, 2, 3), (3, 2)), ((2, 3), (2, 3, 2)), ((2, 1, 2, 3), (3, 3, 2))], ids=str)
 @pytest.mark.parametrize("outermost", STEPS)
 def test_product_is_the_matrix_product_under_every_nesting_of_transforms(outermost, shapes):

@@ -74,10 +74,12 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor, w: Tensor) -> Tensor:
-    """Over that axis of w which lies together in memory where there is one, so that loops run along it."""
+    """In float32 at least; along that axis of w which lies together in memory, where there is one."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, w, dtype = x.to(wide), w.to(wide), x.dtype
     if w.stride(-2) == 1:
-        return (x.unsqueeze(-2) * w.mT.unsqueeze(-3)).sum(-1)
-    return (x.unsqueeze(-1) * w.unsqueeze(-3)).sum(-2)
+        return (x.unsqueeze(-2) * w.mT.unsqueeze(-3)).sum(-1).to(dtype)
+    return (x.unsqueeze(-1) * w.unsqueeze(-3)).sum(-2).to(dtype)
 
 
 def computed(x: Tensor) -> Tensor:
