@@ -171,6 +171,24 @@ def test_large_logits_are_a_choice_and_not_an_overflow():
     torch.testing.assert_close(logits[:1], model.extend(params, ids(6), model.cache(9))[0][:1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("instructions", [1, 2], ids=["AVX2", "AVX-512"])
+def test_a_gate_that_is_closed_lets_nothing_through(calls, instructions):
+    """silu(-1e36) is 0, and what is 0 times 1e3 should not be 1."""
+    if torch.ops.funcattn.instructions(instructions) != instructions:
+        pytest.skip("the processor has no such instructions")
+    try:
+        model = fa.decoder(CONFIG)
+        plain = model.init(fa.key(0))
+        plain = plain._replace(embedding=plain.embedding.abs() + 1)  # so that no sum changes its sign
+        closed = [layer._replace(gate=torch.full_like(layer.gate, -1e35), up=1e3 * layer.up) for layer in plain.layers]
+        params = fa.quantize(fa.int8)(plain._replace(layers=tuple(closed)))
+        wanted = fa.compile(model, backend="eager").extend(params, ids(2), model.cache(4))[0]
+        torch.testing.assert_close(wanted, model.extend(params, ids(2), model.cache(4))[0], rtol=1e-4, atol=1e-4)
+        assert calls
+    finally:
+        torch.ops.funcattn.instructions(-1)
+
+
 @pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
 def test_what_it_does_not_know_runs_as_compiled_code(calls, changes):
     config = dataclasses.replace(CONFIG, **changes)
@@ -238,6 +256,7 @@ def arguments(**changes):
 
 BAD = {
     "x of another dtype": ({"x": lambda x: x.double()}, "x should be"),
+    "no tokens": (dict.fromkeys(("x", "cos", "sin"), lambda x: x[:0]), "x should be"),
     "x by columns": ({"x": lambda x: x.mT.contiguous().mT}, "x should be"),
     "a norm too few": ({"norms": lambda x: x[:-1]}, "two norms for each layer"),
     "a short norm": ({"norms": lambda x: [x[0][:5], *x[1:]]}, "norms should be"),

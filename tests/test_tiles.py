@@ -236,6 +236,8 @@ def test_bad_input_is_an_error(wrong, message):
 
 def test_nothing_times_nothing():
     assert products([tile(fa.int4.encode(matrix(1, 24, 64)))], matrix(2, 0, 64)).shape == (0, 24)
+    no_columns = torch.zeros(2, 0, 320, dtype=torch.uint8)
+    assert torch.ops.funcattn.products([no_columns], [], [32], torch.ones(3, 0)).equal(torch.zeros(3, 32))
 
 
 @pytest.mark.parametrize("group", [32, 64, None])

@@ -14,7 +14,7 @@ static void norm(const float* x, const float* weight, int64_t E, float epsilon, 
   }
 }
 
-// exp, off by 2e-7 of itself at most; 0 below -104. Source: the polynomial of Moshier's Cephes, expf.
+// exp, off by 2e-7 of itself at most; 0 below -104, infinite above 89. Source: the polynomial of Moshier's Cephes, expf.
 static inline Real exponential(Real x) {
   const Real by = whole_part(times(x, broadcast(1.44269504f)));
   const Real rest = fma(by, broadcast(2.12194440e-4f), fma(by, broadcast(-0.693359375f), x));

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
                                           Tensor sin, Tensors keys, Tensors values, std::vector<int64_t> lengths, int64_t H, int64_t K,
                                           double scale, double epsilon) {
   const int64_t L = int64_t(norms.size()) / 2, parts = int64_t(keys.size());
-  WANTED(x.dim() == 2 && x.is_contiguous() && is_float(x), "x should be contiguous float32 (T, E)");
+  WANTED(x.dim() == 2 && x.numel() > 0 && x.is_contiguous() && is_float(x), "x should be contiguous float32 (T, E), not empty");
   WANTED(L > 0 && int64_t(norms.size()) == 2 * L && int64_t(rows.size()) == 7 * L, "seven matrices and two norms for each layer");
   WANTED(H > 0 && K > 0 && H % K == 0, "heads of a multiple of 16 features, H a multiple of K");
   const int64_t T = x.size(0), E = x.size(1), N = rows[0], D = N / H, F = rows[4], R = cos.size(-1), G = H / K;

@@ -76,7 +76,7 @@ static inline void round_all(const float* v, int32_t* to) {
 static inline Real plus(Real a, Real b) { return _mm512_add_ps(a, b); }
 static inline Real over(Real a, Real b) { return _mm512_div_ps(a, b); }
 static inline float sum_of(Real a) { return _mm512_reduce_add_ps(a); }
-static inline Real bounded(Real a) { return _mm512_min_ps(broadcast(88.0f), _mm512_max_ps(broadcast(-105.0f), a)); }  // NaN stays
+static inline Real bounded(Real a) { return _mm512_min_ps(broadcast(105.0f), _mm512_max_ps(broadcast(-105.0f), a)); }  // NaN stays
 static inline Real whole_part(Real a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Real times_power(Real a, Real n) { return _mm512_scalef_ps(a, n); }
 #include "products.h"
@@ -152,12 +152,12 @@ static inline float sum_of(Real r) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
-static inline __m256 within(__m256 a) { return _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-105.0f), a)); }
+static inline __m256 within(__m256 a) { return _mm256_min_ps(_mm256_set1_ps(105.0f), _mm256_max_ps(_mm256_set1_ps(-105.0f), a)); }
 static inline Real bounded(Real a) { return {within(a.a), within(a.b)}; }  // NaN stays
 static inline __m256 rounded(__m256 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Real whole_part(Real a) { return {rounded(a.a), rounded(a.b)}; }
 static inline __m256 power(__m256 n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_add_ps(n, _mm256_set1_ps(127.0f))), 23)); }
-// 2^n by halves: n is from -152 to 127, and a number has exponents from -126.
+// 2^n by halves: n is from -152 to 152, and a number has exponents from -126 to 127.
 static inline __m256 scaled(__m256 a, __m256 n) {
   const __m256 half = rounded(_mm256_mul_ps(n, _mm256_set1_ps(0.5f)));
   return _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_ps(n, half)));
@@ -273,7 +273,7 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
         avx2::rows_of[w.kind](w.blocks, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
     }
   };
-  const int64_t share = 1 + 65536 * tiles[count] / (bytes * T);  // of tiles that is worth waking a thread for
+  const int64_t share = 1 + 65536 * tiles[count] / (1 + bytes * T);  // of tiles that is worth waking a thread for
   torch::stable::parallel_for(0, tiles[count], share, run);
 }
 
