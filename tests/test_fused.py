@@ -143,6 +143,17 @@ def test_a_past_may_lie_in_memory_as_it_likes(calls):
     assert len(calls) == 4
 
 
+def test_a_past_whose_features_lie_apart_runs_as_compiled_code(calls):
+    params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
+    past = model.apply(params, ids(9, 1), model.cache(12))[1]
+    apart = lambda rows: rows.mT.contiguous().mT
+    fast, wanted = fa.compile(model, backend="eager"), model.extend(params, ids(3), past)[0]
+    for changes in ({"k": apart(past.k)}, {"v": apart(past.v)}):
+        got = fast.extend(params, ids(3), past._replace(**changes))[0]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
 def test_a_past_of_another_dtype_is_the_error_of_the_model(calls):
     params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
     for m in (model, fa.compile(model, backend="eager")):
@@ -211,6 +222,22 @@ def test_so_do_other_dtypes_and_matrices(calls):
     assert "norms with weights of float32" in fast.explain(wide)
     for tree, dtype in ((plain, torch.float32), (some, torch.float32), (wide, torch.float64)):
         past = model.apply(tree, ids(5, 1), model.cache(12, dtype=dtype))[1]
+        torch.testing.assert_close(fast.extend(tree, ids(2), past)[0], model.extend(tree, ids(2), past)[0], rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
+def test_so_do_weights_of_which_the_configuration_says_nothing(calls):
+    params, model = quantized(CONFIG, fa.int8), fa.decoder(CONFIG)
+    first, *others = params.layers
+    narrow = fa.quantize(fa.int8)(fa.decoder(dataclasses.replace(CONFIG, feed_forward=32)).init(fa.key(1))).layers[0]
+    fast, past = fa.compile(model, backend="eager"), model.apply(params, ids(5, 1), model.cache(12))[1]
+    for changed, why in (
+        (first._replace(attention_after_norm=torch.full((64,), 2.0)), "layers.0.attention_after_norm"),
+        (first._replace(feed_forward_after_norm=torch.full((64,), 2.0)), "layers.0.feed_forward_after_norm"),
+        (first._replace(gate=narrow.gate, up=narrow.up, down=narrow.down), "the same sizes"),
+    ):
+        tree = params._replace(layers=(changed, *others))
+        assert why in fast.explain(tree)
         torch.testing.assert_close(fast.extend(tree, ids(2), past)[0], model.extend(tree, ids(2), past)[0], rtol=1e-4, atol=1e-4)
     assert not calls
 

@@ -19,6 +19,7 @@ from ..records import is_absent
 from ..transformer import Config, Layer
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the operator
+MORE = *(f"{name}_bias" for name in MATRICES), "attention_after_norm", "feed_forward_after_norm"  # what it does not add
 LANES = 16  # of which the size of a head is a multiple
 
 
@@ -58,8 +59,11 @@ def obstacle(config: Config, stack: Sequence[Layer]) -> str:
         for name in MATRICES:
             if not isinstance(getattr(layer, name), Tiles):
                 return missing() or f"it multiplies matrices of 8 or 4 bits, and layers.{i}.{name} is {_told(getattr(layer, name))}"
-            if f"{name}_bias" in Layer._fields and not is_absent(getattr(layer, f"{name}_bias")):
-                return f"it adds no biases, and there is layers.{i}.{name}_bias"
+            if getattr(layer, name).rows != getattr(stack[0], name).rows:
+                return f"it knows layers of the same sizes, and layers.{i}.{name} has other rows than that of the first"
+        for name in MORE:
+            if not is_absent(getattr(layer, name)):
+                return f"it adds no biases and has two norms a layer, and there is layers.{i}.{name}"
         norms = layer.attention_norm, layer.feed_forward_norm
         if any(not isinstance(norm, Tensor) or norm.dtype != torch.float32 or norm.device.type != "cpu" for norm in norms):
             return f"it knows norms with weights of float32, and those of layers.{i} are others"
@@ -78,10 +82,11 @@ def weights(stack: Sequence[Layer]) -> Weights:
 
 
 def serves(x: Tensor, parts: Sequence[Cache]) -> bool:
-    """True for a residual and a past in float32 on the CPU, no device of a mesh having a part of either."""
+    """True for a residual and a past in float32 on the CPU, features side by side, no device of a mesh having a part of either."""
     if x.dtype != torch.float32 or collectives.axis_size(transformer.TENSOR) > 1:
         return False
-    return all(part.v.dtype == torch.float32 and part.k.device.type == "cpu" for part in parts)
+    together = lambda rows: rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.stride(-1) == 1
+    return all(together(part.k) and together(part.v) for part in parts)
 
 
 def run(
