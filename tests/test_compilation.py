@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 from torch.func import grad, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import funcattn as fa
 from funcattn import caches
@@ -291,6 +292,24 @@ def test_a_kernel_that_is_forced_is_not_passed_over(made, monkeypatch):
     assert not called
     fast.hidden(params, tokens(1), past)
     assert called
+
+
+def test_modes_that_listen_hear_every_operation(made):
+    model, fast, params = made("llama")
+    past = pasts(model, params)[0]
+    counts = []
+    for each in (model, fast):
+        with FlopCounterMode(display=False) as counter:
+            each.extend(params, tokens(2), past)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_sizes_without_numbers_are_those_of_the_model(made):
+    model, fast, params = made("llama")
+    nowhere = fa.to("meta")
+    logits = fast.extend(nowhere(params), tokens(2).to("meta"), nowhere(pasts(model, params)[0]))[0]
+    assert logits.shape == (2, 40)
 
 
 def test_a_prefix_that_is_differentiated_runs_as_the_model(made):

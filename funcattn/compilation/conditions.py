@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from .. import collectives, taps, transformer, tree
 from .._autodiff import transforming
@@ -18,6 +19,8 @@ def is_undisturbed() -> bool:
     """Nobody maps, traces or listens, and no kernel or other precision was asked for."""
     if transforming() or torch.compiler.is_compiling() or taps.heard() or choice.current() is not None:
         return False
+    if _len_torch_dispatch_stack():  # a mode that counts operations or has its own, and takes no compiled code
+        return False
     if collectives.simulated() or collectives.axis_size(transformer.DATA) > 1:
         return False
     return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
@@ -29,8 +32,8 @@ def is_plain(*trees: Any) -> bool:
 
 
 def is_step(tokens: Any, cache: Any) -> bool:
-    """A few tokens behind a dense past."""
-    return isinstance(tokens, Tensor) and tokens.dim() == 1 and 0 < len(tokens) <= FEW and is_dense(cache)
+    """A few tokens behind a dense past, which are somewhere."""
+    return isinstance(tokens, Tensor) and tokens.dim() == 1 and 0 < len(tokens) <= FEW and not tokens.is_meta and is_dense(cache)
 
 
 def is_dense(cache: Any) -> bool:
