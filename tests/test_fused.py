@@ -287,6 +287,7 @@ BAD = {
     "x by columns": ({"x": lambda x: x.mT.contiguous().mT}, "x should be"),
     "a norm too few": ({"norms": lambda x: x[:-1]}, "two norms for each layer"),
     "a short norm": ({"norms": lambda x: [x[0][:5], *x[1:]]}, "norms should be"),
+    "a norm of more axes": ({"norms": lambda x: [x[0][None], *x[1:]]}, "norms should be"),
     "another number of heads": ({"heads": lambda x: 3}, "heads of a multiple"),
     "no heads": ({"heads": lambda x: 0}, "heads of a multiple"),
     "other rows": ({"rows": lambda x: [*x[:-1], 40]}, "layers of the same sizes"),

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
     WANTED(n[0] == N && n[1] == K * D && n[2] == K * D && n[3] == E && n[4] == F && n[5] == F && n[6] == E, "layers of the same sizes");
     columns.insert(columns.end(), {E, E, E, N, E, E, F});
   }
-  for (const Tensor& w : norms) WANTED(w.numel() == E && w.is_contiguous() && is_float(w), "norms should be contiguous float32 (E,)");
+  for (const Tensor& w : norms) WANTED(w.dim() == 1 && w.size(0) == E && w.is_contiguous() && is_float(w), "norms should be contiguous float32 (E,)");
   for (const Tensor& w : {cos, sin})
     WANTED(w.dim() == 2 && w.size(0) == T && w.size(1) == R && R % 2 == 0 && R <= D && w.is_contiguous() && is_float(w),
            "cos and sin should be contiguous float32 (T, R)");
