@@ -33,6 +33,9 @@ class Watch:
         tree: what to remember. One that holds anything but tensors, tuples and records is never recognized.
         gone: called when one of its tensors goes: then do not ask again, for another object may have its number.
 
+    What torch does not count as a write is not seen: one through `.data` or by assigning it, through numpy, or into an inference
+    tensor. Give such a tensor a new object (`w.clone()`).
+
     Law: `leaves` gives those of an equal arrangement of the same unwritten tensors, and None of any other (test_watching.py).
     """
 
