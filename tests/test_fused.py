@@ -162,6 +162,13 @@ def test_a_past_of_another_dtype_is_the_error_of_the_model(calls):
     assert not calls
 
 
+def test_an_empty_past_of_another_dtype_is_no_past(calls):
+    params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
+    run = lambda m: m.extend(params, ids(2), model.cache(9, dtype=torch.bfloat16))[0]
+    torch.testing.assert_close(run(fa.compile(model, backend="eager")), run(model), rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
 def test_no_token_sees_those_behind_it():
     params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
     table = params.embedding if isinstance(params.embedding, torch.Tensor) else fa.dequantize(params).embedding

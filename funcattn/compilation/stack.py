@@ -68,7 +68,8 @@ class Stack:
         x = transformer.begin(config, params, tokens, places)
         parts = dense_parts(cache)
         for part in parts:
-            check_remembered(part.k, x.dtype)
+            if int(part.length):
+                check_remembered(part.k, x.dtype)
         if forms.fused is not None and fused.serves(x, parts):
             x, k, v = fused.run(config, forms.fused, params.layers, x, places, parts)
             return transformer.finish(config, params, x), Delta(k.unbind(0), v.unbind(0))
