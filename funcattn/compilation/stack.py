@@ -18,7 +18,6 @@ from . import fused
 from .compiled import dense_parts, rows, several
 from .conditions import is_plain, is_step
 
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 DEEPEST = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 
 _number = itertools.count()  # of the compiled functions of this process
@@ -175,7 +174,7 @@ def _prepared(config: Config, params: Params, T: int, watch: Watch) -> _Prepared
 
 
 def _forms(layer: Layer, T: int) -> dict[str, Any]:
-    forms = {name: layers.prepare(getattr(layer, name), T) for name in MATRICES}
+    forms = {name: layers.prepare(getattr(layer, name), T) for name in fused.MATRICES}
     return {name: form for name, form in forms.items() if form is not getattr(layer, name)}
 
 
