@@ -138,6 +138,15 @@ def test_futures_under_vmap_are_those_of_the_loop(made):
     assert torch.equal(vmap(go_on)(keys), torch.stack([go_on(key) for key in keys]))
 
 
+def test_a_past_that_overflows_under_a_transform_is_told(made):
+    model, fast, params = made("llama")
+    _, past = model.apply(params, tokens(3, 1), model.cache(4, dtype=torch.float64))
+    one = lambda m: lambda t, n: m.apply(params, t, past._replace(length=n))[0]
+    run = lambda m: vmap(one(m))(tokens(4, 2).reshape(2, 2), torch.tensor([3, 1]))
+    assert run(fast)[0].isnan().all()
+    torch.testing.assert_close(run(fast), run(model), equal_nan=True)
+
+
 def test_derivatives_are_those_of_the_model(made):
     model, fast, params = made("llama")
     _, past = model.apply(params, tokens(9, 7), model.cache(20, dtype=torch.float64))

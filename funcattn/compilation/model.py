@@ -33,7 +33,7 @@ from ..caches import Branch, Cache, Delta
 from ..masks import Mask
 from ..records import ABSENT, Model
 from ..transformer import Params
-from .conditions import is_dense, is_plain, is_step
+from .conditions import is_dense, is_plain
 from .stack import Stack
 
 SEVERAL = layers.SEVERAL  # vectors at once, at most, whose products are written out
@@ -101,13 +101,17 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         params: Params, tokens: Tensor, cache: Any, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
         x, delta = hidden(params, tokens, cache, mask=mask, positions=positions)
-        return logits(params, x) if len(x) > 1 else logits(params, x[0])[None], delta
+        return predict(params, x), delta
+
+    def predict(params: Params, x: Tensor) -> Tensor:
+        return logits(params, x) if len(x) > 1 else logits(params, x[0])[None]
 
     def apply(params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        if not is_step(tokens, cache):
+        forms = stack.forms(params, tokens, cache)
+        if forms is None:  # the model marks logits behind a past that overflowed under a transform
             return model.apply(params, tokens, cache)
-        proposed, delta = extend(params, tokens, cache)
-        return proposed, caches.commit(cache, delta)
+        x, delta = stack.hidden(params, tokens, cache, forms)
+        return predict(params, x), caches.commit(cache, delta)
 
     def step(params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         _check_step(cache)

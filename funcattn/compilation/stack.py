@@ -36,9 +36,7 @@ class Stack:
 
         Remembered as long as it meets the same tensors, unwritten; and not longer than they live.
         """
-        few = self.config.kv_heads < collectives.axis_size(
-            transformer.TENSOR
-        )  # of heads that all hold, each device selects its own
+        few = self.config.kv_heads < collectives.axis_size(transformer.TENSOR)  # then each device selects of heads that all hold
         if few or not is_step(tokens, cache) or not is_plain(cache):
             return None
         T, held = len(tokens), self.held
