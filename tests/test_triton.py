@@ -164,6 +164,15 @@ def test_attend_is_that_of_blocks(mask, leads):
     close(found, blocks.attend(q.double(), k.double(), v.double(), m, None, 0.3), S)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0, -0.0, 1e-40])
+def test_the_scale_may_have_any_sign(scale):
+    """The kernel takes the greatest product of a row before the scale; some queries see nothing."""
+    (T, S), m = (20, 37), list(MASKS["causal"](20, 37))
+    q, k, v = normal(1, 1, T, 5).expand(2, T, 5), normal(2, 1, S, 5), normal(3, 2, S, 5)
+    found = launching.attend(*there([q, k, v]), there(m), scale)
+    close(found, blocks.attend(q.double(), k.double(), v.double(), m, None, scale), S)
+
+
 def sweeps(at: int) -> dict[str, tuple[Output, ...]]:
     """By the number of factors, on both sides; places: q, k, lse, mask, from `at` v, g, a (T, 1), tangents of q, k, v."""
     v, g, level, dq, dk, dv = range(at, at + 6)

@@ -25,11 +25,14 @@ from .language import INTERPRETED
 from .programs import Operand, Program
 
 LOG2E = math.log2(math.e)
+LEAST = 2.0**-100  # stands for a scale of zero, by which the greatest logit could not be multiplied where a row sees nothing
 ORDERS = 2  # factors under one P, those of value, gradient, jvp and hvp; beyond, blocks of torch operations serve
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1) in float32, without the lead of v alone."""
+    if scale < 0:
+        q, scale = -q, -scale
     (T, D), (S, Dv) = q.shape[-2:], v.shape[-2:]
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in mask])
     lead = torch.broadcast_shapes(level, v.shape[:-2])
@@ -43,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float
             *(q, k, v, q if start is None else start, q if stop is None else stop, out, lse),
             over.sizes,
             *over.strides,
-            *(*q.stride()[-2:], *k.stride()[-2:], *v.stride()[-2:], T, S, scale * LOG2E),
+            *(*q.stride()[-2:], *k.stride()[-2:], *v.stride()[-2:], T, S, max(scale * LOG2E, LEAST)),
             D=D,
             Dv=Dv,
             WIDTH=width(D),

@@ -47,7 +47,7 @@ def attend(
     KEYS: tl.constexpr,
 ):
     """out (T, Dv) and lse (T,) of each head. The arguments that end in _at are tuples of strides over leading axes of `sizes`;
-    scale is that of the logits in powers of two; start and stop are int32 (T, INTERVALS), of canonical intervals."""
+    scale > 0 is that of the logits in powers of two; start and stop are int32 (T, INTERVALS), of canonical intervals."""
     lines = tl.cdiv(T, ROWS)
     head = tl.program_id(0) // lines
     first = (lines - 1 - tl.program_id(0) % lines) * ROWS  # under a causal mask the last queries take longest: they go first
@@ -93,13 +93,13 @@ def see(
 ):  # fmt: skip
     """Take one block of keys in: the greatest logit so far, the mass and the mixed values, rescaled to it."""
     y = block(k, at, S, k_row, k_column, D, WIDTH, KEYS, EDGE)
-    s = product(x, tl.trans(y), PRECISION) * scale
+    s = product(x, tl.trans(y), PRECISION)
     if EDGE:
         keys = (at + tl.arange(0, KEYS))[None, :]
         s = tl.where((starts[:, None] <= keys) & (keys < tl.minimum(stops, S)[:, None]), s, float("-inf"))
-    higher = tl.maximum(top, tl.max(s, 1))
+    higher = tl.maximum(top, tl.max(s, 1) * scale)  # once a row, as scale > 0; that of a pair is one operation with the difference
     base = tl.where(higher == float("-inf"), 0.0, higher) if EDGE else higher
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s * scale - base[:, None])
     fade = tl.exp2(top - base)
     z = block(v, at, S, v_row, v_column, Dv, WIDTH_V, KEYS, EDGE)
     total = add_product(total * fade[:, None], p.to(z.dtype), z, PRECISION)
