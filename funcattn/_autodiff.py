@@ -50,6 +50,34 @@ def differentiated(x: Tensor) -> bool:
     return False
 
 
+def tangent(x: Tensor) -> Tensor | None:
+    """The tangent of x at the innermost level of differentiation, where that is one of forward mode; else None.
+
+    It and the primal are differentiable at every level outside. A batch of vmap in between hides it.
+    """
+    level = _functorch.peek_interpreter_stack()
+    if level is None and forward_ad._current_level < 0:
+        return None
+    if (level is not None and level.key() != _functorch.TransformType.Jvp) or not torch._C._is_fwd_grad_enabled():
+        return None
+    return torch._VF._unpack_dual(x, level=0)[1]
+
+
+def primal(x: Tensor) -> Tensor:
+    """x without its tangent at that level."""
+    return torch._VF._unpack_dual(x, level=0)[0]
+
+
+def dual(x: Tensor, tangent: Tensor) -> Tensor:
+    """x with a tangent at that level."""
+    return torch._VF._make_dual(x, tangent, level=0)
+
+
+def add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """The sum of two derivatives, either of which may be absent, which is zero."""
+    return y if x is None else x if y is None else x + y
+
+
 def sum_to(x: Tensor, like: Tensor) -> Tensor:
     """Undo a broadcast: sum the axes that `like` lacks or has at size one."""
     return x if x.shape == like.shape else x.sum_to_size(like.shape)

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 import funcattn as fa
 from funcattn import masks
-from funcattn.kernels import blocks
+from funcattn.kernels import blocks, primitives
 
 EXACT = 1e-11  # float64: sums of some hundred products, at up to three orders of derivative
 
@@ -22,6 +23,16 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "ELEMENTS", 64)
     monkeypatch.setattr(blocks, "KEYS", 4)
     monkeypatch.setattr(blocks, "ROWS", 4)
+
+
+@pytest.fixture(params=["two passes", "one pass"])
+def passes(request, monkeypatch):
+    """A jvp by a sweep after the value, and with the value, as where one kernel makes both; its number so far is passes()."""
+    count, push = [], primitives.push
+    if request.param == "one pass":
+        monkeypatch.setattr(primitives, "pushes", lambda plan, tensors: not plan.biased)
+        monkeypatch.setattr(primitives, "push", lambda *x: (count.append(1), push(*x))[1])
+    return lambda: len(count)
 
 
 def normal(number: int, *shape: int) -> torch.Tensor:
@@ -81,7 +92,7 @@ def loss(attention):
 
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize(("H", "K", "lead", "Dv"), [(4, 2, (2,), 5), (4, 1, (2,), D), (4, 4, (2,), D)])
-def test_value_gradient_jvp_and_hvp_are_those_of_the_reference(kind, H, K, lead, Dv):
+def test_value_gradient_jvp_and_hvp_are_those_of_the_reference(kind, H, K, lead, Dv, passes):
     primal = inputs(H, K, lead, Dv)
     tangent = tuple(x.cos() for x in primal)
     both(kind, lambda f: f(*primal))
@@ -126,10 +137,69 @@ def several(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["plain", "window with an empty row", "a mask for each example", "bias for all heads", "dropout"])
 @pytest.mark.parametrize("nesting", NESTINGS)
-def test_every_nesting_is_exact(kind, nesting):
+def test_every_nesting_is_exact(kind, nesting, passes):
     primal = inputs()
     tangent = tuple(x.cos() for x in primal)
     both(kind, lambda f: NESTINGS[nesting](f, primal, tangent))
+
+
+MOVES = {  # of a function of q, k and v under both kernels: what is moved, and by how many passes of value and tangent together
+    "all": (1, lambda f, q, k, v: jvp(f, (q, k, v), (q.sin(), k.sin(), v.sin()))),
+    "queries": (1, lambda f, q, k, v: jvp(lambda q: f(q, k, v), (q,), (q.sin(),))),
+    "keys": (1, lambda f, q, k, v: jvp(lambda k: f(q, k, v), (k,), (k.sin(),))),
+    "values": (1, lambda f, q, k, v: jvp(lambda v: f(q, k, v), (v,), (v.sin(),))),
+    "gradient in the queries of a jvp in the values": (
+        1,
+        lambda f, q, k, v: grad(lambda q: jvp(lambda v: f(q, k, v), (v,), (v.sin(),))[1].sin().sum())(q),
+    ),
+    "jvp in the queries of a jvp in the values": (
+        1,
+        lambda f, q, k, v: jvp(lambda q: jvp(lambda v: f(q, k, v), (v,), (v.sin(),)), (q,), (q.sin(),)),
+    ),
+    "a batch inside": (1, lambda f, q, k, v: jvp(vmap(f), (q, k, v), (q.sin(), k.sin(), v.sin()))),
+    "a batch outside": (1, vmap(lambda f, *x: jvp(f, x, tuple(y.sin() for y in x)), (None, 0, 0, 0))),
+    "many tangents of one value": (0, lambda f, q, k, v: vmap(lambda t: jvp(f, (q, k, v), (t, k, v)))(several(q))),
+    "nothing": (0, lambda f, q, k, v: jvp(lambda x: (f(q, k, v), x), (q,), (q,))),
+    "a gradient": (0, lambda f, q, k, v: jvp(grad(lambda q: f(q, k, v).sin().sum()), (q,), (q.sin(),))),
+}
+
+
+@pytest.mark.parametrize("passes", ["one pass"], indirect=True)
+@pytest.mark.parametrize("moved", MOVES)
+def test_value_and_tangent_may_come_from_one_pass(moved, passes):
+    wanted, program = MOVES[moved]
+    both("causal", lambda f: program(f, *inputs()))
+    assert passes() == wanted
+
+
+@pytest.mark.parametrize("passes", ["one pass"], indirect=True)
+def test_forward_mode_of_autograd_gives_value_and_tangent_in_one_pass(passes):
+    q, k, v = inputs()
+    f = lambda kernel: lambda q: fa.attention(q, k, v, kernel=kernel)
+    t = q.sin().requires_grad_()
+    with forward_ad.dual_level():
+        value, tangent = forward_ad.unpack_dual(f("flash")(forward_ad.make_dual(q, t)))
+        with forward_ad._set_fwd_grad_enabled(False):
+            assert forward_ad.unpack_dual(f("flash")(forward_ad.make_dual(q, t))).tangent is None
+    close((value, tangent), jvp(f("reference"), (q,), (t,)))
+    close(
+        torch.autograd.grad(tangent.sin().sum(), t),
+        vjp(lambda t: jvp(f("reference"), (q,), (t,))[1].sin().sum(), t)[1](torch.ones(())),
+    )
+    assert passes() == 1
+
+
+@pytest.mark.parametrize("passes", ["one pass"], indirect=True)
+def test_a_gradient_that_autograd_records_has_a_tangent_in_forward_mode(passes):
+    """Forward over reverse in one level of autograd: the gradient must not be that of a primal without its tangent."""
+    q, k, v = inputs()
+    f = lambda kernel: lambda q: fa.attention(q, k, v, kernel=kernel).sin().sum()
+    x = q.clone().requires_grad_()
+    with forward_ad.dual_level():
+        y = forward_ad.make_dual(x, q.sin())
+        found = forward_ad.unpack_dual(torch.autograd.grad(f("flash")(y), y, create_graph=True)[0]).tangent
+    close(found, jvp(grad(f("reference")), (q,), (q.sin(),))[1])
+    assert passes() == 0
 
 
 @pytest.mark.parametrize("kind", ["bias", "bias for all heads", "bias along keys", "mask and bias"])
@@ -152,7 +222,7 @@ def test_derivatives_in_the_scale_are_exact():
     both("plain", lambda f: grad(lambda q: grad(lambda s: f(q, *primal[1:], scale=s).sin().sum())(scale))(primal[0]))
 
 
-def test_the_log_sum_exp_is_differentiable_at_every_order():
+def test_the_log_sum_exp_is_differentiable_at_every_order(passes):
     primal = inputs()
     m = OPTIONS["window with an empty row"]["mask"]
 
@@ -167,7 +237,7 @@ def test_the_log_sum_exp_is_differentiable_at_every_order():
         close(found, wanted)
 
 
-def test_leading_axes_broadcast_in_any_pattern():
+def test_leading_axes_broadcast_in_any_pattern(passes):
     q, k, v = normal(1, 3, 1, 4, T, D), normal(2, 2, 2, S, D), normal(3, 1, 1, 2, S, D)
     both("plain", lambda f: (f(q, k, v), grad(loss(f), (0, 1, 2))(q, k, v), jvp(grad(loss(f), (0, 1, 2)), (q, k, v), (q, k, v))[1]))
 
@@ -175,7 +245,7 @@ def test_leading_axes_broadcast_in_any_pattern():
 @pytest.mark.parametrize(
     "nesting", ["grad of jvp", "grad of grad", "jvp of jvp", "grad of jvp of grad", "vjp of a jvp with a cotangent"]
 )
-def test_an_axis_of_the_values_alone_is_counted_once(nesting):
+def test_an_axis_of_the_values_alone_is_counted_once(nesting, passes):
     """Sums over an axis that P lacks: a term without it must not be counted once for each."""
     primal = normal(1, 2, T, D), normal(2, 2, S, D), normal(3, 3, 2, S, D)
     tangent = tuple(x.cos() for x in primal)
@@ -185,7 +255,7 @@ def test_an_axis_of_the_values_alone_is_counted_once(nesting):
 
 
 @pytest.mark.parametrize("mapped", [(0, None, None), (None, 0, None), (None, None, 0)])
-def test_both_outputs_of_attend_have_right_derivatives_where_one_input_is_mapped(mapped):
+def test_both_outputs_of_attend_have_right_derivatives_where_one_input_is_mapped(mapped, passes):
     primal = normal(1, 2, T, D), normal(2, 2, S, D), normal(3, 2, S, D)
     tangent = tuple(x.cos() for x in primal)
     batch = tuple(several(x) if d == 0 else x for x, d in zip(primal, mapped, strict=True))
@@ -244,7 +314,7 @@ def test_narrow_dtypes_keep_statistics_in_float32(dtype):
     assert first.dtype == dtype
 
 
-def test_plain_autograd_sees_the_same_gradients_of_both_orders():
+def test_plain_autograd_sees_the_same_gradients_of_both_orders(passes):
     primal = [x.requires_grad_() for x in inputs()]
     f = lambda *x: fa.attention(*x, OPTIONS["causal"]["mask"], kernel="flash")
     assert torch.autograd.gradcheck(f, primal, check_forward_ad=True)

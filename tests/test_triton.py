@@ -13,7 +13,7 @@ from torch.func import grad, hessian, jvp
 
 import funcattn as fa
 from funcattn import masks
-from funcattn.kernels import blocks
+from funcattn.kernels import blocks, primitives
 from funcattn.kernels.algebra import ONES, K, Output, Pair, Q, Sweep, Term
 from funcattn.masks import Mask
 from funcattn.records import Attended
@@ -33,6 +33,8 @@ ROUNDING = torch.finfo(torch.float32).eps
 def small_blocks(monkeypatch):
     """The smallest blocks a matrix product takes, 16 x 16, so that small inputs cross several."""
     monkeypatch.setattr(tuning, "of_attend", lambda q, v: (tuning.SMALLEST,))
+    of_push = tuning.of_push
+    monkeypatch.setattr(tuning, "of_push", lambda q, v: of_push(q, v) and (tuning.SMALLEST,))
     monkeypatch.setattr(tuning, "of_sweep", lambda program: (tuning.SMALLEST,))
 
 
@@ -171,6 +173,43 @@ def test_the_scale_may_have_any_sign(scale):
     q, k, v = normal(1, 1, T, 5).expand(2, T, 5), normal(2, 1, S, 5), normal(3, 2, S, 5)
     found = launching.attend(*there([q, k, v]), there(m), scale)
     close(found, blocks.attend(q.double(), k.double(), v.double(), m, None, scale), S)
+
+
+@pytest.mark.parametrize("moved", range(1, 8))
+@pytest.mark.parametrize("mask", ["none", "two intervals"])
+def test_a_push_is_the_value_and_the_jvp_of_blocks(mask, moved):
+    """Tangents of any of q, k and v, also where they alone have an axis, and a negative scale."""
+    (T, S), m = (20, 37), list(MASKS[mask](20, 37))
+    q, k, v = normal(1, 2, T, 5), normal(2, 1, S, 5), normal(3, 1, S, 17)
+    dq, dk, dv = normal(4, 3, 2, T, 5), normal(5, 1, S, 5), normal(6, 2, S, 17)
+    tangents = [x if moved >> n & 1 else None for n, x in enumerate((dq, dk, dv))]
+    found = launching.push(*there([q, k, v]), [None if x is None else x.to(DEVICE) for x in tangents], there(m), -0.3)
+    wide = lambda x: x.double() if x.is_floating_point() else x
+    there_are = [wide(x) for x in tangents if x is not None]
+    plan = primitives.Plan(-0.3, len(m))
+    close(found, primitives.push(plan, [x is not None for x in tangents], [*map(wide, (q, k, v)), *m, *there_are]), 8 * S)
+
+
+def launched(monkeypatch, program) -> list[str]:
+    """The names of the kernels that a program starts, in order."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    names, kind = [], JITFunction if GPU else InterpretedFunction
+    run = kind.run
+    monkeypatch.setattr(kind, "run", lambda self, *x, **y: (names.append(self.fn.__name__), run(self, *x, **y))[1])
+    program()
+    return names
+
+
+def test_a_jvp_is_one_launch(monkeypatch):
+    q, k, v = (x.to(DEVICE) for x in (normal(1, 2, 20, 5), normal(2, 1, 37, 5), normal(3, 1, 37, 17)))
+    f = lambda q, k, v: fa.attention(q, k, v, kernel="triton")
+    assert launched(monkeypatch, lambda: jvp(f, (q, k, v), (q, k, v))) == ["push"]
+    assert launched(monkeypatch, lambda: jvp(lambda k: f(q, k, v), (k,), (k,))) == ["push"]
+    assert launched(monkeypatch, lambda: f(q, k, v)) == ["attend"]
+    wide = tuple(torch.cat([x] * 14, -1).bfloat16() for x in (q, k, v))
+    assert launched(monkeypatch, lambda: jvp(f, wide, wide)) == ["attend", "sweep"]
 
 
 def sweeps(at: int) -> dict[str, tuple[Output, ...]]:
@@ -335,8 +374,13 @@ def test_a_compiled_program_holds_one_node_for_the_value_and_one_for_each_pass()
     torch._dynamo.reset()
     found = torch.compile(program, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))(q)
     close([found], [program(q).cpu()], 1)
-    ours = [node for node in nodes if node.startswith("funcattn")]
-    assert ours == ["funcattn.attend.default", *["funcattn.sweep.default"] * 2]  # jvp of the value, jvp of the gradient
+    ours = lambda: [node for node in nodes if node.startswith("funcattn")]
+    assert ours() == ["funcattn.attend.default", *["funcattn.sweep.default"] * 2]  # jvp of the value, jvp of the gradient
+    nodes.clear()
+    pushed = lambda q: jvp(loss, (q,), (q,))
+    found = torch.compile(pushed, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))(q)
+    close(found, [x.cpu() for x in pushed(q)], 1)
+    assert ours() == ["funcattn.push.default"]
 
 
 @pytest.mark.slow

@@ -158,6 +158,21 @@ def jvp(sweep: Sweep, tangents: dict[int, int]) -> Sweep:
     return sweep._replace(outputs=tuple(outputs))
 
 
+def attend_tangent(base: Sweep, v: int, moved: dict[int, int]) -> Sweep:
+    """The sweep for the jvp of attend: sum_j P (dS v + dv), and sum_j P dS, the tangent of the log-sum-exp.
+
+    The tangent of the output is the first less the second times the output. With no tangent of q, k or the bias there is no second.
+
+    Args:
+        base: a sweep without outputs.
+        v: place of the values.
+        moved: for the place of a tensor the place of its tangent.
+    """
+    dS = logit_tangent(base, moved)
+    mixed = ((Term((dS,), v),) if dS else ()) + ((Term((), moved[v]),) if v in moved else ())
+    return base._replace(outputs=(Output("query", mixed), *((Output("query", (Term((dS,)),)),) if dS else ())))
+
+
 def logit_tangent(sweep: Sweep, tangents: dict[int, int]) -> Factor:
     """d(scale q . k + bias - l) as a factor."""
     dS: list[Pair | Dense] = []

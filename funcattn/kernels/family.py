@@ -12,12 +12,25 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._autodiff import align, closed_jvp
+from .._autodiff import add, align, closed_jvp, dual, primal, sum_to, tangent
 from . import algebra, primitives
-from .algebra import ONES, Dense, K, Output, Pair, Q, Sweep, Term
+from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
 from .primitives import Job, Like, Plan, like
 
 V = 2  # place of the values in the tensors of Attend, whose list is q, k, v, mask..., bias
+
+
+def attend(plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """out (*lead, T, Dv), lse (*lead, T, 1) of q, k, v, *mask, *bias; in forward mode with both tangents, from one pass where one
+    kernel makes them with the values."""
+    tangents = [tangent(x) for x in tensors[:3]]
+    moved = tuple(x is not None for x in tangents)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)  # at this level: that gradient wants a tangent too
+    if recorded or not any(moved) or not primitives.pushes(plan, tensors):
+        return Attend.apply(plan, *tensors)
+    primals = [primal(x) for x in tensors[:3]]
+    out, lse, dout, dlse = Pushed.apply(plan, moved, *primals, *tensors[3:], *(x for x in tangents if x is not None))
+    return dual(out, dout), dual(lse, dlse)
 
 
 class Attend(Function):
@@ -37,72 +50,85 @@ class Attend(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None) -> tuple[Any, ...]:
         *tensors, out, lse = ctx.saved_tensors
-        grads: list[Any] = [None] * (1 + len(tensors))
-        if g is None and g_lse is None:
-            return tuple(grads)
-        plan, (q, k, v, *extra) = ctx.plan, tensors
-        if g is not None and g_lse is None and (last := primitives.last_gradient(plan, tensors, lse, g, out)):
-            grads[1:4] = last
-            return tuple(grads)
-        at, base = _base(plan)
-        flat = [q, k, lse, *extra, v]
-        x: list[Pair | Dense] = []
-        if g is not None:
-            x.append(Pair(len(flat), at))
-            flat.append(g)
-        level = g_lse
-        if g is not None:
-            level = -(g * out).sum(-1, keepdim=True).to(lse.dtype)
-            if g_lse is not None:  # where values alone have an axis, the sum over it must count the log-sum-exp once
-                level = level + g_lse * (g_lse.numel() / level.numel())
-        x.append(Pair(len(flat), ONES))
-        flat.append(level)
-        terms = {Q: ("query", Term((tuple(x),), K, plan.scale)), K: ("key", Term((tuple(x),), Q, plan.scale))}
-        if plan.biased:
-            terms[base.bias] = ("pair", Term((tuple(x),)))
-        if g is not None:
-            terms[at] = ("key", Term((), at + 1))
-        wanted = [p for p in terms if ctx.needs_input_grad[1 + (V if p == at else p)]]
-        spec = base._replace(outputs=tuple(Output(terms[p][0], (terms[p][1],)) for p in wanted))
-        fused = plan.fused and wanted == [Q, K, at] and g_lse is None
-        if fused:  # torch's own backward gives these three from (g, out); the derivatives of it are those of the sweep
-            flat.append(out)
-        for p, grad in zip(
-            wanted, run(spec, [like(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None), strict=True
-        ):
-            grads[1 + (V if p == at else p)] = grad
-        return tuple(grads)
+        return (None, *_pull(ctx.plan, tensors, out, lse, g, g_lse, ctx.needs_input_grad[1:]))
 
     @closed_jvp
     def jvp(ctx: Any, saved: list[Tensor], _: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         *tensors, out, lse = saved
-        plan, (q, k, v, *extra) = ctx.plan, tensors
-        at, base = _base(plan)
-        flat = [q, k, lse, *extra, v]
-        moved: dict[int, int] = {}
-        for place, tangent in (
-            (Q, tangents[Q]),
-            (K, tangents[K]),
-            (at, tangents[V]),
-            *([(base.bias, tangents[-1])] if plan.biased else []),
-        ):
-            if tangent is not None:
-                moved[place] = len(flat)
-                flat.append(tangent)
-        dS = algebra.logit_tangent(base, moved)
-        mixed = [Term((dS,), at)] if dS else []
-        if at in moved:
-            mixed.append(Term((), moved[at]))
-        outputs = [Output("query", tuple(mixed))] + ([Output("query", (Term((dS,)),))] if dS else [])
-        pushed = run(base._replace(outputs=tuple(outputs)), [like(out), like(lse)][: len(outputs)], flat, plan.backend)
-        if not dS:
-            return pushed[0], torch.zeros_like(lse)
-        return pushed[0] - (pushed[1] * out).to(out.dtype), pushed[1]
+        return _push(ctx.plan, tensors, out, lse, [*tangents[:3], *(tangents[-1:] if ctx.plan.biased else ())])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        out, lse = Attend.apply(plan, *align(in_dims[1:], tensors))
+        out, lse = attend(plan, *align(in_dims[1:], tensors))  # at the level outside of vmap, which may be one of forward mode
         return (_at_batch(out, info), _at_batch(lse, info)), (0, 0)
+
+
+class Pushed(Function):
+    """(plan, moved, q, k, v, *mask, *tangents of those of q, k, v that are moved) -> out, lse and the tangents of both.
+
+    The value and the jvp of Attend in one pass over P, with the derivatives of the two passes that it stands for.
+    """
+
+    @staticmethod
+    def forward(plan: Plan, moved: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return primitives.push(plan, moved, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.plan, ctx.moved = inputs[:2]
+        ctx.set_materialize_grads(False)
+        out, lse, _, dlse = output
+        ctx.save_for_backward(*inputs[2:], out, lse, dlse)
+        ctx.save_for_forward(*inputs[2:], out, lse, dlse)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_dout: Tensor | None, g_dlse: Tensor | None) -> tuple[Any, ...]:
+        """Through dout = mixed - dlse out and dlse, a sweep of q, k, lse, ..., and then through attend itself."""
+        *tensors, out, lse, dlse = ctx.saved_tensors
+        plan, start = ctx.plan, 3 + ctx.plan.masks
+        primals, tangents = tensors[:start], tensors[start:]
+        spec, flat, moved = primitives.tangent_sweep(plan, primals, lse, _spread(ctx.moved, tangents))
+        given: list[Tensor | None] = [g_dout, g_dlse]
+        if g_dout is not None:
+            given[1] = add(g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), lse))
+            g = add(g, -(dlse * g_dout).to(out.dtype))
+        places = [Q, K, start, *spec.mask, *moved.values()]  # of the tensors, in the flat list
+        wanted = {place for place, needed in zip(places, ctx.needs_input_grad[2:], strict=True) if needed}
+        pulled = _pull_pass(spec, flat, given, wanted | {L}, plan.backend)
+        grads = [pulled.get(place) for place in places]
+        last = _pull(plan, primals, out, lse, g, add(g_lse, pulled.get(L)), ctx.needs_input_grad[2 : 2 + start])
+        return (None, None, *(add(x, y) for x, y in zip(grads, [*last, *[None] * len(tangents)], strict=True)))
+
+    @closed_jvp
+    def jvp(ctx: Any, saved: list[Tensor], _: Any, __: Any, *moves: Tensor | None) -> tuple[Tensor, ...]:
+        *tensors, out, lse, dlse = saved
+        plan, start = ctx.plan, 3 + ctx.plan.masks
+        primals, tangents = tensors[:start], tensors[start:]
+        t_out, t_lse = _push(plan, primals, out, lse, moves[:3])
+        spec, flat, moved = primitives.tangent_sweep(plan, primals, lse, _spread(ctx.moved, tangents))
+        again: dict[int, int] = {}
+        for place, move in zip((Q, K, start, L, *moved.values()), (*moves[:3], t_lse, *moves[start:]), strict=True):
+            if move is not None:
+                again[place] = len(flat)
+                flat.append(move)
+        likes = [like(out), like(lse)][: len(spec.outputs)]
+        mixed, *rest = run(algebra.jvp(spec, again), likes, flat, plan.backend)
+        t_dlse = rest[0] if rest else torch.zeros_like(lse)
+        return t_out, t_lse, mixed - (t_dlse * out + dlse * t_out).to(out.dtype), t_dlse
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], plan: Plan, moved: tuple[bool, ...], *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        aligned, start = align(in_dims[2:], tensors), 3 + plan.masks
+        if any(d is not None for d in in_dims[2 : 2 + start]):
+            outputs = Pushed.apply(plan, moved, *aligned)
+            return tuple(_at_batch(x, info) for x in outputs), (0, 0, 0, 0)
+        primals = aligned[:start]  # of size one: many tangents of one value, which is made once
+        out, lse = Attend.apply(plan, *primals)
+        mapped = [Like((info.batch_size, *x.shape[1:]), x.dtype) for x in (out, lse)]
+        dout, dlse = _push(plan, primals, out, lse, _spread(moved, aligned[start:]), mapped)
+        return (out[0], lse[0], _at_batch(dout, info), _at_batch(dlse, info)), (None, None, 0, 0)
 
 
 class Pass(Function):
@@ -121,27 +147,19 @@ class Pass(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        flat = list(ctx.saved_tensors)
-        grads: list[Any] = [None] * (1 + len(flat))
+        flat = ctx.saved_tensors
         needed = {p for p in range(len(flat)) if ctx.needs_input_grad[1 + p]}
-        given: dict[int, int] = {}
-        for number, g in enumerate(cotangents):
-            if g is not None:
-                given[number] = len(flat)
-                flat.append(g)
-        spec, wanted = algebra.vjp(ctx.job.sweep, given, needed, lambda place: flat[place].shape[:-2])
-        for p, grad in zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat, ctx.job.backend), strict=True):
-            grads[1 + p] = grad
-        return tuple(grads)
+        grads = _pull_pass(ctx.job.sweep, flat, cotangents, needed, ctx.job.backend)
+        return (None, *(grads.get(p) for p in range(len(flat))))
 
     @closed_jvp
     def jvp(ctx: Any, saved: list[Tensor], _: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         flat = list(saved)
         moved: dict[int, int] = {}
-        for place, tangent in enumerate(tangents):
-            if tangent is not None:
+        for place, move in enumerate(tangents):
+            if move is not None:
                 moved[place] = len(flat)
-                flat.append(tangent)
+                flat.append(move)
         return tuple(run(algebra.jvp(ctx.job.sweep, moved), ctx.job.likes, flat, ctx.job.backend))
 
     @staticmethod
@@ -180,10 +198,86 @@ def _prune(spec: Sweep) -> tuple[Sweep, list[int]]:
     return Sweep(outputs, spec.scale, tuple(new[p] for p in spec.mask), new[spec.bias], new[spec.dropout], spec.rate), used
 
 
-def _base(plan: Plan) -> tuple[int, Sweep]:
-    """For Attend's tensors laid out as q, k, lse, mask..., bias, v: the place of v, and a sweep without outputs."""
-    at = 3 + plan.masks + plan.biased
-    return at, Sweep((), plan.scale, tuple(range(3, 3 + plan.masks)), 3 + plan.masks if plan.biased else ONES)
+def _pull(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    g: Tensor | None,
+    g_lse: Tensor | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The vjp of attend: for each of its tensors q, k, v, *mask, *bias the gradient, where it is needed."""
+    grads: list[Tensor | None] = [None] * len(tensors)
+    if g is None and g_lse is None:
+        return grads
+    q, k, v, *extra = tensors
+    if g is not None and g_lse is None and (last := primitives.last_gradient(plan, tensors, lse, g, out)):
+        grads[:3] = last
+        return grads
+    at, base = primitives.base(plan)
+    flat = [q, k, lse, *extra, v]
+    x: list[Pair | Dense] = []
+    if g is not None:
+        x.append(Pair(len(flat), at))
+        flat.append(g)
+    level = g_lse
+    if g is not None:
+        level = -(g * out).sum(-1, keepdim=True).to(lse.dtype)
+        if g_lse is not None:  # where values alone have an axis, the sum over it must count the log-sum-exp once
+            level = level + g_lse * (g_lse.numel() / level.numel())
+    assert level is not None
+    x.append(Pair(len(flat), ONES))
+    flat.append(level)
+    terms = {Q: ("query", Term((tuple(x),), K, plan.scale)), K: ("key", Term((tuple(x),), Q, plan.scale))}
+    if plan.biased:
+        terms[base.bias] = ("pair", Term((tuple(x),)))
+    if g is not None:
+        terms[at] = ("key", Term((), at + 1))
+    wanted = [p for p in terms if needed[V if p == at else p]]
+    spec = base._replace(outputs=tuple(Output(terms[p][0], (terms[p][1],)) for p in wanted))
+    fused = plan.fused and wanted == [Q, K, at] and g_lse is None
+    if fused:  # torch's own backward gives these three from (g, out); the derivatives of it are those of the sweep
+        flat.append(out)
+    found = run(spec, [like(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None)
+    for p, grad in zip(wanted, found, strict=True):
+        grads[V if p == at else p] = grad
+    return grads
+
+
+def _push(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    tangents: Sequence[Tensor | None],
+    likes: Sequence[Like] = (),
+) -> tuple[Tensor, Tensor]:
+    """The jvp of attend, for tangents of q, k, v and the bias; likes are those of out and lse, unless tangents have more axes."""
+    spec, flat, _ = primitives.tangent_sweep(plan, tensors, lse, tangents)
+    mixed, *rest = run(spec, (likes or [like(out), like(lse)])[: len(spec.outputs)], flat, plan.backend)
+    if not rest:
+        return mixed, torch.zeros_like(lse)
+    return mixed - (rest[0] * out).to(out.dtype), rest[0]
+
+
+def _pull_pass(
+    sweep: Sweep, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None], needed: set[int], backend: str
+) -> dict[int, Tensor]:
+    """The vjp of a sweep: gradients by place, of those of the needed tensors that it reaches."""
+    flat, given = list(tensors), dict[int, int]()
+    for number, g in enumerate(cotangents):
+        if g is not None and number < len(sweep.outputs):
+            given[number] = len(flat)
+            flat.append(g)
+    spec, wanted = algebra.vjp(sweep, given, needed, lambda place: flat[place].shape[:-2])
+    return dict(zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat, backend), strict=True))
+
+
+def _spread(moved: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+    """For q, k and v the tangent, None where there is none."""
+    rest = iter(tangents)
+    return [next(rest) if there else None for there in moved]
 
 
 def _at_batch(x: Tensor, info: Any) -> Tensor:

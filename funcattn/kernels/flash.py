@@ -14,7 +14,8 @@ from ..records import Attended
 from . import dropout, torch_fused
 from .algebra import ONES, Output, Sweep, Term
 from .choice import Request
-from .family import Attend, run
+from .family import attend as attend_in_family
+from .family import run
 from .primitives import Plan, like
 
 
@@ -51,7 +52,7 @@ def _attend(
     if grouped:
         tensors = [q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), v.unsqueeze(-3)]
     plan = Plan(scale, masks, biased, fused, backend)
-    out, lse = Attend.apply(plan, *tensors, *laid)
+    out, lse = attend_in_family(plan, *tensors, *laid)
     if rate:
         keys = dropout.head_keys(optional[-1], (*lead, H))
         out = _dropped(plan, rate, [*tensors, *laid], lse, out, keys.unflatten(-3, (K, H // K)) if grouped else keys)

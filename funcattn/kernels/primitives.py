@@ -18,8 +18,8 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import _checks
 from .._autodiff import transforming
-from . import blocks, torch_fused
-from .algebra import Dense, Output, Pair, Sweep, Term
+from . import algebra, blocks, torch_fused
+from .algebra import ONES, Dense, K, Output, Pair, Q, Sweep, Term
 
 
 class Like(NamedTuple):
@@ -63,6 +63,44 @@ def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.fused, plan.backend)
 
 
+def pushes(plan: Plan, tensors: Sequence[Tensor]) -> bool:
+    """True where one kernel makes the value of attend and its tangent."""
+    q, k, v, *mask = tensors
+    return plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_push(q, k, v, mask)
+
+
+def push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """out, lse and their tangents, of tensors q, k, v, mask..., and the tangents of those of q, k and v that are moved."""
+    if _plain(tensors):
+        return tuple(_own(x) for x in _push(plan, moved, tensors))
+    return tuple(_push_op(list(tensors), plan.scale, plan.masks, list(moved), plan.backend))
+
+
+def base(plan: Plan) -> tuple[int, Sweep]:
+    """For attend's tensors laid out as q, k, lse, mask..., bias, v: the place of v, and a sweep without outputs."""
+    at = 3 + plan.masks + plan.biased
+    return at, Sweep((), plan.scale, tuple(range(3, 3 + plan.masks)), 3 + plan.masks if plan.biased else ONES)
+
+
+def tangent_sweep(
+    plan: Plan, tensors: Sequence[Tensor], lse: Tensor, tangents: Sequence[Tensor | None]
+) -> tuple[Sweep, list[Tensor], dict[int, int]]:
+    """The sweep for the jvp of attend (see `algebra.attend_tangent`), its tensors, and the places of tangents by those of primals.
+
+    Args:
+        tensors: q, k, v, mask..., bias.
+        tangents: of q, k, v and, where there is one, the bias; None for what is not moved.
+    """
+    q, k, v, *extra = tensors
+    at, empty = base(plan)
+    flat, moved = [q, k, lse, *extra, v], dict[int, int]()
+    for place, tangent in zip((Q, K, at, empty.bias), tangents, strict=False):
+        if tangent is not None:
+            moved[place] = len(flat)
+            flat.append(tangent)
+    return algebra.attend_tangent(empty, at, moved), flat, moved
+
+
 def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a sweep over tensors that start with q, k, lse."""
     if _plain(tensors):
@@ -91,6 +129,21 @@ def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_attend(q, k, v, mask):
         return _triton().attend(q, k, v, mask, plan.scale)
     return blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
+
+
+def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    primals, rest = tensors[: 3 + plan.masks], iter(tensors[3 + plan.masks :])
+    tangents = [next(rest) if there else None for there in moved]
+    if plan.backend == "triton" and not _triton().obstacle_to_push(*primals[:3], primals[3:]):
+        return _triton().push(*primals[:3], tangents, primals[3:], plan.scale)
+    out, lse = _attend(plan, primals)
+    spec, flat, _ = tangent_sweep(plan, primals, lse, tangents)
+    lead = lambda *those: torch.broadcast_shapes(*(x.shape[:-2] for x in those))
+    T, every = primals[0].shape[-2], [x for x in tangents if x is not None]
+    likes = [Like((*lead(out, *every), T, out.shape[-1]), out.dtype), Like((*lead(lse, *every[: sum(moved[:2])]), T, 1), lse.dtype)]
+    mixed, *more = _sweep(Job(spec, tuple(likes[: len(spec.outputs)]), plan.backend), flat)
+    dlse = more[0] if more else lse.new_zeros(likes[1].shape)
+    return out, lse, mixed - (dlse * out).to(out.dtype), dlse
 
 
 def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -144,6 +197,23 @@ def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool
     lead = torch.broadcast_shapes(level, v.shape[:-2])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(*level, q.shape[-2], 1, dtype=wide)
+
+
+@torch.library.custom_op("funcattn::push", mutates_args=())
+def _push_op(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
+    return [x.contiguous() for x in _push(Plan(scale, masks, backend=backend), moved, tensors)]
+
+
+@_push_op.register_fake
+def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
+    q, k, v, *extra = tensors
+    tangents = extra[masks:]
+    lead = lambda *those: torch.broadcast_shapes(*(x.shape[:-2] for x in those))
+    level, dlevel = lead(q, k, *extra[:masks]), lead(q, k, *extra[:masks], *tangents[: sum(moved[:2])])
+    T, Dv, wide = q.shape[-2], v.shape[-1], torch.float64 if q.dtype == torch.float64 else torch.float32
+    outs = [v.new_empty(*of, T, Dv) for of in (lead(v, q, k, *extra[:masks]), lead(v, q, k, *extra))]
+    lses = [q.new_empty(*of, T, 1, dtype=wide) for of in (level, dlevel)]
+    return [outs[0], lses[0], outs[1], lses[1]]
 
 
 @torch.library.custom_op("funcattn::sweep", mutates_args=())

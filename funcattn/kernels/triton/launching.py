@@ -1,7 +1,7 @@
 """From tensors to launches: what is allocated, where it lies, and which kernel runs over which heads.
 
-`attend` is one launch. A sweep is a launch for each side its outputs lie on: rows of queries and rows of keys are owned by
-different programs, which is what makes sums over queries deterministic.
+`attend` is one launch, and so is `push`, its value and tangent together. A sweep is a launch for each side its outputs lie on: rows
+of queries and rows of keys are owned by different programs, which is what makes sums over queries deterministic.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from ...masks import Mask
 from ..algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term, places
 from ..choice import WIDEST
 from ..layout import has
-from . import pieces, programs, softmax, tuning
+from . import pieces, programs, pushing, softmax, tuning
 from .addresses import axes, width
 from .language import INTERPRETED
 from .programs import Operand, Program
@@ -64,11 +64,59 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float
     return out, lse
 
 
+def push(
+    q: Tensor, k: Tensor, v: Tensor, tangents: Sequence[Tensor | None], mask: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What attend gives, and its tangents for those of q, k and v (None: it does not move), in one launch."""
+    dq, dk, dv = (x if x is None else x.detach() for x in tangents)
+    if scale < 0:
+        q, dq, scale = -q, dq if dq is None else -dq, -scale
+    (T, D), (S, Dv) = q.shape[-2:], v.shape[-2:]
+    shape = lambda *those: torch.broadcast_shapes(*[x.shape[:-2] for x in those if x is not None])
+    level, dlevel = shape(q, k, *mask), shape(q, k, *mask, dq, dk)
+    lead, dlead = shape(q, k, *mask, v), shape(q, k, *mask, v, dq, dk, dv)
+    out, dout = (v.new_empty(*of, T, Dv) for of in (lead, dlead))
+    lse, dlse = (q.new_empty(*of, T, 1, dtype=torch.float32) for of in (level, dlevel))
+    start, stop = intervals(mask) or (None, None)
+    over = axes([q, k, v, dq, dk, dv, start, out, lse, dout, dlse], dlead, range(-len(dlead), 0))
+    q, k, v = (x.detach() for x in (q, k, v))
+    read = [q, k, v, *(old if x is None else x for x, old in zip((dq, dk, dv), (q, k, v), strict=True))]
+    moves = [x is not None for x in (dq, dk, dv)]
+
+    def launch(blocks: tuning.Blocks) -> None:
+        pushing.push[(-(-T // blocks.own) * over.programs,)](
+            *(*read, q if start is None else start, q if stop is None else stop, out, lse, dout, dlse),
+            *(over.sizes, *over.strides, *(x.stride()[-2:] for x in read)),
+            *(T, S, max(scale * LOG2E, LEAST), scale),
+            D=D,
+            Dv=Dv,
+            WIDTH=width(D),
+            WIDTH_V=width(Dv),
+            **dict(zip(("MOVES_Q", "MOVES_K", "MOVES_V"), moves, strict=True)),
+            INTERVALS=0 if start is None else start.shape[-1],
+            PRECISION=precision(),
+            FACTORED="wide" if INTERPRETED else "tf32",
+            ROWS=blocks.own,
+            KEYS=blocks.other,
+            **blocks.options(),
+        )
+
+    if dlse.numel():
+        with on(q):
+            tuning.run(launch, tuning.of_push(q, v), ("push", q.dtype, D, Dv, start is None, *moves), T * S, q)
+    return out, lse, dout, dlse
+
+
 def obstacle_to_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
     """Why the kernel of attend cannot run, or ""."""
     if len(mask) == 1:
         return "it reads a matrix of queries and keys"
     return _obstacle_of([q, k, v])
+
+
+def obstacle_to_push(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
+    """Why the kernel that makes attend's value and tangent at once cannot run, or ""."""
+    return obstacle_to_attend(q, k, v, mask) or ("" if tuning.of_push(q, v) else f"its heads are too wide for {q.dtype}")
 
 
 def obstacle(spec: Sweep, tensors: Sequence[Tensor]) -> str:
@@ -91,7 +139,7 @@ def obstacle(spec: Sweep, tensors: Sequence[Tensor]) -> str:
 def _obstacle_of(tensors: Sequence[Tensor]) -> str:
     if not tensors[0].is_cuda and not (INTERPRETED and tensors[0].device.type == "cpu"):
         return f"it is on {tensors[0].device.type}"
-    if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
+    if tensors[0].is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
         return "the card is older than compute capability 8.0"
     if any(x.dtype not in (torch.float32, torch.float16, torch.bfloat16) for x in tensors):
         return "it is in float64"

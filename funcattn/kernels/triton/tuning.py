@@ -45,6 +45,13 @@ ATTEND = {
     256: (Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
     512: (Blocks(32, 16, 8, 1),),
 }
+PUSH = {  # wider heads leave a thread too few registers: kilobytes are spilled
+    64: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
+    128: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
+}
+PUSH_FLOAT32 = {
+    64: (Blocks(32, 16, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 4, 2)),
+}
 ATTEND_FLOAT32 = {
     64: (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
     128: (Blocks(32, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
@@ -67,6 +74,12 @@ def of_attend(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
     wide = max(width(q.shape[-1]), width(v.shape[-1]))
     table = ATTEND_FLOAT32 if q.dtype == torch.float32 else ATTEND
     return _candidates(table, wide)
+
+
+def of_push(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
+    """Candidates for the kernel of attend and its tangent, the smallest last; none where two passes are better."""
+    wide, table = max(width(q.shape[-1]), width(v.shape[-1])), PUSH_FLOAT32 if q.dtype == torch.float32 else PUSH
+    return _candidates(table, wide) if wide <= max(table) else ()
 
 
 def of_sweep(program: Program) -> tuple[Blocks, ...]:

@@ -1,0 +1,123 @@
+"""The kernel of `attend` and its tangent in one pass: a streaming softmax that carries the tangents of its sums along.
+
+With S = scale q . k and S' = scale (q' . k + q . k'), p the weights before they are divided by their sum m,
+
+    out = (sum p v) / m        lse' = (sum p S') / m        out' = (sum p S' v + p v') / m - lse' out
+
+so each block of weights is made once for the value and the tangent: six products of T x S where a pass for the value and a sweep
+for the tangent make seven, and half the exponentials. What is not moved has no tangent and is not read.
+
+Source: the jvp of algorithm 1 of Dao, FlashAttention-2, arXiv:2307.08691, whose sums are rescaled alike.
+"""
+
+# pyright: reportInvalidTypeForm=false
+
+from .language import jit, tl
+from .pieces import add_product, block, blocks_of, line, locate, product, reach, store, store_line
+
+
+@jit
+def push(
+    q, k, v, dq, dk, dv, start, stop, out, lse, dout, dlse, sizes,
+    q_at, k_at, v_at, dq_at, dk_at, dv_at, mask_at, out_at, lse_at, dout_at, dlse_at,
+    q_step, k_step, v_step, dq_step, dk_step, dv_step, T, S, scale, steepness,
+    D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    MOVES_Q: tl.constexpr, MOVES_K: tl.constexpr, MOVES_V: tl.constexpr, INTERVALS: tl.constexpr,
+    PRECISION: tl.constexpr, FACTORED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """out and dout (T, Dv), lse and dlse (T,) of each head; the tangents dq, dk, dv as far as they move.
+
+    As in `attend`, with (row, column) strides of a matrix as one tuple; scale > 0 is that of the logits in powers of two, steepness
+    that of their tangents.
+    """
+    lines = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // lines
+    first = (lines - 1 - tl.program_id(0) % lines) * ROWS  # as in attend
+    k += locate(head, sizes, k_at)
+    v += locate(head, sizes, v_at)
+    start += locate(head, sizes, mask_at)
+    stop += locate(head, sizes, mask_at)
+    x = block(q + locate(head, sizes, q_at), first, T, q_step[0], q_step[1], D, WIDTH, ROWS, True)
+    dx = x
+    if MOVES_Q:
+        dx = block(dq + locate(head, sizes, dq_at), first, T, dq_step[0], dq_step[1], D, WIDTH, ROWS, True)
+    if MOVES_K:
+        dk += locate(head, sizes, dk_at)
+    if MOVES_V:
+        dv += locate(head, sizes, dv_at)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, WIDTH_V), tl.float32)
+    dmass = tl.zeros((ROWS,), tl.float32)
+    dtotal = tl.zeros((ROWS, WIDTH_V), tl.float32)
+    real = first + tl.arange(0, ROWS) < T
+    starts = tl.zeros((ROWS,), tl.int32)
+    stops = tl.zeros((ROWS,), tl.int32) + S
+    for interval in range(INTERVALS if INTERVALS else 1):
+        if INTERVALS:
+            starts = line(start + interval, first, T, INTERVALS, 0, ROWS)
+            stops = line(stop + interval, first, T, INTERVALS, 0, ROWS)
+        low, high, begin, end = reach(starts, stops, real, S)
+        low, begin, end, left, others = blocks_of(low, high, begin, end, KEYS)
+        for n in range(others):
+            at = tl.where(n < left, low + n * KEYS, end + (n - left) * KEYS)
+            top, mass, total, dmass, dtotal = see(
+                x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, steepness,
+                top, mass, total, dmass, dtotal,
+                D, Dv, WIDTH, WIDTH_V, MOVES_Q, MOVES_K, MOVES_V, PRECISION, FACTORED, KEYS, True,
+            )  # fmt: skip
+        for at in range(begin, end, KEYS):
+            top, mass, total, dmass, dtotal = see(
+                x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, steepness,
+                top, mass, total, dmass, dtotal,
+                D, Dv, WIDTH, WIDTH_V, MOVES_Q, MOVES_K, MOVES_V, PRECISION, FACTORED, KEYS, False,
+            )  # fmt: skip
+    mass = tl.where(mass == 0, 1.0, mass)  # of a query that saw nothing, whose sums are zero
+    total = total / mass[:, None]
+    dmass = dmass / mass
+    dtotal = dtotal / mass[:, None] - dmass[:, None] * total
+    store(out + locate(head, sizes, out_at), first, T, Dv, 1, total, Dv, WIDTH_V, ROWS)
+    store(dout + locate(head, sizes, dout_at), first, T, Dv, 1, dtotal, Dv, WIDTH_V, ROWS)
+    store_line(lse + locate(head, sizes, lse_at), first, T, 1, (top + tl.log2(mass)) * 0.6931471805599453, ROWS)
+    store_line(dlse + locate(head, sizes, dlse_at), first, T, 1, dmass, ROWS)
+
+
+@jit
+def see(
+    x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, steepness,
+    top, mass, total, dmass, dtotal,
+    D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    MOVES_Q: tl.constexpr, MOVES_K: tl.constexpr, MOVES_V: tl.constexpr,
+    PRECISION: tl.constexpr, FACTORED: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Take one block of keys in: as in `attend`, and the sums of weights and values times the tangent of the logits."""
+    y = block(k, at, S, k_step[0], k_step[1], D, WIDTH, KEYS, EDGE)
+    s = product(x, tl.trans(y), PRECISION)
+    if EDGE:
+        keys = (at + tl.arange(0, KEYS))[None, :]
+        s = tl.where((starts[:, None] <= keys) & (keys < tl.minimum(stops, S)[:, None]), s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1) * scale)
+    base = tl.where(higher == float("-inf"), 0.0, higher) if EDGE else higher
+    p = tl.exp2(s * scale - base[:, None])
+    fade = tl.exp2(top - base)
+    z = block(v, at, S, v_step[0], v_step[1], Dv, WIDTH_V, KEYS, EDGE)
+    total = add_product(total * fade[:, None], p.to(z.dtype), z, PRECISION)
+    dtotal = dtotal * fade[:, None]
+    if MOVES_V:
+        dz = block(dv, at, S, dv_step[0], dv_step[1], Dv, WIDTH_V, KEYS, EDGE)
+        dtotal = add_product(dtotal, p.to(dz.dtype), dz, PRECISION)
+    if MOVES_Q or MOVES_K:
+        if MOVES_K:
+            dy = block(dk, at, S, dk_step[0], dk_step[1], D, WIDTH, KEYS, EDGE)
+            ds = product(x, tl.trans(dy), PRECISION)
+            if MOVES_Q:
+                ds = add_product(ds, dx, tl.trans(y), PRECISION)
+        else:
+            ds = product(dx, tl.trans(y), PRECISION)
+        w = p * ds * steepness
+        dmass = dmass * fade + tl.sum(w, 1)
+        if z.dtype == tl.float16:
+            dtotal = add_product(dtotal, w, z.to(tl.float32), FACTORED)  # it may exceed float16
+        else:
+            dtotal = add_product(dtotal, w.to(z.dtype), z, PRECISION)
+    return higher, mass * fade + tl.sum(p, 1), total, dmass, dtotal
