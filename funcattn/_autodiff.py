@@ -58,7 +58,7 @@ def tangent(x: Tensor) -> Tensor | None:
     level = _functorch.peek_interpreter_stack()
     if level is None and forward_ad._current_level < 0:
         return None
-    if (level is not None and level.key() != _functorch.TransformType.Jvp) or not torch._C._is_fwd_grad_enabled():
+    if level is not None and level.key() != _functorch.TransformType.Jvp:
         return None
     return torch._VF._unpack_dual(x, level=0)[1]
 
