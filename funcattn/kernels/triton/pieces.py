@@ -52,10 +52,13 @@ def block(pointer, begin, limit, row, column, FEATURES: tl.constexpr, WIDTH: tl.
 
 
 @jit
-def line(pointer, begin, limit, row, other, ROWS: tl.constexpr):
-    """The same of a matrix of one column, as (ROWS,); `other` beyond the limit."""
+def line(pointer, begin, limit, row, other, ROWS: tl.constexpr, EDGE: tl.constexpr = True):
+    """The same of a matrix of one column, as (ROWS,); `other` beyond the limit (where EDGE)."""
     lines = tl.arange(0, ROWS)
-    return tl.load(pointer + (tl.zeros((), tl.int64) + begin) * row + lines * row, mask=begin + lines < limit, other=other)
+    places = pointer + (tl.zeros((), tl.int64) + begin) * row + lines * row
+    if EDGE:
+        return tl.load(places, mask=begin + lines < limit, other=other)
+    return tl.load(places)
 
 
 @jit

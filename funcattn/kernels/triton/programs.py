@@ -120,6 +120,8 @@ class _Writer:
         yield "            for at in range(begin, end, OTHER):"
         yield from (" " * 16 + line for line in self._body(False))
         for n, features in enumerate(program.features):
+            if weight := self._common(n):
+                yield f"    a{n} *= w{weight}"
             to = f"o{n} + locate(head, sizes, o{n}_at), first, {own}"
             wide = f"{to}, {features}, 1, a{n}, {features}, {width(features)}, OWN"
             yield f"    store_line({to}, 1, a{n}, OWN)" if features == 1 else f"    store({wide})"
@@ -131,11 +133,16 @@ class _Writer:
             return self.program.intervals > 0 and self.own == "key"
         return self.program.dropout if name == "seeds" else True
 
+    def _common(self, number: int) -> int:
+        """The number of the weight that all terms of an output have, by which its sum is multiplied in the end; else 0."""
+        weights = {int(term.weight) for term in self.program.outputs[number].terms}
+        return weights.pop() if len(weights) == 1 else 0
+
     def _load(self, n: int, begin: str, limit: str, rows: str, edge: bool) -> str:
         operand, at = self.program.operands[n], f"x{n} + x{n}_to, {begin}, {limit}, x{n}_row"
         if operand.features == 1:
-            beyond = 'float("inf")' if n == L else "0.0"
-            return f"b{n} = line({at}, {beyond}, {rows}).to(tl.float32)"
+            beyond = "float('inf')" if n == L and self.own == "query" else "0.0"
+            return f"b{n} = line({at}, {beyond}, {rows}, {edge}).to(tl.float32)"
         return f"b{n} = block({at}, x{n}_column, {operand.features}, {width(operand.features)}, {rows}, {edge})"
 
     def _ranges(self) -> Iterator[str]:
@@ -163,8 +170,8 @@ class _Writer:
         for n, operand in enumerate(program.operands):
             if operand.side == self.other:
                 yield self._load(n, "at", limit, "OTHER", edge)
-        if self.own == "key":
-            yield "level = tl.where(b2 == float('-inf'), float('inf'), b2) * 1.4426950408889634"
+        if self.own == "key":  # of a query all of whose logits are -inf: greater than any of them
+            yield "level = tl.maximum(b2, -1e30) * 1.4426950408889634"
         side = ("[:, None]", "[None, :]") if self.own == "query" else ("[None, :]", "[:, None]")
         of_query, of_key = side
         yield f"P = {self._pair(Q, K)} * scale - level{of_query}"
@@ -175,6 +182,8 @@ class _Writer:
             for end in ("start", "stop"):
                 yield f"{end}s = line({end} + mask_to + interval, at, T, {program.intervals}, 0, OTHER)"
             yield "P = tl.where((starts[None, :] <= own[:, None]) & (own[:, None] < stops[None, :]), P, float('-inf'))"
+        elif edge:
+            yield "P = tl.where((other < T)[None, :], P, float('-inf'))"
         yield "P = tl.exp2(P)"
         if program.dropout:
             rows, keys = ("own", "other") if self.own == "query" else ("other", "own")
@@ -189,7 +198,7 @@ class _Writer:
         """What a block adds to an output: for each tensor of values, the weights of all terms that it stands under, at once."""
         alike: dict[int, list[tuple[int, tuple[Factor, ...]]]] = {}
         for factors, value, weight in output.terms:
-            alike.setdefault(value, []).append((int(weight), factors))
+            alike.setdefault(value, []).append((0 if self._common(number) else int(weight), factors))
         for value, terms in alike.items():
             weights = []
             for weight, factors in terms:
