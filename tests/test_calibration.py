@@ -271,7 +271,7 @@ BAD = [
     (lambda: clipped(MODEL, TOKENS[:0], SCHEME), ValueError, "clipped: tokens should be a text, got none"),
     (lambda: smooth(MODEL, TOKENS.float(), SCHEME), TypeError, "smooth: tokens should be integers (T,)"),
     (lambda: smooth(MODEL, TOKENS, "int4"), TypeError, "scheme should be a scheme"),
-    (lambda: awq("model", TOKENS, SCHEME), TypeError, "smooth: model should be from fa.decoder"),
+    (lambda: awq("model", TOKENS, SCHEME), TypeError, "awq: model should be from fa.decoder"),
 ]
 
 

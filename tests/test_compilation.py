@@ -398,6 +398,7 @@ def test_bad_input_is_an_error_with_its_remedy(call, error, message):
 
 def test_bad_steps_are_errors(made):
     model, fast, params = made("llama")
+    of_dicts = lambda params: params._replace(layers=tuple(layer._replace(q={"q": layer.q}) for layer in params.layers))
     past = pasts(model, params)[2]
     for wrong, message in (
         (lambda: fast.extend(params, torch.tensor([40]), past), "ids in 0..39, got 40"),
@@ -406,6 +407,7 @@ def test_bad_steps_are_errors(made):
         (lambda: fast.step(params, tokens(1), ()), "a Cache, or a Branch of such"),
         (lambda: vmap(lambda t: fast.step(params, t, past))(tokens(3)[:, None]), "outside of every transform"),
         (lambda: fast.extend(params, tokens(1), fa.decoder(dataclasses.replace(CONFIG, layers=1)).cache(4)), "of \\(layers"),
+        (lambda: fast.extend(of_dicts(params), tokens(1), past), "weight should be a tensor or a record .*, got a dict"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             wrong()

@@ -384,6 +384,16 @@ def test_the_question_whether_bytes_are_exact_needs_no_real_tensors():
     assert packed.bytes_are_exact() is answer
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("scheme", [fa.int8, fa.int4, fa.int4(group=None), fa.nf4(group=32), fa.w8a8], ids=str)
+def test_a_product_without_numbers_has_a_shape(scheme, rows):
+    """Fake tensors have none to prepare: the plain product serves."""
+    weight = scheme.encode(matrix(1, 32, 64))
+    with FakeTensorMode() as mode:
+        found = linear(fa.tree.map(mode.from_tensor, weight), mode.from_tensor(matrix(2, rows, 64)))
+    assert found.shape == (rows, 32)
+
+
 # A scheme of one's own.
 
 

@@ -84,6 +84,7 @@ def awq(
     Law: on the text that it was calibrated with the model is nearer than by round-to-nearest (test_calibration.py).
     Source: Lin et al., AWQ, arXiv:2306.00978.
     """
+    decoder_of("awq", model, tokens)
     scaled, rounded = smooth(model, tokens, scheme, where), clipped(model, tokens, scheme, where, progress=progress)
     return lambda params: rounded(scaled(params))
 

@@ -178,7 +178,11 @@ def _forms(layer: Layer, T: int) -> dict[str, Any]:
 
 def _kind_of(weight: Any) -> Any:
     """Of all leaves: a record is another graph than a matrix, and a bias that is there than one that is not."""
-    return weight.dtype if isinstance(weight, Tensor) else (type(weight), *map(_kind_of, weight))
+    if isinstance(weight, Tensor):
+        return weight.dtype
+    if not isinstance(weight, tuple):
+        layers.linear(weight, torch.empty(0))  # which says what a weight should be
+    return type(weight), *map(_kind_of, weight)
 
 
 def chosen_depth(config: Config, depth: int | None) -> int:

@@ -124,6 +124,8 @@ def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> T
 
 
 def _is_served(codes: Tensor, rows: int, bits: int) -> bool:
+    if type(codes) not in (Tensor, torch.nn.Parameter):  # fake ones have no numbers to tile
+        return False
     if codes.dim() != 2 or codes.device.type != "cpu" or not codes.numel() or missing():
         return False
     return rows <= FEWEST or rows <= most_rows(bits)
