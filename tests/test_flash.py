@@ -275,6 +275,42 @@ def test_both_outputs_of_attend_have_right_derivatives_where_one_input_is_mapped
         close(program(value("flash")), program(value("reference")))
 
 
+def mapped_with_values(f, q, k, v, tq, tk, tv):
+    """A jvp mapped over values and tangents: the log-sum-exp lacks the axis that its tangent has."""
+    return vmap(lambda v, tq, tv: jvp(f, (q, k, v), (tq, tk, tv)))(several(v), several(tq), several(tv))
+
+
+def mapped_twice(f, q, k, v, tq, tk, tv):
+    """The same within a map over tangents alone."""
+    return vmap(lambda tq: mapped_with_values(f, q, k, v, tq, tk, tv))(several(tq))
+
+
+@pytest.mark.parametrize("mapped", [mapped_with_values, mapped_twice])
+def test_tangents_may_have_axes_that_the_log_sum_exp_lacks(mapped, passes):
+    """Each derivative of a jvp in one pass, with both outputs used, in what was given and in the tangents."""
+    x = normal(1, 2, T, D), normal(2, 2, S, D), normal(3, 2, S, D), *(normal(n, 2, rows, D) for n, rows in ((4, T), (5, S), (6, S)))
+
+    def programs(kernel):
+        f = lambda *x: tuple(fa.attend(*x, kernel=kernel))
+        total = lambda *x: sum(y.sin().sum() for y in tree_leaves(mapped(f, *x)))
+        return mapped(f, *x), grad(total, tuple(range(6)))(*x), jvp(lambda *x: mapped(f, *x), x, tuple(y.cos() for y in x))
+
+    close(programs("flash"), programs("reference"))
+
+
+@pytest.mark.parametrize("passes", ["one pass"], indirect=True)
+def test_a_gradient_of_another_level_keeps_the_one_pass(passes):
+    """What requires a gradient outside of a jvp is constant in it."""
+    q, k, v = inputs(4, 4)
+    f = lambda kernel: lambda q: jvp(lambda v: fa.attention(q, k, v, kernel=kernel), (v,), (v.sin(),))[1].sin().sum()
+    wanted = grad(f("reference"))(q)
+    close(grad(f("flash"))(q), wanted)
+    assert passes() == 1
+    leaf = q.clone().requires_grad_()
+    close(torch.autograd.grad(f("flash")(leaf), leaf)[0], wanted)
+    assert passes() == 2
+
+
 def test_no_keys_at_all_have_zero_value_and_zero_derivatives():
     q, k, v = normal(1, 2, T, D), normal(2, 2, 0, D), normal(3, 2, 0, D)
     out, lse = fa.attend(q, k, v, kernel="flash")

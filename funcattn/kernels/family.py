@@ -25,10 +25,11 @@ def attend(plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     kernel makes them with the values."""
     tangents = [tangent(x) for x in tensors[:3]]
     moved = tuple(x is not None for x in tangents)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)  # at this level: that gradient wants a tangent too
-    if recorded or not any(moved) or not primitives.pushes(plan, tensors):
+    if not any(moved) or not primitives.pushes(plan, tensors):
         return Attend.apply(plan, *tensors)
     primals = [primal(x) for x in tensors[:3]]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
+        return Attend.apply(plan, *tensors)  # autograd records this level: the gradient that comes of it wants a tangent too
     out, lse, dout, dlse = Pushed.apply(plan, moved, *primals, *tensors[3:], *(x for x in tangents if x is not None))
     return dual(out, dout), dual(lse, dlse)
 
@@ -90,7 +91,7 @@ class Pushed(Function):
         spec, flat, moved = primitives.tangent_sweep(plan, primals, lse, _spread(ctx.moved, tangents))
         given: list[Tensor | None] = [g_dout, g_dlse]
         if g_dout is not None:
-            given[1] = add(g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), lse))
+            given[1] = add(g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), dlse))
             g = add(g, -(dlse * g_dout).to(out.dtype))
         places = [Q, K, start, *spec.mask, *moved.values()]  # of the tensors, in the flat list
         wanted = {place for place, needed in zip(places, ctx.needs_input_grad[2:], strict=True) if needed}
@@ -111,9 +112,9 @@ class Pushed(Function):
             if move is not None:
                 again[place] = len(flat)
                 flat.append(move)
-        likes = [like(out), like(lse)][: len(spec.outputs)]
+        likes = [like(out), like(dlse)][: len(spec.outputs)]
         mixed, *rest = run(algebra.jvp(spec, again), likes, flat, plan.backend)
-        t_dlse = rest[0] if rest else torch.zeros_like(lse)
+        t_dlse = rest[0] if rest else torch.zeros_like(dlse)
         return t_out, t_lse, mixed - (t_dlse * out + dlse * t_out).to(out.dtype), t_dlse
 
     @staticmethod
@@ -126,8 +127,7 @@ class Pushed(Function):
             return tuple(_at_batch(x, info) for x in outputs), (0, 0, 0, 0)
         primals = aligned[:start]  # of size one: many tangents of one value, which is made once
         out, lse = Attend.apply(plan, *primals)
-        mapped = [Like((info.batch_size, *x.shape[1:]), x.dtype) for x in (out, lse)]
-        dout, dlse = _push(plan, primals, out, lse, _spread(moved, aligned[start:]), mapped)
+        dout, dlse = _push(plan, primals, out, lse, _spread(moved, aligned[start:]))
         return (out[0], lse[0], _at_batch(dout, info), _at_batch(dlse, info)), (None, None, 0, 0)
 
 
@@ -251,11 +251,11 @@ def _push(
     out: Tensor,
     lse: Tensor,
     tangents: Sequence[Tensor | None],
-    likes: Sequence[Like] = (),
 ) -> tuple[Tensor, Tensor]:
-    """The jvp of attend, for tangents of q, k, v and the bias; likes are those of out and lse, unless tangents have more axes."""
+    """The jvp of attend, for tangents of q, k, v and the bias, which may have more axes than these."""
     spec, flat, _ = primitives.tangent_sweep(plan, tensors, lse, tangents)
-    mixed, *rest = run(spec, (likes or [like(out), like(lse)])[: len(spec.outputs)], flat, plan.backend)
+    likes = primitives.tangent_likes(out, lse, tangents)
+    mixed, *rest = run(spec, likes[: len(spec.outputs)], flat, plan.backend)
     if not rest:
         return mixed, torch.zeros_like(lse)
     return mixed - (rest[0] * out).to(out.dtype), rest[0]

@@ -20,6 +20,7 @@ from .. import _checks
 from .._autodiff import transforming
 from . import algebra, blocks, torch_fused
 from .algebra import ONES, Dense, K, Output, Pair, Q, Sweep, Term
+from .layout import broadcast
 
 
 class Like(NamedTuple):
@@ -101,6 +102,17 @@ def tangent_sweep(
     return algebra.attend_tangent(empty, at, moved), flat, moved
 
 
+def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -> tuple[Like, Like]:
+    """The shapes and dtypes of the tangents of out and lse, which have the leading axes that the tangents alone have.
+
+    Args:
+        tangents: of q, k, v and, where there is one, the bias; None for what is not moved. That of v does not reach lse.
+    """
+    lead = lambda x, *those: broadcast(x.shape[:-2], *(y.shape[:-2] for y in those if y is not None))
+    dout, dlse = lead(out, *tangents), lead(lse, *tangents[:2], *tangents[3:])
+    return Like((*dout, *out.shape[-2:]), out.dtype), Like((*dlse, *lse.shape[-2:]), lse.dtype)
+
+
 def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a sweep over tensors that start with q, k, lse."""
     if _plain(tensors):
@@ -138,10 +150,8 @@ def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple
         return _triton().push(*primals[:3], tangents, primals[3:], plan.scale)
     out, lse = _attend(plan, primals)
     spec, flat, _ = tangent_sweep(plan, primals, lse, tangents)
-    lead = lambda *those: torch.broadcast_shapes(*(x.shape[:-2] for x in those))
-    T, every = primals[0].shape[-2], [x for x in tangents if x is not None]
-    likes = [Like((*lead(out, *every), T, out.shape[-1]), out.dtype), Like((*lead(lse, *every[: sum(moved[:2])]), T, 1), lse.dtype)]
-    mixed, *more = _sweep(Job(spec, tuple(likes[: len(spec.outputs)]), plan.backend), flat)
+    likes = tangent_likes(out, lse, tangents)
+    mixed, *more = _sweep(Job(spec, likes[: len(spec.outputs)], plan.backend), flat)
     dlse = more[0] if more else lse.new_zeros(likes[1].shape)
     return out, lse, mixed - (dlse * out).to(out.dtype), dlse
 
