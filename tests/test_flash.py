@@ -321,6 +321,14 @@ def test_no_keys_at_all_have_zero_value_and_zero_derivatives():
     assert torch.equal(jvp(grad(value), (q,), (q,))[1], torch.zeros_like(q))
 
 
+@pytest.mark.parametrize(("lead", "T", "S"), [(2, 0, S), (2, 0, 0), (2, T, 0), (0, T, S)])
+def test_nothing_to_attend_has_every_derivative(lead, T, S, passes):
+    primal = normal(1, lead, 4, T, D), normal(2, lead, 2, S, D), normal(3, lead, 2, S, D)
+    tangent = tuple(x.cos() for x in primal)
+    for nesting in ("grad of jvp", "grad of grad", "jvp of jvp", "grad of jvp of grad"):
+        both("plain", lambda f, nesting=nesting: NESTINGS[nesting](f, primal, tangent))
+
+
 def test_dropout_is_the_same_under_vmap_grad_and_any_block_size(monkeypatch):
     q, k, v = inputs(lead=())
     drop = lambda q: fa.attention(q, k, v, dropout=0.4, key=fa.key(3), kernel="flash")

@@ -212,6 +212,28 @@ def test_a_jvp_is_one_launch(monkeypatch):
     assert launched(monkeypatch, lambda: jvp(f, wide, wide)) == ["attend", "sweep"]
 
 
+def test_a_kernel_reads_no_numbers_that_torch_has_yet_to_make():
+    """A view that is to be negated, and zeros that are not stored."""
+    q, k, v = normal(1, 2, 20, 5), normal(2, 2, 37, 5), normal(3, 2, 37, 5)
+    negated, zeros = torch._neg_view(q), torch._efficientzerotensor(q.shape)
+    f = lambda q: (attention(q, k, v), grad(lambda q: attention(q, k, v).sin().sum())(q))
+    close(f(negated), f(-q), 1)
+    close(f(zeros), f(torch.zeros_like(q)), 1)
+    plan = primitives.Plan(backend="triton")
+    on_device = [x.to(DEVICE) for x in (q, k, v)]
+    pushed = lambda dq: [x.cpu() for x in primitives.push(plan, [True, False, False], [*on_device, dq])]
+    close(pushed(torch._neg_view(on_device[0])), pushed(-on_device[0]), 1)
+    close(pushed(torch._efficientzerotensor(q.shape, device=DEVICE)), pushed(torch.zeros_like(on_device[0])), 1)
+
+
+@pytest.mark.parametrize(("lead", "T", "S"), [(2, 0, 7), (2, 5, 0), (0, 5, 7)])
+def test_nothing_to_attend_has_derivatives(lead, T, S):
+    q, k, v = (normal(n, lead, 2, rows, 3).to(DEVICE) for n, rows in ((1, T), (2, S), (3, S)))
+    loss = lambda *x: fa.attention(*x, kernel="triton").sin().sum()
+    for found in (grad(loss, (0, 1, 2)), grad(lambda *x: jvp(loss, x, x)[1], (0, 1, 2))):
+        assert all(torch.equal(x, torch.zeros_like(y)) for x, y in zip(found(q, k, v), (q, k, v), strict=True))
+
+
 def sweeps(at: int) -> dict[str, tuple[Output, ...]]:
     """By the number of factors, on both sides; places: q, k, lse, mask, from `at` v, g, a (T, 1), tangents of q, k, v."""
     v, g, level, dq, dk, dv = range(at, at + 6)

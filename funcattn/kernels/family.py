@@ -225,7 +225,7 @@ def _pull(
     if g is not None:
         level = -(g * out).sum(-1, keepdim=True).to(lse.dtype)
         if g_lse is not None:  # where values alone have an axis, the sum over it must count the log-sum-exp once
-            level = level + g_lse * (g_lse.numel() / level.numel())
+            level = level + g_lse * (g_lse.numel() / max(level.numel(), 1))
     assert level is not None
     x.append(Pair(len(flat), ONES))
     flat.append(level)

@@ -88,8 +88,8 @@ def multiply(x: Tensor, w: Tensor, batch: int) -> Tensor:
         return x @ w
     rows = x.shape[batch:-2]
     if all(n == 1 for n in w.shape[:batch]) and x.dim() > 2:
-        return (x.reshape(-1, x.shape[-1]) @ w.reshape(w.shape[-2:])).reshape(*x.shape[:-1], w.shape[-1])
-    flat = x.reshape(*x.shape[:batch], -1, x.shape[-1])
+        return (x.flatten(0, -2) @ w.reshape(w.shape[-2:])).reshape(*x.shape[:-1], w.shape[-1])
+    flat = x.flatten(batch, -2)
     out = flat @ w.reshape(*w.shape[:batch], *w.shape[-2:])
     return out.reshape(*out.shape[:-2], *rows, x.shape[-2], w.shape[-1])
 
@@ -103,7 +103,7 @@ def multiply_rows(x: Tensor, c: Tensor, keep: Sequence[bool], batch: int) -> Ten
     kept = [i for i in range(len(groups)) if i < batch or keep[i]]
     summed = [i for i in range(len(groups)) if i not in kept]
     order = [*kept, *summed, len(groups), len(groups) + 1]
-    flat = lambda t: t.permute(order).reshape(*[groups[i] for i in kept], -1, t.shape[-1])
+    flat = lambda t: t.permute(order).flatten(len(kept), -2)
     out = flat(x).mT @ flat(c)
     return out.reshape(*[groups[i] if i in kept else 1 for i in range(len(groups))], *out.shape[-2:])
 

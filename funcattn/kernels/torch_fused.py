@@ -42,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tu
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], [lead])
     out, lse = _forward(_four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=scale)
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
-    lse = lse.reshape(*layout.sizes, -1, 1)
+    lse = lse.reshape(*layout.sizes, q.shape[-2], 1)
     if level != lead:  # values alone have an axis: its log-sum-exps are all the same
         lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(level), layout))]
     return unfold(out.reshape(*layout.sizes, *out.shape[-2:]), layout, (*lead, *out.shape[-2:])), unfold(

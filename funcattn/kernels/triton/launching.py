@@ -212,7 +212,7 @@ def _launch(
         table, lines = q, 0
         if start is not None and stop is not None and program.side == "key":
             table, lines = _bounds(start, stop, S, blocks.other), -(-T // blocks.other) * 4
-        laid = lambda of: (*of[:-1], tuple(step // T * lines for step in of[-2]), of[-1])  # x..., mask, table, seeds
+        laid = lambda of: (*of[:-1], tuple(step // max(T, 1) * lines for step in of[-2]), of[-1])  # x..., mask, table, seeds
         programs.kernel(program)[(-(-(T if program.side == "query" else S) // blocks.own) * over.programs,)](
             *(*x, q if start is None else start, q if stop is None else stop, table, q if seeds is None else seeds, *into),
             *(over.sizes, under.sizes, *laid(at), *laid(under.strides), *into_at),
