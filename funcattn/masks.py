@@ -218,7 +218,7 @@ def _cells(m: Mask, S: int | None) -> tuple[list[list[float]], int, int] | None:
     if S is None:
         bounded = torch.cat([start[start < END], stop[stop < END]])
         S = max(T, int(bounded.max()) if bounded.numel() else 0)
-    edges = [(n * torch.arange(min(n, CELLS) + 1)) // min(n, CELLS) for n in (T, S)]
+    edges = [(n * torch.arange(min(n, CELLS) + 1, device=start.device)) // min(n, CELLS) for n in (T, S)]
     low, high = edges[1][:-1], edges[1][1:]
     overlap = torch.minimum(stop.unsqueeze(-1), high) - torch.maximum(start.unsqueeze(-1), low)  # (T, n, cells)
     seen = overlap.clamp(min=0).sum(1).double()

@@ -19,7 +19,7 @@ NF4 = (  # the quantiles of a normal law that hold equal mass, 0 among them: Det
 
 def groups(w: Tensor, size: int) -> Tensor:
     """(N, K) as (N, K / size, size)."""
-    return w.unflatten(-1, (-1, size))
+    return torch.unflatten(w, -1, (-1, size))
 
 
 def narrow(scale: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def pack(codes: Tensor, size: int, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """The other way, for `count` groups a row: `unpack(pack(codes, size, bits), K // size, bits) == codes`."""
-    rows = packed.unflatten(-1, (count, -1))
+    rows = torch.unflatten(packed, -1, (count, -1))
     return torch.cat([(rows >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)], -1).flatten(-2)
 
 

@@ -79,10 +79,12 @@ PROGRAMS = {
     "weights": lambda: fa.attention_weights(Q, K, CAUSAL),
     "a score": lambda: fa.kernels.attention_with_score(Q, K, V, lambda s, b, h, i, j: s + (i - j), SINKS),
     "masks": lambda: (~(CAUSAL & SINKS | CAUSAL), masks.segments(IDS), masks.padding(5, IDS), masks.causal(5, offset=IDS)),
+    "a picture": lambda: (masks.picture(SINKS), SINKS),
     "keys": lambda: (fa.split(KEY, 3), fa.fold_in(KEY, 3), fa.random.permutation(KEY, 9), fa.random.randint(KEY, (3,), 0, 9)),
     "draws": lambda: [f(KEY, (3,)) for f in (fa.random.uniform, fa.random.normal, fa.random.gumbel, fa.random.exponential)],
     "categories": lambda: (fa.random.categorical(KEY, Q), fa.random.bernoulli(KEY, 0.3, (3,))),
     "hidden": lambda: MODEL.hidden(PARAMS, TOKENS),
+    "compiled": lambda: torch.compile(MODEL.apply, fullgraph=True, backend="eager")(PARAMS, TOKENS, PAST),
     "gradient": lambda: grad(lambda p: fa.loss(MODEL, p, TOKENS))(PARAMS),
     **{f"past {name}": lambda past=past: remember(past) for name, past in EMPTY.items()},
     **{f"quantized {name}": lambda small=small: (MODEL.hidden(small, TOKENS), MODEL.hidden(small, TOKENS[:1]), fa.dequantize(small))
@@ -109,7 +111,7 @@ def test_nothing_is_made_where_the_inputs_are_not(program):
         found = PROGRAMS[program]()
     leaves = [x for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, torch.Tensor)]
     assert leaves
-    assert {x.device.type for x in leaves} == {"cpu"}
+    assert {x.device for x in leaves} == {TOKENS.device}
 
 
 # What is chosen on a GPU, told from fake tensors, which have a device and no numbers.

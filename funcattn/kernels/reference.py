@@ -28,16 +28,17 @@ def logits(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
     """scale * q @ k.mT as (*lead, H, T, S), query heads folded into rows so that k is never repeated."""
     H, T, D = q.shape[-3:]
     K = k.shape[-3]
-    rows = (q * scale).unflatten(-3, (K, H // K)).flatten(-3, -2)  # (*lead, K, G T, D)
-    return product(rows, k.mT).unflatten(-2, (H // K, T)).flatten(-4, -3)
+    # torch.unflatten, not the method: torch.compile cannot trace that under a default device
+    rows = torch.unflatten(q * scale, -3, (K, H // K)).flatten(-3, -2)  # (*lead, K, G T, D)
+    return torch.unflatten(product(rows, k.mT), -2, (H // K, T)).flatten(-4, -3)
 
 
 def mix(P: Tensor, v: Tensor) -> Tensor:
     """P @ v as (*lead, H, T, Dv), v never repeated for the query heads that share it."""
     H, T = P.shape[-3:-1]
     K = v.shape[-3]
-    rows = P.unflatten(-3, (K, H // K)).flatten(-3, -2)
-    return product(rows, v).unflatten(-2, (H // K, T)).flatten(-4, -3)
+    rows = torch.unflatten(P, -3, (K, H // K)).flatten(-3, -2)
+    return torch.unflatten(product(rows, v), -2, (H // K, T)).flatten(-4, -3)
 
 
 def visible(mask: Mask | Tensor, S: int) -> Tensor:

@@ -9,6 +9,7 @@ Layers of one kind are one function, applied to different trees: what is compile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import kernels, layers
@@ -98,7 +99,7 @@ def _attend(
     q, k, v = _affines((weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y)
     q = _heads(config, q, weights.q_norm, H, D)
     k = _heads(config, k, weights.k_norm, K, D)
-    v = v.unflatten(-1, (K, D)).transpose(-2, -3)
+    v = torch.unflatten(v, -1, (K, D)).transpose(-2, -3)  # not the method, which torch.compile cannot trace under a default device
     if kind.rotary:
         assert isinstance(shared.rotation, Rotation)
         q, k = layers.rotate(q, shared.rotation), layers.rotate(k, shared.rotation)
@@ -119,7 +120,7 @@ def _heads(config: Config, x: Tensor, norm: Any, heads: int, D: int) -> Tensor:
     """(*lead, T, heads D) to (*lead, heads, T, D), normalized as the family does it."""
     if config.head_norm == "rms_width":
         x = _norm(config, x, norm, ())
-    x = x.unflatten(-1, (heads, D))
+    x = torch.unflatten(x, -1, (heads, D))
     if config.head_norm == "rms":
         x = layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
     elif config.head_norm == "layer":
@@ -152,5 +153,5 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
 
     up, gate = affine(weights.up, weights.up_bias, rows), affine(weights.gate, weights.gate_bias, rows)
     inner = layers.gated(gate, up, config.activation, config.activation_limit)
-    out = affine(weights.down, weights.down_bias, inner).unflatten(0, expert.shape)
+    out = torch.unflatten(affine(weights.down, weights.down_bias, inner), 0, expert.shape)
     return parallel.leave((out * share.to(out.dtype).unsqueeze(-1)).sum(-2))
