@@ -301,13 +301,17 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
             with torch.no_grad(), _Watch(Guard(depth=0, **names), 0):
                 flat(*[t.detach() for t in x])
         return f(*args, **kwargs)
-    out = run(Whole(with_autocast_of_now(flat, {t.device.type for t in x})), x, **names)
+    out = run(Whole(with_state_of_now(flat, {t.device.type for t in x})), x, **names)
     rest, form, where = result
     return pytree.tree_unflatten(_exchange(rest, where, out), form)
 
 
-def with_autocast_of_now(f: Flat, devices: Iterable[str]) -> Flat:
-    """f that always runs under the autocast state of this moment, also when a backward pass runs it again."""
+def with_state_of_now(f: Flat, devices: Iterable[str]) -> Flat:
+    """f that always runs under the autocast state and the default device of this moment, also when a backward pass runs it again.
+
+    torch puts a default device aside while it calls an autograd Function under a transform.
+    """
+    made = torch.empty(0).device
     able = [d for d in devices if torch.amp.is_autocast_available(d)]
     states = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), torch.is_autocast_cache_enabled()) for d in able]
 
@@ -315,6 +319,8 @@ def with_autocast_of_now(f: Flat, devices: Iterable[str]) -> Flat:
         with contextlib.ExitStack() as stack:
             for state in states:
                 stack.enter_context(torch.autocast(*state))
+            if torch.empty(0).device != made:
+                stack.enter_context(made)
             return f(*x)
 
     return under

@@ -1,5 +1,6 @@
 """remat(f) against f: every nesting to depth three, what it refuses, and the memory it is for."""
 
+import contextlib
 import functools
 import itertools
 import subprocess
@@ -208,11 +209,31 @@ def test_f_runs_again_under_the_autocast_of_its_call(at_call):
         return out.float()
 
     x = normal(13, 3, 3, dtype=torch.float32).requires_grad_()
-    with torch.autocast("cpu", enabled=at_call):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=at_call):
         out = fa.remat(f)(x)
-    with torch.autocast("cpu", enabled=not at_call):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=not at_call):
         out.sum().backward()
     assert seen == [torch.bfloat16 if at_call else torch.float32] * 2
+
+
+@pytest.mark.parametrize("at_call", [None, "meta"])
+def test_f_runs_on_the_default_device_of_its_call(at_call):
+    x, seen = normal(13, 3), []
+    under = lambda device: torch.device(device) if device else contextlib.nullcontext()
+
+    def f(x):
+        seen.append(torch.ones(3).device.type)
+        return (x * x).sum()
+
+    with under(at_call):
+        here = torch.ones(3).device.type
+        grad(fa.remat(f))(x)
+        jvp(fa.remat(f), (x,), (x,))
+        out = fa.remat(f)(x.requires_grad_())
+    with under(None if at_call else "meta"):
+        out.backward()
+    assert seen == [here] * len(seen)
+    assert len(seen) > 3
 
 
 def test_autograd_keeps_the_inputs_of_segments_alone():
