@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from funcattn import randomness, transformer
+from funcattn import checkpoints, randomness, transformer, tree
 from funcattn.checkpoints import Tokenizer
 from funcattn.families import GGUF_TENSORS, leaves, spelling
 from funcattn.families.metadata import SIZES as GGUF_SIZES
@@ -36,7 +36,13 @@ def params(config=CONFIG, seed=0):
 def same(a, b) -> bool:
     """True where two trees have the same leaves, bit for bit and dtype for dtype."""
     a, b = leaves(a), leaves(b)
-    return a.keys() == b.keys() and all(a[path].dtype == b[path].dtype and torch.equal(a[path], b[path]) for path in a)
+    return a.keys() == b.keys() and all(a[path].dtype == b[path].dtype and torch.equal(a[path].cpu(), b[path].cpu()) for path in a)
+
+
+def load(path: Path, **options) -> checkpoints.Loaded:
+    """A checkpoint, its parameters where the tests' own tensors are."""
+    loaded = checkpoints.load(path, **options)
+    return loaded._replace(params=tree.to(torch.get_default_device())(loaded.params))
 
 
 def tokenizer() -> Tokenizer:
@@ -90,7 +96,7 @@ def write_gguf(path: Path, config=CONFIG, weights=None, *, kind="F32", change=()
             writer.add_array(name, value.tolist() if isinstance(value, np.ndarray) else value)
     quantized = gguf.GGMLQuantizationType[kind]
     for leaf_path, leaf in leaves(params(config) if weights is None else weights).items():
-        numbers = leaf.detach().float().numpy()
+        numbers = leaf.detach().float().cpu().numpy()
         last = leaf_path.rpartition(".")[2]
         if last in ("q", "k"):
             numbers = interleave(numbers, config.heads if last == "q" else config.kv_heads)

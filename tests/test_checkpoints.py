@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import CONFIG, LLAMA3, params, same, write_gguf
+from samples import CONFIG, LLAMA3, load, params, same, write_gguf
 
 import funcattn as fa
-from funcattn import checkpoints, transformer
+from funcattn import checkpoints, layers, transformer
 
 TESTS = Path(__file__).parent
 
@@ -28,11 +28,29 @@ def test_both_layouts_hold_the_same_model(tmp_path):
     assert (folder.tokenizer.stop, folder.tokenizer.roles) == (gguf.tokenizer.stop, gguf.tokenizer.roles)
 
 
+def test_weights_are_on_the_cpu_whatever_the_default_device(tmp_path):
+    config, tree = replace(CONFIG, rope_base=5e5, rope_scaling=LLAMA3), params()
+    factors = layers.frequencies(16, base=5e5) / layers.frequencies(16, base=5e5, scaling=LLAMA3)  # which a .gguf file holds
+    paths = (
+        write_gguf(
+            tmp_path / "a.gguf", replace(config, rope_scaling=None), tree, extra={"rope_freqs.weight": factors.cpu().numpy()}
+        ),
+        tmp_path / "b",
+    )
+    fa.save(paths[1], config, tree)
+    for path in paths:
+        with torch.device("meta"):
+            loaded = fa.load(path)
+        assert loaded.config == config
+        assert same(loaded.params, tree)
+        assert {leaf.device.type for leaf in fa.tree.leaves(loaded.params)} == {"cpu"}
+
+
 def test_a_loaded_model_computes_what_the_saved_one_did(tmp_path):
     config, tokens = replace(CONFIG, tied=False, rope_scaling=LLAMA3), torch.arange(20)
     model, tree = transformer.decoder(config), params(config)
     fa.save(tmp_path / "a", config, tree)
-    loaded = fa.load(tmp_path / "a")
+    loaded = load(tmp_path / "a")
     again = transformer.decoder(loaded.config)
     logits = again.logits(loaded.params, again.hidden(loaded.params, tokens)[0])
     assert torch.equal(logits, model.logits(tree, model.hidden(tree, tokens)[0]))

@@ -192,7 +192,8 @@ def _stretched(config: Config, stretch: Tensor) -> Config:
     D, base = config.head_size, config.rope_base
     if stretch.shape == (D // 2,) and config.rope_scaling is None and 0 < float(stretch.max()) < math.inf:
         llama3 = RopeScaling("llama3", float(stretch.max()))
-        wanted = layers.frequencies(D, base=base) / layers.frequencies(D, base=base, scaling=llama3)
+        plain = layers.frequencies(D, base=base, device=stretch.device)
+        wanted = plain / layers.frequencies(D, base=base, scaling=llama3, device=stretch.device)
         if torch.allclose(stretch.float(), wanted, rtol=1e-4):  # computed in float32 from wavelengths, by another program
             return replace(config, rope_scaling=llama3)
     refuse(STRETCH, "the factors of Llama 3 with low 1, high 4 and 8192 positions", f"{tuple(stretch.shape)} other numbers")
