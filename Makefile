@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test distributed test-gpu test-triton test-all lint typecheck format docs site package notebooks benchmarks clean
+.PHONY: help demo test distributed test-gpu test-device test-triton test-all lint typecheck format docs site package notebooks benchmarks clean
 
 help:  ## list what can be made
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,10 +34,14 @@ test: $(VENV)/.dev $(VENV)/.model  ## install, and run every test that takes sec
 distributed: $(VENV)/.dev $(VENV)/.model  ## several processes that talk to each other, started by the tests
 	$(PYTEST) --numprocesses 0 tests/distributed $(ARGS)
 
-test-gpu: $(VENV)/.dev $(VENV)/.model  ## every test on a machine with a GPU: what has kernels for it runs there
+test-gpu: $(VENV)/.dev $(VENV)/.model  ## every test on a machine with a GPU: as it is, and again with all of its tensors there
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'test-gpu: torch sees no CUDA device')"
 	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[triton]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 $(ARGS)
+	FUNCATTN_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 tests --ignore tests/distributed $(ARGS)
+
+test-device: $(VENV)/.dev $(VENV)/.model  ## every fast test on a device that is pretended: which tensor would not be on a GPU?
+	FUNCATTN_DEVICE=far $(PYTEST) -m "not slow" tests --ignore tests/distributed $(ARGS)
 
 test-triton: $(VENV)/.dev  ## the kernels for CUDA without a GPU: interpreted, and compiled ahead of time
 	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[triton]'

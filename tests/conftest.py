@@ -28,7 +28,29 @@ if not torch.cuda.is_available():  # Triton's kernels then run in numpy; it read
 hypothesis.settings.register_profile("home", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True, database=None)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
+hypothesis.settings.register_profile("brief", deadline=None, max_examples=6, derandomize=True, database=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "home"))
+
+
+# Where the tests' own tensors are: FUNCATTN_DEVICE=cuda on a machine with a GPU; =far on any, which tells tensors of two devices
+# apart without one (far.py). A test that is about the CPU is marked `cpu`, and says why.
+DEVICE = os.environ.get("FUNCATTN_DEVICE", "cpu")
+if DEVICE == "far":
+    import far
+
+    far.arrive()
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+
+
+ELSEWHERE = [("cpu", DEVICE != "cpu"), ("real", DEVICE == "far")]  # a marker, and whether it keeps a test from running here
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for name, holds in ELSEWHERE:
+            if holds and (mark := item.get_closest_marker(name)) is not None:
+                item.add_marker(pytest.mark.skip(reason=f"{name}: {mark.args[0]}"))
 
 
 collect_ignore = ["ahead.py"]  # a script that needs Triton, which test_triton.py runs
@@ -39,7 +61,8 @@ def smollm2():
     """SmolLM2-135M-Instruct as `Loaded(config, params, tokenizer)`. It is a value: no test can change it for another."""
     import funcattn as fa
 
-    return fa.load("smollm2-135m")
+    loaded = fa.load("smollm2-135m")
+    return loaded._replace(params=fa.tree.to(torch.get_default_device())(loaded.params))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.func import grad, jvp, vmap
 
+pytestmark = pytest.mark.cpu("what torch does there")
+
 
 class Cube(Function):
     """x^3 with a jvp in plain operations, as the documentation has it."""

@@ -12,6 +12,8 @@ import torch
 import funcattn as fa
 from funcattn import cli
 
+pytestmark = pytest.mark.cpu("the command reads --device, and not torch's default")
+
 SPEED = re.compile(r"prefill: .* tokens.*, \d+\.\d\d s; decode: \d+ tokens, \d+\.\d\d s(, \d+\.\d tokens/s)?\n")
 CONFIG = fa.Config(vocabulary=49152, width=16, layers=2, heads=2, kv_heads=1, head_size=8, feed_forward=16, context=256)
 

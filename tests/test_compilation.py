@@ -51,7 +51,7 @@ FAMILIES = {
 
 
 def tokens(n, seed=0):
-    return torch.randint(0, 40, (n,), generator=torch.Generator().manual_seed(seed))
+    return fa.random.randint(fa.key(seed), (n,), 0, 40)
 
 
 @pytest.fixture(scope="module")
@@ -344,12 +344,14 @@ def really():
     return model, fa.compile(model), fa.tree.map(lambda w: w.mT.contiguous().mT if w.dim() == 2 else w, model.init(fa.key(1)))
 
 
+@pytest.mark.real("Inductor compiles for it")
 def test_compiled_tokens_are_those_of_the_model(really):
     model, fast, params = really
     wanted = fa.generate(fa.key(0), model, params, tokens(9), steps=20)[0]
     assert torch.equal(fa.generate(fa.key(0), fast, params, tokens(9), steps=20)[0], wanted)
 
 
+@pytest.mark.cpu("it reads the C++ that Inductor writes")
 def test_no_code_allocates_a_past(really):
     """In the C++ of a step behind 1000 of 4000 rows, the largest buffer is a layer's part of the bucket: no copy of the past."""
     model, _, params = really
@@ -362,8 +364,9 @@ def test_no_code_allocates_a_past(really):
     assert largest < past.k.numel() // TINY.layers  # not even of one layer of what is reserved
 
 
+@pytest.mark.cpu("it reads the C++ that Inductor writes")
 def test_a_vector_is_multiplied_row_by_row_where_it_is_compiled():
-    weight, x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.arange(5.0)[None]
+    weight, x = fa.random.normal(fa.key(0), (7, 5)), torch.arange(5.0)[None]
     (y,), codes = run_and_get_code(torch.compile(lambda w, x: (fa.layers.linear(w, x),)), weight, x)
     torch.testing.assert_close(y, x @ weight.T)
     assert not any("extern_kernels.mm" in code or "extern_kernels.addmm" in code for code in codes)
@@ -371,6 +374,7 @@ def test_a_vector_is_multiplied_row_by_row_where_it_is_compiled():
     torch.testing.assert_close(narrow, (x.double() @ weight.bfloat16().double().T).bfloat16())  # sums in float32, rounded once
 
 
+@pytest.mark.cpu("it reads the C++ that Inductor writes")
 def test_a_few_tokens_are_multiplied_in_one_loop_over_the_matrix(really):
     model, fast, params = really
     past = model.apply(params, tokens(9), model.cache(20))[1]

@@ -7,11 +7,11 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import CONFIG, params, tokenizer, write_gguf
+from samples import CONFIG, load, params, tokenizer, write_gguf
 from transformers import AutoModelForCausalLM
 
 import funcattn as fa
-from funcattn.checkpoints import load, save
+from funcattn.checkpoints import save
 from funcattn.families import CheckpointError
 from funcattn.quantization import Int4, Int8, expand, is_quantized
 
@@ -36,7 +36,7 @@ def same(a, b):
 
 
 def equal(x, y):
-    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+    return torch.equal(x.cpu().contiguous().view(torch.uint8), y.cpu().contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)

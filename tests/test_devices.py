@@ -4,6 +4,12 @@ Inputs lie on the CPU while torch's default device is another one, `meta`, whose
 its own without saying where fails, or comes out there, as it would beside inputs on a GPU. That needs no GPU.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import far
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,6 +17,7 @@ from torch.func import grad, jvp, vmap
 
 import funcattn as fa
 from funcattn import masks, sampling, training
+from funcattn.native import building
 
 CONFIG = fa.Config(vocabulary=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, feed_forward=64, context=64)
 MODEL = fa.decoder(CONFIG)
@@ -112,6 +119,66 @@ def test_nothing_is_made_where_the_inputs_are_not(program):
     leaves = [x for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, torch.Tensor)]
     assert leaves
     assert {x.device for x in leaves} == {TOKENS.device}
+
+
+# The same without a list of programs: the tests themselves on a device that is pretended (far.py). Here a part of them, which takes
+# seconds; `make test-device` runs all.
+
+
+@pytest.mark.cpu("it starts tests on another device")
+def test_tests_pass_where_tensors_of_two_devices_do_not_mix():
+    try:
+        far.built()
+    except building.Missing as reason:
+        pytest.skip(str(reason))
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("devices", "masks", "generation", "steps")]
+    environment = {**os.environ, "FUNCATTN_DEVICE": "far", "HYPOTHESIS_PROFILE": "brief"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.fixture
+def x():
+    if torch.get_default_device().type != "far":
+        pytest.skip("of the pretended device")
+    return torch.arange(6.0).reshape(2, 3)
+
+
+MIXED = {
+    "a sum": lambda x: x + torch.ones(3, device="cpu"),
+    "an index": lambda x: x[torch.tensor([0], device="cpu")],
+    "rows": lambda x: torch.embedding(x, torch.tensor(0, device="cpu")),
+    "one of several": lambda x: torch.cat([x, torch.ones(1, 3, device="cpu")]),
+    "numpy": lambda x: x.numpy(),
+    "a generator": lambda x: torch.rand(3, generator=torch.Generator()),
+    "a product of integers": lambda x: x.int() @ x.int().mT,
+    "a kernel of the CPU": lambda x: torch.ops.aten._convert_weight_to_int4pack_for_cpu(x.int(), 2),
+}
+
+
+@pytest.mark.parametrize("mixed", MIXED.values(), ids=MIXED)
+def test_what_cuda_refuses_the_pretended_device_refuses(mixed, x):
+    with pytest.raises((RuntimeError, TypeError), match=r"device|as on CUDA"):
+        mixed(x)
+
+
+def test_the_pretended_device_computes_as_the_cpu(x):
+    assert x.device.type == "far"
+    assert type(x) is torch.Tensor
+    assert x.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert torch.equal((x + torch.tensor(2.0, device="cpu") * 2).cpu(), torch.arange(4.0, 10.0, device="cpu").reshape(2, 3))
+    x.mT[0] = 7.0  # a view is of the same memory
+    x[:, 1:].copy_(torch.ones(2, 2, device="cpu"))
+    assert x.tolist() == [[7.0, 1.0, 1.0], [7.0, 1.0, 1.0]]
+    assert x.resize_(3, 3)[:2].tolist() == x.tolist()[:2]
+    out = torch.empty(0)
+    assert torch.add(x[:2], 1, out=out) is out
+    assert out.sum() == x[:2].sum() + 6
+    assert jvp(lambda x: torch.ones(3), (x,), (x,))[1].tolist() == [0.0] * 3
+    y = x[:2].clone().requires_grad_()
+    (y * y).sum().backward()
+    assert torch.equal(y.grad, 2 * x[:2])
 
 
 # What is chosen on a GPU, told from fake tensors, which have a device and no numbers.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from samples import CONFIG, LLAMA3, interleave, metadata, params, same
 from transformers import LlamaConfig
 
-from funcattn import layers
+from funcattn import layers, randomness
 from funcattn.families import (
     FAMILIES,
     LLAMA,
@@ -306,18 +306,18 @@ def test_the_two_orders_of_rotary_rows_undo_each_other(heads, half, width):
 @given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 3))
 def test_half_split_undoes_the_order_of_gguf(heads, half, width):
     weight = torch.arange(heads * half * 2 * width).reshape(-1, width)
-    assert torch.equal(half_split(torch.from_numpy(interleave(weight.numpy(), heads)), 2 * half), weight)
+    assert torch.equal(half_split(torch.from_numpy(interleave(weight.cpu().numpy(), heads)), 2 * half), weight.cpu())
 
 
 def test_scores_under_neighbouring_angles_are_those_of_half_split_rows():
     """What the permutation is for: q.k after rotating pairs (2i, 2i + 1) of GGUF's rows is ours with pairs (i, i + D / 2)."""
     D, T, E = 16, 5, 64
-    tree, x = params().layers[0], torch.randn(T, E, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tree, x = params().layers[0], randomness.normal(randomness.key(1), (T, E), torch.float64)
     turn = layers.frequencies(D, base=CONFIG.rope_base).double()
     rotation = layers.rope(torch.arange(T), turn, torch.float64)
 
     def stored(weight, heads):
-        return torch.from_numpy(interleave(weight.detach().double().numpy(), heads))
+        return torch.from_numpy(interleave(weight.detach().double().cpu().numpy(), heads)).to(x.device)
 
     def neighbours(y):
         turned = torch.view_as_complex(y.reshape(*y.shape[:-1], D // 2, 2).contiguous())

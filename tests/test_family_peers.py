@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from samples import load
 from torch.func import grad, jvp, vmap
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,7 +118,7 @@ def originals(tmp_path_factory):
 
 
 def tokens(n=T, seed=0):
-    return torch.randint(0, V, (n,), generator=torch.Generator().manual_seed(seed))
+    return fa.random.randint(fa.key(seed), (n,), 0, V)
 
 
 def theirs(model, ids):
@@ -128,7 +129,7 @@ def theirs(model, ids):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_original(originals, name):
     model, folder = originals(name)
-    config, params, _ = fa.load(folder)
+    config, params, _ = load(folder)
     ours = fa.decoder(config)
     got = ours.logits(params, ours.hidden(params, tokens())[0])
     torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
@@ -138,7 +139,7 @@ def test_logits_are_those_of_the_original(originals, name):
 def test_decoding_step_by_step_is_that_of_the_original_beyond_window_and_scaling(originals, name):
     """Chunks of 10 and then single tokens; where angles follow the length, the original is stepped in the same way."""
     model, folder = originals(name)
-    config, params, _ = fa.load(folder)
+    config, params, _ = load(folder)
     ours, past, mine, other, cache = fa.decoder(config), None, [], [], transformers.DynamicCache(config=model.config)
     past = ours.cache(T)
     for piece in tokens().split([10, 10, *([1] * (T - 20))]):
@@ -152,11 +153,11 @@ def test_decoding_step_by_step_is_that_of_the_original_beyond_window_and_scaling
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_model_is_read_by_transformers_with_equal_logits(originals, name, tmp_path):
     model, folder = originals(name)
-    config, params, _ = fa.load(folder)
+    config, params, _ = load(folder)
     fa.save(tmp_path / "ours", config, params)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     torch.testing.assert_close(theirs(read, tokens()), theirs(model, tokens()), atol=2e-5, rtol=0)
-    again = fa.load(tmp_path / "ours")
+    again = load(tmp_path / "ours")
     assert again.config == config
     assert fa.tree.allclose(again.params, params, atol=0, rtol=0)
 
@@ -176,7 +177,7 @@ def test_a_model_keeps_its_family(originals, name):
 def test_every_family_composes(originals, name):
     """vmap of grad is the loop, and a jvp along a direction is the gradient's product with it: in every family."""
     _, folder = originals(name)
-    config, params, _ = fa.load(folder, dtype=torch.float64)
+    config, params, _ = load(folder, dtype=torch.float64)
     model = fa.decoder(config)
     batch = torch.stack([tokens(12, 1), tokens(12, 2)])
 

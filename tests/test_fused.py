@@ -12,7 +12,10 @@ from funcattn.caches import Branch
 from funcattn.compilation import fused
 from funcattn.quantization import tiles
 
-pytestmark = pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing())
+pytestmark = [
+    pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing()),
+    pytest.mark.cpu("the operator funcattn::layers is for the CPU"),
+]
 
 CONFIG = fa.Config(vocabulary=48, width=64, layers=2, heads=4, kv_heads=2, head_size=16, feed_forward=96, context=600)
 MODELS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from samples import BYTES, KINDS, MERGES, TOKENS
+from samples import BYTES, KINDS, MERGES, TOKENS, load
 from samples import interleave as turn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -156,7 +156,7 @@ def write(path, name, model, kind="F32", change=()):
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     for parameter_name, parameter in model.named_parameters():
         base, suffix = parameter_name.rsplit(".", 1)
-        weight, quantized = parameter.detach().numpy(), GGMLQuantizationType.F32
+        weight, quantized = parameter.detach().cpu().numpy(), GGMLQuantizationType.F32
         if weight.ndim == 2:
             quantized = GGMLQuantizationType[kind]
             weight = stored(weight, kind)
@@ -175,7 +175,7 @@ def write(path, name, model, kind="F32", change=()):
 
 
 def tokens():
-    return torch.randint(0, V, (T,), generator=torch.Generator().manual_seed(1))
+    return fa.random.randint(fa.key(1), (T,), 0, V)
 
 
 def theirs(model):
@@ -195,7 +195,7 @@ def agree(got, wanted):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_original(tmp_path, name):
     model = original(name)
-    loaded = fa.load(write(tmp_path / "a.gguf", name, model))
+    loaded = load(write(tmp_path / "a.gguf", name, model))
     agree(ours(loaded), theirs(model))
     assert loaded.config == fa.families.read_config(model.config.to_dict())
 
@@ -211,7 +211,7 @@ def test_logits_are_those_of_transformers_reading_the_same_file(tmp_path, name):
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     read.tie_weights()
-    agree(ours(fa.load(path)), theirs(read))
+    agree(ours(load(path)), theirs(read))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -220,13 +220,13 @@ def test_every_type_of_block_is_read(tmp_path, name, kind):
     model = original(name)
     path = write(tmp_path / "a.gguf", name, model, kind)  # what is lost in the blocks is lost in the original too
     assert {entry.tensor_type.name for entry in gguf.GGUFReader(path).tensors} == {kind, "F32"}
-    agree(ours(fa.load(path)), theirs(model))
+    agree(ours(load(path)), theirs(model))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_from_gguf_is_saved_as_its_family_and_read_by_transformers(tmp_path, name):
     model = original(name)
-    loaded = fa.load(write(tmp_path / "a.gguf", name, model))
+    loaded = load(write(tmp_path / "a.gguf", name, model))
     fa.save(tmp_path / "folder", loaded.config, loaded.params)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", attn_implementation="eager").eval()
     agree(theirs(read), theirs(model))

@@ -154,7 +154,11 @@ def opinfo():
 
 
 def samples(opinfo, dtype, dropping):
-    found = [x for x in opinfo.sample_inputs("cpu", dtype, requires_grad=True) if (x.kwargs.get("dropout_p", 0) > 0) == dropping]
+    found = [
+        x
+        for x in opinfo.sample_inputs(torch.get_default_device(), dtype, requires_grad=True)
+        if (x.kwargs.get("dropout_p", 0) > 0) == dropping
+    ]
     assert len(found) >= 12
     for sample in found:
         tensors = [sample.input, *sample.args, *(x for x in [sample.kwargs.get("attn_mask")] if x is not None)]
@@ -293,6 +297,18 @@ def test_modules_of_torch_become_closed(make, number, training, calls):
         assert len(calls) == 4 * number
     close(found, wanted)
     close(inferred, wanted[0])
+
+
+def test_a_default_device_hides_no_attention(calls):
+    module, f = attending()
+    module.double()
+    x, dx = normal(1, B, T, E), normal(3, B, T, E)
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = jvp(f, (x,), (dx,))
+    with torch.device("meta"), override_sdpa():
+        found = jvp(f, (x,), (dx,))
+    close(found, wanted)
+    assert len(calls) == 1
 
 
 def test_the_hessian_and_the_gradient_of_each_example_go_through():
@@ -481,6 +497,7 @@ def graphs(f):
     return torch.compile(f, backend=backend, fullgraph=True), made
 
 
+@pytest.mark.cpu("under a default device torch.compile cannot trace nn.MultiheadAttention")
 def test_what_was_compiled_outside_is_compiled_anew_inside(calls):
     module, f = encoding()
     module.double().eval()
@@ -500,6 +517,7 @@ def test_what_was_compiled_outside_is_compiled_anew_inside(calls):
     close(found, wanted)
 
 
+@pytest.mark.cpu("under a default device torch.compile cannot trace nn.MultiheadAttention")
 def test_a_training_step_compiles_whole(calls):
     module = layer().double().train()
     x = normal(1, B, T, E)
@@ -511,6 +529,7 @@ def test_a_training_step_compiles_whole(calls):
     assert calls
 
 
+@pytest.mark.cpu("under a default device torch.compile cannot trace nn.MultiheadAttention")
 def test_the_forward_derivative_of_a_module_compiles_whole():
     module, f = attending()
     module.double().requires_grad_(False)

@@ -202,6 +202,8 @@ def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
 
 @pytest.mark.parametrize("lead", [(1,), (3,), (2, 4)])
 def test_a_matrix_by_blocks_is_the_matrix(lead):
-    generator = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((48, 7), (*lead, 7)))
+    weight, x = (
+        fa.random.normal(key, shape, dtype=torch.float64)
+        for key, shape in zip(fa.split(fa.key(0)), ((48, 7), (*lead, 7)), strict=True)
+    )
     torch.testing.assert_close(fa.layers.linear(fa.layers.by_blocks(weight), x), x @ weight.mT)

@@ -62,7 +62,7 @@ def test_merge_names_both_shapes_of_what_does_not_fit():
 def test_a_cached_step_runs_under_autocast():
     model = fa.decoder(fa.Config())
     params = model.init(fa.key(0))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         logits, past = model.apply(params, torch.arange(5), model.cache(8, dtype=torch.bfloat16))
         logits, past = model.apply(params, torch.arange(1), past)
     assert int(past.length) == 6

@@ -12,6 +12,8 @@ from funcattn.layers.prepared import _kept
 from funcattn.quantization import expand, tiles
 from funcattn.quantization.packed import PackedDynamic, PackedInt4, PackedInt8
 
+pytestmark = pytest.mark.cpu("what is prepared is for kernels of the CPU")
+
 
 def matrix(seed, *sizes):
     return fa.random.normal(fa.key(seed), sizes)

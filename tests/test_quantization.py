@@ -141,7 +141,7 @@ def test_a_cast_changes_no_codes(scheme):
         for (path, a), (_, b) in zip(fa.tree.items(quantized), fa.tree.items(after), strict=True):
             if path.endswith("codes"):
                 assert a.dtype == b.dtype
-                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+                assert torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))
     assert fa.tree.cast(torch.float64)(quantized).layers[0].q.scale.dtype == torch.float64
 
 
@@ -359,6 +359,7 @@ def test_a_compiled_model_of_records_is_the_model(scheme):
 WIDE = fa.Config(vocabulary=64, width=64, layers=2, heads=2, kv_heads=1, head_size=32, feed_forward=64, context=64)
 
 
+@pytest.mark.cpu("what is packed is for kernels of the CPU")
 @pytest.mark.parametrize("scheme", [fa.int8, fa.int4, fa.w8a8], ids=["int8", "int4", "w8a8"])
 def test_the_compiler_takes_records_that_are_packed(scheme):
     """Sizes that every kernel takes, one vector and three, really compiled."""

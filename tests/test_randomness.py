@@ -223,6 +223,7 @@ def test_a_traced_draw_is_the_eager_one(name):
     assert torch.equal(many(rng.split(key)), vmap(DRAWS[name])(rng.split(key)))
 
 
+@pytest.mark.real("Inductor compiles for it")
 def test_compiled_bits_are_the_eager_ones():
     """Inductor's own integer code, whose overflow has to wrap around too; 1003 leaves a tail beside the vector registers."""
     compiled = torch.compile(lambda key: rng.bits(key, (1003,)), fullgraph=True)

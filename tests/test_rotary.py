@@ -60,7 +60,7 @@ def test_every_scaling_has_the_frequencies_of_transformers(name, length, base):
     wanted, amplitude = peer(name, length, base)
     # powers of the base are rounded to float32 in another order: a few units in the last place
     got = layers.frequencies(D, base=base, scaling=scaling, length=torch.tensor(length))
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=0)
     assert scaling.attention == pytest.approx(amplitude, rel=1e-6)
 
 

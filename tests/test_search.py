@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import transformers
+from samples import load
 from torch.func import vmap
 
 import funcattn as fa
@@ -76,9 +77,9 @@ def llama(seed):
 def test_beams_find_what_transformers_finds(tmp_path, beams, penalty, early_stop):
     theirs = llama(0)
     theirs.save_pretrained(tmp_path)
-    loaded = fa.load(tmp_path)
-    model, params = fa.decoder(loaded.config), fa.cast(torch.float64)(loaded.params)
     prompt, steps, stop = torch.tensor([3, 1, 4]), 8, (5, 9)
+    loaded = load(tmp_path)
+    model, params = fa.decoder(loaded.config), fa.cast(torch.float64)(loaded.params)
     options = {"num_beams": beams, "num_return_sequences": beams, "early_stopping": early_stop, "length_penalty": penalty}
     wanted = theirs.generate(
         prompt[None],

@@ -77,6 +77,7 @@ def test_a_step_compiles_to_one_graph(make, kernel):
     assert counter.frame_count == 1  # the count of steps is a tensor, so no step is a graph of its own
 
 
+@pytest.mark.real("Inductor compiles for it")
 def test_inductor_takes_the_same_step():
     torch._dynamo.reset()
     params, optimizer = weights(), chain(clip(0.5), adamw(1e-2))

@@ -13,7 +13,7 @@ from funcattn.quantization.tiles import expand_tiles, products, tile_int4, tile_
 from funcattn.testing import strategies
 
 needs_operator = pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing())
-pytestmark = needs_operator
+pytestmark = [needs_operator, pytest.mark.cpu("tiles are for an operator of the CPU")]
 EPS = 2.0**-24  # what rounding to float32 changes, of the number
 
 SCHEMES = {

@@ -30,6 +30,7 @@ from .jagged import nested_attention
 
 _sdpa = F.scaled_dot_product_attention
 _multi_head = F.multi_head_attention_forward
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 @contextlib.contextmanager
@@ -77,7 +78,10 @@ class Override(TorchFunctionMode):
         self.key = key
         self.draws = 0
         self.multi_head = _rebound(
-            _multi_head, scaled_dot_product_attention=self.attend, _check_key_padding_mask=_check_key_padding_mask
+            _multi_head,
+            scaled_dot_product_attention=self.attend,
+            _check_key_padding_mask=_check_key_padding_mask,
+            has_torch_function=_never,  # a default device is a mode too, and would be handed torch's own function
         )
         self.backward = {
             Tensor.backward: _rebound(Tensor.backward, has_torch_function_unary=_never),
@@ -90,13 +94,13 @@ class Override(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _sdpa:
             return self.attend(*args, **kwargs)
-        if func is _multi_head:
+        if func is _multi_head and set(types) <= PLAIN:
             return self.multi_head(*args, **kwargs)
-        if func in self.backward and set(types) <= {Tensor, torch.nn.Parameter}:
+        if func in self.backward and set(types) <= PLAIN:
             with self:
                 return self.backward[func](*args, **kwargs)
         if func is Tensor.unflatten:  # the one method of Tensor with a super() that Dynamo cannot follow
-            return args[0].unflatten(*args[1:], **kwargs)
+            return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
 
     def attend(
