@@ -7,6 +7,8 @@ import pytest
 import funcattn as fa
 from funcattn import cli
 
+pytestmark = pytest.mark.cpu("the command reads --device, and not torch's default")
+
 CONFIG = fa.Config(vocabulary=49152, width=16, layers=2, heads=2, kv_heads=1, head_size=8, feed_forward=16, context=256)
 
 

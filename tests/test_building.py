@@ -13,6 +13,8 @@ from funcattn.native import building
 from funcattn.quantization import tiles
 from funcattn.quantization.packed import PackedInt4
 
+pytestmark = pytest.mark.cpu("the operators in C++ are for the CPU")
+
 WITHOUT = """
 import funcattn as fa, torch
 from funcattn.quantization import tiles

@@ -296,7 +296,7 @@ def test_a_kernel_that_is_forced_is_not_passed_over(made, monkeypatch):
     monkeypatch.setattr(Stack, "hidden", lambda *_: called.append(1) or model.hidden(params, tokens(1), past))
     with fa.kernels.use("reference"):
         fast.hidden(params, tokens(1), past)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(past.k.device.type, torch.bfloat16):
         fast.hidden(fa.cast(torch.float32)(params), tokens(1), fa.cast(torch.bfloat16)(past))
     assert not called
     fast.hidden(params, tokens(1), past)

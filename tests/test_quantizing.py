@@ -8,6 +8,8 @@ import funcattn as fa
 from funcattn import cli
 from funcattn.quantization import Int4, Int8
 
+pytestmark = pytest.mark.cpu("the command reads --device, and not torch's default")
+
 TEXT = "hello the 12 " * 40
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 
 from .. import collectives, taps, transformer, tree
 from .._autodiff import transforming
@@ -23,7 +23,7 @@ def is_undisturbed() -> bool:
         return False
     if collectives.simulated() or collectives.axis_size(transformer.DATA) > 1:
         return False
-    return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+    return not _is_any_autocast_enabled()
 
 
 def is_plain(*trees: Any) -> bool:
