@@ -41,6 +41,7 @@ test-gpu: $(VENV)/.dev $(VENV)/.model  ## every test on a machine with a GPU: as
 	FUNCATTN_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 tests --ignore tests/distributed $(ARGS)
 
 test-device: $(VENV)/.dev $(VENV)/.model  ## every fast test on a device that is pretended: which tensor would not be on a GPU?
+	FUNCATTN_DEVICE=far FUNCATTN_DEFAULT=cpu $(PYTEST) -m "not slow" tests --ignore tests/distributed $(ARGS)
 	FUNCATTN_DEVICE=far $(PYTEST) -m "not slow" tests --ignore tests/distributed $(ARGS)
 
 test-triton: $(VENV)/.dev  ## the kernels for CUDA without a GPU: interpreted, and compiled ahead of time

@@ -35,14 +35,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os
 # Where the tests' own tensors are: FUNCATTN_DEVICE=cuda on a machine with a GPU; =far on any, which tells tensors of two devices
 # apart without one (far.py). A test that is about the CPU is marked `cpu`, and says why.
 DEVICE = os.environ.get("FUNCATTN_DEVICE", "cpu")
-if DEVICE == "far":
+if DEVICE != "cpu":
     import far
 
-    far.arrive()
-if DEVICE != "cpu":
-    torch.set_default_device(DEVICE)
-
-
+    far.settle(DEVICE, default=os.environ.get("FUNCATTN_DEFAULT", DEVICE))
 ELSEWHERE = [("cpu", DEVICE != "cpu"), ("real", DEVICE == "far")]  # a marker, and whether it keeps a test from running here
 
 

@@ -99,6 +99,7 @@ def test_snapshots_change_nothing(unbroken, tmp_path):
     assert same_run(begin(tmp_path, resume=True), unbroken)
 
 
+@pytest.mark.cpu("a run in a process of its own, resumed bit for bit")
 @pytest.mark.parametrize("moment", ["step 1", "step 3", "step 4", "step 8", "step 11", "rename 1", "rename 2", "rename 4"])
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(moment, unbroken, tmp_path):
     command = [sys.executable, fitted.__file__, str(tmp_path), moment]
@@ -216,6 +217,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_in_no_snapshot(tmp_path)
     assert all(leaf.isfinite().all() for leaf in fa.tree.leaves(values))
 
 
+@pytest.mark.real("Inductor compiles for it")
 def test_the_compiled_run_is_resumed_bit_for_bit(tmp_path):
     whole = begin(compile=True)
     begin(tmp_path, compile=True, steps=6)
