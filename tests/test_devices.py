@@ -86,6 +86,7 @@ PROGRAMS = {
     "weights": lambda: fa.attention_weights(Q, K, CAUSAL),
     "a score": lambda: fa.kernels.attention_with_score(Q, K, V, lambda s, b, h, i, j: s + (i - j), SINKS),
     "masks": lambda: (~(CAUSAL & SINKS | CAUSAL), masks.segments(IDS), masks.padding(5, IDS), masks.causal(5, offset=IDS)),
+    "frequencies": lambda: fa.layers.frequencies(8, base=1e4, scaling=fa.layers.RopeScaling("dynamic", 2.0), length=IDS),
     "a picture": lambda: (masks.picture(SINKS), SINKS),
     "keys": lambda: (fa.split(KEY, 3), fa.fold_in(KEY, 3), fa.random.permutation(KEY, 9), fa.random.randint(KEY, (3,), 0, 9)),
     "draws": lambda: [f(KEY, (3,)) for f in (fa.random.uniform, fa.random.normal, fa.random.gumbel, fa.random.exponential)],

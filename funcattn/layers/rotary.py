@@ -86,11 +86,12 @@ def frequencies(
         base: of the powers.
         scaling: how they are stretched.
         length: int64 (*lead), positions of the sequence so far, for a scaling that follows it; None is within the context.
-        device: where they are made.
+        device: where they are made; None is where length is, or torch's default.
 
     Returns:
         (D / 2,), or (*lead, D / 2) where the scaling follows a length.
     """
+    device = length.device if device is None and length is not None else device
     powers = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D
     turn = 1.0 / base**powers
     if scaling is None:
