@@ -25,7 +25,7 @@ DRAWS = 2000
 
 def joint(table: Table) -> Tensor:
     """The probability of every text: the product of the conditional laws, (V,) * len(table)."""
-    mass = torch.ones((), dtype=table[0].dtype)
+    mass = torch.ones((), dtype=table[0].dtype, device=table[0].device)
     for law in table:
         mass = mass.unsqueeze(-1) * law
     return mass
@@ -37,15 +37,17 @@ def rows(table: Table, N: int) -> Tensor:
     return torch.stack([law.reshape(-1, V).repeat_interleave(V ** (N - n), 0) for n, law in enumerate(table)], 1)
 
 
-def drafts(V: int, N: int) -> Tensor:
+def drafts(V: int, N: int, device: torch.device | None = None) -> Tensor:
     """Every draft, (V^N, N), in the order of `rows`."""
-    return torch.tensor(list(itertools.product(range(V), repeat=N)))
+    return torch.tensor(list(itertools.product(range(V), repeat=N)), device=device)
 
 
 def outcomes(rule: Rule, target: Table, draft: Table) -> tuple[Tensor, Tensor, Tensor]:
     """Of each draft: its probability (V^N,), that of each count (V^N, N + 1), and the law that follows (V^N, N + 1, V)."""
-    N, V = len(draft), draft[0].shape[-1]
-    regions = vmap(lambda p, q, d: rule.regions(p, q, d, torch.tensor(N)))(rows(target, N), rows(draft, N), drafts(V, N))
+    N, V, here = len(draft), draft[0].shape[-1], draft[0].device
+    regions = vmap(lambda p, q, d: rule.regions(p, q, d, torch.tensor(N, device=here)))(
+        rows(target, N), rows(draft, N), drafts(V, N, here)
+    )
     return joint(draft).reshape(-1), vmap(rule.pmf)(regions.threshold), regions.correction
 
 
@@ -54,9 +56,9 @@ def emitted(rule: Rule, target: Table, draft: Table, *, shown: Table | None = No
 
     `shown` is what the rule takes for the target where that is not the truth: for a proof that a mistake is seen.
     """
-    N, V = len(draft), draft[0].shape[-1]
+    N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     drawn, counts, after = outcomes(rule, target if shown is None else shown, draft)
-    total = torch.zeros(V ** (N + 1), dtype=drawn.dtype)
+    total = torch.zeros(V ** (N + 1), dtype=drawn.dtype, device=here)
     for n in range(N + 1):
         written = (drawn * counts[:, n]).unsqueeze(-1) * after[:, n]  # (V^N, V)
         written = written.reshape(V**n, -1, V).sum(1).reshape((V,) * (n + 1))  # texts of n + 1 tokens
@@ -69,7 +71,7 @@ def emitted(rule: Rule, target: Table, draft: Table, *, shown: Table | None = No
 def expected_count(rule: Rule, target: Table, draft: Table) -> Tensor:
     """The mean number of drafted tokens that stay."""
     drawn, counts, _ = outcomes(rule, target, draft)
-    return (drawn.unsqueeze(-1) * counts * torch.arange(counts.shape[-1])).sum()
+    return (drawn.unsqueeze(-1) * counts * torch.arange(counts.shape[-1], device=counts.device)).sum()
 
 
 def what_is_written_has_the_law_of_the_target(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
@@ -95,18 +97,18 @@ def regions_have_the_volume_of_the_pmf(rule: Rule, target: Table, draft: Table, 
     The thresholds cut the cube of uniforms into 2^N boxes [0, h) and [h, 1). In each corner of each box, up to the last number
     below an open end, `count` must give the same; then volumes of boxes add up to the integral. `u <= h` fails at the corner h.
     """
-    N, V = len(draft), draft[0].shape[-1]
+    N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     below = lambda x: torch.nextafter(x, torch.zeros_like(x))
-    for p, q, d in zip(rows(target, N), rows(draft, N), drafts(V, N), strict=True):
-        h = rule.regions(p, q, d, torch.tensor(N)).threshold
-        volumes = torch.zeros(N + 1, dtype=h.dtype)
+    for p, q, d in zip(rows(target, N), rows(draft, N), drafts(V, N, here), strict=True):
+        h = rule.regions(p, q, d, torch.tensor(N, device=here)).threshold
+        volumes = torch.zeros(N + 1, dtype=h.dtype, device=here)
         for box in itertools.product((True, False), repeat=N):
-            inside = torch.tensor(box)
+            inside = torch.tensor(box, device=here)
             volume = torch.where(inside, h, 1 - h).prod()
             if volume <= 0:
                 continue
             low, high = torch.where(inside, 0, h), torch.where(inside, below(h), below(torch.ones_like(h)))
-            corners = [torch.where(torch.tensor(c), low, high) for c in itertools.product((True, False), repeat=N)]
+            corners = [torch.where(torch.tensor(c, device=here), low, high) for c in itertools.product((True, False), repeat=N)]
             found = {int(rule.count(h, u)) for u in corners}
             if len(found) > 1:
                 raise AssertionError(
@@ -118,10 +120,10 @@ def regions_have_the_volume_of_the_pmf(rule: Rule, target: Table, draft: Table, 
 
 def counts_follow_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
     """Counts that `accept` draws follow pmf: a chi-square test of the likeliest draft that a true rule fails once in 10^9 keys."""
-    N, V = len(draft), draft[0].shape[-1]
+    N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     best = int(joint(draft).argmax())
-    p, q, d = rows(target, N)[best], rows(draft, N)[best], drafts(V, N)[best]
-    wanted = DRAWS * rule.pmf(rule.regions(p, q, d, torch.tensor(N)).threshold)
+    p, q, d = rows(target, N)[best], rows(draft, N)[best], drafts(V, N, here)[best]
+    wanted = DRAWS * rule.pmf(rule.regions(p, q, d, torch.tensor(N, device=here)).threshold)
     counts = vmap(lambda key: accept(key, p, q, d, rule=rule).count)(randomness.split(key, DRAWS))
     seen, likely = torch.bincount(counts, minlength=N + 1).double(), wanted > 1e-6
     if seen[~likely].any():
@@ -133,11 +135,11 @@ def counts_follow_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) 
 
 def a_shorter_draft_is_the_beginning_of_a_longer(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
     """valid = n gives what a draft of n tokens gives, whatever stands in the other rows."""
-    N, V = len(draft), draft[0].shape[-1]
+    N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     for n in range(1, N):
-        p, q, d = rows(target, N), rows(draft, N), drafts(V, N)
-        longer = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n)))(p, q, d)
-        shorter = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n)))(p[:, : n + 1], q[:, :n], d[:, :n])
+        p, q, d = rows(target, N), rows(draft, N), drafts(V, N, here)
+        longer = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n, device=here)))(p, q, d)
+        shorter = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n, device=here)))(p[:, : n + 1], q[:, :n], d[:, :n])
         law = a_shorter_draft_is_the_beginning_of_a_longer
         counts = vmap(rule.pmf)(longer.threshold)
         agree(law, "counts", counts[:, : n + 1], vmap(rule.pmf)(shorter.threshold), EXACT, "float64")

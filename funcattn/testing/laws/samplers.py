@@ -82,9 +82,9 @@ def draws_follow_the_law(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
 
 def state_keeps_its_form(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """update and observe return a state of the same structure, shapes and dtypes, so that a loop and vmap can carry it."""
-    state = sampler.init(logits.shape[-1])
+    state, first = sampling.begin(sampler, logits), torch.tensor(0, device=logits.device)
     form = lambda state: [(path, tuple(x.shape), x.dtype) for path, x in tree.items(state)]
-    for verb, after in (("update", sampler.update(logits, state)[1]), ("observe", sampler.observe(torch.tensor(0), state))):
+    for verb, after in (("update", sampler.update(logits, state)[1]), ("observe", sampler.observe(first, state))):
         if form(after) != form(state):
             raise AssertionError(f"state_keeps_its_form: {verb} should return {form(state)}, got {form(after)}.")
 
@@ -101,7 +101,7 @@ def arguments_stay_as_they_were(sampler: Sampler, logits: Tensor, key: Tensor) -
 
 
 def _state(sampler: Sampler, logits: Tensor, key: Tensor) -> Any:
-    state = sampler.init(logits.shape[-1])
+    state = sampling.begin(sampler, logits)
     for token in randomness.randint(randomness.fold_in(key, 1), (2,), 0, logits.shape[-1]):
         state = sampler.observe(token, state)
     return state
