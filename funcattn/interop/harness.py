@@ -81,8 +81,9 @@ class Answers:
             steps = next((int(options[name]) for name in LIMITS if options.get(name) is not None), STEPS)
             steps = min(steps, self.context - 1)
             ids = (self._encode(text) or [self.prefix])[-(self.context - steps) :]
+            prompt = self._tensor(ids)
             pieces = generation.stream(
-                *(randomness.fold_in(randomness.key(self.seed), number), self.model, self.params, self._tensor(ids)),
+                *(randomness.fold_in(randomness.key(self.seed).to(prompt.device), number), self.model, self.params, prompt),
                 steps=steps,
                 tokenizer=self.tokenizer,
                 sampler=_sampler(options),
@@ -138,7 +139,9 @@ class Answers:
 
     def _past(self, ids: tuple[int, ...]) -> Any:
         """What the answers share: all but the last token of the question."""
-        return generation.generate(randomness.key(0), self.model, self.params, self._tensor(ids[:-1]), steps=0, chunk=self.chunk)[1]
+        prompt = self._tensor(ids[:-1])
+        key = randomness.key(self.seed).to(prompt.device)  # of which nothing is drawn
+        return generation.generate(key, self.model, self.params, prompt, steps=0, chunk=self.chunk)[1]
 
     def _foretold(self, before: tuple[int, ...], after: tuple[int, ...], past: Any) -> tuple[float, bool]:
         with torch.no_grad():
