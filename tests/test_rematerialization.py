@@ -123,7 +123,7 @@ def test_an_argument_may_be_returned_as_it_is_and_twice():
 
 
 def test_an_output_that_depends_on_nothing_has_no_derivative():
-    f = fa.remat(lambda x: (x * 2, torch.ones(3, dtype=x.dtype)))
+    f = fa.remat(lambda x: (x * 2, torch.ones(3, dtype=x.dtype, device=x.device)))
     x = normal(6, 3)
     close(grad(lambda x: f(x)[1].sum() + f(x)[0].sum())(x), torch.full_like(x, 2))
     close(jvp(lambda x: f(x)[1], (x,), (x,))[1], torch.zeros_like(x))
@@ -182,7 +182,7 @@ def test_a_module_is_given_its_parameters():
     ("f", "what"),
     [
         (lambda x: x.mul_(2), "writes into an argument"),
-        (lambda x: x * torch.rand(3, dtype=x.dtype), "draws from torch's global generator"),
+        (lambda x: x * torch.rand(3, dtype=x.dtype, device=x.device), "draws from torch's global generator"),
     ],
 )
 def test_a_function_that_is_not_pure_is_refused(f, what):
@@ -216,6 +216,7 @@ def test_f_runs_again_under_the_autocast_of_its_call(at_call):
     assert seen == [torch.bfloat16 if at_call else torch.float32] * 2
 
 
+@pytest.mark.cpu("it is about the default device")
 @pytest.mark.parametrize("at_call", [None, "meta"])
 def test_f_runs_on_the_default_device_of_its_call(at_call):
     x, seen = normal(13, 3), []

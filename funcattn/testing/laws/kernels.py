@@ -67,7 +67,7 @@ def future_cannot_change_the_past(kernel: Kernel, q: Tensor, k: Tensor, v: Tenso
         return
     where, keys, values = randomness.split(key, 3)
     cut = int(randomness.randint(where, (), 1, S))
-    mask = _and(mask, masks.causal(T), S)
+    mask = _and(mask, tree.to(q.device)(masks.causal(T)), S)
     later = (torch.arange(S, device=k.device) >= cut).unsqueeze(-1)
     other_k = torch.where(later, 4 * _normal(keys, k, k.shape), k)
     other_v = torch.where(later, 4 * _normal(values, v, v.shape), v)
@@ -111,7 +111,7 @@ def commutes_with_vmap(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: An
     """vmap is the loop: over all arguments, over queries alone, over keys and values alone, and over masks."""
     size, inputs = amplitudes(q, k, v), (q, k, v)
     examples = [torch.stack([x, -x, x / 2]) for x in inputs]
-    causal = _and(mask, masks.causal(q.shape[-2]), k.shape[-2])
+    causal = _and(mask, tree.to(q.device)(masks.causal(q.shape[-2])), k.shape[-2])
     several = None if mask is None else tree.stack([mask, causal, mask])
     run = lambda q, k, v, mask: _parts(kernel(q, k, v, mask))
     for dims in ((0, 0, 0, None), (0, None, None, None), (None, 0, 0, None), (None, None, 0, None), (None, None, None, 0)):
