@@ -1,6 +1,9 @@
 """Compile what would be launched for a GPU that is not there: to PTX and, by Triton's own ptxas, to the machine code of a card.
 
-    python tests/ahead.py 90 80      one line a kernel: its name, the card, registers, bytes spilled, bytes of shared memory
+    python tests/ahead.py 90 80
+
+One line a kernel: its name, the card, its blocks, registers, bytes spilled, bytes of shared memory; of the loop over whole blocks
+instructions a pair of a query and a key, reloads of what was spilled, and what multiplies matrices (HGMMA: a warp group).
 
 Launches are recorded with the arguments that the library gives them on tensors of the CPU, and specialised as Triton's launcher
 does: an integer 1 is a constant, a multiple of 16 says so. Runs in a process of its own, since Triton reads TRITON_INTERPRET once.
@@ -44,6 +47,9 @@ class Built(NamedTuple):
     registers: int
     spilled: int  # bytes of local memory a thread
     shared: int  # bytes
+    instructions: float  # issued for a pair of a query and a key, in the loop over whole blocks
+    reloads: int  # loads and stores of local memory in that loop
+    products: str  # what multiplies matrices there
 
 
 def recorded(run) -> list[list[Launch]]:
@@ -104,19 +110,42 @@ def build(launch: Launch, card: int) -> Built:
 
     sizes = [options.get(name, 0) for name in ("OWN", "ROWS", "OTHER", "KEYS", "num_warps", "num_stages")]
     told = f"{sizes[0] + sizes[1]}x{sizes[2] + sizes[3]} {sizes[4]} {sizes[5]}"
-    return Built(kernel.__name__, card, told, *usage(done.asm["cubin"]), done.metadata.shared)
+    issued, reloads, products = loop(done.asm["cubin"])
+    pairs = (sizes[0] + sizes[1]) * (sizes[2] + sizes[3]) / 32 / sizes[4] if sizes[4] else 1.0  # of a thread
+    name = kernel.__name__
+    return Built(name, card, told, *usage(done.asm["cubin"]), done.metadata.shared, round(issued / pairs, 2), reloads, products)
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory a thread, as the binary says."""
+    told = dumped(cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found, told
+    return int(found[1]), int(found[2])
+
+
+def loop(cubin: bytes) -> tuple[int, int, str]:
+    """Of the shortest loop that multiplies matrices: its instructions, those that touch local memory, and what multiplies."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([\w.]+)([^;]*);", dumped(cubin, "-sass"))
+    at = {int(address, 16): n for n, (address, _, _) in enumerate(lines)}
+    found = []
+    for n, (_, name, rest) in enumerate(lines):
+        to = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if to and at.get(int(to[1], 16), n) < n:
+            names = [name.split(".")[0] for _, name, _ in lines[at[int(to[1], 16)] : n + 1]]
+            products = sorted({"HGMMA", "HMMA"} & {*names})
+            if products:
+                found.append((len(names), names.count("LDL") + names.count("STL"), products[0]))
+    return min(found, default=(0, 0, ""))
+
+
+def dumped(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
-    assert found, told
-    return int(found[1]), int(found[2])
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def launches(D: int, dtype: torch.dtype, *, causal: bool, dropout: bool = False) -> list[list[Launch]]:
@@ -169,8 +198,9 @@ def main() -> None:
         (256, torch.bfloat16, True, False),
         (64, torch.float32, True, False),
     ):
-        for number, candidates in enumerate(launches(D, dtype, causal=causal, dropout=dropout)):
-            for card in map(int, sys.argv[1:]):
+        for card in map(int, sys.argv[1:]):
+            tuning.by_groups = lambda x, card=card: card >= 90
+            for number, candidates in enumerate(launches(D, dtype, causal=causal, dropout=dropout)):
                 fits = (built for built in (build(launch, card) for launch in candidates) if built.shared <= SHARED[card])
                 name = f"{candidates[-1].kernel.__name__} {number} {D} {str(dtype).removeprefix('torch.')}" + " causal" * causal
                 print(name, *next(fits)[1:], sep="\t", flush=True)

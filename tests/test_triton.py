@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ if importlib.util.find_spec("triton") is None:
 
 from funcattn.kernels.triton import launching, tuning
 
+# Rows of a block that lie behind the last key have no logits that the log-sum-exp knows of; they are never stored.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 ROUNDING = torch.finfo(torch.float32).eps
@@ -35,7 +39,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tuning, "of_attend", lambda q, v: (tuning.SMALLEST,))
     of_push = tuning.of_push
     monkeypatch.setattr(tuning, "of_push", lambda q, v: of_push(q, v) and (tuning.SMALLEST,))
-    monkeypatch.setattr(tuning, "of_sweep", lambda program: (tuning.SMALLEST,))
+    monkeypatch.setattr(tuning, "of_sweep", lambda program, q: (tuning.SMALLEST,))
 
 
 @pytest.fixture(autouse=True)
@@ -407,13 +411,20 @@ def test_a_compiled_program_holds_one_node_for_the_value_and_one_for_each_pass()
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_cards_that_are_not_here():
-    """To the machine code of an H100 (90) and an A100 (80); a thread spills nothing that matters, and shared memory suffices."""
+    """To the machine code of an H100 (90) and an A100 (80). It fits their shared memory; of the instructions in the loop over whole
+    blocks at most a tenth fetch what a thread had spilled; and an H100 multiplies numbers of two bytes by warp groups."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
     script = Path(__file__).parent / "ahead.py"
     done = subprocess.run([sys.executable, script, "90", "80"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert len(lines) > 20
-    for name, card, _, _, spilled, shared in lines:
+    for name, card, sizes, _, _, shared, instructions, reloads, products in lines:
         assert int(shared) <= {"90": 232448, "80": 166912}[card], (name, card)
-        assert int(spilled) <= 512, (name, card)
+        if "bounds" in name:
+            continue
+        own, other, warps = map(int, re.split("[x ]", sizes)[:3])
+        loop = float(instructions) * own * other / 32 / warps
+        assert int(reloads) <= loop / 10, (name, card, reloads, loop)
+        if card == "90" and "float32" not in name and "256" not in name:
+            assert products == "HGMMA", name

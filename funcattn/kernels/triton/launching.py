@@ -227,7 +227,7 @@ def _launch(
 
     if into[0].numel():
         with on(q):
-            tuning.run(launch, tuning.of_sweep(program), program, T * S, q)
+            tuning.run(launch, tuning.of_sweep(program, q), program, T * S, q)
 
 
 def describe(spec: Sweep, tensors: Sequence[Tensor], into: Sequence[Tensor], n: int = 0) -> tuple[Program, list[int], list[float]]:

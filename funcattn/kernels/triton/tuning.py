@@ -1,4 +1,4 @@
-"""Sizes of blocks: a few candidates for each kernel, timed once where that pays, and remembered for the process.
+"""Which sizes of blocks a kernel gets: a few candidates, timed once where that pays, and remembered for the process.
 
 The first candidate is taken where a problem is small, under the interpreter, and while a CUDA graph is recorded. A candidate that
 does not fit into a multiprocessor's shared memory is skipped.
@@ -6,14 +6,15 @@ does not fit into a multiprocessor's shared memory is skipped.
 
 import os
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import sizes
 from .addresses import width
 from .language import INTERPRETED, OutOfResources
 from .programs import Program
+from .sizes import SMALLEST, Blocks
 
 MOST = 576  # features of float32 that a program reads; with more, a thread spills thousands of bytes, and torch's blocks serve
 PAYS = 2**22  # pairs of a query and a key beyond which candidates are timed
@@ -22,69 +23,33 @@ _best: dict[Hashable, int] = {}
 _fits: dict[Hashable, int] = {}
 
 
-class Blocks(NamedTuple):
-    """Rows that a program owns, rows of the other side it takes at a time, warps that work on it, and loads in flight."""
-
-    own: int
-    other: int
-    warps: int = 4
-    stages: int = 2
-
-    def options(self) -> dict[str, Any]:
-        """What Triton's launcher takes."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-
-SMALLEST = Blocks(16, 16)
-
-# (own, other, warps, stages), best guess first, by features of two bytes that a program works on at once. Compiled for an H100, the
-# first of each spills nothing or little from registers and fits its shared memory; which is fastest is for a timing to say.
-ATTEND = {
-    64: (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)),
-    128: (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 2)),
-    256: (Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
-    512: (Blocks(32, 16, 8, 1),),
-}
-PUSH = {  # wider heads leave a thread too few registers: kilobytes are spilled
-    64: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
-    128: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
-}
-PUSH_FLOAT32 = {
-    64: (Blocks(32, 16, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 4, 2)),
-}
-ATTEND_FLOAT32 = {
-    64: (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
-    128: (Blocks(32, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1)),
-    256: (Blocks(32, 16, 8, 1),),
-}
-SWEEP = {
-    320: (Blocks(64, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(128, 32, 4, 2), Blocks(64, 32, 4, 2)),
-    384: (Blocks(64, 32, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 1)),
-    448: (Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
-    512: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
-    640: (Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
-    768: (Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 1)),
-    1024: (Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1)),
-    2**31: (Blocks(32, 32, 8, 1), Blocks(32, 16, 4, 1)),
-}
-
-
 def of_attend(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
     """Candidates for the kernel of attend, the smallest last."""
-    wide = max(width(q.shape[-1]), width(v.shape[-1]))
-    table = ATTEND_FLOAT32 if q.dtype == torch.float32 else ATTEND
-    return _candidates(table, wide)
+    two, four = (sizes.ATTEND, sizes.ATTEND_GROUPS), (sizes.ATTEND_FLOAT32, sizes.ATTEND_FLOAT32_GROUPS)
+    return _candidates(sizes.of((four if q.dtype == torch.float32 else two)[by_groups(q)], _wider(q, v)))
 
 
 def of_push(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
     """Candidates for the kernel of attend and its tangent, the smallest last; none where two passes are better."""
-    wide, table = max(width(q.shape[-1]), width(v.shape[-1])), PUSH_FLOAT32 if q.dtype == torch.float32 else PUSH
-    return _candidates(table, wide) if wide <= max(table) else ()
+    two, four = (sizes.PUSH, sizes.PUSH_GROUPS), (sizes.PUSH_FLOAT32, sizes.PUSH_FLOAT32_GROUPS)
+    found = sizes.of((four if q.dtype == torch.float32 and not INTERPRETED else two)[by_groups(q)], _wider(q, v))
+    return _candidates(found) if found else ()
 
 
-def of_sweep(program: Program) -> tuple[Blocks, ...]:
+def of_sweep(program: Program, q: Tensor) -> tuple[Blocks, ...]:
     """Candidates for the kernel of a sweep, the smallest last."""
-    return _candidates(SWEEP, load(program))
+    two, four = (sizes.SWEEP, sizes.SWEEP_GROUPS), (sizes.SWEEP_FLOAT32, sizes.SWEEP_FLOAT32_GROUPS)
+    exact = any(x.dtype == "float32" for x in program.operands if x.features > 1)
+    return _candidates(sizes.of((four if exact else two)[by_groups(q)], load(program)))
+
+
+def by_groups(x: Tensor) -> bool:
+    """True where the card of a tensor multiplies by warp groups."""
+    return x.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def _wider(q: Tensor, v: Tensor) -> int:
+    return max(width(q.shape[-1]), width(v.shape[-1]))
 
 
 def load(program: Program) -> int:
@@ -93,10 +58,8 @@ def load(program: Program) -> int:
     return sum(read) + sum(width(n) for n in program.features if n > 1)
 
 
-def _candidates(table: dict[int, tuple[Blocks, ...]], size: int) -> tuple[Blocks, ...]:
-    if INTERPRETED:
-        return (SMALLEST,)
-    return (*next((blocks for most, blocks in table.items() if size <= most), ()), SMALLEST)
+def _candidates(blocks: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
+    return (SMALLEST,) if INTERPRETED else (*blocks, SMALLEST)
 
 
 def run(launch: Callable[[Blocks], None], candidates: Sequence[Blocks], kind: Hashable, pairs: int, x: Tensor) -> None:
@@ -110,13 +73,13 @@ def run(launch: Callable[[Blocks], None], candidates: Sequence[Blocks], kind: Ha
     key = (kind, pairs.bit_length(), x.device)
     if key not in _best and len(candidates) > 1 and pairs >= PAYS and _may_time(x):
         _best[key] = _fastest(launch, candidates)
-    for n in range(_best.get(key, _fits.get(kind, 0)), len(candidates)):
+    for n in range(_best.get(key, _fits.get((kind, x.device), 0)), len(candidates)):
         try:
             launch(candidates[n])
         except OutOfResources:
             if n == len(candidates) - 1:
                 raise
-            _fits[kind] = n + 1
+            _fits[kind, x.device] = n + 1
         else:
             return
 
