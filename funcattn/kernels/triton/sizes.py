@@ -28,7 +28,7 @@ Table = dict[int, tuple[Blocks, ...]]  # by features: the greatest number that a
 
 ATTEND: Table = {
     64: (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)),
-    128: (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 2)),
+    128: (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)),
     256: (Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
 }
 ATTEND_GROUPS: Table = {
@@ -51,7 +51,7 @@ ATTEND_FLOAT32_GROUPS: Table = {
 
 PUSH: Table = {
     64: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2)),
-    128: (Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 2)),
+    128: (Blocks(128, 16, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 2)),
 }
 PUSH_GROUPS: Table = {
     64: (Blocks(128, 64, 8, 2), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
@@ -69,9 +69,8 @@ SWEEP: Table = {
     384: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
     448: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
     512: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
-    640: (Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
-    768: (Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 1)),
-    1024: (Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1)),
+    896: (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2)),
+    1024: (Blocks(128, 16, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2)),
     2**31: (Blocks(32, 32, 8, 1), Blocks(32, 16, 4, 1)),
 }
 SWEEP_GROUPS: Table = {
