@@ -10,11 +10,11 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from . import sizes
+from . import block_sizes
 from .addresses import width
+from .block_sizes import SMALLEST, Blocks
 from .language import INTERPRETED, OutOfResources
 from .programs import Program
-from .sizes import SMALLEST, Blocks
 
 MOST = 576  # features of float32 that a program reads; with more, a thread spills thousands of bytes, and torch's blocks serve
 PAYS = 2**22  # pairs of a query and a key beyond which candidates are timed
@@ -25,22 +25,20 @@ _fits: dict[Hashable, int] = {}
 
 def of_attend(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
     """Candidates for the kernel of attend, the smallest last."""
-    two, four = (sizes.ATTEND, sizes.ATTEND_GROUPS), (sizes.ATTEND_FLOAT32, sizes.ATTEND_FLOAT32_GROUPS)
-    return _candidates(sizes.of((four if q.dtype == torch.float32 else two)[by_groups(q)], _wider(q, v)))
+    return _candidates(block_sizes.of(block_sizes.ATTENDS, q.dtype == torch.float32, by_groups(q), _wider(q, v)))
 
 
 def of_push(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
     """Candidates for the kernel of attend and its tangent, the smallest last; none where two passes are better."""
-    two, four = (sizes.PUSH, sizes.PUSH_GROUPS), (sizes.PUSH_FLOAT32, sizes.PUSH_FLOAT32_GROUPS)
-    found = sizes.of((four if q.dtype == torch.float32 and not INTERPRETED else two)[by_groups(q)], _wider(q, v))
+    exact = q.dtype == torch.float32 and not INTERPRETED
+    found = block_sizes.of(block_sizes.PUSHES, exact, by_groups(q), _wider(q, v))
     return _candidates(found) if found else ()
 
 
 def of_sweep(program: Program, q: Tensor) -> tuple[Blocks, ...]:
     """Candidates for the kernel of a sweep, the smallest last."""
-    two, four = (sizes.SWEEP, sizes.SWEEP_GROUPS), (sizes.SWEEP_FLOAT32, sizes.SWEEP_FLOAT32_GROUPS)
     exact = any(x.dtype == "float32" for x in program.operands if x.features > 1)
-    return _candidates(sizes.of((four if exact else two)[by_groups(q)], load(program)))
+    return _candidates(block_sizes.of(block_sizes.SWEEPS, exact, by_groups(q), load(program)))
 
 
 def by_groups(x: Tensor) -> bool:

@@ -94,7 +94,19 @@ SWEEP_FLOAT32_GROUPS: Table = {
     2**31: (Blocks(32, 32, 8, 1), Blocks(64, 16, 4, 1), Blocks(32, 16, 4, 1)),
 }
 
+# of numbers of two bytes on older cards and by warp groups, of float32 likewise
 
-def of(table: Table, features: int) -> tuple[Blocks, ...]:
-    """The entry for so many features; none where they are more than the table has."""
+ATTENDS = ATTEND, ATTEND_GROUPS, ATTEND_FLOAT32, ATTEND_FLOAT32_GROUPS
+PUSHES = PUSH, PUSH_GROUPS, PUSH_FLOAT32, PUSH_FLOAT32_GROUPS
+SWEEPS = SWEEP, SWEEP_GROUPS, SWEEP_FLOAT32, SWEEP_FLOAT32_GROUPS
+
+
+def of(tables: tuple[Table, Table, Table, Table], exact: bool, groups: bool, features: int) -> tuple[Blocks, ...]:
+    """The entry of a kernel's tables for so many features; none where they are more than the table has.
+
+    Args:
+        exact: whether numbers are float32, not of two bytes.
+        groups: whether the card multiplies by warp groups.
+    """
+    table = tables[2 * exact + groups]
     return next((blocks for most, blocks in table.items() if features <= most), ())
