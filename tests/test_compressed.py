@@ -161,7 +161,7 @@ def test_the_bits_are_those_of_the_file(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", kind="Q4_1")
     stored = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_down.weight")
     down = load(path, keep_quantized=True).params.layers[0].down
-    blocks = torch.from_numpy(stored.data.copy()).reshape(64, -1, 20)
+    blocks = torch.from_numpy(stored.data.copy()).reshape(64, -1, 20).to(down.codes.device)
     assert torch.equal(down.codes, blocks[..., 4:].flatten(1))
     assert torch.equal(down.scale, blocks[..., :2].contiguous().view(torch.float16)[..., 0])
     assert torch.equal(down.zero, blocks[..., 2:4].contiguous().view(torch.float16)[..., 0])

@@ -97,6 +97,7 @@ def test_sdpa_keeps_the_laws_of_values_and_first_gradients(law):
     prove(law, functools.partial(fa.attention, kernel="sdpa"), strategies.problems())
 
 
+@pytest.mark.cpu("of torch's kernel for the CPU; elsewhere its dense route composes")
 @pytest.mark.parametrize("law", FORWARD_MODE, ids=by_name)
 def test_sdpa_does_not_keep_the_laws_of_forward_mode(law):
     with pytest.raises(NotImplementedError, match="forward AD"):
@@ -365,6 +366,7 @@ def test_gradcheck_and_gradgradcheck_hold_with_forward_mode(mask, kernel, batche
     assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=batched)
 
 
+@pytest.mark.cpu("of torch's kernel for the CPU, which has no jvp")
 def test_a_report_shows_what_is_off_and_what_raised():
     with pytest.raises(AssertionError, match="of 12 nestings are off") as caught:
         check_transforms(as_kernel(JvpSilentlyZero), depth=2, hessians=False)

@@ -4,6 +4,9 @@ A past is what attention sees of it: laws compare what a query gets from every l
 it keeps does not remember exactly what was committed; leave that law out for it.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +24,18 @@ ROUNDING = 1e-12  # float64 sums of D products and a few keys of order one: a fe
 WHY = "rounding of float64"
 
 
+def where_the_key_is(law: Callable[[Any, int, Tensor], None]) -> Callable[[Any, int, Tensor], None]:
+    """A law whose pasts, which a kind makes on torch's default device, are where its key is."""
+
+    @functools.wraps(law)
+    def run(kind: Any, size: int, key: Tensor) -> None:
+        with contextlib.nullcontext() if key.device == torch.get_default_device() else key.device:
+            law(kind, size, key)
+
+    return run
+
+
+@where_the_key_is
 def commit_leaves_its_argument_as_it_was(kind: Any, size: int, key: Tensor) -> None:
     """The old past is a value: after a commit it holds the same numbers."""
     first, second = _delta(key, size), _delta(randomness.fold_in(key, 1), size)
@@ -32,6 +47,7 @@ def commit_leaves_its_argument_as_it_was(kind: Any, size: int, key: Tensor) -> N
         agree(commit_leaves_its_argument_as_it_was, path, now, then, 0, "nothing is written")
 
 
+@where_the_key_is
 def remembers_what_was_committed(kind: Any, size: int, key: Tensor) -> None:
     """Reading the past is dense attention over the rows that were committed, in any order of commits."""
     delta, n = _delta(key, size), _number(key, size)
@@ -42,6 +58,7 @@ def remembers_what_was_committed(kind: Any, size: int, key: Tensor) -> None:
     agree(remembers_what_was_committed, "length", past.length - _empty(kind, size).length, torch.tensor(n), 0, "tokens are counted")
 
 
+@where_the_key_is
 def committing_all_equals_committing_any_split(kind: Any, size: int, key: Tensor) -> None:
     """Tokens may come at once or one part after the other."""
     delta, n = _delta(key, size), _number(key, size)
@@ -51,6 +68,7 @@ def committing_all_equals_committing_any_split(kind: Any, size: int, key: Tensor
     agree(committing_all_equals_committing_any_split, what, observe(parts), observe(whole), ROUNDING, WHY)
 
 
+@where_the_key_is
 def rejected_rows_are_never_seen(kind: Any, size: int, key: Tensor) -> None:
     """Committing n of a delta is committing its first n rows, even where the others are NaN, and so is all that follows."""
     law, delta, n = rejected_rows_are_never_seen, _delta(key, size), _number(key, size)
@@ -61,6 +79,7 @@ def rejected_rows_are_never_seen(kind: Any, size: int, key: Tensor) -> None:
     agree(law, "what is read later", observe(caches.commit(some, rest)), observe(caches.commit(first, rest)), ROUNDING, WHY)
 
 
+@where_the_key_is
 def entries_beyond_length_are_unobservable(kind: Any, size: int, key: Tensor) -> None:
     """A past rewound by its length reads as if what lay beyond had never come: NaN there shows nowhere, nor in a gradient."""
     law, delta, n = entries_beyond_length_are_unobservable, _delta(key, size), _number(key, size)
@@ -78,6 +97,7 @@ def entries_beyond_length_are_unobservable(kind: Any, size: int, key: Tensor) ->
         raise AssertionError(f"{law.__name__}: NaN beyond length {n} of {size} reaches the gradient of the query.")
 
 
+@where_the_key_is
 def each_row_under_vmap_commits_its_own_number(kind: Any, size: int, key: Tensor) -> None:
     """vmap over n is the loop over n."""
     delta = _delta(key, size)
@@ -89,6 +109,7 @@ def each_row_under_vmap_commits_its_own_number(kind: Any, size: int, key: Tensor
         agree(each_row_under_vmap_commits_its_own_number, what, got[n], run(n), ROUNDING, WHY)
 
 
+@where_the_key_is
 def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: int, key: Tensor) -> None:
     """Extend, commit, fork and rewind in any order: each value reads as its rows committed at once, and stays as it was made.
 
