@@ -32,12 +32,12 @@ from . import _checks
 WORD = 0xFFFFFFFF  # the low 32 bits
 PARITY = 0x1BD11BDA  # Threefry's key schedule constant
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # alternate every four rounds
-# dtype: integers of its width, random bits that jax draws for it, bits of its mantissa, bias of its exponent
+# dtype: random bits that jax draws for it, bits of its mantissa
 FORMATS = {
-    torch.float64: (torch.int64, 64, 52, 1023),
-    torch.float32: (torch.int32, 32, 23, 127),
-    torch.float16: (torch.int16, 16, 10, 15),
-    torch.bfloat16: (torch.int16, 8, 7, 127),
+    torch.float64: (64, 52),
+    torch.float32: (32, 23),
+    torch.float16: (16, 10),
+    torch.bfloat16: (8, 7),
 }
 
 Key: TypeAlias = Int64[Tensor, "2"]
@@ -183,7 +183,7 @@ def normal(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
         tensor([ 1.6226,  2.0253, -0.4336])
     """
     wide = _wide("normal", "dtype", dtype)
-    lowest = -1 + 2.0 ** -(FORMATS[wide][2] + 1)  # the number next to -1, whose erfinv is finite
+    lowest = -1 + 2.0 ** -(FORMATS[wide][1] + 1)  # the number next to -1, whose erfinv is finite
     return (torch.erfinv(_uniform("normal", key, shape, wide, lowest, 1.0)) * math.sqrt(2)).to(dtype)
 
 
@@ -319,10 +319,9 @@ def _uniform(
     _wide(function, "dtype", dtype)
     shape = _sizes(function, "shape", shape)
     high, low = _words(function, key, shape)
-    integers, width, mantissa, bias = FORMATS[dtype]
+    width, mantissa = FORMATS[dtype]
     word = (high.long() << 32) | (low.long() & WORD) if width == 64 else high ^ low
-    pattern = ((word >> (width - mantissa)) & ((1 << mantissa) - 1)) | (bias << mantissa)
-    unit = pattern.to(integers).view(dtype) - 1  # in [0, 1)
+    unit = ((word >> (width - mantissa)) & ((1 << mantissa) - 1)).to(dtype) * 2.0**-mantissa  # in [0, 1), exactly
     if not isinstance(minval, Tensor) and not isinstance(maxval, Tensor) and (minval, maxval) == (0, 1):
         return unit
     lowest, highest = _beside(function, key, dtype, minval), _beside(function, key, dtype, maxval)

@@ -168,7 +168,7 @@ def _compare(one: Tensor, other: Tensor, dtype: torch.dtype, name: str) -> None:
     if dtype.is_floating_point:
         near = torch.finfo(dtype).eps ** 0.5
         largest = float(one.abs().nan_to_num(0, 0, 0).amax()) if one.numel() else 0.0
-        same = torch.isclose(one, other, near, near * largest, equal_nan=True)
+        same = torch.isclose(one.expand_as(other), other, near, near * largest, equal_nan=True)  # 2.11 does not broadcast
     else:
         same = one == other
     if not bool(same.all()):
