@@ -23,6 +23,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._guards import TracingContext
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -297,7 +298,8 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return f(*args, **kwargs)
     f = collectives.carried(f)
     if not x or not followed or _forward_mode_is_taken():
-        if torch.compiler.is_compiling():  # to what is compiled, a tensor from outside is a constant here too
+        if torch.compiler.is_compiling() or TracingContext.try_get() is not None:  # which on 2.11 alone tells
+            # to what is compiled, a tensor from outside is a constant here too
             with torch.no_grad(), _Watch(Guard(depth=0, **names), 0):
                 flat(*[t.detach() for t in x])
         return f(*args, **kwargs)
