@@ -1,7 +1,7 @@
-"""The two autograd Functions of attention, closed under grad, jvp and vmap at every order.
+"""The autograd Functions of attention, closed under grad, jvp and vmap at every order.
 
-`Attend` normalises; `Pass` is a sweep of the algebra. The vjp and jvp of both are passes. What runs below, the blocks in torch
-operations, kernels in Triton or torch's own fused ones, is decided by `primitives`.
+`Attend` normalises, `Pushed` is it and its jvp at once, `Pass` is a sweep of the algebra. The vjp and jvp of all are passes. What
+runs below, the blocks in torch operations, kernels in Triton or torch's own fused ones, is decided by `primitives`.
 """
 
 import dataclasses
