@@ -38,9 +38,11 @@ test-gpu: $(VENV)/.dev $(VENV)/.model  ## every test on a machine with a GPU: as
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'test-gpu: torch sees no CUDA device')"
 	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[triton]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 $(ARGS)
+	$(PIP) --constraint $(VENV)/constraints.txt accelerate  # by which transformers loads under a default device
 	FUNCATTN_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 tests --ignore tests/distributed $(ARGS)
 
 test-device: $(VENV)/.dev $(VENV)/.model  ## every fast test on a device that is pretended: which tensor would not be on a GPU?
+	$(PIP) --constraint $(VENV)/constraints.txt accelerate  # by which transformers loads under a default device
 	FUNCATTN_DEVICE=far FUNCATTN_DEFAULT=cpu $(PYTEST) -m "not slow" tests --ignore tests/distributed $(ARGS)
 	FUNCATTN_DEVICE=far $(PYTEST) -m "not slow" tests --ignore tests/distributed $(ARGS)
 
