@@ -57,10 +57,7 @@ PUSH_GROUPS: Table = {
     64: (Blocks(128, 64, 8, 2), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
     128: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
 }
-PUSH_FLOAT32: Table = {}  # two passes issue fewer instructions
-PUSH_FLOAT32_GROUPS: Table = {
-    64: (Blocks(64, 32, 4, 1), Blocks(64, 16, 4, 1)),
-}
+PUSH_FLOAT32: Table = {}  # two passes issue fewer instructions, or about as many and fetch less of what was spilled
 
 # of a sweep, by all features that it reads and sums in one block, those of float32 fourfold: they are three products
 
@@ -97,7 +94,7 @@ SWEEP_FLOAT32_GROUPS: Table = {
 # of numbers of two bytes on older cards and by warp groups, of float32 likewise
 
 ATTENDS = ATTEND, ATTEND_GROUPS, ATTEND_FLOAT32, ATTEND_FLOAT32_GROUPS
-PUSHES = PUSH, PUSH_GROUPS, PUSH_FLOAT32, PUSH_FLOAT32_GROUPS
+PUSHES = PUSH, PUSH_GROUPS, PUSH_FLOAT32, PUSH_FLOAT32
 SWEEPS = SWEEP, SWEEP_GROUPS, SWEEP_FLOAT32, SWEEP_FLOAT32_GROUPS
 
 
