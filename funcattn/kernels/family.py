@@ -88,7 +88,7 @@ class Pushed(Function):
         *tensors, out, lse, dlse = ctx.saved_tensors
         plan, start = ctx.plan, 3 + ctx.plan.masks
         primals, tangents = tensors[:start], tensors[start:]
-        spec, flat, moved = primitives.tangent_sweep(plan, primals, lse, _spread(ctx.moved, tangents))
+        spec, flat, moved = primitives.tangent_sweep(plan, primals, lse, primitives.spread(ctx.moved, tangents))
         given: list[Tensor | None] = [g_dout, g_dlse]
         if g_dout is not None:
             given[1] = add(g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), dlse))
@@ -106,7 +106,7 @@ class Pushed(Function):
         plan, start = ctx.plan, 3 + ctx.plan.masks
         primals, tangents = tensors[:start], tensors[start:]
         t_out, t_lse = _push(plan, primals, out, lse, moves[:3])
-        spec, flat, moved = primitives.tangent_sweep(plan, primals, lse, _spread(ctx.moved, tangents))
+        spec, flat, moved = primitives.tangent_sweep(plan, primals, lse, primitives.spread(ctx.moved, tangents))
         again: dict[int, int] = {}
         for place, move in zip((Q, K, start, L, *moved.values()), (*moves[:3], t_lse, *moves[start:]), strict=True):
             if move is not None:
@@ -127,7 +127,7 @@ class Pushed(Function):
             return tuple(_at_batch(x, info) for x in outputs), (0, 0, 0, 0)
         primals = aligned[:start]  # of size one: many tangents of one value, which is made once
         out, lse = Attend.apply(plan, *primals)
-        dout, dlse = _push(plan, primals, out, lse, _spread(moved, aligned[start:]))
+        dout, dlse = _push(plan, primals, out, lse, primitives.spread(moved, aligned[start:]))
         return (out[0], lse[0], _at_batch(dout, info), _at_batch(dlse, info)), (None, None, 0, 0)
 
 
@@ -272,12 +272,6 @@ def _pull_pass(
             flat.append(g)
     spec, wanted = algebra.vjp(sweep, given, needed, lambda place: flat[place].shape[:-2])
     return dict(zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat, backend), strict=True))
-
-
-def _spread(moved: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
-    """For q, k and v the tangent, None where there is none."""
-    rest = iter(tangents)
-    return [next(rest) if there else None for there in moved]
 
 
 def _at_batch(x: Tensor, info: Any) -> Tensor:

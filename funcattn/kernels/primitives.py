@@ -77,6 +77,12 @@ def push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[
     return tuple(_push_op(list(tensors), plan.scale, plan.masks, list(moved), plan.backend))
 
 
+def spread(moved: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+    """For q, k and v the tangent, None where there is none."""
+    rest = iter(tangents)
+    return [next(rest) if there else None for there in moved]
+
+
 def base(plan: Plan) -> tuple[int, Sweep]:
     """For attend's tensors laid out as q, k, lse, mask..., bias, v: the place of v, and a sweep without outputs."""
     at = 3 + plan.masks + plan.biased
@@ -144,8 +150,7 @@ def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    primals, rest = tensors[: 3 + plan.masks], iter(tensors[3 + plan.masks :])
-    tangents = [next(rest) if there else None for there in moved]
+    primals, tangents = tensors[: 3 + plan.masks], spread(moved, tensors[3 + plan.masks :])
     if plan.backend == "triton" and not _triton().obstacle_to_push(*primals[:3], primals[3:]):
         return _triton().push(*primals[:3], tangents, primals[3:], plan.scale)
     out, lse = _attend(plan, primals)
@@ -203,6 +208,10 @@ def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, fu
 
 @_attend_op.register_fake
 def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool, backend: str) -> tuple[Tensor, Tensor]:
+    return _attend_fake(tensors)
+
+
+def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
     lead = torch.broadcast_shapes(level, v.shape[:-2])
@@ -217,14 +226,9 @@ def _push_op(tensors: list[Tensor], scale: float, masks: int, moved: list[bool],
 
 @_push_op.register_fake
 def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
-    q, k, v, *extra = tensors
-    tangents = extra[masks:]
-    lead = lambda *those: torch.broadcast_shapes(*(x.shape[:-2] for x in those))
-    level, dlevel = lead(q, k, *extra[:masks]), lead(q, k, *extra[:masks], *tangents[: sum(moved[:2])])
-    T, Dv, wide = q.shape[-2], v.shape[-1], torch.float64 if q.dtype == torch.float64 else torch.float32
-    outs = [v.new_empty(*of, T, Dv) for of in (lead(v, q, k, *extra[:masks]), lead(v, q, k, *extra))]
-    lses = [q.new_empty(*of, T, 1, dtype=wide) for of in (level, dlevel)]
-    return [outs[0], lses[0], outs[1], lses[1]]
+    out, lse = _attend_fake(tensors[: 3 + masks])
+    tangents = tangent_likes(out, lse, spread(moved, tensors[3 + masks :]))
+    return [out, lse, *(out.new_empty(x.shape, dtype=x.dtype) for x in tangents)]
 
 
 @torch.library.custom_op("funcattn::sweep", mutates_args=())

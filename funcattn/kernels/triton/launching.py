@@ -116,7 +116,9 @@ def obstacle_to_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) 
 
 def obstacle_to_push(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
     """Why the kernel that makes attend's value and tangent at once cannot run, or ""."""
-    return obstacle_to_attend(q, k, v, mask) or ("" if tuning.of_push(q, v) else f"its heads are too wide for {q.dtype}")
+    return obstacle_to_attend(q, k, v, mask) or (
+        "" if tuning.of_push(q, v) else f"two passes are better for {q.dtype} and so wide heads"
+    )
 
 
 def obstacle(spec: Sweep, tensors: Sequence[Tensor]) -> str:
