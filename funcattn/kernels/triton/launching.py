@@ -19,7 +19,7 @@ from ...masks import Mask
 from ..algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term, places
 from ..choice import WIDEST
 from ..layout import has
-from . import pieces, programs, pushing, softmax, tuning
+from . import pieces, programs, softmax, tuning
 from .addresses import axes, width
 from .language import INTERPRETED
 from .programs import Operand, Program
@@ -31,43 +31,17 @@ ORDERS = 2  # factors under one P, those of value, gradient, jvp and hvp; beyond
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1) in float32, without the lead of v alone."""
-    if scale < 0:
-        q, scale = -q, -scale
-    (T, D), (S, Dv) = q.shape[-2:], v.shape[-2:]
-    level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in mask])
-    lead = torch.broadcast_shapes(level, v.shape[:-2])
-    out, lse = v.new_empty(*lead, T, Dv), q.new_empty(*level, T, 1, dtype=torch.float32)
-    start, stop = intervals(mask) or (None, None)
-    over = axes([q, k, v, start, out, lse], lead, range(-len(lead), 0))
-    q, k, v = (x.detach() for x in (q, k, v))
-
-    def launch(blocks: tuning.Blocks) -> None:
-        softmax.attend[(-(-T // blocks.own) * over.programs,)](
-            *(q, k, v, q if start is None else start, q if stop is None else stop, out, lse),
-            over.sizes,
-            *over.strides,
-            *(*q.stride()[-2:], *k.stride()[-2:], *v.stride()[-2:], T, S, max(scale * LOG2E, LEAST)),
-            D=D,
-            Dv=Dv,
-            WIDTH=width(D),
-            WIDTH_V=width(Dv),
-            INTERVALS=0 if start is None else start.shape[-1],
-            PRECISION=precision(),
-            ROWS=blocks.own,
-            KEYS=blocks.other,
-            **blocks.options(),
-        )
-
-    if lse.numel():
-        with on(q):
-            tuning.run(launch, tuning.of_attend(q, v), ("attend", q.dtype, D, Dv, start is None), T * S, q)
+    out, lse, _, _ = push(q, k, v, (None, None, None), mask, scale)
     return out, lse
 
 
 def push(
     q: Tensor, k: Tensor, v: Tensor, tangents: Sequence[Tensor | None], mask: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What attend gives, and its tangents for those of q, k and v (None: it does not move), in one launch."""
+    """What attend gives, and its tangents for those of q, k and v (None: it does not move), in one launch.
+
+    Where nothing moves the last two are not written.
+    """
     dq, dk, dv = (x if x is None else x.detach() for x in tangents)
     if scale < 0:
         q, dq, scale = -q, dq if dq is None else -dq, -scale
@@ -75,16 +49,16 @@ def push(
     shape = lambda *those: torch.broadcast_shapes(*[x.shape[:-2] for x in those if x is not None])
     level, dlevel = shape(q, k, *mask), shape(q, k, *mask, dq, dk)
     lead, dlead = shape(q, k, *mask, v), shape(q, k, *mask, v, dq, dk, dv)
-    out, dout = (v.new_empty(*of, T, Dv) for of in (lead, dlead))
-    lse, dlse = (q.new_empty(*of, T, 1, dtype=torch.float32) for of in (level, dlevel))
+    moves = [x is not None for x in (dq, dk, dv)]
+    out, lse = v.new_empty(*lead, T, Dv), q.new_empty(*level, T, 1, dtype=torch.float32)
+    dout, dlse = (v.new_empty(*dlead, T, Dv), q.new_empty(*dlevel, T, 1, dtype=torch.float32)) if any(moves) else (out, lse)
     start, stop = intervals(mask) or (None, None)
     over = axes([q, k, v, dq, dk, dv, start, out, lse, dout, dlse], dlead, range(-len(dlead), 0))
     q, k, v = (x.detach() for x in (q, k, v))
     read = [q, k, v, *(old if x is None else x for x, old in zip((dq, dk, dv), (q, k, v), strict=True))]
-    moves = [x is not None for x in (dq, dk, dv)]
 
     def launch(blocks: tuning.Blocks) -> None:
-        pushing.push[(-(-T // blocks.own) * over.programs,)](
+        softmax.attend[(-(-T // blocks.own) * over.programs,)](
             *(*read, q if start is None else start, q if stop is None else stop, out, lse, dout, dlse),
             *(over.sizes, *over.strides, *(x.stride()[-2:] for x in read)),
             *(T, S, max(scale * LOG2E, LEAST), scale),
@@ -102,8 +76,9 @@ def push(
         )
 
     if dlse.numel():
+        candidates = tuning.of_push(q, v) if any(moves) else tuning.of_attend(q, v)
         with on(q):
-            tuning.run(launch, tuning.of_push(q, v), ("push", q.dtype, D, Dv, start is None, *moves), T * S, q)
+            tuning.run(launch, candidates, ("attend", q.dtype, D, Dv, start is None, *moves), T * S, q)
     return out, lse, dout, dlse
 
 

@@ -1,9 +1,17 @@
-"""The kernel of `attend`: a streaming softmax, one program for a block of queries of one head.
+"""The kernel of `attend`: a streaming softmax, one program for a block of queries of one head, with the tangents of its sums.
 
 It visits the blocks of keys that some query of the block sees, interval by interval: first those at the edges, where each pair is
 looked at, then those that every query sees whole. Heads that share a key read the same one by a stride of zero.
 
-Source: Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1.
+With S = scale q . k and S' = scale (q' . k + q . k'), p the weights before they are divided by their sum m,
+
+    out = (sum p v) / m        lse' = (sum p S') / m        out' = (sum p S' v + p v') / m - lse' out
+
+so each block of weights is made once for the value and the tangent: six products of T x S where a pass for the value and a sweep
+for the tangent make seven, and half the exponentials. What is not moved has no tangent and is not read; where nothing is, the
+kernel is that of the value alone.
+
+Source: Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1, and its jvp, whose sums are rescaled alike.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -14,51 +22,40 @@ from .pieces import add_product, block, blocks_of, line, locate, product, reach,
 
 @jit
 def attend(
-    q,
-    k,
-    v,
-    start,
-    stop,
-    out,
-    lse,
-    sizes,
-    q_at,
-    k_at,
-    v_at,
-    mask_at,
-    out_at,
-    lse_at,
-    q_row,
-    q_column,
-    k_row,
-    k_column,
-    v_row,
-    v_column,
-    T,
-    S,
-    scale,
-    D: tl.constexpr,
-    Dv: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_V: tl.constexpr,
-    INTERVALS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """out (T, Dv) and lse (T,) of each head. The arguments that end in _at are tuples of strides over leading axes of `sizes`;
-    scale > 0 is that of the logits in powers of two; start and stop are int32 (T, INTERVALS), of canonical intervals."""
+    q, k, v, dq, dk, dv, start, stop, out, lse, dout, dlse, sizes,
+    q_at, k_at, v_at, dq_at, dk_at, dv_at, mask_at, out_at, lse_at, dout_at, dlse_at,
+    q_step, k_step, v_step, dq_step, dk_step, dv_step, T, S, scale, steepness,
+    D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    MOVES_Q: tl.constexpr, MOVES_K: tl.constexpr, MOVES_V: tl.constexpr, INTERVALS: tl.constexpr,
+    PRECISION: tl.constexpr, FACTORED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """out and dout (T, Dv), lse and dlse (T,) of each head; the tangents dq, dk, dv as far as they move.
+
+    The arguments that end in _at are tuples of strides over leading axes of `sizes`, those in _step of (row, column) strides;
+    start and stop are int32 (T, INTERVALS), of canonical intervals; scale > 0 is that of the logits in powers of two, steepness
+    that of their tangents.
+    """
+    MOVES: tl.constexpr = MOVES_Q or MOVES_K or MOVES_V
     lines = tl.cdiv(T, ROWS)
     head = tl.program_id(0) // lines
-    first = (lines - 1 - tl.program_id(0) % lines) * ROWS  # under a causal mask the last queries take longest: they go first
+    first = (lines - 1 - tl.program_id(0) % lines) * ROWS  # the last queries of a causal mask take longest
     k += locate(head, sizes, k_at)
     v += locate(head, sizes, v_at)
     start += locate(head, sizes, mask_at)
     stop += locate(head, sizes, mask_at)
-    x = block(q + locate(head, sizes, q_at), first, T, q_row, q_column, D, WIDTH, ROWS, True)
+    x = block(q + locate(head, sizes, q_at), first, T, q_step[0], q_step[1], D, WIDTH, ROWS, True)
+    dx = x
+    if MOVES_Q:
+        dx = block(dq + locate(head, sizes, dq_at), first, T, dq_step[0], dq_step[1], D, WIDTH, ROWS, True)
+    if MOVES_K:
+        dk += locate(head, sizes, dk_at)
+    if MOVES_V:
+        dv += locate(head, sizes, dv_at)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, WIDTH_V), tl.float32)
+    dmass = tl.zeros((ROWS,), tl.float32)
+    dtotal = tl.zeros((ROWS, WIDTH_V), tl.float32)
     real = first + tl.arange(0, ROWS) < T
     starts = tl.zeros((ROWS,), tl.int32)
     stops = tl.zeros((ROWS,), tl.int32) + S
@@ -70,29 +67,38 @@ def attend(
         low, begin, end, left, others = blocks_of(low, high, begin, end, KEYS)
         for n in range(others):
             at = tl.where(n < left, low + n * KEYS, end + (n - left) * KEYS)
-            top, mass, total = see(
-                x, k, v, starts, stops, at, S, k_row, k_column, v_row, v_column, scale, top, mass, total,
-                D, Dv, WIDTH, WIDTH_V, PRECISION, KEYS, True,
+            top, mass, total, dmass, dtotal = see(
+                x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, steepness,
+                top, mass, total, dmass, dtotal,
+                D, Dv, WIDTH, WIDTH_V, MOVES_Q, MOVES_K, MOVES_V, PRECISION, FACTORED, KEYS, True,
             )  # fmt: skip
         for at in range(begin, end, KEYS):
-            top, mass, total = see(
-                x, k, v, starts, stops, at, S, k_row, k_column, v_row, v_column, scale, top, mass, total,
-                D, Dv, WIDTH, WIDTH_V, PRECISION, KEYS, False,
+            top, mass, total, dmass, dtotal = see(
+                x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, steepness,
+                top, mass, total, dmass, dtotal,
+                D, Dv, WIDTH, WIDTH_V, MOVES_Q, MOVES_K, MOVES_V, PRECISION, FACTORED, KEYS, False,
             )  # fmt: skip
-    total = total / tl.where(mass == 0, 1.0, mass)[:, None]
-    top = tl.where(mass == 0, float("-inf"), (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * 0.6931471805599453)
+    mass = tl.where(mass == 0, 1.0, mass)  # of a query that saw nothing, whose sums are zero
+    total = total / mass[:, None]
     store(out + locate(head, sizes, out_at), first, T, Dv, 1, total, Dv, WIDTH_V, ROWS)
-    store_line(lse + locate(head, sizes, lse_at), first, T, 1, top, ROWS)
+    store_line(lse + locate(head, sizes, lse_at), first, T, 1, (top + tl.log2(mass)) * 0.6931471805599453, ROWS)
+    if MOVES:
+        dmass = dmass / mass
+        dtotal = dtotal / mass[:, None] - dmass[:, None] * total
+        store(dout + locate(head, sizes, dout_at), first, T, Dv, 1, dtotal, Dv, WIDTH_V, ROWS)
+        store_line(dlse + locate(head, sizes, dlse_at), first, T, 1, dmass, ROWS)
 
 
 @jit
 def see(
-    x, k, v, starts, stops, at, S, k_row, k_column, v_row, v_column, scale, top, mass, total,
+    x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, steepness,
+    top, mass, total, dmass, dtotal,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    PRECISION: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
+    MOVES_Q: tl.constexpr, MOVES_K: tl.constexpr, MOVES_V: tl.constexpr,
+    PRECISION: tl.constexpr, FACTORED: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Take one block of keys in: the greatest logit so far, the mass and the mixed values, rescaled to it."""
-    y = block(k, at, S, k_row, k_column, D, WIDTH, KEYS, EDGE)
+    """Take one block of keys in: the greatest logit so far, and rescaled to it the mass, the mixed values, and their tangents."""
+    y = block(k, at, S, k_step[0], k_step[1], D, WIDTH, KEYS, EDGE)
     s = product(x, tl.trans(y), PRECISION)
     if EDGE:
         keys = (at + tl.arange(0, KEYS))[None, :]
@@ -101,6 +107,25 @@ def see(
     base = tl.where(higher == float("-inf"), 0.0, higher) if EDGE else higher
     p = tl.exp2(s * scale - base[:, None])
     fade = tl.exp2(top - base)
-    z = block(v, at, S, v_row, v_column, Dv, WIDTH_V, KEYS, EDGE)
+    z = block(v, at, S, v_step[0], v_step[1], Dv, WIDTH_V, KEYS, EDGE)
     total = add_product(total * fade[:, None], p.to(z.dtype), z, PRECISION)
-    return higher, mass * fade + tl.sum(p, 1), total
+    if MOVES_Q or MOVES_K or MOVES_V:
+        dtotal = dtotal * fade[:, None]
+    if MOVES_V:
+        dz = block(dv, at, S, dv_step[0], dv_step[1], Dv, WIDTH_V, KEYS, EDGE)
+        dtotal = add_product(dtotal, p.to(dz.dtype), dz, PRECISION)
+    if MOVES_Q or MOVES_K:
+        if MOVES_K:
+            dy = block(dk, at, S, dk_step[0], dk_step[1], D, WIDTH, KEYS, EDGE)
+            ds = product(x, tl.trans(dy), PRECISION)
+            if MOVES_Q:
+                ds = add_product(ds, dx, tl.trans(y), PRECISION)
+        else:
+            ds = product(dx, tl.trans(y), PRECISION)
+        w = p * ds * steepness
+        dmass = dmass * fade + tl.sum(w, 1)
+        if z.dtype == tl.float16:
+            dtotal = add_product(dtotal, w, z.to(tl.float32), FACTORED)  # it may exceed float16
+        else:
+            dtotal = add_product(dtotal, w.to(z.dtype), z, PRECISION)
+    return higher, mass * fade + tl.sum(p, 1), total, dmass, dtotal
