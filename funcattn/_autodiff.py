@@ -7,6 +7,7 @@ torch runs `Function.jvp` with forward mode switched off, so every *outer* jvp l
 only the outer levels differentiate the rule. tests/test_canaries.py tells when a newer torch mends it.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,12 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+if torch.__version__ >= (2, 14):
+    # Imported by the first jvp of a process otherwise, where its use of torch.jit.script is a FutureWarning that users see.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import torch._decomp.decompositions_for_jvp
 
 
 def closed_jvp(rule: Callable[..., Any]) -> Any:

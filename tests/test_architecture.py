@@ -54,6 +54,7 @@ MIRRORLESS = {
     "devices",
     "references",
     "canaries",
+    "lock",
     "notebooks",
     "readme",
     "site",

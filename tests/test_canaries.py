@@ -3,6 +3,10 @@
 Each test shows the trap as it is; one that goes red means that torch has mended it, and that the work-around it names can go.
 """
 
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -137,3 +141,32 @@ def test_the_packed_int8_product_has_no_derivative():
         jvp(product, (x,), (x,))
     with pytest.raises((NotImplementedError, RuntimeError)):
         grad(lambda x: product(x).sum())(x)
+
+
+@pytest.mark.parametrize(
+    "module", ["torch.jit._script", "transformers.masking_utils", "triton.runtime.interpreter", "funcattnlike"]
+)
+def test_a_warning_about_a_line_of_a_peer_fails_no_test(module):
+    """What a peer deprecates on some day is told at the end of a run."""
+    warnings.warn_explicit("deprecated", FutureWarning, "peer.py", 1, module=module)
+    warnings.warn_explicit("deprecated", DeprecationWarning, "peer.py", 2, module=module)
+
+
+@pytest.mark.parametrize("module", ["funcattn", "funcattn.kernels.door"])
+@pytest.mark.parametrize("kind", [FutureWarning, DeprecationWarning, UserWarning])
+def test_a_warning_about_a_line_of_the_library_fails_its_test(module, kind):
+    with pytest.raises(kind, match="deprecated"):
+        warnings.warn_explicit("deprecated", kind, "here.py", 1, module=module)
+
+
+FIRST = """
+import torch, funcattn as fa
+q = torch.ones(1, 2, 4)
+torch.func.jvp(lambda q: fa.attention(q, q, q), (q,), (q,))
+"""
+
+
+def test_the_first_jvp_of_a_process_warns_of_nothing():
+    """torch 2.14's forward-mode rules warn of their torch.jit.script when they are imported, which _autodiff does in silence."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -59,7 +59,7 @@ pytestmark = pytest.mark.slow
 def built(tmp_path_factory):
     """A folder with a source distribution, and a wheel that was made of it."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder
@@ -93,6 +93,7 @@ def test_what_is_installed_elsewhere_writes_and_saves(built, tmp_path, pattern):
         "install",
         "--quiet",
         "--no-deps",
+        "--no-build-isolation",
         "--disable-pip-version-check",
         "--target",
         str(place),
