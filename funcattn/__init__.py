@@ -68,7 +68,8 @@ from .low_rank import lora, merge_lora
 from .masks import Mask
 from .quantization import dequantize, fp8, int4, int8, nf4, quantize, ternary, w8a8
 from .randomness import fold_in, key, split
-from .records import Attended, Model
+from .models import Model
+from .records import Attended
 from .rematerialization import remat
 from .search import beam_search, best_of
 from .sharding import gather, shard, shard_map, spmd

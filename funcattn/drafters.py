@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, caches, compilation, randomness, sampling, transformer, tree
+from . import _checks, caches, randomness, sampling, transformer, tree
 from .caches import Branch, Cache
 from .generation import _commit, _prefill
-from .records import ABSENT, Model, record
+from .models import Model, config_of, told
+from .records import ABSENT, record
 from .sampling import Sampler
 
 
@@ -136,7 +137,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
         return keep_states(tokens, count, state)._replace(cache=cache, certain=certain)
 
     sharing = Sharing(model, share, lambda key, last, state: read(key, last, state, False), keep_states)
-    return Drafter(init, propose, keep, length, _vocabulary(params), sharing)
+    return Drafter(init, propose, keep, length, _vocabulary(model), sharing)
 
 
 _model = model
@@ -154,29 +155,27 @@ def skip(
     """The same model drafts without some of its layers, with a past of its own.
 
     Args:
-        model, params: from `fa.decoder`, or compiled.
+        model, params: from `fa.decoder`, or compiled: then the draft is compiled alike. A replaced logits is the draft's too.
         layers: which to leave out, 0 to L - 1; those in the middle are missed least.
         length, sampler, chunk: as in `model`.
 
     Source: Zhang et al., Draft and verify: lossless acceleration by self-speculative decoding, arXiv:2309.08168.
     """
-    compiled = isinstance(model, compilation.Compiled)
-    parts = model.parts if isinstance(model, compilation.Compiled) else transformer.parts_of(model)
-    if parts is None:
-        _checks.fail(
-            "drafters.skip", "model", "from fa.decoder", f"a {type(model).__name__}", "Make it with fa.decoder.", TypeError
-        )
-    config, out = parts.config, set(layers)
+    config = config_of(model, "hidden")
+    if config is None:
+        _checks.fail("drafters.skip", "model", "from fa.decoder", told(model), "Make it with fa.decoder.", TypeError)
+    out = set(layers)
     if not out or not out < set(range(config.layers)):
         wanted = f"some of 0..{config.layers - 1}, not all"
         _checks.fail("drafters.skip", "layers", wanted, tuple(layers), "Leave out a few in the middle.")
     left = [i for i in range(config.layers) if i not in out]
     each = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fewer = {name: tuple(x[i] for i in left) for name, x in each.items() if isinstance(x, tuple) and len(x) == config.layers}
-    smaller = transformer.decoder(dataclasses.replace(config, layers=len(left), **fewer), parts.kernel)
+    smaller = transformer.decoder(dataclasses.replace(config, layers=len(left), **fewer), model.kernel)
+    if "logits" in model.replaced:
+        smaller = smaller._replace(logits=model.logits)
     weights = params._replace(layers=tuple(params.layers[i] for i in left))
-    drafting = compilation.compile(smaller) if compiled else smaller
-    return _model(drafting, weights, length=length, sampler=sampler, chunk=chunk)
+    return _model(smaller if model.wrap is None else model.wrap(smaller), weights, length=length, sampler=sampler, chunk=chunk)
 
 
 @record
@@ -240,11 +239,10 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
     return function(look, length=length)
 
 
-def _vocabulary(params: Any) -> int | None:
-    """How many tokens a tree of `fa.decoder` knows."""
-    if not isinstance(params, transformer.Params):
-        return None
-    return tree.leaves(transformer.head(params))[0].shape[0]
+def _vocabulary(model: Any) -> int | None:
+    """How many tokens a model knows; None where it does not say."""
+    config = config_of(model, "logits")
+    return None if config is None else config.vocabulary
 
 
 def _is_dense(cache: Any) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import _checks, progress, taps, tree
 from .masks import Mask
-from .records import ABSENT, Model
+from .models import Model, config_of
+from .records import ABSENT
 from .rematerialization import remat
 from .tree import Tree
 
@@ -185,7 +186,9 @@ def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _look(model: Model, params: Tree, hidden: Tensor, targets: Tensor, chunk: int, f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """f(logits (n, V), targets (n,)) -> (n, ...) over hidden (*lead, N, E) and targets (*lead, N), n = chunk rows at a time."""
-    ends = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]  # all that logits are made of
+    ends = params
+    if config_of(model, "logits") is not None:  # then logits are made of what is outside of the layers
+        ends = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]
     V = model.logits(ends, hidden.flatten(0, -2)[:0]).shape[-1]
     if _checks.is_true((targets < 0) | (targets >= V)):
         _checks.fail("score", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")

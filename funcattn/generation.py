@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import _checks, caches, progress, randomness, sampling
 from ._autodiff import transforming
-from .records import ABSENT, Model, is_absent
+from .models import Model
+from .records import ABSENT, is_absent
 from .sampling import Sampler
 
 

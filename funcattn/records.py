@@ -111,20 +111,3 @@ class Attended(NamedTuple):
 
     out: Tensor
     lse: Tensor
-
-
-class Model(NamedTuple):
-    """Six pure functions that make a decoder (DESIGN of each: transformer.decoder).
-
-    Not a record: it holds functions, not tensors, and is passed beside the data, never through a transform.
-    """
-
-    init: Callable[..., Any]
-    cache: Callable[..., Any]
-    hidden: Callable[..., Any]
-    logits: Callable[..., Any]
-    extend: Callable[..., Any]
-    apply: Callable[..., Any]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self._fields)})"

@@ -15,7 +15,8 @@ from torch.func import vmap
 
 from . import _checks, caches, progress, randomness, sampling, tree
 from .generation import generate
-from .records import ABSENT, Model, is_absent, record
+from .models import Model
+from .records import ABSENT, is_absent, record
 from .sampling import Sampler
 
 

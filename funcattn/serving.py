@@ -22,7 +22,8 @@ from torch.func import vmap
 
 from . import _checks, caches, randomness, sampling, tree
 from .caches import Branch
-from .records import ABSENT, Model, is_absent, record
+from .models import Model
+from .records import ABSENT, is_absent, record
 from .sampling import Sampler
 
 

@@ -28,7 +28,7 @@ FLOORS = [
     },  # packing: quantization's arithmetic (`codecs` is the standard library's)
     {"kernels", "native"},
     {"layers"},
-    {"caches", "sampling", "quantization"},
+    {"caches", "models", "sampling", "quantization"},
     {"transformer", "low_rank"},
     {"families", "sharding", "compilation", "calibration", "generation", "serving"},
     {"speculation", "drafters", "search", "checkpoints", "training", "evaluation", "interop"},
@@ -39,6 +39,9 @@ WITHIN = {  # neighbours on one floor
     "tree": {"records", "_checks"},
     "randomness": {"records", "_checks"},
     "rematerialization": {"collectives"},
+    "models": {"caches"},
+    "sampling": {"models"},
+    "quantization": {"models"},
     "interop": {"evaluation", "checkpoints"},
     "training": {"checkpoints"},
     "__main__": {"cli"},

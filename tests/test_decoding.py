@@ -28,7 +28,7 @@ def noisy(params, share):
 
 def another(model):
     """An equal model, whose past is not the target's."""
-    return fa.decoder(transformer.parts_of(model).config)
+    return fa.decoder(model.config)
 
 
 def each(model, params):

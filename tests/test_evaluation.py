@@ -396,7 +396,7 @@ def test_a_failed_run_leaves_no_listener():
             "outside of torch.compile",
         ),
         (
-            lambda: fa.trace(MODEL._replace(extend=lambda *a, **k: (TOKENS, None)), PARAMS, TOKENS),
+            lambda: fa.trace(MODEL._replace(hidden=lambda *a, **k: (TOKENS, None), logits=lambda params, x: x), PARAMS, TOKENS),
             ValueError,
             "one with taps, got one without",
         ),

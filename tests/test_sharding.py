@@ -514,7 +514,7 @@ BAD = {
         lambda: spmd(lambda x: x, "t", 2, P("t"), P())(torch.arange(4)),
     ),
     "shard_map: in_specs should be left out for a Model": (ValueError, lambda: shard_map(MODEL, Grid(tensor=2), P())),
-    "shard_map: model should be from fa.decoder": (TypeError, lambda: shard_map(MODEL._replace(hidden=print), Grid(tensor=2))),
+    "shard_map: model should be from fa.decoder": (TypeError, lambda: shard_map(fa.Model(*[print] * 4), Grid(tensor=2))),
     "shard_map: cache should be a Cache, or a Branch of such, over a Grid, got a Ring": (
         TypeError,
         lambda: shard_map(MODEL, Grid(tensor=2)).hidden(PARAMS, TOKENS[0], MODEL.cache(8, kind=fa.Ring, dtype=torch.float64)),

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import layers, quantization
 from ..quantization import Scheme, is_quantized
-from ..records import Model, is_absent
+from ..models import Model
+from ..records import is_absent
 from ..transformer import Config, Kind, Layer, Params
 from ..tree import Tree
 from .walking import Feeds, Progress, decoder_of, walk
@@ -66,7 +67,7 @@ def smooth(
     Sources: Xiao et al., SmoothQuant, arXiv:2211.10438; Lin et al., AWQ, arXiv:2306.00978.
     """
     to_nearest = quantization.quantize(scheme, where)
-    config = decoder_of("smooth", model, tokens).config
+    config = decoder_of("smooth", model, tokens)
 
     def transform(params: Params) -> Params:
         with torch.no_grad():

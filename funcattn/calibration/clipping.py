@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _checks, packing, quantization
 from ..quantization import Scheme, expand, is_quantized
-from ..records import Model
+from ..models import Model
 from ..transformer import Layer, Params
 from ..tree import Tree
 from .channels import smooth
@@ -52,7 +52,7 @@ def clipped(
     Source: Lin et al., AWQ, arXiv:2306.00978.
     """
     to_nearest = quantization.quantize(scheme, where)
-    config = decoder_of("clipped", model, tokens).config
+    config = decoder_of("clipped", model, tokens)
     if not is_dataclass(scheme) or "clip" not in {field.name for field in fields(scheme)}:
         remedy = "Use fa.int4, fa.int8 or fa.w8a8."
         _checks.fail("clipped", "scheme", "one with a clip", f"a {type(scheme).__name__} without", remedy, TypeError)

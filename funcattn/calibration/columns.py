@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _checks, packing, quantization, tree
 from ..quantization import Int4, Int8, Int8Dynamic, Scheme, is_quantized
-from ..records import Model
+from ..models import Model
 from ..transformer import Layer, Params
 from ..tree import Tree
 from .walking import BY_EXPERT, FEEDS, Feeds, decoder_of, walk

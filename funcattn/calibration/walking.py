@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .. import _checks, layers, taps, transformer
 from ..progress import track
-from ..records import Model
-from ..transformer import Layer, Params, Parts
+from ..models import Model, config_of, told
+from ..transformer import Config, Layer, Params
 
 FEEDS = {  # a tap of a layer, and the matrices that its value goes into
     "attention.input": ("q", "k", "v"),
@@ -28,18 +28,17 @@ Feeds: TypeAlias = Callable[[set[str], Gather], None]  # shows the rows of those
 Progress: TypeAlias = Callable[[int, int], None]  # (layers done, of all)
 
 
-def decoder_of(function: str, model: Model, tokens: Tensor) -> Parts:
-    """What the model is made of; an error of that function where it is no decoder, or the tokens are no text."""
-    parts = transformer.parts_of(model) if isinstance(model, Model) else None
-    if parts is None:
-        got = f"a {type(model).__name__}"
-        _checks.fail(function, "model", "from fa.decoder", got, "Make it with fa.decoder(config).", TypeError)
+def decoder_of(function: str, model: Model, tokens: Tensor) -> Config:
+    """The config of the model; an error of that function where it is no decoder, or the tokens are no text."""
+    config = config_of(model, "hidden")
+    if config is None:
+        _checks.fail(function, "model", "from fa.decoder", told(model), "Make it with fa.decoder(config).", TypeError)
     if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
         got = f"{tokens.dtype} {_checks.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
         _checks.fail(function, "tokens", "integers (T,)", got, "Encode the text with the tokenizer of the model.", TypeError)
     if not len(tokens):
         _checks.fail(function, "tokens", "a text", "none", "Calibrate with some hundreds of tokens at least.")
-    return parts
+    return config
 
 
 class Heard(NamedTuple):
@@ -73,9 +72,8 @@ def walk(
             its matrices to gather(tap, rows (n, K)), a window at a time; for "up" or "down" of experts to gather("up.3", rows).
         progress: called with the number of layers that are done, and of all; None shows a line where somebody looks.
     """
-    parts = transformer.parts_of(model)
-    assert parts is not None
-    config = parts.config
+    config = config_of(model, "hidden")
+    assert config is not None
     size = min(WINDOW, len(tokens), config.limit() or WINDOW)
     windows = tokens[: len(tokens) // size * size].unflatten(0, (-1, size))
     places = torch.arange(size, device=tokens.device)
@@ -85,7 +83,7 @@ def walk(
         kind = config.kind(i)
         shared = transformer.share(config, kind, places, None, x.dtype, True)
         run = lambda layer, x, kind=kind, shared=shared: transformer.block(
-            config, kind, layer, x, shared, (), name="", kernel=parts.kernel
+            config, kind, layer, x, shared, (), name="", kernel=model.kernel
         )[0]
 
         def feeds(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import calibration, checkpoints, evaluation, progress, quantization, tree
-from ..records import Model
+from ..models import Model
 from .arguments import number
 from .sessions import Session, load
 from .terminal import working

@@ -21,7 +21,8 @@ of a kind that is not dense.
 Source: Ansel et al., PyTorch 2, ASPLOS 2024.
 """
 
-from collections.abc import Callable
+import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from .. import _checks, caches, layers, transformer
 from .._autodiff import transforming
 from ..caches import Branch, Cache, Delta
 from ..masks import Mask
-from ..records import ABSENT, Model
+from ..models import Model, config_of, told
+from ..records import ABSENT
 from ..transformer import Params
 from .conditions import is_dense, is_plain
 from .stack import Stack
@@ -39,18 +41,32 @@ from .stack import Stack
 SEVERAL = layers.SEVERAL  # vectors at once, at most, whose products are written out
 
 
+@dataclass(frozen=True, repr=False)
 class Compiled(Model):
-    """A Model whose decoding is compiled, and `step`, which is `apply` that takes the past away from its caller.
+    """A Model whose decoding is compiled, and `step`, which is `apply` that takes the past away from its caller."""
 
-    step(params, tokens, cache) -> (logits, cache): writes into the tensors of the given past, copying nothing. The given value,
-    and every fork that shares its tensors, is gone: using one is an error.
+    stack: Any = field(default=None, kw_only=True, compare=False)  # of compiled functions
 
-    explain(params) says what runs the layers of a step with these weights, and why nothing faster does.
-    """
+    def step(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """`apply` that writes into the tensors of the given past, copying nothing.
 
-    step: Callable[[Params, Tensor, Any], tuple[Tensor, Any]]
-    parts: transformer.Parts
-    explain: Callable[[Params], str]
+        The given value, and every fork that shares its tensors, is gone: using one is an error.
+
+        Args:
+            params, tokens: as in apply.
+            cache: a Cache, or a Branch of such.
+        """
+        _check_step(cache)
+        proposed, delta = self.extend(params, tokens, cache)
+        after = caches.commit_own(cache, delta, tokens.shape[-1])
+        _tail(cache).length.fill_(caches.DONATED)
+        return proposed, after
+
+    def explain(self, params: Params) -> str:
+        """What runs the layers of a step with these weights, and why nothing faster does."""
+        if "hidden" in self.replaced:
+            return "a function of your own in the place of hidden, which is not compiled"
+        return self.stack.explain(params)
 
 
 def compile(model: Model, *, depth: int | None = None, backend: str = "inductor") -> Compiled:
@@ -65,7 +81,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         backend: of torch.compile.
 
     Raises:
-        TypeError: not a model of `fa.decoder`.
+        TypeError: not a model of `fa.decoder`, or one whose hidden was replaced. A replaced logits is kept, and runs as it is.
 
     Example:
         >>> import funcattn as fa
@@ -76,13 +92,14 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
 
     Law: every function equals that of the model it was made of, under every transform (test_compilation.py).
     """
-    parts = transformer.parts_of(model) if isinstance(model, Model) else None
-    if parts is None:
-        remedy = "Make it with fa.decoder(config); torch.compile takes any other function."
-        _checks.fail("compile", "model", "from fa.decoder", f"a {type(model).__name__}", remedy, TypeError)
-    config = parts.config
-    stack = Stack(config, parts.kernel, depth, backend)
+    config = config_of(model, "hidden")
+    if config is None:
+        remedy = "Make it with fa.decoder(config), compile it, and wrap or replace then; torch.compile takes any other function."
+        _checks.fail("compile", "model", "from fa.decoder", told(model), remedy, TypeError)
+    stack = Stack(config, model.kernel, depth, backend)
+    is_own = config_of(model, "logits") is not None
 
+    @functools.wraps(model.hidden)
     def hidden(
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
@@ -91,38 +108,26 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
             return model.hidden(params, tokens, cache, mask=mask, positions=positions)
         return stack.hidden(params, tokens, cache, forms)
 
+    @functools.wraps(model.logits)
     def logits(params: Params, hidden: Tensor) -> Tensor:
+        if hidden.dim() == 2 and len(hidden) == 1:  # one vector, which there is code for
+            return logits(params, hidden[0])[None]
         if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= SEVERAL):
             return model.logits(params, hidden)
         weight = transformer.head(params)
         return stack.logits(weight, hidden) if is_plain(weight, hidden) else model.logits(params, hidden)
 
-    def extend(
-        params: Params, tokens: Tensor, cache: Any, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
-    ) -> tuple[Tensor, Delta]:
-        x, delta = hidden(params, tokens, cache, mask=mask, positions=positions)
-        return predict(params, x), delta
-
-    def predict(params: Params, x: Tensor) -> Tensor:
-        return logits(params, x) if len(x) > 1 else logits(params, x[0])[None]
-
-    def apply(params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        forms = stack.forms(params, tokens, cache)
-        if forms is None:  # the model marks logits behind a past that overflowed under a transform
-            return model.apply(params, tokens, cache)
-        x, delta = stack.hidden(params, tokens, cache, forms)
-        return predict(params, x), caches.commit(cache, delta)
-
-    def step(params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        _check_step(cache)
-        proposed, delta = extend(params, tokens, cache)
-        after = caches.commit_own(cache, delta, tokens.shape[-1])
-        _tail(cache).length.fill_(caches.DONATED)
-        return proposed, after
-
-    made = Compiled(model.init, model.cache, hidden, logits, extend, apply)
-    made.step, made.parts, made.explain = step, parts, stack.explain
-    return made
+    return Compiled(
+        model.init,
+        model.cache,
+        hidden,
+        logits if is_own else model.logits,
+        config=config,
+        kernel=model.kernel,
+        replaced=model.replaced,
+        wrap=lambda other: compile(other, depth=depth and min(depth, other.config.layers), backend=backend),
+        stack=stack,
+    )
 
 
 def _tail(cache: Any) -> Cache:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from .. import _checks, checkpoints, evaluation, generation, randomness, sampling, transformer, tree
-from ..records import ABSENT, Model, is_absent
+from ..models import Model
+from ..records import ABSENT, is_absent
 
 STEPS = 256  # tokens to write where a task does not say how many: the harness's own number
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, progress, tree
-from ..records import Model
+from ..models import Model
 from ..tree import Tree
 from .schemes import Scheme, int8
 from .weights import expand, is_quantized

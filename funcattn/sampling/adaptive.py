@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..records import Model, record
+from ..models import Model
+from ..records import record
 from .composition import Sampler, between, chain, mixture, rank, require, stateless
 
 

@@ -19,7 +19,7 @@ import optree
 from .. import _checks
 from .._autodiff import transforming
 from ..collectives import remembering
-from ..records import Model
+from ..models import Model
 from .devices import bind, check, refuse_transform, stacked, wrapped
 from .models import sharded
 from .partitions import Grid, Mesh, P, PartitionSpec, axes_of, broadcast

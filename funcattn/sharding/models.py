@@ -16,11 +16,14 @@ from typing import Any
 
 import optree
 import torch
+from torch import Tensor
 
-from .. import _checks, transformer, tree
+from .. import _checks, tree
 from .._autodiff import transforming
 from ..caches import Branch, Cache, Delta
-from ..records import ABSENT, Model, is_absent
+from ..masks import Mask
+from ..models import Model
+from ..records import ABSENT, is_absent
 from ..transformer import TENSOR
 from .devices import bind, refuse_transform, stacked
 from .matching import specs
@@ -33,17 +36,23 @@ def sharded(model: Model, mesh: Mesh) -> Model:
     """The Model on a mesh; see the module.
 
     Raises:
-        TypeError: not a model of `fa.decoder`.
+        TypeError: not a Model, or over a Grid one that has no config.
     """
-    parts = transformer.parts_of(model) or getattr(model, "parts", None)
-    if parts is None:
-        remedy = "Make it with fa.decoder(config)."
-        _checks.fail("shard_map", "model", "from fa.decoder", f"a {type(model).__name__} of another make", remedy, TypeError)
-    run = _simulate(model, mesh, parts.config) if isinstance(mesh, Grid) else _speak(model, mesh)
-    return Model(*(run(name, f) for name, f in zip(Model._fields, model, strict=True)))
+    if not isinstance(model, Model) or (isinstance(mesh, Grid) and model.config is None):
+        wanted = "from fa.decoder" if isinstance(mesh, Grid) else "a Model"
+        _checks.fail("shard_map", "model", wanted, f"a {type(model).__name__} of another make", "Make it with fa.decoder(config).", TypeError)
+    run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
+    functions = {name: run(name, getattr(model, name)) for name in Model._fields}
+    return Model(
+        *(functions[name] for name in Model.FUNCTIONS),
+        config=model.config,
+        kernel=model.kernel,
+        replaced=model.replaced | {"cache", "hidden"},  # of sharded params, and of pasts in parts
+        made=lambda hidden, logits: (functions["extend"], functions["apply"]),
+    )
 
 
-def _speak(model: Model, mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+def _speak(mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
     """Each function with the axes bound to process groups."""
     names = tuple(axes_of(mesh))
 
@@ -51,6 +60,7 @@ def _speak(model: Model, mesh: Any) -> Callable[[str, Callable[..., Any]], Calla
         if name == "init":
             return f
 
+        @functools.wraps(f)
         def call(*args: Any, **options: Any) -> Any:
             if transforming() and any(is_distributed(leaf) for leaf in tree.leaves(args)):
                 refuse_transform("shard_map")
@@ -65,8 +75,9 @@ def _speak(model: Model, mesh: Any) -> Callable[[str, Callable[..., Any]], Calla
     return run
 
 
-def _simulate(model: Model, mesh: Grid, config: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
     """Each function as a vmap over the devices."""
+    config = model.config
     n = axes_of(mesh).get(TENSOR, 1)
     rules = tensor_parallel(config, size=n)
     of_past = P(None, TENSOR)
@@ -86,9 +97,9 @@ def _simulate(model: Model, mesh: Grid, config: Any) -> Callable[[str, Callable[
         if name == "init":
             return f
         if name == "cache":
-            return functools.partial(_room, config, n)
+            return f if "cache" in model.replaced else functools.wraps(f)(functools.partial(_room, config, n))
 
-        def call(params: Any, *args: Any, **options: Any) -> Any:
+        def mapped(params: Any, *args: Any, **options: Any) -> Any:
             kept = {key: value for key, value in options.items() if value is not None}
             whole = lambda value: tree.map(lambda _: P(), value)
             cuts = (specs(params, mesh, rules), *(past(x) if i else whole(x) for i, x in enumerate(args)), whole(kept))
@@ -101,6 +112,15 @@ def _simulate(model: Model, mesh: Grid, config: Any) -> Callable[[str, Callable[
                 lambda params, *rest: f(params, *rest[:-1], **rest[-1]),
                 *(mesh, flat, structure, tree.leaves(cuts, is_leaf=is_spec), out, tuple(axes_of(mesh))),
             )
+
+        if name in ("logits", "apply"):
+            return functools.wraps(f)(mapped)
+
+        @functools.wraps(f)
+        def call(
+            params: Any, tokens: Any, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
+        ) -> Any:
+            return mapped(params, tokens, cache, mask=mask, positions=positions)
 
         return call
 

@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, caches, collectives, transformer
+from .. import _checks, collectives, transformer
 from ..collectives import all_gather, axis_index, pmax, psum, share
-from ..records import Model
+from ..models import Model, config_of, told
 from ..transformer import TENSOR
 from ..tree import Tree
 
 
 def own_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
     """The logits (*lead, V / n) of this device's part of the vocabulary, or None where it holds all of it."""
-    parts = transformer.parts_of(model)
-    if parts is None or collectives.axis_size(TENSOR) == 1:
+    config = config_of(model, "logits")
+    if config is None or collectives.axis_size(TENSOR) == 1:
         return None
     head = transformer.head(params)
-    if head.shape[0] == parts.config.vocabulary:
+    if head.shape[0] == config.vocabulary:
         return None
-    return transformer.predict_own(parts.config, head, hidden)
+    return transformer.predict_own(config, head, hidden)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def candidates(model: Model, k: int) -> Model:
     logits, token for token.
 
     Args:
-        model: from `fa.decoder`, before it goes into shard_map.
+        model: from `fa.decoder`, compiled or not, before it goes into shard_map.
         k: how many; at least what the sampler keeps.
 
     Example:
@@ -66,11 +66,11 @@ def candidates(model: Model, k: int) -> Model:
 
     Law: greedy and top_k draw the same tokens (test_sharding.py::test_candidates_draw_what_all_logits_draw).
     """
-    parts = transformer.parts_of(model)
-    if parts is None:
-        remedy = "Make it with fa.decoder(config)."
-        _checks.fail("candidates", "model", "from fa.decoder", f"a {type(model).__name__} of another make", remedy, TypeError)
-    V = parts.config.vocabulary
+    config = config_of(model, "hidden", "logits")
+    if config is None:
+        remedy = "Make it with fa.decoder(config), and replace or shard what comes of it."
+        _checks.fail("candidates", "model", "from fa.decoder", told(model), remedy, TypeError)
+    V = config.vocabulary
     if not isinstance(k, int) or not 1 <= k <= V:
         _checks.fail("candidates", "k", f"from 1 to the {V} tokens", k, "Give what the sampler keeps.")
 
@@ -85,19 +85,7 @@ def candidates(model: Model, k: int) -> Model:
         nothing = torch.full((*values.shape[:-1], V), float("-inf"), dtype=values.dtype, device=values.device)
         return nothing.scatter(-1, ids, values)
 
-    def extend(params: Tree, *args: Any, **options: Any) -> tuple[Tensor, Any]:
-        x, delta = model.hidden(params, *args, **options)
-        return logits(params, x), delta
-
-    def apply(params: Tree, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        x, delta = model.hidden(params, tokens, cache)
-        after = caches.commit(cache, delta)
-        proposed = logits(params, x)
-        if _checks.value(after.length) is None:
-            proposed = torch.where(caches.broken(after), float("nan"), proposed)
-        return proposed, after
-
-    return model._replace(logits=logits, extend=extend, apply=apply)
+    return model._replace(logits=logits)
 
 
 def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

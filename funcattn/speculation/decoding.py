@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import _checks, progress, randomness, sampling
 from ..generation import Streamed, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill, _Text
-from ..records import ABSENT, Model, is_absent, record
+from ..models import Model
+from ..records import ABSENT, is_absent, record
 from ..sampling import Sampler
 from .acceptance import accept
 from .rules import Rule, blockwise

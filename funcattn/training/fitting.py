@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks, randomness, tree
-from ..records import ABSENT, Model
+from ..models import Model
+from ..records import ABSENT
 from ..tree import Tree
 from . import losses, snapshots
 from .optimizers import Optimizer

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, masks, transformer, tree
+from .. import _checks, masks, tree
 from ..caches import CONTEXT
 from ..collectives import axis_size, own, psum
 from ..kernels import zigzag
-from ..records import Model
+from ..models import Model, config_of
 from ..rematerialization import remat
 from ..sharding import vocabulary
 from ..transformer import DATA
@@ -111,16 +111,18 @@ def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, 
     data = (hidden, targets, *(() if counts is None else (counts,)))
     if len(targets) <= rows:
         return of(params, *data)
-    outside = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]  # all that logits are made of
+    outside = params
+    if config_of(model, "logits") is not None:  # then logits are made of what is outside of the layers
+        outside = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]
     again = remat(of)
     blocks = zip(*(x.split(rows) for x in data), strict=True)
     return torch.stack([again(outside, *block) for block in blocks]).sum()
 
 
 def _vocabulary(model: Model, params: Tree, hidden: Tensor) -> int:
-    parts = transformer.parts_of(model)
-    if parts is not None:
-        return parts.config.vocabulary
+    config = config_of(model, "logits")
+    if config is not None:
+        return config.vocabulary
     return model.logits(params, hidden[:0]).shape[-1]  # of no rows: the width of what comes out
 
 

@@ -16,7 +16,8 @@ from torch.func import grad_and_value
 
 from .. import _checks, tree
 from .._autodiff import transforming
-from ..records import ABSENT, Model, record
+from ..models import Model
+from ..records import ABSENT, record
 from ..tree import Tree
 from . import losses, optimizers
 from .optimizers import Optimizer

@@ -9,7 +9,7 @@ model      decoder(config) -> Model
 
 from .blocks import Block, block
 from .config import Config, Kind
-from .model import Parts, begin, decoder, finish, head, locate, parts_of, predict, predict_own, share
+from .model import begin, decoder, finish, head, locate, predict, predict_own, share
 from .parallel import DATA, TENSOR
 from .weights import Layer, Params, initialize, shapes
 
@@ -21,7 +21,6 @@ __all__ = [
     "Kind",
     "Layer",
     "Params",
-    "Parts",
     "begin",
     "block",
     "decoder",
@@ -29,7 +28,6 @@ __all__ = [
     "head",
     "initialize",
     "locate",
-    "parts_of",
     "predict",
     "predict_own",
     "shapes",

@@ -8,9 +8,7 @@ Written for one sequence. Many sequences, a ragged batch, a forest of futures or
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +18,8 @@ from ..caches import Cache, Delta
 from ..collectives import bound
 from ..layers import Rotation
 from ..masks import Mask
-from ..records import ABSENT, Model, is_absent
+from ..models import Model
+from ..records import ABSENT, is_absent
 from . import parallel
 from .blocks import Block, block
 from .config import Config, Kind
@@ -34,7 +33,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
         cache(size, *, kind=fa.Cache, dtype=None) -> cache
         hidden(params, tokens, cache=(), *, mask=None, positions=None) -> (hidden, delta)
         logits(params, hidden) -> logits
-        extend(params, tokens, cache, *, mask=None, positions=None) -> (logits, delta)
+        extend(params, tokens, cache=(), *, mask=None, positions=None) -> (logits, delta)
         apply(params, tokens, cache) -> (logits, cache)
 
     With no past (`cache=()`) tokens are int64 (*lead, T), leading axes free: training is
@@ -70,9 +69,21 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     kinds = list(dict.fromkeys(all_kinds))
 
     def init(key: Tensor) -> Params:
+        """Random weights.
+
+        Args:
+            key: `fa.key(seed)`; the same key gives the same weights.
+        """
         return initialize(key, config)
 
     def cache(size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> Any:
+        """An empty cache with room for `size` tokens.
+
+        Args:
+            size: tokens.
+            kind: `fa.Cache`, `fa.Pages`, `fa.Ring`, `fa.QuantizedCache`, or another (`funcattn.caches`).
+            dtype: of keys and values: that of the activations. None is torch's default.
+        """
         if not isinstance(size, int) or size < 0:
             _checks.fail("cache", "size", "a number of tokens, 0 or more", size, "Say how many tokens the past has room for.")
         if not hasattr(kind, "empty"):
@@ -85,6 +96,18 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     def hidden(
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
+        """The residual after the last norm, of which `logits` makes logits, and the keys and values of the new tokens.
+
+        Args:
+            params: the weights.
+            tokens: int64 (*lead, T); one sequence (T,) where there is a cache.
+            cache: what was read before, which is only read; `()` is nothing.
+            mask: which of the new tokens each sees: a `Mask` of T queries or booleans (T, T). All see the cache.
+            positions: int64 (*lead, T); by default they go on from the cache.
+
+        Returns:
+            hidden (*lead, T, E), and the Delta that `fa.commit(cache, delta)` adds.
+        """
         places = locate(config, tokens, cache, positions)
         _check_mask(mask, tokens.shape[-1])
         parallel.check(params, cache, mask)
@@ -103,45 +126,15 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
         return taps.tap("output", x), Delta(tuple(keys), tuple(values))
 
     def logits(params: Params, hidden: Tensor) -> Tensor:
+        """The logits (*lead, V) of hidden (*lead, E), which is what `hidden` returns: the residual after the last norm."""
         return predict(config, head(params), hidden)
 
-    def extend(
-        params: Params, tokens: Tensor, cache: Any, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
-    ) -> tuple[Tensor, Delta]:
-        x, delta = hidden(params, tokens, cache, mask=mask, positions=positions)
-        return logits(params, x), delta
-
-    def apply(params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        proposed, delta = extend(params, tokens, cache)
-        after = caches.commit(cache, delta)
-        if _checks.value(after.length) is None:
-            proposed = torch.where(caches.broken(after), float("nan"), proposed)
-        return proposed, after
-
-    made = Model(init, cache, hidden, logits, extend, apply)
-    _made[hidden] = Parts(config, kernel, remat)
-    return made
+    return Model(init, cache, hidden, logits, config=config, kernel=kernel)
 
 
 def _place(number: int, config: Config, kind: Kind, weights: Layer, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """A layer with its weights as this device computes with them."""
     return block(config, kind, parallel.layer(config, number, weights), *rest, **options)
-
-
-class Parts(NamedTuple):
-    """What a decoder was made of."""
-
-    config: Config
-    kernel: str | None
-    remat: bool
-
-
-_made: WeakKeyDictionary[Callable[..., Any], Parts] = WeakKeyDictionary()
-
-
-def parts_of(model: Model) -> Parts | None:
-    """What a Model was made of by `decoder`, for those who build another of the same parts; None where it was made otherwise."""
-    return _made.get(model.hidden)
 
 
 def locate(config: Config, tokens: Tensor, cache: Any, positions: Tensor | None = None) -> Tensor:
