@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from . import _checks, progress, taps, tree
+from . import _checks, progress, taps, transformer, tree
 from .masks import Mask
 from .models import Model, config_of
 from .records import ABSENT
@@ -59,7 +59,7 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, ch
     """
     _check_tokens("score", "tokens", tokens, 1)
     _check_chunk("score", chunk)
-    hidden = model.hidden(params, tokens[..., :-1], cache)[0]
+    hidden = _hidden(model, params, tokens[..., :-1], tokens[..., -1:], cache)
     return _look(model, params, hidden, tokens[..., 1:], chunk, _log_probability)
 
 
@@ -82,7 +82,7 @@ def score_continuation(
     Law: equals the end of the scores of both joined (test_evaluation.py::test_a_continuation_has_the_last_scores_of_the_whole).
     """
     inputs, targets = _join("score_continuation", prompt, continuation, chunk)
-    hidden = model.hidden(params, inputs, cache)[0]
+    hidden = _hidden(model, params, inputs, targets[..., -1:], cache)
     return _look(model, params, hidden[..., prompt.shape[-1] - 1 :, :], targets, chunk, _log_probability)
 
 
@@ -94,7 +94,7 @@ def foretold(
     Args and errors: as `score_continuation`.
     """
     inputs, targets = _join("foretold", prompt, continuation, chunk)
-    hidden = model.hidden(params, inputs, cache)[0][..., prompt.shape[-1] - 1 :, :]
+    hidden = _hidden(model, params, inputs, targets[..., -1:], cache)[..., prompt.shape[-1] - 1 :, :]
 
     def both(logits: Tensor, targets: Tensor) -> Tensor:
         scores = _log_probability(logits, targets)
@@ -177,6 +177,13 @@ def perplexity(
         for begin, first, end in progress.track(windows(tokens.shape[-1], context=context, stride=stride), "reading")
     ]
     return (-torch.cat(parts, -1).mean()).exp()
+
+
+def _hidden(model: Model, params: Tree, inputs: Tensor, last: Tensor, cache: Any) -> Tensor:
+    """The residual of inputs. Where rotary angles follow the length of a text, its last token, which is only scored, counts too."""
+    if transformer.follower(model) is None:
+        return model.hidden(params, inputs, cache)[0]
+    return model.hidden(params, torch.cat([inputs, last], -1), cache)[0][..., : inputs.shape[-1], :]
 
 
 def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:

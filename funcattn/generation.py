@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, caches, progress, randomness, sampling
+from . import _checks, caches, progress, randomness, sampling, transformer
 from ._autodiff import transforming
 from .models import Model
 from .records import ABSENT, is_absent
@@ -199,11 +199,12 @@ class _Drawn(NamedTuple):
 
 def _prefill(model: Model, params: Any, prompt: Tensor, cache: Any, steps: int, prompt_length: Tensor | None, chunk: int) -> _Start:
     """Read the prompt in chunks into a tail of its own; logits of its last token alone."""
-    T = prompt.shape[0]
+    T, first = prompt.shape[0], transformer.first_chunk(model, cache, prompt.shape[0], chunk)
     last, tail = None, cache
-    for begin in range(0, T, chunk):
-        piece = prompt[begin : begin + chunk]
-        x, delta = model.hidden(params, piece, tail)
+    for begin in (0, *range(first, T, chunk)):
+        piece = prompt[begin : begin + (chunk if begin else first)]
+        where = transformer.places(model, cache, begin, begin + len(piece), prompt_length)
+        x, delta = model.hidden(params, piece, tail) if where is None else model.hidden(params, piece, tail, positions=where)
         if begin == 0:
             tail = caches.follow(cache, delta, T + steps if transforming() else caches.bucket(T + steps))
         n: Any = len(piece)
@@ -213,7 +214,7 @@ def _prefill(model: Model, params: Any, prompt: Tensor, cache: Any, steps: int, 
             n = (prompt_length - begin).clamp(0, len(piece))
             here = x.index_select(0, (prompt_length - begin - 1).clamp(0, len(piece) - 1).reshape(1))[0]
             last = here if last is None else torch.where(prompt_length > begin, here, last)
-        tail = _commit(tail, delta, n)
+        tail = transformer.renewed(model, params, _commit(tail, delta, n))
     return _Start(model.logits(params, last), tail)
 
 
@@ -245,6 +246,7 @@ def _draws(
         if i + 1 < steps:
             x, delta = model.hidden(params, token.unsqueeze(0), cache)
             cache = _commit(cache, delta, (~done).long() if stop and not _none_done(done) else 1)
+            cache = transformer.renewed(model, params, cache)
             logits = model.logits(params, x[-1])
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from . import _checks, caches, randomness, sampling, tree
+from . import _checks, caches, randomness, sampling, transformer, tree
 from .caches import Branch
 from .models import Model
 from .records import ABSENT, is_absent, record
@@ -120,8 +120,10 @@ def enter(
     if len(prompt) + steps - 1 > caches.capacity(cache):
         got, remedy = f"{len(prompt)} and {steps} for room of {caches.capacity(cache)}", "Make the slots of a larger past."
         _checks.fail("enter", "prompt and steps", "as many tokens as a slot has room for", got, remedy)
-    for begin in range(0, len(prompt), chunk):
-        last, delta = model.hidden(params, prompt[begin : begin + chunk], _behind(slots.prefix, cache))
+    first = transformer.first_chunk(model, slots.prefix, len(prompt), chunk)
+    for begin in (0, *range(first, len(prompt), chunk)):
+        piece = prompt[begin : begin + (chunk if begin else first)]
+        last, delta = model.hidden(params, piece, _behind(slots.prefix, cache))
         cache = caches.commit(cache, delta)
     assert last is not None
     logits = model.logits(params, last[-1])
@@ -151,6 +153,7 @@ def step(
         goes_on = busy & ~ended
         x, delta = model.hidden(params, token.unsqueeze(0), _behind(slots.prefix, slot.cache))
         cache = caches.commit(slot.cache, delta, goes_on.long())
+        cache = transformer.renewed(model, params, cache) if is_absent(slots.prefix) else cache
         logits = torch.where(goes_on, model.logits(params, x[-1]), 0)
         state = tree.map(lambda new, old: torch.where(busy, new, old), state, slot.state)
         left = torch.where(goes_on, slot.left - 1, 0)

@@ -97,7 +97,8 @@ def run(
     turns = rotation if isinstance(rotation, Rotation) else [x[:, :0]] * 2
     cos, sin = (part.reshape(len(x), -1).contiguous() for part in turns)
     norms = [norm.contiguous() for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
-    keys, values, lengths = [part.k for part in parts], [part.v for part in parts], [int(part.length) for part in parts]
+    L = config.layers  # a past may have more, which hold no keys (transformer.lengths)
+    keys, values, lengths = [part.k[:L] for part in parts], [part.v[:L] for part in parts], [int(part.length) for part in parts]
     sizes = config.heads, config.kv_heads, config.scale, config.norm_epsilon
     with torch._C._AutoDispatchBelowAutograd():  # nobody differentiates here
         return torch.ops.funcattn.layers.default(*matrices, norms, x.contiguous(), cos, sin, keys, values, lengths, *sizes)

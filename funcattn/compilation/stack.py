@@ -39,6 +39,8 @@ class Stack:
         few = self.config.kv_heads < collectives.axis_size(transformer.TENSOR)  # then each device selects of heads that all hold
         if few or not is_step(tokens, cache) or not is_plain(cache):
             return None
+        if not transformer.continues(self.config, cache, len(tokens)):
+            return None
         T, held = len(tokens), self.held
         forms = held.get(T)
         found = None if forms is None else forms.watch.leaves(params)
@@ -64,12 +66,13 @@ class Stack:
         places = transformer.locate(config, tokens, cache)
         x = transformer.begin(config, params, tokens, places)
         parts = dense_parts(cache)
+        noted = lambda delta: transformer.noted(config, delta, tokens, transformer.length_of(places))
         for part in parts:
             if int(part.length):
                 check_remembered(part.k, x.dtype)
         if forms.fused is not None and fused.serves(x, parts):
             x, k, v = fused.run(config, forms.fused, params.layers, x, places, parts)
-            return transformer.finish(config, params, x), Delta(k.unbind(0), v.unbind(0))
+            return transformer.finish(config, params, x), noted(Delta(k.unbind(0), v.unbind(0)))
         pasts = rows(parts)
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -85,7 +88,7 @@ class Stack:
                 x, k, v = run(config, self.kinds[part], self.kernel, weights, x, places, here)
             keys += k.unbind(0)
             values += v.unbind(0)
-        return transformer.finish(config, params, x), Delta(tuple(keys), tuple(values))
+        return transformer.finish(config, params, x), noted(Delta(tuple(keys), tuple(values)))
 
     def logits(self, weight: Any, x: Tensor) -> Tensor:
         """`Model.logits` of one vector, or of a few, by the weight of the head."""

@@ -34,8 +34,9 @@ class RopeScaling:
             (Ding et al., arXiv:2402.13753).
     attention: what cos and sin are multiplied by (yarn, longrope).
 
-    "dynamic" and "longrope" angles depend on how long the sequence is when a token is read; keys that were cached before keep
-    theirs. This is how the models were published, and the one place where reading in steps differs from reading at once.
+    The angles of "dynamic" and "longrope" depend on the length of the whole text: one token beyond `context` turns all tokens
+    before it by other angles. A decoder then reads the text again, so that reading in steps equals reading at once
+    (transformer.lengths); transformers, which keeps the keys that it has, differs there from its own reading at once.
     """
 
     kind: str

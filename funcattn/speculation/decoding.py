@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, progress, randomness, sampling
+from .. import _checks, progress, randomness, sampling, transformer
 from ..generation import Streamed, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill, _Text
 from ..models import Model
 from ..records import ABSENT, is_absent, record
@@ -247,7 +247,7 @@ def _rounds(
         )
         nothing = sampler.deterministic and _checks.integer(draft.valid) == 0  # then a step of one token will do
         proposed = draft.tokens[:0] if nothing else draft.tokens
-        logits, delta = model.extend(params, torch.cat([last.reshape(1), proposed]), past)
+        logits, delta = transformer.along(model, params, torch.cat([last.reshape(1), proposed]), past)
         _check_numbers(logits)
         if sampler.deterministic:
             found, states = matched(sampler, logits, proposed, draft.valid, state)
@@ -262,6 +262,7 @@ def _rounds(
             n, heard = hear(found.tokens[: int(kept)].tolist())
             kept = torch.full_like(kept, n)
         past = _commit(past, delta, kept)  # the last token, and all but the last of the new ones
+        past = transformer.renewed(model, params, past)
         last = torch.where(done, last, found.tokens.index_select(0, (kept - 1).clamp(min=0).reshape(1))[0])
         state = sampler.observe(last, rewind(states, (kept - 1).clamp(min=0)))
         tokens = F.pad(found.tokens, (0, drafter.length - len(proposed)), value=-1)

@@ -3,14 +3,18 @@
 config     Config: what the mathematics needs to know and the weights do not say
 weights    Layer, Params, shapes, initialize
 parallel   what a device with a part of the weights says to the others
+lengths    reading behind a past where rotary angles follow the length of the text
 blocks     one layer as a pure function: attention over the past and the new tokens, then the feed-forward
 model      decoder(config) -> Model
+rereading  loops over such a past: what is read first, what is read again
 """
 
 from .blocks import Block, block
 from .config import Config, Kind
+from .lengths import cache_layers, continues, length_of, noted
 from .model import begin, decoder, finish, head, locate, predict, predict_own, share
 from .parallel import DATA, TENSOR
+from .rereading import along, first_chunk, follower, places, renewed
 from .weights import Layer, Params, initialize, shapes
 
 __all__ = [
@@ -21,15 +25,24 @@ __all__ = [
     "Kind",
     "Layer",
     "Params",
+    "along",
     "begin",
     "block",
+    "cache_layers",
+    "continues",
     "decoder",
     "finish",
+    "first_chunk",
+    "follower",
     "head",
     "initialize",
+    "length_of",
     "locate",
+    "noted",
+    "places",
     "predict",
     "predict_own",
+    "renewed",
     "shapes",
     "share",
 ]

@@ -151,6 +151,13 @@ class Config:
             experts=bool(self.experts) and has(self.expert_layers),
         )
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether the rotary angles of some layer change with the length of the text (`RopeScaling.follows_length`)."""
+        if self.rope_scaling is None or not self.rope_scaling.follows_length:
+            return False
+        return any(kind.rotary and not kind.local for kind in map(self.kind, range(self.layers)))
+
     def limit(self) -> int | None:
         """Positions that the model can tell apart as it was trained to, or None where its angles follow the length."""
         follows: Any = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"

@@ -20,7 +20,7 @@ from ..layers import Rotation
 from ..masks import Mask
 from ..models import Model
 from ..records import ABSENT, is_absent
-from . import parallel
+from . import lengths, parallel
 from .blocks import Block, block
 from .config import Config, Kind
 from .weights import Layer, Params, initialize
@@ -91,7 +91,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
             _checks.fail("cache", "kind", "a kind of past", repr(kind), remedy, TypeError)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             _checks.fail("cache", "dtype", "a torch.dtype, or None", repr(dtype), "Pass one such as torch.bfloat16.", TypeError)
-        return kind.empty(config.layers, parallel.heads(config)[1], size, config.head_size, dtype)
+        return kind.empty(lengths.cache_layers(config), parallel.heads(config)[1], size, config.head_size, dtype)
 
     def hidden(
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
@@ -111,8 +111,24 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
         places = locate(config, tokens, cache, positions)
         _check_mask(mask, tokens.shape[-1])
         parallel.check(params, cache, mask)
+        run = functools.partial(stack, params)
+        x, delta = lengths.hidden(config, run, tokens, cache, places, mask, positions is None)
+        if not is_absent(cache) and _checks.value(cache.length) is None:
+            x = torch.where(caches.broken(cache), float("nan"), x)
+        return taps.tap("output", x), delta
+
+    def stack(
+        params: Params,
+        tokens: Tensor,
+        cache: Any,
+        places: Tensor,
+        mask: Mask | Tensor | None,
+        in_order: bool,
+        length: Tensor | None,
+    ) -> tuple[Tensor, Delta]:
+        """Every layer, of tokens at `places` in a text of that length (None: of which no angle depends on it)."""
         x = taps.tap("embedding", begin(config, params, tokens, places))
-        shared = {kind: share(config, kind, places, mask, x.dtype, positions is None) for kind in kinds}
+        shared = {kind: share(config, kind, places, mask, x.dtype, in_order, length) for kind in kinds}
         keys, values = [], []
         for i, (weights, kind) in enumerate(zip(params.layers, all_kinds, strict=True)):
             past = () if is_absent(cache) else tuple(caches.past(cache, i, places, kind.window))
@@ -120,10 +136,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
             x, k, v = (rematerialization.remat(layer) if remat and not taps.heard() else layer)(weights, x, shared[kind], past)
             keys.append(k)
             values.append(v)
-        x = finish(config, params, x)
-        if not is_absent(cache) and _checks.value(cache.length) is None:
-            x = torch.where(caches.broken(cache), float("nan"), x)
-        return taps.tap("output", x), Delta(tuple(keys), tuple(values))
+        return finish(config, params, x), Delta(tuple(keys), tuple(values))
 
     def logits(params: Params, hidden: Tensor) -> Tensor:
         """The logits (*lead, V) of hidden (*lead, E), which is what `hidden` returns: the residual after the last norm."""
@@ -188,7 +201,15 @@ def predict_own(config: Config, head: Any, hidden: Tensor) -> Tensor:
     return out if config.logit_cap is None else kernels.soft_cap(out, config.logit_cap)
 
 
-def share(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None, dtype: torch.dtype, in_order: bool) -> Block:
+def share(
+    config: Config,
+    kind: Kind,
+    places: Tensor,
+    mask: Mask | Tensor | None,
+    dtype: torch.dtype,
+    in_order: bool,
+    length: Tensor | None = None,
+) -> Block:
     """The rotation and the mask that all layers of a kind share.
 
     Args:
@@ -197,6 +218,7 @@ def share(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None
         mask: which new tokens each sees; None is causal.
         dtype: of activations.
         in_order: whether the new tokens stand one behind the other, as they do unless positions were given.
+        length: int64 (*lead), of the whole text, for angles that follow it; None is as far as places reach.
     """
     T = places.shape[-1]
     rotation: Rotation | tuple[()] = ()
@@ -204,7 +226,8 @@ def share(config: Config, kind: Kind, places: Tensor, mask: Mask | Tensor | None
         base = config.local_rope_base if kind.local else config.rope_base
         scaling = None if kind.local else config.rope_scaling
         assert base is not None
-        length = parallel.longest(places.amax(-1) + 1) if scaling is not None and scaling.follows_length else None
+        if scaling is not None and scaling.follows_length:
+            length = lengths.length_of(places) if length is None else length
         size = config.rotary_size or config.head_size
         turn = layers.frequencies(size, base=base, scaling=scaling, length=length, device=places.device)
         rotation = layers.rope(places, turn, dtype, amplitude=1.0 if scaling is None else scaling.attention)
@@ -231,7 +254,7 @@ def _check_params(params: Params, config: Config) -> None:
 
 
 def _check_past(cache: Any, config: Config) -> None:
-    wanted, got = (config.layers, parallel.heads(config)[1], config.head_size), caches.sizes(cache)
+    wanted, got = (lengths.cache_layers(config), parallel.heads(config)[1], config.head_size), caches.sizes(cache)
     if got != wanted:
         _checks.fail(
             "decoder",

@@ -1,0 +1,179 @@
+"""Reading behind a past where the rotary angles follow the length of the text (`Config.follows_length`).
+
+Beyond `context` positions such a scaling turns every position of the text by other angles, the first ones too: all keys, values and
+activations change, and what was remembered is of a text that was shorter. The text is then read again, so that for every scaling
+
+    extend(params, x[n:], past of x[:n]) == extend(params, x, ())[n:]
+
+A past of such a model has one layer more than the model. Its rows hold the id of each token, and whether it was read beyond the
+context, as digits of three bits: exact in every floating dtype, and in codes of 4 bits, whose step is at most 7 / 15. Since they
+are rows, every kind of past commits, forks, shards and maps them as it does all others, and knows nothing of it.
+
+Within the context nothing is ever read again. Beyond it longrope goes on with what was read beyond it; the base of "dynamic"
+changes with every token, so its text is read again at every step.
+
+See docs/decisions/a-text-has-one-length.md. Law: test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks, caches, masks
+from ..caches import Delta
+from ..masks import Mask
+from ..records import ABSENT, is_absent
+from . import parallel
+from .config import Config
+
+BASE = 8  # of the digits
+
+Run = Callable[[Tensor, Any, Tensor, Mask | Tensor | None, bool, Tensor | None], tuple[Tensor, Delta]]
+# (tokens, cache, places, mask, in_order, length) -> (x, delta): the forward pass with angles of a text of that length
+
+
+class Text(NamedTuple):
+    """What a past remembers of its text: ids (R,), whether each was read beyond the context, and which rows count; `()` is all."""
+
+    ids: Tensor
+    beyond: Tensor
+    counts: Any
+
+
+def cache_layers(config: Config) -> int:
+    """Layers of a past: those of the model, and behind them what holds the text, where the angles follow its length."""
+    if not config.follows_length:
+        return config.layers
+    return config.layers + -(-(1 + _digits(config)) // (2 * config.head_size))
+
+
+def length_of(places: Tensor) -> Tensor:
+    """The length (*lead) of a text whose tokens stand at places (*lead, T), of all parts of it together."""
+    if not places.shape[-1]:
+        return places.new_zeros(places.shape[:-1])
+    return parallel.longest(places.amax(-1) + 1)
+
+
+def hidden(
+    config: Config, run: Run, tokens: Tensor, cache: Any, places: Tensor, mask: Mask | Tensor | None, in_order: bool
+) -> tuple[Tensor, Delta]:
+    """The residual (*lead, T, E) of new tokens and their delta, as in a reading of the whole text, the past and they."""
+    if not config.follows_length:
+        return run(tokens, cache, places, mask, in_order, None)
+    length = length_of(places)
+    if is_absent(cache):
+        x, delta = run(tokens, cache, places, mask, in_order, length)
+        return x, noted(config, delta, tokens, length)
+    length = torch.maximum(length, cache.length)
+    text = remembered(config, cache)
+    if _goes_on(config, text, length):
+        x, delta = run(tokens, cache, places, mask, in_order, length)
+    else:
+        x, delta = _again(run, tokens, cache, text, places, mask, in_order, length)
+    return x, noted(config, delta, tokens, length)
+
+
+def continues(config: Config, cache: Any, T: int) -> bool:
+    """Whether T new tokens are read behind the past as it is, with the angles that its own tokens were read with."""
+    return not config.follows_length or _goes_on(config, remembered(config, cache), cache.length + T)
+
+
+def noted(config: Config, delta: Delta, tokens: Tensor, length: Tensor) -> Delta:
+    """The delta with the rows that hold its tokens, read in a text of that length; as it is where no angle follows the length."""
+    if not config.follows_length:
+        return delta
+    k, D = delta.k[0], config.head_size
+    powers = BASE ** torch.arange(_digits(config), device=tokens.device)
+    beyond = (length > _context(config)).long().unsqueeze(-1).expand(tokens.shape)
+    row = torch.cat([beyond.unsqueeze(-1), tokens.unsqueeze(-1) // powers % BASE], -1)  # (*lead, T, 1 + digits)
+    more = cache_layers(config) - config.layers
+    row = F.pad(row, (0, 2 * D * more - row.shape[-1])).to(k.dtype).unsqueeze(-3)
+    sides = torch.unflatten(row.expand(*k.shape[:-1], -1), -1, (2 * more, D)).unbind(-2)  # each (*lead, K, T, D)
+    return Delta((*delta.k, *sides[::2]), (*delta.v, *sides[1::2]))
+
+
+def remembered(config: Config, cache: Any) -> Text:
+    """The text of a past that its next token can see."""
+    here = cache.length.reshape(1)
+    layers = [caches.past(cache, i, here) for i in range(config.layers, cache_layers(config))]
+    if not layers[0]:
+        none = torch.zeros(0, dtype=torch.int64, device=here.device)
+        return Text(none, none.bool(), ABSENT)
+    sides = [torch.cat([part[side][0] for part in parts], -2) for parts in layers for side in (0, 1)]  # of the first head
+    digits = torch.cat(sides, -1)[..., : 1 + _digits(config)].round().long()
+    ids = (digits[..., 1:] * BASE ** torch.arange(_digits(config), device=digits.device)).sum(-1)
+    if all(is_absent(part.mask) for part in layers[0]):
+        return Text(ids, digits[..., 0] > 0, ABSENT)
+    return Text(ids, digits[..., 0] > 0, torch.cat([_seen(part.mask, part.k) for part in layers[0]]))
+
+
+def in_front(text: Text) -> tuple[Tensor, Any]:
+    """The ids (R,) with those that count first, in their order, and how many those are."""
+    if is_absent(text.counts):
+        return text.ids, text.ids.shape[-1]
+    return text.ids.gather(-1, (~text.counts).long().argsort(dim=-1, stable=True)), text.counts.sum(-1)
+
+
+def _seen(mask: Any, k: Tensor) -> Tensor:
+    """Bool (S,): the rows of a part that count."""
+    if is_absent(mask):
+        return torch.ones(k.shape[-2], dtype=torch.bool, device=k.device)
+    return (mask.dense(k.shape[-2]) if isinstance(mask, Mask) else mask)[..., 0, :]
+
+
+def _goes_on(config: Config, text: Text, length: Tensor) -> bool:
+    """Whether the text was read with the angles of this length; False where that cannot be looked at."""
+    beyond = length > _context(config)
+    assert config.rope_scaling is not None
+    other = text.beyond != beyond if config.rope_scaling.kind == "longrope" else text.beyond | beyond
+    if not is_absent(text.counts):
+        other = other & text.counts
+    known = _checks.peek(parallel.longest(other.any(-1).long()))
+    return known is not None and not bool(known.any())
+
+
+def _again(
+    run: Run,
+    tokens: Tensor,
+    cache: Any,
+    text: Text,
+    places: Tensor,
+    mask: Mask | Tensor | None,
+    in_order: bool,
+    length: Tensor,
+) -> tuple[Tensor, Delta]:
+    """The text of the past read again in front of the new tokens; what is returned is of the new ones alone."""
+    (ids, n), R, T = in_front(text), text.ids.shape[-1], tokens.shape[-1]
+    lost = cache.length != n
+    if parallel.in_parts() or _checks.is_true(lost):
+        wanted = "a past that holds all of its text where rotary angles change with its length"
+        remedy = "Give it a past that forgets nothing and lies on one device, or read the text at once."
+        _checks.fail("decoder", "cache", wanted, f"a {type(cache).__name__}", remedy)
+    row = torch.arange(R + T, device=tokens.device)
+    if mask is None and is_absent(text.counts):
+        seen: Mask | Tensor | None = None
+    elif mask is None:
+        new = row >= R
+        first = torch.where(new, n, row + 1)
+        start, stop = torch.where(new, R, first), torch.where(new, row + 1, first)
+        seen = Mask(torch.stack([torch.zeros_like(start), start], -1), torch.stack([first, stop], -1))
+    else:
+        among = mask.dense(T) if isinstance(mask, Mask) else mask
+        among = F.pad(among.expand(*among.shape[:-2], T, T), (R, 0, R, 0))
+        seen = among | (row < torch.where(row < R, row + 1, n).unsqueeze(-1))
+    whole = torch.cat([row[:R], places])
+    x, delta = run(torch.cat([ids, tokens]), ABSENT, whole, seen, in_order and seen is None, length)
+    cut = lambda rows: tuple(y[..., R:, :] for y in rows)
+    return torch.where(lost, float("nan"), x[..., R:, :]), Delta(cut(delta.k), cut(delta.v))
+
+
+def _context(config: Config) -> int:
+    assert config.rope_scaling is not None
+    return config.rope_scaling.context
+
+
+def _digits(config: Config) -> int:
+    return -(-max(config.vocabulary - 1, 1).bit_length() // 3)

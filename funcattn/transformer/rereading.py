@@ -1,0 +1,95 @@
+"""Loops over a past whose text may have to be read again, because its rotary angles follow its length (see `lengths`).
+
+`Model.hidden` is right behind any past; these are about how often it reads a text again, and about rows that one step computes for
+texts of several lengths. All of them do nothing for a model whose angles stay what they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, caches
+from ..caches import Branch, Cache, Delta, Pages
+from ..models import Model
+from ..records import is_absent
+from . import lengths
+from .config import Config
+
+
+def follower(model: Model) -> Config | None:
+    """The Config of a model whose angles follow the length; None for any other, and for one that does not tell its Config."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, Config) and config.follows_length else None
+
+
+def first_chunk(model: Model, cache: Any, T: int, chunk: int) -> int:
+    """Tokens of a prompt of T to read first, so that none of them is read again: beyond the context where the prompt ends there."""
+    config = follower(model)
+    if config is None or config.rope_scaling is None:
+        return chunk
+    known = _checks.peek(cache.length) if not is_absent(cache) else None
+    before = 0 if known is None else int(known.min())
+    within = config.rope_scaling.context + 1 - before
+    return chunk if T < within else T if config.rope_scaling.kind == "dynamic" else max(chunk, within)
+
+
+def places(model: Model, cache: Any, begin: int, end: int, prompt_length: Tensor | None) -> Tensor | None:
+    """Positions of tokens begin to end of a padded prompt, its pads at the place of its last token: they make no text longer.
+
+    None where positions need not be given.
+    """
+    if prompt_length is None or follower(model) is None:
+        return None
+    here = torch.arange(begin, end, device=prompt_length.device)
+    return torch.minimum(here, prompt_length - 1) + (0 if is_absent(cache) else cache.length)
+
+
+def along(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
+    """`model.extend` for tokens of which each may be the last: row t is that of the text which ends with token t."""
+    config = follower(model)
+    if config is None or config.rope_scaling is None:
+        return model.extend(params, tokens, cache)
+    ends = [_checks.peek(cache.length + n) for n in (1, len(tokens))]
+    known = [end > config.rope_scaling.context for end in ends if end is not None]
+    one_length = len(known) == 2 and bool((known[0] == known[1]).all())
+    if one_length and (config.rope_scaling.kind == "longrope" or not bool(known[1].any())):
+        return model.extend(params, tokens, cache)
+    each = [model.extend(params, tokens[:n], cache) for n in range(1, len(tokens) + 1)]
+    return torch.stack([logits[-1] for logits, _ in each]), each[-1][1]
+
+
+def renewed(model: Model, params: Any, cache: Any) -> Any:
+    """The same past, its rows computed anew where those of a text of its length are others, so that reading goes on behind it.
+
+    Of `Cache`, `Pages` and branches of such; any other is returned as it is, and read again at each step.
+    """
+    config = follower(model)
+    if config is None or config.rope_scaling is None or config.rope_scaling.kind == "dynamic" or not _is_rewritable(cache):
+        return cache
+    text = lengths.remembered(config, cache)
+    stale = text.beyond != (cache.length > config.rope_scaling.context)
+    if not _checks.is_true(stale if is_absent(text.counts) else stale & text.counts):
+        return cache
+    ids, n = lengths.in_front(text)
+    here = torch.arange(len(ids), device=ids.device)
+    delta = model.hidden(params, ids, (), positions=torch.minimum(here, torch.as_tensor(n - 1, device=ids.device)))[1]
+    return _rewritten(cache, delta, 0)
+
+
+def _is_rewritable(cache: Any) -> bool:
+    return isinstance(cache, (Cache, Pages)) or (
+        isinstance(cache, Branch) and _is_rewritable(cache.prefix) and _is_rewritable(cache.own)
+    )
+
+
+def _rewritten(cache: Any, delta: Delta, begin: Any) -> Any:
+    """The past with its rows those of the delta, from `begin` on."""
+    if isinstance(cache, Branch):
+        own = _rewritten(cache.own, delta, begin + cache.prefix.length)
+        return Branch(_rewritten(cache.prefix, delta, begin), own)
+    R = delta.k[0].shape[-2]
+    row = (begin + torch.arange(min(R, caches.capacity(cache)), device=cache.length.device)).clamp(max=R - 1)
+    take = lambda rows: tuple(x.index_select(-2, row) for x in rows)
+    empty = caches.with_length(cache, torch.zeros_like(cache.length))
+    return caches.commit(empty, Delta(take(delta.k), take(delta.v)), cache.length)
