@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, progress, taps, tree
+from .generation import hidden_along
 from .masks import Mask
 from .records import ABSENT, Model
 from .rematerialization import remat
@@ -38,7 +39,8 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, ch
     Args:
         model, params: a decoder and its weights.
         tokens: integers (*lead, T), T >= 1; (T,) where there is a past.
-        cache: a past that the tokens continue; it stays as it was. `()` is no past.
+        cache: a past that the tokens continue; it stays as it was. `()` is no past. One that forgets (a `Ring`) is read a token at
+            a time, as `generate` reads it.
         chunk: positions whose logits (chunk, V) are held at a time; in a derivative they are computed again, not kept.
 
     Returns:
@@ -58,7 +60,7 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, ch
     """
     _check_tokens("score", "tokens", tokens, 1)
     _check_chunk("score", chunk)
-    hidden = model.hidden(params, tokens[..., :-1], cache)[0]
+    hidden = hidden_along(model, params, tokens[..., :-1], cache)
     return _look(model, params, hidden, tokens[..., 1:], chunk, _log_probability)
 
 
@@ -81,7 +83,7 @@ def score_continuation(
     Law: equals the end of the scores of both joined (test_evaluation.py::test_a_continuation_has_the_last_scores_of_the_whole).
     """
     inputs, targets = _join("score_continuation", prompt, continuation, chunk)
-    hidden = model.hidden(params, inputs, cache)[0]
+    hidden = hidden_along(model, params, inputs, cache)
     return _look(model, params, hidden[..., prompt.shape[-1] - 1 :, :], targets, chunk, _log_probability)
 
 
@@ -93,7 +95,7 @@ def foretold(
     Args and errors: as `score_continuation`.
     """
     inputs, targets = _join("foretold", prompt, continuation, chunk)
-    hidden = model.hidden(params, inputs, cache)[0][..., prompt.shape[-1] - 1 :, :]
+    hidden = hidden_along(model, params, inputs, cache)[..., prompt.shape[-1] - 1 :, :]
 
     def both(logits: Tensor, targets: Tensor) -> Tensor:
         scores = _log_probability(logits, targets)
