@@ -108,7 +108,7 @@ def test_beams_and_scores_are_those_of_the_texts_token_by_token():
 
 
 def test_a_model_over_a_grid_refuses_a_kind_that_it_cannot_cut():
-    model = fa.sharding.sharded(MODEL, fa.sharding.Grid(tensor=2))
+    model = fa.sharding.shard_map(MODEL, fa.sharding.Grid(tensor=2))
     with pytest.raises(TypeError, match="cache should be a Cache, or a Branch of such, over a Grid, got a Near"):
         model.apply(PARAMS, PROMPT, room())
 
