@@ -102,13 +102,15 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
 
     def read(key: Tensor, last: Tensor, state: Reader, whole: bool) -> tuple[Draft, Reader]:
         cache, token, tokens, laws, states = state.cache, last, [], [], []
-        owned = not whole and _is_dense(cache)  # rows beyond its length are for the taking
+        dense = _is_dense(cache)
+        owned = not whole and dense  # rows beyond its length are for the taking
         now = sampler.observe(last, rewind(state.states, torch.zeros_like(last)))
         keys = () if sampler.deterministic else randomness.split(key, length).unbind()
         for n in range(length):
             x, delta = model.hidden(params, token.reshape(1), cache)
             if n < length - 1 or whole:
-                cache = _commit(cache, delta, 1) if n or owned else caches.commit(cache, delta, 1)  # copied once, then it is ours
+                ours = dense and (n > 0 or owned)  # copied once, then it is ours
+                cache = _commit(cache, delta, 1) if ours else caches.commit(cache, delta, 1)
             left, now = sampler.update(logits_of(x), now)
             states.append(now)
             token = left.argmax(-1) if sampler.deterministic else randomness.categorical(keys[n], left)
@@ -118,7 +120,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
             now = sampler.observe(token, now)
         if whole:  # the last is read too, so that the past is whole where all of them stay
             x, delta = model.hidden(params, token.reshape(1), cache)
-            cache = _commit(cache, delta, 1)
+            cache = _commit(cache, delta, 1) if dense else caches.commit(cache, delta, 1)
             now = sampler.update(logits_of(x), now)[1] if tree.leaves(now) else now
         states = tree.map(lambda *leaves: torch.stack(leaves), *states, now)
         draft = Draft(torch.stack(tokens), torch.stack(laws) if laws else ABSENT, torch.full_like(last, length))
@@ -246,7 +248,7 @@ def _vocabulary(model: Any) -> int | None:
 
 
 def _is_dense(cache: Any) -> bool:
-    return isinstance(cache, Cache) or (isinstance(cache, Branch) and isinstance(cache.own, Cache))
+    return type(cache) is Cache or (type(cache) is Branch and type(cache.own) is Cache)
 
 
 def _check_length(function: str, length: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, progress, taps, transformer, tree
+from .generation import hidden_along
 from .masks import Mask
 from .models import Model, config_of
 from .records import ABSENT
@@ -39,7 +40,8 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, ch
     Args:
         model, params: a decoder and its weights.
         tokens: integers (*lead, T), T >= 1; (T,) where there is a past.
-        cache: a past that the tokens continue; it stays as it was. `()` is no past.
+        cache: a past that the tokens continue; it stays as it was. `()` is no past. One that forgets (a `Ring`) is read a token at
+            a time, as `generate` reads it.
         chunk: positions whose logits (chunk, V) are held at a time; in a derivative they are computed again, not kept.
 
     Returns:
@@ -182,8 +184,8 @@ def perplexity(
 def _hidden(model: Model, params: Tree, inputs: Tensor, last: Tensor, cache: Any) -> Tensor:
     """The residual of inputs. Where rotary angles follow the length of a text, its last token, which is only scored, counts too."""
     if transformer.follower(model) is None:
-        return model.hidden(params, inputs, cache)[0]
-    return model.hidden(params, torch.cat([inputs, last], -1), cache)[0][..., : inputs.shape[-1], :]
+        return hidden_along(model, params, inputs, cache)
+    return hidden_along(model, params, torch.cat([inputs, last], -1), cache)[..., : inputs.shape[-1], :]
 
 
 def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ def _draws(
         if _checks.is_true(logits.isnan()):
             remedy = "Look for NaN in params and in the past; a past that overflowed inside a transform gives NaN too."
             _checks.fail("generate", f"the logits of step {i}", "numbers", "NaN", remedy)
-        token, state = sampling.draw(keys[i], sampler, logits, state)
+        token, state = sampling.draw(keys[i], sampler, logits, state, wanted=~done if stop else None)
         last = token = token if last is None else torch.where(done, last, token)
         for end in stop:
             done = done | (token == end)
@@ -248,6 +248,22 @@ def _draws(
             cache = _commit(cache, delta, (~done).long() if stop and not _none_done(done) else 1)
             cache = transformer.renewed(model, params, cache)
             logits = model.logits(params, x[-1])
+
+
+def hidden_along(model: Model, params: Any, tokens: Tensor, cache: Any) -> Tensor:
+    """The hidden states (*lead, T, E) that reading the tokens one after the other gives behind this past.
+
+    In one reading where each token sees all before it. A past that forgets, such as a `Ring`, is read a token at a time: within one
+    reading the new tokens would see each other however far apart.
+    """
+    if caches.keeps_all(cache) or tokens.dim() != 1 or len(tokens) < 2:
+        return model.hidden(params, tokens, cache)[0]
+    past, rows = cache, []
+    for token in tokens.unbind():
+        x, delta = model.hidden(params, token.reshape(1), past)
+        past = caches.commit(caches.fork(past, delta, len(tokens)) if past is cache else past, delta)
+        rows.append(x[0])
+    return torch.stack(rows)
 
 
 def _commit(tail: Any, delta: Any, n: Any) -> Any:

@@ -1,11 +1,12 @@
 """Search for likely texts: beams, contrast with a weaker model, the best of several samples.
 
-A beam is a fork of the past. The prompt is a prefix that is held once and never mapped; each beam has a tail of `steps` tokens, and
-choosing beams is indexing tails:
+A beam is a fork of the past. What all beams remember alike, such as the prompt, is held once and never mapped; choosing beams is
+indexing the rest:
 
     score(text) = log P(text) / length ^ length_penalty,      running beams: the greatest log P, finished ones: the greatest score
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from . import _checks, caches, progress, randomness, sampling, tree
-from .generation import generate
+from .generation import _check_parts, generate, hidden_along
 from .models import Model
-from .records import ABSENT, is_absent, record
+from .records import ABSENT, record
 from .sampling import Sampler
 
 
@@ -58,11 +59,11 @@ def beam_search(
         sampler: what makes log-probabilities of logits, such as penalties or a grammar; each beam has its state.
 
     Returns:
-        Texts with n = best. Scores are of tokens that were written, a stop id included. With fewer texts than `best` (a grammar
-        that allows no more) the scores of the rest are -inf.
+        Texts with n = best. Scores are of tokens that were written, a stop id included. Where fewer texts than `best` were found
+        (a grammar allows no more, or beams ended where it allows no token), the rest are no texts: tokens 0, length 0, score -inf.
 
     Raises:
-        ValueError, TypeError: as generate; beams or best below 1, best above beams.
+        ValueError, TypeError: as generate; beams or best below 1, best above beams; logits or log-probabilities that are NaN.
 
     Example:
         >>> import funcattn as fa
@@ -78,21 +79,19 @@ def beam_search(
         _checks.fail("beam_search", "best", f"at most the {beams} beams", best, "Keep more beams.")
     if early_stop not in (True, False, "never"):
         _checks.fail("beam_search", "early_stop", 'True, False or "never"', repr(early_stop), "As transformers' early_stopping.")
+    _check_penalty(length_penalty, steps)
     sampler = sampling.chain() if sampler is None else sampler
+    _check_parts("beam_search", model, sampler)
     prefix, x, delta = _read(model, params, prompt, cache, stop)
     logits = model.logits(params, x[-1])
     V, device = logits.shape[-1], logits.device
     states = sampling.prime(sampler, prompt, sampling.begin(sampler, logits))
-    fork = lambda leaf: leaf.expand(beams, *leaf.shape)
-    states, logits = tree.map(fork, states), fork(logits)
-    own = caches.commit(caches.follow((), delta, steps), delta)
-    own = caches.Cache(fork(own.k), fork(own.v), own.length)
-    numbers: Any = (0, 0, None)  # the length is the same in all beams, so it stays one that can be looked at
-    axes: Any = (0, caches.Cache(*numbers))
+    past = caches.commit(caches.fork(prefix, delta, steps), delta)
+    states, logits, past = tree.map(lambda leaf: leaf.expand(beams, *leaf.shape), (states, logits, past))
 
-    def read(token: Tensor, own: caches.Cache) -> tuple[Tensor, caches.Cache]:
-        x, delta = model.hidden(params, token.reshape(1), own if is_absent(prefix) else caches.Branch(prefix, own))
-        return model.logits(params, x[-1]), caches.commit(own, delta)
+    def read(token: Tensor, past: Any) -> tuple[Tensor, Any]:
+        x, delta = model.hidden(params, token.reshape(1), past)
+        return model.logits(params, x[-1]), caches.commit(past, delta)
 
     written = torch.zeros(beams, steps, dtype=torch.int64, device=device)
     total = torch.where(torch.arange(beams, device=device) == 0, 0.0, -torch.inf).to(logits.dtype)  # one beam, before it forks
@@ -100,10 +99,10 @@ def beam_search(
     ended = torch.zeros(beams, dtype=torch.bool, device=device)
     improvable = torch.ones((), dtype=torch.bool, device=device)
     many = min(max(2, 1 + len(stop)) * beams, beams * V)
-    law = sampling.law(sampler)
     for step in progress.track(range(steps), "searching"):
-        log_p = vmap(law)(logits, states) + total.unsqueeze(-1)
-        values, places = log_p.reshape(-1).topk(many)
+        log_p = vmap(lambda logits, state: _allowed(sampler, logits, state))(logits, states)
+        _check_numbers(step, logits, log_p, total)
+        values, places = (log_p + total.unsqueeze(-1)).reshape(-1).topk(many)
         parent, token = places // V, places % V
         texts = written.index_select(0, parent).index_fill(1, torch.tensor([step], device=device), 0)
         texts = torch.where(torch.arange(steps, device=device) >= step, token.unsqueeze(-1), texts)  # filled: a stop id stays
@@ -111,8 +110,8 @@ def beam_search(
 
         finishes = ends & (torch.arange(many, device=device) < beams) & improvable & (values > -torch.inf)
         scores = torch.where(finishes, values / (step + 1) ** length_penalty, -torch.inf)
-        lengths = torch.full_like(parent, step + 1)
-        joined = Texts(*(torch.cat([a, b]) for a, b in zip(done, (texts, scores, lengths), strict=True)))
+        finished = Texts(torch.where(finishes.unsqueeze(-1), texts, 0), scores, torch.where(finishes, step + 1, 0))
+        joined = Texts(*(torch.cat([a, b]) for a, b in zip(done, finished, strict=True)))
         keep = joined.scores.topk(beams).indices
         done, ended = Texts(*(x.index_select(0, keep) for x in joined)), torch.cat([ended, finishes]).index_select(0, keep)
         if step + 1 == steps:
@@ -125,12 +124,12 @@ def beam_search(
         improvable = improvable & (total[0] / reach**length_penalty > worst).any() & ~(ended.all() & (early_stop is True))
         if _nowhere(improvable):
             break
-        states = tree.map(lambda leaf, parent=parent: leaf.index_select(0, parent), states)
+        states, past = (_chosen(each, parent) for each in (states, past))
         states = vmap(lambda logits, token, state: sampler.observe(token, sampler.update(logits, state)[1]))(
             logits.index_select(0, parent), token, states
         )
-        own = caches.Cache(own.k.index_select(0, parent), own.v.index_select(0, parent), own.length)
-        logits, own = vmap(read, axes, axes)(token, own)
+        rows, axes = _unmapped(past)
+        logits, past = vmap(read, (0, axes))(token, rows)
     return Texts(*(x[:best] for x in done))
 
 
@@ -155,10 +154,10 @@ def best_of(
             tokens up to the stop id, as vLLM's `best_of`.
 
     Returns:
-        Texts with all n, the best first.
+        Texts with all n, the best first; a score that is NaN comes last.
 
     Raises:
-        ValueError, TypeError: as generate; n below 1.
+        ValueError, TypeError: as generate; n below 1, a score of another shape.
 
     Law: each text is what generate writes with its key (test_search.py).
     """
@@ -173,14 +172,14 @@ def best_of(
     if score is None:
 
         def rate(tokens: Tensor, length: Tensor) -> Tensor:
-            logits, _ = model.extend(params, torch.cat([last, tokens[:-1]]), prefix)
+            logits = model.logits(params, hidden_along(model, params, torch.cat([last, tokens[:-1]]), prefix))
             log_p = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
             return torch.where(torch.arange(steps, device=tokens.device) < length, log_p, 0).sum() / length
 
         scores = vmap(rate)(tokens, lengths)
     else:
-        scores = vmap(score)(tokens)
-    order = scores.sort(descending=True, stable=True).indices
+        scores = vmap(lambda tokens: _rated(score, tokens))(tokens)
+    order = torch.where(scores.isnan(), -torch.inf, scores).sort(descending=True, stable=True).indices  # NaN would be the greatest
     return Texts(*(x.index_select(0, order) for x in (tokens, scores, lengths)))
 
 
@@ -213,6 +212,35 @@ def _read(model: Model, params: Any, prompt: Tensor, cache: Any, stop: Sequence[
     return (prefix, *model.hidden(params, prompt[-1:], prefix))
 
 
+def _rated(score: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    rated = score(tokens)
+    if not isinstance(rated, Tensor) or rated.dim():
+        got = _checks.shape(rated) if isinstance(rated, Tensor) else f"a {type(rated).__name__}"
+        _checks.fail("best_of", "what score returns", "a tensor ()", got, "It is called under vmap, with one text.", TypeError)
+    return rated
+
+
+def _allowed(sampler: Sampler, logits: Tensor, state: Any) -> Tensor:
+    """The log-probabilities (V,) that a sampler leaves: -inf everywhere, not NaN, where it leaves no token."""
+    left, _ = sampler.update(logits if logits.dtype == torch.float64 else logits.float(), state)
+    nothing = (left == -torch.inf).all(-1, keepdim=True)
+    return torch.where(nothing, -torch.inf, torch.where(nothing, 0, left).log_softmax(-1))
+
+
+def _chosen(value: Any, parent: Tensor) -> Any:
+    """The states or pasts of some beams; what all beams hold alike is one tensor, expanded, and stays so."""
+    return tree.map(lambda leaf: leaf if leaf.stride(0) == 0 else leaf.index_select(0, parent), value)
+
+
+def _unmapped(value: Any) -> tuple[Any, Any]:
+    """For vmap over beams: the value with what all beams hold alike not mapped, so that it is stored and read once, and the axes.
+
+    A tensor that vmap did not map comes out of it expanded, with a stride of 0.
+    """
+    alike = lambda leaf: leaf.stride(0) == 0
+    return tree.map(lambda x: x[0] if alike(x) else x, value), tree.map(lambda x: None if alike(x) else 0, value)
+
+
 def _among(tokens: Tensor, ids: Sequence[int]) -> Tensor:
     """True where a token is one of the ids (torch.isin has no batching rule)."""
     found = torch.zeros_like(tokens, dtype=torch.bool)
@@ -224,6 +252,25 @@ def _among(tokens: Tensor, ids: Sequence[int]) -> Tensor:
 def _nowhere(open_: Tensor) -> bool:
     known = _checks.peek(open_)
     return known is not None and not bool(known.any())
+
+
+def _check_numbers(step: int, logits: Tensor, log_p: Tensor, total: Tensor) -> None:
+    """Fail where a beam that is a text so far has NaN."""
+    running = (total > -torch.inf).unsqueeze(-1)
+    if _checks.is_true(running & logits.isnan()):
+        remedy = "Look for NaN in params and in the past; a past that overflowed inside a transform gives NaN too."
+        _checks.fail("beam_search", f"the logits of step {step}", "numbers", "NaN", remedy)
+    if _checks.is_true(running & log_p.isnan()):
+        remedy = "Hide a token by -inf, and let no sampler make +inf or NaN."
+        _checks.fail("beam_search", f"what the sampler leaves in step {step}", "numbers or -inf", "NaN or +inf", remedy)
+
+
+def _check_penalty(length_penalty: Any, steps: int) -> None:
+    """Fail where dividing by a length to this power would leave float32."""
+    number = isinstance(length_penalty, int | float)
+    if not number or not abs(length_penalty) * math.log(max(steps, 2)) < math.log(torch.finfo(torch.float32).max):
+        wanted, remedy = f"a number for which {steps} ** length_penalty is one of float32", "1 is the mean, 0 the sum."
+        _checks.fail("beam_search", "length_penalty", wanted, repr(length_penalty), remedy, ValueError if number else TypeError)
 
 
 def _check_counts(function: str, **counts: int) -> None:

@@ -41,10 +41,11 @@ class Slot(NamedTuple):
 
 @record
 class Slots(NamedTuple):
-    """B slots, and the past that all their texts continue, held once (`()` where there is none)."""
+    """B slots, the past that all their texts continue, held once (`()` where there is none), and the empty past of a free slot."""
 
     slots: Slot
     prefix: Any
+    empty: Any
 
     @property
     def busy(self) -> Tensor:
@@ -77,8 +78,8 @@ def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler =
     token = torch.zeros_like(past.length)
     logits = torch.zeros_like(model.logits(params, model.hidden(params, token.unsqueeze(0), past)[0][-1]))
     key, state = token.new_zeros(2), sampling.begin(sampler, logits)
-    one = Slot(_emptied(past, torch.ones_like(token, dtype=torch.bool)), logits, key, token, token, state)
-    return Slots(tree.map(lambda leaf: leaf.expand(count, *leaf.shape), one), prefix)
+    one = Slot(past, logits, key, token, token, state)
+    return Slots(tree.map(lambda leaf: leaf.expand(count, *leaf.shape), one), prefix, past)
 
 
 def enter(
@@ -146,7 +147,7 @@ def step(
 
     def one(slot: Slot) -> tuple[Served, Slot]:
         busy = slot.left > 0
-        token, state = sampling.draw(randomness.fold_in(slot.key, slot.drawn), sampler, slot.logits, slot.state)
+        token, state = sampling.draw(randomness.fold_in(slot.key, slot.drawn), sampler, slot.logits, slot.state, wanted=busy)
         ended = slot.left == 1
         for end in stop:
             ended = ended | (token == end)
@@ -157,7 +158,7 @@ def step(
         logits = torch.where(goes_on, model.logits(params, x[-1]), 0)
         state = tree.map(lambda new, old: torch.where(busy, new, old), state, slot.state)
         left = torch.where(goes_on, slot.left - 1, 0)
-        after = Slot(_emptied(cache, ~goes_on), logits, slot.key, slot.drawn + busy, left, state)
+        after = Slot(caches.reset(cache, slots.empty, ~goes_on), logits, slot.key, slot.drawn + busy, left, state)
         return Served(token, busy, busy & ended), after
 
     served, after = vmap(one)(slots.slots)
@@ -168,17 +169,12 @@ def leave(slots: Slots, slot: int) -> Slots:
     """The slots without the text of one of them, which ends where it is."""
     here = torch.arange(slots.slots.left.shape[0], device=slots.slots.left.device) == slot
     one = slots.slots
-    cache = vmap(_emptied)(one.cache, here)
+    cache = vmap(caches.reset, (0, None, 0))(one.cache, slots.empty, here)
     return slots._replace(slots=one._replace(cache=cache, left=torch.where(here, 0, one.left)))
 
 
 def _behind(prefix: Any, cache: Any) -> Any:
     return cache if is_absent(prefix) else Branch(prefix, cache)
-
-
-def _emptied(cache: Any, where: Tensor) -> Any:
-    """The past with nothing in it where `where` () holds: its counts are zero, and what lies beyond them is unobservable."""
-    return tree.map(lambda leaf: torch.where(where, 0, leaf) if leaf.dtype == torch.int64 else leaf, cache)
 
 
 def _put(stacked: Any, before: Any, after: Any, slot: int) -> Any:

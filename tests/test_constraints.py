@@ -8,6 +8,7 @@ from torch.func import vmap
 from transformers.generation import logits_process as theirs
 
 import funcattn as fa
+from funcattn import sampling
 from funcattn.sampling import allowed_tokens, automaton, constrained, draw, law, min_new_tokens, prime, suppress_tokens
 from funcattn.testing import laws
 
@@ -94,3 +95,83 @@ def test_a_grammar_whose_state_is_a_tree_keeps_the_laws_of_samplers():
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong()
+
+
+# Where a grammar allows nothing: behind its end that is no harm, before it it is an error.
+
+MODEL = fa.decoder(fa.Config(vocabulary=8, layers=1))
+PARAMS = MODEL.init(fa.key(0))
+END = 7
+ENDING = torch.full((3, 8), -1)  # 3 or the end in state 0, the end alone in state 1, and behind the end nothing
+ENDING[0, 3], ENDING[0, END], ENDING[1, END] = 1, 2, 2
+LOST = torch.full((2, 8), -1)
+LOST[0, 3] = 1  # behind 3 nothing may follow
+PROMPT = torch.tensor([1, 2])
+WAYS = {"drawn": sampling.chain(), "greedy": sampling.greedy}
+
+
+def proposes(*tokens):
+    return fa.drafters.function(lambda text, n: (torch.tensor(tokens), torch.tensor(len(tokens))), length=len(tokens))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_texts_of_a_batch_that_ended_may_be_where_nothing_follows(way):
+    sampler = sampling.chain(sampling.automaton(ENDING), way)
+    options = {"steps": 4, "stop": [END], "sampler": sampler}
+    keys = fa.split(fa.key(2), 12)
+    one = lambda key: fa.generate(key, MODEL, PARAMS, PROMPT, **options)[0]
+    assert vmap(one)(keys).tolist() == [one(key).tolist() for key in keys]
+    drafted = lambda key: fa.speculate(key, MODEL, PARAMS, proposes(3, END), PROMPT, **options)[0].tokens
+    assert set(map(tuple, vmap(drafted)(keys).tolist())) <= {(3, END, END, END), (END,) * 4}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_slot_whose_text_ended_disturbs_no_other(way):
+    sampler = sampling.chain(sampling.automaton(ENDING), way)
+    slots = fa.serving.idle(MODEL, PARAMS, MODEL.cache(8), 2, sampler=sampler)
+    slots = fa.serving.enter(fa.key(0), MODEL, PARAMS, PROMPT, slots, 0, steps=4, sampler=sampler)
+    for turn in range(4):
+        served, slots = fa.serving.step(MODEL, PARAMS, slots, sampler=sampler, stop=[END])
+        if turn == 2:
+            slots = fa.serving.enter(fa.key(0), MODEL, PARAMS, PROMPT, slots, 1, steps=4, sampler=sampler)
+    assert bool(served.drawn[1])
+    assert not bool(served.drawn[0])
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_text_that_nothing_may_follow_is_an_error_in_every_verb(way):
+    sampler = sampling.chain(sampling.automaton(LOST), way)
+    options = {"steps": 3, "sampler": sampler}
+
+    def served():
+        slots = fa.serving.idle(MODEL, PARAMS, MODEL.cache(8), 2, sampler=sampler)
+        slots = fa.serving.enter(fa.key(0), MODEL, PARAMS, PROMPT, slots, 0, **options)
+        for _ in range(2):
+            slots = fa.serving.step(MODEL, PARAMS, slots, sampler=sampler)[1]
+
+    runs = [
+        lambda: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, **options),
+        lambda: list(fa.stream(fa.key(0), MODEL, PARAMS, PROMPT, **options)),
+        lambda: fa.speculate(fa.key(0), MODEL, PARAMS, proposes(3, 5), PROMPT, **options),
+        lambda: list(fa.speculation.stream(fa.key(0), MODEL, PARAMS, proposes(5), PROMPT, **options)),
+        lambda: fa.search.best_of(fa.key(0), MODEL, PARAMS, PROMPT, n=2, **options),
+        served,
+    ]
+    for run in runs:
+        with pytest.raises(ValueError, match="what the sampler leaves should be one token at least"):
+            run()
+
+
+@pytest.mark.parametrize("rule", [fa.speculation.blockwise, fa.speculation.tokenwise], ids=["blockwise", "tokenwise"])
+def test_an_end_that_was_drafted_is_written_as_often_as_the_law_says(rule):
+    """Behind the end the sampler's law is none; the draft goes on there, and what it says there counts for nothing."""
+    table = torch.full((4, 8), -1)  # one token more in front, since the first is drawn and not drafted
+    table[0, 5], table[1, 3], table[1, END], table[2, END] = 1, 2, 3, 3
+    start = torch.cat([PROMPT, torch.tensor([5])])
+    law = sampling.law(sampling.automaton(table, 1))(MODEL.extend(PARAMS, start, ())[0][-1]).exp()
+    drafter, trials = proposes(END, 3), 2000
+    options = {"steps": 3, "stop": [END], "sampler": sampling.automaton(table), "rule": rule}
+    tokens = vmap(lambda key: fa.speculate(key, MODEL, PARAMS, drafter, PROMPT, **options)[0].tokens)(fa.split(fa.key(3), trials))
+    seen, wanted = int((tokens[:, 1] == END).sum()), trials * float(law[END])
+    spread = (wanted * (1 - float(law[END]))) ** 0.5
+    assert abs(seen - wanted) < 6 * spread  # a binomial, which is farther off once in 10^9

@@ -209,3 +209,106 @@ def test_bad_input_is_an_error_with_its_remedy(options, kind, message):
         beam_search(model, params, given.pop("prompt"), **given)
     with pytest.raises(ValueError, match="best_of: n should be an int, at least 1"):
         best_of(fa.key(0), model, params, torch.tensor([1]), n=0, steps=2, sampler=sampling.greedy)
+
+
+# Grammars that allow fewer tokens than there are beams.
+
+NARROW = fa.decoder(fa.Config(vocabulary=8, layers=1))
+WEIGHTS = NARROW.init(fa.key(0))
+STOP = 7
+TABLE = torch.full((4, 8), -1)  # 3, then 4 or 5, then 6, then 7, behind which nothing may follow
+TABLE[0, 3], TABLE[1, 4], TABLE[1, 5], TABLE[2, 6], TABLE[3, STOP] = 1, 2, 2, 3, 3
+GRAMMATICAL = [(3, 4, 6, STOP), (3, 5, 6, STOP)]
+
+
+def grammatical_log_p(prompt, text):
+    """Of a text under the model and the grammar, token by token."""
+    total, state = 0.0, 0
+    for n, token in enumerate(text):
+        logits = NARROW.extend(WEIGHTS, torch.tensor([*prompt, *text[:n]]), ())[0][-1]
+        total += float(logits.masked_fill(TABLE[state] < 0, -INF).log_softmax(-1)[token])
+        state = int(TABLE[state, token])
+    return total
+
+
+def narrow(prompt, beams, best, table=TABLE, stop=(STOP,), steps=4, cache=(), **more):
+    sampler = sampling.automaton(table)
+    return beam_search(NARROW, WEIGHTS, prompt, cache, steps=steps, beams=beams, best=best, stop=stop, sampler=sampler, **more)
+
+
+@pytest.mark.parametrize("beams", [1, 2, 3, 4, 20])
+def test_every_text_with_a_finite_score_is_grammatical_and_more_beams_never_lose_the_best(beams):
+    wanted = sorted(GRAMMATICAL, key=lambda text: grammatical_log_p([1, 2], text), reverse=True)
+    found = narrow(torch.tensor([1, 2]), beams, beams)
+    assert found.scores.isfinite().tolist() == [n < min(2, beams) for n in range(beams)]
+    for row, score, text in zip(found.tokens, found.scores, wanted, strict=False):
+        assert tuple(row.tolist()) == text
+        assert float(score) == pytest.approx(grammatical_log_p([1, 2], text) / 4, abs=1e-5)
+    rest = found.scores == -INF
+    assert not found.tokens[rest].any()
+    assert not found.lengths[rest].any()
+
+
+def test_narrow_beams_of_many_prompts_are_vmap():
+    prompts = torch.tensor([[1, 2], [2, 5]])
+    found = vmap(lambda prompt: narrow(prompt, 3, 2))(prompts)
+    for row, prompt in zip(found.tokens, prompts.tolist(), strict=True):
+        wanted = sorted(GRAMMATICAL, key=lambda text, prompt=prompt: grammatical_log_p(prompt, text), reverse=True)
+        assert [tuple(text) for text in row.tolist()] == wanted
+    assert found.scores.isfinite().all()
+
+
+@pytest.mark.parametrize("early_stop", [False, True, "never"])
+def test_a_beam_in_a_dead_end_gives_way_and_beams_that_all_end_there_are_no_texts(early_stop):
+    table = torch.full((3, 8), -1)
+    table[0, 2], table[0, 3], table[1, 4] = 2, 1, 1  # behind 2 nothing may follow
+    found = narrow(torch.tensor([1, 2]), 2, 2, table, (), 3, early_stop=early_stop)
+    assert found.tokens.tolist() == [[3, 4, 4], [0, 0, 0]]
+    assert found.scores.isfinite().tolist() == [True, False]
+    table[1, 4] = -1
+    found = vmap(lambda prompt: narrow(prompt, 2, 2, table, (), 3, early_stop=early_stop))(torch.tensor([[1, 2], [2, 5]]))
+    assert (found.scores == -INF).all()
+    assert not found.lengths.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+def test_beams_on_numbers_that_are_none_are_an_error_and_not_a_ranking(bad):
+    spoil = sampling.stateless(lambda logits: logits.index_fill(-1, torch.tensor(3), bad))
+    with pytest.raises(ValueError, match="what the sampler leaves in step 0 should be numbers or -inf"):
+        beam_search(NARROW, WEIGHTS, torch.tensor([1, 2]), steps=2, sampler=spoil)
+    nan = WEIGHTS._replace(norm=torch.full_like(WEIGHTS.norm, float("nan")))
+    with pytest.raises(ValueError, match="the logits of step 0 should be numbers, got NaN"):
+        beam_search(NARROW, nan, torch.tensor([1, 2]), steps=2)
+    with pytest.raises(ValueError, match="length_penalty should be a number for which 3"):
+        beam_search(NARROW, WEIGHTS, torch.tensor([1, 2]), steps=3, length_penalty=1e4)
+
+
+def test_a_score_that_is_nan_ranks_last_and_one_of_another_form_is_an_error():
+    options = {"n": 4, "steps": 2, "sampler": sampling.temperature(2.0)}
+    rate = lambda tokens: torch.where(tokens[0] % 2 == 0, float("nan"), tokens[0].float())
+    found = best_of(fa.key(0), NARROW, WEIGHTS, torch.tensor([1, 2]), score=rate, **options)
+    odd = int((found.tokens[:, 0] % 2).sum())
+    assert 0 < odd < 4
+    assert found.scores[:odd].isfinite().all()
+    assert found.scores[odd:].isnan().all()
+    with pytest.raises(TypeError, match="what score returns should be a tensor"):
+        best_of(fa.key(0), NARROW, WEIGHTS, torch.tensor([1, 2]), score=lambda tokens: 1.0, **options)
+
+
+def test_beams_behind_a_ring_read_the_ring():
+    model, params = tiny(3)
+    prompt, steps = torch.tensor([1, 2, 0, 3]), 5
+    empty = model.cache(0, kind=fa.caches.ring(window=3, tail=2), dtype=torch.float64)
+    found = beam_search(model, params, prompt, empty, steps=steps, beams=3, best=3)
+    for text, score in zip(found.tokens, found.scores, strict=True):
+        past, total = model.apply(params, prompt[:-1], empty)[1], 0.0
+        for last, token in zip(torch.cat([prompt[-1:], text[:-1]]), text, strict=True):
+            logits, past = model.apply(params, last[None], past)
+            total += float(logits[-1].log_softmax(-1)[token])
+        assert float(score) == pytest.approx(total / steps, abs=1e-12)
+    best = best_of(fa.key(1), model, params, prompt, empty, n=2, steps=steps, sampler=sampling.temperature(1.0))
+    past, total = model.apply(params, prompt[:-1], empty)[1], 0.0
+    for last, token in zip(torch.cat([prompt[-1:], best.tokens[0, :-1]]), best.tokens[0], strict=True):
+        logits, past = model.apply(params, last[None], past)
+        total += float(logits[-1].log_softmax(-1)[token])
+    assert float(best.scores[0]) == pytest.approx(total / steps, rel=1e-5)  # scored in float32

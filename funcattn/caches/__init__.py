@@ -11,31 +11,37 @@ compile, where values cannot be looked at, it leaves a length beyond every capac
 later logits into NaN.
 
     protocol      the verbs, and what holds for all kinds          rows         reading and writing rows
-    dense         Cache: one tensor, room reserved                 branching    Branch: a tail behind a shared prefix; follow, join
+    dense         Cache: one tensor, room reserved                 branching    Branch, a tail behind a prefix; follow, fork, join
     paged         Pages: blocks, shared by forks                   windowed     Ring: a window and sinks, constant memory
     coded         QuantizedCache: 8 or 4 bits                      readonly     Memory: another sequence, never written
     spreading     Spread: rows on many devices                     pictures     pasts to look at
 """
 
-from . import pictures
-from .branching import Branch, follow, join
+from . import pictures, rows
+from .branching import Branch, follow, fork, join, rows_of
 from .coded import Coded, QuantizedCache, quantized
 from .dense import Cache
 from .paged import Pages, pages
 from .protocol import (
     DONATED,
     OVERFLOWED,
+    Admitted,
     Delta,
     _write,
+    admit,
     broken,
     capacity,
     check_whole,
     commit,
     commit_own,
     grow,
+    keeps_all,
     past,
+    reset,
+    reset_counts,
     sizes,
     with_length,
+    write,
 )
 from .readonly import Memory
 from .rows import bucket
@@ -46,6 +52,7 @@ __all__ = [
     "CONTEXT",
     "DONATED",
     "OVERFLOWED",
+    "Admitted",
     "Branch",
     "Cache",
     "Coded",
@@ -56,6 +63,7 @@ __all__ = [
     "Ring",
     "Spread",
     "_write",
+    "admit",
     "broken",
     "bucket",
     "capacity",
@@ -63,14 +71,21 @@ __all__ = [
     "commit",
     "commit_own",
     "follow",
+    "fork",
     "grow",
     "join",
+    "keeps_all",
     "pages",
     "past",
     "pictures",
     "quantized",
+    "reset",
+    "reset_counts",
     "ring",
+    "rows",
+    "rows_of",
     "sizes",
     "spread",
     "with_length",
+    "write",
 ]

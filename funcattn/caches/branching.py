@@ -10,7 +10,19 @@ from .. import _checks
 from ..kernels import Part
 from ..records import record
 from .dense import Cache
-from .protocol import Delta, _write, broken, capacity, check_whole, grow, past, sizes, with_length
+from .protocol import (
+    Delta,
+    broken,
+    capacity,
+    check_whole,
+    grow,
+    keeps_all,
+    past,
+    reset,
+    sizes,
+    with_length,
+    write,
+)
 
 
 @record
@@ -29,23 +41,32 @@ class Branch(NamedTuple):
         return self.prefix.length + self.own.length
 
 
+@functools.singledispatch
 def follow(cache: Any, delta: Delta, size: int) -> Any:
     """A past to write `size` tokens in, which continues the given one and leaves it as it is.
 
-    A dense past gets an empty tail behind it, shaped like the delta; with no past it is the tail alone. A `Branch` keeps its
-    prefix, and its own tail grows. A kind that shares what it no longer writes (`Pages`, `QuantizedCache`) or never grows
-    (`Ring`) continues in its own form.
+    With no past it is an empty dense one, shaped like the delta. A dense past gets such a tail behind it, and `Pages` a tail of
+    pages; a `Branch` keeps its prefix, and its own tail grows. Every other kind continues in its own form, by `grow`.
     """
-    if type(cache) is not tuple:
-        return _follow(cache, delta, size)
+    return grow(cache, size) if type(cache) is not tuple else _tail(delta, size)
+
+
+_follow = follow  # its name when it was not public
+
+
+def fork(cache: Any, delta: Delta, size: int) -> Any:
+    """`follow` for many futures: the tail of a `Branch` is held once too, since each writes in a tail of its own behind it."""
+    if not isinstance(cache, Branch):
+        return follow(cache, delta, size)
+    after = fork(cache.own, delta, size)
+    behind = isinstance(after, Branch) and after.prefix is cache.own
+    return Branch(cache, after.own) if behind else Branch(cache.prefix, after)
+
+
+def _tail(delta: Delta, size: int) -> Cache:
     k, v = delta.k[0], delta.v[0]
     room = lambda x: x.new_zeros(len(delta.k), x.shape[-3], size + 1, x.shape[-1])
     return Cache(room(k), room(v), torch.zeros((), dtype=torch.int64, device=k.device))
-
-
-@functools.singledispatch
-def _follow(cache: Any, delta: Delta, size: int) -> Any:
-    return Branch(cache, follow((), delta, size))
 
 
 def join(branch: Branch) -> Any:
@@ -66,7 +87,7 @@ def join(branch: Branch) -> Any:
         wanted, got = f"with room for the {more} tokens of its tail", f"{capacity(last) - held}"
         remedy = f"Grow it first: branch._replace(prefix=funcattn.caches.grow(branch.prefix, {more}))."
         _checks.fail("join", "branch.prefix", wanted, got, remedy)
-    return _write(branch.prefix, rows_of(own), own.length, False)
+    return write(branch.prefix, rows_of(own), own.length, False)
 
 
 @functools.singledispatch
@@ -87,9 +108,19 @@ def _(cache: Branch) -> Delta:
     return rows_of(join(cache))
 
 
-@_follow.register
-def _(cache: Branch, delta: Delta, size: int) -> Branch:
-    return grow(cache, size)
+@follow.register
+def _(cache: Cache, delta: Delta, size: int) -> Branch:
+    return Branch(cache, _tail(delta, size))
+
+
+@keeps_all.register
+def _(cache: Branch) -> bool:
+    return keeps_all(cache.prefix) and keeps_all(cache.own)
+
+
+@reset.register
+def _(cache: Branch, empty: Branch, where: Tensor) -> Branch:
+    return Branch(reset(cache.prefix, empty.prefix, where), reset(cache.own, empty.own, where))
 
 
 @capacity.register
@@ -123,6 +154,6 @@ def _(cache: Branch, length: Tensor) -> Branch:
     return Branch(cache.prefix, with_length(cache.own, length))
 
 
-@_write.register
+@write.register
 def _(cache: Branch, delta: Delta, n: Any, donate: bool) -> Branch:
-    return Branch(cache.prefix, _write(cache.own, delta, n, donate))
+    return Branch(cache.prefix, write(cache.own, delta, n, donate))

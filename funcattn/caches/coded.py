@@ -23,8 +23,21 @@ from .._autodiff import differentiated
 from ..kernels import Part
 from ..records import record
 from . import rows
-from .branching import _follow
-from .protocol import Admitted, Delta, _write, admit, broken, capacity, grow, past, sizes, with_length
+from .protocol import (
+    Admitted,
+    Delta,
+    admit,
+    broken,
+    capacity,
+    grow,
+    keeps_all,
+    past,
+    reset,
+    reset_counts,
+    sizes,
+    with_length,
+    write,
+)
 
 
 @record
@@ -153,9 +166,12 @@ def _(cache: QuantizedCache, more: int) -> QuantizedCache:
     return QuantizedCache(room(cache.k), room(cache.v), cache.tail_k.clone(), cache.tail_v.clone(), cache.length)
 
 
-@_follow.register
-def _(cache: QuantizedCache, delta: Delta, size: int) -> QuantizedCache:
-    return grow(cache, size)  # itself: coded blocks are shared and never written
+@keeps_all.register
+def _(cache: QuantizedCache) -> bool:
+    return type(cache) is QuantizedCache
+
+
+reset.register(QuantizedCache, reset_counts)
 
 
 @with_length.register
@@ -164,7 +180,7 @@ def _(cache: QuantizedCache, length: Tensor) -> NoReturn:
     _checks.fail("with_length", "cache", "a past that keeps its rows as they came", "a QuantizedCache", remedy, TypeError)
 
 
-@_write.register
+@write.register
 def _(cache: QuantizedCache, delta: Delta, n: Any, donate: bool) -> QuantizedCache:
     new = admit(cache, delta, n, (cache.tail_k, cache.tail_v))
     if not new.known:

@@ -10,7 +10,7 @@ from .._autodiff import transforming
 from ..kernels import Part
 from ..records import record
 from . import rows
-from .protocol import Delta, _write, admit, broken, capacity, grow, past, sizes
+from .protocol import Delta, admit, broken, capacity, grow, keeps_all, past, reset, reset_counts, sizes, write
 
 
 @record
@@ -57,7 +57,15 @@ def _(cache: Cache, rows: int) -> Cache:
     return Cache(more(cache.k), more(cache.v), cache.length)
 
 
-@_write.register
+@keeps_all.register
+def _(cache: Cache) -> bool:
+    return type(cache) is Cache  # and not a record that is derived from it
+
+
+reset.register(Cache, reset_counts)
+
+
+@write.register
 def _(cache: Cache, delta: Delta, n: Any, donate: bool) -> Cache:
     new = admit(cache, delta, n, (cache.k, cache.v))
     tensors = (new.k, new.v, cache.k, cache.v)

@@ -16,8 +16,8 @@ from .. import _checks
 from ..kernels import Part
 from ..records import record
 from . import rows
-from .branching import Branch, _follow, rows_of
-from .protocol import Delta, _write, admit, broken, capacity, grow, past, sizes
+from .branching import Branch, follow, rows_of
+from .protocol import Delta, admit, broken, capacity, grow, keeps_all, past, reset, reset_counts, sizes, write
 
 
 @record
@@ -107,7 +107,7 @@ def _(cache: Pages) -> Delta:
     return Delta(whole(cache.k), whole(cache.v))
 
 
-@_follow.register
+@follow.register
 def _(cache: Pages, delta: Delta, size: int) -> Branch:
     """Behind the past, in blocks of its own that begin at a block's first row: the last block of the past is not copied."""
     L, K, D = sizes(cache)
@@ -116,7 +116,15 @@ def _(cache: Pages, delta: Delta, size: int) -> Branch:
     return Branch(cache, own)
 
 
-@_write.register
+@keeps_all.register
+def _(cache: Pages) -> bool:
+    return type(cache) is Pages
+
+
+reset.register(Pages, reset_counts)
+
+
+@write.register
 def _(cache: Pages, delta: Delta, n: Any, donate: bool) -> Pages:
     new = admit(cache, delta, n, (cache.k[0], cache.v[0]))
     R, T = _block(cache), new.k.shape[-2]

@@ -1,7 +1,8 @@
 """What every kind of past can do: verbs that dispatch on the kind, and the rules of `commit` that hold for all.
 
-A kind is a record. It registers with `capacity`, `sizes`, `broken`, `past`, `_write` and `grow` (and `with_length`, where
-shortening is more than another length); a user's own kind does the same.
+A kind is a record with a `length`, int64 (). It registers with `capacity`, `sizes`, `broken`, `past`, `write` and `grow`; and,
+where the default is not what it does, with `with_length`, `reset`, `keeps_all`, and with `follow` and `rows_of` of `branching`.
+A kind of a user's own does the same (docs/caches.md, "A kind of your own"), and `funcattn.testing.laws.cache` tries every verb.
 """
 
 import functools
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, tree
 from ..kernels import Part
 from ..records import record
 
@@ -65,8 +66,17 @@ def past(cache: Any, layer: int, places: Tensor, window: int | None = None) -> l
 
 
 @functools.singledispatch
-def _write(cache: Any, delta: Delta, n: Any, donate: bool) -> Any:
-    _unknown("commit", cache)
+def write(cache: Any, delta: Delta, n: Any, donate: bool) -> Any:
+    """What `commit` does in one kind: the past with the first n tokens of a delta added, of the same kind and shapes.
+
+    Args:
+        n: an int or an integer tensor (), checked where it is concrete; under vmap and in a compile `admit` checks it.
+        donate: whether tensors that `grow` copied, or an earlier write made, may be written in place.
+    """
+    _unknown("write", cache)
+
+
+_write = write  # its name when it was not public
 
 
 @functools.singledispatch
@@ -76,12 +86,38 @@ def grow(cache: Any, rows: int) -> Any:
 
 
 @functools.singledispatch
+def keeps_all(cache: Any) -> bool:
+    """Whether each token sees all before it, so that a text may be read at once where it should be read token by token.
+
+    False unless a kind says otherwise; True of no past.
+    """
+    return type(cache) is tuple
+
+
+@functools.singledispatch
+def reset(cache: Any, empty: Any, where: Tensor) -> Any:
+    """The past, or where a condition () holds an empty one of the same shapes: how a slot of `serving` becomes free.
+
+    By default every tensor is chosen. A kind in which nothing beyond its counts can be observed registers `reset_counts`.
+    """
+    return tree.map(lambda fresh, leaf: torch.where(where, fresh, leaf), empty, cache)
+
+
+def reset_counts(cache: Any, empty: Any, where: Tensor) -> Any:
+    """`reset` that leaves rows as they are."""
+    return tree.map(lambda new, old: torch.where(where, new, old) if old.dtype == torch.int64 else old, empty, cache)
+
+
+@functools.singledispatch
 def with_length(cache: Any, length: Tensor) -> Any:
     """The same tensors with another length of the part that grows: what lies beyond is unobservable.
 
     Raises:
         TypeError: a kind that no longer has the rows it once had, such as `Ring`: keep the older value instead.
     """
+    if "length" not in getattr(cache, "_fields", ()):
+        got, remedy = f"a {type(cache).__name__} without that field", "Register with_length for it."
+        _checks.fail("with_length", "cache", "a record with a field `length`", got, remedy, TypeError)
     return cache._replace(length=length)
 
 
@@ -126,12 +162,20 @@ def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Te
     known = _checks.integer(count)
     if known is not None and not 0 <= known <= T:
         _checks.fail("commit", "n", f"between 0 and the {T} tokens of the delta", known, "Commit at most what was extended.")
-    return _write(cache, delta, count, False)
+    return _same_kind(cache, write(cache, delta, count, False))
 
 
 def commit_own(cache: Any, delta: Delta, n: int | Tensor) -> Any:
     """`commit` that may write into the tensors of a past nobody else holds: for a loop over its own intermediate pasts."""
-    return _write(cache, delta, n, True)
+    return _same_kind(cache, write(cache, delta, n, True))
+
+
+def _same_kind(cache: Any, after: Any) -> Any:
+    """What was written, which is of the kind that it was written to: a record derived from another writes as that one does."""
+    if type(after) is not type(cache):
+        wanted, got = f"a {type(cache).__name__} as the past", f"a {type(after).__name__}"
+        _checks.fail("commit", "what write returns", wanted, got, "Register the verbs of your own kind with caches.", TypeError)
+    return after
 
 
 def check_whole(function: str, cache: Any) -> None:
@@ -196,6 +240,5 @@ def _is_integer(x: Tensor) -> bool:
 def _unknown(verb: str, cache: Any) -> NoReturn:
     if type(cache) is tuple:
         _checks.fail(verb, "cache", "a past", "(), which is no past", "Make one with model.cache(size).", TypeError)
-    _checks.fail(
-        verb, "cache", "a past such as Cache or Branch", f"a {type(cache).__name__}", "Make one with model.cache(size).", TypeError
-    )
+    remedy = f"Make one with model.cache(size); of a kind of your own, register caches.{verb} for it (docs/caches.md)."
+    _checks.fail(verb, "cache", "a past such as Cache or Branch", f"a {type(cache).__name__}", remedy, TypeError)

@@ -8,7 +8,8 @@ from .. import _checks
 from ..kernels import Part
 from ..records import record
 from . import rows
-from .protocol import Delta, _write, broken, capacity, grow, past, sizes
+from .branching import Branch, follow
+from .protocol import Delta, broken, capacity, grow, keeps_all, past, sizes, write
 
 
 @record
@@ -56,7 +57,17 @@ def _(cache: Memory, more: int) -> NoReturn:
     _refuse("grow")
 
 
-@_write.register
+@follow.register
+def _(cache: Memory, delta: Delta, size: int) -> Branch:
+    return Branch(cache, follow((), delta, size))
+
+
+@keeps_all.register
+def _(cache: Memory) -> bool:
+    return True
+
+
+@write.register
 def _(cache: Memory, delta: Delta, n: Any, donate: bool) -> NoReturn:
     _refuse("commit")
 

@@ -17,9 +17,9 @@ from .. import _checks
 from ..collectives import axis_index, axis_size, psum
 from ..kernels import Part
 from ..records import record
-from .branching import _follow, follow
+from .branching import follow
 from .dense import Cache
-from .protocol import Delta, _write, broken, capacity, commit, commit_own, grow, past, sizes
+from .protocol import Delta, broken, capacity, commit, commit_own, grow, keeps_all, past, reset, reset_counts, sizes, write
 
 CONTEXT = "context"
 
@@ -79,12 +79,15 @@ def _(cache: Spread, rows: int) -> Spread:
     return cache._replace(own=grow(cache.own, -(-rows // axis_size(CONTEXT))))
 
 
-@_follow.register
-def _(cache: Spread, delta: Delta, size: int) -> Spread:
-    return grow(cache, size)
+@keeps_all.register
+def _(cache: Spread) -> bool:
+    return type(cache) is Spread
 
 
-@_write.register
+reset.register(Spread, reset_counts)
+
+
+@write.register
 def _(cache: Spread, delta: Delta, n: Any, donate: bool) -> Spread:
     """Of new tokens that all devices hold alike, each keeps those of its positions."""
     devices, T = axis_size(CONTEXT), delta.k[0].shape[-2]

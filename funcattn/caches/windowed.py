@@ -21,8 +21,7 @@ from ..kernels import Part
 from ..masks import END
 from ..records import record
 from . import rows
-from .branching import _follow
-from .protocol import Delta, _write, admit, broken, capacity, grow, past, sizes, with_length
+from .protocol import Delta, admit, broken, capacity, grow, past, reset, reset_counts, sizes, with_length, write
 
 
 @record
@@ -109,9 +108,7 @@ def _(cache: Ring, more: int) -> Ring:
     return cache._replace(tail_k=cache.tail_k.clone(), tail_v=cache.tail_v.clone())
 
 
-@_follow.register
-def _(cache: Ring, delta: Delta, size: int) -> Ring:
-    return grow(cache, size)  # itself: what is shared is never written, and memory stays what it was
+reset.register(Ring, reset_counts)
 
 
 @with_length.register
@@ -120,7 +117,7 @@ def _(cache: Ring, length: Tensor) -> NoReturn:
     _checks.fail("with_length", "cache", "a past that keeps all its rows", "a Ring", remedy, TypeError)
 
 
-@_write.register
+@write.register
 def _(cache: Ring, delta: Delta, n: Any, donate: bool) -> Ring:
     new = admit(cache, delta, n, (cache.k, cache.v))
     A, R, C = (x.shape[-2] for x in (cache.sinks_k, cache.k, cache.tail_k))

@@ -131,18 +131,28 @@ def weigh(sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
     return filtered.log_softmax(-1), state
 
 
-def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any, *, wanted: Tensor | None = None) -> tuple[Tensor, Any]:
     """One token () from logits (V,), and the state that has seen it.
+
+    Args:
+        wanted: bool (), whether anybody reads the token: where it is False (a text of a batch that has ended, such as a grammar
+            behind which nothing may follow) nothing is checked, and the token is any. None is True.
 
     Raises:
         ValueError: the sampler left no token, or NaN (checked where values are concrete, in every row under vmap).
     """
     filtered, state = sampler.update(_accurate(logits), state)
-    if _checks.is_true(~filtered.amax(-1).isfinite()):
-        remedy = "Look for NaN in the logits, and let no filter hide every token."
-        _checks.fail("draw", "what the sampler leaves", "one token at least, and no NaN", "nothing to draw from", remedy)
+    drawable = filtered.amax(-1).isfinite()
+    require_drawable("draw", drawable if wanted is None else drawable | ~wanted)
     token = filtered.argmax(-1) if sampler.deterministic else randomness.categorical(key, filtered)
     return token, sampler.observe(token, state)
+
+
+def require_drawable(function: str, drawable: Tensor) -> None:
+    """Fail where a row, of those that can be looked at, has nothing to draw from."""
+    if _checks.is_true(~drawable):
+        remedy = "Look for NaN in the logits, and let no filter hide every token."
+        _checks.fail(function, "what the sampler leaves", "one token at least, and no NaN", "nothing to draw from", remedy)
 
 
 def begin(sampler: Sampler, logits: Tensor) -> Any:

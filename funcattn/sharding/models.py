@@ -85,9 +85,9 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], C
     def past(cache: Any) -> Any:
         if is_absent(cache):
             return ABSENT
-        if isinstance(cache, Branch):
+        if type(cache) is Branch:
             return Branch(past(cache.prefix), past(cache.own))
-        if not isinstance(cache, Cache):
+        if type(cache) is not Cache:
             got, remedy = f"a {type(cache).__name__}", "Use a dense past, or map f with specs of its own: shard_map(f, mesh, ...)."
             _checks.fail("shard_map", "cache", "a Cache, or a Branch of such, over a Grid", got, remedy, TypeError)
         cuts: Any = (of_past, of_past, P())

@@ -3,7 +3,7 @@
     rules           tokenwise, blockwise: which of the drafted tokens stay, as functions of the uniforms
     acceptance      accept, acceptance_pmf: one row, static shapes, branch-free
     branches        accept_tree, accept_among: a tree of drafts, drawn without replacement or with
-    verification    laws_along, matched, rewind: samplers with a state along a draft
+    verification    laws_along, accept_along, matched, rewind: samplers with a state along a draft
     decoding        speculate, stream: generate with drafts
     transcripts     transcript, Marks: a text with its accepted drafts marked
 
@@ -16,7 +16,7 @@ from .branches import Branched, accept_among, accept_tree, tree_pmf
 from .decoding import Piece, Speculated, Stats, speculate, stream
 from .rules import Regions, Rule, blockwise, tokenwise
 from .transcripts import Marks, Span, Transcript, transcript
-from .verification import Along, laws_along, matched, rewind
+from .verification import Along, accept_along, laws_along, matched, rewind
 
 __all__ = [
     "Accepted",
@@ -31,6 +31,7 @@ __all__ = [
     "Stats",
     "Transcript",
     "accept",
+    "accept_along",
     "accept_among",
     "accept_tree",
     "acceptance_pmf",

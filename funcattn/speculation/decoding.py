@@ -17,9 +17,9 @@ from ..generation import Streamed, _check, _check_length, _check_parts, _check_s
 from ..models import Model
 from ..records import ABSENT, is_absent, record
 from ..sampling import Sampler
-from .acceptance import accept
+from ..sampling.composition import require_drawable
 from .rules import Rule, blockwise
-from .verification import laws_along, matched, rewind
+from .verification import accept_along, laws_along, matched, rewind
 
 
 @record
@@ -252,11 +252,14 @@ def _rounds(
         if sampler.deterministic:
             found, states = matched(sampler, logits, proposed, draft.valid, state)
         else:
-            laws, states = laws_along(sampler, logits, proposed, state)
+            along = laws_along(sampler, logits, proposed, state)
+            laws, states = along
             chance = F.one_hot(proposed, logits.shape[-1]).to(laws.dtype) if is_absent(draft.laws) else draft.laws.to(laws.dtype)
-            found = accept(keys[step, 1], laws.exp(), chance, proposed, draft.valid, rule=rule, check=False)
+            found = accept_along(keys[step, 1], along, chance, proposed, draft.valid, rule=rule)
         kept = torch.minimum(_until_stop(found.tokens, found.count + 1, stop), steps - count)
         kept = torch.where(done, 0, kept)
+        newest = found.tokens.index_select(0, (kept - 1).clamp(min=0).reshape(1))[0]
+        require_drawable("speculate", done | (newest >= 0))
         heard = False
         if hear is not None:
             n, heard = hear(found.tokens[: int(kept)].tolist())

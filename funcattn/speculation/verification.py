@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import _checks, tree
 from ..records import record
 from ..sampling import Sampler, greedy, weigh
-from .acceptance import Accepted
+from .acceptance import Accepted, accept
+from .rules import Rule, blockwise
 
 
 @record
@@ -63,7 +64,7 @@ def matched(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, s
         valid: int64 (), how many of the N count.
 
     Returns:
-        What `accept` gives, and the states of `laws_along`.
+        What `accept` gives, and the states of `laws_along`; where the sampler leaves nothing, the token is -1.
 
     Law: equal to `accept` of the laws along the draft (test_verification.py).
     """
@@ -74,7 +75,7 @@ def matched(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, s
         picks, kept = [], []
         for n, row in enumerate(logits.unbind()):
             left, state = sampler.update(row if row.dtype == torch.float64 else row.float(), state)
-            picks.append(left.argmax(-1))
+            picks.append(torch.where(left.amax(-1).isfinite(), left.argmax(-1), -1))
             kept.append(state)
             if n < N:
                 state = sampler.observe(proposed[n], state)
@@ -83,6 +84,22 @@ def matched(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, s
     count = ((chosen[:N] == proposed) & (places[:N] < valid)).long().cumprod(0).sum()
     token = chosen.index_select(0, count.reshape(1))[0]
     return Accepted(count, token, torch.where(places <= count, chosen, -1)), states
+
+
+def accept_along(key: Tensor, along: Along, draft: Tensor, proposed: Tensor, valid: Tensor, *, rule: Rule = blockwise) -> Accepted:
+    """`accept` of the laws along a draft, some of which may be none: there the text ends, or the token is -1.
+
+    A place behind which the sampler leaves no token (what follows the end of a grammar) says nothing against the draft before it;
+    a place whose draft was drawn from no law ends the draft.
+    """
+    N, V = draft.shape
+    drawable = along.laws.amax(-1).isfinite()
+    target = torch.where(drawable.unsqueeze(-1), along.laws.exp(), 1 / V)
+    drawn = (draft.isfinite().all(-1)).long().cumprod(0).sum()
+    found = accept(key, target, draft, proposed, torch.minimum(valid, drawn), rule=rule, check=False)
+    token = torch.where(drawable.index_select(0, found.count.reshape(1))[0], found.token, -1)
+    tokens = torch.where(torch.arange(N + 1, device=token.device) == found.count, token, found.tokens)
+    return Accepted(found.count, token, tokens)
 
 
 def rewind(states: Any, count: Tensor) -> Any:

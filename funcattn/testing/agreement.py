@@ -13,12 +13,30 @@ see a key, carries one e for each term. The 4 stands for the few operations (max
 Source: Higham, Accuracy and stability of numerical algorithms, sections 3.1 (sums) and 3.5 (products).
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Law = TypeVar("Law", bound=Callable[..., None])
+
+
+def named(law: Law) -> Law:
+    """A law that says which it is, also where what it tests raises."""
+
+    @functools.wraps(law)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            law(*args, **options)
+        except Exception as error:
+            if law.__name__ not in str(error):
+                error.add_note(f"{law.__name__}: what this law tests raised.")
+            raise
+
+    return run  # pyright: ignore[reportReturnType]
 
 
 def agree(law: Callable[..., Any], what: str, got: Tensor, wanted: Tensor, allowed: float, why: str) -> None:

@@ -10,7 +10,7 @@ Each is a list, so what does not apply is left out by name: `[law for law in law
 A key is spent on the law's own choices: which keys are shuffled, where a past is split, which direction is differentiated.
 """
 
-from . import acceptances, kernels, pasts, samplers, trees
+from . import acceptances, kernels, pasts, samplers, texts, trees
 
 kernel = [
     kernels.agrees_with_the_reference,
@@ -44,6 +44,7 @@ cache = [
     pasts.entries_beyond_length_are_unobservable,
     pasts.each_row_under_vmap_commits_its_own_number,
     pasts.any_program_reads_as_its_rows_and_changes_no_earlier_value,
+    texts.every_verb_writes_what_a_loop_over_apply_writes,
 ]
 transform = [
     trees.keeps_paths,

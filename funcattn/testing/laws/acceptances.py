@@ -15,7 +15,7 @@ from torch.func import vmap
 
 from ... import randomness
 from ...speculation import Rule, accept, tokenwise
-from ..agreement import agree
+from ..agreement import agree, named
 from .samplers import _tail
 
 Table = Sequence[Tensor]
@@ -74,12 +74,14 @@ def expected_count(rule: Rule, target: Table, draft: Table) -> Tensor:
     return (drawn.unsqueeze(-1) * counts * torch.arange(counts.shape[-1], device=counts.device)).sum()
 
 
+@named
 def what_is_written_has_the_law_of_the_target(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
     """Nothing is lost: the total variation from the target's law of N + 1 tokens is a rounding."""
     off = (emitted(rule, target, draft) - joint(target)).abs().sum() / 2
     agree(what_is_written_has_the_law_of_the_target, "the total variation", off, torch.zeros_like(off), EXACT, "float64")
 
 
+@named
 def regions_are_probabilities(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
     """Thresholds lie in [0, 1], counts have probabilities that sum to one, and so has what follows."""
     drawn, counts, after = outcomes(rule, target, draft)
@@ -91,6 +93,7 @@ def regions_are_probabilities(rule: Rule, target: Table, draft: Table, key: Tens
         agree(regions_are_probabilities, f"the sum of {name}", total, torch.ones_like(total), EXACT, "float64")
 
 
+@named
 def regions_have_the_volume_of_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
     """The uniforms for which `count` gives n have the volume that `pmf` says, exactly.
 
@@ -118,6 +121,7 @@ def regions_have_the_volume_of_the_pmf(rule: Rule, target: Table, draft: Table, 
         agree(regions_have_the_volume_of_the_pmf, "the volume of each count", volumes, rule.pmf(h), EXACT, "float64")
 
 
+@named
 def counts_follow_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
     """Counts that `accept` draws follow pmf: a chi-square test of the likeliest draft that a true rule fails once in 10^9 keys."""
     N, V, here = len(draft), draft[0].shape[-1], draft[0].device
@@ -133,6 +137,7 @@ def counts_follow_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) 
         raise AssertionError(f"counts_follow_the_pmf: chi-square {statistic:.4g} with {freedom} degrees of freedom.")
 
 
+@named
 def a_shorter_draft_is_the_beginning_of_a_longer(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
     """valid = n gives what a draft of n tokens gives, whatever stands in the other rows."""
     N, V, here = len(draft), draft[0].shape[-1], draft[0].device
@@ -147,6 +152,7 @@ def a_shorter_draft_is_the_beginning_of_a_longer(rule: Rule, target: Table, draf
         agree(law, "what follows", longer.correction[:, : n + 1], shorter.correction, EXACT, "float64")
 
 
+@named
 def accepts_as_many_as_tokenwise(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
     """On average no fewer tokens stay than token by token. Not a duty: leave it out for a rule that has other merits."""
     less = (expected_count(tokenwise, target, draft) - expected_count(rule, target, draft)).clamp(min=0)

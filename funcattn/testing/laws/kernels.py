@@ -16,13 +16,14 @@ from ...kernels import merge
 from ...masks import END, Mask
 from ...records import Attended
 from .. import dense
-from ..agreement import Amplitudes, agree, amplitudes, longest
+from ..agreement import Amplitudes, agree, amplitudes, longest, named
 
 AnyMask: TypeAlias = Mask | Tensor | None
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, AnyMask], Any]
 EXACT = "exactly: it is a sum over nothing"
 
 
+@named
 def agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """out and lse are those of the definition in float64; out has the dtype of v."""
     got, size = _parts(kernel(q, k, v, mask)), amplitudes(q, k, v)
@@ -33,6 +34,7 @@ def agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, m
         agree(agrees_with_the_reference, name, got[name], wanted[name], _of_value(size, name), size.why)
 
 
+@named
 def order_of_keys_does_not_matter(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """Shuffling keys, values and the columns of the mask together changes nothing."""
     order = randomness.permutation(key, k.shape[-2]).to(k.device)
@@ -42,6 +44,7 @@ def order_of_keys_does_not_matter(kernel: Kernel, q: Tensor, k: Tensor, v: Tenso
         agree(order_of_keys_does_not_matter, name, got[name], wanted[name], 2 * _of_value(size, name), size.why)
 
 
+@named
 def output_lies_in_the_hull_of_the_values(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """Weights are positive and sum to one: along any direction, out is between the least and the greatest visible value."""
     if not k.shape[-2]:
@@ -60,6 +63,7 @@ def output_lies_in_the_hull_of_the_values(kernel: Kernel, q: Tensor, k: Tensor, 
     agree(output_lies_in_the_hull_of_the_values, "out . direction", along, along.clamp(least, greatest), allowed, size.why)
 
 
+@named
 def future_cannot_change_the_past(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """Under a causal mask, what comes at or after a position leaves the rows before it as they were."""
     T, S = q.shape[-2], k.shape[-2]
@@ -79,6 +83,7 @@ def future_cannot_change_the_past(kernel: Kernel, q: Tensor, k: Tensor, v: Tenso
             agree(future_cannot_change_the_past, of_past, got[name][rows], wanted[name][rows], 2 * _of_value(size, name), size.why)
 
 
+@named
 def shifting_all_logits_of_a_query_changes_only_lse(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor
 ) -> None:
@@ -92,6 +97,7 @@ def shifting_all_logits_of_a_query_changes_only_lse(
         agree(law, name, after[name], wanted[name], _of_value(size, name), size.why)
 
 
+@named
 def merge_of_any_split_is_the_whole(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """Attention over some keys, merged by lse with attention over the others, is attention over all. Holds if lse is given."""
     S = k.shape[-2]
@@ -107,6 +113,7 @@ def merge_of_any_split_is_the_whole(kernel: Kernel, q: Tensor, k: Tensor, v: Ten
         agree(merge_of_any_split_is_the_whole, f"{name} merged at {cut}", merged[name], whole[name], allowed, size.why)
 
 
+@named
 def commutes_with_vmap(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """vmap is the loop: over all arguments, over queries alone, over keys and values alone, and over masks."""
     size, inputs = amplitudes(q, k, v), (q, k, v)
@@ -126,6 +133,7 @@ def commutes_with_vmap(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: An
                 agree(commutes_with_vmap, what, got[name][n], wanted[name], 2 * _of_value(size, name), size.why)
 
 
+@named
 def gradient_agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """The gradient of a weighted sum of out (and lse) is that of the definition in float64."""
     size = amplitudes(q, k, v)
@@ -136,6 +144,7 @@ def gradient_agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: 
         agree(gradient_agrees_with_the_reference, f"gradient of {name}", ours, theirs, of, size.why)
 
 
+@named
 def masked_rows_are_zero_with_zero_gradients(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """A query that sees no key has out = 0 and lse = -inf, adds nothing to any gradient, and spoils none with NaN."""
     law, (row, own, mask) = masked_rows_are_zero_with_zero_gradients, _mask_a_row(q, k, mask, key)
@@ -151,6 +160,7 @@ def masked_rows_are_zero_with_zero_gradients(kernel: Kernel, q: Tensor, k: Tenso
         agree(law, f"gradient of {name} beside masked row {row}", whole, whole.nan_to_num(0, 0, 0), 0, "it must be finite")
 
 
+@named
 def jvp_agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """The directional derivative of out (and lse) is that of the definition in float64."""
     size, moved = amplitudes(q, k, v), _tangents(key, q, k, v)
@@ -163,6 +173,7 @@ def jvp_agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tenso
         agree(jvp_agrees_with_the_reference, f"jvp of {name}", got[name], wanted[name], size.rounding * allowed[name], size.why)
 
 
+@named
 def hvp_agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """The derivative of the gradient along a direction, jvp(grad), is that of the definition in float64."""
     size, (direction, weighting) = amplitudes(q, k, v), randomness.split(key)
@@ -175,6 +186,7 @@ def hvp_agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tenso
         agree(hvp_agrees_with_the_reference, f"hvp of {name}", ours, theirs, of, size.why)
 
 
+@named
 def masked_rows_have_zero_tangents(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
     """A query that sees no key does not move: its jvp is zero, and it adds nothing to any Hessian."""
     law, (row, own, mask) = masked_rows_have_zero_tangents, _mask_a_row(q, k, mask, key)

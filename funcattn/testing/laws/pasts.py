@@ -17,7 +17,7 @@ from ... import caches, randomness, tree
 from ...caches import Delta
 from ...kernels import attend_parts
 from .. import dense
-from ..agreement import agree
+from ..agreement import agree, named
 
 L, K, G, D = 2, 2, 2, 4  # layers, key heads, queries that share one, head size
 ROUNDING = 1e-12  # float64 sums of D products and a few keys of order one: a few hundred roundings of 1.1e-16 at most
@@ -27,6 +27,7 @@ WHY = "rounding of float64"
 def where_the_key_is(law: Callable[[Any, int, Tensor], None]) -> Callable[[Any, int, Tensor], None]:
     """A law whose pasts, which a kind makes on torch's default device, are where its key is."""
 
+    @named
     @functools.wraps(law)
     def run(kind: Any, size: int, key: Tensor) -> None:
         with contextlib.nullcontext() if key.device == torch.get_default_device() else key.device:

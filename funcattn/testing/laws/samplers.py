@@ -12,17 +12,19 @@ from torch.func import vmap
 
 from ... import randomness, sampling, tree
 from ...sampling import Sampler
-from ..agreement import agree
+from ..agreement import agree, named
 
 DRAWS = 1000
 
 
+@named
 def law_sums_to_one(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """The probabilities that the sampler promises sum to one, and none is NaN."""
     total = _law(sampler, logits, key).exp().sum()
     agree(law_sums_to_one, "the sum of probabilities", total, torch.ones_like(total), *_slack(logits))
 
 
+@named
 def no_hidden_token_comes_back(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """A logit of -inf stays so: what one sampler of a chain hides, the next cannot show."""
     found = _law(sampler, logits, key)
@@ -30,6 +32,7 @@ def no_hidden_token_comes_back(sampler: Sampler, logits: Tensor, key: Tensor) ->
     agree(no_hidden_token_comes_back, "law where logits are -inf", found[hidden], logits[hidden], 0, "it stays hidden")
 
 
+@named
 def at_least_one_token_is_kept(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """There is something to draw."""
     left, _ = sampler.update(logits, _state(sampler, logits, key))
@@ -37,6 +40,7 @@ def at_least_one_token_is_kept(sampler: Sampler, logits: Tensor, key: Tensor) ->
         raise AssertionError(f"at_least_one_token_is_kept: update({logits.tolist()}) leaves {left.tolist()}: nothing to draw.")
 
 
+@named
 def adding_a_constant_to_logits_changes_nothing(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """A softmax does not see the level of its logits. Not of penalties that look at the sign of a logit: leave it out there."""
     grid = (logits * 8).round() / 8  # so that adding 4 is exact, and a tie stays a tie
@@ -44,6 +48,7 @@ def adding_a_constant_to_logits_changes_nothing(sampler: Sampler, logits: Tensor
     agree(adding_a_constant_to_logits_changes_nothing, "law", got.exp(), wanted.exp(), *_slack(logits))
 
 
+@named
 def commutes_with_vmap(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """Many rows are vmap: the law of each is what it is alone, and so is the token drawn with its key."""
     state, keys = _state(sampler, logits, key), randomness.split(key, 3)
@@ -57,6 +62,7 @@ def commutes_with_vmap(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
         agree(commutes_with_vmap, f"token of row {n}", tokens[n], token, 0, "the same key draws the same")
 
 
+@named
 def draws_follow_the_law(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """What is drawn has the law that is promised: a chi-square test of 1000 draws that a true law fails once in 10^9 keys.
 
@@ -80,6 +86,7 @@ def draws_follow_the_law(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
         )
 
 
+@named
 def state_keeps_its_form(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """update and observe return a state of the same structure, shapes and dtypes, so that a loop and vmap can carry it."""
     state, first = sampling.begin(sampler, logits), torch.tensor(0, device=logits.device)
@@ -89,6 +96,7 @@ def state_keeps_its_form(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
             raise AssertionError(f"state_keeps_its_form: {verb} should return {form(state)}, got {form(after)}.")
 
 
+@named
 def arguments_stay_as_they_were(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """update, observe and draw write into nothing that they were given."""
     state = _state(sampler, logits, key)

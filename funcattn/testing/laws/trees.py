@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ... import tree
 from ...tree import Transform, Tree
-from ..agreement import agree
+from ..agreement import agree, named
 
 
+@named
 def keeps_paths(transform: Transform, given: Tree) -> None:
     """What was at a path is still there: as a leaf, or as a record whose parts are named below it; and nothing is elsewhere."""
     before, after = set(tree.paths(given)), tree.paths(transform(given))
@@ -23,6 +24,7 @@ def keeps_paths(transform: Transform, given: Tree) -> None:
         raise AssertionError(f"keeps_paths: lost {lost[:3]} ({len(lost)} in all), and added {strange[:3]} ({len(strange)} in all).")
 
 
+@named
 def gives_a_tree_of_tensors(transform: Transform, given: Tree) -> None:
     """Every leaf is a tensor, and nothing is None: the result crosses torch.func as the argument does."""
     kinds = lambda found: {path: type(leaf).__name__ for path, leaf in tree.items(found) if not isinstance(leaf, Tensor)}
@@ -34,6 +36,7 @@ def gives_a_tree_of_tensors(transform: Transform, given: Tree) -> None:
         )
 
 
+@named
 def leaves_its_argument_as_it_was(transform: Transform, given: Tree) -> None:
     """The same leaves at the same paths, holding the same numbers."""
     before = tree.items(given)
@@ -49,6 +52,7 @@ def leaves_its_argument_as_it_was(transform: Transform, given: Tree) -> None:
             agree(leaves_its_argument_as_it_was, path, leaf, value, 0, "nothing is written")
 
 
+@named
 def is_idempotent(transform: Transform, given: Tree) -> None:
     """Doing it twice is doing it once."""
     once = transform(given)
