@@ -6,7 +6,6 @@ that was stopped goes on with --resume, with the bits that it would have had.
 
 import argparse
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import funcattn as fa
 
-from .. import collectives, sampling, sharding, training, tree
+from .. import atomic, collectives, sampling, sharding, training, tree
 from ..training.snapshots import PREFIX, steps_in
 from . import ranks
 from .arguments import TINY, device, number
@@ -132,7 +131,7 @@ def snapshots_of(options: argparse.Namespace) -> Path:
     place = place / f"{os.environ['RANK']}-of-tp{options.tp}-dp{options.dp}"
     taken = steps_in(place)
     for step in set(taken) - set(ranks.agreed(taken)):
-        shutil.rmtree(place / f"{PREFIX}{step:08}")
+        atomic.remove(place / f"{PREFIX}{step:08}")
     return place
 
 
