@@ -176,7 +176,11 @@ def _draft(parent: Path, name: str) -> Iterator[Path]:
     lock = None
     while lock is None:  # until no other process took it for one that was left
         path = parent / f".{name}.new-{uuid.uuid4().hex}"
-        path.mkdir()
+        try:
+            path.mkdir()
+        except OSError as error:
+            error.filename = str(parent / name)  # what a reader knows
+            raise
         lock = _lock(path)
     try:
         yield path

@@ -16,6 +16,7 @@ from torch import Tensor
 import funcattn as fa
 
 from .. import atomic, collectives, sampling, sharding, training, tree
+from ..checkpoints.saving import check_place
 from ..training.snapshots import PREFIX, steps_in
 from . import ranks
 from .arguments import TINY, device, number
@@ -85,6 +86,8 @@ def _run(options: argparse.Namespace, mesh: Any) -> None:
         feed_forward=8 * -(-options.width // 3),  # three matrices of this size hold what two of 4 times the width do
         context=options.context,
     )
+    if ranks.leads():
+        check_place(Path(options.out) / MODEL)  # before what takes long
     ids = encoded(options, tokenizer, text)
     params = tree.to(options.device)(fa.decoder(config).init(fa.key(options.seed)))
     say(f"{tree.count(params):,} weights, {tokenizer.vocabulary} kinds of token")
