@@ -1,7 +1,12 @@
 """The operator in C++: built once and kept, safely by two at once; and where it cannot be, why, and everything works without it."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -26,8 +31,6 @@ print(float((fa.layers.linear(weight, x) - fa.quantization.expand(weight) @ x).n
 
 
 def run(script, **environment):
-    import os
-
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -88,8 +91,6 @@ def test_two_processes_build_at_once(tmp_path):
         'printf first > "$2"; sleep 1; printf first-and-second > "$2"\n'
     )
     compiler.chmod(0o755)
-    import os
-
     environment = {**os.environ, "CXX": str(compiler), "FUNCATTN_CACHE": str(tmp_path / "kept")}
     both = [subprocess.Popen([sys.executable, "-c", BUILD], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     seen = set()
@@ -101,6 +102,7 @@ def test_two_processes_build_at_once(tmp_path):
     assert Path(paths.pop()).read_text() == "first-and-second"
     assert seen <= {"first-and-second"}
     assert [path.name for path in (tmp_path / "kept").iterdir() if path.name.startswith(".")] == []
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_build_that_was_killed_stands_in_nobodys_way(tmp_path, monkeypatch):
@@ -113,3 +115,189 @@ def test_a_build_that_was_killed_stands_in_nobodys_way(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, "-fsyntax-only"))  # quick
     monkeypatch.setattr(building.os, "replace", lambda own, path: Path(path).write_text("built"))
     assert building.built().read_text() == "built"
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder of libraries, and a compiler that counts how often it makes one."""
+    compiler, folder = tmp_path / "c++", tmp_path / "kept"
+    compiler.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] && exit 0\nwhile [ $1 != -o ]; do shift; done\necho library > $2; echo >> {tmp_path}/builds\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("FUNCATTN_CACHE", str(folder))
+    return folder
+
+
+def test_what_a_killed_build_left_is_swept(kept):
+    kept.mkdir(mode=0o700)
+    for name in (".products-0-abcdefgh.so", ".products-0-young.so"):
+        (kept / name).write_text("")
+    os.utime(kept / ".products-0-abcdefgh.so", (1, 1))
+    (kept / f".products-0.so.new-{'0' * 32}").mkdir()
+    building.built()
+    assert [path.name for path in kept.iterdir() if path.name.startswith(".")] == [".products-0-young.so"]
+
+
+def builds(kept):
+    path = kept.parent / "builds"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+HARMS = {
+    "cut off": lambda library: library.write_text("lib"),
+    "emptied": lambda library: library.write_text(""),
+    "another": lambda library: library.write_text("another library"),
+    "a link": lambda library: (library.rename(library.parent / "x"), library.symlink_to("x")),
+    "open to others": lambda library: library.chmod(0o777),
+    "without a digest": lambda library: building.noted(library).unlink(),
+    "a damaged digest": lambda library: building.noted(library).write_bytes(b"\xff"),
+    "a folder for a digest": lambda library: (building.noted(library).unlink(), building.noted(library).mkdir()),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_library_that_is_not_as_its_build_left_it_is_built_again(kept, harm):
+    library = building.built()
+    assert building.built() == library
+    assert builds(kept) == 1
+    HARMS[harm](library)
+    if harm == "a folder for a digest":  # nothing can take its place: done without
+        with pytest.raises(building.Missing, match="cannot be written"):
+            building.built()
+        return
+    assert building.built() == library
+    assert builds(kept) == 2
+    assert not library.is_symlink()
+    assert library.read_text() == "library\n"
+    building.built()
+    assert builds(kept) == 2
+
+
+def test_a_folder_is_closed_to_others_or_not_used(kept, monkeypatch, tmp_path):
+    before = os.umask(0)
+    try:
+        monkeypatch.setenv("FUNCATTN_CACHE", str(tmp_path / "a" / "b"))
+        building.built()
+        for path in (tmp_path / "a", tmp_path / "a" / "b"):
+            assert path.stat().st_mode & 0o777 == 0o700
+        assert all(not path.stat().st_mode & 0o022 for path in (tmp_path / "a" / "b").iterdir())
+    finally:
+        os.umask(before)
+    for mode in (0o777, 0o1777, 0o770, 0o702):
+        (tmp_path / "a" / "b").chmod(mode)
+        with pytest.raises(building.Missing, match="others may write"):
+            building.built()
+    (tmp_path / "a" / "b").chmod(0o755)
+    building.built()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(building.Missing, match="another user's"):
+        building.built()
+
+
+def test_without_a_home_the_library_is_kept_among_temporary_files(kept, monkeypatch, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.delenv("FUNCATTN_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for home in ("/proc/nowhere", str(tmp_path / "file"), "relative"):
+        monkeypatch.setenv("HOME", home)
+        assert building.built().parent == tmp_path / "tmp" / f"funcattn-{os.getuid()}"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and no entry in /etc/passwd
+    assert building.folder() == tmp_path / "tmp" / f"funcattn-{os.getuid()}"
+    assert builds(kept) == 1
+
+    def without():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", without)
+    with pytest.raises(building.Missing, match="set FUNCATTN_CACHE"):
+        building.folder()
+
+
+def test_the_processor_is_in_the_key(monkeypatch, tmp_path):
+    before = building.key("true")
+    (tmp_path / "cpuinfo").write_text("vendor_id : another\nflags : fpu\n\nvendor_id : a second core\n")
+    told = building.processor(str(tmp_path / "cpuinfo"))
+    assert told == "vendor_id : another\nflags : fpu\n"
+    assert building.processor(str(tmp_path / "none")) != told
+    monkeypatch.setattr(building, "processor", lambda: told)
+    assert building.key("true") != before
+
+
+def test_what_is_run_once_is_waited_for_by_other_threads():
+    calls, found = [], []
+
+    @building.once
+    def slow():
+        calls.append(1)
+        time.sleep(0.05)
+        return len(calls)
+
+    threads = [threading.Thread(target=lambda: found.append(slow())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (calls, found) == ([1], [1] * 4)
+
+
+TOGETHER = """
+import os, pwd, threading, warnings, torch, funcattn as fa
+from funcattn import native
+from funcattn.native import building
+
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = unknown  # a container that is run as a user without an entry
+for name in ("HOME", "FUNCATTN_CACHE", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+load, meeting, found = native.load, threading.Barrier(2), []
+
+def together():
+    try:
+        meeting.wait(1)
+    except threading.BrokenBarrierError:
+        pass
+    return load()
+
+native.load = together
+params = fa.quantize(fa.int8)(fa.decoder(fa.Config()).init(fa.key(0)))
+
+def run():
+    with torch.no_grad():
+        found.append(fa.decoder(fa.Config()).extend(params, torch.tensor([1, 2, 3]), ())[0])
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+print(len(found), torch.equal(*found), [str(one.message) for one in caught if "register" in str(one.message)])
+print(load())
+"""
+
+
+@pytest.mark.parametrize("library", ["this one", "another"])
+def test_two_threads_without_a_home_are_the_first_to_use_it(tmp_path, library):
+    """Where the compiler makes another library the operator is done without."""
+    if tiles.missing():
+        pytest.skip(tiles.missing())
+    environment = {"TMPDIR": str(tmp_path)}
+    if library == "this one":
+        (tmp_path / f"funcattn-{os.getuid()}").mkdir(mode=0o700)
+        for path in (building.built(), building.noted(building.built())):
+            shutil.copy2(path, tmp_path / f"funcattn-{os.getuid()}")
+    else:
+        compiler, other = tmp_path / "c++", Path(torch.__file__).parent / "lib" / "libshm.so"
+        compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\nwhile [ $1 != -o ]; do shift; done; cp {other} $2\n")
+        compiler.chmod(0o755)
+        environment["CXX"] = str(compiler)
+    said, reason = run(TOGETHER, **environment)
+    assert said == "2 True []"
+    assert reason == "" if library == "this one" else "none of this operator" in reason

@@ -13,6 +13,7 @@ import torch
 from fitted import CONFIG, STEPS, TEXT, begin
 
 import funcattn as fa
+from funcattn import atomic
 from funcattn.families import CheckpointError
 from funcattn.training import draw, fit, snapshots
 
@@ -179,7 +180,8 @@ def test_a_full_disk_is_a_clear_error_and_the_snapshots_before_survive(operation
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path if operation in ("write_text", "rename") else snapshots, operation, full)
+        module = {"write_text": Path, "rename": Path, "_flush": atomic}.get(operation, snapshots)
+        patch.setattr(module, operation, full)
         with pytest.raises(
             CheckpointError, match=r"fit: .*step-00000009 should be a place that can be written, got .*No space left"
         ):

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from samples import CONFIG, LLAMA3, params, same, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from funcattn import transformer
+from funcattn import atomic, transformer
 from funcattn.checkpoints import CheckpointError, load, save, saving
 from funcattn.families import assemble, leaves
 
@@ -115,6 +115,7 @@ FAILURES = {
     "safetensors fails": ("save_file", RuntimeError("no")),
     "the user stops it": ("save_file", KeyboardInterrupt()),
     "the disk does not take it": ("_flush", OSError(5, "Input/output error")),
+    "safetensors finds the disk full": ("save_file", SafetensorError("I/O error: File too large (os error 27)")),
 }
 
 
@@ -129,8 +130,9 @@ def test_what_was_there_is_untouched_where(tmp_path, monkeypatch, case, existing
     def fails(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(saving, name, fails)
-    with pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)):
+    monkeypatch.setattr(atomic if name == "_flush" else saving, name, fails)
+    wanted = CheckpointError if isinstance(error, (OSError, SafetensorError)) else type(error)
+    with pytest.raises(wanted):
         save(tmp_path / "a", CONFIG, params(seed=1))
     assert [path.name for path in tmp_path.iterdir()] == (["a"] if existing else [])
     assert before is None or content(tmp_path / "a") == before
@@ -147,6 +149,7 @@ def test_what_was_there_is_back_where_a_rename_fails(tmp_path, monkeypatch, turn
             raise OSError(16, "Device or resource busy")
         rename(self, target)
 
+    monkeypatch.setattr(atomic, "exchange", lambda a, b: False)  # as on a system without one
     monkeypatch.setattr("pathlib.Path.rename", fails)
     with pytest.raises(CheckpointError, match="busy"):
         save(tmp_path / "a", CONFIG, params(seed=1))

@@ -84,3 +84,8 @@ def test_a_repository_is_fetched_without_its_pickles(tmp_path, monkeypatch):
 def test_a_repository_that_cannot_be_reached_says_so():
     with pytest.raises(CheckpointError, match=r'load: "no/such-model" should be .* LocalEntryNotFoundError'):
         load("no/such-model")  # the tests run offline
+
+
+def test_a_path_of_a_user_who_is_not_there():
+    with pytest.raises(FileNotFoundError, match="load: ~nosuchuser/model should be a folder"):
+        load("~nosuchuser/model")

@@ -8,7 +8,6 @@ Names are those of Llama and its kin (Mistral, Qwen, SmolLM): families whose pro
 
 import json
 import os
-import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import tree
+from .. import atomic, tree
 from .._checks import fail, shape
 from ..families import CheckpointError
 from ..low_rank import Lora, is_adapted
 from ..tree import Tree
+from .writing import written
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
@@ -32,7 +32,7 @@ def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -
     """Write the adaptations of params, and nothing of their bases, as PEFT writes them.
 
     Args:
-        folder: new, or one that holds an adaptation, whose two files are replaced.
+        folder: new, or one that holds an adaptation, whose two files are replaced in one step; other files in it stay.
         base: the name or path of the model that was adapted, which PEFT's readers look for.
 
     Raises:
@@ -66,22 +66,9 @@ def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -
         "use_dora": False,
         "use_rslora": False,
     }
-    target = Path(folder)
-    drafts = {target / name: target / f".{name}.{uuid.uuid4().hex}" for name in (TENSORS, CONFIG)}
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, drafts[target / TENSORS], metadata={"format": "pt"})
-        drafts[target / CONFIG].write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        for path, draft in drafts.items():
-            with open(draft, "rb") as file:
-                os.fsync(file.fileno())
-            draft.replace(path)
-    except (OSError, SafetensorError) as error:
-        remedy = "Choose a place that can be written, with room for it."
-        raise CheckpointError(f"save_lora: {target} should be a folder that can be written, got {error}. {remedy}") from error
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
+    with written("save_lora", folder), atomic.files(folder, last=CONFIG) as draft:
+        save_file(tensors, draft / TENSORS, metadata={"format": "pt"})
+        (draft / CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def load_lora(folder: str | os.PathLike[str], params: Tree) -> Tree:

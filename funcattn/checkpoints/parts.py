@@ -4,14 +4,17 @@ load_sharded(folder, mesh)     the Hugging Face layout: no process reads more of
 save_parts, load_parts         torch.distributed.checkpoint: written by one mesh, read by another
 """
 
+import contextlib
 import os
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .. import sharding, transformer, tree
+from .. import atomic, sharding, transformer, tree
 from .._checks import fail
 from ..families import CheckpointError
 from ..sharding.partitions import Rules, axes_of, bounds
@@ -19,6 +22,9 @@ from ..tree import Tree
 from .folder import Cut, read_folder
 from .loading import Loaded, by_columns, load
 from .sources import locate
+from .writing import UNCHANGED, reason_of
+
+METADATA = ".metadata"  # what torch.distributed.checkpoint writes last, and reads first
 
 
 def load_sharded(
@@ -65,18 +71,56 @@ def _is_shape(node: Any) -> bool:
 def save_parts(folder: str | os.PathLike[str], params: Tree) -> None:
     """Write a tree of DTensors and tensors, each process what it holds, for `load_parts` on any mesh.
 
-    Every process calls it with the same folder, which all should see. Tensors that are no DTensors should be the same on all.
+    Every process calls it with the same folder, which all should see. Tensors that are no DTensors should be the same on all. The
+    first process exchanges what all wrote for what was there, in one step; files of others in the folder stay.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written. What was there is as it was.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    try:
-        save(_state(params), checkpoint_id=os.fspath(folder))
-    except (OSError, CheckpointException) as error:
-        fail("save_parts", os.fspath(folder), "a place that can be written", str(error)[:300], "Make room.", CheckpointError)
+    with contextlib.ExitStack() as stack:
+        drafted = lambda: os.fspath(stack.enter_context(atomic.files(folder, last=METADATA, stale=_is_part)))
+        draft = _of_first(folder, drafted)
+        try:
+            with _alone():
+                save(_state(params), checkpoint_id=draft)
+        except (OSError, CheckpointException) as error:
+            _fail_to_save(folder, _first_line(error))
+        _of_first(folder, stack.close)
+
+
+def _of_first(folder: str | os.PathLike[str], f: Callable[[], Any]) -> Any:
+    """What f gives in the first process, for all processes; where it fails there, all fail."""
+    import torch.distributed as dist
+
+    said: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            said[0] = f()
+        except OSError as error:
+            said[1] = reason_of(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(said)
+    if said[1] is not None:
+        _fail_to_save(folder, said[1])
+    return said[0]
+
+
+def _fail_to_save(folder: str | os.PathLike[str], got: str) -> NoReturn:
+    fail("save_parts", os.fspath(folder), "a place that can be written", got, UNCHANGED, CheckpointError)
+
+
+def _first_line(error: Exception) -> str:
+    """Of what each process met, the first."""
+    failures: Any = getattr(error, "failures", {})
+    return next((f"process {rank}: {reason_of(met)}" for rank, (met, _) in failures.items()), reason_of(error))
+
+
+def _is_part(name: str) -> bool:
+    """True for a file that a process wrote its part to."""
+    return name == METADATA or name.endswith(".distcp")
 
 
 def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
@@ -93,16 +137,25 @@ def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load as read
 
-    if not (Path(folder) / ".metadata").is_file():
+    if not (Path(folder) / METADATA).is_file():
         remedy = "Give the folder that save_parts wrote."
         fail("load_parts", os.fspath(folder), "a folder with .metadata", "none", remedy, CheckpointError)
     empty = tree.map(torch.empty_like, like)
     try:
-        read(_state(empty), checkpoint_id=os.fspath(folder))
+        with _alone():
+            read(_state(empty), checkpoint_id=os.fspath(folder))
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         remedy = "Give a tree of the model that was saved."
         fail("load_parts", os.fspath(folder), "of these leaves", str(error).strip()[:300], remedy, CheckpointError)
     return empty
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without torch's warning that a process is the only one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _state(params: Tree) -> dict[str, Tensor]:

@@ -1,28 +1,27 @@
 """Writing the Hugging Face layout: the whole folder, or nothing.
 
-A folder is written beside its place, flushed to the disk, and moved there in one rename when it is whole. What was there before is
-moved aside for that moment and removed afterwards; if anything fails it is back, as it was.
+A folder is written beside its place, flushed to the disk, and exchanged for what was there in one step (`atomic.folder`). A process
+that is killed, at any moment, leaves the old folder or the new one; the next save removes what it left beside them.
 """
 
+import errno
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import families, quantization, tree
+from .. import atomic, families, quantization, tree
 from .._checks import fail, whole
 from ..families import CheckpointError
 from ..transformer import Config, Params
 from . import compressed
 from .folder import DTYPES, INDEX, WEIGHTS
 from .tokenizer import Tokenizer
+from .writing import written
 
 WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS, INDEX}
 
@@ -37,7 +36,8 @@ def save(
 ) -> None:
     """Write a model in the Hugging Face layout, which transformers, vLLM and llama.cpp's converter read.
 
-    The folder is written beside its place and moved there when it is whole: if anything fails, what was there is untouched.
+    The folder is written beside its place and exchanged for what is there when it is whole: if anything fails, or the process is
+    killed, what was there is untouched. (Where the system has no exchange, see funcattn.atomic.)
 
     Args:
         folder: a new one, or one that `save` wrote, which is replaced. One that holds anything else is refused.
@@ -50,7 +50,8 @@ def save(
         CheckpointError: the folder cannot be written, or holds something else.
         ValueError, TypeError: params are not those of the config, or not all floating tensors.
 
-    Law: load(save(...)) is what was saved, bit for bit (test_checkpoints.py::test_a_saved_model_comes_back_bit_for_bit).
+    Law: load(save(...)) is what was saved, bit for bit (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
+    Law: a kill leaves the old or the new (test_atomic.py::test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new).
     """
     if not isinstance(config, Config) or not isinstance(params, Params):
         got = f"a {type(config).__name__} and a {type(params).__name__}"
@@ -64,7 +65,8 @@ def save(
     if tokenizer is not None and tokenizer.stop:
         settings["eos_token_id"] = list(tokenizer.stop)
     files["config.json"] = json.dumps(settings, indent=2, allow_nan=False)
-    with _replaced(Path(folder)) as draft:
+    check_place(folder)
+    with written("save", folder), atomic.folder(folder) as draft:
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
         _write_tensors(draft, tensors, shard_size)
@@ -122,45 +124,22 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
 
 
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` at the end, or leaves no trace if anything fails."""
-    target = Path(os.path.realpath(folder))
-    if target.is_dir():
-        foreign = sorted(path.name for path in target.iterdir() if not _is_written(path.name))
-        if foreign:
-            got = f"one that holds {', '.join(foreign[:5])}"
-            fail("save", f"{target}", "a new folder, or one that save wrote", got, "Choose another folder.", CheckpointError)
-    elif target.exists():
-        fail("save", f"{target}", "a folder", "a file", "Choose another place.", CheckpointError)
-    draft, old = (target.with_name(f".{target.name}.{role}-{uuid.uuid4().hex}") for role in ("new", "old"))
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        for path in [*draft.iterdir(), draft]:
-            _flush(path)
-        if target.exists():
-            target.rename(old)
-        draft.rename(target)
-        _flush(target.parent)
-    except OSError as error:
-        remedy = "Nothing was changed; choose a place that can be written, with room for the weights."
-        raise CheckpointError(f"save: {target} should be a folder that can be written, got {error}. {remedy}") from error
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for left in (draft, old):
-            shutil.rmtree(left, ignore_errors=True)
+def check_place(folder: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError where `save` would refuse a place or could not write there; nothing is written."""
+    with written("save", folder):
+        target = Path(os.path.realpath(folder))
+        if target.is_dir():
+            foreign = sorted(path.name for path in target.iterdir() if not _is_written(path.name))
+            if foreign:
+                got = f"one that holds {', '.join(foreign[:5])}"
+                fail("save", f"{target}", "a new folder, or one that save wrote", got, "Choose another folder.", CheckpointError)
+        elif target.exists():
+            fail("save", f"{target}", "a folder", "a file", "Choose another place.", CheckpointError)
+        above = next(path for path in target.parents if path.exists())
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
 
 
 def _is_written(name: str) -> bool:
-    return name in WRITTEN or (name.startswith("model-") and name.endswith(".safetensors"))
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written, so that a rename never outlives its content."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """True for a name that `save` writes, or that a save of the tokenizer, killed, left there."""
+    return name in WRITTEN or (name.startswith("model-") and name.endswith(".safetensors")) or atomic.drafted(name) in WRITTEN

@@ -1,6 +1,7 @@
 """Where a model comes from: a path, the model that a package brought, or a repository of the Hugging Face hub."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def locate(name: str | Path) -> Path:
     """The file or folder that a name stands for: a path that exists, a packaged model, or a repository, in this order."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # as it is, where there is no such user
     if path.exists():
         return path
     if str(name) in PACKAGED:

@@ -6,7 +6,6 @@ it, whatever is written there. What a chat template made is a prompt: in `encode
 """
 
 import json
-import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,10 +18,12 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from .. import atomic
 from .._checks import fail
 from ..families import CheckpointError
 from . import templates
 from .pieces import pieces
+from .writing import written
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
 ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
@@ -169,15 +170,14 @@ class Tokenizer:
         return files
 
     def save(self, folder: str | Path) -> None:
-        """Write `files()` into a folder, each whole or not at all."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, text in self.files().items():
-            draft = Path(folder, f".{name}.{os.getpid()}")
-            try:
-                draft.write_text(text, encoding="utf-8")
-                draft.replace(Path(folder, name))
-            finally:
-                draft.unlink(missing_ok=True)
+        """Write `files()` into a folder in one step; other files in it stay.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        with written("save", folder), atomic.files(folder, last="tokenizer.json") as draft:
+            for name, text in self.files().items():
+                (draft / name).write_text(text, encoding="utf-8")
 
 
 # From a Hugging Face folder.

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
-from collections.abc import Callable
-from typing import NoReturn
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,11 +15,32 @@ TINY = 1e-6  # logits divided by less overflow float32
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line."""
+    """A parser whose mistakes are one line, with what may have been meant."""
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, with what was given kept for the hints."""
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """End with the line and the exit code of a mistake."""
-        self.exit(MISTAKE, f"{self.prog}: {message}. See {self.prog} --help.\n")
+        self.exit(MISTAKE, f"{self.prog}: {' '.join(message.split())}.{self._hint()} See {self.prog} --help.\n")
+
+    def refuse(self, left: Sequence[str]) -> NoReturn:
+        """End because of arguments that are none of the command's."""
+        quotes = "" if any(word.startswith("-") for word in left) else ". A text of several words should be in quotes"
+        self.error(f"unrecognized arguments: {' '.join(left)}{quotes}")
+
+    def _hint(self) -> str:
+        known = self._option_string_actions
+        for word in self.given:
+            name = word.partition("=")[0]
+            if len(name) > 3 and name.startswith("-") and not any(option.startswith(name) for option in known):
+                near = difflib.get_close_matches(name, known, 1)
+                return f" Did you mean {near[0]}?" if near else ""
+        return ""
 
 
 def number(kind: type[int] | type[float], low: float, high: float, wanted: str) -> Callable[[str], int | float]:

@@ -6,6 +6,7 @@ over as many bytes reaches.
 """
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 
 import funcattn as fa
 
-from .. import quantization, tree
+from .. import atomic, quantization, tree
 from .sessions import load
 from .terminal import say, working
 
@@ -47,14 +48,18 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--schemes should be of {', '.join(SCHEMES)}, got {', '.join(unknown)}.")
     if options.threads:
         torch.set_num_threads(options.threads)
-    session = load(options)
-    with torch.no_grad():
-        figures = measure(session.model, session.params, session.config, options)
-    print(table(figures))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    with contextlib.ExitStack() as files:  # which fail before anything is measured where they cannot be written
+        drafts = {path: files.enter_context(atomic.file(path)) for path in (options.json, options.plot) if path}
+        session = load(options, needs_tokenizer=False)
+        with torch.no_grad():
+            figures = measure(session.model, session.params, session.config, options)
+        print(table(figures))
+        if options.json:
+            drafts[options.json].write_text(json.dumps(figures, indent=2) + "\n")
+        if options.plot:
+            plot(figures, drafts[options.plot])
     if options.plot:
-        plot(figures, options.plot)
+        say(f"drawn in {options.plot}")
 
 
 def _names(options: argparse.Namespace) -> list[str]:
@@ -153,4 +158,3 @@ def plot(figures: dict[str, Any], file: Path) -> None:
     axes.set_title(f"{figures['model']}, {figures['threads']} thread(s)")
     axes.legend()
     figure.savefig(file)
-    say(f"drawn in {file}")

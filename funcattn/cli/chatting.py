@@ -45,8 +45,11 @@ def run(options: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             say("\nCtrl-D leaves.")
             continue
-        if text in ("/new", "/undo"):
-            talk = begun if text == "/new" else dataclasses.replace(talk, messages=talk.messages[:-2])
+        if text == "/new":
+            talk = begun
+            say("A new conversation.")
+        elif text == "/undo":
+            talk = dataclasses.replace(talk, messages=talk.messages[:-2])
             say(f"turns left: {len(talk.messages) // 2}")
         elif text.startswith("/") and interactive:
             say(HELP)

@@ -5,15 +5,13 @@ one line and exit code 2. Several samples of one prompt fork one past, and a cha
 what the past does not hold, and taking a turn back is keeping less of it.
 """
 
-import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import funcattn as fa
 
-from . import benchmarking, chatting, evaluating, finetuning, generating, inspecting, pretraining, quantizing, ranks
+from . import benchmarking, chatting, evaluating, finetuning, generating, inspecting, pretraining, quantizing, ranks, streams
 from .arguments import TINY, Parser, device, dtype, number, stop
 from .terminal import CUT_OFF, INTERRUPTED, complain
 
@@ -30,23 +28,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: as argparse does, for --help and for options that cannot be read.
     """
-    options = parser().parse_args(arguments)
-    for file in (sys.stdout, sys.stderr):
-        if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors="replace")  # a terminal that cannot show a letter shows that there is one
-    try:
-        options.run(options)
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
-        return CUT_OFF
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except UnicodeError:
-        return complain("the text should be UTF-8, is not. Convert it first, as with iconv.")
-    except (ValueError, OSError, RuntimeError) as error:  # ours, the system's, and torch's for a device or its memory
-        return complain(error)
+    with streams.opened():
+        try:
+            try:
+                options, left = parser().parse_known_args(arguments)
+                if left:
+                    options.command.refuse(left)
+                options.run(options)
+            finally:
+                sys.stdout.flush()
+            return 0
+        except BrokenPipeError:
+            streams.end(sys.stdout)
+            return CUT_OFF
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except UnicodeError:
+            return complain("the text should be UTF-8, is not. Convert it first, as with iconv.")
+        except OSError as error:
+            return complain(streams.reason(error))
+        except (ValueError, RuntimeError) as error:  # ours, and torch's for a device or its memory
+            return complain(error)
 
 
 def parser() -> Parser:
@@ -84,7 +86,7 @@ def parser() -> Parser:
         ("quantize", quantizing, [weights], "write a model with weights of fewer bits"),
     ):
         command = commands.add_parser(name, parents=parents, help=help, description=f"{help.capitalize()}.")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=command)
         if module is generating:
             command.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to go on from; without one, or for -, stdin")
             command.add_argument("--chat", action="store_true", help="the prompt is a message to be answered")

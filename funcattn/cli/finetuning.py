@@ -9,6 +9,7 @@ from pathlib import Path
 import funcattn as fa
 
 from .. import low_rank, training, tree
+from ..checkpoints.saving import check_place
 from .arguments import TINY, number
 from .pretraining import MODEL, add_fitting, encoded, fitted, read, write_sample
 from .terminal import say, working
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.model} has no tokenizer.json. Put the one of this model beside its weights.")
     if options.context > config.context:
         raise ValueError(f"--context should be at most {config.context}, which the model was trained on, got {options.context}.")
+    if options.merge:
+        check_place(Path(options.out) / MODEL)  # before what takes long
     ids = encoded(options, tokenizer, text)
     params = tree.to(options.device)(params)
     adapted = low_rank.lora(options.rank, alpha=options.alpha)(fa.key(options.seed), params)

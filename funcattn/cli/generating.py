@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import funcattn as fa
 
-from .. import drafters, progress, sampling, sharding, speculation
+from .. import atomic, drafters, progress, sampling, sharding, speculation
 from . import ranks
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
 from .terminal import coloured, is_coloured, report, say, shown, working
@@ -46,9 +46,11 @@ def _write(options: argparse.Namespace, session: Session, text: str, sampler: sa
     if options.num_samples > 1:
         if options.speculate:
             raise ValueError("drafts are for one text at a time. Leave out --num-samples or --speculate.")
-        return _write_samples(session, prompt, keys, sampler, steps, options)
+        with profiled(options.profile):
+            return _write_samples(session, prompt, keys, sampler, steps, options)
     if options.speculate:
-        return _write_drafted(session, prompt, keys[0], sampler, steps, options)
+        with profiled(options.profile):
+            return _write_drafted(session, prompt, keys[0], sampler, steps, options)
     begin = lambda prompt, steps: fa.stream(
         *(keys[0], session.model, session.params, prompt),
         steps=steps,
@@ -83,9 +85,10 @@ def profiled(file: Path | None) -> Iterator[None]:
     if file is None:
         yield
         return
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]) as found:
-        yield
-    found.export_chrome_trace(str(file))
+    with atomic.file(file) as draft:  # fails before anything is computed where it cannot be written
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]) as found:
+            yield
+        found.export_chrome_trace(str(draft))
     costliest = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)[:10]
     width = max((len(event.key) for event in costliest), default=0)
     for event in costliest:
@@ -162,7 +165,7 @@ def write(pieces: Iterator[P], prompt: str, show: Callable[[P], str] = lambda pi
             with progress.silence() if sys.stdout.isatty() else contextlib.nullcontext():  # the line is the text's
                 piece = next(pieces)
     finally:
-        if not isinstance(sys.exception(), BrokenPipeError):
+        if not isinstance(sys.exception(), OSError):  # of stdout: cut off, or full
             print(flush=True)
             # the first token came with the prompt
             report(prompt, read - started, max(len(piece.tokens) - 1, 0), time.perf_counter() - read)

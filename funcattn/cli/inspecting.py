@@ -11,7 +11,7 @@ from .sessions import load
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    session = load(options)
+    session = load(options, needs_tokenizer=False)
     config, tokenizer, dtype = session.config, session.tokenizer, session.dtype
     print(f"{options.model}\n\nconfig")
     for field in dataclasses.fields(config):
@@ -25,6 +25,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"\ncache, {name} keys and values of {config.layers} layers x {config.kv_heads} heads x {config.head_size}")
     for tokens in (1000, config.context):
         print(f"  {f'{tokens} tokens':<14} {tokens * per_token / 2**20:.1f} MiB")
+    if tokenizer is None:
+        print("\ntokenizer\n  none")
+        return
     stops = " ".join(tokenizer.decode([stop], skip_special=False) for stop in tokenizer.stop)
     print(f"\ntokenizer\n  {'ids':<14} {tokenizer.vocabulary}\n  {'stops at':<14} {stops or 'nothing'}")
     print(f"  {'chat template':<14} {'no' if tokenizer.template is None else 'yes'}")

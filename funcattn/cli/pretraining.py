@@ -6,7 +6,6 @@ that was stopped goes on with --resume, with the bits that it would have had.
 
 import argparse
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 
 import funcattn as fa
 
-from .. import collectives, sampling, sharding, training, tree
+from .. import atomic, collectives, sampling, sharding, training, tree
+from ..checkpoints.saving import check_place
 from ..training.snapshots import PREFIX, steps_in
 from . import ranks
 from .arguments import TINY, device, number
@@ -86,6 +86,8 @@ def _run(options: argparse.Namespace, mesh: Any) -> None:
         feed_forward=8 * -(-options.width // 3),  # three matrices of this size hold what two of 4 times the width do
         context=options.context,
     )
+    if ranks.leads():
+        check_place(Path(options.out) / MODEL)  # before what takes long
     ids = encoded(options, tokenizer, text)
     params = tree.to(options.device)(fa.decoder(config).init(fa.key(options.seed)))
     say(f"{tree.count(params):,} weights, {tokenizer.vocabulary} kinds of token")
@@ -132,7 +134,7 @@ def snapshots_of(options: argparse.Namespace) -> Path:
     place = place / f"{os.environ['RANK']}-of-tp{options.tp}-dp{options.dp}"
     taken = steps_in(place)
     for step in set(taken) - set(ranks.agreed(taken)):
-        shutil.rmtree(place / f"{PREFIX}{step:08}")
+        atomic.remove(place / f"{PREFIX}{step:08}")
     return place
 
 

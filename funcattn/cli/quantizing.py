@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import calibration, checkpoints, evaluation, progress, quantization, tree
+from ..checkpoints.saving import check_place
 from ..models import Model
 from .arguments import number
 from .sessions import Session, load
@@ -55,7 +56,8 @@ def run(options: argparse.Namespace) -> None:
         scheme = scheme(group=options.group)
     method, sample = next(((name, getattr(options, name)) for name in FITTED if getattr(options, name) is not None), (None, None))
     texts = {path: path.read_text(encoding="utf-8") for path in (sample, options.text) if path is not None}
-    session = load(options)
+    check_place(options.output)  # before what takes long
+    session = load(options, needs_tokenizer=bool(texts))
     if any(quantization.is_quantized(leaf) for leaf in tree.leaves(session.params, is_leaf=quantization.is_quantized)):
         raise ValueError(f"{options.model} is quantized already. Give the model that it was made of.")
     ids = {path: torch.tensor(session.tokenizer.encode(text), device=options.device) for path, text in texts.items()}

@@ -32,7 +32,7 @@ def add_options(command: argparse.ArgumentParser, *, data: bool) -> None:
 def meshed(options: argparse.Namespace) -> Iterator[Any]:
     """The mesh ("data", "tensor") of this run, or None where it is of one process."""
     tensor, data = options.tp, getattr(options, "dp", 1)
-    n, world = tensor * data, int(os.environ.get("WORLD_SIZE", "1"))
+    n, world = tensor * data, _number("WORLD_SIZE", 1)
     if world != n:
         wanted = f"--tp {tensor}" + (f" --dp {data}" if data > 1 else "")
         run = f"torchrun --nproc-per-node {n} -m funcattn ..." if n > 1 else "it without torchrun, or with --tp"
@@ -40,9 +40,16 @@ def meshed(options: argparse.Namespace) -> Iterator[Any]:
     if n == 1:
         yield None
         return
-    rank, cuda = int(os.environ["RANK"]), options.device.type == "cuda"
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if absent:
+        raise ValueError(
+            f"{', '.join(absent)} should be set where WORLD_SIZE is, by torchrun. Run torchrun --nproc-per-node {n} -m funcattn ..."
+        )
+    rank, cuda = _number("RANK", 0), options.device.type == "cuda"
+    if rank >= world:
+        raise ValueError(f"RANK should be below WORLD_SIZE {world}, is {rank}. Let torchrun set both.")
     if cuda:
-        options.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        options.device = torch.device("cuda", _number("LOCAL_RANK", 0))
         torch.cuda.set_device(options.device)
     with contextlib.ExitStack() as stack:
         if rank:
@@ -65,6 +72,14 @@ def meshed(options: argparse.Namespace) -> Iterator[Any]:
             if rank:  # the first process tells the same mistake
                 raise SystemExit(MISTAKE) from None
             raise
+
+
+def _number(name: str, default: int) -> int:
+    """A variable that torchrun sets."""
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{name} should be a number, as torchrun sets it, is {text!r}. Unset it, or let torchrun set it.")
+    return int(text)
 
 
 def leads() -> bool:

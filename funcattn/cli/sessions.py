@@ -29,7 +29,7 @@ class Session:
         return self.params.norm.dtype
 
 
-def load(options: argparse.Namespace, mesh: Any = None) -> Session:
+def load(options: argparse.Namespace, mesh: Any = None, *, needs_tokenizer: bool = True) -> Session:
     """The model that the options name; on a mesh, this process's part of it."""
     with working(f"Loading {options.model}"):
         if mesh is None:
@@ -37,7 +37,7 @@ def load(options: argparse.Namespace, mesh: Any = None) -> Session:
         else:
             config, params, tokenizer = checkpoints.load_sharded(options.model, mesh, dtype=options.dtype)
         params = tree.to(options.device)(sharding.parts_of(params))
-    if tokenizer is None:
+    if tokenizer is None and needs_tokenizer:
         raise ValueError(f"{options.model} has no tokenizer.json. Put the one of this model beside its weights.")
     model = fa.decoder(config)
     return Session(config, params, tokenizer, fa.compile(model) if getattr(options, "compile", False) else model)

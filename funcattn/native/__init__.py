@@ -6,6 +6,6 @@ products.cpp  the vector instructions (AVX2, AVX-512 VNNI), and funcattn::produc
 layers.cpp  funcattn::layers: all layers of a decoder for a few tokens; matrices.h is what the two share
 """
 
-from .building import load
+from .building import load, once
 
-__all__ = ["load"]
+__all__ = ["load", "once"]

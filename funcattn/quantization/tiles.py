@@ -59,7 +59,7 @@ class DynamicTiles(NamedTuple):
     scale: Tensor
 
 
-@functools.cache
+@native.once
 def missing() -> str:
     """ "" where the operator runs, else why not."""
     reason = native.load()

@@ -3,26 +3,24 @@
     folder/step-00000200/tensors.safetensors      every leaf, by path
     folder/step-00000200/run.json                 what else a run is, and checksums of both files
 
-A snapshot is written under a temporary name, flushed to the disk, and moved to its place in one rename; only then is the oldest one
-removed. So a kill or a full disk, at any moment, leaves the snapshots before it as they were. Reading checks every byte.
+A snapshot is written under a temporary name, flushed to the disk, and moved to its place in one step (`atomic.folder`); only then is
+the oldest one removed. So a kill or a full disk, at any moment, leaves the snapshots before it as they were. Reading checks every byte.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import tree
+from .. import atomic, tree
 from .._checks import fail, shape, whole
+from ..checkpoints.writing import written
 from ..families import CheckpointError
 from ..tree import Tree
 
@@ -47,29 +45,19 @@ def write(folder: str | os.PathLike[str], step: int, values: Tree, run: dict[str
         CheckpointError: the place cannot be written or has no room. Snapshots that were there stay.
     """
     target = _place(folder, step)
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     leaves = dict(tree.items(values))
     whole("fit", "params", leaves.values(), "Train the parts: fa.sharding.parts_of(params), inside of fa.sharding.inside(mesh).")
     layout = {path: list(x.stride()) for path, x in leaves.items() if not x.is_contiguous()}
-    try:
-        _sweep(target.parent)
-        draft.mkdir(parents=True)
-        save_file({path: _own(leaf) for path, leaf in leaves.items()}, draft / TENSORS)
-        content = {"step": step, "strides": layout, "run": run, "tensors": _digest(draft / TENSORS)}
-        record = {"content": content, "sha256": _sum(content)}
-        (draft / RUN).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        for path in (draft / TENSORS, draft / RUN, draft):
-            _flush(path)
-        if target.exists():
-            shutil.rmtree(target)  # of this very step, as after a resume from before it
-        draft.rename(target)
-        _flush(target.parent)
+    remedy = "Snapshots of earlier steps are as they were; make room, or choose another folder, and resume."
+    with written("fit", target, remedy):
+        atomic.sweep(target.parent, lambda name: name.startswith(PREFIX))  # of other steps too
+        with atomic.folder(target) as draft:
+            save_file({path: _own(leaf) for path, leaf in leaves.items()}, draft / TENSORS)
+            content = {"step": step, "strides": layout, "run": run, "tensors": _digest(draft / TENSORS)}
+            record = {"content": content, "sha256": _sum(content)}
+            (draft / RUN).write_text(json.dumps(record, indent=1), encoding="utf-8")
         for old in steps_in(folder)[:-keep]:
-            shutil.rmtree(_place(folder, old))
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        remedy = "Snapshots of earlier steps are as they were; make room, or choose another folder, and resume."
-        raise CheckpointError(f"fit: {target} should be a place that can be written, got {error}. {remedy}") from error
+            atomic.remove(_place(folder, old))
     return target
 
 
@@ -123,12 +111,6 @@ def _place(folder: str | os.PathLike[str], step: int) -> Path:
     return Path(os.path.realpath(folder)) / f"{PREFIX}{step:08}"
 
 
-def _sweep(folder: Path) -> None:
-    """Remove drafts that a killed run left."""
-    for left in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def _kind(x: Tensor) -> tuple[Any, ...]:
     return x.dtype, shape(x)
 
@@ -144,11 +126,3 @@ def _sum(content: Any) -> str:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
