@@ -15,9 +15,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 LONGEST = 400  # letters of what was got, in a message
 
+# Characters that steer a terminal, or show a line in another order than it has: the controls C0 and C1 (a tab and an end of line
+# are left), the marks and embeddings of Unicode's bidirectional algorithm, line separators, and halves of surrogate pairs.
+STEERING = {*range(32), *range(127, 160)} - {ord("\t"), ord("\n")}
+STEERING |= {0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF, *range(0xE0000, 0xE0080)}
+STEERING |= {*range(0xD800, 0xE000)}
+WRITTEN = {code: chr(code).encode("unicode_escape").decode() for code in STEERING}
+
+
+def printable(text: str) -> str:
+    """The text with what could steer a terminal written out.
+
+    Example:
+        >>> print(printable("\\x1b[2J name"))
+        \\x1b[2J name
+    """
+    return text.translate(WRITTEN)
+
 
 def fail(function: str, argument: str, wanted: str, got: Any, remedy: str, kind: type[Exception] = ValueError) -> NoReturn:
-    """Raise `function: argument should be wanted, got got. remedy`.
+    """Raise `function: argument should be wanted, got got. remedy`, with nothing in it that could steer a terminal.
 
     Example:
         >>> fail("attention", "k", "(*lead, K, S, D) with D = 32 as in q", (2, 16, 48), "Project k to q's head size.")
@@ -26,7 +43,7 @@ def fail(function: str, argument: str, wanted: str, got: Any, remedy: str, kind:
     """
     shown = f"{got}"
     shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."  # as of a tree of parameters in the place of a number
-    raise kind(f"{function}: {argument} should be {wanted}, got {shown}. {remedy}")
+    raise kind(printable(f"{function}: {argument} should be {wanted}, got {shown}. {remedy}"))
 
 
 def is_decoder(function: str, model: Any) -> None:

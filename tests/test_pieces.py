@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 
 import gguf
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from samples import CONFIG, metadata, params, write_gguf
 
 import funcattn as fa
+from funcattn.checkpoints import CheckpointError
 from funcattn.checkpoints.pieces import SPACE, pieces, ranked_pairs
 from funcattn.checkpoints.tokenizer import from_metadata
 
@@ -143,3 +145,17 @@ def test_a_gguf_file_holds_it(tmp_path):
 def test_a_file_that_is_not_whole_is_refused(change, named):
     with pytest.raises(fa.families.CheckpointError, match=named):
         from_metadata(of_file(**change))
+
+
+@given(st.lists(st.text("ab ", min_size=1, max_size=7), unique=True, max_size=40))
+def test_the_pairs_are_all_cuts_whose_halves_are_pieces(tokens):
+    cuts = [(token[:at], token[at:]) for token in tokens for at in range(1, len(token))]
+    assert ranked_pairs(tokens, [0.0] * len(tokens), [1] * len(tokens)) == [cut for cut in cuts if set(cut) <= set(tokens)]
+
+
+def test_a_long_piece_takes_no_time():
+    begun = time.perf_counter()  # a bound on a bomb: all cuts of 200 000 letters took ten seconds
+    assert ranked_pairs(["a", "b", "a" * 1024], [0.0] * 3, [1] * 3) == []
+    with pytest.raises(CheckpointError, match="at most 1024 letters"):
+        ranked_pairs(["a", "b", "a" * 200_000], [0.0] * 3, [1] * 3)
+    assert time.perf_counter() - begun < 2

@@ -8,12 +8,13 @@ Names are those of Llama and its kin (Mistral, Qwen, SmolLM): families whose pro
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import atomic, tree
@@ -21,11 +22,15 @@ from .._checks import fail, shape
 from ..families import CheckpointError
 from ..low_rank import Lora, is_adapted
 from ..tree import Tree
+from .folder import DTYPES
+from .peft_settings import read_settings, target_names
+from .regular_files import check_regular, read_json
 from .writing import written
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-REFUSED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora")
+PICKLED = ("adapter_model.bin", "adapter_model.pt")
+PREFIX = "base_model.model."  # what PEFT puts before the names of a model
 
 
 def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -> None:
@@ -44,6 +49,7 @@ def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -
     found = {path: weight for path, weight in tree.items(params, is_leaf=is_adapted) if is_adapted(weight)}
     if not found:
         fail("save_lora", "params", "adapted", "plain ones", "Adapt them with fa.lora.")
+    matrices = dict(tree.items(params, is_leaf=_is_matrix))
     tensors, kinds = {}, {(weight.a.shape[0], float(weight.scale)) for weight in found.values()}
     if len(kinds) > 1:
         fail("save_lora", "params", "of one rank and scale", f"{sorted(kinds)}", "Save adaptations of each rank on their own.")
@@ -58,7 +64,7 @@ def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -
         "r": rank,
         "lora_alpha": int(scale * rank) if float(scale * rank).is_integer() else scale * rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted({_name(path).rpartition(".")[2] for path in found}),
+        "target_modules": target_names(_modules(found), _modules(set(matrices) - found.keys())),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -78,48 +84,60 @@ def load_lora(folder: str | os.PathLike[str], params: Tree) -> Tree:
         params: of the model that was adapted; plain or quantized weights, not yet adapted.
 
     Raises:
-        CheckpointError: it is damaged, does not fit, or asks for what would be another function (DoRA, trained biases, patterns).
+        CheckpointError: it is damaged, does not fit, or has a field that makes it another function than LoRA (DoRA, trained biases,
+            patterns, a start that changes the base as PiSSA's, tokens that switch it on) or that is not known; the field is named.
     """
     place = Path(folder)
 
     def refuse(what: str, wanted: str, got: Any, remedy: str) -> NoReturn:
         fail("load_lora", f"{what} of {place}", wanted, got, remedy, CheckpointError)
 
+    files = f"{CONFIG} and {TENSORS}, as PEFT writes them"
     try:
-        settings = json.loads((place / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(place / TENSORS)
-        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        refuse("the files", f"{CONFIG} and {TENSORS}, as PEFT writes them", f"{type(error).__name__} {error}", "Save it again.")
-    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
-        refuse(
-            "the kind", "LORA without biases", f"{settings.get('peft_type')}, bias {settings.get('bias')}", "Merge it with PEFT."
-        )
-    for name in REFUSED:
-        if settings.get(name):
-            refuse(name, "absent", settings[name], "Merge it with PEFT, and load the whole model.")
-    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+        settings = read_settings(read_json(place / CONFIG, function="load_lora"), place)
+        check_regular(place / TENSORS, "load_lora")
+    except FileNotFoundError as error:
+        pickled = any((place / name).exists() for name in PICKLED)
+        remedy = "A pickle runs code of its author's: save it as safetensors." if pickled else "Save it again."
+        refuse("the files", files, f"{type(error).__name__} {error}", remedy)
     weights = dict(tree.items(params, is_leaf=_is_matrix))
     paths = {_name(path): path for path in weights if _is_named(path)}
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, _, which = name.removesuffix(".weight").rpartition(".")
-        if module not in paths or which not in ("lora_A", "lora_B"):
-            refuse(name, "an adaptation of a matrix of these params", "another", "Give the params of the model that was adapted.")
-        pairs.setdefault(paths[module], {})[which] = tensor
+    pairs: dict[str, dict[str, Any]] = {}
+    rank, scale = settings.rank, settings.scale
 
     def adapted(path: str, weight: Any) -> Any:
         if path not in pairs:
             return weight
         a, b = pairs[path].get("lora_A"), pairs[path].get("lora_B")
         out, inner = shape(weight) if isinstance(weight, Tensor) else weight.shape
-        if a is None or b is None or shape(a) != (rank, inner) or shape(b) != (out, rank):
-            got = "one is absent" if a is None or b is None else f"{shape(a)} and {shape(b)}"
+        sizes = None if a is None or b is None else (tuple(a.get_shape()), tuple(b.get_shape()))
+        if a is None or b is None or sizes != ((rank, inner), (out, rank)):
+            got = "one is absent" if sizes is None else f"{sizes[0]} and {sizes[1]}"
             refuse(path, f"lora_A {(rank, inner)} and lora_B {(out, rank)}", got, "Give the params that were adapted.")
         device = tree.leaves(weight)[0].device
-        return Lora(weight, a.to(device), b.to(device), torch.full((), scale, dtype=torch.float32, device=device))
+        a, b = a[:].clone().to(device), b[:].clone().to(device)
+        return Lora(weight, a, b, torch.full((), scale, dtype=torch.float32, device=device))
 
-    return tree.map_with_path(adapted, params, is_leaf=_is_matrix)
+    try:
+        file = safe_open(place / TENSORS, framework="pt")
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            module, _, which = name.removesuffix(".weight").rpartition(".")
+            if module not in paths or which not in ("lora_A", "lora_B") or not name.endswith(".weight"):
+                remedy = "Give the params of the model that was adapted."
+                refuse(name, "an adaptation of a matrix of these params", "another", remedy)
+            if not settings.adapts(module.removeprefix(PREFIX)):
+                refuse(name, f"of a module that {CONFIG} adapts", "another, which PEFT leaves out", "Save it again.")
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                refuse(name, f"of a type among {', '.join(DTYPES)}", part.get_dtype(), "Save it in float32.")
+            pairs.setdefault(paths[module], {})[which] = part
+        left = [name for name, path in paths.items() if path not in pairs and settings.adapts(name.removeprefix(PREFIX))]
+        if not pairs or (left and settings.targets is not None):
+            wanted = f"those of all modules that {CONFIG} adapts"
+            refuse("tensors", wanted, f"none of {left[0]}" if left else "none", "Save it again.")
+        return tree.map_with_path(adapted, params, is_leaf=_is_matrix)
+    except (OSError, SafetensorError) as error:
+        refuse("the files", files, f"{type(error).__name__} {error}", "Save it again.")
 
 
 def _is_matrix(node: Any) -> bool:
@@ -141,7 +159,12 @@ def _name(path: str) -> str:
             "PEFT's layout has no name for it here.",
         )
     _, number, name = path.split(".")
-    return f"base_model.model.model.layers.{number}.{NAMES[name]}"
+    return f"{PREFIX}model.layers.{number}.{NAMES[name]}"
+
+
+def _modules(paths: Iterable[str]) -> list[str]:
+    """The names of a model's own modules, of those paths that have one."""
+    return [_name(path).removeprefix(PREFIX) for path in paths if _is_named(path)]
 
 
 def _own(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Nothing is unpickled: pytorch_model.bin and its kin are refused. safetensors is 
 header against the file before it gives a tensor; what names it must hold, and in which shapes, is checked here.
 """
 
-import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import families, tree
-from .._checks import fail
+from .._checks import fail, printable
 from ..families import CheckpointError
 from ..transformer import Config, Params
-from . import compressed
+from . import compressed, quantizers
+from .regular_files import LARGE, REMEDY, check_regular, read_json, read_text
 from .tokenizer import Tokenizer, from_files
 
-SMALL, LARGE = 2**22, 2**26  # bytes of a file of settings, of tokenizer.json or an index; Gemma's, the largest seen, has 2**25
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,38 +51,11 @@ def read_folder(
     return config, _read_weights(folder, files, settings, config, dtype, kinds, wanted), _read_tokenizer(folder, settings)
 
 
-def read_json(path: Path, largest: int = SMALL) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        found = json.loads(read_text(path, largest))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        _refuse(path.name, "JSON", f"an error: {str(error)[:200]}")
-    if not isinstance(found, dict):
-        _refuse(path.name, "an object", f"a {type(found).__name__}")
-    return found
-
-
-def read_text(path: Path, largest: int = SMALL) -> str:
-    """The text of a file of at most `largest` bytes."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"load: {path} should be there, and is not. Give a folder in the Hugging Face layout, or fetch it again."
-        )
-    if path.stat().st_size > largest:
-        _refuse(path.name, f"at most {largest} bytes", path.stat().st_size)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        _refuse(path.name, "UTF-8", "other bytes")
-
-
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors of a folder: the one file, or the shards that the index names."""
-    if (folder / WEIGHTS).is_file():
+    if _is_there(folder / WEIGHTS):
         return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
+    if _is_there(folder / INDEX):
         places = read_json(folder / INDEX, LARGE).get("weight_map")
         if not isinstance(places, dict):
             _refuse(f"weight_map of {INDEX}", "an object", places)
@@ -91,8 +64,9 @@ def _weight_files(folder: Path) -> list[Path]:
             # A shard is a plain name: no path leads out of the folder.
             if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
                 _refuse(f"a shard in {INDEX}", "the name of a .safetensors file beside it", repr(name))
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"load: {folder / name} should be there, since {INDEX} names it. Fetch the folder again.")
+            if not _is_there(folder / name):
+                told = f"load: {folder / name} should be there, since {INDEX} names it. Fetch the folder again."
+                raise FileNotFoundError(printable(told))
         return [folder / name for name in names]
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
@@ -114,17 +88,19 @@ def _read_weights(
     found: dict[str, tuple[int, ...]] = {}
     where: dict[str, Any] = {}
     parts = {stored for name, kind in kinds.items() for stored in compressed.fields(name, kind).values()}
+    types: dict[str, str] = {}
     for path in files:
+        check_regular(path)
         with _safetensors_errors(path):
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(name)
-                known = part.get_dtype() in DTYPES or (name in parts and part.get_dtype() in compressed.CODES)
-                if not known and not family.harmless.fullmatch(name):
-                    _refuse(f"the type of {name} in {path.name}", f"one of {', '.join(DTYPES)}", part.get_dtype())
                 if name in found:
                     _refuse(f"{name} in {path.name}", f"in one file only, and is in {where[name][1].name} too", "two of it")
-                found[name], where[name] = tuple(part.get_shape()), (file, path, name)
+                found[name], where[name], types[name] = tuple(part.get_shape()), (file, path, name), part.get_dtype()
+    ours = {name for name in parts & types.keys() if types[name] in {*compressed.CODES, *DTYPES}}
+    foreign = {name: found[name] for name in found if name not in ours and not family.harmless.fullmatch(name)}
+    _check_types(folder, foreign, types)
 
     plain: dict[str, tuple[slice, ...]] = {}  # by name, where leaves are wanted in parts and a file holds them as they are
 
@@ -166,12 +142,11 @@ def _read_weights(
 
 
 def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
-    if not (folder / "tokenizer.json").is_file():
+    if not _is_there(folder / "tokenizer.json"):
         return None
-    optional = {
-        name: read_json(folder / name) for name in ("tokenizer_config.json", "generation_config.json") if (folder / name).is_file()
-    }
-    template = read_text(folder / "chat_template.jinja") if (folder / "chat_template.jinja").is_file() else None
+    names = [name for name in ("tokenizer_config.json", "generation_config.json") if _is_there(folder / name)]
+    optional = {name: read_json(folder / name) for name in names}
+    template = read_text(folder / "chat_template.jinja") if _is_there(folder / "chat_template.jinja") else None
     ends = optional.get("generation_config.json", {}).get("eos_token_id", settings.get("eos_token_id"))
     stop = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < 2**32 for end in stop):
@@ -181,6 +156,24 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | No
 
 
 # Checks of what a file says.
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a folder has something of this name; what is no regular file fails when it is read, and is never left out."""
+    return os.path.lexists(path)
+
+
+def _check_types(folder: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> None:
+    """Fail where tensors are not floats, by the method that quantized them where it is known."""
+    if quantized := quantizers.method_of(shapes, types):
+        method, shown = quantized
+        remedy = "Dequantize them with the tool that made them, and save the model again; or load one that was not quantized."
+        got = f"those of {method}: {shown} {types[shown]} {shapes[shown]}"
+        fail("load", f"weights of {folder}", "floats, as config.json says", got, remedy, CheckpointError)
+    for name in shapes:
+        if types[name] not in DTYPES:
+            remedy = "Numbers that are no floats are codes, of a tool that config.json does not name: save the model again by it."
+            fail("load", f"the type of {name} in {folder}", f"one of {', '.join(DTYPES)}", types[name], remedy, CheckpointError)
 
 
 @contextmanager
@@ -193,4 +186,4 @@ def _safetensors_errors(path: Path) -> Iterator[None]:
 
 
 def _refuse(what: str, wanted: str, got: Any) -> NoReturn:
-    fail("load", what, wanted, got, "The file is damaged, cut off, or not what its name says: fetch it again.", CheckpointError)
+    fail("load", what, wanted, got, REMEDY, CheckpointError)

@@ -14,6 +14,7 @@ Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.m
 
 import math
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +31,12 @@ from .._checks import fail
 from ..families import CheckpointError
 from ..transformer import Config, Params
 from . import compressed
+from .regular_files import open_regular
 
 READ = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 LONGEST_NAME = 2**16 - 1  # bytes, by the specification
 MOST_AXES = 4  # by the specification
+LARGEST_HEADER = 2**26  # bytes; that of a vocabulary of 262 144 has 2**24. More are a hole of a file, read as empty names for ever
 
 NUMBERS = {
     GGUFValueType.UINT8: "<u1",
@@ -67,10 +70,11 @@ class Header(NamedTuple):
 
 
 class Cursor:
-    """Reads forward through bytes and never past their end."""
+    """Reads forward through bytes and never past their end, nor past the most that a header has."""
 
     def __init__(self, data: mmap.mmap | bytes, file: str):
         self.data, self.file, self.at = data, file, 0
+        self.end = min(len(data), LARGEST_HEADER)
 
     def refuse(self, what: str, wanted: str, got: Any) -> NoReturn:
         """Raise CheckpointError that names the file and the byte."""
@@ -79,7 +83,7 @@ class Cursor:
 
     def take(self, size: int, what: str) -> int:
         """The position of the next `size` bytes, which are there."""
-        left = len(self.data) - self.at
+        left = self.end - self.at
         if size > left:
             self.refuse(what, f"at most the {left} bytes that are left", f"{size} bytes")
         self.at += size
@@ -113,8 +117,8 @@ class Cursor:
         if is_array:
             kind, count = self.kind(what), self.number("Q", f"the length of {what}")
         if kind == GGUFValueType.STRING:
-            if count * 8 > len(self.data) - self.at:  # each has a length of 8 bytes
-                self.refuse(what, f"at most {(len(self.data) - self.at) // 8} strings", f"{count} strings")
+            if count * 8 > self.end - self.at:  # each has a length of 8 bytes
+                self.refuse(what, f"at most {(self.end - self.at) // 8} strings", f"{count} strings")
             found = [self.string(what) for _ in range(count)]
             return found if is_array else found[0]
         if kind not in NUMBERS:
@@ -205,8 +209,8 @@ def read_gguf(
     path: Path, dtype: torch.dtype | None = None, *, keep_quantized: bool = False
 ) -> tuple[Config, Params, dict[str, Any]]:
     """Config, weights (dequantized or as records, q and k half-split) and metadata of a GGUF file."""
-    with path.open("rb") as file:
-        if not path.stat().st_size:
+    with open_regular(path) as file:
+        if not os.fstat(file.fileno()).st_size:
             fail("load", str(path), "a model", "an empty file", "Fetch it again.", CheckpointError)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with the last reference
     metadata, tensors = read_header(data, path.name)

@@ -14,7 +14,11 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
+from .._checks import fail
+from ..families import CheckpointError
+
 SPACE = "\u2581"
+LONGEST = 2**10  # letters of a piece: what its beginnings cost grows with its length; SentencePiece makes them of 16 at most
 NORMAL = 1  # the kind of token that text is cut into; the others are never made of characters
 
 
@@ -26,13 +30,29 @@ def ranked_pairs(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence
         [('a', 'b'), ('ab', 'b')]
     """
     known = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
+    longest = max(map(len, known), default=0)
+    if longest > LONGEST:
+        remedy = "Save the model with its tokenizer.json in the Hugging Face layout, and load that folder."
+        fail("load", "tokenizer.ggml.tokens", f"of at most {LONGEST} letters", longest, remedy, CheckpointError)
+    shorter = _beginnings(known)
     found = []
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
         if kind == NORMAL:
-            cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
-            found += [(-score, pair) for pair in cuts if pair[0] in known and pair[1] in known]
+            cuts = ((begin, token[len(begin) :]) for begin in shorter[token])
+            found += [(-score, pair) for pair in cuts if pair[1] in known]
     found.sort(key=lambda item: item[0])  # stable: pairs of one score stay in the order of the file
     return [pair for _, pair in found]
+
+
+def _beginnings(known: set[str]) -> dict[str, list[str]]:
+    """Piece -> the shorter pieces that it begins with, the shortest first. In the order of letters these stand right before it."""
+    found, open_ = {}, list[str]()
+    for token in sorted(known):
+        while open_ and not token.startswith(open_[-1]):
+            open_.pop()
+        found[token] = [begin for begin in open_ if begin]
+        open_.append(token)
+    return found
 
 
 def pieces(

@@ -21,8 +21,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from .. import atomic
 from .._checks import fail
 from ..families import CheckpointError
-from . import templates
+from . import templates, tokenizer_json
 from .pieces import pieces
+from .tokenizer_json import LLAMA3, QWEN2
 from .writing import written
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
@@ -30,9 +31,6 @@ ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": 
 CUT = "\ufdd0"  # a noncharacter: Unicode promises that no text means anything by it
 
 _LOCK = threading.Lock()
-
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +42,7 @@ class Tokenizer:
         stop: ids that end a generation.
         template: the chat template (jinja2), or None.
         roles: what a template may name: bos_token, eos_token, unk_token, pad_token -> the text of the token.
+        bounds: what a backend from a file may make of a text.
 
     Example:
         >>> backend = tokenizers.Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
@@ -58,6 +57,7 @@ class Tokenizer:
     stop: tuple[int, ...] = ()
     template: str | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
+    bounds: tokenizer_json.Bounds = field(default=tokenizer_json.Bounds(), repr=False)
 
     def __repr__(self) -> str:
         template = "none" if self.template is None else f"{len(self.template)} letters"
@@ -80,6 +80,8 @@ class Tokenizer:
         if not isinstance(text, str):
             fail("encode", "text", "a str", f"a {type(text).__name__}", "Encode texts one by one.", TypeError)
         try:
+            with _rust_errors("encode"):
+                self.bounds.check(self.backend, text)
             with _rust_errors("encode"), _LOCK:  # the switch is the backend's own state: set for each call, never relied upon
                 self.backend.encode_special_tokens = not special
                 return self.backend.encode(text, add_special_tokens=not special).ids
@@ -105,7 +107,8 @@ class Tokenizer:
         wrong = [number for number in numbers if not 0 <= number < 2**32]
         if wrong:
             fail("decode", "ids", "token ids", wrong[0], "Ids count from 0.")
-        return self.backend.decode(numbers, skip_special_tokens=skip_special)
+        with _rust_errors("decode"):
+            return self.backend.decode(numbers, skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the model was trained on.
@@ -192,6 +195,7 @@ def from_files(tokenizer: str, settings: Mapping[str, Any], template: str | None
         template: the text of chat_template.jinja, or None.
         stop: ids that end a generation; where there are none, the eos_token of `settings`.
     """
+    bounds = tokenizer_json.check(tokenizer)
     with _rust_errors("tokenizer.json"):
         backend = tokenizers.Tokenizer.from_str(tokenizer)
         backend.no_padding()  # a file may ask for any length
@@ -217,7 +221,7 @@ def from_files(tokenizer: str, settings: Mapping[str, Any], template: str | None
     if not ends and "eos_token" in roles:
         found = backend.token_to_id(roles["eos_token"])
         ends = () if found is None else (found,)
-    return Tokenizer(backend, ends, template, roles)
+    return Tokenizer(backend, ends, template, roles, bounds)
 
 
 # From the metadata of a GGUF file.
@@ -305,7 +309,7 @@ def _rust_errors(where: str) -> Iterator[None]:
     """What the `tokenizers` library raises, as CheckpointError."""
     try:
         yield
-    except (UnicodeEncodeError, TypeError, KeyboardInterrupt, SystemExit, MemoryError):
+    except (UnicodeEncodeError, TypeError, KeyboardInterrupt, SystemExit, MemoryError, CheckpointError):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
         wanted = "what the tokenizers library reads"

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from .._checks import fail
+from .._checks import fail, printable
 from ..transformer import Config
 
 LARGEST = 2**31 - 1  # of a size in a file; what a tensor index of 32 bits can count
@@ -16,7 +16,13 @@ ABSENT_FIELD: Any = object()  # a field that has no default must be there
 
 
 class CheckpointError(ValueError):
-    """What a file says cannot be read as a model, or a model cannot be written. The message names the field and the remedy."""
+    """What a file says cannot be read as a model, or a model cannot be written. The message names the field and the remedy.
+
+    Text of a file in it is written so that it cannot steer a terminal (`_checks.printable`).
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
