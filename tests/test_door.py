@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import grad
+from torch.func import grad, jvp, vmap
 
 import funcattn as fa
 from funcattn import masks
@@ -95,3 +95,64 @@ def test_a_mask_without_intervals_shows_nothing():
     nothing = masks.Mask(torch.zeros(20, 0, dtype=torch.int64), torch.zeros(20, 0, dtype=torch.int64))
     for kernel in ("flash", "reference"):
         assert not fa.attention(Q, KV, KV, nothing, kernel=kernel).any()
+
+
+# Sizes of zero.
+
+NOTHING = {  # lead, H, K, T, S, D, Dv
+    "no queries": ((2,), 2, 2, 0, 3, 4, 4),
+    "no features": ((2,), 2, 2, 3, 3, 0, 4),
+    "no values": ((2,), 2, 2, 3, 3, 4, 0),
+    "no keys": ((2,), 2, 2, 3, 0, 4, 4),
+    "no examples": ((2, 0), 4, 2, 20, 20, 8, 8),
+    "no heads": ((), 0, 0, 3, 3, 4, 4),
+    "many rows, no features": ((), 2, 1, 20, 20, 0, 4),
+    "many rows, no values": ((), 2, 1, 20, 20, 4, 0),
+    "many queries, no keys": ((), 2, 2, 20, 0, 8, 8),
+    "nothing at all": ((), 2, 2, 0, 0, 0, 0),
+}
+KERNELS = [None, "flash", "reference", "sdpa", "sdpa:math"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sizes", NOTHING.values(), ids=NOTHING)
+def test_attention_over_nothing_has_the_shapes_of_attention(sizes, kernel):
+    lead, H, K, T, S, D, Dv = sizes
+    shapes = (*lead, H, T, D), (*lead, K, S, D), (*lead, K, S, Dv)
+    x = [fa.random.normal(key, shape) for key, shape in zip(fa.split(fa.key(0), 3), shapes, strict=True)]
+    closed = not (kernel or "").startswith("sdpa")
+    options: list[dict] = [{}, {"mask": masks.causal(T, S)}, {"mask": torch.ones(T, S, dtype=torch.bool)}]
+    options += [{"bias": torch.ones(H, T, S)}, *([{"dropout": 0.5, "key": fa.key(1)}] if closed else [])]
+    for some in options:
+        f = lambda q, k, v, some=some: fa.attention(q, k, v, kernel=kernel, **some)
+        with torch.no_grad():
+            out = f(*x)
+        leaves = [t.clone().requires_grad_() for t in x]
+        slopes = torch.autograd.grad(f(*leaves).sum(), leaves)
+        assert out.shape == (*lead, H, T, Dv)
+        assert [slope.shape for slope in slopes] == [t.shape for t in x]
+        assert all(t.isfinite().all() for t in (out, *slopes))
+        if not S:
+            assert not out.any()
+        if closed:
+            (out, moved), each = jvp(f, (*x,), (*x,)), vmap(f, (0, None, None))(torch.stack([x[0]] * 2), *x[1:])
+            twice = jvp(grad(lambda q, f=f: f(q, *x[1:]).square().sum()), (x[0],), (x[0],))[1]
+            assert moved.shape == out.shape == each.shape[1:]
+            assert twice.shape == x[0].shape
+            attended = fa.attend(*x, some.get("mask"), bias=some.get("bias"), kernel=kernel)
+            assert (attended.out.shape, attended.lse.shape) == (out.shape, out.shape[:-1])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_features_each_query_gets_the_mean_of_the_values_it_sees(kernel):
+    q, k, v = torch.ones(2, 20, 0), torch.ones(2, 20, 0), fa.random.normal(fa.key(0), (2, 20, 4))
+    means = v.cumsum(-2) / torch.arange(1, 21).unsqueeze(-1)
+    torch.testing.assert_close(fa.attention(q, k, v, masks.causal(20), kernel=kernel), means)
+    torch.testing.assert_close(fa.attention(q, k, v, kernel=kernel), v.mean(-2, keepdim=True).expand(2, 20, 4))
+    slope = grad(lambda v: fa.attention(q, k, v, kernel=kernel).sum())(v)
+    torch.testing.assert_close(slope, torch.ones_like(v))  # twenty queries, each a twentieth of each value
+
+
+def test_keys_of_no_heads_serve_no_queries_alone():
+    with pytest.raises(ValueError, match="K dividing H = 2"):
+        fa.attention(torch.ones(2, 3, 4), torch.ones(0, 3, 4), torch.ones(0, 3, 4))

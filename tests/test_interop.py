@@ -101,7 +101,6 @@ def test_a_query_that_sees_no_key_gives_zeros():
 
 
 ERRORS = {
-    "a mask and is_causal": (RuntimeError, "is_causal should be False where", {"attn_mask": HIDDEN, "is_causal": True}),
     "a causal bias and is_causal": (
         ValueError,
         "with a CausalBias",

@@ -195,3 +195,100 @@ def test_a_registered_model_compiles_whole(calls):
         found = compiled(IDS, attention_mask=PADDING, use_cache=False).logits
     assert len(calls) == 2
     close(found, model(IDS, attention_mask=PADDING, use_cache=False).logits)
+
+
+def attentions(output):
+    return {name: value for name, value in output.items() if "attentions" in name}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss", "bart"])
+def test_attention_weights_are_those_of_eager(family):
+    """GPT-2 does not pass output_attentions on to its attention; Gemma 2 caps logits, gpt-oss has sinks, BART attends across."""
+    options = {"gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1}, "gemma2": {"sliding_window": 4}}.get(family, {})
+    sizes = SIZES | FAMILIES.get(family, {}) | options
+    if family == "bart":
+        sizes = {"d_model": 32, "vocab_size": 50, "max_position_embeddings": 64, "decoder_start_token_id": 1, "pad_token_id": 0}
+        for side in ("encoder", "decoder"):
+            sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 32}
+    register_transformers()
+
+    def output(implementation):
+        torch.manual_seed(0)
+        config = transformers.CONFIG_MAPPING[family](**sizes)
+        kind = transformers.AutoModel if family == "bart" else transformers.AutoModelForCausalLM
+        model = kind.from_config(config, attn_implementation=implementation).eval()  # in float32, as their experts want
+        with torch.no_grad():
+            return model(input_ids=IDS, attention_mask=None, output_attentions=True)
+
+    wanted, found = attentions(output("eager")), attentions(output("funcattn"))
+    assert {name: len(value) for name, value in found.items()} == {name: len(value) for name, value in wanted.items()}
+    assert any(wanted.values())
+    for name in wanted:
+        if wanted[name]:
+            close(found[name], wanted[name], 1e-5)
+
+
+def test_weights_are_not_made_where_they_are_not_asked_for():
+    assert huggingface._attend(torch.nn.Module(), *[torch.ones(1, 2, 3, 4)] * 3, None)[1] is None
+    assert huggingface._attend(torch.nn.Module(), *[torch.ones(1, 2, 3, 4)] * 3, None, output_attentions=True)[1].shape == (1, 2, 3, 3)
+
+
+def test_an_option_that_is_not_read_is_refused_by_name():
+    q = torch.ones(2, 4, 5, 8)
+    f = lambda *args, **options: huggingface._attend(torch.nn.Module(), q, q, q, *args, **options)
+    for name in ("head_mask", "block_indices", "alibi", "made_up"):
+        with pytest.raises(ValueError, match=f"{name} should be None, since nothing here reads it"):
+            f(None, **{name: torch.ones(4)})
+        f(None, **{name: None})
+    with pytest.raises(ValueError, match="sliding_window should be at least 5"):
+        f(None, sliding_window=3)
+    f(None, sliding_window=5)
+    f(torch.ones(5, 5, dtype=torch.bool), sliding_window=3)  # which the mask says
+    with pytest.raises(ValueError, match="in a batch of one, got a batch of 2"):
+        f(None, cu_seq_lens_q=torch.tensor([0, 5]), cu_seq_lens_k=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="seq_idx should be"):
+        f(None, seq_idx=torch.zeros(2, 4))
+
+
+def test_packed_documents_do_not_see_each_other():
+    q, k, v = (fa.random.normal(key, (1, 4, 7, 8)) for key in fa.split(fa.key(0), 3))
+    f = lambda mask, **options: huggingface._attend(torch.nn.Module(), q, k, v, mask, **options)[0]
+    parts = [slice(0, 3), slice(3, 7)]
+    wanted = torch.cat([fa.attention(q[:, :, s], k[:, :, s], v[:, :, s], fa.masks.causal(s.stop - s.start)) for s in parts], -2)
+    ends = torch.tensor([0, 3, 7], dtype=torch.int32)
+    triangle = torch.ones(7, 7, dtype=torch.bool).tril()
+    hidden = torch.zeros(7, 7).masked_fill(~triangle, float("-inf"))
+    for mask in (None, triangle, hidden):
+        packed = f(mask, cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=4, max_length_k=4)
+        close(packed, wanted.transpose(1, 2), 1e-6)
+        close(f(mask, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1, 1]])), wanted.transpose(1, 2), 1e-6)
+
+
+def test_a_sparse_query_sees_the_keys_that_indices_choose():
+    """DeepSeek 3.2 puts them into the mask for "eager" and "sdpa", and leaves every other implementation to read them."""
+    q = fa.random.normal(fa.key(0), (1, 2, 5, 8))
+    indices = torch.tensor([[[0, -1], [0, 1], [0, 2], [1, 3], [4, 0]]])
+    seen = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 0], [1, 0, 0, 0, 1]]).bool()
+    for mask in (None, torch.ones(5, 5, dtype=torch.bool).tril(), torch.zeros(5, 5)):
+        found = huggingface._attend(torch.nn.Module(), q, q, q, mask, indices=indices)[0]
+        close(found, fa.attention(q, q, q, seen).transpose(1, 2), 1e-6)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    sizes |= {"v_head_dim": 4, "first_k_dense_replace": 1, "index_topk": 3, "index_n_heads": 2, "index_head_dim": 8}
+
+    def logits(implementation):
+        torch.manual_seed(0)
+        config = transformers.CONFIG_MAPPING["deepseek_v32"](**sizes)
+        with torch.no_grad():
+            return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()(IDS).logits
+
+    register_transformers()
+    close(logits("funcattn"), logits("eager"), 1e-5)
+
+
+def test_sinks_of_each_query_are_one_more_logit():
+    q, sinks = fa.random.normal(fa.key(0), (1, 2, 5, 8)), fa.random.normal(fa.key(1), (1, 2, 5, 1))
+    found, weights = huggingface._attend(torch.nn.Module(), q, q, q, None, sinks=sinks, is_causal=False, output_attentions=True)
+    wanted = torch.cat([q @ q.mT / 8**0.5, sinks], -1).softmax(-1)[..., :-1]
+    close(weights, wanted, 1e-6)
+    close(found, (wanted @ q).transpose(1, 2), 1e-6)

@@ -4,6 +4,7 @@ fa.interop.register_transformers()
 model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="funcattn")
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .. import _checks, masks
 from ..kernels import attend, attention, attention_with_score
+from ..masks import Mask
 from .sdpa import dropout_key
 
 DOOR = "transformers attention"  # who speaks in errors
@@ -22,7 +24,8 @@ def register_transformers() -> None:
     Models built with attn_implementation="funcattn" compose, through `functional` or torch.func.functional_call: grad, jvp, hvp,
     and vmap with an attention_mask for each row, where "sdpa" stops inside transformers' own mask code. Keys that heads share are
     not repeated; the sinks of gpt-oss and, more slowly, the soft caps of Gemma 2 are there. Attention dropout while training takes
-    its key from an `override_sdpa(key=...)` around the call.
+    its key from an `override_sdpa(key=...)` around the call. output_attentions=True gives the weights, dense as they are, zero
+    where a query sees no key. An option that transformers passes along and nothing here reads is an error that names it.
 
     Raises:
         ImportError: transformers is not installed.
@@ -35,6 +38,13 @@ def register_transformers() -> None:
         ) from missing
     AttentionInterface.register("funcattn", _attend)
     AttentionMaskInterface.register("funcattn", _mask)
+
+
+# What transformers passes along that changes nothing here: positions are in the mask already, the rest is bookkeeping.
+KNOWN = frozenset(
+    ["position_ids", "cache_position", "use_cache", "return_dict", "output_hidden_states", "output_router_logits", "labels"]
+    + ["num_items_in_batch", "logits_to_keep", "max_length_q", "max_length_k", "deterministic"]
+)
 
 
 def _attend(
@@ -50,36 +60,110 @@ def _attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cache: Any = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls: q (B, H, T, D), k and v (B, K, S, D) to (B, T, H, D) and no weights.
+    sinks: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    indices: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls: q (B, H, T, D), k and v (B, K, S, D) to (B, T, H, D), and weights (B, H, T, S) or None.
 
-    s_aux (H,) are sinks, one more logit for each head with no value behind it: they scale out by exp(lse) / (exp(lse) + exp(s)).
-    What else transformers passes along (the window, positions) is in the mask already.
+    s_aux (H,) and sinks (B, H, T, 1) are one more logit for each head or query with no value behind it: they scale out by
+    exp(lse) / (exp(lse) + exp(s)). cu_seq_lens and seq_idx say which tokens are of one document, indices (B, T, n) which keys a
+    query sees. An option that is none of these nor of KNOWN is an error, unless it is None.
     """
     if cache is not None:
         _checks.fail(DOOR, "cache", "None", "a paged cache", 'Take attn_implementation="sdpa" for continuous batching.')
     T, S = query.shape[-2], key.shape[-2]
+    _check_others(others, attention_mask, T, S)
     mask, bias = attention_mask, position_bias
     if mask is None and T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         mask = masks.causal(T, S, offset=torch.zeros((), dtype=torch.int64, device=query.device))
     elif mask is not None and mask.is_floating_point():
         mask, bias = None, mask if bias is None else mask + bias
-    if s_aux is None and softcap is None:
-        out = attention(query, key, value, mask, scale=scaling, bias=bias, dropout=dropout, key=dropout_key(dropout))
-        return out.transpose(1, 2).contiguous(), None
-    if dropout:
+    seen = _both(_documents(query, key, cu_seq_lens_q, cu_seq_lens_k, seq_idx), _chosen(key, indices))
+    if seen is not None:
+        mask = _both(mask.dense(S) if isinstance(mask, Mask) else mask, seen)
+    sink = s_aux.unsqueeze(-1) if s_aux is not None else None if sinks is None else sinks.squeeze(-1)
+    if dropout and (sink is not None or softcap is not None):
         _checks.fail(DOOR, "dropout", "0 with sinks or a soft cap", dropout, "Set the model's attention_dropout to zero.")
-    if softcap is None:
-        out, lse = attend(query, key, value, mask, scale=scaling, bias=bias)
-    elif bias is None:
-        capped = lambda s, b, h, i, j: softcap * torch.tanh(s / softcap)
-        out, lse = attention_with_score(query, key, value, capped, mask, scale=scaling)
-    else:
+    if softcap is not None and bias is not None:
         _checks.fail(DOOR, "attention_mask", "of booleans with a soft cap", "numbers", "Pass mask == 0.")
-    if s_aux is not None:
-        out = out * torch.sigmoid(lse - s_aux.unsqueeze(-1)).unsqueeze(-1).to(out.dtype)
-    return out.transpose(1, 2).contiguous(), None
+    drawn = dropout_key(dropout)
+
+    def mixed(value: Tensor) -> Tensor:
+        if sink is None and softcap is None:
+            return attention(query, key, value, mask, scale=scaling, bias=bias, dropout=dropout, key=drawn)
+        if softcap is None:
+            out, lse = attend(query, key, value, mask, scale=scaling, bias=bias)
+        else:
+            capped = lambda s, b, h, i, j: softcap * torch.tanh(s / softcap)
+            out, lse = attention_with_score(query, key, value, capped, mask, scale=scaling)
+        return out if sink is None else out * torch.sigmoid(lse - sink).unsqueeze(-1).to(out.dtype)
+
+    weights = None
+    if output_attentions or _weights_are_collected():
+        one_hot = torch.eye(S, dtype=value.dtype, device=value.device)
+        weights = mixed(one_hot.expand(*key.shape[:-2], S, S))  # the weights are what mixes values that are all different
+    return mixed(value).transpose(1, 2).contiguous(), weights
+
+
+def _weights_are_collected() -> bool:
+    """True inside a call with output_attentions=True of a model that does not pass this on, as GPT-2: transformers' own hooks ask."""
+    collector: Any = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    if collector is None:
+        return False
+    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
+
+
+def _check_others(others: dict[str, Any], mask: Tensor | None, T: int, S: int) -> None:
+    """Fail where an option asks for what nothing here reads."""
+    remedy = 'Take attn_implementation="eager", or leave it out.'
+    for name, option in others.items():
+        if option is None or name in KNOWN:
+            continue
+        if name != "sliding_window":
+            _checks.fail(DOOR, name, "None, since nothing here reads it", option, remedy)
+        if mask is None and T > 1 and option < S:
+            _checks.fail(DOOR, name, f"at least {S}, the keys, where no attention_mask says it", option, remedy)
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a & b
+
+
+def _documents(query: Tensor, key: Tensor, begin: Tensor | None, begin_keys: Tensor | None, number: Tensor | None) -> Tensor | None:
+    """Booleans (B or 1, 1, T, S), True where query and key are of one document of a packed batch; None where all are.
+
+    Args:
+        query, key: (B, H, T, D) and (B, K, S, D).
+        begin, begin_keys: (documents + 1,) where documents begin and the last one ends, in a batch of one.
+        number: (B, T) of the document of each token.
+    """
+    T, S = query.shape[-2], key.shape[-2]
+    if begin is not None or begin_keys is not None:
+        if begin is None or begin_keys is None or query.shape[0] != 1:
+            got = f"a batch of {query.shape[0]}"
+            _checks.fail(DOOR, "cu_seq_lens_q", "given with cu_seq_lens_k, in a batch of one", got, "Pack the batch into one row.")
+        of = lambda ends, n: torch.searchsorted(ends[1:].contiguous(), torch.arange(n, device=ends.device), right=True)
+        return (of(begin, T).unsqueeze(-1) == of(begin_keys, S))[None, None]
+    if number is None:
+        return None
+    if number.shape[-1] != T or T != S:
+        _checks.fail(DOOR, "seq_idx", f"(B, {T}) for {S} keys", _checks.shape(number), "Leave it out with a cache.")
+    return (number.unsqueeze(-1) == number.unsqueeze(-2)).unsqueeze(-3)
+
+
+def _chosen(key: Tensor, indices: Tensor | None) -> Tensor | None:
+    """Booleans (B, 1, T, S), True for the keys that indices (B, T, n) choose for each query, -1 for none; None where all are."""
+    if indices is None:
+        return None
+    S = key.shape[-2]
+    places = torch.where(indices < 0, S, indices).long()
+    return torch.zeros(*places.shape[:-1], S + 1, dtype=torch.bool, device=key.device).scatter(-1, places, True)[:, None, :, :S]
 
 
 def _mask(*sizes: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:

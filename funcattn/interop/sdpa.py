@@ -35,15 +35,21 @@ PLAIN = {Tensor, torch.nn.Parameter}
 
 @contextlib.contextmanager
 def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
-    """Make every F.scaled_dot_product_attention inside the `with` an `fa.attention`: jvp, hvp, hessian, vmap(grad) go through.
+    """Make the calls of F.scaled_dot_product_attention inside the `with` `fa.attention`: jvp, hvp, hessian, vmap(grad) go through.
 
-    It holds in any module, in train and eval, under torch.func and torch.compile (enter it outside of what is compiled), for the
-    whole signature: masks of booleans, of numbers, the causal ones of torch.nn.attention.bias; dropout_p, is_causal, scale,
-    enable_gqa; jagged NestedTensors (see `nested_attention`). Where no derivative is asked, torch's own kernel still does the work.
-    Attention weights are dense by nature: need_weights=True computes them as torch does, which composes already.
+    It holds in any module, in train and eval, under torch.func, `fa.remat` and torch.compile (enter it outside of what is
+    compiled), for the whole signature: masks of booleans, of numbers, the causal ones of torch.nn.attention.bias; dropout_p,
+    is_causal (together with attn_mask too: what either hides is hidden, as on torch's CPU route), scale, enable_gqa; jagged
+    NestedTensors (see `nested_attention`). Where no derivative is asked, torch's own kernel still does the work. Attention weights
+    are dense by nature: need_weights=True computes them as torch does, which composes already.
+
+    What is not a call of that function is left as it is: flash_attn, xformers, torch's flex_attention, operators of
+    torch.ops.aten, and a call from inside another TorchFunctionMode's own handler or from C++.
 
     Contexts nest. Other threads are left as they were, but for the fused inference path of nn.Transformer*, which no thread takes
-    before the last context ends. With torch.utils.checkpoint, keep the backward pass inside: it runs the forward again.
+    before the last context ends. With torch.utils.checkpoint, keep the backward pass inside and begin it by Tensor.backward,
+    torch.autograd.backward or torch.autograd.grad: it runs the forward again, which is closed there at first order only; for
+    higher orders take `fa.remat`.
 
     Args:
         key: randomness of attention dropout, int64 (2,). The n-th call that drops weights spends fold_in(key, n), counted from the
@@ -51,7 +57,7 @@ def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
 
     Raises:
         ValueError: dropout_p > 0 and no key. RuntimeError: dropout_p > 0 in a backward pass, where torch.utils.checkpoint computes
-            again what it should not draw again; and, as in torch, attn_mask together with is_causal.
+            again what it should not draw again (`fa.remat` draws the same again).
 
     Example:
         >>> from torch.func import jvp
@@ -173,15 +179,17 @@ def _visible(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tup
             if diagonal == "lower" and wanted != (T, S):
                 _checks.fail("scaled_dot_product_attention", "attn_mask", f"causal_lower_right({T}, {S})", wanted, "Build it anew.")
             attn_mask = None
-    if attn_mask is not None and is_causal:
-        remedy = "Put the diagonal into the mask."
-        _checks.fail("scaled_dot_product_attention", "is_causal", "False where attn_mask is set", True, remedy, RuntimeError)
+    mask, bias = attn_mask, None
+    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
+        mask, bias = None, attn_mask
     if diagonal:
         here = torch.zeros((), dtype=torch.int64, device=query.device)
-        return masks.causal(query.shape[-2], key.shape[-2], align=diagonal, offset=here), None
-    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
-        return None, attn_mask
-    return attn_mask, None
+        causal = masks.causal(query.shape[-2], key.shape[-2], align=diagonal, offset=here)
+        if isinstance(mask, Tensor):  # torch's route on the CPU takes both, and hides what either hides
+            mask = mask & causal.dense(key.shape[-2])
+        else:
+            mask = causal if mask is None else mask & causal
+    return mask, bias
 
 
 def _rebound(function: Any, **others: Any) -> Callable[..., Any]:

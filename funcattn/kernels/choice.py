@@ -5,7 +5,6 @@ The automatic choice never changes what composes: a kernel that lacks a derivati
 """
 
 import contextlib
-import contextvars
 import functools
 import html
 import importlib.util
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from .. import _checks
 from .._autodiff import transforming
+from .._context import ContextValue
 from ..masks import Mask
 from . import torch_fused
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("funcattn_kernel", default=None)
-_forced_last: str | None = None  # the same for compiled code, which can guard on a global but not read a context variable
+_forced: ContextValue[str | None] = ContextValue("kernel", None)
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,6 @@ def _sdpa_obstacle(r: Request) -> str:
         return "scale is a tensor"
     if r.dropout:
         return "draws dropout from torch's global generator, not from a key"
-    if not r.k.shape[-2]:
-        return "there are no keys"
     return ""
 
 
@@ -204,7 +201,7 @@ def current() -> str | None:
 def choose(r: Request, kernel: str | None = None) -> str:
     """The name of the kernel that runs; forced by the argument, else by `use`, else automatic."""
     if torch.compiler.is_compiling():  # transforms cannot be seen from here: what composes is taken
-        forced = kernel if kernel is not None else _forced_last
+        forced = kernel if kernel is not None else _forced.get()
         if forced is not None:
             return forced
         streaming = "triton" if r.q.device.type == "cuda" and not _triton_obstacle(r) else "flash"
@@ -216,7 +213,7 @@ def choose(r: Request, kernel: str | None = None) -> str:
 
 @contextlib.contextmanager
 def use(kernel: str) -> Iterator[None]:
-    """Force a kernel for every attention inside the `with`, as torch's `sdpa_kernel` does.
+    """Force a kernel for every attention inside the `with`, in this thread alone: eager, compiled and exported.
 
     Example:
         >>> import funcattn as fa
@@ -227,11 +224,5 @@ def use(kernel: str) -> Iterator[None]:
     """
     if kernel not in KERNELS:
         _checks.fail("kernels.use", "kernel", f"one of {', '.join(map(repr, KERNELS))}", repr(kernel), "See kernels.explain.")
-    global _forced_last
-    token, before = _forced.set(kernel), _forced_last
-    _forced_last = kernel
-    try:
+    with _forced.holding(kernel):
         yield
-    finally:
-        _forced.reset(token)
-        _forced_last = before

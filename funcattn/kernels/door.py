@@ -181,7 +181,7 @@ def _request(
         _checks.fail(door, "k", f"(*lead, K, S, D) with D = {D} as in q", _checks.shape(k), "Project k to q's head size.")
     if v.shape[-3:-1] != (K, S):
         _checks.fail(door, "v", f"(*lead, K, S, Dv) with K, S = {K}, {S} as in k", _checks.shape(v), "Give every key a value.")
-    if not K or H % K:
+    if not H == K == 0 and (not K or H % K):
         _checks.fail(
             door, "k", f"(*lead, K, S, D) with K dividing H = {H}", _checks.shape(k), "Each key head serves H / K query heads."
         )
@@ -190,6 +190,8 @@ def _request(
     except RuntimeError:
         wanted, got = "leading axes that broadcast", f"{_checks.shape(q)}, {_checks.shape(k)} and {_checks.shape(v)}"
         _checks.fail(door, "q, k, v", wanted, got, "Insert axes of size 1 where one is shared.")
+    if not K:  # no heads at all: a key head that no query has
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
     _check_mask(door, mask, lead, (H, T, S), q.device)
     if bias is not None:
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
@@ -208,7 +210,7 @@ def _request(
         _checks.fail(door, "scale", "a number or a 0-d tensor", _checks.shape(scale), "Multiply q by it instead.")
     if dropout or key is not None:
         _check_dropout(door, dropout, key)
-    scale = 1 / math.sqrt(D) if scale is None else scale
+    scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale  # without features all logits are zero, whatever it is
     return Request(q, k, v, mask, bias, scale, dropout, key, wants_lse, tuple(lead))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..masks import Mask
-from . import layout, reference
+from . import layout, reference, torch_fused
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -35,6 +35,8 @@ def attention(
 
     causal says that the mask is the plain causal one, which torch need not be shown.
     """
+    if torch_fused.is_empty(q, k, v):  # which torch's kernels do not take
+        return reference.attend(q, k, v, mask, scale=scale, bias=bias).out
     seen = None if mask is None or causal else reference.visible(mask, k.shape[-2])
     if bias is not None:
         bias = bias.to(q.dtype)
@@ -42,9 +44,9 @@ def attention(
     lead = layout.broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     with sdpa_kernel(BACKENDS[backend]) if backend else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(
-            _four(q, lead),
-            _four(k, lead),
-            _four(v, lead),
+            layout.in_rows(_four(q, lead)),
+            layout.in_rows(_four(k, lead)),
+            layout.in_rows(_four(v, lead)),
             attn_mask=None if seen is None else _four(seen, lead),
             is_causal=causal,
             scale=scale,

@@ -27,6 +27,22 @@ class Layout(NamedTuple):
         return tuple(math.prod(self.lead[axis] for axis in group) for group in self.groups)
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """x (*lead, A, B) as torch's fused kernels must be given it: in rows of contiguous features that do not overlap.
+
+    The kernel of the CPU writes contiguous features into a tensor that is laid out in the order of the strides of q, which is
+    another one where a row, head or example begins within the row before (test_canaries.py::
+    test_torchs_fused_attention_reads_overlapping_rows_wrongly); its backward does so for k and v too, and its products of bfloat16
+    take no such rows at all. So sliding windows and repeated rows are copied; repeated heads and examples, by strides of zero, are
+    not. The row stride counts where there is one row too, which `contiguous` would leave as it is.
+    """
+    *lead, row, feature = x.stride()
+    width = x.shape[-1]
+    if feature == 1 and row >= width and all(s >= width or not s or n == 1 for s, n in zip(lead, x.shape, strict=False)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
     """torch.broadcast_shapes, which takes 20 us a call, where shapes differ: as a rule they do not."""
     first = tuple(shapes[0])

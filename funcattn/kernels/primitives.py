@@ -142,7 +142,7 @@ def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor,
 def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     mask = extra[: plan.masks]
-    if plan.fused and (not mask or torch_fused.is_causal(mask, k.shape[-2])):
+    if plan.fused and not torch_fused.is_empty(q, k, v) and (not mask or torch_fused.is_causal(mask, k.shape[-2])):
         return torch_fused.attend(q, k, v, scale=plan.scale, causal=bool(mask))
     if plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_attend(q, k, v, mask):
         return _triton().attend(q, k, v, mask, plan.scale)

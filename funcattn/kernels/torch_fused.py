@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import Layout, fold, group_sizes, plan, unfold
+from .layout import Layout, fold, group_sizes, in_rows, plan, unfold
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -22,9 +22,14 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str:
         return f"on {q.device.type}, where it is not wired yet"
     if v.shape[-1] != q.shape[-1]:
         return "values are wider or narrower than keys"
-    if not q.shape[-2] or not k.shape[-2]:
-        return "there are no queries or no keys"
+    if is_empty(q, k, v):
+        return "a size is zero"  # by which it divides
     return ""
+
+
+def is_empty(*tensors: Tensor) -> bool:
+    """True where one of the tensors has no elements: no queries, keys, features, heads or examples."""
+    return any(not x.numel() for x in tensors)
 
 
 def is_causal(mask: Sequence[Tensor], S: int) -> bool:
@@ -52,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tu
 
 def rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """out (B, 1, R, D) and lse (B, 1, R) of four axes that need no layout."""
-    return _forward(q, k, v, 0.0, False, scale=scale)
+    return _forward(in_rows(q), in_rows(k), in_rows(v), 0.0, False, scale=scale)
 
 
 def backward(
@@ -77,7 +82,7 @@ def backward(
 
 
 def _four(x: Tensor, layout: Layout) -> Tensor:
-    """(*lead, A, B) as (batch groups, row groups, A, B), repeated by strides of zero; features contiguous, as the kernel wants."""
+    """(*lead, A, B) as (batch groups, row groups, A, B), repeated by strides of zero, in rows that the kernel reads."""
     x = fold(x, layout).expand(*layout.sizes, *x.shape[-2:])
     x = x.reshape(math.prod(layout.sizes[: layout.batch]), math.prod(layout.sizes[layout.batch :]), *x.shape[-2:])
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return in_rows(x)
