@@ -7,7 +7,7 @@ from torch.func import grad, jvp
 
 import funcattn as fa
 from funcattn.interop import document_mask, nested_attention, override_sdpa, sdpa
-from funcattn.kernels import blocks
+from funcattn.kernels import masking
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),  # torch says so at their first use
@@ -117,14 +117,14 @@ def test_the_values_under_the_mask_go_through_every_transform():
 def test_the_cost_is_that_of_each_document(monkeypatch):
     """Twice as many documents of a length are twice as many pairs of a query and a key, forward and backward."""
     pairs = []
-    walk = blocks.Blocks.walk
+    walk = masking.Blocks.walk
 
     def counting(self):
         for line, columns in walk(self):
             pairs.append((line.stop - line.start) * sum(column.stop - column.start for column, _ in columns))
             yield line, columns
 
-    monkeypatch.setattr(blocks.Blocks, "walk", counting)
+    monkeypatch.setattr(masking.Blocks, "walk", counting)
     monkeypatch.setattr(blocks, "KEYS", 16)
 
     def cost(n):

@@ -41,7 +41,8 @@ def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
     compiled), for the whole signature: masks of booleans, of numbers, the causal ones of torch.nn.attention.bias; dropout_p,
     is_causal (together with attn_mask too: what either hides is hidden, as on torch's CPU route), scale, enable_gqa; jagged
     NestedTensors (see `nested_attention`). Where no derivative is asked, torch's own kernel still does the work. Attention weights
-    are dense by nature: need_weights=True computes them as torch does, which composes already.
+    are dense by nature: need_weights=True computes them as torch does, which composes already, but for a query whose keys are all
+    hidden: its weights are zeros, as its output and its derivatives are.
 
     What is not a call of that function is left as it is: flash_attn, xformers, torch's flex_attention, operators of
     torch.ops.aten, and a call from inside another TorchFunctionMode's own handler or from C++.
@@ -87,6 +88,7 @@ class Override(TorchFunctionMode):
             _multi_head,
             scaled_dot_product_attention=self.attend,
             _check_key_padding_mask=_check_key_padding_mask,
+            softmax=_softmax,  # of the weights, where they are asked for
             has_torch_function=_never,  # a default device is a mode too, and would be handed torch's own function
         )
         self.backward = {
@@ -212,6 +214,12 @@ def _check_key_padding_mask(key_padding_mask: Tensor, src_len: int, bsz: int) ->
     """Torch's check, in a form that Dynamo can trace."""
     if key_padding_mask.shape != (bsz, src_len):
         raise AssertionError(f"key_padding_mask should be {(bsz, src_len)}, got {tuple(key_padding_mask.shape)}")
+
+
+def _softmax(x: Tensor, dim: int) -> Tensor:
+    """Softmax with zeros, and zero derivatives, for a query whose keys are all hidden: torch's has NaN, also in its gradient."""
+    empty = torch.eq(x, float("-inf")).all(dim, keepdim=True)
+    return torch.where(empty, 0, torch.where(empty, 0, x).softmax(dim))
 
 
 _lock = threading.Lock()

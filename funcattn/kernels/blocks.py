@@ -2,53 +2,34 @@
 
 A block of logits lives in cache and is gone when the next one comes; what is kept is O(T + S). Powers are of two, not of e, since
 torch's exp2 is several times faster than its exp on CPU and does not slow down where results underflow: q is scaled by log2(e).
+With a bias only the difference of a logit and the greatest one is, since finfo.min times log2(e) is no finite number.
 Tensors here are plain: no transform is active inside, so writing in place is legal.
+
+A log-sum-exp in one number is the greatest logit plus the log of the normalizer, and where the first is large the second is lost:
+the weights exp(S - lse) of n equal logits of -1e9 would sum to n. In rows whose |lse| is above FAR a pass makes both again, from
+its own logits, and the weights are exp(S - greatest) / normalizer. So softmax is invariant to shifts at every order.
+
+A weight of zero times NaN is NaN. Where keys are hidden and a result is not finite, it is made again with every hidden pair left
+out of every sum (`strict`): what a query does not see changes neither its output nor a derivative, NaN and infinity included.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import dropout
 from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, places
-from .layout import Layout, fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
+from .dtypes import accumulation_dtype
+from .layout import fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
+from .masking import NOTHING, Blocks, Seen, block_of, capturing, is_finite, weigh
 
-LOG2E = math.log2(math.e)
-NOTHING = float("-inf")
 ELEMENTS = 2**17  # of one block of logits: half a megabyte of float32, so that a few of them stay in a core's cache
 KEYS = 256  # of one block, at most
 ROWS = 512  # of one block, at least where heads or examples can be taken a few at a time instead
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Where the blocks of queries and keys lie, and which a mask lets one see: masks of T rows, folded, with S keys."""
-
-    T: int
-    S: int
-    rows: int
-    keys: int
-    start: Tensor | None = None
-    stop: Tensor | None = None
-
-    def walk(self) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
-        """For each block of queries the blocks of keys that some query of it sees, and whether all see all of it."""
-        columns = [slice(j, min(j + self.keys, self.S)) for j in range(0, self.S, self.keys)]
-        lines = [slice(i, min(i + self.rows, self.T)) for i in range(0, self.T, self.rows)]
-        if self.start is None or self.stop is None or not columns:
-            yield from ((line, [(column, True) for column in columns]) for line in lines)
-            return
-        first = torch.tensor([c.start for c in columns], device=self.start.device)
-        last = torch.tensor([c.stop for c in columns], device=self.start.device)
-        for line in lines:
-            start, stop = self.start[..., line, :, None], self.stop[..., line, :, None]  # (*groups, rows, n, 1)
-            some = ((start < last) & (stop > first)).flatten(0, -2).any(0).tolist()
-            every = ((start <= first) & (stop >= last)).any(-2).flatten(0, -2).all(0).tolist()
-            yield line, [(column, every[n]) for n, column in enumerate(columns) if some[n]]
+FAR = 512.0  # |lse| up to which one float32 holds the log of the normalizer to 3e-5
 
 
 def attend(
@@ -62,45 +43,58 @@ def attend(
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
     lead = torch.broadcast_shapes(level, v.shape[:-2])
 
-    def part(_: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        q, k, v, *extra = tensors
-        return _attend(q, k, v, extra[: len(mask)], extra[len(mask)] if bias is not None else None, scale)
+    def run(strict: bool) -> list[Tensor]:
+        def part(_: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            q, k, v, *extra = tensors
+            return _attend(q, k, v, extra[: len(mask)], extra[len(mask)] if bias is not None else None, scale, strict)
 
-    out, lse = in_parts(part, [(*lead, T, v.shape[-1]), (*level, T, 1)], [q, k, v, *extra], [K, 2], [Q, K], _too_many)
-    return out, lse
+        return in_parts(part, [(*lead, T, v.shape[-1]), (*level, T, 1)], [q, k, v, *extra], [K, 2], [Q, K], _too_many)
+
+    out, lse = run(False)
+    return (out, lse) if not extra or is_finite([out]) else tuple(run(True))  # pyright: ignore[reportReturnType]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def is_far(lse: Tensor) -> bool:
+    """True where a row sees a key, and its log-sum-exp is too large to hold the log of the normalizer."""
+    if not lse.numel() or capturing(lse):
+        return bool(lse.numel())
+    return not float(lse.abs().amax()) <= FAR and bool(_far(lse).any())
+
+
+def _far(lse: Tensor) -> Tensor:
+    return (lse.abs() > FAR) & (lse != NOTHING)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float, strict: bool
+) -> tuple[Tensor, Tensor]:
     T, S = q.shape[-2], k.shape[-2]
     lead = torch.broadcast_shapes(
         q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]
     )
     others = [x.shape[:-2] for x in mask] + ([] if bias is None else [bias.shape[:-2]]) + [lead]
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], others)
-    wide = _accurate(q.dtype)
-    queries = fold(q, layout).to(wide) * (scale * LOG2E)
+    wide = accumulation_dtype(q, bias)
+    seen = Seen(mask, bias, layout, wide, strict)
+    queries = fold(q, layout).to(wide) * (scale * seen.unit)
     keys, values = fold(k, layout).to(wide), fold(v, layout).to(wide)
     groups = torch.broadcast_shapes(
         *[(1,) * len(layout.groups), queries.shape[:-2], keys.shape[:-2], *[group_sizes(s, layout) for s in others[:-1]]]
     )
     out = values.new_zeros(*layout.sizes, T, v.shape[-1])
     lse = values.new_full((*groups, T, 1), NOTHING)
-    seen = _Seen(mask, bias, layout, wide)
-    for line, columns in seen.blocks(T, S, groups).walk():
-        top = lse[..., line, :]  # in powers of two until the end of the line
+    for line, columns in _walk(seen, T, S, groups):
+        top = lse[..., line, :]  # in units of the logits until the end of the line
         mass = torch.zeros_like(top)
         mixed = torch.zeros_like(out[..., line, :])
         for column, whole in columns:
             s = seen.logits(multiply(queries[..., line, :], keys[..., column, :].mT, layout.batch), line, column, whole)
-            higher = torch.maximum(top, s.amax(-1, keepdim=True))
-            base = torch.where(higher == NOTHING, 0, higher) if seen.anything else higher
-            p = s.sub_(base).exp2_() if s.shape[:-1] == base.shape[:-1] else torch.exp2(s - base)
-            fade = torch.exp2(top - base)
+            visible = s != NOTHING if strict else None
+            p, fade, top = seen.rescale(s, top)
             mass = mass.mul_(fade).add_(p.sum(-1, keepdim=True))
-            mixed.mul_(fade).add_(multiply(p, values[..., column, :], layout.batch))
-            top = higher
+            mixed.mul_(fade).add_(weigh(p, values[..., column, :], layout.batch, visible))
         out[..., line, :] = mixed / torch.where(mass == 0, 1, mass)
-        lse[..., line, :] = torch.where(mass == 0, NOTHING, (top + mass.log2()) / LOG2E)
+        lse[..., line, :] = seen.log(top, mass)
     shape = (
         *torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]),
         T,
@@ -115,63 +109,32 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor
     An output is summed over the leading axes that its terms have and its shape lacks, and repeated over those it alone has.
     """
     _, keyed, _ = places(spec)
-    return in_parts(
-        lambda shapes, tensors: _Sweeper(spec, shapes, tensors).run(), shapes, tensors, sorted(keyed), [Q, K, L], _too_many
-    )
 
+    def run(strict: bool) -> list[Tensor]:
+        part = lambda shapes, tensors: _Sweeper(spec, shapes, tensors, strict).run()
+        return in_parts(part, shapes, tensors, sorted(keyed), [Q, K, L], _too_many)
 
-class _Seen:
-    """Mask and bias, laid out block by block: neither is ever expanded as a whole."""
-
-    def __init__(self, mask: Sequence[Tensor], bias: Tensor | None, layout: Layout, dtype: torch.dtype) -> None:
-        self.mask, self.bias, self.layout, self.dtype = mask, bias, layout, dtype
-        self.intervals = [fold(x, layout) for x in mask] if len(mask) == 2 else []
-        self.anything = bool(mask) or bias is not None
-
-    def blocks(self, T: int, S: int, groups: Sequence[int]) -> Blocks:
-        rows, keys = block_sizes(T, S, math.prod(groups))
-        rows = min(rows, keys) if self.intervals else rows  # square blocks hug a diagonal closer
-        return Blocks(T, S, rows, keys, *self.intervals)
-
-    def logits(self, s: Tensor, line: slice, column: slice, whole: bool) -> Tensor:
-        """Logits in powers of two with the bias added, -inf where hidden."""
-        if self.bias is not None:
-            s = s + self._block(self.bias, line, column).to(self.dtype) * LOG2E
-        if self.intervals and not whole:
-            key = torch.arange(column.start, column.stop, device=s.device)
-            start, stop = (x[..., line, :, None] for x in self.intervals)
-            seen = key < stop.squeeze(-2) if stop.shape[-2] == 1 and not start.any() else ((start <= key) & (key < stop)).any(-2)
-            s = torch.where(seen, s, NOTHING)
-        if len(self.mask) == 1:
-            s = torch.where(self._block(self.mask[0], line, column), s, NOTHING)
-        return s
-
-    def _block(self, x: Tensor, line: slice, column: slice) -> Tensor:
-        return block_of(x, self.layout, line, column)
-
-
-def block_of(x: Tensor, layout: Layout, line: slice, column: slice) -> Tensor:
-    """A block of a tensor of pairs (*lead, T or 1, S or 1)."""
-    line = line if x.shape[-2] != 1 else slice(0, 1)
-    column = column if x.shape[-1] != 1 else slice(0, 1)
-    return fold(x[..., line, column], layout)
+    outputs = run(False)
+    return outputs if (not spec.mask and spec.bias == ONES) or is_finite(outputs) else run(True)
 
 
 class _Sweeper:
     """One sweep: inputs laid out, buffers of the outputs, and the loop."""
 
-    def __init__(self, spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> None:
+    def __init__(self, spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], strict: bool) -> None:
         query, key, pair = places(spec)
         extra = [*spec.mask, *([spec.dropout] if spec.dropout != ONES else [])]
         lead = lambda where: [tensors[p].shape[:-2] for p in where]
         self.spec, self.shapes, self.tensors = spec, shapes, tensors
         self.layout = layout = plan(lead([*query, *extra]), lead(key), lead(pair) + [tuple(s[:-2]) for s in shapes])
-        self.wide = _accurate(tensors[Q].dtype)
+        bias = tensors[spec.bias] if spec.bias != ONES else None
+        self.wide = accumulation_dtype(tensors[Q], bias)
+        self.seen = Seen([tensors[p] for p in spec.mask], bias, layout, self.wide, strict)
         self.x = {p: fold(tensors[p], layout).to(self.wide) for p in query | key}
-        self.scaled = self.x[Q] * (spec.scale * LOG2E)
+        self.scaled = self.x[Q] * (spec.scale * self.seen.unit)
         level = self.x[L]
-        self.level = torch.where(level == NOTHING, float("inf"), level) * LOG2E  # a query that saw no key has no weights
-        self.seen = _Seen([tensors[p] for p in spec.mask], tensors[spec.bias] if spec.bias != ONES else None, layout, self.wide)
+        self.far = _far(level) if is_far(level) else None
+        self.level = torch.where(level == NOTHING, float("inf"), level) * self.seen.unit  # a query that saw no key has no weights
         self.keys = fold(tensors[spec.dropout], layout) if spec.dropout != ONES else None
         self.targets = [group_sizes(tuple(s[:-2]), layout) for s in shapes]
         self.keep = [
@@ -197,42 +160,67 @@ class _Sweeper:
 
     def run(self) -> list[Tensor]:
         groups = torch.broadcast_shapes((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
-        for line, columns in self.seen.blocks(self.T, self.S, groups).walk():
+        for line, columns in _walk(self.seen, self.T, self.S, groups):
+            far = self.far is not None and (capturing(self.far) or bool(self.far[..., line, :].any()))
+            base = self._statistics(line, columns) if far else (self.level[..., line, :], None)
             for column, whole in columns:
-                self._block(line, column, whole)
+                self._block(line, column, whole, *base)
         return [unfold(out, self.layout, shape) for out, shape in zip(self.out, self.shapes, strict=True)]
 
-    def _block(self, line: slice, column: slice, whole: bool) -> None:
+    def _logits(self, line: slice, column: slice, whole: bool) -> Tensor:
         s = multiply(self.scaled[..., line, :], self.x[K][..., column, :].mT, self.layout.batch)
-        s = self.seen.logits(s, line, column, whole)
-        level = self.level[..., line, :]
-        P = s.sub_(level).exp2_() if s.shape[:-1] == level.shape[:-1] else torch.exp2(s - level)
+        return self.seen.logits(s, line, column, whole)
+
+    def _statistics(self, line: slice, columns: Sequence[tuple[slice, bool]]) -> tuple[Tensor, Tensor]:
+        """The greatest logit of each query, and the normalizer of exp(S - greatest) as a power of two."""
+        top = torch.full_like(self.level[..., line, :], NOTHING)
+        mass = torch.zeros_like(top)
+        for column, whole in columns:
+            p, fade, top = self.seen.rescale(self._logits(line, column, whole), top)
+            mass = mass * fade + p.sum(-1, keepdim=True)
+        none = mass == 0
+        return torch.where(none, float("inf"), top), torch.where(none, 0, mass.log2())
+
+    def _block(self, line: slice, column: slice, whole: bool, base: Tensor, normalizer: Tensor | None) -> None:
+        s = self._logits(line, column, whole)
+        visible = s != NOTHING if self.seen.strict else None
+        P = self.seen.power(s, base)
+        P = (P if normalizer is None else P.sub_(normalizer)).exp2_()
         if self.keys is not None:
             P = P * dropout.keep(self.keys, line, column, self.spec.rate).to(P.dtype)
-        weights: dict[tuple[Factor, ...], Tensor] = {(): P}
+        weights: dict[tuple[Factor, ...], Tensor] = {(): P if visible is None else torch.where(visible, P, 0)}
         factors: dict[Factor, Tensor] = {}
         for output, target, out in zip(self.spec.outputs, self.targets, self.out, strict=True):
             alike: dict[
                 tuple[int, torch.Size], list[tuple[float, Tensor]]
             ] = {}  # not across leads: a sum over one would count twice
             for term in output.terms:
-                W = self._weight(term.factors, weights, factors, line, column)
+                W = self._weight(term.factors, weights, factors, line, column, visible)
                 alike.setdefault((term.value, W.shape), []).append((term.weight, W))
             for (value, _), weighted in alike.items():
-                self._add(output, out, target, self._sum(weighted), value, line, column)
+                self._add(output, out, target, self._sum(weighted), value, line, column, visible)
 
-    def _weight(self, product: tuple[Factor, ...], weights: dict, factors: dict, line: slice, column: slice) -> Tensor:
+    def _weight(
+        self,
+        product: tuple[Factor, ...],
+        weights: dict,
+        factors: dict,
+        line: slice,
+        column: slice,
+        visible: Tensor | None,
+    ) -> Tensor:
         """P times a product of factors; products that begin alike are computed once."""
         if product not in weights:
-            head = self._weight(product[:-1], weights, factors, line, column)
+            head = self._weight(product[:-1], weights, factors, line, column, visible)
             last = product[-1]
             if self.uses[last] == 1 and len(product) == 1:  # no one else reads this factor: it becomes the weight
                 fresh = self._factor(last, line, column)
-                weights[product] = fresh.mul_(head) if fresh.shape == head.shape else head * fresh
-                return weights[product]
-            if last not in factors:
-                factors[last] = self._factor(last, line, column)
-            weights[product] = head * factors[last]
+                W = fresh.mul_(head) if fresh.shape == head.shape else head * fresh
+            else:
+                if last not in factors:
+                    factors[last] = self._factor(last, line, column)
+                W = head * factors[last]
+            weights[product] = W if visible is None else torch.where(visible, W, 0)
         return weights[product]
 
     def _factor(self, factor: Factor, line: slice, column: slice) -> Tensor:
@@ -271,13 +259,23 @@ class _Sweeper:
             total = torch.add(total, x, alpha=weight)
         return total
 
-    def _add(self, output: Output, out: Tensor, target: Sequence[int], W: Tensor, value: int, line: slice, column: slice) -> None:
+    def _add(
+        self,
+        output: Output,
+        out: Tensor,
+        target: Sequence[int],
+        W: Tensor,
+        value: int,
+        line: slice,
+        column: slice,
+        visible: Tensor | None,
+    ) -> None:
         batch = self.layout.batch
         if output.side == "query":
-            part = W.sum(-1, keepdim=True) if value == ONES else multiply(W, self.x[value][..., column, :], batch)
+            part = W.sum(-1, keepdim=True) if value == ONES else weigh(W, self.x[value][..., column, :], batch, visible)
             out[..., line, :] += _reduce(part, target)
         elif output.side == "key":
-            part = W.sum(-2).unsqueeze(-1) if value == ONES else multiply_rows(W, self.x[value][..., line, :], self.keep, batch)
+            part = W.sum(-2).unsqueeze(-1) if value == ONES else self._weigh_rows(W, self.x[value][..., line, :], visible)
             out[..., column, :] += _reduce(part, target)
         else:
             line = line if out.shape[-2] != 1 else slice(0, 1)
@@ -285,6 +283,22 @@ class _Sweeper:
             W = W if out.shape[-2] != 1 else W.sum(-2, keepdim=True)
             W = W if out.shape[-1] != 1 else W.sum(-1, keepdim=True)
             out[..., line, column] += _reduce(W, target)
+
+    def _weigh_rows(self, W: Tensor, c: Tensor, visible: Tensor | None) -> Tensor:
+        """W.mT @ c, as `weigh` does it."""
+        rows = lambda W, c: multiply_rows(W, c, self.keep, self.layout.batch)
+        if visible is None:
+            return rows(W, c)
+        bad = ~c.isfinite()
+        reached = rows(visible.to(W.dtype).expand(W.shape), bad.to(W.dtype)) > 0
+        return torch.where(reached, rows(W, c), rows(W, c.masked_fill(bad, 0)))
+
+
+def _walk(seen: Seen, T: int, S: int, groups: Sequence[int]) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+    """The blocks that some query sees, as `masking.Blocks.walk` gives them."""
+    rows, keys = block_sizes(T, S, math.prod(groups))
+    rows = min(rows, keys) if seen.intervals else rows  # square blocks hug a diagonal closer
+    return Blocks(T, S, rows, keys, *seen.intervals).walk()
 
 
 def block_sizes(T: int, S: int, groups: int) -> tuple[int, int]:
@@ -303,7 +317,3 @@ def _reduce(x: Tensor, target: Sequence[int]) -> Tensor:
 def _too_many(lead: int, T: int, S: int) -> float:
     """How many times too large one block of all leading axes would be."""
     return lead * min(ROWS, T) * min(KEYS, S) / ELEMENTS
-
-
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32

@@ -100,6 +100,10 @@ def _sdpa_obstacle(r: Request) -> str:
         return "scale is a tensor"
     if r.dropout:
         return "draws dropout from torch's global generator, not from a key"
+    if r.bias is not None:
+        wider = torch.promote_types(r.q.dtype, r.bias.dtype)
+        if wider != r.q.dtype and (wider != torch.float32 or r.q.device.type != "cpu"):
+            return f"would round the bias to {r.q.dtype}"
     return ""
 
 

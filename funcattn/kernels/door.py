@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..masks import Mask
 from ..records import Attended
-from . import choice, dropout, flash, fused, layout, reference
+from . import choice, dropout, flash, fused, layout, masking, reference, unseen
 from .choice import Explanation, Request
 
 
@@ -136,7 +136,13 @@ def _chosen(r: Request, kernel: str) -> Attended:
     """The chosen kernel; lse is left out (a scalar zero) where a kernel does not give it and none was asked."""
     if kernel.startswith("sdpa"):
         backend = kernel.removeprefix("sdpa").removeprefix(":")
-        out = fused.attention(r.q, r.k, r.v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
+        k, v = r.k, r.v
+        if r.q.device.type != "cpu" and r.mask is not None:  # where looking at the output would be waiting for it
+            _, k, v, *_ = unseen.take_out(r.q, r.k, r.v, r.mask)
+        out = fused.attention(r.q, k, v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
+        known = _checks.value(out) if r.q.device.type == "cpu" and (r.mask is not None or r.bias is not None) else None
+        if known is not None and not masking.is_finite([known]):
+            return flash.attend(r)  # torch's kernels weigh what is hidden by zero, and zero times NaN is NaN
         return Attended(out, out.new_zeros(()))
     if kernel in ("flash", "triton"):
         return flash.attend(r, "triton" if kernel == "triton" else "torch")

@@ -39,7 +39,7 @@ def attention(
         return reference.attend(q, k, v, mask, scale=scale, bias=bias).out
     seen = None if mask is None or causal else reference.visible(mask, k.shape[-2])
     if bias is not None:
-        bias = bias.to(q.dtype)
+        bias = bias.to(torch.promote_types(q.dtype, bias.dtype))  # added in the wider dtype
         seen = bias if seen is None else torch.where(seen, bias, float("-inf"))
     lead = layout.broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     with sdpa_kernel(BACKENDS[backend]) if backend else contextlib.nullcontext():

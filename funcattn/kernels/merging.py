@@ -15,6 +15,7 @@ from .._autodiff import transforming
 from ..records import ABSENT, Attended, is_absent
 from . import choice, reference, scores, torch_fused
 from .door import attend
+from .dtypes import accurate
 
 FEW = 16  # queries at which the dense form over the remembered keys stops being the cheaper one
 
@@ -57,7 +58,7 @@ def merge(a: Attended, b: Attended) -> Attended:
     x, y = torch.where(no_a, 0, a.lse), torch.where(no_b, 0, b.lse)  # finite, so that no derivative divides by nothing
     w = torch.where(no_a, 0, torch.where(no_b, 1, torch.sigmoid(x - y))).unsqueeze(-1)
     lse = torch.where(no_a, b.lse, torch.where(no_b, a.lse, torch.logaddexp(x, y)))
-    out = w * reference.accurate(a.out) + (1 - w) * reference.accurate(b.out)
+    out = w * accurate(a.out) + (1 - w) * accurate(b.out)
     return Attended(out.to(a.out.dtype), lse)
 
 
@@ -161,7 +162,7 @@ def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -
 def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
     logits, can_be_empty = [], True
     for k, _, mask in parts:
-        S = reference.logits(reference.accurate(q), reference.accurate(k), scale)
+        S = reference.logits(accurate(q), accurate(k), scale)
         S = S if cap is None else soft_cap(S, cap)
         if is_absent(mask):
             can_be_empty = can_be_empty and not k.shape[-2]

@@ -19,8 +19,10 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from .. import _checks
 from .._autodiff import transforming
 from . import algebra, blocks, torch_fused
-from .algebra import ONES, Dense, K, Output, Pair, Q, Sweep, Term
+from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
+from .dtypes import accumulation_dtype
 from .layout import broadcast
+from .masking import is_finite
 
 
 class Like(NamedTuple):
@@ -136,14 +138,19 @@ def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor,
     q, k, v, *mask = tensors
     if mask and not torch_fused.is_causal(mask, k.shape[-2]):
         return None
-    return torch_fused.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, scale=plan.scale, causal=bool(mask))
+    if blocks.is_far(lse):
+        return None
+    grads = torch_fused.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, scale=plan.scale, causal=bool(mask))
+    return grads if not mask or is_finite(grads) else None
 
 
 def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     mask = extra[: plan.masks]
     if plan.fused and not torch_fused.is_empty(q, k, v) and (not mask or torch_fused.is_causal(mask, k.shape[-2])):
-        return torch_fused.attend(q, k, v, scale=plan.scale, causal=bool(mask))
+        out, lse = torch_fused.attend(q, k, v, scale=plan.scale, causal=bool(mask))
+        if not mask or is_finite([out]):
+            return out, lse
     if plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_attend(q, k, v, mask):
         return _triton().attend(q, k, v, mask, plan.scale)
     return blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
@@ -164,12 +171,14 @@ def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple
 def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     shapes = [o.shape for o in job.likes]
     mask = [tensors[p] for p in job.sweep.mask]
-    if job.plan is not None and (not mask or torch_fused.is_causal(mask, tensors[1].shape[-2])):
-        q, k, lse, *_, v, g, _, out = tensors
-        outputs: Sequence[Tensor] = torch_fused.backward(shapes, q, k, v, lse, g, out, scale=job.plan.scale, causal=bool(mask))
+    outputs: Sequence[Tensor] | None = None
+    if job.plan is not None and not blocks.is_far(tensors[L]) and (not mask or torch_fused.is_causal(mask, tensors[K].shape[-2])):
+        q, k, lse, *_, v, g, _, out = tensors  # torch's kernel takes its log-sum-exp as one number, and weighs hidden NaN by zero
+        outputs = torch_fused.backward(shapes, q, k, v, lse, g, out, scale=job.plan.scale, causal=bool(mask))
+        outputs = outputs if not mask or is_finite(outputs) else None
     elif job.backend == "triton" and not _triton().obstacle(job.sweep, tensors):
         outputs = _triton().sweep(job.sweep, shapes, [o.dtype for o in job.likes], tensors)
-    else:
+    if outputs is None:
         outputs = blocks.sweep(job.sweep, shapes, tensors)
     return [x.to(o.dtype) for x, o in zip(outputs, job.likes, strict=True)]
 
@@ -215,7 +224,7 @@ def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
     lead = torch.broadcast_shapes(level, v.shape[:-2])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(*tensors)
     return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(*level, q.shape[-2], 1, dtype=wide)
 
 

@@ -1,7 +1,10 @@
 """Dense attention: the specification. Every other kernel is held against this page.
 
     S_ij = scale * q_i . k_j + bias_ij       over the keys that query i sees
-    lse_i = log sum_j exp S_ij               P_ij = exp(S_ij - lse_i)               out_i = sum_j P_ij v_j
+    m_i = max_j S_ij        P_ij = exp(S_ij - m_i) / sum_j exp(S_ij - m_i)        out_i = sum_j P_ij v_j
+    lse_i = m_i + log sum_j exp(S_ij - m_i)
+
+The weights are not exp(S - lse): where m is large, the sum of the two in one number has lost the second.
 
 O(T * S) memory, plain torch operations, so every transform of torch.func goes through at every order. A query that sees no key
 has out = 0 and lse = -inf, with zero derivatives: what such a row would divide by is replaced before the division, not after.
@@ -14,7 +17,10 @@ from torch import Tensor
 
 from ..masks import Mask
 from ..records import Attended
+from . import unseen
+from .dtypes import accurate
 from .products import product
+from .unseen import Taken
 
 
 class Weights(NamedTuple):
@@ -47,26 +53,39 @@ def visible(mask: Mask | Tensor, S: int) -> Tensor:
 
 
 def weigh(q: Tensor, k: Tensor, mask: Mask | Tensor | None, *, scale: float | Tensor, bias: Tensor | None = None) -> Weights:
-    """The attention weights themselves, for those who plot them and for the sums below."""
-    S = logits(accurate(q), accurate(k), scale)
+    """The attention weights themselves, for those who plot them."""
+    seen = _seen(mask, bias, k.shape[-2])
+    return _weigh(unseen.take_out(q, k, k, mask if bias is None else seen), seen, scale, bias)
+
+
+def _seen(mask: Mask | Tensor | None, bias: Tensor | None, S: int) -> Tensor | None:
+    seen = None if mask is None else visible(mask, S)
+    if bias is None:
+        return seen
+    number = bias != float("-inf")  # a bias of -inf hides the key, as in torch
+    return number if seen is None else seen & number
+
+
+def _weigh(x: Taken, seen: Tensor | None, scale: float | Tensor, bias: Tensor | None) -> Weights:
+    """exp(S - m) / sum exp(S - m) with m the greatest logit of a row: as it cancels, it is a constant to every derivative."""
+    S = logits(accurate(x.q, bias), accurate(x.k, bias), scale)
     if bias is not None:
-        hidden = bias == float("-inf")  # a bias of -inf hides the key, as in torch
-        S = S + torch.where(hidden, 0, accurate(bias))
-        seen = ~hidden if mask is None else visible(mask, k.shape[-2]) & ~hidden
-    elif mask is None:
-        if not k.shape[-2]:
-            return Weights(S, S.new_full(S.shape[:-1], float("-inf")))
-        lse = S.logsumexp(-1)
-        return Weights((S - lse.unsqueeze(-1)).exp(), lse)
-    else:
-        seen = visible(mask, k.shape[-2])
-    if not k.shape[-2]:
+        S = S + torch.where(bias == float("-inf"), 0, accurate(bias, x.q))
+    if not x.k.shape[-2]:
         return Weights(S, S.new_full(S.shape[:-1], float("-inf")))
-    empty = ~seen.any(-1)  # (*lead, 1, T)
-    S = torch.where(seen | empty.unsqueeze(-1), S, float("-inf"))  # an empty row keeps finite logits and drops out below
-    lse = S.logsumexp(-1)
-    P = torch.where(seen, (S - lse.unsqueeze(-1)).exp(), 0)
-    return Weights(P, torch.where(empty, float("-inf"), lse))
+    empty = None
+    if seen is not None:
+        empty = ~seen.any(-1, keepdim=True)  # (*lead, 1, T, 1)
+        spoilt = unseen.poison(x.bad_k, S, seen)
+        S = S if spoilt is None else S * spoilt
+        S = torch.where(seen | empty, S, float("-inf"))  # an empty row keeps finite logits and drops out below
+    greatest = S.detach().amax(-1, keepdim=True)
+    P = (S - greatest).exp()
+    mass = P.sum(-1, keepdim=True)
+    P, lse = P / mass, greatest + mass.log()
+    if seen is not None and empty is not None:
+        P, lse = torch.where(seen, P, 0), torch.where(empty, float("-inf"), lse)
+    return Weights(P, lse.squeeze(-1))
 
 
 def attend(
@@ -80,11 +99,10 @@ def attend(
     keep: Tensor | None = None,
 ) -> Attended:
     """Dense attention; keep (*lead, H, T, S) multiplies the weights (dropout: 0 or 1 / (1 - rate))."""
-    P, lse = weigh(q, k, mask, scale=scale, bias=bias)
-    out = mix(P if keep is None else P * keep, accurate(v)).to(v.dtype)
-    return Attended(out, lse.expand(out.shape[:-1]))
-
-
-def accurate(x: Tensor) -> Tensor:
-    """float32 at least: the dtype that statistics are kept in."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    seen = _seen(mask, bias, k.shape[-2])
+    x = unseen.take_out(q, k, v, mask if bias is None else seen)
+    P, lse = _weigh(x, seen, scale, bias)
+    P = P if keep is None else P * keep
+    spoilt = unseen.poison(x.bad_v, P, seen)
+    out = mix(P if spoilt is None else P * spoilt, accurate(x.v, bias)).to(v.dtype)
+    return Attended(unseen.without_blind(out, x.blind), lse.expand(out.shape[:-1]))

@@ -28,8 +28,9 @@ from .. import _checks, rematerialization
 from ..masks import Mask
 from ..records import Attended
 from ..rematerialization import Flat, batched, pullback, pushforward
-from . import door, reference
-from .blocks import Blocks
+from . import door, reference, unseen
+from .dtypes import accurate
+from .masking import Blocks
 
 DOOR = "attention_with_score"
 REMEDY = "Give it what a derivative or a vmap follows in parameters=."
@@ -185,16 +186,23 @@ def _attend(r: door.Request, score: Callable[..., Tensor], parameters: tuple[Any
 
 
 def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> Attended:
-    q, k, v = (reference.accurate(x) for x in (r.q, r.k, r.v))
+    q, k, v, blind, *flags = unseen.take_out(accurate(r.q), accurate(r.k), accurate(r.v), r.mask)
+    bad = [x for x in flags if x is not None]
     H, T, S = *q.shape[-3:-1], k.shape[-2]
     scale = r.scale if isinstance(r.scale, Tensor) else q.new_tensor(r.scale)
     i, j = torch.arange(T, device=q.device), torch.arange(S, device=q.device)
     mask, mask_axes = _mask_inputs(r.mask, T, S)
 
+    def spoilt(bad: Tensor, like: Tensor, seen: Tensor | None) -> Tensor | float:
+        factor = unseen.poison(bad, like, seen)
+        return 1.0 if factor is None else factor
+
     def logits(i: Tensor, j: Tensor, q: Tensor, k: Tensor, scale: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
-        s = reference.logits(q, k, scale)
-        s = score(s, _indices(s, i, j), rest[len(mask) :]).to(s.dtype)
-        return s, _seen(rest[: len(mask)], j)
+        s, seen = reference.logits(q, k, scale), _seen(rest[: len(mask)], j)
+        if flags[0] is not None:
+            s = s * spoilt(rest[len(mask)], s, seen)
+        s = score(s, _indices(s, i, j), rest[len(mask) + len(bad) :]).to(s.dtype)
+        return s, seen
 
     def highest(_: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
         s, seen = logits(*x)
@@ -204,11 +212,15 @@ def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> 
     def masses(shift: Tensor, v: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
         s, seen = logits(*x)
         p = (s - shift).exp() if seen is None else torch.where(seen, (torch.where(seen, s, shift) - shift).exp(), 0)
-        return p.sum(-1, keepdim=True), reference.mix(p, v)
+        mass = p.sum(-1, keepdim=True)
+        if flags[1] is not None:
+            seen = s != NOTHING if seen is None else seen & (s != NOTHING)
+            p = p * spoilt(x[5 + len(mask) + len(bad) - 1], p, seen)
+        return mass, reference.mix(p, v)
 
     query, key = Axes(query=-2), Axes(key=-2)
-    common = (Axes(query=-1), Axes(key=-1), query, key, Axes(), *mask_axes, *[Axes()] * len(parameters))
-    x = (i, j, q, k, scale, *mask, *parameters)
+    common = (Axes(query=-1), Axes(key=-1), query, key, Axes(), *mask_axes, *[key] * len(bad), *[Axes()] * len(parameters))
+    x = (i, j, q, k, scale, *mask, *bad, *parameters)
     ends = (6, 7) if isinstance(r.mask, Mask) else ()
     names = {"door": DOOR, "argument": "score", "remedy": REMEDY}
     # c stands for a constant at every level, since the result does not depend on it; its shape tells the number of heads.
@@ -221,7 +233,7 @@ def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> 
     empty = m == 0
     m = torch.where(empty, 1, m)
     lse = torch.where(empty, NOTHING, shift + m.log()).squeeze(-1)
-    return Attended((n / m).to(r.v.dtype), lse.expand(*r.lead, H, T))
+    return Attended(unseen.without_blind((n / m).to(r.v.dtype), blind), lse.expand(*r.lead, H, T))
 
 
 def _mask_inputs(mask: Mask | Tensor | None, T: int, S: int) -> tuple[list[Tensor], list[Axes]]:
@@ -255,7 +267,7 @@ def _probe(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> N
         return
     some = lambda n: torch.tensor(sorted({0, n // 2, n - 1}), device=r.q.device)
     i, j = some(T), some(S)
-    s = torch.arange(len(i) * len(j), device=r.q.device).to(reference.accurate(r.q).dtype).cos().reshape(len(i), len(j))
+    s = torch.arange(len(i) * len(j), device=r.q.device).to(accurate(r.q).dtype).cos().reshape(len(i), len(j))
     s = s.expand(*torch.broadcast_shapes(r.q.shape[:-3], r.k.shape[:-3]), H, len(i), len(j))
     with torch.no_grad():
         whole = score(s.clone(), _indices(s, i, j), parameters)

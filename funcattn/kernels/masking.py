@@ -1,0 +1,116 @@
+"""Which pairs of a query and a key are seen, block by block, and sums over no others; masks are never expanded as a whole.
+
+Also the steps that a streaming softmax makes of such a block. Powers are of two (see `blocks`).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dtypes import accumulation_dtype
+from .layout import Layout, fold, multiply
+
+LOG2E = math.log2(math.e)
+NOTHING = float("-inf")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the blocks of queries and keys lie, and which a mask lets one see: masks of T rows, folded, with S keys."""
+
+    T: int
+    S: int
+    rows: int
+    keys: int
+    start: Tensor | None = None
+    stop: Tensor | None = None
+
+    def walk(self) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+        """For each block of queries the blocks of keys that some query of it sees, and whether all see all of it."""
+        columns = [slice(j, min(j + self.keys, self.S)) for j in range(0, self.S, self.keys)]
+        lines = [slice(i, min(i + self.rows, self.T)) for i in range(0, self.T, self.rows)]
+        if self.start is None or self.stop is None or not columns:
+            yield from ((line, [(column, True) for column in columns]) for line in lines)
+            return
+        first = torch.tensor([c.start for c in columns], device=self.start.device)
+        last = torch.tensor([c.stop for c in columns], device=self.start.device)
+        for line in lines:
+            start, stop = self.start[..., line, :, None], self.stop[..., line, :, None]  # (*groups, rows, n, 1)
+            some = ((start < last) & (stop > first)).flatten(0, -2).any(0).tolist()
+            every = ((start <= first) & (stop >= last)).any(-2).flatten(0, -2).all(0).tolist()
+            yield line, [(column, every[n]) for n, column in enumerate(columns) if some[n]]
+
+
+class Seen:
+    """Mask and bias, laid out block by block: neither is ever expanded as a whole."""
+
+    def __init__(self, mask: Sequence[Tensor], bias: Tensor | None, layout: Layout, dtype: torch.dtype, strict: bool) -> None:
+        self.mask, self.bias, self.layout, self.dtype, self.strict = mask, bias, layout, dtype, strict
+        self.intervals = [fold(x, layout) for x in mask] if len(mask) == 2 else []
+        self.anything = bool(mask) or bias is not None
+        self.unit = LOG2E if bias is None else 1.0  # by which logits are multiplied
+
+    def logits(self, s: Tensor, line: slice, column: slice, whole: bool) -> Tensor:
+        """Logits, times the unit, with the bias added; -inf where hidden."""
+        if self.bias is not None:
+            bias = self._block(self.bias, line, column).to(self.dtype)
+            s = s + bias
+            if self.strict:
+                s = torch.where(bias == NOTHING, NOTHING, s)
+        if self.intervals and not whole:
+            key = torch.arange(column.start, column.stop, device=s.device)
+            start, stop = (x[..., line, :, None] for x in self.intervals)
+            seen = key < stop.squeeze(-2) if stop.shape[-2] == 1 and not start.any() else ((start <= key) & (key < stop)).any(-2)
+            s = torch.where(seen, s, NOTHING)
+        if len(self.mask) == 1:
+            s = torch.where(self._block(self.mask[0], line, column), s, NOTHING)
+        return s
+
+    def power(self, s: Tensor, base: Tensor) -> Tensor:
+        """s - base as a power of two; logits of the same shape are overwritten."""
+        s = s.sub_(base) if s.shape[:-1] == base.shape[:-1] else s - base
+        return s if self.bias is None else s.mul_(LOG2E)
+
+    def rescale(self, s: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A step of a streaming softmax: weights of these logits, what sums so far are multiplied by, the greatest logit so far."""
+        higher = torch.maximum(top, s.amax(-1, keepdim=True))
+        base = torch.where(higher == NOTHING, 0, higher) if self.anything else higher
+        p, fade = self.power(s, base).exp2_(), top - base
+        return p, torch.exp2(fade if self.bias is None else fade * LOG2E), higher
+
+    def log(self, top: Tensor, mass: Tensor) -> Tensor:
+        """The log-sum-exp, from the greatest logit and the sum of the weights; -inf where nothing is seen."""
+        lse = (top + mass.log2()) / LOG2E if self.bias is None else top + mass.log()
+        return torch.where(mass == 0, NOTHING, lse)
+
+    def _block(self, x: Tensor, line: slice, column: slice) -> Tensor:
+        return block_of(x, self.layout, line, column)
+
+
+def weigh(W: Tensor, c: Tensor, batch: int, visible: Tensor | None = None) -> Tensor:
+    """W @ c; with booleans of the shape of W, rows of c that a row of W does not see are left out of its sum, not weighted by 0."""
+    if visible is None:
+        return multiply(W, c, batch)
+    bad = ~c.isfinite()
+    reached = multiply(visible.to(W.dtype).expand(W.shape), bad.to(W.dtype), batch) > 0
+    return torch.where(reached, multiply(W, c, batch), multiply(W, c.masked_fill(bad, 0), batch))
+
+
+def block_of(x: Tensor, layout: Layout, line: slice, column: slice) -> Tensor:
+    """A block of a tensor of pairs (*lead, T or 1, S or 1)."""
+    line = line if x.shape[-2] != 1 else slice(0, 1)
+    column = column if x.shape[-1] != 1 else slice(0, 1)
+    return fold(x[..., line, column], layout)
+
+
+def is_finite(tensors: Sequence[Tensor]) -> bool:
+    """False where an entry is NaN or infinite, or their sum overflows: by which a second pass is made, and no result changes."""
+    return all(capturing(x) or math.isfinite(float(x.sum(dtype=accumulation_dtype(x)))) for x in tensors)
+
+
+def capturing(x: Tensor) -> bool:
+    """True where a CUDA graph is recorded: no number can be looked at."""
+    return x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,107 @@
+"""What no query sees, taken out before it is multiplied: a weight of zero times NaN is NaN, in the output and in every derivative.
+
+For kernels made of operations that transforms go through. Keys and values that no query sees become zeros, and so do queries that
+see no key: then neither they, nor tangents and cotangents of theirs, reach anything. A key that some queries see and that holds NaN
+or infinity is replaced as well, and the weights of those queries become NaN. Where numbers can be looked at and there is nothing
+to take out, nothing is done.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..masks import Mask
+from .layout import broadcast
+from .masking import is_finite
+
+
+class Taken(NamedTuple):
+    """q, k and v without what is not seen, and booleans of what was taken out, which None stands for where there is nothing."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blind: Tensor | None = None  # (*lead, H or 1, T, 1): the query sees no key
+    bad_k: Tensor | None = None  # (*lead, K, S, 1): the key is not finite
+    bad_v: Tensor | None = None  # the same of the value
+
+
+def take_out(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Taken:
+    """For q (*lead, H, T, D), k (*lead, K, S, D), v (*lead, K, S, Dv) and a mask that broadcasts to (*lead, H, T, S)."""
+    if mask is None or not k.shape[-2] or not q.shape[-2]:
+        return Taken(q, k, v)
+    keys, queries = _of_intervals(mask, k.shape[-2]) if isinstance(mask, Mask) else _of_booleans(mask, q, k)
+    blind = _unless_none(~queries)
+    hidden = _unless_none(~_fitting(keys, broadcast(k.shape[:-3], v.shape[:-3]), k.shape[-3]))
+    if blind is not None:
+        q = torch.where(blind, 0, q)
+    if hidden is not None:
+        k, v = torch.where(hidden, 0, k), torch.where(hidden, 0, v)
+    (k, bad_k), (v, bad_v) = _finite(k), _finite(v)
+    return Taken(q, k, v, blind, bad_k, bad_v)
+
+
+def poison(bad: Tensor | None, like: Tensor, seen: Tensor | None) -> Tensor | None:
+    """What weights (*lead, H, T, S) of a query that sees a bad key (*lead, K, S, 1) are multiplied by: NaN, and 1 elsewhere."""
+    if bad is None:
+        return None
+    bad = bad.mT.repeat_interleave(like.shape[-3] // bad.shape[-3], -3)  # (*lead, H, 1, S)
+    return torch.where(bad if seen is None else bad & seen, torch.nan, 1.0).to(like.dtype)
+
+
+def without_blind(out: Tensor, blind: Tensor | None) -> Tensor:
+    """out (*lead, H, T, Dv) with zeros for queries that see no key, whatever their cotangents are."""
+    return out if blind is None else torch.where(blind, 0, out)
+
+
+def _of_intervals(mask: Mask, S: int) -> tuple[Tensor, Tensor]:
+    """Which keys (*lead, 1, S, 1) some query sees, and which queries (*lead, 1, T, 1) see some key."""
+    start = mask.start.clamp(0, S)
+    stop = torch.maximum(mask.stop.clamp(0, S), start)
+    queries = (start < stop).any(-1)
+    ends = torch.cat([start.flatten(-2), stop.flatten(-2)], -1)
+    steps = torch.cat([torch.ones_like(start), -torch.ones_like(stop)], -2).flatten(-2)  # +1 where one begins, -1 where it ends
+    count = steps.new_zeros(*steps.shape[:-1], S + 1).scatter_add(-1, ends, steps).cumsum(-1)[..., :S]
+    return (count > 0).unsqueeze(-2).unsqueeze(-1), queries.unsqueeze(-2).unsqueeze(-1)
+
+
+def _of_booleans(mask: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a mask that broadcasts to (*lead, H, T, S): (*lead, K or 1, S, 1) and (*lead, H or 1, T, 1)."""
+    (H, T, _), (K, S, _) = q.shape[-3:], k.shape[-3:]
+    mask = mask.reshape(*[1] * (3 - mask.dim()), *mask.shape)
+    keys = mask.any(-2)  # (*lead, H or 1, S or 1)
+    keys = keys if keys.shape[-2] == 1 or H == K else keys.unflatten(-2, (K, H // K)).any(-2)
+    queries = mask.any(-1, keepdim=True)
+    return keys.expand(*keys.shape[:-1], S).unsqueeze(-1), queries.expand(*queries.shape[:-2], T, 1)
+
+
+def _fitting(keys: Tensor, lead: tuple[int, ...], K: int) -> Tensor:
+    """Seen by an example, where examples share the keys: (*lead', K or 1, S, 1) without the axes that keys and values lack."""
+    while keys.dim() - 3 > len(lead):
+        keys = keys.any(0)
+    for axis in range(-3 - len(lead), -3):
+        if keys.dim() >= -axis and lead[axis + 3] == 1 and keys.shape[axis] != 1:
+            keys = keys.any(axis, keepdim=True)
+    return keys.any(-3, keepdim=True) if K == 1 and keys.shape[-3] != 1 else keys
+
+
+def _unless_none(flags: Tensor) -> Tensor | None:
+    """None where it can be seen that no flag is up, in any row of a vmap."""
+    known = _look(flags)
+    return None if known is not None and not bool(known.any()) else flags
+
+
+def _finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x with zeros for rows that hold NaN or infinity, and which those are."""
+    known = _look(x)
+    if known is not None and is_finite([known]):
+        return x, None
+    bad = ~x.isfinite().all(-1, keepdim=True)
+    return torch.where(bad, 0, x), bad
+
+
+def _look(x: Tensor) -> Tensor | None:
+    """The numbers, of all rows of a vmap, where they can be had without waiting for a device."""
+    return _checks.peek(x) if x.device.type == "cpu" else None
