@@ -65,6 +65,11 @@ class Tokenizer:
         """How many ids the tokenizer knows; the model may have more."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Id -> text of the special tokens, which `decode` leaves out."""
+        return prompts.special_of(self.backend)
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of a text.
 
@@ -95,7 +100,8 @@ class Tokenizer:
         wrong = [number for number in numbers if not 0 <= number < 2**32]
         if wrong:
             fail("decode", "ids", "token ids", wrong[0], "Ids count from 0.")
-        return self.backend.decode(numbers, skip_special_tokens=skip_special)
+        with _rust_errors("the decoder of tokenizer.json"):
+            return self.backend.decode(numbers, skip_special_tokens=skip_special)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
@@ -140,7 +146,7 @@ class Tokenizer:
             lost (test_prompts.py).
         """
         arguments = self._rendering(messages, add_generation_prompt, continue_final_message)
-        special = sorted(set(prompts.special_of(self.backend).values()))
+        special = sorted(set(self.special_tokens.values()))
         rendered = templates.render_with_origins(*arguments, special)
         if continue_final_message:
             text = templates.opened(rendered.text)
