@@ -16,6 +16,7 @@ from ._autodiff import transforming
 from .models import Model
 from .records import ABSENT, is_absent
 from .sampling import Sampler
+from .streaming import StreamedText
 
 
 def generate(
@@ -107,13 +108,13 @@ def stream(
 ) -> Iterator[Streamed]:
     """`generate`, yielding text as it is written; the same key gives the same tokens.
 
-    Text is held back while it may still change: an unfinished character, or what may become a stop string. A stop id and a stop
-    string are not part of the text. Arguments as in `generate`, and:
+    Text is held back while it may still change: an unfinished character, a run of bytes, or what may become a stop string (see
+    `funcattn.streaming`). A stop id and a stop string are not part of the text. Arguments as in `generate`, and:
 
     Args:
         tokenizer: what decodes; without one, text is "".
         stop: ids that end the text; None takes the tokenizer's own.
-        stop_strings: texts that end it; the piece that would hold one ends before it.
+        stop_strings: texts that end it; the piece that would hold one ends before it. One may be a special token, or hold it.
 
     Yields:
         A `Streamed` for each token; at least one, the last with `ended` True.
@@ -121,14 +122,15 @@ def stream(
     Raises:
         ValueError, TypeError: as `generate`, at the first piece.
 
-    Law: the tokens are those of `generate`, and the texts join to their decoded whole (test_generation.py).
+    Law: the tokens are those of `generate`, and the texts join to what `decode` gives for all of them, without a stop id
+        (test_generation.py, test_streaming.py).
     """
     _check_stops(tokenizer, stop_strings)
     ends = _ends_of("stream", tokenizer, stop)
     _check_parts("stream", model, sampler)
     _check("stream", prompt, cache, steps, chunk, ends)
     start = _prefill(model, params, prompt, cache, steps, None, chunk)
-    text = _Text(tokenizer, tuple(stop_strings))
+    text = StreamedText(tokenizer, stop_strings)
     tokens: tuple[int, ...] = ()
     after = start.cache
     for drawn in _draws(key, model, params, start, steps, sampler, prompt):
@@ -141,49 +143,8 @@ def stream(
             yield Streamed(piece, tokens, after, True)
             return
         yield Streamed(piece, tokens, after, False)
-    piece = text.add(tokens[-1], last=True)[0] if tokens and tokens[-1] not in ends else text.rest()
-    yield Streamed(piece, tokens, after, True)
-
-
-class _Text:
-    """What of the text is certain: decodes a short window of tokens, and holds back what may still change."""
-
-    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...]) -> None:
-        self.tokenizer, self.stop_strings = tokenizer, stop_strings
-        self.ids: list[int] = []
-        self.begin = self.read = 0  # the window decodes from begin; the text of ids before read is out or held
-        self.held = ""
-
-    def add(self, token: int, *, last: bool = False) -> tuple[str, bool]:
-        """Text that is now certain, and whether a stop string was met."""
-        if self.tokenizer is None:
-            return "", False
-        self.ids.append(token)
-        known = self.tokenizer.decode(self.ids[self.begin : self.read])
-        full = self.tokenizer.decode(self.ids[self.begin :])
-        if not full.endswith("\N{REPLACEMENT CHARACTER}") or last:
-            self.held += full[len(known) :]
-            self.begin, self.read = self.read, len(self.ids)
-        places = [place for place in (self.held.find(s) for s in self.stop_strings) if place >= 0]
-        if places:
-            return self.held[: min(places)], True
-        keep = 0 if last else max((_overlap(self.held, s) for s in self.stop_strings), default=0)
-        certain, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return certain, False
-
-    def rest(self) -> str:
-        """What was held back, once nothing can follow."""
-        pending = (
-            self.tokenizer.decode(self.ids[self.begin :])[len(self.tokenizer.decode(self.ids[self.begin : self.read])) :]
-            if self.ids
-            else ""
-        )
-        return self.held + pending
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    piece, found = text.add(tokens[-1]) if tokens and tokens[-1] not in ends else ("", False)
+    yield Streamed(piece if found else piece + text.finish(), tokens, after, True)
 
 
 class _Start(NamedTuple):

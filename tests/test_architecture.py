@@ -28,7 +28,7 @@ FLOORS = [
     },  # packing: quantization's arithmetic (`codecs` is the standard library's)
     {"kernels", "native"},
     {"layers"},
-    {"caches", "models", "sampling", "quantization"},
+    {"caches", "models", "sampling", "quantization", "streaming"},
     {"transformer", "low_rank"},
     {"families", "sharding", "compilation", "calibration", "generation", "serving"},
     {"speculation", "drafters", "search", "checkpoints", "training", "evaluation", "interop"},

@@ -162,11 +162,13 @@ def test_a_tokenizer_is_shown_in_one_line():
     assert len(repr(tokenizer())) < 100
 
 
-def test_a_token_of_one_character_cannot_be_shielded_and_is_refused():
+def test_a_special_token_of_one_character_is_the_templates_alone():
     backend = tokenizers.Tokenizer.from_str(tokenizer().backend.to_str())
     backend.add_special_tokens(["☃"])
-    with pytest.raises(ValueError, match="☃"):
-        Tokenizer(backend, template=TEMPLATE).prompt(HELLO)
+    ours = Tokenizer(backend, template="{% for m in messages %}{{ m.content }}☃{% endfor %}")
+    ids = ours.prompt([{"role": "user", "content": "a☃☃"}])
+    assert ids.count(backend.token_to_id("☃")) == 1
+    assert ours.decode(ids, skip_special=False) == "a☃☃☃"
 
 
 def test_a_chat_without_a_template_is_refused():

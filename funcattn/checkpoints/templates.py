@@ -1,247 +1,302 @@
-"""Chat templates: jinja2 programs that came with a file, run where they reach nothing and end soon.
+"""Chat templates: jinja2 programs that came with a file, run where they reach nothing, end soon and cost little.
 
-They render in jinja2's ImmutableSandboxedEnvironment, with the names that transformers gives them, so that no template reaches
-Python's internals (the hole of CVE-2024-34359), a file or the network. The sandbox alone lets a program run, or grow a value, for
-as long as it likes. So one rendering has `STEPS` steps to spend: a turn of a loop or a call costs one, and so does every element
-and every 256 characters of a value that an operator or a filter makes, or that is kept (`set`, `with`, `call`). What makes
-something large at once (`*`, `**`, `~`, `+`, `|center(n)`) is looked at before it does; `range` gives 100 000 numbers at most.
+They render as in transformers, in jinja2's ImmutableSandboxedEnvironment, so that no template reaches Python's internals (the
+hole of CVE-2024-34359), a file or the network. The sandbox alone lets a program run, or grow a value, or nest one in another
+until the stack overflows. So a rendering happens in a process of its own (`sandbox.worker`), which the system bounds: two
+seconds of computing, four of waiting, and on Linux 224 MiB above what the process has. Whatever a template is made of, what it
+does to that process is a CheckpointError here.
 
-Limits: steps are counted, not seconds; all of them take some seconds and some hundred megabytes at worst. A template that needs
-a recursive loop, another file, or one of the filters in `DROPPED` is refused.
+The process is started with the first rendering (0.1 to 0.3 s), takes 20 MB, serves this process and no other, and ends with it,
+or when nothing was asked of it for two minutes.
+
+Limits: without RLIMIT_AS (Windows, macOS) memory is bounded only by what two seconds of computing, or four of waiting where
+there are no timers either (Windows), can fill. Where no process can be started there are no chats.
 """
 
-import functools
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
-from typing import Any
+import atexit
+import importlib.util
+import marshal
+import multiprocessing.spawn
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
-
+from .._checks import fail
 from ..families import CheckpointError
 
-STEPS = 300_000  # of one rendering; a message takes some ten to fifty
-LARGEST = 2**22  # characters of a text: a prompt of a million tokens
-LONGEST = 2**17  # elements of a list
-# Quadratic in a text or a list, or random.
-DROPPED = ("wordwrap", "urlize", "striptags", "xmlattr", "pprint", "sum", "random", "center")
-WIDEST = re.compile(r"[%{][^%{}a-zA-Z]*(\d{5}|\*)")  # a field of a format that asks for its own width
+PATIENCE, STARTING = 4.0, 60.0  # seconds: for a rendering, and for the interpreter, before any template is seen
+LARGEST = 2**26  # bytes of an answer
+ALARM, PROFILE, KILL = (int(getattr(signal, name, 0)) for name in ("SIGALRM", "SIGPROF", "SIGKILL"))
+PROGRAM = "import sys; sys.path += sys.argv[1:]; from sandbox.worker import main; main()"
+PASSED = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL", "LC_TIME")  # of the environment
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], roles: Mapping[str, str], add_generation_prompt: bool) -> str:
-    """The text of a conversation, or CheckpointError where the template cannot make it.
+class Rendered(NamedTuple):
+    """A text, and for each of its characters who wrote it: t the template, r the role of a message, d anything else of one.
+
+    Where that cannot be told it is "?".
+    """
+
+    text: str
+    origins: bytes
+
+
+def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]) -> str:
+    """The text of a conversation.
 
     Args:
         template: jinja2.
         messages: what the template knows as `messages`.
-        roles: further names, such as eos_token.
-        add_generation_prompt: what the template knows by this name.
+        names: further names, such as eos_token and add_generation_prompt.
+
+    Raises:
+        CheckpointError: the template cannot render these messages, or takes too much.
+        TypeError: the messages hold what is no text, number, None, list or mapping.
     """
-    names = {**roles, "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
-    parts, size = [], 0
+    return _ask(template, messages, names, None).text
+
+
+def render_with_origins(
+    template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any], special: Sequence[str]
+) -> Rendered:
+    """`render`, and who wrote each character.
+
+    Args:
+        special: the texts that matter: what is told of a character that could be part of none may be "d" for "t".
+    """
+    return _ask(template, messages, names, tuple(special))
+
+
+# A last message that goes on.
+
+
+END = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark
+
+
+def marked_at_its_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with a mark behind the text of the last one: its content, or the last part of it that is text."""
+    last = dict(messages[-1]) if messages else {}
+    content = last.get("content")
+    if isinstance(content, str):
+        last["content"] = content + END
+        return [*messages[:-1], last]
+    parts = list(content) if isinstance(content, list | tuple) else []
+    for place in reversed(range(len(parts))):
+        if isinstance(parts[place], Mapping) and isinstance(parts[place].get("text"), str):
+            parts[place] = {**parts[place], "text": parts[place]["text"] + END}
+            return [*messages[:-1], {**last, "content": parts}]
+    remedy = "Give a last message whose content is text."
+    fail("chat", "continue_final_message", "with a last message to go on with", f"{type(content).__name__} as its content", remedy)
+
+
+def opened(text: str) -> str:
+    """A text up to the mark, without white space that the template takes from the end of a message."""
+    place = text.rfind(END.strip())
+    if place < 0:
+        remedy = "This template leaves out, or changes, the last message: write the prompt yourself."
+        fail("chat", "continue_final_message", "with a last message that is in the text", "another text", remedy)
+    return text[:place] if text[place : place + len(END)] == END else text[:place].rstrip()
+
+
+def _ask(template: str, messages: Any, names: Mapping[str, Any], special: tuple[str, ...] | None) -> Rendered:
+    known = {"tools": None, "documents": None, **names}
     try:
-        for part in _Sandbox().from_string(template).generate(names):
-            size += len(part)
-            _limit(size)
-            parts.append(part)
-    except Exception as error:  # of the template's making: jinja2's, or any that its arithmetic raises
-        remedy = "Set another: dataclasses.replace(tokenizer, template=...)."
-        got = f"{type(error).__name__}: {str(error)[:300]}"
-        raise CheckpointError(f"chat: the chat template should be one that renders these messages, got {got}. {remedy}") from error
-    return "".join(parts)
+        request = marshal.dumps((template, plain(known, "names"), plain(messages, "messages"), special))
+    except (ValueError, RecursionError):
+        fail("chat", "messages", "nested less than some hundred times", "deeper ones", "Are they part of themselves?")
+    answer = _Worker.ask(request)
+    if answer[:1] != b"=":
+        _refuse(answer[1:].decode(errors="replace"))
+    size = int.from_bytes(answer[1:9], "big")
+    text = answer[9 : 9 + size].decode("utf-8", "surrogatepass")
+    return Rendered(text, answer[9 + size :])
 
 
-class _Generation(Extension):
-    """`{% generation %}`, with which some templates mark the model's own words; it changes nothing in the text."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox for one rendering, with a purse of steps."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols])
-        self.left = STEPS
-        self.concat = _join
-        self.filters = {name: self._modest(function) for name, function in self.filters.items() if name not in DROPPED}
-        # Names with a space: no template can write them.
-        self.filters |= {"tojson": _to_json, "each counted": self._each, "kept one": self._kept, "joined parts": _join_any}
-        self.globals |= {"raise_exception": _raise, "strftime_now": lambda layout: datetime.now().strftime(layout)}
-        self.globals["namespace"] = _Namespace
-        del self.globals["lipsum"]
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """The tree with a filter around whatever is looped over, kept or joined."""
-        tree = super()._parse(source, name, filename)
-        if any(loop.recursive for loop in tree.find_all(nodes.For)):
-            raise SecurityError("a recursive loop")
-        if any(tree.find(kind) for kind in (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
-            raise SecurityError("another file")
-        return _Rewrite().visit(tree)
-
-    def _spend(self, steps: int) -> None:
-        self.left -= steps
-        if self.left < 0:
-            raise SecurityError(f"more than {STEPS} steps")
-
-    def _each(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            self._spend(1)
-            yield item
-
-    def _kept(self, value: Any) -> Any:
-        """The value, paid for: its text by length, its elements one by one."""
-        waiting = [value]
-        while waiting:
-            item, parts = waiting.pop(), ()
-            if isinstance(item, str):
-                self._spend(len(item) // 256)
-            elif isinstance(item, Mapping) and not isinstance(item, Context):  # all names there are; the filter keeps none
-                parts = (*item.keys(), *item.values())
-            elif isinstance(item, list | tuple):
-                parts = item
-            self._spend(len(parts))
-            waiting += parts
+def plain(value: Any, where: str) -> Any:
+    """The same in exact types of Python's own, with lists for tuples; anything else is refused by its place."""
+    if value is None or isinstance(value, bool):
         return value
-
-    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        self._spend(1)
-        method = getattr(function, "__wrapped__", function)
-        if isinstance(owner := getattr(method, "__self__", None), str):
-            _check_arguments([owner] if method.__name__.startswith("format") else [], [*args, *kwargs.values()])
-            if method.__name__ in ("join", "replace", "translate"):
-                _check_made(method.__name__, owner, args)
-        return self._kept(super().call(context, function, *(self._kept(value) for value in args), **kwargs))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _check_operation(operator, left, right)
-        return self._kept(super().call_binop(context, operator, left, right))
-
-    def _modest(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter whose numbers are no larger than a `range` may be, and whose result is paid for."""
-
-        @functools.wraps(function)
-        def filtered(*args: Any, **kwargs: Any) -> Any:
-            texts = [value for value in args if isinstance(value, str)]
-            _check_arguments(texts[:1] if function.__name__ == "do_format" else [], [*args, *kwargs.values()])
-            if function.__name__ == "do_replace":
-                _check_made("replace", texts[0] if texts else "", texts[1:])
-            return self._kept(function(*(self._kept(value) for value in args), **kwargs))
-
-        return filtered
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass: the text alone
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_name(name, where): plain(item, f"{where}[{name!r}]") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
+    remedy = "A template reads text: write the value as one, or leave it out."
+    fail("chat", where, "text, a number, None, a list or a mapping", f"a {type(value).__name__}", remedy, TypeError)
 
 
-class _Rewrite(NodeTransformer):
-    """Put a filter around what a loop runs over, what a name keeps, and what `~` joins."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        node.iter = _filtered("each counted", node.iter)
-        return node
-
-    def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
-        self.generic_visit(node)
-        node.node = _filtered("kept one", node.node)
-        return node
-
-    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
-        self.generic_visit(node)
-        node.filter = _filtered("kept one", node.filter)
-        return node
-
-    def visit_With(self, node: nodes.With) -> nodes.Node:
-        self.generic_visit(node)
-        node.values = [_filtered("kept one", value) for value in node.values]
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered("joined parts", nodes.List(node.nodes, lineno=node.lineno))
+def _name(name: Any, where: str) -> Any:
+    if not (name is None or isinstance(name, str | int | float)):
+        fail("chat", f"a name in {where}", "text", f"a {type(name).__name__}", "Write it as text.", TypeError)
+    return plain(name, where)
 
 
-class _Namespace(jinja2.utils.Namespace):
-    """One that prints short: nested in each other, jinja2's print as long as a power of two."""
-
-    def __repr__(self) -> str:
-        return "<Namespace>"
+def _refuse(got: str) -> NoReturn:
+    remedy = "Set another: dataclasses.replace(tokenizer, template=...)."
+    fail("chat", "the chat template", "one that renders these messages", got, remedy, CheckpointError)
 
 
-def _filtered(name: str, node: Any) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=getattr(node, "lineno", 1))
+class _Worker:
+    """The process that renders, and the pipes to it: at most one for a process, and one request at a time."""
+
+    lock = threading.Lock()
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @classmethod
+    def ask(cls, request: bytes) -> bytes:
+        with cls.lock:
+            for _ in range(2):
+                process = cls.process
+                if process is None or process.poll() is not None:
+                    cls.stop()
+                    process = cls.process = _started()
+                try:
+                    answer, late = _exchange(process, request, PATIENCE)
+                except BaseException:  # an interrupt between question and answer
+                    process.kill()
+                    cls.stop()
+                    raise
+                if answer is not None:
+                    return answer
+                code = cls.stop()
+                if not late and code in (0, -KILL):  # it left, or was killed by another: no template can do either
+                    continue
+                _refuse(_end(code, late))
+            _refuse("a process that renders and ends before it is asked")
+
+    @classmethod
+    def stop(cls) -> int:
+        """End the process, if there is one; its exit code."""
+        process, cls.process = cls.process, None
+        if process is None:
+            return 0
+        if process.poll() is None and not _left(process):
+            process.kill()
+        code = process.wait()
+        _close(process)
+        return code
+
+    @classmethod
+    def forget(cls) -> None:
+        """In a fork: the process is the parent's."""
+        process, cls.process, cls.lock = cls.process, None, threading.Lock()
+        if process is not None:
+            process.returncode = 0  # Popen's: not ours to wait for
+            _close(process)
 
 
-# What a built-in operation may make.
+def _left(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether a process whose pipe has ended ends by itself."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
-def _limit(size: int, most: int = LARGEST) -> None:
-    if size > most:
-        raise SecurityError(f"a value larger than {most}")
+def _close(process: "subprocess.Popen[bytes]") -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
-def _join(parts: Iterable[str]) -> str:
-    parts = list(parts)
-    _limit(sum(map(len, parts)))
-    return "".join(parts)
+def _started() -> "subprocess.Popen[bytes]":
+    """A new process that is ready."""
+    executable = multiprocessing.spawn.get_executable()
+    packages = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = [str(Path(spec.origin).parent.parent) for spec in packages if spec is not None and spec.origin]
+    remedy = "Render the template elsewhere, and give its text to tokenizer.encode(text, special=True)."
+    if not executable or getattr(sys, "frozen", False):
+        fail("chat", "sys.executable", "Python's", executable, remedy, CheckpointError)
+    command = [os.fspath(executable), "-I", "-S", "-c", PROGRAM, str(Path(__file__).parent), *dict.fromkeys(folders)]
+    environment = {name: os.environ[name] for name in PASSED if name in os.environ}
+    windows = 0x08000200 if sys.platform == "win32" else 0  # no window, and a group of its own; elsewhere a session: no Ctrl-C
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(
+            command,
+            *(0, None, pipe, pipe, null),  # bufsize, executable, stdin, stdout, stderr
+            env=environment,
+            start_new_session=not windows,
+            creationflags=windows,
+        )
+    except OSError as error:
+        fail("chat", "the process that renders", "one that can be started", str(error), remedy, CheckpointError)
+    try:
+        ready, _ = _exchange(process, b"", STARTING)
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        if process.poll() is not None:
+            _close(process)
+    if ready is None:
+        process.kill()
+        code = process.wait()
+        _close(process)
+        fail("chat", "the process that renders", "one that can be started", f"exit code {code}", remedy, CheckpointError)
+    return process
 
 
-def _join_any(parts: Iterable[Any]) -> str:
-    return _join(map(str, parts))
+def _exchange(process: "subprocess.Popen[bytes]", request: bytes, patience: float) -> tuple[bytes | None, bool]:
+    """Ask, unless the request is empty, and hear the answer: None where the process ended, and whether its time was over."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    clock = threading.Timer(patience, end)
+    clock.daemon = True
+    clock.start()
+    try:
+        left = memoryview(len(request).to_bytes(8, "big") + request if request else b"")
+        while left:
+            left = left[process.stdin.write(left) :]
+        size = int.from_bytes(_read(process.stdout, 8), "big")
+        if size > LARGEST:
+            raise EOFError
+        return _read(process.stdout, size), False
+    except (OSError, EOFError):
+        return None, late.is_set()
+    finally:
+        clock.cancel()
 
 
-def _check_operation(operator: str, left: Any, right: Any) -> None:
-    sized, other = (left, right) if hasattr(left, "__len__") else (right, left)
-    most = LARGEST if isinstance(sized, str) else LONGEST
-    if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-        _limit(len(left) + len(right), most)
-    elif operator == "*" and hasattr(sized, "__len__") and isinstance(other, int):
-        _limit(len(sized) * other, most)
-    elif operator == "*" and isinstance(left, int) and isinstance(right, int):
-        _limit(left.bit_length() + right.bit_length())
-    elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-        _limit(left.bit_length() * right)
-    elif operator == "%" and isinstance(left, str):
-        _check_arguments([left], [])
+def _read(pipe: Any, size: int) -> bytes:
+    parts = []
+    while size:
+        part = pipe.read(min(size, 2**20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
-def _check_arguments(formats: Iterable[str], arguments: Iterable[Any]) -> None:
-    """Refuse a width above MAX_RANGE, in a format or as a number."""
-    if any(WIDEST.search(text) for text in formats) or any(isinstance(n, int) and n > MAX_RANGE for n in arguments):
-        raise SecurityError(f"a width above {MAX_RANGE}")
+def _end(code: int, late: bool) -> str:
+    """Why a process ended that was asked."""
+    if late or code == -ALARM:
+        return f"none after {PATIENCE:g} seconds"
+    if code == -PROFILE:
+        return "more than two seconds of computing"
+    return f"the end of the process that renders (exit code {code})"
 
 
-def _check_made(method: str, text: str, arguments: Sequence[Any]) -> None:
-    """Refuse what `join` or `replace` would make too large."""
-    if method == "join" and arguments:
-        items = list(arguments[0])
-        _limit(len(text) * len(items) + sum(len(item) for item in items if isinstance(item, str)))
-    elif method == "replace" and len(arguments) > 1 and all(isinstance(argument, str) for argument in arguments[:2]):
-        _limit(len(text) + text.count(arguments[0]) * len(arguments[1]))
-
-
-# What transformers gives to templates.
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """Without jinja2's escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+atexit.register(_Worker.stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Worker.forget)

@@ -6,7 +6,6 @@ it, whatever is written there. What a chat template made is a prompt: in `encode
 """
 
 import json
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,14 +20,13 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from .. import atomic
 from .._checks import fail
 from ..families import CheckpointError
-from . import templates, tokenizer_json
+from . import prompts, templates, tokenizer_json
 from .pieces import pieces
 from .tokenizer_json import LLAMA3, QWEN2
 from .writing import written
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
 ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
-CUT = "\ufdd0"  # a noncharacter: Unicode promises that no text means anything by it
 
 _LOCK = threading.Lock()
 
@@ -68,6 +66,11 @@ class Tokenizer:
         """How many ids the tokenizer knows; the model may have more."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Id -> text of the special tokens, which `decode` leaves out."""
+        return prompts.special_of(self.backend)
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of a text.
 
@@ -79,20 +82,12 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             fail("encode", "text", "a str", f"a {type(text).__name__}", "Encode texts one by one.", TypeError)
-        try:
-            with _rust_errors("encode"):
-                self.bounds.check(self.backend, text)
-            with _rust_errors("encode"), _LOCK:  # the switch is the backend's own state: set for each call, never relied upon
-                self.backend.encode_special_tokens = not special
-                return self.backend.encode(text, add_special_tokens=not special).ids
-        except (TypeError, UnicodeEncodeError):
-            fail(
-                "encode",
-                "text",
-                "Unicode that UTF-8 can write",
-                "a lone surrogate",
-                'text.encode("utf-8", "replace").decode() has none.',
-            )
+        with self._encoding("encode", "text"):
+            self.bounds.check(self.backend, text)
+            if not special:
+                return prompts.encode_plain(self.backend, text)
+            self.backend.encode_special_tokens = False
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ids (a list, or an integer tensor (T,)); bytes that are no whole character yet become U+FFFD.
@@ -107,53 +102,85 @@ class Tokenizer:
         wrong = [number for number in numbers if not 0 <= number < 2**32]
         if wrong:
             fail("decode", "ids", "token ids", wrong[0], "Ids count from 0.")
-        with _rust_errors("decode"):
+        with _rust_errors("the decoder of tokenizer.json"):
             return self.backend.decode(numbers, skip_special_tokens=skip_special)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str:
         """A conversation as the text that the model was trained on.
 
         A special token that a message spells out is in this text as if the template had written it: use `prompt` to get ids from
         messages that someone else wrote.
 
         Args:
-            messages: such as [{"role": "user", "content": "Hello"}].
+            messages: such as [{"role": "user", "content": "Hello"}]; of texts, numbers, None, lists and mappings.
             add_generation_prompt: end with the opening of the model's answer.
+            continue_final_message: end with the content of the last message, which the model goes on writing.
 
         Raises:
             CheckpointError: there is no template, or it fails, or it asks for what the sandbox refuses.
-            TypeError: messages are none.
+            TypeError: messages are none, or hold what a template cannot be given.
+            ValueError: the last message is not in the text, or both options are asked for.
         """
+        arguments = self._rendering(messages, add_generation_prompt, continue_final_message)
+        text = templates.render(*arguments)
+        return templates.opened(text) if continue_final_message else text
+
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> list[int]:
+        """The ids of a conversation in which only the template writes special tokens.
+
+        A special token that messages spell out is encoded as the text it is, wherever its characters come from: one field or
+        several, a part, a name, a number, with or without the template's own characters between. A role may complete one,
+        `<|` role `|>`, where it is of letters, digits, _ and -: roles are the application's. Tokens that a tokenizer adds
+        without calling them special (`<think>` in some) are tokens wherever they stand, as in `encode`.
+
+        Args:
+            messages, add_generation_prompt, continue_final_message: as in `chat`.
+
+        Raises:
+            CheckpointError, TypeError: as `chat`.
+            ValueError: as `chat`; or the template joins texts so that it cannot be told whose a special token is.
+
+        Law: where all special tokens are the template's, prompt(m) == encode(chat(m), special=True); and nothing of the text is
+            lost (test_prompts.py).
+        """
+        arguments = self._rendering(messages, add_generation_prompt, continue_final_message)
+        special = sorted(set(self.special_tokens.values()))
+        rendered = templates.render_with_origins(*arguments, special)
+        if continue_final_message:
+            text = templates.opened(rendered.text)
+            rendered = templates.Rendered(text, rendered.origins[: len(text)])
+        with self._encoding("prompt", "messages"):
+            self.bounds.check(self.backend, rendered.text)
+            return prompts.encode(self.backend, rendered)
+
+    def _rendering(self, messages: Any, add_generation_prompt: bool, continue_final_message: bool) -> tuple[str, Any, Any]:
+        """Template, messages and names, once they are what they should be."""
         if isinstance(messages, str) or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             wanted = 'messages such as [{"role": "user", "content": "Hello"}]'
             fail("chat", "messages", wanted, repr(messages), "Text without roles goes through encode.", TypeError)
         if self.template is None:
             remedy = "Write the prompt yourself, or set one: dataclasses.replace(tokenizer, template=...)."
             fail("chat", "the tokenizer", "one with a chat template", "none", remedy, CheckpointError)
-        return templates.render(self.template, messages, self.roles, add_generation_prompt)
+        if continue_final_message:
+            if add_generation_prompt:
+                remedy = "Pass add_generation_prompt=False."
+                fail("chat", "continue_final_message", "without an opening of the next message", "both", remedy)
+            messages = templates.marked_at_its_end(messages)
+        return self.template, messages, {**self.roles, "add_generation_prompt": add_generation_prompt}
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation in which only the template writes special tokens.
-
-        A special token that a message spells out is cut after its first character, so that it is encoded as the text it is.
-
-        Law: where no message spells one, prompt(m) == encode(chat(m), special=True) (test_tokenizer.py).
-        """
-        special = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special and token.content]
-        if any(len(token) == 1 for token in special):
-            remedy = "Encode the messages by hand: a token of one character cannot be told from that character."
-            fail("prompt", "special tokens", "longer than one character", repr(min(special, key=len)), remedy)
-        written = re.compile(f"(?=({'|'.join(map(re.escape, special))}))(.)", re.DOTALL) if special else None
-
-        def shield(value: Any) -> Any:
-            if isinstance(value, str):
-                return written.sub(rf"\2{CUT}", value) if written else value
-            if isinstance(value, Mapping):
-                return {shield(name): shield(item) for name, item in value.items()}
-            return [shield(item) for item in value] if isinstance(value, list | tuple) else value
-
-        text = self.chat(shield(messages), add_generation_prompt=add_generation_prompt)
-        return [number for part in text.split(CUT) for number in self.encode(part, special=True)]
+    @contextmanager
+    def _encoding(self, verb: str, what: str) -> Iterator[None]:
+        """The backend for one caller, whose switch is set for each call and never relied upon; and its errors."""
+        try:
+            with _rust_errors(verb), _LOCK:
+                yield
+        except (TypeError, UnicodeEncodeError):
+            remedy = 'text.encode("utf-8", "replace").decode() has none.'
+            fail(verb, what, "Unicode that UTF-8 can write", "a lone surrogate", remedy)
 
     def files(self) -> dict[str, str]:
         """Name -> text of the files that hold the tokenizer in the Hugging Face layout."""
@@ -309,7 +336,7 @@ def _rust_errors(where: str) -> Iterator[None]:
     """What the `tokenizers` library raises, as CheckpointError."""
     try:
         yield
-    except (UnicodeEncodeError, TypeError, KeyboardInterrupt, SystemExit, MemoryError, CheckpointError):
+    except (ValueError, TypeError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
         wanted = "what the tokenizers library reads"

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import funcattn as fa
 
-from .. import atomic, drafters, progress, sampling, sharding, speculation
+from .. import atomic, drafters, progress, sampling, sharding, speculation, streaming
 from . import ranks
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
 from .terminal import coloured, is_coloured, report, say, shown, working
@@ -144,8 +144,7 @@ def _write_samples(
     for number, row in enumerate(rows):
         ends = [place for place, token in enumerate(row) if token in tokenizer.stop]
         written += min(ends, default=steps - 1) + 1 if row else 0
-        text = tokenizer.decode(row[: min(ends, default=steps)])
-        text = text[: min((text.find(stop) for stop in options.stop if stop in text), default=len(text))]
+        text = streaming.text_of(tokenizer, row[: min(ends, default=steps)], options.stop)
         print(shown(text), end="\n\n" if number < len(rows) - 1 else "\n")
     report(f"{len(prompt)} tokens", read - started, written, wrote - read)
 

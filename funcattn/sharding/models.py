@@ -24,7 +24,7 @@ from ..caches import Branch, Cache, Delta
 from ..masks import Mask
 from ..models import Model
 from ..records import ABSENT, is_absent
-from ..transformer import TENSOR
+from ..transformer import TENSOR, cache_layers
 from .devices import bind, refuse_transform, stacked
 from .matching import specs
 from .partitions import Grid, Mesh, P, axes_of, is_spec
@@ -105,7 +105,7 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], C
             cuts = (specs(params, mesh, rules), *(past(x) if i else whole(x) for i, x in enumerate(args)), whole(kept))
             given: Any = (params, *args, kept)
             flat, structure = optree.tree_flatten(given)
-            each: Any = (P(TENSOR),) * transformer.cache_layers(config)
+            each: Any = (P(TENSOR),) * cache_layers(config)
             rows = Delta(each, each)
             out = P() if name == "logits" else (P(), past(args[-1]) if name == "apply" else rows)
             return stacked(
@@ -128,4 +128,4 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], C
 
 
 def _room(config: Any, n: int, size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> Any:
-    return kind.empty(transformer.cache_layers(config), max(config.kv_heads, n), size, config.head_size, dtype)
+    return kind.empty(cache_layers(config), max(config.kv_heads, n), size, config.head_size, dtype)

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, progress, randomness, sampling, transformer
-from ..generation import Streamed, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill, _Text
+from ..generation import Streamed, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill
 from ..models import Model
 from ..records import ABSENT, is_absent, record
 from ..sampling import Sampler
 from ..sampling.composition import require_drawable
+from ..streaming import StreamedText
 from .rules import Rule, blockwise
 from .verification import accept_along, laws_along, matched, rewind
 
@@ -170,14 +171,15 @@ def stream(
     """
     _check_stops(tokenizer, stop_strings)
     ends = _ends_of("stream", tokenizer, stop)
-    text, tokens, out = _Text(tokenizer, tuple(stop_strings)), [], []
+    text, tokens, out = StreamedText(tokenizer, stop_strings), [], []
 
     def hear(new: list[int]) -> tuple[int, bool]:
         """How many of these tokens stay, and whether the text has ended."""
         for n, token in enumerate(new, 1):
             tokens.append(token)
             if token in ends or len(tokens) == steps:
-                out.append(text.rest() if token in ends else text.add(token, last=True)[0])
+                piece, found = text.add(token) if token not in ends else ("", False)
+                out.append(piece if found else piece + text.finish())
                 return n, True
             piece, found = text.add(token)
             out.append(piece)

@@ -1,0 +1,330 @@
+"""Rendering that knows of each character who wrote it: the template, or the messages.
+
+Strings of messages are `_Text`: a str with one byte of origin for each character. Every operation of a template computes what it
+computes on a plain str, and says beside it where the characters came from. Joining, slicing, splitting, stripping, replacing and
+formatting say it exactly. For any other operation, whatever jinja2 has, the rule is: of the template alone comes the template's;
+of a message, or of a message and words that no special token shares a sign with, comes the message's; of anything else comes
+what is unknown. So nothing that a message had a part in counts as the template's.
+
+What is not followed: numbers that come of bytes, and whether a template writes something (an `if`, a loop) rather than what.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.filters import make_attrgetter
+from jinja2.nodes import EvalContext
+from jinja2.runtime import LoopContext, Macro, Undefined
+from jinja2.utils import Cycler, Joiner, Namespace, pass_eval_context
+from markupsafe import Markup
+
+from .environment import Sandbox
+
+TEMPLATE, DATA, ROLE, UNKNOWN = b"t", b"d", b"r", b"?"
+# Filters whose strings are those that they were given, or slices and joins by the methods of _Text.
+EXACT = frozenset(("attr", "d", "default", "first", "join", "last", "max", "min", "random", "replace", "reverse", "string", "trim"))
+STORES = (dict, list, tuple, Namespace, LoopContext, Cycler, Joiner, Macro)  # their methods give what was put in
+FIELDS = {  # of a layout, those whose text is str(argument): its name or number, or else the sign that is written twice
+    "format": re.compile(r"\{(\w*)\}|(\{\{|\}\})"),
+    "%": re.compile(r"%(?:\((\w+)\))?[sd]|(%)%"),
+}
+
+
+class _Text(str):
+    """A str that knows the origin of each of its characters."""
+
+    __slots__ = ("_origins",)
+
+    def __new__(cls, text: str = "", origins: bytes | None = None) -> "_Text":
+        self = super().__new__(cls, text)
+        self._origins = UNKNOWN * len(self) if origins is None else origins if len(origins) != 1 else origins * len(self)
+        return self
+
+    def __str__(self) -> str:
+        return self
+
+    def __add__(self, other: Any) -> Any:
+        made = str.__add__(self, other)
+        return made if made is NotImplemented else _Text(made, self._origins + origins_of(other))
+
+    def __radd__(self, other: Any) -> Any:
+        if not isinstance(other, str):
+            return NotImplemented
+        return _Text(str.__add__(other, self), origins_of(other) + self._origins)
+
+    def __mul__(self, count: Any) -> Any:
+        made = str.__mul__(self, count)
+        return made if made is NotImplemented else _Text(made, self._origins * int(count))
+
+    def __rmul__(self, count: Any) -> Any:
+        return self * count
+
+    def __getitem__(self, index: Any) -> "_Text":
+        part = self._origins[index]
+        return _Text(str.__getitem__(self, index), part if isinstance(part, bytes) else bytes([part]))
+
+    def __iter__(self) -> Iterator["_Text"]:
+        return (self[place] for place in range(len(self)))
+
+    def join(self, parts: Iterable[str]) -> "_Text":
+        parts = list(parts)
+        return _Text(str.join(self, parts), self._origins.join(map(origins_of, parts)))
+
+    def replace(self, old: str, new: str, count: int = -1) -> "_Text":
+        made = str.replace(self, old, new, count)
+        if not old:
+            return _Text(made, _mixed([self, new]))
+        pieces, begin = [], 0
+        while count != len(pieces) and (place := self.find(old, begin)) >= 0:
+            pieces.append(self._origins[begin:place])
+            begin = place + len(old)
+        return _Text(made, origins_of(new).join([*pieces, self._origins[begin:]]))
+
+    def strip(self, letters: str | None = None) -> "_Text":
+        return self.lstrip(letters).rstrip(letters)
+
+    def lstrip(self, letters: str | None = None) -> "_Text":
+        return self[len(self) - len(str.lstrip(self, letters)) :]
+
+    def rstrip(self, letters: str | None = None) -> "_Text":
+        return self[: len(str.rstrip(self, letters))]
+
+    def removeprefix(self, prefix: str) -> "_Text":
+        return self[len(self) - len(str.removeprefix(self, prefix)) :]
+
+    def removesuffix(self, suffix: str) -> "_Text":
+        return self[: len(str.removesuffix(self, suffix))]
+
+    def split(self, sep: str | None = None, maxsplit: int = -1) -> "list[_Text]":
+        return self._cut(str.split(self, sep, maxsplit), None if sep is None else len(sep))
+
+    def rsplit(self, sep: str | None = None, maxsplit: int = -1) -> "list[_Text]":
+        return self._cut(str.rsplit(self, sep, maxsplit), None if sep is None else len(sep))
+
+    def partition(self, sep: str) -> "tuple[_Text, ...]":
+        return tuple(self._cut(str.partition(self, sep), 0))
+
+    def rpartition(self, sep: str) -> "tuple[_Text, ...]":
+        return tuple(self._cut(str.rpartition(self, sep), 0))
+
+    def splitlines(self, keepends: bool = False) -> "list[_Text]":
+        found, begin = [], 0
+        for line, whole in zip(str.splitlines(self, keepends), str.splitlines(self, True), strict=True):
+            found.append(self[begin : begin + len(line)])
+            begin += len(whole)
+        return found
+
+    def _cut(self, parts: Iterable[str], gap: int | None) -> "list[_Text]":
+        """Parts of this text in its order, as the slices that they are: `gap` characters apart, or (None) white space."""
+        found, begin = [], 0
+        for part in parts:
+            begin = self.index(part, begin) if gap is None else begin
+            found.append(self[begin : begin + len(part)])
+            begin += len(part) + (gap or 0)
+        return found
+
+
+class Safe(Markup):
+    """Markup of a text, for `|safe`."""
+
+    __slots__ = ("_origins",)
+
+
+class Int(int):
+    """A whole number of a message: its digits are the message's."""
+
+    def __str__(self) -> str:
+        return _Text(int.__repr__(self), DATA)
+
+
+class Float(float):
+    """A number of a message."""
+
+    def __str__(self) -> str:
+        return _Text(float.__repr__(self), DATA)
+
+
+def of_messages(value: Any, role: bool = True) -> Any:
+    """The same values, their strings and numbers marked as those of messages; the role of each message as a role."""
+    if type(value) is str:
+        return _Text(value, DATA)
+    if type(value) in (int, float):
+        return Int(value) if type(value) is int else Float(value)
+    if isinstance(value, dict):
+        here = {of_messages(name): of_messages(item, False) for name, item in value.items()}
+        if role and type(value.get("role")) is str:
+            here["role"] = _Text(value["role"], ROLE)
+        return here
+    return [of_messages(item, role) for item in value] if isinstance(value, list) else value
+
+
+def origins_of(text: str) -> bytes:
+    """One byte for each character. A plain str is the template's: whatever a message had a part in is made a _Text."""
+    if type(text) is str:
+        return TEMPLATE * len(text)
+    return getattr(text, "_origins", UNKNOWN * len(text))
+
+
+class Tracking(Sandbox):
+    """The environment in which strings know their origin."""
+
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
+
+    class code_generator_class(CodeGenerator):
+        """As jinja2's, but for `~`."""
+
+        def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+            self.write("environment.joined((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write("))")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.concat = lambda parts: _Text("", b"").join(parts)
+        self.finalize = self.shown
+        self.filters["join"] = self._join
+        self.filters = {name: self._followed(name, function) for name, function in self.filters.items()}
+
+    def joined(self, parts: Iterable[Any]) -> str:
+        """`~`."""
+        return self.concat([self.shown(part) for part in parts])
+
+    def shown(self, value: Any) -> str:
+        """str(value), with its origins."""
+        if isinstance(value, str):
+            return value if type(value) is _Text else _Text(str.__str__(value), origins_of(value))
+        return self._made(str(value), [value])
+
+    @functools.cached_property
+    def signs(self) -> frozenset[str]:
+        """What stands in special tokens beside letters, digits and spaces."""
+        return frozenset(letter for token in self.special for letter in token if not (letter.isalnum() or letter in "_- \n"))
+
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Any call that a template writes: a method of a string, a macro, a function of jinja2's."""
+        args, kwargs = tuple(map(_as_text, args)), {name: _as_text(value) for name, value in kwargs.items()}
+        owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        if type(owner) is str and not hasattr(function, "__wrapped__"):
+            owner = _Text(owner, TEMPLATE)
+            function = getattr(owner, function.__name__)
+        made = super().call(context, function, *args, **kwargs)
+        if isinstance(owner, STORES) or isinstance(function, STORES):
+            return made
+        if isinstance(owner, str) and hasattr(function, "__wrapped__") and function.__name__ == "format":
+            return self._formatted("format", made, owner, args, kwargs)
+        return self._made(made, [owner, *args, *kwargs.values()])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Any operator between two values, but for `~`."""
+        left, right = _as_text(left), _as_text(right)
+        made = super().call_binop(context, operator, left, right)
+        if operator == "%" and isinstance(left, str):
+            named = isinstance(right, Mapping)
+            args = right if isinstance(right, tuple) else () if named else (right,)
+            return self._formatted("%", made, left, args, right if named else {})
+        return self._made(made, [left, right])
+
+    def _followed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter whose result knows its origin."""
+
+        @functools.wraps(function)
+        def filtered(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tuple(map(_as_text, args)), {name: _as_text(value) for name, value in kwargs.items()}
+            made = function(*args, **kwargs)
+            given = args[1:] if hasattr(function, "jinja_pass_arg") else args
+            if type(made) is Markup and isinstance(given[0], _Text) and str.__eq__(made, given[0]):
+                made = Safe(made)
+                made._origins = given[0]._origins
+            if type(made) is _Text and name not in EXACT:
+                made = str.__str__(made)
+            return self._made(made, [*given, *kwargs.values()])
+
+        return filtered
+
+    @staticmethod
+    @pass_eval_context
+    def _join(context: EvalContext, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+        environment: Any = context.environment
+        items = value if attribute is None else map(make_attrgetter(environment, attribute), value)
+        return _as_text(environment.shown(d)).join(map(environment.shown, items))
+
+    def _made(self, made: Any, given: Iterable[Any]) -> Any:
+        """What an operation made of what it was given: strings and numbers get the origin that all of them can have."""
+        if type(made) is str or type(made) in (int, float):
+            given = list(given)
+            found, words = _origins_in(given)
+            if type(made) is not str:
+                return made if not found - {TEMPLATE} else Int(made) if type(made) is int else Float(made)
+            texts = [value for value in given if isinstance(value, _Text)]
+            if len(texts) == 1 and len(made) == len(texts[0]) and made.casefold() == texts[0].casefold():  # upper, title
+                return _Text(made, texts[0]._origins)
+            return _Text(made, _only(found, self.signs.isdisjoint(words)))
+        return made
+
+    def _formatted(self, kind: str, made: str, layout: str, args: tuple[Any, ...], names: Mapping[str, Any]) -> str:
+        """What `%` or `format` made: exactly, where each field is a plain one and all of them together are what was made."""
+        layout, parts, begin, number = _as_text(layout), [], 0, 0
+        try:
+            for field in FIELDS[kind].finditer(layout):
+                parts.append(layout[begin : field.start()])
+                begin, name = field.end(), field[1]
+                if field[2]:
+                    parts.append(layout[field.start() : field.start() + 1])
+                elif name and not name.isdigit():
+                    parts.append(self.shown(names[name]))
+                else:
+                    parts.append(self.shown(args[int(name) if name else number]))
+                    number += 1
+        except LookupError:
+            parts = []
+        joined = self.concat([*parts, layout[begin:]])
+        return joined if joined == made else self._made(str.__str__(made), [layout, args, names])
+
+
+def _as_text(value: Any) -> Any:
+    return _Text(value, TEMPLATE) if type(value) is str else value
+
+
+def _only(found: set[bytes], apart: bool) -> bytes:
+    """The one origin of a text that is made of these; `apart` says that the template's share has no sign of a special token."""
+    if found <= {TEMPLATE}:
+        return TEMPLATE
+    if UNKNOWN in found or (TEMPLATE in found and not apart):
+        return UNKNOWN
+    return ROLE if found <= {ROLE, TEMPLATE} else DATA
+
+
+def _mixed(texts: Iterable[str]) -> bytes:
+    return _only({bytes([origin]) for text in texts for origin in set(origins_of(text))}, False)
+
+
+def _origins_in(values: list[Any]) -> tuple[set[bytes], set[str]]:
+    """The origins of all strings in some values, and the characters that are the template's."""
+    found: set[bytes] = set()
+    words: set[str] = set()
+    waiting, seen = list(values), set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            origins = origins_of(value)
+            here = {bytes([origin]) for origin in set(origins)}
+            found |= here
+            if TEMPLATE in here:
+                words.update(
+                    value if len(here) == 1 else (x for x, origin in zip(value, origins, strict=True) if origin == TEMPLATE[0])
+                )
+        elif isinstance(value, (Int, Float)):
+            found.add(DATA)
+        elif isinstance(value, (dict, list, tuple)):
+            if id(value) not in seen:
+                seen.add(id(value))
+                waiting += [*value, *value.values()] if isinstance(value, dict) else value
+        elif not (value is None or isinstance(value, (bool, int, float, Undefined, range)) or callable(value)):
+            found.add(UNKNOWN)  # bytes, an iterator: what it holds is not looked at, since that would use it up
+    return found, words

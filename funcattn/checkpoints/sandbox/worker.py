@@ -1,0 +1,169 @@
+"""The process that renders: a request in, a text or a complaint out, within bounds that the system keeps.
+
+A request is a number of eight bytes and as many bytes of `marshal`: (template, names, messages, special). The parent writes
+it; nothing that a template made is ever read by `marshal`. An answer is such a number and one of
+
+    b"=", the length of the text in eight bytes, the text in UTF-8, one byte of origin for each character (where asked for)
+    b"!", what went wrong, in UTF-8
+
+Time is bounded by timers of the system whose signals end the process, memory by RLIMIT_AS, so that it does not matter which
+operation takes them. Whatever ends the process is the parent's to tell (`templates.render`).
+"""
+
+import functools
+import gc
+import marshal
+import os
+import select
+import signal
+import sys
+from datetime import datetime
+from typing import Any
+
+from .environment import Sandbox
+from .origins import Tracking, of_messages, origins_of
+
+MEMORY = 224 * 2**20  # bytes of address space above what the process has when a rendering begins
+COMPUTING, PATIENCE, IDLE = 2.0, 4.0, 120.0  # seconds: of processor time, of waiting, of waiting for a request
+LONGEST = 2**23  # characters of a text: a prompt of some two million tokens
+REST = 64 * 2**20  # bytes: a process that holds more behind a rendering is not kept
+
+
+def main() -> None:
+    """Serve requests until there are none."""
+    _begin()
+    gc.collect()
+    gc.freeze()  # so that the collection behind each rendering looks at what that rendering left
+    _write(b"ready")
+    while True:
+        size = int.from_bytes(_read(8), "big") if _asked() else 0
+        if not size:
+            return
+        _alarm("ITIMER_REAL", PATIENCE)
+        _alarm("ITIMER_PROF", COMPUTING)
+        answer = _answer(marshal.loads(_read(size)))
+        gc.collect()  # what a template left is taken apart on its own time
+        _alarm("ITIMER_PROF", 0)
+        _alarm("ITIMER_REAL", 0)
+        _write(answer)
+        if _pages(1) > REST:
+            return
+
+
+def _answer(request: tuple[str, dict[str, Any], list[Any], tuple[str, ...] | None]) -> bytes:
+    template, names, messages, special = request
+    limited = _limit(MEMORY)
+    try:
+        return b"=" + _rendered(template, names, messages, special)
+    except MemoryError:
+        return b"!" + f"more than {MEMORY >> 20} MiB of memory".encode()
+    except BaseException as error:  # of the template's making: jinja2's, or any that its operations raise
+        return b"!" + f"{type(error).__name__}: {str(error)[:300]}".encode(errors="replace")
+    finally:
+        limited()
+
+
+def _rendered(template: str, names: dict[str, Any], messages: list[Any], special: tuple[str, ...] | None) -> bytes:
+    now = datetime.now()
+    text = _text(_compiled(Sandbox, template, ()), names, messages, now)
+    written = text.encode("utf-8", "surrogatepass")
+    origins = b""
+    if special is not None:
+        tracked = _text(_compiled(Tracking, template, special), names, of_messages(messages), now)
+        if tracked != text:
+            raise ValueError("another text at the second rendering: what special tokens are the template's cannot be told")
+        origins = origins_of(tracked)
+    return len(written).to_bytes(8, "big") + written + origins
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(kind: type[Sandbox], template: str, special: tuple[str, ...]) -> Any:
+    environment = kind()
+    environment.special = special
+    return environment.from_string(template)
+
+
+def _text(compiled: Any, names: dict[str, Any], messages: list[Any], now: datetime) -> str:
+    compiled.environment.now = now
+    parts, size = [], 0
+    for part in compiled.generate({**names, "messages": messages}):
+        size += len(part)
+        if size > LONGEST:
+            raise ValueError(f"a text of more than {LONGEST} characters")
+        parts.append(part)
+    return compiled.environment.concat(parts)
+
+
+# The system's bounds; where a system has none of a kind (Windows, partly macOS), the parent's clock is what is left.
+
+
+def _begin() -> None:
+    for name in ("SIGALRM", "SIGPROF"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {getattr(signal, name)})
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def _alarm(timer: str, seconds: float) -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(getattr(signal, timer), seconds)
+
+
+def _limit(more: int) -> Any:
+    """Bound the address space; what takes the bound away again."""
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        used = _pages(0)
+        if not used:  # then a limit is of no known effect
+            return lambda: None
+        most = min(used + more, *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY), sys.maxsize)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    except (ImportError, OSError, ValueError):
+        return lambda: None
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _pages(field: int) -> int:
+    """Bytes of this process, where Linux tells: 0 of address space, 1 in memory."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+# Frames on the standard streams.
+
+
+def _asked() -> bool:
+    """Wait for a request; False where none came for long."""
+    try:
+        return bool(select.select([0], [], [], IDLE)[0])
+    except OSError:  # Windows: of sockets only
+        return True
+
+
+def _read(size: int) -> bytes:
+    """So many bytes of the input; nothing at its end."""
+    parts = []
+    while size:
+        part = os.read(0, min(size, 2**20))
+        if not part:
+            return b""
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _write(answer: bytes) -> None:
+    left = memoryview(len(answer).to_bytes(8, "big") + answer)
+    while left:
+        left = left[os.write(1, left) :]
