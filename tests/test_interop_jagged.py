@@ -7,7 +7,7 @@ from torch.func import grad, jvp
 
 import funcattn as fa
 from funcattn.interop import document_mask, nested_attention, override_sdpa, sdpa
-from funcattn.kernels import masking
+from funcattn.kernels import blocks, masking
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),  # torch says so at their first use
