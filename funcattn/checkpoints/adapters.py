@@ -130,7 +130,9 @@ def load_lora(folder: str | os.PathLike[str], params: Tree) -> Tree:
             got = "one is absent" if a is None or b is None else f"{shape(a)} and {shape(b)}"
             refuse(path, f"lora_A {(rank, inner)} and lora_B {(out, rank)}", got, "Give the params that were adapted.")
         device = tree.leaves(weight)[0].device
-        return Lora(weight, a.to(device), b.to(device), torch.full((), scale, dtype=torch.float32, device=device))
+        base = weight.dtype if isinstance(weight, Tensor) else torch.float32  # which a half adaptation is added in, as PEFT does
+        a, b = (x.to(device, torch.promote_types(base, x.dtype)) for x in (a, b))
+        return Lora(weight, a, b, torch.full((), scale, dtype=torch.float32, device=device))
 
     return tree.map_with_path(adapted, params, is_leaf=_is_matrix)
 

@@ -4,6 +4,7 @@ Nothing is unpickled: pytorch_model.bin and its kin are refused. safetensors is 
 header against the file before it gives a tensor; what names it must hold, and in which shapes, is checked here.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,6 +114,7 @@ def _read_weights(
     family = families.family_of(settings.get("model_type"), "model_type in config.json")
     found: dict[str, tuple[int, ...]] = {}
     where: dict[str, Any] = {}
+    dtypes = set[torch.dtype]()
     parts = {stored for name, kind in kinds.items() for stored in compressed.fields(name, kind).values()}
     for path in files:
         with _safetensors_errors(path):
@@ -125,6 +127,9 @@ def _read_weights(
                 if name in found:
                     _refuse(f"{name} in {path.name}", f"in one file only, and is in {where[name][1].name} too", "two of it")
                 found[name], where[name] = tuple(part.get_shape()), (file, path, name)
+                if name not in parts and not family.harmless.fullmatch(name):
+                    dtypes.add(DTYPES[part.get_dtype()])
+    dtype = dtype or _one_dtype(settings, dtypes)
 
     plain: dict[str, tuple[slice, ...]] = {}  # by name, where leaves are wanted in parts and a file holds them as they are
 
@@ -137,8 +142,9 @@ def _read_weights(
     def read(name: str) -> Any:
         return records[name] if name in records else tensor(name, dtype)
 
-    if family.prefix and found and not any(name.startswith(family.prefix) for name in found):  # as some writers leave it out
-        found, where = ({family.prefix + name: value for name, value in table.items()} for table in (found, where))
+    if found and not any(name.startswith(family.prefix) for name in found):  # as a model without its head is written
+        whole = lambda name: name if name == family.tensors["head"] else family.prefix + name
+        found, where = ({whole(name): value for name, value in table.items()} for table in (found, where))
     records = {}
     for name, kind in kinds.items():
         for stored in compressed.fields(name, kind).values():
@@ -163,6 +169,14 @@ def _read_weights(
     params = families.unpack(config, held, read)
     turned = {path for source in held if source.is_changed for path in source.paths}
     return tree.map_with_path(lambda path, x: x[cut(path, shapes[path])].clone() if path in turned else x, params)
+
+
+def _one_dtype(settings: Mapping[str, Any], dtypes: set[torch.dtype]) -> torch.dtype | None:
+    """The dtype of weights that a file holds in several: as config.json says, or the one that holds them all; None where they agree."""
+    if len(dtypes) < 2:
+        return None
+    said = {str(kind).removeprefix("torch."): kind for kind in dtypes}.get(str(settings.get("dtype", settings.get("torch_dtype"))))
+    return said or functools.reduce(torch.promote_types, dtypes)
 
 
 def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:

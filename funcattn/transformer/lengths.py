@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, caches, masks
+from .. import _checks, caches
 from ..caches import Delta
 from ..masks import Mask
 from ..records import ABSENT, is_absent
