@@ -1,4 +1,4 @@
-"""Every field of config.json that is known, changed one by one, in every family: the logits of transformers, or an error that names it."""
+"""Every known field of config.json, changed one by one, in every family: the logits of transformers, or an error that names it."""
 
 import json
 import re

@@ -172,7 +172,7 @@ def _read_weights(
 
 
 def _one_dtype(settings: Mapping[str, Any], dtypes: set[torch.dtype]) -> torch.dtype | None:
-    """The dtype of weights that a file holds in several: as config.json says, or the one that holds them all; None where they agree."""
+    """The dtype of weights that a file holds in several: as config.json says, or the one that holds all; None where they agree."""
     if len(dtypes) < 2:
         return None
     said = {str(kind).removeprefix("torch."): kind for kind in dtypes}.get(str(settings.get("dtype", settings.get("torch_dtype"))))

@@ -29,9 +29,9 @@ def read_config(values: Mapping[str, Any]) -> Config:
     found = family.read(fields)
     fields.check_neutral({**NEUTRAL, **family.neutral})
     fields.check_known(IGNORED | NEUTRAL.keys() | family.neutral.keys())
-    if "layer_types" not in fields.seen and found.get("window") is None:  # else the family has a window whatever they say
-        if any(kind != "full_attention" for kind in fields.items("layer_types")):
-            refuse("layer_types in config.json", "full_attention throughout", values["layer_types"])
+    unread = "layer_types" not in fields.seen and found.get("window") is None  # a family with a window has it whatever they say
+    if unread and any(kind != "full_attention" for kind in fields.items("layer_types")):
+        refuse("layer_types in config.json", "full_attention throughout", values["layer_types"])
     return configure(**found)
 
 

@@ -1,8 +1,8 @@
 """Fields of config.json that are known and change no logits of a model whose class does not read them.
 
-config.json is read by allow-list: what a family reads, what is here, and NEUTRAL at its neutral values; any other field is refused by name,
-since a newer release may mean something by it. What is here was read in the classes of transformers 5.24, and is held to it by
-tests/test_config_fields.py.
+config.json is read by allow-list: what a family reads, what is here, and NEUTRAL at its neutral values; any other field is refused
+by name, since a newer release may mean something by it. What is here is what the classes of transformers 5.24 do not read, held to
+them by tests/test_config_json.py.
 """
 
 IGNORED = frozenset(

@@ -1,7 +1,7 @@
 """What a family is, the error of a file that cannot be read as one, and the checked reading of its fields."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -67,7 +67,7 @@ class Family:
 
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    # What transformers reads of every class, or when it builds masks and caches for it -> where it changes nothing. Null is neutral too.
+    # What transformers reads of every class, or when it builds its masks and caches -> where it changes nothing, as null does.
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -135,7 +135,7 @@ class Fields:
         """Refuse a field of `neutral` that was not read and holds anything but one of the values under which it changes nothing."""
         check_neutral({name: value for name, value in self.values.items() if name not in self.seen}, neutral, self.where)
 
-    def check_known(self, known: Collection[str]) -> None:
+    def check_known(self, known: Set[str]) -> None:
         """Refuse a field that nobody read and that is not known, unless it says nothing: it may be of a newer release."""
         for name in self.values.keys() - self.seen - known:
             if not name.startswith("_") and self.values[name] not in (False, "", [], {}):
