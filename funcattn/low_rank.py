@@ -49,13 +49,22 @@ class Lora(NamedTuple):
 
 @linear.register
 def _(weight: Lora, x: Tensor) -> Tensor:
-    return linear(weight.base, x) + F.linear(F.linear(x, weight.a), weight.b) * weight.scale.to(x.dtype)
+    y, wide = linear(weight.base, x), _widest(x, weight)
+    added = F.linear(F.linear(x.to(wide), weight.a.to(wide)), weight.b.to(wide)) * weight.scale.to(wide)
+    return (y + added).to(y.dtype)
 
 
 @embed.register
 def _(weight: Lora, ids: Tensor) -> Tensor:
     rows = embed(weight.base, ids)
-    return rows + F.embedding(ids, weight.b) @ weight.a * weight.scale.to(rows.dtype)
+    wide = _widest(rows, weight)
+    added = F.embedding(ids, weight.b.to(wide)) @ weight.a.to(wide) * weight.scale.to(wide)
+    return (rows + added).to(rows.dtype)
+
+
+def _widest(x: Tensor, weight: Lora) -> torch.dtype:
+    """The dtype that holds x, a and b: that of all three, where they agree."""
+    return torch.promote_types(x.dtype, torch.promote_types(weight.a.dtype, weight.b.dtype))
 
 
 def is_adapted(node: Any) -> bool:
@@ -129,7 +138,8 @@ def merge_lora(params: Tree) -> Tree:
         if not isinstance(base, Tensor):
             remedy = "Dequantize the bases first, or keep the adaptation beside them."
             _checks.fail("merge_lora", f"the base at {path!r}", "a tensor", f"a {type(base).__name__}", remedy, TypeError)
-        return base + (weight.scale.to(base.dtype) * weight.b @ weight.a).to(base.dtype)
+        wide = _widest(base, weight)
+        return (base + weight.scale.to(wide) * weight.b.to(wide) @ weight.a.to(wide)).to(base.dtype)
 
     return tree.map_with_path(merge, params, is_leaf=is_adapted)
 

@@ -103,6 +103,29 @@ def test_every_weight_has_the_dtype_that_was_asked_for(folder):
     assert {leaf.dtype for leaf in leaves(load(folder, dtype=torch.float16).params).values()} == {torch.float16}
 
 
+@pytest.mark.parametrize("kept", ["embed_tokens", "down_proj", "q_proj", "norm"])
+@pytest.mark.parametrize("said", ["bfloat16", "torch.float32", "float64", None])
+def test_weights_of_several_dtypes_are_brought_to_one(folder, kept, said):
+    narrow = lambda name, x: x.float() if kept in name else x.bfloat16()
+    rewrite(folder, lambda tensors: tensors.update({name: narrow(name, x) for name, x in tensors.items()}))
+    settings(folder, dtype=said)
+    wanted = (
+        torch.bfloat16 if said == "bfloat16" else torch.float32
+    )  # what config.json says where some have it, else what holds all
+    loaded = load(folder).params
+    assert {leaf.dtype for leaf in leaves(loaded).values()} == {wanted}
+    assert same(loaded, load(folder, dtype=torch.float32).params) or wanted == torch.bfloat16
+    assert {leaf.dtype for leaf in leaves(load(folder, dtype=torch.float64).params).values()} == {torch.float64}
+
+
+def test_bfloat16_and_float16_are_held_by_float32(folder):
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({name: x.half() if "q_proj" in name else x.bfloat16() for name, x in tensors.items()}),
+    )
+    assert {leaf.dtype for leaf in leaves(load(folder).params).values()} == {torch.float32}
+
+
 def test_the_weights_outlive_the_file(folder):
     loaded = load(folder)
     (folder / "model.safetensors").write_bytes(bytes((folder / "model.safetensors").stat().st_size))

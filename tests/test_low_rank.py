@@ -146,6 +146,26 @@ def test_an_adaptation_comes_back_bit_for_bit(tmp_path):
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.mark.parametrize("of_adapter", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_base", [torch.float32, torch.bfloat16, torch.float16, fa.int8, fa.int4])
+def test_an_adaptation_of_another_dtype_than_its_base_is_added_in_the_wider(tmp_path, of_adapter, of_base):
+    plain = isinstance(of_base, torch.dtype)
+    params = weights(of_base) if plain else fa.quantize(of_base(group=4) if of_base is fa.int4 else of_base)(weights(torch.float32))
+    exact = fa.cast(torch.float32)(params if plain else fa.dequantize(params))
+    fa.save_lora(tmp_path / "adapter", trained(fa.cast(of_adapter)(exact)))
+    loaded, whole = (fa.load_lora(tmp_path / "adapter", tree) for tree in (params, exact))
+    dtype = of_base if plain else torch.float32
+    x = fa.random.normal(fa.key(7), (5, CONFIG.width), dtype)
+    matrix = merge_lora(fa.cast(torch.float64)(whole)).layers[0].q
+    got, want = fa.layers.linear(loaded.layers[0].q, x), x.double() @ matrix.mT
+    sums = x.double().abs() @ matrix.abs().mT  # of what is rounded: the base's product, a x, b a x and their sum, in dtype at worst
+    assert got.dtype == dtype
+    assert ((got.double() - want).abs() <= 4 * torch.finfo(dtype).eps * (sums + want.abs())).all()
+    assert logits(loaded).isfinite().all()
+    if plain:
+        assert {leaf.dtype for leaf in fa.tree.leaves(merge_lora(loaded))} == {of_base}
+
+
 def test_names_and_settings_are_those_of_peft(tmp_path):
     adapted = trained(weights(torch.float32), where=lambda path, _: path.rpartition(".")[2] in ("q", "down"), alpha=16)
     fa.save_lora(tmp_path, adapted, base="org/model")

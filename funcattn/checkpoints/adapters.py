@@ -115,7 +115,9 @@ def load_lora(folder: str | os.PathLike[str], params: Tree) -> Tree:
             got = "one is absent" if sizes is None else f"{sizes[0]} and {sizes[1]}"
             refuse(path, f"lora_A {(rank, inner)} and lora_B {(out, rank)}", got, "Give the params that were adapted.")
         device = tree.leaves(weight)[0].device
-        a, b = a[:].clone().to(device), b[:].clone().to(device)
+        base = weight.dtype if isinstance(weight, Tensor) else torch.float32  # which a half adaptation is added in, as PEFT does
+        a, b = (x[:].clone() for x in (a, b))
+        a, b = (x.to(device, torch.promote_types(base, x.dtype)) for x in (a, b))
         return Lora(weight, a, b, torch.full((), scale, dtype=torch.float32, device=device))
 
     try:

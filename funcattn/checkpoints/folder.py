@@ -4,6 +4,7 @@ Nothing is unpickled: pytorch_model.bin and its kin are refused. safetensors is 
 header against the file before it gives a tensor; what names it must hold, and in which shapes, is checked here.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -101,6 +102,8 @@ def _read_weights(
     ours = {name for name in parts & types.keys() if types[name] in {*compressed.CODES, *DTYPES}}
     foreign = {name: found[name] for name in found if name not in ours and not family.harmless.fullmatch(name)}
     _check_types(folder, foreign, types)
+    dtypes = {DTYPES[types[name]] for name in foreign}
+    dtype = dtype or _one_dtype(settings, dtypes)
 
     plain: dict[str, tuple[slice, ...]] = {}  # by name, where leaves are wanted in parts and a file holds them as they are
 
@@ -113,8 +116,9 @@ def _read_weights(
     def read(name: str) -> Any:
         return records[name] if name in records else tensor(name, dtype)
 
-    if family.prefix and found and not any(name.startswith(family.prefix) for name in found):  # as some writers leave it out
-        found, where = ({family.prefix + name: value for name, value in table.items()} for table in (found, where))
+    if found and not any(name.startswith(family.prefix) for name in found):  # as a model without its head is written
+        whole = lambda name: name if name == family.tensors["head"] else family.prefix + name
+        found, where = ({whole(name): value for name, value in table.items()} for table in (found, where))
     records = {}
     for name, kind in kinds.items():
         for stored in compressed.fields(name, kind).values():
@@ -139,6 +143,14 @@ def _read_weights(
     params = families.unpack(config, held, read)
     turned = {path for source in held if source.is_changed for path in source.paths}
     return tree.map_with_path(lambda path, x: x[cut(path, shapes[path])].clone() if path in turned else x, params)
+
+
+def _one_dtype(settings: Mapping[str, Any], dtypes: set[torch.dtype]) -> torch.dtype | None:
+    """The dtype of weights that a file holds in several: as config.json says, or the one that holds all; None where they agree."""
+    if len(dtypes) < 2:
+        return None
+    said = {str(kind).removeprefix("torch."): kind for kind in dtypes}.get(str(settings.get("dtype", settings.get("torch_dtype"))))
+    return said or functools.reduce(torch.promote_types, dtypes)
 
 
 def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:

@@ -6,6 +6,7 @@ from typing import Any
 from .._checks import fail
 from ..transformer import Config
 from .catalogue import FAMILIES, family_of
+from .ignored import IGNORED
 from .tables import NEUTRAL, CheckpointError, Family, Fields, configure, refuse
 
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # else a reader takes those of another tokenizer
@@ -22,12 +23,14 @@ def read_config(values: Mapping[str, Any]) -> Config:
     """
     family = family_of(values.get("model_type"), "model_type in config.json")
     architectures = values.get("architectures")
-    if architectures is not None and architectures != [family.architecture]:
+    if architectures not in (None, [], *([name] for name in family.architectures)):
         refuse("architectures in config.json", [family.architecture], architectures)
     fields = Fields(values)
     found = family.read(fields)
     fields.check_neutral({**NEUTRAL, **family.neutral})
-    if "layer_types" not in fields.seen and any(kind != "full_attention" for kind in fields.items("layer_types")):
+    fields.check_known(IGNORED | NEUTRAL.keys() | family.neutral.keys())
+    unread = "layer_types" not in fields.seen and found.get("window") is None  # a family with a window has it whatever they say
+    if unread and any(kind != "full_attention" for kind in fields.items("layer_types")):
         refuse("layer_types in config.json", "full_attention throughout", values["layer_types"])
     return configure(**found)
 

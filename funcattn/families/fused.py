@@ -11,7 +11,7 @@ from ..transformer import Config
 from .packs import fused, rotated, stacked
 from .positions import ORIGINAL, partial_heads, read_rope, whole_heads, write_rope
 from .tables import Family, Fields
-from .usual import TENSORS, read_activation, read_sizes, read_windows, write_activation, write_sizes
+from .usual import TENSORS, read_activation, read_sizes, write_activation, write_sizes
 
 LAYER = "model.layers.{}."
 
@@ -23,13 +23,12 @@ def _heads(config: Config) -> list[int]:
 def _read_phi3(fields: Fields) -> dict[str, Any]:
     sizes = read_sizes(fields, context=4096)
     renamed = {"su": "longrope", "yarn": "longrope"}  # as transformers takes them
-    rope = read_rope(fields, sizes["context"], renamed=renamed)
-    share = fields.positive("partial_rotary_factor", 1.0)
-    window, layers = fields.whole("sliding_window", None), sizes["layers"]
+    rope = read_rope(fields, sizes["context"], share=1.0, renamed=renamed, original=4096)
+    window = fields.whole("sliding_window", None)
     return {
         **sizes,
-        **partial_heads(rope, share, sizes["head_size"]),
-        **read_windows(fields, window, layers, [window is not None] * layers),
+        **partial_heads(rope, sizes["head_size"]),
+        "window": window,
         "activation": read_activation(fields),
         "norm_epsilon": fields.positive("rms_norm_eps", 1e-5),
         "tied": fields.flag("tie_word_embeddings", False),
@@ -83,11 +82,11 @@ def _write_cohere(config: Config) -> dict[str, Any]:
 
 def _read_stablelm(fields: Fields) -> dict[str, Any]:
     sizes = read_sizes(fields, context=4096, kv_heads=32)
-    rope, share = read_rope(fields, sizes["context"]), fields.positive("partial_rotary_factor", 0.25)
+    rope = read_rope(fields, sizes["context"], share=0.25)
     parallel = fields.flag("use_parallel_residual", False)
     return {
         **sizes,
-        **partial_heads(rope, share, sizes["head_size"]),
+        **partial_heads(rope, sizes["head_size"]),
         "activation": read_activation(fields),
         "norm": "layer",
         "norm_bias": True,
@@ -118,11 +117,11 @@ def _write_stablelm(config: Config) -> dict[str, Any]:
 
 def _read_starcoder2(fields: Fields) -> dict[str, Any]:
     sizes = read_sizes(fields, context=4096, kv_heads=2)
-    biased, layers, window = fields.flag("use_bias", True), sizes["layers"], fields.whole("sliding_window", None)
+    biased, window = fields.flag("use_bias", True), fields.whole("sliding_window", None)
     return {
         **sizes,
         **whole_heads(read_rope(fields, sizes["context"])),
-        **read_windows(fields, window, layers, [window is not None] * layers),
+        "window": window,
         "activation": read_activation(fields, "gelu_pytorch_tanh"),
         "gated": False,
         "norm": "layer",
@@ -196,4 +195,5 @@ STARCODER2 = Family(
         "layers.{}.down": LAYER + "mlp.c_proj.weight",
         "layers.{}.down_bias": LAYER + "mlp.c_proj.bias",
     },
+    neutral={"mlp_type": ("default",), "norm_type": ("layer_norm",)},
 )

@@ -7,7 +7,7 @@ The weights of a norm are stored as what is added to 1; they stay so here (`Conf
 from typing import Any
 
 from ..transformer import Config
-from .positions import parse_rope, read_rope, whole_heads, write_rope
+from .positions import parse_rope, read_rope, whole_heads, with_rope_type, write_rope
 from .tables import Family, Fields, refuse
 from .usual import TENSORS, read_activation, read_sizes, read_windows, write_activation, write_sizes, write_windows
 
@@ -47,9 +47,6 @@ def _read_gemma(fields: Fields) -> dict[str, Any]:
     sizes = _read_sizes(fields, 8192, 16, "hidden_act")
     if fields.get("hidden_act") == "gelu":  # the first releases said so and meant the other, as transformers takes it
         sizes["activation"] = "gelu_tanh"
-    meant = fields.get("hidden_activation")
-    if meant is not None:
-        sizes["activation"] = read_activation(fields, "gelu_pytorch_tanh", "hidden_activation")
     return {**sizes, **whole_heads(read_rope(fields, sizes["context"]))}
 
 
@@ -57,11 +54,12 @@ def _write_gemma(config: Config) -> dict[str, Any]:
     return {**_write_sizes(config, "hidden_act"), **write_rope(config)}
 
 
-def _read_caps(fields: Fields, attention: float | None, logits: float | None) -> dict[str, Any]:
-    silent = lambda name, default: None if fields.says(name) else default  # null is none, silence is the default
-    names = {"attention_cap": ("attn_logit_softcapping", attention), "logit_cap": ("final_logit_softcapping", logits)}
-    caps = {ours: fields.positive(theirs, silent(theirs, default)) for ours, (theirs, default) in names.items()}
-    return {**caps, "attention_scale": fields.positive("query_pre_attn_scalar", 256.0) ** -0.5, "norm_placement": "around"}
+def _read_cap(fields: Fields, name: str, default: float | None) -> float | None:
+    return fields.positive(name, None if fields.says(name) else default)  # null is none, silence is the default
+
+
+def _read_around(fields: Fields) -> dict[str, Any]:
+    return {"attention_scale": fields.positive("query_pre_attn_scalar", 256.0) ** -0.5, "norm_placement": "around"}
 
 
 def _write_caps(config: Config) -> dict[str, Any]:
@@ -78,7 +76,14 @@ def _read_gemma2(fields: Fields) -> dict[str, Any]:
     fields.get("hidden_act")
     window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
     windows = read_windows(fields, window, layers, [bool((i + 1) % 2) for i in range(layers)])
-    return {**sizes, **_read_caps(fields, 50.0, 30.0), **windows, **whole_heads(read_rope(fields, sizes["context"]))}
+    return {
+        **sizes,
+        **_read_around(fields),
+        "attention_cap": _read_cap(fields, "attn_logit_softcapping", 50.0),
+        "logit_cap": _read_cap(fields, "final_logit_softcapping", 30.0),
+        **windows,
+        **whole_heads(read_rope(fields, sizes["context"])),
+    }
 
 
 def _write_gemma2(config: Config) -> dict[str, Any]:
@@ -89,11 +94,12 @@ def _read_gemma3(fields: Fields) -> dict[str, Any]:
     sizes = _read_sizes(fields, 131072, 4, "hidden_activation")
     fields.get("hidden_act")
     window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
-    every = fields.whole("sliding_window_pattern", fields.whole("_sliding_window_pattern", 6))
+    every = fields.whole("sliding_window_pattern", 6)
     windows = read_windows(fields, window, layers, [bool((i + 1) % every) for i in range(layers)])
     return {
         **sizes,
-        **_read_caps(fields, None, None),
+        **_read_around(fields),
+        "logit_cap": _read_cap(fields, "final_logit_softcapping", None),  # a cap of attention is kept in its file and never applied
         **windows,
         **_read_two_bases(fields, sizes["context"], windows["window"] is not None),
         "head_norm": "rms",
@@ -102,22 +108,28 @@ def _read_gemma3(fields: Fields) -> dict[str, Any]:
 
 def _read_two_bases(fields: Fields, context: int, windowed: bool) -> dict[str, Any]:
     """One base for layers with a window, another for those without, in either spelling."""
-    nested, where = fields.get("rope_parameters"), "rope_parameters in config.json"
-    if nested is None:
-        base, local = fields.get("rope_theta", 1e6), fields.positive("rope_local_base_freq", 1e4)
-        wide = parse_rope({**fields.get("rope_scaling", {}), "rope_theta": base}, where, context, {})
-    else:
-        for name in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
-            fields.get(name)
-        if not isinstance(nested, dict) or not nested.keys() <= {"full_attention", "sliding_attention"}:
-            refuse(where, "an object of full_attention and sliding_attention", nested)
-        parts = {kind: nested.get(kind) or {} for kind in ("full_attention", "sliding_attention")}
-        wide = parse_rope({"rope_theta": 1e6, **parts["full_attention"]}, where, context, {})
-        near = parse_rope({"rope_theta": 1e4, **parts["sliding_attention"]}, where, context, {})
-        if near["rope_scaling"] is not None:
-            refuse(f"sliding_attention of {where}", "rope_type default", parts["sliding_attention"])
-        local = whole_heads(near)["rope_base"]
-    return {**whole_heads(wide), "local_rope_base": local if windowed else None}
+    nested, where, kinds = (
+        fields.get("rope_parameters", {}),
+        "rope_parameters in config.json",
+        ("full_attention", "sliding_attention"),
+    )
+    if not isinstance(nested, dict) or not nested.keys() <= set(kinds):
+        refuse(where, "an object of full_attention and sliding_attention", nested)
+    if not all(isinstance(part, dict | None) for part in nested.values()):
+        refuse(where, "an object of objects", nested)
+    scaling = fields.get("rope_scaling", {})
+    if not isinstance(scaling, dict):
+        refuse("rope_scaling in config.json", "an object", scaling)
+    full, near = (nested.get(kind) or {"rope_type": "default"} for kind in kinds)
+    full = {**full, **scaling}  # whose "type" says nothing beside the "rope_type" that is there
+    bases = fields.get("rope_theta", 1e6), fields.get("rope_local_base_freq", 1e4)
+    wide, narrow = (
+        parse_rope(with_rope_type({"rope_theta": base, **part, "truncate": True}), where, context, {})  # read of the outer object
+        for base, part in zip(bases, (full, near), strict=True)
+    )
+    if narrow["rope_scaling"] is not None:
+        refuse(f"sliding_attention of {where}", "rope_type default", near)
+    return {**whole_heads(wide), "local_rope_base": whole_heads(narrow)["rope_base"] if windowed else None}
 
 
 def _write_gemma3(config: Config) -> dict[str, Any]:
@@ -132,4 +144,4 @@ def _write_gemma3(config: Config) -> dict[str, Any]:
 
 GEMMA = Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma, TENSORS)
 GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2, {**TENSORS, **AROUND})
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, {**TENSORS, **AROUND})
+GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, {**TENSORS, **AROUND}, body="Gemma3TextModel")

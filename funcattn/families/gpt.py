@@ -10,7 +10,7 @@ from typing import Any
 from ..transformer import Config
 from .packs import fused, of_heads, transposed
 from .positions import partial_heads, read_rope, write_rope
-from .tables import Family, Fields
+from .tables import Family, Fields, refuse
 from .usual import read_activation, read_sizes, write_activation, write_sizes
 
 BLOCK, LAYER = "transformer.h.{}.", "gpt_neox.layers.{}."
@@ -18,7 +18,14 @@ PARTS = ("weight", ""), ("bias", "_bias")
 LAYER_NORM = {"norm": "layer", "norm_bias": True, "gated": False, "feed_forward_bias": True}
 
 
+ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+ALIASES |= {"max_position_embeddings": "n_positions"}  # of GPT-2 in transformers, where they go first
+
+
 def _read_gpt2(fields: Fields) -> dict[str, Any]:
+    for alias, name in ALIASES.items():
+        if fields.get(alias) is not None and fields.get(alias) != fields.get(name):
+            refuse(fields.place(alias), f"absent, or what {name} is, {fields.get(name)}", fields.get(alias))
     width, heads = fields.whole("n_embd"), fields.whole("n_head")
     return {
         **LAYER_NORM,
@@ -57,12 +64,12 @@ def _write_gpt2(config: Config) -> dict[str, Any]:
 
 def _read_neox(fields: Fields) -> dict[str, Any]:
     sizes = read_sizes(fields, context=2048)
-    base, share = fields.positive("rotary_emb_base", 10000.0), fields.positive("rotary_pct", 0.25)
+    rope = read_rope(fields, sizes["context"], share=0.25, names=("rotary_emb_base", "rotary_pct"))
     biased = fields.flag("attention_bias", True)
     return {
         **LAYER_NORM,
         **sizes,
-        **partial_heads(read_rope(fields, sizes["context"], base=base), share, sizes["head_size"]),
+        **partial_heads(rope, sizes["head_size"]),
         "kv_heads": sizes["heads"],
         "activation": read_activation(fields, "gelu"),
         "norm_epsilon": fields.positive("layer_norm_eps", 1e-5),
@@ -146,5 +153,6 @@ GPT_NEOX = Family(
         of_heads([f"layers.{{}}.{leaf}{ours}" for leaf in "qkv"], f"{LAYER}attention.query_key_value.{theirs}")
         for theirs, ours in PARTS
     ),
+    prefix="gpt_neox.",
     harmless=re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
 )

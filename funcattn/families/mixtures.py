@@ -16,10 +16,9 @@ LAYER = "model.layers.{}."
 
 def _read_mixtral(fields: Fields) -> dict[str, Any]:
     common = read_common(fields, context=4096 * 32, base=1e6, epsilon=1e-5, kv_heads=8, bias=False)
-    window, layers = fields.whole("sliding_window", None), common["layers"]
     return {
         **common,
-        **read_windows(fields, window, layers, [window is not None] * layers),
+        "window": fields.whole("sliding_window", None),
         "experts": fields.whole("num_local_experts", 8),
         "experts_per_token": fields.whole("num_experts_per_tok", 2),
         "expert_size": common["feed_forward"],
@@ -38,15 +37,14 @@ def _write_mixtral(config: Config) -> dict[str, Any]:
 def _read_qwen3_moe(fields: Fields) -> dict[str, Any]:
     common = read_common(fields, context=32768, kv_heads=4)
     layers = common["layers"]
-    window = fields.whole("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
-    fields.get("sliding_window")
+    window = fields.whole("sliding_window", None if fields.says("sliding_window") else 4096)
     every, dense = fields.whole("decoder_sparse_step", 1), fields.items("mlp_only_layers")
     chosen = [i not in dense and (i + 1) % every == 0 for i in range(layers)]
     experts = fields.whole("num_experts", fields.whole("num_local_experts", 128))
     fields.get("num_local_experts")
     return {
         **common,
-        **read_windows(fields, window, layers, [window is not None] * layers),
+        "window": window if fields.flag("use_sliding_window", False) else None,
         "head_norm": "rms",
         "experts": experts if any(chosen) else 0,
         "experts_per_token": fields.whole("num_experts_per_tok", 8),

@@ -9,7 +9,7 @@ from ..transformer import Config
 from .tables import Fields, check_neutral, positive, refuse, whole
 
 ORIGINAL = "original_max_position_embeddings"
-NUMBERS = {  # kind -> its fields that must be numbers
+NEEDED = {  # kind -> its fields that must be numbers
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -17,59 +17,85 @@ NUMBERS = {  # kind -> its fields that must be numbers
     "yarn": (),
     "longrope": (),
 }
-OTHERS = {  # kind -> fields that it may have besides
+OPTIONAL = {  # kind -> fields that it may have besides
     "llama3": {ORIGINAL},
     "yarn": {"factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim", ORIGINAL},
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", ORIGINAL},
 }
+UNREAD = {"finetuned", "attn_factor", "short_mscale", "long_mscale", "mrope_section", "type"}  # by any class of transformers here
+KNOWN = {"rope_type", "rope_theta", "partial_rotary_factor", *UNREAD}.union(*NEEDED.values(), *OPTIONAL.values())
 
 
-def read_rope(fields: Fields, context: int, *, base: float = 10000.0, renamed: Mapping[str, str] | None = None) -> dict[str, Any]:
+def read_rope(
+    fields: Fields,
+    context: int,
+    *,
+    base: float = 10000.0,
+    share: float | None = None,
+    names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+    renamed: Mapping[str, str] | None = None,
+    original: int | None = None,
+) -> dict[str, Any]:
     """rope_base, rope_scaling and, under "partial", the share of a head that turns (None where nothing is said).
 
     Args:
         fields: of config.json, with `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
         context: positions that the model has, for scalings that follow from it.
-        base: where nothing is said.
+        base, share: where nothing is said.
+        names: what the family calls the two beside the object; what stands in it goes first.
         renamed: kinds of scaling that this family calls otherwise.
+        original: original_max_position_embeddings, where the family has a value for it that goes before the one in the object.
     """
-    name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
-    rope, where = fields.get(name, {}), f"{name} in config.json"
-    if not isinstance(rope, dict):
-        refuse(where, "an object", rope)
-    rope = {("rope_type" if key == "type" else key): value for key, value in rope.items() if value is not None}
-    old = fields.get("rope_scaling", {})
-    if not isinstance(old, dict) or any(rope.get("rope_type" if key == "type" else key) != value for key, value in old.items()):
+    rope, where = rope_object(fields, "rope_parameters"), "rope_parameters in config.json"
+    old = rope_object(fields, "rope_scaling")
+    if old and rope and any(rope.get(key) != value for key, value in old.items()):
         refuse("rope_scaling in config.json", "absent beside rope_parameters, or the same", old)
-    rope = {"rope_theta": fields.get("rope_theta", base), ORIGINAL: fields.get(ORIGINAL), **rope}
-    return parse_rope({key: value for key, value in rope.items() if value is not None}, where, context, renamed or {})
+    if old:  # as transformers takes them
+        rope, where = old, "rope_scaling in config.json"
+    beside = fields.get(ORIGINAL, original)
+    outer = {"rope_theta": fields.get(names[0], base), "partial_rotary_factor": fields.get(names[1], share)}
+    rope = {**outer, **rope, ORIGINAL: rope.get(ORIGINAL) if beside is None else beside}
+    return parse_rope(with_rope_type(rope), where, context, renamed or {})
+
+
+def rope_object(fields: Fields, name: str) -> dict[str, Any]:
+    """An object of rotary fields, its kind under "rope_type", without what is null; empty where it is absent."""
+    rope = fields.get(name, {})
+    if not isinstance(rope, dict):
+        refuse(fields.place(name), "an object", rope)
+    return with_rope_type(rope)
+
+
+def with_rope_type(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary fields without what is null, their kind under "rope_type", which goes before its older name "type"."""
+    rope = {key: value for key, value in rope.items() if value is not None}
+    return {"rope_type": rope["type"], **rope} if "type" in rope else rope
 
 
 def parse_rope(rope: Mapping[str, Any], where: str, context: int, renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The same of one object of rotary fields."""
+    """The same of one object of rotary fields. What its kind does not read is ignored; what is not known is refused."""
     kind = rope.get("rope_type", "default")
     kind = renamed.get(kind, kind) if isinstance(kind, str) else kind
-    if not isinstance(kind, str) or kind not in NUMBERS:
-        refuse(f"rope_type of {where}", f"one of {', '.join(NUMBERS)}", rope.get("rope_type"))
-    known = {"rope_type", "rope_theta", "partial_rotary_factor", ORIGINAL, *NUMBERS[kind], *OTHERS.get(kind, ())}
-    for name in rope.keys() - known:
-        refuse(f"{name} of {where}", f"absent where rope_type is {kind}", rope[name])
+    if not isinstance(kind, str) or kind not in NEEDED:
+        refuse(f"rope_type of {where}", f"one of {', '.join(NEEDED)}", rope.get("rope_type"))
+    for name in rope.keys() - KNOWN:
+        refuse(f"{name} of {where}", "absent, since no kind of scaling is known to have it", rope[name])
     base = positive(rope.get("rope_theta", 10000.0), f"rope_theta of {where}")
     partial = (
         positive(rope["partial_rotary_factor"], f"partial_rotary_factor of {where}") if "partial_rotary_factor" in rope else None
     )
-    numbers = [positive(rope.get(name), f"{name} of {where}") for name in NUMBERS[kind]]
+    numbers = [positive(rope.get(name), f"{name} of {where}") for name in NEEDED[kind]]
     return {"rope_base": base, "rope_scaling": _scaling(kind, numbers, rope, where, context), "partial": partial}
 
 
 def _scaling(kind: str, numbers: list[float], rope: Mapping[str, Any], where: str, context: int) -> RopeScaling | None:
-    original = whole(rope.get(ORIGINAL, context), f"{ORIGINAL} of {where}")
     if kind == "default":
         return None
     if kind == "linear":
         return RopeScaling("linear", numbers[0])
     if kind == "dynamic":
         return RopeScaling("dynamic", numbers[0], context=context)
+    original = whole(rope.get(ORIGINAL, context), f"{ORIGINAL} of {where}")
     if kind == "llama3":
         factor, low, high = numbers
         if not low < high:
@@ -95,12 +121,13 @@ def _scaling(kind: str, numbers: list[float], rope: Mapping[str, Any], where: st
     default = stretch(1.0)
     if by and over:
         default = stretch(positive(by, f"mscale of {where}")) / stretch(positive(over, f"mscale_all_dim of {where}"))
+    turns = {name: positive(rope.get(name) or usual, f"{name} of {where}") for name, usual in (("beta_fast", 32), ("beta_slow", 1))}
     return RopeScaling(
         "yarn",
         factor,
         context=original,
-        fast=number("beta_fast", 32.0),
-        slow=number("beta_slow", 1.0),
+        fast=turns["beta_fast"],
+        slow=turns["beta_slow"],
         truncate=truncate,
         attention=number("attention_factor", default),
     )
@@ -113,14 +140,15 @@ def _factors(value: Any, where: str) -> tuple[float, ...]:
 
 
 def whole_heads(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary fields of a family whose heads turn whole; anything else is refused by name."""
-    check_neutral({"partial_rotary_factor": rope["partial"]}, {"partial_rotary_factor": (1.0,)}, "{} in config.json")
+    """Rotary fields of a family whose heads turn whole: it does not read a share, but its scalings do, for heads that none has."""
+    if rope["rope_scaling"] is not None:
+        check_neutral({"partial_rotary_factor": rope["partial"]}, {"partial_rotary_factor": (1.0,)}, "{} in config.json")
     return {name: value for name, value in rope.items() if name != "partial"}
 
 
-def partial_heads(rope: dict[str, Any], share: float, head_size: int) -> dict[str, Any]:
-    """Rotary fields of a family that turns a share of each head, `share` where the object does not say."""
-    turning = int(head_size * (share if rope["partial"] is None else rope["partial"]))
+def partial_heads(rope: dict[str, Any], head_size: int) -> dict[str, Any]:
+    """Rotary fields of a family that turns a share of each head."""
+    turning = head_size if rope["partial"] is None else int(head_size * rope["partial"])
     if not 0 < turning <= head_size or turning % 2:
         refuse("partial_rotary_factor in config.json", f"such that an even number of {head_size} features turns", turning)
     return {**whole_heads({**rope, "partial": None}), "rotary_size": None if turning == head_size else turning}

@@ -1,7 +1,7 @@
 """What a family is, the error of a file that cannot be read as one, and the checked reading of its fields."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -50,7 +50,9 @@ class Family:
     tensors: path -> name on disk, templates with `{}` for the number of the layer; of what a Config does not have, none is wanted.
     packs: leaves that are held in another form; they go before `tensors`.
     neutral: fields of the file that would change the mathematics -> the values under which they do not, besides NEUTRAL.
-    harmless: tensors on disk that say nothing new. prefix: what some writers leave out in front of every name.
+    body: what transformers calls the model without its head, which is written without `prefix` in front of every name; "" is the
+        architecture, named for that.
+    harmless: tensors on disk that say nothing new.
     """
 
     name: str
@@ -61,41 +63,26 @@ class Family:
     packs: tuple[Pack, ...] = ()
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     harmless: re.Pattern[str] = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # follows from rope_theta
-    prefix: str = ""
+    body: str = ""
+    prefix: str = "model."
+
+    @property
+    def architectures(self) -> tuple[str, str]:
+        """What transformers calls the model, and the model without its head."""
+        return self.architecture, self.body or re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
 
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    # Fields of config.json that would change the mathematics where a family does not read them -> where they do not.
-    # Absent and null are neutral too. What transformers' own models never read is not listed: it changes nothing there.
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_qkv_bias": (False,),
-    "partial_rotary_factor": (1, 1.0),
-    "rope_interleaved": (False,),
-    "quantization_config": (),
-    "sliding_window": (),
-    "use_sliding_window": (False,),
+    # What transformers reads of every class, or when it builds its masks and caches -> where it changes nothing, as null does.
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
-    "auto_map": (),  # code of its own
-    "attention_multiplier": (1, 1.0),
-    "embedding_multiplier": (1, 1.0),
-    "residual_multiplier": (1, 1.0),
-    "logits_scaling": (1, 1.0),
-    "logit_scale": (1, 1.0),
-    "query_pre_attn_scalar": (),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
     "use_bidirectional_attention": (False,),
-    "num_local_experts": (0,),
-    "num_experts": (0,),
-    "no_rope_layers": (),
-    "use_qk_norm": (False,),
-    "qk_layernorm": (False,),
-    "use_parallel_residual": (False,),
-    "clip_qkv": (),
-    "alibi": (False,),
+    "sliding_window": (),
+    "attention_chunk_size": (),
+    "pruned_heads": ({},),
+    "per_layer_config": (),
+    "quantization_config": (),
 }
 
 
@@ -154,6 +141,20 @@ class Fields:
         """Refuse a field of `neutral` that was not read and holds anything but one of the values under which it changes nothing."""
         check_neutral({name: value for name, value in self.values.items() if name not in self.seen}, neutral, self.where)
 
+    def check_known(self, known: Set[str]) -> None:
+        """Refuse a field that nobody read and that is not known, unless it says nothing: it may be of a newer release."""
+        for name in self.values.keys() - self.seen - known:
+            if not name.startswith("_") and self.values[name] not in (False, "", [], {}):
+                remedy = "Take it out of the file where it does not change what the model computes, or use a release that knows it."
+                fail(
+                    "load",
+                    self.place(name),
+                    "a field that is known, or absent",
+                    repr(self.values[name])[:200],
+                    remedy,
+                    CheckpointError,
+                )
+
 
 def _missing(value: Any) -> Any:
     return None if value is ABSENT_FIELD else value
@@ -193,6 +194,10 @@ def configure(**values: Any) -> Config:
     if values["layers"] > DEEPEST:
         refuse("the number of layers", f"at most {DEEPEST}", values["layers"])
     try:
-        return Config(**values)
+        config = Config(**values)
     except ValueError as error:
         raise CheckpointError(f"load: the sizes in the file make no decoder. {error}") from error
+    scaling, turning = config.rope_scaling, config.rotary_size or config.head_size
+    if scaling is not None and scaling.kind == "longrope" and len(scaling.short) != turning // 2:
+        refuse("short_factor and long_factor", f"{turning // 2} numbers, one for each plane that turns", len(scaling.short))
+    return config

@@ -31,7 +31,7 @@ def first_chunk(model: Model, cache: Any, T: int, chunk: int) -> int:
     known = _checks.peek(cache.length) if not is_absent(cache) else None
     before = 0 if known is None else int(known.min())
     within = config.rope_scaling.context + 1 - before
-    return chunk if T < within else T if config.rope_scaling.kind == "dynamic" else max(chunk, within)
+    return chunk if within > T else T if config.rope_scaling.kind == "dynamic" else max(chunk, within)
 
 
 def places(model: Model, cache: Any, begin: int, end: int, prompt_length: Tensor | None) -> Tensor | None:
