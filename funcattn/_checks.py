@@ -5,7 +5,7 @@ checked where they are concrete; inside vmap or a compile the result is defined 
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -51,6 +51,17 @@ def is_decoder(function: str, model: Any) -> None:
     if not hasattr(model, "hidden") or not hasattr(model, "logits"):
         remedy = "Make it with fa.decoder(config); arguments come in the order key, model, params, data."
         fail(function, "model", "from fa.decoder", f"a {type(model).__name__}", remedy, TypeError)
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is an integer of Python; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def stops(function: str, stop: Any) -> None:
+    """Fail where stop is anything but a collection of ids."""
+    if not isinstance(stop, Collection) or not all(map(is_int, stop)):
+        fail(function, "stop", "ids as ints", repr(stop), "Stop strings belong to fa.stream, where the tokenizer is.", TypeError)
 
 
 def shape(x: Tensor) -> tuple[int, ...]:

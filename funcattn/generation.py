@@ -274,14 +274,11 @@ def _check(door: str, prompt: Tensor, cache: Any, steps: int, chunk: int, stop: 
         _checks.fail(
             door, "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Begin with one token, such as the tokenizer's first."
         )
-    if not isinstance(steps, int) or steps < 0:
+    if not _checks.is_int(steps) or steps < 0:
         _checks.fail(door, "steps", "an int, 0 or more", repr(steps), "Say how many tokens to write.")
-    if chunk < 1:
+    if not _checks.is_int(chunk) or chunk < 1:
         _checks.fail(door, "chunk", "at least 1", chunk, "Tokens of the prompt read at a time.")
-    if not isinstance(stop, Collection) or not all(isinstance(end, int) for end in stop):
-        _checks.fail(
-            door, "stop", "ids as ints", repr(stop), "Stop strings belong to fa.stream, where the tokenizer is.", TypeError
-        )
+    _checks.stops(door, stop)
     if not is_absent(cache) and prompt.shape[0] > caches.capacity(cache):
         wanted = f"at most the {caches.capacity(cache)} tokens that the cache has room for"
         _checks.fail(door, "prompt", wanted, f"{prompt.shape[0]} tokens", "Make it with model.cache(size) for a larger size.")

@@ -143,7 +143,9 @@ def step(
 
     Raises:
         ValueError: the logits of a text are NaN, or the sampler leaves nothing to draw.
+        TypeError: stop is anything but ids.
     """
+    _checks.stops("step", stop)
 
     def one(slot: Slot) -> tuple[Served, Slot]:
         busy = slot.left > 0

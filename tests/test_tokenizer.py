@@ -71,7 +71,7 @@ def test_the_packaged_template_renders_as_in_transformers(smollm2, oracle):
         assert smollm2.tokenizer.chat(messages, add_generation_prompt=add) == wanted
     wanted = oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert smollm2.tokenizer.prompt(messages) == wanted
-    assert smollm2.tokenizer.stop == (oracle.eos_token_id,)
+    assert smollm2.tokenizer.stop == (oracle.eos_token_id, oracle.convert_tokens_to_ids("<|endoftext|>"))
 
 
 @pytest.mark.parametrize("split", ["gpt-2", "llama-bpe", "qwen2"])

@@ -171,7 +171,7 @@ def read_header(data: mmap.mmap | bytes, file: str) -> Header:
 
 def _place(cursor: Cursor, alignment: Any, described: Mapping[str, tuple[tuple[int, ...], int, int]]) -> dict[str, Entry]:
     """Entries whose bytes lie in the file, aligned, and overlap no others'."""
-    if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
         cursor.refuse("general.alignment", "a power of two", alignment)
     base = -(-cursor.at // alignment) * alignment
     tensors = {}
@@ -205,6 +205,11 @@ def read_tensor(data: mmap.mmap | bytes, entry: Entry) -> Tensor:
     return torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
 
 
+def _is_whole(parts: Any) -> bool:
+    """Whether a file of so many parts is all of them."""
+    return type(parts) is int and parts in (0, 1)
+
+
 def read_gguf(
     path: Path, dtype: torch.dtype | None = None, *, keep_quantized: bool = False
 ) -> tuple[Config, Params, dict[str, Any]]:
@@ -214,15 +219,9 @@ def read_gguf(
             fail("load", str(path), "a model", "an empty file", "Fetch it again.", CheckpointError)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with the last reference
     metadata, tensors = read_header(data, path.name)
-    if metadata.get("split.count") not in (None, 0, 1):
-        fail(
-            "load",
-            str(path),
-            "a whole model",
-            "one part of a split file",
-            "Join the parts with gguf-split --merge.",
-            CheckpointError,
-        )
+    if not _is_whole(metadata.get("split.count", 0)):
+        remedy = "Join the parts with gguf-split --merge."
+        fail("load", str(path), "a whole model", "one part of a split file", remedy, CheckpointError)
     names = families.GGUF_TENSORS
     stretch = read_tensor(data, tensors.pop(families.STRETCH)) if families.STRETCH in tensors else None
     vocabulary = (

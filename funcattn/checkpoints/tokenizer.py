@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,9 +20,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from .. import atomic
 from .._checks import fail
 from ..families import CheckpointError
-from . import prompts, templates, tokenizer_json
+from . import gguf_fields, prompts, templates, tokenizer_json
 from .pieces import pieces
 from .tokenizer_json import LLAMA3, QWEN2
+from .turns import NAMES, ends_of_turns
 from .writing import written
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
@@ -233,13 +234,15 @@ def from_files(tokenizer: str, settings: Mapping[str, Any], template: str | None
     for role in ROLES:
         value = settings.get(role)
         value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and value is not False and not isinstance(value, str):
+            fail("load", role, "a token", f"a {type(value).__name__}", "Write it as text, or remove it.", CheckpointError)
         if isinstance(value, str):
             roles[role] = value
     if template is None:
         template = settings.get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+            named = [entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[-1] if named else None
     if template is not None and not isinstance(template, str):
         fail(
             "load", "chat_template", "a string", f"a {type(template).__name__}", "Remove it, or write it as text.", CheckpointError
@@ -274,52 +277,58 @@ SPLITS = {  # how text is cut before the merges, as in the tokenizer.json of the
 
 def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of text, or SentencePiece's."""
-    kind_of_model = _text(metadata, "tokenizer.ggml.model")
+    kind_of_model = gguf_fields.text(metadata, "tokenizer.ggml.model")
     if kind_of_model not in ("gpt2", "llama"):
-        _refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model)
-    tokens = _texts(metadata, "tokenizer.ggml.tokens")
+        gguf_fields.refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model)
+    tokens = gguf_fields.texts(metadata, "tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
-        _refuse("tokenizer.ggml.tokens", "all different", f"{len(tokens) - len(set(tokens))} twice")
-    kinds = _numbers(metadata, "tokenizer.ggml.token_type", len(tokens))
-    leading_space = metadata.get("tokenizer.ggml.add_space_prefix", True) is True
+        gguf_fields.refuse("tokenizer.ggml.tokens", "all different", f"{len(tokens) - len(set(tokens))} twice")
+    kinds = gguf_fields.integers(metadata, "tokenizer.ggml.token_type", len(tokens))
+    id_of = lambda name: gguf_fields.index(metadata, f"tokenizer.ggml.{name}", len(tokens))
+    leading_space = gguf_fields.flag(metadata, "tokenizer.ggml.add_space_prefix", True)
     if kind_of_model == "gpt2":
-        split = _text(metadata, "tokenizer.ggml.pre")
+        split = gguf_fields.text(metadata, "tokenizer.ggml.pre")
         backend, first = _byte_level(metadata, tokens, split), split == "llama-bpe"
     else:
-        scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens))
-        unknown = _id(metadata, "unknown_token_id", len(tokens))
+        scores = gguf_fields.floats(metadata, "tokenizer.ggml.scores", len(tokens))
+        unknown = id_of("unknown_token_id")
         with _rust_errors("tokenizer.ggml.tokens"):
             named = None if unknown is None else tokens[unknown]
             backend = pieces(tokens, scores.tolist(), kinds.tolist(), named, leading_space=leading_space)
         first = True
-    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        found = [tokens[number] for number in np.flatnonzero(kinds == kind) if tokens[number]]
+    control = set(np.flatnonzero(kinds == CONTROL).tolist())
+    ends = ends_of_turns(metadata, tokens, control)
+    special_ids = control | {number for number in ends if tokens[number] in NAMES}  # whatever kind the file says
+    for special in (True, False):
+        ids = (
+            sorted(special_ids) if special else [n for n in np.flatnonzero(kinds == USER_DEFINED).tolist() if n not in special_ids]
+        )
         add = backend.add_special_tokens if special else backend.add_tokens
         spaced = not special and not leading_space  # such tokens may hold SentencePiece's sign for a space
-        add([AddedToken(token, normalized=spaced, special=special) for token in found])
+        add([AddedToken(tokens[number], normalized=spaced, special=special) for number in ids if tokens[number]])
 
-    roles = {role: tokens[number] for role, name in ROLES.items() if (number := _id(metadata, name, len(tokens))) is not None}
-    begin = _id(metadata, "bos_token_id", len(tokens))
-    if metadata.get("tokenizer.ggml.add_bos_token", first) is True and begin is not None and tokens[begin]:
-        beginning = processors.TemplateProcessing(single=[tokens[begin], "$A"], special_tokens=[(tokens[begin], begin)])
+    roles = {role: tokens[number] for role, name in ROLES.items() if (number := id_of(name)) is not None}
+    begin = id_of("bos_token_id")
+    if gguf_fields.flag(metadata, "tokenizer.ggml.add_bos_token", first) and begin is not None and tokens[begin]:
+        # The library reads a piece as name:type, and $A as the text.
+        name = tokens[begin] if not set(tokens[begin]) & set(":$") else "the first token"
+        known = [{"id": name, "ids": [begin], "tokens": [tokens[begin]]}]
+        beginning = processors.TemplateProcessing(single=[name, "$A"], special_tokens=known)
         of_bytes = [processors.ByteLevel(trim_offsets=False)] if kind_of_model == "gpt2" else []
         backend.post_processor = processors.Sequence([*of_bytes, beginning])
-    ends = (_id(metadata, name, len(tokens)) for name in ("eos_token_id", "eot_token_id", "eom_token_id"))
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        _refuse("tokenizer.chat_template", "a string", type(template).__name__)
-    return Tokenizer(backend, tuple(dict.fromkeys(end for end in ends if end is not None)), template, roles)
+    return Tokenizer(backend, ends, gguf_fields.optional_text(metadata, "tokenizer.chat_template"), roles)
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: str) -> tokenizers.Tokenizer:
     """Byte-level BPE."""
-    ids, merges = {token: number for number, token in enumerate(tokens)}, _texts(metadata, "tokenizer.ggml.merges")
+    ids = {token: number for number, token in enumerate(tokens)}
+    merges = gguf_fields.texts(metadata, "tokenizer.ggml.merges")
     wrong = [merge for merge in merges if merge.count(" ") != 1]
     if wrong:
-        _refuse("tokenizer.ggml.merges", "pairs of tokens", wrong[0])
+        gguf_fields.refuse("tokenizer.ggml.merges", "pairs of tokens", wrong[0])
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     if split not in SPLITS:
-        _refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", split)
+        gguf_fields.refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", split)
     with _rust_errors("tokenizer.ggml.merges"):
         backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=split == "llama-bpe"))
     backend.pre_tokenizer, backend.decoder = SPLITS[split](), decoders.ByteLevel()
@@ -343,36 +352,3 @@ def _rust_errors(where: str) -> Iterator[None]:
         remedy = "Fetch the file again, or update the library: pip install --upgrade tokenizers."
         got = str(error)[:300]
         raise CheckpointError(f"load: {where} should be {wanted}, got an error: {got}. {remedy}") from error
-
-
-def _refuse(what: str, wanted: str, got: Any) -> NoReturn:
-    remedy = "Save the model with its tokenizer.json in the Hugging Face layout, and load that folder."
-    fail("load", what, wanted, repr(got)[:200], remedy, CheckpointError)
-
-
-def _text(metadata: Mapping[str, Any], name: str) -> str:
-    value = metadata.get(name)
-    if not isinstance(value, str):
-        _refuse(name, "a string", value)
-    return value
-
-
-def _texts(metadata: Mapping[str, Any], name: str) -> list[str]:
-    value = metadata.get(name)
-    if not isinstance(value, list):
-        _refuse(name, "strings", None if value is None else "numbers")
-    return value
-
-
-def _numbers(metadata: Mapping[str, Any], name: str, count: int) -> np.ndarray:
-    value = metadata.get(name)
-    if not isinstance(value, np.ndarray) or value.shape != (count,):
-        _refuse(name, f"{count} numbers", "another count, or none")
-    return value
-
-
-def _id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
-    value = metadata.get(f"tokenizer.ggml.{name}")
-    if value is not None and (not isinstance(value, int) or not 0 <= value < count):
-        _refuse(f"tokenizer.ggml.{name}", f"an id below {count}", value)
-    return value

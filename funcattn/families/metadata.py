@@ -161,7 +161,7 @@ def read_metadata(metadata: Mapping[str, Any], vocabulary: int, tied: bool, stre
     heads = whole(values.get("attention.head_count"), prefix + "attention.head_count")
     width = whole(values.get("embedding_length"), prefix + "embedding_length")
     values = {"attention.head_count_kv": heads, "attention.key_length": width // heads, **values}
-    head_size = values["attention.key_length"]
+    head_size = whole(values["attention.key_length"], prefix + "attention.key_length")
     for key in OF_A_HEAD:
         if values.get(key, head_size) != head_size:
             refuse(prefix + key, f"{head_size}, the size of a head", values[key])

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -174,11 +174,30 @@ def _begin(
         remedy = "Pass resume=True to go on from it, or choose another folder."
         _checks.fail("fit", "folder", "without snapshots", f"one of step {taken[-1]} in {os.fspath(folder)}", remedy)
     values, held = snapshots.read(folder, taken[-1], {"params": params, "state": state})
+    told, seen = _reports(held, lambda got: snapshots.damaged(folder, taken[-1], got), run)
     for name, wanted in run.items():
         if held["of"][name] != wanted:
             remedy = "A run goes on with what it began with; choose another folder for another one."
             _checks.fail("fit", name, f"{held['of'][name]} as in the snapshot of step {taken[-1]}", wanted, remedy)
-    return values["params"], values["state"], taken[-1], [Report(*report) for report in held["told"]], held["seen"]
+    return values["params"], values["state"], taken[-1], told, seen
+
+
+def _reports(held: dict[str, Any], damaged: Callable[[str], NoReturn], run: dict[str, Any]) -> tuple[list[Report], list[float]]:
+    """The reports and the losses since the last of them, each of the kind that `fit` writes."""
+    if held.keys() != {"of", "told", "seen"} or not isinstance(held["of"], dict) or held["of"].keys() != run.keys():
+        damaged(f"a run that is not {', '.join(run)} with its reports: it is of another release or program")
+    told, seen = held["told"], held["seen"]
+    if not isinstance(seen, list) or not all(map(_is_loss, seen)):
+        damaged("losses that are no numbers")
+    if not isinstance(told, list) or not all(isinstance(report, list) and len(report) == 3 for report in told):
+        damaged("reports that are not a step and two losses")
+    if not all(_checks.is_int(n) and _is_loss(loss) and (other is None or _is_loss(other)) for n, loss, other in told):
+        damaged("reports that are not a step and two losses")
+    return [Report(*report) for report in told], seen
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 def _finite(waiting: list[Tensor], done: int) -> list[float]:

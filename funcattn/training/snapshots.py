@@ -9,6 +9,7 @@ the oldest one removed. So a kill or a full disk, at any moment, leaves the snap
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,13 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import atomic, tree
-from .._checks import fail, shape, whole
+from .._checks import fail, is_int, shape, whole
+from ..checkpoints.regular_files import check_regular, read_json
 from ..checkpoints.writing import written
 from ..families import CheckpointError
 from ..tree import Tree
 
 TENSORS, RUN = "tensors.safetensors", "run.json"
 PREFIX = "step-"
+LARGEST_RUN = 2**26  # bytes; the reports and losses of a run
+PARTS = {"step": int, "strides": dict, "run": dict, "tensors": str}  # of the content of run.json -> what each is
 
 
 def steps_in(folder: str | os.PathLike[str]) -> list[int]:
@@ -71,31 +75,40 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
         CheckpointError: it is damaged, or is of another run.
     """
     place = _place(folder, step)
-    others = [name for name in steps_in(folder) if name < step]
-    earlier = f" to go on from step {others[-1]}" if others else " and begin again"
-    remedy = f"Remove {place}{earlier}."
 
-    def damaged(got: str) -> NoReturn:
-        fail("fit", f"{place}", "a whole snapshot", got, remedy, CheckpointError)
+    def refuse(got: str) -> NoReturn:
+        damaged(folder, step, got)
 
     try:
-        record = json.loads((place / RUN).read_text(encoding="utf-8"))
-        content, known = record["content"], record["sha256"]
+        record = read_json(place / RUN, LARGEST_RUN, "fit")
+        check_regular(place / TENSORS, "fit")
         data = (place / TENSORS).read_bytes()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        damaged(f"one that cannot be read: {type(error).__name__} {error}")
-    if known != _sum(content):
-        damaged(f"a {RUN} that was changed after it was written")
+    except (OSError, CheckpointError) as error:
+        refuse(f"one that cannot be read: {type(error).__name__} {error}")
+    content = record.get("content")
+    if record.get("sha256") != _sum(content):
+        refuse(f"a {RUN} that was changed after it was written")
+    if not isinstance(content, dict) or content.keys() != PARTS.keys():
+        refuse(f"a {RUN} whose content is not {', '.join(PARTS)}: it is of another release or program")
+    for name, kind in PARTS.items():
+        if type(content[name]) is not kind:
+            refuse(f"a {RUN} whose {name} is a {type(content[name]).__name__}")
     if content["tensors"] != hashlib.sha256(data).hexdigest():
-        damaged(f"a {TENSORS} that was cut or changed after it was written")
+        refuse(f"a {TENSORS} that was cut or changed after it was written")
     if content["step"] != step:
-        damaged(f"that of step {content['step']}")
-    found = read_tensors(data)
+        refuse(f"that of step {content['step']}")
+    try:
+        found = read_tensors(data)
+    except SafetensorError as error:
+        refuse(f"a {TENSORS} that is none: {error}")
     wanted = dict(tree.items(like))
     wrong = sorted(found.keys() ^ wanted.keys()) or [p for p in wanted if _kind(found[p]) != _kind(wanted[p])]
     if wrong:
         remedy = "Give the config and the optimizer that it was made with, or another folder."
         fail("fit", f"{place}", "of this model and optimizer", f"another {wrong[0]}", remedy, CheckpointError)
+    for path, strides in content["strides"].items():
+        if path not in found or not _is_order(strides, shape(found[path])):
+            refuse(f"strides of {path} that are no order of its {shape(found[path]) if path in found else 'absent'} numbers")
 
     def restored(path: str, leaf: Tensor) -> Tensor:
         strides = content["strides"].get(path)
@@ -105,6 +118,26 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
         return held.to(leaf.device)
 
     return tree.map_with_path(restored, like), content["run"]
+
+
+def damaged(folder: str | os.PathLike[str], step: int, got: str) -> NoReturn:
+    """Raise CheckpointError for a snapshot that is not whole, which says what to remove."""
+    others = [name for name in steps_in(folder) if name < step]
+    earlier = f" to go on from step {others[-1]}" if others else " and begin again"
+    place = _place(folder, step)
+    fail("fit", f"{place}", "a whole snapshot", got, f"Remove {place}{earlier}.", CheckpointError)
+
+
+def _is_order(strides: Any, sizes: tuple[int, ...]) -> bool:
+    """Whether strides put each number of a tensor at a place of its own, in at most twice the memory that the numbers take."""
+    if not isinstance(strides, list) or len(strides) != len(sizes) or not all(is_int(n) and 0 <= n < 2**63 for n in strides):
+        return False
+    reach = 0  # of the axes before, in the order of their strides
+    for n, size in sorted((n, size) for n, size in zip(strides, sizes, strict=True) if size > 1):
+        if n <= reach:
+            return False
+        reach += n * (size - 1)
+    return reach < 2 * math.prod(sizes) or 0 in sizes
 
 
 def _place(folder: str | os.PathLike[str], step: int) -> Path:
