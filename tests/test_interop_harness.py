@@ -1,5 +1,6 @@
 """The lm-evaluation-harness asks, and is answered: with its own base class where it is installed, else with a stand-in."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import sys
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import transformers
 from samples import CONFIG, params, tokenizer
 
 import funcattn as fa
@@ -155,6 +157,93 @@ def test_samples_are_drawn_where_a_task_wants_them():
     assert len(set(answering().generate_until(greedy))) == 1
 
 
+def written(lm=None, prompt="hello the", **options):
+    return (lm or answering()).generate_until([Asked((prompt, {"max_gen_toks": 8, **options}))])[0]
+
+
+def test_a_continuation_of_which_no_token_is_left_is_refused():
+    """Foretold with certainty it would win every multiple choice."""
+    merged = TOKENIZER.encode("hello")
+    assert TOKENIZER.encode("hell")[:1] != merged  # "hell" and "o" are one token
+    for pair in (("hell", "o"), ("hello", ""), ("hello the ", "")):
+        with contextlib.suppress(ValueError):
+            ((score, _),) = answering().loglikelihood([Asked(pair)])
+            assert score < 0
+    with pytest.raises(ValueError, match=r"loglikelihood: the continuation 'o' should be 1 to 64 tokens behind its context, got 0"):
+        answering().loglikelihood([Asked(("hell", "o"))])
+
+
+def test_a_continuation_of_more_than_is_read_is_refused_and_not_cut():
+    fits = " the" * 8
+    ((score, _),) = answering(context=8).loglikelihood([Asked(("hello", fits))])
+    assert score == pytest.approx(naive(TOKENIZER.encode("hello"), TOKENIZER.encode("hello" + fits)[1:])[0], rel=1e-5)
+    with pytest.raises(ValueError, match=r"the continuation .* should be 1 to 8 tokens"):
+        answering(context=8).loglikelihood([Asked(("hello", " the" * 9))])
+
+
+def test_a_question_is_never_cut_to_make_room_for_its_answer_alone():
+    for options in ({"max_gen_toks": 64}, {"max_gen_toks": 128}, {}, {"max_gen_toks": -1}):
+        with pytest.raises(ValueError, match="generate_until: max_gen_toks should be fewer than the 64 tokens of the context"):
+            answering().generate_until([Asked(("hello", options))])
+    assert written(max_gen_toks=None, max_new_tokens=8) == written(max_gen_toks=None, max_completion_tokens=8) == written()
+
+
+@pytest.mark.parametrize(
+    ("options", "alike"),
+    [
+        ({"do_sample": True, "temperature": 1.0, "top_k": -1}, {"do_sample": True}),
+        ({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"do_sample": True}),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, {}),
+        ({"temperature": None, "do_sample": None, "num_beams": 1, "use_cache": True, "repetition_penalty": 1.0}, {}),
+        ({"until": None}, {"until": [""]}),
+        ({"until": "\n"}, {"until": ["\n"]}),
+    ],
+    ids=str,
+)
+def test_options_of_a_task_mean_what_they_mean_to_transformers(options, alike):
+    assert written(**options) == written(**alike)
+
+
+def test_a_repetition_penalty_of_a_task_is_heeded():
+    ids = torch.tensor(TOKENIZER.encode("hello the"))
+    sampler = fa.sampling.chain(fa.sampling.repetition_penalty(3.0), fa.sampling.greedy)
+    wanted = fa.stream(fa.key(0), MODEL, PARAMS, ids, steps=8, tokenizer=TOKENIZER, sampler=sampler)
+    assert written(repetition_penalty=3.0) == "".join(piece.text for piece in wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 4},
+        {"best_of": 2},
+        {"presence_penalty": 0.5},
+        {"do_sample": True, "temperature": 0.0},
+        {"top_p": 1.5, "do_sample": True},
+        {"max_length": 9},
+        {"until": [3]},
+        {"until": 3},
+    ],
+    ids=str,
+)
+def test_an_option_that_would_not_be_heeded_is_refused(options):
+    with pytest.raises((ValueError, TypeError), match=r"(generate_until|top_p): .* should be"):
+        written(**options)
+
+
+def test_a_stop_string_of_a_task_may_be_a_special_token():
+    biased = MODEL._replace(logits=lambda params, hidden: MODEL.logits(params, hidden).index_fill(-1, torch.tensor([1]), 1e4))
+    lm = lm_eval_model(biased, PARAMS, TOKENIZER, context=64)
+    assert written(lm, until=["<|turn|>"]) == ""
+
+
+def test_a_prefix_of_the_answer_stays_open():
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "The answer is"}]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend, chat_template=TOKENIZER.template)
+    want = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=False, continue_final_message=True)
+    assert answering().apply_chat_template(chat, add_generation_prompt=False) == want
+    assert want.endswith("The answer is")
+
+
 def test_a_chat_is_written_by_the_template():
     lm = answering()
     text = lm.apply_chat_template([{"role": "user", "content": "hello"}])
@@ -175,6 +264,14 @@ def test_the_registered_name_loads_a_model(harness, tmp_path):
     assert lm.context == 32
     check(lm.loglikelihood(asked)[0], answering().loglikelihood(asked)[0])
     assert kind(pretrained=str(tmp_path)).context == CONFIG.context
+
+
+def test_an_argument_of_the_command_that_would_not_be_heeded_is_refused(harness, tmp_path):
+    register_lm_eval()
+    kind = harness.get_model("funcattn") if hasattr(harness, "get_model") else harness.model_registry["funcattn"]
+    for options in ({"peft": "adapter"}, {"add_bos_token": True}, {"dtype": "float31"}):
+        with pytest.raises(ValueError, match=r"funcattn: (model_args|dtype) should be"):
+            kind(pretrained=str(tmp_path), **options)
 
 
 def test_without_a_tokenizer_or_a_context_it_is_refused():

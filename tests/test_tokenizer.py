@@ -231,7 +231,7 @@ def test_metadata_of_no_tokenizer_is_refused_by_name(change, named):
 def again(ours: Tokenizer, **settings) -> Tokenizer:
     files = ours.files()
     values = {**json.loads(files["tokenizer_config.json"]), **settings}
-    return from_files(files["tokenizer.json"], values, None, ours.stop)
+    return from_files(files["tokenizer.json"], values, {}, ours.stop)
 
 
 @given(spelled)
@@ -267,14 +267,14 @@ def test_padding_and_truncation_of_a_file_are_not_obeyed():
         "pad_type_id": 0,
         "pad_token": "x",
     }
-    back = from_files(json.dumps(values), {}, None, ())
+    back = from_files(json.dumps(values), {}, {}, ())
     assert back.encode("hello the") == tokenizer().encode("hello the")
 
 
 def test_merges_are_not_dropped_at_random():
     values = json.loads(tokenizer().backend.to_str())
     values["model"]["dropout"] = 0.9
-    back = from_files(json.dumps(values), {}, None, ())
+    back = from_files(json.dumps(values), {}, {}, ())
     assert {tuple(back.encode("hello the hello")) for _ in range(20)} == {tuple(tokenizer().encode("hello the hello"))}
 
 
@@ -282,12 +282,12 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_like_any_other(capfd):
     values = json.loads(tokenizer().backend.to_str())
     values["model"]["continuing_subword_prefix"] = "longer than any token"
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        from_files(json.dumps(values), {}, None, ())
+        from_files(json.dumps(values), {}, {}, ())
     capfd.readouterr()  # Rust tells standard error about it
 
 
 def test_the_end_is_the_eos_token_where_no_file_gives_ids():
-    assert from_files(tokenizer().files()["tokenizer.json"], {"eos_token": {"content": "<|turn|>"}}, None, ()).stop == (1,)
+    assert from_files(tokenizer().files()["tokenizer.json"], {"eos_token": {"content": "<|turn|>"}}, {}, ()).stop == (1,)
 
 
 @pytest.mark.parametrize(
@@ -302,13 +302,13 @@ def test_the_end_is_the_eos_token_where_no_file_gives_ids():
 def test_a_template_is_found_in_any_spelling(written, template):
     assert again(tokenizer(), chat_template=written).template == template
     text = tokenizer().files()["tokenizer.json"]
-    assert from_files(text, {"chat_template": written}, "from chat_template.jinja", ()).template == "from chat_template.jinja"
+    assert from_files(text, {"chat_template": written}, {"default": "of a file"}, ()).template == "of a file"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": {"type": "Magic"}}', "\x00"])
 def test_a_file_of_no_tokenizer_is_refused(text):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        from_files(text, {}, None, ())
+        from_files(text, {}, {}, ())
 
 
 def test_a_template_that_is_no_text_is_refused():

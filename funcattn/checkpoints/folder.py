@@ -6,6 +6,7 @@ header against the file before it gives a tensor; what names it must hold, and i
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from .. import families, tree
 from .._checks import fail, printable
 from ..families import CheckpointError
 from ..transformer import Config, Params
-from . import compressed, quantizers
+from . import compressed, declared, quantizers
 from .regular_files import LARGE, REMEDY, check_regular, read_json, read_text
 from .tokenizer import Tokenizer, from_files
 
@@ -37,7 +38,7 @@ Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]  # path and shape of a
 def read_folder(
     folder: Path, dtype: torch.dtype | None = None, cut: Callable[[Config], Cut] | None = None
 ) -> tuple[Config, Params, Tokenizer | None]:
-    """Config, weights and tokenizer (None where there is no tokenizer.json) of a folder.
+    """Config, weights and tokenizer of a folder; where there is no tokenizer.json that is None, with a warning if it has another.
 
     Args:
         cut: of the config, which part of each leaf is wanted; no more of a file is read, but where it holds a leaf in another form.
@@ -155,16 +156,25 @@ def _one_dtype(settings: Mapping[str, Any], dtypes: set[torch.dtype]) -> torch.d
 
 def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
     if not _is_there(folder / "tokenizer.json"):
+        others = [name for name in declared.OTHERS if (folder / name).is_file()]
+        if others:
+            wanted, got = "tokenizer.json", f"{others[0]}, {declared.OTHERS[others[0]]}"
+            remedy = "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one."
+            text = f"load: the tokenizer of {folder} should be {wanted}, got {got}, so it is None. {remedy}"
+            warnings.warn(text, UserWarning, stacklevel=5)  # where load was called
         return None
-    names = [name for name in ("tokenizer_config.json", "generation_config.json") if _is_there(folder / name)]
-    optional = {name: read_json(folder / name) for name in names}
-    template = read_text(folder / "chat_template.jinja") if _is_there(folder / "chat_template.jinja") else None
+    names = ("tokenizer_config.json", "generation_config.json", *declared.BESIDE)
+    optional = {name: read_json(folder / name) for name in names if _is_there(folder / name)}
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    templates = {path.stem: read_text(path) for path in [folder / "chat_template.jinja", *more] if _is_there(path)}
+    if "chat_template" in templates:
+        templates["default"] = templates.pop("chat_template")
     ends = optional.get("generation_config.json", {}).get("eos_token_id", settings.get("eos_token_id"))
     stop = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < 2**32 for end in stop):
         _refuse("eos_token_id", "a token id or a list of them", ends)
     text = read_text(folder / "tokenizer.json", LARGE)
-    return from_files(text, optional.get("tokenizer_config.json", {}), template, stop)
+    return from_files(text, optional.get("tokenizer_config.json", {}), templates, stop, optional)
 
 
 # Checks of what a file says.

@@ -22,7 +22,7 @@ class Loaded(NamedTuple):
 
     config: Config
     params: Params
-    tokenizer: Tokenizer | None  # None where a folder has no tokenizer.json
+    tokenizer: Tokenizer | None  # None where a folder has no tokenizer.json: with a warning, where it has another
 
 
 def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = None, keep_quantized: bool = False) -> Loaded:

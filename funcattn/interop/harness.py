@@ -20,7 +20,21 @@ from ..models import Model
 from ..records import ABSENT, is_absent
 
 STEPS = 256  # tokens to write where a task does not say how many: the harness's own number
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Options of generation that mean nothing where they have this value; with another they are refused, as is any other name.
+NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "typical_p": 1.0,
+    "early_stopping": False,
+    "use_cache": True,
+}
+HARMLESS = {"batch_size", "max_batch_size", "trust_remote_code", "use_fast_tokenizer", "low_cpu_mem_usage"}  # of model_args
 
 
 class Answers:
@@ -73,14 +87,22 @@ class Answers:
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """For each (context, options): the text that follows, up to a stop string of `until` or `max_gen_toks` tokens."""
+        """For each (context, options): the text that follows, up to a stop string of `until` or `max_gen_toks` tokens.
+
+        Raises:
+            ValueError: an option that is not known, or as many tokens to write as the model reads.
+        """
         found = []
         for number, request in enumerate(requests):
-            text, options = request.args[0], dict(request.args[1])
-            until = options.get("until") or []
+            text, options = request.args[0], {name: value for name, value in request.args[1].items() if value is not None}
+            _check_options(options)
+            until = options.get("until", ())
             until = [until] if isinstance(until, str) else [stop for stop in until if stop]
-            steps = next((int(options[name]) for name in LIMITS if options.get(name) is not None), STEPS)
-            steps = min(steps, self.context - 1)
+            steps = next((int(options[name]) for name in LIMITS if name in options), STEPS)
+            if not 0 <= steps < self.context:
+                wanted = f"fewer than the {self.context} tokens of the context, which hold the question too"
+                remedy = "Set it for the task: gen_kwargs max_gen_toks=..."
+                _checks.fail("generate_until", "max_gen_toks", wanted, steps, remedy)
             ids = (self._encode(text) or [self.prefix])[-(self.context - steps) :]
             prompt = self._tensor(ids)
             pieces = generation.stream(
@@ -112,9 +134,14 @@ class Answers:
         return (self.tokenizer.template or "") if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as one text; from then on, special tokens in texts are read as such."""
+        """A conversation as one text; from then on, special tokens in texts are read as such.
+
+        Args:
+            add_generation_prompt: False where the last message is the beginning of an answer, which stays open.
+        """
         self.templated = True
-        return self.tokenizer.chat(chat_history, add_generation_prompt=add_generation_prompt)
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return self.tokenizer.chat(chat_history, **options)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, special=self.templated)
@@ -125,18 +152,23 @@ class Answers:
         return ids[1:] if ids[:1] == [self.prefix] else ids
 
     def _pair(self, before: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids of both, cut where the harness cuts: spaces at the end of the first belong to the second."""
-        if not before:
-            return (self.prefix,), tuple(self._plain(after))
+        """Ids of both, cut where the harness cuts: spaces at the end of the first belong to the second.
+
+        Raises:
+            ValueError: nothing is left of the second, or more than the model reads.
+        """
         bare = before.rstrip()
-        whole, head = self._encode(before + after), self._encode(bare) or [self.prefix]
-        return tuple(head), tuple(whole[len(head) :] if self._encode(bare) else whole)
+        head = self._encode(bare) if bare else []
+        ids = self._encode(before + after)[len(head) :] if head else self._plain(before + after)
+        if not 0 < len(ids) <= self.context:
+            wanted = f"1 to {self.context} tokens behind its context"
+            remedy = "It may be empty, or one token with the end of the context: move text from the context into it."
+            _checks.fail("loglikelihood", f"the continuation {after!r}", wanted, f"{len(ids)} behind {before[-50:]!r}", remedy)
+        return tuple(head or [self.prefix]), tuple(ids)
 
     def _cut(self, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Both, cut from the left to what the model reads, one token at least before what is scored."""
-        whole = (*before, *after)[-(self.context + 1) :]
-        n = min(len(after), len(whole) - 1)
-        return whole[: len(whole) - n], whole[len(whole) - n :]
+        """Both, the first cut from the left to what the model reads: of the second, all but the last token."""
+        return before[-(self.context + 1 - len(after)) :], after
 
     def _past(self, ids: tuple[int, ...]) -> Any:
         """What the answers share: all but the last token of the question."""
@@ -201,6 +233,13 @@ def register_lm_eval() -> None:
 
     class Loading(kind):
         def __init__(self, pretrained: str = "smollm2-135m", dtype: Any = None, device: Any = None, **options: Any) -> None:
+            unknown = options.keys() - {"chunk", "seed", "max_length", *HARMLESS}
+            if unknown:
+                remedy = "Load the model yourself, and pass lm_eval_model(...)."
+                wanted = "among pretrained, dtype, device, max_length, chunk, seed"
+                _checks.fail("funcattn", "model_args", wanted, ", ".join(sorted(unknown)), remedy)
+            if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+                _checks.fail("funcattn", "dtype", "a dtype of torch", repr(dtype), "Such as float32 or bfloat16.")
             named = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else None
             config, params, tokenizer = checkpoints.load(pretrained, dtype=named)
             place = tree.to(device or "cpu")
@@ -224,10 +263,29 @@ def _harness(name: str) -> Any:
         raise ImportError("lm_eval_model: lm_eval should be installed, got none. Run pip install lm_eval.") from missing
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what a task asks for and would not get."""
+    known = {"until", *LIMITS, *SAMPLING}
+    wrong = [name for name, value in options.items() if name not in known and (name not in NEUTRAL or value != NEUTRAL[name])]
+    if wrong:
+        remedy = f"Known are {', '.join(sorted(known))}."
+        _checks.fail("generate_until", f"gen_kwargs {wrong[0]}", "left out", repr(options[wrong[0]]), remedy)
+    until = options.get("until", ())
+    if not isinstance(until, str) and not (isinstance(until, list | tuple) and all(isinstance(stop, str) for stop in until)):
+        _checks.fail(
+            "generate_until", "until", "a text or a list of texts", repr(until), "Ids belong to tokenizer.stop.", TypeError
+        )
+
+
 def _sampler(options: dict[str, Any]) -> sampling.Sampler:
-    """How a task wants its tokens drawn: greedily, unless it asks for samples."""
-    heat = float(options.get("temperature") or 0.0)
-    if not options.get("do_sample", heat > 0) or not heat:
-        return sampling.greedy
-    filters = {sampling.top_k: "top_k", sampling.top_p: "top_p", sampling.min_p: "min_p"}
-    return sampling.chain(sampling.temperature(heat), *(f(options[name]) for f, name in filters.items() if options.get(name)))
+    """How a task wants its tokens drawn: greedily, unless it asks for samples; as transformers reads these options."""
+    heat = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
+    if options.get("do_sample") and heat <= 0:
+        _checks.fail("generate_until", "temperature", "above 0 with do_sample", heat, "Leave one of them out.")
+    penalty = float(options.get("repetition_penalty", 1.0))
+    penalties = () if penalty == 1.0 else (sampling.repetition_penalty(penalty),)
+    if not options.get("do_sample", heat > 0):
+        return sampling.chain(*penalties, sampling.greedy) if penalties else sampling.greedy
+    off = {"top_k": (-1, 0), "top_p": (1.0,), "min_p": (0.0,)}  # values that filter nothing
+    wanted = [name for name, nothing in off.items() if name in options and options[name] not in nothing]
+    return sampling.chain(*penalties, sampling.temperature(heat), *(getattr(sampling, name)(options[name]) for name in wanted))
