@@ -17,7 +17,7 @@ PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
-    {"records", "tree", "randomness", "progress", "watching", "atomic", "_checks", "_autodiff"},
+    {"records", "tree", "randomness", "progress", "watching", "atomic", "threefry", "_checks", "_autodiff"},
     {
         "masks",
         "native",
@@ -37,7 +37,8 @@ FLOORS = [
 ]
 WITHIN = {  # neighbours on one floor
     "tree": {"records", "_checks"},
-    "randomness": {"records", "_checks"},
+    "randomness": {"records", "_checks", "threefry"},
+    "threefry": {"_checks"},
     "rematerialization": {"collectives"},
     "interop": {"evaluation", "checkpoints"},
     "training": {"checkpoints"},
