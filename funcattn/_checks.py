@@ -95,6 +95,11 @@ def peek(x: Tensor) -> Tensor | None:
     return x.detach()
 
 
+def is_plain(x: Tensor) -> bool:
+    """True for a tensor of numbers that no transform of torch.func has wrapped, outside of compiling and tracing."""
+    return peek(x) is not None and not _functorch.is_functorch_wrapped_tensor(x)
+
+
 def value(x: Tensor) -> Tensor | None:
     """The plain tensor under the derivative levels of torch.func, or None where values cannot be looked at.
 

@@ -20,18 +20,17 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11; the la
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from . import _checks
+from . import _checks, threefry
+from .threefry import encipher
 
 WORD = 0xFFFFFFFF  # the low 32 bits
-PARITY = 0x1BD11BDA  # Threefry's key schedule constant
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # alternate every four rounds
 # dtype: random bits that jax draws for it, bits of its mantissa
 FORMATS = {
     torch.float64: (64, 52),
@@ -44,38 +43,12 @@ Key: TypeAlias = Int64[Tensor, "2"]
 Sizes: TypeAlias = Sequence[int]
 
 
-def encipher(key: Key, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32, 20 rounds: encipher the pairs (0, count) under the key's two words; gives two words, all int32.
-
-    The key is (2,), or (2, *lead) with axes that broadcast against counts.
-
-    int32 wraps around as the cipher's unsigned words do, and costs a third of masked int64. Writing in place saves two thirds
-    of the time of large draws; it touches nothing but the two tensors made here.
-    """
-    a, b = key.to(torch.int32).unbind()
-    schedule = (a, b, a ^ b ^ PARITY)
-    x = a + torch.zeros_like(counts)
-    y = b + counts
-    for block in range(5):
-        for turn in ROTATIONS[block % 2]:
-            x += y
-            left = y << turn
-            y >>= 32 - turn  # brings the sign along: mask it off
-            y &= (1 << turn) - 1
-            y |= left
-            y ^= x
-        x += schedule[(block + 1) % 3]
-        y += schedule[(block + 2) % 3] + (block + 1)
-    return x, y
-
-
-def _words(function: str, key: Key, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Two random int32 words an element: the numbers 0, 1, 2, ... in this shape, enciphered."""
+def _drawn(function: str, key: Key, shape: tuple[int, ...], made: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What is made, elementwise, of two random int32 words an element: the numbers 0, 1, 2, ... in this shape, enciphered."""
     _check_key(function, key)
-    n = math.prod(shape)
-    if n >= 2**31:
+    if math.prod(shape) >= 2**31:
         _checks.fail(function, "shape", "fewer than 2**31 elements", shape, "Split the key and draw in parts.")
-    return encipher(key, torch.arange(n, dtype=torch.int32, device=key.device).reshape(shape))
+    return threefry.drawn(key, shape, made)
 
 
 def _join(high: Tensor, low: Tensor) -> Int64[Tensor, "*n 2"]:
@@ -119,7 +92,8 @@ def split(key: Key, n: int | Sizes = 2) -> Int64[Tensor, "*n 2"]:
     """
     if isinstance(n, str) or (isinstance(n, int) and n < 0):
         _checks.fail("split", "n", "a number of keys, 0 or more, or a tuple of them", repr(n), "Two keys are split(key).")
-    return _join(*_words("split", key, _sizes("split", "n", (n,) if isinstance(n, int) else n)))
+    sizes = _sizes("split", "n", (n,) if isinstance(n, int) else n)
+    return _join(*(_drawn("split", key, sizes, word) for word in (lambda high, low: high, lambda high, low: low)))
 
 
 def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
@@ -150,8 +124,7 @@ def bits(key: Key, shape: Sizes = ()) -> Int64[Tensor, "*shape"]:
         >>> bits(key(0), (2,))
         tensor([4070199207, 4202968722])
     """
-    high, low = _words("bits", key, _sizes("bits", "shape", shape))
-    return (high ^ low).long() & WORD
+    return _drawn("bits", key, _sizes("bits", "shape", shape), lambda high, low: (high ^ low).long() & WORD)
 
 
 def uniform(
@@ -184,7 +157,7 @@ def normal(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
     """
     wide = _wide("normal", "dtype", dtype)
     lowest = -1 + 2.0 ** -(FORMATS[wide][1] + 1)  # the number next to -1, whose erfinv is finite
-    return (torch.erfinv(_uniform("normal", key, shape, wide, lowest, 1.0)) * math.sqrt(2)).to(dtype)
+    return _uniform("normal", key, shape, wide, lowest, 1.0, lambda u: torch.erfinv(u).mul_(math.sqrt(2)).to(dtype))
 
 
 def gumbel(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
@@ -197,7 +170,8 @@ def gumbel(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
         tensor([ 2.9234,  3.8326, -0.0969])
     """
     wide = _wide("gumbel", "dtype", dtype)
-    return (-torch.log(-torch.log(_uniform("gumbel", key, shape, wide, torch.finfo(wide).tiny, 1.0)))).to(dtype)
+    lowest = torch.finfo(wide).tiny
+    return _uniform("gumbel", key, shape, wide, lowest, 1.0, lambda u: (-torch.log(-torch.log(u))).to(dtype))
 
 
 def exponential(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
@@ -207,7 +181,8 @@ def exponential(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32)
         >>> exponential(key(0), (3,))
         tensor([2.9501, 3.8434, 0.4039])
     """
-    return (-torch.log1p(-_uniform("exponential", key, shape, _wide("exponential", "dtype", dtype)))).to(dtype)
+    wide = _wide("exponential", "dtype", dtype)
+    return _uniform("exponential", key, shape, wide, then=lambda u: (-torch.log1p(-u)).to(dtype))
 
 
 def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Sizes | None = None) -> Bool[Tensor, "*shape"]:
@@ -314,20 +289,35 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
 
 
 def _uniform(
-    function: str, key: Key, shape: Sizes, dtype: torch.dtype, minval: float | Tensor = 0.0, maxval: float | Tensor = 1.0
+    function: str,
+    key: Key,
+    shape: Sizes,
+    dtype: torch.dtype,
+    minval: float | Tensor = 0.0,
+    maxval: float | Tensor = 1.0,
+    then: Callable[[Tensor], Tensor] = lambda u: u,
 ) -> Tensor:
+    """then(u), elementwise, of u uniform in [minval, maxval)."""
     _wide(function, "dtype", dtype)
     shape = _sizes(function, "shape", shape)
-    high, low = _words(function, key, shape)
     width, mantissa = FORMATS[dtype]
-    word = (high.long() << 32) | (low.long() & WORD) if width == 64 else high ^ low
-    unit = ((word >> (width - mantissa)) & ((1 << mantissa) - 1)).to(dtype) * 2.0**-mantissa  # in [0, 1), exactly
-    if not isinstance(minval, Tensor) and not isinstance(maxval, Tensor) and (minval, maxval) == (0, 1):
-        return unit
+
+    def unit(high: Tensor, low: Tensor) -> Tensor:  # in [0, 1), exactly
+        word = (high.long() << 32) | (low.long() & WORD) if width == 64 else high ^ low
+        word >>= width - mantissa
+        word &= (1 << mantissa) - 1
+        return word.to(dtype) * 2.0**-mantissa
+
+    is_plain = not isinstance(minval, Tensor) and not isinstance(maxval, Tensor)
+    if is_plain and (minval, maxval) == (0, 1):
+        return _drawn(function, key, shape, lambda high, low: then(unit(high, low)))
+    _check_key(function, key)
     lowest, highest = _beside(function, key, dtype, minval), _beside(function, key, dtype, maxval)
     span = (highest - lowest).clamp(min=0)
     _check_covered(function, "minval and maxval", span.shape, shape)
-    return unit * span + lowest
+    if is_plain:
+        return _drawn(function, key, shape, lambda high, low: then((unit(high, low) * span).add_(lowest)))
+    return then(_drawn(function, key, shape, unit) * span + lowest)
 
 
 def _wide(function: str, argument: str, dtype: torch.dtype) -> torch.dtype:

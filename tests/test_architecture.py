@@ -17,7 +17,7 @@ PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
-    {"records", "tree", "randomness", "progress", "watching", "atomic", "_checks", "_autodiff", "_context"},
+    {"records", "tree", "randomness", "threefry", "progress", "watching", "atomic", "_checks", "_autodiff", "_context"},
     {
         "masks",
         "native",
@@ -37,7 +37,8 @@ FLOORS = [
 ]
 WITHIN = {  # neighbours on one floor
     "tree": {"records", "_checks"},
-    "randomness": {"records", "_checks"},
+    "randomness": {"records", "_checks", "threefry"},
+    "threefry": {"_checks"},
     "rematerialization": {"collectives"},
     "models": {"caches"},
     "sampling": {"models"},

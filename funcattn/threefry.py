@@ -1,0 +1,65 @@
+"""Threefry-2x32, and draws made of its words: large ones in parts that stay in the processor's cache.
+
+Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+PARITY = 0x1BD11BDA  # the key schedule's constant
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # alternate every four rounds
+PART = 2**16  # elements of a part for each thread: 256 KiB a tensor, of which a few fit into a core's cache
+
+
+def encipher(key: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32, 20 rounds: encipher the pairs (0, count) under the key's two words; gives two words, all int32.
+
+    The key is (2,), or (2, *lead) with axes that broadcast against counts.
+
+    int32 wraps around as the cipher's unsigned words do, and costs a third of masked int64. What is written in place was made here. A
+    rotation by n is 2^n y plus the n bits that fall out above: a pass less than with a shift to the left.
+    """
+    a, b = key.to(torch.int32).unbind()
+    schedule = (a, b, a ^ b ^ PARITY)
+    y = b + counts
+    x = a + y
+    for block in range(5):
+        for place, turn in enumerate(ROTATIONS[block % 2]):
+            if block or place:
+                x += y
+            rotated = y >> (32 - turn)  # brings the sign along: mask it off
+            rotated &= (1 << turn) - 1
+            y = rotated.add_(y, alpha=1 << turn)
+            y ^= x
+        x += schedule[(block + 1) % 3]
+        y += schedule[(block + 2) % 3] + (block + 1)
+    return x, y
+
+
+def drawn(key: Tensor, shape: tuple[int, ...], made: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """made(*words) of the two int32 words of each element: the numbers 0, 1, 2, ... in this shape, enciphered.
+
+    The cipher passes over its words a hundred times. A draw on the CPU that is larger than a part is made part by part.
+
+    Args:
+        made: an elementwise function.
+
+    Law: the parts have the bits of the whole (test_threefry.py::test_a_large_draw_is_that_of_its_parts).
+    """
+    n = math.prod(shape)
+    if n <= PART or key.device.type != "cpu" or not _checks.is_plain(key):
+        return made(*encipher(key, torch.arange(n, dtype=torch.int32, device=key.device).reshape(shape)))
+    whole, part = None, PART * torch.get_num_threads()
+    for begin in range(0, n, part):
+        counts = torch.arange(begin, min(n, begin + part), dtype=torch.int32, device=key.device)
+        some = made(*encipher(key, counts))
+        if whole is None:
+            whole = some.new_empty(n)
+        whole[begin : begin + part] = some
+    assert whole is not None
+    return whole.reshape(shape)
