@@ -23,13 +23,14 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch import eager_transforms
 from torch._guards import TracingContext
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import _checks, collectives
-from ._autodiff import closed_jvp, transforming
+from ._autodiff import closed_jvp, in_forward_mode, is_differentiable, is_recorded
 from .records import describe
 
 Flat = Callable[..., tuple[Tensor, ...]]  # of tensors alone, one after the other
@@ -95,7 +96,7 @@ def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) 
             return tuple(out[n] for n in given)
 
         # Where grad mode is off, as in the forward of a Function, backward rules may be such that forward mode cannot pass them.
-        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        recorded = torch.is_grad_enabled() or in_forward_mode(flat)
         return torch.func.vjp(outputs, *[x[n] for n in needed])[1](cotangents, create_graph=recorded)
 
     return pulled
@@ -115,11 +116,6 @@ def pushforward(f: Flat, inputs: int, moved: Sequence[int]) -> Flat:
 def batched(f: Flat, mapped: Sequence[bool], randomness: str) -> Flat:
     """f over the first axis of the inputs that are mapped."""
     return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness=randomness)
-
-
-def is_differentiable(x: Any) -> bool:
-    """True for a tensor of numbers that a derivative can be taken of."""
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 @dataclass(frozen=True)
@@ -293,7 +289,7 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return tuple(returned[n] for n in result[2])
 
     names = {"door": "remat", "argument": getattr(f, "__name__", "f"), "remedy": "Pass it as an argument, or detach() it before."}
-    followed = transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in x))
+    followed = is_recorded(x)
     if collectives.simulated():  # devices are a vmap here, whose level would bear another number when f runs again
         return f(*args, **kwargs)
     f = collectives.carried(f)
@@ -349,9 +345,13 @@ def _depth() -> int:
 
 
 def _forward_mode_is_taken() -> bool:
-    """True inside a forward-mode level that torch.func.jvp does not know of, and would fail to open a second of."""
-    known = any(level.key() == _functorch.TransformType.Jvp for level in _functorch.get_interpreter_stack() or ())
-    return known if torch.compiler.is_compiling() else forward_ad._current_level >= 0 and not known
+    """True inside a forward-mode level that torch.func.jvp does not know of, and would fail to open a second of.
+
+    The levels of forward mode are the process's. Those that torch.func.jvp opened, in whatever thread, it counts and shares.
+    """
+    if torch.compiler.is_compiling():
+        return in_forward_mode()
+    return forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
 
 
 @contextlib.contextmanager

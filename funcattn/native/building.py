@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -29,12 +30,20 @@ class Missing(Exception):
     """Why there is no operator, for people."""
 
 
-@functools.cache
+_lock = threading.Lock()
+
+
 def load() -> str:
     """Build the operator unless it is there, and tell torch of it; "" where `torch.ops.funcattn.products` runs, else why not.
 
-    The first call of a process decides for all of them. FUNCATTN_NATIVE=0 in the environment is a reason.
+    The first call of a process decides for all of them; others wait for it. FUNCATTN_NATIVE=0 in the environment is a reason.
     """
+    with _lock:
+        return _loaded()
+
+
+@functools.cache
+def _loaded() -> str:
     try:
         path = built()
         torch.ops.load_library(path)

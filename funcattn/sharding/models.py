@@ -18,7 +18,7 @@ import optree
 import torch
 
 from .. import _checks, transformer, tree
-from .._autodiff import transforming
+from .._autodiff import has_tangent, transforming
 from ..caches import Branch, Cache, Delta
 from ..records import ABSENT, Model, is_absent
 from ..transformer import TENSOR
@@ -52,7 +52,7 @@ def _speak(model: Model, mesh: Any) -> Callable[[str, Callable[..., Any]], Calla
             return f
 
         def call(*args: Any, **options: Any) -> Any:
-            if transforming() and any(is_distributed(leaf) for leaf in tree.leaves(args)):
+            if (transforming() or has_tangent(args)) and any(is_distributed(leaf) for leaf in tree.leaves(args)):
                 refuse_transform("shard_map")
             whole: Any = args
             flat, structure = optree.tree_flatten(whole)
