@@ -17,7 +17,7 @@ PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
-    {"records", "tree", "randomness", "progress", "watching", "_checks", "_autodiff", "_context"},
+    {"records", "tree", "randomness", "progress", "watching", "_checks", "_autodiff", "_context", "replaying"},
     {
         "masks",
         "native",
@@ -38,6 +38,7 @@ FLOORS = [
 WITHIN = {  # neighbours on one floor
     "tree": {"records", "_checks"},
     "randomness": {"records", "_checks"},
+    "replaying": {"_context"},
     "rematerialization": {"collectives"},
     "interop": {"evaluation", "checkpoints"},
     "training": {"checkpoints"},
