@@ -8,9 +8,10 @@ only the outer levels differentiate the rule. tests/test_canaries.py tells when 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import optree
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -36,8 +37,54 @@ def closed_jvp(rule: Callable[..., Any]) -> Any:
 
 
 def transforming() -> bool:
-    """True inside grad, vjp, jvp, vmap or functionalize of torch.func, or inside a forward-mode level of autograd."""
-    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """True inside grad, vjp, jvp, vmap or functionalize of torch.func, in this thread.
+
+    torch keeps the levels of torch.func for each thread, and one number of forward-mode levels for the whole process, which says
+    nothing of this thread's tensors: see `has_tangent`.
+    """
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def has_tangent(*trees: Any) -> bool:
+    """True where one of the tensors has a tangent of forward mode, at any level."""
+    return forward_ad._current_level >= 0 and any(_is_dual(x) for x in _leaves(trees) if is_differentiable(x))
+
+
+def _is_dual(x: Tensor) -> bool:
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if not _functorch.is_batchedtensor(x) and torch._VF._unpack_dual(x, level=0)[1] is not None:
+            return True
+        x = _functorch.get_unwrapped(x)
+    return torch._VF._unpack_dual(x, level=0)[1] is not None
+
+
+def is_recorded(*trees: Any) -> bool:
+    """True where a transform or a derivative may follow what is computed of these tensors, in this thread.
+
+    That is: inside a transform of torch.func, where autograd records one of them, and where one has a tangent.
+    """
+    if transforming() or (torch.is_grad_enabled() and any(x.requires_grad for x in _leaves(trees))):
+        return True
+    return has_tangent(*trees)
+
+
+def in_forward_mode(*trees: Any) -> bool:
+    """True inside a jvp of torch.func, in this thread, and where one of the tensors has a tangent."""
+    levels = _functorch.get_interpreter_stack() or ()
+    return any(level.key() == _functorch.TransformType.Jvp for level in levels) or has_tangent(*trees)
+
+
+def is_differentiable(x: Any) -> bool:
+    """True for a tensor of numbers that a derivative can be taken of."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _leaves(trees: Iterable[Any]) -> Iterator[Tensor]:
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            yield tree
+        elif tree is not None:
+            yield from (leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def differentiated(x: Tensor) -> bool:

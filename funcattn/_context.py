@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -46,7 +46,10 @@ class ContextValue(Generic[T]):
         ''
     """
 
+    every: ClassVar[list["ContextValue[Any]"]] = []  # of this process
+
     def __init__(self, name: str, default: T) -> None:
+        self.every.append(self)
         self._variable: ContextVar[T] = ContextVar(f"funcattn_{name}", default=default)
         self._of_thread = _OfThread(default)
 

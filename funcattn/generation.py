@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, caches, progress, randomness, sampling, transformer
-from ._autodiff import transforming
+from ._autodiff import has_tangent, transforming
 from .models import Model
 from .records import ABSENT, is_absent
 from .sampling import Sampler
@@ -229,7 +229,8 @@ def hidden_along(model: Model, params: Any, tokens: Tensor, cache: Any) -> Tenso
 
 def _commit(tail: Any, delta: Any, n: Any) -> Any:
     """Commit into the tail, which is ours: in place where no transform could see it."""
-    return caches.commit(tail, delta, n) if transforming() or torch.compiler.is_compiling() else caches.commit_own(tail, delta, n)
+    seen = transforming() or has_tangent(tail, delta) or torch.compiler.is_compiling()
+    return caches.commit(tail, delta, n) if seen else caches.commit_own(tail, delta, n)
 
 
 def _none_done(done: Tensor) -> bool:

@@ -16,21 +16,22 @@ Source: Chen et al., Training deep nets with sublinear memory cost, arXiv:1604.0
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch import eager_transforms
 from torch._guards import TracingContext
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import _checks, collectives
-from ._autodiff import closed_jvp, transforming
+from ._autodiff import closed_jvp, in_forward_mode, is_differentiable, is_recorded
 from .records import describe
+from .replaying import State, Watching
 
 Flat = Callable[..., tuple[Tensor, ...]]  # of tensors alone, one after the other
 
@@ -95,7 +96,7 @@ def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) 
             return tuple(out[n] for n in given)
 
         # Where grad mode is off, as in the forward of a Function, backward rules may be such that forward mode cannot pass them.
-        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        recorded = torch.is_grad_enabled() or in_forward_mode(flat)
         return torch.func.vjp(outputs, *[x[n] for n in needed])[1](cotangents, create_graph=recorded)
 
     return pulled
@@ -117,9 +118,27 @@ def batched(f: Flat, mapped: Sequence[bool], randomness: str) -> Flat:
     return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness=randomness)
 
 
-def is_differentiable(x: Any) -> bool:
-    """True for a tensor of numbers that a derivative can be taken of."""
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+@dataclass(frozen=True)
+class Under:
+    """A computation that always runs under one state, and whose derivatives do."""
+
+    computation: Computation
+    state: State
+
+    def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
+        return self.state.run(self.computation, *x)
+
+    def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "Under":
+        """See Computation."""
+        return replace(self, computation=self.computation.vjp(inputs, needed, given))
+
+    def jvp(self, inputs: int, moved: Sequence[int]) -> "Under":
+        """See Computation."""
+        return replace(self, computation=self.computation.jvp(inputs, moved))
+
+    def vmap(self, mapped: Sequence[bool], randomness: str) -> "Under":
+        """See Computation."""
+        return replace(self, computation=self.computation.vmap(mapped, randomness))
 
 
 @dataclass(frozen=True)
@@ -163,7 +182,7 @@ class _OpensALevel(Exception):
     """The function opens a level of torch.func: it bears the number of one around the door, and tensors of the two look alike."""
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(Watching):
     """Sees the arguments of every torch function that is called from Python, above `below` levels that do nothing."""
 
     def __init__(self, guard: Guard, below: int) -> None:
@@ -234,7 +253,8 @@ class Remat(Function):
 
 def run(computation: Computation, x: Sequence[Tensor], *, door: str, argument: str, remedy: str) -> tuple[Tensor, ...]:
     """Rematerialize a computation that has not run before; the names are for its errors."""
-    return Remat.apply(computation, Guard(door, argument, remedy, _depth()), *x)
+    state = State.of_now({t.device.type for t in x})
+    return Remat.apply(Under(computation, state), Guard(door, argument, remedy, _depth()), *x)
 
 
 def remat(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,8 +269,10 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
             be an argument, and randomness comes from a key: f runs more than once.
 
     Returns:
-        A function with the arguments and results of f. It runs f under the autocast state of its call, each time. In compiled code
-        it keeps its promise of memory where it was made outside of the compiled function and no jvp is taken; else it is f.
+        A function with the arguments and results of f. Each time it runs f under the state of its call: autocast, the modes of
+        torch (TorchFunctionMode and TorchDispatchMode; a default device and `override_sdpa` are such), and values of the context
+        (`kernels.use`, taps, bound axes). In compiled code it keeps its promise of memory where it was made outside of the
+        compiled function, no mode is active and no jvp is taken; else it is f.
 
     Raises:
         ValueError: f reads a tensor from outside that a derivative or a vmap follows (a constant to it, silently, were it let
@@ -262,7 +284,8 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
         tensor([[0., 0.],
                 [0., 6.]])
 
-    Law: every nesting of grad, jvp and vmap gives what it gives on f (test_rematerialization.py::test_every_nesting_is_that_of_f).
+    Law: every nesting of grad, jvp and vmap gives what it gives on f (test_rematerialization.py::test_every_nesting_is_that_of_f),
+        under modes too (test_replaying.py::test_a_mode_of_ones_own_is_active_whenever_f_runs).
     """
     if torch.compiler.is_compiling():
         return f
@@ -274,7 +297,10 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def rematerialized(*args: Any, **kwargs: Any) -> Any:
-        return (opaque if torch.compiler.is_compiling() else call)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # What is traced without Dynamo would not see modes, which Dynamo itself writes into the graph.
+            return (f if torch._C._len_torch_function_stack() else opaque)(*args, **kwargs)
+        return call(*args, **kwargs)
 
     return rematerialized
 
@@ -293,7 +319,7 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return tuple(returned[n] for n in result[2])
 
     names = {"door": "remat", "argument": getattr(f, "__name__", "f"), "remedy": "Pass it as an argument, or detach() it before."}
-    followed = transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in x))
+    followed = is_recorded(x)
     if collectives.simulated():  # devices are a vmap here, whose level would bear another number when f runs again
         return f(*args, **kwargs)
     f = collectives.carried(f)
@@ -303,29 +329,9 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
             with torch.no_grad(), _Watch(Guard(depth=0, **names), 0):
                 flat(*[t.detach() for t in x])
         return f(*args, **kwargs)
-    out = run(Whole(with_state_of_now(flat, {t.device.type for t in x})), x, **names)
+    out = run(Whole(flat), x, **names)
     rest, form, where = result
     return pytree.tree_unflatten(_exchange(rest, where, out), form)
-
-
-def with_state_of_now(f: Flat, devices: Iterable[str]) -> Flat:
-    """f that always runs under the autocast state and the default device of this moment, also when a backward pass runs it again.
-
-    torch puts a default device aside while it calls an autograd Function under a transform.
-    """
-    made = torch.empty(0).device
-    able = [d for d in devices if torch.amp.is_autocast_available(d)]
-    states = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), torch.is_autocast_cache_enabled()) for d in able]
-
-    def under(*x: Tensor) -> tuple[Tensor, ...]:
-        with contextlib.ExitStack() as stack:
-            for state in states:
-                stack.enter_context(torch.autocast(*state))
-            if torch.empty(0).device != made:
-                stack.enter_context(made)
-            return f(*x)
-
-    return under
 
 
 def _exchange(whole: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
@@ -349,9 +355,13 @@ def _depth() -> int:
 
 
 def _forward_mode_is_taken() -> bool:
-    """True inside a forward-mode level that torch.func.jvp does not know of, and would fail to open a second of."""
-    known = any(level.key() == _functorch.TransformType.Jvp for level in _functorch.get_interpreter_stack() or ())
-    return known if torch.compiler.is_compiling() else forward_ad._current_level >= 0 and not known
+    """True inside a forward-mode level that torch.func.jvp does not know of, and would fail to open a second of.
+
+    The levels of forward mode are the process's. Those that torch.func.jvp opened, in whatever thread, it counts and shares.
+    """
+    if torch.compiler.is_compiling():
+        return in_forward_mode()
+    return forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
 
 
 @contextlib.contextmanager

@@ -9,14 +9,15 @@ built on taps (`fa.trace`, `fa.patch`, calibration) is a pure function under gra
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
+from ._context import ContextValue
+
 Listener = Callable[[str, Tensor], Tensor]
 
-_listener: ContextVar[Listener | None] = ContextVar("funcattn_taps", default=None)
+_listener: ContextValue[Listener | None] = ContextValue("taps", None)
 
 
 def tap(name: str, x: Tensor) -> Tensor:
@@ -41,8 +42,5 @@ def listening(listener: Listener) -> Iterator[None]:
         ...     tap("here", torch.ones(2))
         tensor([2., 2.])
     """
-    token = _listener.set(listener)
-    try:
+    with _listener.holding(listener):
         yield
-    finally:
-        _listener.reset(token)

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
-    {"records", "tree", "randomness", "threefry", "progress", "watching", "atomic", "_checks", "_autodiff", "_context"},
+    {"records", "tree", "randomness", "threefry", "progress", "watching", "atomic", "_checks", "_autodiff", "_context", "replaying"},
     {
         "masks",
         "native",
@@ -39,6 +39,7 @@ WITHIN = {  # neighbours on one floor
     "tree": {"records", "_checks"},
     "randomness": {"records", "_checks", "threefry"},
     "threefry": {"_checks"},
+    "replaying": {"_context"},
     "rematerialization": {"collectives"},
     "models": {"caches"},
     "sampling": {"models"},

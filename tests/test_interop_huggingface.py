@@ -229,8 +229,9 @@ def test_attention_weights_are_those_of_eager(family):
 
 
 def test_weights_are_not_made_where_they_are_not_asked_for():
-    assert huggingface._attend(torch.nn.Module(), *[torch.ones(1, 2, 3, 4)] * 3, None)[1] is None
-    assert huggingface._attend(torch.nn.Module(), *[torch.ones(1, 2, 3, 4)] * 3, None, output_attentions=True)[1].shape == (1, 2, 3, 3)
+    q = torch.ones(1, 2, 3, 4)
+    assert huggingface._attend(torch.nn.Module(), q, q, q, None)[1] is None
+    assert huggingface._attend(torch.nn.Module(), q, q, q, None, output_attentions=True)[1].shape == (1, 2, 3, 3)
 
 
 def test_an_option_that_is_not_read_is_refused_by_name():

@@ -67,3 +67,34 @@ def test_sizes_of_zero_are_those_of_torch(sizes):
     with override_sdpa():
         torch.testing.assert_close(f(q), wanted)
         torch.testing.assert_close(jvp(f, (q,), (q,)), (wanted, torch.zeros_like(wanted)))
+
+
+# Rematerialization inside.
+
+
+def attend_to_itself(q):
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.mark.parametrize("order", ["jvp", "grad of grad", "jvp of each row"])
+def test_what_is_rematerialized_inside_has_every_derivative(order):
+    q, t = normal(1, 1, 2, 20, 4), normal(2, 1, 2, 20, 4)
+    square = lambda f: lambda q: f(q).square().sum()
+    derivative = {
+        "jvp": lambda f: jvp(f, (q,), (t,))[1],
+        "grad of grad": lambda f: grad(square(grad(square(f))))(q),
+        "jvp of each row": lambda f: vmap(lambda q: jvp(f, (q,), (q,))[1])(torch.stack([q, t])),
+    }[order]
+    wanted = derivative(lambda q: dense(q, q, q, torch.zeros(20, 20, dtype=torch.bool)))
+    with override_sdpa():
+        torch.testing.assert_close(derivative(fa.remat(attend_to_itself)), wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_a_rematerialized_layer_has_the_hvp_of_the_layer():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    apply, params = fa.interop.functional(layer)
+    x, t = normal(1, 2, 20, 8), normal(2, 2, 20, 8)
+    hvp = lambda f: jvp(grad(lambda x: f(params, x).square().sum()), (x,), (t,))[1]
+    with override_sdpa():
+        torch.testing.assert_close(hvp(fa.remat(apply)), hvp(apply), atol=1e-9, rtol=1e-9)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autodiff import transforming
+from .._autodiff import is_recorded
 from ..kernels import Part
 from ..records import record
 from . import rows
@@ -69,7 +69,7 @@ reset.register(Cache, reset_counts)
 def _(cache: Cache, delta: Delta, n: Any, donate: bool) -> Cache:
     new = admit(cache, delta, n, (cache.k, cache.v))
     tensors = (new.k, new.v, cache.k, cache.v)
-    if new.known and not transforming() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if new.known and not is_recorded(*tensors):
         k, v = (cache.k, cache.v) if donate else (_copied(x, new.before) for x in (cache.k, cache.v))
         here = slice(new.before, new.before + new.count)
         k[..., here, :] = new.k[..., : new.count, :]

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import Function
 
 from .. import _checks
-from .._autodiff import closed_jvp, transforming
+from .._autodiff import closed_jvp, in_forward_mode, is_recorded
 from . import groups
 from .bindings import Axis, cuts_of, find
 from .operations import Enter, Gather, Operation, Own, Permute, Scatter, Share, Sum
@@ -122,7 +121,7 @@ def pmax(x: Tensor, axis: str) -> Tensor:
         return x
     if bound.mapped:
         return Greatest.apply(x, bound.index, bound)  # pyright: ignore[reportReturnType]
-    if torch.compiler.is_compiling() or not (transforming() or (torch.is_grad_enabled() and x.requires_grad)):
+    if torch.compiler.is_compiling() or not is_recorded(x):
         return groups.all_reduce(x, bound.group, "max")
     return Greatest.apply(x, None, bound)  # pyright: ignore[reportReturnType]
 
@@ -157,14 +156,22 @@ def _move(x: Tensor, kind: Any, name: str, *settings: Any) -> Tensor:
     if axis is None or (axis.size == 1 and not axis.mapped):
         return x
     if torch.compiler.is_compiling():
-        if forward_ad._current_level >= 0:
+        if _traced_in_forward_mode():
             remedy = "Compile what is inside of jvp, or leave the jvp uncompiled."
             _checks.fail(kind.__name__.lower(), "the call", "no compiled forward mode", "one", remedy, NotImplementedError)
         return Traced.apply(x, kind(axis, *settings))  # pyright: ignore[reportReturnType]
     operation = kind(axis, *settings)
-    if not axis.mapped and not transforming() and not (torch.is_grad_enabled() and x.requires_grad):
+    if not axis.mapped and not is_recorded(x):
         return operation.across(x)
     return Moved.apply(x, axis.index, operation)  # pyright: ignore[reportReturnType]
+
+
+def _traced_in_forward_mode() -> bool:
+    """Whether a compile traces the inside of a jvp: asked while it traces, and Dynamo guards on the levels of torch.func."""
+    return in_forward_mode()
+
+
+_traced_in_forward_mode._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without importing Dynamo
 
 
 def _here(axis: Axis) -> bool:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 
-from .. import collectives, taps, transformer, tree
-from .._autodiff import transforming
+from .. import collectives, taps, transformer
+from .._autodiff import is_recorded, transforming
 from ..caches import Branch, Cache
 from ..kernels import choice
-from ..watching import is_differentiated
 
 FEW = 16  # new tokens, at most, of a step that is compiled; beyond, matrix products are the cost, and they are the library's
 
@@ -28,7 +27,7 @@ def is_undisturbed() -> bool:
 
 def is_plain(*trees: Any) -> bool:
     """Nor does anybody differentiate these."""
-    return is_undisturbed() and not (torch.is_grad_enabled() and is_differentiated(tree.leaves(trees)))
+    return is_undisturbed() and not is_recorded(*trees)
 
 
 def is_step(tokens: Any, cache: Any) -> bool:

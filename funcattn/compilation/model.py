@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, caches, layers, transformer
-from .._autodiff import transforming
+from .._autodiff import has_tangent, transforming
 from ..caches import Branch, Cache, Delta
 from ..masks import Mask
 from ..models import Model, config_of, told
@@ -56,7 +56,7 @@ class Compiled(Model):
             params, tokens: as in apply.
             cache: a Cache, or a Branch of such.
         """
-        _check_step(cache)
+        _check_step(params, cache)
         proposed, delta = self.extend(params, tokens, cache)
         after = caches.commit_own(cache, delta, tokens.shape[-1])
         _tail(cache).length.fill_(caches.DONATED)
@@ -135,9 +135,9 @@ def _tail(cache: Any) -> Cache:
     return _tail(cache.own) if isinstance(cache, Branch) else cache
 
 
-def _check_step(cache: Any) -> None:
+def _check_step(params: Any, cache: Any) -> None:
     if not is_dense(cache):
         remedy = "Use apply, which takes every kind of past, and no cache away."
         _checks.fail("step", "cache", "a Cache, or a Branch of such", f"a {type(cache).__name__}", remedy, TypeError)
-    if transforming() or torch.compiler.is_compiling():
+    if transforming() or has_tangent(params, cache) or torch.compiler.is_compiling():
         _checks.fail("step", "the call", "outside of every transform", "one inside", "Use apply: a donation cannot be undone.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, collectives, layers, progress, transformer, tree
+from .._autodiff import has_tangent
 from ..caches import Delta
 from ..kernels import check_remembered
 from ..transformer import Config, Kind, Layer, Params
@@ -44,7 +45,7 @@ class Stack:
         T, held = len(tokens), self.held
         forms = held.get(T)
         found = None if forms is None else forms.watch.leaves(params)
-        if torch.is_grad_enabled() and is_differentiated(tree.leaves(params) if found is None else found):
+        if (torch.is_grad_enabled() and is_differentiated(tree.leaves(params) if found is None else found)) or has_tangent(params):
             return None
         if forms is None or found is None:
             gone = lambda: held.pop(T, None)  # not of self: what is held goes with the model too

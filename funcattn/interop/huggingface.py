@@ -42,8 +42,10 @@ def register_transformers() -> None:
 
 # What transformers passes along that changes nothing here: positions are in the mask already, the rest is bookkeeping.
 KNOWN = frozenset(
-    ["position_ids", "cache_position", "use_cache", "return_dict", "output_hidden_states", "output_router_logits", "labels"]
-    + ["num_items_in_batch", "logits_to_keep", "max_length_q", "max_length_k", "deterministic"]
+    {
+        *("position_ids", "cache_position", "use_cache", "return_dict", "output_hidden_states", "output_router_logits", "labels"),
+        *("num_items_in_batch", "logits_to_keep", "max_length_q", "max_length_k", "deterministic"),
+    }
 )
 
 
@@ -111,7 +113,7 @@ def _attend(
 
 
 def _weights_are_collected() -> bool:
-    """True inside a call with output_attentions=True of a model that does not pass this on, as GPT-2: transformers' own hooks ask."""
+    """True where hooks of transformers wait for weights: a model such as GPT-2 does not pass output_attentions on."""
     collector: Any = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
     if collector is None:
         return False

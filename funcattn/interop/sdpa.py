@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .. import _checks, masks, randomness
 from ..kernels import attention
 from ..masks import Mask
+from ..replaying import Drawing
 from .jagged import nested_attention
 
 _sdpa = F.scaled_dot_product_attention
@@ -77,13 +77,12 @@ def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
         yield
 
 
-class Override(TorchFunctionMode):
+class Override(Drawing):
     """The mode of `override_sdpa`: it knows torch's attention when it sees it, and counts how often weights were dropped."""
 
     def __init__(self, key: Tensor | None) -> None:
         super().__init__()
         self.key = key
-        self.draws = 0
         self.multi_head = _rebound(
             _multi_head,
             scaled_dot_product_attention=self.attend,
@@ -98,7 +97,7 @@ class Override(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Each call of torch comes by here, with the mode itself switched off."""
+        """Torch calls this for each of its functions, with the mode itself switched off."""
         kwargs = kwargs or {}
         if func is _sdpa:
             return self.attend(*args, **kwargs)
@@ -150,7 +149,7 @@ class Override(TorchFunctionMode):
         if self.key is None:
             remedy = "Say override_sdpa(key=fa.key(0)), or module.eval() for no dropout."
             _checks.fail("override_sdpa", "key", f"given, since attention drops weights at a rate of {rate}", None, remedy)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not self.replayed and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             remedy = "torch.utils.checkpoint runs the forward again there, and would drop other weights: set dropout to zero."
             _checks.fail("override_sdpa", "dropout_p", "0 in a backward pass", rate, remedy, RuntimeError)
         self.draws += 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._autodiff import transforming
+from .._autodiff import is_recorded
 from .._context import ContextValue
 from ..masks import Mask
 from . import torch_fused
@@ -161,8 +161,7 @@ KERNELS = {
 
 def differentiable(r: Request) -> bool:
     """True where a derivative may be asked: a transform is active, or autograd records one of the inputs."""
-    tensors = [t for t in (r.q, r.k, r.v, r.bias, r.scale) if isinstance(t, Tensor)]
-    return transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return is_recorded(r.q, r.k, r.v, r.bias, r.scale if isinstance(r.scale, Tensor) else None)
 
 
 def _reluctance(name: str, r: Request) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._autodiff import transforming
+from .._autodiff import is_recorded
 from ..records import ABSENT, Attended, is_absent
 from . import choice, reference, scores, torch_fused
 from .door import attend
@@ -130,10 +130,9 @@ def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
     """True for a decode step of one sequence that nobody differentiates, over parts that hide nothing: torch's kernel serves."""
     if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling() or choice.current():
         return False
-    if not all(is_absent(part.mask) and part.k.dim() == 3 and part.k.shape[-2] for part in parts) or transforming():
+    if not all(is_absent(part.mask) and part.k.dim() == 3 and part.k.shape[-2] for part in parts):
         return False
-    tensors = [q, *[x for part in parts for x in (part.k, part.v)]]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if is_recorded(q, *[x for part in parts for x in (part.k, part.v)]):
         return False
     return not any(torch_fused.obstacle(q, part.k, part.v) for part in parts)
 

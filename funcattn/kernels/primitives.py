@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import _checks
-from .._autodiff import transforming
+from .._autodiff import is_recorded
 from . import algebra, blocks, torch_fused
 from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
 from .dtypes import accumulation_dtype
@@ -133,7 +133,7 @@ def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
     """Gradients of q, k and v straight from torch's kernel, where it serves and no one can ask for a further derivative."""
-    if not plan.fused or torch.is_grad_enabled() or transforming() or not _plain([*tensors, g]):
+    if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not _plain([*tensors, g]):
         return None
     q, k, v, *mask = tensors
     if mask and not torch_fused.is_causal(mask, k.shape[-2]):

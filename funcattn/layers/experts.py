@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _checks
-from .._autodiff import closed_jvp, transforming
+from .._autodiff import closed_jvp, is_recorded
 from .products import linear
 
 
@@ -64,7 +64,7 @@ def _(weight: Tensor, x: Tensor, expert: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    if transforming() or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)):
+    if is_recorded(weight, x):
         return Grouped.apply(x, weight, expert)
     return _grouped(x, weight, expert)
 

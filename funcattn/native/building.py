@@ -65,7 +65,7 @@ def once(f: Callable[[], R]) -> Callable[[], R]:
 def load() -> str:
     """Build the operator unless it is there, and tell torch of it; "" where `torch.ops.funcattn.products` runs, else why not.
 
-    The first call of a process decides for all of them. FUNCATTN_NATIVE=0 in the environment is a reason.
+    The first call of a process decides for all of them; others wait for it. FUNCATTN_NATIVE=0 in the environment is a reason.
     """
     try:
         torch.ops.load_library(built())

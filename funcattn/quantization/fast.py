@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autodiff import transforming
+from .._autodiff import is_recorded
 from ..rematerialization import Flat, Remat, Whole, batched, pullback, pushforward
 
 FEW = 16  # rows up to which torch's kernels are faster: beyond, expanding the matrix once is the smaller cost
@@ -55,7 +55,7 @@ def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], wei
     """
     if torch.compiler.is_compiling():
         return plain(*weight, x)
-    if not transforming() and not (torch.is_grad_enabled() and any(t.requires_grad for t in (*weight, x))):
+    if not is_recorded(*weight, x):
         return _value(plain, fast, weight, x)
     flat = lambda *inputs: (plain(*inputs),)
     return Remat.apply(Routed(flat, lambda *inputs: (_value(plain, fast, inputs[:-1], inputs[-1]),)), None, *weight, x)[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import packing
-from .._autodiff import transforming
+from .._autodiff import is_recorded
 from ..layers import linear
 from ..layers.prepared import kept
 from ..records import record
@@ -160,7 +160,7 @@ def straight(x: Tensor, groups: int) -> Tensor:
 
 def followed(x: Tensor) -> bool:
     """Whether somebody may differentiate here; not while compiling, where `fa.compile` has asked before."""
-    return not torch.compiler.is_compiling() and (transforming() or (torch.is_grad_enabled() and x.requires_grad))
+    return not torch.compiler.is_compiling() and is_recorded(x)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native, packing
+from .._autodiff import has_tangent
 from ..layers import linear, together
 from ..layers.prepared import kept
 from ..records import ABSENT, is_absent, record
@@ -61,7 +61,7 @@ class DynamicTiles(NamedTuple):
 
 @native.once
 def missing() -> str:
-    """ "" where the operator runs, else why not."""
+    """ "" where the operator runs, else why not. One thread tells torch of it, and the others wait."""
     reason = native.load()
     if not reason:
         torch.library.register_fake("funcattn::products", _like)
@@ -261,7 +261,7 @@ def _like(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int
 
 def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
     """Where somebody may differentiate it is products of floats, whose derivatives of every order torch knows."""
-    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in (*scales, x))):
+    if has_tangent(*scales, x) or (torch.is_grad_enabled() and any(t.requires_grad for t in (*scales, x))):
         return _plain(blocks, scales, rows, x)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.funcattn.products(blocks, scales, rows, x)

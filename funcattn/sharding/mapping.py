@@ -17,7 +17,7 @@ from typing import Any
 import optree
 
 from .. import _checks
-from .._autodiff import transforming
+from .._autodiff import has_tangent, transforming
 from ..collectives import remembering
 from ..models import Model
 from .devices import bind, check, refuse_transform, stacked, wrapped
@@ -103,7 +103,7 @@ def shard_map(
         if isinstance(mesh, Grid):
             with remembering(*ways):
                 return stacked(f, mesh, flat, structure, cuts, out_specs, seen)
-        if transforming():
+        if transforming() or has_tangent(flat):
             refuse_transform("shard_map")
         parts = [local(leaf, spec, mesh) for leaf, spec in zip(flat, cuts, strict=True)]
         with bind(mesh, seen), remembering(*ways):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, tree
-from .._autodiff import transforming
+from .._autodiff import has_tangent, transforming
 from ..caches import Branch, Cache, Delta
 from ..masks import Mask
 from ..models import Model
@@ -62,7 +62,7 @@ def _speak(mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
         @functools.wraps(f)
         def call(*args: Any, **options: Any) -> Any:
-            if transforming() and any(is_distributed(leaf) for leaf in tree.leaves(args)):
+            if (transforming() or has_tangent(args)) and any(is_distributed(leaf) for leaf in tree.leaves(args)):
                 refuse_transform("shard_map")
             whole: Any = args
             flat, structure = optree.tree_flatten(whole)

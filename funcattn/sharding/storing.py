@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, tree
-from .._autodiff import transforming
+from .._autodiff import has_tangent, transforming
 from ..collectives import groups
 from ..tree import Tree
 from .matching import specs
@@ -46,7 +46,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
         cuts = specs(params, mesh, rules)
         if isinstance(mesh, Grid):
             return params
-        if transforming():
+        if transforming() or has_tangent(params):
             _checks.fail("shard", "the call", "outside of every transform", "one inside", "Shard first.", TypeError)
         coordinates = {name: mesh.get_local_rank(name) for name in sizes}
 
@@ -70,7 +70,7 @@ def gather(tree_: Tree) -> Tree:
     Raises:
         TypeError: inside a transform.
     """
-    if transforming():
+    if transforming() or has_tangent(tree_):
         _checks.fail("gather", "the call", "outside of every transform", "one inside", "Use all_gather inside.", TypeError)
     return tree.map(lambda leaf: _whole(leaf) if is_distributed(leaf) else leaf, tree_)
 

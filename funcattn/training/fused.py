@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autodiff import transforming
+from .._autodiff import is_recorded
 
 
-def is_quiet() -> bool:
-    """True where no transform, no autograd and no compiler can see what is computed here."""
-    return not (torch.is_grad_enabled() or transforming() or torch.compiler.is_compiling())
+def is_quiet(*trees: Any) -> bool:
+    """True where no transform, no autograd and no compiler can see what is computed of these tensors."""
+    return not (torch.is_grad_enabled() or is_recorded(*trees) or torch.compiler.is_compiling())
 
 
 def serves(*columns: Sequence[Any]) -> bool:
     """True where the fused kernel takes such leaves: plain tensors, all on one CPU or CUDA device and of one float dtype."""
     first = columns[0][0] if columns[0] else None
-    if not is_quiet() or type(first) is not Tensor or first.device.type not in ("cpu", "cuda"):
+    if not is_quiet(*columns) or type(first) is not Tensor or first.device.type not in ("cpu", "cuda"):
         return False
     alike = lambda x: type(x) is Tensor and x.dtype == first.dtype and x.device == first.device
     return first.dtype in (torch.float32, torch.float64) and all(alike(x) for column in columns for x in column)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from .. import _checks, tree
-from .._autodiff import transforming
+from .._autodiff import is_recorded
 from ..models import Model
 from ..records import ABSENT, record
 from ..tree import Tree
@@ -100,7 +100,7 @@ def step(
 
 def _gradient(f: Callable[[Tree], Tensor], params: Tree) -> tuple[Tree, Tensor]:
     """The gradient of f and its value."""
-    if torch.is_grad_enabled() or transforming() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or is_recorded(params) or torch.compiler.is_compiling():
         return grad_and_value(f)(params)
     leaves, structure = optree.tree_flatten(params)
     with torch.enable_grad():
