@@ -56,6 +56,7 @@ MIRRORLESS = {
     "architecture",
     "devices",
     "references",
+    "citations",
     "canaries",
     "notebooks",
     "readme",

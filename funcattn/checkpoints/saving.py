@@ -50,7 +50,7 @@ def save(
         CheckpointError: the folder cannot be written, or holds something else.
         ValueError, TypeError: params are not those of the config, or not all floating tensors.
 
-    Law: load(save(...)) is what was saved, bit for bit (test_checkpoints.py::test_a_saved_model_comes_back_bit_for_bit).
+    Law: load(save(...)) is what was saved, bit for bit (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
     """
     if not isinstance(config, Config) or not isinstance(params, Params):
         got = f"a {type(config).__name__} and a {type(params).__name__}"

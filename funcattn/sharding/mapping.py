@@ -78,7 +78,7 @@ def shard_map(
         TypeError: called inside a transform over a DeviceMesh: shard_map is the outermost. Write shard_map(grad(f)).
         ValueError: specs that do not fit.
 
-    Law: equals f of the whole (test_sharding.py; over processes, test_distributed.py).
+    Law: equals f of the whole (test_sharding.py; over processes, tests/distributed: test_processes_compute_what_one_device_does).
     """
     sizes = axes_of(mesh)
     if isinstance(f, Model):

@@ -37,7 +37,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
     Raises:
         ValueError: no rule matches a path, or sizes do not divide: the leaf is named. TypeError: no mesh; a leaf of another mesh.
 
-    Law: gather(shard(mesh)(tree)) == tree, bit for bit (test_sharding.py::test_gathering_undoes_sharding).
+    Law: gather(shard(mesh)(tree)) == tree, bit for bit (tests/distributed: test_processes_write_what_one_device_does).
     Law: shard commutes with quantize where groups are not cut (test_sharding.py::test_sharding_commutes_with_quantizing).
     """
     sizes = axes_of(mesh)
