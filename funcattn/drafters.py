@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, caches, randomness, sampling, transformer, tree
+from . import _checks, caches, collectives, randomness, sampling, transformer, tree
 from .caches import Branch, Cache
 from .generation import _commit, _prefill
 from .models import Model, config_of, told
@@ -139,7 +139,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
         return keep_states(tokens, count, state)._replace(cache=cache, certain=certain)
 
     sharing = Sharing(model, share, lambda key, last, state: read(key, last, state, False), keep_states)
-    return Drafter(init, propose, keep, length, _vocabulary(model), sharing)
+    return Drafter(init, propose, keep, length, _vocabulary(model, params), sharing)
 
 
 _model = model
@@ -241,10 +241,11 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
     return function(look, length=length)
 
 
-def _vocabulary(model: Any) -> int | None:
-    """How many tokens a model knows; None where it does not say."""
-    config = config_of(model, "logits")
-    return None if config is None else config.vocabulary
+def _vocabulary(model: Any, params: Any) -> int | None:
+    """How many tokens a model knows; None where it does not say, or where this device holds a part of its head."""
+    if config_of(model, "logits") is None or not isinstance(params, transformer.Params) or collectives.bound():
+        return None
+    return tree.leaves(transformer.head(params))[0].shape[0]
 
 
 def _is_dense(cache: Any) -> bool:

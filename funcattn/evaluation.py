@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from . import _checks, progress, taps, transformer, tree
+from . import _checks, collectives, progress, taps, transformer, tree
 from .generation import hidden_along
 from .masks import Mask
 from .models import Model, config_of
@@ -61,6 +61,7 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, ch
     """
     _check_tokens("score", "tokens", tokens, 1)
     _check_chunk("score", chunk)
+    collectives.agree("score", {"tokens": tokens, "chunk": chunk}, params)
     hidden = _hidden(model, params, tokens[..., :-1], tokens[..., -1:], cache)
     return _look(model, params, hidden, tokens[..., 1:], chunk, _log_probability)
 
@@ -84,6 +85,7 @@ def score_continuation(
     Law: equals the end of the scores of both joined (test_evaluation.py::test_a_continuation_has_the_last_scores_of_the_whole).
     """
     inputs, targets = _join("score_continuation", prompt, continuation, chunk)
+    collectives.agree("score_continuation", {"prompt": prompt, "continuation": continuation, "chunk": chunk}, params)
     hidden = _hidden(model, params, inputs, targets[..., -1:], cache)
     return _look(model, params, hidden[..., prompt.shape[-1] - 1 :, :], targets, chunk, _log_probability)
 
@@ -96,6 +98,7 @@ def foretold(
     Args and errors: as `score_continuation`.
     """
     inputs, targets = _join("foretold", prompt, continuation, chunk)
+    collectives.agree("foretold", {"prompt": prompt, "continuation": continuation, "chunk": chunk}, params)
     hidden = _hidden(model, params, inputs, targets[..., -1:], cache)[..., prompt.shape[-1] - 1 :, :]
 
     def both(logits: Tensor, targets: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, caches, progress, randomness, sampling, transformer
+from . import _checks, caches, collectives, progress, randomness, sampling, transformer
 from ._autodiff import has_tangent, transforming
 from .models import Model
 from .records import ABSENT, is_absent
@@ -70,6 +70,7 @@ def generate(
     _check_parts("generate", model, sampler)
     _check("generate", prompt, cache, steps, chunk, stop)
     _check_length(prompt, prompt_length)
+    _agree("generate", params, key, prompt, cache, steps, prompt_length, ends=tuple(stop), chunk=chunk)
     start = _prefill(model, params, prompt, cache, steps, prompt_length, chunk)
     tokens, after = [], start.cache
     draws = _draws(key, model, params, start, steps, sampler, prompt, prompt_length, stop)
@@ -129,6 +130,7 @@ def stream(
     ends = _ends_of("stream", tokenizer, stop)
     _check_parts("stream", model, sampler)
     _check("stream", prompt, cache, steps, chunk, ends)
+    _agree("stream", params, key, prompt, cache, steps, ends=ends, stop_strings=tuple(stop_strings), chunk=chunk)
     start = _prefill(model, params, prompt, cache, steps, None, chunk)
     text = StreamedText(tokenizer, stop_strings)
     tokens: tuple[int, ...] = ()
@@ -249,6 +251,15 @@ def _check_parts(door: str, model: Any, sampler: Any) -> None:
     if not isinstance(sampler, Sampler):
         remedy = "Such as fa.sampling.temperature(0.8) or fa.sampling.greedy; of a function of logits, fa.sampling.stateless(f)."
         _checks.fail(door, "sampler", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
+
+
+def _agree(
+    door: str, params: Any, key: Tensor, prompt: Tensor, cache: Any, steps: int, prompt_length: Tensor | None = None, **options: Any
+) -> None:
+    """Fail where processes of one mesh would write different texts; of a past its length is compared."""
+    length = () if is_absent(cache) else cache.length
+    values = {"key": key, "prompt": prompt, "cache": length, "steps": steps, "prompt_length": prompt_length, **options}
+    collectives.agree(door, values, params)
 
 
 def _ends_of(door: str, tokenizer: Any, stop: Any) -> tuple[int, ...]:

@@ -92,6 +92,7 @@ class Model:
         kernel: of attention, where one is forced.
         replaced: names of the functions that are not those of `fa.decoder(config, kernel)`.
         wrap: f(model) -> model, which makes of another model what this one is (a compiled one).
+        code: what `fa.compile` compiled of the decoder, which all that is made of it shares, and which goes with it.
         made: f(hidden, logits) -> (extend, apply).
 
     Raises:
@@ -119,6 +120,7 @@ class Model:
     kernel: str | None = field(default=None, kw_only=True, compare=False)
     replaced: frozenset[str] = field(default=frozenset(), kw_only=True, compare=False)
     wrap: Callable[["Model"], "Model"] | None = field(default=None, kw_only=True, compare=False)
+    code: dict[Any, Any] = field(default_factory=dict, kw_only=True, compare=False)
     made: Callable[[Function, Function], tuple[Function, Function]] = field(default=composed, kw_only=True)
 
     FUNCTIONS: ClassVar = ("init", "cache", "hidden", "logits")  # that say what it computes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from . import _checks, caches, progress, randomness, sampling, tree
+from . import _checks, caches, collectives, progress, randomness, sampling, tree
 from .generation import _check_parts, generate, hidden_along
 from .models import Model
 from .records import ABSENT, record
@@ -82,7 +82,7 @@ def beam_search(
     _check_penalty(length_penalty, steps)
     sampler = sampling.chain() if sampler is None else sampler
     _check_parts("beam_search", model, sampler)
-    prefix, x, delta = _read(model, params, prompt, cache, stop)
+    prefix, x, delta = _read("beam_search", model, params, prompt, cache, stop, steps=steps, beams=beams)
     logits = model.logits(params, x[-1])
     V, device = logits.shape[-1], logits.device
     states = sampling.prime(sampler, prompt, sampling.begin(sampler, logits))
@@ -162,7 +162,7 @@ def best_of(
     Law: each text is what generate writes with its key (test_search.py).
     """
     _check_counts("best_of", n=n, steps=steps)
-    prefix, _, _ = _read(model, params, prompt, cache, stop)
+    prefix, _, _ = _read("best_of", model, params, prompt, cache, stop, key=key, n=n, steps=steps)
     last = prompt[-1:]
     seen = sampling.primed(sampler, prompt[:-1])  # generate primes it with the last
     one = lambda key: generate(key, model, params, last, prefix, steps=steps, sampler=seen, stop=stop)[0]
@@ -202,9 +202,13 @@ def contrastive(
     return sampling.chain(sampling.min_p(alpha), sampling.guidance(1 + beta, model, params, cache, logits))
 
 
-def _read(model: Model, params: Any, prompt: Tensor, cache: Any, stop: Sequence[int]) -> tuple[Any, Tensor, Any]:
-    """The past of all but the last token, and what reading the last gives."""
+def _read(
+    function: str, model: Model, params: Any, prompt: Tensor, cache: Any, stop: Sequence[int], **values: Any
+) -> tuple[Any, Tensor, Any]:
+    """The past of all but the last token, and what reading the last gives; processes of a mesh should be given alike."""
     prefix = cache
+    length = () if is_absent(cache) else cache.length
+    collectives.agree(function, {"prompt": prompt, "cache": length, "stop": tuple(stop), **values}, params)
     if not isinstance(prompt, Tensor) or prompt.dim() != 1 or len(prompt) < 2:
         generate(randomness.key(0), model, params, prompt, cache, steps=0, stop=stop)  # says what is wrong
     else:

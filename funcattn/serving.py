@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from . import _checks, caches, randomness, sampling, transformer, tree
+from . import _checks, caches, collectives, randomness, sampling, transformer, tree
 from .caches import Branch
 from .models import Model
 from .records import ABSENT, is_absent, record
@@ -116,6 +116,7 @@ def enter(
         _checks.fail("enter", "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Pass token ids of one sequence.")
     if steps < 1:
         _checks.fail("enter", "steps", "at least 1", steps, "A text of no tokens needs no slot.")
+    collectives.agree("enter", {"key": key, "prompt": prompt, "slot": slot, "steps": steps, "chunk": chunk}, params)
     before = tree.map(lambda leaf: leaf[slot], slots.slots)
     cache, last = before.cache, None
     if len(prompt) + steps - 1 > caches.capacity(cache):

@@ -58,6 +58,7 @@ MIRRORLESS = {
     "architecture",
     "devices",
     "references",
+    "citations",
     "canaries",
     "lock",
     "notebooks",

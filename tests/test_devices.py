@@ -213,5 +213,5 @@ def test_masks_of_a_gpu_stay_there_under_every_kernel(on_gpu):
     q, k, mask = on_gpu
     for kernel in ("flash", "triton", "sdpa"):
         assert fa.attention(q, k, k, mask, kernel=kernel).device.type == "cuda"
-        pushed = jvp(lambda q, kernel=kernel: fa.attention(q, k, k, mask, kernel="flash"), (q,), (q,))[1]
+        pushed = jvp(lambda q, kernel=kernel: fa.attention(q, k, k, mask, kernel=kernel), (q,), (q,))[1]
         assert pushed.device.type == "cuda"

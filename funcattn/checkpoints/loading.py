@@ -49,7 +49,7 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
         Traceback (most recent call last):
         FileNotFoundError: load: no/such/file.gguf should be a folder, a .gguf file, ...
 
-    Law: load(save(...)) is what was saved, bit for bit (test_checkpoints.py::test_a_saved_model_comes_back_bit_for_bit).
+    Law: load(save(...)) is what was saved, bit for bit (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
     """
     if dtype is not None and dtype not in DTYPES.values():
         fail("load", "dtype", f"None or one of {', '.join(map(str, DTYPES.values()))}", dtype, "Quantize after loading.", TypeError)

@@ -3,17 +3,20 @@
     bindings      Axis, binding, unbound, axis_size, carried: what a name stands for in this context
     operations    the linear maps between devices, each with its transpose
     groups        the same over a process group, as blocking operators; counts
+    agreement     agree: whether all processes hold a value alike
     verbs         psum, enter, all_gather, reduce_scatter, share, whole_lengths, own, ppermute, axis_index, pmax
 
 A function that speaks them runs on one device as it is. `funcattn.sharding` binds the names.
 """
 
+from .agreement import agree
 from .bindings import Axis, axis_size, binding, bound, carried, cuts_of, find, remembering, simulated, unbound
 from .groups import counts, reset
 from .verbs import all_gather, axis_index, enter, own, pmax, ppermute, psum, reduce_scatter, share, whole_lengths
 
 __all__ = [
     "Axis",
+    "agree",
     "all_gather",
     "axis_index",
     "axis_size",

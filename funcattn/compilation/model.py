@@ -73,7 +73,8 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     """The same functions, with decoding compiled.
 
     The first step of each form (a number of new tokens, a bucket of lengths) waits for the compiler, some ten seconds with a C++
-    compiler at hand; a second process finds its code in the cache of torch.
+    compiler at hand; a second process finds its code in the cache of torch. What was compiled is kept with the decoder, so that
+    compiling it again costs nothing, and goes with it.
 
     Args:
         model: from `fa.decoder`.
@@ -96,7 +97,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     if config is None:
         remedy = "Make it with fa.decoder(config), compile it, and wrap or replace then; torch.compile takes any other function."
         _checks.fail("compile", "model", "from fa.decoder", told(model), remedy, TypeError)
-    stack = Stack(config, model.kernel, depth, backend)
+    stack = Stack(config, model.kernel, depth, backend, model.code)
     is_own = config_of(model, "logits") is not None
 
     @functools.wraps(model.hidden)
@@ -125,6 +126,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         config=config,
         kernel=model.kernel,
         replaced=model.replaced,
+        code=model.code,
         wrap=lambda other: compile(other, depth=depth and min(depth, other.config.layers), backend=backend),
         stack=stack,
     )

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame  # pyright: ignore[reportMissingModuleSource]
 
 from .. import _checks, collectives, layers, progress, transformer, tree
 from .._autodiff import has_tangent
@@ -27,9 +29,9 @@ _number = itertools.count()  # of the compiled functions of this process
 class Stack:
     """The layers of a decoder as calls of a few compiled functions."""
 
-    def __init__(self, config: Config, kernel: str | None, depth: int | None, backend: str) -> None:
+    def __init__(self, config: Config, kernel: str | None, depth: int | None, backend: str, code: dict[Any, Any]) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, chosen_depth(config, depth), backend
-        self.compiled: dict[Any, _Function] = {}
+        self.compiled = code  # a _Function for each form of call, which models of one decoder share
         self.held: dict[int, _Prepared] = {}  # for each number of vectors
 
     def forms(self, params: Params, tokens: Tensor, cache: Any) -> "_Prepared | None":
@@ -124,19 +126,22 @@ class Stack:
         By code torch counts recompilations, and by name it remembers which sizes have differed. Here only strides may, which follow
         from the capacity of a past: after the second capacity they are symbols.
         """
+        form = self.backend, form
         if form not in self.compiled:
             name = f"{f.__name__}_{next(_number)}"
             own = FunctionType(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__)
             options = {**self.options, "guard_filter_fn": _guards}
-            self.compiled[form] = _Function(torch.compile(own, fullgraph=True, backend=self.backend, options=options))
+            run = torch.compile(own, fullgraph=True, backend=self.backend, options=options)
+            self.compiled[form] = _Function(run, own.__code__)
         return self.compiled[form]
 
 
 class _Function:
-    """A compiled function that says so while it is compiled."""
+    """A compiled function that says so while it is compiled, and with which goes what Dynamo made for its code."""
 
-    def __init__(self, run: Callable[..., Any]) -> None:
+    def __init__(self, run: Callable[..., Any], code: CodeType) -> None:
         self.run, self.is_compiled = run, False
+        weakref.finalize(self, _forget, code).atexit = False
 
     def __call__(self, *args: Any) -> Any:
         if self.is_compiled:
@@ -145,6 +150,21 @@ class _Function:
             result = self.run(*args)
         self.is_compiled = True
         return result
+
+
+def _forget(code: CodeType) -> None:
+    """Take from Dynamo what it made for a code object that nobody runs any more.
+
+    Its guards have finalizers on functions, types and modules, which live as long as the process; by them they live as long, with
+    the graph and the code (torch 2.13: two megabytes for each compiled model).
+    """
+    made = {id(entry.guard_manager) for entry in eval_frame._debug_get_cache_entry_list(code)}
+    registry: Any = weakref.finalize._registry  # pyright: ignore[reportAttributeAccessIssue]
+    for finalizer, what in list(registry.items()):
+        guards = getattr(getattr(what.func, "func", None), "__self__", None)
+        if id(getattr(guards, "guard_manager", None)) in made:
+            finalizer.detach()
+    eval_frame.reset_code(code)
 
 
 def _guards(entries: Sequence[Any]) -> list[bool]:

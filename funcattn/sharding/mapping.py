@@ -18,7 +18,7 @@ import optree
 
 from .. import _checks
 from .._autodiff import has_tangent, transforming
-from ..collectives import remembering
+from ..collectives import agree, remembering
 from ..models import Model
 from .devices import bind, check, refuse_transform, stacked, wrapped
 from .models import sharded
@@ -66,8 +66,8 @@ def shard_map(
         in_specs: a tuple, one for each argument, each a prefix of its tree of `P`; or one P for all. None stands for what the
             DTensors among the arguments say of themselves, and whole for the others.
         out_specs: a prefix of the tree that f returns. A result that is not cut should be the same on every device.
-        check_alike: whether results that are not cut are held against those of the other processes, which costs two all_reduce of
-            each. Over a Grid they always are.
+        check_alike: whether arguments that are no DTensors, and results that are not cut, are held against those of the other
+            processes, which costs one all_reduce of a few numbers, and two of each result. Over a Grid results always are.
         axes: which names f sees; the others cut values, and f computes as if its part were all. None is all.
 
     Returns:
@@ -78,7 +78,7 @@ def shard_map(
         TypeError: called inside a transform over a DeviceMesh: shard_map is the outermost. Write shard_map(grad(f)).
         ValueError: specs that do not fit.
 
-    Law: equals f of the whole (test_sharding.py; over processes, test_distributed.py).
+    Law: equals f of the whole (test_sharding.py; over processes, tests/distributed: test_processes_compute_what_one_device_does).
     """
     sizes = axes_of(mesh)
     if isinstance(f, Model):
@@ -105,6 +105,8 @@ def shard_map(
                 return stacked(f, mesh, flat, structure, cuts, out_specs, seen)
         if transforming() or has_tangent(flat):
             refuse_transform("shard_map")
+        if check_alike:
+            agree("shard_map", {"arguments": [leaf for leaf in flat if not is_distributed(leaf)]}, mesh=mesh)
         parts = [local(leaf, spec, mesh) for leaf, spec in zip(flat, cuts, strict=True)]
         with bind(mesh, seen), remembering(*ways):
             out = f(*optree.tree_unflatten(structure, parts))

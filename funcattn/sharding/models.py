@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import _checks, tree
 from .._autodiff import has_tangent, transforming
 from ..caches import Branch, Cache, Delta
+from ..collectives import agree
 from ..masks import Mask
 from ..models import Model
 from ..records import ABSENT, is_absent
@@ -68,6 +69,8 @@ def _speak(mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]
             flat, structure = optree.tree_flatten(whole)
             held = [local(x, spec_of(x), mesh) if is_distributed(x) else x for x in flat]
             with bind(mesh, names):
+                if name in ("hidden", "extend") and len(args) < 3 and "cache" not in options:  # not of decoding, token by token
+                    agree("shard_map", {"tokens": args[1:]})
                 return f(*optree.tree_unflatten(structure, held), **options)
 
         return call

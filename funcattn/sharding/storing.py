@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks, tree
 from .._autodiff import has_tangent, transforming
-from ..collectives import groups
+from ..collectives import agree, groups
 from ..tree import Tree
 from .matching import specs
 from .partitions import Grid, Mesh, P, PartitionSpec, Rules, axes_of, part
@@ -35,9 +35,10 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
             have heads that do not divide refused here.
 
     Raises:
-        ValueError: no rule matches a path, or sizes do not divide: the leaf is named. TypeError: no mesh; a leaf of another mesh.
+        ValueError: no rule matches a path, or sizes do not divide, or processes hold other numbers: the leaf is named.
+        TypeError: no mesh; a leaf of another mesh.
 
-    Law: gather(shard(mesh)(tree)) == tree, bit for bit (test_sharding.py::test_gathering_undoes_sharding).
+    Law: gather(shard(mesh)(tree)) == tree, bit for bit (tests/distributed: test_processes_write_what_one_device_does).
     Law: shard commutes with quantize where groups are not cut (test_sharding.py::test_sharding_commutes_with_quantizing).
     """
     sizes = axes_of(mesh)
@@ -48,6 +49,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
             return params
         if transforming() or has_tangent(params):
             _checks.fail("shard", "the call", "outside of every transform", "one inside", "Shard first.", TypeError)
+        agree("shard", {path: leaf for path, leaf in tree.items(params) if not is_distributed(leaf)}, mesh=mesh)
         coordinates = {name: mesh.get_local_rank(name) for name in sizes}
 
         def one(leaf: Tensor, spec: PartitionSpec) -> "DTensor":

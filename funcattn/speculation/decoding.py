@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, progress, randomness, sampling, transformer
-from ..generation import Streamed, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill
+from ..generation import Streamed, _agree, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill
 from ..models import Model
 from ..records import ABSENT, is_absent, record
 from ..sampling import Sampler
@@ -222,6 +222,7 @@ def _rounds(
     _check("speculate", prompt, cache, steps, chunk, stop)
     _check_length(prompt, prompt_length)
     _check_drafter(drafter)
+    _agree("speculate", params, key, prompt, cache, steps, prompt_length, ends=tuple(stop), chunk=chunk, length=drafter.length)
     whole = torch.full_like(prompt[0], len(prompt))
     start = _prefill(model, params, prompt, cache, steps + drafter.length, prompt_length, chunk)
     _check_vocabulary(drafter, start.logits)

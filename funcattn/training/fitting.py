@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .. import _checks, randomness, tree
+from .. import _checks, collectives, randomness, tree
 from ..models import Model
 from ..records import ABSENT
 from ..tree import Tree
@@ -121,6 +121,8 @@ def fit(
             _checks.fail("fit", name, f"{low} or more", n, "It is a number of steps, rows, batches or snapshots.")
     if not tree.leaves(params):
         _checks.fail("fit", "params", "a tree with leaves to train", "none", "Leave some out of frozen.")
+    told = {"key": key, "tokens": tokens, "steps": steps, "rows": rows, "context": context, "micro_batches": micro_batches}
+    collectives.agree("fit", told, params)
     one = step(model, optimizer, loss=loss, micro_batches=micro_batches, compute=compute)
     narrow = tree.cast(compute) if compute is not None else lambda params: params
     look = lambda params, batch, frozen: loss(model, narrow(tree.combine(params, frozen)), batch)

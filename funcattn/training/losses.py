@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, masks, tree
+from .. import _checks, collectives, masks, tree
 from ..caches import CONTEXT
 from ..collectives import axis_size, own, psum
 from ..kernels import zigzag
@@ -55,6 +55,8 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     """
     _checks.is_decoder("loss", model)
     _check(tokens, mask, segments)
+    if tokens.device.type == "cpu":  # a GPU would be waited for at every step
+        collectives.agree("loss", {"tokens": tokens, "mask": mask, "segments": segments}, params)
     inputs, targets = tokens[..., :-1], tokens[..., 1:]
     counts = None if mask is None else mask.expand(targets.shape)
     if axis_size(CONTEXT) > 1:

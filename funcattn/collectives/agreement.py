@@ -1,0 +1,104 @@
+"""What every process should hold alike, compared before it is used: tokens, keys, weights that are still whole.
+
+    agree("generate", {"key": key, "prompt": prompt})       an error on every process, naming what differs
+
+Processes that differ would add each other's partial sums: the result is of no text and of no model, and
+every shape fits. A digest of each value crosses the mesh, once at the beginning of a verb and never for a
+token; sizes are in the digest, so processes that differ in them do not wait for each other for ever.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import optree
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _checks
+from .bindings import bound
+from .groups import _group
+
+OWN = ("data",)  # axes along which each process has rows of its own
+SMALL = 2**14  # numbers of a tensor, at most, that are digested one by one
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: Any = None) -> None:
+    """Fail on every process where a value differs between two that should hold it alike.
+
+    Args:
+        function: whose arguments they are, for the message.
+        values: trees of tensors, numbers and texts, by name. DTensors among them are left out, and
+            of what cannot be looked at (fake, meta or traced tensors) dtypes and sizes are compared.
+        params: where no axis is bound, those of the mesh of its first DTensor are compared over.
+        mesh: a DeviceMesh to compare over, all axes of it: for values that "data" does not divide.
+    """
+    alike, divided = _groups(params, mesh)
+    if not alike or torch.compiler.is_compiling():
+        return
+    with torch._C._DisableFuncTorch():
+        digests = [_digest(value) for value in values.values()]
+        wrong = _differ([_digest([function, *values]), _digest(digests)], alike, divided)
+        if any(wrong):
+            found = [True] if wrong[0] else _differ(digests, alike, divided)
+            names = ["the call and its values"] if wrong[0] else list(values)
+            told = " and ".join(name for name, one in zip(names, found, strict=True) if one)
+            remedy = "Give all of them the same; what each draws, shuffles or loads of its own goes over 'data'."
+            _checks.fail(function, told, "the same on every process", "another on some", remedy)
+
+
+def _differ(digests: list[int], alike: list[Any], divided: list[Any]) -> list[bool]:
+    """Which of the digests are not those of all processes; every process is told the same."""
+    device = "cuda" if dist.get_backend(alike[0]) == "nccl" else "cpu"
+    limits = torch.tensor([*digests, *(-digest for digest in digests)], dtype=torch.int64, device=device)
+    for group in alike:
+        dist.all_reduce(limits, dist.ReduceOp.MAX, group=group)
+    differs = (limits[: len(digests)] != -limits[len(digests) :]).long()
+    for group in divided:  # the others of a mesh are told too: they would wait
+        dist.all_reduce(differs, dist.ReduceOp.MAX, group=group)
+    return [bool(one) for one in differs.tolist()]
+
+
+def _groups(params: Any, mesh: Any) -> tuple[list[Any], list[Any]]:
+    """The process groups over which values are alike, and those over which each has its own."""
+    if mesh is not None:
+        return [mesh.get_group(name) for name in mesh.mesh_dim_names if mesh[name].size() > 1], []
+    axes = bound()
+    if any(axis.mapped for axis in axes):
+        return [], []
+    if axes:
+        found = [(axis.name, _group(axis.group)) for axis in axes if axis.size > 1]
+    else:
+        first = next((x for x in optree.tree_iter(params) if isinstance(x, Tensor)), None)
+        if first is None or not _checks.is_distributed(first):
+            return [], []
+        held: Any = first
+        held = held.device_mesh
+        found = [(name, held.get_group(name)) for name in held.mesh_dim_names if held[name].size() > 1]
+    return [group for name, group in found if name not in OWN], [group for name, group in found if name in OWN]
+
+
+def _digest(value: Any) -> int:
+    """62 bits of a tree."""
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in optree.tree_leaves(value):
+        if not isinstance(leaf, Tensor):
+            digest.update(repr(leaf).encode())
+        elif not _checks.is_distributed(leaf):
+            known = _checks.peek(leaf)
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(b"" if known is None else _content(known))
+    return int.from_bytes(digest.digest(), "big") >> 2
+
+
+def _content(x: Tensor) -> bytes:
+    """The bytes of a small tensor; of a larger one its bits, summed as they are and by row, in one reading."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    bits = x.view(INTEGERS[x.element_size()])
+    if x.numel() <= SMALL:
+        return repr(bits.tolist()).encode()
+    rows = bits.sum(-1, dtype=torch.int64).flatten()
+    weighed = rows * torch.arange(1, len(rows) + 1, device=rows.device)
+    return repr([int(rows.sum()), int(weighed.sum())]).encode()
