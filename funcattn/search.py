@@ -17,7 +17,7 @@ from torch.func import vmap
 from . import _checks, caches, collectives, progress, randomness, sampling, tree
 from .generation import _check_parts, generate, hidden_along
 from .models import Model
-from .records import ABSENT, record
+from .records import ABSENT, is_absent, record
 from .sampling import Sampler
 
 

@@ -175,6 +175,21 @@ def test_a_step_with_sinks_that_nobody_differentiates_is_the_same_step(T):
     torch.testing.assert_close(attend_parts(q.float(), narrow, scale=0.8, sinks=SINKS).double(), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("T", [1, 3, 20])
+@pytest.mark.parametrize("level", [-1e9, 1e30])
+def test_rows_that_are_far_from_zero_in_all_parts_are_one_softmax(T, level):
+    """Each logit is the level: the mean of all values, however they are cut into parts, and so are its derivatives."""
+    size = abs(level) ** 0.5
+    q, k = torch.full((2, T, 1), level / size), torch.full((2, 30, 1), size)
+    v, t = fa.random.normal(fa.key(0), (2, 2, 30, 4))
+    past = lambda v: attend_parts(q, [Part(k[:, n], v[:, n]) for n in (slice(0, 23), slice(23, 29), slice(29, 30))], scale=1.0)
+    wanted = lambda v: v.mean(-2, keepdim=True).expand(2, T, 4)
+    torch.testing.assert_close(past(v), wanted(v))
+    torch.testing.assert_close(jvp(past, (v,), (t,)), jvp(wanted, (v,), (t,)))
+    slope = lambda f: vmap(grad(lambda v: f(v).square().sum()))(torch.stack([v, t]))
+    torch.testing.assert_close(slope(past), slope(wanted))
+
+
 def test_a_cap_bends_large_logits_and_leaves_small_ones():
     x = torch.tensor([-1e6, -1e-3, 0.0, 1e-3, 1e6], dtype=torch.float64)
     y = fa.kernels.soft_cap(x, 30.0)

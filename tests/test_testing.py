@@ -165,6 +165,13 @@ def a_little_in_the_denominator(q, k, v, mask):
     return weight / (weight.sum(-1, keepdim=True) + 1e-6) @ repeat(v, q)
 
 
+def normalizer_lost_in_lse(q, k, v, mask):
+    """exp(S - lse) with both parts of lse in one number."""
+    seen = dense.seen(mask, q, k)
+    S = torch.where(seen | ~seen.any(-1, keepdim=True), logits(q, k), -INF)
+    return torch.where(seen, (S - S.logsumexp(-1, keepdim=True)).exp(), 0) @ repeat(v, q)
+
+
 def later_keys_preferred(q, k, v, mask):
     return finish(logits(q, k) + 0.01 * torch.arange(k.shape[-2]), dense.seen(mask, q, k), v)
 
@@ -233,6 +240,8 @@ SEEDED = [
     (stale_last_block, "order_of_keys_does_not_matter"),
     (maximum_not_subtracted, "agrees_with_the_reference"),
     (a_little_in_the_denominator, "shifting_all_logits_of_a_query_changes_only_lse"),
+    (normalizer_lost_in_lse, "shifting_all_logits_of_a_row_changes_nothing"),
+    (normalizer_lost_in_lse, "shifting_all_logits_of_a_row_changes_no_tangents"),
     (later_keys_preferred, "order_of_keys_does_not_matter"),
     (as_kernel(MaskForgottenInBackward), "gradient_agrees_with_the_reference"),
     (as_kernel(JvpSilentlyZero), "jvp_agrees_with_the_reference"),

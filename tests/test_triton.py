@@ -302,6 +302,52 @@ def test_blocks_that_nobody_sees_are_not_read():
     assert not any(x[:, :16].any() or x[:, 32:].any() for x in found[1:])
 
 
+@pytest.mark.parametrize("level", [1e30])
+def test_the_level_of_a_row_changes_no_value_and_no_derivative(level):
+    """The first query and the last feature of the keys make it; the other queries do not see that feature."""
+    T, S, size = 20, 37, abs(level) ** 0.5
+    q, k, v, t = normal(1, 2, T, 5), normal(2, 1, S, 5), normal(3, 1, S, 18), normal(4, 1, S, 18)
+    q[:, 0], q[..., -1], k[..., -1] = 0, 0, size
+    flat = q.double(), k.double(), v.double()
+    q[:, 0, -1] = level / size
+    m = masks.causal(T, offset=17) & (masks.window(T, 9, offset=17) | masks.sinks(T, 2))
+    slope = lambda f, x: grad(lambda v: f(*x[:2], v, m).sin().sum())
+    found = jvp(slope(attention, (q, k)), (v,), (t,))
+    close(found, jvp(slope(fa.attention, flat), (flat[2],), (t.double(),)), 8 * S)
+    of = lambda f, x: [y[..., :-1] for y in grad(lambda *x: f(*x, m).sin().sum(), (0, 1))(*x)]
+    close(of(attention, (q, k, v)), of(fa.attention, flat), 8 * S)
+
+
+def test_nan_that_a_query_does_not_see_reaches_nothing_of_it():
+    """Keys, values and their tangents within a block that is seen in part; and a query that sees nothing."""
+    T, S, blind = 20, 24, 3
+    q, k, v, dq, dk, dv = (normal(n, 1, rows, 5) for n, rows in enumerate((T, S, S, T, S, S)))
+    stop = torch.where(torch.arange(T) == blind, 0, 20).unsqueeze(-1)
+    m = Mask(torch.zeros_like(stop), stop)
+    hide = lambda x, rows: torch.where(rows.unsqueeze(-1), float("nan"), x)
+    tail, row = torch.arange(S) >= 20, torch.arange(T) == blind
+    bad = (
+        [hide(x, row if len(x[0]) == T else tail) for x in (q, k, v)],
+        [hide(x, row if len(x[0]) == T else tail) for x in (dq, dk, dv)],
+    )
+    loss = grad(lambda *x: attention(*x, m).sin().sum(), (0, 1, 2))
+    zero = lambda xs: [torch.where(x.isfinite(), x, 0) for x in xs]
+    for run in (
+        lambda x, t: jvp(lambda *x: attention(*x, m), tuple(x), tuple(t)),
+        lambda x, t: sum(jvp(loss, tuple(x), tuple(t)), ()),
+    ):
+        found = run(*bad)
+        assert all(x.isfinite().all() for x in found)
+        close(found, run(*map(zero, bad)), 1)
+    k[:, 10], v[:, 12] = float("nan"), float("inf")
+    causal = masks.causal(T)
+    found = attention(q, k, v, causal)
+    assert found[:, :10].isfinite().all()
+    assert not found[:, 12:].isfinite().any()
+    slope = grad(lambda q: attention(q, k, v, causal)[:, :10].sin().sum())(q)
+    assert slope[:, :10].isfinite().all()
+
+
 def test_shared_keys_are_never_expanded(monkeypatch):
     """64 query heads over one key head of 256 KB: nothing as large as two of them is allocated."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -54,15 +54,15 @@ def attend(
     return (out, lse) if not extra or is_finite([out]) else tuple(run(True))  # pyright: ignore[reportReturnType]
 
 
-def is_far(lse: Tensor) -> bool:
+def is_far(lse: Tensor, limit: float = FAR) -> bool:
     """True where a row sees a key, and its log-sum-exp is too large to hold the log of the normalizer."""
     if not lse.numel() or capturing(lse):
         return bool(lse.numel())
-    return not float(lse.abs().amax()) <= FAR and bool(_far(lse).any())
+    return not lse.abs().amax().item() <= limit and bool(_far(lse, limit).any())
 
 
-def _far(lse: Tensor) -> Tensor:
-    return (lse.abs() > FAR) & (lse != NOTHING)
+def _far(lse: Tensor, limit: float = FAR) -> Tensor:
+    return (lse.abs() > limit) & (lse != NOTHING)
 
 
 def _attend(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._autodiff import transforming
 from ..masks import Mask
 from ..records import Attended
 from . import choice, dropout, flash, fused, layout, masking, reference, unseen
@@ -104,7 +105,7 @@ def attention_weights(
     """
     r = _request("attention_weights", q, k, k, mask, scale, bias)
     with _no_autocast(r.q):
-        return reference.weigh(r.q, r.k, r.mask, scale=r.scale, bias=r.bias).probability
+        return reference.weigh(r.q, r.k, r.mask, scale=r.scale, bias=r.bias)
 
 
 def explain(
@@ -140,8 +141,8 @@ def _chosen(r: Request, kernel: str) -> Attended:
         if r.q.device.type != "cpu" and r.mask is not None:  # where looking at the output would be waiting for it
             _, k, v, *_ = unseen.take_out(r.q, r.k, r.v, r.mask)
         out = fused.attention(r.q, k, v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
-        known = _checks.value(out) if r.q.device.type == "cpu" and (r.mask is not None or r.bias is not None) else None
-        if known is not None and not masking.is_finite([known]):
+        hides = (r.mask is not None or r.bias is not None) and out.device.type == "cpu" and not transforming()
+        if hides and not torch.compiler.is_compiling() and not masking.is_finite([out]):
             return flash.attend(r)  # torch's kernels weigh what is hidden by zero, and zero times NaN is NaN
         return Attended(out, out.new_zeros(()))
     if kernel in ("flash", "triton"):
@@ -150,7 +151,7 @@ def _chosen(r: Request, kernel: str) -> Attended:
     if r.dropout and r.key is not None:
         keys = dropout.head_keys(r.key, (*r.lead, r.q.shape[-3]))
         keep = dropout.keep(keys, slice(0, r.q.shape[-2]), slice(0, r.k.shape[-2]), r.dropout)
-    return reference.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep)
+    return reference.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep, wants_lse=r.wants_lse)
 
 
 def _request(

@@ -108,7 +108,7 @@ def block_of(x: Tensor, layout: Layout, line: slice, column: slice) -> Tensor:
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
     """False where an entry is NaN or infinite, or their sum overflows: by which a second pass is made, and no result changes."""
-    return all(capturing(x) or math.isfinite(float(x.sum(dtype=accumulation_dtype(x)))) for x in tensors)
+    return all(capturing(x) or math.isfinite(x.sum(dtype=accumulation_dtype(x)).item()) for x in tensors)
 
 
 def capturing(x: Tensor) -> bool:

@@ -13,11 +13,12 @@ from torch import Tensor
 from .. import _checks
 from .._autodiff import is_recorded
 from ..records import ABSENT, Attended, is_absent
-from . import choice, reference, scores, torch_fused
+from . import blocks, choice, reference, scores, torch_fused
 from .door import attend
 from .dtypes import accurate
 
 FEW = 16  # queries at which the dense form over the remembered keys stops being the cheaper one
+FAR = 4096.0  # |lse| up to which the shares of two parts have three digits in float32
 
 
 class Part(NamedTuple):
@@ -41,6 +42,9 @@ def merge(a: Attended, b: Attended) -> Attended:
 
     Raises:
         ValueError: the shapes of the two differ.
+
+    A share carries the rounding of the lse it comes from, |lse| 2^-24 of itself in float32: where the logits of both parts are in the
+    thousands it has three digits, and at 1e9 none. `attend_parts` makes one softmax of such parts.
 
     Law: associative, commutative, with attention over no keys (out = 0, lse = -inf) as identity, and zero derivatives, not NaN,
         where both see nothing (test_kernels.py::test_merge_is_a_monoid).
@@ -74,7 +78,8 @@ def attend_parts(
     """Attention (*lead, H, T, Dv) over the union of several disjoint sets of keys, such as a past and the new tokens.
 
     A fold of `attend` and `merge`. For a few queries, a decode step, it is written out as one softmax over all logits: linear in
-    memory when T is small, a dozen operations, any transform.
+    memory when T is small, a dozen operations, any transform. So it is for more queries too where a log-sum-exp is beyond FAR and
+    can be looked at: in one number it no longer tells how much mass each part has.
 
     Args:
         q: (*lead, H, T, D).
@@ -95,7 +100,15 @@ def attend_parts(
             return _one(q, parts, scale, sinks)
         return _joint(q, parts, scale, cap, sinks)
     attended = functools.reduce(merge, [_attend_part(q, part, scale, cap, forced) for part in parts])
+    if len(parts) > 1 and _is_far(attended.lse):
+        return _joint(q, parts, scale, cap, sinks)
     return attended.out if sinks is None else _drain(attended, sinks)
+
+
+def _is_far(lse: Tensor) -> bool:
+    """True where some row, in any example of a vmap, sees a key and has a log-sum-exp beyond FAR; it is not looked at on a GPU."""
+    known = _checks.peek(lse) if lse.device.type == "cpu" else None
+    return known is not None and blocks.is_far(known, FAR)
 
 
 def check_remembered(k: Tensor, dtype: torch.dtype) -> None:
@@ -154,6 +167,8 @@ def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -
             out, lse = torch.lerp(more.expand_as(rows), out.expand_as(rows), share), torch.logaddexp(lse, mass)
     assert out is not None
     assert lse is not None
+    if len(parts) > 1 and blocks.is_far(lse, FAR):
+        return _joint(q, parts, scale, None, sinks)
     out = out.expand_as(rows).reshape(q.shape[0], 1, -1)
     return out if sinks is None else _drain(Attended(out, lse.expand(rows.shape[:-1]).reshape(q.shape[0], 1)), sinks)
 

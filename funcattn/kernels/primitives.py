@@ -60,7 +60,7 @@ class Job:
 
 def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """out (*lead, T, Dv) and lse (*lead, T, 1) of tensors q, k, v, mask..., bias."""
-    if _plain(tensors):
+    if plain(tensors):
         out, lse = _attend(plan, tensors)
         return _own(out), _own(lse)
     return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.fused, plan.backend)
@@ -74,7 +74,7 @@ def pushes(plan: Plan, tensors: Sequence[Tensor]) -> bool:
 
 def push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """out, lse and their tangents, of tensors q, k, v, mask..., and the tangents of those of q, k and v that are moved."""
-    if _plain(tensors):
+    if plain(tensors):
         return tuple(_own(x) for x in _push(plan, moved, tensors))
     return tuple(_push_op(list(tensors), plan.scale, plan.masks, list(moved), plan.backend))
 
@@ -123,7 +123,7 @@ def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -
 
 def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a sweep over tensors that start with q, k, lse."""
-    if _plain(tensors):
+    if plain(tensors):
         return [_own(x) for x in _sweep(job, tensors)]
     ranks = [len(o.shape) for o in job.likes]
     sizes = [n for o in job.likes for n in o.shape]
@@ -133,7 +133,7 @@ def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
     """Gradients of q, k and v straight from torch's kernel, where it serves and no one can ask for a further derivative."""
-    if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not _plain([*tensors, g]):
+    if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
         return None
     q, k, v, *mask = tensors
     if mask and not torch_fused.is_causal(mask, k.shape[-2]):
@@ -196,7 +196,7 @@ def _own(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride()) if x._is_view() else x
 
 
-def _plain(tensors: Sequence[Tensor]) -> bool:
+def plain(tensors: Sequence[Tensor]) -> bool:
     """True for real tensors with nothing between them and their numbers."""
     if any(_functorch.is_legacy_batchedtensor(x) for x in tensors):
         remedy = "Use torch.func.jacrev, jacfwd or vmap, which go through."

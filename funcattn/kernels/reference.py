@@ -1,16 +1,13 @@
 """Dense attention: the specification. Every other kernel is held against this page.
 
     S_ij = scale * q_i . k_j + bias_ij       over the keys that query i sees
-    m_i = max_j S_ij        P_ij = exp(S_ij - m_i) / sum_j exp(S_ij - m_i)        out_i = sum_j P_ij v_j
-    lse_i = m_i + log sum_j exp(S_ij - m_i)
+    P_ij = exp(S_ij) / sum_j exp(S_ij)       out_i = sum_j P_ij v_j                lse_i = log sum_j exp(S_ij)
 
-The weights are not exp(S - lse): where m is large, the sum of the two in one number has lost the second.
+The weights are not exp(S - lse): where the greatest logit is large, lse in one number has lost the log of the sum beside it.
 
 O(T * S) memory, plain torch operations, so every transform of torch.func goes through at every order. A query that sees no key
 has out = 0 and lse = -inf, with zero derivatives: what such a row would divide by is replaced before the division, not after.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +18,6 @@ from . import unseen
 from .dtypes import accurate
 from .products import product
 from .unseen import Taken
-
-
-class Weights(NamedTuple):
-    """P (*lead, H, T, S) and lse (*lead, H, T), in float32 at least."""
-
-    probability: Tensor
-    lse: Tensor
 
 
 def logits(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
@@ -52,10 +42,10 @@ def visible(mask: Mask | Tensor, S: int) -> Tensor:
     return mask.dense(S).unsqueeze(-3) if isinstance(mask, Mask) else mask
 
 
-def weigh(q: Tensor, k: Tensor, mask: Mask | Tensor | None, *, scale: float | Tensor, bias: Tensor | None = None) -> Weights:
-    """The attention weights themselves, for those who plot them."""
+def weigh(q: Tensor, k: Tensor, mask: Mask | Tensor | None, *, scale: float | Tensor, bias: Tensor | None = None) -> Tensor:
+    """The attention weights themselves, (*lead, H, T, S) in float32 at least, for those who plot them."""
     seen = _seen(mask, bias, k.shape[-2])
-    return _weigh(unseen.take_out(q, k, k, mask if bias is None else seen), seen, scale, bias)
+    return _weigh(unseen.take_out(q, k, None, seen), seen, scale, bias, wants_lse=False)[0]
 
 
 def _seen(mask: Mask | Tensor | None, bias: Tensor | None, S: int) -> Tensor | None:
@@ -66,26 +56,28 @@ def _seen(mask: Mask | Tensor | None, bias: Tensor | None, S: int) -> Tensor | N
     return number if seen is None else seen & number
 
 
-def _weigh(x: Taken, seen: Tensor | None, scale: float | Tensor, bias: Tensor | None) -> Weights:
-    """exp(S - m) / sum exp(S - m) with m the greatest logit of a row: as it cancels, it is a constant to every derivative."""
+def _weigh(
+    x: Taken, seen: Tensor | None, scale: float | Tensor, bias: Tensor | None, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The weights, and where it is wanted lse (*lead, H, T)."""
     S = logits(accurate(x.q, bias), accurate(x.k, bias), scale)
+    if not x.k.shape[-2]:
+        return S, S.new_full(S.shape[:-1], float("-inf"))
     if bias is not None:
         S = S + torch.where(bias == float("-inf"), 0, accurate(bias, x.q))
-    if not x.k.shape[-2]:
-        return Weights(S, S.new_full(S.shape[:-1], float("-inf")))
-    empty = None
     if seen is not None:
-        empty = ~seen.any(-1, keepdim=True)  # (*lead, 1, T, 1)
         spoilt = unseen.poison(x.bad_k, S, seen)
         S = S if spoilt is None else S * spoilt
-        S = torch.where(seen | empty, S, float("-inf"))  # an empty row keeps finite logits and drops out below
-    greatest = S.detach().amax(-1, keepdim=True)
-    P = (S - greatest).exp()
-    mass = P.sum(-1, keepdim=True)
-    P, lse = P / mass, greatest + mass.log()
-    if seen is not None and empty is not None:
-        P, lse = torch.where(seen, P, 0), torch.where(empty, float("-inf"), lse)
-    return Weights(P, lse.squeeze(-1))
+        seen = seen if x.blind is None else seen | x.blind  # an empty row keeps finite logits and drops out below
+        S = torch.where(seen, S, float("-inf"))
+    P, lse = S.softmax(-1), None
+    if wants_lse:
+        greatest = S.detach().amax(-1, keepdim=True)  # it cancels, and is a constant to every derivative
+        lse = (greatest + (S - greatest).exp().sum(-1, keepdim=True).log()).squeeze(-1)
+    if x.blind is not None:
+        P = torch.where(x.blind, 0, P)
+        lse = None if lse is None else torch.where(x.blind.squeeze(-1), float("-inf"), lse)
+    return P, lse
 
 
 def attend(
@@ -97,12 +89,13 @@ def attend(
     scale: float | Tensor,
     bias: Tensor | None = None,
     keep: Tensor | None = None,
+    wants_lse: bool = True,
 ) -> Attended:
-    """Dense attention; keep (*lead, H, T, S) multiplies the weights (dropout: 0 or 1 / (1 - rate))."""
+    """Dense attention; keep (*lead, H, T, S) multiplies the weights (dropout: 0 or 1 / (1 - rate)). lse is 0 where not wanted."""
     seen = _seen(mask, bias, k.shape[-2])
-    x = unseen.take_out(q, k, v, mask if bias is None else seen)
-    P, lse = _weigh(x, seen, scale, bias)
+    x = unseen.take_out(q, k, v, seen)
+    P, lse = _weigh(x, seen, scale, bias, wants_lse)
     P = P if keep is None else P * keep
     spoilt = unseen.poison(x.bad_v, P, seen)
     out = mix(P if spoilt is None else P * spoilt, accurate(x.v, bias)).to(v.dtype)
-    return Attended(unseen.without_blind(out, x.blind), lse.expand(out.shape[:-1]))
+    return Attended(unseen.without_blind(out, x.blind), out.new_zeros(()) if lse is None else lse.expand(out.shape[:-1]))

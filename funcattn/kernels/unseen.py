@@ -28,18 +28,22 @@ class Taken(NamedTuple):
     bad_v: Tensor | None = None  # the same of the value
 
 
-def take_out(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Taken:
+def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None) -> Taken:
     """For q (*lead, H, T, D), k (*lead, K, S, D), v (*lead, K, S, Dv) and a mask that broadcasts to (*lead, H, T, S)."""
     if mask is None or not k.shape[-2] or not q.shape[-2]:
-        return Taken(q, k, v)
-    keys, queries = _of_intervals(mask, k.shape[-2]) if isinstance(mask, Mask) else _of_booleans(mask, q, k)
-    blind = _unless_none(~queries)
-    hidden = _unless_none(~_fitting(keys, broadcast(k.shape[:-3], v.shape[:-3]), k.shape[-3]))
+        return Taken(q, k, k if v is None else v)
+    known = _look(mask) if isinstance(mask, Tensor) else None
+    blind = hidden = None
+    if known is None or known.dim() < 2 or not bool(known.any(-1).all()) or not bool(known.any(-2).all()):
+        keys, queries = _of_intervals(mask, k.shape[-2]) if isinstance(mask, Mask) else _of_booleans(mask, q, k)
+        blind = _unless_none(~queries)
+        hidden = _unless_none(~_fitting(keys, k.shape[:-3] if v is None else broadcast(k.shape[:-3], v.shape[:-3]), k.shape[-3]))
     if blind is not None:
         q = torch.where(blind, 0, q)
     if hidden is not None:
-        k, v = torch.where(hidden, 0, k), torch.where(hidden, 0, v)
-    (k, bad_k), (v, bad_v) = _finite(k), _finite(v)
+        k, v = torch.where(hidden, 0, k), v if v is None else torch.where(hidden, 0, v)
+    k, bad_k = _finite(k)
+    v, bad_v = (k, None) if v is None else _finite(v)
     return Taken(q, k, v, blind, bad_k, bad_v)
 
 

@@ -57,11 +57,13 @@ def push(
     q, k, v = (x.detach() for x in (q, k, v))
     read = [q, k, v, *(old if x is None else x for x, old in zip((dq, dk, dv), (q, k, v), strict=True))]
 
+    steep = max(scale * LOG2E, LEAST)
+
     def launch(blocks: tuning.Blocks) -> None:
         softmax.attend[(-(-T // blocks.own) * over.programs,)](
             *(*read, q if start is None else start, q if stop is None else stop, out, lse, dout, dlse),
             *(over.sizes, *over.strides, *(x.stride()[-2:] for x in read)),
-            *(T, S, max(scale * LOG2E, LEAST), scale),
+            *(T, S, steep, 2.0 ** math.ceil(math.log2(steep)), scale),
             D=D,
             Dv=Dv,
             WIDTH=width(D),
@@ -130,6 +132,8 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.d
     passes = _passes(spec, shapes, tensors)
     parts = Counter(number for outputs in passes.values() for number in outputs)
     mask = intervals([tensors[p] for p in spec.mask])
+    shift, level = _statistics(tensors[Q], tensors[K], tensors[L], mask, spec.scale)
+    tensors = [*tensors[:L], level, *tensors[L + 1 :], shift]
     found: list[list[Tensor]] = [[] for _ in shapes]
     for (side, own, summed), terms in passes.items():
         into = [tensors[Q].new_empty(tuple(shapes[n]), dtype=dtypes[n] if parts[n] == 1 else torch.float32) for n in terms]
@@ -138,6 +142,33 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.d
         for n, x in zip(terms, into, strict=True):
             found[n].append(x)
     return [functools.reduce(torch.add, some).to(dtype) for some, dtype in zip(found, dtypes, strict=True)]
+
+
+def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: tuple[Tensor, Tensor] | None, scale: float) -> tuple[Tensor, Tensor]:
+    """For each query the shift and the level of its weights, of the shape of lse: see `softmax.statistics`."""
+    q, sign = (-q.detach(), -1) if scale < 0 else (q.detach(), 1)
+    k, lse = k.detach(), lse.detach().contiguous()
+    shift, level = torch.empty_like(lse), torch.empty_like(lse)
+    start, stop = mask or (None, None)
+    (T, D), S = q.shape[-2:], k.shape[-2]
+    lead = lse.shape[:-2]
+    over = axes([q, k, start, lse, shift], lead, range(-len(lead), 0))
+    blocks = tuning.SMALLEST
+    if lse.numel():
+        with on(q):
+            softmax.statistics[(-(-T // blocks.own) * over.programs,)](
+                *(q, k, q if start is None else start, q if stop is None else stop, lse, shift, level),
+                *(over.sizes, *over.strides, q.stride()[-2:], k.stride()[-2:]),
+                *(T, S, max(abs(scale) * LOG2E, LEAST)),
+                D=D,
+                WIDTH=width(D),
+                INTERVALS=0 if start is None else start.shape[-1],
+                PRECISION=precision(),
+                ROWS=blocks.own,
+                KEYS=blocks.other,
+                **blocks.options(),
+            )
+    return (shift.neg_() if sign < 0 else shift), level
 
 
 class _Pass(NamedTuple):
@@ -153,7 +184,7 @@ def _passes(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tens
 
     A term is summed over the axes that it has and its output lacks; terms of one output that differ in these go apart.
     """
-    always = [Q, K, L, *spec.mask, *([spec.dropout] if spec.dropout != ONES else [])]
+    always = [Q, K, L, len(tensors) - 1, *spec.mask, *([spec.dropout] if spec.dropout != ONES else [])]
     passes: dict[_Pass, dict[int, tuple[Term, ...]]] = {}
     for number, (side, terms) in enumerate(spec.outputs):
         shape = shapes[number]
@@ -210,7 +241,7 @@ def _launch(
 def describe(spec: Sweep, tensors: Sequence[Tensor], into: Sequence[Tensor], n: int = 0) -> tuple[Program, list[int], list[float]]:
     """The program of a sweep whose outputs lie on one side, the places of the tensors it reads, and the weights it is given."""
     query, key, _ = places(spec)
-    used = sorted(query | key)
+    used = [*sorted(query | key), len(tensors) - 1]  # the last is the shift
     new = {old: number for number, old in enumerate(used)} | {ONES: ONES}
     weights: dict[float, int] = {1.0: 0}
     number_of = lambda weight: weights.setdefault(float(weight), len(weights))
@@ -219,7 +250,8 @@ def describe(spec: Sweep, tensors: Sequence[Tensor], into: Sequence[Tensor], n: 
     term = lambda t: Term(tuple(factor(f) for f in t.factors), new[t.value], number_of(t.weight))
     outputs = tuple(Output(side, tuple(term(t) for t in terms)) for side, terms in spec.outputs)
     name = lambda x: str(x.dtype).removeprefix("torch.")
-    operands = tuple(Operand("query" if p in query else "key", tensors[p].shape[-1], name(tensors[p])) for p in used)
+    side = lambda p: "key" if p in key and p not in query else "query"
+    operands = tuple(Operand(side(p), tensors[p].shape[-1], name(tensors[p])) for p in used)
     features = tuple(x.shape[-1] for x in into)
     program = Program(spec.outputs[0].side, outputs, features, operands, n, spec.dropout != ONES, len(weights))
     return program, used, list(weights)[1:]

@@ -13,6 +13,7 @@ __all__ = [
     "block",
     "blocks_of",
     "bounds",
+    "clean",
     "encipher",
     "keep",
     "line",
@@ -93,6 +94,13 @@ def add_product(total, a, b, PRECISION: tl.constexpr):
     if PRECISION == "wide":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@jit
+def clean(x, seen):
+    """x (KEYS, WIDTH) with zeros for rows that are not finite, and which rows (ROWS,) of `seen` (ROWS, KEYS) see such a one."""
+    bad = tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1), 1)
+    return tl.where((bad > 0)[:, None], 0.0, x).to(x.dtype), tl.max(tl.where(seen, bad[None, :], 0), 1) > 0
 
 
 @jit

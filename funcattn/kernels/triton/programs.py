@@ -32,7 +32,7 @@ class Program(NamedTuple):
     side: str
     outputs: tuple[Output, ...]
     features: tuple[int, ...]  # of each output
-    operands: tuple[Operand, ...]  # q, k, lse, ...
+    operands: tuple[Operand, ...]  # q, k, the level, ..., the shift of a row: P = exp2((q . k - shift) scale) / exp(level)
     intervals: int = 0  # of the mask, 0 without one
     dropout: bool = False
     weights: int = 1
@@ -85,6 +85,7 @@ class _Writer:
         self.own, self.other = ("query", "key") if program.side == "query" else ("key", "query")
         self.limit = {"query": "T", "key": "S"}
         self.made: dict[Any, str] = {}  # blocks of pairs that the body has by now
+        self.hides = False  # whether the body has pairs that a mask hides: zero times NaN is NaN, so they are left out
 
     def lines(self) -> Iterator[str]:
         """All of it."""
@@ -174,14 +175,17 @@ class _Writer:
             yield "level = tl.maximum(b2, -1e30) * 1.4426950408889634"
         side = ("[:, None]", "[None, :]") if self.own == "query" else ("[None, :]", "[:, None]")
         of_query, of_key = side
-        yield f"P = {self._pair(Q, K)} * scale - level{of_query}"
+        self.hides = edge and program.intervals > 0
+        yield f"P = ({self._pair(Q, K)} - b{len(program.operands) - 1}{of_query}) * scale - level{of_query}"
         if edge and self.own == "query":
             yield "ends = tl.minimum(stops, S)"
-            yield "P = tl.where((starts[:, None] <= other[None, :]) & (other[None, :] < ends[:, None]), P, float('-inf'))"
+            yield "seen = (starts[:, None] <= other[None, :]) & (other[None, :] < ends[:, None])"
+            yield "P = tl.where(seen, P, float('-inf'))"
         elif edge and program.intervals:
             for end in ("start", "stop"):
                 yield f"{end}s = line({end} + mask_to + interval, at, T, {program.intervals}, 0, OTHER)"
-            yield "P = tl.where((starts[None, :] <= own[:, None]) & (own[:, None] < stops[None, :]), P, float('-inf'))"
+            yield "seen = (starts[None, :] <= own[:, None]) & (own[:, None] < stops[None, :])"
+            yield "P = tl.where(seen, P, float('-inf'))"
         elif edge:
             yield "P = tl.where((other < T)[None, :], P, float('-inf'))"
         yield "P = tl.exp2(P)"
@@ -205,14 +209,31 @@ class _Writer:
                 yield from self._weight(factors)
                 weights.append(self.made[factors] if not weight else f"{self.made[factors]} * w{weight}")
             W = " + ".join(weights)
+            if self.hides and value != ONES:
+                yield from self._clean(number, value)
             if value == ONES:
                 yield f"a{number} += tl.sum({W}, 1)"
             elif self.program.operands[value].features == 1:
-                yield f"a{number} += tl.sum(({W}) * b{value}[None, :], 1)"
+                yield f"a{number} += tl.sum(({W}) * {self._value(value)}[None, :], 1)"
             elif self.program.operands[value].dtype == "float16" and any(factors for _, factors in terms):
-                yield f"a{number} = add_product(a{number}, {W}, b{value}.to(tl.float32), FACTORED)"  # it may exceed float16
+                wide = f"{self._value(value)}.to(tl.float32)"
+                yield f"a{number} = add_product(a{number}, {W}, {wide}, FACTORED)"  # it may exceed float16
             else:
-                yield f"a{number} = add_product(a{number}, ({W}).to(b{value}.dtype), b{value}, PRECISION)"
+                yield f"a{number} = add_product(a{number}, ({W}).to(b{value}.dtype), {self._value(value)}, PRECISION)"
+
+    def _clean(self, number: int, value: int) -> Iterator[str]:
+        """Values that are not finite become zeros, once a body, and what is summed over them NaN where they are seen."""
+        wide = self.program.operands[value].features > 1
+        if ("clean", value) not in self.made:
+            column = f"b{value}" if wide else f"b{value}[:, None]"
+            yield f"c{value}, spoilt{value} = clean({column}, seen)"
+            yield f"b{value}c = c{value}" if wide else f"b{value}c = tl.sum(c{value}, 1)"
+            self.made["clean", value] = f"b{value}c"
+        row = "[:, None]" if self.program.features[number] > 1 else ""
+        yield f"a{number} = tl.where(spoilt{value}{row}, float('nan'), a{number})"
+
+    def _value(self, value: int) -> str:
+        return self.made.get(("clean", value), f"b{value}") if self.hides else f"b{value}"
 
     def _weight(self, factors: tuple[Factor, ...]) -> Iterator[str]:
         """P times a product of factors; products that begin alike are made once."""
@@ -221,7 +242,8 @@ class _Writer:
         yield from self._weight(factors[:-1])
         yield from self._factor(factors[-1])
         name = f"P{len(self.made)}"
-        yield f"{name} = {self.made[factors[:-1]]} * {self.made['factor', factors[-1]]}"
+        product = f"{self.made[factors[:-1]]} * {self.made['factor', factors[-1]]}"
+        yield f"{name} = {f'tl.where(seen, {product}, 0.0)' if self.hides else product}"
         self.made[factors] = name
 
     def _factor(self, factor: Factor) -> Iterator[str]:

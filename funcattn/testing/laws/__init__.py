@@ -18,12 +18,14 @@ kernel = [
     kernels.output_lies_in_the_hull_of_the_values,
     kernels.future_cannot_change_the_past,
     kernels.shifting_all_logits_of_a_query_changes_only_lse,
+    kernels.shifting_all_logits_of_a_row_changes_nothing,
     kernels.merge_of_any_split_is_the_whole,
     kernels.commutes_with_vmap,
     kernels.gradient_agrees_with_the_reference,
     kernels.masked_rows_are_zero_with_zero_gradients,
     kernels.jvp_agrees_with_the_reference,
     kernels.hvp_agrees_with_the_reference,
+    kernels.shifting_all_logits_of_a_row_changes_no_tangents,
     kernels.masked_rows_have_zero_tangents,
 ]
 sampler = [

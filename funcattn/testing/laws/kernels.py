@@ -4,6 +4,9 @@ A kernel is kernel(q, k, v, mask) -> out, or Attended(out, lse), with scale 1 / 
 it gives lse, that is held to the laws too. Laws that change a mask give the kernel one of the same kind, a Mask where it was None.
 """
 
+import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -95,6 +98,48 @@ def shifting_all_logits_of_a_query_changes_only_lse(
     law, wanted = shifting_all_logits_of_a_query_changes_only_lse, {**before, "lse": before.get("lse", 0) + shift}
     for name in after:
         agree(law, name, after[name], wanted[name], _of_value(size, name), size.why)
+
+
+@named
+def shifting_all_logits_of_a_row_changes_nothing(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor
+) -> None:
+    """A row of equal logits is the mean of the values it sees, at any finite level: out and its gradient are those at level zero.
+
+    The level, up to 1e30 and to the least number of the dtype, comes from q and the first feature of all keys, which no other query
+    sees; and from a bias where the kernel takes one by that name.
+    """
+    law, (flat, several, features) = shifting_all_logits_of_a_row_changes_nothing, _shifted(kernel, q, k, v, key)
+    size, wanted_out = amplitudes(*flat), dense.attend(*_double(*flat), mask).out
+    for what, shifted, f in several:
+        agree(law, f"out {what}", f(*shifted, mask), wanted_out, _of_value(size, "out"), size.why)
+        loss, reference, weights = _losses(f, *flat, mask, key)
+        got, wanted = grad(loss, (0, 1, 2))(*shifted), grad(reference, (0, 1, 2))(*_double(*flat))
+        for name, part, ours, theirs, of in zip("qkv", features, got, wanted, _of_gradient(size, *weights), strict=True):
+            agree(law, f"gradient of {name} {what}", ours[..., part:], theirs[..., part:], of, size.why)
+
+
+@named
+def shifting_all_logits_of_a_row_changes_no_tangents(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor
+) -> None:
+    """The same of jvp, and of jvp(grad)."""
+    law, (flat, several, features) = shifting_all_logits_of_a_row_changes_no_tangents, _shifted(kernel, q, k, v, key)
+    size, moved = amplitudes(*flat), list(_tangents(key, *flat))
+    for n in (0, 1):
+        moved[n][..., 0] = 0  # the level itself stays
+    moved = tuple(moved)
+    _, wanted_out = jvp(lambda *x: dense.attend(*x, mask).out, _double(*flat), _double(*moved))
+    allowed = size.rounding * (2 * _of_logits(size, moved) * size.v + longest(moved[2]))
+    for what, shifted, f in several:
+        _, out = jvp(lambda *x, f=f: f(*x, mask), shifted, moved)
+        agree(law, f"jvp of out {what}", out, wanted_out, allowed, size.why)
+        loss, reference, weights = _losses(f, *flat, mask, key)
+        got = jvp(grad(loss, (0, 1, 2)), shifted, moved)[1]
+        wanted = jvp(grad(reference, (0, 1, 2)), _double(*flat), _double(*moved))[1]
+        for name, part, ours, theirs, of in zip("qkv", features, got, wanted, _of_hvp(size, *weights, moved), strict=True):
+            ours, theirs = (x[..., part:].clamp(*_range(q.dtype)) for x in (ours, theirs))  # beyond it is infinite
+            agree(law, f"hvp of {name} {what}", ours, theirs, of, size.why)
 
 
 @named
@@ -271,6 +316,38 @@ def _of_hvp(size: Amplitudes, g: float, h: float, moved: tuple[Tensor, ...]) -> 
     of_q = size.leads * size.scale * (pair * (4 * dS * size.k + dk) + of_values * size.k)
     of_k = size.rows * size.scale * (pair * (4 * dS * size.q + dq) + of_values * size.q)
     return size.rounding * of_q, size.rounding * of_k, size.rounding * size.rows * g * 2 * dS
+
+
+# Levels.
+
+
+def _range(dtype: torch.dtype) -> tuple[float, float]:
+    return torch.finfo(dtype).min, torch.finfo(dtype).max
+
+
+def _shifted(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, key: Tensor
+) -> tuple[tuple[Tensor, ...], list[tuple[str, tuple[Tensor, ...], Kernel]], tuple[int, ...]]:
+    """Inputs with a row of equal logits; the ways to shift it: what to say, inputs, and the kernel to out; features that stay."""
+    row, which = (
+        int(randomness.randint(of, (), 0, most)) for of, most in zip(randomness.split(key), (q.shape[-2], 3), strict=True)
+    )
+    flat_q, flat_k = q.clone(), k.clone()
+    flat_q[..., row, :], flat_q[..., 0], flat_k[..., 0] = 0, 0, 0
+    flat, one = (flat_q, flat_k, v), torch.finfo(q.dtype)
+    root = q.shape[-1] ** 0.5
+    within = lambda room: max(min((1e30, -1e30, one.min)[which], one.max / room), one.min / room)
+    level = within(4 * root)  # so that the product is finite before it is scaled, and as a power of two
+    size = (abs(level) * root) ** 0.5
+    far_q, far_k = flat_q.clone(), flat_k.clone()
+    far_q[..., row, 0], far_k[..., 0] = math.copysign(size, level), size
+    out = lambda *x, **options: _parts(kernel(*x, **options))["out"]
+    ways = [(f"where row {row} is at {level:.3g}", (far_q, far_k, v), out)]
+    if "bias" in inspect.signature(kernel).parameters:
+        bias = q.new_zeros(q.shape[-2], k.shape[-2])
+        bias[row] = within(1)
+        ways.append((f"where the bias of row {row} is {within(1):.3g}", flat, functools.partial(out, bias=bias)))
+    return flat, ways, (1, 1, 0)
 
 
 # Masks of the same kind.
