@@ -13,6 +13,7 @@ from ..masks import Mask
 from ..records import Attended
 from . import choice, dropout, flash, fused, layout, reference
 from .choice import Explanation, Request
+from .products import untraced
 
 
 def attend(
@@ -123,7 +124,7 @@ def explain(
 
 def _run(r: Request, kernel: str) -> Attended:
     with _no_autocast(r.q):
-        return _chosen(r, kernel)
+        return (_chosen if torch.compiler.is_compiling() else _untraced)(r, kernel)
 
 
 def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -145,6 +146,9 @@ def _chosen(r: Request, kernel: str) -> Attended:
         keys = dropout.head_keys(r.key, (*r.lead, r.q.shape[-3]))
         keep = dropout.keep(keys, slice(0, r.q.shape[-2]), slice(0, r.k.shape[-2]), r.dropout)
     return reference.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep)
+
+
+_untraced = untraced(_chosen)
 
 
 def _request(

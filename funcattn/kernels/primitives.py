@@ -21,6 +21,7 @@ from .._autodiff import is_recorded
 from . import algebra, blocks, torch_fused
 from .algebra import ONES, Dense, K, Output, Pair, Q, Sweep, Term
 from .layout import broadcast
+from .products import untraced
 
 
 class Like(NamedTuple):
@@ -129,6 +130,7 @@ def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.backend, job.plan and vars(job.plan)]), ranks, sizes)
 
 
+@untraced
 def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
     """Gradients of q, k and v straight from torch's kernel, where it serves and no one can ask for a further derivative."""
     if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not _plain([*tensors, g]):
@@ -139,6 +141,7 @@ def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor,
     return torch_fused.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, scale=plan.scale, causal=bool(mask))
 
 
+@untraced
 def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     mask = extra[: plan.masks]
@@ -149,6 +152,7 @@ def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
 
 
+@untraced
 def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     primals, tangents = tensors[: 3 + plan.masks], spread(moved, tensors[3 + plan.masks :])
     if plan.backend == "triton" and not _triton().obstacle_to_push(*primals[:3], primals[3:]):
@@ -161,6 +165,7 @@ def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple
     return out, lse, mixed - (dlse * out).to(out.dtype), dlse
 
 
+@untraced
 def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     shapes = [o.shape for o in job.likes]
     mask = [tensors[p] for p in job.sweep.mask]
