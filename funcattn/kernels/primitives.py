@@ -202,7 +202,8 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     real = lambda x: type(x) in (Tensor, torch.nn.Parameter) and not _functorch.is_functorch_wrapped_tensor(x)
-    return not any(not real(x) or x.is_neg() or x._is_zerotensor() for x in tensors)  # torch resolves these two before an operation
+    # torch resolves negative and zero tensors before an operation, and has the shapes alone of those on the meta device
+    return not any(not real(x) or x.is_neg() or x._is_zerotensor() or x.is_meta for x in tensors)
 
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())
