@@ -66,6 +66,7 @@ MIRRORLESS = {
     "site",
     "wheel",
     "smollm2",
+    "tools",
 }  # about the whole or torch, not a module
 
 GLOBAL_DRAWS = {

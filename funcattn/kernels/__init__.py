@@ -11,9 +11,11 @@
 `attention_with_score` puts the logits through any elementwise function: every transform, linear memory, slower than all of them.
 `ring` and `merge_over` attend over a text that no device of a mesh holds all of.
 Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two autograd Functions) differentiates by the rules of
-`algebra`; `primitives` runs them as `blocks` of torch operations in the `layout` they share, by `triton`, or by `torch_fused`.
+`algebra`; `primitives` runs them as `blocks` of torch operations in the `layout` they share, by `triton`, or by `torch_fused`;
+`flops` says what they cost.
 """
 
+from . import flops as flops
 from .choice import Explanation, use
 from .door import attend, attention, attention_weights, explain
 from .merging import Part, attend_parts, check_remembered, merge, soft_cap

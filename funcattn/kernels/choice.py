@@ -166,8 +166,12 @@ def differentiable(r: Request) -> bool:
 
 def _reluctance(name: str, r: Request) -> str:
     """Why a kernel that can run is left alone where none is forced, or ""."""
+    if torch.jit.is_tracing() and name != "reference":
+        return "torch.jit traces plain operations"
     if name in ("sdpa", "sdpa:flash") and differentiable(r):
         return "a derivative may be asked: it has no jvp and no second one"
+    if name.startswith("sdpa") and r.q.device.type == "cpu" and torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode looks on, such as FlopCounterMode, which knows no cost of torch's kernel for the CPU"
     if name.startswith("sdpa") and isinstance(r.mask, Mask) and not _triton_obstacle(r) and r.q.device.type == "cuda":
         return "to see whether the mask is causal would be to wait for the device"
     if name.startswith("sdpa") and isinstance(r.mask, Mask) and not r.causal and r.q.shape[-2] > FEW:

@@ -14,6 +14,7 @@ from ..masks import Mask
 from ..records import Attended
 from . import choice, dropout, flash, fused, layout, masking, reference, unseen
 from .choice import Explanation, Request
+from .products import untraced
 
 
 def attend(
@@ -124,13 +125,16 @@ def explain(
 
 def _run(r: Request, kernel: str) -> Attended:
     with _no_autocast(r.q):
-        return _chosen(r, kernel)
+        return (_chosen if torch.compiler.is_compiling() else _untraced)(r, kernel)
 
 
 def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
     """What runs inside is in the dtypes that the door gave, statistics in float32."""
-    on = torch.is_autocast_enabled(q.device.type)
-    return torch.autocast(q.device.type, enabled=False) if on else contextlib.nullcontext()
+    return torch.autocast(q.device.type, enabled=False) if _is_under_autocast(q) else contextlib.nullcontext()
+
+
+def _is_under_autocast(q: Tensor) -> bool:
+    return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
 
 
 def _chosen(r: Request, kernel: str) -> Attended:
@@ -154,6 +158,9 @@ def _chosen(r: Request, kernel: str) -> Attended:
     return reference.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep, wants_lse=r.wants_lse)
 
 
+_untraced = untraced(_chosen)
+
+
 def _request(
     door: str,
     q: Tensor,
@@ -167,7 +174,7 @@ def _request(
     key: Tensor | None = None,
     wants_lse: bool = False,
 ) -> Request:
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
+    if isinstance(q, Tensor) and _is_under_autocast(q):  # as torch's own attention does
         narrow = torch.get_autocast_dtype(q.device.type)
         cast = lambda x: x.to(narrow) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         q, k, v = cast(q), cast(k), cast(v)

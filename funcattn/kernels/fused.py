@@ -50,7 +50,7 @@ def attention(
             attn_mask=None if seen is None else _four(seen, lead),
             is_causal=causal,
             scale=scale,
-            enable_gqa=q.shape[-3] != k.shape[-3],
+            enable_gqa=bool(q.shape[-3] != k.shape[-3]),  # a tensor while torch.jit traces
         )
     return out.reshape(*lead, *out.shape[1:])
 

@@ -32,7 +32,7 @@ class Blocks:
         """For each block of queries the blocks of keys that some query of it sees, and whether all see all of it."""
         columns = [slice(j, min(j + self.keys, self.S)) for j in range(0, self.S, self.keys)]
         lines = [slice(i, min(i + self.rows, self.T)) for i in range(0, self.T, self.rows)]
-        if self.start is None or self.stop is None or not columns:
+        if self.start is None or self.stop is None or not columns or self.start.is_meta:
             yield from ((line, [(column, True) for column in columns]) for line in lines)
             return
         first = torch.tensor([c.start for c in columns], device=self.start.device)
@@ -112,5 +112,5 @@ def is_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def capturing(x: Tensor) -> bool:
-    """True where a CUDA graph is recorded: no number can be looked at."""
-    return x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """True where no number can be looked at: on the meta device, and where a CUDA graph is recorded."""
+    return x.is_meta or (x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -23,6 +23,7 @@ from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
 from .dtypes import accumulation_dtype
 from .layout import broadcast
 from .masking import is_finite
+from .products import untraced
 
 
 class Like(NamedTuple):
@@ -131,6 +132,7 @@ def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.backend, job.plan and vars(job.plan)]), ranks, sizes)
 
 
+@untraced
 def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
     """Gradients of q, k and v straight from torch's kernel, where it serves and no one can ask for a further derivative."""
     if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
@@ -144,6 +146,7 @@ def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor,
     return grads if not mask or is_finite(grads) else None
 
 
+@untraced
 def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     mask = extra[: plan.masks]
@@ -156,6 +159,7 @@ def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
 
 
+@untraced
 def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     primals, tangents = tensors[: 3 + plan.masks], spread(moved, tensors[3 + plan.masks :])
     if plan.backend == "triton" and not _triton().obstacle_to_push(*primals[:3], primals[3:]):
@@ -168,6 +172,7 @@ def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple
     return out, lse, mixed - (dlse * out).to(out.dtype), dlse
 
 
+@untraced
 def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     shapes = [o.shape for o in job.likes]
     mask = [tensors[p] for p in job.sweep.mask]
@@ -206,7 +211,8 @@ def plain(tensors: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     real = lambda x: type(x) in (Tensor, torch.nn.Parameter) and not _functorch.is_functorch_wrapped_tensor(x)
-    return not any(not real(x) or x.is_neg() or x._is_zerotensor() for x in tensors)  # torch resolves these two before an operation
+    # torch resolves negative and zero tensors before an operation, and has the shapes alone of those on the meta device
+    return not any(not real(x) or x.is_neg() or x._is_zerotensor() or x.is_meta for x in tensors)
 
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())

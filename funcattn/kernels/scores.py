@@ -65,7 +65,7 @@ class BlockSum:
     def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
         part_of = lambda line, column: self.f(*[cut(t, axes, line, column) for t, axes in zip(x, self.reads, strict=True)])
         nowhere = slice(0, 0)  # an empty block, which tells the shapes
-        with torch.autocast(x[0].device.type, enabled=False):  # sums are in float32 at least, those of a backward pass too
+        with door._no_autocast(x[0]):  # sums are in float32 at least, those of a backward pass too
             out = [self._whole(part, axes) for part, axes in zip(part_of(nowhere, nowhere), self.writes, strict=True)]
             for line, column in self._blocks(x):
                 for total, part, axes in zip(out, part_of(line, column), self.writes, strict=True):

@@ -12,11 +12,13 @@ Source: Shazeer et al., Outrageously large neural networks, arXiv:1701.06538; Fe
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import _checks
 from .._autodiff import closed_jvp, is_recorded
@@ -83,6 +85,11 @@ def _(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
+@register_flop_formula(torch.ops.funcattn.grouped)
+def _(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * weight[1]
+
+
 @torch.library.custom_op("funcattn::outer_by_group", mutates_args=())
 def _outer(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
     """sum over the rows n of expert i of y_n x_n^T: (N, out), (N, in), (N,) -> (X, out, in)."""
@@ -95,6 +102,11 @@ def _outer(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
 @_outer.register_fake
 def _(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
     return x.new_empty(X, y.shape[1], x.shape[1])
+
+
+@register_flop_formula(torch.ops.funcattn.outer_by_group)
+def _(y: Sequence[int], x: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * y[0] * y[1] * x[1]
 
 
 def _groups(expert: Tensor, X: int) -> list[tuple[int, Tensor]]:

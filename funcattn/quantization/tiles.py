@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import native, packing
 from .._autodiff import has_tangent
@@ -65,6 +66,7 @@ def missing() -> str:
     reason = native.load()
     if not reason:
         torch.library.register_fake("funcattn::products", _like)
+        register_flop_formula(torch.ops.funcattn.products)(_operations)
         torch.library.register_vmap("funcattn::products", _mapped)
         _library.impl("products", _differentiated, "Autograd")
         _library.impl("layers", _refused, "Autograd")
@@ -257,6 +259,11 @@ def _plain(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[in
 
 def _like(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], sum(rows))
+
+
+def _operations(blocks: Any, scales: Any, rows: Sequence[int], x: Sequence[int], **_: Any) -> int:
+    """Floating-point operations of the products, for torch.utils.flop_counter; here of integers."""
+    return 2 * x[0] * x[1] * sum(rows)
 
 
 def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""Floating-point operations of the custom operations, for torch.utils.flop_counter: two for each number of a product.
+
+As torch counts its own attention: of all pairs, those that a mask hides too; exponentials and sums cost nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import primitives
+from .algebra import ONES, K, Pair, Q, Sweep
+
+Shape = Sequence[int]
+
+
+def of_attend(q: Shape, k: Shape, v: Shape, *others: Shape) -> int:
+    """Of q k^T and P v."""
+    level = torch.broadcast_shapes(q[:-2], k[:-2], *(x[:-2] for x in others))
+    lead = torch.broadcast_shapes(level, v[:-2])
+    return 2 * q[-2] * k[-2] * (math.prod(level) * q[-1] + math.prod(lead) * v[-1])
+
+
+def of_sweep(spec: Sweep, shapes: Sequence[Shape]) -> int:
+    """Of the logits, of each factor once, and of each sum over P with values."""
+    factors = {factor for output in spec.outputs for term in output.terms for factor in term.factors}
+    pairs = [s for factor in factors for s in factor if isinstance(s, Pair) and ONES not in (s.a, s.b)]
+    values = [value for side, terms in spec.outputs if side != "pair" for value in {term.value for term in terms} - {ONES}]
+    width = shapes[Q][-1] + sum(shapes[s.a][-1] for s in pairs) + sum(shapes[value][-1] for value in values)
+    return 2 * math.prod(torch.broadcast_shapes(*(x[:-2] for x in shapes))) * shapes[Q][-2] * shapes[K][-2] * width
+
+
+@register_flop_formula(torch.ops.funcattn.attend)
+def _(tensors: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return of_attend(*tensors)
+
+
+@register_flop_formula(torch.ops.funcattn.sweep)
+def _(tensors: Sequence[Shape], job: str, *_: Any, **__: Any) -> int:
+    return of_sweep(primitives._decode(job)[0], tensors)
+
+
+@register_flop_formula(torch.ops.funcattn.push)
+def _(tensors: Sequence[Shape], scale: float, masks: int, moved: Sequence[bool], *_: Any, **__: Any) -> int:
+    """Those of the value, and those of its tangent but for the logits, which it shares."""
+    q, k, v, *mask = primals = tensors[: 3 + masks]
+    tangents: Any = primitives.spread(moved, tensors[3 + masks :])  # pyright: ignore[reportArgumentType]
+    spec, flat, _places = primitives.tangent_sweep(primitives.Plan(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
+    return of_attend(q, k, v, *mask) + of_sweep(spec, flat) - of_sweep(spec._replace(outputs=()), flat)  # pyright: ignore
