@@ -13,10 +13,12 @@ from torch import Tensor
 
 from . import _checks, caches, progress, randomness, sampling
 from ._autodiff import transforming
+from ._doors import door
 from .records import ABSENT, Model, is_absent
 from .sampling import Sampler
 
 
+@door
 def generate(
     key: Tensor,
     model: Model,
@@ -310,9 +312,9 @@ def _check(door: str, prompt: Tensor, cache: Any, steps: int, chunk: int, stop: 
         _checks.fail(
             door, "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Begin with one token, such as the tokenizer's first."
         )
-    if not isinstance(steps, int) or steps < 0:
+    if not _checks.is_count(steps, 0):
         _checks.fail(door, "steps", "an int, 0 or more", repr(steps), "Say how many tokens to write.")
-    if chunk < 1:
+    if not _checks.is_count(chunk, 1):
         _checks.fail(door, "chunk", "at least 1", chunk, "Tokens of the prompt read at a time.")
     if not isinstance(stop, Collection) or not all(isinstance(end, int) for end in stop):
         _checks.fail(

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
-    {"records", "tree", "randomness", "progress", "watching", "_checks", "_autodiff"},
+    {"records", "tree", "randomness", "progress", "watching", "_checks", "_doors", "_autodiff"},
     {
         "masks",
         "native",
@@ -36,8 +36,9 @@ FLOORS = [
     {"cli", "__main__"},
 ]
 WITHIN = {  # neighbours on one floor
-    "tree": {"records", "_checks"},
-    "randomness": {"records", "_checks"},
+    "tree": {"records", "_checks", "_doors"},
+    "randomness": {"records", "_checks", "_doors"},
+    "_doors": {"_checks"},
     "rematerialization": {"collectives"},
     "interop": {"evaluation", "checkpoints"},
     "training": {"checkpoints"},

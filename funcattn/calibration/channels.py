@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import layers, quantization
+from .._doors import door
 from ..quantization import Scheme, is_quantized
 from ..records import Model, is_absent
 from ..transformer import Config, Kind, Layer, Params
@@ -37,6 +38,7 @@ class Site(NamedTuple):
     heads: tuple[int, int] = (1, 1)  # heads of the maker, and how many of the reader share each
 
 
+@door
 def smooth(
     model: Model,
     tokens: Tensor,
@@ -68,6 +70,7 @@ def smooth(
     to_nearest = quantization.quantize(scheme, where)
     config = decoder_of("smooth", model, tokens).config
 
+    @door(name="smooth(...)")
     def transform(params: Params) -> Params:
         with torch.no_grad():
             plan = to_nearest(params)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import _checks, caches, layers, transformer
 from .._autodiff import transforming
+from .._doors import door
 from ..caches import Branch, Cache, Delta
 from ..masks import Mask
 from ..records import ABSENT, Model
@@ -53,6 +54,7 @@ class Compiled(Model):
     explain: Callable[[Params], str]
 
 
+@door
 def compile(model: Model, *, depth: int | None = None, backend: str = "inductor") -> Compiled:
     """The same functions, with decoding compiled.
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, progress, randomness, sampling
+from .._doors import door
 from ..generation import Streamed, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill, _Text
 from ..records import ABSENT, Model, is_absent, record
 from ..sampling import Sampler
@@ -67,6 +68,7 @@ class Speculated(NamedTuple):
     stats: Stats
 
 
+@door
 def speculate(
     key: Tensor,
     model: Model,

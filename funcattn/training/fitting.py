@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, randomness, tree
+from .._doors import door
 from ..records import ABSENT, Model
 from ..tree import Tree
 from . import losses, snapshots
@@ -45,6 +46,7 @@ class Fitted(NamedTuple):
     history: tuple[Report, ...]
 
 
+@door
 def draw(key: Tensor, tokens: Tensor, number: int | Tensor, *, rows: int, context: int) -> Tensor:
     """Batch `number` of a text: (rows, context + 1) tokens, each row from a place of its own, all places as likely.
 
@@ -61,6 +63,7 @@ def draw(key: Tensor, tokens: Tensor, number: int | Tensor, *, rows: int, contex
     return tokens[start.unsqueeze(-1) + torch.arange(context + 1, device=tokens.device)]
 
 
+@door
 def fit(
     key: Tensor,
     model: Model,
