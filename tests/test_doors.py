@@ -171,7 +171,7 @@ def test_what_a_drafter_of_ones_own_returns_is_checked(found):
         (
             lambda: fa.serving.idle(MODEL, PARAMS, None, 2),
             TypeError,
-            "cache should be a past such as Cache or Branch, got a NoneType",
+            "a past such as Cache or Branch, got a NoneType",
         ),
     ],
 )

@@ -64,7 +64,7 @@ def top_p(p: float | Tensor) -> Sampler:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         reached = ordered.softmax(-1).cumsum(-1)
         before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)  # mass of the more likely ones
-        kept = (before < p) | (p >= 1)  # rounding can bring the sum to 1 before the last token
+        kept = (before < p) | (p >= 1) | _only_first(before)  # rounding can bring the sum to 1 early, and p to 0
         return _keep(torch.zeros_like(kept).scatter(-1, order, kept), logits)
 
     return stateless(transform)
