@@ -528,8 +528,6 @@ def test_a_group_that_cannot_be_is_refused_when_the_scheme_is_made(scheme, group
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fa.int4(group=3), "int4: group should be a number of columns, a multiple of 2"),
-        (lambda: fa.ternary(group=6), "ternary: group should be a number of columns, a multiple of 4"),
         (lambda: fa.int8(clip=0.0), r"int8: clip should be in \(0, 1\]"),
         (lambda: fa.w8a8(clip=float("nan")), r"w8a8: clip should be in \(0, 1\]"),
         (lambda: fa.int4(symmetric="yes"), "int4: symmetric should be True or False"),

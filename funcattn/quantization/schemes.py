@@ -40,15 +40,13 @@ class _Settings:
     """Called with settings, a scheme is itself with those changed."""
 
     name: ClassVar[str]
-    whole_bytes: ClassVar[int] = 1  # columns whose codes fill whole bytes, of which a group is a multiple
 
     def __post_init__(self) -> None:
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         group, clip = settings.get("group"), settings.get("clip", 1.0)
-        if group is not None and (not _checks.is_count(group, 1) or group % self.whole_bytes):
-            wanted = f"a number of columns, a multiple of {self.whole_bytes}" if self.whole_bytes > 1 else "a number of columns"
+        if group is not None and not _checks.is_count(group, 1):
             kind = ValueError if isinstance(group, int) else TypeError
-            _checks.fail(self.name, "group", f"{wanted}, at least {self.whole_bytes}, or None", repr(group), "32 is usual.", kind)
+            _checks.fail(self.name, "group", "a number of columns, or None for all of a row", repr(group), "32 is usual.", kind)
         if not isinstance(clip, int | float) or not 0 < clip <= 1:
             _checks.fail(self.name, "clip", "in (0, 1]", repr(clip), "1 is all of the range.")
         if not isinstance(settings.get("symmetric", False), bool):
@@ -99,7 +97,6 @@ class Four(_Settings):
     """int4 in groups of columns; symmetric has no zero of its own, clip shrinks the range (1 is all of it)."""
 
     name: ClassVar[str] = "int4"
-    whole_bytes: ClassVar[int] = 2
     group: int = 32
     symmetric: bool = False
     clip: float = 1.0
@@ -147,7 +144,6 @@ class NormalFloat(_Settings):
     """16 levels that hold equal mass of a normal law, in groups of columns."""
 
     name: ClassVar[str] = "nf4"
-    whole_bytes: ClassVar[int] = 2
     group: int = 64
 
     def encode(self, weight: Tensor) -> Codebook:
@@ -187,7 +183,6 @@ class Three(_Settings):
     """-1, 0 and 1 times a scale, the mean size of a group."""
 
     name: ClassVar[str] = "ternary"
-    whole_bytes: ClassVar[int] = 4
     group: int = 64
 
     def encode(self, weight: Tensor) -> Ternary:
