@@ -45,7 +45,7 @@ def laws_along(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -
     Law: equal to sampling one token after another (test_verification.py).
     """
     if proposed.dim() != 1 or logits.shape[:-1] != (len(proposed) + 1,):
-        wanted = f"(N + 1, V) with proposed (N,), here {_checks.shape(proposed)}"
+        wanted = f"(N + 1, V) with N = {_checks.shape(proposed)[0] if proposed.dim() else None} as proposed"
         _checks.fail("laws_along", "logits", wanted, _checks.shape(logits), "One row before the draft, one after each token.")
     laws, states = [], []
     for n, row in enumerate(logits.unbind()):
