@@ -41,9 +41,14 @@ def fail(function: str, argument: str, wanted: str, got: Any, remedy: str, kind:
         Traceback (most recent call last):
         ValueError: attention: k should be (*lead, K, S, D) with D = 32 as in q, got (2, 16, 48). Project k to q's head size.
     """
+    raise kind(form(function, argument, wanted, got, remedy))
+
+
+def form(function: str, argument: str, wanted: str, got: Any, remedy: str) -> str:
+    """The text of an error."""
     shown = f"{got}"
     shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."  # as of a tree of parameters in the place of a number
-    raise kind(printable(f"{function}: {argument} should be {wanted}, got {shown}. {remedy}"))
+    return printable(f"{function}: {argument} should be {wanted}, got {shown}. {remedy}")
 
 
 def is_decoder(function: str, model: Any) -> None:
@@ -111,6 +116,11 @@ def value(x: Tensor) -> Tensor | None:
             return None
         inner = _functorch.get_unwrapped(inner)
     return peek(x)
+
+
+def is_count(n: Any, least: int) -> bool:
+    """Whether n is an int, and not a bool, of at least so much."""
+    return is_int(n) and n >= least
 
 
 def integer(x: Tensor | int) -> int | None:

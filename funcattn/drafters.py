@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, caches, collectives, randomness, sampling, transformer, tree
+from ._doors import door, uncalled, what_is
 from .caches import Branch, Cache
 from .generation import _commit, _prefill
 from .models import Model, config_of, told
@@ -46,6 +47,7 @@ class Drafter(NamedTuple):
     length: int
     vocabulary: int | None = None
     sharing: "Sharing | None" = None
+    __call__ = uncalled
 
 
 class Sharing(NamedTuple):
@@ -70,6 +72,7 @@ class Reader(NamedTuple):
     states: Any
 
 
+@door(name="drafters.model")
 def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = sampling.greedy, chunk: int = 512) -> Drafter:
     """Another model drafts, or the same with cheaper weights, a token at a time.
 
@@ -83,6 +86,8 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
         chunk: as in `fa.generate`.
     """
     _check_length("drafters.model", length)
+    if not _checks.is_count(chunk, 1):
+        _checks.fail("drafters.model", "chunk", "an int, at least 1", repr(chunk), "Tokens of the prompt read at a time.")
     rewind = lambda states, n: tree.map(lambda leaf: leaf.index_select(0, n.reshape(1))[0], states)
 
     def logits_of(x: Tensor) -> Tensor:
@@ -145,6 +150,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
 _model = model
 
 
+@door(name="drafters.skip")
 def skip(
     model: Model,
     params: Any,
@@ -188,6 +194,7 @@ class Written(NamedTuple):
     length: Tensor
 
 
+@door(name="drafters.function")
 def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: int = 4) -> Drafter:
     """A function of yours drafts, without chance: f(text (S,), n ()) -> (tokens (N,), valid ()).
 
@@ -202,7 +209,12 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
     def propose(key: Tensor, last: Tensor, state: Written) -> tuple[Draft, Written]:
         places = torch.arange(len(state.tokens), device=last.device)
         text = torch.where(places == state.length, last, torch.where(places < state.length, state.tokens, -1))
-        tokens, valid = f(text, state.length + 1)
+        found = f(text, state.length + 1)
+        if not isinstance(found, tuple) or len(found) != 2 or not all(_is_ids(x) for x in found):
+            got = f"({', '.join(map(what_is, found))})" if isinstance(found, tuple) else what_is(found)
+            wanted, remedy = f"tokens int64 (N,) with N = {length}, valid int64 ()", "Make tensors of both: torch.tensor(n)."
+            _checks.fail("drafters.function", "what f returns", wanted, got, remedy, TypeError)
+        tokens, valid = found
         if tokens.shape != (length,) or valid.dim():
             got = f"{_checks.shape(tokens)} and {_checks.shape(valid)}"
             _checks.fail("drafters.function", "what f returns", f"tokens (N,) with N = {length}, valid ()", got, "Pad the tokens.")
@@ -216,13 +228,14 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
     return Drafter(init, propose, keep, length)
 
 
+@door(name="drafters.prompt_lookup")
 def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
     """The text drafts: what followed the last time that it ended as it does now, by the longest of 1 to ngram tokens that is found.
 
     Source: Saxena, Prompt lookup decoding (2023); transformers `prompt_lookup_num_tokens`, vLLM's "ngram".
     """
     _check_length("drafters.prompt_lookup", length)
-    if not isinstance(ngram, int) or ngram < 1:
+    if not _checks.is_count(ngram, 1):
         _checks.fail("drafters.prompt_lookup", "ngram", "an int, at least 1", repr(ngram), "2 or 3 is usual.")
 
     def look(text: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,10 +261,14 @@ def _vocabulary(model: Any, params: Any) -> int | None:
     return tree.leaves(transformer.head(params))[0].shape[0]
 
 
+def _is_ids(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in tree.INTEGERS
+
+
 def _is_dense(cache: Any) -> bool:
     return type(cache) is Cache or (type(cache) is Branch and type(cache.own) is Cache)
 
 
 def _check_length(function: str, length: int) -> None:
-    if not isinstance(length, int) or length < 1:
+    if not _checks.is_count(length, 1):
         _checks.fail(function, "length", "an int, at least 1", repr(length), "Draft one token at least; 4 is usual.")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, collectives, progress, taps, transformer, tree
+from ._doors import door
 from .generation import hidden_along
 from .masks import Mask
 from .models import Model, config_of
@@ -29,6 +30,7 @@ Where = str | Callable[[str], bool] | Iterable[str] | None
 # Scores.
 
 
+@door
 def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, chunk: int = 512) -> Tensor:
     """The log-probability of each token given all before it.
 
@@ -66,6 +68,7 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, ch
     return _look(model, params, hidden, tokens[..., 1:], chunk, _log_probability)
 
 
+@door
 def score_continuation(
     model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Any = ABSENT, *, chunk: int = 512
 ) -> Tensor:
@@ -90,6 +93,7 @@ def score_continuation(
     return _look(model, params, hidden[..., prompt.shape[-1] - 1 :, :], targets, chunk, _log_probability)
 
 
+@door
 def foretold(
     model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Any = ABSENT, *, chunk: int = 512
 ) -> tuple[Tensor, Tensor]:
@@ -117,6 +121,7 @@ class Window(NamedTuple):
     end: int
 
 
+@door
 def windows(length: int, *, context: int | None = None, stride: int | None = None) -> list[Window]:
     """The readings that score each token but the first of a text once.
 
@@ -147,6 +152,7 @@ def windows(length: int, *, context: int | None = None, stride: int | None = Non
     return found
 
 
+@door
 def perplexity(
     model: Model, params: Tree, tokens: Tensor, *, context: int | None = None, stride: int | None = None, chunk: int = 512
 ) -> Tensor:
@@ -216,6 +222,7 @@ def _look(model: Model, params: Tree, hidden: Tensor, targets: Tensor, chunk: in
 # Activations.
 
 
+@door
 def trace(
     model: Model,
     params: Tree,
@@ -276,6 +283,7 @@ def trace(
     return logits, seen
 
 
+@door
 def patch(
     model: Model,
     params: Tree,

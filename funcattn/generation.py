@@ -13,12 +13,14 @@ from torch import Tensor
 
 from . import _checks, caches, collectives, progress, randomness, sampling, transformer
 from ._autodiff import has_tangent, transforming
+from ._doors import door
 from .models import Model
 from .records import ABSENT, is_absent
 from .sampling import Sampler
 from .streaming import StreamedText
 
 
+@door
 def generate(
     key: Tensor,
     model: Model,
@@ -286,9 +288,9 @@ def _check(door: str, prompt: Tensor, cache: Any, steps: int, chunk: int, stop: 
         _checks.fail(
             door, "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Begin with one token, such as the tokenizer's first."
         )
-    if not _checks.is_int(steps) or steps < 0:
+    if not _checks.is_count(steps, 0):
         _checks.fail(door, "steps", "an int, 0 or more", repr(steps), "Say how many tokens to write.")
-    if not _checks.is_int(chunk) or chunk < 1:
+    if not _checks.is_count(chunk, 1):
         _checks.fail(door, "chunk", "at least 1", chunk, "Tokens of the prompt read at a time.")
     _checks.stops(door, stop)
     if not is_absent(cache) and prompt.shape[0] > caches.capacity(cache):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, randomness, tree
+from ._doors import door
 from .layers import embed, linear
 from .records import is_absent, record
 from .tree import Tree
@@ -84,6 +85,7 @@ def is_trained(path: str, leaf: Any) -> bool:
     return path.rpartition(".")[2] in ("a", "b")
 
 
+@door
 def lora(
     rank: int, where: Callable[[str, Any], bool] | None = None, *, alpha: float | None = None
 ) -> Callable[[Tensor, Tree], Tree]:
@@ -108,6 +110,7 @@ def lora(
     choose = where if where is not None else lambda path, weight: path.rpartition(".")[2] in MATRICES
     scale = 2.0 if alpha is None else alpha / rank
 
+    @door(name="lora(rank)")
     def adapt(key: Tensor, params: Tree) -> Tree:
         chosen = [path for path, weight in tree.items(params, is_leaf=_is_weight) if choose(path, weight)]
         if not chosen:
@@ -122,6 +125,7 @@ def lora(
     return adapt
 
 
+@door
 def merge_lora(params: Tree) -> Tree:
     """The same function with plain weights: base + scale b a.
 
@@ -144,6 +148,7 @@ def merge_lora(params: Tree) -> Tree:
     return tree.map_with_path(merge, params, is_leaf=is_adapted)
 
 
+@door
 def without_lora(params: Tree) -> Tree:
     """The params as they were before they were adapted."""
     return tree.map(lambda weight: weight.base if is_adapted(weight) else weight, params, is_leaf=is_adapted)

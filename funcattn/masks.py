@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._doors import door
 from .records import record
 
 END = 2**31 - 1  # stands for infinity: no sequence is that long, and int64 has room to add to it
@@ -65,12 +66,14 @@ class Mask(NamedTuple):
         _refuse("|", other)
 
 
+@door(name="masks.full")
 def full(T: int, S: int | None = None) -> Mask:
     """Every query sees every key (of the first S where S is given)."""
-    zeros = torch.zeros(T, 1, dtype=torch.int64)
+    zeros = torch.zeros_like(_positions(T, 0))
     return Mask(zeros, torch.full_like(zeros, END if S is None else S))
 
 
+@door(name="masks.causal")
 def causal(T: int, S: int | None = None, *, align: str = "upper", offset: int | Tensor = 0) -> Mask:
     """Query i sees the keys up to its own position, j <= i + offset.
 
@@ -93,6 +96,7 @@ def causal(T: int, S: int | None = None, *, align: str = "upper", offset: int | 
     return Mask(*_canonical(torch.zeros_like(last), last if S is None else last.clamp(max=S)))
 
 
+@door(name="masks.window")
 def window(T: int, size: int, *, offset: int | Tensor = 0) -> Mask:
     """Query i sees the keys nearer than size, |i + offset - j| < size; with `causal`, its own key and the size - 1 before it.
 
@@ -106,12 +110,14 @@ def window(T: int, size: int, *, offset: int | Tensor = 0) -> Mask:
     return Mask(*_canonical(middle - size + 1, middle + size))
 
 
+@door(name="masks.prefix")
 def prefix(T: int, n: int | Tensor) -> Mask:
     """Every query sees the first n keys; n is an int or an int64 tensor (*lead,)."""
     start = torch.zeros_like(_positions(T, n))
     return Mask(*_canonical(start, start + (n.unsqueeze(-1).unsqueeze(-1) if isinstance(n, Tensor) else n)))
 
 
+@door(name="masks.sinks")
 def sinks(T: int, n: int | Tensor) -> Mask:
     """The first n keys, kept for every query beside a window: `causal(T) & (window(T, 128) | sinks(T, 4))`.
 
@@ -120,6 +126,7 @@ def sinks(T: int, n: int | Tensor) -> Mask:
     return prefix(T, n)
 
 
+@door(name="masks.padding")
 def padding(T: int, lengths: Tensor) -> Mask:
     """Queries of a padded batch see the keys below their own sequence's length; lengths is int64 (*lead,)."""
     if not isinstance(lengths, Tensor) or lengths.is_floating_point():
@@ -127,6 +134,7 @@ def padding(T: int, lengths: Tensor) -> Mask:
     return prefix(T, lengths)
 
 
+@door(name="masks.segments")
 def segments(ids: Tensor) -> Mask:
     """Packed documents: a query sees the keys of its own run of equal ids; ids is (*lead, T).
 
@@ -137,6 +145,8 @@ def segments(ids: Tensor) -> Mask:
     Raises:
         ValueError: an id comes back after another (checked where values are concrete): two runs are two documents.
     """
+    if not ids.dim():
+        _checks.fail("masks.segments", "ids", "(*lead, T)", (), "One id for each token.")
     T = ids.shape[-1]
     place = torch.arange(T, device=ids.device).expand(ids.shape)
     edge = torch.ones_like(ids[..., :1], dtype=torch.bool)
@@ -153,6 +163,7 @@ def segments(ids: Tensor) -> Mask:
     return Mask(start.unsqueeze(-1), stop.unsqueeze(-1))
 
 
+@door(name="masks.intersection")
 def intersection(a: Mask, b: Mask) -> Mask:
     """Keys that both masks show; `a & b`. Keeps at most n + m - 1 intervals.
 
@@ -168,6 +179,7 @@ def intersection(a: Mask, b: Mask) -> Mask:
     return Mask(start[..., : n + m - 1], stop[..., : n + m - 1])
 
 
+@door(name="masks.union")
 def union(a: Mask, b: Mask) -> Mask:
     """Keys that either mask shows; `a | b`. Keeps at most n + m intervals."""
     _same_queries("|", a, b)
@@ -176,6 +188,7 @@ def union(a: Mask, b: Mask) -> Mask:
     return Mask(*_canonical(join(a.start, b.start), join(a.stop, b.stop)))
 
 
+@door(name="masks.complement")
 def complement(m: Mask) -> Mask:
     """Keys that the mask hides; `~m`, or this function in compiled code (torch.compile refuses `~` on an object)."""
     start, stop = _canonical(m.start, m.stop)
@@ -186,6 +199,7 @@ def complement(m: Mask) -> Mask:
 CELLS = 32  # of a picture, each way, at most
 
 
+@door(name="masks.picture")
 def picture(m: Mask, S: int | None = None) -> str | None:
     """The mask as letters, for `print`: queries from top to bottom, keys from left to right, in at most 32 x 32 cells.
 

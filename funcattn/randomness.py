@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from . import _checks, threefry
+from ._doors import door
 from .threefry import encipher
 
 WORD = 0xFFFFFFFF  # the low 32 bits
@@ -55,6 +56,7 @@ def _join(high: Tensor, low: Tensor) -> Int64[Tensor, "*n 2"]:
     return torch.stack([high, low], -1).long() & WORD
 
 
+@door
 def key(seed: int | Int[Tensor, ""]) -> Key:
     """Make a key from a seed: its high and its low 32 bits, on torch's default device.
 
@@ -78,6 +80,7 @@ def key(seed: int | Int[Tensor, ""]) -> Key:
     return torch.tensor([(seed >> 32) & WORD, seed & WORD], dtype=torch.int64)
 
 
+@door
 def split(key: Key, n: int | Sizes = 2) -> Int64[Tensor, "*n 2"]:
     """Make n fresh keys, or a whole array of them, from one that is spent by it.
 
@@ -96,6 +99,7 @@ def split(key: Key, n: int | Sizes = 2) -> Int64[Tensor, "*n 2"]:
     return _join(*(_drawn("split", key, sizes, word) for word in (lambda high, low: high, lambda high, low: low)))
 
 
+@door
 def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
     """Make one fresh key from a key and a number: the step of a loop, the index of a layer, the rank of a process.
 
@@ -117,6 +121,7 @@ def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
     return _join(*encipher(key, data.to(device=key.device, dtype=torch.int32)))
 
 
+@door
 def bits(key: Key, shape: Sizes = ()) -> Int64[Tensor, "*shape"]:
     """Draw 32 random bits an element, as int64 in [0, 2**32).
 
@@ -127,6 +132,7 @@ def bits(key: Key, shape: Sizes = ()) -> Int64[Tensor, "*shape"]:
     return _drawn("bits", key, _sizes("bits", "shape", shape), lambda high, low: (high ^ low).long() & WORD)
 
 
+@door
 def uniform(
     key: Key,
     shape: Sizes = (),
@@ -148,6 +154,7 @@ def uniform(
     return _uniform("uniform", key, shape, dtype, minval, maxval)
 
 
+@door
 def normal(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """Draw from the standard normal law: sqrt(2) * erfinv(u), u uniform in (-1, 1).
 
@@ -160,6 +167,7 @@ def normal(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
     return _uniform("normal", key, shape, wide, lowest, 1.0, lambda u: torch.erfinv(u).mul_(math.sqrt(2)).to(dtype))
 
 
+@door
 def gumbel(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """Draw from the standard Gumbel law: -log(-log u). The argmax of logits plus gumbel is a draw from their softmax.
 
@@ -174,6 +182,7 @@ def gumbel(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
     return _uniform("gumbel", key, shape, wide, lowest, 1.0, lambda u: (-torch.log(-torch.log(u))).to(dtype))
 
 
+@door
 def exponential(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """Draw from the exponential law of rate 1: -log(1 - u).
 
@@ -185,6 +194,7 @@ def exponential(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32)
     return _uniform("exponential", key, shape, wide, then=lambda u: (-torch.log1p(-u)).to(dtype))
 
 
+@door
 def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Sizes | None = None) -> Bool[Tensor, "*shape"]:
     """Draw True with probability p, to a resolution of 2**-23 (float32).
 
@@ -203,6 +213,7 @@ def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Sizes | No
     return _uniform("bernoulli", key, shape, wide) < threshold
 
 
+@door
 def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: Sizes | None = None) -> Int64[Tensor, "*shape"]:
     """Draw indices from softmax(logits) along an axis, as the argmax of logits plus gumbel.
 
@@ -233,6 +244,7 @@ def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: S
     return (noise + logits.to(wide)).argmax(back)
 
 
+@door
 def randint(key: Key, shape: Sizes, minval: int | Int[Tensor, "..."], maxval: int | Int[Tensor, "..."]) -> Int64[Tensor, "*shape"]:
     """Draw integers from [minval, maxval): two words an element, folded modulo the span.
 
@@ -264,6 +276,7 @@ def randint(key: Key, shape: Sizes, minval: int | Int[Tensor, "..."], maxval: in
     return minval + offset % span
 
 
+@door
 def permutation(key: Key, x: int | Tensor) -> Tensor:
     """Shuffle range(x), or the rows of x (its axis 0), by stable sorts on random words.
 
@@ -279,6 +292,8 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
     _check_key("permutation", key)
     if isinstance(x, Tensor) and not x.ndim:
         _checks.fail("permutation", "x", "an int or a tensor with an axis to shuffle", "a 0-d tensor", "Give a size as an int.")
+    if not isinstance(x, Tensor) and x < 0:
+        _checks.fail("permutation", "x", "a number of things, 0 or more", x, "Give a size.")
     n = len(x) if isinstance(x, Tensor) else x
     order = torch.arange(n, device=key.device)
     # with k rounds, two of n elements get equal words throughout with probability n^2 / 2^(32k + 1): at most 1 / 2n
@@ -336,8 +351,8 @@ def _beside(function: str, key: Key, dtype: torch.dtype, number: float | Tensor)
 
 
 def _sizes(function: str, argument: str, shape: Sizes) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence) or any(size < 0 for size in shape):
-        _checks.fail(function, argument, "a tuple of sizes", repr(shape), "One axis of n is (n,).")
+    if not isinstance(shape, Sequence) or any(not isinstance(size, int | torch.SymInt) or size < 0 for size in shape):
+        _checks.fail(function, argument, "a tuple of sizes", repr(shape), "One axis of n is (n,); a tree is mapped by fa.tree.map.")
     return tuple(shape)
 
 

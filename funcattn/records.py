@@ -13,6 +13,7 @@ import html
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Cls = TypeVar("Cls", bound=type)
@@ -26,7 +27,7 @@ def is_absent(value: Any) -> bool:
 
 
 def record(cls: Cls) -> Cls:
-    """Mark a NamedTuple as a record: tuple arithmetic raises, and printing shows shapes instead of numbers.
+    """Mark a NamedTuple as a record: tuple arithmetic raises, printing shows shapes, and torch.load reads it by default.
 
     Example:
         >>> import torch
@@ -52,6 +53,7 @@ def record(cls: Cls) -> Cls:
             setattr(cls, method_name, refuse(sign))
     if "__repr__" not in cls.__dict__ or cls.__repr__.__module__ != cls.__module__:
         setattr(cls, "__repr__", _describe)
+    torch.serialization.add_safe_globals([cls])  # torch.load reads it as it reads tensors: it holds nothing that runs
     if "_repr_html_" not in cls.__dict__:
         setattr(cls, "_repr_html_", lambda self: unfolded(type(self).__name__, self))
     return cls

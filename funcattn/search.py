@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from . import _checks, caches, collectives, progress, randomness, sampling, tree
+from ._doors import door
 from .generation import _check_parts, generate, hidden_along
 from .models import Model
 from .records import ABSENT, is_absent, record
@@ -33,6 +34,7 @@ class Texts(NamedTuple):
     lengths: Tensor
 
 
+@door
 def beam_search(
     model: Model,
     params: Any,
@@ -133,6 +135,7 @@ def beam_search(
     return Texts(*(x[:best] for x in done))
 
 
+@door
 def best_of(
     key: Tensor,
     model: Model,
@@ -183,6 +186,7 @@ def best_of(
     return Texts(*(x.index_select(0, order) for x in (tokens, scores, lengths)))
 
 
+@door
 def contrastive(
     model: Model, params: Any, cache: Any, logits: Tensor, *, alpha: float | Tensor = 0.1, beta: float | Tensor = 0.5
 ) -> Sampler:
@@ -199,6 +203,8 @@ def contrastive(
 
     Source: Li et al., Contrastive decoding, arXiv:2210.15097; O'Brien and Lewis, arXiv:2309.09117 (beta).
     """
+    within = sampling.composition.between(beta, -sampling.composition.LARGE, sampling.composition.LARGE)
+    sampling.composition.require(within, "contrastive", "beta", "a number of moderate size", beta, "0.5 is usual.")
     return sampling.chain(sampling.min_p(alpha), sampling.guidance(1 + beta, model, params, cache, logits))
 
 
@@ -279,5 +285,5 @@ def _check_penalty(length_penalty: Any, steps: int) -> None:
 
 def _check_counts(function: str, **counts: int) -> None:
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
+        if not _checks.is_count(count, 1):
             _checks.fail(function, name, "an int, at least 1", repr(count), "Ask for one at least.")

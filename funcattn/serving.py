@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from . import _checks, caches, collectives, randomness, sampling, transformer, tree
+from ._doors import door
 from .caches import Branch
 from .models import Model
 from .records import ABSENT, is_absent, record
@@ -62,6 +63,7 @@ class Served(NamedTuple):
     ended: Tensor
 
 
+@door
 def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler = sampling.greedy, prefix: Any = ABSENT) -> Slots:
     """Slots with nobody in them.
 
@@ -73,8 +75,9 @@ def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler =
         sampler: the one that `step` will draw with.
         prefix: a past that every text continues, such as that of a system prompt.
     """
-    if not isinstance(count, int) or count < 1:
+    if not _checks.is_count(count, 1):
         _checks.fail("idle", "count", "a number of slots, at least 1", count, "Say how many texts are decoded side by side.")
+    caches.capacity(past)  # says what is wrong where it is no past
     token = torch.zeros_like(past.length)
     logits = torch.zeros_like(model.logits(params, model.hidden(params, token.unsqueeze(0), past)[0][-1]))
     key, state = token.new_zeros(2), sampling.begin(sampler, logits)
@@ -82,6 +85,7 @@ def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler =
     return Slots(tree.map(lambda leaf: leaf.expand(count, *leaf.shape), one), prefix, past)
 
 
+@door
 def enter(
     key: Tensor,
     model: Model,
@@ -110,6 +114,8 @@ def enter(
     B = slots.slots.left.shape[0]
     if not 0 <= slot < B:
         _checks.fail("enter", "slot", f"between 0 and {B - 1}", slot, "There are as many slots as idle made.")
+    if key.shape != slots.slots.key.shape[1:]:
+        _checks.fail("enter", "key", "one key, int64 (2,)", _checks.shape(key), "Make one with fa.key(seed).")
     if _checks.is_true(slots.busy[slot]):
         _checks.fail("enter", "slot", "free", f"{slot}, which is busy", "Take one where slots.busy is False, or leave it first.")
     if prompt.dim() != 1 or not prompt.shape[0]:
@@ -135,6 +141,7 @@ def enter(
     return slots._replace(slots=_put(slots.slots, before, here, slot))
 
 
+@door
 def step(
     model: Model, params: Any, slots: Slots, *, sampler: Sampler = sampling.greedy, stop: Sequence[int] = ()
 ) -> tuple[Served, Slots]:
@@ -168,6 +175,7 @@ def step(
     return served, slots._replace(slots=after)
 
 
+@door
 def leave(slots: Slots, slot: int) -> Slots:
     """The slots without the text of one of them, which ends where it is."""
     here = torch.arange(slots.slots.left.shape[0], device=slots.slots.left.device) == slot

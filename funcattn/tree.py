@@ -30,6 +30,7 @@ from optree.utils import total_order_sorted
 from torch import Tensor
 
 from . import _checks
+from ._doors import door
 from .records import ABSENT, is_absent
 
 Tree: TypeAlias = Any
@@ -70,6 +71,7 @@ def _join(path: str, part: str) -> str:
     return f"{path}.{part}" if path else part
 
 
+@door
 def map(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
     """Apply f to each leaf (and to what stands at its place in the rest), keep the shape of the tree.
 
@@ -83,6 +85,7 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) 
     return optree.tree_map(f, tree, *rest, is_leaf=is_leaf)
 
 
+@door
 def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
     """Apply f(path, leaf, *rest) to each leaf.
 
@@ -95,11 +98,13 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLea
     return optree.tree_unflatten(structure, [f(*row) for row in zip(*columns, strict=True)])
 
 
+@door
 def leaves(tree: Tree, *, is_leaf: IsLeaf = None) -> list[Any]:
     """The leaves in order."""
     return optree.tree_leaves(tree, is_leaf=is_leaf)
 
 
+@door
 def paths(tree: Tree, *, is_leaf: IsLeaf = None) -> list[str]:
     """The path of each leaf, in the order of `leaves`; a bare leaf has the path "".
 
@@ -110,11 +115,13 @@ def paths(tree: Tree, *, is_leaf: IsLeaf = None) -> list[str]:
     return [path for path, _ in items(tree, is_leaf=is_leaf)]
 
 
+@door
 def items(tree: Tree, *, is_leaf: IsLeaf = None) -> list[tuple[str, Any]]:
     """Pairs (path, leaf), in the order of `leaves`."""
     return [(path, node) for path, node in _nodes(tree, is_leaf) if _is_leaf(node, is_leaf)]
 
 
+@door
 def stack(trees: Sequence[Tree]) -> Tree:
     """One tree of leaves (n, ...) from n trees of one structure: an ensemble for vmap, or layers for a scan.
 
@@ -126,6 +133,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
     return optree.tree_map(lambda *leaf: torch.stack(leaf), first, *others)
 
 
+@door
 def unstack(tree: Tree) -> tuple[Tree, ...]:
     """n trees from one whose leaves are all (n, ...).
 
@@ -140,11 +148,13 @@ def unstack(tree: Tree) -> tuple[Tree, ...]:
     return tuple(optree.tree_unflatten(structure, row) for row in zip(*(leaf.unbind() for leaf in flat), strict=True))
 
 
+@door
 def nbytes(tree: Tree) -> int:
     """The bytes of all tensors in the tree, each leaf counted as often as it stands there."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
+@door
 def count(tree: Tree) -> int:
     """The number of elements of all tensors in the tree.
 
@@ -155,6 +165,7 @@ def count(tree: Tree) -> int:
     return sum(leaf.numel() for leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
+@door
 def allclose(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
     """True where structure, shapes and dtypes are the same and values are close (equal, where they are not floating)."""
 
@@ -171,6 +182,7 @@ def allclose(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
     return structure == other_structure and all(builtins.map(close, flat, others))
 
 
+@door
 def update(tree: Tree, path: str, value: Any, *, regex: bool = False, is_leaf: IsLeaf = None) -> Tree:
     """The tree with something else at a path; every other leaf is shared with the old one.
 
@@ -209,6 +221,7 @@ def update(tree: Tree, path: str, value: Any, *, regex: bool = False, is_leaf: I
     return changed
 
 
+@door
 def partition(tree: Tree, predicate: str | Callable[[str, Any], bool] = "floating", *, is_leaf: IsLeaf = None) -> tuple[Tree, Tree]:
     """Split a tree in two of its shape: the leaves chosen, and the others, with `()` wherever a leaf went to the other half.
 
@@ -242,6 +255,7 @@ def partition(tree: Tree, predicate: str | Callable[[str, Any], bool] = "floatin
     return halve(tree, "")
 
 
+@door
 def combine(selected: Tree, rest: Tree) -> Tree:
     """Join two halves: where one holds `()`, take what the other holds.
 
@@ -262,6 +276,7 @@ def combine(selected: Tree, rest: Tree) -> Tree:
     return join(selected, rest, "")
 
 
+@door
 def cast(dtype: torch.dtype) -> Transform:
     """A transform that casts the floating leaves of a tree. Leaves that do not change are shared.
 
@@ -273,9 +288,11 @@ def cast(dtype: torch.dtype) -> Transform:
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         _checks.fail("cast", "dtype", "a floating torch.dtype", repr(dtype), "Choose torch.float32 or torch.bfloat16.", TypeError)
-    return lambda tree: map(lambda x: x.to(dtype) if KINDS["floating"](x) and x.element_size() > 1 else x, tree)
+    narrow = lambda x: x.to(dtype) if KINDS["floating"](x) and x.element_size() > 1 else x
+    return door(lambda tree: map(narrow, tree), name="cast(dtype)")
 
 
+@door
 def to(device: torch.device | str) -> Transform:
     """A transform that moves every tensor of a tree to a device. Leaves that are there already are shared.
 
@@ -283,7 +300,12 @@ def to(device: torch.device | str) -> Transform:
         >>> to("meta")({"w": torch.zeros(2)})["w"].device
         device(type='meta')
     """
-    return lambda tree: map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        got, remedy = repr(device), f'Such as "cpu" or "cuda:0". torch says: {str(error).splitlines()[0]}'
+        _checks.fail("to", "device", "one that torch knows", got, remedy)
+    return door(lambda tree: map(lambda x: x.to(place) if isinstance(x, Tensor) else x, tree), name="to(device)")
 
 
 @dataclass(frozen=True)
@@ -325,6 +347,7 @@ class Summary:
         return f"total: {self.count:,} elements, {_bytes(self.nbytes)}, {self.leaves} leaves"
 
 
+@door
 def summary(tree: Tree, *, is_leaf: IsLeaf = None) -> Summary:
     """Describe a tree: paths, dtypes, shapes, bytes. Neighbours that are alike, as layers are, share one group of lines.
 

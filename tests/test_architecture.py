@@ -17,7 +17,10 @@ PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
-    {"records", "tree", "randomness", "threefry", "progress", "watching", "atomic", "_checks", "_autodiff", "_context", "replaying"},
+    {
+        *("records", "tree", "randomness", "threefry", "progress", "watching", "atomic", "replaying"),
+        *("_checks", "_doors", "_autodiff", "_context"),
+    },
     {
         "masks",
         "native",
@@ -36,10 +39,11 @@ FLOORS = [
     {"cli", "__main__"},
 ]
 WITHIN = {  # neighbours on one floor
-    "tree": {"records", "_checks"},
-    "randomness": {"records", "_checks", "threefry"},
+    "tree": {"records", "_checks", "_doors"},
+    "randomness": {"records", "_checks", "_doors", "threefry"},
     "threefry": {"_checks"},
     "replaying": {"_context"},
+    "_doors": {"_checks"},
     "rematerialization": {"collectives"},
     "models": {"caches"},
     "sampling": {"models"},

@@ -10,6 +10,7 @@ from torch.func import grad, vmap
 from transformers.generation import logits_process as theirs
 
 import funcattn as fa
+from funcattn import sampling
 from funcattn.sampling import epsilon_cutoff, eta_cutoff, law, min_p, temperature, top_h, top_k, top_n_sigma, top_p, typical_p
 from funcattn.testing import laws, strategies
 
@@ -133,3 +134,83 @@ def test_a_chain_with_every_filter_keeps_a_token(share, key):
 def test_bad_input_is_an_error_with_its_remedy(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("t", [1e-20, 1e-38, 1e-40, 1e-50])
+def test_a_temperature_near_zero_is_the_limit_of_the_most_likely_tokens(t):
+    rows = torch.tensor([[1.0, 3.0, 3.0, -INF, 2.0], [-5.0, 1e30, 0.0, 1e-3, 1e30], [7.0, 7.0, 7.0, 7.0, 7.0]])
+    wanted = torch.tensor([[0, 0.5, 0.5, 0, 0], [0, 0.5, 0, 0, 0.5], [0.2] * 5])
+    mapped = torch.full((3,), t, dtype=torch.float64)
+    got = torch.stack([law(sampling.temperature(t))(row).exp() for row in rows])
+    torch.testing.assert_close(got, wanted)
+    one = lambda row, t: law(sampling.temperature(t))(row).exp()
+    torch.testing.assert_close(vmap(one)(rows, mapped), wanted)
+    slope = torch.func.grad(lambda row, t: (one(row, t) * torch.arange(5)).sum(), (0, 1))
+    for row, by in zip(rows, mapped, strict=True):
+        assert all(x.isfinite().all() for x in slope(row, by))
+
+
+@pytest.mark.parametrize("t", [0.3, 0.8, 1.0, 5.0, INF])
+def test_a_usual_temperature_divides_and_changes_no_bit(t):
+    row = fa.random.normal(fa.key(0), (50,)).index_fill(0, torch.tensor(3), -INF)
+    assert torch.equal(sampling.temperature(t).update(row, ())[0], (row / t).index_fill(0, torch.tensor(3), -INF))
+
+
+def test_logits_near_the_greatest_number_have_a_law_at_every_temperature():
+    row = torch.tensor([3e38, 3e38, -3e38, 0.0])
+    for t in (0.5, 1.0, 2.0):
+        torch.testing.assert_close(law(sampling.temperature(t))(row).exp(), torch.tensor([0.5, 0.5, 0, 0]))
+
+
+EXTREME = [
+    sampling.repetition_penalty(1e-30),
+    sampling.repetition_penalty(1e30),
+    sampling.presence_penalty(1e30),
+    sampling.presence_penalty(-1e30),
+    sampling.frequency_penalty(-1e30),
+    sampling.logit_bias({1: 1e30, 2: -1e30}),
+    sampling.dry(0.0, base=1e30, allowed_length=1),
+    sampling.dry(1e38, base=1e30, allowed_length=1),
+    sampling.top_n_sigma(INF),
+    sampling.top_n_sigma(1e39),
+    sampling.mirostat(1e30, 1e30),
+    sampling.min_p(1e-46),
+    sampling.top_p(1e-46),
+    sampling.typical_p(1e-46),
+]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 3e38])
+@pytest.mark.parametrize("sampler", EXTREME)
+def test_what_is_accepted_when_made_leaves_a_law(sampler, scale):
+    row = scale * torch.tensor([1.0, 0.5, -1.0, 0.0, 1.0])
+    state = sampling.prime(sampler, torch.tensor([1, 2, 1, 2]), sampler.init(5))
+    state = sampler.observe(torch.tensor(1), sampler.update(row, state)[1])
+    assert float(law(sampler)(row, state).exp().sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: sampling.repetition_penalty(1e39), "penalty"),
+        (lambda: sampling.repetition_penalty(1e-50), "penalty"),
+        (lambda: sampling.presence_penalty(1e39), "penalty"),
+        (lambda: sampling.frequency_penalty(torch.tensor(-1e39, dtype=torch.float64)), "penalty"),
+        (lambda: sampling.logit_bias({1: 1e39}), "bias"),
+        (lambda: sampling.dry(base=1e39), "base"),
+        (lambda: sampling.mirostat(tau=1e39), "tau"),
+        (lambda: sampling.mirostat(eta=INF), "eta"),
+        (lambda: sampling.guide(torch.zeros(2), torch.zeros(2), 1e39), "scale"),
+        (lambda: sampling.top_h(0.5, candidates=2.5), "candidates"),
+        (lambda: sampling.repetition_penalty(1.1, window=2.5), "window"),
+        (lambda: sampling.no_repeat_ngram(2, window=2.5), "window"),
+        (lambda: sampling.dry(longest=2.5), "longest"),
+        (lambda: sampling.automaton(torch.zeros(2, 2, dtype=torch.int64), 0.5), "start"),
+        (lambda: fa.drafters.prompt_lookup(length=True), "length"),
+        (lambda: fa.drafters.model(fa.decoder(fa.Config()), (), chunk=0), "chunk"),
+        (lambda: fa.search.contrastive(fa.decoder(fa.Config()), (), (), torch.zeros(2), beta=1e39), "beta"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_when_it_is_made(make, name):
+    with pytest.raises((ValueError, TypeError), match=f"{name} should be"):
+        make()

@@ -516,3 +516,24 @@ def test_the_documentation_runs():
     chosen = {path for path, leaf in fa.tree.items(names["signs"], is_leaf=is_quantized) if is_quantized(leaf)}
     assert "layers.0.up" in chosen
     assert "layers.0.q" not in chosen
+
+
+@pytest.mark.parametrize("group", [0, -1, 0.5, "32", True, float("inf")])
+@pytest.mark.parametrize("scheme", [fa.int8, fa.int4, fa.w8a8, fa.nf4, fa.ternary], ids=lambda scheme: scheme.name)
+def test_a_group_that_cannot_be_is_refused_when_the_scheme_is_made(scheme, group):
+    with pytest.raises((ValueError, TypeError), match=f"{scheme.name}: group should be a number of columns"):
+        scheme(group=group)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fa.int8(clip=0.0), r"int8: clip should be in \(0, 1\]"),
+        (lambda: fa.w8a8(clip=float("nan")), r"w8a8: clip should be in \(0, 1\]"),
+        (lambda: fa.int4(symmetric="yes"), "int4: symmetric should be True or False"),
+        (lambda: fa.fp8(kind="e3m4"), 'fp8: kind should be "e4m3" or "e5m2"'),
+    ],
+)
+def test_a_setting_of_a_scheme_that_cannot_be_is_refused_when_it_is_made(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()

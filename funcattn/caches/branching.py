@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._doors import door
 from ..kernels import Part
 from ..records import record
 from .dense import Cache
@@ -41,6 +42,7 @@ class Branch(NamedTuple):
         return self.prefix.length + self.own.length
 
 
+@door
 @functools.singledispatch
 def follow(cache: Any, delta: Delta, size: int) -> Any:
     """A past to write `size` tokens in, which continues the given one and leaves it as it is.
@@ -69,6 +71,7 @@ def _tail(delta: Delta, size: int) -> Cache:
     return Cache(room(k), room(v), torch.zeros((), dtype=torch.int64, device=k.device))
 
 
+@door
 def join(branch: Branch) -> Any:
     """The prefix with the own tail written behind it: a past of the prefix's kind and capacity.
 

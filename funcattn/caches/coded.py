@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._autodiff import differentiated
+from .._doors import made
 from ..kernels import Part
 from ..records import record
 from . import rows
@@ -68,6 +69,7 @@ class QuantizedCache(NamedTuple):
         return quantized().empty(layers, heads, size, head_size, dtype)
 
 
+@made
 @dataclass(frozen=True)
 class quantized:  # a value that is called like a function: model.cache(size, kind=quantized(bits=4))
     """A kind for `model.cache`: a `QuantizedCache` of 8 or 4 bits, coded in blocks, beside `recent` rows that stay as they came.

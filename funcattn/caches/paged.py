@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._doors import made
 from ..kernels import Part
 from ..records import record
 from . import rows
@@ -34,6 +35,7 @@ class Pages(NamedTuple):
         return pages().empty(layers, heads, size, head_size, dtype)
 
 
+@made
 @dataclass(frozen=True)
 class pages:  # a value that is called like a function: model.cache(size, kind=pages(block=16))
     """A kind for `model.cache`: `Pages` in blocks of this many tokens. Small blocks share more; large blocks are fewer to read.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, tree
+from .._doors import door
 from ..kernels import Part
 from ..records import record
 
@@ -45,6 +46,7 @@ def broken(cache: Any) -> Tensor:
     _unknown("broken", cache)
 
 
+@door
 @functools.singledispatch
 def past(cache: Any, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
     """What new tokens attend to in one layer: the remembered keys and values, in parts.
@@ -79,6 +81,7 @@ def write(cache: Any, delta: Delta, n: Any, donate: bool) -> Any:
 _write = write  # its name when it was not public
 
 
+@door
 @functools.singledispatch
 def grow(cache: Any, rows: int) -> Any:
     """The same past with room for `rows` more tokens; the end that grows is a copy (of a `Branch`, its own tail alone)."""
@@ -108,6 +111,7 @@ def reset_counts(cache: Any, empty: Any, where: Tensor) -> Any:
     return tree.map(lambda new, old: torch.where(where, new, old) if old.dtype == torch.int64 else old, empty, cache)
 
 
+@door
 @functools.singledispatch
 def with_length(cache: Any, length: Tensor) -> Any:
     """The same tensors with another length of the part that grows: what lies beyond is unobservable.
@@ -121,6 +125,7 @@ def with_length(cache: Any, length: Tensor) -> Any:
     return cache._replace(length=length)
 
 
+@door
 def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Tensor | None = None) -> Any:
     """The past with the first n tokens of a delta added.
 

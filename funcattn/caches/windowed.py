@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._doors import made
 from ..kernels import Part
 from ..masks import END
 from ..records import record
@@ -46,6 +47,7 @@ class Ring(NamedTuple):
         return ring(window=size + 1).empty(layers, heads, size, head_size, dtype)
 
 
+@made
 @dataclass(frozen=True)
 class ring:  # a value that is called like a function: model.cache(size, kind=ring(window=128))
     """A kind for `model.cache`: a `Ring` in which a token sees itself, the `window - 1` before it, and the first `sinks`.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import layers, quantization
+from .._doors import door
 from ..models import Model
 from ..quantization import Scheme, is_quantized
 from ..records import is_absent
@@ -38,6 +39,7 @@ class Site(NamedTuple):
     heads: tuple[int, int] = (1, 1)  # heads of the maker, and how many of the reader share each
 
 
+@door
 def smooth(
     model: Model,
     tokens: Tensor,
@@ -69,6 +71,7 @@ def smooth(
     to_nearest = quantization.quantize(scheme, where)
     config = decoder_of("smooth", model, tokens)
 
+    @door(name="smooth(...)")
     def transform(params: Params) -> Params:
         with torch.no_grad():
             plan = to_nearest(params)

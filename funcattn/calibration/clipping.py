@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, packing, quantization
+from .._doors import door
 from ..models import Model
 from ..quantization import Scheme, expand, is_quantized
 from ..transformer import Layer, Params
@@ -26,6 +27,7 @@ from .walking import FEEDS, Feeds, Progress, decoder_of, walk
 CLIPS = tuple(1 - 0.05 * i for i in range(11))  # of the range of a group: 1 to 0.5
 
 
+@door
 def clipped(
     model: Model,
     tokens: Tensor,
@@ -57,6 +59,7 @@ def clipped(
         remedy = "Use fa.int4, fa.int8 or fa.w8a8."
         _checks.fail("clipped", "scheme", "one with a clip", f"a {type(scheme).__name__} without", remedy, TypeError)
 
+    @door(name="clipped(...)")
     def transform(params: Params) -> Params:
         with torch.no_grad():
             plan = to_nearest(params)
@@ -69,6 +72,7 @@ def clipped(
     return transform
 
 
+@door
 def awq(
     model: Model,
     tokens: Tensor,
@@ -86,7 +90,7 @@ def awq(
     """
     decoder_of("awq", model, tokens)
     scaled, rounded = smooth(model, tokens, scheme, where), clipped(model, tokens, scheme, where, progress=progress)
-    return lambda params: rounded(scaled(params))
+    return door(lambda params: rounded(scaled(params)), name="awq(...)")
 
 
 def best_clip(scheme: Any, weight: Tensor, square: Tensor) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, packing, quantization, tree
+from .._doors import door
 from ..models import Model
 from ..quantization import Int4, Int8, Int8Dynamic, Scheme, is_quantized
 from ..transformer import Layer, Params
@@ -27,6 +28,7 @@ from .walking import BY_EXPERT, FEEDS, Feeds, decoder_of, walk
 BLOCK = 128  # columns between two updates of all that follow
 
 
+@door
 def gptq(
     model: Model,
     tokens: Tensor,
@@ -63,6 +65,7 @@ def gptq(
     to_nearest = quantization.quantize(scheme, where)
     decoder_of("gptq", model, tokens)
 
+    @door(name="gptq(...)")
     def transform(params: Params) -> Params:
         with torch.no_grad():
             plan = to_nearest(params)  # which matrices, and their scales

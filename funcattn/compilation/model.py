@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .. import _checks, caches, layers, transformer
 from .._autodiff import has_tangent, transforming
+from .._doors import door
 from ..caches import Branch, Cache, Delta
 from ..masks import Mask
 from ..models import Model, config_of, told
@@ -69,6 +70,7 @@ class Compiled(Model):
         return self.stack.explain(params)
 
 
+@door
 def compile(model: Model, *, depth: int | None = None, backend: str = "inductor") -> Compiled:
     """The same functions, with decoding compiled.
 

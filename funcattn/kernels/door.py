@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._autodiff import transforming
+from .._doors import door as public
 from ..masks import Mask
 from ..records import Attended
 from . import choice, dropout, flash, fused, layout, masking, reference, unseen
@@ -17,6 +18,7 @@ from .choice import Explanation, Request
 from .products import untraced
 
 
+@public
 def attend(
     q: Tensor,
     k: Tensor,
@@ -58,6 +60,7 @@ def attend(
     return _run(request, choice.choose(request, kernel))
 
 
+@public
 def attention(
     q: Tensor,
     k: Tensor,
@@ -86,6 +89,7 @@ def attention(
     return _run(request, choice.choose(request, kernel)).out
 
 
+@public
 def attention_weights(
     q: Tensor,
     k: Tensor,
@@ -109,6 +113,7 @@ def attention_weights(
         return reference.weigh(r.q, r.k, r.mask, scale=r.scale, bias=r.bias)
 
 
+@public
 def explain(
     q: Tensor,
     k: Tensor,
@@ -181,6 +186,9 @@ def _request(
     for name, x, letters in (("q", q, "(*lead, H, T, D)"), ("k", k, "(*lead, K, S, D)"), ("v", v, "(*lead, K, S, Dv)")):
         if not isinstance(x, Tensor):
             _checks.fail(door, name, f"a tensor {letters}", f"a {type(x).__name__}", "Pass torch tensors.", TypeError)
+        if x.is_nested:
+            remedy = "Attend over jagged ones by fa.interop.nested_attention, or pad them and mask by fa.masks.padding."
+            _checks.fail(door, name, f"a tensor {letters}", "a nested tensor", remedy, TypeError)
         if x.dim() < 3:
             _checks.fail(door, name, letters, _checks.shape(x), f"Give a single head an axis of its own: {name}.unsqueeze(-3).")
         if not x.is_floating_point():
@@ -220,12 +228,24 @@ def _request(
         _must_broadcast(door, "bias", bias.shape, (*lead, H, T, S))
         if bias.device != q.device:
             _checks.fail(door, "bias", f"on {q.device} as q is", bias.device, "Move it: bias.to(q.device).")
-    if isinstance(scale, Tensor) and scale.dim():
-        _checks.fail(door, "scale", "a number or a 0-d tensor", _checks.shape(scale), "Multiply q by it instead.")
+    _check_scale(door, scale)
     if dropout or key is not None:
         _check_dropout(door, dropout, key)
     scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale  # without features all logits are zero, whatever it is
     return Request(q, k, v, mask, bias, scale, dropout, key, wants_lse, tuple(lead))
+
+
+def _check_scale(door: str, scale: float | Tensor | None) -> None:
+    if scale is None or torch.compiler.is_compiling():
+        return
+    if isinstance(scale, Tensor):
+        if scale.dim():
+            _checks.fail(door, "scale", "a number or a 0-d tensor", _checks.shape(scale), "Multiply q by it instead.")
+    elif not hasattr(scale, "__float__"):
+        got, remedy = f"a {type(scale).__name__}", "Leave it out for 1 / sqrt(D)."
+        _checks.fail(door, "scale", "a number or a 0-d tensor", got, remedy, TypeError)
+    elif not abs(scale) < torch.finfo(torch.float32).max:
+        _checks.fail(door, "scale", "a number that float32 holds", scale, "It is 1 / sqrt(D) by default.")
 
 
 def _check_dropout(door: str, dropout: float, key: Tensor | None) -> None:

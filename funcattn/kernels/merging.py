@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._autodiff import is_recorded
+from .._doors import door
 from ..records import ABSENT, Attended, is_absent
 from . import blocks, choice, reference, scores, torch_fused
 from .door import attend
@@ -29,6 +30,7 @@ class Part(NamedTuple):
     mask: Any = ABSENT  # a Mask, booleans, or ()
 
 
+@door
 def merge(a: Attended, b: Attended) -> Attended:
     """Join attention over two disjoint sets of keys.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, tree
+from .._doors import door
 from ..tree import Tree
 from .weights import Int4, Int8, Int8Dynamic, expand, is_nearest, is_quantized
 
@@ -71,6 +72,7 @@ def _bits(rows: Sequence[Row]) -> str:
     return f"{sum(row.nbytes for row in rows) * 8 / max(1.0, sum(row.nbytes * 8 / row.bits for row in rows)):.2f}"
 
 
+@door
 def report(params: Tree, quantized: Tree) -> Report:
     """What quantization did to each leaf: bits a weight, bytes, and the relative error of the matrix.
 

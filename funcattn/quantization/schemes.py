@@ -11,13 +11,15 @@
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _checks, packing
 from .weights import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary
+
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 class Scheme(Protocol):
@@ -37,6 +39,21 @@ class Scheme(Protocol):
 class _Settings:
     """Called with settings, a scheme is itself with those changed."""
 
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        group, clip = settings.get("group"), settings.get("clip", 1.0)
+        if group is not None and not _checks.is_count(group, 1):
+            kind = ValueError if isinstance(group, int) else TypeError
+            _checks.fail(self.name, "group", "a number of columns, or None for all of a row", repr(group), "32 is usual.", kind)
+        if not isinstance(clip, int | float) or not 0 < clip <= 1:
+            _checks.fail(self.name, "clip", "in (0, 1]", repr(clip), "1 is all of the range.")
+        if not isinstance(settings.get("symmetric", False), bool):
+            _checks.fail(self.name, "symmetric", "True or False", repr(settings["symmetric"]), "Choose one.", TypeError)
+        if settings.get("kind", "e4m3") not in FLOAT8:
+            _checks.fail(self.name, "kind", '"e4m3" or "e5m2"', repr(settings["kind"]), "Choose one of these.")
+
     def __call__(self, *unnamed: Any, **changes: Any) -> Any:
         """The scheme with other settings.
 
@@ -51,9 +68,8 @@ class _Settings:
         strange = [repr(value) for value in unnamed] or [name for name in changes if name not in names]
         if strange:
             wanted = f"by name: {', '.join(names)}" if names else "none: it has no settings"
-            name = type(self).__name__
             remedy = "A scheme is made of weights by fa.quantize(scheme)(params), and changed as in fa.int4(group=64)."
-            _checks.fail(name, "settings", wanted, ", ".join(strange), remedy, TypeError)
+            _checks.fail(self.name, "settings", wanted, ", ".join(strange), remedy, TypeError)
         return replace(self, **changes)
 
     @property
@@ -66,6 +82,7 @@ class _Settings:
 class Eight(_Settings):
     """int8, symmetric; group: columns that share a scale, None for all of a row; clip shrinks the range (1 is all of it)."""
 
+    name: ClassVar[str] = "int8"
     group: int | None = None
     clip: float = 1.0
 
@@ -79,6 +96,7 @@ class Eight(_Settings):
 class Four(_Settings):
     """int4 in groups of columns; symmetric has no zero of its own, clip shrinks the range (1 is all of it)."""
 
+    name: ClassVar[str] = "int4"
     group: int = 32
     symmetric: bool = False
     clip: float = 1.0
@@ -106,6 +124,7 @@ class EightByEight(_Settings):
     features are much larger than the rest. clip shrinks the range of the weights (1 is all of it).
     """
 
+    name: ClassVar[str] = "w8a8"
     group: int | None = 32
     clip: float = 1.0
 
@@ -124,6 +143,7 @@ class EightByEight(_Settings):
 class NormalFloat(_Settings):
     """16 levels that hold equal mass of a normal law, in groups of columns."""
 
+    name: ClassVar[str] = "nf4"
     group: int = 64
 
     def encode(self, weight: Tensor) -> Codebook:
@@ -146,24 +166,23 @@ class NormalFloat(_Settings):
 class EightFloat(_Settings):
     """8-bit floating point with a scale a row: kind "e4m3" (more digits) or "e5m2" (more range)."""
 
+    name: ClassVar[str] = "fp8"
     kind: str = "e4m3"
 
     def encode(self, weight: Tensor) -> Fp8:
         """See Scheme."""
-        dtypes = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-        if self.kind not in dtypes:
-            _checks.fail("fp8", "kind", '"e4m3" or "e5m2"', repr(self.kind), "Choose one of these.")
-        largest = torch.finfo(dtypes[self.kind]).max
+        largest = torch.finfo(FLOAT8[self.kind]).max
         wide = weight.float()
         scale = wide.abs().amax(-1, keepdim=True) / largest
         codes = (wide / torch.where(scale == 0, 1, scale)).clamp(-largest, largest)
-        return Fp8(codes.to(dtypes[self.kind]), scale)
+        return Fp8(codes.to(FLOAT8[self.kind]), scale)
 
 
 @dataclass(frozen=True)
 class Three(_Settings):
     """-1, 0 and 1 times a scale, the mean size of a group."""
 
+    name: ClassVar[str] = "ternary"
     group: int = 64
 
     def encode(self, weight: Tensor) -> Ternary:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, progress, tree
+from .._doors import door
 from ..models import Model
 from ..tree import Tree
 from .schemes import Scheme, int8
@@ -18,6 +19,7 @@ MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down)"
 ENDS = r"embedding|head"
 
 
+@door
 def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tree]:
     """A transform of params whose chosen matrices become quantized records.
 
@@ -50,6 +52,7 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
             return getattr(scheme, "for_head", int8) if re.fullmatch(ENDS, path) else None
         return scheme if (re.fullmatch(where, path) if isinstance(where, str) else where(path, leaf)) else None
 
+    @door(name="quantize(scheme)")
     def transform(params: Tree) -> Tree:
         if isinstance(params, Model) or not tree.leaves(params):
             got = "a Model" if isinstance(params, Model) else f"a {type(params).__name__} without leaves"
@@ -95,6 +98,7 @@ def _check(path: str, leaf: Any) -> None:
         _checks.fail("quantize", path, "finite", "NaN or Inf", "Mend the weights: a scale would spread it over its group.")
 
 
+@door
 def dequantize(params: Tree, dtype: torch.dtype = torch.float32) -> Tree:
     """The tree with every quantized record as the matrix that it stands for, in a dtype."""
     _checks.whole("dequantize", "params", tree.leaves(params), "Gather them first: fa.gather(params).")

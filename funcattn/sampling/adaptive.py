@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._doors import door
 from ..models import Model
 from ..records import record
-from .composition import Sampler, between, chain, mixture, rank, require, stateless
+from .composition import LARGE, Sampler, between, chain, mixture, rank, require, stateless
 
 
+@door
 def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, then: Sampler | None = None) -> Sampler:
     """Exclude top choices: with a probability, hide all tokens of at least the threshold but the least likely of them.
 
@@ -53,6 +55,7 @@ class Surprise(NamedTuple):
     tokens: Tensor
 
 
+@door
 def mirostat(tau: float = 5.0, eta: float = 0.1) -> Sampler:
     """Mirostat 2: keep the tokens of at most `most` bits of surprise, and move `most` so that the text has tau bits a token.
 
@@ -66,8 +69,8 @@ def mirostat(tau: float = 5.0, eta: float = 0.1) -> Sampler:
 
     Source: Basu et al., Mirostat, arXiv:2007.14966; the second version is llama.cpp's.
     """
-    require(tau > 0, "mirostat", "tau", "above 0 bits", tau, "5 is usual.")
-    require(eta >= 0, "mirostat", "eta", "0 or more", eta, "0.1 is usual.")
+    require((tau > 0) & (tau <= LARGE), "mirostat", "tau", f"above 0 bits, up to {LARGE:g}", tau, "5 is usual.")
+    require(between(eta, 0, LARGE), "mirostat", "eta", f"0 or more, up to {LARGE:g}", eta, "0.1 is usual.")
 
     def update(logits: Tensor, state: Surprise) -> tuple[Tensor, Surprise]:
         surprise = -logits.log_softmax(-1) / torch.log(torch.full_like(logits[:1], 2.0))
@@ -83,6 +86,7 @@ def mirostat(tau: float = 5.0, eta: float = 0.1) -> Sampler:
     return Sampler(init, update, observe)
 
 
+@door
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance of two rows of logits (V,): u + scale * (c - u) of their log-probabilities.
 
@@ -91,9 +95,17 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
 
     Source: Sanchez et al., Stay on topic with classifier-free guidance, arXiv:2306.17806.
     """
+    _require_scale("guide", scale)
+    if conditional.shape != unconditional.shape:
+        wanted, remedy = f"{_checks.shape(conditional)} as the conditional ones", "Both models need one vocabulary."
+        _checks.fail("guide", "unconditional", wanted, _checks.shape(unconditional), remedy)
     c, u = conditional.log_softmax(-1), unconditional.log_softmax(-1)
     hidden = (c == -torch.inf) | (u == -torch.inf)
     return torch.where(hidden, c, u + scale * (torch.where(hidden, 0, c) - torch.where(hidden, 0, u)))
+
+
+def _require_scale(function: str, scale: float | Tensor) -> None:
+    require(between(scale, -LARGE, LARGE), function, "scale", f"a number, up to {LARGE:g}", scale, "1 changes nothing.")
 
 
 @record
@@ -104,6 +116,7 @@ class Other(NamedTuple):
     logits: Tensor
 
 
+@door
 def guidance(scale: float | Tensor, model: Model, params: Any, cache: Any, logits: Tensor) -> Sampler:
     """Classifier-free guidance by a second past that reads every token too: without the condition, or of a negative prompt.
 
@@ -126,7 +139,7 @@ def guidance(scale: float | Tensor, model: Model, params: Any, cache: Any, logit
 
     Law: equal to running both texts in full (test_adaptive.py::test_guidance_reads_both_texts).
     """
-    require(between(scale, -torch.inf, torch.inf), "guidance", "scale", "a number", scale, "1 changes nothing.")
+    _require_scale("guidance", scale)
     if logits.dim() != 1:
         _checks.fail("guidance", "logits", "(V,), of the last token", _checks.shape(logits), "Pass logits[-1].")
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, randomness, tree
+from .._doors import door, uncalled, what_is
 from ..records import ABSENT
 
 
@@ -39,8 +40,10 @@ class Sampler(NamedTuple):
     observe: Callable[[Tensor, Any], Any]
     deterministic: bool = False
     prime: Callable[[Tensor, Tensor, Any], Any] = _ignore
+    __call__ = uncalled  # `greedy` is a value
 
 
+@door
 def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = False) -> Sampler:
     """A sampler from a function of logits (V,) -> (V,).
 
@@ -49,7 +52,15 @@ def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = Fa
         >>> law(never_zero)(torch.zeros(3)).exp().tolist()
         [0.0, 0.5, 0.5]
     """
-    return Sampler(lambda V: ABSENT, lambda logits, state: (transform(logits), state), lambda token, state: state, deterministic)
+
+    def update(logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+        after = transform(logits)
+        if not isinstance(after, Tensor) or after.shape != logits.shape:
+            got, remedy = what_is(after), "Hide a token by -inf instead of leaving it out."
+            _checks.fail("stateless", "what transform returns", f"logits {_checks.shape(logits)}", got, remedy)
+        return after, state
+
+    return Sampler(lambda V: ABSENT, update, lambda token, state: state, deterministic)
 
 
 def chain(*samplers: Sampler) -> Sampler:
@@ -72,6 +83,7 @@ def chain(*samplers: Sampler) -> Sampler:
     )
 
 
+@door
 def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
     """At every token the second sampler with probability `share`, else the first: law = (1 - share) * first + share * second.
 
@@ -110,6 +122,7 @@ def _argmax_only(logits: Tensor) -> Tensor:
 greedy = stateless(_argmax_only, deterministic=True)
 
 
+@door
 def law(sampler: Sampler) -> Callable[..., Tensor]:
     """The log-probabilities that a sampler draws from, as a function (logits (V,), state=None) -> (V,) in float32 at least.
 
@@ -125,12 +138,14 @@ def law(sampler: Sampler) -> Callable[..., Tensor]:
     return log_probabilities
 
 
+@door
 def weigh(sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
     """The law (V,), log-probabilities in float32 at least, and the state that is ready to observe a token drawn from it."""
     filtered, state = sampler.update(_accurate(logits), state)
     return filtered.log_softmax(-1), state
 
 
+@door
 def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any, *, wanted: Tensor | None = None) -> tuple[Tensor, Any]:
     """One token () from logits (V,), and the state that has seen it.
 
@@ -155,6 +170,7 @@ def require_drawable(function: str, drawable: Tensor) -> None:
         _checks.fail(function, "what the sampler leaves", "one token at least, and no NaN", "nothing to draw from", remedy)
 
 
+@door
 def begin(sampler: Sampler, logits: Tensor) -> Any:
     """The state before the first token, where the logits (V,) are."""
     here = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.device(logits.device)  # Dynamo knows no such `with`
@@ -163,6 +179,7 @@ def begin(sampler: Sampler, logits: Tensor) -> Any:
     return tree.map(lambda x: x.to(logits.device), state)  # what a sampler was primed with lies where it lay
 
 
+@door
 def prime(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tensor | None = None) -> Any:
     """The state after a prompt: each sampler of a chain takes from it what users of its name expect.
 
@@ -190,6 +207,7 @@ def prime(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tensor | None
     return sampler.prime(tokens, count, state)
 
 
+@door
 def primed(sampler: Sampler, tokens: Tensor) -> Sampler:
     """The sampler that has seen these tokens (T,) before it begins: for a text whose beginning is in a cache already."""
     return sampler._replace(init=lambda V: prime(sampler, tokens, sampler.init(V)))
@@ -201,9 +219,24 @@ def require(holds: bool | Tensor, function: str, argument: str, wanted: str, got
         _checks.fail(function, argument, wanted, _checks.peek(got) if isinstance(got, Tensor) else got, remedy)
 
 
+def require_integer(function: str, argument: str, n: Any, least: int, remedy: str, *, called: str = "") -> None:
+    """Fail where a size, which sets shapes and cannot be a tensor, is no int or too small."""
+    if not isinstance(n, int) or isinstance(n, bool):
+        _checks.fail(function, argument, "an int, which sets shapes", repr(n), "It cannot be a tensor.", TypeError)
+    require(n >= least, function, argument, f"at least {called}{least}", n, remedy)
+
+
+def bounded(logits: Tensor) -> Tensor:
+    """Logits whose sum or product overflowed, at the greatest number: +inf would leave nothing to draw from."""
+    return logits.clamp(max=torch.finfo(logits.dtype).max)
+
+
 def between(x: Any, low: float, high: float) -> Any:
     """Whether low <= x <= high, for a number or for each entry of a tensor; NaN is not."""
     return (x >= low) & (x <= high)
+
+
+LARGE = 1e30  # the greatest factor: its product with a logit of up to 10^8 is a number of float32
 
 
 def rank(logits: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .composition import Sampler, require, stateless
+from .._doors import door, what_is
+from .composition import Sampler, require, require_integer, stateless
 from .penalties import require_ids
 
 
+@door
 def allowed_tokens(allowed: Sequence[int] | Tensor) -> Sampler:
     """Hide every token but these: ids, or a bool tensor (V,) that is True where a token may be written.
 
@@ -24,6 +26,7 @@ def allowed_tokens(allowed: Sequence[int] | Tensor) -> Sampler:
     return stateless(lambda logits: torch.where(shown(logits), logits, -torch.inf))
 
 
+@door
 def suppress_tokens(ids: Sequence[int] | Tensor) -> Sampler:
     """Hide these tokens: ids, or a bool tensor (V,) that is True where a token may not be written.
 
@@ -33,6 +36,7 @@ def suppress_tokens(ids: Sequence[int] | Tensor) -> Sampler:
     return stateless(lambda logits: torch.where(hidden(logits), -torch.inf, logits))
 
 
+@door
 def min_new_tokens(n: int | Tensor, stop: Sequence[int]) -> Sampler:
     """Hide the stop ids until n tokens were written: transformers `min_new_tokens`, vLLM `min_tokens`. A prompt does not count."""
     require(n >= 0, "min_new_tokens", "n", "0 or more", n, "0 changes nothing.")
@@ -41,6 +45,7 @@ def min_new_tokens(n: int | Tensor, stop: Sequence[int]) -> Sampler:
     return Sampler(lambda V: torch.zeros((), dtype=torch.int64), update, lambda token, written: written + 1)
 
 
+@door
 def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Tensor, Any], Any]) -> Sampler:
     """Write only what a state allows: the hook for grammars.
 
@@ -59,14 +64,15 @@ def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Te
 
     def update(logits: Tensor, state: Any) -> tuple[Tensor, Any]:
         shown = allowed(state)
-        if shown.dtype != torch.bool or shown.shape != logits.shape:
-            got, remedy = f"{shown.dtype} {_checks.shape(shown)}", "Return True where a token may follow."
+        if not isinstance(shown, Tensor) or shown.dtype != torch.bool or shown.shape != logits.shape:
+            got, remedy = what_is(shown), "Return True where a token may follow."
             _checks.fail("constrained", "what allowed returns", f"bool (V,) with V = {logits.shape[-1]}", got, remedy)
         return torch.where(shown, logits, -torch.inf), state
 
     return Sampler(lambda V: start, update, step)
 
 
+@door
 def automaton(table: Tensor, start: int = 0) -> Sampler:
     """Write only what a finite automaton reads.
 
@@ -85,7 +91,8 @@ def automaton(table: Tensor, start: int = 0) -> Sampler:
         _checks.fail("automaton", "table", "int64 (S, V), the next state of each state and token", got, "-1 forbids.", TypeError)
     S, V = table.shape
     require(((table >= -1) & (table < S)).all(), "automaton", "table", f"in [-1, S = {S})", table, "-1 forbids a token.")
-    require(0 <= start < S, "automaton", "start", f"in [0, S = {S})", start, "Name one of the table's states.")
+    require_integer("automaton", "start", start, 0, "Name one of the table's states.")
+    require(start < S, "automaton", "start", f"in [0, S = {S})", start, "Name one of the table's states.")
     row = lambda state: torch.where(state < 0, -1, table.index_select(0, state.clamp(min=0).reshape(1))[0])  # lost stays lost
     step = lambda token, state: row(state).index_select(0, token.reshape(1).long())[0]
     inner = constrained(torch.full((), start, dtype=table.dtype, device=table.device), lambda state: row(state) >= 0, step)

@@ -9,16 +9,36 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .composition import Sampler, between, rank, require, stateless
+from .._doors import door
+from .composition import Sampler, between, rank, require, require_integer, stateless
 
 
+@door
 def temperature(t: float | Tensor) -> Sampler:
-    """Divide logits by t > 0: below 1 sharper, above 1 flatter. For the limit 0 use `greedy`."""
+    """Divide logits by t > 0: below 1 sharper, above 1 flatter. For the limit 0 use `greedy`.
+
+    Where the quotient or its derivative overflows, the greatest logit is subtracted first, which changes no softmax, and what is
+    too far below it is hidden: the limit of the most likely tokens.
+
+    Law: as t goes to 0 the law goes to that of the most likely tokens (test_filters.py).
+    """
     _number("temperature", "t", t)
     require(t > 0, "temperature", "t", "above 0", t, "For the most likely token use sampling.greedy.")
-    return stateless(lambda logits: logits / t)
+
+    def transform(logits: Tensor) -> Tensor:
+        limits = torch.finfo(logits.dtype)
+        by = torch.as_tensor(t, device=logits.device).to(logits.dtype).clamp(min=limits.tiny)
+        reach = by * limits.max * by.clamp(max=1)  # below it, neither x / t nor its derivative x / t^2 overflows
+        top = logits.detach().amax(-1, keepdim=True)
+        largest = torch.where(logits.isinf(), 0, logits.detach()).abs().amax(-1, keepdim=True)
+        below = logits - torch.where((largest > reach) & top.isfinite(), top, 0)
+        far = (below < -reach) | (below == -torch.inf)
+        return torch.where(far, -torch.inf, torch.where(far, 0, below) / by)
+
+    return stateless(transform)
 
 
+@door
 def top_k(k: int | Tensor) -> Sampler:
     """Keep the k greatest logits, exactly k: of equals the lower ids.
 
@@ -31,6 +51,7 @@ def top_k(k: int | Tensor) -> Sampler:
     return stateless(lambda logits: _keep(rank(logits) < k, logits))
 
 
+@door
 def top_p(p: float | Tensor) -> Sampler:
     """Keep the most likely tokens until their probabilities reach p: at least one, and of equals the lower ids; p = 1 keeps all.
 
@@ -43,12 +64,13 @@ def top_p(p: float | Tensor) -> Sampler:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         reached = ordered.softmax(-1).cumsum(-1)
         before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)  # mass of the more likely ones
-        kept = (before < p) | (p >= 1)  # rounding can bring the sum to 1 before the last token
+        kept = (before < p) | (p >= 1) | _only_first(before)  # rounding can bring the sum to 1 early, and p to 0
         return _keep(torch.zeros_like(kept).scatter(-1, order, kept), logits)
 
     return stateless(transform)
 
 
+@door
 def min_p(p: float | Tensor) -> Sampler:
     """Keep the tokens at least p times as likely as the most likely one.
 
@@ -59,6 +81,7 @@ def min_p(p: float | Tensor) -> Sampler:
     return stateless(lambda logits: _keep((logits - logits.amax(-1, keepdim=True)).exp() >= p, logits))
 
 
+@door
 def typical_p(p: float | Tensor) -> Sampler:
     """Keep the tokens whose surprise -log P is nearest to the entropy until their probabilities reach p; p = 1 keeps all.
 
@@ -79,6 +102,7 @@ def typical_p(p: float | Tensor) -> Sampler:
     return stateless(transform)
 
 
+@door
 def epsilon_cutoff(epsilon: float | Tensor) -> Sampler:
     """Keep the tokens of probability epsilon at least, and the most likely ones always.
 
@@ -88,6 +112,7 @@ def epsilon_cutoff(epsilon: float | Tensor) -> Sampler:
     return stateless(lambda logits: _keep((logits.softmax(-1) >= epsilon) | _greatest(logits), logits))
 
 
+@door
 def eta_cutoff(epsilon: float | Tensor) -> Sampler:
     """Keep the tokens of probability min(epsilon, sqrt(epsilon) * exp(-entropy)) at least, and the most likely ones always.
 
@@ -103,6 +128,7 @@ def eta_cutoff(epsilon: float | Tensor) -> Sampler:
     return stateless(transform)
 
 
+@door
 def top_n_sigma(n: float | Tensor) -> Sampler:
     """Keep the logits within n standard deviations of the greatest. The choice does not depend on a temperature before it.
 
@@ -118,11 +144,13 @@ def top_n_sigma(n: float | Tensor) -> Sampler:
         seen = torch.where(there, logits, 0)
         mean = seen.sum(-1, keepdim=True) / number
         sigma = (torch.where(there, logits - mean, 0).square().sum(-1, keepdim=True) / number).sqrt()
-        return _keep(logits >= logits.amax(-1, keepdim=True) - n * sigma.detach(), logits)
+        near = logits >= logits.amax(-1, keepdim=True) - n * sigma.detach()
+        return _keep(near | _greatest(logits), logits)  # inf * 0 is no number
 
     return stateless(transform)
 
 
+@door
 def top_h(share: float | Tensor, *, candidates: int = 100) -> Sampler:
     """Keep the most likely tokens while their part of the entropy stays within a share of it: at least one.
 
@@ -134,7 +162,7 @@ def top_h(share: float | Tensor, *, candidates: int = 100) -> Sampler:
         generation, arXiv:2509.02510.
     """
     require((share > 0) & (share <= 1), "top_h", "share", "in (0, 1]", share, "A usual value is 0.4.")
-    require(candidates >= 1, "top_h", "candidates", "at least 1", candidates, "The default is 100.")
+    require_integer("top_h", "candidates", candidates, 1, "The default is 100.")
 
     def transform(logits: Tensor) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .composition import Sampler, require, stateless
+from .._doors import door
+from .composition import LARGE, Sampler, between, bounded, require, require_integer, stateless
 from .repeats import empty_ring, prime_ring, push
 
 
+@door
 def repetition_penalty(penalty: float | Tensor, *, prompt: bool = True, window: int | None = None) -> Sampler:
     """Divide the logits of tokens seen by the penalty where they are positive, multiply where negative: above 1 discourages.
 
@@ -28,10 +30,13 @@ def repetition_penalty(penalty: float | Tensor, *, prompt: bool = True, window: 
     Source: Keskar et al., CTRL, arXiv:1909.05858, section 4.1.
     """
     require(penalty > 0, "repetition_penalty", "penalty", "above 0", penalty, "1 changes nothing; 1.1 is usual.")
+    moderate = between(penalty, 1 / LARGE, LARGE)
+    require(moderate, "repetition_penalty", "penalty", f"from {1 / LARGE:g} to {LARGE:g}", penalty, "1.1 is usual.")
     penalize = lambda logits: torch.where(logits > 0, logits / penalty, logits * penalty)
     return _counting("repetition_penalty", lambda x, counts: torch.where(counts > 0, penalize(x), x), prompt, window)
 
 
+@door
 def presence_penalty(penalty: float | Tensor, *, prompt: bool = False, window: int | None = None) -> Sampler:
     """Subtract the penalty from the logit of every token that was written, however often.
 
@@ -42,12 +47,14 @@ def presence_penalty(penalty: float | Tensor, *, prompt: bool = False, window: i
     return _counting("presence_penalty", lambda x, counts: x - penalty * (counts > 0), prompt, window)
 
 
+@door
 def frequency_penalty(penalty: float | Tensor, *, prompt: bool = False, window: int | None = None) -> Sampler:
     """Subtract the penalty from the logit of a token as often as it was written. Names and edges as `presence_penalty`."""
     _require_finite("frequency_penalty", penalty)
     return _counting("frequency_penalty", lambda x, counts: x - penalty * counts, prompt, window)
 
 
+@door
 def logit_bias(bias: Mapping[int, float] | Tensor) -> Sampler:
     """Add a number to each logit: a mapping from ids to numbers, or a tensor (V,). -inf hides a token; what is hidden stays so.
 
@@ -59,14 +66,15 @@ def logit_bias(bias: Mapping[int, float] | Tensor) -> Sampler:
         ids, added = torch.tensor(list(bias), dtype=torch.int64), torch.tensor(list(bias.values()), dtype=torch.float64)
     else:
         ids, added = None, bias
-    require(added < torch.inf, "logit_bias", "bias", "numbers or -inf", added, "To force a token, allow no other.")
+    wanted, remedy = f"numbers or -inf, up to {LARGE:g}", "To force a token, allow no other."
+    require((added == -torch.inf) | (abs(added) <= LARGE), "logit_bias", "bias", wanted, added, remedy)
 
     def transform(logits: Tensor) -> Tensor:
         require_ids("logit_bias", ids if ids is not None else added, logits.shape[-1], whole=ids is None)
         if ids is None:
-            return logits + added
+            return bounded(logits + added)
         whole = torch.zeros_like(logits).index_add(-1, ids.to(logits.device), added.to(logits))
-        return logits + whole
+        return bounded(logits + whole)
 
     return stateless(transform)
 
@@ -80,13 +88,14 @@ def require_ids(function: str, ids: Tensor, V: int, *, whole: bool) -> None:
 
 
 def _require_finite(function: str, penalty: float | Tensor) -> None:
-    require((penalty > -torch.inf) & (penalty < torch.inf), function, "penalty", "a finite number", penalty, "0 changes nothing.")
+    wanted = f"a finite number, up to {LARGE:g}"
+    require(between(penalty, -LARGE, LARGE), function, "penalty", wanted, penalty, "0 changes nothing.")
 
 
 def _counting(function: str, penalize: Any, prompt: bool, window: int | None) -> Sampler:
     """A sampler whose update sees how often each token was seen, counts (V,)."""
     if window is not None:
-        require(window >= 1, function, "window", "at least 1", window, "None counts everything.")
+        require_integer(function, "window", window, 1, "None counts everything.")
         init: Any = lambda V: empty_ring(window)
         count = lambda ring, V: tally(ring.tokens.clamp(min=0), ring.tokens >= 0, V)
         observe: Any = push
@@ -98,7 +107,7 @@ def _counting(function: str, penalize: Any, prompt: bool, window: int | None) ->
         prime = lambda tokens, length, counts: (
             counts + tally(tokens, torch.arange(len(tokens), device=tokens.device) < length, counts.shape[-1])
         )
-    update = lambda logits, state: (penalize(logits, count(state, logits.shape[-1])), state)
+    update = lambda logits, state: (bounded(penalize(logits, count(state, logits.shape[-1]))), state)
     return Sampler(init, update, observe, False, prime if prompt else lambda tokens, length, state: state)
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._doors import door
 from ..records import record
-from .composition import Sampler, require
+from .composition import LARGE, Sampler, between, bounded, require, require_integer
 
 
 @record
@@ -38,6 +39,7 @@ def prime_ring(tokens: Tensor, length: Tensor, ring: Ring) -> Ring:
     return Ring(torch.cat([ring.tokens, tokens]).index_select(0, places))
 
 
+@door
 def no_repeat_ngram(n: int, *, window: int = 1024) -> Sampler:
     """Hide every token that would complete an n-gram seen before, prompt included: transformers' `no_repeat_ngram_size`.
 
@@ -47,9 +49,8 @@ def no_repeat_ngram(n: int, *, window: int = 1024) -> Sampler:
 
     Law: equal to transformers' while all fits into the window (test_repeats.py).
     """
-    _require_integer("no_repeat_ngram", "n", n)
-    require(n >= 1, "no_repeat_ngram", "n", "at least 1", n, "3 forbids repeated triples.")
-    require(window >= n, "no_repeat_ngram", "window", f"at least n = {n}", window, "Look back at least one n-gram.")
+    require_integer("no_repeat_ngram", "n", n, 1, "3 forbids repeated triples.")
+    require_integer("no_repeat_ngram", "window", window, n, "Look back at least one n-gram.", called="n = ")
 
     def update(logits: Tensor, ring: Ring) -> tuple[Tensor, Ring]:
         grams = ring.tokens.unfold(0, n, 1)  # (W - n + 1, n)
@@ -61,6 +62,7 @@ def no_repeat_ngram(n: int, *, window: int = 1024) -> Sampler:
     return Sampler(lambda V: empty_ring(window), update, push, False, prime_ring)
 
 
+@door
 def dry(
     multiplier: float | Tensor = 0.8,
     *,
@@ -88,10 +90,10 @@ def dry(
     Law: equal to a loop over the text (test_repeats.py).
     """
     require(multiplier >= 0, "dry", "multiplier", "0 or more", multiplier, "0 changes nothing; 0.8 is usual.")
-    require(base >= 1, "dry", "base", "at least 1", base, "1.75 is usual.")
+    require(between(base, 1, LARGE), "dry", "base", f"at least 1, up to {LARGE:g}", base, "1.75 is usual.")
     require(allowed_length >= 1, "dry", "allowed_length", "at least 1", allowed_length, "2 is usual.")
-    require(window >= 2, "dry", "window", "at least 2", window, "Look back farther.")
-    require(longest >= 1, "dry", "longest", "at least 1", longest, "50 is usual.")
+    require_integer("dry", "window", window, 2, "Look back farther.")
+    require_integer("dry", "longest", longest, 1, "50 is usual.")
     if not all(isinstance(token, int) for token in breakers):
         _checks.fail("dry", "breakers", "ids as ints", repr(breakers), "Encode strings with the tokenizer.", TypeError)
 
@@ -109,12 +111,7 @@ def dry(
         lengths = torch.where(whole[1:], lengths, 0)
         places = torch.where(text[1:] >= 0, text[1:], 0)
         match = torch.zeros(logits.shape[-1], dtype=torch.int64, device=logits.device).scatter_reduce(-1, places, lengths, "amax")
-        power = torch.as_tensor(base, dtype=logits.dtype, device=logits.device) ** (match - allowed_length)
+        power = bounded(torch.as_tensor(base, dtype=logits.dtype, device=logits.device) ** (match - allowed_length))
         return logits - torch.where(match >= allowed_length, multiplier * power, 0), ring
 
     return Sampler(lambda V: empty_ring(window), update, push, False, prime_ring)
-
-
-def _require_integer(function: str, argument: str, n: object) -> None:
-    if not isinstance(n, int):
-        _checks.fail(function, argument, "an int, which sets shapes", repr(n), "It cannot be a tensor.", TypeError)

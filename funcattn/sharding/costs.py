@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _checks
+from .._doors import door
 from ..transformer import DATA, TENSOR, Config, shapes
 from .partitions import Mesh, axes_of
 
@@ -86,6 +87,7 @@ class Cost:
     __repr__ = __str__
 
 
+@door
 def cost(
     config: Config,
     mesh: Mesh | dict[str, int],

@@ -18,6 +18,7 @@ import optree
 
 from .. import _checks
 from .._autodiff import has_tangent, transforming
+from .._doors import door
 from ..collectives import agree, remembering
 from ..models import Model
 from .devices import bind, check, refuse_transform, stacked, wrapped
@@ -26,6 +27,7 @@ from .partitions import Grid, Mesh, P, PartitionSpec, axes_of, broadcast
 from .storing import is_distributed, local, spec_of
 
 
+@door
 def spmd(f: Callable[..., Any], axis: str, n: int, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """f on n devices that are all in this process: a vmap whose axis psum and its kin speak over.
 
@@ -49,6 +51,7 @@ def spmd(f: Callable[..., Any], axis: str, n: int, in_specs: Any, out_specs: Any
     return shard_map(f, Grid(**{axis: n}), in_specs, out_specs)
 
 
+@door
 def shard_map(
     f: Any,
     mesh: Mesh,

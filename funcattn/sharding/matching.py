@@ -7,6 +7,7 @@ import optree
 from torch import Tensor
 
 from .. import _checks, layers, tree
+from .._doors import door
 from ..low_rank import Lora
 from ..quantization import RECORDS
 from ..tree import Tree
@@ -52,6 +53,7 @@ def is_weight(node: Any) -> bool:
     return optree.is_namedtuple(node) and layers.fields.dispatch(type(node)) is not layers.fields.dispatch(object)
 
 
+@door
 def specs(params: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
     """A tree like params of the specs that rules give its leaves.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _checks, tree
 from .._autodiff import has_tangent, transforming
+from .._doors import door
 from ..collectives import agree, groups
 from ..tree import Tree
 from .matching import specs
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # a third of the time of importing torch: it waits until some
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # Gloo has no such numbers
 
 
+@door
 def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
     """A transform of a tree that keeps of each leaf this process's part, as a DTensor.
 
@@ -43,6 +45,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
     """
     sizes = axes_of(mesh)
 
+    @door(name="shard(mesh)")
     def transform(params: Tree) -> Tree:
         cuts = specs(params, mesh, rules)
         if isinstance(mesh, Grid):
@@ -66,6 +69,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
     return transform
 
 
+@door
 def gather(tree_: Tree) -> Tree:
     """The tree with every DTensor whole again, on every process; other leaves are shared.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, collectives, transformer
+from .._doors import door
 from ..collectives import all_gather, axis_index, pmax, psum, share
 from ..models import Model, config_of, told
 from ..transformer import TENSOR
@@ -46,6 +47,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return summed.log() + greatest - logit
 
 
+@door
 def candidates(model: Model, k: int) -> Model:
     """The model whose logits are those of its k likeliest tokens, and -inf of all others: k numbers of each device cross the mesh.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, randomness
+from .._doors import door
 from ..records import record
 from .rules import Rule, at, blockwise
 
@@ -29,6 +30,7 @@ class Accepted(NamedTuple):
     tokens: Tensor
 
 
+@door
 def accept(
     key: Tensor,
     target: Tensor,
@@ -75,6 +77,7 @@ def accept(
     return Accepted(count, token, finish(proposed, count, token))
 
 
+@door
 def acceptance_pmf(
     target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor | None = None, *, rule: Rule = blockwise, check: bool = True
 ) -> Tensor:
@@ -126,7 +129,7 @@ def _checked(function: str, target: Tensor, draft: Tensor, proposed: Tensor, val
     N = len(proposed)
     if not N:
         _checks.fail(function, "proposed", "(N,) with N at least 1", (0,), "With nothing drafted, draw from the target.")
-    V = target.shape[-1]
+    V = target.shape[-1] if target.dim() else 0
     check_laws(function, "target", target, (N + 1, V), "(N + 1, V)", N)
     check_laws(function, "draft", draft, (N, V), "(N, V)", N)
     if valid is None:

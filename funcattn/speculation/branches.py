@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, randomness
+from .._doors import door
 from ..records import record
 from .acceptance import check_laws, check_values, draw_row
 from .rules import Regions, divide, normalize
@@ -37,6 +38,7 @@ class Branched(NamedTuple):
     tokens: Tensor
 
 
+@door
 def accept_tree(
     key: Tensor,
     target: Tensor,
@@ -74,6 +76,7 @@ def accept_tree(
     return Branched(count, path, token, tokens)
 
 
+@door
 def accept_among(
     key: Tensor, target: Tensor, draft: Tensor, proposed: Tensor, *, replacement: bool = False, check: bool = True
 ) -> Branched:
@@ -89,6 +92,8 @@ def accept_among(
 
     Law: the target's law exactly (test_branches.py).
     """
+    if proposed.dim() != 1:
+        _checks.fail("accept_among", "proposed", "(M,)", _checks.shape(proposed), "Map over many rows with vmap.")
     M = len(proposed)
     rows = lambda law: law.expand(M + 1, *law.shape[-1:])
     done = accept_tree(key, rows(target), rows(draft), proposed, torch.zeros_like(proposed), replacement=replacement, check=check)
@@ -96,6 +101,7 @@ def accept_among(
     return Branched(done.count, done.path, token, torch.cat([token.reshape(1), torch.full_like(proposed, -1)]))
 
 
+@door
 def tree_pmf(
     target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, *, replacement: bool = False, check: bool = True
 ) -> Tensor:
@@ -124,8 +130,8 @@ def walk(threshold: Tensor, uniforms: Tensor, parent: Tensor) -> tuple[Tensor, T
 def _regions(
     function: str, target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, replacement: bool, check: bool
 ) -> Regions:
-    M = len(proposed)
     _check(function, target, draft, proposed, parent, check)
+    M = len(proposed)
     nodes, vocabulary = torch.arange(M + 1, device=target.device), torch.arange(target.shape[-1], device=target.device)
     p_all, q_all, thresholds = target, draft, []
     for n in range(M):
@@ -143,7 +149,9 @@ def _regions(
 
 
 def _check(function: str, target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, check: bool) -> None:
-    M, V = len(proposed), target.shape[-1]
+    if proposed.dim() != 1:
+        _checks.fail(function, "proposed", "(M,)", _checks.shape(proposed), "Map over many rows with vmap.")
+    M, V = len(proposed), target.shape[-1] if target.dim() else 0
     if not M:
         _checks.fail(function, "proposed", "(M,) with M at least 1", (0,), "With nothing drafted, draw from the target.")
     check_laws(function, "target", target, (M + 1, V), "(N + 1, V)", M)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, progress, randomness, sampling, transformer
+from .._doors import door
 from ..generation import Streamed, _agree, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill
 from ..models import Model
 from ..records import ABSENT, is_absent, record
@@ -69,6 +70,7 @@ class Speculated(NamedTuple):
     stats: Stats
 
 
+@door
 def speculate(
     key: Tensor,
     model: Model,

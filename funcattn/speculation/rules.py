@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._doors import uncalled
 from ..records import record
 
 
@@ -47,6 +48,7 @@ class Rule(NamedTuple):
     regions: Callable[[Tensor, Tensor, Tensor, Tensor], Regions]
     count: Callable[[Tensor, Tensor], Tensor]
     pmf: Callable[[Tensor], Tensor]
+    __call__ = uncalled
 
 
 def divide(a: Tensor, b: Tensor, otherwise: Tensor | float) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, tree
+from .._doors import door
 from ..records import record
 from ..sampling import Sampler, greedy, weigh
 from .acceptance import Accepted, accept
@@ -31,6 +32,7 @@ class Along(NamedTuple):
     states: Any
 
 
+@door
 def laws_along(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -> Along:
     """The sampler's laws at the N + 1 places of a draft, and its states there.
 
@@ -42,8 +44,8 @@ def laws_along(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -
 
     Law: equal to sampling one token after another (test_verification.py).
     """
-    if logits.shape[:-1] != (len(proposed) + 1,):
-        wanted = f"(N + 1, V) with N = {len(proposed)} as proposed"
+    if proposed.dim() != 1 or logits.shape[:-1] != (len(proposed) + 1,):
+        wanted = f"(N + 1, V) with N = {_checks.shape(proposed)[0] if proposed.dim() else None} as proposed"
         _checks.fail("laws_along", "logits", wanted, _checks.shape(logits), "One row before the draft, one after each token.")
     laws, states = [], []
     for n, row in enumerate(logits.unbind()):
@@ -55,6 +57,7 @@ def laws_along(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -
     return Along(torch.stack(laws), tree.map(lambda *leaves: torch.stack(leaves), *states))
 
 
+@door
 def matched(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, state: Any) -> tuple[Accepted, Any]:
     """`accept` where the sampler leaves one token: drafts stay while they are that token. No law is computed.
 

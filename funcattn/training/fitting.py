@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, collectives, randomness, tree
+from .._doors import door
 from ..models import Model
 from ..records import ABSENT
 from ..tree import Tree
@@ -46,6 +47,7 @@ class Fitted(NamedTuple):
     history: tuple[Report, ...]
 
 
+@door
 def draw(key: Tensor, tokens: Tensor, number: int | Tensor, *, rows: int, context: int) -> Tensor:
     """Batch `number` of a text: (rows, context + 1) tokens, each row from a place of its own, all places as likely.
 
@@ -62,6 +64,7 @@ def draw(key: Tensor, tokens: Tensor, number: int | Tensor, *, rows: int, contex
     return tokens[start.unsqueeze(-1) + torch.arange(context + 1, device=tokens.device)]
 
 
+@door
 def fit(
     key: Tensor,
     model: Model,

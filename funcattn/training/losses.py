@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, collectives, masks, tree
+from .._doors import door
 from ..caches import CONTEXT
 from ..collectives import axis_size, own, psum
 from ..kernels import zigzag
@@ -24,6 +25,7 @@ BLOCK = 2**24  # logits held at a time: 64 MiB in float32, beside which a call c
 NEVER = torch.iinfo(torch.int64).min  # torch leaves out targets of -100 in silence; no target is this
 
 
+@door
 def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
     """The mean cross-entropy, in nats, of each next token.
 

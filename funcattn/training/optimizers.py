@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, collectives, tree
+from .._doors import door, uncalled
 from ..records import ABSENT, record
 from ..tree import Tree
 from . import fused
@@ -39,6 +40,7 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Tree], Any]
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
+    __call__ = uncalled
 
 
 @record
@@ -67,6 +69,7 @@ class Accumulated(NamedTuple):
     inner: Any
 
 
+@door
 def apply(params: Tree, updates: Tree) -> Tree:
     """params + updates, leaf by leaf, in the dtype of params.
 
@@ -77,6 +80,7 @@ def apply(params: Tree, updates: Tree) -> Tree:
     return tree.map(lambda p, u: p + u.to(p.dtype), params, updates)
 
 
+@door
 def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
     """Stochastic gradient descent.
 
@@ -114,6 +118,7 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
     return Optimizer(init, update)
 
 
+@door
 def adamw(
     learning_rate: Rate,
     *,
@@ -135,6 +140,8 @@ def adamw(
     Source: Loshchilov and Hutter, Decoupled weight decay regularization, arXiv:1711.05101.
     """
     check_rate("adamw", learning_rate)
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        _checks.fail("adamw", "betas", "two numbers", f"a {type(betas).__name__}", "Such as (0.9, 0.999).", TypeError)
     b1, b2 = betas
     _share("adamw", "betas", b1)
     _share("adamw", "betas", b2)
@@ -169,11 +176,13 @@ def adamw(
     return Optimizer(init, update)
 
 
+@door
 def hidden_matrices(path: str, leaf: Tensor) -> bool:
     """True for the matrices inside layers, which Muon is for: neither embedding nor head, neither norms nor biases."""
     return leaf.dim() == 2 and path.startswith("layers.")
 
 
+@door
 def muon(
     learning_rate: Rate,
     *,
@@ -240,6 +249,7 @@ def muon(
     return Optimizer(init, update)
 
 
+@door
 def orthogonal(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """U V^T of x = U S V^T, about: after five steps the singular values lie in 0.5..1.5, with the signs and the order of x.
 
@@ -266,6 +276,7 @@ def norm(gradients: Tree) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
 
 
+@door
 def clip(max_norm: float) -> Optimizer:
     """Gradients no longer than max_norm: g min(1, max_norm / |g|), the norm taken over the whole tree.
 
@@ -297,6 +308,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
     return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update)
 
 
+@door
 def accumulate(n: int, optimizer: Optimizer) -> Optimizer:
     """Update once every n gradients, by their mean; the updates between are zero.
 
@@ -367,10 +379,10 @@ def _columns(*trees: Tree) -> list[Any]:
 
 
 def _share(function: str, argument: str, x: float) -> None:
-    if not 0 <= x < 1:
+    if not isinstance(x, int | float) or not 0 <= x < 1:
         _checks.fail(function, argument, "in [0, 1)", x, "It is the share of the past that is kept.")
 
 
 def _positive(function: str, argument: str, x: float) -> None:
-    if not 0 <= x < float("inf"):
+    if not isinstance(x, int | float) or not 0 <= x < float("inf"):
         _checks.fail(function, argument, "a number, 0 or more", x, "Choose such a one.")

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._doors import door
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 Rate: TypeAlias = float | Tensor | Schedule
 
 
+@door
 def constant(peak: float) -> Schedule:
     """The same rate at every step.
 
@@ -28,6 +30,7 @@ def constant(peak: float) -> Schedule:
     return lambda step: torch.full_like(step, peak, dtype=torch.float64)
 
 
+@door
 def cosine(peak: float, steps: int, *, warmup: int = 0, floor: float = 0.0) -> Schedule:
     """A linear warm-up to the peak, then half a cosine down to the floor at `steps`, and the floor from there.
 
@@ -52,6 +55,7 @@ def cosine(peak: float, steps: int, *, warmup: int = 0, floor: float = 0.0) -> S
     return rate
 
 
+@door
 def wsd(peak: float, steps: int, *, warmup: int = 0, decay: int, floor: float = 0.0) -> Schedule:
     """Warm up, stay, decay: a linear warm-up, the peak, and a straight line to the floor over the last `decay` steps.
 

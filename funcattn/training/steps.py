@@ -16,6 +16,7 @@ from torch.func import grad_and_value
 
 from .. import _checks, tree
 from .._autodiff import is_recorded
+from .._doors import door
 from ..models import Model
 from ..records import ABSENT, record
 from ..tree import Tree
@@ -37,6 +38,7 @@ class Metrics(NamedTuple):
     norm: Tensor
 
 
+@door
 def step(
     model: Model,
     optimizer: Optimizer,
@@ -83,6 +85,7 @@ def step(
         _checks.fail("step", "optimizer", "an Optimizer", got, "Use fa.training.adamw(3e-4), or one of its kin.", TypeError)
     narrow = tree.cast(compute) if compute is not None else lambda params: params
 
+    @door(name="step(model, optimizer)")
     def one(params: Tree, state: Any, batch: Any, frozen: Tree = ABSENT) -> tuple[Tree, Any, Metrics]:
         of = lambda part: lambda params: loss(model, narrow(tree.combine(params, frozen)), part)
         parts = _split(batch, micro_batches)

@@ -4,11 +4,13 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from .. import _checks
+from .._doors import door
 from ..checkpoints import Tokenizer
 
 UNKNOWN = "\ufffd"  # what stands for a character that the text did not have
 
 
+@door
 def characters(text: str) -> Tokenizer:
     """A tokenizer whose tokens are the characters of a text, in the order of Unicode, and one for all others.
 

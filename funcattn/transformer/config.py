@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import _checks, layers
+from .._doors import made
 from ..layers import RopeScaling
 
 NORMS = ("rms", "layer")
@@ -24,6 +25,7 @@ class Kind(NamedTuple):
     experts: bool
 
 
+@made
 @dataclass(frozen=True)
 class Config:
     """What the mathematics needs to know and the weights do not say. Hashable, no tensors; the defaults make a tiny model.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, caches, kernels, layers, masks, rematerialization, taps
+from .._doors import what_is
 from ..caches import Cache, Delta
 from ..collectives import bound
 from ..layers import Rotation
@@ -185,6 +186,9 @@ def finish(config: Config, params: Params, x: Tensor) -> Tensor:
 
 def head(params: Params) -> Any:
     """The weight that makes logits: the embedding, where it has none of its own."""
+    if not hasattr(params, "head"):
+        remedy = "Make them with model.init(key), or take those of fa.load."
+        _checks.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
     return params.embedding if is_absent(params.head) else params.head
 
 
@@ -245,6 +249,9 @@ def share(
 
 
 def _check_params(params: Params, config: Config) -> None:
+    if not hasattr(params, "layers"):
+        remedy = "Make them with model.init(key), or take those of fa.load; arguments come in the order params, tokens, cache."
+        _checks.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
     count, norm = len(params.layers), params.norm
     if count == config.layers and (bound() or norm.shape[-1:] == (config.width,)):  # a device of a mesh may hold a part
         return

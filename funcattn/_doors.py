@@ -1,0 +1,170 @@
+"""Public functions say what they were given wrongly: an argument of another kind, a forgotten one, one too many.
+
+Where a call raises, and not in the library's words, `door` compares the arguments with the annotations, which are there anyway: a
+tensor, an int, a number, a function, a dtype, a record or a value such as a Sampler. A call that works costs nothing more, and an
+error that the arguments do not explain stays as it is. Sizes and values are the function's own to check.
+"""
+
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import numbers
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+
+from . import _checks
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=type)
+
+
+class Kind(NamedTuple):
+    """What an argument should be, in words; whether a value is that; and what to do where it is not."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    remedy: str = "Arguments come in the order key, model, params, data; options go by name."
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_nested
+
+
+def _is_sequence(x: Any) -> bool:
+    return isinstance(x, collections.abc.Iterable) and not isinstance(x, str) and not (isinstance(x, Tensor) and not x.dim())
+
+
+SEQUENCE = Kind("a sequence", _is_sequence, "Put a single one into a tuple.")
+PLAIN: dict[Any, Kind] = {
+    Tensor: Kind("a tensor", _is_tensor, "Make one of numbers by torch.tensor; apply a function to a tree by fa.tree.map."),
+    int: Kind("an int", lambda x: isinstance(x, numbers.Integral | torch.SymInt), "Give one whole number."),
+    float: Kind("a number", lambda x: isinstance(x, numbers.Real | torch.SymInt | torch.SymFloat), "Give one number."),
+    bool: Kind("True or False", lambda x: isinstance(x, numbers.Integral) or type(x).__name__.startswith("bool")),
+    str: Kind("a str", lambda x: isinstance(x, str)),
+    type(None): Kind("None", lambda x: x is None),
+    torch.dtype: Kind("a torch.dtype", lambda x: isinstance(x, torch.dtype), "Pass one such as torch.float32."),
+    torch.device: Kind("a torch.device", lambda x: isinstance(x, torch.device), 'Pass one such as torch.device("cpu").'),
+    Callable: Kind("a function", callable, "Pass the function itself."),
+    collections.abc.Mapping: Kind("a mapping", lambda x: isinstance(x, collections.abc.Mapping)),
+    **dict.fromkeys((collections.abc.Sequence, collections.abc.Iterable, tuple, list), SEQUENCE),
+}
+TREE = Kind("a tree of weights", lambda x: _has_tensors(x), "model.init(key) makes one, and fa.load reads one.")
+
+
+def _has_tensors(x: Any) -> bool:
+    return isinstance(x, tuple | list | dict) and any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(x))
+
+
+def kind_of(annotation: Any) -> Kind | None:
+    """What an annotation asks for; None where anything goes."""
+    if annotation in PLAIN:
+        return PLAIN[annotation]
+    origin = typing.get_origin(annotation)
+    if origin in PLAIN:
+        return PLAIN[origin]
+    if origin in (typing.Union, types.UnionType):
+        parts = [kind_of(part) for part in typing.get_args(annotation)]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        words = " or ".join(dict.fromkeys(part.words for part in known))
+        return Kind(words, lambda x: any(part.holds(x) for part in known), known[0].remedy)
+    if getattr(annotation, "array_type", None) is Tensor:  # jaxtyping's
+        return PLAIN[Tensor]
+    if not isinstance(annotation, type) or not (hasattr(annotation, "_fields") or dataclasses.is_dataclass(annotation)):
+        return None
+    name = annotation.__name__
+    if name == "Model":
+        remedy = "Make it with fa.decoder(config); arguments come in the order key, model, params, data."
+        return Kind("from fa.decoder", lambda x: hasattr(x, "hidden") and hasattr(x, "logits"), remedy)
+    remedy = f"Call what makes one first; help(funcattn) says where a {name} comes from."
+    return Kind(f"a{'n' * (name[0] in 'AEIOU')} {name}", lambda x: isinstance(x, annotation), remedy)
+
+
+LOOSE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def door(f: F | None = None, *, name: str | None = None) -> Any:
+    """A public function whose errors speak of its arguments where these are of the wrong kinds or number.
+
+    Args:
+        name: how messages call it; its own name by default.
+
+    Example:
+        >>> @door
+        ... def doubled(x: Tensor, *, times: int = 1) -> Tensor:
+        ...     return x.repeat(2**times)
+        >>> doubled(torch.ones(2), times=0.5)
+        Traceback (most recent call last):
+        TypeError: doubled: times should be an int, got 0.5. Give one whole number.
+    """
+    if f is None:
+        return functools.partial(door, name=name)
+    called = name or f.__name__  # pyright: ignore[reportAttributeAccessIssue]
+
+    @functools.wraps(f)
+    def checked(*args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return f(*args, **options)
+        try:
+            return f(*args, **options)
+        except Exception as error:
+            if "should be" not in str(error):
+                _explain(called, f, args, options, error)
+            raise
+
+    return checked
+
+
+def made(cls: C) -> C:
+    """A dataclass whose construction is a door."""
+    cls.__init__ = door(cls.__init__, name=cls.__name__)
+    return cls
+
+
+def _explain(called: str, f: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], error: Exception) -> None:
+    """Fail in the library's words where the arguments are what went wrong; return where they are not."""
+    signature = inspect.signature(f)
+    try:
+        given = signature.bind(*args, **options).arguments
+    except TypeError:
+        parameters = [p for p in signature.parameters.values() if p.name != "self"]
+        needed = [f"{p.name}=" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters if p.default is p.empty]
+        rest = [f"{p.name}=..." for p in parameters if p.default is not p.empty]
+        got = ", ".join([*map(what_is, args["self" in signature.parameters :]), *(f"{key}=" for key in options)]) or "nothing"
+        remedy = "Arguments come in this order, options go by name; what returns a function is called twice."
+        wanted = f"({', '.join([*needed, *rest])})"
+        raise TypeError(_checks.form(called, "the arguments", wanted, f"({got})", remedy)) from None
+    hints = typing.get_type_hints(f)
+    for key, x in given.items():
+        hint = hints.get(key)
+        kind = TREE if key == "params" and hint is Any else kind_of(hint)
+        if signature.parameters[key].kind in LOOSE:
+            continue
+        if kind is not None and not kind.holds(x):
+            raise TypeError(_checks.form(called, key, kind.words, what_is(x), kind.remedy)) from error
+
+
+def uncalled(value: Any, *args: Any, **options: Any) -> NoReturn:
+    """`__call__` of a value that is passed as it is, such as the sampler `greedy`."""
+    wanted, got = "passed as it is", f"a call with ({', '.join(map(what_is, args))})"
+    _checks.fail(type(value).__name__, "the value", wanted, got, "It is made already: leave the brackets out.", TypeError)
+
+
+def what_is(x: Any) -> str:
+    """A value in a few words."""
+    if isinstance(x, Tensor):
+        return f"a {'nested ' * x.is_nested}tensor {x.dtype} {_checks.shape(x) if not x.is_nested else ''}".rstrip()
+    if x is None or isinstance(x, bool | numbers.Number | str | torch.dtype | torch.device):
+        return repr(x)
+    if isinstance(x, type) or inspect.isroutine(x):
+        return f"the {'class' if isinstance(x, type) else 'function'} {x.__name__}"
+    name = type(x).__name__
+    return f"a{'n' * (name[0].lower() in 'aeiou')} {name}"
