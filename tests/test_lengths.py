@@ -154,6 +154,26 @@ def test_a_score_is_that_of_the_whole_text(kind):
 
 
 @pytest.mark.parametrize("kind", FOLLOWING)
+def test_packed_documents_are_each_as_alone(kind):
+    model, params = model_of(kind)
+    lengths = (5, BORDER + 6, 1, BORDER)
+    segments = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    x, documents = X[: len(segments)], fa.masks.segments(segments)
+    mask = fa.masks.intersection(documents, fa.masks.causal(len(x)))
+    places = torch.arange(len(x)) - documents.start.squeeze(-1)
+    alone = torch.cat([whole(model, params, document) for document in x.split(lengths)])
+    close(
+        model.hidden(params, x, mask=mask, positions=places)[0], torch.cat([model.hidden(params, d)[0] for d in x.split(lengths)])
+    )
+    close(model.extend(params, x, (), mask=mask, positions=places)[0], alone)
+    rows = torch.stack([x, x.flip(0)])
+    close(model.extend(params, rows, (), mask=mask, positions=places.expand(2, -1))[0][0], alone)
+    several = [document for document in x.split(lengths) if len(document) > 1]
+    each = [float(fa.loss(model, params, document)) * (len(document) - 1) for document in several]
+    assert float(fa.loss(model, params, x, segments=segments)) == pytest.approx(sum(each) / sum(len(d) - 1 for d in several))
+
+
+@pytest.mark.parametrize("kind", FOLLOWING)
 def test_a_mask_and_the_place_in_a_tree_of_drafts_hold_in_a_text_that_is_read_again(kind):
     model, params = model_of(kind)
     past = model.apply(params, X[: BORDER - 1], model.cache(40, dtype=torch.float64))[1]

@@ -97,7 +97,8 @@ def _write_smollm3(config: Config) -> dict[str, Any]:
 def _read_mistral(fields: Fields) -> dict[str, Any]:
     common = read_common(fields, context=4096 * 32, kv_heads=8, bias=False)
     window = fields.whole("sliding_window", None if fields.says("sliding_window") else 4096)  # null is none, silence is 4096
-    return {**common, "window": window}
+    everywhere = [window is not None] * common["layers"]
+    return {**common, **read_windows(fields, window, common["layers"], everywhere)}  # with layer_types AutoModel takes Ministral
 
 
 def _write_mistral(config: Config) -> dict[str, Any]:

@@ -66,16 +66,19 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
             _checks.fail("loss", "segments", "None over 'context'", "some", "Pack documents over 'data', or leave them whole.")
         inputs, targets = _part(inputs), _part(targets)
         counts = None if counts is None else _part(counts)
+    whole = transformer.follower(model) is not None and axis_size(CONTEXT) == 1  # the last token counts for the length of its text
+    inputs = tokens if whole else inputs
     if segments is None:
         hidden = model.hidden(params, inputs)[0]
     else:
-        ids, T = segments[..., :-1], inputs.shape[-1]
+        ids, T = segments[..., : inputs.shape[-1]], inputs.shape[-1]
         documents = masks.segments(ids)
         seen = masks.intersection(documents, masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device)))
         places = torch.arange(T, device=tokens.device) - documents.start.squeeze(-1)
         hidden = model.hidden(params, inputs, mask=seen, positions=places)[0]
-        same = ids == segments[..., 1:]
+        same = segments[..., :-1] == segments[..., 1:]
         counts = same if counts is None else counts & same
+    hidden = hidden[..., : targets.shape[-1], :]
     alone = axis_size(DATA) * axis_size(CONTEXT) == 1
     if alone and counts is not None and _checks.value(counts) is not None and not _checks.is_true(counts):
         _checks.fail("loss", "mask", "true of some target", "none that counts", "Leave out batches without targets.")

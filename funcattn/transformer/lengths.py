@@ -57,17 +57,31 @@ def length_of(places: Tensor) -> Tensor:
     return parallel.longest(places.amax(-1) + 1)
 
 
+def lengths_of(places: Tensor, mask: Mask | Tensor | None, in_order: bool) -> Tensor:
+    """The length (*lead) of each text; or (*lead, T) of the document of each token, where several lie behind each other.
+
+    That is where positions and a mask of intervals are given: a document ends where positions do not go on by one.
+    """
+    T = places.shape[-1]
+    if in_order or not isinstance(mask, Mask) or T < 2:
+        return length_of(places)
+    row = torch.arange(T, device=places.device)
+    ends = F.pad(places[..., 1:] != places[..., :-1] + 1, (0, 1), value=True)
+    last = torch.where(ends, row, T).flip(-1).cummin(-1).values.flip(-1)  # of its document
+    return places.gather(-1, last) + 1
+
+
 def hidden(
     config: Config, run: Run, tokens: Tensor, cache: Any, places: Tensor, mask: Mask | Tensor | None, in_order: bool
 ) -> tuple[Tensor, Delta]:
     """The residual (*lead, T, E) of new tokens and their delta, as in a reading of the whole text, the past and they."""
     if not config.follows_length:
         return run(tokens, cache, places, mask, in_order, None)
-    length = length_of(places)
     if is_absent(cache):
+        length = lengths_of(places, mask, in_order)
         x, delta = run(tokens, cache, places, mask, in_order, length)
         return x, noted(config, delta, tokens, length)
-    length = torch.maximum(length, cache.length)
+    length = torch.maximum(length_of(places), cache.length)
     text = remembered(config, cache)
     if _goes_on(config, text, length):
         x, delta = run(tokens, cache, places, mask, in_order, length)
@@ -82,12 +96,13 @@ def continues(config: Config, cache: Any, T: int) -> bool:
 
 
 def noted(config: Config, delta: Delta, tokens: Tensor, length: Tensor) -> Delta:
-    """The delta with the rows that hold its tokens, read in a text of that length; as it is where no angle follows the length."""
+    """The delta with the rows that hold its tokens, read in texts of that length; as it is where no angle follows the length."""
     if not config.follows_length:
         return delta
     k, D = delta.k[0], config.head_size
     powers = BASE ** torch.arange(_digits(config), device=tokens.device)
-    beyond = (length > _context(config)).long().unsqueeze(-1).expand(tokens.shape)
+    beyond = (length > _context(config)).long()
+    beyond = (beyond if beyond.dim() == tokens.dim() else beyond.unsqueeze(-1)).expand(tokens.shape)
     row = torch.cat([beyond.unsqueeze(-1), tokens.unsqueeze(-1) // powers % BASE], -1)  # (*lead, T, 1 + digits)
     more = cache_layers(config) - config.layers
     row = F.pad(row, (0, 2 * D * more - row.shape[-1])).to(k.dtype).unsqueeze(-3)

@@ -222,7 +222,8 @@ def share(
         mask: which new tokens each sees; None is causal.
         dtype: of activations.
         in_order: whether the new tokens stand one behind the other, as they do unless positions were given.
-        length: int64 (*lead), of the whole text, for angles that follow it; None is as far as places reach.
+        length: int64 (*lead) of the whole text, or (*lead, T) of that of each token, for angles that follow it; None is as far as
+            places reach.
     """
     T = places.shape[-1]
     rotation: Rotation | tuple[()] = ()
@@ -234,7 +235,12 @@ def share(
             length = lengths.length_of(places) if length is None else length
         size = config.rotary_size or config.head_size
         turn = layers.frequencies(size, base=base, scaling=scaling, length=length, device=places.device)
-        rotation = layers.rope(places, turn, dtype, amplitude=1.0 if scaling is None else scaling.attention)
+        amplitude = 1.0 if scaling is None else scaling.attention
+        if turn.dim() > places.dim():  # of each token
+            each = layers.rope(places.unsqueeze(-1), turn, dtype, amplitude=amplitude)  # (*lead, T, 1, 1, D)
+            rotation = Rotation(*(x.squeeze(-2).transpose(-2, -3) for x in each))
+        else:
+            rotation = layers.rope(places, turn, dtype, amplitude=amplitude)
     if mask is None and T > 1:
         mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=places.device))  # a tensor, to be where it is
     if kind.window is not None and mask is not None and not (in_order and kind.window >= T):
