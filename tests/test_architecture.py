@@ -37,6 +37,7 @@ FLOORS = [
 ]
 WITHIN = {  # neighbours on one floor
     "tree": {"records", "_checks"},
+    "progress": {"_checks"},
     "randomness": {"records", "_checks"},
     "rematerialization": {"collectives"},
     "interop": {"evaluation", "checkpoints"},

@@ -6,6 +6,7 @@ import dataclasses
 import torch
 
 from .. import tree
+from .._checks import printable
 from .sessions import load
 
 
@@ -13,7 +14,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     session = load(options)
     config, tokenizer, dtype = session.config, session.tokenizer, session.dtype
-    print(f"{options.model}\n\nconfig")
+    print(f"{printable(options.model)}\n\nconfig")
     for field in dataclasses.fields(config):
         print(f"  {field.name:<14} {getattr(config, field.name)}")
     print("\nparams")
@@ -26,5 +27,5 @@ def run(options: argparse.Namespace) -> None:
     for tokens in (1000, config.context):
         print(f"  {f'{tokens} tokens':<14} {tokens * per_token / 2**20:.1f} MiB")
     stops = " ".join(tokenizer.decode([stop], skip_special=False) for stop in tokenizer.stop)
-    print(f"\ntokenizer\n  {'ids':<14} {tokenizer.vocabulary}\n  {'stops at':<14} {stops or 'nothing'}")
+    print(f"\ntokenizer\n  {'ids':<14} {tokenizer.vocabulary}\n  {'stops at':<14} {printable(stops.strip()) or 'nothing'}")
     print(f"  {'chat template':<14} {'no' if tokenizer.template is None else 'yes'}")
