@@ -82,6 +82,8 @@ def save_parts(folder: str | os.PathLike[str], params: Tree) -> None:
 def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
     """What `save_parts` wrote, cut as another tree is: each process reads what it will hold, whatever mesh wrote it.
 
+    Read only what you wrote: torch keeps the metadata of such a folder as a pickle, which runs code of its author's.
+
     Args:
         like: a tree of the shapes, dtypes and placements that are wanted; it stays as it is.
 
