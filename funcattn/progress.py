@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import torch
 
+from ._checks import printable
+
 Item = TypeVar("Item")
 
 PATIENCE = 2.0  # seconds in silence
@@ -115,4 +117,4 @@ def watched() -> bool:
 
 
 def _write(line: str) -> None:
-    print(f"\r{line:<72}", end="" if line else "\r", file=sys.stderr, flush=True)
+    print(f"\r{printable(line):<72}", end="" if line else "\r", file=sys.stderr, flush=True)

@@ -42,6 +42,7 @@ WITHIN = {  # neighbours on one floor
     "tree": {"records", "_checks", "_doors"},
     "randomness": {"records", "_checks", "_doors", "threefry"},
     "threefry": {"_checks"},
+    "progress": {"_checks"},
     "replaying": {"_context"},
     "_doors": {"_checks"},
     "rematerialization": {"collectives"},

@@ -3,9 +3,10 @@
     config, params, tokenizer = load("smollm2-135m")
     save("folder", config, params, tokenizer)
 
-Files are untrusted. Nothing is unpickled and no code of a file runs outside a sandbox; sizes and offsets are held against the
-file before anything is allocated; what the mathematics of `transformer` does not express is refused by name. Whatever else is
-wrong with a file is a CheckpointError that says what was wanted, what came, and what to do.
+Files are untrusted. Nothing is unpickled and no code of a file runs outside a sandbox; only regular files are opened, and sizes,
+kinds and offsets are held against the file before anything is allocated; what the mathematics of `transformer` does not express is
+refused by name. Whatever else is wrong with a file is a CheckpointError that says what was wanted, what came, and what to do. One
+exception is `load_parts`, which reads the format of torch.distributed.checkpoint: its metadata is a pickle, so read your own only.
 """
 
 from ..families import CheckpointError

@@ -126,6 +126,8 @@ def _is_part(name: str) -> bool:
 def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
     """What `save_parts` wrote, cut as another tree is: each process reads what it will hold, whatever mesh wrote it.
 
+    Read only what you wrote: torch keeps the metadata of such a folder as a pickle, which runs code of its author's.
+
     Args:
         like: a tree of the shapes, dtypes and placements that are wanted; it stays as it is.
 

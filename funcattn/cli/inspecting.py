@@ -6,6 +6,7 @@ import dataclasses
 import torch
 
 from .. import tree
+from .._checks import printable
 from .sessions import load
 
 
@@ -13,7 +14,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     session = load(options, needs_tokenizer=False)
     config, tokenizer, dtype = session.config, session.tokenizer, session.dtype
-    print(f"{options.model}\n\nconfig")
+    print(f"{printable(options.model)}\n\nconfig")
     for field in dataclasses.fields(config):
         print(f"  {field.name:<14} {getattr(config, field.name)}")
     print("\nparams")
@@ -29,5 +30,5 @@ def run(options: argparse.Namespace) -> None:
         print("\ntokenizer\n  none")
         return
     stops = " ".join(tokenizer.decode([stop], skip_special=False) for stop in tokenizer.stop)
-    print(f"\ntokenizer\n  {'ids':<14} {tokenizer.vocabulary}\n  {'stops at':<14} {stops or 'nothing'}")
+    print(f"\ntokenizer\n  {'ids':<14} {tokenizer.vocabulary}\n  {'stops at':<14} {printable(stops.strip()) or 'nothing'}")
     print(f"  {'chat template':<14} {'no' if tokenizer.template is None else 'yes'}")

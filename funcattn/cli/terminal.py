@@ -1,4 +1,8 @@
-"""What is said to a person: on stderr, dim, one line; and text of a model shown so that it cannot steer a terminal."""
+"""What is said to a person: on stderr, dim, one line; and text of models and of files shown so that it cannot steer a terminal.
+
+What a model writes is shown without the characters that could (`_checks.STEERING`), on a terminal; what comes from a file, such as
+a name or an error, has them written out, everywhere.
+"""
 
 import contextlib
 import os
@@ -8,9 +12,10 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from .. import progress
+from .._checks import STEERING, printable
 
 MISTAKE, INTERRUPTED, CUT_OFF = 2, 128 + 2, 128 + 13  # exit codes; the last two are a shell's for SIGINT and SIGPIPE
-INVISIBLE = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\t"), ord("\n")})  # what could steer a terminal
+INVISIBLE = dict.fromkeys(STEERING)
 
 
 def shown(text: str) -> str:
@@ -36,13 +41,13 @@ def report(prompt: str, reading: float, tokens: int, writing: float) -> None:
 
 def complain(about: object) -> int:
     """Tell a mistake in one line, and give its exit code."""
-    print(f"funcattn: {' '.join(str(about).split())}", file=sys.stderr)
+    print(printable(f"funcattn: {' '.join(str(about).split())}"), file=sys.stderr)
     return MISTAKE
 
 
 def say(text: str) -> None:
     """Tell something on stderr."""
-    Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print(text, style="dim")
+    Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print(printable(text), style="dim")
 
 
 @contextlib.contextmanager
