@@ -89,6 +89,8 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     """The ids of a text whose special tokens are none, behind what the tokenizer puts first; the caller holds the lock."""
     backend.encode_special_tokens = True
     encoded = backend.encode(text, add_special_tokens=True)
+    if special_of(backend).keys().isdisjoint(encoded.ids):
+        return encoded.ids
     special, unknown = special_of(backend), unknown_of(backend)
     is_written = lambda encoded: any(
         number in special and number != unknown and not added
