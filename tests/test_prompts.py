@@ -197,6 +197,19 @@ def test_sentencepiece_reads_no_space_and_no_token_that_nobody_wrote(kind, text)
     assert [id for id in turns.prompt([{"role": "user", "content": text}]) if id in (1, 2)] == [1, 2]
 
 
+def test_what_a_model_does_not_know_stays_unknown_beside_tokens_that_are_text():
+    """As T5's: the unknown token is special, and stands for characters; spelled out it is text."""
+    known = [(token, 0.0) for token in ("<unk>", "</s>")] + [(letter, -2.0) for letter in "\u2581ab</s>unk"]
+    backend = tokenizers.Tokenizer(models.Unigram(list(dict(known).items()), unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.add_special_tokens(["<unk>", "</s>"])
+    tokenizer = Tokenizer(backend, template="{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    tokens = lambda ids: [backend.id_to_token(id) for id in ids]
+    for text, wanted in {"axé": "▁ a <unk>", "a</s>": "▁ a < / s >", "<unk> é": "▁ < u n k > ▁ <unk>"}.items():
+        assert tokens(tokenizer.encode(text)) == wanted.split()
+        assert tokens(tokenizer.prompt([{"role": "user", "content": text}])) == [*wanted.split(), "</s>"]
+
+
 def test_spaces_that_a_token_takes_in_are_taken_in_beside_others_that_are_text():
     backend = byte_level("<mask>", lstrip=True, rstrip=True)
     tokenizer = Tokenizer(backend, template="{% for m in messages %}{{ m.content }} <mask> {{ m.content }}{% endfor %}")
