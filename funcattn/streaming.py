@@ -26,9 +26,10 @@ class Decoding(NamedTuple):
 
 
 def decoding_of(tokenizer: Any) -> Decoding:
-    """How a tokenizer's text grows. One that only decodes is taken to decode bytes, as UTF-8."""
-    backend = getattr(tokenizer, "backend", None)
-    if backend is None or backend.decoder is None:
+    """How the text of a tokenizer (ours or transformers') grows. One that only decodes is taken to decode bytes, as UTF-8."""
+    found = (getattr(tokenizer, name, None) for name in ("backend", "backend_tokenizer"))
+    backend = next((backend for backend in found if getattr(backend, "decoder", None) is not None), None)
+    if backend is None:
         return Decoding(True, ())
     try:
         parts = _flat(json.loads(backend.decoder.__getstate__()))

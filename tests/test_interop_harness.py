@@ -230,12 +230,6 @@ def test_an_option_that_would_not_be_heeded_is_refused(options):
         written(**options)
 
 
-def test_a_stop_string_of_a_task_may_be_a_special_token():
-    biased = MODEL._replace(logits=lambda params, hidden: MODEL.logits(params, hidden).index_fill(-1, torch.tensor([1]), 1e4))
-    lm = lm_eval_model(biased, PARAMS, TOKENIZER, context=64)
-    assert written(lm, until=["<|turn|>"]) == ""
-
-
 def test_a_prefix_of_the_answer_stays_open():
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "The answer is"}]
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend, chat_template=TOKENIZER.template)

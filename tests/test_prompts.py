@@ -141,6 +141,7 @@ def test_parts_fields_and_what_a_template_removes_join_to_no_token():
     assert ends(loop("<|{{ m.content }}|>"), {"content": "im_end"}) == 1  # also with the template's own signs around
     assert ends(loop("{{ m.content }}_end|>"), {"content": "<|im"}) == 1
     assert ends(loop("{{ m.a }}"), {"a": {"<|im_end|>": 1}}) == 1
+    assert ends(loop("{{ m.content | indent(2) }}"), {"content": "a\n<|im_end|>"}) == 1  # whose join is jinja2's own
     assert ends(loop("<|{{ m.role }}|>"), {"role": "im_end|><|im_end"}) == 1
 
 
@@ -196,6 +197,19 @@ def test_sentencepiece_reads_no_space_and_no_token_that_nobody_wrote(kind, text)
     assert [id for id in turns.prompt([{"role": "user", "content": text}]) if id in (1, 2)] == [1, 2]
 
 
+def test_what_a_model_does_not_know_stays_unknown_beside_tokens_that_are_text():
+    """As T5's: the unknown token is special, and stands for characters; spelled out it is text."""
+    known = [(token, 0.0) for token in ("<unk>", "</s>")] + [(letter, -2.0) for letter in "\u2581ab</s>unk"]
+    backend = tokenizers.Tokenizer(models.Unigram(list(dict(known).items()), unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.add_special_tokens(["<unk>", "</s>"])
+    tokenizer = Tokenizer(backend, template="{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    tokens = lambda ids: [backend.id_to_token(id) for id in ids]
+    for text, wanted in {"axé": "▁ a <unk>", "a</s>": "▁ a < / s >", "<unk> é": "▁ < u n k > ▁ <unk>"}.items():
+        assert tokens(tokenizer.encode(text)) == wanted.split()
+        assert tokens(tokenizer.prompt([{"role": "user", "content": text}])) == [*wanted.split(), "</s>"]
+
+
 def test_spaces_that_a_token_takes_in_are_taken_in_beside_others_that_are_text():
     backend = byte_level("<mask>", lstrip=True, rstrip=True)
     tokenizer = Tokenizer(backend, template="{% for m in messages %}{{ m.content }} <mask> {{ m.content }}{% endfor %}")
@@ -245,3 +259,36 @@ def test_templates_of_models_write_their_tokens(name):
     ids = tokenizer.prompt(MESSAGES)
     assert ids == tokenizer.encode(tokenizer.chat(MESSAGES), special=True)
     assert name not in ("chatml", "llama 2", "llama 3") or ids.count(backend.token_to_id(END)) or max(ids) > 262
+
+
+# As Mistral's: tools by tojson, cut and joined again.
+TOOLS = """{{- bos_token }}{%- for message in messages %}
+    {%- if message["role"] == "user" %}{{- "[INST] " + message["content"] + "[/INST]" }}
+    {%- elif message.tool_calls is defined and message.tool_calls is not none %}{{- "[TOOL_CALLS] [" }}
+        {%- for tool_call in message.tool_calls %}{%- set out = tool_call.function|tojson %}
+            {{- out[:-1] }}{{- ', "id": "' + tool_call.id + '"}' }}
+            {%- if not loop.last %}{{- ", " }}{%- else %}{{- "]" + eos_token }}{%- endif %}{%- endfor %}
+    {%- elif message["role"] == "assistant" %}{{- " " + message["content"]|trim + eos_token }}
+    {%- elif message["role"] == "tool" %}
+        {{- '[TOOL_RESULTS] {"content": ' + message.content|string + ', "id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
+    {%- endif %}{%- endfor %}"""
+
+
+@pytest.mark.parametrize("word", ["plain", "</s>", "[INST]", "<s>[/INST]", "[TOOL_CALLS] ["])
+def test_calls_of_tools_write_the_templates_tokens_alone(word):
+    names = ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+    tokenizer = Tokenizer(byte_level(*names), template=TOOLS, roles=ROLES)
+    call = {"name": f"f{word}", "arguments": {f"a{word}": [1, 2.5, None, word], "b": {word: word}}}
+    said = [
+        {"role": "user", "content": f"x {word} y"},
+        {"role": "assistant", "tool_calls": [{"id": f"i{word}", "function": call}]},
+        {"role": "tool", "content": [word], "tool_call_id": word},
+        {"role": "assistant", "content": f" {word} "},
+    ]
+    ids = tokenizer.prompt(said)
+    written = [tokenizer.special_tokens[id] for id in ids if id in tokenizer.special_tokens]
+    call = ["[TOOL_CALLS]", "</s>", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]
+    assert written == ["<s>", "[INST]", "[/INST]", *call, "</s>"]
+    assert tokenizer.decode(ids, skip_special=False) == tokenizer.chat(said)
+    if word == "plain":
+        assert ids == tokenizer.encode(tokenizer.chat(said), special=True)

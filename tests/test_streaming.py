@@ -6,6 +6,7 @@ import itertools
 import pytest
 import tokenizers
 import torch
+import transformers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models
@@ -104,6 +105,12 @@ def test_a_run_of_bytes_waits_for_its_end():
     """Followed by a byte that ends no character it would be decoded otherwise."""
     tokens = [VOCABULARY[token] for token in ("a", "<0x0A>", "<0xC3>", "<0xA9>", "b")]
     assert each(tokenizer("llama"), tokens) == ["a", "", "", "", "\né" + "b", ""]
+
+
+def test_a_tokenizer_of_transformers_streams_too():
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer("llama").backend)
+    tokens = [VOCABULARY[token] for token in ("a", "<0x0A>", "<0xF0>", "<0x9F>", "b", "<0x0A>", "<0xC3>")]
+    assert "".join(each(theirs, tokens)) == theirs.decode(tokens)
 
 
 def test_text_of_a_decoder_that_is_not_known_comes_at_the_end():

@@ -257,6 +257,16 @@ def test_one_process_renders_until_it_ends_and_then_another():
     assert worker().pid != first.pid
 
 
+def test_a_process_that_nobody_asks_leaves_and_another_takes_its_place(monkeypatch):
+    templates._Worker.stop()
+    short = templates.PROGRAM.replace("import main", "import main; sandbox.worker.IDLE = 0.1")
+    monkeypatch.setattr(templates, "PROGRAM", f"import sys; sys.path += sys.argv[1:]; import sandbox.worker; {short}")
+    first = worker()
+    assert first.wait(60) == 0
+    assert worker().pid != first.pid
+    templates._Worker.stop()
+
+
 def test_threads_and_forks_render_side_by_side():
     worker()
     found = []

@@ -76,27 +76,23 @@ def encode(backend: tokenizers.Tokenizer, rendered: Rendered) -> list[int]:
     for token in found:
         parts += [text[begin : token.begin], other.spellings[token.id]]
         begin = token.end
-    ids = other.backend.encode("".join([*parts, text[begin:]]), add_special_tokens=False).ids
+    encoded = other.backend.encode("".join([*parts, text[begin:]]), add_special_tokens=False)
     unknown = unknown_of(backend)
-    if [number for number in ids if number in special and number != unknown] != [
-        token.id for token in found if token.id != unknown
-    ]:
+    if _kept(backend, encoded, special) != [token.id for token in found if token.id not in unknown]:
         _refuse("other special tokens than the template's")
-    return ids
+    return encoded.ids
 
 
 def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     """The ids of a text whose special tokens are none, behind what the tokenizer puts first; the caller holds the lock."""
     backend.encode_special_tokens = True
     encoded = backend.encode(text, add_special_tokens=True)
-    special, unknown = special_of(backend), unknown_of(backend)
-    is_written = lambda encoded: any(
-        number in special and number != unknown and not added
-        for number, added in zip(encoded.ids, encoded.special_tokens_mask, strict=True)
-    )
-    if is_written(encoded):  # by the model itself, of plain characters
+    if special_of(backend).keys().isdisjoint(encoded.ids):
+        return encoded.ids
+    special = special_of(backend)
+    if _found(backend, encoded, text, special):  # by the model itself, of plain characters
         encoded = without(backend, text).backend.encode(text, add_special_tokens=True)
-        if is_written(encoded):
+        if _kept(backend, encoded, special):
             _refuse("special tokens of plain text")
     return encoded.ids
 
@@ -104,14 +100,21 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
 def _found(backend: tokenizers.Tokenizer, encoded: tokenizers.Encoding, text: str, special: dict[int, str]) -> list[Found]:
     """The special tokens that a text spells, and where; the unknown token, where it stands for something else, is none."""
     unknown, found = unknown_of(backend), []
-    for number, (begin, end) in zip(encoded.ids, encoded.offsets, strict=True):
-        if number in special:
+    for number, (begin, end), added in zip(encoded.ids, encoded.offsets, encoded.special_tokens_mask, strict=True):
+        if number in special and not added:
             part = text[begin:end]
             begin += len(part) - len(part.lstrip()) if not special[number][:1].isspace() else 0  # which a token may take in
             end -= len(part) - len(part.rstrip()) if not special[number][-1:].isspace() else 0
-            if number != unknown or text[begin:end] == special[number]:
+            if number not in unknown or text[begin:end] == special[number]:
                 found.append(Found(number, begin, end))
     return found
+
+
+def _kept(backend: tokenizers.Tokenizer, encoded: tokenizers.Encoding, special: dict[int, str]) -> list[int]:
+    """The special tokens among the ids, but for the unknown one and those that the tokenizer puts first or last."""
+    apart = unknown_of(backend)
+    pairs = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+    return [number for number, added in pairs if number in special and number not in apart and not added]
 
 
 def _is_written_by_template(token: Found, rendered: Rendered, special: dict[int, str]) -> bool:
@@ -125,10 +128,14 @@ def _is_written_by_template(token: Found, rendered: Rendered, special: dict[int,
     )
 
 
-def unknown_of(backend: tokenizers.Tokenizer) -> int | None:
-    """The id that the model writes for what it does not know."""
-    token = getattr(backend.model, "unk_token", None)
-    return None if token is None else backend.token_to_id(token)
+def unknown_of(backend: tokenizers.Tokenizer) -> set[int]:
+    """The ids that the model writes for what it does not know: the named token, and what becomes of a noncharacter."""
+    named = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
+    try:
+        found = {token.id for token in backend.model.tokenize("\U0010fffe")}
+    except Exception:  # a model that knows all, or fails
+        found = set()
+    return found if named is None else {named, *found}
 
 
 def without(backend: tokenizers.Tokenizer, text: str) -> Respelled:
