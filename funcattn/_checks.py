@@ -50,7 +50,8 @@ def is_distributed(x: Any) -> bool:
 def on_one_device(function: str, tensors: Iterable[Tensor]) -> None:
     """Fail where tensors of an operator are on several devices (a 0-d tensor of the CPU goes with any).
 
-    An operator that is given one on "meta" runs its fake kernel: what that makes on another device would be memory that nobody wrote.
+    An operator that is given one on "meta" runs its fake kernel: what that makes on another device
+    would be memory that nobody wrote.
     """
     devices = {str(x.device) for x in tensors if x.dim() or x.device.type != "cpu"}
     if len(devices) > 1:

@@ -21,8 +21,9 @@ def encipher(key: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
     The key is (2,), or (2, *lead) with axes that broadcast against counts.
 
-    int32 wraps around as the cipher's unsigned words do, and costs a third of masked int64. What is written in place was made here. A
-    rotation by n is 2^n y plus the n bits that fall out above: a pass less than with a shift to the left.
+    int32 wraps around as the cipher's unsigned words do, and costs a third of masked int64. What is
+    written in place was made here. A rotation by n is 2^n y plus the n bits that fall out above: a
+    pass less than with a shift to the left.
     """
     a, b = key.to(torch.int32).unbind()
     schedule = (a, b, a ^ b ^ PARITY)

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _checks
-from .._checks import on_one_device
 from .._autodiff import closed_jvp, transforming
 from .products import linear
 
@@ -81,7 +80,7 @@ def _grouped(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 
 @_grouped.register_fake
 def _(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    on_one_device("funcattn::grouped", [x, weight, expert])
+    _checks.on_one_device("funcattn::grouped", [x, weight, expert])
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
@@ -96,7 +95,7 @@ def _outer(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
 
 @_outer.register_fake
 def _(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
-    on_one_device("funcattn::outer_by_group", [y, x, expert])
+    _checks.on_one_device("funcattn::outer_by_group", [y, x, expert])
     return x.new_empty(X, y.shape[1], x.shape[1])
 
 

@@ -1,10 +1,13 @@
-"""Matrices of 8 and 4 bits in tiles, for the operator of `funcattn.native`: a stream that is read once, for 1 to 16 vectors.
+"""Matrices of 8 and 4 bits in tiles, for the operator of `funcattn.native`: a stream that is read
+once, for 1 to 16 vectors.
 
     y = sum over blocks of 32 columns   scale * (codes @ digits) * unit + zero * total
 
-A vector comes as three digits of 8 bits with a unit for each block, so codes times digits are integers and their sums exact; a
-number is off by at most 2^-23 of the largest of its block. (A block whose largest is beyond 2^-64 .. 2^64 is multiplied without digits.) So
-the product is as near to that of the matrix as the product of floats is, whatever the dtype of the vector and its size. A tile is 16 rows, a block of it 16 rows and 32 columns: codes, scales, zeros.
+A vector comes as three digits of 8 bits with a unit for each block, so codes times digits are
+integers and their sums exact; a number is off by at most 2^-23 of the largest of its block. (A
+block whose largest is beyond 2^-64 .. 2^64 is multiplied without digits.) So the product is as near
+to that of the matrix as the product of floats is, whatever the dtype of the vector and its size. A
+tile is 16 rows, a block of it 16 rows and 32 columns: codes, scales, zeros.
 """
 
 import functools
