@@ -80,6 +80,17 @@ def is_distributed(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def on_one_device(function: str, tensors: Iterable[Tensor]) -> None:
+    """Fail where tensors of an operator are on several devices (a 0-d tensor of the CPU goes with any).
+
+    An operator that is given one on "meta" runs its fake kernel: what that makes on another device
+    would be memory that nobody wrote.
+    """
+    devices = {str(x.device) for x in tensors if x.dim() or x.device.type != "cpu"}
+    if len(devices) > 1:
+        fail(function, "its tensors", "on one device", " and ".join(sorted(devices)), "Move them to one.")
+
+
 def whole(function: str, argument: str, leaves: Iterable[Any], remedy: str) -> None:
     """Fail where one of the leaves is a DTensor."""
     if any(is_distributed(leaf) for leaf in leaves):

@@ -4,13 +4,14 @@
     folder(path)                a folder, whatever was in it                  one exchange
     files(folder, last=...)     files that must agree, beside those of others one exchange, where it can be
 
-What is written goes into a draft, a folder `.NAME.new-MARK` beside its place, and is flushed to the disk before the step. On Linux the
-step is renameat2 with RENAME_EXCHANGE. Where the system or the file system has no such call, what was there is moved aside and the draft
-takes its place: a process that is killed between the two renames leaves nothing at the place, and the next write puts what was there
-back before anything else.
+What is written goes into a draft, a folder `.NAME.new-MARK` beside its place, and is flushed to the
+disk before the step. On Linux the step is renameat2 with RENAME_EXCHANGE. Where the system or the
+file system has no such call, what was there is moved aside and the draft takes its place: a process
+that is killed between the two renames leaves nothing at the place, and the next write puts what was
+there back before anything else.
 
-A draft is locked (flock) while its process lives. A later write to the same place removes drafts of processes that have ended, and
-no other's; on a file system without locks, those that are a day old.
+A draft is locked (flock) while its process lives. A later write to the same place removes drafts of
+processes that have ended, and no other's; on a file system without locks, those that are a day old.
 """
 
 import contextlib
@@ -81,9 +82,7 @@ def folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def files(
-    path: str | os.PathLike[str], *, last: str, stale: Callable[[str], bool] = lambda name: False
-) -> Iterator[Path]:
+def files(path: str | os.PathLike[str], *, last: str, stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
     """A new folder to write files into, which then are in the folder `path`; the other files that are there stay.
 
     The folder is exchanged for one that holds the new files and links to the others. Where that cannot be (it holds folders, is
@@ -173,7 +172,7 @@ def exchange(a: Path, b: Path) -> bool:
 def _draft(parent: Path, name: str) -> Iterator[Path]:
     """An empty folder in `parent`, locked, removed at the end with what is in it then."""
     sweep(parent, name.__eq__)
-    lock = None
+    path, lock = parent, None
     while lock is None:  # until no other process took it for one that was left
         path = parent / f".{name}.new-{uuid.uuid4().hex}"
         try:

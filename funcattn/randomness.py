@@ -164,7 +164,7 @@ def normal(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
     """
     wide = _wide("normal", "dtype", dtype)
     lowest = -1 + 2.0 ** -(FORMATS[wide][1] + 1)  # the number next to -1, whose erfinv is finite
-    return _uniform("normal", key, shape, wide, lowest, 1.0, lambda u: torch.erfinv(u).mul_(math.sqrt(2)).to(dtype))
+    return _uniform("normal", key, shape, wide, lowest, 1.0, lambda u: u.erfinv_().mul_(math.sqrt(2)).to(dtype))
 
 
 @door
@@ -179,7 +179,7 @@ def gumbel(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
     """
     wide = _wide("gumbel", "dtype", dtype)
     lowest = torch.finfo(wide).tiny
-    return _uniform("gumbel", key, shape, wide, lowest, 1.0, lambda u: (-torch.log(-torch.log(u))).to(dtype))
+    return _uniform("gumbel", key, shape, wide, lowest, 1.0, lambda u: u.log_().neg_().log_().neg_().to(dtype))
 
 
 @door
@@ -191,7 +191,7 @@ def exponential(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32)
         tensor([2.9501, 3.8434, 0.4039])
     """
     wide = _wide("exponential", "dtype", dtype)
-    return _uniform("exponential", key, shape, wide, then=lambda u: (-torch.log1p(-u)).to(dtype))
+    return _uniform("exponential", key, shape, wide, then=lambda u: u.neg_().log1p_().neg_().to(dtype))
 
 
 @door
@@ -312,7 +312,7 @@ def _uniform(
     maxval: float | Tensor = 1.0,
     then: Callable[[Tensor], Tensor] = lambda u: u,
 ) -> Tensor:
-    """then(u), elementwise, of u uniform in [minval, maxval)."""
+    """then(u), elementwise, of u uniform in [minval, maxval); it may write over u where these are numbers."""
     _wide(function, "dtype", dtype)
     shape = _sizes(function, "shape", shape)
     width, mantissa = FORMATS[dtype]
@@ -321,7 +321,7 @@ def _uniform(
         word = (high.long() << 32) | (low.long() & WORD) if width == 64 else high ^ low
         word >>= width - mantissa
         word &= (1 << mantissa) - 1
-        return word.to(dtype) * 2.0**-mantissa
+        return word.to(dtype).mul_(2.0**-mantissa)
 
     is_plain = not isinstance(minval, Tensor) and not isinstance(maxval, Tensor)
     if is_plain and (minval, maxval) == (0, 1):
@@ -331,7 +331,7 @@ def _uniform(
     span = (highest - lowest).clamp(min=0)
     _check_covered(function, "minval and maxval", span.shape, shape)
     if is_plain:
-        return _drawn(function, key, shape, lambda high, low: then((unit(high, low) * span).add_(lowest)))
+        return _drawn(function, key, shape, lambda high, low: then(unit(high, low).mul_(span).add_(lowest)))
     return then(_drawn(function, key, shape, unit) * span + lowest)
 
 

@@ -122,7 +122,8 @@ def kept(tmp_path, monkeypatch):
     """A folder of libraries, and a compiler that counts how often it makes one."""
     compiler, folder = tmp_path / "c++", tmp_path / "kept"
     compiler.write_text(
-        f"#!/bin/sh\n[ $1 = --version ] && exit 0\nwhile [ $1 != -o ]; do shift; done\necho library > $2; echo >> {tmp_path}/builds\n"
+        "#!/bin/sh\n[ $1 = --version ] && exit 0\nwhile [ $1 != -o ]; do shift; done\n"
+        f"echo library > $2; echo >> {tmp_path}/builds\n"
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))

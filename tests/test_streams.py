@@ -27,12 +27,6 @@ def folder(tmp_path_factory):
     return str(place)
 
 
-SCRIPT = """
-import os, sys
-from funcattn.cli import main
-os.environ.update(dict(pair.split("=") for pair in sys.argv[1].split()))
-sys.exit(main(sys.argv[2:]))
-"""
 STREAMS = {  # what the shell does with them: exit codes that are right, whether there is text, what the last line on stderr says
     "stdout is closed": (">&-", [], "abc", 2, "funcattn: stdout cannot be written: Bad file descriptor"),
     "stdout is full": (">/dev/full", [], "abc", 2, "funcattn: stdout cannot be written: No space left on device"),
@@ -99,7 +93,9 @@ for words, arguments in json.loads(sys.argv[1]):
     texts = [os.fdopen(pipe[0], "rb").read().decode() for pipe in (out, err)]
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), *texts]), flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", server, json.dumps(lines)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", server, json.dumps(lines)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr[-500:]
     return dict(zip(STREAMS, map(json.loads, done.stdout.splitlines()), strict=True))
 

@@ -70,7 +70,7 @@ def allowed(record, x):
     dense = expand(record).double().abs()
     scale = fa.packing.spread(record.scale.double().abs(), K)
     parts = 15 * scale + fa.packing.spread(record.zero.double().abs(), K) if isinstance(record, Int4) else dense
-    return 2 * EPS * coarse @ dense.mT + (8 + K / 32) * EPS * (wide @ parts.mT) + 1e-28
+    return 2 * EPS * coarse @ dense.mT + (8 + K / 32) * EPS * (wide @ parts.mT) + 2.0**-149
 
 
 @each_scheme
@@ -103,6 +103,60 @@ def test_a_product_of_any_size_is_that_of_the_matrix(key, N, B, T, power, symmet
     x = fa.random.normal(of_x, (T, 32 * B)) * 2.0**power
     x[0, : 16 * B] *= 1e-4
     assert ((linear(tile(record), x) - x.double() @ expand(record).double().mT).abs() <= allowed(record, x)).all()
+
+
+@each_instruction
+@each_scheme
+def test_a_product_of_any_scale_is_as_near_as_that_of_floats(scheme, instructions, with_instructions):
+    """Of denormal numbers, of such that overflow in the sum of integers, of blocks of both beside usual ones, and of zeros."""
+    with_instructions(instructions)
+    for N, K in ((33, 64), (20, 192)):
+        record, dense = encode(scheme, matrix(1, N, K)), expand(encode(scheme, matrix(1, N, K))).double()
+        tiled = tile(record)
+        exponents = [-149, -140, -126, -110, -96, -70, -64, -63, 0, 62, 63, 65, 100, 120, 123]
+        x = matrix(2, len(exponents) + 3, K)
+        for row, exponent in enumerate(exponents):
+            x[row] = torch.ldexp(x[row].clamp(-4, 4).double(), torch.tensor(exponent)).float()
+        x[-3, :32], x[-3, 32:] = x[1, :32], x[-4, 32:] * 1e-6  # one block of each in one vector
+        x[-2, :32], x[-2, 32:] = 0, x[0, 32:]
+        x[-1, 0] = 1e-44
+        exact = x.double() @ dense.mT
+        assert ((linear(tiled, x) - exact).abs() <= allowed(record, x)).all()
+        alone = torch.cat([linear(tiled, row[None]) for row in x])
+        assert torch.equal(alone, linear(tiled, x)), "a vector beside others is one alone"
+        several = torch.cat([linear(tiled, x)] * 2, -1)
+        assert torch.equal(products([tiled, tiled], x), several)
+
+
+@each_instruction
+def test_scales_of_any_size_lose_no_digits(instructions, with_instructions):
+    with_instructions(instructions)
+    codes = torch.randint(-127, 127, (16, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    for groups in (1, 2):
+        for scale, size in ((1e-35, 1.0), (1e-38, 1e10), (1e-30, 1e-5), (1e30, 1e-30), (1e-20, 1e38), (1e36, 1e-38)):
+            record, x = Int8(codes, torch.full((16, groups), scale)), matrix(3, 2, 64) * size
+            exact = x.double() @ expand(record).double().mT
+            assert ((linear(tile(record), x) - exact).abs() <= 1e-6 * (x.double().abs() @ expand(record).double().abs().mT)).all()
+
+
+def test_tensors_of_several_devices_are_an_error():
+    blocks, scale, x = torch.zeros(1, 2, 512, dtype=torch.uint8), torch.ones(16), torch.ones(1, 64)
+    far = lambda *tensors: tuple(tensor.to("meta") for tensor in tensors)
+    for one, two, three in ((*far(blocks), scale, x), (blocks, *far(scale), x), (blocks, scale, *far(x)), (*far(blocks, scale), x)):
+        with pytest.raises((ValueError, NotImplementedError), match="on one device"):
+            torch.ops.funcattn.products([one], [two], [16], three)
+        with pytest.raises((ValueError, NotImplementedError), match="on one device"), torch.no_grad():
+            torch.ops.funcattn.products([one], [two], [16], three)
+    assert torch.ops.funcattn.products([*far(blocks)], [*far(scale)], [16], *far(x)).device.type == "meta"
+    q = torch.zeros(1, 2, 4)
+    w, expert = torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.long)
+    for call in (
+        lambda: torch.ops.funcattn.attend([q, *far(q), q], 1.0, 0, False, False, "torch"),
+        lambda: torch.ops.funcattn.grouped(q[0], *far(w), expert),
+        lambda: torch.ops.funcattn.outer_by_group(q[0], *far(q[0]), expert, 2),
+    ):
+        with pytest.raises(ValueError, match="on one device"):
+            call()
 
 
 @each_instruction

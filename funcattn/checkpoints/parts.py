@@ -112,7 +112,7 @@ def _fail_to_save(folder: str | os.PathLike[str], got: str) -> NoReturn:
     fail("save_parts", os.fspath(folder), "a place that can be written", got, UNCHANGED, CheckpointError)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """Of what each process met, the first."""
     failures: Any = getattr(error, "failures", {})
     return next((f"process {rank}: {reason_of(met)}" for rank, (met, _) in failures.items()), reason_of(error))

@@ -1,8 +1,8 @@
 """The streams of the command line where they are closed, full or cut off.
 
-    stdin closed       read as empty
-    stdout closed      an error when something is written, as where it is full
-    stderr closed      or full: what is said there is dropped, and the text goes on
+stdin closed       read as empty
+stdout closed      an error when something is written, as where it is full
+stderr closed      or full: what is said there is dropped, and the text goes on
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def opened() -> Iterator[None]:
     ways = {"stdin": os.O_RDONLY, "stdout": os.O_RDONLY, "stderr": os.O_WRONLY}  # nothing can be written to what is closed
     for name, way in ways.items():
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.open(os.devnull, way), "r" if name == "stdin" else "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, way), "r" if name == "stdin" else "w"))
     for file in (sys.stdout, sys.stderr):
         if isinstance(file, io.TextIOWrapper):
             file.reconfigure(errors="replace")  # a terminal that cannot show a letter shows that there is one

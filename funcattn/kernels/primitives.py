@@ -227,6 +227,7 @@ def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool
 
 
 def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    _checks.on_one_device("funcattn::attend", tensors)
     q, k, v, *extra = tensors
     level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
     lead = torch.broadcast_shapes(level, v.shape[:-2])
@@ -241,6 +242,7 @@ def _push_op(tensors: list[Tensor], scale: float, masks: int, moved: list[bool],
 
 @_push_op.register_fake
 def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
+    _checks.on_one_device("funcattn::push", tensors)
     out, lse = _attend_fake(tensors[: 3 + masks])
     tangents = tangent_likes(out, lse, spread(moved, tensors[3 + masks :]))
     return [out, lse, *(out.new_empty(x.shape, dtype=x.dtype) for x in tangents)]
@@ -253,6 +255,7 @@ def _sweep_op(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int
 
 @_sweep_op.register_fake
 def _(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
+    _checks.on_one_device("funcattn::sweep", tensors)
     return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in _read(job, ranks, sizes).likes]
 
 

@@ -82,6 +82,7 @@ def _grouped(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 
 @_grouped.register_fake
 def _(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    _checks.on_one_device("funcattn::grouped", [x, weight, expert])
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
@@ -101,6 +102,7 @@ def _outer(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
 
 @_outer.register_fake
 def _(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
+    _checks.on_one_device("funcattn::outer_by_group", [y, x, expert])
     return x.new_empty(X, y.shape[1], x.shape[1])
 
 

@@ -4,15 +4,19 @@
     where it is kept       $FUNCATTN_CACHE; else $XDG_CACHE_HOME/funcattn/native, or ~/.cache/funcattn/native; else, where there is
                            no home that can be written, funcattn-UID in the folder of temporary files
 
-A library runs with all the rights of the process that loads it. So it is kept in a folder of this user that no other may write to, made
-so whatever the umask; a folder of another user, or one that others may write to, is not read from. A file is loaded if its SHA-256 is the
-one that its build noted beside it: a library that was cut off (which would end the process with SIGBUS), emptied or replaced is built again.
+A library runs with all the rights of the process that loads it. So it is kept in a folder of this
+user that no other may write to, made so whatever the umask; a folder of another user, or one that
+others may write to, is not read from. A file is loaded if its SHA-256 is the one that its build
+noted beside it: a library that was cut off (which would end the process with SIGBUS), emptied or
+replaced is built again.
 
-Each build writes to a draft of its own and moves the result to its place in one step (`atomic`): of two processes that build at once
-both succeed. No lock is held that a process which is killed could leave behind, and what it left is removed by the next build.
+Each build writes to a draft of its own and moves the result to its place in one step (`atomic`): of
+two processes that build at once both succeed. No lock is held that a process which is killed could
+leave behind, and what it left is removed by the next build.
 
-Where there is no compiler, or no such folder, or the build fails, or what was built cannot be loaded, `load` says why, and products are
-those of torch. Code that a compiler made for another processor cannot be told from the file: the processor is in the key.
+Where there is no compiler, or no such folder, or the build fails, or what was built cannot be
+loaded, `load` says why, and products are those of torch. Code that a compiler made for another
+processor cannot be told from the file: the processor is in the key.
 """
 
 import contextlib

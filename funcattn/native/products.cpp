@@ -7,7 +7,9 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -41,6 +43,9 @@
 #define DIGITS 3  // of 8 bits each: a number of 24 bits, as the digits of a float32 are
 
 static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
+
+// Of the largest float of a block without its sign, as an integer: whether it is finite, not 0, and beyond 2^-64 .. 2^64.
+static inline bool is_beyond(uint32_t most) { return most && most < 0x7f800000u && (most < 0x1f800000u || most > 0x5f800000u); }
 
 BEGIN_TARGET_AVX512
 namespace avx512 {
@@ -240,6 +245,67 @@ std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const
   return all;
 }
 
+// What products.h leaves out: blocks of a vector whose numbers are beyond its units, in order of their vectors.
+struct Beyond {
+  int64_t t, b;
+};
+
+uint32_t most_of(const float* x, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t j = 0; j < count; j++) {
+    uint32_t as_integer;
+    std::memcpy(&as_integer, x + j, 4);
+    most = std::max(most, as_integer & 0x7fffffffu);
+  }
+  return most;
+}
+
+double half_of(const uint8_t* at) {
+  uint16_t h;
+  std::memcpy(&h, at, 2);
+  const int exponent = h >> 10 & 31, digits = h & 1023;
+  const double size = exponent == 31 ? (digits ? std::nan("") : HUGE_VAL)
+                                     : exponent ? std::ldexp(1024 + digits, exponent - 25) : std::ldexp(digits, -24);
+  return h >> 15 ? -size : size;
+}
+
+double real_of(const uint8_t* at) {
+  float v;
+  std::memcpy(&v, at, 4);
+  return v;
+}
+
+// y (a vector each `step` numbers) plus rows 16 begin .. 16 end of a matrix times those blocks of x, in double precision.
+void add_beyond(const Matrix& w, const std::vector<Beyond>& beyond, const float* x, int64_t K, int64_t begin, int64_t end, float* y, int64_t step) {
+  using namespace avx2;
+  const int64_t B = (K + 31) / 32;
+  const bool is_half = w.kind == HALF8 || w.kind == HALF4 || w.kind == CENTERED4, is_eight = bits_of(w.kind) == 8;
+  const auto number = [&](const uint8_t* at, int i) { return is_half ? half_of(at + 2 * i) : real_of(at + 4 * i); };
+  const auto product = [&](int64_t t, int64_t b, int64_t row) {
+    const int64_t lane = row % 16;
+    const uint8_t *const at = w.blocks + (row / 16 * B + b) * bytes_of(w.kind), *const after = at + codes_of(w.kind);
+    const float* const v = x + t * K + 32 * b;
+    double sum = 0, all = 0;
+    for (int j = 0; j < least(32, K - 32 * b); j++) {
+      const int byte = at[(is_eight ? j / 4 : j % 16 / 4) * 64 + lane * 4 + j % 4];
+      const int code = is_eight ? byte : j < 16 ? byte & 15 : byte >> 4;
+      sum += double(code - offset_of(w.kind)) * v[j];
+      all += v[j];
+    }
+    const double scale = w.kind == ROW8 ? w.scale[row] : number(after, lane);
+    return scale * sum + (has_zero(w.kind) ? number(after, 16 + lane) * all : 0);
+  };
+  for (size_t from = 0, to; from < beyond.size(); from = to) {
+    const int64_t t = beyond[from].t;
+    for (to = from; to < beyond.size() && beyond[to].t == t;) to++;
+    for (int64_t row = 16 * begin; row < std::min(16 * end, w.rows); row++) {
+      double sum = y[t * step + row];  // rounded once: a denormal float has few digits
+      for (size_t i = from; i < to; i++) sum += product(t, beyond[i].b, row);
+      y[t * step + row] = float(sum);
+    }
+  }
+}
+
 void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int64_t K, float* y, int64_t step) {
   const int64_t B = (K + 31) / 32;
   std::vector<int64_t> first(count + 1, 0), tiles(count + 1, 0);  // row of the result, and tile, at which a matrix begins
@@ -258,8 +324,11 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
   float* const unit = (float*)(sums + many * DIGITS);
   float* const total = unit + many;
   const auto digits_of = chosen == AVX512 ? avx512::digits_of : avx2::digits_of;
+  std::vector<Beyond> beyond;
   for (int64_t t = 0; t < T; t++)
-    digits_of(x + t * K, K, B, digits + 32 * DIGITS * t * B, sums + DIGITS * t * B, unit + t * B, total + t * B);
+    if (digits_of(x + t * K, K, B, digits + 32 * DIGITS * t * B, sums + DIGITS * t * B, unit + t * B, total + t * B))
+      for (int64_t b = 0; b < B; b++)
+        if (is_beyond(most_of(x + t * K + 32 * b, least(32, K - 32 * b)))) beyond.push_back({t, b});
 
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count; i++) {
@@ -271,6 +340,7 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
         avx512::rows_of[w.kind](w.blocks, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
       else
         avx2::rows_of[w.kind](w.blocks, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
+      if (!beyond.empty()) add_beyond(w, beyond, x, K, low, high, y + first[i], step);
     }
   };
   const int64_t share = 1 + 65536 * tiles[count] / (1 + bytes * T);  // of tiles that is worth waking a thread for

@@ -8,7 +8,9 @@
 //
 //     x[k] ~ unit * (d0[k] 256^(P-1) + ... + d(P-1)[k])          digits from -128 to 127
 //
-// so that sums of products of codes and digits are sums of integers, and exact.
+// so that sums of products of codes and digits are sums of integers, and exact. Units are between 2^-87 and 2^41, where no product of
+// floats here is rounded to what has fewer digits or overflows before the result does: a block whose largest number is beyond 2^-64 ..
+// 2^64 has no digits, and products.cpp multiplies it by itself.
 
 enum Kind { ROW8, HALF8, REAL8, CENTERED4, HALF4, REAL4, KINDS };
 
@@ -32,9 +34,11 @@ struct Vectors {
   int64_t blocks;
 };
 
+// Gives how many blocks have no digits because they are too small or too large.
 template <int P>
-VECTORIZED static void to_digits(const float* x, int64_t K, int64_t blocks, int8_t* digits, int32_t* sums, float* unit, float* total) {
+VECTORIZED static int64_t to_digits(const float* x, int64_t K, int64_t blocks, int8_t* digits, int32_t* sums, float* unit, float* total) {
   constexpr int largest = P == 3 ? 8355708 : P == 2 ? 32639 : 127;  // all digits 127, and 3 less, by which a float may be rounded up
+  int64_t odd = 0;
   for (int64_t b = 0; b < blocks; b++) {
     alignas(64) float v[32];
     alignas(64) int32_t whole[32];
@@ -49,9 +53,10 @@ VECTORIZED static void to_digits(const float* x, int64_t K, int64_t blocks, int8
     }
     float size;
     __builtin_memcpy(&size, &most, 4);
-    const bool finite = most < 0x7f800000u, tiny = size < 1e-30f;
-    const float by = finite && !tiny ? largest / size : 0.0f;
-    for (int j = 0; j < 32; j++) v[j] = finite ? v[j] * by : 0.0f;
+    const bool finite = most < 0x7f800000u, is_odd = is_beyond(most), has_digits = finite && most && !is_odd;
+    odd += is_odd;
+    const float by = has_digits ? largest / size : 0.0f;
+    for (int j = 0; j < 32; j++) v[j] = has_digits ? v[j] * by : 0.0f;
     round_all(v, whole);
     int8_t* const to = digits + 32 * P * b;
     for (int p = P - 1; p >= 0; p--) {
@@ -66,9 +71,10 @@ VECTORIZED static void to_digits(const float* x, int64_t K, int64_t blocks, int8
     }
     float all = 0.0f;
     for (int p = 0; p < P; p++) all = all * 256.0f + float(sums[P * b + p]);
-    unit[b] = finite ? (tiny ? 0.0f : size / largest) : __builtin_nanf("");
+    unit[b] = finite ? (has_digits ? size / largest : 0.0f) : __builtin_nanf("");
     total[b] = all * unit[b];
   }
+  return odd;
 }
 
 // out[t] = the tile times vector t, for T vectors.
@@ -123,7 +129,7 @@ static inline void tile(const uint8_t* at, const Vectors& x, Real* to) {
       else
         sum = to_real(dot[t][0]);
       const Real unit = broadcast(x.unit[i]);
-      out[t] = fma(sum, KIND == ROW8 ? unit : times(scale, unit), out[t]);
+      out[t] = KIND == ROW8 ? fma(sum, unit, out[t]) : fma(times(sum, unit), scale, out[t]);
       if constexpr (has_zero(KIND)) out[t] = fma(zero, broadcast(x.total[i]), out[t]);
     }
   }
@@ -161,7 +167,7 @@ static void rows(const uint8_t* blocks, const float* scale, const Vectors& x, in
 }
 
 using Rows = void (*)(const uint8_t*, const float*, const Vectors&, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
-using ToDigits = void (*)(const float*, int64_t, int64_t, int8_t*, int32_t*, float*, float*);
+using ToDigits = int64_t (*)(const float*, int64_t, int64_t, int8_t*, int32_t*, float*, float*);
 
 constexpr Rows rows_of[KINDS] = {
     rows<ROW8, DIGITS>, rows<HALF8, DIGITS>, rows<REAL8, DIGITS>, rows<CENTERED4, DIGITS>, rows<HALF4, DIGITS>, rows<REAL4, DIGITS>};

@@ -114,6 +114,7 @@ def _(weight: PackedDynamic, x: Tensor) -> Tensor:
             x.dtype
         )
     codes, by = round_tokens(_rows(x))
+    codes = codes.clamp_(-127, 127)  # a scale that is denormal has few digits, and a quotient by it may be larger
     product = aten._int_mm(codes.flatten(-2).to(torch.int8), weight.codes.mT)
     return _like((product * by.flatten(-2)).mul_(weight.scale.to(by.dtype).mT), x)
 

@@ -1,10 +1,13 @@
-"""Matrices of 8 and 4 bits in tiles, for the operator of `funcattn.native`: a stream that is read once, for 1 to 16 vectors.
+"""Matrices of 8 and 4 bits in tiles, for the operator of `funcattn.native`: a stream that is read
+once, for 1 to 16 vectors.
 
     y = sum over blocks of 32 columns   scale * (codes @ digits) * unit + zero * total
 
-A vector comes as three digits of 8 bits with a unit for each block, so codes times digits are integers and their sums exact; a
-number is off by at most 2^-23 of the largest of its block. So the product is as near to that of the matrix as the product of
-floats is, whatever the dtype of the vector. A tile is 16 rows, a block of it 16 rows and 32 columns: codes, scales, zeros.
+A vector comes as three digits of 8 bits with a unit for each block, so codes times digits are
+integers and their sums exact; a number is off by at most 2^-23 of the largest of its block. (A
+block whose largest is beyond 2^-64 .. 2^64 is multiplied without digits.) So the product is as near
+to that of the matrix as the product of floats is, whatever the dtype of the vector and its size. A
+tile is 16 rows, a block of it 16 rows and 32 columns: codes, scales, zeros.
 """
 
 import functools
@@ -18,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import native, packing
 from .._autodiff import has_tangent
+from .._checks import on_one_device
 from ..layers import linear, together
 from ..layers.prepared import kept
 from ..records import ABSENT, is_absent, record
@@ -216,7 +220,8 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
 
     Where x is not finite in a block the whole row of the result is NaN.
 
-    Law: as near to the product with the matrices as that of float32 (test_tiles.py::test_a_product_is_as_near_as_that_of_floats).
+    Law: as near to the product with the matrices as that of float32, at any scale that float32 has
+    (test_tiles.py::test_a_product_is_as_near_as_that_of_floats, ::test_a_product_of_any_scale_is_as_near_as_that_of_floats).
     """
     flat = _flat(x)
     blocks, rows = [weight.blocks for weight in weights], [weight.rows for weight in weights]
@@ -258,6 +263,7 @@ def _plain(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[in
 
 
 def _like(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
+    on_one_device("funcattn::products", [*blocks, *scales, x])
     return x.new_empty(x.shape[0], sum(rows))
 
 

@@ -18,7 +18,7 @@ from ..kernels import zigzag
 from ..models import Model, config_of
 from ..rematerialization import remat
 from ..sharding import vocabulary
-from ..transformer import DATA
+from ..transformer import DATA, follower
 from ..tree import Tree
 
 BLOCK = 2**24  # logits held at a time: 64 MiB in float32, beside which a call costs nothing
@@ -66,7 +66,7 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
             _checks.fail("loss", "segments", "None over 'context'", "some", "Pack documents over 'data', or leave them whole.")
         inputs, targets = _part(inputs), _part(targets)
         counts = None if counts is None else _part(counts)
-    whole = transformer.follower(model) is not None and axis_size(CONTEXT) == 1  # the last token counts for the length of its text
+    whole = follower(model) is not None and axis_size(CONTEXT) == 1  # the last token counts for the length of its text
     inputs = tokens if whole else inputs
     if segments is None:
         hidden = model.hidden(params, inputs)[0]

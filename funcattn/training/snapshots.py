@@ -3,8 +3,9 @@
     folder/step-00000200/tensors.safetensors      every leaf, by path
     folder/step-00000200/run.json                 what else a run is, and checksums of both files
 
-A snapshot is written under a temporary name, flushed to the disk, and moved to its place in one step (`atomic.folder`); only then is
-the oldest one removed. So a kill or a full disk, at any moment, leaves the snapshots before it as they were. Reading checks every byte.
+A snapshot is written under a temporary name, flushed to the disk, and moved to its place in one
+step (`atomic.folder`); only then is the oldest one removed. So a kill or a full disk, at any
+moment, leaves the snapshots before it as they were. Reading checks every byte.
 """
 
 import hashlib
