@@ -16,7 +16,7 @@ try:
     jit = importlib.import_module("triton").jit
     OutOfResources = importlib.import_module("triton.runtime.errors").OutOfResources
 except ImportError:
-    tl, jit, OutOfResources = SimpleNamespace(constexpr=object), lambda f: f, MemoryError
+    tl, jit, OutOfResources = SimpleNamespace(constexpr=lambda x: x), lambda f: f, MemoryError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read when Triton is imported, as there
 
