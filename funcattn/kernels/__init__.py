@@ -12,7 +12,8 @@
 `ring` and `merge_over` attend over a text that no device of a mesh holds all of.
 Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two autograd Functions) differentiates by the rules of
 `algebra`; `primitives` runs them as `blocks` of torch operations in the `layout` they share, by `triton`, or by `torch_fused`;
-`flops` says what they cost.
+`flops` says what they cost. `masking` says what is seen of a block, `unseen` takes out what no query sees, `dtypes` says what
+sums are kept in.
 """
 
 from . import flops as flops

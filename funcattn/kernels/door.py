@@ -33,18 +33,21 @@ def attend(
 
         S_ij = scale q_i . k_j + bias_ij        lse_i = log sum_j exp S_ij        out_i = sum_j exp(S_ij - lse_i) v_j
 
+    Softmax does not see the level of a row: value and derivatives are those of the same row at level zero, whatever the level.
+
     Args:
         q: (*lead, H, T, D) queries, any floating dtype.
         k: (*lead, K, S, D) keys, with H % K == 0 (K = H multi-head, K = 1 multi-query, between them grouped).
         v: (*lead, K, S, Dv) values.
         mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the query sees the key.
         scale: what logits are multiplied by, a number or a 0-d tensor; None is 1 / sqrt(D).
-        bias: floating, broadcasts to (*lead, H, T, S), added to the logits; -inf hides a key.
+        bias: floating, broadcasts to (*lead, H, T, S), added to the logits in the wider dtype of the two; -inf hides a key, and
+            finite numbers hide none, finfo.min included.
         kernel: None chooses; a name forces (see `explain`).
 
     Returns:
         Attended(out (*lead, H, T, Dv) in the dtype of v, lse (*lead, H, T) in float32 at least). A query that sees no key has
-        out = 0 and lse = -inf, with zero derivatives.
+        out = 0 and lse = -inf, with zero derivatives. What a query does not see reaches nothing of it, NaN included.
 
     Raises:
         ValueError: sizes that do not fit. TypeError: dtypes, or kinds of mask, that do not.
@@ -54,7 +57,9 @@ def attend(
         >>> attend(q, k, v).out.shape
         torch.Size([1, 2, 4])
 
-    Law: `merge` of the parts is the whole (test_kernels.py::test_merge_of_any_split_is_the_whole).
+    Law: `merge` of the parts is the whole (test_kernels.py::test_merge_of_any_split_is_the_whole). The level of a row changes
+        nothing (test_blocks.py::test_the_level_of_a_row_changes_no_value_and_no_gradient), nor what a query does not see
+        (test_unseen.py::test_what_no_query_sees_reaches_no_value_tangent_or_gradient).
     """
     request = _request("attend", q, k, v, mask, scale, bias, wants_lse=True)
     return _run(request, choice.choose(request, kernel))

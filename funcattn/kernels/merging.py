@@ -45,8 +45,8 @@ def merge(a: Attended, b: Attended) -> Attended:
     Raises:
         ValueError: the shapes of the two differ.
 
-    A share carries the rounding of the lse it comes from, |lse| 2^-24 of itself in float32: where the logits of both parts are in the
-    thousands it has three digits, and at 1e9 none. `attend_parts` makes one softmax of such parts.
+    A share carries the rounding of the lse it comes from, |lse| 2^-24 of itself in float32: where those of both parts are in
+    the thousands it has three digits, and at 1e9 none. `attend_parts` makes one softmax of such parts.
 
     Law: associative, commutative, with attention over no keys (out = 0, lse = -inf) as identity, and zero derivatives, not NaN,
         where both see nothing (test_kernels.py::test_merge_is_a_monoid).

@@ -20,7 +20,7 @@ pair notices: two such logits are equal, or so far apart that the smaller weighs
 Source: Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1, and its jvp, whose sums are rescaled alike.
 """
 
-# pyright: reportInvalidTypeForm=false
+# pyright: reportInvalidTypeForm=false, reportPossiblyUnboundVariable=false
 
 from .language import jit, tl
 from .pieces import add_product, block, blocks_of, clean, line, locate, product, reach, store, store_line

@@ -23,6 +23,7 @@ from ..agreement import Amplitudes, agree, amplitudes, longest, named
 
 AnyMask: TypeAlias = Mask | Tensor | None
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, AnyMask], Any]
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor]
 EXACT = "exactly: it is a sum over nothing"
 
 
@@ -125,14 +126,13 @@ def shifting_all_logits_of_a_row_changes_no_tangents(
 ) -> None:
     """The same of jvp, and of jvp(grad)."""
     law, (flat, several, features) = shifting_all_logits_of_a_row_changes_no_tangents, _shifted(kernel, q, k, v, key)
-    size, moved = amplitudes(*flat), list(_tangents(key, *flat))
-    for n in (0, 1):
-        moved[n][..., 0] = 0  # the level itself stays
-    moved = tuple(moved)
-    _, wanted_out = jvp(lambda *x: dense.attend(*x, mask).out, _double(*flat), _double(*moved))
+    size, moved = amplitudes(*flat), _tangents(key, *flat)
+    for x in moved[:2]:
+        x[..., 0] = 0  # the level itself stays
+    wanted_out = jvp(lambda q, k, v: dense.attend(q, k, v, mask).out, _double(*flat), _double(*moved))[1]
     allowed = size.rounding * (2 * _of_logits(size, moved) * size.v + longest(moved[2]))
     for what, shifted, f in several:
-        _, out = jvp(lambda *x, f=f: f(*x, mask), shifted, moved)
+        out = jvp(lambda q, k, v, f=f: f(q, k, v, mask), shifted, moved)[1]
         agree(law, f"jvp of out {what}", out, wanted_out, allowed, size.why)
         loss, reference, weights = _losses(f, *flat, mask, key)
         got = jvp(grad(loss, (0, 1, 2)), shifted, moved)[1]
@@ -279,16 +279,17 @@ def _losses(
     return weigh(kernel), weigh(dense.attend), (longest(weights["out"]), most)
 
 
-def _tangents(key: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_normal(randomness.fold_in(key, i), x, x.shape) for i, x in enumerate(inputs))
+def _tangents(key: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    dq, dk, dv = (_normal(randomness.fold_in(key, i), x, x.shape) for i, x in enumerate((q, k, v)))
+    return dq, dk, dv
 
 
 def _normal(key: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return randomness.normal(key, shape, like.dtype).to(like.device)
 
 
-def _double(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.double() for x in inputs)
+def _double(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    return q.double(), k.double(), v.double()
 
 
 # How far rounding may carry each, with g and h the sizes of the weights of out and lse in a loss.
@@ -327,7 +328,7 @@ def _range(dtype: torch.dtype) -> tuple[float, float]:
 
 def _shifted(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, key: Tensor
-) -> tuple[tuple[Tensor, ...], list[tuple[str, tuple[Tensor, ...], Kernel]], tuple[int, ...]]:
+) -> tuple[Inputs, list[tuple[str, Inputs, Callable[..., Tensor]]], tuple[int, ...]]:
     """Inputs with a row of equal logits; the ways to shift it: what to say, inputs, and the kernel to out; features that stay."""
     row, which = (
         int(randomness.randint(of, (), 0, most)) for of, most in zip(randomness.split(key), (q.shape[-2], 3), strict=True)
