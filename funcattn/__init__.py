@@ -66,9 +66,9 @@ from .generation import Streamed, generate, stream
 from .kernels import attend, attention, attention_weights, explain, merge
 from .low_rank import lora, merge_lora
 from .masks import Mask
+from .models import Model
 from .quantization import dequantize, fp8, int4, int8, nf4, quantize, ternary, w8a8
 from .randomness import fold_in, key, split
-from .models import Model
 from .records import Attended
 from .rematerialization import remat
 from .search import beam_search, best_of

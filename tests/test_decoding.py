@@ -5,7 +5,7 @@ import torch
 from torch.func import vmap
 
 import funcattn as fa
-from funcattn import caches, drafters, sampling, transformer
+from funcattn import caches, drafters, sampling
 from funcattn.speculation import Stats, blockwise, speculate, stream, tokenwise
 
 MATRICES = r"layers.*\.(q|k|v|o|gate|up|down)"  # an embedding that is quantized gives float32

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import layers, quantization
-from ..quantization import Scheme, is_quantized
 from ..models import Model
+from ..quantization import Scheme, is_quantized
 from ..records import is_absent
 from ..transformer import Config, Kind, Layer, Params
 from ..tree import Tree

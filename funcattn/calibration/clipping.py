@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks, packing, quantization
-from ..quantization import Scheme, expand, is_quantized
 from ..models import Model
+from ..quantization import Scheme, expand, is_quantized
 from ..transformer import Layer, Params
 from ..tree import Tree
 from .channels import smooth

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks, packing, quantization, tree
-from ..quantization import Int4, Int8, Int8Dynamic, Scheme, is_quantized
 from ..models import Model
+from ..quantization import Int4, Int8, Int8Dynamic, Scheme, is_quantized
 from ..transformer import Layer, Params
 from ..tree import Tree
 from .walking import BY_EXPERT, FEEDS, Feeds, decoder_of, walk

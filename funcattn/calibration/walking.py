@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks, layers, taps, transformer
-from ..progress import track
 from ..models import Model, config_of, told
+from ..progress import track
 from ..transformer import Config, Layer, Params
 
 FEEDS = {  # a tap of a layer, and the matrices that its value goes into

@@ -5,8 +5,6 @@
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
