@@ -101,9 +101,7 @@ VERBS = {
     "speculate": lambda m: fa.speculate(fa.key(1), m, PARAMS, drafters.prompt_lookup(), PROMPT, steps=4)[0].tokens,
     "drafted by itself": lambda m: fa.speculate(fa.key(1), m, PARAMS, drafters.model(m, PARAMS), PROMPT, steps=4)[0].tokens,
     "beams": lambda m: search.beam_search(m, PARAMS, PROMPT, steps=3, beams=2, best=2).tokens,
-    "best of": lambda m: (
-        search.best_of(fa.key(1), m, PARAMS, PROMPT, n=2, steps=3, sampler=fa.sampling.temperature(1.0)).scores
-    ),
+    "best of": lambda m: search.best_of(fa.key(1), m, PARAMS, PROMPT, n=2, steps=3, sampler=fa.sampling.temperature(1.0)).scores,
     "serving": served,
     "guidance": guided,
     "score": lambda m: fa.score(m, PARAMS, PROMPT),

@@ -28,6 +28,9 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: Any = None) -> None:
     """Fail on every process where a value differs between two that should hold it alike.
 
+    Law: every process is told the same, and rows of "data" may differ
+    (tests/distributed: test_processes_that_differ_are_told).
+
     Args:
         function: whose arguments they are, for the message.
         values: trees of tensors, numbers and texts, by name. DTensors among them are left out, and

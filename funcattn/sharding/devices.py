@@ -36,9 +36,10 @@ def inside(mesh: Any, *cuts: Tree) -> Iterator[None]:
 
     For loops that own their arguments, such as `fa.training.fit`: values are plain tensors, which `parts_of` takes from DTensors.
 
-    What all processes should hold alike is compared where it comes in: tokens, keys and sizes at the beginning of each verb (generate,
-    speculate, beam_search, score, fit, and loss on the CPU), whole trees by `shard`. Parts of a tree that each process has read or made
-    by itself are not compared, for they differ.
+    What all processes should hold alike is compared where it comes in (`collectives.agree`): tokens,
+    keys and sizes at the beginning of each verb (generate, speculate, beam_search, score, fit, and
+    loss on the CPU), whole trees by `shard`. Parts of a tree that each process has read or made by
+    itself are not compared, for they differ.
 
     Args:
         cuts: specs of the trees whose norms are taken, as training does of gradients.

@@ -41,7 +41,9 @@ def sharded(model: Model, mesh: Mesh) -> Model:
     """
     if not isinstance(model, Model) or (isinstance(mesh, Grid) and model.config is None):
         wanted = "from fa.decoder" if isinstance(mesh, Grid) else "a Model"
-        _checks.fail("shard_map", "model", wanted, f"a {type(model).__name__} of another make", "Make it with fa.decoder(config).", TypeError)
+        _checks.fail(
+            "shard_map", "model", wanted, f"a {type(model).__name__} of another make", "Make it with fa.decoder(config).", TypeError
+        )
     run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
     functions = {name: run(name, getattr(model, name)) for name in Model._fields}
     return Model(

@@ -5,7 +5,6 @@
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
 """
 
-
 import torch
 from torch import Tensor
 
