@@ -13,7 +13,7 @@ import numbers
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, overload
 
 import optree
 import torch
@@ -59,7 +59,8 @@ TREE = Kind("a tree of weights", lambda x: _has_tensors(x), "model.init(key) mak
 
 
 def _has_tensors(x: Any) -> bool:
-    return isinstance(x, tuple | list | dict) and any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(x))
+    given: Any = x
+    return isinstance(x, tuple | list | dict) and any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(given))
 
 
 def kind_of(annotation: Any) -> Kind | None:
@@ -91,7 +92,15 @@ def kind_of(annotation: Any) -> Kind | None:
 LOOSE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def door(f: F | None = None, *, name: str | None = None) -> Any:
+@overload
+def door(f: F) -> F: ...
+@overload
+def door(f: F, *, name: str) -> F: ...
+@overload
+def door(*, name: str) -> Callable[[F], F]: ...
+
+
+def door(f: Any = None, *, name: str | None = None) -> Any:
     """A public function whose errors speak of its arguments where these are of the wrong kinds or number.
 
     Args:
@@ -106,8 +115,8 @@ def door(f: F | None = None, *, name: str | None = None) -> Any:
         TypeError: doubled: times should be an int, got 0.5. Give one whole number.
     """
     if f is None:
-        return functools.partial(door, name=name)
-    called = name or f.__name__  # pyright: ignore[reportAttributeAccessIssue]
+        return lambda f: door(f, name=name or f.__name__)
+    called = name or f.__name__
 
     @functools.wraps(f)
     def checked(*args: Any, **options: Any) -> Any:
