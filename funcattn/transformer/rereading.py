@@ -19,8 +19,8 @@ from .model import parts_of
 
 def follower(model: Model) -> Config | None:
     """The Config of a model whose angles follow the length; None for any other, and for one that does not tell its Config."""
-    parts = parts_of(model) or getattr(model, "parts", None)
-    return parts.config if parts is not None and parts.config.follows_length else None
+    config = getattr(model, "config", None) or getattr(parts_of(model) or getattr(model, "parts", None), "config", None)
+    return config if isinstance(config, Config) and config.follows_length else None
 
 
 def first_chunk(model: Model, cache: Any, T: int, chunk: int) -> int:
