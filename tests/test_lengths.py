@@ -120,6 +120,11 @@ def test_prompts_of_several_lengths_side_by_side_are_each_as_alone(kind):
     for row, n in zip(got, lengths, strict=True):
         assert row.tolist() == naive(model, params, X[: int(n)], 4)
         assert go(rows[0], lengths[0]).tolist() == naive(model, params, X[:4], 4)
+    seen = []
+    look = fa.sampling.stateless(lambda logits: (seen.append(logits), logits)[1])
+    for row, n in zip(rows, lengths, strict=True):
+        fa.generate(fa.key(0), model, params, row, steps=1, prompt_length=n, chunk=9, sampler=look)
+        close(seen[-1], whole(model, params, X[: int(n)])[-1])
     slots = serving.idle(model, params, model.cache(40, dtype=torch.float64), 2)
     for i, n in enumerate((BORDER - 2, 20)):
         slots = serving.enter(fa.key(i), model, params, X[:n], slots, i, steps=5, chunk=6)
@@ -162,9 +167,6 @@ def test_packed_documents_are_each_as_alone(kind):
     mask = fa.masks.intersection(documents, fa.masks.causal(len(x)))
     places = torch.arange(len(x)) - documents.start.squeeze(-1)
     alone = torch.cat([whole(model, params, document) for document in x.split(lengths)])
-    close(
-        model.hidden(params, x, mask=mask, positions=places)[0], torch.cat([model.hidden(params, d)[0] for d in x.split(lengths)])
-    )
     close(model.extend(params, x, (), mask=mask, positions=places)[0], alone)
     rows = torch.stack([x, x.flip(0)])
     close(model.extend(params, rows, (), mask=mask, positions=places.expand(2, -1))[0][0], alone)
