@@ -76,8 +76,8 @@ class State:
                 if not any(mode is active for active in _dispatches()):
                     dispatch._push_mode(mode)
                     stack.callback(dispatch._pop_mode)
-            for mode, *draws in self.draws:
-                stack.enter_context(mode.replay(*draws))
+            for mode, draws, replayed in self.draws:
+                stack.enter_context(mode.replay(draws, replayed))
             stack.enter_context(_functions(self.functions))
             return f(*x)
 

@@ -171,7 +171,7 @@ def _traced_in_forward_mode() -> bool:
     return in_forward_mode()
 
 
-_traced_in_forward_mode._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without importing Dynamo
+vars(_traced_in_forward_mode)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result, without importing Dynamo
 
 
 def _here(axis: Axis) -> bool:

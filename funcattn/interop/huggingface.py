@@ -101,7 +101,7 @@ def _attend(
         if softcap is None:
             out, lse = attend(query, key, value, mask, scale=scaling, bias=bias)
         else:
-            capped = lambda s, b, h, i, j: softcap * torch.tanh(s / softcap)
+            capped = lambda s, b, h, i, j, cap=softcap: cap * torch.tanh(s / cap)
             out, lse = attention_with_score(query, key, value, capped, mask, scale=scaling)
         return out if sink is None else out * torch.sigmoid(lse - sink).unsqueeze(-1).to(out.dtype)
 

@@ -166,7 +166,7 @@ def differentiable(r: Request) -> bool:
 
 def _reluctance(name: str, r: Request) -> str:
     """Why a kernel that can run is left alone where none is forced, or ""."""
-    if torch.jit.is_tracing() and name != "reference":
+    if torch._C._is_tracing() and name != "reference":
         return "torch.jit traces plain operations"
     if name in ("sdpa", "sdpa:flash") and differentiable(r):
         return "a derivative may be asked: it has no jvp and no second one"
