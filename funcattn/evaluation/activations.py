@@ -1,0 +1,174 @@
+"""What a model computes on the way: its activations, and the logits where some of them are others.
+
+trace: the values at the taps of a run                     patch: the logits of a run with some of them replaced
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import _checks, taps
+from .._doors import door
+from ..masks import Mask
+from ..models import Model
+from ..records import ABSENT
+from ..tree import Tree
+
+Change = Tensor | Callable[[Tensor], Tensor]  # what stands in the place of an activation, or a function that makes it of that
+Where = str | Callable[[str], bool] | Iterable[str] | None
+
+
+@door
+def trace(
+    model: Model,
+    params: Tree,
+    tokens: Tensor,
+    where: Where = None,
+    *,
+    cache: Any = ABSENT,
+    mask: Mask | Tensor | None = None,
+    positions: Tensor | None = None,
+    changes: Mapping[str, Change] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits of a run and the values at its taps.
+
+    The taps of a decoder are `embedding`, `output` (after the last norm) and in each layer N, `layers.N.` and
+
+        attention.{input, q, k, v, mixed, output}     q, k, v after rotation (*lead, H, T, D); mixed (*lead, T, H D) before o
+        feed_forward.{input, inner, output}           inner (*lead, T, F) before down; router (*lead, T, X) in place of it,
+                                                      where there are experts
+        output                                        the residual (*lead, T, E) after the layer
+
+    Args:
+        model, params: a decoder and its weights, not compiled: taps are silent in compiled code.
+        tokens, cache, mask, positions: as in `model.extend`.
+        where: which taps: an expression that the whole name matches (`r"layers\\.\\d+\\.output"`), a function of the name, names,
+            or None for all.
+        changes: what `patch` takes, applied in the same run: activations downstream of a change.
+
+    Returns:
+        logits (*lead, T, V), and name -> value, in the order of the computation.
+
+    Raises:
+        ValueError: a name that no tap has, or a `where` that chooses none.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config())
+        >>> logits, seen = trace(model, model.init(fa.key(0)), torch.arange(5), r"layers\\.\\d\\.output")
+        >>> {name: tuple(value.shape) for name, value in seen.items()}
+        {'layers.0.output': (5, 64), 'layers.1.output': (5, 64)}
+
+    Law: a run that is traced is the run (test_evaluation.py::test_a_traced_run_has_the_logits_of_the_run).
+    """
+    chosen, named = _chooser(where)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        if chosen(name):
+            seen[name] = x
+
+    run = lambda: model.extend(params, tokens, cache, mask=mask, positions=positions)[0]
+    logits, names = _hear("trace", run, dict(changes or {}), keep)
+    for name in named:
+        if name not in names:
+            _unknown("trace", "where", name, names)
+    if not seen:
+        remedy = f"A whole name must match; there are {len(names)}, such as {', '.join(names[:4])}."
+        _checks.fail("trace", "where", "such that it chooses some tap", f"none by {where!r}", remedy)
+    return logits, seen
+
+
+@door
+def patch(
+    model: Model,
+    params: Tree,
+    tokens: Tensor,
+    changes: Mapping[str, Change],
+    *,
+    cache: Any = ABSENT,
+    mask: Mask | Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """The logits of a run in which some activations are others.
+
+    A gradient of a logit in an activation is `grad(lambda x: patch(model, params, tokens, {name: x})[-1, id])(x)`; many
+    patches at once are vmap; a cut or a nudge is a function, `{name: lambda x: x + direction}`.
+
+    Args:
+        model, params, tokens, cache, mask, positions: as in `trace`.
+        changes: name of a tap -> a tensor of the shape and dtype of the activation, or a function from the activation to one.
+
+    Returns:
+        logits (*lead, T, V).
+
+    Raises:
+        ValueError: a name that no tap has, or another shape. TypeError: another dtype.
+
+    Law: patching what is there changes nothing (test_evaluation.py::test_patching_with_what_is_there_changes_nothing).
+    Source: Vig et al., Causal mediation analysis for language models, arXiv:2004.12265; Meng et al., arXiv:2202.05262 (ROME).
+    """
+    run = lambda: model.extend(params, tokens, cache, mask=mask, positions=positions)[0]
+    return _hear("patch", run, dict(changes), lambda name, x: None)[0]
+
+
+def _hear(
+    door: str, run: Callable[[], Tensor], changes: dict[str, Change], keep: Callable[[str, Tensor], None]
+) -> tuple[Tensor, list[str]]:
+    """The result of a run whose taps are changed, then kept; and the names of its taps, in order."""
+    if torch.compiler.is_compiling():
+        remedy = "Taps are silent in compiled code: compile what is around, not the model that is looked into."
+        _checks.fail(door, "the call", "outside of torch.compile", "one inside", remedy)
+    names: dict[str, None] = {}
+
+    def listen(name: str, x: Tensor) -> Tensor:
+        names[name] = None
+        if name in changes:
+            x = _changed(door, name, x, changes[name])
+        keep(name, x)
+        return x
+
+    with taps.listening(listen):
+        out = run()
+    if not names:
+        _checks.fail(door, "model", "one with taps", "one without", "Give the model itself, not a compiled one.")
+    for name in changes:
+        if name not in names:
+            _unknown(door, "changes", name, list(names))
+    return out, list(names)
+
+
+def _changed(door: str, name: str, x: Tensor, change: Change) -> Tensor:
+    other = change if isinstance(change, Tensor) else change(x)
+    if not isinstance(other, Tensor) or other.dtype != x.dtype:
+        got = getattr(other, "dtype", f"a {type(other).__name__}")
+        _checks.fail(door, f"the change of {name}", f"a tensor of {x.dtype}", got, "Convert it: .to(dtype).", TypeError)
+    if other.shape != x.shape:
+        remedy = "Take it from a trace of as many tokens, or change a part: lambda x: x.index_put(...)."
+        _checks.fail(door, f"the change of {name}", f"{_checks.shape(x)} as the activation", _checks.shape(other), remedy)
+    return other
+
+
+def _chooser(where: Where) -> tuple[Callable[[str], bool], tuple[str, ...]]:
+    """Which names are wanted, and those that were named outright."""
+    if where is None:
+        return lambda name: True, ()
+    if isinstance(where, str):
+        try:
+            pattern = re.compile(where)
+        except re.error as error:
+            _checks.fail("trace", "where", "a regular expression", f"{where!r}: {error}", "Escape what is meant literally.")
+        return lambda name: pattern.fullmatch(name) is not None, ()
+    if callable(where):
+        return lambda name: bool(where(name)), ()
+    named = tuple(where)
+    return lambda name: name in named, named
+
+
+def _unknown(door: str, argument: str, name: str, names: list[str]) -> NoReturn:
+    near = difflib.get_close_matches(name, names, 3, 0.6) or names[:3]
+    _checks.fail(door, argument, "names of taps", repr(name), f"Did you mean {' or '.join(map(repr, near))}?")
