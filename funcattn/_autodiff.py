@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-if torch.__version__ >= (2, 14):
+if torch.__version__ >= "2.14":  # a TorchVersion, which compares as versions do
     # Imported by the first jvp of a process otherwise, where its use of torch.jit.script is a FutureWarning that users see.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
