@@ -212,6 +212,7 @@ def _read(
     function: str, model: Model, params: Any, prompt: Tensor, cache: Any, stop: Sequence[int], **values: Any
 ) -> tuple[Any, Tensor, Any]:
     """The past of all but the last token, and what reading the last gives; processes of a mesh should be given alike."""
+    _checks.stops(function, stop)
     prefix = cache
     length = () if is_absent(cache) else cache.length
     collectives.agree(function, {"prompt": prompt, "cache": length, "stop": tuple(stop), **values}, params)

@@ -301,7 +301,7 @@ def to(device: torch.device | str) -> Transform:
         device(type='meta')
     """
     try:
-        place = torch.device(device)
+        place = device if isinstance(device, torch.dtype) else torch.device(device)
     except RuntimeError as error:
         got, remedy = repr(device), f'Such as "cpu" or "cuda:0". torch says: {str(error).splitlines()[0]}'
         _checks.fail("to", "device", "one that torch knows", got, remedy)

@@ -1,5 +1,6 @@
 """What stands in the place of a file: a pipe, a device, a folder, or one too large. Each door says so, and none waits for it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,8 +28,8 @@ def saved(tmp_path_factory):
 
 
 def socket_at(path):
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(os.path.relpath(path))
+    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):  # a whole path may be too long for its address
+        made.bind(path.name)
 
 
 KINDS = {

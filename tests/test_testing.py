@@ -98,7 +98,7 @@ def test_sdpa_keeps_the_laws_of_values_and_first_gradients(law):
 
 
 @pytest.mark.cpu("of torch's kernel for the CPU; elsewhere its dense route composes")
-@pytest.mark.parametrize("law", FORWARD_MODE, ids=by_name)
+@pytest.mark.parametrize("law", [law for law in FORWARD_MODE if "shifting" not in law.__name__], ids=by_name)
 def test_sdpa_does_not_keep_the_laws_of_forward_mode(law):
     with pytest.raises(NotImplementedError, match="forward AD"):
         prove(law, functools.partial(fa.attention, kernel="sdpa"), strategies.problems(), examples=1)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._autodiff import transforming
+from .._autodiff import is_recorded, transforming
 from .._doors import door as public
 from ..masks import Mask
 from ..records import Attended
-from . import choice, dropout, flash, fused, layout, masking, reference, unseen
+from . import blocks, choice, dropout, flash, fused, layout, masking, reference, unseen
 from .choice import Explanation, Request
 from .products import untraced
 
@@ -151,6 +151,8 @@ def _chosen(r: Request, kernel: str) -> Attended:
     """The chosen kernel; lse is left out (a scalar zero) where a kernel does not give it and none was asked."""
     if kernel.startswith("sdpa"):
         backend = kernel.removeprefix("sdpa").removeprefix(":")
+        if _may_be_far(r):
+            return flash.attend(r)  # torch's backward takes the log-sum-exp as one number, which loses the normalizer there
         k, v = r.k, r.v
         if r.q.device.type != "cpu" and r.mask is not None:  # where looking at the output would be waiting for it
             _, k, v, *_ = unseen.take_out(r.q, r.k, r.v, r.mask)
@@ -169,6 +171,19 @@ def _chosen(r: Request, kernel: str) -> Attended:
 
 
 _untraced = untraced(_chosen)
+
+
+def _may_be_far(r: Request) -> bool:
+    """True where a derivative may follow, and logits may be larger than `blocks.FAR`; False where values cannot be looked at."""
+    if not is_recorded(r.q, r.k, r.v, r.bias):
+        return False
+    found = [None if x is None else _checks.peek(x) for x in (r.q, r.k, r.bias)]
+    q, k, bias = (None if x is None or x.device.type != "cpu" or not x.numel() else x for x in found)
+    if q is None or k is None:
+        return False
+    length = lambda x: float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1).amax()) ** 0.5
+    reach = abs(float(r.scale)) * length(q) * length(k)
+    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= blocks.FAR
 
 
 def _request(

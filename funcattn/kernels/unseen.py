@@ -36,8 +36,10 @@ def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None)
     blind = hidden = None
     if known is None or known.dim() < 2 or not bool(known.any(-1).all()) or not bool(known.any(-2).all()):
         keys, queries = _of_intervals(mask, k.shape[-2]) if isinstance(mask, Mask) else _of_booleans(mask, q, k)
-        blind = _unless_none(~queries)
-        hidden = _unless_none(~_fitting(keys, k.shape[:-3] if v is None else broadcast(k.shape[:-3], v.shape[:-3]), k.shape[-3]))
+        blind = _unless_none(queries.logical_not())
+        hidden = _unless_none(
+            _fitting(keys, k.shape[:-3] if v is None else broadcast(k.shape[:-3], v.shape[:-3]), k.shape[-3]).logical_not()
+        )
     if blind is not None:
         q = torch.where(blind, 0, q)
     if hidden is not None:
@@ -67,7 +69,7 @@ def _of_intervals(mask: Mask, S: int) -> tuple[Tensor, Tensor]:
     queries = (start < stop).any(-1)
     ends = torch.cat([start.flatten(-2), stop.flatten(-2)], -1)
     steps = torch.cat([torch.ones_like(start), -torch.ones_like(stop)], -2).flatten(-2)  # +1 where one begins, -1 where it ends
-    count = steps.new_zeros(*steps.shape[:-1], S + 1).scatter_add(-1, ends, steps).cumsum(-1)[..., :S]
+    count = steps.new_zeros(*steps.shape[:-1], S + 1).scatter_add(-1, ends, steps).cumsum(-1).narrow(-1, 0, S)
     return (count > 0).unsqueeze(-2).unsqueeze(-1), queries.unsqueeze(-2).unsqueeze(-1)
 
 
@@ -102,7 +104,7 @@ def _finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
     known = _look(x)
     if known is not None and is_finite([known]):
         return x, None
-    bad = ~x.isfinite().all(-1, keepdim=True)
+    bad = x.isfinite().all(-1, keepdim=True).logical_not()
     return torch.where(bad, 0, x), bad
 
 

@@ -47,7 +47,8 @@ class _Settings:
         if group is not None and not _checks.is_count(group, 1):
             kind = ValueError if isinstance(group, int) else TypeError
             _checks.fail(self.name, "group", "a number of columns, or None for all of a row", repr(group), "32 is usual.", kind)
-        if not isinstance(clip, int | float) or not 0 < clip <= 1:
+        is_number = isinstance(clip, int | float) and 0 < clip <= 1
+        if not is_number and not isinstance(clip, Tensor):  # one for each group, as `clipped` finds them
             _checks.fail(self.name, "clip", "in (0, 1]", repr(clip), "1 is all of the range.")
         if not isinstance(settings.get("symmetric", False), bool):
             _checks.fail(self.name, "symmetric", "True or False", repr(settings["symmetric"]), "Choose one.", TypeError)
