@@ -223,12 +223,7 @@ def hidden_along(model: Model, params: Any, tokens: Tensor, cache: Any) -> Tenso
     """
     if caches.keeps_all(cache) or tokens.dim() != 1 or len(tokens) < 2:
         return model.hidden(params, tokens, cache)[0]
-    past, rows = cache, []
-    for token in tokens.unbind():
-        x, delta = model.hidden(params, token.reshape(1), past)
-        past = caches.commit(caches.fork(past, delta, len(tokens)) if past is cache else past, delta)
-        rows.append(x[0])
-    return torch.stack(rows)
+    return transformer.one_by_one(model, params, tokens, cache)[0]
 
 
 def _commit(tail: Any, delta: Any, n: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, caches
+from ._doors import door, what_is
 from .caches import Delta
 from .masks import Mask
 from .records import ABSENT
@@ -28,6 +29,7 @@ MADE: Any = None  # what stands for extend and apply until they are made
 def composed(hidden: Function, logits: Function) -> tuple[Function, Function]:
     """`extend` and `apply` of hidden and logits."""
 
+    @door
     def extend(
         params: Any,
         tokens: Tensor,
@@ -53,6 +55,7 @@ def composed(hidden: Function, logits: Function) -> tuple[Function, Function]:
         x, delta = hidden(params, tokens, cache, **given)
         return logits(params, x), delta
 
+    @door
     def apply(params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """The logits after each new token, and the cache with all of them: extend, then commit.
 
@@ -128,6 +131,9 @@ class Model:
 
     def __post_init__(self) -> None:
         _refuse("Model", [name for name in ("extend", "apply") if getattr(self, name) is not MADE])
+        for name in self.FUNCTIONS:
+            if not callable(f := getattr(self, name)):
+                _checks.fail("Model", name, "a function", what_is(f), "Pass the function itself.", TypeError)
         for name, f in zip(("extend", "apply"), self.made(self.hidden, self.logits), strict=True):
             object.__setattr__(self, name, f)
 

@@ -104,6 +104,7 @@ def beam_search(
     for step in progress.track(range(steps), "searching"):
         log_p = vmap(lambda logits, state: _allowed(sampler, logits, state))(logits, states)
         _check_numbers(step, logits, log_p, total)
+        log_p = torch.where(total.unsqueeze(-1) > -torch.inf, log_p, -torch.inf)  # of no text a sampler may leave NaN
         values, places = (log_p + total.unsqueeze(-1)).reshape(-1).topk(many)
         parent, token = places // V, places % V
         texts = written.index_select(0, parent).index_fill(1, torch.tensor([step], device=device), 0)
@@ -234,8 +235,7 @@ def _rated(score: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
 def _allowed(sampler: Sampler, logits: Tensor, state: Any) -> Tensor:
     """The log-probabilities (V,) that a sampler leaves: -inf everywhere, not NaN, where it leaves no token."""
     left, _ = sampler.update(logits if logits.dtype == torch.float64 else logits.float(), state)
-    nothing = (left == -torch.inf).all(-1, keepdim=True)
-    return torch.where(nothing, -torch.inf, torch.where(nothing, 0, left).log_softmax(-1))
+    return sampling.composition.normalized(left)
 
 
 def _chosen(value: Any, parent: Tensor) -> Any:

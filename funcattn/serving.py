@@ -136,7 +136,9 @@ def enter(
     assert last is not None
     logits = model.logits(params, last[-1])
     left = torch.full_like(before.left, steps)
-    state = sampling.prime(sampler, prompt, sampling.begin(sampler, logits))
+    state = sampling.begin(sampler, logits)
+    _check_sampler("enter", state, before.state)
+    state = sampling.prime(sampler, prompt, state)
     here = Slot(cache, logits, key, torch.zeros_like(left), left, state)
     return slots._replace(slots=_put(slots.slots, before, here, slot))
 
@@ -154,6 +156,7 @@ def step(
         TypeError: stop is anything but ids.
     """
     _checks.stops("step", stop)
+    _check_sampler("step", sampling.begin(sampler, slots.slots.logits[0]), tree.map(lambda leaf: leaf[0], slots.slots.state))
 
     def one(slot: Slot) -> tuple[Served, Slot]:
         busy = slot.left > 0
@@ -182,6 +185,14 @@ def leave(slots: Slots, slot: int) -> Slots:
     one = slots.slots
     cache = vmap(caches.reset, (0, None, 0))(one.cache, slots.empty, here)
     return slots._replace(slots=one._replace(cache=cache, left=torch.where(here, 0, one.left)))
+
+
+def _check_sampler(function: str, state: Any, held: Any) -> None:
+    """Fail where the state of a sampler is not of the form that the slots hold."""
+    given, kept = ([_checks.shape(leaf) for leaf in tree.leaves(each)] for each in (state, held))
+    if given != kept:
+        remedy = "Give idle, enter and step the same sampler."
+        _checks.fail(function, "sampler", f"that of idle, with a state of {kept}", given, remedy)
 
 
 def _behind(prefix: Any, cache: Any) -> Any:

@@ -128,8 +128,7 @@ def public(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
     """Functions and classes at the top of a module, and the methods of its classes, that a user may call by name."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     for node in tree.body:
-        overloaded = any(ast.unparse(one).endswith("overload") for one in getattr(node, "decorator_list", ()))
-        if isinstance(node, kinds) and not node.name.startswith("_") and not overloaded:
+        if isinstance(node, kinds) and not node.name.startswith("_") and "overload" not in map(ast.unparse, node.decorator_list):
             yield node.name, node
             if isinstance(node, ast.ClassDef) and not any("Function" in ast.unparse(base) for base in node.bases):
                 for method in node.body:

@@ -236,3 +236,35 @@ def test_kinds_are_read_from_annotations():
     assert words(int | None) == "an int or None"
     assert words(sampling.Sampler) == "a Sampler"
     assert words(typing.Any) is None
+
+
+WIDE = fa.decoder(fa.Config(vocabulary=16, layers=1))
+MODELS = {
+    "decoder": WIDE,
+    "compiled": fa.compile(WIDE, backend="eager"),
+    "sharded": fa.sharding.shard_map(WIDE, fa.sharding.Grid(tensor=2)),
+}
+
+
+@pytest.mark.parametrize("made", MODELS)
+def test_the_functions_of_a_model_say_what_was_forgotten_or_is_of_another_kind(made):
+    model, x = MODELS[made], WIDE.hidden(PARAMS, PROMPT)[0]
+    mistakes = [
+        *(getattr(model, name) for name in model._fields),
+        lambda: model.extend(PARAMS),
+        lambda: model.apply(PARAMS, PROMPT),
+        lambda: model.hidden(PARAMS, [1, 2]),
+        lambda: model.hidden(PARAMS, PROMPT, positions=[0, 1, 2]),
+        lambda: model.hidden(PARAMS, PROMPT, positions=torch.arange(4)),
+        lambda: model.hidden(PARAMS, PROMPT, positions=torch.rand(3)),
+        lambda: model.logits(x, PARAMS),
+        lambda: model.logits(PARAMS, x[:, :5]),
+        lambda: model.logits(PARAMS, (x, None)),
+        lambda: model.cache("3"),
+        lambda: model._replace(hidden=3),
+        *([model.step, model.explain, lambda: model.explain(x)] if made == "compiled" else []),
+        *([fa.decoder, lambda: fa.compile(WIDE, backend=3)] if made == "decoder" else []),
+    ]
+    for mistake in mistakes:
+        with pytest.raises((TypeError, ValueError), match=r"should be .* got"):
+            mistake()

@@ -115,7 +115,7 @@ def test_prompts_of_several_lengths_side_by_side_are_each_as_alone(kind):
     model, params = model_of(kind)
     lengths = torch.tensor([4, BORDER - 1, BORDER + 3, 25])
     rows = torch.stack([torch.where(torch.arange(25) < n, X[:25], 7) for n in lengths])
-    go = lambda row, n: fa.generate(fa.key(0), model, params, row, steps=4, prompt_length=n, chunk=9)[0]
+    go = lambda row, n: fa.generate(fa.key(0), model, params, row, steps=2, prompt_length=n, chunk=9)[0]
     got = vmap(go)(rows, lengths)
     for row, n in zip(got, lengths, strict=True):
         assert row.tolist() == naive(model, params, X[: int(n)], 4)
@@ -220,6 +220,21 @@ def test_a_batch_behind_pasts_of_several_lengths_and_its_gradient_are_those_of_t
         close(row, whole(model, params, text)[-2:])
     loss = lambda embedding, past: model.extend(params._replace(embedding=embedding), X[30:31], past)[0].sum()
     assert grad(loss)(params.embedding, pasts[1]).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", FOLLOWING)
+def test_pads_and_drafts_of_a_wrapped_model_are_those_of_the_model(kind):
+    model, params = model_of(kind)
+    few = fa.sharding.candidates(model, 3)
+    wrapped = shard_map(few, Grid(tensor=2)), fa.compile(few, backend="eager"), model._replace(logits=model.logits)
+    rows = torch.stack([torch.where(torch.arange(20) < n, X[:20], 7) for n in (BORDER - 1, BORDER + 3)])
+    for used in wrapped:
+        go = lambda row, n, used=used: fa.generate(fa.key(0), used, params, row, steps=2, prompt_length=n, chunk=9)[0]
+        for n, got in zip((BORDER - 1, BORDER + 3), vmap(go)(rows, torch.tensor([BORDER - 1, BORDER + 3])), strict=True):
+            assert got.tolist() == naive(model, params, X[:n], 2)
+        draft = fa.drafters.model(used, params, length=3)
+        got = fa.speculate(fa.key(0), used, params, draft, X[: BORDER - 2], steps=4)[0].tokens
+        assert got.tolist() == naive(model, params, X[: BORDER - 2], 4)
 
 
 def test_a_window_of_a_layer_is_kept_in_a_text_that_is_read_again():

@@ -96,6 +96,20 @@ def test_every_verb_writes_what_a_loop_over_apply_writes_and_not_what_a_dense_pa
     assert rows.tolist() == [wanted, wanted]
 
 
+@pytest.mark.parametrize("kind", [Near, caches.ring(window=3, tail=2), caches.ring(window=7, tail=2)], ids=["Near", "3", "7"])
+def test_a_draft_longer_than_a_past_remembers_is_verified_token_by_token(kind):
+    draft, size = torch.tensor([3, 9, 14, 2, 7, 11, 5]), {"atol": 1e-4, "rtol": 1e-4}
+    past = MODEL.apply(PARAMS, PROMPT, room(kind))[1]
+    logits, delta = fa.transformer.along(MODEL, PARAMS, draft, past)
+    after, wanted = past, []
+    for token in draft:
+        one, after = MODEL.apply(PARAMS, token[None], after)
+        wanted.append(one[0])
+    torch.testing.assert_close(logits, torch.stack(wanted), **size)
+    kept = caches.commit(past, delta, 4)
+    torch.testing.assert_close(MODEL.extend(PARAMS, draft[4:5], kept)[0][0], wanted[4], **size)
+
+
 def test_beams_and_scores_are_those_of_the_texts_token_by_token():
     found = fa.beam_search(MODEL, PARAMS, PROMPT, room(), steps=STEPS, beams=3, best=3)
     for text, score in zip(found.tokens, found.scores, strict=True):

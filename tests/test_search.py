@@ -271,6 +271,22 @@ def test_a_beam_in_a_dead_end_gives_way_and_beams_that_all_end_there_are_no_text
     assert not found.lengths.any()
 
 
+@pytest.mark.parametrize("more", ["guidance", "xtc", "NaN of what is left"])
+def test_what_follows_a_grammar_in_a_chain_makes_no_text_of_a_dead_end(more):
+    logits, past = NARROW.apply(WEIGHTS, torch.tensor([1]), NARROW.cache(8))
+    after = {
+        "guidance": sampling.guidance(1.0, NARROW, WEIGHTS, past, logits[-1]),
+        "xtc": sampling.xtc(0.0),
+        "NaN of what is left": sampling.stateless(lambda x: x.log_softmax(-1)),
+    }[more]
+    sampler = sampling.chain(sampling.automaton(TABLE), after)
+    prompt = torch.tensor([1, 2])
+    found = beam_search(NARROW, WEIGHTS, prompt, steps=4, beams=4, best=3, stop=(STOP,), sampler=sampler)
+    wanted = narrow(prompt, 4, 3)
+    assert found.tokens.tolist() == wanted.tokens.tolist()
+    torch.testing.assert_close(found.scores, wanted.scores)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), INF])
 def test_beams_on_numbers_that_are_none_are_an_error_and_not_a_ranking(bad):
     spoil = sampling.stateless(lambda logits: logits.index_fill(-1, torch.tensor(3), bad))

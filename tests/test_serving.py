@@ -133,6 +133,10 @@ arrive = lambda prompt, slot, steps=4: serving.enter(fa.key(0), MODEL, PARAMS, p
         (lambda: arrive(TOKENS[:3], 0), "enter: slot should be free, got 0, which is busy"),
         (lambda: arrive(TOKENS[:0], 1), r"enter: prompt should be \(T,\) with T at least 1"),
         (lambda: arrive(TOKENS[:3], 1, 0), "enter: steps should be at least 1, got 0"),
+        (
+            lambda: serving.step(MODEL, PARAMS, FULL, sampler=fa.sampling.repetition_penalty(1.2)),
+            "step: sampler should be that of idle, with a state of",
+        ),
         (lambda: arrive(TOKENS[:20], 1, 6), "as many tokens as a slot has room for, got 20 and 6 for room of 24"),
     ],
 )

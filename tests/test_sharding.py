@@ -333,6 +333,21 @@ def test_a_past_in_parts_is_read_and_written_as_a_whole_one(n):
     close(shard_map(steps, mesh, P(), P())(PARAMS, TOKENS[0]), MODEL.logits(PARAMS, MODEL.hidden(PARAMS, TOKENS[0])[0]))
 
 
+def test_a_past_in_parts_is_not_written_outside_of_its_mesh_nor_rewound():
+    delta = MODEL.hidden(PARAMS, TOKENS[0, :4])[1]
+    whole = fa.caches.spread(delta, rows=8)
+    half = whole._replace(length=whole.length * 2)  # what one of two devices holds
+    with pytest.raises(
+        ValueError, match="cache should be on one device, or written where 'context' is bound, got a part of a Spread"
+    ):
+        fa.commit(half, delta)
+    twice = lambda params: MODEL.hidden(params, TOKENS[0, :1], whole)[0]  # which each of two devices holds
+    with pytest.raises(ValueError, match="got one that was written outside of its mesh"):
+        shard_map(twice, Grid(context=2), P(), P())(PARAMS)
+    with pytest.raises(TypeError, match="cache should be a past that one device holds, got a Spread"):
+        fa.caches.with_length(whole, whole.length - 1)
+
+
 # Storage.
 
 

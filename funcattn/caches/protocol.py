@@ -190,8 +190,9 @@ def check_whole(function: str, cache: Any) -> None:
         if not 0 <= int(cache.length) < DONATED:
             got, remedy = "one that was donated to fa.compile(model).step", "Go on with the past that it returned, or use apply."
             _checks.fail(function, "cache", "a past that its owner still has", got, remedy)
+        got = "one that was written outside of its mesh, or overflowed inside a transform"
         remedy = "Begin it again with model.cache(size) for a larger size."
-        _checks.fail(function, "cache", "a past that every commit fitted into", "one that overflowed inside a transform", remedy)
+        _checks.fail(function, "cache", "a past that every commit fitted into", got, remedy)
 
 
 class Admitted(NamedTuple):

@@ -19,7 +19,22 @@ from ..kernels import Part
 from ..records import record
 from .branching import follow
 from .dense import Cache
-from .protocol import Delta, broken, capacity, commit, commit_own, grow, keeps_all, past, reset, reset_counts, sizes, write
+from .protocol import (
+    OVERFLOWED,
+    Delta,
+    broken,
+    capacity,
+    commit,
+    commit_own,
+    grow,
+    keeps_all,
+    past,
+    reset,
+    reset_counts,
+    sizes,
+    with_length,
+    write,
+)
 
 CONTEXT = "context"
 
@@ -62,7 +77,8 @@ def _(cache: Spread) -> tuple[int, int, int]:
 
 @broken.register
 def _(cache: Spread) -> Tensor:
-    return psum(broken(cache.own).long(), CONTEXT) > 0
+    held = torch.where(broken(cache.own), OVERFLOWED, cache.own.length)
+    return psum(held, CONTEXT) != cache.length  # so too where each device wrote all tokens, outside of the mesh
 
 
 @past.register
@@ -87,10 +103,19 @@ def _(cache: Spread) -> bool:
 reset.register(Spread, reset_counts)
 
 
+@with_length.register
+def _(cache: Spread, length: Tensor) -> Spread:
+    remedy = "Keep the older value, which is as it was: a length does not say which device holds which token."
+    _checks.fail("with_length", "cache", "a past that one device holds", "a Spread", remedy, TypeError)
+
+
 @write.register
 def _(cache: Spread, delta: Delta, n: Any, donate: bool) -> Spread:
     """Of new tokens that all devices hold alike, each keeps those of its positions."""
     devices, T = axis_size(CONTEXT), delta.k[0].shape[-2]
+    if devices == 1 and _checks.is_true(cache.own.length != cache.length):
+        remedy = "Write inside of the mesh: shard_map(f, mesh), or fa.sharding.inside(mesh), where f calls generate or commit."
+        _checks.fail("commit", "cache", "on one device, or written where 'context' is bound", "a part of a Spread", remedy)
     row = torch.arange(T, device=cache.length.device)
     mine = ((cache.length + row) % devices == axis_index(CONTEXT).to(row.device)) & (row < n)
     order = (~mine).long().argsort(stable=True)

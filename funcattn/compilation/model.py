@@ -48,6 +48,7 @@ class Compiled(Model):
 
     stack: Any = field(default=None, kw_only=True, compare=False)  # of compiled functions
 
+    @door
     def step(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """`apply` that writes into the tensors of the given past, copying nothing.
 
@@ -63,6 +64,7 @@ class Compiled(Model):
         _tail(cache).length.fill_(caches.DONATED)
         return proposed, after
 
+    @door
     def explain(self, params: Params) -> str:
         """What runs the layers of a step with these weights, and why nothing faster does."""
         if "hidden" in self.replaced:
@@ -99,9 +101,12 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     if config is None:
         remedy = "Make it with fa.decoder(config), compile it, and wrap or replace then; torch.compile takes any other function."
         _checks.fail("compile", "model", "from fa.decoder", told(model), remedy, TypeError)
+    if not isinstance(backend, str) and not callable(backend):
+        _checks.fail("compile", "backend", "the name of one of torch.compile", repr(backend), 'Such as "inductor".', TypeError)
     stack = Stack(config, model.kernel, depth, backend, model.code)
     is_own = config_of(model, "logits") is not None
 
+    @door
     @functools.wraps(model.hidden)
     def hidden(
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
@@ -111,8 +116,11 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
             return model.hidden(params, tokens, cache, mask=mask, positions=positions)
         return stack.hidden(params, tokens, cache, forms)
 
+    @door
     @functools.wraps(model.logits)
     def logits(params: Params, hidden: Tensor) -> Tensor:
+        if hidden.shape[-1:] != (config.width,):
+            return model.logits(params, hidden)  # which says what it should be
         if hidden.dim() == 2 and len(hidden) == 1:  # one vector, which there is code for
             return logits(params, hidden[0])[None]
         if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= SEVERAL):

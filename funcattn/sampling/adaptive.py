@@ -9,7 +9,7 @@ from .. import _checks
 from .._doors import door
 from ..models import Model
 from ..records import record
-from .composition import LARGE, Sampler, between, chain, mixture, rank, require, stateless
+from .composition import LARGE, Sampler, between, chain, mixture, normalized, rank, require, stateless
 
 
 @door
@@ -99,7 +99,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
     if conditional.shape != unconditional.shape:
         wanted, remedy = f"{_checks.shape(conditional)} as the conditional ones", "Both models need one vocabulary."
         _checks.fail("guide", "unconditional", wanted, _checks.shape(unconditional), remedy)
-    c, u = conditional.log_softmax(-1), unconditional.log_softmax(-1)
+    c, u = normalized(conditional), normalized(unconditional)
     hidden = (c == -torch.inf) | (u == -torch.inf)
     return torch.where(hidden, c, u + scale * (torch.where(hidden, 0, c) - torch.where(hidden, 0, u)))
 

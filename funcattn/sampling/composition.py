@@ -106,12 +106,18 @@ def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
     def update(logits: Tensor, states: tuple[Any, Any]) -> tuple[Tensor, tuple[Any, Any]]:
         weight = torch.as_tensor(share, dtype=logits.dtype, device=logits.device)
         (one, one_after), (two, two_after) = first.update(logits, states[0]), second.update(logits, states[1])
-        one, two = one.log_softmax(-1) + (1 - weight).log(), two.log_softmax(-1) + weight.log()
+        one, two = normalized(one) + (1 - weight).log(), normalized(two) + weight.log()
         hidden = (one == -torch.inf) & (two == -torch.inf)  # where the derivative of logaddexp is NaN
         mixed = torch.logaddexp(torch.where(hidden, 0, one), torch.where(hidden, 0, two))
         return torch.where(hidden, -torch.inf, mixed), (one_after, two_after)
 
     return both._replace(update=update, deterministic=False)
+
+
+def normalized(logits: Tensor) -> Tensor:
+    """log_softmax over the last axis; -inf everywhere, not NaN, where no token is left."""
+    nothing = (logits == -torch.inf).all(-1, keepdim=True)
+    return torch.where(nothing, -torch.inf, torch.where(nothing, 0, logits).log_softmax(-1))
 
 
 def _argmax_only(logits: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import _checks, tree
 from .._autodiff import has_tangent, transforming
+from .._doors import door
 from ..caches import Branch, Cache, Delta
 from ..collectives import agree
 from ..masks import Mask
@@ -45,7 +46,7 @@ def sharded(model: Model, mesh: Mesh) -> Model:
             "shard_map", "model", wanted, f"a {type(model).__name__} of another make", "Make it with fa.decoder(config).", TypeError
         )
     run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
-    functions = {name: run(name, getattr(model, name)) for name in Model._fields}
+    functions = {name: door(run(name, getattr(model, name)), name=name) for name in Model._fields}
     return Model(
         *(functions[name] for name in Model.FUNCTIONS),
         config=model.config,

@@ -14,7 +14,7 @@ from .config import Config, Kind
 from .lengths import cache_layers, continues, length_of, noted
 from .model import begin, decoder, finish, head, locate, predict, predict_own, share
 from .parallel import DATA, TENSOR
-from .rereading import along, first_chunk, follower, places, renewed
+from .rereading import along, first_chunk, follower, one_by_one, places, renewed
 from .weights import Layer, Params, initialize, shapes
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "length_of",
     "locate",
     "noted",
+    "one_by_one",
     "places",
     "predict",
     "predict_own",

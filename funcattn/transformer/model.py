@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, caches, kernels, layers, masks, rematerialization, taps
-from .._doors import what_is
+from .. import _checks, caches, kernels, layers, masks, rematerialization, taps, tree
+from .._doors import door, what_is
 from ..caches import Cache, Delta
 from ..collectives import bound
 from ..layers import Rotation
@@ -27,6 +27,7 @@ from .config import Config, Kind
 from .weights import Layer, Params, initialize
 
 
+@door
 def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -> Model:
     """The six pure functions of a decoder.
 
@@ -69,6 +70,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     all_kinds = [config.kind(i) for i in range(config.layers)]
     kinds = list(dict.fromkeys(all_kinds))
 
+    @door
     def init(key: Tensor) -> Params:
         """Random weights.
 
@@ -77,6 +79,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
         """
         return initialize(key, config)
 
+    @door
     def cache(size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> Any:
         """An empty cache with room for `size` tokens.
 
@@ -85,7 +88,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
             kind: `fa.Cache`, `fa.Pages`, `fa.Ring`, `fa.QuantizedCache`, or another (`funcattn.caches`).
             dtype: of keys and values: that of the activations. None is torch's default.
         """
-        if not isinstance(size, int) or size < 0:
+        if not _checks.is_count(size, 0):
             _checks.fail("cache", "size", "a number of tokens, 0 or more", size, "Say how many tokens the past has room for.")
         if not hasattr(kind, "empty"):
             remedy = "Pass fa.Cache, fa.Pages, fa.Ring or another kind, not its name."
@@ -94,6 +97,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
             _checks.fail("cache", "dtype", "a torch.dtype, or None", repr(dtype), "Pass one such as torch.bfloat16.", TypeError)
         return kind.empty(lengths.cache_layers(config), parallel.heads(config)[1], size, config.head_size, dtype)
 
+    @door
     def hidden(
         params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
@@ -139,9 +143,14 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
             values.append(v)
         return finish(config, params, x), Delta(tuple(keys), tuple(values))
 
+    @door
     def logits(params: Params, hidden: Tensor) -> Tensor:
         """The logits (*lead, V) of hidden (*lead, E), which is what `hidden` returns: the residual after the last norm."""
-        return predict(config, head(params), hidden)
+        weight = head(params)
+        if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (config.width,):
+            remedy = "Pass the first of what model.hidden returns."
+            _checks.fail("decoder", "hidden", f"(*lead, E) with E = {config.width}", what_is(hidden), remedy)
+        return predict(config, weight, hidden)
 
     return Model(init, cache, hidden, logits, config=config, kernel=kernel)
 
@@ -159,6 +168,8 @@ def locate(config: Config, tokens: Tensor, cache: Any, positions: Tensor | None 
     before = 0 if is_absent(cache) else cache.length
     if positions is None and is_absent(cache):
         positions = parallel.places(tokens.shape[-1])
+    if positions is not None:
+        _check_positions(positions, tokens.shape[-1])
     places = torch.arange(tokens.shape[-1], device=tokens.device) + before if positions is None else positions
     _check_places(places, config)
     return places
@@ -277,6 +288,12 @@ def _check_past(cache: Any, config: Config) -> None:
             "Make it with the cache function of this model.",
         )
     caches.check_whole("decoder", cache)
+
+
+def _check_positions(positions: Tensor, T: int) -> None:
+    if not isinstance(positions, Tensor) or positions.dtype not in tree.INTEGERS or positions.shape[-1:] != (T,):
+        remedy = "They say where in the sequence each new token stands; None goes on from the past."
+        _checks.fail("decoder", "positions", f"integers (*lead, T) with T = {T}", what_is(positions), remedy, TypeError)
 
 
 def _check_places(places: Tensor, config: Config) -> None:

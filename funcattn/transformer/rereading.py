@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, caches
-from ..caches import Branch, Cache, Delta, Pages
+from ..caches import Branch, Cache, Delta, Pages, Ring
 from ..models import Model
 from ..records import is_absent
 from . import lengths
@@ -45,8 +45,25 @@ def places(model: Model, cache: Any, begin: int, end: int, prompt_length: Tensor
     return torch.minimum(here, prompt_length - 1) + (0 if is_absent(cache) else cache.length)
 
 
+def one_by_one(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
+    """`model.hidden` (T, E) of tokens (T,) read one after the other, which a past that forgets or alters what it holds asks for:
+    within one reading the new tokens see each other as they are, however far apart."""
+    past, rows, deltas = cache, [], []
+    for token in tokens.unbind():
+        x, delta = model.hidden(params, token.reshape(1), past)
+        past = caches.commit(caches.fork(past, delta, len(tokens)) if past is cache else past, delta)
+        rows.append(x[0])
+        deltas.append(delta)
+    together = lambda *parts: torch.cat(parts, -2)
+    return torch.stack(rows), Delta(*(tuple(map(together, *sides)) for sides in zip(*deltas, strict=True)))
+
+
 def along(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
     """`model.extend` for tokens of which each may be the last: row t is that of the text which ends with token t."""
+    all_near = isinstance(cache, Ring) and len(tokens) <= cache.k.shape[-2] + 1  # its window
+    if len(tokens) > 1 and not all_near and not caches.keeps_all(cache):
+        x, delta = one_by_one(model, params, tokens, cache)
+        return model.logits(params, x), delta
     config = follower(model)
     if config is None or config.rope_scaling is None:
         return model.extend(params, tokens, cache)
