@@ -7,21 +7,41 @@ torch runs `Function.jvp` with forward mode switched off, so every *outer* jvp l
 only the outer levels differentiate the rule. tests/test_canaries.py tells when a newer torch mends it.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import optree
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 if torch.__version__ >= "2.14":  # a TorchVersion, which compares as versions do
     # Imported by the first jvp of a process otherwise, where its use of torch.jit.script is a FutureWarning that users see.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import torch._decomp.decompositions_for_jvp
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(f: F) -> F:
+    """f, into which Dynamo does not look where a compiled function has fallen back to eager code, as it does under transforms.
+
+    Dynamo would compile the functions that f calls one by one: layouts of one rank for tensors of another, and single loops. Not
+    for what a compile is to trace.
+    """
+    disabled = torch.compiler.disable(f)
+
+    @functools.wraps(f)
+    def call(*args: Any, **options: Any) -> Any:
+        return (f if get_eval_frame_callback() is None else disabled)(*args, **options)
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def closed_jvp(rule: Callable[..., Any]) -> Any:

@@ -50,21 +50,25 @@ class ContextValue(Generic[T]):
 
     def __init__(self, name: str, default: T) -> None:
         self.every.append(self)
-        self._variable: ContextVar[T] = ContextVar(f"funcattn_{name}", default=default)
+        self.default = default
+        self._variable: ContextVar[tuple[list[T], ...]] = ContextVar(f"funcattn_{name}", default=())  # one after the other
         self._of_thread = _OfThread(default)
 
     def get(self) -> T:
         """The value here."""
-        return self._of_thread.last if torch.compiler.is_compiling() else self._variable.get()  # pyright: ignore[reportReturnType]
+        if torch.compiler.is_compiling():
+            return self._of_thread.last  # pyright: ignore[reportReturnType]
+        held = self._variable.get()
+        return held[-1][0] if held else self.default
 
     @contextmanager
     def holding(self, value: T) -> Iterator[None]:
         """Set the value inside of the `with`."""
-        entry: list[object] = [value]
-        token = self._variable.set(value)
+        entry: list[Any] = [value]
+        self._variable.set((*self._variable.get(), entry))
         self._of_thread.push(entry)
         try:
             yield
         finally:
             self._of_thread.remove(entry)
-            self._variable.reset(token)
+            self._variable.set(tuple(other for other in self._variable.get() if other is not entry))

@@ -280,6 +280,8 @@ def _canonical(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
 
 def _positions(T: int, offset: int | Tensor) -> Tensor:
     """(*lead, T, 1): the place of each query, offset being (*lead,) or an int."""
+    if isinstance(T, Tensor) and torch._C._is_tracing():
+        T = int(T)  # a size, which is a tensor while torch.jit traces
     if isinstance(T, (str, float, Tensor)) or T < 0:
         got = f"a {type(T).__name__}" if isinstance(T, Tensor) else repr(T)
         _checks.fail("masks", "T", "a number of queries, 0 or more", got, "Such as fa.masks.causal(q.shape[-2]).")

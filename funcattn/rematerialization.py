@@ -29,7 +29,7 @@ from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
 from . import _checks, collectives
-from ._autodiff import closed_jvp, in_forward_mode, is_differentiable, is_recorded
+from ._autodiff import closed_jvp, in_forward_mode, is_differentiable, is_recorded, untraced
 from .records import describe
 from .replaying import State, Watching
 
@@ -293,6 +293,7 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return _call(f, args, kwargs)
 
+    eagerly = untraced(call)
     opaque = torch._dynamo.nonstrict_trace(call)  # Dynamo would otherwise look inside, where it knows no such Function
 
     @functools.wraps(f)
@@ -300,7 +301,7 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             # What is traced without Dynamo would not see modes, which Dynamo itself writes into the graph.
             return (f if torch._C._len_torch_function_stack() else opaque)(*args, **kwargs)
-        return call(*args, **kwargs)
+        return eagerly(*args, **kwargs)
 
     return rematerialized
 

@@ -142,3 +142,15 @@ def test_compiled_code_sees_the_axes_of_its_own_thread():
     seen.append(int(size(torch.zeros(()))))
     assert seen == [2, 3, 2, 3, 1]
     assert collectives.bound() == ()
+
+
+def test_withs_that_overlap_in_one_thread_leave_nothing_behind():
+    """As two generators do, of which the first is closed first."""
+    value = ContextValue("overlapping", "")
+    first, second = value.holding("first"), value.holding("second")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert value.get() == "second"
+    second.__exit__(None, None, None)
+    assert value.get() == ""

@@ -191,6 +191,19 @@ def test_rows_that_are_far_from_zero_in_all_parts_are_one_softmax(T, level):
     torch.testing.assert_close(slope(past), slope(wanted))
 
 
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_what_no_query_sees_of_a_part_reaches_nothing(T):
+    """Two keys of the second part are hidden and hold NaN, as tokens of padding behind a past do."""
+    q, k, v = inputs(T)
+    seen = (torch.arange(k.shape[-2] - 4) < k.shape[-2] - 6).expand(T, -1)
+    past = lambda q, k, v: attend_parts(q, [Part(k[:, :4], v[:, :4]), Part(k[:, 4:], v[:, 4:], seen)], scale=0.8)
+    slope = lambda q, k, v: grad(lambda *x: past(*x).square().sum(), (0, 1, 2))(q, k, v)
+    bad = lambda x: torch.cat([x[:, :-2], torch.full_like(x[:, -2:], torch.nan)], 1)
+    torch.testing.assert_close(past(q, bad(k), bad(v)), past(q, k, v))
+    for one, other in zip(slope(q, bad(k), bad(v)), slope(q, k, v), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_cap_bends_large_logits_and_leaves_small_ones():
     x = torch.tensor([-1e6, -1e-3, 0.0, 1e-3, 1e6], dtype=torch.float64)
     y = fa.kernels.soft_cap(x, 30.0)

@@ -316,6 +316,23 @@ def test_compiled_code_gets_the_same_numbers(transform):
     close(got, transform(lambda x, w: doubled(x, w)["y"])(x, w))
 
 
+def test_a_compiled_call_of_remat_goes_under_one_transform_after_another():
+    """Where a compiled function falls back to eager code, Dynamo would trace what remat is made of, and fail on the third."""
+    torch._dynamo.reset()
+    x, w = normal(15, 4, 3), normal(16, 3, 3)
+    f, plain = torch.compile(lambda x: rematerialized(x, w)["y"], backend="eager"), lambda x: doubled(x, w)["y"]
+    slope = lambda f: grad(lambda x: f(x).sin().sum())
+    for verb in (
+        lambda f: jvp(slope(f), (x,), (x,))[1],
+        lambda f: vmap(slope(f))(torch.stack([x, x])),
+        lambda f: f(x),
+        lambda f: jvp(f, (x,), (x,))[1],
+        lambda f: slope(slope(f))(x),
+        lambda f: slope(f)(x),
+    ):
+        close(verb(f), verb(plain))
+
+
 def test_inside_compiled_code_remat_is_f_and_may_read_what_it_likes():
     torch._dynamo.reset()
     f = lambda c: grad(lambda c: fa.remat(lambda x: x * c.sin())(x).sum())(c)

@@ -82,6 +82,13 @@ def test_jit_trace_gives_a_graph(queries):
             )
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_knows_sizes_of_masks_and_dropout():
+    q, other = normal(0, 1, H, T, D), normal(2, 1, H, T, D)
+    f = lambda q, key: fa.attention(q, q, q, fa.masks.causal(q.shape[-2]), dropout=0.3, key=key)
+    torch.testing.assert_close(torch.jit.trace(f, (q, fa.key(0)))(other, fa.key(1)), f(other, fa.key(1)), **NEAR)
+
+
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
 @pytest.mark.parametrize("queries", [T, 4])
 def test_make_fx_gives_a_graph(queries, mode):

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._autodiff import is_recorded, transforming
+from .._autodiff import is_recorded, transforming, untraced
 from .._doors import door as public
 from ..masks import Mask
 from ..records import Attended
 from . import blocks, choice, dropout, flash, fused, layout, masking, reference, unseen
 from .choice import Explanation, Request
-from .products import untraced
 
 
 @public

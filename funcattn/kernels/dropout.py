@@ -15,7 +15,8 @@ from .. import randomness
 
 def head_keys(key: Tensor, lead: Sequence[int]) -> Tensor:
     """One key for each leading index and head, (*lead, 1, 2): number h of a flat count gets fold_in(key, h)."""
-    return randomness.split(key, tuple(lead)).unsqueeze(-2)
+    sizes = (int(n) if isinstance(n, Tensor) else n for n in lead)  # tensors while torch.jit traces
+    return randomness.split(key, tuple(sizes)).unsqueeze(-2)
 
 
 def keep(keys: Tensor, line: slice, column: slice, rate: float) -> Tensor:

@@ -17,6 +17,7 @@ from ..records import ABSENT, Attended, is_absent
 from . import blocks, choice, reference, scores, torch_fused
 from .door import attend
 from .dtypes import accurate
+from .masking import is_finite
 
 FEW = 16  # queries at which the dense form over the remembered keys stops being the cheaper one
 FAR = 4096.0  # |lse| up to which the shares of two parts have three digits in float32
@@ -81,7 +82,8 @@ def attend_parts(
 
     A fold of `attend` and `merge`. For a few queries, a decode step, it is written out as one softmax over all logits: linear in
     memory when T is small, a dozen operations, any transform. So it is for more queries too where a log-sum-exp is beyond FAR and
-    can be looked at: in one number it no longer tells how much mass each part has.
+    can be looked at: in one number it no longer tells how much mass each part has. What a query does not see reaches nothing of it,
+    NaN included: a few queries are attended part by part where the one softmax is not finite and can be looked at.
 
     Args:
         q: (*lead, H, T, D).
@@ -100,7 +102,9 @@ def attend_parts(
     if q.shape[-2] <= FEW and forced is None:
         if cap is None and not isinstance(scale, Tensor) and _is_plain_step(q, parts):
             return _one(q, parts, scale, sinks)
-        return _joint(q, parts, scale, cap, sinks)
+        out = _joint(q, parts, scale, cap, sinks)
+        if not _is_spoilt(out, parts):
+            return out
     attended = functools.reduce(merge, [_attend_part(q, part, scale, cap, forced) for part in parts])
     if len(parts) > 1 and _is_far(attended.lse):
         return _joint(q, parts, scale, cap, sinks)
@@ -111,6 +115,14 @@ def _is_far(lse: Tensor) -> bool:
     """True where some row, in any example of a vmap, sees a key and has a log-sum-exp beyond FAR; it is not looked at on a GPU."""
     known = _checks.peek(lse) if lse.device.type == "cpu" else None
     return known is not None and blocks.is_far(known, FAR)
+
+
+def _is_spoilt(out: Tensor, parts: Sequence[Part]) -> bool:
+    """True where keys are hidden and NaN or infinity can be seen in the output, which a weight of zero may have let through."""
+    if out.device.type != "cpu" or all(is_absent(part.mask) for part in parts):
+        return False
+    known = _checks.peek(out)
+    return known is not None and not is_finite([known])
 
 
 def check_remembered(k: Tensor, dtype: torch.dtype) -> None:

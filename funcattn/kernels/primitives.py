@@ -17,13 +17,12 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import _checks
-from .._autodiff import is_recorded
+from .._autodiff import is_recorded, untraced
 from . import algebra, blocks, torch_fused
 from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
 from .dtypes import accumulation_dtype
 from .layout import broadcast
 from .masking import is_finite
-from .products import untraced
 
 
 class Like(NamedTuple):

@@ -7,34 +7,15 @@ past from 32 futures would copy the past 32 times. Here the mapped axis of x bec
 what is shared stays shared. Bilinear, so its derivatives are products again, at every order.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd import Function
 
 from .._autodiff import align, closed_jvp, sum_to, transforming
 
-F = TypeVar("F", bound=Callable[..., Any])
 FEW = 8  # rows, at most, that compiled code multiplies by itself
-
-
-def untraced(f: F) -> F:
-    """f, into which Dynamo does not look where a compiled function has fallen back to eager code, as it does under transforms.
-
-    Dynamo would compile the functions that f calls one by one: layouts of one rank for tensors of another, and single loops. Not
-    for what a compile is to trace.
-    """
-    disabled = torch.compiler.disable(f)
-
-    @functools.wraps(f)
-    def call(*args: Any, **options: Any) -> Any:
-        return (f if get_eval_frame_callback() is None else disabled)(*args, **options)
-
-    return call  # pyright: ignore[reportReturnType]
 
 
 class Product(Function):
