@@ -59,10 +59,13 @@ def declare(
     table: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in values:
         entries = _mapping(values["added_tokens_decoder"], "added_tokens_decoder of tokenizer_config.json")
-        table = {_id(number): _token(entry, "added_tokens_decoder") for number, entry in entries.items()}
+        table = {_id(number, "added_tokens_decoder"): _token(entry, "added_tokens_decoder") for number, entry in entries.items()}
     else:
         values |= _mapping(beside.get("special_tokens_map.json", {}), "special_tokens_map.json")
     extra = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
+    for name in NAMED:
+        if not isinstance(values.get(name), str | dict | None):
+            _refuse(f"{name} beside tokenizer.json", "a text, an object or null", repr(values[name])[:100])
     named = {name: value for name, value in values.items() if name.endswith("_token") and isinstance(value, str | dict)}
     named |= extra if isinstance(extra, dict) else {}
     named = {name: _token(value, name, special=True) for name, value in named.items()}
@@ -70,7 +73,7 @@ def declare(
     if "added_tokens_decoder" not in values:
         special = {token.content for token in (*named.values(), *extra)}
         for text, number in _mapping(beside.get("added_tokens.json", {}), "added_tokens.json").items():
-            table[_id(number)] = AddedToken(text, normalized=text not in special, special=text in special)
+            table[_id(number, "added_tokens.json")] = AddedToken(text, normalized=text not in special, special=text in special)
     _add(backend, table, [*(named[name] for name in NAMED if name in named), *named.values(), *extra])
     return Declared({name: token.content for name, token in named.items()}, _template(settings, beside, templates))
 
@@ -97,8 +100,8 @@ def _add(backend: tokenizers.Tokenizer, table: Mapping[int, AddedToken], named: 
 def _template(settings: Mapping[str, Any], beside: Mapping[str, Any], templates: Mapping[str, str]) -> str | None:
     found = settings.get("chat_template")
     if isinstance(found, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[-1].get("template") if named else None
     if templates:
         found = templates.get("default")
     elif found is None:
@@ -127,10 +130,10 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _id(value: Any) -> int:
+def _id(value: Any, where: str) -> int:
     number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 11 else value
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**32:
-        _refuse("an added token's id", "a token id", repr(value)[:50])
+        _refuse(f"an added token's id in {where}", "a token id", repr(value)[:50])
     return number
 
 
