@@ -74,7 +74,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if pickled:
         remedy = "A pickle runs code of its author's when it is opened: convert it to safetensors where that does no harm."
         fail("load", f"weights of {folder}", WEIGHTS, ", ".join(pickled[:5]), remedy, CheckpointError)
-    raise FileNotFoundError(f"load: {folder} should hold {WEIGHTS} or {INDEX}, has neither. Fetch the folder again.")
+    told = f"load: {folder} should hold {WEIGHTS} or {INDEX}, has neither. Fetch the folder again."
+    raise FileNotFoundError(printable(told))
 
 
 def _read_weights(
