@@ -65,7 +65,7 @@ def is_int(value: Any) -> bool:
 
 def stops(function: str, stop: Any) -> None:
     """Fail where stop is anything but a collection of ids."""
-    if not isinstance(stop, Collection) or not all(map(is_int, stop)):
+    if not isinstance(stop, Collection) or not all(is_int(id) and -(2**63) <= id < 2**63 for id in stop):
         fail(function, "stop", "ids as ints", repr(stop), "Stop strings belong to fa.stream, where the tokenizer is.", TypeError)
 
 

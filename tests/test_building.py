@@ -51,6 +51,17 @@ def test_without_it_everything_works_and_the_reason_is_told(environment, reason)
     assert near == "True"
 
 
+def test_a_compiler_of_another_locale_says_why(tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nprintf 'error: \\344\\366\\374' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("FUNCATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FUNCATTN_NATIVE", raising=False)
+    with pytest.raises(building.Missing, match="fails: error"):
+        building.built()
+
+
 def test_without_it_torchs_kernels_multiply(monkeypatch):
     monkeypatch.setattr(tiles, "missing", lambda: "as a test wants it")
     weight, x = fa.int4.encode(fa.random.normal(fa.key(0), (32, 64))), fa.random.normal(fa.key(1), (3, 64))

@@ -113,6 +113,14 @@ def test_templates_are_read_in_the_order_of_transformers(folder):
     assert chat() == "default"
 
 
+def test_templates_whose_names_are_no_names_are_none(folder):
+    named = [{"name": ["default"], "template": "x"}, {"name": {}, "template": "y"}, {"template": "z"}, 3]
+    write(folder, {"chat_template": named})
+    assert fa.load(folder).tokenizer.template is None
+    write(folder, {"chat_template": [*named, {"name": "default", "template": "w"}]})
+    assert fa.load(folder).tokenizer.template == "w"
+
+
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model", "vocab.txt", "tekken.json"])
 def test_a_tokenizer_in_another_layout_is_told_of(folder, name):
     (folder / "tokenizer.json").unlink()

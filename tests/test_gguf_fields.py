@@ -1,7 +1,6 @@
 """Each field of a file is read as the kind that it must be: any other is refused by a CheckpointError that names it."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -177,10 +176,10 @@ PARAMS, PROMPT, DRAFTER = MODEL.init(fa.key(0)), torch.tensor([1, 2]), fa.drafte
 SLOTS = serving.idle(MODEL, PARAMS, MODEL.cache(8), 2)
 
 
-@pytest.mark.parametrize("stop", [(True,), (1.0,), ("a",), "a", 2, [None]], ids=str)
+@pytest.mark.parametrize("stop", [(True,), (1.0,), ("a",), "a", 2, [None], (10**30,)], ids=str)
 @pytest.mark.parametrize("door", DOORS)
 def test_a_stop_that_is_no_id_is_refused(door, stop):
-    with pytest.raises((TypeError, ValueError), match=re.escape("stop should be ids as ints")):
+    with pytest.raises((TypeError, ValueError), match=r"stop should be (ids as ints|a sequence)"):
         DOORS[door]({"stop": stop})
 
 

@@ -1,6 +1,7 @@
 """What stands in the place of a file: a pipe, a device, a folder, or one too large. Each door says so, and none waits for it."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -9,10 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from samples import CONFIG, params, tokenizer, write_gguf
 
 import funcattn as fa
-from funcattn.checkpoints import CheckpointError
+from funcattn.checkpoints import CheckpointError, adapters, folder
 from funcattn.checkpoints.regular_files import read_json, read_text
 
 PARTS = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
@@ -142,3 +144,23 @@ def test_a_gguf_file_that_is_a_hole_is_refused_at_once(tmp_path):
         file.truncate(2**37)
     with pytest.raises(CheckpointError, match=r"should be at most .* strings"):
         fa.load(path)
+
+
+def test_what_is_saved_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    old, new = (fa.lora(2, alpha=alpha)(fa.key(seed), params()) for seed, alpha in ((1, 4.0), (2, 400.0)))
+    fa.save_lora(tmp_path / "adapter", old)
+    fa.save(tmp_path / "model", CONFIG, params())
+
+    def saving(read, save):
+        """read, of which the first call finds another save made behind it."""
+        saves = iter([save])
+        return lambda *arguments: (read(*arguments), [save() for save in saves])[0]
+
+    monkeypatch.setattr(adapters, "read_settings", saving(adapters.read_settings, lambda: fa.save_lora(tmp_path / "adapter", new)))
+    found = fa.load_lora(tmp_path / "adapter", params())
+    assert all(torch.equal(x, y) for x, y in zip(fa.tree.leaves(found), fa.tree.leaves(new), strict=True))
+
+    deeper = dataclasses.replace(CONFIG, layers=CONFIG.layers + 1)
+    again = lambda: fa.save(tmp_path / "model", deeper, fa.decoder(deeper).init(fa.key(0)))
+    monkeypatch.setattr(folder.families, "read_config", saving(folder.families.read_config, again))
+    assert fa.load(tmp_path / "model").config == deeper

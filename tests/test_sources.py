@@ -44,11 +44,15 @@ def test_a_path_that_exists_comes_before_a_name(tmp_path, monkeypatch):
     assert locate(Path("smollm2-135m")).is_dir()
 
 
-@pytest.mark.parametrize("name", ["nothing", "a/b/c", "no/such.gguf", "../a/b", "", "a/.hidden", "https://x.y/z"])
+NOTHING = ["nothing", "a/b/c", "no/such.gguf", "../a/b", "", "a/.hidden", "https://x.y/z", "a" * 5000, "a\0b", "\x1b[2J"]
+
+
+@pytest.mark.parametrize("name", NOTHING)
 def test_a_name_of_nothing_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((FileNotFoundError, CheckpointError), match="load: "):
+    with pytest.raises((FileNotFoundError, CheckpointError), match="load: ") as refused:
         load(name)
+    assert str(refused.value).isprintable()
 
 
 def test_what_is_neither_a_path_nor_a_name_is_refused():

@@ -18,6 +18,7 @@ from tokenizers import models
 import funcattn as fa
 from funcattn._checks import STEERING, fail, printable
 from funcattn.checkpoints import CheckpointError, Tokenizer
+from funcattn.cli import main
 
 pytestmark = pytest.mark.cpu("the command reads --device, and not torch's default")
 
@@ -124,6 +125,15 @@ def test_an_error_is_one_line_that_tells_what_it_hides():
     assert "\\x1b]0;owned\\x07" in str(error.value)
     assert not STEERING & set(map(ord, str(error.value)))
     assert "\\u202e" in str(CheckpointError(EVIL))
+
+
+@pytest.mark.parametrize("arguments", [["--steps", EVIL], ["--device", EVIL], [f"--{EVIL}"]], ids=["number", "device", "option"])
+def test_an_argument_that_is_refused_steers_nothing(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", *arguments, "a"])
+    told = capsys.readouterr().err
+    assert told.endswith("--help.\n")
+    assert told[:-1].isprintable()
 
 
 def test_text_that_steers_nothing_is_shown_as_it_is():

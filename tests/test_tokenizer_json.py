@@ -81,6 +81,7 @@ BOMBS = {
             "precompiled_charsmap": base64.b64encode((4).to_bytes(4, "little") + bytes(4) + b"a" * 10**6).decode(),
         }
     },
+    "a map that says it is larger": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
     "bytes of bytes": {"pre_tokenizer": sequence("pre_tokenizer", *[BYTE_LEVEL] * 30)},
     "bytes of bytes, before": {"normalizer": sequence("normalizer", *[{"type": "ByteLevel"}] * 30)},
     "components by the hundred": {"normalizer": sequence("normalizer", *[{"type": "NFC"}] * 100)},

@@ -51,6 +51,10 @@ def test_the_end_of_a_message_ends_no_turn_where_a_turn_has_several(others):
     assert tokenizer(["<|end|>", others[0]]).stop == (2, 7, 8)
 
 
+def test_a_token_of_html_ends_no_turn_beside_that_of_a_tool():
+    assert tokenizer(["</s>", "<|tool_response>"]).stop == (2, 8)
+
+
 @pytest.mark.parametrize("name", ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|im_start|>", "<start_of_turn>", "<end>"])
 def test_another_token_ends_no_turn(name):
     assert tokenizer([name]).stop == (2,)

@@ -24,7 +24,7 @@ from ..low_rank import Lora, is_adapted
 from ..tree import Tree
 from .folder import DTYPES
 from .peft_settings import read_settings, target_names
-from .regular_files import check_regular, read_json
+from .regular_files import check_regular, of_one_save, read_json
 from .writing import written
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -88,7 +88,10 @@ def load_lora(folder: str | os.PathLike[str], params: Tree) -> Tree:
             patterns, a start that changes the base as PiSSA's, tokens that switch it on) or that is not known; the field is named.
     """
     place = Path(folder)
+    return of_one_save(place, (CONFIG,), lambda: _read_lora(place, params))
 
+
+def _read_lora(place: Path, params: Tree) -> Tree:
     def refuse(what: str, wanted: str, got: Any, remedy: str) -> NoReturn:
         fail("load_lora", f"{what} of {place}", wanted, got, remedy, CheckpointError)
 

@@ -62,10 +62,10 @@ def declare(
         table = {_id(number, "added_tokens_decoder"): _token(entry, "added_tokens_decoder") for number, entry in entries.items()}
     else:
         values |= _mapping(beside.get("special_tokens_map.json", {}), "special_tokens_map.json")
-    for name in NAMED:
-        if values.get(name) not in (None, False) and not isinstance(values[name], str | dict):
-            _refuse(name, "a token", f"a {type(values[name]).__name__}")
     extra = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
+    for name in NAMED:
+        if not isinstance(values.get(name), str | dict | None) and values[name] is not False:
+            _refuse(f"{name} beside tokenizer.json", "a text, an object or null", repr(values[name])[:100])
     named = {name: value for name, value in values.items() if name.endswith("_token") and isinstance(value, str | dict)}
     named |= extra if isinstance(extra, dict) else {}
     named = {name: _token(value, name, special=True) for name, value in named.items()}

@@ -21,7 +21,7 @@ from .._checks import fail, printable
 from ..families import CheckpointError
 from ..transformer import Config, Params
 from . import compressed, declared, quantizers
-from .regular_files import LARGE, REMEDY, check_regular, read_json, read_text
+from .regular_files import LARGE, REMEDY, check_regular, of_one_save, read_json, read_text
 from .tokenizer import Tokenizer, from_files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,6 +43,13 @@ def read_folder(
     Args:
         cut: of the config, which part of each leaf is wanted; no more of a file is read, but where it holds a leaf in another form.
     """
+    read = lambda: _read_folder(folder, dtype, cut)
+    return of_one_save(folder, ("config.json", "tokenizer.json"), read)
+
+
+def _read_folder(
+    folder: Path, dtype: torch.dtype | None, cut: Callable[[Config], Cut] | None
+) -> tuple[Config, Params, Tokenizer | None]:
     settings = read_json(folder / "config.json")
     kinds = compressed.kinds_in(settings)
     config = families.read_config(settings)
@@ -74,7 +81,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if pickled:
         remedy = "A pickle runs code of its author's when it is opened: convert it to safetensors where that does no harm."
         fail("load", f"weights of {folder}", WEIGHTS, ", ".join(pickled[:5]), remedy, CheckpointError)
-    raise FileNotFoundError(f"load: {folder} should hold {WEIGHTS} or {INDEX}, has neither. Fetch the folder again.")
+    told = f"load: {folder} should hold {WEIGHTS} or {INDEX}, has neither. Fetch the folder again."
+    raise FileNotFoundError(printable(told))
 
 
 def _read_weights(
@@ -161,7 +169,7 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | No
             wanted, got = "tokenizer.json", f"{others[0]}, {declared.OTHERS[others[0]]}"
             remedy = "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one."
             text = f"load: the tokenizer of {folder} should be {wanted}, got {got}, so it is None. {remedy}"
-            warnings.warn(text, UserWarning, stacklevel=5)  # where load was called
+            warnings.warn(text, UserWarning, stacklevel=8)  # where load was called
         return None
     names = ("tokenizer_config.json", "generation_config.json", *declared.BESIDE)
     optional = {name: read_json(folder / name) for name in names if _is_there(folder / name)}

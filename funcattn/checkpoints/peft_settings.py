@@ -21,12 +21,12 @@ from ..families import CheckpointError
 IGNORED = {
     # about the run or the file, not the function
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout"),
-    *("megatron_core", "runtime_config", "ensure_weight_tying", "layers_pattern"),
+    *("megatron_core", "runtime_config", "ensure_weight_tying"),
     # of initializations and of variants that are refused themselves
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
 }
 READ = {"peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights"}
-READ |= {"target_modules", "exclude_modules", "layers_to_transform"}
+READ |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 # A and B alone are made by these. Those of PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and MiCA are made of W, which PEFT changes or needs
 # again when it loads them.
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
@@ -86,6 +86,8 @@ def read_settings(values: Mapping[str, Any], place: Any) -> PeftSettings:
     numbers = None if layers in (None, []) else tuple(layers) if isinstance(layers, list) else (layers,)
     if numbers is not None and any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
         refuse("layers_to_transform", "numbers of layers", "Save it again.")
+    if values.get("layers_pattern") not in (*EMPTY, "layers", ["layers"]):
+        refuse("layers_pattern", "layers, the list of a model that layers_to_transform counts", "Save it again.")
     names = {name: values.get(name) for name in ("target_modules", "exclude_modules")}
     for name, found in names.items():
         if found is not None and not isinstance(found, str) and not _are_texts(found):

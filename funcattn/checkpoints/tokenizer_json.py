@@ -191,9 +191,10 @@ def _longest_of_map(one: Mapping[str, Any]) -> int:
         data = base64.b64decode(stored if isinstance(stored, str) else "", validate=True)
     except (binascii.Error, ValueError):
         data = b""
-    if len(data) < 4:
-        _refuse("precompiled_charsmap", "a map in base64", _kind(stored))
-    return max(UNCHANGED, max(map(len, data[4 + int.from_bytes(data[:4], "little") :].split(b"\0"))))
+    trie = int.from_bytes(data[:4], "little")  # bytes; the library makes room for as many as are said
+    if len(data) < 4 or trie > len(data) - 4:
+        _refuse("precompiled_charsmap", "a map in base64, as large as it says", _kind(stored))
+    return max(UNCHANGED, max(map(len, data[4 + trie :].split(b"\0"))))
 
 
 def _check_processors(components: list[dict[str, Any]]) -> None:

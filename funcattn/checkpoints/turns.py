@@ -18,6 +18,7 @@ NAMES = frozenset(
     [
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>"),
         *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>"),  # harmony and Solar
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
         *("<EOT>", "_<EOT>", "\u2581<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", TAG, "<eos>", "<turn|>", "<|tool_response>"),
     ]
 )
@@ -34,4 +35,6 @@ def ends_of_turns(metadata: Mapping[str, Any], tokens: Sequence[str], control: C
     if known.keys() & {"<|call|>", "<|calls|>"} and known.keys() & {"<|return|>", "<|flush|>"}:
         message = known.pop("<|end|>", None)  # ends one message of several in a turn
         named = [number for number in named if number != message]
+    if "<|tool_response>" in known and known.pop(TAG, None) is not None:  # of Gemma 4, whose "</s>" is the tag
+        named = [number for number in named if number is None or tokens[number] != TAG]
     return tuple(dict.fromkeys(number for number in [*named, *sorted(known.values())] if number is not None))

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from .._checks import printable
 from .terminal import MISTAKE
 
 TINY = 1e-6  # logits divided by less overflow float32
@@ -26,7 +27,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with the line and the exit code of a mistake."""
-        self.exit(MISTAKE, f"{self.prog}: {' '.join(message.split())}.{self._hint()} See {self.prog} --help.\n")
+        told = f"{self.prog}: {' '.join(message.split())}.{self._hint()} See {self.prog} --help."
+        self.exit(MISTAKE, printable(told) + "\n")
 
     def refuse(self, left: Sequence[str]) -> NoReturn:
         """End because of arguments that are none of the command's."""

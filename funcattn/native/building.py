@@ -225,10 +225,11 @@ def _digest(path: Path) -> str:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Missing(f"{command[0]} does not run: {error}") from error
+    told, output = (text.decode(errors="replace") for text in (done.stderr, done.stdout))  # a compiler speaks as its locale has it
     if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+        said = next((line for line in told.splitlines() if "error" in line), told.strip()[-200:])
         raise Missing(f"{command[0]} fails: {said}")
-    return done.stdout
+    return output

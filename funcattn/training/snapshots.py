@@ -37,7 +37,7 @@ PARTS = {"step": int, "strides": dict, "run": dict, "tensors": str}  # of the co
 def steps_in(folder: str | os.PathLike[str]) -> list[int]:
     """The steps that a folder has snapshots of, rising. What is not a snapshot's name is not looked at."""
     names = [path.name.removeprefix(PREFIX) for path in Path(folder).glob(f"{PREFIX}*")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def write(folder: str | os.PathLike[str], step: int, values: Tree, run: dict[str, Any], *, keep: int = 2) -> Path:
@@ -85,7 +85,7 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
         record = read_json(place / RUN, LARGEST_RUN, "fit")
         check_regular(place / TENSORS, "fit")
         data = (place / TENSORS).read_bytes()
-    except (OSError, CheckpointError) as error:
+    except (OSError, CheckpointError, MemoryError) as error:
         refuse(f"one that cannot be read: {type(error).__name__} {error}")
     content = record.get("content")
     if record.get("sha256") != _sum(content):
