@@ -281,6 +281,12 @@ def test_a_field_that_would_change_the_mathematics_is_refused(tmp_path, name, ch
         fa.load(write(tmp_path / "a.gguf", name, original(name), change=change))
 
 
+def test_a_factor_of_scaling_without_its_type_is_linear(tmp_path):
+    """As llama.cpp takes it."""
+    file = write(tmp_path / "a.gguf", "qwen2", original("qwen2"), change={"rope.scaling.factor": 4.0})
+    assert fa.load(file).config.rope_scaling == fa.layers.RopeScaling("linear", 4.0)
+
+
 def test_the_tokenizer_comes_with_the_file(tmp_path):
     tokenizer = fa.load(write(tmp_path / "a.gguf", "qwen2", original("qwen2"))).tokenizer
     assert len(BYTES) == 256

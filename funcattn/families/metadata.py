@@ -179,7 +179,8 @@ def read_metadata(metadata: Mapping[str, Any], vocabulary: int, tied: bool, stre
 
 
 def _scaling(values: Mapping[str, Any], prefix: str) -> RopeScaling | None:
-    kind = values.get("rope.scaling.type", "none")
+    usual = "linear" if "rope.scaling.factor" in values else "none"  # as llama.cpp takes a factor alone
+    kind = values.get("rope.scaling.type", usual)
     if kind not in ("none", "linear"):
         refuse(prefix + "rope.scaling.type", "none or linear", kind)
     if kind == "none":
