@@ -191,6 +191,7 @@ def test_rows_that_are_far_from_zero_in_all_parts_are_one_softmax(T, level):
     torch.testing.assert_close(slope(past), slope(wanted))
 
 
+@pytest.mark.cpu("parts that are not finite are seen where numbers can be looked at")
 @pytest.mark.parametrize("T", [1, 3, 20])
 def test_what_no_query_sees_of_a_part_reaches_nothing(T):
     """Two keys of the second part are hidden and hold NaN, as tokens of padding behind a past do."""

@@ -129,11 +129,11 @@ def _obstacle_of(tensors: Sequence[Tensor]) -> str:
 
 def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], tensors: Sequence[Tensor]) -> list[Tensor]:
     """All outputs of a sweep (see algebra), each of its shape and dtype: one launch for all of one side and one set of heads."""
-    passes = _passes(spec, shapes, tensors)
-    parts = Counter(number for outputs in passes.values() for number in outputs)
     mask = intervals([tensors[p] for p in spec.mask])
     shift, level = _statistics(tensors[Q], tensors[K], tensors[L], mask, spec.scale)
     tensors = [*tensors[:L], level, *tensors[L + 1 :], shift]
+    passes = _passes(spec, shapes, tensors)
+    parts = Counter(number for outputs in passes.values() for number in outputs)
     found: list[list[Tensor]] = [[] for _ in shapes]
     for (side, own, summed), terms in passes.items():
         into = [tensors[Q].new_empty(tuple(shapes[n]), dtype=dtypes[n] if parts[n] == 1 else torch.float32) for n in terms]
