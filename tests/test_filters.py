@@ -214,3 +214,9 @@ def test_what_is_accepted_when_made_leaves_a_law(sampler, scale):
 def test_a_setting_that_cannot_be_is_refused_when_it_is_made(make, name):
     with pytest.raises((ValueError, TypeError), match=f"{name} should be"):
         make()
+
+
+def test_a_temperature_keeps_the_digits_of_its_logits():
+    """As a float32 tensor on the way, 0.8 would be another number: 1.5e-8 off."""
+    x = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
+    assert torch.equal(fa.sampling.law(fa.sampling.temperature(0.8))(x), (x / 0.8).log_softmax(-1))

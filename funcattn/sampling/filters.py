@@ -27,7 +27,7 @@ def temperature(t: float | Tensor) -> Sampler:
 
     def transform(logits: Tensor) -> Tensor:
         limits = torch.finfo(logits.dtype)
-        by = torch.as_tensor(t, device=logits.device).to(logits.dtype).clamp(min=limits.tiny)
+        by = torch.as_tensor(t, dtype=logits.dtype, device=logits.device).clamp(min=limits.tiny)
         reach = by * limits.max * by.clamp(max=1)  # below it, neither x / t nor its derivative x / t^2 overflows
         top = logits.detach().amax(-1, keepdim=True)
         largest = torch.where(logits.isinf(), 0, logits.detach()).abs().amax(-1, keepdim=True)
