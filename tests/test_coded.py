@@ -220,17 +220,18 @@ def test_rows_that_somebody_differentiates_are_not_coded_silently():
 TEXT = topics["for"] + topics["while"] + topics["with"] + topics["class"]
 
 
-def test_int8_changes_at_most_one_greedy_token_of_three_times_64(smollm2):
+@pytest.mark.parametrize("chosen", [("for",), pytest.param(("with", "class"), marks=pytest.mark.slow)])
+def test_int8_changes_at_most_one_greedy_token_of_three_times_64(smollm2, chosen):
     """Behind prompts of 200 tokens, in the default blocks. Measured: none."""
     config, params, tokenizer = smollm2
     model, changed = fa.decoder(config), 0
-    for topic in ("for", "with", "class"):
+    for topic in chosen:
         prompt = torch.tensor(tokenizer.encode(topics[topic]))[:200]
         wanted, _ = fa.generate(fa.key(0), model, params, prompt, steps=64)
         tokens, after = fa.generate(fa.key(0), model, params, prompt, model.cache(264, kind=fa.QuantizedCache), steps=64)
         assert int(after.length) == 263
         changed += int((tokens != wanted).sum())
-    assert changed <= 1
+    assert changed <= len(chosen) - 1  # one of three topics
 
 
 @pytest.mark.slow
@@ -254,15 +255,14 @@ def test_int4_keeps_perplexity_within_2_percent(smollm2):
     model = fa.decoder(config)
     tokens = torch.tensor(tokenizer.encode(TEXT))[:600]
 
-    def log_perplexity(kind):
-        past, logits = model.cache(len(tokens), kind=kind), []
-        for begin in range(0, len(tokens), 8):
-            more, past = model.apply(params, tokens[begin : begin + 8], past)
-            logits.append(more)
-        return torch.nn.functional.cross_entropy(torch.cat(logits)[:-1], tokens[1:])
-
-    more = log_perplexity(quantized(bits=4)) - log_perplexity(caches.Cache)
-    assert -0.02 < float(more) < math.log(1.02)
+    log_perplexity = lambda logits: torch.nn.functional.cross_entropy(logits[:-1], tokens[1:])
+    past, logits = model.cache(len(tokens), kind=quantized(bits=4)), []
+    for begin in range(0, len(tokens), 8):
+        more, past = model.apply(params, tokens[begin : begin + 8], past)
+        logits.append(more)
+    exact, _ = model.extend(params, tokens)
+    difference = log_perplexity(torch.cat(logits)) - log_perplexity(exact)
+    assert -0.02 < float(difference) < math.log(1.02)
 
 
 @pytest.mark.parametrize(

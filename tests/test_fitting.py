@@ -220,6 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_in_no_snapshot(tmp_path)
 
 
 @pytest.mark.real("Inductor compiles for it")
+@pytest.mark.slow
 def test_the_compiled_run_is_resumed_bit_for_bit(tmp_path):
     whole = begin(compile=True)
     begin(tmp_path, compile=True, steps=6)

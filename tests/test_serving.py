@@ -57,7 +57,7 @@ REQUESTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)  # of each kind
 @given(requests=REQUESTS, count=st.integers(1, 3), sampler=st.sampled_from([greedy, WARM]), shared=st.booleans())
 def test_a_schedule_of_arrivals_is_each_text_alone(kind, requests, count, sampler, shared):
     """Requests are (length of the prompt, steps, steps of the others before it may come); each takes the first free slot."""

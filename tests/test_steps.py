@@ -63,8 +63,19 @@ def test_autograd_and_torch_func_take_the_same_step(make):
     assert not any(leaf.requires_grad for leaf in fa.tree.leaves(quick))
 
 
-@pytest.mark.parametrize("kernel", [None, "sdpa"])
-@pytest.mark.parametrize("make", [lambda: chain(clip(0.5), adamw(fa.training.cosine(1e-2, 9, warmup=2))), lambda: muon(1e-2)])
+FIRST = lambda: chain(clip(0.5), adamw(fa.training.cosine(1e-2, 9, warmup=2)))
+SECOND = lambda: muon(1e-2)
+
+
+@pytest.mark.parametrize(
+    ("make", "kernel"),
+    [
+        (FIRST, None),
+        (SECOND, "sdpa"),
+        pytest.param(FIRST, "sdpa", marks=pytest.mark.slow),
+        pytest.param(SECOND, None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_compiles_to_one_graph(make, kernel):
     torch._dynamo.reset()
     counter = CompileCounter()
