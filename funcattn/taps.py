@@ -22,15 +22,15 @@ _listener: ContextValue[Listener | None] = ContextValue("taps", None)
 
 def tap(name: str, x: Tensor) -> Tensor:
     """x, or what the listener puts in its place."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return x
     listener = _listener.get()
-    return x if listener is None else listener(name, x)
+    return x if listener is None or torch.compiler.is_compiling() else listener(name, x)
 
 
 def heard() -> bool:
     """Whether anyone listens here."""
-    return not torch.compiler.is_compiling() and _listener.get() is not None
+    return not torch.compiler.is_dynamo_compiling() and _listener.get() is not None and not torch.compiler.is_compiling()
 
 
 @contextmanager
