@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import funcattn as fa
-from funcattn.checkpoints import CheckpointError
+from funcattn.checkpoints import CheckpointError, patterns
 from funcattn.low_rank import is_adapted
 
 MODEL = fa.decoder(fa.Config(layers=2))
@@ -64,6 +64,7 @@ HARMLESS = [
     *({"init_lora_weights": start} for start in (False, None, "gaussian", "eva", "orthogonal")),
     {"eva_config": {"rho": 2.0}, "loftq_config": {"loftq_bits": 4}, "lora_dropout": 0.5},
     {"target_modules": "all-linear"},
+    {"target_modules": r".*\.layers\.\d+\.self_attn\.(q|k|v|o)_proj|.*mlp.*"},
     {
         "target_modules": [f"self_attn.{x}_proj" for x in "qkvo"]
         + ["gate_proj", "up_proj", "model.layers.0.mlp.down_proj", "down_proj"]
@@ -76,6 +77,25 @@ HARMLESS = [
 @pytest.mark.parametrize("changes", HARMLESS, ids=lambda changes: next(iter(changes)))
 def test_fields_that_leave_the_function_as_it_is_are_ignored(adapter, changes):
     assert fa.tree.allclose(adapter.load(**changes), adapter.load(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", r".*\.q_proj", r"model\.layers\.0\..*", ".*[qk]_proj.", "(q_proj"])
+def test_a_pattern_of_modules_is_matched_whole_as_peft_does(adapter, pattern):
+    """None of these matches all modules that have tensors; PEFT would leave tensors out."""
+    with pytest.raises(CheckpointError, match=r"load_lora: (target_modules|\S+lora_A\S*) of"):
+        adapter.load(target_modules=pattern)
+
+
+def test_a_pattern_that_matches_a_module_without_tensors_is_refused(adapter):
+    without = lambda tensors: {name: x for name, x in tensors.items() if "layers.0.self_attn.q_proj" not in name}
+    with pytest.raises(CheckpointError, match=r"none of .*layers\.0\.self_attn\.q_proj"):
+        adapter.load(target_modules=".*proj", tensors=without)
+
+
+def test_a_pattern_without_end_is_refused_in_time(adapter, monkeypatch):
+    monkeypatch.setattr(patterns.full_matches, "__defaults__", (0.5,))
+    with pytest.raises(CheckpointError, match=r"more than 0\.5 seconds"):
+        adapter.load(target_modules=r"(\w+|\.|_|[a-z]+)+!")
 
 
 def test_rank_stabilized_scales_are_computed(adapter):

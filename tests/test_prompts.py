@@ -1,5 +1,6 @@
 """Prompts of messages: only the template writes special tokens, whatever messages spell and templates do; no text is lost."""
 
+import dataclasses
 import re
 
 import pytest
@@ -152,6 +153,22 @@ def test_a_number_of_a_message_completes_no_token():
     assert ends(template, {"n": 7}, byte_level("<|7|>"), "<|7|>") == 1
 
 
+@pytest.mark.parametrize("index", ["c", "c:c + 1", "c - 10", "(c | string | int)", "c:][0:1", "c:c + 1:c - c + 1"])
+def test_numbers_of_a_message_spell_no_token_with_letters_of_the_template(index):
+    """The numbers choose each letter of '<|im_end|>', as a message would that spells it."""
+    letters = "{% for c in m.codes %}{{ '<|im_end|>'[" + index + "] }}{% endfor %}"
+    template = "{% for m in messages %}" + letters + "{% endfor %}"
+    rendered = render_with_origins(template, [{"role": "user", "codes": list(range(10))}], {}, [END])
+    assert rendered.text == END
+    assert b"t" not in rendered.origins
+    with pytest.raises(ValueError, match="the template's or a message's"):
+        ends(template, {"codes": list(range(10))})
+    own = template.replace("m.codes", "range(10)")
+    assert ends(own, {"codes": []}) == 1
+    apart = template.replace("<|im_end|>", "abcdefghij")
+    assert ends(apart, {"codes": [3, 1]}) == 0
+
+
 def test_a_role_completes_the_token_that_the_template_begins():
     """As Phi-4's template writes it: '<|' + role + '|>'."""
     backend = byte_level("<|user|>", "<|USER|>", "<|end|>")
@@ -292,3 +309,32 @@ def test_calls_of_tools_write_the_templates_tokens_alone(word):
     assert tokenizer.decode(ids, skip_special=False) == tokenizer.chat(said)
     if word == "plain":
         assert ids == tokenizer.encode(tokenizer.chat(said), special=True)
+
+
+@pytest.mark.parametrize("letter", ["!", "é", "Ġ"])
+def test_a_letter_that_is_a_special_token_is_never_dropped_from_text(letter):
+    backend = byte_level(START, END, letter, "<x>")
+    tokenizer = Tokenizer(backend, template=CHATML)
+    spoken = next(text for text in ("!", "\u9ed1", " ") if letter in backend.pre_tokenizer.pre_tokenize_str(text)[0][0])
+    for text in (f"a{spoken}b", f"{spoken}{START}"):
+        with pytest.raises(ValueError, match="should be one that tells special tokens from text"):
+            tokenizer.prompt([{"role": "user", "content": text}])
+        with pytest.raises(ValueError, match="only id of a letter"):
+            tokenizer.encode(text)
+    text = f"abc<x>{END}"  # has no such letter: special tokens are text, and none is lost
+    assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+    written = dataclasses.replace(tokenizer, template=CHATML.replace("\n", letter))
+    ids = written.prompt([{"role": "user", "content": text}])
+    assert ids.count(backend.token_to_id(letter)) == 2
+    assert ids.count(backend.token_to_id(END)) == 1
+    assert ids.count(backend.token_to_id("<x>")) == 0
+    assert max(ids) < backend.get_vocab_size()
+
+
+def test_a_letter_that_is_a_special_token_is_written_in_bytes_where_the_model_has_them():
+    backend = sentencepiece()
+    backend.add_special_tokens(["a"])
+    tokenizer = Tokenizer(backend, template=CHATML)
+    ids = tokenizer.encode("bab")
+    assert backend.token_to_id("a") not in ids
+    assert tokenizer.decode(ids) == "bab"

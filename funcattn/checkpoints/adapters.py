@@ -96,15 +96,16 @@ def _read_lora(place: Path, params: Tree) -> Tree:
         fail("load_lora", f"{what} of {place}", wanted, got, remedy, CheckpointError)
 
     files = f"{CONFIG} and {TENSORS}, as PEFT writes them"
+    weights = dict(tree.items(params, is_leaf=_is_matrix))
+    paths = {_name(path): path for path in weights if _is_named(path)}
     try:
-        settings = read_settings(read_json(place / CONFIG, function="load_lora"), place)
+        values = read_json(place / CONFIG, function="load_lora")
+        settings = read_settings(values, place, [name.removeprefix(PREFIX) for name in paths])
         check_regular(place / TENSORS, "load_lora")
     except FileNotFoundError as error:
         pickled = any((place / name).exists() for name in PICKLED)
         remedy = "A pickle runs code of its author's: save it as safetensors." if pickled else "Save it again."
         refuse("the files", files, f"{type(error).__name__} {error}", remedy)
-    weights = dict(tree.items(params, is_leaf=_is_matrix))
-    paths = {_name(path): path for path in weights if _is_named(path)}
     pairs: dict[str, dict[str, Any]] = {}
     rank, scale = settings.rank, settings.scale
 

@@ -11,12 +11,13 @@ Source: PEFT 0.19, src/peft/tuners/lora/config.py and layer.py (LoraLayer.update
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .._checks import fail
 from ..families import CheckpointError
+from .patterns import PatternError, full_matches
 
 IGNORED = {
     # about the run or the file, not the function
@@ -31,6 +32,7 @@ READ |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pat
 # again when it loads them.
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
 EMPTY: tuple[Any, ...] = (None, False, "", [], {})
+ALL_LINEAR = "all-linear"
 MERGE = "Merge it with PEFT, and load the whole model."
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -39,7 +41,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 class PeftSettings:
     """What of adapter_config.json is the function: the rank, the scale, and the modules that are adapted.
 
-    targets: ends of names; None where the file has a pattern, which is not evaluated: a pattern can take for ever.
+    targets: names of modules, or their last components; None for all matrices of the layers.
     """
 
     rank: int
@@ -55,11 +57,13 @@ class PeftSettings:
         return here and not _ends(module, self.excluded) and (self.targets is None or _ends(module, self.targets))
 
 
-def read_settings(values: Mapping[str, Any], place: Any) -> PeftSettings:
+def read_settings(values: Mapping[str, Any], place: Any, modules: Sequence[str]) -> PeftSettings:
     """The settings of an adaptation, or CheckpointError that names the field which makes it another function.
 
     Args:
         values: adapter_config.json. place: the folder, for messages.
+        modules: the names that a pattern in target_modules is matched against, as PEFT does it:
+            from their first to their last letter.
     """
 
     def refuse(name: str, wanted: str, remedy: str = MERGE) -> NoReturn:
@@ -95,6 +99,17 @@ def read_settings(values: Mapping[str, Any], place: Any) -> PeftSettings:
     targets, excluded = names["target_modules"], names["exclude_modules"]
     if isinstance(excluded, str) and excluded:
         refuse("exclude_modules", "a list of names", "Name the modules in target_modules instead.")
+    pattern = isinstance(targets, str) and targets.lower() != ALL_LINEAR
+    if pattern and numbers is not None:
+        refuse("layers_to_transform", "absent beside a pattern in target_modules, as PEFT wants it", "Save it again.")
+    if pattern:
+        try:
+            targets = full_matches(str(targets), modules)
+        except PatternError as error:
+            got = f"{targets!r}, {error}"
+            fail("load_lora", f"target_modules of {place}", "a pattern that can be evaluated", got, MERGE, CheckpointError)
+        if not targets:
+            refuse("target_modules", f"a pattern that matches a module, such as {next(iter(modules), 'none')}")
     return PeftSettings(
         rank=rank,
         scale=alpha / (rank**0.5 if rooted else rank),

@@ -32,11 +32,29 @@ class Found(NamedTuple):
 
 
 class Respelled(NamedTuple):
-    """A tokenizer whose special tokens are spelled otherwise, and how: id -> spelling, each beginning with `stem`."""
+    """A tokenizer whose special tokens have other spellings.
+
+    spellings: id -> spelling, each beginning with `stem`.
+    letters: ids of special tokens that are also the only spelling of a letter of plain text, and
+        the ids that their new spellings have in `backend`.
+    """
 
     backend: tokenizers.Tokenizer
     stem: str
     spellings: dict[int, str]
+    letters: dict[int, int]
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
+        """The ids of a text, and 1 for those that the tokenizer puts first or last.
+
+        Raises:
+            ValueError: the text has a letter whose only id is that of a special token.
+        """
+        encoded = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if taken := self.letters.keys() & set(encoded.ids):
+            _refuse(f"one whose special token {min(taken)} is the only id of a letter of plain text")
+        original = {there: here for here, there in self.letters.items()}
+        return [original.get(number, number) for number in encoded.ids], encoded.special_tokens_mask
 
 
 def special_of(backend: tokenizers.Tokenizer) -> dict[int, str]:
@@ -76,11 +94,11 @@ def encode(backend: tokenizers.Tokenizer, rendered: Rendered) -> list[int]:
     for token in found:
         parts += [text[begin : token.begin], other.spellings[token.id]]
         begin = token.end
-    encoded = other.backend.encode("".join([*parts, text[begin:]]), add_special_tokens=False)
+    ids, mask = other.encode("".join([*parts, text[begin:]]), add_special_tokens=False)
     unknown = unknown_of(backend)
-    if _kept(backend, encoded, special) != [token.id for token in found if token.id not in unknown]:
+    if _kept(backend, ids, mask, special) != [token.id for token in found if token.id not in unknown]:
         _refuse("other special tokens than the template's")
-    return encoded.ids
+    return ids
 
 
 def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -91,9 +109,10 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
         return encoded.ids
     special = special_of(backend)
     if _found(backend, encoded, text, special):  # by the model itself, of plain characters
-        encoded = without(backend, text).backend.encode(text, add_special_tokens=True)
-        if _kept(backend, encoded, special):
+        ids, mask = without(backend, text).encode(text, add_special_tokens=True)
+        if _kept(backend, ids, mask, special):
             _refuse("special tokens of plain text")
+        return ids
     return encoded.ids
 
 
@@ -110,10 +129,10 @@ def _found(backend: tokenizers.Tokenizer, encoded: tokenizers.Encoding, text: st
     return found
 
 
-def _kept(backend: tokenizers.Tokenizer, encoded: tokenizers.Encoding, special: dict[int, str]) -> list[int]:
+def _kept(backend: tokenizers.Tokenizer, ids: list[int], mask: list[int], special: dict[int, str]) -> list[int]:
     """The special tokens among the ids, but for the unknown one and those that the tokenizer puts first or last."""
     apart = unknown_of(backend)
-    pairs = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+    pairs = zip(ids, mask, strict=True)
     return [number for number, added in pairs if number in special and number not in apart and not added]
 
 
@@ -150,20 +169,34 @@ def without(backend: tokenizers.Tokenizer, text: str) -> Respelled:
 def _respelled(backend: tokenizers.Tokenizer, stem: str, special: tuple[tuple[int, str], ...]) -> Respelled:
     """A copy in which special tokens begin with `stem`.
 
-    No model of the copy makes one of plain text either: its vocabulary holds them under their new spelling, and pairs that
-    would be joined to one are left out.
+    The copy's model makes no special token of plain text either: its vocabulary has them under
+    their new spelling, and merges that would join to one are left out. A letter stays in the
+    vocabulary, since plain text has no other id for it; the special token of the same text then
+    has an id behind all others in the copy.
     """
     spellings = {number: f"{stem}{_letters(number, 10)}w" for number, _ in special}
     names = {token: spellings[number] for number, token in special}
     values = json.loads(backend.to_str())
-    for token in values["added_tokens"]:
+    letters = {token for token in names if _is_only_spelling(values["model"], token)}
+    added = values["added_tokens"]
+    added.sort(key=lambda token: token["special"] and token["content"] in letters)  # stable
+    for token in added:
         token["content"] = names.get(token["content"], token["content"]) if token["special"] else token["content"]
-    _rename(values["model"], names)
+    _rename(values["model"], {token: name for token, name in names.items() if token not in letters})
     made = tokenizers.Tokenizer.from_str(json.dumps(values))
-    wrong = [token for number, token in special if made.token_to_id(spellings[number]) != number]
+    ids = {number: made.token_to_id(spelling) for number, spelling in spellings.items()}
+    moved = {number: ids[number] or -1 for number, token in special if token in letters}
+    wrong = [token for number, token in special if token not in letters and ids[number] != number]
     if wrong:
         _refuse(f"another id for {wrong[0]!r} under another spelling")
-    return Respelled(made, stem, spellings)
+    return Respelled(made, stem, spellings, moved)
+
+
+def _is_only_spelling(model: dict[str, Any], token: str) -> bool:
+    """True for a token that is one letter of the model's alphabet, without bytes to fall back to."""
+    vocabulary = model["vocab"]
+    known = vocabulary if isinstance(vocabulary, dict) else {name for name, _ in vocabulary}
+    return len(token) == 1 and token in known and model["type"] in ("BPE", "Unigram") and not model.get("byte_fallback")
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> None:

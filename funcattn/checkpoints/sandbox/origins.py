@@ -6,7 +6,8 @@ formatting say it exactly. For any other operation, whatever jinja2 has, the rul
 of a message, or of a message and words that no special token shares a sign with, comes the message's; of anything else comes
 what is unknown. So nothing that a message had a part in counts as the template's.
 
-What is not followed: numbers that come of bytes, and whether a template writes something (an `if`, a loop) rather than what.
+What is not followed: numbers that come of bytes; whether a template writes something (an `if`, a loop) rather than what; and
+which of its values a template takes from its lists and dicts. Which characters it takes of a string is followed.
 """
 
 import functools
@@ -175,7 +176,7 @@ class Tracking(Sandbox):
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     class code_generator_class(CodeGenerator):
-        """As jinja2's, but for `~`."""
+        """As jinja2's, but for `~` and slices."""
 
         def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
             self.write("environment.joined((")
@@ -183,6 +184,16 @@ class Tracking(Sandbox):
                 self.visit(part, frame)
                 self.write(", ")
             self.write("))")
+
+        def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+            if not isinstance(node.arg, nodes.Slice):
+                return super().visit_Getitem(node, frame)
+            self.write("environment.sliced(")
+            self.visit(node.node, frame)
+            for bound in (node.arg.start, node.arg.stop, node.arg.step):
+                self.write(", ")
+                self.visit(bound or nodes.Const(None), frame)
+            self.write(")")
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,6 +211,21 @@ class Tracking(Sandbox):
         if isinstance(value, str):
             return value if type(value) is _Text else _Text(str.__str__(value), origins_of(value))
         return self._made(str(value), [value])
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """`obj[argument]`."""
+        return self._chosen(obj, super().getitem(obj, argument), [argument])
+
+    def sliced(self, obj: Any, start: Any, stop: Any, step: Any) -> Any:
+        """`obj[start:stop:step]`."""
+        return self._chosen(obj, obj[start:stop:step], [start, stop, step])
+
+    def _chosen(self, obj: Any, part: Any, indices: list[Any]) -> Any:
+        """Characters of a string; those that a number of a message chose are not the template's alone."""
+        if not (isinstance(obj, str) and isinstance(part, str) and any(isinstance(i, (Int, Float)) for i in indices)):
+            return part
+        found = {DATA, *(bytes([origin]) for origin in set(origins_of(part)))}
+        return _Text(str.__str__(part), _only(found, self.signs.isdisjoint(part)))
 
     @functools.cached_property
     def signs(self) -> frozenset[str]:
