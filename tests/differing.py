@@ -17,7 +17,7 @@ def differing(rank, n):
     )
     model, params = fa.decoder(config), fa.decoder(config).init(fa.key(0))
     on, rules = shard_map(model, mesh), tensor_parallel(config, size=n)
-    stored = fa.shard(mesh, rules)(params)
+    stored, cuts = fa.shard(mesh, rules)(params), sharding.specs(params, mesh, rules)
     held, key, tokens, draws = (
         sharding.parts_of(stored),
         fa.key(1),
@@ -30,7 +30,7 @@ def differing(rank, n):
     lookup = fa.drafters.prompt_lookup()
     slots = lambda: fa.serving.idle(model, held, model.cache(16), 2)
     fit = lambda key, text: fa.training.fit(
-        key, model, held, text, optimizer=fa.training.sgd(1e-2), steps=1, rows=2, context=8, progress=False
+        key, model, held, text, optimizer=fa.training.sgd(1e-2), steps=1, rows=2, context=8, specs=cuts, progress=False
     )
     inside = {
         "alike": lambda: fa.generate(key, model, held, tokens, steps=2, sampler=draws),

@@ -173,4 +173,4 @@ def test_a_record_that_is_derived_from_another_is_refused_rather_than_written_as
 
 def test_names_of_before_are_the_verbs():
     assert caches._write is caches.write is caches.protocol._write
-    assert caches.branching._follow is caches.follow
+    assert caches.branch._follow is caches.follow

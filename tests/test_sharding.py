@@ -257,12 +257,12 @@ def test_a_step_of_training_is_that_of_one_device(name):
     """Clipping too, which needs the norm of all parts."""
     mesh, rules = MESHES[name]
     cuts, rows = specs(PARAMS, mesh, rules), P("data") if "data" in dict(mesh.axes) else P()
-    optimizer = fa.training.chain(fa.training.clip(0.1), fa.training.adamw(1e-2))
-    step = fa.training.step(MODEL, optimizer)
-    state = optimizer.init(PARAMS)
+    make = lambda specs: fa.training.chain(fa.training.clip(0.1, specs=specs), fa.training.adamw(1e-2))
+    step, state = fa.training.step(MODEL, make(None)), make(None).init(PARAMS)
     of_state = sharding.alongside(state, PARAMS, cuts)
     metrics = fa.training.Metrics(P(), P())
-    on = shard_map(step, mesh, (cuts, of_state, rows), (cuts, of_state, metrics))
+    on = fa.training.step(MODEL, make(cuts), specs=cuts)
+    on = shard_map(on, mesh, (cuts, of_state, rows), (cuts, of_state, metrics))
     ours = theirs = (PARAMS, state)
     for _ in range(3):
         *ours, told = on(*ours, TOKENS)
@@ -273,16 +273,36 @@ def test_a_step_of_training_is_that_of_one_device(name):
 
 def test_muon_refuses_matrices_that_are_cut():
     cuts = specs(PARAMS, Grid(tensor=2), tensor_parallel(CONFIG))
-    optimizer = fa.training.muon(1e-2)
+    optimizer = fa.training.muon(1e-2, specs=cuts)
     state = optimizer.init(PARAMS)
     update = shard_map(lambda g, state, p: optimizer.update(g, state, p)[0], Grid(tensor=2), (cuts, P(), cuts), cuts)
     with pytest.raises(ValueError, match="muon: params should be whole"):
         update(PARAMS, state, PARAMS)
 
 
-def test_the_norm_of_a_tree_that_nobody_knows_raises():
-    with pytest.raises(ValueError, match="norm: the tree should be like one argument of shard_map"):
-        spmd(lambda x: fa.training.norm((x, x)), "tensor", 2, P("tensor"), P())(torch.ones(4))
+@pytest.mark.parametrize("specs", [P("tensor"), (P("tensor"), P()), P()])
+def test_a_norm_is_that_of_the_whole_leaves(specs):
+    """Of two trees with as many leaves, cut in different ways, too: specs are an argument."""
+    tree_ = (torch.arange(4.0), torch.arange(6.0).view(2, 3) - 1)
+    other = lambda x: fa.training.norm((x, x), specs=P("tensor"))
+    both = lambda tree_, x: torch.stack([fa.training.norm(tree_, specs=specs), other(x)])
+    found = spmd(both, "tensor", 2, (specs, P("tensor")), P())(tree_, torch.ones(8))
+    close(found, torch.stack([fa.training.norm(tree_), torch.tensor(4.0)]), 1e-6)
+
+
+def test_what_sums_over_leaves_is_told_on_a_mesh_how_they_are_cut():
+    step = fa.training.step(MODEL, fa.training.sgd(1e-2))
+    calls = {
+        "norm": lambda x: fa.training.norm(x),
+        "clip": lambda x: fa.training.clip(1.0).update(x, (), x)[0],
+        "muon": lambda x: fa.training.muon(1e-2).update(x, fa.training.muon(1e-2).init(x), x)[0],
+        "step": lambda x: step(x, fa.training.sgd(1e-2).init(x), TOKENS)[2].norm,
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=r"(norm|muon): specs should be given where axes of a mesh are bound, got None"):
+            spmd(call, "data", 2, P(), P())(PARAMS)
+    with pytest.raises(ValueError, match="norm: specs should be prefixes of the trees"):
+        spmd(lambda x: fa.training.norm(x, specs={"a": P()}), "tensor", 2, P(), P())((torch.ones(2),))
 
 
 # A text in parts.

@@ -10,16 +10,20 @@ capacity, are written nowhere that counts. And a commit that does not fit writes
 compile, where values cannot be looked at, it leaves a length beyond every capacity, `OVERFLOWED`, which stays, and which turns all
 later logits into NaN.
 
-    protocol      the verbs, and what holds for all kinds          rows         reading and writing rows
-    dense         Cache: one tensor, room reserved                 branching    Branch, a tail behind a prefix; follow, fork, join
-    paged         Pages: blocks, shared by forks                   windowed     Ring: a window and sinks, constant memory
-    coded         QuantizedCache: 8 or 4 bits                      readonly     Memory: another sequence, never written
-    spreading     Spread: rows on many devices                     pictures     pasts to look at
+    protocol           the verbs, and what holds for all kinds
+    rows               reading and writing rows
+    dense              Cache: one tensor, room reserved
+    paged              Pages: blocks, shared by forks
+    quantized_blocks   QuantizedCache: 8 or 4 bits
+    sliding_window     Ring: a window and sinks, constant memory
+    branch             Branch: a tail behind a prefix; follow, fork, join
+    sharded            Spread: rows on many devices
+    static             Memory: another sequence, never written
+    display            a cache in a line, and as a bar
 """
 
-from . import pictures, rows
-from .branching import Branch, follow, fork, join, rows_of
-from .coded import Coded, QuantizedCache, quantized
+from . import display, rows
+from .branch import Branch, follow, fork, join, rows_of
 from .dense import Cache
 from .paged import Pages, pages
 from .protocol import (
@@ -43,10 +47,11 @@ from .protocol import (
     with_length,
     write,
 )
-from .readonly import Memory
+from .quantized_blocks import Coded, QuantizedCache, quantized
 from .rows import bucket
-from .spreading import CONTEXT, Spread, spread
-from .windowed import Ring, ring
+from .sharded import CONTEXT, Spread, spread
+from .sliding_window import Ring, ring
+from .static import Memory
 
 __all__ = [
     "CONTEXT",
@@ -77,7 +82,7 @@ __all__ = [
     "keeps_all",
     "pages",
     "past",
-    "pictures",
+    "display",
     "quantized",
     "reset",
     "reset_counts",

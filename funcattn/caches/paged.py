@@ -17,7 +17,7 @@ from .._doors import made
 from ..kernels import Part
 from ..records import record
 from . import rows
-from .branching import Branch, follow, rows_of
+from .branch import Branch, follow, rows_of
 from .protocol import Delta, admit, broken, capacity, grow, keeps_all, past, reset, reset_counts, sizes, write
 
 

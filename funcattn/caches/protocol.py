@@ -1,7 +1,7 @@
 """What every kind of past can do: verbs that dispatch on the kind, and the rules of `commit` that hold for all.
 
 A kind is a record with a `length`, int64 (). It registers with `capacity`, `sizes`, `broken`, `past`, `write` and `grow`; and,
-where the default is not what it does, with `with_length`, `reset`, `keeps_all`, and with `follow` and `rows_of` of `branching`.
+where the default is not what it does, with `with_length`, `reset`, `keeps_all`, and with `follow` and `rows_of` of `branch`.
 A kind of a user's own does the same (docs/caches.md, "A kind of your own"), and `funcattn.testing.laws.cache` tries every verb.
 """
 

@@ -92,13 +92,15 @@ def _run(options: argparse.Namespace, mesh: Any) -> None:
     params = tree.to(options.device)(fa.decoder(config).init(fa.key(options.seed)))
     say(f"{tree.count(params):,} weights, {tokenizer.vocabulary} kinds of token")
     rate = training.cosine(options.rate, options.steps, warmup=min(100, options.steps // 10), floor=options.rate / 10)
+    rules = sharding.tensor_parallel(config, size=getattr(options, "tp", 1))
+    cuts = None if mesh is None else sharding.specs(params, mesh, rules)
     kinds = {"adamw": lambda: training.adamw(rate, betas=(0.9, 0.99), weight_decay=0.1)}
-    kinds["muon"] = lambda: training.muon(rate, match=True)
-    optimizer = training.chain(training.clip(1.0), kinds[options.optimizer]())
+    kinds["muon"] = lambda: training.muon(rate, match=True, specs=cuts)
+    optimizer = training.chain(training.clip(1.0, specs=cuts), kinds[options.optimizer]())
     params = (
         fitted(options, config, params, ids, optimizer)
         if mesh is None
-        else _together(options, config, params, ids, optimizer, mesh)
+        else _together(options, config, params, ids, optimizer, mesh, rules, cuts)
     )
     if not ranks.leads():
         return
@@ -109,20 +111,25 @@ def _run(options: argparse.Namespace, mesh: Any) -> None:
 
 
 def _together(
-    options: argparse.Namespace, config: fa.Config, params: Any, ids: Tensor, optimizer: training.Optimizer, mesh: Any
+    options: argparse.Namespace,
+    config: fa.Config,
+    params: Any,
+    ids: Tensor,
+    optimizer: training.Optimizer,
+    mesh: Any,
+    rules: Any,
+    cuts: Any,
 ) -> Any:
     """The trained params, whole, after all steps on a mesh: each process has its part of them, and its rows of every batch."""
     if options.rows % options.dp:
         raise ValueError(f"--rows should be a multiple of --dp {options.dp}, got {options.rows}. Change either.")
-    rules = sharding.tensor_parallel(config, size=options.tp)
-    cuts = sharding.specs(params, mesh, rules)
     held = sharding.parts_of(fa.shard(mesh, rules)(params))
 
     def loss(model: fa.Model, params: Any, batch: Tensor) -> Tensor:
         return fa.loss(model, params, collectives.own(batch, "data"))
 
-    with sharding.inside(mesh, cuts):
-        held = fitted(options, config, held, ids, optimizer, loss=loss)
+    with sharding.inside(mesh):
+        held = fitted(options, config, held, ids, optimizer, loss=loss, specs=cuts)
     return fa.gather(sharding.whole_of(held, cuts, mesh))
 
 
@@ -154,6 +161,7 @@ def fitted(
     optimizer: training.Optimizer,
     frozen: Any = (),
     loss: Any = fa.loss,
+    specs: Any = None,
 ) -> Any:
     """The trained part of params, after all steps."""
     folder = snapshots_of(options)
@@ -168,6 +176,7 @@ def fitted(
             learnt,
             frozen=frozen,
             loss=loss,
+            specs=specs,
             optimizer=optimizer,
             steps=options.steps,
             rows=options.rows,

@@ -10,7 +10,7 @@ A function that speaks them runs on one device as it is. `funcattn.sharding` bin
 """
 
 from .agreement import agree
-from .bindings import Axis, axis_size, binding, bound, carried, cuts_of, find, remembering, simulated, unbound
+from .bindings import Axis, axis_size, binding, bound, carried, find, simulated, unbound
 from .groups import counts, reset
 from .verbs import all_gather, axis_index, enter, own, pmax, ppermute, psum, reduce_scatter, share, whole_lengths
 
@@ -24,7 +24,6 @@ __all__ = [
     "bound",
     "carried",
     "counts",
-    "cuts_of",
     "enter",
     "find",
     "own",
@@ -32,7 +31,6 @@ __all__ = [
     "ppermute",
     "psum",
     "reduce_scatter",
-    "remembering",
     "reset",
     "share",
     "simulated",

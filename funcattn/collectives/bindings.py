@@ -9,8 +9,8 @@ binding is compiled again under another.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -41,7 +41,6 @@ class Axis:
 
 
 _bound: ContextValue[tuple[Axis, ...]] = ContextValue("axes", ())
-_cuts: ContextValue[tuple[tuple[tuple[str, ...], ...], ...]] = ContextValue("cuts", ())
 
 
 def find(name: str) -> Axis | None:
@@ -93,25 +92,6 @@ def unbound(*names: str) -> Iterator[None]:
     """Hide axes: collectives over them are the identity inside."""
     with _bound.holding(tuple(axis for axis in _bound.get() if axis.name not in names)):
         yield
-
-
-def remembering(*cuts: Sequence[tuple[str, ...]]) -> AbstractContextManager[None]:
-    """Remember of trees, leaf by leaf, which axes cut them: what `whole_lengths` needs to know."""
-    return _cuts.holding(tuple(tuple(cut) for cut in cuts))
-
-
-def cuts_of(count: int) -> tuple[tuple[str, ...], ...]:
-    """For each leaf of a tree of that many, the axes that cut it, as the tree among the arguments of shard_map of that size is cut.
-
-    Raises:
-        ValueError: there is no such tree, or several that are cut in different ways.
-    """
-    found = {cut for cut in _cuts.get() if len(cut) == count}
-    if len(found) != 1:
-        got = "none" if not found else "several, cut in different ways"
-        remedy = "Give it to shard_map as an argument of its own."
-        _checks.fail("norm", "the tree", f"like one argument of shard_map, of {count} leaves", got, remedy)
-    return found.pop()
 
 
 def carried(f: F) -> F:

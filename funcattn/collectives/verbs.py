@@ -15,7 +15,7 @@ from torch.autograd import Function
 from .. import _checks
 from .._autodiff import closed_jvp, in_forward_mode, is_recorded
 from . import groups
-from .bindings import Axis, cuts_of, find
+from .bindings import Axis, find
 from .operations import Enter, Gather, Operation, Own, Permute, Scatter, Share, Sum
 
 
@@ -126,9 +126,12 @@ def pmax(x: Tensor, axis: str) -> Tensor:
     return Greatest.apply(x, None, bound)  # pyright: ignore[reportReturnType]
 
 
-def whole_lengths(lengths: Sequence[Tensor]) -> list[Tensor]:
-    """The 2-norms of the whole leaves of a tree from those of this device's parts, each ()."""
-    axes = cuts_of(len(lengths)) if lengths else ()
+def whole_lengths(lengths: Sequence[Tensor], axes: Sequence[Sequence[str]]) -> list[Tensor]:
+    """The 2-norms of whole tensors from those of this device's parts, each ().
+
+    Args:
+        axes: for each tensor, the axes of the mesh that cut it.
+    """
     out = [length * length for length in lengths]
     for name in dict.fromkeys(name for cut in axes for name in cut):
         places = [i for i, cut in enumerate(axes) if name in cut]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import _checks
-from ..collectives import Axis, binding, groups, remembering
+from ..collectives import Axis, binding, groups
 from ..tree import Tree
-from .partitions import Grid, PartitionSpec, axes_of, broadcast, is_spec
+from .partitions import Grid, PartitionSpec, axes_of, broadcast
 from .storing import distributed
 
 
@@ -31,7 +31,7 @@ def bind(mesh: Any, seen: Sequence[str]) -> Any:
 
 
 @contextlib.contextmanager
-def inside(mesh: Any, *cuts: Tree) -> Iterator[None]:
+def inside(mesh: Any) -> Iterator[None]:
     """A whole program on this process's parts: the names of a DeviceMesh are bound, as they are inside of shard_map.
 
     For loops that own their arguments, such as `fa.training.fit`: values are plain tensors, which `parts_of` takes from DTensors.
@@ -40,15 +40,8 @@ def inside(mesh: Any, *cuts: Tree) -> Iterator[None]:
     keys and sizes at the beginning of each verb (generate, speculate, beam_search, score, fit, and
     loss on the CPU), whole trees by `shard`. Parts of a tree that each process has read or made by
     itself are not compared, for they differ.
-
-    Args:
-        cuts: specs of the trees whose norms are taken, as training does of gradients.
     """
-    ways = []
-    for tree_ in cuts:
-        flat = optree.tree_leaves(tree_, is_leaf=is_spec)
-        ways.append([tuple(name for dim in range(len(spec)) for name in spec.names(dim)) for spec in flat])
-    with bind(mesh, tuple(axes_of(mesh))), remembering(*ways):
+    with bind(mesh, tuple(axes_of(mesh))):
         yield
 
 

@@ -19,7 +19,7 @@ import optree
 from .. import _checks
 from .._autodiff import has_tangent, transforming
 from .._doors import door
-from ..collectives import agree, remembering
+from ..collectives import agree
 from ..models import Model
 from .devices import bind, check, refuse_transform, stacked, wrapped
 from .models import sharded
@@ -102,16 +102,14 @@ def shard_map(
         cuts = _in_specs(in_specs, args, flat)
         for leaf, spec in zip(flat, cuts, strict=True):
             check(leaf, spec, sizes)
-        ways = _ways(args, cuts, seen)
         if isinstance(mesh, Grid):
-            with remembering(*ways):
-                return stacked(f, mesh, flat, structure, cuts, out_specs, seen)
+            return stacked(f, mesh, flat, structure, cuts, out_specs, seen)
         if transforming() or has_tangent(flat):
             refuse_transform("shard_map")
         if check_alike:
             agree("shard_map", {"arguments": [leaf for leaf in flat if not is_distributed(leaf)]}, mesh=mesh)
         parts = [local(leaf, spec, mesh) for leaf, spec in zip(flat, cuts, strict=True)]
-        with bind(mesh, seen), remembering(*ways):
+        with bind(mesh, seen):
             out = f(*optree.tree_unflatten(structure, parts))
         return wrapped(out, mesh, out_specs, alike=check_alike)
 
@@ -125,12 +123,3 @@ def _in_specs(in_specs: Any, args: tuple[Any, ...], flat: list[Any]) -> list[Par
         got = f"{len(in_specs)}" if isinstance(in_specs, tuple) else f"a {type(in_specs).__name__}"
         _checks.fail("shard_map", "in_specs", f"a tuple of {len(args)}, one for each argument, or one P", got, "Say P() for whole.")
     return broadcast(in_specs, args)
-
-
-def _ways(args: tuple[Any, ...], cuts: Sequence[PartitionSpec], seen: Sequence[str]) -> list[list[tuple[str, ...]]]:
-    """For each argument, leaf by leaf, the axes that f sees and that cut it."""
-    ways, rest = [], iter(cuts)
-    for arg in args:
-        own = [next(rest) for _ in optree.tree_leaves(arg)]
-        ways.append([tuple(name for dim in range(len(spec)) for name in spec.names(dim) if name in seen) for spec in own])
-    return ways

@@ -49,6 +49,10 @@ class PartitionSpec(tuple[Any, ...]):
         entry = self[dim] if dim < len(self) else None
         return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
+    def axes(self) -> tuple[str, ...]:
+        """All mesh axes that cut the tensor."""
+        return tuple(name for dim in range(len(self)) for name in self.names(dim))
+
     def cut(self, name: str) -> int | None:
         """The axis of the tensor that a mesh axis cuts, or None."""
         return next((dim for dim in range(len(self)) if name in self.names(dim)), None)
@@ -123,13 +127,13 @@ def pieces(spec: PartitionSpec, dim: int, sizes: dict[str, int]) -> int:
     return n
 
 
-def broadcast(prefix: Any, whole: Tree) -> list[PartitionSpec]:
+def broadcast(prefix: Any, whole: Tree, function: str = "shard_map") -> list[PartitionSpec]:
     """The spec of each leaf of `whole`, in order, from a prefix of it: a spec stands for all leaves below its place."""
     try:
         return optree.broadcast_prefix(prefix, whole, is_leaf=is_spec)
     except ValueError as error:
         remedy = "Say P() for all that is whole, and use the records that the tree has."
-        _checks.fail("shard_map", "specs", "prefixes of the trees", str(error).splitlines()[0], remedy)
+        _checks.fail(function, "specs", "prefixes of the trees", str(error).splitlines()[0], remedy)
 
 
 def part(leaf: Tensor, spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> Tensor:

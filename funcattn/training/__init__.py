@@ -9,7 +9,8 @@ params, state, history = fa.training.fit(key, model, params, text, optimizer=opt
 
 from .fitting import Fitted, Report, draw, fit
 from .losses import loss
-from .optimizers import Optimizer, accumulate, adamw, apply, chain, clip, hidden_matrices, matrices, muon, norm, orthogonal, sgd
+from .norms import norm
+from .optimizers import Optimizer, accumulate, adamw, apply, chain, clip, hidden_matrices, matrices, muon, orthogonal, sgd
 from .schedules import constant, cosine, wsd
 from .steps import Metrics, step
 from .text import characters

@@ -79,6 +79,7 @@ def fit(
     loss: Loss = losses.loss,
     micro_batches: int = 1,
     compute: torch.dtype | None = None,
+    specs: Tree = None,
     validation: Tensor | None = None,
     report_every: int = 100,
     evaluations: int = 20,
@@ -96,7 +97,7 @@ def fit(
         params: to begin with; not changed. frozen: leaves that are not trained (see `step`).
         tokens: the text, integers (N,). validation: another one, of which losses are reported, or None.
         rows, context: of a batch: (rows, context + 1) tokens.
-        loss, micro_batches, compute: see `step`.
+        loss, micro_batches, compute, specs: see `step`.
         report_every: steps between reports. evaluations: batches of the validation text behind each.
         folder: where snapshots go, every save_every steps (at each report where None) and at the end; None keeps none.
         resume: go on from the newest snapshot in folder, if there is one. Without it a folder that has some is refused.
@@ -126,7 +127,7 @@ def fit(
         _checks.fail("fit", "params", "a tree with leaves to train", "none", "Leave some out of frozen.")
     told = {"key": key, "tokens": tokens, "steps": steps, "rows": rows, "context": context, "micro_batches": micro_batches}
     collectives.agree("fit", told, params)
-    one = step(model, optimizer, loss=loss, micro_batches=micro_batches, compute=compute)
+    one = step(model, optimizer, loss=loss, micro_batches=micro_batches, compute=compute, specs=specs)
     narrow = tree.cast(compute) if compute is not None else lambda params: params
     look = lambda params, batch, frozen: loss(model, narrow(tree.combine(params, frozen)), batch)
     if compile:

@@ -19,11 +19,12 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _checks, collectives, tree
+from .. import _checks, tree
 from .._doors import door, uncalled
 from ..records import ABSENT, record
 from ..tree import Tree
 from . import fused
+from .norms import cut_axes, norm
 from .schedules import Rate, at, check_rate
 
 Where: TypeAlias = Callable[[str, Tensor], bool]
@@ -194,6 +195,7 @@ def muon(
     where: Where = hidden_matrices,
     rest: Optimizer | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    specs: Tree = None,
 ) -> Optimizer:
     """Momentum whose singular values are all set to about one, for matrices; another optimizer for the rest.
 
@@ -207,6 +209,7 @@ def muon(
         where: f(path, leaf), True for the matrices.
         rest: the optimizer of all other leaves; None is `adamw(learning_rate)` where match, `adamw(3e-4)` where not.
         dtype: that the iterations run in.
+        specs: on a mesh, how params are cut, as in `norm`: none of the matrices may be.
 
     Law: steps are those of torch.optim.Muon (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
     Source: Jordan et al., Muon, kellerjordan.github.io/posts/muon, 2024; Liu et al., Muon is scalable for LLM training,
@@ -227,7 +230,7 @@ def muon(
         return Momentum(_zero(params), tree.map(torch.zeros_like, mine)), others.init(theirs)
 
     def update(gradients: Tree, state: tuple[Momentum, Any], params: Tree) -> tuple[Tree, tuple[Momentum, Any]]:
-        if collectives.bound() and any(collectives.cuts_of(len(tree.leaves(params)))):
+        if any(cut_axes("muon", params, specs)):
             remedy = "Use adamw, or keep params whole: sharding.replicated()."
             _checks.fail("muon", "params", "whole on every device", "matrices that are cut, of which none has the whole", remedy)
         mine, theirs = tree.partition(params, where)
@@ -265,27 +268,20 @@ def orthogonal(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     return y.mT if tall else y
 
 
-def norm(gradients: Tree) -> Tensor:
-    """The 2-norm of all leaves as one vector, () in float32 at least; zero for a tree without leaves.
-
-    Of leaves that are cut over the devices of a mesh it is that of the whole ones.
-    """
-    lengths = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in tree.leaves(gradients)]
-    if collectives.bound():
-        lengths = collectives.whole_lengths(lengths)
-    return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
-
-
 @door
-def clip(max_norm: float) -> Optimizer:
+def clip(max_norm: float, *, specs: Tree = None) -> Optimizer:
     """Gradients no longer than max_norm: g min(1, max_norm / |g|), the norm taken over the whole tree.
+
+    Args:
+        specs: on a mesh, how gradients are cut, which is how params are; see `norm`.
 
     Source: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, arXiv:1211.5063.
     """
     _positive("clip", "max_norm", max_norm)
 
     def update(gradients: Tree, state: tuple[()], params: Tree) -> tuple[Tree, tuple[()]]:
-        share = _scalar((max_norm / (norm(gradients) + 1e-6)).clamp(max=1.0))  # the small number is torch's, so that steps agree
+        length = norm(gradients, specs=specs) + 1e-6  # torch's small number, so that steps agree
+        share = _scalar((max_norm / length).clamp(max=1.0))
         return tree.map(lambda g: _scaled(g, share), gradients), ABSENT
 
     return Optimizer(lambda params: ABSENT, update)

@@ -21,6 +21,7 @@ from ..models import Model
 from ..records import ABSENT, record
 from ..tree import Tree
 from . import losses, optimizers
+from .norms import norm
 from .optimizers import Optimizer
 
 Loss: TypeAlias = Callable[[Model, Tree, Any], Tensor]
@@ -46,6 +47,7 @@ def step(
     loss: Loss = losses.loss,
     micro_batches: int = 1,
     compute: torch.dtype | None = None,
+    specs: Tree = None,
 ) -> Step:
     """A function (params, state, batch, frozen=()) -> (params, state, metrics).
 
@@ -65,6 +67,7 @@ def step(
             activations are held. Equal to the whole where each part has as many targets that count.
         compute: a dtype that parameters are cast to inside the loss, as torch.bfloat16, while masters, gradients and state stay in
             theirs. The cast is part of what is differentiated.
+        specs: on a mesh, how params are cut: a tree of `sharding.P` or a prefix of it (`metrics.norm` is that of all parts).
 
     Example:
         >>> import funcattn as fa
@@ -96,7 +99,7 @@ def step(
         if len(parts) > 1:
             gradients, value = tree.map(lambda g: g / len(parts), gradients), value / len(parts)
         updates, state = optimizer.update(gradients, state, params)
-        return optimizers.apply(params, updates), state, Metrics(value, optimizers.norm(gradients))
+        return optimizers.apply(params, updates), state, Metrics(value, norm(gradients, specs=specs))
 
     return one
 

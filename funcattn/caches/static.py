@@ -8,7 +8,7 @@ from .. import _checks
 from ..kernels import Part
 from ..records import record
 from . import rows
-from .branching import Branch, follow
+from .branch import Branch, follow
 from .protocol import Delta, broken, capacity, grow, keeps_all, past, sizes, write
 
 

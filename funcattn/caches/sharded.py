@@ -17,7 +17,7 @@ from .. import _checks
 from ..collectives import axis_index, axis_size, psum
 from ..kernels import Part
 from ..records import record
-from .branching import follow
+from .branch import follow
 from .dense import Cache
 from .protocol import (
     OVERFLOWED,

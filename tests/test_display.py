@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import funcattn as fa
-from funcattn.caches import pictures
+from funcattn.caches import display
 
 MODEL = fa.decoder(fa.Config())
 PARAMS = MODEL.init(fa.key(0))
@@ -53,9 +53,9 @@ def test_a_branch_counts_both_parts():
 
 def test_many_pasts_and_one_that_is_gone_are_described():
     many = torch.func.vmap(lambda n: MODEL.cache(8)._replace(length=n))(torch.tensor([2, 5]))
-    assert "2 pasts of 2 to 5 tokens" in pictures.line(many)
-    assert "layers" not in pictures.line(many)  # its axes are not those of one past
-    assert "given away" in pictures.line(MODEL.cache(8)._replace(length=torch.tensor(fa.caches.DONATED)))
+    assert "2 pasts of 2 to 5 tokens" in display.line(many)
+    assert "layers" not in display.line(many)  # its axes are not those of one past
+    assert "given away" in display.line(MODEL.cache(8)._replace(length=torch.tensor(fa.caches.DONATED)))
 
 
 def test_params_unfold_to_every_leaf_and_layers_alike_share_a_line():

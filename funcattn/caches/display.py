@@ -4,13 +4,13 @@ from typing import Any
 
 from .. import _checks, tree
 from ..records import unfolded
-from .branching import Branch
-from .coded import QuantizedCache
+from .branch import Branch
 from .dense import Cache
 from .paged import Pages
 from .protocol import capacity, sizes
-from .readonly import Memory
-from .windowed import Ring
+from .quantized_blocks import QuantizedCache
+from .sliding_window import Ring
+from .static import Memory
 
 
 def line(cache: Any) -> str:

@@ -12,7 +12,7 @@ from torch.func import grad, jvp, vmap
 import funcattn as fa
 from funcattn import caches, tree
 from funcattn.caches import Branch, Delta, quantized
-from funcattn.caches.coded import decode, encode
+from funcattn.caches.quantized_blocks import decode, encode
 from funcattn.kernels import attend_parts
 from funcattn.testing import dense
 

@@ -106,7 +106,7 @@ class quantized:  # a value that is called like a function: model.cache(size, ki
 def encode(x: Tensor, dim: int, bits: int) -> Coded:
     """Rows (..., R, D) in codes of 8 or 4 bits, one scale for each group along dim.
 
-    Law: decoding is within half a scale of x, and encoding what was decoded changes nothing but rounding (test_coded.py).
+    Law: decoding is within half a scale of x, and encoding what was decoded changes nothing but rounding (test_quantized_blocks.py).
     """
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     levels = 2**bits - 1
