@@ -24,10 +24,10 @@ Arguments come in one order: key, model, params, data, state. What is here, by f
     families               other people's files                             6
     sharding               shard, gather, shard_map, spmd: many devices
     compilation            compile: decoding at the speed of memory
-    generation, serving    generate, stream; texts that come and go
+    decoding               generate, stream, and all verbs that write
     checkpoints            load, save                                       7
     speculation, drafters  speculate, accept: drafts, verified without loss
-    search                 beam_search, best_of
+    search, serving        beam_search, best_of; texts that come and go
     training, evaluation   loss, optimizers, fit; score, trace, patch
     interop                other people's modules, closed
 """
@@ -61,8 +61,8 @@ from .calibration import awq, clipped, gptq, smooth
 from .checkpoints import Loaded, load, load_lora, save, save_lora
 from .collectives import all_gather, axis_index, ppermute, psum, reduce_scatter
 from .compilation import compile
+from .decoding import Streamed, generate, stream
 from .evaluation import patch, perplexity, score, score_continuation, trace
-from .generation import Streamed, generate, stream
 from .kernels import attend, attention, attention_weights, explain, merge
 from .low_rank import lora, merge_lora
 from .masks import Mask

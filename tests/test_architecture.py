@@ -31,10 +31,10 @@ FLOORS = [
     },  # packing: quantization's arithmetic (`codecs` is the standard library's)
     {"kernels", "native"},
     {"layers"},
-    {"caches", "models", "sampling", "quantization", "streaming"},
+    {"caches", "models", "sampling", "quantization"},
     {"transformer", "low_rank"},
-    {"families", "sharding", "compilation", "calibration", "generation", "serving"},
-    {"speculation", "drafters", "search", "checkpoints", "training", "evaluation", "interop"},
+    {"families", "sharding", "compilation", "calibration", "decoding"},
+    {"speculation", "drafters", "search", "serving", "checkpoints", "training", "evaluation", "interop"},
     {"__init__"},  # the face: a map of all below
     {"cli", "__main__"},
 ]

@@ -8,9 +8,9 @@ from torch.func import grad, vmap
 
 import funcattn as fa
 from funcattn import sampling
+from funcattn.decoding.speculative.rules import Regions, last_passed, until_refused
 from funcattn.sampling import chain, greedy, law, min_p, repetition_penalty, temperature, top_k
 from funcattn.speculation import Rule, accept, acceptance_pmf, blockwise, tokenwise
-from funcattn.speculation.rules import Regions, last_passed, until_refused
 from funcattn.testing import laws
 from funcattn.testing.laws import acceptances
 

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import funcattn as fa
 
-from .. import atomic, drafters, progress, sampling, sharding, speculation, streaming
+from .. import atomic, drafters, progress, sampling, sharding, speculation
+from ..decoding.detokenization import text_of
 from . import ranks
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
 from .terminal import coloured, is_coloured, report, say, shown, working
@@ -144,7 +145,7 @@ def _write_samples(
     for number, row in enumerate(rows):
         ends = [place for place, token in enumerate(row) if token in tokenizer.stop]
         written += min(ends, default=steps - 1) + 1 if row else 0
-        text = streaming.text_of(tokenizer, row[: min(ends, default=steps)], options.stop)
+        text = text_of(tokenizer, row[: min(ends, default=steps)], options.stop)
         print(shown(text), end="\n\n" if number < len(rows) - 1 else "\n")
     report(f"{len(prompt)} tokens", read - started, written, wrote - read)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks, collectives, progress, transformer, tree
 from .._doors import door
-from ..generation import hidden_along
+from ..decoding import hidden_along
 from ..models import Model, config_of
 from ..records import ABSENT
 from ..rematerialization import remat

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import _checks, checkpoints, evaluation, generation, randomness, sampling, transformer, tree
+from .. import _checks, checkpoints, decoding, evaluation, randomness, sampling, transformer, tree
 from ..models import Model
 from ..records import ABSENT, is_absent
 
@@ -105,7 +105,7 @@ class Answers:
                 _checks.fail("generate_until", "max_gen_toks", wanted, steps, remedy)
             ids = (self._encode(text) or [self.prefix])[-(self.context - steps) :]
             prompt = self._tensor(ids)
-            pieces = generation.stream(
+            pieces = decoding.stream(
                 *(randomness.fold_in(randomness.key(self.seed).to(prompt.device), number), self.model, self.params, prompt),
                 steps=steps,
                 tokenizer=self.tokenizer,
@@ -174,7 +174,7 @@ class Answers:
         """What the answers share: all but the last token of the question."""
         prompt = self._tensor(ids[:-1])
         key = randomness.key(self.seed).to(prompt.device)  # of which nothing is drawn
-        return generation.generate(key, self.model, self.params, prompt, steps=0, chunk=self.chunk)[1]
+        return decoding.generate(key, self.model, self.params, prompt, steps=0, chunk=self.chunk)[1]
 
     def _foretold(self, before: tuple[int, ...], after: tuple[int, ...], past: Any) -> tuple[float, bool]:
         with torch.no_grad():

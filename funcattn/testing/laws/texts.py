@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import caches, drafters, randomness, search, serving, speculation, transformer, tree
-from ...generation import generate
+from ...decoding import generate
 from ..agreement import agree
 from .pasts import D, G, K, L, where_the_key_is
 

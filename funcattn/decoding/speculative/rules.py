@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._doors import uncalled
-from ..records import record
+from ..._doors import uncalled
+from ...records import record
 
 
 @record

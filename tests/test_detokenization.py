@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models
 
 import funcattn as fa
 from funcattn.checkpoints import CheckpointError, Tokenizer
-from funcattn.streaming import StreamedText, decoding_of, text_of
+from funcattn.decoding.detokenization import StreamedText, decoding_of, text_of
 
 BYTES = [f"<0x{i:02X}>" for i in (0x0A, 0x09, 0x41, 0xF0, 0x9F, 0x98, 0x80, 0xC3, 0xA9, 0xE2, 0xFF)]
 WORDS = [

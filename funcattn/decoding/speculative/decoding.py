@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, progress, randomness, sampling, transformer
-from .._doors import door
+from ... import _checks, progress, randomness, sampling, transformer
+from ..._doors import door
+from ...models import Model
+from ...records import ABSENT, is_absent, record
+from ...sampling import Sampler
+from ...sampling.composition import require_drawable
+from ..detokenization import StreamedText
 from ..generation import Streamed, _agree, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill
-from ..models import Model
-from ..records import ABSENT, is_absent, record
-from ..sampling import Sampler
-from ..sampling.composition import require_drawable
-from ..streaming import StreamedText
 from .rules import Rule, blockwise
 from .verification import accept_along, laws_along, matched, rewind
 

@@ -5,7 +5,7 @@ a tokenizer falls back to (`<0x0A>`) are decoded as one run, all of it U+FFFD wh
 until decoding says the same with a byte behind it. Decoders for which that suffices are listed (`STEPWISE`); with any other the
 text comes at its end.
 
-Law: what is given out, joined, is the decoded whole (test_streaming.py).
+Law: what is given out, joined, is the decoded whole (test_detokenization.py).
 """
 
 import json

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
-from .._doors import door
-from ..records import record
-from ..sampling import Sampler, greedy, weigh
+from ... import _checks, tree
+from ..._doors import door
+from ...records import record
+from ...sampling import Sampler, greedy, weigh
 from .acceptance import Accepted, accept
 from .rules import Rule, blockwise
 

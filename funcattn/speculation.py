@@ -2,7 +2,7 @@
 
     rules           tokenwise, blockwise: which of the drafted tokens stay, as functions of the uniforms
     acceptance      accept, acceptance_pmf: one row, static shapes, branch-free
-    branches        accept_tree, accept_among: a tree of drafts, drawn without replacement or with
+    trees           accept_tree, accept_among: a tree of drafts, drawn without replacement or with
     verification    laws_along, accept_along, matched, rewind: samplers with a state along a draft
     decoding        speculate, stream: generate with drafts
     transcripts     transcript, Marks: a text with its accepted drafts marked
@@ -11,12 +11,12 @@ The token that is emitted has the law of the target, exactly, if `draft` is the 
 temperature, filters and penalties, in the dtype that was drawn from. `sampling.law` gives both.
 """
 
-from .acceptance import Accepted, accept, acceptance_pmf
-from .branches import Branched, accept_among, accept_tree, tree_pmf
-from .decoding import Piece, Speculated, Stats, speculate, stream
-from .rules import Regions, Rule, blockwise, tokenwise
-from .transcripts import Marks, Span, Transcript, transcript
-from .verification import Along, accept_along, laws_along, matched, rewind
+from .decoding.speculative.acceptance import Accepted, accept, acceptance_pmf
+from .decoding.speculative.decoding import Piece, Speculated, Stats, speculate, stream
+from .decoding.speculative.rules import Regions, Rule, blockwise, tokenwise
+from .decoding.speculative.transcripts import Marks, Span, Transcript, transcript
+from .decoding.speculative.trees import Branched, accept_among, accept_tree, tree_pmf
+from .decoding.speculative.verification import Along, accept_along, laws_along, matched, rewind
 
 __all__ = [
     "Accepted",

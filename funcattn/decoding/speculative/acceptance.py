@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, randomness
-from .._doors import door
-from ..records import record
+from ... import _checks, randomness
+from ..._doors import door
+from ...records import record
 from .rules import Rule, at, blockwise
 
 

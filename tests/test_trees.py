@@ -7,8 +7,8 @@ import torch
 from torch.func import grad, vmap
 
 import funcattn as fa
+from funcattn.decoding.speculative import trees as module
 from funcattn.speculation import Regions, accept, accept_among, accept_tree, tokenwise, tree_pmf
-from funcattn.speculation import branches as module
 from funcattn.testing.laws import acceptances
 
 V = 3

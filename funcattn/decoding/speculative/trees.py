@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, randomness
-from .._doors import door
-from ..records import record
+from ... import _checks, randomness
+from ..._doors import door
+from ...records import record
 from .acceptance import check_laws, check_values, draw_row
 from .rules import Regions, divide, normalize
 
@@ -63,7 +63,7 @@ def accept_tree(
     Raises:
         ValueError, TypeError: as `accept`; a parent that is not an earlier node.
 
-    Law: the target's law exactly, by enumeration (test_branches.py).
+    Law: the target's law exactly, by enumeration (test_trees.py).
     """
     regions = _regions("accept_tree", target, draft, proposed, parent, replacement, check)
     for_uniforms, for_token = randomness.split(key).unbind()
@@ -90,7 +90,7 @@ def accept_among(
     Returns:
         Branched, with `token` the token of this position whether it was drafted or not, and `tokens` (M + 1,) it and -1.
 
-    Law: the target's law exactly (test_branches.py).
+    Law: the target's law exactly (test_trees.py).
     """
     if proposed.dim() != 1:
         _checks.fail("accept_among", "proposed", "(M,)", _checks.shape(proposed), "Map over many rows with vmap.")

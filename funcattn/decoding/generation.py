@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, caches, collectives, progress, randomness, sampling, transformer
-from ._autodiff import has_tangent, transforming
-from ._doors import door
-from .models import Model
-from .records import ABSENT, is_absent
-from .sampling import Sampler
-from .streaming import StreamedText
+from .. import _checks, caches, collectives, progress, randomness, sampling, transformer
+from .._autodiff import has_tangent, transforming
+from .._doors import door
+from ..models import Model
+from ..records import ABSENT, is_absent
+from ..sampling import Sampler
+from .detokenization import StreamedText
 
 
 @door
@@ -112,7 +112,7 @@ def stream(
     """`generate`, yielding text as it is written; the same key gives the same tokens.
 
     Text is held back while it may still change: an unfinished character, a run of bytes, or what may become a stop string (see
-    `funcattn.streaming`). A stop id and a stop string are not part of the text. Arguments as in `generate`, and:
+    `funcattn.decoding.detokenization`). A stop id and a stop string are not part of the text. Arguments as in `generate`, and:
 
     Args:
         tokenizer: what decodes; without one, text is "".
@@ -126,7 +126,7 @@ def stream(
         ValueError, TypeError: as `generate`, at the first piece.
 
     Law: the tokens are those of `generate`, and the texts join to what `decode` gives for all of them, without a stop id
-        (test_generation.py, test_streaming.py).
+        (test_generation.py, test_detokenization.py).
     """
     _check_stops(tokenizer, stop_strings)
     ends = _ends_of("stream", tokenizer, stop)

@@ -1,0 +1,290 @@
+"""Search for likely texts: beams, contrast with a weaker model, the best of several samples.
+
+A beam is a fork of the past. What all beams remember alike, such as the prompt, is held once and never mapped; choosing beams is
+indexing the rest:
+
+    score(text) = log P(text) / length ^ length_penalty,      running beams: the greatest log P, finished ones: the greatest score
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from .. import _checks, caches, collectives, progress, randomness, sampling, tree
+from .._doors import door
+from ..models import Model
+from ..records import ABSENT, is_absent, record
+from ..sampling import Sampler
+from .generation import _check_parts, generate, hidden_along
+
+
+@record
+class Texts(NamedTuple):
+    """Texts from the best to the worst.
+
+    tokens: int64 (n, steps), after the end filled with the stop id. scores: (n,). lengths: int64 (n,), the stop id included.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    lengths: Tensor
+
+
+@door
+def beam_search(
+    model: Model,
+    params: Any,
+    prompt: Tensor,
+    cache: Any = ABSENT,
+    *,
+    steps: int,
+    beams: int = 4,
+    best: int = 1,
+    stop: Sequence[int] = (),
+    length_penalty: float = 1.0,
+    early_stop: bool | Literal["never"] = False,
+    sampler: Sampler | None = None,
+) -> Texts:
+    """The likeliest continuations that a beam of this width finds.
+
+    Args:
+        model, params, prompt (T,), cache, steps, stop: as in `fa.generate`.
+        beams: how many unfinished texts are kept.
+        best: how many texts to return, at most `beams`.
+        length_penalty: the power of the length that divides log P; above 0 favours long texts, 0 is log P itself.
+        early_stop: True ends once `beams` texts have finished; False once no running beam beats them at its present length; "never"
+            once none could at any length up to steps. As transformers' `early_stopping`.
+        sampler: what makes log-probabilities of logits, such as penalties or a grammar; each beam has its state.
+
+    Returns:
+        Texts with n = best. Scores are of tokens that were written, a stop id included. Where fewer texts than `best` were found
+        (a grammar allows no more, or beams ended where it allows no token), the rest are no texts: tokens 0, length 0, score -inf.
+
+    Raises:
+        ValueError, TypeError: as generate; beams or best below 1, best above beams; logits or log-probabilities that are NaN.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config())
+        >>> found = beam_search(model, model.init(fa.key(0)), torch.tensor([1, 2]), steps=3, beams=4, best=2)
+        >>> found.tokens.shape, bool(found.scores[0] >= found.scores[1])
+        (torch.Size([2, 3]), True)
+
+    Law: with beams enough for all texts it is the exhaustive search; vmap over prompts equals the loop (test_search.py).
+    """
+    _check_counts("beam_search", beams=beams, best=best, steps=steps)
+    if best > beams:
+        _checks.fail("beam_search", "best", f"at most the {beams} beams", best, "Keep more beams.")
+    if early_stop not in (True, False, "never"):
+        _checks.fail("beam_search", "early_stop", 'True, False or "never"', repr(early_stop), "As transformers' early_stopping.")
+    _check_penalty(length_penalty, steps)
+    sampler = sampling.chain() if sampler is None else sampler
+    _check_parts("beam_search", model, sampler)
+    prefix, x, delta = _read("beam_search", model, params, prompt, cache, stop, steps=steps, beams=beams)
+    logits = model.logits(params, x[-1])
+    V, device = logits.shape[-1], logits.device
+    states = sampling.prime(sampler, prompt, sampling.begin(sampler, logits))
+    past = caches.commit(caches.fork(prefix, delta, steps), delta)
+    states, logits, past = tree.map(lambda leaf: leaf.expand(beams, *leaf.shape), (states, logits, past))
+
+    def read(token: Tensor, past: Any) -> tuple[Tensor, Any]:
+        x, delta = model.hidden(params, token.reshape(1), past)
+        return model.logits(params, x[-1]), caches.commit(past, delta)
+
+    written = torch.zeros(beams, steps, dtype=torch.int64, device=device)
+    total = torch.where(torch.arange(beams, device=device) == 0, 0.0, -torch.inf).to(logits.dtype)  # one beam, before it forks
+    done = Texts(written, torch.full_like(total, -torch.inf), torch.zeros(beams, dtype=torch.int64, device=device))
+    ended = torch.zeros(beams, dtype=torch.bool, device=device)
+    improvable = torch.ones((), dtype=torch.bool, device=device)
+    many = min(max(2, 1 + len(stop)) * beams, beams * V)
+    for step in progress.track(range(steps), "searching"):
+        log_p = vmap(lambda logits, state: _allowed(sampler, logits, state))(logits, states)
+        _check_numbers(step, logits, log_p, total)
+        log_p = torch.where(total.unsqueeze(-1) > -torch.inf, log_p, -torch.inf)  # of no text a sampler may leave NaN
+        values, places = (log_p + total.unsqueeze(-1)).reshape(-1).topk(many)
+        parent, token = places // V, places % V
+        texts = written.index_select(0, parent).index_fill(1, torch.tensor([step], device=device), 0)
+        texts = torch.where(torch.arange(steps, device=device) >= step, token.unsqueeze(-1), texts)  # filled: a stop id stays
+        ends = _among(token, stop) | (step + 1 == steps)
+
+        finishes = ends & (torch.arange(many, device=device) < beams) & improvable & (values > -torch.inf)
+        scores = torch.where(finishes, values / (step + 1) ** length_penalty, -torch.inf)
+        finished = Texts(torch.where(finishes.unsqueeze(-1), texts, 0), scores, torch.where(finishes, step + 1, 0))
+        joined = Texts(*(torch.cat([a, b]) for a, b in zip(done, finished, strict=True)))
+        keep = joined.scores.topk(beams).indices
+        done, ended = Texts(*(x.index_select(0, keep) for x in joined)), torch.cat([ended, finishes]).index_select(0, keep)
+        if step + 1 == steps:
+            break
+
+        total, chosen = torch.where(ends, -torch.inf, values).topk(beams)
+        written, token, parent = (x.index_select(0, chosen) for x in (texts, token, parent))
+        reach = steps if early_stop == "never" and length_penalty > 0 else step + 1
+        worst = torch.where(ended, done.scores.amin(), -torch.inf)
+        improvable = improvable & (total[0] / reach**length_penalty > worst).any() & ~(ended.all() & (early_stop is True))
+        if _nowhere(improvable):
+            break
+        states, past = (_chosen(each, parent) for each in (states, past))
+        states = vmap(lambda logits, token, state: sampler.observe(token, sampler.update(logits, state)[1]))(
+            logits.index_select(0, parent), token, states
+        )
+        rows, axes = _unmapped(past)
+        logits, past = vmap(read, (0, axes))(token, rows)
+    return Texts(*(x[:best] for x in done))
+
+
+@door
+def best_of(
+    key: Tensor,
+    model: Model,
+    params: Any,
+    prompt: Tensor,
+    cache: Any = ABSENT,
+    *,
+    n: int,
+    steps: int,
+    sampler: Sampler,
+    stop: Sequence[int] = (),
+    score: Callable[[Tensor], Tensor] | None = None,
+) -> Texts:
+    """Sample n texts of one past, which is stored once, and order them by a score.
+
+    Args:
+        key, model, params, prompt, cache, steps, sampler, stop: as in `fa.generate`; text i spends `split(key, n)[i]`.
+        score: a function of tokens (steps,) -> (), such as a reward or a verifier; None is the model's mean log-probability of the
+            tokens up to the stop id, as vLLM's `best_of`.
+
+    Returns:
+        Texts with all n, the best first; a score that is NaN comes last.
+
+    Raises:
+        ValueError, TypeError: as generate; n below 1, a score of another shape.
+
+    Law: each text is what generate writes with its key (test_search.py).
+    """
+    _check_counts("best_of", n=n, steps=steps)
+    prefix, _, _ = _read("best_of", model, params, prompt, cache, stop, key=key, n=n, steps=steps)
+    last = prompt[-1:]
+    seen = sampling.primed(sampler, prompt[:-1])  # generate primes it with the last
+    one = lambda key: generate(key, model, params, last, prefix, steps=steps, sampler=seen, stop=stop)[0]
+    tokens = vmap(one)(randomness.split(key, n))
+    ends = _among(tokens, stop)
+    lengths = ((ends.long().cumsum(-1) - ends.long()) == 0).sum(-1)  # tokens with no end before them
+    if score is None:
+
+        def rate(tokens: Tensor, length: Tensor) -> Tensor:
+            logits = model.logits(params, hidden_along(model, params, torch.cat([last, tokens[:-1]]), prefix))
+            log_p = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            return torch.where(torch.arange(steps, device=tokens.device) < length, log_p, 0).sum() / length
+
+        scores = vmap(rate)(tokens, lengths)
+    else:
+        scores = vmap(lambda tokens: _rated(score, tokens))(tokens)
+    order = torch.where(scores.isnan(), -torch.inf, scores).sort(descending=True, stable=True).indices  # NaN would be the greatest
+    return Texts(*(x.index_select(0, order) for x in (tokens, scores, lengths)))
+
+
+@door
+def contrastive(
+    model: Model, params: Any, cache: Any, logits: Tensor, *, alpha: float | Tensor = 0.1, beta: float | Tensor = 0.5
+) -> Sampler:
+    """Contrastive decoding: of the tokens at least alpha as likely as the likeliest, prefer what a weaker model would not write.
+
+        (1 + beta) * log P_expert - beta * log P_amateur        where P_expert >= alpha * max P_expert
+
+    Args:
+        model, params, cache: the amateur, and its past of the same text, with room for what will be written.
+        logits: (V,), the amateur's after the last token of the prompt.
+
+    Returns:
+        A sampler, for `generate` and `beam_search`: `chain(min_p(alpha), guidance(1 + beta, ...))`.
+
+    Source: Li et al., Contrastive decoding, arXiv:2210.15097; O'Brien and Lewis, arXiv:2309.09117 (beta).
+    """
+    within = sampling.composition.between(beta, -sampling.composition.LARGE, sampling.composition.LARGE)
+    sampling.composition.require(within, "contrastive", "beta", "a number of moderate size", beta, "0.5 is usual.")
+    return sampling.chain(sampling.min_p(alpha), sampling.guidance(1 + beta, model, params, cache, logits))
+
+
+def _read(
+    function: str, model: Model, params: Any, prompt: Tensor, cache: Any, stop: Sequence[int], **values: Any
+) -> tuple[Any, Tensor, Any]:
+    """The past of all but the last token, and what reading the last gives; processes of a mesh should be given alike."""
+    _checks.stops(function, stop)
+    prefix = cache
+    length = () if is_absent(cache) else cache.length
+    collectives.agree(function, {"prompt": prompt, "cache": length, "stop": tuple(stop), **values}, params)
+    if not isinstance(prompt, Tensor) or prompt.dim() != 1 or len(prompt) < 2:
+        generate(randomness.key(0), model, params, prompt, cache, steps=0, stop=stop)  # says what is wrong
+    else:
+        prefix = generate(randomness.key(0), model, params, prompt[:-1], cache, steps=0, stop=stop)[1]
+    return (prefix, *model.hidden(params, prompt[-1:], prefix))
+
+
+def _rated(score: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    rated = score(tokens)
+    if not isinstance(rated, Tensor) or rated.dim():
+        got = _checks.shape(rated) if isinstance(rated, Tensor) else f"a {type(rated).__name__}"
+        _checks.fail("best_of", "what score returns", "a tensor ()", got, "It is called under vmap, with one text.", TypeError)
+    return rated
+
+
+def _allowed(sampler: Sampler, logits: Tensor, state: Any) -> Tensor:
+    """The log-probabilities (V,) that a sampler leaves: -inf everywhere, not NaN, where it leaves no token."""
+    left, _ = sampler.update(logits if logits.dtype == torch.float64 else logits.float(), state)
+    return sampling.composition.normalized(left)
+
+
+def _chosen(value: Any, parent: Tensor) -> Any:
+    """The states or pasts of some beams; what all beams hold alike is one tensor, expanded, and stays so."""
+    return tree.map(lambda leaf: leaf if leaf.stride(0) == 0 else leaf.index_select(0, parent), value)
+
+
+def _unmapped(value: Any) -> tuple[Any, Any]:
+    """For vmap over beams: the value with what all beams hold alike not mapped, so that it is stored and read once, and the axes.
+
+    A tensor that vmap did not map comes out of it expanded, with a stride of 0.
+    """
+    alike = lambda leaf: leaf.stride(0) == 0
+    return tree.map(lambda x: x[0] if alike(x) else x, value), tree.map(lambda x: None if alike(x) else 0, value)
+
+
+def _among(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+    """True where a token is one of the ids (torch.isin has no batching rule)."""
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for one in ids:
+        found = found | (tokens == one)
+    return found
+
+
+def _nowhere(open_: Tensor) -> bool:
+    known = _checks.peek(open_)
+    return known is not None and not bool(known.any())
+
+
+def _check_numbers(step: int, logits: Tensor, log_p: Tensor, total: Tensor) -> None:
+    """Fail where a beam that is a text so far has NaN."""
+    running = (total > -torch.inf).unsqueeze(-1)
+    if _checks.is_true(running & logits.isnan()):
+        remedy = "Look for NaN in params and in the past; a past that overflowed inside a transform gives NaN too."
+        _checks.fail("beam_search", f"the logits of step {step}", "numbers", "NaN", remedy)
+    if _checks.is_true(running & log_p.isnan()):
+        remedy = "Hide a token by -inf, and let no sampler make +inf or NaN."
+        _checks.fail("beam_search", f"what the sampler leaves in step {step}", "numbers or -inf", "NaN or +inf", remedy)
+
+
+def _check_penalty(length_penalty: Any, steps: int) -> None:
+    """Fail where dividing by a length to this power would leave float32."""
+    number = isinstance(length_penalty, int | float)
+    if not number or not abs(length_penalty) * math.log(max(steps, 2)) < math.log(torch.finfo(torch.float32).max):
+        wanted, remedy = f"a number for which {steps} ** length_penalty is one of float32", "1 is the mean, 0 the sum."
+        _checks.fail("beam_search", "length_penalty", wanted, repr(length_penalty), remedy, ValueError if number else TypeError)
+
+
+def _check_counts(function: str, **counts: int) -> None:
+    for name, count in counts.items():
+        if not _checks.is_count(count, 1):
+            _checks.fail(function, name, "an int, at least 1", repr(count), "Ask for one at least.")

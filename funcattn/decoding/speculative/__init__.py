@@ -1,0 +1,1 @@
+"""Speculative decoding; its face is `funcattn.speculation`, that of the drafters `funcattn.drafters`."""

@@ -1,0 +1,274 @@
+"""Who drafts, for `fa.speculate`: a model, the text itself, or a function of yours. The draft decides the speed, never the law.
+
+A drafter is three pure functions over a state that is a pytree; it knows all the text but the last token, which it is told:
+
+    init(prompt, prompt_length, steps) -> state
+    propose(key, last, state) -> (Draft, state)          N tokens that may follow, and the laws they were drawn from
+    keep(tokens, count, state) -> state                  what was written instead: the first count of tokens (N + 1,)
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _checks, caches, collectives, randomness, sampling, transformer, tree
+from ..._doors import door, uncalled, what_is
+from ...caches import Branch, Cache
+from ...models import Model, config_of, told
+from ...records import ABSENT, record
+from ...sampling import Sampler
+from ..generation import _commit, _prefill
+
+
+@record
+class Draft(NamedTuple):
+    """Tokens that may follow.
+
+    tokens: int64 (N,). laws: (N, V), what each was drawn from, or () where there was no chance. valid: int64 (), how many count.
+    """
+
+    tokens: Tensor
+    laws: Any
+    valid: Tensor
+
+
+class Drafter(NamedTuple):
+    """A way to draft. Not a record: it holds functions; N is `length`, a size.
+
+    vocabulary: how many tokens it knows, None where it does not know. sharing: how it drafts for its own model, None if not.
+    """
+
+    init: Callable[[Tensor, Tensor, int], Any]
+    propose: Callable[[Tensor, Tensor, Any], tuple[Draft, Any]]
+    keep: Callable[[Tensor, Tensor, Any], Any]
+    length: int
+    vocabulary: int | None = None
+    sharing: "Sharing | None" = None
+    __call__ = uncalled
+
+
+class Sharing(NamedTuple):
+    """How a model drafts for itself, with other weights: behind the past of the target, which the state is given as `cache`.
+
+    init(prompt, prompt_length, logits, cache) -> state. propose and keep are as in Drafter. What propose writes into the past lies
+    beyond its length, where the target's own rows go next.
+    """
+
+    model: Model
+    init: Callable[[Tensor, Tensor, Tensor, Any], Any]
+    propose: Callable[[Tensor, Tensor, Any], tuple[Draft, Any]]
+    keep: Callable[[Tensor, Tensor, Any], Any]
+
+
+@record
+class Reader(NamedTuple):
+    """The state of a model that drafts: its past, the length of it that is certain, its sampler's state at each drafted place."""
+
+    cache: Any
+    certain: Tensor
+    states: Any
+
+
+@door(name="drafters.model")
+def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = sampling.greedy, chunk: int = 512) -> Drafter:
+    """Another model drafts, or the same with cheaper weights, a token at a time.
+
+    Where `fa.speculate` is given this very `model`, the draft reads the past of the target, which is better than its own, and
+    costs no prefill: `fa.drafters.model(model, fa.quantize(fa.int8)(params))`. Else it has a past of its own.
+
+    Args:
+        model, params: any decoder of the same vocabulary.
+        length: N, how many tokens to draft.
+        sampler: how it draws; for a target that samples, the target's own is a good choice.
+        chunk: as in `fa.generate`.
+    """
+    _check_length("drafters.model", length)
+    if not _checks.is_count(chunk, 1):
+        _checks.fail("drafters.model", "chunk", "an int, at least 1", repr(chunk), "Tokens of the prompt read at a time.")
+    rewind = lambda states, n: tree.map(lambda leaf: leaf.index_select(0, n.reshape(1))[0], states)
+
+    def logits_of(x: Tensor) -> Tensor:
+        logits = model.logits(params, x[-1])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def primed(prompt: Tensor, prompt_length: Tensor, logits: Tensor) -> Any:
+        state = sampling.prime(sampler, prompt, sampling.begin(sampler, logits), length=prompt_length)
+        return tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), state)
+
+    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> Reader:
+        start = _prefill(model, params, prompt, ABSENT, steps + length + 1, prompt_length, chunk)
+        return Reader(start.cache, start.cache.length, primed(prompt, prompt_length, start.logits))
+
+    def share(prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: Any) -> Reader:
+        return Reader(cache, torch.zeros_like(prompt_length), primed(prompt, prompt_length, logits))
+
+    def read(key: Tensor, last: Tensor, state: Reader, whole: bool) -> tuple[Draft, Reader]:
+        cache, token, tokens, laws, states = state.cache, last, [], [], []
+        dense = _is_dense(cache)
+        owned = not whole and dense  # rows beyond its length are for the taking
+        now = sampler.observe(last, rewind(state.states, torch.zeros_like(last)))
+        keys = () if sampler.deterministic else randomness.split(key, length).unbind()
+        for n in range(length):
+            x, delta = model.hidden(params, token.reshape(1), cache)
+            if n < length - 1 or whole:
+                ours = dense and (n > 0 or owned)  # copied once, then it is ours
+                cache = _commit(cache, delta, 1) if ours else caches.commit(cache, delta, 1)
+            left, now = sampler.update(logits_of(x), now)
+            states.append(now)
+            token = left.argmax(-1) if sampler.deterministic else randomness.categorical(keys[n], left)
+            tokens.append(token)
+            if not sampler.deterministic:
+                laws.append(left.softmax(-1))
+            now = sampler.observe(token, now)
+        if whole:  # the last is read too, so that the past is whole where all of them stay
+            x, delta = model.hidden(params, token.reshape(1), cache)
+            cache = _commit(cache, delta, 1) if dense else caches.commit(cache, delta, 1)
+            now = sampler.update(logits_of(x), now)[1] if tree.leaves(now) else now
+        states = tree.map(lambda *leaves: torch.stack(leaves), *states, now)
+        draft = Draft(torch.stack(tokens), torch.stack(laws) if laws else ABSENT, torch.full_like(last, length))
+        return draft, Reader(cache, state.certain, states)
+
+    def propose(key: Tensor, last: Tensor, state: Reader) -> tuple[Draft, Reader]:
+        return read(key, last, state, True)
+
+    def keep_states(tokens: Tensor, count: Tensor, state: Reader) -> Reader:
+        here = rewind(state.states, (count - 1).clamp(min=0))  # has seen all but the last of the new ones
+        return state._replace(states=tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), here))
+
+    def keep(tokens: Tensor, count: Tensor, state: Reader) -> Reader:
+        certain = state.certain + count  # the last token that was told, and all but the last of the new ones
+        cache = caches.with_length(state.cache, certain)
+        return keep_states(tokens, count, state)._replace(cache=cache, certain=certain)
+
+    sharing = Sharing(model, share, lambda key, last, state: read(key, last, state, False), keep_states)
+    return Drafter(init, propose, keep, length, _vocabulary(model, params), sharing)
+
+
+_model = model
+
+
+@door(name="drafters.skip")
+def skip(
+    model: Model,
+    params: Any,
+    layers: Sequence[int],
+    *,
+    length: int = 4,
+    sampler: Sampler = sampling.greedy,
+    chunk: int = 512,
+) -> Drafter:
+    """The same model drafts without some of its layers, with a past of its own.
+
+    Args:
+        model, params: from `fa.decoder`, or compiled: then the draft is compiled alike. A replaced logits is the draft's too.
+        layers: which to leave out, 0 to L - 1; those in the middle are missed least.
+        length, sampler, chunk: as in `model`.
+
+    Source: Zhang et al., Draft and verify: lossless acceleration by self-speculative decoding, arXiv:2309.08168.
+    """
+    config = config_of(model, "hidden")
+    if config is None:
+        _checks.fail("drafters.skip", "model", "from fa.decoder", told(model), "Make it with fa.decoder.", TypeError)
+    out = set(layers)
+    if not out or not out < set(range(config.layers)):
+        wanted = f"some of 0..{config.layers - 1}, not all"
+        _checks.fail("drafters.skip", "layers", wanted, tuple(layers), "Leave out a few in the middle.")
+    left = [i for i in range(config.layers) if i not in out]
+    each = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fewer = {name: tuple(x[i] for i in left) for name, x in each.items() if isinstance(x, tuple) and len(x) == config.layers}
+    smaller = transformer.decoder(dataclasses.replace(config, layers=len(left), **fewer), model.kernel)
+    if "logits" in model.replaced:
+        smaller = smaller._replace(logits=model.logits)
+    weights = params._replace(layers=tuple(params.layers[i] for i in left))
+    return _model(smaller if model.wrap is None else model.wrap(smaller), weights, length=length, sampler=sampler, chunk=chunk)
+
+
+@record
+class Written(NamedTuple):
+    """The state of a drafter that looks at the text: tokens (S,) with -1 where none is yet, and how many are there but the last."""
+
+    tokens: Tensor
+    length: Tensor
+
+
+@door(name="drafters.function")
+def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: int = 4) -> Drafter:
+    """A function of yours drafts, without chance: f(text (S,), n ()) -> (tokens (N,), valid ()).
+
+    Args:
+        f: sees the text, of which the first n count, and gives N = `length` tokens, of which the first `valid` count.
+    """
+    _check_length("drafters.function", length)
+
+    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> Written:
+        return Written(torch.cat([prompt, prompt.new_full((steps + length + 2,), -1)]), prompt_length)
+
+    def propose(key: Tensor, last: Tensor, state: Written) -> tuple[Draft, Written]:
+        places = torch.arange(len(state.tokens), device=last.device)
+        text = torch.where(places == state.length, last, torch.where(places < state.length, state.tokens, -1))
+        found = f(text, state.length + 1)
+        if not isinstance(found, tuple) or len(found) != 2 or not all(_is_ids(x) for x in found):
+            got = f"({', '.join(map(what_is, found))})" if isinstance(found, tuple) else what_is(found)
+            wanted, remedy = f"tokens int64 (N,) with N = {length}, valid int64 ()", "Make tensors of both: torch.tensor(n)."
+            _checks.fail("drafters.function", "what f returns", wanted, got, remedy, TypeError)
+        tokens, valid = found
+        if tokens.shape != (length,) or valid.dim():
+            got = f"{_checks.shape(tokens)} and {_checks.shape(valid)}"
+            _checks.fail("drafters.function", "what f returns", f"tokens (N,) with N = {length}, valid ()", got, "Pad the tokens.")
+        return Draft(tokens, ABSENT, valid), Written(text, state.length)
+
+    def keep(tokens: Tensor, count: Tensor, state: Written) -> Written:
+        places = torch.arange(len(state.tokens), device=tokens.device) - state.length - 1
+        new = tokens.index_select(0, places.clamp(0, length))
+        return Written(torch.where((places >= 0) & (places < count), new, state.tokens), state.length + count)
+
+    return Drafter(init, propose, keep, length)
+
+
+@door(name="drafters.prompt_lookup")
+def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
+    """The text drafts: what followed the last time that it ended as it does now, by the longest of 1 to ngram tokens that is found.
+
+    Source: Saxena, Prompt lookup decoding (2023); transformers `prompt_lookup_num_tokens`, vLLM's "ngram".
+    """
+    _check_length("drafters.prompt_lookup", length)
+    if not _checks.is_count(ngram, 1):
+        _checks.fail("drafters.prompt_lookup", "ngram", "an int, at least 1", repr(ngram), "2 or 3 is usual.")
+
+    def look(text: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        follows = torch.zeros_like(n)  # where what followed begins; 0 is nowhere
+        for m in range(1, min(ngram, len(text)) + 1):
+            ends = torch.arange(m, len(text) + 1, device=text.device)
+            newest = text.index_select(0, (n - m + torch.arange(m, device=text.device)).clamp(min=0))
+            same = (text.unfold(0, m, 1) == newest).all(-1) & (ends < n) & (n > m)
+            found = torch.where(same, ends, 0).amax(-1)
+            follows = torch.where(found > 0, found, follows)
+        places = (follows + torch.arange(length, device=text.device)).clamp(max=len(text) - 1)
+        valid = torch.where(follows > 0, (n - follows).clamp(0, length), 0)
+        there = torch.arange(length, device=text.device) < valid
+        return torch.where(there, text.index_select(0, places), 0), valid
+
+    return function(look, length=length)
+
+
+def _vocabulary(model: Any, params: Any) -> int | None:
+    """How many tokens a model knows; None where it does not say, or where this device holds a part of its head."""
+    if config_of(model, "logits") is None or not isinstance(params, transformer.Params) or collectives.bound():
+        return None
+    return tree.leaves(transformer.head(params))[0].shape[0]
+
+
+def _is_ids(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in tree.INTEGERS
+
+
+def _is_dense(cache: Any) -> bool:
+    return type(cache) is Cache or (type(cache) is Branch and type(cache.own) is Cache)
+
+
+def _check_length(function: str, length: int) -> None:
+    if not _checks.is_count(length, 1):
+        _checks.fail(function, "length", "an int, at least 1", repr(length), "Draft one token at least; 4 is usual.")
