@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizerFast, GPT2TokenizerFast
 
-from funcattn.checkpoints import CheckpointError
+from funcattn.checkpoints import CheckpointError, Tokenizer, tokenizer_json
 from funcattn.checkpoints.tokenizer import LLAMA3, from_files
 from funcattn.checkpoints.tokenizer_json import LONGEST, MOST_ADDED, MOST_IDS, check
 
@@ -261,3 +261,9 @@ def test_long_texts_are_encoded_as_the_library_does_it():
 def test_the_packaged_tokenizer_is_read_again(smollm2):
     ours = from_files(smollm2.tokenizer.files()["tokenizer.json"], {}, None, ())
     assert ours.encode("Hello, 12 worlds") == smollm2.tokenizer.encode("Hello, 12 worlds")
+
+
+def test_a_long_text_needs_no_normalizer(monkeypatch):
+    monkeypatch.setattr(tokenizer_json, "MEASURED", 4)
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    assert Tokenizer(backend).encode("a" * 9) == [1]

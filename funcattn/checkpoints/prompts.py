@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import tokenizers
 
 from .._checks import fail
+from . import chunks
 from .templates import Rendered
 
 ROUNDS = 100  # of looking for special tokens that appear only where another is not one
@@ -50,11 +51,11 @@ class Respelled(NamedTuple):
         Raises:
             ValueError: the text has a letter whose only id is that of a special token.
         """
-        encoded = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        encoded = chunks.encode(self.backend, text, add_special_tokens=add_special_tokens)
         if taken := self.letters.keys() & set(encoded.ids):
             _refuse(f"one whose special token {min(taken)} is the only id of a letter of plain text")
         original = {there: here for here, there in self.letters.items()}
-        return [original.get(number, number) for number in encoded.ids], encoded.special_tokens_mask
+        return [original.get(number, number) for number in encoded.ids], encoded.mask
 
 
 def special_of(backend: tokenizers.Tokenizer) -> dict[int, str]:
@@ -75,7 +76,7 @@ def encode(backend: tokenizers.Tokenizer, rendered: Rendered) -> list[int]:
     backend.encode_special_tokens = False
     seen = text
     for _ in range(ROUNDS):
-        encoded = backend.encode(seen, add_special_tokens=False)
+        encoded = chunks.encode(backend, seen, add_special_tokens=False)
         found = _found(backend, encoded, seen, special)
         foreign = [token for token in found if not _is_written_by_template(token, rendered, special)]
         if not foreign:
@@ -104,7 +105,7 @@ def encode(backend: tokenizers.Tokenizer, rendered: Rendered) -> list[int]:
 def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     """The ids of a text whose special tokens are none, behind what the tokenizer puts first; the caller holds the lock."""
     backend.encode_special_tokens = True
-    encoded = backend.encode(text, add_special_tokens=True)
+    encoded = chunks.encode(backend, text, add_special_tokens=True)
     if special_of(backend).keys().isdisjoint(encoded.ids):
         return encoded.ids
     special = special_of(backend)
@@ -116,11 +117,12 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     return encoded.ids
 
 
-def _found(backend: tokenizers.Tokenizer, encoded: tokenizers.Encoding, text: str, special: dict[int, str]) -> list[Found]:
+def _found(backend: tokenizers.Tokenizer, encoded: chunks.Encoded, text: str, special: dict[int, str]) -> list[Found]:
     """The special tokens that a text spells, and where; the unknown token, where it stands for something else, is none."""
     unknown, found = unknown_of(backend), []
-    for number, (begin, end), added in zip(encoded.ids, encoded.offsets, encoded.special_tokens_mask, strict=True):
+    for number, offsets, added in zip(encoded.ids, encoded.offsets, encoded.mask, strict=True):
         if number in special and not added:
+            begin, end = map(int, offsets)
             part = text[begin:end]
             begin += len(part) - len(part.lstrip()) if not special[number][:1].isspace() else 0  # which a token may take in
             end -= len(part) - len(part.rstrip()) if not special[number][-1:].isspace() else 0

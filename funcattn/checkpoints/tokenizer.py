@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from .. import atomic
 from .._checks import fail, form
 from ..families import CheckpointError
-from . import gguf_fields, prompts, templates, tokenizer_json
+from . import chunks, gguf_fields, prompts, templates, tokenizer_json
 from .declared import declare
 from .pieces import pieces
 from .tokenizer_json import LLAMA3, QWEN2
@@ -90,7 +90,7 @@ class Tokenizer:
             if not special:
                 return prompts.encode_plain(self.backend, text)
             self.backend.encode_special_tokens = False
-            return self.backend.encode(text, add_special_tokens=False).ids
+            return chunks.encode(self.backend, text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ids (a list, or an integer tensor (T,)); bytes that are no whole character yet become U+FFFD.
