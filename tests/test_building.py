@@ -146,10 +146,13 @@ def test_what_a_killed_build_left_is_swept(kept):
     kept.mkdir(mode=0o700)
     for name in (".products-0-abcdefgh.so", ".products-0-young.so"):
         (kept / name).write_text("")
-    os.utime(kept / ".products-0-abcdefgh.so", (1, 1))
+    (kept / ".products-1-folder.so").mkdir()
+    for name in (".products-0-abcdefgh.so", ".products-1-folder.so"):
+        os.utime(kept / name, (1, 1))
     (kept / f".products-0.so.new-{'0' * 32}").mkdir()
     building.built()
-    assert [path.name for path in kept.iterdir() if path.name.startswith(".")] == [".products-0-young.so"]
+    assert [path.name for path in kept.iterdir() if path.is_file() and path.name.startswith(".")] == [".products-0-young.so"]
+    assert (kept / ".products-1-folder.so").is_dir()  # no build makes one: left as it is
 
 
 def builds(kept):
@@ -165,6 +168,7 @@ HARMS = {
     "open to others": lambda library: library.chmod(0o777),
     "without a digest": lambda library: building.noted(library).unlink(),
     "a damaged digest": lambda library: building.noted(library).write_bytes(b"\xff"),
+    "a folder for a library": lambda library: (library.unlink(), library.mkdir()),
     "a folder for a digest": lambda library: (building.noted(library).unlink(), building.noted(library).mkdir()),
 }
 
@@ -175,7 +179,7 @@ def test_a_library_that_is_not_as_its_build_left_it_is_built_again(kept, harm):
     assert building.built() == library
     assert builds(kept) == 1
     HARMS[harm](library)
-    if harm == "a folder for a digest":  # nothing can take its place: done without
+    if harm.startswith("a folder"):  # nothing can take its place: done without
         with pytest.raises(building.Missing, match="cannot be written"):
             building.built()
         return

@@ -194,8 +194,8 @@ def _compile(compiler: str, path: Path) -> None:
     home = Path(torch.__file__).parent
     libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
     sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-    _sweep(path.parent)
     try:
+        _sweep(path.parent)
         for damaged in (path, noted(path)):
             damaged.unlink(missing_ok=True)  # or a link would be followed, and a mode kept
         with atomic.file(path) as draft:
@@ -214,7 +214,7 @@ def _sweep(place: Path) -> None:
     """Remove what builds that were killed left, of other keys and of versions before too."""
     atomic.sweep(place, lambda name: name.startswith("products-"))
     for left in place.glob(".products-*.so"):
-        if left.lstat().st_mtime < time.time() - 2 * TIMEOUT:
+        if not left.is_dir() and left.lstat().st_mtime < time.time() - 2 * TIMEOUT:
             left.unlink(missing_ok=True)
 
 
