@@ -12,7 +12,7 @@ Where the axis "data" is bound, each device has sequences of its own. A weight t
 its gradient scattered; one that is whole is entered. So the gradient of every leaf is cut as the leaf is.
 
 Where the axis "context" is bound, each device has a part of every text: a ring attends to all of it, and a past in parts
-(`caches.Spread`) is attended to by one merge.
+(`caches.ShardedCache`) is attended to by one merge.
 
 Nothing bound costs nothing: each function returns what it was given.
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import _checks, collectives, kernels, layers
 from .._autodiff import differentiated
-from ..caches import CONTEXT, Spread
+from ..caches import CONTEXT, ShardedCache
 from ..collectives import all_gather, axis_index, axis_size, enter, pmax, psum, share
 from ..kernels import Part
 from ..records import is_absent
@@ -207,12 +207,14 @@ def check(params: Any, cache: Any, mask: Any) -> None:
             remedy = "A text in parts is causal; leave the mask out."
             _checks.fail("decoder", "mask", "None over 'context'", f"a {type(mask).__name__}", remedy)
         return
-    if not isinstance(cache, Spread):
-        remedy = "Make it with model.cache(size, kind=fa.caches.Spread), or caches.spread(delta)."
-        _checks.fail("decoder", "cache", "a Spread over 'context'", f"a {type(cache).__name__}", remedy, TypeError)
+    if not isinstance(cache, ShardedCache):
+        remedy = "Make it with model.cache(size, kind=fa.caches.ShardedCache), or ShardedCache.from_local(delta)."
+        _checks.fail("decoder", "cache", "a ShardedCache over 'context'", f"a {type(cache).__name__}", remedy, TypeError)
     if any(differentiated(x) for x in optree.tree_leaves(params) if isinstance(x, Tensor)):
         remedy = "Take gradients without a past: the ring gives them."
-        _checks.fail("decoder", "params", "followed by no gradient behind a Spread", "some that are", remedy, NotImplementedError)
+        _checks.fail(
+            "decoder", "params", "followed by no gradient behind a ShardedCache", "some that are", remedy, NotImplementedError
+        )
 
 
 def longest(length: Tensor) -> Tensor:
