@@ -68,7 +68,7 @@ def main() -> None:
 
 def grown(past: Any, delta: caches.Delta) -> Any:
     """A future of its own: what `generate` continues the past in, with a delta committed."""
-    return fa.commit(caches.follow(past, delta, OWN), delta)
+    return fa.commit(caches.fork(past, delta, OWN), delta)
 
 
 def taken(*values: Any) -> int:

@@ -71,7 +71,7 @@ def composed(hidden: Function, logits: Function) -> tuple[Function, Function]:
         proposed, delta = extend(params, tokens, cache)
         after = caches.commit(cache, delta)
         if _checks.value(after.length) is None:
-            proposed = torch.where(caches.broken(after), float("nan"), proposed)
+            proposed = torch.where(caches.overflowed(after), float("nan"), proposed)
         return proposed, after
 
     return extend, apply

@@ -59,7 +59,7 @@ def go_on(key):
 
 futures, after = vmap(go_on)(keys)
 vmap_seconds = (time.perf_counter() - begun) / 32
-after.own
+after.tail
 
 # %% [markdown]
 # ## They agree
@@ -79,7 +79,7 @@ assert fa.tree.allclose(past, again, rtol=0, atol=0)
 # Time on a shared machine is a rough thing: take the ratio. Bytes are exact. A batch would hold the past once for every row.
 
 # %%
-shared, tails = fa.tree.nbytes(past), fa.tree.nbytes(after.own)
+shared, tails = fa.tree.nbytes(past), fa.tree.nbytes(after.tail)
 print(f"a future by the loop {loop_seconds:.2f} s, by vmap {vmap_seconds:.2f} s: {loop_seconds / vmap_seconds:.1f} times as fast")
 print(f"one past {shared / 2**20:.1f} MiB + 32 tails {tails / 2**20:.1f} MiB")
 

@@ -63,18 +63,18 @@ def commit_some(data, value, fresh):
     return Value(run(), value.rows + added, value.room - len(added))
 
 
-def join_up(value):
+def flattened(value):
     branch = value.cache
-    own = int(branch.own.length)
+    own = int(branch.tail.length)
     room = caches.capacity(branch.prefix) - int(branch.prefix.length)
     if isinstance(branch.prefix, Branch):
-        room = caches.capacity(branch.prefix.own) - int(branch.prefix.own.length)
+        room = caches.capacity(branch.prefix.tail) - int(branch.prefix.tail.length)
     if own > room:
-        with pytest.raises(ValueError, match=r"join: branch\.prefix .*caches\.grow\(branch\.prefix"):
-            caches.join(branch)
+        with pytest.raises(ValueError, match=r"flatten: branch\.prefix .*caches\.grow\(branch\.prefix"):
+            caches.flatten(branch)
         branch = branch._replace(prefix=caches.grow(branch.prefix, own))
         room += own
-    return Value(caches.join(branch), value.rows, room - own)
+    return Value(caches.flatten(branch), value.rows, room - own)
 
 
 @settings(max_examples=200)
@@ -84,7 +84,7 @@ def test_any_program_of_steps_remembers_what_a_list_would_and_changes_no_earlier
     values = [Value(empty(size), [], size)]
     for turn in range(data.draw(st.integers(1, 8), label="steps")):
         value = data.draw(st.sampled_from(values), label="value")  # an earlier one: a fork, or rewinding
-        verb = data.draw(st.sampled_from(["commit", "commit", "commit", "grow", "branch", "join"]), label="verb")
+        verb = data.draw(st.sampled_from(["commit", "commit", "commit", "grow", "branch", "flatten"]), label="verb")
         if verb == "commit":
             value = commit_some(data, value, 10 * turn)
         elif verb == "grow":
@@ -94,7 +94,7 @@ def test_any_program_of_steps_remembers_what_a_list_would_and_changes_no_earlier
             size = data.draw(st.integers(0, 3), label="tail")
             value = value._replace(cache=Branch(value.cache, empty(size)), room=size)
         elif isinstance(value.cache, Branch):
-            value = join_up(value)
+            value = flattened(value)
         values.append(value)
     for value in values:
         assert remembered(value.cache) == value.rows
@@ -128,7 +128,7 @@ def test_a_count_for_each_row_loses_nothing_near_capacity(S, rows):
     after = unstack(vmap(fa.commit, (0, None, 0))(past, step([70, 80, 90]), counts))
     for cache, before, n in zip(after, held, counts.tolist(), strict=True):
         fits = 0 <= n <= T and before + n <= S
-        assert bool(caches.broken(cache)) == (not fits)
+        assert bool(caches.overflowed(cache)) == (not fits)
         visible = cache if fits else cache._replace(length=torch.tensor(before))
         assert remembered(visible) == list(range(before)) + ([70, 80, 90][:n] if fits else [])
 
@@ -144,7 +144,7 @@ def test_the_index_picks_a_path_through_a_tree_of_drafts():
 
 def test_the_owner_of_a_past_may_commit_in_place_with_the_same_result():
     mine = fa.commit(empty(4), step([1]))
-    after = caches.commit_own(mine, step([2, 3]), 1)
+    after = caches.commit_donated(mine, step([2, 3]), 1)
     assert remembered(after) == [1, 2]
     assert after.k.data_ptr() == mine.k.data_ptr()
     assert remembered(mine) == [1]  # what was written lies beyond the older length
@@ -154,9 +154,9 @@ def test_commit_in_place_leaves_what_autograd_records_alone():
     v = torch.ones(L, K, 1, D, dtype=torch.float64, requires_grad=True)
     delta = step([1])._replace(v=tuple(v))
     loss = lambda cache: caches.past(cache, 0, cache.length.reshape(1))[0].v.square().sum()
-    one = caches.commit_own(empty(4), delta, 1)
+    one = caches.commit_donated(empty(4), delta, 1)
     first = loss(one)
-    (first + loss(caches.commit_own(one, delta, 1))).backward()
+    (first + loss(caches.commit_donated(one, delta, 1))).backward()
     assert torch.equal(v.grad[0], torch.full((K, 1, D), 6.0, dtype=torch.float64))  # 2 v for each row of either past
 
 
@@ -164,7 +164,7 @@ def test_a_branch_grows_at_its_own_tail_and_shares_its_prefix():
     branch = Branch(fa.commit(empty(2), step([1, 2])), empty(1))
     grown = caches.grow(branch, 3)
     assert grown.prefix is branch.prefix
-    assert (caches.capacity(branch), caches.capacity(grown), caches.capacity(grown.own)) == (3, 6, 4)
+    assert (caches.capacity(branch), caches.capacity(grown), caches.capacity(grown.tail)) == (3, 6, 4)
     assert remembered(fa.commit(grown, step([3, 4, 5, 6]))) == [1, 2, 3, 4, 5, 6]
 
 
@@ -240,7 +240,7 @@ def past_of(n, size=8):
 def poisoned(cache):
     """NaN at and beyond the length of the past, its scratch row included."""
     if isinstance(cache, Branch):
-        return Branch(poisoned(cache.prefix), poisoned(cache.own))
+        return Branch(poisoned(cache.prefix), poisoned(cache.tail))
     beyond = (torch.arange(cache.k.shape[-2]) >= cache.length).unsqueeze(-1)
     assert beyond[-1]
     return cache._replace(k=cache.k.masked_fill(beyond, float("nan")), v=cache.v.masked_fill(beyond, float("nan")))
@@ -334,7 +334,7 @@ def test_an_overflow_in_a_batch_is_nan_now_and_ever_after_and_writes_nothing():
         lambda: MODEL.extend(PARAMS, TOKENS[:1], lost),
         lambda: fa.commit(lost, MODEL.extend(PARAMS, TOKENS[:1], fitting)[1]),
         lambda: MODEL.extend(PARAMS, TOKENS[:1], Branch(lost, MODEL.cache(2))),
-        lambda: caches.join(Branch(fitting, lost)),
+        lambda: caches.flatten(Branch(fitting, lost)),
     ):
         with pytest.raises(ValueError, match=r"overflowed inside a transform\. Begin it again with model\.cache\(size\)"):
             use()
@@ -361,14 +361,18 @@ def test_a_count_that_is_none_of_the_delta_is_nan_in_a_batch():
     assert bad.any(-1).tolist() == [True, False, False, True]
 
 
-def test_a_broken_tail_breaks_its_branch_and_what_is_joined_of_it():
+def test_a_tail_that_overflowed_spoils_its_branch_and_what_is_flattened_of_it():
     def f(n):
         own = fa.commit(MODEL.cache(2), MODEL.extend(PARAMS, TOKENS[:3], MODEL.cache(3))[1], n)
         branch = Branch(past_of(3), own)
-        return caches.broken(branch), caches.broken(caches.join(branch)), MODEL.extend(PARAMS, TOKENS[:1], caches.join(branch))[0]
+        return (
+            caches.overflowed(branch),
+            caches.overflowed(caches.flatten(branch)),
+            MODEL.extend(PARAMS, TOKENS[:1], caches.flatten(branch))[0],
+        )
 
-    broken, joined, logits = vmap(f)(torch.tensor([2, 3]))
-    assert broken.tolist() == joined.tolist() == [False, True]
+    overflowed, flat, logits = vmap(f)(torch.tensor([2, 3]))
+    assert overflowed.tolist() == flat.tolist() == [False, True]
     assert logits.isnan().all(-1).flatten().tolist() == [False, True]
 
 
@@ -384,7 +388,7 @@ def test_a_shared_prefix_is_stored_once():
 
     logits, branches = vmap(go_on)(TOKENS)
     assert branches.prefix.k.untyped_storage().data_ptr() == prefix.k.untyped_storage().data_ptr()
-    assert branches.own.k.shape[0] == len(TOKENS)
+    assert branches.tail.k.shape[0] == len(TOKENS)
     for token, row in zip(TOKENS, logits, strict=True):
         torch.testing.assert_close(row, MODEL.extend(PARAMS, token.unsqueeze(0), prefix)[0])
 
@@ -438,8 +442,12 @@ DELTA = step([1, 2, 3])
         ),
         (lambda: fa.commit((), DELTA), TypeError, r"\(\), which is no past\. Make one with model\.cache\(size\)"),
         (lambda: fa.commit("past", DELTA), TypeError, "got a str"),
-        (lambda: caches.join(empty(2)), TypeError, "join: branch should be a Branch, got a Cache"),
-        (lambda: caches.join(Branch(empty(2), fa.commit(empty(3), DELTA))), ValueError, "room for the 3 tokens of its tail, got 2"),
+        (lambda: caches.flatten(empty(2)), TypeError, "flatten: branch should be a Branch, got a Cache"),
+        (
+            lambda: caches.flatten(Branch(empty(2), fa.commit(empty(3), DELTA))),
+            ValueError,
+            "room for the 3 tokens of its tail, got 2",
+        ),
         (lambda: caches.grow([], 2), TypeError, "grow: cache should be a past such as Cache or Branch, got a list"),
     ],
 )

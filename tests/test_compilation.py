@@ -80,7 +80,7 @@ def pasts(model, params):
 def remembered(past):
     """The rows that count; the others may hold anything."""
     if isinstance(past, Branch):
-        return remembered(past.prefix), remembered(past.own)
+        return remembered(past.prefix), remembered(past.tail)
     return past.k[..., : past.length, :], past.v[..., : past.length, :], past.length
 
 
@@ -327,7 +327,7 @@ def test_a_prefix_that_is_differentiated_runs_as_the_model(made):
     found = []
     for each in (fast, model):
         k = branch.prefix.k.clone().requires_grad_()
-        each.extend(params, tokens(1), Branch(branch.prefix._replace(k=k), branch.own))[0].square().sum().backward()
+        each.extend(params, tokens(1), Branch(branch.prefix._replace(k=k), branch.tail))[0].square().sum().backward()
         found.append(k.grad)
     assert torch.equal(*found)
     assert found[0].any()

@@ -127,7 +127,7 @@ def test_every_past_is_read_as_far_as_it_goes(T, first, second, spare, seed):
     branch = Branch(prefix, nan(fill(model.cache(second + spare + T), second, seed + 1)))
     fast = fa.compile(model, backend="eager")
     clean = lambda past: past._replace(k=past.k.nan_to_num(), v=past.v.nan_to_num())
-    wanted = model.extend(params, ids(T, seed), Branch(clean(branch.prefix), clean(branch.own)))
+    wanted = model.extend(params, ids(T, seed), Branch(clean(branch.prefix), clean(branch.tail)))
     got = fast.extend(params, ids(T, seed), branch)
     torch.testing.assert_close(got[0], wanted[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got[1], wanted[1], rtol=1e-4, atol=1e-4)

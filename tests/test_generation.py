@@ -177,7 +177,7 @@ def test_the_returned_past_forks_joins_and_grows():
     tokens, branch = fa.generate(fa.key(1), MODEL, PARAMS, PROMPT, past_of(0), steps=4, sampler=WARM)
     text = torch.cat([PROMPT, tokens])
     before = optree.tree_map(torch.clone, branch)
-    for past in (branch, caches.join(branch), caches.grow(branch, 3), Branch(branch, MODEL.cache(2, dtype=torch.float64))):
+    for past in (branch, caches.flatten(branch), caches.grow(branch, 3), Branch(branch, MODEL.cache(2, dtype=torch.float64))):
         for key in (fa.key(2), fa.key(3)):
             more, after = fa.generate(key, MODEL, PARAMS, tokens[-1:], past, steps=5, sampler=WARM)
             assert torch.equal(more, naive(key, text, 5, WARM))
@@ -202,8 +202,8 @@ def test_futures_of_one_shared_past_are_the_loop_and_store_it_once():
     go_on = lambda key: fa.generate(key, MODEL, PARAMS, TOKENS[7:9], past, steps=6, sampler=WARM)
     tokens, branches = vmap(go_on)(keys)
     assert branches.prefix.k.untyped_storage().data_ptr() == past.k.untyped_storage().data_ptr()
-    assert branches.own.k.shape[0] == 5
-    assert caches.capacity(take(branches.own, 0)) == 2 + 6
+    assert branches.tail.k.shape[0] == 5
+    assert caches.capacity(take(branches.tail, 0)) == 2 + 6
     for b, key in enumerate(keys):
         wanted, _ = go_on(key)
         assert torch.equal(tokens[b], wanted)

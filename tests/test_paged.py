@@ -108,7 +108,7 @@ def test_pages_in_the_decoder_are_the_dense_past():
             more, past = MODEL.apply(PARAMS, token.reshape(1), past)
             wanted, other = MODEL.apply(PARAMS, token.reshape(1), other)
             torch.testing.assert_close(more, wanted, rtol=0, atol=1e-12)
-        joined = caches.join(Branch(past, fa.commit(empty(pages(block=2)), rows(2))))
+        joined = caches.flatten(Branch(past, fa.commit(empty(pages(block=2)), rows(2))))
         assert isinstance(joined, Pages)
         assert int(joined.length) == 18
 
@@ -126,7 +126,7 @@ def test_a_shortened_past_is_grown_without_what_it_no_longer_counts():
     long = fa.commit(empty(pages(block=4)), rows(14))
     short = caches.with_length(long, torch.tensor(3))
     before = tree.map(torch.clone, long)
-    caches.commit_own(caches.grow(short, 4), rows(9, key=6), 9)
+    caches.commit_donated(caches.grow(short, 4), rows(9, key=6), 9)
     for now, then in zip(tree.leaves(long), tree.leaves(before), strict=True):
         assert torch.equal(now, then)
 

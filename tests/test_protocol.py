@@ -1,5 +1,7 @@
 """A kind of past of one's own is read by every verb that writes or scores texts, or refused; never replaced by another."""
 
+import ast
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ def registered(kind, **other):
     verbs = {
         "capacity": lambda cache: caches.capacity(cache.inner),
         "sizes": lambda cache: caches.sizes(cache.inner),
-        "broken": lambda cache: caches.broken(cache.inner),
+        "overflowed": lambda cache: caches.overflowed(cache.inner),
         "grow": lambda cache, rows: kind(caches.grow(cache.inner, rows)),
         "with_length": lambda cache, length: kind(caches.with_length(cache.inner, length)),
         "past": lambda cache, *given: caches.past(cache.inner, *given),
@@ -129,8 +131,7 @@ def test_a_model_over_a_grid_refuses_a_kind_that_it_cannot_cut():
 
 def test_the_kind_of_the_page_keeps_its_laws():
     names = {"__name__": "page"}
-    section = PAGE.read_text().split("## A kind of your own")[1]
-    for block in section.split("```python\n")[1:]:
+    for block in page().split("```python\n")[1:]:
         exec(compile(block.split("```")[0], "caches.md", "exec"), names)
     Evicting = names["Evicting"]
     evicted = MODEL.cache(4, kind=Evicting)
@@ -139,12 +140,30 @@ def test_the_kind_of_the_page_keeps_its_laws():
     torch.testing.assert_close(along(tokens, evicted), fa.evaluation.score_continuation(MODEL, PARAMS, PROMPT, tokens, evicted))
 
 
+def page():
+    return PAGE.read_text().split("## A kind of your own")[1]
+
+
+def test_the_kind_of_the_page_uses_public_names_alone():
+    nodes = [node for block in page().split("```python\n")[1:] for node in ast.walk(ast.parse(block.split("```")[0]))]
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    assert [node.attr for node in attributes if node.attr.startswith("_")] == []
+    of_caches = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "caches"}
+    assert of_caches
+    assert of_caches <= set(caches.__all__)
+
+
+def test_the_page_names_every_verb_that_a_kind_registers_with():
+    verbs = {name for name in caches.__all__ if hasattr(getattr(caches, name), "register")}
+    assert set(re.findall(r"^\| `(\w+)\(", page(), re.MULTILINE)) == verbs
+
+
 def dense_tail(cache, delta, size):
-    return caches.Branch(cache, caches.follow((), delta, size))
+    return caches.Branch(cache, caches.fork((), delta, size))
 
 
 SEEDED = {
-    "a dense tail": registered(wrapping("DenseTail"), past=near, follow=dense_tail),
+    "a dense tail": registered(wrapping("DenseTail"), past=near, fork=dense_tail),
     "another kind": registered(wrapping("Another"), past=near, write=lambda cache, *rest: caches.write(cache.inner, *rest)),
     "a slot that is not emptied": registered(wrapping("NotEmptied"), reset=lambda cache, empty, where: cache),
 }
@@ -169,8 +188,3 @@ def test_a_record_that_is_derived_from_another_is_refused_rather_than_written_as
     Bare = wrapping("Bare")
     with pytest.raises(TypeError, match="capacity: cache should be a past such as Cache or Branch, got a Bare"):
         fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, Bare(room(fa.Cache)), steps=1)
-
-
-def test_names_of_before_are_the_verbs():
-    assert caches._write is caches.write is caches.protocol._write
-    assert caches.branch._follow is caches.follow

@@ -273,7 +273,7 @@ def test_int4_keeps_perplexity_within_2_percent(smollm2):
         (lambda: quantized(recent=-1), ValueError, "recent should be a number of tokens, at least 0, got -1"),
         (lambda: quantized(bits=4).empty(1, 1, 9, 3), ValueError, "head_size should be even for 4 bits, got 3"),
         (lambda: caches.with_length(empty(quantized()), torch.tensor(0)), TypeError, "Keep the older value"),
-        (lambda: caches.join(Branch(empty(quantized()), empty(quantized()))), TypeError, "Keep the Branch"),
+        (lambda: caches.flatten(Branch(empty(quantized()), empty(quantized()))), TypeError, "Keep the Branch"),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):

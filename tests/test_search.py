@@ -150,7 +150,7 @@ def test_the_prompt_is_stored_once():
 
     def spy(params, tokens, cache=(), **more):
         if isinstance(cache, fa.Branch):
-            rows.append((cache.prefix.k.shape, cache.own.k.shape, torch._C._functorch.is_batchedtensor(cache.prefix.k)))
+            rows.append((cache.prefix.k.shape, cache.tail.k.shape, torch._C._functorch.is_batchedtensor(cache.prefix.k)))
         return hidden(params, tokens, cache, **more)
 
     beam_search(model._replace(hidden=spy), params, prompt, steps=4, beams=3)

@@ -328,12 +328,12 @@ def test_a_text_in_parts_trains_as_a_whole_one(name):
 def test_a_past_in_parts_is_read_and_written_as_a_whole_one(n):
     """Read in parts by a ring, kept where it was read, and written on: every device keeps some of it."""
     text, mesh = TOKENS[0, :8], Grid(context=n)
-    read = lambda params, part: fa.caches.spread(MODEL.hidden(params, part)[1], rows=12)
+    read = lambda params, part: fa.caches.ShardedCache.from_local(MODEL.hidden(params, part)[1], rows=12)
     write = lambda past, params, last: fa.generate(fa.key(2), MODEL, params, last, past, steps=7)
 
     def both(params, part, last):
         tokens, past = write(read(params, part), params, last)
-        return tokens, past.length, past.own.length.reshape(1)
+        return tokens, past.length, past.local.length.reshape(1)
 
     run = shard_map(both, mesh, (P(), P("context"), P()), (P(), P(), P("context")))
     tokens, length, lengths = run(PARAMS, fa.kernels.zigzag(text, n), TOKENS[0, 8:])
@@ -343,7 +343,7 @@ def test_a_past_in_parts_is_read_and_written_as_a_whole_one(n):
     assert int(lengths.max()) - int(lengths.min()) <= 1
 
     def steps(params, tokens):
-        past = MODEL.cache(16, kind=fa.caches.Spread, dtype=torch.float64)
+        past = MODEL.cache(16, kind=fa.caches.ShardedCache, dtype=torch.float64)
         found = []
         for piece in tokens.split(3):
             logits, past = MODEL.apply(params, piece, past)
@@ -355,16 +355,16 @@ def test_a_past_in_parts_is_read_and_written_as_a_whole_one(n):
 
 def test_a_past_in_parts_is_not_written_outside_of_its_mesh_nor_rewound():
     delta = MODEL.hidden(PARAMS, TOKENS[0, :4])[1]
-    whole = fa.caches.spread(delta, rows=8)
+    whole = fa.caches.ShardedCache.from_local(delta, rows=8)
     half = whole._replace(length=whole.length * 2)  # what one of two devices holds
     with pytest.raises(
-        ValueError, match="cache should be on one device, or written where 'context' is bound, got a part of a Spread"
+        ValueError, match="cache should be on one device, or written where 'context' is bound, got a part of a ShardedCache"
     ):
         fa.commit(half, delta)
     twice = lambda params: MODEL.hidden(params, TOKENS[0, :1], whole)[0]  # which each of two devices holds
     with pytest.raises(ValueError, match="got one that was written outside of its mesh"):
         shard_map(twice, Grid(context=2), P(), P())(PARAMS)
-    with pytest.raises(TypeError, match="cache should be a past that one device holds, got a Spread"):
+    with pytest.raises(TypeError, match="cache should be a past that one device holds, got a ShardedCache"):
         fa.caches.with_length(whole, whole.length - 1)
 
 
@@ -500,7 +500,7 @@ BAD = {
         ValueError,
         lambda: spmd(loss_of(MODEL), "tensor", 2, P(), P())(PARAMS, TOKENS),
     ),
-    "decoder: cache should be a Spread over 'context', got a Cache": (
+    "decoder: cache should be a ShardedCache over 'context', got a Cache": (
         TypeError,
         lambda: spmd(lambda t: MODEL.apply(PARAMS, t, MODEL.cache(8, dtype=torch.float64))[0], "context", 2, P(), P())(TOKENS[0]),
     ),
@@ -508,10 +508,10 @@ BAD = {
         ValueError,
         lambda: spmd(lambda t: MODEL.hidden(PARAMS, t, mask=fa.masks.causal(4))[0], "context", 2, P("context"), P())(TOKENS[0, :8]),
     ),
-    "decoder: params should be followed by no gradient behind a Spread": (
+    "decoder: params should be followed by no gradient behind a ShardedCache": (
         NotImplementedError,
         lambda: spmd(
-            grad(lambda p: MODEL.apply(p, TOKENS[0], MODEL.cache(12, kind=fa.caches.Spread, dtype=torch.float64))[0].sum()),
+            grad(lambda p: MODEL.apply(p, TOKENS[0], MODEL.cache(12, kind=fa.caches.ShardedCache, dtype=torch.float64))[0].sum()),
             *("context", 2, P(), P()),
         )(PARAMS),
     ),

@@ -172,7 +172,7 @@ def test_derivatives_go_through_what_a_ring_keeps():
         (lambda: ring(window=4, sinks=-1), ValueError, "sinks should be a number of tokens, at least 0, got -1"),
         (lambda: ring(window=4, tail=0), ValueError, "tail should be a number of tokens, at least 1, got 0"),
         (lambda: caches.with_length(empty(ring(window=4)), torch.tensor(0)), TypeError, "Keep the older value"),
-        (lambda: caches.join(Branch(caches.Cache.empty(L, K, 9, D), empty(ring(window=4)))), TypeError, "Keep the Branch"),
+        (lambda: caches.flatten(Branch(caches.Cache.empty(L, K, 9, D), empty(ring(window=4)))), TypeError, "Keep the Branch"),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):

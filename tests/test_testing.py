@@ -586,10 +586,10 @@ def kind_of_past(write=None, past=None, shorten=None):
     as_cache = lambda kind: Cache(*kind)
     Kind.empty = staticmethod(lambda *sizes: Kind(*Cache.empty(*sizes)))
     caches.capacity.register(Kind, lambda kind: caches.capacity(as_cache(kind)))
-    caches.broken.register(Kind, lambda kind: caches.broken(as_cache(kind)))
+    caches.overflowed.register(Kind, lambda kind: caches.overflowed(as_cache(kind)))
     caches.past.register(Kind, past or (lambda kind, *given: caches.past(as_cache(kind), *given)))
-    rightly = lambda kind, delta, n, donate: caches._write(as_cache(kind), delta, n, donate)
-    caches._write.register(Kind, lambda *given: Kind(*(write or rightly)(*given)))
+    rightly = lambda kind, delta, n, donate: caches.write(as_cache(kind), delta, n, donate)
+    caches.write.register(Kind, lambda *given: Kind(*(write or rightly)(*given)))
     caches.grow.register(Kind, lambda kind, rows: Kind(*caches.grow(as_cache(kind), rows)))
     if shorten:
         caches.with_length.register(Kind, shorten)
@@ -602,9 +602,9 @@ TIPS = {}  # a buffer -> the buffer, and the length of the value that may append
 def written_in_place_by_the_tip(kind, delta, n, donate):
     """A shortcut that looks right: whoever holds the newest value of a buffer appends in place, everyone else copies."""
     if transforming():
-        return caches._write(Cache(*kind), delta, n, donate)
+        return caches.write(Cache(*kind), delta, n, donate)
     buffer, length = TIPS.get(id(kind.k), (None, -1))
-    after = caches._write(Cache(*kind), delta, n, buffer is kind.k and length == int(kind.length))
+    after = caches.write(Cache(*kind), delta, n, buffer is kind.k and length == int(kind.length))
     TIPS[id(after.k)] = (after.k, int(after.length))
     return after
 
@@ -616,7 +616,7 @@ def shortened_and_made_the_tip(kind, length):
 
 
 def written_in_place(kind, delta, n, donate):
-    return caches.commit_own(Cache(*kind), delta, n)
+    return caches.commit_donated(Cache(*kind), delta, n)
 
 
 def written_from_the_start(kind, delta, n, donate):

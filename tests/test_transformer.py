@@ -117,7 +117,7 @@ def test_an_empty_past_is_no_past():
 def test_a_branch_is_the_past_it_continues():
     branch = Branch(past_of(5), MODEL.cache(4, dtype=torch.float64))
     _, branch = MODEL.apply(PARAMS, TOKENS[5:8], branch)
-    for past in (branch, Branch(branch, empty(2)), caches.join(branch), caches.grow(branch, 9)):
+    for past in (branch, Branch(branch, empty(2)), caches.flatten(branch), caches.grow(branch, 9)):
         close(MODEL.extend(PARAMS, TOKENS[8:12], past)[0], whole(PARAMS, TOKENS[:12])[8:])
 
 

@@ -16,14 +16,14 @@ later logits into NaN.
     paged              Pages: blocks, shared by forks
     quantized_blocks   QuantizedCache: 8 or 4 bits
     sliding_window     Ring: a window and sinks, constant memory
-    branch             Branch: a tail behind a prefix; follow, fork, join
-    sharded            Spread: rows on many devices
+    branch             Branch: a tail behind a prefix; fork, flatten
+    sharded            ShardedCache: rows on many devices
     static             Memory: another sequence, never written
     display            a cache in a line, and as a bar
 """
 
 from . import display, rows
-from .branch import Branch, follow, fork, join, rows_of
+from .branch import Branch, flatten, fork, fork_many, rows_of
 from .dense import Cache
 from .paged import Pages, pages
 from .protocol import (
@@ -31,15 +31,14 @@ from .protocol import (
     OVERFLOWED,
     Admitted,
     Delta,
-    _write,
     admit,
-    broken,
     capacity,
     check_whole,
     commit,
-    commit_own,
+    commit_donated,
     grow,
     keeps_all,
+    overflowed,
     past,
     reset,
     reset_counts,
@@ -47,9 +46,9 @@ from .protocol import (
     with_length,
     write,
 )
-from .quantized_blocks import Coded, QuantizedCache, quantized
+from .quantized_blocks import QuantizedBlock, QuantizedCache, quantized
 from .rows import bucket
-from .sharded import CONTEXT, Spread, spread
+from .sharded import CONTEXT, ShardedCache
 from .sliding_window import Ring, ring
 from .static import Memory
 
@@ -60,25 +59,24 @@ __all__ = [
     "Admitted",
     "Branch",
     "Cache",
-    "Coded",
+    "QuantizedBlock",
     "Delta",
     "Memory",
     "Pages",
     "QuantizedCache",
     "Ring",
-    "Spread",
-    "_write",
+    "ShardedCache",
     "admit",
-    "broken",
+    "overflowed",
     "bucket",
     "capacity",
     "check_whole",
     "commit",
-    "commit_own",
-    "follow",
+    "commit_donated",
+    "flatten",
     "fork",
+    "fork_many",
     "grow",
-    "join",
     "keeps_all",
     "pages",
     "past",
@@ -90,7 +88,6 @@ __all__ = [
     "rows",
     "rows_of",
     "sizes",
-    "spread",
     "with_length",
     "write",
 ]

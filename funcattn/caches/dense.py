@@ -9,8 +9,8 @@ from torch import Tensor
 from .._autodiff import is_recorded
 from ..kernels import Part
 from ..records import record
-from . import rows
-from .protocol import Delta, admit, broken, capacity, grow, keeps_all, past, reset, reset_counts, sizes, write
+from . import display, rows
+from .protocol import Delta, admit, capacity, grow, keeps_all, overflowed, past, reset, reset_counts, sizes, write
 
 
 @record
@@ -20,6 +20,7 @@ class Cache(NamedTuple):
     k: Tensor
     v: Tensor
     length: Tensor  # int64 ()
+    __str__, _repr_html_ = display.line, display.bar
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Cache":
@@ -38,7 +39,7 @@ def _(cache: Cache) -> tuple[int, int, int]:
     return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
 
 
-@broken.register
+@overflowed.register
 def _(cache: Cache) -> Tensor:
     return cache.length > capacity(cache)
 

@@ -1,16 +1,20 @@
-"""Pasts to look at: how much of the room is used, in a line when printed and as a bar in a notebook."""
+"""Caches to look at: how much of the room is used, in a line when printed and as a bar in a notebook.
 
+A kind shows itself so by `__str__ = display.line` and `_repr_html_ = display.bar` in its class.
+"""
+
+import functools
 from typing import Any
 
 from .. import _checks, tree
 from ..records import unfolded
-from .branch import Branch
-from .dense import Cache
-from .paged import Pages
 from .protocol import capacity, sizes
-from .quantized_blocks import QuantizedCache
-from .sliding_window import Ring
-from .static import Memory
+
+
+@functools.singledispatch
+def tokens(cache: Any) -> str:
+    """How many tokens one cache of concrete length holds, and of how many."""
+    return f"{int(cache.length)} of {capacity(cache)} tokens"
 
 
 def line(cache: Any) -> str:
@@ -40,16 +44,12 @@ def _held(cache: Any) -> str:
     length = _checks.peek(cache.length)
     if length is None:
         return f"room for {capacity(cache)} tokens"
-    if isinstance(cache, Branch) and not length.dim():
-        return f"{int(cache.prefix.length)} + {int(cache.own.length)} of {capacity(cache)} tokens"
     if length.dim():
         least, most = int(length.min()), int(length.max())
         return f"{length.numel()} pasts of {least} to {most} tokens" if least < most else f"{length.numel()} pasts of {most} tokens"
     if int(length) < 0 or int(length) > 2**59:
         return "given away, or beyond its capacity"
-    if isinstance(cache, (Ring, Memory)):
-        return f"{int(length)} tokens"
-    return f"{int(length)} of {capacity(cache)} tokens"
+    return tokens(cache)
 
 
 def _share(cache: Any) -> float | None:
@@ -62,8 +62,3 @@ def _share(cache: Any) -> float | None:
 def _bytes(n: int) -> str:
     power = min((max(n, 1).bit_length() - 1) // 10, 3)
     return f"{n / 1024**power:.1f} {'KMG'[power - 1]}iB" if power else f"{n} B"
-
-
-for kind in (Cache, Branch, Pages, QuantizedCache, Ring, Memory):
-    setattr(kind, "__str__", line)
-    setattr(kind, "_repr_html_", bar)

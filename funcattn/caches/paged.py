@@ -16,9 +16,9 @@ from .. import _checks
 from .._doors import made
 from ..kernels import Part
 from ..records import record
-from . import rows
-from .branch import Branch, follow, rows_of
-from .protocol import Delta, admit, broken, capacity, grow, keeps_all, past, reset, reset_counts, sizes, write
+from . import display, rows
+from .branch import Branch, fork, rows_of
+from .protocol import Delta, admit, capacity, grow, keeps_all, overflowed, past, reset, reset_counts, sizes, write
 
 
 @record
@@ -28,6 +28,7 @@ class Pages(NamedTuple):
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
     length: Tensor  # int64 ()
+    __str__, _repr_html_ = display.line, display.bar
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Pages":
@@ -70,7 +71,7 @@ def _(cache: Pages) -> tuple[int, int, int]:
     return cache.k[0].shape[0], cache.k[0].shape[1], cache.k[0].shape[3]
 
 
-@broken.register
+@overflowed.register
 def _(cache: Pages) -> Tensor:
     return cache.length > capacity(cache)
 
@@ -109,7 +110,7 @@ def _(cache: Pages) -> Delta:
     return Delta(whole(cache.k), whole(cache.v))
 
 
-@follow.register
+@fork.register
 def _(cache: Pages, delta: Delta, size: int) -> Branch:
     """Behind the past, in blocks of its own that begin at a block's first row: the last block of the past is not copied."""
     L, K, D = sizes(cache)

@@ -1,7 +1,7 @@
 """What every kind of past can do: verbs that dispatch on the kind, and the rules of `commit` that hold for all.
 
-A kind is a record with a `length`, int64 (). It registers with `capacity`, `sizes`, `broken`, `past`, `write` and `grow`; and,
-where the default is not what it does, with `with_length`, `reset`, `keeps_all`, and with `follow` and `rows_of` of `branch`.
+A kind is a record with a `length`, int64 (). It registers with `capacity`, `sizes`, `overflowed`, `past`, `write` and `grow`; and,
+where the default is not what it does, with `with_length`, `reset`, `keeps_all`, and with `fork` and `rows_of` of `branch`.
 A kind of a user's own does the same (docs/caches.md, "A kind of your own"), and `funcattn.testing.laws.cache` tries every verb.
 """
 
@@ -41,9 +41,9 @@ def sizes(cache: Any) -> tuple[int, int, int]:
 
 
 @functools.singledispatch
-def broken(cache: Any) -> Tensor:
+def overflowed(cache: Any) -> Tensor:
     """Bool (): True once a commit did not fit, inside a transform that could not raise."""
-    _unknown("broken", cache)
+    _unknown("overflowed", cache)
 
 
 @door
@@ -76,9 +76,6 @@ def write(cache: Any, delta: Delta, n: Any, donate: bool) -> Any:
         donate: whether tensors that `grow` copied, or an earlier write made, may be written in place.
     """
     _unknown("write", cache)
-
-
-_write = write  # its name when it was not public
 
 
 @door
@@ -170,7 +167,7 @@ def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Te
     return _same_kind(cache, write(cache, delta, count, False))
 
 
-def commit_own(cache: Any, delta: Delta, n: int | Tensor) -> Any:
+def commit_donated(cache: Any, delta: Delta, n: int | Tensor) -> Any:
     """`commit` that may write into the tensors of a past nobody else holds: for a loop over its own intermediate pasts."""
     return _same_kind(cache, write(cache, delta, n, True))
 
@@ -185,7 +182,7 @@ def _same_kind(cache: Any, after: Any) -> Any:
 
 def check_whole(function: str, cache: Any) -> None:
     """Fail where the past is known to have lost tokens: a commit inside a transform did not fit."""
-    lost = _checks.value(broken(cache))
+    lost = _checks.value(overflowed(cache))
     if lost is not None and bool(lost):
         if not 0 <= int(cache.length) < DONATED:
             got, remedy = "one that was donated to fa.compile(model).step", "Go on with the past that it returned, or use apply."

@@ -23,15 +23,15 @@ from .._autodiff import differentiated
 from .._doors import made
 from ..kernels import Part
 from ..records import record
-from . import rows
+from . import display, rows
 from .protocol import (
     Admitted,
     Delta,
     admit,
-    broken,
     capacity,
     grow,
     keeps_all,
+    overflowed,
     past,
     reset,
     reset_counts,
@@ -42,7 +42,7 @@ from .protocol import (
 
 
 @record
-class Coded(NamedTuple):
+class QuantizedBlock(NamedTuple):
     """R rows (L, K, R, D) in codes: uint8 (L, K, R, D), or (L, K, R, D / 2) where two of 4 bits share a byte."""
 
     codes: Tensor
@@ -57,11 +57,12 @@ class QuantizedCache(NamedTuple):
     Rewinding is keeping the older value; by a length it cannot be rewound (`with_length` raises).
     """
 
-    k: tuple[Coded, ...]
-    v: tuple[Coded, ...]
+    k: tuple[QuantizedBlock, ...]
+    v: tuple[QuantizedBlock, ...]
     tail_k: Tensor
     tail_v: Tensor
     length: Tensor  # int64 ()
+    __str__, _repr_html_ = display.line, display.bar
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "QuantizedCache":
@@ -98,15 +99,17 @@ class quantized:  # a value that is called like a function: model.cache(size, ki
             _checks.fail("quantized", "head_size", "even for 4 bits", head_size, "Use bits=8.")
         R, zero = self.block, torch.zeros((), dtype=dtype)
         codes = torch.zeros((), dtype=torch.uint8).expand(layers, heads, R, head_size if self.bits == 8 else head_size // 2)
-        blocks = lambda *group: (Coded(codes, *[zero.expand(layers, heads, *group)] * 2),) * max(1, -(-(size - self.recent) // R))
+        n = max(1, -(-(size - self.recent) // R))
+        blocks = lambda *group: (QuantizedBlock(codes, *[zero.expand(layers, heads, *group)] * 2),) * n
         tail = torch.zeros(layers, heads, self.recent + R, head_size, dtype=dtype)
         return QuantizedCache(blocks(1, head_size), blocks(R, 1), tail, tail.clone(), torch.zeros((), dtype=torch.int64))
 
 
-def encode(x: Tensor, dim: int, bits: int) -> Coded:
+def encode(x: Tensor, dim: int, bits: int) -> QuantizedBlock:
     """Rows (..., R, D) in codes of 8 or 4 bits, one scale for each group along dim.
 
-    Law: decoding is within half a scale of x, and encoding what was decoded changes nothing but rounding (test_quantized_blocks.py).
+    Law: decoding is within half a scale of x, and encoding what was decoded changes nothing but
+        rounding (test_quantized_blocks.py).
     """
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     levels = 2**bits - 1
@@ -116,10 +119,10 @@ def encode(x: Tensor, dim: int, bits: int) -> Coded:
     if bits == 4:
         half = x.shape[-1] // 2
         codes = codes[..., :half] | (codes[..., half:] << 4)
-    return Coded(codes, scale, low)
+    return QuantizedBlock(codes, scale, low)
 
 
-def decode(coded: Coded, D: int) -> Tensor:
+def decode(coded: QuantizedBlock, D: int) -> Tensor:
     """The rows (..., R, D) that codes stand for, in the dtype of their scale."""
     codes = coded.codes
     if codes.shape[-1] != D:
@@ -137,7 +140,7 @@ def _(cache: QuantizedCache) -> tuple[int, int, int]:
     return cache.tail_k.shape[0], cache.tail_k.shape[1], cache.tail_k.shape[3]
 
 
-@broken.register
+@overflowed.register
 def _(cache: QuantizedCache) -> Tensor:
     return cache.length > capacity(cache)
 
@@ -161,8 +164,8 @@ def _(cache: QuantizedCache, layer: int, places: Tensor, window: int | None = No
 
 @grow.register
 def _(cache: QuantizedCache, more: int) -> QuantizedCache:
-    def room(blocks: tuple[Coded, ...]) -> tuple[Coded, ...]:
-        unwritten = Coded(*[x.new_zeros(()).expand(x.shape) for x in blocks[0]])
+    def room(blocks: tuple[QuantizedBlock, ...]) -> tuple[QuantizedBlock, ...]:
+        unwritten = QuantizedBlock(*[x.new_zeros(()).expand(x.shape) for x in blocks[0]])
         return blocks + (unwritten,) * -(-more // _block(cache))
 
     return QuantizedCache(room(cache.k), room(cache.v), cache.tail_k.clone(), cache.tail_v.clone(), cache.length)
@@ -236,7 +239,7 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
             coded = encode(take(*pair, j * R, R), dim, _bits(cache))
             for i in range(least, most):
                 hit = (was + j == i) & (i < now)
-                blocks[i] = Coded(*[torch.where(hit, x, y) for x, y in zip(coded, blocks[i], strict=True)])
+                blocks[i] = QuantizedBlock(*[torch.where(hit, x, y) for x, y in zip(coded, blocks[i], strict=True)])
     k, v = (take(*pair, (now - was) * R, C) for pair in pairs)
     return QuantizedCache(tuple(sides[0]), tuple(sides[1]), k, v, new.after)
 
@@ -254,9 +257,9 @@ def _coded_blocks(cache: QuantizedCache, length: Any) -> Any:
     return max(coded, 0) if isinstance(coded, int) else coded.clamp(0, len(cache.k))
 
 
-def _together(blocks: tuple[Coded, ...], layer: int, like: Tensor) -> Tensor:
+def _together(blocks: tuple[QuantizedBlock, ...], layer: int, like: Tensor) -> Tensor:
     """The rows (K, n R, D) of neighbouring blocks in one layer."""
-    stacked = Coded(*[torch.stack([x[layer] for x in leaf], -3) for leaf in zip(*blocks, strict=True)])
+    stacked = QuantizedBlock(*[torch.stack([x[layer] for x in leaf], -3) for leaf in zip(*blocks, strict=True)])
     return decode(stacked, like.shape[-1]).flatten(-3, -2)
 
 

@@ -21,8 +21,8 @@ from .._doors import made
 from ..kernels import Part
 from ..masks import END
 from ..records import record
-from . import rows
-from .protocol import Delta, admit, broken, capacity, grow, past, reset, reset_counts, sizes, with_length, write
+from . import display, rows
+from .protocol import Delta, admit, capacity, grow, overflowed, past, reset, reset_counts, sizes, with_length, write
 
 
 @record
@@ -40,6 +40,7 @@ class Ring(NamedTuple):
     tail_v: Tensor
     start: Tensor  # int64 (), the position of the first row of the tail
     length: Tensor  # int64 (), how many tokens there were
+    __str__, _repr_html_ = display.line, display.bar
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Ring":
@@ -88,7 +89,7 @@ def _(cache: Ring) -> tuple[int, int, int]:
     return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
 
 
-@broken.register
+@overflowed.register
 def _(cache: Ring) -> Tensor:
     return cache.length > END
 
@@ -103,6 +104,11 @@ def _(cache: Ring, layer: int, places: Tensor, window: int | None = None) -> lis
         begin = A - first  # sinks are read above, and before the text began there is nothing
         parts += rows.read(k[layer], v[layer], places - first, nearest, start=begin, stop=end)
     return parts
+
+
+@display.tokens.register
+def _(cache: Ring) -> str:
+    return f"{int(cache.length)} tokens"
 
 
 @grow.register

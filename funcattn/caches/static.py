@@ -7,16 +7,16 @@ from torch import Tensor
 from .. import _checks
 from ..kernels import Part
 from ..records import record
-from . import rows
-from .branch import Branch, follow
-from .protocol import Delta, broken, capacity, grow, keeps_all, past, sizes, write
+from . import display, rows
+from .branch import Branch, fork
+from .protocol import Delta, capacity, grow, keeps_all, overflowed, past, sizes, write
 
 
 @record
 class Memory(NamedTuple):
     """A past that is read and never written: k (L, K, S, D), v (L, K, S, Dv), of which the first `length` rows count.
 
-    Every new token sees all of it, whatever the window of its layer. `Branch(memory, own)` is a text that continues it: a prefix
+    Every new token sees all of it, whatever the window of its layer. `Branch(memory, tail)` is a text that continues it: a prefix
     that is learned, or a document that many texts share; its own positions begin at `length`.
 
     Example:
@@ -30,6 +30,7 @@ class Memory(NamedTuple):
     k: Tensor
     v: Tensor
     length: Tensor  # int64 ()
+    __str__, _repr_html_ = display.line, display.bar
 
 
 @capacity.register
@@ -42,7 +43,7 @@ def _(cache: Memory) -> tuple[int, int, int]:
     return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
 
 
-@broken.register
+@overflowed.register
 def _(cache: Memory) -> Tensor:
     return cache.length > capacity(cache)
 
@@ -57,9 +58,14 @@ def _(cache: Memory, more: int) -> NoReturn:
     _refuse("grow")
 
 
-@follow.register
+@display.tokens.register
+def _(cache: Memory) -> str:
+    return f"{int(cache.length)} tokens"
+
+
+@fork.register
 def _(cache: Memory, delta: Delta, size: int) -> Branch:
-    return Branch(cache, follow((), delta, size))
+    return Branch(cache, fork((), delta, size))
 
 
 @keeps_all.register

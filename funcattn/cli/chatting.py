@@ -85,5 +85,5 @@ def _answer(session: Session, talk: Talk, text: str, sampler: sampling.Sampler, 
             said += last.text
     if last is None:
         return talk  # nothing was said yet: as if it had not been asked
-    past = caches.join(last.cache)
+    past = caches.flatten(last.cache)
     return Talk(past, (*wanted, *last.tokens)[: int(past.length)], (*messages, message("assistant", said)))

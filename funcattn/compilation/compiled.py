@@ -41,7 +41,7 @@ def rows(flat: Sequence[Cache]) -> list[Rows]:
 
 def dense_parts(cache: Any) -> list[Cache]:
     """Those that a dense past consists of, in order."""
-    return [*dense_parts(cache.prefix), *dense_parts(cache.own)] if isinstance(cache, Branch) else [cache]
+    return [*dense_parts(cache.prefix), *dense_parts(cache.tail)] if isinstance(cache, Branch) else [cache]
 
 
 def several(

@@ -37,4 +37,4 @@ def is_step(tokens: Any, cache: Any) -> bool:
 
 def is_dense(cache: Any) -> bool:
     """True for a Cache, and for Branches of such."""
-    return type(cache) is Cache or (type(cache) is Branch and is_dense(cache.prefix) and is_dense(cache.own))
+    return type(cache) is Cache or (type(cache) is Branch and is_dense(cache.prefix) and is_dense(cache.tail))

@@ -60,7 +60,7 @@ class Compiled(Model):
         """
         _check_step(params, cache)
         proposed, delta = self.extend(params, tokens, cache)
-        after = caches.commit_own(cache, delta, tokens.shape[-1])
+        after = caches.commit_donated(cache, delta, tokens.shape[-1])
         _tail(cache).length.fill_(caches.DONATED)
         return proposed, after
 
@@ -144,7 +144,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
 
 def _tail(cache: Any) -> Cache:
     """The part of a dense past that is written."""
-    return _tail(cache.own) if isinstance(cache, Branch) else cache
+    return _tail(cache.tail) if isinstance(cache, Branch) else cache
 
 
 def _check_step(params: Any, cache: Any) -> None:

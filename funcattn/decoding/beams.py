@@ -88,7 +88,7 @@ def beam_search(
     logits = model.logits(params, x[-1])
     V, device = logits.shape[-1], logits.device
     states = sampling.prime(sampler, prompt, sampling.begin(sampler, logits))
-    past = caches.commit(caches.fork(prefix, delta, steps), delta)
+    past = caches.commit(caches.fork_many(prefix, delta, steps), delta)
     states, logits, past = tree.map(lambda leaf: leaf.expand(beams, *leaf.shape), (states, logits, past))
 
     def read(token: Tensor, past: Any) -> tuple[Tensor, Any]:

@@ -1,7 +1,7 @@
 """Text, one token after another: prefill in chunks, then draw, extend, commit.
 
 `generate` is a pure function of one sequence; `vmap` over keys, prompts or pasts makes batches and futures. It never writes into
-the past it was given: what it generates goes where nothing is shared (`caches.follow`), so 32 futures of one past store it once.
+the past it was given: what it generates goes where nothing is shared (`caches.fork`), so 32 futures of one past store it once.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -51,8 +51,8 @@ def generate(
     Returns:
         tokens: int64 (steps,).
         cache: a past that holds the prompt and all new tokens but the last (which the model has not read yet): a `Cache` where
-            none was given, else what `caches.follow` makes of the given one: a `Branch` behind it, or a longer `Ring` or
-            `QuantizedCache`. `caches.grow` makes room for more, `caches.join` makes a branch one past again.
+            none was given, else what `caches.fork` makes of the given one: a `Branch` behind it, or a longer `Ring` or
+            `QuantizedCache`. `caches.grow` makes room for more, `caches.flatten` makes a branch one past again.
 
     Raises:
         ValueError: an empty prompt, a prompt longer than the cache, a prompt_length outside the prompt, negative steps,
@@ -171,7 +171,7 @@ def _prefill(model: Model, params: Any, prompt: Tensor, cache: Any, steps: int, 
         where = transformer.places(model, cache, begin, begin + len(piece), prompt_length)
         x, delta = model.hidden(params, piece, tail) if where is None else model.hidden(params, piece, tail, positions=where)
         if begin == 0:
-            tail = caches.follow(cache, delta, T + steps if transforming() else caches.bucket(T + steps))
+            tail = caches.fork(cache, delta, T + steps if transforming() else caches.bucket(T + steps))
         n: Any = len(piece)
         if prompt_length is None:
             last = x[-1]
@@ -229,7 +229,7 @@ def hidden_along(model: Model, params: Any, tokens: Tensor, cache: Any) -> Tenso
 def _commit(tail: Any, delta: Any, n: Any) -> Any:
     """Commit into the tail, which is ours: in place where no transform could see it."""
     seen = transforming() or has_tangent(tail, delta) or torch.compiler.is_compiling()
-    return caches.commit(tail, delta, n) if seen else caches.commit_own(tail, delta, n)
+    return caches.commit(tail, delta, n) if seen else caches.commit_donated(tail, delta, n)
 
 
 def _none_done(done: Tensor) -> bool:

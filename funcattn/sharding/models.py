@@ -92,7 +92,7 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], C
         if is_absent(cache):
             return ABSENT
         if type(cache) is Branch:
-            return Branch(past(cache.prefix), past(cache.own))
+            return Branch(past(cache.prefix), past(cache.tail))
         if type(cache) is not Cache:
             got, remedy = f"a {type(cache).__name__}", "Use a dense past, or map f with specs of its own: shard_map(f, mesh, ...)."
             _checks.fail("shard_map", "cache", "a Cache, or a Branch of such, over a Grid", got, remedy, TypeError)

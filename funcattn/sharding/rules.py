@@ -1,10 +1,4 @@
-"""Rules for the decoder: tensor parallel, fully sharded over the data, or both.
-
-    path                         tensor_parallel             why
-    q k v gate up, and biases    rows over "tensor"          whole heads, whole features: nothing is said between devices
-    o down                       columns over "tensor"       each makes a part of the sum: one psum a block
-    embedding head               rows over "tensor"          a part of the vocabulary each
-    norms, routers, the rest     whole
+"""Rules for the decoder, of the table in `transformer.partition`: tensor parallel, fully sharded, or both.
 
 `fsdp` cuts every matrix over "data" besides, along the axis that "tensor" does not cut; the decoder gathers a layer when it needs
 it.
@@ -12,12 +6,12 @@ it.
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
 """
 
-from typing import Any
+from collections.abc import Iterator
 
-from ..transformer import DATA, TENSOR, Config
+from ..records import is_absent
+from ..transformer import DATA, TENSOR, Config, Layer, shapes
+from ..transformer.partition import CUTS, Division, division
 from .partitions import P, PartitionSpec, Rule
-
-LAYER = r"layers\.\d+\."
 
 
 def tensor_parallel(config: Config | None = None, *, size: int | None = None) -> tuple[Rule, ...]:
@@ -54,34 +48,35 @@ def replicated() -> tuple[Rule, ...]:
 
 
 def _rules(config: Config | None, size: int | None, data: str | None) -> tuple[Rule, ...]:
-    D = 1 if config is None else config.head_size
-    few = config is not None and size is not None and config.kv_heads < size and size % config.kv_heads == 0
-    kv_rows: PartitionSpec = P(None, data) if few else P(TENSOR, data)
-    kv_vector: PartitionSpec = P() if few else P(TENSOR)
-    experts: Any = []
-    if config is not None and config.experts:
-        numbers = "|".join(str(i) for i in range(config.layers) if config.kind(i).experts)
-        layer = rf"layers\.({numbers})\."
-        experts = [
-            Rule(layer + "(gate|up)", P(None, TENSOR, data)),
-            Rule(layer + "down", P(None, data, TENSOR)),
-            Rule(layer + "(gate|up)_bias", P(None, TENSOR)),
-        ]
-    per_head = config is not None and config.head_norm == "layer"
-    norms = [Rule(LAYER + "q_norm", P(TENSOR, None)), Rule(LAYER + "k_norm", P() if few else P(TENSOR, None))] if per_head else []
-    return (
-        *experts,
-        *norms,
-        Rule(LAYER + "q", P(TENSOR, data), D),
-        Rule(LAYER + "(k|v)", kv_rows, 1 if few else D),
-        Rule(LAYER + "o", P(data, TENSOR)),
-        Rule(LAYER + "q_bias", P(TENSOR), D),
-        Rule(LAYER + "(k|v)_bias", kv_vector, 1 if few else D),
-        Rule(LAYER + "sinks", P(TENSOR)),
-        Rule(LAYER + "(gate|up)", P(TENSOR, data)),
-        Rule(LAYER + "down", P(data, TENSOR)),
-        Rule(LAYER + "(gate|up)_bias", P(TENSOR)),
-        Rule("embedding|head", P(TENSOR, data)),
-        Rule("positions", P(None, data)),
-        Rule(r".*", P()),
-    )
+    n = 1 if config is None or size is None or size % config.kv_heads else size
+    rules = []
+    for name in CUTS:
+        ways: dict[tuple[PartitionSpec, int], list[int]] = {}  # how it is cut -> in which layers
+        for number, rank, experts in _weights(config, name):
+            cut = division(config, name, rank, n, experts=experts)
+            ways.setdefault((_spec(cut, rank, data), cut.block), []).append(number)
+        for (spec, block), numbers in ways.items():
+            layers = r"\d+" if len(ways) == 1 else f"({'|'.join(map(str, numbers))})"
+            path = rf"layers\.{layers}\.{name}" if name in Layer._fields else name
+            rules += [Rule(path, spec, block)] if spec else []
+    return (*rules, Rule(r".*", P()))
+
+
+def _weights(config: Config | None, name: str) -> Iterator[tuple[int, int, bool]]:
+    """Of each weight of that name: the number of its layer, its axes, and whether it is of a layer of experts."""
+    if config is None:  # of matrices alone fsdp cuts something
+        yield 0, 1 if CUTS[name].data is None else 2, False
+        return
+    whole = shapes(config)
+    records = enumerate(whole.layers) if name in Layer._fields else [(0, whole)]
+    for number, record in records:
+        shape = getattr(record, name)
+        if not is_absent(shape):
+            yield number, len(shape), name in Layer._fields and config.kind(number).experts
+
+
+def _spec(cut: Division, rank: int, data: str | None) -> PartitionSpec:
+    """The axes of the mesh that cut a weight; P() where it is whole."""
+    names = {cut.data: data, cut.tensor: TENSOR}
+    spec = [names.get(dim) for dim in range(rank)]
+    return P(*spec) if any(spec) else P()

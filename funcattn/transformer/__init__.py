@@ -2,6 +2,7 @@
 
 config     Config: what the mathematics needs to know and the weights do not say
 weights    Layer, Params, shapes, initialize
+partition  how each weight is divided over the devices of a mesh: the table
 parallel   what a device with a part of the weights says to the others
 lengths    reading behind a past where rotary angles follow the length of the text
 blocks     one layer as a pure function: attention over the past and the new tokens, then the feed-forward
@@ -13,7 +14,7 @@ from .blocks import Block, block
 from .config import Config, Kind
 from .lengths import cache_layers, continues, length_of, noted
 from .model import begin, decoder, finish, head, locate, predict, predict_own, share
-from .parallel import DATA, TENSOR
+from .partition import DATA, TENSOR
 from .rereading import along, first_chunk, follower, one_by_one, places, renewed
 from .weights import Layer, Params, initialize, shapes
 

@@ -119,7 +119,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
         run = functools.partial(stack, params)
         x, delta = lengths.hidden(config, run, tokens, cache, places, mask, positions is None)
         if not is_absent(cache) and _checks.value(cache.length) is None:
-            x = torch.where(caches.broken(cache), float("nan"), x)
+            x = torch.where(caches.overflowed(cache), float("nan"), x)
         return taps.tap("output", x), delta
 
     def stack(

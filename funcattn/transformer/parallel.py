@@ -12,7 +12,7 @@ Where the axis "data" is bound, each device has sequences of its own. A weight t
 its gradient scattered; one that is whole is entered. So the gradient of every leaf is cut as the leaf is.
 
 Where the axis "context" is bound, each device has a part of every text: a ring attends to all of it, and a past in parts
-(`caches.Spread`) is attended to by one merge.
+(`caches.ShardedCache`) is attended to by one merge.
 
 Nothing bound costs nothing: each function returns what it was given.
 
@@ -29,18 +29,13 @@ from torch import Tensor
 
 from .. import _checks, collectives, kernels, layers
 from .._autodiff import differentiated
-from ..caches import CONTEXT, Spread
+from ..caches import CONTEXT, ShardedCache
 from ..collectives import all_gather, axis_index, axis_size, enter, pmax, psum, share
 from ..kernels import Part
 from ..records import is_absent
 from .config import Config, Kind
+from .partition import DATA, TENSOR, division
 from .weights import Layer, shapes
-
-TENSOR, DATA = "tensor", "data"
-BY_ROWS = ("q", "k", "v", "gate", "up", "q_bias", "k_bias", "v_bias", "gate_bias", "up_bias", "sinks")
-BY_COLUMNS = ("o", "down")
-MATRICES = ("q", "k", "v", "gate", "up", "o", "down")
-INSIDE = ("q_norm", "k_norm", "router", "router_bias")  # whole, and used inside of a region
 
 _shapes = functools.cache(shapes)
 
@@ -67,26 +62,19 @@ def layer(config: Config, number: int, weights: Layer) -> Layer:
     """The weights of a layer as this device computes with them: gathered over "data", and what a region shares entered."""
     if not collectives.bound():
         return weights
-    n, whole = axis_size(TENSOR), _shapes(config).layers[number]
-    few = config.kv_heads < n
+    n, whole, experts = axis_size(TENSOR), _shapes(config).layers[number], config.kind(number).experts
     made = []
     for name, weight, shape in zip(Layer._fields, weights, whole, strict=True):
         if is_absent(weight) or is_absent(shape):
             made.append(weight)
             continue
-        of_kv = name in ("k", "v", "k_bias", "v_bias") or (name == "k_norm" and config.head_norm == "layer")
-        cut = None
-        if n > 1 and not (few and of_kv):
-            by_rows = name in BY_ROWS or (name in ("q_norm", "k_norm") and config.head_norm == "layer")
-            experts = len(shape) - (2 if name in (*MATRICES, "q_norm", "k_norm") else 1)  # axes in front of the rows
-            cut = experts if by_rows else len(shape) - 1 if name in BY_COLUMNS else None
-        here = tuple(size // n if dim == cut else size for dim, size in enumerate(shape))
-        weight = _over_data(f"layers.{number}.{name}", weight, here)
-        if n > 1 and (cut is not None or of_kv or name in INSIDE):
-            weight = _entered(weight, cut, len(shape))
-        if few and of_kv:
-            weight = _own_heads(config, weight, 1 if name == "k_norm" else config.head_size, len(shape))
-        if n > 1 and name == "down_bias" and len(shape) == 2:  # of experts: added before the psum, so by one device alone
+        cut = division(config, name, len(shape), n, experts=experts)
+        weight = _over_data(f"layers.{number}.{name}", weight, cut.over_tensor(shape, n))
+        if n > 1 and cut.region:
+            weight = _entered(weight, cut.tensor, len(shape))
+        if cut.replicated:
+            weight = _own_heads(config, weight, cut.block, len(shape))
+        if n > 1 and cut.once:
             first = axis_index(TENSOR).to(weight.device) == 0
             weight = torch.where(first, enter(weight, TENSOR), 0)
         made.append(weight)
@@ -170,8 +158,9 @@ def embed(config: Config, weight: Any, tokens: Tensor) -> Tensor:
 def _table(config: Config, path: str, weight: Any) -> Any:
     """A part of the vocabulary."""
     n = axis_size(TENSOR)
-    weight = _over_data(path, weight, (config.vocabulary // n, config.width))
-    return _entered(weight, 0, 2) if n > 1 else weight
+    cut = division(config, path, 2, n)
+    weight = _over_data(path, weight, cut.over_tensor((config.vocabulary, config.width), n))
+    return _entered(weight, cut.tensor, 2) if n > 1 else weight
 
 
 def head(config: Config, weight: Any, hidden: Tensor) -> Tensor:
@@ -207,12 +196,14 @@ def check(params: Any, cache: Any, mask: Any) -> None:
             remedy = "A text in parts is causal; leave the mask out."
             _checks.fail("decoder", "mask", "None over 'context'", f"a {type(mask).__name__}", remedy)
         return
-    if not isinstance(cache, Spread):
-        remedy = "Make it with model.cache(size, kind=fa.caches.Spread), or caches.spread(delta)."
-        _checks.fail("decoder", "cache", "a Spread over 'context'", f"a {type(cache).__name__}", remedy, TypeError)
+    if not isinstance(cache, ShardedCache):
+        remedy = "Make it with model.cache(size, kind=fa.caches.ShardedCache), or ShardedCache.from_local(delta)."
+        _checks.fail("decoder", "cache", "a ShardedCache over 'context'", f"a {type(cache).__name__}", remedy, TypeError)
     if any(differentiated(x) for x in optree.tree_leaves(params) if isinstance(x, Tensor)):
         remedy = "Take gradients without a past: the ring gives them."
-        _checks.fail("decoder", "params", "followed by no gradient behind a Spread", "some that are", remedy, NotImplementedError)
+        _checks.fail(
+            "decoder", "params", "followed by no gradient behind a ShardedCache", "some that are", remedy, NotImplementedError
+        )
 
 
 def longest(length: Tensor) -> Tensor:

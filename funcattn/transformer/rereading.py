@@ -51,7 +51,7 @@ def one_by_one(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[T
     past, rows, deltas = cache, [], []
     for token in tokens.unbind():
         x, delta = model.hidden(params, token.reshape(1), past)
-        past = caches.commit(caches.fork(past, delta, len(tokens)) if past is cache else past, delta)
+        past = caches.commit(caches.fork_many(past, delta, len(tokens)) if past is cache else past, delta)
         rows.append(x[0])
         deltas.append(delta)
     together = lambda *parts: torch.cat(parts, -2)
@@ -96,14 +96,14 @@ def renewed(model: Model, params: Any, cache: Any) -> Any:
 
 def _is_rewritable(cache: Any) -> bool:
     return isinstance(cache, (Cache, Pages)) or (
-        isinstance(cache, Branch) and _is_rewritable(cache.prefix) and _is_rewritable(cache.own)
+        isinstance(cache, Branch) and _is_rewritable(cache.prefix) and _is_rewritable(cache.tail)
     )
 
 
 def _rewritten(cache: Any, delta: Delta, begin: Any) -> Any:
     """The past with its rows those of the delta, from `begin` on."""
     if isinstance(cache, Branch):
-        own = _rewritten(cache.own, delta, begin + cache.prefix.length)
+        own = _rewritten(cache.tail, delta, begin + cache.prefix.length)
         return Branch(_rewritten(cache.prefix, delta, begin), own)
     R = delta.k[0].shape[-2]
     row = (begin + torch.arange(min(R, caches.capacity(cache)), device=cache.length.device)).clamp(max=R - 1)

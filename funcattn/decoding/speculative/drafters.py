@@ -266,7 +266,7 @@ def _is_ids(x: Any) -> bool:
 
 
 def _is_dense(cache: Any) -> bool:
-    return type(cache) is Cache or (type(cache) is Branch and type(cache.own) is Cache)
+    return type(cache) is Cache or (type(cache) is Branch and type(cache.tail) is Cache)
 
 
 def _check_length(function: str, length: int) -> None:

@@ -88,7 +88,7 @@ def entries_beyond_length_are_unobservable(kind: Any, size: int, key: Tensor) ->
     empty = _empty(kind, size)
     short, long = caches.commit(empty, _rows(delta, 0, n)), caches.commit(empty, spoilt)
     less = size - n
-    own = long.own.length if isinstance(long, caches.Branch) else long.length
+    own = long.tail.length if isinstance(long, caches.Branch) else long.length
     read = lambda length: observe(caches.with_length(long, length))
     agree(law, f"what is read at length {n} of {size}", read(own - less), observe(short), ROUNDING, WHY)
     rows = vmap(read)(torch.stack([own - less, own - size]))  # where lengths are mapped, rows are hidden and not left out
@@ -140,9 +140,9 @@ def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: 
             n, after = 0, _rewound(past, count % (held + 1))
             rows = rows if after is past else _rows(rows, 0, count % (held + 1))
         else:  # whoever continues a copy may write in place, and hands out every value on the way
-            middle = caches.commit_own(caches.grow(past, 0), _rows(delta, 0, n // 2), n // 2)
+            middle = caches.commit_donated(caches.grow(past, 0), _rows(delta, 0, n // 2), n // 2)
             remember(middle, _joined(rows, _rows(delta, 0, n // 2)))
-            after = caches.commit_own(middle, _rows(delta, n // 2, n), n - n // 2)
+            after = caches.commit_donated(middle, _rows(delta, n // 2, n), n - n // 2)
         remember(after, _joined(rows, _rows(delta, 0, n)))
     for i, (past, rows, then) in enumerate(values):
         n = rows.k[0].shape[-2]
@@ -179,7 +179,7 @@ def _rows(delta: Delta, start: int, stop: int) -> Delta:
 
 def _rewound(past: Any, length: int) -> Any:
     """The past at a shorter length, or itself where its kind cannot be shortened."""
-    own = past.own.length if isinstance(past, caches.Branch) else past.length
+    own = past.tail.length if isinstance(past, caches.Branch) else past.length
     try:
         return caches.with_length(past, torch.full_like(own, length))
     except TypeError:

@@ -1,0 +1,99 @@
+"""How each weight of a decoder is divided over the devices of a mesh: one table, which everybody reads.
+
+    weight                        over "tensor"                  over "data" (fsdp)
+    q k v, gate up, and biases    rows: whole heads, features    columns
+    o down                        columns: each makes a part     rows
+                                  of a sum, one psum a region
+    embedding head                rows: a part of the vocabulary columns
+    positions                     whole                          columns
+    norms, routers, the rest      whole                          whole
+
+`sharding.tensor_parallel` and `fsdp` make their rules of it; `parallel` makes of it the shapes that a
+device should hold, and what it copies into a region. A new weight is one line here; a weight without
+one is an error wherever a mesh is bound.
+
+Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .. import _checks
+from .config import Config
+
+TENSOR, DATA = "tensor", "data"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a weight is divided. Axes count from the last (-2 rows, -1 columns, or the axis of a vector);
+    an axis that the weight does not have is not cut: norms of heads (D,) have no rows, those (H, D) have.
+    """
+
+    tensor: int | None = None  # the axis that is cut over "tensor"
+    data: int | None = None  # the axis that fsdp cuts over "data"
+    by_head: bool = False  # rows of one head stay together
+    of_kv: bool = False  # whole on every device where key/value heads are fewer than devices
+    region: bool = False  # whole, and used inside of a region, where each device goes on in its own way
+    once: bool = False  # added to a partial sum: by the first device alone
+
+
+WHOLE = Cut()
+CUTS = {
+    **dict.fromkeys(("embedding", "head"), Cut(-2, -1)),
+    "positions": Cut(data=-1),
+    "q": Cut(-2, -1, by_head=True),
+    **dict.fromkeys(("k", "v"), Cut(-2, -1, by_head=True, of_kv=True)),
+    **dict.fromkeys(("o", "down"), Cut(-1, -2)),
+    **dict.fromkeys(("gate", "up"), Cut(-2, -1)),
+    "q_bias": Cut(-1, by_head=True),
+    **dict.fromkeys(("k_bias", "v_bias"), Cut(-1, by_head=True, of_kv=True)),
+    **dict.fromkeys(("gate_bias", "up_bias", "sinks"), Cut(-1)),
+    "q_norm": Cut(-2, region=True),
+    "k_norm": Cut(-2, of_kv=True, region=True),
+    **dict.fromkeys(("router", "router_bias"), Cut(region=True)),
+    **dict.fromkeys(("attention_norm", "feed_forward_norm", "attention_after_norm", "feed_forward_after_norm"), WHOLE),
+    **dict.fromkeys(("attention_norm_bias", "feed_forward_norm_bias", "o_bias", "down_bias"), WHOLE),
+    **dict.fromkeys(("norm", "norm_bias"), WHOLE),
+}
+OF_EXPERTS = {"down_bias": Cut(once=True)}  # what layers of experts divide otherwise
+
+
+class Division(NamedTuple):
+    """`Cut` of one weight of one config on a number of devices; axes count from the first."""
+
+    tensor: int | None
+    data: int | None
+    block: int  # rows that stay together
+    replicated: bool  # whole, of which each device uses the rows of the key/value heads that it reads
+    region: bool  # what of it is whole is copied into a region
+    once: bool
+
+    def over_tensor(self, shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+        """The shape of a part on one of n devices along "tensor"."""
+        return tuple(size // n if dim == self.tensor else size for dim, size in enumerate(shape))
+
+
+def division(config: Config | None, name: str, rank: int, n: int, *, experts: bool = False) -> Division:
+    """How a weight of so many axes is divided over n devices along "tensor".
+
+    Args:
+        config: None takes heads for rows that may be cut anywhere.
+        name: of the field of `Layer` or `Params`.
+        experts: whether it is of a layer with experts.
+
+    Raises:
+        ValueError: the table has no such weight.
+
+    Law: specs and what a device computes with agree for every weight of every family
+        (test_partition.py::test_a_device_takes_the_parts_that_the_specs_give_it).
+    """
+    if name not in CUTS:
+        remedy = "Say in CUTS how it is divided."
+        _checks.fail("decoder", name, "a weight of the table in funcattn.transformer.partition", "another", remedy)
+    cut = OF_EXPERTS.get(name, CUTS[name]) if experts else CUTS[name]
+    tensor, data = (None if axis is None or rank + axis < 0 else rank + axis for axis in (cut.tensor, cut.data))
+    few = config is not None and config.kv_heads < n and cut.of_kv and tensor is not None
+    block = config.head_size if config is not None and cut.by_head else 1
+    region = cut.region or tensor is not None
+    return Division(None if few else tensor, data, block, few, region, cut.once)
