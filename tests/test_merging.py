@@ -175,20 +175,71 @@ def test_a_step_with_sinks_that_nobody_differentiates_is_the_same_step(T):
     torch.testing.assert_close(attend_parts(q.float(), narrow, scale=0.8, sinks=SINKS).double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.cpu("parts far from zero are joined before the softmax where numbers can be looked at")
-@pytest.mark.parametrize("T", [1, 3, 20])
+@pytest.mark.parametrize(("T", "cap"), [(1, None), (3, None), (20, None), (20, 1e31)])
 @pytest.mark.parametrize("level", [-1e9, 1e30])
-def test_rows_that_are_far_from_zero_in_all_parts_are_one_softmax(T, level):
+def test_rows_that_are_far_from_zero_in_all_parts_are_one_softmax(T, cap, level):
     """Each logit is the level: the mean of all values, however they are cut into parts, and so are its derivatives."""
     size = abs(level) ** 0.5
     q, k = torch.full((2, T, 1), level / size), torch.full((2, 30, 1), size)
     v, t = fa.random.normal(fa.key(0), (2, 2, 30, 4))
-    past = lambda v: attend_parts(q, [Part(k[:, n], v[:, n]) for n in (slice(0, 23), slice(23, 29), slice(29, 30))], scale=1.0)
+    cuts = slice(0, 23), slice(23, 29), slice(29, 30)
+    past = lambda v: attend_parts(q, [Part(k[:, n], v[:, n]) for n in cuts], scale=1.0, cap=cap)
     wanted = lambda v: v.mean(-2, keepdim=True).expand(2, T, 4)
     torch.testing.assert_close(past(v), wanted(v))
     torch.testing.assert_close(jvp(past, (v,), (t,)), jvp(wanted, (v,), (t,)))
     slope = lambda f: vmap(grad(lambda v: f(v).square().sum()))(torch.stack([v, t]))
     torch.testing.assert_close(slope(past), slope(wanted))
+
+
+@pytest.mark.parametrize("T", [3, 20])
+def test_compiled_and_eager_parts_far_from_zero_are_the_reference_in_float64(T):
+    """Logits of +-2^30 in every part, and some a unit in the last place lower or two: the shares are exact.
+
+    Value and gradient; grouped heads, a mask that hides a whole part from some rows, tensors laid out in float32.
+    """
+    q, v = torch.zeros(4, T, 3), normal(1, 2, 30, 4)
+    q[..., 0], q[..., 1] = 2.0**15, 128.0
+    k = torch.zeros(2, 30, 3)
+    k[..., 0] = torch.tensor([2.0**15, -(2.0**15)])[:, None]
+    k[..., 1] = -(torch.arange(30) % 3).float()
+    seen = torch.arange(23, 30) - 23 < torch.arange(T)[:, None]
+    cut = slice(0, 23), slice(23, 30)
+
+    def f(q, k, v):
+        parts = [Part(k[:, cut[0]], v[:, cut[0]]), Part(k[:, cut[1]], v[:, cut[1]], seen)]
+        return attend_parts(q, parts, scale=1.0)
+
+    every = torch.cat([torch.ones(T, 23, dtype=torch.bool), seen], -1)
+    wanted = fa.attention(q.double(), k.double(), v.double(), every, scale=1.0, kernel="reference")
+    eager = f(q, k, v)
+    tolerance = {"rtol": 0, "atol": 64 * torch.finfo(torch.float32).eps}  # sums of thirty; logits are exact
+    torch.testing.assert_close(eager.double(), wanted, **tolerance)
+    slope = lambda f: torch.autograd.grad(f(q, k, x := v.clone().requires_grad_()).sin().sum(), x)[0]
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v).double(), wanted, **tolerance)
+    torch.testing.assert_close(slope(compiled), slope(f))
+
+
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_compiled_parts_hide_what_is_not_finite(T):
+    """Hidden from all queries, and from some: the later tokens of a draft, the padding behind a past."""
+    q, k, v = (x.float() for x in inputs(T))
+    new = [x[:, :1].expand(-1, T, -1).clone() for x in (k, v)]
+    seen = (torch.arange(11) < 9).expand(T, -1)
+
+    def f(q, k, v, *new):
+        return attend_parts(q, [Part(k, v, seen), Part(*new, fa.masks.causal(T))], scale=0.8)
+
+    spoilt = [x.clone() for x in (k, v, *new)]
+    for x in spoilt[:2]:
+        x[:, 9:] = torch.nan
+    for x in spoilt[2:]:
+        x[:, 2:] = torch.nan
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    wanted = f(q, k, v, *new)[:, :2]
+    torch.testing.assert_close(compiled(q, *spoilt)[:, :2], wanted)
+    torch.testing.assert_close(f(q, *spoilt)[:, :2], wanted)
+    assert compiled(q, *spoilt)[:, 2:].isnan().all()
 
 
 @pytest.mark.cpu("parts that are not finite are seen where numbers can be looked at")

@@ -83,6 +83,29 @@ def test_a_past_in_parts_is_one_past(n, seed):
     close(spmd(hvp(ours), "context", n, cuts, P())(q, k, v, held), hvp(one)(q, k, v, seen))
 
 
+@pytest.mark.parametrize("level", [-1e9, 1e30])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_ring_far_from_zero_is_the_mean_of_what_is_seen(level, causal):
+    """Each logit is the level, in float32: the mean of the values up to the query, and its derivatives; so is a past in parts."""
+    T, size = 12, abs(level) ** 0.5
+    q, k = torch.full((2, T, 1), level / size), torch.full((2, T, 1), size)
+    v, t = fa.random.normal(fa.key(0), (2, 2, T, 4))
+    seen = (torch.ones(T, T).tril() if causal else torch.ones(T, T)).expand(2, T, T)
+    wanted = lambda v: (seen / seen.sum(-1, keepdim=True)) @ v
+    part = lambda q, k, v: rings.ring(q, k, v, "context", causal=causal, scale=1.0).out
+    ring = spmd(part, "context", 3, (ROWS,) * 3, ROWS)
+    order = lambda x: rings.zigzag(x, 3, dim=-2)
+    found = lambda v: ring(order(q), order(k), order(v))
+    torch.testing.assert_close(found(v), order(wanted(v)))
+    torch.testing.assert_close(jvp(found, (v,), (t,))[1], order(wanted(t)))
+    slope = lambda f: grad(lambda v: f(v).square().sum())(v)
+    torch.testing.assert_close(slope(found), slope(wanted))
+    if not causal:
+        over = lambda q, k, v: fa.kernels.join_over(fa.kernels.partial(q, k, v, scale=1.0), "context").out
+        past = spmd(over, "context", 3, (P(), ROWS, ROWS), P())
+        torch.testing.assert_close(past(q, k, v), wanted(v))
+
+
 def test_what_does_not_fit_is_told():
     with pytest.raises(ValueError, match="zigzag: x should be a multiple of 2 n = 4 long along axis -1, got \\(6,\\)"):
         rings.zigzag(torch.arange(6), 2)

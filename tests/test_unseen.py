@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 import funcattn as fa
 from funcattn import masks
@@ -84,6 +84,49 @@ def test_nan_in_the_future_does_not_reach_the_past(kernel, mask):
     torch.testing.assert_close(got[:, :15], jvp(wanted, cut(q, k, v), cut(t, t, t))[1])
     mine = grad(lambda q: run(q, k, v)[:, :15].square().sum())(q)[:, :15]  # to k and v the NaN rows give zero times NaN
     torch.testing.assert_close(mine, grad(lambda q: wanted(q, *cut(k, v)).square().sum())(q[:, :15]))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("kernel", ["reference", "flash", "score", "few"])
+def test_a_tangent_of_nan_reaches_those_who_see_it_alone(kernel, which, mapped):
+    """Of q at query 5, of k or v at key 5: jvp, the jvp of a gradient and the gradient of a jvp, with and without vmap."""
+    T = 8 if kernel == "few" else 20
+    x, moves = fa.random.normal(fa.key(0), (2, 3, 2, T, 8), torch.float64)
+    bad = moves.clone()
+    bad[which, :, 5] = torch.nan
+    zero = moves.clone()
+    zero[which, :, 5] = 0
+    if kernel == "score":
+        run = lambda *x: attention_with_score(*x, lambda s, *_: s.tanh(), masks.causal(T)).out
+    else:
+        run = lambda *x: fa.attention(*x, masks.causal(T), kernel=None if kernel == "few" else kernel)
+    early = lambda *x: run(*x)[:, :5]
+    loss = lambda *x: early(*x).square().sum()
+    rules = [  # gradients of q: to k and v the later rows give zero times NaN
+        lambda *t: jvp(early, tuple(x), t)[1],
+        lambda *t: jvp(grad(loss), tuple(x), t)[1][..., :5, :],
+        lambda *t: grad(lambda *x: jvp(early, x, t)[1].sin().sum())(*x)[..., :5, :],
+    ]
+    for rule in rules:
+        rule = vmap(rule) if mapped else rule
+        pair = lambda t: t.unsqueeze(1).repeat(1, 2, 1, 1, 1) if mapped else t
+        torch.testing.assert_close(rule(*pair(bad)), rule(*pair(zero)))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "flash", "score"])
+def test_a_cotangent_of_nan_reaches_what_its_query_sees_alone(kernel):
+    x = fa.random.normal(fa.key(0), (3, 2, 20, 8), torch.float64)
+    if kernel == "score":
+        run = lambda *x: attention_with_score(*x, lambda s, *_: s.abs().sqrt(), masks.causal(20)).out
+    else:
+        run = lambda *x: fa.attention(*x, masks.causal(20), kernel=kernel)
+    g = fa.random.normal(fa.key(1), (2, 20, 8), torch.float64)
+    slope = lambda g: vjp(run, *x)[1](g)
+    bad, zero = g.clone(), g.clone()
+    bad[:, 5], zero[:, 5] = torch.nan, 0
+    for got, wanted in zip(slope(bad), slope(zero), strict=True):
+        torch.testing.assert_close(got[:, 6:], wanted[:, 6:])
 
 
 @pytest.mark.parametrize("T", [6, 20])

@@ -19,8 +19,8 @@ sums are kept in.
 from . import flops as flops
 from .choice import Explanation, use
 from .door import attend, attention, attention_weights, explain
-from .merging import Part, attend_parts, check_remembered, merge, soft_cap
-from .rings import merge_over, places, ring, unzigzag, zigzag
+from .merging import Part, Partial, attend_parts, check_remembered, join, merge, partial, soft_cap
+from .rings import join_over, merge_over, places, ring, unzigzag, zigzag
 from .scores import attention_with_score
 
 __all__ = [
@@ -31,6 +31,10 @@ __all__ = [
     "explain",
     "use",
     "merge",
+    "partial",
+    "Partial",
+    "join",
+    "join_over",
     "Part",
     "attend_parts",
     "check_remembered",

@@ -24,7 +24,7 @@ from . import dropout
 from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, places
 from .dtypes import accumulation_dtype
 from .layout import fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
-from .masking import NOTHING, Blocks, Seen, block_of, capturing, is_finite, weigh
+from .masking import LOG2E, NOTHING, Blocks, Seen, block_of, capturing, is_finite, weigh
 
 ELEMENTS = 2**17  # of one block of logits: half a megabyte of float32, so that a few of them stay in a core's cache
 KEYS = 256  # of one block, at most
@@ -54,15 +54,30 @@ def attend(
     return (out, lse) if not extra or is_finite([out]) else tuple(run(True))  # pyright: ignore[reportReturnType]
 
 
-def is_far(lse: Tensor, limit: float = FAR) -> bool:
+def is_far(lse: Tensor) -> bool:
     """True where a row sees a key, and its log-sum-exp is too large to hold the log of the normalizer."""
     if not lse.numel() or capturing(lse):
         return bool(lse.numel())
-    return not lse.abs().amax().item() <= limit and bool(_far(lse, limit).any())
+    return not lse.abs().amax().item() <= FAR and bool(_far(lse).any())
 
 
-def _far(lse: Tensor, limit: float = FAR) -> Tensor:
-    return (lse.abs() > limit) & (lse != NOTHING)
+def _far(lse: Tensor) -> Tensor:
+    return (lse.abs() > FAR) & (lse != NOTHING)
+
+
+def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor] = (), scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp as the sum of two numbers of the shape of lse (*lead, T, 1), the second small.
+
+    Where lse holds the log of the normalizer they are lse and zero. In rows where it does not they are made of the
+    greatest logit m and the log of the normalizer l, from a pass of their own: m + l, and what its rounding took.
+    """
+    if not is_far(lse):
+        return lse.clone(), torch.zeros_like(lse)
+    spec = Sweep((), scale, tuple(range(3, 3 + len(mask))))
+    m, log = (x / LOG2E for x in _Sweeper(spec, [], [q, k, lse, *mask], strict=False).statistics(lse.shape))
+    far = _far(lse)
+    whole = torch.where(far, m + log, lse)
+    return whole, torch.where(far, (m - whole) + log, 0)
 
 
 def _attend(
@@ -166,6 +181,12 @@ class _Sweeper:
             for column, whole in columns:
                 self._block(line, column, whole, *base)
         return [unfold(out, self.layout, shape) for out, shape in zip(self.out, self.shapes, strict=True)]
+
+    def statistics(self, shape: Sequence[int]) -> list[Tensor]:
+        """The greatest logit of every query and the log of the normalizer, of this shape, as powers of two."""
+        groups = torch.broadcast_shapes((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
+        lines = [self._statistics(line, columns) for line, columns in _walk(self.seen, self.T, self.S, groups)]
+        return [unfold(torch.cat(parts, -2), self.layout, shape) for parts in zip(*lines, strict=True)]
 
     def _logits(self, line: slice, column: slice, whole: bool) -> Tensor:
         s = multiply(self.scaled[..., line, :], self.x[K][..., column, :].mT, self.layout.batch)

@@ -183,6 +183,11 @@ def _reluctance(name: str, r: Request) -> str:
     return ""
 
 
+def can_run_triton(r: Request) -> bool:
+    """True on CUDA, where the kernels written in Triton can run."""
+    return r.q.device.type == "cuda" and not _triton_obstacle(r)
+
+
 def verdicts(r: Request, kernel: str | None = None) -> tuple[Verdict, ...]:
     """What each kernel says to a request, the chosen one marked."""
     forced = kernel if kernel is not None else _forced.get()

@@ -171,6 +171,29 @@ class Pass(Function):
         return tuple(x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, job.likes, strict=True)), (0,) * len(outputs)
 
 
+class Statistics(Function):
+    """(scale, backend, q, k, lse, *mask) -> lse as the sum of two numbers: a constant, of tensors that are not differentiated."""
+
+    @staticmethod
+    def forward(scale: float, backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return primitives.statistics(scale, backend, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[None, ...]:
+        raise AssertionError("the statistics are of detached tensors")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], scale: float, backend: str, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        whole, rest = Statistics.apply(scale, backend, *align(in_dims[2:], tensors))
+        return (_at_batch(whole, info), _at_batch(rest, info)), (0, 0)
+
+
 def run(
     sweep: Sweep, likes: Sequence[Like], tensors: Sequence[Tensor], backend: str = "torch", plan: Plan | None = None
 ) -> list[Tensor]:

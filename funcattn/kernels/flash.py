@@ -14,8 +14,8 @@ from ..records import Attended
 from . import dropout, torch_fused
 from .algebra import ONES, Output, Sweep, Term
 from .choice import Request
+from .family import Statistics, run
 from .family import attend as attend_in_family
-from .family import run
 from .primitives import Plan, like
 
 
@@ -26,6 +26,33 @@ def attend(r: Request, backend: str = "torch") -> Attended:
     asked = (len(mask), r.bias is not None, r.dropout if r.key is not None else 0.0, backend)
     call = torch._dynamo.nonstrict_trace(_attend) if torch.compiler.is_compiling() else _attend
     return Attended(*call(asked, r.lead, r.scale, r.q, r.k, r.v, *optional))
+
+
+def statistics(r: Request, lse: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
+    """lse (*lead, H, T) as the sum of two numbers, the second small: to twice the precision, and constant to every derivative."""
+    mask = () if r.mask is None else tuple(r.mask) if isinstance(r.mask, Mask) else (r.mask,)
+    call = torch._dynamo.nonstrict_trace(_statistics) if torch.compiler.is_compiling() else _statistics
+    return call(backend, r.scale, r.q, r.k, lse, *mask)
+
+
+def _statistics(backend: str, scale: float | Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, lse, *mask = (x.detach() for x in tensors)
+    H, K = q.shape[-3], k.shape[-3]
+    if isinstance(scale, Tensor):
+        q, scale = q * scale.detach(), 1.0
+    level = lse.unsqueeze(-1)
+    laid = _laid(mask, H, K)
+    if H != K:
+        q, k, level = q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), level.unflatten(-3, (K, H // K))
+    whole, rest = Statistics.apply(scale, backend, q, k, level, *laid)
+    return whole.reshape(lse.shape), rest.reshape(lse.shape)
+
+
+def _laid(mask: Sequence[Tensor], H: int, K: int) -> list[Tensor]:
+    """The tensors of a mask with axes for the heads: ends of intervals (*lead, T, n), or booleans that broadcast to the logits."""
+    if len(mask) != 2:
+        return [_pairs(x, H, K) for x in mask]
+    return [x.unsqueeze(-3).unsqueeze(-3) if H != K else x.unsqueeze(-3) for x in mask]
 
 
 def _attend(
@@ -42,9 +69,7 @@ def _attend(
     (H, T, _), K = q.shape[-3:], k.shape[-3]
     grouped = H != K
     mask, bias = optional[:masks], optional[masks : masks + biased]
-    spread = lambda x: x.unsqueeze(-3).unsqueeze(-3) if grouped else x.unsqueeze(-3)
-    laid = [spread(x) for x in mask] if masks == 2 else [_pairs(x, H, K) for x in mask]
-    laid += [_pairs(x, H, K) for x in bias]
+    laid = [*_laid(mask, H, K), *(_pairs(x, H, K) for x in bias)]
     fused = backend == "torch" and not bias and masks != 1 and not torch_fused.obstacle(q, k, v)
     if isinstance(scale, Tensor):  # differentiable, so it goes into q; a number goes into the sweep, in float32
         q, scale = q * scale, 1.0

@@ -13,14 +13,16 @@ from torch import Tensor
 from .. import _checks
 from .._autodiff import is_recorded
 from .._doors import door
+from ..masks import Mask
 from ..records import ABSENT, Attended, is_absent
-from . import blocks, choice, reference, scores, torch_fused
-from .door import attend
+from . import blocks, choice, flash, reference, scores, torch_fused, unseen
+from .door import _request, _run, attend
 from .dtypes import accurate
 from .masking import is_finite
+from .unseen import Taken
 
 FEW = 16  # queries at which the dense form over the remembered keys stops being the cheaper one
-FAR = 4096.0  # |lse| up to which the shares of two parts have three digits in float32
+NOTHING = float("-inf")
 
 
 class Part(NamedTuple):
@@ -60,13 +62,53 @@ def merge(a: Attended, b: Attended) -> Attended:
         lead = None
     if lead is None or a.out.shape[-3:] != b.out.shape[-3:] or a.lse.shape[-2:] != b.lse.shape[-2:]:
         _checks.fail("merge", "b", f"{told(a)} as in a", told(b), "Attend with the same queries and head size of values.")
-    nothing = float("-inf")
-    no_a, no_b = a.lse == nothing, b.lse == nothing
+    return join(Partial(*a), Partial(*b)).attended
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys, to be joined with that over others: lse + rest is the log-sum-exp.
+
+    rest is what lse in one number has no room for, the log of the normalizer beside a large logit; constant to derivatives.
+    """
+
+    out: Tensor  # (*lead, H, T, Dv)
+    lse: Tensor  # (*lead, H, T)
+    rest: Tensor | float = 0.0  # of the shape of lse
+
+    @property
+    def attended(self) -> Attended:
+        """The public record."""
+        return Attended(self.out, self.lse)
+
+
+def partial(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    kernel: str | None = None,
+) -> Partial:
+    """`attend`, as a part of the whole that `join` makes without a loss, whatever the level of the logits."""
+    request = _request("attend", q, k, v, mask, scale, None, wants_lse=True)
+    chosen = choice.choose(request, kernel)
+    out, lse = _run(request, chosen)
+    whole, rest = flash.statistics(request, lse, "triton" if choice.can_run_triton(request) else "torch")
+    return Partial(out, lse + torch.where(lse == NOTHING, 0, whole - lse).detach(), rest)
+
+
+def join(a: Partial, b: Partial) -> Partial:
+    """Attention over two disjoint sets of keys; see `merge`."""
+    no_a, no_b = a.lse == NOTHING, b.lse == NOTHING
     x, y = torch.where(no_a, 0, a.lse), torch.where(no_b, 0, b.lse)  # finite, so that no derivative divides by nothing
+    center = torch.where(no_a, y, torch.where(no_b, x, torch.maximum(x, y))).detach()  # it cancels: a constant to derivatives
+    x, y = (x - center) + a.rest, (y - center) + b.rest
     w = torch.where(no_a, 0, torch.where(no_b, 1, torch.sigmoid(x - y))).unsqueeze(-1)
-    lse = torch.where(no_a, b.lse, torch.where(no_b, a.lse, torch.logaddexp(x, y)))
+    log = torch.where(no_a, y, torch.where(no_b, x, torch.logaddexp(x, y)))
+    lse = center + log
     out = w * accurate(a.out) + (1 - w) * accurate(b.out)
-    return Attended(out.to(a.out.dtype), lse)
+    return Partial(out.to(a.out.dtype), torch.where(no_a & no_b, NOTHING, lse), ((center - lse) + log).detach())
 
 
 def attend_parts(
@@ -80,10 +122,10 @@ def attend_parts(
 ) -> Tensor:
     """Attention (*lead, H, T, Dv) over the union of several disjoint sets of keys, such as a past and the new tokens.
 
-    A fold of `attend` and `merge`. For a few queries, a decode step, it is written out as one softmax over all logits: linear in
-    memory when T is small, a dozen operations, any transform. So it is for more queries too where a log-sum-exp is beyond FAR and
-    can be looked at: in one number it no longer tells how much mass each part has. What a query does not see reaches nothing of it,
-    NaN included: a few queries are attended part by part where the one softmax is not finite and can be looked at.
+    A fold of `attend` and `merge`, which joins the parts by log-sum-exps of twice the precision. For a few queries, a decode step,
+    it is written out as one softmax over all logits: linear in memory when T is small, a dozen operations, any transform. What a
+    query does not see reaches nothing of it, NaN included: where numbers can be looked at and the one softmax is not finite, a few
+    queries are attended part by part, and compiled code takes hidden keys out before it multiplies.
 
     Args:
         q: (*lead, H, T, D).
@@ -105,16 +147,11 @@ def attend_parts(
         out = _joint(q, parts, scale, cap, sinks)
         if not _is_spoilt(out, parts):
             return out
-    attended = functools.reduce(merge, [_attend_part(q, part, scale, cap, forced) for part in parts])
-    if len(parts) > 1 and _is_far(attended.lse):
-        return _joint(q, parts, scale, cap, sinks)
+    if len(parts) == 1 and cap is None and sinks is None:
+        (k, v, mask) = parts[0]
+        return attend(q, k, v, None if is_absent(mask) else mask, scale=scale, kernel=forced).out
+    attended = functools.reduce(join, [_attend_part(q, part, scale, cap, forced) for part in parts])
     return attended.out if sinks is None else _drain(attended, sinks)
-
-
-def _is_far(lse: Tensor) -> bool:
-    """True where some row, in any example of a vmap, sees a key and has a log-sum-exp beyond FAR; it is not looked at on a GPU."""
-    known = _checks.peek(lse) if lse.device.type == "cpu" else None
-    return known is not None and blocks.is_far(known, FAR)
 
 
 def _is_spoilt(out: Tensor, parts: Sequence[Part]) -> bool:
@@ -132,11 +169,11 @@ def check_remembered(k: Tensor, dtype: torch.dtype) -> None:
         _checks.fail("attention", "the past", wanted, k.dtype, remedy, TypeError)
 
 
-def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None, kernel: str | None) -> Attended:
+def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None, kernel: str | None) -> Partial:
     k, v, mask = part.k, part.v, None if is_absent(part.mask) else part.mask
     if cap is None:
-        return attend(q, k, v, mask, scale=scale, kernel=kernel)
-    return scores.attention_with_score(q, k, v, lambda s, *_: soft_cap(s, cap), mask, scale=scale)
+        return partial(q, k, v, mask, scale=scale, kernel=kernel)
+    return Partial(*scores.stream(q, k, v, lambda s, *_: soft_cap(s, cap), mask, scale=scale))
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -147,9 +184,9 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return (x / cap).tanh() * cap
 
 
-def _drain(attended: Attended, sinks: Tensor) -> Tensor:
+def _drain(attended: Partial, sinks: Tensor) -> Tensor:
     """Attention merged with one key a head of logit `sinks` and value 0."""
-    kept = torch.sigmoid(attended.lse - sinks.to(attended.lse.dtype).unsqueeze(-1))
+    kept = torch.sigmoid((attended.lse - sinks.to(attended.lse.dtype).unsqueeze(-1)) + attended.rest)
     return attended.out * kept.unsqueeze(-1).to(attended.out.dtype)
 
 
@@ -181,22 +218,28 @@ def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -
             out, lse = torch.lerp(more.expand_as(rows), out.expand_as(rows), share), torch.logaddexp(lse, mass)
     assert out is not None
     assert lse is not None
-    if len(parts) > 1 and blocks.is_far(lse, FAR):
+    if len(parts) > 1 and blocks.is_far(lse):
         return _joint(q, parts, scale, None, sinks)
     out = out.expand_as(rows).reshape(q.shape[0], 1, -1)
-    return out if sinks is None else _drain(Attended(out, lse.expand(rows.shape[:-1]).reshape(q.shape[0], 1)), sinks)
+    return out if sinks is None else _drain(Partial(out, lse.expand(rows.shape[:-1]).reshape(q.shape[0], 1)), sinks)
 
 
 def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
-    logits, can_be_empty = [], True
-    for k, _, mask in parts:
-        S = reference.logits(accurate(q), accurate(k), scale)
+    logits: list[Tensor] = []
+    taken: list[tuple[Taken, Tensor | None]] = []
+    can_be_empty = True
+    for k, v, mask in parts:
+        seen = None if is_absent(mask) else reference.visible(mask, k.shape[-2])
+        x = unseen.take_out(q, k, v, seen) if torch.compiler.is_compiling() else Taken(q, k, v)
+        S = reference.logits(accurate(x.q), accurate(x.k), scale, seen)
         S = S if cap is None else soft_cap(S, cap)
-        if is_absent(mask):
+        if seen is None:
             can_be_empty = can_be_empty and not k.shape[-2]
         else:
-            S = torch.where(reference.visible(mask, k.shape[-2]), S, float("-inf"))
+            spoilt = unseen.poison(x.bad_k, S, seen)
+            S = torch.where(seen, S if spoilt is None else S * spoilt, NOTHING)
         logits.append(S)
+        taken.append((x, seen))
     if sinks is not None:
         can_be_empty = False
         logits.append(sinks.to(logits[0].dtype).reshape(-1, 1, 1).expand(*logits[0].shape[:-1], 1))
@@ -211,5 +254,8 @@ def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor, cap: float |
         P = S.softmax(-1)
     sizes = [part.k.shape[-2] for part in parts]
     shares = P.to(q.dtype).split(sizes if sinks is None else [*sizes, 1], -1)
-    mixed = [reference.mix(share, part.v) for share, part in zip(shares, parts, strict=False)]
+    mixed = []
+    for share, (x, seen) in zip(shares, taken, strict=False):
+        spoilt = unseen.poison(x.bad_v, share, seen)
+        mixed.append(reference.mix(share if spoilt is None else share * spoilt, x.v, seen))
     return functools.reduce(torch.add, mixed)

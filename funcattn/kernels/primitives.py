@@ -121,6 +121,13 @@ def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -
     return Like((*dout, *out.shape[-2:]), out.dtype), Like((*dlse, *lse.shape[-2:]), lse.dtype)
 
 
+def statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp as two numbers (see `blocks.statistics`), of tensors q, k, lse, mask..., none of them differentiated."""
+    if plain(tensors):
+        return _statistics(scale, backend, tensors)
+    return _statistics_op(list(tensors), scale, backend)
+
+
 def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a sweep over tensors that start with q, k, lse."""
     if plain(tensors):
@@ -169,6 +176,14 @@ def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple
     mixed, *more = _sweep(Job(spec, likes[: len(spec.outputs)], plan.backend), flat)
     dlse = more[0] if more else lse.new_zeros(likes[1].shape)
     return out, lse, mixed - (dlse * out).to(out.dtype), dlse
+
+
+@untraced
+def _statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    q, k, lse, *mask = tensors
+    if backend == "triton" and not _triton().obstacle_to_attend(q, k, k, mask):
+        return _triton().statistics(q, k, lse, mask, scale)
+    return blocks.statistics(q, k, lse, mask, scale)
 
 
 @untraced
@@ -245,6 +260,19 @@ def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backen
     out, lse = _attend_fake(tensors[: 3 + masks])
     tangents = tangent_likes(out, lse, spread(moved, tensors[3 + masks :]))
     return [out, lse, *(out.new_empty(x.shape, dtype=x.dtype) for x in tangents)]
+
+
+@torch.library.custom_op("funcattn::statistics", mutates_args=())
+def _statistics_op(tensors: list[Tensor], scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    whole, rest = _statistics(scale, backend, tensors)
+    return whole.contiguous(), rest.contiguous()
+
+
+@_statistics_op.register_fake
+def _(tensors: list[Tensor], scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    _checks.on_one_device("funcattn::statistics", tensors)
+    lse = tensors[L]
+    return lse.new_empty(lse.shape), lse.new_empty(lse.shape)
 
 
 @torch.library.custom_op("funcattn::sweep", mutates_args=())

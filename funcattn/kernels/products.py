@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._autodiff import align, closed_jvp, sum_to, transforming
+from .. import _checks
+from .._autodiff import add, align, closed_jvp, is_recorded, sum_to, transforming
+from .masking import is_finite, weigh
 
 FEW = 8  # rows, at most, that compiled code multiplies by itself
 
@@ -56,6 +58,96 @@ class Product(Function):
             out = Product.apply(x, w.flatten(-2, -1))
             return out.unflatten(-1, w.shape[-2:]), out.dim() - 1
         return Product.apply(*align(in_dims, (x, w))), 0
+
+
+class MaskedSum(Function):
+    """sum_s x[r, s] w[s, d] over the pairs (r, s) that are seen, of x (*lead, R, S), w (*lead, S, D) and booleans as x.
+
+    What is hidden is left out, not weighed by zero: a tangent or cotangent that is NaN reaches what it is seen by alone.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, seen: Tensor) -> Tensor:
+        out = x @ w if x.device.type == "cpu" else None  # elsewhere, to look would be to wait
+        known = None if out is None else _checks.peek(out)
+        if out is not None and known is not None and is_finite([known]):
+            return out
+        return weigh(torch.where(seen, x, 0), w, x.dim() - 2, seen)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, w, seen = ctx.saved_tensors
+        dx = sum_to(MaskedDot.apply(g, w, seen), x) if ctx.needs_input_grad[0] else None
+        dw = sum_to(MaskedSum.apply(x.mT, g, seen.mT), w) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+    @closed_jvp
+    def jvp(ctx: Any, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None) -> Tensor | None:
+        x, w, seen = saved
+        one = None if dx is None else MaskedSum.apply(dx, w, seen)
+        return add(one, None if dw is None else MaskedSum.apply(x, dw, seen))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, seen: Tensor) -> tuple[Tensor, int]:
+        if in_dims[0] is None and in_dims[2] is None and in_dims[1] is not None:  # more columns, as in Product
+            w = w.movedim(in_dims[1], -2)
+            out = MaskedSum.apply(x, w.flatten(-2, -1), seen)
+            return out.unflatten(-1, w.shape[-2:]), out.dim() - 1
+        if in_dims[1] is None:
+            rows = _rows(info, in_dims, (x, w, seen))
+            out = MaskedSum.apply(rows[0], w, rows[2])
+            return out.unflatten(-2, (info.batch_size, -1)), out.dim() - 2
+        return MaskedSum.apply(*align(in_dims, (x, w, seen))), 0
+
+
+class MaskedDot(Function):
+    """x[r] . w[s] for the pairs (r, s) that are seen and 0 for the others, of x (*lead, R, D), w (*lead, S, D) and booleans."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, seen: Tensor) -> Tensor:
+        return torch.where(seen, x @ w.mT, 0)
+
+    setup_context = MaskedSum.setup_context
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, w, seen = ctx.saved_tensors
+        g = torch.where(seen, g, 0)
+        dx = sum_to(MaskedSum.apply(g, w, seen), x) if ctx.needs_input_grad[0] else None
+        dw = sum_to(MaskedSum.apply(g.mT, x, seen.mT), w) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+    @closed_jvp
+    def jvp(ctx: Any, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None) -> Tensor | None:
+        x, w, seen = saved
+        one = None if dx is None else MaskedDot.apply(dx, w, seen)
+        return add(one, None if dw is None else MaskedDot.apply(x, dw, seen))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, seen: Tensor) -> tuple[Tensor, int]:
+        if in_dims[1] is None:
+            rows = _rows(info, in_dims, (x, w, seen))
+            out = MaskedDot.apply(rows[0], w, rows[2])
+            return out.unflatten(-2, (info.batch_size, -1)), out.dim() - 2
+        return MaskedDot.apply(*align(in_dims, (x, w, seen))), 0
+
+
+def _rows(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Each tensor (*lead, R, X) with the mapped axis as more rows (*lead, B R, X), for a rule where w has no such axis."""
+    fold = lambda x, d: x.unsqueeze(-3).expand(*x.shape[:-2], info.batch_size, *x.shape[-2:]) if d is None else x.movedim(d, -3)
+    return [fold(x, d).flatten(-3, -2) for x, d in zip(tensors, in_dims, strict=True)]
+
+
+def hides(seen: Tensor | None, *tensors: Tensor) -> bool:
+    """True where hidden pairs must be left out of derivatives: a derivative may follow, and Functions may be called."""
+    if seen is None or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    return is_recorded(*tensors)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:

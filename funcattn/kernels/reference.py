@@ -14,27 +14,44 @@ from torch import Tensor
 
 from ..masks import Mask
 from ..records import Attended
-from . import unseen
+from . import products, unseen
 from .dtypes import accurate
-from .products import product
 from .unseen import Taken
 
 
-def logits(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
-    """scale * q @ k.mT as (*lead, H, T, S), query heads folded into rows so that k is never repeated."""
+def logits(q: Tensor, k: Tensor, scale: float | Tensor, seen: Tensor | None = None) -> Tensor:
+    """scale * q @ k.mT as (*lead, H, T, S), query heads folded into rows so that k is never repeated.
+
+    seen, where it is given, broadcasts to the logits: the derivatives of hidden pairs are then zero, of NaN too.
+    """
     H, T, D = q.shape[-3:]
     K = k.shape[-3]
     # torch.unflatten, not the method: torch.compile cannot trace that under a default device
     rows = torch.unflatten(q * scale, -3, (K, H // K)).flatten(-3, -2)  # (*lead, K, G T, D)
-    return torch.unflatten(product(rows, k.mT), -2, (H // K, T)).flatten(-4, -3)
+    if seen is not None and products.hides(seen, q, k, *([scale] if isinstance(scale, Tensor) else [])):
+        S = products.MaskedDot.apply(rows, k, _rows(seen, H, T, k.shape[-2], K))
+    else:
+        S = products.product(rows, k.mT)
+    return torch.unflatten(S, -2, (H // K, T)).flatten(-4, -3)
 
 
-def mix(P: Tensor, v: Tensor) -> Tensor:
-    """P @ v as (*lead, H, T, Dv), v never repeated for the query heads that share it."""
-    H, T = P.shape[-3:-1]
+def mix(P: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """P @ v as (*lead, H, T, Dv), v never repeated for the query heads that share it; seen as in `logits`."""
+    H, T, S = P.shape[-3:]
     K = v.shape[-3]
     rows = torch.unflatten(P, -3, (K, H // K)).flatten(-3, -2)
-    return torch.unflatten(product(rows, v), -2, (H // K, T)).flatten(-4, -3)
+    if seen is not None and products.hides(seen, P, v):
+        out = products.MaskedSum.apply(rows, v, _rows(seen, H, T, S, K))
+    else:
+        out = products.product(rows, v)
+    return torch.unflatten(out, -2, (H // K, T)).flatten(-4, -3)
+
+
+def _rows(seen: Tensor, H: int, T: int, S: int, K: int) -> Tensor:
+    """Booleans that broadcast to (*lead, H, T, S) as those of rows, (*lead, K, H / K T, S)."""
+    seen = seen.reshape(*[1] * (3 - seen.dim()), *seen.shape)
+    seen = seen.expand(*seen.shape[:-3], H, T, S)
+    return torch.unflatten(seen, -3, (K, H // K)).flatten(-3, -2)
 
 
 def visible(mask: Mask | Tensor, S: int) -> Tensor:
@@ -60,7 +77,7 @@ def _weigh(
     x: Taken, seen: Tensor | None, scale: float | Tensor, bias: Tensor | None, wants_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The weights, and where it is wanted lse (*lead, H, T)."""
-    S = logits(accurate(x.q, bias), accurate(x.k, bias), scale)
+    S = logits(accurate(x.q, bias), accurate(x.k, bias), scale, seen)
     if not x.k.shape[-2]:
         return S, S.new_full(S.shape[:-1], float("-inf"))
     if bias is not None:
@@ -97,5 +114,5 @@ def attend(
     P, lse = _weigh(x, seen, scale, bias, wants_lse)
     P = P if keep is None else P * keep
     spoilt = unseen.poison(x.bad_v, P, seen)
-    out = mix(P if spoilt is None else P * spoilt, accurate(x.v, bias)).to(v.dtype)
+    out = mix(P if spoilt is None else P * spoilt, accurate(x.v, bias), seen).to(v.dtype)
     return Attended(unseen.without_blind(out, x.blind), out.new_zeros(()) if lse is None else lse.expand(out.shape[:-1]))

@@ -21,7 +21,7 @@ from ..collectives import axis_index, axis_size, enter, pmax, ppermute, psum
 from ..masks import Mask
 from ..records import Attended
 from .door import attend
-from .merging import merge
+from .merging import Partial, join, partial
 
 
 def zigzag(x: Tensor, n: int, *, dim: int = -1) -> Tensor:
@@ -99,14 +99,16 @@ def ring(
         _checks.fail("ring", "k", f"of the {T} tokens of q", _checks.shape(k), remedy)
     mine = places(T, axis).to(q.device)
     mask = _seen(mine, axis_index(axis).to(q.device), T // 2, n) if causal else None
-    found = attend(q, k, v, mask, scale=scale, kernel=kernel)
+    if n == 1:
+        return attend(q, k, v, mask, scale=scale, kernel=kernel)
+    found = partial(q, k, v, mask, scale=scale, kernel=kernel)
     pairs = [(i, (i + 1) % n) for i in range(n)]
     for step in range(1, n):
         k, v = ppermute(k, axis, pairs), ppermute(v, axis, pairs)
         whose = (axis_index(axis).to(q.device) - step) % n
         mask = _seen(mine, whose, T // 2, n) if causal else None
-        found = merge(found, attend(q, k, v, mask, scale=scale, kernel=kernel))
-    return found
+        found = join(found, partial(q, k, v, mask, scale=scale, kernel=kernel))
+    return found.attended
 
 
 def _seen(places: Tensor, whose: Tensor, C: int, n: int) -> Mask:
@@ -125,14 +127,21 @@ def merge_over(attended: Attended, axis: str) -> Attended:
 
     Law: equals attention over all keys, with every derivative (test_rings.py::test_a_past_in_parts_is_one_past).
     """
-    out, lse = attended
+    return join_over(Partial(*attended), axis).attended
+
+
+def join_over(one: Partial, axis: str) -> Partial:
+    """`merge_over` of attention that still knows its log-sum-exp to twice the precision: exact whatever the level of the logits."""
+    out, lse, rest = one
     nothing = float("-inf")
     greatest = pmax(lse.detach(), axis)  # any number serves: it cancels
     greatest = torch.where(greatest == nothing, 0, greatest)
     none = lse == nothing
-    mass = torch.where(none, 0, (torch.where(none, 0, lse) - greatest).exp())
+    mass = torch.where(none, 0, ((torch.where(none, 0, lse) - greatest) + rest).exp())
     total = psum(mass, axis)
     empty = total == 0
     share = mass / enter(torch.where(empty, 1, total), axis)
     mixed = psum(share.unsqueeze(-1) * out.to(share.dtype), axis)
-    return Attended(mixed.to(out.dtype), torch.where(empty, nothing, torch.where(empty, 1, total).log() + greatest))
+    log = torch.where(empty, 1, total).log()
+    whole = log + greatest
+    return Partial(mixed.to(out.dtype), torch.where(empty, nothing, whole), ((greatest - whole) + log).detach())

@@ -161,6 +161,20 @@ def attention_with_score(
 
     Law: derivatives are those of the dense formula (test_scores.py::test_derivatives_agree_with_the_dense_formula).
     """
+    return Attended(*stream(q, k, v, score, mask, scale=scale, parameters=parameters)[:2])
+
+
+def stream(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Callable[..., Tensor],
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    parameters: tuple[Any, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out and lse of `attention_with_score`, and what lse in one number has no room for, a constant to derivatives."""
     r = door._request(DOOR, q, k, v, mask, scale, None)
     if not isinstance(parameters, tuple):
         remedy = "Put a single one in a tuple of its own: parameters=(table,)."
@@ -172,7 +186,7 @@ OfTensors = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]  # a 
 
 
 @torch.compiler.disable
-def _attend(r: door.Request, score: Callable[..., Tensor], parameters: tuple[Any, ...]) -> Attended:
+def _attend(r: door.Request, score: Callable[..., Tensor], parameters: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     leaves, tree = pytree.tree_flatten(parameters)
     places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -185,7 +199,7 @@ def _attend(r: door.Request, score: Callable[..., Tensor], parameters: tuple[Any
     return _stream(r, of_tensors, tensors)
 
 
-def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> Attended:
+def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, blind, *flags = unseen.take_out(accurate(r.q), accurate(r.k), accurate(r.v), r.mask)
     bad = [x for x in flags if x is not None]
     H, T, S = *q.shape[-3:-1], k.shape[-2]
@@ -198,7 +212,8 @@ def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> 
         return 1.0 if factor is None else factor
 
     def logits(i: Tensor, j: Tensor, q: Tensor, k: Tensor, scale: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
-        s, seen = reference.logits(q, k, scale), _seen(rest[: len(mask)], j)
+        seen = _seen(rest[: len(mask)], j)
+        s = reference.logits(q, k, scale, seen)
         if flags[0] is not None:
             s = s * spoilt(rest[len(mask)], s, seen)
         s = score(s, _indices(s, i, j), rest[len(mask) + len(bad) :]).to(s.dtype)
@@ -216,7 +231,7 @@ def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> 
         if flags[1] is not None:
             seen = s != NOTHING if seen is None else seen & (s != NOTHING)
             p = p * spoilt(x[5 + len(mask) + len(bad) - 1], p, seen)
-        return mass, reference.mix(p, v)
+        return mass, reference.mix(p, v, seen)
 
     query, key = Axes(query=-2), Axes(key=-2)
     common = (Axes(query=-1), Axes(key=-1), query, key, Axes(), *mask_axes, *[key] * len(bad), *[Axes()] * len(parameters))
@@ -232,8 +247,10 @@ def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> 
     m, n = rematerialization.run(total, (shift, v, *x), **names)
     empty = m == 0
     m = torch.where(empty, 1, m)
-    lse = torch.where(empty, NOTHING, shift + m.log()).squeeze(-1)
-    return Attended(unseen.without_blind((n / m).to(r.v.dtype), blind), lse.expand(*r.lead, H, T))
+    whole = shift + m.log()
+    lse, rest = torch.where(empty, NOTHING, whole), ((shift - whole) + m.log()).detach()
+    out = unseen.without_blind((n / m).to(r.v.dtype), blind)
+    return out, lse.squeeze(-1).expand(*r.lead, H, T), rest.squeeze(-1).expand(*r.lead, H, T)
 
 
 def _mask_inputs(mask: Mask | Tensor | None, T: int, S: int) -> tuple[list[Tensor], list[Axes]]:

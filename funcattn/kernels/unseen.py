@@ -44,9 +44,17 @@ def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None)
         q = torch.where(blind, 0, q)
     if hidden is not None:
         k, v = torch.where(hidden, 0, k), v if v is None else torch.where(hidden, 0, v)
+    if q.shape[-2] == 1 and _is_one_row(mask):  # what it does not see is taken out
+        return Taken(q, k, k if v is None else v, blind)
     k, bad_k = _finite(k)
     v, bad_v = (k, None) if v is None else _finite(v)
     return Taken(q, k, v, blind, bad_k, bad_v)
+
+
+def _is_one_row(mask: Mask | Tensor) -> bool:
+    """True where a mask of one query is the same for all heads and examples."""
+    lead = mask.start.shape[:-2] if isinstance(mask, Mask) else mask.shape[:-2]
+    return all(n == 1 for n in lead)
 
 
 def poison(bad: Tensor | None, like: Tensor, seen: Tensor | None) -> Tensor | None:

@@ -226,11 +226,11 @@ def attend(
             _checks.fail("decoder", f"config.{name}", "none over 'context'", given, remedy)
     if not past:
         return kernels.ring(q, k, v, CONTEXT, scale=config.scale, kernel=kernel).out
-    new = kernels.attend(q, k, v, mask, scale=config.scale, kernel=kernel)
+    new = kernels.partial(q, k, v, mask, scale=config.scale, kernel=kernel)
     query = enter(q, CONTEXT)
-    held = [kernels.attend(query, *part[:2], None if is_absent(part.mask) else part.mask, scale=config.scale) for part in past]
-    before = kernels.merge_over(functools.reduce(kernels.merge, held), CONTEXT)
-    return kernels.merge(before, new).out
+    held = [kernels.partial(query, *part[:2], None if is_absent(part.mask) else part.mask, scale=config.scale) for part in past]
+    before = kernels.join_over(functools.reduce(kernels.join, held), CONTEXT)
+    return kernels.join(before, new).out
 
 
 def leave(x: Tensor) -> Tensor:

@@ -7,6 +7,6 @@ them. Deterministic: no atomics anywhere. Where the kernels cannot run a sweep (
 Under TRITON_INTERPRET=1 (set before Triton is imported) the same kernels run on CPU, in numpy: for tests.
 """
 
-from .launching import attend, obstacle, obstacle_to_attend, obstacle_to_push, push, sweep
+from .launching import attend, obstacle, obstacle_to_attend, obstacle_to_push, push, statistics, sweep
 
-__all__ = ["attend", "obstacle", "obstacle_to_attend", "obstacle_to_push", "push", "sweep"]
+__all__ = ["attend", "obstacle", "obstacle_to_attend", "obstacle_to_push", "push", "statistics", "sweep"]

@@ -144,6 +144,14 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.d
     return [functools.reduce(torch.add, some).to(dtype) for some, dtype in zip(found, dtypes, strict=True)]
 
 
+def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp as the sum of two numbers, as `blocks.statistics` gives it; lse has the leading axes of all."""
+    shift, level = _statistics(q, k, lse, intervals(mask), scale)
+    greatest = shift * scale
+    whole = greatest + level
+    return whole, torch.where(whole.isfinite(), (greatest - whole) + level, 0)
+
+
 def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: tuple[Tensor, Tensor] | None, scale: float) -> tuple[Tensor, Tensor]:
     """For each query the shift and the level of its weights, of the shape of lse: see `softmax.statistics`."""
     q, sign = (-q.detach(), -1) if scale < 0 else (q.detach(), 1)
