@@ -1,5 +1,7 @@
 """What remat computes again runs under the modes, the autocast and the values of the first time."""
 
+import contextvars
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcattn as fa
 from funcattn import replaying
+from funcattn._context import ContextValue
 from funcattn.interop import override_sdpa
 from funcattn.kernels import choice
 
+FACTOR = contextvars.ContextVar("factor", default=1.0)
+VALUE: ContextValue[str] = ContextValue("replayed", "")
 EXACT = {"atol": 1e-9, "rtol": 1e-9}  # float64: a second derivative of a softmax over 20 keys
 
 
@@ -97,6 +102,27 @@ def test_values_of_the_context_are_those_of_the_first_time():
     assert seen == ["reference"] * 2
     assert choice.current() is choice._forced._of_thread.last is None
     torch.testing.assert_close(leaf.grad, 5 * (5 * plain).cos(), **EXACT)
+
+
+def test_a_context_variable_of_a_users_own_has_the_value_of_the_first_time():
+    leaf = normal(4).requires_grad_()
+    token = FACTOR.set(3.0)
+    value = fa.remat(lambda x: (FACTOR.get() * x).sin().sum())(leaf)
+    FACTOR.reset(token)
+    value.backward()
+    torch.testing.assert_close(leaf.grad, 3 * (3 * leaf).cos().detach(), **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_that_runs_again_reads_the_values_of_the_first_time(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: (len(VALUE.get()) * x).sin(), backend=backend)
+    leaf = normal(4).requires_grad_()
+    with VALUE.holding("three"):
+        value = fa.remat(compiled)(leaf).sum()
+    with VALUE.holding("of another length"):
+        value.backward()
+    torch.testing.assert_close(leaf.grad, 5 * (5 * leaf).cos().detach(), **EXACT)
 
 
 def test_a_remat_within_a_remat_keeps_the_modes_of_both():
