@@ -454,3 +454,11 @@ DELTA = step([1, 2, 3])
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong()
+
+
+@pytest.mark.parametrize(
+    ("earlier", "name"),
+    [("broken", "overflowed"), ("join", "flatten"), ("follow", "fork"), ("commit_own", "commit_donated")],
+)
+def test_an_earlier_name_is_the_same_verb(earlier, name):
+    assert getattr(caches, earlier) is getattr(caches, name)

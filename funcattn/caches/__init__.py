@@ -52,6 +52,10 @@ from .sharded import CONTEXT, ShardedCache
 from .sliding_window import Ring, ring
 from .static import Memory
 
+# Earlier names, which go on working.
+broken, join, follow, commit_own = overflowed, flatten, fork, commit_donated
+Coded, Spread = QuantizedBlock, ShardedCache
+
 __all__ = [
     "CONTEXT",
     "DONATED",
