@@ -78,6 +78,9 @@ def write(cache: Any, delta: Delta, n: Any, donate: bool) -> Any:
     _unknown("write", cache)
 
 
+_write = write  # its name before it was public: kinds of others register with it
+
+
 @door
 @functools.singledispatch
 def grow(cache: Any, rows: int) -> Any:
