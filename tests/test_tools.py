@@ -69,7 +69,6 @@ def test_meta_tensors_have_shapes(kernel, queries):
 
 
 @pytest.mark.parametrize("queries", [T, 4])
-@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of each number that it takes for a constant
 def test_jit_trace_gives_a_graph(queries):
     k, other = normal(1, 1, 1, queries, D), normal(2, 1, H, queries, D)
     for mask in (None, fa.masks.causal(queries)):
@@ -82,7 +81,6 @@ def test_jit_trace_gives_a_graph(queries):
             )
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_jit_trace_knows_sizes_of_masks_and_dropout():
     q, other = normal(0, 1, H, T, D), normal(2, 1, H, T, D)
     f = lambda q, key: fa.attention(q, q, q, fa.masks.causal(q.shape[-2]), dropout=0.3, key=key)
