@@ -22,7 +22,7 @@ from ..masks import Mask
 from ..models import Made, Model, written
 from ..records import ABSENT, is_absent
 from . import lengths, parallel
-from .blocks import Block, block
+from .layer import Block, block
 from .config import Config, Kind
 from .weights import Layer, Params, initialize
 
