@@ -390,7 +390,7 @@ def test_a_few_tokens_are_multiplied_in_one_loop_over_the_matrix(really):
     ("call", "error", "message"),
     [
         (lambda: fa.compile("model"), TypeError, r"compile: model should be from fa\.decoder, got a str"),
-        (lambda: fa.compile(fa.decoder(CONFIG)._replace(hidden=print)), TypeError, "got a Model"),
+        (lambda: fa.compile(fa.Model(*[print] * 4)), TypeError, "got a Model"),
         (lambda: fa.compile(fa.decoder(CONFIG), depth=0), ValueError, "depth should be from 1 to the 2 layers, got 0"),
         (lambda: fa.compile(fa.decoder(CONFIG), depth=5), ValueError, "got 5"),
     ],

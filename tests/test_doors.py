@@ -252,7 +252,7 @@ def test_the_functions_of_a_model_say_what_was_forgotten_or_is_of_another_kind(m
     mistakes = [
         *(getattr(model, name) for name in model._fields),
         lambda: model.extend(PARAMS),
-        lambda: model.apply(PARAMS, PROMPT),
+        lambda: model.apply(PARAMS),
         lambda: model.hidden(PARAMS, [1, 2]),
         lambda: model.hidden(PARAMS, PROMPT, positions=[0, 1, 2]),
         lambda: model.hidden(PARAMS, PROMPT, positions=torch.arange(4)),

@@ -3,6 +3,7 @@
 Wrappers: a replaced function, `fa.sharding.candidates`, `fa.compile`, `fa.shard_map` over a Grid, and these in each other.
 """
 
+import dataclasses
 import functools
 import gc
 import inspect
@@ -135,6 +136,51 @@ def test_candidates_stay_candidates_in_every_wrapper(wrapper):
     assert model.extend(PARAMS, PROMPT)[0].isfinite().sum(-1).tolist() == [3] * 5
 
 
+# Two wrappers in both orders, and what they say together: functions that the outer one puts in count.
+
+FEWER = fa.sharding.candidates(MODEL, 3).logits
+WRAP = {
+    "compile": (compiled, {}),
+    "candidates": (lambda model: fa.sharding.candidates(model, 3), {"logits": FEWER}),
+    "logits": (lambda model: model._replace(logits=shifted), {"logits": shifted}),
+    "hidden": (lambda model: model._replace(hidden=bent), {"hidden": bent}),
+    "shard_map": (lambda model: fa.shard_map(model, Grid(tensor=2)), {}),
+}
+PAIRED = ("extend", "extend behind a past", "apply", "generate", "stream", "speculate", "beams", "score", "loss")
+REFUSED = {("logits", "candidates"), ("candidates", "candidates")}  # of whose logits the k best are chosen
+AGAIN = fa.decoder(CONFIG, remat=True)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [*itertools.product(WRAP, WRAP)])
+def test_two_wrappers_say_what_they_say_in_either_order(inner, outer):
+    if (inner, outer) in REFUSED:
+        with pytest.raises(TypeError, match=r"candidates: .* got a Model with another logits"):
+            WRAP[outer][0](WRAP[inner][0](MODEL))
+        return
+    if inner == outer == "shard_map":
+        with pytest.raises(ValueError, match="divisible into 2 parts along 'tensor'"):
+            WRAP[outer][0](WRAP[inner][0](MODEL)).extend(PARAMS, PROMPT)
+        return
+    says = WRAP[inner][1] | WRAP[outer][1]
+    for core in (MODEL, AGAIN):
+        model = WRAP[outer][0](WRAP[inner][0](core))
+        for verb in PAIRED if core is MODEL else ("extend", "extend behind a past", "loss"):
+            said = wanted(verb, says.get("hidden"), says.get("logits"))
+            torch.testing.assert_close(VERBS[verb](model), said, rtol=2e-4, atol=2e-4, msg=lambda m, verb=verb: f"{verb}: {m}")
+
+
+@pytest.mark.parametrize("wrapper", WRAP)
+def test_compiling_a_wrapped_model_is_wrapping_a_compiled_one(wrapper):
+    wrap, _ = WRAP[wrapper]
+    around, inside = compiled(wrap(fa.decoder(CONFIG))), wrap(compiled(fa.decoder(CONFIG)))
+    for model in (around, inside):
+        assert isinstance(model, fa.compilation.Compiled)
+        model.extend(PARAMS, DRAFT[:1], PAST)
+        assert len(model.code) == {"compile": 2, "candidates": 2, "shard_map": 0}.get(wrapper, 1)  # layers, and the head
+    assert repr(around) == repr(inside)
+    assert around.explain(PARAMS) == inside.explain(PARAMS)
+
+
 def test_the_loss_of_candidates_on_a_mesh_is_theirs():
     few = fa.sharding.candidates(MODEL, 3)
     rules = fa.sharding.tensor_parallel(CONFIG, size=2)
@@ -198,19 +244,20 @@ def test_logits_that_read_a_layer_are_given_it():
 def test_what_is_made_of_others_is_not_replaced_without_a_word(name):
     for wrong in (
         lambda: MODEL._replace(**{name: print}),
-        lambda: fa.Model(*[print] * 4, **{name: print}),
         lambda: compiled(MODEL)._replace(**{name: print}),
     ):
         with pytest.raises(TypeError, match=f"{name} should be left to be made of hidden and logits"):
             wrong()
+    with pytest.raises(TypeError, match=r"Model: the arguments should be \(init, cache, hidden, logits, commit"):
+        fa.Model(*[print] * 4, **{name: print})
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: MODEL._replace(hiden=print), "_replace: functions should be some of init, cache, hidden, logits, got 'hiden'"),
-        (lambda: fa.compile(MODEL._replace(hidden=bent)), "got a Model with another hidden"),
-        (lambda: fa.compile(fa.shard_map(MODEL, Grid(tensor=2))), "got a Model with another cache and hidden"),
+        (lambda: fa.compile(plain(bent, None)), "compile: model should be from fa.decoder, got a Model"),
+        (lambda: fa.compile(dataclasses.replace(plain(bent, None), config=CONFIG)), "got a Model with another cache and hidden"),
         (lambda: fa.sharding.candidates(MODEL._replace(logits=shifted), 2), "got a Model with another logits"),
         (lambda: drafters.skip(MODEL._replace(hidden=bent), PARAMS, [0]), "got a Model with another hidden"),
     ],
@@ -231,7 +278,41 @@ def test_a_model_is_a_value():
     assert config_of(MODEL._replace(hidden=bent), "hidden") is config_of("a text", "hidden") is None
     with pytest.raises(AttributeError):
         MODEL.hidden = bent
-    assert repr(MODEL) == "Model(init, cache, hidden, logits, extend, apply)"
+
+
+def test_a_model_prints_how_it_was_made():
+    said = "decoder(Config(vocabulary=16, width=8, heads=2, head_size=4, feed_forward=8))"
+    assert repr(MODEL) == f"Model: {said}"
+    model = fa.sharding.candidates(compiled(MODEL), 3)._replace(hidden=bent, init=functools.partial(MODEL.init))
+    said = f"_replace(hidden=bent, init=partial) of candidates(k=3) of compile(backend='eager') of {said}"
+    assert repr(model) == f"Compiled: {said}"
+    assert repr(fa.shard_map(AGAIN, Grid(tensor=2))).startswith("Model: shard_map(mesh=Grid(axes=(('tensor', 2),))) of decoder(")
+    assert repr(AGAIN).endswith("feed_forward=8), remat=True)")
+    assert repr(fa.Model(*[print] * 4)) == "Model: init=print, cache=print, hidden=print, logits=print"
+    scaling = fa.layers.RopeScaling(kind="linear", factor=2.0)
+    assert repr(fa.decoder(fa.Config(rope_scaling=scaling))) == (
+        "Model: decoder(Config(rope_scaling=RopeScaling(kind='linear', factor=2.0)))"
+    )
+
+
+def test_signatures_show_values_and_no_addresses():
+    functions = [fa.decoder, fa.compile, fa.Model, fa.compilation.Compiled, *MODEL, *compiled(MODEL), compiled(MODEL).step]
+    for f in functions:
+        assert " at 0x" not in str(inspect.signature(f)), f
+    for f in (MODEL.hidden, MODEL.extend, MODEL.apply):
+        assert inspect.signature(f).parameters["cache"].default == ()
+        assert "= ()" in str(inspect.signature(f))
+    for f in MODEL:
+        assert "(" in inspect.getdoc(f)  # shapes
+
+
+def test_a_text_is_applied_without_a_cache():
+    logits, cache = MODEL.apply(PARAMS, PROMPT)
+    wanted, filled = MODEL.apply(PARAMS, PROMPT, MODEL.cache(5))
+    assert torch.equal(logits, wanted)
+    assert fa.tree.allclose(cache, filled)
+    with pytest.raises(ValueError, match=r"apply: tokens should be one sequence \(T,\), got \(2, 5\)"):
+        MODEL.apply(PARAMS, torch.stack([PROMPT, PROMPT]))
 
 
 def test_help_says_what_each_function_takes():

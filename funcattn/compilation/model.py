@@ -23,7 +23,7 @@ Source: Ansel et al., PyTorch 2, ASPLOS 2024.
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from .._autodiff import has_tangent, transforming
 from .._doors import door
 from ..caches import Branch, Cache, Delta
 from ..masks import Mask
-from ..models import Model, config_of, told
+from ..models import Made, Model, at_core, told, written
 from ..records import ABSENT
 from ..transformer import Params
 from .conditions import is_dense, is_plain
@@ -81,12 +81,13 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     compiling it again costs nothing, and goes with it.
 
     Args:
-        model: from `fa.decoder`.
+        model: from `fa.decoder`. One that wraps a decoder (candidates, a replaced function, shard_map)
+            is the same wrapped around the compiled decoder, and a function that was replaced runs as it is.
         depth: layers of one compiled function; None takes the largest divisor of their number up to 5 (of one kind of sequence).
         backend: of torch.compile.
 
     Raises:
-        TypeError: not a model of `fa.decoder`, or one whose hidden was replaced. A replaced logits is kept, and runs as it is.
+        TypeError: not a model of `fa.decoder`.
 
     Example:
         >>> import funcattn as fa
@@ -96,15 +97,21 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         torch.Size([4])
 
     Law: every function equals that of the model it was made of, under every transform (test_compilation.py).
+    Law: compiling a wrapped model is wrapping the compiled one (test_models.py).
     """
-    config = config_of(model, "hidden")
-    if config is None:
-        remedy = "Make it with fa.decoder(config), compile it, and wrap or replace then; torch.compile takes any other function."
-        _checks.fail("compile", "model", "from fa.decoder", told(model), remedy, TypeError)
+    if not isinstance(model, Model):
+        _refuse(model)
     if not isinstance(backend, str) and not callable(backend):
         _checks.fail("compile", "backend", "the name of one of torch.compile", repr(backend), 'Such as "inductor".', TypeError)
+    return at_core(model, lambda core: _compiled(core, depth, backend))  # pyright: ignore[reportReturnType]
+
+
+def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
+    """`compile` of a decoder that nothing wraps."""
+    config = model.config
+    if config is None or model.made is None:
+        _refuse(model)
     stack = Stack(config, model.kernel, depth, backend, model.code)
-    is_own = config_of(model, "logits") is not None
 
     @door
     @functools.wraps(model.hidden)
@@ -128,18 +135,24 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         weight = transformer.head(params)
         return stack.logits(weight, hidden) if is_plain(weight, hidden) else model.logits(params, hidden)
 
-    return Compiled(
-        model.init,
-        model.cache,
-        hidden,
-        logits if is_own else model.logits,
-        config=config,
-        kernel=model.kernel,
-        replaced=model.replaced,
-        code=model.code,
-        wrap=lambda other: compile(other, depth=depth and min(depth, other.config.layers), backend=backend),
-        stack=stack,
+    def again(other: Model) -> Model:
+        """Of a smaller model, the depth is its own; a compiled one stays as it was compiled."""
+        if isinstance(other, Compiled):
+            return other
+        return compile(other, depth=depth and min(depth, other.config.layers), backend=backend)
+
+    options = {"depth": depth} if depth is not None else {}
+    options |= {"backend": backend} if backend != "inductor" else {}
+    made = Made(written("compile", **options), again, model)
+    fast = Compiled(
+        model.init, model.cache, hidden, logits, config=config, kernel=model.kernel, code=model.code, made=made, stack=stack
     )
+    return fast
+
+
+def _refuse(model: Any) -> NoReturn:
+    remedy = "Make it with fa.decoder(config), and wrap or replace then; torch.compile takes any other function."
+    _checks.fail("compile", "model", "from fa.decoder", told(model), remedy, TypeError)
 
 
 def _tail(cache: Any) -> Cache:

@@ -18,13 +18,13 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
+from .. import _checks, caches, tree
 from .._autodiff import has_tangent, transforming
 from .._doors import door
 from ..caches import Branch, Cache, Delta
 from ..collectives import agree
 from ..masks import Mask
-from ..models import Model
+from ..models import Model, written
 from ..records import ABSENT, is_absent
 from ..transformer import TENSOR, cache_layers
 from .devices import bind, refuse_transform, stacked
@@ -46,14 +46,10 @@ def sharded(model: Model, mesh: Mesh) -> Model:
             "shard_map", "model", wanted, f"a {type(model).__name__} of another make", "Make it with fa.decoder(config).", TypeError
         )
     run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
-    functions = {name: door(run(name, getattr(model, name)), name=name) for name in Model._fields}
-    return Model(
-        *(functions[name] for name in Model.FUNCTIONS),
-        config=model.config,
-        kernel=model.kernel,
-        replaced=model.replaced | {"cache", "hidden"},  # of sharded params, and of pasts in parts
-        made=lambda hidden, logits: (functions["extend"], functions["apply"]),
-    )
+    functions = {name: door(run(name, getattr(model, name)), name=name) for name in Model.FUNCTIONS}
+    commit = None if isinstance(mesh, Grid) else run("commit", model.commit or caches.commit)
+    name = written("shard_map", mesh=mesh)
+    return model.wrap(name, lambda other: sharded(other, mesh), commit=commit, **functions)
 
 
 def _speak(mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
@@ -72,7 +68,8 @@ def _speak(mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]
             flat, structure = optree.tree_flatten(whole)
             held = [local(x, spec_of(x), mesh) if is_distributed(x) else x for x in flat]
             with bind(mesh, names):
-                if name in ("hidden", "extend") and len(args) < 3 and "cache" not in options:  # not of decoding, token by token
+                cache = args[2] if len(args) > 2 else options.get("cache", ABSENT)
+                if name == "hidden" and is_absent(cache):  # not of decoding, token by token
                     agree("shard_map", {"tokens": args[1:]})
                 return f(*optree.tree_unflatten(structure, held), **options)
 
@@ -113,13 +110,13 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], C
             flat, structure = optree.tree_flatten(given)
             each: Any = (P(TENSOR),) * cache_layers(config)
             rows = Delta(each, each)
-            out = P() if name == "logits" else (P(), past(args[-1]) if name == "apply" else rows)
+            out = P() if name == "logits" else (P(), rows)
             return stacked(
                 lambda params, *rest: f(params, *rest[:-1], **rest[-1]),
                 *(mesh, flat, structure, tree.leaves(cuts, is_leaf=is_spec), out, tuple(axes_of(mesh))),
             )
 
-        if name in ("logits", "apply"):
+        if name == "logits":
             return functools.wraps(f)(mapped)
 
         @functools.wraps(f)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks, collectives, transformer
 from .._doors import door
 from ..collectives import all_gather, axis_index, pmax, psum, share
-from ..models import Model, config_of, told
+from ..models import Model, config_of, told, written
 from ..transformer import TENSOR
 from ..tree import Tree
 
@@ -66,7 +66,7 @@ def candidates(model: Model, k: int) -> Model:
 
     Law: greedy and top_k draw the same tokens (test_sharding.py::test_candidates_draw_what_all_logits_draw).
     """
-    config = config_of(model, "hidden", "logits")
+    config = config_of(model, "logits")
     if config is None:
         remedy = "Make it with fa.decoder(config), and replace or shard what comes of it."
         _checks.fail("candidates", "model", "from fa.decoder", told(model), remedy, TypeError)
@@ -85,7 +85,7 @@ def candidates(model: Model, k: int) -> Model:
         nothing = torch.full((*values.shape[:-1], V), float("-inf"), dtype=values.dtype, device=values.device)
         return nothing.scatter(-1, ids, values)
 
-    return model._replace(logits=logits)
+    return model.wrap(written("candidates", k=k), lambda other: candidates(other, k), replaced=("logits",), logits=logits)
 
 
 def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,12 @@ weights    Layer, Params, shapes, initialize
 partition  how each weight is divided over the devices of a mesh: the table
 parallel   what a device with a part of the weights says to the others
 lengths    reading behind a past where rotary angles follow the length of the text
-blocks     one layer as a pure function: attention over the past and the new tokens, then the feed-forward
+layer      one layer as a pure function: attention over the past and the new tokens, then the feed-forward
 model      decoder(config) -> Model
 rereading  loops over such a past: what is read first, what is read again
 """
 
-from .blocks import Block, block
+from .layer import Block, block
 from .config import Config, Kind
 from .lengths import cache_layers, continues, length_of, noted
 from .model import begin, decoder, finish, head, locate, predict, predict_own, share

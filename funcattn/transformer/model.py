@@ -19,10 +19,10 @@ from ..caches import Cache, Delta
 from ..collectives import bound
 from ..layers import Rotation
 from ..masks import Mask
-from ..models import Model
+from ..models import Made, Model, written
 from ..records import ABSENT, is_absent
 from . import lengths, parallel
-from .blocks import Block, block
+from .layer import Block, block
 from .config import Config, Kind
 from .weights import Layer, Params, initialize
 
@@ -36,7 +36,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
         hidden(params, tokens, cache=(), *, mask=None, positions=None) -> (hidden, delta)
         logits(params, hidden) -> logits
         extend(params, tokens, cache=(), *, mask=None, positions=None) -> (logits, delta)
-        apply(params, tokens, cache) -> (logits, cache)
+        apply(params, tokens, cache=()) -> (logits, cache)
 
     With no past (`cache=()`) tokens are int64 (*lead, T), leading axes free: training is
     `model.logits(params, model.hidden(params, tokens)[0])`. With a past, tokens are one sequence (T,), and `vmap` makes batches.
@@ -152,7 +152,10 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
             _checks.fail("decoder", "hidden", f"(*lead, E) with E = {config.width}", what_is(hidden), remedy)
         return predict(config, weight, hidden)
 
-    return Model(init, cache, hidden, logits, config=config, kernel=kernel)
+    options = {"kernel": kernel} if kernel is not None else {}
+    options |= {"remat": remat} if remat else {}
+    made = Made(written("decoder", config, **options), lambda config: decoder(config, kernel, remat=remat))
+    return Model(init, cache, hidden, logits, config=config, kernel=kernel, made=made)
 
 
 def _place(number: int, config: Config, kind: Kind, weights: Layer, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:

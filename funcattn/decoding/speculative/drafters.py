@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import _checks, caches, collectives, randomness, sampling, transformer, tree
 from ..._doors import door, uncalled, what_is
 from ...caches import Branch, Cache
-from ...models import Model, config_of, told
+from ...models import Model, at_core, config_of, told
 from ...records import ABSENT, record
 from ...sampling import Sampler
 from ..generation import _commit, _prefill
@@ -179,11 +179,10 @@ def skip(
     left = [i for i in range(config.layers) if i not in out]
     each = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fewer = {name: tuple(x[i] for i in left) for name, x in each.items() if isinstance(x, tuple) and len(x) == config.layers}
-    smaller = transformer.decoder(dataclasses.replace(config, layers=len(left), **fewer), model.kernel)
-    if "logits" in model.replaced:
-        smaller = smaller._replace(logits=model.logits)
+    smaller = dataclasses.replace(config, layers=len(left), **fewer)
+    draft = at_core(model, lambda core: core.made.again(smaller) if core.made else core)
     weights = params._replace(layers=tuple(params.layers[i] for i in left))
-    return _model(smaller if model.wrap is None else model.wrap(smaller), weights, length=length, sampler=sampler, chunk=chunk)
+    return _model(draft, weights, length=length, sampler=sampler, chunk=chunk)
 
 
 @record
