@@ -8,7 +8,7 @@ from torch.func import grad, jvp, vmap
 import funcattn as fa
 from funcattn import collectives, sharding, tree
 from funcattn.sharding import P, fsdp, shard_map, specs, tensor_parallel
-from funcattn.sharding.partitions import is_spec
+from funcattn.sharding.mesh import is_spec
 from funcattn.sharding.storing import spec_of
 
 CONFIG = fa.Config(vocabulary=48, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24, qkv_bias=True)

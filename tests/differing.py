@@ -32,7 +32,16 @@ def differing(rank, n):
     fit = lambda key, text: fa.training.fit(
         key, model, held, text, optimizer=fa.training.sgd(1e-2), steps=1, rows=2, context=8, specs=cuts, progress=False
     )
+    cold = fa.sampling.temperature(0.7 if rank else 1.0)
+    drafter = fa.drafters.model(model, held, length=2)
     inside = {
+        "alike, drafted by parts of weights": lambda: fa.speculate(key, model, held, drafter, tokens, steps=2, sampler=draws),
+        "generate sampler": lambda: fa.generate(key, model, held, tokens, steps=2, sampler=cold),
+        "stream sampler": lambda: list(fa.stream(key, model, held, tokens, steps=2, sampler=cold)),
+        "speculate sampler": lambda: fa.speculate(key, model, held, lookup, tokens, steps=2, sampler=cold),
+        "speculate drafter": lambda: fa.speculate(key, model, held, fa.drafters.prompt_lookup(length=2 + rank), tokens, steps=2),
+        "best_of sampler": lambda: fa.search.best_of(key, model, held, tokens, n=2, steps=2, sampler=cold),
+        "enter sampler": lambda: fa.serving.enter(key, model, held, tokens, slots(), 0, steps=2, sampler=cold),
         "alike": lambda: fa.generate(key, model, held, tokens, steps=2, sampler=draws),
         "generate prompt": lambda: fa.generate(key, model, held, other(tokens), steps=2),
         "generate prompt of another size": lambda: fa.generate(key, model, held, longer, steps=2),

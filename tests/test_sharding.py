@@ -13,7 +13,7 @@ from funcattn import collectives, sharding, tree
 from funcattn.collectives import psum
 from funcattn.low_rank import is_trained
 from funcattn.sharding import Grid, P, Rule, fsdp, replicated, shard_map, specs, spmd, tensor_parallel
-from funcattn.sharding.partitions import devices, is_spec, part
+from funcattn.sharding.mesh import devices, is_spec, part
 
 SIZES = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 4, "feed_forward": 24}
 CONFIG = fa.Config(**SIZES)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import atomic, sharding, transformer, tree
 from .._checks import fail
 from ..families import CheckpointError
-from ..sharding.partitions import Rules, axes_of, bounds
+from ..sharding.mesh import Rules, axes_of, bounds
 from ..tree import Tree
 from .folder import Cut, read_folder
 from .loading import Loaded, by_columns, load

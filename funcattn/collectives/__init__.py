@@ -4,6 +4,7 @@
     operations    the linear maps between devices, each with its transpose
     groups        the same over a process group, as blocking operators; counts
     agreement     agree: whether all processes hold a value alike
+    fingerprint   contents: what a value is made of, functions included
     verbs         psum, enter, all_gather, reduce_scatter, share, whole_lengths, own, ppermute, axis_index, pmax
 
 A function that speaks them runs on one device as it is. `funcattn.sharding` binds the names.

@@ -15,9 +15,11 @@ import optree
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import _checks
-from .bindings import bound
+from .bindings import Axis, bound
+from .fingerprint import contents
 from .groups import _group
 
 OWN = ("data",)  # axes along which each process has rows of its own
@@ -28,18 +30,28 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: Any = None) -> None:
     """Fail on every process where a value differs between two that should hold it alike.
 
+    On simulated devices too: a value of which each device of the mesh has its own.
+
     Law: every process is told the same, and rows of "data" may differ
-    (tests/distributed: test_processes_that_differ_are_told).
+    (tests/distributed: test_processes_that_differ_are_told; over a Grid, test_agreement.py).
 
     Args:
         function: whose arguments they are, for the message.
-        values: trees of tensors, numbers and texts, by name. DTensors among them are left out, and
-            of what cannot be looked at (fake, meta or traced tensors) dtypes and sizes are compared.
+        values: trees of tensors, numbers, texts and functions (samplers, drafters), by name; see
+            `fingerprint`. DTensors among them are left out, and of what cannot be looked at (fake,
+            meta or traced tensors) dtypes and sizes are compared.
         params: where no axis is bound, those of the mesh of its first DTensor are compared over.
         mesh: a DeviceMesh to compare over, all axes of it: for values that "data" does not divide.
     """
     if torch.compiler.is_compiling():
         return
+    simulated = [axis for axis in bound() if axis.mapped and axis.size > 1 and axis.name not in OWN]
+    if simulated and mesh is None:
+        for axis in simulated:
+            differ = [name for name, value in values.items() if any(_varies(x, axis) for x in _tensors(value))]
+            if differ:
+                remedy = f"Give all of them the same: P() in in_specs, where {axis.name!r} should not cut it."
+                _checks.fail(function, " and ".join(differ), "the same on every device of the mesh", "another on some", remedy)
     alike, divided = _groups(params, mesh)
     if not alike:
         return
@@ -85,16 +97,31 @@ def _groups(params: Any, mesh: Any) -> tuple[list[Any], list[Any]]:
     return [group for name, group in found if name not in OWN], [group for name, group in found if name in OWN]
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    return [piece for piece in contents(value) if isinstance(piece, Tensor)]
+
+
+def _varies(x: Tensor, axis: Axis) -> bool:
+    """Whether simulated devices hold different numbers; False where they cannot be looked at."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        inner = _functorch.get_unwrapped(x)
+        if _functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == axis.level:
+            rows = inner.movedim(_functorch.maybe_get_bdim(x), 0)
+            first = rows[:1]
+            both_nan = (rows != rows) & (first != first)
+            return _checks.is_true((rows != first) & ~both_nan)
+        x = inner
+    return False
+
+
 def _digest(value: Any) -> int:
     """62 bits of a tree."""
     digest = hashlib.blake2b(digest_size=8)
-    for leaf in optree.tree_leaves(value):
-        if not isinstance(leaf, Tensor):
-            digest.update(repr(leaf).encode())
-        elif not _checks.is_distributed(leaf):
-            known = _checks.peek(leaf)
-            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            digest.update(b"" if known is None else _content(known))
+    for piece in contents(value):
+        if isinstance(piece, Tensor):
+            known = _checks.peek(piece)
+            piece = b"" if known is None else _content(known)
+        digest.update(len(piece).to_bytes(8, "big") + piece)
     return int.from_bytes(digest.digest(), "big") >> 2
 
 

@@ -122,7 +122,8 @@ def enter(
         _checks.fail("enter", "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Pass token ids of one sequence.")
     if steps < 1:
         _checks.fail("enter", "steps", "at least 1", steps, "A text of no tokens needs no slot.")
-    collectives.agree("enter", {"key": key, "prompt": prompt, "slot": slot, "steps": steps, "chunk": chunk}, params)
+    values = {"key": key, "prompt": prompt, "slot": slot, "steps": steps, "chunk": chunk, "sampler": sampler}
+    collectives.agree("enter", values, params)
     before = tree.map(lambda leaf: leaf[slot], slots.slots)
     cache, last = before.cache, None
     if len(prompt) + steps - 1 > caches.capacity(cache):

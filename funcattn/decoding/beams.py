@@ -166,7 +166,7 @@ def best_of(
     Law: each text is what generate writes with its key (test_search.py).
     """
     _check_counts("best_of", n=n, steps=steps)
-    prefix, _, _ = _read("best_of", model, params, prompt, cache, stop, key=key, n=n, steps=steps)
+    prefix, _, _ = _read("best_of", model, params, prompt, cache, stop, key=key, n=n, steps=steps, sampler=sampler)
     last = prompt[-1:]
     seen = sampling.primed(sampler, prompt[:-1])  # generate primes it with the last
     one = lambda key: generate(key, model, params, last, prefix, steps=steps, sampler=seen, stop=stop)[0]

@@ -72,7 +72,8 @@ def generate(
     _check_parts("generate", model, sampler)
     _check("generate", prompt, cache, steps, chunk, stop)
     _check_length(prompt, prompt_length)
-    _agree("generate", params, key, prompt, cache, steps, prompt_length, ends=tuple(stop), chunk=chunk)
+    options = {"ends": tuple(stop), "chunk": chunk, "sampler": sampler}
+    _agree("generate", params, key, prompt, cache, steps, prompt_length, **options)
     start = _prefill(model, params, prompt, cache, steps, prompt_length, chunk)
     tokens, after = [], start.cache
     draws = _draws(key, model, params, start, steps, sampler, prompt, prompt_length, stop)
@@ -132,7 +133,8 @@ def stream(
     ends = _ends_of("stream", tokenizer, stop)
     _check_parts("stream", model, sampler)
     _check("stream", prompt, cache, steps, chunk, ends)
-    _agree("stream", params, key, prompt, cache, steps, ends=ends, stop_strings=tuple(stop_strings), chunk=chunk)
+    options = {"ends": ends, "stop_strings": tuple(stop_strings), "chunk": chunk, "sampler": sampler}
+    _agree("stream", params, key, prompt, cache, steps, **options)
     start = _prefill(model, params, prompt, cache, steps, None, chunk)
     text = StreamedText(tokenizer, stop_strings)
     tokens: tuple[int, ...] = ()

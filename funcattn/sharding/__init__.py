@@ -5,9 +5,8 @@
     logits, past = fa.shard_map(model, mesh).apply(params, prompt, cache)
     gradients = fa.shard_map(grad(loss), mesh, in_specs, out_specs)(params, tokens)
 
-    partitions P, Grid, Rule: which axis of a tensor is cut along which axis of a mesh
-    rules      tensor_parallel, fsdp, replicated: ordered rules for the decoder
-    matching   specs: what rules say of every leaf
+    mesh       Grid; P, Rule: which axis of a tensor is cut along which axis of a mesh
+    rules      tensor_parallel, fsdp, replicated: ordered rules for the decoder; specs: what rules say of every leaf
     storing    shard, gather: DTensors, which are storage
     devices    all devices at once; inside: a whole program on this process's parts
     vocabulary candidates: the likeliest tokens, without all logits; the loss in parts
@@ -21,9 +20,8 @@ What a function says inside is `fa.collectives`: psum, enter, all_gather, reduce
 from .costs import Cost, cost
 from .devices import inside
 from .mapping import shard_map, spmd
-from .matching import alongside, specs
-from .partitions import Grid, P, PartitionSpec, Rule
-from .rules import fsdp, replicated, tensor_parallel
+from .mesh import Grid, P, PartitionSpec, Rule
+from .rules import alongside, fsdp, replicated, specs, tensor_parallel
 from .storing import gather, parts_of, shard, whole_of
 from .vocabulary import candidates
 

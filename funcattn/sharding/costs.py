@@ -18,7 +18,7 @@ from typing import Any
 from .. import _checks
 from .._doors import door
 from ..transformer import DATA, TENSOR, Config, shapes
-from .partitions import Mesh, axes_of
+from .mesh import Mesh, axes_of
 
 CONTEXT = "context"
 

@@ -12,7 +12,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from .. import _checks
 from ..collectives import Axis, binding, groups
 from ..tree import Tree
-from .partitions import Grid, PartitionSpec, axes_of, broadcast
+from .mesh import Grid, PartitionSpec, axes_of, broadcast
 from .storing import distributed
 
 

@@ -22,8 +22,8 @@ from .._doors import door
 from ..collectives import agree
 from ..models import Model
 from .devices import bind, check, refuse_transform, stacked, wrapped
+from .mesh import Grid, Mesh, P, PartitionSpec, axes_of, broadcast
 from .models import sharded
-from .partitions import Grid, Mesh, P, PartitionSpec, axes_of, broadcast
 from .storing import is_distributed, local, spec_of
 
 

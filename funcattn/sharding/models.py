@@ -28,9 +28,8 @@ from ..models import Model, written
 from ..records import ABSENT, is_absent
 from ..transformer import TENSOR, cache_layers
 from .devices import bind, refuse_transform, stacked
-from .matching import specs
-from .partitions import Grid, Mesh, P, axes_of, is_spec
-from .rules import tensor_parallel
+from .mesh import Grid, Mesh, P, axes_of, is_spec
+from .rules import specs, tensor_parallel
 from .storing import is_distributed, local, spec_of
 
 

@@ -1,4 +1,5 @@
-"""Rules for the decoder, of the table in `transformer.partition`: tensor parallel, fully sharded, or both.
+"""Rules for the decoder, of the table in `transformer.partition`: tensor parallel, fully sharded, or both; and
+the specs that rules give to every leaf of a tree, checked against its sizes, records of this library included.
 
 `fsdp` cuts every matrix over "data" besides, along the axis that "tensor" does not cut; the decoder gathers a layer when it needs
 it.
@@ -6,12 +7,22 @@ it.
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
 """
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
+import optree
+from torch import Tensor
+
+from .. import _checks, layers, tree
+from .._doors import door
+from ..low_rank import Lora
+from ..quantization import RECORDS
 from ..records import is_absent
 from ..transformer import DATA, TENSOR, Config, Layer, shapes
 from ..transformer.partition import CUTS, Division, division
-from .partitions import P, PartitionSpec, Rule
+from ..tree import Tree
+from .mesh import Mesh, P, PartitionSpec, Rule, Rules, axes_of, pieces
 
 
 def tensor_parallel(config: Config | None = None, *, size: int | None = None) -> tuple[Rule, ...]:
@@ -80,3 +91,119 @@ def _spec(cut: Division, rank: int, data: str | None) -> PartitionSpec:
     names = {cut.data: data, cut.tensor: TENSOR}
     spec = [names.get(dim) for dim in range(rank)]
     return P(*spec) if any(spec) else P()
+
+
+@layers.fields.register(Lora)
+def _(weight: Lora, division: tuple[Any, ...]) -> Lora:
+    rows, columns = (*division, None, None)[:2]
+    fields: Any = (layers.fields(weight.base, division), (None, columns), (rows, None), ())
+    return Lora(*fields)
+
+
+def _quantized(weight: Any, division: tuple[Any, ...]) -> Any:
+    """Codes and scales: rows by rows, columns by columns, but for one scale a row, which every part of the row needs."""
+    division = (*division, *(None,) * (weight.codes.dim() - len(division)))
+
+    def one(name: str, field: Tensor) -> tuple[Any, ...]:
+        if name == "levels":
+            return (None,) * field.dim()
+        return division[:-1] + ((None,) if name != "codes" and field.shape[-1] == 1 else division[-1:])
+
+    return type(weight)(*(one(name, field) for name, field in zip(weight._fields, weight, strict=True)))
+
+
+for _record in RECORDS:
+    layers.fields.register(_record, _quantized)
+
+
+def alongside(state: Tree, params: Tree, cuts: Tree) -> Tree:
+    """Specs of a tree that holds others shaped like params, as the state of an optimizer does: theirs there, whole elsewhere.
+
+    Args:
+        state: any tree. params: as its parts are shaped. cuts: the specs of params.
+    """
+    same = lambda node: optree.tree_structure(node) == optree.tree_structure(params)
+    return tree.map(lambda node: cuts if same(node) else P(), state, is_leaf=same)
+
+
+def is_weight(node: Any) -> bool:
+    """True for a record that stands for a matrix, whose path is the weight's."""
+    return optree.is_namedtuple(node) and layers.fields.dispatch(type(node)) is not layers.fields.dispatch(object)
+
+
+@door
+def specs(params: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
+    """A tree like params of the specs that rules give its leaves.
+
+    Args:
+        params: weights: tensors, quantized records, adaptations.
+        mesh: what they are for: names that it lacks are None.
+        rules: of `tensor_parallel`, `fsdp` or one's own; None is those of `tensor_parallel()`.
+
+    Raises:
+        ValueError: no rule matches a path, or sizes do not divide: the leaf is named. TypeError: a record that has not registered.
+    """
+    given: Any = tensor_parallel() if rules is None else rules
+    sizes, known = axes_of(mesh), [Rule(*rule) for rule in given]
+
+    def one(path: str, weight: Any) -> Any:
+        rule = next((rule for rule in known if re.fullmatch(rule.path, path)), None)
+        if rule is None:
+            remedy = "End the rules with ('.*', P()), which keeps the rest whole."
+            _checks.fail("shard", "rules", f"one that matches {path!r}", "none", remedy)
+        spec = _within(rule.spec, sizes)
+        if not isinstance(weight, Tensor) and not is_weight(weight):
+            remedy = "Register its type with @funcattn.layers.fields.register."
+            _checks.fail("shard", path, "a tensor or a registered record", f"a {type(weight).__name__}", remedy, TypeError)
+        shape = _shape(weight)
+        if len(spec) not in (0, len(shape)):
+            remedy = "Write a rule for this leaf; of a model with experts give rules=tensor_parallel(config)."
+            _checks.fail("shard", path, f"of {len(spec)} axes, as {spec} has", shape, remedy)
+        _check_blocks(path, shape, spec, sizes, rule.block)
+        divided = layers.fields(weight, tuple(spec))
+        return tree.map_with_path(
+            lambda part, leaf, division: _leaf(f"{path}.{part}".rstrip("."), leaf, P(*division), sizes), weight, divided
+        )
+
+    return tree.map_with_path(one, params, is_leaf=is_weight)
+
+
+def _within(spec: PartitionSpec, sizes: dict[str, int]) -> PartitionSpec:
+    """The spec with the axes alone that the mesh has, in its order."""
+    order = list(sizes)
+
+    def entry(dim: int) -> Any:
+        names = tuple(name for name in spec.names(dim) if name in sizes)
+        if [*names] != sorted(names, key=order.index):
+            _checks.fail("shard", "rules", f"names in the order of the mesh, {order}", names, "Outer axes stand first.")
+        return None if not names else names[0] if len(names) == 1 else names
+
+    return P(*(entry(dim) for dim in range(len(spec))))
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    if isinstance(weight, Lora):
+        return _shape(weight.base)
+    return tuple(weight.shape)
+
+
+def _check_blocks(path: str, shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int], block: int) -> None:
+    for dim in range(len(spec)):
+        n = pieces(spec, dim, sizes)
+        what = "columns" if dim == len(shape) - 1 and dim else "rows"
+        together = block if dim == 0 else 1
+        if n > 1 and shape[dim] % (n * together):
+            whole = f"{shape[dim] // together} blocks of {together} {what}" if together > 1 else f"{shape[dim]} {what}"
+            remedy = "Choose a number of devices that divides them, or a rule that keeps the leaf whole."
+            wanted = f"divisible into {n} parts along {'+'.join(spec.names(dim))!r}"
+            _checks.fail("shard", path, wanted, whole, remedy)
+
+
+def _leaf(path: str, leaf: Tensor, spec: PartitionSpec, sizes: dict[str, int]) -> PartitionSpec:
+    for dim in range(len(spec)):
+        n = pieces(spec, dim, sizes)
+        if leaf.shape[dim] % n:
+            wanted = f"divisible into {n} parts along axis {dim}"
+            remedy = "A group of columns is not cut: quantize with a smaller group, or keep the leaf whole by a rule."
+            _checks.fail("shard", path, wanted, _checks.shape(leaf), remedy)
+    return spec

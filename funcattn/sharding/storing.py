@@ -15,8 +15,8 @@ from .._autodiff import has_tangent, transforming
 from .._doors import door
 from ..collectives import agree, groups
 from ..tree import Tree
-from .matching import specs
-from .partitions import Grid, Mesh, P, PartitionSpec, Rules, axes_of, part
+from .mesh import Grid, Mesh, P, PartitionSpec, Rules, axes_of, part
+from .rules import specs
 
 if TYPE_CHECKING:  # a third of the time of importing torch: it waits until somebody shards
     from torch.distributed.tensor import DTensor, Placement

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, collectives, tree
-from ..sharding.partitions import broadcast
+from ..sharding.mesh import broadcast
 from ..tree import Tree
 
 

@@ -7,6 +7,13 @@ SHOULD = "should be the same on every process, got another on some"
 WANTED = {
     "alike": None,
     "model alike": None,
+    "alike, drafted by parts of weights": None,
+    "generate sampler": f"generate: sampler {SHOULD}",
+    "stream sampler": f"stream: sampler {SHOULD}",
+    "speculate sampler": f"speculate: sampler {SHOULD}",
+    "speculate drafter": f"speculate: drafter {SHOULD}",
+    "best_of sampler": f"best_of: sampler {SHOULD}",
+    "enter sampler": f"enter: sampler {SHOULD}",
     "another call": f"the call and its values {SHOULD}",
     "generate prompt": f"generate: prompt {SHOULD}",
     "generate prompt of another size": f"generate: prompt {SHOULD}",

@@ -224,7 +224,8 @@ def _rounds(
     _check("speculate", prompt, cache, steps, chunk, stop)
     _check_length(prompt, prompt_length)
     _check_drafter(drafter)
-    _agree("speculate", params, key, prompt, cache, steps, prompt_length, ends=tuple(stop), chunk=chunk, length=drafter.length)
+    options = {"ends": tuple(stop), "chunk": chunk, "sampler": sampler, "drafter": drafter, "rule": rule}
+    _agree("speculate", params, key, prompt, cache, steps, prompt_length, **options)
     whole = torch.full_like(prompt[0], len(prompt))
     start = _prefill(model, params, prompt, cache, steps + drafter.length, prompt_length, chunk)
     _check_vocabulary(drafter, start.logits)

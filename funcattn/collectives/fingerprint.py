@@ -1,0 +1,110 @@
+"""What a value is made of, as bytes and tensors: the same on two processes that hold the same value.
+
+A sampler or a drafter is functions: its settings lie in their closures. `contents` follows functions
+(code, defaults, closures), partial applications, methods, frozen dataclasses and containers. It yields
+neither addresses nor names of files, so that processes of one program agree.
+
+Of any other object only the type is known. And of tensors in a record that a closure holds, such as the
+weights of a model that drafts, each process may have its own part: of such a record with a floating tensor,
+dtypes and sizes alone are yielded.
+"""
+
+import dataclasses
+import functools
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping, Set
+from enum import Enum
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+Piece = bytes | Tensor
+PLAIN = (int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, type(...))
+
+
+def contents(value: Any) -> Iterator[Piece]:
+    """The pieces of a value in order: bytes, and the tensors whose numbers count.
+
+    Example:
+        >>> scale = lambda by: lambda x: x * by
+        >>> same = lambda a, b: list(contents(a)) == list(contents(b))
+        >>> same(scale(0.7), scale(0.7)), same(scale(0.7), scale(1.0))
+        (True, False)
+
+    Law: two samplers made alike have the same pieces, made otherwise others
+        (test_agreement.py::test_a_sampler_is_known_by_its_settings).
+    """
+    return _of(value, {}, held=False)
+
+
+def _of(value: Any, seen: dict[int, tuple[int, Any]], *, held: bool) -> Iterator[Piece]:
+    """held: whether a function holds the value in its closure."""
+    if isinstance(value, Tensor):
+        if not _checks.is_distributed(value):
+            yield f"{value.dtype}{tuple(value.shape)}".encode()
+            yield value
+        return
+    if isinstance(value, PLAIN):
+        yield f"{type(value).__name__} {value!r}".encode()
+        return
+    if id(value) in seen:
+        yield f"again {seen[id(value)][0]}".encode()
+        return
+    seen[id(value)] = len(seen), value  # kept, so that its address stays its own
+    yield type(value).__qualname__.encode()
+    if held and optree.is_namedtuple(value) and _may_be_parts(value):
+        for leaf in optree.tree_iter(value):
+            if isinstance(leaf, Tensor) and not _checks.is_distributed(leaf):
+                yield f"{leaf.dtype}{tuple(leaf.shape)}".encode()
+        return
+    for inner, inside in _inner(value, held):
+        yield from _of(inner, seen, held=inside)
+
+
+def _may_be_parts(record: Any) -> bool:
+    """Whether a record holds floating tensors, as weights and caches do."""
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in optree.tree_iter(record))
+
+
+def _inner(value: Any, held: bool) -> Iterable[tuple[Any, bool]]:
+    """What a value is made of, and whether a function holds it."""
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
+        return [(each, True) for each in (value.__code__, value.__defaults__, value.__kwdefaults__, *cells)]
+    if isinstance(value, types.CodeType):
+        return [(each, True) for each in (value.co_code, value.co_names, value.co_consts)]
+    if isinstance(value, types.MethodType):
+        return [(value.__func__, True), (value.__self__, True)]
+    if isinstance(value, functools.partial):
+        return [(each, True) for each in (value.func, value.args, value.keywords)]
+    if isinstance(value, types.BuiltinFunctionType | type):
+        return [(f"{value.__module__}.{value.__qualname__}", held)]
+    if isinstance(value, types.ModuleType):
+        return [(value.__name__, held)]
+    if isinstance(value, re.Pattern):
+        return [(value.pattern, held), (int(value.flags), held)]
+    if isinstance(value, Enum):
+        return [(value.name, held)]
+    if isinstance(value, Mapping):
+        return [(each, held) for item in sorted(value.items(), key=lambda item: repr(item[0])) for each in item]
+    if isinstance(value, Set):
+        return [(each, held) for each in sorted(value, key=repr)]
+    if isinstance(value, tuple | list):
+        return [(each, held) for each in value]
+    if dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:
+        return [(getattr(value, field.name), held) for field in dataclasses.fields(value) if field.compare]
+    return []
+
+
+def _is_full(cell: types.CellType) -> bool:
+    """Whether a variable of a closure was given a value."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

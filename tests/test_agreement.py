@@ -1,0 +1,126 @@
+"""What every process should hold alike: how functions are known by what they hold, and what simulated devices are told."""
+
+import functools
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import funcattn as fa
+from funcattn import collectives, sampling
+from funcattn.collectives import axis_index
+from funcattn.collectives.agreement import _digest
+from funcattn.sharding import Grid, P, shard_map
+
+MODEL = fa.decoder(fa.Config(layers=1, vocabulary=32))
+PARAMS = MODEL.init(fa.key(0))
+PROMPT = torch.tensor([3, 1, 4])
+SAMPLERS = {
+    "temperature": lambda x: sampling.temperature(x),
+    "temperature, a tensor": lambda x: sampling.temperature(torch.tensor(x)),
+    "top_k": lambda x: sampling.top_k(int(10 * x)),
+    "top_p": lambda x: sampling.top_p(x),
+    "min_p": lambda x: sampling.min_p(x / 2),
+    "typical_p": lambda x: sampling.typical_p(x),
+    "epsilon_cutoff": lambda x: sampling.epsilon_cutoff(x / 10),
+    "eta_cutoff": lambda x: sampling.eta_cutoff(x / 10),
+    "top_n_sigma": lambda x: sampling.top_n_sigma(x),
+    "top_h": lambda x: sampling.top_h(x / 2),
+    "repetition_penalty": lambda x: sampling.repetition_penalty(1 + x),
+    "presence_penalty": lambda x: sampling.presence_penalty(x),
+    "frequency_penalty": lambda x: sampling.frequency_penalty(x),
+    "logit_bias": lambda x: sampling.logit_bias({3: x}),
+    "no_repeat_ngram": lambda x: sampling.no_repeat_ngram(int(10 * x)),
+    "dry": lambda x: sampling.dry(x),
+    "allowed_tokens": lambda x: sampling.allowed_tokens([1, int(10 * x)]),
+    "suppress_tokens": lambda x: sampling.suppress_tokens([1, int(10 * x)]),
+    "min_new_tokens": lambda x: sampling.min_new_tokens(int(10 * x), [2]),
+    "xtc": lambda x: sampling.xtc(x / 2, 0.1),
+    "mirostat": lambda x: sampling.mirostat(tau=10 * x),
+    "a chain": lambda x: sampling.chain(sampling.top_k(4), sampling.temperature(x)),
+    "a chain in another order": lambda x: sampling.chain(*[sampling.top_p(x), sampling.top_k(4)][:: 1 if x < 0.5 else -1]),
+    "a mixture": lambda x: sampling.mixture(x, sampling.greedy, sampling.chain()),
+    "a function": lambda x: sampling.stateless(lambda logits: logits * x),
+    "a partial application": lambda x: sampling.stateless(functools.partial(torch.mul, x)),
+    "a default": lambda x: sampling.stateless(lambda logits, by=x: logits * by),
+}
+DRAFTERS = {
+    "prompt lookup": lambda x: fa.drafters.prompt_lookup(length=int(10 * x)),
+    "a model": lambda x: fa.drafters.model(MODEL, PARAMS, length=int(10 * x)),
+    "a model that samples": lambda x: fa.drafters.model(MODEL, PARAMS, sampler=sampling.temperature(x)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS | DRAFTERS)
+def test_a_sampler_is_known_by_its_settings(name):
+    make = (SAMPLERS | DRAFTERS)[name]
+    assert _digest(make(0.4)) == _digest(make(0.4))
+    assert _digest(make(0.4)) != _digest(make(0.7))
+
+
+def test_samplers_of_different_kinds_are_different():
+    digests = [_digest(make(0.4)) for make in SAMPLERS.values()]
+    assert len(set(digests)) == len(digests)
+    assert _digest(sampling.greedy) not in digests
+
+
+def test_functions_that_differ_in_their_code_alone_are_different():
+    assert _digest(lambda x: x + 2) == _digest(lambda x: x + 2)
+    assert len({_digest(f) for f in (lambda x: x + 2, lambda x: x * 2, lambda x: x + 3, torch.relu, torch.tanh)}) == 5
+    assert _digest({"a": {1, 2}, "b": 1}) == _digest({"b": 1, "a": {2, 1}})
+    assert _digest([1, (2, 3)]) != _digest([(1, 2), 3])
+    assert _digest(re.compile("a")) != _digest(re.compile("b"))
+
+
+def test_weights_that_a_function_holds_are_known_by_their_sizes_and_settings_by_their_numbers():
+    """Each process has its own part of weights; a table of integers is a setting."""
+
+    class Table(NamedTuple):
+        ids: torch.Tensor
+
+    hold = lambda value: sampling.stateless(lambda logits: value and logits)
+    other = fa.tree.map(lambda x: x + 1, PARAMS)
+    assert _digest(hold(PARAMS)) == _digest(hold(other))
+    assert _digest(hold(PARAMS)) != _digest(hold(fa.tree.cast(torch.float64)(PARAMS)))
+    assert _digest(hold(Table(torch.arange(3)))) != _digest(hold(Table(torch.arange(3) + 1)))
+    assert _digest(hold(torch.ones(3))) != _digest(hold(torch.zeros(3)))
+    assert _digest(PARAMS) != _digest(other)
+
+
+def test_a_function_that_holds_itself_is_read_once():
+    def again(n):
+        return n and again(n - 1)
+
+    assert _digest(again) == _digest(again)
+
+
+ON_DEVICES = {
+    "alike": (None, lambda i: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, steps=1, sampler=sampling.temperature(0.7))[0]),
+    "generate: sampler": (
+        "sampler",
+        lambda i: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, steps=1, sampler=sampling.logit_bias(torch.zeros(32) + i))[0],
+    ),
+    "generate: key": ("key", lambda i: fa.generate(fa.key(0) + i, MODEL, PARAMS, PROMPT, steps=1)[0]),
+    "generate: prompt": ("prompt", lambda i: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT + i, steps=1)[0]),
+    "loss: tokens": ("tokens", lambda i: fa.loss(MODEL, PARAMS, PROMPT + i)),
+}
+
+
+@pytest.mark.parametrize("name", ON_DEVICES)
+def test_simulated_devices_that_differ_are_told(name):
+    argument, call = ON_DEVICES[name]
+    for axes in ({"replica": 2}, {"replica": 2, "other": 2}, {"other": 2, "replica": 2}):
+        run = shard_map(lambda: call(axis_index("replica")), Grid(**axes), (), P())
+        if argument is None:
+            run()
+            continue
+        with pytest.raises(ValueError, match=f"{name} should be the same on every device of the mesh, got another on some"):
+            run()
+    rows = shard_map(lambda: call(axis_index("data")).reshape(1, -1), Grid(data=2), (), P("data"))
+    assert rows().shape[0] == 2  # each device has rows of its own there
+
+
+def test_what_is_alike_though_it_was_mapped_is_no_difference():
+    nan = lambda i: collectives.agree("f", {"x": torch.stack([0.0 * i, torch.tensor(float("nan"))])})
+    shard_map(lambda: nan(axis_index("t")) or torch.zeros(()), Grid(t=2), (), P())()
