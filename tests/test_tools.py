@@ -98,14 +98,38 @@ def test_make_fx_gives_a_graph(queries, mode):
         torch.testing.assert_close(make_fx(g, tracing_mode=mode)(q)(other), g(other), **NEAR)
 
 
-@pytest.mark.parametrize("queries", [T, 4])
-def test_export_gives_a_graph(queries):
+def capped(q):
+    return fa.kernels.attention_with_score(q, q, q, lambda s, *_: s.tanh(), fa.masks.causal(q.shape[-2])).out
+
+
+def masked(q):
+    return fa.attention(q, q, q, fa.masks.causal(q.shape[-2]))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("f", "queries"), [(masked, T), (masked, 4), (capped, T)])
+def test_export_gives_a_graph(f, queries, strict):
     class Module(torch.nn.Module):
         def forward(self, q):
-            return fa.attention(q, q, q, fa.masks.causal(q.shape[-2]))
+            return f(q)
 
-    q = normal(0, 1, H, queries, D)
-    torch.testing.assert_close(torch.export.export(Module(), (q,)).module()(q), Module()(q))
+    q, other = normal(0, 1, H, queries, D), normal(1, 1, H, queries, D)
+    torch.testing.assert_close(torch.export.export(Module(), (q,), strict=strict).module()(other), f(other), **NEAR)
+
+
+def test_a_strict_export_refuses_what_is_no_plain_operation():
+    class Module(torch.nn.Module):
+        def forward(self, q):
+            return fa.attention(q, q, q, kernel="flash")
+
+    with pytest.raises(Exception, match="one of plain operations in a strict export"):
+        torch.export.export(Module(), (normal(0, 1, H, T, D),), strict=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_gives_a_graph_of_a_score():
+    q, other = normal(0, 1, H, T, D), normal(2, 1, H, T, D)
+    torch.testing.assert_close(torch.jit.trace(capped, (q,))(other), capped(other), **NEAR)
 
 
 # Counts of operations.

@@ -183,6 +183,11 @@ def _reluctance(name: str, r: Request) -> str:
     return ""
 
 
+def is_exporting_strictly() -> bool:
+    """True inside torch.export with strict=True, which takes plain operations alone."""
+    return torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
+
+
 def can_run_triton(r: Request) -> bool:
     """True on CUDA, where the kernels written in Triton can run."""
     return r.q.device.type == "cuda" and not _triton_obstacle(r)
@@ -215,7 +220,12 @@ def choose(r: Request, kernel: str | None = None) -> str:
     if torch.compiler.is_compiling():  # transforms cannot be seen from here: what composes is taken
         forced = kernel if kernel is not None else _forced.get()
         if forced is not None:
+            if forced in ("flash", "triton") and is_exporting_strictly():
+                remedy = "Leave strict=True out, or use kernel=None for the dense form."
+                _checks.fail("attention", "kernel", "one of plain operations in a strict export", repr(forced), remedy)
             return forced
+        if is_exporting_strictly():  # Dynamo cannot write what is behind nonstrict_trace into an exported program
+            return "reference"
         streaming = "triton" if r.q.device.type == "cuda" and not _triton_obstacle(r) else "flash"
         return "reference" if r.q.shape[-2] <= FEW else streaming
     if kernel is None and _forced.get() is None:

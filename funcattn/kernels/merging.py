@@ -230,14 +230,13 @@ def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor, cap: float |
     can_be_empty = True
     for k, v, mask in parts:
         seen = None if is_absent(mask) else reference.visible(mask, k.shape[-2])
-        x = unseen.take_out(q, k, v, seen) if torch.compiler.is_compiling() else Taken(q, k, v)
+        x = unseen.take_out(q, k, v, seen, all_keys=False) if torch.compiler.is_compiling() else Taken(q, k, v)
         S = reference.logits(accurate(x.q), accurate(x.k), scale, seen)
         S = S if cap is None else soft_cap(S, cap)
         if seen is None:
             can_be_empty = can_be_empty and not k.shape[-2]
         else:
-            spoilt = unseen.poison(x.bad_k, S, seen)
-            S = torch.where(seen, S if spoilt is None else S * spoilt, NOTHING)
+            S = torch.where(seen, S, NOTHING)
         logits.append(S)
         taken.append((x, seen))
     if sinks is not None:

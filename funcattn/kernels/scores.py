@@ -147,7 +147,7 @@ def attention_with_score(
         TypeError: dtypes, or kinds of mask, that do not fit.
 
     Under autocast q, k and v are rounded to its dtype, as in `attention`. Inside torch.compile it runs eagerly, outside of the
-    graph (an error with fullgraph=True).
+    graph (an error with fullgraph=True); torch.export and torch.jit.trace are given the dense formula.
 
     Example:
         >>> q = k = v = torch.ones(1, 2, 4)
@@ -179,14 +179,21 @@ def stream(
     if not isinstance(parameters, tuple):
         remedy = "Put a single one in a tuple of its own: parameters=(table,)."
         _checks.fail(DOOR, "parameters", "a tuple", f"a {type(parameters).__name__}", remedy, TypeError)
-    return _attend(r, score, parameters)  # pyright: ignore[reportCallIssue]
+    if torch.compiler.is_exporting() or _is_traced_by_jit():  # a graph of plain operations, which no one can stream
+        return _attend(r, score, parameters, dense=True)
+    return _eagerly(r, score, parameters)  # pyright: ignore[reportCallIssue]
+
+
+def _is_traced_by_jit() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 OfTensors = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]  # a score of the logits, the indices and the parameters
 
 
-@torch.compiler.disable
-def _attend(r: door.Request, score: Callable[..., Tensor], parameters: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(
+    r: door.Request, score: Callable[..., Tensor], parameters: tuple[Any, ...], dense: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     leaves, tree = pytree.tree_flatten(parameters)
     places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -195,11 +202,15 @@ def _attend(r: door.Request, score: Callable[..., Tensor], parameters: tuple[Any
         return score(s, *indices, *pytree.tree_unflatten([filled.get(n, leaf) for n, leaf in enumerate(leaves)], tree))
 
     tensors = [leaves[n] for n in places]
-    _probe(r, of_tensors, [t.detach() for t in tensors])
-    return _stream(r, of_tensors, tensors)
+    if not dense:
+        _probe(r, of_tensors, [t.detach() for t in tensors])
+    return _stream(r, of_tensors, tensors, dense)
 
 
-def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+_eagerly = torch.compiler.disable(_attend)
+
+
+def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor], dense: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, blind, *flags = unseen.take_out(accurate(r.q), accurate(r.k), accurate(r.v), r.mask)
     bad = [x for x in flags if x is not None]
     H, T, S = *q.shape[-3:-1], k.shape[-2]
@@ -238,6 +249,10 @@ def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> 
     x = (i, j, q, k, scale, *mask, *bad, *parameters)
     ends = (6, 7) if isinstance(r.mask, Mask) else ()
     names = {"door": DOOR, "argument": "score", "remedy": REMEDY}
+    if dense:  # one block, of all queries and keys
+        shift = highest(*(t.detach() for t in (q, *x)))[0]
+        shift = torch.where(shift == NOTHING, 0, shift)
+        return _normalized(r, shift, *masses(shift, v, *x), blind)
     # c stands for a constant at every level, since the result does not depend on it; its shape tells the number of heads.
     width = q.new_zeros(()).expand(*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3]), H, T, 1)
     search = BlockSum(highest, (query, *common), (query,), T, S, ends, maximum=True)
@@ -245,6 +260,12 @@ def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> 
     shift = torch.where(shift == NOTHING, 0, shift)
     total = BlockSum(masses, (query, key, *common), (query, query), T, S, tuple(n + 1 for n in ends))
     m, n = rematerialization.run(total, (shift, v, *x), **names)
+    return _normalized(r, shift, m, n, blind)
+
+
+def _normalized(r: door.Request, shift: Tensor, m: Tensor, n: Tensor, blind: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and what it has no room for, of the mass m and the sum n of values that are weighed by it."""
+    H, T = r.q.shape[-3:-1]
     empty = m == 0
     m = torch.where(empty, 1, m)
     whole = shift + m.log()

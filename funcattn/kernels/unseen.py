@@ -28,8 +28,12 @@ class Taken(NamedTuple):
     bad_v: Tensor | None = None  # the same of the value
 
 
-def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None) -> Taken:
-    """For q (*lead, H, T, D), k (*lead, K, S, D), v (*lead, K, S, Dv) and a mask that broadcasts to (*lead, H, T, S)."""
+def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None, *, all_keys: bool = True) -> Taken:
+    """For q (*lead, H, T, D), k (*lead, K, S, D), v (*lead, K, S, Dv) and a mask that broadcasts to (*lead, H, T, S).
+
+    all_keys=False leaves keys that some query sees as they are, finite or not, which saves a reading of them: their logits at
+    hidden pairs are for the caller to replace.
+    """
     if mask is None or not k.shape[-2] or not q.shape[-2]:
         return Taken(q, k, k if v is None else v)
     known = _look(mask) if isinstance(mask, Tensor) else None
@@ -46,7 +50,7 @@ def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None)
         k, v = torch.where(hidden, 0, k), v if v is None else torch.where(hidden, 0, v)
     if q.shape[-2] == 1 and _is_one_row(mask):  # what it does not see is taken out
         return Taken(q, k, k if v is None else v, blind)
-    k, bad_k = _finite(k)
+    k, bad_k = _finite(k) if all_keys else (k, None)
     v, bad_v = (k, None) if v is None else _finite(v)
     return Taken(q, k, v, blind, bad_k, bad_v)
 
