@@ -10,8 +10,8 @@ model      decoder(config) -> Model
 rereading  loops over such a past: what is read first, what is read again
 """
 
-from .layer import Block, block
 from .config import Config, Kind
+from .layer import Block, block
 from .lengths import cache_layers, continues, length_of, noted
 from .model import begin, decoder, finish, head, locate, predict, predict_own, share
 from .partition import DATA, TENSOR

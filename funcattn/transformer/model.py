@@ -22,8 +22,8 @@ from ..masks import Mask
 from ..models import Made, Model, written
 from ..records import ABSENT, is_absent
 from . import lengths, parallel
-from .layer import Block, block
 from .config import Config, Kind
+from .layer import Block, block
 from .weights import Layer, Params, initialize
 
 
