@@ -21,7 +21,7 @@ from .._doors import door
 from ..models import Model
 from ..quantization import Scheme, is_quantized
 from ..records import is_absent
-from ..transformer import Config, Kind, Layer, Params
+from ..transformer import Config, Layer, LayerSpec, Params, why_not
 from ..tree import Tree
 from .walking import Feeds, Progress, decoder_of, walk
 
@@ -77,7 +77,7 @@ def smooth(
             plan = to_nearest(params)
 
             def scaled(i: int, layer: Layer, feeds: Feeds) -> Layer:
-                places = [site for site in sites(config, config.kind(i), layer) if _chosen(site, layer, plan.layers[i])]
+                places = [site for site in sites(config, config.layer_spec(i), layer) if _chosen(site, layer, plan.layers[i])]
                 return _layer(layer, places, feeds, scheme)
 
             return params._replace(layers=walk(model, params, tokens, scaled, progress))
@@ -85,14 +85,16 @@ def smooth(
     return transform
 
 
-def sites(config: Config, kind: Kind, layer: Layer) -> Iterator[Site]:
-    """The places of a layer that scaling leaves the same function."""
+def sites(config: Config, spec: LayerSpec, layer: Layer) -> Iterator[Site]:
+    """The places of a layer that scaling leaves the same function: none of a config with a field that is not known here."""
+    if why_not(config):
+        return
     together = config.shared_norm
-    if not (together and kind.experts):
+    if not (together and spec.experts):
         inner = (("gate", "up") if config.gated else ("up",)) if together else ()
         yield Site("attention.input", ("attention_norm", "attention_norm_bias"), ("q", "k", "v", *inner), config.norm_offset)
     yield Site("attention.mixed", ("v", "v_bias"), ("o",), heads=(config.kv_heads, config.heads // config.kv_heads))
-    if kind.experts:
+    if spec.experts:
         return
     if not together:
         makers, readers = ("feed_forward_norm", "feed_forward_norm_bias"), ("gate", "up") if config.gated else ("up",)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import _checks, layers, taps, transformer
+from .. import _checks, layers, taps, transformer, tree
 from ..models import Model, config_of, told
 from ..progress import track
-from ..transformer import Config, Layer, Params
+from ..transformer import Config, Layer, LayerContext, LayerSpec, Params
 
 FEEDS = {  # a tap of a layer, and the matrices that its value goes into
     "attention.input": ("q", "k", "v"),
@@ -76,32 +76,34 @@ def walk(
     assert config is not None
     size = min(WINDOW, len(tokens), config.limit() or WINDOW)
     windows = tokens[: len(tokens) // size * size].unflatten(0, (-1, size))
-    places = torch.arange(size, device=tokens.device)
-    x = transformer.begin(config, params, windows, places)
-    done = []
-    for i, layer in enumerate(params.layers if progress is not None else track(params.layers, "calibrating layer")):
-        kind = config.kind(i)
-        shared = transformer.share(config, kind, places, None, x.dtype, True)
-        run = lambda layer, x, kind=kind, shared=shared: transformer.block(
-            config, kind, layer, x, shared, (), name="", kernel=model.kernel
-        )[0]
+    _checks.whole("calibration", "params", tree.leaves(params), "Calibrate whole params: fa.gather(params).")
+    positions = torch.arange(size, device=tokens.device)
+    specs = [config.layer_spec(i) for i in range(config.layers)]
+    done: list[Layer] = []
 
-        def feeds(
-            wanted: set[str], gather: Gather, layer: Layer = layer, rows: Tensor = x, run: Any = run, kind: Any = kind
-        ) -> None:
+    def run(number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+        through = lambda layer, row: transformer.block(config, spec, layer, row, context, (), name="", kernel=model.kernel)[0]
+
+        def feeds(wanted: set[str], gather: Gather) -> None:
             def listen(name: str, value: Tensor) -> Tensor:
                 if name.lstrip(".") in wanted:
                     gather(name.lstrip("."), value.flatten(0, -2))
                 return value
 
-            layer = layer._replace(**{name: Heard(getattr(layer, name), name, gather) for name in wanted & {*BY_EXPERT}})
+            heard = {name: Heard(getattr(layer, name), name, gather) for name in wanted & {*BY_EXPERT}}
             with taps.listening(listen):
-                for row in rows:
-                    run(layer, row)
+                for row in x:
+                    through(layer._replace(**heard), row)
 
-        changed = change(i, layer, feeds)
-        x = torch.stack([run(changed, row) for row in x])
+        changed = change(number, layer, feeds)
+        after = torch.stack([through(changed, row) for row in x])
         done.append(changed)
         if progress is not None:
-            progress(i + 1, config.layers)
+            progress(number + 1, config.layers)
+        nothing = x.new_empty(0)  # of the keys and values, which no later token reads
+        return after, nothing, nothing
+
+    weights = params.layers if progress is not None else track(params.layers, "calibrating layer")
+    x = transformer.embed_tokens(config, params, windows, positions)
+    transformer.run_layers(config, specs, weights, x, positions, run)
     return tuple(done)

@@ -10,7 +10,7 @@ from .. import caches, transformer
 from ..caches import Branch, Cache
 from ..kernels import Part
 from ..masks import Mask
-from ..transformer import Config, Kind, Layer
+from ..transformer import Config, Layer, LayerContext, LayerSpec
 
 
 class Rows(NamedTuple):
@@ -46,30 +46,29 @@ def dense_parts(cache: Any) -> list[Cache]:
 
 def several(
     config: Config,
-    kinds: Sequence[Kind],
+    specs: Sequence[LayerSpec],
     kernel: str | None,
     weights: Sequence[Layer],
     x: Tensor,
-    places: Tensor,
+    positions: Tensor,
     pasts: Sequence[Rows],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some layers behind each other: the residual, and the keys and values of the new tokens (layers, K, T, D)."""
-    keys, values = [], []
-    for i, (kind, weight) in enumerate(zip(kinds, weights, strict=True)):
-        shared = transformer.share(config, kind, places, None, x.dtype, True)
-        parts = [_part(past, i, kind, places) for past in pasts]
-        x, k, v = transformer.block(config, kind, weight, x, shared, parts, name="", kernel=kernel)
-        keys.append(k)
-        values.append(v)
-    return x, torch.stack(keys), torch.stack(values)
+
+    def run(number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [_part(past, number, spec, positions) for past in pasts]
+        return transformer.block(config, spec, layer, x, context, parts, name="", kernel=kernel)
+
+    x, delta = transformer.run_layers(config, specs, weights, x, positions, run)
+    return x, torch.stack(delta.k), torch.stack(delta.v)
 
 
-def _part(past: Rows, layer: int, kind: Kind, places: Tensor) -> Part:
+def _part(past: Rows, layer: int, spec: LayerSpec, positions: Tensor) -> Part:
     k, v = past.k[layer], past.v[layer]
     remembered = (torch.arange(k.shape[-2], device=k.device) < past.length).unsqueeze(-1)
     v = torch.where(remembered, v, 0)  # 0 * NaN would be NaN
-    stop = past.length.reshape(1, 1).expand(len(places), 1)
+    stop = past.length.reshape(1, 1).expand(len(positions), 1)
     start = torch.zeros_like(stop)
-    if kind.window is not None:
-        start = (places - past.offset - kind.window + 1).clamp(min=0).unsqueeze(-1)
+    if spec.window is not None:
+        start = (positions - past.offset - spec.window + 1).clamp(min=0).unsqueeze(-1)
     return Part(k, v, Mask(start, stop))

@@ -12,14 +12,45 @@ import torch
 from torch import Tensor
 
 from .. import collectives, transformer
-from ..caches import Cache
+from ..caches import Cache, Delta
 from ..layers import Rotation
 from ..quantization.tiles import Tiles, has_row_scale, missing
 from ..records import is_absent
-from ..transformer import Config, Layer
+from ..transformer import ANY, Config, Layer
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the operator
-MORE = *(f"{name}_bias" for name in MATRICES), "attention_after_norm", "feed_forward_after_norm"  # what it does not add
+WEIGHTS = (*MATRICES, "attention_norm", "feed_forward_norm")  # of a layer; it reads no other
+
+COMPUTES = {  # field of Config -> the values that it computes
+    # Sizes, and what is computed outside of the layers or handed to it as numbers.
+    **dict.fromkeys(("vocabulary", "width", "layers", "heads", "kv_heads", "head_size"), ANY),
+    **dict.fromkeys(("feed_forward", "context", "tied", "embedding_scale"), ANY),
+    **dict.fromkeys(("logit_scale", "logit_cap", "attention_scale", "norm_epsilon"), ANY),
+    **dict.fromkeys(("positions", "rotary_size", "rope_base", "rope_scaling"), ANY),
+    # What LayerSpec says of each layer.
+    **dict.fromkeys(("window", "window_layers", "rotary_layers", "local_rope_base"), ANY),
+    "norm": ("rms",),
+    "norm_bias": (False,),
+    "norm_offset": (0.0,),
+    "norm_placement": ("before",),
+    "head_norm": ("none",),
+    "qkv_bias": (False,),
+    "output_bias": (False,),
+    "attention_cap": (None,),
+    "sinks": (False,),
+    "parallel": (False,),
+    "shared_norm": (False,),
+    "residual_scale": (1.0,),
+    "activation": ("silu",),
+    "activation_limit": (None,),
+    "gated": (True,),
+    "feed_forward_bias": (False,),
+    "experts": (0,),
+    # Of experts, where there are none.
+    **dict.fromkeys(("experts_per_token", "expert_size", "expert_layers"), ANY),
+    **dict.fromkeys(("normalized_routing", "router_bias"), ANY),
+}
+OF_LAYERS = {"window": (None,), "rotary": ANY, "local": (False,), "experts": (False,)}
 LANES = 16  # of which the size of a head is a multiple
 
 
@@ -31,28 +62,12 @@ class Weights(NamedTuple):
     rows: list[int]
 
 
-def obstacle(config: Config, stack: Sequence[Layer]) -> str:
+def why_not(config: Config, stack: Sequence[Layer]) -> str:
     """Why the operator does not run these layers (their matrices as `layers.prepare` gives them), or "" where it does."""
-    kinds = {config.kind(i) for i in range(config.layers)}
-    for field, wanted in {
-        "norm": "rms",
-        "norm_offset": 0.0,
-        "norm_placement": "before",
-        "head_norm": "none",
-        "activation": "silu",
-        "activation_limit": None,
-        "gated": True,
-        "parallel": False,
-        "shared_norm": False,
-        "residual_scale": 1.0,
-        "attention_cap": None,
-        "sinks": False,
-        "experts": 0,
-    }.items():
-        if getattr(config, field) != wanted:
-            return f"it knows {field} = {wanted!r} only, and this is {getattr(config, field)!r}"
-    if len(kinds) > 1 or next(iter(kinds)).window is not None:
-        return "it knows layers of one kind, without a window"
+    if why := transformer.why_not(config, COMPUTES, OF_LAYERS):
+        return why
+    if len({config.layer_spec(i) for i in range(config.layers)}) > 1:
+        return "it knows layers of one kind, and these differ in their rotation"
     if config.head_size % LANES:
         return f"it knows heads of a multiple of {LANES} features, and these have {config.head_size}"
     for i, layer in enumerate(stack):
@@ -61,8 +76,8 @@ def obstacle(config: Config, stack: Sequence[Layer]) -> str:
                 return missing() or f"it multiplies matrices of 8 or 4 bits, and layers.{i}.{name} is {_told(getattr(layer, name))}"
             if getattr(layer, name).rows != getattr(stack[0], name).rows:
                 return f"it knows layers of the same sizes, and layers.{i}.{name} has other rows than that of the first"
-        for name in MORE:
-            if not is_absent(getattr(layer, name)):
+        for name, weight in zip(layer._fields, layer, strict=True):
+            if name not in WEIGHTS and not is_absent(weight):
                 return f"it adds no biases and has two norms a layer, and there is layers.{i}.{name}"
         norms = layer.attention_norm, layer.feed_forward_norm
         if any(not isinstance(norm, Tensor) or norm.dtype != torch.float32 or norm.device.type != "cpu" for norm in norms):
@@ -75,7 +90,7 @@ def _told(weight: Any) -> str:
 
 
 def weights(stack: Sequence[Layer]) -> Weights:
-    """Those of layers without an obstacle."""
+    """Those of layers that it runs."""
     tiles = [getattr(layer, name) for layer in stack for name in MATRICES]
     scales = [weight.scale for weight in tiles if has_row_scale(weight.blocks)]
     return Weights([weight.blocks for weight in tiles], scales, [weight.rows for weight in tiles])
@@ -90,15 +105,16 @@ def serves(x: Tensor, parts: Sequence[Cache]) -> bool:
 
 
 def run(
-    config: Config, matrices: Weights, stack: Sequence[Layer], x: Tensor, places: Tensor, parts: Sequence[Cache]
-) -> tuple[Tensor, ...]:
-    """The residual (T, E) behind all layers, and the keys and values (layers, K, T, D) of the new tokens."""
-    rotation = transformer.share(config, config.kind(0), places, None, x.dtype, True).rotation
+    config: Config, matrices: Weights, stack: Sequence[Layer], x: Tensor, positions: Tensor, parts: Sequence[Cache]
+) -> tuple[Tensor, Delta]:
+    """The residual (T, E) behind all layers, and the keys and values (K, T, D) of each."""
+    rotation = transformer.layer_context(config, config.layer_spec(0), positions, None, x.dtype, True).rotation
     turns = rotation if isinstance(rotation, Rotation) else [x[:, :0]] * 2
     cos, sin = (part.reshape(len(x), -1).contiguous() for part in turns)
     norms = [norm.contiguous() for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
     L = config.layers  # a past may have more, which hold no keys (transformer.lengths)
     keys, values, lengths = [part.k[:L] for part in parts], [part.v[:L] for part in parts], [int(part.length) for part in parts]
     sizes = config.heads, config.kv_heads, config.scale, config.norm_epsilon
-    with torch._C._AutoDispatchBelowAutograd():  # nobody differentiates here
-        return torch.ops.funcattn.layers.default(*matrices, norms, x.contiguous(), cos, sin, keys, values, lengths, *sizes)
+    with torch._C._AutoDispatchBelowAutograd():  # no derivative is taken here
+        x, k, v = torch.ops.funcattn.layers.default(*matrices, norms, x.contiguous(), cos, sin, keys, values, lengths, *sizes)
+    return x, Delta(k.unbind(0), v.unbind(0))

@@ -132,8 +132,10 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
             return logits(params, hidden[0])[None]
         if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= SEVERAL):
             return model.logits(params, hidden)
-        weight = transformer.head(params)
-        return stack.logits(weight, hidden) if is_plain(weight, hidden) else model.logits(params, hidden)
+        weight = transformer.lm_head(params)
+        if stack.why_not or not is_plain(weight, hidden):
+            return model.logits(params, hidden)
+        return stack.logits(weight, hidden)
 
     def again(other: Model) -> Model:
         """Of a smaller model, the depth is its own; a compiled one stays as it was compiled."""

@@ -15,10 +15,10 @@ from .. import _checks, collectives, layers, progress, transformer, tree
 from .._autodiff import has_tangent
 from ..caches import Delta
 from ..kernels import check_remembered
-from ..transformer import Config, Kind, Layer, Params
+from ..transformer import Config, Layer, LayerSpec, Params
 from ..watching import Watch, is_differentiated
 from . import fused
-from .compiled import dense_parts, rows, several
+from .compiled import Rows, dense_parts, rows, several
 from .conditions import is_plain, is_step
 
 DEEPEST = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
@@ -31,6 +31,7 @@ class Stack:
 
     def __init__(self, config: Config, kernel: str | None, depth: int | None, backend: str, code: dict[Any, Any]) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, chosen_depth(config, depth), backend
+        self.why_not = transformer.why_not(config)  # why nothing is compiled, or ""
         self.compiled = code  # a _Function for each form of call, which models of one decoder share
         self.held: dict[int, _Prepared] = {}  # for each number of vectors
 
@@ -39,8 +40,7 @@ class Stack:
 
         Remembered as long as it meets the same tensors, unwritten; and not longer than they live.
         """
-        few = self.config.kv_heads < collectives.axis_size(transformer.TENSOR)  # then each device selects of heads that all hold
-        if few or not is_step(tokens, cache) or not is_plain(cache):
+        if self.why_not or self._differs_by_device() or not is_step(tokens, cache) or not is_plain(cache):
             return None
         if not transformer.continues(self.config, cache, len(tokens)):
             return None
@@ -54,10 +54,20 @@ class Stack:
             forms = held[T] = _prepared(self.config, params, T, Watch(params, gone))
         return forms
 
+    def _differs_by_device(self) -> bool:
+        """Whether a device of "tensor" computes with other weights than its part of a layer holds (`transformer.parallel`).
+
+        It selects from key/value heads that all devices hold, or adds a bias that one of them adds for all.
+        """
+        n, config = collectives.axis_size(transformer.TENSOR), self.config
+        return config.kv_heads < n or (n > 1 and bool(config.experts) and config.feed_forward_bias)
+
     def explain(self, params: Params) -> str:
         """What runs the layers of a step with these weights, and why the operator in C++ does not."""
+        if self.why_not:
+            return f"{self.config.layers} layers: as the model itself runs them, nothing compiled: {self.why_not}"
         stack = [layer._replace(**_forms(layer, 1)) for layer in params.layers]
-        why = fused.obstacle(self.config, stack)
+        why = fused.why_not(self.config, stack)
         if not why:
             return f"{len(stack)} layers: one call of the operator funcattn::layers"
         calls = f"{len(self.parts)} calls of compiled code, {self.depth} layers each"
@@ -65,33 +75,39 @@ class Stack:
 
     def hidden(self, params: Params, tokens: Tensor, cache: Any, forms: "_Prepared") -> tuple[Tensor, Delta]:
         """`Model.hidden` for a few tokens behind a dense past."""
-        config = self.config
-        places = transformer.locate(config, tokens, cache)
-        x = transformer.begin(config, params, tokens, places)
-        parts = dense_parts(cache)
-        noted = lambda delta: transformer.noted(config, delta, tokens, transformer.length_of(places))
-        for part in parts:
-            if int(part.length):
-                check_remembered(part.k, x.dtype)
-        if forms.fused is not None and fused.serves(x, parts):
-            x, k, v = fused.run(config, forms.fused, params.layers, x, places, parts)
-            return transformer.finish(config, params, x), noted(Delta(k.unbind(0), v.unbind(0)))
-        pasts = rows(parts)
+        config, parts = self.config, dense_parts(cache)
+        positions = transformer.positions_of(config, tokens, cache)
+
+        def through(x: Tensor) -> tuple[Tensor, Delta]:
+            for part in parts:
+                if int(part.length):
+                    check_remembered(part.k, x.dtype)
+            if forms.fused is not None and fused.serves(x, parts):
+                return fused.run(config, forms.fused, params.layers, x, positions, parts)
+            return self._compiled(params, x, positions, rows(parts), forms)
+
+        x, delta = transformer.forward_pass(config, params, tokens, positions, through)
+        return x, transformer.noted(config, delta, tokens, transformer.length_of(positions))
+
+    def _compiled(
+        self, params: Params, x: Tensor, positions: Tensor, pasts: Sequence[Rows], forms: "_Prepared"
+    ) -> tuple[Tensor, Delta]:
+        """A few layers at a time, each time by one compiled function."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
         shapes = *(past.k.shape for past in pasts), x.dtype
         if shapes not in forms.runs:
             forms.runs[shapes] = [
-                self.function(("layers", self.kinds[part], forms.kinds[part], len(tokens), shapes), several) for part in self.parts
+                self.function(("layers", self.specs[part], forms.kinds[part], len(x), shapes), several) for part in self.parts
             ]
         for part, run in zip(self.parts, forms.runs[shapes], strict=True):
             weights = tuple(layer._replace(**form) for layer, form in zip(params.layers[part], forms.prepared[part], strict=True))
             here = tuple(past.of(part) for past in pasts)
             with torch._C._AutoDispatchBelowAutograd():
-                x, k, v = run(config, self.kinds[part], self.kernel, weights, x, places, here)
+                x, k, v = run(self.config, self.specs[part], self.kernel, weights, x, positions, here)
             keys += k.unbind(0)
             values += v.unbind(0)
-        return transformer.finish(config, params, x), noted(Delta(tuple(keys), tuple(values)))
+        return x, Delta(tuple(keys), tuple(values))
 
     def logits(self, weight: Any, x: Tensor) -> Tensor:
         """`Model.logits` of one vector, or of a few, by the weight of the head."""
@@ -111,9 +127,9 @@ class Stack:
         return {**quick, "cpp.vec_isa_ok": True} if known else quick
 
     @functools.cached_property
-    def kinds(self) -> tuple[Kind, ...]:
+    def specs(self) -> tuple[LayerSpec, ...]:
         """Of all layers."""
-        return tuple(self.config.kind(i) for i in range(self.config.layers))
+        return tuple(self.config.layer_spec(i) for i in range(self.config.layers))
 
     @functools.cached_property
     def parts(self) -> tuple[slice, ...]:
@@ -191,7 +207,7 @@ def _prepared(config: Config, params: Params, T: int, watch: Watch) -> _Prepared
     """The matrices that products with T vectors want in another form, in it."""
     prepared = [_forms(layer, T) for layer in params.layers]
     stack = [layer._replace(**form) for layer, form in zip(params.layers, prepared, strict=True)]
-    operator = None if fused.obstacle(config, stack) else fused.weights(stack)
+    operator = None if fused.why_not(config, stack) else fused.weights(stack)
     return _Prepared(watch, tuple(prepared), tuple(map(_kind_of, stack)), {}, operator)
 
 
@@ -210,13 +226,13 @@ def _kind_of(weight: Any) -> Any:
 
 
 def chosen_depth(config: Config, depth: int | None) -> int:
-    """How many layers one compiled function has: as asked, or the largest divisor up to 5 by which the kinds of layers repeat."""
+    """How many layers one compiled function has: as asked, or the largest divisor up to 5 by which the specs of layers repeat."""
     if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= config.layers):
         _checks.fail("compile", "depth", f"from 1 to the {config.layers} layers", depth, "Leave it out: None chooses.")
     if depth is not None:
         return depth
-    kinds = [config.kind(i) for i in range(config.layers)]
-    alike = lambda n: all(kinds[i : i + n] == kinds[:n] for i in range(0, config.layers, n))
+    specs = [config.layer_spec(i) for i in range(config.layers)]
+    alike = lambda n: all(specs[i : i + n] == specs[:n] for i in range(0, config.layers, n))
     divisors = [n for n in range(1, config.layers + 1) if config.layers % n == 0 and alike(n)]
     several = [n for n in divisors if 1 < n <= DEEPEST] or [n for n in divisors if n <= 2 * DEEPEST][-1:]
     return several[-1] if several else min(DEEPEST, config.layers)

@@ -21,10 +21,10 @@ def own_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
     config = config_of(model, "logits")
     if config is None or collectives.axis_size(TENSOR) == 1:
         return None
-    head = transformer.head(params)
+    head = transformer.lm_head(params)
     if head.shape[0] == config.vocabulary:
         return None
-    return transformer.predict_own(config, head, hidden)
+    return transformer.local_logits(config, head, hidden)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,13 +16,16 @@ PLACEMENTS = ("before", "after", "around")
 POSITIONS = ("rotary", "learned", "none")
 
 
-class Kind(NamedTuple):
-    """What one layer is where layers differ. Layers of one kind are one function, applied to different weights."""
+class LayerSpec(NamedTuple):
+    """What one layer is where layers differ. Layers of one spec are one function, applied to different weights."""
 
     window: int | None  # each token sees that many, itself included; None is all before it
     rotary: bool
     local: bool  # its rotary base is Config.local_rope_base
     experts: bool
+
+
+Kind = LayerSpec  # its name before
 
 
 @made
@@ -137,28 +140,30 @@ class Config:
         """What attention multiplies its logits by."""
         return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
 
-    def kind(self, layer: int) -> Kind:
+    def layer_spec(self, layer: int) -> LayerSpec:
         """What the layer of that number is.
 
         Example:
-            >>> Config(window=8, window_layers=(True, False)).kind(1).window is None
+            >>> Config(window=8, window_layers=(True, False)).layer_spec(1).window is None
             True
         """
         has = lambda layers: not layers or layers[layer]
         local = self.window is not None and has(self.window_layers)
-        return Kind(
+        return LayerSpec(
             window=self.window if local else None,
             rotary=self.positions == "rotary" and has(self.rotary_layers),
             local=local and self.local_rope_base is not None,
             experts=bool(self.experts) and has(self.expert_layers),
         )
 
+    kind = layer_spec  # its name before
+
     @property
     def follows_length(self) -> bool:
         """Whether the rotary angles of some layer change with the length of the text (`RopeScaling.follows_length`)."""
         if self.rope_scaling is None or not self.rope_scaling.follows_length:
             return False
-        return any(kind.rotary and not kind.local for kind in map(self.kind, range(self.layers)))
+        return any(spec.rotary and not spec.local for spec in map(self.layer_spec, range(self.layers)))
 
     def limit(self) -> int | None:
         """Positions that the model can tell apart as it was trained to, or None where its angles follow the length."""

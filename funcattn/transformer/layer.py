@@ -3,7 +3,7 @@
     x = x + attention(norm(x))              over the past and the new tokens
     x = x + feed_forward(norm(x))           dense, or of a few experts
 
-Layers of one kind are one function, applied to different trees: what is compiled or rematerialized is this.
+Layers of one spec are one function, applied to different trees: what is compiled or rematerialized is this.
 """
 
 from collections.abc import Sequence
@@ -19,33 +19,41 @@ from ..masks import Mask
 from ..records import is_absent
 from ..taps import tap
 from . import parallel
-from .config import Config, Kind
+from .config import Config, LayerSpec
 from .weights import Layer
 
 
-class Block(NamedTuple):
-    """What is the same in every layer of a kind, besides the weights: the rotation and the mask of the new tokens."""
+class LayerContext(NamedTuple):
+    """What is the same in every layer of a spec, besides the weights: the rotation and the mask of the new tokens."""
 
     rotation: Rotation | tuple[()]
     mask: Mask | Tensor | None
 
 
 def block(
-    config: Config, kind: Kind, weights: Layer, x: Tensor, shared: Block, past: Sequence[Part], *, name: str, kernel: str | None
+    config: Config,
+    spec: LayerSpec,
+    weights: Layer,
+    x: Tensor,
+    context: LayerContext,
+    past: Sequence[Part],
+    *,
+    name: str,
+    kernel: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual x (*lead, T, E) after one layer, and the keys and values (*lead, K, T, D) of the new tokens.
 
     Args:
-        config, kind: what the layer computes.
+        config, spec: what the layer computes.
         weights: its tree.
         x: residual.
-        shared: rotation and mask.
+        context: rotation and mask.
         past: what is remembered of this layer, in parts; none is no past.
         name: of the layer, for taps: `layers.3`.
         kernel: of attention; None chooses.
     """
     y = x if is_absent(weights.attention_norm) else _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
-    attended, k, v = _attend(config, kind, weights, y, shared, past, name, kernel)
+    attended, k, v = _attend(config, spec, weights, y, context, past, name, kernel)
     if not is_absent(weights.attention_after_norm):
         attended = _norm(config, attended, weights.attention_after_norm, ())
     attended = tap(f"{name}.attention.output", attended)
@@ -54,7 +62,7 @@ def block(
     if not config.shared_norm:
         placed = not is_absent(weights.feed_forward_norm)
         y = _norm(config, x, weights.feed_forward_norm, weights.feed_forward_norm_bias) if placed else x
-    fed = _feed_forward(config, kind, weights, y, name)
+    fed = _feed_forward(config, spec, weights, y, name)
     if not is_absent(weights.feed_forward_after_norm):
         fed = _norm(config, fed, weights.feed_forward_after_norm, ())
     fed = tap(f"{name}.feed_forward.output", fed)
@@ -85,10 +93,10 @@ def _affines(weights: Sequence[Any], biases: Sequence[Any], x: Tensor) -> tuple[
 
 def _attend(
     config: Config,
-    kind: Kind,
+    spec: LayerSpec,
     weights: Layer,
     y: Tensor,
-    shared: Block,
+    context: LayerContext,
     past: Sequence[Part],
     name: str,
     kernel: str | None,
@@ -100,16 +108,16 @@ def _attend(
     q = _heads(config, q, weights.q_norm, H, D)
     k = _heads(config, k, weights.k_norm, K, D)
     v = torch.unflatten(v, -1, (K, D)).transpose(-2, -3)  # not the method, which torch.compile cannot trace under a default device
-    if kind.rotary:
-        assert isinstance(shared.rotation, Rotation)
-        q, k = layers.rotate(q, shared.rotation), layers.rotate(k, shared.rotation)
+    if spec.rotary:
+        assert isinstance(context.rotation, Rotation)
+        q, k = layers.rotate(q, context.rotation), layers.rotate(k, context.rotation)
     q, k, v = tap(f"{name}.attention.q", q), tap(f"{name}.attention.k", k), tap(f"{name}.attention.v", v)
     if parallel.in_parts():
-        out = parallel.attend(config, kind, q, k, v, shared.mask, past, kernel)
+        out = parallel.attend(config, spec, q, k, v, context.mask, past, kernel)
     elif not past and config.attention_cap is None and not config.sinks:
-        out = kernels.attention(q, k, v, shared.mask, scale=config.scale, kernel=kernel)
+        out = kernels.attention(q, k, v, context.mask, scale=config.scale, kernel=kernel)
     else:
-        parts = [*past, Part(k, v, () if shared.mask is None else shared.mask)]
+        parts = [*past, Part(k, v, () if context.mask is None else context.mask)]
         sinks = weights.sinks if config.sinks else None
         out = kernels.attend_parts(q, parts, scale=config.scale, cap=config.attention_cap, sinks=sinks, kernel=kernel)
     mixed = tap(f"{name}.attention.mixed", out.transpose(-2, -3).flatten(-2))
@@ -128,9 +136,9 @@ def _heads(config: Config, x: Tensor, norm: Any, heads: int, D: int) -> Tensor:
     return x.transpose(-2, -3)
 
 
-def _feed_forward(config: Config, kind: Kind, weights: Layer, y: Tensor, name: str) -> Tensor:
+def _feed_forward(config: Config, spec: LayerSpec, weights: Layer, y: Tensor, name: str) -> Tensor:
     y = tap(f"{name}.feed_forward.input", parallel.begin(y))
-    if kind.experts:
+    if spec.experts:
         return _choose(config, weights, y, name)
     if config.gated:
         gate, up = _affines((weights.gate, weights.up), (weights.gate_bias, weights.up_bias), y)

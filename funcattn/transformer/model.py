@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, caches, kernels, layers, masks, rematerialization, taps, tree
+from .. import _checks, caches, rematerialization, taps, tree
 from .._doors import door, what_is
 from ..caches import Cache, Delta
-from ..collectives import bound
-from ..layers import Rotation
 from ..masks import Mask
-from ..models import Made, Model, written
+from ..models import Made, Model, Past, written
 from ..records import ABSENT, is_absent
 from . import lengths, parallel
-from .config import Config, Kind
-from .layer import Block, block
+from .config import Config, LayerSpec
+from .forward import forward_pass, lm_head, predict, run_layers
+from .layer import LayerContext, block
 from .weights import Layer, Params, initialize
 
 
@@ -67,8 +66,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     if not isinstance(config, Config):
         remedy = "Make one with fa.Config(...), or take that of fa.load, which returns (config, params, tokenizer)."
         _checks.fail("decoder", "config", "a Config", f"a {type(config).__name__}", remedy, TypeError)
-    all_kinds = [config.kind(i) for i in range(config.layers)]
-    kinds = list(dict.fromkeys(all_kinds))
+    specs = [config.layer_spec(i) for i in range(config.layers)]
 
     @door
     def init(key: Tensor) -> Params:
@@ -99,7 +97,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
 
     @door
     def hidden(
-        params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
+        params: Params, tokens: Tensor, cache: Past = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
         """The residual after the last norm, of which `logits` makes logits, and the keys and values of the new tokens.
 
@@ -113,40 +111,40 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
         Returns:
             hidden (*lead, T, E), and the Delta that `fa.commit(cache, delta)` adds.
         """
-        places = locate(config, tokens, cache, positions)
+        at = positions_of(config, tokens, cache, positions)
         _check_mask(mask, tokens.shape[-1])
         parallel.check(params, cache, mask)
-        run = functools.partial(stack, params)
-        x, delta = lengths.hidden(config, run, tokens, cache, places, mask, positions is None)
+        run = functools.partial(read, params)
+        x, delta = lengths.hidden(config, run, tokens, cache, at, mask, positions is None)
         if not is_absent(cache) and _checks.value(cache.length) is None:
             x = torch.where(caches.overflowed(cache), float("nan"), x)
         return taps.tap("output", x), delta
 
-    def stack(
+    def read(
         params: Params,
         tokens: Tensor,
-        cache: Any,
-        places: Tensor,
+        cache: Past,
+        positions: Tensor,
         mask: Mask | Tensor | None,
         in_order: bool,
         length: Tensor | None,
     ) -> tuple[Tensor, Delta]:
-        """Every layer, of tokens at `places` in a text of that length (None: of which no angle depends on it)."""
-        x = taps.tap("embedding", begin(config, params, tokens, places))
-        shared = {kind: share(config, kind, places, mask, x.dtype, in_order, length) for kind in kinds}
-        keys, values = [], []
-        for i, (weights, kind) in enumerate(zip(params.layers, all_kinds, strict=True)):
-            past = () if is_absent(cache) else tuple(caches.past(cache, i, places, kind.window))
-            layer = functools.partial(_place, i, config, kind, name=f"layers.{i}", kernel=kernel)
-            x, k, v = (rematerialization.remat(layer) if remat and not taps.heard() else layer)(weights, x, shared[kind], past)
-            keys.append(k)
-            values.append(v)
-        return finish(config, params, x), Delta(tuple(keys), tuple(values))
+        """Tokens at these positions of a text of that length (None: of which no angle depends on it)."""
+
+        def run(number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+            past = () if is_absent(cache) else tuple(caches.past(cache, number, positions, spec.window))
+            layer = functools.partial(_run, number, config, spec, name=f"layers.{number}", kernel=kernel)
+            layer = rematerialization.remat(layer) if remat and not taps.heard() else layer
+            return layer(weights, x, context, past)
+
+        options: Any = {"mask": mask, "in_order": in_order, "length": length}
+        through = lambda x: run_layers(config, specs, params.layers, x, positions, run, **options)
+        return forward_pass(config, params, tokens, positions, through)
 
     @door
     def logits(params: Params, hidden: Tensor) -> Tensor:
         """The logits (*lead, V) of hidden (*lead, E), which is what `hidden` returns: the residual after the last norm."""
-        weight = head(params)
+        weight = lm_head(params)
         if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (config.width,):
             remedy = "Pass the first of what model.hidden returns."
             _checks.fail("decoder", "hidden", f"(*lead, E) with E = {config.width}", what_is(hidden), remedy)
@@ -158,12 +156,12 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
     return Model(init, cache, hidden, logits, config=config, kernel=kernel, made=made)
 
 
-def _place(number: int, config: Config, kind: Kind, weights: Layer, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(number: int, config: Config, spec: LayerSpec, weights: Layer, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """A layer with its weights as this device computes with them."""
-    return block(config, kind, parallel.layer(config, number, weights), *rest, **options)
+    return block(config, spec, parallel.layer(config, number, weights), *rest, **options)
 
 
-def locate(config: Config, tokens: Tensor, cache: Any, positions: Tensor | None = None) -> Tensor:
+def positions_of(config: Config, tokens: Tensor, cache: Past, positions: Tensor | None = None) -> Tensor:
     """The positions of new tokens, which go on from the past unless they are given; tokens, past and positions are checked."""
     _check_tokens(tokens, config, has_past=not is_absent(cache))
     if not is_absent(cache):
@@ -173,111 +171,10 @@ def locate(config: Config, tokens: Tensor, cache: Any, positions: Tensor | None 
         positions = parallel.places(tokens.shape[-1])
     if positions is not None:
         _check_positions(positions, tokens.shape[-1])
-    places = torch.arange(tokens.shape[-1], device=tokens.device) + before if positions is None else positions
-    _check_places(places, config)
-    return places
-
-
-def begin(config: Config, params: Params, tokens: Tensor, places: Tensor) -> Tensor:
-    """The residual (*lead, T, E) before the first layer; params that are plainly not of this config are an error."""
-    _check_params(params, config)
-    x = parallel.embed(config, params.embedding, tokens)
-    if config.embedding_scale != 1.0:
-        x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded as its authors do
-    if config.positions != "learned":
-        return x
-    return x + layers.embed(parallel.vector("positions", params.positions, (config.context, config.width)), places)
-
-
-def finish(config: Config, params: Params, x: Tensor) -> Tensor:
-    """The residual after the last layer, normalized."""
-    norm = parallel.vector("norm", params.norm, (config.width,))
-    if config.norm == "rms":
-        return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    bias = parallel.vector("norm_bias", params.norm_bias, (config.width,))
-    return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
-
-
-def head(params: Params) -> Any:
-    """The weight that makes logits: the embedding, where it has none of its own."""
-    if not hasattr(params, "head"):
-        remedy = "Make them with model.init(key), or take those of fa.load."
-        _checks.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
-    return params.embedding if is_absent(params.head) else params.head
-
-
-def predict(config: Config, head: Any, hidden: Tensor) -> Tensor:
-    """Logits (*lead, V), by the weight of the head (or of the embedding, where it serves)."""
-    return parallel.together(config, predict_own(config, head, hidden))
-
-
-def predict_own(config: Config, head: Any, hidden: Tensor) -> Tensor:
-    """The logits of the part of the vocabulary that this device's head holds: all of it, unless "tensor" is bound."""
-    out = parallel.head(config, head, hidden)
-    if config.logit_scale != 1.0:
-        out = out * config.logit_scale
-    return out if config.logit_cap is None else kernels.soft_cap(out, config.logit_cap)
-
-
-def share(
-    config: Config,
-    kind: Kind,
-    places: Tensor,
-    mask: Mask | Tensor | None,
-    dtype: torch.dtype,
-    in_order: bool,
-    length: Tensor | None = None,
-) -> Block:
-    """The rotation and the mask that all layers of a kind share.
-
-    Args:
-        config, kind: what they compute.
-        places: int64 (*lead, T), the position of each new token.
-        mask: which new tokens each sees; None is causal.
-        dtype: of activations.
-        in_order: whether the new tokens stand one behind the other, as they do unless positions were given.
-        length: int64 (*lead) of the whole text, or (*lead, T) of that of each token, for angles that follow it; None is as far as
-            places reach.
-    """
-    T = places.shape[-1]
-    rotation: Rotation | tuple[()] = ()
-    if kind.rotary:
-        base = config.local_rope_base if kind.local else config.rope_base
-        scaling = None if kind.local else config.rope_scaling
-        assert base is not None
-        if scaling is not None and scaling.follows_length:
-            length = lengths.length_of(places) if length is None else length
-        size = config.rotary_size or config.head_size
-        turn = layers.frequencies(size, base=base, scaling=scaling, length=length, device=places.device)
-        amplitude = 1.0 if scaling is None else scaling.attention
-        if turn.dim() > places.dim():  # of each token
-            each = layers.rope(places.unsqueeze(-1), turn, dtype, amplitude=amplitude)  # (*lead, T, 1, 1, D)
-            rotation = Rotation(*(x.squeeze(-2).transpose(-2, -3) for x in each))
-        else:
-            rotation = layers.rope(places, turn, dtype, amplitude=amplitude)
-    if mask is None and T > 1:
-        mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=places.device))  # a tensor, to be where it is
-    if kind.window is not None and mask is not None and not (in_order and kind.window >= T):
-        if in_order and isinstance(mask, Mask):
-            near: Mask | Tensor = masks.window(T, kind.window, offset=torch.zeros((), dtype=torch.int64, device=places.device))
-            mask = masks.intersection(mask, near)
-        else:  # positions of one's own are in no order: the window is that of the positions, not of the rows
-            ahead = places.unsqueeze(-1) - places.unsqueeze(-2)
-            seen = mask.dense(T) if isinstance(mask, Mask) else mask
-            mask = seen & (ahead < kind.window).unsqueeze(-3) if seen.dim() > 2 else seen & (ahead < kind.window)
-    return Block(rotation, mask)
-
-
-def _check_params(params: Params, config: Config) -> None:
-    if not hasattr(params, "layers"):
-        remedy = "Make them with model.init(key), or take those of fa.load; arguments come in the order params, tokens, cache."
-        _checks.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
-    count, norm = len(params.layers), params.norm
-    if count == config.layers and (bound() or norm.shape[-1:] == (config.width,)):  # a device of a mesh may hold a part
-        return
-    got = f"{count} layers" if count != config.layers else f"a width of {_checks.shape(norm)[-1]}"
-    wanted = f"those of the config: {config.layers} layers of width {config.width}"
-    _checks.fail("decoder", "params", wanted, got, "Config, params and tokenizer of one fa.load belong together.")
+    if positions is None:
+        positions = torch.arange(tokens.shape[-1], device=tokens.device) + before
+    _check_reach(positions, config)
+    return positions
 
 
 def _check_past(cache: Any, config: Config) -> None:
@@ -299,11 +196,11 @@ def _check_positions(positions: Tensor, T: int) -> None:
         _checks.fail("decoder", "positions", f"integers (*lead, T) with T = {T}", what_is(positions), remedy, TypeError)
 
 
-def _check_places(places: Tensor, config: Config) -> None:
+def _check_reach(positions: Tensor, config: Config) -> None:
     limit = config.limit()
-    if limit is None or not places.shape[-1]:
+    if limit is None or not positions.shape[-1]:
         return
-    last = _checks.greatest(places)
+    last = _checks.greatest(positions)
     if last is not None and limit <= last < caches.OVERFLOWED:  # beyond is what a commit that did not fit left: NaN tells of it
         whose = "of its table" if config.positions == "learned" else "that the model was trained on, config.context"
         remedy = "Shorten it; or where you know better, stretch it by dataclasses.replace(config, context=..., rope_scaling=...)."

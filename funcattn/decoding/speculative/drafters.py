@@ -257,7 +257,7 @@ def _vocabulary(model: Any, params: Any) -> int | None:
     """How many tokens a model knows; None where it does not say, or where this device holds a part of its head."""
     if config_of(model, "logits") is None or not isinstance(params, transformer.Params) or collectives.bound():
         return None
-    return tree.leaves(transformer.head(params))[0].shape[0]
+    return tree.leaves(transformer.lm_head(params))[0].shape[0]
 
 
 def _is_ids(x: Any) -> bool:

@@ -1,0 +1,69 @@
+"""What a fast path can compute, field by field of the Config: an allow-list.
+
+A fast path is written for some of what a decoder may be. It names every field of Config that it
+knows, with the values that it computes; a config with a field that it does not name, or with
+another value, goes the general way. So a new field of Config is never passed over: a fast path
+takes part in it once its table says so.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import TypeAlias
+
+from .config import Config
+
+ANY = ("any value",)  # of a field whose value the path reads, or that something else computes
+Table: TypeAlias = Mapping[str, Collection[object]]
+
+
+# Of the paths that run or rewrite the layers as layer.py writes them: compiled decoding, which reads
+# the cache by itself, prepares the weights and keeps code for a config that it does not look at
+# again; and smoothing, which moves factors between the weights of a layer.
+FIELDS: Table = {
+    **dict.fromkeys(("vocabulary", "width", "layers", "heads", "kv_heads", "head_size"), ANY),
+    **dict.fromkeys(("feed_forward", "activation", "norm_epsilon", "context", "tied"), ANY),
+    **dict.fromkeys(("qkv_bias", "output_bias", "head_norm", "attention_scale"), ANY),
+    **dict.fromkeys(("attention_cap", "sinks", "window", "window_layers"), ANY),
+    **dict.fromkeys(("positions", "rope_base", "rope_scaling", "rotary_size"), ANY),
+    **dict.fromkeys(("rotary_layers", "local_rope_base"), ANY),
+    **dict.fromkeys(("norm", "norm_bias", "norm_offset", "norm_placement"), ANY),
+    **dict.fromkeys(("parallel", "shared_norm", "residual_scale"), ANY),
+    **dict.fromkeys(("gated", "feed_forward_bias", "activation_limit"), ANY),
+    **dict.fromkeys(("experts", "experts_per_token", "expert_size", "expert_layers"), ANY),
+    **dict.fromkeys(("normalized_routing", "router_bias"), ANY),
+    **dict.fromkeys(("embedding_scale", "logit_scale", "logit_cap"), ANY),
+}
+OF_LAYERS: Table = dict.fromkeys(("window", "rotary", "local", "experts"), ANY)
+
+
+def why_not(config: Config, table: Table = FIELDS, of_layers: Table = OF_LAYERS) -> str:
+    """Why a path that knows these fields does not compute this config, or "" where it does.
+
+    Args:
+        config: what is to be computed.
+        table: field of Config -> the values that the path computes, or ANY. By default those
+            of any path that runs layers as they are written.
+        of_layers: the same for the fields of LayerSpec, of every layer.
+
+    Example:
+        >>> why_not(Config(norm="layer"), {**FIELDS, "norm": ("rms",)})
+        "it knows norm = 'rms' only, and this is 'layer'"
+    """
+    for field in dataclasses.fields(config):
+        if why := _unknown("", field.name, getattr(config, field.name), table):
+            return why
+    for number in range(config.layers):
+        spec = config.layer_spec(number)
+        for name, value in zip(spec._fields, spec, strict=True):
+            if why := _unknown(f"layers.{number}.", name, value, of_layers):
+                return why
+    return ""
+
+
+def _unknown(prefix: str, name: str, value: object, table: Table) -> str:
+    values = table.get(name)
+    if values is None:
+        return f"it knows no {prefix}{name}, and this is {value!r}"
+    if values is ANY or value in values:
+        return ""
+    return f"it knows {prefix}{name} = {' or '.join(map(repr, values))} only, and this is {value!r}"

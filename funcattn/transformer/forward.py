@@ -1,0 +1,192 @@
+"""The forward pass of a decoder, written once.
+
+    x = embed_tokens(tokens)
+    x, k, v = run(x)                for each layer, whatever `run` does with it
+    logits = lm_head(final_norm(x))
+
+The decoder runs each layer as it is or rematerialized, compiled decoding runs a few of them as one
+function, calibration changes each before it goes on: all by `forward_pass` and `run_layers`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import _checks, kernels, layers, masks, taps
+from .._doors import what_is
+from ..caches import Delta
+from ..collectives import bound
+from ..layers import Rotation
+from ..masks import Mask
+from ..records import is_absent
+from . import lengths, parallel
+from .config import Config, LayerSpec
+from .layer import LayerContext
+from .weights import Layer, Params
+
+
+class RunLayer(Protocol):
+    """(number, spec, weights, x, context) -> the residual (*lead, T, E) after the layer, and k, v.
+
+    Keys and values (*lead, K, T, D) are those of the new tokens; context is what all layers of the
+    spec share.
+    """
+
+    def __call__(
+        self, number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext, /
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def forward_pass(
+    config: Config,
+    params: Params,
+    tokens: Tensor,
+    positions: Tensor,
+    through: Callable[[Tensor], tuple[Tensor, Delta]],
+) -> tuple[Tensor, Delta]:
+    """The residual (*lead, T, E) after the last norm, and the delta.
+
+    Args:
+        config, params: what it computes.
+        tokens, positions: int64 (*lead, T).
+        through: the residual -> the residual after all layers, and their keys and values.
+    """
+    x, delta = through(taps.tap("embedding", embed_tokens(config, params, tokens, positions)))
+    return final_norm(config, params, x), delta
+
+
+def run_layers(
+    config: Config,
+    specs: Sequence[LayerSpec],
+    weights: Iterable[Layer],
+    x: Tensor,
+    positions: Tensor,
+    run: RunLayer,
+    *,
+    mask: Mask | Tensor | None = None,
+    in_order: bool = True,
+    length: Tensor | None = None,
+) -> tuple[Tensor, Delta]:
+    """The residual behind some layers, each run by `run`, and the keys and values of each.
+
+    Args:
+        config: of the model.
+        specs, weights: of the layers, which are numbered from 0.
+        x: the residual (*lead, T, E) in front of them.
+        positions, mask, in_order, length: of the new tokens, as in `layer_context`.
+        run: what runs a layer.
+    """
+    contexts: dict[LayerSpec, LayerContext] = {}
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for number, (spec, layer) in enumerate(zip(specs, weights, strict=True)):
+        if spec not in contexts:
+            contexts[spec] = layer_context(config, spec, positions, mask, x.dtype, in_order, length)
+        x, k, v = run(number, spec, layer, x, contexts[spec])
+        keys.append(k)
+        values.append(v)
+    return x, Delta(tuple(keys), tuple(values))
+
+
+def embed_tokens(config: Config, params: Params, tokens: Tensor, positions: Tensor) -> Tensor:
+    """The residual (*lead, T, E) before the first layer; params that are plainly not of this config are an error."""
+    _check_params(params, config)
+    x = parallel.embed(config, params.embedding, tokens)
+    if config.embedding_scale != 1.0:
+        x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded as its authors do
+    if config.positions != "learned":
+        return x
+    return x + layers.embed(parallel.vector("positions", params.positions, (config.context, config.width)), positions)
+
+
+def final_norm(config: Config, params: Params, x: Tensor) -> Tensor:
+    """The residual after the last layer, normalized."""
+    norm = parallel.vector("norm", params.norm, (config.width,))
+    if config.norm == "rms":
+        return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    bias = parallel.vector("norm_bias", params.norm_bias, (config.width,))
+    return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
+
+
+def lm_head(params: Params) -> Any:
+    """The weight that makes logits: the embedding, where it has none of its own."""
+    if not hasattr(params, "head"):
+        remedy = "Make them with model.init(key), or take those of fa.load."
+        _checks.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
+    return params.embedding if is_absent(params.head) else params.head
+
+
+def predict(config: Config, head: Any, hidden: Tensor) -> Tensor:
+    """Logits (*lead, V), by the weight of the head (or of the embedding, where it serves)."""
+    return parallel.together(config, local_logits(config, head, hidden))
+
+
+def local_logits(config: Config, head: Any, hidden: Tensor) -> Tensor:
+    """The logits of the part of the vocabulary that this device's head holds: all of it, unless "tensor" is bound."""
+    out = parallel.head(config, head, hidden)
+    if config.logit_scale != 1.0:
+        out = out * config.logit_scale
+    return out if config.logit_cap is None else kernels.soft_cap(out, config.logit_cap)
+
+
+def layer_context(
+    config: Config,
+    spec: LayerSpec,
+    positions: Tensor,
+    mask: Mask | Tensor | None,
+    dtype: torch.dtype,
+    in_order: bool,
+    length: Tensor | None = None,
+) -> LayerContext:
+    """The rotation and the mask that all layers of a spec share.
+
+    Args:
+        config, spec: what they compute.
+        positions: int64 (*lead, T), the position of each new token.
+        mask: which new tokens each sees; None is causal.
+        dtype: of activations.
+        in_order: whether the new tokens stand one behind the other, as they do unless positions were given.
+        length: int64 (*lead) of the whole text, or (*lead, T) of that of each token, for angles that follow it; None is as far as
+            positions reach.
+    """
+    T = positions.shape[-1]
+    rotation: Rotation | tuple[()] = ()
+    if spec.rotary:
+        base = config.local_rope_base if spec.local else config.rope_base
+        scaling = None if spec.local else config.rope_scaling
+        assert base is not None
+        if scaling is not None and scaling.follows_length:
+            length = lengths.length_of(positions) if length is None else length
+        size = config.rotary_size or config.head_size
+        inv_freq = layers.frequencies(size, base=base, scaling=scaling, length=length, device=positions.device)
+        amplitude = 1.0 if scaling is None else scaling.attention
+        if inv_freq.dim() > positions.dim():  # of each token
+            each = layers.rope(positions.unsqueeze(-1), inv_freq, dtype, amplitude=amplitude)  # (*lead, T, 1, 1, D)
+            rotation = Rotation(*(x.squeeze(-2).transpose(-2, -3) for x in each))
+        else:
+            rotation = layers.rope(positions, inv_freq, dtype, amplitude=amplitude)
+    if mask is None and T > 1:
+        mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=positions.device))  # a tensor, to be where it is
+    if spec.window is not None and mask is not None and not (in_order and spec.window >= T):
+        if in_order and isinstance(mask, Mask):
+            near: Mask | Tensor = masks.window(T, spec.window, offset=torch.zeros((), dtype=torch.int64, device=positions.device))
+            mask = masks.intersection(mask, near)
+        else:  # positions of one's own are in no order: the window is that of the positions, not of the rows
+            ahead = positions.unsqueeze(-1) - positions.unsqueeze(-2)
+            seen = mask.dense(T) if isinstance(mask, Mask) else mask
+            mask = seen & (ahead < spec.window).unsqueeze(-3) if seen.dim() > 2 else seen & (ahead < spec.window)
+    return LayerContext(rotation, mask)
+
+
+def _check_params(params: Params, config: Config) -> None:
+    if not hasattr(params, "layers"):
+        remedy = "Make them with model.init(key), or take those of fa.load; arguments come in the order params, tokens, cache."
+        _checks.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
+    count, norm = len(params.layers), params.norm
+    if count == config.layers and (bound() or norm.shape[-1:] == (config.width,)):  # a device of a mesh may hold a part
+        return
+    got = f"{count} layers" if count != config.layers else f"a width of {_checks.shape(norm)[-1]}"
+    wanted = f"those of the config: {config.layers} layers of width {config.width}"
+    _checks.fail("decoder", "params", wanted, got, "Config, params and tokenizer of one fa.load belong together.")
