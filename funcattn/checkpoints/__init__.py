@@ -5,8 +5,7 @@
 
 Files are untrusted. Nothing is unpickled and no code of a file runs outside a sandbox; only regular files are opened, and sizes,
 kinds and offsets are held against the file before anything is allocated; what the mathematics of `transformer` does not express is
-refused by name. Whatever else is wrong with a file is a CheckpointError that says what was wanted, what came, and what to do. One
-exception is `load_parts`, which reads the format of torch.distributed.checkpoint: its metadata is a pickle, so read your own only.
+refused by name. Whatever else is wrong with a file is a CheckpointError that says what was wanted, what came, and what to do.
 """
 
 from ..families import CheckpointError

@@ -20,7 +20,7 @@ from .. import families, tree
 from .._checks import fail, printable
 from ..families import CheckpointError
 from ..transformer import Config, Params
-from . import compressed, declared, quantizers
+from . import compressed, declared, gpt2_files, quantizers
 from .regular_files import LARGE, REMEDY, check_regular, of_one_save, read_json, read_text
 from .tokenizer import Tokenizer, from_files
 
@@ -163,16 +163,23 @@ def _one_dtype(settings: Mapping[str, Any], dtypes: set[torch.dtype]) -> torch.d
 
 
 def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
-    if not _is_there(folder / "tokenizer.json"):
-        others = [name for name in declared.OTHERS if (folder / name).is_file()]
-        if others:
-            wanted, got = "tokenizer.json", f"{others[0]}, {declared.OTHERS[others[0]]}"
-            remedy = "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one."
-            text = f"load: the tokenizer of {folder} should be {wanted}, got {got}, so it is None. {remedy}"
-            warnings.warn(text, UserWarning, stacklevel=8)  # where load was called
-        return None
     names = ("tokenizer_config.json", "generation_config.json", *declared.BESIDE)
+    has = _is_there(folder / "tokenizer.json")
+    others = [] if has else [name for name in declared.OTHERS if (folder / name).is_file()]
+    if not has and not others:
+        return None
     optional = {name: read_json(folder / name) for name in names if _is_there(folder / name)}
+    beside = optional.get("tokenizer_config.json", {})
+    if has:
+        text = read_text(folder / "tokenizer.json", LARGE)
+    elif gpt2_files.is_gpt2(folder, settings.get("model_type"), beside):
+        text, beside = gpt2_files.as_tokenizer_json(folder, beside), gpt2_files.with_roles(beside, optional)
+    else:
+        wanted, got = "tokenizer.json", f"{others[0]}, {declared.OTHERS[others[0]]}"
+        remedy = "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one."
+        text = f"load: the tokenizer of {folder} should be {wanted}, got {got}, so it is None. {remedy}"
+        warnings.warn(text, UserWarning, stacklevel=8)  # where load was called
+        return None
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     templates = {path.stem: read_text(path) for path in [folder / "chat_template.jinja", *more] if _is_there(path)}
     if "chat_template" in templates:
@@ -181,8 +188,7 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | No
     stop = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < 2**32 for end in stop):
         _refuse("eos_token_id", "a token id or a list of them", ends)
-    text = read_text(folder / "tokenizer.json", LARGE)
-    return from_files(text, optional.get("tokenizer_config.json", {}), templates, stop, optional)
+    return from_files(text, beside, templates, stop, optional)
 
 
 # Checks of what a file says.

@@ -126,26 +126,30 @@ def _is_part(name: str) -> bool:
 def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
     """What `save_parts` wrote, cut as another tree is: each process reads what it will hold, whatever mesh wrote it.
 
-    Read only what you wrote: torch keeps the metadata of such a folder as a pickle, which runs code of its author's.
+    No code of the folder runs: its index, which torch writes as a pickle, is read by an unpickler that
+    knows the classes of an index alone.
 
     Args:
         like: a tree of the shapes, dtypes and placements that are wanted; it stays as it is.
 
     Raises:
-        CheckpointError: nothing is there, or other leaves are.
+        CheckpointError: nothing is there, or other leaves are; or the index holds something else.
 
     Law: equals what was saved, on meshes of other shapes (tests/distributed: test_what_one_mesh_saved_another_loads).
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load as read
 
-    if not (Path(folder) / METADATA).is_file():
+    from .parts_index import Reader
+
+    if not (Path(folder) / METADATA).exists():
         remedy = "Give the folder that save_parts wrote."
         fail("load_parts", os.fspath(folder), "a folder with .metadata", "none", remedy, CheckpointError)
     empty = tree.map(torch.empty_like, like)
+    reader = Reader(Path(folder))
     try:
         with _alone():
-            read(_state(empty), checkpoint_id=os.fspath(folder))
+            read(_state(empty), storage_reader=reader)
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         remedy = "Give a tree of the model that was saved."
         fail("load_parts", os.fspath(folder), "of these leaves", str(error).strip()[:300], remedy, CheckpointError)

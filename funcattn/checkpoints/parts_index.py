@@ -1,0 +1,104 @@
+"""The index of a torch.distributed.checkpoint folder: which file holds which block of which tensor.
+
+torch writes it as a pickle, and would run any code that such a file names. It is read here by an
+unpickler that knows the classes of an index and nothing else. An entry that is no tensor is
+refused (torch unpickles those in full), and so is a file outside of the folder.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from .._checks import fail
+from ..families import CheckpointError
+from .regular_files import LARGE, check_regular, read_bytes
+
+NAME = ".metadata"  # torch's
+METADATA = "torch.distributed.checkpoint.metadata"
+CLASSES: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): lambda name: {"torch.strided": torch.strided}[name],
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+    **{
+        (METADATA, kind.__name__): kind
+        for kind in (
+            *(ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta),
+            *(TensorProperties, TensorStorageMetadata, _MEM_FORMAT_ENCODING),
+        )
+    },
+    # Where the folder was written, which is not looked at: of another system too.
+    **{("pathlib", f"{kind}Path"): lambda *parts: "/".join(map(str, parts)) for kind in ("Posix", "Windows")},
+    **{("pathlib._local", f"{kind}Path"): lambda *parts: "/".join(map(str, parts)) for kind in ("Posix", "Windows")},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in CLASSES:
+            return CLASSES[module, name]
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name}, which no index holds")
+
+
+class Reader(FileSystemReader):
+    """torch's reader of a folder, with an index that was checked.
+
+    Raises:
+        CheckpointError: the index is damaged, or holds what no index of tensors does.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.index = read_index(folder)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index, with the name of this loading as torch sets it."""
+        if self.index.storage_meta is not None:
+            self.index.storage_meta.load_id = self.load_id
+        return self.index
+
+
+def read_index(folder: Path) -> Metadata:
+    """The checked index of a folder."""
+    data = read_bytes(folder / NAME, LARGE, "load_parts")
+    try:
+        index = _Unpickler(io.BytesIO(data)).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes the unpickler or a constructor do
+        _refuse(folder, "an index of torch.distributed.checkpoint", f"{type(error).__name__}: {str(error)[:200]}")
+    tensors = getattr(index, "state_dict_metadata", None) if type(index) is Metadata else None
+    files = index.storage_data if tensors is not None else None
+    if not isinstance(tensors, dict) or not isinstance(files, dict):
+        _refuse(folder, "an index of torch.distributed.checkpoint", f"a {type(index).__name__}")
+    for name, entry in tensors.items():
+        if type(entry) is not TensorStorageMetadata:
+            _refuse(folder, "one of tensors", f"a {type(entry).__name__} for {name}")
+    for block in files.values():
+        name = block.relative_path if type(block) is _StorageInfo else None
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".distcp"):
+            _refuse(folder, "one of .distcp files beside it", repr(name))
+        if block.transform_descriptors:
+            _refuse(folder, "one of plain files", f"{name} after {block.transform_descriptors}")
+    for name in {block.relative_path for block in files.values()}:
+        check_regular(folder / name, "load_parts")
+    return index
+
+
+def _refuse(folder: Path, wanted: str, got: str) -> NoReturn:
+    fail("load_parts", f"the index of {folder}", wanted, got, "Give a folder that save_parts wrote.", CheckpointError)
