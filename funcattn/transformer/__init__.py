@@ -13,7 +13,7 @@ rereading  loops over such a past: what is read first, what is read again
 from .blocks import Block, block
 from .config import Config, Kind
 from .lengths import cache_layers, continues, length_of, noted
-from .model import begin, decoder, finish, head, locate, predict, predict_own, share
+from .model import begin, decoder, finish, head, local_logits, locate, predict, share
 from .partition import DATA, TENSOR
 from .rereading import along, first_chunk, follower, one_by_one, places, renewed
 from .weights import Layer, Params, initialize, shapes
@@ -43,7 +43,7 @@ __all__ = [
     "one_by_one",
     "places",
     "predict",
-    "predict_own",
+    "local_logits",
     "renewed",
     "shapes",
     "share",

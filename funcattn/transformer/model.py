@@ -205,10 +205,10 @@ def head(params: Params) -> Any:
 
 def predict(config: Config, head: Any, hidden: Tensor) -> Tensor:
     """Logits (*lead, V), by the weight of the head (or of the embedding, where it serves)."""
-    return parallel.together(config, predict_own(config, head, hidden))
+    return parallel.gather_vocab(config, local_logits(config, head, hidden))
 
 
-def predict_own(config: Config, head: Any, hidden: Tensor) -> Tensor:
+def local_logits(config: Config, head: Any, hidden: Tensor) -> Tensor:
     """The logits of the part of the vocabulary that this device's head holds: all of it, unless "tensor" is bound."""
     out = parallel.head(config, head, hidden)
     if config.logit_scale != 1.0:
