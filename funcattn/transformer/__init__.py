@@ -70,7 +70,6 @@ __all__ = [
     "places",
     "positions_of",
     "predict",
-    "predict_own",
     "renewed",
     "run_layers",
     "shapes",
