@@ -286,7 +286,9 @@ def test_a_model_prints_how_it_was_made():
     model = fa.sharding.candidates(compiled(MODEL), 3)._replace(hidden=bent, init=functools.partial(MODEL.init))
     said = f"_replace(hidden=bent, init=partial) of candidates(k=3) of compile(backend='eager') of {said}"
     assert repr(model) == f"Compiled: {said}"
-    assert repr(fa.shard_map(AGAIN, Grid(tensor=2))).startswith("Model: shard_map(mesh=Grid(axes=(('tensor', 2),))) of decoder(")
+    assert repr(fa.shard_map(AGAIN, Grid(tensor=2))).startswith(
+        "Model: shard_map(mesh=VirtualMesh(axes=(('tensor', 2),))) of decoder("
+    )
     assert repr(AGAIN).endswith("feed_forward=8), remat=True)")
     assert repr(fa.Model(*[print] * 4)) == "Model: init=print, cache=print, hidden=print, logits=print"
     scaling = fa.layers.RopeScaling(kind="linear", factor=2.0)

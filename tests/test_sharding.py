@@ -571,3 +571,13 @@ def test_a_spec_reads_as_it_is_written():
     assert repr(P("tensor", None, ("data", "more"))) == "P('tensor', None, ('data', 'more'))"
     assert P("tensor", None).cut("tensor") == 0
     assert P(None).cut("tensor") is None
+
+
+def test_earlier_names_are_the_same_functions():
+    sharding, collectives = fa.sharding, fa.collectives
+    assert sharding.parts_of is sharding.to_local
+    assert sharding.whole_of is sharding.from_local
+    assert sharding.alongside is sharding.specs_like
+    assert collectives.enter is collectives.copy_to_region
+    assert collectives.own is collectives.local_slice
+    assert collectives.share is collectives.all_gather_invariant

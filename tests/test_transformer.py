@@ -354,7 +354,7 @@ def test_compiled_code_takes_the_step_in_one_graph():
         (lambda: vmap(lambda t: MODEL.hidden(PARAMS, t)[0])(torch.tensor([[1], [99]])), ValueError, r"ids in 0\.\.39, got 99"),
         (lambda: MODEL.extend(PARAMS, TOKENS.reshape(2, 20), empty()), ValueError, r"one sequence \(T,\).* torch\.func\.vmap"),
         (lambda: MODEL.apply(PARAMS, TOKENS, empty(39)), ValueError, r"room for 40 tokens \(it has 39\).*\.grow\(cache, 40\)"),
-        (lambda: MODEL.apply(PARAMS, TOKENS, ()), TypeError, r"\(\), which is no past"),
+        (lambda: MODEL.apply(PARAMS, TOKENS.reshape(2, 20)), ValueError, r"one sequence \(T,\).* torch\.func\.vmap"),
         (lambda: MODEL.extend(PARAMS, TOKENS, [past_of(1)]), TypeError, "a past such as Cache or Branch, got a list"),
         (lambda: MODEL.extend(PARAMS, TOKENS, MODEL.cache(9)._replace(length=torch.tensor(2))), TypeError, r"dtype=torch\.float64"),
         (lambda: MODEL.extend(PARAMS, TOKENS, fa.decoder(fa.Config()).cache(50)), ValueError, "cache function of this model"),

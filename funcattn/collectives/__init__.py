@@ -27,6 +27,9 @@ from .verbs import (
     reduce_scatter,
 )
 
+# Earlier names, which go on working.
+enter, own, share = copy_to_region, local_slice, all_gather_invariant
+
 __all__ = [
     "Axis",
     "agree",

@@ -25,6 +25,9 @@ from .rules import fsdp, replicated, specs, specs_like, tensor_parallel
 from .storing import from_local, gather, shard, to_local
 from .vocabulary import candidates
 
+# Earlier names, which go on working.
+parts_of, whole_of, alongside = to_local, from_local, specs_like
+
 __all__ = [
     "Cost",
     "Grid",
