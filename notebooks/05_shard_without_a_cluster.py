@@ -159,7 +159,7 @@ figure, axes = plt.subplots(figsize=(6, 3), dpi=110, layout="constrained")
 for label, tokens_read, color in (("reading 4096 tokens", 4096, "#3b6ea5"), ("decoding one", 1, "#c8553d")):
     efficiency = [cost(llama, {"tensor": n}, tokens=tokens_read).efficiency for n in counts]
     axes.plot(counts, efficiency, "o-", color=color, label=label)
-axes.set(xlabel="devices of the axis tensor", ylabel="share of the time not talking", title="Llama 3 8B in 16 bits, by the model")
+axes.set(xlabel="devices of the axis tensor", ylabel="compute, share of the time", title="Llama 3 8B in 16 bits, by the model")
 axes.set_ylim(0, 1.05)
 axes.set_xticks(counts)
 axes.grid(alpha=0.3)

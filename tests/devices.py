@@ -65,7 +65,7 @@ def transforms(rank, n, axes, sharded):
     )
     optimizer = fa.training.chain(fa.training.clip(0.1, specs=cuts), fa.training.adamw(1e-2))
     step, state = fa.training.step(model, optimizer, specs=cuts), optimizer.init(params)
-    of_state = sharding.alongside(state, params, cuts)
+    of_state = sharding.specs_like(state, params, cuts)
     on = shard_map(step, mesh, (cuts, of_state, rows), (cuts, of_state, fa.training.Metrics(P(), P())))
     once = on(held, state, tokens)
     found["step"] = error(on(*once[:2], tokens), step(*step(params, state, tokens)[:2], tokens))
@@ -146,7 +146,7 @@ def compiled(rank, n):
     tokens = fa.random.randint(fa.key(1), (4, 9), 0, 48)
     optimizer = fa.training.chain(fa.training.clip(0.1, specs=cuts), fa.training.adamw(1e-2))
     step, state = fa.training.step(model, optimizer, specs=cuts), optimizer.init(params)
-    of_state = sharding.alongside(state, params, cuts)
+    of_state = sharding.specs_like(state, params, cuts)
     specs_of = (cuts, of_state, P()), (cuts, of_state, fa.training.Metrics(P(), P()))
     once = shard_map(torch.compile(step, fullgraph=True, backend="aot_eager"), mesh, *specs_of)(held, state, tokens)
     difference = error(once, step(params, state, tokens))
@@ -215,7 +215,7 @@ def sliced(rank, n, folder):
     folders.safe_open = Counted
     mesh = mesh_of(tensor=n)
     config, held, tokenizer = fa.checkpoints.load_sharded(folder, mesh)
-    total, mine = sum(read), tree.nbytes(sharding.parts_of(held))
+    total, mine = sum(read), tree.nbytes(sharding.to_local(held))
     folders.safe_open = original
     params = fa.load(folder).params
     whole = fa.shard(mesh, tensor_parallel(config, size=n))(params)
@@ -230,7 +230,7 @@ def verbs(rank, n):
     """Each collective under each transform, against the same over simulated devices."""
     ring = [(i, (i + 1) % n) for i in range(n)]
     kinds = {
-        "psum": lambda x: collectives.enter(collectives.psum(x, "t"), "t"),
+        "psum": lambda x: collectives.copy_to_region(collectives.psum(x, "t"), "t"),
         "all_gather": lambda x: collectives.all_gather(x, "t", dim=1),
         "reduce_scatter": lambda x: collectives.reduce_scatter(x, "t"),
         "ppermute": lambda x: collectives.ppermute(x, "t", ring),

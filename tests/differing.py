@@ -19,7 +19,7 @@ def differing(rank, n):
     on, rules = shard_map(model, mesh), tensor_parallel(config, size=n)
     stored, cuts = fa.shard(mesh, rules)(params), sharding.specs(params, mesh, rules)
     held, key, tokens, draws = (
-        sharding.parts_of(stored),
+        sharding.to_local(stored),
         fa.key(1),
         fa.random.randint(fa.key(2), (9,), 0, 48),
         fa.sampling.temperature(1.0),
@@ -85,7 +85,7 @@ def rows_differ(rank, n):
     mesh, found = mesh_of(data=2, tensor=2), {}
     config = fa.Config(vocabulary=48, width=16, layers=1, heads=4, kv_heads=2, head_size=4, feed_forward=24)
     model = fa.decoder(config)
-    held = sharding.parts_of(fa.shard(mesh, tensor_parallel(config, size=2))(model.init(fa.key(0))))
+    held = sharding.to_local(fa.shard(mesh, tensor_parallel(config, size=2))(model.init(fa.key(0))))
     with sharding.inside(mesh):
         for name, own in (("by data", rank // 2), ("one of four", rank == 1)):
             tokens = torch.arange(6) + int(own)

@@ -10,7 +10,18 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 
 import funcattn as fa
 from funcattn import collectives
-from funcattn.collectives import Axis, all_gather, axis_index, enter, own, pmax, ppermute, psum, reduce_scatter, share
+from funcattn.collectives import (
+    Axis,
+    all_gather,
+    all_gather_invariant,
+    axis_index,
+    copy_to_region,
+    local_slice,
+    pmax,
+    ppermute,
+    psum,
+    reduce_scatter,
+)
 from funcattn.sharding import Grid, P, shard_map, spmd
 
 N = 3
@@ -51,7 +62,7 @@ def total_of_all(y):
 def varying(name):
     """A scalar of a device's x by way of a verb. psum makes what all hold alike, so it is entered before each goes its own way."""
     verb = VERBS[name][0]
-    return lambda x: total(enter(verb(x * x), "t") if name == "psum" else verb(x * x))
+    return lambda x: total(copy_to_region(verb(x * x), "t") if name == "psum" else verb(x * x))
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -89,10 +100,10 @@ def test_derivatives_from_outside_are_those_from_inside(name):
 
 
 @given(st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_enter_and_psum_are_transposes(n, seed):
-    """<psum x, y> = <x, enter y>, and what all hold alike has one gradient: the sum of what each makes of it."""
+def test_copy_to_region_and_psum_are_transposes(n, seed):
+    """<psum x, y> = <x, copy_to_region y>, and what all hold alike has one gradient: the sum of what each makes of it."""
     w, x = fa.random.normal(fa.key(seed), (4,), torch.float64), fa.random.normal(fa.fold_in(fa.key(seed), 1), (n, 4), torch.float64)
-    loss = lambda w, x: psum((enter(w, "t") * x[0]).sum() ** 3, "t")
+    loss = lambda w, x: psum((copy_to_region(w, "t") * x[0]).sum() ** 3, "t")
     found = spmd(grad(loss), "t", n, (P(), P("t")), P())(w, x)
     torch.testing.assert_close(found, grad(lambda w: ((w * x).sum(-1) ** 3).sum())(w), rtol=1e-10, atol=1e-10)
     found = spmd(hessian(loss), "t", n, (P(), P("t")), P())(w, x)
@@ -100,14 +111,14 @@ def test_enter_and_psum_are_transposes(n, seed):
 
 
 @given(st.integers(1, 4), st.integers(0, 2), st.integers(0, 2**32 - 1))
-def test_share_and_own_undo_each_other(n, dim, seed):
+def test_gathers_and_slices_undo_each_other(n, dim, seed):
     x = fa.random.normal(fa.key(seed), (2 * n, 3 * n, n), torch.float64)
     cut = P(*("t" if i == dim else None for i in range(3)))
-    assert torch.equal(spmd(lambda x: share(x, "t", dim=dim), "t", n, cut, P())(x), x)
-    assert torch.equal(spmd(lambda x: share(own(x, "t", dim=dim), "t", dim=dim), "t", n, P(), P())(x), x)
-    alike = lambda x: (share(x, "t", dim=dim) ** 3).sum()  # all go on with it alike: the gradient is that of one
+    assert torch.equal(spmd(lambda x: all_gather_invariant(x, "t", dim=dim), "t", n, cut, P())(x), x)
+    assert torch.equal(spmd(lambda x: all_gather_invariant(local_slice(x, "t", dim=dim), "t", dim=dim), "t", n, P(), P())(x), x)
+    alike = lambda x: (all_gather_invariant(x, "t", dim=dim) ** 3).sum()  # all go on with it alike: the gradient is that of one
     torch.testing.assert_close(spmd(grad(alike), "t", n, cut, cut)(x), 3 * x**2)
-    each = lambda x: psum((own(x, "t", dim=dim) ** 3).sum(), "t")
+    each = lambda x: psum((local_slice(x, "t", dim=dim) ** 3).sum(), "t")
     torch.testing.assert_close(spmd(grad(each), "t", n, P(), P())(x), 3 * x**2)
 
 
@@ -128,7 +139,7 @@ def test_what_all_hold_alike_is_summed_as_often_as_there_are_devices():
 
 def test_without_a_binding_there_is_one_device():
     x = numbers(0, 4, 2)
-    for verb in (psum, enter, all_gather, reduce_scatter, share, own, pmax):
+    for verb in (psum, copy_to_region, all_gather, reduce_scatter, all_gather_invariant, local_slice, pmax):
         assert verb(x, "nowhere") is x
     assert ppermute(x, "nowhere", [(0, 0)]) is x
     assert int(axis_index("nowhere")) == 0
@@ -173,7 +184,7 @@ BAD = {
     "reduce_scatter: x should be divisible by the 3 devices": lambda: everywhere(lambda x: reduce_scatter(x, "t"))(
         numbers(0, N, 4)
     ),
-    "own: x should be divisible": lambda: everywhere(lambda x: own(x, "t"))(numbers(0, N, 4)),
+    "local_slice: x should be divisible": lambda: everywhere(lambda x: local_slice(x, "t"))(numbers(0, N, 4)),
     "all_gather: dim should be an axis of x": lambda: everywhere(lambda x: all_gather(x, "t", dim=2))(numbers(0, N, 4)),
     "ppermute: pairs should be of different devices": lambda: everywhere(lambda x: ppermute(x, "t", [(0, 1), (0, 2)]))(
         numbers(0, N, 4)

@@ -68,7 +68,7 @@ def test_a_past_in_parts_is_one_past(n, seed):
 
     def ours(q, k, v, held):
         mask = (torch.arange(3) < held).expand(2, 3)
-        return rings.merge_over(fa.attend(fa.collectives.enter(q, "context"), k, v, mask), "context")
+        return rings.merge_over(fa.attend(fa.collectives.copy_to_region(q, "context"), k, v, mask), "context")
 
     cuts = (P(), ROWS, ROWS, P("context"))
     found, whole = spmd(ours, "context", n, cuts, P())(q, k, v, held), fa.attend(q, k, v, seen)

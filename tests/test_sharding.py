@@ -259,7 +259,7 @@ def test_a_step_of_training_is_that_of_one_device(name):
     cuts, rows = specs(PARAMS, mesh, rules), P("data") if "data" in dict(mesh.axes) else P()
     make = lambda specs: fa.training.chain(fa.training.clip(0.1, specs=specs), fa.training.adamw(1e-2))
     step, state = fa.training.step(MODEL, make(None)), make(None).init(PARAMS)
-    of_state = sharding.alongside(state, PARAMS, cuts)
+    of_state = sharding.specs_like(state, PARAMS, cuts)
     metrics = fa.training.Metrics(P(), P())
     on = fa.training.step(MODEL, make(cuts), specs=cuts)
     on = shard_map(on, mesh, (cuts, of_state, rows), (cuts, of_state, metrics))
@@ -451,7 +451,7 @@ def test_rules_are_taken_in_order_and_see_the_path_of_the_weight():
 def test_specs_follow_the_tree_into_a_state():
     optimizer = fa.training.adamw(1e-3)
     cuts = specs(PARAMS, Grid(tensor=2))
-    found = sharding.alongside(optimizer.init(PARAMS), PARAMS, cuts)
+    found = sharding.specs_like(optimizer.init(PARAMS), PARAMS, cuts)
     assert found.count == P()
     assert found.mean == found.square == cuts
 

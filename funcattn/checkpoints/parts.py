@@ -61,7 +61,7 @@ def load_sharded(
         return lambda path, shape: bounds(shape, of[path], coordinates, sizes)
 
     config, params, tokenizer = read_folder(path, dtype, cut)
-    return Loaded(config, sharding.whole_of(by_columns(params), cuts, mesh), tokenizer)
+    return Loaded(config, sharding.from_local(by_columns(params), cuts, mesh), tokenizer)
 
 
 def _is_shape(node: Any) -> bool:

@@ -123,14 +123,14 @@ def _together(
     """The trained params, whole, after all steps on a mesh: each process has its part of them, and its rows of every batch."""
     if options.rows % options.dp:
         raise ValueError(f"--rows should be a multiple of --dp {options.dp}, got {options.rows}. Change either.")
-    held = sharding.parts_of(fa.shard(mesh, rules)(params))
+    held = sharding.to_local(fa.shard(mesh, rules)(params))
 
     def loss(model: fa.Model, params: Any, batch: Tensor) -> Tensor:
-        return fa.loss(model, params, collectives.own(batch, "data"))
+        return fa.loss(model, params, collectives.local_slice(batch, "data"))
 
     with sharding.inside(mesh):
         held = fitted(options, config, held, ids, optimizer, loss=loss, specs=cuts)
-    return fa.gather(sharding.whole_of(held, cuts, mesh))
+    return fa.gather(sharding.from_local(held, cuts, mesh))
 
 
 def snapshots_of(options: argparse.Namespace) -> Path:

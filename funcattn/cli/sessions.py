@@ -36,7 +36,7 @@ def load(options: argparse.Namespace, mesh: Any = None, *, needs_tokenizer: bool
             config, params, tokenizer = fa.load(options.model, dtype=options.dtype)
         else:
             config, params, tokenizer = checkpoints.load_sharded(options.model, mesh, dtype=options.dtype)
-        params = tree.to(options.device)(sharding.parts_of(params))
+        params = tree.to(options.device)(sharding.to_local(params))
     if tokenizer is None and needs_tokenizer:
         raise ValueError(f"{options.model} has no tokenizer.json. Put the one of this model beside its weights.")
     model = fa.decoder(config)

@@ -5,7 +5,8 @@
     groups        the same over a process group, as blocking operators; counts
     agreement     agree: whether all processes hold a value alike
     fingerprint   contents: what a value is made of, functions included
-    verbs         psum, enter, all_gather, reduce_scatter, share, whole_lengths, own, ppermute, axis_index, pmax
+    verbs         psum, copy_to_region, all_gather, reduce_scatter, all_gather_invariant, local_slice,
+                  ppermute, axis_index, pmax, global_norms
 
 A function that speaks them runs on one device as it is. `funcattn.sharding` binds the names.
 """
@@ -13,7 +14,21 @@ A function that speaks them runs on one device as it is. `funcattn.sharding` bin
 from .agreement import agree
 from .bindings import Axis, axis_size, binding, bound, carried, find, simulated, unbound
 from .groups import counts, reset
-from .verbs import all_gather, axis_index, enter, own, pmax, ppermute, psum, reduce_scatter, share, whole_lengths
+from .verbs import (
+    all_gather,
+    all_gather_invariant,
+    axis_index,
+    copy_to_region,
+    global_norms,
+    local_slice,
+    pmax,
+    ppermute,
+    psum,
+    reduce_scatter,
+)
+
+# Earlier names, which go on working.
+enter, own, share = copy_to_region, local_slice, all_gather_invariant
 
 __all__ = [
     "Axis",
@@ -25,16 +40,16 @@ __all__ = [
     "bound",
     "carried",
     "counts",
-    "enter",
+    "copy_to_region",
     "find",
-    "own",
+    "local_slice",
     "pmax",
     "ppermute",
     "psum",
     "reduce_scatter",
     "reset",
-    "share",
+    "all_gather_invariant",
     "simulated",
     "unbound",
-    "whole_lengths",
+    "global_norms",
 ]

@@ -1,15 +1,15 @@
 """The linear maps between devices, each with its transpose: what every derivative of a collective is made of.
 
-    Sum       y_i = sum_j x_j             all devices hold the same y          transpose: Enter
-    Enter     y_i = x                     what all hold becomes each one's own             Sum
-    Gather    y_i = (x_0, x_1, ...)       each goes on with it in its own way              Scatter
-    Scatter   y_i = part i of sum_j x_j                                                    Gather
-    Share     y_i = (x_0, x_1, ...)       all go on with it in the same way                Own
-    Own       y_i = part i of x           of an x that all hold                            Share
-    Permute   y_b = x_a                   for pairs (a, b); zero where nobody sends        Permute, pairs reversed
+    Sum               y_i = sum_j x_j         all devices hold the same y            transpose: CopyToRegion
+    CopyToRegion      y_i = x                 what all hold becomes each one's own              Sum
+    Gather            y_i = (x_0, x_1, ...)   each goes on with it in its own way               Scatter
+    Scatter           y_i = part i of sum_j x_j                                                 Gather
+    GatherInvariant   y_i = (x_0, x_1, ...)   all go on with it in the same way                 LocalSlice
+    LocalSlice        y_i = part i of x       of an x that all hold                             GatherInvariant
+    Permute           y_b = x_a               for pairs (a, b); zero where none is sent         Permute, reversed
 
 A value that all devices hold alike has one cotangent, which all hold alike; a value of each one's own has one each. That is what
-tells Gather from Share, and why Sum and Enter are each other's transpose.
+tells Gather from GatherInvariant, and why Sum and CopyToRegion are each other's transpose.
 
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3 (f and g); JAX's psum and pvary.
 """
@@ -78,13 +78,13 @@ class Sum(_Plain):
         """See Operation."""
         return (x * self.axis.size if alike else x.sum(0, dtype=x.dtype)), None
 
-    def transposed(self) -> "Enter":
+    def transposed(self) -> "CopyToRegion":
         """See Operation."""
-        return Enter(self.axis)
+        return CopyToRegion(self.axis)
 
 
 @dataclass(frozen=True)
-class Enter(_Plain):
+class CopyToRegion(_Plain):
     """See the module."""
 
     def across(self, x: Tensor) -> Tensor:
@@ -139,16 +139,16 @@ class Scatter(_Along):
 
 
 @dataclass(frozen=True)
-class Share(Gather):
+class GatherInvariant(Gather):
     """See the module."""
 
-    def transposed(self) -> "Own":
+    def transposed(self) -> "LocalSlice":
         """See Operation."""
-        return Own(self.axis, self.dim)
+        return LocalSlice(self.axis, self.dim)
 
 
 @dataclass(frozen=True)
-class Own(_Along):
+class LocalSlice(_Along):
     """See the module."""
 
     def across(self, x: Tensor) -> Tensor:
@@ -162,9 +162,9 @@ class Own(_Along):
         parts = x.unflatten(self.dim + 1, (self.axis.size, -1))
         return parts.diagonal(dim1=0, dim2=self.dim + 1).movedim(-1, 0), 0
 
-    def transposed(self) -> Share:
+    def transposed(self) -> GatherInvariant:
         """See Operation."""
-        return Share(self.axis, self.dim)
+        return GatherInvariant(self.axis, self.dim)
 
 
 @dataclass(frozen=True)

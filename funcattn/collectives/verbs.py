@@ -16,14 +16,14 @@ from .. import _checks
 from .._autodiff import closed_jvp, in_forward_mode, is_recorded
 from . import groups
 from .bindings import Axis, find
-from .operations import Enter, Gather, Operation, Own, Permute, Scatter, Share, Sum
+from .operations import CopyToRegion, Gather, GatherInvariant, LocalSlice, Operation, Permute, Scatter, Sum
 
 
 def psum(x: Tensor, axis: str) -> Tensor:
     """The sum of the x of all devices along an axis; all get it.
 
     A derivative of what all devices compute alike from it is the same on all of them, so each one's own x has that derivative: the
-    transpose is `enter`. What is summed should be each device's own: of a value that all hold alike it is a multiple.
+    transpose is `copy_to_region`. What is summed should be each device's own: of a value that all hold alike it is a multiple.
 
     Args:
         x: of the same shape and dtype on every device.
@@ -38,16 +38,16 @@ def psum(x: Tensor, axis: str) -> Tensor:
     return _move(x, Sum, axis)
 
 
-def enter(x: Tensor, axis: str) -> Tensor:
+def copy_to_region(x: Tensor, axis: str) -> Tensor:
     """x, which all devices hold alike, as the beginning of what each computes in its own way: its gradient is the sum of theirs.
 
-    The transpose of `psum`. JAX's name for it is pvary.
+    The transpose of `psum`. Megatron's name; JAX's is pvary.
 
     Args:
         x: the same on every device of the axis.
         axis: name of an axis of a mesh; where it is not bound, or nobody differentiates, x itself.
     """
-    return _move(x, Enter, axis)
+    return _move(x, CopyToRegion, axis)
 
 
 def all_gather(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
@@ -73,16 +73,19 @@ def reduce_scatter(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
     return _move(x, Scatter, axis, dim)
 
 
-def share(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
-    """`all_gather` where all devices go on in the same way: the cotangent of each part is its part of the one cotangent (`own`)."""
-    return _move(x, Share, axis, _dim("share", x, dim))
+def all_gather_invariant(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
+    """`all_gather` of which every device makes the same: its transpose is `local_slice`, a part of the one cotangent.
+
+    JAX's name for it too.
+    """
+    return _move(x, GatherInvariant, axis, _dim("all_gather_invariant", x, dim))
 
 
-def own(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
-    """Each device's part, along an axis, of an x that all hold alike; the transpose of `share`."""
-    dim = _dim("own", x, dim)
-    _divides("own", x, axis, dim)
-    return _move(x, Own, axis, dim)
+def local_slice(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
+    """Each device's part, along an axis, of an x that all hold alike; the transpose of `all_gather_invariant`."""
+    dim = _dim("local_slice", x, dim)
+    _divides("local_slice", x, axis, dim)
+    return _move(x, LocalSlice, axis, dim)
 
 
 def ppermute(x: Tensor, axis: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -126,7 +129,7 @@ def pmax(x: Tensor, axis: str) -> Tensor:
     return Greatest.apply(x, None, bound)  # pyright: ignore[reportReturnType]
 
 
-def whole_lengths(lengths: Sequence[Tensor], axes: Sequence[Sequence[str]]) -> list[Tensor]:
+def global_norms(lengths: Sequence[Tensor], axes: Sequence[Sequence[str]]) -> list[Tensor]:
     """The 2-norms of whole tensors from those of this device's parts, each ().
 
     Args:
@@ -161,7 +164,7 @@ def _move(x: Tensor, kind: Any, name: str, *settings: Any) -> Tensor:
     if torch.compiler.is_compiling():
         if _traced_in_forward_mode():
             remedy = "Compile what is inside of jvp, or leave the jvp uncompiled."
-            _checks.fail(kind.__name__.lower(), "the call", "no compiled forward mode", "one", remedy, NotImplementedError)
+            _checks.fail("collectives", "the call", "no compiled forward mode", "one", remedy, NotImplementedError)
         return Traced.apply(x, kind(axis, *settings))  # pyright: ignore[reportReturnType]
     operation = kind(axis, *settings)
     if not axis.mapped and not is_recorded(x):

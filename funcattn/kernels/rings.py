@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..collectives import axis_index, axis_size, enter, pmax, ppermute, psum
+from ..collectives import axis_index, axis_size, copy_to_region, pmax, ppermute, psum
 from ..masks import Mask
 from ..records import Attended
 from .door import attend
@@ -140,7 +140,7 @@ def join_over(one: Partial, axis: str) -> Partial:
     mass = torch.where(none, 0, ((torch.where(none, 0, lse) - greatest) + rest).exp())
     total = psum(mass, axis)
     empty = total == 0
-    share = mass / enter(torch.where(empty, 1, total), axis)
+    share = mass / copy_to_region(torch.where(empty, 1, total), axis)
     mixed = psum(share.unsqueeze(-1) * out.to(share.dtype), axis)
     log = torch.where(empty, 1, total).log()
     whole = log + greatest

@@ -5,7 +5,7 @@
     logits, past = fa.shard_map(model, mesh).apply(params, prompt, cache)
     gradients = fa.shard_map(grad(loss), mesh, in_specs, out_specs)(params, tokens)
 
-    mesh       Grid; P, Rule: which axis of a tensor is cut along which axis of a mesh
+    mesh       VirtualMesh, which is Grid; P, Rule: which axis of a tensor is cut along which axis of a mesh
     rules      tensor_parallel, fsdp, replicated: ordered rules for the decoder; specs: what rules say of every leaf
     storing    shard, gather: DTensors, which are storage
     devices    all devices at once; inside: a whole program on this process's parts
@@ -14,16 +14,19 @@
     models     a Model from outside of the mesh
     mapping    shard_map, spmd: computation, each device on its part
 
-What a function says inside is `fa.collectives`: psum, enter, all_gather, reduce_scatter, ppermute, axis_index.
+What a function says inside is `fa.collectives`: psum, copy_to_region, all_gather, reduce_scatter, ppermute, axis_index.
 """
 
 from .costs import Cost, cost
 from .devices import inside
 from .mapping import shard_map, spmd
-from .mesh import Grid, P, PartitionSpec, Rule
-from .rules import alongside, fsdp, replicated, specs, tensor_parallel
-from .storing import gather, parts_of, shard, whole_of
+from .mesh import Grid, P, PartitionSpec, Rule, VirtualMesh
+from .rules import fsdp, replicated, specs, specs_like, tensor_parallel
+from .storing import from_local, gather, shard, to_local
 from .vocabulary import candidates
+
+# Earlier names, which go on working.
+parts_of, whole_of, alongside = to_local, from_local, specs_like
 
 __all__ = [
     "Cost",
@@ -31,18 +34,19 @@ __all__ = [
     "P",
     "PartitionSpec",
     "Rule",
-    "alongside",
+    "VirtualMesh",
+    "specs_like",
     "candidates",
     "cost",
     "fsdp",
     "gather",
     "inside",
-    "parts_of",
+    "to_local",
     "replicated",
     "shard",
     "shard_map",
     "specs",
     "spmd",
     "tensor_parallel",
-    "whole_of",
+    "from_local",
 ]

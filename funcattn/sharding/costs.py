@@ -4,8 +4,8 @@ A ring collective over n devices moves, of S bytes on each device,
 
     all_reduce 2 (n - 1) / n S        all_gather, reduce_scatter (n - 1) / n S of the whole        permute S
 
-and waits for 2 (n - 1), n - 1 and 1 messages. Compute and weights divide by the devices; what is said does not, so the share of
-talking grows with n: that is the whole of scaling, and what `cost` tells of.
+and waits for 2 (n - 1), n - 1 and 1 messages. Compute and weights divide by the devices; what crosses the
+mesh does not, so the share of communication grows with n: that is the whole of scaling, and what `cost` tells of.
 
 Source: Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, 2005; Kaplan et al.,
 arXiv:2001.08361, section 2.1 (2 N operations a token forward, twice as many backward).
@@ -24,7 +24,7 @@ CONTEXT = "context"
 
 
 @dataclass(frozen=True)
-class Said:
+class CollectiveCost:
     """One kind of collective in a step: how often, over how many devices, and the bytes that a device gives each time."""
 
     axis: str
@@ -52,36 +52,37 @@ class Said:
 class Cost:
     """What a step takes on each device, as a table when printed."""
 
-    said: tuple[Said, ...]
+    collectives: tuple[CollectiveCost, ...]
     layers: int
     devices: int
     operations: float  # of one device
     weights: float  # bytes that one device keeps
     seconds: float  # of compute and of memory, whichever is longer
-    talking: float  # seconds of collectives, none of them hidden behind compute
+    communication: float  # seconds of collectives, none of them hidden behind compute
 
     @property
     def traffic(self) -> float:
         """Bytes that a device sends."""
-        return sum(one.traffic for one in self.said)
+        return sum(one.traffic for one in self.collectives)
 
     @property
     def efficiency(self) -> float:
-        """Share of the time that is not talking: 1 is perfect scaling."""
-        return self.seconds / (self.seconds + self.talking) if self.seconds else 0.0
+        """Share of the time that is not communication: 1 is perfect scaling."""
+        return self.seconds / (self.seconds + self.communication) if self.seconds else 0.0
 
     def per_layer(self, axis: str, phase: str) -> int:
         """Collectives of a layer over an axis, of every kind."""
-        calls = {one.kind: one.calls for one in self.said if one.axis == axis and one.phase == phase}
+        calls = {one.kind: one.calls for one in self.collectives if one.axis == axis and one.phase == phase}
         return sum(n // self.layers for n in calls.values())
 
     def __str__(self) -> str:
         rows = [("axis", "collective", "phase", "calls", "bytes each", "sent")]
-        rows += [(s.axis, s.kind, s.phase, str(s.calls), f"{s.nbytes:,.0f}", f"{s.traffic:,.0f}") for s in self.said]
+        rows += [(s.axis, s.kind, s.phase, str(s.calls), f"{s.nbytes:,.0f}", f"{s.traffic:,.0f}") for s in self.collectives]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         told = f"{self.devices} devices: {self.weights / 2**30:.3g} GiB of weights each, {self.operations:.3g} operations"
-        times = f"{self.seconds * 1e3:.3g} ms of compute, {self.talking * 1e3:.3g} ms of talking, {self.efficiency:.0%} efficient"
+        times = f"{self.seconds * 1e3:.3g} ms of compute, {self.communication * 1e3:.3g} ms of communication"
+        times = f"{times}, {self.efficiency:.0%} efficient"
         return "\n".join([*lines, told, times])
 
     __repr__ = __str__
@@ -133,9 +134,9 @@ def cost(
         _checks.fail("cost", "rows and tokens", "such that the devices divide them", (rows, tokens), remedy)
     L, here = config.layers, tokens // c * (rows // d)  # tokens of this device
     layer, ends = _sizes(config)
-    said: list[Said] = []
+    found: list[CollectiveCost] = []
     add = lambda axis, kind, phase, calls, n, size: (
-        said.append(Said(axis, kind, phase, calls, n, size)) if n > 1 and calls else None
+        found.append(CollectiveCost(axis, kind, phase, calls, n, size)) if n > 1 and calls else None
     )
     activation = here * config.width * nbytes
     add(TENSOR, "all_reduce", "forward", 2 * L, t, activation)
@@ -170,8 +171,8 @@ def cost(
     operations += 4 * here * tokens / 2 * config.heads * config.head_size / t * L * (3 if training else 1)
     kept = weights / (d if sharded else 1) * nbytes
     seconds = max(operations / flops, weights * nbytes / memory)
-    talking = sum(one.traffic / bandwidth + one.messages * latency for one in said)
-    return Cost(tuple(said), L, d * t * c, operations, kept, seconds, talking)
+    communication = sum(one.traffic / bandwidth + one.messages * latency for one in found)
+    return Cost(tuple(found), L, d * t * c, operations, kept, seconds, communication)
 
 
 def _sizes(config: Config) -> tuple[dict[str, float], float]:

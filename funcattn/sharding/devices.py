@@ -34,10 +34,10 @@ def bind(mesh: Any, seen: Sequence[str]) -> Any:
 def inside(mesh: Any) -> Iterator[None]:
     """A whole program on this process's parts: the names of a DeviceMesh are bound, as they are inside of shard_map.
 
-    For loops that own their arguments, such as `fa.training.fit`: values are plain tensors, which `parts_of` takes from DTensors.
+    For loops that own their arguments, such as `fa.training.fit`: values are plain tensors, which `to_local` takes from DTensors.
 
     What all processes should hold alike is compared where it comes in (`collectives.agree`): tokens,
-    keys and sizes at the beginning of each verb (generate, speculate, beam_search, score, fit, and
+    keys, samplers, drafters and sizes at the beginning of each verb (generate, speculate, beam_search, score, fit, and
     loss on the CPU), whole trees by `shard`. Parts of a tree that each process has read or made by
     itself are not compared, for they differ.
     """

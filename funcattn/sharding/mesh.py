@@ -62,7 +62,7 @@ P = PartitionSpec
 
 
 @dataclass(frozen=True)
-class Grid:
+class VirtualMesh:
     """A mesh in one process: names and sizes of axes, and no process group. What runs over it is vmap.
 
     Example:
@@ -84,6 +84,7 @@ class Grid:
         return tuple(size for _, size in self.axes)
 
 
+Grid = VirtualMesh
 Mesh: TypeAlias = Any  # a DeviceMesh with names, or a Grid
 
 

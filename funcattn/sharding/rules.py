@@ -116,7 +116,7 @@ for _record in RECORDS:
     layers.fields.register(_record, _quantized)
 
 
-def alongside(state: Tree, params: Tree, cuts: Tree) -> Tree:
+def specs_like(state: Tree, params: Tree, cuts: Tree) -> Tree:
     """Specs of a tree that holds others shaped like params, as the state of an optimizer does: theirs there, whole elsewhere.
 
     Args:

@@ -81,7 +81,7 @@ def gather(tree_: Tree) -> Tree:
     return tree.map(lambda leaf: _whole(leaf) if is_distributed(leaf) else leaf, tree_)
 
 
-def parts_of(tree_: Tree) -> Tree:
+def to_local(tree_: Tree) -> Tree:
     """The tree with every DTensor as this process's part, a plain tensor: what `inside` computes with."""
     return tree.map(lambda leaf: leaf.to_local() if is_distributed(leaf) else leaf, tree_)
 
@@ -121,8 +121,8 @@ def placements(spec: PartitionSpec, mesh: Any) -> "list[Placement]":
     return [Replicate() if dim is None else Shard(dim) for dim in cuts]
 
 
-def whole_of(parts: Tree, cuts: Tree, mesh: Any) -> Tree:
-    """DTensors from the parts of all processes: the other way of `parts_of`. cuts: their specs."""
+def from_local(parts: Tree, cuts: Tree, mesh: Any) -> Tree:
+    """DTensors from the parts of all processes: the other way of `to_local`. cuts: their specs."""
     return tree.map(lambda held, spec: distributed(held, spec, mesh), parts, cuts)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from .. import _checks, collectives, transformer
 from .._doors import door
-from ..collectives import all_gather, axis_index, pmax, psum, share
+from ..collectives import all_gather, all_gather_invariant, axis_index, pmax, psum
 from ..models import Model, config_of, told, written
 from ..transformer import TENSOR
 from ..tree import Tree
 
 
-def own_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
+def local_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
     """The logits (*lead, V / n) of this device's part of the vocabulary, or None where it holds all of it."""
     config = config_of(model, "logits")
     if config is None or collectives.axis_size(TENSOR) == 1:
@@ -75,11 +75,11 @@ def candidates(model: Model, k: int) -> Model:
         _checks.fail("candidates", "k", f"from 1 to the {V} tokens", k, "Give what the sampler keeps.")
 
     def logits(params: Tree, hidden: Tensor) -> Tensor:
-        own = own_logits(model, params, hidden)
-        values, ids = _best(model.logits(params, hidden) if own is None else own, k)
-        if own is not None:
-            ids = all_gather(ids + axis_index(TENSOR).to(ids.device) * own.shape[-1], TENSOR, dim=-1)
-            values = share(values, TENSOR, dim=-1)
+        local = local_logits(model, params, hidden)
+        values, ids = _best(model.logits(params, hidden) if local is None else local, k)
+        if local is not None:
+            ids = all_gather(ids + axis_index(TENSOR).to(ids.device) * local.shape[-1], TENSOR, dim=-1)
+            values = all_gather_invariant(values, TENSOR, dim=-1)
             values, places = _best(values, k)
             ids = ids.gather(-1, places)
         nothing = torch.full((*values.shape[:-1], V), float("-inf"), dtype=values.dtype, device=values.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks, collectives, masks, tree
 from .._doors import door
 from ..caches import CONTEXT
-from ..collectives import axis_size, own, psum
+from ..collectives import axis_size, local_slice, psum
 from ..kernels import zigzag
 from ..models import Model, config_of
 from ..rematerialization import remat
@@ -93,14 +93,14 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
 
 def _part(x: Tensor) -> Tensor:
     """This device's positions of rows that all hold whole."""
-    return own(zigzag(x, axis_size(CONTEXT)), CONTEXT, dim=-1)
+    return local_slice(zigzag(x, axis_size(CONTEXT)), CONTEXT, dim=-1)
 
 
 def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
     """The sum over the rows that count of hidden (N, E) against targets (N,)."""
 
     def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
-        mine = vocabulary.own_logits(model, outside, hidden)
+        mine = vocabulary.local_logits(model, outside, hidden)
         logits = model.logits(outside, hidden) if mine is None else mine
         wide = logits if logits.dtype == torch.float64 else logits.float()
         if mine is not None:

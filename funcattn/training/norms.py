@@ -24,7 +24,7 @@ def norm(gradients: Tree, *, specs: Tree = None) -> Tensor:
     Law: equals the norm of the whole tree (test_sharding.py::test_a_norm_is_that_of_the_whole_leaves).
     """
     lengths = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in tree.leaves(gradients)]
-    lengths = collectives.whole_lengths(lengths, cut_axes("norm", gradients, specs))
+    lengths = collectives.global_norms(lengths, cut_axes("norm", gradients, specs))
     return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
 
 

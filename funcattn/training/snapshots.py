@@ -52,7 +52,7 @@ def write(folder: str | os.PathLike[str], step: int, values: Tree, run: dict[str
     """
     target = _place(folder, step)
     leaves = dict(tree.items(values))
-    whole("fit", "params", leaves.values(), "Train the parts: fa.sharding.parts_of(params), inside of fa.sharding.inside(mesh).")
+    whole("fit", "params", leaves.values(), "Train the parts: fa.sharding.to_local(params), inside of fa.sharding.inside(mesh).")
     layout = {path: list(x.stride()) for path, x in leaves.items() if not x.is_contiguous()}
     remedy = "Snapshots of earlier steps are as they were; make room, or choose another folder, and resume."
     with written("fit", target, remedy):

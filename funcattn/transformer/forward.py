@@ -120,7 +120,7 @@ def lm_head(params: Params) -> Any:
 
 def predict(config: Config, head: Any, hidden: Tensor) -> Tensor:
     """Logits (*lead, V), by the weight of the head (or of the embedding, where it serves)."""
-    return parallel.together(config, local_logits(config, head, hidden))
+    return parallel.gather_vocab(config, local_logits(config, head, hidden))
 
 
 def local_logits(config: Config, head: Any, hidden: Tensor) -> Tensor:

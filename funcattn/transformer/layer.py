@@ -82,7 +82,7 @@ def _norm(config: Config, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
 
 def _affine(weight: Any, bias: Any, x: Tensor, *, ends: bool = False) -> Tensor:
     """weight x + bias; `ends` says that the weight ends a region, of which every device made a part."""
-    y = parallel.leave(layers.linear(weight, x)) if ends else layers.linear(weight, x)
+    y = parallel.reduce_from_region(layers.linear(weight, x)) if ends else layers.linear(weight, x)
     return y if is_absent(bias) else y + bias
 
 
@@ -102,7 +102,7 @@ def _attend(
     kernel: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What attention adds to the residual, and the keys and values of the new tokens."""
-    y = tap(f"{name}.attention.input", parallel.begin(y))
+    y = tap(f"{name}.attention.input", parallel.copy_to_region(y))
     (H, K), D = parallel.heads(config), config.head_size
     q, k, v = _affines((weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y)
     q = _heads(config, q, weights.q_norm, H, D)
@@ -137,7 +137,7 @@ def _heads(config: Config, x: Tensor, norm: Any, heads: int, D: int) -> Tensor:
 
 
 def _feed_forward(config: Config, spec: LayerSpec, weights: Layer, y: Tensor, name: str) -> Tensor:
-    y = tap(f"{name}.feed_forward.input", parallel.begin(y))
+    y = tap(f"{name}.feed_forward.input", parallel.copy_to_region(y))
     if spec.experts:
         return _choose(config, weights, y, name)
     if config.gated:
@@ -162,4 +162,4 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
     up, gate = affine(weights.up, weights.up_bias, rows), affine(weights.gate, weights.gate_bias, rows)
     inner = layers.gated(gate, up, config.activation, config.activation_limit)
     out = torch.unflatten(affine(weights.down, weights.down_bias, inner), 0, expert.shape)
-    return parallel.leave((out * share.to(out.dtype).unsqueeze(-1)).sum(-2))
+    return parallel.reduce_from_region((out * share.to(out.dtype).unsqueeze(-1)).sum(-2))

@@ -1,15 +1,17 @@
 """The decoder on a part of its weights: what it says to the other devices of a mesh, and when.
 
-Where the axis "tensor" is bound, a device holds some heads, some features and some of the vocabulary, by the rules of
-`sharding.tensor_parallel`. A layer enters its two regions (attention, feed-forward) and leaves each by one psum:
+Where the axis "tensor" is bound, a device holds some heads, some features and some of the vocabulary, by the
+table in `partition`. A layer copies its residual into two regions (attention, feed-forward), each of which
+ends with one psum:
 
-    y = enter(norm(x))        x = x + psum(o attend(q y, k y, v y))        x = x + psum(down act(gate y, up y))
+    y = copy_to_region(norm(x))
+    x = x + psum(o attend(q y, k y, v y))        x = x + psum(down act(gate y, up y))
 
 forward 2 collectives a layer, backward 2. What a region uses and every device holds (head norms, routers, the down-projection of an
-adaptation) is entered too, so that its gradient is the sum of all of theirs, and the same everywhere.
+adaptation) is copied too, so that its gradient is the sum of all of theirs, and the same everywhere.
 
 Where the axis "data" is bound, each device has sequences of its own. A weight that is cut over it is gathered before its layer, and
-its gradient scattered; one that is whole is entered. So the gradient of every leaf is cut as the leaf is.
+its gradient scattered; one that is whole is copied. So the gradient of every leaf is cut as the leaf is.
 
 Where the axis "context" is bound, each device has a part of every text: a ring attends to all of it, and a past in parts
 (`caches.ShardedCache`) is attended to by one merge.
@@ -30,7 +32,7 @@ from torch import Tensor
 from .. import _checks, collectives, kernels, layers
 from .._autodiff import differentiated
 from ..caches import CONTEXT, ShardedCache
-from ..collectives import all_gather, axis_index, axis_size, enter, pmax, psum, share
+from ..collectives import all_gather, all_gather_invariant, axis_index, axis_size, pmax, psum
 from ..kernels import Part
 from ..records import is_absent
 from .config import Config, Kind
@@ -59,7 +61,7 @@ def heads(config: Config) -> tuple[int, int]:
 
 
 def layer(config: Config, number: int, weights: Layer) -> Layer:
-    """The weights of a layer as this device computes with them: gathered over "data", and what a region shares entered."""
+    """The weights of a layer as this device computes with them: gathered over "data", and what a region uses whole, copied."""
     if not collectives.bound():
         return weights
     n, whole, experts = axis_size(TENSOR), _shapes(config).layers[number], config.kind(number).experts
@@ -71,12 +73,12 @@ def layer(config: Config, number: int, weights: Layer) -> Layer:
         cut = division(config, name, len(shape), n, experts=experts)
         weight = _over_data(f"layers.{number}.{name}", weight, cut.over_tensor(shape, n))
         if n > 1 and cut.region:
-            weight = _entered(weight, cut.tensor, len(shape))
+            weight = _copied_to_region(weight, cut.tensor, len(shape))
         if cut.replicated:
-            weight = _own_heads(config, weight, cut.block, len(shape))
+            weight = _local_kv_heads(config, weight, cut.block, len(shape))
         if n > 1 and cut.once:
             first = axis_index(TENSOR).to(weight.device) == 0
-            weight = torch.where(first, enter(weight, TENSOR), 0)
+            weight = torch.where(first, copy_to_region(weight), 0)
         made.append(weight)
     return Layer(*made)
 
@@ -85,13 +87,15 @@ def _division(shape_length: int, dim: int | None, mark: str) -> tuple[str | None
     return tuple(mark if i == dim else None for i in range(shape_length))
 
 
-def _entered(weight: Any, cut: int | None, rank: int) -> Any:
-    """The weight with those of its numbers entered that are whole on every device."""
+def _copied_to_region(weight: Any, cut: int | None, rank: int) -> Any:
+    """The weight with those of its numbers copied into a region that are whole on every device."""
     divided = layers.fields(weight, _division(rank, cut, TENSOR))
-    return optree.tree_map(lambda x, d: x if TENSOR in d or not x.is_floating_point() else enter(x, TENSOR), weight, divided)
+    return optree.tree_map(
+        lambda x, d: x if TENSOR in d or not x.is_floating_point() else collectives.copy_to_region(x, TENSOR), weight, divided
+    )
 
 
-def _own_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
+def _local_kv_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
     """The rows of the key/value head that this device's query heads read."""
     axis = collectives.find(TENSOR)
     assert axis is not None
@@ -112,7 +116,7 @@ def _own_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
 
 
 def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
-    """A weight whole along "data": gathered where it is cut, else entered. What is here should be of that shape."""
+    """A weight whole along "data": gathered where it is cut, else copied. What is here should be of that shape."""
     n = axis_size(DATA)
     got = getattr(weight, "shape", None)
     if got is None:  # prepared for compiled code
@@ -128,10 +132,10 @@ def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
     divided = layers.fields(weight, _division(len(shape), dims[0] if dims else None, DATA))
 
     def one(x: Tensor, division: Any) -> Tensor:
-        x = enter(x, CONTEXT) if x.is_floating_point() else x
+        x = collectives.copy_to_region(x, CONTEXT) if x.is_floating_point() else x
         if DATA in division:
             return all_gather(x, DATA, dim=division.index(DATA))
-        return enter(x, DATA) if x.is_floating_point() else x
+        return collectives.copy_to_region(x, DATA) if x.is_floating_point() else x
 
     return optree.tree_map(one, weight, divided)
 
@@ -160,7 +164,7 @@ def _table(config: Config, path: str, weight: Any) -> Any:
     n = axis_size(TENSOR)
     cut = division(config, path, 2, n)
     weight = _over_data(path, weight, cut.over_tensor((config.vocabulary, config.width), n))
-    return _entered(weight, cut.tensor, 2) if n > 1 else weight
+    return _copied_to_region(weight, cut.tensor, 2) if n > 1 else weight
 
 
 def head(config: Config, weight: Any, hidden: Tensor) -> Tensor:
@@ -172,14 +176,14 @@ def head(config: Config, weight: Any, hidden: Tensor) -> Tensor:
         return layers.linear(weight, hidden)  # prepared for compiled code, which differentiates nothing
     if shape[0] == config.vocabulary:
         return layers.linear(_over_data("head", weight, (config.vocabulary, config.width)), hidden)
-    return layers.linear(_table(config, "head", weight), enter(hidden, TENSOR))
+    return layers.linear(_table(config, "head", weight), copy_to_region(hidden))
 
 
-def together(config: Config, logits: Tensor) -> Tensor:
+def gather_vocab(config: Config, logits: Tensor) -> Tensor:
     """Logits (*lead, V) on every device, from those of each one's part of the vocabulary."""
     if logits.shape[-1] == config.vocabulary:
         return logits
-    return share(logits, TENSOR, dim=-1)
+    return all_gather_invariant(logits, TENSOR, dim=-1)
 
 
 def in_parts() -> bool:
@@ -227,17 +231,17 @@ def attend(
     if not past:
         return kernels.ring(q, k, v, CONTEXT, scale=config.scale, kernel=kernel).out
     new = kernels.partial(q, k, v, mask, scale=config.scale, kernel=kernel)
-    query = enter(q, CONTEXT)
+    query = collectives.copy_to_region(q, CONTEXT)
     held = [kernels.partial(query, *part[:2], None if is_absent(part.mask) else part.mask, scale=config.scale) for part in past]
     before = kernels.join_over(functools.reduce(kernels.join, held), CONTEXT)
     return kernels.join(before, new).out
 
 
-def leave(x: Tensor) -> Tensor:
+def reduce_from_region(x: Tensor) -> Tensor:
     """The end of a region: the sum of what all devices made."""
     return psum(x, TENSOR)
 
 
-def begin(x: Tensor) -> Tensor:
+def copy_to_region(x: Tensor) -> Tensor:
     """The beginning of a region."""
-    return enter(x, TENSOR)
+    return collectives.copy_to_region(x, TENSOR)

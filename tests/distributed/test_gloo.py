@@ -52,7 +52,7 @@ CONFIG = fa.Config(vocabulary=48, width=16, layers=2, heads=4, kv_heads=2, head_
 )
 def test_the_cost_of_a_layer_is_what_is_counted(axes, sharded):
     """Calls, and bytes, of one more layer in a gradient."""
-    told = sharding.cost(CONFIG, axes, tokens=8, rows=4, training=True, sharded=sharded, nbytes=8).said
+    told = sharding.cost(CONFIG, axes, tokens=8, rows=4, training=True, sharded=sharded, nbytes=8).collectives
     for found in processes.run(devices.said, 2, axes, sharded):
         for kind, (calls, nbytes) in found.items():
             ours = [one for one in told if one.kind == kind]
