@@ -19,7 +19,7 @@ import optree
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, records
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
@@ -103,6 +103,8 @@ def door(*, name: str) -> Callable[[F], F]: ...
 def door(f: Any = None, *, name: str | None = None) -> Any:
     """A public function whose errors speak of its arguments where these are of the wrong kinds or number.
 
+    Its signature, as `help` and `inspect` print it, has names where defaults are functions.
+
     Args:
         name: how messages call it; its own name by default.
 
@@ -129,7 +131,60 @@ def door(f: Any = None, *, name: str | None = None) -> Any:
                 _explain(called, f, args, options, error)
             raise
 
+    checked.__signature__ = _named(inspect.signature(f))  # pyright: ignore[reportAttributeAccessIssue]
     return checked
+
+
+class _Named(functools.partial[Any]):
+    """A function as the default in a signature, printed by name; called, it is that function."""
+
+    def __repr__(self) -> str:
+        return shown_value(self.func)
+
+
+def _named(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with functions among its defaults by name, where their repr is an address."""
+    parameters = signature.parameters.values()
+    named = [p.replace(default=_Named(p.default)) if inspect.isfunction(p.default) else p for p in parameters]
+    return signature.replace(parameters=named)
+
+
+def shown_value(x: Any) -> str:
+    """An argument as text for a line: a function by name, a tensor by dtype and shape, what else by its repr.
+
+    Example:
+        >>> shown_value(shown_value), shown_value(torch.ones(2)), shown_value(0.5)
+        ('shown_value', 'float32[2]', '0.5')
+    """
+    if isinstance(x, Tensor):
+        return records.describe(x)
+    if not inspect.isroutine(x):
+        return repr(x)
+    maker, _, _ = x.__qualname__.partition(".<locals>.")
+    is_made = maker != x.__qualname__ and (x.__module__ or "").startswith("funcattn.")  # such as a schedule
+    return f"{maker}(...)" if is_made else x.__name__
+
+
+def printed(make: F) -> F:
+    """A function that makes a NamedTuple with a field `text`, in which it leaves the text of its call, for printing.
+
+    Example:
+        >>> class Rounded(NamedTuple):
+        ...     f: Any
+        ...     text: str = ""
+        >>> @printed
+        ... def rounded(digits: int, *, by: float = 1.0) -> Rounded:
+        ...     return Rounded(lambda x: round(x * by, digits))
+        >>> rounded(2, by=0.5).text
+        'rounded(2, by=0.5)'
+    """
+
+    @functools.wraps(make)
+    def call(*args: Any, **options: Any) -> Any:
+        shown = [*map(shown_value, args), *(f"{name}={shown_value(x)}" for name, x in options.items())]
+        return make(*args, **options)._replace(text=f"{make.__name__}({', '.join(shown)})")
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def made(cls: C) -> C:

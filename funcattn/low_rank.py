@@ -129,6 +129,9 @@ def lora(
 def merge_lora(params: Tree) -> Tree:
     """The same function with plain weights: base + scale b a.
 
+    Args:
+        params: a tree with leaves that `lora` adapted; the others are shared.
+
     Raises:
         TypeError: a base that is no tensor, such as a quantized one.
 

@@ -84,6 +84,10 @@ def key(seed: int | Int[Tensor, ""]) -> Key:
 def split(key: Key, n: int | Sizes = 2) -> Int64[Tensor, "*n 2"]:
     """Make n fresh keys, or a whole array of them, from one that is spent by it.
 
+    Args:
+        key: int64 (2,).
+        n: how many, or the leading sizes of the array.
+
     Returns:
         int64 (*n, 2). They unpack: `first, second = split(key)`.
 
@@ -104,6 +108,7 @@ def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
     """Make one fresh key from a key and a number: the step of a loop, the index of a layer, the rank of a process.
 
     Args:
+        key: int64 (2,).
         data: an int in [0, 2**32), or a 0-d integer tensor, of which the low 32 bits count.
 
     Example:

@@ -27,13 +27,16 @@ def is_absent(value: Any) -> bool:
 
 
 def record(cls: Cls) -> Cls:
-    """Mark a NamedTuple as a record: tuple arithmetic raises, printing shows shapes, and torch.load reads it by default.
+    """Mark a NamedTuple as a record: tuple arithmetic raises, and torch.load reads it by default.
+
+    Printing shows dtypes and shapes of what is there; absent fields are left out.
 
     Example:
         >>> import torch
         >>> @record
         ... class Point(NamedTuple):
         ...     x: torch.Tensor
+        ...     y: Any = ABSENT
         >>> Point(torch.zeros(2, 3))
         Point(x=float32[2,3])
     """
@@ -60,8 +63,8 @@ def record(cls: Cls) -> Cls:
 
 
 def _describe(self: Any) -> str:
-    fields = ", ".join(f"{name}={describe(value)}" for name, value in zip(self._fields, self, strict=True))
-    return f"{type(self).__name__}({fields})"
+    fields = [f"{name}={describe(x)}" for name, x in zip(self._fields, self, strict=True) if not is_absent(x)]
+    return f"{type(self).__name__}({', '.join(fields)})"
 
 
 def describe(value: Any) -> str:
@@ -89,6 +92,8 @@ def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
     fields = getattr(value, "_fields", value if isinstance(value, dict) else range(len(value)))
     groups: list[tuple[Any, Any, Any]] = []  # first name, last name, what they are
     for field, item in zip(fields, value.values() if isinstance(value, dict) else value, strict=True):
+        if is_absent(item) and hasattr(value, "_fields"):
+            continue
         if groups and isinstance(field, int) and describe(groups[-1][2]) == describe(item):
             groups[-1] = (groups[-1][0], field, item)
         else:
@@ -97,6 +102,29 @@ def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
     kind = type(value).__name__ if type(value) is not tuple else f"{len(value)}"
     title = html.escape(name if name == kind else f"{name}: {kind}")
     return f"<details{' open' if opened else ''}>{SUMMARY}{title}</summary>{INDENT}{inner}</div></details>"
+
+
+MAX_ROWS = 32  # of batched statistics, when printed
+
+
+def by_rows(numbers: Any, line: Callable[[Any], str]) -> str:
+    """A record of scalars (*lead,) as text: `line` of it, or a numbered line for each row where vmap added axes.
+
+    Args:
+        numbers: a record whose fields have one shape, with values that can be looked at.
+        line: what one row, with fields (), says.
+
+    Example:
+        >>> by_rows(Attended(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])), lambda x: f"{x.out:.0f} of {x.lse:.0f}")
+        '0: 1 of 3\\n1: 2 of 4'
+    """
+    lead = numbers[0].shape
+    if not lead:
+        return line(numbers)
+    places = [tuple(place) for place in torch.ones(lead).nonzero()[:MAX_ROWS].tolist()]
+    lines = [f"{', '.join(map(str, place))}: {line(type(numbers)(*(x[place] for x in numbers)))}" for place in places]
+    left = lead.numel() - len(places)
+    return "\n".join([*lines, f"... {lead.numel()} in all"] if left else lines)
 
 
 SUMMARY = '<summary style="font-family:monospace;cursor:pointer">'

@@ -280,7 +280,8 @@ def combine(selected: Tree, rest: Tree) -> Tree:
 def cast(dtype: torch.dtype) -> Transform:
     """A transform that casts the floating leaves of a tree. Leaves that do not change are shared.
 
-    8-bit floats stay: they are codes that mean nothing without their scale.
+    Args:
+        dtype: a floating one. 8-bit floats stay: they are codes that mean nothing without their scale.
 
     Example:
         >>> cast(torch.bfloat16)({"w": torch.zeros(2), "n": torch.tensor(3)})
@@ -295,6 +296,9 @@ def cast(dtype: torch.dtype) -> Transform:
 @door
 def to(device: torch.device | str) -> Transform:
     """A transform that moves every tensor of a tree to a device. Leaves that are there already are shared.
+
+    Args:
+        device: a torch.device or its name, such as "cuda:0".
 
     Example:
         >>> to("meta")({"w": torch.zeros(2)})["w"].device

@@ -263,3 +263,14 @@ def test_a_mistake_is_one_clear_error(call, kind, message):
     with pytest.raises(kind) as error:
         call()
     assert message in str(error.value)
+
+
+def test_an_optimizer_prints_as_the_call_that_made_it():
+    training = fa.training
+    rate = training.cosine(1e-3, 100)
+    assert repr(training.adamw(3e-4)) == "adamw(0.0003)"
+    assert repr(training.sgd(learning_rate=0.1, momentum=0.9)) == "sgd(learning_rate=0.1, momentum=0.9)"
+    both = training.chain(training.clip(1.0), training.muon(rate, where=training.hidden_matrices))
+    assert repr(both) == "chain(clip(1.0), muon(cosine(...), where=hidden_matrices))"
+    assert repr(training.accumulate(4, training.sgd(torch.tensor(0.1)))) == "accumulate(4, sgd(float32[]))"
+    assert repr(training.Optimizer(both.init, both.update)) == "Optimizer(init, update)"

@@ -83,7 +83,14 @@ def awq(
 ) -> Callable[[Tree], Tree]:
     """A transform of params: the features that count are scaled up, then rounded to nearest with a clipping search.
 
-    That is `clipped` after `smooth`, whose pages tell the rest.
+    That is `clipped` after `smooth`.
+
+    Args:
+        model, tokens, scheme, where: as in `smooth` and `clipped`.
+        progress: called with the number of layers that are clipped, and of all.
+
+    Raises:
+        TypeError: another model, text or scheme.
 
     Law: on the text that it was calibrated with the model is nearer than by round-to-nearest (test_calibration.py).
     Source: Lin et al., AWQ, arXiv:2306.00978.

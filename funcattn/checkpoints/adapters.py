@@ -38,6 +38,7 @@ def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -
 
     Args:
         folder: new, or one that holds an adaptation, whose two files are replaced in one step; other files in it stay.
+        params: with leaves that `fa.lora` adapted.
         base: the name or path of the model that was adapted, which PEFT's readers look for.
 
     Raises:
@@ -81,6 +82,7 @@ def load_lora(folder: str | os.PathLike[str], params: Tree) -> Tree:
     """params with the adaptations of a folder in PEFT's layout.
 
     Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
         params: of the model that was adapted; plain or quantized weights, not yet adapted.
 
     Raises:

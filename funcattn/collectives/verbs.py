@@ -57,13 +57,22 @@ def all_gather(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
 
     Args:
         x: of the same shape on every device.
+        axis: name of an axis of a mesh. Where it is not bound there is one device, and the result is x.
         dim: the axis of x.
+
+    Returns:
+        A tensor n times as long as x along dim, over n devices.
     """
     return _move(x, Gather, axis, _dim("all_gather", x, dim))
 
 
 def reduce_scatter(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
     """Each device's part, along an axis, of the sum of the x of all; the transpose of `all_gather`.
+
+    Args:
+        x: of the same shape on every device.
+        axis: name of an axis of a mesh. Where it is not bound there is one device, and the result is x.
+        dim: the axis of x that is divided.
 
     Raises:
         ValueError: the devices do not divide that axis of x.
@@ -93,6 +102,7 @@ def ppermute(x: Tensor, axis: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
     Args:
         x: of the same shape on every device.
+        axis: name of an axis of a mesh.
         pairs: each device at most once as a source and once as a destination; a ring is [(i, (i + 1) % n) for i in range(n)].
 
     Raises:
@@ -110,7 +120,11 @@ def ppermute(x: Tensor, axis: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def axis_index(axis: str) -> Tensor:
-    """Which device this is along an axis, int64 (); 0 where it is not bound."""
+    """Which device this is along an axis, int64 (); 0 where it is not bound.
+
+    Args:
+        axis: name of an axis of a mesh.
+    """
     bound = find(axis)
     if bound is not None and bound.index is not None:
         return bound.index

@@ -52,7 +52,7 @@ def beam_search(
     """The likeliest continuations that a beam of this width finds.
 
     Args:
-        model, params, prompt (T,), cache, steps, stop: as in `fa.generate`.
+        model, params, prompt, cache, steps, stop: as in `fa.generate`.
         beams: how many unfinished texts are kept.
         best: how many texts to return, at most `beams`.
         length_penalty: the power of the length that divides log P; above 0 favours long texts, 0 is log P itself.

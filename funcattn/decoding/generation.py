@@ -113,9 +113,10 @@ def stream(
     """`generate`, yielding text as it is written; the same key gives the same tokens.
 
     Text is held back while it may still change: an unfinished character, a run of bytes, or what may become a stop string (see
-    `funcattn.decoding.detokenization`). A stop id and a stop string are not part of the text. Arguments as in `generate`, and:
+    `funcattn.decoding.detokenization`). A stop id and a stop string are not part of the text.
 
     Args:
+        key, model, params, prompt, cache, steps, sampler, chunk: as in `generate`.
         tokenizer: what decodes; without one, text is "".
         stop: ids that end the text; None takes the tokenizer's own.
         stop_strings: texts that end it; the piece that would hold one ends before it. One may be a special token, or hold it.

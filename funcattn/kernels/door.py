@@ -77,17 +77,37 @@ def attention(
     key: Tensor | None = None,
     kernel: str | None = None,
 ) -> Tensor:
-    """Attention, the output alone: `attend(...).out`. Arguments, errors and empty rows as there, and:
+    """Attention, the output alone: `attend(...).out`.
+
+        S_ij = scale q_i . k_j + bias_ij        out_i = sum_j softmax_j(S_i) v_j
+
+    Every transform of torch.func goes through it, at every order and in every nesting.
 
     Args:
+        q: (*lead, H, T, D) queries, any floating dtype.
+        k: (*lead, K, S, D) keys, with H % K == 0 (K = H multi-head, K = 1 multi-query, between them grouped).
+        v: (*lead, K, S, Dv) values.
+        mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the query sees the key.
+        scale: what logits are multiplied by, a number or a 0-d tensor; None is 1 / sqrt(D).
+        bias: floating, broadcasts to (*lead, H, T, S), added to the logits in the wider dtype of the two; -inf hides a key.
         dropout: rate in [0, 1) at which weights are dropped, the kept ones divided by 1 - dropout.
         key: randomness of the dropout, int64 (2,); the same key drops the same (head, query, key) in any kernel and transform.
+        kernel: None chooses; a name forces (see `explain`).
+
+    Returns:
+        (*lead, H, T, Dv) in the dtype of v; zeros, with zero derivatives, for a query that sees no key.
+
+    Raises:
+        ValueError: sizes that do not fit, a rate outside [0, 1).
+        TypeError: dtypes, or kinds of mask, that do not fit; dropout without a key.
 
     Example:
         >>> from funcattn import masks
         >>> q = k = v = torch.ones(1, 2, 4)
         >>> attention(q, k, v, masks.causal(2)).shape
         torch.Size([1, 2, 4])
+
+    Law: derivatives are those of the dense formula (test_flash.py::test_every_nesting_is_exact).
     """
     request = _request("attention", q, k, v, mask, scale, bias, dropout=dropout, key=key)
     return _run(request, choice.choose(request, kernel)).out
@@ -102,9 +122,18 @@ def attention_weights(
     scale: float | Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The weights themselves, (*lead, H, T, S), for those who plot them: dense by nature, in float32 at least.
+    """The weights themselves, for plots: dense by nature.
 
-    Rows sum to one, or to zero where a query sees no key. Arguments and errors as in `attend`.
+    Args:
+        q: (*lead, H, T, D) queries, any floating dtype.
+        k: (*lead, K, S, D) keys, with H % K == 0.
+        mask, scale, bias: as in `attend`.
+
+    Returns:
+        (*lead, H, T, S), in float32 at least. Rows sum to one, or to zero where a query sees no key.
+
+    Raises:
+        ValueError, TypeError: as `attend`.
 
     Example:
         >>> from funcattn import masks
@@ -128,7 +157,22 @@ def explain(
     bias: Tensor | None = None,
     kernel: str | None = None,
 ) -> Explanation:
-    """Which kernels `attention` could use on these inputs, why the others cannot, and which one it would take."""
+    """Which kernels `attention` could use on these inputs, why the others cannot, and which one it would take.
+
+    Args:
+        q, k, v, mask, scale, bias, kernel: as in `attention`.
+
+    Returns:
+        An Explanation, which prints as a table; `chosen` is the name of the kernel that would run.
+
+    Raises:
+        ValueError, TypeError: as `attention`.
+
+    Example:
+        >>> q = torch.ones(1, 2, 4)
+        >>> explain(q, q, q, kernel="flash").chosen
+        'flash'
+    """
     return Explanation(choice.verdicts(_request("explain", q, k, v, mask, scale, bias), kernel))
 
 

@@ -100,7 +100,18 @@ def _check(path: str, leaf: Any) -> None:
 
 @door
 def dequantize(params: Tree, dtype: torch.dtype = torch.float32) -> Tree:
-    """The tree with every quantized record as the matrix that it stands for, in a dtype."""
+    """The tree with every quantized record as the matrix that it stands for, in a dtype.
+
+    Args:
+        params: a tree; leaves that are not quantized are shared.
+        dtype: of the matrices.
+
+    Example:
+        >>> import funcattn as fa
+        >>> small = fa.quantize(fa.int8, "w")({"w": torch.ones(4, 32)})
+        >>> dequantize(small)["w"].shape
+        torch.Size([4, 32])
+    """
     _checks.whole("dequantize", "params", tree.leaves(params), "Gather them first: fa.gather(params).")
     one = lambda leaf: expand(leaf).to(dtype) if is_quantized(leaf) else leaf
     return tree.map(one, params, is_leaf=is_quantized)

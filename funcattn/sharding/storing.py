@@ -73,6 +73,9 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
 def gather(tree_: Tree) -> Tree:
     """The tree with every DTensor whole again, on every process; other leaves are shared.
 
+    Args:
+        tree_: any tree, on every process of the mesh.
+
     Raises:
         TypeError: inside a transform.
     """

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, tree
-from .._doors import door, uncalled
+from .._doors import door, printed, uncalled
 from ..records import ABSENT, record
 from ..tree import Tree
 from . import fused
@@ -29,19 +29,28 @@ from .schedules import Rate, at, check_rate
 
 Where: TypeAlias = Callable[[str, Tensor], bool]
 Column: TypeAlias = list[Tensor]
-matrices: Where = lambda path, leaf: leaf.dim() >= 2
+
+
+def matrices(path: str, leaf: Tensor) -> bool:
+    """True for leaves of two axes or more, which weight decay is for."""
+    return leaf.dim() >= 2
 
 
 class Optimizer(NamedTuple):
-    """Two pure functions. Not a record: it holds functions.
+    """Two pure functions. Not a record: it holds functions. Prints as the call that made it.
 
     init: (params) -> state
     update: (gradients, state, params) -> (updates, state); updates are to be added to params.
+    text: that call, or "" for one of a user's own.
     """
 
     init: Callable[[Tree], Any]
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
+    text: str = ""
     __call__ = uncalled
+
+    def __repr__(self) -> str:
+        return self.text or "Optimizer(init, update)"
 
 
 @record
@@ -82,6 +91,7 @@ def apply(params: Tree, updates: Tree) -> Tree:
 
 
 @door
+@printed
 def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
     """Stochastic gradient descent.
 
@@ -120,6 +130,7 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
 
 
 @door
+@printed
 def adamw(
     learning_rate: Rate,
     *,
@@ -184,6 +195,7 @@ def hidden_matrices(path: str, leaf: Tensor) -> bool:
 
 
 @door
+@printed
 def muon(
     learning_rate: Rate,
     *,
@@ -234,7 +246,7 @@ def muon(
             remedy = "Use adamw, or keep params whole: sharding.replicated()."
             _checks.fail("muon", "params", "whole on every device", "matrices that are cut, of which none has the whole", remedy)
         mine, theirs = tree.partition(params, where)
-        chosen = _paths_where(params, where)
+        chosen = {path for path, leaf in tree.items(params) if where(path, leaf)}
         gradient, rest_gradient = tree.partition(gradients, lambda path, _: path in chosen)
         rate = _scalar(at(learning_rate, state[0].count))
 
@@ -269,10 +281,12 @@ def orthogonal(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16
 
 
 @door
+@printed
 def clip(max_norm: float, *, specs: Tree = None) -> Optimizer:
     """Gradients no longer than max_norm: g min(1, max_norm / |g|), the norm taken over the whole tree.
 
     Args:
+        max_norm: the longest norm.
         specs: on a mesh, how gradients are cut, which is how params are; see `norm`.
 
     Source: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, arXiv:1211.5063.
@@ -287,6 +301,7 @@ def clip(max_norm: float, *, specs: Tree = None) -> Optimizer:
     return Optimizer(lambda params: ABSENT, update)
 
 
+@printed
 def chain(*optimizers: Optimizer) -> Optimizer:
     """Optimizers one after the other: each takes for gradients what the one before gave. The state is the tuple of theirs."""
     for optimizer in optimizers:
@@ -305,6 +320,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 
 
 @door
+@printed
 def accumulate(n: int, optimizer: Optimizer) -> Optimizer:
     """Update once every n gradients, by their mean; the updates between are zero.
 
@@ -353,10 +369,6 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 def _zero(params: Tree) -> Tensor:
     leaves = tree.leaves(params)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
-
-
-def _paths_where(params: Tree, where: Where) -> frozenset[str]:
-    return frozenset(path for path, leaf in tree.items(params) if where(path, leaf))
 
 
 def _unzip(n: int, f: Callable[..., tuple[Tensor, ...]], *trees: Tree) -> list[Tree]:

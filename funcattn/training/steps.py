@@ -18,7 +18,7 @@ from .. import _checks, tree
 from .._autodiff import is_recorded
 from .._doors import door
 from ..models import Model
-from ..records import ABSENT, record
+from ..records import ABSENT, by_rows, record
 from ..tree import Tree
 from . import losses, optimizers
 from .norms import norm
@@ -33,10 +33,17 @@ class Metrics(NamedTuple):
     """What a step tells beside its result.
 
     loss: (), of the params that the step was given. norm: (), the 2-norm of the gradient before any clipping.
+
+    Prints as numbers; under vmap, with fields (n,), as a line for each of the n.
     """
 
     loss: Tensor
     norm: Tensor
+
+    def __str__(self) -> str:
+        if not all(isinstance(x, Tensor) and _checks.value(x) is not None for x in self):
+            return repr(self)
+        return by_rows(self, lambda row: f"loss {float(row.loss):.4f}, norm of the gradient {float(row.norm):.4g}")
 
 
 @door

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import _checks, progress, randomness, sampling, transformer
 from ..._doors import door
 from ...models import Model
-from ...records import ABSENT, is_absent, record
+from ...records import ABSENT, by_rows, is_absent, record
 from ...sampling import Sampler
 from ...sampling.composition import require_drawable
 from ..detokenization import StreamedText
@@ -26,7 +26,10 @@ from .verification import accept_along, laws_along, matched, rewind
 
 @record
 class Stats(NamedTuple):
-    """How the drafts did, all int64 (): steps of the model, tokens drafted, tokens of them that stayed. Prints as a sentence."""
+    """How the drafts did, all int64 (): steps of the model, tokens drafted, tokens of them that stayed.
+
+    Prints as a sentence; under vmap, with fields (B,), as one for each sequence.
+    """
 
     rounds: Tensor
     drafted: Tensor
@@ -43,8 +46,11 @@ class Stats(NamedTuple):
         return torch.where(self.rounds > 0, 1 + self.accepted / self.rounds.clamp(min=1), 0)
 
     def __str__(self) -> str:
-        if not all(isinstance(x, Tensor) and not x.dim() and _checks.value(x) is not None for x in self):
+        if not all(isinstance(x, Tensor) and _checks.value(x) is not None for x in self):
             return repr(self)
+        return by_rows(self, Stats._sentence)
+
+    def _sentence(self) -> str:
         kept = f"{int(self.accepted)} of {int(self.drafted)} drafted tokens stayed ({float(self.acceptance):.0%})"
         return f"{kept}; {float(self.tokens_per_round):.2f} tokens a round in {int(self.rounds)} rounds"
 
