@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from funcattn.speculation.decoding import Stats
 from torch.func import vmap
 
 import funcattn as fa
+from funcattn.decoding.speculative.decoding import Stats
 from funcattn.records import ABSENT, MAX_ROWS, by_rows, describe, unfolded
 from funcattn.training.steps import Metrics
 

@@ -154,6 +154,7 @@ def best_of(
 
     Args:
         key, model, params, prompt, cache, steps, sampler, stop: as in `fa.generate`; text i spends `split(key, n)[i]`.
+        n: how many texts.
         score: a function of tokens (steps,) -> (), such as a reward or a verifier; None is the model's mean log-probability of the
             tokens up to the stop id, as vLLM's `best_of`.
 
