@@ -187,18 +187,20 @@ def module_names_are_their_own(package: Path) -> list[str]:
     known, complaints = modules(package), []
     faces = {name: tree for name, tree in known.items() if name == "__init__" or (package / Path(*name.split("."))).is_dir()}
     exported = {
-        alias.asname or alias.name
-        for name, tree in faces.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias, target in zip(node.names, targets(name, node, package), strict=True)
-        if target not in known
+        face: {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias, target in zip(node.names, targets(face, node, package), strict=True)
+            if target not in known
+        }
+        for face, tree in faces.items()
     }
     for name in known:
         last = name.split(".")[-1]
         if last in sys.stdlib_module_names:
             complaints.append(f"{name} bears the name of a module of the standard library")
-        if last in exported:
+        if last in exported["__init__"] | exported.get(name.rpartition(".")[0], set()):
             complaints.append(f"{name} bears a public name")
         if last in {"utils", "util", "helpers", "common", "misc"}:
             complaints.append(f"{name} says nothing about what is in it")

@@ -1,0 +1,106 @@
+"""A part of a tree, by path or by predicate: update, partition, combine."""
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from .. import _checks
+from .._doors import door
+from ..records import ABSENT, is_absent
+from .nodes import KINDS, IsLeaf, Tree, is_leaf_node, join_path, nodes, open_node
+
+
+@door
+def update(tree: Tree, path: str, value: Any, *, regex: bool = False, is_leaf: IsLeaf = None) -> Tree:
+    """The tree with something else at a path; every other leaf is shared with the old one.
+
+    Args:
+        path: the exact path of a leaf, of a whole subtree, or of an absent `()`. With regex=True, an expression which the
+            whole path of a leaf should match, and every leaf that does is replaced.
+        value: what to put there, or a function of what was there.
+
+    Raises:
+        ValueError: where nothing has this path; it names the nearest.
+
+    Example:
+        >>> update({"layers": ({"q": 1}, {"q": 2})}, "layers.0.q", 7)
+        {'layers': ({'q': 7}, {'q': 2})}
+        >>> update({"layers": ({"q": 1}, {"q": 2})}, r"layers\\..*\\.q", lambda q: -q, regex=True)
+        {'layers': ({'q': -1}, {'q': -2})}
+
+    Law: what is not named stays the same object (test_tree.py::test_update_shares_every_leaf_that_it_does_not_name).
+    """
+    found = []
+
+    def edit(node: Tree, name: str) -> Tree:
+        leaf = is_leaf_node(node, is_leaf)
+        if (leaf and re.fullmatch(path, name)) if regex else name == path:
+            found.append(name)
+            return value(node) if callable(value) else value
+        if leaf:
+            return node
+        parts, rebuild = open_node(node)
+        return rebuild([edit(child, join_path(name, part)) for part, child in parts])
+
+    changed = edit(tree, "")
+    if not found:
+        near = difflib.get_close_matches(path, [name for name, _ in nodes(tree, is_leaf)], n=3, cutoff=0.0)
+        _checks.fail("update", "path", "a path in the tree", repr(path), f"Near it: {', '.join(near)}.")
+    return changed
+
+
+@door
+def partition(tree: Tree, predicate: str | Callable[[str, Any], bool] = "floating", *, is_leaf: IsLeaf = None) -> tuple[Tree, Tree]:
+    """Split a tree in two of its shape: the leaves chosen, and the others, with `()` wherever a leaf went to the other half.
+
+    To differentiate with respect to a part: `grad(lambda chosen: loss(combine(chosen, others)))(chosen)`.
+
+    Args:
+        predicate: "floating", "integer", or a function of (path, leaf).
+
+    Raises:
+        ValueError: for a None in the tree, which torch.func would take for a leaf.
+
+    Example:
+        >>> import torch
+        >>> partition({"w": torch.zeros(2), "n": 3})
+        ({'w': tensor([0., 0.]), 'n': ()}, {'w': (), 'n': 3})
+
+    Law: combine(*partition(tree)) == tree (test_tree.py::test_combine_undoes_partition).
+    """
+    if isinstance(predicate, str) and predicate not in KINDS:
+        _checks.fail("partition", "predicate", f"a function or one of {list(KINDS)}", repr(predicate), "Take f(path, leaf).")
+    choose = (lambda _, leaf: KINDS[predicate](leaf)) if isinstance(predicate, str) else predicate
+
+    def halve(node: Tree, path: str) -> tuple[Tree, Tree]:
+        if node is None:
+            _checks.fail("partition", "tree", "without None", f"None at {path!r}", "Hold () for what is absent.")
+        if is_leaf_node(node, is_leaf):
+            return (node, ABSENT) if choose(path, node) else (ABSENT, node)
+        parts, rebuild = open_node(node)
+        halves = [halve(child, join_path(path, part)) for part, child in parts]
+        return rebuild([selected for selected, _ in halves]), rebuild([rest for _, rest in halves])
+
+    return halve(tree, "")
+
+
+@door
+def combine(selected: Tree, rest: Tree) -> Tree:
+    """Join two halves: where one holds `()`, take what the other holds.
+
+    Raises:
+        ValueError: where both hold something at one place.
+    """
+
+    def join(a: Tree, b: Tree, path: str) -> Tree:
+        if is_absent(a) or is_absent(b):
+            return b if is_absent(a) else a
+        if is_leaf_node(a) or is_leaf_node(b) or type(a) is not type(b):
+            _checks.fail("combine", "rest", f"() where selected is not, at {path!r}", type(b).__name__, "Give halves of one tree.")
+        (parts, rebuild), (others, _) = open_node(a), open_node(b)
+        if [part for part, _ in parts] != [part for part, _ in others]:
+            _checks.fail("combine", "rest", f"of the same parts at {path!r}", type(b).__name__, "Give halves of one tree.")
+        return rebuild([join(x, y, join_path(path, part)) for (part, x), (_, y) in zip(parts, others, strict=True)])
+
+    return join(selected, rest, "")
