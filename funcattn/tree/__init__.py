@@ -17,11 +17,13 @@ into the tree is tensors there: Dynamo (2.13) cannot rebuild a tree of constants
 """
 
 from .mapping import allclose, cast, count, items, leaves, map, map_with_path, nbytes, paths, stack, to, unstack
-from .nodes import IsLeaf, Transform, Tree
+from .nodes import INTEGERS, KINDS, IsLeaf, Transform, Tree
 from .selection import combine, partition, update
 from .summaries import Row, Summary, summary
 
 __all__ = [
+    "INTEGERS",
+    "KINDS",
     "IsLeaf",
     "Row",
     "Summary",
