@@ -26,6 +26,8 @@ from ..caches import Branch
 from ..models import Model
 from ..records import ABSENT, is_absent, record
 from ..sampling import Sampler
+from .loop import is_stop, prefill
+from .requests import check_prompt
 
 
 @record
@@ -118,24 +120,18 @@ def enter(
         _checks.fail("enter", "key", "one key, int64 (2,)", _checks.shape(key), "Make one with fa.key(seed).")
     if _checks.is_true(slots.busy[slot]):
         _checks.fail("enter", "slot", "free", f"{slot}, which is busy", "Take one where slots.busy is False, or leave it first.")
-    if prompt.dim() != 1 or not prompt.shape[0]:
-        _checks.fail("enter", "prompt", "(T,) with T at least 1", _checks.shape(prompt), "Pass token ids of one sequence.")
+    check_prompt("enter", prompt)
     if steps < 1:
         _checks.fail("enter", "steps", "at least 1", steps, "A text of no tokens needs no slot.")
     values = {"key": key, "prompt": prompt, "slot": slot, "steps": steps, "chunk": chunk, "sampler": sampler}
     collectives.agree("enter", values, params)
     before = tree.map(lambda leaf: leaf[slot], slots.slots)
-    cache, last = before.cache, None
-    if len(prompt) + steps - 1 > caches.capacity(cache):
-        got, remedy = f"{len(prompt)} and {steps} for room of {caches.capacity(cache)}", "Make the slots of a larger past."
+    room = caches.capacity(before.cache)
+    if len(prompt) + steps - 1 > room:
+        got, remedy = f"{len(prompt)} and {steps} for room of {room}", "Make the slots of a larger past."
         _checks.fail("enter", "prompt and steps", "as many tokens as a slot has room for", got, remedy)
-    first = transformer.first_chunk(model, slots.prefix, len(prompt), chunk)
-    for begin in (0, *range(first, len(prompt), chunk)):
-        piece = prompt[begin : begin + (chunk if begin else first)]
-        last, delta = model.hidden(params, piece, _behind(slots.prefix, cache))
-        cache = caches.commit(cache, delta)
-    assert last is not None
-    logits = model.logits(params, last[-1])
+    logits, cache = prefill(model, params, prompt, _behind(slots.prefix, before.cache), room=None, chunk=chunk)
+    cache = cache if is_absent(slots.prefix) else cache.tail
     left = torch.full_like(before.left, steps)
     state = sampling.begin(sampler, logits)
     _check_sampler("enter", state, before.state)
@@ -162,9 +158,7 @@ def step(
     def one(slot: Slot) -> tuple[Served, Slot]:
         busy = slot.left > 0
         token, state = sampling.draw(randomness.fold_in(slot.key, slot.drawn), sampler, slot.logits, slot.state, wanted=busy)
-        ended = slot.left == 1
-        for end in stop:
-            ended = ended | (token == end)
+        ended = (slot.left == 1) | is_stop(token, stop)
         goes_on = busy & ~ended
         x, delta = model.hidden(params, token.unsqueeze(0), _behind(slots.prefix, slot.cache))
         cache = caches.commit(slot.cache, delta, goes_on.long())

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .. import _checks, caches, collectives, progress, randomness, sampling, tree
+from .. import _checks, caches, progress, randomness, sampling, tree
 from .._doors import door
 from ..models import Model
-from ..records import ABSENT, is_absent, record
+from ..records import ABSENT, record
 from ..sampling import Sampler
-from .generation import _check_parts, generate, hidden_along
+from .generation import generate
+from .loop import all_rows, begun, hidden_along, is_stop, prefill, until_stop
+from .requests import Request, check_numbers
 
 
 @record
@@ -83,11 +85,12 @@ def beam_search(
         _checks.fail("beam_search", "early_stop", 'True, False or "never"', repr(early_stop), "As transformers' early_stopping.")
     _check_penalty(length_penalty, steps)
     sampler = sampling.chain() if sampler is None else sampler
-    _check_parts("beam_search", model, sampler)
-    prefix, x, delta = _read("beam_search", model, params, prompt, cache, stop, steps=steps, beams=beams)
+    request = Request("beam_search", model, params, prompt, cache, steps, sampler, stop).checked(beams=beams)
+    prefix = _all_but_last(request)
+    x, delta = model.hidden(params, prompt[-1:], prefix)
     logits = model.logits(params, x[-1])
     V, device = logits.shape[-1], logits.device
-    states = sampling.prime(sampler, prompt, sampling.begin(sampler, logits))
+    states = begun(request, logits)
     past = caches.commit(caches.fork_many(prefix, delta, steps), delta)
     states, logits, past = tree.map(lambda leaf: leaf.expand(beams, *leaf.shape), (states, logits, past))
 
@@ -109,7 +112,7 @@ def beam_search(
         parent, token = places // V, places % V
         texts = written.index_select(0, parent).index_fill(1, torch.tensor([step], device=device), 0)
         texts = torch.where(torch.arange(steps, device=device) >= step, token.unsqueeze(-1), texts)  # filled: a stop id stays
-        ends = _among(token, stop) | (step + 1 == steps)
+        ends = is_stop(token, stop) | (step + 1 == steps)
 
         finishes = ends & (torch.arange(many, device=device) < beams) & improvable & (values > -torch.inf)
         scores = torch.where(finishes, values / (step + 1) ** length_penalty, -torch.inf)
@@ -125,7 +128,7 @@ def beam_search(
         reach = steps if early_stop == "never" and length_penalty > 0 else step + 1
         worst = torch.where(ended, done.scores.amin(), -torch.inf)
         improvable = improvable & (total[0] / reach**length_penalty > worst).any() & ~(ended.all() & (early_stop is True))
-        if _nowhere(improvable):
+        if all_rows(~improvable):
             break
         states, past = (_chosen(each, parent) for each in (states, past))
         states = vmap(lambda logits, token, state: sampler.observe(token, sampler.update(logits, state)[1]))(
@@ -167,13 +170,12 @@ def best_of(
     Law: each text is what generate writes with its key (test_search.py).
     """
     _check_counts("best_of", n=n, steps=steps)
-    prefix, _, _ = _read("best_of", model, params, prompt, cache, stop, key=key, n=n, steps=steps, sampler=sampler)
+    prefix = _all_but_last(Request("best_of", model, params, prompt, cache, steps, sampler, stop).checked(key=key, n=n))
     last = prompt[-1:]
     seen = sampling.primed(sampler, prompt[:-1])  # generate primes it with the last
     one = lambda key: generate(key, model, params, last, prefix, steps=steps, sampler=seen, stop=stop)[0]
     tokens = vmap(one)(randomness.split(key, n))
-    ends = _among(tokens, stop)
-    lengths = ((ends.long().cumsum(-1) - ends.long()) == 0).sum(-1)  # tokens with no end before them
+    lengths = until_stop(tokens, torch.full_like(tokens[:, 0], steps), stop)
     if score is None:
 
         def rate(tokens: Tensor, length: Tensor) -> Tensor:
@@ -210,19 +212,10 @@ def contrastive(
     return sampling.chain(sampling.min_p(alpha), sampling.guidance(1 + beta, model, params, cache, logits))
 
 
-def _read(
-    function: str, model: Model, params: Any, prompt: Tensor, cache: Any, stop: Sequence[int], **values: Any
-) -> tuple[Any, Tensor, Any]:
-    """The past of all but the last token, and what reading the last gives; processes of a mesh should be given alike."""
-    _checks.stops(function, stop)
-    prefix = cache
-    length = () if is_absent(cache) else cache.length
-    collectives.agree(function, {"prompt": prompt, "cache": length, "stop": tuple(stop), **values}, params)
-    if not isinstance(prompt, Tensor) or prompt.dim() != 1 or len(prompt) < 2:
-        generate(randomness.key(0), model, params, prompt, cache, steps=0, stop=stop)  # says what is wrong
-    else:
-        prefix = generate(randomness.key(0), model, params, prompt[:-1], cache, steps=0, stop=stop)[1]
-    return (prefix, *model.hidden(params, prompt[-1:], prefix))
+def _all_but_last(request: Request) -> Any:
+    """The cache of the prompt without its last token, which every text reads for itself."""
+    prompt = request.prompt[:-1]
+    return prefill(request.model, request.params, prompt, request.cache, room=0).cache if len(prompt) else request.cache
 
 
 def _rated(score: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
@@ -253,26 +246,11 @@ def _unmapped(value: Any) -> tuple[Any, Any]:
     return tree.map(lambda x: x[0] if alike(x) else x, value), tree.map(lambda x: None if alike(x) else 0, value)
 
 
-def _among(tokens: Tensor, ids: Sequence[int]) -> Tensor:
-    """True where a token is one of the ids (torch.isin has no batching rule)."""
-    found = torch.zeros_like(tokens, dtype=torch.bool)
-    for one in ids:
-        found = found | (tokens == one)
-    return found
-
-
-def _nowhere(open_: Tensor) -> bool:
-    known = _checks.peek(open_)
-    return known is not None and not bool(known.any())
-
-
 def _check_numbers(step: int, logits: Tensor, log_p: Tensor, total: Tensor) -> None:
     """Fail where a beam that is a text so far has NaN."""
-    running = (total > -torch.inf).unsqueeze(-1)
-    if _checks.is_true(running & logits.isnan()):
-        remedy = "Look for NaN in params and in the past; a past that overflowed inside a transform gives NaN too."
-        _checks.fail("beam_search", f"the logits of step {step}", "numbers", "NaN", remedy)
-    if _checks.is_true(running & log_p.isnan()):
+    running = total > -torch.inf
+    check_numbers("beam_search", f"the logits of step {step}", logits, running)
+    if _checks.is_true(running.unsqueeze(-1) & log_p.isnan()):
         remedy = "Hide a token by -inf, and let no sampler make +inf or NaN."
         _checks.fail("beam_search", f"what the sampler leaves in step {step}", "numbers or -inf", "NaN or +inf", remedy)
 

@@ -4,7 +4,7 @@ Nothing is rolled back. A step proposes keys and values for all drafted tokens, 
 sampler's state is the older one at the place where the draft ended.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +18,11 @@ from ...models import Model
 from ...records import ABSENT, by_rows, is_absent, record
 from ...sampling import Sampler
 from ...sampling.composition import require_drawable
-from ..detokenization import StreamedText
-from ..generation import Streamed, _agree, _check, _check_length, _check_parts, _check_stops, _commit, _ends_of, _prefill
+from ..loop import Choice, Chooser, Start, Text, begun, decode, prefill, until_stop
+from ..requests import Request, check_numbers
+from ..streams import Heard, Streamed, check_stop_strings, ends_of
+from .acceptance import Accepted
+from .drafters import Draft
 from .rules import Rule, blockwise
 from .verification import accept_along, laws_along, matched, rewind
 
@@ -120,24 +123,15 @@ def speculate(
     Law: the law of generate, and under greedy its tokens; vmap over prompts of different lengths equals the loop
         (test_decoding.py).
     """
-    _check("speculate", prompt, cache, steps, chunk, stop)
-    ends, places = tuple(stop), torch.arange(steps, device=prompt.device)
-    tokens = count = last = None
-    stats, past = None, cache
-    turns = _rounds(key, model, params, drafter, prompt, cache, steps, sampler, ends, prompt_length, rule, chunk)
-    for turn in progress.track(turns, "writing round"):
-        if tokens is None or count is None:
-            tokens = torch.where(places == 0, turn.last, 0)
-            count = turn.kept
-        else:
-            new = turn.tokens.index_select(0, (places - count).clamp(0, len(turn.tokens) - 1))
-            tokens = torch.where((places >= count) & (places < count + turn.kept), new, tokens)
-            count = count + turn.kept
-        last, stats, past = turn.last, turn.stats, turn.past
-    assert tokens is not None
-    assert count is not None
-    assert last is not None
-    assert stats is not None
+    request = Request("speculate", model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk)
+    start, chooser = _begin(request, key, drafter, rule)
+    places, past, stats = torch.arange(steps, device=prompt.device), start.cache, no_rounds(prompt)
+    tokens, count = torch.zeros_like(places), torch.zeros_like(prompt[0])
+    last = count
+    for text in progress.track(decode(request, start, chooser), "writing round"):
+        new = text.tokens.index_select(0, (places - count).clamp(0, len(text.tokens) - 1))
+        tokens = torch.where((places >= count) & (places < count + text.kept), new, tokens)
+        count, last, past, stats = count + text.kept, text.last, text.cache, text.state.stats
     tokens = torch.where(places < count, tokens, last)  # after the end, the stop id again
     return Speculated(tokens, count, stats), past
 
@@ -177,151 +171,116 @@ def stream(
 
     Law: the tokens are those of `speculate`, the text ends where that of `fa.stream` ends (test_decoding.py).
     """
-    _check_stops(tokenizer, stop_strings)
-    ends = _ends_of("stream", tokenizer, stop)
-    text, tokens, out = StreamedText(tokenizer, stop_strings), [], []
-
-    def hear(new: list[int]) -> tuple[int, bool]:
-        """How many of these tokens stay, and whether the text has ended."""
-        for n, token in enumerate(new, 1):
-            tokens.append(token)
-            if token in ends or len(tokens) == steps:
-                piece, found = text.add(token) if token not in ends else ("", False)
-                out.append(piece if found else piece + text.finish())
-                return n, True
-            piece, found = text.add(token)
-            out.append(piece)
-            if found:
-                return n, True
-        return len(new), False
-
-    for turn in _rounds(key, model, params, drafter, prompt, cache, steps, sampler, ends, None, rule, chunk, hear):
-        piece, ended = "".join(out), bool(turn.done)
-        out.clear()
-        yield Piece(piece, tuple(tokens), turn.past, ended, turn.stats)
+    check_stop_strings(tokenizer, stop_strings)
+    ends = ends_of("stream", tokenizer, stop)
+    request = Request("stream", model, params, prompt, cache, steps, sampler, ends, None, chunk)
+    start, chooser = _begin(request, key, drafter, rule, stop_strings=tuple(stop_strings))
+    heard = Heard(tokenizer, steps, ends, stop_strings)
+    if not steps:
+        yield Piece("", (), start.cache, True, no_rounds(prompt))
+    for text in decode(request, start, chooser, heard):
+        yield Piece(heard.new_text(), tuple(heard.tokens), text.cache, heard.ended, text.state.stats)
 
 
-class _Round(NamedTuple):
-    tokens: Tensor  # (N + 1,), of which the first kept are new
-    kept: Tensor
-    last: Tensor  # the last token that is written, which the past does not hold
-    past: Any
+class Drafting(NamedTuple):
+    """What a round of speculation goes on with: the state of the sampler, that of the drafter, and Stats."""
+
+    sampler: Any
+    drafter: Any
     stats: Stats
-    done: Tensor
 
 
-def _rounds(
-    key: Tensor,
-    model: Model,
-    params: Any,
-    drafter: Any,
-    prompt: Tensor,
-    cache: Any,
-    steps: int,
-    sampler: Sampler,
-    stop: Sequence[int],
-    prompt_length: Tensor | None,
-    rule: Rule,
-    chunk: int,
-    hear: Callable[[list[int]], tuple[int, bool]] | None = None,
-) -> Iterator[_Round]:
-    """The first token, then what each step of the model gave; `hear` is told the tokens, and may end the text among them."""
-    _check_parts("speculate", model, sampler)
-    _check("speculate", prompt, cache, steps, chunk, stop)
-    _check_length(prompt, prompt_length)
-    _check_drafter(drafter)
-    options = {"ends": tuple(stop), "chunk": chunk, "sampler": sampler, "drafter": drafter, "rule": rule}
-    _agree("speculate", params, key, prompt, cache, steps, prompt_length, **options)
-    whole = torch.full_like(prompt[0], len(prompt))
-    start = _prefill(model, params, prompt, cache, steps + drafter.length, prompt_length, chunk)
-    _check_vocabulary(drafter, start.logits)
-    state = sampling.prime(sampler, prompt, sampling.begin(sampler, start.logits), length=prompt_length)
-    length = whole if prompt_length is None else prompt_length
+def _begin(request: Request, key: Tensor, drafter: Any, rule: Rule, **values: Any) -> tuple[Start, Chooser]:
+    """The prompt as it was read, with room for drafts behind the text, and how a round comes to its tokens."""
+    _check_drafter(request.verb, drafter)
+    request.checked(key=key, drafter=drafter, rule=rule, **values)
+    start = prefill(
+        *(request.model, request.params, request.prompt, request.cache),
+        room=request.steps + drafter.length,
+        prompt_length=request.prompt_length,
+        chunk=request.chunk,
+    )
+    _check_vocabulary(request.verb, drafter, start.logits)
+    return start, verifying(request, key, drafter, rule, start)
+
+
+def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: Start) -> Chooser:
+    """Several tokens a round: those of a draft that are accepted, and one more.
+
+    Args:
+        request, key, drafter, rule: as in `speculate`.
+        start: the prompt as it was read.
+    """
+    model, params, sampler, steps = request.model, request.params, request.sampler, request.steps
+    prompt, stop = request.prompt, request.stop
     shared = drafter.sharing if drafter.sharing is not None and drafter.sharing.model is model else None
-    drafting = shared.init(prompt, length, start.logits, start.cache) if shared else drafter.init(prompt, length, steps)
     keys = randomness.split(key, (steps + 1, 2))
-    zero = torch.zeros_like(whole)
-    stats, past = Stats(zero, zero, zero), start.cache
-    _check_numbers(start.logits)
-    last, state = sampling.draw(keys[steps, 0], sampler, start.logits, state)
-    count = zero + min(steps, 1)
-    done = _ends(last, stop) | (steps <= 1)
-    if hear is not None and steps:
-        done = done | hear([int(last)])[1]
-    yield _Round(last.reshape(1), count, last, past, stats, done)
-    for step in range(max(steps - 1, 0)):
-        if _all(done):
-            break
-        draft, drafting = (
-            shared.propose(keys[step, 0], last, drafting._replace(cache=past))
-            if shared
-            else drafter.propose(keys[step, 0], last, drafting)
-        )
+
+    def first(logits: Tensor) -> tuple[Tensor, Drafting]:
+        check_numbers(request.verb, "the logits of a step", logits)
+        token, state = sampling.draw(keys[steps, 0], sampler, logits, begun(request, logits))
+        length = torch.full_like(prompt[0], len(prompt)) if request.prompt_length is None else request.prompt_length
+        drafting = shared.init(prompt, length, logits, start.cache) if shared else drafter.init(prompt, length, steps)
+        return token, Drafting(state, drafting, no_rounds(prompt))
+
+    def propose(n: int, text: Text) -> tuple[Draft, Any]:
+        held = text.state.drafter
+        return (shared or drafter).propose(keys[n - 1, 0], text.last, held._replace(cache=text.cache) if shared else held)
+
+    def follow(n: int, text: Text) -> Choice:
+        draft, drafting = propose(n, text)
         nothing = sampler.deterministic and _checks.integer(draft.valid) == 0  # then a step of one token will do
         proposed = draft.tokens[:0] if nothing else draft.tokens
-        logits, delta = transformer.along(model, params, torch.cat([last.reshape(1), proposed]), past)
-        _check_numbers(logits)
-        if sampler.deterministic:
-            found, states = matched(sampler, logits, proposed, draft.valid, state)
-        else:
-            along = laws_along(sampler, logits, proposed, state)
-            laws, states = along
-            chance = F.one_hot(proposed, logits.shape[-1]).to(laws.dtype) if is_absent(draft.laws) else draft.laws.to(laws.dtype)
-            found = accept_along(keys[step, 1], along, chance, proposed, draft.valid, rule=rule)
-        kept = torch.minimum(_until_stop(found.tokens, found.count + 1, stop), steps - count)
-        kept = torch.where(done, 0, kept)
+        logits, delta = transformer.along(model, params, torch.cat([text.last.reshape(1), proposed]), text.cache)
+        check_numbers(request.verb, "the logits of a step", logits)
+        found, states = _accepted(keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule)
+        kept = torch.minimum(until_stop(found.tokens, found.count + 1, stop), text.left)
+        kept = torch.where(text.done, 0, kept)
         newest = found.tokens.index_select(0, (kept - 1).clamp(min=0).reshape(1))[0]
-        require_drawable("speculate", done | (newest >= 0))
-        heard = False
-        if hear is not None:
-            n, heard = hear(found.tokens[: int(kept)].tolist())
-            kept = torch.full_like(kept, n)
-        past = _commit(past, delta, kept)  # the last token, and all but the last of the new ones
-        past = transformer.renewed(model, params, past)
-        last = torch.where(done, last, found.tokens.index_select(0, (kept - 1).clamp(min=0).reshape(1))[0])
-        state = sampler.observe(last, rewind(states, (kept - 1).clamp(min=0)))
+        require_drawable(request.verb, text.done | (newest >= 0))
         tokens = F.pad(found.tokens, (0, drafter.length - len(proposed)), value=-1)
-        drafting = (shared or drafter).keep(tokens, kept, drafting)
-        open_ = (~done).long()
-        stayed = torch.minimum(found.count, kept)
-        stats = Stats(stats.rounds + open_, stats.drafted + open_ * draft.valid, stats.accepted + open_ * stayed)
-        count = count + kept
-        done = done | _ends(last, stop) | (count >= steps) | heard
-        yield _Round(tokens, kept, last, past, stats, done)
+
+        def settle(kept: Tensor, last: Tensor) -> Drafting:
+            state = sampler.observe(last, rewind(states, (kept - 1).clamp(min=0)))
+            after = (shared or drafter).keep(tokens, kept, drafting)
+            return Drafting(state, after, _counted(text, draft, torch.minimum(found.count, kept)))
+
+        return Choice(tokens, kept, torch.where(text.done, text.last, newest), delta, settle)
+
+    return Chooser(first, follow, drafter.length)
 
 
-def _check_drafter(drafter: Any) -> None:
+def _accepted(
+    key: Tensor, sampler: Sampler, logits: Tensor, draft: Draft, proposed: Tensor, state: Any, rule: Rule
+) -> tuple[Accepted, Any]:
+    """What becomes of a draft (N,) that was read with logits (N + 1, V), and the states of the sampler along it."""
+    if sampler.deterministic:
+        return matched(sampler, logits, proposed, draft.valid, state)
+    along = laws_along(sampler, logits, proposed, state)
+    laws = along.laws
+    chance = F.one_hot(proposed, logits.shape[-1]).to(laws.dtype) if is_absent(draft.laws) else draft.laws.to(laws.dtype)
+    return accept_along(key, along, chance, proposed, draft.valid, rule=rule), along.states
+
+
+def no_rounds(prompt: Tensor) -> Stats:
+    """The Stats before the first round, where the prompt (T,) is."""
+    zero = torch.zeros_like(prompt[0])
+    return Stats(zero, zero, zero)
+
+
+def _counted(text: Text, draft: Draft, stayed: Tensor) -> Stats:
+    """The Stats with one round more, of a row that had not ended."""
+    stats, goes_on = text.state.stats, (~text.done).long()
+    return Stats(stats.rounds + goes_on, stats.drafted + goes_on * draft.valid, stats.accepted + goes_on * stayed)
+
+
+def _check_drafter(verb: str, drafter: Any) -> None:
     if not hasattr(drafter, "length") or not hasattr(drafter, "keep"):
         remedy = "Such as fa.drafters.model(model, fa.quantize(fa.int8)(params)), or fa.drafters.prompt_lookup()."
-        _checks.fail("speculate", "drafter", "one of fa.drafters", f"a {type(drafter).__name__}", remedy, TypeError)
+        _checks.fail(verb, "drafter", "one of fa.drafters", f"a {type(drafter).__name__}", remedy, TypeError)
 
 
-def _check_vocabulary(drafter: Any, logits: Tensor) -> None:
+def _check_vocabulary(verb: str, drafter: Any, logits: Tensor) -> None:
     if drafter.vocabulary not in (None, logits.shape[-1]):
         remedy = "Draft with a model of the same tokenizer."
-        _checks.fail("speculate", "drafter", f"of the model's {logits.shape[-1]} tokens", f"one of {drafter.vocabulary}", remedy)
-
-
-def _check_numbers(logits: Tensor) -> None:
-    if _checks.is_true(logits.isnan()):
-        remedy = "Look for NaN in params and in the past; a past that overflowed inside a transform gives NaN too."
-        _checks.fail("speculate", "the logits of a step", "numbers", "NaN", remedy)
-
-
-def _ends(token: Tensor, stop: Sequence[int]) -> Tensor:
-    found = torch.zeros_like(token, dtype=torch.bool)
-    for one in stop:
-        found = found | (token == one)
-    return found
-
-
-def _until_stop(tokens: Tensor, count: Tensor, stop: Sequence[int]) -> Tensor:
-    """How many of the first `count` tokens there are up to the first stop id, it included."""
-    ends = _ends(tokens, stop).long()
-    before = ends.cumsum(-1) - ends
-    return ((before == 0) & (torch.arange(len(tokens), device=tokens.device) < count)).sum(-1)
-
-
-def _all(done: Tensor) -> bool:
-    known = _checks.peek(done)
-    return known is not None and bool(known.all())
+        _checks.fail(verb, "drafter", f"of the model's {logits.shape[-1]} tokens", f"one of {drafter.vocabulary}", remedy)

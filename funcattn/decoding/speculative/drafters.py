@@ -20,7 +20,7 @@ from ...caches import Branch, Cache
 from ...models import Model, at_core, config_of, told
 from ...records import ABSENT, record
 from ...sampling import Sampler
-from ..generation import _commit, _prefill
+from ..loop import commit_owned, prefill
 
 
 @record
@@ -99,7 +99,8 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
         return tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), state)
 
     def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> Reader:
-        start = _prefill(model, params, prompt, ABSENT, steps + length + 1, prompt_length, chunk)
+        room = steps + length + 1
+        start = prefill(model, params, prompt, ABSENT, room=room, prompt_length=prompt_length, chunk=chunk)
         return Reader(start.cache, start.cache.length, primed(prompt, prompt_length, start.logits))
 
     def share(prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: Any) -> Reader:
@@ -115,7 +116,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
             x, delta = model.hidden(params, token.reshape(1), cache)
             if n < length - 1 or whole:
                 ours = dense and (n > 0 or owned)  # copied once, then it is ours
-                cache = _commit(cache, delta, 1) if ours else caches.commit(cache, delta, 1)
+                cache = commit_owned(cache, delta, 1) if ours else caches.commit(cache, delta, 1)
             left, now = sampler.update(logits_of(x), now)
             states.append(now)
             token = left.argmax(-1) if sampler.deterministic else randomness.categorical(keys[n], left)
@@ -125,7 +126,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
             now = sampler.observe(token, now)
         if whole:  # the last is read too, so that the past is whole where all of them stay
             x, delta = model.hidden(params, token.reshape(1), cache)
-            cache = _commit(cache, delta, 1) if dense else caches.commit(cache, delta, 1)
+            cache = commit_owned(cache, delta, 1) if dense else caches.commit(cache, delta, 1)
             now = sampler.update(logits_of(x), now)[1] if tree.leaves(now) else now
         states = tree.map(lambda *leaves: torch.stack(leaves), *states, now)
         draft = Draft(torch.stack(tokens), torch.stack(laws) if laws else ABSENT, torch.full_like(last, length))

@@ -1,0 +1,135 @@
+"""`stream`: `generate`, as it is written.
+
+Tokens that a round chose are heard before they are committed, so that a stop string ends the text at its last token, and the cache
+holds no more: also in the middle of a draft (`speculative.decoding.stream`, the same loop with another chooser).
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .. import _checks, sampling
+from ..models import Model
+from ..records import ABSENT
+from ..sampling import Sampler
+from .detokenization import StreamedText
+from .loop import decode, drawing, prefill
+from .requests import Request
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A piece of a stream: the text that became certain, all tokens so far, the past, and whether this is the last piece."""
+
+    text: str
+    tokens: tuple[int, ...]
+    cache: Any
+    ended: bool
+
+
+def stream(
+    key: Tensor,
+    model: Model,
+    params: Any,
+    prompt: Tensor,
+    cache: Any = ABSENT,
+    *,
+    steps: int,
+    tokenizer: Any = None,
+    sampler: Sampler = sampling.greedy,
+    stop: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    chunk: int = 512,
+) -> Iterator[Streamed]:
+    """`generate`, yielding text as it is written; the same key gives the same tokens.
+
+    Text is held back while it may still change: an unfinished character, a run of bytes, or what may become a stop string (see
+    `funcattn.decoding.detokenization`). A stop id and a stop string are not part of the text.
+
+    Args:
+        key, model, params, prompt, cache, steps, sampler, chunk: as in `generate`.
+        tokenizer: what decodes; without one, text is "".
+        stop: ids that end the text; None takes the tokenizer's own.
+        stop_strings: texts that end it; the piece that would hold one ends before it. One may be a special token, or hold it.
+
+    Yields:
+        A `Streamed` for each token; at least one, the last with `ended` True.
+
+    Raises:
+        ValueError, TypeError: as `generate`, at the first piece.
+
+    Law: the tokens are those of `generate`, and the texts join to what `decode` gives for all of them, without a stop id
+        (test_generation.py, test_detokenization.py).
+    """
+    check_stop_strings(tokenizer, stop_strings)
+    ends = ends_of("stream", tokenizer, stop)
+    request = Request("stream", model, params, prompt, cache, steps, sampler, ends, None, chunk)
+    request = request.checked(key=key, stop_strings=tuple(stop_strings))
+    heard = Heard(tokenizer, steps, ends, stop_strings)
+    start = prefill(model, params, prompt, cache, room=steps, chunk=chunk)
+    if not steps:
+        yield Streamed("", (), start.cache, True)
+    for text in decode(request, start, drawing(request, key), heard):
+        yield Streamed(heard.new_text(), tuple(heard.tokens), text.cache, heard.ended)
+
+
+class Heard:
+    """A text as it is heard: its tokens, the text that became certain since it was last asked for, and whether it has ended.
+
+    Args:
+        tokenizer: what decodes; None has no text.
+        steps: how many tokens the text may have.
+        stop: ids that end it and are no part of its text.
+        stop_strings: texts that end it.
+    """
+
+    def __init__(self, tokenizer: Any, steps: int, stop: Collection[int], stop_strings: Sequence[str]) -> None:
+        self.text, self.steps, self.stop = StreamedText(tokenizer, stop_strings), steps, stop
+        self.tokens: list[int] = []
+        self.pieces: list[str] = []
+        self.ended = False
+
+    def __call__(self, new: list[int]) -> tuple[int, bool]:
+        """How many of these tokens stay, and whether the text ends with the last of them."""
+        for n, token in enumerate(new, 1):
+            self._add(token)
+            if self.ended:
+                return n, True
+        return len(new), False
+
+    def new_text(self) -> str:
+        """What became certain since this was last called."""
+        piece = "".join(self.pieces)
+        self.pieces.clear()
+        return piece
+
+    def _add(self, token: int) -> None:
+        self.tokens.append(token)
+        is_end, found = token in self.stop, False
+        if not is_end:
+            piece, found = self.text.add(token)
+            self.pieces.append(piece)
+        self.ended = found or is_end or len(self.tokens) == self.steps
+        if self.ended and not found:
+            self.pieces.append(self.text.finish())
+
+
+def check_stop_strings(tokenizer: Any, stop_strings: Sequence[str]) -> None:
+    """Fail where stop strings are anything but texts, or come without a tokenizer."""
+    if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
+        remedy = "Put a single one into a tuple; ids belong to stop."
+        _checks.fail("stream", "stop_strings", "a sequence of texts, none of them empty", repr(stop_strings), remedy, TypeError)
+    if stop_strings and tokenizer is None:
+        _checks.fail("stream", "tokenizer", "given with stop_strings", None, "Pass the tokenizer that fa.load returned.", TypeError)
+
+
+def ends_of(verb: str, tokenizer: Any, stop: Any) -> Any:
+    """The ids that end a text: those given, or else the tokenizer's."""
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        got = f"a {type(tokenizer).__name__}"
+        _checks.fail(verb, "tokenizer", "one that decodes", got, "Pass the tokenizer that fa.load returned.", TypeError)
+    if stop is None:
+        return tuple(getattr(tokenizer, "stop", ()))
+    return stop  # which Request.checked looks at
