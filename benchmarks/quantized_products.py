@@ -15,7 +15,7 @@ import torch
 from _timing import interleave
 
 import funcattn as fa
-from funcattn.compilation import FEW
+from funcattn.compilation.conditions import MAX_STEP_TOKENS
 from funcattn.layers import linear, prepare
 
 SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))  # q, k, v, o, gate, up, down
@@ -40,7 +40,7 @@ def main() -> None:
         for rows in options.rows:
             x = {K: fa.random.normal(fa.key(9), (rows, K)).to(dtype) for K in (576, 1536)}
             for how in options.how:
-                if how == "eager" or rows <= FEW:
+                if how == "eager" or rows <= MAX_STEP_TOKENS:
                     print(f"\n{rows} rows of {name}, {how}, {options.layers} layers")
                     candidates = {one: run(tree, x, how) for one, tree in trees.items()}
                     for wanted, *others in zip(*(candidate() for candidate in candidates.values()), strict=True):

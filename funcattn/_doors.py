@@ -55,6 +55,7 @@ PLAIN: dict[Any, Kind] = {
     collections.abc.Mapping: Kind("a mapping", lambda x: isinstance(x, collections.abc.Mapping)),
     **dict.fromkeys((collections.abc.Sequence, collections.abc.Iterable, tuple, list), SEQUENCE),
 }
+MIXED = "same dtype"  # in torch's own words, where operands differ
 TREE = Kind("a tree of weights", lambda x: _has_tensors(x), "model.init(key) makes one, and fa.load reads one.")
 
 
@@ -214,6 +215,23 @@ def _explain(called: str, f: Callable[..., Any], args: tuple[Any, ...], options:
             continue
         if kind is not None and not kind.holds(x):
             raise TypeError(_checks.form(called, key, kind.words, what_is(x), kind.remedy)) from error
+        if key == "params" and MIXED in str(error) and len(first := _dtypes(x, key)) > 1:
+            got = " and ".join(f"{dtype} at {path}" for dtype, path in first.items())
+            remedy = "Bring them to one: fa.cast(torch.float32)(params)."
+            raise TypeError(_checks.form(called, key, "of one floating dtype", got, remedy)) from error
+
+
+def _dtypes(node: Any, path: str) -> dict[torch.dtype, str]:
+    """The floating dtypes of the tensors of a tree, each with the path of the first that has it; records are of several."""
+    if isinstance(node, Tensor):
+        return {node.dtype: path} if node.is_floating_point() else {}
+    if not isinstance(node, tuple | list | dict) or "codes" in getattr(node, "_fields", ()):
+        return {}
+    names = node if isinstance(node, dict) else getattr(node, "_fields", range(len(node)))
+    found: dict[torch.dtype, str] = {}
+    for name, x in zip(names, node.values() if isinstance(node, dict) else node, strict=True):
+        found = _dtypes(x, f"{path}.{name}") | found
+    return found
 
 
 def uncalled(value: Any, *args: Any, **options: Any) -> NoReturn:

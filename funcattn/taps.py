@@ -1,6 +1,6 @@
-"""Taps: named places in a computation where someone may look at a value, or put another in its place.
+"""Taps: named places in a computation where a value can be read, or replaced by another.
 
-    x = tap("layers.0.output", x)          in the model: x itself, unless someone listens
+    x = tap("layers.0.output", x)          in the model: x itself outside of `listening`
 
 A tap is the identity. Inside `listening(f)` every tap hands its name and value to f and goes on with what f returns. The listener
 belongs to the thread and the context (a contextvar), and what it sees are the tracers of whatever transform is active, so what is

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "funcattn"
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
     {
-        *("records", "tree", "randomness", "threefry", "progress", "watching", "atomic", "replaying"),
+        *("records", "tree", "randomness", "threefry", "progress", "fingerprints", "atomic", "replaying"),
         *("_checks", "_doors", "_autodiff", "_context"),
     },
     {

@@ -1,6 +1,7 @@
 """Mistakes that everybody makes once are told in the library's words, at the door where they were made."""
 
 import io
+import re
 import typing
 import warnings
 from typing import NamedTuple
@@ -228,6 +229,41 @@ def test_every_law_says_which_it_is_also_where_what_it_tests_breaks():
             except Exception as error:
                 told = "\n".join([str(error), *getattr(error, "__notes__", ())])
             assert law.__name__ in told
+
+
+def test_params_of_several_dtypes_are_one_error_that_names_two_of_them():
+    model = fa.decoder(fa.Config(vocabulary=16, layers=2))
+    params = model.init(fa.key(0))
+    first, second = params.layers
+    mixed = params._replace(layers=(first, second._replace(up=second.up.bfloat16())))
+    message = (
+        "params should be of one floating dtype, got torch.float32 at params.embedding and torch.bfloat16 at params.layers.1.up. "
+        "Bring them to one: fa.cast(torch.float32)(params)."
+    )
+    fast = fa.compile(model, backend="eager")
+    for call in (
+        lambda: model.hidden(mixed, PROMPT),
+        lambda: model.extend(mixed, PROMPT),
+        lambda: model.apply(mixed, PROMPT),
+        lambda: fast.extend(mixed, PROMPT),
+        lambda: fa.generate(fa.key(0), model, mixed, PROMPT, steps=1),
+        lambda: fa.loss(model, mixed, PROMPT),
+        lambda: torch.func.vmap(lambda t: model.extend(mixed, t)[0])(PROMPT[None]),
+    ):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            call()
+    quantized = fa.quantize(fa.int8)(params)
+    with pytest.raises(RuntimeError, match="boom"):  # dtypes of records are what they are
+        fa.loss(model._replace(logits=raising("the same dtype: boom")), quantized, PROMPT)
+    with pytest.raises(RuntimeError, match="boom"):  # and where they are all one, an error is what it was
+        fa.loss(model._replace(logits=raising("the same dtype: boom")), params, PROMPT)
+
+
+def raising(text):
+    def logits(params, x):
+        raise RuntimeError(text)
+
+    return logits
 
 
 def test_kinds_are_read_from_annotations():

@@ -11,11 +11,15 @@ from .._autodiff import is_recorded, transforming
 from ..caches import Branch, Cache
 from ..kernels import choice
 
-FEW = 16  # new tokens, at most, of a step that is compiled; beyond, matrix products are the cost, and they are the library's
+MAX_STEP_TOKENS = 16  # of a step that is compiled; beyond, the cost are matrix products, by the library's routine
 
 
 def is_undisturbed() -> bool:
-    """Nobody maps, traces or listens, and no kernel or other precision was asked for."""
+    """True where nothing is to see what is computed, or to change how.
+
+    Outside torch.func, torch.compile, taps, dispatch modes and autocast, where no kernel is forced,
+    and no mesh is simulated or has a "data" axis.
+    """
     if transforming() or torch.compiler.is_compiling() or taps.heard() or choice.current() is not None:
         return False
     if _len_torch_dispatch_stack():  # a mode that counts operations or has its own, and takes no compiled code
@@ -26,13 +30,19 @@ def is_undisturbed() -> bool:
 
 
 def is_plain(*trees: Any) -> bool:
-    """Nor does anybody differentiate these."""
+    """True where, besides, no derivative of these can be taken."""
     return is_undisturbed() and not is_recorded(*trees)
 
 
 def is_step(tokens: Any, cache: Any) -> bool:
-    """A few tokens behind a dense past, which are somewhere."""
-    return isinstance(tokens, Tensor) and tokens.dim() == 1 and 0 < len(tokens) <= FEW and not tokens.is_meta and is_dense(cache)
+    """True for a few tokens behind a dense past, with numbers to compute (not on "meta")."""
+    return (
+        isinstance(tokens, Tensor)
+        and tokens.dim() == 1
+        and 0 < len(tokens) <= MAX_STEP_TOKENS
+        and not tokens.is_meta
+        and is_dense(cache)
+    )
 
 
 def is_dense(cache: Any) -> bool:

@@ -9,8 +9,8 @@ again with other weights: a cold start costs what a few layers cost, and the cod
   is remembered. A step returns what it would add, and writes nothing; the loop that owns the past writes those few rows in place.
 - A matrix times one vector is written out as products and sums, which the compiler turns into loops over the rows of the matrix.
   They read memory as fast as the machine can, faster than the library routine. They want matrices stored by rows; `fa.load` stores
-  by columns, which is what the routine wants. So each matrix is stored by rows once, when it is first seen, and kept while the
-  caller keeps his own. A few vectors at once, as where drafts are verified, are a sum each in one loop over the matrix, which is
+  by columns, which is what the routine wants. So each matrix is stored by rows once, when it is first seen, and kept as
+  long as that matrix. A few vectors at once, as where drafts are verified, are a sum each in one loop over the matrix, which is
   stored once more for it (`layers.Blocks`).
 - Everything else of a layer is fused around them.
 
@@ -38,8 +38,6 @@ from ..records import ABSENT
 from ..transformer import Params
 from .conditions import is_dense, is_plain
 from .stack import Stack
-
-SEVERAL = layers.SEVERAL  # vectors at once, at most, whose products are written out
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,7 +128,7 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
             return model.logits(params, hidden)  # which says what it should be
         if hidden.dim() == 2 and len(hidden) == 1:  # one vector, which there is code for
             return logits(params, hidden[0])[None]
-        if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= SEVERAL):
+        if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= layers.MAX_UNROLLED_VECTORS):
             return model.logits(params, hidden)
         weight = transformer.lm_head(params)
         if stack.why_not or not is_plain(weight, hidden):

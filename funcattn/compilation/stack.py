@@ -14,14 +14,14 @@ from torch._C._dynamo import eval_frame  # pyright: ignore[reportMissingModuleSo
 from .. import _checks, collectives, layers, progress, transformer, tree
 from .._autodiff import has_tangent
 from ..caches import Delta
+from ..fingerprints import Fingerprint, is_differentiated
 from ..kernels import check_remembered
 from ..transformer import Config, Layer, LayerSpec, Params
-from ..watching import Watch, is_differentiated
 from . import fused
 from .compiled import Rows, dense_parts, rows, several
 from .conditions import is_plain, is_step
 
-DEEPEST = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
+MAX_COMPILED_LAYERS = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 
 _number = itertools.count()  # of the compiled functions of this process
 
@@ -46,12 +46,12 @@ class Stack:
             return None
         T, held = len(tokens), self.held
         forms = held.get(T)
-        found = None if forms is None else forms.watch.leaves(params)
+        found = None if forms is None else forms.fingerprint.leaves(params)
         if (torch.is_grad_enabled() and is_differentiated(tree.leaves(params) if found is None else found)) or has_tangent(params):
             return None
         if forms is None or found is None:
             gone = lambda: held.pop(T, None)  # not of self: what is held goes with the model too
-            forms = held[T] = _prepared(self.config, params, T, Watch(params, gone))
+            forms = held[T] = _prepared(self.config, params, T, Fingerprint(params, gone))
         return forms
 
     def _differs_by_device(self) -> bool:
@@ -169,7 +169,7 @@ class _Function:
 
 
 def _forget(code: CodeType) -> None:
-    """Take from Dynamo what it made for a code object that nobody runs any more.
+    """Take from Dynamo what it made for a code object that runs no more.
 
     Its guards have finalizers on functions, types and modules, which live as long as the process; by them they live as long, with
     the graph and the code (torch 2.13: two megabytes for each compiled model).
@@ -196,19 +196,19 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
 class _Prepared(NamedTuple):
     """Of the layers of a tree: matrices in another form, what tells trees apart by the code they need, and that code."""
 
-    watch: Watch
+    fingerprint: Fingerprint
     prepared: tuple[dict[str, Any], ...]
     kinds: tuple[tuple[Any, ...], ...]
     runs: dict[Any, list[_Function]]
     fused: fused.Weights | None  # where one operator runs all layers
 
 
-def _prepared(config: Config, params: Params, T: int, watch: Watch) -> _Prepared:
+def _prepared(config: Config, params: Params, T: int, fingerprint: Fingerprint) -> _Prepared:
     """The matrices that products with T vectors want in another form, in it."""
     prepared = [_forms(layer, T) for layer in params.layers]
     stack = [layer._replace(**form) for layer, form in zip(params.layers, prepared, strict=True)]
     operator = None if fused.why_not(config, stack) else fused.weights(stack)
-    return _Prepared(watch, tuple(prepared), tuple(map(_kind_of, stack)), {}, operator)
+    return _Prepared(fingerprint, tuple(prepared), tuple(map(_kind_of, stack)), {}, operator)
 
 
 def _forms(layer: Layer, T: int) -> dict[str, Any]:
@@ -234,5 +234,5 @@ def chosen_depth(config: Config, depth: int | None) -> int:
     specs = [config.layer_spec(i) for i in range(config.layers)]
     alike = lambda n: all(specs[i : i + n] == specs[:n] for i in range(0, config.layers, n))
     divisors = [n for n in range(1, config.layers + 1) if config.layers % n == 0 and alike(n)]
-    several = [n for n in divisors if 1 < n <= DEEPEST] or [n for n in divisors if n <= 2 * DEEPEST][-1:]
-    return several[-1] if several else min(DEEPEST, config.layers)
+    several = [n for n in divisors if 1 < n <= MAX_COMPILED_LAYERS] or [n for n in divisors if n <= 2 * MAX_COMPILED_LAYERS][-1:]
+    return several[-1] if several else min(MAX_COMPILED_LAYERS, config.layers)

@@ -15,9 +15,11 @@ from .experts import linear_experts, route
 from .gates import ACTIVATIONS, activate, gated
 from .layouts import fields
 from .norms import layer_norm, rms_norm
-from .prepared import SEVERAL, prepare
+from .prepared import MAX_UNROLLED_VECTORS, prepare
 from .products import BLOCK, Blocks, by_blocks, embed, is_vector, linear, linears, rows_times, together
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
+
+SEVERAL = MAX_UNROLLED_VECTORS  # its name before
 
 __all__ = [
     "ACTIVATIONS",
@@ -25,6 +27,7 @@ __all__ = [
     "Blocks",
     "RopeScaling",
     "Rotation",
+    "MAX_UNROLLED_VECTORS",
     "SEVERAL",
     "activate",
     "by_blocks",

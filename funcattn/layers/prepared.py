@@ -2,8 +2,8 @@
 
     prepare(weight, rows)          for that many vectors at once: the weight itself, or a value that `linear` takes in its place
 
-For those who call compiled code with weights again and again: what is prepared is an input of that code, and nobody
-differentiates it. A record registers its own way: `@prepare.register`.
+For compiled code that is called with the same weights again and again: what is prepared is an input of that code, of which
+no derivative is taken. A record registers its own way: `@prepare.register`.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .products import BLOCK, by_blocks
 
-SEVERAL = 8  # vectors at once, at most, whose products are written out: each has a sum of its own, in a register
+MAX_UNROLLED_VECTORS = 8  # whose products with a matrix are written out: each has a sum of its own, in a register
 
 _kept: dict[tuple[Any, ...], tuple[tuple[ref[Tensor], ...], tuple[int, ...], Any]] = {}
 
@@ -51,7 +51,7 @@ def prepare(weight: Any, rows: int) -> Any:
 
 @prepare.register
 def _(weight: Tensor, rows: int) -> Tensor:
-    if rows > SEVERAL or weight.dim() != 2 or weight.device.type != "cpu":
+    if rows > MAX_UNROLLED_VECTORS or weight.dim() != 2 or weight.device.type != "cpu":
         return weight
     if rows > 1:
         return weight if len(weight) % BLOCK else kept([weight], lambda: by_blocks(weight), "blocks")

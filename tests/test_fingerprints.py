@@ -1,4 +1,4 @@
-"""A watch knows its tree again, and no other."""
+"""A fingerprint knows its tree again, and no other."""
 
 import gc
 import weakref
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcattn as fa
-from funcattn.watching import Watch, is_differentiated
+from funcattn.fingerprints import Fingerprint, is_differentiated
 
 
 class Pair(NamedTuple):
@@ -43,49 +43,49 @@ def rebuilt(tree):
 
 @given(trees, trees)
 def test_a_tree_is_known_again_and_another_is_not(first, second):
-    watch = Watch(first, lambda: None)
-    found = watch.leaves(rebuilt(first))
+    fingerprint = Fingerprint(first, lambda: None)
+    found = fingerprint.leaves(rebuilt(first))
     assert found is not None
     assert sorted(map(id, found)) == sorted(map(id, fa.tree.leaves(first)))
-    assert (watch.leaves(second) is not None) == (described(first) == described(second))
+    assert (fingerprint.leaves(second) is not None) == (described(first) == described(second))
 
 
 def test_items_that_move_to_a_neighbour_are_seen():
     a, b, c = LEAVES
-    watch = Watch(((a, b), (c,)), lambda: None)
-    assert watch.leaves(((a,), (b, c))) is None
-    assert watch.leaves(((a, b), (c,))) is not None
+    fingerprint = Fingerprint(((a, b), (c,)), lambda: None)
+    assert fingerprint.leaves(((a,), (b, c))) is None
+    assert fingerprint.leaves(((a, b), (c,))) is not None
 
 
 def test_a_written_tensor_is_another():
     params = fa.decoder(fa.Config()).init(fa.key(0))
-    watch = Watch(params, lambda: None)
-    assert len(watch.leaves(params)) == len(fa.tree.leaves(params))
+    fingerprint = Fingerprint(params, lambda: None)
+    assert len(fingerprint.leaves(params)) == len(fa.tree.leaves(params))
     params.layers[1].up.mul_(1.0)
-    assert watch.leaves(params) is None
+    assert fingerprint.leaves(params) is None
 
 
-def test_a_watch_keeps_nothing_and_says_when_a_tensor_goes():
+def test_a_fingerprint_keeps_nothing_and_says_when_a_tensor_goes():
     gone = []
     leaf = torch.ones(3)
-    watch = Watch((leaf, LEAVES[0]), lambda: gone.append(True))
+    fingerprint = Fingerprint((leaf, LEAVES[0]), lambda: gone.append(True))
     seen = weakref.ref(leaf)
     del leaf
     gc.collect()
     assert seen() is None
     assert gone
-    del watch
+    del fingerprint
 
 
 def test_what_is_no_tuple_is_never_known():
     for tree in ([LEAVES[0]], {"a": LEAVES[0]}, (LEAVES[0], [LEAVES[1]]), (3,), None):
-        assert Watch(tree, lambda: None).leaves(tree) is None
+        assert Fingerprint(tree, lambda: None).leaves(tree) is None
 
 
 def test_tensors_without_a_version_are_known_too():
     with torch.inference_mode():
         tree = torch.ones(2), LEAVES[0]
-    assert len(Watch(tree, lambda: None).leaves(tree)) == 2
+    assert len(Fingerprint(tree, lambda: None).leaves(tree)) == 2
 
 
 def test_a_gradient_that_is_asked_for_is_seen():

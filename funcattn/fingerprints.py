@@ -26,7 +26,7 @@ class _Level(NamedTuple):
     leaves: list[int]  # as numbered by id
 
 
-class Watch:
+class Fingerprint:
     """A tree of tensors in tuples and records, remembered without being kept.
 
     Args:
@@ -36,7 +36,7 @@ class Watch:
     What torch does not count as a write is not seen: one through `.data` or by assigning it, through numpy, or into an inference
     tensor. Give such a tensor a new object (`w.clone()`).
 
-    Law: `leaves` gives those of an equal arrangement of the same unwritten tensors, and None of any other (test_watching.py).
+    Law: `leaves` gives those of an equal arrangement of the same unwritten tensors, and None of any other (test_fingerprints.py).
     """
 
     def __init__(self, tree: Any, gone: Callable[[], object]) -> None:
@@ -58,7 +58,7 @@ class Watch:
         self.alive = [ref(leaf, lambda _: gone()) for leaf in found]
 
     def leaves(self, tree: Any) -> list[Tensor] | None:
-        """The tensors of the tree, if it is the one remembered and nobody wrote into it since; else None."""
+        """The tensors of the tree, if it is the one remembered, unwritten since; else None."""
         if self.levels is None:
             return None
         found: list[Tensor] = []
