@@ -29,7 +29,7 @@ def tap(name: str, x: Tensor) -> Tensor:
 
 
 def heard() -> bool:
-    """Whether anyone listens here."""
+    """True inside `listening`, outside of compiled code."""
     return not torch.compiler.is_dynamo_compiling() and _listener.get() is not None and not torch.compiler.is_compiling()
 
 
