@@ -229,7 +229,8 @@ def test_statistics_tell_the_speedup_from_what_the_parts_cost():
     assert float(stats.speedup(0.5, 1.5)) == pytest.approx(3.5 / (4 * 0.5 + 1.5))
     assert str(stats) == "25 of 40 drafted tokens stayed (62%); 3.50 tokens a round in 10 rounds"
     many = fa.tree.stack([stats, stats])
-    assert str(many) == repr(many) == "Stats(rounds=int64[2], drafted=int64[2], accepted=int64[2])"
+    assert repr(many) == "Stats(rounds=int64[2], drafted=int64[2], accepted=int64[2])"
+    assert str(many).splitlines() == [f"{row}: {stats}" for row in (0, 1)]
     nothing = Stats(*[torch.tensor(0)] * 3)
     assert (float(nothing.acceptance), float(nothing.tokens_per_round)) == (0, 0)
 
