@@ -23,7 +23,7 @@ from torch import Tensor
 from . import dropout
 from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, places
 from .dtypes import accumulation_dtype
-from .layout import fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
+from .layout import broadcast, fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
 from .masking import LOG2E, NOTHING, Blocks, Seen, block_of, capturing, is_finite, weigh
 
 ELEMENTS = 2**17  # of one block of logits: half a megabyte of float32, so that a few of them stay in a core's cache
@@ -40,8 +40,8 @@ def attend(
     Source: Milakov and Gimelshein, arXiv:1805.02867; Dao et al., FlashAttention, arXiv:2205.14135.
     """
     T, extra = q.shape[-2], [*mask, *([] if bias is None else [bias])]
-    level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
-    lead = torch.broadcast_shapes(level, v.shape[:-2])
+    level = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
+    lead = broadcast(level, v.shape[:-2])
 
     def run(strict: bool) -> list[Tensor]:
         def part(_: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float, strict: bool
 ) -> tuple[Tensor, Tensor]:
     T, S = q.shape[-2], k.shape[-2]
-    lead = torch.broadcast_shapes(
+    lead = broadcast(
         q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]
     )
     others = [x.shape[:-2] for x in mask] + ([] if bias is None else [bias.shape[:-2]]) + [lead]
@@ -93,7 +93,7 @@ def _attend(
     seen = Seen(mask, bias, layout, wide, strict)
     queries = fold(q, layout).to(wide) * (scale * seen.unit)
     keys, values = fold(k, layout).to(wide), fold(v, layout).to(wide)
-    groups = torch.broadcast_shapes(
+    groups = broadcast(
         *[(1,) * len(layout.groups), queries.shape[:-2], keys.shape[:-2], *[group_sizes(s, layout) for s in others[:-1]]]
     )
     out = values.new_zeros(*layout.sizes, T, v.shape[-1])
@@ -111,7 +111,7 @@ def _attend(
         out[..., line, :] = mixed / torch.where(mass == 0, 1, mass)
         lse[..., line, :] = seen.log(top, mass)
     shape = (
-        *torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]),
+        *broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]),
         T,
         1,
     )
@@ -174,7 +174,7 @@ class _Sweeper:
         return uses, joined
 
     def run(self) -> list[Tensor]:
-        groups = torch.broadcast_shapes((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
+        groups = broadcast((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
         for line, columns in _walk(self.seen, self.T, self.S, groups):
             far = self.far is not None and (capturing(self.far) or bool(self.far[..., line, :].any()))
             base = self._statistics(line, columns) if far else (self.level[..., line, :], None)
@@ -184,7 +184,7 @@ class _Sweeper:
 
     def statistics(self, shape: Sequence[int]) -> list[Tensor]:
         """The greatest logit of every query and the log of the normalizer, of this shape, as powers of two."""
-        groups = torch.broadcast_shapes((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
+        groups = broadcast((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
         lines = [self._statistics(line, columns) for line, columns in _walk(self.seen, self.T, self.S, groups)]
         return [unfold(torch.cat(parts, -2), self.layout, shape) for parts in zip(*lines, strict=True)]
 
@@ -256,7 +256,7 @@ class _Sweeper:
             x = self._summand(summand, line, column)
             if total is None:
                 total = x * summand.weight
-            elif total.shape == torch.broadcast_shapes(total.shape, x.shape):
+            elif total.shape == broadcast(total.shape, x.shape):
                 total.add_(x, alpha=summand.weight)
             else:
                 total = torch.add(total, x, alpha=summand.weight)

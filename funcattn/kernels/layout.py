@@ -6,6 +6,7 @@ are a batch of matrix products; groups that all key-side tensors lack come after
 queries and futures of one past read k and v once, and nothing on the key side is ever repeated.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -45,8 +46,11 @@ def in_rows(x: Tensor) -> Tensor:
 
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
     """torch.broadcast_shapes, which takes 20 us a call, where shapes differ: as a rule they do not."""
-    first = tuple(shapes[0])
-    return first if all(tuple(shape) == first for shape in shapes) else tuple(torch.broadcast_shapes(*shapes))
+    first = shapes[0]
+    for shape in shapes:
+        if shape != first:
+            return tuple(torch.broadcast_shapes(*shapes))
+    return tuple(first)
 
 
 def plan(query: Sequence[tuple[int, ...]], key: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> Layout:
@@ -56,10 +60,15 @@ def plan(query: Sequence[tuple[int, ...]], key: Sequence[tuple[int, ...]], other
         >>> plan([(2, 3, 4)], [(2, 3, 1)], [])
         Layout(lead=(2, 3, 4), groups=((0, 1), (2,)), batch=1)
     """
+    return _plan(tuple(query), tuple(key), tuple(other))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(query: tuple[tuple[int, ...], ...], key: tuple[tuple[int, ...], ...], other: tuple[tuple[int, ...], ...]) -> Layout:
     shapes = [*query, *key, *other]
     rank = max(len(s) for s in shapes)
     padded = [(1,) * (rank - len(s)) + tuple(s) for s in shapes]
-    lead = torch.broadcast_shapes(*padded)
+    lead = broadcast(*padded)
     keyed = padded[len(query) : len(query) + len(key)]
     merged: dict[tuple[bool, ...], list[int]] = {}
     for axis in range(rank):
@@ -72,24 +81,30 @@ def plan(query: Sequence[tuple[int, ...]], key: Sequence[tuple[int, ...]], other
 
 def fold(x: Tensor, layout: Layout) -> Tensor:
     """(*lead', A, B) to (*groups, A, B), each group at its size or at one where x lacks it. A view wherever torch allows."""
-    rank = len(layout.lead)
-    x = x.reshape(*([1] * (rank + 2 - x.dim())), *x.shape)
-    kept = [axis for group in layout.groups for axis in group]
-    dropped = [axis for axis in range(rank) if axis not in kept]
-    x = x.permute(*dropped, *kept, rank, rank + 1)
-    sizes = [math.prod(x.shape[len(dropped) + kept.index(axis)] for axis in group) for group in layout.groups]
-    return x.reshape(*sizes, *x.shape[-2:])
+    *lead, A, B = x.shape
+    padded, order, _, sizes = _folding(layout, tuple(lead))
+    x = x if len(padded) == len(lead) else x.reshape(*padded, A, B)
+    return x.permute(order).reshape(*sizes, A, B)
 
 
 def unfold(x: Tensor, layout: Layout, shape: Sequence[int]) -> Tensor:
     """The inverse of `fold` for a tensor whose full shape, leading axes and last two, is `shape`."""
+    padded, order, inverse, _ = _folding(layout, tuple(shape[:-2]))
+    return x.reshape(*[padded[axis] for axis in order[:-2]], *x.shape[-2:]).permute(inverse).reshape(tuple(shape))
+
+
+Axes = tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _folding(layout: Layout, lead: Axes) -> tuple[Axes, Axes, Axes, Axes]:
+    """How leading axes of these sizes are folded: their sizes at full rank, the order of the axes, its inverse, sizes of groups."""
     rank = len(layout.lead)
-    wanted = (1,) * (rank + 2 - len(shape)) + tuple(shape)
+    padded = (1,) * (rank - len(lead)) + lead
     kept = [axis for group in layout.groups for axis in group]
-    dropped = [axis for axis in range(rank) if axis not in kept]
-    x = x.reshape(*[1] * len(dropped), *[wanted[axis] for axis in kept], *x.shape[-2:])
-    order = [*dropped, *kept, rank, rank + 1]
-    return x.permute(*[order.index(axis) for axis in range(rank + 2)]).reshape(tuple(shape))
+    order = [*(axis for axis in range(rank) if axis not in kept), *kept, rank, rank + 1]
+    inverse = tuple(order.index(axis) for axis in range(rank + 2))
+    return padded, tuple(order), inverse, group_sizes(lead, layout)
 
 
 def group_sizes(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
@@ -114,7 +129,7 @@ def multiply_rows(x: Tensor, c: Tensor, keep: Sequence[bool], batch: int) -> Ten
     """sum over rows, x (*groups, R, X).mT @ c (*groups, R, C), also over the row groups not kept, giving (*groups, X, C)."""
     if x.dim() == batch + 2:
         return x.mT @ c
-    groups = torch.broadcast_shapes(x.shape[:-2], c.shape[:-2])
+    groups = broadcast(x.shape[:-2], c.shape[:-2])
     x, c = x.expand(*groups, *x.shape[-2:]), c.expand(*groups, *c.shape[-2:])
     kept = [i for i in range(len(groups)) if i < batch or keep[i]]
     summed = [i for i in range(len(groups)) if i not in kept]
@@ -140,7 +155,7 @@ def in_parts(
     The axis is the longest one that the key side has (`keyed`, places) and that P depends on (`weighing`), so that every term
     does: an output that lacks the axis is then the sum over it.
     """
-    lead = torch.broadcast_shapes(*[x.shape[:-2] for x in tensors], *[tuple(s[:-2]) for s in shapes])
+    lead = broadcast(*[x.shape[:-2] for x in tensors], *[tuple(s[:-2]) for s in shapes])
     some = lambda where, axis: any(has(tensors[p].shape, axis) for p in where)
     axes = [axis for axis in range(-len(lead), 0) if some(keyed, axis) and some(weighing, axis)]
     times = too_many(math.prod(lead), tensors[0].shape[-2], tensors[1].shape[-2])

@@ -243,8 +243,8 @@ def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool
 def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     _checks.on_one_device("funcattn::attend", tensors)
     q, k, v, *extra = tensors
-    level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
-    lead = torch.broadcast_shapes(level, v.shape[:-2])
+    level = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
+    lead = broadcast(level, v.shape[:-2])
     wide = accumulation_dtype(*tensors)
     return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(*level, q.shape[-2], 1, dtype=wide)
 

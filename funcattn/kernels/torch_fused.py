@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import Layout, fold, group_sizes, in_rows, plan, unfold
+from .layout import Layout, broadcast, fold, group_sizes, in_rows, plan, unfold
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -43,10 +43,10 @@ def is_causal(mask: Sequence[Tensor], S: int) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """out (*lead, T, D) and lse (*lead, T, 1)."""
-    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    lead = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], [lead])
     out, lse = _forward(_four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=scale)
-    level = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    level = broadcast(q.shape[:-2], k.shape[:-2])
     lse = lse.reshape(*layout.sizes, q.shape[-2], 1)
     if level != lead:  # values alone have an axis: its log-sum-exps are all the same
         lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(level), layout))]
