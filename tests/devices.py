@@ -185,7 +185,7 @@ def restored(rank, n, folder):
 
 def sliced(rank, n, folder):
     """Each process reads its own part of a folder: the same as sharding the whole, and no byte of the others."""
-    from funcattn.checkpoints import folder as folders
+    from funcattn.checkpoints.hf import folder as folders
 
     read = []
     original = folders.safe_open

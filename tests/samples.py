@@ -10,8 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from funcattn import checkpoints, randomness, transformer, tree
 from funcattn.checkpoints import Tokenizer
+from funcattn.checkpoints.families.metadata import SIZES as GGUF_SIZES
 from funcattn.families import GGUF_TENSORS, leaves, spelling
-from funcattn.families.metadata import SIZES as GGUF_SIZES
 from funcattn.layers import RopeScaling
 
 CONFIG = transformer.Config(

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import funcattn as fa
-from funcattn.checkpoints import CheckpointError, patterns
+from funcattn.checkpoints import CheckpointError
+from funcattn.checkpoints.hf import patterns
 from funcattn.low_rank import is_adapted
 
 MODEL = fa.decoder(fa.Config(layers=2))

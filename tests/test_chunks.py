@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from funcattn.checkpoints import Tokenizer, chunks
-from funcattn.checkpoints.tokenizer_json import LLAMA3, QWEN2
+from funcattn.checkpoints import Tokenizer
+from funcattn.checkpoints.tokenizer import chunks
+from funcattn.checkpoints.tokenizer.tokenizer_json import LLAMA3, QWEN2
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 SPLITS = {

@@ -11,6 +11,8 @@ from samples import CONFIG, LLAMA3, interleave, metadata, params, same
 from transformers import LlamaConfig
 
 from funcattn import layers, randomness
+from funcattn.checkpoints.families.conventions import ACTIVATIONS
+from funcattn.checkpoints.families.tables import NEUTRAL
 from funcattn.families import (
     FAMILIES,
     LLAMA,
@@ -29,8 +31,6 @@ from funcattn.families import (
     write_config,
 )
 from funcattn.families import interleave as rows_of_neighbours
-from funcattn.families.tables import NEUTRAL
-from funcattn.families.usual import ACTIVATIONS
 from funcattn.layers import RopeScaling
 from funcattn.transformer import Config
 

@@ -13,7 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from samples import CONFIG, params, same, write_gguf
 
 from funcattn.checkpoints import CheckpointError, load
-from funcattn.checkpoints.gguf_file import READ, Entry, read_header, read_tensor
+from funcattn.checkpoints.gguf.file import READ, Entry, read_header, read_tensor
 from funcattn.families import leaves
 
 

@@ -7,8 +7,8 @@ import torch
 
 import funcattn as fa
 from funcattn import tree
-from funcattn.families.catalogue import FAMILIES
-from funcattn.families.config_json import read_config
+from funcattn.checkpoints.families.catalogue import FAMILIES
+from funcattn.checkpoints.families.config_json import read_config
 from funcattn.sharding import Grid, P, fsdp, shard_map, specs, tensor_parallel
 from funcattn.transformer import Layer, Params, parallel, partition, shapes
 from funcattn.transformer.partition import CUTS, Cut, division

@@ -13,7 +13,7 @@ from test_templates import TEMPLATES as MODELS
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from funcattn.checkpoints import Tokenizer
-from funcattn.checkpoints.templates import render_with_origins
+from funcattn.checkpoints.tokenizer.templates import render_with_origins
 
 END, START = "<|im_end|>", "<|im_start|>"
 

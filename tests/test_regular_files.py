@@ -14,7 +14,8 @@ import torch
 from samples import CONFIG, params, tokenizer, write_gguf
 
 import funcattn as fa
-from funcattn.checkpoints import CheckpointError, adapters, folder
+from funcattn.checkpoints import CheckpointError
+from funcattn.checkpoints.hf import adapters, folder
 from funcattn.checkpoints.regular_files import read_json, read_text
 
 PARTS = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]

@@ -11,7 +11,8 @@ from samples import CONFIG, LLAMA3, params, same, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from funcattn import atomic, transformer
-from funcattn.checkpoints import CheckpointError, load, save, saving
+from funcattn.checkpoints import CheckpointError, load, save
+from funcattn.checkpoints.hf import saving
 from funcattn.families import assemble, leaves
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -10,7 +10,8 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from funcattn.checkpoints import CheckpointError, templates
+from funcattn.checkpoints import CheckpointError
+from funcattn.checkpoints.tokenizer import templates
 
 MESSAGES = [
     {"role": "system", "content": "Be <brief> & kind."},

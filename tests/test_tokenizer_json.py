@@ -12,9 +12,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizerFast, GPT2TokenizerFast
 
-from funcattn.checkpoints import CheckpointError, Tokenizer, tokenizer_json
-from funcattn.checkpoints.tokenizer import LLAMA3, from_files
-from funcattn.checkpoints.tokenizer_json import LONGEST, MOST_ADDED, MOST_IDS, check
+from funcattn.checkpoints import CheckpointError, Tokenizer
+from funcattn.checkpoints.tokenizer import tokenizer_json
+from funcattn.checkpoints.tokenizer.tokenizer import LLAMA3, from_files
+from funcattn.checkpoints.tokenizer.tokenizer_json import LONGEST, MOST_ADDED, MOST_IDS, check
 
 LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
 SOUND = json.loads(tokenizers.Tokenizer(models.BPE(vocab=LETTERS, merges=[])).to_str())

@@ -8,12 +8,12 @@ kinds and offsets are held against the file before anything is allocated; what t
 refused by name. Whatever else is wrong with a file is a CheckpointError that says what was wanted, what came, and what to do.
 """
 
-from ..families import CheckpointError
-from .adapters import load_lora, save_lora
+from .families import CheckpointError
+from .hf.adapters import load_lora, save_lora
+from .hf.saving import save
 from .loading import Loaded, load
 from .parts import load_parts, load_sharded, save_parts
-from .saving import save
-from .tokenizer import Tokenizer
+from .tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "load",

@@ -8,13 +8,13 @@ import torch
 
 from .. import progress, tree
 from .._checks import fail
-from ..families import CheckpointError
 from ..quantization import is_quantized
 from ..transformer import Config, Params
-from .folder import DTYPES, read_folder
-from .gguf_file import read_gguf
+from .families import CheckpointError
+from .gguf.file import read_gguf
+from .hf.folder import DTYPES, read_folder
 from .sources import locate
-from .tokenizer import Tokenizer, from_metadata
+from .tokenizer.tokenizer import Tokenizer, from_metadata
 
 
 class Loaded(NamedTuple):

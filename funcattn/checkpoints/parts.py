@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .. import atomic, sharding, transformer, tree
 from .._checks import fail
-from ..families import CheckpointError
 from ..sharding.mesh import Rules, axes_of, bounds
 from ..tree import Tree
-from .folder import Cut, read_folder
+from .families import CheckpointError
+from .hf.folder import Cut, read_folder
 from .loading import Loaded, by_columns, load
 from .sources import locate
 from .writing import UNCHANGED, reason_of

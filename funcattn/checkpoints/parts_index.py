@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .._checks import fail
-from ..families import CheckpointError
+from .families import CheckpointError
 from .regular_files import LARGE, check_regular, read_bytes
 
 NAME = ".metadata"  # torch's

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from .._checks import fail, printable
-from ..families import CheckpointError
+from .families import CheckpointError
 
 T = TypeVar("T")
 PATIENCE = 100  # saves while files are read

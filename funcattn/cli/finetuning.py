@@ -9,7 +9,7 @@ from pathlib import Path
 import funcattn as fa
 
 from .. import low_rank, training, tree
-from ..checkpoints.saving import check_place
+from ..checkpoints.hf.saving import check_place
 from .arguments import TINY, number
 from .pretraining import MODEL, add_fitting, encoded, fitted, read, write_sample
 from .terminal import say, working

@@ -16,7 +16,7 @@ from torch import Tensor
 import funcattn as fa
 
 from .. import atomic, collectives, sampling, sharding, training, tree
-from ..checkpoints.saving import check_place
+from ..checkpoints.hf.saving import check_place
 from ..training.snapshots import PREFIX, steps_in
 from . import ranks
 from .arguments import TINY, device, number

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import calibration, checkpoints, evaluation, progress, quantization, tree
-from ..checkpoints.saving import check_place
+from ..checkpoints.hf.saving import check_place
 from ..models import Model
 from .arguments import number
 from .sessions import Session, load

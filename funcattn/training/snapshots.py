@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .. import atomic, tree
 from .._checks import fail, is_int, shape, whole
+from ..checkpoints.families import CheckpointError
 from ..checkpoints.regular_files import check_regular, read_json
 from ..checkpoints.writing import written
-from ..families import CheckpointError
 from ..tree import Tree
 
 TENSORS, RUN = "tensors.safetensors", "run.json"

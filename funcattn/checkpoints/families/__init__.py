@@ -1,0 +1,50 @@
+"""Families of models: how the same Config and Params are spelled in other people's files.
+
+A family is a table and two functions, never a subclass: which field of a file is which field of Config, which tensors hold which
+leaves, and which fields would change the mathematics. A field of the last kind is refused by name where it holds anything but a
+neutral value: a model that would be computed wrongly is not loaded. Two spellings are read, Hugging Face (config.json,
+safetensors) and GGUF; one is written, Hugging Face.
+
+    tables        Family, Pack, the checked reading of fields           positions    rotary fields
+    llama gemma fused gpt mixtures                                      the families themselves, by kinship
+    usual packs                                                         what they share
+    config_json weights metadata                                        the doors
+
+A leaf goes by its path (`layers.0.q`), the same as in funcattn.tree.
+"""
+
+from .catalogue import FAMILIES, family_of
+from .config_json import family_for, read_config, write_config
+from .layouts import half_split, interleave
+from .llama import LLAMA
+from .metadata import GGUF, STRETCH, read_metadata
+from .metadata import TENSORS as GGUF_TENSORS
+from .tables import CheckpointError, Family
+from .weights import Source, assemble, leaves, match, pack, shapes, spelling, unpack, wanted, whereabouts
+
+__all__ = [
+    "CheckpointError",
+    "FAMILIES",
+    "Family",
+    "GGUF",
+    "GGUF_TENSORS",
+    "LLAMA",
+    "STRETCH",
+    "Source",
+    "assemble",
+    "family_for",
+    "family_of",
+    "half_split",
+    "interleave",
+    "leaves",
+    "match",
+    "pack",
+    "read_config",
+    "read_metadata",
+    "shapes",
+    "whereabouts",
+    "spelling",
+    "unpack",
+    "wanted",
+    "write_config",
+]

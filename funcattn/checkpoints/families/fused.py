@@ -1,0 +1,199 @@
+"""Families that fuse, parallelize or turn otherwise.
+
+phi3         q, k, v in one matrix, gate and up in one; longrope
+cohere       attention and feed-forward side by side behind one layer norm; angles on neighbouring features
+stablelm     layer norms, part of each head turns          starcoder2   a plain feed-forward, biases, a window
+"""
+
+from typing import Any
+
+from ...transformer import Config
+from .conventions import TENSORS, read_activation, read_sizes, write_activation, write_sizes
+from .layouts import fused, rotated, stacked
+from .positions import ORIGINAL, partial_heads, read_rope, whole_heads, write_rope
+from .tables import Family, Fields
+
+LAYER = "model.layers.{}."
+
+
+def _heads(config: Config) -> list[int]:
+    return [n * config.head_size for n in (config.heads, config.kv_heads, config.kv_heads)]
+
+
+def _read_phi3(fields: Fields) -> dict[str, Any]:
+    sizes = read_sizes(fields, context=4096)
+    renamed = {"su": "longrope", "yarn": "longrope"}  # as transformers takes them
+    rope = read_rope(fields, sizes["context"], share=1.0, renamed=renamed, original=4096)
+    window = fields.whole("sliding_window", None)
+    return {
+        **sizes,
+        **partial_heads(rope, sizes["head_size"]),
+        "window": window,
+        "activation": read_activation(fields),
+        "norm_epsilon": fields.positive("rms_norm_eps", 1e-5),
+        "tied": fields.flag("tie_word_embeddings", False),
+    }
+
+
+def _write_phi3(config: Config) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    return {
+        **write_sizes(config),
+        **write_rope(config),
+        ORIGINAL: config.context if scaling is None else scaling.context,
+        "hidden_act": write_activation(config),
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied,
+        "sliding_window": config.window,
+    }
+
+
+def _read_cohere(fields: Fields) -> dict[str, Any]:
+    sizes = read_sizes(fields, context=8192)
+    biased = fields.flag("attention_bias", False)
+    return {
+        **sizes,
+        **whole_heads(read_rope(fields, sizes["context"], base=500000.0)),
+        "activation": read_activation(fields),
+        "norm": "layer",
+        "norm_epsilon": fields.positive("layer_norm_eps", 1e-5),
+        "parallel": True,
+        "shared_norm": True,
+        "head_norm": "layer" if fields.flag("use_qk_norm", False) else "none",
+        "qkv_bias": biased,
+        "output_bias": biased,
+        "logit_scale": fields.positive("logit_scale", 0.0625),
+        "tied": fields.flag("tie_word_embeddings", True),
+    }
+
+
+def _write_cohere(config: Config) -> dict[str, Any]:
+    return {
+        **write_sizes(config),
+        **write_rope(config),
+        "hidden_act": write_activation(config),
+        "layer_norm_eps": config.norm_epsilon,
+        "use_qk_norm": config.head_norm == "layer",
+        "attention_bias": config.output_bias,
+        "logit_scale": config.logit_scale,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _read_stablelm(fields: Fields) -> dict[str, Any]:
+    sizes = read_sizes(fields, context=4096, kv_heads=32)
+    rope = read_rope(fields, sizes["context"], share=0.25)
+    parallel = fields.flag("use_parallel_residual", False)
+    return {
+        **sizes,
+        **partial_heads(rope, sizes["head_size"]),
+        "activation": read_activation(fields),
+        "norm": "layer",
+        "norm_bias": True,
+        "norm_epsilon": fields.positive("layer_norm_eps", 1e-5),
+        "parallel": parallel,
+        "shared_norm": parallel,
+        "head_norm": "layer" if fields.flag("qk_layernorm", False) else "none",
+        "qkv_bias": fields.flag("use_qkv_bias", False),
+        "tied": fields.flag("tie_word_embeddings", False),
+    }
+
+
+def _write_stablelm(config: Config) -> dict[str, Any]:
+    rope = write_rope(config)
+    rope["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    return {
+        **write_sizes(config),
+        **rope,
+        "partial_rotary_factor": rope["rope_parameters"]["partial_rotary_factor"],
+        "hidden_act": write_activation(config),
+        "layer_norm_eps": config.norm_epsilon,
+        "use_parallel_residual": config.parallel,
+        "qk_layernorm": config.head_norm == "layer",
+        "use_qkv_bias": config.qkv_bias,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _read_starcoder2(fields: Fields) -> dict[str, Any]:
+    sizes = read_sizes(fields, context=4096, kv_heads=2)
+    biased, window = fields.flag("use_bias", True), fields.whole("sliding_window", None)
+    return {
+        **sizes,
+        **whole_heads(read_rope(fields, sizes["context"])),
+        "window": window,
+        "activation": read_activation(fields, "gelu_pytorch_tanh"),
+        "gated": False,
+        "norm": "layer",
+        "norm_bias": True,
+        "norm_epsilon": fields.positive("norm_epsilon", 1e-5),
+        "qkv_bias": biased,
+        "output_bias": biased,
+        "feed_forward_bias": biased,
+        "tied": fields.flag("tie_word_embeddings", True),
+    }
+
+
+def _write_starcoder2(config: Config) -> dict[str, Any]:
+    return {
+        **write_sizes(config),
+        **write_rope(config),
+        "hidden_act": write_activation(config),
+        "norm_epsilon": config.norm_epsilon,
+        "sliding_window": config.window,
+        "use_bias": config.output_bias,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+PHI3 = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    _read_phi3,
+    _write_phi3,
+    TENSORS,
+    packs=(
+        fused([f"layers.{{}}.{leaf}" for leaf in "qkv"], LAYER + "self_attn.qkv_proj.weight", _heads),
+        fused(
+            [f"layers.{{}}.{leaf}" for leaf in ("gate", "up")],
+            LAYER + "mlp.gate_up_proj.weight",
+            lambda config: [config.feed_forward] * 2,
+        ),
+    ),
+)
+COHERE = Family(
+    "cohere",
+    "CohereForCausalLM",
+    _read_cohere,
+    _write_cohere,
+    TENSORS,
+    packs=tuple(
+        rotated(f"layers.{{}}.{leaf}{ours}", LAYER + f"self_attn.{leaf}_{theirs}")
+        for leaf in "qk"
+        for ours, theirs in (("", "proj.weight"), ("_bias", "proj.bias"), ("_norm", "norm.weight"))
+    ),
+)
+STABLELM = Family(
+    "stablelm",
+    "StableLmForCausalLM",
+    _read_stablelm,
+    _write_stablelm,
+    TENSORS,
+    packs=tuple(
+        stacked(f"layers.{{}}.{x}_norm", f"{LAYER}self_attn.{x}_layernorm.norms.{{expert}}.weight", experts=False) for x in "qk"
+    ),
+)
+STARCODER2 = Family(
+    "starcoder2",
+    "Starcoder2ForCausalLM",
+    _read_starcoder2,
+    _write_starcoder2,
+    {
+        **TENSORS,
+        "layers.{}.up": LAYER + "mlp.c_fc.weight",
+        "layers.{}.up_bias": LAYER + "mlp.c_fc.bias",
+        "layers.{}.down": LAYER + "mlp.c_proj.weight",
+        "layers.{}.down_bias": LAYER + "mlp.c_proj.bias",
+    },
+    neutral={"mlp_type": ("default",), "norm_type": ("layer_norm",)},
+)

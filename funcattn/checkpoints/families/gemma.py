@@ -1,0 +1,147 @@
+"""Gemma 1, 2 and 3: embeddings times sqrt(E), norm weights around 0, GeGLU; in 2 and 3 a norm before and after each part, soft caps
+(2), layers with a window and a rotary base of their own (3).
+
+The weights of a norm are stored as what is added to 1; they stay so here (`Config.norm_offset`), bit for bit.
+"""
+
+from typing import Any
+
+from ...transformer import Config
+from .conventions import TENSORS, read_activation, read_sizes, read_windows, write_activation, write_sizes, write_windows
+from .positions import parse_rope, read_rope, whole_heads, with_rope_type, write_rope
+from .tables import Family, Fields, refuse
+
+AROUND = {
+    "layers.{}.attention_after_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.feed_forward_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "layers.{}.feed_forward_after_norm": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+
+
+def _read_sizes(fields: Fields, context: int, heads: int, name: str) -> dict[str, Any]:
+    sizes = read_sizes(fields, context=context, kv_heads=heads, head_size=256)
+    biased = fields.flag("attention_bias", False)
+    return {
+        **sizes,
+        "activation": read_activation(fields, "gelu_pytorch_tanh", name),
+        "norm_epsilon": fields.positive("rms_norm_eps", 1e-6),
+        "norm_offset": 1.0,
+        "embedding_scale": sizes["width"] ** 0.5,
+        "tied": fields.flag("tie_word_embeddings", True),
+        "qkv_bias": biased,
+        "output_bias": biased,
+    }
+
+
+def _write_sizes(config: Config, name: str) -> dict[str, Any]:
+    return {
+        **write_sizes(config),
+        name: write_activation(config),
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied,
+        "attention_bias": config.output_bias,
+    }
+
+
+def _read_gemma(fields: Fields) -> dict[str, Any]:
+    sizes = _read_sizes(fields, 8192, 16, "hidden_act")
+    if fields.get("hidden_act") == "gelu":  # the first releases said so and meant the other, as transformers takes it
+        sizes["activation"] = "gelu_tanh"
+    return {**sizes, **whole_heads(read_rope(fields, sizes["context"]))}
+
+
+def _write_gemma(config: Config) -> dict[str, Any]:
+    return {**_write_sizes(config, "hidden_act"), **write_rope(config)}
+
+
+def _read_cap(fields: Fields, name: str, default: float | None) -> float | None:
+    return fields.positive(name, None if fields.says(name) else default)  # null is none, silence is the default
+
+
+def _read_around(fields: Fields) -> dict[str, Any]:
+    return {"attention_scale": fields.positive("query_pre_attn_scalar", 256.0) ** -0.5, "norm_placement": "around"}
+
+
+def _write_caps(config: Config) -> dict[str, Any]:
+    scalar = config.scale**-2
+    return {
+        "attn_logit_softcapping": config.attention_cap,
+        "final_logit_softcapping": config.logit_cap,
+        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
+    }
+
+
+def _read_gemma2(fields: Fields) -> dict[str, Any]:
+    sizes = _read_sizes(fields, 8192, 4, "hidden_activation")
+    fields.get("hidden_act")
+    window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
+    windows = read_windows(fields, window, layers, [bool((i + 1) % 2) for i in range(layers)])
+    return {
+        **sizes,
+        **_read_around(fields),
+        "attention_cap": _read_cap(fields, "attn_logit_softcapping", 50.0),
+        "logit_cap": _read_cap(fields, "final_logit_softcapping", 30.0),
+        **windows,
+        **whole_heads(read_rope(fields, sizes["context"])),
+    }
+
+
+def _write_gemma2(config: Config) -> dict[str, Any]:
+    return {**_write_sizes(config, "hidden_activation"), **write_rope(config), **_write_caps(config), **write_windows(config)}
+
+
+def _read_gemma3(fields: Fields) -> dict[str, Any]:
+    sizes = _read_sizes(fields, 131072, 4, "hidden_activation")
+    fields.get("hidden_act")
+    window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
+    every = fields.whole("sliding_window_pattern", 6)
+    windows = read_windows(fields, window, layers, [bool((i + 1) % every) for i in range(layers)])
+    return {
+        **sizes,
+        **_read_around(fields),
+        "logit_cap": _read_cap(fields, "final_logit_softcapping", None),  # a cap of attention is kept in its file and never applied
+        **windows,
+        **_read_two_bases(fields, sizes["context"], windows["window"] is not None),
+        "head_norm": "rms",
+    }
+
+
+def _read_two_bases(fields: Fields, context: int, windowed: bool) -> dict[str, Any]:
+    """One base for layers with a window, another for those without, in either spelling."""
+    nested, where, kinds = (
+        fields.get("rope_parameters", {}),
+        "rope_parameters in config.json",
+        ("full_attention", "sliding_attention"),
+    )
+    if not isinstance(nested, dict) or not nested.keys() <= set(kinds):
+        refuse(where, "an object of full_attention and sliding_attention", nested)
+    if not all(isinstance(part, dict | None) for part in nested.values()):
+        refuse(where, "an object of objects", nested)
+    scaling = fields.get("rope_scaling", {})
+    if not isinstance(scaling, dict):
+        refuse("rope_scaling in config.json", "an object", scaling)
+    full, near = (nested.get(kind) or {"rope_type": "default"} for kind in kinds)
+    full = {**full, **scaling}  # whose "type" says nothing beside the "rope_type" that is there
+    bases = fields.get("rope_theta", 1e6), fields.get("rope_local_base_freq", 1e4)
+    wide, narrow = (
+        parse_rope(with_rope_type({"rope_theta": base, **part, "truncate": True}), where, context, {})  # read of the outer object
+        for base, part in zip(bases, (full, near), strict=True)
+    )
+    if narrow["rope_scaling"] is not None:
+        refuse(f"sliding_attention of {where}", "rope_type default", near)
+    return {**whole_heads(wide), "local_rope_base": whole_heads(narrow)["rope_base"] if windowed else None}
+
+
+def _write_gemma3(config: Config) -> dict[str, Any]:
+    near = {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4}
+    return {
+        **_write_sizes(config, "hidden_activation"),
+        "rope_parameters": {"full_attention": write_rope(config, nested=True), "sliding_attention": near},
+        **_write_caps(config),
+        **write_windows(config),
+    }
+
+
+GEMMA = Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma, TENSORS)
+GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2, {**TENSORS, **AROUND})
+GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, {**TENSORS, **AROUND}, body="Gemma3TextModel")

@@ -1,0 +1,179 @@
+"""The rotary fields of a config.json to Config and back, in the spelling of transformers 5 and in the one before."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ...layers import RopeScaling
+from ...transformer import Config
+from .tables import Fields, check_neutral, positive, refuse, whole
+
+ORIGINAL = "original_max_position_embeddings"
+NEEDED = {  # kind -> its fields that must be numbers
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+    "longrope": (),
+}
+OPTIONAL = {  # kind -> fields that it may have besides
+    "llama3": {ORIGINAL},
+    "yarn": {"factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim", ORIGINAL},
+    "longrope": {"factor", "short_factor", "long_factor", "attention_factor", ORIGINAL},
+}
+UNREAD = {"finetuned", "attn_factor", "short_mscale", "long_mscale", "mrope_section", "type"}  # by any class of transformers here
+KNOWN = {"rope_type", "rope_theta", "partial_rotary_factor", *UNREAD}.union(*NEEDED.values(), *OPTIONAL.values())
+
+
+def read_rope(
+    fields: Fields,
+    context: int,
+    *,
+    base: float = 10000.0,
+    share: float | None = None,
+    names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+    renamed: Mapping[str, str] | None = None,
+    original: int | None = None,
+) -> dict[str, Any]:
+    """rope_base, rope_scaling and, under "partial", the share of a head that turns (None where nothing is said).
+
+    Args:
+        fields: of config.json, with `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+        context: positions that the model has, for scalings that follow from it.
+        base, share: where nothing is said.
+        names: what the family calls the two beside the object; what stands in it goes first.
+        renamed: kinds of scaling that this family calls otherwise.
+        original: original_max_position_embeddings, where the family has a value for it that goes before the one in the object.
+    """
+    rope, where = rope_object(fields, "rope_parameters"), "rope_parameters in config.json"
+    old = rope_object(fields, "rope_scaling")
+    if old and rope and any(rope.get(key) != value for key, value in old.items()):
+        refuse("rope_scaling in config.json", "absent beside rope_parameters, or the same", old)
+    if old:  # as transformers takes them
+        rope, where = old, "rope_scaling in config.json"
+    beside = fields.get(ORIGINAL, original)
+    outer = {"rope_theta": fields.get(names[0], base), "partial_rotary_factor": fields.get(names[1], share)}
+    rope = {**outer, **rope, ORIGINAL: rope.get(ORIGINAL) if beside is None else beside}
+    return parse_rope(with_rope_type(rope), where, context, renamed or {})
+
+
+def rope_object(fields: Fields, name: str) -> dict[str, Any]:
+    """An object of rotary fields, its kind under "rope_type", without what is null; empty where it is absent."""
+    rope = fields.get(name, {})
+    if not isinstance(rope, dict):
+        refuse(fields.place(name), "an object", rope)
+    return with_rope_type(rope)
+
+
+def with_rope_type(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary fields without what is null, their kind under "rope_type", which goes before its older name "type"."""
+    rope = {key: value for key, value in rope.items() if value is not None}
+    return {"rope_type": rope["type"], **rope} if "type" in rope else rope
+
+
+def parse_rope(rope: Mapping[str, Any], where: str, context: int, renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The same of one object of rotary fields. What its kind does not read is ignored; what is not known is refused."""
+    kind = rope.get("rope_type", "default")
+    kind = renamed.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in NEEDED:
+        refuse(f"rope_type of {where}", f"one of {', '.join(NEEDED)}", rope.get("rope_type"))
+    for name in rope.keys() - KNOWN:
+        refuse(f"{name} of {where}", "absent, since no kind of scaling is known to have it", rope[name])
+    base = positive(rope.get("rope_theta", 10000.0), f"rope_theta of {where}")
+    partial = (
+        positive(rope["partial_rotary_factor"], f"partial_rotary_factor of {where}") if "partial_rotary_factor" in rope else None
+    )
+    numbers = [positive(rope.get(name), f"{name} of {where}") for name in NEEDED[kind]]
+    return {"rope_base": base, "rope_scaling": _scaling(kind, numbers, rope, where, context), "partial": partial}
+
+
+def _scaling(kind: str, numbers: list[float], rope: Mapping[str, Any], where: str, context: int) -> RopeScaling | None:
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", numbers[0])
+    if kind == "dynamic":
+        return RopeScaling("dynamic", numbers[0], context=context)
+    original = whole(rope.get(ORIGINAL, context), f"{ORIGINAL} of {where}")
+    if kind == "llama3":
+        factor, low, high = numbers
+        if not low < high:
+            refuse("high_freq_factor of llama3 rope scaling", f"above low_freq_factor = {low}", high)
+        return RopeScaling("llama3", factor, low, high, original)
+    number = lambda name, default: positive(rope.get(name, default), f"{name} of {where}")
+    factor = number("factor", context / original)
+    if kind == "longrope":
+        told = rope.get("attention_factor") is not None
+        if factor > 1 and original == 1 and not told:
+            refuse(f"attention_factor of {where}", f"given where {ORIGINAL} is 1", None)
+        default = 1.0 if told or factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        short, long = (_factors(rope.get(name), f"{name} of {where}") for name in ("short_factor", "long_factor"))
+        if len(short) != len(long):
+            refuse(f"long_factor of {where}", f"as long as short_factor, {len(short)}", len(long))
+        attention = number("attention_factor", default)
+        return RopeScaling("longrope", context=original, attention=attention, short=short, long=long)
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        refuse(f"truncate of {where}", "true or false", truncate)
+    stretch = lambda by: 0.1 * by * math.log(factor) + 1 if factor > 1 else 1.0
+    by, over = rope.get("mscale"), rope.get("mscale_all_dim")
+    default = stretch(1.0)
+    if by and over:
+        default = stretch(positive(by, f"mscale of {where}")) / stretch(positive(over, f"mscale_all_dim of {where}"))
+    turns = {name: positive(rope.get(name) or usual, f"{name} of {where}") for name, usual in (("beta_fast", 32), ("beta_slow", 1))}
+    return RopeScaling(
+        "yarn",
+        factor,
+        context=original,
+        fast=turns["beta_fast"],
+        slow=turns["beta_slow"],
+        truncate=truncate,
+        attention=number("attention_factor", default),
+    )
+
+
+def _factors(value: Any, where: str) -> tuple[float, ...]:
+    if not isinstance(value, list) or not value:
+        refuse(where, "a list of numbers", value)
+    return tuple(positive(number, where) for number in value)
+
+
+def whole_heads(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary fields of a family whose heads turn whole: it does not read a share, but its scalings do, for heads that none has."""
+    if rope["rope_scaling"] is not None:
+        check_neutral({"partial_rotary_factor": rope["partial"]}, {"partial_rotary_factor": (1.0,)}, "{} in config.json")
+    return {name: value for name, value in rope.items() if name != "partial"}
+
+
+def partial_heads(rope: dict[str, Any], head_size: int) -> dict[str, Any]:
+    """Rotary fields of a family that turns a share of each head."""
+    turning = head_size if rope["partial"] is None else int(head_size * rope["partial"])
+    if not 0 < turning <= head_size or turning % 2:
+        refuse("partial_rotary_factor in config.json", f"such that an even number of {head_size} features turns", turning)
+    return {**whole_heads({**rope, "partial": None}), "rotary_size": None if turning == head_size else turning}
+
+
+def write_rope(config: Config, *, nested: bool = False) -> dict[str, Any]:
+    """The rotary fields of a Config, for new readers and for old ones (`nested` are not written for old ones)."""
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _write_scaling(scaling)
+    share = {} if config.rotary_size is None else {"partial_rotary_factor": config.rotary_size / config.head_size}
+    parameters = {**rope, "rope_theta": config.rope_base, **share}
+    if nested:
+        return parameters
+    return {"rope_parameters": parameters, "rope_theta": config.rope_base, "rope_scaling": rope if scaling else None, **share}
+
+
+def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    kind, factor = scaling.kind, scaling.factor
+    if kind in ("linear", "dynamic"):
+        return {"rope_type": kind, "factor": factor}
+    if kind == "llama3":
+        bounds = {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+        return {"rope_type": kind, "factor": factor, **bounds, ORIGINAL: scaling.context}
+    common = {"rope_type": kind, "attention_factor": scaling.attention, ORIGINAL: scaling.context}
+    if kind == "longrope":
+        return {**common, "short_factor": list(scaling.short), "long_factor": list(scaling.long)}
+    ramp = {"beta_fast": scaling.fast, "beta_slow": scaling.slow, "truncate": scaling.truncate}
+    return {**common, "factor": factor, **ramp}

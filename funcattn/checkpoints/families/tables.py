@@ -1,0 +1,203 @@
+"""What a family is, the error of a file that cannot be read as one, and the checked reading of its fields."""
+
+import re
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from ..._checks import fail, printable
+from ...transformer import Config
+
+LARGEST = 2**31 - 1  # of a size in a file; what a tensor index of 32 bits can count
+DEEPEST = 4096  # layers; a tree of names is made of them before the file is seen to hold them
+ABSENT_FIELD: Any = object()  # a field that has no default must be there
+
+
+class CheckpointError(ValueError):
+    """What a file says cannot be read as a model, or a model cannot be written. The message names the field and the remedy.
+
+    Text of a file in it is written so that it cannot steer a terminal (`_checks.printable`).
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Leaves that a file holds in another form: several in one tensor, one in several, or turned.
+
+    paths, names: templates; `{}` is the number of the layer, `{expert}` in a name stands for one tensor an expert (or head).
+    unpack: (config, tensors in the order of names) -> leaves in the order of paths. pack: the other way.
+    applies: (config, number of the layer) -> whether the layer is held so.
+    """
+
+    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    unpack: Callable[[Config, list[Tensor]], list[Tensor]]
+    pack: Callable[[Config, list[Tensor]], list[Tensor]]
+    applies: Callable[[Config, int], bool] = lambda config, layer: True
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family is spelled in the files of Hugging Face.
+
+    read: the fields of config.json -> those of Config. write: a Config -> the fields of config.json that are the family's own.
+        A Config that the family cannot say may be written as anything: it is read again and compared.
+    tensors: path -> name on disk, templates with `{}` for the number of the layer; of what a Config does not have, none is wanted.
+    packs: leaves that are held in another form; they go before `tensors`.
+    neutral: fields of the file that would change the mathematics -> the values under which they do not, besides NEUTRAL.
+    body: what transformers calls the model without its head, which is written without `prefix` in front of every name; "" is the
+        architecture, named for that.
+    harmless: tensors on disk that say nothing new.
+    """
+
+    name: str
+    architecture: str
+    read: Callable[["Fields"], dict[str, Any]]
+    write: Callable[[Config], dict[str, Any]]
+    tensors: Mapping[str, str]
+    packs: tuple[Pack, ...] = ()
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: re.Pattern[str] = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # follows from rope_theta
+    body: str = ""
+    prefix: str = "model."
+
+    @property
+    def architectures(self) -> tuple[str, str]:
+        """What transformers calls the model, and the model without its head."""
+        return self.architecture, self.body or re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
+
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    # What transformers reads of every class, or when it builds its masks and caches -> where it changes nothing, as null does.
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "use_bidirectional_attention": (False,),
+    "sliding_window": (),
+    "attention_chunk_size": (),
+    "pruned_heads": ({},),
+    "per_layer_config": (),
+    "quantization_config": (),
+}
+
+
+class Fields:
+    """The fields of a file, read one by one and checked; those that nobody read are held against a table of neutral values."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "{} in config.json") -> None:
+        self.values = {name: value for name, value in values.items() if value is not None}
+        self.where, self.seen, self.present = where, set[str](), frozenset(values)
+
+    def says(self, name: str) -> bool:
+        """Whether the file has the field, be it null."""
+        return name in self.present
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value as it is; null counts as absent."""
+        self.seen.add(name)
+        return self.values.get(name, default)
+
+    def place(self, name: str) -> str:
+        """The field for a message."""
+        return self.where.format(name)
+
+    def whole(self, name: str, default: Any = ABSENT_FIELD) -> Any:
+        """A size: an integer that a file can mean."""
+        value = self.get(name, default)
+        return value if value is default and default is not ABSENT_FIELD else whole(_missing(value), self.place(name))
+
+    def positive(self, name: str, default: Any = ABSENT_FIELD) -> Any:
+        """A number above 0 that a float32 can hold."""
+        value = self.get(name, default)
+        return value if value is default and default is not ABSENT_FIELD else positive(_missing(value), self.place(name))
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            refuse(self.place(name), "true or false", value)
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
+        """A name, as ours."""
+        value = self.get(name, default)
+        if not isinstance(value, str) or value not in choices:
+            refuse(self.place(name), f"one of {', '.join(choices)}", value)
+        return choices[value]
+
+    def items(self, name: str) -> list[Any]:
+        """A list, empty where the file says nothing."""
+        value = self.get(name, [])
+        if not isinstance(value, list):
+            refuse(self.place(name), "a list", value)
+        return value
+
+    def check_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse a field of `neutral` that was not read and holds anything but one of the values under which it changes nothing."""
+        check_neutral({name: value for name, value in self.values.items() if name not in self.seen}, neutral, self.where)
+
+    def check_known(self, known: Set[str]) -> None:
+        """Refuse a field that nobody read and that is not known, unless it says nothing: it may be of a newer release."""
+        for name in self.values.keys() - self.seen - known:
+            if not name.startswith("_") and self.values[name] not in (False, "", [], {}):
+                remedy = "Take it out of the file where it does not change what the model computes, or use a release that knows it."
+                fail(
+                    "load",
+                    self.place(name),
+                    "a field that is known, or absent",
+                    repr(self.values[name])[:200],
+                    remedy,
+                    CheckpointError,
+                )
+
+
+def _missing(value: Any) -> Any:
+    return None if value is ABSENT_FIELD else value
+
+
+def refuse(what: str, wanted: Any, got: Any) -> NoReturn:
+    """Raise CheckpointError for a field that Config cannot express, or that is not what it must be."""
+    remedy = "The model would be computed wrongly; convert the file, or use a release of funcattn that expresses this."
+    shown = repr(got)
+    fail("load", what, str(wanted), shown if len(shown) < 200 else shown[:200] + "...", remedy, CheckpointError)
+
+
+def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    """Refuse a field of `neutral` that holds anything but null or one of the values under which it changes nothing."""
+    for name, allowed in neutral.items():
+        value = values.get(name)
+        if value is not None and not any(type(value) is type(other) and value == other for other in allowed):
+            refuse(where.format(name), " or ".join([*map(repr, allowed[:1]), "absent"]), value)
+
+
+def whole(value: Any, where: str) -> int:
+    """A size: an integer that a file can mean."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
+        refuse(where, f"an integer from 1 to {LARGEST}", value)
+    return value
+
+
+def positive(value: Any, where: str) -> float:
+    """A number above 0 that a float32 can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
+        refuse(where, "a number from 1e-30 to 1e30", value)
+    return float(value)
+
+
+def configure(**values: Any) -> Config:
+    """A Config, or CheckpointError where its fields do not go together."""
+    if values["layers"] > DEEPEST:
+        refuse("the number of layers", f"at most {DEEPEST}", values["layers"])
+    try:
+        config = Config(**values)
+    except ValueError as error:
+        raise CheckpointError(f"load: the sizes in the file make no decoder. {error}") from error
+    scaling, turning = config.rope_scaling, config.rotary_size or config.head_size
+    if scaling is not None and scaling.kind == "longrope" and len(scaling.short) != turning // 2:
+        refuse("short_factor and long_factor", f"{turning // 2} numbers, one for each plane that turns", len(scaling.short))
+    return config

@@ -1,0 +1,149 @@
+"""Tensors by their names in a file to Params and back. A leaf goes by its path (`layers.0.q`), as in funcattn.tree."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import transformer
+from ..._checks import fail
+from ...records import ABSENT, is_absent
+from ...transformer import Config, Layer, Params
+from .tables import CheckpointError, Family, Pack
+
+PLAIN = Pack((), (), lambda config, tensors: tensors, lambda config, leaves: leaves)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some tensors of a file and the leaves that they hold."""
+
+    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    pack: Pack
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the tensors are other than the leaves: joined, split or transposed."""
+        return self.pack is not PLAIN
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Path -> the shape that the leaf must have."""
+    return leaves(transformer.shapes(config))
+
+
+def spelling(tensors: Mapping[str, str], path: str) -> str:
+    """The name on disk of the leaf at a path.
+
+    Example:
+        >>> spelling({"layers.{}.q": "blk.{}.attn_q.weight"}, "layers.3.q")
+        'blk.3.attn_q.weight'
+    """
+    number, template = _template(path)
+    if template not in tensors:
+        fail("load", path, "a leaf that the family has a name for", "none", "It is another family's.", CheckpointError)
+    return tensors[template].format(number)
+
+
+def _template(path: str) -> tuple[int, str]:
+    found = re.match(r"layers\.(\d+)\.", path)
+    return (int(found[1]), f"layers.{{}}.{path[found.end() :]}") if found else (0, path)
+
+
+def whereabouts(family: Family, config: Config) -> list[Source]:
+    """Where each leaf of a Config is in the files of a family, in the order of the computation."""
+    needed = shapes(config)
+    packs = {path: pack for pack in family.packs for path in pack.paths}
+    found, done = [], set[str]()
+    for path, shape in needed.items():
+        if path in done:
+            continue
+        number, template = _template(path)
+        pack = packs.get(template)
+        if pack is None or not pack.applies(config, number):
+            found.append(Source((path,), (spelling(family.tensors, path),), PLAIN))
+            continue
+        paths = tuple(other.format(number) for other in pack.paths)
+        experts = range(shape[0]) if "{expert}" in pack.names[0] else (0,)
+        names = tuple(name.replace("{}", str(number)).replace("{expert}", str(i)) for name in pack.names for i in experts)
+        found.append(Source(paths, names, pack))
+        done |= set(paths)
+    return found
+
+
+def wanted(config: Config, from_: Sequence[Source]) -> dict[str, tuple[int, ...]]:
+    """Name -> the shape that the file must have."""
+    needed = shapes(config)
+    found = {}
+    for source in from_:
+        tensors = source.pack.pack(config, [torch.empty(needed[path], device="meta") for path in source.paths])
+        found |= {name: tuple(tensor.shape) for name, tensor in zip(source.names, tensors, strict=True)}
+    return found
+
+
+def match(needed: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Fail with one error that tells every difference between the tensors that a file must hold and those that it does.
+
+    Args:
+        needed: name -> shape of what must be there.
+        found: name -> shape of what is there, less what is harmless.
+        where: the file, for the message.
+    """
+    missing = [name for name in needed if name not in found]
+    extra = sorted(found.keys() - needed.keys())
+    wrong = [f"{name} {found[name]} instead of {shape}" for name, shape in needed.items() if name in found and found[name] != shape]
+    told = [
+        f"{kind}: {_some(items)}"
+        for kind, items in (("missing", missing), ("unknown", extra), ("of another shape", wrong))
+        if items
+    ]
+    if told:
+        remedy = "The file is incomplete, or its configuration is that of another model."
+        fail("load", f"tensors of {where}", "those of its configuration", "; ".join(told), remedy, CheckpointError)
+
+
+def _some(items: list[str], shown: int = 20) -> str:
+    """A list for a message, its end left out where it is long."""
+    return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")
+
+
+def unpack(config: Config, from_: Sequence[Source], read: Callable[[str], Tensor]) -> Params:
+    """Params from the tensors of a file, each read once."""
+    found = {}
+    for source in from_:
+        found |= dict(zip(source.paths, source.pack.unpack(config, [read(name) for name in source.names]), strict=True))
+    return assemble(config, found.__getitem__)
+
+
+def pack(config: Config, to: Sequence[Source], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a file, by name, from leaves by path."""
+    found = {}
+    for source in to:
+        found |= dict(zip(source.names, source.pack.pack(config, [leaves[path] for path in source.paths]), strict=True))
+    return found
+
+
+def leaves(params: Params) -> dict[str, Any]:
+    """Path -> leaf, in the order of the computation. What is absent is left out."""
+    found = {"embedding": params.embedding, "positions": params.positions}
+    for number, layer in enumerate(params.layers):
+        found |= {f"layers.{number}.{name}": leaf for name, leaf in zip(Layer._fields, layer, strict=True)}
+    found |= {"norm": params.norm, "norm_bias": params.norm_bias, "head": params.head}
+    return {path: leaf for path, leaf in found.items() if not is_absent(leaf)}
+
+
+def assemble(config: Config, leaf: Callable[[str], Any]) -> Params:
+    """The tree whose leaf at each path is `leaf(path)`: `leaves(assemble(config, leaves(params).get)) == leaves(params)`."""
+    needed = transformer.shapes(config)
+    one = lambda path, shape: ABSENT if is_absent(shape) else leaf(path)
+    rows = (
+        Layer(*(one(f"layers.{number}.{name}", shape) for name, shape in zip(Layer._fields, layer, strict=True)))
+        for number, layer in enumerate(needed.layers)
+    )
+    layers = tuple(rows)
+    ends = {name: one(name, getattr(needed, name)) for name in Params._fields if name != "layers"}
+    return Params(layers=layers, **ends)

@@ -1,0 +1,251 @@
+"""GGUF: one file that holds metadata (the tokenizer too) and tensors, most of them quantized in blocks.
+
+    magic, version, number of tensors, number of fields
+    field  = name, kind, value                              as many as said
+    tensor = name, sizes (fastest first), type, offset      as many as said
+    padding to `general.alignment`, then the data at the offsets
+
+The header is parsed here and not by gguf.GGUFReader, which trusts what it reads: every length, count and offset is held against the
+bytes that are left before anything of that size is made, so memory stays within a small multiple of the file. The quantized
+types, their block sizes and their arithmetic are those of the `gguf` package.
+
+Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
+"""
+
+import math
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from torch import Tensor
+
+from ... import tree
+from ..._checks import fail
+from ...transformer import Config, Params
+from .. import families
+from ..families import CheckpointError
+from ..hf import compressed
+from ..regular_files import open_regular
+
+READ = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+LONGEST_NAME = 2**16 - 1  # bytes, by the specification
+MOST_AXES = 4  # by the specification
+LARGEST_HEADER = 2**26  # bytes; that of a vocabulary of 262 144 has 2**24. More are a hole of a file, read as empty names for ever
+
+NUMBERS = {
+    GGUFValueType.UINT8: "<u1",
+    GGUFValueType.INT8: "<i1",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT64: "<f8",
+    GGUFValueType.BOOL: "<u1",
+}
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies: shape in torch's order, the name of its type, its first byte in the file and how many."""
+
+    shape: tuple[int, ...]
+    type: str
+    start: int
+    size: int
+
+
+class Header(NamedTuple):
+    """All of a GGUF file but its numbers. Arrays of numbers are numpy's, arrays of strings are lists."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Entry]
+
+
+class Cursor:
+    """Reads forward through bytes and never past their end, nor past the most that a header has."""
+
+    def __init__(self, data: mmap.mmap | bytes, file: str):
+        self.data, self.file, self.at = data, file, 0
+        self.end = min(len(data), LARGEST_HEADER)
+
+    def refuse(self, what: str, wanted: str, got: Any) -> NoReturn:
+        """Raise CheckpointError that names the file and the byte."""
+        remedy = "The file is damaged, cut off, or not GGUF: fetch it again."
+        fail("load", f"{what} at byte {self.at} of {self.file}", wanted, got, remedy, CheckpointError)
+
+    def take(self, size: int, what: str) -> int:
+        """The position of the next `size` bytes, which are there."""
+        left = self.end - self.at
+        if size > left:
+            self.refuse(what, f"at most the {left} bytes that are left", f"{size} bytes")
+        self.at += size
+        return self.at - size
+
+    def number(self, layout: str, what: str) -> Any:
+        """One number in the notation of `struct`."""
+        return struct.unpack_from("<" + layout, self.data, self.take(struct.calcsize("<" + layout), what))[0]
+
+    def string(self, what: str, longest: float = math.inf) -> str:
+        """A length of 64 bits, then as many bytes of UTF-8."""
+        size = self.number("Q", f"the length of {what}")
+        if size > longest:
+            self.refuse(what, f"at most {longest} bytes", f"{size} bytes")
+        start = self.take(size, what)
+        try:
+            return self.data[start : start + size].decode()
+        except UnicodeDecodeError:
+            self.refuse(what, "UTF-8", repr(self.data[start : start + min(size, 40)]))
+
+    def numbers(self, kind: GGUFValueType, count: int, what: str) -> np.ndarray:
+        """A copy of `count` numbers."""
+        dtype = np.dtype(NUMBERS[kind])
+        found = np.frombuffer(self.data, dtype, count, self.take(count * dtype.itemsize, what)).copy()
+        return found != 0 if kind == GGUFValueType.BOOL else found
+
+    def value(self, what: str) -> Any:
+        """The value of one field: a number, a string, or an array of these."""
+        kind, count = self.kind(what), 1
+        is_array = kind == GGUFValueType.ARRAY
+        if is_array:
+            kind, count = self.kind(what), self.number("Q", f"the length of {what}")
+        if kind == GGUFValueType.STRING:
+            if count * 8 > self.end - self.at:  # each has a length of 8 bytes
+                self.refuse(what, f"at most {(self.end - self.at) // 8} strings", f"{count} strings")
+            found = [self.string(what) for _ in range(count)]
+            return found if is_array else found[0]
+        if kind not in NUMBERS:
+            self.refuse(what, "an array of numbers or strings", "an array of arrays")
+        found = self.numbers(kind, count, what)
+        if is_array:
+            return found
+        return float(str(found[0])) if kind == GGUFValueType.FLOAT32 else found[0].item()  # the shortest decimal: 1e-5 stays 1e-5
+
+    def kind(self, what: str) -> GGUFValueType:
+        """The kind of a value."""
+        number = self.number("I", f"the kind of {what}")
+        if number not in GGUFValueType._value2member_map_:
+            self.refuse(f"the kind of {what}", f"from 0 to {max(GGUFValueType)}", number)
+        return GGUFValueType(number)
+
+
+# The header.
+
+
+def read_header(data: mmap.mmap | bytes, file: str) -> Header:
+    """Metadata and tensors of a GGUF file; raises CheckpointError unless every byte that it promises is there, once."""
+    cursor = Cursor(data, file)
+    if data[: cursor.take(4, "the magic") + 4] != b"GGUF":
+        cursor.refuse("the magic", "GGUF", data[:4])
+    version = cursor.number("I", "the version")
+    if version not in (2, 3):
+        cursor.refuse("the version", "2 or 3, little-endian", version)
+    tensor_count, field_count = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of fields")
+
+    metadata: dict[str, Any] = {}
+    for _ in range(field_count):  # ends at the end of the file: each turn reads some bytes
+        name = cursor.string("the name of a field", LONGEST_NAME)
+        if name in metadata:
+            cursor.refuse("a field", "one of its name", repr(name))
+        metadata[name] = cursor.value(name)
+
+    described = {}
+    for _ in range(tensor_count):
+        name = cursor.string("the name of a tensor", LONGEST_NAME)
+        if name in described:
+            cursor.refuse("a tensor", "one of its name", repr(name))
+        axes = cursor.number("I", f"the number of axes of {name}")
+        if axes > MOST_AXES:
+            cursor.refuse(f"the number of axes of {name}", f"at most {MOST_AXES}", axes)
+        sizes = tuple(cursor.number("Q", f"the sizes of {name}") for _ in range(axes))
+        described[name] = sizes[::-1], cursor.number("I", f"the type of {name}"), cursor.number("Q", f"the offset of {name}")
+    return Header(metadata, _place(cursor, metadata.get("general.alignment", 32), described))
+
+
+def _place(cursor: Cursor, alignment: Any, described: Mapping[str, tuple[tuple[int, ...], int, int]]) -> dict[str, Entry]:
+    """Entries whose bytes lie in the file, aligned, and overlap no others'."""
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+        cursor.refuse("general.alignment", "a power of two", alignment)
+    base = -(-cursor.at // alignment) * alignment
+    tensors = {}
+    for name, (shape, number, offset) in described.items():
+        type_name = GGMLQuantizationType(number).name if number in GGMLQuantizationType._value2member_map_ else f"number {number}"
+        if type_name not in READ:
+            remedy = f"Convert the file to one of {', '.join(READ)}."
+            fail("load", f"the type of {name} in {cursor.file}", "one that can be read", type_name, remedy, CheckpointError)
+        block, stored = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
+        if not shape or 0 in shape or shape[-1] % block or offset % alignment:
+            cursor.refuse(name, f"rows of whole blocks of {block}, at a multiple of {alignment}", f"shape {shape} at {offset}")
+        tensors[name] = Entry(shape, type_name, base + offset, math.prod(shape) // block * stored)
+    end, last = base, "the header"
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].start):
+        if entry.start < end:
+            cursor.refuse(name, f"after {last}, which ends at {end}", entry.start)
+        end, last = entry.start + entry.size, name
+        if end > len(cursor.data):
+            cursor.refuse(name, f"within the {len(cursor.data)} bytes of the file", f"bytes {entry.start} to {end}")
+    return tensors
+
+
+# The numbers.
+
+
+def read_tensor(data: mmap.mmap | bytes, entry: Entry) -> Tensor:
+    """One tensor in float32: the numbers of `gguf.quants.dequantize`, in memory of their own."""
+    stored = np.frombuffer(data, np.uint8, entry.size, entry.start).reshape(*entry.shape[:-1], -1)
+    with np.errstate(all="ignore"):  # a damaged scale may be infinite; that is for whoever looks at the weights
+        numbers = quants.dequantize(stored, GGMLQuantizationType[entry.type])
+    return torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
+
+
+def _is_whole(parts: Any) -> bool:
+    """Whether a file of so many parts is all of them."""
+    return type(parts) is int and parts in (0, 1)
+
+
+def read_gguf(
+    path: Path, dtype: torch.dtype | None = None, *, keep_quantized: bool = False
+) -> tuple[Config, Params, dict[str, Any]]:
+    """Config, weights (dequantized or as records, q and k half-split) and metadata of a GGUF file."""
+    with open_regular(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            fail("load", str(path), "a model", "an empty file", "Fetch it again.", CheckpointError)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with the last reference
+    metadata, tensors = read_header(data, path.name)
+    if not _is_whole(metadata.get("split.count", 0)):
+        remedy = "Join the parts with gguf-split --merge."
+        fail("load", str(path), "a whole model", "one part of a split file", remedy, CheckpointError)
+    names = families.GGUF_TENSORS
+    stretch = read_tensor(data, tensors.pop(families.STRETCH)) if families.STRETCH in tensors else None
+    vocabulary = (
+        tensors[names["embedding"]].shape[0] if names["embedding"] in tensors else 1
+    )  # its absence is told with the others'
+    config = families.read_metadata(metadata, vocabulary, names["head"] not in tensors, stretch)
+    family = families.GGUF[metadata["general.architecture"]]
+    spelled = {path: families.spelling(names, path) for path in families.shapes(config)}
+    found = {name: entry.shape for name, entry in tensors.items()}
+    families.match({spelled[path]: shape for path, shape in families.shapes(config).items()}, found, path.name)
+
+    def leaf(path: str) -> Any:
+        entry, kind = tensors[spelled[path]], path.rpartition(".")[2]
+        if keep_quantized and entry.type in compressed.BLOCKS and len(entry.shape) == 2:
+            record = compressed.from_blocks(data, entry.start, *entry.shape, entry.type)
+            if kind not in family.rotated:
+                return record
+            return tree.map(lambda field: families.half_split(field, config.head_size), record)
+        weight = read_tensor(data, entry)
+        if kind in family.rotated:
+            weight = families.half_split(weight, config.head_size)
+        if family.offset and kind.endswith("norm"):
+            weight = weight - family.offset
+        return weight.to(dtype or torch.float32)
+
+    return config, families.assemble(config, leaf), metadata

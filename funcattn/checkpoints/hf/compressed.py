@@ -1,0 +1,105 @@
+"""Quantized weights in files: records in safetensors, and the blocks of GGUF as records, without losing a bit.
+
+In a folder the tensors of a record stand where the matrix would, `...q_proj.codes` and `...q_proj.scale` for `...q_proj.weight`,
+and config.json says under `quantization_config` which record each is, and of which family the model is: its `model_type` is
+"funcattn", for other readers to refuse it. They would ignore a method that they do not know, and run with random matrices.
+
+    Q4_0    w = (code - 8) d           Int4 of groups of 32, zero -8 d
+    Q4_1    w = code d + m             Int4 of groups of 32
+    Q8_0    w = code d                 Int8 of groups of 32
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import quantization
+from ..._checks import fail
+from ..families import CheckpointError
+
+METHOD = "funcattn"
+KINDS = {kind.__name__: kind for kind in quantization.RECORDS}
+CODES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # type -> bytes of a block of 32 numbers
+SIZE = 32
+REMEDY = "The file is damaged, or was written by another version: fetch it again."
+
+
+# Records in a folder.
+
+
+def fields(name: str, kind: str) -> dict[str, str]:
+    """Field -> its name on disk, for the record that stands where `name` would.
+
+    Example:
+        >>> fields("layers.0.q_proj.weight", "Int8")
+        {'codes': 'layers.0.q_proj.codes', 'scale': 'layers.0.q_proj.scale'}
+    """
+    return {field: f"{name.removesuffix('.weight')}.{field}" for field in KINDS[kind]._fields}
+
+
+def apart(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, those of records by their fields; and the name of each record with its kind."""
+    flat: dict[str, Tensor] = {}
+    kinds = {name: type(leaf).__name__ for name, leaf in tensors.items() if not isinstance(leaf, Tensor)}
+    for name, leaf in tensors.items():
+        if name in kinds:
+            flat |= {stored: getattr(leaf, field) for field, stored in fields(name, kinds[name]).items()}
+        else:
+            flat[name] = leaf
+    return flat, kinds
+
+
+def settings(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """The values of config.json, changed where there are records."""
+    if not kinds:
+        return dict(values)
+    said = {"quant_method": METHOD, "model_type": values["model_type"], "records": dict(kinds)}
+    return {**values, "model_type": METHOD, "quantization_config": said}
+
+
+def kinds_in(values: dict[str, Any]) -> dict[str, str]:
+    """Name -> kind of record, and the values of config.json made those of the family; another method's stay, to be refused."""
+    said = values.get("quantization_config")
+    if not isinstance(said, dict) or said.get("quant_method") != METHOD:
+        return {}
+    del values["quantization_config"]
+    values["model_type"] = said.get("model_type")
+    kinds = said.get("records")
+    if not isinstance(kinds, dict) or not all(kind in KINDS for kind in map(str, kinds.values())):
+        fail("load", "records in config.json", f"names with one of {', '.join(KINDS)}", str(kinds)[:200], REMEDY, CheckpointError)
+    return {str(name): str(kind) for name, kind in kinds.items()}
+
+
+def together(name: str, kind: str, read: Callable[[str], Tensor]) -> Any:
+    """The record that stands where `name` would."""
+    record = KINDS[kind](**{field: read(stored) for field, stored in fields(name, kind).items()})
+    try:
+        expanded = quantization.expand(type(record)(*(x.to("meta") for x in record)))
+    except (RuntimeError, IndexError) as error:
+        fail("load", name, f"the fields of one {kind}", f"others: {str(error)[:100]}", REMEDY, CheckpointError)
+    if record.codes.dtype not in CODES.values() or tuple(expanded.shape) != record.shape:
+        got = f"{record.codes.dtype}, {tuple(expanded.shape)} beside {record.shape}"
+        fail("load", name, f"the fields of one {kind}", got, REMEDY, CheckpointError)
+    return record
+
+
+# Blocks of GGUF.
+
+
+def from_blocks(data: Any, start: int, rows: int, columns: int, kind: str) -> Any:
+    """A matrix stored in blocks as a record, without losing a bit."""
+    stored, count = BLOCKS[kind], columns // SIZE
+    raw = np.frombuffer(data, np.uint8, rows * count * stored, start).reshape(rows, count, stored)
+    half = lambda first: torch.from_numpy(raw[..., first : first + 2].copy().view(np.float16)[..., 0])
+    scale, head = half(0), 4 if kind == "Q4_1" else 2
+    codes = torch.from_numpy(raw[..., head:].copy()).flatten(-2)
+    if kind == "Q8_0":
+        return quantization.Int8(codes.view(torch.int8), scale)
+    zero = half(2) if kind == "Q4_1" else -8 * scale
+    if not torch.equal(zero.float(), -8 * scale.float()) and kind == "Q4_0":  # beyond float16
+        scale, zero = scale.float(), -8 * scale.float()
+    return quantization.Int4(codes, scale, zero)

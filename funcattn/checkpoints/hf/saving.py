@@ -1,0 +1,146 @@
+"""Writing the Hugging Face layout: the whole folder, or nothing.
+
+A folder is written beside its place, flushed to the disk, and exchanged for what was there in one step (`atomic.folder`). A process
+that is killed, at any moment, leaves the old folder or the new one; the next save removes what it left beside them.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ... import atomic, quantization, tree
+from ..._checks import fail, whole
+from ...transformer import Config, Params
+from .. import families
+from ..families import CheckpointError
+from ..tokenizer.tokenizer import Tokenizer
+from ..writing import written
+from . import compressed
+from .folder import DTYPES, INDEX, WEIGHTS
+
+WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS, INDEX}
+
+
+def save(
+    folder: str | os.PathLike[str],
+    config: Config,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    shard_size: int = 5 * 2**30,
+) -> None:
+    """Write a model in the Hugging Face layout, which transformers, vLLM and llama.cpp's converter read.
+
+    The folder is written beside its place and exchanged for what is there when it is whole: if anything fails, or the process is
+    killed, what was there is untouched. (Where the system has no exchange, see funcattn.atomic.)
+
+    Args:
+        folder: a new one, or one that `save` wrote, which is replaced. One that holds anything else is refused.
+        config, params: of one another; weights are floating tensors, each saved in its own dtype, or quantized records of this
+            library, which only it reads back (config.json says so, and other readers refuse it).
+        tokenizer: None leaves its files out.
+        shard_size: bytes of weights above which they are spread over several files.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or holds something else.
+        ValueError, TypeError: params are not those of the config, or not all floating tensors.
+
+    Law: load(save(...)) is what was saved, bit for bit (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
+    Law: a kill leaves the old or the new (test_atomic.py::test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new).
+    """
+    if not isinstance(config, Config) or not isinstance(params, Params):
+        got = f"a {type(config).__name__} and a {type(params).__name__}"
+        remedy = "The order is folder, config, params, tokenizer."
+        fail("save", "config, params", "a Config and its Params", got, remedy, TypeError)
+    settings = families.write_config(config)
+    tensors, kinds = compressed.apart(_named(config, params))
+    settings["dtype"] = str(getattr(params.embedding, "dtype", params.norm.dtype)).removeprefix("torch.")
+    settings = compressed.settings(settings, kinds)
+    files = {} if tokenizer is None else tokenizer.files()
+    if tokenizer is not None and tokenizer.stop:
+        settings["eos_token_id"] = list(tokenizer.stop)
+    files["config.json"] = json.dumps(settings, indent=2, allow_nan=False)
+    check_place(folder)
+    with written("save", folder), atomic.folder(folder) as draft:
+        for name, text in files.items():
+            (draft / name).write_text(text, encoding="utf-8")
+        _write_tensors(draft, tensors, shard_size)
+
+
+def _named(config: Config, params: Params) -> dict[str, Tensor]:
+    """Name on disk -> tensor, checked against the Config."""
+    whole("save", "params", tree.leaves(params), "Gather them first: fa.gather(params); or use checkpoints.save_parts.")
+    leaves = families.leaves(params)
+    needed = families.shapes(config)
+    if leaves.keys() != needed.keys():
+        wrong = sorted(leaves.keys() ^ needed.keys())
+        fail(
+            "save",
+            "params",
+            f"those of {config}",
+            f"leaves that differ: {', '.join(wrong[:5])}",
+            "Pass the Config that they belong to.",
+        )
+    for path, leaf in leaves.items():
+        if not isinstance(leaf, (Tensor, *quantization.RECORDS)):
+            remedy = "Dequantize the weights first: fa.dequantize(params)."
+            fail("save", path, "a tensor", f"a {type(leaf).__name__}", remedy, TypeError)
+        if tuple(leaf.shape) != needed[path]:
+            fail("save", path, f"{needed[path]} as in the Config", tuple(leaf.shape), "Pass the Config that they belong to.")
+        if isinstance(leaf, Tensor) and leaf.dtype not in DTYPES.values():
+            fail("save", path, f"of a dtype among {', '.join(map(str, DTYPES.values()))}", leaf.dtype, "Cast it.", TypeError)
+    places = families.whereabouts(families.family_for(config), config)
+    for source in places:
+        if source.is_changed and not all(isinstance(leaves[path], Tensor) for path in source.paths):
+            remedy = "The family stores it transposed or joined with others: dequantize it, fa.dequantize(params)."
+            fail("save", source.paths[0], "a tensor", f"a {type(leaves[source.paths[0]]).__name__}", remedy, TypeError)
+    return families.pack(config, places, leaves)
+
+
+def _write_tensors(draft: Path, tensors: Mapping[str, Tensor], shard_size: int) -> None:
+    """One file, or shards of at most `shard_size` bytes (a larger tensor has one of its own) and their index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_size:
+            shards.append({})
+        shards[-1][name] = tensor
+    count, places = len(shards), {}
+    for number, shard in enumerate(shards, 1):
+        file = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        save_file({name: _own(tensor) for name, tensor in shard.items()}, draft / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    if count > 1:
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": places}
+        (draft / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in memory that it shares with no other, as safetensors wants it."""
+    return tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+
+
+def check_place(folder: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError where `save` would refuse a place or could not write there; nothing is written."""
+    with written("save", folder):
+        target = Path(os.path.realpath(folder))
+        if target.is_dir():
+            foreign = sorted(path.name for path in target.iterdir() if not _is_written(path.name))
+            if foreign:
+                got = f"one that holds {', '.join(foreign[:5])}"
+                fail("save", f"{target}", "a new folder, or one that save wrote", got, "Choose another folder.", CheckpointError)
+        elif target.exists():
+            fail("save", f"{target}", "a folder", "a file", "Choose another place.", CheckpointError)
+        above = next(path for path in target.parents if path.exists())
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+
+
+def _is_written(name: str) -> bool:
+    """True for a name that `save` writes, or that a save of the tokenizer, killed, left there."""
+    return name in WRITTEN or (name.startswith("model-") and name.endswith(".safetensors")) or atomic.drafted(name) in WRITTEN

@@ -1,0 +1,302 @@
+"""Chat templates: jinja2 programs that came with a file, run where they reach nothing, end soon and cost little.
+
+They render as in transformers, in jinja2's ImmutableSandboxedEnvironment, so that no template reaches Python's internals (the
+hole of CVE-2024-34359), a file or the network. The sandbox alone lets a program run, or grow a value, or nest one in another
+until the stack overflows. So a rendering happens in a process of its own (`sandbox.worker`), which the system bounds: two
+seconds of computing, four of waiting, and on Linux 224 MiB above what the process has. Whatever a template is made of, what it
+does to that process is a CheckpointError here.
+
+The process is started with the first rendering (0.1 to 0.3 s), takes 20 MB, serves this process and no other, and ends with it,
+or when nothing was asked of it for two minutes.
+
+Limits: without RLIMIT_AS (Windows, macOS) memory is bounded only by what two seconds of computing, or four of waiting where
+there are no timers either (Windows), can fill. Where no process can be started there are no chats.
+"""
+
+import atexit
+import importlib.util
+import marshal
+import multiprocessing.spawn
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ..._checks import fail
+from ..families import CheckpointError
+
+PATIENCE, STARTING = 4.0, 60.0  # seconds: for a rendering, and for the interpreter, before any template is seen
+LARGEST = 2**26  # bytes of an answer
+ALARM, PROFILE, KILL = (int(getattr(signal, name, 0)) for name in ("SIGALRM", "SIGPROF", "SIGKILL"))
+PROGRAM = "import sys; sys.path += sys.argv[1:]; from sandbox.worker import main; main()"
+PASSED = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL", "LC_TIME")  # of the environment
+
+
+class Rendered(NamedTuple):
+    """A text, and for each of its characters who wrote it: t the template, r the role of a message, d anything else of one.
+
+    Where that cannot be told it is "?".
+    """
+
+    text: str
+    origins: bytes
+
+
+def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]) -> str:
+    """The text of a conversation.
+
+    Args:
+        template: jinja2.
+        messages: what the template knows as `messages`.
+        names: further names, such as eos_token and add_generation_prompt.
+
+    Raises:
+        CheckpointError: the template cannot render these messages, or takes too much.
+        TypeError: the messages hold what is no text, number, None, list or mapping.
+    """
+    return _ask(template, messages, names, None).text
+
+
+def render_with_origins(
+    template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any], special: Sequence[str]
+) -> Rendered:
+    """`render`, and who wrote each character.
+
+    Args:
+        special: the texts that matter: what is told of a character that could be part of none may be "d" for "t".
+    """
+    return _ask(template, messages, names, tuple(special))
+
+
+# A last message that goes on.
+
+
+END = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark
+
+
+def marked_at_its_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with a mark behind the text of the last one: its content, or the last part of it that is text."""
+    last = dict(messages[-1]) if messages else {}
+    content = last.get("content")
+    if isinstance(content, str):
+        last["content"] = content + END
+        return [*messages[:-1], last]
+    parts = list(content) if isinstance(content, list | tuple) else []
+    for place in reversed(range(len(parts))):
+        if isinstance(parts[place], Mapping) and isinstance(parts[place].get("text"), str):
+            parts[place] = {**parts[place], "text": parts[place]["text"] + END}
+            return [*messages[:-1], {**last, "content": parts}]
+    remedy = "Give a last message whose content is text."
+    fail("chat", "continue_final_message", "with a last message to go on with", f"{type(content).__name__} as its content", remedy)
+
+
+def opened(text: str) -> str:
+    """A text up to the mark, without white space that the template takes from the end of a message."""
+    place = text.rfind(END.strip())
+    if place < 0:
+        remedy = "This template leaves out, or changes, the last message: write the prompt yourself."
+        fail("chat", "continue_final_message", "with a last message that is in the text", "another text", remedy)
+    return text[:place] if text[place : place + len(END)] == END else text[:place].rstrip()
+
+
+def _ask(template: str, messages: Any, names: Mapping[str, Any], special: tuple[str, ...] | None) -> Rendered:
+    known = {"tools": None, "documents": None, **names}
+    try:
+        request = marshal.dumps((template, plain(known, "names"), plain(messages, "messages"), special))
+    except (ValueError, RecursionError):
+        fail("chat", "messages", "nested less than some hundred times", "deeper ones", "Are they part of themselves?")
+    answer = _Worker.ask(request)
+    if answer[:1] != b"=":
+        _refuse(answer[1:].decode(errors="replace"))
+    size = int.from_bytes(answer[1:9], "big")
+    text = answer[9 : 9 + size].decode("utf-8", "surrogatepass")
+    return Rendered(text, answer[9 + size :])
+
+
+def plain(value: Any, where: str) -> Any:
+    """The same in exact types of Python's own, with lists for tuples; anything else is refused by its place."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass: the text alone
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_name(name, where): plain(item, f"{where}[{name!r}]") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
+    remedy = "A template reads text: write the value as one, or leave it out."
+    fail("chat", where, "text, a number, None, a list or a mapping", f"a {type(value).__name__}", remedy, TypeError)
+
+
+def _name(name: Any, where: str) -> Any:
+    if not (name is None or isinstance(name, str | int | float)):
+        fail("chat", f"a name in {where}", "text", f"a {type(name).__name__}", "Write it as text.", TypeError)
+    return plain(name, where)
+
+
+def _refuse(got: str) -> NoReturn:
+    remedy = "Set another: dataclasses.replace(tokenizer, template=...)."
+    fail("chat", "the chat template", "one that renders these messages", got, remedy, CheckpointError)
+
+
+class _Worker:
+    """The process that renders, and the pipes to it: at most one for a process, and one request at a time."""
+
+    lock = threading.Lock()
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @classmethod
+    def ask(cls, request: bytes) -> bytes:
+        with cls.lock:
+            for _ in range(2):
+                process = cls.process
+                if process is None or process.poll() is not None:
+                    cls.stop()
+                    process = cls.process = _started()
+                try:
+                    answer, late = _exchange(process, request, PATIENCE)
+                except BaseException:  # an interrupt between question and answer
+                    process.kill()
+                    cls.stop()
+                    raise
+                if answer is not None:
+                    return answer
+                code = cls.stop()
+                if not late and code in (0, -KILL):  # it left, or was killed by another: no template can do either
+                    continue
+                _refuse(_end(code, late))
+            _refuse("a process that renders and ends before it is asked")
+
+    @classmethod
+    def stop(cls) -> int:
+        """End the process, if there is one; its exit code."""
+        process, cls.process = cls.process, None
+        if process is None:
+            return 0
+        if process.poll() is None and not _left(process):
+            process.kill()
+        code = process.wait()
+        _close(process)
+        return code
+
+    @classmethod
+    def forget(cls) -> None:
+        """In a fork: the process is the parent's."""
+        process, cls.process, cls.lock = cls.process, None, threading.Lock()
+        if process is not None:
+            process.returncode = 0  # Popen's: not ours to wait for
+            _close(process)
+
+
+def _left(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether a process whose pipe has ended ends by itself."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _close(process: "subprocess.Popen[bytes]") -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def _started() -> "subprocess.Popen[bytes]":
+    """A new process that is ready."""
+    executable = multiprocessing.spawn.get_executable()
+    packages = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = [str(Path(spec.origin).parent.parent) for spec in packages if spec is not None and spec.origin]
+    remedy = "Render the template elsewhere, and give its text to tokenizer.encode(text, special=True)."
+    if not executable or getattr(sys, "frozen", False):
+        fail("chat", "sys.executable", "Python's", executable, remedy, CheckpointError)
+    command = [os.fspath(executable), "-I", "-S", "-c", PROGRAM, str(Path(__file__).parent), *dict.fromkeys(folders)]
+    environment = {name: os.environ[name] for name in PASSED if name in os.environ}
+    windows = 0x08000200 if sys.platform == "win32" else 0  # no window, and a group of its own; elsewhere a session: no Ctrl-C
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(
+            command,
+            *(0, None, pipe, pipe, null),  # bufsize, executable, stdin, stdout, stderr
+            env=environment,
+            start_new_session=not windows,
+            creationflags=windows,
+        )
+    except OSError as error:
+        fail("chat", "the process that renders", "one that can be started", str(error), remedy, CheckpointError)
+    try:
+        ready, _ = _exchange(process, b"", STARTING)
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        if process.poll() is not None:
+            _close(process)
+    if ready is None:
+        process.kill()
+        code = process.wait()
+        _close(process)
+        fail("chat", "the process that renders", "one that can be started", f"exit code {code}", remedy, CheckpointError)
+    return process
+
+
+def _exchange(process: "subprocess.Popen[bytes]", request: bytes, patience: float) -> tuple[bytes | None, bool]:
+    """Ask, unless the request is empty, and hear the answer: None where the process ended, and whether its time was over."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    clock = threading.Timer(patience, end)
+    clock.daemon = True
+    clock.start()
+    try:
+        left = memoryview(len(request).to_bytes(8, "big") + request if request else b"")
+        while left:
+            left = left[process.stdin.write(left) :]
+        size = int.from_bytes(_read(process.stdout, 8), "big")
+        if size > LARGEST:
+            raise EOFError
+        return _read(process.stdout, size), False
+    except (OSError, EOFError):
+        return None, late.is_set()
+    finally:
+        clock.cancel()
+
+
+def _read(pipe: Any, size: int) -> bytes:
+    parts = []
+    while size:
+        part = pipe.read(min(size, 2**20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _end(code: int, late: bool) -> str:
+    """Why a process ended that was asked."""
+    if late or code == -ALARM:
+        return f"none after {PATIENCE:g} seconds"
+    if code == -PROFILE:
+        return "more than two seconds of computing"
+    return f"the end of the process that renders (exit code {code})"
+
+
+atexit.register(_Worker.stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Worker.forget)

@@ -1,0 +1,348 @@
+"""Text to token ids and back, on the `tokenizers` library, from tokenizer.json or from the metadata of a GGUF file.
+
+Two kinds of text are encoded. What a person or a document says is data: `encode(text)` never gives the id of a special token for
+it, whatever is written there. What a chat template made is a prompt: in `encode(text, special=True)` `<|im_end|>` is one token.
+`prompt(messages)` keeps the two apart in one chat.
+"""
+
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from ... import atomic
+from ..._checks import fail, form
+from ..families import CheckpointError
+from ..gguf import metadata as fields
+from ..writing import written
+from . import chunks, prompts, templates, tokenizer_json
+from .declared import declare
+from .sentencepiece import pieces
+from .tokenizer_json import LLAMA3, QWEN2
+from .turns import NAMES, ends_of_turns
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
+ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text to ids and back.
+
+    Args:
+        backend: the tokenizer of the `tokenizers` library; shared, so never written to.
+        stop: ids that end a generation.
+        template: the chat template (jinja2), or None.
+        roles: what a template may name: bos_token, eos_token and their kin -> the text of the token.
+        bounds: what a backend from a file may make of a text.
+
+    Example:
+        >>> backend = tokenizers.Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+        >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> _ = backend.add_special_tokens(["<end>"])
+        >>> tokenizer = Tokenizer(backend, stop=(0,))
+        >>> tokenizer.encode("b a <end>", special=True), tokenizer.encode("b a <end>")
+        ([2, 1, 0], [2, 1, 3, 3, 3])
+    """
+
+    backend: tokenizers.Tokenizer
+    stop: tuple[int, ...] = ()
+    template: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    bounds: tokenizer_json.Bounds = field(default=tokenizer_json.Bounds(), repr=False)
+
+    def __repr__(self) -> str:
+        template = "none" if self.template is None else f"{len(self.template)} letters"
+        return f"Tokenizer(vocabulary={self.vocabulary}, stop={self.stop}, template: {template})"
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids the tokenizer knows; the model may have more."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Id -> text of the special tokens, which `decode` leaves out."""
+        return prompts.special_of(self.backend)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            text: any Unicode without lone surrogates.
+            special: True for a prompt that a template made: special tokens written in it become their ids, and nothing is added.
+                False for text from anywhere else: what looks like a special token is encoded as the characters that it is, and
+                what the model was trained to see first (a Llama's `<s>`) is put before it.
+        """
+        if not isinstance(text, str):
+            fail("encode", "text", "a str", f"a {type(text).__name__}", "Encode texts one by one.", TypeError)
+        with self._encoding("encode", "text"):
+            self.bounds.check(self.backend, text)
+            if not special:
+                return prompts.encode_plain(self.backend, text)
+            self.backend.encode_special_tokens = False
+            return chunks.encode(self.backend, text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ids (a list, or an integer tensor (T,)); bytes that are no whole character yet become U+FFFD.
+
+        Args:
+            ids: ids that the tokenizer does not know, which a model with spare rows may draw, mean no text.
+            skip_special: leave special tokens out.
+        """
+        if isinstance(ids, str):
+            fail("decode", "ids", "token ids", "a str", "Text becomes ids by encode(text).", TypeError)
+        numbers = [int(number) for number in ids]
+        wrong = [number for number in numbers if not 0 <= number < 2**32]
+        if wrong:
+            fail("decode", "ids", "token ids", wrong[0], "Ids count from 0.")
+        with _rust_errors("the decoder of tokenizer.json"):
+            return self.backend.decode(numbers, skip_special_tokens=skip_special)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str:
+        """A conversation as the text that the model was trained on.
+
+        A special token that a message spells out is in this text as if the template had written it: use `prompt` to get ids from
+        messages that someone else wrote.
+
+        Args:
+            messages: such as [{"role": "user", "content": "Hello"}]; of texts, numbers, None, lists and mappings.
+            add_generation_prompt: end with the opening of the model's answer.
+            continue_final_message: end with the content of the last message, which the model goes on writing.
+
+        Raises:
+            CheckpointError: there is no template, or it fails, or it asks for what the sandbox refuses.
+            TypeError: messages are none, or hold what a template cannot be given.
+            ValueError: the last message is not in the text, or both options are asked for.
+        """
+        arguments = self._rendering(messages, add_generation_prompt, continue_final_message)
+        text = templates.render(*arguments)
+        return templates.opened(text) if continue_final_message else text
+
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> list[int]:
+        """The ids of a conversation in which only the template writes special tokens.
+
+        A special token that messages spell out is encoded as the text it is, wherever its characters come from: one field or
+        several, a part, a name, a number, with or without the template's own characters between. A role may complete one,
+        `<|` role `|>`, where it is of letters, digits, _ and -: roles are the application's. Tokens that a tokenizer adds
+        without calling them special (`<think>` in some) are tokens wherever they stand, as in `encode`.
+
+        Args:
+            messages, add_generation_prompt, continue_final_message: as in `chat`.
+
+        Raises:
+            CheckpointError, TypeError: as `chat`.
+            ValueError: as `chat`; or the template joins texts so that it cannot be told whose a special token is.
+
+        Law: where all special tokens are the template's, prompt(m) == encode(chat(m), special=True); and nothing of the text is
+            lost (test_prompts.py).
+        """
+        arguments = self._rendering(messages, add_generation_prompt, continue_final_message)
+        special = sorted(set(self.special_tokens.values()))
+        rendered = templates.render_with_origins(*arguments, special)
+        if continue_final_message:
+            text = templates.opened(rendered.text)
+            rendered = templates.Rendered(text, rendered.origins[: len(text)])
+        with self._encoding("prompt", "messages"):
+            self.bounds.check(self.backend, rendered.text)
+            return prompts.encode(self.backend, rendered)
+
+    def _rendering(self, messages: Any, add_generation_prompt: bool, continue_final_message: bool) -> tuple[str, Any, Any]:
+        """Template, messages and names, once they are what they should be."""
+        if isinstance(messages, str) or not all(isinstance(message, Mapping) and "role" in message for message in messages):
+            wanted = 'messages such as [{"role": "user", "content": "Hello"}]'
+            fail("chat", "messages", wanted, repr(messages), "Text without roles goes through encode.", TypeError)
+        if self.template is None:
+            remedy = "Write the prompt yourself, or set one: dataclasses.replace(tokenizer, template=...)."
+            fail("chat", "the tokenizer", "one with a chat template", "none", remedy, CheckpointError)
+        if continue_final_message:
+            if add_generation_prompt:
+                remedy = "Pass add_generation_prompt=False."
+                fail("chat", "continue_final_message", "without an opening of the next message", "both", remedy)
+            messages = templates.marked_at_its_end(messages)
+        return self.template, messages, {**self.roles, "add_generation_prompt": add_generation_prompt}
+
+    @contextmanager
+    def _encoding(self, verb: str, what: str) -> Iterator[None]:
+        """The backend for one caller, whose switch is set for each call and never relied upon; and its errors."""
+        try:
+            with _rust_errors(verb), _LOCK:
+                yield
+        except (TypeError, UnicodeEncodeError):
+            remedy = 'text.encode("utf-8", "replace").decode() has none.'
+            fail(verb, what, "Unicode that UTF-8 can write", "a lone surrogate", remedy)
+
+    def files(self) -> dict[str, str]:
+        """Name -> text of the files that hold the tokenizer in the Hugging Face layout."""
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.roles,
+        }
+        if self.template is not None:
+            settings["chat_template"] = self.template
+        files = {
+            "tokenizer.json": self.backend.to_str(),
+            "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
+        }
+        if self.stop:
+            files["generation_config.json"] = json.dumps({"eos_token_id": list(self.stop)}, indent=2)
+        return files
+
+    def save(self, folder: str | Path) -> None:
+        """Write `files()` into a folder in one step; other files in it stay.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        with written("save", folder), atomic.files(folder, last="tokenizer.json") as draft:
+            for name, text in self.files().items():
+                (draft / name).write_text(text, encoding="utf-8")
+
+
+# From a Hugging Face folder.
+
+
+def from_files(
+    tokenizer: str,
+    settings: Mapping[str, Any],
+    templates: Mapping[str, str],
+    stop: Iterable[int],
+    beside: Mapping[str, Any] = MappingProxyType({}),
+) -> Tokenizer:
+    """A Tokenizer from the text of tokenizer.json and the values of the files beside it (see `declared`).
+
+    Args:
+        tokenizer: the text of tokenizer.json.
+        settings: tokenizer_config.json.
+        templates: the texts of chat_template.jinja ("default") and of additional templates, by name.
+        stop: ids that end a generation; where there are none, the eos_token that is declared.
+        beside: the values of special_tokens_map.json and its kin, by file.
+    """
+    bounds = tokenizer_json.check(tokenizer)
+    with _rust_errors("tokenizer.json"):
+        backend = tokenizers.Tokenizer.from_str(tokenizer)
+        backend.no_padding()  # a file may ask for any length
+        backend.no_truncation()
+        if getattr(backend.model, "dropout", None):  # of merges, at random: for training
+            backend.model.dropout = None
+    roles, template = declare(backend, settings, beside, templates)
+    ends = tuple(stop)
+    if not ends and "eos_token" in roles:
+        found = backend.token_to_id(roles["eos_token"])
+        ends = () if found is None else (found,)
+    return Tokenizer(backend, ends, template, roles, bounds)
+
+
+# From the metadata of a GGUF file.
+
+
+def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only])
+
+
+def _one_digit_each() -> pre_tokenizers.PreTokenizer:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+SPLITS = {  # how text is cut before the merges, as in the tokenizer.json of the models that each name stands for
+    "smollm": _one_digit_each,
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "llama-bpe": lambda: _splitting(LLAMA3),
+    "qwen2": lambda: _splitting(QWEN2),
+}
+
+
+def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
+    """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of text, or SentencePiece's."""
+    kind_of_model = fields.text(metadata, "tokenizer.ggml.model")
+    if kind_of_model not in ("gpt2", "llama"):
+        fields.refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model)
+    tokens = fields.texts(metadata, "tokenizer.ggml.tokens")
+    if len(set(tokens)) != len(tokens):
+        fields.refuse("tokenizer.ggml.tokens", "all different", f"{len(tokens) - len(set(tokens))} twice")
+    kinds = fields.integers(metadata, "tokenizer.ggml.token_type", len(tokens))
+    id_of = lambda name: fields.index(metadata, f"tokenizer.ggml.{name}", len(tokens))
+    leading_space = fields.flag(metadata, "tokenizer.ggml.add_space_prefix", True)
+    if kind_of_model == "gpt2":
+        split = fields.text(metadata, "tokenizer.ggml.pre")
+        backend, first = _byte_level(metadata, tokens, split), split == "llama-bpe"
+    else:
+        scores = fields.floats(metadata, "tokenizer.ggml.scores", len(tokens))
+        unknown = id_of("unknown_token_id")
+        with _rust_errors("tokenizer.ggml.tokens"):
+            named = None if unknown is None else tokens[unknown]
+            backend = pieces(tokens, scores.tolist(), kinds.tolist(), named, leading_space=leading_space)
+        first = True
+    control = set(np.flatnonzero(kinds == CONTROL).tolist())
+    ends = ends_of_turns(metadata, tokens, control)
+    special_ids = control | {number for number in ends if tokens[number] in NAMES}  # whatever kind the file says
+    for special in (True, False):
+        ids = (
+            sorted(special_ids) if special else [n for n in np.flatnonzero(kinds == USER_DEFINED).tolist() if n not in special_ids]
+        )
+        add = backend.add_special_tokens if special else backend.add_tokens
+        spaced = not special and not leading_space  # such tokens may hold SentencePiece's sign for a space
+        add([AddedToken(tokens[number], normalized=spaced, special=special) for number in ids if tokens[number]])
+
+    roles = {role: tokens[number] for role, name in ROLES.items() if (number := id_of(name)) is not None}
+    begin = id_of("bos_token_id")
+    if fields.flag(metadata, "tokenizer.ggml.add_bos_token", first) and begin is not None and tokens[begin]:
+        # The library reads a piece as name:type, and $A as the text.
+        name = tokens[begin] if not set(tokens[begin]) & set(":$") else "the first token"
+        known = [{"id": name, "ids": [begin], "tokens": [tokens[begin]]}]
+        beginning = processors.TemplateProcessing(single=[name, "$A"], special_tokens=known)
+        of_bytes = [processors.ByteLevel(trim_offsets=False)] if kind_of_model == "gpt2" else []
+        backend.post_processor = processors.Sequence([*of_bytes, beginning])
+    return Tokenizer(backend, ends, fields.optional_text(metadata, "tokenizer.chat_template"), roles)
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: str) -> tokenizers.Tokenizer:
+    """Byte-level BPE."""
+    ids = {token: number for number, token in enumerate(tokens)}
+    merges = fields.texts(metadata, "tokenizer.ggml.merges")
+    wrong = [merge for merge in merges if merge.count(" ") != 1]
+    if wrong:
+        fields.refuse("tokenizer.ggml.merges", "pairs of tokens", wrong[0])
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    if split not in SPLITS:
+        fields.refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", split)
+    with _rust_errors("tokenizer.ggml.merges"):
+        backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=split == "llama-bpe"))
+    backend.pre_tokenizer, backend.decoder = SPLITS[split](), decoders.ByteLevel()
+    if split == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    return backend
+
+
+# Checks of what a file says.
+
+
+@contextmanager
+def _rust_errors(where: str) -> Iterator[None]:
+    """What the `tokenizers` library raises, as CheckpointError."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        wanted = "what the tokenizers library reads"
+        remedy = "Fetch the file again, or update the library: pip install --upgrade tokenizers."
+        got = str(error)[:300]
+        raise CheckpointError(form("load", where, wanted, f"an error: {got}", remedy)) from error
