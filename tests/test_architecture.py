@@ -18,7 +18,7 @@ PACKAGE = ROOT / "funcattn"
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
     {
-        *("records", "tree", "randomness", "threefry", "progress", "fingerprints", "atomic", "replaying"),
+        *("records", "tree", "randomness", "progress", "fingerprints", "atomic", "replaying"),
         *("_checks", "_doors", "_autodiff", "_context"),
     },
     {
@@ -40,8 +40,7 @@ FLOORS = [
 ]
 WITHIN = {  # neighbours on one floor
     "tree": {"records", "_checks", "_doors"},
-    "randomness": {"records", "_checks", "_doors", "threefry"},
-    "threefry": {"_checks"},
+    "randomness": {"records", "_checks", "_doors"},
     "progress": {"_checks"},
     "replaying": {"_context"},
     "_doors": {"_checks", "records"},

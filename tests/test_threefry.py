@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import funcattn as fa
-from funcattn import threefry
+from funcattn.randomness import threefry
 
 DRAWS = {
     "bits": fa.random.bits,

@@ -84,9 +84,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float, strict: bool
 ) -> tuple[Tensor, Tensor]:
     T, S = q.shape[-2], k.shape[-2]
-    lead = broadcast(
-        q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]
-    )
+    lead = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))])
     others = [x.shape[:-2] for x in mask] + ([] if bias is None else [bias.shape[:-2]]) + [lead]
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], others)
     wide = accumulation_dtype(q, bias)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks
+from .. import _checks
 
 PARITY = 0x1BD11BDA  # the key schedule's constant
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # alternate every four rounds
