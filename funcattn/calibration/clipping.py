@@ -65,7 +65,7 @@ def clipped(
             plan = to_nearest(params)
 
             def fitted(i: int, layer: Layer, feeds: Feeds) -> Layer:
-                return plan.layers[i] if config.kind(i).experts else _layer(layer, plan.layers[i], feeds, scheme)
+                return plan.layers[i] if config.layer_spec(i).experts else _layer(layer, plan.layers[i], feeds, scheme)
 
             return plan._replace(layers=walk(model, params, tokens, fitted, progress))
 
