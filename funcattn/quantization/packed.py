@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import packing
 from .._autodiff import is_recorded
 from ..layers import linear
 from ..layers.prepared import kept
 from ..records import record
+from . import packing
 from .fast import FEW
 
 aten = torch.ops.aten

@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .. import _checks, packing
-from .weights import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary
+from .. import _checks
+from . import packing
+from .formats import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import native, packing
+from .. import native
 from .._autodiff import has_tangent
 from .._checks import on_one_device
 from ..layers import linear, together
 from ..layers.prepared import kept
 from ..records import ABSENT, is_absent, record
+from . import packing
 from .packed import followed, rounded, straight
 
 ROWS, COLUMNS = 16, 32  # of a block

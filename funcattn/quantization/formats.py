@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, packing
+from .. import _checks
 from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
+from . import packing
 from .fast import FEW, routed
 from .packed import PackedInt8, bfloat16_is_fast, pack_dynamic, pack_int4, pack_int8, straight, times_codes
 from .tiles import DynamicTiles, Tiles, tile_int4, tile_int8, value
