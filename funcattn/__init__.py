@@ -57,7 +57,6 @@ from . import (
 )
 from . import randomness as random
 from .caches import Branch, Cache, Delta, Memory, Pages, QuantizedCache, Ring, commit
-from .calibration import awq, clipped, gptq, smooth
 from .checkpoints import Loaded, load, load_lora, save, save_lora
 from .collectives import all_gather, axis_index, ppermute, psum, reduce_scatter
 from .compilation import compile
@@ -68,6 +67,7 @@ from .low_rank import lora, merge_lora
 from .masks import Mask
 from .models import Model
 from .quantization import dequantize, fp8, int4, int8, nf4, quantize, ternary, w8a8
+from .quantization.calibration import awq, clipped, gptq, smooth
 from .randomness import fold_in, key, split
 from .records import Attended
 from .rematerialization import remat

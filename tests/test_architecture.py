@@ -27,13 +27,12 @@ FLOORS = [
         "collectives",
         "rematerialization",
         "taps",
-        "packing",
-    },  # packing: quantization's arithmetic (`codecs` is the standard library's)
+    },
     {"kernels", "native"},
     {"layers"},
     {"caches", "models", "sampling", "quantization"},
     {"transformer", "low_rank"},
-    {"sharding", "compilation", "calibration", "decoding"},
+    {"sharding", "compilation", "quantization.calibration", "decoding"},
     {"speculation", "drafters", "search", "serving", "checkpoints", "families", "training", "evaluation", "interop"},
     {"__init__"},  # the face: a map of all below
     {"cli", "__main__"},
@@ -53,6 +52,7 @@ WITHIN = {  # neighbours on one floor
     "families": {"checkpoints"},  # whose face it is
     "__main__": {"cli"},
 }
+INNER = {"quantization.calibration"}  # rooms inside of a folder, on a floor of their own
 APART = "testing"  # may import anything; nothing imports it
 
 LONGEST = 400  # lines: what can be read in one sitting
@@ -118,7 +118,7 @@ def imports(name: str, tree: ast.Module, known: dict[str, ast.Module], package: 
 
 
 def room(name: str) -> str:
-    return name.split(".")[0]
+    return next((inner for inner in INNER if f"{name}.".startswith(f"{inner}.")), name.split(".")[0])
 
 
 def floor(name: str) -> int | None:

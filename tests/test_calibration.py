@@ -7,10 +7,9 @@ import torch
 from torch.func import grad
 
 import funcattn as fa
-from funcattn import packing
-from funcattn.calibration import awq, channels, clipped, clipping, columns, gptq, smooth
-from funcattn.calibration.columns import factor, fit
-from funcattn.quantization import Int4, Int8, expand, is_quantized
+from funcattn.quantization import Int4, Int8, expand, is_quantized, packing
+from funcattn.quantization.calibration import awq, clipped, clipping, gptq, gptq_columns, smooth, smoothquant
+from funcattn.quantization.calibration.gptq_columns import factor, fit
 
 CONFIG = fa.Config(vocabulary=33, width=32, layers=2, heads=2, kv_heads=1, head_size=16, feed_forward=48, context=64)
 MODEL = fa.decoder(CONFIG)
@@ -50,7 +49,7 @@ def slow(plan, weight, H, damping):
     "scheme", [SCHEME, fa.int4(group=16, symmetric=True), fa.int8(group=16), fa.w8a8(group=16), fa.w8a8(group=None)], ids=str
 )
 def test_the_codes_are_those_of_the_exact_update(scheme, monkeypatch):
-    monkeypatch.setattr(columns, "BLOCK", 5)  # several blocks, the last one ragged
+    monkeypatch.setattr(gptq_columns, "BLOCK", 5)  # several blocks, the last one ragged
     weight, x = fa.random.normal(fa.key(2), (6, 32), torch.float64), activations(32)
     H, plan = x.mT @ x, scheme.encode(weight)
     found = fit(plan, weight, *factor(H, 0.01))
@@ -252,7 +251,7 @@ def test_records_and_what_feeds_them_are_left_alone():
 
 def test_heads_that_share_a_value_share_its_scale():
     s = torch.tensor([1.0, 2, 3, 4])
-    assert channels.spread(s, (2, 2)).tolist() == [1, 2, 1, 2, 3, 4, 3, 4]
+    assert smoothquant.spread(s, (2, 2)).tolist() == [1, 2, 1, 2, 3, 4, 3, 4]
 
 
 # What is refused.

@@ -7,11 +7,11 @@ import torch
 
 import funcattn as fa
 from funcattn import transformer
-from funcattn.calibration import channels
 from funcattn.collectives import bindings
 from funcattn.compilation import fused
 from funcattn.compilation.stack import Stack
 from funcattn.quantization import tiles
+from funcattn.quantization.calibration import smoothquant
 from funcattn.transformer import LayerSpec, capabilities, why_not
 
 CONFIG = fa.Config(vocabulary=16, width=64, layers=2, heads=4, kv_heads=2, head_size=16, feed_forward=32)
@@ -66,8 +66,8 @@ def test_every_fast_path_declines_a_field_that_was_made_up():
     prepared = [fa.tree.map(lambda w: w, layer) for layer in params.layers]
     assert "no twist" in fused.why_not(TWISTED, prepared)
     whole = fa.decoder(CONFIG).init(fa.key(0)).layers[0]
-    assert [*channels.sites(CONFIG, CONFIG.layer_spec(0), whole)]
-    assert not [*channels.sites(TWISTED, TWISTED.layer_spec(0), whole)]
+    assert [*smoothquant.sites(CONFIG, CONFIG.layer_spec(0), whole)]
+    assert not [*smoothquant.sites(TWISTED, TWISTED.layer_spec(0), whole)]
 
 
 @pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing())

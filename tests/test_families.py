@@ -20,6 +20,7 @@ from funcattn.families import (
     assemble,
     half_split,
     leaves,
+    locate_tensors,
     match,
     pack,
     read_config,
@@ -27,7 +28,6 @@ from funcattn.families import (
     shapes,
     unpack,
     wanted,
-    whereabouts,
     write_config,
 )
 from funcattn.families import interleave as rows_of_neighbours
@@ -270,7 +270,7 @@ def test_a_tree_is_assembled_from_its_leaves(tied):
 
 
 def test_every_difference_is_told_in_one_error():
-    needed = wanted(CONFIG, whereabouts(LLAMA, CONFIG))
+    needed = wanted(CONFIG, locate_tensors(LLAMA, CONFIG))
     found = dict(needed)
     match(needed, found, "here")
     del found["model.norm.weight"]
@@ -298,7 +298,7 @@ PACKED = {  # a Config whose leaves the family holds in another form
 @pytest.mark.parametrize("name", PACKED)
 def test_what_is_packed_is_unpacked_bit_for_bit(name):
     config = PACKED[name]
-    tree, way = params(config), whereabouts(FAMILIES[name], config)
+    tree, way = params(config), locate_tensors(FAMILIES[name], config)
     packed = pack(config, way, leaves(tree))
     assert {name: tuple(tensor.shape) for name, tensor in packed.items()} == wanted(config, way)
     assert same(unpack(config, way, packed.__getitem__), tree)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcattn as fa
-from funcattn import packing
+from funcattn.quantization import packing
 from funcattn.testing import strategies
 
 U16 = 2.0**-11  # what rounding to float16 changes, of the number

@@ -12,10 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jacrev, jvp, vmap
 
 import funcattn as fa
-from funcattn import packing
 from funcattn.layers import embed, linear, prepare
 from funcattn.low_rank import is_trained
-from funcattn.quantization import Int4, Int8, Int8Dynamic, Report, expand, is_quantized, packed, tiles
+from funcattn.quantization import Int4, Int8, Int8Dynamic, Report, expand, is_quantized, packed, packing, tiles
 from funcattn.quantization.packed import PackedInt4
 from funcattn.quantization.reports import Row
 from funcattn.records import record
@@ -204,7 +203,7 @@ def test_a_product_is_that_of_the_matrix(scheme, dtype, lead, tiled):
 @pytest.mark.parametrize("rows", [24, 25, 40])
 def test_many_rows_of_large_numbers_are_that_of_the_matrix(dtype, rows, narrow, tiled, monkeypatch):
     """By whichever product the processor asks for; the sum of codes times x alone would be beyond float16."""
-    monkeypatch.setattr("funcattn.quantization.weights.bfloat16_is_fast", lambda: narrow)
+    monkeypatch.setattr("funcattn.quantization.formats.bfloat16_is_fast", lambda: narrow)
     for scheme in (fa.int8, fa.int8(group=16)):
         weight, x = scheme.encode(matrix(1, 24, 64)), (300 * matrix(2, rows, 64)).to(dtype)
         assert (x.double().abs() @ weight.codes.double().abs().mT).amax() > torch.finfo(torch.float16).max

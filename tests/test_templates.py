@@ -260,7 +260,7 @@ def test_one_process_renders_until_it_ends_and_then_another():
 
 def test_a_process_that_nobody_asks_leaves_and_another_takes_its_place(monkeypatch):
     templates._Worker.stop()
-    short = templates.PROGRAM.replace("import main", "import main; sandbox.worker.IDLE = 0.1")
+    short = templates.PROGRAM.replace("import main", "import main; sandbox.worker.IDLE_SECONDS = 0.1")
     monkeypatch.setattr(templates, "PROGRAM", f"import sys; sys.path += sys.argv[1:]; import sandbox.worker; {short}")
     first = worker()
     assert first.wait(60) == 0

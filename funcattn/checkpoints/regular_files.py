@@ -15,7 +15,7 @@ from .._checks import fail, printable
 from .families import CheckpointError
 
 T = TypeVar("T")
-PATIENCE = 100  # saves while files are read
+MAX_SAVES = 100  # of one folder, while it is read
 SMALL = 2**22  # bytes of a file of settings
 LARGE = 2**26  # bytes of tokenizer.json or an index; Gemma's, the largest seen, has 2**25
 REMEDY = "The file is damaged, cut off, or not what its name says: fetch it again."
@@ -64,7 +64,7 @@ def of_one_save(folder: Path, last: Sequence[str], read: Callable[[], T]) -> T:
     Args:
         last: the files that a save puts in their place last (`atomic.files`).
     """
-    for _ in range(PATIENCE):
+    for _ in range(MAX_SAVES):
         before = _marks(folder, last)
         try:
             found = read()
@@ -74,7 +74,7 @@ def of_one_save(folder: Path, last: Sequence[str], read: Callable[[], T]) -> T:
             continue
         if _marks(folder, last) == before:
             return found
-    fail("load", f"{folder}", "as it is for a moment", f"{PATIENCE} saves meanwhile", "Load it later.", CheckpointError)
+    fail("load", f"{folder}", "as it is for a moment", f"{MAX_SAVES} saves meanwhile", "Load it later.", CheckpointError)
 
 
 def _marks(folder: Path, last: Sequence[str]) -> list[tuple[int, ...] | None]:

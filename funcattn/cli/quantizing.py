@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from .. import calibration, checkpoints, evaluation, progress, quantization, tree
+from .. import checkpoints, evaluation, progress, quantization, tree
 from ..checkpoints.hf.saving import check_place
 from ..models import Model
+from ..quantization import calibration
 from .arguments import number
 from .sessions import Session, load
 from .terminal import working

@@ -5,14 +5,14 @@
     prepared    prepare: the form of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
-    gates       the activations of a feed-forward
+    activations the activations of a feed-forward
     experts     route, linear_experts: a feed-forward chosen per token, with static shapes
 
 Matrices are (out, in), as torch and Hugging Face store them.
 """
 
+from .activations import ACTIVATIONS, activate, gated
 from .experts import linear_experts, route
-from .gates import ACTIVATIONS, activate, gated
 from .layouts import fields
 from .norms import layer_norm, rms_norm
 from .prepared import MAX_UNROLLED_VECTORS, prepare

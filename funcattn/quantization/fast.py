@@ -17,10 +17,10 @@ from torch import Tensor
 from .._autodiff import is_recorded
 from ..rematerialization import Flat, Remat, Whole, batched, pullback, pushforward
 
-FEW = 16  # rows up to which torch's kernels are faster: beyond, expanding the matrix once is the smaller cost
+MAX_FAST_ROWS = 16  # rows up to which torch's kernels are faster: beyond, expanding the matrix once is the smaller cost
 
 
-class Routed(NamedTuple):
+class FastForward(NamedTuple):
     """A product (*fields, x) whose value is `fast` and whose derivatives are those of `plain` (a rematerialization.Computation)."""
 
     plain: Flat
@@ -37,11 +37,11 @@ class Routed(NamedTuple):
         """See rematerialization.Computation."""
         return Whole(pushforward(self.plain, inputs, moved))
 
-    def vmap(self, mapped: Sequence[bool], randomness: str) -> "Routed":
+    def vmap(self, mapped: Sequence[bool], randomness: str) -> "FastForward":
         """See rematerialization.Computation: a mapped x alone is more rows of the same product."""
         if any(mapped[:-1]):
-            return Routed(*[batched(self.plain, mapped, randomness)] * 2)
-        return Routed(batched(self.plain, mapped, randomness), self.fast)
+            return FastForward(*[batched(self.plain, mapped, randomness)] * 2)
+        return FastForward(batched(self.plain, mapped, randomness), self.fast)
 
 
 def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Any, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], wei
     if not is_recorded(*weight, x):
         return _value(plain, fast, weight, x)
     flat = lambda *inputs: (plain(*inputs),)
-    return Remat.apply(Routed(flat, lambda *inputs: (_value(plain, fast, inputs[:-1], inputs[-1]),)), None, *weight, x)[0]
+    return Remat.apply(FastForward(flat, lambda *inputs: (_value(plain, fast, inputs[:-1], inputs[-1]),)), None, *weight, x)[0]
 
 
 def _value(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import packing
 from .._autodiff import is_recorded
 from ..layers import linear
 from ..layers.prepared import kept
 from ..records import record
-from .fast import FEW
+from . import packing
+from .fast import MAX_FAST_ROWS
 
 aten = torch.ops.aten
 
@@ -75,7 +75,7 @@ def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
 
 def pack_dynamic(codes: Tensor, scale: Tensor, rows: int) -> PackedDynamic | None:
     """For w8a8 of one scale a row, else None; None too where torch's product of bytes is not exact, or not fast."""
-    if rows > FEW and not torch.backends.mkldnn.is_available():
+    if rows > MAX_FAST_ROWS and not torch.backends.mkldnn.is_available():
         return None
     if scale.shape[-1] != 1 or codes.device.type != "cpu" or codes.dim() != 2 or not bytes_are_exact():
         return None
@@ -110,9 +110,9 @@ def _(weight: PackedInt4, x: Tensor) -> Tensor:
 @linear.register
 def _(weight: PackedDynamic, x: Tensor) -> Tensor:
     if followed(x):
-        return (straight(x, 1) @ (weight.codes * weight.scale.float()).mT.to(torch.promote_types(x.dtype, torch.float32))).to(
-            x.dtype
-        )
+        return (
+            straight_through(x, 1) @ (weight.codes * weight.scale.float()).mT.to(torch.promote_types(x.dtype, torch.float32))
+        ).to(x.dtype)
     codes, by = round_tokens(_rows(x))
     codes = codes.clamp_(-127, 127)  # a scale that is denormal has few digits, and a quotient by it may be larger
     product = aten._int_mm(codes.flatten(-2).to(torch.int8), weight.codes.mT)
@@ -152,7 +152,7 @@ def rounded(x: Tensor, groups: int = 1) -> Tensor:
     return codes.mul_(by).flatten(-2)
 
 
-def straight(x: Tensor, groups: int) -> Tensor:
+def straight_through(x: Tensor, groups: int) -> Tensor:
     """`rounded`, with the rounding taken for the identity in derivatives."""
     still = x.detach()
     near = rounded(still, groups)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks, tree
 from .._doors import door
 from ..tree import Tree
-from .weights import Int4, Int8, Int8Dynamic, expand, is_nearest, is_quantized
+from .formats import Int4, Int8, Int8Dynamic, expand, is_nearest, is_quantized
 
 LAYER = re.compile(r"layers\.(\d+)")
 

@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .. import _checks, packing
-from .weights import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary
+from .. import _checks
+from . import packing
+from .formats import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -80,7 +81,7 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class Eight(_Settings):
+class Int8Scheme(_Settings):
     """int8, symmetric; group: columns that share a scale, None for all of a row; clip shrinks the range (1 is all of it)."""
 
     name: ClassVar[str] = "int8"
@@ -94,7 +95,7 @@ class Eight(_Settings):
 
 
 @dataclass(frozen=True)
-class Four(_Settings):
+class Int4Scheme(_Settings):
     """int4 in groups of columns; symmetric has no zero of its own, clip shrinks the range (1 is all of it)."""
 
     name: ClassVar[str] = "int4"
@@ -112,13 +113,13 @@ class Four(_Settings):
         return Int4(packing.pack((signed + 8).to(torch.uint8), size, 4), scale, packing.narrow(-8 * scale.float()))
 
     @property
-    def for_head(self) -> Eight:
+    def for_head(self) -> Int8Scheme:
         """8 bits."""
         return int8
 
 
 @dataclass(frozen=True)
-class EightByEight(_Settings):
+class Int8DynamicScheme(_Settings):
     """int8 weights and activations, the latter rounded for each token as it comes.
 
     group: columns that share a scale, of a row's weights and of a token; None for all of them, which loses more where a few
@@ -135,14 +136,14 @@ class EightByEight(_Settings):
         return Int8Dynamic(*packing.symmetric(weight, size, 127, self.clip))
 
     @property
-    def for_head(self) -> Eight:
+    def for_head(self) -> Int8Scheme:
         """8 bits, activations as they are: an embedding has none."""
         return int8
 
 
 @dataclass(frozen=True)
-class NormalFloat(_Settings):
-    """16 levels that hold equal mass of a normal law, in groups of columns."""
+class NF4Scheme(_Settings):
+    """16 levels between which a normal distribution has equal mass, in groups of columns."""
 
     name: ClassVar[str] = "nf4"
     group: int = 64
@@ -158,13 +159,13 @@ class NormalFloat(_Settings):
         return Codebook(packing.pack(codes, size, 4), scale, levels)
 
     @property
-    def for_head(self) -> Eight:
+    def for_head(self) -> Int8Scheme:
         """8 bits."""
         return int8
 
 
 @dataclass(frozen=True)
-class EightFloat(_Settings):
+class Fp8Scheme(_Settings):
     """8-bit floating point with a scale a row: kind "e4m3" (more digits) or "e5m2" (more range)."""
 
     name: ClassVar[str] = "fp8"
@@ -180,7 +181,7 @@ class EightFloat(_Settings):
 
 
 @dataclass(frozen=True)
-class Three(_Settings):
+class TernaryScheme(_Settings):
     """-1, 0 and 1 times a scale, the mean size of a group."""
 
     name: ClassVar[str] = "ternary"
@@ -197,17 +198,17 @@ class Three(_Settings):
         return Ternary(packing.pack(codes.to(torch.uint8), size, 2), scale)
 
     @property
-    def for_head(self) -> Eight:
+    def for_head(self) -> Int8Scheme:
         """8 bits."""
         return int8
 
 
-int8 = Eight()
-int4 = Four()
-w8a8 = EightByEight()
-nf4 = NormalFloat()
-fp8 = EightFloat()
-ternary = Three()
+int8 = Int8Scheme()
+int4 = Int4Scheme()
+w8a8 = Int8DynamicScheme()
+nf4 = NF4Scheme()
+fp8 = Fp8Scheme()
+ternary = TernaryScheme()
 
 
 def _size(scheme: str, group: int | None, weight: Tensor, *, even: bool = False) -> int:

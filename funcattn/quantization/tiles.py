@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import native, packing
+from .. import native
 from .._autodiff import has_tangent
 from .._checks import on_one_device
 from ..layers import linear, together
 from ..layers.prepared import kept
 from ..records import ABSENT, is_absent, record
-from .packed import followed, rounded, straight
+from . import packing
+from .packed import followed, rounded, straight_through
 
 ROWS, COLUMNS = 16, 32  # of a block
 FEWEST = 1  # row for which every processor is faster with it
@@ -202,7 +203,7 @@ def _(weight: DynamicTiles, x: Tensor) -> Tensor:
 
 def _near(weight: DynamicTiles, x: Tensor) -> Tensor:
     groups = weight.scale.shape[-1]
-    return straight(x, groups) if followed(x) else rounded(x, groups)
+    return straight_through(x, groups) if followed(x) else rounded(x, groups)
 
 
 def _several_dynamic(weights: Sequence[DynamicTiles], x: Tensor) -> tuple[Tensor, ...]:

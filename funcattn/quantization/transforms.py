@@ -11,8 +11,8 @@ from .. import _checks, progress, tree
 from .._doors import door
 from ..models import Model
 from ..tree import Tree
+from .formats import expand, is_quantized
 from .schemes import Scheme, int8
-from .weights import expand, is_quantized
 
 Where = str | Callable[[str, Tensor], bool]
 MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down)"

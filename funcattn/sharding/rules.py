@@ -83,7 +83,7 @@ def _weights(config: Config | None, name: str) -> Iterator[tuple[int, int, bool]
     for number, record in records:
         shape = getattr(record, name)
         if not is_absent(shape):
-            yield number, len(shape), name in Layer._fields and config.kind(number).experts
+            yield number, len(shape), name in Layer._fields and config.layer_spec(number).experts
 
 
 def _spec(cut: Division, rank: int, data: str | None) -> PartitionSpec:

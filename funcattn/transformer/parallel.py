@@ -64,7 +64,7 @@ def layer(config: Config, number: int, weights: Layer) -> Layer:
     """The weights of a layer as this device computes with them: gathered over "data", and what a region uses whole, copied."""
     if not collectives.bound():
         return weights
-    n, whole, experts = axis_size(TENSOR), _shapes(config).layers[number], config.kind(number).experts
+    n, whole, experts = axis_size(TENSOR), _shapes(config).layers[number], config.layer_spec(number).experts
     made = []
     for name, weight, shape in zip(Layer._fields, weights, whole, strict=True):
         if is_absent(weight) or is_absent(shape):

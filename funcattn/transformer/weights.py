@@ -58,7 +58,7 @@ def shapes(config: Config) -> Params:
     E, V = config.width, config.vocabulary
     return Params(
         embedding=(V, E),
-        layers=tuple(_layer(config, config.kind(i).experts) for i in range(config.layers)),
+        layers=tuple(_layer(config, config.layer_spec(i).experts) for i in range(config.layers)),
         norm=(E,),
         head=ABSENT if config.tied else (V, E),
         positions=(config.context, E) if config.positions == "learned" else ABSENT,

@@ -20,7 +20,7 @@ from .llama import LLAMA
 from .metadata import GGUF, STRETCH, read_metadata
 from .metadata import TENSORS as GGUF_TENSORS
 from .tables import CheckpointError, Family
-from .weights import Source, assemble, leaves, match, pack, shapes, spelling, unpack, wanted, whereabouts
+from .weights import Source, assemble, leaves, locate_tensors, match, pack, shapes, spelling, unpack, wanted
 
 __all__ = [
     "CheckpointError",
@@ -42,7 +42,7 @@ __all__ = [
     "read_config",
     "read_metadata",
     "shapes",
-    "whereabouts",
+    "locate_tensors",
     "spelling",
     "unpack",
     "wanted",

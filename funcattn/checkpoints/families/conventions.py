@@ -114,5 +114,5 @@ def _is_local(kind: Any, where: str) -> bool:
 
 def write_windows(config: Config) -> dict[str, Any]:
     """sliding_window and layer_types."""
-    kinds = ["full_attention" if config.kind(i).window is None else "sliding_attention" for i in range(config.layers)]
+    kinds = ["full_attention" if config.layer_spec(i).window is None else "sliding_attention" for i in range(config.layers)]
     return {"sliding_window": config.window, "layer_types": kinds}

@@ -27,7 +27,7 @@ def transposed(path: str, name: str) -> Pack:
 
 def stacked(path: str, name: str, *, experts: bool = True) -> Pack:
     """One leaf (X, ...) of one tensor for each expert (or head); the name has `{expert}`. Dense layers are held plainly."""
-    applies = lambda config, layer: not experts or config.kind(layer).experts
+    applies = lambda config, layer: not experts or config.layer_spec(layer).experts
     return Pack((path,), (name,), lambda _, x: [torch.stack(x)], lambda _, x: list(x[0].unbind(0)), applies)
 
 

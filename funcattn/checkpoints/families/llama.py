@@ -84,7 +84,7 @@ def _read_smollm3(fields: Fields) -> dict[str, Any]:
 
 
 def _write_smollm3(config: Config) -> dict[str, Any]:
-    turns = [int(config.kind(i).rotary) for i in range(config.layers)]
+    turns = [int(config.layer_spec(i).rotary) for i in range(config.layers)]
     return {
         **_write_llama(config),
         **write_windows(config),

@@ -63,7 +63,7 @@ def _write_qwen3_moe(config: Config) -> dict[str, Any]:
         "num_experts_per_tok": config.experts_per_token,
         "moe_intermediate_size": config.expert_size,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i in range(config.layers) if not config.kind(i).experts],
+        "mlp_only_layers": [i for i in range(config.layers) if not config.layer_spec(i).experts],
         "norm_topk_prob": config.normalized_routing,
     }
 

@@ -54,7 +54,7 @@ def _template(path: str) -> tuple[int, str]:
     return (int(found[1]), f"layers.{{}}.{path[found.end() :]}") if found else (0, path)
 
 
-def whereabouts(family: Family, config: Config) -> list[Source]:
+def locate_tensors(family: Family, config: Config) -> list[Source]:
     """Where each leaf of a Config is in the files of a family, in the order of the computation."""
     needed = shapes(config)
     packs = {path: pack for pack in family.packs for path in pack.paths}

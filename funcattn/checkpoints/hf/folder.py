@@ -145,7 +145,7 @@ def _read_weights(
             _refuse(f"{head} of {folder}", f"the same as {embedding}, since config.json ties them", "other numbers")
         del found[head]
     stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
-    held = families.whereabouts(family, config)
+    held = families.locate_tensors(family, config)
     families.match(families.wanted(config, held), stored, str(folder))
     if cut is None:
         return families.unpack(config, held, read)

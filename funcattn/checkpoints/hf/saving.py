@@ -95,7 +95,7 @@ def _named(config: Config, params: Params) -> dict[str, Tensor]:
             fail("save", path, f"{needed[path]} as in the Config", tuple(leaf.shape), "Pass the Config that they belong to.")
         if isinstance(leaf, Tensor) and leaf.dtype not in DTYPES.values():
             fail("save", path, f"of a dtype among {', '.join(map(str, DTYPES.values()))}", leaf.dtype, "Cast it.", TypeError)
-    places = families.whereabouts(families.family_for(config), config)
+    places = families.locate_tensors(families.family_for(config), config)
     for source in places:
         if source.is_changed and not all(isinstance(leaves[path], Tensor) for path in source.paths):
             remedy = "The family stores it transposed or joined with others: dequantize it, fa.dequantize(params)."

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, NoReturn
 from ..._checks import fail
 from ..families import CheckpointError
 
-PATIENCE, STARTING = 4.0, 60.0  # seconds: for a rendering, and for the interpreter, before any template is seen
+TIMEOUT_SECONDS, START_SECONDS = 4.0, 60.0  # for a rendering, and for the interpreter, before any template is seen
 LARGEST = 2**26  # bytes of an answer
 ALARM, PROFILE, KILL = (int(getattr(signal, name, 0)) for name in ("SIGALRM", "SIGPROF", "SIGKILL"))
 PROGRAM = "import sys; sys.path += sys.argv[1:]; from sandbox.worker import main; main()"
@@ -161,7 +161,7 @@ class _Worker:
                     cls.stop()
                     process = cls.process = _started()
                 try:
-                    answer, late = _exchange(process, request, PATIENCE)
+                    answer, late = _exchange(process, request, TIMEOUT_SECONDS)
                 except BaseException:  # an interrupt between question and answer
                     process.kill()
                     cls.stop()
@@ -235,7 +235,7 @@ def _started() -> "subprocess.Popen[bytes]":
     except OSError as error:
         fail("chat", "the process that renders", "one that can be started", str(error), remedy, CheckpointError)
     try:
-        ready, _ = _exchange(process, b"", STARTING)
+        ready, _ = _exchange(process, b"", START_SECONDS)
     except BaseException:
         process.kill()
         raise
@@ -291,7 +291,7 @@ def _read(pipe: Any, size: int) -> bytes:
 def _end(code: int, late: bool) -> str:
     """Why a process ended that was asked."""
     if late or code == -ALARM:
-        return f"none after {PATIENCE:g} seconds"
+        return f"none after {TIMEOUT_SECONDS:g} seconds"
     if code == -PROFILE:
         return "more than two seconds of computing"
     return f"the end of the process that renders (exit code {code})"

@@ -23,8 +23,8 @@ from typing import Any
 from .environment import Sandbox
 from .origins import Tracking, of_messages, origins_of
 
-MEMORY = 224 * 2**20  # bytes of address space above what the process has when a rendering begins
-COMPUTING, PATIENCE, IDLE = 2.0, 4.0, 120.0  # seconds: of processor time, of waiting, of waiting for a request
+MAX_MEMORY = 224 * 2**20  # bytes of address space above what the process has when a rendering begins
+CPU_SECONDS, TIMEOUT_SECONDS, IDLE_SECONDS = 2.0, 4.0, 120.0  # of a rendering: its processor time, its time; between two
 LONGEST = 2**23  # characters of a text: a prompt of some two million tokens
 REST = 64 * 2**20  # bytes: a process that holds more behind a rendering is not kept
 
@@ -39,8 +39,8 @@ def main() -> None:
         size = int.from_bytes(_read(8), "big") if _asked() else 0
         if not size:
             return
-        _alarm("ITIMER_REAL", PATIENCE)
-        _alarm("ITIMER_PROF", COMPUTING)
+        _alarm("ITIMER_REAL", TIMEOUT_SECONDS)
+        _alarm("ITIMER_PROF", CPU_SECONDS)
         answer = _answer(marshal.loads(_read(size)))
         gc.collect()  # what a template left is taken apart on its own time
         _alarm("ITIMER_PROF", 0)
@@ -52,11 +52,11 @@ def main() -> None:
 
 def _answer(request: tuple[str, dict[str, Any], list[Any], tuple[str, ...] | None]) -> bytes:
     template, names, messages, special = request
-    limited = _limit(MEMORY)
+    limited = _limit(MAX_MEMORY)
     try:
         return b"=" + _rendered(template, names, messages, special)
     except MemoryError:
-        return b"!" + f"more than {MEMORY >> 20} MiB of memory".encode()
+        return b"!" + f"more than {MAX_MEMORY >> 20} MiB of memory".encode()
     except BaseException as error:  # of the template's making: jinja2's, or any that its operations raise
         return b"!" + f"{type(error).__name__}: {str(error)[:300]}".encode(errors="replace")
     finally:
@@ -146,7 +146,7 @@ def _pages(field: int) -> int:
 def _asked() -> bool:
     """Wait for a request; False where none came for long."""
     try:
-        return bool(select.select([0], [], [], IDLE)[0])
+        return bool(select.select([0], [], [], IDLE_SECONDS)[0])
     except OSError:  # Windows: of sockets only
         return True
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, packing, quantization
-from .._doors import door
-from ..models import Model
-from ..quantization import Scheme, expand, is_quantized
-from ..transformer import Layer, Params
-from ..tree import Tree
-from .channels import smooth
-from .walking import FEEDS, Feeds, Progress, decoder_of, walk
+from ... import _checks, quantization
+from ..._doors import door
+from ...models import Model
+from ...transformer import Layer, Params
+from ...tree import Tree
+from .. import Scheme, expand, is_quantized, packing
+from .layerwise import FEEDS, Feeds, Progress, decoder_of, walk
+from .smoothquant import smooth
 
 CLIPS = tuple(1 - 0.05 * i for i in range(11))  # of the range of a group: 1 to 0.5
 
@@ -65,7 +65,7 @@ def clipped(
             plan = to_nearest(params)
 
             def fitted(i: int, layer: Layer, feeds: Feeds) -> Layer:
-                return plan.layers[i] if config.kind(i).experts else _layer(layer, plan.layers[i], feeds, scheme)
+                return plan.layers[i] if config.layer_spec(i).experts else _layer(layer, plan.layers[i], feeds, scheme)
 
             return plan._replace(layers=walk(model, params, tokens, fitted, progress))
 

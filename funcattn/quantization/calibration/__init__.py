@@ -4,8 +4,8 @@ Each is a transform of params made from (model, tokens, scheme): `gptq` fits cod
 features before any rounding, and `awq` is smooth, then clipped. They compose: `gptq(...)(smooth(...)(params))`.
 """
 
-from .channels import smooth
 from .clipping import awq, clipped
-from .columns import gptq
+from .gptq_columns import gptq
+from .smoothquant import smooth
 
 __all__ = ["awq", "clipped", "gptq", "smooth"]

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, packing, quantization, tree
-from .._doors import door
-from ..models import Model
-from ..quantization import Int4, Int8, Int8Dynamic, Scheme, is_quantized
-from ..transformer import Layer, Params
-from ..tree import Tree
-from .walking import BY_EXPERT, FEEDS, Feeds, decoder_of, walk
+from ... import _checks, quantization, tree
+from ..._doors import door
+from ...models import Model
+from ...transformer import Layer, Params
+from ...tree import Tree
+from .. import Int4, Int8, Int8Dynamic, Scheme, is_quantized, packing
+from .layerwise import BY_EXPERT, FEEDS, Feeds, decoder_of, walk
 
 BLOCK = 128  # columns between two updates of all that follow
 

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, packing
+from .. import _checks
 from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
-from .fast import FEW, routed
-from .packed import PackedInt8, bfloat16_is_fast, pack_dynamic, pack_int4, pack_int8, straight, times_codes
+from . import packing
+from .fast import MAX_FAST_ROWS, routed
+from .packed import PackedInt8, bfloat16_is_fast, pack_dynamic, pack_int4, pack_int8, straight_through, times_codes
 from .tiles import DynamicTiles, Tiles, tile_int4, tile_int8, value
 
 MOST_IN_BFLOAT16 = 24  # rows of bfloat16 up to which three digits of them cost less than to expand the codes
@@ -197,7 +198,7 @@ def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
 
 def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """The derivative in x is that of the rounded product with the rounding taken for the identity (straight through)."""
-    return times(Int8(codes, scale), straight(x, scale.shape[-1])).to(x.dtype)
+    return times(Int8(codes, scale), straight_through(x, scale.shape[-1])).to(x.dtype)
 
 
 def _fast_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
@@ -220,12 +221,12 @@ def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor 
 def _form_int8(weight: Int8, rows: int) -> Any:
     """What multiplies that many rows fastest: tiles, else torch's kernel; None where that is the matrix itself."""
     tiles = tile_int8(*weight, rows=rows)
-    return pack_int8(*weight) if tiles is None and rows <= FEW else tiles
+    return pack_int8(*weight) if tiles is None and rows <= MAX_FAST_ROWS else tiles
 
 
 def _form_int4(weight: Int4, rows: int) -> Any:
     tiles = tile_int4(*weight, rows=rows)
-    return pack_int4(*weight) if tiles is None and rows <= FEW else tiles
+    return pack_int4(*weight) if tiles is None and rows <= MAX_FAST_ROWS else tiles
 
 
 def _form_dynamic(weight: Int8Dynamic, rows: int) -> Any:

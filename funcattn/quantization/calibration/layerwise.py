@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import _checks, layers, taps, transformer, tree
-from ..models import Model, config_of, told
-from ..progress import track
-from ..transformer import Config, Layer, LayerContext, LayerSpec, Params
+from ... import _checks, layers, taps, transformer, tree
+from ...models import Model, config_of, told
+from ...progress import track
+from ...transformer import Config, Layer, LayerContext, LayerSpec, Params
 
 FEEDS = {  # a tap of a layer, and the matrices that its value goes into
     "attention.input": ("q", "k", "v"),

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import layers, quantization
-from .._doors import door
-from ..models import Model
-from ..quantization import Scheme, is_quantized
-from ..records import is_absent
-from ..transformer import Config, Layer, LayerSpec, Params, why_not
-from ..tree import Tree
-from .walking import Feeds, Progress, decoder_of, walk
+from ... import layers, quantization
+from ..._doors import door
+from ...models import Model
+from ...records import is_absent
+from ...transformer import Config, Layer, LayerSpec, Params, why_not
+from ...tree import Tree
+from .. import Scheme, is_quantized
+from .layerwise import Feeds, Progress, decoder_of, walk
 
 POWERS = tuple(0.1 * i for i in range(1, 11))
 ROWS = 512  # vectors that candidates are judged by
