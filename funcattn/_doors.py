@@ -160,7 +160,8 @@ def shown_value(x: Any) -> str:
     if isinstance(x, Tensor):
         return records.describe(x)
     if not inspect.isroutine(x):
-        return repr(x)
+        text = repr(x)
+        return text if len(text) <= _checks.LONGEST else f"{type(x).__name__}(...)"
     maker, _, _ = x.__qualname__.partition(".<locals>.")
     is_made = maker != x.__qualname__ and (x.__module__ or "").startswith("funcattn.")  # such as a schedule
     return f"{maker}(...)" if is_made else x.__name__

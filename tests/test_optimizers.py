@@ -273,4 +273,5 @@ def test_an_optimizer_prints_as_the_call_that_made_it():
     both = training.chain(training.clip(1.0), training.muon(rate, where=training.hidden_matrices))
     assert repr(both) == "chain(clip(1.0), muon(cosine(...), where=hidden_matrices))"
     assert repr(training.accumulate(4, training.sgd(torch.tensor(0.1)))) == "accumulate(4, sgd(float32[]))"
+    assert repr(training.clip(1.0, specs=("tensor",) * 1000)) == "clip(1.0, specs=tuple(...))"
     assert repr(training.Optimizer(both.init, both.update)) == "Optimizer(init, update)"
