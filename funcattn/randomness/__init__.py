@@ -21,9 +21,11 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11; the la
 
 from .draws import bernoulli, categorical, exponential, gumbel, normal, permutation, randint, uniform
 from .keys import WORD, Key, Sizes, bits, fold_in, key, split
+from .threefry import encipher
 
 __all__ = [
     "WORD",
+    "encipher",
     "Key",
     "Sizes",
     "bernoulli",
