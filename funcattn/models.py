@@ -13,7 +13,7 @@ at the core, such as compiling it, reaches it through whatever was put around: `
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 
@@ -211,17 +211,17 @@ class Model:
         self,
         name: str,
         again: Callable[["Model"], "Model"],
+        fields: Mapping[str, Any],
         *,
         replaced: Iterable[str] = (),
-        **fields: Any,
     ) -> Self:
         """The model with other fields, which holds this one.
 
         Args:
             name: the call, as it is printed.
             again: f(model) -> Model, what makes of another model what this makes of this one.
-            replaced: functions among the fields that say something else than those of this one.
-            fields: of the model.
+            fields: of the model, functions among them.
+            replaced: those that say something else than the functions of this one.
         """
         holding = Made(name, again, self, frozenset(replaced))
         return dataclasses.replace(self, made=holding, **fields)
@@ -234,7 +234,7 @@ class Model:
             return self
         named = ", ".join(f"{name}={_named(f)}" for name, f in functions.items())
         again = lambda model: model._replace(**functions)
-        return self.wrap(f"_replace({named})", again, replaced=functions, **functions)
+        return self.wrap(f"_replace({named})", again, functions, replaced=functions)
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         """Its six functions: init, cache, hidden, logits, extend, apply."""

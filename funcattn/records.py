@@ -11,17 +11,20 @@ crosses grad, jvp, vmap and compile as it is. Three rules keep it so:
 
 import html
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs  # which torch depends on; typing has it from 3.13 on
 
 Cls = TypeVar("Cls", bound=type)
 
 ABSENT = ()  # what a record holds where it holds nothing: a tree without leaves
 
 
-def is_absent(value: Any) -> bool:
+def is_absent(value: Any) -> "TypeIs[tuple[()]]":
     """True for the empty tuple, which stands for what is not there (no past, no bias, no own head)."""
     return type(value) is tuple and not len(value)
 

@@ -85,7 +85,7 @@ def candidates(model: Model, k: int) -> Model:
         nothing = torch.full((*values.shape[:-1], V), float("-inf"), dtype=values.dtype, device=values.device)
         return nothing.scatter(-1, ids, values)
 
-    return model.wrap(written("candidates", k=k), lambda other: candidates(other, k), replaced=("logits",), logits=logits)
+    return model.wrap(written("candidates", k=k), lambda other: candidates(other, k), {"logits": logits}, replaced=("logits",))
 
 
 def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
