@@ -45,7 +45,7 @@ def sharded(model: Model, mesh: Mesh) -> Model:
             "shard_map", "model", wanted, f"a {type(model).__name__} of another make", "Make it with fa.decoder(config).", TypeError
         )
     run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
-    functions = {name: door(run(name, getattr(model, name)), name=name) for name in Model.FUNCTIONS}
+    functions: dict[str, Any] = {name: door(run(name, getattr(model, name)), name=name) for name in Model.FUNCTIONS}
     commit = None if isinstance(mesh, Grid) else run("commit", model.commit or caches.commit)
     name = written("shard_map", mesh=mesh)
     return model.wrap(name, lambda other: sharded(other, mesh), commit=commit, **functions)
