@@ -33,9 +33,9 @@ def differing(rank, n):
         key, model, held, text, optimizer=fa.training.sgd(1e-2), steps=1, rows=2, context=8, specs=cuts, progress=False
     )
     cold = fa.sampling.temperature(0.7 if rank else 1.0)
-    drafter = fa.drafters.model(model, held, length=2)
+    drafter = lambda: fa.drafters.model(model, held, length=2)  # made inside, where held is a part
     inside = {
-        "alike, drafted by parts of weights": lambda: fa.speculate(key, model, held, drafter, tokens, steps=2, sampler=draws),
+        "alike, drafted by parts of weights": lambda: fa.speculate(key, model, held, drafter(), tokens, steps=2, sampler=draws),
         "generate sampler": lambda: fa.generate(key, model, held, tokens, steps=2, sampler=cold),
         "stream sampler": lambda: list(fa.stream(key, model, held, tokens, steps=2, sampler=cold)),
         "speculate sampler": lambda: fa.speculate(key, model, held, lookup, tokens, steps=2, sampler=cold),

@@ -10,7 +10,7 @@ import torch
 import funcattn as fa
 from funcattn import collectives, sampling
 from funcattn.collectives import axis_index
-from funcattn.collectives.agreement import _digest
+from funcattn.collectives.agreement import digest
 from funcattn.sharding import Grid, P, shard_map
 
 MODEL = fa.decoder(fa.Config(layers=1, vocabulary=32))
@@ -55,22 +55,22 @@ DRAFTERS = {
 @pytest.mark.parametrize("name", SAMPLERS | DRAFTERS)
 def test_a_sampler_is_known_by_its_settings(name):
     make = (SAMPLERS | DRAFTERS)[name]
-    assert _digest(make(0.4)) == _digest(make(0.4))
-    assert _digest(make(0.4)) != _digest(make(0.7))
+    assert digest(make(0.4)) == digest(make(0.4))
+    assert digest(make(0.4)) != digest(make(0.7))
 
 
 def test_samplers_of_different_kinds_are_different():
-    digests = [_digest(make(0.4)) for make in SAMPLERS.values()]
+    digests = [digest(make(0.4)) for make in SAMPLERS.values()]
     assert len(set(digests)) == len(digests)
-    assert _digest(sampling.greedy) not in digests
+    assert digest(sampling.greedy) not in digests
 
 
 def test_functions_that_differ_in_their_code_alone_are_different():
-    assert _digest(lambda x: x + 2) == _digest(lambda x: x + 2)
-    assert len({_digest(f) for f in (lambda x: x + 2, lambda x: x * 2, lambda x: x + 3, torch.relu, torch.tanh)}) == 5
-    assert _digest({"a": {1, 2}, "b": 1}) == _digest({"b": 1, "a": {2, 1}})
-    assert _digest([1, (2, 3)]) != _digest([(1, 2), 3])
-    assert _digest(re.compile("a")) != _digest(re.compile("b"))
+    assert digest(lambda x: x + 2) == digest(lambda x: x + 2)
+    assert len({digest(f) for f in (lambda x: x + 2, lambda x: x * 2, lambda x: x + 3, torch.relu, torch.tanh)}) == 5
+    assert digest({"a": {1, 2}, "b": 1}) == digest({"b": 1, "a": {2, 1}})
+    assert digest([1, (2, 3)]) != digest([(1, 2), 3])
+    assert digest(re.compile("a")) != digest(re.compile("b"))
 
 
 def test_weights_that_a_function_holds_are_known_by_their_sizes_and_settings_by_their_numbers():
@@ -81,18 +81,18 @@ def test_weights_that_a_function_holds_are_known_by_their_sizes_and_settings_by_
 
     hold = lambda value: sampling.stateless(lambda logits: value and logits)
     other = fa.tree.map(lambda x: x + 1, PARAMS)
-    assert _digest(hold(PARAMS)) == _digest(hold(other))
-    assert _digest(hold(PARAMS)) != _digest(hold(fa.tree.cast(torch.float64)(PARAMS)))
-    assert _digest(hold(Table(torch.arange(3)))) != _digest(hold(Table(torch.arange(3) + 1)))
-    assert _digest(hold(torch.ones(3))) != _digest(hold(torch.zeros(3)))
-    assert _digest(PARAMS) != _digest(other)
+    assert digest(hold(PARAMS)) == digest(hold(other))
+    assert digest(hold(PARAMS)) != digest(hold(fa.tree.cast(torch.float64)(PARAMS)))
+    assert digest(hold(Table(torch.arange(3)))) != digest(hold(Table(torch.arange(3) + 1)))
+    assert digest(hold(torch.ones(3))) != digest(hold(torch.zeros(3)))
+    assert digest(PARAMS) != digest(other)
 
 
 def test_a_function_that_holds_itself_is_read_once():
     def again(n):
         return n and again(n - 1)
 
-    assert _digest(again) == _digest(again)
+    assert digest(again) == digest(again)
 
 
 ON_DEVICES = {

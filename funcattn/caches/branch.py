@@ -147,9 +147,9 @@ def _(cache: Branch) -> Tensor:
 
 
 @past.register
-def _(cache: Branch, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
-    behind = places - cache.prefix.length  # the tail counts its rows from 0
-    return [*past(cache.prefix, layer, places, window), *past(cache.tail, layer, behind, window)]
+def _(cache: Branch, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
+    behind = positions - cache.prefix.length  # the tail counts its rows from 0
+    return [*past(cache.prefix, layer, positions, window), *past(cache.tail, layer, behind, window)]
 
 
 @grow.register

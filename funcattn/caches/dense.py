@@ -10,7 +10,7 @@ from .._autodiff import is_recorded
 from ..kernels import Part
 from ..records import record
 from . import display, rows
-from .protocol import Delta, admit, capacity, grow, keeps_all, overflowed, past, reset, reset_counts, sizes, write
+from .protocol import Delta, admit, capacity, exactly, grow, keeps_all, past, reset, reset_counts, sizes, write
 
 
 @record
@@ -39,16 +39,11 @@ def _(cache: Cache) -> tuple[int, int, int]:
     return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
 
 
-@overflowed.register
-def _(cache: Cache) -> Tensor:
-    return cache.length > capacity(cache)
-
-
 @past.register
-def _(cache: Cache, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+def _(cache: Cache, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     S = capacity(cache)
     k, v = cache.k[layer, ..., :S, :], cache.v[layer, ..., :S, :]
-    return rows.read(k, v, places, window, stop=cache.length)
+    return rows.read(k, v, positions, window, stop=cache.length)
 
 
 @grow.register
@@ -58,11 +53,7 @@ def _(cache: Cache, rows: int) -> Cache:
     return Cache(more(cache.k), more(cache.v), cache.length)
 
 
-@keeps_all.register
-def _(cache: Cache) -> bool:
-    return type(cache) is Cache  # and not a record that is derived from it
-
-
+keeps_all.register(Cache, exactly(Cache))
 reset.register(Cache, reset_counts)
 
 

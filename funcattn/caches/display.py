@@ -17,14 +17,15 @@ def tokens(cache: Any) -> str:
     return f"{int(cache.length)} of {capacity(cache)} tokens"
 
 
-def line(cache: Any) -> str:
-    """A past in one line.
+def line(self: Any) -> str:
+    """A cache in one line.
 
     Example:
         >>> import funcattn as fa
         >>> line(fa.decoder(fa.Config()).cache(100))
         'Cache: 0 of 100 tokens, 2 layers, 2 heads of 16, 50.5 KiB'
     """
+    cache = self  # the name that a `__str__` has
     name, size = type(cache).__name__, _bytes(tree.nbytes(cache))
     if cache.length.dim():  # made by vmap: what the kind takes for its axes are others
         return f"{name}: {_held(cache)}, {size}"
@@ -33,7 +34,7 @@ def line(cache: Any) -> str:
 
 
 def bar(cache: Any) -> str:
-    """A past as HTML: a bar of what is remembered in what there is room for, and its tensors, folded."""
+    """A cache as HTML: a bar of what is remembered in what there is room for, and its tensors, folded."""
     share = _share(cache)
     inner = "" if share is None else f'<div style="width:{100 * share:.1f}%;height:100%;background:#3b6ea5"></div>'
     frame = f'<div style="width:18em;height:.7em;border:1px solid #8888;margin:.2em 0">{inner}</div>'

@@ -18,7 +18,7 @@ from ..kernels import Part
 from ..records import record
 from . import display, rows
 from .branch import Branch, fork, rows_of
-from .protocol import Delta, admit, capacity, grow, keeps_all, overflowed, past, reset, reset_counts, sizes, write
+from .protocol import Delta, admit, capacity, exactly, grow, keeps_all, past, reset, reset_counts, sizes, write
 
 
 @record
@@ -71,21 +71,16 @@ def _(cache: Pages) -> tuple[int, int, int]:
     return cache.k[0].shape[0], cache.k[0].shape[1], cache.k[0].shape[3]
 
 
-@overflowed.register
-def _(cache: Pages) -> Tensor:
-    return cache.length > capacity(cache)
-
-
 @past.register
-def _(cache: Pages, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+def _(cache: Pages, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     R = _block(cache)
     held = -(-rows.bounds(cache.length, capacity(cache))[1] // R)  # blocks that hold a row of some past
-    first = min(rows.first_seen(places, window)[0] // R, held)  # and that some new token sees
+    first = min(rows.first_seen(positions, window)[0] // R, held)  # and that some new token sees
     parts = []
     for start, stop in rows.runs(cache.k[first:held]):
         begin, end = first + start, first + stop
         k, v = (_joined([x[layer] for x in side[begin:end]]) for side in (cache.k, cache.v))
-        parts += rows.read(k, v, places - begin * R, window, stop=cache.length - begin * R)
+        parts += rows.read(k, v, positions - begin * R, window, stop=cache.length - begin * R)
     return parts
 
 
@@ -119,11 +114,7 @@ def _(cache: Pages, delta: Delta, size: int) -> Branch:
     return Branch(cache, own)
 
 
-@keeps_all.register
-def _(cache: Pages) -> bool:
-    return type(cache) is Pages
-
-
+keeps_all.register(Pages, exactly(Pages))
 reset.register(Pages, reset_counts)
 
 

@@ -1,11 +1,13 @@
 """What every kind of past can do: verbs that dispatch on the kind, and the rules of `commit` that hold for all.
 
-A kind is a record with a `length`, int64 (). It registers with `capacity`, `sizes`, `overflowed`, `past`, `write` and `grow`; and,
-where the default is not what it does, with `with_length`, `reset`, `keeps_all`, and with `fork` and `rows_of` of `branch`.
+A kind is a record with a `length`, int64 (). It registers with `capacity`, `sizes`, `past`, `write` and `grow`; and,
+where the default is not what it does, with `overflowed`, `with_length`, `reset`, `keeps_all`, and with `fork` and
+`rows_of` of `branch`.
 A kind of a user's own does the same (docs/caches.md, "A kind of your own"), and `funcattn.testing.laws.cache` tries every verb.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -42,24 +44,27 @@ def sizes(cache: Any) -> tuple[int, int, int]:
 
 @functools.singledispatch
 def overflowed(cache: Any) -> Tensor:
-    """Bool (): True once a commit did not fit, inside a transform that could not raise."""
-    _unknown("overflowed", cache)
+    """Bool (): True once a commit did not fit, inside a transform that could not raise.
+
+    By default where the length is beyond the capacity, which is how `admit` marks it.
+    """
+    return cache.length > capacity(cache)
 
 
 @door
 @functools.singledispatch
-def past(cache: Any, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+def past(cache: Any, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     """What new tokens attend to in one layer: the remembered keys and values, in parts.
 
     Args:
         cache: any kind of past.
         layer: which layer, 0 to L - 1.
-        places: int64 (T,), the position of each new token, where the first token that the past remembers has position 0. They
+        positions: int64 (T,), the position of each new token, where the first token that the past remembers has position 0. They
             follow the past, `cache.length + arange(T)`, unless they are drafts of a tree.
         window: a layer of sliding window attention: the token at p sees the remembered position j only where j > p - window.
 
     Returns:
-        Disjoint sets of keys. Where lengths and places are concrete, they hold what some new token sees and no more, so a step
+        Disjoint sets of keys. Where lengths and positions are concrete, they hold what some new token sees and no more, so a step
         costs no more than its window; a part that every new token sees whole has no mask.
 
     Law: a window reads what dense attention reads under `masks.window` (test_caches.py).
@@ -95,6 +100,11 @@ def keeps_all(cache: Any) -> bool:
     False unless a kind says otherwise; True of no past.
     """
     return type(cache) is tuple
+
+
+def exactly(kind: type) -> Callable[[Any], bool]:
+    """For `keeps_all` of a kind: true of the kind itself, and not of a record derived from it."""
+    return lambda cache: type(cache) is kind
 
 
 @functools.singledispatch

@@ -29,9 +29,9 @@ from .protocol import (
     Delta,
     admit,
     capacity,
+    exactly,
     grow,
     keeps_all,
-    overflowed,
     past,
     reset,
     reset_counts,
@@ -140,26 +140,21 @@ def _(cache: QuantizedCache) -> tuple[int, int, int]:
     return cache.tail_k.shape[0], cache.tail_k.shape[1], cache.tail_k.shape[3]
 
 
-@overflowed.register
-def _(cache: QuantizedCache) -> Tensor:
-    return cache.length > capacity(cache)
-
-
 @past.register
-def _(cache: QuantizedCache, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+def _(cache: QuantizedCache, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     R, n = _block(cache), len(cache.k)
     known = _checks.integer(cache.length)
     length = cache.length if known is None else known
     coded = _coded_blocks(cache, length)
     held = rows.bounds(coded, n)[1]
-    first = min(rows.first_seen(places, window)[0] // R, held)
+    first = min(rows.first_seen(positions, window)[0] // R, held)
     parts = []
     for start, stop in rows.runs([block.codes for block in cache.k[first:held]]):
         begin, end = first + start, first + stop
         k, v = (_together(side[begin:end], layer, tail) for side, tail in ((cache.k, cache.tail_k), (cache.v, cache.tail_v)))
-        parts += rows.read(k, v, places - begin * R, window, stop=(coded - begin) * R)
+        parts += rows.read(k, v, positions - begin * R, window, stop=(coded - begin) * R)
     at = coded * R
-    return parts + rows.read(cache.tail_k[layer], cache.tail_v[layer], places - at, window, stop=length - at)
+    return parts + rows.read(cache.tail_k[layer], cache.tail_v[layer], positions - at, window, stop=length - at)
 
 
 @grow.register
@@ -171,11 +166,7 @@ def _(cache: QuantizedCache, more: int) -> QuantizedCache:
     return QuantizedCache(room(cache.k), room(cache.v), cache.tail_k.clone(), cache.tail_v.clone(), cache.length)
 
 
-@keeps_all.register
-def _(cache: QuantizedCache) -> bool:
-    return type(cache) is QuantizedCache
-
-
+keeps_all.register(QuantizedCache, exactly(QuantizedCache))
 reset.register(QuantizedCache, reset_counts)
 
 

@@ -31,11 +31,11 @@ def bucket(rows: int) -> int:
 
 
 def read(
-    k: Tensor, v: Tensor, places: Tensor, window: int | None, *, start: int | Tensor = 0, stop: int | Tensor = 2**62
+    k: Tensor, v: Tensor, positions: Tensor, window: int | None, *, start: int | Tensor = 0, stop: int | Tensor = 2**62
 ) -> list[Part]:
-    """The rows start <= r < stop of k (K, S, D) and v (K, S, Dv) that new tokens at `places` (T,) see, places counted in rows."""
+    """The rows start <= r < stop of k (K, S, D) and v (K, S, Dv) that new tokens at `positions` (T,) see, counted in rows."""
     S = k.shape[-2]
-    first, each = first_seen(places, window)
+    first, each = first_seen(positions, window)
     (least_start, start_of_all), (stop_of_all, last_stop) = bounds(start, S), bounds(stop, S)
     begin, end = max(least_start, first), last_stop
     if begin >= end:
@@ -51,7 +51,7 @@ def read(
     lower, upper, row = inside(start), inside(stop), torch.arange(n, device=k.device)
     remembered = ((lower <= row) & (row < upper)).unsqueeze(-1)
     clean = lambda rows: torch.where(remembered, rows, 0)  # 0 * NaN would be NaN, in the output and in gradients
-    T = places.shape[-1]
+    T = positions.shape[-1]
     lower = lower.expand(T) if each is None else torch.maximum(lower, (each - begin).clamp(0, n))
     upper = upper.expand(T)
     return [Part(clean(k), clean(v), Mask(torch.minimum(lower, upper).unsqueeze(-1), upper.unsqueeze(-1)))]
@@ -101,11 +101,11 @@ def _mapped(x: Tensor) -> tuple[int, ...]:
     return tuple(levels)
 
 
-def first_seen(places: Tensor, window: int | None) -> tuple[int, Tensor | None]:
+def first_seen(positions: Tensor, window: int | None) -> tuple[int, Tensor | None]:
     """The first row that any new token sees, 0 where that is not known; and of each token, or None where all see the same."""
     if window is None:
         return 0, None
-    each = places - (window - 1)
+    each = positions - (window - 1)
     known = _checks.peek(each)
     if known is None or not known.numel():
         return 0, each

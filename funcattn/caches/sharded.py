@@ -25,6 +25,7 @@ from .protocol import (
     capacity,
     commit,
     commit_donated,
+    exactly,
     grow,
     keeps_all,
     overflowed,
@@ -82,11 +83,11 @@ def _(cache: ShardedCache) -> Tensor:
 
 
 @past.register
-def _(cache: ShardedCache, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+def _(cache: ShardedCache, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     if window is not None:
         remedy = "Give it a Ring: a window is short, and needs no other device."
         _checks.fail("past", "cache", "other than a ShardedCache in a layer with a window", "a ShardedCache", remedy, TypeError)
-    found = past(cache.local, layer, places, None)
+    found = past(cache.local, layer, positions, None)
     none = lambda x: x[layer, ..., :0, :]
     return found or [Part(none(cache.local.k), none(cache.local.v))]  # a segment, so that it is known for a cache
 
@@ -96,11 +97,7 @@ def _(cache: ShardedCache, rows: int) -> ShardedCache:
     return cache._replace(local=grow(cache.local, -(-rows // axis_size(CONTEXT))))
 
 
-@keeps_all.register
-def _(cache: ShardedCache) -> bool:
-    return type(cache) is ShardedCache
-
-
+keeps_all.register(ShardedCache, exactly(ShardedCache))
 reset.register(ShardedCache, reset_counts)
 
 

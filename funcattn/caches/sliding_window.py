@@ -22,7 +22,7 @@ from ..kernels import Part
 from ..masks import END
 from ..records import record
 from . import display, rows
-from .protocol import Delta, admit, capacity, grow, overflowed, past, reset, reset_counts, sizes, with_length, write
+from .protocol import Delta, admit, capacity, grow, past, reset, reset_counts, sizes, with_length, write
 
 
 @record
@@ -89,20 +89,15 @@ def _(cache: Ring) -> tuple[int, int, int]:
     return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
 
 
-@overflowed.register
-def _(cache: Ring) -> Tensor:
-    return cache.length > END
-
-
 @past.register
-def _(cache: Ring, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
+def _(cache: Ring, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     A, R = cache.sinks_k.shape[-2], cache.k.shape[-2]
     start, length = (x if known is None else known for x, known in ((x, _checks.integer(x)) for x in (cache.start, cache.length)))
     nearest = R + 1 if window is None else min(window, R + 1)
-    parts = rows.read(cache.sinks_k[layer], cache.sinks_v[layer], places, None, stop=length) if A else []
+    parts = rows.read(cache.sinks_k[layer], cache.sinks_v[layer], positions, None, stop=length) if A else []
     for k, v, first, end in ((cache.k, cache.v, start - R, R), (cache.tail_k, cache.tail_v, start, length - start)):
         begin = A - first  # sinks are read above, and before the text began there is nothing
-        parts += rows.read(k[layer], v[layer], places - first, nearest, start=begin, stop=end)
+        parts += rows.read(k[layer], v[layer], positions - first, nearest, start=begin, stop=end)
     return parts
 
 

@@ -9,7 +9,7 @@ from ..kernels import Part
 from ..records import record
 from . import display, rows
 from .branch import Branch, fork
-from .protocol import Delta, capacity, grow, keeps_all, overflowed, past, sizes, write
+from .protocol import Delta, capacity, grow, keeps_all, past, sizes, write
 
 
 @record
@@ -43,14 +43,9 @@ def _(cache: Memory) -> tuple[int, int, int]:
     return cache.k.shape[0], cache.k.shape[1], cache.k.shape[3]
 
 
-@overflowed.register
-def _(cache: Memory) -> Tensor:
-    return cache.length > capacity(cache)
-
-
 @past.register
-def _(cache: Memory, layer: int, places: Tensor, window: int | None = None) -> list[Part]:
-    return rows.read(cache.k[layer], cache.v[layer], places, None, stop=cache.length)
+def _(cache: Memory, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
+    return rows.read(cache.k[layer], cache.v[layer], positions, None, stop=cache.length)
 
 
 @grow.register

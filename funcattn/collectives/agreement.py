@@ -56,8 +56,8 @@ def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: A
     if not alike:
         return
     with torch._C._DisableFuncTorch():
-        digests = [_digest(value) for value in values.values()]
-        wrong = _differ([_digest([function, *values]), _digest(digests)], alike, divided)
+        digests = [digest(value) for value in values.values()]
+        wrong = _differ([digest([function, *values]), digest(digests)], alike, divided)
         if any(wrong):
             found = [True] if wrong[0] else _differ(digests, alike, divided)
             names = ["the call and its values"] if wrong[0] else list(values)
@@ -114,15 +114,15 @@ def _varies(x: Tensor, axis: Axis) -> bool:
     return False
 
 
-def _digest(value: Any) -> int:
+def digest(value: Any) -> int:
     """62 bits of a tree."""
-    digest = hashlib.blake2b(digest_size=8)
+    found = hashlib.blake2b(digest_size=8)
     for piece in contents(value):
         if isinstance(piece, Tensor):
             known = _checks.peek(piece)
             piece = b"" if known is None else _content(known)
-        digest.update(len(piece).to_bytes(8, "big") + piece)
-    return int.from_bytes(digest.digest(), "big") >> 2
+        found.update(len(piece).to_bytes(8, "big") + piece)
+    return int.from_bytes(found.digest(), "big") >> 2
 
 
 def _content(x: Tensor) -> bytes:

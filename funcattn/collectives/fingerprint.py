@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
@@ -90,15 +90,21 @@ def _inner(value: Any, held: bool) -> Iterable[tuple[Any, bool]]:
         return [(value.pattern, held), (int(value.flags), held)]
     if isinstance(value, Enum):
         return [(value.name, held)]
-    if isinstance(value, Mapping):
-        return [(each, held) for item in sorted(value.items(), key=lambda item: repr(item[0])) for each in item]
-    if isinstance(value, Set):
-        return [(each, held) for each in sorted(value, key=repr)]
+    if isinstance(value, dict):
+        items = sorted(value.items(), key=lambda item: repr(item[0])) if _are_plain(value) else value.items()
+        return [(each, held) for item in items for each in item]
+    if isinstance(value, set | frozenset):
+        return [(each, held) for each in sorted(value, key=repr)] if _are_plain(value) else [(len(value), held)]
     if isinstance(value, tuple | list):
         return [(each, held) for each in value]
-    if dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:
+    if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
         return [(getattr(value, field.name), held) for field in dataclasses.fields(value) if field.compare]
     return []
+
+
+def _are_plain(keys: Iterable[Any]) -> bool:
+    """Whether the text of each key is the same in every process, so that keys may be sorted by it."""
+    return all(isinstance(key, PLAIN) for key in keys)
 
 
 def _is_full(cell: types.CellType) -> bool:
