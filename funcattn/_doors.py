@@ -90,6 +90,7 @@ def kind_of(annotation: Any) -> Kind | None:
     return Kind(f"a{'n' * (name[0] in 'AEIOU')} {name}", lambda x: isinstance(x, annotation), remedy)
 
 
+SHORT = 48  # letters of an argument, where calls are printed
 LOOSE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -151,17 +152,20 @@ def _named(signature: inspect.Signature) -> inspect.Signature:
 
 
 def shown_value(x: Any) -> str:
-    """An argument as text for a line: a function by name, a tensor by dtype and shape, what else by its repr.
+    """An argument as text for a line: a function by name, a tensor by dtype and shape, a long value by its type.
 
     Example:
-        >>> shown_value(shown_value), shown_value(torch.ones(2)), shown_value(0.5)
-        ('shown_value', 'float32[2]', '0.5')
+        >>> shown_value(shown_value), shown_value(torch.ones(2)), shown_value(0.5), shown_value(list(range(100)))
+        ('shown_value', 'float32[2]', '0.5', 'list(...)')
     """
     if isinstance(x, Tensor):
         return records.describe(x)
+    if isinstance(text := getattr(x, "text", None), str) and text:  # of a value that a printed function made
+        return text
     if not inspect.isroutine(x):
         text = repr(x)
-        return text if len(text) <= _checks.LONGEST else f"{type(x).__name__}(...)"
+        short = len(text) <= SHORT and " at 0x" not in text
+        return text if short else f"{type(x).__name__}(...)"
     maker, _, _ = x.__qualname__.partition(".<locals>.")
     is_made = maker != x.__qualname__ and (x.__module__ or "").startswith("funcattn.")  # such as a schedule
     return f"{maker}(...)" if is_made else x.__name__
@@ -183,8 +187,11 @@ def printed(make: F) -> F:
 
     @functools.wraps(make)
     def call(*args: Any, **options: Any) -> Any:
+        value = make(*args, **options)
+        if torch.compiler.is_compiling():
+            return value
         shown = [*map(shown_value, args), *(f"{name}={shown_value(x)}" for name, x in options.items())]
-        return make(*args, **options)._replace(text=f"{make.__name__}({', '.join(shown)})")
+        return value._replace(text=f"{make.__name__}({', '.join(shown)})")
 
     return call  # pyright: ignore[reportReturnType]
 

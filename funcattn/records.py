@@ -10,6 +10,7 @@ crosses grad, jvp, vmap and compile as it is. Three rules keep it so:
 """
 
 import html
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -63,6 +64,33 @@ def record(cls: Cls) -> Cls:
     if "_repr_html_" not in cls.__dict__:
         setattr(cls, "_repr_html_", lambda self: unfolded(type(self).__name__, self))
     return cls
+
+
+def formerly(**names: str) -> Callable[[Cls], Cls]:
+    """A NamedTuple whose fields answer to older names too: as attributes, in its constructor and in `_replace`.
+
+    Args:
+        names: old=new.
+
+    Example:
+        >>> from typing import NamedTuple
+        >>> @formerly(width="size")
+        ... class Box(NamedTuple):
+        ...     size: int
+        >>> Box(width=3).width, Box(1)._replace(width=2)
+        (3, Box(size=2))
+    """
+
+    def apply(cls: Cls) -> Cls:
+        new = lambda options: {names.get(key, key): value for key, value in options.items()}
+        construct, replace = cls.__new__, cls._replace  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(cls, "__new__", lambda cls, *args, **options: construct(cls, *args, **new(options)))
+        setattr(cls, "_replace", lambda self, **options: replace(self, **new(options)))
+        for old, field in names.items():
+            setattr(cls, old, property(operator.attrgetter(field), doc=f"The older name of `{field}`."))
+        return cls
+
+    return apply
 
 
 def _describe(self: Any) -> str:

@@ -1,14 +1,14 @@
-"""Speculative decoding that loses nothing: who drafts decides the speed, never the law.
+"""Speculative decoding that loses nothing: drafts decide the speed, never the distribution of texts.
 
     rules           tokenwise, blockwise: which of the drafted tokens stay, as functions of the uniforms
     acceptance      accept, acceptance_pmf: one row, static shapes, branch-free
     trees           accept_tree, accept_among: a tree of drafts, drawn without replacement or with
-    verification    laws_along, accept_along, matched, rewind: samplers with a state along a draft
+    verification    log_probs_along_draft, accept_along, accept_greedy, select_state: samplers with a state along a draft
     decoding        speculate, stream: generate with drafts
     transcripts     transcript, Marks: a text with its accepted drafts marked
 
-The token that is emitted has the law of the target, exactly, if `draft` is the law that the draft was drawn from: after
-temperature, filters and penalties, in the dtype that was drawn from. `sampling.law` gives both.
+The token that is emitted is distributed as the target, exactly, if `draft` holds the probabilities that the draft was drawn from:
+after temperature, filters and penalties, in the dtype that was drawn from. `sampling.log_probs` gives the logarithm of both.
 """
 
 from .decoding.speculative.acceptance import Accepted, accept, acceptance_pmf
@@ -16,11 +16,14 @@ from .decoding.speculative.decoding import Piece, Speculated, Stats, speculate, 
 from .decoding.speculative.rules import Regions, Rule, blockwise, tokenwise
 from .decoding.speculative.transcripts import Marks, Span, Transcript, transcript
 from .decoding.speculative.trees import Branched, accept_among, accept_tree, tree_pmf
-from .decoding.speculative.verification import Along, accept_along, laws_along, matched, rewind
+from .decoding.speculative.verification import AlongDraft, accept_along, accept_greedy, log_probs_along_draft, select_state
+
+# Earlier names, which go on working.
+Along, laws_along, matched, rewind = AlongDraft, log_probs_along_draft, accept_greedy, select_state
 
 __all__ = [
     "Accepted",
-    "Along",
+    "AlongDraft",
     "Branched",
     "Marks",
     "Piece",
@@ -32,13 +35,13 @@ __all__ = [
     "Transcript",
     "accept",
     "accept_along",
+    "accept_greedy",
     "accept_among",
     "accept_tree",
     "acceptance_pmf",
     "blockwise",
-    "laws_along",
-    "matched",
-    "rewind",
+    "log_probs_along_draft",
+    "select_state",
     "speculate",
     "stream",
     "tokenwise",

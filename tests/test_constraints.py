@@ -9,7 +9,7 @@ from transformers.generation import logits_process as theirs
 
 import funcattn as fa
 from funcattn import sampling
-from funcattn.sampling import allowed_tokens, automaton, constrained, draw, law, min_new_tokens, prime, suppress_tokens
+from funcattn.sampling import allowed_tokens, automaton, constrained, draw, law, min_new_tokens, observe_prompt, suppress_tokens
 from funcattn.testing import laws
 
 INF = float("inf")
@@ -26,7 +26,7 @@ def test_tokens_are_allowed_or_suppressed_by_id_or_by_mask():
 
 def test_a_stop_id_is_hidden_until_enough_is_written():
     sampler, logits = min_new_tokens(2, (3,)), torch.zeros(1, 4)
-    state = prime(sampler, torch.tensor([1, 2, 3]), sampler.init(4))  # the prompt does not count
+    state = observe_prompt(sampler, torch.tensor([1, 2, 3]), sampler.init(4))  # the prompt does not count
     other = theirs.MinNewTokensLengthLogitsProcessor(3, 2, 3, device=logits.device)
     text = [1, 2, 3]
     for token in (0, 1, 2):

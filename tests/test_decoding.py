@@ -132,7 +132,7 @@ def test_sampled_texts_have_the_law_of_the_model(name, rule):
     prompt, trials = torch.tensor([1, 0, 1]), 3000
     law = torch.zeros(3, 3, 3, dtype=torch.float64)
     for text in torch.cartesian_prod(*[torch.arange(3)] * 3):
-        state, mass = sampling.prime(sampler, prompt, sampler.init(3)), 1.0
+        state, mass = sampling.observe_prompt(sampler, prompt, sampler.init(3)), 1.0
         logits, _ = model.extend(params, torch.cat([prompt, text]), ())
         for row, token in zip(logits[2:5], text, strict=True):
             mass = mass * sampling.law(sampler)(row, state).exp()[token]

@@ -158,7 +158,8 @@ def test_what_a_drafter_of_ones_own_returns_is_checked(found):
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (lambda: sampling.greedy(), TypeError, r"Sampler: the value should be passed as it is, got a call with \(\)"),
+        (lambda: sampling.top_k(2)(), TypeError, r"Sampler: the value should be passed as it is, got a call with \(\)"),
+        (lambda: sampling.greedy(0.5), TypeError, r"Sampler: the value should be passed as it is, got a call with \(0.5\)"),
         (lambda: fa.speculation.blockwise(0.5), TypeError, r"Rule: the value should be passed as it is, got a call with \(0.5\)"),
         (lambda: fa.training.adamw(0.1)(PARAMS), TypeError, "Optimizer: the value should be passed as it is"),
         (lambda: fa.lora(2)(PARAMS), TypeError, r"lora\(rank\): the arguments should be \(key, params\), got \(a Params\)"),

@@ -65,3 +65,24 @@ def test_a_model_knows_the_tokens_of_its_head(tied):
     assert drafters.model(model, params).vocabulary == 24
     assert drafters.model(model, fa.quantize(fa.int4(group=8))(params)).vocabulary == 24
     assert drafters.model(model, padded).vocabulary == (32 if tied else 24)
+
+
+def test_a_drafter_prints_as_the_call_that_made_it():
+    model = fa.decoder(fa.Config())
+    params = model.init(fa.key(0))
+    assert repr(drafters.prompt_lookup(length=5, ngram=2)) == "Drafter(prompt_lookup(length=5, ngram=2))"
+    mine = drafters.model(model, params, length=3, sampler=fa.sampling.temperature(0.7))
+    assert repr(mine).startswith("Drafter(model(Model")
+    assert repr(mine).endswith("Params, length=3, sampler=temperature(0.7)))")
+    for drafter in (mine, drafters.function(lambda text, n: (text, n)), drafters.Drafter(print, print, print, 2)):
+        assert " at 0x" not in repr(drafter)
+
+
+def test_earlier_names_go_on_working():
+    tokens, valid = torch.tensor([1, 2]), torch.tensor(2)
+    draft = drafters.Draft(tokens, laws=(), valid=valid)
+    assert draft.laws is draft.probs is draft._replace(laws=()).probs
+    speculation = fa.speculation
+    assert speculation.laws_along is speculation.log_probs_along_draft
+    assert (speculation.matched, speculation.rewind) == (speculation.accept_greedy, speculation.select_state)
+    assert speculation.Along(laws=tokens, states=()).laws is tokens

@@ -12,7 +12,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
-from funcattn.evaluation import foretold, windows
+from funcattn.evaluation import score_and_greedy, windows
 
 CONFIG = fa.Config(vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24)
 MODEL = fa.decoder(CONFIG)
@@ -91,7 +91,7 @@ def test_what_greedy_decoding_writes_is_foretold():
     written, _ = fa.generate(fa.key(0), MODEL, PARAMS, TOKENS[:3], steps=6)
     changed = written.clone()
     changed[4] = (changed[4] + 1) % 40
-    scores, likeliest = foretold(MODEL, PARAMS, TOKENS[:3], changed, chunk=2)
+    scores, likeliest = score_and_greedy(MODEL, PARAMS, TOKENS[:3], changed, chunk=2)
     assert likeliest[:4].all()
     assert not likeliest[4]
     close(scores, fa.score_continuation(MODEL, PARAMS, TOKENS[:3], changed))

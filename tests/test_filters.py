@@ -184,7 +184,7 @@ EXTREME = [
 @pytest.mark.parametrize("sampler", EXTREME)
 def test_what_is_accepted_when_made_leaves_a_law(sampler, scale):
     row = scale * torch.tensor([1.0, 0.5, -1.0, 0.0, 1.0])
-    state = sampling.prime(sampler, torch.tensor([1, 2, 1, 2]), sampler.init(5))
+    state = sampling.observe_prompt(sampler, torch.tensor([1, 2, 1, 2]), sampler.init(5))
     state = sampler.observe(torch.tensor(1), sampler.update(row, state)[1])
     assert float(law(sampler)(row, state).exp().sum()) == pytest.approx(1.0, abs=1e-5)
 

@@ -9,7 +9,16 @@ from transformers.generation import logits_process as theirs
 
 import funcattn as fa
 from funcattn import tree
-from funcattn.sampling import chain, frequency_penalty, law, logit_bias, presence_penalty, prime, primed, repetition_penalty
+from funcattn.sampling import (
+    chain,
+    frequency_penalty,
+    law,
+    logit_bias,
+    observe_prompt,
+    presence_penalty,
+    primed,
+    repetition_penalty,
+)
 from funcattn.testing import laws, strategies
 
 INF = float("inf")
@@ -34,7 +43,7 @@ def fold(sampler, tokens, state):
 @given(TOKENS, TOKENS, st.sampled_from([0.7, 1.0, 1.3]))
 def test_a_repetition_penalty_leaves_what_transformers_leaves(prompt, written, penalty):
     logits, sampler = fa.random.normal(fa.key(len(prompt)), (V,)), repetition_penalty(penalty)
-    state = fold(sampler, written, prime(sampler, torch.tensor(prompt), sampler.init(V)))
+    state = fold(sampler, written, observe_prompt(sampler, torch.tensor(prompt), sampler.init(V)))
     wanted = theirs.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + written]), logits[None].clone())[0]
     assert torch.equal(sampler.update(logits, state)[0], wanted)
 
@@ -43,7 +52,7 @@ def test_a_repetition_penalty_leaves_what_transformers_leaves(prompt, written, p
 def test_presence_and_frequency_count_what_was_written(prompt, written):
     logits = fa.random.normal(fa.key(5), (V,))
     sampler = chain(presence_penalty(0.5), frequency_penalty(0.25))
-    state = fold(sampler, written, prime(sampler, torch.tensor(prompt), sampler.init(V)))
+    state = fold(sampler, written, observe_prompt(sampler, torch.tensor(prompt), sampler.init(V)))
     counts = torch.tensor([written.count(token) for token in range(V)])
     torch.testing.assert_close(sampler.update(logits, state)[0], logits - 0.5 * (counts > 0) - 0.25 * counts)
 
@@ -51,7 +60,7 @@ def test_presence_and_frequency_count_what_was_written(prompt, written):
 @given(TOKENS, TOKENS, st.integers(1, 6))
 def test_a_window_counts_the_last_tokens_only(prompt, written, window):
     logits, sampler = torch.zeros(V), frequency_penalty(1.0, prompt=True, window=window)
-    state = fold(sampler, written, prime(sampler, torch.tensor(prompt), sampler.init(V)))
+    state = fold(sampler, written, observe_prompt(sampler, torch.tensor(prompt), sampler.init(V)))
     last = (prompt + written)[-window:]
     assert (-sampler.update(logits, state)[0]).tolist() == [last.count(token) for token in range(V)]
 
@@ -63,10 +72,10 @@ def test_priming_ignores_pads_and_may_be_done_in_parts(make, tokens, pads, cut):
         sampler = make(2.0, prompt=True, **more)
         wanted = fold(sampler, tokens, sampler.init(V))
         padded = torch.tensor(tokens + [0] * pads)
-        got = prime(sampler, padded, sampler.init(V), length=torch.tensor(len(tokens)))
+        got = observe_prompt(sampler, padded, sampler.init(V), length=torch.tensor(len(tokens)))
         parts = sampler.init(V)
         for part in (tokens[:cut], tokens[cut:]):
-            parts = prime(sampler, torch.tensor(part, dtype=torch.int64), parts)
+            parts = observe_prompt(sampler, torch.tensor(part, dtype=torch.int64), parts)
         assert tree.allclose(got, wanted)
         assert tree.allclose(parts, wanted)
         assert tree.allclose(primed(sampler, torch.tensor(tokens)).init(V), wanted)
@@ -75,9 +84,9 @@ def test_priming_ignores_pads_and_may_be_done_in_parts(make, tokens, pads, cut):
 def test_ragged_prompts_prime_under_vmap():
     sampler = chain(repetition_penalty(2.0), repetition_penalty(1.5, window=3))
     prompts, lengths = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([3, 1])
-    got = vmap(lambda tokens, n: prime(sampler, tokens, sampler.init(V), length=n))(prompts, lengths)
+    got = vmap(lambda tokens, n: observe_prompt(sampler, tokens, sampler.init(V), length=n))(prompts, lengths)
     for row, (tokens, n) in zip(tree.unstack(got), zip(prompts, lengths, strict=True), strict=True):
-        assert tree.allclose(row, prime(sampler, tokens[:n], sampler.init(V)))
+        assert tree.allclose(row, observe_prompt(sampler, tokens[:n], sampler.init(V)))
 
 
 def test_generate_counts_the_prompt_and_never_its_pads():
@@ -153,8 +162,12 @@ def test_penalties_are_tensors_that_one_may_differentiate():
         (lambda: logit_bias({1: float("nan")}), ValueError, "numbers or -inf"),
         (lambda: law(logit_bias({9: 1.0}))(torch.zeros(4)), ValueError, "ids should be below the vocabulary's 4"),
         (lambda: law(logit_bias(torch.zeros(3)))(torch.zeros(4)), ValueError, r"\(V,\) with V = 4"),
-        (lambda: prime(repetition_penalty(2.0), [1, 2], torch.zeros(3)), TypeError, "prime: tokens should be one sequence"),
-        (lambda: prime(repetition_penalty, torch.tensor([1]), ()), TypeError, "should be a Sampler"),
+        (
+            lambda: observe_prompt(repetition_penalty(2.0), [1, 2], torch.zeros(3)),
+            TypeError,
+            "observe_prompt: tokens should be one sequence",
+        ),
+        (lambda: observe_prompt(repetition_penalty, torch.tensor([1]), ()), TypeError, "should be a Sampler"),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):

@@ -8,7 +8,7 @@ from torch.func import vmap
 from transformers.generation import logits_process as theirs
 
 import funcattn as fa
-from funcattn.sampling import dry, law, no_repeat_ngram, prime
+from funcattn.sampling import dry, law, no_repeat_ngram, observe_prompt
 from funcattn.testing import laws, strategies
 
 V = 5
@@ -18,14 +18,14 @@ TOKENS = st.lists(st.integers(0, V - 1), min_size=1, max_size=24)
 @given(TOKENS, st.integers(1, 4))
 def test_no_repeat_ngram_hides_what_transformers_hides(tokens, n):
     sampler, logits = no_repeat_ngram(n, window=24), fa.random.normal(fa.key(0), (V,))
-    got = sampler.update(logits, prime(sampler, torch.tensor(tokens), sampler.init(V)))[0]
+    got = sampler.update(logits, observe_prompt(sampler, torch.tensor(tokens), sampler.init(V)))[0]
     assert torch.equal(got, theirs.NoRepeatNGramLogitsProcessor(n)(torch.tensor([tokens]), logits[None].clone())[0])
 
 
 @given(TOKENS, st.integers(2, 6))
 def test_what_left_the_window_is_forgotten(tokens, window):
     sampler, logits = no_repeat_ngram(2, window=window), torch.zeros(V)
-    got = sampler.update(logits, prime(sampler, torch.tensor(tokens), sampler.init(V)))[0]
+    got = sampler.update(logits, observe_prompt(sampler, torch.tensor(tokens), sampler.init(V)))[0]
     wanted = theirs.NoRepeatNGramLogitsProcessor(2)(torch.tensor([tokens[-window:]]), logits[None].clone())[0]
     assert torch.equal(got, wanted)
 
@@ -60,7 +60,7 @@ def test_dry_is_the_loop_over_the_text(tokens, breakers, allowed, longest, at_on
     sampler = dry(0.8, base=1.75, allowed_length=allowed, breakers=breakers, window=24, longest=longest)
     logits, state = fa.random.normal(fa.key(1), (V,), torch.float64), sampler.init(V)
     if at_once:
-        state = prime(sampler, torch.tensor(tokens), state)
+        state = observe_prompt(sampler, torch.tensor(tokens), state)
     else:
         for token in tokens:
             state = sampler.observe(torch.tensor(token), state)
@@ -80,7 +80,7 @@ def test_both_keep_the_laws_of_samplers(logits, key):
 def test_both_are_the_same_under_vmap_and_compile():
     texts, logits = fa.random.randint(fa.key(4), (6, 20), 0, V), torch.zeros(V)
     for sampler in (dry(window=16), no_repeat_ngram(2, window=16)):
-        one = lambda text, sampler=sampler: sampler.update(logits, prime(sampler, text, sampler.init(V)))[0]
+        one = lambda text, sampler=sampler: sampler.update(logits, observe_prompt(sampler, text, sampler.init(V)))[0]
         wanted = torch.stack([one(text) for text in texts])
         assert torch.equal(vmap(one)(texts), wanted)
         assert torch.equal(torch.compile(one, fullgraph=True, backend="eager")(texts[0]), wanted[0])
@@ -91,7 +91,7 @@ def test_with_no_history_nothing_is_changed_and_all_hidden_is_loud():
     for sampler in (dry(), no_repeat_ngram(1), no_repeat_ngram(3)):
         assert torch.equal(sampler.update(logits, sampler.init(V))[0], logits)
     sampler = no_repeat_ngram(1)
-    state = prime(sampler, torch.arange(V), sampler.init(V))
+    state = observe_prompt(sampler, torch.arange(V), sampler.init(V))
     assert law(sampler)(logits, state).isnan().all()
     with pytest.raises(ValueError, match="nothing to draw from"):
         fa.sampling.draw(fa.key(0), sampler, logits, state)

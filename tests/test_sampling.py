@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
+from funcattn import sampling
 from funcattn.sampling import Sampler, chain, draw, greedy, law, min_p, mixture, stateless, temperature, top_k, top_p
 
 INF = float("inf")
@@ -272,3 +273,49 @@ def test_the_figures_of_the_page_are_those_of_the_code():
             torch.testing.assert_close(eval(code, scope), torch.tensor(wanted), atol=5e-4, rtol=0)  # three digits are shown
             figures += 1
     assert figures == 4
+
+
+def test_greedy_is_a_value_and_is_called_as_its_siblings_are():
+    assert greedy() is greedy
+    logits = torch.tensor([0.0, 2.0, 1.0])
+    assert torch.equal(law(chain(temperature(0.5), greedy()))(logits), law(chain(temperature(0.5), greedy))(logits))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "text"),
+    [
+        (greedy, "greedy()"),
+        (chain(temperature(0.7), top_p(0.9)), "temperature(0.7) >> top_p(0.9)"),
+        (chain(chain(top_k(3)), greedy), "top_k(3) >> greedy()"),
+        (chain(), "chain()"),
+        (mixture(0.25, greedy, chain(top_k(2), min_p(0.1))), "mixture(0.25, greedy(), top_k(2) >> min_p(0.1))"),
+        (temperature(torch.tensor([0.5, 1.0])), "temperature(float32[2])"),
+        (sampling.repetition_penalty(1.1, window=64), "repetition_penalty(1.1, window=64)"),
+        (sampling.logit_bias({1: 2.0}), "logit_bias({1: 2.0})"),
+        (sampling.primed(top_k(3), torch.tensor([1, 2])), "primed(top_k(3), int64[2])"),
+        (sampling.allowed_tokens(list(range(100))), "allowed_tokens(list)"),
+    ],
+)
+def test_a_sampler_prints_as_the_calls_that_made_it(sampler, text):
+    assert repr(sampler) == f"Sampler({text})"
+
+
+def test_a_sampler_of_ones_own_prints_no_address():
+    for sampler in (Sampler(lambda V: (), lambda logits, state: (logits, state), lambda token, state: state), stateless(torch.neg)):
+        assert " at 0x" not in repr(sampler)
+        assert " at 0x" not in repr(chain(sampler, temperature(0.5)))
+
+
+def test_earlier_names_go_on_working():
+    assert sampling.law is sampling.log_probs
+    assert sampling.weigh is sampling.log_probs_with_state
+    assert sampling.prime is sampling.observe_prompt
+    seen = lambda tokens, length, state: state + length
+    init, update, observe = (lambda V: torch.tensor(0)), (lambda logits, state: (logits, state)), (lambda token, state: state)
+    for sampler in (
+        Sampler(init, update, observe, prime=seen),
+        Sampler(init, update, observe)._replace(prime=seen),
+        Sampler(init, update, observe, False, seen),
+    ):
+        assert sampler.prime is sampler.observe_prompt is seen
+        assert int(sampling.observe_prompt(chain(sampler), torch.tensor([1, 2]), chain(sampler).init(3))[0]) == 2

@@ -7,7 +7,7 @@ from torch.func import vmap
 import funcattn as fa
 from funcattn import sampling, tree
 from funcattn.sampling import chain, greedy, law, mirostat, repetition_penalty, temperature
-from funcattn.speculation import accept, laws_along, matched, rewind
+from funcattn.speculation import accept, accept_greedy, log_probs_along_draft, select_state
 
 V, N = 6, 3
 SAMPLERS = [
@@ -28,12 +28,13 @@ def drafted(seed=0):
 def test_the_laws_along_a_draft_are_those_of_one_token_after_another(sampler):
     logits, proposed = drafted()
     state = sampler.observe(torch.tensor(2), sampler.init(V))
-    along = laws_along(sampler, logits, proposed, state)
+    along = log_probs_along_draft(sampler, logits, proposed, state)
     for n in range(N + 1):
-        assert torch.equal(along.laws[n], law(sampler)(logits[n], state))
+        assert torch.equal(along.log_probs[n], law(sampler)(logits[n], state))
         state = sampler.update(logits[n], state)[1]
         assert all(
-            torch.equal(a, b) for a, b in zip(tree.leaves(rewind(along.states, torch.tensor(n))), tree.leaves(state), strict=True)
+            torch.equal(a, b)
+            for a, b in zip(tree.leaves(select_state(along.states, torch.tensor(n))), tree.leaves(state), strict=True)
         )
         if n < N:
             state = sampler.observe(proposed[n], state)
@@ -43,7 +44,7 @@ def test_the_laws_along_a_draft_are_those_of_one_token_after_another(sampler):
 def test_rolling_back_is_as_if_the_rest_was_never_drafted(sampler):
     logits, proposed = drafted(1)
     state, other = sampler.init(V), torch.cat([proposed[:1], (proposed[1:] + 1) % V])
-    one, two = (rewind(laws_along(sampler, logits, d, state).states, torch.tensor(1)) for d in (proposed, other))
+    one, two = (select_state(log_probs_along_draft(sampler, logits, d, state).states, torch.tensor(1)) for d in (proposed, other))
     for a, b in zip(tree.leaves(one), tree.leaves(two), strict=True):
         assert torch.equal(a, b)
 
@@ -54,9 +55,9 @@ def test_rows_of_a_batch_roll_back_on_their_own():
     uniform = torch.full((N, V), 1 / V, dtype=torch.float64)
 
     def step(key, logits, proposed, state):
-        laws, states = laws_along(sampler, logits, proposed, state)
-        done = accept(key, laws.exp(), uniform, proposed)
-        return done, sampler.observe(done.token, rewind(states, done.count))
+        log_probs, states = log_probs_along_draft(sampler, logits, proposed, state)
+        done = accept(key, log_probs.exp(), uniform, proposed)
+        return done, sampler.observe(done.token, select_state(states, done.count))
 
     keys, start = fa.split(fa.key(3), 8), sampler.init(V)
     done, states = vmap(step, (0, 0, 0, None))(keys, logits, proposed, start)
@@ -70,8 +71,8 @@ def test_rows_of_a_batch_roll_back_on_their_own():
 
 def test_a_row_too_few_is_an_error():
     logits, proposed = drafted()
-    with pytest.raises(ValueError, match=r"laws_along: logits should be \(N \+ 1, V\) with N = 3"):
-        laws_along(chain(), logits[:N], proposed, ())
+    with pytest.raises(ValueError, match=r"log_probs_along_draft: logits should be \(N \+ 1, V\) with N = 3"):
+        log_probs_along_draft(chain(), logits[:N], proposed, ())
 
 
 @pytest.mark.parametrize("sampler", [greedy, chain(repetition_penalty(1.5), sampling.frequency_penalty(0.4), greedy)])
@@ -80,11 +81,11 @@ def test_matching_ids_is_accepting_one_hot_laws(sampler, valid):
     for seed in range(20):
         logits, proposed = drafted(seed)
         state, valid = sampler.observe(torch.tensor(2), sampler.init(V)), torch.as_tensor(valid)
-        laws, states = laws_along(sampler, logits, proposed, state)
-        proposed = torch.where(torch.arange(N) < seed % (N + 1), laws.argmax(-1)[:N], proposed)  # some beginnings stay
-        laws, states = laws_along(sampler, logits, proposed, state)
-        wanted = accept(fa.key(0), laws.exp(), torch.nn.functional.one_hot(proposed, V).double(), proposed, valid)
-        found, found_states = matched(sampler, logits, proposed, valid, state)
+        log_probs, states = log_probs_along_draft(sampler, logits, proposed, state)
+        proposed = torch.where(torch.arange(N) < seed % (N + 1), log_probs.argmax(-1)[:N], proposed)  # some beginnings stay
+        log_probs, states = log_probs_along_draft(sampler, logits, proposed, state)
+        wanted = accept(fa.key(0), log_probs.exp(), torch.nn.functional.one_hot(proposed, V).double(), proposed, valid)
+        found, found_states = accept_greedy(sampler, logits, proposed, valid, state)
         assert found.tokens.tolist() == wanted.tokens.tolist()
         assert (int(found.count), int(found.token)) == (int(wanted.count), int(wanted.token))
         assert tree.allclose(found_states, states, atol=0, rtol=0)

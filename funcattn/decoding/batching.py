@@ -5,7 +5,7 @@
     served, slots = step(model, params, slots)                                 a token for each text, whatever its length
 
 All three are pure: the slots are a value, stacked on the first axis, and a step is `vmap` of the step of one slot. A text leaves
-its slot when it ends, at the same step, and its room is free for the next: nobody waits for the longest, and nothing is padded
+its slot when it ends, at the same step, and its room is free for the next: no text waits for the longest, and nothing is padded
 but the tokens of a slot that is idle. Token i of a text spends `split(key, steps)[i]`, as in `generate`, so what is drawn does
 not depend on the company.
 
@@ -38,7 +38,7 @@ class Slot(NamedTuple):
     logits: Tensor  # (V,), of its next token
     key: Tensor  # int64 (2,)
     drawn: Tensor  # int64 (), how many tokens it has written
-    left: Tensor  # int64 (), how many it may still write: 0 where nobody is
+    left: Tensor  # int64 (), how many it may still write: 0 in a free slot
     state: Any  # the sampler's
 
 
@@ -67,7 +67,7 @@ class Served(NamedTuple):
 
 @door
 def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler = sampling.greedy, prefix: Any = ABSENT) -> Slots:
-    """Slots with nobody in them.
+    """Slots without a text.
 
     Args:
         model, params: a decoder and its weights.
@@ -135,7 +135,7 @@ def enter(
     left = torch.full_like(before.left, steps)
     state = sampling.begin(sampler, logits)
     _check_sampler("enter", state, before.state)
-    state = sampling.prime(sampler, prompt, state)
+    state = sampling.observe_prompt(sampler, prompt, state)
     here = Slot(cache, logits, key, torch.zeros_like(left), left, state)
     return slots._replace(slots=_put(slots.slots, before, here, slot))
 

@@ -172,7 +172,7 @@ def best_of(
     _check_counts("best_of", n=n, steps=steps)
     prefix = _all_but_last(Request("best_of", model, params, prompt, cache, steps, sampler, stop).checked(key=key, n=n))
     last = prompt[-1:]
-    seen = sampling.primed(sampler, prompt[:-1])  # generate primes it with the last
+    seen = sampling.primed(sampler, prompt[:-1])  # generate shows it the last
     one = lambda key: generate(key, model, params, last, prefix, steps=steps, sampler=seen, stop=stop)[0]
     tokens = vmap(one)(randomness.split(key, n))
     lengths = until_stop(tokens, torch.full_like(tokens[:, 0], steps), stop)

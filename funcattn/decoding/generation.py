@@ -41,8 +41,8 @@ def generate(
         prompt: int64 (T,), T >= 1.
         cache: a past that the prompt continues; it stays as it was. `()` is no past.
         steps: number of tokens to return, 0 or more.
-        sampler: how a token is drawn from logits; see `funcattn.sampling`. It is primed with the prompt (`sampling.prime`); for a
-            cache whose text it should know too, `sampling.primed`.
+        sampler: how a token is drawn from logits; see `funcattn.sampling`. It sees the prompt (`sampling.observe_prompt`);
+            for a cache whose text it should know too, `sampling.primed`.
         stop: ids that end the text. After one, the rest is filled with it; once every row of a vmap has ended, the loop ends.
         prompt_length: int64 (), 1 to T, where the prompt is padded at its end: the pads (any valid id) are never remembered.
         chunk: tokens of the prompt that are read at a time; bounds the memory of prefill.

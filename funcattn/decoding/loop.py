@@ -181,7 +181,7 @@ def drawing(request: Request, key: Tensor) -> Chooser:
 def begun(request: Request, logits: Tensor) -> Any:
     """The state of the request's sampler, which has seen the prompt."""
     sampler = request.sampler
-    return sampling.prime(sampler, request.prompt, sampling.begin(sampler, logits), length=request.prompt_length)
+    return sampling.observe_prompt(sampler, request.prompt, sampling.begin(sampler, logits), length=request.prompt_length)
 
 
 def append(model: Model, params: Any, cache: Any, delta: Any, n: Tensor | int) -> Any:

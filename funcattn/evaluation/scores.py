@@ -82,15 +82,15 @@ def score_continuation(
 
 
 @door
-def foretold(
+def score_and_greedy(
     model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Any = ABSENT, *, chunk: int = 512
 ) -> tuple[Tensor, Tensor]:
     """`score_continuation`, and whether each token is the likeliest (booleans (*lead, N)): what greedy decoding would write.
 
     Args and errors: as `score_continuation`.
     """
-    inputs, targets = _join("foretold", prompt, continuation, chunk)
-    collectives.agree("foretold", {"prompt": prompt, "continuation": continuation, "chunk": chunk}, params)
+    inputs, targets = _join("score_and_greedy", prompt, continuation, chunk)
+    collectives.agree("score_and_greedy", {"prompt": prompt, "continuation": continuation, "chunk": chunk}, params)
     hidden = _hidden(model, params, inputs, targets[..., -1:], cache)[..., prompt.shape[-1] - 1 :, :]
 
     def both(logits: Tensor, targets: Tensor) -> Tensor:

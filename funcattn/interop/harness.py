@@ -179,7 +179,7 @@ class Answers:
     def _foretold(self, before: tuple[int, ...], after: tuple[int, ...], past: Any) -> tuple[float, bool]:
         with torch.no_grad():
             before_after = self._tensor(before), self._tensor(after)
-            scores, likeliest = evaluation.foretold(self.model, self.params, *before_after, past, chunk=self.chunk)
+            scores, likeliest = evaluation.score_and_greedy(self.model, self.params, *before_after, past, chunk=self.chunk)
         return float(scores.double().sum()), bool(likeliest.all())
 
     def _tensor(self, ids: Sequence[int]) -> torch.Tensor:

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._doors import door
+from .._doors import door, printed
 from ..models import Model
 from ..records import record
 from .composition import LARGE, Sampler, between, chain, mixture, normalized, rank, require, stateless
 
 
 @door
+@printed
 def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, then: Sampler | None = None) -> Sampler:
     """Exclude top choices: with a probability, hide all tokens of at least the threshold but the least likely of them.
 
-    No coin is tossed here: what is left is the `mixture` of both outcomes, with the law of the toss. What should act on each
+    No coin is tossed here: what is left is the `mixture` of both outcomes, distributed as after the toss. What should act on each
     outcome rather than on their mixture goes into `then`, such as llama.cpp's temperature, which it applies after its xtc.
 
     Args:
@@ -25,8 +26,8 @@ def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, t
         then: samplers that follow within each outcome.
 
     Example:
-        >>> from funcattn.sampling import law
-        >>> law(xtc(0.5, 0.25))(torch.tensor([0.5, 0.3, 0.2]).log()).exp()
+        >>> from funcattn.sampling import log_probs
+        >>> log_probs(xtc(0.5, 0.25))(torch.tensor([0.5, 0.3, 0.2]).log()).exp()
         tensor([0.2500, 0.4500, 0.3000])
 
     Source: p-e-w, text-generation-webui pull request 6335, "Exclude top choices".
@@ -48,7 +49,7 @@ def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, t
 class Surprise(NamedTuple):
     """The state of mirostat.
 
-    most: (), the greatest surprise in bits that is kept now. tokens: (V,), the surprise of each token in the last law.
+    most: (), the greatest surprise in bits that is kept now. tokens: (V,), the surprise of each token in what was last left.
     """
 
     most: Tensor
@@ -56,6 +57,7 @@ class Surprise(NamedTuple):
 
 
 @door
+@printed
 def mirostat(tau: float = 5.0, eta: float = 0.1) -> Sampler:
     """Mirostat 2: keep the tokens of at most `most` bits of surprise, and move `most` so that the text has tau bits a token.
 
@@ -64,7 +66,7 @@ def mirostat(tau: float = 5.0, eta: float = 0.1) -> Sampler:
     Args:
         tau: llama.cpp `--mirostat-ent` (5.0). eta: `--mirostat-lr` (0.1). Numbers, or tensors ().
 
-    Put it last: the surprise is that of the law it leaves. Its update writes down that law for `observe`, so a state is made by
+    Put it last: the surprise is that of what it leaves. Its update writes that down for `observe`, so a state is made by
     update, then observe, in turn, which is what `draw` does.
 
     Source: Basu et al., Mirostat, arXiv:2007.14966; the second version is llama.cpp's.
@@ -117,6 +119,7 @@ class Other(NamedTuple):
 
 
 @door
+@printed
 def guidance(scale: float | Tensor, model: Model, params: Any, cache: Any, logits: Tensor) -> Sampler:
     """Classifier-free guidance by a second past that reads every token too: without the condition, or of a negative prompt.
 

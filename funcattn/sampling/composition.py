@@ -1,15 +1,15 @@
-"""What a sampler is, how samplers compose, and the law that they promise.
+"""What a sampler is, how samplers compose, and the log-probabilities that they promise.
 
     init(V) -> state            update(logits, state) -> (logits, state)            observe(token, state) -> state
 
 The state is a pytree of tensors, so a penalty forks and rolls back with the cache: an older state is a rewound sampler. What is
 filtered out has a logit of -inf. Written for one row of logits (V,); many rows are `vmap`.
 
-Nothing here draws but `draw`. A sampler that tosses a coin (xtc) promises the mixture of both outcomes, which has the same law as
-the toss, so that the law stays exact and a state needs no key.
+Nothing here draws but `draw`. A sampler that tosses a coin (xtc) promises the mixture of both outcomes: a draw from it is
+distributed as one after the toss, log-probabilities stay exact, and a state needs no key.
 
-Edges: of equal logits the lower ids go first. A row in which nothing is left has a law of NaN, as has one with NaN or +inf in
-what is left, and `draw` raises on it where values can be looked at.
+Edges: of equal logits the lower ids go first. A row in which nothing is left has log-probabilities of NaN, as has one with NaN
+or +inf in what is left, and `draw` raises on it where values can be looked at.
 """
 
 import contextlib
@@ -20,36 +20,56 @@ import torch
 from torch import Tensor
 
 from .. import _checks, randomness, tree
-from .._doors import door, uncalled, what_is
-from ..records import ABSENT
+from .._doors import door, printed, shown_value, uncalled, what_is
+from ..records import ABSENT, formerly
 
 
 def _ignore(tokens: Tensor, length: Tensor, state: Any) -> Any:
     return state
 
 
+@formerly(prime="observe_prompt")
 class Sampler(NamedTuple):
     """A transform of logits. Not a record: it holds functions; its state is a pytree of tensors, `()` where it has none.
 
-    `deterministic` says that update leaves one token, so that drawing needs no noise. `prime(tokens, length, state)` is what the
-    sampler makes of a prompt (T,) of which the first `length` count; most make nothing of it.
+    Args:
+        init: V -> state, before the first token.
+        update: (logits (V,), state) -> (logits (V,), state); -inf hides a token.
+        observe: (token int64 (), state) -> state, of the same structure, shapes and dtypes.
+        deterministic: whether update leaves one token, so that drawing needs no noise.
+        observe_prompt: (tokens int64 (T,), length int64 (), state) -> state, what is made of a prompt of which the first
+            `length` tokens count; most samplers make nothing of it.
+        text: how it prints: the call that made it.
+
+    Example:
+        >>> from funcattn.sampling import temperature, top_p
+        >>> chain(temperature(0.7), top_p(0.9))
+        Sampler(temperature(0.7) >> top_p(0.9))
     """
 
     init: Callable[[int], Any]
     update: Callable[[Tensor, Any], tuple[Tensor, Any]]
     observe: Callable[[Tensor, Any], Any]
     deterministic: bool = False
-    prime: Callable[[Tensor, Tensor, Any], Any] = _ignore
-    __call__ = uncalled  # `greedy` is a value
+    observe_prompt: Callable[[Tensor, Tensor, Any], Any] = _ignore
+    text: str = ""
+
+    def __call__(self, *args: Any, **options: Any) -> "Sampler":
+        """`greedy()` is `greedy`, so that it is used as its siblings are; any other sampler is made already, and raises."""
+        return self if self is greedy and not args and not options else uncalled(self, *args, **options)
+
+    def __repr__(self) -> str:
+        return f"Sampler({self.text or shown_value(self.update)})"
 
 
 @door
+@printed
 def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = False) -> Sampler:
     """A sampler from a function of logits (V,) -> (V,).
 
     Example:
         >>> never_zero = stateless(lambda logits: logits.index_fill(-1, torch.tensor(0), float("-inf")))
-        >>> law(never_zero)(torch.zeros(3)).exp().tolist()
+        >>> log_probs(never_zero)(torch.zeros(3)).exp().tolist()
         [0.0, 0.5, 0.5]
     """
 
@@ -64,7 +84,7 @@ def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = Fa
 
 
 def chain(*samplers: Sampler) -> Sampler:
-    """Apply samplers from left to right; the state is the tuple of theirs."""
+    """Apply samplers from left to right to logits (V,); the state is the tuple of theirs."""
     _require_samplers("chain", samplers)
 
     def update(logits: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
@@ -79,25 +99,32 @@ def chain(*samplers: Sampler) -> Sampler:
         update,
         lambda token, states: tuple(s.observe(token, state) for s, state in zip(samplers, states, strict=True)),
         any(sampler.deterministic for sampler in samplers),
-        lambda tokens, length, states: tuple(s.prime(tokens, length, x) for s, x in zip(samplers, states, strict=True)),
+        lambda tokens, length, states: tuple(s.observe_prompt(tokens, length, x) for s, x in zip(samplers, states, strict=True)),
+        " >> ".join(sampler.text or shown_value(sampler.update) for sampler in samplers) or "chain()",
     )
 
 
 @door
+@printed
 def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
-    """At every token the second sampler with probability `share`, else the first: law = (1 - share) * first + share * second.
+    """At every token the second sampler with probability `share`, else the first.
 
-    No coin is tossed: the sampler leaves the logarithm of the mixed law, and a draw from that is a draw after the toss. What
-    follows in a chain acts on the mixture; what should act on each outcome belongs into `first` and `second`.
+        P = (1 - share) * P_first + share * P_second
+
+    No coin is tossed: the sampler leaves log P, and a draw from that is a draw after the toss. What follows in a chain acts on
+    the mixture; what should act on each outcome belongs into `first` and `second`.
+
+    Args:
+        share: a number or a tensor (), in [0, 1].
 
     Raises:
         ValueError: share outside [0, 1].
 
     Example:
-        >>> law(mixture(0.25, greedy, chain()))(torch.zeros(2)).exp()
+        >>> log_probs(mixture(0.25, greedy, chain()))(torch.zeros(2)).exp()
         tensor([0.8750, 0.1250])
 
-    Law: the mixture of both laws (test_sampling.py::test_a_mixture_has_the_mixed_law).
+    Law: the mixture of both distributions (test_sampling.py::test_a_mixture_has_the_mixed_law).
     """
     require(between(share, 0, 1), "mixture", "share", "in [0, 1]", share, "It is the probability of the second sampler.")
     _require_samplers("mixture", (first, second))
@@ -115,7 +142,7 @@ def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
 
 
 def normalized(logits: Tensor) -> Tensor:
-    """log_softmax over the last axis; -inf everywhere, not NaN, where no token is left."""
+    """log_softmax of logits (.., V) over the last axis; -inf everywhere, not NaN, where no token is left."""
     nothing = (logits == -torch.inf).all(-1, keepdim=True)
     return torch.where(nothing, -torch.inf, torch.where(nothing, 0, logits).log_softmax(-1))
 
@@ -125,28 +152,28 @@ def _argmax_only(logits: Tensor) -> Tensor:
     return torch.full_like(logits, float("-inf")).scatter(-1, best, logits.gather(-1, best))
 
 
-greedy = stateless(_argmax_only, deterministic=True)
+greedy = stateless(_argmax_only, deterministic=True)._replace(text="greedy()")
 
 
 @door
-def law(sampler: Sampler) -> Callable[..., Tensor]:
+def log_probs(sampler: Sampler) -> Callable[..., Tensor]:
     """The log-probabilities that a sampler draws from, as a function (logits (V,), state=None) -> (V,) in float32 at least.
 
     Example:
         >>> from funcattn.sampling import temperature, top_k
-        >>> law(chain(temperature(0.5), top_k(2)))(torch.tensor([0.0, 1.0, 2.0])).exp()
+        >>> log_probs(chain(temperature(0.5), top_k(2)))(torch.tensor([0.0, 1.0, 2.0])).exp()
         tensor([0.0000, 0.1192, 0.8808])
     """
 
     def log_probabilities(logits: Tensor, state: Any = None) -> Tensor:
-        return weigh(sampler, logits, begin(sampler, logits) if state is None else state)[0]
+        return log_probs_with_state(sampler, logits, begin(sampler, logits) if state is None else state)[0]
 
     return log_probabilities
 
 
 @door
-def weigh(sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """The law (V,), log-probabilities in float32 at least, and the state that is ready to observe a token drawn from it."""
+def log_probs_with_state(sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Log-probabilities (V,) of logits (V,), in float32 at least, and the state that may observe a token drawn from them."""
     filtered, state = sampler.update(_accurate(logits), state)
     return filtered.log_softmax(-1), state
 
@@ -156,8 +183,11 @@ def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any, *, wanted: T
     """One token () from logits (V,), and the state that has seen it.
 
     Args:
-        wanted: bool (), whether anybody reads the token: where it is False (a text of a batch that has ended, such as a grammar
-            behind which nothing may follow) nothing is checked, and the token is any. None is True.
+        wanted: bool (), whether the token is part of a text: where it is False (a text of a batch that has ended, such as a
+            grammar behind which nothing may follow) nothing is checked, and the token is any. None is True.
+
+    Returns:
+        token: int64 (). state: of the same structure and shapes as the given one.
 
     Raises:
         ValueError: the sampler left no token, or NaN (checked where values are concrete, in every row under vmap).
@@ -186,7 +216,7 @@ def begin(sampler: Sampler, logits: Tensor) -> Any:
 
 
 @door
-def prime(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tensor | None = None) -> Any:
+def observe_prompt(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tensor | None = None) -> Any:
     """The state after a prompt: each sampler of a chain takes from it what users of its name expect.
 
     repetition_penalty, no_repeat_ngram and dry count the prompt, as in transformers, vLLM and llama.cpp; presence_penalty and
@@ -200,23 +230,24 @@ def prime(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tensor | None
     Example:
         >>> from funcattn.sampling import repetition_penalty
         >>> sampler = repetition_penalty(2.0)
-        >>> sampler.update(torch.ones(4), prime(sampler, torch.tensor([1, 3, 3]), sampler.init(4)))[0]
+        >>> sampler.update(torch.ones(4), observe_prompt(sampler, torch.tensor([1, 3, 3]), sampler.init(4)))[0]
         tensor([1.0000, 0.5000, 1.0000, 0.5000])
 
-    Law: pads are not seen, and priming in parts is priming at once (test_penalties.py).
+    Law: pads are not seen, and a prompt in parts is the prompt at once (test_penalties.py).
     """
-    _require_samplers("prime", (sampler,))
+    _require_samplers("observe_prompt", (sampler,))
     if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
         got = f"{tokens.dtype} {_checks.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        _checks.fail("prime", "tokens", "one sequence (T,) of token ids", got, "Map over many with vmap.", TypeError)
+        _checks.fail("observe_prompt", "tokens", "one sequence (T,) of token ids", got, "Map over many with vmap.", TypeError)
     count = torch.full((), len(tokens), dtype=torch.int64, device=tokens.device) if length is None else length
-    return sampler.prime(tokens, count, state)
+    return sampler.observe_prompt(tokens, count, state)
 
 
 @door
+@printed
 def primed(sampler: Sampler, tokens: Tensor) -> Sampler:
     """The sampler that has seen these tokens (T,) before it begins: for a text whose beginning is in a cache already."""
-    return sampler._replace(init=lambda V: prime(sampler, tokens, sampler.init(V)))
+    return sampler._replace(init=lambda V: observe_prompt(sampler, tokens, sampler.init(V)))
 
 
 def require(holds: bool | Tensor, function: str, argument: str, wanted: str, got: Any, remedy: str) -> None:

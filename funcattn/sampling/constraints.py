@@ -1,7 +1,7 @@
 """What may be written: masks over the vocabulary, fixed or decided by a state that every token moves.
 
 A grammar is `constrained(start, allowed, step)`, its state a pytree in the sampler's state, so that it forks and rolls back with
-the cache; a finite one is a table, `automaton`. Where nothing is allowed, the law is NaN and `draw` raises.
+the cache; a finite one is a table, `automaton`. Where nothing is allowed, log-probabilities are NaN and `draw` raises.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._doors import door, what_is
+from .._doors import door, printed, what_is
 from .composition import Sampler, require, require_integer, stateless
 from .penalties import require_ids
 
 
 @door
+@printed
 def allowed_tokens(allowed: Sequence[int] | Tensor) -> Sampler:
     """Hide every token but these: ids, or a bool tensor (V,) that is True where a token may be written.
 
@@ -27,6 +28,7 @@ def allowed_tokens(allowed: Sequence[int] | Tensor) -> Sampler:
 
 
 @door
+@printed
 def suppress_tokens(ids: Sequence[int] | Tensor) -> Sampler:
     """Hide these tokens: ids, or a bool tensor (V,) that is True where a token may not be written.
 
@@ -37,6 +39,7 @@ def suppress_tokens(ids: Sequence[int] | Tensor) -> Sampler:
 
 
 @door
+@printed
 def min_new_tokens(n: int | Tensor, stop: Sequence[int]) -> Sampler:
     """Hide the stop ids until n tokens were written: transformers `min_new_tokens`, vLLM `min_tokens`. A prompt does not count."""
     require(n >= 0, "min_new_tokens", "n", "0 or more", n, "0 changes nothing.")
@@ -46,6 +49,7 @@ def min_new_tokens(n: int | Tensor, stop: Sequence[int]) -> Sampler:
 
 
 @door
+@printed
 def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Tensor, Any], Any]) -> Sampler:
     """Write only what a state allows: the hook for grammars.
 
@@ -56,9 +60,9 @@ def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Te
             that is refused), and may then return anything.
 
     Example:
-        >>> from funcattn.sampling import law
+        >>> from funcattn.sampling import log_probs
         >>> rises = constrained(torch.tensor(0), lambda least: torch.arange(4) >= least, lambda token, least: token)
-        >>> law(rises)(torch.zeros(4), torch.tensor(2)).exp().tolist()
+        >>> log_probs(rises)(torch.zeros(4), torch.tensor(2)).exp().tolist()
         [0.0, 0.0, 0.5, 0.5]
     """
 
@@ -73,6 +77,7 @@ def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Te
 
 
 @door
+@printed
 def automaton(table: Tensor, start: int = 0) -> Sampler:
     """Write only what a finite automaton reads.
 
@@ -81,9 +86,9 @@ def automaton(table: Tensor, start: int = 0) -> Sampler:
         start: the first state.
 
     Example:
-        >>> from funcattn.sampling import law
+        >>> from funcattn.sampling import log_probs
         >>> takes_turns = automaton(torch.tensor([[1, -1], [-1, 0]]))
-        >>> law(takes_turns)(torch.zeros(2), takes_turns.observe(torch.tensor(0), takes_turns.init(2))).exp().tolist()
+        >>> log_probs(takes_turns)(torch.zeros(2), takes_turns.observe(torch.tensor(0), takes_turns.init(2))).exp().tolist()
         [0.0, 1.0]
     """
     if not isinstance(table, Tensor) or table.dim() != 2 or table.is_floating_point():

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._doors import door
+from .._doors import door, printed
 from .composition import Sampler, between, rank, require, require_integer, stateless
 
 
 @door
+@printed
 def temperature(t: float | Tensor) -> Sampler:
     """Divide logits by t > 0: below 1 sharper, above 1 flatter. For the limit 0 use `greedy`.
 
@@ -39,6 +40,7 @@ def temperature(t: float | Tensor) -> Sampler:
 
 
 @door
+@printed
 def top_k(k: int | Tensor) -> Sampler:
     """Keep the k greatest logits, exactly k: of equals the lower ids.
 
@@ -52,6 +54,7 @@ def top_k(k: int | Tensor) -> Sampler:
 
 
 @door
+@printed
 def top_p(p: float | Tensor) -> Sampler:
     """Keep the most likely tokens until their probabilities reach p: at least one, and of equals the lower ids; p = 1 keeps all.
 
@@ -71,6 +74,7 @@ def top_p(p: float | Tensor) -> Sampler:
 
 
 @door
+@printed
 def min_p(p: float | Tensor) -> Sampler:
     """Keep the tokens at least p times as likely as the most likely one.
 
@@ -82,6 +86,7 @@ def min_p(p: float | Tensor) -> Sampler:
 
 
 @door
+@printed
 def typical_p(p: float | Tensor) -> Sampler:
     """Keep the tokens whose surprise -log P is nearest to the entropy until their probabilities reach p; p = 1 keeps all.
 
@@ -103,6 +108,7 @@ def typical_p(p: float | Tensor) -> Sampler:
 
 
 @door
+@printed
 def epsilon_cutoff(epsilon: float | Tensor) -> Sampler:
     """Keep the tokens of probability epsilon at least, and the most likely ones always.
 
@@ -113,6 +119,7 @@ def epsilon_cutoff(epsilon: float | Tensor) -> Sampler:
 
 
 @door
+@printed
 def eta_cutoff(epsilon: float | Tensor) -> Sampler:
     """Keep the tokens of probability min(epsilon, sqrt(epsilon) * exp(-entropy)) at least, and the most likely ones always.
 
@@ -129,6 +136,7 @@ def eta_cutoff(epsilon: float | Tensor) -> Sampler:
 
 
 @door
+@printed
 def top_n_sigma(n: float | Tensor) -> Sampler:
     """Keep the logits within n standard deviations of the greatest. The choice does not depend on a temperature before it.
 
@@ -151,6 +159,7 @@ def top_n_sigma(n: float | Tensor) -> Sampler:
 
 
 @door
+@printed
 def top_h(share: float | Tensor, *, candidates: int = 100) -> Sampler:
     """Keep the most likely tokens while their part of the entropy stays within a share of it: at least one.
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._doors import door
+from .._doors import door, printed
 from .composition import LARGE, Sampler, between, bounded, require, require_integer, stateless
-from .repeats import empty_ring, prime_ring, push
+from .repeats import empty_ring, observe_prompt_ring, push
 
 
 @door
+@printed
 def repetition_penalty(penalty: float | Tensor, *, prompt: bool = True, window: int | None = None) -> Sampler:
     """Divide the logits of tokens seen by the penalty where they are positive, multiply where negative: above 1 discourages.
 
@@ -37,6 +38,7 @@ def repetition_penalty(penalty: float | Tensor, *, prompt: bool = True, window: 
 
 
 @door
+@printed
 def presence_penalty(penalty: float | Tensor, *, prompt: bool = False, window: int | None = None) -> Sampler:
     """Subtract the penalty from the logit of every token that was written, however often.
 
@@ -48,6 +50,7 @@ def presence_penalty(penalty: float | Tensor, *, prompt: bool = False, window: i
 
 
 @door
+@printed
 def frequency_penalty(penalty: float | Tensor, *, prompt: bool = False, window: int | None = None) -> Sampler:
     """Subtract the penalty from the logit of a token as often as it was written. Names and edges as `presence_penalty`."""
     _require_finite("frequency_penalty", penalty)
@@ -55,6 +58,7 @@ def frequency_penalty(penalty: float | Tensor, *, prompt: bool = False, window: 
 
 
 @door
+@printed
 def logit_bias(bias: Mapping[int, float] | Tensor) -> Sampler:
     """Add a number to each logit: a mapping from ids to numbers, or a tensor (V,). -inf hides a token; what is hidden stays so.
 
@@ -99,16 +103,16 @@ def _counting(function: str, penalize: Any, prompt: bool, window: int | None) ->
         init: Any = lambda V: empty_ring(window)
         count = lambda ring, V: tally(ring.tokens.clamp(min=0), ring.tokens >= 0, V)
         observe: Any = push
-        prime: Any = prime_ring
+        observe_prompt: Any = observe_prompt_ring
     else:
         init = lambda V: torch.zeros(V, dtype=torch.int64)
         count = lambda counts, V: counts
         observe = lambda token, counts: counts + (torch.arange(counts.shape[-1], device=counts.device) == token)
-        prime = lambda tokens, length, counts: (
+        observe_prompt = lambda tokens, length, counts: (
             counts + tally(tokens, torch.arange(len(tokens), device=tokens.device) < length, counts.shape[-1])
         )
     update = lambda logits, state: (bounded(penalize(logits, count(state, logits.shape[-1]))), state)
-    return Sampler(init, update, observe, False, prime if prompt else lambda tokens, length, state: state)
+    return Sampler(init, update, observe, False, observe_prompt) if prompt else Sampler(init, update, observe)
 
 
 def tally(tokens: Tensor, counted: Tensor, V: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._doors import door
+from .._doors import door, printed
 from ..records import record
 from .composition import LARGE, Sampler, between, bounded, require, require_integer
 
@@ -32,7 +32,7 @@ def push(token: Tensor, ring: Ring) -> Ring:
     return Ring(torch.cat([ring.tokens[1:], token.reshape(1)]))
 
 
-def prime_ring(tokens: Tensor, length: Tensor, ring: Ring) -> Ring:
+def observe_prompt_ring(tokens: Tensor, length: Tensor, ring: Ring) -> Ring:
     """The history with the first `length` of tokens (T,) added."""
     W = ring.tokens.shape[-1]
     places = torch.arange(W, device=tokens.device) + length
@@ -40,6 +40,7 @@ def prime_ring(tokens: Tensor, length: Tensor, ring: Ring) -> Ring:
 
 
 @door
+@printed
 def no_repeat_ngram(n: int, *, window: int = 1024) -> Sampler:
     """Hide every token that would complete an n-gram seen before, prompt included: transformers' `no_repeat_ngram_size`.
 
@@ -59,10 +60,11 @@ def no_repeat_ngram(n: int, *, window: int = 1024) -> Sampler:
         hidden = torch.zeros_like(logits).scatter_add(-1, grams[:, -1].clamp(min=0), seen.to(logits.dtype)) > 0
         return torch.where(hidden, -torch.inf, logits), ring
 
-    return Sampler(lambda V: empty_ring(window), update, push, False, prime_ring)
+    return Sampler(lambda V: empty_ring(window), update, push, False, observe_prompt_ring)
 
 
 @door
+@printed
 def dry(
     multiplier: float | Tensor = 0.8,
     *,
@@ -114,4 +116,4 @@ def dry(
         power = bounded(torch.as_tensor(base, dtype=logits.dtype, device=logits.device) ** (match - allowed_length))
         return logits - torch.where(match >= allowed_length, multiplier * power, 0), ring
 
-    return Sampler(lambda V: empty_ring(window), update, push, False, prime_ring)
+    return Sampler(lambda V: empty_ring(window), update, push, False, observe_prompt_ring)

@@ -24,7 +24,7 @@ from ..streams import Heard, Streamed, check_stop_strings, ends_of
 from .acceptance import Accepted
 from .drafters import Draft
 from .rules import Rule, blockwise
-from .verification import accept_along, laws_along, matched, rewind
+from .verification import accept_along, accept_greedy, log_probs_along_draft, select_state
 
 
 @record
@@ -95,10 +95,10 @@ def speculate(
     rule: Rule = blockwise,
     chunk: int = 512,
 ) -> tuple[Speculated, Any]:
-    """`fa.generate` with drafts: the same law of tokens, in fewer steps of the model.
+    """`fa.generate` with drafts: the same distribution of texts, in fewer steps of the model.
 
     Args:
-        key: randomness. The tokens are not those that generate draws with this key, but their law is the same; with `greedy` they
+        key: randomness. The tokens are not those that generate draws with this key, but distributed alike; with `greedy` they
             are the same tokens, up to the rounding of one step against several at once.
         drafter: one of `fa.drafters`; it reads the prompt (not what a given cache holds). A drafter of this very model with other
             weights reads the past of the target instead, and nothing is read twice.
@@ -120,7 +120,7 @@ def speculate(
         >>> torch.equal(done.tokens, fa.generate(fa.key(1), model, params, torch.tensor([1, 2, 3, 1, 2]), steps=6)[0])
         True
 
-    Law: the law of generate, and under greedy its tokens; vmap over prompts of different lengths equals the loop
+    Law: distributed as generate, and under greedy its tokens; vmap over prompts of different lengths equals the loop
         (test_decoding.py).
     """
     request = Request("speculate", model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk)
@@ -241,7 +241,7 @@ def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: St
         tokens = F.pad(found.tokens, (0, drafter.length - len(proposed)), value=-1)
 
         def settle(kept: Tensor, last: Tensor) -> Drafting:
-            state = sampler.observe(last, rewind(states, (kept - 1).clamp(min=0)))
+            state = sampler.observe(last, select_state(states, (kept - 1).clamp(min=0)))
             after = (shared or drafter).keep(tokens, kept, drafting)
             return Drafting(state, after, _counted(text, draft, torch.minimum(found.count, kept)))
 
@@ -255,11 +255,11 @@ def _accepted(
 ) -> tuple[Accepted, Any]:
     """What becomes of a draft (N,) that was read with logits (N + 1, V), and the states of the sampler along it."""
     if sampler.deterministic:
-        return matched(sampler, logits, proposed, draft.valid, state)
-    along = laws_along(sampler, logits, proposed, state)
-    laws = along.laws
-    chance = F.one_hot(proposed, logits.shape[-1]).to(laws.dtype) if is_absent(draft.laws) else draft.laws.to(laws.dtype)
-    return accept_along(key, along, chance, proposed, draft.valid, rule=rule), along.states
+        return accept_greedy(sampler, logits, proposed, draft.valid, state)
+    along = log_probs_along_draft(sampler, logits, proposed, state)
+    dtype = along.log_probs.dtype
+    probs = F.one_hot(proposed, logits.shape[-1]).to(dtype) if is_absent(draft.probs) else draft.probs.to(dtype)
+    return accept_along(key, along, probs, proposed, draft.valid, rule=rule), along.states
 
 
 def no_rounds(prompt: Tensor) -> Stats:

@@ -1,9 +1,11 @@
-"""Who drafts, for `fa.speculate`: a model, the text itself, or a function of yours. The draft decides the speed, never the law.
+"""Drafts for `fa.speculate`: by a model, by the text itself, or by a function of yours.
+
+They decide the speed, never what is written.
 
 A drafter is three pure functions over a state that is a pytree; it knows all the text but the last token, which it is told:
 
     init(prompt, prompt_length, steps) -> state
-    propose(key, last, state) -> (Draft, state)          N tokens that may follow, and the laws they were drawn from
+    propose(key, last, state) -> (Draft, state)          N tokens that may follow, and what they were drawn from
     keep(tokens, count, state) -> state                  what was written instead: the first count of tokens (N + 1,)
 """
 
@@ -15,30 +17,40 @@ import torch
 from torch import Tensor
 
 from ... import _checks, caches, collectives, randomness, sampling, transformer, tree
-from ..._doors import door, uncalled, what_is
+from ..._doors import door, printed, uncalled, what_is
 from ...caches import Branch, Cache
 from ...models import Model, at_core, config_of, told
-from ...records import ABSENT, record
+from ...records import ABSENT, formerly, record
 from ...sampling import Sampler
 from ..loop import commit_owned, prefill
+from .verification import select_state
 
 
+@formerly(laws="probs")
 @record
 class Draft(NamedTuple):
     """Tokens that may follow.
 
-    tokens: int64 (N,). laws: (N, V), what each was drawn from, or () where there was no chance. valid: int64 (), how many count.
+    tokens: int64 (N,). probs: (N, V), the probabilities that each was drawn from, or () where there was no chance. valid: int64
+    (), how many count.
     """
 
     tokens: Tensor
-    laws: Any
+    probs: Any
     valid: Tensor
 
 
 class Drafter(NamedTuple):
-    """A way to draft. Not a record: it holds functions; N is `length`, a size.
+    """A way to draft. Not a record: it holds functions.
 
-    vocabulary: how many tokens it knows, None where it does not know. sharing: how it drafts for its own model, None if not.
+    Args:
+        init: (prompt int64 (T,), prompt_length int64 (), steps) -> state, behind a prompt whose last token is not told yet.
+        propose: (key, last int64 (), state) -> (Draft of N tokens, state), behind the text that ends with `last`.
+        keep: (tokens int64 (N + 1,), count int64 (), state) -> state, where the first `count` tokens were written.
+        length: N, a size.
+        vocabulary: how many tokens it knows, None where it does not know.
+        sharing: how it drafts for its own model, None if not.
+        text: how it prints: the call that made it.
     """
 
     init: Callable[[Tensor, Tensor, int], Any]
@@ -47,7 +59,11 @@ class Drafter(NamedTuple):
     length: int
     vocabulary: int | None = None
     sharing: "Sharing | None" = None
+    text: str = ""
     __call__ = uncalled
+
+    def __repr__(self) -> str:
+        return f"Drafter({self.text or 'init, propose, keep'})"
 
 
 class Sharing(NamedTuple):
@@ -64,8 +80,12 @@ class Sharing(NamedTuple):
 
 
 @record
-class Reader(NamedTuple):
-    """The state of a model that drafts: its past, the length of it that is certain, its sampler's state at each drafted place."""
+class ModelDrafterState(NamedTuple):
+    """The state of a model that drafts.
+
+    cache: what it has read. certain: int64 (), the length of it that is text and no draft. states: its sampler's at each place of
+    the last draft, leaves (N + 1, ...).
+    """
 
     cache: Any
     certain: Tensor
@@ -73,6 +93,7 @@ class Reader(NamedTuple):
 
 
 @door(name="drafters.model")
+@printed
 def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = sampling.greedy, chunk: int = 512) -> Drafter:
     """Another model drafts, or the same with cheaper weights, a token at a time.
 
@@ -88,29 +109,28 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
     _check_length("drafters.model", length)
     if not _checks.is_count(chunk, 1):
         _checks.fail("drafters.model", "chunk", "an int, at least 1", repr(chunk), "Tokens of the prompt read at a time.")
-    rewind = lambda states, n: tree.map(lambda leaf: leaf.index_select(0, n.reshape(1))[0], states)
 
     def logits_of(x: Tensor) -> Tensor:
         logits = model.logits(params, x[-1])
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def primed(prompt: Tensor, prompt_length: Tensor, logits: Tensor) -> Any:
-        state = sampling.prime(sampler, prompt, sampling.begin(sampler, logits), length=prompt_length)
+    def begun(prompt: Tensor, prompt_length: Tensor, logits: Tensor) -> Any:
+        state = sampling.observe_prompt(sampler, prompt, sampling.begin(sampler, logits), length=prompt_length)
         return tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), state)
 
-    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> Reader:
+    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> ModelDrafterState:
         room = steps + length + 1
         start = prefill(model, params, prompt, ABSENT, room=room, prompt_length=prompt_length, chunk=chunk)
-        return Reader(start.cache, start.cache.length, primed(prompt, prompt_length, start.logits))
+        return ModelDrafterState(start.cache, start.cache.length, begun(prompt, prompt_length, start.logits))
 
-    def share(prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: Any) -> Reader:
-        return Reader(cache, torch.zeros_like(prompt_length), primed(prompt, prompt_length, logits))
+    def share(prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: Any) -> ModelDrafterState:
+        return ModelDrafterState(cache, torch.zeros_like(prompt_length), begun(prompt, prompt_length, logits))
 
-    def read(key: Tensor, last: Tensor, state: Reader, whole: bool) -> tuple[Draft, Reader]:
-        cache, token, tokens, laws, states = state.cache, last, [], [], []
+    def read(key: Tensor, last: Tensor, state: ModelDrafterState, whole: bool) -> tuple[Draft, ModelDrafterState]:
+        cache, token, tokens, probs, states = state.cache, last, [], [], []
         dense = _is_dense(cache)
         owned = not whole and dense  # rows beyond its length are for the taking
-        now = sampler.observe(last, rewind(state.states, torch.zeros_like(last)))
+        now = sampler.observe(last, select_state(state.states, torch.zeros_like(last)))
         keys = () if sampler.deterministic else randomness.split(key, length).unbind()
         for n in range(length):
             x, delta = model.hidden(params, token.reshape(1), cache)
@@ -122,24 +142,24 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
             token = left.argmax(-1) if sampler.deterministic else randomness.categorical(keys[n], left)
             tokens.append(token)
             if not sampler.deterministic:
-                laws.append(left.softmax(-1))
+                probs.append(left.softmax(-1))
             now = sampler.observe(token, now)
         if whole:  # the last is read too, so that the past is whole where all of them stay
             x, delta = model.hidden(params, token.reshape(1), cache)
             cache = commit_owned(cache, delta, 1) if dense else caches.commit(cache, delta, 1)
             now = sampler.update(logits_of(x), now)[1] if tree.leaves(now) else now
         states = tree.map(lambda *leaves: torch.stack(leaves), *states, now)
-        draft = Draft(torch.stack(tokens), torch.stack(laws) if laws else ABSENT, torch.full_like(last, length))
-        return draft, Reader(cache, state.certain, states)
+        draft = Draft(torch.stack(tokens), torch.stack(probs) if probs else ABSENT, torch.full_like(last, length))
+        return draft, ModelDrafterState(cache, state.certain, states)
 
-    def propose(key: Tensor, last: Tensor, state: Reader) -> tuple[Draft, Reader]:
+    def propose(key: Tensor, last: Tensor, state: ModelDrafterState) -> tuple[Draft, ModelDrafterState]:
         return read(key, last, state, True)
 
-    def keep_states(tokens: Tensor, count: Tensor, state: Reader) -> Reader:
-        here = rewind(state.states, (count - 1).clamp(min=0))  # has seen all but the last of the new ones
+    def keep_states(tokens: Tensor, count: Tensor, state: ModelDrafterState) -> ModelDrafterState:
+        here = select_state(state.states, (count - 1).clamp(min=0))  # has seen all but the last of the new ones
         return state._replace(states=tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), here))
 
-    def keep(tokens: Tensor, count: Tensor, state: Reader) -> Reader:
+    def keep(tokens: Tensor, count: Tensor, state: ModelDrafterState) -> ModelDrafterState:
         certain = state.certain + count  # the last token that was told, and all but the last of the new ones
         cache = caches.with_length(state.cache, certain)
         return keep_states(tokens, count, state)._replace(cache=cache, certain=certain)
@@ -152,6 +172,7 @@ _model = model
 
 
 @door(name="drafters.skip")
+@printed
 def skip(
     model: Model,
     params: Any,
@@ -187,14 +208,16 @@ def skip(
 
 
 @record
-class Written(NamedTuple):
-    """The state of a drafter that looks at the text: tokens (S,) with -1 where none is yet, and how many are there but the last."""
+class LookupState(NamedTuple):
+    """The state of a drafter that looks at the text: tokens int64 (S,) with -1 where none is yet, and length int64 (), how many
+    are there but the last."""
 
     tokens: Tensor
     length: Tensor
 
 
 @door(name="drafters.function")
+@printed
 def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: int = 4) -> Drafter:
     """A function of yours drafts, without chance: f(text (S,), n ()) -> (tokens (N,), valid ()).
 
@@ -203,10 +226,10 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
     """
     _check_length("drafters.function", length)
 
-    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> Written:
-        return Written(torch.cat([prompt, prompt.new_full((steps + length + 2,), -1)]), prompt_length)
+    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> LookupState:
+        return LookupState(torch.cat([prompt, prompt.new_full((steps + length + 2,), -1)]), prompt_length)
 
-    def propose(key: Tensor, last: Tensor, state: Written) -> tuple[Draft, Written]:
+    def propose(key: Tensor, last: Tensor, state: LookupState) -> tuple[Draft, LookupState]:
         places = torch.arange(len(state.tokens), device=last.device)
         text = torch.where(places == state.length, last, torch.where(places < state.length, state.tokens, -1))
         found = f(text, state.length + 1)
@@ -218,17 +241,18 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
         if tokens.shape != (length,) or valid.dim():
             got = f"{_checks.shape(tokens)} and {_checks.shape(valid)}"
             _checks.fail("drafters.function", "what f returns", f"tokens (N,) with N = {length}, valid ()", got, "Pad the tokens.")
-        return Draft(tokens, ABSENT, valid), Written(text, state.length)
+        return Draft(tokens, ABSENT, valid), LookupState(text, state.length)
 
-    def keep(tokens: Tensor, count: Tensor, state: Written) -> Written:
+    def keep(tokens: Tensor, count: Tensor, state: LookupState) -> LookupState:
         places = torch.arange(len(state.tokens), device=tokens.device) - state.length - 1
         new = tokens.index_select(0, places.clamp(0, length))
-        return Written(torch.where((places >= 0) & (places < count), new, state.tokens), state.length + count)
+        return LookupState(torch.where((places >= 0) & (places < count), new, state.tokens), state.length + count)
 
     return Drafter(init, propose, keep, length)
 
 
 @door(name="drafters.prompt_lookup")
+@printed
 def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
     """The text drafts: what followed the last time that it ended as it does now, by the longest of 1 to ngram tokens that is found.
 

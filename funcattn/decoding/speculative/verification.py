@@ -1,8 +1,8 @@
-"""Samplers with a state along a draft: the law at every place is the one that ordinary sampling would have had there.
+"""Samplers with a state along a draft: at every place they leave what they would have left one token after another.
 
-    laws, states = laws_along(sampler, logits, proposed, state)
-    done = accept(key, laws.exp(), draft, proposed)
-    state = sampler.observe(done.token, rewind(states, done.count))
+    log_probs, states = log_probs_along_draft(sampler, logits, proposed, state)
+    done = accept(key, log_probs.exp(), draft, proposed)
+    state = sampler.observe(done.token, select_state(states, done.count))
 
 Rolling back is keeping an older state: nothing is undone.
 """
@@ -14,27 +14,28 @@ from torch import Tensor
 
 from ... import _checks, tree
 from ..._doors import door
-from ...records import record
-from ...sampling import Sampler, greedy, weigh
+from ...records import formerly, record
+from ...sampling import Sampler, greedy, log_probs_with_state
 from .acceptance import Accepted, accept
 from .rules import Rule, blockwise
 
 
+@formerly(laws="log_probs")
 @record
-class Along(NamedTuple):
-    """Laws and states at each place of a draft.
+class AlongDraft(NamedTuple):
+    """What a sampler leaves at each place of a draft.
 
-    laws: (N + 1, V), log-probabilities, row n after the first n tokens. states: the state behind each law, leaves (N + 1, ...):
-    it has observed those n tokens, and is ready to observe the next.
+    log_probs: (N + 1, V), row n after the first n tokens. states: the state behind each row, leaves (N + 1, ...): it has observed
+    those n tokens, and is ready to observe the next.
     """
 
-    laws: Tensor
+    log_probs: Tensor
     states: Any
 
 
 @door
-def laws_along(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -> Along:
-    """The sampler's laws at the N + 1 places of a draft, and its states there.
+def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -> AlongDraft:
+    """The sampler's log-probabilities at the N + 1 places of a draft, and its states there.
 
     Args:
         sampler: any sampler; penalties, grammars and mirostat see the drafted tokens before each place.
@@ -46,30 +47,32 @@ def laws_along(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -
     """
     if proposed.dim() != 1 or logits.shape[:-1] != (len(proposed) + 1,):
         wanted = f"(N + 1, V) with N = {_checks.shape(proposed)[0] if proposed.dim() else None} as proposed"
-        _checks.fail("laws_along", "logits", wanted, _checks.shape(logits), "One row before the draft, one after each token.")
-    laws, states = [], []
+        _checks.fail(
+            "log_probs_along_draft", "logits", wanted, _checks.shape(logits), "One row before the draft, one after each token."
+        )
+    rows, states = [], []
     for n, row in enumerate(logits.unbind()):
-        law, state = weigh(sampler, row, state)
-        laws.append(law)
+        log_probs, state = log_probs_with_state(sampler, row, state)
+        rows.append(log_probs)
         states.append(state)
         if n < len(proposed):
             state = sampler.observe(proposed[n], state)
-    return Along(torch.stack(laws), tree.map(lambda *leaves: torch.stack(leaves), *states))
+    return AlongDraft(torch.stack(rows), tree.map(lambda *leaves: torch.stack(leaves), *states))
 
 
 @door
-def matched(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, state: Any) -> tuple[Accepted, Any]:
-    """`accept` where the sampler leaves one token: drafts stay while they are that token. No law is computed.
+def accept_greedy(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, state: Any) -> tuple[Accepted, Any]:
+    """`accept` where the sampler leaves one token: drafts stay while they are that token. No softmax is computed.
 
     Args:
         sampler: a deterministic one.
-        logits, proposed, state: as in `laws_along`.
+        logits, proposed, state: as in `log_probs_along_draft`.
         valid: int64 (), how many of the N count.
 
     Returns:
-        What `accept` gives, and the states of `laws_along`; where the sampler leaves nothing, the token is -1.
+        What `accept` gives, and the states of `log_probs_along_draft`; where the sampler leaves nothing, the token is -1.
 
-    Law: equal to `accept` of the laws along the draft (test_verification.py).
+    Law: equal to `accept` of the probabilities along the draft (test_verification.py).
     """
     N = len(proposed)
     if sampler is greedy:
@@ -89,15 +92,22 @@ def matched(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, s
     return Accepted(count, token, torch.where(places <= count, chosen, -1)), states
 
 
-def accept_along(key: Tensor, along: Along, draft: Tensor, proposed: Tensor, valid: Tensor, *, rule: Rule = blockwise) -> Accepted:
-    """`accept` of the laws along a draft, some of which may be none: there the text ends, or the token is -1.
+def accept_along(
+    key: Tensor, along: AlongDraft, draft: Tensor, proposed: Tensor, valid: Tensor, *, rule: Rule = blockwise
+) -> Accepted:
+    """`accept` along a draft, in some places of which the sampler may leave no token: there the text ends, or the token is -1.
 
-    A place behind which the sampler leaves no token (what follows the end of a grammar) says nothing against the draft before it;
-    a place whose draft was drawn from no law ends the draft.
+    Such a place (what follows the end of a grammar) says nothing against the draft before it; a place where the drafter left no
+    token ends the draft.
+
+    Args:
+        along: from `log_probs_along_draft`.
+        draft: (N, V), the probabilities that each drafted token was drawn from; NaN where there were none.
+        proposed: int64 (N,). valid: int64 (), how many count.
     """
     N, V = draft.shape
-    drawable = along.laws.amax(-1).isfinite()
-    target = torch.where(drawable.unsqueeze(-1), along.laws.exp(), 1 / V)
+    drawable = along.log_probs.amax(-1).isfinite()
+    target = torch.where(drawable.unsqueeze(-1), along.log_probs.exp(), 1 / V)
     drawn = (draft.isfinite().all(-1)).long().cumprod(0).sum()
     found = accept(key, target, draft, proposed, torch.minimum(valid, drawn), rule=rule, check=False)
     token = torch.where(drawable.index_select(0, found.count.reshape(1))[0], found.token, -1)
@@ -105,6 +115,6 @@ def accept_along(key: Tensor, along: Along, draft: Tensor, proposed: Tensor, val
     return Accepted(found.count, token, tokens)
 
 
-def rewind(states: Any, count: Tensor) -> Any:
-    """The state after the first `count` tokens of a draft, int64 (), of those that `laws_along` gave."""
+def select_state(states: Any, count: Tensor) -> Any:
+    """The state after the first `count` tokens of a draft, int64 (), of those that `log_probs_along_draft` gave."""
     return tree.map(lambda leaf: leaf.index_select(0, count.reshape(1))[0], states)
