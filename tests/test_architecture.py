@@ -5,6 +5,7 @@ breaks the rule and see it complain.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,24 +57,11 @@ INNER = {"quantization.calibration"}  # rooms inside of a folder, on a floor of 
 APART = "testing"  # may import anything; nothing imports it
 
 LONGEST = 400  # lines: what can be read in one sitting
-MIRRORLESS = {
-    "family_peers",
-    "gguf_families",
-    "transforms",
-    "architecture",
-    "devices",
-    "references",
-    "citations",
-    "canaries",
-    "lock",
-    "notebooks",
-    "readme",
-    "docstrings",
-    "site",
-    "wheel",
-    "smollm2",
-    "tools",
-}  # about the whole or torch, not a module
+MIRRORLESS = {  # tests about the whole, torch or several modules at once
+    *("architecture", "canaries", "citations", "docstrings", "lock", "notebooks", "readme", "site", "smollm2", "tools", "wheel"),
+    *("family_peers", "gguf_families", "gloo"),
+}
+UNMIRRORED = {"__init__", "__main__", "_checks"}  # modules whose tests are those of what calls them
 
 GLOBAL_DRAWS = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson"),
@@ -279,11 +267,68 @@ assert not changed and not missing, (changed, missing)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_test_file_mirrors_a_module():
-    paths = [name.split(".") for name in modules(PACKAGE)]
-    known = {"_".join(parts[begin:]).lstrip("_") for parts in paths for begin in range(len(parts))}
-    names = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
-    assert sorted(names - known - MIRRORLESS) == []
+def mirrors(name: str) -> list[str]:
+    """What the tests of a module may be called: by its name, by its path, or by a folder that it is in.
+
+    `kernels.triton.tuning` -> tuning, triton_tuning, kernels_triton_tuning, triton, kernels
+    """
+    parts = name.split(".")
+    own = ["_".join(parts[n:]).lstrip("_") for n in reversed(range(len(parts)))]
+    return [*own, *(part for part in reversed(parts[:-1]))]
+
+
+def mirrors_both_ways(known: set[str], tests: set[str]) -> list[str]:
+    """Complaints: a module without tests, a file of tests without a module, and exceptions that are none any more."""
+    named = {name for module in known for name in mirrors(module)}
+    folders = {module.rpartition(".")[0] for module in known}  # faces, tested with what is in them
+    needed = sorted(known - folders - UNMIRRORED)
+    complaints = [f"{name} has no tests" for name in needed if tests.isdisjoint(mirrors(name))]
+    complaints += [f"test_{name}.py mirrors no module" for name in sorted(tests - named - MIRRORLESS)]
+    complaints += [f"{name} needs no exception" for name in sorted(MIRRORLESS & named | MIRRORLESS - tests)]
+    complaints += [f"{name} needs no exception" for name in sorted(UNMIRRORED) if name not in known or tests & set(mirrors(name))]
+    return complaints
+
+
+def test_every_module_has_tests_and_every_test_file_a_module():
+    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.rglob("test_*.py")}
+    assert mirrors_both_ways(set(modules(PACKAGE)), tests) == []
+
+
+def test_a_missing_mirror_draws_a_complaint():
+    assert mirrors("kernels.triton.tuning")[:2] == ["tuning", "triton_tuning"]
+    known, tests = {"kernels.choice", "tree", *UNMIRRORED}, {"kernels", "tree", *MIRRORLESS}
+    assert mirrors_both_ways(known, tests) == []
+    assert mirrors_both_ways({*known, "packing"}, tests) == ["packing has no tests"]
+    assert mirrors_both_ways(known, {*tests, "attic"}) == ["test_attic.py mirrors no module"]
+    assert mirrors_both_ways({*known, "citations"}, tests) == ["citations needs no exception"]
+
+
+def map_and_floors_agree(text: str, known: set[str]) -> list[str]:
+    """Complaints about the README's table `| floor | rooms | |`: a room that is not there, is left out, or is on another floor."""
+    rows = re.findall(r"^\| (\d*) ?\| ((?:`[\w.]+` ?)+)\|", text, re.MULTILINE)
+    drawn = {name: number for number, names in rows for name in re.findall(r"`([\w.]+)`", names)}
+    rooms = {room(name) for name in known if not name.startswith("_")}
+    complaints = [f"the map leaves {name} out" for name in sorted(rooms - drawn.keys())]
+    complaints += [f"the map has {name}, which is not there" for name in sorted(drawn.keys() - rooms)]
+    placed = [name for name in sorted(drawn.keys() & rooms) if name != APART]
+    return complaints + [f"the map puts {name} on another floor" for name in placed if name not in FLOORS[int(drawn[name])]]
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="the package is installed without its pages")
+def test_the_map_of_the_readme_shows_every_room_on_its_floor():
+    assert map_and_floors_agree((ROOT / "README.md").read_text(), set(modules(PACKAGE))) == []
+
+
+def test_a_wrong_map_draws_a_complaint():
+    known = {"tree", "kernels.choice", "_checks", "testing.laws"}
+    apart = "| | `testing` | apart |"
+    assert map_and_floors_agree(f"| 0 | `tree` | |\n| 2 | `kernels` | |\n{apart}", known) == []
+    assert map_and_floors_agree(f"| 0 | `tree` | |\n{apart}", known) == ["the map leaves kernels out"]
+    assert map_and_floors_agree(f"| 0 | `tree` | |\n| 1 | `kernels` | |\n{apart}", known) == [
+        "the map puts kernels on another floor"
+    ]
+    more = f"| 0 | `tree` `attic` | |\n| 2 | `kernels` | |\n{apart}"
+    assert map_and_floors_agree(more, known) == ["the map has attic, which is not there"]
 
 
 # Each rule broken on purpose: one file of a small sound package replaced, and the complaint that must come.
