@@ -58,6 +58,7 @@ APART = "testing"  # may import anything; nothing imports it
 LONGEST = 400  # lines: what can be read in one sitting
 MIRRORLESS = {
     "family_peers",
+    "flash",
     "gguf_families",
     "transforms",
     "architecture",

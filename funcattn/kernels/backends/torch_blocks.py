@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import dropout
-from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, places
-from .dtypes import accumulation_dtype
+from .. import dropout
+from ..closed.algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, places
+from ..dtypes import accumulation_dtype
 from .layout import broadcast, fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
 from .masking import LOG2E, NOTHING, Blocks, Seen, block_of, capturing, is_finite, weigh
 
@@ -84,9 +84,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float, strict: bool
 ) -> tuple[Tensor, Tensor]:
     T, S = q.shape[-2], k.shape[-2]
-    lead = broadcast(
-        q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]
-    )
+    lead = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))])
     others = [x.shape[:-2] for x in mask] + ([] if bias is None else [bias.shape[:-2]]) + [lead]
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], others)
     wide = accumulation_dtype(q, bias)
