@@ -23,8 +23,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from funcattn import masks
-from funcattn.kernels.algebra import ONES, K, Output, Pair, Q, Sweep, Term
-from funcattn.kernels.triton import launching, tuning
+from funcattn.kernels.backends.triton import launching, tuning
+from funcattn.kernels.closed.algebra import ONES, K, Output, Pair, Q, Sweep, Term
 
 SHARED = {90: 232448, 80: 166912, 86: 101376}  # bytes a block of threads may have
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}

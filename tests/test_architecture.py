@@ -59,7 +59,7 @@ APART = "testing"  # may import anything; nothing imports it
 LONGEST = 400  # lines: what can be read in one sitting
 MIRRORLESS = {  # tests about the whole, torch or several modules at once
     *("architecture", "canaries", "citations", "docstrings", "lock", "notebooks", "readme", "site", "smollm2", "tools", "wheel"),
-    *("family_peers", "gguf_families", "gloo"),
+    *("family_peers", "flash", "gguf_families", "gloo"),
 }
 UNMIRRORED = {"__init__", "__main__", "_checks"}  # modules whose tests are those of what calls them
 

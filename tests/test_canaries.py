@@ -164,7 +164,7 @@ def test_a_warning_about_a_line_of_a_peer_fails_no_test(module):
     warnings.warn_explicit("deprecated", DeprecationWarning, "peer.py", 2, module=module)
 
 
-@pytest.mark.parametrize("module", ["funcattn", "funcattn.kernels.door"])
+@pytest.mark.parametrize("module", ["funcattn", "funcattn.kernels.api"])
 @pytest.mark.parametrize("kind", [FutureWarning, DeprecationWarning, UserWarning])
 def test_a_warning_about_a_line_of_the_library_fails_its_test(module, kind):
     with pytest.raises(kind, match="deprecated"):

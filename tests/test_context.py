@@ -10,7 +10,7 @@ import funcattn as fa
 from funcattn import collectives
 from funcattn._context import ContextValue
 from funcattn.collectives import Axis
-from funcattn.kernels import choice
+from funcattn.kernels import dispatch
 
 VALUE: ContextValue[str] = ContextValue("test", "default")
 
@@ -74,11 +74,11 @@ def test_withs_that_overlap_in_two_threads_leave_nothing_behind(order):
     def forcing(kernel):
         with fa.kernels.use(kernel):
             yield
-            assert choice.current() == kernel
+            assert dispatch.current() == kernel
 
     in_turns(forcing("reference"), forcing("flash"), order)
-    assert choice.current() is None
-    assert choice._forced._of_thread.last is None
+    assert dispatch.current() is None
+    assert dispatch._forced._of_thread.last is None
 
 
 def test_withs_that_overlap_in_two_tasks_leave_nothing_behind():
@@ -86,13 +86,13 @@ def test_withs_that_overlap_in_two_tasks_leave_nothing_behind():
         with fa.kernels.use(kernel):
             for _ in range(pauses):
                 await asyncio.sleep(0)
-            return choice.current()
+            return dispatch.current()
 
     async def both():
         return await asyncio.gather(forcing("reference", 1), forcing("flash", 3))
 
     assert asyncio.run(both()) == ["reference", "flash"]
-    assert choice.current() is choice._forced._of_thread.last is None
+    assert dispatch.current() is dispatch._forced._of_thread.last is None
 
 
 class Attending(torch.nn.Module):

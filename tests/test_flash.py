@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 import funcattn as fa
 from funcattn import masks
-from funcattn.kernels import blocks, primitives
+from funcattn.kernels.backends import torch_blocks
+from funcattn.kernels.closed import operators
 
 EXACT = 1e-11  # float64: sums of some hundred products, at up to three orders of derivative
 
@@ -20,18 +21,18 @@ T, S, D = 5, 7, 3
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that tiny inputs cross several of them."""
-    monkeypatch.setattr(blocks, "ELEMENTS", 64)
-    monkeypatch.setattr(blocks, "KEYS", 4)
-    monkeypatch.setattr(blocks, "ROWS", 4)
+    monkeypatch.setattr(torch_blocks, "ELEMENTS", 64)
+    monkeypatch.setattr(torch_blocks, "KEYS", 4)
+    monkeypatch.setattr(torch_blocks, "ROWS", 4)
 
 
 @pytest.fixture(params=["two passes", "one pass"])
 def passes(request, monkeypatch):
     """A jvp by a sweep after the value, and with the value, as where one kernel makes both; its number so far is passes()."""
-    count, push = [], primitives.push
+    count, push = [], operators.push
     if request.param == "one pass":
-        monkeypatch.setattr(primitives, "pushes", lambda plan, tensors: not plan.biased)
-        monkeypatch.setattr(primitives, "push", lambda *x: (count.append(1), push(*x))[1])
+        monkeypatch.setattr(operators, "pushes", lambda plan, tensors: not plan.biased)
+        monkeypatch.setattr(operators, "push", lambda *x: (count.append(1), push(*x))[1])
     return lambda: len(count)
 
 
@@ -334,8 +335,8 @@ def test_dropout_is_the_same_under_vmap_grad_and_any_block_size(monkeypatch):
     drop = lambda q: fa.attention(q, k, v, dropout=0.4, key=fa.key(3), kernel="flash")
     alone = drop(q)
     close(vmap(drop)(several(q)), torch.stack([drop(x) for x in several(q)]))
-    monkeypatch.setattr(blocks, "ELEMENTS", 2**17)
-    monkeypatch.setattr(blocks, "KEYS", 256)
+    monkeypatch.setattr(torch_blocks, "ELEMENTS", 2**17)
+    monkeypatch.setattr(torch_blocks, "KEYS", 256)
     close(drop(q), alone)
 
 

@@ -7,7 +7,7 @@ from torch.func import grad, jvp
 
 import funcattn as fa
 from funcattn.interop import document_mask, nested_attention, override_sdpa, sdpa
-from funcattn.kernels import blocks, masking
+from funcattn.kernels.backends import masking, torch_blocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),  # torch says so at their first use
@@ -125,7 +125,7 @@ def test_the_cost_is_that_of_each_document(monkeypatch):
             yield line, columns
 
     monkeypatch.setattr(masking.Blocks, "walk", counting)
-    monkeypatch.setattr(blocks, "KEYS", 16)
+    monkeypatch.setattr(torch_blocks, "KEYS", 16)
 
     def cost(n):
         pairs.clear()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funcattn as fa
 from funcattn import masks
 from funcattn.kernels import Part, attend_parts, products
-from funcattn.kernels.choice import Explanation, Verdict
+from funcattn.kernels.dispatch import Explanation, Verdict
 from funcattn.masks import Mask
 from funcattn.records import Attended
 

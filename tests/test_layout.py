@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import funcattn as fa
-from funcattn.kernels import layout
+from funcattn.kernels.backends import layout
 from funcattn.kernels.merging import Part, attend_parts
 
 EXACT = 1e-12  # float64: sums of 64 products, twice

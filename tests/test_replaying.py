@@ -13,7 +13,7 @@ import funcattn as fa
 from funcattn import replaying
 from funcattn._context import ContextValue
 from funcattn.interop import override_sdpa
-from funcattn.kernels import choice
+from funcattn.kernels import dispatch
 
 FACTOR = contextvars.ContextVar("factor", default=1.0)
 VALUE: ContextValue[str] = ContextValue("replayed", "")
@@ -91,7 +91,7 @@ def test_values_of_the_context_are_those_of_the_first_time():
     seen = []
 
     def f(x):
-        seen.append(choice.current())
+        seen.append(dispatch.current())
         return fa.taps.tap("here", x).sin().sum()
 
     leaf, plain = normal(4).requires_grad_(), normal(4)
@@ -100,7 +100,7 @@ def test_values_of_the_context_are_those_of_the_first_time():
     with fa.kernels.use("flash"):
         value.backward()
     assert seen == ["reference"] * 2
-    assert choice.current() is choice._forced._of_thread.last is None
+    assert dispatch.current() is dispatch._forced._of_thread.last is None
     torch.testing.assert_close(leaf.grad, 5 * (5 * plain).cos(), **EXACT)
 
 

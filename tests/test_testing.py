@@ -19,7 +19,7 @@ import funcattn as fa
 from funcattn import caches, masks
 from funcattn._autodiff import transforming
 from funcattn.caches import Branch, Cache
-from funcattn.kernels import blocks
+from funcattn.kernels.backends import torch_blocks
 from funcattn.masks import Mask
 from funcattn.records import Attended
 from funcattn.sampling import Sampler, chain, greedy, min_p, stateless, temperature, top_k, top_p
@@ -64,7 +64,7 @@ def assert_caught(law, subject, arguments):
 def small_blocks(monkeypatch):
     """Blocks of four keys, so that tiny inputs cross several."""
     for size, value in (("ELEMENTS", 64), ("KEYS", 4), ("ROWS", 4)):
-        monkeypatch.setattr(blocks, size, value)
+        monkeypatch.setattr(torch_blocks, size, value)
 
 
 # Laws of kernels hold of the library's own.
@@ -81,7 +81,7 @@ VALUES_AND_GRADIENTS = [law for law in laws.kernel if law not in FORWARD_MODE]
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_law_holds_of_a_closed_kernel(kernel, law):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "KEYS", 4)
+        patch.setattr(torch_blocks, "KEYS", 4)
         prove(law, KERNELS[kernel], strategies.problems(no_keys=True))
 
 

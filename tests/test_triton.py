@@ -14,8 +14,9 @@ from torch.func import grad, hessian, jvp
 
 import funcattn as fa
 from funcattn import masks
-from funcattn.kernels import blocks, primitives
-from funcattn.kernels.algebra import ONES, K, Output, Pair, Q, Sweep, Term
+from funcattn.kernels.backends import torch_blocks
+from funcattn.kernels.closed import operators
+from funcattn.kernels.closed.algebra import ONES, K, Output, Pair, Q, Sweep, Term
 from funcattn.masks import Mask
 from funcattn.records import Attended
 from funcattn.testing import laws, strategies
@@ -23,7 +24,7 @@ from funcattn.testing import laws, strategies
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from funcattn.kernels.triton import launching, tuning
+from funcattn.kernels.backends.triton import launching, tuning
 
 # Rows of a block that lie behind the last key have no logits that the log-sum-exp knows of; they are never stored.
 pytestmark = [
@@ -170,7 +171,7 @@ def test_attend_is_that_of_blocks(mask, leads):
     (T, S), m = (20, 37), list(MASKS[mask](20, 37))
     q, k, v = normal(1, *leads[0], T, 5), normal(2, *leads[1], S, 5), normal(3, *leads[1], S, 17)
     found = launching.attend(*there([q, k, v]), there(m), 0.3)
-    close(found, blocks.attend(q.double(), k.double(), v.double(), m, None, 0.3), S)
+    close(found, torch_blocks.attend(q.double(), k.double(), v.double(), m, None, 0.3), S)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, -0.0, 1e-40])
@@ -179,7 +180,7 @@ def test_the_scale_may_have_any_sign(scale):
     (T, S), m = (20, 37), list(MASKS["causal"](20, 37))
     q, k, v = normal(1, 1, T, 5).expand(2, T, 5), normal(2, 1, S, 5), normal(3, 2, S, 5)
     found = launching.attend(*there([q, k, v]), there(m), scale)
-    close(found, blocks.attend(q.double(), k.double(), v.double(), m, None, scale), S)
+    close(found, torch_blocks.attend(q.double(), k.double(), v.double(), m, None, scale), S)
 
 
 @pytest.mark.parametrize("moved", range(1, 8))
@@ -193,8 +194,8 @@ def test_a_push_is_the_value_and_the_jvp_of_blocks(mask, moved):
     found = launching.push(*there([q, k, v]), [None if x is None else x.to(DEVICE) for x in tangents], there(m), -0.3)
     wide = lambda x: x.double() if x.is_floating_point() else x
     there_are = [wide(x) for x in tangents if x is not None]
-    plan = primitives.Plan(-0.3, len(m))
-    close(found, primitives.push(plan, [x is not None for x in tangents], [*map(wide, (q, k, v)), *m, *there_are]), 8 * S)
+    plan = operators.Plan(-0.3, len(m))
+    close(found, operators.push(plan, [x is not None for x in tangents], [*map(wide, (q, k, v)), *m, *there_are]), 8 * S)
 
 
 def launched(monkeypatch, program) -> list[str]:
@@ -226,9 +227,9 @@ def test_a_kernel_reads_no_numbers_that_torch_has_yet_to_make():
     f = lambda q: (attention(q, k, v), grad(lambda q: attention(q, k, v).sin().sum())(q))
     close(f(negated), f(-q), 1)
     close(f(zeros), f(torch.zeros_like(q)), 1)
-    plan = primitives.Plan(backend="triton")
+    plan = operators.Plan(backend="triton")
     on_device = [x.to(DEVICE) for x in (q, k, v)]
-    pushed = lambda dq: [x.cpu() for x in primitives.push(plan, [True, False, False], [*on_device, dq])]
+    pushed = lambda dq: [x.cpu() for x in operators.push(plan, [True, False, False], [*on_device, dq])]
     close(pushed(torch._neg_view(on_device[0])), pushed(-on_device[0]), 1)
     close(pushed(torch._efficientzerotensor(q.shape, device=DEVICE)), pushed(torch.zeros_like(on_device[0])), 1)
 
@@ -264,7 +265,7 @@ def sweeps(at: int) -> dict[str, tuple[Output, ...]]:
 def test_both_contractions_are_those_of_blocks(order, mask, leads, dropped):
     (T, S), m, of_key = (20, 37), list(MASKS[mask](20, 37)), leads[:1] + (1,) * len(leads[1:])
     q, k, v = normal(1, *leads, T, 5), normal(2, *of_key, S, 5), normal(3, *of_key, S, 7)
-    lse = blocks.attend(q.double(), k.double(), v.double(), m, None, 0.3)[1].float()
+    lse = torch_blocks.attend(q.double(), k.double(), v.double(), m, None, 0.3)[1].float()
     x = [q, k, lse, *m, v, normal(4, *leads, T, 7), normal(5, *leads, T, 1)]
     x += [normal(6, *leads, T, 5), normal(7, *of_key, S, 5), normal(8, *of_key, S, 7)]
     spec = Sweep(sweeps(3 + len(m))[order], 0.3, tuple(range(3, 3 + len(m))))
@@ -277,17 +278,17 @@ def test_both_contractions_are_those_of_blocks(order, mask, leads, dropped):
     assert not launching.obstacle(spec, there(x))
     found = launching.sweep(spec, shapes, [torch.float32] * len(shapes), there(x))
     wide = [y.double() if y.is_floating_point() else y for y in x]
-    close(found, blocks.sweep(spec, shapes, wide), 8 * S)  # a factor is itself a sum over features
+    close(found, torch_blocks.sweep(spec, shapes, wide), 8 * S)  # a factor is itself a sum over features
 
 
 def test_an_axis_that_an_output_lacks_is_summed_once_for_each_term_that_has_it():
     """Values alone have an axis: the first term lacks it, the second does not, and the output has none."""
     (T, S), three = (5, 7), 3
     q, k, c = normal(1, 2, T, 4), normal(2, 2, S, 4), normal(3, three, 1, S, 4)
-    lse = blocks.attend(q.double(), k.double(), k.double(), (), None, 0.3)[1].float()
+    lse = torch_blocks.attend(q.double(), k.double(), k.double(), (), None, 0.3)[1].float()
     spec = Sweep((Output("query", (Term((), K), Term((), 3))),), 0.3)
     found = launching.sweep(spec, [q.shape], [torch.float32], there([q, k, lse, c]))
-    close(found, blocks.sweep(spec, [q.shape], [x.double() for x in (q, k, lse, c)]), 3 * S)
+    close(found, torch_blocks.sweep(spec, [q.shape], [x.double() for x in (q, k, lse, c)]), 3 * S)
 
 
 def test_blocks_that_nobody_sees_are_not_read():
@@ -430,7 +431,7 @@ def test_explain_says_that_it_is_not_installed_or_for_cuda(monkeypatch):
     assert told() == "interpreted: for tests"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert told().startswith("for CUDA, not for cpu")
-    monkeypatch.setattr(fa.kernels.choice, "TRITON", False)
+    monkeypatch.setattr(fa.kernels.dispatch, "TRITON", False)
     assert told() == "Triton is not installed: pip install funcattn[triton]"
 
 

@@ -9,7 +9,7 @@ from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 from .. import collectives, taps, transformer
 from .._autodiff import is_recorded, transforming
 from ..caches import Branch, Cache
-from ..kernels import choice
+from ..kernels import dispatch
 
 MAX_STEP_TOKENS = 16  # of a step that is compiled; beyond, the cost are matrix products, by the library's routine
 
@@ -20,7 +20,7 @@ def is_undisturbed() -> bool:
     Outside torch.func, torch.compile, taps, dispatch modes and autocast, where no kernel is forced,
     and no mesh is simulated or has a "data" axis.
     """
-    if transforming() or torch.compiler.is_compiling() or taps.heard() or choice.current() is not None:
+    if transforming() or torch.compiler.is_compiling() or taps.heard() or dispatch.current() is not None:
         return False
     if _len_torch_dispatch_stack():  # a mode that counts operations or has its own, and takes no compiled code
         return False

@@ -16,12 +16,12 @@ Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two aut
 sums are kept in.
 """
 
-from . import flops as flops
-from .choice import Explanation, use
-from .door import attend, attention, attention_weights, explain
+from .api import attend, attention, attention_weights, explain
+from .closed import flops as flops
+from .dispatch import Explanation, use
 from .merging import Part, Partial, attend_parts, check_remembered, join, merge, partial, soft_cap
 from .rings import join_over, merge_over, places, ring, unzigzag, zigzag
-from .scores import attention_with_score
+from .score_mod import attention_with_score
 
 __all__ = [
     "attend",

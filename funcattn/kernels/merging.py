@@ -15,10 +15,12 @@ from .._autodiff import is_recorded
 from .._doors import door
 from ..masks import Mask
 from ..records import ABSENT, Attended, is_absent
-from . import blocks, choice, flash, reference, scores, torch_fused, unseen
-from .door import _request, _run, attend
+from . import dispatch, reference, score_mod, unseen
+from .api import _request, _run, attend
+from .backends import aten, torch_blocks
+from .backends.masking import is_finite
+from .closed import entry
 from .dtypes import accurate
-from .masking import is_finite
 from .unseen import Taken
 
 FEW = 16  # queries at which the dense form over the remembered keys stops being the cheaper one
@@ -92,9 +94,9 @@ def partial(
 ) -> Partial:
     """`attend`, as a part of the whole that `join` makes without a loss, whatever the level of the logits."""
     request = _request("attend", q, k, v, mask, scale, None, wants_lse=True)
-    chosen = choice.choose(request, kernel)
+    chosen = dispatch.choose(request, kernel)
     out, lse = _run(request, chosen)
-    whole, rest = flash.statistics(request, lse, "triton" if choice.can_run_triton(request) else "torch")
+    whole, rest = entry.statistics(request, lse, "triton" if dispatch.can_run_triton(request) else "torch")
     return Partial(out, lse + torch.where(lse == NOTHING, 0, whole - lse).detach(), rest)
 
 
@@ -138,7 +140,7 @@ def attend_parts(
     """
     for part in parts:
         check_remembered(part.k, q.dtype)
-    forced = kernel if kernel is not None or torch.compiler.is_compiling() else choice.current()
+    forced = kernel if kernel is not None or torch.compiler.is_compiling() else dispatch.current()
     if forced is not None and forced.startswith("sdpa"):
         forced = "flash"  # parts are joined by their log-sum-exp, which sdpa keeps to itself; flash runs the same fused kernel
     if q.shape[-2] <= FEW and forced is None:
@@ -173,7 +175,7 @@ def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None
     k, v, mask = part.k, part.v, None if is_absent(part.mask) else part.mask
     if cap is None:
         return partial(q, k, v, mask, scale=scale, kernel=kernel)
-    return Partial(*scores.stream(q, k, v, lambda s, *_: soft_cap(s, cap), mask, scale=scale))
+    return Partial(*score_mod.stream(q, k, v, lambda s, *_: soft_cap(s, cap), mask, scale=scale))
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -192,13 +194,13 @@ def _drain(attended: Partial, sinks: Tensor) -> Tensor:
 
 def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
     """True for a decode step of one sequence that nobody differentiates, over parts that hide nothing: torch's kernel serves."""
-    if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling() or choice.current():
+    if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling() or dispatch.current():
         return False
     if not all(is_absent(part.mask) and part.k.dim() == 3 and part.k.shape[-2] for part in parts):
         return False
     if is_recorded(q, *[x for part in parts for x in (part.k, part.v)]):
         return False
-    return not any(torch_fused.obstacle(q, part.k, part.v) for part in parts)
+    return not any(aten.obstacle(q, part.k, part.v) for part in parts)
 
 
 def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -> Tensor:
@@ -210,7 +212,7 @@ def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -
         if k.shape[-2] == 1:  # one key: its logit is the log-sum-exp
             more, mass = v.unsqueeze(1), (rows * k.unsqueeze(1)).sum(-1) * scale
         else:
-            more, mass = torch_fused.rows(rows, k.unsqueeze(1), v.unsqueeze(1), scale)
+            more, mass = aten.rows(rows, k.unsqueeze(1), v.unsqueeze(1), scale)
         if out is None or lse is None:
             out, lse = more, mass
         else:
@@ -218,7 +220,7 @@ def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -
             out, lse = torch.lerp(more.expand_as(rows), out.expand_as(rows), share), torch.logaddexp(lse, mass)
     assert out is not None
     assert lse is not None
-    if len(parts) > 1 and blocks.is_far(lse):
+    if len(parts) > 1 and torch_blocks.is_far(lse):
         return _joint(q, parts, scale, None, sinks)
     out = out.expand_as(rows).reshape(q.shape[0], 1, -1)
     return out if sinks is None else _drain(Partial(out, lse.expand(rows.shape[:-1]).reshape(q.shape[0], 1)), sinks)

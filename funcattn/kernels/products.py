@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from .. import _checks
 from .._autodiff import add, align, closed_jvp, is_recorded, sum_to, transforming
-from .masking import is_finite, weigh
+from .backends.masking import is_finite, weigh
 
 FEW = 8  # rows, at most, that compiled code multiplies by itself
 

@@ -20,7 +20,7 @@ from .. import _checks
 from ..collectives import axis_index, axis_size, copy_to_region, pmax, ppermute, psum
 from ..masks import Mask
 from ..records import Attended
-from .door import attend
+from .api import attend
 from .merging import Partial, join, partial
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import _checks
 from ..masks import Mask
-from .layout import broadcast
-from .masking import is_finite
+from .backends.layout import broadcast
+from .backends.masking import is_finite
 
 
 class Taken(NamedTuple):

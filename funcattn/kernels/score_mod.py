@@ -28,9 +28,9 @@ from .. import _checks, rematerialization
 from ..masks import Mask
 from ..records import Attended
 from ..rematerialization import Flat, batched, pullback, pushforward
-from . import door, reference, unseen
+from . import api, reference, unseen
+from .backends.masking import Blocks
 from .dtypes import accurate
-from .masking import Blocks
 
 DOOR = "attention_with_score"
 REMEDY = "Give it what a derivative or a vmap follows in parameters=."
@@ -65,7 +65,7 @@ class BlockSum:
     def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
         part_of = lambda line, column: self.f(*[cut(t, axes, line, column) for t, axes in zip(x, self.reads, strict=True)])
         nowhere = slice(0, 0)  # an empty block, which tells the shapes
-        with door._no_autocast(x[0]):  # sums are in float32 at least, those of a backward pass too
+        with api._no_autocast(x[0]):  # sums are in float32 at least, those of a backward pass too
             out = [self._whole(part, axes) for part, axes in zip(part_of(nowhere, nowhere), self.writes, strict=True)]
             for line, column in self._blocks(x):
                 for total, part, axes in zip(out, part_of(line, column), self.writes, strict=True):
@@ -175,7 +175,7 @@ def stream(
     parameters: tuple[Any, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out and lse of `attention_with_score`, and what lse in one number has no room for, a constant to derivatives."""
-    r = door._request(DOOR, q, k, v, mask, scale, None)
+    r = api._request(DOOR, q, k, v, mask, scale, None)
     if not isinstance(parameters, tuple):
         remedy = "Put a single one in a tuple of its own: parameters=(table,)."
         _checks.fail(DOOR, "parameters", "a tuple", f"a {type(parameters).__name__}", remedy, TypeError)
@@ -192,7 +192,7 @@ OfTensors = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]  # a 
 
 
 def _attend(
-    r: door.Request, score: Callable[..., Tensor], parameters: tuple[Any, ...], dense: bool = False
+    r: api.Request, score: Callable[..., Tensor], parameters: tuple[Any, ...], dense: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     leaves, tree = pytree.tree_flatten(parameters)
     places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -210,7 +210,7 @@ def _attend(
 _eagerly = torch.compiler.disable(_attend)
 
 
-def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor], dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _stream(r: api.Request, score: OfTensors, parameters: Sequence[Tensor], dense: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, blind, *flags = unseen.take_out(accurate(r.q), accurate(r.k), accurate(r.v), r.mask)
     bad = [x for x in flags if x is not None]
     H, T, S = *q.shape[-3:-1], k.shape[-2]
@@ -263,7 +263,7 @@ def _stream(r: door.Request, score: OfTensors, parameters: Sequence[Tensor], den
     return _normalized(r, shift, m, n, blind)
 
 
-def _normalized(r: door.Request, shift: Tensor, m: Tensor, n: Tensor, blind: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _normalized(r: api.Request, shift: Tensor, m: Tensor, n: Tensor, blind: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and what it has no room for, of the mass m and the sum n of values that are weighed by it."""
     H, T = r.q.shape[-3:-1]
     empty = m == 0
@@ -298,7 +298,7 @@ def _indices(s: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return b, torch.arange(H, device=s.device).reshape(H, 1, 1), i.unsqueeze(-1), j
 
 
-def _probe(r: door.Request, score: OfTensors, parameters: Sequence[Tensor]) -> None:
+def _probe(r: api.Request, score: OfTensors, parameters: Sequence[Tensor]) -> None:
     """Refuse a score that is not elementwise: what it gives for one query and one key must be part of what it gives for more."""
     H, T, S = *r.q.shape[-3:-1], r.k.shape[-2]
     if not T or not S:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..masks import Mask
-from . import layout, reference, torch_fused
+from . import reference
+from .backends import aten, layout
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -35,7 +36,7 @@ def attention(
 
     causal says that the mask is the plain causal one, which torch need not be shown.
     """
-    if torch_fused.is_empty(q, k, v):  # which torch's kernels do not take
+    if aten.is_empty(q, k, v):  # which torch's kernels do not take
         return reference.attend(q, k, v, mask, scale=scale, bias=bias).out
     seen = None if mask is None or causal else reference.visible(mask, k.shape[-2])
     if bias is not None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._autodiff import add, align, closed_jvp, dual, primal, sum_to, tangent
-from . import algebra, primitives
+from ..._autodiff import add, align, closed_jvp, dual, primal, sum_to, tangent
+from . import algebra, operators
 from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
-from .primitives import Job, Like, Plan, like
+from .operators import Job, Like, Plan, like
 
 V = 2  # place of the values in the tensors of Attend, whose list is q, k, v, mask..., bias
 
@@ -25,7 +25,7 @@ def attend(plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     kernel makes them with the values."""
     tangents = [tangent(x) for x in tensors[:3]]
     moved = tuple(x is not None for x in tangents)
-    if not any(moved) or not primitives.pushes(plan, tensors):
+    if not any(moved) or not operators.pushes(plan, tensors):
         return Attend.apply(plan, *tensors)
     primals = [primal(x) for x in tensors[:3]]
     if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
@@ -39,7 +39,7 @@ class Attend(Function):
 
     @staticmethod
     def forward(plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return primitives.attend(plan, tensors)
+        return operators.attend(plan, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -72,7 +72,7 @@ class Pushed(Function):
 
     @staticmethod
     def forward(plan: Plan, moved: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return primitives.push(plan, moved, tensors)
+        return operators.push(plan, moved, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -88,7 +88,7 @@ class Pushed(Function):
         *tensors, out, lse, dlse = ctx.saved_tensors
         plan, start = ctx.plan, 3 + ctx.plan.masks
         primals, tangents = tensors[:start], tensors[start:]
-        spec, flat, moved = primitives.tangent_sweep(plan, primals, lse, primitives.spread(ctx.moved, tangents))
+        spec, flat, moved = operators.tangent_sweep(plan, primals, lse, operators.spread(ctx.moved, tangents))
         given: list[Tensor | None] = [g_dout, g_dlse]
         if g_dout is not None:
             given[1] = add(g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), dlse))
@@ -106,7 +106,7 @@ class Pushed(Function):
         plan, start = ctx.plan, 3 + ctx.plan.masks
         primals, tangents = tensors[:start], tensors[start:]
         t_out, t_lse = _push(plan, primals, out, lse, moves[:3])
-        spec, flat, moved = primitives.tangent_sweep(plan, primals, lse, primitives.spread(ctx.moved, tangents))
+        spec, flat, moved = operators.tangent_sweep(plan, primals, lse, operators.spread(ctx.moved, tangents))
         again: dict[int, int] = {}
         for place, move in zip((Q, K, start, L, *moved.values()), (*moves[:3], t_lse, *moves[start:]), strict=True):
             if move is not None:
@@ -127,7 +127,7 @@ class Pushed(Function):
             return tuple(_at_batch(x, info) for x in outputs), (0, 0, 0, 0)
         primals = aligned[:start]  # of size one: many tangents of one value, which is made once
         out, lse = Attend.apply(plan, *primals)
-        dout, dlse = _push(plan, primals, out, lse, primitives.spread(moved, aligned[start:]))
+        dout, dlse = _push(plan, primals, out, lse, operators.spread(moved, aligned[start:]))
         return (out[0], lse[0], _at_batch(dout, info), _at_batch(dlse, info)), (None, None, 0, 0)
 
 
@@ -136,7 +136,7 @@ class Pass(Function):
 
     @staticmethod
     def forward(job: Job, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(primitives.sweep(job, tensors))
+        return tuple(operators.sweep(job, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -176,7 +176,7 @@ class Statistics(Function):
 
     @staticmethod
     def forward(scale: float, backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return primitives.statistics(scale, backend, tensors)
+        return operators.statistics(scale, backend, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -235,10 +235,10 @@ def _pull(
     if g is None and g_lse is None:
         return grads
     q, k, v, *extra = tensors
-    if g is not None and g_lse is None and (last := primitives.last_gradient(plan, tensors, lse, g, out)):
+    if g is not None and g_lse is None and (last := operators.last_gradient(plan, tensors, lse, g, out)):
         grads[:3] = last
         return grads
-    at, base = primitives.base(plan)
+    at, base = operators.base(plan)
     flat = [q, k, lse, *extra, v]
     x: list[Pair | Dense] = []
     if g is not None:
@@ -276,8 +276,8 @@ def _push(
     tangents: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """The jvp of attend, for tangents of q, k, v and the bias, which may have more axes than these."""
-    spec, flat, _ = primitives.tangent_sweep(plan, tensors, lse, tangents)
-    likes = primitives.tangent_likes(out, lse, tangents)
+    spec, flat, _ = operators.tangent_sweep(plan, tensors, lse, tangents)
+    likes = operators.tangent_likes(out, lse, tangents)
     mixed, *rest = run(spec, likes[: len(spec.outputs)], flat, plan.backend)
     if not rest:
         return mixed, torch.zeros_like(lse)

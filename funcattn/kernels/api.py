@@ -13,8 +13,10 @@ from .._autodiff import is_recorded, transforming, untraced
 from .._doors import door as public
 from ..masks import Mask
 from ..records import Attended
-from . import blocks, choice, dropout, flash, fused, layout, masking, reference, unseen
-from .choice import Explanation, Request
+from . import dispatch, dropout, reference, sdpa, unseen
+from .backends import layout, masking, torch_blocks
+from .closed import entry
+from .dispatch import Explanation, Request
 
 
 @public
@@ -57,11 +59,11 @@ def attend(
         torch.Size([1, 2, 4])
 
     Law: `merge` of the parts is the whole (test_kernels.py::test_merge_of_any_split_is_the_whole). The level of a row changes
-        nothing (test_blocks.py::test_the_level_of_a_row_changes_no_value_and_no_gradient), nor what a query does not see
+        nothing (test_torch_blocks.py::test_the_level_of_a_row_changes_no_value_and_no_gradient), nor what a query does not see
         (test_unseen.py::test_what_no_query_sees_reaches_no_value_tangent_or_gradient).
     """
     request = _request("attend", q, k, v, mask, scale, bias, wants_lse=True)
-    return _run(request, choice.choose(request, kernel))
+    return _run(request, dispatch.choose(request, kernel))
 
 
 @public
@@ -110,7 +112,7 @@ def attention(
     Law: derivatives are those of the dense formula (test_flash.py::test_every_nesting_is_exact).
     """
     request = _request("attention", q, k, v, mask, scale, bias, dropout=dropout, key=key)
-    return _run(request, choice.choose(request, kernel)).out
+    return _run(request, dispatch.choose(request, kernel)).out
 
 
 @public
@@ -173,7 +175,7 @@ def explain(
         >>> explain(q, q, q, kernel="flash").chosen
         'flash'
     """
-    return Explanation(choice.verdicts(_request("explain", q, k, v, mask, scale, bias), kernel))
+    return Explanation(dispatch.verdicts(_request("explain", q, k, v, mask, scale, bias), kernel))
 
 
 def _run(r: Request, kernel: str) -> Attended:
@@ -195,17 +197,17 @@ def _chosen(r: Request, kernel: str) -> Attended:
     if kernel.startswith("sdpa"):
         backend = kernel.removeprefix("sdpa").removeprefix(":")
         if _may_be_far(r):
-            return flash.attend(r)  # torch's backward takes the log-sum-exp as one number, which loses the normalizer there
+            return entry.attend(r)  # torch's backward takes the log-sum-exp as one number, which loses the normalizer there
         k, v = r.k, r.v
         if r.q.device.type != "cpu" and r.mask is not None:  # where looking at the output would be waiting for it
             _, k, v, *_ = unseen.take_out(r.q, r.k, r.v, r.mask)
-        out = fused.attention(r.q, k, v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
+        out = sdpa.attention(r.q, k, v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
         hides = (r.mask is not None or r.bias is not None) and out.device.type == "cpu" and not transforming()
         if hides and not torch.compiler.is_compiling() and not masking.is_finite([out]):
-            return flash.attend(r)  # torch's kernels weigh what is hidden by zero, and zero times NaN is NaN
+            return entry.attend(r)  # torch's kernels weigh what is hidden by zero, and zero times NaN is NaN
         return Attended(out, out.new_zeros(()))
     if kernel in ("flash", "triton"):
-        return flash.attend(r, "triton" if kernel == "triton" else "torch")
+        return entry.attend(r, "triton" if kernel == "triton" else "torch")
     keep = None
     if r.dropout and r.key is not None:
         keys = dropout.head_keys(r.key, (*r.lead, r.q.shape[-3]))
@@ -226,7 +228,7 @@ def _may_be_far(r: Request) -> bool:
         return False
     length = lambda x: float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1).amax()) ** 0.5
     reach = abs(float(r.scale)) * length(q) * length(k)
-    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= blocks.FAR
+    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= torch_blocks.FAR
 
 
 def _request(

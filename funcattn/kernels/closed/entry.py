@@ -9,14 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..masks import Mask
-from ..records import Attended
-from . import dropout, torch_fused
+from ...masks import Mask
+from ...records import Attended
+from .. import dropout
+from ..backends import aten
+from ..dispatch import Request
 from .algebra import ONES, Output, Sweep, Term
-from .choice import Request
-from .family import Statistics, run
-from .family import attend as attend_in_family
-from .primitives import Plan, like
+from .functions import Statistics, run
+from .functions import attend as attend_in_family
+from .operators import Plan, like
 
 
 def attend(r: Request, backend: str = "torch") -> Attended:
@@ -70,7 +71,7 @@ def _attend(
     grouped = H != K
     mask, bias = optional[:masks], optional[masks : masks + biased]
     laid = [*_laid(mask, H, K), *(_pairs(x, H, K) for x in bias)]
-    fused = backend == "torch" and not bias and masks != 1 and not torch_fused.obstacle(q, k, v)
+    fused = backend == "torch" and not bias and masks != 1 and not aten.obstacle(q, k, v)
     if isinstance(scale, Tensor):  # differentiable, so it goes into q; a number goes into the sweep, in float32
         q, scale = q * scale, 1.0
     tensors = [q, k, v]

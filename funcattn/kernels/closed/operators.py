@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from .. import _checks
-from .._autodiff import is_recorded, untraced
-from . import algebra, blocks, torch_fused
+from ... import _checks
+from ..._autodiff import is_recorded, untraced
+from ..backends import aten, torch_blocks
+from ..backends.layout import broadcast
+from ..backends.masking import is_finite
+from ..dtypes import accumulation_dtype
+from . import algebra
 from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
-from .dtypes import accumulation_dtype
-from .layout import broadcast
-from .masking import is_finite
 
 
 class Like(NamedTuple):
@@ -144,11 +145,11 @@ def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor,
     if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
         return None
     q, k, v, *mask = tensors
-    if mask and not torch_fused.is_causal(mask, k.shape[-2]):
+    if mask and not aten.is_causal(mask, k.shape[-2]):
         return None
-    if blocks.is_far(lse):
+    if torch_blocks.is_far(lse):
         return None
-    grads = torch_fused.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, scale=plan.scale, causal=bool(mask))
+    grads = aten.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, scale=plan.scale, causal=bool(mask))
     return grads if not mask or is_finite(grads) else None
 
 
@@ -156,13 +157,13 @@ def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor,
 def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     mask = extra[: plan.masks]
-    if plan.fused and not torch_fused.is_empty(q, k, v) and (not mask or torch_fused.is_causal(mask, k.shape[-2])):
-        out, lse = torch_fused.attend(q, k, v, scale=plan.scale, causal=bool(mask))
+    if plan.fused and not aten.is_empty(q, k, v) and (not mask or aten.is_causal(mask, k.shape[-2])):
+        out, lse = aten.attend(q, k, v, scale=plan.scale, causal=bool(mask))
         if not mask or is_finite([out]):
             return out, lse
     if plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_attend(q, k, v, mask):
         return _triton().attend(q, k, v, mask, plan.scale)
-    return blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
+    return torch_blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
 
 
 @untraced
@@ -183,7 +184,7 @@ def _statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[
     q, k, lse, *mask = tensors
     if backend == "triton" and not _triton().obstacle_to_attend(q, k, k, mask):
         return _triton().statistics(q, k, lse, mask, scale)
-    return blocks.statistics(q, k, lse, mask, scale)
+    return torch_blocks.statistics(q, k, lse, mask, scale)
 
 
 @untraced
@@ -191,20 +192,20 @@ def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
     shapes = [o.shape for o in job.likes]
     mask = [tensors[p] for p in job.sweep.mask]
     outputs: Sequence[Tensor] | None = None
-    if job.plan is not None and not blocks.is_far(tensors[L]) and (not mask or torch_fused.is_causal(mask, tensors[K].shape[-2])):
+    if job.plan is not None and not torch_blocks.is_far(tensors[L]) and (not mask or aten.is_causal(mask, tensors[K].shape[-2])):
         q, k, lse, *_, v, g, _, out = tensors  # torch's kernel takes its log-sum-exp as one number, and weighs hidden NaN by zero
-        outputs = torch_fused.backward(shapes, q, k, v, lse, g, out, scale=job.plan.scale, causal=bool(mask))
+        outputs = aten.backward(shapes, q, k, v, lse, g, out, scale=job.plan.scale, causal=bool(mask))
         outputs = outputs if not mask or is_finite(outputs) else None
     elif job.backend == "triton" and not _triton().obstacle(job.sweep, tensors):
         outputs = _triton().sweep(job.sweep, shapes, [o.dtype for o in job.likes], tensors)
     if outputs is None:
-        outputs = blocks.sweep(job.sweep, shapes, tensors)
+        outputs = torch_blocks.sweep(job.sweep, shapes, tensors)
     return [x.to(o.dtype) for x, o in zip(outputs, job.likes, strict=True)]
 
 
 def _triton() -> Any:
     """The backend that needs Triton, imported when it is first used."""
-    from . import triton
+    from ..backends import triton
 
     return triton
 

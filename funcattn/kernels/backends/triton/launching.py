@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import masks
-from ...masks import Mask
-from ..algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term, places
-from ..choice import WIDEST
+from .... import masks
+from ....masks import Mask
+from ...closed.algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term, places
+from ...dispatch import WIDEST
 from ..layout import has
 from . import pieces, programs, softmax, tuning
 from .addresses import axes, width

@@ -5,7 +5,8 @@ import torch
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
-from funcattn.kernels import attention_with_score, blocks
+from funcattn.kernels import attention_with_score
+from funcattn.kernels.backends import torch_blocks
 
 LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 LEVELS = [
@@ -112,9 +113,9 @@ def test_among_the_lowest_numbers_the_greater_one_wins():
 
 def test_a_far_row_costs_another_pass_and_a_near_one_none(monkeypatch):
     seen = []
-    statistics = blocks._Sweeper._statistics
-    monkeypatch.setattr(blocks._Sweeper, "_statistics", lambda *x: seen.append(1) or statistics(*x))
-    for level, passes in ((blocks.FAR / 2, 0), (2 * blocks.FAR, 1)):
+    statistics = torch_blocks._Sweeper._statistics
+    monkeypatch.setattr(torch_blocks._Sweeper, "_statistics", lambda *x: seen.append(1) or statistics(*x))
+    for level, passes in ((torch_blocks.FAR / 2, 0), (2 * torch_blocks.FAR, 1)):
         q, k, v, _, bias = inputs(40, torch.float32, level)
         grad(lambda v, bias=bias: fa.attention(q, k, v, bias=bias).sum())(v)  # noqa: B023
         assert len(seen) == passes

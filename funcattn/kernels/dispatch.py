@@ -20,7 +20,7 @@ from .. import _checks
 from .._autodiff import is_recorded
 from .._context import ContextValue
 from ..masks import Mask
-from . import torch_fused
+from .backends import aten
 
 _forced: ContextValue[str | None] = ContextValue("kernel", None)
 
@@ -50,7 +50,7 @@ class Request:
         if not isinstance(self.mask, Mask) or self.bias is not None:
             return False
         start, stop = _checks.value(self.mask.start), _checks.value(self.mask.stop)
-        return start is not None and stop is not None and torch_fused.is_causal((start, stop), self.k.shape[-2])
+        return start is not None and stop is not None and aten.is_causal((start, stop), self.k.shape[-2])
 
 
 class Verdict(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dtypes import accumulation_dtype
+from ..dtypes import accumulation_dtype
 from .layout import Layout, fold, multiply
 
 LOG2E = math.log2(math.e)

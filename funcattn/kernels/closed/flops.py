@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import primitives
+from . import operators
 from .algebra import ONES, K, Pair, Q, Sweep
 
 Shape = Sequence[int]
@@ -39,13 +39,13 @@ def _(tensors: Sequence[Shape], *_: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.funcattn.sweep)
 def _(tensors: Sequence[Shape], job: str, *_: Any, **__: Any) -> int:
-    return of_sweep(primitives._decode(job)[0], tensors)
+    return of_sweep(operators._decode(job)[0], tensors)
 
 
 @register_flop_formula(torch.ops.funcattn.push)
 def _(tensors: Sequence[Shape], scale: float, masks: int, moved: Sequence[bool], *_: Any, **__: Any) -> int:
     """Those of the value, and those of its tangent but for the logits, which it shares."""
     q, k, v, *mask = primals = tensors[: 3 + masks]
-    tangents: Any = primitives.spread(moved, tensors[3 + masks :])  # pyright: ignore[reportArgumentType]
-    spec, flat, _places = primitives.tangent_sweep(primitives.Plan(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
+    tangents: Any = operators.spread(moved, tensors[3 + masks :])  # pyright: ignore[reportArgumentType]
+    spec, flat, _places = operators.tangent_sweep(operators.Plan(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
     return of_attend(q, k, v, *mask) + of_sweep(spec, flat) - of_sweep(spec._replace(outputs=()), flat)  # pyright: ignore

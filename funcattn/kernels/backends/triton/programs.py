@@ -12,7 +12,7 @@ import linecache
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..algebra import ONES, Factor, K, L, Output, Pair, Q
+from ...closed.algebra import ONES, Factor, K, L, Output, Pair, Q
 from . import pieces
 from .addresses import width
 from .language import jit, tl

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import dropout
-from .algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, places
-from .dtypes import accumulation_dtype
+from .. import dropout
+from ..closed.algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, places
+from ..dtypes import accumulation_dtype
 from .layout import broadcast, fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
 from .masking import LOG2E, NOTHING, Blocks, Seen, block_of, capturing, is_finite, weigh
 
