@@ -275,3 +275,10 @@ def test_an_optimizer_prints_as_the_call_that_made_it():
     assert repr(training.accumulate(4, training.sgd(torch.tensor(0.1)))) == "accumulate(4, sgd(float32[]))"
     assert repr(training.clip(1.0, specs=("tensor",) * 1000)) == "clip(1.0, specs=tuple(...))"
     assert repr(training.Optimizer(both.init, both.update)) == "Optimizer(init, update)"
+
+
+def test_an_optimizer_is_two_functions():
+    optimizer = adamw(1e-3)
+    init, update = optimizer
+    assert (init, update) == (optimizer.init, optimizer.update)
+    assert optimizer._replace(init=len).init is len

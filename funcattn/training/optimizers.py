@@ -12,7 +12,8 @@ rate is a gradient). Absent leaves `()` have neither gradient nor state: frozen 
 Source: the shape of optax (DeepMind), Babuschkin et al., The DeepMind JAX ecosystem, 2020.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -36,8 +37,9 @@ def matrices(path: str, leaf: Tensor) -> bool:
     return leaf.dim() >= 2
 
 
-class Optimizer(NamedTuple):
-    """Two pure functions. Not a record: it holds functions. Prints as the call that made it.
+@dataclass(frozen=True, repr=False)
+class Optimizer:
+    """Two pure functions, `init, update = optimizer`. Prints as the call that made it.
 
     init: (params) -> state
     update: (gradients, state, params) -> (updates, state); updates are to be added to params.
@@ -46,11 +48,18 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Tree], Any]
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
-    text: str = ""
+    text: str = field(default="", kw_only=True, compare=False)
     __call__ = uncalled
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        """init, update."""
+        return iter((self.init, self.update))
 
     def __repr__(self) -> str:
         return self.text or "Optimizer(init, update)"
+
+    def _replace(self, **fields: Any) -> "Optimizer":
+        return replace(self, **fields)
 
 
 @record
