@@ -252,8 +252,8 @@ def _stream(r: api.Request, score: OfTensors, parameters: Sequence[Tensor], dens
     if dense:  # one block, of all queries and keys
         shift = highest(*(t.detach() for t in (q, *x)))[0]
         shift = torch.where(shift == NOTHING, 0, shift)
-        weighted, mass = masses(shift, v, *x)
-        return _normalized(r, shift, weighted, mass, blind)
+        mass, weighted = masses(shift, v, *x)
+        return _normalized(r, shift, mass, weighted, blind)
     # c stands for a constant at every level, since the result does not depend on it; its shape tells the number of heads.
     width = q.new_zeros(()).expand(*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3]), H, T, 1)
     search = BlockSum(highest, (query, *common), (query,), T, S, ends, maximum=True)
