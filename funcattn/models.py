@@ -192,7 +192,7 @@ class Model:
             if tokens.dim() != 1:
                 remedy = "Map over sequences with torch.func.vmap; extend takes leading axes."
                 _checks.fail("apply", "tokens", "one sequence (T,)", _checks.shape(tokens), remedy)
-            cache = caches.follow(cache, delta, len(tokens))
+            cache = caches.fork(cache, delta, len(tokens))
         after = (self.commit or caches.commit)(cache, delta)
         if _checks.value(after.length) is None:
             proposed = torch.where(caches.overflowed(after), float("nan"), proposed)

@@ -60,7 +60,7 @@ def test_a_device_takes_the_parts_that_the_specs_give_it(name):
                     for field, got, x in zip(Layer._fields, layer, whole.layers[i], strict=True):
                         if not isinstance(x, torch.Tensor):
                             continue
-                        cut = division(config, field, x.dim(), n, experts=config.kind(i).experts)
+                        cut = division(config, field, x.dim(), n, experts=config.layer_spec(i).experts)
                         wanted = x if cut.tensor is None else x.tensor_split(n, cut.tensor)[device]
                         if cut.replicated:
                             wanted = x.unflatten(0, (config.kv_heads, -1))[device * config.kv_heads // n]
