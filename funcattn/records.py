@@ -82,8 +82,11 @@ def formerly(**names: str) -> Callable[[Cls], Cls]:
     """
 
     def apply(cls: Cls) -> Cls:
-        new = lambda options: {names.get(key, key): value for key, value in options.items()}
-        construct, replace = cls.__new__, cls._replace  # pyright: ignore[reportAttributeAccessIssue]
+        def new(options: dict[str, Any]) -> dict[str, Any]:
+            return {names.get(key, key): value for key, value in options.items()}
+
+        construct: Any = cls.__new__
+        replace: Any = cls._replace  # pyright: ignore[reportAttributeAccessIssue]
         setattr(cls, "__new__", lambda cls, *args, **options: construct(cls, *args, **new(options)))
         setattr(cls, "_replace", lambda self, **options: replace(self, **new(options)))
         for old, field in names.items():
