@@ -21,7 +21,7 @@ class Accepted(NamedTuple):
     """What becomes of a draft.
 
     count: int64 (), how many of its tokens stay, 0 to valid.
-    token: int64 (), the one that follows them, drawn from what they leave of the target's law.
+    token: int64 (), the one that follows them, drawn from what they leave of the target.
     tokens: int64 (N + 1,), those that stay, then `token`, then -1.
     """
 
@@ -41,7 +41,7 @@ def accept(
     rule: Rule = blockwise,
     check: bool = True,
 ) -> Accepted:
-    """Keep the beginning of a draft, and draw one token more, so that what is written has the law of the target.
+    """Keep the beginning of a draft, and draw one token more, so that what is written is distributed as the target.
 
     Args:
         key: randomness for all of it.
@@ -50,7 +50,7 @@ def accept(
         proposed: int64 (N,), the draft.
         valid: int64 (), how many of the N count; what is in the others' rows does not matter, even NaN. None is all.
         rule: `blockwise`, or `tokenwise`, or one of your own.
-        check: look at the values, where that is possible (it waits for the device): laws that sum to one, tokens that can be drawn.
+        check: look at the values, where that is possible (it waits for the device): rows that sum to one, tokens that can be drawn.
 
     Returns:
         Accepted. Where the target is NaN and could not be looked at, `token` is -1.
@@ -66,7 +66,7 @@ def accept(
         >>> accept(fa.key(0), p, q, torch.tensor([0])).tokens
         tensor([ 1, -1])
 
-    Law: the target's law exactly, by enumeration (test_speculation.py::test_what_is_written_has_the_law_of_the_target).
+    Law: distributed as the target exactly, by enumeration (test_speculation.py::test_what_is_written_has_the_law_of_the_target).
     """
     valid = _checked("accept", target, draft, proposed, valid, check)
     for_uniforms, for_token = randomness.split(key).unbind()
@@ -99,7 +99,7 @@ def acceptance_pmf(
 
 
 def clean(target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with rows that do not count made harmless: the uniform law, token 0."""
+    """The same with rows that do not count made harmless: the uniform distribution, token 0."""
     rows, V = torch.arange(len(target), device=target.device).unsqueeze(-1), target.shape[-1]
     there = rows[:-1] < valid
     return (
@@ -109,10 +109,10 @@ def clean(target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor) -> tup
     )
 
 
-def draw_row(key: Tensor, laws: Tensor, row: Tensor) -> Tensor:
+def draw_row(key: Tensor, rows: Tensor, row: Tensor) -> Tensor:
     """One token from one row of probabilities (R, V); -1 where it is NaN."""
-    law = laws.index_select(0, row.reshape(1))[0]
-    return torch.where(law.isnan().any(-1), -1, randomness.categorical(key, law.log()))
+    probs = rows.index_select(0, row.reshape(1))[0]
+    return torch.where(probs.isnan().any(-1), -1, randomness.categorical(key, probs.log()))
 
 
 def finish(proposed: Tensor, count: Tensor, token: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ def _checked(function: str, target: Tensor, draft: Tensor, proposed: Tensor, val
     if not N:
         _checks.fail(function, "proposed", "(N,) with N at least 1", (0,), "With nothing drafted, draw from the target.")
     V = target.shape[-1] if target.dim() else 0
-    check_laws(function, "target", target, (N + 1, V), "(N + 1, V)", N)
-    check_laws(function, "draft", draft, (N, V), "(N, V)", N)
+    check_probs(function, "target", target, (N + 1, V), "(N + 1, V)", N)
+    check_probs(function, "draft", draft, (N, V), "(N, V)", N)
     if valid is None:
         valid = torch.full((), N, dtype=torch.int64, device=proposed.device)
     elif not isinstance(valid, Tensor) or valid.dim() or valid.is_floating_point():
@@ -147,20 +147,20 @@ def _checked(function: str, target: Tensor, draft: Tensor, proposed: Tensor, val
     return valid
 
 
-def check_laws(function: str, argument: str, law: Tensor, wanted: tuple[int, ...], letters: str, N: int) -> None:
+def check_probs(function: str, argument: str, probs: Tensor, wanted: tuple[int, ...], letters: str, N: int) -> None:
     """Fail where rows of probabilities have another shape or kind than wanted."""
-    if law.dtype not in (torch.float32, torch.float64):
+    if probs.dtype not in (torch.float32, torch.float64):
         remedy = "Take the softmax in float32, and draw from that too."
-        _checks.fail(function, argument, "probabilities in float32 or float64", law.dtype, remedy, TypeError)
-    if law.shape != wanted:
+        _checks.fail(function, argument, "probabilities in float32 or float64", probs.dtype, remedy, TypeError)
+    if probs.shape != wanted:
         remedy = "Target and draft need one vocabulary; the target has one row more."
-        _checks.fail(function, argument, f"{letters} = {wanted} with N = {N} as proposed", _checks.shape(law), remedy)
+        _checks.fail(function, argument, f"{letters} = {wanted} with N = {N} as proposed", _checks.shape(probs), remedy)
 
 
-def check_values(function: str, argument: str, law: Tensor, counts: Tensor) -> None:
-    """Fail where a row that counts is no law: sums of V terms, each rounded, and a softmax's own rounding."""
-    slack = 4 * law.shape[-1] * torch.finfo(law.dtype).eps
-    wrong = ~(((law.sum(-1) - 1).abs() <= slack) & (law >= 0).all(-1))  # NaN is wrong
+def check_values(function: str, argument: str, probs: Tensor, counts: Tensor) -> None:
+    """Fail where a row that counts is no distribution: sums of V terms, each rounded, and a softmax's own rounding."""
+    slack = 4 * probs.shape[-1] * torch.finfo(probs.dtype).eps
+    wrong = ~(((probs.sum(-1) - 1).abs() <= slack) & (probs >= 0).all(-1))  # NaN is wrong
     if _checks.is_true(wrong & counts):
         _checks.fail(function, argument, "rows of probabilities that sum to one", "others, or NaN", "Pass softmax(logits).")
 
@@ -171,5 +171,5 @@ def check_tokens(function: str, draft: Tensor, proposed: Tensor, counts: Tensor)
     if _checks.is_true(((proposed < 0) | (proposed >= V)) & counts):
         _checks.fail(function, "proposed", f"ids below V = {V}", _checks.peek(proposed), "Set valid where the draft is short.")
     if _checks.is_true((at(draft, proposed.clamp(0, V - 1)) <= 0) & counts):
-        remedy = "Pass the law that was drawn from, after every filter; of a draft without chance it is one-hot."
+        remedy = "Pass the probabilities that were drawn from, after every filter; of a draft without chance it is one-hot."
         _checks.fail(function, "draft", "positive at the proposed tokens", "zero", remedy)

@@ -234,7 +234,7 @@ def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: St
         logits, delta = transformer.along(model, params, torch.cat([text.last.reshape(1), proposed]), text.cache)
         check_numbers(request.verb, "the logits of a step", logits)
         found, states = _accepted(keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule)
-        assert text.left is not None  # a draft has a length
+        assert text.left is not None  # rounds differ in length
         kept = torch.minimum(until_stop(found.tokens, found.count + 1, stop), text.left)
         kept = torch.where(text.done, 0, kept)
         newest = found.tokens.index_select(0, (kept - 1).clamp(min=0).reshape(1))[0]

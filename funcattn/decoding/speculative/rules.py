@@ -1,6 +1,6 @@
-"""Which tokens of a draft stay: thresholds for uniforms, and the law of the token that follows.
+"""Which tokens of a draft stay: thresholds for uniforms, and the distribution of the token that follows.
 
-With p_i the target's law of token i given the draft before it, q_i the law it was drawn from, d_i the token (i = 1..N):
+With p_i the target's probabilities of token i given the draft before it, q_i those it was drawn from, d_i the token (i = 1..N):
 
     tokenwise    h_i = min(1, p_i(d_i) / q_i(d_i)), stop at the first u_i >= h_i                      then  (p - q)+, normalized
     blockwise    w_0 = 1, w_i = min(1, w_{i-1} p_i(d_i) / q_i(d_i)),  S_i = sum (w_i p_{i+1} - q_{i+1})+
@@ -30,7 +30,7 @@ class Regions(NamedTuple):
     """What the uniforms are compared with, and what follows.
 
     threshold: (N,), h; token i passes its test where u_i < h_i.
-    correction: (N + 1, V), row n the law of the token after the first n of the draft.
+    correction: (N + 1, V), row n the probabilities of the token after the first n of the draft.
     """
 
     threshold: Tensor
@@ -57,13 +57,13 @@ def divide(a: Tensor, b: Tensor, otherwise: Tensor | float) -> Tensor:
 
 
 def normalize(mass: Tensor, otherwise: Tensor) -> Tensor:
-    """Rows (.., V) of mass made laws; rows without any are another law's (it is never drawn from: nothing is refused there)."""
+    """Rows (.., V) of mass made probabilities; rows without any are those of `otherwise`, and are never drawn from."""
     return divide(mass, mass.sum(-1, keepdim=True), otherwise)
 
 
-def at(law: Tensor, tokens: Tensor) -> Tensor:
+def at(probs: Tensor, tokens: Tensor) -> Tensor:
     """The probability of one token in each row: (N, V), (N,) -> (N,)."""
-    return law.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def until_refused(threshold: Tensor, uniforms: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A tree of drafts: at every node some candidates, tried one after another; what they leave of the target's law is drawn from last.
+"""A tree of drafts: at every node some candidates, tried one after another; what they leave of the target is drawn from last.
 
 At a node with target p, its children x_1, x_2, ... drawn from q without replacement (q renormalized without the earlier ones):
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import _checks, randomness
 from ..._doors import door
 from ...records import record
-from .acceptance import check_laws, check_values, draw_row
+from .acceptance import check_probs, check_values, draw_row
 from .rules import Regions, divide, normalize
 
 
@@ -49,12 +49,12 @@ def accept_tree(
     replacement: bool = False,
     check: bool = True,
 ) -> Branched:
-    """Keep a path from the root of a tree of drafts, and draw one token more: what is written has the law of the target.
+    """Keep a path from the root of a tree of drafts, and draw one token more: what is written is distributed as the target.
 
     Args:
         key: randomness for all of it.
-        target, draft: (M + 1, V), float32 or float64: at each node, the target's law of the next token, and the law that the node's
-            children were drawn from (any law at a leaf).
+        target, draft: (M + 1, V), float32 or float64: at each node, the target's probabilities of the next token, and those
+            that the node's children were drawn from (any at a leaf).
         proposed: int64 (M,), the token of node 1, 2, ..., M; children of one node in the order they were drawn.
         parent: int64 (M,), the node each hangs on: of node n one of 0, ..., n - 1, or -1 where there is no token.
         replacement: whether candidates were drawn independently of each other, and may be equal.
@@ -63,7 +63,7 @@ def accept_tree(
     Raises:
         ValueError, TypeError: as `accept`; a parent that is not an earlier node.
 
-    Law: the target's law exactly, by enumeration (test_trees.py).
+    Law: distributed as the target exactly, by enumeration (test_trees.py).
     """
     regions = _regions("accept_tree", target, draft, proposed, parent, replacement, check)
     for_uniforms, for_token = randomness.split(key).unbind()
@@ -83,19 +83,19 @@ def accept_among(
     """Keep one of M candidates for one token, or draw another: multi-draft verification, a tree of depth one.
 
     Args:
-        target: (V,), the target's law of this one position.
-        draft: (V,), the law the M candidates were drawn from, without replacement unless said.
+        target: (V,), the target's probabilities at this one position.
+        draft: (V,), the probabilities that the M candidates were drawn from, without replacement unless said.
         proposed: int64 (M,).
 
     Returns:
         Branched, with `token` the token of this position whether it was drafted or not, and `tokens` (M + 1,) it and -1.
 
-    Law: the target's law exactly (test_trees.py).
+    Law: distributed as the target exactly (test_trees.py).
     """
     if proposed.dim() != 1:
         _checks.fail("accept_among", "proposed", "(M,)", _checks.shape(proposed), "Map over many rows with vmap.")
     M = len(proposed)
-    rows = lambda law: law.expand(M + 1, *law.shape[-1:])
+    rows = lambda probs: probs.expand(M + 1, *probs.shape[-1:])
     done = accept_tree(key, rows(target), rows(draft), proposed, torch.zeros_like(proposed), replacement=replacement, check=check)
     token = done.tokens[0]
     return Branched(done.count, done.path, token, torch.cat([token.reshape(1), torch.full_like(proposed, -1)]))
@@ -154,8 +154,8 @@ def _check(function: str, target: Tensor, draft: Tensor, proposed: Tensor, paren
     M, V = len(proposed), target.shape[-1] if target.dim() else 0
     if not M:
         _checks.fail(function, "proposed", "(M,) with M at least 1", (0,), "With nothing drafted, draw from the target.")
-    check_laws(function, "target", target, (M + 1, V), "(N + 1, V)", M)
-    check_laws(function, "draft", draft, (M + 1, V), "(N + 1, V)", M)
+    check_probs(function, "target", target, (M + 1, V), "(N + 1, V)", M)
+    check_probs(function, "draft", draft, (M + 1, V), "(N + 1, V)", M)
     if parent.shape != proposed.shape:
         _checks.fail(function, "parent", f"(M,) with M = {M} as proposed", _checks.shape(parent), "Name each token's node.")
     if _checks.is_true((parent < -1) | (parent > torch.arange(M, device=parent.device))):
@@ -164,5 +164,5 @@ def _check(function: str, target: Tensor, draft: Tensor, proposed: Tensor, paren
     if _checks.is_true((proposed < 0) | (proposed >= V)):
         _checks.fail(function, "proposed", f"ids below V = {V}", _checks.peek(proposed), "A missing token has parent -1, and id 0.")
     if check:
-        for argument, law in (("target", target), ("draft", draft)):
-            check_values(function, argument, law, torch.ones_like(law[..., 0], dtype=torch.bool))
+        for argument, probs in (("target", target), ("draft", draft)):
+            check_values(function, argument, probs, torch.ones_like(probs[..., 0], dtype=torch.bool))

@@ -1,9 +1,9 @@
 """Laws of acceptance rules by exact enumeration: law(rule, target, draft, key).
 
-Target and draft are tables of conditional laws: `target[n]` is (V,) * n + (V,), the law of token n after each text of n tokens, for
-n = 0, ..., N; `draft[n]` likewise for n = 0, ..., N - 1. Every draft is enumerated (V^N of them), weighted with its probability;
-`emitted` completes what a rule writes to N + 1 tokens by the target, and compares all V^(N + 1) texts. In float64 a rule that
-loses nothing agrees to a few roundings, so a wrong one stands out by ten orders of magnitude.
+Target and draft are tables of conditional probabilities: `target[n]` is (V,) * n + (V,), those of token n after each text of n
+tokens, for n = 0, ..., N; `draft[n]` likewise for n = 0, ..., N - 1. Every draft is enumerated (V^N of them), weighted with its
+probability; `emitted` completes what a rule writes to N + 1 tokens by the target, and compares all V^(N + 1) texts. In float64 a
+rule that loses nothing agrees to a few roundings, so a wrong one stands out by ten orders of magnitude.
 """
 
 import itertools
@@ -24,17 +24,17 @@ DRAWS = 2000
 
 
 def joint(table: Table) -> Tensor:
-    """The probability of every text: the product of the conditional laws, (V,) * len(table)."""
+    """The probability of every text: the product of the conditional ones, (V,) * len(table)."""
     mass = torch.ones((), dtype=table[0].dtype, device=table[0].device)
-    for law in table:
-        mass = mass.unsqueeze(-1) * law
+    for probs in table:
+        mass = mass.unsqueeze(-1) * probs
     return mass
 
 
 def rows(table: Table, N: int) -> Tensor:
-    """The laws that each of the V^N drafts meets on its way: (V^N, len(table), V)."""
+    """The probabilities that each of the V^N drafts meets on its way: (V^N, len(table), V)."""
     V = table[0].shape[-1]
-    return torch.stack([law.reshape(-1, V).repeat_interleave(V ** (N - n), 0) for n, law in enumerate(table)], 1)
+    return torch.stack([probs.reshape(-1, V).repeat_interleave(V ** (N - n), 0) for n, probs in enumerate(table)], 1)
 
 
 def drafts(V: int, N: int, device: torch.device | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def drafts(V: int, N: int, device: torch.device | None = None) -> Tensor:
 
 
 def outcomes(rule: Rule, target: Table, draft: Table) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each draft: its probability (V^N,), that of each count (V^N, N + 1), and the law that follows (V^N, N + 1, V)."""
+    """Of each draft: its probability (V^N,), that of each count (V^N, N + 1), and the distribution that follows (V^N, N + 1, V)."""
     N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     regions = vmap(lambda p, q, d: rule.regions(p, q, d, torch.tensor(N, device=here)))(
         rows(target, N), rows(draft, N), drafts(V, N, here)
@@ -62,8 +62,8 @@ def emitted(rule: Rule, target: Table, draft: Table, *, shown: Table | None = No
     for n in range(N + 1):
         written = (drawn * counts[:, n]).unsqueeze(-1) * after[:, n]  # (V^N, V)
         written = written.reshape(V**n, -1, V).sum(1).reshape((V,) * (n + 1))  # texts of n + 1 tokens
-        for law in target[n + 1 :]:
-            written = written.unsqueeze(-1) * law
+        for probs in target[n + 1 :]:
+            written = written.unsqueeze(-1) * probs
         total = total + written.reshape(-1)
     return total.reshape((V,) * (N + 1))
 
@@ -76,7 +76,7 @@ def expected_count(rule: Rule, target: Table, draft: Table) -> Tensor:
 
 @named
 def what_is_written_has_the_law_of_the_target(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
-    """Nothing is lost: the total variation from the target's law of N + 1 tokens is a rounding."""
+    """Nothing is lost: the total variation from the target's distribution of N + 1 tokens is a rounding."""
     off = (emitted(rule, target, draft) - joint(target)).abs().sum() / 2
     agree(what_is_written_has_the_law_of_the_target, "the total variation", off, torch.zeros_like(off), EXACT, "float64")
 

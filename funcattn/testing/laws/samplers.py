@@ -20,16 +20,16 @@ DRAWS = 1000
 @named
 def law_sums_to_one(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """The probabilities that the sampler promises sum to one, and none is NaN."""
-    total = _law(sampler, logits, key).exp().sum()
+    total = _log_probs(sampler, logits, key).exp().sum()
     agree(law_sums_to_one, "the sum of probabilities", total, torch.ones_like(total), *_slack(logits))
 
 
 @named
 def no_hidden_token_comes_back(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """A logit of -inf stays so: what one sampler of a chain hides, the next cannot show."""
-    found = _law(sampler, logits, key)
+    found = _log_probs(sampler, logits, key)
     hidden = logits == -torch.inf
-    agree(no_hidden_token_comes_back, "law where logits are -inf", found[hidden], logits[hidden], 0, "it stays hidden")
+    agree(no_hidden_token_comes_back, "what is left where logits are -inf", found[hidden], logits[hidden], 0, "it stays hidden")
 
 
 @named
@@ -44,32 +44,32 @@ def at_least_one_token_is_kept(sampler: Sampler, logits: Tensor, key: Tensor) ->
 def adding_a_constant_to_logits_changes_nothing(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """A softmax does not see the level of its logits. Not of penalties that look at the sign of a logit: leave it out there."""
     grid = (logits * 8).round() / 8  # so that adding 4 is exact, and a tie stays a tie
-    wanted, got = _law(sampler, grid, key), _law(sampler, grid + 4, key)
-    agree(adding_a_constant_to_logits_changes_nothing, "law", got.exp(), wanted.exp(), *_slack(logits))
+    wanted, got = _log_probs(sampler, grid, key), _log_probs(sampler, grid + 4, key)
+    agree(adding_a_constant_to_logits_changes_nothing, "probabilities", got.exp(), wanted.exp(), *_slack(logits))
 
 
 @named
 def commutes_with_vmap(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """Many rows are vmap: the law of each is what it is alone, and so is the token drawn with its key."""
+    """Many rows are vmap: the distribution of each is what it is alone, and so is the token drawn with its key."""
     state, keys = _state(sampler, logits, key), randomness.split(key, 3)
     rows = torch.stack([logits, logits.flip(0), logits / 2])
-    got = vmap(sampling.law(sampler), (0, None))(rows, state)
+    got = vmap(sampling.log_probs(sampler), (0, None))(rows, state)
     tokens = vmap(lambda key, row: sampling.draw(key, sampler, row, state)[0])(keys, rows)
     for n in range(3):
-        wanted = sampling.law(sampler)(rows[n], state)
-        agree(commutes_with_vmap, f"law of row {n}", got[n].exp(), wanted.exp(), *_slack(logits))
+        wanted = sampling.log_probs(sampler)(rows[n], state)
+        agree(commutes_with_vmap, f"probabilities of row {n}", got[n].exp(), wanted.exp(), *_slack(logits))
         token, _ = sampling.draw(keys[n], sampler, rows[n], state)
         agree(commutes_with_vmap, f"token of row {n}", tokens[n], token, 0, "the same key draws the same")
 
 
 @named
 def draws_follow_the_law(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """What is drawn has the law that is promised: a chi-square test of 1000 draws that a true law fails once in 10^9 keys.
+    """Draws are distributed as promised: a chi-square test of 1000 draws that a true sampler fails once in 10^9 keys.
 
     A token of probability zero is never drawn. The least likely tokens are counted as one, so that five of it are expected.
     """
     state, V = _state(sampler, logits, key), logits.shape[-1]
-    expected = DRAWS * _law(sampler, logits, key).double().exp()
+    expected = DRAWS * _log_probs(sampler, logits, key).double().exp()
     tokens = vmap(lambda key: sampling.draw(key, sampler, logits, state)[0])(randomness.split(key, DRAWS))
     seen = torch.bincount(tokens, minlength=V).double()
     never = seen[expected == 0].sum()
@@ -81,7 +81,7 @@ def draws_follow_the_law(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     freedom, statistic = len(expected) - 1, float(((seen - expected) ** 2 / expected).sum())
     if statistic > _tail(freedom):
         raise AssertionError(
-            f"draws_follow_the_law: {DRAWS} draws gave {seen.int().tolist()} where the law promises {expected.tolist()}: "
+            f"draws_follow_the_law: {DRAWS} draws gave {seen.int().tolist()} where {expected.tolist()} are expected: "
             f"chi-square {statistic:.4g} with {freedom} degrees of freedom, above {_tail(freedom):.4g}."
         )
 
@@ -115,8 +115,8 @@ def _state(sampler: Sampler, logits: Tensor, key: Tensor) -> Any:
     return state
 
 
-def _law(sampler: Sampler, logits: Tensor, key: Tensor) -> Tensor:
-    return sampling.law(sampler)(logits, _state(sampler, logits, key))
+def _log_probs(sampler: Sampler, logits: Tensor, key: Tensor) -> Tensor:
+    return sampling.log_probs(sampler)(logits, _state(sampler, logits, key))
 
 
 def _slack(logits: Tensor) -> tuple[float, str]:
