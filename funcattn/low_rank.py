@@ -1,9 +1,9 @@
-"""Low-rank adaptation: a few trained numbers beside a weight that stays.
+"""Low-rank adaptation: a trained update of low rank beside a frozen weight.
 
     W x   becomes   W x + scale b (a x)        a (r, in), b (out, r), r much smaller than either
 
-A weight becomes a record that registers itself with `layers.linear` and `layers.embed`, so the decoder never knows. The weight
-below goes through `linear` again: it may be a tensor, a quantized record, or another adaptation.
+An adapted weight is a record registered with `layers.linear` and `layers.embed`; the decoder is unchanged.
+The base goes through `linear` too: it may be a tensor, a quantized record, or another adaptation.
 
     params = lora(8)(key, params)
     trained, frozen = tree.partition(params, is_trained)
@@ -24,6 +24,7 @@ from torch import Tensor
 from . import _checks, randomness, tree
 from ._doors import door
 from .layers import embed, linear
+from .quantization import Where, predicate
 from .records import is_absent, record
 from .tree import Tree
 
@@ -74,7 +75,7 @@ def is_adapted(node: Any) -> bool:
 
 
 def is_trained(path: str, leaf: Any) -> bool:
-    """True for the leaves a and b of adaptations: the predicate that parts what is trained from what is frozen.
+    """True for the leaves a and b of adaptations: the predicate of `partition` for trained and frozen leaves.
 
     Example:
         >>> from funcattn import randomness
@@ -86,16 +87,15 @@ def is_trained(path: str, leaf: Any) -> bool:
 
 
 @door
-def lora(
-    rank: int, where: Callable[[str, Any], bool] | None = None, *, alpha: float | None = None
-) -> Callable[[Tensor, Tree], Tree]:
+def lora(rank: int, where: Where | None = None, *, alpha: float | None = None) -> Callable[[Tensor, Tree], Tree]:
     """A function (key, params) -> params with adaptations of the weights chosen.
 
     a is uniform within 1 / sqrt(in) of zero, b is zero: the function is unchanged until b is trained.
 
     Args:
         rank: r.
-        where: f(path, weight), True for what is adapted; by default the matrices of attention and feed-forward, by their names.
+        where: a regex that the whole path must match, or a predicate of (path, weight), as in `quantize`.
+            None chooses q, k, v, o, gate, up and down of every layer.
         alpha: scale is alpha / rank. None is alpha = 2 rank.
 
     Raises:
@@ -107,7 +107,8 @@ def lora(
         _checks.fail("lora", "rank", "1 or more", rank, "It is the number of directions that are added.")
     if alpha is not None and not 0 < alpha < math.inf:
         _checks.fail("lora", "alpha", "above 0", alpha, "What is added is multiplied by alpha / rank.")
-    choose = where if where is not None else lambda path, weight: path.rpartition(".")[2] in MATRICES
+    default = lambda path, weight: path.rpartition(".")[2] in MATRICES
+    choose = default if where is None else predicate("lora", where)
     scale = 2.0 if alpha is None else alpha / rank
 
     @door(name="lora(rank)")

@@ -43,6 +43,18 @@ def test_an_adapted_model_is_the_same_function():
     assert fa.tree.paths(adapted, is_leaf=is_adapted) == fa.tree.paths(params)
 
 
+def test_a_regex_chooses_as_a_predicate_does():
+    adapted = [lora(2, where)(fa.key(0), weights()) for where in (r"layers\.\d+\.[qv]", lambda path, _: path[-1] in "qv")]
+    assert fa.tree.paths(adapted[0]) == fa.tree.paths(adapted[1])
+    assert all(torch.equal(a, b) for a, b in zip(*map(fa.tree.leaves, adapted), strict=True))
+    with pytest.raises(ValueError, match=r"lora: where should be a regex of paths, got '\(q'"):
+        lora(2, "(q")
+    with pytest.raises(TypeError, match="lora: where should be a regex or a predicate"):
+        lora(2, 3)
+    with pytest.raises(ValueError, match="lora: where should be true of some weight"):
+        lora(2, "q")(fa.key(0), weights())
+
+
 def test_what_is_added_is_scale_b_a():
     params = weights()
     adapted = trained(params, alpha=3.0)

@@ -471,6 +471,7 @@ def spoiled(value):
 
 BAD = [
     (lambda: fa.quantize("int8"), TypeError, "quantize: scheme should be a scheme, got a str"),
+    (lambda: fa.quantize(fa.int8, "(q"), ValueError, "quantize: where should be a regex of paths, got '(q'"),
     (lambda: fa.quantize(fa.int8, 3), TypeError, "quantize: where should be a regex or a predicate"),
     (lambda: fa.quantize(fa.int8, "nothing")(weights()), ValueError, "quantize: where should be a rule that chooses a leaf"),
     (
@@ -536,3 +537,13 @@ def test_a_group_that_cannot_be_is_refused_when_the_scheme_is_made(scheme, group
 def test_a_setting_of_a_scheme_that_cannot_be_is_refused_when_it_is_made(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "w8a8", "nf4", "fp8", "ternary"])
+def test_a_scheme_called_without_settings_is_the_scheme(name):
+    scheme = getattr(fa, name)
+    assert scheme() == scheme
+    assert scheme()() == scheme
+    params = {"q": fa.random.normal(fa.key(0), (4, 64))}
+    by_value, by_call = (fa.quantize(one)(params) for one in (scheme, scheme()))
+    assert all(torch.equal(a, b) for a, b in zip(fa.tree.leaves(by_value), fa.tree.leaves(by_call), strict=True))

@@ -1,4 +1,4 @@
-"""Checkpoints of models on many devices: each process reads and writes its own part.
+"""Checkpoints of sharded models: each process reads and writes its local shards.
 
 load_sharded(folder, mesh)     the Hugging Face layout: no process reads more of it than it keeps
 save_parts, load_parts         torch.distributed.checkpoint: written by one mesh, read by another
@@ -69,7 +69,7 @@ def _is_shape(node: Any) -> bool:
 
 
 def save_parts(folder: str | os.PathLike[str], params: Tree) -> None:
-    """Write a tree of DTensors and tensors, each process what it holds, for `load_parts` on any mesh.
+    """Write a tree of DTensors and tensors, each process its local shards, for `load_parts` on any mesh.
 
     Every process calls it with the same folder, which all should see. Tensors that are no DTensors should be the same on all. The
     first process exchanges what all wrote for what was there, in one step; files of others in the folder stay.
@@ -92,7 +92,7 @@ def save_parts(folder: str | os.PathLike[str], params: Tree) -> None:
 
 
 def _of_first(folder: str | os.PathLike[str], f: Callable[[], Any]) -> Any:
-    """What f gives in the first process, for all processes; where it fails there, all fail."""
+    """f() of rank 0, broadcast to all ranks; an error there is raised on all."""
     import torch.distributed as dist
 
     said: list[Any] = [None, None]
@@ -113,18 +113,18 @@ def _fail_to_save(folder: str | os.PathLike[str], got: str) -> NoReturn:
 
 
 def _first_line(error: BaseException) -> str:
-    """Of what each process met, the first."""
+    """The first of the errors of all processes, in one line."""
     failures: Any = getattr(error, "failures", {})
     return next((f"process {rank}: {reason_of(met)}" for rank, (met, _) in failures.items()), reason_of(error))
 
 
 def _is_part(name: str) -> bool:
-    """True for a file that a process wrote its part to."""
+    """True for a file that `save_parts` writes."""
     return name == METADATA or name.endswith(".distcp")
 
 
 def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
-    """What `save_parts` wrote, cut as another tree is: each process reads what it will hold, whatever mesh wrote it.
+    """What `save_parts` wrote, sharded like another tree: each process reads its local shards, whatever mesh wrote them.
 
     No code of the folder runs: its index, which torch writes as a pickle, is read by an unpickler that
     knows the classes of an index alone.

@@ -1,4 +1,4 @@
-"""What the system says of a place that cannot be written, as a CheckpointError in one sentence."""
+"""Errors of writing files, as a CheckpointError of one sentence."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ UNCHANGED = "Nothing was changed; choose a place that can be written, with room 
 
 @contextlib.contextmanager
 def written(function: str, place: str | os.PathLike[str], remedy: str = UNCHANGED) -> Iterator[None]:
-    """Errors of the system and of safetensors inside, as that of a function which writes to a place.
+    """Raise OSError and SafetensorError of the block as CheckpointError of the function that writes to `place`.
 
     Raises:
         CheckpointError: a full disk, a quota, a folder that cannot be written, a name that is too long.
@@ -26,5 +26,5 @@ def written(function: str, place: str | os.PathLike[str], remedy: str = UNCHANGE
 
 
 def reason_of(error: BaseException) -> str:
-    """What the system says of an error, in one line: without the name of the draft that it met it in."""
+    """The system's text of an error in one line, without the name of the temporary file."""
     return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()[:60])

@@ -1,6 +1,6 @@
 """`funcattn bench`: how fast a model decodes on this machine, against how fast the machine reads memory.
 
-Candidates take turns at every token, so that a neighbour that wakes up wakes up for all; what is told is medians. Model bandwidth
+Candidates take turns at every token, so that other load of the machine hits all; results are medians. Model bandwidth
 utilization (MBU) is the bytes that a token needs, weights and past, over its time, as a share of what one matrix-vector product
 over as many bytes reaches.
 """

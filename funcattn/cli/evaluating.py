@@ -69,7 +69,7 @@ def _bytes(session: Session, text: str, first: int) -> int:
 
 
 def _shown(windows: list[evaluation.Window]) -> Iterator[evaluation.Window]:
-    """The windows, with a bar on stderr, where somebody looks at it."""
+    """The windows, with a bar on stderr if it is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield from windows

@@ -171,7 +171,7 @@ def fitted(
     try:
         return training.fit(
             fa.fold_in(fa.key(options.seed), 1),
-            fa.decoder(config, kernel="sdpa"),  # nobody asks for a second derivative here
+            fa.decoder(config, kernel="sdpa"),  # training takes first derivatives only
             params,
             learnt,
             frozen=frozen,

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _fitted(method: str, session: Session, tokens: torch.Tensor, scheme: Any) -> Any:
-    """The weights that a text chose, with a bar on stderr where somebody looks at it."""
+    """The weights that a text chose, with a bar on stderr if it is a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Layers", total=session.config.layers)

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 
 class Forgiving:
-    """A stream for what need not be heard: what cannot be written is dropped."""
+    """A stream for optional output: what cannot be written is dropped."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
@@ -53,7 +53,7 @@ def dropping(file: TextIO) -> Iterator[None]:
     """What cannot be written inside goes nowhere, now and when the process ends."""
     try:
         yield
-    except (OSError, ValueError):  # ValueError: closed by somebody
+    except (OSError, ValueError):  # ValueError: closed already
         end(file)
 
 

@@ -24,7 +24,7 @@ def shown(text: str) -> str:
 
 
 def is_coloured() -> bool:
-    """True where text on stdout may have colours: a terminal that knows them, and nobody who asks for none (no-color.org)."""
+    """True where text on stdout may have colours: a terminal that has them, without NO_COLOR (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -52,6 +52,6 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """A line on stderr from the second second on, where somebody looks at it; what takes long inside may say so in its place."""
+    """A line on stderr after one second, if it is a terminal; longer steps inside may replace it."""
     with progress.waiting(what):
         yield

@@ -3,7 +3,7 @@
     y_n = W[expert_n] x_n          W (X, out, in), expert (N,)
 
 How many tokens an expert gets depends on the data, so no static shape tells it. The product is one operation with static shapes
-around it, which sorts the tokens by expert and multiplies each group once: an expert that nobody chose is not read, so a decode
+around it, which sorts the tokens by expert and multiplies each group once: an expert without tokens is not read, so a decode
 step reads only the matrices it uses. Its derivatives are itself with W transposed and the sum of outer products by expert, and
 those of the latter are the former again: the two are closed under every transform. Under vmap the tokens of all rows are one
 list, and matrices that are not mapped stay shared.

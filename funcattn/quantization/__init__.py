@@ -15,7 +15,7 @@ A scheme of one's own is a record, its `dequantize`, and a value with `encode`: 
 from .formats import RECORDS, Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary, expand, is_quantized
 from .reports import Report, report
 from .schemes import Scheme, fp8, int4, int8, nf4, ternary, w8a8
-from .transforms import Where, dequantize, quantize
+from .transforms import Where, dequantize, predicate, quantize
 
 __all__ = [
     "RECORDS",
@@ -35,6 +35,7 @@ __all__ = [
     "int8",
     "is_quantized",
     "nf4",
+    "predicate",
     "quantize",
     "report",
     "ternary",

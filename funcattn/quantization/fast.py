@@ -1,11 +1,11 @@
-"""Fast kernels behind exact derivatives.
+"""Fast kernels with exact derivatives.
 
-Several of torch's integer kernels have no derivative and give zeros without a word under grad and jvp. Here a product has a plain
-form, whose derivatives are right at every order, and a fast one, which is used for the value alone:
+Several of torch's integer kernels have no derivatives, and silently give zeros under grad and jvp. Here
+a product has a plain form, with exact derivatives of every order, and a fast one for the value:
 
     value: fast(x)          vjp, jvp: those of plain          vmap over x: fast, with more rows
 
-Where nothing is differentiated or mapped the fast form is called as it is.
+Outside of autograd and of transforms the fast form is called directly.
 """
 
 from collections.abc import Callable, Sequence

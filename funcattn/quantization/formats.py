@@ -1,7 +1,8 @@
-"""Quantized weights: records that stand for a matrix (N, K), and multiply and embed as it would.
+"""Quantized weights: records that represent a matrix (N, K), with its `linear` and `embed`.
 
-`expand(record)` is the matrix. What a record computes is what that matrix computes; where a kernel of torch is faster it runs
-(`fast`), and every derivative is that of the plain form. Codes are integers and have none; scales are numbers and have theirs.
+`expand(record)` is the matrix. `linear(record, x)` is the product with that matrix: its value may come
+from a faster kernel (`fast`), its derivatives are those of the plain form, in x and in the scales.
+Codes are integers, without derivatives.
 """
 
 import functools
@@ -37,7 +38,7 @@ class Int8(NamedTuple):
 
 @record
 class Int8Dynamic(NamedTuple):
-    """Int8 whose activations are rounded to 8 bits too, as they come: of each token, columns that share a scale here share one."""
+    """Int8 with activations rounded to 8 bits at run time, one scale per token and group of columns."""
 
     codes: Tensor  # int8 (N, K)
     scale: Tensor  # (N, G)
@@ -107,7 +108,7 @@ RECORDS = (Int8, Int8Dynamic, Int4, Codebook, Fp8, Ternary)
 
 @functools.singledispatch
 def expand(weight: Any) -> Tensor:
-    """The matrix (N, K) that a quantized record stands for, in float32. A record of one's own registers: `@expand.register`."""
+    """The matrix (N, K) of a quantized record, in float32. Other record types register: `@expand.register`."""
     _unknown(weight)
 
 
@@ -145,7 +146,7 @@ def _(weight: Ternary) -> Tensor:
 
 
 def is_nearest(record: Int4 | Int8 | Int8Dynamic, weight: Tensor) -> bool:
-    """Whether the codes are the nearest that the record's scales allow to a matrix (N, K), bit for bit."""
+    """True where the codes are those of round-to-nearest of a matrix (N, K) under the record's scales."""
     grouped = packing.groups(weight.float(), weight.shape[-1] // record.scale.shape[-1])
     if not isinstance(record, Int4):
         return torch.equal(record.codes, packing.nearest(grouped, record.scale, 127))
@@ -162,7 +163,7 @@ def _wide(scale: Tensor) -> torch.dtype:
 
 
 def times(weight: Any, x: Tensor) -> Tensor:
-    """The plain form: the matrix is expanded, and torch multiplies. Every transform goes through it."""
+    """The plain form: expand the matrix, then F.linear. All transforms differentiate and map this one."""
     return F.linear(x, expand(weight).to(x.dtype))
 
 
@@ -185,7 +186,7 @@ def _plain_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    """Tiles, unless the processor has products of bfloat16 that make up for expanding the codes; floats where there are none."""
+    """Tiles, or products with expanded codes where bfloat16 is fast or there are no tiles."""
     narrow = x.dtype == torch.bfloat16 and len(x) > MOST_IN_BFLOAT16 and bfloat16_is_fast()
     out = None if narrow else _through(_form_int8(Int8(codes, scale), len(x)), x)
     return times_codes(codes, scale, x) if out is None else out
@@ -197,7 +198,7 @@ def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
 
 
 def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    """The derivative in x is that of the rounded product with the rounding taken for the identity (straight through)."""
+    """The product with rounded x; its derivative in x takes the rounding for the identity (straight-through)."""
     return times(Int8(codes, scale), straight_through(x, scale.shape[-1])).to(x.dtype)
 
 
@@ -219,7 +220,7 @@ def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor 
 
 
 def _form_int8(weight: Int8, rows: int) -> Any:
-    """What multiplies that many rows fastest: tiles, else torch's kernel; None where that is the matrix itself."""
+    """The fastest layout for that many rows: tiles, else torch's kernel; None for the expanded matrix."""
     tiles = tile_int8(*weight, rows=rows)
     return pack_int8(*weight) if tiles is None and rows <= MAX_FAST_ROWS else tiles
 
@@ -244,7 +245,7 @@ def _through(form: Any, x: Tensor) -> Tensor | None:
     return value(form, x) if isinstance(form, (Tiles, DynamicTiles)) else linear(form, x)
 
 
-# Compiled decoding, which differentiates nothing.
+# Layouts for compiled decoding, which takes no derivatives.
 
 
 @prepare.register

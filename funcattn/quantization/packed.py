@@ -1,7 +1,8 @@
-"""torch's integer kernels on the CPU, and the forms of weights that they read.
+"""torch's integer kernels on the CPU, and the weight layouts that they read.
 
-They have no derivative, and one of them gives zeros for it without a word: `fast.routed` puts exact ones around them, and
-`layers.prepare` hands the forms here to compiled decoding, where nobody differentiates.
+The kernels have no derivatives; autograd through one of them silently gives zeros. `fast.routed` adds
+the exact derivatives of the plain form. `layers.prepare` gives these layouts to compiled decoding,
+which takes no derivatives.
 
     int8    activations in bfloat16, sums in float32
     int4    the same, scale and zero in bfloat16 too; N a multiple of 16, groups of 32, 64, 128 or 256 columns
@@ -57,7 +58,7 @@ def pack_int8(codes: Tensor, scale: Tensor) -> PackedInt8 | None:
 
 
 def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
-    """For sizes that the kernel takes, else None. Packed once for each weight, and kept while the weight is."""
+    """For sizes that the kernel takes, else None. Packed once per weight, and cached for its lifetime."""
 
     def make() -> PackedInt4 | None:
         if codes.dim() != 2 or codes.device.type != "cpu":
@@ -84,8 +85,8 @@ def pack_dynamic(codes: Tensor, scale: Tensor, rows: int) -> PackedDynamic | Non
 
 @functools.cache
 def bytes_are_exact() -> bool:
-    """Whether products of bytes are summed without loss: processors older than VNNI saturate each two at 16 bits, in silence."""
-    with _disable_current_modes():  # a fake tensor would not tell
+    """True where products of bytes are summed exactly: without VNNI, sums of two saturate at 16 bits."""
+    with _disable_current_modes():  # a fake tensor has no values
         most = torch.full((17, 64), 127, dtype=torch.int8, device="cpu")
         return all(
             bool((aten._int_mm(x * most[:rows], y * most.mT) == x * y * 64 * 127**2).all())
@@ -121,15 +122,15 @@ def _(weight: PackedDynamic, x: Tensor) -> Tensor:
 
 @functools.cache
 def bfloat16_is_fast() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 by itself, several times as fast as those of float32."""
+    """True where the processor has bfloat16 matrix products, several times as fast as float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def times_codes(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
     """(x codes^T) scale for int8 of one scale a row and many vectors x (n, K), or None where that is not it.
 
-    A pass over the matrix less than to expand it. Codes are exact in every dtype; but products with them, as much larger than the
-    result as scales are small, may be beyond float16.
+    Saves one pass over the matrix compared with expanding it. Codes are exact in every dtype, but their
+    products are larger than the result by 1 / scale, which may overflow float16.
     """
     if scale.shape[-1] != 1 or x.dtype == torch.float16:
         return None
@@ -147,20 +148,20 @@ def round_tokens(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def rounded(x: Tensor, groups: int = 1) -> Tensor:
-    """What the codes of `round_tokens` stand for, (*lead, K)."""
+    """x rounded to the codes of `round_tokens`, (*lead, K)."""
     codes, by = round_tokens(x, groups)
     return codes.mul_(by).flatten(-2)
 
 
 def straight_through(x: Tensor, groups: int) -> Tensor:
-    """`rounded`, with the rounding taken for the identity in derivatives."""
+    """`rounded`, whose derivative is the identity (the straight-through estimator)."""
     still = x.detach()
     near = rounded(still, groups)
     return x.to(near.dtype) + (near - still)
 
 
 def followed(x: Tensor) -> bool:
-    """Whether somebody may differentiate here; not while compiling, where `fa.compile` has asked before."""
+    """True where autograd or a transform may follow x; False under torch.compile, which `fa.compile` enters without either."""
     return not torch.compiler.is_compiling() and is_recorded(x)
 
 

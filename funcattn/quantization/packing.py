@@ -10,7 +10,9 @@ one mask and one shift. Four codes of 2 bits share a byte in the same way.
 import torch
 from torch import Tensor
 
-NF4 = (  # the quantiles of a normal law that hold equal mass, 0 among them: Dettmers et al., QLoRA, arXiv:2305.14314, appendix E
+# Quantiles of a normal distribution with equal mass between two, and 0: Dettmers et al., QLoRA,
+# arXiv:2305.14314, appendix E.
+NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),

@@ -232,7 +232,7 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
 
 
 def value(weight: Tiles | DynamicTiles, x: Tensor) -> Tensor:
-    """`linear` of x (n, K), where nobody differentiates or maps it: without what those would cost."""
+    """`linear` of x (n, K) outside of autograd and of transforms, without their dispatch."""
     if isinstance(weight, DynamicTiles):
         return value(weight.tiles, rounded(x, weight.scale.shape[-1])).to(x.dtype)
     with torch._C._AutoDispatchBelowAutograd():
@@ -274,7 +274,7 @@ def _operations(blocks: Any, scales: Any, rows: Sequence[int], x: Sequence[int],
 
 
 def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
-    """Where somebody may differentiate it is products of floats, whose derivatives of every order torch knows."""
+    """Under autograd or a transform: products of floats, which have derivatives of every order."""
     if has_tangent(*scales, x) or (torch.is_grad_enabled() and any(t.requires_grad for t in (*scales, x))):
         return _plain(blocks, scales, rows, x)
     with torch._C._AutoDispatchBelowAutograd():
@@ -282,7 +282,7 @@ def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Se
 
 
 def _refused(*args: Any) -> Any:
-    """The layers have no derivative; `fa.compile` runs them where nobody differentiates, below autograd."""
+    """The layers have no derivative: `fa.compile` runs them outside of autograd and of transforms."""
     raise RuntimeError("funcattn::layers: it has no derivative; call the functions of the model, which do not use it under grad.")
 
 

@@ -41,16 +41,14 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
     if isinstance(scheme, (str, type)) or not hasattr(scheme, "encode"):  # a str has an encode of its own
         remedy = "Pass fa.int8, fa.int4(group=64) or another scheme."
         _checks.fail("quantize", "scheme", "a scheme", f"a {type(scheme).__name__}", remedy, TypeError)
-    if where is not None and not isinstance(where, str) and not callable(where):
-        remedy = "A path looks like layers.0.q."
-        _checks.fail("quantize", "where", "a regex or a predicate of (path, weight)", repr(where), remedy, TypeError)
+    choose = None if where is None else predicate("quantize", where)
 
     def chosen(path: str, leaf: Tensor) -> Any:
-        if where is None:
-            if re.fullmatch(MATRICES, path):
-                return scheme
-            return getattr(scheme, "for_head", int8) if re.fullmatch(ENDS, path) else None
-        return scheme if (re.fullmatch(where, path) if isinstance(where, str) else where(path, leaf)) else None
+        if choose is not None:
+            return scheme if choose(path, leaf) else None
+        if re.fullmatch(MATRICES, path):
+            return scheme
+        return getattr(scheme, "for_head", int8) if re.fullmatch(ENDS, path) else None
 
     @door(name="quantize(scheme)")
     def transform(params: Tree) -> Tree:
@@ -83,6 +81,25 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
         return out
 
     return transform
+
+
+def predicate(function: str, where: Where) -> Callable[[str, Any], bool]:
+    """`where` of a transform as a predicate of (path, weight): a regex should match the whole path.
+
+    Raises:
+        TypeError: it is neither a str nor callable.
+        ValueError: a str that is no regular expression.
+    """
+    remedy = "A path looks like layers.0.q."
+    if not isinstance(where, str):
+        if not callable(where):
+            _checks.fail(function, "where", "a regex or a predicate of (path, weight)", repr(where), remedy, TypeError)
+        return where
+    try:
+        pattern = re.compile(where)
+    except re.error as error:
+        _checks.fail(function, "where", "a regex of paths", f"{where!r}, {error}", remedy)
+    return lambda path, weight: pattern.fullmatch(path) is not None
 
 
 def _check(path: str, leaf: Any) -> None:

@@ -1,14 +1,14 @@
-"""Families of models: how the same Config and Params are spelled in other people's files.
+"""Families of models: how the files of each name the fields of Config and the leaves of Params.
 
-A family is a table and two functions, never a subclass: which field of a file is which field of Config, which tensors hold which
-leaves, and which fields would change the mathematics. A field of the last kind is refused by name where it holds anything but a
-neutral value: a model that would be computed wrongly is not loaded. Two spellings are read, Hugging Face (config.json,
-safetensors) and GGUF; one is written, Hugging Face.
+A family is a table and two functions, never a subclass: which field of a file is which field of Config,
+which tensors hold which leaves, and which fields would change the mathematics. A field of the last kind
+is refused by name unless its value is neutral: a model that would be computed wrongly is not loaded. Two
+formats are read, Hugging Face (config.json, safetensors) and GGUF; one is written, Hugging Face.
 
     tables        Family, Pack, the checked reading of fields           positions    rotary fields
     llama gemma fused gpt mixtures                                      the families themselves, by kinship
-    usual packs                                                         what they share
-    config_json weights metadata                                        the doors
+    conventions layouts                                                 what they share
+    config_json weights metadata                                        reading and writing
 
 A leaf goes by its path (`layers.0.q`), the same as in funcattn.tree.
 """

@@ -1,4 +1,4 @@
-"""Forms in which a file holds leaves other than one tensor a leaf: fused, turned, split by expert, rotated on neighbours."""
+"""Layouts of leaves in files other than one tensor per leaf: fused, transposed, split by expert, interleaved rotary rows."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from .tables import Pack
 
 
 def fused(paths: Sequence[str], name: str, sizes: Callable[[Config], Sequence[int]], *, turned: bool = False) -> Pack:
-    """Several leaves one under the other in one tensor; `turned` where the file holds its transpose."""
+    """Several leaves concatenated along rows in one tensor; `turned` where the file stores its transpose."""
     turn = lambda x: x.mT if turned and x.dim() > 1 else x
     return Pack(
         tuple(paths),
@@ -21,12 +21,12 @@ def fused(paths: Sequence[str], name: str, sizes: Callable[[Config], Sequence[in
 
 
 def transposed(path: str, name: str) -> Pack:
-    """A leaf of which the file holds the transpose."""
+    """A leaf stored transposed."""
     return Pack((path,), (name,), lambda _, x: [x[0].mT.contiguous()], lambda _, x: [x[0].mT.contiguous()])
 
 
 def stacked(path: str, name: str, *, experts: bool = True) -> Pack:
-    """One leaf (X, ...) of one tensor for each expert (or head); the name has `{expert}`. Dense layers are held plainly."""
+    """One leaf (X, ...) stored as one tensor per expert (or head); the name has `{expert}`. Dense layers are stored as they are."""
     applies = lambda config, layer: not experts or config.layer_spec(layer).experts
     return Pack((path,), (name,), lambda _, x: [torch.stack(x)], lambda _, x: list(x[0].unbind(0)), applies)
 

@@ -81,7 +81,7 @@ def _gemma(values: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _around(values: Mapping[str, Any], config: dict[str, Any], largest: int) -> dict[str, Any]:
-    """Gemma 2 and 3; the largest of each, told by its number of layers, divides logits by sqrt(E / H) instead of sqrt(D)."""
+    """Gemma 2 and 3; the largest of each, known by its number of layers, divides logits by sqrt(E / H) instead of sqrt(D)."""
     size = config["width"] / config["heads"] if config["layers"] == largest else config["head_size"]
     return {**_gemma(values, config), "norm_placement": "around", "attention_scale": size**-0.5}
 

@@ -16,9 +16,9 @@ ABSENT_FIELD: Any = object()  # a field that has no default must be there
 
 
 class CheckpointError(ValueError):
-    """What a file says cannot be read as a model, or a model cannot be written. The message names the field and the remedy.
+    """A file that cannot be read as a model, or a model that cannot be written. The message names the field and the remedy.
 
-    Text of a file in it is written so that it cannot steer a terminal (`_checks.printable`).
+    Control characters from a file are escaped in the message (`_checks.printable`).
     """
 
     def __init__(self, message: str = "") -> None:
@@ -27,11 +27,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Pack:
-    """Leaves that a file holds in another form: several in one tensor, one in several, or turned.
+    """Leaves stored in another layout: several in one tensor, one in several, or transposed.
 
     paths, names: templates; `{}` is the number of the layer, `{expert}` in a name stands for one tensor an expert (or head).
     unpack: (config, tensors in the order of names) -> leaves in the order of paths. pack: the other way.
-    applies: (config, number of the layer) -> whether the layer is held so.
+    applies: (config, number of the layer) -> True where the layer is stored so.
     """
 
     paths: tuple[str, ...]
@@ -46,13 +46,13 @@ class Family:
     """How one family is spelled in the files of Hugging Face.
 
     read: the fields of config.json -> those of Config. write: a Config -> the fields of config.json that are the family's own.
-        A Config that the family cannot say may be written as anything: it is read again and compared.
+        The result is read back and compared, so a Config that the family cannot express may give anything.
     tensors: path -> name on disk, templates with `{}` for the number of the layer; of what a Config does not have, none is wanted.
-    packs: leaves that are held in another form; they go before `tensors`.
+    packs: leaves that are stored in another layout; they take precedence over `tensors`.
     neutral: fields of the file that would change the mathematics -> the values under which they do not, besides NEUTRAL.
     body: what transformers calls the model without its head, which is written without `prefix` in front of every name; "" is the
         architecture, named for that.
-    harmless: tensors on disk that say nothing new.
+    harmless: tensors on disk that follow from the config, and are ignored.
     """
 
     name: str
@@ -87,7 +87,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 class Fields:
-    """The fields of a file, read one by one and checked; those that nobody read are held against a table of neutral values."""
+    """The fields of a file, read one by one and checked; fields left unread are compared with a table of neutral values."""
 
     def __init__(self, values: Mapping[str, Any], where: str = "{} in config.json") -> None:
         self.values = {name: value for name, value in values.items() if value is not None}
@@ -142,7 +142,7 @@ class Fields:
         check_neutral({name: value for name, value in self.values.items() if name not in self.seen}, neutral, self.where)
 
     def check_known(self, known: Set[str]) -> None:
-        """Refuse a field that nobody read and that is not known, unless it says nothing: it may be of a newer release."""
+        """Refuse an unread, unknown field unless its value is empty: it may be of a newer release."""
         for name in self.values.keys() - self.seen - known:
             if not name.startswith("_") and self.values[name] not in (False, "", [], {}):
                 remedy = "Take it out of the file where it does not change what the model computes, or use a release that knows it."

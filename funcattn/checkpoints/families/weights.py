@@ -19,7 +19,7 @@ PLAIN = Pack((), (), lambda config, tensors: tensors, lambda config, leaves: lea
 
 @dataclass(frozen=True)
 class Source:
-    """Some tensors of a file and the leaves that they hold."""
+    """Tensors of a file, and the leaves that are made of them."""
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
@@ -27,7 +27,7 @@ class Source:
 
     @property
     def is_changed(self) -> bool:
-        """Whether the tensors are other than the leaves: joined, split or transposed."""
+        """True where the tensors are joined, split or transposed leaves, not the leaves themselves."""
         return self.pack is not PLAIN
 
 
@@ -55,7 +55,7 @@ def _template(path: str) -> tuple[int, str]:
 
 
 def locate_tensors(family: Family, config: Config) -> list[Source]:
-    """Where each leaf of a Config is in the files of a family, in the order of the computation."""
+    """The tensors of a family's files that each leaf of a Config is read from, in the order of the computation."""
     needed = shapes(config)
     packs = {path: pack for pack in family.packs for path in pack.paths}
     found, done = [], set[str]()
@@ -86,7 +86,7 @@ def wanted(config: Config, from_: Sequence[Source]) -> dict[str, tuple[int, ...]
 
 
 def match(needed: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Fail with one error that tells every difference between the tensors that a file must hold and those that it does.
+    """Raise one error with every difference between the tensors that are needed and those of a file.
 
     Args:
         needed: name -> shape of what must be there.
@@ -96,14 +96,14 @@ def match(needed: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, 
     missing = [name for name in needed if name not in found]
     extra = sorted(found.keys() - needed.keys())
     wrong = [f"{name} {found[name]} instead of {shape}" for name, shape in needed.items() if name in found and found[name] != shape]
-    told = [
+    differences = [
         f"{kind}: {_some(items)}"
         for kind, items in (("missing", missing), ("unknown", extra), ("of another shape", wrong))
         if items
     ]
-    if told:
+    if differences:
         remedy = "The file is incomplete, or its configuration is that of another model."
-        fail("load", f"tensors of {where}", "those of its configuration", "; ".join(told), remedy, CheckpointError)
+        fail("load", f"tensors of {where}", "those of its configuration", "; ".join(differences), remedy, CheckpointError)
 
 
 def _some(items: list[str], shown: int = 20) -> str:

@@ -37,7 +37,7 @@ from ..regular_files import open_regular
 READ = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 LONGEST_NAME = 2**16 - 1  # bytes, by the specification
 MOST_AXES = 4  # by the specification
-LARGEST_HEADER = 2**26  # bytes; that of a vocabulary of 262 144 has 2**24. More are a hole of a file, read as empty names for ever
+LARGEST_HEADER = 2**26  # bytes; that of a vocabulary of 262 144 has 2**24. A sparse file would read as empty names without end
 
 NUMBERS = {
     GGUFValueType.UINT8: "<u1",
@@ -201,7 +201,7 @@ def _place(cursor: Cursor, alignment: Any, described: Mapping[str, tuple[tuple[i
 def read_tensor(data: mmap.mmap | bytes, entry: Entry) -> Tensor:
     """One tensor in float32: the numbers of `gguf.quants.dequantize`, in memory of their own."""
     stored = np.frombuffer(data, np.uint8, entry.size, entry.start).reshape(*entry.shape[:-1], -1)
-    with np.errstate(all="ignore"):  # a damaged scale may be infinite; that is for whoever looks at the weights
+    with np.errstate(all="ignore"):  # a damaged scale may be infinite: the weight then is, without a warning here
         numbers = quants.dequantize(stored, GGMLQuantizationType[entry.type])
     return torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
 
@@ -227,7 +227,7 @@ def read_gguf(
     stretch = read_tensor(data, tensors.pop(families.STRETCH)) if families.STRETCH in tensors else None
     vocabulary = (
         tensors[names["embedding"]].shape[0] if names["embedding"] in tensors else 1
-    )  # its absence is told with the others'
+    )  # missing tensors are reported together
     config = families.read_metadata(metadata, vocabulary, names["head"] not in tensors, stretch)
     family = families.GGUF[metadata["general.architecture"]]
     spelled = {path: families.spelling(names, path) for path in families.shapes(config)}

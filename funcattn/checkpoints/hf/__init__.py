@@ -2,6 +2,6 @@
 
 folder saving       a model read and written
 compressed          quantized records of this library in safetensors
-quantizers          the tool that quantized a file, told by its tensors
+quantizers          the tool that quantized a file, recognized by its tensors
 adapters            LoRA in PEFT's layout; peft_settings patterns: its adapter_config.json
 """

@@ -1,8 +1,9 @@
-"""Quantized weights in files: records in safetensors, and the blocks of GGUF as records, without losing a bit.
+"""Quantized weights in files: records in safetensors, and the blocks of GGUF as records, bit for bit.
 
-In a folder the tensors of a record stand where the matrix would, `...q_proj.codes` and `...q_proj.scale` for `...q_proj.weight`,
-and config.json says under `quantization_config` which record each is, and of which family the model is: its `model_type` is
-"funcattn", for other readers to refuse it. They would ignore a method that they do not know, and run with random matrices.
+In a folder the fields of a record replace the matrix, `...q_proj.codes` and `...q_proj.scale` for
+`...q_proj.weight`. `quantization_config` of config.json names the type of each record and the family of
+the model; `model_type` is "funcattn", so that other readers refuse the folder. They would ignore an
+unknown method, and run with random matrices.
 
     Q4_0    w = (code - 8) d           Int4 of groups of 32, zero -8 d
     Q4_1    w = code d + m             Int4 of groups of 32
@@ -32,7 +33,7 @@ REMEDY = "The file is damaged, or was written by another version: fetch it again
 
 
 def fields(name: str, kind: str) -> dict[str, str]:
-    """Field -> its name on disk, for the record that stands where `name` would.
+    """Field -> its name on disk, for the record in place of the matrix `name`.
 
     Example:
         >>> fields("layers.0.q_proj.weight", "Int8")
@@ -41,7 +42,7 @@ def fields(name: str, kind: str) -> dict[str, str]:
     return {field: f"{name.removesuffix('.weight')}.{field}" for field in KINDS[kind]._fields}
 
 
-def apart(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def flatten_records(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, those of records by their fields; and the name of each record with its kind."""
     flat: dict[str, Tensor] = {}
     kinds = {name: type(leaf).__name__ for name, leaf in tensors.items() if not isinstance(leaf, Tensor)}
@@ -74,8 +75,8 @@ def kinds_in(values: dict[str, Any]) -> dict[str, str]:
     return {str(name): str(kind) for name, kind in kinds.items()}
 
 
-def together(name: str, kind: str, read: Callable[[str], Tensor]) -> Any:
-    """The record that stands where `name` would."""
+def read_record(name: str, kind: str, read: Callable[[str], Tensor]) -> Any:
+    """The record in place of the matrix `name`."""
     record = KINDS[kind](**{field: read(stored) for field, stored in fields(name, kind).items()})
     try:
         expanded = quantization.expand(type(record)(*(x.to("meta") for x in record)))
@@ -91,7 +92,7 @@ def together(name: str, kind: str, read: Callable[[str], Tensor]) -> Any:
 
 
 def from_blocks(data: Any, start: int, rows: int, columns: int, kind: str) -> Any:
-    """A matrix stored in blocks as a record, without losing a bit."""
+    """A matrix stored in blocks as a record, bit for bit."""
     stored, count = BLOCKS[kind], columns // SIZE
     raw = np.frombuffer(data, np.uint8, rows * count * stored, start).reshape(rows, count, stored)
     half = lambda first: torch.from_numpy(raw[..., first : first + 2].copy().view(np.float16)[..., 0])

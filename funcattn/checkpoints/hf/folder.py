@@ -1,7 +1,7 @@
 """The Hugging Face layout: a folder of config.json, safetensors, and the tokenizer's files.
 
-Nothing is unpickled: pytorch_model.bin and its kin are refused. safetensors is read with the library of that name, which holds a
-header against the file before it gives a tensor; what names it must hold, and in which shapes, is checked here.
+Nothing is unpickled: pytorch_model.bin and the like are refused. safetensors is read with the library of
+that name, which checks the header against the file; names and shapes are checked here.
 """
 
 import functools
@@ -135,7 +135,7 @@ def _read_weights(
         for stored in compressed.fields(name, kind).values():
             if stored not in found:
                 _refuse(f"tensors of {folder}", f"those of config.json, {stored} among them", "none of this name")
-        records[name] = compressed.together(name, kind, tensor)
+        records[name] = compressed.read_record(name, kind, tensor)
         for stored in compressed.fields(name, kind).values():
             del found[stored]
         found[name] = records[name].shape
@@ -157,7 +157,7 @@ def _read_weights(
 
 
 def _one_dtype(settings: Mapping[str, Any], dtypes: set[torch.dtype]) -> torch.dtype | None:
-    """The dtype of weights that a file holds in several: as config.json says, or the one that holds all; None where they agree."""
+    """The dtype for weights stored in several: that of config.json, else their promotion; None where all agree."""
     if len(dtypes) < 2:
         return None
     said = {str(kind).removeprefix("torch."): kind for kind in dtypes}.get(str(settings.get("dtype", settings.get("torch_dtype"))))
@@ -197,7 +197,7 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | No
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a folder has something of this name; what is no regular file fails when it is read, and is never left out."""
+    """True where the folder has an entry of this name, a broken link too: reading it then fails, rather than being skipped."""
     return os.path.lexists(path)
 
 

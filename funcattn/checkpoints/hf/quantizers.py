@@ -1,4 +1,4 @@
-"""Which other tool quantized the weights of a file, told by the names and types of its tensors.
+"""The tool that quantized the weights of a file, recognized by names and types of its tensors.
 
 config.json of such a file says so under `quantization_config` and is refused for it; where it was lost, the tensors still say.
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 Shape = tuple[int, ...]
 
-# Method -> names that a tensor of it has and no float model's; the first that fits is told.
+# Method -> names of tensors that no float model has; the first match is reported.
 METHODS: dict[str, str] = {
     "fp_quant": r"\.(dqweight|(forward|backward)_hadamard_matrix)",
     "bitsandbytes (4 bit)": r"\.(nested_)?(absmax|quant_map)|\.quant_state\.bitsandbytes__\w+",

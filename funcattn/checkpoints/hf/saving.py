@@ -1,7 +1,8 @@
 """Writing the Hugging Face layout: the whole folder, or nothing.
 
-A folder is written beside its place, flushed to the disk, and exchanged for what was there in one step (`atomic.folder`). A process
-that is killed, at any moment, leaves the old folder or the new one; the next save removes what it left beside them.
+A folder is written under a temporary name beside its target, flushed to the disk, and exchanged for the
+old one in one step (`atomic.folder`). A process that is killed at any moment leaves the old folder or
+the new one; the next save removes the temporary one.
 """
 
 import errno
@@ -37,8 +38,8 @@ def save(
 ) -> None:
     """Write a model in the Hugging Face layout, which transformers, vLLM and llama.cpp's converter read.
 
-    The folder is written beside its place and exchanged for what is there when it is whole: if anything fails, or the process is
-    killed, what was there is untouched. (Where the system has no exchange, see funcattn.atomic.)
+    The folder is written beside its target and exchanged for it in one step: if anything fails, or the
+    process is killed, the old folder is untouched. (Without renameat2, see funcattn.atomic.)
 
     Args:
         folder: a new one, or one that `save` wrote, which is replaced. One that holds anything else is refused.
@@ -59,7 +60,7 @@ def save(
         remedy = "The order is folder, config, params, tokenizer."
         fail("save", "config, params", "a Config and its Params", got, remedy, TypeError)
     settings = families.write_config(config)
-    tensors, kinds = compressed.apart(_named(config, params))
+    tensors, kinds = compressed.flatten_records(_named(config, params))
     settings["dtype"] = str(getattr(params.embedding, "dtype", params.norm.dtype)).removeprefix("torch.")
     settings = compressed.settings(settings, kinds)
     files = {} if tokenizer is None else tokenizer.files()
@@ -121,7 +122,7 @@ def _write_tensors(draft: Path, tensors: Mapping[str, Tensor], shard_size: int) 
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor in memory that it shares with no other, as safetensors wants it."""
+    """A contiguous copy on the CPU: safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
 
 

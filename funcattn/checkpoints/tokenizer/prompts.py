@@ -1,6 +1,6 @@
 """The ids of a text that a template made of messages: only the template writes special tokens.
 
-For each character of the text its writer is known (`templates.render_with_origins`). A special token counts where the template
+The origin of each character is known (`templates.render_with_origins`). A special token counts where the template
 wrote all of it; between its first and last character it may have put a role (`<|` role `|>`), in letters, digits, _ and -.
 
 Where all special tokens of the text are of that kind, its ids are simply those of the text. Where one is not, it should be
@@ -69,7 +69,7 @@ def encode(backend: tokenizers.Tokenizer, rendered: Rendered) -> list[int]:
     """The ids of a rendered text; the caller holds the lock of the backend.
 
     Raises:
-        ValueError: a special token whose writer cannot be told, or one that the tokenizer writes for plain text whatever it is
+        ValueError: a special token of unknown origin, or one that the tokenizer writes for plain text whatever it is
             asked.
     """
     text, special = rendered.text, special_of(backend)

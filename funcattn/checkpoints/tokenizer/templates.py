@@ -37,10 +37,7 @@ PASSED = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "L
 
 
 class Rendered(NamedTuple):
-    """A text, and for each of its characters who wrote it: t the template, r the role of a message, d anything else of one.
-
-    Where that cannot be told it is "?".
-    """
+    """A text and the origin of each character: t the template, r the role of a message, d other data of a message, ? unknown."""
 
     text: str
     origins: bytes
@@ -64,10 +61,10 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[
 def render_with_origins(
     template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any], special: Sequence[str]
 ) -> Rendered:
-    """`render`, and who wrote each character.
+    """`render`, and the origin of each character.
 
     Args:
-        special: the texts that matter: what is told of a character that could be part of none may be "d" for "t".
+        special: the texts whose characters matter; "d" may stand for "t" at characters that occur in none of them.
     """
     return _ask(template, messages, names, tuple(special))
 

@@ -146,7 +146,7 @@ class Tokenizer:
 
         Raises:
             CheckpointError, TypeError: as `chat`.
-            ValueError: as `chat`; or the template joins texts so that it cannot be told whose a special token is.
+            ValueError: as `chat`; or the origin of a special token is unknown, from how the template joins texts.
 
         Law: where all special tokens are the template's, prompt(m) == encode(chat(m), special=True); and nothing of the text is
             lost (test_prompts.py).

@@ -1,9 +1,9 @@
-"""Rounding to nearest on a grid that is narrower where that loses less: the clipping search, and AWQ, which scales before it.
+"""Round-to-nearest with a searched range per group (clipping), and AWQ: scaling, then that search.
 
     min over c of sum_j E[x_j^2] (w_j - wq_j(c))^2          for each group of columns of each row
 
-A scale that leaves out the largest weight of a group rounds all others more finely. What counts is weighed by how large the
-features are that a text gives.
+A narrower range clips the largest weight of a group and rounds the others more finely. Errors are
+weighted by the mean square of each feature over a text.
 
 Source: Lin et al., AWQ, arXiv:2306.00978, section 4; the search of the range is of its authors' implementation.
 """

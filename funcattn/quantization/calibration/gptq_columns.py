@@ -1,12 +1,13 @@
-"""GPTQ: codes that fit what a matrix is fed, column by column.
+"""GPTQ: codes that minimize the error of a layer's output on a text, column by column.
 
     min over codes of | (W - Wq) X |          X the activations that a text gives
 
-Columns are rounded one after the other, and what rounding one did to the output is made good by those that follow. The order is
-that of their weight in H = X X^T, the heaviest first; scales and zeros are those of round-to-nearest, fixed before.
+Columns are rounded one after the other; the columns that follow are updated to compensate the error of
+each. The order is by descending diagonal of H = X X^T; scales and zeros are those of round-to-nearest,
+fixed before.
 
-Layer by layer, on the activations of the layers before it as they are after quantization, so that a layer also makes good what
-those did.
+Layers are fitted in order, on activations of the quantized layers before, so that each also compensates
+their errors.
 
 Source: Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1; act-order with static groups are of its authors' implementation.
 """

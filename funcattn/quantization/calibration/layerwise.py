@@ -1,4 +1,4 @@
-"""A model layer by layer, with what a text makes of it before each: what everything that calibrates shares."""
+"""Change a model layer by layer, each given the activations of a text after the changed layers before it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -70,7 +70,7 @@ def walk(
         tokens: integers (T,), read in windows of 512; what is left over at the end is not.
         change: f(number, layer, feeds) -> layer. Called, feeds({taps}, gather) runs the layer as it was, and hands what goes into
             its matrices to gather(tap, rows (n, K)), a window at a time; for "up" or "down" of experts to gather("up.3", rows).
-        progress: called with the number of layers that are done, and of all; None shows a line where somebody looks.
+        progress: called with the number of layers that are done, and of all; None shows a line on a terminal.
     """
     config = config_of(model, "hidden")
     assert config is not None

@@ -1,9 +1,10 @@
-"""Scaling of features, so that what is rounded is even: the same function of the tokens, of other weights.
+"""Equivalent rescaling of features between layers, so that weights and activations round with less error.
 
-    W x = (W diag(s)) (x / s)          s > 0, and 1 / s goes into whatever makes x
+    W x = (W diag(s)) (x / s)          s > 0; 1 / s is folded into the weight that produces x
 
-A large feature is made smaller, and its column of the weight larger. Activations of 8 bits then have fewer outliers (SmoothQuant),
-and weights of 4 bits round the columns that count more finely (AWQ). What makes x is a norm's weight, or rows of another matrix:
+Large features shrink, and their columns of W grow. Activations of 8 bits then have fewer outliers
+(SmoothQuant), and weights of 4 bits round important columns more finely (AWQ). x is produced by the
+weight of a norm, or by rows of another matrix:
 
     the norm before attention -> q, k, v        v -> o          the norm before the feed-forward -> gate, up        up -> down
 

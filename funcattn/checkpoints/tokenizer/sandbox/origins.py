@@ -1,4 +1,4 @@
-"""Rendering that knows of each character who wrote it: the template, or the messages.
+"""Rendering with the origin of each character: the template, or the messages.
 
 Strings of messages are `_Text`: a str with one byte of origin for each character. Every operation of a template computes what it
 computes on a plain str, and says beside it where the characters came from. Joining, slicing, splitting, stripping, replacing and
