@@ -7,10 +7,11 @@ params, state, metrics = step(params, optimizer.init(params), tokens)
 params, state, history = fa.training.fit(key, model, params, text, optimizer=optimizer, steps=2000, folder="run", resume=True)
 """
 
+from .combined import accumulate, chain, clip
 from .fitting import Fitted, Report, draw, fit
 from .losses import loss
 from .norms import norm
-from .optimizers import Optimizer, accumulate, adamw, apply, chain, clip, hidden_matrices, matrices, muon, orthogonal, sgd
+from .optimizers import Optimizer, adamw, apply, hidden_matrices, matrices, muon, orthogonal, sgd
 from .schedules import constant, cosine, wsd
 from .steps import Metrics, step
 from .text import characters

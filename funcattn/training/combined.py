@@ -1,0 +1,92 @@
+"""Optimizers around optimizers: clip, chain, accumulate."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, tree
+from .._doors import door, printed
+from ..records import ABSENT, record
+from ..tree import Tree
+from .leafwise import check_positive, scalar, scaled, zero_count
+from .norms import norm
+from .optimizers import Optimizer
+
+
+@record
+class Accumulated(NamedTuple):
+    """The state of `accumulate`. count: int64 (), gradients held; total: their sum; inner: the state of the optimizer within."""
+
+    count: Tensor
+    total: Any
+    inner: Any
+
+
+@door
+@printed
+def clip(max_norm: float, *, specs: Tree = None) -> Optimizer:
+    """Gradients no longer than max_norm: g min(1, max_norm / |g|), the norm taken over the whole tree.
+
+    Args:
+        max_norm: the longest norm.
+        specs: on a mesh, how gradients are cut, which is how params are; see `norm`.
+
+    Source: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, arXiv:1211.5063.
+    """
+    check_positive("clip", "max_norm", max_norm)
+
+    def update(gradients: Tree, state: tuple[()], params: Tree) -> tuple[Tree, tuple[()]]:
+        length = norm(gradients, specs=specs) + 1e-6  # torch's small number, so that steps agree
+        share = scalar((max_norm / length).clamp(max=1.0))
+        return tree.map(lambda g: scaled(g, share), gradients), ABSENT
+
+    return Optimizer(lambda params: ABSENT, update)
+
+
+@printed
+def chain(*optimizers: Optimizer) -> Optimizer:
+    """Optimizers one after the other: each takes for gradients what the one before gave. The state is the tuple of theirs."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            got = f"a {type(optimizer).__name__}"
+            _checks.fail("chain", "optimizers", "Optimizers", got, "Call them first: chain(clip(1.0), adamw(3e-4)).", TypeError)
+
+    def update(gradients: Tree, state: tuple[Any, ...], params: Tree) -> tuple[Tree, tuple[Any, ...]]:
+        after = []
+        for optimizer, own in zip(optimizers, state, strict=True):
+            gradients, own = optimizer.update(gradients, own, params)
+            after.append(own)
+        return gradients, tuple(after)
+
+    return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update)
+
+
+@door
+@printed
+def accumulate(n: int, optimizer: Optimizer) -> Optimizer:
+    """Update once every n gradients, by their mean; the updates between are zero.
+
+    Branch-free, so that it compiles and maps: the optimizer within is asked each time, and its answer is kept every nth time. To
+    spread one batch over several passes without this state, use `step(..., micro_batches=n)`.
+
+    Law: n gradients do what their mean does (test_optimizers.py::test_accumulated_gradients_act_by_their_mean).
+    """
+    if not isinstance(n, int) or n < 1:
+        _checks.fail("accumulate", "n", "1 or more", n, "It is the number of gradients in one update.")
+
+    def init(params: Tree) -> Accumulated:
+        return Accumulated(zero_count(params), tree.map(torch.zeros_like, params), optimizer.init(params))
+
+    def update(gradients: Tree, state: Accumulated, params: Tree) -> tuple[Tree, Accumulated]:
+        total = tree.map(torch.add, state.total, gradients)
+        full = state.count + 1 == n
+        updates, inner = optimizer.update(tree.map(lambda g: g / n, total), state.inner, params)
+        choose = lambda new, old: torch.where(full, new, old)
+        return tree.map(lambda u: torch.where(full, u, 0.0), updates), Accumulated(
+            torch.where(full, 0, state.count + 1),
+            tree.map(lambda g: torch.where(full, 0.0, g), total),
+            tree.map(choose, inner, state.inner),
+        )
+
+    return Optimizer(init, update)

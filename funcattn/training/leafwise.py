@@ -1,0 +1,58 @@
+"""Arithmetic of an update, leaf by leaf, in eager and compiled code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .. import _checks, tree
+from ..tree import Tree
+
+
+def scalar(x: Tensor) -> Tensor:
+    """The same scalar, which a compiled kernel reads, and does not compute again for every element that it scales.
+
+    Inductor writes the powers of a bias correction into each loop over weights: 5 ms of a step of 800,000 weights. A reduction it
+    computes once, unless it is of so few elements that it unrolls it.
+    """
+    return x.expand(16).amax() if torch.compiler.is_compiling() else x
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a scalar tensor, in the dtype of x: a mapped scalar has an axis, and would widen the product."""
+    return x * factor.to(x.dtype)
+
+
+def zero_count(params: Tree) -> Tensor:
+    """A count of updates, int64 (), where the params are."""
+    leaves = tree.leaves(params)
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
+
+
+def unzip(n: int, f: Callable[..., tuple[Tensor, ...]], *trees: Tree) -> list[Tree]:
+    """n trees of one structure, from f at every leaf, which gives n tensors."""
+    *columns, build = columns_of(*trees)
+    results = [f(*row) for row in zip(*columns, strict=True)]
+    return [build([row[i] for row in results]) for i in range(n)]
+
+
+def columns_of(*trees: Tree) -> list[Any]:
+    """The leaves of each tree, and what makes a tree of such leaves."""
+    columns, structures = zip(*map(optree.tree_flatten, trees), strict=True)
+    if any(structure != structures[0] for structure in structures):
+        _checks.fail("update", "gradients, state and params", "trees of one structure", "two", "Give the state of these params.")
+    return [*columns, lambda leaves: optree.tree_unflatten(structures[0], leaves)]
+
+
+def check_share(function: str, argument: str, x: float) -> None:
+    """Fail where x is not in [0, 1)."""
+    if not isinstance(x, int | float) or not 0 <= x < 1:
+        _checks.fail(function, argument, "in [0, 1)", x, "It is the share of the past that is kept.")
+
+
+def check_positive(function: str, argument: str, x: float) -> None:
+    """Fail where x is not a finite number, 0 or more."""
+    if not isinstance(x, int | float) or not 0 <= x < float("inf"):
+        _checks.fail(function, argument, "a number, 0 or more", x, "Choose such a one.")
