@@ -311,7 +311,7 @@ def test_the_process_needs_no_streams_or_variables_and_ends_with_this_one():
     script = """
 import os, sys
 os.close(0); os.close(2)
-from funcattn.checkpoints import templates
+from funcattn.checkpoints.tokenizer import templates
 print(templates.render("{{ messages[0].role }}", [{"role": "user"}], {}), templates._Worker.process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """

@@ -138,7 +138,7 @@ FATAL = ("an id beyond all others", "normalizers that grow", "bytes of bytes", "
 def test_a_bomb_does_not_end_the_process():
     script = f"""
 import json, resource, sys
-from funcattn.checkpoints.tokenizer import from_files
+from funcattn.checkpoints.tokenizer.tokenizer import from_files
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 800_000_000,) * 2)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,11 +1,16 @@
-"""Models from files and into files: GGUF, the Hugging Face layout, the hub, and the model that a package brings.
+"""Reading and writing models: GGUF files, the Hugging Face layout, the hub, and the packaged model.
 
     config, params, tokenizer = load("smollm2-135m")
     save("folder", config, params, tokenizer)
 
-Files are untrusted. Nothing is unpickled and no code of a file runs outside a sandbox; only regular files are opened, and sizes,
-kinds and offsets are held against the file before anything is allocated; what the mathematics of `transformer` does not express is
-refused by name. Whatever else is wrong with a file is a CheckpointError that says what was wanted, what came, and what to do.
+    hf gguf         the two formats          families        how each family of models names its fields
+    tokenizer       text to ids              loading parts   a whole model; the shards of a mesh
+
+Files are untrusted. No code of a file runs outside a sandbox: no model is unpickled, and the index of
+`load_parts` is read by an unpickler that knows its classes alone. Only regular files are opened; sizes,
+types and offsets are checked against the file before anything is allocated; a field that `transformer`
+cannot express is refused by name. Any other fault of a file is a CheckpointError with what was wanted,
+what was found, and a remedy.
 """
 
 from .families import CheckpointError

@@ -1,7 +1,8 @@
-"""Opening and reading other people's files: regular ones only, and of settings no more bytes than a table says.
+"""Opening and reading untrusted files: regular ones only, and each up to a limit of bytes.
 
-A path may name a pipe, a device or a socket, which block or never end; a size may lie, as that of a file that still grows. So a
-file is looked at before it is opened, again when it is open, and read up to its limit.
+A path may name a pipe, a device or a socket, which block or never end; a size may be wrong, as that of a
+file that still grows. So the type of a file is checked before it is opened and again afterwards, and it
+is read up to its limit.
 """
 
 import json
@@ -54,12 +55,12 @@ def open_regular(path: Path, function: str = "load") -> BinaryIO:
 
 
 def check_regular(path: Path, function: str = "load") -> None:
-    """Fail where a path is no regular file that can be opened, for what a library opens itself."""
+    """Raise unless a path is a regular file that can be opened: for files that a library opens itself."""
     open_regular(path, function).close()
 
 
 def of_one_save(folder: Path, last: Sequence[str], read: Callable[[], T]) -> T:
-    """What `read` makes of several files of a folder, all of one save: read again where another was saved meanwhile.
+    """read(), repeated where the folder was saved meanwhile: the result is of files of one save.
 
     Args:
         last: the files that a save puts in their place last (`atomic.files`).
@@ -78,7 +79,7 @@ def of_one_save(folder: Path, last: Sequence[str], read: Callable[[], T]) -> T:
 
 
 def _marks(folder: Path, last: Sequence[str]) -> list[tuple[int, ...] | None]:
-    """Which folder is at a place, and which files are in it."""
+    """Device, inode and time of a folder and of files in it; None for what is absent."""
     marks: list[tuple[int, ...] | None] = []
     for path in (folder, *(folder / name for name in last)):
         try:

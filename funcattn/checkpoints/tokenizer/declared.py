@@ -1,4 +1,4 @@
-"""What stands beside tokenizer.json: special tokens and chat templates, where releases of transformers have written them.
+"""The files beside tokenizer.json: special tokens and chat templates, as releases of transformers wrote them.
 
     tokenizer_config.json            bos_token and its kin, extra_special_tokens, added_tokens_decoder, chat_template
     special_tokens_map.json          the same names, read where there is no added_tokens_decoder

@@ -1,7 +1,8 @@
 """The tokenizer of SentencePiece (BPE with scores), which the GGUF files of Llama 2, Mistral and Gemma hold.
 
-Text is cut into characters, and again and again the two neighbours are joined whose piece has the highest score. A space is written
-as U+2581 and belongs to the word behind it; what no piece covers is written in bytes, `<0x0A>`.
+Text is split into characters; repeatedly, the neighbouring pair whose joined piece has the highest score
+is merged. A space is written as U+2581 and belongs to the word after it; characters that no piece covers
+are written in bytes, `<0x0A>`.
 
 The `tokenizers` library joins by the rank of a pair, so the pairs are ranked here by the score of what they make. Only where
 occurrences of one piece overlap may the two choose differently: SentencePiece takes the left one first.

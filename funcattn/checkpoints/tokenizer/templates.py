@@ -1,4 +1,4 @@
-"""Chat templates: jinja2 programs that came with a file, run where they reach nothing, end soon and cost little.
+"""Chat templates: untrusted jinja2 programs, rendered in a sandboxed process with bounds of time and memory.
 
 They render as in transformers, in jinja2's ImmutableSandboxedEnvironment, so that no template reaches Python's internals (the
 hole of CVE-2024-34359), a file or the network. The sandbox alone lets a program run, or grow a value, or nest one in another

@@ -1,4 +1,4 @@
-"""The process that renders: a request in, a text or a complaint out, within bounds that the system keeps.
+"""The process that renders: a request in, a text or an error out, with limits enforced by the operating system.
 
 A request is a number of eight bytes and as many bytes of `marshal`: (template, names, messages, special). The parent writes
 it; nothing that a template made is ever read by `marshal`. An answer is such a number and one of
@@ -6,8 +6,8 @@ it; nothing that a template made is ever read by `marshal`. An answer is such a 
     b"=", the length of the text in eight bytes, the text in UTF-8, one byte of origin for each character (where asked for)
     b"!", what went wrong, in UTF-8
 
-Time is bounded by timers of the system whose signals end the process, memory by RLIMIT_AS, so that it does not matter which
-operation takes them. Whatever ends the process is the parent's to tell (`templates.render`).
+Time is bounded by system timers whose signals end the process, memory by RLIMIT_AS: both hold for every
+operation. The parent reports why the process ended (`templates.render`).
 """
 
 import functools
