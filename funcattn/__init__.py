@@ -28,7 +28,7 @@ Arguments come in one order: key, model, params, data, state. What is here, by f
     checkpoints            load, save                                       7
     speculation, drafters  speculate, accept: drafts, verified without loss
     search, serving        beam_search, best_of; texts that come and go
-    training, evaluation   loss, optimizers, fit; score, trace, patch
+    training, evaluation   loss, optimizers, fit; score, trace, patch, patched
     interop                other people's modules, closed
 """
 
@@ -61,7 +61,7 @@ from .checkpoints import Loaded, load, load_lora, save, save_lora
 from .collectives import all_gather, axis_index, ppermute, psum, reduce_scatter
 from .compilation import compile
 from .decoding import Streamed, generate, stream
-from .evaluation import patch, perplexity, score, score_continuation, trace
+from .evaluation import patch, patched, perplexity, score, score_continuation, trace
 from .kernels import attend, attention, attention_weights, explain, merge
 from .low_rank import lora, merge_lora
 from .masks import Mask
@@ -143,6 +143,7 @@ __all__ = [
     "merge",
     "merge_lora",
     "patch",
+    "patched",
     "perplexity",
     "ppermute",
     "psum",

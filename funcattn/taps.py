@@ -28,6 +28,11 @@ def tap(name: str, x: Tensor) -> Tensor:
     return x if listener is None or torch.compiler.is_compiling() else listener(name, x)
 
 
+def listener() -> Listener | None:
+    """What the taps here are handed to."""
+    return None if torch.compiler.is_compiling() else _listener.get()
+
+
 def heard() -> bool:
     """True inside `listening`, outside of compiled code."""
     return not torch.compiler.is_dynamo_compiling() and _listener.get() is not None and not torch.compiler.is_compiling()

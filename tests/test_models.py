@@ -38,6 +38,11 @@ def bent(params, tokens, cache=(), **options):
     return x.roll(1, -1), delta
 
 
+def twice_bent(params, tokens, cache=(), **options):
+    x, delta = bent(params, tokens, cache, **options)
+    return x.roll(1, -1), delta
+
+
 # A wrapper -> the model that says what it says, made of nothing but functions.
 compiled = lambda model: fa.compile(model, backend="eager")
 FAST = compiled(MODEL)
@@ -145,6 +150,7 @@ WRAP = {
     "logits": (lambda model: model._replace(logits=shifted), {"logits": shifted}),
     "hidden": (lambda model: model._replace(hidden=bent), {"hidden": bent}),
     "shard_map": (lambda model: fa.shard_map(model, Grid(tensor=2)), {}),
+    "patched": (lambda model: fa.patched(model, {"output": lambda x: x.roll(1, -1)}), {"hidden": bent}),
 }
 PAIRED = ("extend", "extend behind a past", "apply", "generate", "stream", "speculate", "beams", "score", "loss")
 REFUSED = {("logits", "candidates"), ("candidates", "candidates")}  # of whose logits the k best are chosen
@@ -162,6 +168,8 @@ def test_two_wrappers_say_what_they_say_in_either_order(inner, outer):
             WRAP[outer][0](WRAP[inner][0](MODEL)).extend(PARAMS, PROMPT)
         return
     says = WRAP[inner][1] | WRAP[outer][1]
+    if outer == "patched" and inner in ("hidden", "patched"):  # which both turn what the other gives
+        says = says | {"hidden": twice_bent}
     for core in (MODEL, AGAIN):
         model = WRAP[outer][0](WRAP[inner][0](core))
         for verb in PAIRED if core is MODEL else ("extend", "extend behind a past", "loss"):
@@ -306,6 +314,16 @@ def test_signatures_show_values_and_no_addresses():
         assert "= ()" in str(inspect.signature(f))
     for f in MODEL:
         assert "(" in inspect.getdoc(f)  # shapes
+
+
+def test_what_is_patched_is_traced_as_it_is_changed():
+    twice = {"layers.0.output": lambda x: 2 * x}
+    logits, seen = fa.trace(fa.patched(MODEL, twice), PARAMS, PROMPT, ["layers.0.output"])
+    assert torch.equal(seen["layers.0.output"], 2 * fa.trace(MODEL, PARAMS, PROMPT, ["layers.0.output"])[1]["layers.0.output"])
+    assert torch.equal(logits, fa.patch(MODEL, PARAMS, PROMPT, twice))
+    with pytest.raises(ValueError, match=r"patched: changes should be names of taps, got 'layers.7.output'"):
+        fa.patched(MODEL, {"layers.7.output": torch.zeros_like}).extend(PARAMS, PROMPT)
+    assert repr(fa.patched(MODEL, twice)).startswith("Model: patched('layers.0.output') of decoder(")
 
 
 def test_a_text_is_applied_without_a_cache():

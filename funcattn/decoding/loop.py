@@ -119,6 +119,7 @@ def prefill(
             here = x.index_select(0, (prompt_length - begin - 1).clamp(0, len(piece) - 1).reshape(1))[0]
             last = here if last is None else torch.where(prompt_length > begin, here, last)
         after = caches.commit(after, delta, n) if room is None else append(model, params, after, delta, n)
+    assert last is not None  # a prompt has a token
     return Start(model.logits(params, last), after)
 
 

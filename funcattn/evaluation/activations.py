@@ -1,24 +1,29 @@
 """What a model computes on the way: its activations, and the logits where some of them are others.
 
-trace: the values at the taps of a run                     patch: the logits of a run with some of them replaced
+trace    the values at the taps of a run
+patch    the logits of a run with some of them replaced
+patched  the model in which they are, for every verb
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import _checks, taps
 from .._doors import door
+from ..caches import Delta
 from ..masks import Mask
-from ..models import Model
+from ..models import Model, written
 from ..records import ABSENT
 from ..tree import Tree
 
 Change = Tensor | Callable[[Tensor], Tensor]  # what stands in the place of an activation, or a function that makes it of that
+T = TypeVar("T")
 Where = str | Callable[[str], bool] | Iterable[str] | None
 
 
@@ -116,9 +121,44 @@ def patch(
     return _hear("patch", run, dict(changes), lambda name, x: None)[0]
 
 
+@door
+def patched(model: Model, changes: Mapping[str, Change]) -> Model:
+    """The model in which some activations are others, for every verb: generate, beams, the loss, ...
+
+    Its `extend` is `patch`. A change is made whenever the model runs, of however many tokens, so a
+    function from the activation to another is what fits all of them.
+
+    Args:
+        model: a decoder. What is compiled of it runs as it is, except for the logits.
+        changes: as in `patch`.
+
+    Raises:
+        ValueError, TypeError: as `patch`, when it runs.
+
+    Example:
+        >>> import funcattn as fa
+        >>> model = fa.decoder(fa.Config())
+        >>> params = model.init(fa.key(0))
+        >>> without = patched(model, {"layers.1.attention.output": torch.zeros_like})
+        >>> fa.generate(fa.key(0), without, params, torch.tensor([1, 2, 3]), steps=4)[0].shape
+        torch.Size([4])
+
+    Law: every verb of it is that of a model whose hidden has these changes (test_models.py).
+    """
+    changes = dict(changes)
+
+    @functools.wraps(model.hidden)
+    def hidden(params: Tree, tokens: Tensor, cache: Any = ABSENT, **options: Any) -> tuple[Tensor, Delta]:
+        outer = taps.listener() or (lambda name, x: x)
+        return _hear("patched", lambda: model.hidden(params, tokens, cache, **options), changes, outer)[0]
+
+    fields = {"hidden": door(hidden)}
+    return model.wrap(written("patched", *changes), lambda other: patched(other, changes), fields, replaced=fields)
+
+
 def _hear(
-    door: str, run: Callable[[], Tensor], changes: dict[str, Change], keep: Callable[[str, Tensor], None]
-) -> tuple[Tensor, list[str]]:
+    door: str, run: Callable[[], T], changes: dict[str, Change], keep: Callable[[str, Tensor], Tensor | None]
+) -> tuple[T, list[str]]:
     """The result of a run whose taps are changed, then kept; and the names of its taps, in order."""
     if torch.compiler.is_compiling():
         remedy = "Taps are silent in compiled code: compile what is around, not the model that is looked into."
@@ -129,8 +169,8 @@ def _hear(
         names[name] = None
         if name in changes:
             x = _changed(door, name, x, changes[name])
-        keep(name, x)
-        return x
+        kept = keep(name, x)
+        return x if kept is None else kept
 
     with taps.listening(listen):
         out = run()
