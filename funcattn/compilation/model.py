@@ -44,7 +44,7 @@ from .stack import Stack
 class Compiled(Model):
     """A Model whose decoding is compiled, and `step`, which is `apply` that takes the past away from its caller."""
 
-    stack: Any = field(default=None, kw_only=True, compare=False)  # of compiled functions
+    stack: Stack = field(kw_only=True, compare=False)  # of compiled functions
 
     @door
     def step(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
