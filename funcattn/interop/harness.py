@@ -3,7 +3,7 @@
 fa.interop.register_lm_eval()
 lm_eval.simple_evaluate("funcattn", model_args={"pretrained": "smollm2-135m"}, tasks=["hellaswag"])
 
-or, with a model at hand, `simple_evaluate(fa.interop.lm_eval_model(model, params, tokenizer, context=2048), tasks=[...])`. Answers
+or, with a model at hand, `simple_evaluate(fa.interop.lm_eval_model(model, params, tokenizer, context=2048), tasks=[...])`. LMEvalAdapter
 to one question (the choices of a multiple choice) are futures of one past, which is read once.
 
 Source: Gao et al., github.com/EleutherAI/lm-evaluation-harness, docs/model_guide.md; the interface is lm_eval.api.model.LM.
@@ -15,29 +15,13 @@ from typing import Any
 
 import torch
 
-from .. import _checks, checkpoints, decoding, evaluation, randomness, sampling, transformer, tree
+from .. import _checks, checkpoints, decoding, evaluation, randomness, transformer, tree
 from ..models import Model
 from ..records import ABSENT, is_absent
-
-STEPS = 256  # tokens to write where a task does not say how many: the harness's own number
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# Options of generation that mean nothing where they have this value; with another they are refused, as is any other name.
-NEUTRAL = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "typical_p": 1.0,
-    "early_stopping": False,
-    "use_cache": True,
-}
-HARMLESS = {"batch_size", "max_batch_size", "trust_remote_code", "use_fast_tokenizer", "low_cpu_mem_usage"}  # of model_args
+from .harness_options import HARMLESS, LIMITS, STEPS, check_options, sampler_of
 
 
-class Answers:
+class LMEvalAdapter:
     """What the harness asks of a model, without the harness: mixed into its LM by `lm_eval_model`.
 
     Args:
@@ -95,7 +79,7 @@ class Answers:
         found = []
         for number, request in enumerate(requests):
             text, options = request.args[0], {name: value for name, value in request.args[1].items() if value is not None}
-            _check_options(options)
+            check_options(options)
             until = options.get("until", ())
             until = [until] if isinstance(until, str) else [stop for stop in until if stop]
             steps = next((int(options[name]) for name in LIMITS if name in options), STEPS)
@@ -109,7 +93,7 @@ class Answers:
                 *(randomness.fold_in(randomness.key(self.seed).to(prompt.device), number), self.model, self.params, prompt),
                 steps=steps,
                 tokenizer=self.tokenizer,
-                sampler=_sampler(options),
+                sampler=sampler_of(options),
                 stop_strings=tuple(until),
             )
             found.append("".join(piece.text for piece in pieces))
@@ -253,7 +237,7 @@ def register_lm_eval() -> None:
 
 def _kind() -> type:
     base = _harness("lm_eval.api.model").LM
-    return type("FuncattnLM", (Answers, base), {"__doc__": Answers.__doc__})
+    return type("FuncattnLM", (LMEvalAdapter, base), {"__doc__": LMEvalAdapter.__doc__})
 
 
 def _harness(name: str) -> Any:
@@ -261,31 +245,3 @@ def _harness(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as missing:
         raise ImportError("lm_eval_model: lm_eval should be installed, got none. Run pip install lm_eval.") from missing
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse what a task asks for and would not get."""
-    known = {"until", *LIMITS, *SAMPLING}
-    wrong = [name for name, value in options.items() if name not in known and (name not in NEUTRAL or value != NEUTRAL[name])]
-    if wrong:
-        remedy = f"Known are {', '.join(sorted(known))}."
-        _checks.fail("generate_until", f"gen_kwargs {wrong[0]}", "left out", repr(options[wrong[0]]), remedy)
-    until = options.get("until", ())
-    if not isinstance(until, str) and not (isinstance(until, list | tuple) and all(isinstance(stop, str) for stop in until)):
-        _checks.fail(
-            "generate_until", "until", "a text or a list of texts", repr(until), "Ids belong to tokenizer.stop.", TypeError
-        )
-
-
-def _sampler(options: dict[str, Any]) -> sampling.Sampler:
-    """How a task wants its tokens drawn: greedily, unless it asks for samples; as transformers reads these options."""
-    heat = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
-    if options.get("do_sample") and heat <= 0:
-        _checks.fail("generate_until", "temperature", "above 0 with do_sample", heat, "Leave one of them out.")
-    penalty = float(options.get("repetition_penalty", 1.0))
-    penalties = () if penalty == 1.0 else (sampling.repetition_penalty(penalty),)
-    if not options.get("do_sample", heat > 0):
-        return sampling.chain(*penalties, sampling.greedy) if penalties else sampling.greedy
-    off = {"top_k": (-1, 0), "top_p": (1.0,), "min_p": (0.0,)}  # values that filter nothing
-    wanted = [name for name, nothing in off.items() if name in options and options[name] not in nothing]
-    return sampling.chain(*penalties, sampling.temperature(heat), *(getattr(sampling, name)(options[name]) for name in wanted))
