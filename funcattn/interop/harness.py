@@ -3,8 +3,8 @@
 fa.interop.register_lm_eval()
 lm_eval.simple_evaluate("funcattn", model_args={"pretrained": "smollm2-135m"}, tasks=["hellaswag"])
 
-or, with a model at hand, `simple_evaluate(fa.interop.lm_eval_model(model, params, tokenizer, context=2048), tasks=[...])`. LMEvalAdapter
-to one question (the choices of a multiple choice) are futures of one past, which is read once.
+or, with a model at hand, `simple_evaluate(fa.interop.lm_eval_model(model, params, tokenizer, context=2048), tasks=[...])`.
+The answers to one question (the choices of a multiple choice) are futures of one cache, which is read once.
 
 Source: Gao et al., github.com/EleutherAI/lm-evaluation-harness, docs/model_guide.md; the interface is lm_eval.api.model.LM.
 """
