@@ -23,6 +23,7 @@ from torch import Tensor
 from . import _checks, caches
 from ._doors import door, made, what_is
 from .caches import Delta
+from .kernels import Kernel
 from .masks import Mask
 from .records import ABSENT, is_absent
 from .tree import Tree
@@ -132,7 +133,7 @@ class Model:
     _: dataclasses.KW_ONLY
     commit: Callable[[Any, Delta], Any] | None = field(default=None, compare=False)
     config: Any = field(default=None, compare=False)
-    kernel: str | None = field(default=None, compare=False)
+    kernel: str | Kernel | None = field(default=None, compare=False)
     made: Made | None = field(default=None, compare=False)
     code: dict[Any, Any] = field(default_factory=dict, compare=False)
 

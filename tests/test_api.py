@@ -31,7 +31,6 @@ ON_CPU = pytest.mark.cpu("a reason that holds there")
         ),
         ({"dropout": 0.1, "key": fa.key(0), "kernel": "sdpa"}, ValueError, "'sdpa': draws dropout from torch's global generator"),
         pytest.param({"kernel": "sdpa:cudnn"}, ValueError, "for CUDA, not for cpu", marks=ON_CPU),
-        pytest.param({"kernel": "flex"}, ValueError, "forward only on CPU", marks=ON_CPU),
         ({"kernel": "fast"}, ValueError, "kernel should be None or one of 'sdpa', 'triton', 'flash'"),
     ],
 )
@@ -50,18 +49,17 @@ def test_the_weights_are_those_that_mix_the_values():
 
 
 def test_the_explanation_names_every_kernel_with_what_stands_against_it():
-    told = {v.kernel: v.obstacle for v in fa.explain(Q, KV, KV).verdicts}
+    told = {v.kernel: v.why_not for v in fa.explain(Q, KV, KV).verdicts}
     assert set(told) == {
         "sdpa",
         "triton",
         "flash",
         "reference",
         *(f"sdpa:{name}" for name in ("flash", "efficient", "cudnn", "math")),
-        "flex",
     }
     assert told["sdpa"] == told["flash"] == told["reference"] == ""
     assert "CUDA" in told["sdpa:efficient"]
-    assert "values of 3 features" in {v.kernel: v.obstacle for v in fa.explain(Q, KV, KV[..., :3]).verdicts}["sdpa:flash"]
+    assert "values of 3 features" in {v.kernel: v.why_not for v in fa.explain(Q, KV, KV[..., :3]).verdicts}["sdpa:flash"]
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "sdpa:flash", "sdpa:math", "flash", "reference"])

@@ -188,7 +188,7 @@ def test_the_pretended_device_computes_as_the_cpu(x):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Queries, keys and values, and a mask, on a GPU that is not there."""
-    monkeypatch.setattr(fa.kernels.dispatch, "TRITON", True)
+    monkeypatch.setattr(fa.kernels.closed.entry, "TRITON", True)
     with FakeTensorMode(), torch.device("cuda"):
         yield torch.empty(4, 20, 8), torch.empty(2, 20, 8), masks.causal(20)
 

@@ -422,16 +422,16 @@ OBSTACLES = {
 @pytest.mark.parametrize("case", OBSTACLES)
 def test_explain_says_why_it_cannot_run(case):
     explain, reason = OBSTACLES[case]
-    assert reason in {v.kernel: v.obstacle for v in explain(normal(1, 2, 20, 5).to(DEVICE)).verdicts}["triton"]
+    assert reason in {v.kernel: v.why_not for v in explain(normal(1, 2, 20, 5).to(DEVICE)).verdicts}["triton"]
 
 
 def test_explain_says_that_it_is_not_installed_or_for_cuda(monkeypatch):
-    told = lambda: {v.kernel: v.obstacle for v in fa.explain(*[normal(1, 2, 20, 5)] * 3).verdicts}["triton"]
+    told = lambda: {v.kernel: v.why_not for v in fa.explain(*[normal(1, 2, 20, 5)] * 3).verdicts}["triton"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert told() == "interpreted: for tests"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert told().startswith("for CUDA, not for cpu")
-    monkeypatch.setattr(fa.kernels.dispatch, "TRITON", False)
+    monkeypatch.setattr(fa.kernels.closed.entry, "TRITON", False)
     assert told() == "Triton is not installed: pip install funcattn[triton]"
 
 

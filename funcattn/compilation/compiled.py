@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import caches, transformer
 from ..caches import Branch, Cache
-from ..kernels import Part
+from ..kernels import Kernel, Part
 from ..masks import Mask
 from ..transformer import Config, Layer, LayerContext, LayerSpec
 
@@ -47,7 +47,7 @@ def dense_parts(cache: Any) -> list[Cache]:
 def several(
     config: Config,
     specs: Sequence[LayerSpec],
-    kernel: str | None,
+    kernel: str | Kernel | None,
     weights: Sequence[Layer],
     x: Tensor,
     positions: Tensor,

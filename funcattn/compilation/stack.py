@@ -15,7 +15,7 @@ from .. import _checks, collectives, layers, progress, transformer, tree
 from .._autodiff import has_tangent
 from ..caches import Delta
 from ..fingerprints import Fingerprint, is_differentiated
-from ..kernels import check_remembered
+from ..kernels import Kernel, check_remembered
 from ..transformer import Config, Layer, LayerSpec, Params
 from . import fused
 from .compiled import Rows, dense_parts, rows, several
@@ -29,7 +29,7 @@ _number = itertools.count()  # of the compiled functions of this process
 class Stack:
     """The layers of a decoder as calls of a few compiled functions."""
 
-    def __init__(self, config: Config, kernel: str | None, depth: int | None, backend: str, code: dict[Any, Any]) -> None:
+    def __init__(self, config: Config, kernel: str | Kernel | None, depth: int | None, backend: str, code: dict[Any, Any]) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, chosen_depth(config, depth), backend
         self.why_not = transformer.why_not(config)  # why nothing is compiled, or ""
         self.compiled = code  # a _Function for each form of call, which models of one decoder share

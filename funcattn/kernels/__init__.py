@@ -10,16 +10,17 @@
 `attend` gives the output and the log-sum-exp, `attention` the output, `merge` joins two, `explain` says what runs and why.
 `attention_with_score` puts the logits through any elementwise function: every transform, linear memory, slower than all of them.
 `ring` and `merge_over` attend over a text that no device of a mesh holds all of.
-Inside: `door` checks, `choice` chooses; `flash` lays out what `family` (two autograd Functions) differentiates by the rules of
-`algebra`; `primitives` runs them as `blocks` of torch operations in the `layout` they share, by `triton`, or by `torch_fused`;
-`flops` says what they cost. `masking` says what is seen of a block, `unseen` takes out what no query sees, `dtypes` says what
-sums are kept in.
+Inside: `api` checks, `dispatch` keeps the registry and chooses; a `Kernel` is a value (`request`), and one of one's own is
+accepted wherever a name is. `closed` is the family of flash and triton, whose derivatives are contractions on one of the
+`backends`; `sdpa` and `reference` are the others. `merging` and `rings` join attention over disjoint keys. `unseen` takes out
+what no query sees, `products` multiply under vmap, `dtypes` says what sums are kept in.
 """
 
 from .api import attend, attention, attention_weights, explain
 from .closed import flops as flops
 from .dispatch import Explanation, use
 from .merging import Part, Partial, attend_parts, check_remembered, join, merge, partial, soft_cap
+from .request import Kernel, Request
 from .rings import join_over, merge_over, places, ring, unzigzag, zigzag
 from .score_mod import attention_with_score
 
@@ -30,6 +31,8 @@ __all__ = [
     "attention_with_score",
     "explain",
     "use",
+    "Kernel",
+    "Request",
     "merge",
     "partial",
     "Partial",

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._autodiff import is_recorded, transforming, untraced
+from .._autodiff import untraced
 from .._doors import door as public
 from ..masks import Mask
 from ..records import Attended
-from . import dispatch, dropout, reference, sdpa, unseen
-from .backends import layout, masking, torch_blocks
-from .closed import entry
-from .dispatch import Explanation, Request
+from . import dispatch, reference
+from .backends import layout
+from .dispatch import Explanation
+from .request import Kernel, Request
 
 
 @public
@@ -28,7 +28,7 @@ def attend(
     *,
     scale: float | Tensor | None = None,
     bias: Tensor | None = None,
-    kernel: str | None = None,
+    kernel: str | Kernel | None = None,
 ) -> Attended:
     """Attention and the log of the mass it normalised by.
 
@@ -44,7 +44,7 @@ def attend(
         scale: what logits are multiplied by, a number or a 0-d tensor; None is 1 / sqrt(D).
         bias: floating, broadcasts to (*lead, H, T, S), added to the logits in the wider dtype of the two; -inf hides a key, and
             finite numbers hide none, finfo.min included.
-        kernel: None chooses; a name forces (see `explain`).
+        kernel: None chooses; a name, or a `Kernel` of one's own, forces (see `explain`).
 
     Returns:
         Attended(out (*lead, H, T, Dv) in the dtype of v, lse (*lead, H, T) in float32 at least). A query that sees no key has
@@ -77,7 +77,7 @@ def attention(
     bias: Tensor | None = None,
     dropout: float = 0.0,
     key: Tensor | None = None,
-    kernel: str | None = None,
+    kernel: str | Kernel | None = None,
 ) -> Tensor:
     """Attention, the output alone: `attend(...).out`.
 
@@ -94,7 +94,7 @@ def attention(
         bias: floating, broadcasts to (*lead, H, T, S), added to the logits in the wider dtype of the two; -inf hides a key.
         dropout: rate in [0, 1) at which weights are dropped, the kept ones divided by 1 - dropout.
         key: randomness of the dropout, int64 (2,); the same key drops the same (head, query, key) in any kernel and transform.
-        kernel: None chooses; a name forces (see `explain`).
+        kernel: None chooses; a name, or a `Kernel` of one's own, forces (see `explain`).
 
     Returns:
         (*lead, H, T, Dv) in the dtype of v; zeros, with zero derivatives, for a query that sees no key.
@@ -157,7 +157,7 @@ def explain(
     *,
     scale: float | Tensor | None = None,
     bias: Tensor | None = None,
-    kernel: str | None = None,
+    kernel: str | Kernel | None = None,
 ) -> Explanation:
     """Which kernels `attention` could use on these inputs, why the others cannot, and which one it would take.
 
@@ -178,9 +178,28 @@ def explain(
     return Explanation(dispatch.verdicts(_request("explain", q, k, v, mask, scale, bias), kernel))
 
 
-def _run(r: Request, kernel: str) -> Attended:
+def _run(r: Request, kernel: Kernel) -> Attended:
     with _no_autocast(r.q):
-        return (_chosen if torch.compiler.is_compiling() else _untraced)(r, kernel)
+        found = kernel.run(r) if torch.compiler.is_compiling() else _untraced(kernel, r)
+    return found if dispatch.is_registered(kernel) else _given(kernel, r, found)
+
+
+@untraced
+def _untraced(kernel: Kernel, r: Request) -> Attended:
+    return kernel.run(r)
+
+
+def _given(kernel: Kernel, r: Request, found: Attended) -> Attended:
+    """What a kernel from outside returned, where it is attention of the shapes that were asked for."""
+    if not isinstance(found, Attended) or not isinstance(found.out, Tensor):
+        wanted, remedy = "to return Attended(out, lse)", "Make one: fa.records.Attended(out, lse)."
+        _checks.fail("attention", f"kernel {kernel.name!r}", wanted, f"a {type(found).__name__}", remedy, TypeError)
+    shape = (*r.lead, *r.q.shape[-3:-1], r.v.shape[-1])
+    for name, x, wanted in (("out", found.out, shape), ("lse", found.lse, shape[:-1])):
+        if tuple(x.shape) != wanted and (name == "out" or r.wants_lse):
+            remedy = 'Say in why_not what it cannot run, as "no log-sum-exp" where r.wants_lse.'
+            _checks.fail("attention", f"kernel {kernel.name!r}", f"to return {name} {wanted}", _checks.shape(x), remedy)
+    return found
 
 
 def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -190,45 +209,6 @@ def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _is_under_autocast(q: Tensor) -> bool:
     return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
-
-
-def _chosen(r: Request, kernel: str) -> Attended:
-    """The chosen kernel; lse is left out (a scalar zero) where a kernel does not give it and none was asked."""
-    if kernel.startswith("sdpa"):
-        backend = kernel.removeprefix("sdpa").removeprefix(":")
-        if _may_be_far(r):
-            return entry.attend(r)  # torch's backward takes the log-sum-exp as one number, which loses the normalizer there
-        k, v = r.k, r.v
-        if r.q.device.type != "cpu" and r.mask is not None:  # where looking at the output would be waiting for it
-            _, k, v, *_ = unseen.take_out(r.q, r.k, r.v, r.mask)
-        out = sdpa.attention(r.q, k, v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
-        hides = (r.mask is not None or r.bias is not None) and out.device.type == "cpu" and not transforming()
-        if hides and not torch.compiler.is_compiling() and not masking.is_finite([out]):
-            return entry.attend(r)  # torch's kernels weigh what is hidden by zero, and zero times NaN is NaN
-        return Attended(out, out.new_zeros(()))
-    if kernel in ("flash", "triton"):
-        return entry.attend(r, "triton" if kernel == "triton" else "torch")
-    keep = None
-    if r.dropout and r.key is not None:
-        keys = dropout.head_keys(r.key, (*r.lead, r.q.shape[-3]))
-        keep = dropout.keep(keys, slice(0, r.q.shape[-2]), slice(0, r.k.shape[-2]), r.dropout)
-    return reference.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep, wants_lse=r.wants_lse)
-
-
-_untraced = untraced(_chosen)
-
-
-def _may_be_far(r: Request) -> bool:
-    """True where a derivative may follow, and logits may be larger than `blocks.FAR`; False where values cannot be looked at."""
-    if not is_recorded(r.q, r.k, r.v, r.bias):
-        return False
-    found = [None if x is None else _checks.peek(x) for x in (r.q, r.k, r.bias)]
-    q, k, bias = (None if x is None or x.device.type != "cpu" or not x.numel() else x for x in found)
-    if q is None or k is None:
-        return False
-    length = lambda x: float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1).amax()) ** 0.5
-    reach = abs(float(r.scale)) * length(q) * length(k)
-    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= torch_blocks.FAR
 
 
 def _request(

@@ -21,9 +21,9 @@ from .backends import aten, torch_blocks
 from .backends.masking import is_finite
 from .closed import entry
 from .dtypes import accurate
+from .request import FEW, Kernel
 from .unseen import Taken
 
-FEW = 16  # queries at which the dense form over the remembered keys stops being the cheaper one
 NOTHING = float("-inf")
 
 
@@ -90,13 +90,13 @@ def partial(
     mask: Mask | Tensor | None = None,
     *,
     scale: float | Tensor | None = None,
-    kernel: str | None = None,
+    kernel: str | Kernel | None = None,
 ) -> Partial:
     """`attend`, as a part of the whole that `join` makes without a loss, whatever the level of the logits."""
     request = _request("attend", q, k, v, mask, scale, None, wants_lse=True)
     chosen = dispatch.choose(request, kernel)
     out, lse = _run(request, chosen)
-    whole, rest = entry.statistics(request, lse, "triton" if dispatch.can_run_triton(request) else "torch")
+    whole, rest = entry.statistics(request, lse, "triton" if entry.can_run_triton(request) else "torch")
     return Partial(out, lse + torch.where(lse == NOTHING, 0, whole - lse).detach(), rest)
 
 
@@ -120,7 +120,7 @@ def attend_parts(
     scale: float | Tensor,
     cap: float | None = None,
     sinks: Tensor | None = None,
-    kernel: str | None = None,
+    kernel: str | Kernel | None = None,
 ) -> Tensor:
     """Attention (*lead, H, T, Dv) over the union of several disjoint sets of keys, such as a past and the new tokens.
 
@@ -140,9 +140,7 @@ def attend_parts(
     """
     for part in parts:
         check_remembered(part.k, q.dtype)
-    forced = kernel if kernel is not None or torch.compiler.is_compiling() else dispatch.current()
-    if forced is not None and forced.startswith("sdpa"):
-        forced = "flash"  # parts are joined by their log-sum-exp, which sdpa keeps to itself; flash runs the same fused kernel
+    forced = dispatch.giving_lse(kernel)
     if q.shape[-2] <= FEW and forced is None:
         if cap is None and not isinstance(scale, Tensor) and _is_plain_step(q, parts):
             return _one(q, parts, scale, sinks)
@@ -171,7 +169,7 @@ def check_remembered(k: Tensor, dtype: torch.dtype) -> None:
         _checks.fail("attention", "the past", wanted, k.dtype, remedy, TypeError)
 
 
-def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None, kernel: str | None) -> Partial:
+def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None, kernel: str | Kernel | None) -> Partial:
     k, v, mask = part.k, part.v, None if is_absent(part.mask) else part.mask
     if cap is None:
         return partial(q, k, v, mask, scale=scale, kernel=kernel)
@@ -194,7 +192,7 @@ def _drain(attended: Partial, sinks: Tensor) -> Tensor:
 
 def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
     """True for a decode step of one sequence that nobody differentiates, over parts that hide nothing: torch's kernel serves."""
-    if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling() or dispatch.current():
+    if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling():
         return False
     if not all(is_absent(part.mask) and part.k.dim() == 3 and part.k.shape[-2] for part in parts):
         return False

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..masks import Mask
 from ..records import Attended
-from . import products, unseen
+from . import dropout, products, unseen
 from .dtypes import accurate
+from .request import Kernel, Request
 from .unseen import Taken
 
 
@@ -116,3 +117,15 @@ def attend(
     spoilt = unseen.poison(x.bad_v, P, seen)
     out = mix(P if spoilt is None else P * spoilt, accurate(x.v, bias), seen).to(v.dtype)
     return Attended(unseen.without_blind(out, x.blind), out.new_zeros(()) if lse is None else lse.expand(out.shape[:-1]))
+
+
+def run(r: Request) -> Attended:
+    """Dense attention as a kernel."""
+    keep = None
+    if r.dropout and r.key is not None:
+        keys = dropout.head_keys(r.key, (*r.lead, r.q.shape[-3]))
+        keep = dropout.keep(keys, slice(0, r.q.shape[-2]), slice(0, r.k.shape[-2]), r.dropout)
+    return attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep, wants_lse=r.wants_lse)
+
+
+REFERENCE = Kernel("reference", "dense, the specification: every transform, O(T S) memory", lambda r: "", run)

@@ -22,6 +22,7 @@ from ..masks import Mask
 from ..records import Attended
 from .api import attend
 from .merging import Partial, join, partial
+from .request import Kernel
 
 
 def zigzag(x: Tensor, n: int, *, dim: int = -1) -> Tensor:
@@ -75,7 +76,7 @@ def ring(
     *,
     causal: bool = True,
     scale: float | Tensor | None = None,
-    kernel: str | None = None,
+    kernel: str | Kernel | None = None,
 ) -> Attended:
     """Attention of this device's queries over the keys of all devices.
 

@@ -31,6 +31,7 @@ from ..rematerialization import Flat, batched, pullback, pushforward
 from . import api, reference, unseen
 from .backends.masking import Blocks
 from .dtypes import accurate
+from .request import Request
 
 DOOR = "attention_with_score"
 REMEDY = "Give it what a derivative or a vmap follows in parameters=."
@@ -192,7 +193,7 @@ OfTensors = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]  # a 
 
 
 def _attend(
-    r: api.Request, score: Callable[..., Tensor], parameters: tuple[Any, ...], dense: bool = False
+    r: Request, score: Callable[..., Tensor], parameters: tuple[Any, ...], dense: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     leaves, tree = pytree.tree_flatten(parameters)
     places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -210,7 +211,7 @@ def _attend(
 _eagerly = torch.compiler.disable(_attend)
 
 
-def _stream(r: api.Request, score: OfTensors, parameters: Sequence[Tensor], dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, blind, *flags = unseen.take_out(accurate(r.q), accurate(r.k), accurate(r.v), r.mask)
     bad = [x for x in flags if x is not None]
     H, T, S = *q.shape[-3:-1], k.shape[-2]
@@ -264,7 +265,7 @@ def _stream(r: api.Request, score: OfTensors, parameters: Sequence[Tensor], dens
     return _normalized(r, shift, m, n, blind)
 
 
-def _normalized(r: api.Request, shift: Tensor, m: Tensor, n: Tensor, blind: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _normalized(r: Request, shift: Tensor, m: Tensor, n: Tensor, blind: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and what it has no room for, of the mass m and the sum n of values that are weighed by it."""
     H, T = r.q.shape[-3:-1]
     empty = m == 0
@@ -299,7 +300,7 @@ def _indices(s: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return b, torch.arange(H, device=s.device).reshape(H, 1, 1), i.unsqueeze(-1), j
 
 
-def _probe(r: api.Request, score: OfTensors, parameters: Sequence[Tensor]) -> None:
+def _probe(r: Request, score: OfTensors, parameters: Sequence[Tensor]) -> None:
     """Refuse a score that is not elementwise: what it gives for one query and one key must be part of what it gives for more."""
     H, T, S = *r.q.shape[-3:-1], r.k.shape[-2]
     if not T or not S:

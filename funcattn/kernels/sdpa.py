@@ -1,6 +1,7 @@
 """The "sdpa" kernels: torch's own F.scaled_dot_product_attention, as fast as torch is and composing as little as it does."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,9 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .. import _checks
+from .._autodiff import transforming
 from ..masks import Mask
-from . import reference
-from .backends import aten, layout
+from ..records import Attended
+from . import reference, unseen
+from .backends import aten, layout, masking, torch_blocks
+from .closed import entry
+from .request import FEW, Kernel, Request
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -62,3 +68,109 @@ def _four(x: Tensor, lead: Sequence[int]) -> Tensor:
     if all(n == 1 for n in x.shape[: len(lead)]):
         return x.reshape(1, *x.shape[-3:]).expand(math.prod(lead), *x.shape[-3:])
     return x.expand(*lead, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
+
+
+def run(r: Request, backend: str = "") -> Attended:
+    """Attention by torch's kernel; by the closed family where torch's would lose or let through what it must not."""
+    if _may_be_far(r):
+        return entry.attend(r)  # torch's backward takes the log-sum-exp as one number, which loses the normalizer there
+    k, v = r.k, r.v
+    if r.q.device.type != "cpu" and r.mask is not None:  # where looking at the output would be waiting for it
+        _, k, v, *_ = unseen.take_out(r.q, r.k, r.v, r.mask)
+    out = attention(r.q, k, v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
+    hides = (r.mask is not None or r.bias is not None) and out.device.type == "cpu" and not torch.compiler.is_compiling()
+    if hides and not transforming() and not masking.is_finite([out]):
+        return entry.attend(r)  # torch's kernels weigh what is hidden by zero, and zero times NaN is NaN
+    return Attended(out, out.new_zeros(()))
+
+
+def _may_be_far(r: Request) -> bool:
+    """True where a derivative may follow, and logits may be larger than `blocks.FAR`; False where values cannot be looked at."""
+    if torch.compiler.is_compiling() or not r.recorded:
+        return False
+    found = [None if x is None else _checks.peek(x) for x in (r.q, r.k, r.bias)]
+    q, k, bias = (None if x is None or x.device.type != "cpu" or not x.numel() else x for x in found)
+    if q is None or k is None:
+        return False
+    length = lambda x: float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1).amax()) ** 0.5
+    reach = abs(float(r.scale)) * length(q) * length(k)
+    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= torch_blocks.FAR
+
+
+def _why_not(r: Request) -> str:
+    if r.wants_lse:
+        return "does not return the log-sum-exp"
+    if isinstance(r.scale, Tensor):
+        return "scale is a tensor"
+    if r.dropout:
+        return "draws dropout from torch's global generator, not from a key"
+    if r.bias is not None:
+        wider = torch.promote_types(r.q.dtype, r.bias.dtype)
+        if wider != r.q.dtype and (wider != torch.float32 or r.q.device.type != "cpu"):
+            return f"would round the bias to {r.q.dtype}"
+    return ""
+
+
+def _why_not_flash(r: Request) -> str:
+    if r.v.shape[-1] != r.q.shape[-1]:
+        return f"values of {r.v.shape[-1]} features, keys of {r.q.shape[-1]}"
+    if r.q.device.type == "cuda" and ((r.mask is not None and not r.causal) or r.bias is not None):
+        return "takes no mask but the causal one"
+    if r.q.device.type == "cuda" and r.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"float16 and bfloat16 only, not {r.q.dtype}"
+    return _why_not(r)
+
+
+def _why_not_cuda(r: Request) -> str:
+    return f"for CUDA, not for {r.q.device.type}" if r.q.device.type != "cuda" else _why_not(r)
+
+
+def _passed_over(r: Request) -> str:
+    if torch.compiler.is_compiling():
+        return "compiled: a derivative may be asked, which cannot be seen from here"
+    if torch._C._is_tracing():
+        return "torch.jit traces plain operations"
+    if r.q.device.type == "cpu" and torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode looks on, such as FlopCounterMode, which knows no cost of torch's kernel for the CPU"
+    if isinstance(r.mask, Mask) and entry.can_run_triton(r):
+        return "to see whether the mask is causal would be to wait for the device"
+    if isinstance(r.mask, Mask) and not r.causal and r.q.shape[-2] > FEW:
+        return "would hold the mask dense, T x S"
+    return ""
+
+
+def _passed_over_where_recorded(r: Request) -> str:
+    if not torch.compiler.is_compiling() and r.recorded:
+        return "a derivative may be asked: it has no jvp and no second one"
+    return _passed_over(r)
+
+
+SDPA = Kernel(
+    "sdpa",
+    "torch's F.scaled_dot_product_attention, which chooses one of the four below",
+    _why_not,
+    run,
+    _passed_over_where_recorded,
+)
+FLASH = Kernel(
+    "sdpa:flash",
+    "torch's fused kernel: first gradient, no jvp, no second derivative",
+    _why_not_flash,
+    functools.partial(run, backend="flash"),
+    _passed_over_where_recorded,
+)
+EFFICIENT = Kernel(
+    "sdpa:efficient",
+    "torch's memory-efficient kernel: first gradient",
+    _why_not_cuda,
+    functools.partial(run, backend="efficient"),
+    _passed_over,
+)
+CUDNN = Kernel("sdpa:cudnn", "cuDNN's kernel: first gradient", _why_not_cuda, functools.partial(run, backend="cudnn"), _passed_over)
+MATH = Kernel(
+    "sdpa:math",
+    "torch's dense route: composes, O(T S) memory",
+    _why_not,
+    functools.partial(run, backend="math"),
+    _passed_over,
+)

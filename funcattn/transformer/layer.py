@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels, layers
-from ..kernels import Part
+from ..kernels import Kernel, Part
 from ..layers import Rotation
 from ..masks import Mask
 from ..records import is_absent
@@ -39,7 +39,7 @@ def block(
     past: Sequence[Part],
     *,
     name: str,
-    kernel: str | None,
+    kernel: str | Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual x (*lead, T, E) after one layer, and the keys and values (*lead, K, T, D) of the new tokens.
 
@@ -99,7 +99,7 @@ def _attend(
     context: LayerContext,
     past: Sequence[Part],
     name: str,
-    kernel: str | None,
+    kernel: str | Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What attention adds to the residual, and the keys and values of the new tokens."""
     y = tap(f"{name}.attention.input", parallel.copy_to_region(y))

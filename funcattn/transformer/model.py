@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _checks, caches, rematerialization, taps, tree
 from .._doors import door, what_is
 from ..caches import Cache, Delta
+from ..kernels import Kernel
 from ..masks import Mask
 from ..models import Made, Model, Past, written
 from ..records import ABSENT, is_absent
@@ -27,7 +28,7 @@ from .weights import Layer, Params, initialize
 
 
 @door
-def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -> Model:
+def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool = False) -> Model:
     """The six pure functions of a decoder.
 
         init(key) -> params
@@ -45,7 +46,7 @@ def decoder(config: Config, kernel: str | None = None, *, remat: bool = False) -
 
     Args:
         config: sizes and kinds.
-        kernel: a kernel of attention to force; None chooses (see `kernels.explain`).
+        kernel: of attention, to force: a name (see `kernels.explain`) or a `kernels.Kernel` of one's own; None chooses.
         remat: keep of each layer only its input, and compute the rest again for its derivatives: less memory for more time.
 
     Raises:

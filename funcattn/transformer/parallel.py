@@ -33,7 +33,7 @@ from .. import _checks, collectives, kernels, layers
 from .._autodiff import differentiated
 from ..caches import CONTEXT, ShardedCache
 from ..collectives import all_gather, all_gather_invariant, axis_index, axis_size, pmax, psum
-from ..kernels import Part
+from ..kernels import Kernel, Part
 from ..records import is_absent
 from .config import Config, Kind
 from .partition import DATA, TENSOR, division
@@ -220,7 +220,7 @@ def places(T: int) -> Tensor | None:
 
 
 def attend(
-    config: Config, kind: Kind, q: Tensor, k: Tensor, v: Tensor, mask: Any, past: Sequence[Part], kernel: str | None
+    config: Config, kind: Kind, q: Tensor, k: Tensor, v: Tensor, mask: Any, past: Sequence[Part], kernel: str | Kernel | None
 ) -> Tensor:
     """Attention over a text in parts: a ring; or behind a past, which new tokens that all hold alike attend to every part of."""
     for name, given in (("attention_cap", config.attention_cap), ("sinks", config.sinks or None), ("window", kind.window)):

@@ -4,6 +4,9 @@ Groups of query heads become an axis that k lacks, masks get axes for the heads.
 behind `nonstrict_trace`: Dynamo would otherwise inline the Functions, losing their memory, or refuse them.
 """
 
+import functools
+import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +16,7 @@ from ...masks import Mask
 from ...records import Attended
 from .. import dropout
 from ..backends import aten
-from ..dispatch import Request
+from ..request import FEW, Kernel, Request
 from .algebra import ONES, Output, Sweep, Term
 from .functions import Statistics, run
 from .functions import attend as attend_in_family
@@ -108,3 +111,60 @@ def _pairs(x: Tensor, H: int, K: int) -> Tensor:
     if H == K:
         return x
     return x.unsqueeze(-3) if x.shape[-3] == 1 else x.unflatten(-3, (K, H // K))
+
+
+TRITON = importlib.util.find_spec("triton") is not None  # there; imported where it is used
+WIDEST = 256  # features of a key or a value that its kernels take
+
+
+def _why_not_triton(r: Request) -> str:
+    if not TRITON:
+        return "Triton is not installed: pip install funcattn[triton]"
+    if r.q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"for CUDA, not for {r.q.device.type} (where TRITON_INTERPRET=1 interprets it, slowly)"
+    if r.q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"float32, float16 and bfloat16 only, not {r.q.dtype}"
+    if max(r.q.shape[-1], r.v.shape[-1]) > WIDEST:
+        return f"heads of at most {WIDEST} features, not {max(r.q.shape[-1], r.v.shape[-1])}"
+    if r.bias is not None:
+        return "takes no dense bias"
+    if isinstance(r.mask, Tensor):
+        return "takes a Mask of intervals, not booleans"
+    if r.q.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
+        card = torch.cuda.get_device_capability(r.q.device)
+        return "" if card >= (8, 0) else f"needs compute capability 8.0 (A100 and newer), this is {card[0]}.{card[1]}"
+    return ""
+
+
+def can_run_triton(r: Request) -> bool:
+    """True on CUDA, where the kernels written in Triton can run."""
+    return r.q.device.type == "cuda" and not _why_not_triton(r)
+
+
+def is_exporting_strictly() -> bool:
+    """True inside torch.export with strict=True: Dynamo writes plain operations alone, nothing behind nonstrict_trace."""
+    return torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
+
+
+def _why_not_flash(r: Request) -> str:
+    return "torch.export with strict=True takes plain operations alone" if is_exporting_strictly() else ""
+
+
+def _passed_over(r: Request) -> str:
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        return "torch.jit traces plain operations"
+    return f"for at most {FEW} queries the dense form is cheaper" if r.q.shape[-2] <= FEW else ""
+
+
+def _passed_over_triton(r: Request) -> str:
+    return "interpreted: for tests" if r.q.device.type != "cuda" else _passed_over(r)
+
+
+FLASH = Kernel("flash", "the closed streaming family: every transform, O(T + S) memory", _why_not_flash, attend, _passed_over)
+TRITON_KERNEL = Kernel(
+    "triton",
+    "the closed streaming family in kernels for CUDA: every transform, O(T + S) memory",
+    lambda r: _why_not_flash(r) or _why_not_triton(r),
+    functools.partial(attend, backend="triton"),
+    _passed_over_triton,
+)

@@ -1,0 +1,102 @@
+"""The registry of kernels, and a kernel of one's own wherever a name is taken."""
+
+import pytest
+import torch
+from torch.func import grad, jvp, vmap
+
+import funcattn as fa
+from funcattn.kernels import Kernel, dispatch
+from funcattn.records import Attended
+
+CONFIG = fa.Config(layers=2)
+TOKENS = torch.arange(20)
+
+
+def recording(name="mine", why_not=lambda r: ""):
+    """A kernel that is the reference, and the numbers of queries that it was called with."""
+    calls = []
+
+    def run(r):
+        calls.append(r.q.shape[-2])
+        return fa.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, kernel="reference")
+
+    return Kernel(name, "the reference, counted", why_not, run), calls
+
+
+def qkv(T=20):
+    return fa.random.normal(fa.key(0), (3, 2, T, 8), torch.float64)
+
+
+@pytest.mark.parametrize("how", ["kernel=", "use"])
+def test_a_kernel_of_ones_own_runs_inside_a_decoder(how):
+    """Whole, behind a past, generating, compiled and differentiated: it is called, and the numbers are those of the library."""
+    mine, calls = recording()
+    theirs = fa.decoder(CONFIG)
+    model = fa.decoder(CONFIG, kernel=mine) if how == "kernel=" else theirs
+    params = theirs.init(fa.key(0))
+    logits = lambda m: m.logits(params, m.hidden(params, TOKENS)[0])
+    slope = lambda m: grad(lambda p: fa.loss(m, p, TOKENS))(params).layers[0].q
+    text = lambda m: fa.generate(fa.key(1), m, params, TOKENS, steps=3)[0]
+    for verb, exact in ((logits, False), (slope, False), (text, True), (lambda m: text(fa.compile(m)), True)):
+        wanted, before = verb(theirs), len(calls)
+        if how == "use":
+            with fa.kernels.use(mine):
+                got = verb(model)
+        else:
+            got = verb(model)
+        torch.testing.assert_close(got, wanted, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}))
+        assert len(calls) > before
+
+
+def test_a_kernel_of_ones_own_goes_through_transforms_and_compile():
+    mine, calls = recording()
+    q, k, v = qkv()
+    f = lambda q: fa.attention(q, k, v, fa.masks.causal(20), kernel=mine)
+    wanted = lambda q: fa.attention(q, k, v, fa.masks.causal(20), kernel="reference")
+    for rule in (lambda f: jvp(f, (q,), (q,))[1], lambda f: vmap(f)(torch.stack([q, k]))):
+        torch.testing.assert_close(rule(f), rule(wanted))
+    assert calls
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), wanted(q))
+
+
+def test_an_explanation_lists_a_kernel_of_ones_own_and_what_it_cannot():
+    mine, _ = recording(why_not=lambda r: "draws no dropout" if r.dropout else "")
+    explained = fa.explain(*qkv(), kernel=mine)
+    assert explained.chosen == "mine"
+    assert "-> mine" in repr(explained)
+    assert [verdict.kernel for verdict in explained.verdicts[1:]] == [kernel.name for kernel in dispatch.REGISTRY]
+    with pytest.raises(ValueError, match="one that can run on these inputs, got 'mine': draws no dropout"):
+        fa.attention(*qkv(), dropout=0.5, key=fa.key(0), kernel=mine)
+
+
+def test_a_name_that_is_not_listed_lists_the_registry():
+    names = ", ".join(repr(kernel.name) for kernel in dispatch.REGISTRY)
+    with pytest.raises(ValueError, match=f"kernel should be None or one of {names}, or a Kernel, got 'flex'"):
+        fa.attention(*qkv(), kernel="flex")
+    with pytest.raises(ValueError, match=f"kernels.use: kernel should be one of {names}"), fa.kernels.use("flex"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda r: r.q, "to return Attended\\(out, lse\\), got a Tensor"),
+        (lambda r: Attended(r.q[..., :3], r.q[..., 0]), "to return out \\(2, 20, 8\\), got \\(2, 20, 3\\)"),
+        (lambda r: Attended(r.q, r.q), "to return lse \\(2, 20\\), got \\(2, 20, 8\\)"),
+    ],
+)
+def test_what_a_kernel_of_ones_own_returns_is_checked(run, message):
+    wrong = Kernel("wrong", "of other shapes", lambda r: "", run)
+    with pytest.raises((TypeError, ValueError), match=f"kernel 'wrong' should be {message}"):
+        fa.attend(*qkv(), kernel=wrong)
+
+
+def test_the_first_of_the_registry_that_can_and_is_not_passed_over_is_chosen():
+    for T in (4, 20):
+        explained = fa.explain(*qkv(T))
+        can = [verdict.kernel for verdict in explained.verdicts if not verdict.why_not]
+        assert can[0] == explained.chosen
+    q = qkv()[0].requires_grad_()
+    assert fa.explain(q, q, q).chosen == "flash"
+    assert fa.explain(q[:, :4], q, q).chosen == "reference"
