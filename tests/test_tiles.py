@@ -68,8 +68,8 @@ def allowed(record, x):
     blocks = torch.nn.functional.pad(wide, (0, -K % 32)).unflatten(-1, (-1, 32))
     coarse = (wide * 0 + 1) * blocks.amax(-1, keepdim=True).expand(*blocks.shape).flatten(-2)[..., :K]
     dense = expand(record).double().abs()
-    scale = fa.packing.spread(record.scale.double().abs(), K)
-    parts = 15 * scale + fa.packing.spread(record.zero.double().abs(), K) if isinstance(record, Int4) else dense
+    scale = fa.quantization.packing.spread(record.scale.double().abs(), K)
+    parts = 15 * scale + fa.quantization.packing.spread(record.zero.double().abs(), K) if isinstance(record, Int4) else dense
     return 2 * EPS * coarse @ dense.mT + (8 + K / 32) * EPS * (wide @ parts.mT) + 2.0**-149
 
 
