@@ -42,8 +42,22 @@ if DEVICE != "cpu":
 ELSEWHERE = [("cpu", DEVICE != "cpu"), ("real", DEVICE == "far")]  # a marker, and whether it keeps a test from running here
 
 
+# What raises on a torch before 2.12, loudly and in torch itself (docs/gotchas.md): these tests may fail there.
+OLDER = (
+    "test_a_quantized_model_runs_on_a_mesh[fp8]",
+    "test_a_compiled_call_of_remat_goes_under_one_transform_after_another",
+    *(f"test_compiled_code_gets_the_same_numbers[{f}]" for f in ("grad", "vmap.grad", "grad.grad", "jvp.grad")),
+    "test_a_compiled_tree_function_is_the_eager_one[update by regex]",
+    "test_inductor_takes_the_same_step",
+    "test_tests_pass_where_tensors_of_two_devices_do_not_mix",
+)
+IS_OLDER = torch.__version__ < torch.torch_version.TorchVersion("2.12")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        if IS_OLDER and (item.name in OLDER or "test_triton.py" in item.nodeid):
+            item.add_marker(pytest.mark.xfail(reason="torch before 2.12, or its Triton, raises here"))
         for name, holds in ELSEWHERE:
             if holds and (mark := item.get_closest_marker(name)) is not None:
                 item.add_marker(pytest.mark.skip(reason=f"{name}: {mark.args[0]}"))
