@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funcattn as fa
 from funcattn.kernels.closed import operators
-from funcattn.kernels.closed.operators import Plan
+from funcattn.kernels.closed.operators import AttendSpec
 
 H, T, D = 2, 20, 8
 ONCE = 4 * H * T * T * D  # floating-point operations of q @ k.mT and p @ v
@@ -166,7 +166,7 @@ def test_products_of_derivatives_are_counted():
 
 def test_products_of_a_value_and_its_tangent_in_one_pass_are_counted():
     q, k, v, t = normal(0, 4, 1, H, T, D).unbind()
-    both = lambda: operators.push(Plan(D**-0.5), (True, False, False), [q, k, v, t])
+    both = lambda: operators.push(AttendSpec(D**-0.5), (True, False, False), [q, k, v, t])
     assert counted(both) == 2 * ONCE  # the products of the value, t @ k.mT, and those weights times v
 
 

@@ -18,9 +18,9 @@ from .. import dropout
 from ..backends import aten
 from ..request import FEW, Kernel, Request
 from .algebra import ONES, Output, Sweep, Term
-from .functions import Statistics, run
+from .functions import StatisticsFunction, run
 from .functions import attend as attend_in_family
-from .operators import Plan, like
+from .operators import AttendSpec, tensor_spec
 
 
 def attend(r: Request, backend: str = "torch") -> Attended:
@@ -48,7 +48,7 @@ def _statistics(backend: str, scale: float | Tensor, *tensors: Tensor) -> tuple[
     laid = _laid(mask, H, K)
     if H != K:
         q, k, level = q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), level.unflatten(-3, (K, H // K))
-    whole, rest = Statistics.apply(scale, backend, q, k, level, *laid)
+    whole, rest = StatisticsFunction.apply(scale, backend, q, k, level, *laid)
     return whole.reshape(lse.shape), rest.reshape(lse.shape)
 
 
@@ -80,7 +80,7 @@ def _attend(
     tensors = [q, k, v]
     if grouped:
         tensors = [q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), v.unsqueeze(-3)]
-    plan = Plan(scale, masks, biased, fused, backend)
+    plan = AttendSpec(scale, masks, biased, fused, backend)
     out, lse = attend_in_family(plan, *tensors, *laid)
     if rate:
         keys = dropout.head_keys(optional[-1], (*lead, H))
@@ -90,7 +90,7 @@ def _attend(
     return out.reshape(*shape, out.shape[-1]), lse.reshape(shape)
 
 
-def _dropped(plan: Plan, rate: float, tensors: Sequence[Tensor], lse: Tensor, whole: Tensor, keys: Tensor) -> Tensor:
+def _dropped(plan: AttendSpec, rate: float, tensors: Sequence[Tensor], lse: Tensor, whole: Tensor, keys: Tensor) -> Tensor:
     """The sweep over P with dropped weights; the log-sum-exp does not know of dropout."""
     q, k, v, *extra = tensors
     at = 3 + len(extra)
@@ -102,7 +102,7 @@ def _dropped(plan: Plan, rate: float, tensors: Sequence[Tensor], lse: Tensor, wh
         dropout=at + 1,
         rate=rate,
     )
-    return run(spec, [like(whole)], [q, k, lse, *extra, v, keys], plan.backend)[0]
+    return run(spec, [tensor_spec(whole)], [q, k, lse, *extra, v, keys], plan.backend)[0]
 
 
 def _pairs(x: Tensor, H: int, K: int) -> Tensor:

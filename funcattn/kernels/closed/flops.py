@@ -47,5 +47,5 @@ def _(tensors: Sequence[Shape], scale: float, masks: int, moved: Sequence[bool],
     """Those of the value, and those of its tangent but for the logits, which it shares."""
     q, k, v, *mask = primals = tensors[: 3 + masks]
     tangents: Any = operators.spread(moved, tensors[3 + masks :])  # pyright: ignore[reportArgumentType]
-    spec, flat, _places = operators.tangent_sweep(operators.Plan(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
+    spec, flat, _places = operators.tangent_sweep(operators.AttendSpec(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
     return of_attend(q, k, v, *mask) + of_sweep(spec, flat) - of_sweep(spec._replace(outputs=()), flat)  # pyright: ignore

@@ -1,7 +1,8 @@
 """The autograd Functions of attention, closed under grad, jvp and vmap at every order.
 
-`Attend` normalises, `Pushed` is it and its jvp at once, `Pass` is a sweep of the algebra. The vjp and jvp of all are passes. What
-runs below, the blocks in torch operations, kernels in Triton or torch's own fused ones, is decided by `primitives`.
+`AttendFunction` normalises, `AttendJvpFunction` is it and its jvp at once, `ContractFunction` is a contraction (a sweep of the
+algebra). The vjp and jvp of all are contractions. What runs below, the blocks in torch operations, kernels in Triton or torch's own
+fused ones, is decided by `operators`.
 """
 
 import dataclasses
@@ -15,30 +16,32 @@ from torch.autograd import Function
 from ..._autodiff import add, align, closed_jvp, dual, primal, sum_to, tangent
 from . import algebra, operators
 from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
-from .operators import Job, Like, Plan, like
+from .operators import AttendSpec, ContractSpec, TensorSpec, tensor_spec
 
 V = 2  # place of the values in the tensors of Attend, whose list is q, k, v, mask..., bias
 
 
-def attend(plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def attend(plan: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """out (*lead, T, Dv), lse (*lead, T, 1) of q, k, v, *mask, *bias; in forward mode with both tangents, from one pass where one
     kernel makes them with the values."""
     tangents = [tangent(x) for x in tensors[:3]]
     moved = tuple(x is not None for x in tangents)
     if not any(moved) or not operators.pushes(plan, tensors):
-        return Attend.apply(plan, *tensors)
+        return AttendFunction.apply(plan, *tensors)
     primals = [primal(x) for x in tensors[:3]]
     if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
-        return Attend.apply(plan, *tensors)  # autograd records this level: the gradient that comes of it wants a tangent too
-    out, lse, dout, dlse = Pushed.apply(plan, moved, *primals, *tensors[3:], *(x for x in tangents if x is not None))
+        return AttendFunction.apply(
+            plan, *tensors
+        )  # autograd records this level: the gradient that comes of it wants a tangent too
+    out, lse, dout, dlse = AttendJvpFunction.apply(plan, moved, *primals, *tensors[3:], *(x for x in tangents if x is not None))
     return dual(out, dout), dual(lse, dlse)
 
 
-class Attend(Function):
+class AttendFunction(Function):
     """(plan, q, k, v, *mask, *bias) -> out (*lead, T, Dv), lse (*lead, T, 1)."""
 
     @staticmethod
-    def forward(plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(plan: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         return operators.attend(plan, tensors)
 
     @staticmethod
@@ -59,19 +62,21 @@ class Attend(Function):
         return _push(ctx.plan, tensors, out, lse, [*tangents[:3], *(tangents[-1:] if ctx.plan.biased else ())])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], plan: AttendSpec, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         out, lse = attend(plan, *align(in_dims[1:], tensors))  # at the level outside of vmap, which may be one of forward mode
         return (_at_batch(out, info), _at_batch(lse, info)), (0, 0)
 
 
-class Pushed(Function):
+class AttendJvpFunction(Function):
     """(plan, moved, q, k, v, *mask, *tangents of those of q, k, v that are moved) -> out, lse and the tangents of both.
 
     The value and the jvp of Attend in one pass over P, with the derivatives of the two passes that it stands for.
     """
 
     @staticmethod
-    def forward(plan: Plan, moved: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(plan: AttendSpec, moved: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         return operators.push(plan, moved, tensors)
 
     @staticmethod
@@ -112,30 +117,30 @@ class Pushed(Function):
             if move is not None:
                 again[place] = len(flat)
                 flat.append(move)
-        likes = [like(out), like(dlse)][: len(spec.outputs)]
+        likes = [tensor_spec(out), tensor_spec(dlse)][: len(spec.outputs)]
         mixed, *rest = run(algebra.jvp(spec, again), likes, flat, plan.backend)
         t_dlse = rest[0] if rest else torch.zeros_like(dlse)
         return t_out, t_lse, mixed - (t_dlse * out + dlse * t_out).to(out.dtype), t_dlse
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], plan: Plan, moved: tuple[bool, ...], *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], plan: AttendSpec, moved: tuple[bool, ...], *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         aligned, start = align(in_dims[2:], tensors), 3 + plan.masks
         if any(d is not None for d in in_dims[2 : 2 + start]):
-            outputs = Pushed.apply(plan, moved, *aligned)
+            outputs = AttendJvpFunction.apply(plan, moved, *aligned)
             return tuple(_at_batch(x, info) for x in outputs), (0, 0, 0, 0)
         primals = aligned[:start]  # of size one: many tangents of one value, which is made once
-        out, lse = Attend.apply(plan, *primals)
+        out, lse = AttendFunction.apply(plan, *primals)
         dout, dlse = _push(plan, primals, out, lse, operators.spread(moved, aligned[start:]))
         return (out[0], lse[0], _at_batch(dout, info), _at_batch(dlse, info)), (None, None, 0, 0)
 
 
-class Pass(Function):
+class ContractFunction(Function):
     """(job, *tensors) -> the outputs of the sweep that the job names."""
 
     @staticmethod
-    def forward(job: Job, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(job: ContractSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(operators.sweep(job, tensors))
 
     @staticmethod
@@ -163,15 +168,17 @@ class Pass(Function):
         return tuple(run(algebra.jvp(ctx.job.sweep, moved), ctx.job.likes, flat, ctx.job.backend))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], job: Job, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], job: ContractSpec, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         aligned = align(in_dims[1:], tensors)
         rank = aligned[0].dim() - 1
-        mapped = [Like((info.batch_size, *[1] * (rank - len(o.shape)), *o.shape), o.dtype) for o in job.likes]
-        outputs = Pass.apply(dataclasses.replace(job, likes=tuple(mapped)), *aligned)
+        mapped = [TensorSpec((info.batch_size, *[1] * (rank - len(o.shape)), *o.shape), o.dtype) for o in job.likes]
+        outputs = ContractFunction.apply(dataclasses.replace(job, likes=tuple(mapped)), *aligned)
         return tuple(x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, job.likes, strict=True)), (0,) * len(outputs)
 
 
-class Statistics(Function):
+class StatisticsFunction(Function):
     """(scale, backend, q, k, lse, *mask) -> lse as the sum of two numbers: a constant, of tensors that are not differentiated."""
 
     @staticmethod
@@ -190,12 +197,12 @@ class Statistics(Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], scale: float, backend: str, *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        whole, rest = Statistics.apply(scale, backend, *align(in_dims[2:], tensors))
+        whole, rest = StatisticsFunction.apply(scale, backend, *align(in_dims[2:], tensors))
         return (_at_batch(whole, info), _at_batch(rest, info)), (0, 0)
 
 
 def run(
-    sweep: Sweep, likes: Sequence[Like], tensors: Sequence[Tensor], backend: str = "torch", plan: Plan | None = None
+    sweep: Sweep, likes: Sequence[TensorSpec], tensors: Sequence[Tensor], backend: str = "torch", plan: AttendSpec | None = None
 ) -> list[Tensor]:
     """Run a sweep as a Function, over the tensors that it reads; an output without terms is zeros.
 
@@ -206,7 +213,11 @@ def run(
     if live:
         pruned, used = _prune(sweep._replace(outputs=tuple(sweep.outputs[i] for i in live)))
         read = [tensors[p] for p in used] + ([tensors[-1]] if plan is not None else [])
-        done = dict(zip(live, Pass.apply(Job(pruned, tuple(likes[i] for i in live), backend, plan), *read), strict=True))
+        done = dict(
+            zip(
+                live, ContractFunction.apply(ContractSpec(pruned, tuple(likes[i] for i in live), backend, plan), *read), strict=True
+            )
+        )
     return [done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype) for i, o in enumerate(likes)]
 
 
@@ -222,7 +233,7 @@ def _prune(spec: Sweep) -> tuple[Sweep, list[int]]:
 
 
 def _pull(
-    plan: Plan,
+    plan: AttendSpec,
     tensors: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
@@ -262,14 +273,14 @@ def _pull(
     fused = plan.fused and wanted == [Q, K, at] and g_lse is None
     if fused:  # torch's own backward gives these three from (g, out); the derivatives of it are those of the sweep
         flat.append(out)
-    found = run(spec, [like(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None)
+    found = run(spec, [tensor_spec(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None)
     for p, grad in zip(wanted, found, strict=True):
         grads[V if p == at else p] = grad
     return grads
 
 
 def _push(
-    plan: Plan,
+    plan: AttendSpec,
     tensors: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
@@ -294,7 +305,7 @@ def _pull_pass(
             given[number] = len(flat)
             flat.append(g)
     spec, wanted = algebra.vjp(sweep, given, needed, lambda place: flat[place].shape[:-2])
-    return dict(zip(wanted, run(spec, [like(flat[p]) for p in wanted], flat, backend), strict=True))
+    return dict(zip(wanted, run(spec, [tensor_spec(flat[p]) for p in wanted], flat, backend), strict=True))
 
 
 def _at_batch(x: Tensor, info: Any) -> Tensor:

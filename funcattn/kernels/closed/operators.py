@@ -26,20 +26,20 @@ from . import algebra
 from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
 
 
-class Like(NamedTuple):
+class TensorSpec(NamedTuple):
     """Shape and dtype of an output."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-def like(x: Tensor) -> Like:
+def tensor_spec(x: Tensor) -> TensorSpec:
     """The shape and dtype of a tensor."""
-    return Like(tuple(x.shape), x.dtype)
+    return TensorSpec(tuple(x.shape), x.dtype)
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttendSpec:
     """What attend is asked beside its tensors q, k, v, mask..., bias."""
 
     scale: float = 1.0
@@ -50,16 +50,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Job:
+class ContractSpec:
     """What a pass is asked beside its tensors. A plan says that torch's fused backward computes it."""
 
     sweep: Sweep
-    likes: tuple[Like, ...]
+    likes: tuple[TensorSpec, ...]
     backend: str = "torch"
-    plan: Plan | None = None
+    plan: AttendSpec | None = None
 
 
-def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """out (*lead, T, Dv) and lse (*lead, T, 1) of tensors q, k, v, mask..., bias."""
     if plain(tensors):
         out, lse = _attend(plan, tensors)
@@ -67,13 +67,13 @@ def attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.fused, plan.backend)
 
 
-def pushes(plan: Plan, tensors: Sequence[Tensor]) -> bool:
+def pushes(plan: AttendSpec, tensors: Sequence[Tensor]) -> bool:
     """True where one kernel makes the value of attend and its tangent."""
     q, k, v, *mask = tensors
     return plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_push(q, k, v, mask)
 
 
-def push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def push(plan: AttendSpec, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """out, lse and their tangents, of tensors q, k, v, mask..., and the tangents of those of q, k and v that are moved."""
     if plain(tensors):
         return tuple(_own(x) for x in _push(plan, moved, tensors))
@@ -86,14 +86,14 @@ def spread(moved: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | N
     return [next(rest) if there else None for there in moved]
 
 
-def base(plan: Plan) -> tuple[int, Sweep]:
+def base(plan: AttendSpec) -> tuple[int, Sweep]:
     """For attend's tensors laid out as q, k, lse, mask..., bias, v: the place of v, and a sweep without outputs."""
     at = 3 + plan.masks + plan.biased
     return at, Sweep((), plan.scale, tuple(range(3, 3 + plan.masks)), 3 + plan.masks if plan.biased else ONES)
 
 
 def tangent_sweep(
-    plan: Plan, tensors: Sequence[Tensor], lse: Tensor, tangents: Sequence[Tensor | None]
+    plan: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, tangents: Sequence[Tensor | None]
 ) -> tuple[Sweep, list[Tensor], dict[int, int]]:
     """The sweep for the jvp of attend (see `algebra.attend_tangent`), its tensors, and the places of tangents by those of primals.
 
@@ -111,7 +111,7 @@ def tangent_sweep(
     return algebra.attend_tangent(empty, at, moved), flat, moved
 
 
-def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -> tuple[Like, Like]:
+def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -> tuple[TensorSpec, TensorSpec]:
     """The shapes and dtypes of the tangents of out and lse, which have the leading axes that the tangents alone have.
 
     Args:
@@ -119,7 +119,7 @@ def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -
     """
     lead = lambda x, *those: broadcast(x.shape[:-2], *(y.shape[:-2] for y in those if y is not None))
     dout, dlse = lead(out, *tangents), lead(lse, *tangents[:2], *tangents[3:])
-    return Like((*dout, *out.shape[-2:]), out.dtype), Like((*dlse, *lse.shape[-2:]), lse.dtype)
+    return TensorSpec((*dout, *out.shape[-2:]), out.dtype), TensorSpec((*dlse, *lse.shape[-2:]), lse.dtype)
 
 
 def statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[T
     return _statistics_op(list(tensors), scale, backend)
 
 
-def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
+def sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a sweep over tensors that start with q, k, lse."""
     if plain(tensors):
         return [_own(x) for x in _sweep(job, tensors)]
@@ -140,7 +140,7 @@ def sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @untraced
-def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
+def last_gradient(plan: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
     """Gradients of q, k and v straight from torch's kernel, where it serves and no one can ask for a further derivative."""
     if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
         return None
@@ -154,7 +154,7 @@ def last_gradient(plan: Plan, tensors: Sequence[Tensor], lse: Tensor, g: Tensor,
 
 
 @untraced
-def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
     mask = extra[: plan.masks]
     if plan.fused and not aten.is_empty(q, k, v) and (not mask or aten.is_causal(mask, k.shape[-2])):
@@ -167,14 +167,14 @@ def _attend(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @untraced
-def _push(plan: Plan, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _push(plan: AttendSpec, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     primals, tangents = tensors[: 3 + plan.masks], spread(moved, tensors[3 + plan.masks :])
     if plan.backend == "triton" and not _triton().obstacle_to_push(*primals[:3], primals[3:]):
         return _triton().push(*primals[:3], tangents, primals[3:], plan.scale)
     out, lse = _attend(plan, primals)
     spec, flat, _ = tangent_sweep(plan, primals, lse, tangents)
     likes = tangent_likes(out, lse, tangents)
-    mixed, *more = _sweep(Job(spec, likes[: len(spec.outputs)], plan.backend), flat)
+    mixed, *more = _sweep(ContractSpec(spec, likes[: len(spec.outputs)], plan.backend), flat)
     dlse = more[0] if more else lse.new_zeros(likes[1].shape)
     return out, lse, mixed - (dlse * out).to(out.dtype), dlse
 
@@ -188,7 +188,7 @@ def _statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[
 
 
 @untraced
-def _sweep(job: Job, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
     shapes = [o.shape for o in job.likes]
     mask = [tensors[p] for p in job.sweep.mask]
     outputs: Sequence[Tensor] | None = None
@@ -232,7 +232,7 @@ def plain(tensors: Sequence[Tensor]) -> bool:
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())
 def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool, backend: str) -> tuple[Tensor, Tensor]:
-    out, lse = _attend(Plan(scale, masks, biased, fused, backend), tensors)
+    out, lse = _attend(AttendSpec(scale, masks, biased, fused, backend), tensors)
     return out.contiguous(), lse.contiguous()  # the strides that the fake kernel promised
 
 
@@ -252,7 +252,7 @@ def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("funcattn::push", mutates_args=())
 def _push_op(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
-    return [x.contiguous() for x in _push(Plan(scale, masks, backend=backend), moved, tensors)]
+    return [x.contiguous() for x in _push(AttendSpec(scale, masks, backend=backend), moved, tensors)]
 
 
 @_push_op.register_fake
@@ -287,17 +287,17 @@ def _(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> li
     return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in _read(job, ranks, sizes).likes]
 
 
-def _read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> Job:
+def _read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> ContractSpec:
     spec, dtypes, backend, plan = _decode(text)
     rest = iter(sizes)
     shapes = [tuple(next(rest) for _ in range(rank)) for rank in ranks]
-    return Job(spec, tuple(Like(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)), backend, plan)
+    return ContractSpec(spec, tuple(TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)), backend, plan)
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode(text: str) -> tuple[Sweep, list[torch.dtype], str, Plan | None]:
+def _decode(text: str) -> tuple[Sweep, list[torch.dtype], str, AttendSpec | None]:
     (outputs, scale, mask, bias, dropout, rate), names, backend, plan = json.loads(text)
     summand: Any = lambda s: Pair(*s) if len(s) == 3 else Dense(*s)
     term = lambda t: Term(tuple(tuple(map(summand, factor)) for factor in t[0]), *t[1:])
     spec = Sweep(tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate)
-    return spec, [getattr(torch, name) for name in names], backend, plan and Plan(**plan)
+    return spec, [getattr(torch, name) for name in names], backend, plan and AttendSpec(**plan)
