@@ -15,7 +15,7 @@ from torch import Tensor
 from ...masks import Mask
 from ...records import Attended
 from .. import dropout
-from ..backends import aten
+from ..backends import WIDEST, aten
 from ..request import FEW, Kernel, Request
 from .algebra import ONES, Output, Sweep, Term
 from .functions import StatisticsFunction, run
@@ -114,7 +114,6 @@ def _pairs(x: Tensor, H: int, K: int) -> Tensor:
 
 
 TRITON = importlib.util.find_spec("triton") is not None  # there; imported where it is used
-WIDEST = 256  # features of a key or a value that its kernels take
 
 
 def _why_not_triton(r: Request) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .... import masks
 from ....masks import Mask
 from ...closed.algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term, places
-from ...dispatch import WIDEST
+from .. import WIDEST
 from ..layout import has
 from . import pieces, programs, softmax, tuning
 from .addresses import axes, width
