@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, randomness, tree
-from ._doors import door
+from . import randomness, tree
+from .core import errors
+from .core.doors import door
 from .layers import embed, linear
 from .quantization import Where, predicate
 from .records import is_absent, record
@@ -104,9 +105,9 @@ def lora(rank: int, where: Where | None = None, *, alpha: float | None = None) -
     Law: the function is unchanged (test_low_rank.py::test_an_adapted_model_is_the_same_function).
     """
     if not isinstance(rank, int) or rank < 1:
-        _checks.fail("lora", "rank", "1 or more", rank, "It is the number of directions that are added.")
+        errors.fail("lora", "rank", "1 or more", rank, "It is the number of directions that are added.")
     if alpha is not None and not 0 < alpha < math.inf:
-        _checks.fail("lora", "alpha", "above 0", alpha, "What is added is multiplied by alpha / rank.")
+        errors.fail("lora", "alpha", "above 0", alpha, "What is added is multiplied by alpha / rank.")
     default = lambda path, weight: path.rpartition(".")[2] in MATRICES
     choose = default if where is None else predicate("lora", where)
     scale = 2.0 if alpha is None else alpha / rank
@@ -115,7 +116,7 @@ def lora(rank: int, where: Where | None = None, *, alpha: float | None = None) -
     def adapt(key: Tensor, params: Tree) -> Tree:
         chosen = [path for path, weight in tree.items(params, is_leaf=_is_weight) if choose(path, weight)]
         if not chosen:
-            _checks.fail("lora", "where", "true of some weight", "none", f"Paths are such as {tree.paths(params)[:3]}.")
+            errors.fail("lora", "where", "true of some weight", "none", f"Paths are such as {tree.paths(params)[:3]}.")
         keys = dict(zip(chosen, randomness.split(key, len(chosen)), strict=True))
 
         def adapted(path: str, weight: Any) -> Any:
@@ -145,7 +146,7 @@ def merge_lora(params: Tree) -> Tree:
         base = merge(path, weight.base)
         if not isinstance(base, Tensor):
             remedy = "Dequantize the bases first, or keep the adaptation beside them."
-            _checks.fail("merge_lora", f"the base at {path!r}", "a tensor", f"a {type(base).__name__}", remedy, TypeError)
+            errors.fail("merge_lora", f"the base at {path!r}", "a tensor", f"a {type(base).__name__}", remedy, TypeError)
         wide = _widest(base, weight)
         return (base + weight.scale.to(wide) * weight.b.to(wide) @ weight.a.to(wide)).to(base.dtype)
 
@@ -166,7 +167,7 @@ def _is_weight(node: Any) -> bool:
 def _begin(key: Tensor, path: str, weight: Any, rank: int, scale: float) -> Lora:
     out, inner, dtype, device = _sizes(path, weight)
     if rank > min(out, inner):
-        _checks.fail("lora", "rank", f"at most {min(out, inner)}, a size of {path!r}", rank, "A low rank is a small one.")
+        errors.fail("lora", "rank", f"at most {min(out, inner)}, a size of {path!r}", rank, "A low rank is a small one.")
     bound = inner**-0.5
     a = randomness.uniform(key, (rank, inner), minval=-bound, maxval=bound).to(device=device, dtype=dtype)
     b = torch.zeros(out, rank, dtype=dtype, device=device)
@@ -177,8 +178,8 @@ def _sizes(path: str, weight: Any) -> tuple[int, int, torch.dtype, torch.device]
     """(out, in) of any weight and what it computes in, asked of the function that it is."""
     if isinstance(weight, Tensor):
         if weight.dim() != 2 or not weight.is_floating_point():
-            got = f"{weight.dtype} {_checks.shape(weight)} at {path!r}"
-            _checks.fail("lora", "where", "true of floating matrices (out, in)", got, "Leave norms and biases out.")
+            got = f"{weight.dtype} {errors.shape(weight)} at {path!r}"
+            errors.fail("lora", "where", "true of floating matrices (out, in)", got, "Leave norms and biases out.")
         return weight.shape[0], weight.shape[1], weight.dtype, weight.device
     if is_adapted(weight):
         return weight.b.shape[0], weight.a.shape[1], weight.a.dtype, weight.a.device
@@ -187,4 +188,4 @@ def _sizes(path: str, weight: Any) -> tuple[int, int, torch.dtype, torch.device]
         leaf = next(x for x in tree.leaves(weight) if isinstance(x, Tensor))
         return out, inner, torch.float32, leaf.device
     remedy = "Give its type a property `shape` of (out, in)."
-    _checks.fail("lora", "where", "true of weights of known sizes", f"a {type(weight).__name__} at {path!r}", remedy, TypeError)
+    errors.fail("lora", "where", "true of weights of known sizes", f"a {type(weight).__name__} at {path!r}", remedy, TypeError)

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._doors import door
+from .core import errors
+from .core.doors import door
 from .records import record
 
 END = 2**31 - 1  # stands for infinity: no sequence is that long, and int64 has room to add to it
@@ -88,9 +88,9 @@ def causal(T: int, S: int | None = None, *, align: str = "upper", offset: int | 
         [[1, 1, 0], [1, 1, 1]]
     """
     if align not in ("upper", "lower"):
-        _checks.fail("masks.causal", "align", '"upper" or "lower"', repr(align), "Say which corner the diagonal starts from.")
+        errors.fail("masks.causal", "align", '"upper" or "lower"', repr(align), "Say which corner the diagonal starts from.")
     if align == "lower" and S is None:
-        _checks.fail("masks.causal", "S", 'given with align="lower"', S, "Pass the number of keys.")
+        errors.fail("masks.causal", "S", 'given with align="lower"', S, "Pass the number of keys.")
     shift = (S - T if align == "lower" and S is not None else 0) + offset
     last = _positions(T, shift) + 1
     return Mask(*_canonical(torch.zeros_like(last), last if S is None else last.clamp(max=S)))
@@ -105,7 +105,7 @@ def window(T: int, size: int, *, offset: int | Tensor = 0) -> Mask:
         [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
     """
     if isinstance(size, int) and size < 1:
-        _checks.fail("masks.window", "size", "at least 1", size, "A window of 1 sees the query's own key alone.")
+        errors.fail("masks.window", "size", "at least 1", size, "A window of 1 sees the query's own key alone.")
     middle = _positions(T, offset)
     return Mask(*_canonical(middle - size + 1, middle + size))
 
@@ -130,7 +130,7 @@ def sinks(T: int, n: int | Tensor) -> Mask:
 def padding(T: int, lengths: Tensor) -> Mask:
     """Queries of a padded batch see the keys below their own sequence's length; lengths is int64 (*lead,)."""
     if not isinstance(lengths, Tensor) or lengths.is_floating_point():
-        _checks.fail("masks.padding", "lengths", "an integer tensor (*lead,)", lengths, "Pass the lengths, not a mask.", TypeError)
+        errors.fail("masks.padding", "lengths", "an integer tensor (*lead,)", lengths, "Pass the lengths, not a mask.", TypeError)
     return prefix(T, lengths)
 
 
@@ -146,7 +146,7 @@ def segments(ids: Tensor) -> Mask:
         ValueError: an id comes back after another (checked where values are concrete): two runs are two documents.
     """
     if not ids.dim():
-        _checks.fail("masks.segments", "ids", "(*lead, T)", (), "One id for each token.")
+        errors.fail("masks.segments", "ids", "(*lead, T)", (), "One id for each token.")
     T = ids.shape[-1]
     place = torch.arange(T, device=ids.device).expand(ids.shape)
     edge = torch.ones_like(ids[..., :1], dtype=torch.bool)
@@ -154,8 +154,8 @@ def segments(ids: Tensor) -> Mask:
     starts, ends = torch.cat([edge, change], -1), torch.cat([change, edge], -1)
     ordered = ids.sort(-1).values
     distinct = 1 + (ordered[..., 1:] != ordered[..., :-1]).sum(-1)
-    if _checks.is_true(starts.sum(-1) > distinct):
-        _checks.fail(
+    if errors.is_true(starts.sum(-1) > distinct):
+        errors.fail(
             "masks.segments", "ids", "one run for each document", "an id in two runs", "Give each document an id of its own."
         )
     start = torch.where(starts, place, 0).cummax(-1).values
@@ -224,7 +224,7 @@ def picture(m: Mask, S: int | None = None) -> str | None:
 
 def _cells(m: Mask, S: int | None) -> tuple[list[list[float]], int, int] | None:
     """The share of pairs seen in each cell of a picture, and how many queries and keys there are."""
-    start, stop = _checks.value(m.start), _checks.value(m.stop)
+    start, stop = errors.value(m.start), errors.value(m.stop)
     if start is None or stop is None or not start.numel():
         return None
     start, stop = (x.reshape(-1, *x.shape[-2:])[0].cpu() for x in (start, stop))
@@ -284,7 +284,7 @@ def _positions(T: int, offset: int | Tensor) -> Tensor:
         T = int(T)  # a size, which is a tensor while torch.jit traces
     if isinstance(T, (str, float, Tensor)) or T < 0:
         got = f"a {type(T).__name__}" if isinstance(T, Tensor) else repr(T)
-        _checks.fail("masks", "T", "a number of queries, 0 or more", got, "Such as fa.masks.causal(q.shape[-2]).")
+        errors.fail("masks", "T", "a number of queries, 0 or more", got, "Such as fa.masks.causal(q.shape[-2]).")
     if isinstance(offset, Tensor):
         return torch.arange(T, device=offset.device).unsqueeze(-1) + offset.unsqueeze(-1).unsqueeze(-1)
     return torch.arange(T).unsqueeze(-1) + offset
@@ -296,9 +296,9 @@ def _same_queries(sign: str, a: Mask, b: Mask) -> None:
             _refuse(sign, side)
     if a.start.shape[-2] != b.start.shape[-2]:
         got = f"{a.start.shape[-2]} and {b.start.shape[-2]}"
-        _checks.fail(f"Mask {sign} Mask", "both", "masks of the same number of queries T", got, "Build them with the same T.")
+        errors.fail(f"Mask {sign} Mask", "both", "masks of the same number of queries T", got, "Build them with the same T.")
 
 
 def _refuse(sign: str, other: Any) -> NoReturn:
     got = f"a {type(other).__name__}"
-    _checks.fail(f"Mask {sign}", "the other side", "a Mask", got, "Turn the mask into booleans first with .dense(S).", TypeError)
+    errors.fail(f"Mask {sign}", "the other side", "a Mask", got, "Turn the mask into booleans first with .dense(S).", TypeError)

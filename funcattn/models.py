@@ -20,9 +20,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from . import _checks, caches
-from ._doors import door, made, what_is
+from . import caches
 from .caches import Delta
+from .core import errors
+from .core.doors import door, made, what_is
 from .kernels import Kernel
 from .masks import Mask
 from .records import ABSENT, is_absent
@@ -144,7 +145,7 @@ class Model:
         for name in self.FUNCTIONS:
             if not callable(f := getattr(self, name)):
                 remedy = "Pass the function itself."
-                _checks.fail("Model", name, "a function", what_is(f), remedy, TypeError)
+                errors.fail("Model", name, "a function", what_is(f), remedy, TypeError)
 
     @door
     def extend(
@@ -192,10 +193,10 @@ class Model:
         if is_absent(cache):
             if tokens.dim() != 1:
                 remedy = "Map over sequences with torch.func.vmap; extend takes leading axes."
-                _checks.fail("apply", "tokens", "one sequence (T,)", _checks.shape(tokens), remedy)
+                errors.fail("apply", "tokens", "one sequence (T,)", errors.shape(tokens), remedy)
             cache = caches.fork(cache, delta, len(tokens))
         after = (self.commit or caches.commit)(cache, delta)
-        if _checks.value(after.length) is None:
+        if errors.value(after.length) is None:
             proposed = torch.where(caches.overflowed(after), float("nan"), proposed)
         return proposed, after
 
@@ -308,8 +309,8 @@ def _check_replaceable(name: str) -> None:
             "may return the logits and logits give them back: logits=lambda params, x: x."
         )
         wanted = "left to be made of hidden and logits"
-        _checks.fail("_replace", name, wanted, "one of its own", remedy, TypeError)
+        errors.fail("_replace", name, wanted, "one of its own", remedy, TypeError)
     if name not in Model.FUNCTIONS:
         wanted = f"some of {', '.join(Model.FUNCTIONS)}"
         remedy = "They say what a model computes."
-        _checks.fail("_replace", "functions", wanted, repr(name), remedy, TypeError)
+        errors.fail("_replace", "functions", wanted, repr(name), remedy, TypeError)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from ._checks import printable
+from .core.errors import printable
 
 Item = TypeVar("Item")
 

@@ -28,10 +28,11 @@ from torch._guards import TracingContext
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
-from . import _checks, collectives
-from ._autodiff import closed_jvp, in_forward_mode, is_differentiable, is_recorded, untraced
+from . import collectives
+from .core import errors
+from .core.autograd import closed_jvp, in_forward_mode, is_differentiable, is_recorded, untraced
+from .core.replaying import State, Watching
 from .records import describe
-from .replaying import State, Watching
 
 Flat = Callable[..., tuple[Tensor, ...]]  # of tensors alone, one after the other
 
@@ -156,7 +157,7 @@ class Guard:
 
     def refuse(self, got: str, remedy: str) -> NoReturn:
         """Raise the error that says what the function does beside computing."""
-        _checks.fail(self.door, self.argument, "a pure function of its arguments", got, remedy)
+        errors.fail(self.door, self.argument, "a pure function of its arguments", got, remedy)
 
     def run(self, computation: Computation, x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """computation(*x), or an error that says what it does beside computing."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ._context import ContextValue
+from .core.context import ContextValue
 
 Listener = Callable[[str, Tensor], Tensor]
 

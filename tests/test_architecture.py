@@ -18,10 +18,7 @@ PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
 FLOORS = [
-    {
-        *("records", "tree", "randomness", "progress", "fingerprints", "atomic", "replaying"),
-        *("_checks", "_doors", "_autodiff", "_context"),
-    },
+    {"records", "core", "tree", "randomness", "progress"},
     {
         "masks",
         "native",
@@ -39,11 +36,10 @@ FLOORS = [
     {"cli", "__main__"},
 ]
 WITHIN = {  # neighbours on one floor
-    "tree": {"records", "_checks", "_doors"},
-    "randomness": {"records", "_checks", "_doors"},
-    "progress": {"_checks"},
-    "replaying": {"_context"},
-    "_doors": {"_checks", "records"},
+    "core": {"records"},
+    "tree": {"records", "core"},
+    "randomness": {"records", "core"},
+    "progress": {"core"},
     "rematerialization": {"collectives"},
     "models": {"caches"},
     "sampling": {"models"},
@@ -61,7 +57,7 @@ MIRRORLESS = {  # tests about the whole, torch or several modules at once
     *("architecture", "canaries", "citations", "docstrings", "lock", "notebooks", "readme", "site", "smollm2", "tools", "wheel"),
     *("family_peers", "flash", "gguf_families", "gloo"),
 }
-UNMIRRORED = {"__init__", "__main__", "_checks"}  # modules whose tests are those of what calls them
+UNMIRRORED = {"__init__", "__main__", "core.errors"}  # modules whose tests are those of what calls them
 
 GLOBAL_DRAWS = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson"),

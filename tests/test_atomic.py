@@ -15,8 +15,8 @@ import torch
 from samples import tokenizer
 
 import funcattn as fa
-from funcattn import atomic
 from funcattn.checkpoints import CheckpointError, load_parts, save_parts
+from funcattn.core import atomic
 from funcattn.training import snapshots
 
 pytestmark = pytest.mark.cpu("files and processes, whatever the device")

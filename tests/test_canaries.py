@@ -43,7 +43,7 @@ class Cube(Function):
 
 
 def test_an_outer_jvp_of_a_functions_jvp_is_silently_zero():
-    """pytorch/pytorch#197867; worked around by _autodiff.closed_jvp."""
+    """pytorch/pytorch#197867; worked around by autograd.closed_jvp."""
     x = torch.tensor(2.0, dtype=torch.float64)
     second = jvp(lambda x: jvp(Cube.apply, (x,), (torch.ones_like(x),))[1], (x,), (torch.ones_like(x),))[1]
     assert second == 0  # 12 would be right
@@ -179,6 +179,6 @@ torch.func.jvp(lambda q: fa.attention(q, q, q), (q,), (q,))
 
 
 def test_the_first_jvp_of_a_process_warns_of_nothing():
-    """torch 2.14's forward-mode rules warn of their torch.jit.script when they are imported, which _autodiff does in silence."""
+    """torch 2.14's forward-mode rules warn of their torch.jit.script when they are imported, which autograd does in silence."""
     done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

@@ -8,8 +8,8 @@ import torch
 
 import funcattn as fa
 from funcattn import collectives
-from funcattn._context import ContextValue
 from funcattn.collectives import Axis
+from funcattn.core.context import ContextValue
 from funcattn.kernels import dispatch
 
 VALUE: ContextValue[str] = ContextValue("test", "default")

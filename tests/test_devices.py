@@ -205,7 +205,7 @@ def test_triton_is_chosen_on_a_gpu_where_it_can_run(on_gpu):
 
 def test_the_values_of_a_mask_on_a_gpu_are_not_waited_for(on_gpu, monkeypatch):
     q, k, mask = on_gpu
-    monkeypatch.setattr(fa._checks, "value", lambda x: pytest.fail("it was looked at"))
+    monkeypatch.setattr(fa.core.errors, "value", lambda x: pytest.fail("it was looked at"))
     fa.attention(q, k, k, mask)
 
 

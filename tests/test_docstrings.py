@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import funcattn as fa
-from funcattn._doors import door, shown_value
+from funcattn.core.doors import door, shown_value
 
 PUBLIC = {name: getattr(fa, name) for name in fa.__all__}
 ROOMS = {name: value for name, value in PUBLIC.items() if isinstance(value, types.ModuleType)}

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import funcattn as fa
-from funcattn import _doors, caches, sampling
-from funcattn._doors import door
+from funcattn import caches, sampling
+from funcattn.core import doors
+from funcattn.core.doors import door
 from funcattn.records import record
 from funcattn.testing import laws
 
@@ -268,7 +269,7 @@ def raising(text):
 
 
 def test_kinds_are_read_from_annotations():
-    words = lambda annotation: getattr(_doors.kind_of(annotation), "words", None)
+    words = lambda annotation: getattr(doors.kind_of(annotation), "words", None)
     assert words(float | torch.Tensor) == "a number or a tensor"
     assert words(int | None) == "an int or None"
     assert words(sampling.Sampler) == "a Sampler"

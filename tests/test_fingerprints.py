@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcattn as fa
-from funcattn.fingerprints import Fingerprint, is_differentiated
+from funcattn.core.fingerprints import Fingerprint, is_differentiated
 
 
 class Pair(NamedTuple):

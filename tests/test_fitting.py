@@ -13,7 +13,7 @@ import torch
 from fitted import CONFIG, STEPS, TEXT, begin
 
 import funcattn as fa
-from funcattn import atomic
+from funcattn.core import atomic
 from funcattn.families import CheckpointError
 from funcattn.training import draw, fit, snapshots
 

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcattn as fa
-from funcattn import replaying
-from funcattn._context import ContextValue
+from funcattn.core import replaying
+from funcattn.core.context import ContextValue
 from funcattn.interop import override_sdpa
 from funcattn.kernels import dispatch
 

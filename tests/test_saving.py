@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from samples import CONFIG, LLAMA3, params, same, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from funcattn import atomic, transformer
+from funcattn import transformer
 from funcattn.checkpoints import CheckpointError, load, save
 from funcattn.checkpoints.hf import saving
+from funcattn.core import atomic
 from funcattn.families import assemble, leaves
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

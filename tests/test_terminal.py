@@ -16,9 +16,9 @@ from samples import CONFIG, params, tokenizer, write_gguf
 from tokenizers import models
 
 import funcattn as fa
-from funcattn._checks import STEERING, fail, printable
 from funcattn.checkpoints import CheckpointError, Tokenizer
 from funcattn.cli import main
+from funcattn.core.errors import STEERING, fail, printable
 
 pytestmark = pytest.mark.cpu("the command reads --device, and not torch's default")
 

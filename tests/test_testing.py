@@ -17,8 +17,8 @@ from torch.func import vjp
 
 import funcattn as fa
 from funcattn import caches, masks
-from funcattn._autodiff import transforming
 from funcattn.caches import Branch, Cache
+from funcattn.core.autograd import transforming
 from funcattn.kernels.backends import torch_blocks
 from funcattn.masks import Mask
 from funcattn.records import Attended

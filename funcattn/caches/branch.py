@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door
+from ..core import errors
+from ..core.doors import door
 from ..kernels import Part
 from ..records import record
 from . import display
@@ -79,16 +79,16 @@ def flatten(branch: Branch) -> Any:
         TypeError: not a Branch, or a tail that does not hold its rows as they came.
     """
     if not isinstance(branch, Branch):
-        _checks.fail("flatten", "branch", "a Branch", f"a {type(branch).__name__}", "Any other past is already one.", TypeError)
+        errors.fail("flatten", "branch", "a Branch", f"a {type(branch).__name__}", "Any other past is already one.", TypeError)
     check_whole("flatten", branch)
     tail, last = branch.tail, branch.prefix
     while isinstance(last, Branch):
         last = last.tail
-    held, more = _checks.integer(last.length), _checks.integer(tail.length)
+    held, more = errors.integer(last.length), errors.integer(tail.length)
     if held is not None and more is not None and held + more > capacity(last):
         wanted, got = f"with room for the {more} tokens of its tail", f"{capacity(last) - held}"
         remedy = f"Grow it first: branch._replace(prefix=funcattn.caches.grow(branch.prefix, {more}))."
-        _checks.fail("flatten", "branch.prefix", wanted, got, remedy)
+        errors.fail("flatten", "branch.prefix", wanted, got, remedy)
     return write(branch.prefix, rows_of(tail), tail.length, False)
 
 
@@ -97,7 +97,7 @@ def rows_of(cache: Any) -> Delta:
     """All rows that a past has room for, those that count first: what `flatten` writes behind the prefix."""
     remedy = "Keep the Branch: it can be continued and grown as it is."
     wanted = "a past that holds its rows as they came"
-    _checks.fail("flatten", "branch.tail", wanted, f"a {type(cache).__name__}", remedy, TypeError)
+    errors.fail("flatten", "branch.tail", wanted, f"a {type(cache).__name__}", remedy, TypeError)
 
 
 @rows_of.register

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autodiff import is_recorded
+from ..core.autograd import is_recorded
 from ..kernels import Part
 from ..records import record
 from . import display, rows

@@ -6,7 +6,8 @@ A kind shows itself so by `__str__ = display.line` and `_repr_html_ = display.ba
 import functools
 from typing import Any
 
-from .. import _checks, tree
+from .. import tree
+from ..core import errors
 from ..records import unfolded
 from .protocol import capacity, sizes
 
@@ -42,7 +43,7 @@ def bar(cache: Any) -> str:
 
 
 def _held(cache: Any) -> str:
-    length = _checks.peek(cache.length)
+    length = errors.peek(cache.length)
     if length is None:
         return f"room for {capacity(cache)} tokens"
     if length.dim():
@@ -54,7 +55,7 @@ def _held(cache: Any) -> str:
 
 
 def _share(cache: Any) -> float | None:
-    length = _checks.peek(cache.length)
+    length = errors.peek(cache.length)
     if length is None or length.dim() or not capacity(cache):
         return None
     return min(1.0, max(0.0, int(length) / capacity(cache)))

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import made
+from ..core import errors
+from ..core.doors import made
 from ..kernels import Part
 from ..records import record
 from . import display, rows
@@ -52,7 +52,7 @@ class pages:  # a value that is called like a function: model.cache(size, kind=p
 
     def __post_init__(self) -> None:
         if not isinstance(self.block, int) or self.block < 1:
-            _checks.fail("pages", "block", "a number of tokens, at least 1", self.block, "64 suits most models.")
+            errors.fail("pages", "block", "a number of tokens, at least 1", self.block, "64 suits most models.")
 
     def empty(self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> Pages:
         """Room for `size` tokens, rounded up to whole blocks, on torch's default device."""
@@ -86,7 +86,7 @@ def _(cache: Pages, layer: int, positions: Tensor, window: int | None = None) ->
 
 @grow.register
 def _(cache: Pages, more: int) -> Pages:
-    R, length = _block(cache), _checks.integer(cache.length)
+    R, length = _block(cache), errors.integer(cache.length)
 
     def grown(blocks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         n, unwritten = -(-more // R), blocks[0].new_zeros(()).expand(blocks[0].shape)
@@ -138,7 +138,7 @@ def _(cache: Pages, delta: Delta, n: Any, donate: bool) -> Pages:
 def _touched(cache: Pages, T: int) -> list[int]:
     """The blocks that some row writes in when T tokens come; all of them where lengths cannot be looked at."""
     R, n = _block(cache), len(cache.k)
-    lengths = _checks.peek(cache.length)
+    lengths = errors.peek(cache.length)
     if lengths is None:
         return list(range(n))
     return sorted({i for at in set(lengths.flatten().tolist()) for i in range(at // R, min(-(-(at + T) // R), n))})

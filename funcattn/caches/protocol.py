@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
-from .._doors import door
+from .. import tree
+from ..core import errors
+from ..core.doors import door
 from ..kernels import Part
 from ..records import record
 
@@ -131,7 +132,7 @@ def with_length(cache: Any, length: Tensor) -> Any:
     """
     if "length" not in getattr(cache, "_fields", ()):
         got, remedy = f"a {type(cache).__name__} without that field", "Register with_length for it."
-        _checks.fail("with_length", "cache", "a record with a field `length`", got, remedy, TypeError)
+        errors.fail("with_length", "cache", "a record with a field `length`", got, remedy, TypeError)
     return cache._replace(length=length)
 
 
@@ -156,27 +157,25 @@ def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Te
     Law: committing all equals committing any split of it; the argument is unchanged (test_caches.py).
     """
     if not isinstance(delta, Delta):
-        _checks.fail(
+        errors.fail(
             "commit", "delta", "what extend returned", f"a {type(delta).__name__}", "Pass (cache, delta), in this order.", TypeError
         )
     T = delta.k[0].shape[-2]
     if index is not None:
         if index.dim() != 1 or not _is_integer(index):
-            _checks.fail(
-                "commit", "index", "int64 (N,)", f"{index.dtype} {_checks.shape(index)}", "Give one path; vmap makes many."
-            )
-        if _checks.is_true((index < 0) | (index >= T)):
-            got = _checks.peek(index)
-            _checks.fail("commit", "index", f"within the {T} tokens of the delta", got, "Index the tokens that were extended.")
+            errors.fail("commit", "index", "int64 (N,)", f"{index.dtype} {errors.shape(index)}", "Give one path; vmap makes many.")
+        if errors.is_true((index < 0) | (index >= T)):
+            got = errors.peek(index)
+            errors.fail("commit", "index", f"within the {T} tokens of the delta", got, "Index the tokens that were extended.")
         take = lambda rows: tuple(row.index_select(-2, index) for row in rows)
         delta, T = Delta(take(delta.k), take(delta.v)), index.shape[0]
     count = T if n is None else n
     if isinstance(count, Tensor) and (count.dim() or not _is_integer(count)):
-        got, remedy = f"{count.dtype} {_checks.shape(count)}", "Give one number; one for each row is torch.func.vmap."
-        _checks.fail("commit", "n", "an int or an integer tensor ()", got, remedy, ValueError if _is_integer(count) else TypeError)
-    known = _checks.integer(count)
+        got, remedy = f"{count.dtype} {errors.shape(count)}", "Give one number; one for each row is torch.func.vmap."
+        errors.fail("commit", "n", "an int or an integer tensor ()", got, remedy, ValueError if _is_integer(count) else TypeError)
+    known = errors.integer(count)
     if known is not None and not 0 <= known <= T:
-        _checks.fail("commit", "n", f"between 0 and the {T} tokens of the delta", known, "Commit at most what was extended.")
+        errors.fail("commit", "n", f"between 0 and the {T} tokens of the delta", known, "Commit at most what was extended.")
     return _same_kind(cache, write(cache, delta, count, False))
 
 
@@ -189,20 +188,20 @@ def _same_kind(cache: Any, after: Any) -> Any:
     """What was written, which is of the kind that it was written to: a record derived from another writes as that one does."""
     if type(after) is not type(cache):
         wanted, got = f"a {type(cache).__name__} as the past", f"a {type(after).__name__}"
-        _checks.fail("commit", "what write returns", wanted, got, "Register the verbs of your own kind with caches.", TypeError)
+        errors.fail("commit", "what write returns", wanted, got, "Register the verbs of your own kind with caches.", TypeError)
     return after
 
 
 def check_whole(function: str, cache: Any) -> None:
     """Fail where the past is known to have lost tokens: a commit inside a transform did not fit."""
-    lost = _checks.value(overflowed(cache))
+    lost = errors.value(overflowed(cache))
     if lost is not None and bool(lost):
         if not 0 <= int(cache.length) < DONATED:
             got, remedy = "one that was donated to fa.compile(model).step", "Go on with the past that it returned, or use apply."
-            _checks.fail(function, "cache", "a past that its owner still has", got, remedy)
+            errors.fail(function, "cache", "a past that its owner still has", got, remedy)
         got = "one that was written outside of its mesh, or overflowed inside a transform"
         remedy = "Begin it again with model.cache(size) for a larger size."
-        _checks.fail(function, "cache", "a past that every commit fitted into", got, remedy)
+        errors.fail(function, "cache", "a past that every commit fitted into", got, remedy)
 
 
 class Admitted(NamedTuple):
@@ -226,12 +225,12 @@ def admit(cache: Any, delta: Delta, n: Any, held: tuple[Tensor, Tensor]) -> Admi
     check_whole("commit", cache)
     _check_delta(held, k, v)
     S, T = capacity(cache), k.shape[-2]
-    before, count = _checks.integer(cache.length), _checks.integer(n)
+    before, count = errors.integer(cache.length), errors.integer(n)
     if before is not None and count is not None:
         if before + count > S:
             got = f"{before} remembered and {count} more"
             remedy = f"Use funcattn.caches.grow(cache, {count})."
-            _checks.fail("commit", "cache", f"with room for {before + count} tokens (it has {S})", got, remedy)
+            errors.fail("commit", "cache", f"with room for {before + count} tokens (it has {S})", got, remedy)
         return Admitted(k, v, before, count, cache.length + n, True)
     after = cache.length + n
     fits = (after <= S) & (n >= 0) & (n <= T)
@@ -243,10 +242,10 @@ def _check_delta(held: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
         if (old.shape[:2], old.shape[-1]) != (new.shape[:2], new.shape[-1]):
             L, K, D = old.shape[0], old.shape[1], old.shape[-1]
             wanted, remedy = f"(L, K, T, D) = ({L}, {K}, T, {D})", "Use the cache of the same model."
-            _checks.fail("commit", f"delta.{name}", wanted, _checks.shape(new), remedy)
+            errors.fail("commit", f"delta.{name}", wanted, errors.shape(new), remedy)
         if old.dtype != new.dtype:
             remedy = f"Make it with model.cache(size, dtype={new.dtype})."
-            _checks.fail("commit", f"delta.{name}", f"{old.dtype} as the cache is", new.dtype, remedy, TypeError)
+            errors.fail("commit", f"delta.{name}", f"{old.dtype} as the cache is", new.dtype, remedy, TypeError)
 
 
 def _is_integer(x: Tensor) -> bool:
@@ -255,6 +254,6 @@ def _is_integer(x: Tensor) -> bool:
 
 def _unknown(verb: str, cache: Any) -> NoReturn:
     if type(cache) is tuple:
-        _checks.fail(verb, "cache", "a past", "(), which is no past", "Make one with model.cache(size).", TypeError)
+        errors.fail(verb, "cache", "a past", "(), which is no past", "Make one with model.cache(size).", TypeError)
     remedy = f"Make one with model.cache(size); of a kind of your own, register caches.{verb} for it (docs/caches.md)."
-    _checks.fail(verb, "cache", "a past such as Cache or Branch", f"a {type(cache).__name__}", remedy, TypeError)
+    errors.fail(verb, "cache", "a past such as Cache or Branch", f"a {type(cache).__name__}", remedy, TypeError)

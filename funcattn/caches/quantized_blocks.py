@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._autodiff import differentiated
-from .._doors import made
+from ..core import errors
+from ..core.autograd import differentiated
+from ..core.doors import made
 from ..kernels import Part
 from ..records import record
 from . import display, rows
@@ -88,15 +88,15 @@ class quantized:  # a value that is called like a function: model.cache(size, ki
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            _checks.fail("quantized", "bits", "8 or 4", self.bits, "Two codes of 4 bits share a byte.")
+            errors.fail("quantized", "bits", "8 or 4", self.bits, "Two codes of 4 bits share a byte.")
         for name, least in (("block", 1), ("recent", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                _checks.fail("quantized", name, f"a number of tokens, at least {least}", getattr(self, name), "Count in tokens.")
+                errors.fail("quantized", name, f"a number of tokens, at least {least}", getattr(self, name), "Count in tokens.")
 
     def empty(self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> QuantizedCache:
         """Room for `size` tokens at least, in whole blocks, on torch's default device."""
         if self.bits == 4 and head_size % 2:
-            _checks.fail("quantized", "head_size", "even for 4 bits", head_size, "Use bits=8.")
+            errors.fail("quantized", "head_size", "even for 4 bits", head_size, "Use bits=8.")
         R, zero = self.block, torch.zeros((), dtype=dtype)
         codes = torch.zeros((), dtype=torch.uint8).expand(layers, heads, R, head_size if self.bits == 8 else head_size // 2)
         n = max(1, -(-(size - self.recent) // R))
@@ -143,7 +143,7 @@ def _(cache: QuantizedCache) -> tuple[int, int, int]:
 @past.register
 def _(cache: QuantizedCache, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     R, n = _block(cache), len(cache.k)
-    known = _checks.integer(cache.length)
+    known = errors.integer(cache.length)
     length = cache.length if known is None else known
     coded = _coded_blocks(cache, length)
     held = rows.bounds(coded, n)[1]
@@ -173,7 +173,7 @@ reset.register(QuantizedCache, reset_counts)
 @with_length.register
 def _(cache: QuantizedCache, length: Tensor) -> NoReturn:
     remedy = "What is coded stays coded. Keep the older value, or commit fewer tokens: commit(cache, delta, n)."
-    _checks.fail("with_length", "cache", "a past that keeps its rows as they came", "a QuantizedCache", remedy, TypeError)
+    errors.fail("with_length", "cache", "a past that keeps its rows as they came", "a QuantizedCache", remedy, TypeError)
 
 
 @write.register
@@ -211,7 +211,7 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
     was, now = _coded_blocks(cache, new.before), _coded_blocks(cache, new.before + new.count)
     held = (new.before - was * R).clamp(0, C)
     pairs = ((cache.tail_k, new.k), (cache.tail_v, new.v))
-    some = _checks.peek(now > was)
+    some = errors.peek(now > was)
     if some is not None and not bool(some.any()):
         k, v = (rows.written(tail, more, held, new.count) for tail, more in pairs)
         return cache._replace(tail_k=k, tail_v=v, length=new.after)
@@ -239,7 +239,7 @@ def _check_constant(cache: QuantizedCache, new: Admitted) -> None:
     if any(differentiated(x) for x in (new.k, new.v, cache.tail_k, cache.tail_v)):
         remedy = "Use a dense Cache while differentiating, or a larger `recent`: rows of the tail keep their derivatives."
         wanted = "rows that nobody differentiates where they are coded"
-        _checks.fail("commit", "delta", wanted, "rows with a derivative", remedy, TypeError)
+        errors.fail("commit", "delta", wanted, "rows with a derivative", remedy, TypeError)
 
 
 def _coded_blocks(cache: QuantizedCache, length: Any) -> Any:

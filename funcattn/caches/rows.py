@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from .. import _checks
+from ..core import errors
 from ..kernels import Part
 from ..masks import Mask
 
@@ -75,7 +75,7 @@ def written(x: Tensor, new: Tensor, at: int | Tensor, n: int | Tensor) -> Tensor
 def bounds(x: int | Tensor, most: int) -> tuple[int, int]:
     """The least and the greatest x of all rows under vmap, both clamped to 0..most; 0 and most where it cannot be looked at."""
     if isinstance(x, Tensor):
-        known = _checks.peek(x)
+        known = errors.peek(x)
         if known is None or not known.numel():
             return 0, most
         least, greatest = (int(y) for y in known.aminmax()) if known.numel() > 1 else (int(known),) * 2
@@ -106,7 +106,7 @@ def first_seen(positions: Tensor, window: int | None) -> tuple[int, Tensor | Non
     if window is None:
         return 0, None
     each = positions - (window - 1)
-    known = _checks.peek(each)
+    known = errors.peek(each)
     if known is None or not known.numel():
         return 0, each
     first, last = (int(x) for x in known.aminmax()) if known.numel() > 1 else (int(known),) * 2

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
 from ..collectives import axis_index, axis_size, psum
+from ..core import errors
 from ..kernels import Part
 from ..records import record
 from .branch import fork
@@ -86,7 +86,7 @@ def _(cache: ShardedCache) -> Tensor:
 def _(cache: ShardedCache, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     if window is not None:
         remedy = "Give it a Ring: a window is short, and needs no other device."
-        _checks.fail("past", "cache", "other than a ShardedCache in a layer with a window", "a ShardedCache", remedy, TypeError)
+        errors.fail("past", "cache", "other than a ShardedCache in a layer with a window", "a ShardedCache", remedy, TypeError)
     found = past(cache.local, layer, positions, None)
     none = lambda x: x[layer, ..., :0, :]
     return found or [Part(none(cache.local.k), none(cache.local.v))]  # a segment, so that it is known for a cache
@@ -104,16 +104,16 @@ reset.register(ShardedCache, reset_counts)
 @with_length.register
 def _(cache: ShardedCache, length: Tensor) -> ShardedCache:
     remedy = "Keep the older value, which is as it was: a length does not say which device holds which token."
-    _checks.fail("with_length", "cache", "a past that one device holds", "a ShardedCache", remedy, TypeError)
+    errors.fail("with_length", "cache", "a past that one device holds", "a ShardedCache", remedy, TypeError)
 
 
 @write.register
 def _(cache: ShardedCache, delta: Delta, n: Any, donate: bool) -> ShardedCache:
     """Of new tokens that all devices hold alike, each keeps those of its positions."""
     devices, T = axis_size(CONTEXT), delta.k[0].shape[-2]
-    if devices == 1 and _checks.is_true(cache.local.length != cache.length):
+    if devices == 1 and errors.is_true(cache.local.length != cache.length):
         remedy = "Write inside of the mesh: shard_map(f, mesh), or fa.sharding.inside(mesh), where f calls generate or commit."
-        _checks.fail("commit", "cache", "on one device, or written where 'context' is bound", "a part of a ShardedCache", remedy)
+        errors.fail("commit", "cache", "on one device, or written where 'context' is bound", "a part of a ShardedCache", remedy)
     row = torch.arange(T, device=cache.length.device)
     mine = ((cache.length + row) % devices == axis_index(CONTEXT).to(row.device)) & (row < n)
     order = (~mine).long().argsort(stable=True)

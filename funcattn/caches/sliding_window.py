@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import made
+from ..core import errors
+from ..core.doors import made
 from ..kernels import Part
 from ..masks import END
 from ..records import record
@@ -70,7 +70,7 @@ class ring:  # a value that is called like a function: model.cache(size, kind=ri
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("sinks", 0), ("tail", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                _checks.fail("ring", name, f"a number of tokens, at least {least}", getattr(self, name), "Count in tokens.")
+                errors.fail("ring", name, f"a number of tokens, at least {least}", getattr(self, name), "Count in tokens.")
 
     def empty(self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> Ring:
         """An empty ring on torch's default device; `size` has no effect."""
@@ -92,7 +92,7 @@ def _(cache: Ring) -> tuple[int, int, int]:
 @past.register
 def _(cache: Ring, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     A, R = cache.sinks_k.shape[-2], cache.k.shape[-2]
-    start, length = (x if known is None else known for x, known in ((x, _checks.integer(x)) for x in (cache.start, cache.length)))
+    start, length = (x if known is None else known for x, known in ((x, errors.integer(x)) for x in (cache.start, cache.length)))
     nearest = R + 1 if window is None else min(window, R + 1)
     parts = rows.read(cache.sinks_k[layer], cache.sinks_v[layer], positions, None, stop=length) if A else []
     for k, v, first, end in ((cache.k, cache.v, start - R, R), (cache.tail_k, cache.tail_v, start, length - start)):
@@ -117,14 +117,14 @@ reset.register(Ring, reset_counts)
 @with_length.register
 def _(cache: Ring, length: Tensor) -> NoReturn:
     remedy = "A ring forgets what leaves its window. Keep the older value, or commit fewer tokens: commit(cache, delta, n)."
-    _checks.fail("with_length", "cache", "a past that keeps all its rows", "a Ring", remedy, TypeError)
+    errors.fail("with_length", "cache", "a past that keeps all its rows", "a Ring", remedy, TypeError)
 
 
 @write.register
 def _(cache: Ring, delta: Delta, n: Any, donate: bool) -> Ring:
     new = admit(cache, delta, n, (cache.k, cache.v))
     A, R, C = (x.shape[-2] for x in (cache.sinks_k, cache.k, cache.tail_k))
-    start = _checks.integer(cache.start) if new.known else None
+    start = errors.integer(cache.start) if new.known else None
     if start is None:
         return _write_masked(cache, new, A, R, C)
     held = new.before - start  # rows of the tail that count
@@ -150,7 +150,7 @@ def _write_masked(cache: Ring, new: Any, A: int, R: int, C: int) -> Ring:
     n = new.count
     held = (new.before - cache.start).clamp(0, C)
     full = held + n > C
-    some_full = _checks.peek(full)
+    some_full = errors.peek(full)
     sinks = [rows.written(x, y, new.before, n) for x, y in ((cache.sinks_k, new.k), (cache.sinks_v, new.v))]
     put = lambda tail, more: rows.written(tail, more, held, torch.where(full, 0, n))
     tails = [put(tail, more) for tail, more in ((cache.tail_k, new.k), (cache.tail_v, new.v))]

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 from ..kernels import Part
 from ..records import record
 from . import display, rows
@@ -75,4 +75,4 @@ def _(cache: Memory, delta: Delta, n: Any, donate: bool) -> NoReturn:
 
 def _refuse(verb: str) -> NoReturn:
     remedy = "Write behind it: Branch(memory, model.cache(size))."
-    _checks.fail(verb, "cache", "a past that can be written", "a Memory, which is read only", remedy, TypeError)
+    errors.fail(verb, "cache", "a past that can be written", "a Memory, which is read only", remedy, TypeError)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .. import progress, tree
-from .._checks import fail
+from ..core.errors import fail
 from ..quantization import is_quantized
 from ..transformer import Config, Params
 from .families import CheckpointError

@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .. import atomic, sharding, transformer, tree
-from .._checks import fail
+from .. import sharding, transformer, tree
+from ..core import atomic
+from ..core.errors import fail
 from ..sharding.mesh import Rules, axes_of, bounds
 from ..tree import Tree
 from .families import CheckpointError

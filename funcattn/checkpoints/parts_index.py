@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .._checks import fail
+from ..core.errors import fail
 from .families import CheckpointError
 from .regular_files import LARGE, check_regular, read_bytes
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from .._checks import fail, printable
+from ..core.errors import fail, printable
 from .families import CheckpointError
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from .._checks import fail, printable
+from ..core.errors import fail, printable
 from .families import CheckpointError
 from .writing import reason_of
 

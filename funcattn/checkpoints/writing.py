@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from .._checks import fail
+from ..core.errors import fail
 from .families import CheckpointError
 
 UNCHANGED = "Nothing was changed; choose a place that can be written, with room for it."

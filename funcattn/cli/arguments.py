@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .._checks import printable
+from ..core.errors import printable
 from .terminal import MISTAKE
 
 TINY = 1e-6  # logits divided by less overflow float32

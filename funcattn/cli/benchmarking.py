@@ -18,7 +18,8 @@ import torch
 
 import funcattn as fa
 
-from .. import atomic, quantization, tree
+from .. import quantization, tree
+from ..core import atomic
 from .sessions import load
 from .terminal import say, working
 

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import funcattn as fa
 
-from .. import atomic, drafters, progress, sampling, sharding, speculation
+from .. import drafters, progress, sampling, sharding, speculation
+from ..core import atomic
 from ..decoding.detokenization import text_of
 from . import ranks
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of

@@ -6,7 +6,7 @@ import dataclasses
 import torch
 
 from .. import tree
-from .._checks import printable
+from ..core.errors import printable
 from .sessions import load
 
 

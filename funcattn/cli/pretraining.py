@@ -15,8 +15,9 @@ from torch import Tensor
 
 import funcattn as fa
 
-from .. import atomic, collectives, sampling, sharding, training, tree
+from .. import collectives, sampling, sharding, training, tree
 from ..checkpoints.hf.saving import check_place
+from ..core import atomic
 from ..training.snapshots import PREFIX, steps_in
 from . import ranks
 from .arguments import TINY, device, number

@@ -1,6 +1,6 @@
 """What is said to a person: on stderr, dim, one line; and text of models and of files shown so that it cannot steer a terminal.
 
-What a model writes is shown without the characters that could (`_checks.STEERING`), on a terminal; what comes from a file, such as
+What a model writes is shown without the characters that could (`errors.STEERING`), on a terminal; what comes from a file, such as
 a name or an error, has them written out, everywhere.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from .. import progress
-from .._checks import STEERING, printable
+from ..core.errors import STEERING, printable
 
 MISTAKE, INTERRUPTED, CUT_OFF = 2, 128 + 2, 128 + 13  # exit codes; the last two are a shell's for SIGINT and SIGPIPE
 INVISIBLE = dict.fromkeys(STEERING)

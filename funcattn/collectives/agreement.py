@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from .. import _checks
+from ..core import errors
 from .bindings import Axis, bound
 from .fingerprint import contents
 from .groups import _group
@@ -51,7 +51,7 @@ def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: A
             differ = [name for name, value in values.items() if any(_varies(x, axis) for x in _tensors(value))]
             if differ:
                 remedy = f"Give all of them the same: P() in in_specs, where {axis.name!r} should not cut it."
-                _checks.fail(function, " and ".join(differ), "the same on every device of the mesh", "another on some", remedy)
+                errors.fail(function, " and ".join(differ), "the same on every device of the mesh", "another on some", remedy)
     alike, divided = _groups(params, mesh)
     if not alike:
         return
@@ -63,7 +63,7 @@ def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: A
             names = ["the call and its values"] if wrong[0] else list(values)
             told = " and ".join(name for name, one in zip(names, found, strict=True) if one)
             remedy = "Give all of them the same; what each draws, shuffles or loads of its own goes over 'data'."
-            _checks.fail(function, told, "the same on every process", "another on some", remedy)
+            errors.fail(function, told, "the same on every process", "another on some", remedy)
 
 
 def _differ(digests: list[int], alike: list[Any], divided: list[Any]) -> list[bool]:
@@ -89,7 +89,7 @@ def _groups(params: Any, mesh: Any) -> tuple[list[Any], list[Any]]:
         found = [(axis.name, _group(axis.group)) for axis in axes if axis.size > 1]
     else:
         first = next((x for x in optree.tree_iter(params) if isinstance(x, Tensor)), None)
-        if first is None or not _checks.is_distributed(first):
+        if first is None or not errors.is_distributed(first):
             return [], []
         held: Any = first
         held = held.device_mesh
@@ -109,7 +109,7 @@ def _varies(x: Tensor, axis: Axis) -> bool:
             rows = inner.movedim(_functorch.maybe_get_bdim(x), 0)
             first = rows[:1]
             both_nan = (rows != rows) & (first != first)
-            return _checks.is_true((rows != first) & ~both_nan)
+            return errors.is_true((rows != first) & ~both_nan)
         x = inner
     return False
 
@@ -119,7 +119,7 @@ def digest(value: Any) -> int:
     found = hashlib.blake2b(digest_size=8)
     for piece in contents(value):
         if isinstance(piece, Tensor):
-            known = _checks.peek(piece)
+            known = errors.peek(piece)
             piece = b"" if known is None else _content(known)
         found.update(len(piece).to_bytes(8, "big") + piece)
     return int.from_bytes(found.digest(), "big") >> 2

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._context import ContextValue
+from ..core import errors
+from ..core.context import ContextValue
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,7 +82,7 @@ def binding(*axes: Axis) -> Iterator[None]:
     """
     names = [axis.name for axis in axes]
     if len(set(names)) != len(names):
-        _checks.fail("binding", "axes", "of different names", names, "Give each axis of a mesh a name of its own.")
+        errors.fail("binding", "axes", "of different names", names, "Give each axis of a mesh a name of its own.")
     with _bound.holding((*(axis for axis in _bound.get() if axis.name not in names), *axes)):
         yield
 

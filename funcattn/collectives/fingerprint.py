@@ -21,7 +21,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 
 Piece = bytes | Tensor
 PLAIN = (int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, type(...))
@@ -45,7 +45,7 @@ def contents(value: Any) -> Iterator[Piece]:
 def _of(value: Any, seen: dict[int, tuple[int, Any]], *, held: bool) -> Iterator[Piece]:
     """held: whether a function holds the value in its closure."""
     if isinstance(value, Tensor):
-        if not _checks.is_distributed(value):
+        if not errors.is_distributed(value):
             yield f"{value.dtype}{tuple(value.shape)}".encode()
             yield value
         return
@@ -59,7 +59,7 @@ def _of(value: Any, seen: dict[int, tuple[int, Any]], *, held: bool) -> Iterator
     yield type(value).__qualname__.encode()
     if held and optree.is_namedtuple(value) and _may_be_parts(value):
         for leaf in optree.tree_iter(value):
-            if isinstance(leaf, Tensor) and not _checks.is_distributed(leaf):
+            if isinstance(leaf, Tensor) and not errors.is_distributed(leaf):
                 yield f"{leaf.dtype}{tuple(leaf.shape)}".encode()
         return
     for inner, inside in _inner(value, held):

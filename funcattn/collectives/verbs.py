@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import Function
 
-from .. import _checks
-from .._autodiff import closed_jvp, in_forward_mode, is_recorded
+from ..core import errors
+from ..core.autograd import closed_jvp, in_forward_mode, is_recorded
 from . import groups
 from .bindings import Axis, find
 from .operations import CopyToRegion, Gather, GatherInvariant, LocalSlice, Operation, Permute, Scatter, Sum
@@ -115,7 +115,7 @@ def ppermute(x: Tensor, axis: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
     for side in ([a for a, _ in pairs], [b for _, b in pairs]):
         if len(set(side)) != len(side) or any(not 0 <= i < bound.size for i in side):
             remedy = "A device sends once and receives once."
-            _checks.fail("ppermute", "pairs", f"of different devices 0..{bound.size - 1} on each side", list(pairs), remedy)
+            errors.fail("ppermute", "pairs", f"of different devices 0..{bound.size - 1} on each side", list(pairs), remedy)
     return _move(x, Permute, axis, pairs)
 
 
@@ -160,7 +160,7 @@ def global_norms(lengths: Sequence[Tensor], axes: Sequence[Sequence[str]]) -> li
 
 def _dim(function: str, x: Tensor, dim: int) -> int:
     if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
-        _checks.fail(function, "dim", f"an axis of x {_checks.shape(x)}", dim, "Name one that is there.")
+        errors.fail(function, "dim", f"an axis of x {errors.shape(x)}", dim, "Name one that is there.")
     return dim % x.dim()
 
 
@@ -168,7 +168,7 @@ def _divides(function: str, x: Tensor, axis: str, dim: int) -> None:
     bound = find(axis)
     if bound is not None and x.shape[dim] % bound.size:
         wanted = f"divisible by the {bound.size} devices of {axis!r} along axis {dim}"
-        _checks.fail(function, "x", wanted, _checks.shape(x), "Pad it, or choose another axis.")
+        errors.fail(function, "x", wanted, errors.shape(x), "Pad it, or choose another axis.")
 
 
 def _move(x: Tensor, kind: Any, name: str, *settings: Any) -> Tensor:
@@ -178,7 +178,7 @@ def _move(x: Tensor, kind: Any, name: str, *settings: Any) -> Tensor:
     if torch.compiler.is_compiling():
         if _traced_in_forward_mode():
             remedy = "Compile what is inside of jvp, or leave the jvp uncompiled."
-            _checks.fail("collectives", "the call", "no compiled forward mode", "one", remedy, NotImplementedError)
+            errors.fail("collectives", "the call", "no compiled forward mode", "one", remedy, NotImplementedError)
         return Traced.apply(x, kind(axis, *settings))  # pyright: ignore[reportReturnType]
     operation = kind(axis, *settings)
     if not axis.mapped and not is_recorded(x):
@@ -207,7 +207,7 @@ class Moved(Function):
     def forward(x: Tensor, index: Tensor | None, operation: Operation) -> Tensor:
         if operation.axis.mapped:
             remedy = "Call it inside of the function that spmd was given."
-            _checks.fail("psum", "axis", f"{operation.axis.name!r} of a spmd that runs", "one that has ended", remedy, RuntimeError)
+            errors.fail("psum", "axis", f"{operation.axis.name!r} of a spmd that runs", "one that has ended", remedy, RuntimeError)
         return operation.across(x)
 
     @staticmethod
@@ -263,11 +263,11 @@ class Greatest(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        _checks.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
+        errors.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        _checks.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
+        errors.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, index: Tensor | None, axis: Axis) -> tuple[Tensor, int | None]:

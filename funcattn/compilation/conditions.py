@@ -7,8 +7,8 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 
 from .. import collectives, taps, transformer
-from .._autodiff import is_recorded, transforming
 from ..caches import Branch, Cache
+from ..core.autograd import is_recorded, transforming
 from ..kernels import dispatch
 
 MAX_STEP_TOKENS = 16  # of a step that is compiled; beyond, the cost are matrix products, by the library's routine

@@ -28,10 +28,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .. import _checks, caches, layers, transformer
-from .._autodiff import has_tangent, transforming
-from .._doors import door
+from .. import caches, layers, transformer
 from ..caches import Branch, Cache, Delta
+from ..core import errors
+from ..core.autograd import has_tangent, transforming
+from ..core.doors import door
 from ..masks import Mask
 from ..models import Made, Model, at_core, told, written
 from ..records import ABSENT
@@ -100,7 +101,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     if not isinstance(model, Model):
         _refuse(model)
     if not isinstance(backend, str) and not callable(backend):
-        _checks.fail("compile", "backend", "the name of one of torch.compile", repr(backend), 'Such as "inductor".', TypeError)
+        errors.fail("compile", "backend", "the name of one of torch.compile", repr(backend), 'Such as "inductor".', TypeError)
     return at_core(model, lambda core: _compiled(core, depth, backend))  # pyright: ignore[reportReturnType]
 
 
@@ -152,7 +153,7 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
 
 def _refuse(model: Any) -> NoReturn:
     remedy = "Make it with fa.decoder(config), and wrap or replace then; torch.compile takes any other function."
-    _checks.fail("compile", "model", "from fa.decoder", told(model), remedy, TypeError)
+    errors.fail("compile", "model", "from fa.decoder", told(model), remedy, TypeError)
 
 
 def _tail(cache: Any) -> Cache:
@@ -163,6 +164,6 @@ def _tail(cache: Any) -> Cache:
 def _check_step(params: Any, cache: Any) -> None:
     if not is_dense(cache):
         remedy = "Use apply, which takes every kind of past, and no cache away."
-        _checks.fail("step", "cache", "a Cache, or a Branch of such", f"a {type(cache).__name__}", remedy, TypeError)
+        errors.fail("step", "cache", "a Cache, or a Branch of such", f"a {type(cache).__name__}", remedy, TypeError)
     if transforming() or has_tangent(params, cache) or torch.compiler.is_compiling():
-        _checks.fail("step", "the call", "outside of every transform", "one inside", "Use apply: a donation cannot be undone.")
+        errors.fail("step", "the call", "outside of every transform", "one inside", "Use apply: a donation cannot be undone.")

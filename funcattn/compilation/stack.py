@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame  # pyright: ignore[reportMissingModuleSource]
 
-from .. import _checks, collectives, layers, progress, transformer, tree
-from .._autodiff import has_tangent
+from .. import collectives, layers, progress, transformer, tree
 from ..caches import Delta
-from ..fingerprints import Fingerprint, is_differentiated
+from ..core import errors
+from ..core.autograd import has_tangent
+from ..core.fingerprints import Fingerprint, is_differentiated
 from ..kernels import Kernel, check_remembered
 from ..transformer import Config, Layer, LayerSpec, Params
 from . import fused
@@ -228,7 +229,7 @@ def _kind_of(weight: Any) -> Any:
 def chosen_depth(config: Config, depth: int | None) -> int:
     """How many layers one compiled function has: as asked, or the largest divisor up to 5 by which the specs of layers repeat."""
     if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= config.layers):
-        _checks.fail("compile", "depth", f"from 1 to the {config.layers} layers", depth, "Leave it out: None chooses.")
+        errors.fail("compile", "depth", f"from 1 to the {config.layers} layers", depth, "Leave it out: None chooses.")
     if depth is not None:
         return depth
     specs = [config.layer_spec(i) for i in range(config.layers)]

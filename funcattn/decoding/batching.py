@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .. import _checks, caches, collectives, randomness, sampling, transformer, tree
-from .._doors import door
+from .. import caches, collectives, randomness, sampling, transformer, tree
 from ..caches import Branch
+from ..core import errors
+from ..core.doors import door
 from ..models import Model
 from ..records import ABSENT, is_absent, record
 from ..sampling import Sampler
@@ -77,8 +78,8 @@ def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler =
         sampler: the one that `step` will draw with.
         prefix: a past that every text continues, such as that of a system prompt.
     """
-    if not _checks.is_count(count, 1):
-        _checks.fail("idle", "count", "a number of slots, at least 1", count, "Say how many texts are decoded side by side.")
+    if not errors.is_count(count, 1):
+        errors.fail("idle", "count", "a number of slots, at least 1", count, "Say how many texts are decoded side by side.")
     caches.capacity(past)  # says what is wrong where it is no past
     token = torch.zeros_like(past.length)
     logits = torch.zeros_like(model.logits(params, model.hidden(params, token.unsqueeze(0), past)[0][-1]))
@@ -115,21 +116,21 @@ def enter(
     """
     B = slots.slots.left.shape[0]
     if not 0 <= slot < B:
-        _checks.fail("enter", "slot", f"between 0 and {B - 1}", slot, "There are as many slots as idle made.")
+        errors.fail("enter", "slot", f"between 0 and {B - 1}", slot, "There are as many slots as idle made.")
     if key.shape != slots.slots.key.shape[1:]:
-        _checks.fail("enter", "key", "one key, int64 (2,)", _checks.shape(key), "Make one with fa.key(seed).")
-    if _checks.is_true(slots.busy[slot]):
-        _checks.fail("enter", "slot", "free", f"{slot}, which is busy", "Take one where slots.busy is False, or leave it first.")
+        errors.fail("enter", "key", "one key, int64 (2,)", errors.shape(key), "Make one with fa.key(seed).")
+    if errors.is_true(slots.busy[slot]):
+        errors.fail("enter", "slot", "free", f"{slot}, which is busy", "Take one where slots.busy is False, or leave it first.")
     check_prompt("enter", prompt)
     if steps < 1:
-        _checks.fail("enter", "steps", "at least 1", steps, "A text of no tokens needs no slot.")
+        errors.fail("enter", "steps", "at least 1", steps, "A text of no tokens needs no slot.")
     values = {"key": key, "prompt": prompt, "slot": slot, "steps": steps, "chunk": chunk, "sampler": sampler}
     collectives.agree("enter", values, params)
     before = tree.map(lambda leaf: leaf[slot], slots.slots)
     room = caches.capacity(before.cache)
     if len(prompt) + steps - 1 > room:
         got, remedy = f"{len(prompt)} and {steps} for room of {room}", "Make the slots of a larger past."
-        _checks.fail("enter", "prompt and steps", "as many tokens as a slot has room for", got, remedy)
+        errors.fail("enter", "prompt and steps", "as many tokens as a slot has room for", got, remedy)
     logits, cache = prefill(model, params, prompt, _behind(slots.prefix, before.cache), room=None, chunk=chunk)
     cache = cache if is_absent(slots.prefix) else cache.tail
     left = torch.full_like(before.left, steps)
@@ -152,7 +153,7 @@ def step(
         ValueError: the logits of a text are NaN, or the sampler leaves nothing to draw.
         TypeError: stop is anything but ids.
     """
-    _checks.stops("step", stop)
+    errors.stops("step", stop)
     _check_sampler("step", sampling.begin(sampler, slots.slots.logits[0]), tree.map(lambda leaf: leaf[0], slots.slots.state))
 
     def one(slot: Slot) -> tuple[Served, Slot]:
@@ -184,10 +185,10 @@ def leave(slots: Slots, slot: int) -> Slots:
 
 def _check_sampler(function: str, state: Any, held: Any) -> None:
     """Fail where the state of a sampler is not of the form that the slots hold."""
-    given, kept = ([_checks.shape(leaf) for leaf in tree.leaves(each)] for each in (state, held))
+    given, kept = ([errors.shape(leaf) for leaf in tree.leaves(each)] for each in (state, held))
     if given != kept:
         remedy = "Give idle, enter and step the same sampler."
-        _checks.fail(function, "sampler", f"that of idle, with a state of {kept}", given, remedy)
+        errors.fail(function, "sampler", f"that of idle, with a state of {kept}", given, remedy)
 
 
 def _behind(prefix: Any, cache: Any) -> Any:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .. import _checks, caches, progress, randomness, sampling, tree
-from .._doors import door
+from .. import caches, progress, randomness, sampling, tree
+from ..core import errors
+from ..core.doors import door
 from ..models import Model
 from ..records import ABSENT, record
 from ..sampling import Sampler
@@ -80,9 +81,9 @@ def beam_search(
     """
     _check_counts("beam_search", beams=beams, best=best, steps=steps)
     if best > beams:
-        _checks.fail("beam_search", "best", f"at most the {beams} beams", best, "Keep more beams.")
+        errors.fail("beam_search", "best", f"at most the {beams} beams", best, "Keep more beams.")
     if early_stop not in (True, False, "never"):
-        _checks.fail("beam_search", "early_stop", 'True, False or "never"', repr(early_stop), "As transformers' early_stopping.")
+        errors.fail("beam_search", "early_stop", 'True, False or "never"', repr(early_stop), "As transformers' early_stopping.")
     _check_penalty(length_penalty, steps)
     sampler = sampling.chain() if sampler is None else sampler
     request = Request("beam_search", model, params, prompt, cache, steps, sampler, stop).checked(beams=beams)
@@ -221,8 +222,8 @@ def _all_but_last(request: Request) -> Any:
 def _rated(score: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     rated = score(tokens)
     if not isinstance(rated, Tensor) or rated.dim():
-        got = _checks.shape(rated) if isinstance(rated, Tensor) else f"a {type(rated).__name__}"
-        _checks.fail("best_of", "what score returns", "a tensor ()", got, "It is called under vmap, with one text.", TypeError)
+        got = errors.shape(rated) if isinstance(rated, Tensor) else f"a {type(rated).__name__}"
+        errors.fail("best_of", "what score returns", "a tensor ()", got, "It is called under vmap, with one text.", TypeError)
     return rated
 
 
@@ -250,9 +251,9 @@ def _check_numbers(step: int, logits: Tensor, log_p: Tensor, total: Tensor) -> N
     """Fail where a beam that is a text so far has NaN."""
     running = total > -torch.inf
     check_numbers("beam_search", f"the logits of step {step}", logits, running)
-    if _checks.is_true(running.unsqueeze(-1) & log_p.isnan()):
+    if errors.is_true(running.unsqueeze(-1) & log_p.isnan()):
         remedy = "Hide a token by -inf, and let no sampler make +inf or NaN."
-        _checks.fail("beam_search", f"what the sampler leaves in step {step}", "numbers or -inf", "NaN or +inf", remedy)
+        errors.fail("beam_search", f"what the sampler leaves in step {step}", "numbers or -inf", "NaN or +inf", remedy)
 
 
 def _check_penalty(length_penalty: Any, steps: int) -> None:
@@ -260,10 +261,10 @@ def _check_penalty(length_penalty: Any, steps: int) -> None:
     number = isinstance(length_penalty, int | float)
     if not number or not abs(length_penalty) * math.log(max(steps, 2)) < math.log(torch.finfo(torch.float32).max):
         wanted, remedy = f"a number for which {steps} ** length_penalty is one of float32", "1 is the mean, 0 the sum."
-        _checks.fail("beam_search", "length_penalty", wanted, repr(length_penalty), remedy, ValueError if number else TypeError)
+        errors.fail("beam_search", "length_penalty", wanted, repr(length_penalty), remedy, ValueError if number else TypeError)
 
 
 def _check_counts(function: str, **counts: int) -> None:
     for name, count in counts.items():
-        if not _checks.is_count(count, 1):
-            _checks.fail(function, name, "an int, at least 1", repr(count), "Ask for one at least.")
+        if not errors.is_count(count, 1):
+            errors.fail(function, name, "an int, at least 1", repr(count), "Ask for one at least.")

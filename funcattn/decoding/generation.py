@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import progress, sampling
-from .._doors import door
+from ..core.doors import door
 from ..models import Model
 from ..records import ABSENT
 from ..sampling import Sampler

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, caches, randomness, sampling, transformer
-from .._autodiff import has_tangent, transforming
+from .. import caches, randomness, sampling, transformer
+from ..core import errors
+from ..core.autograd import has_tangent, transforming
 from ..models import Model
 from .requests import Request, check_numbers
 
@@ -228,5 +229,5 @@ def until_stop(tokens: Tensor, count: Tensor, stop: Collection[int]) -> Tensor:
 
 def all_rows(condition: Tensor) -> bool:
     """True where a condition holds in every row of a vmap; False where it cannot be looked at."""
-    known = _checks.peek(condition)
+    known = errors.peek(condition)
     return known is not None and bool(known.all())

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _checks, caches, collectives
+from .. import caches, collectives
+from ..core import errors
 from ..models import Model
 from ..records import is_absent
 from ..sampling import Sampler
@@ -35,11 +36,11 @@ class Request:
         """
         check_model(self.verb, self.model, self.sampler)
         check_prompt(self.verb, self.prompt)
-        if not _checks.is_count(self.steps, 0):
-            _checks.fail(self.verb, "steps", "an int, 0 or more", repr(self.steps), "Say how many tokens to write.")
-        if not _checks.is_count(self.chunk, 1):
-            _checks.fail(self.verb, "chunk", "at least 1", self.chunk, "Tokens of the prompt read at a time.")
-        _checks.stops(self.verb, self.stop)
+        if not errors.is_count(self.steps, 0):
+            errors.fail(self.verb, "steps", "an int, 0 or more", repr(self.steps), "Say how many tokens to write.")
+        if not errors.is_count(self.chunk, 1):
+            errors.fail(self.verb, "chunk", "at least 1", self.chunk, "Tokens of the prompt read at a time.")
+        errors.stops(self.verb, self.stop)
         self._check_room()
         self._check_prompt_length()
         self._agree(values)
@@ -49,19 +50,19 @@ class Request:
         T, cache = self.prompt.shape[0], self.cache
         if not is_absent(cache) and caches.capacity(cache) < T:
             wanted = f"at most the {caches.capacity(cache)} tokens that the cache has room for"
-            _checks.fail(self.verb, "prompt", wanted, f"{T} tokens", "Make it with model.cache(size) for a larger size.")
+            errors.fail(self.verb, "prompt", wanted, f"{T} tokens", "Make it with model.cache(size) for a larger size.")
 
     def _check_prompt_length(self) -> None:
         length = self.prompt_length
         if length is None:
             return
         if not isinstance(length, Tensor) or length.is_floating_point() or length.dim():
-            got = f"{length.dtype} {_checks.shape(length)}" if isinstance(length, Tensor) else repr(length)
+            got = f"{length.dtype} {errors.shape(length)}" if isinstance(length, Tensor) else repr(length)
             remedy = "Pass torch.tensor(n), and map over many prompts with vmap."
-            _checks.fail(self.verb, "prompt_length", "an integer tensor ()", got, remedy, TypeError)
-        if _checks.is_true((length < 1) | (length > self.prompt.shape[0])):
+            errors.fail(self.verb, "prompt_length", "an integer tensor ()", got, remedy, TypeError)
+        if errors.is_true((length < 1) | (length > self.prompt.shape[0])):
             wanted = f"between 1 and the {self.prompt.shape[0]} tokens of the prompt"
-            _checks.fail(self.verb, "prompt_length", wanted, _checks.peek(length), "Count the tokens before the padding.")
+            errors.fail(self.verb, "prompt_length", wanted, errors.peek(length), "Count the tokens before the padding.")
 
     def _agree(self, values: dict[str, Any]) -> None:
         """Fail where processes of one mesh would write different texts; of a past its length is compared."""
@@ -73,26 +74,26 @@ class Request:
 
 def check_model(verb: str, model: Any, sampler: Any) -> None:
     """Fail where something else stands in the place of a model or of a sampler."""
-    _checks.is_decoder(verb, model)
+    errors.is_decoder(verb, model)
     if not isinstance(sampler, Sampler):
         remedy = "Such as fa.sampling.temperature(0.8) or fa.sampling.greedy; of a function of logits, fa.sampling.stateless(f)."
-        _checks.fail(verb, "sampler", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
+        errors.fail(verb, "sampler", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
 
 
 def check_prompt(verb: str, prompt: Any) -> None:
     """Fail where a prompt is anything but one sequence (T,) of at least one token."""
     if not isinstance(prompt, Tensor) or prompt.dim() != 1:
-        got = _checks.shape(prompt) if isinstance(prompt, Tensor) else f"a {type(prompt).__name__}"
+        got = errors.shape(prompt) if isinstance(prompt, Tensor) else f"a {type(prompt).__name__}"
         remedy = "Pass torch.tensor(tokenizer.encode(text)); map over many with vmap."
-        _checks.fail(verb, "prompt", "one sequence (T,) of token ids", got, remedy)
+        errors.fail(verb, "prompt", "one sequence (T,) of token ids", got, remedy)
     if not prompt.shape[0]:
         remedy = "Begin with one token, such as the tokenizer's first."
-        _checks.fail(verb, "prompt", "(T,) with T at least 1", _checks.shape(prompt), remedy)
+        errors.fail(verb, "prompt", "(T,) with T at least 1", errors.shape(prompt), remedy)
 
 
 def check_numbers(verb: str, what: str, logits: Tensor, counts: Tensor | None = None) -> None:
     """Fail where logits (.., V) are NaN, in a row that counts, and can be looked at."""
     wrong = logits.isnan() if counts is None else counts.unsqueeze(-1) & logits.isnan()
-    if _checks.is_true(wrong):
+    if errors.is_true(wrong):
         remedy = "Look for NaN in params and in the past; a past that overflowed inside a transform gives NaN too."
-        _checks.fail(verb, what, "numbers", "NaN", remedy)
+        errors.fail(verb, what, "numbers", "NaN", remedy)

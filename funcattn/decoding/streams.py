@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _checks, sampling
+from .. import sampling
+from ..core import errors
 from ..models import Model
 from ..records import ABSENT
 from ..sampling import Sampler
@@ -120,16 +121,16 @@ def check_stop_strings(tokenizer: Any, stop_strings: Sequence[str]) -> None:
     """Fail where stop strings are anything but texts, or come without a tokenizer."""
     if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
         remedy = "Put a single one into a tuple; ids belong to stop."
-        _checks.fail("stream", "stop_strings", "a sequence of texts, none of them empty", repr(stop_strings), remedy, TypeError)
+        errors.fail("stream", "stop_strings", "a sequence of texts, none of them empty", repr(stop_strings), remedy, TypeError)
     if stop_strings and tokenizer is None:
-        _checks.fail("stream", "tokenizer", "given with stop_strings", None, "Pass the tokenizer that fa.load returned.", TypeError)
+        errors.fail("stream", "tokenizer", "given with stop_strings", None, "Pass the tokenizer that fa.load returned.", TypeError)
 
 
 def ends_of(verb: str, tokenizer: Any, stop: Any) -> Any:
     """The ids that end a text: those given, or else the tokenizer's."""
     if tokenizer is not None and not hasattr(tokenizer, "decode"):
         got = f"a {type(tokenizer).__name__}"
-        _checks.fail(verb, "tokenizer", "one that decodes", got, "Pass the tokenizer that fa.load returned.", TypeError)
+        errors.fail(verb, "tokenizer", "one that decodes", got, "Pass the tokenizer that fa.load returned.", TypeError)
     if stop is None:
         return tuple(getattr(tokenizer, "stop", ()))
     return stop  # which Request.checked looks at

@@ -14,9 +14,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _checks, taps
-from .._doors import door
+from .. import taps
 from ..caches import Delta
+from ..core import errors
+from ..core.doors import door
 from ..masks import Mask
 from ..models import Model, written
 from ..records import ABSENT
@@ -84,7 +85,7 @@ def trace(
             _unknown("trace", "where", name, names)
     if not seen:
         remedy = f"A whole name must match; there are {len(names)}, such as {', '.join(names[:4])}."
-        _checks.fail("trace", "where", "such that it chooses some tap", f"none by {where!r}", remedy)
+        errors.fail("trace", "where", "such that it chooses some tap", f"none by {where!r}", remedy)
     return logits, seen
 
 
@@ -162,7 +163,7 @@ def _hear(
     """The result of a run whose taps are changed, then kept; and the names of its taps, in order."""
     if torch.compiler.is_compiling():
         remedy = "Taps are silent in compiled code: compile what is around, not the model that is looked into."
-        _checks.fail(door, "the call", "outside of torch.compile", "one inside", remedy)
+        errors.fail(door, "the call", "outside of torch.compile", "one inside", remedy)
     names: dict[str, None] = {}
 
     def listen(name: str, x: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ def _hear(
     with taps.listening(listen):
         out = run()
     if not names:
-        _checks.fail(door, "model", "one with taps", "one without", "Give the model itself, not a compiled one.")
+        errors.fail(door, "model", "one with taps", "one without", "Give the model itself, not a compiled one.")
     for name in changes:
         if name not in names:
             _unknown(door, "changes", name, list(names))
@@ -186,10 +187,10 @@ def _changed(door: str, name: str, x: Tensor, change: Change) -> Tensor:
     other = change if isinstance(change, Tensor) else change(x)
     if not isinstance(other, Tensor) or other.dtype != x.dtype:
         got = getattr(other, "dtype", f"a {type(other).__name__}")
-        _checks.fail(door, f"the change of {name}", f"a tensor of {x.dtype}", got, "Convert it: .to(dtype).", TypeError)
+        errors.fail(door, f"the change of {name}", f"a tensor of {x.dtype}", got, "Convert it: .to(dtype).", TypeError)
     if other.shape != x.shape:
         remedy = "Take it from a trace of as many tokens, or change a part: lambda x: x.index_put(...)."
-        _checks.fail(door, f"the change of {name}", f"{_checks.shape(x)} as the activation", _checks.shape(other), remedy)
+        errors.fail(door, f"the change of {name}", f"{errors.shape(x)} as the activation", errors.shape(other), remedy)
     return other
 
 
@@ -201,7 +202,7 @@ def _chooser(where: Where) -> tuple[Callable[[str], bool], tuple[str, ...]]:
         try:
             pattern = re.compile(where)
         except re.error as error:
-            _checks.fail("trace", "where", "a regular expression", f"{where!r}: {error}", "Escape what is meant literally.")
+            errors.fail("trace", "where", "a regular expression", f"{where!r}: {error}", "Escape what is meant literally.")
         return lambda name: pattern.fullmatch(name) is not None, ()
     if callable(where):
         return lambda name: bool(where(name)), ()
@@ -211,4 +212,4 @@ def _chooser(where: Where) -> tuple[Callable[[str], bool], tuple[str, ...]]:
 
 def _unknown(door: str, argument: str, name: str, names: list[str]) -> NoReturn:
     near = difflib.get_close_matches(name, names, 3, 0.6) or names[:3]
-    _checks.fail(door, argument, "names of taps", repr(name), f"Did you mean {' or '.join(map(repr, near))}?")
+    errors.fail(door, argument, "names of taps", repr(name), f"Did you mean {' or '.join(map(repr, near))}?")

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, collectives, progress, transformer, tree
-from .._doors import door
+from .. import collectives, progress, transformer, tree
+from ..core import errors
+from ..core.doors import door
 from ..decoding import hidden_along
 from ..models import Model, config_of
 from ..records import ABSENT
@@ -128,10 +129,10 @@ def windows(length: int, *, context: int | None = None, stride: int | None = Non
     context = max(length, 2) if context is None else context
     stride = max(context // 2, 1) if stride is None else stride
     if context < 2:
-        _checks.fail("windows", "context", "at least 2 tokens", context, "A token is scored by what is before it.")
+        errors.fail("windows", "context", "at least 2 tokens", context, "A token is scored by what is before it.")
     if not 1 <= stride < context:
         remedy = "A token at the begin of a window would have nothing before it."
-        _checks.fail("windows", "stride", f"from 1 to context - 1 = {context - 1}", stride, remedy)
+        errors.fail("windows", "stride", f"from 1 to context - 1 = {context - 1}", stride, remedy)
     found, begin, first = [], 0, 1
     while first < length:
         end = min(begin + context, length)
@@ -196,8 +197,8 @@ def _look(model: Model, params: Tree, hidden: Tensor, targets: Tensor, chunk: in
     if config_of(model, "logits") is not None:  # then logits are made of what is outside of the layers
         ends = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]
     V = model.logits(ends, hidden.flatten(0, -2)[:0]).shape[-1]
-    if _checks.is_true((targets < 0) | (targets >= V)):
-        _checks.fail("score", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")
+    if errors.is_true((targets < 0) | (targets >= V)):
+        errors.fail("score", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")
     of = lambda ends, hidden, targets: f(model.logits(ends, hidden), targets)
     rows, wanted = hidden.flatten(0, -2), targets.flatten().long()
     if len(wanted) <= chunk:
@@ -213,20 +214,20 @@ def _join(door: str, prompt: Tensor, continuation: Tensor, chunk: int) -> tuple[
     _check_tokens(door, "continuation", continuation, 0)
     _check_chunk(door, chunk)
     if prompt.shape[:-1] != continuation.shape[:-1]:
-        got, remedy = _checks.shape(continuation), "Give both the same leading axes, or map by vmap."
-        _checks.fail(door, "continuation", f"{(*prompt.shape[:-1], 'N')}, as the prompt leads", got, remedy)
+        got, remedy = errors.shape(continuation), "Give both the same leading axes, or map by vmap."
+        errors.fail(door, "continuation", f"{(*prompt.shape[:-1], 'N')}, as the prompt leads", got, remedy)
     return torch.cat([prompt, continuation], -1)[..., :-1], continuation
 
 
 def _check_tokens(door: str, name: str, tokens: Tensor, least: int) -> None:
     if not isinstance(tokens, Tensor) or tokens.dtype not in tree.INTEGERS:
         got = getattr(tokens, "dtype", f"a {type(tokens).__name__}")
-        _checks.fail(door, name, "an integer tensor", got, "Pass token ids: torch.tensor(tokenizer.encode(text)).", TypeError)
+        errors.fail(door, name, "an integer tensor", got, "Pass token ids: torch.tensor(tokenizer.encode(text)).", TypeError)
     if not tokens.dim() or tokens.shape[-1] < least:
         remedy = "Begin with one token, such as the tokenizer's first." if least == 1 else "Give more tokens."
-        _checks.fail(door, name, f"(*lead, T) with T at least {least}", _checks.shape(tokens), remedy)
+        errors.fail(door, name, f"(*lead, T) with T at least {least}", errors.shape(tokens), remedy)
 
 
 def _check_chunk(door: str, chunk: int) -> None:
     if not isinstance(chunk, int) or chunk < 1:
-        _checks.fail(door, "chunk", "at least 1", chunk, "Positions whose logits are held at a time.")
+        errors.fail(door, "chunk", "at least 1", chunk, "Positions whose logits are held at a time.")

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .. import _checks, checkpoints, decoding, evaluation, randomness, transformer, tree
+from .. import checkpoints, decoding, evaluation, randomness, transformer, tree
+from ..core import errors
 from ..models import Model
 from ..records import ABSENT, is_absent
 from .harness_options import HARMLESS, LIMITS, STEPS, check_options, sampler_of
@@ -34,9 +35,9 @@ class LMEvalAdapter:
     def __init__(self, model: Model, params: Any, tokenizer: Any, *, context: int, chunk: int = 512, seed: int = 0) -> None:
         super().__init__()
         if tokenizer is None:
-            _checks.fail("lm_eval_model", "tokenizer", "given", None, "The harness asks in text: load a model with its tokenizer.")
+            errors.fail("lm_eval_model", "tokenizer", "given", None, "The harness asks in text: load a model with its tokenizer.")
         if context < 2:
-            _checks.fail("lm_eval_model", "context", "at least 2 tokens", context, "Such as config.context.")
+            errors.fail("lm_eval_model", "context", "at least 2 tokens", context, "Such as config.context.")
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.context, self.chunk, self.seed = context, chunk, seed
         self.templated = False  # whether prompts come from the chat template, with special tokens spelled out
@@ -86,7 +87,7 @@ class LMEvalAdapter:
             if not 0 <= steps < self.context:
                 wanted = f"fewer than the {self.context} tokens of the context, which hold the question too"
                 remedy = "Set it for the task: gen_kwargs max_gen_toks=..."
-                _checks.fail("generate_until", "max_gen_toks", wanted, steps, remedy)
+                errors.fail("generate_until", "max_gen_toks", wanted, steps, remedy)
             ids = (self._encode(text) or [self.prefix])[-(self.context - steps) :]
             prompt = self._tensor(ids)
             pieces = decoding.stream(
@@ -147,7 +148,7 @@ class LMEvalAdapter:
         if not 0 < len(ids) <= self.context:
             wanted = f"1 to {self.context} tokens behind its context"
             remedy = "It may be empty, or one token with the end of the context: move text from the context into it."
-            _checks.fail("loglikelihood", f"the continuation {after!r}", wanted, f"{len(ids)} behind {before[-50:]!r}", remedy)
+            errors.fail("loglikelihood", f"the continuation {after!r}", wanted, f"{len(ids)} behind {before[-50:]!r}", remedy)
         return tuple(head or [self.prefix]), tuple(ids)
 
     def _cut(self, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -221,9 +222,9 @@ def register_lm_eval() -> None:
             if unknown:
                 remedy = "Load the model yourself, and pass lm_eval_model(...)."
                 wanted = "among pretrained, dtype, device, max_length, chunk, seed"
-                _checks.fail("funcattn", "model_args", wanted, ", ".join(sorted(unknown)), remedy)
+                errors.fail("funcattn", "model_args", wanted, ", ".join(sorted(unknown)), remedy)
             if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-                _checks.fail("funcattn", "dtype", "a dtype of torch", repr(dtype), "Such as float32 or bfloat16.")
+                errors.fail("funcattn", "dtype", "a dtype of torch", repr(dtype), "Such as float32 or bfloat16.")
             named = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else None
             config, params, tokenizer = checkpoints.load(pretrained, dtype=named)
             place = tree.to(device or "cpu")

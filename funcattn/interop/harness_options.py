@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .. import _checks, sampling
+from .. import sampling
+from ..core import errors
 
 STEPS = 256  # tokens to write where a task does not say how many: the harness's own number
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -28,19 +29,17 @@ def check_options(options: dict[str, Any]) -> None:
     wrong = [name for name, value in options.items() if name not in known and (name not in NEUTRAL or value != NEUTRAL[name])]
     if wrong:
         remedy = f"Known are {', '.join(sorted(known))}."
-        _checks.fail("generate_until", f"gen_kwargs {wrong[0]}", "left out", repr(options[wrong[0]]), remedy)
+        errors.fail("generate_until", f"gen_kwargs {wrong[0]}", "left out", repr(options[wrong[0]]), remedy)
     until = options.get("until", ())
     if not isinstance(until, str) and not (isinstance(until, list | tuple) and all(isinstance(stop, str) for stop in until)):
-        _checks.fail(
-            "generate_until", "until", "a text or a list of texts", repr(until), "Ids belong to tokenizer.stop.", TypeError
-        )
+        errors.fail("generate_until", "until", "a text or a list of texts", repr(until), "Ids belong to tokenizer.stop.", TypeError)
 
 
 def sampler_of(options: dict[str, Any]) -> sampling.Sampler:
     """How a task wants its tokens drawn: greedily, unless it asks for samples; as transformers reads these options."""
     heat = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
     if options.get("do_sample") and heat <= 0:
-        _checks.fail("generate_until", "temperature", "above 0 with do_sample", heat, "Leave one of them out.")
+        errors.fail("generate_until", "temperature", "above 0 with do_sample", heat, "Leave one of them out.")
     penalty = float(options.get("repetition_penalty", 1.0))
     penalties = () if penalty == 1.0 else (sampling.repetition_penalty(penalty),)
     if not options.get("do_sample", heat > 0):

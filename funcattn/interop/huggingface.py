@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, masks
+from .. import masks
+from ..core import errors
 from ..kernels import attend, attention, attention_with_score
 from ..masks import Mask
 from .sdpa import dropout_key
@@ -77,7 +78,7 @@ def _attend(
     query sees. An option that is none of these nor of KNOWN is an error, unless it is None.
     """
     if cache is not None:
-        _checks.fail(DOOR, "cache", "None", "a paged cache", 'Take attn_implementation="sdpa" for continuous batching.')
+        errors.fail(DOOR, "cache", "None", "a paged cache", 'Take attn_implementation="sdpa" for continuous batching.')
     T, S = query.shape[-2], key.shape[-2]
     _check_others(others, attention_mask, T, S)
     mask, bias = attention_mask, position_bias
@@ -90,9 +91,9 @@ def _attend(
         mask = _both(mask.dense(S) if isinstance(mask, Mask) else mask, seen)
     sink = s_aux.unsqueeze(-1) if s_aux is not None else None if sinks is None else sinks.squeeze(-1)
     if dropout and (sink is not None or softcap is not None):
-        _checks.fail(DOOR, "dropout", "0 with sinks or a soft cap", dropout, "Set the model's attention_dropout to zero.")
+        errors.fail(DOOR, "dropout", "0 with sinks or a soft cap", dropout, "Set the model's attention_dropout to zero.")
     if softcap is not None and bias is not None:
-        _checks.fail(DOOR, "attention_mask", "of booleans with a soft cap", "numbers", "Pass mask == 0.")
+        errors.fail(DOOR, "attention_mask", "of booleans with a soft cap", "numbers", "Pass mask == 0.")
     drawn = dropout_key(dropout)
 
     def mixed(value: Tensor) -> Tensor:
@@ -128,9 +129,9 @@ def _check_others(others: dict[str, Any], mask: Tensor | None, T: int, S: int) -
         if option is None or name in KNOWN:
             continue
         if name != "sliding_window":
-            _checks.fail(DOOR, name, "None, since nothing here reads it", option, remedy)
+            errors.fail(DOOR, name, "None, since nothing here reads it", option, remedy)
         if mask is None and T > 1 and option < S:
-            _checks.fail(DOOR, name, f"at least {S}, the keys, where no attention_mask says it", option, remedy)
+            errors.fail(DOOR, name, f"at least {S}, the keys, where no attention_mask says it", option, remedy)
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -149,13 +150,13 @@ def _documents(query: Tensor, key: Tensor, begin: Tensor | None, begin_keys: Ten
     if begin is not None or begin_keys is not None:
         if begin is None or begin_keys is None or query.shape[0] != 1:
             got = f"a batch of {query.shape[0]}"
-            _checks.fail(DOOR, "cu_seq_lens_q", "given with cu_seq_lens_k, in a batch of one", got, "Pack the batch into one row.")
+            errors.fail(DOOR, "cu_seq_lens_q", "given with cu_seq_lens_k, in a batch of one", got, "Pack the batch into one row.")
         of = lambda ends, n: torch.searchsorted(ends[1:].contiguous(), torch.arange(n, device=ends.device), right=True)
         return (of(begin, T).unsqueeze(-1) == of(begin_keys, S))[None, None]
     if number is None:
         return None
     if number.shape[-1] != T or T != S:
-        _checks.fail(DOOR, "seq_idx", f"(B, {T}) for {S} keys", _checks.shape(number), "Leave it out with a cache.")
+        errors.fail(DOOR, "seq_idx", f"(B, {T}) for {S} keys", errors.shape(number), "Leave it out with a cache.")
     return (number.unsqueeze(-1) == number.unsqueeze(-2)).unsqueeze(-3)
 
 
@@ -175,6 +176,6 @@ def _mask(*sizes: Any, attention_mask: Tensor | None = None, **options: Any) -> 
     """
     from transformers.masking_utils import sdpa_mask
 
-    if attention_mask is not None and not torch.compiler.is_compiling() and _checks.value(attention_mask) is None:
+    if attention_mask is not None and not torch.compiler.is_compiling() and errors.value(attention_mask) is None:
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(*sizes, attention_mask=attention_mask, **options)

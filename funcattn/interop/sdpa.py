@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, masks, randomness
+from .. import masks, randomness
+from ..core import errors
+from ..core.replaying import Drawing
 from ..kernels import attention
 from ..masks import Mask
-from ..replaying import Drawing
 from .jagged import nested_attention
 
 _sdpa = F.scaled_dot_product_attention
@@ -71,8 +72,8 @@ def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
     Law: inside, what torch computes and torch's dense route differentiates (test_interop.py, PyTorch's own OpInfo samples).
     """
     if key is not None and (not isinstance(key, Tensor) or key.shape != (2,) or key.is_floating_point()):
-        got = _checks.shape(key) if isinstance(key, Tensor) else key
-        _checks.fail("override_sdpa", "key", "one key, int64 (2,)", got, "Pass funcattn.key(seed).")
+        got = errors.shape(key) if isinstance(key, Tensor) else key
+        errors.fail("override_sdpa", "key", "one key, int64 (2,)", got, "Pass funcattn.key(seed).")
     with _no_fused_inference(), Override(key):
         yield
 
@@ -126,11 +127,11 @@ class Override(Drawing):
         if query.is_nested or key.is_nested or value.is_nested:
             if attn_mask is not None:
                 remedy = "Documents see themselves alone; is_causal is there."
-                _checks.fail("scaled_dot_product_attention", "attn_mask", "None for nested tensors", "a mask", remedy)
+                errors.fail("scaled_dot_product_attention", "attn_mask", "None for nested tensors", "a mask", remedy)
             return nested_attention(query, key, value, causal=is_causal, scale=scale, dropout=dropout_p, key=draw)
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.dim() < 2:
-                _checks.fail("scaled_dot_product_attention", name, "(*lead, L, E)", _checks.shape(x), f"Try {name}.unsqueeze(0).")
+                errors.fail("scaled_dot_product_attention", name, "(*lead, L, E)", errors.shape(x), f"Try {name}.unsqueeze(0).")
         mask, bias = _visible(attn_mask, is_causal, query, key)
         heads = [x.shape[-3:-2] for x in (query, key, value)]
         if all(heads) and (enable_gqa or heads[0] == heads[1] == heads[2]):
@@ -148,10 +149,10 @@ class Override(Drawing):
             return None
         if self.key is None:
             remedy = "Say override_sdpa(key=fa.key(0)), or module.eval() for no dropout."
-            _checks.fail("override_sdpa", "key", f"given, since attention drops weights at a rate of {rate}", None, remedy)
+            errors.fail("override_sdpa", "key", f"given, since attention drops weights at a rate of {rate}", None, remedy)
         if not self.replayed and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             remedy = "torch.utils.checkpoint runs the forward again there, and would drop other weights: set dropout to zero."
-            _checks.fail("override_sdpa", "dropout_p", "0 in a backward pass", rate, remedy, RuntimeError)
+            errors.fail("override_sdpa", "dropout_p", "0 in a backward pass", rate, remedy, RuntimeError)
         self.draws += 1
         return randomness.fold_in(self.key, self.draws - 1)
 
@@ -172,13 +173,13 @@ def _visible(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tup
 
         if isinstance(attn_mask, CausalBias):
             if is_causal:
-                _checks.fail(
+                errors.fail(
                     "scaled_dot_product_attention", "is_causal", "False with a CausalBias", True, "The bias says it already."
                 )
             diagonal = "lower" if attn_mask.variant == CausalVariant.LOWER_RIGHT else "upper"
             wanted, T, S = (attn_mask.seq_len_q, attn_mask.seq_len_kv), query.shape[-2], key.shape[-2]
             if diagonal == "lower" and wanted != (T, S):
-                _checks.fail("scaled_dot_product_attention", "attn_mask", f"causal_lower_right({T}, {S})", wanted, "Build it anew.")
+                errors.fail("scaled_dot_product_attention", "attn_mask", f"causal_lower_right({T}, {S})", wanted, "Build it anew.")
             attn_mask = None
     mask, bias = attn_mask, None
     if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._autodiff import untraced
-from .._doors import door as public
+from ..core import errors
+from ..core.autograd import untraced
+from ..core.doors import door as public
 from ..masks import Mask
 from ..records import Attended
 from . import dispatch, reference
@@ -193,12 +193,12 @@ def _given(kernel: Kernel, r: Request, found: Attended) -> Attended:
     """What a kernel from outside returned, where it is attention of the shapes that were asked for."""
     if not isinstance(found, Attended) or not isinstance(found.out, Tensor):
         wanted, remedy = "to return Attended(out, lse)", "Make one: fa.records.Attended(out, lse)."
-        _checks.fail("attention", f"kernel {kernel.name!r}", wanted, f"a {type(found).__name__}", remedy, TypeError)
+        errors.fail("attention", f"kernel {kernel.name!r}", wanted, f"a {type(found).__name__}", remedy, TypeError)
     shape = (*r.lead, *r.q.shape[-3:-1], r.v.shape[-1])
     for name, x, wanted in (("out", found.out, shape), ("lse", found.lse, shape[:-1])):
         if tuple(x.shape) != wanted and (name == "out" or r.wants_lse):
             remedy = 'Say in why_not what it cannot run, as "no log-sum-exp" where r.wants_lse.'
-            _checks.fail("attention", f"kernel {kernel.name!r}", f"to return {name} {wanted}", _checks.shape(x), remedy)
+            errors.fail("attention", f"kernel {kernel.name!r}", f"to return {name} {wanted}", errors.shape(x), remedy)
     return found
 
 
@@ -230,39 +230,39 @@ def _request(
         q, k, v = cast(q), cast(k), cast(v)
     for name, x, letters in (("q", q, "(*lead, H, T, D)"), ("k", k, "(*lead, K, S, D)"), ("v", v, "(*lead, K, S, Dv)")):
         if not isinstance(x, Tensor):
-            _checks.fail(door, name, f"a tensor {letters}", f"a {type(x).__name__}", "Pass torch tensors.", TypeError)
+            errors.fail(door, name, f"a tensor {letters}", f"a {type(x).__name__}", "Pass torch tensors.", TypeError)
         if x.is_nested:
             remedy = "Attend over jagged ones by fa.interop.nested_attention, or pad them and mask by fa.masks.padding."
-            _checks.fail(door, name, f"a tensor {letters}", "a nested tensor", remedy, TypeError)
+            errors.fail(door, name, f"a tensor {letters}", "a nested tensor", remedy, TypeError)
         if x.dim() < 3:
-            _checks.fail(door, name, letters, _checks.shape(x), f"Give a single head an axis of its own: {name}.unsqueeze(-3).")
+            errors.fail(door, name, letters, errors.shape(x), f"Give a single head an axis of its own: {name}.unsqueeze(-3).")
         if not x.is_floating_point():
-            _checks.fail(door, name, "floating", x.dtype, f"Convert it: {name}.float().", TypeError)
+            errors.fail(door, name, "floating", x.dtype, f"Convert it: {name}.float().", TypeError)
         if x.dtype != q.dtype:
-            _checks.fail(door, name, f"{q.dtype} as q is", x.dtype, f"Convert it: {name}.to(q.dtype).", TypeError)
+            errors.fail(door, name, f"{q.dtype} as q is", x.dtype, f"Convert it: {name}.to(q.dtype).", TypeError)
         if x.device != q.device:
-            _checks.fail(door, name, f"on {q.device} as q is", x.device, f"Move it: {name}.to(q.device).")
+            errors.fail(door, name, f"on {q.device} as q is", x.device, f"Move it: {name}.to(q.device).")
     H, T, D = q.shape[-3:]
     K, S = k.shape[-3:-1]
     if k.shape[-1] != D:
-        _checks.fail(door, "k", f"(*lead, K, S, D) with D = {D} as in q", _checks.shape(k), "Project k to q's head size.")
+        errors.fail(door, "k", f"(*lead, K, S, D) with D = {D} as in q", errors.shape(k), "Project k to q's head size.")
     if v.shape[-3:-1] != (K, S):
-        _checks.fail(door, "v", f"(*lead, K, S, Dv) with K, S = {K}, {S} as in k", _checks.shape(v), "Give every key a value.")
+        errors.fail(door, "v", f"(*lead, K, S, Dv) with K, S = {K}, {S} as in k", errors.shape(v), "Give every key a value.")
     if not H == K == 0 and (not K or H % K):
-        _checks.fail(
-            door, "k", f"(*lead, K, S, D) with K dividing H = {H}", _checks.shape(k), "Each key head serves H / K query heads."
+        errors.fail(
+            door, "k", f"(*lead, K, S, D) with K dividing H = {H}", errors.shape(k), "Each key head serves H / K query heads."
         )
     try:
         lead = layout.broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     except RuntimeError:
-        wanted, got = "leading axes that broadcast", f"{_checks.shape(q)}, {_checks.shape(k)} and {_checks.shape(v)}"
-        _checks.fail(door, "q, k, v", wanted, got, "Insert axes of size 1 where one is shared.")
+        wanted, got = "leading axes that broadcast", f"{errors.shape(q)}, {errors.shape(k)} and {errors.shape(v)}"
+        errors.fail(door, "q, k, v", wanted, got, "Insert axes of size 1 where one is shared.")
     if not K:  # no heads at all: a key head that no query has
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
     _check_mask(door, mask, lead, (H, T, S), q.device)
     if bias is not None:
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
-            _checks.fail(
+            errors.fail(
                 door,
                 "bias",
                 "a floating tensor",
@@ -272,7 +272,7 @@ def _request(
             )
         _must_broadcast(door, "bias", bias.shape, (*lead, H, T, S))
         if bias.device != q.device:
-            _checks.fail(door, "bias", f"on {q.device} as q is", bias.device, "Move it: bias.to(q.device).")
+            errors.fail(door, "bias", f"on {q.device} as q is", bias.device, "Move it: bias.to(q.device).")
     _check_scale(door, scale)
     if dropout or key is not None:
         _check_dropout(door, dropout, key)
@@ -285,21 +285,21 @@ def _check_scale(door: str, scale: float | Tensor | None) -> None:
         return
     if isinstance(scale, Tensor):
         if scale.dim():
-            _checks.fail(door, "scale", "a number or a 0-d tensor", _checks.shape(scale), "Multiply q by it instead.")
+            errors.fail(door, "scale", "a number or a 0-d tensor", errors.shape(scale), "Multiply q by it instead.")
     elif not hasattr(scale, "__float__"):
         got, remedy = f"a {type(scale).__name__}", "Leave it out for 1 / sqrt(D)."
-        _checks.fail(door, "scale", "a number or a 0-d tensor", got, remedy, TypeError)
+        errors.fail(door, "scale", "a number or a 0-d tensor", got, remedy, TypeError)
     elif not abs(scale) < torch.finfo(torch.float32).max:
-        _checks.fail(door, "scale", "a number that float32 holds", scale, "It is 1 / sqrt(D) by default.")
+        errors.fail(door, "scale", "a number that float32 holds", scale, "It is 1 / sqrt(D) by default.")
 
 
 def _check_dropout(door: str, dropout: float, key: Tensor | None) -> None:
     if not 0 <= dropout < 1:
-        _checks.fail(door, "dropout", "a rate in [0, 1)", dropout, "It is the share of weights to drop.")
+        errors.fail(door, "dropout", "a rate in [0, 1)", dropout, "It is the share of weights to drop.")
     if not isinstance(key, Tensor):
-        _checks.fail(door, "key", "given with dropout", key, "Pass funcattn.key(seed), split for each use.", TypeError)
+        errors.fail(door, "key", "given with dropout", key, "Pass funcattn.key(seed), split for each use.", TypeError)
     if key.shape != (2,) or key.is_floating_point():
-        _checks.fail(door, "key", "one key, int64 (2,)", f"{key.dtype} {_checks.shape(key)}", "Map over a batch of keys with vmap.")
+        errors.fail(door, "key", "one key, int64 (2,)", f"{key.dtype} {errors.shape(key)}", "Map over a batch of keys with vmap.")
 
 
 def _check_mask(
@@ -310,21 +310,21 @@ def _check_mask(
         return
     if isinstance(mask, Mask):
         if mask.start.shape[-2] != T:
-            _checks.fail(door, "mask", f"for T = {T} queries as in q", f"one for {mask.start.shape[-2]}", f"Build it with T = {T}.")
+            errors.fail(door, "mask", f"for T = {T} queries as in q", f"one for {mask.start.shape[-2]}", f"Build it with T = {T}.")
         _must_broadcast(door, "mask", mask.start.shape[:-1], (*lead, T))
         where = mask.start.device
     elif not isinstance(mask, Tensor):
-        _checks.fail(door, "mask", "a Mask, booleans or None", f"a {type(mask).__name__}", "See funcattn.masks.", TypeError)
+        errors.fail(door, "mask", "a Mask, booleans or None", f"a {type(mask).__name__}", "See funcattn.masks.", TypeError)
     elif mask.dtype != torch.bool:
         remedy = "Pass a floating one as bias=." if mask.is_floating_point() else "Convert it: mask.bool()."
-        _checks.fail(door, "mask", "boolean", mask.dtype, remedy, TypeError)
+        errors.fail(door, "mask", "boolean", mask.dtype, remedy, TypeError)
     else:
         _must_broadcast(door, "mask", mask.shape, (*lead, H, T, S))
         where = mask.device
     if where != device:
-        _checks.fail(door, "mask", f"on {device} as q is", where, "Move it: funcattn.to(device)(mask).")
+        errors.fail(door, "mask", f"on {device} as q is", where, "Move it: funcattn.to(device)(mask).")
 
 
 def _must_broadcast(door: str, name: str, shape: Sequence[int], to: tuple[int, ...]) -> None:
     if len(shape) > len(to) or any(a not in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)):
-        _checks.fail(door, name, f"such that it broadcasts to {tuple(to)}", tuple(shape), "Its last axes are queries and keys.")
+        errors.fail(door, name, f"such that it broadcasts to {tuple(to)}", tuple(shape), "Its last axes are queries and keys.")

@@ -10,8 +10,8 @@ import html
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .. import _checks
-from .._context import ContextValue
+from ..core import errors
+from ..core.context import ContextValue
 from . import reference, sdpa
 from .closed import entry
 from .request import Kernel, Request
@@ -77,7 +77,7 @@ def named(function: str, kernel: str | Kernel, wanted: str = "one of") -> Kernel
         return kernel
     if kernel not in _BY_NAME:
         remedy = "See kernels.explain."
-        _checks.fail(function, "kernel", f"{wanted} {', '.join(map(repr, _BY_NAME))}, or a Kernel", repr(kernel), remedy)
+        errors.fail(function, "kernel", f"{wanted} {', '.join(map(repr, _BY_NAME))}, or a Kernel", repr(kernel), remedy)
     return _BY_NAME[kernel]
 
 
@@ -109,7 +109,7 @@ def choose(r: Request, kernel: str | Kernel | None = None) -> Kernel:
     reason = found.why_not(r)
     if reason:
         wanted, got = "one that can run on these inputs", f"{found.name!r}: {reason}"
-        _checks.fail("attention", "kernel", wanted, got, "Use kernel=None to let it be chosen.")
+        errors.fail("attention", "kernel", wanted, got, "Use kernel=None to let it be chosen.")
     return found
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._autodiff import is_recorded
-from .._doors import door
+from ..core import errors
+from ..core.autograd import is_recorded
+from ..core.doors import door
 from ..masks import Mask
 from ..records import ABSENT, Attended, is_absent
 from . import dispatch, reference, score_mod, unseen
@@ -57,13 +57,13 @@ def merge(a: Attended, b: Attended) -> Attended:
         where both see nothing (test_kernels.py::test_merge_is_a_monoid).
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867.
     """
-    told = lambda x: f"out {_checks.shape(x.out)} and lse {_checks.shape(x.lse)}"
+    told = lambda x: f"out {errors.shape(x.out)} and lse {errors.shape(x.lse)}"
     try:
         lead = torch.broadcast_shapes(a.out.shape[:-3], b.out.shape[:-3], a.lse.shape[:-2], b.lse.shape[:-2])
     except RuntimeError:
         lead = None
     if lead is None or a.out.shape[-3:] != b.out.shape[-3:] or a.lse.shape[-2:] != b.lse.shape[-2:]:
-        _checks.fail("merge", "b", f"{told(a)} as in a", told(b), "Attend with the same queries and head size of values.")
+        errors.fail("merge", "b", f"{told(a)} as in a", told(b), "Attend with the same queries and head size of values.")
     return join(Partial(*a), Partial(*b)).attended
 
 
@@ -158,7 +158,7 @@ def _is_spoilt(out: Tensor, parts: Sequence[Part]) -> bool:
     """True where keys are hidden and NaN or infinity can be seen in the output, which a weight of zero may have let through."""
     if out.device.type != "cpu" or all(is_absent(part.mask) for part in parts):
         return False
-    known = _checks.peek(out)
+    known = errors.peek(out)
     return known is not None and not is_finite([known])
 
 
@@ -166,7 +166,7 @@ def check_remembered(k: Tensor, dtype: torch.dtype) -> None:
     """Raise the one error of a past whose keys are not in the dtype of the queries."""
     if k.dtype != dtype:
         wanted, remedy = f"{dtype} as the weights give", f"Make the past with model.cache(size, dtype={dtype})."
-        _checks.fail("attention", "the past", wanted, k.dtype, remedy, TypeError)
+        errors.fail("attention", "the past", wanted, k.dtype, remedy, TypeError)
 
 
 def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None, kernel: str | Kernel | None) -> Partial:

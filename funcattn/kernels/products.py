@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import _checks
-from .._autodiff import add, align, closed_jvp, is_recorded, sum_to, transforming
+from ..core import errors
+from ..core.autograd import add, align, closed_jvp, is_recorded, sum_to, transforming
 from .backends.masking import is_finite, weigh
 
 FEW = 8  # rows, at most, that compiled code multiplies by itself
@@ -69,7 +69,7 @@ class MaskedSum(Function):
     @staticmethod
     def forward(x: Tensor, w: Tensor, seen: Tensor) -> Tensor:
         out = x @ w if x.device.type == "cpu" else None  # elsewhere, to look would be to wait
-        known = None if out is None else _checks.peek(out)
+        known = None if out is None else errors.peek(out)
         if out is not None and known is not None and is_finite([known]):
             return out
         return weigh(torch.where(seen, x, 0), w, x.dim() - 2, seen)

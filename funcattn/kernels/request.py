@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._autodiff import is_recorded
+from ..core import errors
+from ..core.autograd import is_recorded
 from ..masks import Mask
 from ..records import Attended
 from .backends import aten
@@ -45,7 +45,7 @@ class Request:
     def _causal(self) -> bool:
         if not isinstance(self.mask, Mask) or self.bias is not None:
             return False
-        start, stop = _checks.value(self.mask.start), _checks.value(self.mask.stop)
+        start, stop = errors.value(self.mask.start), errors.value(self.mask.stop)
         return start is not None and stop is not None and aten.is_causal((start, stop), self.k.shape[-2])
 
 

@@ -16,8 +16,8 @@ arXiv:2311.09431 (balance).
 import torch
 from torch import Tensor
 
-from .. import _checks
 from ..collectives import axis_index, axis_size, copy_to_region, pmax, ppermute, psum
+from ..core import errors
 from ..masks import Mask
 from ..records import Attended
 from .api import attend
@@ -50,7 +50,7 @@ def unzigzag(x: Tensor, n: int, *, dim: int = -1) -> Tensor:
 def _chunks(function: str, x: Tensor, n: int, dim: int, order: list[int]) -> Tensor:
     if x.shape[dim] % (2 * n):
         remedy = "Pad the text, and let no target be a pad."
-        _checks.fail(function, "x", f"a multiple of 2 n = {2 * n} long along axis {dim}", _checks.shape(x), remedy)
+        errors.fail(function, "x", f"a multiple of 2 n = {2 * n} long along axis {dim}", errors.shape(x), remedy)
     parts = x.chunk(2 * n, dim)
     return torch.cat([parts[i] for i in order], dim)
 
@@ -62,7 +62,7 @@ def places(T: int, axis: str) -> Tensor:
         return torch.arange(T)
     if T % 2:
         remedy = "Cut a text that is a multiple of twice the devices long."
-        _checks.fail("ring", "tokens", f"an even number on each of the {n} devices of {axis!r}", T, remedy)
+        errors.fail("ring", "tokens", f"an even number on each of the {n} devices of {axis!r}", T, remedy)
     C = T // 2
     row = torch.arange(C, device=i.device)
     return torch.cat([row + i * C, row + (2 * n - 1 - i) * C])
@@ -97,7 +97,7 @@ def ring(
     n, T = axis_size(axis), q.shape[-2]
     if causal and k.shape[-2] != T:
         remedy = "Each device has queries, keys and values of the same tokens."
-        _checks.fail("ring", "k", f"of the {T} tokens of q", _checks.shape(k), remedy)
+        errors.fail("ring", "k", f"of the {T} tokens of q", errors.shape(k), remedy)
     mine = places(T, axis).to(q.device)
     mask = _seen(mine, axis_index(axis).to(q.device), T // 2, n) if causal else None
     if n == 1:

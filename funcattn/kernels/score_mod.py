@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import _checks, rematerialization
+from .. import rematerialization
+from ..core import errors
 from ..masks import Mask
 from ..records import Attended
 from ..rematerialization import Flat, batched, pullback, pushforward
@@ -179,7 +180,7 @@ def stream(
     r = api._request(DOOR, q, k, v, mask, scale, None)
     if not isinstance(parameters, tuple):
         remedy = "Put a single one in a tuple of its own: parameters=(table,)."
-        _checks.fail(DOOR, "parameters", "a tuple", f"a {type(parameters).__name__}", remedy, TypeError)
+        errors.fail(DOOR, "parameters", "a tuple", f"a {type(parameters).__name__}", remedy, TypeError)
     if torch.compiler.is_exporting() or _is_traced_by_jit():  # a graph of plain operations, which no one can stream
         return _attend(r, score, parameters, dense=True)
     return _eagerly(r, score, parameters)  # pyright: ignore[reportCallIssue]
@@ -312,16 +313,16 @@ def _probe(r: Request, score: OfTensors, parameters: Sequence[Tensor]) -> None:
     with torch.no_grad():
         whole = score(s.clone(), _indices(s, i, j), parameters)
         if not isinstance(whole, Tensor) or whole.shape != s.shape or not whole.is_floating_point():
-            wanted = f"a function to floating logits of the shape of s, here {_checks.shape(s)}"
-            got = f"{whole.dtype} {_checks.shape(whole)}" if isinstance(whole, Tensor) else f"a {type(whole).__name__}"
-            _checks.fail(DOOR, "score", wanted, got, "Keep the shape.")
+            wanted = f"a function to floating logits of the shape of s, here {errors.shape(s)}"
+            got = f"{whole.dtype} {errors.shape(whole)}" if isinstance(whole, Tensor) else f"a {type(whole).__name__}"
+            errors.fail(DOOR, "score", wanted, got, "Keep the shape.")
         for n in (0, -1):
             pair = s[..., [n], :][..., [n]]
             alone, among = score(pair.clone(), _indices(pair, i[[n]], j[[n]]), parameters), whole[..., [n], :][..., [n]]
             # Vectorized functions round the last elements of a row in their own way.
             near = (alone == among) | ((alone - among).abs() <= 1e-6 + 1e-4 * among.abs()) | (alone.isnan() & among.isnan())
-            if alone.shape != among.shape or _checks.is_true(~near):
+            if alone.shape != among.shape or errors.is_true(~near):
                 remedy = "Let it read its own logit, the indices and parameters, and nothing else."
-                _checks.fail(
+                errors.fail(
                     DOOR, "score", "elementwise", "one whose value at a pair depends on the other pairs, or on the call", remedy
                 )

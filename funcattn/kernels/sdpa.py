@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import _checks
-from .._autodiff import transforming
+from ..core import errors
+from ..core.autograd import transforming
 from ..masks import Mask
 from ..records import Attended
 from . import reference, unseen
@@ -88,7 +88,7 @@ def _may_be_far(r: Request) -> bool:
     """True where a derivative may follow, and logits may be larger than `blocks.FAR`; False where values cannot be looked at."""
     if torch.compiler.is_compiling() or not r.recorded:
         return False
-    found = [None if x is None else _checks.peek(x) for x in (r.q, r.k, r.bias)]
+    found = [None if x is None else errors.peek(x) for x in (r.q, r.k, r.bias)]
     q, k, bias = (None if x is None or x.device.type != "cpu" or not x.numel() else x for x in found)
     if q is None or k is None:
         return False

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 from ..masks import Mask
 from .backends.layout import broadcast
 from .backends.masking import is_finite
@@ -122,4 +122,4 @@ def _finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _look(x: Tensor) -> Tensor | None:
     """The numbers, of all rows of a vmap, where they can be had without waiting for a device."""
-    return _checks.peek(x) if x.device.type == "cpu" else None
+    return errors.peek(x) if x.device.type == "cpu" else None

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -22,7 +22,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     """The activation of that name, elementwise; see ACTIVATIONS."""
     if activation not in ACTIVATIONS:
         wanted = f"one of {', '.join(map(repr, ACTIVATIONS))}"
-        _checks.fail("activate", "activation", wanted, repr(activation), "Choose one of these.")
+        errors.fail("activate", "activation", wanted, repr(activation), "Choose one of these.")
     return ACTIVATIONS[activation](x)
 
 
@@ -34,7 +34,7 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu", limit: float | Non
     Source: Shazeer, GLU variants improve transformer, arXiv:2002.05202.
     """
     if activation not in ACTIVATIONS:
-        _checks.fail("gated", "activation", f"one of {', '.join(map(repr, ACTIVATIONS))}", repr(activation), "Choose one of these.")
+        errors.fail("gated", "activation", f"one of {', '.join(map(repr, ACTIVATIONS))}", repr(activation), "Choose one of these.")
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
     return ACTIVATIONS[activation](gate) * up

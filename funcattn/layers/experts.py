@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import _checks
-from .._autodiff import closed_jvp, is_recorded
+from ..core import errors
+from ..core.autograd import closed_jvp, is_recorded
 from .products import linear
 
 
@@ -37,7 +37,7 @@ def route(logits: Tensor, k: int, *, normalized: bool = True) -> tuple[Tensor, T
         share (*lead, k), in the dtype of the softmax, and expert (*lead, k), int64, the largest first.
     """
     if not 0 < k <= logits.shape[-1]:
-        _checks.fail("route", "k", f"between 1 and the {logits.shape[-1]} experts", k, "Choose fewer experts for each token.")
+        errors.fail("route", "k", f"between 1 and the {logits.shape[-1]} experts", k, "Choose fewer experts for each token.")
     wide = logits if logits.element_size() > 2 else logits.float()
     best, expert = wide.topk(k, -1)
     if normalized:
@@ -82,7 +82,7 @@ def _grouped(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 
 @_grouped.register_fake
 def _(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    _checks.on_one_device("funcattn::grouped", [x, weight, expert])
+    errors.on_one_device("funcattn::grouped", [x, weight, expert])
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
@@ -102,7 +102,7 @@ def _outer(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
 
 @_outer.register_fake
 def _(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
-    _checks.on_one_device("funcattn::outer_by_group", [y, x, expert])
+    errors.on_one_device("funcattn::outer_by_group", [y, x, expert])
     return x.new_empty(X, y.shape[1], x.shape[1])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 from ..records import is_absent
 
 Division = tuple[Any, ...]
@@ -28,7 +28,7 @@ def fields(weight: Any, division: Division) -> Any:
         return weight
     wanted = "a tensor or a record that registered itself with layers.fields"
     remedy = "Register it with @funcattn.layers.fields.register."
-    _checks.fail("fields", "weight", wanted, f"a {type(weight).__name__}", remedy, TypeError)
+    errors.fail("fields", "weight", wanted, f"a {type(weight).__name__}", remedy, TypeError)
 
 
 @fields.register

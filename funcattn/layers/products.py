@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 from ..kernels.products import computed
 from ..records import record
 
@@ -23,7 +23,7 @@ BLOCK = 16  # rows of a block: float32 numbers of a 512-bit vector
 def linear(weight: Any, x: Tensor) -> Tensor:
     """x (*lead, in) times a weight (out, in), giving (*lead, out). A record registers its own way: `@linear.register`."""
     wanted = "a tensor or a record that registered itself with layers.linear"
-    _checks.fail(
+    errors.fail(
         "linear", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.linear.register.", TypeError
     )
 
@@ -98,7 +98,7 @@ def _(weight: Blocks, x: Tensor) -> Tensor:
 def embed(weight: Any, ids: Tensor) -> Tensor:
     """Rows of a weight (V, E) at integer ids (*lead,), giving (*lead, E). A record registers its own way."""
     wanted = "a tensor or a record that registered itself with layers.embed"
-    _checks.fail(
+    errors.fail(
         "embed", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.embed.register.", TypeError
     )
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 from ..kernels.products import computed
 
 KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
@@ -54,10 +54,10 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             wanted = f"one of {', '.join(map(repr, KINDS))}"
-            _checks.fail("RopeScaling", "kind", wanted, repr(self.kind), "Another kind would change the mathematics.")
+            errors.fail("RopeScaling", "kind", wanted, repr(self.kind), "Another kind would change the mathematics.")
         if self.kind == "longrope" and (not self.short or len(self.short) != len(self.long)):
             got = f"{len(self.short)} and {len(self.long)} numbers"
-            _checks.fail("RopeScaling", "short and long", "one factor a plane each, for longrope", got, "Give D / 2 of each.")
+            errors.fail("RopeScaling", "short and long", "one factor a plane each, for longrope", got, "Give D / 2 of each.")
 
     @property
     def follows_length(self) -> bool:
@@ -108,7 +108,7 @@ def frequencies(
     if scaling.kind == "longrope":
         if len(scaling.short) != D // 2:
             remedy = "They belong to another head size."
-            _checks.fail("frequencies", "scaling.short and .long", f"{D // 2} numbers for D = {D}", len(scaling.short), remedy)
+            errors.fail("frequencies", "scaling.short and .long", f"{D // 2} numbers for D = {D}", len(scaling.short), remedy)
         by = turn.new_tensor(scaling.short)
         if length is not None:
             by = torch.where((length > scaling.context).unsqueeze(-1), turn.new_tensor(scaling.long), by)

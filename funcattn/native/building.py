@@ -37,7 +37,7 @@ from typing import TypeVar
 
 import torch
 
-from .. import atomic
+from ..core import atomic
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "layers.cpp", "products.h", "floats.h", "matrices.h"))
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w")

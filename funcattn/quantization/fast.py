@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autodiff import is_recorded
+from ..core.autograd import is_recorded
 from ..rematerialization import Flat, Remat, Whole, batched, pullback, pushforward
 
 MAX_FAST_ROWS = 16  # rows up to which torch's kernels are faster: beyond, expanding the matrix once is the smaller cost

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 from ..layers import embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from . import packing
@@ -281,4 +281,4 @@ def _(weight: Any, ids: Tensor) -> Tensor:
 
 def _unknown(weight: Any) -> NoReturn:
     remedy = "Make it with fa.quantize, or register its type with funcattn.quantization.expand."
-    _checks.fail("expand", "weight", "a quantized record", f"a {type(weight).__name__}", remedy, TypeError)
+    errors.fail("expand", "weight", "a quantized record", f"a {type(weight).__name__}", remedy, TypeError)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .._autodiff import is_recorded
+from ..core.autograd import is_recorded
 from ..layers import linear
 from ..layers.prepared import kept
 from ..records import record

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
-from .._doors import door
+from .. import tree
+from ..core import errors
+from ..core.doors import door
 from ..tree import Tree
 from .formats import Int4, Int8, Int8Dynamic, expand, is_nearest, is_quantized
 
@@ -89,7 +90,7 @@ def report(params: Tree, quantized: Tree) -> Report:
         node = after.get(path)
         if node is None:
             remedy = "Pass the tree before and the tree after."
-            _checks.fail("report", "quantized", f"a tree with a leaf {path}", "none", remedy)
+            errors.fail("report", "quantized", f"a tree with a leaf {path}", "none", remedy)
         size, error, kind, note = tree.nbytes(node), 0.0, str(weight.dtype).removeprefix("torch."), ""
         if is_quantized(node):
             kind = type(node).__name__

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 from . import packing
 from .formats import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary
 
@@ -45,16 +45,16 @@ class _Settings:
     def __post_init__(self) -> None:
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         group, clip = settings.get("group"), settings.get("clip", 1.0)
-        if group is not None and not _checks.is_count(group, 1):
+        if group is not None and not errors.is_count(group, 1):
             kind = ValueError if isinstance(group, int) else TypeError
-            _checks.fail(self.name, "group", "a number of columns, or None for all of a row", repr(group), "32 is usual.", kind)
+            errors.fail(self.name, "group", "a number of columns, or None for all of a row", repr(group), "32 is usual.", kind)
         is_number = isinstance(clip, int | float) and 0 < clip <= 1
         if not is_number and not isinstance(clip, Tensor):  # one for each group, as `clipped` finds them
-            _checks.fail(self.name, "clip", "in (0, 1]", repr(clip), "1 is all of the range.")
+            errors.fail(self.name, "clip", "in (0, 1]", repr(clip), "1 is all of the range.")
         if not isinstance(settings.get("symmetric", False), bool):
-            _checks.fail(self.name, "symmetric", "True or False", repr(settings["symmetric"]), "Choose one.", TypeError)
+            errors.fail(self.name, "symmetric", "True or False", repr(settings["symmetric"]), "Choose one.", TypeError)
         if settings.get("kind", "e4m3") not in FLOAT8:
-            _checks.fail(self.name, "kind", '"e4m3" or "e5m2"', repr(settings["kind"]), "Choose one of these.")
+            errors.fail(self.name, "kind", '"e4m3" or "e5m2"', repr(settings["kind"]), "Choose one of these.")
 
     def __call__(self, *unnamed: Any, **changes: Any) -> Any:
         """The scheme with other settings.
@@ -71,7 +71,7 @@ class _Settings:
         if strange:
             wanted = f"by name: {', '.join(names)}" if names else "none: it has no settings"
             remedy = "A scheme is made of weights by fa.quantize(scheme)(params), and changed as in fa.int4(group=64)."
-            _checks.fail(self.name, "settings", wanted, ", ".join(strange), remedy, TypeError)
+            errors.fail(self.name, "settings", wanted, ", ".join(strange), remedy, TypeError)
         return replace(self, **changes)
 
     @property
@@ -191,7 +191,7 @@ class TernaryScheme(_Settings):
         """See Scheme."""
         size = _size("ternary", self.group, weight, even=True)
         if size % 4:
-            _checks.fail("ternary", "group", "a multiple of 4", size, "Four codes share a byte.")
+            errors.fail("ternary", "group", "a multiple of 4", size, "Four codes share a byte.")
         grouped = packing.groups(weight.float(), size)
         scale = packing.narrow(grouped.abs().mean(-1))
         codes = packing.nearest(grouped, scale, 1) + 1
@@ -217,5 +217,5 @@ def _size(scheme: str, group: int | None, weight: Tensor, *, even: bool = False)
     size = K if group is None else group
     if not isinstance(size, int) or size < 1 or K % size or (even and size % 2):
         wanted = f"{'an even' if even else 'a'} divisor of the {K} columns"
-        _checks.fail(scheme, "group", wanted, size, "Choose another group, or leave the leaf out by where.")
+        errors.fail(scheme, "group", wanted, size, "Choose another group, or leave the leaf out by where.")
     return size

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import native
-from .._autodiff import has_tangent
-from .._checks import on_one_device
+from ..core.autograd import has_tangent
+from ..core.errors import on_one_device
 from ..layers import linear, together
 from ..layers.prepared import kept
 from ..records import ABSENT, is_absent, record

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, progress, tree
-from .._doors import door
+from .. import progress, tree
+from ..core import errors
+from ..core.doors import door
 from ..models import Model
 from ..tree import Tree
 from .formats import expand, is_quantized
@@ -40,7 +41,7 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
     """
     if isinstance(scheme, (str, type)) or not hasattr(scheme, "encode"):  # a str has an encode of its own
         remedy = "Pass fa.int8, fa.int4(group=64) or another scheme."
-        _checks.fail("quantize", "scheme", "a scheme", f"a {type(scheme).__name__}", remedy, TypeError)
+        errors.fail("quantize", "scheme", "a scheme", f"a {type(scheme).__name__}", remedy, TypeError)
     choose = None if where is None else predicate("quantize", where)
 
     def chosen(path: str, leaf: Tensor) -> Any:
@@ -55,7 +56,7 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
         if isinstance(params, Model) or not tree.leaves(params):
             got = "a Model" if isinstance(params, Model) else f"a {type(params).__name__} without leaves"
             remedy = "Pass the params: fa.load returns (config, params, tokenizer)."
-            _checks.fail("quantize", "params", "a tree of weights", got, remedy, TypeError)
+            errors.fail("quantize", "params", "a tree of weights", got, remedy, TypeError)
         met = []
 
         def encode(path: str, leaf: Any) -> Any:
@@ -77,7 +78,7 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
             out = tree.map_with_path(encode, params, is_leaf=is_quantized)
         if not met:
             remedy = "Look at the paths: funcattn.tree.paths(params)."
-            _checks.fail("quantize", "where", "a rule that chooses a leaf", f"{where!r}, which chooses none", remedy)
+            errors.fail("quantize", "where", "a rule that chooses a leaf", f"{where!r}, which chooses none", remedy)
         return out
 
     return transform
@@ -93,26 +94,26 @@ def predicate(function: str, where: Where) -> Callable[[str, Any], bool]:
     remedy = "A path looks like layers.0.q."
     if not isinstance(where, str):
         if not callable(where):
-            _checks.fail(function, "where", "a regex or a predicate of (path, weight)", repr(where), remedy, TypeError)
+            errors.fail(function, "where", "a regex or a predicate of (path, weight)", repr(where), remedy, TypeError)
         return where
     try:
         pattern = re.compile(where)
     except re.error as error:
-        _checks.fail(function, "where", "a regex of paths", f"{where!r}, {error}", remedy)
+        errors.fail(function, "where", "a regex of paths", f"{where!r}, {error}", remedy)
     return lambda path, weight: pattern.fullmatch(path) is not None
 
 
 def _check(path: str, leaf: Any) -> None:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() not in (2, 3):
         got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
-        _checks.fail("quantize", path, "a floating matrix", got, "Leave it out by where.", TypeError)
+        errors.fail("quantize", path, "a floating matrix", got, "Leave it out by where.", TypeError)
     # Operators of DTensor shift integers wrongly in silence (torch 2.13).
     remedy = "Quantize before fa.shard, or each part: fa.shard_map(fa.quantize(scheme), mesh, in_specs, out_specs)."
-    _checks.whole("quantize", path, [leaf], remedy)
+    errors.whole("quantize", path, [leaf], remedy)
     if not leaf.numel():
-        _checks.fail("quantize", path, "a matrix with numbers in it", f"one of shape {tuple(leaf.shape)}", "Leave it out by where.")
-    if _checks.is_true(~leaf.isfinite()):
-        _checks.fail("quantize", path, "finite", "NaN or Inf", "Mend the weights: a scale would spread it over its group.")
+        errors.fail("quantize", path, "a matrix with numbers in it", f"one of shape {tuple(leaf.shape)}", "Leave it out by where.")
+    if errors.is_true(~leaf.isfinite()):
+        errors.fail("quantize", path, "finite", "NaN or Inf", "Mend the weights: a scale would spread it over its group.")
 
 
 @door
@@ -129,6 +130,6 @@ def dequantize(params: Tree, dtype: torch.dtype = torch.float32) -> Tree:
         >>> dequantize(small)["w"].shape
         torch.Size([4, 32])
     """
-    _checks.whole("dequantize", "params", tree.leaves(params), "Gather them first: fa.gather(params).")
+    errors.whole("dequantize", "params", tree.leaves(params), "Gather them first: fa.gather(params).")
     one = lambda leaf: expand(leaf).to(dtype) if is_quantized(leaf) else leaf
     return tree.map(one, params, is_leaf=is_quantized)

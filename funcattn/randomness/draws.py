@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door
+from ..core import errors
+from ..core.doors import door
 from .keys import WORD, Key, Sizes, bits, check_integer, check_key, drawn, sizes_of, split
 
 # dtype: random bits that jax draws for it, bits of its mantissa
@@ -126,9 +126,7 @@ def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: S
     check_key("categorical", key)
     wide = _wide("categorical", "logits", logits.dtype)
     if not -logits.ndim <= axis < logits.ndim or logits.shape[axis] == 0:
-        _checks.fail(
-            "categorical", "logits", f"categories along axis {axis}", _checks.shape(logits), "Name the axis of categories."
-        )
+        errors.fail("categorical", "logits", f"categories along axis {axis}", errors.shape(logits), "Name the axis of categories.")
     back = axis % logits.ndim - logits.ndim  # the same axis from the end, where shape and logits agree
     others = (*logits.shape[:back], *logits.shape[logits.ndim + back + 1 :])
     shape = others if shape is None else sizes_of("categorical", "shape", shape)
@@ -163,7 +161,7 @@ def randint(key: Key, shape: Sizes, minval: int | Int[Tensor, "..."], maxval: in
     if isinstance(span, Tensor):
         span = span.long().clamp(min=1)
     elif not 0 < span <= 2**32:
-        _checks.fail("randint", "maxval - minval", "in [1, 2**32]", span, "The range is half open: maxval is never drawn.")
+        errors.fail("randint", "maxval - minval", "in [1, 2**32]", span, "The range is half open: maxval is never drawn.")
     first, second = split(key).unbind()
     fold = 2**16 % span
     fold = ((fold * fold) & WORD) % span  # 2**32 modulo the span, in jax's 32-bit arithmetic
@@ -187,9 +185,9 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
     """
     check_key("permutation", key)
     if isinstance(x, Tensor) and not x.ndim:
-        _checks.fail("permutation", "x", "an int or a tensor with an axis to shuffle", "a 0-d tensor", "Give a size as an int.")
+        errors.fail("permutation", "x", "an int or a tensor with an axis to shuffle", "a 0-d tensor", "Give a size as an int.")
     if not isinstance(x, Tensor) and x < 0:
-        _checks.fail("permutation", "x", "a number of things, 0 or more", x, "Give a size.")
+        errors.fail("permutation", "x", "a number of things, 0 or more", x, "Give a size.")
     n = len(x) if isinstance(x, Tensor) else x
     order = torch.arange(n, device=key.device)
     # with k rounds, two of n elements get equal words throughout with probability n^2 / 2^(32k + 1): at most 1 / 2n
@@ -234,9 +232,7 @@ def _uniform(
 def _wide(function: str, argument: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype to draw in: float32 for half precision."""
     if dtype not in FORMATS:
-        _checks.fail(
-            function, argument, "float64, float32, float16 or bfloat16", dtype, "Draw one of these and cast it.", TypeError
-        )
+        errors.fail(function, argument, "float64, float32, float16 or bfloat16", dtype, "Draw one of these and cast it.", TypeError)
     return dtype if dtype == torch.float64 else torch.float32
 
 
@@ -250,6 +246,6 @@ def _check_covered(function: str, argument: str, smaller: Sizes, shape: Sizes) -
     """Check that a shape broadcasts to the shape of the draw, and does not outgrow it."""
     fits = all(a in (1, b) for a, b in zip(reversed(smaller), reversed(shape), strict=False))
     if len(smaller) > len(shape) or not fits:
-        _checks.fail(
+        errors.fail(
             function, argument, f"of a shape that broadcasts to {tuple(shape)}", tuple(smaller), "Give the shape of the result."
         )

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door
+from ..core import errors
+from ..core.doors import door
 from . import threefry
 from .threefry import encipher
 
@@ -39,7 +39,7 @@ def key(seed: int | Int[Tensor, ""]) -> Key:
     if isinstance(seed, Tensor):
         return torch.stack([(seed.long() >> 32) & WORD, seed.long() & WORD])
     if not -(2**63) <= seed < 2**63:
-        _checks.fail("key", "seed", "an int of at most 64 bits", seed, "Hash it first, or fold_in the rest of it.")
+        errors.fail("key", "seed", "an int of at most 64 bits", seed, "Hash it first, or fold_in the rest of it.")
     return torch.tensor([(seed >> 32) & WORD, seed & WORD], dtype=torch.int64)
 
 
@@ -61,7 +61,7 @@ def split(key: Key, n: int | Sizes = 2) -> Int64[Tensor, "*n 2"]:
     Law: split(key, n)[i] == fold_in(key, i) (test_randomness.py::test_split_is_fold_in_of_the_index).
     """
     if isinstance(n, str) or (isinstance(n, int) and n < 0):
-        _checks.fail("split", "n", "a number of keys, 0 or more, or a tuple of them", repr(n), "Two keys are split(key).")
+        errors.fail("split", "n", "a number of keys, 0 or more, or a tuple of them", repr(n), "Two keys are split(key).")
     sizes = sizes_of("split", "n", (n,) if isinstance(n, int) else n)
     return _join(*(drawn("split", key, sizes, word) for word in (lambda high, low: high, lambda high, low: low)))
 
@@ -84,7 +84,7 @@ def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
     check_integer("fold_in", "data", data)
     if not isinstance(data, Tensor):
         if not 0 <= data <= WORD:
-            _checks.fail("fold_in", "data", "in [0, 2**32)", data, "Fold in its high and its low word one after the other.")
+            errors.fail("fold_in", "data", "in [0, 2**32)", data, "Fold in its high and its low word one after the other.")
         data = torch.full((), data, dtype=torch.int64, device=key.device)
     return _join(*encipher(key, data.to(device=key.device, dtype=torch.int32)))
 
@@ -104,7 +104,7 @@ def drawn(function: str, key: Key, shape: tuple[int, ...], made: Callable[[Tenso
     """What is made, elementwise, of two random int32 words an element: the numbers 0, 1, 2, ... in this shape, enciphered."""
     check_key(function, key)
     if math.prod(shape) >= 2**31:
-        _checks.fail(function, "shape", "fewer than 2**31 elements", shape, "Split the key and draw in parts.")
+        errors.fail(function, "shape", "fewer than 2**31 elements", shape, "Split the key and draw in parts.")
     return threefry.drawn(key, shape, made)
 
 
@@ -115,18 +115,18 @@ def _join(high: Tensor, low: Tensor) -> Int64[Tensor, "*n 2"]:
 def sizes_of(function: str, argument: str, shape: Sizes) -> tuple[int, ...]:
     """The shape as a tuple, or the one error of what is none."""
     if not isinstance(shape, Sequence) or any(not isinstance(size, int | torch.SymInt) or size < 0 for size in shape):
-        _checks.fail(function, argument, "a tuple of sizes", repr(shape), "One axis of n is (n,); a tree is mapped by fa.tree.map.")
+        errors.fail(function, argument, "a tuple of sizes", repr(shape), "One axis of n is (n,); a tree is mapped by fa.tree.map.")
     return tuple(shape)
 
 
 def check_key(function: str, key: Key) -> None:
     """Fail where something else stands in the place of one key."""
     if not isinstance(key, Tensor) or key.dtype != torch.int64:
-        _checks.fail(
+        errors.fail(
             function, "key", "one key, int64 (2,)", kind_of(key), "Make one with key(seed), and use many by vmap.", TypeError
         )
     if key.shape != (2,):
-        _checks.fail(function, "key", "one key, int64 (2,)", _checks.shape(key), f"Use many by vmap: torch.vmap({function})(keys).")
+        errors.fail(function, "key", "one key, int64 (2,)", errors.shape(key), f"Use many by vmap: torch.vmap({function})(keys).")
 
 
 def check_integer(function: str, argument: str, number: Any, ndim: int | None = 0) -> None:
@@ -137,9 +137,9 @@ def check_integer(function: str, argument: str, number: Any, ndim: int | None = 
         fits = isinstance(number, int)
     if not fits:
         wanted = "an int or an integer tensor" if ndim is None else "an int or a 0-d integer tensor"
-        _checks.fail(function, argument, wanted, kind_of(number), "Round it, and use many by vmap.", TypeError)
+        errors.fail(function, argument, wanted, kind_of(number), "Round it, and use many by vmap.", TypeError)
 
 
 def kind_of(value: Any) -> str:
     """A value as an error tells of it: dtype and shape of a tensor."""
-    return f"{str(value.dtype).removeprefix('torch.')} {_checks.shape(value)}" if isinstance(value, Tensor) else repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')} {errors.shape(value)}" if isinstance(value, Tensor) else repr(value)

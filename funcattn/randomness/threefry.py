@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 
 PARITY = 0x1BD11BDA  # the key schedule's constant
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # alternate every four rounds
@@ -78,7 +78,7 @@ def drawn(key: Tensor, shape: tuple[int, ...], made: Callable[[Tensor, Tensor], 
     Law: the parts have the bits of the whole (test_threefry.py::test_a_large_draw_is_that_of_its_parts).
     """
     n = math.prod(shape)
-    if n <= PART or key.device.type != "cpu" or not _checks.is_plain(key):
+    if n <= PART or key.device.type != "cpu" or not errors.is_plain(key):
         return made(*encipher(key, torch.arange(n, dtype=torch.int32, device=key.device).reshape(shape)))
     whole, part = None, PART * torch.get_num_threads()
     words = encipher_in_memory if part == PART else encipher

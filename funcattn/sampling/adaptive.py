@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door, printed
+from ..core import errors
+from ..core.doors import door, printed
 from ..models import Model
 from ..records import record
 from .composition import LARGE, Sampler, between, chain, mixture, normalized, rank, require, stateless
@@ -99,8 +99,8 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
     """
     _require_scale("guide", scale)
     if conditional.shape != unconditional.shape:
-        wanted, remedy = f"{_checks.shape(conditional)} as the conditional ones", "Both models need one vocabulary."
-        _checks.fail("guide", "unconditional", wanted, _checks.shape(unconditional), remedy)
+        wanted, remedy = f"{errors.shape(conditional)} as the conditional ones", "Both models need one vocabulary."
+        errors.fail("guide", "unconditional", wanted, errors.shape(unconditional), remedy)
     c, u = normalized(conditional), normalized(unconditional)
     hidden = (c == -torch.inf) | (u == -torch.inf)
     return torch.where(hidden, c, u + scale * (torch.where(hidden, 0, c) - torch.where(hidden, 0, u)))
@@ -144,7 +144,7 @@ def guidance(scale: float | Tensor, model: Model, params: Any, cache: Any, logit
     """
     _require_scale("guidance", scale)
     if logits.dim() != 1:
-        _checks.fail("guidance", "logits", "(V,), of the last token", _checks.shape(logits), "Pass logits[-1].")
+        errors.fail("guidance", "logits", "(V,), of the last token", errors.shape(logits), "Pass logits[-1].")
 
     def update(conditional: Tensor, state: Other) -> tuple[Tensor, Other]:
         return guide(conditional, state.logits.to(conditional.dtype), scale), state
@@ -155,7 +155,7 @@ def guidance(scale: float | Tensor, model: Model, params: Any, cache: Any, logit
 
     def init(V: int) -> Other:
         if logits.shape[-1] != V:
-            _checks.fail("guidance", "logits", f"(V,) with V = {V}", _checks.shape(logits), "Both models need one vocabulary.")
+            errors.fail("guidance", "logits", f"(V,) with V = {V}", errors.shape(logits), "Both models need one vocabulary.")
         return Other(cache, logits)
 
     return Sampler(init, update, observe)

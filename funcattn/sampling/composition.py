@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, randomness, tree
-from .._doors import door, printed, shown_value, uncalled, what_is
+from .. import randomness, tree
+from ..core import errors
+from ..core.doors import door, printed, shown_value, uncalled, what_is
 from ..records import ABSENT, formerly
 
 
@@ -77,7 +78,7 @@ def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = Fa
         after = transform(logits)
         if not isinstance(after, Tensor) or after.shape != logits.shape:
             got, remedy = what_is(after), "Hide a token by -inf instead of leaving it out."
-            _checks.fail("stateless", "what transform returns", f"logits {_checks.shape(logits)}", got, remedy)
+            errors.fail("stateless", "what transform returns", f"logits {errors.shape(logits)}", got, remedy)
         return after, state
 
     return Sampler(lambda V: ABSENT, update, lambda token, state: state, deterministic)
@@ -201,9 +202,9 @@ def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any, *, wanted: T
 
 def require_drawable(function: str, drawable: Tensor) -> None:
     """Fail where a row, of those that can be looked at, has nothing to draw from."""
-    if _checks.is_true(~drawable):
+    if errors.is_true(~drawable):
         remedy = "Look for NaN in the logits, and let no filter hide every token."
-        _checks.fail(function, "what the sampler leaves", "one token at least, and no NaN", "nothing to draw from", remedy)
+        errors.fail(function, "what the sampler leaves", "one token at least, and no NaN", "nothing to draw from", remedy)
 
 
 @door
@@ -237,8 +238,8 @@ def observe_prompt(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tens
     """
     _require_samplers("observe_prompt", (sampler,))
     if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
-        got = f"{tokens.dtype} {_checks.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        _checks.fail("observe_prompt", "tokens", "one sequence (T,) of token ids", got, "Map over many with vmap.", TypeError)
+        got = f"{tokens.dtype} {errors.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        errors.fail("observe_prompt", "tokens", "one sequence (T,) of token ids", got, "Map over many with vmap.", TypeError)
     count = torch.full((), len(tokens), dtype=torch.int64, device=tokens.device) if length is None else length
     return sampler.observe_prompt(tokens, count, state)
 
@@ -252,14 +253,14 @@ def primed(sampler: Sampler, tokens: Tensor) -> Sampler:
 
 def require(holds: bool | Tensor, function: str, argument: str, wanted: str, got: Any, remedy: str) -> None:
     """Fail where a number, or any entry of a tensor that can be looked at, is out of range."""
-    if _checks.is_true(~holds) if isinstance(holds, Tensor) else not holds:
-        _checks.fail(function, argument, wanted, _checks.peek(got) if isinstance(got, Tensor) else got, remedy)
+    if errors.is_true(~holds) if isinstance(holds, Tensor) else not holds:
+        errors.fail(function, argument, wanted, errors.peek(got) if isinstance(got, Tensor) else got, remedy)
 
 
 def require_integer(function: str, argument: str, n: Any, least: int, remedy: str, *, called: str = "") -> None:
     """Fail where a size, which sets shapes and cannot be a tensor, is no int or too small."""
     if not isinstance(n, int) or isinstance(n, bool):
-        _checks.fail(function, argument, "an int, which sets shapes", repr(n), "It cannot be a tensor.", TypeError)
+        errors.fail(function, argument, "an int, which sets shapes", repr(n), "It cannot be a tensor.", TypeError)
     require(n >= least, function, argument, f"at least {called}{least}", n, remedy)
 
 
@@ -286,7 +287,7 @@ def _require_samplers(function: str, samplers: tuple[Any, ...]) -> None:
     for i, sampler in enumerate(samplers):
         if not isinstance(sampler, Sampler):
             remedy = "Call a factory such as temperature(0.8) for each."
-            _checks.fail(function, f"argument {i}", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
+            errors.fail(function, f"argument {i}", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
 
 
 def _accurate(logits: Tensor) -> Tensor:

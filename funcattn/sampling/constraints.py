@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door, printed, what_is
+from ..core import errors
+from ..core.doors import door, printed, what_is
 from .composition import Sampler, require, require_integer, stateless
 from .penalties import require_ids
 
@@ -70,7 +70,7 @@ def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Te
         shown = allowed(state)
         if not isinstance(shown, Tensor) or shown.dtype != torch.bool or shown.shape != logits.shape:
             got, remedy = what_is(shown), "Return True where a token may follow."
-            _checks.fail("constrained", "what allowed returns", f"bool (V,) with V = {logits.shape[-1]}", got, remedy)
+            errors.fail("constrained", "what allowed returns", f"bool (V,) with V = {logits.shape[-1]}", got, remedy)
         return torch.where(shown, logits, -torch.inf), state
 
     return Sampler(lambda V: start, update, step)
@@ -92,8 +92,8 @@ def automaton(table: Tensor, start: int = 0) -> Sampler:
         [0.0, 1.0]
     """
     if not isinstance(table, Tensor) or table.dim() != 2 or table.is_floating_point():
-        got = f"{table.dtype} {_checks.shape(table)}" if isinstance(table, Tensor) else f"a {type(table).__name__}"
-        _checks.fail("automaton", "table", "int64 (S, V), the next state of each state and token", got, "-1 forbids.", TypeError)
+        got = f"{table.dtype} {errors.shape(table)}" if isinstance(table, Tensor) else f"a {type(table).__name__}"
+        errors.fail("automaton", "table", "int64 (S, V), the next state of each state and token", got, "-1 forbids.", TypeError)
     S, V = table.shape
     require(((table >= -1) & (table < S)).all(), "automaton", "table", f"in [-1, S = {S})", table, "-1 forbids a token.")
     require_integer("automaton", "start", start, 0, "Name one of the table's states.")
@@ -104,7 +104,7 @@ def automaton(table: Tensor, start: int = 0) -> Sampler:
 
     def init(size: int) -> Any:
         if size != V:
-            _checks.fail("automaton", "table", f"(S, V) with V = {size} as the logits", _checks.shape(table), "Pad it with -1.")
+            errors.fail("automaton", "table", f"(S, V) with V = {size} as the logits", errors.shape(table), "Pad it with -1.")
         return inner.init(size)
 
     return inner._replace(init=init)
@@ -120,7 +120,7 @@ def _mask(function: str, ids: Sequence[int] | Tensor) -> Callable[[Tensor], Tens
 
         return whole
     if isinstance(ids, str) or not (isinstance(ids, Tensor) or all(isinstance(token, int) for token in ids)):
-        _checks.fail(function, "ids", "ints, or a bool tensor (V,)", repr(ids), "Encode text with the tokenizer.", TypeError)
+        errors.fail(function, "ids", "ints, or a bool tensor (V,)", repr(ids), "Encode text with the tokenizer.", TypeError)
     places = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
 
     def some(logits: Tensor) -> Tensor:

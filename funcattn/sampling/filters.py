@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door, printed
+from ..core import errors
+from ..core.doors import door, printed
 from .composition import Sampler, between, rank, require, require_integer, stateless
 
 
@@ -48,7 +48,7 @@ def top_k(k: int | Tensor) -> Sampler:
     """
     _number("top_k", "k", k)
     if isinstance(k, float) or (isinstance(k, Tensor) and k.is_floating_point()):
-        _checks.fail("top_k", "k", "an integer", k, "For a share of the probability use top_p.", TypeError)
+        errors.fail("top_k", "k", "an integer", k, "For a share of the probability use top_p.", TypeError)
     require(k >= 1, "top_k", "k", "at least 1", k, "k = 1 keeps the most likely token.")
     return stateless(lambda logits: _keep(rank(logits) < k, logits))
 
@@ -202,4 +202,4 @@ def _entropy(normal: Tensor) -> Tensor:
 
 def _number(function: str, argument: str, x: Any) -> None:
     if not isinstance(x, int | float | Tensor):
-        _checks.fail(function, argument, "a number or a tensor", repr(x), "A tensor gives each row its own under vmap.", TypeError)
+        errors.fail(function, argument, "a number or a tensor", repr(x), "A tensor gives each row its own under vmap.", TypeError)

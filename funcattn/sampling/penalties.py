@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door, printed
+from ..core import errors
+from ..core.doors import door, printed
 from .composition import LARGE, Sampler, between, bounded, require, require_integer, stateless
 from .repeats import empty_ring, observe_prompt_ring, push
 
@@ -66,7 +66,7 @@ def logit_bias(bias: Mapping[int, float] | Tensor) -> Sampler:
     """
     if isinstance(bias, Mapping):
         if not all(isinstance(token, int) and token >= 0 for token in bias):
-            _checks.fail("logit_bias", "bias", "keyed by ids, 0 or more", list(bias), "Encode text with the tokenizer.", TypeError)
+            errors.fail("logit_bias", "bias", "keyed by ids, 0 or more", list(bias), "Encode text with the tokenizer.", TypeError)
         ids, added = torch.tensor(list(bias), dtype=torch.int64), torch.tensor(list(bias.values()), dtype=torch.float64)
     else:
         ids, added = None, bias
@@ -86,9 +86,9 @@ def logit_bias(bias: Mapping[int, float] | Tensor) -> Sampler:
 def require_ids(function: str, ids: Tensor, V: int, *, whole: bool) -> None:
     """Fail where a tensor over the vocabulary is not (V,), or an id is not below V."""
     if whole and ids.shape[-1:] != (V,):
-        _checks.fail(function, "the tensor", f"(V,) with V = {V} as the logits", _checks.shape(ids), "Give one entry a token.")
-    if not whole and _checks.is_true((ids >= V) | (ids < 0)):
-        _checks.fail(function, "ids", f"below the vocabulary's {V}", _checks.peek(ids), "Use the tokenizer of this model.")
+        errors.fail(function, "the tensor", f"(V,) with V = {V} as the logits", errors.shape(ids), "Give one entry a token.")
+    if not whole and errors.is_true((ids >= V) | (ids < 0)):
+        errors.fail(function, "ids", f"below the vocabulary's {V}", errors.peek(ids), "Use the tokenizer of this model.")
 
 
 def _require_finite(function: str, penalty: float | Tensor) -> None:

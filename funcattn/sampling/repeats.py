@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door, printed
+from ..core import errors
+from ..core.doors import door, printed
 from ..records import record
 from .composition import LARGE, Sampler, between, bounded, require, require_integer
 
@@ -97,7 +97,7 @@ def dry(
     require_integer("dry", "window", window, 2, "Look back farther.")
     require_integer("dry", "longest", longest, 1, "50 is usual.")
     if not all(isinstance(token, int) for token in breakers):
-        _checks.fail("dry", "breakers", "ids as ints", repr(breakers), "Encode strings with the tokenizer.", TypeError)
+        errors.fail("dry", "breakers", "ids as ints", repr(breakers), "Encode strings with the tokenizer.", TypeError)
 
     def update(logits: Tensor, ring: Ring) -> tuple[Tensor, Ring]:
         text, W = ring.tokens, len(ring.tokens)

@@ -15,8 +15,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .. import _checks
-from .._doors import door
+from ..core import errors
+from ..core.doors import door
 from ..transformer import DATA, TENSOR, Config, shapes
 from .mesh import Mesh, axes_of
 
@@ -127,11 +127,11 @@ def cost(
     for name, size in sizes.items():
         if name not in (DATA, TENSOR, CONTEXT) or not isinstance(size, int) or size < 1:
             remedy = "The decoder knows these axes."
-            _checks.fail("cost", "mesh", "of 'data', 'tensor' and 'context', 1 device or more each", {name: size}, remedy)
+            errors.fail("cost", "mesh", "of 'data', 'tensor' and 'context', 1 device or more each", {name: size}, remedy)
     d, t, c = (sizes.get(name, 1) for name in (DATA, TENSOR, CONTEXT))
     if rows % d or (c > 1 and tokens % (2 * c)):
         remedy = f"{rows} rows and {tokens} tokens do not divide by {d} and 2 x {c}."
-        _checks.fail("cost", "rows and tokens", "such that the devices divide them", (rows, tokens), remedy)
+        errors.fail("cost", "rows and tokens", "such that the devices divide them", (rows, tokens), remedy)
     L, here = config.layers, tokens // c * (rows // d)  # tokens of this device
     layer, ends = _sizes(config)
     found: list[CollectiveCost] = []

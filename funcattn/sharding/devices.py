@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from .. import _checks
 from ..collectives import Axis, binding, groups
+from ..core import errors
 from ..tree import Tree
 from .mesh import Grid, PartitionSpec, axes_of, broadcast
 from .storing import distributed
@@ -19,7 +19,7 @@ from .storing import distributed
 def refuse_transform(what: str) -> None:
     """Raise where a transform is outside of something that spans processes."""
     remedy = f"{what} is the outermost: write shard_map(grad(f), ...), not grad(shard_map(f, ...)); or map over a Grid."
-    _checks.fail(what, "the call", "outside of grad, vjp, jvp and vmap", "one inside", remedy, TypeError)
+    errors.fail(what, "the call", "outside of grad, vjp, jvp and vmap", "one inside", remedy, TypeError)
 
 
 def bind(mesh: Any, seen: Sequence[str]) -> Any:
@@ -51,7 +51,7 @@ def wrapped(out: Tree, mesh: Any, out_specs: Any, *, alike: bool) -> Tree:
     cuts = broadcast(out_specs, out)
     for x in flat:
         if not isinstance(x, Tensor):
-            _checks.fail("shard_map", "results", "trees of tensors", f"a {type(x).__name__}", "Return torch.tensor(x).", TypeError)
+            errors.fail("shard_map", "results", "trees of tensors", f"a {type(x).__name__}", "Return torch.tensor(x).", TypeError)
     if alike:
         for x, spec in zip(flat, cuts, strict=True):
             _check_over(x, spec, mesh)
@@ -70,18 +70,18 @@ def _check_over(x: Tensor, spec: PartitionSpec, mesh: Any) -> None:
 def check(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> None:
     """Fail where a spec does not fit a leaf."""
     if not isinstance(leaf, Tensor):
-        _checks.fail("shard_map", "arguments", "trees of tensors", f"a {type(leaf).__name__}", "Close f over it.", TypeError)
+        errors.fail("shard_map", "arguments", "trees of tensors", f"a {type(leaf).__name__}", "Close f over it.", TypeError)
     if len(spec) > leaf.dim():
-        _checks.fail("shard_map", "in_specs", f"of at most {leaf.dim()} axes", repr(spec), f"The leaf is {_checks.shape(leaf)}.")
+        errors.fail("shard_map", "in_specs", f"of at most {leaf.dim()} axes", repr(spec), f"The leaf is {errors.shape(leaf)}.")
     for dim in range(len(spec)):
         n = 1
         for name in spec.names(dim):
             if name not in sizes:
-                _checks.fail("shard_map", "specs", f"of names of the mesh, {list(sizes)}", repr(name), "Name an axis that it has.")
+                errors.fail("shard_map", "specs", f"of names of the mesh, {list(sizes)}", repr(name), "Name an axis that it has.")
             n *= sizes[name]
         if leaf.shape[dim] % n:
             wanted = f"divisible into {n} parts along axis {dim}, as {spec} says"
-            _checks.fail("shard_map", "a leaf", wanted, _checks.shape(leaf), "Pad it, or keep it whole: P().")
+            errors.fail("shard_map", "a leaf", wanted, errors.shape(leaf), "Pad it, or keep it whole: P().")
 
 
 # All devices in one process.
@@ -156,7 +156,7 @@ def _join(x: Tensor, spec: PartitionSpec, mesh: Grid) -> Tensor:
 
 
 def _check_alike(first: Tensor, x: Tensor, dim: int, name: str) -> None:
-    known, all_of_them = _checks.value(first), _checks.value(x)
+    known, all_of_them = errors.value(first), errors.value(x)
     if known is not None and all_of_them is not None and x.shape[dim] > 1:
         _compare(known.unsqueeze(dim), all_of_them, x.dtype, name)
 
@@ -171,4 +171,4 @@ def _compare(one: Tensor, other: Tensor, dtype: torch.dtype, name: str) -> None:
         same = one == other
     if not bool(same.all()):
         remedy = "Say P(name) where each has its own, or psum it."
-        _checks.fail("shard_map", "a result that out_specs does not cut", f"the same on every device of {name!r}", "others", remedy)
+        errors.fail("shard_map", "a result that out_specs does not cut", f"the same on every device of {name!r}", "others", remedy)

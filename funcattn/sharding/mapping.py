@@ -16,10 +16,10 @@ from typing import Any
 
 import optree
 
-from .. import _checks
-from .._autodiff import has_tangent, transforming
-from .._doors import door
 from ..collectives import agree
+from ..core import errors
+from ..core.autograd import has_tangent, transforming
+from ..core.doors import door
 from ..models import Model
 from .devices import bind, check, refuse_transform, stacked, wrapped
 from .mesh import Grid, Mesh, P, PartitionSpec, axes_of, broadcast
@@ -86,13 +86,13 @@ def shard_map(
     sizes = axes_of(mesh)
     if isinstance(f, Model):
         if in_specs is not None or out_specs is not None:
-            _checks.fail("shard_map", "in_specs", "left out for a Model", "some", "A Model knows what its arguments are.")
+            errors.fail("shard_map", "in_specs", "left out for a Model", "some", "A Model knows what its arguments are.")
         return sharded(f, mesh)
     for name in axes or ():
         if name not in sizes:
-            _checks.fail("shard_map", "axes", f"names of the mesh, {list(sizes)}", repr(name), "Name what f speaks over.")
+            errors.fail("shard_map", "axes", f"names of the mesh, {list(sizes)}", repr(name), "Name what f speaks over.")
     if out_specs is None:
-        _checks.fail("shard_map", "out_specs", "given", None, "Say how what f returns is cut; P() is not at all.")
+        errors.fail("shard_map", "out_specs", "given", None, "Say how what f returns is cut; P() is not at all.")
     seen = tuple(sizes) if axes is None else tuple(axes)
 
     @functools.wraps(f)
@@ -121,5 +121,5 @@ def _in_specs(in_specs: Any, args: tuple[Any, ...], flat: list[Any]) -> list[Par
         return [spec_of(leaf) if is_distributed(leaf) else P() for leaf in flat]
     if not isinstance(in_specs, PartitionSpec) and (not isinstance(in_specs, tuple) or len(in_specs) != len(args)):
         got = f"{len(in_specs)}" if isinstance(in_specs, tuple) else f"a {type(in_specs).__name__}"
-        _checks.fail("shard_map", "in_specs", f"a tuple of {len(args)}, one for each argument, or one P", got, "Say P() for whole.")
+        errors.fail("shard_map", "in_specs", f"a tuple of {len(args)}, one for each argument, or one P", got, "Say P() for whole.")
     return broadcast(in_specs, args)

@@ -18,7 +18,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _checks
+from ..core import errors
 from ..tree import Tree
 
 
@@ -35,10 +35,10 @@ class PartitionSpec(tuple[Any, ...]):
             names = entry if isinstance(entry, tuple) else (entry,)
             if not all(name is None or isinstance(name, str) for name in names):
                 remedy = "Write P('tensor', None), or P(('data', 'tensor'), None)."
-                _checks.fail("PartitionSpec", "axes", "names of mesh axes, tuples of them, or None", repr(entry), remedy, TypeError)
+                errors.fail("PartitionSpec", "axes", "names of mesh axes, tuples of them, or None", repr(entry), remedy, TypeError)
         used = [name for entry in axes for name in (entry if isinstance(entry, tuple) else (entry,)) if name is not None]
         if len(set(used)) != len(used):
-            _checks.fail("PartitionSpec", "axes", "each name once", repr(axes), "An axis of a mesh cuts one axis of a tensor.")
+            errors.fail("PartitionSpec", "axes", "each name once", repr(axes), "An axis of a mesh cuts one axis of a tensor.")
         return super().__new__(cls, axes)
 
     def __repr__(self) -> str:
@@ -75,7 +75,7 @@ class VirtualMesh:
     def __init__(self, **axes: int) -> None:
         for name, size in axes.items():
             if not isinstance(size, int) or size < 1:
-                _checks.fail("Grid", name, "1 or more", size, "It is the number of devices along an axis.")
+                errors.fail("Grid", name, "1 or more", size, "It is the number of devices along an axis.")
         object.__setattr__(self, "axes", tuple(axes.items()))
 
     @property
@@ -100,7 +100,7 @@ def axes_of(mesh: Mesh) -> dict[str, int]:
     if not names:
         remedy = "Use torch.distributed.init_device_mesh('cpu', (2,), mesh_dim_names=('tensor',)), or fa.sharding.Grid(tensor=2)."
         got = f"a {type(mesh).__name__}" + (" without names" if hasattr(mesh, "mesh_dim_names") else "")
-        _checks.fail("sharding", "mesh", "a DeviceMesh with mesh_dim_names, or a Grid", got, remedy, TypeError)
+        errors.fail("sharding", "mesh", "a DeviceMesh with mesh_dim_names, or a Grid", got, remedy, TypeError)
     return {name: mesh.size(i) for i, name in enumerate(names)}
 
 
@@ -134,7 +134,7 @@ def broadcast(prefix: Any, whole: Tree, function: str = "shard_map") -> list[Par
         return optree.broadcast_prefix(prefix, whole, is_leaf=is_spec)
     except ValueError as error:
         remedy = "Say P() for all that is whole, and use the records that the tree has."
-        _checks.fail(function, "specs", "prefixes of the trees", str(error).splitlines()[0], remedy)
+        errors.fail(function, "specs", "prefixes of the trees", str(error).splitlines()[0], remedy)
 
 
 def part(leaf: Tensor, spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> Tensor:

@@ -18,11 +18,12 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _checks, caches, tree
-from .._autodiff import has_tangent, transforming
-from .._doors import door
+from .. import caches, tree
 from ..caches import Branch, Cache, Delta
 from ..collectives import agree
+from ..core import errors
+from ..core.autograd import has_tangent, transforming
+from ..core.doors import door
 from ..masks import Mask
 from ..models import Model, written
 from ..records import ABSENT, is_absent
@@ -41,7 +42,7 @@ def sharded(model: Model, mesh: Mesh) -> Model:
     """
     if not isinstance(model, Model) or (isinstance(mesh, Grid) and model.config is None):
         wanted = "from fa.decoder" if isinstance(mesh, Grid) else "a Model"
-        _checks.fail(
+        errors.fail(
             "shard_map", "model", wanted, f"a {type(model).__name__} of another make", "Make it with fa.decoder(config).", TypeError
         )
     run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
@@ -92,7 +93,7 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], C
             return Branch(past(cache.prefix), past(cache.tail))
         if type(cache) is not Cache:
             got, remedy = f"a {type(cache).__name__}", "Use a dense past, or map f with specs of its own: shard_map(f, mesh, ...)."
-            _checks.fail("shard_map", "cache", "a Cache, or a Branch of such, over a Grid", got, remedy, TypeError)
+            errors.fail("shard_map", "cache", "a Cache, or a Branch of such, over a Grid", got, remedy, TypeError)
         cuts: Any = (of_past, of_past, P())
         return Cache(*cuts)
 

@@ -14,8 +14,9 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from .. import _checks, layers, tree
-from .._doors import door
+from .. import layers, tree
+from ..core import errors
+from ..core.doors import door
 from ..low_rank import Lora
 from ..quantization import RECORDS
 from ..records import is_absent
@@ -150,15 +151,15 @@ def specs(params: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
         rule = next((rule for rule in known if re.fullmatch(rule.path, path)), None)
         if rule is None:
             remedy = "End the rules with ('.*', P()), which keeps the rest whole."
-            _checks.fail("shard", "rules", f"one that matches {path!r}", "none", remedy)
+            errors.fail("shard", "rules", f"one that matches {path!r}", "none", remedy)
         spec = _within(rule.spec, sizes)
         if not isinstance(weight, Tensor) and not is_weight(weight):
             remedy = "Register its type with @funcattn.layers.fields.register."
-            _checks.fail("shard", path, "a tensor or a registered record", f"a {type(weight).__name__}", remedy, TypeError)
+            errors.fail("shard", path, "a tensor or a registered record", f"a {type(weight).__name__}", remedy, TypeError)
         shape = _shape(weight)
         if len(spec) not in (0, len(shape)):
             remedy = "Write a rule for this leaf; of a model with experts give rules=tensor_parallel(config)."
-            _checks.fail("shard", path, f"of {len(spec)} axes, as {spec} has", shape, remedy)
+            errors.fail("shard", path, f"of {len(spec)} axes, as {spec} has", shape, remedy)
         _check_blocks(path, shape, spec, sizes, rule.block)
         divided = layers.fields(weight, tuple(spec))
         return tree.map_with_path(
@@ -175,7 +176,7 @@ def _within(spec: PartitionSpec, sizes: dict[str, int]) -> PartitionSpec:
     def entry(dim: int) -> Any:
         names = tuple(name for name in spec.names(dim) if name in sizes)
         if [*names] != sorted(names, key=order.index):
-            _checks.fail("shard", "rules", f"names in the order of the mesh, {order}", names, "Outer axes stand first.")
+            errors.fail("shard", "rules", f"names in the order of the mesh, {order}", names, "Outer axes stand first.")
         return None if not names else names[0] if len(names) == 1 else names
 
     return P(*(entry(dim) for dim in range(len(spec))))
@@ -196,7 +197,7 @@ def _check_blocks(path: str, shape: tuple[int, ...], spec: PartitionSpec, sizes:
             whole = f"{shape[dim] // together} blocks of {together} {what}" if together > 1 else f"{shape[dim]} {what}"
             remedy = "Choose a number of devices that divides them, or a rule that keeps the leaf whole."
             wanted = f"divisible into {n} parts along {'+'.join(spec.names(dim))!r}"
-            _checks.fail("shard", path, wanted, whole, remedy)
+            errors.fail("shard", path, wanted, whole, remedy)
 
 
 def _leaf(path: str, leaf: Tensor, spec: PartitionSpec, sizes: dict[str, int]) -> PartitionSpec:
@@ -205,5 +206,5 @@ def _leaf(path: str, leaf: Tensor, spec: PartitionSpec, sizes: dict[str, int]) -
         if leaf.shape[dim] % n:
             wanted = f"divisible into {n} parts along axis {dim}"
             remedy = "A group of columns is not cut: quantize with a smaller group, or keep the leaf whole by a rule."
-            _checks.fail("shard", path, wanted, _checks.shape(leaf), remedy)
+            errors.fail("shard", path, wanted, errors.shape(leaf), remedy)
     return spec

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
-from .._autodiff import has_tangent, transforming
-from .._doors import door
+from .. import tree
 from ..collectives import agree, groups
+from ..core import errors
+from ..core.autograd import has_tangent, transforming
+from ..core.doors import door
 from ..tree import Tree
 from .mesh import Grid, Mesh, P, PartitionSpec, Rules, axes_of, part
 from .rules import specs
@@ -51,7 +52,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
         if isinstance(mesh, Grid):
             return params
         if transforming() or has_tangent(params):
-            _checks.fail("shard", "the call", "outside of every transform", "one inside", "Shard first.", TypeError)
+            errors.fail("shard", "the call", "outside of every transform", "one inside", "Shard first.", TypeError)
         agree("shard", {path: leaf for path, leaf in tree.items(params) if not is_distributed(leaf)}, mesh=mesh)
         coordinates = {name: mesh.get_local_rank(name) for name in sizes}
 
@@ -60,7 +61,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
                 if spec_of(leaf) == _trimmed(spec) and leaf.device_mesh == mesh:
                     return leaf
                 remedy = "Gather it first: fa.gather(tree)."
-                _checks.fail("shard", "tree", "of whole tensors", "a DTensor that is cut otherwise", remedy, TypeError)
+                errors.fail("shard", "tree", "of whole tensors", "a DTensor that is cut otherwise", remedy, TypeError)
             held = part(leaf.detach(), spec, coordinates, sizes)
             return distributed(_copied(held), spec, mesh, leaf.shape)
 
@@ -80,7 +81,7 @@ def gather(tree_: Tree) -> Tree:
         TypeError: inside a transform.
     """
     if transforming() or has_tangent(tree_):
-        _checks.fail("gather", "the call", "outside of every transform", "one inside", "Use all_gather inside.", TypeError)
+        errors.fail("gather", "the call", "outside of every transform", "one inside", "Use all_gather inside.", TypeError)
     return tree.map(lambda leaf: _whole(leaf) if is_distributed(leaf) else leaf, tree_)
 
 
@@ -91,7 +92,7 @@ def to_local(tree_: Tree) -> Tree:
 
 def is_distributed(leaf: Any) -> "TypeGuard[DTensor]":
     """Whether a leaf is a DTensor."""
-    return _checks.is_distributed(leaf)
+    return errors.is_distributed(leaf)
 
 
 def spec_of(leaf: "DTensor") -> PartitionSpec:
@@ -104,7 +105,7 @@ def spec_of(leaf: "DTensor") -> PartitionSpec:
         if isinstance(placement, Shard):
             found[placement.dim] = (*found[placement.dim], name)
         elif not isinstance(placement, Replicate):
-            _checks.fail("shard_map", "a DTensor", "cut or whole", repr(placement), "Redistribute it first.")
+            errors.fail("shard_map", "a DTensor", "cut or whole", repr(placement), "Redistribute it first.")
     return _trimmed(P(*(None if not entry else entry[0] if len(entry) == 1 else entry for entry in found)))
 
 
@@ -145,13 +146,13 @@ def local(leaf: Tensor, spec: PartitionSpec, mesh: Any) -> Tensor:
     """This process's part of a DTensor, or of a plain tensor that every process holds whole."""
     if is_distributed(leaf):
         if leaf.device_mesh != mesh:
-            _checks.fail("shard_map", "a DTensor", "of this mesh", f"one of {leaf.device_mesh}", "Gather it and shard it anew.")
+            errors.fail("shard_map", "a DTensor", "of this mesh", f"one of {leaf.device_mesh}", "Gather it and shard it anew.")
         if spec_of(leaf) != _trimmed(spec):
             remedy = "Shard it by the same rules, or leave in_specs out."
-            _checks.fail("shard_map", "a DTensor", f"cut as in_specs says, {spec}", repr(spec_of(leaf)), remedy)
+            errors.fail("shard_map", "a DTensor", f"cut as in_specs says, {spec}", repr(spec_of(leaf)), remedy)
         if torch.is_grad_enabled() and leaf.requires_grad:
             remedy = "Differentiate inside: shard_map(grad(f), ...)."
-            _checks.fail("shard_map", "a DTensor", "one that autograd does not follow", "requires_grad", remedy, TypeError)
+            errors.fail("shard_map", "a DTensor", "one that autograd does not follow", "requires_grad", remedy, TypeError)
         return leaf.to_local()
     sizes = axes_of(mesh)
     return part(leaf, spec, {name: mesh.get_local_rank(name) for name in sizes}, sizes)

@@ -8,9 +8,10 @@ Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
 import torch
 from torch import Tensor
 
-from .. import _checks, collectives, transformer
-from .._doors import door
+from .. import collectives, transformer
 from ..collectives import all_gather, all_gather_invariant, axis_index, pmax, psum
+from ..core import errors
+from ..core.doors import door
 from ..models import Model, config_of, told, written
 from ..transformer import TENSOR
 from ..tree import Tree
@@ -69,10 +70,10 @@ def candidates(model: Model, k: int) -> Model:
     config = config_of(model, "logits")
     if config is None:
         remedy = "Make it with fa.decoder(config), and replace or shard what comes of it."
-        _checks.fail("candidates", "model", "from fa.decoder", told(model), remedy, TypeError)
+        errors.fail("candidates", "model", "from fa.decoder", told(model), remedy, TypeError)
     V = config.vocabulary
     if not isinstance(k, int) or not 1 <= k <= V:
-        _checks.fail("candidates", "k", f"from 1 to the {V} tokens", k, "Give what the sampler keeps.")
+        errors.fail("candidates", "k", f"from 1 to the {V} tokens", k, "Give what the sampler keeps.")
 
     def logits(params: Tree, hidden: Tensor) -> Tensor:
         local = local_logits(model, params, hidden)

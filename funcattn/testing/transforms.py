@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
-from .. import _checks, masks, randomness, tree
+from .. import masks, randomness, tree
+from ..core import errors
 from ..kernels import attend, attention
 from . import dense
 
@@ -125,7 +126,7 @@ def check_transforms(
         args = (q, k, v, masks.causal(5))
     moving = [place for place, leaf in enumerate(tree.leaves(args)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not moving:
-        _checks.fail("check_transforms", "args", "with a floating tensor in them", "none", "Give what f is differentiated by.")
+        errors.fail("check_transforms", "args", "with a floating tensor in them", "none", "Give what f is differentiated by.")
     x, wide = ([leaf.to(dtype) for leaf in _at(args, moving)] for dtype in (None, torch.float64))
     ours, theirs = _vector(f, args, moving), _vector(reference, tree.cast(torch.float64)(args), moving)
     rows = []
@@ -150,7 +151,7 @@ def _definition(f: Callable[..., Any], given: bool) -> Callable[..., Any]:
     options.pop("kernel", None)
     if (given and not known) or set(options) - {"scale", "bias"}:
         got, remedy = f"none for {getattr(f, '__name__', f)}", "Pass the same function in plain torch operations: reference=..."
-        _checks.fail("check_transforms", "reference", "given with args", got, remedy)
+        errors.fail("check_transforms", "reference", "given with args", got, remedy)
     definition = functools.partial(dense.attend, **options)
 
     def matching(*args: Any) -> Any:

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
-from .._doors import door, printed
+from .. import tree
+from ..core import errors
+from ..core.doors import door, printed
 from ..records import ABSENT, record
 from ..tree import Tree
 from .leafwise import check_positive, scalar, scaled, zero_count
@@ -50,7 +51,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             got = f"a {type(optimizer).__name__}"
-            _checks.fail("chain", "optimizers", "Optimizers", got, "Call them first: chain(clip(1.0), adamw(3e-4)).", TypeError)
+            errors.fail("chain", "optimizers", "Optimizers", got, "Call them first: chain(clip(1.0), adamw(3e-4)).", TypeError)
 
     def update(gradients: Tree, state: tuple[Any, ...], params: Tree) -> tuple[Tree, tuple[Any, ...]]:
         after = []
@@ -73,7 +74,7 @@ def accumulate(n: int, optimizer: Optimizer) -> Optimizer:
     Law: n gradients do what their mean does (test_optimizers.py::test_accumulated_gradients_act_by_their_mean).
     """
     if not isinstance(n, int) or n < 1:
-        _checks.fail("accumulate", "n", "1 or more", n, "It is the number of gradients in one update.")
+        errors.fail("accumulate", "n", "1 or more", n, "It is the number of gradients in one update.")
 
     def init(params: Tree) -> Accumulated:
         return Accumulated(zero_count(params), tree.map(torch.zeros_like, params), optimizer.init(params))

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .. import _checks, collectives, randomness, tree
-from .._doors import door
+from .. import collectives, randomness, tree
+from ..core import errors
+from ..core.doors import door
 from ..models import Model
 from ..records import ABSENT
 from ..tree import Tree
@@ -122,9 +123,9 @@ def fit(
     least |= {"keep": (keep, 1), "save_every": (1 if save_every is None else save_every, 1)}
     for name, (n, low) in least.items():
         if not isinstance(n, int) or n < low:
-            _checks.fail("fit", name, f"{low} or more", n, "It is a number of steps, rows, batches or snapshots.")
+            errors.fail("fit", name, f"{low} or more", n, "It is a number of steps, rows, batches or snapshots.")
     if not tree.leaves(params):
-        _checks.fail("fit", "params", "a tree with leaves to train", "none", "Leave some out of frozen.")
+        errors.fail("fit", "params", "a tree with leaves to train", "none", "Leave some out of frozen.")
     told = {"key": key, "tokens": tokens, "steps": steps, "rows": rows, "context": context, "micro_batches": micro_batches}
     collectives.agree("fit", told, params)
     one = step(model, optimizer, loss=loss, micro_batches=micro_batches, compute=compute, specs=specs)
@@ -142,7 +143,7 @@ def fit(
     begun = _begin(folder, params, optimizer.init(params), run, resume)
     params, state, first, told, seen = begun
     if first > steps:
-        _checks.fail("fit", "steps", f"at least the {first} of the snapshot", steps, "Ask for more steps.")
+        errors.fail("fit", "steps", f"at least the {first} of the snapshot", steps, "Ask for more steps.")
     every = report_every if save_every is None else save_every
     with torch.no_grad(), _progress(first, steps, progress) as show:
         waiting: list[Tensor] = []
@@ -178,13 +179,13 @@ def _begin(
         return params, state, 0, [], []
     if not resume:
         remedy = "Pass resume=True to go on from it, or choose another folder."
-        _checks.fail("fit", "folder", "without snapshots", f"one of step {taken[-1]} in {os.fspath(folder)}", remedy)
+        errors.fail("fit", "folder", "without snapshots", f"one of step {taken[-1]} in {os.fspath(folder)}", remedy)
     values, held = snapshots.read(folder, taken[-1], {"params": params, "state": state})
     told, seen = _reports(held, lambda got: snapshots.damaged(folder, taken[-1], got), run)
     for name, wanted in run.items():
         if held["of"][name] != wanted:
             remedy = "A run goes on with what it began with; choose another folder for another one."
-            _checks.fail("fit", name, f"{held['of'][name]} as in the snapshot of step {taken[-1]}", wanted, remedy)
+            errors.fail("fit", name, f"{held['of'][name]} as in the snapshot of step {taken[-1]}", wanted, remedy)
     return values["params"], values["state"], taken[-1], told, seen
 
 
@@ -197,7 +198,7 @@ def _reports(held: dict[str, Any], damaged: Callable[[str], NoReturn], run: dict
         damaged("losses that are no numbers")
     if not isinstance(told, list) or not all(isinstance(report, list) and len(report) == 3 for report in told):
         damaged("reports that are not a step and two losses")
-    if not all(_checks.is_int(n) and _is_loss(loss) and (other is None or _is_loss(other)) for n, loss, other in told):
+    if not all(errors.is_int(n) and _is_loss(loss) and (other is None or _is_loss(other)) for n, loss, other in told):
         damaged("reports that are not a step and two losses")
     return [Report(*report) for report in told], seen
 
@@ -212,7 +213,7 @@ def _finite(waiting: list[Tensor], done: int) -> list[float]:
     for back, value in enumerate(reversed(values)):
         if not math.isfinite(value):
             remedy = "Lower the learning rate, warm up longer, or clip gradients; the last snapshot is from before."
-            _checks.fail("fit", f"the loss of step {done - back}", "finite", value, remedy)
+            errors.fail("fit", f"the loss of step {done - back}", "finite", value, remedy)
     return values
 
 
@@ -227,14 +228,14 @@ def _fingerprint(tokens: Tensor) -> str:
 def _check_text(function: str, argument: str, tokens: Tensor, context: int) -> None:
     if not isinstance(tokens, Tensor) or tokens.dtype not in tree.INTEGERS:
         got = getattr(tokens, "dtype", type(tokens).__name__)
-        _checks.fail(
+        errors.fail(
             function, argument, "an integer tensor (N,)", got, "Encode the text: torch.tensor(tokenizer.encode(text)).", TypeError
         )
     if not isinstance(context, int) or context < 1:
-        _checks.fail(function, "context", "1 or more", context, "It is the number of inputs in a row.")
+        errors.fail(function, "context", "1 or more", context, "It is the number of inputs in a row.")
     if tokens.dim() != 1 or len(tokens) < context + 1:
         remedy = "Give a longer text, or a smaller context."
-        _checks.fail(function, argument, f"(N,) with N at least context + 1 = {context + 1}", _checks.shape(tokens), remedy)
+        errors.fail(function, argument, f"(N,) with N at least context + 1 = {context + 1}", errors.shape(tokens), remedy)
 
 
 @contextlib.contextmanager

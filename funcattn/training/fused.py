@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autodiff import is_recorded
+from ..core.autograd import is_recorded
 
 
 def is_quiet(*trees: Any) -> bool:

@@ -7,7 +7,8 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
+from .. import tree
+from ..core import errors
 from ..tree import Tree
 
 
@@ -42,17 +43,17 @@ def columns_of(*trees: Tree) -> list[Any]:
     """The leaves of each tree, and what makes a tree of such leaves."""
     columns, structures = zip(*map(optree.tree_flatten, trees), strict=True)
     if any(structure != structures[0] for structure in structures):
-        _checks.fail("update", "gradients, state and params", "trees of one structure", "two", "Give the state of these params.")
+        errors.fail("update", "gradients, state and params", "trees of one structure", "two", "Give the state of these params.")
     return [*columns, lambda leaves: optree.tree_unflatten(structures[0], leaves)]
 
 
 def check_share(function: str, argument: str, x: float) -> None:
     """Fail where x is not in [0, 1)."""
     if not isinstance(x, int | float) or not 0 <= x < 1:
-        _checks.fail(function, argument, "in [0, 1)", x, "It is the share of the past that is kept.")
+        errors.fail(function, argument, "in [0, 1)", x, "It is the share of the past that is kept.")
 
 
 def check_positive(function: str, argument: str, x: float) -> None:
     """Fail where x is not a finite number, 0 or more."""
     if not isinstance(x, int | float) or not 0 <= x < float("inf"):
-        _checks.fail(function, argument, "a number, 0 or more", x, "Choose such a one.")
+        errors.fail(function, argument, "a number, 0 or more", x, "Choose such a one.")

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, collectives, masks, tree
-from .._doors import door
+from .. import collectives, masks, tree
 from ..caches import CONTEXT
 from ..collectives import axis_size, local_slice, psum
+from ..core import errors
+from ..core.doors import door
 from ..kernels import zigzag
 from ..models import Model, config_of
 from ..rematerialization import remat
@@ -55,7 +56,7 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     Law: packed documents lose what they lose alone (test_training.py::test_packed_documents_lose_what_they_lose_alone).
     Law: grad, jvp, vmap(grad) and hvp are exact (test_training.py::test_derivatives_of_the_loss_are_those_of_the_reference).
     """
-    _checks.is_decoder("loss", model)
+    errors.is_decoder("loss", model)
     _check(tokens, mask, segments)
     if tokens.device.type == "cpu":  # a GPU would be waited for at every step
         collectives.agree("loss", {"tokens": tokens, "mask": mask, "segments": segments}, params)
@@ -63,7 +64,7 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     counts = None if mask is None else mask.expand(targets.shape)
     if axis_size(CONTEXT) > 1:
         if segments is not None:
-            _checks.fail("loss", "segments", "None over 'context'", "some", "Pack documents over 'data', or leave them whole.")
+            errors.fail("loss", "segments", "None over 'context'", "some", "Pack documents over 'data', or leave them whole.")
         inputs, targets = _part(inputs), _part(targets)
         counts = None if counts is None else _part(counts)
     whole = follower(model) is not None and axis_size(CONTEXT) == 1  # the last token counts for the length of its text
@@ -80,8 +81,8 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
         counts = same if counts is None else counts & same
     hidden = hidden[..., : targets.shape[-1], :]
     alone = axis_size(DATA) * axis_size(CONTEXT) == 1
-    if alone and counts is not None and _checks.value(counts) is not None and not _checks.is_true(counts):
-        _checks.fail("loss", "mask", "true of some target", "none that counts", "Leave out batches without targets.")
+    if alone and counts is not None and errors.value(counts) is not None and not errors.is_true(counts):
+        errors.fail("loss", "mask", "true of some target", "none that counts", "Leave out batches without targets.")
     summed = _cross_entropy(model, params, hidden.flatten(0, -2), targets.flatten(), None if counts is None else counts.flatten())
     if alone:
         return summed / (targets.numel() if counts is None else counts.sum())
@@ -112,8 +113,8 @@ def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, 
         return torch.where(counts[0], each, 0.0).sum()
 
     V = _vocabulary(model, params, hidden)
-    if _checks.is_true((targets < 0) | (targets >= V)):
-        _checks.fail("loss", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")
+    if errors.is_true((targets < 0) | (targets >= V)):
+        errors.fail("loss", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")
     rows = max(1, BLOCK // V)
     data = (hidden, targets, *(() if counts is None else (counts,)))
     if len(targets) <= rows:
@@ -137,21 +138,19 @@ def _check(tokens: Tensor, mask: Tensor | None, segments: Tensor | None) -> None
     integer = lambda x: isinstance(x, Tensor) and x.dtype in tree.INTEGERS
     kind = lambda x: getattr(x, "dtype", type(x).__name__)
     if not integer(tokens):
-        _checks.fail("loss", "tokens", "an integer tensor", kind(tokens), "Pass token ids (*lead, T).", TypeError)
+        errors.fail("loss", "tokens", "an integer tensor", kind(tokens), "Pass token ids (*lead, T).", TypeError)
     if tokens.dim() < 1 or tokens.shape[-1] < 2 or not tokens.numel():
         remedy = "A row of T tokens has T - 1 inputs and their targets."
-        _checks.fail("loss", "tokens", "(*lead, T) with T at least 2", _checks.shape(tokens), remedy)
+        errors.fail("loss", "tokens", "(*lead, T) with T at least 2", errors.shape(tokens), remedy)
     wanted = (*tokens.shape[:-1], tokens.shape[-1] - 1)
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
-        _checks.fail("loss", "mask", "booleans", kind(mask), "Say which targets count: mask.bool().", TypeError)
+        errors.fail("loss", "mask", "booleans", kind(mask), "Say which targets count: mask.bool().", TypeError)
     if mask is not None and not _fits(mask.shape, wanted):
-        _checks.fail(
-            "loss", "mask", f"such that it broadcasts to {wanted}, the targets", _checks.shape(mask), "Use tokens[..., 1:]."
-        )
+        errors.fail("loss", "mask", f"such that it broadcasts to {wanted}, the targets", errors.shape(mask), "Use tokens[..., 1:].")
     if segments is not None and not integer(segments):
-        _checks.fail("loss", "segments", "integers", kind(segments), "Number the documents.", TypeError)
+        errors.fail("loss", "segments", "integers", kind(segments), "Number the documents.", TypeError)
     if segments is not None and segments.shape != tokens.shape:
-        _checks.fail("loss", "segments", f"{_checks.shape(tokens)} as tokens are", _checks.shape(segments), "One number a token.")
+        errors.fail("loss", "segments", f"{errors.shape(tokens)} as tokens are", errors.shape(segments), "One number a token.")
 
 
 def _fits(shape: torch.Size, wanted: tuple[int, ...]) -> bool:

@@ -6,7 +6,8 @@
 import torch
 from torch import Tensor
 
-from .. import _checks, collectives, tree
+from .. import collectives, tree
+from ..core import errors
 from ..sharding.mesh import broadcast
 from ..tree import Tree
 
@@ -34,5 +35,5 @@ def cut_axes(function: str, tree_: Tree, specs: Tree) -> list[tuple[str, ...]]:
         return [()] * len(tree.leaves(tree_))
     if specs is None:
         remedy = "Give those of params: fa.sharding.specs(params, mesh, rules), or P() where all are whole."
-        _checks.fail(function, "specs", "given where axes of a mesh are bound", None, remedy)
+        errors.fail(function, "specs", "given where axes of a mesh are bound", None, remedy)
     return [spec.axes() for spec in broadcast(specs, tree_, function)]

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import _checks, tree
-from .._doors import door, printed, uncalled
+from .. import tree
+from ..core import errors
+from ..core.doors import door, printed, uncalled
 from ..records import ABSENT, record
 from ..tree import Tree
 from . import fused
@@ -107,7 +108,7 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
     check_share("sgd", "momentum", momentum)
     check_positive("sgd", "weight_decay", weight_decay)
     if nesterov and not momentum:
-        _checks.fail("sgd", "nesterov", "used with momentum", "momentum 0", "Give it momentum=0.9.")
+        errors.fail("sgd", "nesterov", "used with momentum", "momentum 0", "Give it momentum=0.9.")
 
     def init(params: Tree) -> Momentum:
         return Momentum(zero_count(params), tree.map(torch.zeros_like, params) if momentum else ABSENT)
@@ -153,7 +154,7 @@ def adamw(
     """
     check_rate("adamw", learning_rate)
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        _checks.fail("adamw", "betas", "two numbers", f"a {type(betas).__name__}", "Such as (0.9, 0.999).", TypeError)
+        errors.fail("adamw", "betas", "two numbers", f"a {type(betas).__name__}", "Such as (0.9, 0.999).", TypeError)
     b1, b2 = betas
     check_share("adamw", "betas", b1)
     check_share("adamw", "betas", b2)
@@ -231,20 +232,20 @@ def muon(
     check_share("muon", "momentum", momentum)
     check_positive("muon", "weight_decay", weight_decay)
     if not isinstance(steps, int) or not 1 <= steps < 100:
-        _checks.fail("muon", "steps", "in 1..99", steps, "Five are enough.")
+        errors.fail("muon", "steps", "in 1..99", steps, "Five are enough.")
     others = rest if rest is not None else adamw(learning_rate if match else 3e-4)
 
     def init(params: Tree) -> tuple[Momentum, Any]:
         mine, theirs = tree.partition(params, where)
         wrong = [path for path, leaf in tree.items(mine) if leaf.dim() != 2]
         if wrong:
-            _checks.fail("muon", "where", "true of matrices only", f"true of {wrong[0]}", "Test leaf.dim() == 2 too.")
+            errors.fail("muon", "where", "true of matrices only", f"true of {wrong[0]}", "Test leaf.dim() == 2 too.")
         return Momentum(zero_count(params), tree.map(torch.zeros_like, mine)), others.init(theirs)
 
     def update(gradients: Tree, state: tuple[Momentum, Any], params: Tree) -> tuple[Tree, tuple[Momentum, Any]]:
         if any(cut_axes("muon", params, specs)):
             remedy = "Use adamw, or keep params whole: sharding.replicated()."
-            _checks.fail("muon", "params", "whole on every device", "matrices that are cut, of which none has the whole", remedy)
+            errors.fail("muon", "params", "whole on every device", "matrices that are cut, of which none has the whole", remedy)
         mine, theirs = tree.partition(params, where)
         chosen = {path for path, leaf in tree.items(params) if where(path, leaf)}
         gradient, rest_gradient = tree.partition(gradients, lambda path, _: path in chosen)

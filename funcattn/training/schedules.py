@@ -11,8 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door
+from ..core import errors
+from ..core.doors import door
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 Rate: TypeAlias = float | Tensor | Schedule
@@ -68,7 +68,7 @@ def wsd(peak: float, steps: int, *, warmup: int = 0, decay: int, floor: float = 
     _lengths("wsd", steps, warmup)
     if not isinstance(decay, int) or not 1 <= decay <= steps - warmup:
         wanted = f"in 1..{steps - warmup}, the steps behind the warm-up"
-        _checks.fail("wsd", "decay", wanted, decay, "Warm-up and decay are parts of steps.")
+        errors.fail("wsd", "decay", wanted, decay, "Warm-up and decay are parts of steps.")
     _rate("wsd", "peak", peak)
     _rate("wsd", "floor", floor)
 
@@ -91,19 +91,19 @@ def check_rate(function: str, rate: Rate) -> None:
     """Refuse what is no learning rate."""
     if isinstance(rate, Tensor):
         if rate.dim() or not rate.is_floating_point():
-            got = f"{rate.dtype} {_checks.shape(rate)}"
-            _checks.fail(function, "learning_rate", "a floating tensor ()", got, "Map over several with vmap.")
+            got = f"{rate.dtype} {errors.shape(rate)}"
+            errors.fail(function, "learning_rate", "a floating tensor ()", got, "Map over several with vmap.")
     elif not callable(rate):
         _rate(function, "learning_rate", rate)
 
 
 def _rate(function: str, argument: str, rate: float) -> None:
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-        _checks.fail(function, argument, "a number, 0 or more", rate, "Signs are the optimizer's matter.")
+        errors.fail(function, argument, "a number, 0 or more", rate, "Signs are the optimizer's matter.")
 
 
 def _lengths(function: str, steps: int, warmup: int) -> None:
     if not isinstance(steps, int) or steps < 1:
-        _checks.fail(function, "steps", "1 or more", steps, "It is the number of updates.")
+        errors.fail(function, "steps", "1 or more", steps, "It is the number of updates.")
     if not isinstance(warmup, int) or not 0 <= warmup <= steps:
-        _checks.fail(function, "warmup", f"in 0..{steps} = steps", warmup, "The warm-up is a part of steps.")
+        errors.fail(function, "warmup", f"in 0..{steps} = steps", warmup, "The warm-up is a part of steps.")

@@ -21,11 +21,12 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import atomic, tree
-from .._checks import fail, is_int, shape, whole
+from .. import tree
 from ..checkpoints.families import CheckpointError
 from ..checkpoints.regular_files import check_regular, read_json
 from ..checkpoints.writing import written
+from ..core import atomic
+from ..core.errors import fail, is_int, shape, whole
 from ..tree import Tree
 
 TENSORS, RUN = "tensors.safetensors", "run.json"

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from .. import _checks, tree
-from .._autodiff import is_recorded
-from .._doors import door
+from .. import tree
+from ..core import errors
+from ..core.autograd import is_recorded
+from ..core.doors import door
 from ..models import Model
 from ..records import ABSENT, by_rows, record
 from ..tree import Tree
@@ -41,7 +42,7 @@ class Metrics(NamedTuple):
     norm: Tensor
 
     def __str__(self) -> str:
-        if not all(isinstance(x, Tensor) and _checks.value(x) is not None for x in self):
+        if not all(isinstance(x, Tensor) and errors.value(x) is not None for x in self):
             return repr(self)
         return by_rows(self, lambda row: f"loss {float(row.loss):.4f}, norm of the gradient {float(row.norm):.4g}")
 
@@ -89,10 +90,10 @@ def step(
     Law: micro-batches of one size give the step of the whole (test_steps.py::test_micro_batches_give_the_step_of_the_whole).
     """
     if not isinstance(micro_batches, int) or micro_batches < 1:
-        _checks.fail("step", "micro_batches", "1 or more", micro_batches, "It is the number of parts of a batch.")
+        errors.fail("step", "micro_batches", "1 or more", micro_batches, "It is the number of parts of a batch.")
     if not isinstance(optimizer, Optimizer):
         got = f"a {type(optimizer).__name__}"
-        _checks.fail("step", "optimizer", "an Optimizer", got, "Use fa.training.adamw(3e-4), or one of its kin.", TypeError)
+        errors.fail("step", "optimizer", "an Optimizer", got, "Use fa.training.adamw(3e-4), or one of its kin.", TypeError)
     narrow = tree.cast(compute) if compute is not None else lambda params: params
 
     @door(name="step(model, optimizer)")
@@ -130,5 +131,5 @@ def _split(batch: Any, n: int) -> list[Any]:
     for leaf in leaves:
         if not leaf.dim() or leaf.shape[0] % n:
             remedy = "Choose sizes that divide."
-            _checks.fail("step", "batch", f"of a leading axis that {n} micro_batches divide", _checks.shape(leaf), remedy)
+            errors.fail("step", "batch", f"of a leading axis that {n} micro_batches divide", errors.shape(leaf), remedy)
     return [optree.tree_unflatten(structure, row) for row in zip(*(leaf.chunk(n) for leaf in leaves), strict=True)]

@@ -3,9 +3,9 @@
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from .. import _checks
-from .._doors import door
 from ..checkpoints import Tokenizer
+from ..core import errors
+from ..core.doors import door
 
 UNKNOWN = "\ufffd"  # what stands for a character that the text did not have
 
@@ -25,7 +25,7 @@ def characters(text: str) -> Tokenizer:
     """
     if not isinstance(text, str) or not text:
         got = "an empty one" if isinstance(text, str) else f"a {type(text).__name__}"
-        _checks.fail("characters", "text", "a text", got, "Read one: Path(...).read_text().")
+        errors.fail("characters", "text", "a text", got, "Read one: Path(...).read_text().")
     known = {letter: number for number, letter in enumerate(sorted({*text, UNKNOWN}))}
     backend = tokenizers.Tokenizer(models.WordLevel(known, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

@@ -6,8 +6,9 @@ A family of models is a few of these fields, never a subclass: `families` reads 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .. import _checks, layers
-from .._doors import made
+from .. import layers
+from ..core import errors
+from ..core.doors import made
 from ..layers import RopeScaling
 
 NORMS = ("rms", "layer")
@@ -97,11 +98,11 @@ class Config:
     logit_cap: float | None = None  # soft cap
 
     def __post_init__(self) -> None:
-        fail = lambda name, wanted, remedy: _checks.fail("Config", name, wanted, getattr(self, name), remedy)
+        fail = lambda name, wanted, remedy: errors.fail("Config", name, wanted, getattr(self, name), remedy)
         for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", "context"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 got = getattr(self, name)
-                _checks.fail("Config", name, "an int", f"{got!r}, a {type(got).__name__}", "Sizes are whole numbers.", TypeError)
+                errors.fail("Config", name, "an int", f"{got!r}, a {type(got).__name__}", "Sizes are whole numbers.", TypeError)
             if getattr(self, name) < 1:
                 fail(name, "at least 1", "Sizes are positive.")
         if self.heads % self.kv_heads:
@@ -115,7 +116,7 @@ class Config:
         ):
             if getattr(self, name) not in choices:
                 wanted = f"one of {', '.join(map(repr, choices))}"
-                _checks.fail("Config", name, wanted, repr(getattr(self, name)), "Choose one of these.")
+                errors.fail("Config", name, wanted, repr(getattr(self, name)), "Choose one of these.")
         for name in ("window_layers", "rotary_layers", "expert_layers"):
             given = getattr(self, name)
             if not isinstance(given, tuple) or len(given) not in (0, self.layers):

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import _checks, kernels, layers, masks, taps
-from .._doors import what_is
+from .. import kernels, layers, masks, taps
 from ..caches import Delta
 from ..collectives import bound
+from ..core import errors
+from ..core.doors import what_is
 from ..layers import Rotation
 from ..masks import Mask
 from ..records import is_absent
@@ -114,7 +115,7 @@ def lm_head(params: Params) -> Any:
     """The weight that makes logits: the embedding, where it has none of its own."""
     if not hasattr(params, "head"):
         remedy = "Make them with model.init(key), or take those of fa.load."
-        _checks.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
+        errors.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
     return params.embedding if is_absent(params.head) else params.head
 
 
@@ -183,10 +184,10 @@ def layer_context(
 def _check_params(params: Params, config: Config) -> None:
     if not hasattr(params, "layers"):
         remedy = "Make them with model.init(key), or take those of fa.load; arguments come in the order params, tokens, cache."
-        _checks.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
+        errors.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
     count, norm = len(params.layers), params.norm
     if count == config.layers and (bound() or norm.shape[-1:] == (config.width,)):  # a device of a mesh may hold a part
         return
-    got = f"{count} layers" if count != config.layers else f"a width of {_checks.shape(norm)[-1]}"
+    got = f"{count} layers" if count != config.layers else f"a width of {errors.shape(norm)[-1]}"
     wanted = f"those of the config: {config.layers} layers of width {config.width}"
-    _checks.fail("decoder", "params", wanted, got, "Config, params and tokenizer of one fa.load belong together.")
+    errors.fail("decoder", "params", wanted, got, "Config, params and tokenizer of one fa.load belong together.")

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, caches
+from .. import caches
 from ..caches import Delta
+from ..core import errors
 from ..masks import Mask
 from ..records import ABSENT, is_absent
 from . import parallel
@@ -146,7 +147,7 @@ def _goes_on(config: Config, text: Text, length: Tensor) -> bool:
     other = text.beyond != beyond if config.rope_scaling.kind == "longrope" else text.beyond | beyond
     if not is_absent(text.counts):
         other = other & text.counts
-    known = _checks.peek(parallel.longest(other.any(-1).long()))
+    known = errors.peek(parallel.longest(other.any(-1).long()))
     return known is not None and not bool(known.any())
 
 
@@ -163,10 +164,10 @@ def _again(
     """The text of the past read again in front of the new tokens; what is returned is of the new ones alone."""
     (ids, n), R, T = in_front(text), text.ids.shape[-1], tokens.shape[-1]
     lost = cache.length != n
-    if parallel.in_parts() or _checks.is_true(lost):
+    if parallel.in_parts() or errors.is_true(lost):
         wanted = "a past that holds all of its text where rotary angles change with its length"
         remedy = "Give it a past that forgets nothing and lies on one device, or read the text at once."
-        _checks.fail("decoder", "cache", wanted, f"a {type(cache).__name__}", remedy)
+        errors.fail("decoder", "cache", wanted, f"a {type(cache).__name__}", remedy)
     row = torch.arange(R + T, device=tokens.device)
     if mask is None and is_absent(text.counts):
         seen: Mask | Tensor | None = None

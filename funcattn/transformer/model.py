@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, caches, rematerialization, taps, tree
-from .._doors import door, what_is
+from .. import caches, rematerialization, taps, tree
 from ..caches import Cache, Delta
+from ..core import errors
+from ..core.doors import door, what_is
 from ..kernels import Kernel
 from ..masks import Mask
 from ..models import Made, Model, Past, written
@@ -66,7 +67,7 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
 
     if not isinstance(config, Config):
         remedy = "Make one with fa.Config(...), or take that of fa.load, which returns (config, params, tokenizer)."
-        _checks.fail("decoder", "config", "a Config", f"a {type(config).__name__}", remedy, TypeError)
+        errors.fail("decoder", "config", "a Config", f"a {type(config).__name__}", remedy, TypeError)
     specs = [config.layer_spec(i) for i in range(config.layers)]
 
     @door
@@ -87,13 +88,13 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
             kind: `fa.Cache`, `fa.Pages`, `fa.Ring`, `fa.QuantizedCache`, or another (`funcattn.caches`).
             dtype: of keys and values: that of the activations. None is torch's default.
         """
-        if not _checks.is_count(size, 0):
-            _checks.fail("cache", "size", "a number of tokens, 0 or more", size, "Say how many tokens the past has room for.")
+        if not errors.is_count(size, 0):
+            errors.fail("cache", "size", "a number of tokens, 0 or more", size, "Say how many tokens the past has room for.")
         if not hasattr(kind, "empty"):
             remedy = "Pass fa.Cache, fa.Pages, fa.Ring or another kind, not its name."
-            _checks.fail("cache", "kind", "a kind of past", repr(kind), remedy, TypeError)
+            errors.fail("cache", "kind", "a kind of past", repr(kind), remedy, TypeError)
         if dtype is not None and not isinstance(dtype, torch.dtype):
-            _checks.fail("cache", "dtype", "a torch.dtype, or None", repr(dtype), "Pass one such as torch.bfloat16.", TypeError)
+            errors.fail("cache", "dtype", "a torch.dtype, or None", repr(dtype), "Pass one such as torch.bfloat16.", TypeError)
         return kind.empty(lengths.cache_layers(config), parallel.heads(config)[1], size, config.head_size, dtype)
 
     @door
@@ -117,7 +118,7 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
         parallel.check(params, cache, mask)
         run = functools.partial(read, params)
         x, delta = lengths.hidden(config, run, tokens, cache, at, mask, positions is None)
-        if not is_absent(cache) and _checks.value(cache.length) is None:
+        if not is_absent(cache) and errors.value(cache.length) is None:
             x = torch.where(caches.overflowed(cache), float("nan"), x)
         return taps.tap("output", x), delta
 
@@ -148,7 +149,7 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
         weight = lm_head(params)
         if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (config.width,):
             remedy = "Pass the first of what model.hidden returns."
-            _checks.fail("decoder", "hidden", f"(*lead, E) with E = {config.width}", what_is(hidden), remedy)
+            errors.fail("decoder", "hidden", f"(*lead, E) with E = {config.width}", what_is(hidden), remedy)
         return predict(config, weight, hidden)
 
     options = {"kernel": kernel} if kernel is not None else {}
@@ -181,7 +182,7 @@ def positions_of(config: Config, tokens: Tensor, cache: Past, positions: Tensor 
 def _check_past(cache: Any, config: Config) -> None:
     wanted, got = (lengths.cache_layers(config), parallel.heads(config)[1], config.head_size), caches.sizes(cache)
     if got != wanted:
-        _checks.fail(
+        errors.fail(
             "decoder",
             "cache",
             f"of (layers, kv_heads, head_size) = {wanted}",
@@ -194,51 +195,51 @@ def _check_past(cache: Any, config: Config) -> None:
 def _check_positions(positions: Tensor, T: int) -> None:
     if not isinstance(positions, Tensor) or positions.dtype not in tree.INTEGERS or positions.shape[-1:] != (T,):
         remedy = "They say where in the sequence each new token stands; None goes on from the past."
-        _checks.fail("decoder", "positions", f"integers (*lead, T) with T = {T}", what_is(positions), remedy, TypeError)
+        errors.fail("decoder", "positions", f"integers (*lead, T) with T = {T}", what_is(positions), remedy, TypeError)
 
 
 def _check_reach(positions: Tensor, config: Config) -> None:
     limit = config.limit()
     if limit is None or not positions.shape[-1]:
         return
-    last = _checks.greatest(positions)
+    last = errors.greatest(positions)
     if last is not None and limit <= last < caches.OVERFLOWED:  # beyond is what a commit that did not fit left: NaN tells of it
         whose = "of its table" if config.positions == "learned" else "that the model was trained on, config.context"
         remedy = "Shorten it; or where you know better, stretch it by dataclasses.replace(config, context=..., rope_scaling=...)."
-        _checks.fail("decoder", "tokens", f"within the {limit} positions {whose}", f"position {last}", remedy)
+        errors.fail("decoder", "tokens", f"within the {limit} positions {whose}", f"position {last}", remedy)
 
 
 def _check_mask(mask: Mask | Tensor | None, T: int) -> None:
     if isinstance(mask, Mask):
         if mask.start.shape[-2] != T:
-            _checks.fail("decoder", "mask", f"for T = {T} new tokens", f"one for {mask.start.shape[-2]}", f"Build it with T = {T}.")
+            errors.fail("decoder", "mask", f"for T = {T} new tokens", f"one for {mask.start.shape[-2]}", f"Build it with T = {T}.")
     elif mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
         got = getattr(mask, "dtype", type(mask).__name__)
-        _checks.fail(
+        errors.fail(
             "decoder", "mask", "a Mask, booleans or None", got, "See funcattn.masks, or convert it: mask.bool().", TypeError
         )
     elif mask is not None and any(size not in (1, T) for size in mask.shape[-2:]):
         remedy = "It says which of the new tokens each sees; all see the past."
-        _checks.fail("decoder", "mask", f"booleans (T, T) with T = {T}", _checks.shape(mask), remedy)
+        errors.fail("decoder", "mask", f"booleans (T, T) with T = {T}", errors.shape(mask), remedy)
 
 
 def _check_tokens(tokens: Tensor, config: Config, *, has_past: bool) -> None:
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         got = getattr(tokens, "dtype", type(tokens).__name__)
-        _checks.fail(
+        errors.fail(
             "decoder", "tokens", "an integer tensor", got, "Pass token ids: torch.tensor(tokenizer.encode(text)).", TypeError
         )
     if has_past and tokens.dim() != 1:
-        _checks.fail(
+        errors.fail(
             "decoder",
             "tokens",
             "one sequence (T,) where there is a past",
-            _checks.shape(tokens),
+            errors.shape(tokens),
             "Map over sequences with torch.func.vmap.",
         )
     if not tokens.dim():
-        _checks.fail("decoder", "tokens", "(*lead, T)", _checks.shape(tokens), "Give one token an axis: tokens[None].")
-    if _checks.is_true((tokens < 0) | (tokens >= config.vocabulary)):
-        known = _checks.peek(tokens)
+        errors.fail("decoder", "tokens", "(*lead, T)", errors.shape(tokens), "Give one token an axis: tokens[None].")
+    if errors.is_true((tokens < 0) | (tokens >= config.vocabulary)):
+        known = errors.peek(tokens)
         bad = known[(known < 0) | (known >= config.vocabulary)][0].item() if known is not None else "another"
-        _checks.fail("decoder", "tokens", f"ids in 0..{config.vocabulary - 1}", bad, "Encode with the tokenizer of this model.")
+        errors.fail("decoder", "tokens", f"ids in 0..{config.vocabulary - 1}", bad, "Encode with the tokenizer of this model.")

@@ -29,10 +29,11 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _checks, collectives, kernels, layers
-from .._autodiff import differentiated
+from .. import collectives, kernels, layers
 from ..caches import CONTEXT, ShardedCache
 from ..collectives import all_gather, all_gather_invariant, axis_index, axis_size, pmax, psum
+from ..core import errors
+from ..core.autograd import differentiated
 from ..kernels import Kernel, Part
 from ..records import is_absent
 from .config import Config, Kind
@@ -53,10 +54,10 @@ def heads(config: Config) -> tuple[int, int]:
         return H, K
     if H % n or (K % n and n % K):
         wanted = f"such that the {n} devices of 'tensor' divide its {H} heads, and divide or are divided by its {K} key/value heads"
-        _checks.fail("decoder", "config", wanted, f"{H} and {K}", "Take another number of devices.")
+        errors.fail("decoder", "config", wanted, f"{H} and {K}", "Take another number of devices.")
     if config.head_norm == "rms_width":
         remedy = "Shard it over 'data' alone."
-        _checks.fail("decoder", "config.head_norm", "other than rms_width over 'tensor'", "a norm over all heads together", remedy)
+        errors.fail("decoder", "config.head_norm", "other than rms_width over 'tensor'", "a norm over all heads together", remedy)
     return H // n, max(1, K // n)
 
 
@@ -125,7 +126,7 @@ def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
     if len(got) != len(shape) or len(dims) > 1 or any(got[dim] * n != shape[dim] for dim in dims):
         remedy = "Shard params by fa.sharding.tensor_parallel(config) or fsdp(config), and give in_specs of the same rules."
         bound = ", ".join(f"{axis.size} devices of {axis.name!r}" for axis in collectives.bound())
-        _checks.fail("decoder", path, f"a part {shape} for {bound}", got, remedy)
+        errors.fail("decoder", path, f"a part {shape} for {bound}", got, remedy)
     if n == 1 and not in_parts():
         return weight
     divided = layers.fields(weight, _division(len(shape), dims[0] if dims else None, DATA))
@@ -197,14 +198,14 @@ def check(params: Any, cache: Any, mask: Any) -> None:
     if is_absent(cache):
         if mask is not None:
             remedy = "A text in parts is causal; leave the mask out."
-            _checks.fail("decoder", "mask", "None over 'context'", f"a {type(mask).__name__}", remedy)
+            errors.fail("decoder", "mask", "None over 'context'", f"a {type(mask).__name__}", remedy)
         return
     if not isinstance(cache, ShardedCache):
         remedy = "Make it with model.cache(size, kind=fa.caches.ShardedCache), or ShardedCache.from_local(delta)."
-        _checks.fail("decoder", "cache", "a ShardedCache over 'context'", f"a {type(cache).__name__}", remedy, TypeError)
+        errors.fail("decoder", "cache", "a ShardedCache over 'context'", f"a {type(cache).__name__}", remedy, TypeError)
     if any(differentiated(x) for x in optree.tree_leaves(params) if isinstance(x, Tensor)):
         remedy = "Take gradients without a past: the ring gives them."
-        _checks.fail(
+        errors.fail(
             "decoder", "params", "followed by no gradient behind a ShardedCache", "some that are", remedy, NotImplementedError
         )
 
@@ -226,7 +227,7 @@ def attend(
     for name, given in (("attention_cap", config.attention_cap), ("sinks", config.sinks or None), ("window", kind.window)):
         if given is not None:
             remedy = "Shard it over 'data' and 'tensor'."
-            _checks.fail("decoder", f"config.{name}", "none over 'context'", given, remedy)
+            errors.fail("decoder", f"config.{name}", "none over 'context'", given, remedy)
     if not past:
         return kernels.ring(q, k, v, CONTEXT, scale=config.scale, kernel=kernel).out
     new = kernels.partial(q, k, v, mask, scale=config.scale, kernel=kernel)

@@ -18,7 +18,7 @@ Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO,
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .. import _checks
+from ..core import errors
 from .config import Config
 
 TENSOR, DATA = "tensor", "data"
@@ -90,7 +90,7 @@ def division(config: Config | None, name: str, rank: int, n: int, *, experts: bo
     """
     if name not in CUTS:
         remedy = "Say in CUTS how it is divided."
-        _checks.fail("decoder", name, "a weight of the table in funcattn.transformer.partition", "another", remedy)
+        errors.fail("decoder", name, "a weight of the table in funcattn.transformer.partition", "another", remedy)
     cut = OF_EXPERTS.get(name, CUTS[name]) if experts else CUTS[name]
     tensor, data = (None if axis is None or rank + axis < 0 else rank + axis for axis in (cut.tensor, cut.data))
     few = config is not None and config.kv_heads < n and cut.of_kv and tensor is not None

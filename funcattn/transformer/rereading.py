@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, caches
+from .. import caches
 from ..caches import Branch, Cache, Delta, Pages, Ring
+from ..core import errors
 from ..models import Model
 from ..records import is_absent
 from . import lengths
@@ -28,7 +29,7 @@ def first_chunk(model: Model, cache: Any, T: int, chunk: int) -> int:
     config = follower(model)
     if config is None or config.rope_scaling is None:
         return chunk
-    known = _checks.peek(cache.length) if not is_absent(cache) else None
+    known = errors.peek(cache.length) if not is_absent(cache) else None
     before = 0 if known is None else int(known.min())
     within = config.rope_scaling.context + 1 - before
     return chunk if within > T else T if config.rope_scaling.kind == "dynamic" else max(chunk, within)
@@ -67,7 +68,7 @@ def along(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor
     config = follower(model)
     if config is None or config.rope_scaling is None:
         return model.extend(params, tokens, cache)
-    ends = [_checks.peek(cache.length + n) for n in (1, len(tokens))]
+    ends = [errors.peek(cache.length + n) for n in (1, len(tokens))]
     known = [end > config.rope_scaling.context for end in ends if end is not None]
     one_length = len(known) == 2 and bool((known[0] == known[1]).all())
     if one_length and (config.rope_scaling.kind == "longrope" or not bool(known[1].any())):
@@ -86,7 +87,7 @@ def renewed(model: Model, params: Any, cache: Any) -> Any:
         return cache
     text = lengths.remembered(config, cache)
     stale = text.beyond != (cache.length > config.rope_scaling.context)
-    if not _checks.is_true(stale if is_absent(text.counts) else stale & text.counts):
+    if not errors.is_true(stale if is_absent(text.counts) else stale & text.counts):
         return cache
     ids, n = lengths.in_front(text)
     here = torch.arange(len(ids), device=ids.device)

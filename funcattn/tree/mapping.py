@@ -8,8 +8,8 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._doors import door
+from ..core import errors
+from ..core.doors import door
 from .nodes import KINDS, IsLeaf, Transform, Tree, is_leaf_node, nodes
 
 
@@ -70,7 +70,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
     Law: unstack(stack(trees)) == trees (test_tree.py::test_unstack_undoes_stack).
     """
     if not len(trees):
-        _checks.fail("stack", "trees", "at least one tree", "none", "Without one, the structure is not known.")
+        errors.fail("stack", "trees", "at least one tree", "none", "Without one, the structure is not known.")
     first, *others = trees
     return optree.tree_map(lambda *leaf: torch.stack(leaf), first, *others)
 
@@ -85,7 +85,7 @@ def unstack(tree: Tree) -> tuple[Tree, ...]:
     sizes = {leaf.shape[:1] if isinstance(leaf, Tensor) else (): path for path, leaf in items(tree)}
     if len(sizes) != 1 or () in sizes:
         got = " and ".join(f"{tuple(size)} at {path!r}" for size, path in sizes.items()) or "no leaves"
-        _checks.fail("unstack", "tree", "of leaves (n, ...) with one n", got, "Stack trees first.")
+        errors.fail("unstack", "tree", "of leaves (n, ...) with one n", got, "Stack trees first.")
     flat, structure = optree.tree_flatten(tree)
     return tuple(optree.tree_unflatten(structure, row) for row in zip(*(leaf.unbind() for leaf in flat), strict=True))
 
@@ -136,7 +136,7 @@ def cast(dtype: torch.dtype) -> Transform:
         {'w': tensor([0., 0.], dtype=torch.bfloat16), 'n': tensor(3)}
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        _checks.fail("cast", "dtype", "a floating torch.dtype", repr(dtype), "Choose torch.float32 or torch.bfloat16.", TypeError)
+        errors.fail("cast", "dtype", "a floating torch.dtype", repr(dtype), "Choose torch.float32 or torch.bfloat16.", TypeError)
     narrow = lambda x: x.to(dtype) if KINDS["floating"](x) and x.element_size() > 1 else x
     return door(lambda tree: map(narrow, tree), name="cast(dtype)")
 
@@ -156,5 +156,5 @@ def to(device: torch.device | str) -> Transform:
         place = device if isinstance(device, torch.dtype) else torch.device(device)
     except RuntimeError as error:
         got, remedy = repr(device), f'Such as "cpu" or "cuda:0". torch says: {str(error).splitlines()[0]}'
-        _checks.fail("to", "device", "one that torch knows", got, remedy)
+        errors.fail("to", "device", "one that torch knows", got, remedy)
     return door(lambda tree: map(lambda x: x.to(place) if isinstance(x, Tensor) else x, tree), name="to(device)")

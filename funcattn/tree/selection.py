@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .. import _checks
-from .._doors import door
+from ..core import errors
+from ..core.doors import door
 from ..records import ABSENT, is_absent
 from .nodes import KINDS, IsLeaf, Tree, is_leaf_node, join_path, nodes, open_node
 
@@ -46,7 +46,7 @@ def update(tree: Tree, path: str, value: Any, *, regex: bool = False, is_leaf: I
     changed = edit(tree, "")
     if not found:
         near = difflib.get_close_matches(path, [name for name, _ in nodes(tree, is_leaf)], n=3, cutoff=0.0)
-        _checks.fail("update", "path", "a path in the tree", repr(path), f"Near it: {', '.join(near)}.")
+        errors.fail("update", "path", "a path in the tree", repr(path), f"Near it: {', '.join(near)}.")
     return changed
 
 
@@ -70,12 +70,12 @@ def partition(tree: Tree, predicate: str | Callable[[str, Any], bool] = "floatin
     Law: combine(*partition(tree)) == tree (test_tree.py::test_combine_undoes_partition).
     """
     if isinstance(predicate, str) and predicate not in KINDS:
-        _checks.fail("partition", "predicate", f"a function or one of {list(KINDS)}", repr(predicate), "Take f(path, leaf).")
+        errors.fail("partition", "predicate", f"a function or one of {list(KINDS)}", repr(predicate), "Take f(path, leaf).")
     choose = (lambda _, leaf: KINDS[predicate](leaf)) if isinstance(predicate, str) else predicate
 
     def halve(node: Tree, path: str) -> tuple[Tree, Tree]:
         if node is None:
-            _checks.fail("partition", "tree", "without None", f"None at {path!r}", "Hold () for what is absent.")
+            errors.fail("partition", "tree", "without None", f"None at {path!r}", "Hold () for what is absent.")
         if is_leaf_node(node, is_leaf):
             return (node, ABSENT) if choose(path, node) else (ABSENT, node)
         parts, rebuild = open_node(node)
@@ -97,10 +97,10 @@ def combine(selected: Tree, rest: Tree) -> Tree:
         if is_absent(a) or is_absent(b):
             return b if is_absent(a) else a
         if is_leaf_node(a) or is_leaf_node(b) or type(a) is not type(b):
-            _checks.fail("combine", "rest", f"() where selected is not, at {path!r}", type(b).__name__, "Give halves of one tree.")
+            errors.fail("combine", "rest", f"() where selected is not, at {path!r}", type(b).__name__, "Give halves of one tree.")
         (parts, rebuild), (others, _) = open_node(a), open_node(b)
         if [part for part, _ in parts] != [part for part, _ in others]:
-            _checks.fail("combine", "rest", f"of the same parts at {path!r}", type(b).__name__, "Give halves of one tree.")
+            errors.fail("combine", "rest", f"of the same parts at {path!r}", type(b).__name__, "Give halves of one tree.")
         return rebuild([join(x, y, join_path(path, part)) for (part, x), (_, y) in zip(parts, others, strict=True)])
 
     return join(selected, rest, "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .._doors import door
+from ..core.doors import door
 from .mapping import count, leaves, nbytes
 from .nodes import IsLeaf, Tree, is_leaf_node, open_node
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..._checks import fail
+from ...core.errors import fail
 from ...transformer import Config
 from .catalogue import FAMILIES, family_of
 from .ignored import IGNORED

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from ..._checks import fail, printable
+from ...core.errors import fail, printable
 from ...transformer import Config
 
 LARGEST = 2**31 - 1  # of a size in a file; what a tensor index of 32 bits can count
@@ -18,7 +18,7 @@ ABSENT_FIELD: Any = object()  # a field that has no default must be there
 class CheckpointError(ValueError):
     """A file that cannot be read as a model, or a model that cannot be written. The message names the field and the remedy.
 
-    Control characters from a file are escaped in the message (`_checks.printable`).
+    Control characters from a file are escaped in the message (`errors.printable`).
     """
 
     def __init__(self, message: str = "") -> None:

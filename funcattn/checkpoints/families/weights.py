@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import transformer
-from ..._checks import fail
+from ...core.errors import fail
 from ...records import ABSENT, is_absent
 from ...transformer import Config, Layer, Params
 from .tables import CheckpointError, Family, Pack

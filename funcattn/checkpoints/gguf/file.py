@@ -27,7 +27,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from torch import Tensor
 
 from ... import tree
-from ..._checks import fail
+from ...core.errors import fail
 from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..._checks import fail
+from ...core.errors import fail
 from ..families import CheckpointError
 
 Metadata = Mapping[str, Any]

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ... import atomic, tree
-from ..._checks import fail, shape
+from ... import tree
+from ...core import atomic
+from ...core.errors import fail, shape
 from ...low_rank import Lora, is_adapted
 from ...tree import Tree
 from ..families import CheckpointError

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import quantization
-from ..._checks import fail
+from ...core.errors import fail
 from ..families import CheckpointError
 
 METHOD = "funcattn"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ... import tree
-from ..._checks import fail, printable
+from ...core.errors import fail, printable
 from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ..._checks import fail
+from ...core.errors import fail
 from ..families import CheckpointError
 from .patterns import PatternError, full_matches
 

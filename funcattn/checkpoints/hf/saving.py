@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ... import atomic, quantization, tree
-from ..._checks import fail, whole
+from ... import quantization, tree
+from ...core import atomic
+from ...core.errors import fail, whole
 from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
@@ -39,7 +40,7 @@ def save(
     """Write a model in the Hugging Face layout, which transformers, vLLM and llama.cpp's converter read.
 
     The folder is written beside its target and exchanged for it in one step: if anything fails, or the
-    process is killed, the old folder is untouched. (Without renameat2, see funcattn.atomic.)
+    process is killed, the old folder is untouched. (Without renameat2, see funcattn.core.atomic.)
 
     Args:
         folder: a new one, or one that `save` wrote, which is replaced. One that holds anything else is refused.

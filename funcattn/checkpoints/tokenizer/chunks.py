@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from ..._checks import fail
+from ...core.errors import fail
 from .tokenizer_json import LLAMA3, QWEN2
 
 CHUNK = 2**18  # letters that are encoded at once: some 50 MB

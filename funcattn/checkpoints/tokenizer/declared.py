@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import tokenizers
 from tokenizers import AddedToken
 
-from ..._checks import fail
+from ...core.errors import fail
 from ..families import CheckpointError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import tokenizers
 
-from ..._checks import fail
+from ...core.errors import fail
 from . import chunks
 from .templates import Rendered
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
-from ..._checks import fail
+from ...core.errors import fail
 from ..families import CheckpointError
 
 SPACE = "\u2581"

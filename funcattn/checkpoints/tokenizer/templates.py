@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ..._checks import fail
+from ...core.errors import fail
 from ..families import CheckpointError
 
 TIMEOUT_SECONDS, START_SECONDS = 4.0, 60.0  # for a rendering, and for the interpreter, before any template is seen

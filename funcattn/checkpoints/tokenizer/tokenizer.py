@@ -18,8 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from ... import atomic
-from ..._checks import fail, form
+from ...core import atomic
+from ...core.errors import fail, form
 from ..families import CheckpointError
 from ..gguf import metadata as fields
 from ..writing import written

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import tokenizers
 
-from ..._checks import fail
+from ...core.errors import fail
 from ..families import CheckpointError
 from ..regular_files import parse_object
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _checks, randomness
-from ..._doors import door
+from ... import randomness
+from ...core import errors
+from ...core.doors import door
 from ...records import record
 from .rules import Rule, at, blockwise
 
@@ -124,21 +125,21 @@ def finish(proposed: Tensor, count: Tensor, token: Tensor) -> Tensor:
 
 def _checked(function: str, target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor | None, check: bool) -> Tensor:
     if proposed.dim() != 1 or proposed.is_floating_point():
-        got, remedy = f"{proposed.dtype} {_checks.shape(proposed)}", "Map over many rows with vmap."
-        _checks.fail(function, "proposed", "one draft (N,) of token ids", got, remedy)
+        got, remedy = f"{proposed.dtype} {errors.shape(proposed)}", "Map over many rows with vmap."
+        errors.fail(function, "proposed", "one draft (N,) of token ids", got, remedy)
     N = len(proposed)
     if not N:
-        _checks.fail(function, "proposed", "(N,) with N at least 1", (0,), "With nothing drafted, draw from the target.")
+        errors.fail(function, "proposed", "(N,) with N at least 1", (0,), "With nothing drafted, draw from the target.")
     V = target.shape[-1] if target.dim() else 0
     check_probs(function, "target", target, (N + 1, V), "(N + 1, V)", N)
     check_probs(function, "draft", draft, (N, V), "(N, V)", N)
     if valid is None:
         valid = torch.full((), N, dtype=torch.int64, device=proposed.device)
     elif not isinstance(valid, Tensor) or valid.dim() or valid.is_floating_point():
-        got = f"{valid.dtype} {_checks.shape(valid)}" if isinstance(valid, Tensor) else repr(valid)
-        _checks.fail(function, "valid", "an integer tensor ()", got, "Pass torch.tensor(n); map over rows with vmap.", TypeError)
-    if _checks.is_true((valid < 0) | (valid > N)):
-        _checks.fail(function, "valid", f"between 0 and N = {N}", _checks.peek(valid), "It counts the drafted tokens.")
+        got = f"{valid.dtype} {errors.shape(valid)}" if isinstance(valid, Tensor) else repr(valid)
+        errors.fail(function, "valid", "an integer tensor ()", got, "Pass torch.tensor(n); map over rows with vmap.", TypeError)
+    if errors.is_true((valid < 0) | (valid > N)):
+        errors.fail(function, "valid", f"between 0 and N = {N}", errors.peek(valid), "It counts the drafted tokens.")
     places = torch.arange(N + 1, device=target.device)
     if check:
         check_values(function, "target", target, places <= valid)
@@ -151,25 +152,25 @@ def check_probs(function: str, argument: str, probs: Tensor, wanted: tuple[int, 
     """Fail where rows of probabilities have another shape or kind than wanted."""
     if probs.dtype not in (torch.float32, torch.float64):
         remedy = "Take the softmax in float32, and draw from that too."
-        _checks.fail(function, argument, "probabilities in float32 or float64", probs.dtype, remedy, TypeError)
+        errors.fail(function, argument, "probabilities in float32 or float64", probs.dtype, remedy, TypeError)
     if probs.shape != wanted:
         remedy = "Target and draft need one vocabulary; the target has one row more."
-        _checks.fail(function, argument, f"{letters} = {wanted} with N = {N} as proposed", _checks.shape(probs), remedy)
+        errors.fail(function, argument, f"{letters} = {wanted} with N = {N} as proposed", errors.shape(probs), remedy)
 
 
 def check_values(function: str, argument: str, probs: Tensor, counts: Tensor) -> None:
     """Fail where a row that counts is no distribution: sums of V terms, each rounded, and a softmax's own rounding."""
     slack = 4 * probs.shape[-1] * torch.finfo(probs.dtype).eps
     wrong = ~(((probs.sum(-1) - 1).abs() <= slack) & (probs >= 0).all(-1))  # NaN is wrong
-    if _checks.is_true(wrong & counts):
-        _checks.fail(function, argument, "rows of probabilities that sum to one", "others, or NaN", "Pass softmax(logits).")
+    if errors.is_true(wrong & counts):
+        errors.fail(function, argument, "rows of probabilities that sum to one", "others, or NaN", "Pass softmax(logits).")
 
 
 def check_tokens(function: str, draft: Tensor, proposed: Tensor, counts: Tensor) -> None:
     """Fail where a token that counts is outside the vocabulary, or could not have been drawn."""
     V = draft.shape[-1]
-    if _checks.is_true(((proposed < 0) | (proposed >= V)) & counts):
-        _checks.fail(function, "proposed", f"ids below V = {V}", _checks.peek(proposed), "Set valid where the draft is short.")
-    if _checks.is_true((at(draft, proposed.clamp(0, V - 1)) <= 0) & counts):
+    if errors.is_true(((proposed < 0) | (proposed >= V)) & counts):
+        errors.fail(function, "proposed", f"ids below V = {V}", errors.peek(proposed), "Set valid where the draft is short.")
+    if errors.is_true((at(draft, proposed.clamp(0, V - 1)) <= 0) & counts):
         remedy = "Pass the probabilities that were drawn from, after every filter; of a draft without chance it is one-hot."
-        _checks.fail(function, "draft", "positive at the proposed tokens", "zero", remedy)
+        errors.fail(function, "draft", "positive at the proposed tokens", "zero", remedy)

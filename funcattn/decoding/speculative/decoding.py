@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _checks, progress, randomness, sampling, transformer
-from ..._doors import door
+from ... import progress, randomness, sampling, transformer
+from ...core import errors
+from ...core.doors import door
 from ...models import Model
 from ...records import ABSENT, by_rows, is_absent, record
 from ...sampling import Sampler
@@ -49,7 +50,7 @@ class Stats(NamedTuple):
         return torch.where(self.rounds > 0, 1 + self.accepted / self.rounds.clamp(min=1), 0)
 
     def __str__(self) -> str:
-        if not all(isinstance(x, Tensor) and _checks.value(x) is not None for x in self):
+        if not all(isinstance(x, Tensor) and errors.value(x) is not None for x in self):
             return repr(self)
         return by_rows(self, Stats._sentence)
 
@@ -229,7 +230,7 @@ def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: St
 
     def follow(n: int, text: Text) -> Choice:
         draft, drafting = propose(n, text)
-        nothing = sampler.deterministic and _checks.integer(draft.valid) == 0  # then a step of one token will do
+        nothing = sampler.deterministic and errors.integer(draft.valid) == 0  # then a step of one token will do
         proposed = draft.tokens[:0] if nothing else draft.tokens
         logits, delta = transformer.along(model, params, torch.cat([text.last.reshape(1), proposed]), text.cache)
         check_numbers(request.verb, "the logits of a step", logits)
@@ -278,10 +279,10 @@ def _counted(text: Text, draft: Draft, stayed: Tensor) -> Stats:
 def _check_drafter(verb: str, drafter: Any) -> None:
     if not hasattr(drafter, "length") or not hasattr(drafter, "keep"):
         remedy = "Such as fa.drafters.model(model, fa.quantize(fa.int8)(params)), or fa.drafters.prompt_lookup()."
-        _checks.fail(verb, "drafter", "one of fa.drafters", f"a {type(drafter).__name__}", remedy, TypeError)
+        errors.fail(verb, "drafter", "one of fa.drafters", f"a {type(drafter).__name__}", remedy, TypeError)
 
 
 def _check_vocabulary(verb: str, drafter: Any, logits: Tensor) -> None:
     if drafter.vocabulary not in (None, logits.shape[-1]):
         remedy = "Draft with a model of the same tokenizer."
-        _checks.fail(verb, "drafter", f"of the model's {logits.shape[-1]} tokens", f"one of {drafter.vocabulary}", remedy)
+        errors.fail(verb, "drafter", f"of the model's {logits.shape[-1]} tokens", f"one of {drafter.vocabulary}", remedy)

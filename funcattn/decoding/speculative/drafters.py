@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _checks, caches, collectives, randomness, sampling, transformer, tree
-from ..._doors import door, printed, uncalled, what_is
+from ... import caches, collectives, randomness, sampling, transformer, tree
 from ...caches import Branch, Cache
+from ...core import errors
+from ...core.doors import door, printed, uncalled, what_is
 from ...models import Model, at_core, config_of, told
 from ...records import ABSENT, formerly, record
 from ...sampling import Sampler
@@ -107,8 +108,8 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
         chunk: as in `fa.generate`.
     """
     _check_length("drafters.model", length)
-    if not _checks.is_count(chunk, 1):
-        _checks.fail("drafters.model", "chunk", "an int, at least 1", repr(chunk), "Tokens of the prompt read at a time.")
+    if not errors.is_count(chunk, 1):
+        errors.fail("drafters.model", "chunk", "an int, at least 1", repr(chunk), "Tokens of the prompt read at a time.")
 
     def logits_of(x: Tensor) -> Tensor:
         logits = model.logits(params, x[-1])
@@ -193,11 +194,11 @@ def skip(
     """
     config = config_of(model, "hidden")
     if config is None:
-        _checks.fail("drafters.skip", "model", "from fa.decoder", told(model), "Make it with fa.decoder.", TypeError)
+        errors.fail("drafters.skip", "model", "from fa.decoder", told(model), "Make it with fa.decoder.", TypeError)
     out = set(layers)
     if not out or not out < set(range(config.layers)):
         wanted = f"some of 0..{config.layers - 1}, not all"
-        _checks.fail("drafters.skip", "layers", wanted, tuple(layers), "Leave out a few in the middle.")
+        errors.fail("drafters.skip", "layers", wanted, tuple(layers), "Leave out a few in the middle.")
     left = [i for i in range(config.layers) if i not in out]
     each = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fewer = {name: tuple(x[i] for i in left) for name, x in each.items() if isinstance(x, tuple) and len(x) == config.layers}
@@ -236,11 +237,11 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
         if not isinstance(found, tuple) or len(found) != 2 or not all(_is_ids(x) for x in found):
             got = f"({', '.join(map(what_is, found))})" if isinstance(found, tuple) else what_is(found)
             wanted, remedy = f"tokens int64 (N,) with N = {length}, valid int64 ()", "Make tensors of both: torch.tensor(n)."
-            _checks.fail("drafters.function", "what f returns", wanted, got, remedy, TypeError)
+            errors.fail("drafters.function", "what f returns", wanted, got, remedy, TypeError)
         tokens, valid = found
         if tokens.shape != (length,) or valid.dim():
-            got = f"{_checks.shape(tokens)} and {_checks.shape(valid)}"
-            _checks.fail("drafters.function", "what f returns", f"tokens (N,) with N = {length}, valid ()", got, "Pad the tokens.")
+            got = f"{errors.shape(tokens)} and {errors.shape(valid)}"
+            errors.fail("drafters.function", "what f returns", f"tokens (N,) with N = {length}, valid ()", got, "Pad the tokens.")
         return Draft(tokens, ABSENT, valid), LookupState(text, state.length)
 
     def keep(tokens: Tensor, count: Tensor, state: LookupState) -> LookupState:
@@ -259,8 +260,8 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
     Source: Saxena, Prompt lookup decoding (2023); transformers `prompt_lookup_num_tokens`, vLLM's "ngram".
     """
     _check_length("drafters.prompt_lookup", length)
-    if not _checks.is_count(ngram, 1):
-        _checks.fail("drafters.prompt_lookup", "ngram", "an int, at least 1", repr(ngram), "2 or 3 is usual.")
+    if not errors.is_count(ngram, 1):
+        errors.fail("drafters.prompt_lookup", "ngram", "an int, at least 1", repr(ngram), "2 or 3 is usual.")
 
     def look(text: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         follows = torch.zeros_like(n)  # where what followed begins; 0 is nowhere
@@ -294,5 +295,5 @@ def _is_dense(cache: Any) -> bool:
 
 
 def _check_length(function: str, length: int) -> None:
-    if not _checks.is_count(length, 1):
-        _checks.fail(function, "length", "an int, at least 1", repr(length), "Draft one token at least; 4 is usual.")
+    if not errors.is_count(length, 1):
+        errors.fail(function, "length", "an int, at least 1", repr(length), "Draft one token at least; 4 is usual.")

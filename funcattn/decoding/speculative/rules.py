@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._doors import uncalled
+from ...core.doors import uncalled
 from ...records import record
 
 

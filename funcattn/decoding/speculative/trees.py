@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _checks, randomness
-from ..._doors import door
+from ... import randomness
+from ...core import errors
+from ...core.doors import door
 from ...records import record
 from .acceptance import check_probs, check_values, draw_row
 from .rules import Regions, divide, normalize
@@ -93,7 +94,7 @@ def accept_among(
     Law: distributed as the target exactly (test_trees.py).
     """
     if proposed.dim() != 1:
-        _checks.fail("accept_among", "proposed", "(M,)", _checks.shape(proposed), "Map over many rows with vmap.")
+        errors.fail("accept_among", "proposed", "(M,)", errors.shape(proposed), "Map over many rows with vmap.")
     M = len(proposed)
     rows = lambda probs: probs.expand(M + 1, *probs.shape[-1:])
     done = accept_tree(key, rows(target), rows(draft), proposed, torch.zeros_like(proposed), replacement=replacement, check=check)
@@ -150,19 +151,19 @@ def _regions(
 
 def _check(function: str, target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, check: bool) -> None:
     if proposed.dim() != 1:
-        _checks.fail(function, "proposed", "(M,)", _checks.shape(proposed), "Map over many rows with vmap.")
+        errors.fail(function, "proposed", "(M,)", errors.shape(proposed), "Map over many rows with vmap.")
     M, V = len(proposed), target.shape[-1] if target.dim() else 0
     if not M:
-        _checks.fail(function, "proposed", "(M,) with M at least 1", (0,), "With nothing drafted, draw from the target.")
+        errors.fail(function, "proposed", "(M,) with M at least 1", (0,), "With nothing drafted, draw from the target.")
     check_probs(function, "target", target, (M + 1, V), "(N + 1, V)", M)
     check_probs(function, "draft", draft, (M + 1, V), "(N + 1, V)", M)
     if parent.shape != proposed.shape:
-        _checks.fail(function, "parent", f"(M,) with M = {M} as proposed", _checks.shape(parent), "Name each token's node.")
-    if _checks.is_true((parent < -1) | (parent > torch.arange(M, device=parent.device))):
-        got = _checks.peek(parent)
-        _checks.fail(function, "parent", "an earlier node, or -1", got, "Order the tree from its root; node 0 is the text so far.")
-    if _checks.is_true((proposed < 0) | (proposed >= V)):
-        _checks.fail(function, "proposed", f"ids below V = {V}", _checks.peek(proposed), "A missing token has parent -1, and id 0.")
+        errors.fail(function, "parent", f"(M,) with M = {M} as proposed", errors.shape(parent), "Name each token's node.")
+    if errors.is_true((parent < -1) | (parent > torch.arange(M, device=parent.device))):
+        got = errors.peek(parent)
+        errors.fail(function, "parent", "an earlier node, or -1", got, "Order the tree from its root; node 0 is the text so far.")
+    if errors.is_true((proposed < 0) | (proposed >= V)):
+        errors.fail(function, "proposed", f"ids below V = {V}", errors.peek(proposed), "A missing token has parent -1, and id 0.")
     if check:
         for argument, probs in (("target", target), ("draft", draft)):
             check_values(function, argument, probs, torch.ones_like(probs[..., 0], dtype=torch.bool))

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _checks, tree
-from ..._doors import door
+from ... import tree
+from ...core import errors
+from ...core.doors import door
 from ...records import formerly, record
 from ...sampling import Sampler, greedy, log_probs_with_state
 from .acceptance import Accepted, accept
@@ -46,9 +47,9 @@ def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, st
     Law: equal to sampling one token after another (test_verification.py).
     """
     if proposed.dim() != 1 or logits.shape[:-1] != (len(proposed) + 1,):
-        wanted = f"(N + 1, V) with N = {_checks.shape(proposed)[0] if proposed.dim() else None} as proposed"
-        _checks.fail(
-            "log_probs_along_draft", "logits", wanted, _checks.shape(logits), "One row before the draft, one after each token."
+        wanted = f"(N + 1, V) with N = {errors.shape(proposed)[0] if proposed.dim() else None} as proposed"
+        errors.fail(
+            "log_probs_along_draft", "logits", wanted, errors.shape(logits), "One row before the draft, one after each token."
         )
     rows, states = [], []
     for n, row in enumerate(logits.unbind()):

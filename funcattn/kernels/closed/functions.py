@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..._autodiff import add, align, closed_jvp, dual, primal, sum_to, tangent
+from ...core.autograd import add, align, closed_jvp, dual, primal, sum_to, tangent
 from . import algebra, operators
 from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
 from .operators import AttendSpec, ContractSpec, TensorSpec, tensor_spec

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from ... import _checks
-from ..._autodiff import is_recorded, untraced
+from ...core import errors
+from ...core.autograd import is_recorded, untraced
 from ..backends import aten, torch_blocks
 from ..backends.layout import broadcast
 from ..backends.masking import is_finite
@@ -220,7 +220,7 @@ def plain(tensors: Sequence[Tensor]) -> bool:
     """True for real tensors with nothing between them and their numbers."""
     if any(_functorch.is_legacy_batchedtensor(x) for x in tensors):
         remedy = "Use torch.func.jacrev, jacfwd or vmap, which go through."
-        _checks.fail(
+        errors.fail(
             "attention", "the transform", "one of torch.func", "torch.autograd.grad(is_grads_batched=True)", remedy, RuntimeError
         )
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
@@ -242,7 +242,7 @@ def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool
 
 
 def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    _checks.on_one_device("funcattn::attend", tensors)
+    errors.on_one_device("funcattn::attend", tensors)
     q, k, v, *extra = tensors
     level = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
     lead = broadcast(level, v.shape[:-2])
@@ -257,7 +257,7 @@ def _push_op(tensors: list[Tensor], scale: float, masks: int, moved: list[bool],
 
 @_push_op.register_fake
 def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
-    _checks.on_one_device("funcattn::push", tensors)
+    errors.on_one_device("funcattn::push", tensors)
     out, lse = _attend_fake(tensors[: 3 + masks])
     tangents = tangent_likes(out, lse, spread(moved, tensors[3 + masks :]))
     return [out, lse, *(out.new_empty(x.shape, dtype=x.dtype) for x in tangents)]
@@ -271,7 +271,7 @@ def _statistics_op(tensors: list[Tensor], scale: float, backend: str) -> tuple[T
 
 @_statistics_op.register_fake
 def _(tensors: list[Tensor], scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    _checks.on_one_device("funcattn::statistics", tensors)
+    errors.on_one_device("funcattn::statistics", tensors)
     lse = tensors[L]
     return lse.new_empty(lse.shape), lse.new_empty(lse.shape)
 
@@ -283,7 +283,7 @@ def _sweep_op(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int
 
 @_sweep_op.register_fake
 def _(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
-    _checks.on_one_device("funcattn::sweep", tensors)
+    errors.on_one_device("funcattn::sweep", tensors)
     return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in _read(job, ranks, sizes).likes]
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, quantization
-from ..._doors import door
+from ... import quantization
+from ...core import errors
+from ...core.doors import door
 from ...models import Model
 from ...transformer import Layer, Params
 from ...tree import Tree
@@ -57,7 +58,7 @@ def clipped(
     config = decoder_of("clipped", model, tokens)
     if not is_dataclass(scheme) or "clip" not in {field.name for field in fields(scheme)}:
         remedy = "Use fa.int4, fa.int8 or fa.w8a8."
-        _checks.fail("clipped", "scheme", "one with a clip", f"a {type(scheme).__name__} without", remedy, TypeError)
+        errors.fail("clipped", "scheme", "one with a clip", f"a {type(scheme).__name__} without", remedy, TypeError)
 
     @door(name="clipped(...)")
     def transform(params: Params) -> Params:

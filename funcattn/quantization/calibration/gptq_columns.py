@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _checks, quantization, tree
-from ..._doors import door
+from ... import quantization, tree
+from ...core import errors
+from ...core.doors import door
 from ...models import Model
 from ...transformer import Layer, Params
 from ...tree import Tree
@@ -62,7 +63,7 @@ def gptq(
     Source: Frantar et al., GPTQ, arXiv:2210.17323.
     """
     if not isinstance(damping, float) or not damping > 0:
-        _checks.fail("gptq", "damping", "above 0", damping, "0.01 is usual.")
+        errors.fail("gptq", "damping", "above 0", damping, "0.01 is usual.")
     to_nearest = quantization.quantize(scheme, where)
     decoder_of("gptq", model, tokens)
 
@@ -81,10 +82,10 @@ def _check_length(plan: Params, params: Params, tokens: Tensor) -> None:
     for path, leaf in tree.items(plan.layers, is_leaf=is_quantized):
         if is_quantized(leaf) and not isinstance(leaf, (Int4, Int8, Int8Dynamic)):
             remedy = "Round it to nearest, with fa.quantize(scheme)."
-            _checks.fail("gptq", "scheme", "int4, int8 or w8a8", f"one that makes a {type(leaf).__name__}", remedy, TypeError)
+            errors.fail("gptq", "scheme", "int4, int8 or w8a8", f"one that makes a {type(leaf).__name__}", remedy, TypeError)
         if is_quantized(leaf) and len(leaf.shape) == 2 and leaf.shape[-1] > len(tokens):
             wanted = f"at least {leaf.shape[-1]} tokens, the columns of layers.{path}"
-            _checks.fail("gptq", "tokens", wanted, f"{len(tokens)}", "Calibrate with a longer text.")
+            errors.fail("gptq", "tokens", wanted, f"{len(tokens)}", "Calibrate with a longer text.")
 
 
 def _layer(layer: Layer, plan: Layer, feeds: Feeds, damping: float) -> Layer:

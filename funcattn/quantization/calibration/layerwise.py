@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ... import _checks, layers, taps, transformer, tree
+from ... import layers, taps, transformer, tree
+from ...core import errors
 from ...models import Model, config_of, told
 from ...progress import track
 from ...transformer import Config, Layer, LayerContext, LayerSpec, Params
@@ -32,12 +33,12 @@ def decoder_of(function: str, model: Model, tokens: Tensor) -> Config:
     """The config of the model; an error of that function where it is no decoder, or the tokens are no text."""
     config = config_of(model, "hidden")
     if config is None:
-        _checks.fail(function, "model", "from fa.decoder", told(model), "Make it with fa.decoder(config).", TypeError)
+        errors.fail(function, "model", "from fa.decoder", told(model), "Make it with fa.decoder(config).", TypeError)
     if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
-        got = f"{tokens.dtype} {_checks.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        _checks.fail(function, "tokens", "integers (T,)", got, "Encode the text with the tokenizer of the model.", TypeError)
+        got = f"{tokens.dtype} {errors.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        errors.fail(function, "tokens", "integers (T,)", got, "Encode the text with the tokenizer of the model.", TypeError)
     if not len(tokens):
-        _checks.fail(function, "tokens", "a text", "none", "Calibrate with some hundreds of tokens at least.")
+        errors.fail(function, "tokens", "a text", "none", "Calibrate with some hundreds of tokens at least.")
     return config
 
 
@@ -76,7 +77,7 @@ def walk(
     assert config is not None
     size = min(WINDOW, len(tokens), config.limit() or WINDOW)
     windows = tokens[: len(tokens) // size * size].unflatten(0, (-1, size))
-    _checks.whole("calibration", "params", tree.leaves(params), "Calibrate whole params: fa.gather(params).")
+    errors.whole("calibration", "params", tree.leaves(params), "Calibrate whole params: fa.gather(params).")
     positions = torch.arange(size, device=tokens.device)
     specs = [config.layer_spec(i) for i in range(config.layers)]
     done: list[Layer] = []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import layers, quantization
-from ..._doors import door
+from ...core.doors import door
 from ...models import Model
 from ...records import is_absent
 from ...transformer import Config, Layer, LayerSpec, Params, why_not

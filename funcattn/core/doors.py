@@ -19,7 +19,8 @@ import optree
 import torch
 from torch import Tensor
 
-from . import _checks, records
+from .. import records
+from . import errors
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
@@ -214,7 +215,7 @@ def _explain(called: str, f: Callable[..., Any], args: tuple[Any, ...], options:
         got = ", ".join([*map(what_is, args["self" in signature.parameters :]), *(f"{key}=" for key in options)]) or "nothing"
         remedy = "Arguments come in this order, options go by name; what returns a function is called twice."
         wanted = f"({', '.join([*needed, *rest])})"
-        raise TypeError(_checks.form(called, "the arguments", wanted, f"({got})", remedy)) from None
+        raise TypeError(errors.form(called, "the arguments", wanted, f"({got})", remedy)) from None
     hints = typing.get_type_hints(f)
     for key, x in given.items():
         hint = hints.get(key)
@@ -222,11 +223,11 @@ def _explain(called: str, f: Callable[..., Any], args: tuple[Any, ...], options:
         if signature.parameters[key].kind in LOOSE:
             continue
         if kind is not None and not kind.holds(x):
-            raise TypeError(_checks.form(called, key, kind.words, what_is(x), kind.remedy)) from error
+            raise TypeError(errors.form(called, key, kind.words, what_is(x), kind.remedy)) from error
         if key == "params" and MIXED in str(error) and len(first := _dtypes(x, key)) > 1:
             got = " and ".join(f"{dtype} at {path}" for dtype, path in first.items())
             remedy = "Bring them to one: fa.cast(torch.float32)(params)."
-            raise TypeError(_checks.form(called, key, "of one floating dtype", got, remedy)) from error
+            raise TypeError(errors.form(called, key, "of one floating dtype", got, remedy)) from error
 
 
 def _dtypes(node: Any, path: str) -> dict[torch.dtype, str]:
@@ -245,13 +246,13 @@ def _dtypes(node: Any, path: str) -> dict[torch.dtype, str]:
 def uncalled(value: Any, *args: Any, **options: Any) -> NoReturn:
     """`__call__` of a value that is passed as it is, such as the sampler `greedy`."""
     wanted, got = "passed as it is", f"a call with ({', '.join(map(what_is, args))})"
-    _checks.fail(type(value).__name__, "the value", wanted, got, "It is made already: leave the brackets out.", TypeError)
+    errors.fail(type(value).__name__, "the value", wanted, got, "It is made already: leave the brackets out.", TypeError)
 
 
 def what_is(x: Any) -> str:
     """A value in a few words."""
     if isinstance(x, Tensor):
-        return f"a {'nested ' * x.is_nested}tensor {x.dtype} {_checks.shape(x) if not x.is_nested else ''}".rstrip()
+        return f"a {'nested ' * x.is_nested}tensor {x.dtype} {errors.shape(x) if not x.is_nested else ''}".rstrip()
     if x is None or isinstance(x, bool | numbers.Number | str | torch.dtype | torch.device):
         return repr(x)
     if isinstance(x, type) or inspect.isroutine(x):

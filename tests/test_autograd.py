@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 import funcattn as fa
-from funcattn._autodiff import has_tangent, in_forward_mode, is_recorded
+from funcattn.core.autograd import has_tangent, in_forward_mode, is_recorded
 
 X = torch.ones(2)
 
