@@ -1,25 +1,27 @@
-"""The past as a value: a step proposes a delta, `commit` disposes of it.
+"""Key/value caches as values: `extend` returns the new rows as a delta, `commit` appends them.
 
-    logits, delta = model.extend(params, tokens, cache)        reads the past, writes nothing
-    cache = commit(cache, delta, n)                            a new past with the first n of it
+    logits, delta = model.extend(params, tokens, cache)        reads the cache, writes nothing
+    cache = commit(cache, delta, n)                            a new cache with the first n rows
 
-So rejected speculation costs nothing, rewinding is keeping the older value, and forking is using it twice.
+So a rejected draft needs no undo, a rollback is keeping the older cache, and a fork is using one
+cache twice.
 
-Three rules keep a past honest. Entries at or beyond `length` are unobservable, even NaN. Rows that are rejected, or beyond the
-capacity, are written nowhere that counts. And a commit that does not fit writes nothing: eagerly it raises; inside vmap or a
-compile, where values cannot be looked at, it leaves a length beyond every capacity, `OVERFLOWED`, which stays, and which turns all
+Three rules hold for every kind. Rows at or beyond `length` never reach an output, even if they are
+NaN. Rows that are rejected, or beyond the capacity, are not written below `length`. And a commit
+that does not fit writes nothing: eagerly it raises; under vmap and torch.compile, where values are
+not concrete, it sets a length beyond every capacity, `OVERFLOWED`, which stays, and which turns all
 later logits into NaN.
 
-    protocol           the verbs, and what holds for all kinds
+    protocol           the verbs, and the rules of commit that every kind follows
     rows               reading and writing rows
-    dense              Cache: one tensor, room reserved
+    dense              Cache: one tensor of keys and one of values, preallocated
     paged              Pages: blocks, shared by forks
     quantized_blocks   QuantizedCache: 8 or 4 bits
-    sliding_window     Ring: a window and sinks, constant memory
+    sliding_window     Ring: a sliding window and attention sinks, constant memory
     branch             Branch: a tail behind a prefix; fork, flatten
-    sharded            ShardedCache: rows on many devices
-    static             Memory: another sequence, never written
-    display            a cache in a line, and as a bar
+    sharded            ShardedCache: rows divided among devices
+    static             Memory: keys and values of another sequence, read only
+    display            a cache as one line of text, and as a bar in HTML
 """
 
 from . import display, rows
@@ -52,7 +54,7 @@ from .sharded import CONTEXT, ShardedCache
 from .sliding_window import Ring, ring
 from .static import Memory
 
-# Earlier names, which go on working.
+# Aliases: earlier names, kept for compatibility.
 broken, join, follow, commit_own = overflowed, flatten, fork, commit_donated
 Coded, Spread = QuantizedBlock, ShardedCache
 

@@ -1,4 +1,7 @@
-"""`Branch`, a past that continues another: how many futures hold one past once. `fork` begins one, `flatten` ends it."""
+"""`Branch`: a cache that continues another, so that many futures of one prefix store it once.
+
+`fork` makes one; `flatten` writes its tail into a copy of the prefix.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -29,9 +32,9 @@ from .protocol import (
 
 @record
 class Branch(NamedTuple):
-    """A past that continues another: `prefix` is held once and never written, `tail` is what grows.
+    """A cache that continues another: `prefix` is only read, `tail` is what grows.
 
-    Under vmap the prefix is not mapped, so 32 futures of one past store it once.
+    Under vmap the prefix is not mapped, so 32 futures of one prefix store it once.
     """
 
     prefix: Any
@@ -40,23 +43,29 @@ class Branch(NamedTuple):
 
     @property
     def length(self) -> Tensor:
-        """Tokens remembered by both together, int64 ()."""
+        """Tokens in prefix and tail together, int64 ()."""
         return self.prefix.length + self.tail.length
 
 
 @door
 @functools.singledispatch
 def fork(cache: Any, delta: Delta, size: int) -> Any:
-    """A past to write `size` tokens in, which continues the given one and leaves it as it is.
+    """A cache with room for `size` more tokens that continues the given one without modifying it.
 
-    With no past it is an empty dense one, shaped like the delta. A dense past gets such a tail behind it, and `Pages` a tail of
-    pages; a `Branch` keeps its prefix, and its tail grows. Every other kind continues in its own form, by `grow`.
+    `()` gives an empty dense cache shaped like the delta. A dense cache gets a dense tail
+    behind it, and `Pages` a tail of pages, as a `Branch`; a `Branch` grows its tail. Every
+    other kind continues in its own form, by `grow`.
+
+    Args:
+        cache: any kind of cache, or ().
+        delta: keys (K, T, D) and values (K, T, Dv) per layer, for shapes, dtype and device.
+        size: number of tokens.
     """
     return grow(cache, size) if type(cache) is not tuple else _tail(delta, size)
 
 
 def fork_many(cache: Any, delta: Delta, size: int) -> Any:
-    """`fork` for many futures: the tail of a `Branch` is held once too, and each future has a tail behind it."""
+    """`fork` for many futures: the tail of a `Branch` is stored once too, before a new tail."""
     if not isinstance(cache, Branch):
         return fork(cache, delta, size)
     after = fork_many(cache.tail, delta, size)
@@ -72,11 +81,11 @@ def _tail(delta: Delta, size: int) -> Cache:
 
 @door
 def flatten(branch: Branch) -> Any:
-    """The prefix with the tail written behind it: a past of the prefix's kind and capacity.
+    """The prefix with the rows of the tail appended: a cache of the prefix's kind and capacity.
 
     Raises:
         ValueError: the prefix has no room for the tail.
-        TypeError: not a Branch, or a tail that does not hold its rows as they came.
+        TypeError: not a Branch, or a tail whose kind does not keep all rows unquantized.
     """
     if not isinstance(branch, Branch):
         errors.fail("flatten", "branch", "a Branch", f"a {type(branch).__name__}", "Any other past is already one.", TypeError)
@@ -94,7 +103,7 @@ def flatten(branch: Branch) -> Any:
 
 @functools.singledispatch
 def rows_of(cache: Any) -> Delta:
-    """All rows that a past has room for, those that count first: what `flatten` writes behind the prefix."""
+    """All rows that a cache has room for, the valid ones first; `flatten` appends them."""
     remedy = "Keep the Branch: it can be continued and grown as it is."
     wanted = "a past that holds its rows as they came"
     errors.fail("flatten", "branch.tail", wanted, f"a {type(cache).__name__}", remedy, TypeError)

@@ -1,4 +1,7 @@
-"""`Cache`, the dense past: one tensor of keys and one of values, with room reserved. The plainest kind, and the reference."""
+"""`Cache`, the dense cache: one preallocated tensor of keys and one of values.
+
+It is the plainest kind, and the reference for the others.
+"""
 
 import mmap
 from typing import Any, NamedTuple
@@ -15,7 +18,10 @@ from .protocol import Delta, admit, capacity, exactly, grow, keeps_all, past, re
 
 @record
 class Cache(NamedTuple):
-    """A dense past: k (L, K, S + 1, D), v (L, K, S + 1, Dv), of which the first `length` rows count; row S is scratch."""
+    """Keys k (L, K, S + 1, D) and values v (L, K, S + 1, Dv); the first `length` rows are valid.
+
+    Row S is scratch: rejected rows are written there where shapes have to be static.
+    """
 
     k: Tensor
     v: Tensor
@@ -24,7 +30,7 @@ class Cache(NamedTuple):
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Cache":
-        """Room for `size` tokens, on torch's default device."""
+        """An empty cache with room for `size` tokens, on torch's default device."""
         rows = torch.zeros(layers, heads, size + 1, head_size, dtype=dtype)
         return cls(rows, torch.zeros_like(rows), torch.zeros((), dtype=torch.int64))
 
@@ -68,20 +74,21 @@ def _(cache: Cache, delta: Delta, n: Any, donate: bool) -> Cache:
         v[..., here, :] = new.v[..., : new.count, :]
         return Cache(k, v, new.after)
     step = torch.arange(new.k.shape[-2], device=new.k.device)
-    row = torch.where(step < new.count, cache.length + step, capacity(cache))  # rejected rows share the scratch row
+    # Rejected rows go to the scratch row.
+    row = torch.where(step < new.count, cache.length + step, capacity(cache))
     put = lambda x, rows: torch.ops.aten.index_put(x, [None, None, row], rows)
     return Cache(put(cache.k, new.k), put(cache.v, new.v), new.after)
 
 
 def _copied(x: Tensor, length: int) -> Tensor:
-    """A copy of the rows that count, zeros behind them."""
+    """A copy of the first `length` rows, with zeros behind them."""
     copy = _zeros(x)
     copy[..., :length, :] = x[..., :length, :]
     return copy
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """Zeros whose pages nobody has touched, so what is only reserved costs nothing: torch would write them all."""
+    """Zeros in untouched pages, which take no memory; torch.zeros_like writes every page."""
     size = like.numel() * like.element_size()
     if like.device.type != "cpu" or not size:
         return torch.zeros_like(like, memory_format=torch.contiguous_format)

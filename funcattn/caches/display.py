@@ -1,6 +1,6 @@
-"""Caches to look at: how much of the room is used, in a line when printed and as a bar in a notebook.
+"""Printing caches: a line of text with the length and capacity, and a bar in a notebook.
 
-A kind shows itself so by `__str__ = display.line` and `_repr_html_ = display.bar` in its class.
+A kind uses them by `__str__ = display.line` and `_repr_html_ = display.bar` in its class.
 """
 
 import functools
@@ -14,12 +14,12 @@ from .protocol import capacity, sizes
 
 @functools.singledispatch
 def tokens(cache: Any) -> str:
-    """How many tokens one cache of concrete length holds, and of how many."""
+    """Length and capacity of one cache of concrete length, as text."""
     return f"{int(cache.length)} of {capacity(cache)} tokens"
 
 
 def line(self: Any) -> str:
-    """A cache in one line.
+    """A cache in one line: kind, tokens, sizes and bytes.
 
     Example:
         >>> import funcattn as fa
@@ -28,14 +28,14 @@ def line(self: Any) -> str:
     """
     cache = self  # the name that a `__str__` has
     name, size = type(cache).__name__, _bytes(tree.nbytes(cache))
-    if cache.length.dim():  # made by vmap: what the kind takes for its axes are others
+    if cache.length.dim():  # a batch made by vmap: `sizes` would read the wrong axes
         return f"{name}: {_held(cache)}, {size}"
     L, K, D = sizes(cache)
     return f"{name}: {_held(cache)}, {L} layers, {K} heads of {D}, {size}"
 
 
 def bar(cache: Any) -> str:
-    """A cache as HTML: a bar of what is remembered in what there is room for, and its tensors, folded."""
+    """A cache as HTML: a bar of length over capacity, and its tensors, folded."""
     share = _share(cache)
     inner = "" if share is None else f'<div style="width:{100 * share:.1f}%;height:100%;background:#3b6ea5"></div>'
     frame = f'<div style="width:18em;height:.7em;border:1px solid #8888;margin:.2em 0">{inner}</div>'

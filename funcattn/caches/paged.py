@@ -1,9 +1,11 @@
-"""`Pages`: a past in blocks of equal size. A commit copies the blocks it writes in; all others are shared with the older value.
+"""`Pages`: a cache in blocks of equal size; a commit copies only the blocks that it writes.
 
-So a fork is free, a step costs one block however long the past, and forks that go on hold the blocks they share once. A block that
-nothing was written in is one zero, expanded: room that is reserved takes no memory until it is used.
+All other blocks are shared with the older cache: a fork is free, a step copies one block however
+long the text, and forks that continue share their common blocks. A block that was never written is
+one zero, expanded: reserved blocks take no memory until they are written.
 
-Source: Kwon et al., Efficient memory management for large language model serving with PagedAttention, arXiv:2309.06180.
+Source: Kwon et al., Efficient memory management for large language model serving with
+PagedAttention, arXiv:2309.06180.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,10 @@ from .protocol import Delta, admit, capacity, exactly, grow, keeps_all, past, re
 
 @record
 class Pages(NamedTuple):
-    """A past in n blocks of R rows: k and v are blocks (L, K, R, D) and (L, K, R, Dv); the first `length` rows of all count."""
+    """A cache in n blocks of R rows: blocks of k are (L, K, R, D), of v (L, K, R, Dv).
+
+    The first `length` rows of the concatenated blocks are valid.
+    """
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
@@ -32,14 +37,16 @@ class Pages(NamedTuple):
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Pages":
-        """Room for `size` tokens, rounded up to blocks of 64; see `pages` for another size of block."""
+        """Room for `size` tokens, rounded up to blocks of 64; `pages` sets another block size."""
         return pages().empty(layers, heads, size, head_size, dtype)
 
 
 @made
 @dataclass(frozen=True)
 class pages:  # a value that is called like a function: model.cache(size, kind=pages(block=16))
-    """A kind for `model.cache`: `Pages` in blocks of this many tokens. Small blocks share more; large blocks are fewer to read.
+    """A kind for `model.cache`: `Pages` in blocks of `block` tokens.
+
+    Forks share more of small blocks; large blocks are fewer to read.
 
     Example:
         >>> import funcattn as fa
@@ -74,8 +81,9 @@ def _(cache: Pages) -> tuple[int, int, int]:
 @past.register
 def _(cache: Pages, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     R = _block(cache)
-    held = -(-rows.bounds(cache.length, capacity(cache))[1] // R)  # blocks that hold a row of some past
-    first = min(rows.first_seen(positions, window)[0] // R, held)  # and that some new token sees
+    # Blocks with a valid row in some row of the batch, and the first that some new token sees.
+    held = -(-rows.bounds(cache.length, capacity(cache))[1] // R)
+    first = min(rows.first_seen(positions, window)[0] // R, held)
     parts = []
     for start, stop in rows.runs(cache.k[first:held]):
         begin, end = first + start, first + stop
@@ -92,7 +100,8 @@ def _(cache: Pages, more: int) -> Pages:
         n, unwritten = -(-more // R), blocks[0].new_zeros(()).expand(blocks[0].shape)
         if length is None:
             return blocks + (unwritten,) * n
-        at = length // R  # the block that is written next is a copy, and of those behind it nothing counts
+        # Block `at` is written next, so it is copied; later blocks have no valid rows.
+        at = length // R
         copied = tuple(x.clone() for x in blocks[at : at + 1])
         return blocks[:at] + copied + (unwritten,) * (len(blocks) - at - len(copied) + n)
 
@@ -107,7 +116,7 @@ def _(cache: Pages) -> Delta:
 
 @fork.register
 def _(cache: Pages, delta: Delta, size: int) -> Branch:
-    """Behind the past, in blocks of its own that begin at a block's first row: the last block of the past is not copied."""
+    """A tail of pages whose row 0 starts a block: the last block of the prefix is not copied."""
     L, K, D = sizes(cache)
     room = lambda x: (x.new_zeros(()).expand(L, K, _block(cache), x.shape[-1]),) * max(1, -(-size // _block(cache)))
     own = Pages(room(delta.k[0]), room(delta.v[0]), torch.zeros((), dtype=torch.int64, device=delta.k[0].device))
@@ -127,7 +136,8 @@ def _(cache: Pages, delta: Delta, n: Any, donate: bool) -> Pages:
         for blocks, more in ((k, new.k), (v, new.v)):
             at = new.before - i * R
             own = donate and new.known and not (more.requires_grad or blocks[i].requires_grad)
-            if own and blocks[i].stride(-1):  # written before, so this loop made it: an unwritten block is one zero
+            # A stride above 0: an earlier write made this block (unwritten ones are expanded).
+            if own and blocks[i].stride(-1):
                 lo, hi = max(at, 0), min(at + new.count, R)
                 blocks[i][..., lo:hi, :] = more[..., lo - at : hi - at, :]
             else:
@@ -136,7 +146,7 @@ def _(cache: Pages, delta: Delta, n: Any, donate: bool) -> Pages:
 
 
 def _touched(cache: Pages, T: int) -> list[int]:
-    """The blocks that some row writes in when T tokens come; all of them where lengths cannot be looked at."""
+    """Indices of the blocks that T new tokens are written to; all if lengths are unknown."""
     R, n = _block(cache), len(cache.k)
     lengths = errors.peek(cache.length)
     if lengths is None:

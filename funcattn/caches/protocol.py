@@ -1,9 +1,10 @@
-"""What every kind of past can do: verbs that dispatch on the kind, and the rules of `commit` that hold for all.
+"""The verbs of a key/value cache, dispatched on its kind, and the rules of `commit` for every kind.
 
-A kind is a record with a `length`, int64 (). It registers with `capacity`, `sizes`, `past`, `write` and `grow`; and,
-where the default is not what it does, with `overflowed`, `with_length`, `reset`, `keeps_all`, and with `fork` and
-`rows_of` of `branch`.
-A kind of a user's own does the same (docs/caches.md, "A kind of your own"), and `funcattn.testing.laws.cache` tries every verb.
+A kind is a record with a field or property `length`, int64 (). It registers `capacity`, `sizes`,
+`past`, `write` and `grow`; and, where the default does not fit, `overflowed`, `with_length`,
+`reset`, `keeps_all`, and `fork` and `rows_of` of `branch`. Kinds defined outside of this library
+register in the same way (docs/caches.md, "A kind of your own"); `funcattn.testing.laws.cache`
+checks every verb.
 """
 
 import functools
@@ -19,13 +20,13 @@ from ..core.doors import door
 from ..kernels import Part
 from ..records import record
 
-OVERFLOWED = 2**60  # a length that no capacity reaches, however a past grows; the sum of two still fits an int64
-DONATED = 2**62  # the length of a past that was given away: whoever holds it, or a fork of it, holds nothing
+OVERFLOWED = 2**60  # beyond every capacity, however much the cache grows; two of them fit an int64
+DONATED = 2**62  # length of a cache whose tensors were donated: its rows are invalid, in forks too
 
 
 @record
 class Delta(NamedTuple):
-    """What a step would add: for each layer the keys (K, T, D) and values (K, T, Dv) of the new tokens."""
+    """The new rows of one step: for each layer keys (K, T, D) and values (K, T, Dv) of T tokens."""
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
@@ -33,21 +34,21 @@ class Delta(NamedTuple):
 
 @functools.singledispatch
 def capacity(cache: Any) -> int:
-    """How many tokens the past has room for."""
+    """The number of tokens that the cache has room for."""
     _unknown("capacity", cache)
 
 
 @functools.singledispatch
 def sizes(cache: Any) -> tuple[int, int, int]:
-    """Layers, key/value heads and head size (L, K, D) of the model that the past belongs to."""
+    """Layers, key/value heads and head size (L, K, D) of the model that the cache belongs to."""
     _unknown("sizes", cache)
 
 
 @functools.singledispatch
 def overflowed(cache: Any) -> Tensor:
-    """Bool (): True once a commit did not fit, inside a transform that could not raise.
+    """Bool (): True after a commit that did not fit, in a transform where it could not raise.
 
-    By default where the length is beyond the capacity, which is how `admit` marks it.
+    The default is length > capacity, since `admit` marks such a cache with the length `OVERFLOWED`.
     """
     return cache.length > capacity(cache)
 
@@ -55,18 +56,20 @@ def overflowed(cache: Any) -> Tensor:
 @door
 @functools.singledispatch
 def past(cache: Any, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
-    """What new tokens attend to in one layer: the remembered keys and values, in parts.
+    """The cached keys and values that new tokens attend to in one layer, in segments.
 
     Args:
-        cache: any kind of past.
-        layer: which layer, 0 to L - 1.
-        positions: int64 (T,), the position of each new token, where the first token that the past remembers has position 0. They
-            follow the past, `cache.length + arange(T)`, unless they are drafts of a tree.
-        window: a layer of sliding window attention: the token at p sees the remembered position j only where j > p - window.
+        cache: any kind of cache.
+        layer: index of the layer, 0 to L - 1.
+        positions: int64 (T,), position of each new token; the first cached token has position 0.
+            They are `cache.length + arange(T)`, except for the drafts of a tree.
+        window: size of the layer's sliding window: the token at position p sees the cached
+            position j only where j > p - window.
 
     Returns:
-        Disjoint sets of keys. Where lengths and positions are concrete, they hold what some new token sees and no more, so a step
-        costs no more than its window; a part that every new token sees whole has no mask.
+        Disjoint sets of keys, one `Part` each. Where lengths and positions are concrete, they hold
+        only keys that some new token sees, so a step costs no more than its window; a segment that
+        every new token sees in full has no mask.
 
     Law: a window reads what dense attention reads under `masks.window` (test_caches.py).
     """
@@ -75,60 +78,79 @@ def past(cache: Any, layer: int, positions: Tensor, window: int | None = None) -
 
 @functools.singledispatch
 def write(cache: Any, delta: Delta, n: Any, donate: bool) -> Any:
-    """What `commit` does in one kind: the past with the first n tokens of a delta added, of the same kind and shapes.
+    """The implementation of `commit` for one kind: append the first n rows of a delta.
 
     Args:
-        n: an int or an integer tensor (), checked where it is concrete; under vmap and in a compile `admit` checks it.
-        donate: whether tensors that `grow` copied, or an earlier write made, may be written in place.
+        cache: a cache of the registered kind.
+        delta: the new rows, keys (K, T, D) and values (K, T, Dv) for each layer.
+        n: an int or an integer tensor (), checked where it is concrete; under vmap and
+            torch.compile `admit` checks it.
+        donate: whether tensors that were copied by `grow` or made by an earlier write may be
+            written in place.
+
+    Returns:
+        A cache of the same kind and shapes.
     """
     _unknown("write", cache)
 
 
-_write = write  # its name before it was public: kinds of others register with it
+_write = write  # Alias: kinds defined elsewhere registered with it before `write` was public.
 
 
 @door
 @functools.singledispatch
 def grow(cache: Any, rows: int) -> Any:
-    """The same past with room for `rows` more tokens; the end that grows is a copy (of a `Branch`, its own tail alone)."""
+    """The same cache with room for `rows` more tokens.
+
+    The end that grows is a copy; of a `Branch` only the tail is copied.
+    """
     _unknown("grow", cache)
 
 
 @functools.singledispatch
 def keeps_all(cache: Any) -> bool:
-    """Whether each token sees all before it, so that a text may be read at once where it should be read token by token.
+    """Whether each token attends to all tokens before it.
 
-    False unless a kind says otherwise; True of no past.
+    If so, reading a text in one call equals reading it token by token. False by default;
+    True for `()`, no cache.
     """
     return type(cache) is tuple
 
 
 def exactly(kind: type) -> Callable[[Any], bool]:
-    """For `keeps_all` of a kind: true of the kind itself, and not of a record derived from it."""
+    """A predicate to register with `keeps_all`: True for the type, False for its subtypes."""
     return lambda cache: type(cache) is kind
 
 
 @functools.singledispatch
 def reset(cache: Any, empty: Any, where: Tensor) -> Any:
-    """The past, or where a condition () holds an empty one of the same shapes: how a slot of `serving` becomes free.
+    """The cache, or an empty one of the same shapes where the condition `where` () holds.
 
-    By default every tensor is chosen. A kind in which nothing beyond its counts can be observed registers `reset_counts`.
+    `serving` frees a slot by it. The default selects every tensor by torch.where. A kind whose rows
+    beyond its lengths are never observed registers `reset_counts`.
     """
     return tree.map(lambda fresh, leaf: torch.where(where, fresh, leaf), empty, cache)
 
 
 def reset_counts(cache: Any, empty: Any, where: Tensor) -> Any:
-    """`reset` that leaves rows as they are."""
+    """`reset` that selects only the int64 tensors (lengths and positions) and leaves the rows."""
     return tree.map(lambda new, old: torch.where(where, new, old) if old.dtype == torch.int64 else old, empty, cache)
 
 
 @door
 @functools.singledispatch
 def with_length(cache: Any, length: Tensor) -> Any:
-    """The same tensors with another length of the part that grows: what lies beyond is unobservable.
+    """The same tensors with another length; rows at or beyond it are not observed.
+
+    In a kind with several segments it is the length of the one that grows.
+
+    Args:
+        cache: a cache whose rows below the new length are still stored.
+        length: int64 ().
 
     Raises:
-        TypeError: a kind that no longer has the rows it once had, such as `Ring`: keep the older value instead.
+        TypeError: a kind that overwrites or encodes older rows, such as `Ring`: keep the older
+            cache instead.
     """
     if "length" not in getattr(cache, "_fields", ()):
         got, remedy = f"a {type(cache).__name__} without that field", "Register with_length for it."
@@ -138,23 +160,27 @@ def with_length(cache: Any, length: Tensor) -> Any:
 
 @door
 def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Tensor | None = None) -> Any:
-    """The past with the first n tokens of a delta added.
+    """Append the first n rows of a delta to a cache.
 
     Args:
-        cache: any kind of past. It stays as it was.
-        delta: what `extend` returned for T tokens.
-        n: how many of them count, an int or an integer tensor () in 0..T (one for each row under vmap); None is all.
-        index: int64 (N,), a path through a tree of drafts: the tokens of the delta to add, in this order, before n counts.
+        cache: any kind of cache; it is not modified.
+        delta: what `extend` returned for T tokens: keys (K, T, D) and values (K, T, Dv) per layer.
+        n: how many rows to append, an int or an integer tensor () in 0..T (one for each row under
+            vmap); None is all.
+        index: int64 (N,), a path through a tree of drafts: the rows of the delta to append, in this
+            order; n then counts in these.
 
     Returns:
-        A past of the same kind and shapes, n tokens longer.
+        A cache of the same kind and shapes, n tokens longer.
 
     Raises:
-        ValueError: there is no room for n more, or n or index is outside the delta (where values are concrete; inside a transform
-            nothing is written, and the logits of every later step are NaN).
+        ValueError: there is no room for n more, or n or index is outside the delta (where values
+            are concrete; inside a transform nothing is written, and the logits of later steps are
+            NaN).
         TypeError: kinds or dtypes that do not fit.
 
-    Law: committing all equals committing any split of it; the argument is unchanged (test_caches.py).
+    Law: committing all equals committing any split of it; the argument is unchanged
+        (test_caches.py).
     """
     if not isinstance(delta, Delta):
         errors.fail(
@@ -180,12 +206,15 @@ def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Te
 
 
 def commit_donated(cache: Any, delta: Delta, n: int | Tensor) -> Any:
-    """`commit` that may write into the tensors of a past nobody else holds: for a loop over its own intermediate pasts."""
+    """`commit` that may write in place: for loops that discard intermediate caches."""
     return _same_kind(cache, write(cache, delta, n, True))
 
 
 def _same_kind(cache: Any, after: Any) -> Any:
-    """What was written, which is of the kind that it was written to: a record derived from another writes as that one does."""
+    """The result of `write`, checked to be of the same type as the cache.
+
+    A derived record dispatches to its parent's `write`, which returns the parent's type.
+    """
     if type(after) is not type(cache):
         wanted, got = f"a {type(cache).__name__} as the past", f"a {type(after).__name__}"
         errors.fail("commit", "what write returns", wanted, got, "Register the verbs of your own kind with caches.", TypeError)
@@ -193,7 +222,7 @@ def _same_kind(cache: Any, after: Any) -> Any:
 
 
 def check_whole(function: str, cache: Any) -> None:
-    """Fail where the past is known to have lost tokens: a commit inside a transform did not fit."""
+    """Raise where the cache is known to have overflowed in a transform, or to have been donated."""
     lost = errors.value(overflowed(cache))
     if lost is not None and bool(lost):
         if not 0 <= int(cache.length) < DONATED:
@@ -205,10 +234,11 @@ def check_whole(function: str, cache: Any) -> None:
 
 
 class Admitted(NamedTuple):
-    """A commit that was checked: rows k and v (L, K, T, D), the lengths before and after it, and how many of the rows count.
+    """A checked commit: rows k and v (L, K, T, D), lengths before and after, count of rows.
 
-    `known` says that all numbers are concrete: then `before` and `count` are ints, else tensors. What does not fit counts 0 rows,
-    and leaves the length `OVERFLOWED`.
+    `known` is True where all numbers are concrete; `before` and `count` are ints then, else
+    tensors.
+    A commit that does not fit has a count of 0 and a length of `OVERFLOWED` after it.
     """
 
     k: Tensor
@@ -220,7 +250,7 @@ class Admitted(NamedTuple):
 
 
 def admit(cache: Any, delta: Delta, n: Any, held: tuple[Tensor, Tensor]) -> Admitted:
-    """Check a commit against a past that holds rows like `held`, (L, K, ..., D) and (L, K, ..., Dv)."""
+    """Check a delta against a cache with rows like `held`, (L, K, ..., D) and (L, K, ..., Dv)."""
     k, v = torch.stack(delta.k), torch.stack(delta.v)
     check_whole("commit", cache)
     _check_delta(held, k, v)

@@ -1,15 +1,18 @@
-"""`QuantizedCache`: an old past in codes of 8 or 4 bits, its recent end as it came.
+"""`QuantizedCache`: older rows quantized to 8 or 4 bits, recent rows in full precision.
 
-    x ~ low + scale * code          code in 0 .. 2^bits - 1, low and scale the least and the step of a group
+    x ~ low + scale * code    code in 0 .. 2^bits - 1, low the minimum and scale the step of a group
 
-A group is one channel of a block for keys, one token for values: keys have channels that are large for every token, values do not.
-New rows go to a tail in full precision; when it holds a whole block beside the rows that stay recent, that block is coded,
-once, and never again: so the error of a row does not grow with the text. |x - (low + scale * code)| <= scale / 2.
+A group is one channel of a block for keys, one token for values: some channels of keys are large
+for every token, those of values are not. New rows go to a tail in full precision; when it holds a
+whole block beside the `recent` rows, that block is quantized once, and never again: so the error
+of a row does not grow with the text. |x - (low + scale * code)| <= scale / 2.
 
-Derivatives go through the tail, `scale` and `low`, and the query. A code is an integer and has none: rows that somebody
-differentiates cannot be coded, and a commit that would says so.
+Derivatives go through the tail, `scale` and `low`, and the query. A code is an integer and has
+none: rows that are differentiated cannot be quantized, and a commit that would do so raises
+TypeError.
 
-Source: Liu et al., KIVI: A tuning-free asymmetric 2bit quantization for KV cache, arXiv:2402.02750, section 3.
+Source: Liu et al., KIVI: A tuning-free asymmetric 2bit quantization for KV cache, arXiv:2402.02750,
+section 3.
 """
 
 from dataclasses import dataclass
@@ -43,18 +46,22 @@ from .protocol import (
 
 @record
 class QuantizedBlock(NamedTuple):
-    """R rows (L, K, R, D) in codes: uint8 (L, K, R, D), or (L, K, R, D / 2) where two of 4 bits share a byte."""
+    """R quantized rows (L, K, R, D): codes uint8 (L, K, R, D), or (L, K, R, D / 2) for 4 bits.
+
+    With 4 bits a byte holds the codes of features i (low bits) and i + D / 2 (high bits).
+    """
 
     codes: Tensor
     scale: Tensor  # (L, K, 1, D) for keys, (L, K, R, 1) for values
-    low: Tensor  # as scale
+    low: Tensor  # as scale, same shape
 
 
 @record
 class QuantizedCache(NamedTuple):
-    """A past in n coded blocks of R rows, and a tail (L, K, C, D) of the rows behind them, of which C - R always stay.
+    """n quantized blocks of R rows, and a tail (L, K, C, D) of later rows in full precision.
 
-    Rewinding is keeping the older value; by a length it cannot be rewound (`with_length` raises).
+    C = recent + R; at least the last C - R rows stay in full precision. Roll back by keeping the
+    older cache; `with_length` raises, since quantized rows cannot be restored.
     """
 
     k: tuple[QuantizedBlock, ...]
@@ -66,14 +73,14 @@ class QuantizedCache(NamedTuple):
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "QuantizedCache":
-        """Room for `size` tokens at least, 8 bits in blocks of 32; see `quantized` for others."""
+        """Room for `size` tokens at least, 8 bits in blocks of 32; `quantized` sets others."""
         return quantized().empty(layers, heads, size, head_size, dtype)
 
 
 @made
 @dataclass(frozen=True)
 class quantized:  # a value that is called like a function: model.cache(size, kind=quantized(bits=4))
-    """A kind for `model.cache`: a `QuantizedCache` of 8 or 4 bits, coded in blocks, beside `recent` rows that stay as they came.
+    """A kind for `model.cache`: a `QuantizedCache` with `recent` rows left unquantized.
 
     Example:
         >>> import funcattn as fa
@@ -106,7 +113,12 @@ class quantized:  # a value that is called like a function: model.cache(size, ki
 
 
 def encode(x: Tensor, dim: int, bits: int) -> QuantizedBlock:
-    """Rows (..., R, D) in codes of 8 or 4 bits, one scale for each group along dim.
+    """Quantize rows (..., R, D) to 8 or 4 bits, with one scale for each group along dim.
+
+    Args:
+        x: floating (..., R, D); D is even for 4 bits.
+        dim: the axis over which minimum and step are taken: -2 for keys, -1 for values.
+        bits: 8 or 4.
 
     Law: decoding is within half a scale of x, and encoding what was decoded changes nothing but
         rounding (test_quantized_blocks.py).
@@ -123,7 +135,7 @@ def encode(x: Tensor, dim: int, bits: int) -> QuantizedBlock:
 
 
 def decode(coded: QuantizedBlock, D: int) -> Tensor:
-    """The rows (..., R, D) that codes stand for, in the dtype of their scale."""
+    """Dequantize to rows (..., R, D), in the dtype of the scale."""
     codes = coded.codes
     if codes.shape[-1] != D:
         codes = torch.cat([codes & 15, codes >> 4], -1)
@@ -206,7 +218,10 @@ def _(cache: QuantizedCache, delta: Delta, n: Any, donate: bool) -> QuantizedCac
 
 
 def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
-    """The same where numbers cannot be looked at: each row under vmap codes its own blocks, and only those that some row fills."""
+    """`write` for values that are not concrete: each row under vmap fills its own blocks.
+
+    Only blocks that some row of the batch fills are computed.
+    """
     R, C, T, n = _block(cache), cache.tail_k.shape[-2], new.k.shape[-2], len(cache.k)
     was, now = _coded_blocks(cache, new.before), _coded_blocks(cache, new.before + new.count)
     held = (new.before - was * R).clamp(0, C)
@@ -218,7 +233,7 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
     _check_constant(cache, new)
 
     def take(tail: Tensor, more: Tensor, begin: Any, count: int) -> Tensor:
-        """Rows of the tail with the new ones behind it; what comes after the last of them is never observed."""
+        """`count` rows from `begin` of tail and new rows; any beyond the last are unobserved."""
         row = begin + torch.arange(count, device=more.device)
         source = torch.where(row < held, row, row - held + C).clamp(max=C + T - 1)
         return torch.cat([tail, more], -2).index_select(-2, source)
@@ -243,13 +258,13 @@ def _check_constant(cache: QuantizedCache, new: Admitted) -> None:
 
 
 def _coded_blocks(cache: QuantizedCache, length: Any) -> Any:
-    """How many blocks of a past of this length are coded: an int, or a tensor where the length is one."""
+    """How many blocks are quantized at this length: an int, or a tensor where the length is one."""
     coded = (length - (cache.tail_k.shape[-2] - _block(cache))) // _block(cache)
     return max(coded, 0) if isinstance(coded, int) else coded.clamp(0, len(cache.k))
 
 
 def _together(blocks: tuple[QuantizedBlock, ...], layer: int, like: Tensor) -> Tensor:
-    """The rows (K, n R, D) of neighbouring blocks in one layer."""
+    """The dequantized rows (K, n R, D) of n neighbouring blocks in one layer."""
     stacked = QuantizedBlock(*[torch.stack([x[layer] for x in leaf], -3) for leaf in zip(*blocks, strict=True)])
     return decode(stacked, like.shape[-1]).flatten(-3, -2)
 

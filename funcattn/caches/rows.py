@@ -1,7 +1,8 @@
-"""Rows of keys and values in a tensor: reading those that new tokens see, and writing new ones, for every kind that keeps rows.
+"""Reading the rows of keys and values that new tokens see, and writing new ones, for every kind.
 
-Both know whether numbers can be looked at. Where they can, rows are sliced; where they cannot (lengths that differ under vmap, a
-compile), rows are masked when read and gathered when written: row r takes new row r - at, so no two rows ever collide.
+Where lengths are concrete, rows are sliced. Where they are not (lengths that differ under vmap,
+torch.compile), rows are masked when read and gathered when written: row r takes new row r - at,
+so no two new rows are written to the same index.
 """
 
 import itertools
@@ -19,9 +20,10 @@ SHORTEST = 128  # rows of the smallest bucket
 
 
 def bucket(rows: int) -> int:
-    """The power of two, 128 or more, that holds so many rows: compiled code serves all lengths of a bucket.
+    """The smallest power of two, 128 or more, that is at least `rows`.
 
-    A past that a loop makes for itself has a bucket's rows.
+    Code compiled for a bucket serves all lengths in it. Caches that a generation loop allocates
+    have a bucket's number of rows.
 
     Example:
         >>> [bucket(n) for n in (0, 100, 128, 129)]
@@ -33,7 +35,11 @@ def bucket(rows: int) -> int:
 def read(
     k: Tensor, v: Tensor, positions: Tensor, window: int | None, *, start: int | Tensor = 0, stop: int | Tensor = 2**62
 ) -> list[Part]:
-    """The rows start <= r < stop of k (K, S, D) and v (K, S, Dv) that new tokens at `positions` (T,) see, counted in rows."""
+    """The rows start <= r < stop of k (K, S, D), v (K, S, Dv) that tokens at `positions` (T,) see.
+
+    Positions, start and stop count rows of k: row 0 is position 0. Where some values are not
+    concrete, hidden rows are zeroed and masked.
+    """
     S = k.shape[-2]
     first, each = first_seen(positions, window)
     (least_start, start_of_all), (stop_of_all, last_stop) = bounds(start, S), bounds(stop, S)
@@ -42,7 +48,7 @@ def read(
         return []
     k, v = k[..., begin:end, :], v[..., begin:end, :]
     n = end - begin
-    if start_of_all <= begin and stop_of_all >= end:  # no row is hidden but by the window
+    if start_of_all <= begin and stop_of_all >= end:  # only the window hides rows
         if each is None:
             return [Part(k, v)]
         seen = torch.minimum((each - begin).clamp(min=0), torch.full_like(each, n))
@@ -50,7 +56,7 @@ def read(
     inside = lambda x: torch.as_tensor(x - begin, device=k.device).clamp(0, n)
     lower, upper, row = inside(start), inside(stop), torch.arange(n, device=k.device)
     remembered = ((lower <= row) & (row < upper)).unsqueeze(-1)
-    clean = lambda rows: torch.where(remembered, rows, 0)  # 0 * NaN would be NaN, in the output and in gradients
+    clean = lambda rows: torch.where(remembered, rows, 0)  # 0 * NaN is NaN, in output and gradients
     T = positions.shape[-1]
     lower = lower.expand(T) if each is None else torch.maximum(lower, (each - begin).clamp(0, n))
     upper = upper.expand(T)
@@ -58,7 +64,10 @@ def read(
 
 
 def written(x: Tensor, new: Tensor, at: int | Tensor, n: int | Tensor) -> Tensor:
-    """x (..., S, D) with the first n rows of new (..., T, D) at rows at, at + 1, ...; those beyond either end are left out."""
+    """x (..., S, D) with rows at, at + 1, ... replaced by the first n rows of new (..., T, D).
+
+    Rows that fall outside 0..S - 1 are dropped.
+    """
     S, T = x.shape[-2], new.shape[-2]
     if isinstance(at, int) and isinstance(n, int):
         lo, hi = min(max(at, 0), S), min(max(at + n, 0), S)
@@ -73,7 +82,7 @@ def written(x: Tensor, new: Tensor, at: int | Tensor, n: int | Tensor) -> Tensor
 
 
 def bounds(x: int | Tensor, most: int) -> tuple[int, int]:
-    """The least and the greatest x of all rows under vmap, both clamped to 0..most; 0 and most where it cannot be looked at."""
+    """The least and greatest x of all rows under vmap, clamped to 0..most; 0, most if unknown."""
     if isinstance(x, Tensor):
         known = errors.peek(x)
         if known is None or not known.numel():
@@ -85,14 +94,17 @@ def bounds(x: int | Tensor, most: int) -> tuple[int, int]:
 
 
 def runs(blocks: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Runs start, stop of neighbours that are mapped by the same levels of vmap: one that is shared is not copied for each row."""
+    """(start, stop) of runs of neighbouring blocks that are mapped by the same vmap levels.
+
+    A block that is not mapped is then not copied for each row of a batch.
+    """
     kinds = [_mapped(block) for block in blocks]
     cuts = [0, *[i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]], len(kinds)]
     return list(itertools.pairwise(cuts)) if kinds else []
 
 
 def _mapped(x: Tensor) -> tuple[int, ...]:
-    """The levels of vmap that x is mapped by."""
+    """The vmap levels that x is batched at."""
     levels = []
     while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x):
         if _functorch.is_batchedtensor(x):
@@ -102,7 +114,10 @@ def _mapped(x: Tensor) -> tuple[int, ...]:
 
 
 def first_seen(positions: Tensor, window: int | None) -> tuple[int, Tensor | None]:
-    """The first row that any new token sees, 0 where that is not known; and of each token, or None where all see the same."""
+    """The first row that any new token sees (0 if unknown), and that of each token (T,).
+
+    The second is None where every token sees all rows from the first on.
+    """
     if window is None:
         return 0, None
     each = positions - (window - 1)

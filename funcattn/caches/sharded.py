@@ -1,11 +1,12 @@
-"""`ShardedCache`: rows on the devices of the axis "context", for a text longer than one device holds.
+"""`ShardedCache`: rows divided over the mesh axis "context", for very long texts.
 
-    device 0    rows 0 3 4 7 ...       each keeps rows of its own, in any order: all of the past is seen, so order does not matter
+    device 0    rows 0 3 4 7 ...    in any order: each token sees all, so order is irrelevant
     device 1    rows 1 2 5 6 ...
 
-What each device read of its part of a text (a ring) stays there: `ShardedCache.from_local`. What is
-written then is the same on every device, and the row of position p stays on device p mod n. Attention to
-it is one merge over the axis (`kernels.merge_over`), which the decoder does where "context" is bound.
+The rows of the chunk of a text that a device has read (ring attention) stay there:
+`ShardedCache.from_local`. Rows that are committed later are the same on every device, and the row
+of position p is stored on device p mod n. Attention to the cache is one merge over the axis
+(`kernels.merge_over`), which the decoder does where "context" is bound.
 """
 
 from typing import Any, NamedTuple
@@ -42,24 +43,24 @@ CONTEXT = "context"
 
 @record
 class ShardedCache(NamedTuple):
-    """A past over devices: `local` holds this device's rows, `length` counts those of all."""
+    """A cache over devices: `local` holds this device's rows, `length` counts all rows."""
 
     local: Cache
     length: Tensor  # int64 (), the same on every device
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "ShardedCache":
-        """Room for `size` tokens in all, this device's share of it."""
+        """Room for `size` tokens over all devices: ceil(size / n) rows on each of n."""
         room = -(-size // axis_size(CONTEXT))
         return cls(Cache.empty(layers, heads, room, head_size, dtype), torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def from_local(cls, delta: Delta, rows: int = 0) -> "ShardedCache":
-        """The cache of a text of which each device has read a part: what `extend` returned without a cache.
+        """The cache of a text of which each device has read one chunk by `extend` without a cache.
 
         Args:
-            delta: this device's keys and values, as many tokens on every device.
-            rows: how many more, of all devices together, there should be room for.
+            delta: this device's keys (K, T, D) and values (K, T, Dv) per layer, equal T.
+            rows: room for this many more tokens, over all devices together.
         """
         T, n = delta.k[0].shape[-2], axis_size(CONTEXT)
         empty = fork((), delta, T + -(-rows // n))
@@ -79,7 +80,8 @@ def _(cache: ShardedCache) -> tuple[int, int, int]:
 @overflowed.register
 def _(cache: ShardedCache) -> Tensor:
     held = torch.where(overflowed(cache.local), OVERFLOWED, cache.local.length)
-    return psum(held, CONTEXT) != cache.length  # so too where each device wrote all tokens, outside of the mesh
+    # Also True where each device wrote all tokens, outside of the mesh.
+    return psum(held, CONTEXT) != cache.length
 
 
 @past.register
@@ -89,7 +91,8 @@ def _(cache: ShardedCache, layer: int, positions: Tensor, window: int | None = N
         errors.fail("past", "cache", "other than a ShardedCache in a layer with a window", "a ShardedCache", remedy, TypeError)
     found = past(cache.local, layer, positions, None)
     none = lambda x: x[layer, ..., :0, :]
-    return found or [Part(none(cache.local.k), none(cache.local.v))]  # a segment, so that it is known for a cache
+    # An empty segment tells the layer that there is a cache.
+    return found or [Part(none(cache.local.k), none(cache.local.v))]
 
 
 @grow.register
@@ -109,7 +112,7 @@ def _(cache: ShardedCache, length: Tensor) -> ShardedCache:
 
 @write.register
 def _(cache: ShardedCache, delta: Delta, n: Any, donate: bool) -> ShardedCache:
-    """Of new tokens that all devices hold alike, each keeps those of its positions."""
+    """New rows are the same on all devices; store those with position % n == device index."""
     devices, T = axis_size(CONTEXT), delta.k[0].shape[-2]
     if devices == 1 and errors.is_true(cache.local.length != cache.length):
         remedy = "Write inside of the mesh: shard_map(f, mesh), or fa.sharding.inside(mesh), where f calls generate or commit."

@@ -1,13 +1,14 @@
-"""`Ring`: the last tokens of a text, and its first few. Memory and the cost of a step stay the same however long the text.
+"""`Ring`: the last tokens of a text and its first few, in constant memory and constant time a step.
 
-    sinks | ... forgotten ... | kept: R rows | tail: up to C rows, growing
+    sinks | ... dropped ... | window: R rows | tail: up to C rows, growing
 
-New rows go to a small tail. When it is full, the last R rows of both become what is kept, and an empty tail begins: so no row
-moves until it must, rows stay in order, a commit copies the tail alone, and no older value is ever written over. Positions are
-absolute: row r of the tail stands at `start + r`, row r of what is kept at `start - R + r`.
+New rows are appended to a small tail. When it is full, the last R rows of window and tail together
+become the new window, and an empty tail begins. So rows move only once in C tokens, they stay in
+order, a commit copies the tail alone, and tensors of an older cache are never written. Positions
+are absolute: row r of the tail is at `start + r`, row r of the window at `start - R + r`.
 
-Source: Beltagy et al., Longformer, arXiv:2004.05150 (sliding window); Xiao et al., Efficient streaming language models with
-attention sinks, arXiv:2309.17453 (sinks).
+Source: Beltagy et al., Longformer, arXiv:2004.05150 (sliding window); Xiao et al., Efficient
+streaming language models with attention sinks, arXiv:2309.17453 (sinks).
 """
 
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ from .protocol import Delta, admit, capacity, grow, past, reset, reset_counts, s
 
 @record
 class Ring(NamedTuple):
-    """A past of a window: each token sees the R tokens before it, and the first A tokens of all.
+    """A sliding-window cache: each token sees the R tokens before it and the first A.
 
-    Rewinding is keeping the older value, which is never written over; by a length it cannot be rewound (`with_length` raises).
+    Roll back by keeping the older cache, which is never written; `with_length` raises, since rows
+    before the window are gone.
     """
 
     sinks_k: Tensor  # (L, K, A, D)
@@ -38,23 +40,23 @@ class Ring(NamedTuple):
     v: Tensor
     tail_k: Tensor  # (L, K, C, D)
     tail_v: Tensor
-    start: Tensor  # int64 (), the position of the first row of the tail
-    length: Tensor  # int64 (), how many tokens there were
+    start: Tensor  # int64 (), the position of row 0 of the tail
+    length: Tensor  # int64 (), how many tokens were committed
     __str__, _repr_html_ = display.line, display.bar
 
     @classmethod
     def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Ring":
-        """A window that holds `size` tokens beside the one that looks; see `ring` for windows and sinks by name."""
+        """A window of `size` tokens beside the query's; `ring` sets window and sinks by name."""
         return ring(window=size + 1).empty(layers, heads, size, head_size, dtype)
 
 
 @made
 @dataclass(frozen=True)
 class ring:  # a value that is called like a function: model.cache(size, kind=ring(window=128))
-    """A kind for `model.cache`: a `Ring` in which a token sees itself, the `window - 1` before it, and the first `sinks`.
+    """A kind for `model.cache`: a `Ring` of `window` tokens (the query's too) and `sinks`.
 
-    For a model whose layers all have a window no longer than this it is exact, else an approximation that its user chooses.
-    The size that `model.cache` is given has no effect: a ring is never full.
+    Exact for a model whose layers all have a window no longer than this, else an approximation.
+    The size that is passed to `model.cache` has no effect: a ring is never full.
 
     Example:
         >>> import funcattn as fa
@@ -65,7 +67,7 @@ class ring:  # a value that is called like a function: model.cache(size, kind=ri
 
     window: int
     sinks: int = 0
-    tail: int = 64  # C, rows that are appended before the window moves on: more is fewer moves, and dearer commits
+    tail: int = 64  # C, rows between moves: more is fewer moves, costlier commits
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("sinks", 0), ("tail", 1)):
@@ -96,7 +98,8 @@ def _(cache: Ring, layer: int, positions: Tensor, window: int | None = None) -> 
     nearest = R + 1 if window is None else min(window, R + 1)
     parts = rows.read(cache.sinks_k[layer], cache.sinks_v[layer], positions, None, stop=length) if A else []
     for k, v, first, end in ((cache.k, cache.v, start - R, R), (cache.tail_k, cache.tail_v, start, length - start)):
-        begin = A - first  # sinks are read above, and before the text began there is nothing
+        # The first A positions are read as sinks; below position 0 there are no rows.
+        begin = A - first
         parts += rows.read(k[layer], v[layer], positions - first, nearest, start=begin, stop=end)
     return parts
 
@@ -127,13 +130,14 @@ def _(cache: Ring, delta: Delta, n: Any, donate: bool) -> Ring:
     start = errors.integer(cache.start) if new.known else None
     if start is None:
         return _write_masked(cache, new, A, R, C)
-    held = new.before - start  # rows of the tail that count
+    held = new.before - start  # valid rows of the tail
     sinks = [rows.written(x, y, new.before, new.count) for x, y in ((cache.sinks_k, new.k), (cache.sinks_v, new.v))]
     kept, tails = [cache.k, cache.v], [cache.tail_k, cache.tail_v]
     if held + new.count > C:
         together = lambda x, tail, y: torch.cat([x, tail[..., :held, :], y[..., : new.count, :]], -2)
         kept = [together(*three) for three in zip(kept, tails, (new.k, new.v), strict=True)]
-        kept = [x[..., x.shape[-2] - R :, :].clone() for x in kept]  # not a view, which would hold all of it
+        # a clone, since a view would keep the whole tensor alive
+        kept = [x[..., x.shape[-2] - R :, :].clone() for x in kept]
         tails = [torch.zeros_like(x) for x in tails]
         return Ring(*[*sinks, *kept, *tails, new.after.clone(), new.after])
     if donate and not any(x.requires_grad for x in (new.k, new.v, *tails)):
@@ -145,7 +149,7 @@ def _(cache: Ring, delta: Delta, n: Any, donate: bool) -> Ring:
 
 
 def _write_masked(cache: Ring, new: Any, A: int, R: int, C: int) -> Ring:
-    """The same where numbers cannot be looked at: each row under vmap moves on when its own tail is full."""
+    """`write` for values that are not concrete: each row under vmap moves when its tail is full."""
     T, device = new.k.shape[-2], new.k.device
     n = new.count
     held = (new.before - cache.start).clamp(0, C)
@@ -156,7 +160,8 @@ def _write_masked(cache: Ring, new: Any, A: int, R: int, C: int) -> Ring:
     tails = [put(tail, more) for tail, more in ((cache.tail_k, new.k), (cache.tail_v, new.v))]
     kept, start = [cache.k, cache.v], cache.start
     if some_full is None or bool(some_full.any()):
-        last = held + n + torch.arange(R, device=device)  # the last R rows of what is kept, R, then the tail, held, then n new ones
+        # indices of the last R of: window (R rows), tail (`held` valid), then n new rows
+        last = held + n + torch.arange(R, device=device)
         source = torch.where(last < R + held, last, last - held + C).clamp(max=R + C + T - 1)
         gather = lambda x, tail, more: torch.cat([x, tail, more], -2).index_select(-2, source)
         old = [(cache.k, cache.tail_k, new.k), (cache.v, cache.tail_v, new.v)]

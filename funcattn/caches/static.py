@@ -1,4 +1,4 @@
-"""`Memory`: keys and values of another sequence, which a text attends to and never adds to: cross-attention, a learned prefix."""
+"""`Memory`: keys and values of another sequence, read only: cross-attention or a learned prefix."""
 
 from typing import Any, NamedTuple, NoReturn
 
@@ -14,10 +14,11 @@ from .protocol import Delta, capacity, grow, keeps_all, past, sizes, write
 
 @record
 class Memory(NamedTuple):
-    """A past that is read and never written: k (L, K, S, D), v (L, K, S, Dv), of which the first `length` rows count.
+    """A read-only cache: k (L, K, S, D), v (L, K, S, Dv); the first `length` rows are valid.
 
-    Every new token sees all of it, whatever the window of its layer. `Branch(memory, tail)` is a text that continues it: a prefix
-    that is learned, or a document that many texts share; its own positions begin at `length`.
+    Every new token sees all of it, whatever the window of the layer. `Branch(memory, tail)`
+    continues it with a text: a learned prefix, or a document that many texts have in common. The
+    positions of that text begin at `length`.
 
     Example:
         >>> import torch
