@@ -2,10 +2,12 @@
 
     query i sees key j   iff   start[i, r] <= j < stop[i, r]   for some r
 
-Causal, window, prefix, padding and packed documents are one or two intervals a query, so a mask costs O(T) memory, not
-O(T * S); it is a record of two integer tensors, so it differs per sequence, crosses vmap and compiles without a recompile;
-and a kernel skips a block of keys by looking at the ends. The algebra is exact and canonical: intervals are sorted, disjoint
-and not adjacent, the empty ones stand last, so two masks that show the same keys hold the same intervals.
+Causal, window, prefix, padding and packed-document masks have one or two intervals per query, so a
+mask costs O(T) memory, not O(T * S). It is a record of two integer tensors: it can differ per
+sequence, be mapped by vmap, and be an input of compiled code without recompiling; and a kernel
+finds the blocks of keys to skip from the ends of the intervals. The algebra is exact and canonical:
+intervals are sorted, disjoint and not adjacent, empty ones come last, so two masks that show the
+same keys hold the same intervals.
 
 Source: Wang et al., FlashMask, arXiv:2410.01359 (column-wise intervals); here they are per query, and an algebra.
 """
@@ -20,15 +22,16 @@ from .core import errors
 from .core.doors import door
 from .records import record
 
-END = 2**31 - 1  # stands for infinity: no sequence is that long, and int64 has room to add to it
+END = 2**31 - 1  # infinity: beyond every sequence length, and int64 sums with it do not overflow
 
 
 @record
 class Mask(NamedTuple):
     """For each query, a union of intervals of keys.
 
-    start, stop: int64 (*lead, T, n); interval r of query i holds the keys start <= j < stop. No axis of heads: every head of a
-    sequence sees the same keys (`vmap` over heads gives one mask each).
+    start, stop: int64 (*lead, T, n); interval r of query i holds the keys start <= j < stop. There
+    is no head axis: all heads of a sequence have the same mask (`vmap` over heads gives each its
+    mask).
 
     Example:
         >>> (causal(4) & window(4, 2)).dense(4).int().tolist()
@@ -39,7 +42,7 @@ class Mask(NamedTuple):
     stop: Tensor
 
     def dense(self, S: int) -> Tensor:
-        """The same mask as booleans (*lead, T, S), True where the query sees the key."""
+        """The mask as booleans (*lead, T, S), True where the query sees the key."""
         key = torch.arange(S, device=self.start.device)
         return ((self.start.unsqueeze(-1) <= key) & (key < self.stop.unsqueeze(-1))).any(-2)
 
@@ -68,7 +71,7 @@ class Mask(NamedTuple):
 
 @door(name="masks.full")
 def full(T: int, S: int | None = None) -> Mask:
-    """Every query sees every key (of the first S where S is given)."""
+    """Every query sees every key; where S is given, the first S keys."""
     zeros = torch.zeros_like(_positions(T, 0))
     return Mask(zeros, torch.full_like(zeros, END if S is None else S))
 
@@ -79,9 +82,11 @@ def causal(T: int, S: int | None = None, *, align: str = "upper", offset: int | 
 
     Args:
         T: number of queries.
-        S: number of keys; needed for `align="lower"`, and bounds the intervals where given.
-        align: "upper" puts query 0 on key 0; "lower" puts the last query on the last key, as when T queries follow S - T keys.
-        offset: int or int64 tensor (*lead,), added to the position of each query (how many keys came before).
+        S: number of keys; required for `align="lower"`; where given, intervals end at S.
+        align: "upper": query 0 is at key 0. "lower": the last query is at the last key, as when the
+            T queries are the last T of S tokens.
+        offset: int or int64 tensor (*lead,), added to the position of each query: the number of
+            keys before the first query.
 
     Example:
         >>> causal(2, 3, align="lower").dense(3).int().tolist()
@@ -98,7 +103,14 @@ def causal(T: int, S: int | None = None, *, align: str = "upper", offset: int | 
 
 @door(name="masks.window")
 def window(T: int, size: int, *, offset: int | Tensor = 0) -> Mask:
-    """Query i sees the keys nearer than size, |i + offset - j| < size; with `causal`, its own key and the size - 1 before it.
+    """Query i sees the keys with |i + offset - j| < size.
+
+    Intersected with `causal`: its own key and the size - 1 keys before it.
+
+    Args:
+        T: number of queries.
+        size: number of keys, at least 1.
+        offset: int or int64 tensor (*lead,), added to the position of each query.
 
     Example:
         >>> window(3, 2).dense(3).int().tolist()
@@ -119,7 +131,9 @@ def prefix(T: int, n: int | Tensor) -> Mask:
 
 @door(name="masks.sinks")
 def sinks(T: int, n: int | Tensor) -> Mask:
-    """The first n keys, kept for every query beside a window: `causal(T) & (window(T, 128) | sinks(T, 4))`.
+    """Every query sees the first n keys, attention sinks beside a window.
+
+    `causal(T) & (window(T, 128) | sinks(T, 4))` combines both; n is an int or int64 (*lead,).
 
     Source: Xiao et al., Efficient streaming language models with attention sinks, arXiv:2309.17453.
     """
@@ -128,7 +142,7 @@ def sinks(T: int, n: int | Tensor) -> Mask:
 
 @door(name="masks.padding")
 def padding(T: int, lengths: Tensor) -> Mask:
-    """Queries of a padded batch see the keys below their own sequence's length; lengths is int64 (*lead,)."""
+    """Queries of a padded batch see keys j < lengths; it is int64 (*lead,)."""
     if not isinstance(lengths, Tensor) or lengths.is_floating_point():
         errors.fail("masks.padding", "lengths", "an integer tensor (*lead,)", lengths, "Pass the lengths, not a mask.", TypeError)
     return prefix(T, lengths)
@@ -136,14 +150,15 @@ def padding(T: int, lengths: Tensor) -> Mask:
 
 @door(name="masks.segments")
 def segments(ids: Tensor) -> Mask:
-    """Packed documents: a query sees the keys of its own run of equal ids; ids is (*lead, T).
+    """Packed documents: a query sees the keys in its run of equal ids; ids (*lead, T).
 
     Example:
         >>> segments(torch.tensor([7, 7, 9])).dense(3).int().tolist()
         [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
 
     Raises:
-        ValueError: an id comes back after another (checked where values are concrete): two runs are two documents.
+        ValueError: an id appears in two runs (checked where values are concrete): they would be two
+            documents.
     """
     if not ids.dim():
         errors.fail("masks.segments", "ids", "(*lead, T)", (), "One id for each token.")
@@ -165,7 +180,7 @@ def segments(ids: Tensor) -> Mask:
 
 @door(name="masks.intersection")
 def intersection(a: Mask, b: Mask) -> Mask:
-    """Keys that both masks show; `a & b`. Keeps at most n + m - 1 intervals.
+    """Keys that both masks show; `a & b`. At most n + m - 1 intervals per query.
 
     Law: dense(a & b) = dense(a) & dense(b) (test_masks.py::test_algebra_agrees_with_booleans).
     """
@@ -173,7 +188,7 @@ def intersection(a: Mask, b: Mask) -> Mask:
     n, m = a.start.shape[-1], b.start.shape[-1]
     start = torch.maximum(a.start.unsqueeze(-1), b.start.unsqueeze(-2)).flatten(
         -2
-    )  # every pair, of which n + m - 1 can be non-empty
+    )  # all n m pairs, of which at most n + m - 1 are non-empty
     stop = torch.minimum(a.stop.unsqueeze(-1), b.stop.unsqueeze(-2)).flatten(-2)
     start, stop = _canonical(start, stop)
     return Mask(start[..., : n + m - 1], stop[..., : n + m - 1])
@@ -181,7 +196,7 @@ def intersection(a: Mask, b: Mask) -> Mask:
 
 @door(name="masks.union")
 def union(a: Mask, b: Mask) -> Mask:
-    """Keys that either mask shows; `a | b`. Keeps at most n + m intervals."""
+    """Keys that either mask shows; `a | b`. At most n + m intervals per query."""
     _same_queries("|", a, b)
     lead = torch.broadcast_shapes(a.start.shape[:-1], b.start.shape[:-1])
     join = lambda x, y: torch.cat([x.expand(*lead, -1), y.expand(*lead, -1)], -1)
@@ -190,25 +205,26 @@ def union(a: Mask, b: Mask) -> Mask:
 
 @door(name="masks.complement")
 def complement(m: Mask) -> Mask:
-    """Keys that the mask hides; `~m`, or this function in compiled code (torch.compile refuses `~` on an object)."""
+    """Keys that the mask hides; `~m`. Compiled code calls it by name: torch.compile refuses `~`."""
     start, stop = _canonical(m.start, m.stop)
     edge = start.new_zeros(*start.shape[:-1], 1)
     return Mask(*_canonical(torch.cat([edge, stop], -1), torch.cat([start, edge + END], -1)))
 
 
-CELLS = 32  # of a picture, each way, at most
+CELLS = 32  # rows and columns of a picture, at most
 
 
 @door(name="masks.picture")
 def picture(m: Mask, S: int | None = None) -> str | None:
-    """The mask as letters, for `print`: queries from top to bottom, keys from left to right, in at most 32 x 32 cells.
+    """The mask drawn in letters, queries from top to bottom, keys from left to right.
 
-    A cell is `#` where all of its pairs are seen, `+` where some are, `.` where none is. None where values cannot be looked at, as
-    under vmap or in compiled code. Of a mask with leading axes, the first.
+    A cell is `#` where all of its pairs are seen, `+` where some are, `.` where none is; there are
+    at most 32 x 32 cells. Of a mask with leading axes, the first is drawn. None where values are
+    not concrete, as under vmap or in compiled code.
 
     Args:
         m: a mask.
-        S: number of keys; None takes the last that is bounded, and as many as there are queries at least.
+        S: number of keys; None takes the last finite end, and at least T.
 
     Example:
         >>> print(picture(causal(5) & window(5, 2)))
@@ -223,7 +239,7 @@ def picture(m: Mask, S: int | None = None) -> str | None:
 
 
 def _cells(m: Mask, S: int | None) -> tuple[list[list[float]], int, int] | None:
-    """The share of pairs seen in each cell of a picture, and how many queries and keys there are."""
+    """The fraction of pairs seen in each cell of a picture, and the numbers of queries and keys."""
     start, stop = errors.value(m.start), errors.value(m.stop)
     if start is None or stop is None or not start.numel():
         return None
@@ -242,7 +258,7 @@ def _cells(m: Mask, S: int | None) -> tuple[list[list[float]], int, int] | None:
 
 
 def _drawn(m: Mask) -> str:
-    """The picture as SVG: a cell is as dark as the share of its pairs that are seen."""
+    """The picture as SVG: the opacity of a cell is the fraction of its pairs that are seen."""
     cells = _cells(m, None)
     if cells is None:
         return f"<pre>{html.escape(repr(m))}</pre>"
@@ -264,22 +280,27 @@ def _drawn(m: Mask) -> str:
 
 
 def _canonical(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort, join what overlaps or touches, move the empty ones last; n stays. Static shapes, so it vmaps and compiles."""
+    """Sort the intervals, merge those that overlap or touch, move empty ones last.
+
+    n stays, so shapes are static, for vmap and torch.compile.
+    """
     start, stop = start.clamp(0, END), stop.clamp(0, END)
     empty = stop <= start
     start, stop = torch.where(empty, END, start), torch.where(empty, END, stop)
     if start.shape[-1] == 1:
         return start, stop
     start, order = start.sort(-1)
-    reach = stop.gather(-1, order).cummax(-1).values  # how far the intervals up to here go
+    reach = stop.gather(-1, order).cummax(-1).values  # the greatest stop among the intervals so far
     begins = torch.cat([torch.ones_like(start[..., :1], dtype=torch.bool), start[..., 1:] > reach[..., :-1]], -1)
-    closes = torch.cat([begins[..., 1:], begins[..., :1]], -1)  # the last of a group: the next one begins another
-    # Group k has the k-th smallest beginning and the k-th smallest end, so sorting pairs them again.
+    # last of a group: the next interval begins another
+    closes = torch.cat([begins[..., 1:], begins[..., :1]], -1)
+    # Group k has the k-th smallest start and the k-th smallest stop, so sorting each pairs them
+    # again.
     return torch.where(begins, start, END).sort(-1).values, torch.where(closes, reach, END).sort(-1).values
 
 
 def _positions(T: int, offset: int | Tensor) -> Tensor:
-    """(*lead, T, 1): the place of each query, offset being (*lead,) or an int."""
+    """(*lead, T, 1): the position of each query; offset is (*lead,) or an int."""
     if isinstance(T, Tensor) and torch._C._is_tracing():
         T = int(T)  # a size, which is a tensor while torch.jit traces
     if isinstance(T, (str, float, Tensor)) or T < 0:

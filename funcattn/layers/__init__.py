@@ -1,14 +1,15 @@
 """The layers of a decoder as functions of a weight and an activation.
 
-    products    linear, linears, embed: dispatch on the type of the weight, so that a quantized one registers itself; blocks
-    layouts     fields: how the fields of a weight lie when it is divided among devices
-    prepared    prepare: the form of a weight that compiled decoding reads fastest
+    products    linear, linears, embed: dispatch on the type of the weight; Blocks
+    layouts     fields: how the tensors of a weight are divided among devices
+    prepared    prepare: the memory layout of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
     activations the activations of a feed-forward
-    experts     route, linear_experts: a feed-forward chosen per token, with static shapes
+    experts     route, linear_experts: mixture of experts with static shapes
 
-Matrices are (out, in), as torch and Hugging Face store them.
+Matrices are (out, in), as torch and Hugging Face store them. A quantized weight is a record that
+registers its implementations.
 """
 
 from .activations import ACTIVATIONS, activate, gated
@@ -19,7 +20,7 @@ from .prepared import MAX_UNROLLED_VECTORS, prepare
 from .products import BLOCK, Blocks, by_blocks, embed, is_vector, linear, linears, rows_times, together
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 
-SEVERAL = MAX_UNROLLED_VECTORS  # its name before
+SEVERAL = MAX_UNROLLED_VECTORS  # Alias: the earlier name.
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,14 +1,18 @@
-"""A feed-forward chosen per token: each token goes through the few matrices that a router names.
+"""Mixture of experts: each token is multiplied by the matrices of the experts that a router chose.
 
     y_n = W[expert_n] x_n          W (X, out, in), expert (N,)
 
-How many tokens an expert gets depends on the data, so no static shape tells it. The product is one operation with static shapes
-around it, which sorts the tokens by expert and multiplies each group once: an expert without tokens is not read, so a decode
-step reads only the matrices it uses. Its derivatives are itself with W transposed and the sum of outer products by expert, and
-those of the latter are the former again: the two are closed under every transform. Under vmap the tokens of all rows are one
-list, and matrices that are not mapped stay shared.
+The number of tokens per expert depends on the data. The product is therefore one operation with
+static shapes outside, which sorts the tokens by expert and multiplies each group once: the matrix
+of
+an expert without tokens is not read, so a decode step reads only the matrices that it uses. Its
+derivatives are the same product with W transposed and the sum of outer products by expert, and
+those
+of the latter are the former again: the two are closed under every transform. Under vmap the tokens
+of all rows form one list, and matrices that are not mapped are not copied.
 
-Source: Shazeer et al., Outrageously large neural networks, arXiv:1701.06538; Fedus et al., Switch transformers, arXiv:2101.03961.
+Source: Shazeer et al., Outrageously large neural networks, arXiv:1701.06538; Fedus et al., Switch
+transformers, arXiv:2101.03961.
 """
 
 import functools
@@ -26,15 +30,17 @@ from .products import linear
 
 
 def route(logits: Tensor, k: int, *, normalized: bool = True) -> tuple[Tensor, Tensor]:
-    """The k experts of each token and their shares, a softmax of logits (*lead, X).
+    """The k experts of each token and their weights, from a softmax of router logits (*lead, X).
 
     Args:
-        logits: of the router; the softmax is in float32 at least.
-        k: experts a token.
-        normalized: whether the k shares sum to one; else they are those among all X.
+        logits: (*lead, X), floating; the softmax is in float32 at least.
+        k: experts per token.
+        normalized: True renormalizes the k weights to sum to one; False keeps their softmax over
+            all X.
 
     Returns:
-        share (*lead, k), in the dtype of the softmax, and expert (*lead, k), int64, the largest first.
+        weights (*lead, k), in the dtype of the softmax, and experts (*lead, k), int64, the largest
+        first.
     """
     if not 0 < k <= logits.shape[-1]:
         errors.fail("route", "k", f"between 1 and the {logits.shape[-1]} experts", k, "Choose fewer experts for each token.")
@@ -47,12 +53,17 @@ def route(logits: Tensor, k: int, *, normalized: bool = True) -> tuple[Tensor, T
 
 @functools.singledispatch
 def linear_experts(weight: Any, x: Tensor, expert: Tensor) -> Tensor:
-    """x (N, in) times the matrices weight[expert] of a weight (X, out, in), giving (N, out); expert int64 (N,).
+    """x (N, in) times the matrices weight[expert] of a weight (X, out, in), giving (N, out).
 
-    A record that registered itself with `linear`, its fields with X in front, is applied to all tokens once for each expert; it
-    may register a better way: `@linear_experts.register`.
+    Args:
+        weight: (X, out, in), or a record with the axis X in front of each field. A record that is
+            registered with `linear` is applied to all tokens once for each expert; a faster way is
+            registered by `@linear_experts.register`.
+        x: floating (N, in).
+        expert: int64 (N,), in 0..X - 1.
 
-    Law: equals weight[expert] @ x, with every derivative (test_experts.py::test_the_product_by_experts_is_the_dense_one).
+    Law: equals weight[expert] @ x, with every derivative
+        (test_experts.py::test_the_product_by_experts_is_the_dense_one).
     """
     all_of_them = torch.func.vmap(linear, (0, None))(weight, x)  # (X, N, out)
     return all_of_them[expert, torch.arange(len(expert), device=expert.device)]
@@ -60,7 +71,7 @@ def linear_experts(weight: Any, x: Tensor, expert: Tensor) -> Tensor:
 
 @linear_experts.register
 def _(weight: Tensor, x: Tensor, expert: Tensor) -> Tensor:
-    # Dynamo would otherwise inline the Function, or refuse it for its jvp.
+    # Dynamo would otherwise inline the autograd.Function, or refuse it for its jvp.
     call = torch._dynamo.nonstrict_trace(_product) if torch.compiler.is_compiling() else _product
     return call(x, weight, expert)
 
@@ -112,7 +123,7 @@ def _(y: Sequence[int], x: Sequence[int], *_: Any, **__: Any) -> int:
 
 
 def _groups(expert: Tensor, X: int) -> list[tuple[int, Tensor]]:
-    """The rows of each expert that has any, in their order."""
+    """The expert and the row indices, ascending, of each expert that has tokens."""
     counts = torch.bincount(expert, minlength=X).tolist()
     rows = expert.argsort(stable=True).split(counts)
     return [(i, rows[i]) for i, count in enumerate(counts) if count]
@@ -194,7 +205,10 @@ def _rows(x: Tensor, dim: int | None, B: int) -> Tensor:
 
 
 def _matrices(weight: Tensor, dim: int | None, expert: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices of all rows in one list, and where in it those of each row begin; shared ones stay as they are."""
+    """The matrices of all rows of the batch as one list, and the experts as indices into it.
+
+    Matrices that are not mapped stay as they are.
+    """
     if dim is None:
         return weight, expert
     weight = weight.movedim(dim, 0)

@@ -1,9 +1,11 @@
-"""How the fields of a weight lie when the weight is divided: a rule for a matrix (N, K) says what its codes and scales do.
+"""How a division of a weight (N, K) over a mesh translates to the tensors of its record.
 
-    fields(weight, ("tensor", None))       rows over the axis "tensor"; of an int8 record that cuts codes and scale by rows
+    fields(weight, ("tensor", None))    rows over "tensor"; of int8, codes and scales
 
-A division names, for each axis of the weight, the axes of a mesh that it is cut along, or None. A record registers its own way:
-`@fields.register`; `sharding` does it for those of this library.
+A division names, for each axis of the weight, the mesh axes that it is sharded over, or None. A
+record type registers an implementation with `@fields.register`; `sharding` does it for those of
+this
+library.
 """
 
 import functools
@@ -19,7 +21,11 @@ Division = tuple[Any, ...]
 
 @functools.singledispatch
 def fields(weight: Any, division: Division) -> Any:
-    """A tree like the weight whose leaves are divisions of its tensors.
+    """A tree like the weight whose leaves are the divisions of its tensors.
+
+    Args:
+        weight: a tensor, or a record that registered.
+        division: for each axis of the weight, the mesh axes that it is sharded over, or None.
 
     Raises:
         TypeError: a record that has not registered.

@@ -1,4 +1,4 @@
-"""Normalization of the last axis, or of the last axes that a weight has."""
+"""Normalization over the last axis."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +7,15 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float, offset: float = 0.0) -> Tensor:
     """x / sqrt(mean x^2 + epsilon) * (offset + weight) over the last axis.
 
-    With an offset (Gemma keeps weights around 0 and adds 1) the product is in float32 at least, as its authors compute it.
+    With an offset (Gemma stores weights around 0 and adds 1) the product is in float32 at least, as
+    in
+    the original implementation.
+
+    Args:
+        x: floating (*lead, D).
+        weight: (D,).
+        epsilon: added to the mean square.
+        offset: added to the weight.
 
     Source: Zhang and Sennrich, Root mean square layer normalization, arXiv:1910.07467.
     """
@@ -20,7 +28,15 @@ def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float, offset: float = 0.0) 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | tuple[()] = (), *, epsilon: float) -> Tensor:
     """(x - mean x) / sqrt(var x + epsilon) * weight + bias over the last axis.
 
-    A weight of more axes, (H, D), has rows for the axes before the last of x, which is normalized alone: one norm a head.
+    A weight with more axes, (H, D), scales x (..., H, D) separately for each head; the statistics
+    are
+    still over the last axis alone.
+
+    Args:
+        x: floating (*lead, D).
+        weight: (D,), or (H, D).
+        bias: of the shape of the weight, or () for none.
+        epsilon: added to the variance.
 
     Source: Ba, Kiros and Hinton, Layer normalization, arXiv:1607.06450.
     """

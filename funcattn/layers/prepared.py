@@ -1,9 +1,10 @@
-"""The form in which a weight is read fastest, made once and kept while the weight is.
+"""The memory layout in which a weight is read fastest, computed once and cached with the weight.
 
-    prepare(weight, rows)          for that many vectors at once: the weight itself, or a value that `linear` takes in its place
+    prepare(weight, rows)    for `linear` with that many vectors at once: the weight, or a record
 
-For compiled code that is called with the same weights again and again: what is prepared is an input of that code, of which
-no derivative is taken. A record registers its own way: `@prepare.register`.
+It is for compiled code that is called repeatedly with the same weights: the prepared weight is an
+input of that code, of which no derivative is taken. A record type registers an implementation with
+`@prepare.register`.
 """
 
 import functools
@@ -15,18 +16,18 @@ from torch import Tensor
 
 from .products import BLOCK, by_blocks
 
-MAX_UNROLLED_VECTORS = 8  # whose products with a matrix are written out: each has a sum of its own, in a register
+MAX_UNROLLED_VECTORS = 8  # products with a matrix are unrolled up to this: a register each
 
 _kept: dict[tuple[Any, ...], tuple[tuple[ref[Tensor], ...], tuple[int, ...], Any]] = {}
 
 
 def kept(sources: Sequence[Tensor], make: Callable[[], Any], kind: str) -> Any:
-    """What make() gives for these tensors: made at the first call, and again after one of them was written into.
+    """The cached result of make() for these tensors, recomputed after an in-place change.
 
     Args:
-        sources: tensors; what was made goes when one of them does.
-        make: from these tensors to another value.
-        kind: tells apart what is made of the same tensors.
+        sources: tensors; the entry is dropped when one of them is freed.
+        make: called without arguments; computes the value from the tensors.
+        kind: distinguishes several values that are computed from the same tensors.
     """
     key = (kind, *map(id, sources))
     versions = tuple(0 if source.is_inference() else source._version for source in sources)
@@ -40,11 +41,18 @@ def kept(sources: Sequence[Tensor], make: Callable[[], Any], kind: str) -> Any:
 
 @functools.singledispatch
 def prepare(weight: Any, rows: int) -> Any:
-    """The weight for `linear` with that many vectors at once: itself, unless its type registered a faster form.
+    """The weight for `linear` with that many vectors at once: itself, or a faster registered form.
 
-    A matrix on the CPU that meets one vector is stored row after row, and one that meets 2 to 8 in `Blocks`, if these divide it.
+    A matrix on the CPU that multiplies one vector is stored row-major; one that multiplies 2 to 8
+    is
+    stored as `Blocks`, if 16 divides its number of rows.
 
-    Law: linear(prepare(weight, n), x) is linear(weight, x) for x of n rows, up to rounding (test_prepared.py).
+    Args:
+        weight: (out, in), or a record.
+        rows: how many vectors are multiplied at once.
+
+    Law: linear(prepare(weight, n), x) is linear(weight, x) for x of n rows, up to rounding
+        (test_prepared.py).
     """
     return weight
 

@@ -1,7 +1,8 @@
-"""Weights times activations, and rows of a table.
+"""Weights times activations, and rows of an embedding table.
 
-`linear` and `embed` dispatch on the type of the weight: a quantized weight is a record whose module registers itself here, so
-the decoder never knows what its weights are made of.
+`linear` and `embed` dispatch on the type of the weight. A quantized weight is a record that
+registers
+its implementation here, so the decoder does not depend on the types of its weights.
 """
 
 import functools
@@ -16,12 +17,15 @@ from ..core import errors
 from ..kernels.products import computed
 from ..records import record
 
-BLOCK = 16  # rows of a block: float32 numbers of a 512-bit vector
+BLOCK = 16  # rows of a block: the float32 numbers in a 512-bit vector
 
 
 @functools.singledispatch
 def linear(weight: Any, x: Tensor) -> Tensor:
-    """x (*lead, in) times a weight (out, in), giving (*lead, out). A record registers its own way: `@linear.register`."""
+    """x (*lead, in) times a weight (out, in), giving (*lead, out).
+
+    Record types register an implementation with `@linear.register`.
+    """
     wanted = "a tensor or a record that registered itself with layers.linear"
     errors.fail(
         "linear", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.linear.register.", TypeError
@@ -35,11 +39,16 @@ def _(weight: Tensor, x: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-together: dict[type, Callable[[Sequence[Any], Tensor], tuple[Tensor, ...]]] = {}  # types that multiply several at once
+# Types with one call for several products, by type.
+together: dict[type, Callable[[Sequence[Any], Tensor], tuple[Tensor, ...]]] = {}
 
 
 def linears(weights: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
-    """Several weights times the same x: `linear` of each, or one call where their type entered one in `together`.
+    """Several weights times the same x: `linear` of each, or one call for types in `together`.
+
+    Args:
+        weights: each (out, in), out may differ.
+        x: floating (*lead, in).
 
     Law: linears(weights, x) is linear(weight, x) of each (test_layers.py).
     """
@@ -50,15 +59,18 @@ def linears(weights: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_vector(x: Tensor) -> bool:
-    """True for one vector, whatever its leading axes."""
+    """True where all axes of x but the last have size 1."""
     return all(isinstance(n, int) and n == 1 for n in x.shape[:-1])
 
 
 def rows_times(weight: Tensor, x: Tensor) -> Tensor:
-    """A matrix stored by rows times one vector, as products and sums, for a compiler to make a loop over rows of.
+    """A row-major matrix (N, K) times one vector, as products and sums, a loop in Inductor.
 
-    Inductor's loop reads memory as fast as the machine can: all linears of SmolLM2 take 0.73 of the time of the library routine on
-    matrices stored by columns, and 0.58 on those stored by rows (one thread, AVX-512). Sums are in float32 at least.
+    Inductor's loop reads memory as fast as the machine can: all linears of SmolLM2 take 0.73 of the
+    time
+    of the library routine on column-major matrices, and 0.58 on row-major ones (one thread,
+    AVX-512).
+    Sums are in float32 at least.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     y = (weight.to(wide) * computed(x.reshape(-1).to(wide))).sum(-1)
@@ -67,26 +79,28 @@ def rows_times(weight: Tensor, x: Tensor) -> Tensor:
 
 @record
 class Blocks(NamedTuple):
-    """A matrix (N, K) stored for products with a few vectors at once: entries (N / 16, K, 16), column by column in blocks of rows.
+    """A matrix (N, K) stored for products with a few vectors at once: entries (N / 16, K, 16).
 
-    `by_blocks` makes it; compiled code reads it once for all vectors.
+    Each block of 16 rows is stored column by column. `by_blocks` makes it; compiled code reads it
+    once
+    for all vectors.
     """
 
     entries: Tensor
 
 
 def by_blocks(weight: Tensor) -> Blocks:
-    """A matrix (N, K) whose N is a multiple of 16, stored anew."""
+    """Store a matrix (N, K), N a multiple of 16, as `Blocks`."""
     return Blocks(weight.unflatten(0, (-1, BLOCK)).mT.contiguous())
 
 
 @linear.register
 def _(weight: Blocks, x: Tensor) -> Tensor:
-    """A sum for each vector, which a compiler puts into one loop over the matrix.
+    """One sum for each vector, which the compiler fuses into one loop over the matrix.
 
-    Lanes of a vector register are rows of the matrix, so no sum is taken across lanes, and each vector has a sum of its own that
-    need not wait for the others'. Of SmolLM2, 4 vectors cost 1.2 to 1.35 of one, 5 cost 1.5; by the library routine 5 cost 3
-    (one thread, AVX-512).
+    The lanes of a vector register are rows of the matrix, so no sum is taken across lanes, and the
+    sums of the vectors are independent. On SmolLM2, 4 vectors cost 1.2 to 1.35 of one, 5 cost 1.5;
+    by the library routine 5 cost 3 (one thread, AVX-512).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     entries, vectors = weight.entries.to(wide), computed(x.reshape(-1, x.shape[-1]).to(wide)).unbind(0)
@@ -96,7 +110,10 @@ def _(weight: Blocks, x: Tensor) -> Tensor:
 
 @functools.singledispatch
 def embed(weight: Any, ids: Tensor) -> Tensor:
-    """Rows of a weight (V, E) at integer ids (*lead,), giving (*lead, E). A record registers its own way."""
+    """Rows of a weight (V, E) at integer ids (*lead,), giving (*lead, E).
+
+    Record types register an implementation with `@embed.register`.
+    """
     wanted = "a tensor or a record that registered itself with layers.embed"
     errors.fail(
         "embed", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.embed.register.", TypeError

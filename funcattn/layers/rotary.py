@@ -1,8 +1,10 @@
-"""Rotary positions: each plane of two features turns by an angle that grows with the position.
+"""Rotary position embedding: each pair of features is rotated by an angle linear in the position.
 
-    angle_i(p) = p * base ** (-2 i / D)        x turns to x * cos + swap(x) * sin
+    angle_i(p) = p * base ** (-2 i / D)        x is rotated to x * cos + swap(x) * sin
 
-Half-split, as Hugging Face: plane i holds the features i and i + D / 2. Scalings stretch the angles beyond the trained context.
+Half-split, as Hugging Face: pair i is the features i and i + D / 2. Scalings change the angles
+beyond
+the trained context.
 
 Source: Su et al., RoFormer, arXiv:2104.09864, section 3.2.2.
 """
@@ -22,28 +24,38 @@ KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary angles are stretched beyond the trained context.
+    """How rotary frequencies are scaled for positions beyond the trained context.
 
     kind:
         "linear" divides every frequency by factor (position interpolation, arXiv:2306.15595).
-        "dynamic" raises the base as the sequence outgrows `context` (NTK-aware; Peng et al., arXiv:2309.00071, appendix B.1).
-        "yarn" divides the slow frequencies, keeps the fast ones and ramps between the planes that turn `fast` and `slow` times in
-            `context` (arXiv:2309.00071, section 3.2); `truncate` rounds the ends of the ramp to whole planes.
-        "llama3" does so by wavelength: those above context / low are slow, those below context / high fast.
-        "longrope" divides each frequency by its own number: of `short` up to `context` positions, of `long` beyond
-            (Ding et al., arXiv:2402.13753).
-    attention: what cos and sin are multiplied by (yarn, longrope).
+        "dynamic" raises the base as the sequence outgrows `context` (NTK-aware; Peng et al.,
+            arXiv:2309.00071, appendix B.1).
+        "yarn" divides the slow frequencies, keeps the fast ones and interpolates between the pairs
+        that
+            turn `fast` and `slow` times in `context` (arXiv:2309.00071, section 3.2); `truncate`
+            rounds
+            the ends of the ramp to whole pairs.
+        "llama3" does so by wavelength: those above context / low are slow, those below context /
+        high
+            fast.
+        "longrope" divides each frequency by a number per pair: from `short` up to `context`
+        positions,
+            from `long` beyond (Ding et al., arXiv:2402.13753).
+    attention: factor of cos and sin (yarn, longrope).
 
-    The angles of "dynamic" and "longrope" depend on the length of the whole text: one token beyond `context` turns all tokens
-    before it by other angles. A decoder then reads the text again, so that reading in steps equals reading at once
-    (transformer.lengths); transformers, which keeps the keys that it has, differs there from its own reading at once.
+    The angles of "dynamic" and "longrope" depend on the length of the whole text: one token beyond
+    `context` changes the angles of all tokens before it. A decoder then reads the text again, so
+    that
+    reading in steps equals reading at once (transformer.lengths); transformers, which keeps the
+    cached
+    keys, differs there from its result on the whole text.
     """
 
     kind: str
     factor: float = 1.0
     low: float = 1.0
     high: float = 4.0
-    context: int = 8192  # positions before any stretching
+    context: int = 8192  # positions of the trained context
     fast: float = 32.0
     slow: float = 1.0
     truncate: bool = True
@@ -61,12 +73,15 @@ class RopeScaling:
 
     @property
     def follows_length(self) -> bool:
-        """Whether the angles depend on how long the sequence is."""
+        """Whether the angles depend on the length of the sequence."""
         return self.kind in ("dynamic", "longrope")
 
 
 class Rotation(NamedTuple):
-    """cos and signed sin of the angles, each (*lead, 1, T, D): x turns to x * cos + swap(x) * sin, alike in every head."""
+    """cos and signed sin of the angles, each (*lead, 1, T, D), the same in every head.
+
+    x is rotated to x * cos + swap(x) * sin, where swap exchanges the two halves of the features.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -80,17 +95,18 @@ def frequencies(
     length: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Angle per position of each of the D / 2 planes, float32: base ** (-2 i / D), then scaled.
+    """Angle per position of each of the D / 2 pairs, float32: base ** (-2 i / D), then scaled.
 
     Args:
-        D: features that turn.
-        base: of the powers.
-        scaling: how they are stretched.
-        length: int64 (*lead), positions of the sequence so far, for a scaling that follows it; None is within the context.
-        device: where they are made; None is where length is, or torch's default.
+        D: number of features that are rotated.
+        base: base of the powers.
+        scaling: how the frequencies are scaled; None leaves them.
+        length: int64 (*lead), length of the sequence so far, for a scaling that depends on it; None
+            means within the context.
+        device: of the result; None is that of length, or torch's default.
 
     Returns:
-        (D / 2,), or (*lead, D / 2) where the scaling follows a length.
+        (D / 2,), or (*lead, D / 2) where the scaling depends on a length.
     """
     device = length.device if device is None and length is not None else device
     powers = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D
@@ -133,28 +149,32 @@ def _yarn(D: int, base: float, turn: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope(positions: Tensor, turn: Tensor, dtype: torch.dtype, *, amplitude: float = 1.0) -> Rotation:
-    """The rotation of each position, its angles in float32, given in dtype.
+    """cos and sin for each position; the angles are computed in float32, the result is in dtype.
 
     Args:
         positions: int64 (*lead, T).
         turn: (D / 2,) or (*lead, D / 2), from `frequencies`.
         dtype: of the result.
-        amplitude: what cos and sin are multiplied by, `RopeScaling.attention`.
+        amplitude: factor of cos and sin, `RopeScaling.attention`.
     """
     angle = positions.unsqueeze(-1).unsqueeze(-3).to(turn.dtype) * turn.unsqueeze(-2).unsqueeze(-2)  # (*lead, 1, T, D / 2)
     cos, sin = angle.cos(), angle.sin()
     if amplitude != 1.0:
         cos, sin = cos * amplitude, sin * amplitude
     cos, sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
-    return Rotation(computed(cos), computed(sin))  # else compiled anew per head and layer: 3.4 of a training step's 63 ms
+    # Materialized, else recomputed for each head and layer: 3.4 of the 63 ms of a training step.
+    return Rotation(computed(cos), computed(sin))
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn x (*lead, H, T, D) by its positions; plane i holds the features i and i + R / 2 of the first R, those of the rotation.
+    """Rotate x (*lead, H, T, D) by its positions.
 
-    Features beyond R stay as they are (partial rotary).
+    R is the last size of the rotation: pair i is the features i and i + R / 2 of the first R.
+    Features
+    beyond R are unchanged (partial rotary).
     """
     R = rotation.cos.shape[-1]
     if x.shape[-1] > R:
         return torch.cat([rotate(x[..., :R], rotation), x[..., R:]], -1)
-    return torch.addcmul(x * rotation.cos, x.roll(R // 2, -1), rotation.sin).to(x.dtype)  # narrow stays so in autocast
+    # stays in a narrow dtype under autocast
+    return torch.addcmul(x * rotation.cos, x.roll(R // 2, -1), rotation.sin).to(x.dtype)
