@@ -142,7 +142,7 @@ def sinks(T: int, n: int | Tensor) -> Mask:
 
 @door(name="masks.padding")
 def padding(T: int, lengths: Tensor) -> Mask:
-    """Queries of a padded batch see keys j < lengths; it is int64 (*lead,)."""
+    """Queries of a padded batch see the keys j < length; lengths is int64 (*lead,)."""
     if not isinstance(lengths, Tensor) or lengths.is_floating_point():
         errors.fail("masks.padding", "lengths", "an integer tensor (*lead,)", lengths, "Pass the lengths, not a mask.", TypeError)
     return prefix(T, lengths)

@@ -237,8 +237,7 @@ class Admitted(NamedTuple):
     """A checked commit: rows k and v (L, K, T, D), lengths before and after, count of rows.
 
     `known` is True where all numbers are concrete; `before` and `count` are ints then, else
-    tensors.
-    A commit that does not fit has a count of 0 and a length of `OVERFLOWED` after it.
+    tensors. A commit that does not fit has a count of 0 and a length of `OVERFLOWED` after it.
     """
 
     k: Tensor

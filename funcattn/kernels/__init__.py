@@ -1,19 +1,25 @@
-"""Attention as a function: the public door, the kernels behind it, and the choice between them.
+"""Attention as a function: the public functions, the kernels, and the dispatch between them.
 
 | kernel | what it is |
 | --- | --- |
-| flash | the closed streaming family: every transform, O(T + S) memory; torch's fused kernel for the value and first gradient |
-| triton | the same family in kernels for CUDA, written in Triton: an extra, imported when it is used |
+| flash | streaming over blocks: every transform, O(T + S) memory; torch's fused kernel for the
+value and first gradient |
+| triton | the same algorithm in CUDA kernels written in Triton: an extra, imported on first use |
 | reference | dense, plain torch operations, the specification |
-| sdpa | torch's F.scaled_dot_product_attention; sdpa:flash, sdpa:math and so on force one of its own kernels |
+| sdpa | torch's F.scaled_dot_product_attention; sdpa:flash, sdpa:math and so on force one of its
+backends |
 
-`attend` gives the output and the log-sum-exp, `attention` the output, `merge` joins two, `explain` says what runs and why.
-`attention_with_score` puts the logits through any elementwise function: every transform, linear memory, slower than all of them.
-`ring` and `merge_over` attend over a text that no device of a mesh holds all of.
-Inside: `api` checks, `dispatch` keeps the registry and chooses; a `Kernel` is a value (`request`), and one of one's own is
-accepted wherever a name is. `closed` is the family of flash and triton, whose derivatives are contractions on one of the
-`backends`; `sdpa` and `reference` are the others. `merging` and `rings` join attention over disjoint keys. `unseen` takes out
-what no query sees, `products` multiply under vmap, `dtypes` says what sums are kept in.
+`attend` returns the output and the log-sum-exp, `attention` the output; `merge` joins attention
+over disjoint keys; `explain` says which kernel runs and why. `attention_with_score` applies an
+elementwise function to the logits: every transform, linear memory, slower than the others. `ring`
+and `merge_over` attend over a text that is sharded over a mesh axis.
+
+Inside: `api` checks arguments; `dispatch` keeps the registry and chooses; a `Kernel` is a value
+(`request`), and a custom one is accepted wherever a name is. `closed` holds the autograd Functions
+of flash and triton, whose derivatives are contractions that run on one of the `backends`; `sdpa`
+and `reference` are the other kernels. `merging` and `rings` join attention over disjoint keys.
+`unseen` removes keys that no query sees, `products` multiplies under vmap, `dtypes` chooses the
+dtype of sums.
 """
 
 from .api import attend, attention, attention_weights, explain

@@ -1,4 +1,4 @@
-"""The public door of attention: what is accepted, checked once, and handed to the kernel that is chosen."""
+"""The public functions of attention: check the arguments once, then run the chosen kernel."""
 
 import contextlib
 import math
@@ -30,25 +30,30 @@ def attend(
     bias: Tensor | None = None,
     kernel: str | Kernel | None = None,
 ) -> Attended:
-    """Attention and the log of the mass it normalised by.
+    """Attention, with the log-sum-exp of each row of logits.
 
-        S_ij = scale q_i . k_j + bias_ij        lse_i = log sum_j exp S_ij        out_i = sum_j exp(S_ij - lse_i) v_j
+        S_ij = scale q_i . k_j + bias_ij
+        lse_i = log sum_j exp S_ij        out_i = sum_j exp(S_ij - lse_i) v_j
 
-    Softmax does not see the level of a row: value and derivatives are those of the same row at level zero, whatever the level.
+    Softmax is invariant to a constant added to a row: value and derivatives are exact whatever the
+    magnitude of the logits.
 
     Args:
         q: (*lead, H, T, D) queries, any floating dtype.
-        k: (*lead, K, S, D) keys, with H % K == 0 (K = H multi-head, K = 1 multi-query, between them grouped).
+        k: (*lead, K, S, D) keys, with H % K == 0 (K = H multi-head, K = 1 multi-query, between them
+            grouped).
         v: (*lead, K, S, Dv) values.
-        mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the query sees the key.
-        scale: what logits are multiplied by, a number or a 0-d tensor; None is 1 / sqrt(D).
-        bias: floating, broadcasts to (*lead, H, T, S), added to the logits in the wider dtype of the two; -inf hides a key, and
-            finite numbers hide none, finfo.min included.
-        kernel: None chooses; a name, or a `Kernel` of one's own, forces (see `explain`).
+        mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the
+            query sees the key.
+        scale: factor of the logits, a number or a 0-d tensor; None is 1 / sqrt(D).
+        bias: floating, broadcasts to (*lead, H, T, S), added to the logits in the wider dtype of
+            the two; -inf hides a key, finite numbers hide none, finfo.min included.
+        kernel: None chooses; a name or a custom `Kernel` forces one (see `explain`).
 
     Returns:
-        Attended(out (*lead, H, T, Dv) in the dtype of v, lse (*lead, H, T) in float32 at least). A query that sees no key has
-        out = 0 and lse = -inf, with zero derivatives. What a query does not see reaches nothing of it, NaN included.
+        Attended(out (*lead, H, T, Dv) in the dtype of v, lse (*lead, H, T) in float32 at least). A
+        query that sees no key has out = 0 and lse = -inf, with zero derivatives. A key that a query
+        does not see changes no output or derivative of that query, even if it is NaN.
 
     Raises:
         ValueError: sizes that do not fit. TypeError: dtypes, or kinds of mask, that do not.
@@ -58,8 +63,11 @@ def attend(
         >>> attend(q, k, v).out.shape
         torch.Size([1, 2, 4])
 
-    Law: `merge` of the parts is the whole (test_kernels.py::test_merge_of_any_split_is_the_whole). The level of a row changes
-        nothing (test_torch_blocks.py::test_the_level_of_a_row_changes_no_value_and_no_gradient), nor what a query does not see
+    Law: `merge` of attention over disjoint keys is attention over their union
+        (test_kernels.py::test_merge_of_any_split_is_the_whole). A constant added to a row of logits
+        changes nothing
+        (test_torch_blocks.py::test_the_level_of_a_row_changes_no_value_and_no_gradient), nor does a
+        key that is not seen
         (test_unseen.py::test_what_no_query_sees_reaches_no_value_tangent_or_gradient).
     """
     request = _request("attend", q, k, v, mask, scale, bias, wants_lse=True)
@@ -83,21 +91,26 @@ def attention(
 
         S_ij = scale q_i . k_j + bias_ij        out_i = sum_j softmax_j(S_i) v_j
 
-    Every transform of torch.func goes through it, at every order and in every nesting.
+    Composes with every transform of torch.func, at every order and in every nesting.
 
     Args:
         q: (*lead, H, T, D) queries, any floating dtype.
-        k: (*lead, K, S, D) keys, with H % K == 0 (K = H multi-head, K = 1 multi-query, between them grouped).
+        k: (*lead, K, S, D) keys, with H % K == 0 (K = H multi-head, K = 1 multi-query, between them
+            grouped).
         v: (*lead, K, S, Dv) values.
-        mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the query sees the key.
-        scale: what logits are multiplied by, a number or a 0-d tensor; None is 1 / sqrt(D).
-        bias: floating, broadcasts to (*lead, H, T, S), added to the logits in the wider dtype of the two; -inf hides a key.
-        dropout: rate in [0, 1) at which weights are dropped, the kept ones divided by 1 - dropout.
-        key: randomness of the dropout, int64 (2,); the same key drops the same (head, query, key) in any kernel and transform.
-        kernel: None chooses; a name, or a `Kernel` of one's own, forces (see `explain`).
+        mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the
+            query sees the key.
+        scale: factor of the logits, a number or a 0-d tensor; None is 1 / sqrt(D).
+        bias: floating, broadcasts to (*lead, H, T, S), added to the logits in the wider dtype of
+            the two; -inf hides a key.
+        dropout: rate in [0, 1) at which weights are dropped; the others are divided by 1 - dropout.
+        key: randomness of the dropout, int64 (2,); the same key drops the same (head, query, key)
+            in every kernel and transform.
+        kernel: None chooses; a name or a custom `Kernel` forces one (see `explain`).
 
     Returns:
-        (*lead, H, T, Dv) in the dtype of v; zeros, with zero derivatives, for a query that sees no key.
+        (*lead, H, T, Dv) in the dtype of v; zeros, with zero derivatives, for a query that sees no
+        key.
 
     Raises:
         ValueError: sizes that do not fit, a rate outside [0, 1).
@@ -124,7 +137,7 @@ def attention_weights(
     scale: float | Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The weights themselves, for plots: dense by nature.
+    """The attention weights as a dense tensor, for plots.
 
     Args:
         q: (*lead, H, T, D) queries, any floating dtype.
@@ -159,7 +172,7 @@ def explain(
     bias: Tensor | None = None,
     kernel: str | Kernel | None = None,
 ) -> Explanation:
-    """Which kernels `attention` could use on these inputs, why the others cannot, and which one it would take.
+    """Why each kernel can or cannot run `attention` on these inputs, and which one is chosen.
 
     Args:
         q, k, v, mask, scale, bias, kernel: as in `attention`.
@@ -190,7 +203,7 @@ def _untraced(kernel: Kernel, r: Request) -> Attended:
 
 
 def _given(kernel: Kernel, r: Request, found: Attended) -> Attended:
-    """What a kernel from outside returned, where it is attention of the shapes that were asked for."""
+    """The result of a custom kernel, checked to be an Attended of the expected shapes."""
     if not isinstance(found, Attended) or not isinstance(found.out, Tensor):
         wanted, remedy = "to return Attended(out, lse)", "Make one: fa.records.Attended(out, lse)."
         errors.fail("attention", f"kernel {kernel.name!r}", wanted, f"a {type(found).__name__}", remedy, TypeError)
@@ -203,7 +216,7 @@ def _given(kernel: Kernel, r: Request, found: Attended) -> Attended:
 
 
 def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """What runs inside is in the dtypes that the door gave, statistics in float32."""
+    """A context without autocast: operations keep their inputs' dtypes, statistics are float32."""
     return torch.autocast(q.device.type, enabled=False) if _is_under_autocast(q) else contextlib.nullcontext()
 
 
@@ -257,7 +270,7 @@ def _request(
     except RuntimeError:
         wanted, got = "leading axes that broadcast", f"{errors.shape(q)}, {errors.shape(k)} and {errors.shape(v)}"
         errors.fail(door, "q, k, v", wanted, got, "Insert axes of size 1 where one is shared.")
-    if not K:  # no heads at all: a key head that no query has
+    if not K:  # no heads at all: add one key head, which no query head reads
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
     _check_mask(door, mask, lead, (H, T, S), q.device)
     if bias is not None:
@@ -276,7 +289,8 @@ def _request(
     _check_scale(door, scale)
     if dropout or key is not None:
         _check_dropout(door, dropout, key)
-    scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale  # without features all logits are zero, whatever it is
+    # with D = 0 all logits are zero, whatever the scale
+    scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
     return Request(q, k, v, mask, bias, scale, dropout, key, wants_lse, tuple(lead))
 
 

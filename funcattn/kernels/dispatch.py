@@ -1,8 +1,8 @@
-"""Which kernel runs: each says whether it can and why not; the first that can, in the order of the registry, is chosen.
+"""Choosing a kernel: the first in the registry that can run the request and is not passed over.
 
-The automatic choice never changes what composes: a kernel that lacks a derivative is not chosen where one may be asked for.
-`use("reference")` forces one inside a `with`; a kernel that cannot run is then an error with its reason. A `Kernel` of one's own is
-accepted wherever a name is.
+The choice never reduces what composes: a kernel without a derivative is not chosen where one may
+follow. `use("reference")` forces a kernel inside a `with`; one that cannot run then raises its
+reason. A custom `Kernel` is accepted wherever a name is.
 """
 
 import contextlib
@@ -32,21 +32,21 @@ _BY_NAME = {kernel.name: kernel for kernel in REGISTRY}
 
 
 class Verdict(NamedTuple):
-    """One line of an explanation: why a kernel does not run, "" where it can run."""
+    """One row of an explanation: a kernel and the reason why it does not run."""
 
     kernel: str
     what: str
-    why_not: str  # "" where the kernel can run
+    why_not: str  # "" if the kernel can run
     chosen: bool
 
     @property
     def obstacle(self) -> str:
-        """The former name of why_not."""
+        """Alias of why_not, its earlier name."""
         return self.why_not
 
 
 class Explanation(NamedTuple):
-    """What `explain` returns: prints as a table, shows as one in a notebook."""
+    """What `explain` returns: verdicts on all kernels, printed as a table."""
 
     verdicts: tuple[Verdict, ...]
 
@@ -72,7 +72,7 @@ class Explanation(NamedTuple):
 
 
 def named(function: str, kernel: str | Kernel, wanted: str = "one of") -> Kernel:
-    """The kernel of a name, or the one that is given itself."""
+    """The kernel with this name; a `Kernel` is returned as it is."""
     if isinstance(kernel, Kernel):
         return kernel
     if kernel not in _BY_NAME:
@@ -93,7 +93,7 @@ def forced(kernel: str | Kernel | None = None) -> Kernel | None:
 
 
 def giving_lse(kernel: str | Kernel | None) -> Kernel | None:
-    """The forced kernel of a segment of keys, whose lse is wanted: flash for sdpa, which does not return it."""
+    """The forced kernel for a segment whose lse is needed: flash in place of sdpa."""
     found = forced(kernel)
     return entry.FLASH if found is not None and is_registered(found) and found.name.startswith("sdpa") else found
 
@@ -105,7 +105,7 @@ def choose(r: Request, kernel: str | Kernel | None = None) -> Kernel:
         for one in REGISTRY:
             if not (one.passed_over(r) or one.why_not(r)):
                 return one
-    assert found is not None  # the reference takes everything
+    assert found is not None  # the reference can run every request
     reason = found.why_not(r)
     if reason:
         wanted, got = "one that can run on these inputs", f"{found.name!r}: {reason}"
@@ -114,7 +114,7 @@ def choose(r: Request, kernel: str | Kernel | None = None) -> Kernel:
 
 
 def verdicts(r: Request, kernel: str | Kernel | None = None) -> tuple[Verdict, ...]:
-    """What each kernel says to a request, the chosen one marked."""
+    """The verdict of each kernel on a request, the chosen one marked."""
     chosen = choose(r, kernel)
     is_forced = forced(kernel) is not None
     listed = REGISTRY if is_registered(chosen) else (chosen, *REGISTRY)
@@ -123,16 +123,16 @@ def verdicts(r: Request, kernel: str | Kernel | None = None) -> tuple[Verdict, .
 
 
 def current() -> str | Kernel | None:
-    """The kernel that `use` forces here, if any."""
+    """The kernel that `use` forces in this context, or None."""
     return _forced.get()
 
 
 @contextlib.contextmanager
 def use(kernel: str | Kernel) -> Iterator[None]:
-    """Force a kernel for every attention inside the `with`, in this thread alone: eager, compiled and exported.
+    """Force a kernel inside the `with`, in this thread: eager, compiled and exported.
 
     Args:
-        kernel: a name of the registry (`explain` lists them), or a `Kernel` of one's own.
+        kernel: a name in the registry (`explain` lists them), or a custom `Kernel`.
 
     Example:
         >>> import funcattn as fa

@@ -1,7 +1,8 @@
-"""Dropout of attention weights from a key: a pure function of (key, head, query, key position), so streaming cannot change it.
+"""Dropout of attention weights as a pure function of (key, head, query index, key index).
 
-Pair (i, j) of head h is kept where the random word of fold_in(fold_in(key, h), i) at counter j lies above the rate. The same word
-comes out whatever the block sizes, under vmap, in the backward pass and at every order of derivative.
+Pair (i, j) of head h is kept where the random word of fold_in(fold_in(key, h), i) at counter j is
+at least rate * 2^32. The word is the same for all block sizes, under vmap, in the backward pass and
+at every order of derivative.
 """
 
 import math
@@ -14,13 +15,17 @@ from .. import randomness
 
 
 def head_keys(key: Tensor, lead: Sequence[int]) -> Tensor:
-    """One key for each leading index and head, (*lead, 1, 2): number h of a flat count gets fold_in(key, h)."""
-    sizes = (int(n) if isinstance(n, Tensor) else n for n in lead)  # tensors while torch.jit traces
+    """One key for each leading index and head, (*lead, 1, 2): flat index h gets fold_in(key, h)."""
+    # n is a tensor while torch.jit traces
+    sizes = (int(n) if isinstance(n, Tensor) else n for n in lead)
     return randomness.split(key, tuple(sizes)).unsqueeze(-2)
 
 
 def keep(keys: Tensor, line: slice, column: slice, rate: float) -> Tensor:
-    """1 / (1 - rate) where the pair is kept, else 0, float32 (*groups, rows, columns); keys are (*groups, 1, 2)."""
+    """1 / (1 - rate) where the pair is kept, else 0, float32 (*groups, rows, columns).
+
+    keys are (*groups, 1, 2); line and column are the ranges of query and key indices.
+    """
     count = lambda part: torch.arange(part.start, part.stop, dtype=torch.int32, device=keys.device)
     of_head = keys.movedim(-1, 0).unsqueeze(-1)  # (2, *groups, 1, 1)
     of_row = torch.stack(randomness.encipher(of_head, count(line).unsqueeze(-1)))

@@ -1,11 +1,11 @@
-"""Which dtype sums and statistics are kept in: float64 where an input is float64, else float32."""
+"""The dtype of sums and statistics: float64 where an input is float64, else float32."""
 
 import torch
 from torch import Tensor
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of logits, log-sum-exps and sums over these inputs, such as q and a bias; None is absent.
+    """The dtype of logits, log-sum-exps and sums over these inputs; None stands for no input.
 
     Example:
         >>> accumulation_dtype(torch.ones(1, dtype=torch.bfloat16), torch.ones(1))
@@ -16,5 +16,5 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def accurate(x: Tensor, *others: Tensor | None) -> Tensor:
-    """x in the dtype that sums over it and the others are kept in."""
+    """x in the dtype in which sums over it and the others are accumulated."""
     return x.to(accumulation_dtype(x, *others))

@@ -1,4 +1,6 @@
-"""Joining attention over disjoint sets of keys: a monoid, so flash, paged, forked and ring attention are folds of it.
+"""Joining attention over disjoint sets of keys, a monoid.
+
+Flash, paged, forked and ring attention are folds of it.
 
 lse = log(exp lse_a + exp lse_b)        out = w out_a + (1 - w) out_b,   w = exp(lse_a - lse)
 """
@@ -28,7 +30,7 @@ NOTHING = float("-inf")
 
 
 class Part(NamedTuple):
-    """One set of keys: k (*lead, K, S, D), v (*lead, K, S, Dv), and which of them each query sees (`()`: all)."""
+    """A segment: keys k (*lead, K, S, D), values v (*lead, K, S, Dv), mask (`()`: none hidden)."""
 
     k: Tensor
     v: Tensor
@@ -39,7 +41,7 @@ class Part(NamedTuple):
 def merge(a: Attended, b: Attended) -> Attended:
     """Join attention over two disjoint sets of keys.
 
-    Each part is weighted by its share of the mass, exp(lse_i - lse).
+    Each side is weighted by its fraction of the softmax normalizer, exp(lse_i - lse).
 
     Args:
         a, b: out (*lead, H, T, Dv) and lse (*lead, H, T), with the same queries and disjoint keys.
@@ -50,11 +52,13 @@ def merge(a: Attended, b: Attended) -> Attended:
     Raises:
         ValueError: the shapes of the two differ.
 
-    A share carries the rounding of the lse it comes from, |lse| 2^-24 of itself in float32: where those of both parts are in
-    the thousands it has three digits, and at 1e9 none. `attend_parts` makes one softmax of such parts.
+    A weight carries the rounding error of its lse, |lse| 2^-24 in float32: where both lse are in
+    the thousands it has three correct digits, and at 1e9 none. `attend_parts` takes one softmax
+    over such segments.
 
-    Law: associative, commutative, with attention over no keys (out = 0, lse = -inf) as identity, and zero derivatives, not NaN,
-        where both see nothing (test_kernels.py::test_merge_is_a_monoid).
+    Law: associative, commutative, with attention over no keys (out = 0, lse = -inf) as identity,
+    and
+        zero derivatives, not NaN, where both see nothing (test_kernels.py::test_merge_is_a_monoid).
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867.
     """
     told = lambda x: f"out {errors.shape(x.out)} and lse {errors.shape(x.lse)}"
@@ -68,9 +72,10 @@ def merge(a: Attended, b: Attended) -> Attended:
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys, to be joined with that over others: lse + rest is the log-sum-exp.
+    """Attention over a subset of the keys, to be joined with others: lse + rest is the log-sum-exp.
 
-    rest is what lse in one number has no room for, the log of the normalizer beside a large logit; constant to derivatives.
+    rest is the rounding error of lse, which beside a large logit loses the log of the normalizer;
+    it is constant to derivatives.
     """
 
     out: Tensor  # (*lead, H, T, Dv)
@@ -79,7 +84,7 @@ class Partial(NamedTuple):
 
     @property
     def attended(self) -> Attended:
-        """The public record."""
+        """The public record, without rest."""
         return Attended(self.out, self.lse)
 
 
@@ -92,7 +97,7 @@ def partial(
     scale: float | Tensor | None = None,
     kernel: str | Kernel | None = None,
 ) -> Partial:
-    """`attend`, as a part of the whole that `join` makes without a loss, whatever the level of the logits."""
+    """`attend` as a Partial, which `join` merges exactly, whatever the magnitude of the logits."""
     request = _request("attend", q, k, v, mask, scale, None, wants_lse=True)
     chosen = dispatch.choose(request, kernel)
     out, lse = _run(request, chosen)
@@ -103,8 +108,10 @@ def partial(
 def join(a: Partial, b: Partial) -> Partial:
     """Attention over two disjoint sets of keys; see `merge`."""
     no_a, no_b = a.lse == NOTHING, b.lse == NOTHING
-    x, y = torch.where(no_a, 0, a.lse), torch.where(no_b, 0, b.lse)  # finite, so that no derivative divides by nothing
-    center = torch.where(no_a, y, torch.where(no_b, x, torch.maximum(x, y))).detach()  # it cancels: a constant to derivatives
+    # finite, so that derivatives are finite
+    x, y = torch.where(no_a, 0, a.lse), torch.where(no_b, 0, b.lse)
+    # it cancels, so it has no derivative
+    center = torch.where(no_a, y, torch.where(no_b, x, torch.maximum(x, y))).detach()
     x, y = (x - center) + a.rest, (y - center) + b.rest
     w = torch.where(no_a, 0, torch.where(no_b, 1, torch.sigmoid(x - y))).unsqueeze(-1)
     log = torch.where(no_a, y, torch.where(no_b, x, torch.logaddexp(x, y)))
@@ -122,21 +129,22 @@ def attend_parts(
     sinks: Tensor | None = None,
     kernel: str | Kernel | None = None,
 ) -> Tensor:
-    """Attention (*lead, H, T, Dv) over the union of several disjoint sets of keys, such as a past and the new tokens.
+    """Attention (*lead, H, T, Dv) over disjoint segments, such as cache and new tokens.
 
-    A fold of `attend` and `merge`, which joins the parts by log-sum-exps of twice the precision. For a few queries, a decode step,
-    it is written out as one softmax over all logits: linear in memory when T is small, a dozen operations, any transform. What a
-    query does not see reaches nothing of it, NaN included: where numbers can be looked at and the one softmax is not finite, a few
-    queries are attended part by part, and compiled code takes hidden keys out before it multiplies.
+    A fold of `attend` and `merge`, with log-sum-exps in twice the precision. For a few queries, as
+    in a decode step, it is one softmax over all logits: linear memory where T is small, a dozen
+    operations, every transform. A key that a query does not see changes nothing for it, even if it
+    is NaN: where values are concrete and the result of the one softmax is not finite, segments are
+    attended to one by one instead; compiled code zeroes hidden keys before it multiplies.
 
     Args:
         q: (*lead, H, T, D).
-        parts: of keys and values, and which of them each query sees.
-        scale: what logits are multiplied by.
-        cap: a soft cap: logits s become cap * tanh(s / cap). Beyond a few queries it goes by `attention_with_score`, linear in
-            memory and exact in every derivative.
-        sinks: (H,), one more logit for each head whose value is 0: mass that goes nowhere.
-        kernel: one to force; None chooses.
+        parts: the segments: keys, values and masks.
+        scale: factor of the logits.
+        cap: a soft cap: logits s become cap * tanh(s / cap). Beyond a few queries it is computed by
+            `attention_with_score`, in linear memory with exact derivatives.
+        sinks: (H,), attention sinks: the logit of one more key per head, whose value is 0.
+        kernel: None chooses; a name or a `Kernel` forces one.
     """
     for part in parts:
         check_remembered(part.k, q.dtype)
@@ -155,7 +163,10 @@ def attend_parts(
 
 
 def _is_spoilt(out: Tensor, parts: Sequence[Part]) -> bool:
-    """True where keys are hidden and NaN or infinity can be seen in the output, which a weight of zero may have let through."""
+    """True where keys are hidden and the output is known to hold NaN or infinity.
+
+    A zero weight times a hidden NaN may have caused it.
+    """
     if out.device.type != "cpu" or all(is_absent(part.mask) for part in parts):
         return False
     known = errors.peek(out)
@@ -163,7 +174,7 @@ def _is_spoilt(out: Tensor, parts: Sequence[Part]) -> bool:
 
 
 def check_remembered(k: Tensor, dtype: torch.dtype) -> None:
-    """Raise the one error of a past whose keys are not in the dtype of the queries."""
+    """Raise TypeError where the cached keys are not in the dtype of the queries."""
     if k.dtype != dtype:
         wanted, remedy = f"{dtype} as the weights give", f"Make the past with model.cache(size, dtype={dtype})."
         errors.fail("attention", "the past", wanted, k.dtype, remedy, TypeError)
@@ -177,7 +188,7 @@ def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
-    """cap * tanh(x / cap): x where it is small, never beyond the cap.
+    """cap * tanh(x / cap): close to x where |x| is small, and bounded by the cap.
 
     Source: Gemma 2, arXiv:2408.00118, section 2.
     """
@@ -185,13 +196,16 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 def _drain(attended: Partial, sinks: Tensor) -> Tensor:
-    """Attention merged with one key a head of logit `sinks` and value 0."""
+    """Attention merged with one more key per head, of logit `sinks` and value 0."""
     kept = torch.sigmoid((attended.lse - sinks.to(attended.lse.dtype).unsqueeze(-1)) + attended.rest)
     return attended.out * kept.unsqueeze(-1).to(attended.out.dtype)
 
 
 def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
-    """True for a decode step of one sequence that nobody differentiates, over parts that hide nothing: torch's kernel serves."""
+    """True for one query of one sequence, no mask, outside of autograd and transforms.
+
+    torch's fused kernel then computes each segment.
+    """
     if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling():
         return False
     if not all(is_absent(part.mask) and part.k.dim() == 3 and part.k.shape[-2] for part in parts):
@@ -202,7 +216,7 @@ def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
 
 
 def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -> Tensor:
-    """One query: query heads that share a key are rows of one fused call a part, and the parts are merged by their mass."""
+    """One query: query heads of a key head become rows of one fused call per segment."""
     K = parts[0].k.shape[-3]
     rows = q.reshape(K, 1, -1, q.shape[-1])  # (K, 1, H / K, D)
     out = lse = None

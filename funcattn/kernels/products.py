@@ -1,10 +1,12 @@
-"""A matrix product that never copies a shared operand for a mapped axis.
+"""A matrix product that under vmap does not copy an operand that is not mapped.
 
     product(x, w)[r, s] = sum_d x[r, d] w[d, s]
 
-Under `vmap`, torch expands an operand that is not mapped to the size of the batch and multiplies batch by batch: reading one
-past from 32 futures would copy the past 32 times. Here the mapped axis of x becomes more rows (and that of w more columns), so
-what is shared stays shared. Bilinear, so its derivatives are products again, at every order.
+Under `vmap`, torch expands an unmapped operand to the size of the batch and calls a batched
+product:
+32 futures that read one cache would copy it 32 times. Here the mapped axis of x becomes more rows
+(and that of w more columns), so the unmapped operand is read in place. The product is bilinear, so
+its derivatives are products again, at every order.
 """
 
 from typing import Any
@@ -17,7 +19,7 @@ from ..core import errors
 from ..core.autograd import add, align, closed_jvp, is_recorded, sum_to, transforming
 from .backends.masking import is_finite, weigh
 
-FEW = 8  # rows, at most, that compiled code multiplies by itself
+FEW = 8  # rows, at most, whose product compiled code writes out as sums
 
 
 class Product(Function):
@@ -61,14 +63,16 @@ class Product(Function):
 
 
 class MaskedSum(Function):
-    """sum_s x[r, s] w[s, d] over the pairs (r, s) that are seen, of x (*lead, R, S), w (*lead, S, D) and booleans as x.
+    """sum_s x[r, s] w[s, d] over the visible pairs (r, s), for x (*lead, R, S), w (*lead, S, D).
 
-    What is hidden is left out, not weighed by zero: a tangent or cotangent that is NaN reaches what it is seen by alone.
+    seen is boolean, of the shape of x. Hidden terms are left out, not multiplied by zero: a NaN in
+    a tangent or cotangent reaches only rows that see it.
     """
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, seen: Tensor) -> Tensor:
-        out = x @ w if x.device.type == "cpu" else None  # elsewhere, to look would be to wait
+        # on other devices, reading values would synchronize
+        out = x @ w if x.device.type == "cpu" else None
         known = None if out is None else errors.peek(out)
         if out is not None and known is not None and is_finite([known]):
             return out
@@ -106,7 +110,7 @@ class MaskedSum(Function):
 
 
 class MaskedDot(Function):
-    """x[r] . w[s] for the pairs (r, s) that are seen and 0 for the others, of x (*lead, R, D), w (*lead, S, D) and booleans."""
+    """x[r] . w[s] for visible pairs (r, s), else 0; x (*lead, R, D), w (*lead, S, D)."""
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, seen: Tensor) -> Tensor:
@@ -138,24 +142,28 @@ class MaskedDot(Function):
 
 
 def _rows(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Each tensor (*lead, R, X) with the mapped axis as more rows (*lead, B R, X), for a rule where w has no such axis."""
+    """Each tensor (*lead, R, X) with the mapped axis folded into rows, (*lead, B R, X).
+
+    For batching rules where w is not mapped.
+    """
     fold = lambda x, d: x.unsqueeze(-3).expand(*x.shape[:-2], info.batch_size, *x.shape[-2:]) if d is None else x.movedim(d, -3)
     return [fold(x, d).flatten(-3, -2) for x, d in zip(tensors, in_dims, strict=True)]
 
 
 def hides(seen: Tensor | None, *tensors: Tensor) -> bool:
-    """True where hidden pairs must be left out of derivatives: a derivative may follow, and Functions may be called."""
+    """True where derivatives must leave hidden pairs out: eager autograd or a transform."""
     if seen is None or torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     return is_recorded(*tensors)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (*lead, R, D) times w (*lead, D, S), leading axes broadcast; the plain `@` where no transform is active.
+    """x (*lead, R, D) times w (*lead, D, S); plain `@` outside of transforms.
 
-    A few rows on the CPU are written out as products and sums where they are compiled: the loops are fused with what stands around
-    them. With 3 rows and heads of 64, attention over 256 keys takes 17 us where two calls of the library take 31, besides what the
-    call takes; with 15 rows there is no gain (one thread, AVX-512).
+    In torch.compile, few rows on the CPU are written out as products and sums: their loops fuse
+    with the surrounding ones. With 3 rows and heads of 64, attention over 256 keys takes 17 us
+    where two calls of the library take 31, besides the overhead of the call; with 15 rows there is
+    no gain (one thread, AVX-512).
     """
     if torch.compiler.is_compiling():
         few = isinstance(x.shape[-2], int) and x.shape[-2] <= FEW and x.device.type == "cpu"
@@ -166,7 +174,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor, w: Tensor) -> Tensor:
-    """In float32 at least; along that axis of w which lies together in memory, where there is one."""
+    """x @ w as sums in float32 at least, along the contiguous axis of w if there is one."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x, w, dtype = x.to(wide), w.to(wide), x.dtype
     if w.stride(-2) == 1:
@@ -175,9 +183,10 @@ def _sums(x: Tensor, w: Tensor) -> Tensor:
 
 
 def computed(x: Tensor) -> Tensor:
-    """x as memory that holds it, where a compiler would otherwise compute it anew in every loop that reads it.
+    """x materialized in memory, where the compiler would recompute it in every loop that reads it.
 
-    A norm, for example, for each row of a matrix; or the cosines of the positions, for each head and layer.
+    Examples: a norm, recomputed for each row of a matrix; cosines of positions, for each head and
+    layer.
     """
     if not torch.compiler.is_compiling():
         return x

@@ -1,12 +1,14 @@
-"""Dense attention: the specification. Every other kernel is held against this page.
+"""Dense attention: the specification, which every other kernel is tested against.
 
     S_ij = scale * q_i . k_j + bias_ij       over the keys that query i sees
-    P_ij = exp(S_ij) / sum_j exp(S_ij)       out_i = sum_j P_ij v_j                lse_i = log sum_j exp(S_ij)
+    P_ij = exp(S_ij) / sum_j exp(S_ij)       out_i = sum_j P_ij v_j     lse_i = log sum_j exp(S_ij)
 
-The weights are not exp(S - lse): where the greatest logit is large, lse in one number has lost the log of the sum beside it.
+The weights are not computed as exp(S - lse): where the largest logit is large, a single
+floating-point number lse = row_max + log(normalizer) loses the log of the normalizer to rounding.
 
-O(T * S) memory, plain torch operations, so every transform of torch.func goes through at every order. A query that sees no key
-has out = 0 and lse = -inf, with zero derivatives: what such a row would divide by is replaced before the division, not after.
+O(T * S) memory, plain torch operations, so it composes with every transform of torch.func at every
+order. A query that sees no key has out = 0 and lse = -inf, with zero derivatives: the divisor of
+such a row is replaced before the division, not after.
 """
 
 import torch
@@ -21,13 +23,18 @@ from .unseen import Taken
 
 
 def logits(q: Tensor, k: Tensor, scale: float | Tensor, seen: Tensor | None = None) -> Tensor:
-    """scale * q @ k.mT as (*lead, H, T, S), query heads folded into rows so that k is never repeated.
+    """scale * q @ k.mT as (*lead, H, T, S); query heads become rows, so that k is not repeated.
 
-    seen, where it is given, broadcasts to the logits: the derivatives of hidden pairs are then zero, of NaN too.
+    Args:
+        q: (*lead, H, T, D).
+        k: (*lead, K, S, D).
+        scale: factor of the logits.
+        seen: booleans that broadcast to the logits, or None; derivatives of hidden pairs are then
+            zero, even where an operand is NaN.
     """
     H, T, D = q.shape[-3:]
     K = k.shape[-3]
-    # torch.unflatten, not the method: torch.compile cannot trace that under a default device
+    # torch.unflatten: torch.compile cannot trace Tensor.unflatten under a default device
     rows = torch.unflatten(q * scale, -3, (K, H // K)).flatten(-3, -2)  # (*lead, K, G T, D)
     if seen is not None and products.hides(seen, q, k, *([scale] if isinstance(scale, Tensor) else [])):
         S = products.MaskedDot.apply(rows, k, _rows(seen, H, T, k.shape[-2], K))
@@ -37,7 +44,7 @@ def logits(q: Tensor, k: Tensor, scale: float | Tensor, seen: Tensor | None = No
 
 
 def mix(P: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """P @ v as (*lead, H, T, Dv), v never repeated for the query heads that share it; seen as in `logits`."""
+    """P @ v as (*lead, H, T, Dv); v is not repeated for its query heads; seen as in `logits`."""
     H, T, S = P.shape[-3:]
     K = v.shape[-3]
     rows = torch.unflatten(P, -3, (K, H // K)).flatten(-3, -2)
@@ -49,19 +56,19 @@ def mix(P: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
 
 
 def _rows(seen: Tensor, H: int, T: int, S: int, K: int) -> Tensor:
-    """Booleans that broadcast to (*lead, H, T, S) as those of rows, (*lead, K, H / K T, S)."""
+    """Booleans for (*lead, H, T, S), reshaped to the rows of `logits`, (*lead, K, H / K T, S)."""
     seen = seen.reshape(*[1] * (3 - seen.dim()), *seen.shape)
     seen = seen.expand(*seen.shape[:-3], H, T, S)
     return torch.unflatten(seen, -3, (K, H // K)).flatten(-3, -2)
 
 
 def visible(mask: Mask | Tensor, S: int) -> Tensor:
-    """Booleans that broadcast against (*lead, H, T, S)."""
+    """The mask as booleans that broadcast against (*lead, H, T, S)."""
     return mask.dense(S).unsqueeze(-3) if isinstance(mask, Mask) else mask
 
 
 def weigh(q: Tensor, k: Tensor, mask: Mask | Tensor | None, *, scale: float | Tensor, bias: Tensor | None = None) -> Tensor:
-    """The attention weights themselves, (*lead, H, T, S) in float32 at least, for those who plot them."""
+    """The attention weights, (*lead, H, T, S) in float32 at least."""
     seen = _seen(mask, bias, k.shape[-2])
     return _weigh(unseen.take_out(q, k, None, seen), seen, scale, bias, wants_lse=False)[0]
 
@@ -77,7 +84,7 @@ def _seen(mask: Mask | Tensor | None, bias: Tensor | None, S: int) -> Tensor | N
 def _weigh(
     x: Taken, seen: Tensor | None, scale: float | Tensor, bias: Tensor | None, wants_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The weights, and where it is wanted lse (*lead, H, T)."""
+    """The weights (*lead, H, T, S), and lse (*lead, H, T) if it is wanted."""
     S = logits(accurate(x.q, bias), accurate(x.k, bias), scale, seen)
     if not x.k.shape[-2]:
         return S, S.new_full(S.shape[:-1], float("-inf"))
@@ -86,11 +93,13 @@ def _weigh(
     if seen is not None:
         spoilt = unseen.poison(x.bad_k, S, seen)
         S = S if spoilt is None else S * spoilt
-        seen = seen if x.blind is None else seen | x.blind  # an empty row keeps finite logits and drops out below
+        # an empty row keeps finite logits here and is set to zero below
+        seen = seen if x.blind is None else seen | x.blind
         S = torch.where(seen, S, float("-inf"))
     P, lse = S.softmax(-1), None
     if wants_lse:
-        greatest = S.detach().amax(-1, keepdim=True)  # it cancels, and is a constant to every derivative
+        # any constant gives the same result, so it has no derivative
+        greatest = S.detach().amax(-1, keepdim=True)
         lse = (greatest + (S - greatest).exp().sum(-1, keepdim=True).log()).squeeze(-1)
     if x.blind is not None:
         P = torch.where(x.blind, 0, P)
@@ -109,7 +118,10 @@ def attend(
     keep: Tensor | None = None,
     wants_lse: bool = True,
 ) -> Attended:
-    """Dense attention; keep (*lead, H, T, S) multiplies the weights (dropout: 0 or 1 / (1 - rate)). lse is 0 where not wanted."""
+    """Dense attention; lse is 0 where it is not wanted.
+
+    keep (*lead, H, T, S) multiplies the weights (dropout: 0 or 1 / (1 - rate)).
+    """
     seen = _seen(mask, bias, k.shape[-2])
     x = unseen.take_out(q, k, v, seen)
     P, lse = _weigh(x, seen, scale, bias, wants_lse)

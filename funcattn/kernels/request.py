@@ -1,4 +1,4 @@
-"""What is asked of a kernel of attention, and what a kernel is: a value."""
+"""The arguments of a kernel of attention (`Request`), and a kernel as a value (`Kernel`)."""
 
 import functools
 from collections.abc import Callable
@@ -13,12 +13,16 @@ from ..masks import Mask
 from ..records import Attended
 from .backends import aten
 
-FEW = 16  # queries up to which the dense form over all keys is linear memory enough, and the cheapest
+FEW = 16  # queries up to which dense logits over all keys count as linear memory, and are cheapest
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a kernel: the inputs, and whether the log-sum-exp or dropped weights are wanted beside the output."""
+    """The checked arguments of one call of attention, and whether it needs the log-sum-exp.
+
+    q (*lead, H, T, D), k (*lead, K, S, D), v (*lead, K, S, Dv); mask, bias, scale, dropout and key
+    as in `attention`; `lead` is the broadcast leading axes.
+    """
 
     q: Tensor
     k: Tensor
@@ -33,13 +37,14 @@ class Request:
 
     @functools.cached_property
     def recorded(self) -> bool:
-        """True where a derivative may be asked: a transform is active, or autograd records one of the inputs."""
+        """True where derivatives may follow: in a transform, or with a recorded input."""
         return is_recorded(self.q, self.k, self.v, self.bias, self.scale if isinstance(self.scale, Tensor) else None)
 
     @property
     def causal(self) -> bool:
-        """True where the mask is known to be the plain causal one, found by looking at its 2 T numbers: on a GPU, by waiting."""
-        return not torch.compiler.is_compiling() and self._causal  # a compiler sees no numbers, nor the lock of a cached property
+        """True where the mask is plain causal by its 2 T values; synchronizes a GPU."""
+        # In torch.compile values are not concrete, and the lock of a cached property is not traced.
+        return not torch.compiler.is_compiling() and self._causal
 
     @functools.cached_property
     def _causal(self) -> bool:
@@ -55,15 +60,19 @@ def _never(_: Request) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute attention, accepted wherever the name of one is.
+    """An implementation of attention, accepted wherever the name of a kernel is.
 
     Args:
-        name: what `explain` and errors call it.
-        what: a line that says what it is.
-        why_not: of a Request, why this kernel cannot run it, or "". What a kernel lacks is said here: a mask, a bias, dropout
-            (`r.dropout`), the log-sum-exp (`r.wants_lse`), a dtype, a derivative that may follow (`r.recorded`).
-        run: of a Request, Attended(out (*r.lead, H, T, Dv), lse (*r.lead, H, T)); lse is not read unless `r.wants_lse`.
-        passed_over: why it is left alone where no kernel is forced, although it can run, or "". Of no use outside the registry.
+        name: its name in `explain` and in errors.
+        what: a line of description.
+        why_not: of a Request, the reason why this kernel cannot run it, or "". It checks whatever
+            the kernel lacks: a mask, a bias, dropout (`r.dropout`), the log-sum-exp
+                (`r.wants_lse`), a
+            dtype, a derivative that may follow (`r.recorded`).
+        run: of a Request, Attended(out (*r.lead, H, T, Dv), lse (*r.lead, H, T)); lse is not read
+            unless `r.wants_lse`.
+        passed_over: of a Request, the reason why it is not chosen automatically although it can
+            run, or "". Only read for the kernels of the registry.
 
     Example:
         >>> import funcattn as fa

@@ -1,16 +1,18 @@
-"""Attention over a sequence that no device holds all of: a fold of attend and merge over what goes round.
+"""Attention over a sequence that is sharded over a mesh axis, as a fold of attend and merge.
 
-    ring            queries, keys and values in parts: keys go round, n - 1 steps, each device merges what it meets
-    merge_over      each device has attended to its own keys with the same queries: one merge over all
+    ring            q, k and v are sharded: k and v go around a ring in n - 1 steps; each device
+                    merges attention to each shard it receives
+    merge_over      k and v are sharded, q is replicated: one merge over the axis
 
-A causal mask would give the device with the last part of the text n times the work of the first. So the text is cut in 2 n chunks,
-and device i holds chunks i and 2 n - 1 - i (`zigzag`): all have the same work at every step.
+With a causal mask and contiguous shards, the last device would have n times the work of the first.
+So the text is cut in 2 n chunks, and device i holds chunks i and 2 n - 1 - i (`zigzag`): all
+devices have the same work at every step.
 
-Derivatives are those of attend, merge and ppermute: exact at every order. Keys cross the mesh once forward, and their cotangents
-once backward.
+Derivatives are those of attend, merge and ppermute: exact at every order. Keys and values cross the
+mesh once in the forward pass, and their cotangents once in the backward pass.
 
-Source: Liu, Zaharia and Abbeel, Ring attention with blockwise transformers, arXiv:2310.01889; Brandon et al., Striped attention,
-arXiv:2311.09431 (balance).
+Source: Liu, Zaharia and Abbeel, Ring attention with blockwise transformers, arXiv:2310.01889;
+Brandon et al., Striped attention, arXiv:2311.09431 (balance).
 """
 
 import torch
@@ -26,10 +28,12 @@ from .request import Kernel
 
 
 def zigzag(x: Tensor, n: int, *, dim: int = -1) -> Tensor:
-    """A sequence in the order of devices, so that the n parts of equal length are those that balance a causal mask.
+    """Reorder a sequence so that its n contiguous shards balance the work of a causal mask.
 
     Args:
-        x: whose axis `dim` is the text, a multiple of 2 n long.
+        x: the axis `dim` is the sequence, its length a multiple of 2 n.
+        n: number of devices.
+        dim: the axis of the sequence.
 
     Example:
         >>> zigzag(torch.arange(8), 2)
@@ -42,7 +46,7 @@ def zigzag(x: Tensor, n: int, *, dim: int = -1) -> Tensor:
 
 
 def unzigzag(x: Tensor, n: int, *, dim: int = -1) -> Tensor:
-    """The order of the text again, from that of `zigzag`."""
+    """Undo `zigzag`: the original order of the sequence."""
     order = [i for device in range(n) for i in (device, 2 * n - 1 - device)]
     return _chunks("unzigzag", x, n, dim, sorted(range(2 * n), key=order.__getitem__))
 
@@ -56,7 +60,7 @@ def _chunks(function: str, x: Tensor, n: int, dim: int, order: list[int]) -> Ten
 
 
 def places(T: int, axis: str) -> Tensor:
-    """The positions in the text of the T tokens that this device holds in the order of `zigzag`, int64 (T,)."""
+    """The positions of the T tokens of this device's shard in the order of `zigzag`, int64 (T,)."""
     n, i = axis_size(axis), axis_index(axis)
     if n == 1:
         return torch.arange(T)
@@ -81,18 +85,23 @@ def ring(
     """Attention of this device's queries over the keys of all devices.
 
     Args:
-        q: (*lead, H, T, D); k (*lead, K, T, D); v (*lead, K, T, Dv): this device's tokens, in the order of `zigzag` where causal.
-        axis: name of the axis of the mesh that the text is cut along; where it is not bound this is `attend`.
-        causal: whether each token sees those before it and itself, or all.
+        q: (*lead, H, T, D) queries of this device's tokens, in the order of `zigzag` if causal.
+        k: (*lead, K, T, D) keys of the same tokens.
+        v: (*lead, K, T, Dv) values of the same tokens.
+        axis: name of the mesh axis that the sequence is sharded over; if it is not bound, this is
+            `attend`.
+        causal: True: each token sees itself and those before it; False: all tokens.
         scale, kernel: as in `attend`.
 
     Returns:
         Attended, for this device's queries.
 
     Raises:
-        ValueError: where causal, an odd number of tokens on a device, or queries and keys of different numbers.
+        ValueError: if causal, an odd number of tokens on a device, or different numbers of queries
+            and keys.
 
-    Law: equals attention of the whole, with every derivative (test_rings.py::test_a_ring_attends_to_the_whole).
+    Law: equals attention of the whole, with every derivative
+        (test_rings.py::test_a_ring_attends_to_the_whole).
     """
     n, T = axis_size(axis), q.shape[-2]
     if causal and k.shape[-2] != T:
@@ -113,7 +122,10 @@ def ring(
 
 
 def _seen(places: Tensor, whose: Tensor, C: int, n: int) -> Mask:
-    """Which keys of a device's two chunks of C, `whose` and 2 n - 1 - `whose`, stand at or before each place: the first so many."""
+    """The causal mask of queries at `places` over the 2 C keys of device `whose`: a prefix.
+
+    Its keys are the chunks `whose` and 2 n - 1 - `whose`, C tokens each.
+    """
     if n == 1:
         stop = places + 1
     else:
@@ -122,20 +134,26 @@ def _seen(places: Tensor, whose: Tensor, C: int, n: int) -> Mask:
 
 
 def merge_over(attended: Attended, axis: str) -> Attended:
-    """Attention over the keys of all devices, from what each made of its own keys with queries that all hold alike.
+    """Join attention of the same queries over the keys of all devices, one shard of keys each.
 
-    The n-ary `merge`, on every device: lse = log sum_i exp lse_i, out = sum_i exp(lse_i - lse) out_i.
+    The n-ary `merge`, on every device: lse = log sum_i exp lse_i, out = sum_i exp(lse_i - lse)
+    out_i.
 
-    Law: equals attention over all keys, with every derivative (test_rings.py::test_a_past_in_parts_is_one_past).
+    Args:
+        attended: out (*lead, H, T, Dv) and lse (*lead, H, T) over this device's keys.
+        axis: name of the mesh axis.
+
+    Law: equals attention over all keys, with every derivative
+        (test_rings.py::test_a_past_in_parts_is_one_past).
     """
     return join_over(Partial(*attended), axis).attended
 
 
 def join_over(one: Partial, axis: str) -> Partial:
-    """`merge_over` of attention that still knows its log-sum-exp to twice the precision: exact whatever the level of the logits."""
+    """`merge_over` with lse in twice the precision: exact for logits of any magnitude."""
     out, lse, rest = one
     nothing = float("-inf")
-    greatest = pmax(lse.detach(), axis)  # any number serves: it cancels
+    greatest = pmax(lse.detach(), axis)  # any constant gives the same result
     greatest = torch.where(greatest == nothing, 0, greatest)
     none = lse == nothing
     mass = torch.where(none, 0, ((torch.where(none, 0, lse) - greatest) + rest).exp())

@@ -1,16 +1,19 @@
-"""Attention with a score function: any elementwise function of a logit and its indices, in O(T + S) memory, at every order.
+"""Attention with an elementwise function of the logits: O(T + S) memory, derivatives of any order.
 
-    s_ij = score(scale * q_i . k_j, b, h, i, j, *parameters)                                       over the keys that query i sees
-    m_i = sum_j exp(s_ij - c_i)        n_i = sum_j exp(s_ij - c_i) v_j        out_i = n_i / m_i        lse_i = c_i + log m_i
+    s_ij = score(scale * q_i . k_j, b, h, i, j, *parameters)      over the keys that query i sees
+    m_i = sum_j exp(s_ij - c_i)        n_i = sum_j exp(s_ij - c_i) v_j
+    out_i = n_i / m_i                  lse_i = c_i + log m_i
 
-The result does not depend on c, so c = max_j s_ij is found first and then taken for a constant. What is left to differentiate is a
-*sum over blocks*: a function f of one block of queries and one of keys, whose outputs belong to queries (summed over the blocks of
-keys), to keys (summed over those of queries), or to neither, such as the parameters (summed over all). The vjp of such a sum is the
-sum of the vjps of f, the jvp that of the jvps, the vmap that of the vmaps. So it is closed, as the algebra is, for an f that no one
-knows: each block is rematerialized, and no derivative of any order holds more than one.
+The result does not depend on c, so c = max_j s_ij is computed first and then treated as a constant.
+What remains to differentiate is a *sum over blocks*: a function f of one block of queries and one
+of keys, whose outputs are indexed by queries (summed over the blocks of keys), by keys (summed over
+those of queries), or by neither, such as the parameters (summed over all). The vjp of such a sum is
+the sum of the vjps of f, the jvp that of the jvps, the vmap that of the vmaps. So it is closed
+under transforms for an arbitrary f: each block is rematerialized, and derivatives of every order
+hold one block at a time.
 
-What an unknown f costs: two passes for the value, autograd in every block of a derivative, no fused kernel. Low-rank biases and
-ALiBi have a faster way, two more columns of q and k.
+The cost of an arbitrary f: two passes for the value, autograd in every block of a derivative, no
+fused kernel. Low-rank biases and ALiBi are faster as additional columns of q and k, two for ALiBi.
 
 Source: score_mod of flex_attention, Dong et al., Flex Attention, arXiv:2412.05496.
 """
@@ -37,12 +40,13 @@ from .request import Request
 DOOR = "attention_with_score"
 REMEDY = "Give it what a derivative or a vmap follows in parameters=."
 NOTHING = float("-inf")
-ELEMENTS = 2**18  # of one block of logits: at a megabyte of float32, calls into torch are no longer what a block costs
-SIDE = 512  # of one block, at most
+# logits of one block: with 1 MiB of float32, the overhead of calling torch is small
+ELEMENTS = 2**18
+SIDE = 512  # queries or keys of one block, at most
 
 
 class Axes(NamedTuple):
-    """Which axis of a tensor counts queries and which keys, from its last one backwards, so that a vmap in front moves neither."""
+    """The axes of a tensor that index queries and keys, negative: vmap adds axes in front."""
 
     query: int = 0  # 0 for none
     key: int = 0
@@ -50,24 +54,25 @@ class Axes(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockSum:
-    """The computation that sums a function over blocks of queries and keys (a `rematerialization.Computation`).
+    """A function summed over blocks of queries and keys (a `rematerialization.Computation`).
 
-    The first input is on the query side with the leading axes of the logits; it tells how many there are of them. `mask` are the
-    places of the ends of intervals among the inputs, or nothing: blocks that no query sees are left out.
+    The first input is indexed by queries and has the leading axes of the logits, for their number.
+    `mask` are the indices of the interval ends (start, stop) among the inputs, or (): blocks that
+    no query sees are skipped.
     """
 
-    f: Flat  # of blocks of the inputs, to blocks of the outputs
+    f: Flat  # from blocks of the inputs to blocks of the outputs
     reads: tuple[Axes, ...]
     writes: tuple[Axes, ...]
     T: int
     S: int
     mask: tuple[int, ...] = ()
-    maximum: bool = False  # take the greatest over blocks, not the sum; without derivatives
+    maximum: bool = False  # maximum over blocks in place of the sum; not differentiable
 
     def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
         part_of = lambda line, column: self.f(*[cut(t, axes, line, column) for t, axes in zip(x, self.reads, strict=True)])
-        nowhere = slice(0, 0)  # an empty block, which tells the shapes
-        with api._no_autocast(x[0]):  # sums are in float32 at least, those of a backward pass too
+        nowhere = slice(0, 0)  # an empty block, to infer shapes
+        with api._no_autocast(x[0]):  # sums in float32 at least, in backward passes too
             out = [self._whole(part, axes) for part, axes in zip(part_of(nowhere, nowhere), self.writes, strict=True)]
             for line, column in self._blocks(x):
                 for total, part, axes in zip(out, part_of(line, column), self.writes, strict=True):
@@ -76,12 +81,12 @@ class BlockSum:
         return tuple(out)
 
     def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "BlockSum":
-        """See rematerialization.Computation: the derivative of an input lies where the input does."""
+        """See rematerialization.Computation: cotangents of inputs have the axes of the inputs."""
         reads = (*self.reads, *[self.writes[n] for n in given])
         return replace(self, f=pullback(self.f, inputs, needed, given), reads=reads, writes=tuple(self.reads[n] for n in needed))
 
     def jvp(self, inputs: int, moved: Sequence[int]) -> "BlockSum":
-        """See rematerialization.Computation: a tangent lies where its input does."""
+        """See rematerialization.Computation: tangents have the axes of their inputs."""
         return replace(self, f=pushforward(self.f, inputs, moved), reads=(*self.reads, *[self.reads[n] for n in moved]))
 
     def vmap(self, mapped: Sequence[bool], randomness: str) -> "BlockSum":
@@ -120,36 +125,44 @@ def attention_with_score(
     scale: float | Tensor | None = None,
     parameters: tuple[Any, ...] = (),
 ) -> Attended:
-    """Attention whose logits go through a function: soft caps, relative biases, anything elementwise in the logit and its indices.
+    """Attention with an elementwise function of the logits: soft caps, relative biases and others.
 
         s_ij = score(scale q_i . k_j, b, h, i, j, *parameters)
         lse_i = log sum_j exp s_ij        out_i = sum_j exp(s_ij - lse_i) v_j
 
-    Linear memory, exact under every nesting of grad, jvp and vmap, and slower than `attention`, which knows what it differentiates.
+    Linear memory, exact under every nesting of grad, jvp and vmap, and slower than `attention`,
+    whose derivatives are written by hand.
 
     Args:
         q: (*lead, H, T, D) queries, any floating dtype.
         k: (*lead, K, S, D) keys, with H % K == 0.
         v: (*lead, K, S, Dv) values.
-        score: score(s, b, h, i, j, *parameters) -> logits of the shape of s. s (*lead, H, rows, columns) is a block of logits in
-            float32 at least, and b, h, i, j are int64 tensors that broadcast against it: the numbers of the example (in the lead
-            of q and k, flattened; a vmap adds none), of the query head, of the query and of the key. -inf hides the key.
-        mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the query sees the key. Blocks
-            that a Mask hides are not computed; those that score hides are.
-        scale: what logits are multiplied by, a number or a 0-d tensor; None is 1 / sqrt(D).
-        parameters: trees of tensors that score reads, whole in every block; what a derivative or a vmap follows must be among them.
+        score: score(s, b, h, i, j, *parameters) -> logits of the shape of s. s (*lead, H, rows,
+            columns) is a block of logits in float32 at least, and b, h, i, j are int64 tensors that
+            broadcast against it: the indices of the example (in the lead of q and k, flattened;
+                axes
+            of vmap do not count), of the query head, of the query and of the key. -inf hides the
+            key.
+        mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the
+            query sees the key. Blocks that a Mask hides are not computed; those that score hides
+            are.
+        scale: factor of the logits, a number or a 0-d tensor; None is 1 / sqrt(D).
+        parameters: trees of tensors that score reads, passed whole to every block; every tensor
+            that is differentiated or mapped must be among them.
 
     Returns:
-        Attended(out (*lead, H, T, Dv) in the dtype of v, lse (*lead, H, T) in float32 at least). A query that sees no key has
-        out = 0 and lse = -inf, with zero derivatives.
+        Attended(out (*lead, H, T, Dv) in the dtype of v, lse (*lead, H, T) in float32 at least). A
+        query that sees no key has out = 0 and lse = -inf, with zero derivatives.
 
     Raises:
-        ValueError: sizes that do not fit; a score that is not elementwise (another shape, a sum over keys or queries, or a value
-            that is another one in the next call), that reads a tracked tensor from outside, or draws from torch's global generator.
+        ValueError: sizes that do not fit; a score that is not elementwise (another shape, a sum
+            over keys or queries, or different values in a second call), that reads a tracked tensor
+            from its closure, or draws from torch's global generator.
         TypeError: dtypes, or kinds of mask, that do not fit.
 
-    Under autocast q, k and v are rounded to its dtype, as in `attention`. Inside torch.compile it runs eagerly, outside of the
-    graph (an error with fullgraph=True); torch.export and torch.jit.trace are given the dense formula.
+    Under autocast q, k and v are rounded to its dtype, as in `attention`. In torch.compile it runs
+    eagerly, after a graph break (an error with fullgraph=True); torch.export and torch.jit.trace
+    record the dense formula.
 
     Example:
         >>> q = k = v = torch.ones(1, 2, 4)
@@ -176,7 +189,7 @@ def stream(
     scale: float | Tensor | None = None,
     parameters: tuple[Any, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out and lse of `attention_with_score`, and what lse in one number has no room for, a constant to derivatives."""
+    """out and lse of `attention_with_score`, and the rounding error of lse, a constant."""
     r = api._request(DOOR, q, k, v, mask, scale, None)
     if not isinstance(parameters, tuple):
         remedy = "Put a single one in a tuple of its own: parameters=(table,)."
@@ -190,7 +203,8 @@ def _is_traced_by_jit() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
-OfTensors = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]  # a score of the logits, the indices and the parameters
+# A score of the logits, the indices and the parameters.
+OfTensors = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 def _attend(
@@ -256,7 +270,8 @@ def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: b
         shift = torch.where(shift == NOTHING, 0, shift)
         mass, weighted = masses(shift, v, *x)
         return _normalized(r, shift, mass, weighted, blind)
-    # c stands for a constant at every level, since the result does not depend on it; its shape tells the number of heads.
+    # shift is a constant to derivatives of every order, since the result does not depend on it;
+    # width has its shape, which gives the number of heads.
     width = q.new_zeros(()).expand(*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3]), H, T, 1)
     search = BlockSum(highest, (query, *common), (query,), T, S, ends, maximum=True)
     shift = rematerialization.run(search, [t.detach() for t in (width, *x)], **names)[0]
@@ -267,7 +282,7 @@ def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: b
 
 
 def _normalized(r: Request, shift: Tensor, m: Tensor, n: Tensor, blind: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and what it has no room for, of the mass m and the sum n of values that are weighed by it."""
+    """out, lse and the rounding error of lse, from the normalizer m and weighted sum n."""
     H, T = r.q.shape[-3:-1]
     empty = m == 0
     m = torch.where(empty, 1, m)
@@ -287,7 +302,7 @@ def _mask_inputs(mask: Mask | Tensor | None, T: int, S: int) -> tuple[list[Tenso
 
 
 def _seen(mask: Sequence[Tensor], j: Tensor) -> Tensor | None:
-    """Booleans that broadcast against a block of logits (*lead, H, rows, columns)."""
+    """The mask of a block as booleans that broadcast to its logits (*lead, H, rows, columns)."""
     if len(mask) < 2:
         return mask[0] if mask else None
     start, stop = (end.unsqueeze(-1) for end in mask)  # (*lead, rows, n, 1)
@@ -302,7 +317,7 @@ def _indices(s: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _probe(r: Request, score: OfTensors, parameters: Sequence[Tensor]) -> None:
-    """Refuse a score that is not elementwise: what it gives for one query and one key must be part of what it gives for more."""
+    """Raise for a score that is not elementwise: a pair alone gives what it gives among others."""
     H, T, S = *r.q.shape[-3:-1], r.k.shape[-2]
     if not T or not S:
         return
@@ -319,7 +334,7 @@ def _probe(r: Request, score: OfTensors, parameters: Sequence[Tensor]) -> None:
         for n in (0, -1):
             pair = s[..., [n], :][..., [n]]
             alone, among = score(pair.clone(), _indices(pair, i[[n]], j[[n]]), parameters), whole[..., [n], :][..., [n]]
-            # Vectorized functions round the last elements of a row in their own way.
+            # Vectorized functions may round the last elements of a row differently.
             near = (alone == among) | ((alone - among).abs() <= 1e-6 + 1e-4 * among.abs()) | (alone.isnan() & among.isnan())
             if alone.shape != among.shape or errors.is_true(~near):
                 remedy = "Let it read its own logit, the indices and parameters, and nothing else."

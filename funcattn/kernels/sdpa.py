@@ -1,4 +1,4 @@
-"""The "sdpa" kernels: torch's own F.scaled_dot_product_attention, as fast as torch is and composing as little as it does."""
+"""The "sdpa" kernels: torch's F.scaled_dot_product_attention, its speed and its limitations."""
 
 import contextlib
 import functools
@@ -38,11 +38,11 @@ def attention(
     causal: bool = False,
     backend: str = "",
 ) -> Tensor:
-    """Attention by torch's kernel, the one of a backend where it is named.
+    """Attention by F.scaled_dot_product_attention, with a given backend of torch if it is named.
 
-    causal says that the mask is the plain causal one, which torch need not be shown.
+    `causal` says that the mask is the plain causal one, which is then passed as is_causal.
     """
-    if aten.is_empty(q, k, v):  # which torch's kernels do not take
+    if aten.is_empty(q, k, v):  # torch's kernels refuse empty inputs
         return reference.attend(q, k, v, mask, scale=scale, bias=bias).out
     seen = None if mask is None or causal else reference.visible(mask, k.shape[-2])
     if bias is not None:
@@ -63,7 +63,7 @@ def attention(
 
 
 def _four(x: Tensor, lead: Sequence[int]) -> Tensor:
-    """(*lead, H, A, B) with exactly one leading axis: with any other number torch takes its dense route unasked."""
+    """(*lead, H, A, B) with exactly one leading axis: with others torch takes its dense path."""
     x = x.reshape(*[1] * (len(lead) + 3 - x.dim()), *x.shape)
     if all(n == 1 for n in x.shape[: len(lead)]):
         return x.reshape(1, *x.shape[-3:]).expand(math.prod(lead), *x.shape[-3:])
@@ -71,21 +71,23 @@ def _four(x: Tensor, lead: Sequence[int]) -> Tensor:
 
 
 def run(r: Request, backend: str = "") -> Attended:
-    """Attention by torch's kernel; by the closed family where torch's would lose or let through what it must not."""
+    """Attention by torch's kernel, or flash where that loses precision or leaks hidden NaN."""
     if _may_be_far(r):
-        return entry.attend(r)  # torch's backward takes the log-sum-exp as one number, which loses the normalizer there
+        # torch's backward reads the log-sum-exp as one number, which loses the normalizer there.
+        return entry.attend(r)
     k, v = r.k, r.v
-    if r.q.device.type != "cpu" and r.mask is not None:  # where looking at the output would be waiting for it
+    # Off the CPU, checking the output would synchronize: hidden keys are removed beforehand.
+    if r.q.device.type != "cpu" and r.mask is not None:
         _, k, v, *_ = unseen.take_out(r.q, r.k, r.v, r.mask)
     out = attention(r.q, k, v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
     hides = (r.mask is not None or r.bias is not None) and out.device.type == "cpu" and not torch.compiler.is_compiling()
     if hides and not transforming() and not masking.is_finite([out]):
-        return entry.attend(r)  # torch's kernels weigh what is hidden by zero, and zero times NaN is NaN
+        return entry.attend(r)  # torch's kernels give hidden keys weight zero, and 0 * NaN is NaN
     return Attended(out, out.new_zeros(()))
 
 
 def _may_be_far(r: Request) -> bool:
-    """True where a derivative may follow, and logits may be larger than `blocks.FAR`; False where values cannot be looked at."""
+    """True where derivatives may follow and logits may exceed `blocks.FAR`; False if unknown."""
     if torch.compiler.is_compiling() or not r.recorded:
         return False
     found = [None if x is None else errors.peek(x) for x in (r.q, r.k, r.bias)]

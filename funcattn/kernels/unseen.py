@@ -1,9 +1,10 @@
-"""What no query sees, taken out before it is multiplied: a weight of zero times NaN is NaN, in the output and in every derivative.
+"""Removing keys and queries that a mask hides before they are multiplied, since 0 * NaN is NaN.
 
-For kernels made of operations that transforms go through. Keys and values that no query sees become zeros, and so do queries that
-see no key: then neither they, nor tangents and cotangents of theirs, reach anything. A key that some queries see and that holds NaN
-or infinity is replaced as well, and the weights of those queries become NaN. Where numbers can be looked at and there is nothing
-to take out, nothing is done.
+For kernels made of differentiable torch operations. Keys and values that no query sees are set to
+zero, and so are queries that see no key: neither they nor their tangents and cotangents then reach
+an output. A key that some queries see and that holds NaN or infinity is set to zero as well, and
+the weights of those queries become NaN. Where values are concrete and there is nothing to remove,
+the inputs are returned unchanged.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from .backends.masking import is_finite
 
 
 class Taken(NamedTuple):
-    """q, k and v without what is not seen, and booleans of what was taken out, which None stands for where there is nothing."""
+    """q, k and v with hidden rows set to zero, and boolean flags of these rows (None: none)."""
 
     q: Tensor
     k: Tensor
@@ -29,10 +30,13 @@ class Taken(NamedTuple):
 
 
 def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None, *, all_keys: bool = True) -> Taken:
-    """For q (*lead, H, T, D), k (*lead, K, S, D), v (*lead, K, S, Dv) and a mask that broadcasts to (*lead, H, T, S).
+    """Zero what the mask hides of q (*lead, H, T, D), k (*lead, K, S, D) and v (*lead, K, S, Dv).
 
-    all_keys=False leaves keys that some query sees as they are, finite or not, which saves a reading of them: their logits at
-    hidden pairs are for the caller to replace.
+    Args:
+        q, k, v: queries, keys and values; v may be None.
+        mask: broadcasts to (*lead, H, T, S).
+        all_keys: False leaves keys that some query sees as they are, finite or not, which saves a
+            pass over them; the caller must then replace their logits at hidden pairs.
     """
     if mask is None or not k.shape[-2] or not q.shape[-2]:
         return Taken(q, k, k if v is None else v)
@@ -48,7 +52,8 @@ def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None,
         q = torch.where(blind, 0, q)
     if hidden is not None:
         k, v = torch.where(hidden, 0, k), v if v is None else torch.where(hidden, 0, v)
-    if q.shape[-2] == 1 and _is_one_row(mask):  # what it does not see is taken out
+    # all keys that the one query does not see are already zero
+    if q.shape[-2] == 1 and _is_one_row(mask):
         return Taken(q, k, k if v is None else v, blind)
     k, bad_k = _finite(k) if all_keys else (k, None)
     v, bad_v = (k, None) if v is None else _finite(v)
@@ -62,7 +67,7 @@ def _is_one_row(mask: Mask | Tensor) -> bool:
 
 
 def poison(bad: Tensor | None, like: Tensor, seen: Tensor | None) -> Tensor | None:
-    """What weights (*lead, H, T, S) of a query that sees a bad key (*lead, K, S, 1) are multiplied by: NaN, and 1 elsewhere."""
+    """Factor of weights (*lead, H, T, S): NaN for a visible bad key (*lead, K, S, 1), else 1."""
     if bad is None:
         return None
     bad = bad.mT.repeat_interleave(like.shape[-3] // bad.shape[-3], -3)  # (*lead, H, 1, S)
@@ -70,23 +75,24 @@ def poison(bad: Tensor | None, like: Tensor, seen: Tensor | None) -> Tensor | No
 
 
 def without_blind(out: Tensor, blind: Tensor | None) -> Tensor:
-    """out (*lead, H, T, Dv) with zeros for queries that see no key, whatever their cotangents are."""
+    """out (*lead, H, T, Dv) with zeros for queries that see no key, and zero derivatives there."""
     return out if blind is None else torch.where(blind, 0, out)
 
 
 def _of_intervals(mask: Mask, S: int) -> tuple[Tensor, Tensor]:
-    """Which keys (*lead, 1, S, 1) some query sees, and which queries (*lead, 1, T, 1) see some key."""
+    """Which keys (*lead, 1, S, 1) are seen by a query, which queries (*lead, 1, T, 1) see a key."""
     start = mask.start.clamp(0, S)
     stop = torch.maximum(mask.stop.clamp(0, S), start)
     queries = (start < stop).any(-1)
     ends = torch.cat([start.flatten(-2), stop.flatten(-2)], -1)
-    steps = torch.cat([torch.ones_like(start), -torch.ones_like(stop)], -2).flatten(-2)  # +1 where one begins, -1 where it ends
+    # +1 where an interval begins, -1 where it ends
+    steps = torch.cat([torch.ones_like(start), -torch.ones_like(stop)], -2).flatten(-2)
     count = steps.new_zeros(*steps.shape[:-1], S + 1).scatter_add(-1, ends, steps).cumsum(-1).narrow(-1, 0, S)
     return (count > 0).unsqueeze(-2).unsqueeze(-1), queries.unsqueeze(-2).unsqueeze(-1)
 
 
 def _of_booleans(mask: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of a mask that broadcasts to (*lead, H, T, S): (*lead, K or 1, S, 1) and (*lead, H or 1, T, 1)."""
+    """As `_of_intervals`, for booleans: (*lead, K or 1, S, 1) and (*lead, H or 1, T, 1)."""
     (H, T, _), (K, S, _) = q.shape[-3:], k.shape[-3:]
     mask = mask.reshape(*[1] * (3 - mask.dim()), *mask.shape)
     keys = mask.any(-2)  # (*lead, H or 1, S or 1)
@@ -96,7 +102,10 @@ def _of_booleans(mask: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fitting(keys: Tensor, lead: tuple[int, ...], K: int) -> Tensor:
-    """Seen by an example, where examples share the keys: (*lead', K or 1, S, 1) without the axes that keys and values lack."""
+    """Flags of keys, any() over the axes that keys and values lack: (*lead', K or 1, S, 1).
+
+    A key that is shared by several examples counts as seen if one of them sees it.
+    """
     while keys.dim() - 3 > len(lead):
         keys = keys.any(0)
     for axis in range(-3 - len(lead), -3):
@@ -106,13 +115,13 @@ def _fitting(keys: Tensor, lead: tuple[int, ...], K: int) -> Tensor:
 
 
 def _unless_none(flags: Tensor) -> Tensor | None:
-    """None where it can be seen that no flag is up, in any row of a vmap."""
+    """None where it is known that no flag is True in any row under vmap."""
     known = _look(flags)
     return None if known is not None and not bool(known.any()) else flags
 
 
 def _finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x with zeros for rows that hold NaN or infinity, and which those are."""
+    """x with zeros for rows that hold NaN or infinity, and flags of these rows."""
     known = _look(x)
     if known is not None and is_finite([known]):
         return x, None
@@ -121,5 +130,5 @@ def _finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _look(x: Tensor) -> Tensor | None:
-    """The numbers, of all rows of a vmap, where they can be had without waiting for a device."""
+    """The concrete values, of all rows under vmap; None off the CPU, to avoid synchronizing."""
     return errors.peek(x) if x.device.type == "cpu" else None

@@ -4,12 +4,10 @@
 
 The number of tokens per expert depends on the data. The product is therefore one operation with
 static shapes outside, which sorts the tokens by expert and multiplies each group once: the matrix
-of
-an expert without tokens is not read, so a decode step reads only the matrices that it uses. Its
+of an expert without tokens is not read, so a decode step reads only the matrices that it uses. Its
 derivatives are the same product with W transposed and the sum of outer products by expert, and
-those
-of the latter are the former again: the two are closed under every transform. Under vmap the tokens
-of all rows form one list, and matrices that are not mapped are not copied.
+those of the latter are the former again: the two are closed under every transform. Under vmap the
+tokens of all rows form one list, and matrices that are not mapped are not copied.
 
 Source: Shazeer et al., Outrageously large neural networks, arXiv:1701.06538; Fedus et al., Switch
 transformers, arXiv:2101.03961.

@@ -4,8 +4,7 @@
 
 A division names, for each axis of the weight, the mesh axes that it is sharded over, or None. A
 record type registers an implementation with `@fields.register`; `sharding` does it for those of
-this
-library.
+this library.
 """
 
 import functools

@@ -8,8 +8,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float, offset: float = 0.0) 
     """x / sqrt(mean x^2 + epsilon) * (offset + weight) over the last axis.
 
     With an offset (Gemma stores weights around 0 and adds 1) the product is in float32 at least, as
-    in
-    the original implementation.
+    in the original implementation.
 
     Args:
         x: floating (*lead, D).
@@ -29,8 +28,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | tuple[()] = (), *, epsi
     """(x - mean x) / sqrt(var x + epsilon) * weight + bias over the last axis.
 
     A weight with more axes, (H, D), scales x (..., H, D) separately for each head; the statistics
-    are
-    still over the last axis alone.
+    are still over the last axis alone.
 
     Args:
         x: floating (*lead, D).

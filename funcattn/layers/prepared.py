@@ -44,8 +44,7 @@ def prepare(weight: Any, rows: int) -> Any:
     """The weight for `linear` with that many vectors at once: itself, or a faster registered form.
 
     A matrix on the CPU that multiplies one vector is stored row-major; one that multiplies 2 to 8
-    is
-    stored as `Blocks`, if 16 divides its number of rows.
+    is stored as `Blocks`, if 16 divides its number of rows.
 
     Args:
         weight: (out, in), or a record.

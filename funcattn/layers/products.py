@@ -1,8 +1,7 @@
 """Weights times activations, and rows of an embedding table.
 
 `linear` and `embed` dispatch on the type of the weight. A quantized weight is a record that
-registers
-its implementation here, so the decoder does not depend on the types of its weights.
+registers its implementation here, so the decoder does not depend on the types of its weights.
 """
 
 import functools
@@ -67,10 +66,8 @@ def rows_times(weight: Tensor, x: Tensor) -> Tensor:
     """A row-major matrix (N, K) times one vector, as products and sums, a loop in Inductor.
 
     Inductor's loop reads memory as fast as the machine can: all linears of SmolLM2 take 0.73 of the
-    time
-    of the library routine on column-major matrices, and 0.58 on row-major ones (one thread,
-    AVX-512).
-    Sums are in float32 at least.
+    time of the library routine on column-major matrices, and 0.58 on row-major ones (one thread,
+    AVX-512). Sums are in float32 at least.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     y = (weight.to(wide) * computed(x.reshape(-1).to(wide))).sum(-1)
@@ -82,8 +79,7 @@ class Blocks(NamedTuple):
     """A matrix (N, K) stored for products with a few vectors at once: entries (N / 16, K, 16).
 
     Each block of 16 rows is stored column by column. `by_blocks` makes it; compiled code reads it
-    once
-    for all vectors.
+    once for all vectors.
     """
 
     entries: Tensor

@@ -3,8 +3,7 @@
     angle_i(p) = p * base ** (-2 i / D)        x is rotated to x * cos + swap(x) * sin
 
 Half-split, as Hugging Face: pair i is the features i and i + D / 2. Scalings change the angles
-beyond
-the trained context.
+beyond the trained context.
 
 Source: Su et al., RoFormer, arXiv:2104.09864, section 3.2.2.
 """
@@ -31,24 +30,18 @@ class RopeScaling:
         "dynamic" raises the base as the sequence outgrows `context` (NTK-aware; Peng et al.,
             arXiv:2309.00071, appendix B.1).
         "yarn" divides the slow frequencies, keeps the fast ones and interpolates between the pairs
-        that
-            turn `fast` and `slow` times in `context` (arXiv:2309.00071, section 3.2); `truncate`
-            rounds
-            the ends of the ramp to whole pairs.
-        "llama3" does so by wavelength: those above context / low are slow, those below context /
-        high
-            fast.
+            that turn `fast` and `slow` times in `context` (arXiv:2309.00071, section 3.2);
+            `truncate` rounds the ends of the ramp to whole pairs.
+        "llama3" does so by wavelength: those above context / low are slow, those below
+            context / high fast.
         "longrope" divides each frequency by a number per pair: from `short` up to `context`
-        positions,
-            from `long` beyond (Ding et al., arXiv:2402.13753).
+            positions, from `long` beyond (Ding et al., arXiv:2402.13753).
     attention: factor of cos and sin (yarn, longrope).
 
     The angles of "dynamic" and "longrope" depend on the length of the whole text: one token beyond
     `context` changes the angles of all tokens before it. A decoder then reads the text again, so
-    that
-    reading in steps equals reading at once (transformer.lengths); transformers, which keeps the
-    cached
-    keys, differs there from its result on the whole text.
+    that reading in steps equals reading at once (transformer.lengths); transformers, which keeps
+    the cached keys, differs there from its result on the whole text.
     """
 
     kind: str
@@ -170,8 +163,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate x (*lead, H, T, D) by its positions.
 
     R is the last size of the rotation: pair i is the features i and i + R / 2 of the first R.
-    Features
-    beyond R are unchanged (partial rotary).
+    Features beyond R are unchanged (partial rotary).
     """
     R = rotation.cos.shape[-1]
     if x.shape[-1] > R:
