@@ -48,7 +48,7 @@ SIDE = 512  # queries or keys of one block, at most
 class Axes(NamedTuple):
     """The axes of a tensor that index queries and keys, negative: vmap adds axes in front."""
 
-    query: int = 0  # 0 for none
+    query: int = 0  # 0: no such axis
     key: int = 0
 
 
@@ -194,7 +194,7 @@ def stream(
     if not isinstance(parameters, tuple):
         remedy = "Put a single one in a tuple of its own: parameters=(table,)."
         errors.fail(DOOR, "parameters", "a tuple", f"a {type(parameters).__name__}", remedy, TypeError)
-    if torch.compiler.is_exporting() or _is_traced_by_jit():  # a graph of plain operations, which no one can stream
+    if torch.compiler.is_exporting() or _is_traced_by_jit():  # plain operations, no loop
         return _attend(r, score, parameters, dense=True)
     return _eagerly(r, score, parameters)  # pyright: ignore[reportCallIssue]
 

@@ -1,7 +1,8 @@
-"""What the closed family runs on: each backend attends and contracts tensors that no transform wraps.
+"""Backends of `closed`: attention and contractions of tensors outside of transforms.
 
-`torch_blocks` is made of torch operations over blocks and takes anything; `aten` is PyTorch's fused kernel of the CPU; `triton`
-has kernels for CUDA. `layout` merges the axes that behave alike, and `masking` says what is seen of a block.
+`torch_blocks` loops over blocks with torch operations and supports every input; `aten` is PyTorch's
+fused CPU kernel; `triton` has CUDA kernels. `layout` merges axes with the same broadcasting
+pattern, and `masking` computes which pairs of a block are visible.
 """
 
-WIDEST = 256  # features of a key or a value that the kernels in Triton take
+WIDEST = 256  # largest head size of keys and values for the Triton kernels

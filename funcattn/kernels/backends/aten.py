@@ -1,7 +1,8 @@
-"""The "aten" backend: torch's fused kernels on CPU, which return the log-sum-exp, and their backward.
+"""The "aten" backend: torch's fused CPU kernels, which return the log-sum-exp, and their backward.
 
-They take four axes, so the groups of the layout are put there: batch groups as examples, row groups as heads that share one key
-head by a stride of zero; nothing is repeated in memory but the gradients of k and v, one for each query head until they are summed.
+They take four axes: batch groups of the layout become examples, row groups become heads that share
+one key head by a stride of zero. Only the gradients of k and v are repeated in memory, one for each
+query head until they are summed.
 """
 
 import math
@@ -17,18 +18,18 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Why torch's fused kernel cannot take these, or ""."""
+    """The reason why torch's fused kernel cannot run on these, or ""."""
     if q.device.type != "cpu":
         return f"on {q.device.type}, where it is not wired yet"
     if v.shape[-1] != q.shape[-1]:
         return "values are wider or narrower than keys"
     if is_empty(q, k, v):
-        return "a size is zero"  # by which it divides
+        return "a size is zero"  # the kernel divides by it
     return ""
 
 
 def is_empty(*tensors: Tensor) -> bool:
-    """True where one of the tensors has no elements: no queries, keys, features, heads or examples."""
+    """True where one of the tensors has no elements."""
     return any(not x.numel() for x in tensors)
 
 
@@ -48,7 +49,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tu
     out, lse = _forward(_four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=scale)
     level = broadcast(q.shape[:-2], k.shape[:-2])
     lse = lse.reshape(*layout.sizes, q.shape[-2], 1)
-    if level != lead:  # values alone have an axis: its log-sum-exps are all the same
+    if level != lead:  # only values have this axis, so its log-sum-exps are equal
         lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(level), layout))]
     return unfold(out.reshape(*layout.sizes, *out.shape[-2:]), layout, (*lead, *out.shape[-2:])), unfold(
         lse, layout, (*level, *lse.shape[-2:])
@@ -56,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tu
 
 
 def rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, 1, R, D) and lse (B, 1, R) of four axes that need no layout."""
+    """out (B, 1, R, D) and lse (B, 1, R) of tensors with four axes, without a layout."""
     return _forward(in_rows(q), in_rows(k), in_rows(v), 0.0, False, scale=scale)
 
 
@@ -72,7 +73,7 @@ def backward(
     scale: float,
     causal: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k and v, of these shapes."""
+    """Gradients of q, k and v, in the given shapes."""
     lead = [x.shape[:-2] for x in (q, lse, g, out)]
     layout = plan(lead, [k.shape[:-2], v.shape[:-2]], [tuple(s[:-2]) for s in shapes])
     of = lambda x: _four(x, layout)
@@ -82,7 +83,7 @@ def backward(
 
 
 def _four(x: Tensor, layout: Layout) -> Tensor:
-    """(*lead, A, B) as (batch groups, row groups, A, B), repeated by strides of zero, in rows that the kernel reads."""
+    """(*lead, A, B) as (batch groups, row groups, A, B), expanded by strides of zero."""
     x = fold(x, layout).expand(*layout.sizes, *x.shape[-2:])
     x = x.reshape(math.prod(layout.sizes[: layout.batch]), math.prod(layout.sizes[layout.batch :]), *x.shape[-2:])
     return in_rows(x)

@@ -1,9 +1,11 @@
-"""One layout for every kernel: axes that behave alike are merged, and what keys lack becomes rows.
+"""The layout for every kernel: axes with the same broadcasting pattern are merged into groups.
 
-The tensors of a sweep broadcast over leading axes: heads, groups of heads that share a key, examples, and every axis a vmap adds.
-Axes of the same pattern (who has them, who lacks them) merge into one group. Groups that some key-side tensor has come first and
-are a batch of matrix products; groups that all key-side tensors lack come after, and are more rows of the same product. So grouped
-queries and futures of one past read k and v once, and nothing on the key side is ever repeated.
+The tensors of a contraction broadcast over leading axes: heads, groups of query heads per key head,
+examples, and each axis that vmap adds. Axes with the same pattern (which tensors have them) merge
+into one group. Groups that some key-side tensor has come first and are a batch of matrix products;
+groups that all key-side tensors lack come after and become more rows of the same product. So
+grouped queries, and many futures of one cache, read k and v once, and no key-side tensor is
+repeated.
 """
 
 import functools
@@ -16,11 +18,11 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """lead: the broadcast leading shape. groups: for each group the leading axes it merges, batch groups before row groups."""
+    """lead: the broadcast leading shape; groups: the leading axes of each group, batch first."""
 
     lead: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
-    batch: int  # how many of the groups are batch groups
+    batch: int  # number of batch groups
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -29,13 +31,14 @@ class Layout(NamedTuple):
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """x (*lead, A, B) as torch's fused kernels must be given it: in rows of contiguous features that do not overlap.
+    """x (*lead, A, B), copied if its rows are not contiguous or overlap, for torch's fused kernels.
 
-    The kernel of the CPU writes contiguous features into a tensor that is laid out in the order of the strides of q, which is
-    another one where a row, head or example begins within the row before (test_canaries.py::
-    test_torchs_fused_attention_reads_overlapping_rows_wrongly); its backward does so for k and v too, and its products of bfloat16
-    take no such rows at all. So sliding windows and repeated rows are copied; repeated heads and examples, by strides of zero, are
-    not. The row stride counts where there is one row too, which `contiguous` would leave as it is.
+    The CPU kernel writes contiguous features into a tensor laid out in the order of the strides of
+    q, which is a different one if a row, head or example begins within the row before
+    (test_canaries.py:: test_torchs_fused_attention_reads_overlapping_rows_wrongly); its backward
+    does so for k and v too, and its bfloat16 products do not take such rows at all. So sliding
+    windows and repeated rows are copied; heads and examples repeated by strides of zero are not.
+    The row stride matters even for a single row, where `contiguous` would not change it.
     """
     *lead, row, feature = x.stride()
     width = x.shape[-1]
@@ -45,7 +48,7 @@ def in_rows(x: Tensor) -> Tensor:
 
 
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """torch.broadcast_shapes, which takes 20 us a call, where shapes differ: as a rule they do not."""
+    """torch.broadcast_shapes, called only if shapes differ (rare): it takes 20 us."""
     first = shapes[0]
     for shape in shapes:
         if shape != first:
@@ -54,7 +57,7 @@ def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def plan(query: Sequence[tuple[int, ...]], key: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> Layout:
-    """The layout for leading shapes on the query side, on the key side, and of what else has axes of its own (pairs, outputs).
+    """The layout for leading shapes on the query side, the key side, and others (pairs, outputs).
 
     Example:
         >>> plan([(2, 3, 4)], [(2, 3, 1)], [])
@@ -80,7 +83,7 @@ def _plan(query: tuple[tuple[int, ...], ...], key: tuple[tuple[int, ...], ...], 
 
 
 def fold(x: Tensor, layout: Layout) -> Tensor:
-    """(*lead', A, B) to (*groups, A, B), each group at its size or at one where x lacks it. A view wherever torch allows."""
+    """(*lead', A, B) to (*groups, A, B), size 1 for groups that x lacks; a view if possible."""
     *lead, A, B = x.shape
     padded, order, _, sizes = _folding(layout, tuple(lead))
     x = x if len(padded) == len(lead) else x.reshape(*padded, A, B)
@@ -88,7 +91,7 @@ def fold(x: Tensor, layout: Layout) -> Tensor:
 
 
 def unfold(x: Tensor, layout: Layout, shape: Sequence[int]) -> Tensor:
-    """The inverse of `fold` for a tensor whose full shape, leading axes and last two, is `shape`."""
+    """The inverse of `fold`; `shape` is the full shape, leading axes and last two."""
     padded, order, inverse, _ = _folding(layout, tuple(shape[:-2]))
     return x.reshape(*[padded[axis] for axis in order[:-2]], *x.shape[-2:]).permute(inverse).reshape(tuple(shape))
 
@@ -98,7 +101,10 @@ Axes = tuple[int, ...]
 
 @functools.lru_cache(maxsize=4096)
 def _folding(layout: Layout, lead: Axes) -> tuple[Axes, Axes, Axes, Axes]:
-    """How leading axes of these sizes are folded: their sizes at full rank, the order of the axes, its inverse, sizes of groups."""
+    """The permutation that folds leading axes of these sizes.
+
+    Returns the sizes at full rank, the order of the axes, its inverse, and the sizes of the groups.
+    """
     rank = len(layout.lead)
     padded = (1,) * (rank - len(lead)) + lead
     kept = [axis for group in layout.groups for axis in group]
@@ -108,13 +114,13 @@ def _folding(layout: Layout, lead: Axes) -> tuple[Axes, Axes, Axes, Axes]:
 
 
 def group_sizes(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
-    """Sizes of the groups, at one where the leading shape lacks them."""
+    """Sizes of the groups, 1 where the leading shape lacks them."""
     padded = (1,) * (len(layout.lead) - len(shape)) + tuple(shape)
     return tuple(math.prod(padded[axis] for axis in group) for group in layout.groups)
 
 
 def multiply(x: Tensor, w: Tensor, batch: int) -> Tensor:
-    """x (*groups, R, X) @ w (*groups, X, C): row groups, which w lacks, are folded into the rows of one product."""
+    """x (*groups, R, X) @ w (*groups, X, C); row groups, which w lacks, become rows."""
     if x.dim() == batch + 2:
         return x @ w
     rows = x.shape[batch:-2]
@@ -126,7 +132,7 @@ def multiply(x: Tensor, w: Tensor, batch: int) -> Tensor:
 
 
 def multiply_rows(x: Tensor, c: Tensor, keep: Sequence[bool], batch: int) -> Tensor:
-    """sum over rows, x (*groups, R, X).mT @ c (*groups, R, C), also over the row groups not kept, giving (*groups, X, C)."""
+    """x (*groups, R, X).mT @ c (*groups, R, C), summed over row groups not kept."""
     if x.dim() == batch + 2:
         return x.mT @ c
     groups = broadcast(x.shape[:-2], c.shape[:-2])
@@ -150,10 +156,10 @@ def in_parts(
     weighing: Sequence[int],
     too_many: Callable[[int, int, int], float],
 ) -> list[Tensor]:
-    """Run over a few heads or examples at a time, so that blocks stay in cache and have rows enough for an efficient product.
+    """Run on slices of a leading axis, so that blocks fit in cache and products have enough rows.
 
-    The axis is the longest one that the key side has (`keyed`, places) and that P depends on (`weighing`), so that every term
-    does: an output that lacks the axis is then the sum over it.
+    The axis is the longest one that the key side (indices `keyed`) and P (indices `weighing`) have,
+    so that every term has it: an output that lacks the axis is the sum over the slices.
     """
     lead = broadcast(*[x.shape[:-2] for x in tensors], *[tuple(s[:-2]) for s in shapes])
     some = lambda where, axis: any(has(tensors[p].shape, axis) for p in where)
@@ -171,7 +177,7 @@ def in_parts(
         if not whole:
             whole = [x.new_zeros(tuple(s)) for x, s in zip(parts, shapes, strict=True)]
         for total, x in zip(whole, parts, strict=True):
-            _cut(total, axis, begin, n).add_(x)  # a shape without the axis is a sum over it
+            _cut(total, axis, begin, n).add_(x)  # an output without the axis is summed over it
     return whole
 
 
@@ -180,5 +186,5 @@ def _cut(x: Tensor, axis: int, begin: int, n: int) -> Tensor:
 
 
 def has(shape: Sequence[int], axis: int) -> bool:
-    """True where a shape has more than one of a leading axis, counted backwards from the last two."""
+    """True where a shape has size above 1 at a leading axis; -1 is the axis before the last two."""
     return len(shape) - 2 >= -axis and shape[axis - 2] != 1

@@ -1,6 +1,7 @@
-"""Which pairs of a query and a key are seen, block by block, and sums over no others; masks are never expanded as a whole.
+"""Which pairs of queries and keys are visible, by blocks, and sums over visible pairs only.
 
-Also the steps that a streaming softmax makes of such a block. Powers are of two (see `blocks`).
+Masks are never expanded as a whole. Also the update steps of a streaming softmax over such blocks,
+in powers of two (see `torch_blocks`).
 """
 
 import math
@@ -19,7 +20,7 @@ NOTHING = float("-inf")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where the blocks of queries and keys lie, and which a mask lets one see: masks of T rows, folded, with S keys."""
+    """The blocks of T queries and S keys; start and stop are folded interval masks of T rows."""
 
     T: int
     S: int
@@ -29,7 +30,7 @@ class Blocks:
     stop: Tensor | None = None
 
     def walk(self) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
-        """For each block of queries the blocks of keys that some query of it sees, and whether all see all of it."""
+        """Each block of queries with its visible blocks of keys; True: no hidden pairs."""
         columns = [slice(j, min(j + self.keys, self.S)) for j in range(0, self.S, self.keys)]
         lines = [slice(i, min(i + self.rows, self.T)) for i in range(0, self.T, self.rows)]
         if self.start is None or self.stop is None or not columns or self.start.is_meta:
@@ -45,16 +46,16 @@ class Blocks:
 
 
 class Seen:
-    """Mask and bias, laid out block by block: neither is ever expanded as a whole."""
+    """Mask and bias, applied block by block; neither is expanded as a whole."""
 
     def __init__(self, mask: Sequence[Tensor], bias: Tensor | None, layout: Layout, dtype: torch.dtype, strict: bool) -> None:
         self.mask, self.bias, self.layout, self.dtype, self.strict = mask, bias, layout, dtype, strict
         self.intervals = [fold(x, layout) for x in mask] if len(mask) == 2 else []
         self.anything = bool(mask) or bias is not None
-        self.unit = LOG2E if bias is None else 1.0  # by which logits are multiplied
+        self.unit = LOG2E if bias is None else 1.0  # factor of the logits
 
     def logits(self, s: Tensor, line: slice, column: slice, whole: bool) -> Tensor:
-        """Logits, times the unit, with the bias added; -inf where hidden."""
+        """Logits times the unit, plus the bias; -inf at hidden pairs."""
         if self.bias is not None:
             bias = self._block(self.bias, line, column).to(self.dtype)
             s = s + bias
@@ -70,19 +71,19 @@ class Seen:
         return s
 
     def power(self, s: Tensor, base: Tensor) -> Tensor:
-        """s - base as a power of two; logits of the same shape are overwritten."""
+        """s - base as an exponent of two; s is overwritten if the shapes are equal."""
         s = s.sub_(base) if s.shape[:-1] == base.shape[:-1] else s - base
         return s if self.bias is None else s.mul_(LOG2E)
 
     def rescale(self, s: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A step of a streaming softmax: weights of these logits, what sums so far are multiplied by, the greatest logit so far."""
+        """One step of a streaming softmax: weights, rescaling of earlier sums, new row max."""
         higher = torch.maximum(top, s.amax(-1, keepdim=True))
         base = torch.where(higher == NOTHING, 0, higher) if self.anything else higher
         p, fade = self.power(s, base).exp2_(), top - base
         return p, torch.exp2(fade if self.bias is None else fade * LOG2E), higher
 
     def log(self, top: Tensor, mass: Tensor) -> Tensor:
-        """The log-sum-exp, from the greatest logit and the sum of the weights; -inf where nothing is seen."""
+        """The log-sum-exp from the row max and the normalizer; -inf where nothing is visible."""
         lse = (top + mass.log2()) / LOG2E if self.bias is None else top + mass.log()
         return torch.where(mass == 0, NOTHING, lse)
 
@@ -91,7 +92,10 @@ class Seen:
 
 
 def weigh(W: Tensor, c: Tensor, batch: int, visible: Tensor | None = None) -> Tensor:
-    """W @ c; with booleans of the shape of W, rows of c that a row of W does not see are left out of its sum, not weighted by 0."""
+    """W @ c; with `visible` (shape of W), rows of c that a row of W does not see are left out.
+
+    They would be weighted by 0, and 0 * NaN is NaN.
+    """
     if visible is None:
         return multiply(W, c, batch)
     bad = ~c.isfinite()
@@ -107,10 +111,10 @@ def block_of(x: Tensor, layout: Layout, line: slice, column: slice) -> Tensor:
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """False where an entry is NaN or infinite, or their sum overflows: by which a second pass is made, and no result changes."""
+    """False where an entry is NaN or infinite, or the sum overflows (it costs a second pass)."""
     return all(capturing(x) or math.isfinite(x.sum(dtype=accumulation_dtype(x)).item()) for x in tensors)
 
 
 def capturing(x: Tensor) -> bool:
-    """True where no number can be looked at: on the meta device, and where a CUDA graph is recorded."""
+    """True where values cannot be read: on the meta device, and during CUDA graph capture."""
     return x.is_meta or (x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

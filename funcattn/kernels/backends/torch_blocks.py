@@ -1,16 +1,19 @@
-"""The "torch" backend: `attend` and `sweep` over blocks of queries and keys, in torch operations on any device and dtype.
+"""The "torch" backend: attention and contractions over blocks, in torch operations, on any device.
 
-A block of logits lives in cache and is gone when the next one comes; what is kept is O(T + S). Powers are of two, not of e, since
-torch's exp2 is several times faster than its exp on CPU and does not slow down where results underflow: q is scaled by log2(e).
-With a bias only the difference of a logit and the greatest one is, since finfo.min times log2(e) is no finite number.
-Tensors here are plain: no transform is active inside, so writing in place is legal.
+One block of logits at a time is in cache; what is stored is O(T + S). Exponentials are powers of
+two, since torch's exp2 is several times faster than its exp on CPU and does not slow down where
+results underflow: q is scaled by log2(e). With a bias only the difference between a logit and the
+row max is scaled, since finfo.min times log2(e) overflows. Tensors here are plain: no transform is
+active inside, so writing in place is legal.
 
-A log-sum-exp in one number is the greatest logit plus the log of the normalizer, and where the first is large the second is lost:
-the weights exp(S - lse) of n equal logits of -1e9 would sum to n. In rows whose |lse| is above FAR a pass makes both again, from
-its own logits, and the weights are exp(S - greatest) / normalizer. So softmax is invariant to shifts at every order.
+A log-sum-exp in one floating-point number is the row max plus the log of the normalizer, and if the
+first is large the second is lost to rounding: the weights exp(S - lse) of n equal logits of -1e9
+would sum to n. For rows with |lse| above FAR an additional pass recomputes both from the logits,
+and the weights are exp(S - row_max) / normalizer. So softmax is invariant to shifts at every order.
 
-A weight of zero times NaN is NaN. Where keys are hidden and a result is not finite, it is made again with every hidden pair left
-out of every sum (`strict`): what a query does not see changes neither its output nor a derivative, NaN and infinity included.
+A weight of zero times NaN is NaN. Where keys are hidden and a result is not finite, it is
+recomputed with every hidden pair left out of every sum (`strict`): a key that a query does not see
+changes neither its output nor a derivative, even if it is NaN or infinite.
 """
 
 import math
@@ -26,9 +29,10 @@ from ..dtypes import accumulation_dtype
 from .layout import broadcast, fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
 from .masking import LOG2E, NOTHING, Blocks, Seen, block_of, capturing, is_finite, weigh
 
-ELEMENTS = 2**17  # of one block of logits: half a megabyte of float32, so that a few of them stay in a core's cache
-KEYS = 256  # of one block, at most
-ROWS = 512  # of one block, at least where heads or examples can be taken a few at a time instead
+# logits of one block: 512 KiB of float32, so that a few of them fit in a core's cache
+ELEMENTS = 2**17
+KEYS = 256  # keys of one block, at most
+ROWS = 512  # queries of one block, at least where heads or examples can be processed in slices
 FAR = 512.0  # |lse| up to which one float32 holds the log of the normalizer to 3e-5
 
 
@@ -55,7 +59,7 @@ def attend(
 
 
 def is_far(lse: Tensor) -> bool:
-    """True where a row sees a key, and its log-sum-exp is too large to hold the log of the normalizer."""
+    """True where a row that sees a key has an lse too large to hold the log of the normalizer."""
     if not lse.numel() or capturing(lse):
         return bool(lse.numel())
     return not lse.abs().amax().item() <= FAR and bool(_far(lse).any())
@@ -68,8 +72,8 @@ def _far(lse: Tensor) -> Tensor:
 def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor] = (), scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """The log-sum-exp as the sum of two numbers of the shape of lse (*lead, T, 1), the second small.
 
-    Where lse holds the log of the normalizer they are lse and zero. In rows where it does not they are made of the
-    greatest logit m and the log of the normalizer l, from a pass of their own: m + l, and what its rounding took.
+    Where lse is precise enough they are lse and zero. In other rows an additional pass computes the
+    row max m and the log of the normalizer l, and they are m + l and its rounding error.
     """
     if not is_far(lse):
         return lse.clone(), torch.zeros_like(lse)
@@ -97,7 +101,7 @@ def _attend(
     out = values.new_zeros(*layout.sizes, T, v.shape[-1])
     lse = values.new_full((*groups, T, 1), NOTHING)
     for line, columns in _walk(seen, T, S, groups):
-        top = lse[..., line, :]  # in units of the logits until the end of the line
+        top = lse[..., line, :]  # in units of the logits until the end of the row block
         mass = torch.zeros_like(top)
         mixed = torch.zeros_like(out[..., line, :])
         for column, whole in columns:
@@ -117,9 +121,10 @@ def _attend(
 
 
 def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """All outputs of a sweep (see algebra) in one pass over the blocks of P; `shapes` are those of the outputs.
+    """All outputs of a contraction in one pass over the blocks of P; `shapes` are the outputs'.
 
-    An output is summed over the leading axes that its terms have and its shape lacks, and repeated over those it alone has.
+    An output is summed over the leading axes that its terms have and its shape lacks, and repeated
+    over those that only it has.
     """
     _, keyed, _ = places(spec)
 
@@ -132,7 +137,7 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor
 
 
 class _Sweeper:
-    """One sweep: inputs laid out, buffers of the outputs, and the loop."""
+    """One contraction: folded inputs, output buffers, and the loop over blocks."""
 
     def __init__(self, spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], strict: bool) -> None:
         query, key, pair = places(spec)
@@ -147,7 +152,8 @@ class _Sweeper:
         self.scaled = self.x[Q] * (spec.scale * self.seen.unit)
         level = self.x[L]
         self.far = _far(level) if is_far(level) else None
-        self.level = torch.where(level == NOTHING, float("inf"), level) * self.seen.unit  # a query that saw no key has no weights
+        # a query without visible keys has no weights
+        self.level = torch.where(level == NOTHING, float("inf"), level) * self.seen.unit
         self.keys = fold(tensors[spec.dropout], layout) if spec.dropout != ONES else None
         self.targets = [group_sizes(tuple(s[:-2]), layout) for s in shapes]
         self.keep = [
@@ -159,7 +165,7 @@ class _Sweeper:
         self.out = [self.scaled.new_zeros(*t, *s[-2:]) for t, s in zip(self.targets, shapes, strict=True)]
 
     def _factors(self) -> tuple[Counter[Factor], dict[Factor, tuple[Tensor, Tensor]]]:
-        """How many products hold a factor, and the features of its pairs side by side, [a_1, a_2] . [b_1, b_2]."""
+        """Uses of each factor, and its low-rank features concatenated, [a_1, a_2] . [b_1, b_2]."""
         products = {term.factors for output in self.spec.outputs for term in output.terms}
         uses = Counter(factor for product in products for factor in set(product))
         joined = {}
@@ -181,7 +187,7 @@ class _Sweeper:
         return [unfold(out, self.layout, shape) for out, shape in zip(self.out, self.shapes, strict=True)]
 
     def statistics(self, shape: Sequence[int]) -> list[Tensor]:
-        """The greatest logit of every query and the log of the normalizer, of this shape, as powers of two."""
+        """The row max of every query and the log of the normalizer, as powers of two."""
         groups = broadcast((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
         lines = [self._statistics(line, columns) for line, columns in _walk(self.seen, self.T, self.S, groups)]
         return [unfold(torch.cat(parts, -2), self.layout, shape) for parts in zip(*lines, strict=True)]
@@ -191,7 +197,7 @@ class _Sweeper:
         return self.seen.logits(s, line, column, whole)
 
     def _statistics(self, line: slice, columns: Sequence[tuple[slice, bool]]) -> tuple[Tensor, Tensor]:
-        """The greatest logit of each query, and the normalizer of exp(S - greatest) as a power of two."""
+        """The row max of each query, and the normalizer of exp(S - row_max) as a power of two."""
         top = torch.full_like(self.level[..., line, :], NOTHING)
         mass = torch.zeros_like(top)
         for column, whole in columns:
@@ -212,7 +218,7 @@ class _Sweeper:
         for output, target, out in zip(self.spec.outputs, self.targets, self.out, strict=True):
             alike: dict[
                 tuple[int, torch.Size], list[tuple[float, Tensor]]
-            ] = {}  # not across leads: a sum over one would count twice
+            ] = {}  # not across leading shapes: a sum over an axis would count twice
             for term in output.terms:
                 W = self._weight(term.factors, weights, factors, line, column, visible)
                 alike.setdefault((term.value, W.shape), []).append((term.weight, W))
@@ -228,11 +234,11 @@ class _Sweeper:
         column: slice,
         visible: Tensor | None,
     ) -> Tensor:
-        """P times a product of factors; products that begin alike are computed once."""
+        """P times a product of factors; common prefixes of products are computed once."""
         if product not in weights:
             head = self._weight(product[:-1], weights, factors, line, column, visible)
             last = product[-1]
-            if self.uses[last] == 1 and len(product) == 1:  # no one else reads this factor: it becomes the weight
+            if self.uses[last] == 1 and len(product) == 1:  # its only use, so it is overwritten
                 fresh = self._factor(last, line, column)
                 W = fresh.mul_(head) if fresh.shape == head.shape else head * fresh
             else:
@@ -243,7 +249,7 @@ class _Sweeper:
         return weights[product]
 
     def _factor(self, factor: Factor, line: slice, column: slice) -> Tensor:
-        """A fresh block of a factor: its pairs in one product, then what is constant along queries or keys."""
+        """A new block of a factor: low-rank summands in one product, then the constant ones."""
         total = None
         if factor in self.joined:
             a, b = self.joined[factor]
@@ -304,7 +310,7 @@ class _Sweeper:
             out[..., line, column] += _reduce(W, target)
 
     def _weigh_rows(self, W: Tensor, c: Tensor, visible: Tensor | None) -> Tensor:
-        """W.mT @ c, as `weigh` does it."""
+        """W.mT @ c, without hidden rows as in `weigh`."""
         rows = lambda W, c: multiply_rows(W, c, self.keep, self.layout.batch)
         if visible is None:
             return rows(W, c)
@@ -314,25 +320,26 @@ class _Sweeper:
 
 
 def _walk(seen: Seen, T: int, S: int, groups: Sequence[int]) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
-    """The blocks that some query sees, as `masking.Blocks.walk` gives them."""
+    """The blocks with visible pairs, as `masking.Blocks.walk` gives them."""
     rows, keys = block_sizes(T, S, math.prod(groups))
-    rows = min(rows, keys) if seen.intervals else rows  # square blocks hug a diagonal closer
+    # square blocks cover a diagonal with fewer hidden pairs
+    rows = min(rows, keys) if seen.intervals else rows
     return Blocks(T, S, rows, keys, *seen.intervals).walk()
 
 
 def block_sizes(T: int, S: int, groups: int) -> tuple[int, int]:
-    """Rows of queries and of keys in one block, so that all groups together stay within ELEMENTS."""
+    """Queries and keys of one block, so that all groups together stay within ELEMENTS."""
     keys = max(1, min(S, KEYS))
     rows = max(16, ELEMENTS // (keys * max(groups, 1)))
     return min(max(T, 1), rows), keys
 
 
 def _reduce(x: Tensor, target: Sequence[int]) -> Tensor:
-    """Sum the groups that the target lacks."""
+    """Sum over the groups that the target lacks."""
     axes = [i for i, n in enumerate(target) if n == 1 and x.shape[i] != 1]
     return x.sum(axes, keepdim=True) if axes else x
 
 
 def _too_many(lead: int, T: int, S: int) -> float:
-    """How many times too large one block of all leading axes would be."""
+    """The ratio of the size of one block over all leading axes to ELEMENTS."""
     return lead * min(ROWS, T) * min(KEYS, S) / ELEMENTS

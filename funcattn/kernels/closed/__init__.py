@@ -1,5 +1,7 @@
-"""The closed family: attention whose derivatives of every order are contractions over the same weights, in O(T + S) memory.
+"""Attention whose derivatives of every order are contractions with the same weights.
 
-`algebra` says which contraction comes next, `functions` are the autograd Functions, `operators` run them on a backend, and
-`entry` lays out public arguments for them; `flops` counts their operations.
+They take O(T + S) memory.
+
+`algebra` derives the next contraction, `functions` holds the autograd Functions, `operators` runs
+them on a backend, and `entry` reshapes public arguments for them; `flops` counts their operations.
 """

@@ -1,32 +1,34 @@
-"""The closed algebra of attention: every derivative of a sweep is a sweep.
+"""The closed algebra of attention: every derivative of a contraction is a contraction.
 
     P_ij = exp(scale q_i . k_j + bias_ij - l_i)                    over the keys that query i sees
 
-With l an *independent* input, take sums over terms of weights W = P * F_1 * F_2 * ..., where each factor F is a sum of products
-a_i . b_j (or a dense matrix), and let an output be one of
+With l an *independent* input, take sums over terms of weights W = P * F_1 * F_2 * ..., where each
+factor F is a sum of products a_i . b_j (or a dense matrix), and let an output be one of
 
     query side   o_i  = sum_j W_ij c_j        key side   o_j = sum_i W_ij c_i        pair side   o_ij = W_ij
 
-A *sweep* computes any number of such outputs in one pass over blocks of P, which no one ever holds whole. Differentiating W gives
-the same W with one more factor, so the vjp and the jvp of a sweep are again one sweep each: derivatives of every order, in every
-nesting, in O(T + S) memory. `attend`, the one function that normalises, has a sweep for its vjp and another for its jvp.
+A contraction (`Sweep`) computes any number of such outputs in one pass over blocks of P, which is
+never materialized as a whole. Differentiating W gives the same W with one more factor, so the vjp
+and the jvp of a contraction are again one contraction each: derivatives of every order, in every
+nesting, in O(T + S) memory. `attend`, the one function that normalizes, has a contraction for its
+vjp and another for its jvp.
 
-This module is only the bookkeeping: it says, for a sweep and the cotangents or tangents, which sweep comes next. Tensors are named
-by their place in a flat list that starts with q, k, l.
+This module is symbolic: from a contraction and the indices of cotangents or tangents it computes
+the next contraction. Tensors are named by their index in a flat list that starts with q, k, l.
 
-Source: the rules follow from d exp(S - l) = exp(S - l) (dS - dl); Dao et al., FlashAttention, arXiv:2205.14135, appendix B, is the
-case of the first vjp.
+Source: the rules follow from d exp(S - l) = exp(S - l) (dS - dl); Dao et al., FlashAttention,
+arXiv:2205.14135, appendix B, is the case of the first vjp.
 """
 
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
-Q, K, L = 0, 1, 2  # places of the queries, the keys and the log-sum-exp
-ONES = -1  # stands for a feature of ones: a . 1, or a sum without values
+Q, K, L = 0, 1, 2  # indices of the queries, the keys and the log-sum-exp
+ONES = -1  # in place of an index: a constant feature of ones, so a . 1, or a sum without values
 
 
 class Pair(NamedTuple):
-    """weight * a_i . b_j, with a on the query side and b on the key side."""
+    """A low-rank factor weight * a_i . b_j; a, b index query-side, key-side tensors."""
 
     a: int
     b: int
@@ -34,17 +36,20 @@ class Pair(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """weight * m_ij, a matrix of queries and keys."""
+    """A dense factor weight * m_ij; m is the index of a tensor (*lead, T, S)."""
 
     m: int
     weight: float = 1.0
 
 
-Factor = tuple[Pair | Dense, ...]  # a sum
+Factor = tuple[Pair | Dense, ...]  # a sum of low-rank and dense factors
 
 
 class Term(NamedTuple):
-    """weight * P * (product of factors), against the values at place `value` (ONES: summed; ignored on the pair side)."""
+    """weight * P * (product of factors), contracted with the values at index `value`.
+
+    ONES sums without values; on the pair side `value` is ignored.
+    """
 
     factors: tuple[Factor, ...]
     value: int = ONES
@@ -52,25 +57,25 @@ class Term(NamedTuple):
 
 
 class Output(NamedTuple):
-    """One result of a sweep: which side its rows lie on, and the terms it is the sum of."""
+    """One result of a contraction: the side that indexes its rows, and the terms that it sums."""
 
     side: str  # "query", "key" or "pair"
     terms: tuple[Term, ...]
 
 
 class Sweep(NamedTuple):
-    """Outputs that share P, and what P is made of beside q, k and l."""
+    """A contraction: outputs that share P, and the inputs of P beside q, k and l."""
 
     outputs: tuple[Output, ...]
     scale: float = 1.0
-    mask: tuple[int, ...] = ()  # places of (start, stop), or of (booleans,)
-    bias: int = ONES  # place of the bias, or ONES for none
-    dropout: int = ONES  # place of the keys of dropout, or ONES
+    mask: tuple[int, ...] = ()  # indices of (start, stop), or of (booleans,)
+    bias: int = ONES  # index of the bias; ONES: none
+    dropout: int = ONES  # index of the keys of dropout; ONES: none
     rate: float = 0.0
 
 
 class _Collect:
-    """Outputs by the tensor whose derivative they are."""
+    """Outputs, keyed by the index of the tensor whose gradient they are."""
 
     def __init__(self) -> None:
         self.terms: dict[int, list[Term]] = {}
@@ -88,17 +93,18 @@ class _Collect:
 def vjp(
     sweep: Sweep, cotangents: dict[int, int], needed: set[int], lead: Callable[[int], Hashable]
 ) -> tuple[Sweep, tuple[int, ...]]:
-    """The sweep that pulls cotangents back.
+    """The contraction that computes the vjp of a contraction.
 
     Args:
-        sweep: what is differentiated.
-        cotangents: for an output (by number) the place of its cotangent.
-        needed: places of the tensors whose derivatives are wanted.
-        lead: the leading shape of the tensor at a place; only products of one lead share a factor, since a sum over an axis that a
-            product lacks would count it once for each.
+        sweep: the contraction to differentiate.
+        cotangents: from the number of an output to the index of its cotangent.
+        needed: indices of the tensors whose gradients are needed.
+        lead: the leading shape of the tensor at an index; only products with equal leading shapes
+            are added into one factor, since a sum over an axis that a product lacks would count it
+            once per element of the axis.
 
     Returns:
-        The sweep, and for each of its outputs the place of the tensor it is the derivative of.
+        The contraction, and for each of its outputs the index of the tensor whose gradient it is.
     """
     found = _Collect()
     pulled: dict[
@@ -138,9 +144,13 @@ def vjp(
 
 
 def jvp(sweep: Sweep, tangents: dict[int, int]) -> Sweep:
-    """The sweep that pushes tangents forward; tangents maps the place of a tensor to the place of its tangent.
+    """The contraction that computes the jvp of a contraction.
 
     An output that no tangent reaches has no terms.
+
+    Args:
+        sweep: the contraction to differentiate.
+        tangents: from the index of a tensor to the index of its tangent.
     """
     dS = logit_tangent(sweep, tangents)
     outputs = []
@@ -159,14 +169,15 @@ def jvp(sweep: Sweep, tangents: dict[int, int]) -> Sweep:
 
 
 def attend_tangent(base: Sweep, v: int, moved: dict[int, int]) -> Sweep:
-    """The sweep for the jvp of attend: sum_j P (dS v + dv), and sum_j P dS, the tangent of the log-sum-exp.
+    """The contraction for the jvp of attend: sum_j P (dS v + dv), and sum_j P dS = dlse.
 
-    The tangent of the output is the first less the second times the output. With no tangent of q, k or the bias there is no second.
+    The tangent of the output is the first minus the second times the output. Without tangents of q,
+    k and the bias there is no second output.
 
     Args:
-        base: a sweep without outputs.
-        v: place of the values.
-        moved: for the place of a tensor the place of its tangent.
+        base: a contraction without outputs.
+        v: index of the values.
+        moved: from the index of a tensor to the index of its tangent.
     """
     dS = logit_tangent(base, moved)
     mixed = ((Term((dS,), v),) if dS else ()) + ((Term((), moved[v]),) if v in moved else ())
@@ -202,7 +213,7 @@ def _factor_tangent(factor: Factor, tangents: dict[int, int]) -> Factor:
 
 
 def places(sweep: Sweep) -> tuple[set[int], set[int], set[int]]:
-    """Which tensors lie on the query side (T rows), on the key side (S rows), and on pairs (T x S)."""
+    """Indices of the query-side (T rows), key-side (S rows) and pair (T x S) tensors."""
     query, key, pair = {Q, L}, {K}, set()
     if sweep.bias != ONES:
         pair.add(sweep.bias)

@@ -1,7 +1,8 @@
-"""The "flash" and "triton" kernels: from the public arguments to the closed family and back.
+"""The "flash" and "triton" kernels: public arguments to autograd Functions and back.
 
-Groups of query heads become an axis that k lacks, masks get axes for the heads. Inside a compile all of it is
-behind `nonstrict_trace`: Dynamo would otherwise inline the Functions, losing their memory, or refuse them.
+Query heads are unflattened to (K, H / K), where k has size 1 on the second axis; masks get axes for
+the heads. In torch.compile all of it is behind `nonstrict_trace`: Dynamo would otherwise inline the
+autograd Functions, which loses their memory bound, or refuse them.
 """
 
 import functools
@@ -24,7 +25,7 @@ from .operators import AttendSpec, tensor_spec
 
 
 def attend(r: Request, backend: str = "torch") -> Attended:
-    """Attention by the closed family, its passes by blocks of torch operations or, where it can, by Triton."""
+    """Attention by `AttendFunction`, by blocks of torch operations or by Triton."""
     mask = () if r.mask is None else tuple(r.mask) if isinstance(r.mask, Mask) else (r.mask,)
     optional = (*mask, *(() if r.bias is None else (r.bias,)), *(() if r.key is None else (r.key,)))
     asked = (len(mask), r.bias is not None, r.dropout if r.key is not None else 0.0, backend)
@@ -33,7 +34,10 @@ def attend(r: Request, backend: str = "torch") -> Attended:
 
 
 def statistics(r: Request, lse: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
-    """lse (*lead, H, T) as the sum of two numbers, the second small: to twice the precision, and constant to every derivative."""
+    """lse (*lead, H, T) in twice the precision, as a sum of two numbers, the second small.
+
+    Both are constant to every derivative.
+    """
     mask = () if r.mask is None else tuple(r.mask) if isinstance(r.mask, Mask) else (r.mask,)
     call = torch._dynamo.nonstrict_trace(_statistics) if torch.compiler.is_compiling() else _statistics
     return call(backend, r.scale, r.q, r.k, lse, *mask)
@@ -53,7 +57,7 @@ def _statistics(backend: str, scale: float | Tensor, *tensors: Tensor) -> tuple[
 
 
 def _laid(mask: Sequence[Tensor], H: int, K: int) -> list[Tensor]:
-    """The tensors of a mask with axes for the heads: ends of intervals (*lead, T, n), or booleans that broadcast to the logits."""
+    """Mask tensors with head axes: interval ends (*lead, T, n), or booleans of pairs."""
     if len(mask) != 2:
         return [_pairs(x, H, K) for x in mask]
     return [x.unsqueeze(-3).unsqueeze(-3) if H != K else x.unsqueeze(-3) for x in mask]
@@ -68,14 +72,19 @@ def _attend(
     v: Tensor,
     *optional: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """asked: tensors of the mask, whether a bias and, at a rate above zero, a key follow it, the backend; plain values."""
+    """The attention of tensors q, k, v and the optional tensors that `asked` describes.
+
+    asked: the number of mask tensors, whether a bias follows, the dropout rate (if not zero, a key
+    follows), and the backend; plain Python values.
+    """
     masks, biased, rate, backend = asked
     (H, T, _), K = q.shape[-3:], k.shape[-3]
     grouped = H != K
     mask, bias = optional[:masks], optional[masks : masks + biased]
     laid = [*_laid(mask, H, K), *(_pairs(x, H, K) for x in bias)]
     fused = backend == "torch" and not bias and masks != 1 and not aten.obstacle(q, k, v)
-    if isinstance(scale, Tensor):  # differentiable, so it goes into q; a number goes into the sweep, in float32
+    # a tensor is differentiable, so it multiplies q; a number is applied to the logits in float32
+    if isinstance(scale, Tensor):
         q, scale = q * scale, 1.0
     tensors = [q, k, v]
     if grouped:
@@ -91,7 +100,7 @@ def _attend(
 
 
 def _dropped(plan: AttendSpec, rate: float, tensors: Sequence[Tensor], lse: Tensor, whole: Tensor, keys: Tensor) -> Tensor:
-    """The sweep over P with dropped weights; the log-sum-exp does not know of dropout."""
+    """The contraction of P with dropped weights; the log-sum-exp is that without dropout."""
     q, k, v, *extra = tensors
     at = 3 + len(extra)
     spec = Sweep(
@@ -106,14 +115,14 @@ def _dropped(plan: AttendSpec, rate: float, tensors: Sequence[Tensor], lse: Tens
 
 
 def _pairs(x: Tensor, H: int, K: int) -> Tensor:
-    """A tensor that broadcasts to (*lead, H, T, S), with the family's axes: (*lead, K, H / K, T, S) where heads are grouped."""
+    """A tensor that broadcasts to (*lead, H, T, S), as (*lead, K, H / K, T, S) if grouped."""
     x = x.reshape(*[1] * (3 - x.dim()), *x.shape) if x.dim() < 3 else x
     if H == K:
         return x
     return x.unsqueeze(-3) if x.shape[-3] == 1 else x.unflatten(-3, (K, H // K))
 
 
-TRITON = importlib.util.find_spec("triton") is not None  # there; imported where it is used
+TRITON = importlib.util.find_spec("triton") is not None  # installed; it is imported on first use
 
 
 def _why_not_triton(r: Request) -> str:
@@ -136,12 +145,12 @@ def _why_not_triton(r: Request) -> str:
 
 
 def can_run_triton(r: Request) -> bool:
-    """True on CUDA, where the kernels written in Triton can run."""
+    """True for a CUDA request that the Triton kernels can run."""
     return r.q.device.type == "cuda" and not _why_not_triton(r)
 
 
 def is_exporting_strictly() -> bool:
-    """True inside torch.export with strict=True: Dynamo writes plain operations alone, nothing behind nonstrict_trace."""
+    """True inside torch.export with strict=True, where Dynamo refuses nonstrict_trace."""
     return torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
 
 

@@ -1,6 +1,7 @@
-"""Floating-point operations of the custom operations, for torch.utils.flop_counter: two for each number of a product.
+"""FLOP formulas of the custom operations for torch.utils.flop_counter: 2 per multiply-add.
 
-As torch counts its own attention: of all pairs, those that a mask hides too; exponentials and sums cost nothing.
+Counted as torch counts its attention: all pairs, including those that a mask hides; exponentials
+and sums are free.
 """
 
 import math
@@ -17,14 +18,14 @@ Shape = Sequence[int]
 
 
 def of_attend(q: Shape, k: Shape, v: Shape, *others: Shape) -> int:
-    """Of q k^T and P v."""
+    """FLOPs of q k^T and P v."""
     level = torch.broadcast_shapes(q[:-2], k[:-2], *(x[:-2] for x in others))
     lead = torch.broadcast_shapes(level, v[:-2])
     return 2 * q[-2] * k[-2] * (math.prod(level) * q[-1] + math.prod(lead) * v[-1])
 
 
 def of_sweep(spec: Sweep, shapes: Sequence[Shape]) -> int:
-    """Of the logits, of each factor once, and of each sum over P with values."""
+    """FLOPs of the logits, of each factor once, and of each sum over P with values."""
     factors = {factor for output in spec.outputs for term in output.terms for factor in term.factors}
     pairs = [s for factor in factors for s in factor if isinstance(s, Pair) and ONES not in (s.a, s.b)]
     values = [value for side, terms in spec.outputs if side != "pair" for value in {term.value for term in terms} - {ONES}]
@@ -44,7 +45,7 @@ def _(tensors: Sequence[Shape], job: str, *_: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.funcattn.push)
 def _(tensors: Sequence[Shape], scale: float, masks: int, moved: Sequence[bool], *_: Any, **__: Any) -> int:
-    """Those of the value, and those of its tangent but for the logits, which it shares."""
+    """FLOPs of the value, and those of its tangent without the logits, which are computed once."""
     q, k, v, *mask = primals = tensors[: 3 + masks]
     tangents: Any = operators.spread(moved, tensors[3 + masks :])  # pyright: ignore[reportArgumentType]
     spec, flat, _places = operators.tangent_sweep(operators.AttendSpec(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore

@@ -1,8 +1,9 @@
 """The autograd Functions of attention, closed under grad, jvp and vmap at every order.
 
-`AttendFunction` normalises, `AttendJvpFunction` is it and its jvp at once, `ContractFunction` is a contraction (a sweep of the
-algebra). The vjp and jvp of all are contractions. What runs below, the blocks in torch operations, kernels in Triton or torch's own
-fused ones, is decided by `operators`.
+`AttendFunction` normalizes, `AttendJvpFunction` computes it and its jvp in one pass, and
+`ContractFunction` is a contraction (a `Sweep` of the algebra). The vjp and jvp of all three are
+contractions. `operators` chooses the implementation: blocks of torch operations, Triton kernels, or
+torch's fused kernels.
 """
 
 import dataclasses
@@ -18,21 +19,22 @@ from . import algebra, operators
 from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
 from .operators import AttendSpec, ContractSpec, TensorSpec, tensor_spec
 
-V = 2  # place of the values in the tensors of Attend, whose list is q, k, v, mask..., bias
+V = 2  # index of the values in the tensors of attend, which are q, k, v, mask..., bias
 
 
 def attend(plan: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """out (*lead, T, Dv), lse (*lead, T, 1) of q, k, v, *mask, *bias; in forward mode with both tangents, from one pass where one
-    kernel makes them with the values."""
+    """out (*lead, T, Dv), lse (*lead, T, 1) of q, k, v, *mask, *bias.
+
+    In forward mode it attaches both tangents, computed in the same pass where one kernel can do so.
+    """
     tangents = [tangent(x) for x in tensors[:3]]
     moved = tuple(x is not None for x in tangents)
     if not any(moved) or not operators.pushes(plan, tensors):
         return AttendFunction.apply(plan, *tensors)
     primals = [primal(x) for x in tensors[:3]]
     if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
-        return AttendFunction.apply(
-            plan, *tensors
-        )  # autograd records this level: the gradient that comes of it wants a tangent too
+        # Autograd records at this level: the gradients need a tangent too.
+        return AttendFunction.apply(plan, *tensors)
     out, lse, dout, dlse = AttendJvpFunction.apply(plan, moved, *primals, *tensors[3:], *(x for x in tangents if x is not None))
     return dual(out, dout), dual(lse, dlse)
 
@@ -65,14 +67,16 @@ class AttendFunction(Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], plan: AttendSpec, *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        out, lse = attend(plan, *align(in_dims[1:], tensors))  # at the level outside of vmap, which may be one of forward mode
+        # evaluated at the level outside of vmap, which may be one of forward mode
+        out, lse = attend(plan, *align(in_dims[1:], tensors))
         return (_at_batch(out, info), _at_batch(lse, info)), (0, 0)
 
 
 class AttendJvpFunction(Function):
-    """(plan, moved, q, k, v, *mask, *tangents of those of q, k, v that are moved) -> out, lse and the tangents of both.
+    """(plan, moved, q, k, v, *mask, *tangents of moved q, k, v) -> out, lse and their tangents.
 
-    The value and the jvp of Attend in one pass over P, with the derivatives of the two passes that it stands for.
+    The value and the jvp of attend in one pass over P, with the derivatives of the two passes that
+    it replaces.
     """
 
     @staticmethod
@@ -89,7 +93,7 @@ class AttendJvpFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_dout: Tensor | None, g_dlse: Tensor | None) -> tuple[Any, ...]:
-        """Through dout = mixed - dlse out and dlse, a sweep of q, k, lse, ..., and then through attend itself."""
+        """Through dout = mixed - dlse out and dlse, a Sweep of q, k, lse, ..., then attend."""
         *tensors, out, lse, dlse = ctx.saved_tensors
         plan, start = ctx.plan, 3 + ctx.plan.masks
         primals, tangents = tensors[:start], tensors[start:]
@@ -98,7 +102,8 @@ class AttendJvpFunction(Function):
         if g_dout is not None:
             given[1] = add(g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), dlse))
             g = add(g, -(dlse * g_dout).to(out.dtype))
-        places = [Q, K, start, *spec.mask, *moved.values()]  # of the tensors, in the flat list
+        # indices of the tensors in the flat list
+        places = [Q, K, start, *spec.mask, *moved.values()]
         wanted = {place for place, needed in zip(places, ctx.needs_input_grad[2:], strict=True) if needed}
         pulled = _pull_pass(spec, flat, given, wanted | {L}, plan.backend)
         grads = [pulled.get(place) for place in places]
@@ -130,14 +135,15 @@ class AttendJvpFunction(Function):
         if any(d is not None for d in in_dims[2 : 2 + start]):
             outputs = AttendJvpFunction.apply(plan, moved, *aligned)
             return tuple(_at_batch(x, info) for x in outputs), (0, 0, 0, 0)
-        primals = aligned[:start]  # of size one: many tangents of one value, which is made once
+        # their mapped axis has size 1: several tangents of one value, which is computed once
+        primals = aligned[:start]
         out, lse = AttendFunction.apply(plan, *primals)
         dout, dlse = _push(plan, primals, out, lse, operators.spread(moved, aligned[start:]))
         return (out[0], lse[0], _at_batch(dout, info), _at_batch(dlse, info)), (None, None, 0, 0)
 
 
 class ContractFunction(Function):
-    """(job, *tensors) -> the outputs of the sweep that the job names."""
+    """(job, *tensors) -> the outputs of the contraction `job.sweep`."""
 
     @staticmethod
     def forward(job: ContractSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -179,7 +185,7 @@ class ContractFunction(Function):
 
 
 class StatisticsFunction(Function):
-    """(scale, backend, q, k, lse, *mask) -> lse as the sum of two numbers: a constant, of tensors that are not differentiated."""
+    """(scale, backend, q, k, lse, *mask) -> lse as the sum of two numbers; not differentiable."""
 
     @staticmethod
     def forward(scale: float, backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,9 +210,10 @@ class StatisticsFunction(Function):
 def run(
     sweep: Sweep, likes: Sequence[TensorSpec], tensors: Sequence[Tensor], backend: str = "torch", plan: AttendSpec | None = None
 ) -> list[Tensor]:
-    """Run a sweep as a Function, over the tensors that it reads; an output without terms is zeros.
+    """Run a contraction as an autograd Function over the tensors that it reads.
 
-    A plan says that torch's fused backward may compute it; the last tensor is then the output of attention, which it wants.
+    An output without terms is zeros. With a plan, torch's fused backward may compute it; the last
+    tensor must then be the output of attention, which that kernel reads.
     """
     live = [i for i, output in enumerate(sweep.outputs) if output.terms]
     done: dict[int, Tensor] = {}
@@ -222,7 +229,7 @@ def run(
 
 
 def _prune(spec: Sweep) -> tuple[Sweep, list[int]]:
-    """The same sweep over the tensors it reads alone, renumbered, and their old places."""
+    """The same contraction over only the tensors that it reads, and their old indices."""
     used = sorted(set().union(*algebra.places(spec), spec.mask, {spec.dropout} - {ONES}))
     new = {old: n for n, old in enumerate(used)} | {ONES: ONES}
     summand = lambda s: Dense(new[s.m], s.weight) if isinstance(s, Dense) else Pair(new[s.a], new[s.b], s.weight)
@@ -241,7 +248,7 @@ def _pull(
     g_lse: Tensor | None,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The vjp of attend: for each of its tensors q, k, v, *mask, *bias the gradient, where it is needed."""
+    """The vjp of attend: gradients of q, k, v, *mask, *bias where needed, else None."""
     grads: list[Tensor | None] = [None] * len(tensors)
     if g is None and g_lse is None:
         return grads
@@ -258,7 +265,8 @@ def _pull(
     level = g_lse
     if g is not None:
         level = -(g * out).sum(-1, keepdim=True).to(lse.dtype)
-        if g_lse is not None:  # where values alone have an axis, the sum over it must count the log-sum-exp once
+        # if only the values have an axis, the sum over it must count the log-sum-exp once
+        if g_lse is not None:
             level = level + g_lse * (g_lse.numel() / max(level.numel(), 1))
     assert level is not None
     x.append(Pair(len(flat), ONES))
@@ -271,7 +279,8 @@ def _pull(
     wanted = [p for p in terms if needed[V if p == at else p]]
     spec = base._replace(outputs=tuple(Output(terms[p][0], (terms[p][1],)) for p in wanted))
     fused = plan.fused and wanted == [Q, K, at] and g_lse is None
-    if fused:  # torch's own backward gives these three from (g, out); the derivatives of it are those of the sweep
+    # torch's fused backward computes these three from (g, out); derivatives are the contraction's
+    if fused:
         flat.append(out)
     found = run(spec, [tensor_spec(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None)
     for p, grad in zip(wanted, found, strict=True):
@@ -286,7 +295,7 @@ def _push(
     lse: Tensor,
     tangents: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    """The jvp of attend, for tangents of q, k, v and the bias, which may have more axes than these."""
+    """The jvp of attend for tangents of q, k, v and the bias, which may have more leading axes."""
     spec, flat, _ = operators.tangent_sweep(plan, tensors, lse, tangents)
     likes = operators.tangent_likes(out, lse, tangents)
     mixed, *rest = run(spec, likes[: len(spec.outputs)], flat, plan.backend)
@@ -298,7 +307,7 @@ def _push(
 def _pull_pass(
     sweep: Sweep, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None], needed: set[int], backend: str
 ) -> dict[int, Tensor]:
-    """The vjp of a sweep: gradients by place, of those of the needed tensors that it reaches."""
+    """The vjp of a contraction: gradients by index, of the needed tensors that cotangents reach."""
     flat, given = list(tensors), dict[int, int]()
     for number, g in enumerate(cotangents):
         if g is not None and number < len(sweep.outputs):

@@ -1,9 +1,9 @@
-"""What runs below the family: blocks in torch operations, kernels written in Triton, or torch's own fused kernels for the value
-and the first gradient.
+"""Dispatch of the primitives: blocks of torch operations, Triton kernels, or torch's fused kernels.
 
-Inside a compile, or wherever else tensors are not plain, both primitives are opaque custom operations: one node each, never
-unrolled or recomputed. They are private: a custom operation used directly under torch.func.jvp silently has zero tangents; the
-Functions above give it its derivatives.
+torch's fused kernels compute the value and the first gradient. In torch.compile, or wherever else
+tensors are not plain, the primitives are opaque custom operations: one node each, never unrolled or
+recomputed. They are private: under torch.func.jvp a custom operation called directly silently has
+zero tangents; the autograd Functions of `functions` give it derivatives.
 """
 
 import functools
@@ -40,18 +40,19 @@ def tensor_spec(x: Tensor) -> TensorSpec:
 
 @dataclass(frozen=True)
 class AttendSpec:
-    """What attend is asked beside its tensors q, k, v, mask..., bias."""
+    """The non-tensor arguments of attend; its tensors are q, k, v, mask..., bias."""
 
     scale: float = 1.0
-    masks: int = 0  # how many tensors are the mask: (start, stop), or booleans
+    masks: int = 0  # number of mask tensors: 2 for (start, stop), 1 for booleans
     biased: bool = False
-    fused: bool = False  # torch's own kernels may compute the value and the first gradient, if the mask turns out to be causal
-    backend: str = "torch"  # or "triton", where it can
+    # torch's kernels may compute value and first gradient, if the mask is causal
+    fused: bool = False
+    backend: str = "torch"  # or "triton", where it can run
 
 
 @dataclass(frozen=True)
 class ContractSpec:
-    """What a pass is asked beside its tensors. A plan says that torch's fused backward computes it."""
+    """The non-tensor arguments of a contraction; with a plan, torch's fused backward runs it."""
 
     sweep: Sweep
     likes: tuple[TensorSpec, ...]
@@ -68,26 +69,26 @@ def attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]
 
 
 def pushes(plan: AttendSpec, tensors: Sequence[Tensor]) -> bool:
-    """True where one kernel makes the value of attend and its tangent."""
+    """True where one kernel computes the value of attend and its tangent."""
     q, k, v, *mask = tensors
     return plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_push(q, k, v, mask)
 
 
 def push(plan: AttendSpec, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """out, lse and their tangents, of tensors q, k, v, mask..., and the tangents of those of q, k and v that are moved."""
+    """out, lse and their tangents, of q, k, v, mask..., and the tangents of moved q, k, v."""
     if plain(tensors):
         return tuple(_own(x) for x in _push(plan, moved, tensors))
     return tuple(_push_op(list(tensors), plan.scale, plan.masks, list(moved), plan.backend))
 
 
 def spread(moved: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
-    """For q, k and v the tangent, None where there is none."""
+    """The tangents of q, k and v, None where there is none."""
     rest = iter(tangents)
     return [next(rest) if there else None for there in moved]
 
 
 def base(plan: AttendSpec) -> tuple[int, Sweep]:
-    """For attend's tensors laid out as q, k, lse, mask..., bias, v: the place of v, and a sweep without outputs."""
+    """The index of v in the list q, k, lse, mask..., bias, v, and a contraction without outputs."""
     at = 3 + plan.masks + plan.biased
     return at, Sweep((), plan.scale, tuple(range(3, 3 + plan.masks)), 3 + plan.masks if plan.biased else ONES)
 
@@ -95,11 +96,15 @@ def base(plan: AttendSpec) -> tuple[int, Sweep]:
 def tangent_sweep(
     plan: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, tangents: Sequence[Tensor | None]
 ) -> tuple[Sweep, list[Tensor], dict[int, int]]:
-    """The sweep for the jvp of attend (see `algebra.attend_tangent`), its tensors, and the places of tangents by those of primals.
+    """The contraction for the jvp of attend, its tensors, and primal index -> tangent index.
+
+    See `algebra.attend_tangent`.
 
     Args:
+        plan: the non-tensor arguments of attend.
         tensors: q, k, v, mask..., bias.
-        tangents: of q, k, v and, where there is one, the bias; None for what is not moved.
+        lse: (*lead, T, 1).
+        tangents: of q, k, v and, if there is one, the bias; None for no tangent.
     """
     q, k, v, *extra = tensors
     at, empty = base(plan)
@@ -112,10 +117,12 @@ def tangent_sweep(
 
 
 def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -> tuple[TensorSpec, TensorSpec]:
-    """The shapes and dtypes of the tangents of out and lse, which have the leading axes that the tangents alone have.
+    """Shapes and dtypes of the tangents of out and lse, with leading axes that only tangents have.
 
     Args:
-        tangents: of q, k, v and, where there is one, the bias; None for what is not moved. That of v does not reach lse.
+        out, lse: the outputs of attend.
+        tangents: of q, k, v and, if there is one, the bias; None for no tangent. That of v does not
+            reach lse.
     """
     lead = lambda x, *those: broadcast(x.shape[:-2], *(y.shape[:-2] for y in those if y is not None))
     dout, dlse = lead(out, *tangents), lead(lse, *tangents[:2], *tangents[3:])
@@ -123,14 +130,14 @@ def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -
 
 
 def statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp as two numbers (see `blocks.statistics`), of tensors q, k, lse, mask..., none of them differentiated."""
+    """lse as two numbers (see `blocks.statistics`), of q, k, lse, mask...; no gradients."""
     if plain(tensors):
         return _statistics(scale, backend, tensors)
     return _statistics_op(list(tensors), scale, backend)
 
 
 def sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of a sweep over tensors that start with q, k, lse."""
+    """The outputs of a contraction over tensors that start with q, k, lse."""
     if plain(tensors):
         return [_own(x) for x in _sweep(job, tensors)]
     ranks = [len(o.shape) for o in job.likes]
@@ -141,7 +148,7 @@ def sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @untraced
 def last_gradient(plan: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
-    """Gradients of q, k and v straight from torch's kernel, where it serves and no one can ask for a further derivative."""
+    """Gradients of q, k and v by torch's kernel, where no further derivative can follow."""
     if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
         return None
     q, k, v, *mask = tensors
@@ -193,7 +200,9 @@ def _sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
     mask = [tensors[p] for p in job.sweep.mask]
     outputs: Sequence[Tensor] | None = None
     if job.plan is not None and not torch_blocks.is_far(tensors[L]) and (not mask or aten.is_causal(mask, tensors[K].shape[-2])):
-        q, k, lse, *_, v, g, _, out = tensors  # torch's kernel takes its log-sum-exp as one number, and weighs hidden NaN by zero
+        # Not far, since torch's kernel reads lse as one number; it gives hidden NaN the weight
+        # zero.
+        q, k, lse, *_, v, g, _, out = tensors
         outputs = aten.backward(shapes, q, k, v, lse, g, out, scale=job.plan.scale, causal=bool(mask))
         outputs = outputs if not mask or is_finite(outputs) else None
     elif job.backend == "triton" and not _triton().obstacle(job.sweep, tensors):
@@ -204,20 +213,20 @@ def _sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _triton() -> Any:
-    """The backend that needs Triton, imported when it is first used."""
+    """The Triton backend, imported on first use."""
     from ..backends import triton
 
     return triton
 
 
 def _own(x: Tensor) -> Tensor:
-    """The same numbers, contiguous and not a view: forward mode wants tangents laid out as a primal that stands for itself."""
+    """x as a contiguous non-view: forward mode requires tangents laid out as their primals."""
     x = x.contiguous()
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride()) if x._is_view() else x
 
 
 def plain(tensors: Sequence[Tensor]) -> bool:
-    """True for real tensors with nothing between them and their numbers."""
+    """True for concrete tensors: no transform, dispatch mode, subclass, compiler or meta device."""
     if any(_functorch.is_legacy_batchedtensor(x) for x in tensors):
         remedy = "Use torch.func.jacrev, jacfwd or vmap, which go through."
         errors.fail(
@@ -226,14 +235,14 @@ def plain(tensors: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     real = lambda x: type(x) in (Tensor, torch.nn.Parameter) and not _functorch.is_functorch_wrapped_tensor(x)
-    # torch resolves negative and zero tensors before an operation, and has the shapes alone of those on the meta device
+    # torch resolves negative and zero tensors before an operation; meta tensors have only shapes.
     return not any(not real(x) or x.is_neg() or x._is_zerotensor() or x.is_meta for x in tensors)
 
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())
 def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool, backend: str) -> tuple[Tensor, Tensor]:
     out, lse = _attend(AttendSpec(scale, masks, biased, fused, backend), tensors)
-    return out.contiguous(), lse.contiguous()  # the strides that the fake kernel promised
+    return out.contiguous(), lse.contiguous()  # the strides that the fake implementation returns
 
 
 @_attend_op.register_fake
