@@ -1,14 +1,14 @@
-"""What devices say to each other, as pure functions of a value and the name of an axis.
+"""Collectives as pure functions of a value and the name of a mesh axis.
 
-    bindings      Axis, binding, unbound, axis_size, carried: what a name stands for in this context
+    bindings      Axis, binding, unbound, axis_size, carried: what an axis name is bound to
     operations    the linear maps between devices, each with its transpose
-    groups        the same over a process group, as blocking operators; counts
-    agreement     agree: whether all processes hold a value alike
-    fingerprint   contents: what a value is made of, functions included
-    verbs         psum, copy_to_region, all_gather, reduce_scatter, all_gather_invariant, local_slice,
-                  ppermute, axis_index, pmax, global_norms
+    groups        collectives over a process group, as blocking operators; counts
+    agreement     agree: whether a value is the same on all processes
+    fingerprint   contents: the bytes and tensors that a value consists of, functions included
+    verbs         psum, copy_to_region, all_gather, reduce_scatter, all_gather_invariant,
+                  local_slice, ppermute, axis_index, pmax, global_norms
 
-A function that speaks them runs on one device as it is. `funcattn.sharding` binds the names.
+A function that calls them runs unchanged on one device. `funcattn.sharding` binds the names.
 """
 
 from .agreement import agree
@@ -27,7 +27,7 @@ from .verbs import (
     reduce_scatter,
 )
 
-# Earlier names, which go on working.
+# Aliases: earlier names, kept for compatibility.
 enter, own, share = copy_to_region, local_slice, all_gather_invariant
 
 __all__ = [

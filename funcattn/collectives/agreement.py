@@ -1,10 +1,11 @@
-"""What every process should hold alike, compared before it is used: tokens, keys, weights that are still whole.
+"""Checks that values are replicated: tokens, keys and unsharded weights, compared before use.
 
-    agree("generate", {"key": key, "prompt": prompt})       an error on every process, naming what differs
+    agree("generate", {"key": key, "prompt": prompt})   raises on every process if one differs
 
-Processes that differ would add each other's partial sums: the result is of no text and of no model, and
-every shape fits. A digest of each value crosses the mesh, once at the beginning of a verb and never for a
-token; sizes are in the digest, so processes that differ in them do not wait for each other for ever.
+With values that differ, partial sums of different computations would be added: the shapes fit, and
+the result is meaningless. A digest of each value crosses the mesh, once at the beginning of a verb
+and never per token; sizes are in the digest, so processes whose sizes differ do not wait for each
+other forever.
 """
 
 import hashlib
@@ -22,26 +23,26 @@ from .bindings import Axis, bound
 from .fingerprint import contents
 from .groups import _group
 
-OWN = ("data",)  # axes along which each process has rows of its own
-SMALL = 2**14  # numbers of a tensor, at most, that are digested one by one
+OWN = ("data",)  # axes along which each process has different rows
+SMALL = 2**14  # tensors up to this many elements are digested element by element
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: Any = None) -> None:
-    """Fail on every process where a value differs between two that should hold it alike.
+    """Raise on every process where a value that should be replicated differs between two processes.
 
-    On simulated devices too: a value of which each device of the mesh has its own.
+    Under simulated devices (vmap) too, where a value is mapped over an axis of the mesh.
 
-    Law: every process is told the same, and rows of "data" may differ
-    (tests/distributed: test_processes_that_differ_are_told; over a Grid, test_agreement.py).
+    Law: every process raises the same error, and rows of "data" may differ
+        (tests/distributed: test_processes_that_differ_are_told; over a Grid, test_agreement.py).
 
     Args:
-        function: whose arguments they are, for the message.
+        function: the function whose arguments they are, for the message.
         values: trees of tensors, numbers, texts and functions (samplers, drafters), by name; see
-            `fingerprint`. DTensors among them are left out, and of what cannot be looked at (fake,
-            meta or traced tensors) dtypes and sizes are compared.
-        params: where no axis is bound, those of the mesh of its first DTensor are compared over.
-        mesh: a DeviceMesh to compare over, all axes of it: for values that "data" does not divide.
+            `fingerprint`. DTensors among them are ignored, and of tensors without concrete values
+            (fake, meta or traced) dtypes and sizes are compared.
+        params: if no axis is bound, the mesh of its first DTensor is used.
+        mesh: a DeviceMesh, to compare over all of its axes: for values that "data" does not divide.
     """
     if torch.compiler.is_compiling():
         return
@@ -67,19 +68,20 @@ def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: A
 
 
 def _differ(digests: list[int], alike: list[Any], divided: list[Any]) -> list[bool]:
-    """Which of the digests are not those of all processes; every process is told the same."""
+    """Which digests differ between processes; every process gets the same answer."""
     device = "cuda" if dist.get_backend(alike[0]) == "nccl" else "cpu"
     limits = torch.tensor([*digests, *(-digest for digest in digests)], dtype=torch.int64, device=device)
     for group in alike:
         dist.all_reduce(limits, dist.ReduceOp.MAX, group=group)
     differs = (limits[: len(digests)] != -limits[len(digests) :]).long()
-    for group in divided:  # the others of a mesh are told too: they would wait
+    # processes of other "data" rows need the result too, else they would wait
+    for group in divided:
         dist.all_reduce(differs, dist.ReduceOp.MAX, group=group)
     return [bool(one) for one in differs.tolist()]
 
 
 def _groups(params: Any, mesh: Any) -> tuple[list[Any], list[Any]]:
-    """The process groups over which values are alike, and those over which each has its own."""
+    """The process groups over which values are replicated, and those over which they may differ."""
     if mesh is not None:
         return [mesh.get_group(name) for name in mesh.mesh_dim_names if mesh[name].size() > 1], []
     axes = bound()
@@ -102,7 +104,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _varies(x: Tensor, axis: Axis) -> bool:
-    """Whether simulated devices hold different numbers; False where they cannot be looked at."""
+    """Whether values differ between simulated devices; False where they are not concrete."""
     while _functorch.is_functorch_wrapped_tensor(x):
         inner = _functorch.get_unwrapped(x)
         if _functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == axis.level:
@@ -115,7 +117,7 @@ def _varies(x: Tensor, axis: Axis) -> bool:
 
 
 def digest(value: Any) -> int:
-    """62 bits of a tree."""
+    """A 62-bit hash of a tree."""
     found = hashlib.blake2b(digest_size=8)
     for piece in contents(value):
         if isinstance(piece, Tensor):
@@ -126,7 +128,7 @@ def digest(value: Any) -> int:
 
 
 def _content(x: Tensor) -> bytes:
-    """The bytes of a small tensor; of a larger one its bits, summed as they are and by row, in one reading."""
+    """The bytes of a small tensor; of a larger one, its sum of bits and a weighted sum of rows."""
     x = torch.view_as_real(x) if x.is_complex() else x
     bits = x.view(INTEGERS[x.element_size()])
     if x.numel() <= SMALL:

@@ -1,11 +1,11 @@
-"""Which axes of a mesh are bound here, and to what.
+"""Which axes of a mesh are bound in this context, and to what.
 
-    a process group      many processes, each with its own part               `shard_map` over a DeviceMesh
-    a vmap               one process that holds all parts, stacked            `spmd`, and `shard_map` over a `sharding.Grid`
+    a process group      many processes, one shard each            `shard_map` over a DeviceMesh
+    a vmap               one process with all shards, stacked      `spmd`; `shard_map` on a Grid
     nothing              one device: every collective is the identity
 
-A binding belongs to the context: threads do not see each other's, compiled or not, and a function that was compiled under one
-binding is compiled again under another.
+A binding is local to the context: threads do not see each other's bindings, compiled or not, and a
+function compiled under one binding is recompiled under another.
 """
 
 import functools
@@ -25,18 +25,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a mesh as it is bound: its size, and either a process group or a vmap."""
+    """A bound axis of a mesh: its size, and either a process group or a vmap."""
 
     name: str
     size: int
-    rank: int = 0  # of this process; a vmap has all
-    group: str = ""  # name of the process group; "" is a vmap
-    level: int = 0  # of the vmap
-    index: Tensor | None = field(default=None, compare=False)  # int64 (), each device's own under the vmap
+    rank: int = 0  # of this process; unused for a vmap
+    group: str = ""  # name of the process group; "" for a vmap
+    level: int = 0  # vmap level
+    # int64 (), the device index, mapped by the vmap
+    index: Tensor | None = field(default=None, compare=False)
 
     @property
     def mapped(self) -> bool:
-        """Whether it is a vmap."""
+        """Whether the axis is bound to a vmap."""
         return not self.group
 
 
@@ -44,7 +45,7 @@ _bound: ContextValue[tuple[Axis, ...]] = ContextValue("axes", ())
 
 
 def find(name: str) -> Axis | None:
-    """The axis of that name, or None where it is not bound."""
+    """The bound axis of this name, or None."""
     for axis in bound():
         if axis.name == name:
             return axis
@@ -52,7 +53,7 @@ def find(name: str) -> Axis | None:
 
 
 def axis_size(name: str) -> int:
-    """Devices along an axis; 1 where it is not bound.
+    """The number of devices along an axis; 1 if it is not bound.
 
     Example:
         >>> axis_size("tensor")
@@ -63,13 +64,13 @@ def axis_size(name: str) -> int:
 
 
 def bound() -> tuple[Axis, ...]:
-    """All axes that are bound here; to compiled code, the process groups."""
+    """All axes bound in this context; in compiled code, those bound to process groups."""
     axes = _bound.get()
     return tuple(axis for axis in axes if not axis.mapped) if torch.compiler.is_compiling() else axes
 
 
 def simulated() -> bool:
-    """Whether some axis is a vmap here."""
+    """Whether some axis is bound to a vmap."""
     return any(axis.mapped for axis in bound())
 
 
@@ -89,13 +90,13 @@ def binding(*axes: Axis) -> Iterator[None]:
 
 @contextmanager
 def unbound(*names: str) -> Iterator[None]:
-    """Hide axes: collectives over them are the identity inside."""
+    """Remove bindings: collectives over these axes are the identity inside the `with`."""
     with _bound.holding(tuple(axis for axis in _bound.get() if axis.name not in names)):
         yield
 
 
 def carried(f: F) -> F:
-    """f with the bindings of now, whichever thread it runs in: autograd runs what CUDA computed in a thread of its own."""
+    """f with the current bindings in every thread: CUDA backward passes run in another thread."""
     axes = bound()
     if not axes or torch.compiler.is_compiling():
         return f

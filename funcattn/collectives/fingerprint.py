@@ -1,12 +1,12 @@
-"""What a value is made of, as bytes and tensors: the same on two processes that hold the same value.
+"""The contents of a value as bytes and tensors, equal on two processes with equal values.
 
-A sampler or a drafter is functions: its settings lie in their closures. `contents` follows functions
-(code, defaults, closures), partial applications, methods, frozen dataclasses and containers. It yields
-neither addresses nor names of files, so that processes of one program agree.
+A sampler or a drafter is functions whose settings are in their closures. `contents` descends into
+functions (code, defaults, closures), partial applications, methods, frozen dataclasses and
+containers. It yields neither addresses nor file names, so that processes of one program agree.
 
-Of any other object only the type is known. And of tensors in a record that a closure holds, such as the
-weights of a model that drafts, each process may have its own part: of such a record with a floating tensor,
-dtypes and sizes alone are yielded.
+Of any other object only the type counts. Tensors of a record in a closure, such as the weights of a
+draft model, may be shards that differ between processes: of such a record with a floating tensor,
+only dtypes and sizes are yielded.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ PLAIN = (int, float, complex, str, bytes, type(None), range, torch.dtype, torch.
 
 
 def contents(value: Any) -> Iterator[Piece]:
-    """The pieces of a value in order: bytes, and the tensors whose numbers count.
+    """The contents of a value in order: bytes, and the tensors whose elements count.
 
     Example:
         >>> scale = lambda by: lambda x: x * by
@@ -36,14 +36,14 @@ def contents(value: Any) -> Iterator[Piece]:
         >>> same(scale(0.7), scale(0.7)), same(scale(0.7), scale(1.0))
         (True, False)
 
-    Law: two samplers made alike have the same pieces, made otherwise others
+    Law: samplers with equal settings have equal contents, with other settings others
         (test_agreement.py::test_a_sampler_is_known_by_its_settings).
     """
     return _of(value, {}, held=False)
 
 
 def _of(value: Any, seen: dict[int, tuple[int, Any]], *, held: bool) -> Iterator[Piece]:
-    """held: whether a function holds the value in its closure."""
+    """The contents of a value; held: whether it is in the closure of a function."""
     if isinstance(value, Tensor):
         if not errors.is_distributed(value):
             yield f"{value.dtype}{tuple(value.shape)}".encode()
@@ -55,7 +55,7 @@ def _of(value: Any, seen: dict[int, tuple[int, Any]], *, held: bool) -> Iterator
     if id(value) in seen:
         yield f"again {seen[id(value)][0]}".encode()
         return
-    seen[id(value)] = len(seen), value  # kept, so that its address stays its own
+    seen[id(value)] = len(seen), value  # the reference keeps the id from being reused
     yield type(value).__qualname__.encode()
     if held and optree.is_namedtuple(value) and _may_be_parts(value):
         for leaf in optree.tree_iter(value):
@@ -67,12 +67,12 @@ def _of(value: Any, seen: dict[int, tuple[int, Any]], *, held: bool) -> Iterator
 
 
 def _may_be_parts(record: Any) -> bool:
-    """Whether a record holds floating tensors, as weights and caches do."""
+    """Whether a record holds floating tensors, as weights and caches do, which may be shards."""
     return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in optree.tree_iter(record))
 
 
 def _inner(value: Any, held: bool) -> Iterable[tuple[Any, bool]]:
-    """What a value is made of, and whether a function holds it."""
+    """The components of a value, and whether each is in the closure of a function."""
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
         return [(each, True) for each in (value.__code__, value.__defaults__, value.__kwdefaults__, *cells)]
@@ -103,12 +103,12 @@ def _inner(value: Any, held: bool) -> Iterable[tuple[Any, bool]]:
 
 
 def _are_plain(keys: Iterable[Any]) -> bool:
-    """Whether the text of each key is the same in every process, so that keys may be sorted by it."""
+    """Whether repr(key) is the same in every process for each key, to sort by it."""
     return all(isinstance(key, PLAIN) for key in keys)
 
 
 def _is_full(cell: types.CellType) -> bool:
-    """Whether a variable of a closure was given a value."""
+    """Whether a closure cell has a value."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:

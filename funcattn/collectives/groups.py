@@ -1,8 +1,9 @@
-"""Collectives of a process group as blocking operators, opaque to whoever traces them.
+"""Collectives over a process group as blocking custom operators, opaque to tracing.
 
-A process group takes CPU tensors by Gloo and CUDA tensors by NCCL, if it was made for both: the same operator serves. What is
-asynchronous in torch's own functional collectives is waited for here, inside the operator, so that no transform sees it half done.
-None of these has a derivative; `operations` gives them theirs.
+A process group runs CPU tensors by Gloo and CUDA tensors by NCCL, if it was created for both: one
+operator serves both. torch's functional collectives are asynchronous; these wait inside the
+operator, so that no transform sees an unfinished result. None of these has a derivative;
+`operations` defines them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-# Their names until torch 2.13, which warns of them.
+# The names before torch 2.13, which deprecates them.
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _counts: dict[str, dict[str, int]] = {}
@@ -23,7 +24,7 @@ def _group(name: str) -> dist.ProcessGroup:
 
 
 def count(name: str, x: Tensor) -> None:
-    """Count a collective and the bytes that a device gives to it."""
+    """Add to the counts of a collective: one call, and the bytes that this device sends."""
     seen = _counts.setdefault(name, {"calls": 0, "bytes": 0})
     seen["calls"] += 1
     seen["bytes"] += x.numel() * x.element_size()
@@ -45,7 +46,7 @@ def _(x: Tensor, group: str, kind: str) -> Tensor:
 
 @torch.library.custom_op("funcattn::all_gather", mutates_args=())
 def all_gather(x: Tensor, group: str, size: int) -> Tensor:
-    """All parts one behind the other along the first axis: (n, ...) to (size n, ...)."""
+    """The shards of all devices, concatenated along the first axis: (n, ...) to (size n, ...)."""
     count("all_gather", x)
     out = x.new_empty(size * x.shape[0], *x.shape[1:])
     _gather(out, x.contiguous(), group=_group(group))
@@ -59,7 +60,7 @@ def _(x: Tensor, group: str, size: int) -> Tensor:
 
 @torch.library.custom_op("funcattn::reduce_scatter", mutates_args=())
 def reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
-    """This device's part, along the first axis, of the sum: (size n, ...) to (n, ...)."""
+    """This device's shard, along the first axis, of the sum: (size n, ...) to (n, ...)."""
     count("reduce_scatter", x)
     out = x.new_empty(x.shape[0] // size, *x.shape[1:])
     _scatter(out, x.contiguous(), group=_group(group))
@@ -73,7 +74,7 @@ def _(x: Tensor, group: str, size: int) -> Tensor:
 
 @torch.library.custom_op("funcattn::permute", mutates_args=())
 def permute(x: Tensor, group: str, source: int, destination: int) -> Tensor:
-    """What the device `source` holds; this one's goes to `destination`. -1 is nobody: zeros come."""
+    """Receive x of rank `source` and send x to rank `destination`; -1: none, zeros are received."""
     count("permute", x)
     rank = dist.get_rank(_group(group))
     if source == rank:
@@ -95,16 +96,16 @@ def _(x: Tensor, group: str, source: int, destination: int) -> Tensor:
 
 
 def counts() -> dict[str, dict[str, int]]:
-    """Calls and bytes of each collective of this process since `reset`."""
+    """Calls and bytes of each collective in this process since `reset`."""
     return {name: dict(seen) for name, seen in _counts.items()}
 
 
 def reset() -> None:
-    """Begin to count anew."""
+    """Set all counts to zero."""
     _counts.clear()
 
 
 def member(pairs: Sequence[tuple[int, int]], rank: int) -> tuple[int, int]:
-    """Whom a device receives from and sends to, by pairs (source, destination); -1 is nobody."""
+    """The ranks that a device receives from and sends to; pairs (source, destination), -1: none."""
     source = next((a for a, b in pairs if b == rank), -1)
     return source, next((b for a, b in pairs if a == rank), -1)

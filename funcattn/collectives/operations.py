@@ -1,15 +1,16 @@
-"""The linear maps between devices, each with its transpose: what every derivative of a collective is made of.
+"""The linear maps between devices, each with its transpose, from which derivatives are composed.
 
-    Sum               y_i = sum_j x_j         all devices hold the same y            transpose: CopyToRegion
-    CopyToRegion      y_i = x                 what all hold becomes each one's own              Sum
-    Gather            y_i = (x_0, x_1, ...)   each goes on with it in its own way               Scatter
-    Scatter           y_i = part i of sum_j x_j                                                 Gather
-    GatherInvariant   y_i = (x_0, x_1, ...)   all go on with it in the same way                 LocalSlice
-    LocalSlice        y_i = part i of x       of an x that all hold                             GatherInvariant
-    Permute           y_b = x_a               for pairs (a, b); zero where none is sent         Permute, reversed
+    map               value on device i        input -> output             transpose
+    Sum               y = sum_j x_j            varying -> replicated       CopyToRegion
+    CopyToRegion      y_i = x                  replicated -> varying       Sum
+    Gather            y_i = (x_0, x_1, ...)    varying -> varying          Scatter
+    Scatter           y_i = part i of sum_j x_j                            Gather
+    GatherInvariant   y = (x_0, x_1, ...)      varying -> replicated       LocalSlice
+    LocalSlice        y_i = part i of x        replicated -> varying       GatherInvariant
+    Permute           y_b = x_a                for pairs (a, b), else 0    Permute, reversed
 
-A value that all devices hold alike has one cotangent, which all hold alike; a value of each one's own has one each. That is what
-tells Gather from GatherInvariant, and why Sum and CopyToRegion are each other's transpose.
+A replicated value has one replicated cotangent; a varying value has a cotangent per device. This
+distinguishes Gather from GatherInvariant, and makes Sum and CopyToRegion each other's transpose.
 
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3 (f and g); JAX's psum and pvary.
 """
@@ -23,7 +24,8 @@ from torch import Tensor
 from . import groups
 from .bindings import Axis
 
-Stacked = tuple[Tensor, int | None]  # a value of all devices, and the axis that they are stacked along; None: all hold it alike
+# The value of all devices and the axis that they are stacked along; None: replicated.
+Stacked = tuple[Tensor, int | None]
 
 
 class Operation(Protocol):
@@ -32,19 +34,19 @@ class Operation(Protocol):
     axis: Axis
 
     def across(self, x: Tensor) -> Tensor:
-        """This process's result, from its x."""
+        """This process's result from its x, by a collective of the process group."""
         ...
 
     def stacked(self, x: Tensor, alike: bool) -> Stacked:
-        """The results of all devices from x (n, ...), the values of all; or from one x, where all hold it alike."""
+        """The results of all devices from x (n, ...), stacked; from one x if alike (replicated)."""
         ...
 
     def transposed(self) -> Any:
-        """The map of cotangents."""
+        """The transpose, which maps cotangents."""
         ...
 
     def behind(self) -> Any:
-        """The same map of values with one more axis in front."""
+        """The same map for values with one more axis in front."""
         ...
 
 
@@ -59,10 +61,10 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Along(_Plain):
-    dim: int  # the axis of a value that parts stand along
+    dim: int  # the axis of a value that is sharded
 
     def behind(self) -> Any:
-        """The same map of values with one more axis in front."""
+        """The same map for values with one more axis in front."""
         return replace(self, dim=self.dim + 1)
 
 

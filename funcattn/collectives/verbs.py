@@ -1,7 +1,8 @@
-"""psum and its kin: functions of a value and the name of an axis, the identity where the name is not bound.
+"""psum and the other collectives: the identity where the axis name is not bound.
 
-Each is one autograd Function around a linear map (`operations`), so its vjp is the map's transpose and its jvp the map itself, and
-both are such functions again: grad, vjp, jvp, vmap and their nestings are exact, whatever the axis is bound to.
+Each is an autograd Function of a linear map (`operations`): its vjp is the transpose, its jvp the
+map itself, and both are such Functions again. So grad, vjp, jvp, vmap and their nestings are exact,
+whatever the axis is bound to.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,15 @@ from .operations import CopyToRegion, Gather, GatherInvariant, LocalSlice, Opera
 
 
 def psum(x: Tensor, axis: str) -> Tensor:
-    """The sum of the x of all devices along an axis; all get it.
+    """The sum of x over the devices of an axis, replicated on all of them.
 
-    A derivative of what all devices compute alike from it is the same on all of them, so each one's own x has that derivative: the
-    transpose is `copy_to_region`. What is summed should be each device's own: of a value that all hold alike it is a multiple.
+    The transpose is `copy_to_region`: a replicated result has a replicated cotangent, which is the
+    cotangent of each device's x. x should vary between devices: of a replicated x the sum is a
+    multiple.
 
     Args:
-        x: of the same shape and dtype on every device.
-        axis: name of an axis of a mesh. Where it is not bound there is one device, and x is the sum.
+        x: of equal shape and dtype on every device.
+        axis: name of a mesh axis. If it is not bound there is one device, and the sum is x.
 
     Example:
         >>> psum(torch.ones(2), "tensor")
@@ -39,43 +41,43 @@ def psum(x: Tensor, axis: str) -> Tensor:
 
 
 def copy_to_region(x: Tensor, axis: str) -> Tensor:
-    """x, which all devices hold alike, as the beginning of what each computes in its own way: its gradient is the sum of theirs.
+    """x, replicated, as the input of computations that vary between devices; gradients are summed.
 
-    The transpose of `psum`. Megatron's name; JAX's is pvary.
+    The transpose of `psum`. The name is Megatron's; JAX's is pvary.
 
     Args:
         x: the same on every device of the axis.
-        axis: name of an axis of a mesh; where it is not bound, or nobody differentiates, x itself.
+        axis: name of a mesh axis; if it is not bound, or without derivatives, the result is x.
     """
     return _move(x, CopyToRegion, axis)
 
 
 def all_gather(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
-    """The x of all devices, one behind the other along an axis of theirs; each goes on with it in its own way.
+    """The x of all devices, concatenated along `dim`, for computations that vary between devices.
 
     The transpose is `reduce_scatter`.
 
     Args:
-        x: of the same shape on every device.
-        axis: name of an axis of a mesh. Where it is not bound there is one device, and the result is x.
+        x: of equal shape on every device.
+        axis: name of a mesh axis. If it is not bound there is one device, and the result is x.
         dim: the axis of x.
 
     Returns:
-        A tensor n times as long as x along dim, over n devices.
+        A tensor n times as long as x along dim, for n devices.
     """
     return _move(x, Gather, axis, _dim("all_gather", x, dim))
 
 
 def reduce_scatter(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
-    """Each device's part, along an axis, of the sum of the x of all; the transpose of `all_gather`.
+    """Each device's shard, along `dim`, of the sum of x over devices, transpose of `all_gather`.
 
     Args:
-        x: of the same shape on every device.
-        axis: name of an axis of a mesh. Where it is not bound there is one device, and the result is x.
-        dim: the axis of x that is divided.
+        x: of equal shape on every device.
+        axis: name of a mesh axis. If it is not bound there is one device, and the result is x.
+        dim: the axis of x that is sharded.
 
     Raises:
-        ValueError: the devices do not divide that axis of x.
+        ValueError: the number of devices does not divide that axis of x.
     """
     dim = _dim("reduce_scatter", x, dim)
     _divides("reduce_scatter", x, axis, dim)
@@ -83,27 +85,39 @@ def reduce_scatter(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
 
 
 def all_gather_invariant(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
-    """`all_gather` of which every device makes the same: its transpose is `local_slice`, a part of the one cotangent.
+    """`all_gather` whose result is replicated: its transpose is `local_slice` of the one cotangent.
 
-    JAX's name for it too.
+    The name is JAX's.
+
+    Args:
+        x: of equal shape on every device.
+        axis: name of a mesh axis. If it is not bound there is one device, and the result is x.
+        dim: the axis of x.
     """
     return _move(x, GatherInvariant, axis, _dim("all_gather_invariant", x, dim))
 
 
 def local_slice(x: Tensor, axis: str, *, dim: int = 0) -> Tensor:
-    """Each device's part, along an axis, of an x that all hold alike; the transpose of `all_gather_invariant`."""
+    """Each device's shard, along `dim`, of a replicated x; the transpose of `all_gather_invariant`.
+
+    Args:
+        x: the same on every device of the axis.
+        axis: name of a mesh axis. If it is not bound there is one device, and the result is x.
+        dim: the axis of x that is sharded.
+    """
     dim = _dim("local_slice", x, dim)
     _divides("local_slice", x, axis, dim)
     return _move(x, LocalSlice, axis, dim)
 
 
 def ppermute(x: Tensor, axis: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
-    """What another device holds: by pairs (source, destination); whom nobody sends to gets zeros.
+    """Send x between devices by pairs (source, destination); devices without a source get zeros.
 
     Args:
-        x: of the same shape on every device.
-        axis: name of an axis of a mesh.
-        pairs: each device at most once as a source and once as a destination; a ring is [(i, (i + 1) % n) for i in range(n)].
+        x: of equal shape on every device.
+        axis: name of a mesh axis.
+        pairs: each device at most once as a source and once as a destination; a ring is
+            [(i, (i + 1) % n) for i in range(n)].
 
     Raises:
         ValueError: a device outside the axis, or twice on one side.
@@ -120,10 +134,10 @@ def ppermute(x: Tensor, axis: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def axis_index(axis: str) -> Tensor:
-    """Which device this is along an axis, int64 (); 0 where it is not bound.
+    """The index of this device along an axis, int64 (); 0 if it is not bound.
 
     Args:
-        axis: name of an axis of a mesh.
+        axis: name of a mesh axis.
     """
     bound = find(axis)
     if bound is not None and bound.index is not None:
@@ -132,7 +146,10 @@ def axis_index(axis: str) -> Tensor:
 
 
 def pmax(x: Tensor, axis: str) -> Tensor:
-    """The greatest x of all devices. It has no derivative: detach x first, or it raises where one is asked for."""
+    """The maximum of x over the devices of an axis, not differentiable: detach x first.
+
+    It raises where a derivative is taken.
+    """
     bound = find(axis)
     if bound is None:
         return x
@@ -144,10 +161,11 @@ def pmax(x: Tensor, axis: str) -> Tensor:
 
 
 def global_norms(lengths: Sequence[Tensor], axes: Sequence[Sequence[str]]) -> list[Tensor]:
-    """The 2-norms of whole tensors from those of this device's parts, each ().
+    """The 2-norms of sharded tensors from those of this device's shards, each ().
 
     Args:
-        axes: for each tensor, the axes of the mesh that cut it.
+        lengths: the 2-norm of each shard, ().
+        axes: for each tensor, the mesh axes that shard it.
     """
     out = [length * length for length in lengths]
     for name in dict.fromkeys(name for cut in axes for name in cut):
@@ -187,7 +205,10 @@ def _move(x: Tensor, kind: Any, name: str, *settings: Any) -> Tensor:
 
 
 def _traced_in_forward_mode() -> bool:
-    """Whether a compile traces the inside of a jvp: asked while it traces, and Dynamo guards on the levels of torch.func."""
+    """Whether a compile traces the inside of a jvp.
+
+    Evaluated while tracing; Dynamo guards on the levels of torch.func.
+    """
     return in_forward_mode()
 
 
@@ -195,13 +216,16 @@ vars(_traced_in_forward_mode)["_dynamo_marked_constant"] = True  # torch.compile
 
 
 def _here(axis: Axis) -> bool:
-    """In a vmap rule: whether it is the rule of the axis' own vmap."""
+    """In a vmap rule: whether the vmap is the one that the axis is bound to."""
     top = _functorch.peek_interpreter_stack()
     return axis.mapped and (0 if top is None else top.level()) + 1 == axis.level
 
 
 class Moved(Function):
-    """A linear map between devices: x, and the index of each device, whose only use is that the vmap of the axis sees it."""
+    """A linear map between devices as an autograd Function of x and the device index.
+
+    The index is unused but mapped, so that the vmap of the axis calls the batching rule.
+    """
 
     @staticmethod
     def forward(x: Tensor, index: Tensor | None, operation: Operation) -> Tensor:
@@ -235,7 +259,7 @@ class Moved(Function):
 
 
 class Traced(Function):
-    """`Moved` for compiled code, which refuses a Function with a jvp of its own."""
+    """`Moved` for compiled code, which refuses an autograd Function with a jvp."""
 
     @staticmethod
     def forward(x: Tensor, operation: Operation) -> Tensor:

@@ -1,17 +1,17 @@
-"""Writing to disk in one step: a reader, a crash and a full disk find the old or the new, whole.
+"""Atomic writes: readers see the old or the new content, whole, even after a crash or a full disk.
 
-    file(path)                  one file                                      one rename
-    folder(path)                a folder, whatever was in it                  one exchange
-    files(folder, last=...)     files that must agree, beside those of others one exchange, where it can be
+    file(path)                  one file                                       one rename
+    folder(path)                a folder, with all its contents                one exchange
+    files(folder, last=...)     files that belong together, others kept    one exchange if possible
 
-What is written goes into a draft, a folder `.NAME.new-MARK` beside its place, and is flushed to the
-disk before the step. On Linux the step is renameat2 with RENAME_EXCHANGE. Where the system or the
-file system has no such call, what was there is moved aside and the draft takes its place: a process
-that is killed between the two renames leaves nothing at the place, and the next write puts what was
-there back before anything else.
+Files are written to a draft, a folder `.NAME.new-MARK` next to the target, and flushed to disk
+before they replace it. On Linux the replacement is renameat2 with RENAME_EXCHANGE. Where the system
+or the file system has no such call, the old target is moved aside and the draft takes its name: a
+process that is killed between the two renames leaves no target, and the next write restores the old
+one first.
 
-A draft is locked (flock) while its process lives. A later write to the same place removes drafts of
-processes that have ended, and no other's; on a file system without locks, those that are a day old.
+A draft is locked (flock) while its process runs. A later write to the same target removes drafts of
+processes that have ended, and no others; on a file system without locks, those that are a day old.
 """
 
 import contextlib
@@ -32,16 +32,17 @@ except ImportError:  # Windows
     fcntl = None
 
 DRAFT = re.compile(r"\.(?P<name>.+?)\.(?:(?P<role>new|old)-)?(?P<mark>[0-9a-f]{32})", re.DOTALL)
-DAY = 86400.0  # seconds; a draft that old is of no process, where locks cannot tell
+DAY = 86400.0  # seconds; older drafts are stale where there are no locks
 UNLOCKABLE = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EACCES}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: fcntl.h, stdio.h
 
 
 @contextlib.contextmanager
 def file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of `path` at the end; nothing is left if anything fails.
+    """A path to write to; at the end the file replaces `path`. An error leaves `path` unchanged.
 
-    A link is followed. What is no regular file (a pipe, /dev/stdout) is written to as it is.
+    Links are followed. A path that is not a regular file (a pipe, /dev/stdout) is written to
+    directly.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -58,7 +59,10 @@ def file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `path` and of all that is in it; nothing is left if anything fails."""
+    """A new folder to write into, which at the end replaces `path` and its contents.
+
+    An error leaves `path` unchanged.
+    """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
@@ -83,15 +87,17 @@ def folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def files(path: str | os.PathLike[str], *, last: str, stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """A new folder to write files into, which then are in the folder `path`; the other files that are there stay.
+    """A new folder to write into, whose files then replace those in `path`; other files are kept.
 
-    The folder is exchanged for one that holds the new files and links to the others. Where that cannot be (it holds folders, is
-    the current one or a mount, its parent cannot be written, the file system has no links), the file `last` is removed first
-    and comes back last: what a process that is killed leaves has no such file, and is never a mixture.
+    The folder is exchanged for one with the new files and hard links to the others. Where that is
+    impossible (it holds folders, is the current directory or a mount, its parent is not writable,
+    the file system has no links), the file `last` is removed first and written last: a killed
+    process leaves a folder without it, never a mixture that is read.
 
     Args:
+        path: the folder.
         last: the file without which the others are not read.
-        stale: of a name, whether an old file of that name goes although no new one comes.
+        stale: of a name, whether an old file of that name is removed if no new one is written.
     """
     target = Path(os.path.realpath(path))
     if not target.is_dir():
@@ -119,22 +125,22 @@ def files(path: str | os.PathLike[str], *, last: str, stale: Callable[[str], boo
 
 
 def remove(path: Path) -> None:
-    """Remove a folder so that no part of it is ever found under its name."""
+    """Remove a folder so that a partly removed one is never found under its name."""
     gone = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
     os.rename(path, gone)
     _remove(gone)
 
 
 def drafted(name: str) -> str | None:
-    """What a draft of this name is to become, or None for a name that no draft has."""
+    """The name that a draft will replace, or None for a name that is not a draft's."""
     match = DRAFT.fullmatch(name)
     return match["name"] if match else None
 
 
 def sweep(parent: Path, is_meant: Callable[[str], bool]) -> None:
-    """Remove the drafts, of the names that are meant, which processes that have ended left in a folder.
+    """Remove the drafts of ended processes in a folder, for names that `is_meant` accepts.
 
-    A folder that one of them had moved aside, and whose place is empty, is put back.
+    A target that one of them had moved aside is restored if there is none.
     """
     found: dict[str, dict[str, Path]] = {}
     with contextlib.suppress(OSError):
@@ -154,13 +160,13 @@ def sweep(parent: Path, is_meant: Callable[[str], bool]) -> None:
             for path in left.values():
                 _remove(path)
         except OSError:
-            continue  # another process was faster
+            continue  # another process removed it first
         finally:
             _unlock(lock)
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders or files in one step; False where the system cannot, and nothing was done."""
+    """Exchange two folders or files atomically; False if the system cannot (nothing changed)."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # not Linux, or a C library older than the call
@@ -170,15 +176,15 @@ def exchange(a: Path, b: Path) -> bool:
 
 @contextlib.contextmanager
 def _draft(parent: Path, name: str) -> Iterator[Path]:
-    """An empty folder in `parent`, locked, removed at the end with what is in it then."""
+    """An empty locked folder in `parent`, removed at the end."""
     sweep(parent, name.__eq__)
     path, lock = parent, None
-    while lock is None:  # until no other process took it for one that was left
+    while lock is None:  # until no other process has taken it for a stale one
         path = parent / f".{name}.new-{uuid.uuid4().hex}"
         try:
             path.mkdir()
         except OSError as error:
-            error.filename = str(parent / name)  # what a reader knows
+            error.filename = str(parent / name)  # the name that the caller knows
             raise
         lock = _lock(path)
     try:
@@ -189,7 +195,7 @@ def _draft(parent: Path, name: str) -> Iterator[Path]:
 
 
 def _is_exchangeable(target: Path) -> bool:
-    """True where a folder holds files and links alone, and may be replaced by another one."""
+    """True where a folder holds only files and links, and can be exchanged for another."""
     try:
         return (
             all(entry.is_symlink() or entry.is_file() for entry in target.iterdir())
@@ -202,7 +208,10 @@ def _is_exchangeable(target: Path) -> bool:
 
 
 def _exchanged(draft: Path, target: Path, goes: Callable[[str], bool]) -> bool:
-    """Exchange a folder for a draft that holds links to what does not go; False where it cannot be, and nothing was done."""
+    """Exchange a folder for a draft with links to the files that stay; False if impossible.
+
+    Nothing has changed then.
+    """
     try:
         for entry in target.iterdir():
             if not goes(entry.name):
@@ -213,7 +222,7 @@ def _exchanged(draft: Path, target: Path, goes: Callable[[str], bool]) -> bool:
         return False
     if not exchange(draft, target):
         return False
-    for entry in draft.iterdir():  # what came since the links were made
+    for entry in draft.iterdir():  # files that appeared after the links were made
         if not goes(entry.name) and not os.path.lexists(target / entry.name):
             os.rename(entry, target / entry.name)
     return True
@@ -221,7 +230,7 @@ def _exchanged(draft: Path, target: Path, goes: Callable[[str], bool]) -> bool:
 
 @contextlib.contextmanager
 def _parents(parent: Path) -> Iterator[None]:
-    """The folders above a place; those that had to be made are removed if anything fails."""
+    """Create the folders above a path; those that were created are removed on an error."""
     missing = [above for above in (parent, *parent.parents) if not above.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -234,7 +243,7 @@ def _parents(parent: Path) -> Iterator[None]:
 
 
 def _is_ours(path: Path) -> bool:
-    """True for a folder or a file, and no link, of this user."""
+    """True for a folder or file, not a link, that belongs to this user."""
     try:
         found = path.lstat()
     except OSError:
@@ -245,7 +254,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of a draft; None where another process holds it or the draft is gone; -1 without locks."""
+    """A file descriptor that holds the lock of a draft.
+
+    None where another process holds it or the draft is gone; -1 where there are no locks.
+    """
     if fcntl is None:
         return -1
     try:
@@ -284,7 +296,7 @@ def _flush_all(draft: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold what was written, so that a rename never outlives its content."""
+    """fsync a file, so that a rename is never on disk before its content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -293,6 +305,6 @@ def _flush(path: Path) -> None:
 
 
 def _settle(parent: Path) -> None:
-    """Have the disk hold the names in a folder, where its file system can do that."""
+    """fsync the entries of a folder, where its file system supports it."""
     with contextlib.suppress(OSError):
         _flush(parent)

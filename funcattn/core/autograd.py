@@ -1,10 +1,12 @@
-"""What torch.func asks of an autograd Function that is to be closed under every transform.
+"""Helpers for autograd Functions that are closed under every transform of torch.func.
 
-A Function composes at every order when it has `setup_context`, saves the same tensors for backward and forward mode, has a
-`vmap` staticmethod written by hand, and calls in its backward and jvp only Functions of its own family. One trap needs help:
-torch runs `Function.jvp` with forward mode switched off, so every *outer* jvp level silently becomes zero
-(pytorch/pytorch#197867). `closed_jvp` switches it on again, and strips this level's tangents from what was saved, so that
-only the outer levels differentiate the rule. tests/test_canaries.py tells when a newer torch mends it.
+A Function composes at every order when it has `setup_context`, saves the same tensors for backward
+and forward mode, has a hand-written `vmap` staticmethod, and its backward and jvp call only
+Functions with these properties. One defect of torch needs a workaround: it runs `Function.jvp` with
+forward mode disabled, so every *outer* jvp level silently becomes zero (pytorch/pytorch#197867).
+`closed_jvp` enables it again, and removes this level's tangents from the saved tensors, so that
+only the outer levels differentiate the rule. tests/test_canaries.py detects when a newer torch
+fixes it.
 """
 
 import functools
@@ -20,7 +22,8 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 if torch.__version__ >= "2.14":  # a TorchVersion, which compares as versions do
-    # Imported by the first jvp of a process otherwise, where its use of torch.jit.script is a FutureWarning that users see.
+    # Otherwise the first jvp of a process imports it, and users see the FutureWarning of its
+    # torch.jit.script.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import torch._decomp.decompositions_for_jvp
@@ -30,10 +33,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def untraced(f: F) -> F:
-    """f, into which Dynamo does not look where a compiled function has fallen back to eager code, as it does under transforms.
+    """f, skipped by Dynamo where a compiled function has fallen back to eager, as under transforms.
 
-    Dynamo would compile the functions that f calls one by one: layouts of one rank for tensors of another, and single loops. Not
-    for what a compile is to trace.
+    Dynamo would compile the functions that f calls one by one: layouts of one rank for tensors of
+    another, and single loops. Not for functions that torch.compile should trace.
     """
     disabled = torch.compiler.disable(f)
 
@@ -45,7 +48,7 @@ def untraced(f: F) -> F:
 
 
 def closed_jvp(rule: Callable[..., Any]) -> Any:
-    """A `jvp` staticmethod from `rule(ctx, saved, *tangents)`, differentiable by the jvp levels outside."""
+    """A `jvp` staticmethod from `rule(ctx, saved, *tangents)`, differentiable at outer levels."""
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
@@ -59,14 +62,14 @@ def closed_jvp(rule: Callable[..., Any]) -> Any:
 def transforming() -> bool:
     """True inside grad, vjp, jvp, vmap or functionalize of torch.func, in this thread.
 
-    torch keeps the levels of torch.func for each thread, and one number of forward-mode levels for the whole process, which says
-    nothing of this thread's tensors: see `has_tangent`.
+    torch keeps the levels of torch.func per thread, but one count of forward-mode levels for the
+    whole process, which says nothing about the tensors of this thread: see `has_tangent`.
     """
     return _functorch.peek_interpreter_stack() is not None
 
 
 def has_tangent(*trees: Any) -> bool:
-    """True where one of the tensors has a tangent of forward mode, at any level."""
+    """True where one of the tensors has a forward-mode tangent, at any level."""
     return forward_ad._current_level >= 0 and any(_is_dual(x) for x in _leaves(trees) if is_differentiable(x))
 
 
@@ -79,9 +82,10 @@ def _is_dual(x: Tensor) -> bool:
 
 
 def is_recorded(*trees: Any) -> bool:
-    """True where a transform or a derivative may follow what is computed of these tensors, in this thread.
+    """True where transforms or derivatives may apply to results of these tensors, in this thread.
 
-    That is: inside a transform of torch.func, where autograd records one of them, and where one has a tangent.
+    That is: inside a transform of torch.func, or autograd records one of them, or one has a
+    tangent.
     """
     if transforming() or (torch.is_grad_enabled() and any(x.requires_grad for x in _leaves(trees))):
         return True
@@ -89,13 +93,13 @@ def is_recorded(*trees: Any) -> bool:
 
 
 def in_forward_mode(*trees: Any) -> bool:
-    """True inside a jvp of torch.func, in this thread, and where one of the tensors has a tangent."""
+    """True inside a jvp of torch.func in this thread, or where one of the tensors has a tangent."""
     levels = _functorch.get_interpreter_stack() or ()
     return any(level.key() == _functorch.TransformType.Jvp for level in levels) or has_tangent(*trees)
 
 
 def is_differentiable(x: Any) -> bool:
-    """True for a tensor of numbers that a derivative can be taken of."""
+    """True for floating and complex tensors."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
@@ -108,9 +112,10 @@ def _leaves(trees: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def differentiated(x: Tensor) -> bool:
-    """True where a derivative level that can be seen from here follows x: autograd, or grad, vjp, jvp of torch.func.
+    """True where x is differentiated at a visible level: autograd, or grad, vjp, jvp of torch.func.
 
-    False while compiling. A jvp outside another transform may stay unseen: for loud errors, never for what is computed.
+    False in torch.compile. A jvp outside another transform may be invisible: use it to raise
+    errors, never to choose what is computed.
     """
     while not torch.compiler.is_compiling():
         if x.requires_grad and (torch.is_grad_enabled() or _functorch.is_gradtrackingtensor(x)):
@@ -125,9 +130,9 @@ def differentiated(x: Tensor) -> bool:
 
 
 def tangent(x: Tensor) -> Tensor | None:
-    """The tangent of x at the innermost level of differentiation, where that is one of forward mode; else None.
+    """The tangent of x at the innermost level, if that is forward mode; else None.
 
-    It and the primal are differentiable at every level outside. A batch of vmap in between hides it.
+    It and the primal are differentiable at every outer level. A vmap level in between hides it.
     """
     level = _functorch.peek_interpreter_stack()
     if level is None and forward_ad._current_level < 0:
@@ -138,17 +143,17 @@ def tangent(x: Tensor) -> Tensor | None:
 
 
 def primal(x: Tensor) -> Tensor:
-    """x without its tangent at that level."""
+    """x without its tangent at the innermost level."""
     return torch._VF._unpack_dual(x, level=0)[0]
 
 
 def dual(x: Tensor, tangent: Tensor) -> Tensor:
-    """x with a tangent at that level."""
+    """x with a tangent at the innermost level."""
     return torch._VF._make_dual(x, tangent, level=0)
 
 
 def add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    """The sum of two derivatives, either of which may be absent, which is zero."""
+    """The sum of two derivatives, where None is zero."""
     return y if x is None else x if y is None else x + y
 
 
@@ -158,7 +163,10 @@ def sum_to(x: Tensor, like: Tensor) -> Tensor:
 
 
 def align(in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """For a vmap rule over broadcasting axes: the mapped axis first, size one where a tensor lacks it, ranks made equal."""
+    """For batching rules of broadcasting functions: mapped axes first, ranks made equal.
+
+    Tensors that are not mapped get size one there.
+    """
     rank = max(x.dim() - (d is not None) for x, d in zip(tensors, in_dims, strict=True))
     out = []
     for x, d in zip(tensors, in_dims, strict=True):

@@ -1,8 +1,8 @@
-"""Values that hold inside a `with`: of the context for eager code, of the thread for compiled code.
+"""Values set for the duration of a `with`: per context in eager code, per thread in compiled code.
 
-A context variable is what eager code reads: threads and tasks have their own. Dynamo can neither read one nor guard on it, but it
-does both with an attribute that each thread has for itself (threading.local). So a compiled function is compiled anew where a value
-differs, and what one thread holds is never seen in another.
+Eager code reads a context variable, which threads and tasks do not share. Dynamo can neither read
+one nor guard on it, but does both with a threading.local attribute. So a compiled function is
+recompiled where a value differs, and the values of one thread are not visible in another.
 """
 
 import threading
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class _OfThread(threading.local):
-    """The values that a thread holds, one after the other, and the last of them."""
+    """The values set in this thread, innermost last, and the current one."""
 
     def __init__(self, default: object) -> None:
         self.default = self.last = default
-        self.held: tuple[list[object], ...] = ()  # a list of one each, which is known by its identity
+        self.held: tuple[list[object], ...] = ()  # lists of one value, which are identified by id
 
     def push(self, entry: list[object]) -> None:
         self.held = (*self.held, entry)
@@ -33,9 +33,10 @@ class _OfThread(threading.local):
 
 
 class ContextValue(Generic[T]):
-    """A value that `holding` sets for the time of a `with`.
+    """A value that `holding` sets for the duration of a `with`.
 
-    Law: when every `with` has been left, in whatever order, the value is the default again (test_context.py).
+    Law: after every `with` has ended, in any order, the value is the default again
+        (test_context.py).
 
     Example:
         >>> name = ContextValue("name", "")
@@ -46,24 +47,25 @@ class ContextValue(Generic[T]):
         ''
     """
 
-    every: ClassVar[list["ContextValue[Any]"]] = []  # of this process
+    every: ClassVar[list["ContextValue[Any]"]] = []  # all instances in this process
 
     def __init__(self, name: str, default: T) -> None:
         self.every.append(self)
         self.default = default
-        self._variable: ContextVar[tuple[list[T], ...]] = ContextVar(f"funcattn_{name}", default=())  # one after the other
+        # The values set, innermost last.
+        self._variable: ContextVar[tuple[list[T], ...]] = ContextVar(f"funcattn_{name}", default=())
         self._of_thread = _OfThread(default)
 
     def get(self) -> T:
-        """The value here."""
-        if torch.compiler.is_dynamo_compiling():  # the cheapest question that Dynamo answers
+        """The current value."""
+        if torch.compiler.is_dynamo_compiling():  # the cheapest test that Dynamo evaluates
             return self._of_thread.last  # pyright: ignore[reportReturnType]
         held = self._variable.get()
         return held[-1][0] if held else self.default
 
     @contextmanager
     def holding(self, value: T) -> Iterator[None]:
-        """Set the value inside of the `with`."""
+        """Set the value inside the `with`."""
         entry: list[Any] = [value]
         self._variable.set((*self._variable.get(), entry))
         self._of_thread.push(entry)

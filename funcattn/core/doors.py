@@ -1,8 +1,9 @@
-"""Public functions say what they were given wrongly: an argument of another kind, a forgotten one, one too many.
+"""Explaining wrong arguments of public functions: of another type, missing, or too many.
 
-Where a call raises, and not in the library's words, `door` compares the arguments with the annotations, which are there anyway: a
-tensor, an int, a number, a function, a dtype, a record or a value such as a Sampler. A call that works costs nothing more, and an
-error that the arguments do not explain stays as it is. Sizes and values are the function's own to check.
+When a call raises an error that is not the library's, `door` compares the arguments with the
+annotations: a tensor, an int, a number, a function, a dtype, a record or a value such as a Sampler.
+A call that succeeds has no overhead, and an error that the arguments do not explain is raised
+unchanged. Sizes and values are checked by the function itself.
 """
 
 import collections.abc
@@ -27,7 +28,7 @@ C = TypeVar("C", bound=type)
 
 
 class Kind(NamedTuple):
-    """What an argument should be, in words; whether a value is that; and what to do where it is not."""
+    """The description of an expected argument, a predicate, and the remedy in the message."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -56,7 +57,7 @@ PLAIN: dict[Any, Kind] = {
     collections.abc.Mapping: Kind("a mapping", lambda x: isinstance(x, collections.abc.Mapping)),
     **dict.fromkeys((collections.abc.Sequence, collections.abc.Iterable, tuple, list), SEQUENCE),
 }
-MIXED = "same dtype"  # in torch's own words, where operands differ
+MIXED = "same dtype"  # part of torch's message for operands of different dtypes
 TREE = Kind("a tree of weights", lambda x: _has_tensors(x), "model.init(key) makes one, and fa.load reads one.")
 
 
@@ -66,7 +67,7 @@ def _has_tensors(x: Any) -> bool:
 
 
 def kind_of(annotation: Any) -> Kind | None:
-    """What an annotation asks for; None where anything goes."""
+    """The Kind that an annotation requires; None if it accepts anything."""
     if annotation in PLAIN:
         return PLAIN[annotation]
     origin = typing.get_origin(annotation)
@@ -91,7 +92,7 @@ def kind_of(annotation: Any) -> Kind | None:
     return Kind(f"a{'n' * (name[0] in 'AEIOU')} {name}", lambda x: isinstance(x, annotation), remedy)
 
 
-SHORT = 48  # letters of an argument, where calls are printed
+SHORT = 48  # characters of an argument in a printed call
 LOOSE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -104,12 +105,13 @@ def door(*, name: str) -> Callable[[F], F]: ...
 
 
 def door(f: Any = None, *, name: str | None = None) -> Any:
-    """A public function whose errors speak of its arguments where these are of the wrong kinds or number.
+    """A public function that explains arguments of the wrong type or number when it raises.
 
-    Its signature, as `help` and `inspect` print it, has names where defaults are functions.
+    In its signature, as printed by `help` and `inspect`, functions that are defaults appear by
+    name.
 
     Args:
-        name: how messages call it; its own name by default.
+        name: the name in messages; f.__name__ by default.
 
     Example:
         >>> @door
@@ -139,21 +141,21 @@ def door(f: Any = None, *, name: str | None = None) -> Any:
 
 
 class _Named(functools.partial[Any]):
-    """A function as the default in a signature, printed by name; called, it is that function."""
+    """A function as a default in a signature, printed by name; calling it calls the function."""
 
     def __repr__(self) -> str:
         return shown_value(self.func)
 
 
 def _named(signature: inspect.Signature) -> inspect.Signature:
-    """The signature with functions among its defaults by name, where their repr is an address."""
+    """The signature with function defaults printed by name, in place of an address."""
     parameters = signature.parameters.values()
     named = [p.replace(default=_Named(p.default)) if inspect.isfunction(p.default) else p for p in parameters]
     return signature.replace(parameters=named)
 
 
 def shown_value(x: Any) -> str:
-    """An argument as text for a line: a function by name, a tensor by dtype and shape, a long value by its type.
+    """An argument in a line: functions by name, tensors by dtype and shape, long values by type.
 
     Example:
         >>> shown_value(shown_value), shown_value(torch.ones(2)), shown_value(0.5), shown_value(list(range(100)))
@@ -161,7 +163,8 @@ def shown_value(x: Any) -> str:
     """
     if isinstance(x, Tensor):
         return records.describe(x)
-    if isinstance(text := getattr(x, "text", None), str) and text:  # of a value that a printed function made
+    # a value made by a function decorated with `printed`
+    if isinstance(text := getattr(x, "text", None), str) and text:
         return text
     if not inspect.isroutine(x):
         text = repr(x)
@@ -173,7 +176,7 @@ def shown_value(x: Any) -> str:
 
 
 def printed(make: F) -> F:
-    """A function that makes a NamedTuple with a field `text`, in which it leaves the text of its call, for printing.
+    """Decorate a function that returns a NamedTuple: set its field `text` to the printed call.
 
     Example:
         >>> class Rounded(NamedTuple):
@@ -198,13 +201,13 @@ def printed(make: F) -> F:
 
 
 def made(cls: C) -> C:
-    """A dataclass whose construction is a door."""
+    """A dataclass whose constructor explains wrong arguments like `door`."""
     cls.__init__ = door(cls.__init__, name=cls.__name__)
     return cls
 
 
 def _explain(called: str, f: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], error: Exception) -> None:
-    """Fail in the library's words where the arguments are what went wrong; return where they are not."""
+    """Raise a TypeError of the library where the arguments explain the error; else return."""
     signature = inspect.signature(f)
     try:
         given = signature.bind(*args, **options).arguments
@@ -231,7 +234,7 @@ def _explain(called: str, f: Callable[..., Any], args: tuple[Any, ...], options:
 
 
 def _dtypes(node: Any, path: str) -> dict[torch.dtype, str]:
-    """The floating dtypes of the tensors of a tree, each with the path of the first that has it; records are of several."""
+    """The floating dtypes in a tree with their first paths, quantized records left out."""
     if isinstance(node, Tensor):
         return {node.dtype: path} if node.is_floating_point() else {}
     if not isinstance(node, tuple | list | dict) or "codes" in getattr(node, "_fields", ()):
@@ -244,13 +247,13 @@ def _dtypes(node: Any, path: str) -> dict[torch.dtype, str]:
 
 
 def uncalled(value: Any, *args: Any, **options: Any) -> NoReturn:
-    """`__call__` of a value that is passed as it is, such as the sampler `greedy`."""
+    """`__call__` that raises, for a value that is not a function, such as the sampler `greedy`."""
     wanted, got = "passed as it is", f"a call with ({', '.join(map(what_is, args))})"
     errors.fail(type(value).__name__, "the value", wanted, got, "It is made already: leave the brackets out.", TypeError)
 
 
 def what_is(x: Any) -> str:
-    """A value in a few words."""
+    """A value in a few words, for messages."""
     if isinstance(x, Tensor):
         return f"a {'nested ' * x.is_nested}tensor {x.dtype} {errors.shape(x) if not x.is_nested else ''}".rstrip()
     if x is None or isinstance(x, bool | numbers.Number | str | torch.dtype | torch.device):

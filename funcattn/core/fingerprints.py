@@ -1,7 +1,8 @@
-"""Is this tree the one that was seen before, unwritten? Asked at every step of a loop, and answered at the speed of C.
+"""Whether a tree is one that was seen before, unmodified; cheap enough for every step of a loop.
 
-What was made of weights (another form, compiled code) is of use as long as the weights are the same tensors with the same numbers.
-Asking that of a model's hundreds of tensors one by one, in Python, takes longer than a layer does.
+What is computed from weights (another layout, compiled code) is valid as long as the weights are
+the same tensors with the same values. A Python loop over the hundreds of tensors of a model takes
+longer than a layer, so the comparison is done by built-ins in C.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,26 +18,28 @@ _needs_gradient = attrgetter("requires_grad")
 
 
 class _Level(NamedTuple):
-    """The nodes and leaves of one depth, in order."""
+    """The nodes and leaves of one depth of a tree, in order."""
 
     kinds: list[type]
     is_leaf: list[bool]
     is_node: list[bool]
     sizes: list[int]  # of the nodes
-    leaves: list[int]  # as numbered by id
+    leaves: list[int]  # ids
 
 
 class Fingerprint:
-    """A tree of tensors in tuples and records, remembered without being kept.
+    """A tree of tensors in tuples and records, recognized later without keeping it alive.
 
     Args:
-        tree: what to remember. One that holds anything but tensors, tuples and records is never recognized.
-        gone: called when one of its tensors goes: then do not ask again, for another object may have its number.
+        tree: the tree. One that holds anything but tensors, tuples and records is never recognized.
+        gone: called when one of its tensors is freed; then discard the Fingerprint, since another
+            object may get the same id.
 
-    What torch does not count as a write is not seen: one through `.data` or by assigning it, through numpy, or into an inference
-    tensor. Give such a tensor a new object (`w.clone()`).
+    Modifications that torch does not count in `_version` are missed: through `.data` or by
+    assigning it, through numpy, or to an inference tensor. Replace such a tensor (`w.clone()`).
 
-    Law: `leaves` gives those of an equal arrangement of the same unwritten tensors, and None of any other (test_fingerprints.py).
+    Law: `leaves` gives those of an equal arrangement of the same unwritten tensors, and None of any
+        other (test_fingerprints.py).
     """
 
     def __init__(self, tree: Any, gone: Callable[[], object]) -> None:
@@ -58,7 +61,7 @@ class Fingerprint:
         self.alive = [ref(leaf, lambda _: gone()) for leaf in found]
 
     def leaves(self, tree: Any) -> list[Tensor] | None:
-        """The tensors of the tree, if it is the one remembered, unwritten since; else None."""
+        """The tensors of the tree if it is the same and unmodified, else None."""
         if self.levels is None:
             return None
         found: list[Tensor] = []
@@ -75,5 +78,5 @@ class Fingerprint:
 
 
 def is_differentiated(leaves: Sequence[Tensor]) -> bool:
-    """True where one of them asks for a gradient."""
+    """True where one of them requires a gradient."""
     return any(map(_needs_gradient, leaves))
