@@ -73,7 +73,7 @@ def test_a_drafter_prints_as_the_call_that_made_it():
     assert repr(drafters.prompt_lookup(length=5, ngram=2)) == "Drafter(prompt_lookup(length=5, ngram=2))"
     mine = drafters.model(model, params, length=3, sampler=fa.sampling.temperature(0.7))
     assert repr(mine).startswith("Drafter(model(Model")
-    assert repr(mine).endswith("Params, length=3, sampler=temperature(0.7)))")
+    assert repr(mine).endswith("Params(...), length=3, sampler=temperature(0.7)))")
     for drafter in (mine, drafters.function(lambda text, n: (text, n)), drafters.Drafter(print, print, print, 2)):
         assert " at 0x" not in repr(drafter)
 

@@ -114,7 +114,7 @@ def peek(x: Tensor) -> Tensor | None:
         x = _functorch.get_unwrapped(x)
     if isinstance(x, FakeTensor) or x.device.type == "meta" or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY):
         return None
-    return x.detach()
+    return None if _functorch.is_legacy_batchedtensor(x) else x.detach()  # torch.autograd.grad(is_grads_batched=True)
 
 
 def is_plain(x: Tensor) -> bool:

@@ -135,7 +135,7 @@ def use(kernel: str | Kernel) -> Iterator[None]:
         kernel: a name in the registry (`explain` lists them), or a custom `Kernel`.
 
     Example:
-        >>> import funcattn as fa
+        >>> import torch, funcattn as fa
         >>> q = torch.ones(1, 2, 4)
         >>> with fa.kernels.use("reference"):
         ...     fa.kernels.explain(q, q, q).chosen
