@@ -1,12 +1,12 @@
-"""Everyone else's models: what was written against torch and transformers, made to compose.
+"""Attention for models written against torch and transformers.
 
 | name | what it does |
 | --- | --- |
-| override_sdpa | closes every F.scaled_dot_product_attention inside a `with` |
+| override_sdpa | replaces F.scaled_dot_product_attention inside a `with`, so that it composes |
 | register_transformers | makes "funcattn" an attention implementation of transformers |
 | functional | splits a module into a pure function and its params |
 | nested_attention | attention over jagged NestedTensors, without padding |
-| document_mask | the mask under which it is attention of the values |
+| document_mask | the mask with which `attention` of their values equals it |
 | lm_eval_model, register_lm_eval | a model for the lm-evaluation-harness |
 """
 

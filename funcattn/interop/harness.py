@@ -1,12 +1,14 @@
-"""EleutherAI's lm-evaluation-harness asks, a model of this library answers.
+"""A model of this library as an LM of EleutherAI's lm-evaluation-harness.
 
 fa.interop.register_lm_eval()
 lm_eval.simple_evaluate("funcattn", model_args={"pretrained": "smollm2-135m"}, tasks=["hellaswag"])
 
-or, with a model at hand, `simple_evaluate(fa.interop.lm_eval_model(model, params, tokenizer, context=2048), tasks=[...])`.
-The answers to one question (the choices of a multiple choice) are futures of one cache, which is read once.
+or, with a loaded model: `simple_evaluate(fa.interop.lm_eval_model(model, params, tokenizer,
+context=2048), tasks=[...])`. The answers to one question (of a multiple choice) continue one cache,
+which is computed once.
 
-Source: Gao et al., github.com/EleutherAI/lm-evaluation-harness, docs/model_guide.md; the interface is lm_eval.api.model.LM.
+Source: Gao et al., github.com/EleutherAI/lm-evaluation-harness, docs/model_guide.md; the interface
+is lm_eval.api.model.LM.
 """
 
 import importlib
@@ -23,13 +25,13 @@ from .harness_options import HARMLESS, LIMITS, STEPS, check_options, sampler_of
 
 
 class LMEvalAdapter:
-    """What the harness asks of a model, without the harness: mixed into its LM by `lm_eval_model`.
+    """The methods that the harness calls; `lm_eval_model` mixes it into the harness's LM.
 
     Args:
-        model, params, tokenizer: of one another.
-        context: tokens that the model reads at most; texts are cut from the left to fit.
-        chunk: positions whose logits are held at a time.
-        seed: of what is drawn, where a task asks for samples.
+        model, params, tokenizer: that belong together.
+        context: tokens that the model reads at most; longer texts are truncated on the left.
+        chunk: number of positions whose logits are in memory at a time.
+        seed: of the random key for tasks that sample.
     """
 
     def __init__(self, model: Model, params: Any, tokenizer: Any, *, context: int, chunk: int = 512, seed: int = 0) -> None:
@@ -40,10 +42,14 @@ class LMEvalAdapter:
             errors.fail("lm_eval_model", "context", "at least 2 tokens", context, "Such as config.context.")
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.context, self.chunk, self.seed = context, chunk, seed
-        self.templated = False  # whether prompts come from the chat template, with special tokens spelled out
+        # whether prompts come from the chat template, where special tokens are parsed
+        self.templated = False
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the log-probability of the continuation, and whether greedy decoding writes it."""
+        """The log-probability of each continuation, and whether it equals greedy decoding.
+
+        Requests are pairs (context, continuation).
+        """
         pairs = [self._pair(*request.args) for request in requests]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         alike: dict[tuple[int, ...], list[int]] = {}
@@ -61,7 +67,7 @@ class LMEvalAdapter:
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """For each (text,): the log-probability of all of it, behind the token that begins a text, in windows where it is long."""
+        """The log-probability of each whole text after the start token, in windows."""
         found = []
         for request in requests:
             ids = (self.prefix, *self._plain(request.args[0]))
@@ -72,10 +78,10 @@ class LMEvalAdapter:
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """For each (context, options): the text that follows, up to a stop string of `until` or `max_gen_toks` tokens.
+        """The generated text for each (context, options), up to `until` or `max_gen_toks` tokens.
 
         Raises:
-            ValueError: an option that is not known, or as many tokens to write as the model reads.
+            ValueError: an unknown option, or as many new tokens as the model can read.
         """
         found = []
         for number, request in enumerate(requests):
@@ -102,7 +108,7 @@ class LMEvalAdapter:
 
     @property
     def prefix(self) -> int:
-        """The token that begins a text: the tokenizer's first, or else its last, as the harness does it."""
+        """The token that starts a text: bos, or else eos, as in the harness."""
         for role in ("bos_token", "eos_token"):
             found = self.tokenizer.backend.token_to_id(self.tokenizer.roles.get(role, ""))
             if found is not None:
@@ -111,18 +117,20 @@ class LMEvalAdapter:
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells answers that were kept on disk from those of another tokenizer."""
+        """A name that distinguishes cached answers from those of other tokenizers."""
         return f"funcattn-{self.tokenizer.vocabulary}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The template that `apply_chat_template` fills, or ""."""
+        """The chat template of the tokenizer, or ""."""
         return (self.tokenizer.template or "") if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as one text; from then on, special tokens in texts are read as such.
+        """A conversation as one text; afterwards special tokens in texts are parsed.
 
         Args:
-            add_generation_prompt: False where the last message is the beginning of an answer, which stays open.
+            chat_history: messages with roles.
+            add_generation_prompt: False where the last message is the start of an answer to
+                continue.
         """
         self.templated = True
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
@@ -132,15 +140,17 @@ class LMEvalAdapter:
         return self.tokenizer.encode(text, special=self.templated)
 
     def _plain(self, text: str) -> list[int]:
-        """The ids of a text without the token that begins it."""
+        """The ids of a text without the token that starts it."""
         ids = self._encode(text)
         return ids[1:] if ids[:1] == [self.prefix] else ids
 
     def _pair(self, before: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids of both, cut where the harness cuts: spaces at the end of the first belong to the second.
+        """Ids of context and continuation; spaces at the end of the context go to the continuation.
+
+        The harness splits in the same way.
 
         Raises:
-            ValueError: nothing is left of the second, or more than the model reads.
+            ValueError: the continuation is empty, or longer than the model reads.
         """
         bare = before.rstrip()
         head = self._encode(bare) if bare else []
@@ -152,13 +162,13 @@ class LMEvalAdapter:
         return tuple(head or [self.prefix]), tuple(ids)
 
     def _cut(self, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Both, the first cut from the left to what the model reads: of the second, all but the last token."""
+        """Both, with the context truncated on the left; the model reads all but the last token."""
         return before[-(self.context + 1 - len(after)) :], after
 
     def _past(self, ids: tuple[int, ...]) -> Any:
-        """What the answers share: all but the last token of the question."""
+        """The cache that the answers have in common: all tokens of the question but the last."""
         prompt = self._tensor(ids[:-1])
-        key = randomness.key(self.seed).to(prompt.device)  # of which nothing is drawn
+        key = randomness.key(self.seed).to(prompt.device)  # not used, since no token is sampled
         return decoding.generate(key, self.model, self.params, prompt, steps=0, chunk=self.chunk)[1]
 
     def _foretold(self, before: tuple[int, ...], after: tuple[int, ...], past: Any) -> tuple[float, bool]:
@@ -172,7 +182,7 @@ class LMEvalAdapter:
 
 
 def rolling(length: int, context: int) -> list[evaluation.Window]:
-    """The readings of a long text that the harness wants: each token scored once, the last window as full as the others.
+    """The windows over a long text: each token is scored once, all windows are full.
 
     Example:
         >>> [tuple(window) for window in rolling(11, 4)]  # 4 tokens are read for 4 scores; the last reads 4 for 2
@@ -189,13 +199,13 @@ def rolling(length: int, context: int) -> list[evaluation.Window]:
 def lm_eval_model(
     model: Model, params: Any, tokenizer: Any, *, context: int, chunk: int = 512, seed: int = 0
 ) -> Any:  # an lm_eval.api.model.LM, which this library does not depend on
-    """A model as the harness takes it: `lm_eval.simple_evaluate(lm_eval_model(...), tasks=[...])`.
+    """A model for the harness: `lm_eval.simple_evaluate(lm_eval_model(...), tasks=[...])`.
 
     Args:
-        model, params, tokenizer: of one another, as `fa.load` and `fa.decoder` give them.
+        model, params, tokenizer: that belong together, as from `fa.load` and `fa.decoder`.
         context: tokens that the model reads at most, such as config.context.
-        chunk: positions whose logits are held at a time.
-        seed: of what is drawn, where a task asks for samples.
+        chunk: number of positions whose logits are in memory at a time.
+        seed: of the random key for tasks that sample.
 
     Raises:
         ImportError: lm_eval is not installed. ValueError: no tokenizer.
@@ -204,11 +214,12 @@ def lm_eval_model(
 
 
 def register_lm_eval() -> None:
-    """Register "funcattn" with the harness, whose command then knows it:
+    """Register "funcattn" with the harness, for its command line:
 
         lm_eval --model funcattn --model_args pretrained=smollm2-135m,dtype=float32 --tasks hellaswag
 
-    `pretrained` is what `fa.load` takes. The registration is of the process: call it before, or in `--include_path` code.
+    `pretrained` is an argument of `fa.load`. The registration is per process: call it before, or in
+    `--include_path` code.
 
     Raises:
         ImportError: lm_eval is not installed.

@@ -1,14 +1,14 @@
-"""What a task of lm-evaluation-harness asks of generation: the options that are known, and the sampler they mean."""
+"""Generation options of lm-evaluation-harness tasks, and the sampler that they specify."""
 
 from typing import Any
 
 from .. import sampling
 from ..core import errors
 
-STEPS = 256  # tokens to write where a task does not say how many: the harness's own number
+STEPS = 256  # new tokens if a task sets no limit: the default of the harness
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# Options of generation that mean nothing where they have this value; with another they are refused, as is any other name.
+# Options without effect at these values; other values, and any other option, raise.
 NEUTRAL = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -24,7 +24,7 @@ HARMLESS = {"batch_size", "max_batch_size", "trust_remote_code", "use_fast_token
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse what a task asks for and would not get."""
+    """Raise for an option that is not implemented."""
     known = {"until", *LIMITS, *SAMPLING}
     wrong = [name for name, value in options.items() if name not in known and (name not in NEUTRAL or value != NEUTRAL[name])]
     if wrong:
@@ -36,7 +36,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def sampler_of(options: dict[str, Any]) -> sampling.Sampler:
-    """How a task wants its tokens drawn: greedily, unless it asks for samples; as transformers reads these options."""
+    """The sampler that a task specifies, as transformers reads these options; greedy by default."""
     heat = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
     if options.get("do_sample") and heat <= 0:
         errors.fail("generate_until", "temperature", "above 0 with do_sample", heat, "Leave one of them out.")

@@ -16,17 +16,19 @@ from ..kernels import attend, attention, attention_with_score
 from ..masks import Mask
 from .sdpa import dropout_key
 
-DOOR = "transformers attention"  # who speaks in errors
+DOOR = "transformers attention"  # the function name in errors
 
 
 def register_transformers() -> None:
-    """Register "funcattn" with transformers, as an attention and for the masks it wants. Calling it again changes nothing.
+    """Register "funcattn" with transformers, as an attention function and its masks; idempotent.
 
-    Models built with attn_implementation="funcattn" compose, through `functional` or torch.func.functional_call: grad, jvp, hvp,
-    and vmap with an attention_mask for each row, where "sdpa" stops inside transformers' own mask code. Keys that heads share are
-    not repeated; the sinks of gpt-oss and, more slowly, the soft caps of Gemma 2 are there. Attention dropout while training takes
-    its key from an `override_sdpa(key=...)` around the call. output_attentions=True gives the weights, dense as they are, zero
-    where a query sees no key. An option that transformers passes along and nothing here reads is an error that names it.
+    Models built with attn_implementation="funcattn" compose, through `functional` or
+    torch.func.functional_call: grad, jvp, hvp, and vmap with an attention_mask for each row, where
+    "sdpa" fails inside the mask code of transformers. Keys of grouped heads are not repeated; the
+    sinks of gpt-oss and, more slowly, the soft caps of Gemma 2 are implemented. Attention dropout
+    in training takes its key from an `override_sdpa(key=...)` around the call.
+    output_attentions=True returns dense weights, zero where a query sees no key. An option of
+    transformers that is not implemented raises.
 
     Raises:
         ImportError: transformers is not installed.
@@ -41,7 +43,8 @@ def register_transformers() -> None:
     AttentionMaskInterface.register("funcattn", _mask)
 
 
-# What transformers passes along that changes nothing here: positions are in the mask already, the rest is bookkeeping.
+# Options of transformers without effect here: the mask has the positions, the others are
+# bookkeeping.
 KNOWN = frozenset(
     {
         *("position_ids", "cache_position", "use_cache", "return_dict", "output_hidden_states", "output_router_logits", "labels"),
@@ -71,11 +74,12 @@ def _attend(
     output_attentions: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls: q (B, H, T, D), k and v (B, K, S, D) to (B, T, H, D), and weights (B, H, T, S) or None.
+    """Attention of q (B, H, T, D), k, v (B, K, S, D): out (B, T, H, D), weights (B, H, T, S).
 
-    s_aux (H,) and sinks (B, H, T, 1) are one more logit for each head or query with no value behind it: they scale out by
-    exp(lse) / (exp(lse) + exp(s)). cu_seq_lens and seq_idx say which tokens are of one document, indices (B, T, n) which keys a
-    query sees. An option that is none of these nor of KNOWN is an error, unless it is None.
+    s_aux (H,) and sinks (B, H, T, 1) are one more logit for each head or query without a value:
+    they scale out by exp(lse) / (exp(lse) + exp(s)). cu_seq_lens and seq_idx give the document of
+    each token, indices (B, T, n) the keys that a query sees. Any other option that is not in KNOWN
+    raises, unless it is None. Weights are None unless they are requested.
     """
     if cache is not None:
         errors.fail(DOOR, "cache", "None", "a paged cache", 'Take attn_implementation="sdpa" for continuous batching.')
@@ -109,12 +113,13 @@ def _attend(
     weights = None
     if output_attentions or _weights_are_collected():
         one_hot = torch.eye(S, dtype=value.dtype, device=value.device)
-        weights = mixed(one_hot.expand(*key.shape[:-2], S, S))  # the weights are what mixes values that are all different
+        # attention with one-hot values returns the weights
+        weights = mixed(one_hot.expand(*key.shape[:-2], S, S))
     return mixed(value).transpose(1, 2).contiguous(), weights
 
 
 def _weights_are_collected() -> bool:
-    """True where hooks of transformers wait for weights: a model such as GPT-2 does not pass output_attentions on."""
+    """True where hooks of transformers collect weights, since GPT-2 drops output_attentions."""
     collector: Any = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
     if collector is None:
         return False
@@ -123,7 +128,7 @@ def _weights_are_collected() -> bool:
 
 
 def _check_others(others: dict[str, Any], mask: Tensor | None, T: int, S: int) -> None:
-    """Fail where an option asks for what nothing here reads."""
+    """Raise for an option that is not implemented."""
     remedy = 'Take attn_implementation="eager", or leave it out.'
     for name, option in others.items():
         if option is None or name in KNOWN:
@@ -139,12 +144,12 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _documents(query: Tensor, key: Tensor, begin: Tensor | None, begin_keys: Tensor | None, number: Tensor | None) -> Tensor | None:
-    """Booleans (B or 1, 1, T, S), True where query and key are of one document of a packed batch; None where all are.
+    """Booleans (B or 1, 1, T, S), True where query and key are in one document; None: no documents.
 
     Args:
         query, key: (B, H, T, D) and (B, K, S, D).
-        begin, begin_keys: (documents + 1,) where documents begin and the last one ends, in a batch of one.
-        number: (B, T) of the document of each token.
+        begin, begin_keys: (documents + 1,) offsets of documents, for a batch of one.
+        number: (B, T), the index of the document of each token.
     """
     T, S = query.shape[-2], key.shape[-2]
     if begin is not None or begin_keys is not None:
@@ -161,7 +166,7 @@ def _documents(query: Tensor, key: Tensor, begin: Tensor | None, begin_keys: Ten
 
 
 def _chosen(key: Tensor, indices: Tensor | None) -> Tensor | None:
-    """Booleans (B, 1, T, S), True for the keys that indices (B, T, n) choose for each query, -1 for none; None where all are."""
+    """Booleans (B, 1, T, S), True for the keys in indices (B, T, n), -1 for none; None: all."""
     if indices is None:
         return None
     S = key.shape[-2]
@@ -170,9 +175,10 @@ def _chosen(key: Tensor, indices: Tensor | None) -> Tensor | None:
 
 
 def _mask(*sizes: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """Transformers' own booleans (B, 1, T, S), or None for plain causal attention.
+    """The boolean mask (B, 1, T, S) of transformers, or None for plain causal attention.
 
-    Transformers looks at the values of attention_mask to find out whether it may be left out, which vmap forbids: there it stays.
+    transformers reads the values of attention_mask to leave it out if possible; under vmap it
+    cannot, so the mask is kept.
     """
     from transformers.masking_utils import sdpa_mask
 

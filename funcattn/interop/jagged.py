@@ -1,8 +1,9 @@
-"""Attention over documents of different lengths, packed end to end: jagged NestedTensors in and out, without padding.
+"""Attention over packed documents of different lengths, as jagged NestedTensors, without padding.
 
-A jagged tensor (B, H, j, D) is its values (H, N, D), N tokens in all, and the offsets at which documents begin. A token sees the
-tokens of its own document: one interval of keys. So it is `fa.attention` of the values under a Mask, and since a kernel skips
-blocks that no query sees, the cost is that of each document alone and not of N squared.
+A jagged tensor (B, H, j, D) is its values (H, N, D), N tokens in all, and the offsets of documents.
+A token sees the tokens of its document: one interval of keys. So it is `fa.attention` of the values
+under a Mask, and since kernels skip blocks without visible pairs, the cost is that of attention
+within each document, not N squared.
 """
 
 from typing import Any, NamedTuple
@@ -28,19 +29,21 @@ def nested_attention(
     """Attention within each document of a jagged batch.
 
     Args:
-        q: (B, H, j, D) NestedTensor of layout torch.jagged, j the ragged axis; `x.transpose(1, 2)` of one that is (B, j, H, D).
-        k: (B, K, i, D), with H % K == 0; i may be another raggedness than j (cross-attention).
+        q: (B, H, j, D) NestedTensor of layout torch.jagged, j the ragged axis; `x.transpose(1, 2)`
+            of a (B, j, H, D) one.
+        k: (B, K, i, D), with H % K == 0; i may have other lengths than j (cross-attention).
         v: (B, K, i, Dv).
-        causal: a query sees the keys up to its own place in the document.
+        causal: a query sees the keys up to its position in the document.
         scale, dropout, key: as in `fa.attention`.
 
     Returns:
-        (B, H, j, Dv), of the raggedness of q, so that the two may be added. It trains; but no transform of torch.func takes a
-        NestedTensor, nor does autograd differentiate one twice. For those, go by the values, which are plain tensors:
+        (B, H, j, Dv), ragged as q, so that the two may be added. It is differentiable once by
+        autograd; no transform of torch.func takes a NestedTensor, and autograd does not
+        differentiate one twice. For those, use the values, which are plain tensors:
         `fa.attention(q.values(), k.values(), v.values(), document_mask(q, k))`.
 
     Raises:
-        TypeError: what is not a jagged tensor. ValueError: sizes that do not fit.
+        TypeError: an argument is not a jagged tensor. ValueError: sizes that do not fit.
 
     Example:
         >>> lengths = torch.tensor([0, 2, 5])
@@ -48,7 +51,8 @@ def nested_attention(
         >>> nested_attention(x, x, x, causal=True).values().shape
         torch.Size([1, 5, 4])
 
-    Law: what each document gives alone (test_interop_jagged.py::test_jagged_attention_is_attention_of_each_document).
+    Law: equals attention of each document by itself
+        (test_interop_jagged.py::test_jagged_attention_is_attention_of_each_document).
     """
     packed = [_unpack("nested_attention", name, x) for name, x in (("q", q), ("k", k), ("v", v))]
     queries, keys, values = packed
@@ -63,7 +67,7 @@ def nested_attention(
 
 
 def document_mask(q: Tensor, k: Tensor, *, causal: bool = False) -> Mask:
-    """The mask (N, 1) by which packed queries see the keys of their own document; q and k are jagged, as in `nested_attention`.
+    """The mask (N, 1) by which packed queries see the keys of their document; q and k are jagged.
 
     Example:
         >>> x = torch.nested.nested_tensor_from_jagged(torch.ones(3, 1, 4), torch.tensor([0, 1, 3])).transpose(1, 2)
@@ -83,11 +87,11 @@ def document_mask(q: Tensor, k: Tensor, *, causal: bool = False) -> Mask:
 
 
 class Packed(NamedTuple):
-    """What a jagged tensor (B, H, j, D) is made of."""
+    """The tensors of a jagged tensor (B, H, j, D)."""
 
     values: Tensor  # (H, N, D)
-    offsets: Tensor  # (B + 1,) where documents begin
-    lengths: Tensor | None  # (B,) where they end before the next begins
+    offsets: Tensor  # (B + 1,) starts of documents
+    lengths: Tensor | None  # (B,) lengths, if there are gaps between documents
 
 
 def _unpack(function: str, name: str, x: Any) -> Packed:

@@ -1,4 +1,4 @@
-"""A module as what it computes: a pure function, and the params it is a function of."""
+"""A module as a pure function of its params."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,16 @@ from torch.func import functional_call
 def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """Split a module into (apply, params), so that apply(params, *args) is module(*args).
 
-    Tied weights are one entry, under the first of their names, and stay tied. Buffers are constants: what a call writes to them,
-    as batch norm does while training, is forgotten after it. apply follows the module as it is at the time of the call, its mode
-    (train or eval) included.
+    Tied weights are one entry, under the first of their names, and stay tied. Buffers are
+    constants: a call's writes to them, as of batch norm in training, are discarded. apply uses the
+    module as it is at the time of the call, including its mode (train or eval).
 
     Args:
-        module: any nn.Module; it is left as it is.
+        module: any nn.Module; it is not modified.
 
     Returns:
         apply: (params, *args, **kwargs) -> what the module returns.
-        params: dict of names to tensors, detached, of the storage that the module has.
+        params: dict of names to tensors, detached, with the storage of the module.
 
     Example:
         >>> import torch

@@ -1,15 +1,18 @@
-"""Attention of modules that their user did not write, closed for as long as a `with` lasts.
+"""Replacing F.scaled_dot_product_attention in existing modules inside a `with`.
 
-A call of F.scaled_dot_product_attention is found where torch lets one ask: by a TorchFunctionMode. Three places hide from it.
+Calls are intercepted by a TorchFunctionMode. Three call sites are not visible to it:
 
-- F.multi_head_attention_forward, inside nn.MultiheadAttention and so inside nn.Transformer*, may itself be overridden: the mode is
-  told of that call, and is switched off inside it. So it runs a copy of that function whose globals hold our attention.
-- A backward pass hides the forward that torch.utils.checkpoint runs again in it, in the same way: the mode runs a copy of the call
-  that began the pass, and stays on.
-- The fused inference path of nn.TransformerEncoderLayer never calls attention by name. Eager code leaves it alone while a mode is
-  active, compiled code does not: it is switched off for the context, in the whole process.
+- F.multi_head_attention_forward, in nn.MultiheadAttention and nn.Transformer*, is itself
+overridable:
+  the mode sees that call, and is disabled inside it. So the mode runs a copy of that function whose
+  globals hold `fa.attention`.
+- A backward pass likewise hides the forward that torch.utils.checkpoint recomputes: the mode runs a
+  copy of the call that starts the backward pass, and stays active.
+- The fused inference path of nn.TransformerEncoderLayer does not call the attention function. Eager
+  code avoids it while a mode is active, compiled code does not: it is disabled during the context,
+  in the whole process.
 
-The mode itself belongs to one thread, and torch.compile guards on it: what was compiled outside is compiled anew inside.
+The mode is per thread, and torch.compile guards on it: code compiled outside is recompiled inside.
 """
 
 import contextlib
@@ -36,30 +39,35 @@ PLAIN = {Tensor, torch.nn.Parameter}
 
 @contextlib.contextmanager
 def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
-    """Make the calls of F.scaled_dot_product_attention inside the `with` `fa.attention`: jvp, hvp, hessian, vmap(grad) go through.
+    """Replace F.scaled_dot_product_attention by `fa.attention`, which composes with transforms.
 
-    It holds in any module, in train and eval, under torch.func, `fa.remat` and torch.compile (enter it outside of what is
-    compiled), for the whole signature: masks of booleans, of numbers, the causal ones of torch.nn.attention.bias; dropout_p,
-    is_causal (together with attn_mask too: what either hides is hidden, as on torch's CPU route), scale, enable_gqa; jagged
-    NestedTensors (see `nested_attention`). Where no derivative is asked, torch's own kernel still does the work. Attention weights
-    are dense by nature: need_weights=True computes them as torch does, which composes already, but for a query whose keys are all
-    hidden: its weights are zeros, as its output and its derivatives are.
+    jvp, hvp, hessian and vmap(grad) work. It applies to any module, in train and eval, under
+    torch.func, `fa.remat` and torch.compile (enter it outside of the compiled function), with the
+    whole signature: boolean and floating masks, those of torch.nn.attention.bias; dropout_p,
+    is_causal (with attn_mask too: a pair is hidden if either hides it, as on torch's CPU path),
+    scale, enable_gqa; jagged NestedTensors (see `nested_attention`). Without derivatives torch's
+    kernel is still used. Attention weights are dense: need_weights=True computes them as torch
+    does, which composes, except for a query whose keys are all hidden: its weights are zero, and so
+    are its output and derivatives.
 
-    What is not a call of that function is left as it is: flash_attn, xformers, torch's flex_attention, operators of
-    torch.ops.aten, and a call from inside another TorchFunctionMode's own handler or from C++.
+    Not replaced are flash_attn, xformers, torch's flex_attention, operators of torch.ops.aten, and
+    calls from inside the handler of another TorchFunctionMode or from C++.
 
-    Contexts nest. Other threads are left as they were, but for the fused inference path of nn.Transformer*, which no thread takes
-    before the last context ends. With torch.utils.checkpoint, keep the backward pass inside and begin it by Tensor.backward,
-    torch.autograd.backward or torch.autograd.grad: it runs the forward again, which is closed there at first order only; for
-    higher orders take `fa.remat`.
+    Contexts nest. Other threads are not affected, except for the fused inference path of
+    nn.Transformer*, which is disabled in all threads until the last context ends. With
+    torch.utils.checkpoint, keep the backward pass inside and start it by Tensor.backward,
+    torch.autograd.backward or torch.autograd.grad: it recomputes the forward, which composes there
+    at first order only; for higher orders use `fa.remat`.
 
     Args:
-        key: randomness of attention dropout, int64 (2,). The n-th call that drops weights spends fold_in(key, n), counted from the
-            start of the context, and every row of a vmap drops the same. Torch's global generator is never used.
+        key: randomness of attention dropout, int64 (2,). The n-th call with dropout uses
+            fold_in(key, n), counted from the start of the context; all rows under vmap drop the
+            same. torch's global generator is never used.
 
     Raises:
-        ValueError: dropout_p > 0 and no key. RuntimeError: dropout_p > 0 in a backward pass, where torch.utils.checkpoint computes
-            again what it should not draw again (`fa.remat` draws the same again).
+        ValueError: dropout_p > 0 and no key. RuntimeError: dropout_p > 0 in a backward pass, where
+            torch.utils.checkpoint would draw other dropout in the recomputation (`fa.remat` draws
+            the same).
 
     Example:
         >>> from torch.func import jvp
@@ -69,7 +77,8 @@ def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
         ...     jvp(f, (torch.ones(3, 8),), (torch.ones(3, 8),))[1].shape
         torch.Size([3, 8])
 
-    Law: inside, what torch computes and torch's dense route differentiates (test_interop.py, PyTorch's own OpInfo samples).
+    Law: values equal torch's, derivatives those of torch's dense path (test_interop.py, PyTorch's
+        OpInfo samples).
     """
     if key is not None and (not isinstance(key, Tensor) or key.shape != (2,) or key.is_floating_point()):
         got = errors.shape(key) if isinstance(key, Tensor) else key
@@ -79,7 +88,7 @@ def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
 
 
 class Override(Drawing):
-    """The mode of `override_sdpa`: it knows torch's attention when it sees it, and counts how often weights were dropped."""
+    """The mode of `override_sdpa`: intercepts torch's attention, counts draws of dropout."""
 
     def __init__(self, key: Tensor | None) -> None:
         super().__init__()
@@ -88,8 +97,9 @@ class Override(Drawing):
             _multi_head,
             scaled_dot_product_attention=self.attend,
             _check_key_padding_mask=_check_key_padding_mask,
-            softmax=_softmax,  # of the weights, where they are asked for
-            has_torch_function=_never,  # a default device is a mode too, and would be handed torch's own function
+            softmax=_softmax,  # of the weights, if they are requested
+            # a default device is a mode too, and would get torch's function
+            has_torch_function=_never,
         )
         self.backward = {
             Tensor.backward: _rebound(Tensor.backward, has_torch_function_unary=_never),
@@ -98,7 +108,7 @@ class Override(Drawing):
         }
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Torch calls this for each of its functions, with the mode itself switched off."""
+        """Called by torch for each of its functions, with this mode disabled."""
         kwargs = kwargs or {}
         if func is _sdpa:
             return self.attend(*args, **kwargs)
@@ -107,7 +117,8 @@ class Override(Drawing):
         if func in self.backward and set(types) <= PLAIN:
             with self:
                 return self.backward[func](*args, **kwargs)
-        if func is Tensor.unflatten:  # the one method of Tensor with a super() that Dynamo cannot follow
+        # the one method of Tensor with a super() call, which Dynamo cannot trace
+        if func is Tensor.unflatten:
             return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -135,16 +146,17 @@ class Override(Drawing):
         mask, bias = _visible(attn_mask, is_causal, query, key)
         heads = [x.shape[-3:-2] for x in (query, key, value)]
         if all(heads) and (enable_gqa or heads[0] == heads[1] == heads[2]):
-            if heads[1] != heads[2]:  # torch lets key and value share the query heads in groups of different sizes
+            if heads[1] != heads[2]:  # torch allows groups of different sizes for key and value
                 key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
             return attention(query, key, value, mask, scale=scale, bias=bias, dropout=dropout_p, key=draw)
-        # Any leading axis may be lacking or of size one, that of the heads too: with one more axis they all broadcast.
+        # Any leading axis may be missing or of size one, heads too: with one more axis all
+        # broadcast.
         query, key, value = (x.unsqueeze(-3) for x in (query, key, value))
         mask, bias = (x.unsqueeze(-3) if isinstance(x, Tensor) and x.dim() > 2 else x for x in (mask, bias))
         return attention(query, key, value, mask, scale=scale, bias=bias, dropout=dropout_p, key=draw).squeeze(-3)
 
     def draw(self, rate: float) -> Tensor | None:
-        """The next key of dropout, or None where nothing is dropped."""
+        """The next key of dropout, or None without dropout."""
         if not rate:
             return None
         if self.key is None:
@@ -158,7 +170,7 @@ class Override(Drawing):
 
 
 def dropout_key(rate: float) -> Tensor | None:
-    """The next key of the innermost `override_sdpa` around the caller, or None where nothing is dropped."""
+    """The next key of the innermost active `override_sdpa`, or None without dropout."""
     if not rate:
         return None
     modes = torch.overrides._get_current_function_mode_stack()
@@ -166,10 +178,11 @@ def dropout_key(rate: float) -> Tensor | None:
 
 
 def _visible(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Any, Tensor | None]:
-    """What torch calls attn_mask and is_causal, as a mask and a bias."""
+    """attn_mask and is_causal of torch as a mask and a bias."""
     diagonal = "upper" if is_causal else ""
     if isinstance(attn_mask, Tensor) and type(attn_mask) not in (Tensor, torch.nn.Parameter):
-        from torch.nn.attention.bias import CausalBias, CausalVariant  # late: it imports torch.compile's machinery, a second
+        # imported here since it takes a second: it imports torch.compile
+        from torch.nn.attention.bias import CausalBias, CausalVariant
 
         if isinstance(attn_mask, CausalBias):
             if is_causal:
@@ -187,7 +200,8 @@ def _visible(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tup
     if diagonal:
         here = torch.zeros((), dtype=torch.int64, device=query.device)
         causal = masks.causal(query.shape[-2], key.shape[-2], align=diagonal, offset=here)
-        if isinstance(mask, Tensor):  # torch's route on the CPU takes both, and hides what either hides
+        # torch's CPU path takes both; a pair is hidden if either hides it
+        if isinstance(mask, Tensor):
             mask = mask & causal.dense(key.shape[-2])
         else:
             mask = causal if mask is None else mask & causal
@@ -195,9 +209,9 @@ def _visible(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tup
 
 
 def _rebound(function: Any, **others: Any) -> Callable[..., Any]:
-    """A copy of a function of torch with others among its globals.
+    """A copy of a torch function with some globals replaced.
 
-    They have no `__name__`, by which Dynamo would look for them in torch's own module.
+    Its globals have no `__name__`, by which Dynamo would look names up in torch's module.
     """
     known = {name: value for name, value in function.__globals__.items() if name != "__name__"} | others
     copy = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__)
@@ -206,7 +220,7 @@ def _rebound(function: Any, **others: Any) -> Callable[..., Any]:
 
 
 def _never(*_: Any) -> bool:
-    """In place of has_torch_function, where the mode was told already."""
+    """In place of has_torch_function, since the mode has intercepted the call already."""
     return False
 
 
@@ -217,7 +231,7 @@ def _check_key_padding_mask(key_padding_mask: Tensor, src_len: int, bsz: int) ->
 
 
 def _softmax(x: Tensor, dim: int) -> Tensor:
-    """Softmax with zeros, and zero derivatives, for a query whose keys are all hidden: torch's has NaN, also in its gradient."""
+    """Softmax with zeros and zero derivatives for a row of -inf, where torch's gives NaN."""
     empty = torch.eq(x, float("-inf")).all(dim, keepdim=True)
     return torch.where(empty, 0, torch.where(empty, 0, x).softmax(dim))
 
@@ -228,7 +242,7 @@ _contexts, _fused_before = 0, True
 
 @contextlib.contextmanager
 def _no_fused_inference() -> Iterator[None]:
-    """The flag is the process's: the first context of all threads takes it, the last gives it back."""
+    """Disable the fast path, a flag of the process; the last context of all threads restores it."""
     global _contexts, _fused_before
     with _lock:
         if not _contexts:

@@ -1,14 +1,15 @@
-"""What a mesh says, counted: collectives of a layer, bytes that cross, and how long a step may take.
+"""A cost model of a mesh: collectives per layer, bytes sent, and the time of a step.
 
-A ring collective over n devices moves, of S bytes on each device,
+A ring collective over n devices sends, for S bytes on each device,
 
-    all_reduce 2 (n - 1) / n S        all_gather, reduce_scatter (n - 1) / n S of the whole        permute S
+    all_reduce 2 (n - 1) / n S    all_gather, reduce_scatter (n - 1) / n S of the whole    permute S
 
-and waits for 2 (n - 1), n - 1 and 1 messages. Compute and weights divide by the devices; what crosses the
-mesh does not, so the share of communication grows with n: that is the whole of scaling, and what `cost` tells of.
+and waits for 2 (n - 1), n - 1 and 1 messages. Compute and weights are divided by the number of
+devices; the bytes that cross the mesh are not, so the fraction of communication grows with n.
 
-Source: Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, 2005; Kaplan et al.,
-arXiv:2001.08361, section 2.1 (2 N operations a token forward, twice as many backward).
+Source: Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in
+MPICH, 2005; Kaplan et al., arXiv:2001.08361, section 2.1 (2 N operations a token forward, twice as
+many backward).
 """
 
 import math
@@ -25,14 +26,14 @@ CONTEXT = "context"
 
 @dataclass(frozen=True)
 class CollectiveCost:
-    """One kind of collective in a step: how often, over how many devices, and the bytes that a device gives each time."""
+    """One kind of collective in a step: number of calls, devices, and bytes per call and device."""
 
     axis: str
     kind: str
     phase: str  # "forward" or "backward"
     calls: int
     devices: int
-    nbytes: float  # of one call: of the part where parts are gathered or permuted, of the whole where sums are reduced
+    nbytes: float  # of one call: of the shard if gathered or permuted, of the whole if reduced
 
     @property
     def traffic(self) -> float:
@@ -43,22 +44,22 @@ class CollectiveCost:
 
     @property
     def messages(self) -> int:
-        """Messages that a device waits for, one after the other."""
+        """Number of sequential messages that a device waits for."""
         n = self.devices
         return self.calls * {"all_reduce": 2 * (n - 1), "all_gather": n - 1, "reduce_scatter": n - 1, "permute": 1}[self.kind]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step takes on each device, as a table when printed."""
+    """The cost of a step on each device; prints as a table."""
 
     collectives: tuple[CollectiveCost, ...]
     layers: int
     devices: int
     operations: float  # of one device
-    weights: float  # bytes that one device keeps
-    seconds: float  # of compute and of memory, whichever is longer
-    communication: float  # seconds of collectives, none of them hidden behind compute
+    weights: float  # bytes stored on one device
+    seconds: float  # the larger of compute and memory time
+    communication: float  # seconds of collectives, without overlap with compute
 
     @property
     def traffic(self) -> float:
@@ -67,11 +68,11 @@ class Cost:
 
     @property
     def efficiency(self) -> float:
-        """Share of the time that is not communication: 1 is perfect scaling."""
+        """The fraction of the time that is not communication: 1 is perfect scaling."""
         return self.seconds / (self.seconds + self.communication) if self.seconds else 0.0
 
     def per_layer(self, axis: str, phase: str) -> int:
-        """Collectives of a layer over an axis, of every kind."""
+        """Number of collectives per layer over an axis, of every kind."""
         calls = {one.kind: one.calls for one in self.collectives if one.axis == axis and one.phase == phase}
         return sum(n // self.layers for n in calls.values())
 
@@ -103,25 +104,28 @@ def cost(
     bandwidth: float = 300e9,
     latency: float = 5e-6,
 ) -> Cost:
-    """What a step of a decoder says and takes on a mesh.
+    """The collectives and the estimated time of a step of a decoder on a mesh.
 
     Args:
         config: sizes.
         mesh: a mesh, or names and sizes of its axes: {"data": 8, "tensor": 8, "context": 1}.
-        tokens: of each row that is new: 1 is a decode step.
-        rows: in all; those of "data" divide among its devices.
-        training: backward too, and the gradients of what "data" or "context" holds whole.
+        tokens: new tokens per row: 1 is a decode step.
+        rows: batch size over all devices; they are divided over "data".
+        training: include the backward pass and the reduction of gradients over "data" and
+            "context".
         sharded: by `fsdp`: weights are gathered over "data" forward and backward, gradients scattered.
-        nbytes: of a number.
-        flops, memory, bandwidth, latency: of one device: operations and bytes of memory a second, bytes a second to others, seconds
-            a message. The defaults are those of an accelerator of 2024 with its fast links; give your own.
+        nbytes: bytes per element.
+        flops, memory, bandwidth, latency: of one device: operations per second, bytes of memory per
+            second, bytes per second to others, seconds per message. The defaults are those of an
+            accelerator of 2024 with its fast links.
 
     Example:
         >>> found = cost(Config(), {"tensor": 2}, training=True)
         >>> found.per_layer("tensor", "forward"), found.per_layer("tensor", "backward")
         (2, 2)
 
-    Law: calls of a layer are those that processes make (tests/distributed: test_the_cost_of_a_layer_is_what_is_counted).
+    Law: calls per layer equal those that processes make (tests/distributed:
+        test_the_cost_of_a_layer_is_what_is_counted).
     """
     sizes = dict(mesh) if isinstance(mesh, dict) else axes_of(mesh)
     for name, size in sizes.items():
@@ -176,7 +180,7 @@ def cost(
 
 
 def _sizes(config: Config) -> tuple[dict[str, float], float]:
-    """Numbers in the matrices and in the vectors of a layer, on average, and outside of the layers."""
+    """Elements of the matrices and vectors of a layer, on average, and of other weights."""
     wanted = shapes(config)
     found = {"matrices": 0.0, "vectors": 0.0}
     for layer in wanted.layers:
@@ -188,7 +192,7 @@ def _sizes(config: Config) -> tuple[dict[str, float], float]:
 
 
 def _leaves(config: Config) -> dict[str, int]:
-    """Matrices and vectors of a layer."""
+    """Numbers of matrices and vectors of a layer."""
     first = [shape for shape in shapes(config).layers[0] if shape]
     matrices = sum(len(shape) > 1 for shape in first)
     return {"matrices": matrices, "vectors": max(1, len(first) - matrices)}

@@ -1,4 +1,4 @@
-"""All devices of a mesh at once: process groups that names are bound to, or a vmap for each axis of a `Grid`."""
+"""Running on all devices of a mesh: axes bound to process groups, or a vmap per axis."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from .storing import distributed
 
 
 def refuse_transform(what: str) -> None:
-    """Raise where a transform is outside of something that spans processes."""
+    """Raise TypeError: a transform is active outside of a function that spans processes."""
     remedy = f"{what} is the outermost: write shard_map(grad(f), ...), not grad(shard_map(f, ...)); or map over a Grid."
     errors.fail(what, "the call", "outside of grad, vjp, jvp and vmap", "one inside", remedy, TypeError)
 
@@ -32,21 +32,22 @@ def bind(mesh: Any, seen: Sequence[str]) -> Any:
 
 @contextlib.contextmanager
 def inside(mesh: Any) -> Iterator[None]:
-    """A whole program on this process's parts: the names of a DeviceMesh are bound, as they are inside of shard_map.
+    """Bind the axes of a DeviceMesh for a whole program on this process's shards.
 
-    For loops that own their arguments, such as `fa.training.fit`: values are plain tensors, which `to_local` takes from DTensors.
+    For functions that take whole trees, such as `fa.training.fit`: values are plain tensors, which
+    `to_local` takes from DTensors.
 
-    What all processes should hold alike is compared where it comes in (`collectives.agree`): tokens,
-    keys, samplers, drafters and sizes at the beginning of each verb (generate, speculate, beam_search, score, fit, and
-    loss on the CPU), whole trees by `shard`. Parts of a tree that each process has read or made by
-    itself are not compared, for they differ.
+    Replicated values are compared between processes (`collectives.agree`): tokens, keys, samplers,
+    drafters and sizes at the beginning of each verb (generate, speculate, beam_search, score, fit,
+    and loss on the CPU), whole trees by `shard`. Shards that each process has read or created are
+    not compared, since they differ.
     """
     with bind(mesh, tuple(axes_of(mesh))):
         yield
 
 
 def wrapped(out: Tree, mesh: Any, out_specs: Any, *, alike: bool) -> Tree:
-    """The results of this process as DTensors; `alike` checks that what is not cut is the same on every process."""
+    """The results of this process as DTensors; `alike` compares unsharded ones."""
     flat, structure = optree.tree_flatten(out)
     cuts = broadcast(out_specs, out)
     for x in flat:
@@ -59,7 +60,7 @@ def wrapped(out: Tree, mesh: Any, out_specs: Any, *, alike: bool) -> Tree:
 
 
 def _check_over(x: Tensor, spec: PartitionSpec, mesh: Any) -> None:
-    """The least and the greatest of all processes tell it, and tell it to all of them alike."""
+    """Compare minimum and maximum over all processes, so that every process raises alike."""
     wide = x.detach().double() if x.is_floating_point() else x.detach().long()
     for name, n in axes_of(mesh).items():
         if n > 1 and spec.cut(name) is None:
@@ -68,7 +69,7 @@ def _check_over(x: Tensor, spec: PartitionSpec, mesh: Any) -> None:
 
 
 def check(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> None:
-    """Fail where a spec does not fit a leaf."""
+    """Raise where a spec does not fit a leaf."""
     if not isinstance(leaf, Tensor):
         errors.fail("shard_map", "arguments", "trees of tensors", f"a {type(leaf).__name__}", "Close f over it.", TypeError)
     if len(spec) > leaf.dim():
@@ -130,18 +131,19 @@ def _over(f: Callable[..., Any], name: str, n: int, cut: list[bool], seen: bool)
 
 
 def _split(x: Tensor, spec: PartitionSpec, mesh: Grid) -> Tensor:
-    """The parts of all devices, stacked in front in the order of the mesh's axes, of those that cut x."""
+    """The shards of all devices, stacked in front along the mesh axes that shard x."""
     done = 0
     for name, n in mesh.axes:
         dim = spec.cut(name)
-        if dim is not None:  # outer axes of the mesh are outer in the spec: what is left of the axis is cut again
+        # outer axes of the mesh are outer in the spec: the remaining axis is split again
+        if dim is not None:
             x = x.unflatten(done + dim, (n, -1)).movedim(done + dim, done)
             done += 1
     return x
 
 
 def _join(x: Tensor, spec: PartitionSpec, mesh: Grid) -> Tensor:
-    """The whole of results (*mesh, ...): parts side by side, and of what is not cut the first, once all are seen to be the same."""
+    """The whole of results (*mesh, ...): shards concatenated, replicated ones checked."""
     left = len(mesh.axes)
     for name, _ in reversed(mesh.axes):
         left -= 1
@@ -150,7 +152,7 @@ def _join(x: Tensor, spec: PartitionSpec, mesh: Grid) -> Tensor:
             _check_alike(x.select(left, 0), x, left, name)
             x = x.select(left, 0)
             continue
-        later = sum(1 for other, _ in mesh.axes[:left])  # axes that are still in front of the value
+        later = sum(1 for other, _ in mesh.axes[:left])  # mesh axes still in front of the value
         x = x.movedim(left, later + dim).flatten(later + dim, later + dim + 1)
     return x
 
@@ -162,7 +164,7 @@ def _check_alike(first: Tensor, x: Tensor, dim: int, name: str) -> None:
 
 
 def _compare(one: Tensor, other: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Fail where numbers that should be the same differ by more than sums in another order do: half of the digits."""
+    """Raise where replicated values differ in more than half of the digits (sums may reorder)."""
     if dtype.is_floating_point:
         near = torch.finfo(dtype).eps ** 0.5
         largest = float(one.abs().nan_to_num(0, 0, 0).amax()) if one.numel() else 0.0

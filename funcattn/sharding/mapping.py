@@ -1,11 +1,12 @@
-"""shard_map and spmd: one function on every device of a mesh, each with its own part of the arguments.
+"""shard_map and spmd: a function on every device of a mesh, each with its shards of the arguments.
 
     shard_map(f, mesh, in_specs, out_specs)     a DeviceMesh: this process is one of the devices
-    shard_map(f, Grid(tensor=2), ...)           a Grid: all of them are here, by vmap
-    spmd(f, "tensor", 2, in_specs, out_specs)   the same, of one axis
+    shard_map(f, Grid(tensor=2), ...)           a Grid: all devices in this process, by vmap
+    spmd(f, "tensor", 2, in_specs, out_specs)   the same, with one axis
 
-Inside f values are plain tensors, each device's own part, and the names of the axes are bound: `psum` and its kin speak between
-devices. So grad, vjp, jvp, vmap and their nestings go inside: shard_map(grad(f)). A DTensor is how a value is kept outside.
+Inside f values are plain tensors, each device's shard, and the axis names are bound: `psum` and the
+other collectives communicate. So grad, vjp, jvp, vmap and their nestings go inside:
+shard_map(grad(f)). A DTensor stores a value outside.
 
 Source: JAX's shard_map (DESIGN note 14273).
 """
@@ -29,16 +30,16 @@ from .storing import is_distributed, local, spec_of
 
 @door
 def spmd(f: Callable[..., Any], axis: str, n: int, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """f on n devices that are all in this process: a vmap whose axis psum and its kin speak over.
+    """f on n devices simulated by a vmap in this process, with a bound axis for collectives.
 
-    It takes and returns whole values, and goes through every transform from outside as well as inside.
+    It takes and returns whole values, and composes with every transform outside and inside.
 
     Args:
-        f: of the parts of its arguments; positional ones.
-        axis: the name that f calls the axis by.
-        n: devices.
+        f: a function of shards; positional arguments.
+        axis: the axis name that f uses.
+        n: number of devices.
         in_specs: one for each argument, each a prefix of its tree; or one spec for all.
-        out_specs: of what f returns.
+        out_specs: a prefix of the tree that f returns.
 
     Example:
         >>> import torch
@@ -61,27 +62,34 @@ def shard_map(
     axes: Sequence[str] | None = None,
     check_alike: bool = True,
 ) -> Any:
-    """f on every device of a mesh; or, of a Model, the same Model on params that were sharded.
+    """f on every device of a mesh; or, for a Model, the same Model on sharded params.
 
     Args:
-        f: a function of the parts of its positional arguments, or a Model (then see `models.sharded`; no specs).
+        f: a function of the shards of its positional arguments, or a Model (then see
+            `models.sharded`; no specs).
         mesh: a DeviceMesh with names, or a Grid.
-        in_specs: a tuple, one for each argument, each a prefix of its tree of `P`; or one P for all. None stands for what the
-            DTensors among the arguments say of themselves, and whole for the others.
-        out_specs: a prefix of the tree that f returns. A result that is not cut should be the same on every device.
-        check_alike: whether arguments that are no DTensors, and results that are not cut, are held against those of the other
-            processes, which costs one all_reduce of a few numbers, and two of each result. Over a Grid results always are.
-        axes: which names f sees; the others cut values, and f computes as if its part were all. None is all.
+        in_specs: a tuple, one for each argument, each a prefix of its tree of `P`; or one P for
+            all. None takes the specs of DTensors, and P() for other arguments.
+        out_specs: a prefix of the tree that f returns. An unsharded result should be the same on
+            every device.
+        check_alike: whether arguments that are not DTensors, and unsharded results, are compared
+            between processes, which costs one all_reduce of a few numbers, and two of each result.
+            Over a Grid results always are.
+        axes: the names that are bound in f; the other axes shard values, and f computes as if its
+            shard were the whole. None is all.
 
     Returns:
-        A function of whole values, or over a DeviceMesh of DTensors, or plain tensors that every process holds alike. It returns
-        whole values over a Grid, and DTensors (also of what is not cut; see `gather`) over a DeviceMesh.
+        A function of whole values, or over a DeviceMesh of DTensors, or plain tensors that are the
+        same on every process. It returns whole values over a Grid, and DTensors (also of unsharded
+        results; see `gather`) over a DeviceMesh.
 
     Raises:
-        TypeError: called inside a transform over a DeviceMesh: shard_map is the outermost. Write shard_map(grad(f)).
+        TypeError: called inside a transform over a DeviceMesh: shard_map must be the outermost.
+            Write shard_map(grad(f)).
         ValueError: specs that do not fit.
 
-    Law: equals f of the whole (test_sharding.py; over processes, tests/distributed: test_processes_compute_what_one_device_does).
+    Law: equals f of the whole (test_sharding.py; over processes, tests/distributed:
+    test_processes_compute_what_one_device_does).
     """
     sizes = axes_of(mesh)
     if isinstance(f, Model):

@@ -1,11 +1,12 @@
-"""Which axis of a tensor is cut along which axis of a mesh: a spec for a leaf, ordered rules for a tree.
+"""Which axis of a tensor is sharded over which axis of a mesh: a spec per leaf, rules for a tree.
 
     P("tensor", None)              rows over the axis "tensor", columns whole
-    P("tensor", "data")            and columns over "data"
-    P()                            whole on every device
+    P("tensor", "data")            columns over "data" too
+    P()                            replicated
 
-A rule is a regular expression that the whole path of a weight must match, and a spec; the first that matches holds, and a weight
-that none matches is an error. A record goes by the rule of the weight that it stands for: its codes and scales are cut together.
+A rule is a regular expression that must match the whole path of a weight, and a spec; the first
+match applies, and a weight without a match raises. A quantized record follows the rule of the
+weight that it represents: its codes and scales are sharded together.
 
 Source: JAX's PartitionSpec; match_partition_rules of EasyLM.
 """
@@ -23,7 +24,7 @@ from ..tree import Tree
 
 
 class PartitionSpec(tuple[Any, ...]):
-    """For each axis of a tensor the name of the mesh axis that cuts it, several names (outer first), or None; P() cuts none.
+    """For each axis of a tensor a mesh axis that shards it, several (outer first), or None.
 
     Example:
         >>> PartitionSpec("tensor", None)
@@ -45,16 +46,16 @@ class PartitionSpec(tuple[Any, ...]):
         return f"P({', '.join(map(repr, self))})"
 
     def names(self, dim: int) -> tuple[str, ...]:
-        """The mesh axes that cut an axis of the tensor, outer first."""
+        """The mesh axes that shard an axis of the tensor, outer first."""
         entry = self[dim] if dim < len(self) else None
         return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
     def axes(self) -> tuple[str, ...]:
-        """All mesh axes that cut the tensor."""
+        """All mesh axes that shard the tensor."""
         return tuple(name for dim in range(len(self)) for name in self.names(dim))
 
     def cut(self, name: str) -> int | None:
-        """The axis of the tensor that a mesh axis cuts, or None."""
+        """The axis of the tensor that a mesh axis shards, or None."""
         return next((dim for dim in range(len(self)) if name in self.names(dim)), None)
 
 
@@ -63,7 +64,7 @@ P = PartitionSpec
 
 @dataclass(frozen=True)
 class VirtualMesh:
-    """A mesh in one process: names and sizes of axes, and no process group. What runs over it is vmap.
+    """A mesh simulated in one process by vmap: names and sizes of axes, without process groups.
 
     Example:
         >>> Grid(data=2, tensor=3).shape
@@ -105,11 +106,11 @@ def axes_of(mesh: Mesh) -> dict[str, int]:
 
 
 class Rule(NamedTuple):
-    """path: a regular expression that the whole path of a weight matches; spec; and how many rows stay together."""
+    """path: a regular expression for the whole path; spec; block: rows that stay together."""
 
     path: str
     spec: PartitionSpec
-    block: int = 1  # neighbouring rows that are not cut apart, as the features of a head
+    block: int = 1  # neighbouring rows on one device, such as the features of a head
 
 
 Rules: TypeAlias = Sequence[Rule | tuple[str, PartitionSpec]]
@@ -121,7 +122,7 @@ def is_spec(node: Any) -> bool:
 
 
 def pieces(spec: PartitionSpec, dim: int, sizes: dict[str, int]) -> int:
-    """Into how many pieces an axis of a tensor is cut."""
+    """The number of shards along an axis of a tensor."""
     n = 1
     for name in spec.names(dim):
         n *= sizes[name]
@@ -129,7 +130,7 @@ def pieces(spec: PartitionSpec, dim: int, sizes: dict[str, int]) -> int:
 
 
 def broadcast(prefix: Any, whole: Tree, function: str = "shard_map") -> list[PartitionSpec]:
-    """The spec of each leaf of `whole`, in order, from a prefix of it: a spec stands for all leaves below its place."""
+    """The spec of each leaf of `whole`; a spec in the prefix applies to all leaves below it."""
     try:
         return optree.broadcast_prefix(prefix, whole, is_leaf=is_spec)
     except ValueError as error:
@@ -138,12 +139,12 @@ def broadcast(prefix: Any, whole: Tree, function: str = "shard_map") -> list[Par
 
 
 def part(leaf: Tensor, spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> Tensor:
-    """What the device at these coordinates holds of a leaf: a view."""
+    """The shard of a leaf on the device at these coordinates: a view."""
     return leaf[bounds(tuple(leaf.shape), spec, coordinates, sizes)]
 
 
 def bounds(shape: tuple[int, ...], spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> tuple[slice, ...]:
-    """Where in a leaf of that shape the part of the device at these coordinates is."""
+    """The slices of a leaf of this shape that the device at these coordinates stores."""
     found = []
     for dim, size in enumerate(shape):
         n, i = 1, 0

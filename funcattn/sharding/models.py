@@ -1,13 +1,15 @@
-"""A Model whose functions run on every device of a mesh: from outside it is the Model it was.
+"""A Model whose functions run on every device of a mesh, with the same signature.
 
     params = fa.shard(mesh)(params)
     fa.generate(key, fa.shard_map(model, mesh), params, prompt, steps=32)
 
-Over a DeviceMesh every process calls it alike. Params are DTensors, tokens and logits whole on every process, and pasts plain
-tensors of this process's heads: whoever commits, forks or grows them need not know. Over a `Grid` params are whole, and the heads
-of a past stand one device's behind the other's.
+Over a DeviceMesh every process makes the same calls. Params are DTensors, tokens and logits are
+replicated, and caches are plain tensors of this process's heads: commit, fork and grow need no
+change. Over a `Grid` params are whole, and the heads of a cache are those of all devices,
+concatenated.
 
-For a gradient map the function that takes it: shard_map(grad(f), mesh, ...), where f calls the model that is not mapped.
+For a gradient, map the function that computes it: shard_map(grad(f), mesh, ...), where f calls the
+model that is not mapped.
 """
 
 import functools
@@ -38,7 +40,7 @@ def sharded(model: Model, mesh: Mesh) -> Model:
     """The Model on a mesh; see the module.
 
     Raises:
-        TypeError: not a Model, or over a Grid one that has no config.
+        TypeError: not a Model, or over a Grid one without a config.
     """
     if not isinstance(model, Model) or (isinstance(mesh, Grid) and model.config is None):
         wanted = "from fa.decoder" if isinstance(mesh, Grid) else "a Model"
@@ -70,7 +72,7 @@ def _speak(mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]
             held = [local(x, spec_of(x), mesh) if is_distributed(x) else x for x in flat]
             with bind(mesh, names):
                 cache = args[2] if len(args) > 2 else options.get("cache", ABSENT)
-                if name == "hidden" and is_absent(cache):  # not of decoding, token by token
+                if name == "hidden" and is_absent(cache):  # not in decoding, per token
                     agree("shard_map", {"tokens": args[1:]})
                 return f(*optree.tree_unflatten(structure, held), **options)
 

@@ -1,8 +1,8 @@
-"""Rules for the decoder, of the table in `transformer.partition`: tensor parallel, fully sharded, or both; and
-the specs that rules give to every leaf of a tree, checked against its sizes, records of this library included.
+"""Sharding rules for the decoder, from the table in `transformer.partition`, and specs of a tree.
 
-`fsdp` cuts every matrix over "data" besides, along the axis that "tensor" does not cut; the decoder gathers a layer when it needs
-it.
+`tensor_parallel` and `fsdp` return rules; `specs` applies rules to every leaf of a tree, checks
+sizes, and supports the records of this library. `fsdp` shards every matrix over "data" too, along
+the axis that "tensor" does not shard; the decoder gathers a layer when it needs it.
 
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
 """
@@ -30,10 +30,11 @@ def tensor_parallel(config: Config | None = None, *, size: int | None = None) ->
     """Tensor parallelism over the axis "tensor".
 
     Args:
-        config: whose heads are not cut through, and whose experts are told from dense layers. None takes every weight for what
-            its path says, and finds heads that were cut through when the model runs.
-        size: devices along "tensor". Where config has fewer key/value heads than that, they are kept whole on every device (each
-            computes those that its query heads read, and their gradients are summed), if the heads divide the devices.
+        config: heads are kept whole, and layers of experts are recognized. None uses only the paths
+            of the weights; heads split between devices then raise when the model runs.
+        size: devices along "tensor". If config has fewer key/value heads, they are replicated (each
+            device computes those that its query heads read, and their gradients are summed), if the
+            number of heads divides the number of devices.
 
     Example:
         >>> from funcattn.sharding import specs, Grid
@@ -47,7 +48,7 @@ def tensor_parallel(config: Config | None = None, *, size: int | None = None) ->
 
 
 def fsdp(config: Config | None = None, *, size: int | None = None) -> tuple[Rule, ...]:
-    """Every matrix over the axis "data", and over "tensor" where the mesh has it; vectors of a layer are whole.
+    """Every matrix over "data", and "tensor" if the mesh has it; vectors are replicated.
 
     Args: as `tensor_parallel`.
     """
@@ -55,7 +56,7 @@ def fsdp(config: Config | None = None, *, size: int | None = None) -> tuple[Rule
 
 
 def replicated() -> tuple[Rule, ...]:
-    """Everything whole on every device: plain data parallelism."""
+    """Every leaf replicated: plain data parallelism."""
     return (Rule(r".*", P()),)
 
 
@@ -63,7 +64,8 @@ def _rules(config: Config | None, size: int | None, data: str | None) -> tuple[R
     n = 1 if config is None or size is None or size % config.kv_heads else size
     rules = []
     for name in CUTS:
-        ways: dict[tuple[PartitionSpec, int], list[int]] = {}  # how it is cut -> in which layers
+        # from the spec and block to the layers
+        ways: dict[tuple[PartitionSpec, int], list[int]] = {}
         for number, rank, experts in _weights(config, name):
             cut = division(config, name, rank, n, experts=experts)
             ways.setdefault((_spec(cut, rank, data), cut.block), []).append(number)
@@ -75,8 +77,8 @@ def _rules(config: Config | None, size: int | None, data: str | None) -> tuple[R
 
 
 def _weights(config: Config | None, name: str) -> Iterator[tuple[int, int, bool]]:
-    """Of each weight of that name: the number of its layer, its axes, and whether it is of a layer of experts."""
-    if config is None:  # of matrices alone fsdp cuts something
+    """For each weight of this name: layer index, number of axes, whether the layer has experts."""
+    if config is None:  # fsdp shards only matrices
         yield 0, 1 if CUTS[name].data is None else 2, False
         return
     whole = shapes(config)
@@ -88,7 +90,7 @@ def _weights(config: Config | None, name: str) -> Iterator[tuple[int, int, bool]
 
 
 def _spec(cut: Division, rank: int, data: str | None) -> PartitionSpec:
-    """The axes of the mesh that cut a weight; P() where it is whole."""
+    """The mesh axes that shard a weight; P() if it is replicated."""
     names = {cut.data: data, cut.tensor: TENSOR}
     spec = [names.get(dim) for dim in range(rank)]
     return P(*spec) if any(spec) else P()
@@ -102,7 +104,7 @@ def _(weight: Lora, division: tuple[Any, ...]) -> Lora:
 
 
 def _quantized(weight: Any, division: tuple[Any, ...]) -> Any:
-    """Codes and scales: rows by rows, columns by columns, but for one scale a row, which every part of the row needs."""
+    """Codes and scales sharded like the weight, but a row's scale, which all its shards need."""
     division = (*division, *(None,) * (weight.codes.dim() - len(division)))
 
     def one(name: str, field: Tensor) -> tuple[Any, ...]:
@@ -118,31 +120,33 @@ for _record in RECORDS:
 
 
 def specs_like(state: Tree, params: Tree, cuts: Tree) -> Tree:
-    """Specs of a tree that holds others shaped like params, as the state of an optimizer does: theirs there, whole elsewhere.
+    """Specs of a tree with subtrees shaped like params (an optimizer state): theirs, else P().
 
     Args:
-        state: any tree. params: as its parts are shaped. cuts: the specs of params.
+        state: any tree. params: a tree with the structure of the subtrees. cuts: the specs of
+            params.
     """
     same = lambda node: optree.tree_structure(node) == optree.tree_structure(params)
     return tree.map(lambda node: cuts if same(node) else P(), state, is_leaf=same)
 
 
 def is_weight(node: Any) -> bool:
-    """True for a record that stands for a matrix, whose path is the weight's."""
+    """True for a record that represents a matrix, under the path of the weight."""
     return optree.is_namedtuple(node) and layers.fields.dispatch(type(node)) is not layers.fields.dispatch(object)
 
 
 @door
 def specs(params: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
-    """A tree like params of the specs that rules give its leaves.
+    """A tree like params with the spec of each leaf, from rules.
 
     Args:
         params: weights: tensors, quantized records, adaptations.
-        mesh: what they are for: names that it lacks are None.
-        rules: of `tensor_parallel`, `fsdp` or one's own; None is those of `tensor_parallel()`.
+        mesh: axes that it lacks become None.
+        rules: from `tensor_parallel` or `fsdp`, or custom; None is `tensor_parallel()`.
 
     Raises:
-        ValueError: no rule matches a path, or sizes do not divide: the leaf is named. TypeError: a record that has not registered.
+        ValueError: no rule matches a path, or sizes do not divide: the error names the leaf.
+            TypeError: a record that has not registered.
     """
     given: Any = tensor_parallel() if rules is None else rules
     sizes, known = axes_of(mesh), [Rule(*rule) for rule in given]
@@ -170,7 +174,7 @@ def specs(params: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
 
 
 def _within(spec: PartitionSpec, sizes: dict[str, int]) -> PartitionSpec:
-    """The spec with the axes alone that the mesh has, in its order."""
+    """The spec restricted to the axes of the mesh, in its order."""
     order = list(sizes)
 
     def entry(dim: int) -> Any:

@@ -1,7 +1,8 @@
-"""shard and gather: a tree kept in parts, as DTensors, and whole again.
+"""shard and gather: a tree stored as shards in DTensors, and made whole again.
 
-A DTensor here is storage: a part and how it belongs to the whole. Nothing is computed on it (`shard_map` takes the parts out): of
-torch 2.13 its operators lack forward mode, lose placements under grad, and shift integers wrongly in silence.
+A DTensor here is storage: a shard and its placement. Nothing is computed on it (`shard_map` takes
+the shards out): in torch 2.13 its operators lack forward mode, lose placements under grad, and
+shift integers wrongly without an error.
 """
 
 import functools
@@ -19,30 +20,34 @@ from ..tree import Tree
 from .mesh import Grid, Mesh, P, PartitionSpec, Rules, axes_of, part
 from .rules import specs
 
-if TYPE_CHECKING:  # a third of the time of importing torch: it waits until somebody shards
+if TYPE_CHECKING:  # importing it is a third of the import time of torch
     from torch.distributed.tensor import DTensor, Placement
 
-NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # Gloo has no such numbers
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # Gloo does not support these dtypes
 
 
 @door
 def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
-    """A transform of a tree that keeps of each leaf this process's part, as a DTensor.
+    """A transform of a tree that keeps this process's shard of each leaf, as a DTensor.
 
-    Every process should hold the same tree. Over a `Grid` the tree stays as it is, once the rules are seen to fit: all devices are
-    here.
+    Every process should pass the same tree. Over a `Grid` the tree is returned unchanged after a
+    check of the rules: all devices are in this process.
 
     Args:
         mesh: a DeviceMesh with names, or a Grid.
-        rules: ordered pairs (expression for the whole path, spec); None is `tensor_parallel()`. Give `tensor_parallel(config)` to
-            have heads that do not divide refused here.
+        rules: ordered pairs (expression for the whole path, spec); None is `tensor_parallel()`.
+            With `tensor_parallel(config)` heads that do not divide raise here.
 
     Raises:
-        ValueError: no rule matches a path, or sizes do not divide, or processes hold other numbers: the leaf is named.
-        TypeError: no mesh; a leaf of another mesh.
+        ValueError: no rule matches a path, or sizes do not divide, or processes have different
+            values:
+            the error names the leaf.
+        TypeError: not a mesh; a leaf of another mesh.
 
-    Law: gather(shard(mesh)(tree)) == tree, bit for bit (tests/distributed: test_processes_write_what_one_device_does).
-    Law: shard commutes with quantize where groups are not cut (test_sharding.py::test_sharding_commutes_with_quantizing).
+    Law: gather(shard(mesh)(tree)) == tree, bit for bit (tests/distributed:
+    test_processes_write_what_one_device_does).
+    Law: shard commutes with quantize where groups are not cut
+        (test_sharding.py::test_sharding_commutes_with_quantizing).
     """
     sizes = axes_of(mesh)
 
@@ -72,7 +77,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
 
 @door
 def gather(tree_: Tree) -> Tree:
-    """The tree with every DTensor whole again, on every process; other leaves are shared.
+    """The tree with every DTensor gathered on every process; other leaves are not copied.
 
     Args:
         tree_: any tree, on every process of the mesh.
@@ -86,7 +91,7 @@ def gather(tree_: Tree) -> Tree:
 
 
 def to_local(tree_: Tree) -> Tree:
-    """The tree with every DTensor as this process's part, a plain tensor: what `inside` computes with."""
+    """The tree with every DTensor replaced by its local shard, a plain tensor, for `inside`."""
     return tree.map(lambda leaf: leaf.to_local() if is_distributed(leaf) else leaf, tree_)
 
 
@@ -110,7 +115,7 @@ def spec_of(leaf: "DTensor") -> PartitionSpec:
 
 
 def _trimmed(spec: PartitionSpec) -> PartitionSpec:
-    """The same spec, its Nones at the end left out, to compare."""
+    """The same spec without trailing Nones, for comparison."""
     entries = list(spec)
     while entries and entries[-1] is None:
         entries.pop()
@@ -118,7 +123,7 @@ def _trimmed(spec: PartitionSpec) -> PartitionSpec:
 
 
 def placements(spec: PartitionSpec, mesh: Any) -> "list[Placement]":
-    """One placement for each axis of the mesh, as DTensor has it."""
+    """The DTensor placement for each axis of the mesh."""
     from torch.distributed.tensor import Replicate, Shard
 
     cuts = (spec.cut(name) for name in axes_of(mesh))
@@ -126,12 +131,12 @@ def placements(spec: PartitionSpec, mesh: Any) -> "list[Placement]":
 
 
 def from_local(parts: Tree, cuts: Tree, mesh: Any) -> Tree:
-    """DTensors from the parts of all processes: the other way of `to_local`. cuts: their specs."""
+    """DTensors from the shards of all processes, the inverse of `to_local`; cuts: their specs."""
     return tree.map(lambda held, spec: distributed(held, spec, mesh), parts, cuts)
 
 
 def distributed(held: Tensor, spec: PartitionSpec, mesh: Any, shape: torch.Size | None = None) -> "DTensor":
-    """This process's part as a DTensor."""
+    """This process's shard as a DTensor."""
     from torch.distributed.tensor import DTensor
 
     if shape is None:
@@ -143,7 +148,7 @@ def distributed(held: Tensor, spec: PartitionSpec, mesh: Any, shape: torch.Size 
 
 
 def local(leaf: Tensor, spec: PartitionSpec, mesh: Any) -> Tensor:
-    """This process's part of a DTensor, or of a plain tensor that every process holds whole."""
+    """This process's shard of a DTensor, or of a plain tensor that is the same on every process."""
     if is_distributed(leaf):
         if leaf.device_mesh != mesh:
             errors.fail("shard_map", "a DTensor", "of this mesh", f"one of {leaf.device_mesh}", "Gather it and shard it anew.")
@@ -159,7 +164,7 @@ def local(leaf: Tensor, spec: PartitionSpec, mesh: Any) -> Tensor:
 
 
 def _copied(x: Tensor) -> Tensor:
-    """Its own memory, in the order of the original: `fa.load` keeps matrices column by column."""
+    """A copy in the memory order of the original: `fa.load` stores matrices column-major."""
     by_columns = x.dim() == 2 and x.stride(0) == 1 and x.stride(1) != 1
     return x.mT.clone(memory_format=torch.contiguous_format).mT if by_columns else x.clone(memory_format=torch.contiguous_format)
 

@@ -1,6 +1,8 @@
-"""The vocabulary in parts: cross-entropy and candidates without one device ever holding all logits.
+"""Cross-entropy and candidates over a sharded vocabulary, without all logits on one device.
 
-    log p(t) = logit_t - log sum_v exp logit_v        three numbers a token cross the mesh: a maximum, a sum, and logit_t
+    log p(t) = logit_t - log sum_v exp logit_v
+
+Three numbers per token cross the mesh: a maximum, a sum, and logit_t.
 
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
 """
@@ -18,7 +20,7 @@ from ..tree import Tree
 
 
 def local_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
-    """The logits (*lead, V / n) of this device's part of the vocabulary, or None where it holds all of it."""
+    """The logits (*lead, V / n) of this device's vocabulary shard; None if it is not sharded."""
     config = config_of(model, "logits")
     if config is None or collectives.axis_size(TENSOR) == 1:
         return None
@@ -29,15 +31,16 @@ def local_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """- log p of targets (*lead), from each device's logits (*lead, V / n) of its part of the vocabulary; the same on all.
+    """- log p of targets (*lead), from each device's logits (*lead, V / n); replicated.
 
     Args:
-        logits: float32 at least; parts stand in the order of the devices along "tensor".
+        logits: float32 at least; shards are in the order of the devices along "tensor".
         targets: int64 ids of the whole vocabulary.
 
-    Law: equals the cross-entropy of the whole, with every derivative (test_sharding.py::test_the_loss_needs_no_whole_logits).
+    Law: equals the cross-entropy of the whole, with every derivative
+        (test_sharding.py::test_the_loss_needs_no_whole_logits).
     """
-    greatest = pmax(logits.detach().amax(-1), TENSOR)  # any number serves: it cancels
+    greatest = pmax(logits.detach().amax(-1), TENSOR)  # any constant gives the same result
     summed = psum((logits - greatest.unsqueeze(-1)).exp().sum(-1), TENSOR)
     n = logits.shape[-1]
     at = targets - axis_index(TENSOR).to(targets.device) * n
@@ -49,13 +52,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 @door
 def candidates(model: Model, k: int) -> Model:
-    """The model whose logits are those of its k likeliest tokens, and -inf of all others: k numbers of each device cross the mesh.
+    """The model with logits of -inf for all but the k most likely tokens.
 
-    A sampler that begins by keeping the k likeliest (greedy, with k = 1; top_k(k), then what you like) draws what it draws from all
-    logits, token for token.
+    Only k numbers of each device cross the mesh. A sampler that first keeps the k most likely
+    (greedy, with k = 1; top_k(k), then others) draws the same tokens as from all logits.
 
     Args:
-        model: from `fa.decoder`, compiled or not, before it goes into shard_map.
+        model: from `fa.decoder`, compiled or not, before shard_map.
         k: how many; at least what the sampler keeps.
 
     Example:
@@ -90,7 +93,7 @@ def candidates(model: Model, k: int) -> Model:
 
 
 def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k greatest and where they are, of equals the lowest ids first."""
+    """The k largest and their indices; of equal ones the lowest indices first."""
     if k == 1:
         place = logits.argmax(-1, keepdim=True)
         return logits.gather(-1, place), place
