@@ -136,8 +136,9 @@ def _seen(places: Tensor, whose: Tensor, C: int, n: int) -> Mask:
 def merge_over(attended: Attended, axis: str) -> Attended:
     """Join attention of the same queries over the keys of all devices, one shard of keys each.
 
-    The n-ary `merge`, on every device: lse = log sum_i exp lse_i, out = sum_i exp(lse_i - lse)
-    out_i.
+    The n-ary `merge`, on every device:
+
+        lse = log sum_i exp lse_i        out = sum_i exp(lse_i - lse) out_i
 
     Args:
         attended: out (*lead, H, T, Dv) and lse (*lead, H, T) over this device's keys.

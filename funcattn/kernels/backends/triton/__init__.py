@@ -1,10 +1,12 @@
-"""The "triton" backend: `attend`, its jvp and `sweep` as kernels for CUDA, written in Triton.
+"""The "triton" backend: CUDA kernels for attention, its jvp, and contractions.
 
-`pieces` are device functions; `softmax` is the kernel of attend, with its tangents where there are any; `programs` writes the
-kernel that a sweep needs; `launching` finds where tensors lie (`addresses`), how large blocks should be (`tuning`), and starts
-them. Deterministic: no atomics anywhere. Where the kernels cannot run a sweep (`obstacle`), the blocks of torch operations do.
+`pieces` holds device functions; `softmax` the kernel of attention, with its tangents if there are
+any; `programs` generates the kernel for a contraction; `launching` computes strides (`addresses`),
+chooses block sizes (`tuning`), and launches. Results are deterministic: there are no atomics. A
+contraction that the kernels cannot run (`obstacle`) is computed by blocks of torch operations.
 
-Under TRITON_INTERPRET=1 (set before Triton is imported) the same kernels run on CPU, in numpy: for tests.
+With TRITON_INTERPRET=1 (set before Triton is imported) the same kernels run on CPU, in numpy: for
+tests.
 """
 
 from .launching import attend, obstacle, obstacle_to_attend, obstacle_to_push, push, statistics, sweep

@@ -1,7 +1,7 @@
-"""Where everything lies: strides over leading axes that broadcast, and blocks of sizes that fit.
+"""Strides over broadcast leading axes, and block widths.
 
-A tensor (*lead, A, B) that lacks a leading axis, or has it at size one, has a stride of zero there: nothing is expanded or copied.
-Neighbouring axes that every tensor can walk as one are one.
+A tensor (*lead, A, B) that lacks a leading axis, or has it at size one, has a stride of zero there:
+nothing is expanded or copied. Neighbouring axes are merged where the strides of every tensor allow.
 """
 
 import math
@@ -17,16 +17,18 @@ class Axes(NamedTuple):
     """Leading axes and each tensor's strides over them."""
 
     sizes: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]  # of each tensor
+    strides: tuple[tuple[int, ...], ...]  # for each tensor
 
     @property
     def programs(self) -> int:
-        """How many places there are."""
+        """The number of elements over all axes."""
         return math.prod(self.sizes)
 
 
 def axes(tensors: Sequence[Tensor | None], lead: Sequence[int], chosen: Sequence[int]) -> Axes:
-    """The chosen axes, -1 the last of lead, of tensors (*lead', A, B) that broadcast to lead; what is not there lies at zero.
+    """Sizes and strides over the chosen axes (-1 is the last of lead), merged where possible.
+
+    The tensors (*lead', A, B) broadcast to lead; None has strides of zero.
 
     Example:
         >>> import torch
@@ -58,5 +60,5 @@ def stride(x: Tensor | None, axis: int) -> int:
 
 
 def width(features: int) -> int:
-    """The power of two that holds the features: what a block is wide, 16 at least, as a matrix product wants."""
+    """The width of a block: the smallest power of two >= features, at least 16."""
     return max(16, 1 << (features - 1).bit_length())

@@ -1,15 +1,16 @@
-"""Sizes of blocks worth trying, by kernel, card, dtype and features, the best guess first.
+"""Candidate block sizes by kernel, GPU generation, dtype and features, the best estimate first.
 
-Which is fastest is for a timing to say (`tuning`). The guess is from machine code, which tests/ahead.py reads: instructions for a
-pair of a query and a key, and what a thread spills from its registers. Cards from Hopper on multiply by warp groups, 4 warps that
-want 64 rows of their own: with fewer rows products are made in smaller pieces, or the old way at half the rate.
+Timing decides which is fastest (`tuning`). The estimates are from machine code, which
+tests/ahead.py reads: instructions per pair of query and key, and bytes that a thread spills from
+registers. GPUs from Hopper on multiply by warp groups, 4 warps that need 64 rows: with fewer rows
+products are split, or use the older instructions at half the rate.
 """
 
 from typing import Any, NamedTuple
 
 
 class Blocks(NamedTuple):
-    """Rows that a program owns, rows of the other side it takes at a time, warps that work on it, and loads in flight."""
+    """Rows per program, rows of the other side per step, warps per program, and pipeline stages."""
 
     own: int
     other: int
@@ -17,14 +18,15 @@ class Blocks(NamedTuple):
     stages: int = 2
 
     def options(self) -> dict[str, Any]:
-        """What Triton's launcher takes."""
+        """Keyword arguments of Triton's launcher."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-SMALLEST = Blocks(16, 16)  # what a matrix product takes
-Table = dict[int, tuple[Blocks, ...]]  # by features: the greatest number that an entry is for
+SMALLEST = Blocks(16, 16)  # the minimum of a matrix product
+# the key is the largest number of features that an entry applies to
+Table = dict[int, tuple[Blocks, ...]]
 
-# of attend, by the wider of keys and values
+# of attention, by the larger head size of keys and values
 
 ATTEND: Table = {
     64: (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)),
@@ -47,7 +49,7 @@ ATTEND_FLOAT32_GROUPS: Table = {
     256: (Blocks(32, 16, 8, 1),),
 }
 
-# of attend and its tangent at once; wider heads leave a thread too few registers, and kilobytes are spilled
+# Of attention with its tangent; with larger heads kilobytes of registers are spilled.
 
 PUSH: Table = {
     64: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2)),
@@ -57,9 +59,11 @@ PUSH_GROUPS: Table = {
     64: (Blocks(128, 64, 8, 2), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
     128: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
 }
-PUSH_FLOAT32: Table = {}  # two passes issue fewer instructions, or about as many and fetch less of what was spilled
+# two passes issue fewer instructions, or about as many with fewer spilled loads
+PUSH_FLOAT32: Table = {}
 
-# of a sweep, by all features that it reads and sums in one block, those of float32 fourfold: they are three products
+# Of a contraction, by all features read and summed in one block; float32 counts fourfold (3
+# products).
 
 SWEEP: Table = {
     320: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(128, 32, 4, 2), Blocks(64, 32, 4, 2)),
@@ -91,7 +95,7 @@ SWEEP_FLOAT32_GROUPS: Table = {
     2**31: (Blocks(32, 32, 8, 1), Blocks(64, 16, 4, 1), Blocks(32, 16, 4, 1)),
 }
 
-# of numbers of two bytes on older cards and by warp groups, of float32 likewise
+# Tables for 16-bit dtypes without and with warp groups, then for float32.
 
 ATTENDS = ATTEND, ATTEND_GROUPS, ATTEND_FLOAT32, ATTEND_FLOAT32_GROUPS
 PUSHES = PUSH, PUSH_GROUPS, PUSH_FLOAT32, PUSH_FLOAT32
@@ -99,11 +103,13 @@ SWEEPS = SWEEP, SWEEP_GROUPS, SWEEP_FLOAT32, SWEEP_FLOAT32_GROUPS
 
 
 def of(tables: tuple[Table, Table, Table, Table], exact: bool, groups: bool, features: int) -> tuple[Blocks, ...]:
-    """The entry of a kernel's tables for so many features; none where they are more than the table has.
+    """The candidates in a kernel's tables for this number of features; () beyond the table.
 
     Args:
-        exact: whether numbers are float32, not of two bytes.
-        groups: whether the card multiplies by warp groups.
+        tables: 16-bit dtypes without and with warp groups, then float32 without and with.
+        exact: whether the dtype is float32.
+        groups: whether the GPU multiplies by warp groups.
+        features: the number of features.
     """
     table = tables[2 * exact + groups]
     return next((blocks for most, blocks in table.items() if features <= most), ())

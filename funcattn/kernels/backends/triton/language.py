@@ -1,6 +1,6 @@
-"""Triton where it is installed, and stand-ins where it is not, so that these modules can always be imported and read.
+"""Triton if it is installed, else stand-ins, so that these modules can always be imported.
 
-Nothing is launched without it: the choice of kernels asks first whether it is there.
+Nothing is launched without Triton: kernel selection checks that it is installed.
 """
 
 import importlib

@@ -1,7 +1,8 @@
-"""From tensors to launches: what is allocated, where it lies, and which kernel runs over which heads.
+"""From tensors to kernel launches: allocation, strides, and the grid.
 
-`attend` is one launch, and so is `push`, its value and tangent together. A sweep is a launch for each side its outputs lie on: rows
-of queries and rows of keys are owned by different programs, which is what makes sums over queries deterministic.
+Attention is one launch, and so is `push`, its value and tangent together. A contraction takes one
+launch per side of its outputs: each program writes a block of rows of queries, or of keys, which
+makes sums over queries deterministic.
 """
 
 import contextlib
@@ -25,12 +26,16 @@ from .language import INTERPRETED
 from .programs import Operand, Program
 
 LOG2E = math.log2(math.e)
-LEAST = 2.0**-100  # stands for a scale of zero, by which the greatest logit could not be multiplied where a row sees nothing
-ORDERS = 2  # factors under one P, those of value, gradient, jvp and hvp; beyond, blocks of torch operations serve
+LEAST = 2.0**-100  # minimum scale: a scale of zero times a row max of -inf would be NaN
+# factors per term: value, gradient, jvp and hvp; for more, blocks of torch operations run
+ORDERS = 2
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1) in float32, without the lead of v alone."""
+    """Streaming softmax: out (*lead, T, Dv) in the dtype of v, lse (*lead, T, 1) in float32.
+
+    lse has no leading axes that only v has.
+    """
     out, lse, _, _ = push(q, k, v, (None, None, None), mask, scale)
     return out, lse
 
@@ -38,9 +43,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float
 def push(
     q: Tensor, k: Tensor, v: Tensor, tangents: Sequence[Tensor | None], mask: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What attend gives, and its tangents for those of q, k and v (None: it does not move), in one launch.
+    """out and lse, and their tangents from those of q, k and v (None: no tangent), in one launch.
 
-    Where nothing moves the last two are not written.
+    Without tangents the last two outputs are not written.
     """
     dq, dk, dv = (x if x is None else x.detach() for x in tangents)
     if scale < 0:
@@ -85,21 +90,21 @@ def push(
 
 
 def obstacle_to_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
-    """Why the kernel of attend cannot run, or ""."""
+    """The reason why the attention kernel cannot run, or ""."""
     if len(mask) == 1:
         return "it reads a matrix of queries and keys"
     return _obstacle_of([q, k, v])
 
 
 def obstacle_to_push(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
-    """Why the kernel that makes attend's value and tangent at once cannot run, or ""."""
+    """The reason why the kernel for value and tangent cannot run, or ""."""
     return obstacle_to_attend(q, k, v, mask) or (
         "" if tuning.of_push(q, v) else f"two passes are better for {q.dtype} and so wide heads"
     )
 
 
 def obstacle(spec: Sweep, tensors: Sequence[Tensor]) -> str:
-    """Why these kernels cannot run a sweep, or ""."""
+    """The reason why these kernels cannot run a contraction, or ""."""
     terms = [term for output in spec.outputs for term in output.terms]
     summands = [summand for term in terms for factor in term.factors for summand in factor]
     if len(spec.mask) == 1 or spec.bias != ONES or any(isinstance(summand, Dense) for summand in summands):
@@ -128,7 +133,10 @@ def _obstacle_of(tensors: Sequence[Tensor]) -> str:
 
 
 def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """All outputs of a sweep (see algebra), each of its shape and dtype: one launch for all of one side and one set of heads."""
+    """All outputs of a contraction, in their shapes and dtypes.
+
+    One launch computes all outputs with the same side and the same leading axes.
+    """
     mask = intervals([tensors[p] for p in spec.mask])
     shift, level = _statistics(tensors[Q], tensors[K], tensors[L], mask, spec.scale)
     tensors = [*tensors[:L], level, *tensors[L + 1 :], shift]
@@ -145,7 +153,7 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.d
 
 
 def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp as the sum of two numbers, as `blocks.statistics` gives it; lse has the leading axes of all."""
+    """lse as the sum of two numbers, as in `torch_blocks.statistics`; lse has all leading axes."""
     shift, level = _statistics(q, k, lse, intervals(mask), scale)
     greatest = shift * scale
     whole = greatest + level
@@ -153,7 +161,7 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor], scale:
 
 
 def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: tuple[Tensor, Tensor] | None, scale: float) -> tuple[Tensor, Tensor]:
-    """For each query the shift and the level of its weights, of the shape of lse: see `softmax.statistics`."""
+    """The shift and the level of each query, in the shape of lse: see `softmax.statistics`."""
     q, sign = (-q.detach(), -1) if scale < 0 else (q.detach(), 1)
     k, lse = k.detach(), lse.detach().contiguous()
     shift, level = torch.empty_like(lse), torch.empty_like(lse)
@@ -180,7 +188,7 @@ def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: tuple[Tensor, Tensor] |
 
 
 class _Pass(NamedTuple):
-    """What outputs of one launch share: their side, the leading axes they have, and those that are summed over."""
+    """Outputs of one launch: their side, their leading axes, and the axes that are summed over."""
 
     side: str
     own: tuple[int, ...]
@@ -188,9 +196,10 @@ class _Pass(NamedTuple):
 
 
 def _passes(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> dict[_Pass, dict[int, tuple[Term, ...]]]:
-    """The launches, and of each the terms of its outputs by their number.
+    """The launches, and for each the terms of its outputs by output number.
 
-    A term is summed over the axes that it has and its output lacks; terms of one output that differ in these go apart.
+    A term is summed over the axes that it has and its output lacks; terms of one output that differ
+    in these axes go to separate launches.
     """
     always = [Q, K, L, len(tensors) - 1, *spec.mask, *([spec.dropout] if spec.dropout != ONES else [])]
     passes: dict[_Pass, dict[int, tuple[Term, ...]]] = {}
@@ -247,7 +256,7 @@ def _launch(
 
 
 def describe(spec: Sweep, tensors: Sequence[Tensor], into: Sequence[Tensor], n: int = 0) -> tuple[Program, list[int], list[float]]:
-    """The program of a sweep whose outputs lie on one side, the places of the tensors it reads, and the weights it is given."""
+    """The program of a one-sided contraction, indices of its tensors, and its weights."""
     query, key, _ = places(spec)
     used = [*sorted(query | key), len(tensors) - 1]  # the last is the shift
     new = {old: number for number, old in enumerate(used)} | {ONES: ONES}
@@ -266,7 +275,7 @@ def describe(spec: Sweep, tensors: Sequence[Tensor], into: Sequence[Tensor], n: 
 
 
 def _bounds(start: Tensor, stop: Tensor, S: int, rows: int) -> Tensor:
-    """What blocks of queries see of each interval, as `pieces.span` reads it: int32 (*lead, n, blocks, 4)."""
+    """Keys seen by each block of queries and interval, for `pieces.span`: (*lead, n, blocks, 4)."""
     *lead, T, n = start.shape
     table = start.new_empty(*lead, n, -(-T // rows), 4)
     pieces.bounds[(-(-T // rows) * math.prod(lead),)](start, stop, table, T, S, n, rows, enable_fp_fusion=True)
@@ -274,11 +283,11 @@ def _bounds(start: Tensor, stop: Tensor, S: int, rows: int) -> Tensor:
 
 
 def intervals(mask: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """The ends of intervals as the kernels read them, or None where there is no mask: int32, contiguous, sorted and disjoint."""
+    """The interval ends as int32, contiguous, sorted and disjoint; None without a mask."""
     if not mask:
         return None
     start, stop = mask
-    if not start.shape[-1]:  # no interval is one that holds nothing
+    if not start.shape[-1]:  # zero intervals are replaced by one empty interval
         start, stop = start.new_zeros(*start.shape[:-1], 1), stop.new_zeros(*stop.shape[:-1], 1)
     if start.shape[-1] != 1:
         everything = Mask(torch.zeros_like(start[..., :1]), torch.full_like(stop[..., :1], masks.END))
@@ -289,12 +298,12 @@ def intervals(mask: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def precision() -> str:
-    """How products of float32 are made on tensor cores: where torch asks for all of its digits, as three products of tf32."""
+    """Triton's input_precision for float32 products: "tf32x3" for torch's "highest"."""
     if INTERPRETED:
         return "wide"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch where the tensor is."""
+    """Launch on the device of the tensor."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

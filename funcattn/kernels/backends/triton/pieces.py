@@ -1,7 +1,7 @@
-"""What the kernels are made of: places, blocks of rows, products, intervals, and the random words of dropout.
+"""Device functions of the kernels: addresses, row blocks, products, intervals, and dropout words.
 
-Device functions. Pointers stand at an example and a head (`locate`); blocks are (rows, WIDTH), WIDTH the power of two that holds
-the features; statistics and sums are float32, and powers are of two.
+Pointers are offset to an example and a head (`locate`); blocks are (rows, WIDTH), WIDTH the power
+of two that holds the features; statistics and sums are float32, and exponentials are powers of two.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -29,7 +29,7 @@ __all__ = [
 
 @jit
 def locate(index, sizes, strides):
-    """Where a flat index over leading axes lies in a tensor: sizes and strides are tuples, the innermost axis last."""
+    """The offset of a flat index over leading axes; sizes and strides: tuples, innermost last."""
     place = tl.zeros((), tl.int64)
     for n in tl.static_range(len(sizes)):
         place += (index % sizes[len(sizes) - 1 - n]).to(tl.int64) * strides[len(sizes) - 1 - n]
@@ -39,7 +39,7 @@ def locate(index, sizes, strides):
 
 @jit
 def block(pointer, begin, limit, row, column, FEATURES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr):
-    """Rows begin, begin + 1, ... of a matrix as (ROWS, WIDTH); beyond `limit` (where EDGE) and beyond FEATURES zero."""
+    """Rows begin, begin + 1, ... as (ROWS, WIDTH); zero beyond `limit` (if EDGE) and FEATURES."""
     lines = tl.arange(0, ROWS)
     features = tl.arange(0, WIDTH)
     places = pointer + (tl.zeros((), tl.int64) + begin) * row + lines[:, None] * row + features[None, :] * column
@@ -54,7 +54,7 @@ def block(pointer, begin, limit, row, column, FEATURES: tl.constexpr, WIDTH: tl.
 
 @jit
 def line(pointer, begin, limit, row, other, ROWS: tl.constexpr, EDGE: tl.constexpr = True):
-    """The same of a matrix of one column, as (ROWS,); `other` beyond the limit (where EDGE)."""
+    """As `block`, for a matrix of one column, as (ROWS,); `other` beyond the limit (if EDGE)."""
     lines = tl.arange(0, ROWS)
     places = pointer + (tl.zeros((), tl.int64) + begin) * row + lines * row
     if EDGE:
@@ -64,7 +64,7 @@ def line(pointer, begin, limit, row, other, ROWS: tl.constexpr, EDGE: tl.constex
 
 @jit
 def store(pointer, begin, limit, row, column, x, FEATURES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Write a block of rows (ROWS, WIDTH) where it lies inside the matrix, in the matrix's dtype."""
+    """Write a block (ROWS, WIDTH) where it is inside the matrix, in the matrix's dtype."""
     lines = tl.arange(0, ROWS)
     features = tl.arange(0, WIDTH)
     places = pointer + (tl.zeros((), tl.int64) + begin) * row + lines[:, None] * row + features[None, :] * column
@@ -74,7 +74,7 @@ def store(pointer, begin, limit, row, column, x, FEATURES: tl.constexpr, WIDTH: 
 
 @jit
 def store_line(pointer, begin, limit, row, x, ROWS: tl.constexpr):
-    """The same for a matrix of one column, x (ROWS,)."""
+    """As `store`, for a matrix of one column, x (ROWS,)."""
     lines = tl.arange(0, ROWS)
     places = pointer + (tl.zeros((), tl.int64) + begin) * row + lines * row
     tl.store(places, x.to(pointer.dtype.element_ty), mask=begin + lines < limit)
@@ -82,7 +82,11 @@ def store_line(pointer, begin, limit, row, x, ROWS: tl.constexpr):
 
 @jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a @ b in float32. "wide" is the interpreter's: it has no arithmetic of bfloat16, whose products are exact in float32."""
+    """a @ b in float32.
+
+    "wide" is for the interpreter, which lacks bfloat16 arithmetic; bfloat16 products are exact in
+    float32.
+    """
     if PRECISION == "wide":
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, input_precision=PRECISION)
@@ -98,16 +102,20 @@ def add_product(total, a, b, PRECISION: tl.constexpr):
 
 @jit
 def clean(x, seen):
-    """x (KEYS, WIDTH) with zeros for rows that are not finite, and which rows (ROWS,) of `seen` (ROWS, KEYS) see such a one."""
+    """x (KEYS, WIDTH) with zeros for rows that are not finite, and which queries see one.
+
+    seen is (ROWS, KEYS); the flags are (ROWS,).
+    """
     bad = tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1), 1)
     return tl.where((bad > 0)[:, None], 0.0, x).to(x.dtype), tl.max(tl.where(seen, bad[None, :], 0), 1) > 0
 
 
 @jit
 def reach(start, stop, real, S):
-    """Which keys a block of rows sees of one interval a row: some row those in [low, high), all rows those in [begin, end).
+    """The keys that a block of rows sees, with one interval per row.
 
-    start, stop: int32 (rows,); real: which rows there are. Empty ranges where there are none.
+    Some row sees keys in [low, high), all rows see those in [begin, end). start, stop: int32
+    (rows,); real: which rows exist. Ranges are empty if there are no keys.
     """
     stop = tl.minimum(stop, S)
     some = real & (start < stop)
@@ -120,9 +128,10 @@ def reach(start, stop, real, S):
 
 @jit
 def blocks_of(low, high, begin, end, BLOCK: tl.constexpr):
-    """The same in whole blocks: those in [begin, end) all rows see whole; of the others, `left` begin at low, and the rest at end.
+    """The ranges of `reach` in whole blocks: all rows see the blocks in [begin, end) whole.
 
-    Returns low, begin, end, left, and how many the others are.
+    Of the other blocks, `left` start from low, and the rest from end. Returns low, begin, end,
+    left, and the number of the others.
     """
     low = low // BLOCK * BLOCK
     high = tl.cdiv(high, BLOCK) * BLOCK
@@ -157,7 +166,7 @@ def four(x, y, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexp
 
 @jit
 def turn(x, y, BITS: tl.constexpr):
-    """One round of the cipher: add, rotate, mix."""
+    """One round of the cipher: add, rotate, xor."""
     x = x + y
     return x, ((y << BITS) | (y >> (32 - BITS))) ^ x
 
@@ -170,14 +179,17 @@ def word(pointer):
 
 @jit
 def keep(a, b, keys, threshold, kept):
-    """What dropout multiplies by: `kept` where the pair's word reaches the threshold, else 0. a, b: the words of the rows."""
+    """The dropout factor: `kept` where the pair's word is at least the threshold, else 0.
+
+    a, b: the words of the rows.
+    """
     x, y = encipher(a, b, keys)
     return tl.where((x ^ y) >= threshold, kept, 0.0)
 
 
 @jit
 def span(table, interval, count, first, last, BLOCK: tl.constexpr):
-    """Which queries see the keys [first, last) in an interval, from the table of `bounds`, in whole blocks of queries.
+    """The queries that see the keys [first, last) in an interval, in whole blocks, from `bounds`.
 
     Some query of [low, high) sees some of them; every query of [begin, end) sees all of them.
     """
@@ -212,7 +224,7 @@ def meets(table, n, count, first, last):
 
 @jit
 def bounds(start, stop, table, T, S, INTERVALS: tl.constexpr, ROWS: tl.constexpr):
-    """For each block of queries and each interval, what `reach` says: int32 (heads, INTERVALS, blocks, 4)."""
+    """`reach` for each block of queries and interval: int32 (heads, INTERVALS, blocks, 4)."""
     count = tl.cdiv(T, ROWS)
     head = tl.program_id(0) // count
     first = tl.program_id(0) % count * ROWS

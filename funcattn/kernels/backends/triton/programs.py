@@ -1,10 +1,11 @@
-"""A sweep, written out as a Triton kernel.
+"""Generates a Triton kernel for a contraction.
 
-What a sweep computes (see `kernels/algebra.py`) is known before it runs: how many outputs, which products of factors under each, of
-which tensors. So the kernel is not one with switches but the one that this sweep needs, in one pass over the blocks of P: each
-block of logits is made once, each factor once, each tensor read once. Programs *own* a block of rows of the side that the outputs
-lie on, and walk over the blocks of the *other* side; both sides are the same text with the roles exchanged, so sums over queries
-need no atomics, and the same inputs give the same bits.
+What a contraction computes (see `closed/algebra.py`) is known before it runs: the outputs, the
+products of factors in each, and the tensors. So the kernel has no runtime switches; it computes
+exactly this contraction in one pass over the blocks of P: each block of logits and each factor is
+computed once, each tensor read once. A program *owns* a block of rows of the side of the outputs,
+and loops over the blocks of the *other* side; both sides use the same code with the roles
+exchanged, so sums over queries need no atomics, and results are bitwise reproducible.
 """
 
 import functools
@@ -19,7 +20,7 @@ from .language import jit, tl
 
 
 class Operand(NamedTuple):
-    """A tensor that a program reads: the side its rows lie on, its features, its dtype."""
+    """A tensor that a program reads: the side that indexes its rows, its features, its dtype."""
 
     side: str
     features: int
@@ -27,19 +28,19 @@ class Operand(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What is compiled. Terms and pairs hold the *number* of their weight instead of the weight, 0 that of 1."""
+    """The specification of a kernel; weights of terms and pairs are numbered (0 for 1)."""
 
     side: str
     outputs: tuple[Output, ...]
     features: tuple[int, ...]  # of each output
     operands: tuple[Operand, ...]  # q, k, the level, ..., the shift of a row: P = exp2((q . k - shift) scale) / exp(level)
-    intervals: int = 0  # of the mask, 0 without one
+    intervals: int = 0  # number of intervals of the mask; 0: no mask
     dropout: bool = False
     weights: int = 1
 
 
 def arguments(program: Program) -> list[str]:
-    """The names of the kernel's parameters before the sizes of blocks, in order."""
+    """The names of the kernel's parameters before the constexpr ones, in order."""
     each = range(len(program.operands))
     results = range(len(program.outputs))
     return [
@@ -61,16 +62,17 @@ def _placed(program: Program) -> list[str]:
 
 
 def source(program: Program) -> str:
-    """The text of the kernel."""
+    """The source code of the kernel."""
     return "\n".join(_Writer(program).lines()) + "\n"
 
 
 @functools.lru_cache(maxsize=1024)
 def kernel(program: Program) -> Any:
-    """The kernel, ready to be launched as kernel[grid](*arguments, OWN=, OTHER=, PRECISION=, FACTORED=)."""
+    """The kernel, launched as kernel[grid](*arguments, OWN=, OTHER=, PRECISION=, FACTORED=)."""
     text = source(program)
     name = f"<sweep {hash(program) & 0xFFFFFFFFFFFF:012x}>"
-    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)  # where Triton looks the source up
+    # Triton reads the source from here.
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     scope = {"tl": tl, "jit": jit, "__name__": __name__}
     scope |= {part: getattr(pieces, part) for part in pieces.__all__}
     exec(compile(text, name, "exec"), scope)
@@ -78,17 +80,18 @@ def kernel(program: Program) -> Any:
 
 
 class _Writer:
-    """The text of one program, line by line."""
+    """Generates the source of one program, line by line."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.own, self.other = ("query", "key") if program.side == "query" else ("key", "query")
         self.limit = {"query": "T", "key": "S"}
-        self.made: dict[Any, str] = {}  # blocks of pairs that the body has by now
-        self.hides = False  # whether the body has pairs that a mask hides: zero times NaN is NaN, so they are left out
+        self.made: dict[Any, str] = {}  # names of the pair blocks computed so far in the body
+        # whether hidden pairs are in the body: they are left out, since 0 * NaN is NaN
+        self.hides = False
 
     def lines(self) -> Iterator[str]:
-        """All of it."""
+        """All lines of the source."""
         program, own = self.program, self.limit[self.own]
         yield "@jit"
         constants = ", ".join(f"{name}: tl.constexpr" for name in ("OWN", "OTHER", "PRECISION", "FACTORED"))
@@ -135,7 +138,7 @@ class _Writer:
         return self.program.dropout if name == "seeds" else True
 
     def _common(self, number: int) -> int:
-        """The number of the weight that all terms of an output have, by which its sum is multiplied in the end; else 0."""
+        """The number of the weight common to all terms of an output, applied at the end; else 0."""
         weights = {int(term.weight) for term in self.program.outputs[number].terms}
         return weights.pop() if len(weights) == 1 else 0
 
@@ -147,7 +150,7 @@ class _Writer:
         return f"b{n} = block({at}, x{n}_column, {operand.features}, {width(operand.features)}, {rows}, {edge})"
 
     def _ranges(self) -> Iterator[str]:
-        """Which rows of the other side the own block meets, in this interval."""
+        """The rows of the other side that the program's block meets in this interval."""
         if self.own == "query":
             if self.program.intervals:
                 for end in ("start", "stop"):
@@ -164,14 +167,14 @@ class _Writer:
             yield "low, high, begin, end = tl.zeros((), tl.int32), T, tl.zeros((), tl.int32), T"
 
     def _body(self, edge: bool) -> Iterator[str]:
-        """One block of pairs, (OWN, OTHER), and what is added because of it."""
+        """One block of pairs, (OWN, OTHER), and its contributions to the outputs."""
         program, limit = self.program, self.limit[self.other]
         self.made = {}
         yield "other = at + tl.arange(0, OTHER)"
         for n, operand in enumerate(program.operands):
             if operand.side == self.other:
                 yield self._load(n, "at", limit, "OTHER", edge)
-        if self.own == "key":  # of a query all of whose logits are -inf: greater than any of them
+        if self.own == "key":  # for a query with only -inf logits: larger than any logit
             yield "level = tl.maximum(b2, -1e30) * 1.4426950408889634"
         side = ("[:, None]", "[None, :]") if self.own == "query" else ("[None, :]", "[:, None]")
         of_query, of_key = side
@@ -199,7 +202,7 @@ class _Writer:
             yield from self._add(number, output)
 
     def _add(self, number: int, output: Output) -> Iterator[str]:
-        """What a block adds to an output: for each tensor of values, the weights of all terms that it stands under, at once."""
+        """A block's contribution to an output: a product per value tensor, with summed weights."""
         alike: dict[int, list[tuple[int, tuple[Factor, ...]]]] = {}
         for factors, value, weight in output.terms:
             alike.setdefault(value, []).append((0 if self._common(number) else int(weight), factors))
@@ -217,12 +220,13 @@ class _Writer:
                 yield f"a{number} += tl.sum(({W}) * {self._value(value)}[None, :], 1)"
             elif self.program.operands[value].dtype == "float16" and any(factors for _, factors in terms):
                 wide = f"{self._value(value)}.to(tl.float32)"
-                yield f"a{number} = add_product(a{number}, {W}, {wide}, FACTORED)"  # it may exceed float16
+                # W may exceed the range of float16
+                yield f"a{number} = add_product(a{number}, {W}, {wide}, FACTORED)"
             else:
                 yield f"a{number} = add_product(a{number}, ({W}).to(b{value}.dtype), {self._value(value)}, PRECISION)"
 
     def _clean(self, number: int, value: int) -> Iterator[str]:
-        """Values that are not finite become zeros, once a body, and what is summed over them NaN where they are seen."""
+        """Set non-finite values to zero, once per body, and visible sums over them to NaN."""
         wide = self.program.operands[value].features > 1
         if ("clean", value) not in self.made:
             column = f"b{value}" if wide else f"b{value}[:, None]"
@@ -236,7 +240,7 @@ class _Writer:
         return self.made.get(("clean", value), f"b{value}") if self.hides else f"b{value}"
 
     def _weight(self, factors: tuple[Factor, ...]) -> Iterator[str]:
-        """P times a product of factors; products that begin alike are made once."""
+        """P times a product of factors; common prefixes are computed once."""
         if factors in self.made:
             return
         yield from self._weight(factors[:-1])
@@ -271,7 +275,7 @@ class _Writer:
         return ONES not in (pair.a, pair.b) and self.program.operands[pair.a].features > 1
 
     def _pair(self, a: int, b: int, onto: str = "") -> str:
-        """Products of features a . b, laid out (OWN, OTHER), added onto a block where one is named."""
+        """Products of features a . b as (OWN, OTHER), added to a block if one is named."""
         own, other = (a, b) if self.own == "query" else (b, a)
         if ONES in (own, other):
             n, place = (own, "[:, None]") if other == ONES else (other, "[None, :]")

@@ -1,23 +1,27 @@
-"""The kernel of `attend`: a streaming softmax, one program for a block of queries of one head, with the tangents of its sums.
+"""The attention kernel: a streaming softmax, a program per block of queries and head.
 
-It visits the blocks of keys that some query of the block sees, interval by interval: first those at the edges, where each pair is
-looked at, then those that every query sees whole. Heads that share a key read the same one by a stride of zero.
+It loops over the blocks of keys that some query of the block sees, interval by interval: first
+those at the edges, which are masked per pair, then those that every query sees whole. Query heads
+of one key head read it by a stride of zero.
 
-With S = scale q . k and S' = scale (q' . k + q . k'), p the weights before they are divided by their sum m,
+With S = scale q . k and S' = scale (q' . k + q . k'), p the unnormalized weights and m their sum,
 
     out = (sum p v) / m        lse' = (sum p S') / m        out' = (sum p S' v + p v') / m - lse' out
 
-so each block of weights is made once for the value and the tangent: six products of T x S where a pass for the value and a sweep
-for the tangent make seven, and half the exponentials. What is not moved has no tangent and is not read; where nothing is, the
-kernel is that of the value alone.
+so each block of weights is computed once for the value and the tangent: six products of T x S,
+where a pass for the value and a contraction for the tangent take seven, and half the exponentials.
+An input without a tangent adds no work; without any tangent, the kernel computes only the value.
 
-Logits are s * scale less the greatest, in one operation of one rounding: the exact s * scale, less the rounded greatest. Beyond FAR
-that difference is itself far from zero; the scale is replaced there by the power of two above it, whose products are exact. No
-pair notices: two such logits are equal, or so far apart that the smaller weighs nothing.
+Logits minus the row max are one fused operation with one rounding: the exact s * scale, minus the
+rounded row max. Beyond FAR that rounding error is itself large; there the scale is replaced by the
+power of two above it, whose products are exact. This changes no weight: two such logits are equal,
+or so far apart that the weight of the smaller is zero.
 
-`statistics` does the same for a sweep: where the log-sum-exp of a row cannot hold the log of the normalizer, it makes both anew.
+`statistics` does the same for a contraction: if the log-sum-exp of a row is too large to hold the
+log of the normalizer, it recomputes both.
 
-Source: Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1, and its jvp, whose sums are rescaled alike.
+Source: Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1, and its jvp, with sums rescaled
+likewise.
 """
 
 # pyright: reportInvalidTypeForm=false, reportPossiblyUnboundVariable=false
@@ -26,7 +30,7 @@ from .language import jit, tl
 from .pieces import add_product, block, blocks_of, clean, line, locate, product, reach, store, store_line
 
 FAR = tl.constexpr(2.0**30)  # half a unit in the last place is 32 to 64 there: still a power of two that float32 holds
-LARGE = tl.constexpr(512.0)  # as blocks.FAR
+LARGE = tl.constexpr(512.0)  # as torch_blocks.FAR
 
 
 @jit
@@ -38,16 +42,18 @@ def attend(
     MOVES_Q: tl.constexpr, MOVES_K: tl.constexpr, MOVES_V: tl.constexpr, INTERVALS: tl.constexpr,
     PRECISION: tl.constexpr, FACTORED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """out and dout (T, Dv), lse and dlse (T,) of each head; the tangents dq, dk, dv as far as they move.
+    """out and dout (T, Dv), lse and dlse (T,) of each head; dq, dk, dv are read if they exist.
 
-    The arguments that end in _at are tuples of strides over leading axes of `sizes`, those in _step of (row, column) strides;
-    start and stop are int32 (T, INTERVALS), of canonical intervals; scale > 0 is that of the logits in powers of two, power the
-    power of two at or above it, steepness the scale of their tangents.
+    Arguments that end in _at are tuples of strides over leading axes of `sizes`, those in _step
+    (row, column) strides; start and stop are int32 (T, INTERVALS), canonical intervals; scale > 0
+    multiplies logits in powers of two, power is the power of two at or above it, steepness the
+    scale of tangents.
     """
     MOVES: tl.constexpr = MOVES_Q or MOVES_K or MOVES_V
     lines = tl.cdiv(T, ROWS)
     head = tl.program_id(0) // lines
-    first = (lines - 1 - tl.program_id(0) % lines) * ROWS  # the last queries of a causal mask take longest
+    # the last queries of a causal mask take longest
+    first = (lines - 1 - tl.program_id(0) % lines) * ROWS
     k += locate(head, sizes, k_at)
     v += locate(head, sizes, v_at)
     start += locate(head, sizes, mask_at)
@@ -87,7 +93,7 @@ def attend(
                 top, mass, total, dmass, dtotal,
                 D, Dv, WIDTH, WIDTH_V, MOVES_Q, MOVES_K, MOVES_V, PRECISION, FACTORED, KEYS, False,
             )  # fmt: skip
-    mass = tl.where(mass == 0, 1.0, mass)  # of a query that saw nothing, whose sums are zero
+    mass = tl.where(mass == 0, 1.0, mass)  # a query without visible keys has sums of zero
     total = total / mass[:, None]
     store(out + locate(head, sizes, out_at), first, T, Dv, 1, total, Dv, WIDTH_V, ROWS)
     top = tl.where(tl.abs(top) < FAR, top, top * (scale / power))
@@ -107,7 +113,7 @@ def see(
     MOVES_Q: tl.constexpr, MOVES_K: tl.constexpr, MOVES_V: tl.constexpr,
     PRECISION: tl.constexpr, FACTORED: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Take one block of keys in: the greatest logit so far, and rescaled to it the mass, the mixed values, and their tangents."""
+    """Process one block of keys: update the row max, the sums, and their tangents."""
     y = block(k, at, S, k_step[0], k_step[1], D, WIDTH, KEYS, EDGE)
     s = product(x, tl.trans(y), PRECISION)
     if EDGE:
@@ -115,7 +121,8 @@ def see(
         seen = (starts[:, None] <= keys) & (keys < tl.minimum(stops, S)[:, None])
         s = tl.where(seen, s, float("-inf"))
     high = tl.max(s, 1)
-    high = tl.where(tl.abs(high * scale) < FAR, high * scale, high * power)  # grows with s, as both are above zero
+    # monotonic in s, since both factors are positive
+    high = tl.where(tl.abs(high * scale) < FAR, high * scale, high * power)
     higher = tl.maximum(top, high)
     near = tl.abs(higher) < FAR
     base = tl.where(higher == float("-inf"), 0.0, higher) if EDGE else higher
@@ -145,10 +152,11 @@ def see(
             ds = product(dx, tl.trans(y), PRECISION)
         w = p * ds * steepness
         if EDGE:
-            w = tl.where(seen, w, 0.0)  # a tangent may be NaN where nothing is seen
+            w = tl.where(seen, w, 0.0)  # a tangent may be NaN at hidden pairs
         dmass = dmass * fade + tl.sum(w, 1)
         if z.dtype == tl.float16:
-            dtotal = add_product(dtotal, w, z.to(tl.float32), FACTORED)  # it may exceed float16
+            # w may exceed the range of float16
+            dtotal = add_product(dtotal, w, z.to(tl.float32), FACTORED)
         else:
             dtotal = add_product(dtotal, w.to(z.dtype), z, PRECISION)
     return higher, mass * fade + tl.sum(p, 1), total, dmass, dtotal
@@ -159,9 +167,10 @@ def statistics(
     q, k, start, stop, lse, shift, level, sizes, q_at, k_at, mask_at, lse_at, shift_at, q_step, k_step, T, S, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """shift (T,) and level (T,) of each head, such that the weights are exp2((q . k - shift) scale) / exp(level).
+    """shift and level (T,) of each head: the weights are exp2((q . k - shift) scale) / exp(level).
 
-    Zero and the log-sum-exp; in rows where that is large the greatest q . k and the log of the normalizer, from another pass.
+    They are zero and the log-sum-exp; in rows where that is large, the largest q . k and the log of
+    the normalizer, from another pass.
     """
     lines = tl.cdiv(T, ROWS)
     head = tl.program_id(0) // lines

@@ -1,7 +1,7 @@
-"""Which sizes of blocks a kernel gets: a few candidates, timed once where that pays, and remembered for the process.
+"""The block sizes of a kernel: candidates, timed once if the problem is large, cached per process.
 
-The first candidate is taken where a problem is small, under the interpreter, and while a CUDA graph is recorded. A candidate that
-does not fit into a multiprocessor's shared memory is skipped.
+The first candidate is used for small problems, in the interpreter, and during CUDA graph capture. A
+candidate that does not fit into shared memory is skipped.
 """
 
 import os
@@ -16,33 +16,34 @@ from .block_sizes import SMALLEST, Blocks
 from .language import INTERPRETED, OutOfResources
 from .programs import Program
 
-MOST = 576  # features of float32 that a program reads; with more, a thread spills thousands of bytes, and torch's blocks serve
-PAYS = 2**22  # pairs of a query and a key beyond which candidates are timed
+# float32 features read per program; beyond, a thread spills kilobytes, and torch_blocks runs
+MOST = 576
+PAYS = 2**22  # pairs of query and key from which candidates are timed
 REPEATS = 5  # of a timed launch
 _best: dict[Hashable, int] = {}
 _fits: dict[Hashable, int] = {}
 
 
 def of_attend(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
-    """Candidates for the kernel of attend, the smallest last."""
+    """Candidates for the attention kernel, the smallest last."""
     return _candidates(block_sizes.of(block_sizes.ATTENDS, q.dtype == torch.float32, by_groups(q), _wider(q, v)))
 
 
 def of_push(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
-    """Candidates for the kernel of attend and its tangent, the smallest last; none where two passes are better."""
+    """Candidates for the kernel of value and tangent, smallest last; () if two passes are faster."""
     exact = q.dtype == torch.float32 and not INTERPRETED
     found = block_sizes.of(block_sizes.PUSHES, exact, by_groups(q), _wider(q, v))
     return _candidates(found) if found else ()
 
 
 def of_sweep(program: Program, q: Tensor) -> tuple[Blocks, ...]:
-    """Candidates for the kernel of a sweep, the smallest last."""
+    """Candidates for the kernel of a contraction, the smallest last."""
     exact = any(x.dtype == "float32" for x in program.operands if x.features > 1)
     return _candidates(block_sizes.of(block_sizes.SWEEPS, exact, by_groups(q), load(program)))
 
 
 def by_groups(x: Tensor) -> bool:
-    """True where the card of a tensor multiplies by warp groups."""
+    """True where the GPU of a tensor multiplies by warp groups."""
     return x.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
@@ -51,7 +52,7 @@ def _wider(q: Tensor, v: Tensor) -> int:
 
 
 def load(program: Program) -> int:
-    """Features of two bytes that a program reads and sums in one block; those of float32 are three products, and count fourfold."""
+    """16-bit features that a program reads and sums per block; float32 counts four (3 products)."""
     read = [width(x.features) * (4 if x.dtype == "float32" else 1) for x in program.operands if x.features > 1]
     return sum(read) + sum(width(n) for n in program.features if n > 1)
 
@@ -61,12 +62,14 @@ def _candidates(blocks: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
 
 
 def run(launch: Callable[[Blocks], None], candidates: Sequence[Blocks], kind: Hashable, pairs: int, x: Tensor) -> None:
-    """Launch with the best candidate for this kind of problem, found where that was not done yet and pays.
+    """Launch with the best candidate for this kind of problem, timing the candidates if worthwhile.
 
     Args:
-        launch: starts the kernel; twice is as good as once.
-        kind: what the best one depends on, beside the number of pairs of a query and a key.
-        x: a tensor on the device it runs on.
+        launch: launches the kernel; repeated launches give the same result.
+        candidates: block sizes, the smallest last.
+        kind: what the best candidate depends on, besides the number of pairs.
+        pairs: number of pairs of query and key.
+        x: a tensor on the device.
     """
     key = (kind, pairs.bit_length(), x.device)
     if key not in _best and len(candidates) > 1 and pairs >= PAYS and _may_time(x):
@@ -90,7 +93,7 @@ def _fastest(launch: Callable[[Blocks], None], candidates: Sequence[Blocks]) -> 
     times = []
     for blocks in candidates:
         try:
-            launch(blocks)  # compiled
+            launch(blocks)  # compiles the kernel
         except OutOfResources:
             times.append(float("inf"))
             continue
