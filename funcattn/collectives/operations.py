@@ -1,13 +1,15 @@
 """The linear maps between devices, each with its transpose, from which derivatives are composed.
 
-    map               value on device i        input -> output             transpose
-    Sum               y = sum_j x_j            varying -> replicated       CopyToRegion
-    CopyToRegion      y_i = x                  replicated -> varying       Sum
-    Gather            y_i = (x_0, x_1, ...)    varying -> varying          Scatter
-    Scatter           y_i = part i of sum_j x_j                            Gather
-    GatherInvariant   y = (x_0, x_1, ...)      varying -> replicated       LocalSlice
-    LocalSlice        y_i = part i of x        replicated -> varying       GatherInvariant
-    Permute           y_b = x_a                for pairs (a, b), else 0    Permute, reversed
+    map               value on device i           input -> output          transpose
+    Sum               y = sum_j x_j               varying -> replicated    CopyToRegion
+    CopyToRegion      y_i = x                     replicated -> varying    Sum
+    Gather            y_i = (x_0, x_1, ...)       varying -> varying       Scatter
+    Scatter           y_i = part i of sum_j x_j   varying -> varying       Gather
+    GatherInvariant   y = (x_0, x_1, ...)         varying -> replicated    LocalSlice
+    LocalSlice        y_i = part i of x           replicated -> varying    GatherInvariant
+    Permute           y_b = x_a for pairs (a, b)  varying -> varying       Permute, reversed
+
+Permute gives zeros to a device without a source.
 
 A replicated value has one replicated cotangent; a varying value has a cotangent per device. This
 distinguishes Gather from GatherInvariant, and makes Sum and CopyToRegion each other's transpose.

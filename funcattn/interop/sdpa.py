@@ -47,8 +47,8 @@ def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
     is_causal (with attn_mask too: a pair is hidden if either hides it, as on torch's CPU path),
     scale, enable_gqa; jagged NestedTensors (see `nested_attention`). Without derivatives torch's
     kernel is still used. Attention weights are dense: need_weights=True computes them as torch
-    does, which composes, except for a query whose keys are all hidden: its weights are zero, and so
-    are its output and derivatives.
+    does, which composes; only a query whose keys are all hidden differs: its weights are zero, and
+    so are its output and derivatives.
 
     Not replaced are flash_attn, xformers, torch's flex_attention, operators of torch.ops.aten, and
     calls from inside the handler of another TorchFunctionMode or from C++.

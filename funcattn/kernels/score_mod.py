@@ -13,7 +13,7 @@ under transforms for an arbitrary f: each block is rematerialized, and derivativ
 hold one block at a time.
 
 The cost of an arbitrary f: two passes for the value, autograd in every block of a derivative, no
-fused kernel. Low-rank biases and ALiBi are faster as additional columns of q and k, two for ALiBi.
+fused kernel. Low-rank biases and ALiBi are faster by another way: two more columns of q and k.
 
 Source: score_mod of flex_attention, Dong et al., Flex Attention, arXiv:2412.05496.
 """

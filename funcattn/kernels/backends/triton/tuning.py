@@ -30,7 +30,7 @@ def of_attend(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
 
 
 def of_push(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
-    """Candidates for the kernel of value and tangent, smallest last; () if two passes are faster."""
+    """Candidates for the kernel of value and tangent, smallest last; () if two passes win."""
     exact = q.dtype == torch.float32 and not INTERPRETED
     found = block_sizes.of(block_sizes.PUSHES, exact, by_groups(q), _wider(q, v))
     return _candidates(found) if found else ()
