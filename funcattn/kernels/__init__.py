@@ -2,12 +2,10 @@
 
 | kernel | what it is |
 | --- | --- |
-| flash | streaming over blocks: every transform, O(T + S) memory; torch's fused kernel for the
-value and first gradient |
+| flash | all transforms in O(T + S) memory; torch's fused kernel for value and first gradient |
 | triton | the same algorithm in CUDA kernels written in Triton: an extra, imported on first use |
 | reference | dense, plain torch operations, the specification |
-| sdpa | torch's F.scaled_dot_product_attention; sdpa:flash, sdpa:math and so on force one of its
-backends |
+| sdpa | torch's F.scaled_dot_product_attention; sdpa:flash, sdpa:math, ... force a backend |
 
 `attend` returns the output and the log-sum-exp, `attention` the output; `merge` joins attention
 over disjoint keys; `explain` says which kernel runs and why. `attention_with_score` applies an
