@@ -86,8 +86,9 @@ def lengths_of_functions(files: Sources) -> str:
 
 def laws(checkout: Path, files: Sources) -> str:
     """References to tests in docstrings that no file of tests has."""
-    known = {path.name: path.read_text() for path in (checkout / "tests").rglob("test_*.py")}
-    everything = "\n".join(known.values())
+    files_of_tests = list((checkout / "tests").rglob("test_*.py"))
+    known = {path.name: path.read_text() for path in files_of_tests}
+    everything = "\n".join(path.read_text() for path in files_of_tests)
     lost = 0
     for line in lines(files):
         for file, test in LAW.findall(line):
