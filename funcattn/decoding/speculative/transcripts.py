@@ -61,9 +61,10 @@ class Marks:
         self.told = self.tokens = self.accepted = 0
 
     def spans(self, piece: Piece) -> tuple[Span, ...]:
-        """The spans of the next piece; text that the stream withheld keeps the mark of its round."""
+        """The spans of the next piece; text that was withheld keeps the mark of its round."""
         new, accepted = len(piece.tokens) - self.tokens, int(piece.stats.accepted)
-        stayed = min(accepted - self.accepted, new)  # the first tokens of a round; the rest is sampled
+        # Accepted tokens come first in a round; the rest is sampled from the target.
+        stayed = min(accepted - self.accepted, new)
         for count, drafted in ((stayed, True), (new - stayed, False)):
             self.tokens += count
             if count:  # an incomplete character is marked as the token that completes it

@@ -124,5 +124,5 @@ def accept_along(
 
 
 def select_state(states: Any, count: Tensor) -> Any:
-    """Of the states of `log_probs_along_draft`, the one after the first `count` tokens, int64 ()."""
+    """Of the states along a draft, the one after its first `count` tokens, int64 ()."""
     return tree.map(lambda leaf: leaf.index_select(0, count.reshape(1))[0], states)
