@@ -172,6 +172,6 @@ class Config:
         return any(spec.rotary and not spec.local for spec in map(self.layer_spec, range(self.layers)))
 
     def limit(self) -> int | None:
-        """The most positions of a text; None where angles follow the length, or without positions."""
+        """The greatest length of a text; None for dynamic rotary angles or without positions."""
         follows: Any = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
         return None if follows or self.positions == "none" else self.context
