@@ -97,8 +97,8 @@ def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) 
             out = f(*_exchange(x, needed, moving))
             return tuple(out[n] for n in given)
 
-        # With grad mode off, as in the forward of a Function, backward rules may use kernels without
-        # forward-mode derivatives.
+        # With grad mode off, as in the forward of a Function, backward rules may use kernels
+        # without forward-mode derivatives.
         recorded = torch.is_grad_enabled() or in_forward_mode(flat)
         return torch.func.vjp(outputs, *[x[n] for n in needed])[1](cotangents, create_graph=recorded)
 
@@ -123,7 +123,7 @@ def batched(f: Flat, mapped: Sequence[bool], randomness: str) -> Flat:
 
 @dataclass(frozen=True)
 class Under:
-    """A computation that runs, as do its derivatives, under a fixed state (modes, autocast, ...)."""
+    """A computation that runs, as do its derivatives, under a fixed state (modes, autocast)."""
 
     computation: Computation
     state: State
@@ -390,7 +390,7 @@ def _forward_mode_is_taken() -> bool:
 
 @contextlib.contextmanager
 def _levels(count: int) -> Iterator[None]:
-    """Open `count` dummy levels, so that levels opened inside have other numbers than outer ones."""
+    """Open `count` dummy levels, so that inner levels have other numbers than outer ones."""
     opened = 0
     try:
         for _ in range(count):
