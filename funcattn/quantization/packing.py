@@ -91,7 +91,7 @@ def pack(codes: Tensor, size: int, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    """The inverse for `count` groups: `unpack(pack(codes, size, bits), K // size, bits)` is codes."""
+    """The inverse, of `count` groups: `unpack(pack(w, size, bits), K // size, bits) == w`."""
     rows = torch.unflatten(packed, -1, (count, -1))
     return torch.cat([(rows >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)], -1).flatten(-2)
 

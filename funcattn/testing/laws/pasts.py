@@ -1,8 +1,8 @@
 """Laws of caches: law(kind, size, key).
 
-`kind.empty(layers, heads, size, head_size, dtype)` is a cache with room for `size` tokens. Laws compare the result of attention to each layer, not how a cache
-is stored. A kind that rounds keys and values does not return them exactly; leave that law out for
-it.
+`kind.empty(layers, heads, size, head_size, dtype)` is a cache with room for `size` tokens.
+Laws compare the result of attention to each layer, not how a cache is stored. A kind that rounds
+keys and values does not return them exactly; leave that law out for it.
 """
 
 import contextlib
