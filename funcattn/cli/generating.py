@@ -84,7 +84,7 @@ def _compile(begin: Callable[[Tensor, int], Iterator[fa.Streamed]], prompt: Tens
 
 @contextlib.contextmanager
 def profiled(file: Path | None) -> Iterator[None]:
-    """Write a profiler trace of the block, if a file is given; report its ten slowest operations."""
+    """Write a profiler trace of the block to a file, if given; report ten slowest operations."""
     if file is None:
         yield
         return

@@ -8,8 +8,8 @@ result (the sum of absolute values of its terms),
 
 A logit may be rounded once to the dtype, and is a sum of D products; a weight exp(S - l) carries
 the error of S and of l; a weight, an output, and two intermediate results may be rounded to the
-dtype; a sum over S keys, or in a gradient over the R queries that see a key, has one e for each term.
-The 4 is for the few operations (maximum, exp, rescaling) on each term.
+dtype; a sum over S keys, or in a gradient over the R queries that see a key, has one e for each
+term. The 4 is for the few operations (maximum, exp, rescaling) on each term.
 
 Source: Higham, Accuracy and stability of numerical algorithms, sections 3.1 (sums) and 3.5 (products).
 """
