@@ -1,8 +1,8 @@
 """Text to token ids and back, on the `tokenizers` library, from tokenizer.json or from the metadata of a GGUF file.
 
 Plain text and prompts are encoded differently. `encode(text)` never gives the id of a special
-token, whatever the text spells. In `encode(text, special=True)`, for rendered chat templates, `<|im_end|>`
-is one token. `prompt(messages)` applies both within one chat.
+token, whatever the text spells. In `encode(text, special=True)`, for rendered chat templates,
+`<|im_end|>` is one token. `prompt(messages)` applies both within one chat.
 """
 
 import json
