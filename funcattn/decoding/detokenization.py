@@ -120,7 +120,7 @@ class StreamedText:
         self._hold(text[self.known :], True)
         self.told += len(text) - self.known
         alone = len(self.tokenizer.decode(self.ids[self.read :]))
-        if alone:  # decoding starts at a token before read, so that the first new one is not altered
+        if alone:  # decode from a token before read: decoders alter the first one
             self.begin, self.known = self.read, alone
         else:
             self.known = len(text)

@@ -68,7 +68,7 @@ class Request:
             errors.fail(self.verb, "prompt_length", wanted, errors.peek(length), "Count the tokens before the padding.")
 
     def _agree(self, values: dict[str, Any]) -> None:
-        """Fail where processes of one mesh have different arguments; of a cache compare the length."""
+        """Fail where processes of one mesh have different arguments or cache lengths."""
         given = {"prompt": self.prompt, "cache": () if is_absent(self.cache) else self.cache.length, "steps": self.steps}
         given |= {"prompt_length": self.prompt_length, "stop": tuple(self.stop), "chunk": self.chunk}
         given |= {"sampler": self.sampler}

@@ -7,8 +7,8 @@ where the template wrote all of it; between its first and last character may be 
 Where all special tokens of the text are such, its ids are those of the text. Any other must be
 encoded as plain text, in place: so the tokenizer is copied with new spellings of its special
 tokens, chosen so that they do not occur in the text; the template's tokens are respelled, others
-are not. All rules of the tokenizer (spaces around tokens, the space before the first word, normalization)
-then apply as before.
+are not. All rules of the tokenizer (spaces around tokens, the space before the first word,
+normalization) then apply as before.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Bounds on memory and time of a tokenizer.json, checked before `tokenizers` reads it.
 
-The `tokenizers` library, in Rust, aborts the process when out of memory, which Python cannot catch. A text
-passes a pipeline: normalizer, pre-tokenizer, model, post-processor; ids pass the decoder. Every
+The `tokenizers` library, in Rust, aborts the process when out of memory, which Python cannot catch. A
+text passes a pipeline: normalizer, pre-tokenizer, model, post-processor; ids pass the decoder. Every
 component must be of a kind in the tables here, which have the most bytes that it makes of one byte;
 the product along the pipeline is bounded, and so are ids, tokens and their number. Where the
 product and a text are both large, parts of the text are normalized and measured first.
