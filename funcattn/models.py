@@ -1,15 +1,15 @@
-"""`Model`: the pure functions that make a decoder, as a value that says how it was made.
+"""`Model`: the pure functions of a decoder, as a value that records how it was made.
 
     extend(params, tokens, cache) = logits(params, hidden(params, tokens, cache)), and the delta
     apply(params, tokens, cache)  = the logits of extend, and commit(cache, delta)
 
-A model is four functions, and the two that are made of them here, once for every model. Every verb
-(generate, speculate, beam_search, loss, ...) calls these and no others, so a function that
-`model._replace(...)` puts in is used by all of them.
+A model is four functions, and two composed of them here. All of funcattn (generate, speculate,
+beam_search, loss, ...) calls only these, so a function replaced by `model._replace(...)` is used by
+all of it.
 
-What wraps a model (`fa.compile`, `fa.shard_map`, `fa.sharding.candidates`, `_replace`) is a Model
-that holds the other, and knows how to wrap another one alike: `Made`. So a transform of the decoder
-at the core, such as compiling it, reaches it through whatever was put around: `at_core`.
+A wrapper of a model (`fa.compile`, `fa.shard_map`, `fa.sharding.candidates`, `_replace`) is a Model
+with a reference to the inner one and a function that wraps another model alike: `Made`. So a
+transform of the innermost decoder, such as compiling it, keeps all wrappers: `at_core`.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ from .tree import Tree
 
 
 class KVCache(Protocol):
-    """What every kind of cache has; what can be done to one are the verbs of `funcattn.caches`."""
+    """What every kind of cache has; the operations on it are functions of `funcattn.caches`."""
 
     @property
     def length(self) -> Tensor:
-        """How many tokens it holds, int64 ()."""
+        """Number of tokens in the cache, int64 ()."""
         ...
 
 
-Past: TypeAlias = KVCache | tuple[()]  # `()` holds no tokens
+Past: TypeAlias = KVCache | tuple[()]  # `()` is no cache
 
 
 class Init(Protocol):
@@ -75,12 +75,12 @@ class Logits(Protocol):
 
 
 class Made(NamedTuple):
-    """How a model was made: of a Config, or of another model, which it holds.
+    """How a model was made: of a Config, or of another model.
 
     name: the call, as it is printed: `candidates(k=3)`.
-    again: f(config), or f(model) where one is held -> Model, the same made of another one.
-    held: the model that it was made of; None for one that was made of its config.
-    replaced: its functions that say something else than those of what it holds.
+    again: f(config), or f(model) for a wrapper -> Model, made alike of the argument.
+    held: the wrapped model; None for a model made of its config.
+    replaced: names of functions that differ from those of the wrapped model.
     """
 
     name: str
@@ -92,11 +92,11 @@ class Made(NamedTuple):
 @made
 @dataclass(frozen=True, repr=False)
 class Model:
-    """Pure functions that make a decoder; `fa.decoder` says what each takes, and `help` of it.
+    """Pure functions of a decoder; `fa.decoder` documents their arguments, as does `help` on each.
 
-        init, cache, hidden, logits = Model(...)'s four       extend, apply are made of them
+        init, cache, hidden, logits = Model(...)'s four       extend, apply are composed of them
 
-    `model._replace(hidden=f)` is the model with another function in the place of one of the four.
+    `model._replace(hidden=f)` is the model with one of the four replaced.
     Not a record: it holds functions, not tensors, and is passed beside the data.
 
     Args:
@@ -105,12 +105,12 @@ class Model:
         hidden: (params, tokens, cache=(), *, mask=None, positions=None) -> (x (*lead, T, E),
             delta).
         logits: (params, x) -> (*lead, V).
-        commit: what `apply` adds the delta with, where it is another than `fa.commit`.
-        config: the Config that the functions compute; None for a model of another make.
+        commit: what `apply` commits the delta with; `fa.commit` unless given.
+        config: the Config that the functions compute; None for a model not from `fa.decoder`.
         kernel: of attention, where one is forced.
-        made: how it was made; None for a model of another make.
-        code: what `fa.compile` compiled of the decoder, which all that is made of it shares, and
-            which goes with it.
+        made: how it was made; None for a model not from `fa.decoder`.
+        code: compiled code of the decoder (`fa.compile`), common to all models made of it, and
+            freed with them.
 
     Example:
         >>> import funcattn as fa
@@ -123,8 +123,8 @@ class Model:
         >>> fa.sharding.candidates(model, 3)
         Model: candidates(k=3) of decoder(Config(layers=1))
 
-    Law: for every wrapper and every verb, the verb of a wrapped model is that of what the wrapper
-        says, also where wrappers are composed (test_models.py).
+    Law: every function of the library, on a wrapped model, computes with the functions that the
+        wrapper defines, also where wrappers are composed (test_models.py).
     """
 
     init: Init
@@ -138,7 +138,7 @@ class Model:
     made: Made | None = field(default=None, compare=False)
     code: dict[Any, Any] = field(default_factory=dict, compare=False)
 
-    FUNCTIONS: ClassVar = ("init", "cache", "hidden", "logits")  # that say what it computes
+    FUNCTIONS: ClassVar = ("init", "cache", "hidden", "logits")  # that define the model
     _fields: ClassVar = (*FUNCTIONS, "extend", "apply")
 
     def __post_init__(self) -> None:
@@ -157,17 +157,17 @@ class Model:
         mask: Mask | Tensor | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Delta]:
-        """The logits after each new token, and what they add to the cache, which is only read.
+        """The logits after each new token, and their keys and values; the cache is not modified.
 
         Args:
             params: the weights.
             tokens: int64 (*lead, T); one sequence (T,) where there is a cache.
-            cache: what was read before; `()` is nothing: a plain forward pass.
-            mask: which of the new tokens each sees: a `Mask` of T queries or booleans (T, T).
-            positions: int64 (*lead, T); by default they go on from the cache.
+            cache: of the tokens before; `()` is none: a plain forward pass.
+            mask: attention mask among the new tokens: a `Mask` of T queries or booleans (T, T).
+            positions: int64 (*lead, T); by default they continue those of the cache.
 
         Returns:
-            logits (*lead, T, V), and the Delta that `fa.commit(cache, delta)` adds.
+            logits (*lead, T, V), and the Delta for `fa.commit(cache, delta)`.
         """
         given = {"mask": mask, "positions": positions}
         given = {name: value for name, value in given.items() if value is not None}
@@ -176,18 +176,18 @@ class Model:
 
     @door
     def apply(self, params: Any, tokens: Tensor, cache: Past = ABSENT) -> tuple[Tensor, Any]:
-        """The logits after each new token, and the cache with all of them: extend, then commit.
+        """The logits after each new token, and the cache with these: extend, then commit.
 
         Args:
             params: the weights.
             tokens: int64 (T,).
-            cache: from `model.cache(size)`, with room for T more; it stays as it was. `()` is
-                nothing: then the cache that is returned holds these tokens, and has room for no
-                more (`fa.caches.grow` makes some).
+            cache: from `model.cache(size)`, with room for T more; it is not modified. `()` is none:
+                then the cache returned has these tokens and no room for more; `fa.caches.grow`
+                makes room.
 
         Returns:
-            logits (T, V), and a cache of the same kind, T tokens longer. Where a commit did not
-            fit inside a transform, which cannot raise, the logits are NaN.
+            logits (T, V), and a cache of the same kind, T tokens longer. Where a commit did not fit
+            inside a transform, which cannot raise, the logits are NaN.
         """
         proposed, delta = self.extend(params, tokens, cache)
         if is_absent(cache):
@@ -202,7 +202,7 @@ class Model:
 
     @property
     def replaced(self) -> frozenset[str]:
-        """Names of the functions that are not those of `fa.decoder(config, kernel)`."""
+        """Names of the functions that differ from those of `fa.decoder(config, kernel)`."""
         if self.made is None:
             return frozenset(self.FUNCTIONS)
         if self.made.held is None:
@@ -217,19 +217,19 @@ class Model:
         *,
         replaced: Iterable[str] = (),
     ) -> Self:
-        """The model with other fields, which holds this one.
+        """A wrapper of this model, with some fields replaced.
 
         Args:
             name: the call, as it is printed.
-            again: f(model) -> Model, what makes of another model what this makes of this one.
-            fields: of the model, functions among them.
-            replaced: those that say something else than the functions of this one.
+            again: f(model) -> Model, the same wrapper of another model.
+            fields: the replaced fields of the model, functions among them.
+            replaced: names of functions that differ in what they compute.
         """
         holding = Made(name, again, self, frozenset(replaced))
         return dataclasses.replace(self, made=holding, **fields)
 
     def _replace(self, **functions: Callable[..., Any]) -> Self:
-        """The model with other functions in the place of init, cache, hidden or logits."""
+        """The model with init, cache, hidden or logits replaced."""
         for name in functions:
             _check_replaceable(name)
         if not functions:
@@ -255,30 +255,30 @@ class Model:
 
 
 def at_core(model: Model, f: Callable[[Model], Model]) -> Model:
-    """The model with f(core) in the place of the model at its core, which holds no other.
+    """The model with its innermost model replaced by f of it.
 
-    Law: the wrappers around it say what they said (test_models.py).
+    Law: the wrappers around it are unchanged (test_models.py).
     """
     how = model.made
     return f(model) if how is None or how.held is None else how.again(at_core(how.held, f))
 
 
 def config_of(model: Any, *functions: str) -> Any:
-    """The Config that these functions of a model compute; None where one is of another make."""
+    """The Config that these functions of a model compute; None where one was replaced."""
     if not isinstance(model, Model) or not model.replaced.isdisjoint(functions):
         return None
     return model.config
 
 
 def told(model: Any) -> str:
-    """What stands in the place of a model of `fa.decoder`, for messages."""
+    """A description of a value given in place of a model of `fa.decoder`, for error messages."""
     if not isinstance(model, Model) or model.config is None or not model.replaced:
         return f"a {type(model).__name__}"
     return f"a {type(model).__name__} with another {' and '.join(sorted(model.replaced))}"
 
 
 def written(function: str, *args: Any, **options: Any) -> str:
-    """A call as it is printed, of dataclasses the fields that are not their defaults.
+    """A call as it is printed; of dataclasses, only fields that differ from their defaults.
 
     Example:
         >>> from funcattn import Config
@@ -298,7 +298,7 @@ def _written(value: Any) -> str:
 
 
 def _named(f: Any) -> str:
-    """A function by its name: without the number of its place in memory."""
+    """The name of a function, without its address."""
     return getattr(f, "__qualname__", type(f).__name__)
 
 

@@ -1,10 +1,10 @@
-"""What takes longer than two seconds says so: one line on stderr, in a terminal and in a notebook alike, gone when it is done.
+"""Progress of slow operations: after two seconds a line on stderr, removed at the end.
 
     for window in track(windows, "reading"):        reading 12/40 #########.......... 9 s
     with waiting("compiling"):                      compiling, 5 s
 
-Of waits within each other the innermost is told. Nothing is written where nobody looks (stderr is no terminal and there is no
-notebook), inside a transform of torch.compile, inside `silence()`, or where the environment has FUNCATTN_PROGRESS=0.
+Of nested operations the innermost is shown. Nothing is written where stderr is no terminal and
+there is no notebook, under torch.compile, inside `silence()`, or where FUNCATTN_PROGRESS=0.
 """
 
 import contextlib
@@ -21,21 +21,21 @@ from .core.errors import printable
 
 Item = TypeVar("Item")
 
-PATIENCE = 2.0  # seconds in silence
+PATIENCE = 2.0  # seconds before the first line
 PAUSE = 0.2  # seconds between two lines
-WIDTH = 24  # of the bar, in letters
+WIDTH = 24  # of the bar, in characters
 
-_waits: list[object] = []  # those that are under way, the innermost last
+_waits: list[object] = []  # operations in progress, the innermost last
 _silences: list[object] = []
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
-    """The same items; once they have taken two seconds, a line says how far it is.
+    """The same items; shows progress once they have taken two seconds.
 
     Args:
-        items: what is gone through.
-        what: a word for it.
-        total: how many there are, where `len(items)` does not say.
+        items: the items to iterate over.
+        what: a word for the operation.
+        total: the number of items, where `len(items)` is not defined.
 
     Example:
         >>> list(track([1, 2, 3], "counting"))
@@ -70,7 +70,7 @@ def _line(what: str, n: int, total: int | None, seconds: float) -> str:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A line that counts seconds, from the second one on, while one call takes its time."""
+    """Show elapsed seconds while one call runs, once it has taken two."""
     if torch.compiler.is_compiling() or not watched():
         yield
         return
@@ -100,7 +100,7 @@ def waiting(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """No lines from what runs inside: somebody is writing a line of his own there."""
+    """Show no progress inside: for code that writes to stderr itself."""
     this = object()
     _silences.append(this)
     try:
@@ -110,7 +110,7 @@ def silence() -> Iterator[None]:
 
 
 def watched() -> bool:
-    """True where somebody may look: stderr is a terminal, or this is a notebook."""
+    """True where stderr is a terminal, or in a notebook."""
     if _silences or os.environ.get("FUNCATTN_PROGRESS") == "0":
         return False
     return "ipykernel" in sys.modules or bool(getattr(sys.stderr, "isatty", bool)())

@@ -1,12 +1,12 @@
-"""The vocabulary as types: what a record is, and the records that every floor shares.
+"""Records: NamedTuples of tensors and records, and the records used throughout the library.
 
-A record is a NamedTuple of tensors and records. It is a pytree for optree and for torch.func with no registration, so it
-crosses grad, jvp, vmap and compile as it is. Three rules keep it so:
+A record is a pytree for optree and for torch.func without registration, so it passes through grad,
+jvp, vmap and compile. Three rules keep it so:
 
-- no int, string or None inside: torch counts None as a leaf, optree does not, and a transform would break on any of them.
-  What is absent is the empty tuple, `ABSENT`; sizes are read from shapes.
-- a record is a value: nothing writes into its tensors once it is made.
-- it is a tuple only by accident of representation: `+`, `*` and `bool()` raise instead of doing a tuple's arithmetic.
+- no int, string or None inside: torch counts None as a leaf, optree does not, and transforms accept
+  tensors only. Absent fields are the empty tuple, `ABSENT`; sizes are read from shapes.
+- a record is a value: its tensors are not written into once it is made.
+- tuple arithmetic (`+`, `*` and `bool()`) raises.
 """
 
 import html
@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeIs  # which torch depends on; typing has it from 3.13 on
+    from typing_extensions import TypeIs  # a dependency of torch; in typing from 3.13 on
 
 Cls = TypeVar("Cls", bound=type)
 
-ABSENT = ()  # what a record holds where it holds nothing: a tree without leaves
+ABSENT = ()  # the value of an absent field: a tree without leaves
 
 
 def is_absent(value: Any) -> "TypeIs[tuple[()]]":
-    """True for the empty tuple, which stands for what is not there (no past, no bias, no own head)."""
+    """True for the empty tuple, the value of an absent field (no cache, no bias, a tied head)."""
     return type(value) is tuple and not len(value)
 
 
 def record(cls: Cls) -> Cls:
-    """Mark a NamedTuple as a record: tuple arithmetic raises, and torch.load reads it by default.
+    """Mark a NamedTuple as a record: tuple arithmetic raises, and torch.load accepts it.
 
-    Printing shows dtypes and shapes of what is there; absent fields are left out.
+    Printing shows dtypes and shapes of the fields; absent fields are omitted.
 
     Example:
         >>> import torch
@@ -60,17 +60,17 @@ def record(cls: Cls) -> Cls:
             setattr(cls, method_name, refuse(sign))
     if "__repr__" not in cls.__dict__ or cls.__repr__.__module__ != cls.__module__:
         setattr(cls, "__repr__", _describe)
-    torch.serialization.add_safe_globals([cls])  # torch.load reads it as it reads tensors: it holds nothing that runs
+    torch.serialization.add_safe_globals([cls])  # loading it runs no code
     if "_repr_html_" not in cls.__dict__:
         setattr(cls, "_repr_html_", lambda self: unfolded(type(self).__name__, self))
     return cls
 
 
 def formerly(**names: str) -> Callable[[Cls], Cls]:
-    """A NamedTuple whose fields answer to older names too: as attributes, in its constructor and in `_replace`.
+    """A NamedTuple whose fields have deprecated names too, as attributes and keyword arguments.
 
     Args:
-        names: old=new.
+        names: deprecated=current.
 
     Example:
         >>> from typing import NamedTuple
@@ -114,7 +114,7 @@ def describe(value: Any) -> str:
 
 
 def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
-    """A record as HTML that unfolds: a line for a leaf, a triangle for a node; neighbours that are alike share one.
+    """A record as collapsible HTML: a line for a leaf; equal neighbours are merged.
 
     Example:
         >>> unfolded("w", ABSENT)
@@ -124,7 +124,7 @@ def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
     if not isinstance(value, (tuple, dict)) or not len(value):
         return f"{line}{html.escape(f'{name}: {describe(value)}')}</div>"
     fields = getattr(value, "_fields", value if isinstance(value, dict) else range(len(value)))
-    groups: list[tuple[Any, Any, Any]] = []  # first name, last name, what they are
+    groups: list[tuple[Any, Any, Any]] = []  # first name, last name, value
     for field, item in zip(fields, value.values() if isinstance(value, dict) else value, strict=True):
         if is_absent(item) and hasattr(value, "_fields"):
             continue
@@ -138,15 +138,15 @@ def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
     return f"<details{' open' if opened else ''}>{SUMMARY}{title}</summary>{INDENT}{inner}</div></details>"
 
 
-MAX_ROWS = 32  # of batched statistics, when printed
+MAX_ROWS = 32  # of batched statistics that are printed
 
 
 def by_rows(numbers: Any, line: Callable[[Any], str]) -> str:
-    """A record of scalars (*lead,) as text: `line` of it, or a numbered line for each row where vmap added axes.
+    """A record of scalars (*lead,) as text: `line` of it, or a numbered line for each vmapped row.
 
     Args:
-        numbers: a record whose fields have one shape, with values that can be looked at.
-        line: what one row, with fields (), says.
+        numbers: a record whose fields have one shape and concrete values.
+        line: the text of one row, whose fields are ().
 
     Example:
         >>> by_rows(Attended(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])), lambda x: f"{x.out:.0f} of {x.lse:.0f}")
@@ -167,10 +167,11 @@ INDENT = '<div style="margin-left:1.2em">'
 
 @record
 class Attended(NamedTuple):
-    """What attention gives: the weighted values and how much mass they stand for.
+    """The result of attention: the output and the log-sum-exp of its logits.
 
-    out: (*lead, H, T, Dv), the dtype of v.
-    lse: (*lead, H, T), log of the sum of exp of the logits, float32 at least; -inf where a query saw no key.
+    out: (*lead, H, T, Dv), in the dtype of v.
+    lse: (*lead, H, T), log of the sum of exp of the logits, float32 at least; -inf where no key is
+        visible to a query.
     """
 
     out: Tensor

@@ -1,16 +1,17 @@
-"""Rematerialization: a checkpoint that nests under torch.func, at every order.
+"""Rematerialization (gradient checkpointing) that nests under torch.func, at every order.
 
-    Remat[f].vjp = Remat[vjp f]            Remat[f].jvp = Remat[jvp f]            Remat[f].vmap = Remat[vmap f]
+    Remat[f].vjp = Remat[vjp f]      Remat[f].jvp = Remat[jvp f]      Remat[f].vmap = Remat[vmap f]
 
-A rematerialized function keeps its inputs and nothing of what it computed on the way; its derivatives are computed from those
-inputs, by functions that are rematerialized themselves. So a derivative of any order, in any nesting, keeps only inputs. torch's
-own checkpoint hooks into saved tensors, which torch.func refuses; and a backward written in plain operations would be recorded
-by the grad around it, intermediates and all.
+A rematerialized function saves its inputs and no intermediates; its derivatives are computed from
+the inputs, by functions that are rematerialized themselves. So derivatives of any order and nesting
+save only inputs. torch.utils.checkpoint uses saved-tensor hooks, which torch.func rejects; and a
+backward of plain operations would be recorded by an outer grad, with its intermediates.
 
-What is rematerialized is a `Computation`, which says what its derivatives are. `Whole`, a function run at once, is the one behind
-`remat`; kernels.scores has another, a function summed over blocks.
+What is rematerialized is a `Computation`, which defines its derivatives. `Whole`, a function run at
+once, is that of `remat`; kernels.scores has another, a function summed over blocks.
 
-Source: Chen et al., Training deep nets with sublinear memory cost, arXiv:1604.06174; jax.checkpoint is the model of the nesting.
+Source: Chen et al., Training deep nets with sublinear memory cost, arXiv:1604.06174;
+jax.checkpoint is the model of the nesting.
 """
 
 import contextlib
@@ -34,9 +35,9 @@ from .core.autograd import closed_jvp, in_forward_mode, is_differentiable, is_re
 from .core.replaying import State, Watching
 from .records import describe
 
-Flat = Callable[..., tuple[Tensor, ...]]  # of tensors alone, one after the other
+Flat = Callable[..., tuple[Tensor, ...]]  # a function of tensors to a tuple of tensors
 
-# What tells of a tensor without letting a derivative through: f may ask it of a tensor that is not its argument.
+# Attributes of a tensor that no derivative depends on: f may read them of a tensor it closes over.
 METADATA = frozenset(
     [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")]
     + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point]
@@ -45,28 +46,28 @@ METADATA = frozenset(
 
 
 class Computation(Protocol):
-    """A function of tensors to a tuple of tensors, that knows its derivatives as computations of its own kind.
+    """A function of tensors to a tuple of tensors, whose derivatives are Computations too.
 
-    Inputs and outputs go by number.
+    Inputs and outputs are referred to by index.
     """
 
     def __call__(self, *x: Tensor) -> tuple[Tensor, ...]: ...
 
     def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "Computation":
-        """(inputs, cotangents of the outputs given) -> derivatives of the inputs needed."""
+        """(inputs, cotangents of the outputs `given`) -> gradients of the inputs `needed`."""
         ...
 
     def jvp(self, inputs: int, moved: Sequence[int]) -> "Computation":
-        """(inputs, tangents of the inputs moved) -> tangents of the floating outputs."""
+        """(inputs, tangents of the inputs `moved`) -> tangents of the floating outputs."""
         ...
 
     def vmap(self, mapped: Sequence[bool], randomness: str) -> "Computation":
-        """The same over the first axis of the inputs that are mapped and of all outputs."""
+        """The computation mapped over axis 0 of the inputs that are `mapped` and of all outputs."""
         ...
 
 
 class Whole(NamedTuple):
-    """The computation that runs a flat function at once."""
+    """The computation that calls a flat function once."""
 
     f: Flat
 
@@ -87,7 +88,7 @@ class Whole(NamedTuple):
 
 
 def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) -> Flat:
-    """(inputs, cotangents of the outputs given) -> derivatives of the inputs needed."""
+    """The vjp of f: (inputs, cotangents of the outputs `given`) -> gradients of `needed` inputs."""
 
     def pulled(*flat: Tensor) -> tuple[Tensor, ...]:
         x, cotangents = flat[:inputs], flat[inputs:]
@@ -96,7 +97,8 @@ def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) 
             out = f(*_exchange(x, needed, moving))
             return tuple(out[n] for n in given)
 
-        # Where grad mode is off, as in the forward of a Function, backward rules may be such that forward mode cannot pass them.
+        # With grad mode off, as in the forward of a Function, backward rules may use kernels
+        # without forward-mode derivatives.
         recorded = torch.is_grad_enabled() or in_forward_mode(flat)
         return torch.func.vjp(outputs, *[x[n] for n in needed])[1](cotangents, create_graph=recorded)
 
@@ -104,7 +106,7 @@ def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) 
 
 
 def pushforward(f: Flat, inputs: int, moved: Sequence[int]) -> Flat:
-    """(inputs, tangents of the inputs moved) -> tangents of the floating outputs."""
+    """The jvp of f: (inputs, tangents of inputs `moved`) -> tangents of the floating outputs."""
 
     def pushed(*flat: Tensor) -> tuple[Tensor, ...]:
         x, tangents = flat[:inputs], flat[inputs:]
@@ -115,13 +117,13 @@ def pushforward(f: Flat, inputs: int, moved: Sequence[int]) -> Flat:
 
 
 def batched(f: Flat, mapped: Sequence[bool], randomness: str) -> Flat:
-    """f over the first axis of the inputs that are mapped."""
+    """f mapped over axis 0 of the inputs that are `mapped`."""
     return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness=randomness)
 
 
 @dataclass(frozen=True)
 class Under:
-    """A computation that always runs under one state, and whose derivatives do."""
+    """A computation that runs, as do its derivatives, under a fixed state (modes, autocast)."""
 
     computation: Computation
     state: State
@@ -144,23 +146,23 @@ class Under:
 
 @dataclass(frozen=True)
 class Guard:
-    """Watches the first run of a function: what it reads must be its arguments, and the same again in the next run.
+    """Checks in the first run that a function is pure: repeatable, reading only its arguments.
 
-    A tensor from outside that grad, jvp or vmap follows would silently count as a constant, since the function runs below their
-    levels and they only see its arguments.
+    A closed-over tensor that grad, jvp or vmap tracks would silently be a constant: the function
+    runs below the levels of torch.func, which track only its arguments.
     """
 
-    door: str  # the public function, and its argument, that an error names
+    door: str  # for errors: the public function, its argument, and the remedy
     argument: str
     remedy: str
-    depth: int  # levels of torch.func around the door
+    depth: int  # levels of torch.func outside of the call
 
     def refuse(self, got: str, remedy: str) -> NoReturn:
-        """Raise the error that says what the function does beside computing."""
+        """Raise the error for a function that is not pure."""
         errors.fail(self.door, self.argument, "a pure function of its arguments", got, remedy)
 
     def run(self, computation: Computation, x: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """computation(*x), or an error that says what it does beside computing."""
+        """computation(*x), or an error where the function is not pure."""
         before = _traces(x)
         try:
             with _Watch(self, 0):
@@ -180,11 +182,17 @@ class Guard:
 
 
 class _OpensALevel(Exception):
-    """The function opens a level of torch.func: it bears the number of one around the door, and tensors of the two look alike."""
+    """The function opens a level of torch.func, with the number of a level outside of the call.
+
+    Tensors of the two levels cannot be told apart.
+    """
 
 
 class _Watch(Watching):
-    """Sees the arguments of every torch function that is called from Python, above `below` levels that do nothing."""
+    """Inspects the arguments of every torch function called from Python.
+
+    `below` dummy levels are open underneath.
+    """
 
     def __init__(self, guard: Guard, below: int) -> None:
         super().__init__()
@@ -200,7 +208,10 @@ class _Watch(Watching):
         return func(*args, **(kwargs or {}))
 
     def _is_tracked(self, x: Tensor) -> bool:
-        """The arguments came in plain: what is of a level below the function's own, or recorded by autograd, did not come in."""
+        """True for a tensor that autograd records or that is of an outer level.
+
+        The arguments are neither.
+        """
         if not _functorch.is_functorch_wrapped_tensor(x):
             return x.requires_grad
         level = _functorch.maybe_get_level(x)
@@ -208,14 +219,15 @@ class _Watch(Watching):
 
 
 class Remat(Function):
-    """(computation, guard, *x) -> the outputs of the computation; the guard watches it, where it has not run before."""
+    """(computation, guard, *x) -> the outputs of the computation; a guard checks the first run."""
 
     @staticmethod
-    @torch.compiler.disable  # where a compiled frame has fallen back to eager, Dynamo would start again inside
+    @torch.compiler.disable  # else Dynamo would compile the inside after a fall-back to eager
     def forward(computation: Computation, guard: Guard | None, *x: Tensor) -> tuple[Tensor, ...]:
         x = tuple(t.detach() if t.requires_grad else t for t in x)
         out = computation(*x) if guard is None else guard.run(computation, x)
-        return tuple(t.view_as(t) for t in out)  # fresh tensors, also where the function returns an argument, or one tensor twice
+        # New tensors, also where the function returns an argument, or one tensor twice.
+        return tuple(t.view_as(t) for t in out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -253,31 +265,35 @@ class Remat(Function):
 
 
 def run(computation: Computation, x: Sequence[Tensor], *, door: str, argument: str, remedy: str) -> tuple[Tensor, ...]:
-    """Rematerialize a computation that has not run before; the names are for its errors."""
+    """Rematerialize a computation, and check that it is pure; the names are for its errors."""
     state = State.of_now({t.device.type for t in x})
     return Remat.apply(Under(computation, state), Guard(door, argument, remedy, _depth()), *x)
 
 
 def remat(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, whose derivatives keep only its arguments: what it computed on the way is computed again when they are taken.
+    """f, saving only its arguments for derivatives: intermediates are recomputed.
 
-    Memory for time, at every order and in every nesting of torch.func. Split a long chain into segments and rematerialize each:
-    the memory of a gradient is then the inputs of all segments and the inside of one.
+    Less memory for more time, at every order and in every nesting of torch.func. Split a long chain
+    into segments and rematerialize each: the memory of a gradient is then the inputs of all
+    segments and the intermediates of one.
 
     Args:
-        f: a pure function. Arguments and results are trees; their tensors of any dtype, of which the floating ones are
-            differentiated, and whatever else is in them stays as it is. Everything that a derivative or a vmap is to follow must
-            be an argument, and randomness comes from a key: f runs more than once.
+        f: a pure function. Arguments and results are trees with tensors of any dtype, of which
+            floating ones are differentiated; other leaves are passed through. Everything that a
+            derivative or a vmap should track must be an argument, and randomness must come from a
+            key: f runs more than once.
 
     Returns:
-        A function with the arguments and results of f. Each time it runs f under the state of its call: autocast, the modes of
-        torch (TorchFunctionMode and TorchDispatchMode; a default device and `override_sdpa` are such), and values of the context
-        (`kernels.use`, taps, bound axes). In compiled code it keeps its promise of memory where it was made outside of the
-        compiled function, no mode is active and no jvp is taken; else it is f.
+        A function with the arguments and results of f. Every run of f is under the state of the
+        call: autocast, modes of torch (TorchFunctionMode and TorchDispatchMode, such as a default
+        device and `override_sdpa`), and context variables (`kernels.use`, taps, bound axes). In
+        compiled code it saves memory where `remat` was called outside of the compiled function, no
+        mode is active and no jvp is taken; otherwise it is f.
 
     Raises:
-        ValueError: f reads a tensor from outside that a derivative or a vmap follows (a constant to it, silently, were it let
-            through), writes into an argument, or draws from torch's global generator.
+        ValueError: f reads a closed-over tensor that a derivative or a vmap tracks (it would
+            silently be a constant), writes into an argument, or draws from torch's global
+            generator.
 
     Example:
         >>> x = torch.tensor([0.0, 1.0])
@@ -285,8 +301,9 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
         tensor([[0., 0.],
                 [0., 6.]])
 
-    Law: every nesting of grad, jvp and vmap gives what it gives on f (test_rematerialization.py::test_every_nesting_is_that_of_f),
-        under modes too (test_replaying.py::test_a_mode_of_ones_own_is_active_whenever_f_runs).
+    Law: every nesting of grad, jvp and vmap gives what it gives on f
+        (test_rematerialization.py::test_every_nesting_is_that_of_f), under modes too
+        (test_replaying.py::test_a_mode_of_ones_own_is_active_whenever_f_runs).
     """
     if torch.compiler.is_compiling():
         return f
@@ -295,12 +312,13 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
         return _call(f, args, kwargs)
 
     eagerly = untraced(call)
-    opaque = torch._dynamo.nonstrict_trace(call)  # Dynamo would otherwise look inside, where it knows no such Function
+    # Dynamo must not trace into it: it does not support such a Function.
+    opaque = torch._dynamo.nonstrict_trace(call)
 
     @functools.wraps(f)
     def rematerialized(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            # What is traced without Dynamo would not see modes, which Dynamo itself writes into the graph.
+            # A call that Dynamo does not trace would not see modes, which it writes into the graph.
             return (f if torch._C._len_torch_function_stack() else opaque)(*args, **kwargs)
         return eagerly(*args, **kwargs)
 
@@ -311,7 +329,8 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     leaves, tree = pytree.tree_flatten((args, kwargs))
     places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     x = [leaves[n] for n in places]
-    result: list[Any] = []  # of the last run: the tree of what f returned, its tensors left out
+    # Of the last run: the leaves of the result without tensors, its structure, indices of tensors.
+    result: list[Any] = []
 
     def flat(*x: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = pytree.tree_unflatten(_exchange(leaves, places, x), tree)
@@ -322,12 +341,14 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     names = {"door": "remat", "argument": getattr(f, "__name__", "f"), "remedy": "Pass it as an argument, or detach() it before."}
     followed = is_recorded(x)
-    if collectives.simulated():  # devices are a vmap here, whose level would bear another number when f runs again
+    # Simulated devices are a vmap, whose level would have another number when f runs again.
+    if collectives.simulated():
         return f(*args, **kwargs)
     f = collectives.carried(f)
     if not x or not followed or _forward_mode_is_taken():
-        if torch.compiler.is_compiling() or TracingContext.try_get() is not None:  # which on 2.11 alone tells
-            # to what is compiled, a tensor from outside is a constant here too
+        # On torch 2.11 only TracingContext shows that a call is being compiled.
+        if torch.compiler.is_compiling() or TracingContext.try_get() is not None:
+            # In compiled code a closed-over tensor is a constant too.
             with torch.no_grad(), _Watch(Guard(depth=0, **names), 0):
                 flat(*[t.detach() for t in x])
         return f(*args, **kwargs)
@@ -352,14 +373,15 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _depth() -> int:
-    """How many levels of torch.func are open."""
+    """Number of open torch.func levels."""
     return len(_functorch.get_interpreter_stack() or ())
 
 
 def _forward_mode_is_taken() -> bool:
-    """True inside a forward-mode level that torch.func.jvp does not know of, and would fail to open a second of.
+    """True in a forward-mode level not opened by torch.func.jvp, in which it cannot open another.
 
-    The levels of forward mode are the process's. Those that torch.func.jvp opened, in whatever thread, it counts and shares.
+    Levels of forward mode are global to the process. Those opened by torch.func.jvp, in any thread,
+    are counted in JVP_NESTING and reused.
     """
     if torch.compiler.is_compiling():
         return in_forward_mode()
@@ -368,7 +390,7 @@ def _forward_mode_is_taken() -> bool:
 
 @contextlib.contextmanager
 def _levels(count: int) -> Iterator[None]:
-    """That many levels that do nothing, so that the levels opened inside bear other numbers than those around the door."""
+    """Open `count` dummy levels, so that inner levels have other numbers than outer ones."""
     opened = 0
     try:
         for _ in range(count):
@@ -381,7 +403,7 @@ def _levels(count: int) -> Iterator[None]:
 
 
 def _traces(x: Sequence[Tensor]) -> tuple[list[int], list[bytes]]:
-    """What a function that is not pure leaves behind: how often tensors were written, and where torch's global generators stand."""
+    """Traces of impurity: the versions of tensors, and the states of torch's global generators."""
     if torch.compiler.is_compiling():
         return [], []
     generators = (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()))

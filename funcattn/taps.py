@@ -1,10 +1,11 @@
-"""Taps: named places in a computation where a value can be read, or replaced by another.
+"""Taps: named points of a computation where a value can be read or replaced.
 
-    x = tap("layers.0.output", x)          in the model: x itself outside of `listening`
+    x = tap("layers.0.output", x)          in the model: the identity outside of `listening`
 
-A tap is the identity. Inside `listening(f)` every tap hands its name and value to f and goes on with what f returns. The listener
-belongs to the thread and the context (a contextvar), and what it sees are the tracers of whatever transform is active, so what is
-built on taps (`fa.trace`, `fa.patch`, calibration) is a pure function under grad, jvp and vmap. In compiled code taps are silent.
+Inside `listening(f)` every tap calls f with its name and value and returns the result. f is a
+context variable (of the thread and context), and is called with the tracers of any active
+transform, so functions built on taps (`fa.trace`, `fa.patch`, calibration) are pure functions under
+grad, jvp and vmap. In compiled code taps are the identity.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ _listener: ContextValue[Listener | None] = ContextValue("taps", None)
 
 
 def tap(name: str, x: Tensor) -> Tensor:
-    """x, or what the listener puts in its place."""
+    """x, or the result of the listener."""
     if torch.compiler.is_dynamo_compiling():
         return x
     listener = _listener.get()
@@ -29,18 +30,18 @@ def tap(name: str, x: Tensor) -> Tensor:
 
 
 def listener() -> Listener | None:
-    """What the taps here are handed to."""
+    """The function that taps of this context call, or None."""
     return None if torch.compiler.is_compiling() else _listener.get()
 
 
 def heard() -> bool:
-    """True inside `listening`, outside of compiled code."""
+    """True inside `listening`, outside of torch.compile."""
     return not torch.compiler.is_dynamo_compiling() and _listener.get() is not None and not torch.compiler.is_compiling()
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Hand every tap of this context to a function from a name and a value to the value to go on with; inner ones replace outer.
+    """Make every tap of this context call listener(name, value) -> value; inner ones replace outer.
 
     Example:
         >>> with listening(lambda name, x: 2 * x):

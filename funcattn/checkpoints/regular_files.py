@@ -16,8 +16,8 @@ from ..core.errors import fail, printable
 from .families import CheckpointError
 
 T = TypeVar("T")
-MAX_SAVES = 100  # of one folder, while it is read
-SMALL = 2**22  # bytes of a file of settings
+MAX_SAVES = 100  # of one folder while it is read
+SMALL = 2**22  # bytes of a configuration file
 LARGE = 2**26  # bytes of tokenizer.json or an index; Gemma's, the largest seen, has 2**25
 REMEDY = "The file is damaged, cut off, or not what its name says: fetch it again."
 NO_BLOCK = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -30,14 +30,15 @@ KINDS: dict[str, Callable[[int], bool]] = {
 
 
 def open_regular(path: Path, function: str = "load") -> BinaryIO:
-    """The file at a path, open for its bytes.
+    """The file at a path, opened for reading bytes.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        CheckpointError: it is no regular file, or cannot be opened.
+        FileNotFoundError: there is none.
+        CheckpointError: it is not a regular file, or cannot be opened.
     """
     try:
-        _check_kind(os.stat(path).st_mode, path, function)  # before it is opened: that alone moves some devices
+        # Before it is opened: opening alone has effects on some devices.
+        _check_kind(os.stat(path).st_mode, path, function)
         file = os.fdopen(os.open(path, os.O_RDONLY | NO_BLOCK), "rb")
     except (FileNotFoundError, NotADirectoryError):
         wanted = "be there, and is not. Give a folder in the Hugging Face layout, or fetch it again."
@@ -55,15 +56,15 @@ def open_regular(path: Path, function: str = "load") -> BinaryIO:
 
 
 def check_regular(path: Path, function: str = "load") -> None:
-    """Raise unless a path is a regular file that can be opened: for files that a library opens itself."""
+    """Raise unless a path is a regular file that can be opened, for files that a library opens."""
     open_regular(path, function).close()
 
 
 def of_one_save(folder: Path, last: Sequence[str], read: Callable[[], T]) -> T:
-    """read(), repeated where the folder was saved meanwhile: the result is of files of one save.
+    """read(), repeated if the folder was saved meanwhile, so that all files are of one save.
 
     Args:
-        last: the files that a save puts in their place last (`atomic.files`).
+        last: the files that a save renames last (`atomic.files`).
     """
     for _ in range(MAX_SAVES):
         before = _marks(folder, last)
@@ -118,7 +119,7 @@ def read_json(path: Path, largest: int = SMALL, function: str = "load") -> dict[
 
 
 def parse_object(text: str, name: str, function: str = "load", pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The object that a text in JSON is; `pairs` as json.loads takes it, for what the file says twice."""
+    """The object in a JSON text; `pairs` is object_pairs_hook of json.loads."""
 
     def refuse(wanted: str, got: str) -> NoReturn:
         fail(function, name, wanted, got, REMEDY, CheckpointError)

@@ -1,4 +1,4 @@
-"""Where a model comes from: a path, the model that a package brought, or a repository of the Hugging Face hub."""
+"""Locating a model: a path, a model in an installed package, or a repository of the hub."""
 
 import importlib.util
 import os
@@ -17,12 +17,12 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(name: str | Path) -> Path:
-    """The file or folder that a name stands for: a path that exists, a packaged model, or a repository, in this order."""
+    """The path of a name: an existing path, else a packaged model, else a repository of the hub."""
     path = Path(os.path.expanduser(name))  # as it is, where there is no such user
     try:
         if path.exists():
             return path
-    except OSError as error:  # a name that is too long, a folder that cannot be entered
+    except OSError as error:  # a name that is too long, or a folder without permission
         fail("load", str(path), "a path that can be looked at", reason_of(error), "Check its spelling.", CheckpointError)
     if str(name) in PACKAGED:
         return _packaged(str(name))
@@ -34,7 +34,7 @@ def locate(name: str | Path) -> Path:
 
 
 def _packaged(name: str) -> Path:
-    """The package is only looked for: its code is another program's, and is not run."""
+    """The path of a packaged model; the package is not imported, so its code does not run."""
     package, file, requirement = PACKAGED[name]
     found = importlib.util.find_spec(package)
     for folder in found.submodule_search_locations or [] if found else []:

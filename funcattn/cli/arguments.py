@@ -1,4 +1,4 @@
-"""Reading the arguments: what each kind of option accepts, and the options that commands share."""
+"""Argument parsing: types of options, and options common to several commands."""
 
 import argparse
 import contextlib
@@ -16,22 +16,22 @@ TINY = 1e-6  # logits divided by less overflow float32
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, with what may have been meant."""
+    """A parser whose errors are one line, with a suggestion."""
 
     given: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, with what was given kept for the hints."""
+        """As argparse's; keeps the arguments for suggestions."""
         self.given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End with the line and the exit code of a mistake."""
+        """Exit with an error message of one line and the exit code of a mistake."""
         told = f"{self.prog}: {' '.join(message.split())}.{self._hint()} See {self.prog} --help."
         self.exit(MISTAKE, printable(told) + "\n")
 
     def refuse(self, left: Sequence[str]) -> NoReturn:
-        """End because of arguments that are none of the command's."""
+        """Exit because of unknown arguments."""
         quotes = "" if any(word.startswith("-") for word in left) else ". A text of several words should be in quotes"
         self.error(f"unrecognized arguments: {' '.join(left)}{quotes}")
 
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type[int] | type[float], low: float, high: float, wanted: str) -> Callable[[str], int | float]:
-    """A kind of option: a number within bounds."""
+    """An option type: a number within bounds."""
 
     def parse(text: str) -> int | float:
         with contextlib.suppress(ValueError):
@@ -58,23 +58,23 @@ def number(kind: type[int] | type[float], low: float, high: float, wanted: str) 
 
 
 def stop(text: str) -> str:
-    """A text that is not empty."""
+    """An option type: a text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("should be a text, got an empty one")
     return text
 
 
 def dtype(text: str) -> torch.dtype:
-    """A dtype of weights."""
+    """An option type: a dtype of weights."""
     if text not in ("float32", "bfloat16"):
         raise argparse.ArgumentTypeError(f"should be float32 or bfloat16, got {text}")
     return getattr(torch, text)
 
 
 def device(text: str) -> torch.device:
-    """A device that is here."""
+    """An option type: an available device."""
     try:
-        torch.zeros(1, device=text).item()  # one that is here, and holds numbers
+        torch.zeros(1, device=text).item()  # fails where it is unavailable or has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise argparse.ArgumentTypeError(f"should be a device of this machine, got {text}: {reason}") from None

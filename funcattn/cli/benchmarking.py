@@ -1,8 +1,8 @@
 """`funcattn bench`: how fast a model decodes on this machine, against how fast the machine reads memory.
 
-Candidates take turns at every token, so that other load of the machine hits all; results are medians. Model bandwidth
-utilization (MBU) is the bytes that a token needs, weights and past, over its time, as a share of what one matrix-vector product
-over as many bytes reaches.
+Candidates alternate token by token, so that other load of the machine affects all alike; results
+are medians. Model bandwidth utilization (MBU) is the bytes that a token needs, weights and cache,
+divided by its time, as a fraction of the bandwidth of one matrix-vector product of as many bytes.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--schemes should be of {', '.join(SCHEMES)}, got {', '.join(unknown)}.")
     if options.threads:
         torch.set_num_threads(options.threads)
-    with contextlib.ExitStack() as files:  # which fail before anything is measured where they cannot be written
+    with contextlib.ExitStack() as files:  # unwritable files fail before the measurement
         drafts = {path: files.enter_context(atomic.file(path)) for path in (options.json, options.plot) if path}
         session = load(options, needs_tokenizer=False)
         with torch.no_grad():
@@ -68,7 +68,7 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 
 def measure(model: fa.Model, params: fa.Params, config: fa.Config, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures: the machine's limit, and of each candidate milliseconds a token, tokens/s, MBU, seconds to its first tokens."""
+    """The machine's bandwidth; of each candidate ms a token, tokens/s, MBU, seconds to start."""
     trees = {"float": params, **{name: fa.quantize(SCHEMES[name])(params) for name in _names(options)}}
     models = {"eager": model} if options.eager else {"eager": model, "compiled": fa.compile(model)}
     prompt = torch.arange(options.context, device=params.norm.device) % config.vocabulary
@@ -110,7 +110,7 @@ def measure(model: fa.Model, params: fa.Params, config: fa.Config, options: argp
 
 
 def _tokens(model: fa.Model, params: fa.Params, prompt: torch.Tensor, options: argparse.Namespace) -> Iterator[int]:
-    """Greedy tokens, one after the other, behind a past of the capacity asked for."""
+    """Greedy tokens, one by one, with a cache of the given capacity."""
     past = fa.generate(fa.key(0), model, params, prompt[:-1], steps=0)[1]
     if options.capacity:
         past = fa.commit(
@@ -122,7 +122,7 @@ def _tokens(model: fa.Model, params: fa.Params, prompt: torch.Tensor, options: a
 
 
 def _peak() -> int:
-    """The most memory that this process had, in bytes; 0 where the system does not say."""
+    """The peak memory of this process in bytes; 0 where it is unknown."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
@@ -145,7 +145,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def plot(figures: dict[str, Any], file: Path) -> None:
-    """Bars of tokens/s, and where the machine's limit for the same bytes lies."""
+    """A bar chart of tokens/s, with the bandwidth limit for the same bytes."""
     try:
         import matplotlib.figure
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`funcattn chat`: a conversation whose past is kept from turn to turn."""
+"""`funcattn chat`: a conversation whose cache is kept from turn to turn."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ HELP = "/undo takes the last turn back, /new begins again; Ctrl-C stops an answe
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-    """What was said, and a past that holds the tokens `ids`. They may part: the past is cut back where they do."""
+    """The messages, and a cache of the tokens `ids`; it is truncated where the tokens differ."""
 
     past: Any
     ids: tuple[int, ...] = ()
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _answer(session: Session, talk: Talk, text: str, sampler: sampling.Sampler, options: argparse.Namespace) -> Talk:
-    """Write the answer to a text; Ctrl-C keeps what was written so far."""
+    """Write the answer to a text; Ctrl-C keeps the tokens written so far."""
     messages = (*talk.messages, message("user", text))
     wanted = session.tokenizer.prompt(messages)
     steps = room(session, len(wanted), options.steps)
@@ -84,6 +84,6 @@ def _answer(session: Session, talk: Talk, text: str, sampler: sampling.Sampler, 
         for last in write(pieces, f"{len(wanted) - known} tokens behind a past of {known}"):
             said += last.text
     if last is None:
-        return talk  # nothing was said yet: as if it had not been asked
+        return talk  # no tokens were written: drop the question
     past = caches.flatten(last.cache)
     return Talk(past, (*wanted, *last.tokens)[: int(past.length)], (*messages, message("assistant", said)))

@@ -1,8 +1,8 @@
-"""The commands, their options, and what comes of a mistake.
+"""The commands, their options, and the handling of errors.
 
-Text of the model goes to stdout and nothing else does, so that it can be piped; what is said about it goes to stderr. A mistake is
-one line and exit code 2. Several samples of one prompt fork one past, and a chat keeps its past from turn to turn: it reads only
-what the past does not hold, and taking a turn back is keeping less of it.
+Only the model's text is written to stdout, so that it can be piped; all else goes to stderr. An
+error is one line and exit code 2. Several samples of one prompt fork one cache. A chat keeps its
+cache from turn to turn: it reads only tokens that are not in it, and undoing a turn truncates it.
 """
 
 import sys
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return complain("the text should be UTF-8, is not. Convert it first, as with iconv.")
         except OSError as error:
             return complain(streams.reason(error))
-        except (ValueError, RuntimeError) as error:  # ours, and torch's for a device or its memory
+        except (ValueError, RuntimeError) as error:  # of funcattn, and of torch for devices
             return complain(error)
 
 

@@ -20,7 +20,7 @@ from .arguments import number
 from .sessions import Session, load
 from .terminal import working
 
-CONTEXT = 1024  # tokens read at once where nothing is said: what an evaluation costs grows with it
+CONTEXT = 1024  # default; the cost of an evaluation grows with it
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -63,13 +63,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _bytes(session: Session, text: str, first: int) -> int:
-    """Bytes of the text behind its first token (of which a special one, that begins a text, has none)."""
+    """Bytes of the text after its first token; a special token at the beginning has none."""
     begun = session.tokenizer.decode([first])
     return len((text.removeprefix(begun) if text.startswith(begun) else text).encode())
 
 
 def _shown(windows: list[evaluation.Window]) -> Iterator[evaluation.Window]:
-    """The windows, with a bar on stderr if it is a terminal."""
+    """The windows, with a progress bar on stderr if it is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield from windows

@@ -1,4 +1,4 @@
-"""`funcattn finetune`: adapt a model to a text by matrices of low rank; the model itself stays as it is.
+"""`funcattn finetune`: LoRA of a model on a text; the base weights are not changed.
 
 Losses go to stderr, samples of before and after to stdout. The adaptation is written in PEFT's layout; with --merge a whole model.
 """
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     if options.context > config.context:
         raise ValueError(f"--context should be at most {config.context}, which the model was trained on, got {options.context}.")
     if options.merge:
-        check_place(Path(options.out) / MODEL)  # before what takes long
+        check_place(Path(options.out) / MODEL)  # before the slow part
     ids = encoded(options, tokenizer, text)
     params = tree.to(options.device)(params)
     adapted = low_rank.lora(options.rank, alpha=options.alpha)(fa.key(options.seed), params)

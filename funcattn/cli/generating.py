@@ -1,4 +1,4 @@
-"""`funcattn generate`: go on from a text, once or several times side by side."""
+"""`funcattn generate`: continue a text, with one or several samples side by side."""
 
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ from . import ranks
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
 from .terminal import coloured, is_coloured, report, say, shown, working
 
-COMPILED = 512  # tokens of a prompt at most that are read for the compiler: as many as stream reads at once
+COMPILED = 512  # the most tokens of a prompt that are read to compile: the chunk of stream
 P = TypeVar("P", bound=fa.Streamed)
 
 
@@ -69,9 +69,10 @@ def _write(options: argparse.Namespace, session: Session, text: str, sampler: sa
 
 
 def _compile(begin: Callable[[Tensor, int], Iterator[fa.Streamed]], prompt: Tensor, steps: int) -> None:
-    """Let the compiler do its work before the text begins, and tell how long it took.
+    """Compile before the text begins, and report how long it took.
 
-    Three pieces behind the end of the prompt, in a past of the size that is wanted later, are computed and forgotten.
+    Three pieces after the end of the prompt, with a cache of the final size, are computed and
+    discarded.
     """
     started = time.perf_counter()
     end = prompt[-COMPILED:]
@@ -83,11 +84,11 @@ def _compile(begin: Callable[[Tensor, int], Iterator[fa.Streamed]], prompt: Tens
 
 @contextlib.contextmanager
 def profiled(file: Path | None) -> Iterator[None]:
-    """Write a trace of what runs inside, and tell its ten costliest operations; nothing without a file."""
+    """Write a profiler trace of the block to a file, if given; report ten slowest operations."""
     if file is None:
         yield
         return
-    with atomic.file(file) as draft:  # fails before anything is computed where it cannot be written
+    with atomic.file(file) as draft:  # fails before the computation where it cannot be written
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]) as found:
             yield
         found.export_chrome_trace(str(draft))
@@ -101,7 +102,7 @@ def profiled(file: Path | None) -> Iterator[None]:
 def _write_drafted(
     session: Session, prompt: Tensor, key: Tensor, sampler: sampling.Sampler, steps: int, options: argparse.Namespace
 ) -> None:
-    """Write with drafts, and tell how they did."""
+    """Write with drafts, and report their statistics."""
     model, N = fa.compile(session.model), options.draft_length
     if options.speculate == "lookup":
         drafter = drafters.prompt_lookup(length=N)
@@ -132,7 +133,7 @@ def _write_drafted(
 def _write_samples(
     session: Session, prompt: Tensor, keys: Tensor, sampler: sampling.Sampler, steps: int, options: argparse.Namespace
 ) -> None:
-    """Read the prompt once, write all samples side by side behind it, and print them with an empty line between."""
+    """Prefill once, write all samples side by side, and print them separated by empty lines."""
     model, params, tokenizer = session.model, session.params, session.tokenizer
     started = time.perf_counter()
     with working("Reading the prompt"):
@@ -152,7 +153,7 @@ def _write_samples(
 
 
 def write(pieces: Iterator[P], prompt: str, show: Callable[[P], str] = lambda piece: shown(piece.text)) -> Iterator[P]:
-    """Print each piece as it comes and pass it on; then, also after Ctrl-C, end the line and report the speed."""
+    """Print each piece and yield it; at the end, or after Ctrl-C, report the speed."""
     started = time.perf_counter()
     with working("Reading the prompt"):
         piece = next(pieces)
@@ -163,10 +164,11 @@ def write(pieces: Iterator[P], prompt: str, show: Callable[[P], str] = lambda pi
             yield piece
             if piece.ended:
                 break
-            with progress.silence() if sys.stdout.isatty() else contextlib.nullcontext():  # the line is the text's
+            # The text itself is on the terminal's current line.
+            with progress.silence() if sys.stdout.isatty() else contextlib.nullcontext():
                 piece = next(pieces)
     finally:
-        if not isinstance(sys.exception(), OSError):  # of stdout: cut off, or full
+        if not isinstance(sys.exception(), OSError):  # stdout is closed or full
             print(flush=True)
-            # the first token came with the prompt
+            # the first token is part of prefill
             report(prompt, read - started, max(len(piece.tokens) - 1, 0), time.perf_counter() - read)

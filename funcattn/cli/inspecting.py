@@ -1,4 +1,4 @@
-"""`funcattn inspect`: config, parameters, and the memory of a past."""
+"""`funcattn inspect`: config, parameters, and the memory of a cache."""
 
 import argparse
 import dataclasses

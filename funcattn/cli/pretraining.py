@@ -1,7 +1,7 @@
-"""`funcattn train`: a small model from nothing but a text; nanoGPT's job by default, one token a character.
+"""`funcattn train`: a small model from a text; by default nanoGPT's, with a token per character.
 
-Losses go to stderr as they come, samples of the trained model to stdout. Beside the model stand snapshots of the run, so that a run
-that was stopped goes on with --resume, with the bits that it would have had.
+Losses go to stderr, samples of the trained model to stdout. Snapshots are written beside the model,
+so that a stopped run continues with --resume, with the same bits as an unbroken one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from .arguments import TINY, device, number
 from .terminal import say, shown, working
 
 MODEL, SNAPSHOTS = "model", "snapshots"
-HELD_OUT = 0.1  # of the text, its end, which losses of validation are of
+HELD_OUT = 0.1  # fraction of the text, its end, that is the validation text
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_fitting(command: argparse.ArgumentParser, *, out: str, steps: int, rate: float, rows: int, context: int) -> None:
-    """The options that `train` and `finetune` share."""
+    """The options common to `train` and `finetune`."""
     positive, share = number(float, TINY, 1 / TINY, "above 0"), number(int, 0, 2**63 - 1, "0 or more")
     count = number(int, 1, 2**31, "1 or more")
     add = command.add_argument
@@ -84,11 +84,11 @@ def _run(options: argparse.Namespace, mesh: Any) -> None:
         heads=options.heads,
         kv_heads=options.heads,
         head_size=options.width // options.heads,
-        feed_forward=8 * -(-options.width // 3),  # three matrices of this size hold what two of 4 times the width do
+        feed_forward=8 * -(-options.width // 3),  # as many weights as two of 4 * width
         context=options.context,
     )
     if ranks.leads():
-        check_place(Path(options.out) / MODEL)  # before what takes long
+        check_place(Path(options.out) / MODEL)  # before the slow part
     ids = encoded(options, tokenizer, text)
     params = tree.to(options.device)(fa.decoder(config).init(fa.key(options.seed)))
     say(f"{tree.count(params):,} weights, {tokenizer.vocabulary} kinds of token")
@@ -121,7 +121,7 @@ def _together(
     rules: Any,
     cuts: Any,
 ) -> Any:
-    """The trained params, whole, after all steps on a mesh: each process has its part of them, and its rows of every batch."""
+    """The trained params, unsharded. Each process has a shard of them and of every batch."""
     if options.rows % options.dp:
         raise ValueError(f"--rows should be a multiple of --dp {options.dp}, got {options.rows}. Change either.")
     held = sharding.to_local(fa.shard(mesh, rules)(params))
@@ -135,7 +135,7 @@ def _together(
 
 
 def snapshots_of(options: argparse.Namespace) -> Path:
-    """Where this process's snapshots are; those that not every process has are taken away."""
+    """The folder of this process's snapshots; snapshots that some process lacks are removed."""
     place, n = Path(options.out) / SNAPSHOTS, options.tp * options.dp if hasattr(options, "tp") else 1
     if n == 1:
         return place
@@ -172,7 +172,7 @@ def fitted(
     try:
         return training.fit(
             fa.fold_in(fa.key(options.seed), 1),
-            fa.decoder(config, kernel="sdpa"),  # training takes first derivatives only
+            fa.decoder(config, kernel="sdpa"),  # only first derivatives are taken
             params,
             learnt,
             frozen=frozen,
@@ -195,7 +195,7 @@ def fitted(
 
 
 def encoded(options: argparse.Namespace, tokenizer: Any, text: str) -> Tensor:
-    """The ids of a text, checked to be enough before anything is said or begun."""
+    """The ids of a text; raises before training where they are too few."""
     taken = steps_in(snapshots_of(options))
     if taken and not options.resume:
         raise ValueError(f"{options.out} holds a run of {taken[-1]} steps. Add --resume to go on with it, or choose another --out.")
@@ -209,15 +209,15 @@ def encoded(options: argparse.Namespace, tokenizer: Any, text: str) -> Tensor:
 
 
 def halves(ids: Tensor, context: int) -> tuple[Tensor, Tensor | None]:
-    """What is learnt from, and the end of the text that is held back, or None where it would be shorter than a row."""
+    """The training text, and the end of the text for validation; None if shorter than a row."""
     n = int(len(ids) * HELD_OUT)
     return (ids[:-n], ids[-n:]) if n > context and len(ids) - n > context else (ids, None)
 
 
 def write_sample(options: argparse.Namespace, config: fa.Config, params: Any, tokenizer: Any, begin: str) -> None:
-    """Print a beginning and what the model writes behind it.
+    """Print a beginning and the model's continuation.
 
-    Positions beyond the context are none that it was trained on: where it is full, the later half of it is read anew.
+    Positions beyond the context were not trained: when it is full, its later half is read again.
     """
     if not options.sample:
         return

@@ -1,7 +1,7 @@
-"""`funcattn quantize`: a model with weights of fewer bits, as a folder that `fa.load` reads.
+"""`funcattn quantize`: write a model with quantized weights, as a folder that `fa.load` reads.
 
-What became of the matrices goes to stdout, those of one name in all layers in one line. With a text, its perplexity before and
-after does too; with `--gptq`, `--awq` or `--smooth` another text chooses the codes.
+A report on the matrices goes to stdout, one line for those of one name in all layers; with a text,
+its perplexity before and after too. With `--gptq`, `--awq` or `--smooth` another text calibrates.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         scheme = scheme(group=options.group)
     method, sample = next(((name, getattr(options, name)) for name in FITTED if getattr(options, name) is not None), (None, None))
     texts = {path: path.read_text(encoding="utf-8") for path in (sample, options.text) if path is not None}
-    check_place(options.output)  # before what takes long
+    check_place(options.output)  # before the slow part
     session = load(options, needs_tokenizer=bool(texts))
     if any(quantization.is_quantized(leaf) for leaf in tree.leaves(session.params, is_leaf=quantization.is_quantized)):
         raise ValueError(f"{options.model} is quantized already. Give the model that it was made of.")
@@ -77,12 +77,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _fitted(method: str, session: Session, tokens: torch.Tensor, scheme: Any) -> Any:
-    """The weights that a text chose, with a bar on stderr if it is a terminal."""
+    """The weights calibrated on a text, with a progress bar on stderr if it is a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Layers", total=session.config.layers)
         show = lambda done, of: bar.update(task, completed=done, total=of)
-        with progress.silence():  # the line is the bar's
+        with progress.silence():  # the bar is on that line
             return FITTED[method](session.model, tokens, scheme, progress=show)(session.params)
 
 

@@ -1,7 +1,7 @@
 """Several processes as one command: torchrun --nproc-per-node 2 -m funcattn generate TEXT --tp 2
 
-Every process runs the same command on its part; the first alone speaks. A process that ends or falls silent ends the others, with
-an error, within --timeout seconds.
+Every process runs the same command on its shard; only the first one prints. If a process ends or
+stops responding, the others end with an error within --timeout seconds.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def add_options(command: argparse.ArgumentParser, *, data: bool) -> None:
 
 @contextlib.contextmanager
 def meshed(options: argparse.Namespace) -> Iterator[Any]:
-    """The mesh ("data", "tensor") of this run, or None where it is of one process."""
+    """The mesh ("data", "tensor") of this run; None for a single process."""
     tensor, data = options.tp, getattr(options, "dp", 1)
     n, world = tensor * data, _number("WORLD_SIZE", 1)
     if world != n:
@@ -69,13 +69,13 @@ def meshed(options: argparse.Namespace) -> Iterator[Any]:
             told = f"another one has ended, or said nothing for {options.timeout} s. Look at its error."
             raise RuntimeError(f"process {rank} of {n}: {told} ({' '.join(str(error).split())[:200]})") from error
         except (ValueError, OSError):
-            if rank:  # the first process tells the same mistake
+            if rank:  # the first process reports the same error
                 raise SystemExit(MISTAKE) from None
             raise
 
 
 def _number(name: str, default: int) -> int:
-    """A variable that torchrun sets."""
+    """An environment variable that torchrun sets."""
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdigit()):
         raise ValueError(f"{name} should be a number, as torchrun sets it, is {text!r}. Unset it, or let torchrun set it.")
@@ -83,12 +83,12 @@ def _number(name: str, default: int) -> int:
 
 
 def leads() -> bool:
-    """Whether this process speaks and writes files: the first, or the only one."""
+    """True for the process that prints and writes files: the first, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def agreed(steps: list[int]) -> list[int]:
-    """Of the snapshots that each process has, those that all have."""
+    """Of the snapshots of all processes, those that every one has."""
     if not dist.is_initialized():
         return steps
     found: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What the commands that write text need: a model with its tokenizer, a prompt, a sampler, a key."""
+"""Common to the commands that write text: model and tokenizer, prompt, sampler, key."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ from .terminal import say, working
 
 @dataclass(frozen=True)
 class Session:
-    """A model that was loaded."""
+    """A loaded model and its tokenizer."""
 
     config: fa.Config
     params: fa.Params
@@ -25,12 +25,12 @@ class Session:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self.params.norm.dtype
 
 
 def load(options: argparse.Namespace, mesh: Any = None, *, needs_tokenizer: bool = True) -> Session:
-    """The model that the options name; on a mesh, this process's part of it."""
+    """The model of the options; on a mesh, this process's shard."""
     with working(f"Loading {options.model}"):
         if mesh is None:
             config, params, tokenizer = fa.load(options.model, dtype=options.dtype)
@@ -44,20 +44,20 @@ def load(options: argparse.Namespace, mesh: Any = None, *, needs_tokenizer: bool
 
 
 def key_of(options: argparse.Namespace) -> Tensor:
-    """The randomness that the options name."""
+    """The key of the options."""
     return tree.to(options.device)(fa.key(options.seed))
 
 
 def room(session: Session, read: int, steps: int) -> int:
-    """How many tokens can be written behind `read`, at most `steps`."""
+    """How many tokens can be written after `read` tokens, at most `steps`."""
     context = session.config.context
     if read > context:
         raise ValueError(f"the text has {read} tokens, and the model was trained on {context}. Give it a shorter one.")
-    return min(steps, context - read + 1)  # the last is written and never read
+    return min(steps, context - read + 1)  # the last one is not read
 
 
 def prompt_of(options: argparse.Namespace) -> str:
-    """The text to go on from: the argument, or stdin."""
+    """The prompt: the argument, or stdin."""
     text = options.prompt
     if text in (None, "-"):
         if sys.stdin.isatty():
@@ -67,13 +67,13 @@ def prompt_of(options: argparse.Namespace) -> str:
 
 
 def utf8(text: str) -> str:
-    """The text, unless bytes stand in it that are no text: Python then holds lone surrogates, which no tokenizer reads."""
+    """The text; raises where it has lone surrogates (from undecodable bytes)."""
     text.encode()
     return text
 
 
 def sampler_of(options: argparse.Namespace) -> sampling.Sampler:
-    """How a token is chosen."""
+    """The sampler of the options."""
     if options.greedy:
         return sampling.greedy
     filters = {sampling.top_k: options.top_k, sampling.top_p: options.top_p, sampling.min_p: options.min_p}

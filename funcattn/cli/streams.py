@@ -1,8 +1,8 @@
-"""The streams of the command line where they are closed, full or cut off.
+"""Standard streams that are closed, full or cut off.
 
 stdin closed       read as empty
-stdout closed      an error when something is written, as where it is full
-stderr closed      or full: what is said there is dropped, and the text goes on
+stdout closed      an error at the first write, as where it is full
+stderr closed      or full: messages are dropped, and the command continues
 """
 
 import contextlib
@@ -14,19 +14,19 @@ from typing import Any, TextIO
 
 
 class Forgiving:
-    """A stream for optional output: what cannot be written is dropped."""
+    """A stream for optional output: errors of writing are ignored."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
 
     def write(self, text: str) -> int:
-        """Write, or drop the text."""
+        """Write the text; drop it on an error."""
         with dropping(self.file):
             self.file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or drop what is left."""
+        """Flush; drop the buffer on an error."""
         with dropping(self.file):
             self.file.flush()
 
@@ -36,7 +36,7 @@ class Forgiving:
 
 @contextlib.contextmanager
 def opened() -> Iterator[None]:
-    """All three streams, whatever the process was given."""
+    """All three standard streams, whichever of them the process has."""
     ways = {"stdin": os.O_RDONLY, "stdout": os.O_RDONLY, "stderr": os.O_WRONLY}  # nothing can be written to what is closed
     for name, way in ways.items():
         if getattr(sys, name) is None:
@@ -50,7 +50,7 @@ def opened() -> Iterator[None]:
 
 @contextlib.contextmanager
 def dropping(file: TextIO) -> Iterator[None]:
-    """What cannot be written inside goes nowhere, now and when the process ends."""
+    """Ignore errors of writing to a file in the block, and when the process ends."""
     try:
         yield
     except (OSError, ValueError):  # ValueError: closed already
@@ -58,7 +58,7 @@ def dropping(file: TextIO) -> Iterator[None]:
 
 
 def end(file: TextIO) -> None:
-    """Have a stream, with what it still holds, go nowhere."""
+    """Discard the buffer of a stream and all later writes."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, file.fileno())
@@ -66,7 +66,7 @@ def end(file: TextIO) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What to say of an error of the system: that it is of stdout, where it is."""
+    """The message of a system error; it names stdout where it is of stdout."""
     try:
         sys.stdout.flush()
     except OSError as met:

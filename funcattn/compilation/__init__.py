@@ -1,10 +1,10 @@
-"""Models whose decoding is compiled.
+"""Compiled decoding.
 
-model       compile(model) -> Compiled, the same functions
-conditions  when a call is a plain step
-stack       the layers of a step as a few calls: of compiled functions, or of the operator in C++
-compiled    what is compiled
-fused       what the operator in C++ runs, and what it does not know
+model       compile(model) -> Compiled, with the same functions
+conditions  when a call is a plain decode step
+stack       the layers of a step as a few calls of compiled functions or of the C++ operator
+compiled    the function that is compiled: some layers of a step
+fused       the C++ operator that runs all layers, and which configs it computes
 """
 
 from .model import Compiled, compile

@@ -1,4 +1,4 @@
-"""What is compiled: a few layers as one function, over a past read as the rows of a bucket."""
+"""The compiled function: some layers of a decode step, over cached rows of a bucket size."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,10 @@ from ..transformer import Config, Layer, LayerContext, LayerSpec
 
 
 class Rows(NamedTuple):
-    """A past of some layers as compiled code reads it: the rows of a bucket, how many count, and the position of the first."""
+    """Cached keys and values of some layers, padded to a bucket of lengths.
+
+    length of the rows count; offset is the position of the first.
+    """
 
     k: Tensor  # (layers, K, S, D)
     v: Tensor
@@ -22,25 +25,26 @@ class Rows(NamedTuple):
     offset: Tensor  # int64 ()
 
     def of(self, layers: slice) -> "Rows":
-        """That of some of the layers."""
+        """The rows of some of the layers."""
         return Rows(self.k[layers], self.v[layers], self.length, self.offset)
 
 
 def rows(flat: Sequence[Cache]) -> list[Rows]:
-    """The parts of a past, as far as their buckets reach."""
+    """The segments of a dense cache that are not empty, each cut at its bucket of lengths."""
     offset, found = torch.zeros_like(flat[0].length), []
     for part in flat:
         held = int(part.length)
         if held:
             S, whole = caches.bucket(held), caches.capacity(part)
-            S = whole if whole <= 2 * S else S  # all of it where that is no more than the next bucket: one graph less
+            # All rows, where they are no more than the next bucket: one graph fewer.
+            S = whole if whole <= 2 * S else S
             found.append(Rows(part.k[..., :S, :], part.v[..., :S, :], part.length, offset))
         offset = offset + part.length
     return found
 
 
 def dense_parts(cache: Any) -> list[Cache]:
-    """Those that a dense past consists of, in order."""
+    """The `Cache`s that a dense cache consists of, in order."""
     return [*dense_parts(cache.prefix), *dense_parts(cache.tail)] if isinstance(cache, Branch) else [cache]
 
 
@@ -53,7 +57,7 @@ def several(
     positions: Tensor,
     pasts: Sequence[Rows],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Some layers behind each other: the residual, and the keys and values of the new tokens (layers, K, T, D)."""
+    """Some consecutive layers: the residual, and k, v (layers, K, T, D) of the new tokens."""
 
     def run(number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
         parts = [_part(past, number, spec, positions) for past in pasts]

@@ -1,4 +1,4 @@
-"""When a call is a plain step, which has a faster way than the model itself."""
+"""When a call is a plain decode step, for which there is a faster path than the model itself."""
 
 from typing import Any
 
@@ -11,18 +11,17 @@ from ..caches import Branch, Cache
 from ..core.autograd import is_recorded, transforming
 from ..kernels import dispatch
 
-MAX_STEP_TOKENS = 16  # of a step that is compiled; beyond, the cost are matrix products, by the library's routine
+MAX_STEP_TOKENS = 16  # in a compiled step; longer ones are bound by the library's matrix products
 
 
 def is_undisturbed() -> bool:
-    """True where nothing is to see what is computed, or to change how.
+    """True outside torch.func, torch.compile, taps, dispatch modes and autocast.
 
-    Outside torch.func, torch.compile, taps, dispatch modes and autocast, where no kernel is forced,
-    and no mesh is simulated or has a "data" axis.
+    And where no kernel is forced, and no mesh is simulated or has a "data" axis.
     """
     if transforming() or torch.compiler.is_compiling() or taps.heard() or dispatch.current() is not None:
         return False
-    if _len_torch_dispatch_stack():  # a mode that counts operations or has its own, and takes no compiled code
+    if _len_torch_dispatch_stack():  # a dispatch mode would not see operations of compiled code
         return False
     if collectives.simulated() or collectives.axis_size(transformer.DATA) > 1:
         return False
@@ -30,12 +29,12 @@ def is_undisturbed() -> bool:
 
 
 def is_plain(*trees: Any) -> bool:
-    """True where, besides, no derivative of these can be taken."""
+    """`is_undisturbed`, and autograd records none of these tensors."""
     return is_undisturbed() and not is_recorded(*trees)
 
 
 def is_step(tokens: Any, cache: Any) -> bool:
-    """True for a few tokens behind a dense past, with numbers to compute (not on "meta")."""
+    """True for 1 to MAX_STEP_TOKENS tokens (T,), not on "meta", behind a dense cache."""
     return (
         isinstance(tokens, Tensor)
         and tokens.dim() == 1
@@ -46,5 +45,5 @@ def is_step(tokens: Any, cache: Any) -> bool:
 
 
 def is_dense(cache: Any) -> bool:
-    """True for a Cache, and for Branches of such."""
+    """True for a Cache, and for a Branch of dense caches."""
     return type(cache) is Cache or (type(cache) is Branch and is_dense(cache.prefix) and is_dense(cache.tail))

@@ -1,8 +1,9 @@
-"""Layers as one call of the operator in C++, for weights in tiles.
+"""All layers as one call of a C++ operator, for weights in tiles.
 
-A step of a small model is thirty layers of thirteen calls each, of which a quantized product takes a few microseconds: what stands
-between the calls takes longer than they do. The operator runs what most models consist of (norms, rotation, attention over a dense
-past, a gated feed-forward) from the first layer to the last; a model with anything else runs as compiled code.
+A decode step of a small model is thirty layers of thirteen calls each, in which a quantized product
+takes a few microseconds: the overhead between calls exceeds the calls. The operator runs what most
+models consist of (norms, rotation, attention over a dense cache, a gated feed-forward) from the
+first layer to the last; any other model runs as compiled code.
 """
 
 from collections.abc import Sequence
@@ -18,16 +19,16 @@ from ..quantization.tiles import Tiles, has_row_scale, missing
 from ..records import is_absent
 from ..transformer import ANY, Config, Layer
 
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the operator
-WEIGHTS = (*MATRICES, "attention_norm", "feed_forward_norm")  # of a layer; it reads no other
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the operator's arguments
+WEIGHTS = (*MATRICES, "attention_norm", "feed_forward_norm")  # the weights of a layer that it reads
 
 COMPUTES = {  # field of Config -> the values that it computes
-    # Sizes, and what is computed outside of the layers or handed to it as numbers.
+    # Sizes, and values used outside of the layers or passed to it as numbers.
     **dict.fromkeys(("vocabulary", "width", "layers", "heads", "kv_heads", "head_size"), ANY),
     **dict.fromkeys(("feed_forward", "context", "tied", "embedding_scale"), ANY),
     **dict.fromkeys(("logit_scale", "logit_cap", "attention_scale", "norm_epsilon"), ANY),
     **dict.fromkeys(("positions", "rotary_size", "rope_base", "rope_scaling"), ANY),
-    # What LayerSpec says of each layer.
+    # Fields of LayerSpec.
     **dict.fromkeys(("window", "window_layers", "rotary_layers", "local_rope_base"), ANY),
     "norm": ("rms",),
     "norm_bias": (False,),
@@ -46,16 +47,16 @@ COMPUTES = {  # field of Config -> the values that it computes
     "gated": (True,),
     "feed_forward_bias": (False,),
     "experts": (0,),
-    # Of experts, where there are none.
+    # Fields of experts, for models without.
     **dict.fromkeys(("experts_per_token", "expert_size", "expert_layers"), ANY),
     **dict.fromkeys(("normalized_routing", "router_bias"), ANY),
 }
 OF_LAYERS = {"window": (None,), "rotary": ANY, "local": (False,), "experts": (False,)}
-LANES = 16  # of which the size of a head is a multiple
+LANES = 16  # the size of a head is a multiple of it
 
 
 class Weights(NamedTuple):
-    """The matrices of all layers, as the operator takes them."""
+    """The matrices of all layers in the operator's format."""
 
     blocks: list[Tensor]
     scales: list[Tensor]
@@ -63,7 +64,10 @@ class Weights(NamedTuple):
 
 
 def why_not(config: Config, stack: Sequence[Layer]) -> str:
-    """Why the operator does not run these layers (their matrices as `layers.prepare` gives them), or "" where it does."""
+    """Why the operator does not run these layers, or "" where it does.
+
+    stack: layers whose matrices are in the form of `layers.prepare`.
+    """
     if why := transformer.why_not(config, COMPUTES, OF_LAYERS):
         return why
     if len({config.layer_spec(i) for i in range(config.layers)}) > 1:
@@ -90,14 +94,14 @@ def _told(weight: Any) -> str:
 
 
 def weights(stack: Sequence[Layer]) -> Weights:
-    """Those of layers that it runs."""
+    """The matrices of layers that the operator runs."""
     tiles = [getattr(layer, name) for layer in stack for name in MATRICES]
     scales = [weight.scale for weight in tiles if has_row_scale(weight.blocks)]
     return Weights([weight.blocks for weight in tiles], scales, [weight.rows for weight in tiles])
 
 
 def serves(x: Tensor, parts: Sequence[Cache]) -> bool:
-    """True for a residual and a past in float32 on the CPU, features side by side, no device of a mesh having a part of either."""
+    """True for a contiguous float32 residual and cache on the CPU, neither sharded over a mesh."""
     if x.dtype != torch.float32 or collectives.axis_size(transformer.TENSOR) > 1:
         return False
     together = lambda rows: rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.stride(-1) == 1
@@ -107,14 +111,14 @@ def serves(x: Tensor, parts: Sequence[Cache]) -> bool:
 def run(
     config: Config, matrices: Weights, stack: Sequence[Layer], x: Tensor, positions: Tensor, parts: Sequence[Cache]
 ) -> tuple[Tensor, Delta]:
-    """The residual (T, E) behind all layers, and the keys and values (K, T, D) of each."""
+    """The residual (T, E) after all layers, and keys and values (K, T, D) of each."""
     rotation = transformer.layer_context(config, config.layer_spec(0), positions, None, x.dtype, True).rotation
     turns = rotation if isinstance(rotation, Rotation) else [x[:, :0]] * 2
     cos, sin = (part.reshape(len(x), -1).contiguous() for part in turns)
     norms = [norm.contiguous() for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
-    L = config.layers  # a past may have more, which hold no keys (transformer.lengths)
+    L = config.layers  # a cache may have more, which store token ids (transformer.lengths)
     keys, values, lengths = [part.k[:L] for part in parts], [part.v[:L] for part in parts], [int(part.length) for part in parts]
     sizes = config.heads, config.kv_heads, config.scale, config.norm_epsilon
-    with torch._C._AutoDispatchBelowAutograd():  # no derivative is taken here
+    with torch._C._AutoDispatchBelowAutograd():  # no derivatives are taken here
         x, k, v = torch.ops.funcattn.layers.default(*matrices, norms, x.contiguous(), cos, sin, keys, values, lengths, *sizes)
     return x, Delta(k.unbind(0), v.unbind(0))

@@ -1,22 +1,25 @@
-"""Compiled models: the same pure functions, where decoding runs at the speed of memory.
+"""Compiled models: the same pure functions, with decode steps at the speed of memory.
 
-    model = fa.compile(fa.decoder(config))          generate, stream and speculate take it as they take any model
+    model = fa.compile(fa.decoder(config))     for generate, stream, speculate, like any model
 
-A layer is one pure function applied to L different trees, so what is compiled is a few layers as one function, called again and
-again with other weights: a cold start costs what a few layers cost, and the code is small. Three things make it fast:
+A layer is one pure function of L different trees of weights, so a few layers are compiled as one
+function and called several times with different weights: compile time and code are those of a few
+layers. Three things make it fast:
 
-- The past is read as the rows below a power of two, not as a whole: one graph serves all lengths of a bucket, and a step costs what
-  is remembered. A step returns what it would add, and writes nothing; the loop that owns the past writes those few rows in place.
-- A matrix times one vector is written out as products and sums, which the compiler turns into loops over the rows of the matrix.
-  They read memory as fast as the machine can, faster than the library routine. They want matrices stored by rows; `fa.load` stores
-  by columns, which is what the routine wants. So each matrix is stored by rows once, when it is first seen, and kept as
-  long as that matrix. A few vectors at once, as where drafts are verified, are a sum each in one loop over the matrix, which is
-  stored once more for it (`layers.Blocks`).
-- Everything else of a layer is fused around them.
+- The cache is read up to the next power of two of its length, not to its capacity: one graph serves
+  all lengths of a bucket, and the cost of a step follows the length. A step returns a delta, and
+  writes nothing; the decoding loop, which owns the cache, writes those few rows in place.
+- A matrix-vector product is written as products and sums, which the compiler turns into loops over
+  the rows of the matrix. They read memory at the full rate of the machine, faster than the library
+  routine. They need matrices stored by rows; `fa.load` stores them by columns, as the routine
+  needs. So each matrix is stored by rows once, at its first use, and kept as long as that matrix.
+  Products with a few vectors, as in verifying drafts, are one loop over the matrix with a sum for
+  each vector; the matrix is stored once more for it (`layers.Blocks`).
+- All other operations of a layer are fused around them.
 
-Under torch.func the compiled model is the model it was made of, run as it is: every transform works and is exact. So is a call that
-compiled code has no gain for: a long prompt (its matrix products are the cost, and they are the same), a mask of one's own, a past
-of a kind that is not dense.
+Under torch.func the original model runs: every transform works and is exact. So it does where
+compiled code gains nothing: a long prompt (bound by the same matrix products), a given mask, or a
+cache that is not dense.
 
 Source: Ansel et al., PyTorch 2, ASPLOS 2024.
 """
@@ -43,15 +46,15 @@ from .stack import Stack
 
 @dataclass(frozen=True, repr=False)
 class Compiled(Model):
-    """A Model whose decoding is compiled, and `step`, which is `apply` that takes the past away from its caller."""
+    """A Model whose decode steps are compiled, with `step`: `apply` that donates the cache."""
 
-    stack: Stack = field(kw_only=True, compare=False)  # of compiled functions
+    stack: Stack = field(kw_only=True, compare=False)  # the compiled layers
 
     @door
     def step(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """`apply` that writes into the tensors of the given past, copying nothing.
+        """`apply` with a donated cache: it writes into the cache's tensors and copies nothing.
 
-        The given value, and every fork that shares its tensors, is gone: using one is an error.
+        The given cache, and every fork that shares its tensors, must not be used afterwards.
 
         Args:
             params, tokens: as in apply.
@@ -65,7 +68,7 @@ class Compiled(Model):
 
     @door
     def explain(self, params: Params) -> str:
-        """What runs the layers of a step with these weights, and why nothing faster does."""
+        """How the layers of a step run with these weights, and why no faster path does."""
         if "hidden" in self.replaced:
             return "a function of your own in the place of hidden, which is not compiled"
         return self.stack.explain(params)
@@ -73,16 +76,17 @@ class Compiled(Model):
 
 @door
 def compile(model: Model, *, depth: int | None = None, backend: str = "inductor") -> Compiled:
-    """The same functions, with decoding compiled.
+    """The same functions, with decode steps compiled.
 
-    The first step of each form (a number of new tokens, a bucket of lengths) waits for the compiler, some ten seconds with a C++
-    compiler at hand; a second process finds its code in the cache of torch. What was compiled is kept with the decoder, so that
-    compiling it again costs nothing, and goes with it.
+    The first step of each form (number of new tokens, bucket of lengths) compiles for some ten
+    seconds and needs a C++ compiler; another process finds the code in torch's cache. Compiled code
+    is stored with the decoder: compiling the decoder again is free, and the code is freed with it.
 
     Args:
-        model: from `fa.decoder`. One that wraps a decoder (candidates, a replaced function, shard_map)
-            is the same wrapped around the compiled decoder, and a function that was replaced runs as it is.
-        depth: layers of one compiled function; None takes the largest divisor of their number up to 5 (of one kind of sequence).
+        model: from `fa.decoder`, or a wrapper of such (candidates, a replaced function, shard_map):
+            then the wrapper of the compiled decoder, in which replaced functions are not compiled.
+        depth: layers of one compiled function; None takes the largest divisor of their number up to
+            5 for which the specs of layers repeat.
         backend: of torch.compile.
 
     Raises:
@@ -95,7 +99,8 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
         >>> fa.generate(fa.key(1), model, params, torch.tensor([1, 2, 3]), steps=4)[0].shape
         torch.Size([4])
 
-    Law: every function equals that of the model it was made of, under every transform (test_compilation.py).
+    Law: every function equals that of the original model, under every transform
+        (test_compilation.py).
     Law: compiling a wrapped model is wrapping the compiled one (test_models.py).
     """
     if not isinstance(model, Model):
@@ -106,7 +111,7 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
 
 
 def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
-    """`compile` of a decoder that nothing wraps."""
+    """`compile` of a decoder without wrappers."""
     config = model.config
     if config is None or model.made is None:
         _refuse(model)
@@ -126,8 +131,8 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
     @functools.wraps(model.logits)
     def logits(params: Params, hidden: Tensor) -> Tensor:
         if hidden.shape[-1:] != (config.width,):
-            return model.logits(params, hidden)  # which says what it should be
-        if hidden.dim() == 2 and len(hidden) == 1:  # one vector, which there is code for
+            return model.logits(params, hidden)  # which raises
+        if hidden.dim() == 2 and len(hidden) == 1:  # one vector, whose code is compiled
             return logits(params, hidden[0])[None]
         if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= layers.MAX_UNROLLED_VECTORS):
             return model.logits(params, hidden)
@@ -137,7 +142,7 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
         return stack.logits(weight, hidden)
 
     def again(other: Model) -> Model:
-        """Of a smaller model, the depth is its own; a compiled one stays as it was compiled."""
+        """Compile another model alike, at most its layers deep; a compiled one is unchanged."""
         if isinstance(other, Compiled):
             return other
         return compile(other, depth=depth and min(depth, other.config.layers), backend=backend)
@@ -157,7 +162,7 @@ def _refuse(model: Any) -> NoReturn:
 
 
 def _tail(cache: Any) -> Cache:
-    """The part of a dense past that is written."""
+    """The last `Cache` of a dense cache, into which a step writes."""
     return _tail(cache.tail) if isinstance(cache, Branch) else cache
 
 

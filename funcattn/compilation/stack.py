@@ -1,4 +1,4 @@
-"""The layers of a decoder as calls of a few compiled functions, or of one operator in C++ where it knows all there is to do."""
+"""The layers of a decode step as a few calls of compiled functions, or of one C++ operator."""
 
 import functools
 import itertools
@@ -24,22 +24,22 @@ from .conditions import is_plain, is_step
 
 MAX_COMPILED_LAYERS = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 
-_number = itertools.count()  # of the compiled functions of this process
+_number = itertools.count()  # numbers the compiled functions of this process
 
 
 class Stack:
-    """The layers of a decoder as calls of a few compiled functions."""
+    """The layers of a decoder, called as a few compiled functions or as one operator."""
 
     def __init__(self, config: Config, kernel: str | Kernel | None, depth: int | None, backend: str, code: dict[Any, Any]) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, chosen_depth(config, depth), backend
         self.why_not = transformer.why_not(config)  # why nothing is compiled, or ""
-        self.compiled = code  # a _Function for each form of call, which models of one decoder share
-        self.held: dict[int, _Prepared] = {}  # for each number of vectors
+        self.compiled = code  # a _Function for each form of call, common to models of one decoder
+        self.held: dict[int, _Prepared] = {}  # T, the number of vectors -> prepared weights
 
     def forms(self, params: Params, tokens: Tensor, cache: Any) -> "_Prepared | None":
-        """What was prepared of the weights for this step, or None where it runs as the model it was made of.
+        """The weights prepared for this step, or None where the original model runs.
 
-        Remembered as long as it meets the same tensors, unwritten; and not longer than they live.
+        Cached while the tensors are the same and unmodified, and no longer than these live.
         """
         if self.why_not or self._differs_by_device() or not is_step(tokens, cache) or not is_plain(cache):
             return None
@@ -51,20 +51,21 @@ class Stack:
         if (torch.is_grad_enabled() and is_differentiated(tree.leaves(params) if found is None else found)) or has_tangent(params):
             return None
         if forms is None or found is None:
-            gone = lambda: held.pop(T, None)  # not of self: what is held goes with the model too
+            gone = lambda: held.pop(T, None)  # no reference to self, so that the model can be freed
             forms = held[T] = _prepared(self.config, params, T, Fingerprint(params, gone))
         return forms
 
     def _differs_by_device(self) -> bool:
-        """Whether a device of "tensor" computes with other weights than its part of a layer holds (`transformer.parallel`).
+        """True where a device of "tensor" uses other weights than its shard.
 
-        It selects from key/value heads that all devices hold, or adds a bias that one of them adds for all.
+        It selects key/value heads of replicated weights, or one device adds a bias for all
+        (`transformer.parallel`).
         """
         n, config = collectives.axis_size(transformer.TENSOR), self.config
         return config.kv_heads < n or (n > 1 and bool(config.experts) and config.feed_forward_bias)
 
     def explain(self, params: Params) -> str:
-        """What runs the layers of a step with these weights, and why the operator in C++ does not."""
+        """How the layers of a step run with these weights, and why not as the C++ operator."""
         if self.why_not:
             return f"{self.config.layers} layers: as the model itself runs them, nothing compiled: {self.why_not}"
         stack = [layer._replace(**_forms(layer, 1)) for layer in params.layers]
@@ -75,7 +76,7 @@ class Stack:
         return f"{len(stack)} layers: {calls}; not the operator funcattn::layers: {why}"
 
     def hidden(self, params: Params, tokens: Tensor, cache: Any, forms: "_Prepared") -> tuple[Tensor, Delta]:
-        """`Model.hidden` for a few tokens behind a dense past."""
+        """`Model.hidden` of a few tokens behind a dense cache."""
         config, parts = self.config, dense_parts(cache)
         positions = transformer.positions_of(config, tokens, cache)
 
@@ -93,7 +94,7 @@ class Stack:
     def _compiled(
         self, params: Params, x: Tensor, positions: Tensor, pasts: Sequence[Rows], forms: "_Prepared"
     ) -> tuple[Tensor, Delta]:
-        """A few layers at a time, each time by one compiled function."""
+        """Run the layers by compiled functions of a few layers each."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
         shapes = *(past.k.shape for past in pasts), x.dtype
@@ -111,7 +112,7 @@ class Stack:
         return x, Delta(tuple(keys), tuple(values))
 
     def logits(self, weight: Any, x: Tensor) -> Tensor:
-        """`Model.logits` of one vector, or of a few, by the weight of the head."""
+        """`Model.logits` of one or a few vectors, by the weight of the head."""
         weight = layers.prepare(weight, 1 if x.dim() == 1 else len(x))
         run = self.function(("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict)
         with torch._C._AutoDispatchBelowAutograd():
@@ -119,29 +120,32 @@ class Stack:
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
-        """Of the compiler: not to find out by compiling test programs which vector instructions there are.
+        """Options of the compiler: skip its test programs for vector instructions.
 
-        The processor has told torch, and the search takes the compiler ten seconds, once for each empty cache.
+        torch knows the instructions of the processor; the test takes the compiler ten seconds, once
+        for each empty cache.
         """
         known = self.backend == "inductor" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-        quick = {"size_asserts": False} if self.backend == "inductor" else {}  # of sizes that Dynamo's guards have seen already
+        # size_asserts: Dynamo's guards have checked the sizes already.
+        quick = {"size_asserts": False} if self.backend == "inductor" else {}
         return {**quick, "cpp.vec_isa_ok": True} if known else quick
 
     @functools.cached_property
     def specs(self) -> tuple[LayerSpec, ...]:
-        """Of all layers."""
+        """The spec of every layer."""
         return tuple(self.config.layer_spec(i) for i in range(self.config.layers))
 
     @functools.cached_property
     def parts(self) -> tuple[slice, ...]:
-        """Which layers each call of a compiled function takes."""
+        """The layers of each call of a compiled function."""
         return tuple(slice(first, first + self.depth) for first in range(0, self.config.layers, self.depth))
 
     def function(self, form: Any, f: Callable[..., Any]) -> "_Function":
-        """The compiled f for calls of one form, each with code and a name of its own.
+        """The compiled f for one form of call, with a code object and name of its own.
 
-        By code torch counts recompilations, and by name it remembers which sizes have differed. Here only strides may, which follow
-        from the capacity of a past: after the second capacity they are symbols.
+        torch counts recompilations by code object, and records by name which sizes vary. Here only
+        strides can, as they depend on the capacity of a cache: at the second capacity they become
+        symbols.
         """
         form = self.backend, form
         if form not in self.compiled:
@@ -154,7 +158,7 @@ class Stack:
 
 
 class _Function:
-    """A compiled function that says so while it is compiled, and with which goes what Dynamo made for its code."""
+    """A compiled function. It shows progress while compiling; Dynamo's entries go with it."""
 
     def __init__(self, run: Callable[..., Any], code: CodeType) -> None:
         self.run, self.is_compiled = run, False
@@ -170,10 +174,11 @@ class _Function:
 
 
 def _forget(code: CodeType) -> None:
-    """Take from Dynamo what it made for a code object that runs no more.
+    """Free Dynamo's cache entries of a code object.
 
-    Its guards have finalizers on functions, types and modules, which live as long as the process; by them they live as long, with
-    the graph and the code (torch 2.13: two megabytes for each compiled model).
+    Their guards have finalizers on functions, types and modules that live as long as the process,
+    which keep the guards alive, and with them the graph and the code (torch 2.13: two megabytes for
+    each compiled model).
     """
     made = {id(entry.guard_manager) for entry in eval_frame._debug_get_cache_entry_list(code)}
     registry: Any = weakref.finalize._registry  # pyright: ignore[reportAttributeAccessIssue]
@@ -185,17 +190,18 @@ def _forget(code: CodeType) -> None:
 
 
 def _guards(entries: Sequence[Any]) -> list[bool]:
-    """Which of Dynamo's guards are kept: tensors, and what has no name: the state of torch.
+    """Which of Dynamo's guards to keep: those on tensors, and unnamed ones, on torch's state.
 
-    Functions and modules stay what they are, and the rest (types and lengths of records, fields of the configuration) is in the
-    form of the call. There are hundreds, which cost a tenth of a step of a small model; and one of them, on the cache in which
-    `linear` remembers types, fails at the second call and has everything compiled twice.
+    Functions and modules are constant, and all else (types and lengths of records, fields of
+    Config) is in the form of the call. There are hundreds of these guards, a tenth of the time of a
+    step of a small model; and one of them, on the cache in which `linear` stores types, fails at
+    the second call and would compile everything twice.
     """
     return [not e.name or e.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") or isinstance(e.value, Tensor) for e in entries]
 
 
 class _Prepared(NamedTuple):
-    """Of the layers of a tree: matrices in another form, what tells trees apart by the code they need, and that code."""
+    """Prepared weights of all layers, their kinds (which determine the code), and that code."""
 
     fingerprint: Fingerprint
     prepared: tuple[dict[str, Any], ...]
@@ -205,7 +211,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepared(config: Config, params: Params, T: int, fingerprint: Fingerprint) -> _Prepared:
-    """The matrices that products with T vectors want in another form, in it."""
+    """Matrices in the form that products with T vectors need."""
     prepared = [_forms(layer, T) for layer in params.layers]
     stack = [layer._replace(**form) for layer, form in zip(params.layers, prepared, strict=True)]
     operator = None if fused.why_not(config, stack) else fused.weights(stack)
@@ -218,16 +224,19 @@ def _forms(layer: Layer, T: int) -> dict[str, Any]:
 
 
 def _kind_of(weight: Any) -> Any:
-    """Of all leaves: a record is another graph than a matrix, and a bias that is there than one that is not."""
+    """The types and dtypes of a weight's leaves, by which graphs differ."""
     if isinstance(weight, Tensor):
         return weight.dtype
     if not isinstance(weight, tuple):
-        layers.linear(weight, torch.empty(0))  # which says what a weight should be
+        layers.linear(weight, torch.empty(0))  # which raises
     return type(weight), *map(_kind_of, weight)
 
 
 def chosen_depth(config: Config, depth: int | None) -> int:
-    """How many layers one compiled function has: as asked, or the largest divisor up to 5 by which the specs of layers repeat."""
+    """Layers of one compiled function: as given, or the largest divisor up to 5.
+
+    Only divisors by which the specs of layers repeat.
+    """
     if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= config.layers):
         errors.fail("compile", "depth", f"from 1 to the {config.layers} layers", depth, "Leave it out: None chooses.")
     if depth is not None:

@@ -1,13 +1,13 @@
-"""Decoding: a prompt read, and a text written behind it, by every verb in one loop.
+"""Decoding: prefill of a prompt and the decode steps after it, one loop for every function.
 
-requests         what a verb is asked for, checked once
-loop             prefill, choose, stop, commit: decode, and the parts it is made of
-generation       generate: one text, as a tensor
-streams          stream: one text, as it is written
-detokenization   the text of tokens that come one by one
-beams            beam_search, best_of, contrastive: the likeliest texts (`fa.search`)
-batching         texts that come and go, side by side (`fa.serving`)
-speculative      texts with drafts (`fa.speculation`, `fa.drafters`)
+requests         the arguments of a decoding call, validated once
+loop             prefill, choose tokens, stop, commit: `decode` and its building blocks
+generation       generate: one continuation, as a tensor
+streams          stream: one continuation, token by token
+detokenization   incremental decoding of token ids to text
+beams            beam_search, best_of, contrastive: search for likely texts (`fa.search`)
+batching         continuous batching: many texts of different lengths (`fa.serving`)
+speculative      speculative decoding (`fa.speculation`, `fa.drafters`)
 """
 
 from .generation import generate

@@ -1,13 +1,13 @@
-"""Continuous batching: texts that come and go, decoded side by side, each as it would be alone.
+"""Continuous batching: texts of different lengths decode side by side, each as if it were alone.
 
-    slots = idle(model, params, model.cache(1024), 8)                          room for 8 texts
-    slots = enter(key, model, params, prompt, slots, 3, steps=100)             a text takes slot 3
-    served, slots = step(model, params, slots)                                 a token for each text, whatever its length
+    slots = idle(model, params, model.cache(1024), 8)               8 free slots
+    slots = enter(key, model, params, prompt, slots, 3, steps=100)  prefill a prompt into slot 3
+    served, slots = step(model, params, slots)                      one decode step of every slot
 
-All three are pure: the slots are a value, stacked on the first axis, and a step is `vmap` of the step of one slot. A text leaves
-its slot when it ends, at the same step, and its room is free for the next: no text waits for the longest, and nothing is padded
-but the tokens of a slot that is idle. Token i of a text spends `split(key, steps)[i]`, as in `generate`, so what is drawn does
-not depend on the company.
+All three are pure: the slots are a pytree stacked on its first axis, and a step is `vmap` of the
+step of one slot. A slot becomes free in the step in which its text ends, so no text waits for the
+longest; the only padding is the unused token of a free slot. Token i of a text is drawn with
+`split(key, steps)[i]`, as in `generate`, so it does not depend on the other slots.
 
 Source: Yu et al., Orca: A distributed serving system for transformer-based generative models, OSDI 2022 (iteration-level
 scheduling).
@@ -33,19 +33,22 @@ from .requests import check_prompt
 
 @record
 class Slot(NamedTuple):
-    """One text in the making; in `Slots` every leaf has an axis of B in front."""
+    """The decoding state of one text; in `Slots` every leaf has a leading axis B."""
 
-    cache: Any  # what it has read: a past of its own
-    logits: Tensor  # (V,), of its next token
+    cache: Any  # of this slot alone: the tokens read after the shared prefix
+    logits: Tensor  # (V,), of the next token
     key: Tensor  # int64 (2,)
-    drawn: Tensor  # int64 (), how many tokens it has written
-    left: Tensor  # int64 (), how many it may still write: 0 in a free slot
-    state: Any  # the sampler's
+    drawn: Tensor  # int64 (), tokens drawn so far
+    left: Tensor  # int64 (), tokens that may still be drawn; 0 in a free slot
+    state: Any  # sampler state
 
 
 @record
 class Slots(NamedTuple):
-    """B slots, the past that all their texts continue, held once (`()` where there is none), and the empty past of a free slot."""
+    """B slots, the cache of the prefix common to all, stored once, and the empty cache of a slot.
+
+    prefix is `()` where there is none.
+    """
 
     slots: Slot
     prefix: Any
@@ -53,13 +56,17 @@ class Slots(NamedTuple):
 
     @property
     def busy(self) -> Tensor:
-        """Bool (B,): which slots have a text that goes on."""
+        """Bool (B,): True where a slot has a text that has not ended."""
         return self.slots.left > 0
 
 
 @record
 class Served(NamedTuple):
-    """What a step wrote: token int64 (B,), which of them count, bool (B,), and which were the last of their text, bool (B,)."""
+    """The result of a step.
+
+    token: int64 (B,). drawn: bool (B,), True where a token was drawn. ended: bool (B,), True where
+    that token was the last of its text.
+    """
 
     token: Tensor
     drawn: Tensor
@@ -68,19 +75,20 @@ class Served(NamedTuple):
 
 @door
 def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler = sampling.greedy, prefix: Any = ABSENT) -> Slots:
-    """Slots without a text.
+    """B free slots.
 
     Args:
         model, params: a decoder and its weights.
-        past: the empty past of each slot, `model.cache(size)`: room for a prompt and its text. Of the kinds, `Pages` copies least
-            in a step, and a `Ring` has room for texts of any length.
+        past: the empty cache of each slot, `model.cache(size)`, with room for a prompt and its
+            continuation. Of the cache kinds, `Pages` copies least in a step, and a `Ring` has room
+            for texts of any length.
         count: B, how many texts are decoded side by side.
-        sampler: the one that `step` will draw with.
-        prefix: a past that every text continues, such as that of a system prompt.
+        sampler: the sampler that `step` will draw with.
+        prefix: a cache that every text continues, such as that of a system prompt.
     """
     if not errors.is_count(count, 1):
         errors.fail("idle", "count", "a number of slots, at least 1", count, "Say how many texts are decoded side by side.")
-    caches.capacity(past)  # says what is wrong where it is no past
+    caches.capacity(past)  # raises where past is not a cache
     token = torch.zeros_like(past.length)
     logits = torch.zeros_like(model.logits(params, model.hidden(params, token.unsqueeze(0), past)[0][-1]))
     key, state = token.new_zeros(2), sampling.begin(sampler, logits)
@@ -101,18 +109,21 @@ def enter(
     sampler: Sampler = sampling.greedy,
     chunk: int = 512,
 ) -> Slots:
-    """Read a prompt into a free slot; the steps that follow continue it by at most `steps` tokens.
+    """Prefill a prompt into a free slot; the following steps draw at most `steps` tokens for it.
 
     Args:
-        key: randomness of this text alone, as in `generate`.
-        prompt: int64 (T,), T >= 1, behind the prefix of all slots.
+        key: int64 (2,), randomness of this text alone, as in `generate`.
+        prompt: int64 (T,), T >= 1, which follows the prefix of all slots.
         slot: 0 to B - 1, one that is not busy.
+        steps: the most tokens to draw, at least 1.
+        sampler: that of `idle` and `step`.
         chunk: tokens of the prompt that are read at a time.
 
     Raises:
         ValueError: the slot is busy or has no room for prompt and text, or the prompt is empty.
 
-    Law: the text is that of `generate` with this key, whoever else is served (test_serving.py).
+    Law: the text is that of `generate` with this key, whatever the other slots hold
+        (test_serving.py).
     """
     B = slots.slots.left.shape[0]
     if not 0 <= slot < B:
@@ -145,13 +156,14 @@ def enter(
 def step(
     model: Model, params: Any, slots: Slots, *, sampler: Sampler = sampling.greedy, stop: Sequence[int] = ()
 ) -> tuple[Served, Slots]:
-    """Write one token in every slot that has a text, and read it unless it was the last.
+    """One decode step: draw a token in every busy slot, and read it unless it was the last.
 
-    A text ends after its `steps` or with an id of `stop`, which counts as its last token; its slot is free in what is returned.
+    A text ends after its `steps` tokens or at an id of `stop`, which counts as its last token; its
+    slot is free in the slots that are returned.
 
     Raises:
-        ValueError: the logits of a text are NaN, or the sampler leaves nothing to draw.
-        TypeError: stop is anything but ids.
+        ValueError: the logits of a text are NaN, or the sampler leaves no token to draw.
+        TypeError: stop is not a sequence of ids.
     """
     errors.stops("step", stop)
     _check_sampler("step", sampling.begin(sampler, slots.slots.logits[0]), tree.map(lambda leaf: leaf[0], slots.slots.state))
@@ -176,7 +188,7 @@ def step(
 
 @door
 def leave(slots: Slots, slot: int) -> Slots:
-    """The slots without the text of one of them, which ends where it is."""
+    """The slots with one of them free: its text ends at the tokens drawn so far."""
     here = torch.arange(slots.slots.left.shape[0], device=slots.slots.left.device) == slot
     one = slots.slots
     cache = vmap(caches.reset, (0, None, 0))(one.cache, slots.empty, here)
@@ -184,7 +196,7 @@ def leave(slots: Slots, slot: int) -> Slots:
 
 
 def _check_sampler(function: str, state: Any, held: Any) -> None:
-    """Fail where the state of a sampler is not of the form that the slots hold."""
+    """Fail where a sampler's state does not have the shapes of the state in the slots."""
     given, kept = ([errors.shape(leaf) for leaf in tree.leaves(each)] for each in (state, held))
     if given != kept:
         remedy = "Give idle, enter and step the same sampler."
@@ -196,7 +208,7 @@ def _behind(prefix: Any, cache: Any) -> Any:
 
 
 def _put(stacked: Any, before: Any, after: Any, slot: int) -> Any:
-    """The stack with one row replaced; a leaf that is what it was is not copied."""
+    """The stacked tree with one row replaced; leaves that are identical in both are not copied."""
     index = torch.tensor([slot], device=stacked.left.device)
     put = lambda rows, old, new: rows if new is old else rows.index_copy(0, index, new.unsqueeze(0))
     return tree.map(put, stacked, before, after)

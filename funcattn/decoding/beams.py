@@ -1,9 +1,11 @@
-"""Search for likely texts: beams, contrast with a weaker model, the best of several samples.
+"""Search for likely texts: beam search, contrastive decoding, the best of several samples.
 
-A beam is a fork of the past. What all beams remember alike, such as the prompt, is held once and never mapped; choosing beams is
-indexing the rest:
+A beam is a fork of the cache. Leaves that all beams have in common, such as the keys and values of
+the prompt, are stored once and not mapped by vmap; selecting beams indexes only the other leaves:
 
-    score(text) = log P(text) / length ^ length_penalty,      running beams: the greatest log P, finished ones: the greatest score
+    score(text) = log P(text) / length ^ length_penalty
+
+Running beams are kept by the greatest log P, finished ones by the greatest score.
 """
 
 import math
@@ -29,7 +31,8 @@ from .requests import Request, check_numbers
 class Texts(NamedTuple):
     """Texts from the best to the worst.
 
-    tokens: int64 (n, steps), after the end filled with the stop id. scores: (n,). lengths: int64 (n,), the stop id included.
+    tokens: int64 (n, steps), after the end filled with the stop id. scores: float (n,).
+    lengths: int64 (n,), counting the stop id.
     """
 
     tokens: Tensor
@@ -52,23 +55,28 @@ def beam_search(
     early_stop: bool | Literal["never"] = False,
     sampler: Sampler | None = None,
 ) -> Texts:
-    """The likeliest continuations that a beam of this width finds.
+    """Beam search: the most probable continuations that a beam of this width finds.
 
     Args:
         model, params, prompt, cache, steps, stop: as in `fa.generate`.
         beams: how many unfinished texts are kept.
         best: how many texts to return, at most `beams`.
-        length_penalty: the power of the length that divides log P; above 0 favours long texts, 0 is log P itself.
-        early_stop: True ends once `beams` texts have finished; False once no running beam beats them at its present length; "never"
-            once none could at any length up to steps. As transformers' `early_stopping`.
-        sampler: what makes log-probabilities of logits, such as penalties or a grammar; each beam has its state.
+        length_penalty: exponent of the length that divides log P; above 0 favours long texts, 0 is
+            log P itself.
+        early_stop: True ends once `beams` texts have finished; False once no running beam beats
+            them at its present length; "never" once none could at any length up to steps. As
+            transformers' `early_stopping`.
+        sampler: maps logits to log-probabilities, such as penalties or a grammar; each beam has a
+            state of it.
 
     Returns:
-        Texts with n = best. Scores are of tokens that were written, a stop id included. Where fewer texts than `best` were found
-        (a grammar allows no more, or beams ended where it allows no token), the rest are no texts: tokens 0, length 0, score -inf.
+        Texts with n = best. Scores are of the tokens written, with the stop id. Where fewer texts
+        than `best` were found (a grammar allows no more, or beams ended where it allows no token),
+        the remaining rows are empty: tokens 0, length 0, score -inf.
 
     Raises:
-        ValueError, TypeError: as generate; beams or best below 1, best above beams; logits or log-probabilities that are NaN.
+        ValueError, TypeError: as generate; beams or best below 1, best above beams; logits or
+            log-probabilities that are NaN.
 
     Example:
         >>> import funcattn as fa
@@ -77,7 +85,8 @@ def beam_search(
         >>> found.tokens.shape, bool(found.scores[0] >= found.scores[1])
         (torch.Size([2, 3]), True)
 
-    Law: with beams enough for all texts it is the exhaustive search; vmap over prompts equals the loop (test_search.py).
+    Law: with as many beams as there are texts it is exhaustive search; vmap over prompts equals the
+        loop (test_search.py).
     """
     _check_counts("beam_search", beams=beams, best=best, steps=steps)
     if best > beams:
@@ -100,7 +109,8 @@ def beam_search(
         return model.logits(params, x[-1]), caches.commit(past, delta)
 
     written = torch.zeros(beams, steps, dtype=torch.int64, device=device)
-    total = torch.where(torch.arange(beams, device=device) == 0, 0.0, -torch.inf).to(logits.dtype)  # one beam, before it forks
+    # At first one beam is a text; it forks in the first step.
+    total = torch.where(torch.arange(beams, device=device) == 0, 0.0, -torch.inf).to(logits.dtype)
     done = Texts(written, torch.full_like(total, -torch.inf), torch.zeros(beams, dtype=torch.int64, device=device))
     ended = torch.zeros(beams, dtype=torch.bool, device=device)
     improvable = torch.ones((), dtype=torch.bool, device=device)
@@ -108,7 +118,8 @@ def beam_search(
     for step in progress.track(range(steps), "searching"):
         log_p = vmap(lambda logits, state: _allowed(sampler, logits, state))(logits, states)
         _check_numbers(step, logits, log_p, total)
-        log_p = torch.where(total.unsqueeze(-1) > -torch.inf, log_p, -torch.inf)  # of no text a sampler may leave NaN
+        # A sampler may give NaN for a beam that is no text.
+        log_p = torch.where(total.unsqueeze(-1) > -torch.inf, log_p, -torch.inf)
         values, places = (log_p + total.unsqueeze(-1)).reshape(-1).topk(many)
         parent, token = places // V, places % V
         texts = written.index_select(0, parent).index_fill(1, torch.tensor([step], device=device), 0)
@@ -154,13 +165,14 @@ def best_of(
     stop: Sequence[int] = (),
     score: Callable[[Tensor], Tensor] | None = None,
 ) -> Texts:
-    """Sample n texts of one past, which is stored once, and order them by a score.
+    """Sample n continuations of one cache, which is stored once, and order them by a score.
 
     Args:
-        key, model, params, prompt, cache, steps, sampler, stop: as in `fa.generate`; text i spends `split(key, n)[i]`.
+        key, model, params, prompt, cache, steps, sampler, stop: as in `fa.generate`; text i is
+            drawn with `split(key, n)[i]`.
         n: how many texts.
-        score: a function of tokens (steps,) -> (), such as a reward or a verifier; None is the model's mean log-probability of the
-            tokens up to the stop id, as vLLM's `best_of`.
+        score: tokens int64 (steps,) -> (), such as a reward or a verifier; None is the model's mean
+            log-probability of the tokens up to the stop id, as vLLM's `best_of`.
 
     Returns:
         Texts with all n, the best first; a score that is NaN comes last.
@@ -173,7 +185,7 @@ def best_of(
     _check_counts("best_of", n=n, steps=steps)
     prefix = _all_but_last(Request("best_of", model, params, prompt, cache, steps, sampler, stop).checked(key=key, n=n))
     last = prompt[-1:]
-    seen = sampling.primed(sampler, prompt[:-1])  # generate shows it the last
+    seen = sampling.primed(sampler, prompt[:-1])  # the sampler observes the last one in generate
     one = lambda key: generate(key, model, params, last, prefix, steps=steps, sampler=seen, stop=stop)[0]
     tokens = vmap(one)(randomness.split(key, n))
     lengths = until_stop(tokens, torch.full_like(tokens[:, 0], steps), stop)
@@ -195,18 +207,22 @@ def best_of(
 def contrastive(
     model: Model, params: Any, cache: Any, logits: Tensor, *, alpha: float | Tensor = 0.1, beta: float | Tensor = 0.5
 ) -> Sampler:
-    """Contrastive decoding: of the tokens at least alpha as likely as the likeliest, prefer what a weaker model would not write.
+    """Contrastive decoding: a sampler that weighs an expert's logits against a weaker model's.
 
-        (1 + beta) * log P_expert - beta * log P_amateur        where P_expert >= alpha * max P_expert
+        (1 + beta) * log P_expert - beta * log P_amateur    where P_expert >= alpha * max P_expert
 
     Args:
-        model, params, cache: the amateur, and its past of the same text, with room for what will be written.
+        model, params, cache: the amateur, and its cache of the same text, with room for the tokens
+            to be written.
         logits: (V,), the amateur's after the last token of the prompt.
+        alpha: the threshold, relative to the greatest probability of the expert.
+        beta: the weight of the amateur.
 
     Returns:
-        A sampler, for `generate` and `beam_search`: `chain(min_p(alpha), guidance(1 + beta, ...))`.
+        A sampler for `generate` and `beam_search`: `chain(min_p(alpha), guidance(1 + beta, ...))`.
 
-    Source: Li et al., Contrastive decoding, arXiv:2210.15097; O'Brien and Lewis, arXiv:2309.09117 (beta).
+    Source: Li et al., Contrastive decoding, arXiv:2210.15097; O'Brien and Lewis, arXiv:2309.09117
+        (beta).
     """
     within = sampling.composition.between(beta, -sampling.composition.LARGE, sampling.composition.LARGE)
     sampling.composition.require(within, "contrastive", "beta", "a number of moderate size", beta, "0.5 is usual.")
@@ -214,7 +230,7 @@ def contrastive(
 
 
 def _all_but_last(request: Request) -> Any:
-    """The cache of the prompt without its last token, which every text reads for itself."""
+    """The cache of the prompt without its last token, which each text reads itself."""
     prompt = request.prompt[:-1]
     return prefill(request.model, request.params, prompt, request.cache, room=0).cache if len(prompt) else request.cache
 
@@ -228,27 +244,28 @@ def _rated(score: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
 
 
 def _allowed(sampler: Sampler, logits: Tensor, state: Any) -> Tensor:
-    """The log-probabilities (V,) that a sampler leaves: -inf everywhere, not NaN, where it leaves no token."""
+    """The sampler's log-probabilities (V,): -inf everywhere, not NaN, where it allows no token."""
     left, _ = sampler.update(logits if logits.dtype == torch.float64 else logits.float(), state)
     return sampling.composition.normalized(left)
 
 
 def _chosen(value: Any, parent: Tensor) -> Any:
-    """The states or pasts of some beams; what all beams hold alike is one tensor, expanded, and stays so."""
+    """States or caches of the selected beams; a leaf expanded over the beams stays expanded."""
     return tree.map(lambda leaf: leaf if leaf.stride(0) == 0 else leaf.index_select(0, parent), value)
 
 
 def _unmapped(value: Any) -> tuple[Any, Any]:
-    """For vmap over beams: the value with what all beams hold alike not mapped, so that it is stored and read once, and the axes.
+    """The in_axes of a vmap over beams, and the value with its common leaves unmapped.
 
-    A tensor that vmap did not map comes out of it expanded, with a stride of 0.
+    A leaf that all beams have in common is stored and read once. It is recognized by its stride: a
+    tensor that vmap did not map comes out of vmap expanded, with a stride of 0.
     """
     alike = lambda leaf: leaf.stride(0) == 0
     return tree.map(lambda x: x[0] if alike(x) else x, value), tree.map(lambda x: None if alike(x) else 0, value)
 
 
 def _check_numbers(step: int, logits: Tensor, log_p: Tensor, total: Tensor) -> None:
-    """Fail where a beam that is a text so far has NaN."""
+    """Fail where log-probabilities are NaN in a beam whose score is finite so far."""
     running = total > -torch.inf
     check_numbers("beam_search", f"the logits of step {step}", logits, running)
     if errors.is_true(running.unsqueeze(-1) & log_p.isnan()):
@@ -257,7 +274,7 @@ def _check_numbers(step: int, logits: Tensor, log_p: Tensor, total: Tensor) -> N
 
 
 def _check_penalty(length_penalty: Any, steps: int) -> None:
-    """Fail where dividing by a length to this power would leave float32."""
+    """Fail where a length to the power of length_penalty overflows float32."""
     number = isinstance(length_penalty, int | float)
     if not number or not abs(length_penalty) * math.log(max(steps, 2)) < math.log(torch.finfo(torch.float32).max):
         wanted, remedy = f"a number for which {steps} ** length_penalty is one of float32", "1 is the mean, 0 the sum."

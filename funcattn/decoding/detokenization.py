@@ -1,11 +1,12 @@
-"""The text of tokens that come one by one: what of it is certain, and where a stop string ends it.
+"""Incremental detokenization: the prefix of the decoded text that no further token can change.
 
-A text is certain where no further token changes it. That is not every decoded text: a character may be unfinished, and bytes that
-a tokenizer falls back to (`<0x0A>`) are decoded as one run, all of it U+FFFD where some of it is no UTF-8. So text is held back
-until decoding says the same with a byte behind it. Decoders for which that suffices are listed (`STEPWISE`); with any other the
-text comes at its end.
+Decoding the tokens so far can give text that later tokens change: the last character may be
+incomplete, and a run of byte tokens (`<0x0A>`) is decoded as one, all of it as U+FFFD where any of
+it is invalid UTF-8. Text is therefore withheld until decoding gives the same text with a byte token
+appended. The decoders for which this test suffices are listed (`STEPWISE`); with any other the
+whole text is returned at the end.
 
-Law: what is given out, joined, is the decoded whole (test_detokenization.py).
+Law: the pieces returned, joined, are the decoded text (test_detokenization.py).
 """
 
 import json
@@ -13,34 +14,39 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-# Decoders that look at one token, at its neighbour or at runs of bytes; and those that may stand behind one that joins all tokens.
+# Decoders that read one token, its neighbour or runs of byte tokens; and those that may follow a
+# decoder that joins all tokens.
 STEPWISE = {"ByteLevel", "WordPiece", "Metaspace", "BPEDecoder", "CTC", "Fuse", "ByteFallback", "Strip", "Replace"}
 BEHIND = {"Metaspace", "Fuse", "Strip", "Replace"}
 
 
 class Decoding(NamedTuple):
-    """How the text of tokens grows."""
+    """How the decoded text grows with its tokens."""
 
-    stepwise: bool  # by parts that can be told certain
-    probe: tuple[int, ...]  # a token of a byte that no run ends well with
+    stepwise: bool  # True where a prefix of the text can be known to be final
+    probe: tuple[int, ...]  # a byte token that completes no valid run of bytes
 
 
 def decoding_of(tokenizer: Any) -> Decoding:
-    """How the text of a tokenizer (ours or transformers') grows. One that only decodes is taken to decode bytes, as UTF-8."""
+    """How a tokenizer (funcattn's or transformers') decodes.
+
+    A tokenizer of which only `decode` is known is assumed to decode bytes as UTF-8.
+    """
     found = (getattr(tokenizer, name, None) for name in ("backend", "backend_tokenizer"))
     backend = next((backend for backend in found if getattr(backend, "decoder", None) is not None), None)
     if backend is None:
         return Decoding(True, ())
     try:
         parts = _flat(json.loads(backend.decoder.__getstate__()))
-    except Exception:  # a decoder in Python
+    except Exception:  # a decoder written in Python
         return Decoding(False, ())
     joined, stepwise = False, True
     for part in parts:
         stepwise = stepwise and part["type"] in (BEHIND if joined else STEPWISE)
         if joined and part["type"] == "Replace":
             stepwise = stepwise and len(part["pattern"].get("String", "--")) == 1
-        if part["type"] == "Strip":  # of an end, the library fails on texts that are shorter than what it strips
+        # Of Strip at the end: the library fails on texts shorter than what it strips.
+        if part["type"] == "Strip":
             stepwise = stepwise and not part["stop"]
         joined = joined or part["type"] in ("Fuse", "ByteLevel")
     probe = ()
@@ -51,11 +57,12 @@ def decoding_of(tokenizer: Any) -> Decoding:
 
 
 class StreamedText:
-    """A text in the making.
+    """Decodes tokens one by one, and ends the text at a stop string.
 
     Args:
-        tokenizer: what decodes; None has no text.
-        stop_strings: texts that end it. A special token is no part of the text, but stands in it where they are looked for.
+        tokenizer: decodes ids to text; None gives no text.
+        stop_strings: texts that end it. Special tokens are not part of the text, but stop strings
+            are searched in the text with them.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
@@ -63,12 +70,15 @@ class StreamedText:
         self.special = getattr(tokenizer, "special_tokens", {}) if self.stop_strings else {}
         self.decoding = decoding_of(tokenizer)
         self.ids: list[int] = []
-        self.begin = self.read = 0  # text is decoded from begin, a place between tokens; that before read is known
-        self.known = self.told = 0  # characters: of the text from begin to read; of the whole text up to read
-        self.held, self.is_text = "", b""  # known and not given out; 1 for each character that is no special token's
+        # Indices of tokens: text is decoded from begin on; the text of tokens before read is final.
+        self.begin = self.read = 0
+        # Characters of the text of tokens begin to read, and of the whole text up to read.
+        self.known = self.told = 0
+        # The final text not returned yet; per character, 0 where it is of a special token, else 1.
+        self.held, self.is_text = "", b""
 
     def add(self, token: int) -> tuple[str, bool]:
-        """Text that is now certain, and whether a stop string was met, before which it ends."""
+        """The text that became final, and whether a stop string was found; text ends before it."""
         if self.tokenizer is None:
             return "", False
         self.ids.append(token)
@@ -88,7 +98,7 @@ class StreamedText:
         return self._given(len(self.held) - keep), False
 
     def finish(self) -> str:
-        """What was held back, once nothing can follow, up to a stop string."""
+        """The withheld text up to a stop string, where no token follows."""
         if self.tokenizer is None:
             return ""
         self._hold(self.tokenizer.decode(self.ids)[self.told :], True)
@@ -98,7 +108,7 @@ class StreamedText:
         return self.tokenizer.decode(self.ids[self.begin :])[self.known :]
 
     def _advance(self) -> bool:
-        """Hold the text of the tokens behind read, if it is certain."""
+        """Add the text of the tokens after `read` to the withheld text, if it is final."""
         if not self.decoding.stepwise:
             return False
         text = self.tokenizer.decode(self.ids[self.begin :])
@@ -110,7 +120,7 @@ class StreamedText:
         self._hold(text[self.known :], True)
         self.told += len(text) - self.known
         alone = len(self.tokenizer.decode(self.ids[self.read :]))
-        if alone:  # what decoders do to the first token is done to one before read, now and later
+        if alone:  # decode from a token before read: decoders alter the first one
             self.begin, self.known = self.read, alone
         else:
             self.known = len(text)
@@ -122,14 +132,14 @@ class StreamedText:
         self.is_text += bytes([is_text]) * len(text)
 
     def _given(self, place: int) -> str:
-        """The text up to a place of what is held, which is held no longer."""
+        """Return the withheld text up to a position, and remove it from what is withheld."""
         given = "".join(letter for letter, is_text in zip(self.held[:place], self.is_text, strict=False) if is_text)
         self.held, self.is_text = self.held[place:], self.is_text[place:]
         return given
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
-    """The text of tokens that are all there, up to the first stop string: as a stream would have given it."""
+    """The text of all tokens up to the first stop string, as a stream gives it."""
     text, found = StreamedText(tokenizer, stop_strings), []
     for token in tokens:
         piece, ended = text.add(token)
@@ -146,5 +156,5 @@ def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop."""
+    """Length of the longest suffix of text that is a prefix of stop."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

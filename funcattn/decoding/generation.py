@@ -1,7 +1,8 @@
-"""`generate`: one text behind a prompt, as a tensor.
+"""`generate`: the continuation of one prompt, as a tensor.
 
-A pure function of one sequence; `vmap` over keys, prompts or caches makes batches and futures. It never writes into the cache it
-was given: what it generates goes where nothing is shared (`caches.fork`), so 32 futures of one past store it once.
+A pure function of one sequence; `vmap` over keys, prompts or caches makes batches and samples. It
+never writes into the cache that it is given: new tokens go into a tail of their own
+(`caches.fork`), so 32 continuations of one cache store its keys and values once.
 """
 
 from collections.abc import Sequence
@@ -33,30 +34,34 @@ def generate(
     prompt_length: Tensor | None = None,
     chunk: int = 512,
 ) -> tuple[Tensor, Any]:
-    """Continue a prompt by `steps` tokens.
+    """Continue a prompt by `steps` tokens: prefill, then one decode step a token.
 
     Args:
-        key: randomness; step i spends `split(key, steps)[i]`, so fewer steps give the beginning of more.
+        key: int64 (2,), randomness; token i is drawn with `split(key, steps)[i]`, so fewer steps
+            give the beginning of more.
         model, params: a decoder and its weights.
         prompt: int64 (T,), T >= 1.
-        cache: a past that the prompt continues; it stays as it was. `()` is no past.
+        cache: a cache that the prompt continues; it is not modified. `()` is none.
         steps: number of tokens to return, 0 or more.
-        sampler: how a token is drawn from logits; see `funcattn.sampling`. It sees the prompt (`sampling.observe_prompt`);
-            for a cache whose text it should know too, `sampling.primed`.
-        stop: ids that end the text. After one, the rest is filled with it; once every row of a vmap has ended, the loop ends.
-        prompt_length: int64 (), 1 to T, where the prompt is padded at its end: the pads (any valid id) are never remembered.
+        sampler: how a token is drawn from logits; see `funcattn.sampling`. It observes the prompt
+            (`sampling.observe_prompt`); `sampling.primed` makes it observe the text of a cache too.
+        stop: ids that end the text. After one, the remaining tokens are that id; the loop ends once
+            every row of a vmap has ended.
+        prompt_length: int64 (), 1 to T, where the prompt is padded at its end: padding (any valid
+            id) is never committed to the cache.
         chunk: tokens of the prompt that are read at a time; bounds the memory of prefill.
 
     Returns:
         tokens: int64 (steps,).
-        cache: a past that holds the prompt and all new tokens but the last (which the model has not read yet): a `Cache` where
-            none was given, else what `caches.fork` makes of the given one: a `Branch` behind it, or a longer `Ring` or
-            `QuantizedCache`. `caches.grow` makes room for more, `caches.flatten` makes a branch one past again.
+        cache: the cache with the prompt and all new tokens but the last (which the model has not
+            read yet): a `Cache` where none was given, else `caches.fork` of the given one: a
+            `Branch` behind it, or a longer `Ring` or `QuantizedCache`. `caches.grow` makes room for
+            more tokens, `caches.flatten` makes one cache of a branch.
 
     Raises:
-        ValueError: an empty prompt, a prompt longer than the cache, a prompt_length outside the prompt, negative steps,
-            NaN logits.
-        TypeError: arguments of another kind, such as a stop that is a string.
+        ValueError: an empty prompt, a prompt longer than the cache, a prompt_length outside the
+            prompt, negative steps, NaN logits.
+        TypeError: arguments of another type, such as a stop that is a string.
 
     Example:
         >>> import funcattn as fa
@@ -66,7 +71,8 @@ def generate(
         >>> tokens.shape, int(cache.length)
         (torch.Size([4]), 6)
 
-    Law: vmap over keys, prompts or pasts equals the loop; the past is unchanged (test_generation.py).
+    Law: vmap over keys, prompts or caches equals the loop; the given cache is unchanged
+        (test_generation.py).
     """
     request = Request("generate", model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk).checked(key=key)
     start = prefill(model, params, prompt, cache, room=steps, prompt_length=prompt_length, chunk=chunk)

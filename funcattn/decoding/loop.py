@@ -1,12 +1,13 @@
-"""The loop that every verb of decoding runs: prefill, choose, stop, commit.
+"""The decoding loop of every function here: prefill, then rounds of choose, stop, commit.
 
-    start = prefill(model, params, prompt, cache, ...)          the prompt is read, in chunks
-    for text in decode(request, start, drawing(request, key)):  a round: what was chosen is cut at a stop, then committed
+    start = prefill(model, params, prompt, cache, ...)          read the prompt, in chunks
+    for text in decode(request, start, drawing(request, key)):  choose, cut, commit
 
-A round reads the last token that was written, and in speculation drafts behind it. So the cache holds all of a text but its last
-token, and no token is read before another is asked for. `drawing` chooses one token a round; `speculative.decoding` has the chooser
-that verifies drafts. Beams choose among texts, and batching advances many texts by one round each: they are made of the same
-`prefill`, `is_stop` and `commit_owned`.
+A round reads the last token of the text, and in speculative decoding the draft after it. So the
+cache has all tokens of a text but its last, and no token is read before the next one is requested.
+`drawing` chooses one token a round; `speculative.decoding` has the chooser that verifies drafts.
+Beam search and continuous batching have loops of their own around the same `prefill`, `is_stop` and
+`commit_owned`.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -23,23 +24,23 @@ from .requests import Request, check_numbers
 
 
 class Start(NamedTuple):
-    """A prompt that was read: the logits (V,) after its last token, and the cache that holds it."""
+    """The result of prefill: logits (V,) after the last token of the prompt, and its cache."""
 
     logits: Tensor
     cache: Any
 
 
 class Text(NamedTuple):
-    """A text after a round.
+    """The decoding state after a round.
 
     Args:
-        tokens: int64 (N + 1,), what the round chose, of which the first `kept` are new.
-        kept: how many, an int or int64 ().
+        tokens: int64 (N + 1,), the tokens of this round, of which the first `kept` are new.
+        kept: their number, an int or int64 ().
         last: int64 (), the last token of the text.
-        cache: what was read: the prompt, and all tokens before `last`.
+        cache: the cache of the prompt and all tokens before `last`.
         left: int64 (), how many tokens may follow; None where every round writes one.
-        done: bool (), whether the text has ended.
-        state: what the chooser goes on with.
+        done: bool (), True where the text has ended.
+        state: the chooser's state.
     """
 
     tokens: Tensor
@@ -52,14 +53,15 @@ class Text(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a round chose.
+    """The tokens chosen in a round.
 
     Args:
-        tokens: int64 (N + 1,), of which the first `kept` are to be written: up to a stop id, none where the text has ended.
+        tokens: int64 (N + 1,), of which the first `kept` are written: up to a stop id; none where
+            the text has ended.
         kept: an int or int64 ().
-        last: int64 (), the last token of the text that has them.
-        delta: what reading adds to the cache, of the text's last token and the N first of these.
-        settle: (kept, last) -> the chooser's state, of the text as it goes on.
+        last: int64 (), the last token of the text with them.
+        delta: keys and values of the text's last token and of the first N of these.
+        settle: (kept, last) -> the chooser's state after the tokens that are kept in the end.
     """
 
     tokens: Tensor
@@ -70,11 +72,11 @@ class Choice(NamedTuple):
 
 
 class Chooser(NamedTuple):
-    """How a round comes to its tokens.
+    """How the tokens of a round are chosen.
 
     Args:
-        first: logits (V,) -> (token (), state), the token behind the prompt.
-        follow: (n, text) -> Choice, round n = 1, 2, ... behind it.
+        first: logits (V,) -> (token (), state), the first token after the prompt.
+        follow: (n, text) -> Choice, of round n = 1, 2, ... after it.
         length: N, how many tokens are drafted in a round.
     """
 
@@ -83,7 +85,8 @@ class Chooser(NamedTuple):
     length: int = 0
 
 
-Listener = Callable[[list[int]], tuple[int, bool]]  # new tokens -> how many of them stay, and whether the text ends there
+# new tokens -> (how many of them are kept, whether the text ends with the last of these)
+Listener = Callable[[list[int]], tuple[int, bool]]
 
 
 def prefill(
@@ -96,12 +99,12 @@ def prefill(
     prompt_length: Tensor | None = None,
     chunk: int = 512,
 ) -> Start:
-    """Read a prompt (T,) in chunks; the logits are of its last token alone.
+    """Prefill: read a prompt int64 (T,) in chunks; logits are computed of its last token alone.
 
     Args:
-        room: tokens to write behind the prompt, in a tail behind the cache (`caches.fork`) that is the loop's own. None reads
-            into the cache itself, which has room and stays as it was.
-        prompt_length: int64 (), how many tokens count.
+        room: tokens to write after the prompt, in a new tail behind the cache (`caches.fork`).
+            None appends to the cache itself, which must have room and is not modified.
+        prompt_length: int64 (), how many tokens of a padded prompt count.
         chunk: tokens that are read at a time.
     """
     T = prompt.shape[0]
@@ -120,15 +123,16 @@ def prefill(
             here = x.index_select(0, (prompt_length - begin - 1).clamp(0, len(piece) - 1).reshape(1))[0]
             last = here if last is None else torch.where(prompt_length > begin, here, last)
         after = caches.commit(after, delta, n) if room is None else append(model, params, after, delta, n)
-    assert last is not None  # a prompt has a token
+    assert last is not None  # a prompt has at least one token
     return Start(model.logits(params, last), after)
 
 
 def decode(request: Request, start: Start, chooser: Chooser, listen: Listener | None = None) -> Iterator[Text]:
-    """The rounds of a text behind a prompt that was read, until every row of a vmap has ended; none where `steps` is 0.
+    """Yield the text after each round, until every row of a vmap has ended; none at `steps` 0.
 
     Args:
-        listen: is told the new tokens of each round, and may end the text among them; not under vmap.
+        listen: called with the new tokens of each round before they are committed; it may end the
+            text at any of them. Not under vmap.
     """
     if not request.steps:
         return
@@ -159,7 +163,10 @@ def decode(request: Request, start: Start, chooser: Chooser, listen: Listener | 
 
 
 def drawing(request: Request, key: Tensor) -> Chooser:
-    """One token a round: token i is drawn by the request's sampler with `split(key, steps)[i]`. After a stop id, that id again."""
+    """A chooser of one token a round: token i is sampled with `split(key, steps)[i]`.
+
+    After a stop id every token is that id.
+    """
     model, params, sampler, stop = request.model, request.params, request.sampler, request.stop
     keys = randomness.split(key, max(request.steps, 1))
 
@@ -174,34 +181,40 @@ def drawing(request: Request, key: Tensor) -> Chooser:
         kept: Tensor | int = 1
         if goes_on is not None:
             token = torch.where(text.done, text.last, token)
-            kept = 1 if all_rows(goes_on) else goes_on.long()  # a row that has ended reads on with the others, and keeps nothing
+            # A row that has ended is computed with the others, and commits nothing.
+            kept = 1 if all_rows(goes_on) else goes_on.long()
         return Choice(token.unsqueeze(0), kept, token, delta, lambda kept, last: state)
 
     return Chooser(lambda logits: draw(0, logits, begun(request, logits), None), follow)
 
 
 def begun(request: Request, logits: Tensor) -> Any:
-    """The state of the request's sampler, which has seen the prompt."""
+    """The state of the request's sampler after it has observed the prompt."""
     sampler = request.sampler
     return sampling.observe_prompt(sampler, request.prompt, sampling.begin(sampler, logits), length=request.prompt_length)
 
 
 def append(model: Model, params: Any, cache: Any, delta: Any, n: Tensor | int) -> Any:
-    """The loop's own cache with the first n tokens of a delta; its rows are renewed where rotary angles follow the length."""
+    """Commit the first n tokens of a delta to the loop's cache, in place where that is possible.
+
+    Where rotary angles follow the length of the text, its rows are then recomputed
+    (`transformer.renewed`).
+    """
     return transformer.renewed(model, params, commit_owned(cache, delta, n))
 
 
 def commit_owned(cache: Any, delta: Any, n: Tensor | int) -> Any:
-    """Commit into a cache that the caller alone holds: in place, but where a transform could see it."""
+    """Commit to a cache that has no other user: in place outside transforms, else out of place."""
     seen = transforming() or has_tangent(cache, delta) or torch.compiler.is_compiling()
     return caches.commit(cache, delta, n) if seen else caches.commit_donated(cache, delta, n)
 
 
 def hidden_along(model: Model, params: Any, tokens: Tensor, cache: Any) -> Tensor:
-    """The hidden states (*lead, T, E) that reading the tokens one after the other gives behind this cache.
+    """The hidden states (*lead, T, E) of tokens read one after the other behind this cache.
 
-    In one reading where each token sees all before it. A cache that forgets, such as a `Ring`, is read a token at a time: within
-    one reading the new tokens would see each other however far apart.
+    They are computed in one forward pass where each token attends to all before it. Behind a cache
+    that drops tokens, such as a `Ring`, tokens are read one at a time: in one pass the new tokens
+    would attend to each other at any distance.
     """
     if caches.keeps_all(cache) or tokens.dim() != 1 or len(tokens) < 2:
         return model.hidden(params, tokens, cache)[0]
@@ -218,7 +231,10 @@ def is_stop(tokens: Tensor, stop: Collection[int]) -> Tensor:
 
 
 def until_stop(tokens: Tensor, count: Tensor, stop: Collection[int]) -> Tensor:
-    """How many of the first `count` (*lead) of tokens (*lead, N) there are up to the first stop id, it included."""
+    """How many of the first `count` (*lead) tokens precede or are the first stop id.
+
+    tokens: int64 (*lead, N). Returns int64 (*lead).
+    """
     if not stop:
         return count
     ends = is_stop(tokens, stop).long()
@@ -228,6 +244,6 @@ def until_stop(tokens: Tensor, count: Tensor, stop: Collection[int]) -> Tensor:
 
 
 def all_rows(condition: Tensor) -> bool:
-    """True where a condition holds in every row of a vmap; False where it cannot be looked at."""
+    """True where a condition holds in every row of a vmap; False where values cannot be read."""
     known = errors.peek(condition)
     return known is not None and bool(known.all())

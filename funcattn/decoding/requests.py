@@ -1,4 +1,4 @@
-"""What a verb of decoding is asked for, checked once: how to continue which prompt, and when to stop."""
+"""The arguments of a decoding call, validated once."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from ..sampling import Sampler
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments that the verbs of decoding share, as in `fa.generate`; `verb` is how messages call the function."""
+    """The arguments common to the decoding functions, as in `fa.generate`.
+
+    `verb` is the name of the function in error messages.
+    """
 
     verb: str
     model: Model
@@ -29,10 +32,10 @@ class Request:
     chunk: int = 512
 
     def checked(self, **values: Any) -> "Request":
-        """The same, after one clear error where an argument is wrong; processes of one mesh should be given alike.
+        """The request, validated; its arguments must agree on all processes of a mesh.
 
         Args:
-            values: further arguments that decide what is written, such as the key.
+            values: further arguments that decide which tokens are written, such as the key.
         """
         check_model(self.verb, self.model, self.sampler)
         check_prompt(self.verb, self.prompt)
@@ -65,7 +68,7 @@ class Request:
             errors.fail(self.verb, "prompt_length", wanted, errors.peek(length), "Count the tokens before the padding.")
 
     def _agree(self, values: dict[str, Any]) -> None:
-        """Fail where processes of one mesh would write different texts; of a past its length is compared."""
+        """Fail where processes of one mesh have different arguments or cache lengths."""
         given = {"prompt": self.prompt, "cache": () if is_absent(self.cache) else self.cache.length, "steps": self.steps}
         given |= {"prompt_length": self.prompt_length, "stop": tuple(self.stop), "chunk": self.chunk}
         given |= {"sampler": self.sampler}
@@ -73,7 +76,7 @@ class Request:
 
 
 def check_model(verb: str, model: Any, sampler: Any) -> None:
-    """Fail where something else stands in the place of a model or of a sampler."""
+    """Fail where an argument is not a model or not a sampler."""
     errors.is_decoder(verb, model)
     if not isinstance(sampler, Sampler):
         remedy = "Such as fa.sampling.temperature(0.8) or fa.sampling.greedy; of a function of logits, fa.sampling.stateless(f)."
@@ -81,7 +84,7 @@ def check_model(verb: str, model: Any, sampler: Any) -> None:
 
 
 def check_prompt(verb: str, prompt: Any) -> None:
-    """Fail where a prompt is anything but one sequence (T,) of at least one token."""
+    """Fail where a prompt is not one sequence (T,) of at least one token."""
     if not isinstance(prompt, Tensor) or prompt.dim() != 1:
         got = errors.shape(prompt) if isinstance(prompt, Tensor) else f"a {type(prompt).__name__}"
         remedy = "Pass torch.tensor(tokenizer.encode(text)); map over many with vmap."
@@ -92,7 +95,7 @@ def check_prompt(verb: str, prompt: Any) -> None:
 
 
 def check_numbers(verb: str, what: str, logits: Tensor, counts: Tensor | None = None) -> None:
-    """Fail where logits (.., V) are NaN, in a row that counts, and can be looked at."""
+    """Fail where logits (*lead, V) are NaN in a row that counts; no check on unreadable values."""
     wrong = logits.isnan() if counts is None else counts.unsqueeze(-1) & logits.isnan()
     if errors.is_true(wrong):
         remedy = "Look for NaN in params and in the past; a past that overflowed inside a transform gives NaN too."

@@ -1,7 +1,8 @@
-"""`stream`: `generate`, as it is written.
+"""`stream`: `generate` that yields each token's text as soon as it is final.
 
-Tokens that a round chose are heard before they are committed, so that a stop string ends the text at its last token, and the cache
-holds no more: also in the middle of a draft (`speculative.decoding.stream`, the same loop with another chooser).
+The tokens of a round are searched for stop strings before they are committed, so that the text, and
+the cache with it, ends at the last token of a stop string, also in the middle of a draft
+(`speculative.decoding.stream` is the same loop with another chooser).
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -22,7 +23,11 @@ from .requests import Request
 
 @dataclass(frozen=True)
 class Streamed:
-    """A piece of a stream: the text that became certain, all tokens so far, the past, and whether this is the last piece."""
+    """A piece of a stream.
+
+    text: what became final. tokens: all ids so far. cache: that of the text. ended: True for the
+    last piece.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -46,14 +51,16 @@ def stream(
 ) -> Iterator[Streamed]:
     """`generate`, yielding text as it is written; the same key gives the same tokens.
 
-    Text is held back while it may still change: an unfinished character, a run of bytes, or what may become a stop string (see
-    `funcattn.decoding.detokenization`). A stop id and a stop string are not part of the text.
+    Text that may still change is withheld: an incomplete character, a run of bytes, or the
+    beginning of a possible stop string (see `funcattn.decoding.detokenization`). A stop id and a
+    stop string are not part of the text.
 
     Args:
         key, model, params, prompt, cache, steps, sampler, chunk: as in `generate`.
-        tokenizer: what decodes; without one, text is "".
-        stop: ids that end the text; None takes the tokenizer's own.
-        stop_strings: texts that end it; the piece that would hold one ends before it. One may be a special token, or hold it.
+        tokenizer: decodes ids to text; without one, text is "".
+        stop: ids that end the text; None takes the tokenizer's stop ids.
+        stop_strings: texts that end it; the text ends before the first occurrence. One may be, or
+            contain, a special token.
 
     Yields:
         A `Streamed` for each token; at least one, the last with `ended` True.
@@ -61,8 +68,8 @@ def stream(
     Raises:
         ValueError, TypeError: as `generate`, at the first piece.
 
-    Law: the tokens are those of `generate`, and the texts join to what `decode` gives for all of them, without a stop id
-        (test_generation.py, test_detokenization.py).
+    Law: the tokens are those of `generate`, and the texts join to what `decode` gives for all of
+        them, without a stop id (test_generation.py, test_detokenization.py).
     """
     check_stop_strings(tokenizer, stop_strings)
     ends = ends_of("stream", tokenizer, stop)
@@ -77,11 +84,11 @@ def stream(
 
 
 class Heard:
-    """A text as it is heard: its tokens, the text that became certain since it was last asked for, and whether it has ended.
+    """A listener of `decode`: collects the tokens, the new final text, and whether the text ended.
 
     Args:
-        tokenizer: what decodes; None has no text.
-        steps: how many tokens the text may have.
+        tokenizer: decodes ids to text; None gives no text.
+        steps: the most tokens of the text.
         stop: ids that end it and are no part of its text.
         stop_strings: texts that end it.
     """
@@ -93,7 +100,7 @@ class Heard:
         self.ended = False
 
     def __call__(self, new: list[int]) -> tuple[int, bool]:
-        """How many of these tokens stay, and whether the text ends with the last of them."""
+        """How many of these tokens are kept, and whether the text ends with the last of them."""
         for n, token in enumerate(new, 1):
             self._add(token)
             if self.ended:
@@ -101,7 +108,7 @@ class Heard:
         return len(new), False
 
     def new_text(self) -> str:
-        """What became certain since this was last called."""
+        """The text that became final since the last call."""
         piece = "".join(self.pieces)
         self.pieces.clear()
         return piece
@@ -118,7 +125,7 @@ class Heard:
 
 
 def check_stop_strings(tokenizer: Any, stop_strings: Sequence[str]) -> None:
-    """Fail where stop strings are anything but texts, or come without a tokenizer."""
+    """Fail where stop strings are not a sequence of texts, or are given without a tokenizer."""
     if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
         remedy = "Put a single one into a tuple; ids belong to stop."
         errors.fail("stream", "stop_strings", "a sequence of texts, none of them empty", repr(stop_strings), remedy, TypeError)
@@ -127,10 +134,10 @@ def check_stop_strings(tokenizer: Any, stop_strings: Sequence[str]) -> None:
 
 
 def ends_of(verb: str, tokenizer: Any, stop: Any) -> Any:
-    """The ids that end a text: those given, or else the tokenizer's."""
+    """The ids that end a text: those given, else the tokenizer's."""
     if tokenizer is not None and not hasattr(tokenizer, "decode"):
         got = f"a {type(tokenizer).__name__}"
         errors.fail(verb, "tokenizer", "one that decodes", got, "Pass the tokenizer that fa.load returned.", TypeError)
     if stop is None:
         return tuple(getattr(tokenizer, "stop", ()))
-    return stop  # which Request.checked looks at
+    return stop  # validated in Request.checked

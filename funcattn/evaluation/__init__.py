@@ -1,15 +1,16 @@
-"""What a model thinks of a text, and what it thinks with: scores, perplexity, activations, and the effect of changing them.
+"""Evaluation: scores and perplexity of texts, activations, and interventions on them.
 
 scores        score, score_continuation, score_and_greedy, windows, perplexity
 activations   trace, patch, patched
 
-All are pure functions of values: a score differentiates in the weights, a patched logit in the activation, and vmap runs many.
+All are pure functions: a score has a gradient in the weights, a patched logit in the activation,
+and vmap maps both.
 """
 
 from .activations import Change, Where, patch, patched, trace
 from .scores import Window, perplexity, score, score_and_greedy, score_continuation, windows
 
-foretold = score_and_greedy  # an earlier name, which goes on working
+foretold = score_and_greedy  # a deprecated name, which still works
 
 __all__ = [
     "Change",

@@ -1,8 +1,8 @@
-"""What a model computes on the way: its activations, and the logits where some of them are others.
+"""Activations of a model: reading them (trace), and the logits with some of them replaced (patch).
 
-trace    the values at the taps of a run
-patch    the logits of a run with some of them replaced
-patched  the model in which they are, for every verb
+trace    the values at the taps of a forward pass
+patch    the logits of a forward pass with some of them replaced
+patched  the model that replaces them, for generate and all other functions
 """
 
 import difflib
@@ -23,7 +23,7 @@ from ..models import Model, written
 from ..records import ABSENT
 from ..tree import Tree
 
-Change = Tensor | Callable[[Tensor], Tensor]  # what stands in the place of an activation, or a function that makes it of that
+Change = Tensor | Callable[[Tensor], Tensor]  # a new activation, or a function of the old one
 T = TypeVar("T")
 Where = str | Callable[[str], bool] | Iterable[str] | None
 
@@ -40,27 +40,29 @@ def trace(
     positions: Tensor | None = None,
     changes: Mapping[str, Change] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits of a run and the values at its taps.
+    """The logits of a forward pass, and the values at its taps.
 
-    The taps of a decoder are `embedding`, `output` (after the last norm) and in each layer N, `layers.N.` and
+    The taps of a decoder are `embedding`, `output` (after the last norm) and in each layer N,
+    `layers.N.` and
 
-        attention.{input, q, k, v, mixed, output}     q, k, v after rotation (*lead, H, T, D); mixed (*lead, T, H D) before o
-        feed_forward.{input, inner, output}           inner (*lead, T, F) before down; router (*lead, T, X) in place of it,
-                                                      where there are experts
+        attention.{input, q, k, v, mixed, output}     q, k, v after rotation (*lead, H, T, D); mixed
+                                                      (*lead, T, H D) before o
+        feed_forward.{input, inner, output}           inner (*lead, T, F) before down; with experts
+                                                      router (*lead, T, X) in place of it
         output                                        the residual (*lead, T, E) after the layer
 
     Args:
         model, params: a decoder and its weights, not compiled: taps are silent in compiled code.
         tokens, cache, mask, positions: as in `model.extend`.
-        where: which taps: an expression that the whole name matches (`r"layers\\.\\d+\\.output"`), a function of the name, names,
-            or None for all.
-        changes: what `patch` takes, applied in the same run: activations downstream of a change.
+        where: which taps: a regular expression that the whole name matches
+            (`r"layers\\.\\d+\\.output"`), a function of the name, names, or None for all.
+        changes: as in `patch`, applied in the same forward pass: values downstream of a change.
 
     Returns:
         logits (*lead, T, V), and name -> value, in the order of the computation.
 
     Raises:
-        ValueError: a name that no tap has, or a `where` that chooses none.
+        ValueError: a name that no tap has, or a `where` that selects none.
 
     Example:
         >>> import funcattn as fa
@@ -69,7 +71,8 @@ def trace(
         >>> {name: tuple(value.shape) for name, value in seen.items()}
         {'layers.0.output': (5, 64), 'layers.1.output': (5, 64)}
 
-    Law: a run that is traced is the run (test_evaluation.py::test_a_traced_run_has_the_logits_of_the_run).
+    Law: a run that is traced is the run
+        (test_evaluation.py::test_a_traced_run_has_the_logits_of_the_run).
     """
     chosen, named = _chooser(where)
     seen: dict[str, Tensor] = {}
@@ -100,14 +103,16 @@ def patch(
     mask: Mask | Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """The logits of a run in which some activations are others.
+    """The logits of a forward pass with some activations replaced (activation patching).
 
-    A gradient of a logit in an activation is `grad(lambda x: patch(model, params, tokens, {name: x})[-1, id])(x)`; many
-    patches at once are vmap; a cut or a nudge is a function, `{name: lambda x: x + direction}`.
+    The gradient of a logit in an activation is
+    `grad(lambda x: patch(model, params, tokens, {name: x})[-1, id])(x)`; many patches are vmap; an
+    ablation or a steering vector is a function, `{name: lambda x: x + direction}`.
 
     Args:
         model, params, tokens, cache, mask, positions: as in `trace`.
-        changes: name of a tap -> a tensor of the shape and dtype of the activation, or a function from the activation to one.
+        changes: name of a tap -> a tensor of the shape and dtype of the activation, or a function
+            from the activation to such a tensor.
 
     Returns:
         logits (*lead, T, V).
@@ -115,8 +120,10 @@ def patch(
     Raises:
         ValueError: a name that no tap has, or another shape. TypeError: another dtype.
 
-    Law: patching what is there changes nothing (test_evaluation.py::test_patching_with_what_is_there_changes_nothing).
-    Source: Vig et al., Causal mediation analysis for language models, arXiv:2004.12265; Meng et al., arXiv:2202.05262 (ROME).
+    Law: patching what is there changes nothing
+        (test_evaluation.py::test_patching_with_what_is_there_changes_nothing).
+    Source: Vig et al., Causal mediation analysis for language models, arXiv:2004.12265; Meng et
+        al., arXiv:2202.05262 (ROME).
     """
     run = lambda: model.extend(params, tokens, cache, mask=mask, positions=positions)[0]
     return _hear("patch", run, dict(changes), lambda name, x: None)[0]
@@ -124,13 +131,13 @@ def patch(
 
 @door
 def patched(model: Model, changes: Mapping[str, Change]) -> Model:
-    """The model in which some activations are others, for every verb: generate, beams, the loss, ...
+    """The model with some activations replaced, for generate, beam_search, the loss, ...
 
-    Its `extend` is `patch`. A change is made whenever the model runs, of however many tokens, so a
-    function from the activation to another is what fits all of them.
+    Its `extend` is `patch`. A change applies to every forward pass, of any number of tokens, so use
+    a function of the activation.
 
     Args:
-        model: a decoder. What is compiled of it runs as it is, except for the logits.
+        model: a decoder. Of a compiled one only the logits run compiled.
         changes: as in `patch`.
 
     Raises:
@@ -160,7 +167,7 @@ def patched(model: Model, changes: Mapping[str, Change]) -> Model:
 def _hear(
     door: str, run: Callable[[], T], changes: dict[str, Change], keep: Callable[[str, Tensor], Tensor | None]
 ) -> tuple[T, list[str]]:
-    """The result of a run whose taps are changed, then kept; and the names of its taps, in order."""
+    """The result of a run whose taps are changed, then passed to `keep`; and the taps' names."""
     if torch.compiler.is_compiling():
         remedy = "Taps are silent in compiled code: compile what is around, not the model that is looked into."
         errors.fail(door, "the call", "outside of torch.compile", "one inside", remedy)
@@ -195,7 +202,7 @@ def _changed(door: str, name: str, x: Tensor, change: Change) -> Tensor:
 
 
 def _chooser(where: Where) -> tuple[Callable[[str], bool], tuple[str, ...]]:
-    """Which names are wanted, and those that were named outright."""
+    """A predicate of names, and the names that were given explicitly."""
     if where is None:
         return lambda name: True, ()
     if isinstance(where, str):

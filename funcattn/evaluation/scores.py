@@ -1,4 +1,4 @@
-"""How probable a model finds a text: scores and perplexity.
+"""Log-probabilities that a model assigns to a text, and its perplexity.
 
 score_t = log p(tokens[t] | past, tokens[0..t-1])          perplexity = exp(- mean score)
 """
@@ -23,17 +23,19 @@ from ..tree import Tree
 def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, chunk: int = 512) -> Tensor:
     """The log-probability of each token given all before it.
 
-        score_t = log softmax(logits(past, tokens[0..t]))[tokens[t + 1]],   t = 0 .. T - 2
+        score_t = log softmax(logits(cache, tokens[0..t]))[tokens[t + 1]],   t = 0 .. T - 2
 
-    The first token is read and not scored: a past holds keys and values, and not the logits that foretell what follows it. To score
-    a text behind a past, keep the last token of the past out of it and give it as the first (as `generate` is given its prompt).
+    The first token is read and not scored: a cache has keys and values, but not the logits of the
+    token after it. To score a text behind a cache, leave the last token out of the cache and pass
+    it as the first token here (as `generate` takes its prompt).
 
     Args:
         model, params: a decoder and its weights.
-        tokens: integers (*lead, T), T >= 1; (T,) where there is a past.
-        cache: a past that the tokens continue; it stays as it was. `()` is no past. One that forgets (a `Ring`) is read a token at
-            a time, as `generate` reads it.
-        chunk: positions whose logits (chunk, V) are held at a time; in a derivative they are computed again, not kept.
+        tokens: integers (*lead, T), T >= 1; (T,) where there is a cache.
+        cache: a cache that the tokens continue, not modified; `()` is none. Behind one that drops
+            tokens (a `Ring`) tokens are read one at a time, as in `generate`.
+        chunk: positions whose logits (chunk, V) are in memory at a time; for derivatives they are
+            recomputed.
 
     Returns:
         (*lead, T - 1), float32 at least: natural logarithms, at most 0; entry t is of tokens[..., t + 1].
@@ -48,7 +50,7 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, ch
         torch.Size([4])
 
     Law: any chunk gives what one softmax over all logits gives, with its derivatives
-    (test_evaluation.py::test_scores_are_those_of_all_logits_at_once).
+        (test_evaluation.py::test_scores_are_those_of_all_logits_at_once).
     """
     _check_tokens("score", "tokens", tokens, 1)
     _check_chunk("score", chunk)
@@ -61,20 +63,21 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, ch
 def score_continuation(
     model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Any = ABSENT, *, chunk: int = 512
 ) -> Tensor:
-    """The log-probability of each token of a continuation, given the prompt and those before: (N,) for a continuation (N,).
+    """The log-probability (*lead, N) of each token of a continuation, given all before it.
 
-    Logits are made for the continuation alone, however long the prompt is. Their sum is the log-probability of the whole.
+    Logits are computed for the continuation only. The sum is the log-probability of all of it.
 
     Args:
         model, params: a decoder and its weights.
-        prompt: integers (*lead, T), T >= 1; what was read before, besides the cache.
+        prompt: integers (*lead, T), T >= 1; it continues the cache.
         continuation: integers (*lead, N), N >= 0.
         cache, chunk: as in `score`.
 
     Raises:
         ValueError, TypeError: as `score`.
 
-    Law: equals the end of the scores of both joined (test_evaluation.py::test_a_continuation_has_the_last_scores_of_the_whole).
+    Law: equals the end of the scores of both joined
+        (test_evaluation.py::test_a_continuation_has_the_last_scores_of_the_whole).
     """
     inputs, targets = _join("score_continuation", prompt, continuation, chunk)
     collectives.agree("score_continuation", {"prompt": prompt, "continuation": continuation, "chunk": chunk}, params)
@@ -86,7 +89,9 @@ def score_continuation(
 def score_and_greedy(
     model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Any = ABSENT, *, chunk: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """`score_continuation`, and whether each token is the likeliest (booleans (*lead, N)): what greedy decoding would write.
+    """`score_continuation`, and bool (*lead, N): True where a token is the argmax.
+
+    These are the tokens of greedy decoding.
 
     Args and errors: as `score_continuation`.
     """
@@ -103,7 +108,7 @@ def score_and_greedy(
 
 
 class Window(NamedTuple):
-    """One reading of a long text: tokens begin..end are read, of which first..end are scored."""
+    """A forward pass over part of a long text: it reads begin..end and scores first..end."""
 
     begin: int
     first: int
@@ -112,13 +117,13 @@ class Window(NamedTuple):
 
 @door
 def windows(length: int, *, context: int | None = None, stride: int | None = None) -> list[Window]:
-    """The readings that score each token but the first of a text once.
+    """The windows that score each token of a text but the first once.
 
     Args:
         length: tokens of the text.
-        context: tokens a window has at most; None is all of them.
-        stride: tokens from one window to the next; None is half of the context. Tokens have at least context - stride before them
-            (in the first window, all that there are).
+        context: the most tokens of a window; None is all of them.
+        stride: tokens from one window to the next; None is half of the context. Each token has at
+            least context - stride tokens before it (in the first window, all there are).
 
     Example:
         >>> [tuple(window) for window in windows(10, context=6, stride=3)]
@@ -145,16 +150,16 @@ def windows(length: int, *, context: int | None = None, stride: int | None = Non
 def perplexity(
     model: Model, params: Tree, tokens: Tensor, *, context: int | None = None, stride: int | None = None, chunk: int = 512
 ) -> Tensor:
-    """exp(- mean score) of a text, read in windows where it is longer than a model can read: smaller is better.
+    """exp(- mean score) of a text, in windows where it is longer than the context.
 
-    Each token but the first is scored once, with at least context - stride tokens before it: a stride of 1 is what the model can
-    do at best, and costs a reading of the context for each token.
+    Each token but the first is scored once, with at least context - stride tokens before it. A
+    stride of 1 is the most exact, and reads a context for each token.
 
     Args:
         model, params: a decoder and its weights.
         tokens: integers (*lead, T), T >= 2; the mean is over all rows.
-        context: tokens that are read at once; None is all of them.
-        stride: tokens from one reading to the next; None is half of the context.
+        context: tokens of a window; None is all of them.
+        stride: tokens from one window to the next; None is half of the context.
         chunk: as in `score`.
 
     Returns:
@@ -169,7 +174,8 @@ def perplexity(
         >>> 200 < float(perplexity(model, model.init(fa.key(0)), torch.arange(20), context=8)) < 300
         True
 
-    Law: where the text fits, exp(-mean(score)); else the naive loop (test_evaluation.py::test_perplexity_is_the_naive_loop).
+    Law: where the text fits, exp(-mean(score)); else the naive loop
+        (test_evaluation.py::test_perplexity_is_the_naive_loop).
     """
     _check_tokens("perplexity", "tokens", tokens, 2)
     parts = [
@@ -180,7 +186,10 @@ def perplexity(
 
 
 def _hidden(model: Model, params: Tree, inputs: Tensor, last: Tensor, cache: Any) -> Tensor:
-    """The residual of inputs. Where rotary angles follow the length of a text, its last token, which is only scored, counts too."""
+    """The residual of inputs (*lead, T, E), in a text that ends with the token `last`.
+
+    `last`, which is only scored, counts where rotary angles follow the length of the text.
+    """
     if transformer.follower(model) is None:
         return hidden_along(model, params, inputs, cache)
     return hidden_along(model, params, torch.cat([inputs, last], -1), cache)[..., : inputs.shape[-1], :]
@@ -192,9 +201,12 @@ def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _look(model: Model, params: Tree, hidden: Tensor, targets: Tensor, chunk: int, f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """f(logits (n, V), targets (n,)) -> (n, ...) over hidden (*lead, N, E) and targets (*lead, N), n = chunk rows at a time."""
+    """f(logits (n, V), targets (n,)) -> (n, ...), over hidden (*lead, N, E) and targets (*lead, N).
+
+    n = chunk rows at a time.
+    """
     ends = params
-    if config_of(model, "logits") is not None:  # then logits are made of what is outside of the layers
+    if config_of(model, "logits") is not None:  # logits depend on no weights of layers
         ends = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]
     V = model.logits(ends, hidden.flatten(0, -2)[:0]).shape[-1]
     if errors.is_true((targets < 0) | (targets >= V)):
@@ -209,7 +221,7 @@ def _look(model: Model, params: Tree, hidden: Tensor, targets: Tensor, chunk: in
 
 
 def _join(door: str, prompt: Tensor, continuation: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets."""
+    """Inputs (all tokens but the last) and targets of a prompt and its continuation, validated."""
     _check_tokens(door, "prompt", prompt, 1)
     _check_tokens(door, "continuation", continuation, 0)
     _check_chunk(door, chunk)

@@ -1,9 +1,10 @@
-"""What is compiled from C++ when it is first wanted; everything works without it, and slower.
+"""C++ operators, compiled at their first use; without them everything works, more slowly.
 
-building    load: compile, keep, tell torch; or say why not
-products.h  the arithmetic of products, floats.h that of what stands between them
-products.cpp  the vector instructions (AVX2, AVX-512 VNNI), and funcattn::products: matrices times a few vectors
-layers.cpp  funcattn::layers: all layers of a decoder for a few tokens; matrices.h is what the two share
+building    load: compile, cache, register with torch; or the reason why not
+products.h  the arithmetic of products; floats.h that of the operations between them
+products.cpp  vector instructions (AVX2, AVX-512 VNNI), and funcattn::products: matrices times a
+              few vectors
+layers.cpp  funcattn::layers: all layers of a decoder for a few tokens; matrices.h is common to both
 """
 
 from .building import load, once

@@ -1,22 +1,24 @@
-"""An operator in C++, compiled when it is first wanted, and kept for the next process.
+"""Building the C++ operator at its first use, and caching it on disk for later processes.
 
-    the key of a build     the sources, the compiler and its version, flags, torch's version and ABI, the processor
-    where it is kept       $FUNCATTN_CACHE; else $XDG_CACHE_HOME/funcattn/native, or ~/.cache/funcattn/native; else, where there is
-                           no home that can be written, funcattn-UID in the folder of temporary files
+    key of a build   the sources, the compiler and its version, flags, torch's version and ABI, the
+                     processor
+    folder           $FUNCATTN_CACHE; else $XDG_CACHE_HOME/funcattn/native, or
+                     ~/.cache/funcattn/native; else, without a writable home, funcattn-UID in the
+                     folder of temporary files
 
-A library runs with all the rights of the process that loads it. So it is kept in a folder of this
-user that no other may write to, made so whatever the umask; a folder of another user, or one that
-others may write to, is not read from. A file is loaded if its SHA-256 is the one that its build
-noted beside it: a library that was cut off (which would end the process with SIGBUS), emptied or
-replaced is built again.
+A library runs with all permissions of the process that loads it. So the folder belongs to this user
+and is writable by no other, whatever the umask; a folder of another user, or one that others may
+write to, is not used. A file is loaded if its SHA-256 equals the one recorded beside it by its
+build: a library that was truncated (which would end the process with SIGBUS), emptied or replaced
+is built again.
 
-Each build writes to a draft of its own and moves the result to its place in one step (`atomic`): of
-two processes that build at once both succeed. No lock is held that a process which is killed could
-leave behind, and what it left is removed by the next build.
+Each build writes to a temporary file of its own and renames it (`atomic`): two processes that build
+at once both succeed. There is no lock that a killed process could keep, and temporary files of
+killed builds are removed by the next one.
 
-Where there is no compiler, or no such folder, or the build fails, or what was built cannot be
-loaded, `load` says why, and products are those of torch. Code that a compiler made for another
-processor cannot be told from the file: the processor is in the key.
+Where there is no compiler or folder, or the build or loading fails, `load` returns the reason, and
+products are those of torch. Code that was compiled for another processor cannot be recognized from
+the file: the processor is in the key.
 """
 
 import contextlib
@@ -41,17 +43,17 @@ from ..core import atomic
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "layers.cpp", "products.h", "floats.h", "matrices.h"))
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w")
-TIMEOUT = 300  # seconds that a compiler may take
+TIMEOUT = 300  # seconds for the compiler
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 R = TypeVar("R")
 
 
 class Missing(Exception):
-    """Why there is no operator, for people."""
+    """The reason why there is no operator, as a sentence."""
 
 
 def once(f: Callable[[], R]) -> Callable[[], R]:
-    """f, run by the first thread that calls it; all others wait for its result."""
+    """f, run by the first thread that calls it; other threads wait for its result."""
     lock, found = threading.RLock(), []
 
     @wraps(f)
@@ -67,9 +69,10 @@ def once(f: Callable[[], R]) -> Callable[[], R]:
 
 @once
 def load() -> str:
-    """Build the operator unless it is there, and tell torch of it; "" where `torch.ops.funcattn.products` runs, else why not.
+    """Build the operator unless it is cached, and register it with torch.
 
-    The first call of a process decides for all of them; others wait for it. FUNCATTN_NATIVE=0 in the environment is a reason.
+    Returns "" where `torch.ops.funcattn.products` runs, else the reason why not. The result of the
+    first call of a process is kept; concurrent calls wait for it. FUNCATTN_NATIVE=0 disables it.
     """
     try:
         torch.ops.load_library(built())
@@ -78,15 +81,15 @@ def load() -> str:
         return str(reason)
     except OSError as error:
         return f"the library cannot be loaded: {error}"
-    except (RuntimeError, AttributeError) as error:  # from torch, for what is another library
+    except (RuntimeError, AttributeError) as error:  # from torch, for another library
         return f"the library is none of this operator: {' '.join(str(error).split())[:200]}"
 
 
 def built() -> Path:
-    """The library of these sources, this torch, this compiler and this processor: compiled unless it is there, as it was built.
+    """The path of the library for these sources, torch, compiler and processor; built if missing.
 
     Raises:
-        Missing: it cannot be, and why.
+        Missing: it cannot be built, with the reason.
     """
     if os.environ.get("FUNCATTN_NATIVE") == "0":
         raise Missing("FUNCATTN_NATIVE=0 asks for none")
@@ -100,17 +103,19 @@ def built() -> Path:
 
 
 def folder() -> Path:
-    """Where libraries are kept: the first of the places above that this user alone may write to, made if it is not there.
+    """The folder of libraries: the first of those above that only this user may write to.
+
+    Created if missing.
 
     Raises:
-        Missing: none is, and why.
+        Missing: there is none, with the reason.
     """
     named, home = os.environ.get("FUNCATTN_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     places = [named] if named else [f"{home}/funcattn/native"]
-    with contextlib.suppress(OSError):  # no folder for temporary files can be written either
+    with contextlib.suppress(OSError):  # the folder of temporary files may not be writable either
         places += [] if named else [f"{tempfile.gettempdir()}/funcattn-{os.geteuid()}"]
     reasons = []
-    for place in map(os.path.expanduser, places):  # which leaves ~ as it is where there is no home
+    for place in map(os.path.expanduser, places):  # ~ is kept where there is no home
         try:
             _check_closed(Path(place))
             return Path(place)
@@ -122,9 +127,10 @@ def folder() -> Path:
 
 
 def _check_closed(place: Path) -> None:
-    """Make a folder that no other may write to, or raise Missing where one is there that another owns or may write to."""
+    """Create a folder that no other user may write to; raise Missing where one is not such."""
     if not place.is_absolute():
-        raise Missing(f"{place} is no absolute path")  # what is in the current folder may be anybody's
+        # Files in the current folder may be of any user.
+        raise Missing(f"{place} is no absolute path")
     for path in reversed([place, *place.parents]):
         if not path.exists():
             path.mkdir(mode=0o700, exist_ok=True)
@@ -138,7 +144,7 @@ def _check_closed(place: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """True for a file of this user, and no link, that is as its build left it."""
+    """True for a regular file of this user whose digest is the one recorded by its build."""
     try:
         for one in (path, noted(path)):
             found = one.lstat()
@@ -150,15 +156,15 @@ def is_whole(path: Path) -> bool:
 
 
 def noted(path: Path) -> Path:
-    """The file that holds the digest of a library."""
+    """The path of the file with the digest of a library."""
     return path.with_suffix(".sha256")
 
 
 def found_compiler() -> str:
-    """$CXX, else g++ or clang++, whichever is there.
+    """The compiler: $CXX, else g++ or clang++.
 
     Raises:
-        Missing: none is.
+        Missing: there is none.
     """
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     for name in wanted:
@@ -168,7 +174,7 @@ def found_compiler() -> str:
 
 
 def key(compiler: str) -> str:
-    """What a library depends on, in 16 letters."""
+    """The key of a build, 16 hexadecimal digits."""
     version = _run([compiler, "--version"])
     parts = [source.read_text() for source in SOURCES]
     parts += [*FLAGS, compiler, version, torch.__version__, str(torch.compiled_with_cxx11_abi()), processor()]
@@ -176,13 +182,13 @@ def key(compiler: str) -> str:
 
 
 def processor(file: str = "/proc/cpuinfo") -> str:
-    """Make and instructions of the processor: a compiler may be set to use all that it finds, and a home be shared by machines."""
+    """Model and instructions of the processor: flags may be native, a home common to machines."""
     told = []
     try:
         with open(file, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if not line.strip():
-                    break  # the next core
+                    break  # only the first core
                 if line.split(":")[0].strip() in ("vendor_id", "cpu family", "model", "model name", "flags"):
                     told.append(line)
     except OSError:
@@ -197,9 +203,9 @@ def _compile(compiler: str, path: Path) -> None:
     try:
         _sweep(path.parent)
         for damaged in (path, noted(path)):
-            damaged.unlink(missing_ok=True)  # or a link would be followed, and a mode kept
+            damaged.unlink(missing_ok=True)  # so that no link is followed and no mode kept
         with atomic.file(path) as draft:
-            draft.touch(mode=0o700)  # for a compiler that says that it did its work, and wrote nothing
+            draft.touch(mode=0o700)  # for a compiler that reports success without output
             _run([compiler, *FLAGS, f"-I{home / 'include'}", *sources, "-o", str(draft), *libraries])
             draft.chmod(0o700)
             digest = _digest(draft)
@@ -211,7 +217,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _sweep(place: Path) -> None:
-    """Remove what builds that were killed left, of other keys and of versions before too."""
+    """Remove temporary files of killed builds, of any key or version."""
     atomic.sweep(place, lambda name: name.startswith("products-"))
     for left in place.glob(".products-*.so"):
         if not left.is_dir() and left.lstat().st_mtime < time.time() - 2 * TIMEOUT:
@@ -228,7 +234,8 @@ def _run(command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Missing(f"{command[0]} does not run: {error}") from error
-    told, output = (text.decode(errors="replace") for text in (done.stderr, done.stdout))  # a compiler speaks as its locale has it
+    # The compiler's output is in the encoding of its locale.
+    told, output = (text.decode(errors="replace") for text in (done.stderr, done.stdout))
     if done.returncode:
         said = next((line for line in told.splitlines() if "error" in line), told.strip()[-200:])
         raise Missing(f"{command[0]} fails: {said}")

@@ -1,15 +1,15 @@
-"""Quantization as a transform of the tree: `params = fa.quantize(fa.int4(group=32))(params)`, and the decoder is untouched.
+"""Quantization as a transform of params: `fa.quantize(fa.int4(group=32))(params)`; same decoder.
 
     schemes       int8, int4, w8a8, nf4, fp8, ternary: frozen values that encode a matrix
-    formats       the records, the matrix that each represents (`expand`), linear and embed of each
-    packing       numbers to codes and scales, codes into bytes
-    fast          a fast kernel for the value with the derivatives of the plain form
-    packed tiles  the weights of torch's integer kernels, and of the C++ operator
+    formats       the records, their matrices (`expand`), linear and embed of each
+    packing       numbers to codes and scales, codes to bytes
+    fast          products with the value of a fast kernel and the derivatives of the plain form
+    packed tiles  weights in the layouts of torch's integer kernels and of the C++ operator
     transforms    quantize, dequantize
     reports       the error of each leaf
     calibration   gptq, awq, smooth, clipped: codes and scales fitted to the activations of a text
 
-A scheme of one's own is a record, its `dequantize`, and a value with `encode`: see docs/quantization.md.
+A new scheme is a record, its `dequantize`, and a value with `encode`: see docs/quantization.md.
 """
 
 from .formats import RECORDS, Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary, expand, is_quantized

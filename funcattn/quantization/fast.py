@@ -1,11 +1,11 @@
 """Fast kernels with exact derivatives.
 
-Several of torch's integer kernels have no derivatives, and silently give zeros under grad and jvp. Here
-a product has a plain form, with exact derivatives of every order, and a fast one for the value:
+Several of torch's integer kernels have no derivatives, and silently give zeros under grad and jvp.
+Here a product has a plain form, with exact derivatives of every order, and a fast one for values:
 
     value: fast(x)          vjp, jvp: those of plain          vmap over x: fast, with more rows
 
-Outside of autograd and of transforms the fast form is called directly.
+Outside of autograd and torch.func the fast form is called directly.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,14 @@ from torch import Tensor
 from ..core.autograd import is_recorded
 from ..rematerialization import Flat, Remat, Whole, batched, pullback, pushforward
 
-MAX_FAST_ROWS = 16  # rows up to which torch's kernels are faster: beyond, expanding the matrix once is the smaller cost
+MAX_FAST_ROWS = 16  # rows up to which torch's kernels are faster than expanding the matrix once
 
 
 class FastForward(NamedTuple):
-    """A product (*fields, x) whose value is `fast` and whose derivatives are those of `plain` (a rematerialization.Computation)."""
+    """A product of (*fields, x) with the value of `fast` and the derivatives of `plain`.
+
+    A rematerialization.Computation.
+    """
 
     plain: Flat
     fast: Flat
@@ -38,18 +41,18 @@ class FastForward(NamedTuple):
         return Whole(pushforward(self.plain, inputs, moved))
 
     def vmap(self, mapped: Sequence[bool], randomness: str) -> "FastForward":
-        """See rematerialization.Computation: a mapped x alone is more rows of the same product."""
+        """See rematerialization.Computation: where only x is mapped, the product has more rows."""
         if any(mapped[:-1]):
             return FastForward(*[batched(self.plain, mapped, randomness)] * 2)
         return FastForward(batched(self.plain, mapped, randomness), self.fast)
 
 
 def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Any, x: Tensor) -> Tensor:
-    """plain(*weight, x), by fast(*weight, rows) where that kernel serves: rows of a floating x (rows, K).
+    """plain(*weight, x), computed by fast(*weight, rows) where the kernel supports it.
 
     Args:
-        plain: exact, any x (*lead, K).
-        fast: x (rows, K), or None where it cannot.
+        plain: the exact product, of any x (*lead, K).
+        fast: the product of floating x (rows, K); None where the kernel does not support it.
         weight: a record of tensors.
         x: (*lead, K).
     """

@@ -1,8 +1,8 @@
-"""Quantized weights: records that represent a matrix (N, K), with its `linear` and `embed`.
+"""Quantized weights: records that represent a matrix (N, K), with their `linear` and `embed`.
 
-`expand(record)` is the matrix. `linear(record, x)` is the product with that matrix: its value may come
-from a faster kernel (`fast`), its derivatives are those of the plain form, in x and in the scales.
-Codes are integers, without derivatives.
+`expand(record)` is the matrix. `linear(record, x)` is the product with it: the value may come from
+a faster kernel (`fast`), the derivatives are those of the plain form, in x and in the scales. Codes
+are integers, without derivatives.
 """
 
 import functools
@@ -20,19 +20,22 @@ from .fast import MAX_FAST_ROWS, routed
 from .packed import PackedInt8, bfloat16_is_fast, pack_dynamic, pack_int4, pack_int8, straight_through, times_codes
 from .tiles import DynamicTiles, Tiles, tile_int4, tile_int8, value
 
-MOST_IN_BFLOAT16 = 24  # rows of bfloat16 up to which three digits of them cost less than to expand the codes
+MOST_IN_BFLOAT16 = 24  # rows up to which products of three bfloat16 digits beat expanding the codes
 
 
 @record
 class Int8(NamedTuple):
-    """w ~ codes * scale: codes int8 (N, K), scale (N, G), one for each K / G neighbouring columns; G = 1 is one a row."""
+    """w ~ codes * scale: codes int8 (N, K), scale (N, G).
+
+    One scale for each K / G consecutive columns of a row; G = 1 is one for the row.
+    """
 
     codes: Tensor
     scale: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the matrix, (N, K)."""
+        """The shape of the matrix, (N, K)."""
         return tuple(self.codes.shape)
 
 
@@ -45,13 +48,16 @@ class Int8Dynamic(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the matrix, (N, K)."""
+        """The shape of the matrix, (N, K)."""
         return tuple(self.codes.shape)
 
 
 @record
 class Int4(NamedTuple):
-    """w ~ codes * scale + zero: codes uint8 (N, K / 2), two a byte (see packing), scale and zero (N, G)."""
+    """w ~ codes * scale + zero: codes uint8 (N, K / 2), two in a byte (see packing).
+
+    scale and zero (N, G).
+    """
 
     codes: Tensor
     scale: Tensor
@@ -59,7 +65,7 @@ class Int4(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the matrix, (N, K)."""
+        """The shape of the matrix, (N, K)."""
         return *self.codes.shape[:-1], 2 * self.codes.shape[-1]
 
 
@@ -73,7 +79,7 @@ class Codebook(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the matrix, (N, K)."""
+        """The shape of the matrix, (N, K)."""
         return *self.codes.shape[:-1], 2 * self.codes.shape[-1]
 
 
@@ -86,20 +92,20 @@ class Fp8(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the matrix, (N, K)."""
+        """The shape of the matrix, (N, K)."""
         return tuple(self.codes.shape)
 
 
 @record
 class Ternary(NamedTuple):
-    """w ~ (codes - 1) * scale: codes uint8 (N, K / 4), four a byte, scale (N, G)."""
+    """w ~ (codes - 1) * scale: codes uint8 (N, K / 4), four in a byte, scale (N, G)."""
 
     codes: Tensor
     scale: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the matrix, (N, K)."""
+        """The shape of the matrix, (N, K)."""
         return *self.codes.shape[:-1], 4 * self.codes.shape[-1]
 
 
@@ -108,12 +114,12 @@ RECORDS = (Int8, Int8Dynamic, Int4, Codebook, Fp8, Ternary)
 
 @functools.singledispatch
 def expand(weight: Any) -> Tensor:
-    """The matrix (N, K) of a quantized record, in float32. Other record types register: `@expand.register`."""
+    """The matrix (N, K) of a record in float32; register other types by `@expand.register`."""
     _unknown(weight)
 
 
 def is_quantized(node: Any) -> bool:
-    """True for a quantized record: `is_leaf` for functions of `fa.tree` that should see the path of the weight."""
+    """True for a quantized record: an `is_leaf` for functions of `fa.tree`."""
     return expand.dispatch(type(node)) is not expand.dispatch(object)
 
 
@@ -163,7 +169,7 @@ def _wide(scale: Tensor) -> torch.dtype:
 
 
 def times(weight: Any, x: Tensor) -> Tensor:
-    """The plain form: expand the matrix, then F.linear. All transforms differentiate and map this one."""
+    """The plain form: expand the matrix, then F.linear. Derivatives and vmap are those of this."""
     return F.linear(x, expand(weight).to(x.dtype))
 
 
@@ -186,7 +192,7 @@ def _plain_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def _fast_int8(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    """Tiles, or products with expanded codes where bfloat16 is fast or there are no tiles."""
+    """Tiles; or a product with the codes where bfloat16 is fast or there are no tiles."""
     narrow = x.dtype == torch.bfloat16 and len(x) > MOST_IN_BFLOAT16 and bfloat16_is_fast()
     out = None if narrow else _through(_form_int8(Int8(codes, scale), len(x)), x)
     return times_codes(codes, scale, x) if out is None else out
@@ -198,7 +204,7 @@ def _(weight: Int8Dynamic, x: Tensor) -> Tensor:
 
 
 def _plain_dynamic(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    """The product with rounded x; its derivative in x takes the rounding for the identity (straight-through)."""
+    """The product with rounded x, whose derivative in x ignores the rounding (straight-through)."""
     return times(Int8(codes, scale), straight_through(x, scale.shape[-1])).to(x.dtype)
 
 
@@ -220,7 +226,7 @@ def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor 
 
 
 def _form_int8(weight: Int8, rows: int) -> Any:
-    """The fastest layout for that many rows: tiles, else torch's kernel; None for the expanded matrix."""
+    """The fastest layout for `rows` vectors: tiles or torch's kernel; None for the matrix."""
     tiles = tile_int8(*weight, rows=rows)
     return pack_int8(*weight) if tiles is None and rows <= MAX_FAST_ROWS else tiles
 
@@ -231,7 +237,7 @@ def _form_int4(weight: Int4, rows: int) -> Any:
 
 
 def _form_dynamic(weight: Int8Dynamic, rows: int) -> Any:
-    """torch's product of bytes where a row has one scale, else tiles."""
+    """torch's int8 product where a row has one scale, else tiles."""
     packed = pack_dynamic(*weight, rows=rows)
     if packed is not None:
         return packed
@@ -251,7 +257,8 @@ def _through(form: Any, x: Tensor) -> Tensor | None:
 @prepare.register
 def _(weight: Int8, rows: int) -> Any:
     form = _form_int8(weight, rows)
-    by_rows = isinstance(form, PackedInt8) and rows == 1  # one vector is products and sums, see linear, before torch's kernel
+    # One vector is products and sums (see linear) rather than torch's kernel.
+    by_rows = isinstance(form, PackedInt8) and rows == 1
     return weight if form is None or by_rows else form
 
 

@@ -1,12 +1,14 @@
 """torch's integer kernels on the CPU, and the weight layouts that they read.
 
-The kernels have no derivatives; autograd through one of them silently gives zeros. `fast.routed` adds
-the exact derivatives of the plain form. `layers.prepare` gives these layouts to compiled decoding,
-which takes no derivatives.
+The kernels have no derivatives; autograd through one of them silently gives zeros. `fast.routed`
+adds the exact derivatives of the plain form. `layers.prepare` gives these layouts to compiled
+decoding, which takes no derivatives.
 
     int8    activations in bfloat16, sums in float32
-    int4    the same, scale and zero in bfloat16 too; N a multiple of 16, groups of 32, 64, 128 or 256 columns
-    w8a8    activations in int8, sums in int32; one scale a row, and processors that do not saturate sums of two products
+    int4    the same, scale and zero in bfloat16 too; N a multiple of 16, groups of 32, 64, 128 or
+            256 columns
+    w8a8    activations in int8, sums in int32; one scale a row, and processors whose int8 products
+            do not saturate sums of two
 """
 
 import functools
@@ -36,7 +38,10 @@ class PackedInt8(NamedTuple):
 
 @record
 class PackedInt4(NamedTuple):
-    """codes uint8 (N, K / 2) in the order of torch's kernel; grid bfloat16 (G, N, 2), w = (code - 8) grid[0] + grid[1]."""
+    """codes uint8 (N, K / 2) in the order of torch's kernel; grid bfloat16 (G, N, 2).
+
+    w = (code - 8) grid[0] + grid[1].
+    """
 
     codes: Tensor
     grid: Tensor
@@ -44,21 +49,24 @@ class PackedInt4(NamedTuple):
 
 @record
 class PackedDynamic(NamedTuple):
-    """codes int8 (N, K), scale (N, 1), for activations that are rounded to 8 bits, one scale a token."""
+    """codes int8 (N, K), scale (N, 1), for activations rounded to 8 bits with a scale per token."""
 
     codes: Tensor
     scale: Tensor
 
 
 def pack_int8(codes: Tensor, scale: Tensor) -> PackedInt8 | None:
-    """For int8 of one scale a row, else None."""
+    """The layout of int8 with one scale a row, else None."""
     if scale.shape[-1] != 1 or codes.device.type != "cpu" or codes.dim() != 2:
         return None
     return PackedInt8(codes, kept([scale], lambda: scale.squeeze(-1).to(torch.bfloat16, copy=True), "int8"))
 
 
 def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
-    """For sizes that the kernel takes, else None. Packed once per weight, and cached for its lifetime."""
+    """The layout of int4 in sizes that the kernel supports, else None.
+
+    Packed once for a weight, and cached as long as it lives.
+    """
 
     def make() -> PackedInt4 | None:
         if codes.dim() != 2 or codes.device.type != "cpu":
@@ -75,7 +83,7 @@ def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
 
 
 def pack_dynamic(codes: Tensor, scale: Tensor, rows: int) -> PackedDynamic | None:
-    """For w8a8 of one scale a row, else None; None too where torch's product of bytes is not exact, or not fast."""
+    """The layout of w8a8 with one scale a row; None if torch's int8 product is inexact or slow."""
     if rows > MAX_FAST_ROWS and not torch.backends.mkldnn.is_available():
         return None
     if scale.shape[-1] != 1 or codes.device.type != "cpu" or codes.dim() != 2 or not bytes_are_exact():
@@ -85,8 +93,8 @@ def pack_dynamic(codes: Tensor, scale: Tensor, rows: int) -> PackedDynamic | Non
 
 @functools.cache
 def bytes_are_exact() -> bool:
-    """True where products of bytes are summed exactly: without VNNI, sums of two saturate at 16 bits."""
-    with _disable_current_modes():  # a fake tensor has no values
+    """True where sums of int8 products are exact: without VNNI, sums of two saturate at 16 bits."""
+    with _disable_current_modes():  # fake tensors have no values
         most = torch.full((17, 64), 127, dtype=torch.int8, device="cpu")
         return all(
             bool((aten._int_mm(x * most[:rows], y * most.mT) == x * y * 64 * 127**2).all())
@@ -98,7 +106,8 @@ def bytes_are_exact() -> bool:
 
 @linear.register
 def _(weight: PackedInt8, x: Tensor) -> Tensor:
-    narrow = _rows(x).to(torch.bfloat16)  # other activations go through scalar code there, slower than float32 weights
+    # Other activations run scalar code there, slower than float32 weights.
+    narrow = _rows(x).to(torch.bfloat16)
     return _like(aten._weight_int8pack_mm(narrow, weight.codes, weight.scale), x)
 
 
@@ -115,21 +124,22 @@ def _(weight: PackedDynamic, x: Tensor) -> Tensor:
             straight_through(x, 1) @ (weight.codes * weight.scale.float()).mT.to(torch.promote_types(x.dtype, torch.float32))
         ).to(x.dtype)
     codes, by = round_tokens(_rows(x))
-    codes = codes.clamp_(-127, 127)  # a scale that is denormal has few digits, and a quotient by it may be larger
+    # A subnormal scale has few digits: quotients may overshoot.
+    codes = codes.clamp_(-127, 127)
     product = aten._int_mm(codes.flatten(-2).to(torch.int8), weight.codes.mT)
     return _like((product * by.flatten(-2)).mul_(weight.scale.to(by.dtype).mT), x)
 
 
 @functools.cache
 def bfloat16_is_fast() -> bool:
-    """True where the processor has bfloat16 matrix products, several times as fast as float32."""
+    """True where the processor has bfloat16 matrix products, several times faster than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def times_codes(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
-    """(x codes^T) scale for int8 of one scale a row and many vectors x (n, K), or None where that is not it.
+    """(x codes^T) scale for int8 with one scale a row and many vectors x (n, K), else None.
 
-    Saves one pass over the matrix compared with expanding it. Codes are exact in every dtype, but their
+    One pass over the matrix fewer than expanding it. Codes are exact in every dtype, but their
     products are larger than the result by 1 / scale, which may overflow float16.
     """
     if scale.shape[-1] != 1 or x.dtype == torch.float16:
@@ -138,9 +148,9 @@ def times_codes(codes: Tensor, scale: Tensor, x: Tensor) -> Tensor | None:
 
 
 def round_tokens(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Codes -127 .. 127 of each token (*lead, groups, K / groups), and scales (*lead, groups, 1), in float32 at least.
+    """Codes -127 .. 127 of each token (*lead, groups, K / groups), and scales (*lead, groups, 1).
 
-    In bfloat16 a quotient has no room for 127 codes.
+    In float32 at least: bfloat16 quotients cannot represent 127 codes.
     """
     wide = packing.groups(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1] // groups)
     by = wide.abs().amax(-1, keepdim=True) / 127
@@ -161,7 +171,10 @@ def straight_through(x: Tensor, groups: int) -> Tensor:
 
 
 def followed(x: Tensor) -> bool:
-    """True where autograd or a transform may follow x; False under torch.compile, which `fa.compile` enters without either."""
+    """True where autograd or torch.func may track x; False under torch.compile.
+
+    `fa.compile` compiles outside of both.
+    """
     return not torch.compiler.is_compiling() and is_recorded(x)
 
 

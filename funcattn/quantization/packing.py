@@ -1,10 +1,10 @@
-"""The arithmetic of quantization: numbers to codes and scales, codes into bytes, and back.
+"""The arithmetic of quantization: numbers to codes and scales, codes to bytes, and back.
 
-    w ~ codes * scale + zero          over groups of neighbouring columns of a matrix (N, K)
+    w ~ codes * scale + zero          for groups of consecutive columns of a matrix (N, K)
 
-Everything is a function of tensors with static shapes and no branch on values. Two codes of 4 bits share a byte: within a group the
-first half of its columns are the low nibbles and the second half the high ones, as in the blocks of GGUF, so a group is unpacked by
-one mask and one shift. Four codes of 2 bits share a byte in the same way.
+All functions have static shapes and no branch on values. Two 4-bit codes are a byte: within a group
+the first half of the columns are the low nibbles and the second half the high ones, as in GGUF
+blocks, so a group is unpacked by one mask and one shift. Four 2-bit codes are a byte alike.
 """
 
 import torch
@@ -25,7 +25,10 @@ def groups(w: Tensor, size: int) -> Tensor:
 
 
 def narrow(scale: Tensor) -> Tensor:
-    """Scales in float16 where all of them are normal numbers there, else in float32: half the bytes, rounded before codes are."""
+    """Scales in float16 where all are normal numbers of it, else in float32.
+
+    Half the bytes; codes are computed from the rounded scales.
+    """
     half = torch.finfo(torch.float16)
     size = scale.abs()
     fits = ((size == 0) | ((size >= half.smallest_normal) & (size <= half.max))).all()
@@ -43,13 +46,15 @@ def symmetric(w: Tensor, size: int, largest: int, clip: float | Tensor = 1.0) ->
 
 
 def nearest(grouped: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """The nearest codes of (N, G, size) for scales (N, G), flat (N, K)."""
+    """The nearest codes, (N, K), of (N, G, size) with scales (N, G)."""
     by = torch.where(scale == 0, 1, scale.float()).unsqueeze(-1)
     return (grouped / by).round().clamp(-largest, largest).to(torch.int8).flatten(-2)
 
 
 def affine(w: Tensor, size: int, levels: int, clip: float | Tensor = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes 0 .. levels - 1 (uint8), scales and zeros (N, G) with w ~ codes * scale + zero, from the least to the greatest.
+    """Codes 0 .. levels - 1 (uint8), scales and zero points (N, G): w ~ codes * scale + zero.
+
+    The range of a group is from its least to its greatest entry.
 
     Law: |codes * scale + zero - w| <= scale / 2, up to the rounding of both (test_packing.py).
     """
@@ -58,7 +63,7 @@ def affine(w: Tensor, size: int, levels: int, clip: float | Tensor = 1.0) -> tup
     middle, half = (low + high) / 2, (high - low) / 2 * clip
     scale, zero = narrow(2 * half / (levels - 1)), middle - half
     kind = torch.finfo(torch.float16)
-    # A subnormal zero may be rounded beside a scale that is none: what it loses is little of a step.
+    # A subnormal zero point may be rounded where the scale is not: the error is far below a step.
     fits = (zero.abs() <= kind.max) & ((scale > 0) | (zero == 0) | (zero.abs() >= kind.smallest_normal))
     zero = zero.half() if scale.dtype == torch.float16 and bool(fits.all()) else zero
     return nearest_affine(grouped, scale, zero, levels), scale, zero
@@ -71,7 +76,7 @@ def nearest_affine(grouped: Tensor, scale: Tensor, zero: Tensor, levels: int) ->
 
 
 def nearest_level(w: Tensor, levels: Tensor) -> Tensor:
-    """The number (uint8) of the level nearest to each w; levels rise."""
+    """The index (uint8) of the level nearest to each w; levels ascend."""
     borders = (levels[1:] + levels[:-1]) / 2
     return torch.bucketize(w, borders).to(torch.uint8)
 
@@ -86,11 +91,11 @@ def pack(codes: Tensor, size: int, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    """The other way, for `count` groups a row: `unpack(pack(codes, size, bits), K // size, bits) == codes`."""
+    """The inverse, of `count` groups: `unpack(pack(w, size, bits), K // size, bits) == w`."""
     rows = torch.unflatten(packed, -1, (count, -1))
     return torch.cat([(rows >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)], -1).flatten(-2)
 
 
 def spread(scale: Tensor, K: int) -> Tensor:
-    """Scales (N, G) for every column, (N, K)."""
+    """Scales (N, G) repeated for every column, (N, K)."""
     return scale.unsqueeze(-1).expand(*scale.shape, K // scale.shape[-1]).flatten(-2)

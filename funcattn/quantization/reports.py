@@ -1,4 +1,4 @@
-"""What quantization did to each leaf of a tree."""
+"""Reports of quantization: size and error of each leaf."""
 
 import re
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ class Row(NamedTuple):
 
     path: str
     kind: str
-    bits: float  # a weight
+    bits: float  # per weight
     nbytes: int
     error: float  # |approximation - weight| / |weight|, Frobenius
     note: str = ""
 
 
 class Report(tuple[Row, ...]):
-    """Rows of `report`, one a leaf: a short table when printed, HTML with every row in a notebook."""
+    """Rows of `report`, one per leaf: a short table when printed, HTML with all in a notebook."""
 
     def __str__(self) -> str:
-        """A line for all leaves of one name and kind: bits and bytes of all, errors from the least to the greatest."""
+        """A line for all leaves of one name and type: total bits and bytes, range of the errors."""
         groups: dict[tuple[str, str, str], list[Row]] = {}
         for row in self:
             groups.setdefault((LAYER.sub("layers.*", row.path), row.kind, row.note), []).append(row)
@@ -60,7 +60,7 @@ class Report(tuple[Row, ...]):
 
 
 def _place(path: str, rows: Sequence[Row]) -> str:
-    """The path that rows of several layers share, with their numbers."""
+    """The common path of rows of several layers, with their numbers."""
     numbers = [int(found[1]) for row in rows if (found := LAYER.match(row.path))]
     if not numbers:
         return path
@@ -69,16 +69,16 @@ def _place(path: str, rows: Sequence[Row]) -> str:
 
 
 def _bits(rows: Sequence[Row]) -> str:
-    """A weight, on average."""
+    """Mean bits per weight."""
     return f"{sum(row.nbytes for row in rows) * 8 / max(1.0, sum(row.nbytes * 8 / row.bits for row in rows)):.2f}"
 
 
 @door
 def report(params: Tree, quantized: Tree) -> Report:
-    """What quantization did to each leaf: bits a weight, bytes, and the relative error of the matrix.
+    """Bits per weight, bytes, and relative error of each quantized leaf.
 
-    Of experts in 4 or 8 bits it notes how many are rounded to nearest: all of them by `quantize`, by `fa.gptq` those that the text
-    reached too seldom.
+    For experts in 4 or 8 bits it states how many are rounded to nearest: with `quantize` all of
+    them, with `fa.gptq` those that too few tokens of the text were routed to.
 
     Args:
         params: the tree before.

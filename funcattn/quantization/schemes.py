@@ -1,4 +1,4 @@
-"""Schemes: frozen values that encode a matrix (N, K) as a record. Called, a scheme is itself with other settings: int4(group=64).
+"""Schemes: frozen values that encode a matrix (N, K) as a record; int4(group=64) changes settings.
 
 | scheme | bits a weight | source |
 | --- | --- | --- |
@@ -24,21 +24,21 @@ FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 class Scheme(Protocol):
-    """What `quantize` needs of a scheme: `encode` a matrix (N, K), and the scheme for the embedding and the head."""
+    """What `quantize` needs: `encode` of a matrix (N, K), and a scheme for embedding and head."""
 
     def encode(self, weight: Tensor) -> Any:
-        """The record that stands for the matrix."""
+        """The record that represents the matrix."""
         ...
 
     @property
     def for_head(self) -> "Scheme":
-        """The scheme of the embedding and the head, where it is another: 8 bits where the layers have fewer."""
+        """The scheme of embedding and head: 8 bits where the layers have fewer."""
         ...
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """Called with settings, a scheme is itself with those changed."""
+    """Calling a scheme with settings gives the scheme with these changed."""
 
     name: ClassVar[str]
 
@@ -49,7 +49,7 @@ class _Settings:
             kind = ValueError if isinstance(group, int) else TypeError
             errors.fail(self.name, "group", "a number of columns, or None for all of a row", repr(group), "32 is usual.", kind)
         is_number = isinstance(clip, int | float) and 0 < clip <= 1
-        if not is_number and not isinstance(clip, Tensor):  # one for each group, as `clipped` finds them
+        if not is_number and not isinstance(clip, Tensor):  # a tensor has a clip for each group
             errors.fail(self.name, "clip", "in (0, 1]", repr(clip), "1 is all of the range.")
         if not isinstance(settings.get("symmetric", False), bool):
             errors.fail(self.name, "symmetric", "True or False", repr(settings["symmetric"]), "Choose one.", TypeError)
@@ -76,13 +76,16 @@ class _Settings:
 
     @property
     def for_head(self) -> Any:
-        """The scheme of the embedding and the head."""
+        """The scheme of embedding and head."""
         return self
 
 
 @dataclass(frozen=True)
 class Int8Scheme(_Settings):
-    """int8, symmetric; group: columns that share a scale, None for all of a row; clip shrinks the range (1 is all of it)."""
+    """int8, symmetric.
+
+    group: columns with a common scale, None for all of a row. clip: fraction of the range.
+    """
 
     name: ClassVar[str] = "int8"
     group: int | None = None
@@ -96,7 +99,7 @@ class Int8Scheme(_Settings):
 
 @dataclass(frozen=True)
 class Int4Scheme(_Settings):
-    """int4 in groups of columns; symmetric has no zero of its own, clip shrinks the range (1 is all of it)."""
+    """int4 in groups of columns; symmetric: zero is -8 scale; clip: fraction of the range."""
 
     name: ClassVar[str] = "int4"
     group: int = 32
@@ -120,10 +123,11 @@ class Int4Scheme(_Settings):
 
 @dataclass(frozen=True)
 class Int8DynamicScheme(_Settings):
-    """int8 weights and activations, the latter rounded for each token as it comes.
+    """int8 weights and activations, which are rounded for each token at run time.
 
-    group: columns that share a scale, of a row's weights and of a token; None for all of them, which loses more where a few
-    features are much larger than the rest. clip shrinks the range of the weights (1 is all of it).
+    group: columns with a common scale, of a row of weights and of a token; None for all of them,
+    which loses more where a few features are much larger than the rest. clip: fraction of the range
+    of weights.
     """
 
     name: ClassVar[str] = "w8a8"
@@ -137,13 +141,13 @@ class Int8DynamicScheme(_Settings):
 
     @property
     def for_head(self) -> Int8Scheme:
-        """8 bits, activations as they are: an embedding has none."""
+        """8 bits without rounded activations: an embedding has none."""
         return int8
 
 
 @dataclass(frozen=True)
 class NF4Scheme(_Settings):
-    """16 levels between which a normal distribution has equal mass, in groups of columns."""
+    """16 levels with equal mass of a normal distribution between them, in groups of columns."""
 
     name: ClassVar[str] = "nf4"
     group: int = 64
@@ -166,7 +170,7 @@ class NF4Scheme(_Settings):
 
 @dataclass(frozen=True)
 class Fp8Scheme(_Settings):
-    """8-bit floating point with a scale a row: kind "e4m3" (more digits) or "e5m2" (more range)."""
+    """8-bit floating point with a scale per row: "e4m3" (precision) or "e5m2" (range)."""
 
     name: ClassVar[str] = "fp8"
     kind: str = "e4m3"
@@ -182,7 +186,7 @@ class Fp8Scheme(_Settings):
 
 @dataclass(frozen=True)
 class TernaryScheme(_Settings):
-    """-1, 0 and 1 times a scale, the mean size of a group."""
+    """-1, 0 or 1 times a scale, the mean absolute value of a group."""
 
     name: ClassVar[str] = "ternary"
     group: int = 64
@@ -212,7 +216,7 @@ ternary = TernaryScheme()
 
 
 def _size(scheme: str, group: int | None, weight: Tensor, *, even: bool = False) -> int:
-    """Columns of a group, which divides the columns of the matrix."""
+    """The number of columns of a group, which must divide those of the matrix."""
     K = weight.shape[-1]
     size = K if group is None else group
     if not isinstance(size, int) or size < 1 or K % size or (even and size % 2):

@@ -1,13 +1,13 @@
-"""Matrices of 8 and 4 bits in tiles, for the operator of `funcattn.native`: a stream that is read
-once, for 1 to 16 vectors.
+"""8- and 4-bit matrices in tiles, the layout of the C++ operator (`funcattn.native`).
 
     y = sum over blocks of 32 columns   scale * (codes @ digits) * unit + zero * total
 
-A vector comes as three digits of 8 bits with a unit for each block, so codes times digits are
-integers and their sums exact; a number is off by at most 2^-23 of the largest of its block. (A
-block whose largest is beyond 2^-64 .. 2^64 is multiplied without digits.) So the product is as near
-to that of the matrix as the product of floats is, whatever the dtype of the vector and its size. A
-tile is 16 rows, a block of it 16 rows and 32 columns: codes, scales, zeros.
+The matrix is read sequentially once, for 1 to 16 vectors. A vector is split into three digits of 8
+bits with a unit for each block, so codes times digits are integers and their sums exact; a number
+has an error of at most 2^-23 of the largest of its block. (A block whose largest is beyond 2^-64 ..
+2^64 is multiplied without digits.) So the product is as accurate as one of floats, whatever the
+dtype and size of the vector. A tile is 16 rows, a block of it 16 rows and 32 columns: codes,
+scales, zero points.
 """
 
 import functools
@@ -29,9 +29,9 @@ from . import packing
 from .packed import followed, rounded, straight_through
 
 ROWS, COLUMNS = 16, 32  # of a block
-FEWEST = 1  # row for which every processor is faster with it
-AVX512 = 2  # as the operator numbers its sets of instructions
-FORMS = {  # bytes of a block: bits of a code, dtype of scales (None: one a row), whether zeros follow, what code stands for 0
+FEWEST = 1  # rows from which it is faster on every processor
+AVX512 = 2  # the operator's number of this instruction set
+FORMS = {  # bytes of a block -> bits of a code, dtype of scales (None: per row), zeros, code of 0
     512: (8, None, False, 128),
     544: (8, torch.float16, False, 128),
     576: (8, torch.float32, False, 128),
@@ -43,9 +43,10 @@ FORMS = {  # bytes of a block: bits of a code, dtype of scales (None: one a row)
 
 @record
 class Tiles(NamedTuple):
-    """blocks uint8 (N / 16, K / 32, bytes), rounded up; scale float32 (N, 1) where there is one a row.
+    """blocks uint8 (N / 16, K / 32, bytes), rounded up; scale float32 (N, 1) if there is one a row.
 
-    Where there is none it is (), or, if N is no multiple of 16, (N, 0): a tensor less is a guard less for compiled code.
+    Otherwise scale is (), or (N, 0) where N is no multiple of 16: without a tensor compiled code
+    has one guard fewer.
     """
 
     blocks: Tensor
@@ -59,7 +60,10 @@ class Tiles(NamedTuple):
 
 @record
 class DynamicTiles(NamedTuple):
-    """Tiles (G groups of columns) for activations that are rounded to 8 bits; scale (N, G), of which the shape alone is read."""
+    """Tiles, with G groups of columns, for activations rounded to 8 bits.
+
+    Of scale (N, G) only the shape is read.
+    """
 
     tiles: Tiles
     scale: Tensor
@@ -67,7 +71,7 @@ class DynamicTiles(NamedTuple):
 
 @native.once
 def missing() -> str:
-    """ "" where the operator runs, else why not. One thread tells torch of it, and the others wait."""
+    """ "" where the operator runs, else why not. One thread registers it; others wait."""
     reason = native.load()
     if not reason:
         torch.library.register_fake("funcattn::products", _like)
@@ -80,19 +84,20 @@ def missing() -> str:
 
 
 def most_rows(bits: int) -> int:
-    """Up to how many rows the operator is faster than expanding the matrix and multiplying floats.
+    """The number of rows up to which the operator is faster than expanding the matrix.
 
-    With AVX-512 VNNI always, by 2 to 3 at 512 rows; AVX2 has no product of bytes that cannot overflow.
+    With AVX-512 VNNI always, by 2 to 3 at 512 rows; AVX2 has no int8 product without overflow.
     """
     return 2**31 if _instructions() == AVX512 else {4: 8, 8: FEWEST}[bits]
 
 
 def tile_int8(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
-    """For int8 codes (N, K) and scales (N, G): one a row, or for groups of whole blocks; None for others.
+    """Tiles of int8 codes (N, K) and scales (N, G), one a row or for groups of whole blocks.
 
-    None without the operator too, and for more rows than it multiplies faster than the library does floats.
+    None for other groups, without the operator, and for more rows than it is faster for.
 
-    Law: the tiles stand for the same matrix, bit for bit (test_tiles.py::test_tiles_hold_the_matrix_bit_for_bit).
+    Law: the tiles stand for the same matrix, bit for bit
+        (test_tiles.py::test_tiles_hold_the_matrix_bit_for_bit).
     """
     if not _is_served(codes, rows, 8):
         return None
@@ -111,7 +116,7 @@ def tile_int8(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
 
 
 def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> Tiles | None:
-    """For codes (N, K / 2) as `packing` packs them, in groups of whole blocks; None for others, and where tile_int8 says."""
+    """Tiles of packed codes (N, K / 2) in groups of whole blocks (see `packing`); None as above."""
     if not _is_served(codes, rows, 4):
         return None
     (N, half), G = codes.shape, scale.shape[-1]
@@ -131,7 +136,7 @@ def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> T
 
 
 def _is_served(codes: Tensor, rows: int, bits: int) -> bool:
-    if type(codes) not in (Tensor, torch.nn.Parameter):  # fake ones have no numbers to tile
+    if type(codes) not in (Tensor, torch.nn.Parameter):  # fake tensors have no values
         return False
     if codes.dim() != 2 or codes.device.type != "cpu" or not codes.numel() or missing():
         return False
@@ -148,12 +153,15 @@ def _rows_of(N: int) -> Any:
 
 
 def _exact(scale: Tensor) -> Tensor:
-    """In float16 where that is what it is, else in float32."""
+    """Scales in float16 where that is exact, else in float32."""
     return scale if scale.dtype == torch.float16 else scale.float()
 
 
 def _blocks(codes: Tensor, bits: int) -> Tensor:
-    """Codes (N, K) uint8 in the order of the operator: a lane of 32 bits is a row, and holds 4 columns (and 4 more above them)."""
+    """Codes (N, K) uint8 in the order of the operator.
+
+    A 32-bit lane is a row, with 4 columns (of 4-bit codes, 4 more in the high nibbles).
+    """
     N, K = codes.shape
     padded = F.pad(codes, (0, -K % COLUMNS, 0, -N % ROWS))
     if bits == 8:
@@ -163,14 +171,14 @@ def _blocks(codes: Tensor, bits: int) -> Tensor:
 
 
 def _numbers(scale: Tensor, K: int) -> Tensor:
-    """Scales (N, G) as bytes, for each block."""
+    """Scales (N, G) as bytes for each block."""
     N, G = scale.shape
     each = F.pad(scale, (0, 0, 0, -N % ROWS)).view(-1, ROWS, G).mT
     return each.repeat_interleave(K // COLUMNS // G, 1).contiguous().view(torch.uint8)
 
 
 def expand_tiles(blocks: Tensor, scale: Any, N: int, K: int) -> Tensor:
-    """The matrix (N, K) in float32 that tiles stand for."""
+    """The matrix (N, K) in float32 of tiles."""
     bits, dtype, has_zero, offset = FORMS[blocks.shape[-1]]
     size = ROWS * COLUMNS * bits // 8
     codes = blocks[..., :size].unflatten(-1, (-1, ROWS, 4))  # tiles, blocks, 8 or 4, rows, 4
@@ -217,12 +225,13 @@ together[DynamicTiles] = _several_dynamic
 
 
 def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
-    """Several matrices times the same x (*lead, K), behind each other: (*lead, N1 + N2 + ...).
+    """Products of several matrices with the same x (*lead, K), concatenated (*lead, N1 + N2 + ...).
 
     Where x is not finite in a block the whole row of the result is NaN.
 
     Law: as near to the product with the matrices as that of float32, at any scale that float32 has
-    (test_tiles.py::test_a_product_is_as_near_as_that_of_floats, ::test_a_product_of_any_scale_is_as_near_as_that_of_floats).
+        (test_tiles.py::test_a_product_is_as_near_as_that_of_floats,
+        ::test_a_product_of_any_scale_is_as_near_as_that_of_floats).
     """
     flat = _flat(x)
     blocks, rows = [weight.blocks for weight in weights], [weight.rows for weight in weights]
@@ -232,7 +241,7 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
 
 
 def value(weight: Tiles | DynamicTiles, x: Tensor) -> Tensor:
-    """`linear` of x (n, K) outside of autograd and of transforms, without their dispatch."""
+    """`linear` of x (n, K) outside of autograd and torch.func, without their dispatch."""
     if isinstance(weight, DynamicTiles):
         return value(weight.tiles, rounded(x, weight.scale.shape[-1])).to(x.dtype)
     with torch._C._AutoDispatchBelowAutograd():
@@ -241,19 +250,19 @@ def value(weight: Tiles | DynamicTiles, x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """Vectors (n, K) as the operator reads them."""
+    """Vectors (n, K) in the dtype and layout that the operator reads."""
     if x.dim() == 2 and x.dtype == torch.float32 and x.is_contiguous():
         return x
     return x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
 
 
-# What torch asks of an operator.
+# Registrations with torch.
 
 _library = torch.library.Library("funcattn", "FRAGMENT")
 
 
 def has_row_scale(blocks: Tensor) -> bool:
-    """True where a matrix in such blocks has one scale a row, apart from them."""
+    """True for blocks without scales: the matrix has one scale a row, stored separately."""
     return FORMS[blocks.shape[-1]][1] is None
 
 
@@ -269,12 +278,12 @@ def _like(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int
 
 
 def _operations(blocks: Any, scales: Any, rows: Sequence[int], x: Sequence[int], **_: Any) -> int:
-    """Floating-point operations of the products, for torch.utils.flop_counter; here of integers."""
+    """Operations of the products (on integers), for torch.utils.flop_counter."""
     return 2 * x[0] * x[1] * sum(rows)
 
 
 def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
-    """Under autograd or a transform: products of floats, which have derivatives of every order."""
+    """Under autograd or torch.func: products of floats, which have derivatives of every order."""
     if has_tangent(*scales, x) or (torch.is_grad_enabled() and any(t.requires_grad for t in (*scales, x))):
         return _plain(blocks, scales, rows, x)
     with torch._C._AutoDispatchBelowAutograd():
@@ -282,14 +291,14 @@ def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Se
 
 
 def _refused(*args: Any) -> Any:
-    """The layers have no derivative: `fa.compile` runs them outside of autograd and of transforms."""
+    """Raises: the operator of layers has no derivative; `fa.compile` calls it without autograd."""
     raise RuntimeError("funcattn::layers: it has no derivative; call the functions of the model, which do not use it under grad.")
 
 
 def _mapped(
     info: Any, in_dims: tuple[Any, ...], blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor
 ) -> tuple[Tensor, int]:
-    """More vectors of the same matrices; of matrices that are mapped, one after the other."""
+    """vmap: mapped vectors are more rows of one product; mapped matrices are a loop."""
     of_blocks, of_scales, _, of_x = in_dims
     if of_x is not None and all(d is None for d in (*of_blocks, *of_scales)):
         x = x.movedim(of_x, 0)

@@ -1,4 +1,4 @@
-"""quantize, dequantize, report: from tree to tree."""
+"""quantize and dequantize: transforms of params."""
 
 import re
 from collections.abc import Callable
@@ -22,24 +22,27 @@ ENDS = r"embedding|head"
 
 @door
 def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tree]:
-    """A transform of params whose chosen matrices become quantized records.
+    """A transform of params that replaces matrices by quantized records.
 
-    A matrix is a leaf of two axes (of experts three: each matrix is encoded by itself). Records that are there already stay, so
-    quantizing twice is quantizing once. A tied head is the embedding, one record used twice.
+    A matrix is a leaf of two axes (of experts three: each matrix is encoded separately). Records
+    are not changed, so quantizing twice is quantizing once. A tied head is the embedding: one
+    record for both.
 
     Args:
-        scheme: int8, int4, w8a8, nf4, fp8, ternary, or one's own.
-        where: a regex that the whole path must match, or a predicate of (path, weight); both take the scheme for what they choose.
-            None chooses q, k, v, o, gate, up and down of every layer, and the embedding and the head in `scheme.for_head`; norms,
-            biases, routers and learned positions stay.
+        scheme: int8, int4, w8a8, nf4, fp8, ternary, or another `Scheme`.
+        where: a regular expression that the whole path must match, or a predicate of (path,
+            weight); all selected leaves use `scheme`. None selects q, k, v, o, gate, up and down of
+            every layer, and embedding and head with `scheme.for_head`; norms, biases, routers and
+            learned positions are not quantized.
 
     Raises:
-        ValueError: a weight with NaN or Inf, or that the scheme cannot encode; both name the path. Nothing that matches.
-        TypeError: a chosen leaf that is not a floating matrix; another scheme or where.
+        ValueError: a weight with NaN or Inf, or that the scheme cannot encode (the message names
+            the path); or no leaf matches.
+        TypeError: a selected leaf that is not a floating matrix; another scheme or where.
 
     Law: paths are kept, the argument is unchanged, quantizing twice is quantizing once (test_quantization.py).
     """
-    if isinstance(scheme, (str, type)) or not hasattr(scheme, "encode"):  # a str has an encode of its own
+    if isinstance(scheme, (str, type)) or not hasattr(scheme, "encode"):  # str has an encode method
         remedy = "Pass fa.int8, fa.int4(group=64) or another scheme."
         errors.fail("quantize", "scheme", "a scheme", f"a {type(scheme).__name__}", remedy, TypeError)
     choose = None if where is None else predicate("quantize", where)
@@ -85,11 +88,11 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
 
 
 def predicate(function: str, where: Where) -> Callable[[str, Any], bool]:
-    """`where` of a transform as a predicate of (path, weight): a regex should match the whole path.
+    """`where` of a transform as a predicate of (path, weight); a regex must match the whole path.
 
     Raises:
         TypeError: it is neither a str nor callable.
-        ValueError: a str that is no regular expression.
+        ValueError: a str that is not a regular expression.
     """
     remedy = "A path looks like layers.0.q."
     if not isinstance(where, str):
@@ -107,7 +110,7 @@ def _check(path: str, leaf: Any) -> None:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() not in (2, 3):
         got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
         errors.fail("quantize", path, "a floating matrix", got, "Leave it out by where.", TypeError)
-    # Operators of DTensor shift integers wrongly in silence (torch 2.13).
+    # DTensor shifts integers wrongly without an error (torch 2.13).
     remedy = "Quantize before fa.shard, or each part: fa.shard_map(fa.quantize(scheme), mesh, in_specs, out_specs)."
     errors.whole("quantize", path, [leaf], remedy)
     if not leaf.numel():
@@ -118,10 +121,10 @@ def _check(path: str, leaf: Any) -> None:
 
 @door
 def dequantize(params: Tree, dtype: torch.dtype = torch.float32) -> Tree:
-    """The tree with every quantized record as the matrix that it stands for, in a dtype.
+    """The tree with every quantized record replaced by its matrix.
 
     Args:
-        params: a tree; leaves that are not quantized are shared.
+        params: a tree; other leaves are not copied.
         dtype: of the matrices.
 
     Example:

@@ -1,4 +1,4 @@
-"""Draws from a key: uniform, normal and other numbers, booleans, integers, categories, orders."""
+"""Draws from a key: uniform, normal, ... numbers, booleans, integers, categories, permutations."""
 
 import math
 from collections.abc import Callable
@@ -28,12 +28,14 @@ def uniform(
     minval: float | Float[Tensor, "..."] = 0.0,
     maxval: float | Float[Tensor, "..."] = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    """Draw from [minval, maxval): random bits become the mantissa of a number in [1, 2), less 1.
+    """Draw from [minval, maxval): random bits are the mantissa of a number in [1, 2), minus 1.
 
     Args:
+        key: int64 (2,).
         dtype: float64 (jax's with x64), float32, float16 or bfloat16.
-        minval, maxval: numbers, or tensors that broadcast to shape; differentiable. An empty range gives minval. Where their
-            difference is no power of two, jax's compiler fuses the product with the sum, and the last bit may differ.
+        minval, maxval: numbers, or tensors that broadcast to shape; differentiable. An empty range
+            gives minval. Where their difference is no power of two, jax's compiler fuses product
+            and sum, and the last bit may differ.
 
     Example:
         >>> from funcattn import key
@@ -45,7 +47,7 @@ def uniform(
 
 @door
 def normal(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """Draw from the standard normal law: sqrt(2) * erfinv(u), u uniform in (-1, 1).
+    """Draw from the standard normal distribution: sqrt(2) * erfinv(u), u uniform in (-1, 1).
 
     Example:
         >>> from funcattn import key
@@ -59,9 +61,10 @@ def normal(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
 
 @door
 def gumbel(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """Draw from the standard Gumbel law: -log(-log u). The argmax of logits plus gumbel is a draw from their softmax.
+    """Draw from the standard Gumbel distribution: -log(-log u).
 
-    Events less likely than about 1e-7 (float32) are not resolved, as in jax's default mode.
+    The argmax of logits plus gumbel is a draw from their softmax. Events less likely than about
+    1e-7 (float32) are not resolved, as in jax's default mode.
 
     Example:
         >>> from funcattn import key
@@ -75,7 +78,7 @@ def gumbel(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
 
 @door
 def exponential(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """Draw from the exponential law of rate 1: -log(1 - u).
+    """Draw from the exponential distribution of rate 1: -log(1 - u).
 
     Example:
         >>> from funcattn import key
@@ -92,7 +95,7 @@ def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Sizes | No
 
     Args:
         p: a number or a floating tensor.
-        shape: p broadcasts to it; None takes the shape of p.
+        shape: p broadcasts to it; None is the shape of p.
 
     Example:
         >>> from funcattn import key
@@ -111,9 +114,10 @@ def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: S
     """Draw indices from softmax(logits) along an axis, as the argmax of logits plus gumbel.
 
     Args:
-        logits: unnormalized log-probabilities; -inf is never drawn while anything else is there.
+        logits: unnormalized log-probabilities; -inf is drawn only where all are -inf.
         axis: the axis of categories.
-        shape: ends in a shape that covers the other axes of logits; None takes just these. Leading sizes are more draws.
+        shape: of the result, whose last axes broadcast with the other axes of logits; None is just
+            these. Leading axes are independent draws.
 
     Example:
         >>> from funcattn import key
@@ -127,7 +131,7 @@ def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: S
     wide = _wide("categorical", "logits", logits.dtype)
     if not -logits.ndim <= axis < logits.ndim or logits.shape[axis] == 0:
         errors.fail("categorical", "logits", f"categories along axis {axis}", errors.shape(logits), "Name the axis of categories.")
-    back = axis % logits.ndim - logits.ndim  # the same axis from the end, where shape and logits agree
+    back = axis % logits.ndim - logits.ndim  # counted from the end, where shape and logits align
     others = (*logits.shape[:back], *logits.shape[logits.ndim + back + 1 :])
     shape = others if shape is None else sizes_of("categorical", "shape", shape)
     _check_covered("categorical", "logits less its axis of categories", others, shape)
@@ -138,14 +142,15 @@ def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: S
 
 @door
 def randint(key: Key, shape: Sizes, minval: int | Int[Tensor, "..."], maxval: int | Int[Tensor, "..."]) -> Int64[Tensor, "*shape"]:
-    """Draw integers from [minval, maxval): two words an element, folded modulo the span.
+    """Draw integers from [minval, maxval): two words for each, reduced modulo the span.
 
-    The words are those jax draws for its int32. As there, a span that is no power of two is biased: up to 2**16 by at most
-    span / 2**64 of a probability, since 64 bits are folded, and above by at most span / 2**32.
+    The words are those jax draws for its int32. As in jax, a span that is no power of two is
+    biased: up to 2**16 by at most span / 2**64 of a probability, since 64 bits are reduced, and
+    above by at most span / 2**32.
 
     Args:
-        minval, maxval: ints or integer tensors that broadcast to shape, at most 2**32 apart. Where a tensor's range is
-            empty, minval is given.
+        minval, maxval: ints or integer tensors that broadcast to shape, at most 2**32 apart. Where
+            a tensor's range is empty, the result is minval.
 
     Example:
         >>> from funcattn import key
@@ -206,7 +211,10 @@ def _uniform(
     maxval: float | Tensor = 1.0,
     then: Callable[[Tensor], Tensor] = lambda u: u,
 ) -> Tensor:
-    """then(u), elementwise, of u uniform in [minval, maxval); it may write over u where these are numbers."""
+    """then(u), elementwise, of u uniform in [minval, maxval).
+
+    `then` may write into u where minval and maxval are numbers.
+    """
     _wide(function, "dtype", dtype)
     shape = sizes_of(function, "shape", shape)
     width, mantissa = FORMATS[dtype]
@@ -237,13 +245,13 @@ def _wide(function: str, argument: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _beside(function: str, key: Key, dtype: torch.dtype, number: float | Tensor) -> Tensor:
-    """A number as a tensor where the key is, filled there rather than copied."""
+    """A number as a tensor on the device of the key, created there rather than copied."""
     check_key(function, key)
     return number.to(dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=dtype, device=key.device)
 
 
 def _check_covered(function: str, argument: str, smaller: Sizes, shape: Sizes) -> None:
-    """Check that a shape broadcasts to the shape of the draw, and does not outgrow it."""
+    """Check that a shape broadcasts to the shape of the draw without enlarging it."""
     fits = all(a in (1, b) for a, b in zip(reversed(smaller), reversed(shape), strict=False))
     if len(smaller) > len(shape) or not fits:
         errors.fail(

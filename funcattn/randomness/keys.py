@@ -1,4 +1,4 @@
-"""Keys: made of a seed, split, folded; and the words that are drawn from them."""
+"""Keys: from a seed, split, folded with data; and the random words that are drawn from them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def key(seed: int | Int[Tensor, ""]) -> Key:
 
 @door
 def split(key: Key, n: int | Sizes = 2) -> Int64[Tensor, "*n 2"]:
-    """Make n fresh keys, or a whole array of them, from one that is spent by it.
+    """Make n new keys, or an array of them, from one that is not to be used again.
 
     Args:
         key: int64 (2,).
@@ -68,7 +68,7 @@ def split(key: Key, n: int | Sizes = 2) -> Int64[Tensor, "*n 2"]:
 
 @door
 def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
-    """Make one fresh key from a key and a number: the step of a loop, the index of a layer, the rank of a process.
+    """Make a new key from a key and a number, such as a step, the index of a layer, or a rank.
 
     Args:
         key: int64 (2,).
@@ -101,7 +101,10 @@ def bits(key: Key, shape: Sizes = ()) -> Int64[Tensor, "*shape"]:
 
 
 def drawn(function: str, key: Key, shape: tuple[int, ...], made: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """What is made, elementwise, of two random int32 words an element: the numbers 0, 1, 2, ... in this shape, enciphered."""
+    """made(*words), elementwise, of two random int32 words for each element of the shape.
+
+    The words are the counters 0, 1, 2, ... encrypted with the key.
+    """
     check_key(function, key)
     if math.prod(shape) >= 2**31:
         errors.fail(function, "shape", "fewer than 2**31 elements", shape, "Split the key and draw in parts.")
@@ -113,14 +116,14 @@ def _join(high: Tensor, low: Tensor) -> Int64[Tensor, "*n 2"]:
 
 
 def sizes_of(function: str, argument: str, shape: Sizes) -> tuple[int, ...]:
-    """The shape as a tuple, or the one error of what is none."""
+    """The shape as a tuple of ints; raises where it is not a shape."""
     if not isinstance(shape, Sequence) or any(not isinstance(size, int | torch.SymInt) or size < 0 for size in shape):
         errors.fail(function, argument, "a tuple of sizes", repr(shape), "One axis of n is (n,); a tree is mapped by fa.tree.map.")
     return tuple(shape)
 
 
 def check_key(function: str, key: Key) -> None:
-    """Fail where something else stands in the place of one key."""
+    """Fail where a value is not one key, int64 (2,)."""
     if not isinstance(key, Tensor) or key.dtype != torch.int64:
         errors.fail(
             function, "key", "one key, int64 (2,)", kind_of(key), "Make one with key(seed), and use many by vmap.", TypeError
@@ -130,7 +133,7 @@ def check_key(function: str, key: Key) -> None:
 
 
 def check_integer(function: str, argument: str, number: Any, ndim: int | None = 0) -> None:
-    """Fail where a number is no integer, or a tensor of other dimensions."""
+    """Fail where a number is not an integer, or a tensor has other dimensions."""
     if isinstance(number, Tensor):
         fits = ndim in (None, number.ndim) and not (number.is_floating_point() or number.is_complex())
     else:
@@ -141,5 +144,5 @@ def check_integer(function: str, argument: str, number: Any, ndim: int | None = 
 
 
 def kind_of(value: Any) -> str:
-    """A value as an error tells of it: dtype and shape of a tensor."""
+    """A description of a value for error messages: dtype and shape of a tensor."""
     return f"{str(value.dtype).removeprefix('torch.')} {errors.shape(value)}" if isinstance(value, Tensor) else repr(value)

@@ -1,4 +1,4 @@
-"""Threefry-2x32, and draws made of its words: large ones in parts that stay in the processor's cache.
+"""Threefry-2x32, and draws from its words; large ones in chunks that fit into the CPU's cache.
 
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11.
 """
@@ -14,17 +14,18 @@ from ..core import errors
 
 PARITY = 0x1BD11BDA  # the key schedule's constant
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # alternate every four rounds
-PART = 2**16  # elements of a part for each thread: 256 KiB a tensor, of which a few fit into a core's cache
+PART = 2**16  # elements of a chunk for each thread: 256 KiB a tensor; a few fit into a core's cache
 
 
 def encipher(key: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32, 20 rounds: encipher the pairs (0, count) under the key's two words; gives two words, all int32.
+    """Threefry-2x32, 20 rounds: encrypt the pairs (0, count) with the two words of the key.
 
-    The key is (2,), or (2, *lead) with axes that broadcast against counts.
+    Returns two words; all are int32. The key is (2,), or (2, *lead) with axes that broadcast
+    against counts.
 
-    int32 wraps around as the cipher's unsigned words do, and costs a third of masked int64. What is
-    written in place was made here. A rotation by n is 2^n y plus the n bits that fall out above: a
-    pass less than with a shift to the left.
+    int32 overflow wraps as the cipher's unsigned words do, at a third of the cost of masked int64.
+    In-place operations write into tensors made here only. A rotation by n is 2^n y plus the n high
+    bits: one pass fewer than with a left shift.
     """
     a, b = key.to(torch.int32).unbind()
     schedule = (a, b, a ^ b ^ PARITY)
@@ -34,7 +35,7 @@ def encipher(key: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         for place, turn in enumerate(ROTATIONS[block % 2]):
             if block or place:
                 x += y
-            rotated = y >> (32 - turn)  # brings the sign along: mask it off
+            rotated = y >> (32 - turn)  # an arithmetic shift: mask the sign off
             rotated &= (1 << turn) - 1
             y = rotated.add_(y, alpha=1 << turn)
             y ^= x
@@ -44,9 +45,9 @@ def encipher(key: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encipher_in_memory(key: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """`encipher` of one key and words in memory, on one thread.
+    """`encipher` with one key, of words in memory, on one thread.
 
-    A fifth of the passes less: words of numpy have no sign to mask off. No temporary tensors.
+    A fifth fewer passes: numpy's words are unsigned and need no mask. No temporary tensors.
     """
     a, b = key.tolist()
     schedule = [np.uint32(word & 0xFFFFFFFF) for word in (a, b, a ^ b ^ PARITY)]
@@ -68,14 +69,16 @@ def encipher_in_memory(key: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def drawn(key: Tensor, shape: tuple[int, ...], made: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """made(*words) of the two int32 words of each element: the numbers 0, 1, 2, ... in this shape, enciphered.
+    """made(*words) of the two int32 words of each element: encrypted counters in this shape.
 
-    The cipher passes over its words a hundred times. A draw on the CPU that is larger than a part is made part by part.
+    The cipher makes a hundred passes over its words. On the CPU a draw larger than a chunk is
+    computed chunk by chunk.
 
     Args:
         made: an elementwise function.
 
-    Law: the parts have the bits of the whole (test_threefry.py::test_a_large_draw_is_that_of_its_parts).
+    Law: the parts have the bits of the whole
+        (test_threefry.py::test_a_large_draw_is_that_of_its_parts).
     """
     n = math.prod(shape)
     if n <= PART or key.device.type != "cpu" or not errors.is_plain(key):

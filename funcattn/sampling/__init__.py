@@ -1,16 +1,19 @@
 """Sampling as transforms of logits, composed as optax composes gradients.
 
-    sampler = chain(repetition_penalty(1.1), temperature(0.8), top_k(40), top_p(0.95))      order is what you write
+    sampler = chain(repetition_penalty(1.1), temperature(0.8), top_k(40), top_p(0.95))
 
-    composition    Sampler, chain, mixture; log_probs, draw; begin, observe_prompt, primed: the prompt's part
-    filters        what the logits alone decide: temperature, top_k, top_p, min_p, typical_p, cutoffs, top_n_sigma, top_h
-    penalties      what was written counts: repetition, presence, frequency; logit_bias
-    repeats        what was written lately: no_repeat_ngram, dry
-    constraints    what may be written: allowed_tokens, suppress_tokens, min_new_tokens, constrained, automaton
-    adaptive       xtc, mirostat, guidance by a second past
+Samplers of a chain apply from left to right.
 
-`log_probs(sampler)` gives the log-probabilities that `draw` draws from, whatever is in the chain: what is verified in
-speculation is what was sampled.
+    composition    Sampler, chain, mixture; log_probs, draw; begin, observe_prompt, primed
+    filters        of the logits alone: temperature, top_k, top_p, min_p, typical_p, cutoffs,
+                   top_n_sigma, top_h
+    penalties      of the tokens so far: repetition, presence, frequency; logit_bias
+    repeats        of recent passages: no_repeat_ngram, dry
+    constraints    masks: allowed_tokens, suppress_tokens, min_new_tokens, constrained, automaton
+    adaptive       xtc, mirostat, guidance by a second cache
+
+`log_probs(sampler)` is exactly the distribution that `draw` draws from, for every chain: so
+speculative decoding verifies the distribution that is sampled.
 """
 
 from .adaptive import guidance, guide, mirostat, xtc
@@ -32,7 +35,7 @@ from .filters import epsilon_cutoff, eta_cutoff, min_p, temperature, top_h, top_
 from .penalties import frequency_penalty, logit_bias, presence_penalty, repetition_penalty
 from .repeats import dry, no_repeat_ngram
 
-# Earlier names, which go on working.
+# Deprecated names, which still work.
 law, weigh, prime = log_probs, log_probs_with_state, observe_prompt
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Samplers with more than logits to go by: a coin, a running surprise, a second past."""
+"""Samplers that use more than the logits: a mixture (xtc), running surprise, a second cache."""
 
 from typing import Any, NamedTuple
 
@@ -15,15 +15,17 @@ from .composition import LARGE, Sampler, between, chain, mixture, normalized, ra
 @door
 @printed
 def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, then: Sampler | None = None) -> Sampler:
-    """Exclude top choices: with a probability, hide all tokens of at least the threshold but the least likely of them.
+    """Exclude top choices: with a probability, mask all likely tokens except the least likely one.
 
-    No coin is tossed here: what is left is the `mixture` of both outcomes, distributed as after the toss. What should act on each
-    outcome rather than on their mixture goes into `then`, such as llama.cpp's temperature, which it applies after its xtc.
+    Likely tokens are those of probability `threshold` at least. There is no random choice in the
+    sampler: its log-probabilities are those of the `mixture` of both outcomes. Samplers that should
+    apply to each outcome, not to the mixture, go into `then`, such as llama.cpp's temperature,
+    which it applies after its xtc.
 
     Args:
         probability: of excluding, at each token; llama.cpp `--xtc-probability` (0 there: off).
-        threshold: llama.cpp `--xtc-threshold` (0.1); above 0.5 nothing is ever excluded.
-        then: samplers that follow within each outcome.
+        threshold: llama.cpp `--xtc-threshold` (0.1); above 0.5 no token is ever excluded.
+        then: samplers applied to each outcome.
 
     Example:
         >>> from funcattn.sampling import log_probs
@@ -49,7 +51,8 @@ def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, t
 class Surprise(NamedTuple):
     """The state of mirostat.
 
-    most: (), the greatest surprise in bits that is kept now. tokens: (V,), the surprise of each token in what was last left.
+    most: (), the greatest surprise in bits that is kept now. tokens: (V,), the surprise in bits of
+    each token, of the logits after the last update.
     """
 
     most: Tensor
@@ -59,15 +62,16 @@ class Surprise(NamedTuple):
 @door
 @printed
 def mirostat(tau: float = 5.0, eta: float = 0.1) -> Sampler:
-    """Mirostat 2: keep the tokens of at most `most` bits of surprise, and move `most` so that the text has tau bits a token.
+    """Mirostat 2: keep tokens of at most `most` bits of surprise, adapted to tau bits a token.
 
-    most starts at 2 * tau, and after a token of surprise s is most - eta * (s - tau). The most likely token is always kept.
+    most starts at 2 * tau, and after a token of surprise s is most - eta * (s - tau). The most
+    likely token is always kept.
 
     Args:
         tau: llama.cpp `--mirostat-ent` (5.0). eta: `--mirostat-lr` (0.1). Numbers, or tensors ().
 
-    Put it last: the surprise is that of what it leaves. Its update writes that down for `observe`, so a state is made by
-    update, then observe, in turn, which is what `draw` does.
+    Put it last in a chain: surprise is computed from the logits it returns. update stores it in the
+    state for `observe`, so update and observe must alternate, as in `draw`.
 
     Source: Basu et al., Mirostat, arXiv:2007.14966; the second version is llama.cpp's.
     """
@@ -90,10 +94,10 @@ def mirostat(tau: float = 5.0, eta: float = 0.1) -> Sampler:
 
 @door
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance of two rows of logits (V,): u + scale * (c - u) of their log-probabilities.
+    """Classifier-free guidance of logits (V,): u + scale * (c - u) of their log-probabilities.
 
-    scale 1 gives the conditional ones, above 1 goes beyond them. A token that the condition hides stays hidden; one that only the
-    other hides has its conditional log-probability.
+    At scale 1 it is c; above 1 it extrapolates. A token that the conditional logits mask stays
+    masked; one that only the others mask has its conditional log-probability.
 
     Source: Sanchez et al., Stay on topic with classifier-free guidance, arXiv:2306.17806.
     """
@@ -112,7 +116,7 @@ def _require_scale(function: str, scale: float | Tensor) -> None:
 
 @record
 class Other(NamedTuple):
-    """The state of guidance: the other past, and its logits (V,) for the next token."""
+    """The state of guidance: the second cache, and its logits (V,) for the next token."""
 
     cache: Any
     logits: Tensor
@@ -121,14 +125,15 @@ class Other(NamedTuple):
 @door
 @printed
 def guidance(scale: float | Tensor, model: Model, params: Any, cache: Any, logits: Tensor) -> Sampler:
-    """Classifier-free guidance by a second past that reads every token too: without the condition, or of a negative prompt.
+    """Classifier-free guidance by a second cache: without the condition, or of a negative prompt.
 
-    The second past lives in the sampler's state, so it forks and rolls back with the rest, and its model may be another one.
+    Every new token is read into it. The second cache is in the sampler's state, so it forks and
+    rolls back with it, and may be of another model.
 
     Args:
         scale: transformers' `guidance_scale`; 1 changes nothing.
-        model, params, cache: what reads the other text; the cache needs room for what will be written.
-        logits: (V,), after the last token of the other text.
+        model, params, cache: of the second text; the cache needs room for the tokens to come.
+        logits: (V,), after the last token of the second text.
 
     Example:
         >>> import funcattn as fa

@@ -1,15 +1,20 @@
-"""What a sampler is, how samplers compose, and the log-probabilities that they promise.
+"""Sampler: what it is, how samplers compose, and their log-probabilities.
 
-    init(V) -> state            update(logits, state) -> (logits, state)            observe(token, state) -> state
+    init(V) -> state
+    update(logits, state) -> (logits, state)
+    observe(token, state) -> state
 
-The state is a pytree of tensors, so a penalty forks and rolls back with the cache: an older state is a rewound sampler. What is
-filtered out has a logit of -inf. Written for one row of logits (V,); many rows are `vmap`.
+The state is a pytree of tensors, so it forks and rolls back with the cache: to roll back is to use
+an older state. Filtered tokens have logits of -inf. Functions are of one row of logits (V,); many
+rows are `vmap`.
 
-Nothing here draws but `draw`. A sampler that tosses a coin (xtc) promises the mixture of both outcomes: a draw from it is
-distributed as one after the toss, log-probabilities stay exact, and a state needs no key.
+Only `draw` is random. A sampler with a random choice (xtc) returns the log-probabilities of the
+mixture of both outcomes: draws have the same distribution, log-probabilities are exact, and a state
+needs no key.
 
-Edges: of equal logits the lower ids go first. A row in which nothing is left has log-probabilities of NaN, as has one with NaN
-or +inf in what is left, and `draw` raises on it where values can be looked at.
+Edge cases: of equal logits lower ids come first. A row in which all tokens are filtered has
+log-probabilities of NaN, as has one with NaN or +inf that is not filtered, and `draw` raises for it
+where values can be read.
 """
 
 import contextlib
@@ -31,16 +36,18 @@ def _ignore(tokens: Tensor, length: Tensor, state: Any) -> Any:
 
 @formerly(prime="observe_prompt")
 class Sampler(NamedTuple):
-    """A transform of logits. Not a record: it holds functions; its state is a pytree of tensors, `()` where it has none.
+    """A transform of logits. Not a record: it holds functions.
+
+    Its state is a pytree of tensors, `()` for stateless samplers.
 
     Args:
         init: V -> state, before the first token.
-        update: (logits (V,), state) -> (logits (V,), state); -inf hides a token.
+        update: (logits (V,), state) -> (logits (V,), state); -inf masks a token.
         observe: (token int64 (), state) -> state, of the same structure, shapes and dtypes.
-        deterministic: whether update leaves one token, so that drawing needs no noise.
-        observe_prompt: (tokens int64 (T,), length int64 (), state) -> state, what is made of a prompt of which the first
-            `length` tokens count; most samplers make nothing of it.
-        text: how it prints: the call that made it.
+        deterministic: True where update keeps one token, so that drawing needs no noise.
+        observe_prompt: (tokens int64 (T,), length int64 (), state) -> state, after a prompt of
+            which the first `length` tokens count; the identity for most samplers.
+        text: the repr, the call that made it.
 
     Example:
         >>> from funcattn.sampling import temperature, top_p
@@ -56,7 +63,7 @@ class Sampler(NamedTuple):
     text: str = ""
 
     def __call__(self, *args: Any, **options: Any) -> "Sampler":
-        """`greedy()` is `greedy`, so that it is used as its siblings are; any other sampler is made already, and raises."""
+        """`greedy()` is `greedy`, for symmetry with other samplers; calling any other raises."""
         return self if self is greedy and not args and not options else uncalled(self, *args, **options)
 
     def __repr__(self) -> str:
@@ -85,7 +92,7 @@ def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = Fa
 
 
 def chain(*samplers: Sampler) -> Sampler:
-    """Apply samplers from left to right to logits (V,); the state is the tuple of theirs."""
+    """Apply samplers to logits (V,) from left to right; the state is the tuple of their states."""
     _require_samplers("chain", samplers)
 
     def update(logits: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
@@ -112,8 +119,9 @@ def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
 
         P = (1 - share) * P_first + share * P_second
 
-    No coin is tossed: the sampler leaves log P, and a draw from that is a draw after the toss. What follows in a chain acts on
-    the mixture; what should act on each outcome belongs into `first` and `second`.
+    The log-probabilities are those of the mixture, without a random choice. Later samplers of a
+    chain apply to the mixture; those that should apply to each outcome go into `first` and
+    `second`.
 
     Args:
         share: a number or a tensor (), in [0, 1].
@@ -135,7 +143,7 @@ def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
         weight = torch.as_tensor(share, dtype=logits.dtype, device=logits.device)
         (one, one_after), (two, two_after) = first.update(logits, states[0]), second.update(logits, states[1])
         one, two = normalized(one) + (1 - weight).log(), normalized(two) + weight.log()
-        hidden = (one == -torch.inf) & (two == -torch.inf)  # where the derivative of logaddexp is NaN
+        hidden = (one == -torch.inf) & (two == -torch.inf)  # the derivative of logaddexp is NaN
         mixed = torch.logaddexp(torch.where(hidden, 0, one), torch.where(hidden, 0, two))
         return torch.where(hidden, -torch.inf, mixed), (one_after, two_after)
 
@@ -143,13 +151,13 @@ def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
 
 
 def normalized(logits: Tensor) -> Tensor:
-    """log_softmax of logits (.., V) over the last axis; -inf everywhere, not NaN, where no token is left."""
+    """log_softmax of logits (*lead, V); -inf everywhere, not NaN, where all tokens are filtered."""
     nothing = (logits == -torch.inf).all(-1, keepdim=True)
     return torch.where(nothing, -torch.inf, torch.where(nothing, 0, logits).log_softmax(-1))
 
 
 def _argmax_only(logits: Tensor) -> Tensor:
-    best = logits.argmax(-1, keepdim=True)  # of equals the lowest id, as torch promises
+    best = logits.argmax(-1, keepdim=True)  # of equal logits the lowest id, as torch documents
     return torch.full_like(logits, float("-inf")).scatter(-1, best, logits.gather(-1, best))
 
 
@@ -158,7 +166,9 @@ greedy = stateless(_argmax_only, deterministic=True)._replace(text="greedy()")
 
 @door
 def log_probs(sampler: Sampler) -> Callable[..., Tensor]:
-    """The log-probabilities that a sampler draws from, as a function (logits (V,), state=None) -> (V,) in float32 at least.
+    """The log-probabilities that a sampler draws from, in float32 at least.
+
+    Returns (logits (V,), state=None) -> (V,).
 
     Example:
         >>> from funcattn.sampling import temperature, top_k
@@ -174,24 +184,27 @@ def log_probs(sampler: Sampler) -> Callable[..., Tensor]:
 
 @door
 def log_probs_with_state(sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Log-probabilities (V,) of logits (V,), in float32 at least, and the state that may observe a token drawn from them."""
+    """Log-probabilities (V,), in float32 at least, and the state for observing a token."""
     filtered, state = sampler.update(_accurate(logits), state)
     return filtered.log_softmax(-1), state
 
 
 @door
 def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any, *, wanted: Tensor | None = None) -> tuple[Tensor, Any]:
-    """One token () from logits (V,), and the state that has seen it.
+    """One token () drawn from logits (V,), and the state that has observed it.
 
     Args:
-        wanted: bool (), whether the token is part of a text: where it is False (a text of a batch that has ended, such as a
-            grammar behind which nothing may follow) nothing is checked, and the token is any. None is True.
+        key: int64 (2,), randomness.
+        wanted: bool (), False where the token is unused (a row of a batch whose text has ended,
+            such as at the end of a grammar): then values are not checked, and the token is
+            arbitrary. None is True.
 
     Returns:
         token: int64 (). state: of the same structure and shapes as the given one.
 
     Raises:
-        ValueError: the sampler left no token, or NaN (checked where values are concrete, in every row under vmap).
+        ValueError: the sampler filtered every token, or returned NaN (checked where values are
+            concrete, in every row under vmap).
     """
     filtered, state = sampler.update(_accurate(logits), state)
     drawable = filtered.amax(-1).isfinite()
@@ -201,7 +214,7 @@ def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any, *, wanted: T
 
 
 def require_drawable(function: str, drawable: Tensor) -> None:
-    """Fail where a row, of those that can be looked at, has nothing to draw from."""
+    """Fail where values can be read and a row has no token to draw."""
     if errors.is_true(~drawable):
         remedy = "Look for NaN in the logits, and let no filter hide every token."
         errors.fail(function, "what the sampler leaves", "one token at least, and no NaN", "nothing to draw from", remedy)
@@ -209,19 +222,22 @@ def require_drawable(function: str, drawable: Tensor) -> None:
 
 @door
 def begin(sampler: Sampler, logits: Tensor) -> Any:
-    """The state before the first token, where the logits (V,) are."""
-    here = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.device(logits.device)  # Dynamo knows no such `with`
+    """The state before the first token, on the device of the logits (V,)."""
+    # Dynamo does not support the device as a context manager.
+    here = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.device(logits.device)
     with here:
         state = sampler.init(logits.shape[-1])
-    return tree.map(lambda x: x.to(logits.device), state)  # what a sampler was primed with lies where it lay
+    # Tensors that a sampler was primed with may be on another device.
+    return tree.map(lambda x: x.to(logits.device), state)
 
 
 @door
 def observe_prompt(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tensor | None = None) -> Any:
-    """The state after a prompt: each sampler of a chain takes from it what users of its name expect.
+    """The state after a prompt, as each sampler of a chain is usually defined.
 
-    repetition_penalty, no_repeat_ngram and dry count the prompt, as in transformers, vLLM and llama.cpp; presence_penalty and
-    frequency_penalty count what was written only, as in vLLM; constraints begin behind it. `fa.generate` calls this.
+    repetition_penalty, no_repeat_ngram and dry count the prompt, as in transformers, vLLM and
+    llama.cpp; presence_penalty and frequency_penalty count generated tokens only, as in vLLM;
+    constraints begin after it. `fa.generate` calls this.
 
     Args:
         tokens: int64 (T,).
@@ -234,7 +250,8 @@ def observe_prompt(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tens
         >>> sampler.update(torch.ones(4), observe_prompt(sampler, torch.tensor([1, 3, 3]), sampler.init(4)))[0]
         tensor([1.0000, 0.5000, 1.0000, 0.5000])
 
-    Law: pads are not seen, and a prompt in parts is the prompt at once (test_penalties.py).
+    Law: padding is not observed, and a prompt in parts equals the prompt at once
+        (test_penalties.py).
     """
     _require_samplers("observe_prompt", (sampler,))
     if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
@@ -247,38 +264,38 @@ def observe_prompt(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tens
 @door
 @printed
 def primed(sampler: Sampler, tokens: Tensor) -> Sampler:
-    """The sampler that has seen these tokens (T,) before it begins: for a text whose beginning is in a cache already."""
+    """The sampler whose initial state has observed tokens (T,): for a text that is in a cache."""
     return sampler._replace(init=lambda V: observe_prompt(sampler, tokens, sampler.init(V)))
 
 
 def require(holds: bool | Tensor, function: str, argument: str, wanted: str, got: Any, remedy: str) -> None:
-    """Fail where a number, or any entry of a tensor that can be looked at, is out of range."""
+    """Fail where a number, or any entry of a tensor whose values can be read, is out of range."""
     if errors.is_true(~holds) if isinstance(holds, Tensor) else not holds:
         errors.fail(function, argument, wanted, errors.peek(got) if isinstance(got, Tensor) else got, remedy)
 
 
 def require_integer(function: str, argument: str, n: Any, least: int, remedy: str, *, called: str = "") -> None:
-    """Fail where a size, which sets shapes and cannot be a tensor, is no int or too small."""
+    """Fail where a size, which determines shapes, is not an int or is too small."""
     if not isinstance(n, int) or isinstance(n, bool):
         errors.fail(function, argument, "an int, which sets shapes", repr(n), "It cannot be a tensor.", TypeError)
     require(n >= least, function, argument, f"at least {called}{least}", n, remedy)
 
 
 def bounded(logits: Tensor) -> Tensor:
-    """Logits whose sum or product overflowed, at the greatest number: +inf would leave nothing to draw from."""
+    """Logits with overflow to +inf replaced by the greatest finite number."""
     return logits.clamp(max=torch.finfo(logits.dtype).max)
 
 
 def between(x: Any, low: float, high: float) -> Any:
-    """Whether low <= x <= high, for a number or for each entry of a tensor; NaN is not."""
+    """True where low <= x <= high, for a number or each entry of a tensor; False for NaN."""
     return (x >= low) & (x <= high)
 
 
-LARGE = 1e30  # the greatest factor: its product with a logit of up to 10^8 is a number of float32
+LARGE = 1e30  # the greatest factor: its product with a logit of up to 10^8 is finite in float32
 
 
 def rank(logits: Tensor) -> Tensor:
-    """The place of each logit in descending order, equals by id."""
+    """The rank of each logit in descending order, equal ones by id."""
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(order).scatter(-1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order))
 

@@ -1,7 +1,8 @@
-"""What may be written: masks over the vocabulary, fixed or decided by a state that every token moves.
+"""Constraints: masks over the vocabulary, fixed or computed from a state that each token updates.
 
-A grammar is `constrained(start, allowed, step)`, its state a pytree in the sampler's state, so that it forks and rolls back with
-the cache; a finite one is a table, `automaton`. Where nothing is allowed, log-probabilities are NaN and `draw` raises.
+A grammar is `constrained(start, allowed, step)`, its state a pytree in the sampler's state, so that
+it forks and rolls back with the cache; a finite automaton is a table, `automaton`. Where no token
+is allowed, log-probabilities are NaN and `draw` raises.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from .penalties import require_ids
 @door
 @printed
 def allowed_tokens(allowed: Sequence[int] | Tensor) -> Sampler:
-    """Hide every token but these: ids, or a bool tensor (V,) that is True where a token may be written.
+    """Mask every token but these: ids, or a bool tensor (V,) that is True for allowed tokens.
 
     vLLM `allowed_token_ids`, transformers `prefix_allowed_tokens_fn` with a constant.
     """
@@ -30,7 +31,7 @@ def allowed_tokens(allowed: Sequence[int] | Tensor) -> Sampler:
 @door
 @printed
 def suppress_tokens(ids: Sequence[int] | Tensor) -> Sampler:
-    """Hide these tokens: ids, or a bool tensor (V,) that is True where a token may not be written.
+    """Mask these tokens: ids, or a bool tensor (V,) that is True for suppressed tokens.
 
     transformers `suppress_tokens` and `bad_words_ids` of single tokens, vLLM `bad_words` of single tokens.
     """
@@ -41,7 +42,10 @@ def suppress_tokens(ids: Sequence[int] | Tensor) -> Sampler:
 @door
 @printed
 def min_new_tokens(n: int | Tensor, stop: Sequence[int]) -> Sampler:
-    """Hide the stop ids until n tokens were written: transformers `min_new_tokens`, vLLM `min_tokens`. A prompt does not count."""
+    """Mask the stop ids until n tokens were generated, without the prompt.
+
+    transformers `min_new_tokens`, vLLM `min_tokens`.
+    """
     require(n >= 0, "min_new_tokens", "n", "0 or more", n, "0 changes nothing.")
     hidden = _mask("min_new_tokens", stop)
     update = lambda logits, written: (torch.where(hidden(logits) & (written < n), -torch.inf, logits), written)
@@ -51,13 +55,13 @@ def min_new_tokens(n: int | Tensor, stop: Sequence[int]) -> Sampler:
 @door
 @printed
 def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Tensor, Any], Any]) -> Sampler:
-    """Write only what a state allows: the hook for grammars.
+    """Mask the tokens that a state does not allow: the interface for grammars.
 
     Args:
-        start: the first state, a pytree of tensors.
+        start: the initial state, a pytree of tensors.
         allowed: state -> bool (V,), True where a token may follow.
-        step: (token (), state) -> state, of the same structure, shapes and dtypes; it may see a token that is not allowed (a draft
-            that is refused), and may then return anything.
+        step: (token (), state) -> state, of the same structure, shapes and dtypes. It may be called
+            with a token that is not allowed (in a rejected draft); then the result is not used.
 
     Example:
         >>> from funcattn.sampling import log_probs
@@ -79,7 +83,7 @@ def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Te
 @door
 @printed
 def automaton(table: Tensor, start: int = 0) -> Sampler:
-    """Write only what a finite automaton reads.
+    """Mask the tokens that a finite automaton does not allow.
 
     Args:
         table: int64 (S, V), table[s, token] is the next of S states, or -1 where the token may not follow.
@@ -98,7 +102,8 @@ def automaton(table: Tensor, start: int = 0) -> Sampler:
     require(((table >= -1) & (table < S)).all(), "automaton", "table", f"in [-1, S = {S})", table, "-1 forbids a token.")
     require_integer("automaton", "start", start, 0, "Name one of the table's states.")
     require(start < S, "automaton", "start", f"in [0, S = {S})", start, "Name one of the table's states.")
-    row = lambda state: torch.where(state < 0, -1, table.index_select(0, state.clamp(min=0).reshape(1))[0])  # lost stays lost
+    # A negative state is absorbing.
+    row = lambda state: torch.where(state < 0, -1, table.index_select(0, state.clamp(min=0).reshape(1))[0])
     step = lambda token, state: row(state).index_select(0, token.reshape(1).long())[0]
     inner = constrained(torch.full((), start, dtype=table.dtype, device=table.device), lambda state: row(state) >= 0, step)
 

@@ -1,6 +1,6 @@
-"""Samplers that look at the logits alone: each keeps some tokens and hides the others, temperature rescales.
+"""Filters: samplers of the logits alone, which keep some tokens and mask the others; temperature.
 
-Every one keeps at least one token. Thresholds are numbers or tensors, so that `vmap` gives each row its own.
+Each keeps at least one token. Thresholds are numbers or tensors, so that `vmap` can map them.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from .composition import Sampler, between, rank, require, require_integer, state
 def temperature(t: float | Tensor) -> Sampler:
     """Divide logits by t > 0: below 1 sharper, above 1 flatter. For the limit 0 use `greedy`.
 
-    Where the quotient or its derivative overflows, the greatest logit is subtracted first, which changes no softmax, and what is
-    too far below it is hidden: the limit of the most likely tokens.
+    Where the quotient or its derivative overflows, the greatest logit is subtracted first, which
+    changes no softmax, and logits too far below it are masked: the limit of the most likely tokens.
 
-    Law: as t goes to 0 the law goes to that of the most likely tokens (test_filters.py).
+    Law: as t goes to 0 the distribution goes to that of the most likely tokens (test_filters.py).
     """
     _number("temperature", "t", t)
     require(t > 0, "temperature", "t", "above 0", t, "For the most likely token use sampling.greedy.")
@@ -29,7 +29,8 @@ def temperature(t: float | Tensor) -> Sampler:
     def transform(logits: Tensor) -> Tensor:
         limits = torch.finfo(logits.dtype)
         by = torch.as_tensor(t, dtype=logits.dtype, device=logits.device).clamp(min=limits.tiny)
-        reach = by * limits.max * by.clamp(max=1)  # below it, neither x / t nor its derivative x / t^2 overflows
+        # Below reach neither x / t nor its derivative x / t^2 overflows.
+        reach = by * limits.max * by.clamp(max=1)
         top = logits.detach().amax(-1, keepdim=True)
         largest = torch.where(logits.isinf(), 0, logits.detach()).abs().amax(-1, keepdim=True)
         below = logits - torch.where((largest > reach) & top.isfinite(), top, 0)
@@ -42,7 +43,7 @@ def temperature(t: float | Tensor) -> Sampler:
 @door
 @printed
 def top_k(k: int | Tensor) -> Sampler:
-    """Keep the k greatest logits, exactly k: of equals the lower ids.
+    """Keep the k greatest logits, exactly k: of equal ones the lower ids.
 
     Source: Fan, Lewis and Dauphin, Hierarchical neural story generation, arXiv:1805.04833.
     """
@@ -56,7 +57,9 @@ def top_k(k: int | Tensor) -> Sampler:
 @door
 @printed
 def top_p(p: float | Tensor) -> Sampler:
-    """Keep the most likely tokens until their probabilities reach p: at least one, and of equals the lower ids; p = 1 keeps all.
+    """Nucleus sampling: keep the most likely tokens until their probabilities sum to p.
+
+    At least one; of equal ones the lower ids; p = 1 keeps all.
 
     Source: Holtzman et al., The curious case of neural text degeneration, arXiv:1904.09751.
     """
@@ -66,8 +69,9 @@ def top_p(p: float | Tensor) -> Sampler:
     def transform(logits: Tensor) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         reached = ordered.softmax(-1).cumsum(-1)
-        before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)  # mass of the more likely ones
-        kept = (before < p) | (p >= 1) | _only_first(before)  # rounding can bring the sum to 1 early, and p to 0
+        # An exclusive sum. Rounding can bring it to 1 early, and p to 0.
+        before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)
+        kept = (before < p) | (p >= 1) | _only_first(before)
         return _keep(torch.zeros_like(kept).scatter(-1, order, kept), logits)
 
     return stateless(transform)
@@ -76,7 +80,7 @@ def top_p(p: float | Tensor) -> Sampler:
 @door
 @printed
 def min_p(p: float | Tensor) -> Sampler:
-    """Keep the tokens at least p times as likely as the most likely one.
+    """Keep tokens of at least p times the greatest probability.
 
     Source: Nguyen et al., Turning up the heat: min-p sampling, arXiv:2407.01082.
     """
@@ -88,9 +92,9 @@ def min_p(p: float | Tensor) -> Sampler:
 @door
 @printed
 def typical_p(p: float | Tensor) -> Sampler:
-    """Keep the tokens whose surprise -log P is nearest to the entropy until their probabilities reach p; p = 1 keeps all.
+    """Keep the tokens whose surprise -log P is nearest to the entropy until they sum to p.
 
-    Tokens as near as the last that is kept are kept too, as in transformers.
+    p = 1 keeps all. Tokens as near as the last one kept are kept too, as in transformers.
 
     Source: Meister et al., Locally typical sampling, arXiv:2202.00666.
     """
@@ -110,7 +114,7 @@ def typical_p(p: float | Tensor) -> Sampler:
 @door
 @printed
 def epsilon_cutoff(epsilon: float | Tensor) -> Sampler:
-    """Keep the tokens of probability epsilon at least, and the most likely ones always.
+    """Keep tokens of probability at least epsilon, and always the most likely ones.
 
     Source: Hewitt, Manning and Liang, Truncation sampling as language model desmoothing, arXiv:2210.15191.
     """
@@ -121,7 +125,9 @@ def epsilon_cutoff(epsilon: float | Tensor) -> Sampler:
 @door
 @printed
 def eta_cutoff(epsilon: float | Tensor) -> Sampler:
-    """Keep the tokens of probability min(epsilon, sqrt(epsilon) * exp(-entropy)) at least, and the most likely ones always.
+    """Keep tokens of probability at least min(epsilon, sqrt(epsilon) * exp(-entropy)).
+
+    The most likely ones are always kept.
 
     Source: Hewitt, Manning and Liang, Truncation sampling as language model desmoothing, arXiv:2210.15191.
     """
@@ -138,9 +144,9 @@ def eta_cutoff(epsilon: float | Tensor) -> Sampler:
 @door
 @printed
 def top_n_sigma(n: float | Tensor) -> Sampler:
-    """Keep the logits within n standard deviations of the greatest. The choice does not depend on a temperature before it.
+    """Keep the logits within n standard deviations of the greatest, whatever the temperature.
 
-    The deviation is that of the logits that are not hidden, over their number, as in llama.cpp.
+    The deviation is that of the unmasked logits, divided by their number, as in llama.cpp.
 
     Source: Tang et al., Top-n-sigma: not all logits are you need, arXiv:2411.07641.
     """
@@ -153,7 +159,7 @@ def top_n_sigma(n: float | Tensor) -> Sampler:
         mean = seen.sum(-1, keepdim=True) / number
         sigma = (torch.where(there, logits - mean, 0).square().sum(-1, keepdim=True) / number).sqrt()
         near = logits >= logits.amax(-1, keepdim=True) - n * sigma.detach()
-        return _keep(near | _greatest(logits), logits)  # inf * 0 is no number
+        return _keep(near | _greatest(logits), logits)  # inf * 0 is NaN
 
     return stateless(transform)
 
@@ -161,11 +167,13 @@ def top_n_sigma(n: float | Tensor) -> Sampler:
 @door
 @printed
 def top_h(share: float | Tensor, *, candidates: int = 100) -> Sampler:
-    """Keep the most likely tokens while their part of the entropy stays within a share of it: at least one.
+    """Keep the most likely tokens while their entropy is at most a share of the whole entropy.
+
+    At least one is kept.
 
     Args:
         share: in (0, 1]; transformers' `top_h`.
-        candidates: only so many of the most likely tokens are looked at, as in transformers.
+        candidates: only this many of the most likely tokens are considered, as in transformers.
 
     Source: Baghaei Potraghloo et al., Top-H decoding: adapting the creativity and coherence with bounded entropy in text
         generation, arXiv:2509.02510.
@@ -196,7 +204,7 @@ def _only_first(x: Tensor) -> Tensor:
 
 
 def _entropy(normal: Tensor) -> Tensor:
-    """Of log-probabilities (V,), (1,); what is hidden adds nothing."""
+    """The entropy (1,) of log-probabilities (V,); masked tokens add nothing."""
     return torch.special.entr(normal.exp()).sum(-1, keepdim=True)
 
 

@@ -1,7 +1,7 @@
-"""Penalties for what was written: the state counts each token, (V,) integers, or holds the last `window` tokens.
+"""Penalties on tokens that occurred: the state counts each, int (V,), or is the last `window`.
 
-repetition   z / r where z > 0, z * r where z < 0, once a token was seen
-presence     z - a, once a token was written                    frequency   z - a * (times written)
+repetition   z / r where z > 0, z * r where z < 0, once a token occurred
+presence     z - a, once a token was generated              frequency   z - a * (times generated)
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,17 @@ from .repeats import empty_ring, observe_prompt_ring, push
 @door
 @printed
 def repetition_penalty(penalty: float | Tensor, *, prompt: bool = True, window: int | None = None) -> Sampler:
-    """Divide the logits of tokens seen by the penalty where they are positive, multiply where negative: above 1 discourages.
+    """Divide logits of tokens that occurred by the penalty where positive, else multiply by it.
 
-    It looks at the sign of a logit, so adding a constant to all logits changes what it does (put it first in a chain).
+    Above 1 discourages repetition. It depends on the sign of a logit, so adding a constant to all
+    logits changes the result (put it first in a chain).
 
     Args:
-        penalty: above 0; 1 changes nothing. transformers and vLLM `repetition_penalty`, llama.cpp `--repeat-penalty`.
+        penalty: above 0; 1 changes nothing. transformers and vLLM `repetition_penalty`, llama.cpp
+            `--repeat-penalty`.
         prompt: whether the prompt counts, as it does in all three.
-        window: how many of the last tokens count (llama.cpp `--repeat-last-n`, 64 there); None is all.
+        window: how many of the last tokens count (llama.cpp `--repeat-last-n`, 64 there); None is
+            all.
 
     Source: Keskar et al., CTRL, arXiv:1909.05858, section 4.1.
     """
@@ -40,10 +43,11 @@ def repetition_penalty(penalty: float | Tensor, *, prompt: bool = True, window: 
 @door
 @printed
 def presence_penalty(penalty: float | Tensor, *, prompt: bool = False, window: int | None = None) -> Sampler:
-    """Subtract the penalty from the logit of every token that was written, however often.
+    """Subtract the penalty from the logit of every token that was generated, however often.
 
-    vLLM and OpenAI `presence_penalty` (in [-2, 2], negative encourages), of written tokens only; llama.cpp `--presence-penalty`
-    counts the last 64 of the prompt too: `prompt=True, window=64`.
+    vLLM and OpenAI `presence_penalty` (in [-2, 2], negative encourages), of generated tokens only;
+    llama.cpp `--presence-penalty` counts the last 64 tokens with the prompt: `prompt=True,
+    window=64`.
     """
     _require_finite("presence_penalty", penalty)
     return _counting("presence_penalty", lambda x, counts: x - penalty * (counts > 0), prompt, window)
@@ -52,7 +56,10 @@ def presence_penalty(penalty: float | Tensor, *, prompt: bool = False, window: i
 @door
 @printed
 def frequency_penalty(penalty: float | Tensor, *, prompt: bool = False, window: int | None = None) -> Sampler:
-    """Subtract the penalty from the logit of a token as often as it was written. Names and edges as `presence_penalty`."""
+    """Subtract the penalty from a logit once for each time that the token was generated.
+
+    Names and edge cases as `presence_penalty`.
+    """
     _require_finite("frequency_penalty", penalty)
     return _counting("frequency_penalty", lambda x, counts: x - penalty * counts, prompt, window)
 
@@ -60,7 +67,9 @@ def frequency_penalty(penalty: float | Tensor, *, prompt: bool = False, window: 
 @door
 @printed
 def logit_bias(bias: Mapping[int, float] | Tensor) -> Sampler:
-    """Add a number to each logit: a mapping from ids to numbers, or a tensor (V,). -inf hides a token; what is hidden stays so.
+    """Add a number to each logit: a mapping from ids to numbers, or a tensor (V,).
+
+    -inf masks a token; masked tokens stay masked.
 
     vLLM and OpenAI `logit_bias`, llama.cpp `--logit-bias`, transformers `sequence_bias` of single tokens.
     """
@@ -97,7 +106,7 @@ def _require_finite(function: str, penalty: float | Tensor) -> None:
 
 
 def _counting(function: str, penalize: Any, prompt: bool, window: int | None) -> Sampler:
-    """A sampler whose update sees how often each token was seen, counts (V,)."""
+    """A sampler whose update takes the counts (V,) of tokens that occurred."""
     if window is not None:
         require_integer(function, "window", window, 1, "None counts everything.")
         init: Any = lambda V: empty_ring(window)
@@ -116,5 +125,5 @@ def _counting(function: str, penalize: Any, prompt: bool, window: int | None) ->
 
 
 def tally(tokens: Tensor, counted: Tensor, V: int) -> Tensor:
-    """How often each of V tokens occurs among those (T,) that are counted."""
+    """Counts (V,) of tokens (T,), of those where `counted` is True."""
     return torch.zeros(V, dtype=torch.int64, device=tokens.device).scatter_add(-1, tokens, counted.long())

@@ -1,6 +1,6 @@
-"""Samplers that look for repeated passages. Their state is a `Ring`: the last `window` tokens, the newest at the end, -1 before.
+"""Samplers against repeated passages. Their state is the last `window` tokens.
 
-The shape is static, so they vmap and compile; what left the window is forgotten.
+The shape is static, so they vmap and compile; older tokens are dropped.
 """
 
 from collections.abc import Sequence
@@ -17,23 +17,23 @@ from .composition import LARGE, Sampler, between, bounded, require, require_inte
 
 @record
 class Ring(NamedTuple):
-    """The last tokens, int64 (W,): the newest at the end, -1 where there was none."""
+    """The last tokens, int64 (W,): the newest at the end, -1 where there is none."""
 
     tokens: Tensor
 
 
 def empty_ring(window: int) -> Ring:
-    """A history of nothing yet."""
+    """A window without tokens."""
     return Ring(torch.full((window,), -1, dtype=torch.int64))
 
 
 def push(token: Tensor, ring: Ring) -> Ring:
-    """The history with one more token; the oldest is forgotten."""
+    """The window with a token appended; the oldest is dropped."""
     return Ring(torch.cat([ring.tokens[1:], token.reshape(1)]))
 
 
 def observe_prompt_ring(tokens: Tensor, length: Tensor, ring: Ring) -> Ring:
-    """The history with the first `length` of tokens (T,) added."""
+    """The window with the first `length` of tokens (T,) appended."""
     W = ring.tokens.shape[-1]
     places = torch.arange(W, device=tokens.device) + length
     return Ring(torch.cat([ring.tokens, tokens]).index_select(0, places))
@@ -42,11 +42,13 @@ def observe_prompt_ring(tokens: Tensor, length: Tensor, ring: Ring) -> Ring:
 @door
 @printed
 def no_repeat_ngram(n: int, *, window: int = 1024) -> Sampler:
-    """Hide every token that would complete an n-gram seen before, prompt included: transformers' `no_repeat_ngram_size`.
+    """Mask every token that would complete an n-gram that occurred, with the prompt.
+
+    transformers' `no_repeat_ngram_size`.
 
     Args:
-        n: at least 1; 1 forbids every token seen.
-        window: how many tokens back to look.
+        n: at least 1; 1 masks every token that occurred.
+        window: how many of the last tokens are searched.
 
     Law: equal to transformers' while all fits into the window (test_repeats.py).
     """
@@ -74,18 +76,21 @@ def dry(
     window: int = 1024,
     longest: int = 50,
 ) -> Sampler:
-    """Don't repeat yourself: a token that would prolong a repeated passage of m tokens loses multiplier * base^(m - allowed).
+    """DRY: penalize tokens that would extend a repeated passage.
 
-    For each earlier place where the text ended as it ends now, m is how many tokens agree, backward, up to the nearest breaker;
-    the token that followed there is penalized, from m = allowed_length on, by its longest match. The prompt counts.
+    Where the passage has m tokens, the logit loses multiplier * base^(m - allowed_length).
+
+    For each earlier position where the text matches its current end, m is the number of matching
+    tokens, backward, up to the nearest breaker. The token after that position is penalized, from m
+    = allowed_length on, by its longest match. The prompt counts.
 
     Args:
         multiplier: 0 changes nothing; llama.cpp `--dry-multiplier` (0 there).
         base, allowed_length: llama.cpp `--dry-base` (1.75), `--dry-allowed-length` (2).
-        breakers: ids across which nothing matches, and which are not penalized, such as those of a newline or a quote
+        breakers: ids that end a match and are not penalized, such as those of a newline or a quote
             (`--dry-sequence-breaker` names strings; encode them).
-        window: how many tokens back to look, `--dry-penalty-last-n`.
-        longest: matches are counted up to so many tokens, so that the power stays finite.
+        window: how many of the last tokens are searched, `--dry-penalty-last-n`.
+        longest: matches are counted up to this many tokens, so that the power is finite.
 
     Source: p-e-w, text-generation-webui pull request 5677, "DRY: a modern repetition penalty".
 
@@ -109,7 +114,7 @@ def dry(
         ends = before.unfold(0, M, 1)[1:W].flip(-1)  # ends[i, m] = text[i - m]
         newest = text[W - M :].flip(0)  # newest[m] = text[W - 1 - m]
         agree = (ends == newest) & whole[W - M :].flip(0)
-        lengths = agree.long().cumprod(-1).sum(-1)  # (W - 1,): how far the text before place i + 1 ends as it ends now
+        lengths = agree.long().cumprod(-1).sum(-1)  # (W - 1,): length of the match before i + 1
         lengths = torch.where(whole[1:], lengths, 0)
         places = torch.where(text[1:] >= 0, text[1:], 0)
         match = torch.zeros(logits.shape[-1], dtype=torch.int64, device=logits.device).scatter_reduce(-1, places, lengths, "amax")

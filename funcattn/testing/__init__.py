@@ -1,10 +1,12 @@
-"""What a kernel, a sampler, a past or a transform of trees must keep, as functions you call on your own.
+"""Property tests for kernels, samplers, caches and transforms of trees, as plain functions.
 
-    laws          lists of plain functions that raise AssertionError: laws.kernel, laws.sampler, laws.cache, laws.transform
-    strategies    what to try them on, for hypothesis: problems(), qkv(), masks(), logits(), keys()
-    check_transforms    every nesting of grad, jvp and vmap, held against plain operations in float64, as a table
+    laws          lists of functions that raise AssertionError: laws.kernel, laws.sampler,
+                  laws.cache, laws.transform
+    strategies    inputs for hypothesis: problems(), qkv(), masks(), logits(), keys()
+    check_transforms    every nesting of grad, jvp and vmap, against plain operations in float64
 
-Nothing in the library imports this folder; `strategies` alone needs hypothesis (`pip install funcattn[testing]`).
+The library does not import this folder; only `strategies` needs hypothesis
+(`pip install funcattn[testing]`).
 
 Example:
     >>> import torch, funcattn as fa

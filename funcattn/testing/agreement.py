@@ -1,14 +1,15 @@
-"""How laws compare: what they say when two tensors differ, and how much rounding may make them differ.
+"""How laws compare tensors: their tolerances and error messages.
 
-The tolerance of a kernel is an error bound, not a habit. With u the rounding of the dtype and e that of its sums (float32 at
-least), logits that are sums of absolute values up to L, and an amplitude A of what is compared (the absolute values of its terms,
-summed),
+The tolerance of a kernel is an error bound. With u the rounding of the dtype and e that of its sums
+(float32 at least), L a bound on the sums of absolute values in logits, and A the amplitude of a
+result (the sum of absolute values of its terms),
 
     |got - wanted|  <=  A (2 (L + 2) u + 4 (2 L D + S + R + Dv) e)
 
-A logit may be rounded once to the dtype, and is a sum of D products; a weight exp(S - l) carries the error of S and of l; a weight,
-an output, and two results on the way to it may be rounded to the dtype; a sum over S keys, or in a gradient over the R queries that
-see a key, carries one e for each term. The 4 stands for the few operations (maximum, exp, rescaling) that a term passes through.
+A logit may be rounded once to the dtype, and is a sum of D products; a weight exp(S - l) carries
+the error of S and of l; a weight, an output, and two intermediate results may be rounded to the
+dtype; a sum over S keys, or in a gradient over the R queries that see a key, has one e for each
+term. The 4 is for the few operations (maximum, exp, rescaling) on each term.
 
 Source: Higham, Accuracy and stability of numerical algorithms, sections 3.1 (sums) and 3.5 (products).
 """
@@ -25,7 +26,7 @@ Law = TypeVar("Law", bound=Callable[..., None])
 
 
 def named(law: Law) -> Law:
-    """A law that says which it is, also where what it tests raises."""
+    """A law whose errors, and errors raised by what it tests, name it."""
 
     @functools.wraps(law)
     def run(*args: Any, **options: Any) -> None:
@@ -40,7 +41,7 @@ def named(law: Law) -> Law:
 
 
 def agree(law: Callable[..., Any], what: str, got: Tensor, wanted: Tensor, allowed: float, why: str) -> None:
-    """Raise AssertionError that names the law, the worst entry, by how much it is off, and why less was allowed."""
+    """Raise AssertionError with the law, the worst entry, its error, and why the bound."""
     if got.shape != wanted.shape:
         raise AssertionError(f"{law.__name__}: {what} should be {tuple(wanted.shape)}, got {tuple(got.shape)}.")
     got, wanted = got.detach().double(), wanted.detach().double()
@@ -56,21 +57,21 @@ def agree(law: Callable[..., Any], what: str, got: Tensor, wanted: Tensor, allow
 
 
 class Amplitudes(NamedTuple):
-    """The sizes that a tolerance follows from: how large q, k and v are, and how long the sums."""
+    """The sizes that a tolerance is computed from: norms of q, k and v, and lengths of sums."""
 
-    q: float  # the longest row, as are k and v
+    q: float  # greatest norm of a row, as k and v
     k: float
     v: float
     value: float  # the greatest entry of v
     scale: float
-    leads: int  # examples, over which the gradient of what they share is summed
+    leads: int  # examples over which the gradient of a broadcast input is summed
     rows: int  # queries that may see a key: terms of the sums in the gradients of k and v
-    rounding: float  # allowed error of a sum whose terms' absolute values add up to one
+    rounding: float  # bound on the error of a sum, relative to the sum of absolute values
     why: str
 
 
 def amplitudes(q: Tensor, k: Tensor, v: Tensor) -> Amplitudes:
-    """What is allowed for attention over these inputs."""
+    """The amplitudes of attention with these inputs."""
     H, T, D = q.shape[-3:]
     S, Dv = v.shape[-2:]
     leads = math.prod(torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]))
@@ -86,5 +87,5 @@ def amplitudes(q: Tensor, k: Tensor, v: Tensor) -> Amplitudes:
 
 
 def longest(x: Tensor) -> float:
-    """The greatest Euclidean norm of a row, (..., rows, features) -> a number; 0 where there are none."""
+    """The greatest Euclidean norm of a row of x (*lead, rows, features); 0 where there are none."""
     return float(x.detach().double().norm(dim=-1).max()) if x.numel() else 0.0

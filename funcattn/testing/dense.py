@@ -1,9 +1,9 @@
-"""Attention as its definition reads, in plain torch operations: what laws and tables hold a kernel against.
+"""Attention by its definition, in plain torch operations: the reference of laws and tables.
 
     S_ij = scale q_i . k_j + bias_ij        lse_i = log sum_j exp S_ij        out_i = sum_j exp(S_ij - lse_i) v_j
 
-It shares no line with the library's own kernels, not even with "reference", so those can be held against it too. Keys are
-repeated for the query heads that share them, logits are held whole: clear, and only for small sizes.
+It has no code in common with the library's kernels, not even "reference", so it can test these too.
+Keys are repeated for their query heads and all logits are in memory: for small sizes only.
 """
 
 import torch
@@ -39,7 +39,7 @@ def attend(
         hidden = hidden | (bias == NOTHING)
         S = S + torch.where(bias == NOTHING, 0, bias)
     empty = hidden.all(-1, keepdim=True)
-    S = torch.where(empty, 0, torch.where(hidden, NOTHING, S))  # what an empty row would divide by is replaced before it divides
+    S = torch.where(empty, 0, torch.where(hidden, NOTHING, S))  # no NaN from rows without keys
     lse = S.logsumexp(-1, keepdim=True)
     P = torch.where(empty, 0, (S - lse).exp())
     out = P @ v
@@ -48,7 +48,7 @@ def attend(
 
 
 def seen(mask: Mask | Tensor | None, q: Tensor, k: Tensor) -> Tensor:
-    """Booleans (..., T, S) that broadcast to (*lead, H, T, S), True where the query sees the key."""
+    """Bool, broadcasts to (*lead, H, T, S): True where the query sees the key."""
     T, S = q.shape[-2], k.shape[-2]
     if mask is None:
         return torch.ones(T, S, dtype=torch.bool, device=q.device)

@@ -1,7 +1,8 @@
-"""What to try laws on: hypothesis strategies that draw sizes and a key, and make tensors of them.
+"""Inputs for laws: hypothesis strategies that draw sizes and a key, and make tensors of these.
 
-Numbers come from the key, never from hypothesis, so a failure shrinks to the smallest sizes that show it, and to key(0). Small
-sizes are where the bugs are: one query, one key, a head size of one, more queries than keys, a query that sees nothing.
+Values come from the key, not from hypothesis, so a failure shrinks to the smallest sizes and to
+key(0). Small sizes are where most bugs are: one query, one key, a head size of one, more queries
+than keys, a query without keys.
 """
 
 from typing import Any, NamedTuple
@@ -68,14 +69,14 @@ def qkv(
     large_logits: bool = True,
     grouped: bool = True,
 ) -> QKV:
-    """Queries, keys and values of any shapes that fit together.
+    """Queries, keys and values of compatible shapes.
 
     Args:
         dtype: of all three.
-        leads: how many leading axes there are at most; each may be missing, or of size one, in some of the three.
-        no_keys: whether there may be no keys, S = 0.
-        large_logits: whether logits may be so large that exp of them overflows.
-        grouped: whether several query heads may share a key head (GQA, MQA).
+        leads: the most leading axes; each may be missing, or of size one, in some of the three.
+        no_keys: whether S may be 0.
+        large_logits: whether exp of logits may overflow.
+        grouped: whether several query heads may attend to one key head (GQA, MQA).
     """
     sizes = st.integers(1, 5)
     key, K, G = draw(keys()), draw(st.integers(1, 3)), draw(st.integers(1, 3)) if grouped else 1
@@ -158,7 +159,9 @@ def problems(
     booleans: bool = True,
     empty_rows: bool = True,
 ) -> Problem:
-    """(q, k, v, mask, key), what a law of kernels takes; options as in `qkv` and `masks`. The mask may be None.
+    """(q, k, v, mask, key), the arguments of a law of kernels; the mask may be None.
+
+    Options as in `qkv` and `masks`.
 
     Example:
         >>> from hypothesis import find
@@ -176,7 +179,7 @@ def problems(
 def logits(draw: Any, *, dtype: torch.dtype = torch.float32, hidden: bool = True) -> Tensor:
     """Logits (V,) with ties and, where `hidden`, some of -inf; one token is always finite.
 
-    They lie on a grid of quarters, so that adding a small whole number to them is exact.
+    They are multiples of 1 / 4, so that adding a small integer is exact.
     """
     V, key = draw(st.integers(1, 12)), draw(keys())
     values, hides = randomness.split(key)

@@ -1,14 +1,15 @@
-"""Every nesting of grad, jvp and vmap over a function, held against plain operations in float64.
+"""Every nesting of grad, jvp and vmap of a function, compared with plain operations in float64.
 
-    check_transforms(fa.attention, depth=3)        3 + 9 + 27 nestings, each also under one more vmap; the Hessian in four ways
+    check_transforms(fa.attention, depth=3)     3 + 9 + 27 nestings, also under vmap; 4 Hessians
 
-A nesting is a function of the same arguments again, so that any transform goes around any other:
+A nesting is a function of the same arguments, so that transforms compose in any order:
 
-    grad(f)(x) = gradient of sum_n w_n f(x)_n        jvp(f)(x) = derivative of f along a fixed direction
-    vmap(f)(x) = f over a batch of two made of x, with all arguments mapped, the first alone, or all but the first, by turns
+    grad(f)(x) = gradient of sum_n w_n f(x)_n     jvp(f)(x) = derivative of f along a fixed tangent
+    vmap(f)(x) = f over a batch of two made of x, with all arguments mapped, the first only, or all
+                 but the first, by turns
 
-The reference goes through the same grad and jvp of torch.func, which are sound for plain operations, and through loops in the
-place of vmap; so what is put to the proof is f and its rules for derivatives and batches, not torch.
+The reference uses grad and jvp of torch.func, which are correct for plain operations, and loops in
+place of vmap; so the test is of f and its derivative and batching rules, not of torch.
 """
 
 import functools
@@ -27,14 +28,14 @@ from ..core import errors
 from ..kernels import attend, attention
 from . import dense
 
-Function = Callable[..., Tensor]  # of tensors, to one vector
+Function = Callable[..., Tensor]  # of tensors to one vector
 MODES = {"jacfwd": jacfwd, "jacrev": jacrev}
 
 
 class Row(NamedTuple):
-    """One nesting: its greatest error relative to the greatest entry of the reference, alone and under one more vmap.
+    """The error of one nesting relative to the greatest entry, alone and under one more vmap.
 
-    An error of None says that this was not asked; `failure` is what was raised, or "".
+    None where it was not computed; `failure` is the error that was raised, or "".
     """
 
     nesting: str
@@ -44,24 +45,24 @@ class Row(NamedTuple):
 
     @property
     def worst(self) -> float:
-        """The greater of the errors; infinite where something was raised."""
+        """The greater of the errors; inf where an error was raised."""
         return float("inf") if self.failure else max(self.error, self.batched or 0.0)
 
 
 class Report(NamedTuple):
-    """What `check_transforms` returns: prints as a table, shows as one in a notebook."""
+    """The result of `check_transforms`: prints as a table, also in a notebook."""
 
     rows: tuple[Row, ...]
     tolerance: float
 
     @property
     def worst(self) -> Row:
-        """The nesting that is furthest off."""
+        """The nesting with the greatest error."""
         return max(self.rows, key=lambda row: row.worst)
 
     @property
     def off(self) -> tuple[Row, ...]:
-        """The nestings beyond the tolerance."""
+        """The nestings with errors beyond the tolerance."""
         return tuple(row for row in self.rows if not row.worst <= self.tolerance)
 
     def __repr__(self) -> str:
@@ -93,26 +94,28 @@ def check_transforms(
     hessians: bool = True,
     tolerance: float = 1e-9,
 ) -> Report:
-    """Hold every nesting of grad, jvp and vmap over f against a reference, and raise if one is off.
+    """Compare every nesting of grad, jvp and vmap of f with a reference; raise where one differs.
 
     Args:
         f: f(*args) -> a tree of tensors.
-        args: trees; their floating tensors are differentiated and mapped, the rest (masks, numbers) is held fixed. Without any,
-            f is taken for attention, f(q, k, v, mask) -> out or Attended, and is given four heads of T = 5 queries, two of S = 6
-            keys and a causal mask, in float64.
-        depth: how many transforms are nested at most.
-        reference: the same function in plain torch operations; it is given float64. None stands for the definition of attention,
-            where f is `attention` or `attend` (or a functools.partial of one, with scale or bias), or no args are given.
-        vmapped: whether each nesting is also put under one more vmap, over all arguments.
-        hessians: whether the Hessian of a weighted sum of f is taken by jacfwd and jacrev over each other, all four ways.
+        args: trees; their floating tensors are differentiated and mapped, other leaves are
+            constant. Without args, f is attention, f(q, k, v, mask) -> out or Attended, and is
+            called with four heads of T = 5 queries, two of S = 6 keys and a causal mask (float64).
+        depth: the greatest number of nested transforms.
+        reference: the same function in plain torch operations, called in float64. None is the
+            definition of attention, where f is `attention` or `attend` (or a functools.partial of
+            one, with scale or bias), or no args are given.
+        vmapped: whether each nesting is also tested under one more vmap, over all arguments.
+        hessians: whether the Hessian of a weighted sum of f is computed by jacfwd and jacrev over
+            each other, in all four ways.
         tolerance: of the error relative to the greatest entry; 1e-9 is for arguments in float64.
 
     Returns:
         A Report: one Row for each nesting.
 
     Raises:
-        AssertionError: where a nesting is off, or raises; the message is the table.
-        ValueError: where args are given, no reference is, and f is not known to be attention.
+        AssertionError: a nesting has a greater error, or raises; the message is the table.
+        ValueError: args are given without a reference, and f is not attention of this library.
 
     Example:
         >>> x = torch.linspace(0, 1, 3, dtype=torch.float64)
@@ -145,7 +148,7 @@ def check_transforms(
 
 
 def _definition(f: Callable[..., Any], given: bool) -> Callable[..., Any]:
-    """The reference for what is known to be attention, or, where no args are given, is taken for it."""
+    """The reference of functions that are attention, and of any f without args."""
     inner, options = (f.func, dict(f.keywords)) if isinstance(f, functools.partial) and not f.args else (f, {})
     known = inner in (attention, attend)
     options.pop("kernel", None)
@@ -169,7 +172,7 @@ def _at(args: Any, places: Sequence[int]) -> list[Tensor]:
 
 
 def _vector(f: Callable[..., Any], args: tuple[Any, ...], moving: Sequence[int]) -> Function:
-    """f as a function of the leaves that move, to one vector. What is infinite (the lse of an empty row) is left out as zero."""
+    """f as a function of its differentiated leaves to one vector; infinite entries become zero."""
 
     def vector(*x: Tensor) -> Tensor:
         given = dict(zip(moving, x, strict=True))
@@ -181,7 +184,7 @@ def _vector(f: Callable[..., Any], args: tuple[Any, ...], moving: Sequence[int])
     return vector
 
 
-# The transforms, each from a function of tensors to a vector, to another of the same tensors. A level counts from the inside.
+# The transforms: each maps a function of tensors to a vector to another one. Level 0 is innermost.
 
 
 def _grad(f: Function, level: int) -> Function:
@@ -217,7 +220,7 @@ def _nest(names: Sequence[str], f: Function, vmap: Callable[[Function, int], Fun
 
 
 def _hessian(outer: str, inner: str, f: Function, like: Sequence[Tensor]) -> Function:
-    """All second derivatives, of one vector that holds every argument."""
+    """The Hessian, in one vector of all arguments."""
     sizes, shapes = [x.numel() for x in like], [x.shape for x in like]
 
     def total(x: Tensor) -> Tensor:
@@ -235,12 +238,12 @@ def _weigh(x: Tensor, level: int) -> Tensor:
 
 
 def _numbers(n: int, like: Tensor) -> Tensor:
-    """Fixed numbers between -1 and 1 without a pattern: no derivative vanishes by symmetry."""
+    """Fixed irregular numbers between -1 and 1, so that no derivative vanishes by symmetry."""
     return (torch.arange(like.numel(), dtype=like.dtype, device=like.device) * (1.7 + n) + n).cos().reshape(like.shape)
 
 
 def _pair(x: Tensor) -> Tensor:
-    """Two examples made of one."""
+    """A batch of two, made of one example."""
     return torch.stack([x, x * 0.5 + _numbers(3, x) * 0.25])
 
 
@@ -259,12 +262,12 @@ def _row(name: str, ours: Function, theirs: Function, x: Sequence[Tensor], wide:
             other = theirs(*(_pair(leaf)[1] for leaf in wide))
             batched = max(_error(both[0], wanted), _error(both[1], other))
         return Row(name, error, batched, "")
-    except Exception as error:  # a nesting that raises is a row of the table, and the others are still of interest
+    except Exception as error:  # becomes a row of the table; the other nestings are still tested
         return Row(name, float("nan"), None, textwrap.shorten(f"{type(error).__name__}: {error}", 100, placeholder="..."))
 
 
 def _error(got: Tensor, wanted: Tensor) -> float:
-    """The greatest difference relative to the greatest entry; infinite where there is NaN or another shape."""
+    """The greatest difference relative to the greatest entry; inf for NaN or another shape."""
     if got.shape != wanted.shape:
         return float("inf")
     off = (got.double() - wanted).abs().max() if got.numel() else torch.zeros(())

@@ -1,4 +1,4 @@
-"""Training as pure functions: a loss, optimizers, a step, and a loop that owns nothing but the order of things.
+"""Training as pure functions: losses, optimizers, a step, and a resumable training loop.
 
 optimizer = fa.training.chain(fa.training.clip(1.0), fa.training.adamw(fa.training.cosine(1e-3, 2000, warmup=100)))
 step = fa.training.step(model, optimizer)

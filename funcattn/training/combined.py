@@ -1,4 +1,4 @@
-"""Optimizers around optimizers: clip, chain, accumulate."""
+"""Transforms of optimizers: clip, chain, accumulate."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,10 @@ from .optimizers import Optimizer
 
 @record
 class Accumulated(NamedTuple):
-    """The state of `accumulate`. count: int64 (), gradients held; total: their sum; inner: the state of the optimizer within."""
+    """The state of `accumulate`.
+
+    count: int64 (), gradients accumulated so far. total: their sum. inner: state of the optimizer.
+    """
 
     count: Tensor
     total: Any
@@ -27,18 +30,18 @@ class Accumulated(NamedTuple):
 @door
 @printed
 def clip(max_norm: float, *, specs: Tree = None) -> Optimizer:
-    """Gradients no longer than max_norm: g min(1, max_norm / |g|), the norm taken over the whole tree.
+    """Gradients clipped to a norm: g min(1, max_norm / |g|), |g| the norm of the whole tree.
 
     Args:
-        max_norm: the longest norm.
-        specs: on a mesh, how gradients are cut, which is how params are; see `norm`.
+        max_norm: the greatest norm.
+        specs: on a mesh, the sharding of gradients, which is that of params; see `norm`.
 
     Source: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, arXiv:1211.5063.
     """
     check_positive("clip", "max_norm", max_norm)
 
     def update(gradients: Tree, state: tuple[()], params: Tree) -> tuple[Tree, tuple[()]]:
-        length = norm(gradients, specs=specs) + 1e-6  # torch's small number, so that steps agree
+        length = norm(gradients, specs=specs) + 1e-6  # as torch's, so that steps agree
         share = scalar((max_norm / length).clamp(max=1.0))
         return tree.map(lambda g: scaled(g, share), gradients), ABSENT
 
@@ -47,7 +50,10 @@ def clip(max_norm: float, *, specs: Tree = None) -> Optimizer:
 
 @printed
 def chain(*optimizers: Optimizer) -> Optimizer:
-    """Optimizers one after the other: each takes for gradients what the one before gave. The state is the tuple of theirs."""
+    """Optimizers in sequence: the updates of each are the gradients of the next.
+
+    The state is the tuple of their states.
+    """
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             got = f"a {type(optimizer).__name__}"
@@ -66,12 +72,14 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 @door
 @printed
 def accumulate(n: int, optimizer: Optimizer) -> Optimizer:
-    """Update once every n gradients, by their mean; the updates between are zero.
+    """Update once every n gradients, by their mean; the other updates are zero.
 
-    Branch-free, so that it compiles and maps: the optimizer within is asked each time, and its answer is kept every nth time. To
-    spread one batch over several passes without this state, use `step(..., micro_batches=n)`.
+    Branch-free, so that it compiles and vmaps: `optimizer` is called each time, and its result is
+    used every nth time. To split one batch into micro-batches without this state, use
+    `step(..., micro_batches=n)`.
 
-    Law: n gradients do what their mean does (test_optimizers.py::test_accumulated_gradients_act_by_their_mean).
+    Law: n gradients do what their mean does
+        (test_optimizers.py::test_accumulated_gradients_act_by_their_mean).
     """
     if not isinstance(n, int) or n < 1:
         errors.fail("accumulate", "n", "1 or more", n, "It is the number of gradients in one update.")

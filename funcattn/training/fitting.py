@@ -1,9 +1,9 @@
-"""The loop: steps over batches that are drawn by key, with reports, evaluation, snapshots and exact resumption.
+"""The training loop: random batches, reports, evaluation, snapshots and bitwise resumption.
 
-    batch i = rows of the text at places drawn from fold_in(key, i)
+    batch i = rows of the text at positions drawn from fold_in(key, i)
 
-A batch depends on the key and its number alone, so a run that goes on needs no state of an iterator: what it was is params, the
-optimizer's state and a number. A run that was killed and goes on ends with the same bits as one that was not.
+A batch is a function of the key and its number, so the state of a run is params, the optimizer's
+state and a number. A run that was killed and resumed ends with the same bits as an unbroken one.
 """
 
 import contextlib
@@ -29,11 +29,14 @@ from . import losses, snapshots
 from .optimizers import Optimizer
 from .steps import Loss, step
 
-EVALUATIONS = 2**31  # batches of evaluations are numbered from here, and never those of training
+EVALUATIONS = 2**31  # number of the first evaluation batch; training batches are below
 
 
 class Report(NamedTuple):
-    """What a run said at one step: the mean losses of training since the last report, and of the validation text (None without)."""
+    """A report at one step: the mean training loss since the last one, and the validation loss.
+
+    The latter is None without a validation text.
+    """
 
     step: int
     training: float
@@ -41,7 +44,7 @@ class Report(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What `fit` gives. Not a record: history holds numbers."""
+    """The result of `fit`. Not a record: history holds numbers."""
 
     params: Any
     state: Any
@@ -50,7 +53,7 @@ class Fitted(NamedTuple):
 
 @door
 def draw(key: Tensor, tokens: Tensor, number: int | Tensor, *, rows: int, context: int) -> Tensor:
-    """Batch `number` of a text: (rows, context + 1) tokens, each row from a place of its own, all places as likely.
+    """Batch `number` of a text: int (rows, context + 1), each row from a uniformly drawn position.
 
     Example:
         >>> import funcattn as fa
@@ -94,23 +97,28 @@ def fit(
     """Train for a number of steps.
 
     Args:
-        key: of the batches.
-        params: to begin with; not changed. frozen: leaves that are not trained (see `step`).
-        tokens: the text, integers (N,). validation: another one, of which losses are reported, or None.
-        rows, context: of a batch: (rows, context + 1) tokens.
+        key: int64 (2,), randomness of the batches.
+        model: from `fa.decoder`.
+        params: initial params, not modified. frozen: leaves that are not trained (see `step`).
+        tokens: the text, integers (N,). validation: a text whose loss is reported, or None.
+        optimizer: of `funcattn.training`.
+        steps: in all, with those of a resumed run.
+        rows, context: a batch is (rows, context + 1) tokens.
         loss, micro_batches, compute, specs: see `step`.
-        report_every: steps between reports. evaluations: batches of the validation text behind each.
-        folder: where snapshots go, every save_every steps (at each report where None) and at the end; None keeps none.
-        resume: go on from the newest snapshot in folder, if there is one. Without it a folder that has some is refused.
-        keep: how many snapshots stay.
-        compile: run the step as one compiled graph. Last bits differ from those of an eager run.
-        progress: show a bar, or one line a report where nobody looks, on stderr.
+        report_every: steps between reports. evaluations: batches of the validation text for each.
+        folder: of snapshots, written every save_every steps (at each report where None) and at the
+            end; None writes none.
+        resume: continue from the newest snapshot in folder, if any. False raises if there is one.
+        keep: how many snapshots are kept.
+        compile: run the step as one compiled graph. The last bits differ from an eager run's.
+        progress: show a bar on stderr; where it is no terminal or notebook, one line a report.
 
     Returns:
         Fitted(params, state, history).
 
     Raises:
-        ValueError: the text is shorter than a row, or the loss is not finite: the step is named, and no snapshot has such params.
+        ValueError: the text is shorter than a row, or the loss is not finite: the error names the
+            step, and no snapshot has those params.
         CheckpointError: a snapshot that is damaged or of another run, or that cannot be written.
 
     Law: a run killed at any moment and resumed ends with the bits of an unbroken one
@@ -153,7 +161,8 @@ def fit(
             waiting.append(metrics.loss)
             done = i + 1
             reports, saves = done % report_every == 0 or done == steps, folder is not None and (done % every == 0 or done == steps)
-            if reports or saves or metrics.loss.device.type == "cpu":  # elsewhere, looking is waiting
+            # On a GPU reading the loss would synchronize at every step.
+            if reports or saves or metrics.loss.device.type == "cpu":
                 seen += _finite(waiting, done)
                 waiting = []
             if reports:
@@ -173,7 +182,7 @@ def fit(
 def _begin(
     folder: Any, params: Tree, state: Any, run: dict[str, Any], resume: bool
 ) -> tuple[Tree, Any, int, list[Report], list[float]]:
-    """params, state, the steps taken, the reports made, and the losses since the last of them."""
+    """params, state, steps taken, reports made, and the losses since the last report."""
     taken = [] if folder is None else snapshots.steps_in(folder)
     if folder is None or not taken:
         return params, state, 0, [], []
@@ -190,7 +199,7 @@ def _begin(
 
 
 def _reports(held: dict[str, Any], damaged: Callable[[str], NoReturn], run: dict[str, Any]) -> tuple[list[Report], list[float]]:
-    """The reports and the losses since the last of them, each of the kind that `fit` writes."""
+    """The reports and the losses since the last one, read from a snapshot and validated."""
     if held.keys() != {"of", "told", "seen"} or not isinstance(held["of"], dict) or held["of"].keys() != run.keys():
         damaged(f"a run that is not {', '.join(run)} with its reports: it is of another release or program")
     told, seen = held["told"], held["seen"]
@@ -208,7 +217,7 @@ def _is_loss(value: Any) -> bool:
 
 
 def _finite(waiting: list[Tensor], done: int) -> list[float]:
-    """The losses of the last steps as numbers, none of them NaN or infinite."""
+    """The losses of the last steps as floats; raises where one is NaN or infinite."""
     values = [float(loss) for loss in waiting]
     for back, value in enumerate(reversed(values)):
         if not math.isfinite(value):
@@ -240,11 +249,12 @@ def _check_text(function: str, argument: str, tokens: Tensor, context: int) -> N
 
 @contextlib.contextmanager
 def _progress(first: int, steps: int, wanted: bool) -> Iterator[Callable[[int, Report | None], None]]:
-    """A bar where somebody looks and tqdm is there, else one line a report; both on stderr."""
+    """A progress bar where stderr is a terminal or notebook with tqdm, else one line a report."""
     bar: Any = None
     if wanted and (sys.stderr.isatty() or "ipykernel" in sys.modules):
         with contextlib.suppress(ImportError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without ipywidgets tqdm warns in a notebook, and draws a bar of letters
+            # Without ipywidgets tqdm warns in a notebook, and draws a text bar.
+            warnings.simplefilter("ignore")
             from tqdm.auto import tqdm
 
             bar = tqdm(initial=first, total=steps, unit="step", file=sys.stderr, dynamic_ncols=True)

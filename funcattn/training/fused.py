@@ -1,10 +1,11 @@
-"""AdamW by torch's fused kernel, where nobody can tell: on values that were copied first, so that nothing given is changed.
+"""AdamW by torch's fused kernel, on copies, so that no argument is modified.
 
-The kernel writes into weights and moments. Given zeros for weights, and no decay, what it writes there is the update itself:
+The kernel writes into weights and moments. Given zeros for weights and no decay, it writes the
+update itself there:
 
     0 - rate m' / (sqrt(v') + epsilon)
 
-It knows no transform, so it serves only where none can be asked for.
+It supports no transform, so it is used outside torch.func, autograd and torch.compile only.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from ..core.autograd import is_recorded
 
 
 def is_quiet(*trees: Any) -> bool:
-    """True where no transform, no autograd and no compiler can see what is computed of these tensors."""
+    """True outside torch.func, autograd (for these tensors) and torch.compile."""
     return not (torch.is_grad_enabled() or is_recorded(*trees) or torch.compiler.is_compiling())
 
 
 def serves(*columns: Sequence[Any]) -> bool:
-    """True where the fused kernel takes such leaves: plain tensors, all on one CPU or CUDA device and of one float dtype."""
+    """True for plain tensors of one float dtype, all on one CPU or CUDA device."""
     first = columns[0][0] if columns[0] else None
     if not is_quiet(*columns) or type(first) is not Tensor or first.device.type not in ("cpu", "cuda"):
         return False
@@ -40,10 +41,10 @@ def adam(
     betas: tuple[float, float],
     epsilon: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Updates and new moments. count: int64 (), this update included; rate: ()."""
+    """Updates and new moments. count: int64 (), with this update; rate: float ()."""
     updates = [torch.zeros_like(g) for g in gradients]
     m, v = ([x.clone() for x in column] for column in (means, squares))
-    # The kernel wants a count for each leaf, and reads them before it writes nothing into them: the optimizer adds one itself.
+    # The kernel takes a count for each leaf and only reads it: the optimizer increments its own.
     counts = [count.to(gradients[0].device, torch.float32)] * len(gradients)
     torch.ops.aten._fused_adamw_(
         *(updates, list(gradients), m, v, [], counts),

@@ -1,9 +1,10 @@
-"""The loss of a language model: how surprised it is by each next token.
+"""The loss of a language model: the mean cross-entropy of next tokens.
 
     loss = - mean over the targets that count of log p(tokens[t + 1] | tokens[0..t])
 
-Logits are the largest thing in training: (*lead, T, V). Where they are many, they are made for some positions at a time and made
-again for the gradient (`remat`), so that no more than one block of them is ever held; that composes with every transform.
+Logits (*lead, T, V) are the largest tensor of training. Where they are many, they are computed for
+a block of positions at a time and recomputed for the gradient (`remat`), so that only one block is
+in memory; this composes with every transform.
 """
 
 import torch
@@ -22,8 +23,8 @@ from ..sharding import vocabulary
 from ..transformer import DATA, follower
 from ..tree import Tree
 
-BLOCK = 2**24  # logits held at a time: 64 MiB in float32, beside which a call costs nothing
-NEVER = torch.iinfo(torch.int64).min  # torch leaves out targets of -100 in silence; no target is this
+BLOCK = 2**24  # logits in memory at a time: 64 MiB in float32, where the cost of a call is small
+NEVER = torch.iinfo(torch.int64).min  # ignore_index; torch's default of -100 would hide wrong ids
 
 
 @door
@@ -31,17 +32,23 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     """The mean cross-entropy, in nats, of each next token.
 
     Args:
-        model, params: of one another (`fa.decoder`). Logits are compared in float32 at least.
-        tokens: integers (*lead, T), T at least 2: T - 1 inputs, and T - 1 targets that are one token ahead of them.
-        mask: booleans that broadcast to (*lead, T - 1), True where the target tokens[..., 1:] counts. None counts all.
-        segments: integers (*lead, T), the document that each token is of, where several are packed in one row. Attention stays
-            inside a document, positions begin again at each, and no target is of another document than its input.
+        model, params: a decoder (`fa.decoder`) and its weights. Log-probabilities are in float32 at
+            least.
+        tokens: integers (*lead, T), T at least 2: T - 1 inputs, and T - 1 targets that are one
+            token ahead of them.
+        mask: bool, broadcasts to (*lead, T - 1), True where the target tokens[..., 1:] counts. None
+            counts all.
+        segments: integers (*lead, T), the document of each token, where several are packed in a
+            row. Attention stays inside a document, positions begin again at each, and no target is
+            of another document than its input.
 
     Returns:
-        A scalar, float32 at least. Where no target counts: an error, or NaN where values cannot be looked at.
+        A scalar, float32 at least. Where no target counts: an error, or NaN where values cannot be
+        read.
 
     Raises:
-        ValueError: sizes, ids outside of the vocabulary, or no target that counts. TypeError: kinds.
+        ValueError: sizes, ids outside of the vocabulary, or no target that counts.
+        TypeError: arguments of another type.
 
     Example:
         >>> import funcattn as fa
@@ -49,16 +56,17 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
         >>> round(float(loss(model, model.init(fa.key(0)), torch.arange(12).view(2, 6))), 1)  # log 256 = 5.5
         5.6
 
-    Where the axes of a mesh are bound (see funcattn.sharding), tokens are this device's rows, and the loss is that of the rows of
-    all: sums and counts are summed over "data", and over "tensor" nobody holds all logits. Over "context" every device is given
-    whole rows, and takes its part of their inputs, 2 n of which there should be a multiple.
+    Where axes of a mesh are bound (see funcattn.sharding), tokens are this device's rows, and the
+    loss is that of all rows: sums and counts are summed over "data", and over "tensor" logits stay
+    sharded over the vocabulary. Over "context" every device is given whole rows, and takes its
+    slice of their inputs, whose number must be a multiple of 2 n.
 
     Law: packed documents lose what they lose alone (test_training.py::test_packed_documents_lose_what_they_lose_alone).
     Law: grad, jvp, vmap(grad) and hvp are exact (test_training.py::test_derivatives_of_the_loss_are_those_of_the_reference).
     """
     errors.is_decoder("loss", model)
     _check(tokens, mask, segments)
-    if tokens.device.type == "cpu":  # a GPU would be waited for at every step
+    if tokens.device.type == "cpu":  # on a GPU it would synchronize at every step
         collectives.agree("loss", {"tokens": tokens, "mask": mask, "segments": segments}, params)
     inputs, targets = tokens[..., :-1], tokens[..., 1:]
     counts = None if mask is None else mask.expand(targets.shape)
@@ -67,7 +75,8 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
             errors.fail("loss", "segments", "None over 'context'", "some", "Pack documents over 'data', or leave them whole.")
         inputs, targets = _part(inputs), _part(targets)
         counts = None if counts is None else _part(counts)
-    whole = follower(model) is not None and axis_size(CONTEXT) == 1  # the last token counts for the length of its text
+    # Where rotary angles follow the length of the text, its last token counts too.
+    whole = follower(model) is not None and axis_size(CONTEXT) == 1
     inputs = tokens if whole else inputs
     if segments is None:
         hidden = model.hidden(params, inputs)[0]
@@ -93,12 +102,12 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
 
 
 def _part(x: Tensor) -> Tensor:
-    """This device's positions of rows that all hold whole."""
+    """This device's positions of rows that are whole on every device."""
     return local_slice(zigzag(x, axis_size(CONTEXT)), CONTEXT, dim=-1)
 
 
 def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
-    """The sum over the rows that count of hidden (N, E) against targets (N,)."""
+    """The sum of cross-entropies of hidden (N, E) against targets (N,), of rows that count."""
 
     def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
         mine = vocabulary.local_logits(model, outside, hidden)
@@ -120,7 +129,7 @@ def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, 
     if len(targets) <= rows:
         return of(params, *data)
     outside = params
-    if config_of(model, "logits") is not None:  # then logits are made of what is outside of the layers
+    if config_of(model, "logits") is not None:  # logits depend on no weights of layers
         outside = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]
     again = remat(of)
     blocks = zip(*(x.split(rows) for x in data), strict=True)
@@ -131,7 +140,7 @@ def _vocabulary(model: Model, params: Tree, hidden: Tensor) -> int:
     config = config_of(model, "logits")
     if config is not None:
         return config.vocabulary
-    return model.logits(params, hidden[:0]).shape[-1]  # of no rows: the width of what comes out
+    return model.logits(params, hidden[:0]).shape[-1]  # V, from logits of no rows
 
 
 def _check(tokens: Tensor, mask: Tensor | None, segments: Tensor | None) -> None:

@@ -1,6 +1,6 @@
-"""The length of a gradient, which is of all leaves together: on a mesh, of all parts of each.
+"""The global norm of a gradient: over all leaves, and on a mesh over all shards of each.
 
-|g| = sqrt(sum over leaves, and over the devices that cut a leaf, of |part|^2)
+|g| = sqrt(sum over leaves, and over the devices that shard a leaf, of |shard|^2)
 """
 
 import torch
@@ -13,11 +13,11 @@ from ..tree import Tree
 
 
 def norm(gradients: Tree, *, specs: Tree = None) -> Tensor:
-    """The 2-norm of all leaves as one vector, () in float32 at least; zero for a tree without leaves.
+    """The 2-norm of all leaves as one vector, () in float32 at least; zero for an empty tree.
 
     Args:
-        specs: on a mesh, how the leaves are cut: a tree of `sharding.P`, or a prefix of it; P() where all
-            of them are whole. The norm is that of the whole leaves.
+        specs: on a mesh, how leaves are sharded: a tree of `sharding.P`, or a prefix of it; P()
+            where all are replicated. The norm is that of the unsharded leaves.
 
     Raises:
         ValueError: axes of a mesh are bound, and there are no specs.
@@ -30,7 +30,7 @@ def norm(gradients: Tree, *, specs: Tree = None) -> Tensor:
 
 
 def cut_axes(function: str, tree_: Tree, specs: Tree) -> list[tuple[str, ...]]:
-    """For each leaf the axes of a mesh that cut it, none where no axis is bound."""
+    """For each leaf the axes of a mesh that it is sharded over; none where no axis is bound."""
     if not collectives.bound():
         return [()] * len(tree.leaves(tree_))
     if specs is None:

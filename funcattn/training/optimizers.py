@@ -4,12 +4,13 @@
     updates, state = optimizer.update(gradients, state, params)
     params = apply(params, updates)                                 # params + updates
 
-An optimizer takes anything shaped like params for gradients, so optimizers compose: `chain(clip(1.0), adamw(3e-4))` gives to the
-second what the first makes of the gradients. A state is a record whose count of updates is an int64 tensor; so a whole run of
-training is a function that vmap, grad and compile go through (an ensemble is `vmap(init)`, a gradient with respect to the learning
-rate is a gradient). Absent leaves `()` have neither gradient nor state: frozen weights cost nothing.
+Gradients and updates are trees like params, so optimizers compose: in `chain(clip(1.0),
+adamw(3e-4))` the second takes the updates of the first for gradients. A state is a record whose
+count of updates is an int64 tensor; so a whole training run is a function that vmap, grad and
+compile support (an ensemble is `vmap(init)`; the learning rate has a gradient). Absent leaves `()`
+have neither gradient nor state: frozen weights cost nothing.
 
-Source: the shape of optax (DeepMind), Babuschkin et al., The DeepMind JAX ecosystem, 2020.
+Source: the interface of optax (DeepMind), Babuschkin et al., The DeepMind JAX ecosystem, 2020.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ Column: TypeAlias = list[Tensor]
 
 
 def matrices(path: str, leaf: Tensor) -> bool:
-    """True for leaves of two axes or more, which weight decay is for."""
+    """True for leaves of two axes or more, to which weight decay applies."""
     return leaf.dim() >= 2
 
 
@@ -44,7 +45,7 @@ class Optimizer:
 
     init: (params) -> state
     update: (gradients, state, params) -> (updates, state); updates are to be added to params.
-    text: that call, or "" for one of a user's own.
+    text: that call, or "" for a user-defined one.
     """
 
     init: Callable[[Tree], Any]
@@ -100,6 +101,7 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
 
     Args:
         learning_rate: a number, a tensor (), or a schedule.
+        momentum: 0 to 1; 0 keeps no velocity. nesterov: whether to look ahead.
         weight_decay: of every leaf, added to the gradient as torch.optim.SGD does.
 
     Law: steps are those of torch.optim.SGD (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
@@ -147,7 +149,9 @@ def adamw(
 
     Args:
         learning_rate: a number, a tensor (), or a schedule.
-        decays: f(path, leaf), True for leaves that decay: matrices by default, as in nanoGPT, not norms and biases.
+        betas, epsilon, weight_decay: as above.
+        decays: f(path, leaf), True for leaves that decay: matrices by default, as in nanoGPT, not
+            norms and biases.
 
     Law: steps are those of torch.optim.AdamW (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
     Source: Loshchilov and Hutter, Decoupled weight decay regularization, arXiv:1711.05101.
@@ -191,7 +195,7 @@ def adamw(
 
 @door
 def hidden_matrices(path: str, leaf: Tensor) -> bool:
-    """True for the matrices inside layers, which Muon is for: neither embedding nor head, neither norms nor biases."""
+    """True for the matrices of layers, which Muon updates: not embedding, head, norms or biases."""
     return leaf.dim() == 2 and path.startswith("layers.")
 
 
@@ -210,19 +214,21 @@ def muon(
     dtype: torch.dtype = torch.bfloat16,
     specs: Tree = None,
 ) -> Optimizer:
-    """Momentum whose singular values are all set to about one, for matrices; another optimizer for the rest.
+    """Momentum with its singular values set to about one, for matrices; `rest` for other leaves.
 
         u = momentum u + (1 - momentum) g        p = p (1 - rate weight_decay) - rate s orthogonal(lerp(g, u, momentum))
 
     Args:
         learning_rate: of the matrices: a number, a tensor (), or a schedule.
         steps: Newton-Schulz iterations.
-        match: True scales by s = 0.2 sqrt(max(out, in)), which gives updates the size of AdamW's, so that its learning rate and
-            decay serve; False by s = sqrt(max(1, out / in)), as in the original.
+        match: True scales by s = 0.2 sqrt(max(out, in)), which gives updates the size of AdamW's,
+            so that its learning rate and decay can be used; False by s = sqrt(max(1, out / in)), as
+            in the original.
         where: f(path, leaf), True for the matrices.
-        rest: the optimizer of all other leaves; None is `adamw(learning_rate)` where match, `adamw(3e-4)` where not.
-        dtype: that the iterations run in.
-        specs: on a mesh, how params are cut, as in `norm`: none of the matrices may be.
+        rest: the optimizer of all other leaves; None is `adamw(learning_rate)` where match,
+            `adamw(3e-4)` where not.
+        dtype: of the iterations.
+        specs: on a mesh, how params are sharded, as in `norm`: the matrices must be replicated.
 
     Law: steps are those of torch.optim.Muon (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
     Source: Jordan et al., Muon, kellerjordan.github.io/posts/muon, 2024; Liu et al., Muon is scalable for LLM training,
@@ -267,9 +273,10 @@ def muon(
 
 @door
 def orthogonal(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """U V^T of x = U S V^T, about: after five steps the singular values lie in 0.5..1.5, with the signs and the order of x.
+    """An approximation of U V^T of x = U S V^T.
 
-    A quintic p(x) = 3.4445 x - 4.775 x^3 + 2.0315 x^5, applied to singular values by products of matrices alone.
+    After five steps the singular values are in 0.5..1.5, with the signs and the order of those of
+    x. A quintic p(x) = 3.4445 x - 4.775 x^3 + 2.0315 x^5 of singular values, by matrix products.
     """
     y = x.to(dtype)
     tall = y.shape[-2] > y.shape[-1]

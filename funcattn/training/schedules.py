@@ -1,7 +1,7 @@
-"""Learning rates as functions of the number of updates made so far.
+"""Learning-rate schedules: functions of the number of updates made so far.
 
-A schedule takes an int64 tensor () and gives a float64 tensor (): pure, so that it compiles once for all steps, and is what it is
-at a step however that step was reached. `Rate` is a number, a tensor, or such a function.
+A schedule maps an int64 tensor () to a float64 tensor (). It is pure, so it compiles once for all
+steps, and depends on the step alone. `Rate` is a number, a tensor, or such a function.
 """
 
 import math
@@ -32,7 +32,7 @@ def constant(peak: float) -> Schedule:
 
 @door
 def cosine(peak: float, steps: int, *, warmup: int = 0, floor: float = 0.0) -> Schedule:
-    """A linear warm-up to the peak, then half a cosine down to the floor at `steps`, and the floor from there.
+    """A linear warm-up to the peak, half a cosine down to the floor at `steps`, then the floor.
 
         rate(i) = peak (i + 1) / (warmup + 1)                                             for i < warmup
         rate(i) = floor + (peak - floor) (1 + cos(pi (i - warmup) / (steps - warmup))) / 2    up to steps
@@ -41,7 +41,8 @@ def cosine(peak: float, steps: int, *, warmup: int = 0, floor: float = 0.0) -> S
         >>> [round(float(cosine(1.0, 10, warmup=2)(torch.tensor(i))), 3) for i in (0, 1, 2, 6, 10, 20)]
         [0.333, 0.667, 1.0, 0.5, 0.0, 0.0]
 
-    Source: Loshchilov and Hutter, SGDR: stochastic gradient descent with restarts, arXiv:1608.03983; the warm-up is nanoGPT's.
+    Source: Loshchilov and Hutter, SGDR: stochastic gradient descent with restarts,
+        arXiv:1608.03983; the warm-up is nanoGPT's.
     """
     _lengths("cosine", steps, warmup)
     _rate("cosine", "peak", peak)
@@ -57,7 +58,7 @@ def cosine(peak: float, steps: int, *, warmup: int = 0, floor: float = 0.0) -> S
 
 @door
 def wsd(peak: float, steps: int, *, warmup: int = 0, decay: int, floor: float = 0.0) -> Schedule:
-    """Warm up, stay, decay: a linear warm-up, the peak, and a straight line to the floor over the last `decay` steps.
+    """Warmup-stable-decay: a linear warm-up, the peak, and a line to the floor in `decay` steps.
 
     Example:
         >>> [round(float(wsd(1.0, 10, warmup=1, decay=4)(torch.tensor(i))), 3) for i in (0, 1, 6, 8, 10)]
@@ -81,14 +82,14 @@ def wsd(peak: float, steps: int, *, warmup: int = 0, decay: int, floor: float = 
 
 
 def at(rate: Rate, step: Tensor) -> Tensor:
-    """The rate at a step (int64 ()), as a tensor () in float64 where it is not a tensor already."""
+    """The rate at a step (int64 ()), as a tensor (); float64 unless it is a tensor already."""
     if isinstance(rate, Tensor):
         return rate
     return rate(step) if callable(rate) else torch.full_like(step, rate, dtype=torch.float64)
 
 
 def check_rate(function: str, rate: Rate) -> None:
-    """Refuse what is no learning rate."""
+    """Fail where a learning rate is not a number, tensor or function."""
     if isinstance(rate, Tensor):
         if rate.dim() or not rate.is_floating_point():
             got = f"{rate.dtype} {errors.shape(rate)}"

@@ -1,11 +1,11 @@
-"""The state of a training run on disk: whole and verified, or not there.
+"""Snapshots of a training run on disk, written atomically and verified when read.
 
     folder/step-00000200/tensors.safetensors      every leaf, by path
-    folder/step-00000200/run.json                 what else a run is, and checksums of both files
+    folder/step-00000200/run.json                 all other state, and checksums of both files
 
-A snapshot is written under a temporary name, flushed to the disk, and moved to its place in one
-step (`atomic.folder`); only then is the oldest one removed. So a kill or a full disk, at any
-moment, leaves the snapshots before it as they were. Reading checks every byte.
+A snapshot is written under a temporary name, flushed to the disk, and renamed (`atomic.folder`);
+only then is the oldest one removed. So after a kill or with a full disk, at any moment, earlier
+snapshots are intact. Reading verifies every byte.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from ..tree import Tree
 
 TENSORS, RUN = "tensors.safetensors", "run.json"
 PREFIX = "step-"
-LARGEST_RUN = 2**26  # bytes; the reports and losses of a run
-PARTS = {"step": int, "strides": dict, "run": dict, "tensors": str}  # of the content of run.json -> what each is
+LARGEST_RUN = 2**26  # bytes of run.json: the reports and losses of a run
+PARTS = {"step": int, "strides": dict, "run": dict, "tensors": str}  # key of run.json -> its type
 
 
 def steps_in(folder: str | os.PathLike[str]) -> list[int]:
-    """The steps that a folder has snapshots of, rising. What is not a snapshot's name is not looked at."""
+    """The steps of the snapshots in a folder, ascending. Other names are ignored."""
     names = [path.name.removeprefix(PREFIX) for path in Path(folder).glob(f"{PREFIX}*")]
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
@@ -46,10 +46,10 @@ def write(folder: str | os.PathLike[str], step: int, values: Tree, run: dict[str
 
     Args:
         values: a tree of tensors.
-        run: what JSON can hold.
+        run: JSON-serializable.
 
     Raises:
-        CheckpointError: the place cannot be written or has no room. Snapshots that were there stay.
+        CheckpointError: the folder cannot be written or has no room. Earlier snapshots are kept.
     """
     target = _place(folder, step)
     leaves = dict(tree.items(values))
@@ -72,7 +72,7 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
     """The values and the run of a snapshot.
 
     Args:
-        like: a tree of the shapes and dtypes that should be there; devices follow it.
+        like: a tree with the shapes and dtypes to expect; tensors are loaded to its devices.
 
     Raises:
         CheckpointError: it is damaged, or is of another run.
@@ -116,7 +116,7 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
     def restored(path: str, leaf: Tensor) -> Tensor:
         strides = content["strides"].get(path)
         held = found[path]
-        if strides is not None:  # the order in memory decides the order of sums, and so the last bits
+        if strides is not None:  # strides determine the order of sums, and so the last bits
             held = torch.empty_strided(held.shape, strides, dtype=held.dtype).copy_(held)
         return held.to(leaf.device)
 
@@ -124,7 +124,7 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
 
 
 def damaged(folder: str | os.PathLike[str], step: int, got: str) -> NoReturn:
-    """Raise CheckpointError for a snapshot that is not whole, which says what to remove."""
+    """Raise CheckpointError for a damaged snapshot; the message says what to remove."""
     others = [name for name in steps_in(folder) if name < step]
     earlier = f" to go on from step {others[-1]}" if others else " and begin again"
     place = _place(folder, step)
@@ -132,10 +132,10 @@ def damaged(folder: str | os.PathLike[str], step: int, got: str) -> NoReturn:
 
 
 def _is_order(strides: Any, sizes: tuple[int, ...]) -> bool:
-    """Whether strides put each number of a tensor at a place of its own, in at most twice the memory that the numbers take."""
+    """True where strides overlap no elements and span at most twice their memory."""
     if not isinstance(strides, list) or len(strides) != len(sizes) or not all(is_int(n) and 0 <= n < 2**63 for n in strides):
         return False
-    reach = 0  # of the axes before, in the order of their strides
+    reach = 0  # offset of the last element in the axes before, in order of strides
     for n, size in sorted((n, size) for n, size in zip(strides, sizes, strict=True) if size > 1):
         if n <= reach:
             return False

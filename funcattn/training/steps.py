@@ -2,8 +2,9 @@
 
     params, state, metrics = step(params, state, batch)
 
-It is `torch.func.grad_and_value` of the loss, then the optimizer's update, so it goes through vmap (an ensemble), grad (a gradient
-with respect to what came before it) and `torch.compile(step, fullgraph=True)`, which makes one graph of loss, gradient and update.
+It is `torch.func.grad_and_value` of the loss, then the optimizer's update, so it supports vmap (an
+ensemble), grad (with respect to anything it depends on) and `torch.compile(step, fullgraph=True)`,
+which makes one graph of loss, gradient and update.
 """
 
 from collections.abc import Callable
@@ -31,9 +32,9 @@ Step: TypeAlias = Callable[..., tuple[Tree, Any, "Metrics"]]
 
 @record
 class Metrics(NamedTuple):
-    """What a step tells beside its result.
+    """Metrics of a step.
 
-    loss: (), of the params that the step was given. norm: (), the 2-norm of the gradient before any clipping.
+    loss: (), of the params before the step. norm: (), the 2-norm of the gradient before clipping.
 
     Prints as numbers; under vmap, with fields (n,), as a line for each of the n.
     """
@@ -59,23 +60,28 @@ def step(
 ) -> Step:
     """A function (params, state, batch, frozen=()) -> (params, state, metrics).
 
-    What it makes:
+    Its arguments:
         params: the tree that is trained; floating leaves. state: `optimizer.init(params)`.
-        batch: what the loss takes: for `fa.loss`, tokens (B, T).
-        frozen: leaves that are not trained, the other half of `fa.tree.partition(params, ...)`, or ().
+        batch: the argument of the loss: for `fa.loss`, tokens (B, T).
+        frozen: leaves that are not trained, the other half of `fa.tree.partition(params, ...)`, or
+            ().
 
-    Called inside `torch.no_grad()`, eagerly and below no transform, nothing can ask for a derivative of the step itself: the
-    gradient is then taken by autograd, the same numbers with less overhead per operation. `fit` calls it so.
+    Called inside `torch.no_grad()`, outside torch.func and torch.compile, no derivative of the step
+    itself can be taken: the gradient is then computed by autograd, the same numbers with less
+    overhead per operation. `fit` calls it so.
 
     Args:
-        model: `fa.decoder(config)`. With kernel="sdpa" attention is torch's own, whose first gradient is the fastest and which has
-            no other.
+        model: `fa.decoder(config)`. With kernel="sdpa" attention is torch's, whose first gradient
+            is the fastest and which has no higher ones.
+        optimizer: of `funcattn.training`.
         loss: f(model, params, batch) -> scalar.
-        micro_batches: n splits the leading axis of each leaf of batch in n, and averages n gradients, so that only one part's
-            activations are held. Equal to the whole where each part has as many targets that count.
-        compute: a dtype that parameters are cast to inside the loss, as torch.bfloat16, while masters, gradients and state stay in
-            theirs. The cast is part of what is differentiated.
-        specs: on a mesh, how params are cut: a tree of `sharding.P` or a prefix of it (`metrics.norm` is that of all parts).
+        micro_batches: n splits the leading axis of each leaf of batch in n, and averages n
+            gradients, so that only the activations of one are in memory. Equal to the whole where
+            each has as many targets that count.
+        compute: a dtype that parameters are cast to inside the loss, such as torch.bfloat16, while
+            master weights, gradients and state keep theirs. The cast is differentiated.
+        specs: on a mesh, how params are sharded: a tree of `sharding.P` or a prefix of it
+            (`metrics.norm` is that of all shards).
 
     Example:
         >>> import funcattn as fa

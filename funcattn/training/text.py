@@ -1,4 +1,4 @@
-"""Text for training without a tokenizer at hand: one token a character."""
+"""A character-level tokenizer for training without a pretrained one."""
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
@@ -7,14 +7,14 @@ from ..checkpoints import Tokenizer
 from ..core import errors
 from ..core.doors import door
 
-UNKNOWN = "\ufffd"  # what stands for a character that the text did not have
+UNKNOWN = "\ufffd"  # the token of all characters that are not in the text
 
 
 @door
 def characters(text: str) -> Tokenizer:
-    """A tokenizer whose tokens are the characters of a text, in the order of Unicode, and one for all others.
+    """A tokenizer with a token for each character of a text, by code point, and one for all others.
 
-    It is a Tokenizer like any: `fa.save` writes it beside a model, and `fa.load` reads it.
+    It is a Tokenizer like any other: `fa.save` writes it with a model, and `fa.load` reads it.
 
     Example:
         >>> tokenizer = characters("to be, or not to be")

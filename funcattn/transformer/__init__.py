@@ -1,15 +1,15 @@
 """The decoder: one Config, one tree of Params, six pure functions.
 
-config     Config: what the mathematics needs to know and the weights do not say
-capabilities  what a fast path computes of a Config: an allow-list
-weights    Layer, Params, shapes, initialize
-partition  how each weight is divided over the devices of a mesh: the table
-parallel   what a device with a part of the weights says to the others
-lengths    reading behind a past where rotary angles follow the length of the text
-layer      one layer as a pure function: attention over the past and the new tokens, then the feed-forward
-forward    the forward pass: embedding, the loop over layers, the last norm, the head
-model      decoder(config) -> Model
-rereading  loops over such a past: what is read first, what is read again
+config        Config: the hyperparameters that weights do not determine
+capabilities  which values of Config a fast path computes: an allow-list
+weights       Layer, Params, shapes, initialize
+partition     how each weight is sharded over a mesh: the table
+parallel      collectives of a decoder whose weights or tokens are sharded
+lengths       reading behind a cache where rotary angles follow the length of the text
+layer         one layer as a pure function: attention to cache and new tokens, feed-forward
+forward       the forward pass: embedding, the loop over layers, the last norm, the head
+model         decoder(config) -> Model
+rereading     when the text of such a cache is read again, and in which order
 """
 
 from .capabilities import ANY, why_not
@@ -31,7 +31,7 @@ from .partition import DATA, TENSOR
 from .rereading import along, first_chunk, follower, one_by_one, places, renewed
 from .weights import Layer, Params, initialize, shapes
 
-# Names of before.
+# Deprecated names.
 Block, share, begin, finish = LayerContext, layer_context, embed_tokens, final_norm
 locate, head, predict_own = positions_of, lm_head, local_logits
 

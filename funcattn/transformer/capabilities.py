@@ -1,9 +1,8 @@
-"""What a fast path can compute, field by field of the Config: an allow-list.
+"""Which configs a fast path computes, field by field of Config: an allow-list.
 
-A fast path is written for some of what a decoder may be. It names every field of Config that it
-knows, with the values that it computes; a config with a field that it does not name, or with
-another value, goes the general way. So a new field of Config is never passed over: a fast path
-takes part in it once its table says so.
+A fast path names every field of Config that it supports, with the values that it computes; a config
+with another field or another value runs on the general path. So a new field of Config is never
+ignored by accident: a fast path computes it only once its table names it.
 """
 
 import dataclasses
@@ -12,13 +11,13 @@ from typing import TypeAlias
 
 from .config import Config
 
-ANY = ("any value",)  # of a field whose value the path reads, or that something else computes
+ANY = ("any value",)  # of a field that the path supports in full, or that is computed outside it
 Table: TypeAlias = Mapping[str, Collection[object]]
 
 
-# Of the paths that run or rewrite the layers as layer.py writes them: compiled decoding, which reads
-# the cache by itself, prepares the weights and keeps code for a config that it does not look at
-# again; and smoothing, which moves factors between the weights of a layer.
+# The fields supported by paths that run layer.py itself: compiled decoding, which reads the cache,
+# prepares the weights and caches code for a config; and smoothing, which moves factors between the
+# weights of a layer.
 FIELDS: Table = {
     **dict.fromkeys(("vocabulary", "width", "layers", "heads", "kv_heads", "head_size"), ANY),
     **dict.fromkeys(("feed_forward", "activation", "norm_epsilon", "context", "tied"), ANY),
@@ -37,12 +36,12 @@ OF_LAYERS: Table = dict.fromkeys(("window", "rotary", "local", "experts"), ANY)
 
 
 def why_not(config: Config, table: Table = FIELDS, of_layers: Table = OF_LAYERS) -> str:
-    """Why a path that knows these fields does not compute this config, or "" where it does.
+    """Why a path with this allow-list does not compute a config, or "" where it does.
 
     Args:
-        config: what is to be computed.
-        table: field of Config -> the values that the path computes, or ANY. By default those
-            of any path that runs layers as they are written.
+        config: the config to compute.
+        table: field of Config -> the values that the path computes, or ANY. The default is that of
+            any path that runs layer.py itself.
         of_layers: the same for the fields of LayerSpec, of every layer.
 
     Example:

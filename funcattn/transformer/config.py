@@ -1,6 +1,7 @@
-"""What the mathematics of a decoder needs to know and its weights do not say.
+"""Config: the hyperparameters of a decoder that its weights do not determine.
 
-A family of models is a few of these fields, never a subclass: `families` reads them from other people's files.
+A model family is a setting of these fields, never a subclass: `checkpoints.families` reads them
+from checkpoints.
 """
 
 from dataclasses import dataclass
@@ -18,30 +19,30 @@ POSITIONS = ("rotary", "learned", "none")
 
 
 class LayerSpec(NamedTuple):
-    """What one layer is where layers differ. Layers of one spec are one function, applied to different weights."""
+    """The fields that differ between layers. Layers with equal specs are one pure function."""
 
-    window: int | None  # each token sees that many, itself included; None is all before it
+    window: int | None  # tokens each token attends to, itself included; None is all before it
     rotary: bool
-    local: bool  # its rotary base is Config.local_rope_base
+    local: bool  # True: its rotary base is Config.local_rope_base
     experts: bool
 
 
-Kind = LayerSpec  # its name before
+Kind = LayerSpec  # its deprecated name
 
 
 @made
 @dataclass(frozen=True)
 class Config:
-    """What the mathematics needs to know and the weights do not say. Hashable, no tensors; the defaults make a tiny model.
+    """Hyperparameters of a decoder. Hashable, without tensors; the defaults make a tiny model.
 
-    A field that differs from layer to layer is a tuple of one bool a layer, `()` for all of them.
+    A field that differs between layers is a tuple of one bool for each, `()` for True everywhere.
 
     Example:
         >>> Config(layers=2).head_size
         16
     """
 
-    vocabulary: int = 256  # V, how many token ids there are
+    vocabulary: int = 256  # V, number of token ids
     width: int = 64  # E
     layers: int = 2  # L
     heads: int = 4  # H, query heads
@@ -52,47 +53,48 @@ class Config:
     norm_epsilon: float = 1e-5
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    context: int = 2048  # positions that the model was trained on, or stretched to
+    context: int = 2048  # positions that the model was trained on or extended to
     tied: bool = True  # the head is the embedding
 
     # Attention.
     qkv_bias: bool = False
     output_bias: bool = False
-    head_norm: str = "none"  # of queries and keys before rotation: "rms" one weight (D,) for every head, "rms_width" over all
-    # heads together, "layer" a layer norm with weights (H, D)
+    # Norm of queries and keys before rotation: "rms" one weight (D,) for every head, "rms_width"
+    # over all heads together, "layer" a layer norm with weights (H, D).
+    head_norm: str = "none"
     attention_scale: float | None = None  # of logits; None is 1 / sqrt(D)
     attention_cap: float | None = None  # soft cap of logits
-    sinks: bool = False  # one learned logit a head whose value is 0
-    window: int | None = None  # tokens that each sees, itself included
-    window_layers: tuple[bool, ...] = ()  # which layers have the window
+    sinks: bool = False  # one learned logit per head whose value is 0
+    window: int | None = None  # tokens each token attends to, itself included
+    window_layers: tuple[bool, ...] = ()  # layers with the window
 
     # Positions.
     positions: str = "rotary"  # or "learned", a table (context, E) added to the embedding, or "none"
-    rotary_size: int | None = None  # features of a head that turn; None is all
-    rotary_layers: tuple[bool, ...] = ()  # which layers turn at all
-    local_rope_base: float | None = None  # base in layers with a window, where it is another; never scaled
+    rotary_size: int | None = None  # features of a head that are rotated; None is all
+    rotary_layers: tuple[bool, ...] = ()  # layers with rotary embeddings
+    local_rope_base: float | None = None  # base in layers with a window, if another; never scaled
 
     # Norms and the residual.
     norm: str = "rms"  # or "layer"
     norm_bias: bool = False
-    norm_offset: float = 0.0  # added to the weight: Gemma's is 1
-    norm_placement: str = "before"  # attention and feed-forward; or "after" them, or "around": both
+    norm_offset: float = 0.0  # added to the weight; 1 in Gemma
+    norm_placement: str = "before"  # attention and feed-forward; "after" them; or "around": both
     parallel: bool = False  # attention and feed-forward read the same residual
-    shared_norm: bool = False  # and the same norm of it
-    residual_scale: float = 1.0  # of what attention and feed-forward add
+    shared_norm: bool = False  # they also read the same norm of it; needs parallel
+    residual_scale: float = 1.0  # factor of what attention and feed-forward add to the residual
 
     # Feed-forward.
     gated: bool = True
     feed_forward_bias: bool = False
     activation_limit: float | None = None  # clamped SwiGLU; see layers.gated
-    experts: int = 0  # X, matrices to choose from; 0 is one dense feed-forward
+    experts: int = 0  # X, number of experts; 0 is one dense feed-forward
     experts_per_token: int = 0
     expert_size: int = 0  # F of each expert
-    expert_layers: tuple[bool, ...] = ()  # which layers have experts; the others are dense
-    normalized_routing: bool = True  # shares of the chosen experts sum to one
+    expert_layers: tuple[bool, ...] = ()  # layers with experts; the others are dense
+    normalized_routing: bool = True  # weights of the selected experts sum to one
     router_bias: bool = False
 
-    # Ends.
+    # Embedding and head.
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_cap: float | None = None  # soft cap
@@ -138,11 +140,11 @@ class Config:
 
     @property
     def scale(self) -> float:
-        """What attention multiplies its logits by."""
+        """The factor of attention logits."""
         return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
 
     def layer_spec(self, layer: int) -> LayerSpec:
-        """What the layer of that number is.
+        """The spec of a layer.
 
         Example:
             >>> Config(window=8, window_layers=(True, False)).layer_spec(1).window is None
@@ -157,16 +159,19 @@ class Config:
             experts=bool(self.experts) and has(self.expert_layers),
         )
 
-    kind = layer_spec  # its name before
+    kind = layer_spec  # its deprecated name
 
     @property
     def follows_length(self) -> bool:
-        """Whether the rotary angles of some layer change with the length of the text (`RopeScaling.follows_length`)."""
+        """True where rotary angles of a layer change with the length of the text.
+
+        See `RopeScaling.follows_length`.
+        """
         if self.rope_scaling is None or not self.rope_scaling.follows_length:
             return False
         return any(spec.rotary and not spec.local for spec in map(self.layer_spec, range(self.layers)))
 
     def limit(self) -> int | None:
-        """Positions that the model can tell apart as it was trained to, or None where its angles follow the length."""
+        """The greatest length of a text; None for dynamic rotary angles or without positions."""
         follows: Any = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
         return None if follows or self.positions == "none" else self.context

@@ -1,11 +1,11 @@
 """The forward pass of a decoder, written once.
 
     x = embed_tokens(tokens)
-    x, k, v = run(x)                for each layer, whatever `run` does with it
+    x, k, v = run(x)                for each layer
     logits = lm_head(final_norm(x))
 
-The decoder runs each layer as it is or rematerialized, compiled decoding runs a few of them as one
-function, calibration changes each before it goes on: all by `forward_pass` and `run_layers`.
+`run` is an argument: the decoder runs a layer as it is or rematerialized, compiled decoding runs a
+few layers as one function, calibration modifies each layer before it runs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,8 +31,8 @@ from .weights import Layer, Params
 class RunLayer(Protocol):
     """(number, spec, weights, x, context) -> the residual (*lead, T, E) after the layer, and k, v.
 
-    Keys and values (*lead, K, T, D) are those of the new tokens; context is what all layers of the
-    spec share.
+    Keys and values (*lead, K, T, D) are those of the new tokens; context is the same for all layers
+    of the spec.
     """
 
     def __call__(
@@ -47,10 +47,10 @@ def forward_pass(
     positions: Tensor,
     through: Callable[[Tensor], tuple[Tensor, Delta]],
 ) -> tuple[Tensor, Delta]:
-    """The residual (*lead, T, E) after the last norm, and the delta.
+    """The residual (*lead, T, E) after the last norm, and the delta of the new tokens.
 
     Args:
-        config, params: what it computes.
+        config, params: of the model.
         tokens, positions: int64 (*lead, T).
         through: the residual -> the residual after all layers, and their keys and values.
     """
@@ -70,14 +70,14 @@ def run_layers(
     in_order: bool = True,
     length: Tensor | None = None,
 ) -> tuple[Tensor, Delta]:
-    """The residual behind some layers, each run by `run`, and the keys and values of each.
+    """The residual after some layers, each computed by `run`, and their keys and values.
 
     Args:
         config: of the model.
         specs, weights: of the layers, which are numbered from 0.
-        x: the residual (*lead, T, E) in front of them.
+        x: the residual (*lead, T, E) before them.
         positions, mask, in_order, length: of the new tokens, as in `layer_context`.
-        run: what runs a layer.
+        run: computes one layer.
     """
     contexts: dict[LayerSpec, LayerContext] = {}
     keys: list[Tensor] = []
@@ -92,18 +92,19 @@ def run_layers(
 
 
 def embed_tokens(config: Config, params: Params, tokens: Tensor, positions: Tensor) -> Tensor:
-    """The residual (*lead, T, E) before the first layer; params that are plainly not of this config are an error."""
+    """The residual (*lead, T, E) before the first layer; raises where params do not fit config."""
     _check_params(params, config)
     x = parallel.embed(config, params.embedding, tokens)
     if config.embedding_scale != 1.0:
-        x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded as its authors do
+        # Rounded to the dtype of x first, as in the published models.
+        x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)
     if config.positions != "learned":
         return x
     return x + layers.embed(parallel.vector("positions", params.positions, (config.context, config.width)), positions)
 
 
 def final_norm(config: Config, params: Params, x: Tensor) -> Tensor:
-    """The residual after the last layer, normalized."""
+    """The residual after the last layer, normalized: (*lead, T, E)."""
     norm = parallel.vector("norm", params.norm, (config.width,))
     if config.norm == "rms":
         return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
@@ -112,7 +113,7 @@ def final_norm(config: Config, params: Params, x: Tensor) -> Tensor:
 
 
 def lm_head(params: Params) -> Any:
-    """The weight that makes logits: the embedding, where it has none of its own."""
+    """The weight of the head (V, E); the embedding where they are tied."""
     if not hasattr(params, "head"):
         remedy = "Make them with model.init(key), or take those of fa.load."
         errors.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
@@ -120,12 +121,12 @@ def lm_head(params: Params) -> Any:
 
 
 def predict(config: Config, head: Any, hidden: Tensor) -> Tensor:
-    """Logits (*lead, V), by the weight of the head (or of the embedding, where it serves)."""
+    """Logits (*lead, V) of hidden (*lead, E), by the weight of the head or the tied embedding."""
     return parallel.gather_vocab(config, local_logits(config, head, hidden))
 
 
 def local_logits(config: Config, head: Any, hidden: Tensor) -> Tensor:
-    """The logits of the part of the vocabulary that this device's head holds: all of it, unless "tensor" is bound."""
+    """The logits of this device's shard of the vocabulary: all V, unless "tensor" is bound."""
     out = parallel.head(config, head, hidden)
     if config.logit_scale != 1.0:
         out = out * config.logit_scale
@@ -141,16 +142,16 @@ def layer_context(
     in_order: bool,
     length: Tensor | None = None,
 ) -> LayerContext:
-    """The rotation and the mask that all layers of a spec share.
+    """The rotation and the mask common to all layers of a spec.
 
     Args:
-        config, spec: what they compute.
+        config, spec: of the layers.
         positions: int64 (*lead, T), the position of each new token.
-        mask: which new tokens each sees; None is causal.
+        mask: which new tokens each new token attends to; None is causal.
         dtype: of activations.
-        in_order: whether the new tokens stand one behind the other, as they do unless positions were given.
-        length: int64 (*lead) of the whole text, or (*lead, T) of that of each token, for angles that follow it; None is as far as
-            positions reach.
+        in_order: True where positions are consecutive, as they are unless they were given.
+        length: of the text, for rotary angles that follow it: int64 (*lead), or (*lead, T) for each
+            token. None is one more than the greatest position.
     """
     T = positions.shape[-1]
     rotation: Rotation | tuple[()] = ()
@@ -163,18 +164,19 @@ def layer_context(
         size = config.rotary_size or config.head_size
         inv_freq = layers.frequencies(size, base=base, scaling=scaling, length=length, device=positions.device)
         amplitude = 1.0 if scaling is None else scaling.attention
-        if inv_freq.dim() > positions.dim():  # of each token
+        if inv_freq.dim() > positions.dim():  # frequencies for each token
             each = layers.rope(positions.unsqueeze(-1), inv_freq, dtype, amplitude=amplitude)  # (*lead, T, 1, 1, D)
             rotation = Rotation(*(x.squeeze(-2).transpose(-2, -3) for x in each))
         else:
             rotation = layers.rope(positions, inv_freq, dtype, amplitude=amplitude)
     if mask is None and T > 1:
-        mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=positions.device))  # a tensor, to be where it is
+        # The offset is a tensor so that the mask is on the device of the positions.
+        mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=positions.device))
     if spec.window is not None and mask is not None and not (in_order and spec.window >= T):
         if in_order and isinstance(mask, Mask):
             near: Mask | Tensor = masks.window(T, spec.window, offset=torch.zeros((), dtype=torch.int64, device=positions.device))
             mask = masks.intersection(mask, near)
-        else:  # positions of one's own are in no order: the window is that of the positions, not of the rows
+        else:  # given positions are in any order: the window is one of positions, not of rows
             ahead = positions.unsqueeze(-1) - positions.unsqueeze(-2)
             seen = mask.dense(T) if isinstance(mask, Mask) else mask
             mask = seen & (ahead < spec.window).unsqueeze(-3) if seen.dim() > 2 else seen & (ahead < spec.window)
@@ -186,7 +188,8 @@ def _check_params(params: Params, config: Config) -> None:
         remedy = "Make them with model.init(key), or take those of fa.load; arguments come in the order params, tokens, cache."
         errors.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
     count, norm = len(params.layers), params.norm
-    if count == config.layers and (bound() or norm.shape[-1:] == (config.width,)):  # a device of a mesh may hold a part
+    # With a mesh bound, weights may be shards.
+    if count == config.layers and (bound() or norm.shape[-1:] == (config.width,)):
         return
     got = f"{count} layers" if count != config.layers else f"a width of {errors.shape(norm)[-1]}"
     wanted = f"those of the config: {config.layers} layers of width {config.width}"

@@ -1,9 +1,10 @@
 """One layer of a decoder as a pure function of its weights.
 
-    x = x + attention(norm(x))              over the past and the new tokens
-    x = x + feed_forward(norm(x))           dense, or of a few experts
+    x = x + attention(norm(x))              over the cache and the new tokens
+    x = x + feed_forward(norm(x))           dense, or a mixture of experts
 
-Layers of one spec are one function, applied to different trees: what is compiled or rematerialized is this.
+Layers of one spec are one function of different weights: this function is what is compiled or
+rematerialized.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from .weights import Layer
 
 
 class LayerContext(NamedTuple):
-    """What is the same in every layer of a spec, besides the weights: the rotation and the mask of the new tokens."""
+    """The arguments common to all layers of a spec: rotation and mask of the new tokens."""
 
     rotation: Rotation | tuple[()]
     mask: Mask | Tensor | None
@@ -41,14 +42,14 @@ def block(
     name: str,
     kernel: str | Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual x (*lead, T, E) after one layer, and the keys and values (*lead, K, T, D) of the new tokens.
+    """One layer: the residual (*lead, T, E) after it, and k, v (*lead, K, T, D) of the new tokens.
 
     Args:
-        config, spec: what the layer computes.
-        weights: its tree.
-        x: residual.
+        config, spec: of the layer.
+        weights: its weights.
+        x: the residual (*lead, T, E) before it.
         context: rotation and mask.
-        past: what is remembered of this layer, in parts; none is no past.
+        past: segments of the cached keys and values of this layer; none without a cache.
         name: of the layer, for taps: `layers.3`.
         kernel: of attention; None chooses.
     """
@@ -81,7 +82,7 @@ def _norm(config: Config, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
 
 
 def _affine(weight: Any, bias: Any, x: Tensor, *, ends: bool = False) -> Tensor:
-    """weight x + bias; `ends` says that the weight ends a region, of which every device made a part."""
+    """weight x + bias; `ends` is True where the outputs of all devices are summed (psum)."""
     y = parallel.reduce_from_region(layers.linear(weight, x)) if ends else layers.linear(weight, x)
     return y if is_absent(bias) else y + bias
 
@@ -101,13 +102,14 @@ def _attend(
     name: str,
     kernel: str | Kernel | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention adds to the residual, and the keys and values of the new tokens."""
+    """What attention adds to the residual, and k, v (*lead, K, T, D) of the new tokens."""
     y = tap(f"{name}.attention.input", parallel.copy_to_region(y))
     (H, K), D = parallel.heads(config), config.head_size
     q, k, v = _affines((weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y)
     q = _heads(config, q, weights.q_norm, H, D)
     k = _heads(config, k, weights.k_norm, K, D)
-    v = torch.unflatten(v, -1, (K, D)).transpose(-2, -3)  # not the method, which torch.compile cannot trace under a default device
+    # torch.unflatten: torch.compile cannot trace the method under a default device.
+    v = torch.unflatten(v, -1, (K, D)).transpose(-2, -3)
     if spec.rotary:
         assert isinstance(context.rotation, Rotation)
         q, k = layers.rotate(q, context.rotation), layers.rotate(k, context.rotation)
@@ -125,7 +127,7 @@ def _attend(
 
 
 def _heads(config: Config, x: Tensor, norm: Any, heads: int, D: int) -> Tensor:
-    """(*lead, T, heads D) to (*lead, heads, T, D), normalized as the family does it."""
+    """(*lead, T, heads D) to (*lead, heads, T, D), with the head norm of the config."""
     if config.head_norm == "rms_width":
         x = _norm(config, x, norm, ())
     x = torch.unflatten(x, -1, (heads, D))
@@ -149,7 +151,7 @@ def _feed_forward(config: Config, spec: LayerSpec, weights: Layer, y: Tensor, na
 
 
 def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
-    """The feed-forward of a few experts for each token: every chosen pair (token, expert) is one row."""
+    """The mixture of experts: each selected pair (token, expert) is one row of a product."""
     scores = tap(f"{name}.feed_forward.router", _affine(weights.router, weights.router_bias, y))
     share, expert = layers.route(scores, config.experts_per_token, normalized=config.normalized_routing)
     chosen = expert.flatten()

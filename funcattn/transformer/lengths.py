@@ -1,17 +1,22 @@
-"""Reading behind a past where the rotary angles follow the length of the text (`Config.follows_length`).
+"""Reading behind a cache where rotary angles depend on the length of the text.
 
-Beyond `context` positions such a scaling turns every position of the text by other angles, the first ones too: all keys, values and
-activations change, and what was remembered is of a text that was shorter. The text is then read again, so that for every scaling
+Such scalings (`Config.follows_length`) change the angles of all positions once a text is longer
+than `context`, those of the first positions too. All keys, values and activations change, and the
+cache has those of a shorter text. The whole text is then read again, so that for every scaling
 
-    extend(params, x[n:], past of x[:n]) == extend(params, x, ())[n:]
+    extend(params, x[n:], cache of x[:n]) == extend(params, x, ())[n:]
 
-A past of such a model has one layer more than the model. Its rows hold the id of each token, and whether it was read beyond the
-context, as digits of three bits: exact in every floating dtype, and in codes of 4 bits, whose step is at most 7 / 15. Since they
-are rows, every kind of past commits, forks, shards and maps them as it does all others, and knows nothing of it.
+The cache of such a model has more layers than the model. Their rows store the id of each token and
+whether it was read beyond the context, as digits of three bits: exact in every floating dtype, and
+in codes of 4 bits, whose step is at most 7 / 15. As they are rows like keys and values, every kind
+of cache commits, forks, shards and maps them unchanged.
 
-Within the context nothing is ever read again. Beyond it longrope goes on with what was read beyond it; the base of "dynamic"
-changes with every token, so its text is read again at every step.
+Within the context no text is read again. Beyond it "longrope" continues with rows that were read
+beyond it; the base of "dynamic" changes with every token, so the text is read again at every step.
 
+See docs/decisions/a-text-has-one-length.md.
+
+Law: test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
 See docs/decisions/a-text-has-one-length.md. Law: test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
 """
 
@@ -30,14 +35,19 @@ from ..records import ABSENT, is_absent
 from . import parallel
 from .config import Config
 
-BASE = 8  # of the digits
+BASE = 8  # of the digits of a token id
 
 Run = Callable[[Tensor, Any, Tensor, Mask | Tensor | None, bool, Tensor | None], tuple[Tensor, Delta]]
-# (tokens, cache, places, mask, in_order, length) -> (x, delta): the forward pass with angles of a text of that length
+# (tokens, cache, places, mask, in_order, length) -> (x, delta): the forward pass with the rotary
+# angles of a text of that length; places are the positions of the tokens.
 
 
 class Text(NamedTuple):
-    """What a past remembers of its text: ids (R,), whether each was read beyond the context, and which rows count; `()` is all."""
+    """The token ids stored in a cache.
+
+    ids: int64 (R,). beyond: bool (R,), True for rows read beyond the context. counts: bool (R,),
+    True for rows that are visible; `()` is all.
+    """
 
     ids: Tensor
     beyond: Tensor
@@ -45,37 +55,38 @@ class Text(NamedTuple):
 
 
 def cache_layers(config: Config) -> int:
-    """Layers of a past: those of the model, and behind them what holds the text, where the angles follow its length."""
+    """Layers of a cache: those of the model, and those that store the text where it is needed."""
     if not config.follows_length:
         return config.layers
     return config.layers + -(-(1 + _digits(config)) // (2 * config.head_size))
 
 
 def length_of(places: Tensor) -> Tensor:
-    """The length (*lead) of a text whose tokens stand at places (*lead, T), of all parts of it together."""
+    """The length (*lead) of a text with tokens at positions (*lead, T), over all devices."""
     if not places.shape[-1]:
         return places.new_zeros(places.shape[:-1])
     return parallel.longest(places.amax(-1) + 1)
 
 
 def lengths_of(places: Tensor, mask: Mask | Tensor | None, in_order: bool) -> Tensor:
-    """The length (*lead) of each text; or (*lead, T) of the document of each token, where several lie behind each other.
+    """The length (*lead) of each text, or (*lead, T), for each token, of its packed document.
 
-    That is where positions and a mask of intervals are given: a document ends where positions do not go on by one.
+    Documents are packed where positions and a Mask (of intervals) are given; a document ends where
+    the next position is not one greater.
     """
     T = places.shape[-1]
     if in_order or not isinstance(mask, Mask) or T < 2:
         return length_of(places)
     row = torch.arange(T, device=places.device)
     ends = F.pad(places[..., 1:] != places[..., :-1] + 1, (0, 1), value=True)
-    last = torch.where(ends, row, T).flip(-1).cummin(-1).values.flip(-1)  # of its document
+    last = torch.where(ends, row, T).flip(-1).cummin(-1).values.flip(-1)  # last row of its document
     return places.gather(-1, last) + 1
 
 
 def hidden(
     config: Config, run: Run, tokens: Tensor, cache: Any, places: Tensor, mask: Mask | Tensor | None, in_order: bool
 ) -> tuple[Tensor, Delta]:
-    """The residual (*lead, T, E) of new tokens and their delta, as in a reading of the whole text, the past and they."""
+    """The residual (*lead, T, E) and delta of new tokens, equal to one pass over the whole text."""
     if not config.follows_length:
         return run(tokens, cache, places, mask, in_order, None)
     if is_absent(cache):
@@ -92,12 +103,12 @@ def hidden(
 
 
 def continues(config: Config, cache: Any, T: int) -> bool:
-    """Whether T new tokens are read behind the past as it is, with the angles that its own tokens were read with."""
+    """True where the cached rows have the angles of the text with T new tokens."""
     return not config.follows_length or _goes_on(config, remembered(config, cache), cache.length + T)
 
 
 def noted(config: Config, delta: Delta, tokens: Tensor, length: Tensor) -> Delta:
-    """The delta with the rows that hold its tokens, read in texts of that length; as it is where no angle follows the length."""
+    """The delta with layers that store its token ids, where angles follow the length."""
     if not config.follows_length:
         return delta
     k, D = delta.k[0], config.head_size
@@ -112,13 +123,14 @@ def noted(config: Config, delta: Delta, tokens: Tensor, length: Tensor) -> Delta
 
 
 def remembered(config: Config, cache: Any) -> Text:
-    """The text of a past that its next token can see."""
+    """The text in a cache, as far as the next token sees it."""
     here = cache.length.reshape(1)
     layers = [caches.past(cache, i, here) for i in range(config.layers, cache_layers(config))]
     if not layers[0]:
         none = torch.zeros(0, dtype=torch.int64, device=here.device)
         return Text(none, none.bool(), ABSENT)
-    sides = [torch.cat([part[side][0] for part in parts], -2) for parts in layers for side in (0, 1)]  # of the first head
+    # All heads have the same rows: take the first.
+    sides = [torch.cat([part[side][0] for part in parts], -2) for parts in layers for side in (0, 1)]
     digits = torch.cat(sides, -1)[..., : 1 + _digits(config)].round().long()
     ids = (digits[..., 1:] * BASE ** torch.arange(_digits(config), device=digits.device)).sum(-1)
     if all(is_absent(part.mask) for part in layers[0]):
@@ -127,21 +139,21 @@ def remembered(config: Config, cache: Any) -> Text:
 
 
 def in_front(text: Text) -> tuple[Tensor, Any]:
-    """The ids (R,) with those that count first, in their order, and how many those are."""
+    """The ids (R,) with visible ones first, in order, and the number of these."""
     if is_absent(text.counts):
         return text.ids, text.ids.shape[-1]
     return text.ids.gather(-1, (~text.counts).long().argsort(dim=-1, stable=True)), text.counts.sum(-1)
 
 
 def _seen(mask: Any, k: Tensor) -> Tensor:
-    """Bool (S,): the rows of a part that count."""
+    """Bool (S,): True for the visible rows of a segment."""
     if is_absent(mask):
         return torch.ones(k.shape[-2], dtype=torch.bool, device=k.device)
     return (mask.dense(k.shape[-2]) if isinstance(mask, Mask) else mask)[..., 0, :]
 
 
 def _goes_on(config: Config, text: Text, length: Tensor) -> bool:
-    """Whether the text was read with the angles of this length; False where that cannot be looked at."""
+    """True where the text was read with the angles of this length; False for unreadable values."""
     beyond = length > _context(config)
     assert config.rope_scaling is not None
     other = text.beyond != beyond if config.rope_scaling.kind == "longrope" else text.beyond | beyond
@@ -161,7 +173,7 @@ def _again(
     in_order: bool,
     length: Tensor,
 ) -> tuple[Tensor, Delta]:
-    """The text of the past read again in front of the new tokens; what is returned is of the new ones alone."""
+    """Read the cached text again with the new tokens; returns the residual and delta of these."""
     (ids, n), R, T = in_front(text), text.ids.shape[-1], tokens.shape[-1]
     lost = cache.length != n
     if parallel.in_parts() or errors.is_true(lost):

@@ -4,7 +4,7 @@
     x = layer(x)                  for each layer
     logits = head(norm(x))
 
-Written for one sequence. Many sequences, a ragged batch, a forest of futures or an ensemble of weights are `vmap`.
+Written for one sequence. Batches, ragged batches, forks of a cache and ensembles are `vmap`.
 """
 
 import functools
@@ -39,20 +39,24 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
         extend(params, tokens, cache=(), *, mask=None, positions=None) -> (logits, delta)
         apply(params, tokens, cache=()) -> (logits, cache)
 
-    With no past (`cache=()`) tokens are int64 (*lead, T), leading axes free: training is
-    `model.logits(params, model.hidden(params, tokens)[0])`. With a past, tokens are one sequence (T,), and `vmap` makes batches.
-    `mask` says which of the new tokens each new token sees (causal by default; a Mask of T queries, or booleans (T, T)); all see
-    the past, as far as the window of a layer reaches. `positions` (*lead, T) are those of the sequence; by default they go on from
-    the past.
+    Without a cache (`cache=()`) tokens are int64 (*lead, T), leading axes free: training is
+    `model.logits(params, model.hidden(params, tokens)[0])`. With a cache, tokens are one sequence
+    (T,), and `vmap` makes batches. `mask` is the attention mask among the new tokens (causal by
+    default; a Mask of T queries, or booleans (T, T)); all of them attend to the cache, within the
+    window of a layer. `positions` (*lead, T) are those of the sequence; by default they continue
+    those of the cache.
 
     Args:
-        config: sizes and kinds.
-        kernel: of attention, to force: a name (see `kernels.explain`) or a `kernels.Kernel` of one's own; None chooses.
-        remat: keep of each layer only its input, and compute the rest again for its derivatives: less memory for more time.
+        config: hyperparameters.
+        kernel: of attention, to force: a name (see `kernels.explain`) or a `kernels.Kernel`; None
+            chooses.
+        remat: save only the input of each layer for the backward pass, and recompute the rest:
+            less memory, more time.
 
     Raises:
-        ValueError: tokens outside the vocabulary; a sequence longer than `config.context` positions; masks, positions or pasts of
-            other sizes. TypeError: arguments of another kind.
+        ValueError: tokens outside the vocabulary; a sequence longer than `config.context`
+            positions; masks, positions or caches of other sizes.
+        TypeError: arguments of another type.
 
     Example:
         >>> import funcattn as fa
@@ -85,7 +89,8 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
 
         Args:
             size: tokens.
-            kind: `fa.Cache`, `fa.Pages`, `fa.Ring`, `fa.QuantizedCache`, or another (`funcattn.caches`).
+            kind: `fa.Cache`, `fa.Pages`, `fa.Ring`, `fa.QuantizedCache`, or another
+                (`funcattn.caches`).
             dtype: of keys and values: that of the activations. None is torch's default.
         """
         if not errors.is_count(size, 0):
@@ -101,17 +106,19 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
     def hidden(
         params: Params, tokens: Tensor, cache: Past = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
-        """The residual after the last norm, of which `logits` makes logits, and the keys and values of the new tokens.
+        """The residual after the last norm, and keys and values of the new tokens.
 
         Args:
             params: the weights.
             tokens: int64 (*lead, T); one sequence (T,) where there is a cache.
-            cache: what was read before, which is only read; `()` is nothing.
-            mask: which of the new tokens each sees: a `Mask` of T queries or booleans (T, T). All see the cache.
-            positions: int64 (*lead, T); by default they go on from the cache.
+            cache: of the tokens before, which is not modified; `()` is none.
+            mask: attention mask among the new tokens: a `Mask` of T queries or booleans (T, T). All
+                attend to the cache.
+            positions: int64 (*lead, T); by default they continue those of the cache.
 
         Returns:
-            hidden (*lead, T, E), and the Delta that `fa.commit(cache, delta)` adds.
+            hidden (*lead, T, E), the argument of `logits`, and the Delta for
+            `fa.commit(cache, delta)`.
         """
         at = positions_of(config, tokens, cache, positions)
         _check_mask(mask, tokens.shape[-1])
@@ -131,7 +138,7 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
         in_order: bool,
         length: Tensor | None,
     ) -> tuple[Tensor, Delta]:
-        """Tokens at these positions of a text of that length (None: of which no angle depends on it)."""
+        """`hidden` at given positions, in a text of that length (None where angles ignore it)."""
 
         def run(number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
             past = () if is_absent(cache) else tuple(caches.past(cache, number, positions, spec.window))
@@ -145,7 +152,7 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
 
     @door
     def logits(params: Params, hidden: Tensor) -> Tensor:
-        """The logits (*lead, V) of hidden (*lead, E), which is what `hidden` returns: the residual after the last norm."""
+        """Logits (*lead, V) of hidden (*lead, E), the residual after the last norm."""
         weight = lm_head(params)
         if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (config.width,):
             remedy = "Pass the first of what model.hidden returns."
@@ -159,12 +166,12 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
 
 
 def _run(number: int, config: Config, spec: LayerSpec, weights: Layer, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer with its weights as this device computes with them."""
+    """A layer, with its weights gathered as this device needs them."""
     return block(config, spec, parallel.layer(config, number, weights), *rest, **options)
 
 
 def positions_of(config: Config, tokens: Tensor, cache: Past, positions: Tensor | None = None) -> Tensor:
-    """The positions of new tokens, which go on from the past unless they are given; tokens, past and positions are checked."""
+    """Positions of new tokens: given, or continuing those of the cache; arguments are validated."""
     _check_tokens(tokens, config, has_past=not is_absent(cache))
     if not is_absent(cache):
         _check_past(cache, config)
@@ -203,7 +210,8 @@ def _check_reach(positions: Tensor, config: Config) -> None:
     if limit is None or not positions.shape[-1]:
         return
     last = errors.greatest(positions)
-    if last is not None and limit <= last < caches.OVERFLOWED:  # beyond is what a commit that did not fit left: NaN tells of it
+    # A length of OVERFLOWED or more is of a commit that did not fit: the logits are NaN.
+    if last is not None and limit <= last < caches.OVERFLOWED:
         whose = "of its table" if config.positions == "learned" else "that the model was trained on, config.context"
         remedy = "Shorten it; or where you know better, stretch it by dataclasses.replace(config, context=..., rope_scaling=...)."
         errors.fail("decoder", "tokens", f"within the {limit} positions {whose}", f"position {last}", remedy)

@@ -1,22 +1,24 @@
-"""The decoder on a part of its weights: what it says to the other devices of a mesh, and when.
+"""Collectives of a decoder whose weights or tokens are sharded over a mesh.
 
-Where the axis "tensor" is bound, a device holds some heads, some features and some of the vocabulary, by the
-table in `partition`. A layer copies its residual into two regions (attention, feed-forward), each of which
-ends with one psum:
+Where the axis "tensor" is bound, a device has some heads, some features and a shard of the
+vocabulary, by the table in `partition`. A layer copies its residual into two regions (attention,
+feed-forward), each of which ends with one psum:
 
     y = copy_to_region(norm(x))
     x = x + psum(o attend(q y, k y, v y))        x = x + psum(down act(gate y, up y))
 
-forward 2 collectives a layer, backward 2. What a region uses and every device holds (head norms, routers, the down-projection of an
-adaptation) is copied too, so that its gradient is the sum of all of theirs, and the same everywhere.
+Forward and backward have 2 collectives a layer each. Replicated weights that are used in a region
+(head norms, routers, the down-projection of an adapter) are copied into it too: their gradient is
+the sum over all devices, the same on each.
 
-Where the axis "data" is bound, each device has sequences of its own. A weight that is cut over it is gathered before its layer, and
-its gradient scattered; one that is whole is copied. So the gradient of every leaf is cut as the leaf is.
+Where the axis "data" is bound, each device has different sequences. A weight that is sharded over
+it is gathered before its layer, and its gradient scattered; a replicated one is copied. So the
+gradient of every leaf is sharded as the leaf is.
 
-Where the axis "context" is bound, each device has a part of every text: a ring attends to all of it, and a past in parts
-(`caches.ShardedCache`) is attended to by one merge.
+Where the axis "context" is bound, each device has a part of every text: ring attention covers all
+of it, and attention to a context-sharded cache (`caches.ShardedCache`) is one merge over devices.
 
-Nothing bound costs nothing: each function returns what it was given.
+With no axis bound each function returns its argument.
 
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
 """
@@ -62,7 +64,10 @@ def heads(config: Config) -> tuple[int, int]:
 
 
 def layer(config: Config, number: int, weights: Layer) -> Layer:
-    """The weights of a layer as this device computes with them: gathered over "data", and what a region uses whole, copied."""
+    """The weights of a layer as this device uses them.
+
+    Gathered over "data"; replicated weights of a region are copied into it.
+    """
     if not collectives.bound():
         return weights
     n, whole, experts = axis_size(TENSOR), _shapes(config).layers[number], config.layer_spec(number).experts
@@ -89,14 +94,14 @@ def _division(shape_length: int, dim: int | None, mark: str) -> tuple[str | None
 
 
 def _copied_to_region(weight: Any, cut: int | None, rank: int) -> Any:
-    """The weight with those of its numbers copied into a region that are whole on every device."""
+    """The weight with its replicated tensors copied into a region."""
     divided = layers.fields(weight, _division(rank, cut, TENSOR))
     copied = lambda x, d: x if TENSOR in d or not x.is_floating_point() else copy_to_region(x)
     return optree.tree_map(copied, weight, divided)
 
 
 def _local_kv_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
-    """The rows of the key/value head that this device's query heads read."""
+    """The rows of the key/value head that belongs to this device's query heads."""
     axis = collectives.find(TENSOR)
     assert axis is not None
     divided = layers.fields(weight, _division(rank, 0, TENSOR))
@@ -108,7 +113,8 @@ def _local_kv_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
             return x.narrow(0, axis.rank * config.kv_heads // axis.size * block, block)
         mine = axis_index(TENSOR) * config.kv_heads // axis.size
         select = lambda x: x.unflatten(0, (config.kv_heads, block)).index_select(0, mine.reshape(1)).flatten(0, 1)
-        if x.is_floating_point() and x.element_size() == 1:  # codes, of which torch selects none as they are
+        # 8-bit floating codes: torch has no index_select for them.
+        if x.is_floating_point() and x.element_size() == 1:
             return select(x.view(torch.uint8)).view(x.dtype)
         return select(x)
 
@@ -116,7 +122,10 @@ def _local_kv_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
 
 
 def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
-    """A weight whole along "data": gathered where it is cut, else copied. What is here should be of that shape."""
+    """A weight whole along "data": gathered where it is sharded, else copied.
+
+    shape is that of the weight, whole along "data", on this device.
+    """
     n = axis_size(DATA)
     got = getattr(weight, "shape", None)
     if got is None:  # prepared for compiled code
@@ -141,12 +150,12 @@ def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
 
 
 def vector(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
-    """A norm, a bias or a table outside of the layers."""
+    """A norm, bias or table outside of the layers, gathered over "data"."""
     return weight if is_absent(weight) or not collectives.bound() else _over_data(path, weight, shape)
 
 
 def embed(config: Config, weight: Any, tokens: Tensor) -> Tensor:
-    """Rows of the embedding, of which this device may hold some: the others' are zeros, and psum joins them."""
+    """Rows of the embedding; where it is sharded, other shards' rows are zeros, summed by psum."""
     if not collectives.bound():
         return layers.embed(weight, tokens)
     rows = weight.shape[0]
@@ -160,7 +169,7 @@ def embed(config: Config, weight: Any, tokens: Tensor) -> Tensor:
 
 
 def _table(config: Config, path: str, weight: Any) -> Any:
-    """A part of the vocabulary."""
+    """The shard of the embedding or head over the vocabulary, gathered over "data"."""
     n = axis_size(TENSOR)
     cut = division(config, path, 2, n)
     weight = _over_data(path, weight, cut.over_tensor((config.vocabulary, config.width), n))
@@ -168,31 +177,31 @@ def _table(config: Config, path: str, weight: Any) -> Any:
 
 
 def head(config: Config, weight: Any, hidden: Tensor) -> Tensor:
-    """Logits (*lead, V), or of the part (*lead, V / n) of the vocabulary that this device's head holds."""
+    """Logits (*lead, V), or (*lead, V / n) for a head that is sharded over the vocabulary."""
     if not collectives.bound():
         return layers.linear(weight, hidden)
     shape = getattr(weight, "shape", None)
     if shape is None:
-        return layers.linear(weight, hidden)  # prepared for compiled code, which differentiates nothing
+        return layers.linear(weight, hidden)  # prepared for compiled code, without derivatives
     if shape[0] == config.vocabulary:
         return layers.linear(_over_data("head", weight, (config.vocabulary, config.width)), hidden)
     return layers.linear(_table(config, "head", weight), copy_to_region(hidden))
 
 
 def gather_vocab(config: Config, logits: Tensor) -> Tensor:
-    """Logits (*lead, V) on every device, from those of each one's part of the vocabulary."""
+    """Logits (*lead, V) on every device, gathered from the shards of the vocabulary."""
     if logits.shape[-1] == config.vocabulary:
         return logits
     return all_gather_invariant(logits, TENSOR, dim=-1)
 
 
 def in_parts() -> bool:
-    """Whether the text lies on several devices."""
+    """True where texts are sharded over "context"."""
     return axis_size(CONTEXT) > 1
 
 
 def check(params: Any, cache: Any, mask: Any) -> None:
-    """Fail where a text in parts meets what knows of no parts."""
+    """Fail where a text is sharded over "context" and an argument does not support that."""
     if not in_parts():
         return
     if is_absent(cache):
@@ -211,19 +220,23 @@ def check(params: Any, cache: Any, mask: Any) -> None:
 
 
 def longest(length: Tensor) -> Tensor:
-    """The greatest length of all parts of a text."""
+    """The greatest length over the devices of "context"."""
     return pmax(length, CONTEXT)
 
 
 def places(T: int) -> Tensor | None:
-    """The positions of this device's tokens, where the text lies on several, in the order of `kernels.zigzag`; else None."""
+    """Positions of this device's tokens, in the order of `kernels.zigzag`; None unless sharded."""
     return kernels.places(T, CONTEXT) if in_parts() else None
 
 
 def attend(
     config: Config, kind: Kind, q: Tensor, k: Tensor, v: Tensor, mask: Any, past: Sequence[Part], kernel: str | Kernel | None
 ) -> Tensor:
-    """Attention over a text in parts: a ring; or behind a past, which new tokens that all hold alike attend to every part of."""
+    """Attention over a text sharded over "context".
+
+    Without a cache it is ring attention. With one, the new tokens are replicated: they attend to
+    each device's shard of the cache, and the results are merged.
+    """
     for name, given in (("attention_cap", config.attention_cap), ("sinks", config.sinks or None), ("window", kind.window)):
         if given is not None:
             remedy = "Shard it over 'data' and 'tensor'."
@@ -238,10 +251,10 @@ def attend(
 
 
 def reduce_from_region(x: Tensor) -> Tensor:
-    """The end of a region: the sum of what all devices made."""
+    """End a region: the sum over the devices of "tensor"."""
     return psum(x, TENSOR)
 
 
 def copy_to_region(x: Tensor) -> Tensor:
-    """The beginning of a region."""
+    """Begin a region: the identity, whose gradient is summed over the devices of "tensor"."""
     return collectives.copy_to_region(x, TENSOR)

@@ -1,15 +1,15 @@
-"""How each weight of a decoder is divided over the devices of a mesh: one table, which everybody reads.
+"""How each weight of a decoder is sharded over a mesh: the one table of it.
 
     weight                        over "tensor"                  over "data" (fsdp)
     q k v, gate up, and biases    rows: whole heads, features    columns
-    o down                        columns: each makes a part     rows
-                                  of a sum, one psum a region
-    embedding head                rows: a part of the vocabulary columns
-    positions                     whole                          columns
-    norms, routers, the rest      whole                          whole
+    o down                        columns: partial sums, one     rows
+                                  psum a region
+    embedding head                rows: shards of the vocabulary columns
+    positions                     replicated                     columns
+    norms, routers, the rest      replicated                     replicated
 
-`sharding.tensor_parallel` and `fsdp` make their rules of it; `parallel` makes of it the shapes that a
-device should hold, and what it copies into a region. A new weight is one line here; a weight without
+`sharding.tensor_parallel` and `fsdp` derive their specs from it; `parallel` derives the local
+shapes, and which weights are copied into a region. A new weight is one line here; a weight without
 one is an error wherever a mesh is bound.
 
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
@@ -26,16 +26,17 @@ TENSOR, DATA = "tensor", "data"
 
 @dataclass(frozen=True)
 class Cut:
-    """How a weight is divided. Axes count from the last (-2 rows, -1 columns, or the axis of a vector);
-    an axis that the weight does not have is not cut: norms of heads (D,) have no rows, those (H, D) have.
+    """How a weight is sharded. Axes count from the last (-2 rows, -1 columns, or that of a vector).
+
+    An axis that the weight does not have is not sharded: head norms (D,) have no rows, (H, D) have.
     """
 
-    tensor: int | None = None  # the axis that is cut over "tensor"
-    data: int | None = None  # the axis that fsdp cuts over "data"
+    tensor: int | None = None  # the axis that is sharded over "tensor"
+    data: int | None = None  # the axis that fsdp shards over "data"
     by_head: bool = False  # rows of one head stay together
-    of_kv: bool = False  # whole on every device where key/value heads are fewer than devices
-    region: bool = False  # whole, and used inside of a region, where each device goes on in its own way
-    once: bool = False  # added to a partial sum: by the first device alone
+    of_kv: bool = False  # replicated where there are fewer key/value heads than devices
+    region: bool = False  # replicated, and used in a region, where its gradients differ by device
+    once: bool = False  # added to a partial sum, by the first device only
 
 
 WHOLE = Cut()
@@ -56,31 +57,33 @@ CUTS = {
     **dict.fromkeys(("attention_norm_bias", "feed_forward_norm_bias", "o_bias", "down_bias"), WHOLE),
     **dict.fromkeys(("norm", "norm_bias"), WHOLE),
 }
-OF_EXPERTS = {"down_bias": Cut(once=True)}  # what layers of experts divide otherwise
+OF_EXPERTS = {"down_bias": Cut(once=True)}  # weights that layers of experts shard differently
 
 
 class Division(NamedTuple):
-    """`Cut` of one weight of one config on a number of devices; axes count from the first."""
+    """`Cut` of one weight for one config and number of devices; axes count from the first."""
 
     tensor: int | None
     data: int | None
     block: int  # rows that stay together
-    replicated: bool  # whole, of which each device uses the rows of the key/value heads that it reads
-    region: bool  # what of it is whole is copied into a region
+    replicated: bool  # whole; each device uses the rows of the key/value heads of its query heads
+    region: bool  # True where its replicated tensors are copied into a region
     once: bool
 
     def over_tensor(self, shape: tuple[int, ...], n: int) -> tuple[int, ...]:
-        """The shape of a part on one of n devices along "tensor"."""
+        """The local shape on one of n devices along "tensor"."""
         return tuple(size // n if dim == self.tensor else size for dim, size in enumerate(shape))
 
 
 def division(config: Config | None, name: str, rank: int, n: int, *, experts: bool = False) -> Division:
-    """How a weight of so many axes is divided over n devices along "tensor".
+    """How a weight is sharded over n devices along "tensor".
 
     Args:
-        config: None takes heads for rows that may be cut anywhere.
-        name: of the field of `Layer` or `Params`.
-        experts: whether it is of a layer with experts.
+        config: None treats rows as divisible anywhere, not by heads.
+        name: a field of `Layer` or `Params`.
+        rank: the number of axes of the weight.
+        n: devices along "tensor".
+        experts: True for a layer with experts.
 
     Raises:
         ValueError: the table has no such weight.

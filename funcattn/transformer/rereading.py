@@ -1,7 +1,8 @@
-"""Loops over a past whose text may have to be read again, because its rotary angles follow its length (see `lengths`).
+"""Loops over a cache whose text may have to be read again (see `lengths`).
 
-`Model.hidden` is right behind any past; these are about how often it reads a text again, and about rows that one step computes for
-texts of several lengths. All of them do nothing for a model whose angles stay what they are.
+`Model.hidden` is correct behind any cache; these functions reduce how often it reads a text again,
+and compute rows of texts of several lengths in one step. They change nothing for a model whose
+rotary angles do not depend on the length.
 """
 
 from typing import Any
@@ -19,13 +20,16 @@ from .config import Config
 
 
 def follower(model: Model) -> Config | None:
-    """The Config of a model whose angles follow the length; None for any other, and for one that does not tell its Config."""
+    """The Config of a model whose angles follow the length; None for others or without a Config."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Config) and config.follows_length else None
 
 
 def first_chunk(model: Model, cache: Any, T: int, chunk: int) -> int:
-    """Tokens of a prompt of T to read first, so that none of them is read again: beyond the context where the prompt ends there."""
+    """How many tokens of a prompt of T to read first, so that none of them is read twice.
+
+    The first chunk extends beyond the context where the prompt does.
+    """
     config = follower(model)
     if config is None or config.rope_scaling is None:
         return chunk
@@ -36,9 +40,9 @@ def first_chunk(model: Model, cache: Any, T: int, chunk: int) -> int:
 
 
 def places(model: Model, cache: Any, begin: int, end: int, prompt_length: Tensor | None) -> Tensor | None:
-    """Positions of tokens begin to end of a padded prompt, its pads at the place of its last token: they make no text longer.
+    """Positions begin to end of a padded prompt; padding has the position of the last token.
 
-    None where positions need not be given.
+    So padding makes no text longer. None where positions need not be given.
     """
     if prompt_length is None or follower(model) is None:
         return None
@@ -47,8 +51,11 @@ def places(model: Model, cache: Any, begin: int, end: int, prompt_length: Tensor
 
 
 def one_by_one(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
-    """`model.hidden` (T, E) of tokens (T,) read one after the other, which a past that forgets or alters what it holds asks for:
-    within one reading the new tokens see each other as they are, however far apart."""
+    """`model.hidden` (T, E) of tokens (T,) read one at a time, and their delta.
+
+    For caches that drop or quantize tokens: in one pass the new tokens would attend to each other
+    unquantized and at any distance.
+    """
     past, rows, deltas = cache, [], []
     for token in tokens.unbind():
         x, delta = model.hidden(params, token.reshape(1), past)
@@ -60,8 +67,9 @@ def one_by_one(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[T
 
 
 def along(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
-    """`model.extend` for tokens of which each may be the last: row t is that of the text which ends with token t."""
-    all_near = isinstance(cache, Ring) and len(tokens) <= cache.k.shape[-2] + 1  # its window
+    """`model.extend` where row t is that of the text ending with token t, whatever follows."""
+    # Within the window of a Ring no token is dropped.
+    all_near = isinstance(cache, Ring) and len(tokens) <= cache.k.shape[-2] + 1
     if len(tokens) > 1 and not all_near and not caches.keeps_all(cache):
         x, delta = one_by_one(model, params, tokens, cache)
         return model.logits(params, x), delta
@@ -78,9 +86,10 @@ def along(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor
 
 
 def renewed(model: Model, params: Any, cache: Any) -> Any:
-    """The same past, its rows computed anew where those of a text of its length are others, so that reading goes on behind it.
+    """The cache, its rows recomputed if they have the angles of another length than its own.
 
-    Of `Cache`, `Pages` and branches of such; any other is returned as it is, and read again at each step.
+    For `Cache`, `Pages` and branches of these; any other is returned unchanged, and its text is
+    read again at each step.
     """
     config = follower(model)
     if config is None or config.rope_scaling is None or config.rope_scaling.kind == "dynamic" or not _is_rewritable(cache):
@@ -102,7 +111,7 @@ def _is_rewritable(cache: Any) -> bool:
 
 
 def _rewritten(cache: Any, delta: Delta, begin: Any) -> Any:
-    """The past with its rows those of the delta, from `begin` on."""
+    """The cache with its rows replaced by those of the delta, from row `begin` on."""
     if isinstance(cache, Branch):
         own = _rewritten(cache.tail, delta, begin + cache.prefix.length)
         return Branch(_rewritten(cache.prefix, delta, begin), own)

@@ -1,4 +1,4 @@
-"""All weights of a decoder as one tree, what shape each must have, and how they begin."""
+"""The weights of a decoder as one tree: their shapes and initialization."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from .config import Config
 
 @record
 class Layer(NamedTuple):
-    """The weights of one layer; matrices are (out, in). What a family does not have is `()`."""
+    """The weights of one layer; matrices are (out, in). Weights that a config lacks are `()`."""
 
     attention_norm: Any = ABSENT  # (E,)
     q: Any = ABSENT  # (H D, E)
@@ -25,7 +25,7 @@ class Layer(NamedTuple):
     down: Any = ABSENT  # (E, F)
     attention_norm_bias: Any = ABSENT  # (E,)
     feed_forward_norm_bias: Any = ABSENT  # (E,)
-    attention_after_norm: Any = ABSENT  # (E,), of what attention adds
+    attention_after_norm: Any = ABSENT  # (E,), of the output of attention
     feed_forward_after_norm: Any = ABSENT  # (E,)
     q_norm: Any = ABSENT  # (D,), (H D,) or (H, D)
     k_norm: Any = ABSENT  # (D,), (K D,) or (K, D)
@@ -43,18 +43,18 @@ class Layer(NamedTuple):
 
 @record
 class Params(NamedTuple):
-    """All weights: a weight is a tensor, a quantized record or a DTensor, and the decoder never knows which."""
+    """All weights. Each is a tensor, a quantized record or a DTensor; the decoder accepts all."""
 
     embedding: Any  # (V, E)
     layers: tuple[Layer, ...]
     norm: Any  # (E,)
-    head: Any = ABSENT  # (V, E), or () where the embedding serves
-    positions: Any = ABSENT  # (context, E), where they are learned
+    head: Any = ABSENT  # (V, E), or () where it is tied to the embedding
+    positions: Any = ABSENT  # (context, E), learned positions
     norm_bias: Any = ABSENT  # (E,)
 
 
 def shapes(config: Config) -> Params:
-    """The shape of every weight, as a tree of tuples of ints: what `init` makes and what a checkpoint must hold."""
+    """The shape of every weight, as a tree of tuples of ints."""
     E, V = config.width, config.vocabulary
     return Params(
         embedding=(V, E),
@@ -104,7 +104,9 @@ def _layer(config: Config, experts: bool) -> Layer:
 
 
 def initialize(key: Tensor, config: Config) -> Params:
-    """Random weights: normal of deviation 0.02, over sqrt(2 L) where they write into the residual; norms are one, biases zero.
+    """Random weights: normal with standard deviation 0.02; norms are one, biases zero.
+
+    Matrices that write into the residual have 0.02 / sqrt(2 L).
 
     Source: Radford et al., Language models are unsupervised multitask learners (GPT-2), section 2.3.
     """

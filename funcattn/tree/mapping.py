@@ -1,4 +1,4 @@
-"""Functions of the leaves of a tree: map, list, stack, measure, compare, cast and move."""
+"""Functions of the leaves of trees: map, list, stack, measure, compare, cast and move."""
 
 import builtins
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from .nodes import KINDS, IsLeaf, Transform, Tree, is_leaf_node, nodes
 
 @door
 def map(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
-    """Apply f to each leaf (and to what stands at its place in the rest), keep the shape of the tree.
+    """Apply f to each leaf, and to the leaves at the same path of the rest; keep the structure.
 
     Raises:
-        ValueError: where the rest have another structure.
+        ValueError: the rest have another structure.
 
     Example:
         >>> map(lambda x, y: x + y, {"a": 1, "b": (2, ())}, {"a": 10, "b": (20, ())})
@@ -80,7 +80,7 @@ def unstack(tree: Tree) -> tuple[Tree, ...]:
     """n trees from one whose leaves are all (n, ...).
 
     Raises:
-        ValueError: where the leaves do not share a first size, or there are none.
+        ValueError: the leaves differ in their first size, or there are none.
     """
     sizes = {leaf.shape[:1] if isinstance(leaf, Tensor) else (): path for path, leaf in items(tree)}
     if len(sizes) != 1 or () in sizes:
@@ -92,7 +92,7 @@ def unstack(tree: Tree) -> tuple[Tree, ...]:
 
 @door
 def nbytes(tree: Tree) -> int:
-    """The bytes of all tensors in the tree, each leaf counted as often as it stands there."""
+    """The bytes of all tensors in the tree; a tensor that occurs twice counts twice."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
@@ -109,7 +109,7 @@ def count(tree: Tree) -> int:
 
 @door
 def allclose(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-    """True where structure, shapes and dtypes are the same and values are close (equal, where they are not floating)."""
+    """True where structure, shapes and dtypes are equal and values close (equal for integers)."""
 
     def close(x: Any, y: Any) -> bool:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
@@ -126,10 +126,10 @@ def allclose(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
 
 @door
 def cast(dtype: torch.dtype) -> Transform:
-    """A transform that casts the floating leaves of a tree. Leaves that do not change are shared.
+    """A transform that casts the floating leaves of a tree; other leaves are not copied.
 
     Args:
-        dtype: a floating one. 8-bit floats stay: they are codes that mean nothing without their scale.
+        dtype: a floating one. 8-bit floats are not cast: they are codes that need their scale.
 
     Example:
         >>> cast(torch.bfloat16)({"w": torch.zeros(2), "n": torch.tensor(3)})
@@ -143,7 +143,7 @@ def cast(dtype: torch.dtype) -> Transform:
 
 @door
 def to(device: torch.device | str) -> Transform:
-    """A transform that moves every tensor of a tree to a device. Leaves that are there already are shared.
+    """A transform that copies every tensor of a tree to a device, unless it is there already.
 
     Args:
         device: a torch.device or its name, such as "cuda:0".

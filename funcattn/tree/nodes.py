@@ -1,4 +1,4 @@
-"""Nodes of a tree, their parts and their paths, in optree's order."""
+"""Nodes of a tree, their children and their paths, in optree's order."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -25,8 +25,9 @@ def is_leaf_node(node: Tree, is_leaf: IsLeaf = None) -> bool:
 
 
 def open_node(node: Tree) -> tuple[list[tuple[str, Tree]], Callable[[list[Tree]], Tree]]:
-    """The named parts of a node, and a function that builds its like from others."""
-    if type(node) is dict:  # what optree does, spelled out: Dynamo trips over its metadata where all values are constants
+    """The named children of a node, and a function that rebuilds the node from other children."""
+    # As optree does: Dynamo fails on its metadata where all values are constants.
+    if type(node) is dict:
         keys = total_order_sorted(node)
         return [(str(key), node[key]) for key in keys], lambda values: {**node, **dict(zip(keys, values, strict=True))}
     children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
@@ -36,7 +37,7 @@ def open_node(node: Tree) -> tuple[list[tuple[str, Tree]], Callable[[list[Tree]]
 
 
 def nodes(tree: Tree, is_leaf: IsLeaf, path: str = "") -> Iterator[tuple[str, Tree]]:
-    """Every node with its path, a node before its parts, in optree's order."""
+    """Every node with its path, parents before children, in optree's order."""
     yield path, tree
     if not is_leaf_node(tree, is_leaf):
         for part, child in open_node(tree)[0]:
@@ -44,5 +45,5 @@ def nodes(tree: Tree, is_leaf: IsLeaf, path: str = "") -> Iterator[tuple[str, Tr
 
 
 def join_path(path: str, part: str) -> str:
-    """The path of a part of the node at a path."""
+    """The path of a child of the node at a path."""
     return f"{path}.{part}" if path else part

@@ -1,4 +1,4 @@
-"""A part of a tree, by path or by predicate: update, partition, combine."""
+"""Selection in a tree, by path or by predicate: update, partition, combine."""
 
 import difflib
 import re
@@ -13,15 +13,15 @@ from .nodes import KINDS, IsLeaf, Tree, is_leaf_node, join_path, nodes, open_nod
 
 @door
 def update(tree: Tree, path: str, value: Any, *, regex: bool = False, is_leaf: IsLeaf = None) -> Tree:
-    """The tree with something else at a path; every other leaf is shared with the old one.
+    """The tree with the value at a path replaced; other leaves are not copied.
 
     Args:
-        path: the exact path of a leaf, of a whole subtree, or of an absent `()`. With regex=True, an expression which the
-            whole path of a leaf should match, and every leaf that does is replaced.
-        value: what to put there, or a function of what was there.
+        path: the exact path of a leaf, of a subtree, or of an absent `()`. With regex=True, a
+            regular expression: every leaf whose whole path it matches is replaced.
+        value: the new value, or a function of the old one.
 
     Raises:
-        ValueError: where nothing has this path; it names the nearest.
+        ValueError: nothing has this path; the message names the nearest one.
 
     Example:
         >>> update({"layers": ({"q": 1}, {"q": 2})}, "layers.0.q", 7)
@@ -29,7 +29,8 @@ def update(tree: Tree, path: str, value: Any, *, regex: bool = False, is_leaf: I
         >>> update({"layers": ({"q": 1}, {"q": 2})}, r"layers\\..*\\.q", lambda q: -q, regex=True)
         {'layers': ({'q': -1}, {'q': -2})}
 
-    Law: what is not named stays the same object (test_tree.py::test_update_shares_every_leaf_that_it_does_not_name).
+    Law: what is not named stays the same object
+        (test_tree.py::test_update_shares_every_leaf_that_it_does_not_name).
     """
     found = []
 
@@ -52,15 +53,15 @@ def update(tree: Tree, path: str, value: Any, *, regex: bool = False, is_leaf: I
 
 @door
 def partition(tree: Tree, predicate: str | Callable[[str, Any], bool] = "floating", *, is_leaf: IsLeaf = None) -> tuple[Tree, Tree]:
-    """Split a tree in two of its shape: the leaves chosen, and the others, with `()` wherever a leaf went to the other half.
+    """Split a tree in two of the same structure, with `()` in place of leaves of the other half.
 
-    To differentiate with respect to a part: `grad(lambda chosen: loss(combine(chosen, others)))(chosen)`.
+    For gradients of some leaves: `grad(lambda chosen: loss(combine(chosen, others)))(chosen)`.
 
     Args:
-        predicate: "floating", "integer", or a function of (path, leaf).
+        predicate: of the first half: "floating", "integer", or a function of (path, leaf).
 
     Raises:
-        ValueError: for a None in the tree, which torch.func would take for a leaf.
+        ValueError: a None in the tree, which torch.func would treat as a leaf.
 
     Example:
         >>> import torch
@@ -87,10 +88,10 @@ def partition(tree: Tree, predicate: str | Callable[[str, Any], bool] = "floatin
 
 @door
 def combine(selected: Tree, rest: Tree) -> Tree:
-    """Join two halves: where one holds `()`, take what the other holds.
+    """Join two halves: where one has `()`, take the value of the other.
 
     Raises:
-        ValueError: where both hold something at one place.
+        ValueError: both have a value at one path.
     """
 
     def join(a: Tree, b: Tree, path: str) -> Tree:

@@ -13,19 +13,19 @@ from .nodes import IsLeaf, Tree, is_leaf_node, open_node
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a summary: a leaf or a node, standing for `times` neighbours that are alike."""
+    """One line of a summary: a leaf or node, and `times`, the number of equal neighbours."""
 
     name: str
     dtype: str
     shape: str
-    nbytes: int  # of one of them
+    nbytes: int  # of one of these
     parts: tuple["Row", ...] = ()
     times: int = 1
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a tree holds, as text when printed and as a table in a notebook."""
+    """A summary of a tree: prints as text, displays as a table in a notebook."""
 
     rows: tuple[Row, ...]
     leaves: int
@@ -52,7 +52,7 @@ class Summary:
 
 @door
 def summary(tree: Tree, *, is_leaf: IsLeaf = None) -> Summary:
-    """Describe a tree: paths, dtypes, shapes, bytes. Neighbours that are alike, as layers are, share one group of lines.
+    """Paths, dtypes, shapes and bytes of a tree; equal neighbours, such as layers, are merged.
 
     Example:
         >>> import torch
@@ -76,7 +76,7 @@ def _row(node: Tree, name: str, is_leaf: IsLeaf) -> Row:
     parts: list[Row] = []
     for row in (_row(child, part, is_leaf) for part, child in open_node(node)[0]):
         if not row.dtype and not row.parts:
-            continue  # nothing is there
+            continue  # no leaves
         first = parts[-1].name.split("-")[0] if parts else ""
         if first.isdecimal() and row.name.isdecimal() and replace(parts[-1], name=row.name, times=1) == row:
             parts[-1] = replace(parts[-1], name=f"{first}-{row.name}", times=parts[-1].times + 1)

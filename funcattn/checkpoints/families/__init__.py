@@ -1,16 +1,17 @@
-"""Families of models: how the files of each name the fields of Config and the leaves of Params.
+"""Model families: how their files name the fields of Config and the leaves of Params.
 
-A family is a table and two functions, never a subclass: which field of a file is which field of Config,
-which tensors hold which leaves, and which fields would change the mathematics. A field of the last kind
-is refused by name unless its value is neutral: a model that would be computed wrongly is not loaded. Two
-formats are read, Hugging Face (config.json, safetensors) and GGUF; one is written, Hugging Face.
+A family is a table and two functions, not a subclass: which field of a file is which field of
+Config, which tensors are which leaves, and which fields would change the mathematics. Fields of the
+last kind must have a neutral value, else loading fails with the name of the field: no model is
+loaded that would be computed wrongly. Two formats are read, Hugging Face (config.json, safetensors)
+and GGUF; one is written, Hugging Face.
 
-    tables        Family, Pack, the checked reading of fields           positions    rotary fields
-    llama gemma fused gpt mixtures                                      the families themselves, by kinship
-    conventions layouts                                                 what they share
-    config_json weights metadata                                        reading and writing
+    tables        Family, Pack, validated reading of fields           positions    rotary fields
+    llama gemma fused gpt mixtures                                    the families, by similarity
+    conventions layouts                                               common to several families
+    config_json weights metadata                                      reading and writing
 
-A leaf goes by its path (`layers.0.q`), the same as in funcattn.tree.
+Leaves are named by path (`layers.0.q`), as in funcattn.tree.
 """
 
 from .catalogue import FAMILIES, family_of

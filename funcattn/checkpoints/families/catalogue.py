@@ -1,4 +1,4 @@
-"""The families by name. The first that can say a Config is the one that it is written as."""
+"""The families by name, in order: a Config is written as the first that can express it."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ FAMILIES = {
 
 
 def family_of(name: Any, where: str) -> Family:
-    """The table of a family by the name that a file gives it; `where` says which field that was."""
+    """The family of a name in a file; `where` is the field, for the error."""
     if not isinstance(name, str) or name not in FAMILIES:
         refuse(where, f"one of {', '.join(FAMILIES)}", name)
     return FAMILIES[name]

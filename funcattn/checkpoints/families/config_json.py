@@ -9,7 +9,8 @@ from .catalogue import FAMILIES, family_of
 from .ignored import IGNORED
 from .tables import NEUTRAL, CheckpointError, Family, Fields, configure, refuse
 
-NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # else a reader takes those of another tokenizer
+# Without these a reader uses the ids of another tokenizer.
+NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def read_config(values: Mapping[str, Any]) -> Config:
@@ -36,7 +37,9 @@ def read_config(values: Mapping[str, Any]) -> Config:
 
 
 def write_config(config: Config) -> dict[str, Any]:
-    """The config.json of a Config, in the first family that can say it; its rotary fields are for old and new readers.
+    """The config.json of a Config, in the first family that can express it.
+
+    Rotary fields are written for older and newer readers.
 
     Law: read_config(write_config(config)) == config (test_families.py::test_a_config_comes_back_from_its_json).
     """
@@ -44,7 +47,7 @@ def write_config(config: Config) -> dict[str, Any]:
 
 
 def family_for(config: Config) -> Family:
-    """The first family that can say a Config, the one that it is written as."""
+    """The first family that can express a Config."""
     return _written(config)[0]
 
 

@@ -1,7 +1,8 @@
-"""Gemma 1, 2 and 3: embeddings times sqrt(E), norm weights around 0, GeGLU; in 2 and 3 a norm before and after each part, soft caps
-(2), layers with a window and a rotary base of their own (3).
+"""Gemma 1, 2 and 3: embeddings times sqrt(E), norm weights around 0, GeGLU.
 
-The weights of a norm are stored as what is added to 1; they stay so here (`Config.norm_offset`), bit for bit.
+In 2 and 3 norms before and after attention and feed-forward; soft caps (2); layers with a window
+and another rotary base (3). Norm weights are stored minus 1, and are so here too
+(`Config.norm_offset`), bit for bit.
 """
 
 from typing import Any
@@ -45,7 +46,8 @@ def _write_sizes(config: Config, name: str) -> dict[str, Any]:
 
 def _read_gemma(fields: Fields) -> dict[str, Any]:
     sizes = _read_sizes(fields, 8192, 16, "hidden_act")
-    if fields.get("hidden_act") == "gelu":  # the first releases said so and meant the other, as transformers takes it
+    # The first releases have "gelu" and mean the tanh form, as transformers assumes.
+    if fields.get("hidden_act") == "gelu":
         sizes["activation"] = "gelu_tanh"
     return {**sizes, **whole_heads(read_rope(fields, sizes["context"]))}
 
@@ -55,7 +57,8 @@ def _write_gemma(config: Config) -> dict[str, Any]:
 
 
 def _read_cap(fields: Fields, name: str, default: float | None) -> float | None:
-    return fields.positive(name, None if fields.says(name) else default)  # null is none, silence is the default
+    # null is None; an absent field is the default
+    return fields.positive(name, None if fields.says(name) else default)
 
 
 def _read_around(fields: Fields) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def _read_gemma3(fields: Fields) -> dict[str, Any]:
 
 
 def _read_two_bases(fields: Fields, context: int, windowed: bool) -> dict[str, Any]:
-    """One base for layers with a window, another for those without, in either spelling."""
+    """One base for layers with a window, another for those without, in either format."""
     nested, where, kinds = (
         fields.get("rope_parameters", {}),
         "rope_parameters in config.json",

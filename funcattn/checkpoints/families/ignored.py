@@ -1,8 +1,8 @@
-"""Fields of config.json that are known and change no logits of a model whose class does not read them.
+"""Fields of config.json that change no logits of models whose class in transformers ignores them.
 
-config.json is read by allow-list: what a family reads, what is here, and NEUTRAL at its neutral values; any other field is refused
-by name, since a newer release may mean something by it. What is here is what the classes of transformers 5.24 do not read, held to
-them by tests/test_config_json.py.
+config.json is read by allow-list: fields that a family reads, those here, and NEUTRAL at neutral
+values; any other field is an error with its name, since a newer release may use it. Those here are
+not read by the classes of transformers 5.24, which tests/test_config_json.py checks.
 """
 
 IGNORED = frozenset(

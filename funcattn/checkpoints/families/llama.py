@@ -1,4 +1,4 @@
-"""Llama and its kin: an RMS norm before attention and before a gated feed-forward, rotary positions.
+"""Llama-like families: RMS norms before attention and a gated feed-forward, rotary positions.
 
 llama      2, 3 and 3.1 and later; SmolLM2 and what else is a LlamaForCausalLM
 smollm3    some layers do not turn
@@ -32,7 +32,7 @@ def read_common(
     head_size: int | None = None,
     bias: bool = True,
 ) -> dict[str, Any]:
-    """What the families here share; the options are the defaults of transformers for what config.json leaves out.
+    """The fields common to these families; arguments are the defaults of transformers.
 
     `bias`: whether attention_bias is a field of the family.
     """
@@ -96,7 +96,8 @@ def _write_smollm3(config: Config) -> dict[str, Any]:
 
 def _read_mistral(fields: Fields) -> dict[str, Any]:
     common = read_common(fields, context=4096 * 32, kv_heads=8, bias=False)
-    window = fields.whole("sliding_window", None if fields.says("sliding_window") else 4096)  # null is none, silence is 4096
+    # null is None, absent is 4096
+    window = fields.whole("sliding_window", None if fields.says("sliding_window") else 4096)
     everywhere = [window is not None] * common["layers"]
     return {**common, **read_windows(fields, window, common["layers"], everywhere)}  # with layer_types AutoModel takes Ministral
 

@@ -1,4 +1,4 @@
-"""The rotary fields of a config.json to Config and back, in the spelling of transformers 5 and in the one before."""
+"""Rotary fields of config.json to Config and back, in the names of transformers 5 and earlier."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from ...transformer import Config
 from .tables import Fields, check_neutral, positive, refuse, whole
 
 ORIGINAL = "original_max_position_embeddings"
-NEEDED = {  # kind -> its fields that must be numbers
+NEEDED = {  # kind -> required fields, which are numbers
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -17,12 +17,13 @@ NEEDED = {  # kind -> its fields that must be numbers
     "yarn": (),
     "longrope": (),
 }
-OPTIONAL = {  # kind -> fields that it may have besides
+OPTIONAL = {  # kind -> optional fields
     "llama3": {ORIGINAL},
     "yarn": {"factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim", ORIGINAL},
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", ORIGINAL},
 }
-UNREAD = {"finetuned", "attn_factor", "short_mscale", "long_mscale", "mrope_section", "type"}  # by any class of transformers here
+# Fields that no class of transformers here reads.
+UNREAD = {"finetuned", "attn_factor", "short_mscale", "long_mscale", "mrope_section", "type"}
 KNOWN = {"rope_type", "rope_theta", "partial_rotary_factor", *UNREAD}.union(*NEEDED.values(), *OPTIONAL.values())
 
 
@@ -36,21 +37,24 @@ def read_rope(
     renamed: Mapping[str, str] | None = None,
     original: int | None = None,
 ) -> dict[str, Any]:
-    """rope_base, rope_scaling and, under "partial", the share of a head that turns (None where nothing is said).
+    """rope_base, rope_scaling and "partial", the fraction of a head that is rotated (or None).
 
     Args:
-        fields: of config.json, with `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-        context: positions that the model has, for scalings that follow from it.
-        base, share: where nothing is said.
-        names: what the family calls the two beside the object; what stands in it goes first.
-        renamed: kinds of scaling that this family calls otherwise.
-        original: original_max_position_embeddings, where the family has a value for it that goes before the one in the object.
+        fields: of config.json, with `rope_parameters` (transformers 5) or `rope_theta` and
+            `rope_scaling` (earlier).
+        context: positions of the model, for scalings that depend on it.
+        base, share: defaults.
+        names: names of base and fraction outside of the object; values in the object take
+            precedence.
+        renamed: the family's names of scalings -> ours.
+        original: the family's original_max_position_embeddings, if any, which takes precedence over
+            that in the object.
     """
     rope, where = rope_object(fields, "rope_parameters"), "rope_parameters in config.json"
     old = rope_object(fields, "rope_scaling")
     if old and rope and any(rope.get(key) != value for key, value in old.items()):
         refuse("rope_scaling in config.json", "absent beside rope_parameters, or the same", old)
-    if old:  # as transformers takes them
+    if old:  # as in transformers
         rope, where = old, "rope_scaling in config.json"
     beside = fields.get(ORIGINAL, original)
     outer = {"rope_theta": fields.get(names[0], base), "partial_rotary_factor": fields.get(names[1], share)}
@@ -59,7 +63,7 @@ def read_rope(
 
 
 def rope_object(fields: Fields, name: str) -> dict[str, Any]:
-    """An object of rotary fields, its kind under "rope_type", without what is null; empty where it is absent."""
+    """An object of rotary fields, without null, its kind as "rope_type"; empty where absent."""
     rope = fields.get(name, {})
     if not isinstance(rope, dict):
         refuse(fields.place(name), "an object", rope)
@@ -67,13 +71,13 @@ def rope_object(fields: Fields, name: str) -> dict[str, Any]:
 
 
 def with_rope_type(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary fields without what is null, their kind under "rope_type", which goes before its older name "type"."""
+    """Rotary fields without null, their kind as "rope_type", which precedes the older "type"."""
     rope = {key: value for key, value in rope.items() if value is not None}
     return {"rope_type": rope["type"], **rope} if "type" in rope else rope
 
 
 def parse_rope(rope: Mapping[str, Any], where: str, context: int, renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The same of one object of rotary fields. What its kind does not read is ignored; what is not known is refused."""
+    """`read_rope` of one object; fields unused by its kind are ignored, unknown ones an error."""
     kind = rope.get("rope_type", "default")
     kind = renamed.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in NEEDED:
@@ -140,14 +144,17 @@ def _factors(value: Any, where: str) -> tuple[float, ...]:
 
 
 def whole_heads(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary fields of a family whose heads turn whole: it does not read a share, but its scalings do, for heads that none has."""
+    """Rotary fields of a family that rotates whole heads.
+
+    It does not read a fraction, but its scalings do, for heads that none has.
+    """
     if rope["rope_scaling"] is not None:
         check_neutral({"partial_rotary_factor": rope["partial"]}, {"partial_rotary_factor": (1.0,)}, "{} in config.json")
     return {name: value for name, value in rope.items() if name != "partial"}
 
 
 def partial_heads(rope: dict[str, Any], head_size: int) -> dict[str, Any]:
-    """Rotary fields of a family that turns a share of each head."""
+    """Rotary fields of a family that rotates a fraction of each head."""
     turning = head_size if rope["partial"] is None else int(head_size * rope["partial"])
     if not 0 < turning <= head_size or turning % 2:
         refuse("partial_rotary_factor in config.json", f"such that an even number of {head_size} features turns", turning)
@@ -155,7 +162,7 @@ def partial_heads(rope: dict[str, Any], head_size: int) -> dict[str, Any]:
 
 
 def write_rope(config: Config, *, nested: bool = False) -> dict[str, Any]:
-    """The rotary fields of a Config, for new readers and for old ones (`nested` are not written for old ones)."""
+    """The rotary fields of a Config, for newer and older readers (if `nested`, newer only)."""
     scaling = config.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _write_scaling(scaling)
     share = {} if config.rotary_size is None else {"partial_rotary_factor": config.rotary_size / config.head_size}

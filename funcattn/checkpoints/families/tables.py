@@ -1,4 +1,4 @@
-"""What a family is, the error of a file that cannot be read as one, and the checked reading of its fields."""
+"""Family: its table and functions; CheckpointError; validated reading of fields."""
 
 import re
 from collections.abc import Callable, Mapping, Set
@@ -10,9 +10,9 @@ from torch import Tensor
 from ...core.errors import fail, printable
 from ...transformer import Config
 
-LARGEST = 2**31 - 1  # of a size in a file; what a tensor index of 32 bits can count
-DEEPEST = 4096  # layers; a tree of names is made of them before the file is seen to hold them
-ABSENT_FIELD: Any = object()  # a field that has no default must be there
+LARGEST = 2**31 - 1  # of a size in a file: the range of 32-bit tensor indices
+DEEPEST = 4096  # layers; the tree of names is built before the tensors are checked
+ABSENT_FIELD: Any = object()  # the default of required fields
 
 
 class CheckpointError(ValueError):
@@ -27,11 +27,12 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Pack:
-    """Leaves stored in another layout: several in one tensor, one in several, or transposed.
+    """Leaves in another layout: several in one tensor, one in several, or transposed.
 
-    paths, names: templates; `{}` is the number of the layer, `{expert}` in a name stands for one tensor an expert (or head).
-    unpack: (config, tensors in the order of names) -> leaves in the order of paths. pack: the other way.
-    applies: (config, number of the layer) -> True where the layer is stored so.
+    paths, names: templates; `{}` is the number of the layer, `{expert}` in a name stands for one
+        tensor per expert (or head).
+    unpack: (config, tensors in the order of names) -> leaves in the order of paths. pack: inverse.
+    applies: (config, number of the layer) -> True where the layer has this layout.
     """
 
     paths: tuple[str, ...]
@@ -43,15 +44,18 @@ class Pack:
 
 @dataclass(frozen=True)
 class Family:
-    """How one family is spelled in the files of Hugging Face.
+    """The names and fields of one family in Hugging Face files.
 
-    read: the fields of config.json -> those of Config. write: a Config -> the fields of config.json that are the family's own.
-        The result is read back and compared, so a Config that the family cannot express may give anything.
-    tensors: path -> name on disk, templates with `{}` for the number of the layer; of what a Config does not have, none is wanted.
-    packs: leaves that are stored in another layout; they take precedence over `tensors`.
-    neutral: fields of the file that would change the mathematics -> the values under which they do not, besides NEUTRAL.
-    body: what transformers calls the model without its head, which is written without `prefix` in front of every name; "" is the
-        architecture, named for that.
+    read: the fields of config.json -> those of Config.
+    write: a Config -> the family's fields of config.json. The result is read back and compared, so
+        any result is allowed for a Config that the family cannot express.
+    tensors: path -> name on disk, templates with `{}` for the number of the layer; absent leaves of
+        a Config need none.
+    packs: leaves in another layout, which take precedence over `tensors`.
+    neutral: fields that would change the mathematics -> values for which they do not, in addition
+        to NEUTRAL.
+    body: the class of transformers without a head, written without `prefix` in names; "" is derived
+        from the architecture.
     harmless: tensors on disk that follow from the config, and are ignored.
     """
 
@@ -68,7 +72,7 @@ class Family:
 
     @property
     def architectures(self) -> tuple[str, str]:
-        """What transformers calls the model, and the model without its head."""
+        """The class names of transformers with and without a head."""
         return self.architecture, self.body or re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
 
 
@@ -87,62 +91,62 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 class Fields:
-    """The fields of a file, read one by one and checked; fields left unread are compared with a table of neutral values."""
+    """The fields of a file, validated when read; unread fields must have neutral values."""
 
     def __init__(self, values: Mapping[str, Any], where: str = "{} in config.json") -> None:
         self.values = {name: value for name, value in values.items() if value is not None}
         self.where, self.seen, self.present = where, set[str](), frozenset(values)
 
     def says(self, name: str) -> bool:
-        """Whether the file has the field, be it null."""
+        """True where the file has the field, even as null."""
         return name in self.present
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value as it is; null counts as absent."""
+        """The value, unvalidated; null counts as absent."""
         self.seen.add(name)
         return self.values.get(name, default)
 
     def place(self, name: str) -> str:
-        """The field for a message."""
+        """The field and file, for error messages."""
         return self.where.format(name)
 
     def whole(self, name: str, default: Any = ABSENT_FIELD) -> Any:
-        """A size: an integer that a file can mean."""
+        """A size: an integer from 1 to LARGEST."""
         value = self.get(name, default)
         return value if value is default and default is not ABSENT_FIELD else whole(_missing(value), self.place(name))
 
     def positive(self, name: str, default: Any = ABSENT_FIELD) -> Any:
-        """A number above 0 that a float32 can hold."""
+        """A positive number that is finite in float32."""
         value = self.get(name, default)
         return value if value is default and default is not ABSENT_FIELD else positive(_missing(value), self.place(name))
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
+        """A bool."""
         value = self.get(name, default)
         if not isinstance(value, bool):
             refuse(self.place(name), "true or false", value)
         return value
 
     def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
-        """A name, as ours."""
+        """A name, translated to ours."""
         value = self.get(name, default)
         if not isinstance(value, str) or value not in choices:
             refuse(self.place(name), f"one of {', '.join(choices)}", value)
         return choices[value]
 
     def items(self, name: str) -> list[Any]:
-        """A list, empty where the file says nothing."""
+        """A list, empty where it is absent."""
         value = self.get(name, [])
         if not isinstance(value, list):
             refuse(self.place(name), "a list", value)
         return value
 
     def check_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuse a field of `neutral` that was not read and holds anything but one of the values under which it changes nothing."""
+        """Fail for an unread field of `neutral` with another value than its neutral ones."""
         check_neutral({name: value for name, value in self.values.items() if name not in self.seen}, neutral, self.where)
 
     def check_known(self, known: Set[str]) -> None:
-        """Refuse an unread, unknown field unless its value is empty: it may be of a newer release."""
+        """Fail for an unread, unknown field with a value: it may be of a newer release."""
         for name in self.values.keys() - self.seen - known:
             if not name.startswith("_") and self.values[name] not in (False, "", [], {}):
                 remedy = "Take it out of the file where it does not change what the model computes, or use a release that knows it."
@@ -161,14 +165,14 @@ def _missing(value: Any) -> Any:
 
 
 def refuse(what: str, wanted: Any, got: Any) -> NoReturn:
-    """Raise CheckpointError for a field that Config cannot express, or that is not what it must be."""
+    """Raise CheckpointError for a field that Config cannot express, or that is invalid."""
     remedy = "The model would be computed wrongly; convert the file, or use a release of funcattn that expresses this."
     shown = repr(got)
     fail("load", what, str(wanted), shown if len(shown) < 200 else shown[:200] + "...", remedy, CheckpointError)
 
 
 def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> None:
-    """Refuse a field of `neutral` that holds anything but null or one of the values under which it changes nothing."""
+    """Fail for a field of `neutral` whose value is neither null nor neutral."""
     for name, allowed in neutral.items():
         value = values.get(name)
         if value is not None and not any(type(value) is type(other) and value == other for other in allowed):
@@ -183,14 +187,14 @@ def whole(value: Any, where: str) -> int:
 
 
 def positive(value: Any, where: str) -> float:
-    """A number above 0 that a float32 can hold."""
+    """A positive number that is finite in float32."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
         refuse(where, "a number from 1e-30 to 1e30", value)
     return float(value)
 
 
 def configure(**values: Any) -> Config:
-    """A Config, or CheckpointError where its fields do not go together."""
+    """A Config, or CheckpointError where its fields are inconsistent."""
     if values["layers"] > DEEPEST:
         refuse("the number of layers", f"at most {DEEPEST}", values["layers"])
     try:

@@ -5,9 +5,10 @@
     tensor = name, sizes (fastest first), type, offset      as many as said
     padding to `general.alignment`, then the data at the offsets
 
-The header is parsed here and not by gguf.GGUFReader, which trusts what it reads: every length, count and offset is held against the
-bytes that are left before anything of that size is made, so memory stays within a small multiple of the file. The quantized
-types, their block sizes and their arithmetic are those of the `gguf` package.
+The header is parsed here and not by gguf.GGUFReader, which does not validate: every length, count
+and offset is checked against the bytes that are left before memory for it is allocated, so memory
+stays within a small multiple of the file. The quantized types, their block sizes and their
+arithmetic are those of the `gguf` package.
 
 Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
@@ -37,7 +38,8 @@ from ..regular_files import open_regular
 READ = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 LONGEST_NAME = 2**16 - 1  # bytes, by the specification
 MOST_AXES = 4  # by the specification
-LARGEST_HEADER = 2**26  # bytes; that of a vocabulary of 262 144 has 2**24. A sparse file would read as empty names without end
+# Bytes; the header of a vocabulary of 262 144 has 2**24. A sparse file would read as endless names.
+LARGEST_HEADER = 2**26
 
 NUMBERS = {
     GGUFValueType.UINT8: "<u1",
@@ -55,7 +57,7 @@ NUMBERS = {
 
 
 class Entry(NamedTuple):
-    """Where one tensor lies: shape in torch's order, the name of its type, its first byte in the file and how many."""
+    """Location of a tensor: shape in torch's order, type, first byte, and number of bytes."""
 
     shape: tuple[int, ...]
     type: str
@@ -64,26 +66,26 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """All of a GGUF file but its numbers. Arrays of numbers are numpy's, arrays of strings are lists."""
+    """The header of a GGUF file. Arrays of numbers are numpy's, arrays of strings are lists."""
 
     metadata: dict[str, Any]
     tensors: dict[str, Entry]
 
 
 class Cursor:
-    """Reads forward through bytes and never past their end, nor past the most that a header has."""
+    """Reads bytes forward, and never beyond their end or the limit of a header."""
 
     def __init__(self, data: mmap.mmap | bytes, file: str):
         self.data, self.file, self.at = data, file, 0
         self.end = min(len(data), LARGEST_HEADER)
 
     def refuse(self, what: str, wanted: str, got: Any) -> NoReturn:
-        """Raise CheckpointError that names the file and the byte."""
+        """Raise CheckpointError with the file and the byte."""
         remedy = "The file is damaged, cut off, or not GGUF: fetch it again."
         fail("load", f"{what} at byte {self.at} of {self.file}", wanted, got, remedy, CheckpointError)
 
     def take(self, size: int, what: str) -> int:
-        """The position of the next `size` bytes, which are there."""
+        """The position of the next `size` bytes; fails where there are fewer."""
         left = self.end - self.at
         if size > left:
             self.refuse(what, f"at most the {left} bytes that are left", f"{size} bytes")
@@ -130,7 +132,7 @@ class Cursor:
         return float(str(found[0])) if kind == GGUFValueType.FLOAT32 else found[0].item()  # the shortest decimal: 1e-5 stays 1e-5
 
     def kind(self, what: str) -> GGUFValueType:
-        """The kind of a value."""
+        """The type of a value."""
         number = self.number("I", f"the kind of {what}")
         if number not in GGUFValueType._value2member_map_:
             self.refuse(f"the kind of {what}", f"from 0 to {max(GGUFValueType)}", number)
@@ -141,7 +143,7 @@ class Cursor:
 
 
 def read_header(data: mmap.mmap | bytes, file: str) -> Header:
-    """Metadata and tensors of a GGUF file; raises CheckpointError unless every byte that it promises is there, once."""
+    """Metadata and tensors of a GGUF file; raises CheckpointError for inconsistent sizes."""
     cursor = Cursor(data, file)
     if data[: cursor.take(4, "the magic") + 4] != b"GGUF":
         cursor.refuse("the magic", "GGUF", data[:4])
@@ -151,7 +153,7 @@ def read_header(data: mmap.mmap | bytes, file: str) -> Header:
     tensor_count, field_count = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of fields")
 
     metadata: dict[str, Any] = {}
-    for _ in range(field_count):  # ends at the end of the file: each turn reads some bytes
+    for _ in range(field_count):  # terminates: each iteration reads some bytes
         name = cursor.string("the name of a field", LONGEST_NAME)
         if name in metadata:
             cursor.refuse("a field", "one of its name", repr(name))
@@ -171,7 +173,7 @@ def read_header(data: mmap.mmap | bytes, file: str) -> Header:
 
 
 def _place(cursor: Cursor, alignment: Any, described: Mapping[str, tuple[tuple[int, ...], int, int]]) -> dict[str, Entry]:
-    """Entries whose bytes lie in the file, aligned, and overlap no others'."""
+    """The entries; fails where their bytes are outside of the file, unaligned or overlapping."""
     if isinstance(alignment, bool) or not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
         cursor.refuse("general.alignment", "a power of two", alignment)
     base = -(-cursor.at // alignment) * alignment
@@ -195,19 +197,19 @@ def _place(cursor: Cursor, alignment: Any, described: Mapping[str, tuple[tuple[i
     return tensors
 
 
-# The numbers.
+# Tensors.
 
 
 def read_tensor(data: mmap.mmap | bytes, entry: Entry) -> Tensor:
-    """One tensor in float32: the numbers of `gguf.quants.dequantize`, in memory of their own."""
+    """One tensor in float32, by `gguf.quants.dequantize`, in new memory."""
     stored = np.frombuffer(data, np.uint8, entry.size, entry.start).reshape(*entry.shape[:-1], -1)
-    with np.errstate(all="ignore"):  # a damaged scale may be infinite: the weight then is, without a warning here
+    with np.errstate(all="ignore"):  # a damaged scale may be infinite, and then the weight is
         numbers = quants.dequantize(stored, GGMLQuantizationType[entry.type])
     return torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
 
 
 def _is_whole(parts: Any) -> bool:
-    """Whether a file of so many parts is all of them."""
+    """True where a file is not one of several parts."""
     return type(parts) is int and parts in (0, 1)
 
 

@@ -1,6 +1,6 @@
-"""The fields of a GGUF file, each read as the kind that it must be: a bool is no integer here, and an array is no number.
+"""Typed fields of GGUF metadata: a bool is not an integer here, and an array is not a number.
 
-Every function takes the metadata and a name, and fails with a CheckpointError that names the field.
+Every function takes the metadata and a name, and raises a CheckpointError with that name.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,9 @@
-"""Adaptations of low rank in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+"""LoRA adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight   (r, in)       params.layers[3].q.a
     base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight   (out, r)      params.layers[3].q.b
 
-Names are those of Llama and its kin (Mistral, Qwen, SmolLM): families whose projections are matrices of their own.
+Names are those of Llama-like families (Mistral, Qwen, SmolLM), with one matrix per projection.
 """
 
 import json
@@ -31,19 +31,21 @@ from .peft_settings import read_settings, target_names
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
-PREFIX = "base_model.model."  # what PEFT puts before the names of a model
+PREFIX = "base_model.model."  # PEFT's prefix of a model's names
 
 
 def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -> None:
-    """Write the adaptations of params, and nothing of their bases, as PEFT writes them.
+    """Write the LoRA factors of params, without the base weights, in PEFT's layout.
 
     Args:
-        folder: new, or one that holds an adaptation, whose two files are replaced in one step; other files in it stay.
-        params: with leaves that `fa.lora` adapted.
-        base: the name or path of the model that was adapted, which PEFT's readers look for.
+        folder: new, or with an adapter, whose two files are replaced in one step; other files are
+            kept.
+        params: with leaves adapted by `fa.lora`.
+        base: the name or path of the base model, which PEFT's readers look for.
 
     Raises:
-        ValueError: no adaptations, one of a weight that has no name there, or several of different rank or scale.
+        ValueError: no adapters, one of a weight without a name in PEFT, or adapters of different
+            ranks or scales.
         CheckpointError: the folder cannot be written.
 
     Law: load_lora(save_lora(...)) is what was saved (test_low_rank.py::test_an_adaptation_comes_back_bit_for_bit).
@@ -80,15 +82,16 @@ def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -
 
 
 def load_lora(folder: str | os.PathLike[str], params: Tree) -> Tree:
-    """params with the adaptations of a folder in PEFT's layout.
+    """params with the LoRA adapters of a folder in PEFT's layout.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
-        params: of the model that was adapted; plain or quantized weights, not yet adapted.
+        params: of the base model; plain or quantized weights without adapters.
 
     Raises:
-        CheckpointError: it is damaged, does not fit, or has a field that makes it another function than LoRA (DoRA, trained biases,
-            patterns, a start that changes the base as PiSSA's, tokens that switch it on) or that is not known; the field is named.
+        CheckpointError: it is damaged, does not fit, or has a field that is unknown or defines
+            another function than LoRA (DoRA, trained biases, patterns, an initialization that
+            changes the base as PiSSA's, tokens that activate it); the message names the field.
     """
     place = Path(folder)
     return of_one_save(place, (CONFIG,), lambda: _read_lora(place, params))
@@ -122,7 +125,8 @@ def _read_lora(place: Path, params: Tree) -> Tree:
             got = "one is absent" if sizes is None else f"{sizes[0]} and {sizes[1]}"
             refuse(path, f"lora_A {(rank, inner)} and lora_B {(out, rank)}", got, "Give the params that were adapted.")
         device = tree.leaves(weight)[0].device
-        base = weight.dtype if isinstance(weight, Tensor) else torch.float32  # which a half adaptation is added in, as PEFT does
+        # A half-precision adapter is added in the dtype of the base, as in PEFT.
+        base = weight.dtype if isinstance(weight, Tensor) else torch.float32
         a, b = (x[:].clone() for x in (a, b))
         a, b = (x.to(device, torch.promote_types(base, x.dtype)) for x in (a, b))
         return Lora(weight, a, b, torch.full((), scale, dtype=torch.float32, device=device))
@@ -172,7 +176,7 @@ def _name(path: str) -> str:
 
 
 def _modules(paths: Iterable[str]) -> list[str]:
-    """The names of a model's own modules, of those paths that have one."""
+    """The model's module names of those paths that have one."""
     return [_name(path).removeprefix(PREFIX) for path in paths if _is_named(path)]
 
 

@@ -1,9 +1,9 @@
-"""Quantized weights in files: records in safetensors, and the blocks of GGUF as records, bit for bit.
+"""Quantized weights in files: records in safetensors, and GGUF blocks as records, bit for bit.
 
 In a folder the fields of a record replace the matrix, `...q_proj.codes` and `...q_proj.scale` for
-`...q_proj.weight`. `quantization_config` of config.json names the type of each record and the family of
-the model; `model_type` is "funcattn", so that other readers refuse the folder. They would ignore an
-unknown method, and run with random matrices.
+`...q_proj.weight`. `quantization_config` of config.json has the type of each record and the family;
+`model_type` is "funcattn", so that other readers reject the folder. They would ignore an unknown
+quantization method, and run with random matrices.
 
     Q4_0    w = (code - 8) d           Int4 of groups of 32, zero -8 d
     Q4_1    w = code d + m             Int4 of groups of 32
@@ -33,7 +33,7 @@ REMEDY = "The file is damaged, or was written by another version: fetch it again
 
 
 def fields(name: str, kind: str) -> dict[str, str]:
-    """Field -> its name on disk, for the record in place of the matrix `name`.
+    """Field -> name on disk, for the record that replaces the matrix `name`.
 
     Example:
         >>> fields("layers.0.q_proj.weight", "Int8")
@@ -43,7 +43,7 @@ def fields(name: str, kind: str) -> dict[str, str]:
 
 
 def flatten_records(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, those of records by their fields; and the name of each record with its kind."""
+    """The tensors of a file, with records split into fields; and name -> type of the records."""
     flat: dict[str, Tensor] = {}
     kinds = {name: type(leaf).__name__ for name, leaf in tensors.items() if not isinstance(leaf, Tensor)}
     for name, leaf in tensors.items():
@@ -55,7 +55,7 @@ def flatten_records(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
 
 
 def settings(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """The values of config.json, changed where there are records."""
+    """The values of config.json, with the types of records if there are any."""
     if not kinds:
         return dict(values)
     said = {"quant_method": METHOD, "model_type": values["model_type"], "records": dict(kinds)}
@@ -63,7 +63,10 @@ def settings(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, A
 
 
 def kinds_in(values: dict[str, Any]) -> dict[str, str]:
-    """Name -> kind of record, and the values of config.json made those of the family; another method's stay, to be refused."""
+    """Name -> type of records; restores the family's fields in values.
+
+    The quantization_config of another method is kept, and is an error later.
+    """
     said = values.get("quantization_config")
     if not isinstance(said, dict) or said.get("quant_method") != METHOD:
         return {}
@@ -76,7 +79,7 @@ def kinds_in(values: dict[str, Any]) -> dict[str, str]:
 
 
 def read_record(name: str, kind: str, read: Callable[[str], Tensor]) -> Any:
-    """The record in place of the matrix `name`."""
+    """The record that replaces the matrix `name`."""
     record = KINDS[kind](**{field: read(stored) for field, stored in fields(name, kind).items()})
     try:
         expanded = quantization.expand(type(record)(*(x.to("meta") for x in record)))
@@ -92,7 +95,7 @@ def read_record(name: str, kind: str, read: Callable[[str], Tensor]) -> Any:
 
 
 def from_blocks(data: Any, start: int, rows: int, columns: int, kind: str) -> Any:
-    """A matrix stored in blocks as a record, bit for bit."""
+    """The record of a matrix in GGUF blocks, bit for bit."""
     stored, count = BLOCKS[kind], columns // SIZE
     raw = np.frombuffer(data, np.uint8, rows * count * stored, start).reshape(rows, count, stored)
     half = lambda first: torch.from_numpy(raw[..., first : first + 2].copy().view(np.float16)[..., 0])

@@ -34,16 +34,20 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Reading.
 
 
-Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]  # path and shape of a leaf -> which of it is wanted
+Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]  # path and shape of a leaf -> its shard
 
 
 def read_folder(
     folder: Path, dtype: torch.dtype | None = None, cut: Callable[[Config], Cut] | None = None
 ) -> tuple[Config, Params, Tokenizer | None]:
-    """Config, weights and tokenizer of a folder; where there is no tokenizer.json that is None, with a warning if it has another.
+    """Config, weights and tokenizer of a folder.
+
+    The tokenizer is None without tokenizer.json, with a warning if there is another one.
 
     Args:
-        cut: of the config, which part of each leaf is wanted; no more of a file is read, but where it holds a leaf in another form.
+        dtype: of the weights; None keeps those of the files.
+        cut: config -> the slices of each leaf to read. Only these are read, except from tensors
+            with another layout than the leaf.
     """
     read = lambda: _read_folder(folder, dtype, cut)
     return of_one_save(folder, ("config.json", "tokenizer.json"), read)
@@ -63,7 +67,7 @@ def _read_folder(
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder: the one file, or the shards that the index names."""
+    """The safetensors of a folder: one file, or the shards that the index names."""
     if _is_there(folder / WEIGHTS):
         return [folder / WEIGHTS]
     if _is_there(folder / INDEX):
@@ -72,7 +76,7 @@ def _weight_files(folder: Path) -> list[Path]:
             _refuse(f"weight_map of {INDEX}", "an object", places)
         names = list(dict.fromkeys(str(name) for name in places.values()))
         for name in names:
-            # A shard is a plain name: no path leads out of the folder.
+            # A shard must be a plain name: no path outside of the folder.
             if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
                 _refuse(f"a shard in {INDEX}", "the name of a .safetensors file beside it", repr(name))
             if not _is_there(folder / name):
@@ -116,18 +120,20 @@ def _read_weights(
     dtypes = {DTYPES[types[name]] for name in foreign}
     dtype = dtype or _one_dtype(settings, dtypes)
 
-    plain: dict[str, tuple[slice, ...]] = {}  # by name, where leaves are wanted in parts and a file holds them as they are
+    # By name: slices of tensors that have the layout of the leaf.
+    plain: dict[str, tuple[slice, ...]] = {}
 
     def tensor(name: str, dtype: torch.dtype | None = None) -> Tensor:
         file, path, stored = where[name]
         with _safetensors_errors(path):
             mapped = file.get_slice(stored)[plain[name]] if name in plain else file.get_tensor(stored)
-        return mapped.to(dtype or mapped.dtype, copy=True)  # out of the mapping: the file may change, the value may not
+        return mapped.to(dtype or mapped.dtype, copy=True)  # a copy: the mapped file may change
 
     def read(name: str) -> Any:
         return records[name] if name in records else tensor(name, dtype)
 
-    if found and not any(name.startswith(family.prefix) for name in found):  # as a model without its head is written
+    # Written as a model without a head.
+    if found and not any(name.startswith(family.prefix) for name in found):
         whole = lambda name: name if name == family.tensors["head"] else family.prefix + name
         found, where = ({whole(name): value for name, value in table.items()} for table in (found, where))
     records = {}
@@ -140,7 +146,7 @@ def _read_weights(
             del found[stored]
         found[name] = records[name].shape
     head, embedding = family.tensors["head"], family.tensors["embedding"]
-    if config.tied and found.get(head, ()) == found.get(embedding):  # some writers store the one matrix twice
+    if config.tied and found.get(head, ()) == found.get(embedding):  # some files have both
         if not torch.equal(read(head), read(embedding)):
             _refuse(f"{head} of {folder}", f"the same as {embedding}, since config.json ties them", "other numbers")
         del found[head]
@@ -157,7 +163,7 @@ def _read_weights(
 
 
 def _one_dtype(settings: Mapping[str, Any], dtypes: set[torch.dtype]) -> torch.dtype | None:
-    """The dtype for weights stored in several: that of config.json, else their promotion; None where all agree."""
+    """The dtype for several: that of config.json, else their promotion; None where all agree."""
     if len(dtypes) < 2:
         return None
     said = {str(kind).removeprefix("torch."): kind for kind in dtypes}.get(str(settings.get("dtype", settings.get("torch_dtype"))))
@@ -180,7 +186,7 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | No
         wanted, got = "tokenizer.json", f"{others[0]}, {declared.OTHERS[others[0]]}"
         remedy = "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one."
         text = f"load: the tokenizer of {folder} should be {wanted}, got {got}, so it is None. {remedy}"
-        warnings.warn(text, UserWarning, stacklevel=8)  # where load was called
+        warnings.warn(text, UserWarning, stacklevel=8)  # at the call of load
         return None
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     templates = {path.stem: read_text(path) for path in [folder / "chat_template.jinja", *more] if _is_there(path)}
@@ -193,16 +199,16 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | No
     return from_files(text, beside, templates, stop, optional)
 
 
-# Checks of what a file says.
+# Validation of files.
 
 
 def _is_there(path: Path) -> bool:
-    """True where the folder has an entry of this name, a broken link too: reading it then fails, rather than being skipped."""
+    """True where the folder has an entry of this name, also a broken link: then reading fails."""
     return os.path.lexists(path)
 
 
 def _check_types(folder: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> None:
-    """Fail where tensors are not floats, by the method that quantized them where it is known."""
+    """Fail where tensors are not floating; the error names the quantization method, if known."""
     if quantized := quantizers.method_of(shapes, types):
         method, shown = quantized
         remedy = "Dequantize them with the tool that made them, and save the model again; or load one that was not quantized."
@@ -216,7 +222,7 @@ def _check_types(folder: Path, shapes: Mapping[str, tuple[int, ...]], types: Map
 
 @contextmanager
 def _safetensors_errors(path: Path) -> Iterator[None]:
-    """What the `safetensors` library raises, as CheckpointError."""
+    """Raise errors of the `safetensors` library as CheckpointError."""
     try:
         yield
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Regular expressions of a file, matched in a process that is ended when it takes too long.
+"""Regular expressions from a file, matched in a process that is killed after a time limit.
 
 Python's `re` backtracks: some patterns take a time that grows exponentially with the text, and a
 match cannot be interrupted from inside the process.
@@ -24,7 +24,7 @@ class PatternError(ValueError):
 
 
 def full_matches(pattern: str, names: Sequence[str], seconds: float = TIMEOUT_SECONDS) -> list[str]:
-    """The names that a regular expression matches from their first to their last letter.
+    """The names that a regular expression matches as a whole.
 
     Raises:
         PatternError: it is no regular expression, or takes longer than `seconds`.

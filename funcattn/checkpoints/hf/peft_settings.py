@@ -1,10 +1,10 @@
-"""adapter_config.json, as PEFT writes it: what of it is plain LoRA, and what is another function.
+"""adapter_config.json of PEFT: which fields are plain LoRA, and which define another function.
 
     y = W x + (alpha / r) B A x             with use_rslora alpha / sqrt(r)
 
-Every field of PEFT's LoraConfig is in one of the tables here. Those that train or name things are ignored, as PEFT ignores them
-when it computes; those that change the function are read, or refused unless they hold what changes nothing; a field that is in no
-table is refused unless it is empty.
+Every field of PEFT's LoraConfig is in one of the tables here. Fields of training and naming are
+ignored, as PEFT ignores them in the forward pass; fields that change the function are read, or must
+have a neutral value; a field in no table must be empty.
 
 Source: PEFT 0.19, src/peft/tuners/lora/config.py and layer.py (LoraLayer.update_layer, LoraVariant).
 """
@@ -20,7 +20,7 @@ from ..families import CheckpointError
 from .patterns import PatternError, full_matches
 
 IGNORED = {
-    # about the run or the file, not the function
+    # of the run or the file, not of the function
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout"),
     *("megatron_core", "runtime_config", "ensure_weight_tying"),
     # of initializations and of variants that are refused themselves
@@ -28,8 +28,8 @@ IGNORED = {
 }
 READ = {"peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights"}
 READ |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-# A and B alone are made by these. Those of PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and MiCA are made of W, which PEFT changes or needs
-# again when it loads them.
+# Initializations that change A and B only. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and MiCA depend on
+# W, which PEFT changes or needs again when it loads them.
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
 EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 ALL_LINEAR = "all-linear"
@@ -39,7 +39,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """What of adapter_config.json is the function: the rank, the scale, and the modules that are adapted.
+    """The function that adapter_config.json defines: rank, scale, and adapted modules.
 
     targets: names of modules, or their last components; None for all matrices of the layers.
     """
@@ -51,19 +51,19 @@ class PeftSettings:
     layers: tuple[int, ...] | None
 
     def adapts(self, module: str) -> bool:
-        """Whether PEFT adapts the module of this name, such as model.layers.0.self_attn.q_proj."""
+        """True where PEFT adapts this module, such as model.layers.0.self_attn.q_proj."""
         numbered = LAYER.search(module)
         here = self.layers is None or (numbered is not None and int(numbered[1]) in self.layers)
         return here and not _ends(module, self.excluded) and (self.targets is None or _ends(module, self.targets))
 
 
 def read_settings(values: Mapping[str, Any], place: Any, modules: Sequence[str]) -> PeftSettings:
-    """The settings of an adaptation, or CheckpointError that names the field which makes it another function.
+    """The settings of an adapter; CheckpointError names a field that makes it another function.
 
     Args:
-        values: adapter_config.json. place: the folder, for messages.
-        modules: the names that a pattern in target_modules is matched against, as PEFT does it:
-            from their first to their last letter.
+        values: adapter_config.json. place: the folder, for error messages.
+        modules: the names that a pattern in target_modules is matched against, as a whole, as PEFT
+            does.
     """
 
     def refuse(name: str, wanted: str, remedy: str = MERGE) -> NoReturn:
@@ -120,7 +120,7 @@ def read_settings(values: Mapping[str, Any], place: Any, modules: Sequence[str])
 
 
 def target_names(modules: Iterable[str], others: Iterable[str]) -> list[str]:
-    """target_modules for an adaptation of some modules and no others: the last parts of their names where these suffice.
+    """target_modules for some modules and no others: last components of names where they suffice.
 
     Example:
         >>> target_names(["layers.0.self_attn.q_proj"], ["layers.0.self_attn.k_proj"])

@@ -1,8 +1,10 @@
-"""The tool that quantized the weights of a file, recognized by names and types of its tensors.
+"""The quantization method of a file, recognized by names and types of its tensors.
 
-config.json of such a file says so under `quantization_config` and is refused for it; where it was lost, the tensors still say.
+config.json of such a file has a `quantization_config`, which is an error; where it is missing, the
+tensors still show the method.
 
-Source: the modules that each tool puts in the place of a linear layer, as of transformers 5 (integrations/) and the tools' own.
+Source: the modules that each tool substitutes for linear layers, as of transformers 5
+(integrations/) and the tools themselves.
 """
 
 import re
@@ -35,15 +37,16 @@ METHODS: dict[str, str] = {
     "quark": r"_quantizer\.\w+",
     "funcattn, which is said in the config.json that fa.save wrote": r"\.codes",
 }
-LONGEST = 100  # letters of the end of a name that are looked at: the file chose how long it is
+LONGEST = 100  # characters at the end of a name that are searched; names may have any length
 ANY = re.compile(rf"({'|'.join(METHODS.values())})\Z")
 
 
 def method_of(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> tuple[str, str] | None:
-    """The method that quantized a file and a tensor that shows it, or None where no method is known by these names.
+    """The method that quantized a file and a tensor that shows it, or None if it is not known.
 
     Args:
-        shapes, types: name -> shape, and type as safetensors spells it, of each tensor that no float model has.
+        shapes, types: name -> shape, and type as in safetensors, of each tensor that is not one of
+            a float model.
 
     Example:
         >>> method_of({"a.qweight": (8, 64), "a.scales": (1, 64)}, {"a.qweight": "I32", "a.scales": "F16"})

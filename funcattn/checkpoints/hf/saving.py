@@ -1,8 +1,8 @@
-"""Writing the Hugging Face layout: the whole folder, or nothing.
+"""Writing the Hugging Face layout, atomically.
 
-A folder is written under a temporary name beside its target, flushed to the disk, and exchanged for the
-old one in one step (`atomic.folder`). A process that is killed at any moment leaves the old folder or
-the new one; the next save removes the temporary one.
+A folder is written under a temporary name beside its target, flushed to the disk, and exchanged for
+the old one in one system call (`atomic.folder`). A process that is killed at any moment leaves the
+old folder or the new one; the next save removes the temporary one.
 """
 
 import errno
@@ -37,21 +37,24 @@ def save(
     *,
     shard_size: int = 5 * 2**30,
 ) -> None:
-    """Write a model in the Hugging Face layout, which transformers, vLLM and llama.cpp's converter read.
+    """Write a model in the Hugging Face layout, for transformers, vLLM and llama.cpp's converter.
 
-    The folder is written beside its target and exchanged for it in one step: if anything fails, or the
-    process is killed, the old folder is untouched. (Without renameat2, see funcattn.core.atomic.)
+    The folder is written beside its target and exchanged for it in one step: if anything fails, or
+    the process is killed, the old folder is unchanged. (Without renameat2, see
+    funcattn.core.atomic.)
 
     Args:
-        folder: a new one, or one that `save` wrote, which is replaced. One that holds anything else is refused.
-        config, params: of one another; weights are floating tensors, each saved in its own dtype, or quantized records of this
-            library, which only it reads back (config.json says so, and other readers refuse it).
-        tokenizer: None leaves its files out.
-        shard_size: bytes of weights above which they are spread over several files.
+        folder: a new one, or one that `save` wrote, which is replaced. One with any other file is
+            an error.
+        config, params: of one model; weights are floating tensors, each saved in its dtype, or
+            quantized records of this library, which only it can read (config.json says so, and
+            other readers reject it).
+        tokenizer: None writes no tokenizer files.
+        shard_size: bytes of weights above which they are written to several files.
 
     Raises:
-        CheckpointError: the folder cannot be written, or holds something else.
-        ValueError, TypeError: params are not those of the config, or not all floating tensors.
+        CheckpointError: the folder cannot be written, or has other files.
+        ValueError, TypeError: params do not fit the config, or are not all floating tensors.
 
     Law: load(save(...)) is what was saved, bit for bit (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
     Law: a kill leaves the old or the new (test_atomic.py::test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new).
@@ -76,7 +79,7 @@ def save(
 
 
 def _named(config: Config, params: Params) -> dict[str, Tensor]:
-    """Name on disk -> tensor, checked against the Config."""
+    """Name on disk -> tensor, validated against the Config."""
     whole("save", "params", tree.leaves(params), "Gather them first: fa.gather(params); or use checkpoints.save_parts.")
     leaves = families.leaves(params)
     needed = families.shapes(config)
@@ -106,7 +109,7 @@ def _named(config: Config, params: Params) -> dict[str, Tensor]:
 
 
 def _write_tensors(draft: Path, tensors: Mapping[str, Tensor], shard_size: int) -> None:
-    """One file, or shards of at most `shard_size` bytes (a larger tensor has one of its own) and their index."""
+    """One file, or shards of at most `shard_size` bytes (or of one larger tensor) and an index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_size:
@@ -123,12 +126,12 @@ def _write_tensors(draft: Path, tensors: Mapping[str, Tensor], shard_size: int) 
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU: safetensors refuses tensors that share memory."""
+    """A contiguous copy on the CPU: safetensors rejects tensors with common memory."""
     return tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
 
 
 def check_place(folder: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError where `save` would refuse a place or could not write there; nothing is written."""
+    """Raise CheckpointError where `save` would fail for a folder; nothing is written."""
     with written("save", folder):
         target = Path(os.path.realpath(folder))
         if target.is_dir():
@@ -144,5 +147,5 @@ def check_place(folder: str | os.PathLike[str]) -> None:
 
 
 def _is_written(name: str) -> bool:
-    """True for a name that `save` writes, or that a save of the tokenizer, killed, left there."""
+    """True for a name that `save` writes, or that a killed save of the tokenizer may leave."""
     return name in WRITTEN or (name.startswith("model-") and name.endswith(".safetensors")) or atomic.drafted(name) in WRITTEN

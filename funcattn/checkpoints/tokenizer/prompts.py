@@ -1,12 +1,14 @@
-"""The ids of a text that a template made of messages: only the template writes special tokens.
+"""Ids of a text rendered from messages, where only the template may write special tokens.
 
-The origin of each character is known (`templates.render_with_origins`). A special token counts where the template
-wrote all of it; between its first and last character it may have put a role (`<|` role `|>`), in letters, digits, _ and -.
+The origin of each character is known (`templates.render_with_origins`). A special token counts
+where the template wrote all of it; between its first and last character may be a role (`<|` role
+`|>`), in letters, digits, _ and -.
 
-Where all special tokens of the text are of that kind, its ids are simply those of the text. Where one is not, it should be
-encoded as any other text, at exactly this place: so the tokenizer is copied with other spellings for its special tokens, drawn
-so that the text does not hold them; the template's tokens are spelled so, the others as they are. Every rule of the tokenizer
-(spaces around tokens, the space before the first word, normalization) then holds where it held.
+Where all special tokens of the text are such, its ids are those of the text. Any other must be
+encoded as plain text, in place: so the tokenizer is copied with new spellings of its special
+tokens, chosen so that they do not occur in the text; the template's tokens are respelled, others
+are not. All rules of the tokenizer (spaces around tokens, the space before the first word,
+normalization) then apply as before.
 """
 
 import functools
@@ -20,12 +22,12 @@ from ...core.errors import fail
 from . import chunks
 from .templates import Rendered
 
-ROUNDS = 100  # of looking for special tokens that appear only where another is not one
-PLAIN = "x"  # stands for a character of a special token that is none
+ROUNDS = 100  # of searching special tokens that appear only where another one is plain text
+PLAIN = "x"  # replaces a character of a special token that is plain text
 
 
 class Found(NamedTuple):
-    """A special token in a text."""
+    """A special token that occurs in a text, and its position."""
 
     id: int
     begin: int
@@ -33,7 +35,7 @@ class Found(NamedTuple):
 
 
 class Respelled(NamedTuple):
-    """A tokenizer whose special tokens have other spellings.
+    """A tokenizer with other spellings of its special tokens.
 
     spellings: id -> spelling, each beginning with `stem`.
     letters: ids of special tokens that are also the only spelling of a letter of plain text, and
@@ -46,7 +48,7 @@ class Respelled(NamedTuple):
     letters: dict[int, int]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
-        """The ids of a text, and 1 for those that the tokenizer puts first or last.
+        """The ids of a text, and 1 for those that the tokenizer adds at the beginning or end.
 
         Raises:
             ValueError: the text has a letter whose only id is that of a special token.
@@ -69,8 +71,8 @@ def encode(backend: tokenizers.Tokenizer, rendered: Rendered) -> list[int]:
     """The ids of a rendered text; the caller holds the lock of the backend.
 
     Raises:
-        ValueError: a special token of unknown origin, or one that the tokenizer writes for plain text whatever it is
-            asked.
+        ValueError: a special token of unknown origin, or one that the tokenizer always writes for
+            plain text.
     """
     text, special = rendered.text, special_of(backend)
     backend.encode_special_tokens = False
@@ -103,7 +105,10 @@ def encode(backend: tokenizers.Tokenizer, rendered: Rendered) -> list[int]:
 
 
 def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
-    """The ids of a text whose special tokens are none, behind what the tokenizer puts first; the caller holds the lock."""
+    """The ids of a text as plain text, after the tokens that the tokenizer adds before it.
+
+    The caller holds the lock of the backend.
+    """
     backend.encode_special_tokens = True
     encoded = chunks.encode(backend, text, add_special_tokens=True)
     if special_of(backend).keys().isdisjoint(encoded.ids):
@@ -118,7 +123,10 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def _found(backend: tokenizers.Tokenizer, encoded: chunks.Encoded, text: str, special: dict[int, str]) -> list[Found]:
-    """The special tokens that a text spells, and where; the unknown token, where it stands for something else, is none."""
+    """Special tokens spelled in a text, and their positions.
+
+    The unknown token counts only where it is spelled.
+    """
     unknown, found = unknown_of(backend), []
     for number, offsets, added in zip(encoded.ids, encoded.offsets, encoded.mask, strict=True):
         if number in special and not added:
@@ -160,7 +168,7 @@ def unknown_of(backend: tokenizers.Tokenizer) -> set[int]:
 
 
 def without(backend: tokenizers.Tokenizer, text: str) -> Respelled:
-    """The tokenizer with spellings of its special tokens that stand nowhere in a text, nor in what is made of it."""
+    """The tokenizer with spellings of special tokens that do not occur in a text."""
     normal = text.lower() if backend.normalizer is None else backend.normalizer.normalize_str(text).lower()
     stems = (f"qzx{_letters(number, 6)}j" for number in itertools.count())
     stem = next(stem for stem in stems if stem not in text and stem not in normal)
@@ -195,14 +203,14 @@ def _respelled(backend: tokenizers.Tokenizer, stem: str, special: tuple[tuple[in
 
 
 def _is_only_spelling(model: dict[str, Any], token: str) -> bool:
-    """True for a token that is one letter of the model's alphabet, without bytes to fall back to."""
+    """True for a token that is one letter of the model's alphabet, without a byte fallback."""
     vocabulary = model["vocab"]
     known = vocabulary if isinstance(vocabulary, dict) else {name for name, _ in vocabulary}
     return len(token) == 1 and token in known and model["type"] in ("BPE", "Unigram") and not model.get("byte_fallback")
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
-    """New names for some tokens of the model in a tokenizer.json."""
+    """Rename tokens of the model in a tokenizer.json."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
@@ -216,7 +224,7 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
 
 
 def _letters(number: int, count: int) -> str:
-    """A number in letters that no tokenizer's normalization changes."""
+    """A number in letters that no normalizer changes."""
     return "".join("abcdefghik"[int(digit)] for digit in f"{number:0{count}}")
 
 

@@ -1,16 +1,18 @@
-"""Chat templates: untrusted jinja2 programs, rendered in a sandboxed process with bounds of time and memory.
+"""Chat templates: untrusted jinja2 programs, rendered in a sandboxed process with resource limits.
 
-They render as in transformers, in jinja2's ImmutableSandboxedEnvironment, so that no template reaches Python's internals (the
-hole of CVE-2024-34359), a file or the network. The sandbox alone lets a program run, or grow a value, or nest one in another
-until the stack overflows. So a rendering happens in a process of its own (`sandbox.worker`), which the system bounds: two
-seconds of computing, four of waiting, and on Linux 224 MiB above what the process has. Whatever a template is made of, what it
-does to that process is a CheckpointError here.
+They render as in transformers, in jinja2's ImmutableSandboxedEnvironment, so that no template can
+access Python's internals (the hole of CVE-2024-34359), files or the network. That sandbox does not
+limit time, the size of values or the depth of nesting. So rendering runs in a separate process
+(`sandbox.worker`), which the operating system limits: two seconds of CPU time, four of wall time,
+and on Linux 224 MiB above the memory of the process. Whatever a template does to that process is a
+CheckpointError here.
 
-The process is started with the first rendering (0.1 to 0.3 s), takes 20 MB, serves this process and no other, and ends with it,
-or when nothing was asked of it for two minutes.
+The process is started by the first rendering (0.1 to 0.3 s), takes 20 MB, serves this process only,
+and ends with it or after two minutes without a request.
 
-Limits: without RLIMIT_AS (Windows, macOS) memory is bounded only by what two seconds of computing, or four of waiting where
-there are no timers either (Windows), can fill. Where no process can be started there are no chats.
+Limits: without RLIMIT_AS (Windows, macOS) memory is bounded only by what can be allocated in two
+seconds of CPU time, or four of wall time without timers (Windows). Where no process can be started
+chat templates are unavailable.
 """
 
 import atexit
@@ -29,7 +31,7 @@ from typing import Any, NamedTuple, NoReturn
 from ...core.errors import fail
 from ..families import CheckpointError
 
-TIMEOUT_SECONDS, START_SECONDS = 4.0, 60.0  # for a rendering, and for the interpreter, before any template is seen
+TIMEOUT_SECONDS, START_SECONDS = 4.0, 60.0  # of a rendering; of starting the interpreter
 LARGEST = 2**26  # bytes of an answer
 ALARM, PROFILE, KILL = (int(getattr(signal, name, 0)) for name in ("SIGALRM", "SIGPROF", "SIGKILL"))
 PROGRAM = "import sys; sys.path += sys.argv[1:]; from sandbox.worker import main; main()"
@@ -37,7 +39,10 @@ PASSED = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "L
 
 
 class Rendered(NamedTuple):
-    """A text and the origin of each character: t the template, r the role of a message, d other data of a message, ? unknown."""
+    """A text and the origin of each character.
+
+    t the template, r the role of a message, d other data of a message, ? unknown.
+    """
 
     text: str
     origins: bytes
@@ -48,12 +53,12 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[
 
     Args:
         template: jinja2.
-        messages: what the template knows as `messages`.
-        names: further names, such as eos_token and add_generation_prompt.
+        messages: the template's variable `messages`.
+        names: further variables, such as eos_token and add_generation_prompt.
 
     Raises:
-        CheckpointError: the template cannot render these messages, or takes too much.
-        TypeError: the messages hold what is no text, number, None, list or mapping.
+        CheckpointError: the template fails for these messages, or exceeds a limit.
+        TypeError: the messages have a value that is no text, number, None, list or mapping.
     """
     return _ask(template, messages, names, None).text
 
@@ -69,14 +74,14 @@ def render_with_origins(
     return _ask(template, messages, names, tuple(special))
 
 
-# A last message that goes on.
+# Continuing the last message.
 
 
-END = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark
+END = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers
 
 
 def marked_at_its_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages with a mark behind the text of the last one: its content, or the last part of it that is text."""
+    """The messages with a mark after the last text: the content, or its last part that is text."""
     last = dict(messages[-1]) if messages else {}
     content = last.get("content")
     if isinstance(content, str):
@@ -92,7 +97,7 @@ def marked_at_its_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str
 
 
 def opened(text: str) -> str:
-    """A text up to the mark, without white space that the template takes from the end of a message."""
+    """A text up to the mark, without white space that the template strips from a message."""
     place = text.rfind(END.strip())
     if place < 0:
         remedy = "This template leaves out, or changes, the last message: write the prompt yourself."
@@ -115,7 +120,7 @@ def _ask(template: str, messages: Any, names: Mapping[str, Any], special: tuple[
 
 
 def plain(value: Any, where: str) -> Any:
-    """The same in exact types of Python's own, with lists for tuples; anything else is refused by its place."""
+    """The same value in Python's builtin types, with lists for tuples; raises for other types."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -144,7 +149,7 @@ def _refuse(got: str) -> NoReturn:
 
 
 class _Worker:
-    """The process that renders, and the pipes to it: at most one for a process, and one request at a time."""
+    """The rendering process and its pipes: at most one per process, one request at a time."""
 
     lock = threading.Lock()
     process: "subprocess.Popen[bytes] | None" = None
@@ -173,7 +178,7 @@ class _Worker:
 
     @classmethod
     def stop(cls) -> int:
-        """End the process, if there is one; its exit code."""
+        """End the process, if there is one; return its exit code."""
         process, cls.process = cls.process, None
         if process is None:
             return 0
@@ -185,7 +190,7 @@ class _Worker:
 
     @classmethod
     def forget(cls) -> None:
-        """In a fork: the process is the parent's."""
+        """In a fork: drop the process, which is the parent's."""
         process, cls.process, cls.lock = cls.process, None, threading.Lock()
         if process is not None:
             process.returncode = 0  # Popen's: not ours to wait for
@@ -193,7 +198,7 @@ class _Worker:
 
 
 def _left(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether a process whose pipe has ended ends by itself."""
+    """True where a process whose pipe is closed exits by itself."""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -210,7 +215,7 @@ def _close(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _started() -> "subprocess.Popen[bytes]":
-    """A new process that is ready."""
+    """Start a process, and wait until it is ready."""
     executable = multiprocessing.spawn.get_executable()
     packages = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     folders = [str(Path(spec.origin).parent.parent) for spec in packages if spec is not None and spec.origin]
@@ -248,7 +253,10 @@ def _started() -> "subprocess.Popen[bytes]":
 
 
 def _exchange(process: "subprocess.Popen[bytes]", request: bytes, patience: float) -> tuple[bytes | None, bool]:
-    """Ask, unless the request is empty, and hear the answer: None where the process ended, and whether its time was over."""
+    """Send a request, unless it is empty, and read the answer.
+
+    Returns None for the answer where the process ended, and whether it was out of time.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     late = threading.Event()
@@ -286,7 +294,7 @@ def _read(pipe: Any, size: int) -> bytes:
 
 
 def _end(code: int, late: bool) -> str:
-    """Why a process ended that was asked."""
+    """Why the process ended during a request."""
     if late or code == -ALARM:
         return f"none after {TIMEOUT_SECONDS:g} seconds"
     if code == -PROFILE:

@@ -1,8 +1,8 @@
 """Text to token ids and back, on the `tokenizers` library, from tokenizer.json or from the metadata of a GGUF file.
 
-Two kinds of text are encoded. What a person or a document says is data: `encode(text)` never gives the id of a special token for
-it, whatever is written there. What a chat template made is a prompt: in `encode(text, special=True)` `<|im_end|>` is one token.
-`prompt(messages)` keeps the two apart in one chat.
+Plain text and prompts are encoded differently. `encode(text)` never gives the id of a special
+token, whatever the text spells. In `encode(text, special=True)`, for rendered chat templates,
+`<|im_end|>` is one token. `prompt(messages)` applies both within one chat.
 """
 
 import json
@@ -40,11 +40,11 @@ class Tokenizer:
     """Text to ids and back.
 
     Args:
-        backend: the tokenizer of the `tokenizers` library; shared, so never written to.
+        backend: of the `tokenizers` library; it is common to copies, and never modified.
         stop: ids that end a generation.
         template: the chat template (jinja2), or None.
-        roles: what a template may name: bos_token, eos_token and their kin -> the text of the token.
-        bounds: what a backend from a file may make of a text.
+        roles: variables of templates: bos_token, eos_token, ... -> the text of the token.
+        bounds: resource limits for texts, where the backend is from a file.
 
     Example:
         >>> backend = tokenizers.Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
@@ -67,12 +67,12 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> int:
-        """How many ids the tokenizer knows; the model may have more."""
+        """The number of ids of the tokenizer; the model may have more."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def special_tokens(self) -> dict[int, str]:
-        """Id -> text of the special tokens, which `decode` leaves out."""
+        """Id -> text of the special tokens, which `decode` omits."""
         return prompts.special_of(self.backend)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -80,9 +80,9 @@ class Tokenizer:
 
         Args:
             text: any Unicode without lone surrogates.
-            special: True for a prompt that a template made: special tokens written in it become their ids, and nothing is added.
-                False for text from anywhere else: what looks like a special token is encoded as the characters that it is, and
-                what the model was trained to see first (a Llama's `<s>`) is put before it.
+            special: True for a rendered prompt: special tokens spelled in it become their ids, and
+                none is added. False for any other text: spelled special tokens are encoded as plain
+                characters, and the tokens that the model expects first (a Llama's `<s>`) are added.
         """
         if not isinstance(text, str):
             fail("encode", "text", "a str", f"a {type(text).__name__}", "Encode texts one by one.", TypeError)
@@ -94,11 +94,11 @@ class Tokenizer:
             return chunks.encode(self.backend, text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of ids (a list, or an integer tensor (T,)); bytes that are no whole character yet become U+FFFD.
+        """The text of ids (a list, or an integer tensor (T,)); incomplete characters are U+FFFD.
 
         Args:
-            ids: ids that the tokenizer does not know, which a model with spare rows may draw, mean no text.
-            skip_special: leave special tokens out.
+            ids: ids unknown to the tokenizer, which a model with spare rows may draw, give no text.
+            skip_special: omit special tokens.
         """
         if isinstance(ids, str):
             fail("decode", "ids", "token ids", "a str", "Text becomes ids by encode(text).", TypeError)
@@ -112,20 +112,22 @@ class Tokenizer:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> str:
-        """A conversation as the text that the model was trained on.
+        """A conversation as text, by the chat template.
 
-        A special token that a message spells out is in this text as if the template had written it: use `prompt` to get ids from
-        messages that someone else wrote.
+        A special token spelled in a message cannot be told from the template's in this text: use
+        `prompt` for ids of untrusted messages.
 
         Args:
-            messages: such as [{"role": "user", "content": "Hello"}]; of texts, numbers, None, lists and mappings.
-            add_generation_prompt: end with the opening of the model's answer.
-            continue_final_message: end with the content of the last message, which the model goes on writing.
+            messages: such as [{"role": "user", "content": "Hello"}]; of texts, numbers, None, lists
+                and mappings.
+            add_generation_prompt: end with the beginning of the model's answer.
+            continue_final_message: end with the content of the last message, for the model to
+                continue.
 
         Raises:
-            CheckpointError: there is no template, or it fails, or it asks for what the sandbox refuses.
-            TypeError: messages are none, or hold what a template cannot be given.
-            ValueError: the last message is not in the text, or both options are asked for.
+            CheckpointError: there is no template, it fails, or the sandbox rejects an operation.
+            TypeError: messages are not a sequence of mappings, or have values of other types.
+            ValueError: the last message is not in the text, or both options are given.
         """
         arguments = self._rendering(messages, add_generation_prompt, continue_final_message)
         text = templates.render(*arguments)
@@ -136,17 +138,18 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a conversation in which only the template writes special tokens.
 
-        A special token that messages spell out is encoded as the text it is, wherever its characters come from: one field or
-        several, a part, a name, a number, with or without the template's own characters between. A role may complete one,
-        `<|` role `|>`, where it is of letters, digits, _ and -: roles are the application's. Tokens that a tokenizer adds
-        without calling them special (`<think>` in some) are tokens wherever they stand, as in `encode`.
+        A special token spelled in messages is encoded as plain text, wherever its characters come
+        from: one field or several, a part, a name, a number, with or without characters of the
+        template between. A role may complete one, `<|` role `|>`, where it is of letters, digits, _
+        and -: roles are trusted. Added tokens that are not special (`<think>` in some tokenizers)
+        are tokens everywhere, as in `encode`.
 
         Args:
             messages, add_generation_prompt, continue_final_message: as in `chat`.
 
         Raises:
             CheckpointError, TypeError: as `chat`.
-            ValueError: as `chat`; or the origin of a special token is unknown, from how the template joins texts.
+            ValueError: as `chat`; or the origin of a special token cannot be determined.
 
         Law: where all special tokens are the template's, prompt(m) == encode(chat(m), special=True); and nothing of the text is
             lost (test_prompts.py).
@@ -162,7 +165,7 @@ class Tokenizer:
             return prompts.encode(self.backend, rendered)
 
     def _rendering(self, messages: Any, add_generation_prompt: bool, continue_final_message: bool) -> tuple[str, Any, Any]:
-        """Template, messages and names, once they are what they should be."""
+        """Template, messages and variables, validated."""
         if isinstance(messages, str) or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             wanted = 'messages such as [{"role": "user", "content": "Hello"}]'
             fail("chat", "messages", wanted, repr(messages), "Text without roles goes through encode.", TypeError)
@@ -178,7 +181,7 @@ class Tokenizer:
 
     @contextmanager
     def _encoding(self, verb: str, what: str) -> Iterator[None]:
-        """The backend for one caller, whose switch is set for each call and never relied upon; and its errors."""
+        """Hold the lock of the backend, and translate its errors."""
         try:
             with _rust_errors(verb), _LOCK:
                 yield
@@ -187,7 +190,7 @@ class Tokenizer:
             fail(verb, what, "Unicode that UTF-8 can write", "a lone surrogate", remedy)
 
     def files(self) -> dict[str, str]:
-        """Name -> text of the files that hold the tokenizer in the Hugging Face layout."""
+        """Name -> text of the tokenizer's files in the Hugging Face layout."""
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -204,7 +207,7 @@ class Tokenizer:
         return files
 
     def save(self, folder: str | Path) -> None:
-        """Write `files()` into a folder in one step; other files in it stay.
+        """Write `files()` into a folder in one step; other files are kept.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -331,17 +334,17 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: str) 
     return backend
 
 
-# Checks of what a file says.
+# Validation of files.
 
 
 @contextmanager
 def _rust_errors(where: str) -> Iterator[None]:
-    """What the `tokenizers` library raises, as CheckpointError."""
+    """Raise errors of the `tokenizers` library as CheckpointError."""
     try:
         yield
     except (ValueError, TypeError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         wanted = "what the tokenizers library reads"
         remedy = "Fetch the file again, or update the library: pip install --upgrade tokenizers."
         got = str(error)[:300]

@@ -1,13 +1,15 @@
-"""What a tokenizer.json may ask for, found before the `tokenizers` library reads it.
+"""Bounds on memory and time of a tokenizer.json, checked before `tokenizers` reads it.
 
-That library, in Rust, aborts the process where memory ends, and nothing in Python can catch it. A text passes a pipeline:
-normalizer, pre-tokenizer, model, post-processor; ids pass the decoder. Every component is of a kind in the tables here, which say
-how many bytes it makes at most of one byte; the product along the pipeline is bounded, and so are ids, tokens and their number.
-Where the product and a text are both large, parts of the text are normalized and measured first.
+The `tokenizers` library, in Rust, aborts the process when out of memory, which Python cannot catch. A
+text passes a pipeline: normalizer, pre-tokenizer, model, post-processor; ids pass the decoder. Every
+component must be of a kind in the tables here, which have the most bytes that it makes of one byte;
+the product along the pipeline is bounded, and so are ids, tokens and their number. Where the
+product and a text are both large, parts of the text are normalized and measured first.
 
-A regular expression may look at the rest of a text from every place in it. The library gives up one match after ten million steps,
-but not a thousand of them. So patterns try the beginning and the end of a text first, four times as much of it each time, and the
-first time that is far too slow is the last.
+A regular expression may search the rest of a text from every position. The library gives up one
+match after ten million steps, but not a thousand of them. So patterns are first timed on the
+beginning and end of a text, on four times as much each time, until all is done or one is far too
+slow.
 
 Source: github.com/huggingface/tokenizers, tokenizers/src, version 0.23; Unicode forms grow a text by 18 at most, once.
 """
@@ -70,13 +72,13 @@ PROCESSORS: dict[str, int] = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far the texts of one tokenizer may be trusted: growth in its normalizer, and whether it has patterns."""
+    """Bounds for texts of one tokenizer: growth in its normalizer, and whether it has patterns."""
 
     growth: int = UNCHANGED
     has_patterns: bool = False
 
     def check(self, backend: tokenizers.Tokenizer, text: str) -> None:
-        """Fail where a text would become far too large, or would take far too long."""
+        """Fail where a text would become far too large, or take far too long."""
         if backend.normalizer is not None and self.growth * len(text) > MEASURED:
             size, part = 0, MEASURED // self.growth
             for at in range(0, len(text), part):
@@ -98,10 +100,10 @@ class Bounds:
 
 
 def check(text: str) -> Bounds:
-    """The bounds of a tokenizer.json, or CheckpointError that names the part which asks for too much.
+    """The bounds of a tokenizer.json; CheckpointError names a component that exceeds the limits.
 
     Args:
-        text: of the file. Each name in an object stands once, so that the library reads what was looked at.
+        text: of the file. Duplicate names in an object are an error, since parsers differ on them.
     """
     values = parse_object(text, "tokenizer.json", pairs=_once)
     growth = _growth(values, "normalizer", NORMALIZERS, GROWTH)
@@ -142,7 +144,7 @@ def _components(values: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]
 
 
 def _growth(values: Mapping[str, Any], part: str, kinds: Mapping[str, int], most: int) -> int:
-    """Bytes that a part of the pipeline makes at most of one byte."""
+    """The most bytes that a part of the pipeline makes of one byte."""
     growth = UNCHANGED
     for one in _components(values, part):
         kind = one["type"]
@@ -164,7 +166,7 @@ def _growth(values: Mapping[str, Any], part: str, kinds: Mapping[str, int], most
 
 
 def _replaced(one: Mapping[str, Any], part: str) -> int:
-    """What Replace makes of one byte: its content for each match, of a pattern that may match nothing at every place."""
+    """The most bytes that Replace makes of one byte: its content for each match, also empty."""
     pattern, content = _pattern(one, part), len(_text(one, "content", part).encode())
     matched = len(pattern.get("String", "").encode())
     return max(UNCHANGED, -(-content // matched)) if matched else 1 + content
@@ -185,7 +187,7 @@ def _pattern(one: Mapping[str, Any], part: str) -> Mapping[str, str]:
 
 
 def _longest_of_map(one: Mapping[str, Any]) -> int:
-    """Precompiled holds a trie and, behind it, all that it replaces letters by, each ended by a zero."""
+    """The most bytes of a replacement: Precompiled is a trie, then zero-terminated replacements."""
     stored = one.get("precompiled_charsmap")
     try:
         data = base64.b64decode(stored if isinstance(stored, str) else "", validate=True)
@@ -198,7 +200,7 @@ def _longest_of_map(one: Mapping[str, Any]) -> int:
 
 
 def _check_processors(components: list[dict[str, Any]]) -> None:
-    """Each puts a text there once, and few tokens around it."""
+    """Each inserts a text once, and adds few tokens."""
     ends = 0
     for one in components:
         if one["type"] != "TemplateProcessing":
@@ -280,7 +282,7 @@ def _text(one: Mapping[str, Any], name: str, part: str) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Two parsers may take either of two of one name; of two ids in a vocabulary both take the last."""
+    """Reject duplicate names, on which parsers differ; of ids in a vocabulary all take the last."""
     found = dict(pairs)
     if len(found) < len(pairs) and not all(type(value) is int for _, value in pairs):
         _refuse("an object", "one of different names", "a name twice")

@@ -1,1 +1,1 @@
-"""Speculative decoding; its face is `funcattn.speculation`, that of the drafters `funcattn.drafters`."""
+"""Speculative decoding; the public names are in `funcattn.speculation` and `funcattn.drafters`."""

@@ -1,8 +1,9 @@
-"""Accept the beginning of a draft, for one row; many rows, each with its own length, are `vmap`.
+"""Acceptance of a draft: which of its tokens are kept, and the token drawn after them.
 
     count, token, tokens = accept(key, target, draft, proposed, valid)
 
-Shapes are static and nothing branches on values, so it vmaps and compiles.
+For one sequence; batches, each row with its count, are `vmap`. Shapes are static and no branch
+depends on values, so it vmaps and compiles.
 """
 
 from typing import NamedTuple
@@ -19,11 +20,11 @@ from .rules import Rule, at, blockwise
 
 @record
 class Accepted(NamedTuple):
-    """What becomes of a draft.
+    """The result of accepting a draft.
 
-    count: int64 (), how many of its tokens stay, 0 to valid.
-    token: int64 (), the one that follows them, drawn from what they leave of the target.
-    tokens: int64 (N + 1,), those that stay, then `token`, then -1.
+    count: int64 (), how many drafted tokens are accepted, 0 to valid.
+    token: int64 (), the token after them, drawn from the rule's correction of the target.
+    tokens: int64 (N + 1,), the accepted tokens, then `token`, then -1.
     """
 
     count: Tensor
@@ -42,23 +43,28 @@ def accept(
     rule: Rule = blockwise,
     check: bool = True,
 ) -> Accepted:
-    """Keep the beginning of a draft, and draw one token more, so that what is written is distributed as the target.
+    """Accept a prefix of a draft and draw one more token: the output is distributed as the target.
 
     Args:
-        key: randomness for all of it.
-        target: (N + 1, V), float32 or float64: probabilities of each token given the draft before it, the last given all of it.
-        draft: (N, V), the probabilities that each drafted token was drawn from. A draft without chance is one-hot.
+        key: int64 (2,), randomness for all of it.
+        target: (N + 1, V), float32 or float64: probabilities of each token given the draft before
+            it, the last given all of it.
+        draft: (N, V), the probabilities that each drafted token was drawn from; one-hot for a
+            deterministic draft.
         proposed: int64 (N,), the draft.
-        valid: int64 (), how many of the N count; what is in the others' rows does not matter, even NaN. None is all.
-        rule: `blockwise`, or `tokenwise`, or one of your own.
-        check: look at the values, where that is possible (it waits for the device): rows that sum to one, tokens that can be drawn.
+        valid: int64 (), how many of the N count; the other rows may be anything, even NaN. None is
+            all.
+        rule: `blockwise`, `tokenwise`, or another `Rule`.
+        check: validate values where they can be read (this synchronizes with the device): rows sum
+            to one, drafted tokens have positive probability.
 
     Returns:
-        Accepted. Where the target is NaN and could not be looked at, `token` is -1.
+        Accepted. Where the target is NaN and values could not be read, `token` is -1.
 
     Raises:
-        ValueError: sizes that differ, an empty draft, probabilities that are NaN, negative or do not sum to one, a token outside
-            the vocabulary or of probability zero in the draft, valid outside 0 to N.
+        ValueError: sizes that differ, an empty draft, probabilities that are NaN, negative or do
+            not sum to one, a token outside the vocabulary or of probability zero in the draft,
+            valid outside 0 to N.
         TypeError: probabilities in half precision or as integers.
 
     Example:
@@ -67,7 +73,8 @@ def accept(
         >>> accept(fa.key(0), p, q, torch.tensor([0])).tokens
         tensor([ 1, -1])
 
-    Law: distributed as the target exactly, by enumeration (test_speculation.py::test_what_is_written_has_the_law_of_the_target).
+    Law: distributed as the target exactly, by enumeration
+        (test_speculation.py::test_what_is_written_has_the_law_of_the_target).
     """
     valid = _checked("accept", target, draft, proposed, valid, check)
     for_uniforms, for_token = randomness.split(key).unbind()
@@ -82,9 +89,9 @@ def accept(
 def acceptance_pmf(
     target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor | None = None, *, rule: Rule = blockwise, check: bool = True
 ) -> Tensor:
-    """The probability of each count, (N + 1,), given the draft: exact, and differentiable in target and draft.
+    """The probability (N + 1,) of each accepted count given the draft: exact.
 
-    Args and errors as in `accept`.
+    Differentiable in target and draft. Args and errors as in `accept`.
 
     Example:
         >>> import torch
@@ -100,7 +107,7 @@ def acceptance_pmf(
 
 
 def clean(target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with rows that do not count made harmless: the uniform distribution, token 0."""
+    """target, draft, proposed with rows beyond valid replaced: uniform probabilities, token 0."""
     rows, V = torch.arange(len(target), device=target.device).unsqueeze(-1), target.shape[-1]
     there = rows[:-1] < valid
     return (
@@ -111,13 +118,13 @@ def clean(target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor) -> tup
 
 
 def draw_row(key: Tensor, rows: Tensor, row: Tensor) -> Tensor:
-    """One token from one row of probabilities (R, V); -1 where it is NaN."""
+    """One token drawn from row `row` of probabilities (R, V); -1 where the row is NaN."""
     probs = rows.index_select(0, row.reshape(1))[0]
     return torch.where(probs.isnan().any(-1), -1, randomness.categorical(key, probs.log()))
 
 
 def finish(proposed: Tensor, count: Tensor, token: Tensor) -> Tensor:
-    """The first `count` of (N,), then the token, then -1: (N + 1,)."""
+    """int64 (N + 1,): the first `count` of proposed (N,), then the token, then -1."""
     places = torch.arange(len(proposed) + 1, device=proposed.device)
     longer = torch.cat([proposed, proposed[:1]])
     return torch.where(places < count, longer, torch.where(places == count, token, -1))
@@ -149,7 +156,7 @@ def _checked(function: str, target: Tensor, draft: Tensor, proposed: Tensor, val
 
 
 def check_probs(function: str, argument: str, probs: Tensor, wanted: tuple[int, ...], letters: str, N: int) -> None:
-    """Fail where rows of probabilities have another shape or kind than wanted."""
+    """Fail where probabilities do not have the shape and dtype that are wanted."""
     if probs.dtype not in (torch.float32, torch.float64):
         remedy = "Take the softmax in float32, and draw from that too."
         errors.fail(function, argument, "probabilities in float32 or float64", probs.dtype, remedy, TypeError)
@@ -159,7 +166,10 @@ def check_probs(function: str, argument: str, probs: Tensor, wanted: tuple[int, 
 
 
 def check_values(function: str, argument: str, probs: Tensor, counts: Tensor) -> None:
-    """Fail where a row that counts is no distribution: sums of V terms, each rounded, and a softmax's own rounding."""
+    """Fail where a row that counts is not a distribution.
+
+    Sums may differ from one by the rounding of V terms and of the softmax.
+    """
     slack = 4 * probs.shape[-1] * torch.finfo(probs.dtype).eps
     wrong = ~(((probs.sum(-1) - 1).abs() <= slack) & (probs >= 0).all(-1))  # NaN is wrong
     if errors.is_true(wrong & counts):
@@ -167,7 +177,7 @@ def check_values(function: str, argument: str, probs: Tensor, counts: Tensor) ->
 
 
 def check_tokens(function: str, draft: Tensor, proposed: Tensor, counts: Tensor) -> None:
-    """Fail where a token that counts is outside the vocabulary, or could not have been drawn."""
+    """Fail where a token that counts is outside the vocabulary or has probability 0."""
     V = draft.shape[-1]
     if errors.is_true(((proposed < 0) | (proposed >= V)) & counts):
         errors.fail(function, "proposed", f"ids below V = {V}", errors.peek(proposed), "Set valid where the draft is short.")

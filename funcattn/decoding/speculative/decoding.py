@@ -1,7 +1,8 @@
-"""Generate with drafts: what a drafter proposes is read by the model in one step, and the beginning that is accepted stays.
+"""Speculative decoding: one forward pass verifies a draft, and its accepted prefix is kept.
 
-Nothing is rolled back. A step proposes keys and values for all drafted tokens, and only the accepted ones are committed; the
-sampler's state is the older one at the place where the draft ended.
+There is no rollback. A forward pass returns keys and values of all drafted tokens as a delta, and
+only those of accepted tokens are committed; of the sampler states along the draft, the one after
+the last accepted token is selected.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,9 +31,10 @@ from .verification import accept_along, accept_greedy, log_probs_along_draft, se
 
 @record
 class Stats(NamedTuple):
-    """How the drafts did, all int64 (): steps of the model, tokens drafted, tokens of them that stayed.
+    """Statistics of the drafts, all int64 ().
 
-    Prints as a sentence; under vmap, with fields (B,), as one for each sequence.
+    rounds: forward passes of the model. drafted: tokens drafted. accepted: how many of these were
+    accepted. Prints as a sentence; under vmap, with fields (B,), as one for each sequence.
     """
 
     rounds: Tensor
@@ -41,12 +43,12 @@ class Stats(NamedTuple):
 
     @property
     def acceptance(self) -> Tensor:
-        """The share of the drafted tokens that stayed, (); 0 where none was drafted."""
+        """Acceptance rate (): accepted / drafted; 0 where none was drafted."""
         return self.accepted / self.drafted.clamp(min=1)
 
     @property
     def tokens_per_round(self) -> Tensor:
-        """How many tokens a step of the model gave, (): those that stayed and one more; 0 where there was none."""
+        """Mean tokens a forward pass, (): the accepted tokens and one more; 0 for no rounds."""
         return torch.where(self.rounds > 0, 1 + self.accepted / self.rounds.clamp(min=1), 0)
 
     def __str__(self) -> str:
@@ -59,12 +61,13 @@ class Stats(NamedTuple):
         return f"{kept}; {float(self.tokens_per_round):.2f} tokens a round in {int(self.rounds)} rounds"
 
     def speedup(self, draft: float, verify: float) -> Tensor:
-        """How many times faster the text came than token by token, by what the parts cost, ().
+        """Speedup over decoding token by token, from the measured cost of a draft, ().
 
             tokens a round / (drafted a round * draft + verify)
 
         Args:
-            draft, verify: what a drafted token and a verification cost, where a step of one token costs 1.
+            draft, verify: cost of a drafted token and of a verification, where a decode step of one
+                token costs 1.
 
         Source: Leviathan et al., arXiv:2211.17192, theorem 3.8.
         """
@@ -73,7 +76,7 @@ class Stats(NamedTuple):
 
 @record
 class Speculated(NamedTuple):
-    """A text and how it came about: tokens (steps,), count () of them up to the stop id included, and Stats."""
+    """tokens int64 (steps,), count int64 () of them up to and with the stop id, and Stats."""
 
     tokens: Tensor
     count: Tensor
@@ -96,18 +99,21 @@ def speculate(
     rule: Rule = blockwise,
     chunk: int = 512,
 ) -> tuple[Speculated, Any]:
-    """`fa.generate` with drafts: the same distribution of texts, in fewer steps of the model.
+    """`fa.generate` with drafts: the same distribution of texts, in fewer forward passes.
 
     Args:
-        key: randomness. The tokens are not those that generate draws with this key, but distributed alike; with `greedy` they
-            are the same tokens, up to the rounding of one step against several at once.
-        drafter: one of `fa.drafters`; it reads the prompt (not what a given cache holds). A drafter of this very model with other
-            weights reads the past of the target instead, and nothing is read twice.
+        key: int64 (2,), randomness. Tokens have the same distribution as those of generate, but are
+            not the ones it draws with this key; with `greedy` they are the same, up to the rounding
+            of a forward pass of one token against several at once.
+        drafter: one of `fa.drafters`; it reads the prompt (not the text of a given cache). A
+            drafter of this same model with other weights reads the target's cache instead, and
+            needs no prefill.
         rule: how drafts are accepted.
-        model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk: as in `fa.generate`.
+        model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk: as in
+            `fa.generate`.
 
     Returns:
-        Speculated, and the past of the prompt and all tokens but the last, as generate gives it.
+        Speculated, and the cache of the prompt and all tokens but the last, as in generate.
 
     Raises:
         ValueError, TypeError: as generate; a drafter of another vocabulary.
@@ -121,8 +127,8 @@ def speculate(
         >>> torch.equal(done.tokens, fa.generate(fa.key(1), model, params, torch.tensor([1, 2, 3, 1, 2]), steps=6)[0])
         True
 
-    Law: distributed as generate, and under greedy its tokens; vmap over prompts of different lengths equals the loop
-        (test_decoding.py).
+    Law: distributed as generate, and equal to it under greedy; vmap over prompts of different
+        lengths equals the loop (test_decoding.py).
     """
     request = Request("speculate", model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk)
     start, chooser = _begin(request, key, drafter, rule)
@@ -133,13 +139,13 @@ def speculate(
         new = text.tokens.index_select(0, (places - count).clamp(0, len(text.tokens) - 1))
         tokens = torch.where((places >= count) & (places < count + text.kept), new, tokens)
         count, last, past, stats = count + text.kept, text.last, text.cache, text.state.stats
-    tokens = torch.where(places < count, tokens, last)  # after the end, the stop id again
+    tokens = torch.where(places < count, tokens, last)  # the stop id after the end
     return Speculated(tokens, count, stats), past
 
 
 @dataclass(frozen=True)
 class Piece(Streamed):
-    """`fa.Streamed`, and Stats so far."""
+    """A `fa.Streamed`, with the Stats so far."""
 
     stats: Stats
 
@@ -160,9 +166,10 @@ def stream(
     rule: Rule = blockwise,
     chunk: int = 512,
 ) -> Iterator[Piece]:
-    """`fa.stream` with drafts: a piece a round, of one token or several.
+    """`fa.stream` with drafts: a piece for each round, of one token or several.
 
-    A stop id or a stop string in the middle of a draft ends the text there, and the past holds no more than that.
+    A stop id or stop string in the middle of a draft ends the text there, and the cache has no
+    later tokens.
 
     Args:
         drafter, rule: as in `speculate`; all others as in `fa.stream`.
@@ -184,7 +191,7 @@ def stream(
 
 
 class Drafting(NamedTuple):
-    """What a round of speculation goes on with: the state of the sampler, that of the drafter, and Stats."""
+    """The state between rounds: that of the sampler, that of the drafter, and Stats."""
 
     sampler: Any
     drafter: Any
@@ -192,7 +199,7 @@ class Drafting(NamedTuple):
 
 
 def _begin(request: Request, key: Tensor, drafter: Any, rule: Rule, **values: Any) -> tuple[Start, Chooser]:
-    """The prompt as it was read, with room for drafts behind the text, and how a round comes to its tokens."""
+    """Prefill with room for drafts, and the chooser of the rounds after it."""
     _check_drafter(request.verb, drafter)
     request.checked(key=key, drafter=drafter, rule=rule, **values)
     start = prefill(
@@ -206,11 +213,11 @@ def _begin(request: Request, key: Tensor, drafter: Any, rule: Rule, **values: An
 
 
 def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: Start) -> Chooser:
-    """Several tokens a round: those of a draft that are accepted, and one more.
+    """A chooser of several tokens a round: the accepted prefix of a draft, and one more.
 
     Args:
         request, key, drafter, rule: as in `speculate`.
-        start: the prompt as it was read.
+        start: the result of prefill.
     """
     model, params, sampler, steps = request.model, request.params, request.sampler, request.steps
     prompt, stop = request.prompt, request.stop
@@ -230,12 +237,13 @@ def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: St
 
     def follow(n: int, text: Text) -> Choice:
         draft, drafting = propose(n, text)
-        nothing = sampler.deterministic and errors.integer(draft.valid) == 0  # then a step of one token will do
+        # Without drafted tokens one decode step is enough.
+        nothing = sampler.deterministic and errors.integer(draft.valid) == 0
         proposed = draft.tokens[:0] if nothing else draft.tokens
         logits, delta = transformer.along(model, params, torch.cat([text.last.reshape(1), proposed]), text.cache)
         check_numbers(request.verb, "the logits of a step", logits)
         found, states = _accepted(keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule)
-        assert text.left is not None  # rounds differ in length
+        assert text.left is not None  # rounds write different numbers of tokens
         kept = torch.minimum(until_stop(found.tokens, found.count + 1, stop), text.left)
         kept = torch.where(text.done, 0, kept)
         newest = found.tokens.index_select(0, (kept - 1).clamp(min=0).reshape(1))[0]
@@ -255,7 +263,7 @@ def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: St
 def _accepted(
     key: Tensor, sampler: Sampler, logits: Tensor, draft: Draft, proposed: Tensor, state: Any, rule: Rule
 ) -> tuple[Accepted, Any]:
-    """What becomes of a draft (N,) that was read with logits (N + 1, V), and the states of the sampler along it."""
+    """Accept a draft (N,) by its logits (N + 1, V); also the sampler's states along the draft."""
     if sampler.deterministic:
         return accept_greedy(sampler, logits, proposed, draft.valid, state)
     along = log_probs_along_draft(sampler, logits, proposed, state)
@@ -265,13 +273,13 @@ def _accepted(
 
 
 def no_rounds(prompt: Tensor) -> Stats:
-    """The Stats before the first round, where the prompt (T,) is."""
+    """Stats of no rounds, on the device of the prompt (T,)."""
     zero = torch.zeros_like(prompt[0])
     return Stats(zero, zero, zero)
 
 
 def _counted(text: Text, draft: Draft, stayed: Tensor) -> Stats:
-    """The Stats with one round more, of a row that had not ended."""
+    """The Stats with one round added, where the text had not ended."""
     stats, goes_on = text.state.stats, (~text.done).long()
     return Stats(stats.rounds + goes_on, stats.drafted + goes_on * draft.valid, stats.accepted + goes_on * stayed)
 

@@ -1,12 +1,13 @@
-"""Drafts for `fa.speculate`: by a model, by the text itself, or by a function of yours.
+"""Drafters for `fa.speculate`: a model, n-gram lookup in the text, or any function.
 
-They decide the speed, never what is written.
+They change the acceptance rate and the cost, never the distribution of the output.
 
-A drafter is three pure functions over a state that is a pytree; it knows all the text but the last token, which it is told:
+A drafter is three pure functions of a state that is a pytree; the state covers all tokens of the
+text but the last, which `propose` takes as an argument:
 
     init(prompt, prompt_length, steps) -> state
-    propose(key, last, state) -> (Draft, state)          N tokens that may follow, and what they were drawn from
-    keep(tokens, count, state) -> state                  what was written instead: the first count of tokens (N + 1,)
+    propose(key, last, state) -> (Draft, state)     N drafted tokens and their probabilities
+    keep(tokens, count, state) -> state             commit: the first count of tokens (N + 1,)
 """
 
 import dataclasses
@@ -30,10 +31,10 @@ from .verification import select_state
 @formerly(laws="probs")
 @record
 class Draft(NamedTuple):
-    """Tokens that may follow.
+    """Drafted tokens.
 
-    tokens: int64 (N,). probs: (N, V), the probabilities that each was drawn from, or () where there was no chance. valid: int64
-    (), how many count.
+    tokens: int64 (N,). probs: (N, V), the probabilities that each was drawn from, or () for a
+    deterministic draft. valid: int64 (), how many count.
     """
 
     tokens: Tensor
@@ -42,16 +43,18 @@ class Draft(NamedTuple):
 
 
 class Drafter(NamedTuple):
-    """A way to draft. Not a record: it holds functions.
+    """The functions of a drafter. Not a record: it holds functions.
 
     Args:
-        init: (prompt int64 (T,), prompt_length int64 (), steps) -> state, behind a prompt whose last token is not told yet.
-        propose: (key, last int64 (), state) -> (Draft of N tokens, state), behind the text that ends with `last`.
-        keep: (tokens int64 (N + 1,), count int64 (), state) -> state, where the first `count` tokens were written.
+        init: (prompt int64 (T,), prompt_length int64 (), steps) -> state, after the prompt without
+            its last token.
+        propose: (key, last int64 (), state) -> (Draft of N tokens, state), after `last`.
+        keep: (tokens int64 (N + 1,), count int64 (), state) -> state, after the first `count` of
+            tokens, which are those written in this round.
         length: N, a size.
-        vocabulary: how many tokens it knows, None where it does not know.
-        sharing: how it drafts for its own model, None if not.
-        text: how it prints: the call that made it.
+        vocabulary: V, the number of token ids; None where it is unknown.
+        sharing: for a model that drafts with the target's cache; None otherwise.
+        text: the repr, the call that made it.
     """
 
     init: Callable[[Tensor, Tensor, int], Any]
@@ -68,10 +71,11 @@ class Drafter(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """How a model drafts for itself, with other weights: behind the past of the target, which the state is given as `cache`.
+    """Drafting with other weights of the target model, on the target's cache.
 
-    init(prompt, prompt_length, logits, cache) -> state. propose and keep are as in Drafter. What propose writes into the past lies
-    beyond its length, where the target's own rows go next.
+    init(prompt, prompt_length, logits, cache) -> state. propose and keep are as in Drafter; the
+    state's `cache` is set to the target's. The rows that propose writes are beyond the length of
+    that cache, where the target's rows are committed next.
     """
 
     model: Model
@@ -82,10 +86,10 @@ class Sharing(NamedTuple):
 
 @record
 class ModelDrafterState(NamedTuple):
-    """The state of a model that drafts.
+    """The state of a drafter that is a model.
 
-    cache: what it has read. certain: int64 (), the length of it that is text and no draft. states: its sampler's at each place of
-    the last draft, leaves (N + 1, ...).
+    cache: of the text and the last draft. certain: int64 (), its length without the draft. states:
+    sampler states before each token of the last draft and after it, leaves (N + 1, ...).
     """
 
     cache: Any
@@ -96,15 +100,17 @@ class ModelDrafterState(NamedTuple):
 @door(name="drafters.model")
 @printed
 def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = sampling.greedy, chunk: int = 512) -> Drafter:
-    """Another model drafts, or the same with cheaper weights, a token at a time.
+    """Draft with a model, token by token: a smaller one, or the target with cheaper weights.
 
-    Where `fa.speculate` is given this very `model`, the draft reads the past of the target, which is better than its own, and
-    costs no prefill: `fa.drafters.model(model, fa.quantize(fa.int8)(params))`. Else it has a past of its own.
+    Where `fa.speculate` is given this same `model`, the draft reads the target's cache, whose
+    keys and values are better than the drafter's, and needs no prefill:
+    `fa.drafters.model(model, fa.quantize(fa.int8)(params))`. Otherwise it has a cache of its own.
 
     Args:
         model, params: any decoder of the same vocabulary.
         length: N, how many tokens to draft.
-        sampler: how it draws; for a target that samples, the target's own is a good choice.
+        sampler: how drafts are drawn; where the target is sampled, that same sampler is a good
+            choice.
         chunk: as in `fa.generate`.
     """
     _check_length("drafters.model", length)
@@ -130,13 +136,14 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
     def read(key: Tensor, last: Tensor, state: ModelDrafterState, whole: bool) -> tuple[Draft, ModelDrafterState]:
         cache, token, tokens, probs, states = state.cache, last, [], [], []
         dense = _is_dense(cache)
-        owned = not whole and dense  # rows beyond its length are for the taking
+        owned = not whole and dense  # rows beyond the cache's length may be overwritten
         now = sampler.observe(last, select_state(state.states, torch.zeros_like(last)))
         keys = () if sampler.deterministic else randomness.split(key, length).unbind()
         for n in range(length):
             x, delta = model.hidden(params, token.reshape(1), cache)
             if n < length - 1 or whole:
-                ours = dense and (n > 0 or owned)  # copied once, then it is ours
+                # A cache that the first commit has copied is written in place from then on.
+                ours = dense and (n > 0 or owned)
                 cache = commit_owned(cache, delta, 1) if ours else caches.commit(cache, delta, 1)
             left, now = sampler.update(logits_of(x), now)
             states.append(now)
@@ -145,7 +152,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
             if not sampler.deterministic:
                 probs.append(left.softmax(-1))
             now = sampler.observe(token, now)
-        if whole:  # the last is read too, so that the past is whole where all of them stay
+        if whole:  # the last token is read too: the cache is complete where all are accepted
             x, delta = model.hidden(params, token.reshape(1), cache)
             cache = commit_owned(cache, delta, 1) if dense else caches.commit(cache, delta, 1)
             now = sampler.update(logits_of(x), now)[1] if tree.leaves(now) else now
@@ -157,11 +164,12 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
         return read(key, last, state, True)
 
     def keep_states(tokens: Tensor, count: Tensor, state: ModelDrafterState) -> ModelDrafterState:
-        here = select_state(state.states, (count - 1).clamp(min=0))  # has seen all but the last of the new ones
+        # The state that has observed all new tokens but the last.
+        here = select_state(state.states, (count - 1).clamp(min=0))
         return state._replace(states=tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), here))
 
     def keep(tokens: Tensor, count: Tensor, state: ModelDrafterState) -> ModelDrafterState:
-        certain = state.certain + count  # the last token that was told, and all but the last of the new ones
+        certain = state.certain + count  # `last` of propose, and all new tokens but the last
         cache = caches.with_length(state.cache, certain)
         return keep_states(tokens, count, state)._replace(cache=cache, certain=certain)
 
@@ -183,11 +191,12 @@ def skip(
     sampler: Sampler = sampling.greedy,
     chunk: int = 512,
 ) -> Drafter:
-    """The same model drafts without some of its layers, with a past of its own.
+    """Draft with the target model without some of its layers, with a cache of its own.
 
     Args:
-        model, params: from `fa.decoder`, or compiled: then the draft is compiled alike. A replaced logits is the draft's too.
-        layers: which to leave out, 0 to L - 1; those in the middle are missed least.
+        model, params: from `fa.decoder`, or compiled: then the draft is compiled alike. A replaced
+            logits function is the draft's too.
+        layers: which to leave out, 0 to L - 1; leaving out middle layers costs least acceptance.
         length, sampler, chunk: as in `model`.
 
     Source: Zhang et al., Draft and verify: lossless acceleration by self-speculative decoding, arXiv:2309.08168.
@@ -210,8 +219,10 @@ def skip(
 
 @record
 class LookupState(NamedTuple):
-    """The state of a drafter that looks at the text: tokens int64 (S,) with -1 where none is yet, and length int64 (), how many
-    are there but the last."""
+    """The state of a drafter that reads the text.
+
+    tokens: int64 (S,), -1 beyond the text. length: int64 (), of the text without its last token.
+    """
 
     tokens: Tensor
     length: Tensor
@@ -220,10 +231,12 @@ class LookupState(NamedTuple):
 @door(name="drafters.function")
 @printed
 def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: int = 4) -> Drafter:
-    """A function of yours drafts, without chance: f(text (S,), n ()) -> (tokens (N,), valid ()).
+    """Draft with a deterministic function: f(text (S,), n ()) -> (tokens (N,), valid ()).
 
     Args:
-        f: sees the text, of which the first n count, and gives N = `length` tokens, of which the first `valid` count.
+        f: maps the text, int64 (S,) of which the first n count, to N = `length` drafted tokens, of
+            which the first `valid` count.
+        length: N.
     """
     _check_length("drafters.function", length)
 
@@ -255,7 +268,9 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
 @door(name="drafters.prompt_lookup")
 @printed
 def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
-    """The text drafts: what followed the last time that it ended as it does now, by the longest of 1 to ngram tokens that is found.
+    """Draft what followed the last earlier occurrence of the text's final n-gram.
+
+    The n-gram is the longest of 1 to `ngram` tokens that occurs earlier.
 
     Source: Saxena, Prompt lookup decoding (2023); transformers `prompt_lookup_num_tokens`, vLLM's "ngram".
     """
@@ -264,7 +279,7 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
         errors.fail("drafters.prompt_lookup", "ngram", "an int, at least 1", repr(ngram), "2 or 3 is usual.")
 
     def look(text: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        follows = torch.zeros_like(n)  # where what followed begins; 0 is nowhere
+        follows = torch.zeros_like(n)  # index after the occurrence; 0 where there is none
         for m in range(1, min(ngram, len(text)) + 1):
             ends = torch.arange(m, len(text) + 1, device=text.device)
             newest = text.index_select(0, (n - m + torch.arange(m, device=text.device)).clamp(min=0))
@@ -280,7 +295,7 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
 
 
 def _vocabulary(model: Any, params: Any) -> int | None:
-    """How many tokens a model knows; None where it does not say, or where this device holds a part of its head."""
+    """V of a model; None where it is unknown, or where this device has a shard of the head."""
     if config_of(model, "logits") is None or not isinstance(params, transformer.Params) or collectives.bound():
         return None
     return tree.leaves(transformer.lm_head(params))[0].shape[0]

@@ -1,15 +1,18 @@
-"""Which tokens of a draft stay: thresholds for uniforms, and the distribution of the token that follows.
+"""Acceptance rules: thresholds for uniforms, and the correction that the next token is drawn from.
 
-With p_i the target's probabilities of token i given the draft before it, q_i those it was drawn from, d_i the token (i = 1..N):
+With p_i the target's probabilities of token i given the draft before it, q_i the draft's, and d_i
+the drafted token (i = 1..N):
 
     tokenwise    h_i = min(1, p_i(d_i) / q_i(d_i)), stop at the first u_i >= h_i                      then  (p - q)+, normalized
     blockwise    w_0 = 1, w_i = min(1, w_{i-1} p_i(d_i) / q_i(d_i)),  S_i = sum (w_i p_{i+1} - q_{i+1})+
                  h_i = S_i / (S_i + 1 - w_i), h_N = w_N, keep up to the last u_i < h_i       then  (w p - q)+, normalized
 
-Both end with a token of p_{N+1} if all stay. Blockwise accepts at least as many on average, on every pair of models.
+Both draw from p_{N+1} if all tokens are accepted. Blockwise accepts at least as many tokens on
+average, for every pair of models.
 
-A rule is three functions, so that the decision can be looked at: `regions` says where uniforms accept, `count` decides for
-uniforms, `pmf` integrates over them. The inequality is strict: a uniform may be 0, and a token of probability 0 must not pass.
+A rule is three functions, so that decisions can be examined: `regions` gives the thresholds,
+`count` decides for given uniforms, `pmf` integrates over them. The inequality is strict: a uniform
+may be 0, and a token of probability 0 must not be accepted.
 
 Sources: Leviathan, Kalman and Matias, Fast inference from transformers via speculative decoding, arXiv:2211.17192, algorithm 1;
 Sun et al., Block verification accelerates speculative decoding, arXiv:2403.10444, algorithm 2.
@@ -27,7 +30,7 @@ from ...records import record
 
 @record
 class Regions(NamedTuple):
-    """What the uniforms are compared with, and what follows.
+    """Thresholds of acceptance, and the distribution of the token that follows.
 
     threshold: (N,), h; token i passes its test where u_i < h_i.
     correction: (N + 1, V), row n the probabilities of the token after the first n of the draft.
@@ -38,7 +41,7 @@ class Regions(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A way to accept; prove a new one with `funcattn.testing.laws.acceptance`.
+    """An acceptance rule; test a new one with `funcattn.testing.laws.acceptance`.
 
     regions: (target (N + 1, V), draft (N, V), proposed (N,), valid ()) -> Regions
     count: (threshold (N,), uniforms (N,)) -> int64 ()
@@ -52,12 +55,15 @@ class Rule(NamedTuple):
 
 
 def divide(a: Tensor, b: Tensor, otherwise: Tensor | float) -> Tensor:
-    """a / b where b > 0, else another number, with finite derivatives."""
+    """a / b where b > 0, else `otherwise`; derivatives are finite."""
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), otherwise)
 
 
 def normalize(mass: Tensor, otherwise: Tensor) -> Tensor:
-    """Rows (.., V) of mass made probabilities; rows without any are those of `otherwise`, and are never drawn from."""
+    """Non-negative rows (*lead, V) normalized to sum to one.
+
+    Rows that sum to 0 become those of `otherwise`; they are never drawn from.
+    """
     return divide(mass, mass.sum(-1, keepdim=True), otherwise)
 
 
@@ -67,7 +73,7 @@ def at(probs: Tensor, tokens: Tensor) -> Tensor:
 
 
 def until_refused(threshold: Tensor, uniforms: Tensor) -> Tensor:
-    """How many pass before the first that does not."""
+    """How many tokens pass before the first that fails."""
     return (uniforms < threshold).long().cumprod(-1).sum(-1)
 
 
@@ -81,7 +87,7 @@ def until_refused_pmf(threshold: Tensor) -> Tensor:
 
 
 def last_passed(threshold: Tensor, uniforms: Tensor) -> Tensor:
-    """The place, from 1, of the last that passes; 0 where none does."""
+    """The index, from 1, of the last token that passes; 0 where none does."""
     places = torch.arange(1, len(threshold) + 1, device=threshold.device)
     return torch.where(uniforms < threshold, places, 0).amax(-1)
 
@@ -100,7 +106,8 @@ def _tokenwise(target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor) -
     there = torch.arange(N, device=target.device) < valid
     ratio = divide(at(target[:N], proposed), at(draft, proposed), 0.0).clamp(max=1)
     residual = normalize((target[:N] - draft).clamp(min=0), target[:N])
-    correction = torch.where(there.unsqueeze(-1), residual, target[:N])  # after the last of a short draft: the target's own
+    # Beyond the last valid token of a short draft: the target itself.
+    correction = torch.where(there.unsqueeze(-1), residual, target[:N])
     return Regions(torch.where(there, ratio, 0), torch.cat([correction, target[N:]]))
 
 
@@ -111,10 +118,11 @@ def _blockwise(target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor) -
     weights = [torch.ones_like(ratio[0])]
     for r in ratio.unbind():
         weights.append((weights[-1] * r).clamp(max=1))
-    w = torch.stack(weights)  # (N + 1,), of the first n tokens
+    w = torch.stack(weights)  # (N + 1,), row n is w_n
     residual = (w[:N, None] * target[:N] - draft).clamp(min=0)
     S = residual.sum(-1)
-    h = divide(S, S + 1 - w[:N], 1.0).clamp(0, 1)  # 0 / 0 where target and draft agree: then a later test always passes
+    # 0 / 0 where target and draft agree: then a later test always passes.
+    h = divide(S, S + 1 - w[:N], 1.0).clamp(0, 1)
     h = torch.cat([h, w[N:]])
     h = torch.where(places < valid, h, torch.where(places == valid, w, 0))
     there = (places[:N] < valid).unsqueeze(-1)

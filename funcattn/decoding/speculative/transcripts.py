@@ -1,6 +1,6 @@
-"""What was drafted and what was not, to look at: a text whose accepted drafts are marked.
+"""Transcripts of speculative decoding: the text, with accepted drafts marked.
 
-print(transcript(stream(...), tokenizer))        the drafts that stayed stand in ‹ ›
+print(transcript(stream(...), tokenizer))        accepted drafts in ‹ ›
 transcript(stream(...), tokenizer)               in a notebook they are coloured
 """
 
@@ -22,14 +22,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A text and how it came about: prints with the accepted drafts in ‹ ›, shows in a notebook with them coloured."""
+    """A text with its Stats: prints accepted drafts in ‹ ›, and colours them in a notebook."""
 
     spans: tuple[Span, ...]
     stats: Stats
 
     @property
     def text(self) -> str:
-        """The text alone."""
+        """The text without marks."""
         return "".join(span.text for span in self.spans)
 
     def __str__(self) -> str:
@@ -46,26 +46,28 @@ class Transcript:
 
 
 class Marks:
-    """Tells of each piece of a stream which of its text was drafted, as it comes.
+    """Splits the text of each piece of a stream into drafted and not drafted.
 
     Args:
-        tokenizer: the one that the stream decodes with.
+        tokenizer: the tokenizer of the stream.
 
     Law: the texts of the spans of a piece are the text of the piece (test_transcripts.py).
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.runs: list[tuple[int, bool]] = []  # where in the text a run of tokens ends, and whether it was drafted; not told yet
+        # (end in the text, whether it was drafted) of each run of tokens not returned yet.
+        self.runs: list[tuple[int, bool]] = []
         self.told = self.tokens = self.accepted = 0
 
     def spans(self, piece: Piece) -> tuple[Span, ...]:
-        """The text of the next piece, by where it came from; text that the stream held back comes with what it was then."""
+        """The spans of the next piece; text that was withheld keeps the mark of its round."""
         new, accepted = len(piece.tokens) - self.tokens, int(piece.stats.accepted)
-        stayed = min(accepted - self.accepted, new)  # the first of a round; what follows is the model's own
+        # Accepted tokens come first in a round; the rest is sampled from the target.
+        stayed = min(accepted - self.accepted, new)
         for count, drafted in ((stayed, True), (new - stayed, False)):
             self.tokens += count
-            if count:  # an unfinished character waits for the token that completes it
+            if count:  # an incomplete character is marked as the token that completes it
                 self.runs.append((len(self.tokenizer.decode(list(piece.tokens[: self.tokens])).rstrip("\ufffd")), drafted))
         self.accepted = accepted
         spans, text, drafted = [], piece.text, False
@@ -84,11 +86,11 @@ class Marks:
 
 
 def transcript(pieces: Iterable[Piece], tokenizer: Any) -> Transcript:
-    """Write a text to its end, and keep which of its tokens were drafted.
+    """Consume a stream, and mark which of its tokens were drafted.
 
     Args:
-        pieces: of `fa.speculation.stream` with this tokenizer, a round each.
-        tokenizer: what decodes.
+        pieces: of `fa.speculation.stream` with this tokenizer, one for each round.
+        tokenizer: decodes ids to text.
 
     Raises:
         ValueError: no pieces.

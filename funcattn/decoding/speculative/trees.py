@@ -1,14 +1,17 @@
-"""A tree of drafts: at every node some candidates, tried one after another; what they leave of the target is drawn from last.
+"""Acceptance of a tree of drafts: candidates at each node are tried in turn.
 
-At a node with target p, its children x_1, x_2, ... drawn from q without replacement (q renormalized without the earlier ones):
+At a node with target p, its children x_1, x_2, ... are drawn from q without replacement (q
+renormalized without the earlier ones):
 
-    x_k stays with probability min(1, p(x_k) / q(x_k));  otherwise p <- (p - q)+ normalized, q <- q without x_k
+    accept x_k with probability min(1, p(x_k) / q(x_k))
+    otherwise p <- (p - q)+ normalized, q <- q without x_k, normalized
 
-Node 0 is the text so far, node n the drafted token n - 1; `parent` names an earlier node. A chain is `tokenwise`; a star is
-multi-draft verification. A parent of -1 is no token at all, so ragged trees share a shape.
+If all children are rejected, the next token is drawn from the p that remains. Node 0 is the text so
+far, node n the drafted token n - 1; `parent` names an earlier node. A chain is `tokenwise`; a star
+is multi-draft verification. A parent of -1 marks a missing token, so ragged trees have one shape.
 
-Sources: Jeon et al., Recursive speculative decoding, arXiv:2402.14160 (without replacement); Miao et al., SpecInfer,
-arXiv:2305.09781 (with it).
+Sources: Jeon et al., Recursive speculative decoding, arXiv:2402.14160 (without replacement); Miao
+et al., SpecInfer, arXiv:2305.09781 (with it).
 """
 
 from typing import NamedTuple
@@ -26,11 +29,12 @@ from .rules import Regions, divide, normalize
 
 @record
 class Branched(NamedTuple):
-    """What becomes of a tree.
+    """The result of accepting a tree.
 
-    count: int64 (), how many of its tokens stay. path: int64 (M,), the nodes they are at, then 0: of a delta of the text's last
-    token and the M drafts, the past with all that stays is `commit(cache, delta, count + 1, index=cat([zero, path]))`.
-    token, tokens (M + 1,): as in `Accepted`.
+    count: int64 (), how many drafted tokens are accepted. path: int64 (M,), their nodes, then 0.
+    Given a delta of the text's last token and the M drafts, the cache with the accepted tokens is
+    `commit(cache, delta, count + 1, index=cat([zero, path]))`. token, tokens (M + 1,): as in
+    `Accepted`.
     """
 
     count: Tensor
@@ -50,16 +54,18 @@ def accept_tree(
     replacement: bool = False,
     check: bool = True,
 ) -> Branched:
-    """Keep a path from the root of a tree of drafts, and draw one token more: what is written is distributed as the target.
+    """Accept a path from the root of a tree and draw one more token, distributed as the target.
 
     Args:
-        key: randomness for all of it.
-        target, draft: (M + 1, V), float32 or float64: at each node, the target's probabilities of the next token, and those
-            that the node's children were drawn from (any at a leaf).
-        proposed: int64 (M,), the token of node 1, 2, ..., M; children of one node in the order they were drawn.
-        parent: int64 (M,), the node each hangs on: of node n one of 0, ..., n - 1, or -1 where there is no token.
-        replacement: whether candidates were drawn independently of each other, and may be equal.
-        check: look at the values, where that is possible.
+        key: int64 (2,), randomness for all of it.
+        target, draft: (M + 1, V), float32 or float64: at each node, the target's probabilities of
+            the next token, and those that the node's children were drawn from (any at a leaf).
+        proposed: int64 (M,), the token of node 1, 2, ..., M; children of one node in the order in
+            which they were drawn.
+        parent: int64 (M,), the parent of each node: of node n one of 0, ..., n - 1, or -1 where
+            there is no token.
+        replacement: whether candidates were drawn independently, and may be equal.
+        check: validate values where they can be read.
 
     Raises:
         ValueError, TypeError: as `accept`; a parent that is not an earlier node.
@@ -81,15 +87,20 @@ def accept_tree(
 def accept_among(
     key: Tensor, target: Tensor, draft: Tensor, proposed: Tensor, *, replacement: bool = False, check: bool = True
 ) -> Branched:
-    """Keep one of M candidates for one token, or draw another: multi-draft verification, a tree of depth one.
+    """Accept one of M candidates for one token, or draw another: a tree of depth one.
+
+    This is multi-draft verification.
 
     Args:
-        target: (V,), the target's probabilities at this one position.
-        draft: (V,), the probabilities that the M candidates were drawn from, without replacement unless said.
-        proposed: int64 (M,).
+        key: int64 (2,), randomness for all of it.
+        target: (V,), the target's probabilities at this position.
+        draft: (V,), the probabilities that the M candidates were drawn from.
+        proposed: int64 (M,), the candidates in the order in which they were drawn.
+        replacement, check: as in `accept_tree`.
 
     Returns:
-        Branched, with `token` the token of this position whether it was drafted or not, and `tokens` (M + 1,) it and -1.
+        Branched, with `token` the token of this position whether it was drafted or not, and
+        `tokens` (M + 1,) it and -1.
 
     Law: distributed as the target exactly (test_trees.py).
     """
@@ -106,7 +117,10 @@ def accept_among(
 def tree_pmf(
     target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, *, replacement: bool = False, check: bool = True
 ) -> Tensor:
-    """The probability (M + 1,) that the path ends at each node, given the tree: exact and differentiable. Args as accept_tree."""
+    """The probability (M + 1,) that the path ends at each node, given the tree.
+
+    Exact and differentiable. Args as in `accept_tree`.
+    """
     threshold = _regions("tree_pmf", target, draft, proposed, parent, replacement, check).threshold
     nodes = torch.arange(len(proposed) + 1, device=proposed.device)
     ends = (nodes == 0).to(threshold.dtype)
@@ -118,7 +132,7 @@ def tree_pmf(
 
 
 def walk(threshold: Tensor, uniforms: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the path ends for these uniforms (M,): the node, the path (M,) with 0 behind it, and its length."""
+    """The last node of the path for uniforms (M,), the path (M,) padded with 0, and its length."""
     node, count = torch.zeros_like(parent[0]), torch.zeros_like(parent[0])
     path, places = torch.zeros_like(parent), torch.arange(len(parent), device=parent.device)
     for n in range(1, len(parent) + 1):
@@ -139,7 +153,7 @@ def _regions(
         here, x = parent[n].clamp(min=0).reshape(1), proposed[n].reshape(1)
         p, q = p_all.index_select(0, here)[0], q_all.index_select(0, here)[0]
         px, qx = p.gather(0, x)[0], q.gather(0, x)[0]
-        tried = (parent[n] >= 0) & (qx > 0)  # a token that could not be drawn was not: it changes nothing
+        tried = (parent[n] >= 0) & (qx > 0)  # a token of probability 0 changes nothing
         thresholds.append(torch.where(tried, divide(px, qx, 0.0).clamp(max=1), 0))
         row = ((nodes == here) & tried).unsqueeze(-1)
         p_all = torch.where(row, normalize((p - q).clamp(min=0), p), p_all)

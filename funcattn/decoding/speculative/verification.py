@@ -1,10 +1,10 @@
-"""Samplers with a state along a draft: at every place they leave what they would have left one token after another.
+"""Log-probabilities and sampler states along a draft, as if its tokens were sampled one by one.
 
     log_probs, states = log_probs_along_draft(sampler, logits, proposed, state)
     done = accept(key, log_probs.exp(), draft, proposed)
     state = sampler.observe(done.token, select_state(states, done.count))
 
-Rolling back is keeping an older state: nothing is undone.
+To roll back is to select an earlier state of those that were computed.
 """
 
 from typing import Any, NamedTuple
@@ -24,10 +24,10 @@ from .rules import Rule, blockwise
 @formerly(laws="log_probs")
 @record
 class AlongDraft(NamedTuple):
-    """What a sampler leaves at each place of a draft.
+    """Log-probabilities and sampler states at the N + 1 positions of a draft.
 
-    log_probs: (N + 1, V), row n after the first n tokens. states: the state behind each row, leaves (N + 1, ...): it has observed
-    those n tokens, and is ready to observe the next.
+    log_probs: (N + 1, V), row n after the first n tokens. states: the sampler state of each row,
+    leaves (N + 1, ...): row n has observed n tokens, and is ready to observe the next.
     """
 
     log_probs: Tensor
@@ -36,12 +36,13 @@ class AlongDraft(NamedTuple):
 
 @door
 def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -> AlongDraft:
-    """The sampler's log-probabilities at the N + 1 places of a draft, and its states there.
+    """The sampler's log-probabilities and states at the N + 1 positions of a draft.
 
     Args:
-        sampler: any sampler; penalties, grammars and mirostat see the drafted tokens before each place.
+        sampler: any sampler; penalties, grammars and mirostat observe the drafted tokens before
+            each position.
         logits: (N + 1, V), the model's, row n after the first n tokens.
-        proposed: int64 (N,).
+        proposed: int64 (N,), the draft.
         state: the sampler's state before the draft.
 
     Law: equal to sampling one token after another (test_verification.py).
@@ -63,7 +64,9 @@ def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, st
 
 @door
 def accept_greedy(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, state: Any) -> tuple[Accepted, Any]:
-    """`accept` where the sampler leaves one token: drafts stay while they are that token. No softmax is computed.
+    """`accept` for a deterministic sampler: drafted tokens are accepted while they are the argmax.
+
+    No softmax is computed.
 
     Args:
         sampler: a deterministic one.
@@ -71,7 +74,8 @@ def accept_greedy(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Ten
         valid: int64 (), how many of the N count.
 
     Returns:
-        What `accept` gives, and the states of `log_probs_along_draft`; where the sampler leaves nothing, the token is -1.
+        The Accepted of `accept`, and the states of `log_probs_along_draft`; where the sampler
+        allows no token, the token is -1.
 
     Law: equal to `accept` of the probabilities along the draft (test_verification.py).
     """
@@ -96,15 +100,18 @@ def accept_greedy(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Ten
 def accept_along(
     key: Tensor, along: AlongDraft, draft: Tensor, proposed: Tensor, valid: Tensor, *, rule: Rule = blockwise
 ) -> Accepted:
-    """`accept` along a draft, in some places of which the sampler may leave no token: there the text ends, or the token is -1.
+    """`accept` along a draft where the sampler may allow no token at some positions: -1 there.
 
-    Such a place (what follows the end of a grammar) says nothing against the draft before it; a place where the drafter left no
-    token ends the draft.
+    Such a position (after the end of a grammar) does not reject the draft before it; a position
+    where the drafter's sampler allowed no token ends the draft.
 
     Args:
+        key: int64 (2,), randomness for all of it.
         along: from `log_probs_along_draft`.
-        draft: (N, V), the probabilities that each drafted token was drawn from; NaN where there were none.
+        draft: (N, V), the probabilities that each drafted token was drawn from; NaN where there
+            were none.
         proposed: int64 (N,). valid: int64 (), how many count.
+        rule: how drafts are accepted.
     """
     N, V = draft.shape
     drawable = along.log_probs.amax(-1).isfinite()
@@ -117,5 +124,5 @@ def accept_along(
 
 
 def select_state(states: Any, count: Tensor) -> Any:
-    """The state after the first `count` tokens of a draft, int64 (), of those that `log_probs_along_draft` gave."""
+    """Of the states along a draft, the one after its first `count` tokens, int64 ()."""
     return tree.map(lambda leaf: leaf.index_select(0, count.reshape(1))[0], states)

@@ -37,16 +37,21 @@ def clipped(
     *,
     progress: Progress | None = None,
 ) -> Callable[[Tree], Tree]:
-    """A transform of params whose matrices become the records of `quantize(scheme, where)`, the range of each group searched.
+    """`quantize(scheme, where)` with a searched clipping range for each group.
 
-    The embedding and the head, whose input is no activation, and the matrices of experts are rounded as `quantize` does.
+    Embedding and head, whose inputs are not activations, and the matrices of experts are rounded as
+    by `quantize`.
 
     Args:
         model: from `fa.decoder`.
         tokens: integers (T,), a text; some hundreds of tokens suffice.
-        scheme: one whose `clip` is a share of the range: fa.int4, fa.int8 or fa.w8a8 with any settings.
+        scheme: one whose `clip` is a fraction of the range: fa.int4, fa.int8 or fa.w8a8 with any
+            settings.
         where: as in `quantize`.
-        progress: called with the number of layers that are done, and of all.
+        progress: called with the number of layers done, and of all.
+
+    Returns:
+        params -> params with quantized records.
 
     Raises:
         TypeError: another model, text or scheme.
@@ -82,7 +87,7 @@ def awq(
     *,
     progress: Progress | None = None,
 ) -> Callable[[Tree], Tree]:
-    """A transform of params: the features that count are scaled up, then rounded to nearest with a clipping search.
+    """AWQ: features with large activations are scaled up, then rounded to nearest with clipping.
 
     That is `clipped` after `smooth`.
 
@@ -90,10 +95,14 @@ def awq(
         model, tokens, scheme, where: as in `smooth` and `clipped`.
         progress: called with the number of layers that are clipped, and of all.
 
+    Returns:
+        params -> params with quantized records.
+
     Raises:
         TypeError: another model, text or scheme.
 
-    Law: on the text that it was calibrated with the model is nearer than by round-to-nearest (test_calibration.py).
+    Law: on the text that it was calibrated with the model is nearer than by round-to-nearest
+        (test_calibration.py).
     Source: Lin et al., AWQ, arXiv:2306.00978.
     """
     decoder_of("awq", model, tokens)
@@ -102,7 +111,7 @@ def awq(
 
 
 def best_clip(scheme: Any, weight: Tensor, square: Tensor) -> Any:
-    """The record of weight (N, K) whose groups have the clip that loses least, for mean squares (K,) of what it is fed."""
+    """The record of weight (N, K) with the best clip of each group, for mean squares (K,) of x."""
     whole = scheme(clip=1.0).encode(weight)
     least, best = _lost(whole, weight, square), torch.ones_like(whole.scale, dtype=torch.float32)
     for clip in CLIPS[1:]:
@@ -113,7 +122,7 @@ def best_clip(scheme: Any, weight: Tensor, square: Tensor) -> Any:
 
 
 def _lost(record: Any, weight: Tensor, square: Tensor) -> Tensor:
-    """(N, G): the weighed squares of what each group is off by."""
+    """(N, G): the squared error of each group, weighted by the mean squares (K,) of features."""
     off = (expand(record).float() - weight.float()).square() * square.float()
     return packing.groups(off, weight.shape[-1] // record.scale.shape[-1]).sum(-1)
 

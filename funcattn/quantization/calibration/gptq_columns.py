@@ -40,26 +40,30 @@ def gptq(
     damping: float = 0.01,
     progress: Callable[[int, int], None] | None = None,
 ) -> Callable[[Tree], Tree]:
-    """A transform of params whose matrices become the records of `quantize(scheme, where)`, with codes that fit a text.
+    """`quantize(scheme, where)` with codes fitted by GPTQ to a text.
 
-    The embedding and the head, whose input is no activation, and whatever else is chosen are rounded to nearest. An expert is
-    fitted by the tokens that a router sends it; where they are fewer than the columns of a matrix, it is rounded to nearest, and
-    `fa.quantization.report` says of how many that is so.
+    Embedding and head, whose inputs are not activations, and other selected matrices are rounded to
+    nearest. An expert is fitted to the tokens routed to it; where these are fewer than the columns
+    of a matrix, it is rounded to nearest, and `fa.quantization.report` says of how many.
 
     Args:
         model: from `fa.decoder`.
-        tokens: integers (T,), the text, of at least as many tokens as the widest chosen matrix has columns (of experts: more, so
-            that each sees as many); it is read in windows of 512, and what is left over at the end is not.
+        tokens: integers (T,), a text of at least as many tokens as the widest selected matrix has
+            columns (with experts: more, so that each gets as many); it is read in windows of 512,
+            without the remainder at the end.
         scheme: fa.int4, fa.int8 or fa.w8a8 with any settings.
         where: as in `quantize`.
-        damping: of the mean diagonal of H, added to all of it.
-        progress: called with the number of layers that are done, and of all.
+        damping: added to the diagonal of H, as a fraction of its mean.
+        progress: called with the number of layers done, and of all.
+
+    Returns:
+        params -> params with quantized records.
 
     Raises:
         ValueError: a text that is too short. TypeError: another model or scheme.
 
-    Law: the codes are those of the exact update in float64 (test_calibration.py); on the text that it was calibrated with the
-    output of a layer is nearer than that of round-to-nearest.
+    Law: the codes are those of the exact update in float64 (test_calibration.py); on the text that
+        it was calibrated with the output of a layer is nearer than that of round-to-nearest.
     Source: Frantar et al., GPTQ, arXiv:2210.17323.
     """
     if not isinstance(damping, float) or not damping > 0:
@@ -70,7 +74,7 @@ def gptq(
     @door(name="gptq(...)")
     def transform(params: Params) -> Params:
         with torch.no_grad():
-            plan = to_nearest(params)  # which matrices, and their scales
+            plan = to_nearest(params)  # selected matrices with their scales
             _check_length(plan, params, tokens)
             fitted = lambda i, layer, feeds: _layer(layer, plan.layers[i], feeds, damping)
             return plan._replace(layers=walk(model, params, tokens, fitted, progress))
@@ -117,11 +121,13 @@ def _layer(layer: Layer, plan: Layer, feeds: Feeds, damping: float) -> Layer:
 
 
 def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """The order of columns, heaviest first, and the upper Cholesky factor U of the inverse of H in it: H^-1 = U^T U.
+    """The order of columns, by descending diagonal, and U with H^-1 = U^T U in that order.
+
+    U is the upper Cholesky factor of the inverse of H.
 
     Args:
         H: X X^T (K, K) in float64.
-        damping: of the mean diagonal, added to all of it.
+        damping: added to the diagonal, as a fraction of its mean.
     """
     heavy = H.diagonal().clone()
     order = heavy.argsort(descending=True, stable=True)
@@ -131,12 +137,13 @@ def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
 
 
 def fit(plan: Any, weight: Tensor, order: Tensor, U: Tensor) -> Any:
-    """The record `plan` with codes such that (W - Wq) X is small.
+    """The record `plan` with codes for which (W - Wq) X is small.
 
-    Rounding column j is off by e; the columns after it are moved by -e U_jk / U_jj, the best that they can do about it.
+    Where rounding column j has error e, the columns after it change by -e U_jk / U_jj, which
+    minimizes the remaining error.
 
     Args:
-        plan: int4, int8 or w8a8 of the weight, whose scales stay.
+        plan: int4, int8 or w8a8 of the weight, whose scales are kept.
         weight: (N, K).
         order, U: of `factor`.
     """

@@ -1,4 +1,4 @@
-"""Change a model layer by layer, each given the activations of a text after the changed layers before it."""
+"""Modify a model layer by layer, each with the activations after the modified layers before it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -12,25 +12,25 @@ from ...models import Model, config_of, told
 from ...progress import track
 from ...transformer import Config, Layer, LayerContext, LayerSpec, Params
 
-FEEDS = {  # a tap of a layer, and the matrices that its value goes into
+FEEDS = {  # a tap of a layer -> the matrices that its value is multiplied by
     "attention.input": ("q", "k", "v"),
     "attention.mixed": ("o",),
     "feed_forward.input": ("gate", "up"),
     "feed_forward.inner": ("down",),
 }
-BY_EXPERT = {  # a matrix of experts at which the rows are heard, and the matrices that they go into
+BY_EXPERT = {  # a matrix of experts whose input rows are recorded -> the matrices they multiply
     "up": ("gate", "up"),
     "down": ("down",),
 }
 WINDOW = 512  # tokens that are read at once
 
-Gather: TypeAlias = Callable[[str, Tensor], None]  # (tap, rows (n, K)); for experts (name.expert, its rows)
-Feeds: TypeAlias = Callable[[set[str], Gather], None]  # shows the rows of those taps, and of experts, a window at a time
+Gather: TypeAlias = Callable[[str, Tensor], None]  # (tap, rows (n, K)), or (name.expert, rows)
+Feeds: TypeAlias = Callable[[set[str], Gather], None]  # calls gather with the inputs at those taps
 Progress: TypeAlias = Callable[[int, int], None]  # (layers done, of all)
 
 
 def decoder_of(function: str, model: Model, tokens: Tensor) -> Config:
-    """The config of the model; an error of that function where it is no decoder, or the tokens are no text."""
+    """The config of a model; raises where it is not a decoder, or tokens are not a text."""
     config = config_of(model, "hidden")
     if config is None:
         errors.fail(function, "model", "from fa.decoder", told(model), "Make it with fa.decoder(config).", TypeError)
@@ -43,7 +43,7 @@ def decoder_of(function: str, model: Model, tokens: Tensor) -> Config:
 
 
 class Heard(NamedTuple):
-    """A weight of experts (X, out, in) that tells which rows go into each before it multiplies them."""
+    """A weight of experts (X, out, in) that passes the input rows of each to a function."""
 
     weight: Any
     name: str
@@ -64,14 +64,16 @@ def walk(
     change: Callable[[int, Layer, Feeds], Layer],
     progress: Progress | None = None,
 ) -> tuple[Layer, ...]:
-    """Every layer as `change` makes it, each on the activations that the changed layers before it give.
+    """Every layer as modified by `change`, on the activations after the modified layers before it.
 
     Args:
         model: from `fa.decoder`.
-        tokens: integers (T,), read in windows of 512; what is left over at the end is not.
-        change: f(number, layer, feeds) -> layer. Called, feeds({taps}, gather) runs the layer as it was, and hands what goes into
-            its matrices to gather(tap, rows (n, K)), a window at a time; for "up" or "down" of experts to gather("up.3", rows).
-        progress: called with the number of layers that are done, and of all; None shows a line on a terminal.
+        tokens: integers (T,), read in windows of 512, without the remainder at the end.
+        change: f(number, layer, feeds) -> layer. feeds({taps}, gather) runs the original layer, and
+            calls gather(tap, rows (n, K)) with the inputs of its matrices, a window at a time; for
+            "up" or "down" of experts gather("up.3", rows).
+        progress: called with the number of layers done, and of all; None shows a line on a
+            terminal.
     """
     config = config_of(model, "hidden")
     assert config is not None
@@ -101,7 +103,7 @@ def walk(
         done.append(changed)
         if progress is not None:
             progress(number + 1, config.layers)
-        nothing = x.new_empty(0)  # of the keys and values, which no later token reads
+        nothing = x.new_empty(0)  # keys and values are not needed
         return after, nothing, nothing
 
     weights = params.layers if progress is not None else track(params.layers, "calibrating layer")

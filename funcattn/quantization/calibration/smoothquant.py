@@ -27,17 +27,17 @@ from .. import Scheme, is_quantized
 from .layerwise import Feeds, Progress, decoder_of, walk
 
 POWERS = tuple(0.1 * i for i in range(1, 11))
-ROWS = 512  # vectors that candidates are judged by
+ROWS = 512  # vectors on which candidates are compared
 
 
 class Site(NamedTuple):
-    """A place where a layer may be scaled. repeats: how many heads in a row share what makes one of them."""
+    """Weights of a layer between which a scale can move: those that produce x, and that read it."""
 
     tap: str
-    makers: tuple[str, ...]  # leaves whose rows, or numbers, are divided
-    readers: tuple[str, ...]  # matrices whose columns are multiplied
-    offset: float = 0.0  # of a norm: it multiplies by offset + weight
-    heads: tuple[int, int] = (1, 1)  # heads of the maker, and how many of the reader share each
+    makers: tuple[str, ...]  # leaves that produce x: their rows, or entries, are divided by s
+    readers: tuple[str, ...]  # matrices that read x: their columns are multiplied by s
+    offset: float = 0.0  # of a norm, which multiplies by offset + weight
+    heads: tuple[int, int] = (1, 1)  # heads of the maker, and query heads for each of these
 
 
 @door
@@ -49,19 +49,23 @@ def smooth(
     *,
     progress: Progress | None = None,
 ) -> Callable[[Tree], Tree]:
-    """A transform of params into params of the same function, which lose less by `quantize(scheme, where)`.
+    """Rescale features: params of the same function that lose less by `quantize(scheme, where)`.
 
-    For each place of each layer, s is searched among powers of the mean size of a feature (AWQ), and of its greatest size over
-    that of its column (SmoothQuant): the one by which the products of the rounded matrices are nearest, those of activations that
-    the scheme rounds too. Where none is nearer, the place stays as it is.
+    For each site of each layer, s is searched among powers of the mean size of a feature (AWQ), and
+    of its greatest size over that of its column (SmoothQuant): the one for which products of the
+    rounded matrices have the least error, with rounded activations where the scheme rounds them.
+    Where none is better, the site is unchanged.
 
     Args:
-        model: from `fa.decoder`. A place is left alone where the family reads it otherwise: experts, a feed-forward without a
-            gate, matrices that are records already.
+        model: from `fa.decoder`. Sites of other structure are not scaled: experts, a feed-forward
+            without a gate, matrices that are quantized records.
         tokens: integers (T,), a text; some hundreds of tokens suffice.
         scheme: any that `quantize` takes.
         where: as in `quantize`.
-        progress: called with the number of layers that are done, and of all.
+        progress: called with the number of layers done, and of all.
+
+    Returns:
+        params -> params.
 
     Raises:
         TypeError: another model, text or scheme.
@@ -87,7 +91,7 @@ def smooth(
 
 
 def sites(config: Config, spec: LayerSpec, layer: Layer) -> Iterator[Site]:
-    """The places of a layer that scaling leaves the same function: none of a config with a field that is not known here."""
+    """The sites of a layer where scaling changes no output; none for unsupported configs."""
     if why_not(config):
         return
     together = config.shared_norm
@@ -105,7 +109,7 @@ def sites(config: Config, spec: LayerSpec, layer: Layer) -> Iterator[Site]:
 
 
 def scale(layer: Layer, site: Site, s: Tensor) -> Layer:
-    """The layer with x / s where the site makes x, and W diag(s) where it is read. s: one number a feature that is made."""
+    """The layer with x / s where a site produces x, and W diag(s) where x is read."""
     weight, bias = (getattr(layer, name) for name in site.makers)
     s = s.double()
     by = s if weight.dim() < 2 else s.unsqueeze(-1)
@@ -120,13 +124,13 @@ def scale(layer: Layer, site: Site, s: Tensor) -> Layer:
 
 
 def spread(s: Tensor, heads: tuple[int, int]) -> Tensor:
-    """Numbers of the features that are made, for those that are read: each head again for every head that shares it."""
+    """s of the produced features for the features that are read: repeated for each query head."""
     made, shares = heads
     return s.unflatten(0, (made, -1)).unsqueeze(1).expand(-1, shares, -1).flatten()
 
 
 def _gathered(x: Tensor, heads: tuple[int, int]) -> Tensor:
-    """Sizes (K,) of features that are read, for those that are made: the greatest of the heads that share one."""
+    """Sizes (K,) of features that are read, for those produced: the greatest of a group's heads."""
     made, shares = heads
     return x.unflatten(0, (made, shares, -1)).amax(1).flatten()
 
@@ -145,12 +149,13 @@ def _layer(layer: Layer, places: Sequence[Site], feeds: Feeds, scheme: Scheme) -
 
 
 def _scaled(layer: Layer, site: Site, x: Tensor, scheme: Scheme) -> Layer:
-    """The layer with the scale of a site that loses least; as it is where none loses less."""
+    """The layer with the scale of a site that has the least error, if any is better than 1."""
     matrices = [getattr(layer, name) for name in site.readers]
     rows = x[:: max(1, len(x) // ROWS)]
     wanted = [layers.linear(matrix, rows).double() for matrix in matrices]
     sizes = torch.stack([goal.square().sum(-1) for goal in wanted]).sum(0)
-    share = torch.where(sizes > 0, 1 / sizes, 0.0)  # each vector by its own size: a few are a hundred times as long as the rest
+    # Weight each vector by its size: a few are a hundred times as long as the rest.
+    share = torch.where(sizes > 0, 1 / sizes, 0.0)
 
     def lost(s: Tensor) -> float:
         wide = spread(s, site.heads).to(rows.dtype)
@@ -175,7 +180,7 @@ def _candidates(mean: Tensor, greatest: Tensor, column: Tensor) -> Iterator[Tens
 
 
 def _centred(s: Tensor) -> Tensor:
-    """Positive and around 1; a feature that is always zero is not scaled."""
+    """s made positive, with values around 1; 1 for a feature that is always zero."""
     alive = s > 0
     s = torch.where(alive, s.clamp(min=1e-4), 1.0)
     s = s / (s.amax() * s.amin()).sqrt()

@@ -1,13 +1,14 @@
 """Laws, as lists of plain functions that return nothing or raise AssertionError.
 
-    laws.kernel       law(kernel, q, k, v, mask, key)     kernel(q, k, v, mask) -> out, or Attended(out, lse)
+    laws.kernel       law(kernel, q, k, v, mask, key)     kernel(q, k, v, mask) -> out or Attended
     laws.sampler      law(sampler, logits, key)           a funcattn.sampling.Sampler, logits (V,)
-    laws.cache        law(kind, size, key)                a kind of past: a class with `.empty`
+    laws.cache        law(kind, size, key)                a kind of cache: a class with `.empty`
     laws.transform    law(transform, tree)                tree -> tree
-    laws.acceptance   law(rule, target, draft, key)       a funcattn.speculation.Rule, tables of conditional laws in float64
+    laws.acceptance   law(rule, target, draft, key)       a funcattn.speculation.Rule; in float64
 
-Each is a list, so what does not apply is left out by name: `[law for law in laws.kernel if law is not laws.kernels.jvp_...]`.
-A key is spent on the law's own choices: which keys are shuffled, where a past is split, which direction is differentiated.
+Laws that do not apply are left out by name:
+`[law for law in laws.kernel if law is not laws.kernels.jvp_...]`.
+The key is for random choices of the law: a permutation of keys, a split of tokens, a tangent.
 """
 
 from . import acceptances, kernels, pasts, samplers, texts, trees

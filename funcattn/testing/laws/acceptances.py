@@ -1,9 +1,10 @@
 """Laws of acceptance rules by exact enumeration: law(rule, target, draft, key).
 
-Target and draft are tables of conditional probabilities: `target[n]` is (V,) * n + (V,), those of token n after each text of n
-tokens, for n = 0, ..., N; `draft[n]` likewise for n = 0, ..., N - 1. Every draft is enumerated (V^N of them), weighted with its
-probability; `emitted` completes what a rule writes to N + 1 tokens by the target, and compares all V^(N + 1) texts. In float64 a
-rule that loses nothing agrees to a few roundings, so a wrong one stands out by ten orders of magnitude.
+Target and draft are tables of conditional probabilities: `target[n]` is (V,) * n + (V,), those of
+token n after each text of n tokens, for n = 0, ..., N; `draft[n]` likewise for n = 0, ..., N - 1.
+All V^N drafts are enumerated, weighted with their probability; `emitted` extends the output of a
+rule to N + 1 tokens by the target, and compares all V^(N + 1) texts. In float64 a correct rule
+agrees up to a few roundings, so a wrong one differs by ten orders of magnitude more.
 """
 
 import itertools
@@ -24,7 +25,7 @@ DRAWS = 2000
 
 
 def joint(table: Table) -> Tensor:
-    """The probability of every text: the product of the conditional ones, (V,) * len(table)."""
+    """The probability of every text, (V,) * len(table): the product of the conditional ones."""
     mass = torch.ones((), dtype=table[0].dtype, device=table[0].device)
     for probs in table:
         mass = mass.unsqueeze(-1) * probs
@@ -32,7 +33,7 @@ def joint(table: Table) -> Tensor:
 
 
 def rows(table: Table, N: int) -> Tensor:
-    """The probabilities that each of the V^N drafts meets on its way: (V^N, len(table), V)."""
+    """The conditional probabilities along each of the V^N drafts: (V^N, len(table), V)."""
     V = table[0].shape[-1]
     return torch.stack([probs.reshape(-1, V).repeat_interleave(V ** (N - n), 0) for n, probs in enumerate(table)], 1)
 
@@ -43,7 +44,10 @@ def drafts(V: int, N: int, device: torch.device | None = None) -> Tensor:
 
 
 def outcomes(rule: Rule, target: Table, draft: Table) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each draft: its probability (V^N,), that of each count (V^N, N + 1), and the distribution that follows (V^N, N + 1, V)."""
+    """For each draft: its probability (V^N,), those of counts (V^N, N + 1), and of the next token.
+
+    The last are (V^N, N + 1, V).
+    """
     N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     regions = vmap(lambda p, q, d: rule.regions(p, q, d, torch.tensor(N, device=here)))(
         rows(target, N), rows(draft, N), drafts(V, N, here)
@@ -52,9 +56,10 @@ def outcomes(rule: Rule, target: Table, draft: Table) -> tuple[Tensor, Tensor, T
 
 
 def emitted(rule: Rule, target: Table, draft: Table, *, shown: Table | None = None) -> Tensor:
-    """The probability of every text of N + 1 tokens: what the rule writes, completed by the target. (V,) * (N + 1).
+    """The probability of every text of N + 1 tokens: the output of a rule, extended by the target.
 
-    `shown` is what the rule takes for the target where that is not the truth: for a proof that a mistake is seen.
+    Returns (V,) * (N + 1). `shown`, if given, is passed to the rule in place of the target: to
+    check that a wrong rule is detected.
     """
     N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     drawn, counts, after = outcomes(rule, target if shown is None else shown, draft)
@@ -69,21 +74,21 @@ def emitted(rule: Rule, target: Table, draft: Table, *, shown: Table | None = No
 
 
 def expected_count(rule: Rule, target: Table, draft: Table) -> Tensor:
-    """The mean number of drafted tokens that stay."""
+    """The mean number of accepted tokens."""
     drawn, counts, _ = outcomes(rule, target, draft)
     return (drawn.unsqueeze(-1) * counts * torch.arange(counts.shape[-1], device=counts.device)).sum()
 
 
 @named
 def what_is_written_has_the_law_of_the_target(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
-    """Nothing is lost: the total variation from the target's distribution of N + 1 tokens is a rounding."""
+    """The output has the target's distribution of N + 1 tokens: total variation up to rounding."""
     off = (emitted(rule, target, draft) - joint(target)).abs().sum() / 2
     agree(what_is_written_has_the_law_of_the_target, "the total variation", off, torch.zeros_like(off), EXACT, "float64")
 
 
 @named
 def regions_are_probabilities(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
-    """Thresholds lie in [0, 1], counts have probabilities that sum to one, and so has what follows."""
+    """Thresholds are in [0, 1]; probabilities of counts and of the next token sum to one."""
     drawn, counts, after = outcomes(rule, target, draft)
     possible = drawn > 0
     for name, mass in (("the probabilities of counts", counts[possible]), ("what follows", after[possible])):
@@ -95,10 +100,11 @@ def regions_are_probabilities(rule: Rule, target: Table, draft: Table, key: Tens
 
 @named
 def regions_have_the_volume_of_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
-    """The uniforms for which `count` gives n have the volume that `pmf` says, exactly.
+    """The volume of uniforms for which `count` gives n is exactly `pmf[n]`.
 
-    The thresholds cut the cube of uniforms into 2^N boxes [0, h) and [h, 1). In each corner of each box, up to the last number
-    below an open end, `count` must give the same; then volumes of boxes add up to the integral. `u <= h` fails at the corner h.
+    The thresholds divide the cube of uniforms into 2^N boxes [0, h) and [h, 1). `count` must be
+    constant on the corners of each box (for an open end, the last number below it); then volumes of
+    boxes add up to the integral. A rule with `u <= h` fails at the corner h.
     """
     N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     below = lambda x: torch.nextafter(x, torch.zeros_like(x))
@@ -123,7 +129,10 @@ def regions_have_the_volume_of_the_pmf(rule: Rule, target: Table, draft: Table, 
 
 @named
 def counts_follow_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
-    """Counts that `accept` draws follow pmf: a chi-square test of the likeliest draft that a true rule fails once in 10^9 keys."""
+    """Counts of `accept` follow pmf: a chi-square test for the likeliest draft.
+
+    A correct rule fails for one in 10^9 keys.
+    """
     N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     best = int(joint(draft).argmax())
     p, q, d = rows(target, N)[best], rows(draft, N)[best], drafts(V, N, here)[best]
@@ -133,13 +142,14 @@ def counts_follow_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) 
     if seen[~likely].any():
         raise AssertionError(f"counts_follow_the_pmf: got {seen.tolist()} where {wanted.tolist()} is expected.")
     freedom, statistic = int(likely.sum()) - 1, float(((seen - wanted)[likely] ** 2 / wanted[likely]).sum())
-    if statistic > _tail(freedom) + 25 / float(wanted[likely].min()):  # a count expected less than a few times has a heavier tail
+    # A count that is expected less than a few times has a heavier tail.
+    if statistic > _tail(freedom) + 25 / float(wanted[likely].min()):
         raise AssertionError(f"counts_follow_the_pmf: chi-square {statistic:.4g} with {freedom} degrees of freedom.")
 
 
 @named
 def a_shorter_draft_is_the_beginning_of_a_longer(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
-    """valid = n gives what a draft of n tokens gives, whatever stands in the other rows."""
+    """valid = n gives the result of a draft of n tokens, whatever is in the other rows."""
     N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     for n in range(1, N):
         p, q, d = rows(target, N), rows(draft, N), drafts(V, N, here)
@@ -154,6 +164,6 @@ def a_shorter_draft_is_the_beginning_of_a_longer(rule: Rule, target: Table, draf
 
 @named
 def accepts_as_many_as_tokenwise(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
-    """On average no fewer tokens stay than token by token. Not a duty: leave it out for a rule that has other merits."""
+    """The mean accepted count is at least that of `tokenwise`; not required of every rule."""
     less = (expected_count(tokenwise, target, draft) - expected_count(rule, target, draft)).clamp(min=0)
     agree(accepts_as_many_as_tokenwise, "the mean count that is missing", less, torch.zeros_like(less), EXACT, "float64")

@@ -1,7 +1,7 @@
-"""What the laws of kernels compare, how far rounding may carry it, and inputs of the same kind.
+"""What laws of kernels compare, bounds on rounding errors, and inputs of the same type.
 
-A kernel is kernel(q, k, v, mask) -> out, or Attended(out, lse); the bounds follow from the sizes of q, k and v and the rounding of
-their dtype (`agreement.amplitudes`).
+A kernel is kernel(q, k, v, mask) -> out, or Attended(out, lse); the bounds follow from the sizes of
+q, k and v and the rounding of their dtype (`agreement.amplitudes`).
 """
 
 import functools
@@ -22,7 +22,7 @@ AnyMask: TypeAlias = Mask | Tensor | None
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, AnyMask], Any]
 Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
-# What is compared.
+# Results.
 
 
 def parts_of(result: Any) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def parts_of(result: Any) -> dict[str, Tensor]:
 
 
 def finite(result: Any) -> dict[str, Tensor]:
-    """The same with 0 for the lse of rows that see nothing: a value, and no number to differentiate."""
+    """The same with 0 for the lse of rows without keys, which has no derivative."""
     parts = parts_of(result)
     return {name: torch.where(x == -torch.inf, 0, x) if name == "lse" else x for name, x in parts.items()}
 
@@ -39,7 +39,10 @@ def finite(result: Any) -> dict[str, Tensor]:
 def losses(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor, row: int | None = None
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[float, float]]:
-    """One weighted sum of out and lse (of one row alone, if given), for the kernel and the definition, and its weights' size."""
+    """A weighted sum of out and lse (or of one row of these) for the kernel and the definition.
+
+    Also the norms of the weights.
+    """
     given, wanted = parts_of(kernel(q, k, v, mask)), parts_of(dense.attend(q.double(), k.double(), v.double(), mask))
     T = q.shape[-2]
     kept = torch.ones(T, dtype=torch.float64, device=q.device)
@@ -59,7 +62,7 @@ def losses(
 
 
 def tangents(key: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-    """Directions of q, k and v, drawn from the key."""
+    """Tangents of q, k and v, drawn from the key."""
     dq, dk, dv = (normal(randomness.fold_in(key, i), x, x.shape) for i, x in enumerate((q, k, v)))
     return dq, dk, dv
 
@@ -74,11 +77,11 @@ def double(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
     return q.double(), k.double(), v.double()
 
 
-# How far rounding may carry each, with g and h the sizes of the weights of out and lse in a loss.
+# Bounds on rounding errors; g and h are the norms of the weights of out and lse in a loss.
 
 
 def of_value(size: Amplitudes, name: str) -> float:
-    """The bound on out and on lse."""
+    """The bound for out and for lse."""
     return size.rounding * (size.value if name == "out" else 1)
 
 
@@ -89,12 +92,15 @@ def of_gradient(size: Amplitudes, g: float, h: float) -> tuple[float, float, flo
 
 
 def of_logits(size: Amplitudes, moved: tuple[Tensor, ...]) -> float:
-    """The bound on dS_ij = scale (dq_i . k_j + q_i . dk_j)."""
+    """The bound for dS_ij = scale (dq_i . k_j + q_i . dk_j); moved are the tangents of q, k, v."""
     return size.scale * (longest(moved[0]) * size.k + size.q * longest(moved[1]))
 
 
 def of_hvp(size: Amplitudes, g: float, h: float, moved: tuple[Tensor, ...]) -> tuple[float, float, float]:
-    """The gradient's bound, each of its factors moved in turn; a weight P moves by 2 dS P, what it multiplies by as much again."""
+    """The bound for the gradient with each factor replaced by its tangent in turn.
+
+    A weight P changes by 2 dS P, and what it multiplies by as much again.
+    """
     dS, (dq, dk, dv) = of_logits(size, moved), (longest(x) for x in moved)
     pair, of_values = 2 * g * size.v + h, 2 * g * dv
     of_q = size.leads * size.scale * (pair * (4 * dS * size.k + dk) + of_values * size.k)
@@ -102,7 +108,7 @@ def of_hvp(size: Amplitudes, g: float, h: float, moved: tuple[Tensor, ...]) -> t
     return size.rounding * of_q, size.rounding * of_k, size.rounding * size.rows * g * 2 * dS
 
 
-# Levels.
+# Levels of logits.
 
 
 def range_of(dtype: torch.dtype) -> tuple[float, float]:
@@ -113,7 +119,10 @@ def range_of(dtype: torch.dtype) -> tuple[float, float]:
 def ways_to_shift(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, key: Tensor
 ) -> tuple[Inputs, list[tuple[str, Inputs, Callable[..., Tensor]]], tuple[int, ...]]:
-    """Inputs with a row of equal logits; the ways to shift it: what to say, inputs, and the kernel to out; features that stay."""
+    """Inputs with a row of equal logits; ways to shift its level; and features that are unchanged.
+
+    A way is a description, inputs, and the kernel as a function to out.
+    """
     row, which = (
         int(randomness.randint(of, (), 0, most)) for of, most in zip(randomness.split(key), (q.shape[-2], 3), strict=True)
     )
@@ -122,7 +131,7 @@ def ways_to_shift(
     flat, one = (flat_q, flat_k, v), torch.finfo(q.dtype)
     root = q.shape[-1] ** 0.5
     within = lambda room: max(min((1e30, -1e30, one.min)[which], one.max / room), one.min / room)
-    level = within(4 * root)  # so that the product is finite before it is scaled, and as a power of two
+    level = within(4 * root)  # the product is finite before it is scaled; a power of two
     size = (abs(level) * root) ** 0.5
     far_q, far_k = flat_q.clone(), flat_k.clone()
     far_q[..., row, 0], far_k[..., 0] = math.copysign(size, level), size
@@ -135,16 +144,16 @@ def ways_to_shift(
     return flat, ways, (1, 1, 0)
 
 
-# Masks of the same kind.
+# Masks of the same type.
 
 
 def both(mask: AnyMask, other: Mask, S: int) -> Mask | Tensor:
-    """What two masks show, of the kind of the first."""
+    """The intersection of two masks, of the type of the first."""
     return other if mask is None else mask & other if isinstance(mask, Mask) else mask & other.dense(S).to(mask.device)
 
 
 def mask_a_row(q: Tensor, k: Tensor, mask: AnyMask, key: Tensor) -> tuple[int, Tensor, Mask | Tensor]:
-    """A query chosen by the key, a fresh key, and the mask with nothing left for that query to see."""
+    """A query chosen by the key, a new key, and the mask in which that query sees no key."""
     choice, own = randomness.split(key)
     row = int(randomness.randint(choice, (), 0, q.shape[-2]))
     start = torch.where(torch.arange(q.shape[-2], device=q.device) == row, END, 0).unsqueeze(-1)
@@ -152,13 +161,14 @@ def mask_a_row(q: Tensor, k: Tensor, mask: AnyMask, key: Tensor) -> tuple[int, T
 
 
 def take(mask: AnyMask, columns: Tensor) -> AnyMask:
-    """The mask of these keys in this order."""
+    """The mask of these keys, in this order."""
     if mask is None:
         return None
     if isinstance(mask, Tensor):
         return mask if mask.shape[-1] == 1 else mask[..., columns]
     visible = mask.dense(int(columns.max()) + 1 if len(columns) else 0)[..., columns]
     place = torch.arange(len(columns), device=columns.device)
-    alone = Mask(torch.where(visible, place, END), torch.where(visible, place + 1, END))  # an interval for each key
+    # One interval for each key.
+    alone = Mask(torch.where(visible, place, END), torch.where(visible, place + 1, END))
     nothing = torch.full_like(mask.start[..., :1], END)
-    return masks.union(alone, Mask(nothing, nothing))  # joins neighbours, and keeps one interval where there are no keys
+    return masks.union(alone, Mask(nothing, nothing))  # joins neighbours; one interval without keys

@@ -1,7 +1,8 @@
 """Laws of attention kernels: law(kernel, q, k, v, mask, key).
 
-A kernel is kernel(q, k, v, mask) -> out, or Attended(out, lse), with scale 1 / sqrt(D); the mask is a Mask, booleans or None. Where
-it gives lse, that is held to the laws too. Laws that change a mask give the kernel one of the same kind, a Mask where it was None.
+A kernel is kernel(q, k, v, mask) -> out, or Attended(out, lse), with scale 1 / sqrt(D); the mask is
+a Mask, booleans or None. Where it returns lse, laws apply to that too. Laws that change a mask pass
+one of the same type, a Mask where it was None.
 """
 
 import torch
@@ -38,7 +39,7 @@ EXACT = "exactly: it is a sum over nothing"
 
 @named
 def agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
-    """out and lse are those of the definition in float64; out has the dtype of v."""
+    """out and lse equal those of the definition in float64; out has the dtype of v."""
     got, size = parts_of(kernel(q, k, v, mask)), amplitudes(q, k, v)
     if got["out"].dtype != v.dtype:
         raise AssertionError(f"agrees_with_the_reference: out should be {v.dtype} as v is, got {got['out'].dtype}.")
@@ -49,7 +50,7 @@ def agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, m
 
 @named
 def order_of_keys_does_not_matter(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
-    """Shuffling keys, values and the columns of the mask together changes nothing."""
+    """Permuting keys, values and the columns of the mask together changes no output."""
     order = randomness.permutation(key, k.shape[-2]).to(k.device)
     wanted, size = parts_of(kernel(q, k, v, mask)), amplitudes(q, k, v)
     got = parts_of(kernel(q, k[..., order, :], v[..., order, :], take(mask, order)))
@@ -59,7 +60,7 @@ def order_of_keys_does_not_matter(kernel: Kernel, q: Tensor, k: Tensor, v: Tenso
 
 @named
 def output_lies_in_the_hull_of_the_values(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
-    """Weights are positive and sum to one: along any direction, out is between the least and the greatest visible value."""
+    """out is a convex combination: along any direction it is within the range of visible values."""
     if not k.shape[-2]:
         return
     out, size, Dv = parts_of(kernel(q, k, v, mask))["out"], amplitudes(q, k, v), v.shape[-1]
@@ -78,7 +79,7 @@ def output_lies_in_the_hull_of_the_values(kernel: Kernel, q: Tensor, k: Tensor, 
 
 @named
 def future_cannot_change_the_past(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
-    """Under a causal mask, what comes at or after a position leaves the rows before it as they were."""
+    """Under a causal mask, keys and queries from a position on do not change earlier rows."""
     T, S = q.shape[-2], k.shape[-2]
     if S < 2:
         return
@@ -100,7 +101,7 @@ def future_cannot_change_the_past(kernel: Kernel, q: Tensor, k: Tensor, v: Tenso
 def shifting_all_logits_of_a_query_changes_only_lse(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor
 ) -> None:
-    """Adding u to every key adds scale q_i . u to every logit of query i, which out does not see and lse shows."""
+    """Adding u to every key adds scale q_i . u to the logits and lse of query i, and keeps out."""
     u = normal(key, k, k.shape[-1:])
     before, after = parts_of(kernel(q, k, v, mask)), parts_of(kernel(q, k + u, v, mask))
     size, shift = amplitudes(q, k + u, v), (q.double() @ u.double()) * q.shape[-1] ** -0.5
@@ -114,10 +115,10 @@ def shifting_all_logits_of_a_query_changes_only_lse(
 def shifting_all_logits_of_a_row_changes_nothing(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor
 ) -> None:
-    """A row of equal logits is the mean of the values it sees, at any finite level: out and its gradient are those at level zero.
+    """A row of equal logits is the mean of visible values: out and gradient at any finite level.
 
-    The level, up to 1e30 and to the least number of the dtype, comes from q and the first feature of all keys, which no other query
-    sees; and from a bias where the kernel takes one by that name.
+    The level, up to 1e30 and to the least number of the dtype, comes from q and the first feature
+    of all keys, which no other query sees; and from a bias where the kernel has such an argument.
     """
     law, (flat, several, features) = shifting_all_logits_of_a_row_changes_nothing, ways_to_shift(kernel, q, k, v, key)
     size, wanted_out = amplitudes(*flat), dense.attend(*double(*flat), mask).out
@@ -133,11 +134,11 @@ def shifting_all_logits_of_a_row_changes_nothing(
 def shifting_all_logits_of_a_row_changes_no_tangents(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor
 ) -> None:
-    """The same of jvp, and of jvp(grad)."""
+    """The same for jvp, and for jvp(grad)."""
     law, (flat, several, features) = shifting_all_logits_of_a_row_changes_no_tangents, ways_to_shift(kernel, q, k, v, key)
     size, moved = amplitudes(*flat), tangents(key, *flat)
     for x in moved[:2]:
-        x[..., 0] = 0  # the level itself stays
+        x[..., 0] = 0  # the level itself has no tangent
     wanted_out = jvp(lambda q, k, v: dense.attend(q, k, v, mask).out, double(*flat), double(*moved))[1]
     allowed = size.rounding * (2 * of_logits(size, moved) * size.v + longest(moved[2]))
     for what, shifted, f in several:
@@ -153,7 +154,10 @@ def shifting_all_logits_of_a_row_changes_no_tangents(
 
 @named
 def merge_of_any_split_is_the_whole(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
-    """Attention over some keys, merged by lse with attention over the others, is attention over all. Holds if lse is given."""
+    """Attention to some keys, merged by lse with attention to the others, is attention to all.
+
+    Applies where the kernel returns lse.
+    """
     S = k.shape[-2]
     whole = parts_of(kernel(q, k, v, mask))
     if "lse" not in whole or S < 2:
@@ -169,7 +173,7 @@ def merge_of_any_split_is_the_whole(kernel: Kernel, q: Tensor, k: Tensor, v: Ten
 
 @named
 def commutes_with_vmap(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
-    """vmap is the loop: over all arguments, over queries alone, over keys and values alone, and over masks."""
+    """vmap equals the loop: over all arguments, queries only, keys and values only, and masks."""
     size, inputs = amplitudes(q, k, v), (q, k, v)
     examples = [torch.stack([x, -x, x / 2]) for x in inputs]
     causal = both(mask, tree.to(q.device)(masks.causal(q.shape[-2])), k.shape[-2])
@@ -200,7 +204,7 @@ def gradient_agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: 
 
 @named
 def masked_rows_are_zero_with_zero_gradients(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
-    """A query that sees no key has out = 0 and lse = -inf, adds nothing to any gradient, and spoils none with NaN."""
+    """A query without visible keys has out = 0, lse = -inf, and gradients of zero, not NaN."""
     law, (row, own, mask) = masked_rows_are_zero_with_zero_gradients, mask_a_row(q, k, mask, key)
     got = parts_of(kernel(q, k, v, mask))
     agree(law, f"out of masked row {row}", got["out"][..., row, :], torch.zeros_like(got["out"][..., row, :]), 0, EXACT)
@@ -242,7 +246,7 @@ def hvp_agrees_with_the_reference(kernel: Kernel, q: Tensor, k: Tensor, v: Tenso
 
 @named
 def masked_rows_have_zero_tangents(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor) -> None:
-    """A query that sees no key does not move: its jvp is zero, and it adds nothing to any Hessian."""
+    """A query without visible keys has a jvp of zero, and adds nothing to any Hessian."""
     law, (row, own, mask) = masked_rows_have_zero_tangents, mask_a_row(q, k, mask, key)
     moved = tangents(own, q, k, v)
     out = jvp(lambda q, k, v: parts_of(kernel(q, k, v, mask))["out"], (q, k, v), moved)[1][..., row, :]

@@ -1,7 +1,8 @@
-"""Laws of pasts: law(kind, size, key), where kind.empty(layers, heads, size, head_size, dtype) has room for `size` tokens.
+"""Laws of caches: law(kind, size, key).
 
-A past is what attention sees of it: laws compare what a query gets from every layer, not how it is stored. A kind that rounds what
-it keeps does not remember exactly what was committed; leave that law out for it.
+`kind.empty(layers, heads, size, head_size, dtype)` is a cache with room for `size` tokens.
+Laws compare the result of attention to each layer, not how a cache is stored. A kind that rounds
+keys and values does not return them exactly; leave that law out for it.
 """
 
 import contextlib
@@ -19,13 +20,13 @@ from ...kernels import attend_parts
 from .. import dense
 from ..agreement import agree, named
 
-L, K, G, D = 2, 2, 2, 4  # layers, key heads, queries that share one, head size
-ROUNDING = 1e-12  # float64 sums of D products and a few keys of order one: a few hundred roundings of 1.1e-16 at most
+L, K, G, D = 2, 2, 2, 4  # layers, key heads, query heads for each of these, head size
+ROUNDING = 1e-12  # float64 sums of D products and a few keys of order one: some hundred roundings
 WHY = "rounding of float64"
 
 
 def where_the_key_is(law: Callable[[Any, int, Tensor], None]) -> Callable[[Any, int, Tensor], None]:
-    """A law whose pasts, which a kind makes on torch's default device, are where its key is."""
+    """A law whose caches, made on torch's default device, are on the device of its key."""
 
     @named
     @functools.wraps(law)
@@ -38,11 +39,11 @@ def where_the_key_is(law: Callable[[Any, int, Tensor], None]) -> Callable[[Any, 
 
 @where_the_key_is
 def commit_leaves_its_argument_as_it_was(kind: Any, size: int, key: Tensor) -> None:
-    """The old past is a value: after a commit it holds the same numbers."""
+    """A commit does not modify its argument."""
     first, second = _delta(key, size), _delta(randomness.fold_in(key, 1), size)
     past = caches.commit(_empty(kind, 2 * size), first)
     bits = lambda past: tree.map(lambda x: torch.nan_to_num(x, nan=7.0) if x.is_floating_point() else x.clone(), past)
-    before = bits(past)  # what lies beyond the length may be NaN, which equals nothing
+    before = bits(past)  # compared as bits, since rows beyond the length may be NaN
     caches.commit(past, second)
     for (path, now), then in zip(tree.items(bits(past)), tree.leaves(before), strict=True):
         agree(commit_leaves_its_argument_as_it_was, path, now, then, 0, "nothing is written")
@@ -50,7 +51,7 @@ def commit_leaves_its_argument_as_it_was(kind: Any, size: int, key: Tensor) -> N
 
 @where_the_key_is
 def remembers_what_was_committed(kind: Any, size: int, key: Tensor) -> None:
-    """Reading the past is dense attention over the rows that were committed, in any order of commits."""
+    """Attention to the cache is dense attention to the committed rows, for any order of commits."""
     delta, n = _delta(key, size), _number(key, size)
     past = caches.commit(_empty(kind, size), delta, n)
     rows = zip(delta.k, delta.v, strict=True)
@@ -61,7 +62,7 @@ def remembers_what_was_committed(kind: Any, size: int, key: Tensor) -> None:
 
 @where_the_key_is
 def committing_all_equals_committing_any_split(kind: Any, size: int, key: Tensor) -> None:
-    """Tokens may come at once or one part after the other."""
+    """Committing tokens at once equals committing them in several deltas."""
     delta, n = _delta(key, size), _number(key, size)
     whole = caches.commit(_empty(kind, size), delta)
     parts = caches.commit(caches.commit(_empty(kind, size), _rows(delta, 0, n)), _rows(delta, n, size))
@@ -71,7 +72,10 @@ def committing_all_equals_committing_any_split(kind: Any, size: int, key: Tensor
 
 @where_the_key_is
 def rejected_rows_are_never_seen(kind: Any, size: int, key: Tensor) -> None:
-    """Committing n of a delta is committing its first n rows, even where the others are NaN, and so is all that follows."""
+    """Committing n rows of a delta is committing its first n, even where the others are NaN.
+
+    Later commits agree too.
+    """
     law, delta, n = rejected_rows_are_never_seen, _delta(key, size), _number(key, size)
     spoilt = Delta(*(tuple(torch.where(_row(size) < n, x, torch.nan) for x in side) for side in delta))
     some, first = caches.commit(_empty(kind, size), spoilt, n), caches.commit(_empty(kind, size), _rows(delta, 0, n))
@@ -82,7 +86,7 @@ def rejected_rows_are_never_seen(kind: Any, size: int, key: Tensor) -> None:
 
 @where_the_key_is
 def entries_beyond_length_are_unobservable(kind: Any, size: int, key: Tensor) -> None:
-    """A past rewound by its length reads as if what lay beyond had never come: NaN there shows nowhere, nor in a gradient."""
+    """Rows beyond the length have no effect: NaN there changes no output and no gradient."""
     law, delta, n = entries_beyond_length_are_unobservable, _delta(key, size), _number(key, size)
     spoilt = Delta(*(tuple(torch.where(_row(size) < n, x, torch.nan) for x in side) for side in delta))
     empty = _empty(kind, size)
@@ -91,7 +95,8 @@ def entries_beyond_length_are_unobservable(kind: Any, size: int, key: Tensor) ->
     own = long.tail.length if isinstance(long, caches.Branch) else long.length
     read = lambda length: observe(caches.with_length(long, length))
     agree(law, f"what is read at length {n} of {size}", read(own - less), observe(short), ROUNDING, WHY)
-    rows = vmap(read)(torch.stack([own - less, own - size]))  # where lengths are mapped, rows are hidden and not left out
+    # Where lengths are mapped, rows are masked instead of cut off.
+    rows = vmap(read)(torch.stack([own - less, own - size]))
     agree(law, f"what is read at length {n} of {size} under vmap", rows[0], observe(short), ROUNDING, WHY)
     slope = vmap(lambda length: torch.func.grad(lambda q: observe(caches.with_length(long, length), q).sum())(_query()))
     if not slope(torch.stack([own - less, own - size])).isfinite().all():
@@ -100,7 +105,7 @@ def entries_beyond_length_are_unobservable(kind: Any, size: int, key: Tensor) ->
 
 @where_the_key_is
 def each_row_under_vmap_commits_its_own_number(kind: Any, size: int, key: Tensor) -> None:
-    """vmap over n is the loop over n."""
+    """vmap over n equals the loop over n."""
     delta = _delta(key, size)
     run = lambda n: observe(caches.commit(_empty(kind, size), delta, n))
     numbers = torch.arange(size + 1)
@@ -112,11 +117,12 @@ def each_row_under_vmap_commits_its_own_number(kind: Any, size: int, key: Tensor
 
 @where_the_key_is
 def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: int, key: Tensor) -> None:
-    """Extend, commit, fork and rewind in any order: each value reads as its rows committed at once, and stays as it was made.
+    """Extend, commit, fork and rewind in any order: each value reads as its rows committed at once.
 
-    A fork is using a value twice, rewinding is going on from an older one; so the program picks any value made so far. It commits
-    some of a new delta to it, by an int or under vmap, or into tensors that it copied and therefore owns, as `generate` does; or
-    it shortens it by its length, where the kind can.
+    And no value changes later. A fork is a second use of a value, rewinding a use of an older one;
+    so the program picks any value made so far. It commits some tokens of a new delta to it, by an
+    int or under vmap, or in place into tensors that it copied, as `generate` does; or it shortens
+    it by its length, where the kind can.
     """
     law, T = any_program_reads_as_its_rows_and_changes_no_earlier_value, 3
     values: list[tuple[Any, Delta, Any]] = []
@@ -139,7 +145,7 @@ def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: 
         elif how % 4 == 2:
             n, after = 0, _rewound(past, count % (held + 1))
             rows = rows if after is past else _rows(rows, 0, count % (held + 1))
-        else:  # whoever continues a copy may write in place, and hands out every value on the way
+        else:  # a copy is continued in place, and every value on the way is returned
             middle = caches.commit_donated(caches.grow(past, 0), _rows(delta, 0, n // 2), n // 2)
             remember(middle, _joined(rows, _rows(delta, 0, n // 2)))
             after = caches.commit_donated(middle, _rows(delta, n // 2, n), n - n // 2)
@@ -154,7 +160,7 @@ def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: 
 
 
 def observe(past: Any, q: Tensor | None = None) -> Tensor:
-    """What one query (H, 1, D) gets from every layer of a past, (L, H, 1, D); zeros where nothing is remembered."""
+    """Attention of one query (H, 1, D) to every layer of a cache, (L, H, 1, D); zeros if empty."""
     q = _query() if q is None else q
     layers = [caches.past(past, layer, past.length.reshape(1)) for layer in range(L)]
     return torch.stack([attend_parts(q, parts, scale=D**-0.5) if parts else torch.zeros_like(q) for parts in layers])
@@ -178,7 +184,7 @@ def _rows(delta: Delta, start: int, stop: int) -> Delta:
 
 
 def _rewound(past: Any, length: int) -> Any:
-    """The past at a shorter length, or itself where its kind cannot be shortened."""
+    """The cache at a shorter length, or itself where its kind cannot be shortened."""
     own = past.tail.length if isinstance(past, caches.Branch) else past.length
     try:
         return caches.with_length(past, torch.full_like(own, length))

@@ -1,6 +1,6 @@
 """Laws of samplers: law(sampler, logits, key), for one row of logits (V,) with at least one finite.
 
-The state that they see has observed two tokens, so that penalties have something to penalise.
+The state has observed two tokens, so that penalties apply.
 """
 
 import math
@@ -19,14 +19,14 @@ DRAWS = 1000
 
 @named
 def law_sums_to_one(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """The probabilities that the sampler promises sum to one, and none is NaN."""
+    """The probabilities of the sampler sum to one, and none is NaN."""
     total = _log_probs(sampler, logits, key).exp().sum()
     agree(law_sums_to_one, "the sum of probabilities", total, torch.ones_like(total), *_slack(logits))
 
 
 @named
 def no_hidden_token_comes_back(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """A logit of -inf stays so: what one sampler of a chain hides, the next cannot show."""
+    """A logit of -inf stays -inf: a later sampler of a chain cannot unmask a token."""
     found = _log_probs(sampler, logits, key)
     hidden = logits == -torch.inf
     agree(no_hidden_token_comes_back, "what is left where logits are -inf", found[hidden], logits[hidden], 0, "it stays hidden")
@@ -34,7 +34,7 @@ def no_hidden_token_comes_back(sampler: Sampler, logits: Tensor, key: Tensor) ->
 
 @named
 def at_least_one_token_is_kept(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """There is something to draw."""
+    """At least one token has a positive probability."""
     left, _ = sampler.update(logits, _state(sampler, logits, key))
     if not left.isfinite().any():
         raise AssertionError(f"at_least_one_token_is_kept: update({logits.tolist()}) leaves {left.tolist()}: nothing to draw.")
@@ -42,15 +42,18 @@ def at_least_one_token_is_kept(sampler: Sampler, logits: Tensor, key: Tensor) ->
 
 @named
 def adding_a_constant_to_logits_changes_nothing(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """A softmax does not see the level of its logits. Not of penalties that look at the sign of a logit: leave it out there."""
-    grid = (logits * 8).round() / 8  # so that adding 4 is exact, and a tie stays a tie
+    """Adding a constant to logits keeps the probabilities.
+
+    Leave it out for penalties that depend on the sign of a logit.
+    """
+    grid = (logits * 8).round() / 8  # so that adding 4 is exact, and ties stay ties
     wanted, got = _log_probs(sampler, grid, key), _log_probs(sampler, grid + 4, key)
     agree(adding_a_constant_to_logits_changes_nothing, "probabilities", got.exp(), wanted.exp(), *_slack(logits))
 
 
 @named
 def commutes_with_vmap(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """Many rows are vmap: the distribution of each is what it is alone, and so is the token drawn with its key."""
+    """vmap over rows gives the probabilities of each row, and the token drawn with its key."""
     state, keys = _state(sampler, logits, key), randomness.split(key, 3)
     rows = torch.stack([logits, logits.flip(0), logits / 2])
     got = vmap(sampling.log_probs(sampler), (0, None))(rows, state)
@@ -64,9 +67,10 @@ def commutes_with_vmap(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
 
 @named
 def draws_follow_the_law(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """Draws are distributed as promised: a chi-square test of 1000 draws that a true sampler fails once in 10^9 keys.
+    """Draws have the sampler's probabilities: a chi-square test of 1000 draws.
 
-    A token of probability zero is never drawn. The least likely tokens are counted as one, so that five of it are expected.
+    A correct sampler fails for one in 10^9 keys. A token of probability zero is never drawn. The
+    least likely tokens are one category, so that at least five draws of it are expected.
     """
     state, V = _state(sampler, logits, key), logits.shape[-1]
     expected = DRAWS * _log_probs(sampler, logits, key).double().exp()
@@ -88,7 +92,7 @@ def draws_follow_the_law(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
 
 @named
 def state_keeps_its_form(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """update and observe return a state of the same structure, shapes and dtypes, so that a loop and vmap can carry it."""
+    """update and observe keep structure, shapes and dtypes of the state, for loops and vmap."""
     state, first = sampling.begin(sampler, logits), torch.tensor(0, device=logits.device)
     form = lambda state: [(path, tuple(x.shape), x.dtype) for path, x in tree.items(state)]
     for verb, after in (("update", sampler.update(logits, state)[1]), ("observe", sampler.observe(first, state))):
@@ -98,7 +102,7 @@ def state_keeps_its_form(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
 
 @named
 def arguments_stay_as_they_were(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
-    """update, observe and draw write into nothing that they were given."""
+    """update, observe and draw modify no argument."""
     state = _state(sampler, logits, key)
     given = (logits, state)
     before = tree.map(torch.clone, given)
@@ -120,7 +124,7 @@ def _log_probs(sampler: Sampler, logits: Tensor, key: Tensor) -> Tensor:
 
 
 def _slack(logits: Tensor) -> tuple[float, str]:
-    """A softmax is a sum of V terms in float32 at least, of exponents as large as the spread of the logits."""
+    """The tolerance of a softmax: V terms in float32 at least, with exponents up to the spread."""
     finite = logits[logits.isfinite()].double()
     spread, V = float(finite.max() - finite.min()) + 4, logits.shape[-1]
     eps = torch.finfo(torch.float64 if logits.dtype == torch.float64 else torch.float32).eps
@@ -128,5 +132,8 @@ def _slack(logits: Tensor) -> tuple[float, str]:
 
 
 def _tail(freedom: int) -> float:
-    """What chi-square exceeds once in 10^9; Wilson and Hilferty's cube of a normal, whose quantile there is 6."""
+    """The value that chi-square exceeds with probability 10^-9.
+
+    Wilson and Hilferty's cube of a normal variable, whose quantile there is 6.
+    """
     return freedom * (1 - 2 / (9 * freedom) + 6 * math.sqrt(2 / (9 * freedom))) ** 3 if freedom else 1e-6

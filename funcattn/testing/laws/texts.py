@@ -1,8 +1,9 @@
-"""Laws of pasts in the verbs that write texts: law(kind, size, key), as in `pasts`.
+"""Laws of caches in the functions that generate texts: law(kind, size, key), as in `pasts`.
 
-The oracle is a loop over `model.apply` with a past of the kind, a token at a time. Texts are longer than `size`, so that a kind
-which forgets has forgotten something. Drafts are wrong on purpose: one that is accepted is read in one step with the token before
-it, which of a kind that forgets within a step is another reading.
+The oracle is a loop over `model.apply` with a cache of the kind, one token at a time. Texts are
+longer than `size`, so that a kind that drops tokens has dropped some. Drafts are wrong on purpose:
+an accepted draft is read in one forward pass with the token before it, which is another reading for
+a kind that drops tokens within a pass.
 """
 
 from typing import Any
@@ -23,10 +24,13 @@ WHY = "rounding of float64 through the layers of a small model"
 
 @where_the_key_is
 def every_verb_writes_what_a_loop_over_apply_writes(kind: Any, size: int, key: Tensor) -> None:
-    """generate, speculate, beam_search and serving read the past of this kind, and no other: their texts, scores and pasts are
-    those of `model.apply`, a token at a time."""
+    """generate, speculate, beam_search and serving with a cache of this kind equal the loop.
+
+    Texts, scores and caches are those of `model.apply`, one token at a time.
+    """
     law, model = every_verb_writes_what_a_loop_over_apply_writes, transformer.decoder(CONFIG)
-    params = tree.map(lambda weight: 3 * weight.double(), model.init(key))  # large, so that the text depends on what is remembered
+    # Large weights, so that the text depends on the cache.
+    params = tree.map(lambda weight: 3 * weight.double(), model.init(key))
     prompt, steps = randomness.randint(randomness.fold_in(key, 1), (2,), 0, CONFIG.vocabulary), size + MORE
     empty = model.cache(size, kind=kind, dtype=torch.float64)
     room = caches.grow(empty, MORE + 2)
@@ -66,7 +70,7 @@ def every_verb_writes_what_a_loop_over_apply_writes(kind: Any, size: int, key: T
         agree(law, "the score of a beam", score, log_p, ROUNDING * steps, WHY)
 
     slots = serving.idle(model, params, room, 2)
-    for turn in range(2):  # the second text begins in a slot that was left
+    for turn in range(2):  # the second text begins in a slot that was used before
         slots, written = serving.enter(key, model, params, prompt, slots, 1, steps=steps), []
         for _ in range(steps):
             served, slots = serving.step(model, params, slots)

@@ -1,6 +1,6 @@
-"""Laws of transforms of trees: law(transform, tree), where transform is configured and takes the tree alone.
+"""Laws of transforms of trees: law(transform, tree), for a transform of the tree alone.
 
-`is_idempotent` is for those that say so (cast, quantize, to); leave it out for the others.
+`is_idempotent` is for transforms that are (cast, quantize, to); leave it out for others.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from ..agreement import agree, named
 
 @named
 def keeps_paths(transform: Transform, given: Tree) -> None:
-    """What was at a path is still there: as a leaf, or as a record whose parts are named below it; and nothing is elsewhere."""
+    """Every path is kept, as a leaf or as a record with fields below it; and no path is added."""
     before, after = set(tree.paths(given)), tree.paths(transform(given))
     owner = {path: next((old for old in _prefixes(path) if old in before), None) for path in after}
     strange = sorted(path for path, old in owner.items() if old is None)
@@ -26,7 +26,7 @@ def keeps_paths(transform: Transform, given: Tree) -> None:
 
 @named
 def gives_a_tree_of_tensors(transform: Transform, given: Tree) -> None:
-    """Every leaf is a tensor, and nothing is None: the result crosses torch.func as the argument does."""
+    """Every leaf is a tensor, and none is None: torch.func accepts the result."""
     kinds = lambda found: {path: type(leaf).__name__ for path, leaf in tree.items(found) if not isinstance(leaf, Tensor)}
     found = transform(given)
     strange = {path: kind for path, kind in kinds(found).items() if kinds(given).get(path) != kind}
@@ -38,7 +38,7 @@ def gives_a_tree_of_tensors(transform: Transform, given: Tree) -> None:
 
 @named
 def leaves_its_argument_as_it_was(transform: Transform, given: Tree) -> None:
-    """The same leaves at the same paths, holding the same numbers."""
+    """The argument keeps its leaves, paths and values."""
     before = tree.items(given)
     values = [leaf.clone() if isinstance(leaf, Tensor) else leaf for _, leaf in before]
     transform(given)
@@ -54,7 +54,7 @@ def leaves_its_argument_as_it_was(transform: Transform, given: Tree) -> None:
 
 @named
 def is_idempotent(transform: Transform, given: Tree) -> None:
-    """Doing it twice is doing it once."""
+    """Applying it twice is applying it once."""
     once = transform(given)
     twice = transform(once)
     if tree.paths(twice) != tree.paths(once):

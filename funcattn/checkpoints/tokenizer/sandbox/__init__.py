@@ -1,4 +1,5 @@
-"""What runs in the process that renders chat templates: jinja2 and the standard library, nothing of funcattn.
+"""Code of the process that renders chat templates: jinja2 and the standard library only.
 
-That process is started as `python -I -S` and imports this folder by itself, so each module here imports only its neighbours.
+That process is started as `python -I -S` and imports this folder without funcattn, so modules here
+import only each other.
 """

@@ -1,7 +1,8 @@
-"""The process that renders: a request in, a text or an error out, with limits enforced by the operating system.
+"""The rendering process: it reads a request and writes a text or an error, with resource limits.
 
-A request is a number of eight bytes and as many bytes of `marshal`: (template, names, messages, special). The parent writes
-it; nothing that a template made is ever read by `marshal`. An answer is such a number and one of
+A request is a length of eight bytes and as many bytes of `marshal`: (template, names, messages,
+special). The parent writes it; output of a template is never read by `marshal`. An answer is such a
+length and one of
 
     b"=", the length of the text in eight bytes, the text in UTF-8, one byte of origin for each character (where asked for)
     b"!", what went wrong, in UTF-8
@@ -26,14 +27,14 @@ from .origins import Tracking, of_messages, origins_of
 MAX_MEMORY = 224 * 2**20  # bytes of address space above what the process has when a rendering begins
 CPU_SECONDS, TIMEOUT_SECONDS, IDLE_SECONDS = 2.0, 4.0, 120.0  # of a rendering: its processor time, its time; between two
 LONGEST = 2**23  # characters of a text: a prompt of some two million tokens
-REST = 64 * 2**20  # bytes: a process that holds more behind a rendering is not kept
+REST = 64 * 2**20  # bytes: a process with more memory after a rendering is ended
 
 
 def main() -> None:
     """Serve requests until there are none."""
     _begin()
     gc.collect()
-    gc.freeze()  # so that the collection behind each rendering looks at what that rendering left
+    gc.freeze()  # later collections skip the objects of the interpreter
     _write(b"ready")
     while True:
         size = int.from_bytes(_read(8), "big") if _asked() else 0
@@ -42,7 +43,7 @@ def main() -> None:
         _alarm("ITIMER_REAL", TIMEOUT_SECONDS)
         _alarm("ITIMER_PROF", CPU_SECONDS)
         answer = _answer(marshal.loads(_read(size)))
-        gc.collect()  # what a template left is taken apart on its own time
+        gc.collect()  # within the time limit of the template
         _alarm("ITIMER_PROF", 0)
         _alarm("ITIMER_REAL", 0)
         _write(answer)
@@ -116,7 +117,7 @@ def _alarm(timer: str, seconds: float) -> None:
 
 
 def _limit(more: int) -> Any:
-    """Bound the address space; what takes the bound away again."""
+    """Limit the address space; returns a function that removes the limit."""
     try:
         import resource
 
@@ -132,7 +133,7 @@ def _limit(more: int) -> Any:
 
 
 def _pages(field: int) -> int:
-    """Bytes of this process, where Linux tells: 0 of address space, 1 in memory."""
+    """Memory of this process in bytes, on Linux: 0 the address space, 1 resident."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
@@ -144,7 +145,7 @@ def _pages(field: int) -> int:
 
 
 def _asked() -> bool:
-    """Wait for a request; False where none came for long."""
+    """Wait for a request; False where none came in time."""
     try:
         return bool(select.select([0], [], [], IDLE_SECONDS)[0])
     except OSError:  # Windows: of sockets only
@@ -152,7 +153,7 @@ def _asked() -> bool:
 
 
 def _read(size: int) -> bytes:
-    """So many bytes of the input; nothing at its end."""
+    """Read that many bytes of the input; empty at its end."""
     parts = []
     while size:
         part = os.read(0, min(size, 2**20))
