@@ -87,7 +87,7 @@ def run(r: Request, backend: str = "") -> Attended:
 
 
 def _may_be_far(r: Request) -> bool:
-    """True where derivatives may follow and logits may exceed `blocks.FAR`; False if unknown."""
+    """True where derivatives may follow and logits may exceed `torch_blocks.FAR`; False if unknown."""
     if torch.compiler.is_compiling() or not r.recorded:
         return False
     found = [None if x is None else errors.peek(x) for x in (r.q, r.k, r.bias)]
@@ -96,7 +96,7 @@ def _may_be_far(r: Request) -> bool:
         return False
     length = lambda x: float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1).amax()) ** 0.5
     reach = abs(float(r.scale)) * length(q) * length(k)
-    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= torch_blocks.FAR
+    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= torch_torch_blocks.FAR
 
 
 def _why_not(r: Request) -> str:

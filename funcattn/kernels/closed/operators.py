@@ -130,7 +130,7 @@ def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -
 
 
 def statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """lse as two numbers (see `blocks.statistics`), of q, k, lse, mask...; no gradients."""
+    """lse as two numbers (see `torch_blocks.statistics`), of q, k, lse, mask...; no gradients."""
     if plain(tensors):
         return _statistics(scale, backend, tensors)
     return _statistics_op(list(tensors), scale, backend)
