@@ -18,7 +18,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -32,10 +32,9 @@ from torch.utils import _pytree as pytree
 from . import collectives
 from .core import errors
 from .core.autograd import closed_jvp, in_forward_mode, is_differentiable, is_recorded, untraced
+from .core.computations import Computation, Whole, exchange
 from .core.replaying import State, Watching
 from .records import describe
-
-Flat = Callable[..., tuple[Tensor, ...]]  # a function of tensors to a tuple of tensors
 
 # Attributes of a tensor that no derivative depends on: f may read them of a tensor it closes over.
 METADATA = frozenset(
@@ -43,82 +42,6 @@ METADATA = frozenset(
     + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point]
     + [Tensor.detach, torch.detach]
 )
-
-
-class Computation(Protocol):
-    """A function of tensors to a tuple of tensors, whose derivatives are Computations too.
-
-    Inputs and outputs are referred to by index.
-    """
-
-    def __call__(self, *x: Tensor) -> tuple[Tensor, ...]: ...
-
-    def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "Computation":
-        """(inputs, cotangents of the outputs `given`) -> gradients of the inputs `needed`."""
-        ...
-
-    def jvp(self, inputs: int, moved: Sequence[int]) -> "Computation":
-        """(inputs, tangents of the inputs `moved`) -> tangents of the floating outputs."""
-        ...
-
-    def vmap(self, mapped: Sequence[bool], randomness: str) -> "Computation":
-        """The computation mapped over axis 0 of the inputs that are `mapped` and of all outputs."""
-        ...
-
-
-class Whole(NamedTuple):
-    """The computation that calls a flat function once."""
-
-    f: Flat
-
-    def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
-        return self.f(*x)
-
-    def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "Whole":
-        """See Computation."""
-        return Whole(pullback(self.f, inputs, needed, given))
-
-    def jvp(self, inputs: int, moved: Sequence[int]) -> "Whole":
-        """See Computation."""
-        return Whole(pushforward(self.f, inputs, moved))
-
-    def vmap(self, mapped: Sequence[bool], randomness: str) -> "Whole":
-        """See Computation."""
-        return Whole(batched(self.f, mapped, randomness))
-
-
-def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) -> Flat:
-    """The vjp of f: (inputs, cotangents of the outputs `given`) -> gradients of `needed` inputs."""
-
-    def pulled(*flat: Tensor) -> tuple[Tensor, ...]:
-        x, cotangents = flat[:inputs], flat[inputs:]
-
-        def outputs(*moving: Tensor) -> tuple[Tensor, ...]:
-            out = f(*_exchange(x, needed, moving))
-            return tuple(out[n] for n in given)
-
-        # With grad mode off, as in the forward of a Function, backward rules may use kernels
-        # without forward-mode derivatives.
-        recorded = torch.is_grad_enabled() or in_forward_mode(flat)
-        return torch.func.vjp(outputs, *[x[n] for n in needed])[1](cotangents, create_graph=recorded)
-
-    return pulled
-
-
-def pushforward(f: Flat, inputs: int, moved: Sequence[int]) -> Flat:
-    """The jvp of f: (inputs, tangents of inputs `moved`) -> tangents of the floating outputs."""
-
-    def pushed(*flat: Tensor) -> tuple[Tensor, ...]:
-        x, tangents = flat[:inputs], flat[inputs:]
-        outputs = lambda *moving: tuple(out for out in f(*_exchange(x, moved, moving)) if is_differentiable(out))
-        return torch.func.jvp(outputs, tuple(x[n] for n in moved), tangents)[1]
-
-    return pushed
-
-
-def batched(f: Flat, mapped: Sequence[bool], randomness: str) -> Flat:
-    """f mapped over axis 0 of the inputs that are `mapped`."""
-    return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness=randomness)
 
 
 @dataclass(frozen=True)
@@ -333,7 +256,7 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     result: list[Any] = []
 
     def flat(*x: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = pytree.tree_unflatten(_exchange(leaves, places, x), tree)
+        args, kwargs = pytree.tree_unflatten(exchange(leaves, places, x), tree)
         returned, form = pytree.tree_flatten(f(*args, **kwargs))
         result[:] = [[() if isinstance(leaf, Tensor) else leaf for leaf in returned], form]
         result.append([n for n, leaf in enumerate(returned) if isinstance(leaf, Tensor)])
@@ -354,14 +277,7 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return f(*args, **kwargs)
     out = run(Whole(flat), x, **names)
     rest, form, where = result
-    return pytree.tree_unflatten(_exchange(rest, where, out), form)
-
-
-def _exchange(whole: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
-    out = list(whole)
-    for n, value in zip(places, new, strict=True):
-        out[n] = value
-    return out
+    return pytree.tree_unflatten(exchange(rest, where, out), form)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -29,9 +29,9 @@ from torch.utils import _pytree as pytree
 
 from .. import rematerialization
 from ..core import errors
+from ..core.computations import Flat, batched, pullback, pushforward
 from ..masks import Mask
 from ..records import Attended
-from ..rematerialization import Flat, batched, pullback, pushforward
 from . import api, reference, unseen
 from .backends.masking import Blocks
 from .dtypes import accurate
@@ -54,7 +54,7 @@ class Axes(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockSum:
-    """A function summed over blocks of queries and keys (a `rematerialization.Computation`).
+    """A function summed over blocks of queries and keys (a `core.computations.Computation`).
 
     The first input is indexed by queries and has the leading axes of the logits, for their number.
     `mask` are the indices of the interval ends (start, stop) among the inputs, or (): blocks that
@@ -81,16 +81,16 @@ class BlockSum:
         return tuple(out)
 
     def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "BlockSum":
-        """See rematerialization.Computation: cotangents of inputs have the axes of the inputs."""
+        """See core.computations.Computation: cotangents of inputs have the axes of the inputs."""
         reads = (*self.reads, *[self.writes[n] for n in given])
         return replace(self, f=pullback(self.f, inputs, needed, given), reads=reads, writes=tuple(self.reads[n] for n in needed))
 
     def jvp(self, inputs: int, moved: Sequence[int]) -> "BlockSum":
-        """See rematerialization.Computation: tangents have the axes of their inputs."""
+        """See core.computations.Computation: tangents have the axes of their inputs."""
         return replace(self, f=pushforward(self.f, inputs, moved), reads=(*self.reads, *[self.reads[n] for n in moved]))
 
     def vmap(self, mapped: Sequence[bool], randomness: str) -> "BlockSum":
-        """See rematerialization.Computation."""
+        """See core.computations.Computation."""
         return replace(self, f=batched(self.f, mapped, randomness))
 
     def _blocks(self, x: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:

@@ -96,7 +96,7 @@ def _may_be_far(r: Request) -> bool:
         return False
     length = lambda x: float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1).amax()) ** 0.5
     reach = abs(float(r.scale)) * length(q) * length(k)
-    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= torch_torch_blocks.FAR
+    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= torch_blocks.FAR
 
 
 def _why_not(r: Request) -> str:

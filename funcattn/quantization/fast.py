@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import is_recorded
-from ..rematerialization import Flat, Remat, Whole, batched, pullback, pushforward
+from ..core.computations import Flat, Whole, batched, pullback, pushforward
+from ..rematerialization import Remat
 
 MAX_FAST_ROWS = 16  # rows up to which torch's kernels are faster than expanding the matrix once
 
@@ -23,7 +24,7 @@ MAX_FAST_ROWS = 16  # rows up to which torch's kernels are faster than expanding
 class FastForward(NamedTuple):
     """A product of (*fields, x) with the value of `fast` and the derivatives of `plain`.
 
-    A rematerialization.Computation.
+    A core.computations.Computation.
     """
 
     plain: Flat
@@ -33,15 +34,15 @@ class FastForward(NamedTuple):
         return self.fast(*x)
 
     def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> Whole:
-        """See rematerialization.Computation."""
+        """See core.computations.Computation."""
         return Whole(pullback(self.plain, inputs, needed, given))
 
     def jvp(self, inputs: int, moved: Sequence[int]) -> Whole:
-        """See rematerialization.Computation."""
+        """See core.computations.Computation."""
         return Whole(pushforward(self.plain, inputs, moved))
 
     def vmap(self, mapped: Sequence[bool], randomness: str) -> "FastForward":
-        """See rematerialization.Computation: where only x is mapped, the product has more rows."""
+        """See core.computations.Computation: where only x is mapped, the product has more rows."""
         if any(mapped[:-1]):
             return FastForward(*[batched(self.plain, mapped, randomness)] * 2)
         return FastForward(batched(self.plain, mapped, randomness), self.fast)
