@@ -88,6 +88,7 @@ def batched(f: Flat, mapped: Sequence[bool], randomness: str) -> Flat:
 
 
 def exchange(whole: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    """The list with other values at some places."""
     out = list(whole)
     for n, value in zip(places, new, strict=True):
         out[n] = value
