@@ -253,7 +253,7 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
 def _check_constant(cache: QuantizedCache, new: Admitted) -> None:
     if any(differentiated(x) for x in (new.k, new.v, cache.tail_k, cache.tail_v)):
         remedy = "Use a dense Cache while differentiating, or a larger `recent`: rows of the tail keep their derivatives."
-        wanted = "rows that nobody differentiates where they are coded"
+        wanted = "rows without a derivative where they are coded"
         errors.fail("commit", "delta", wanted, "rows with a derivative", remedy, TypeError)
 
 
