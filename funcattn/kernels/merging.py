@@ -57,8 +57,8 @@ def merge(a: Attended, b: Attended) -> Attended:
     over such segments.
 
     Law: associative, commutative, with attention over no keys (out = 0, lse = -inf) as identity,
-    and
-        zero derivatives, not NaN, where both see nothing (test_kernels.py::test_merge_is_a_monoid).
+        and zero derivatives, not NaN, where both see nothing
+        (test_kernels.py::test_merge_is_a_monoid).
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867.
     """
     told = lambda x: f"out {errors.shape(x.out)} and lse {errors.shape(x.lse)}"

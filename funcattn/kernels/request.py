@@ -67,8 +67,7 @@ class Kernel:
         what: a line of description.
         why_not: of a Request, the reason why this kernel cannot run it, or "". It checks whatever
             the kernel lacks: a mask, a bias, dropout (`r.dropout`), the log-sum-exp
-                (`r.wants_lse`), a
-            dtype, a derivative that may follow (`r.recorded`).
+            (`r.wants_lse`), a dtype, a derivative that may follow (`r.recorded`).
         run: of a Request, Attended(out (*r.lead, H, T, Dv), lse (*r.lead, H, T)); lse is not read
             unless `r.wants_lse`.
         passed_over: of a Request, the reason why it is not chosen automatically although it can
@@ -83,8 +82,8 @@ class Kernel:
         >>> fa.explain(q, q, q, kernel=mine).chosen
         'mine'
 
-    Law: runs inside a decoder, eager, compiled, generating and differentiated (test_dispatch.py::
-        test_a_kernel_of_ones_own_runs_inside_a_decoder).
+    Law: runs inside a decoder, eager, compiled, generating and differentiated
+        (test_dispatch.py::test_a_kernel_of_ones_own_runs_inside_a_decoder).
     """
 
     name: str

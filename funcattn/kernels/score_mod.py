@@ -140,9 +140,8 @@ def attention_with_score(
         score: score(s, b, h, i, j, *parameters) -> logits of the shape of s. s (*lead, H, rows,
             columns) is a block of logits in float32 at least, and b, h, i, j are int64 tensors that
             broadcast against it: the indices of the example (in the lead of q and k, flattened;
-                axes
-            of vmap do not count), of the query head, of the query and of the key. -inf hides the
-            key.
+            axes of vmap do not count), of the query head, of the query and of the key. -inf hides
+            the key.
         mask: a `Mask` (*lead, T, n), or booleans that broadcast to (*lead, H, T, S), True where the
             query sees the key. Blocks that a Mask hides are not computed; those that score hides
             are.
