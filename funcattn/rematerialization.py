@@ -8,7 +8,7 @@ save only inputs. torch.utils.checkpoint uses saved-tensor hooks, which torch.fu
 backward of plain operations would be recorded by an outer grad, with its intermediates.
 
 What is rematerialized is a `Computation`, which defines its derivatives. `Whole`, a function run at
-once, is that of `remat`; kernels.scores has another, a function summed over blocks.
+once, is that of `remat`; kernels.score_mod has another, a function summed over blocks.
 
 Source: Chen et al., Training deep nets with sublinear memory cost, arXiv:1604.06174;
 jax.checkpoint is the model of the nesting.

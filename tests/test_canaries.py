@@ -50,7 +50,7 @@ def test_an_outer_jvp_of_a_functions_jvp_is_silently_zero():
 
 
 def test_a_custom_op_under_jvp_has_silently_zero_tangents():
-    """Worked around by keeping our operations behind Functions with a jvp (kernels.primitives)."""
+    """Worked around by keeping our operations behind Functions with a jvp (kernels.closed.operators)."""
 
     @torch.library.custom_op("funcattn_canary::double", mutates_args=())
     def double(x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_torchs_fused_attention_has_no_jvp_and_no_second_derivative():
 
 
 def test_vmap_expands_an_operand_that_is_not_mapped():
-    """Worked around by kernels.products and kernels.layout, which fold the mapped axis into rows."""
+    """Worked around by kernels.products and kernels.backends.layout, which fold the mapped axis into rows."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     shapes = []
@@ -106,7 +106,7 @@ def test_the_private_names_that_closed_jvp_rests_on_are_there():
 
 
 def test_exp_is_slower_than_exp2_is_no_test_but_both_agree():
-    """kernels.blocks takes powers of two because torch's exp is the slower of the two on CPU; their values agree."""
+    """kernels.backends.torch_blocks takes powers of two because torch's exp is the slower of the two on CPU; their values agree."""
     x = torch.linspace(-80, 0, 97, dtype=torch.float64)
     assert torch.allclose(torch.exp2(x * 1.4426950408889634), x.exp(), rtol=1e-13, atol=0)
 
@@ -144,7 +144,7 @@ def test_the_packed_int8_product_has_no_derivative():
 
 
 def test_torchs_fused_attention_reads_overlapping_rows_wrongly():
-    """Worked around by kernels.layout.in_rows: the output is laid out in the order of the strides of q, and written otherwise."""
+    """Worked around by kernels.backends.layout.in_rows: the output is laid out by the strides of q, and written otherwise."""
     rows = torch.randn(2, 2, 65).unfold(-1, 64, 1)  # (2, 2, 2, 64), row stride 1
     heads = torch.randn(2, 129).unfold(-1, 128, 1).unflatten(-1, (2, 64))  # head stride 1
     for q in (rows, heads):

@@ -56,8 +56,45 @@ def test_a_kernel_of_ones_own_goes_through_transforms_and_compile():
     for rule in (lambda f: jvp(f, (q,), (q,))[1], lambda f: vmap(f)(torch.stack([q, k]))):
         torch.testing.assert_close(rule(f), rule(wanted))
     assert calls
+    before = len(calls)
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q), wanted(q))
+    assert len(calls) > before
+
+
+def test_a_kernel_may_ask_what_is_recorded_in_compiled_code_too():
+    """There it is taken for granted, since transforms cannot be seen."""
+    mine, _ = recording(why_not=lambda r: "has no derivative" if r.recorded else "")
+    q, k, v = qkv()
+    f = lambda q: fa.attention(q, k, v, kernel=mine)
+    torch.testing.assert_close(f(q), fa.attention(q, k, v))
+    with pytest.raises(ValueError, match="has no derivative"):
+        grad(lambda q: f(q).sum())(q)
+    with pytest.raises(Exception, match="has no derivative"):
+        torch.compile(f, backend="eager", fullgraph=True)(q)
+
+
+def test_what_a_kernel_returns_is_checked_as_far_as_it_is_read():
+    q, k, v = qkv()
+    right = fa.attention(q, k, v)
+    without = Kernel("mine", "no lse", lambda r: "", lambda r: Attended(right, None))
+    torch.testing.assert_close(fa.attention(q, k, v, kernel=without), right)
+    with pytest.raises(ValueError, match="to return lse"):
+        fa.attend(q, k, v, kernel=without)
+    narrow = Kernel("mine", "float32", lambda r: "", lambda r: Attended(right.float(), None))
+    with pytest.raises(TypeError, match=r"to return out in torch\.float64 as v is, got torch\.float32"):
+        fa.attention(q, k, v, kernel=narrow)
+
+
+def test_attention_inside_of_a_forced_kernel_is_not_that_kernel_again():
+    mine = Kernel("mine", "the default", lambda r: "", lambda r: fa.attend(r.q, r.k, r.v, r.mask, scale=r.scale))
+    with fa.kernels.use(mine):
+        torch.testing.assert_close(fa.attention(*qkv()), fa.attention(*qkv(), kernel="reference"))
+        assert fa.explain(*qkv()).chosen == "mine"
+
+
+def test_a_kernel_prints_as_its_name_and_what_it_is():
+    assert repr(recording()[0]) == "Kernel('mine', 'the reference, counted')"
 
 
 def test_an_explanation_lists_a_kernel_of_ones_own_and_what_it_cannot():

@@ -288,3 +288,29 @@ print(peak() - before)
 def test_caps_and_sinks_over_many_tokens_take_linear_memory():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 64, done.stdout  # half of one matrix of pairs, 2 x 4096 x 4096 floats
+
+
+@pytest.mark.cpu("of the autocast of the CPU")
+@pytest.mark.parametrize("T", [2, 16])
+def test_logits_of_parts_are_float32_under_autocast(T):
+    """As those of attention: what is rounded is values and weights, to eps |v|; rounded logits are off by several times as much."""
+    q, k, v = (fa.random.normal(fa.key(i), (8, n, 16)) for i, n in enumerate((T, 33, 33)))
+    q, k, v = (3 * q).bfloat16(), (3 * k).bfloat16(), v.bfloat16()
+    parts = [Part(k[:, :32], v[:, :32]), Part(k[:, 32:], v[:, 32:])]
+    exact = fa.attention(q.double(), k.double(), v.double(), scale=0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend_parts(q, parts, scale=0.25)
+    assert (found.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * v.abs().max()
+
+
+@pytest.mark.cpu("of the kernel of the CPU")
+def test_the_logit_of_a_part_of_one_key_is_float32():
+    """Two equal keys of values 1 and -1, in two parts, weigh alike: out is their mean."""
+    q, k = (3 * fa.random.normal(fa.key(i), (64, 1, 16)).bfloat16() for i in range(2))
+    one = torch.ones_like(k)
+    away = torch.zeros_like(k)  # a key of logit 0 and value 0
+    sign = torch.where((q * k).sum(-1, keepdim=True) < 0, -1, 1).to(k.dtype)  # logits above 0
+    parts = [Part(torch.cat([sign * k, away], 1), torch.cat([one, away], 1)), Part(sign * k, -one)]
+    with torch.no_grad():
+        found = attend_parts(q, parts, scale=0.25)
+    assert found.abs().max() <= torch.finfo(torch.bfloat16).eps

@@ -157,7 +157,7 @@ def attention_weights(
                  [0.5000, 0.5000]]])
     """
     r = _request("attention_weights", q, k, k, mask, scale, bias)
-    with _no_autocast(r.q):
+    with no_autocast(r.q):
         return reference.weigh(r.q, r.k, r.mask, scale=r.scale, bias=r.bias)
 
 
@@ -192,14 +192,17 @@ def explain(
 
 
 def _run(r: Request, kernel: Kernel) -> Attended:
-    with _no_autocast(r.q):
+    with no_autocast(r.q):
         found = kernel.run(r) if torch.compiler.is_compiling() else _untraced(kernel, r)
     return found if dispatch.is_registered(kernel) else _given(kernel, r, found)
 
 
 @untraced
 def _untraced(kernel: Kernel, r: Request) -> Attended:
-    return kernel.run(r)
+    if dispatch.is_registered(kernel):
+        return kernel.run(r)
+    with dispatch.unforced():  # attention inside of a custom kernel is chosen anew, not that kernel again
+        return kernel.run(r)
 
 
 def _given(kernel: Kernel, r: Request, found: Attended) -> Attended:
@@ -208,14 +211,19 @@ def _given(kernel: Kernel, r: Request, found: Attended) -> Attended:
         wanted, remedy = "to return Attended(out, lse)", "Make one: fa.records.Attended(out, lse)."
         errors.fail("attention", f"kernel {kernel.name!r}", wanted, f"a {type(found).__name__}", remedy, TypeError)
     shape = (*r.lead, *r.q.shape[-3:-1], r.v.shape[-1])
-    for name, x, wanted in (("out", found.out, shape), ("lse", found.lse, shape[:-1])):
-        if tuple(x.shape) != wanted and (name == "out" or r.wants_lse):
+    checked = {"out": (found.out, shape)} | ({"lse": (found.lse, shape[:-1])} if r.wants_lse else {})
+    for name, (x, wanted) in checked.items():
+        if not isinstance(x, Tensor) or tuple(x.shape) != wanted:
+            got = errors.shape(x) if isinstance(x, Tensor) else repr(x)
             remedy = 'Say in why_not what it cannot run, as "no log-sum-exp" where r.wants_lse.'
-            errors.fail("attention", f"kernel {kernel.name!r}", f"to return {name} {wanted}", errors.shape(x), remedy)
+            errors.fail("attention", f"kernel {kernel.name!r}", f"to return {name} {wanted}", got, remedy)
+    if found.out.dtype != r.v.dtype:
+        wanted, remedy = f"to return out in {r.v.dtype} as v is", "Cast it: out.to(r.v.dtype)."
+        errors.fail("attention", f"kernel {kernel.name!r}", wanted, found.out.dtype, remedy, TypeError)
     return found
 
 
-def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context without autocast: operations keep their inputs' dtypes, statistics are float32."""
     return torch.autocast(q.device.type, enabled=False) if _is_under_autocast(q) else contextlib.nullcontext()
 

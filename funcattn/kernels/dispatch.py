@@ -122,6 +122,11 @@ def verdicts(r: Request, kernel: str | Kernel | None = None) -> tuple[Verdict, .
     return tuple(Verdict(one.name, one.what, reason(one), one is chosen) for one in listed)
 
 
+def unforced() -> contextlib.AbstractContextManager[None]:
+    """Undo `use` inside the `with`."""
+    return _forced.holding(None)
+
+
 def current() -> str | Kernel | None:
     """The kernel that `use` forces in this context, or None."""
     return _forced.get()

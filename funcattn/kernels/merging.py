@@ -18,7 +18,7 @@ from ..core.doors import door
 from ..masks import Mask
 from ..records import ABSENT, Attended, is_absent
 from . import dispatch, reference, score_mod, unseen
-from .api import _request, _run, attend
+from .api import _request, _run, attend, no_autocast
 from .backends import aten, torch_blocks
 from .backends.masking import is_finite
 from .closed import entry
@@ -150,9 +150,10 @@ def attend_parts(
         check_remembered(part.k, q.dtype)
     forced = dispatch.giving_lse(kernel)
     if q.shape[-2] <= FEW and forced is None:
-        if cap is None and not isinstance(scale, Tensor) and _is_plain_step(q, parts):
-            return _one(q, parts, scale, sinks)
-        out = _joint(q, parts, scale, cap, sinks)
+        with no_autocast(q):
+            if cap is None and not isinstance(scale, Tensor) and _is_plain_step(q, parts):
+                return _one(q, parts, scale, sinks)
+            out = _joint(q, parts, scale, cap, sinks)
         if not _is_spoilt(out, parts):
             return out
     if len(parts) == 1 and cap is None and sinks is None:
@@ -222,7 +223,7 @@ def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -
     out = lse = None
     for k, v, _ in parts:
         if k.shape[-2] == 1:  # one key: its logit is the log-sum-exp
-            more, mass = v.unsqueeze(1), (rows * k.unsqueeze(1)).sum(-1) * scale
+            more, mass = v.unsqueeze(1), (accurate(rows) * accurate(k.unsqueeze(1))).sum(-1) * scale
         else:
             more, mass = aten.rows(rows, k.unsqueeze(1), v.unsqueeze(1), scale)
         if out is None or lse is None:

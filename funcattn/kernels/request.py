@@ -35,9 +35,14 @@ class Request:
     wants_lse: bool = False
     lead: tuple[int, ...] = ()
 
-    @functools.cached_property
+    @property
     def recorded(self) -> bool:
-        """True where derivatives may follow: in a transform, or with a recorded input."""
+        """True where derivatives may follow: in a transform, with a recorded input, in torch.compile."""
+        # In torch.compile levels are not seen, and the lock of a cached property is not traced.
+        return torch.compiler.is_compiling() or self._recorded
+
+    @functools.cached_property
+    def _recorded(self) -> bool:
         return is_recorded(self.q, self.k, self.v, self.bias, self.scale if isinstance(self.scale, Tensor) else None)
 
     @property
@@ -77,7 +82,7 @@ class Kernel:
         >>> import funcattn as fa
         >>> def run(r):
         ...     return fa.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, kernel="reference")
-        >>> mine = Kernel("mine", "the reference", lambda r: "draws no dropout" if r.dropout else "", run)
+        >>> mine = fa.kernels.Kernel("mine", "the reference", lambda r: "draws no dropout" if r.dropout else "", run)
         >>> q = torch.ones(1, 2, 4)
         >>> fa.explain(q, q, q, kernel=mine).chosen
         'mine'
@@ -91,3 +96,6 @@ class Kernel:
     why_not: Callable[[Request], str]
     run: Callable[[Request], Attended]
     passed_over: Callable[[Request], str] = _never
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.name!r}, {self.what!r})"

@@ -72,7 +72,7 @@ class BlockSum:
     def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
         part_of = lambda line, column: self.f(*[cut(t, axes, line, column) for t, axes in zip(x, self.reads, strict=True)])
         nowhere = slice(0, 0)  # an empty block, to infer shapes
-        with api._no_autocast(x[0]):  # sums in float32 at least, in backward passes too
+        with api.no_autocast(x[0]):  # sums in float32 at least, in backward passes too
             out = [self._whole(part, axes) for part, axes in zip(part_of(nowhere, nowhere), self.writes, strict=True)]
             for line, column in self._blocks(x):
                 for total, part, axes in zip(out, part_of(line, column), self.writes, strict=True):

@@ -245,7 +245,8 @@ def attend(
         return kernels.ring(q, k, v, CONTEXT, scale=config.scale, kernel=kernel).out
     new = kernels.partial(q, k, v, mask, scale=config.scale, kernel=kernel)
     query = collectives.copy_to_region(q, CONTEXT)
-    held = [kernels.partial(query, *part[:2], None if is_absent(part.mask) else part.mask, scale=config.scale) for part in past]
+    seen = lambda part: None if is_absent(part.mask) else part.mask
+    held = [kernels.partial(query, part.k, part.v, seen(part), scale=config.scale, kernel=kernel) for part in past]
     before = kernels.join_over(functools.reduce(kernels.join, held), CONTEXT)
     return kernels.join(before, new).out
 
