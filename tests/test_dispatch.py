@@ -137,3 +137,34 @@ def test_the_first_of_the_registry_that_can_and_is_not_passed_over_is_chosen():
     q = qkv()[0].requires_grad_()
     assert fa.explain(q, q, q).chosen == "flash"
     assert fa.explain(q[:, :4], q, q).chosen == "reference"
+
+
+@pytest.mark.parametrize("scheme", [None, fa.int8], ids=["float", "int8"])
+@pytest.mark.parametrize("how", ["kernel=", "use"])
+def test_a_compiled_step_runs_the_kernel_that_is_forced(how, scheme):
+    """One that gives other numbers, after a step without it: neither the operator in C++ nor code traced before may stand in."""
+
+    def run(r):
+        return fa.attend(0 * r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, kernel="reference")
+
+    flat = Kernel("flat", "the mean of the values", lambda r: "", run)
+    config = fa.Config(vocabulary=16, width=64, feed_forward=64, heads=2, kv_heads=2, head_size=32)
+    plain, forced = fa.decoder(config), fa.decoder(config, kernel=flat)
+    params = fa.tree.map(lambda x: 5 * x if x.dim() > 1 else x, plain.init(fa.key(0)))
+    params = params if scheme is None else fa.quantize(scheme)(params)
+    past, token = plain.apply(params, TOKENS[:5], plain.cache(16))[1], TOKENS[3:4]
+    step = lambda model: model.extend(params, token, past)[0]
+    with torch.no_grad():
+        wanted = step(forced)
+        assert (step(plain) - wanted).abs().max() > 0.1
+        if how == "use":
+            fast = fa.compile(plain, backend="eager")
+            torch.testing.assert_close(step(fast), step(plain), rtol=1e-3, atol=1e-3)
+            with fa.kernels.use(flat):
+                got, said = step(fast), fast.explain(params)
+            torch.testing.assert_close(step(fast), step(plain), rtol=1e-3, atol=1e-3)
+        else:
+            fast = fa.compile(forced, backend="eager")
+            got, said = step(fast), fast.explain(params)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+    assert "the kernel 'flat' is forced" in said

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
 import funcattn as fa
 from funcattn.checkpoints import CheckpointError, load_parts, save_parts
@@ -40,6 +40,17 @@ def first(index):
     return next(iter(index.storage_data.values()))
 
 
+def chunks(index):
+    return index.state_dict_metadata["a"].chunks
+
+
+def halved(index, offset):
+    """Two blocks of a row, the second at that row: the first again, or one that no file has."""
+    block = chunks(index)[0]
+    block.sizes = torch.Size([1, 3])
+    chunks(index).append(type(block)(torch.Size([offset, 0]), block.sizes))
+
+
 HARMS = {
     "code": lambda index: Code(),
     "code inside": lambda index: setattr(index, "planner_data", Code()),
@@ -50,6 +61,12 @@ HARMS = {
     "a transformed file": lambda index: setattr(first(index), "transform_descriptors", ["zstd"]),
     "no table": lambda index: setattr(index, "storage_data", None),
     "a list": lambda index: [index],
+    "no blocks": lambda index: chunks(index).clear(),
+    "a smaller block": lambda index: setattr(chunks(index)[0], "sizes", torch.Size([1, 3])),
+    "a block beyond": lambda index: setattr(chunks(index)[0], "offsets", torch.Size([1, 0])),
+    "one block twice, one missing": lambda index: halved(index, 0),
+    "a block without a file": lambda index: halved(index, 1),
+    "a size below 0": lambda index: setattr(index.state_dict_metadata["a"], "size", (-2, -3)),
 }
 
 
@@ -74,3 +91,12 @@ def test_a_folder_in_place_of_a_file_is_refused(folder):
     (folder / "__0_0.distcp").mkdir()
     with pytest.raises(CheckpointError, match="should be a regular file"):
         load_parts(folder, TREE)
+
+
+def test_a_state_for_a_class_changes_no_class(folder):
+    name = b"torch.distributed.checkpoint.metadata"
+    state = b"N}\x8c\x08__init__ctorch\nSize\ns\x86b0}."
+    (folder / ".metadata").write_bytes(b"\x80\x04c" + name + b"\nChunkStorageMetadata\n" + state)
+    with pytest.raises(CheckpointError, match="a state for a class"):
+        load_parts(folder, TREE)
+    assert ChunkStorageMetadata.__init__ is not torch.Size

@@ -6,9 +6,12 @@ and so is a file outside of the folder.
 """
 
 import io
+import itertools
+import math
 import pickle
+import types
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
@@ -27,6 +30,7 @@ from .families import CheckpointError
 from .regular_files import LARGE, check_regular, read_bytes
 
 NAME = ".metadata"  # torch's
+MOST_BLOCKS = 1024  # of one tensor, which are compared in pairs: as many as there were processes
 METADATA = "torch.distributed.checkpoint.metadata"
 CLASSES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
@@ -45,7 +49,21 @@ CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+_InPython: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Unpickler(_InPython):
+    """In Python, so that a state can be refused: it would set attributes of a class, for the whole process."""
+
+    dispatch: ClassVar[dict[int, Any]] = {**_InPython.dispatch}
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], type | types.FunctionType):
+            raise pickle.UnpicklingError("a state for a class, which no index holds")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in CLASSES:
             return CLASSES[module, name]
@@ -88,6 +106,8 @@ def read_index(folder: Path) -> Metadata:
     for name, entry in tensors.items():
         if type(entry) is not TensorStorageMetadata:
             _refuse(folder, "one of tensors", f"a {type(entry).__name__} for {name}")
+        if not _is_covered(entry) or any(MetadataIndex(name, block.offsets) not in files for block in entry.chunks):
+            _refuse(folder, "blocks that make up each tensor", f"others for {name}")
     for block in files.values():
         name = block.relative_path if type(block) is _StorageInfo else None
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".distcp"):
@@ -97,6 +117,28 @@ def read_index(folder: Path) -> Metadata:
     for name in {block.relative_path for block in files.values()}:
         check_regular(folder / name, "load_parts")
     return index
+
+
+def _is_covered(entry: TensorStorageMetadata) -> bool:
+    """True where the blocks of a tensor lie in it, do not overlap, and together have its size."""
+    size, blocks = entry.size, entry.chunks
+    if not _are_counts(size) or not isinstance(blocks, list) or len(blocks) > MOST_BLOCKS:
+        return False
+    for block in blocks:
+        if type(block) is not ChunkStorageMetadata or not _are_counts(block.offsets) or not _are_counts(block.sizes):
+            return False
+        if not len(block.offsets) == len(block.sizes) == len(size):
+            return False
+        if any(begin + n > whole for begin, n, whole in zip(block.offsets, block.sizes, size, strict=True)):
+            return False
+    apart = lambda a, b: any(x + n <= y or y + m <= x for x, n, y, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True))
+    full = [block for block in blocks if math.prod(block.sizes)]
+    covered = sum(math.prod(block.sizes) for block in full) == math.prod(size)
+    return covered and all(itertools.starmap(apart, itertools.combinations(full, 2)))
+
+
+def _are_counts(sizes: Any) -> bool:
+    return isinstance(sizes, tuple | list) and all(type(n) is int and n >= 0 for n in sizes)
 
 
 def _refuse(folder: Path, wanted: str, got: str) -> NoReturn:

@@ -16,7 +16,7 @@ from ..caches import Delta
 from ..core import errors
 from ..core.autograd import has_tangent
 from ..core.fingerprints import Fingerprint, is_differentiated
-from ..kernels import Kernel, check_remembered
+from ..kernels import Kernel, check_remembered, dispatch
 from ..transformer import Config, Layer, LayerSpec, Params
 from . import fused
 from .compiled import Rows, dense_parts, rows, several
@@ -69,7 +69,8 @@ class Stack:
         if self.why_not:
             return f"{self.config.layers} layers: as the model itself runs them, nothing compiled: {self.why_not}"
         stack = [layer._replace(**_forms(layer, 1)) for layer in params.layers]
-        why = fused.why_not(self.config, stack)
+        kernel = dispatch.forced(self.kernel)
+        why = fused.why_not(self.config, stack) if kernel is None else f"the kernel {kernel.name!r} is forced"
         if not why:
             return f"{len(stack)} layers: one call of the operator funcattn::layers"
         calls = f"{len(self.parts)} calls of compiled code, {self.depth} layers each"
@@ -84,7 +85,7 @@ class Stack:
             for part in parts:
                 if int(part.length):
                     check_remembered(part.k, x.dtype)
-            if forms.fused is not None and fused.serves(x, parts):
+            if forms.fused is not None and dispatch.forced(self.kernel) is None and fused.serves(x, parts):
                 return fused.run(config, forms.fused, params.layers, x, positions, parts)
             return self._compiled(params, x, positions, rows(parts), forms)
 
@@ -97,7 +98,8 @@ class Stack:
         """Run the layers by compiled functions of a few layers each."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        shapes = *(past.k.shape for past in pasts), x.dtype
+        # What is forced is part of the form: the code was traced with it, and has no guard on it.
+        shapes = *(past.k.shape for past in pasts), x.dtype, dispatch.forced(self.kernel)
         if shapes not in forms.runs:
             forms.runs[shapes] = [
                 self.function(("layers", self.specs[part], forms.kinds[part], len(x), shapes), several) for part in self.parts
