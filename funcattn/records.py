@@ -9,6 +9,7 @@ jvp, vmap and compile. Three rules keep it so:
 - tuple arithmetic (`+`, `*` and `bool()`) raises.
 """
 
+import functools
 import html
 import operator
 from collections.abc import Callable
@@ -83,11 +84,14 @@ def formerly(**names: str) -> Callable[[Cls], Cls]:
 
     def apply(cls: Cls) -> Cls:
         def new(options: dict[str, Any]) -> dict[str, Any]:
+            twice = [old for old in options if names.get(old) in options]
+            if twice:
+                raise TypeError(f"{cls.__name__}: {twice[0]} is {names[twice[0]]}, which is given too.")
             return {names.get(key, key): value for key, value in options.items()}
 
         construct: Callable[..., Any] = cls.__new__
         replace: Callable[..., Any] = cls._replace  # pyright: ignore[reportAttributeAccessIssue]
-        setattr(cls, "__new__", lambda cls, *args, **options: construct(cls, *args, **new(options)))
+        setattr(cls, "__new__", functools.wraps(construct)(lambda cls, *args, **options: construct(cls, *args, **new(options))))
         setattr(cls, "_replace", lambda self, **options: replace(self, **new(options)))
         for old, field in names.items():
             setattr(cls, old, property(operator.attrgetter(field), doc=f"The older name of `{field}`."))

@@ -1,9 +1,11 @@
 """What every process should hold alike: how functions are known by what they hold, and what simulated devices are told."""
 
 import functools
+import operator
 import re
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +126,31 @@ def test_simulated_devices_that_differ_are_told(name):
 def test_what_is_alike_though_it_was_mapped_is_no_difference():
     nan = lambda i: collectives.agree("f", {"x": torch.stack([0.0 * i, torch.tensor(float("nan"))])})
     shard_map(lambda: nan(axis_index("t")) or torch.zeros(()), Grid(t=2), (), P())()
+
+
+CLOSED_OVER = {
+    "an array": (np.arange(3), np.arange(3)[::-1].copy()),
+    "a number of numpy": (np.float32(0.5), np.float32(0.7)),
+    "a cached function": (functools.lru_cache(lambda x: x), functools.lru_cache(lambda x: 2 * x)),
+    "a getter": (operator.itemgetter(0), operator.itemgetter(1)),
+    "a method of a dict": ({1: 2}.get, {1: 3}.get),
+    "a set of tuples": ({(1, 2)}, {(1, 3)}),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED_OVER)
+def test_what_a_function_closes_over_tells_it_apart(name):
+    closing = lambda value: lambda x: (x, value)
+    one, other = (digest(closing(value)) for value in CLOSED_OVER[name])
+    assert one != other
+    assert one == digest(closing(CLOSED_OVER[name][0]))
+
+
+def test_how_a_sampler_was_written_does_not_matter():
+    assert digest(sampling.temperature(0.7)) == digest(sampling.temperature(t=0.7))
+
+
+def test_the_order_of_a_large_tensor_counts():
+    x = torch.arange(20000)
+    assert digest(x) != digest(x.flip(0))
+    assert digest(x.reshape(2, -1)) != digest(x.reshape(2, -1).flip(1))

@@ -97,7 +97,7 @@ def test_where_a_cut_would_be_seen_the_text_is_whole_or_refused(name, monkeypatc
     text = "ab ab a <t>x ab"
     assert chunks.encode(backend, text, add_special_tokens=True).ids == backend.encode(text).ids
     monkeypatch.setattr(chunks, "MAX_LETTERS", 14)
-    with pytest.raises(ValueError, match="text should be of at most 14 letters for this tokenizer, got 15"):
+    with pytest.raises(ValueError, match="text should be of at most 14 letters that this tokenizer cannot cut, got 15"):
         Tokenizer(backend).encode(text)
 
 
@@ -118,3 +118,29 @@ def test_no_chunk_is_longer_than_it_should_be(monkeypatch):
 
     chunks.encode(Counted(made(SPLITS["gpt2"]())), "ab a " * 1000, add_special_tokens=False)
     assert max(sizes) < 110
+
+
+def test_a_word_without_a_place_to_cut_is_bounded_too(monkeypatch):
+    backend = made(SPLITS["gpt2"]())
+    monkeypatch.setattr(chunks, "CHUNK", 3)
+    monkeypatch.setattr(chunks, "MAX_LETTERS", 14)
+    assert chunks.encode(backend, "a" * 8 + " " + "b" * 8, add_special_tokens=False).ids  # two pieces
+    with pytest.raises(ValueError, match="at most 14 letters that this tokenizer cannot cut, got 40"):
+        chunks.encode(backend, "a" * 40, add_special_tokens=False)
+
+
+def test_a_token_that_is_a_word_of_its_own_looks_at_what_is_before_it():
+    backend = made(SPLITS["gpt2"]())
+    assert chunks.is_local(backend)
+    backend.add_special_tokens([AddedToken(".x", special=True, single_word=True)])
+    assert not chunks.is_local(backend)
+
+
+def test_a_last_piece_without_ids_has_nothing_put_first_again(monkeypatch):
+    """The vocabulary lacks the bytes of its end."""
+    backend = made(SPLITS["gpt2"]())
+    letters = {token: i for i, token in enumerate(["a", "b", "\u0120"])}
+    backend.model = models.BPE(vocab=letters, merges=[])
+    monkeypatch.setattr(chunks, "CHUNK", 3)
+    text = "aaaa,,"
+    assert chunks.encode(backend, text, add_special_tokens=True).ids == backend.encode(text).ids

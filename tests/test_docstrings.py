@@ -23,7 +23,7 @@ IN_ROOMS = {
 
 def documented(text):
     """The parameters that stand in front of a colon: `q: ...`, `model, params: ...`, `x (*lead, T): ...`."""
-    heads = re.findall(r"^ *((?:\*{0,2}\w+(?:, )?)+)(?: \([^)]*\))?:(?: |$)", text, re.MULTILINE)
+    heads = re.findall(r"^ *((?:\*{0,2}\w+, )*\*{0,2}\w+)(?: \([^)]*\))?:(?: |$)", text, re.MULTILINE)
     return {name.lstrip("*") for head in heads for name in head.split(", ")}
 
 

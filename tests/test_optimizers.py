@@ -282,3 +282,11 @@ def test_an_optimizer_is_two_functions():
     init, update = optimizer
     assert (init, update) == (optimizer.init, optimizer.update)
     assert optimizer._replace(init=len).init is len
+
+
+def test_an_optimizer_in_a_wrong_place_is_told_at_once():
+    with pytest.raises(ValueError, match="sgd: learning_rate should be a number, 0 or more"):
+        sgd(adamw(1e-3))
+    with pytest.raises(TypeError, match="accumulate: optimizer should be an Optimizer, got a function"):
+        fa.training.accumulate(2, adamw)
+    assert repr(sgd(0.1)._replace(update=len)) == "Optimizer(init, update)"

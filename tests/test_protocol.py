@@ -188,3 +188,9 @@ def test_a_record_that_is_derived_from_another_is_refused_rather_than_written_as
     Bare = wrapping("Bare")
     with pytest.raises(TypeError, match="capacity: cache should be a past such as Cache or Branch, got a Bare"):
         fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, Bare(room(fa.Cache)), steps=1)
+
+
+@pytest.mark.parametrize("wrong", [(), "cache", None])
+def test_what_is_no_cache_is_told_by_the_verb(wrong):
+    with pytest.raises(TypeError, match="overflowed: cache should be a past"):
+        fa.caches.overflowed(wrong)

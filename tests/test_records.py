@@ -1,5 +1,7 @@
 """What records print: what is there, and statistics that a vmap made as rows."""
 
+import inspect
+
 import pytest
 import torch
 from torch.func import vmap
@@ -58,3 +60,10 @@ def test_where_values_cannot_be_looked_at_shapes_are_shown():
 
 def test_rows_of_nothing_are_no_rows():
     assert by_rows(Metrics(torch.ones(0), torch.ones(0)), str) == ""
+
+
+def test_an_older_name_beside_the_newer_one_is_refused():
+    nothing = lambda *_: ()
+    with pytest.raises(TypeError, match="prime is observe_prompt, which is given too"):
+        fa.sampling.Sampler(nothing, nothing, nothing, prime=nothing, observe_prompt=nothing)
+    assert "observe_prompt" in str(inspect.signature(fa.sampling.Sampler))

@@ -285,10 +285,10 @@ def test_greedy_is_a_value_and_is_called_as_its_siblings_are():
     ("sampler", "text"),
     [
         (greedy, "greedy()"),
-        (chain(temperature(0.7), top_p(0.9)), "temperature(0.7) >> top_p(0.9)"),
-        (chain(chain(top_k(3)), greedy), "top_k(3) >> greedy()"),
+        (chain(temperature(0.7), top_p(0.9)), "chain(temperature(0.7), top_p(0.9))"),
+        (chain(chain(top_k(3)), greedy), "chain(chain(top_k(3)), greedy())"),
         (chain(), "chain()"),
-        (mixture(0.25, greedy, chain(top_k(2), min_p(0.1))), "mixture(0.25, greedy(), top_k(2) >> min_p(0.1))"),
+        (mixture(0.25, greedy, chain(top_k(2), min_p(0.1))), "mixture(0.25, greedy(), chain(top_k(2), min_p(0.1)))"),
         (temperature(torch.tensor([0.5, 1.0])), "temperature(float32[2])"),
         (sampling.repetition_penalty(1.1, window=64), "repetition_penalty(1.1, window=64)"),
         (sampling.logit_bias({1: 2.0}), "logit_bias({1: 2.0})"),

@@ -56,6 +56,7 @@ from .static import Memory
 
 # Aliases: earlier names, kept for compatibility.
 broken, join, follow, commit_own = overflowed, flatten, fork, commit_donated
+_write = write
 Coded, Spread = QuantizedBlock, ShardedCache
 
 __all__ = [

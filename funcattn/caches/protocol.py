@@ -50,6 +50,8 @@ def overflowed(cache: Any) -> Tensor:
 
     The default is length > capacity, since `admit` marks such a cache with the length `OVERFLOWED`.
     """
+    if not isinstance(getattr(cache, "length", None), Tensor):
+        _unknown("overflowed", cache)
     return cache.length > capacity(cache)
 
 

@@ -128,11 +128,12 @@ def digest(value: Any) -> int:
 
 
 def _content(x: Tensor) -> bytes:
-    """The bytes of a small tensor; of a larger one, its sum of bits and a weighted sum of rows."""
+    """The bytes of a small tensor; of a larger one, sums of its bits, weighted by row and by column."""
     x = torch.view_as_real(x) if x.is_complex() else x
     bits = x.view(INTEGERS[x.element_size()])
     if x.numel() <= SMALL:
         return repr(bits.tolist()).encode()
-    rows = bits.sum(-1, dtype=torch.int64).flatten()
-    weighed = rows * torch.arange(1, len(rows) + 1, device=rows.device)
-    return repr([int(rows.sum()), int(weighed.sum())]).encode()
+    table = bits.reshape(-1, bits.shape[-1])
+    weigh = lambda x: int((x * torch.arange(1, len(x) + 1, device=x.device)).sum())
+    rows, columns = (table.sum(axis, dtype=torch.int64) for axis in (1, 0))
+    return repr([int(rows.sum()), weigh(rows), weigh(columns)]).encode()

@@ -11,12 +11,14 @@ only dtypes and sizes are yielded.
 
 import dataclasses
 import functools
+import operator
 import re
 import types
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import optree
 import torch
 from torch import Tensor
@@ -82,8 +84,16 @@ def _inner(value: Any, held: bool) -> Iterable[tuple[Any, bool]]:
         return [(value.__func__, True), (value.__self__, True)]
     if isinstance(value, functools.partial):
         return [(each, True) for each in (value.func, value.args, value.keywords)]
+    if isinstance(value, np.ndarray | np.generic):
+        return [(value.dtype.str, held), (value.shape, held), (value.tobytes(), held)]
     if isinstance(value, types.BuiltinFunctionType | type):
-        return [(f"{value.__module__}.{value.__qualname__}", held)]
+        of = getattr(value, "__self__", None)
+        bound = [] if of is None or isinstance(of, types.ModuleType | type) else [(of, held)]
+        return [(f"{value.__module__}.{value.__qualname__}", held), *bound]
+    if isinstance(value, operator.itemgetter | operator.attrgetter | operator.methodcaller):
+        return [(value.__reduce__()[1:], held)]
+    if hasattr(value, "__wrapped__"):  # as functools.lru_cache makes
+        return [(value.__wrapped__, True)]
     if isinstance(value, types.ModuleType):
         return [(value.__name__, held)]
     if isinstance(value, re.Pattern):
@@ -95,6 +105,8 @@ def _inner(value: Any, held: bool) -> Iterable[tuple[Any, bool]]:
         return [(each, held) for item in items for each in item]
     if isinstance(value, set | frozenset):
         return [(each, held) for each in sorted(value, key=repr)] if _are_plain(value) else [(len(value), held)]
+    if optree.is_namedtuple(value):  # `text` is how `core.doors.printed` has it printed
+        return [(each, held) for name, each in zip(value._fields, value, strict=True) if name != "text"]
     if isinstance(value, tuple | list):
         return [(each, held) for each in value]
     if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
@@ -104,7 +116,7 @@ def _inner(value: Any, held: bool) -> Iterable[tuple[Any, bool]]:
 
 def _are_plain(keys: Iterable[Any]) -> bool:
     """Whether repr(key) is the same in every process for each key, to sort by it."""
-    return all(isinstance(key, PLAIN) for key in keys)
+    return all(_are_plain(key) if type(key) is tuple else isinstance(key, PLAIN) for key in keys)
 
 
 def _is_full(cell: types.CellType) -> bool:

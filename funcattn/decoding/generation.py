@@ -81,4 +81,4 @@ def generate(
         tokens.append(text.last)
         after = text.cache
     tokens = tokens + tokens[-1:] * (steps - len(tokens))
-    return torch.stack(tokens) if tokens else prompt[:0], after
+    return torch.stack(tokens) if tokens else prompt[:0].long(), after

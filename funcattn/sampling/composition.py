@@ -52,7 +52,7 @@ class Sampler(NamedTuple):
     Example:
         >>> from funcattn.sampling import temperature, top_p
         >>> chain(temperature(0.7), top_p(0.9))
-        Sampler(temperature(0.7) >> top_p(0.9))
+        Sampler(chain(temperature(0.7), top_p(0.9)))
     """
 
     init: Callable[[int], Any]
@@ -108,7 +108,7 @@ def chain(*samplers: Sampler) -> Sampler:
         lambda token, states: tuple(s.observe(token, state) for s, state in zip(samplers, states, strict=True)),
         any(sampler.deterministic for sampler in samplers),
         lambda tokens, length, states: tuple(s.observe_prompt(tokens, length, x) for s, x in zip(samplers, states, strict=True)),
-        " >> ".join(sampler.text or shown_value(sampler.update) for sampler in samplers) or "chain()",
+        f"chain({', '.join(sampler.text or shown_value(sampler.update) for sampler in samplers)})",
     )
 
 

@@ -83,6 +83,9 @@ def accumulate(n: int, optimizer: Optimizer) -> Optimizer:
     """
     if not isinstance(n, int) or n < 1:
         errors.fail("accumulate", "n", "1 or more", n, "It is the number of gradients in one update.")
+    if not isinstance(optimizer, Optimizer):
+        got = f"a {type(optimizer).__name__}"
+        errors.fail("accumulate", "optimizer", "an Optimizer", got, "Call it first: accumulate(4, adamw(3e-4)).", TypeError)
 
     def init(params: Tree) -> Accumulated:
         return Accumulated(zero_count(params), tree.map(torch.zeros_like, params), optimizer.init(params))

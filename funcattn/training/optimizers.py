@@ -61,7 +61,7 @@ class Optimizer:
         return self.text or "Optimizer(init, update)"
 
     def _replace(self, **fields: Any) -> "Optimizer":
-        return replace(self, **fields)
+        return replace(self, **{"text": ""} | fields)  # it is no longer what the call made
 
 
 @record

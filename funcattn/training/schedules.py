@@ -6,7 +6,7 @@ steps, and depends on the step alone. `Rate` is a number, a tensor, or such a fu
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -94,11 +94,11 @@ def check_rate(function: str, rate: Rate) -> None:
         if rate.dim() or not rate.is_floating_point():
             got = f"{rate.dtype} {errors.shape(rate)}"
             errors.fail(function, "learning_rate", "a floating tensor ()", got, "Map over several with vmap.")
-    elif not callable(rate):
+    elif not callable(rate) or hasattr(rate, "update"):  # an Optimizer can be called, to say that it should not be
         _rate(function, "learning_rate", rate)
 
 
-def _rate(function: str, argument: str, rate: float) -> None:
+def _rate(function: str, argument: str, rate: Any) -> None:
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
         errors.fail(function, argument, "a number, 0 or more", rate, "Signs are the optimizer's matter.")
 

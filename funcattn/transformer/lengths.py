@@ -14,9 +14,6 @@ of cache commits, forks, shards and maps them unchanged.
 Within the context no text is read again. Beyond it "longrope" continues with rows that were read
 beyond it; the base of "dynamic" changes with every token, so the text is read again at every step.
 
-See docs/decisions/a-text-has-one-length.md.
-
-Law: test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
 See docs/decisions/a-text-has-one-length.md. Law: test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
 """
 

@@ -11,6 +11,7 @@ Law: ids, offsets and mask are those of the whole text
 (test_chunks.py::test_a_text_in_chunks_is_encoded_as_the_whole).
 """
 
+import itertools
 import json
 import re
 from typing import Any, NamedTuple
@@ -23,7 +24,9 @@ from .tokenizer_json import LLAMA3, QWEN2
 
 CHUNK = 2**18  # letters that are encoded at once: some 50 MB
 MAX_LETTERS = 2**24  # of a text that cannot be cut: some 3 GB
-CUT = re.compile(r"(?<=\S)(?= )|(?<=[^\W_])(?=[\r\n,.!?;:，。、！？；：])")
+FRAMED = 64  # letters, of which what a tokenizer puts before and behind a text is seen
+BEHIND = r"[\r\n,.!?;:，。、！？；：]"  # what may stand behind a cut, beside a space
+CUT = re.compile(rf"(?<=\S)(?= )|(?<=[^\W_])(?={BEHIND})")
 
 
 class Encoded(NamedTuple):
@@ -41,28 +44,36 @@ def encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
         ValueError: it is longer than MAX_LETTERS, and cannot be cut.
     """
     begins = [0]
-    if len(text) > CHUNK and is_local(backend):
-        while (at := CUT.search(text, begins[-1] + CHUNK)) is not None:
-            begins.append(at.start())
-    elif len(text) > MAX_LETTERS:
+    while len(text) > CHUNK and is_local(backend) and (at := CUT.search(text, begins[-1] + CHUNK)):
+        begins.append(at.start())
+    pieces = list(itertools.pairwise([*begins, len(text)]))
+    longest = max(end - begin for begin, end in pieces)
+    if longest > MAX_LETTERS:
         remedy = "Encode it paragraph by paragraph."
-        fail("encode", "text", f"of at most {MAX_LETTERS} letters for this tokenizer", len(text), remedy)
-    ids, offsets, mask = [], [], []
-    for number, (begin, end) in enumerate(zip(begins, [*begins[1:], len(text)], strict=True)):
-        outer = number == 0 or number == len(begins) - 1
-        one = backend.encode(text[begin:end], add_special_tokens=add_special_tokens and outer)
-        inside = [i for i, added in enumerate(one.special_tokens_mask) if not added] or [0]
-        first = 0 if number == 0 else inside[0]
-        last = len(one.ids) if number == len(begins) - 1 else inside[-1] + 1
-        ids += one.ids[first:last]
-        offsets.append(np.array(one.offsets[first:last], dtype=np.int64).reshape(-1, 2) + begin)
-        mask += one.special_tokens_mask[first:last]
-    return Encoded(ids, np.concatenate(offsets), mask)
+        fail("encode", "text", f"of at most {MAX_LETTERS} letters that this tokenizer cannot cut", longest, remedy)
+    frame = _encoded(backend, text[:FRAMED], add_special_tokens=add_special_tokens)
+    inside = [i for i, added in enumerate(frame.mask) if not added]
+    if len(pieces) == 1 or not inside:
+        return _encoded(backend, text, add_special_tokens=add_special_tokens)
+    part = lambda at: Encoded(frame.ids[at], frame.offsets[at], frame.mask[at])
+    found = [part(slice(inside[0]))]
+    for begin, end in pieces:
+        ids, offsets, mask = _encoded(backend, text[begin:end], add_special_tokens=False)
+        found.append(Encoded(ids, offsets + begin, mask))
+    found.append(part(slice(inside[-1] + 1, None)))
+    ids, offsets, mask = zip(*found, strict=True)
+    return Encoded([*itertools.chain(*ids)], np.concatenate(offsets), [*itertools.chain(*mask)])
+
+
+def _encoded(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> Encoded:
+    one = backend.encode(text, add_special_tokens=add_special_tokens)
+    return Encoded(one.ids, np.array(one.offsets, dtype=np.int64).reshape(-1, 2), one.special_tokens_mask)
 
 
 def is_local(backend: tokenizers.Tokenizer) -> bool:
     """True where the ids of a text are those of its pieces between the places of CUT."""
-    if any(CUT.search(token.content) or token.rstrip for token in backend.get_added_tokens_decoder().values()):
+    added = backend.get_added_tokens_decoder().values()
+    if any(CUT.search(x.content) or x.rstrip or (x.single_word and re.match(f" |{BEHIND}", x.content)) for x in added):
         return False
     if backend.normalizer is not None and _parts(backend.normalizer) != [{"type": "NFC"}]:
         return False
