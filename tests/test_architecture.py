@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import ROOT, TESTS
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
@@ -286,7 +286,7 @@ def mirrors_both_ways(known: set[str], tests: set[str]) -> list[str]:
 
 
 def test_every_module_has_tests_and_every_test_file_a_module():
-    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.rglob("test_*.py")}
+    tests = {path.stem.removeprefix("test_") for path in TESTS.rglob("test_*.py")}
     assert mirrors_both_ways(set(modules(PACKAGE)), tests) == []
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import ROOT, TESTS
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
 TEXTS = [*sorted((ROOT / "funcattn").rglob("*.py")), *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
