@@ -56,7 +56,7 @@ test-device: $(VENV)/.dev $(VENV)/.model  ## every fast test on a device that is
 
 test-triton: $(VENV)/.dev  ## the kernels for CUDA without a GPU: interpreted, and compiled ahead of time
 	$(PIP) $(if $(LOCK),$(TRITON),triton)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 600 tests/test_triton.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 600 tests/kernels/backends/triton/test_triton.py $(ARGS)
 
 test-all: $(VENV)/.dev $(VENV)/.model  ## the slow tests too
 	$(PYTEST) $(ARGS)

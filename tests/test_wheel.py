@@ -7,11 +7,10 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 DEVELOPERS = (
     "hypothesis",
     "pytest",
