@@ -63,7 +63,7 @@ UNMIRRORED = {"__init__", "__main__"}  # which say what is in other modules
 TESTED_BY = {  # modules without a file of their own: a test of their room, or of what calls them, holds their laws
     # The room is tested through its face, in whose words the laws are.
     "caches.caches": "caches: branch dense rows",
-    "cli.cli": "cli: arguments chatting commands evaluating generating inspecting sessions",
+    "cli.cli": "cli: arguments chatting commands evaluating generating inspecting machine sessions",
     "collectives.collectives": "collectives: bindings groups operations verbs",
     "compilation.compilation": "compilation: compiled conditions model stack",
     "evaluation.evaluation": "evaluation: activations scores",
