@@ -179,11 +179,11 @@ def launches(D: int, dtype: torch.dtype, *, causal: bool, dropout: bool = False)
     def run() -> None:
         launching.attend(q, k, v, m, 0.1)
         if not dropout and tuning.of_push(q, v):
-            launching.push(q, k, v, [torch.empty_like(x) for x in (q, k, v)], m, 0.1)
+            launching.attend_jvp(q, k, v, [torch.empty_like(x) for x in (q, k, v)], m, 0.1)
         for outputs in sweeps.values():
             spec = Sweep(tuple(outputs), 0.1, tuple(range(3, at)))
             spec = spec._replace(dropout=len(tensors) - 1, rate=0.1) if dropout else spec
-            launching.sweep(spec, [kind(o) for o in outputs], [dtype] * len(outputs), tensors)
+            launching.contract(spec, [kind(o) for o in outputs], tensors, [dtype] * len(outputs))
 
     return recorded(run)
 

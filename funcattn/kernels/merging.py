@@ -101,7 +101,7 @@ def partial(
     request = _request("attend", q, k, v, mask, scale, None, wants_lse=True)
     chosen = dispatch.choose(request, kernel)
     out, lse = _run(request, chosen)
-    whole, rest = entry.statistics(request, lse, "triton" if entry.can_run_triton(request) else "torch")
+    whole, rest = entry.statistics(request, lse)
     return Partial(out, lse + torch.where(lse == NOTHING, 0, whole - lse).detach(), rest)
 
 
@@ -213,7 +213,7 @@ def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
         return False
     if is_recorded(q, *[x for part in parts for x in (part.k, part.v)]):
         return False
-    return not any(aten.obstacle(q, part.k, part.v) for part in parts)
+    return not any(aten.why_not(q, part.k, part.v) for part in parts)
 
 
 def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -> Tensor:

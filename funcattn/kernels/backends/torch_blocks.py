@@ -120,7 +120,7 @@ def _attend(
     return unfold(out, layout, (*lead, T, v.shape[-1])).to(v.dtype), unfold(lse, layout, shape)
 
 
-def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
+def contract(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
     """All outputs of a contraction in one pass over the blocks of P; `shapes` are the outputs'.
 
     An output is summed over the leading axes that its terms have and its shape lacks, and repeated

@@ -2,8 +2,7 @@
 
 `AttendFunction` normalizes, `AttendJvpFunction` computes it and its jvp in one pass, and
 `ContractFunction` is a contraction (a `Sweep` of the algebra). The vjp and jvp of all three are
-contractions. `operators` chooses the implementation: blocks of torch operations, Triton kernels, or
-torch's fused kernels.
+contractions. `operators` runs them on a backend.
 """
 
 import dataclasses
@@ -105,7 +104,7 @@ class AttendJvpFunction(Function):
         # indices of the tensors in the flat list
         places = [Q, K, start, *spec.mask, *moved.values()]
         wanted = {place for place, needed in zip(places, ctx.needs_input_grad[2:], strict=True) if needed}
-        pulled = _pull_pass(spec, flat, given, wanted | {L}, plan.backend)
+        pulled = _pull_pass(spec, flat, given, wanted | {L}, plan.kernel)
         grads = [pulled.get(place) for place in places]
         last = _pull(plan, primals, out, lse, g, add(g_lse, pulled.get(L)), ctx.needs_input_grad[2 : 2 + start])
         return (None, None, *(add(x, y) for x, y in zip(grads, [*last, *[None] * len(tangents)], strict=True)))
@@ -123,7 +122,7 @@ class AttendJvpFunction(Function):
                 again[place] = len(flat)
                 flat.append(move)
         likes = [tensor_spec(out), tensor_spec(dlse)][: len(spec.outputs)]
-        mixed, *rest = run(algebra.jvp(spec, again), likes, flat, plan.backend)
+        mixed, *rest = run(algebra.jvp(spec, again), likes, flat, plan.kernel)
         t_dlse = rest[0] if rest else torch.zeros_like(dlse)
         return t_out, t_lse, mixed - (t_dlse * out + dlse * t_out).to(out.dtype), t_dlse
 
@@ -160,7 +159,7 @@ class ContractFunction(Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         flat = ctx.saved_tensors
         needed = {p for p in range(len(flat)) if ctx.needs_input_grad[1 + p]}
-        grads = _pull_pass(ctx.job.sweep, flat, cotangents, needed, ctx.job.backend)
+        grads = _pull_pass(ctx.job.sweep, flat, cotangents, needed, ctx.job.kernel)
         return (None, *(grads.get(p) for p in range(len(flat))))
 
     @closed_jvp
@@ -171,7 +170,7 @@ class ContractFunction(Function):
             if move is not None:
                 moved[place] = len(flat)
                 flat.append(move)
-        return tuple(run(algebra.jvp(ctx.job.sweep, moved), ctx.job.likes, flat, ctx.job.backend))
+        return tuple(run(algebra.jvp(ctx.job.sweep, moved), ctx.job.likes, flat, ctx.job.kernel))
 
     @staticmethod
     def vmap(
@@ -185,11 +184,11 @@ class ContractFunction(Function):
 
 
 class StatisticsFunction(Function):
-    """(scale, backend, q, k, lse, *mask) -> lse as the sum of two numbers; not differentiable."""
+    """(scale, kernel, q, k, lse, *mask) -> lse as the sum of two numbers; not differentiable."""
 
     @staticmethod
-    def forward(scale: float, backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return operators.statistics(scale, backend, tensors)
+    def forward(scale: float, kernel: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return operators.statistics(scale, kernel, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -201,30 +200,31 @@ class StatisticsFunction(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], scale: float, backend: str, *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], scale: float, kernel: str, *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        whole, rest = StatisticsFunction.apply(scale, backend, *align(in_dims[2:], tensors))
+        whole, rest = StatisticsFunction.apply(scale, kernel, *align(in_dims[2:], tensors))
         return (_at_batch(whole, info), _at_batch(rest, info)), (0, 0)
 
 
 def run(
-    sweep: Sweep, likes: Sequence[TensorSpec], tensors: Sequence[Tensor], backend: str = "torch", plan: AttendSpec | None = None
+    sweep: Sweep,
+    likes: Sequence[TensorSpec],
+    tensors: Sequence[Tensor],
+    kernel: str = "flash",
+    is_attend_vjp: bool = False,
 ) -> list[Tensor]:
     """Run a contraction as an autograd Function over the tensors that it reads.
 
-    An output without terms is zeros. With a plan, torch's fused backward may compute it; the last
-    tensor must then be the output of attention, which that kernel reads.
+    An output without terms is zeros. If it is the vjp of attend (see `ContractSpec`), the last
+    tensor is the output of attention, which an `attend_vjp` reads.
     """
     live = [i for i, output in enumerate(sweep.outputs) if output.terms]
     done: dict[int, Tensor] = {}
     if live:
         pruned, used = _prune(sweep._replace(outputs=tuple(sweep.outputs[i] for i in live)))
-        read = [tensors[p] for p in used] + ([tensors[-1]] if plan is not None else [])
-        done = dict(
-            zip(
-                live, ContractFunction.apply(ContractSpec(pruned, tuple(likes[i] for i in live), backend, plan), *read), strict=True
-            )
-        )
+        read = [tensors[p] for p in used] + ([tensors[-1]] if is_attend_vjp else [])
+        job = ContractSpec(pruned, tuple(likes[i] for i in live), kernel, is_attend_vjp)
+        done = dict(zip(live, ContractFunction.apply(job, *read), strict=True))
     return [done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype) for i, o in enumerate(likes)]
 
 
@@ -278,11 +278,11 @@ def _pull(
         terms[at] = ("key", Term((), at + 1))
     wanted = [p for p in terms if needed[V if p == at else p]]
     spec = base._replace(outputs=tuple(Output(terms[p][0], (terms[p][1],)) for p in wanted))
-    fused = plan.fused and wanted == [Q, K, at] and g_lse is None
-    # torch's fused backward computes these three from (g, out); derivatives are the contraction's
-    if fused:
+    is_attend_vjp = wanted == [Q, K, at] and g_lse is None and operators.has_attend_vjp(plan, tensors)
+    # a backend may compute these three from (g, out); derivatives are the contraction's
+    if is_attend_vjp:
         flat.append(out)
-    found = run(spec, [tensor_spec(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None)
+    found = run(spec, [tensor_spec(flat[p]) for p in wanted], flat, plan.kernel, is_attend_vjp)
     for p, grad in zip(wanted, found, strict=True):
         grads[V if p == at else p] = grad
     return grads
@@ -298,14 +298,14 @@ def _push(
     """The jvp of attend for tangents of q, k, v and the bias, which may have more leading axes."""
     spec, flat, _ = operators.tangent_sweep(plan, tensors, lse, tangents)
     likes = operators.tangent_likes(out, lse, tangents)
-    mixed, *rest = run(spec, likes[: len(spec.outputs)], flat, plan.backend)
+    mixed, *rest = run(spec, likes[: len(spec.outputs)], flat, plan.kernel)
     if not rest:
         return mixed, torch.zeros_like(lse)
     return mixed - (rest[0] * out).to(out.dtype), rest[0]
 
 
 def _pull_pass(
-    sweep: Sweep, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None], needed: set[int], backend: str
+    sweep: Sweep, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None], needed: set[int], kernel: str
 ) -> dict[int, Tensor]:
     """The vjp of a contraction: gradients by index, of the needed tensors that cotangents reach."""
     flat, given = list(tensors), dict[int, int]()
@@ -314,7 +314,7 @@ def _pull_pass(
             given[number] = len(flat)
             flat.append(g)
     spec, wanted = algebra.vjp(sweep, given, needed, lambda place: flat[place].shape[:-2])
-    return dict(zip(wanted, run(spec, [tensor_spec(flat[p]) for p in wanted], flat, backend), strict=True))
+    return dict(zip(wanted, run(spec, [tensor_spec(flat[p]) for p in wanted], flat, kernel), strict=True))
 
 
 def _at_batch(x: Tensor, info: Any) -> Tensor:

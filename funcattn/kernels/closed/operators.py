@@ -1,9 +1,9 @@
-"""Dispatch of the primitives: blocks of torch operations, Triton kernels, or torch's fused kernels.
+"""The primitives on a backend: the first of the kernel's row in `backends.table` that can run.
 
-torch's fused kernels compute the value and the first gradient. In torch.compile, or wherever else
-tensors are not plain, the primitives are opaque custom operations: one node each, never unrolled or
-recomputed. They are private: under torch.func.jvp a custom operation called directly silently has
-zero tangents; the autograd Functions of `functions` give it derivatives.
+In torch.compile, or wherever else tensors are not plain, the primitives are opaque custom
+operations: one node each, never unrolled or recomputed. They are private: under torch.func.jvp a
+custom operation called directly silently has zero tangents; the autograd Functions of `functions`
+give it derivatives.
 """
 
 import functools
@@ -18,12 +18,13 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from ...core import errors
 from ...core.autograd import is_recorded, untraced
-from ..backends import aten, torch_blocks
 from ..backends.layout import broadcast
-from ..backends.masking import is_finite
+from ..backends.table import BACKENDS
 from ..dtypes import accumulation_dtype
 from . import algebra
 from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
+
+LAST = "torch_blocks ends every row of BACKENDS and runs every input"
 
 
 class TensorSpec(NamedTuple):
@@ -45,19 +46,22 @@ class AttendSpec:
     scale: float = 1.0
     masks: int = 0  # number of mask tensors: 2 for (start, stop), 1 for booleans
     biased: bool = False
-    # torch's kernels may compute value and first gradient, if the mask is causal
-    fused: bool = False
-    backend: str = "torch"  # or "triton", where it can run
+    kernel: str = "flash"  # a row of BACKENDS
 
 
 @dataclass(frozen=True)
 class ContractSpec:
-    """The non-tensor arguments of a contraction; with a plan, torch's fused backward runs it."""
+    """The non-tensor arguments of a contraction.
+
+    is_attend_vjp: it is the vjp of attend for a cotangent of out, with outputs for q, k and v, and
+    its tensors end with v, that cotangent, -(cotangent * out).sum(-1), and out. A backend may then
+    compute it by its `attend_vjp`.
+    """
 
     sweep: Sweep
     likes: tuple[TensorSpec, ...]
-    backend: str = "torch"
-    plan: AttendSpec | None = None
+    kernel: str = "flash"
+    is_attend_vjp: bool = False
 
 
 def attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -65,20 +69,31 @@ def attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]
     if plain(tensors):
         out, lse = _attend(plan, tensors)
         return _own(out), _own(lse)
-    return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.fused, plan.backend)
+    return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.kernel)
 
 
 def pushes(plan: AttendSpec, tensors: Sequence[Tensor]) -> bool:
-    """True where one kernel computes the value of attend and its tangent."""
-    q, k, v, *mask = tensors
-    return plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_push(q, k, v, mask)
+    """True where a backend computes the value of attend and its tangent in one pass."""
+    return not plan.biased and any(
+        backend.attend_jvp is not None and not backend.why_not_attend_jvp(*tensors[:3], tensors[3:])
+        for backend in BACKENDS[plan.kernel]
+    )
+
+
+def has_attend_vjp(plan: AttendSpec, tensors: Sequence[Tensor]) -> bool:
+    """True where a backend may compute the gradients of q, k and v faster than the contraction."""
+    q, k, v, *extra = tensors
+    mask, bias = _split(plan, extra)
+    return any(
+        backend.attend_vjp is not None and not backend.why_not_attend_vjp(q, k, v, mask, bias) for backend in BACKENDS[plan.kernel]
+    )
 
 
 def push(plan: AttendSpec, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """out, lse and their tangents, of q, k, v, mask..., and the tangents of moved q, k, v."""
     if plain(tensors):
         return tuple(_own(x) for x in _push(plan, moved, tensors))
-    return tuple(_push_op(list(tensors), plan.scale, plan.masks, list(moved), plan.backend))
+    return tuple(_push_op(list(tensors), plan.scale, plan.masks, list(moved), plan.kernel))
 
 
 def spread(moved: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
@@ -129,11 +144,11 @@ def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -
     return TensorSpec((*dout, *out.shape[-2:]), out.dtype), TensorSpec((*dlse, *lse.shape[-2:]), lse.dtype)
 
 
-def statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def statistics(scale: float, kernel: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """lse as two numbers (see `torch_blocks.statistics`), of q, k, lse, mask...; no gradients."""
     if plain(tensors):
-        return _statistics(scale, backend, tensors)
-    return _statistics_op(list(tensors), scale, backend)
+        return _statistics(scale, kernel, tensors)
+    return _statistics_op(list(tensors), scale, kernel)
 
 
 def sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -143,80 +158,103 @@ def sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
     ranks = [len(o.shape) for o in job.likes]
     sizes = [n for o in job.likes for n in o.shape]
     names = [str(o.dtype).removeprefix("torch.") for o in job.likes]
-    return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.backend, job.plan and vars(job.plan)]), ranks, sizes)
+    return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.kernel, job.is_attend_vjp]), ranks, sizes)
 
 
 @untraced
 def last_gradient(plan: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
-    """Gradients of q, k and v by torch's kernel, where no further derivative can follow."""
-    if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
+    """Gradients of q, k and v by an `attend_vjp`, where no further derivative can follow."""
+    if plan.biased or not has_attend_vjp(plan, tensors):
+        return None
+    if torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
         return None
     q, k, v, *mask = tensors
-    if mask and not aten.is_causal(mask, k.shape[-2]):
-        return None
-    if torch_blocks.is_far(lse):
-        return None
-    grads = aten.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, scale=plan.scale, causal=bool(mask))
-    return grads if not mask or is_finite(grads) else None
+    return _attend_vjp(plan.kernel, q, k, v, mask, lse, g, out, plan.scale, [q.shape, k.shape, v.shape])
+
+
+def _attend_vjp(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Sequence[Tensor],
+    lse: Tensor,
+    g: Tensor,
+    out: Tensor,
+    scale: float,
+    shapes: Sequence[Sequence[int]],
+) -> list[Tensor] | None:
+    for backend in BACKENDS[kernel]:
+        if backend.attend_vjp is not None and not backend.why_not_attend_vjp(q, k, v, mask, None):
+            found = backend.attend_vjp(q, k, v, mask, lse, g, out, scale, shapes)
+            if found is not None:
+                return found
+    return None
 
 
 @untraced
 def _attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
-    mask = extra[: plan.masks]
-    if plan.fused and not aten.is_empty(q, k, v) and (not mask or aten.is_causal(mask, k.shape[-2])):
-        out, lse = aten.attend(q, k, v, scale=plan.scale, causal=bool(mask))
-        if not mask or is_finite([out]):
-            return out, lse
-    if plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_attend(q, k, v, mask):
-        return _triton().attend(q, k, v, mask, plan.scale)
-    return torch_blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
+    mask, bias = _split(plan, extra)
+    for backend in BACKENDS[plan.kernel]:
+        if backend.attend is not None and not backend.why_not_attend(q, k, v, mask, bias):
+            found = backend.attend(q, k, v, mask, bias, plan.scale)
+            if found is not None:
+                return found
+    raise AssertionError(LAST)
+
+
+def _split(plan: AttendSpec, extra: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The mask tensors and the bias of the tensors of attend that follow q, k and v."""
+    return extra[: plan.masks], extra[plan.masks] if plan.biased else None
 
 
 @untraced
 def _push(plan: AttendSpec, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     primals, tangents = tensors[: 3 + plan.masks], spread(moved, tensors[3 + plan.masks :])
-    if plan.backend == "triton" and not _triton().obstacle_to_push(*primals[:3], primals[3:]):
-        return _triton().push(*primals[:3], tangents, primals[3:], plan.scale)
+    q, k, v, *mask = primals
+    for backend in BACKENDS[plan.kernel]:
+        if backend.attend_jvp is not None and not backend.why_not_attend_jvp(q, k, v, mask):
+            found = backend.attend_jvp(q, k, v, tangents, mask, plan.scale)
+            if found is not None:
+                return found
     out, lse = _attend(plan, primals)
     spec, flat, _ = tangent_sweep(plan, primals, lse, tangents)
     likes = tangent_likes(out, lse, tangents)
-    mixed, *more = _sweep(ContractSpec(spec, likes[: len(spec.outputs)], plan.backend), flat)
+    mixed, *more = _sweep(ContractSpec(spec, likes[: len(spec.outputs)], plan.kernel), flat)
     dlse = more[0] if more else lse.new_zeros(likes[1].shape)
     return out, lse, mixed - (dlse * out).to(out.dtype), dlse
 
 
 @untraced
-def _statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _statistics(scale: float, kernel: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, lse, *mask = tensors
-    if backend == "triton" and not _triton().obstacle_to_attend(q, k, k, mask):
-        return _triton().statistics(q, k, lse, mask, scale)
-    return torch_blocks.statistics(q, k, lse, mask, scale)
+    for backend in BACKENDS[kernel]:
+        if backend.statistics is not None and not backend.why_not_attend(q, k, k, mask, None):
+            return backend.statistics(q, k, lse, mask, scale)
+    raise AssertionError(LAST)
 
 
 @untraced
 def _sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
-    shapes = [o.shape for o in job.likes]
-    mask = [tensors[p] for p in job.sweep.mask]
-    outputs: Sequence[Tensor] | None = None
-    if job.plan is not None and not torch_blocks.is_far(tensors[L]) and (not mask or aten.is_causal(mask, tensors[K].shape[-2])):
-        # Not far, since torch's kernel reads lse as one number; it gives hidden NaN the weight
-        # zero.
-        q, k, lse, *_, v, g, _, out = tensors
-        outputs = aten.backward(shapes, q, k, v, lse, g, out, scale=job.plan.scale, causal=bool(mask))
-        outputs = outputs if not mask or is_finite(outputs) else None
-    elif job.backend == "triton" and not _triton().obstacle(job.sweep, tensors):
-        outputs = _triton().sweep(job.sweep, shapes, [o.dtype for o in job.likes], tensors)
-    if outputs is None:
-        outputs = torch_blocks.sweep(job.sweep, shapes, tensors)
+    outputs = _contracted(job, tensors)
     return [x.to(o.dtype) for x, o in zip(outputs, job.likes, strict=True)]
 
 
-def _triton() -> Any:
-    """The Triton backend, imported on first use."""
-    from ..backends import triton
-
-    return triton
+def _contracted(job: ContractSpec, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    shapes, dtypes = [o.shape for o in job.likes], [o.dtype for o in job.likes]
+    if job.is_attend_vjp:
+        q, k, lse, *_, v, g, _, out = tensors
+        mask = [tensors[p] for p in job.sweep.mask]
+        found = _attend_vjp(job.kernel, q, k, v, mask, lse, g, out, job.sweep.scale, shapes)
+        if found is not None:
+            return found
+    for backend in BACKENDS[job.kernel]:
+        if backend.contract is not None and not backend.why_not_contract(job.sweep, tensors):
+            outputs = backend.contract(job.sweep, shapes, tensors, dtypes)
+            if outputs is not None:
+                return outputs
+    raise AssertionError(LAST)
 
 
 def _own(x: Tensor) -> Tensor:
@@ -240,13 +278,13 @@ def plain(tensors: Sequence[Tensor]) -> bool:
 
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())
-def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool, backend: str) -> tuple[Tensor, Tensor]:
-    out, lse = _attend(AttendSpec(scale, masks, biased, fused, backend), tensors)
+def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str) -> tuple[Tensor, Tensor]:
+    out, lse = _attend(AttendSpec(scale, masks, biased, kernel), tensors)
     return out.contiguous(), lse.contiguous()  # the strides that the fake implementation returns
 
 
 @_attend_op.register_fake
-def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str) -> tuple[Tensor, Tensor]:
     return _attend_fake(tensors)
 
 
@@ -260,12 +298,12 @@ def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("funcattn::push", mutates_args=())
-def _push_op(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
-    return [x.contiguous() for x in _push(AttendSpec(scale, masks, backend=backend), moved, tensors)]
+def _push_op(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], kernel: str) -> list[Tensor]:
+    return [x.contiguous() for x in _push(AttendSpec(scale, masks, kernel=kernel), moved, tensors)]
 
 
 @_push_op.register_fake
-def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
+def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], kernel: str) -> list[Tensor]:
     errors.on_one_device("funcattn::push", tensors)
     out, lse = _attend_fake(tensors[: 3 + masks])
     tangents = tangent_likes(out, lse, spread(moved, tensors[3 + masks :]))
@@ -273,13 +311,13 @@ def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backen
 
 
 @torch.library.custom_op("funcattn::statistics", mutates_args=())
-def _statistics_op(tensors: list[Tensor], scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    whole, rest = _statistics(scale, backend, tensors)
+def _statistics_op(tensors: list[Tensor], scale: float, kernel: str) -> tuple[Tensor, Tensor]:
+    whole, rest = _statistics(scale, kernel, tensors)
     return whole.contiguous(), rest.contiguous()
 
 
 @_statistics_op.register_fake
-def _(tensors: list[Tensor], scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _(tensors: list[Tensor], scale: float, kernel: str) -> tuple[Tensor, Tensor]:
     errors.on_one_device("funcattn::statistics", tensors)
     lse = tensors[L]
     return lse.new_empty(lse.shape), lse.new_empty(lse.shape)
@@ -297,16 +335,17 @@ def _(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> li
 
 
 def _read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> ContractSpec:
-    spec, dtypes, backend, plan = _decode(text)
+    spec, dtypes, kernel, is_attend_vjp = _decode(text)
     rest = iter(sizes)
     shapes = [tuple(next(rest) for _ in range(rank)) for rank in ranks]
-    return ContractSpec(spec, tuple(TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)), backend, plan)
+    likes = tuple(TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    return ContractSpec(spec, likes, kernel, is_attend_vjp)
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode(text: str) -> tuple[Sweep, list[torch.dtype], str, AttendSpec | None]:
-    (outputs, scale, mask, bias, dropout, rate), names, backend, plan = json.loads(text)
+def _decode(text: str) -> tuple[Sweep, list[torch.dtype], str, bool]:
+    (outputs, scale, mask, bias, dropout, rate), names, kernel, is_attend_vjp = json.loads(text)
     summand: Any = lambda s: Pair(*s) if len(s) == 3 else Dense(*s)
     term = lambda t: Term(tuple(tuple(map(summand, factor)) for factor in t[0]), *t[1:])
     spec = Sweep(tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate)
-    return spec, [getattr(torch, name) for name in names], backend, plan and AttendSpec(**plan)
+    return spec, [getattr(torch, name) for name in names], kernel, is_attend_vjp

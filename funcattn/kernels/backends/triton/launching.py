@@ -1,6 +1,6 @@
 """From tensors to kernel launches: allocation, strides, and the grid.
 
-Attention is one launch, and so is `push`, its value and tangent together. A contraction takes one
+Attention is one launch, and so is `attend_jvp`, its value and tangent together. A contraction takes one
 launch per side of its outputs: each program writes a block of rows of queries, or of keys, which
 makes sums over queries deterministic.
 """
@@ -36,11 +36,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float
 
     lse has no leading axes that only v has.
     """
-    out, lse, _, _ = push(q, k, v, (None, None, None), mask, scale)
+    out, lse, _, _ = attend_jvp(q, k, v, (None, None, None), mask, scale)
     return out, lse
 
 
-def push(
+def attend_jvp(
     q: Tensor, k: Tensor, v: Tensor, tangents: Sequence[Tensor | None], mask: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out and lse, and their tangents from those of q, k and v (None: no tangent), in one launch.
@@ -89,21 +89,21 @@ def push(
     return out, lse, dout, dlse
 
 
-def obstacle_to_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
+def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None = None) -> str:
     """The reason why the attention kernel cannot run, or ""."""
-    if len(mask) == 1:
+    if len(mask) == 1 or bias is not None:
         return "it reads a matrix of queries and keys"
-    return _obstacle_of([q, k, v])
+    return _why_not([q, k, v])
 
 
-def obstacle_to_push(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
+def why_not_attend_jvp(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
     """The reason why the kernel for value and tangent cannot run, or ""."""
-    return obstacle_to_attend(q, k, v, mask) or (
+    return why_not_attend(q, k, v, mask) or (
         "" if tuning.of_push(q, v) else f"two passes are better for {q.dtype} and so wide heads"
     )
 
 
-def obstacle(spec: Sweep, tensors: Sequence[Tensor]) -> str:
+def why_not_contract(spec: Sweep, tensors: Sequence[Tensor]) -> str:
     """The reason why these kernels cannot run a contraction, or ""."""
     terms = [term for output in spec.outputs for term in output.terms]
     summands = [summand for term in terms for factor in term.factors for summand in factor]
@@ -117,10 +117,10 @@ def obstacle(spec: Sweep, tensors: Sequence[Tensor]) -> str:
     read = [tensors[p] for p in sorted(query | key)]
     if sum(width(x.shape[-1]) for x in read if x.dtype == torch.float32 and x.shape[-1] > 1) > tuning.MOST:
         return f"it reads more than {tuning.MOST} features of float32"
-    return _obstacle_of(read)
+    return _why_not(read)
 
 
-def _obstacle_of(tensors: Sequence[Tensor]) -> str:
+def _why_not(tensors: Sequence[Tensor]) -> str:
     if not tensors[0].is_cuda and not (INTERPRETED and tensors[0].device.type == "cpu"):
         return f"it is on {tensors[0].device.type}"
     if tensors[0].is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
@@ -132,7 +132,9 @@ def _obstacle_of(tensors: Sequence[Tensor]) -> str:
     return ""
 
 
-def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], tensors: Sequence[Tensor]) -> list[Tensor]:
+def contract(
+    spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
     """All outputs of a contraction, in their shapes and dtypes.
 
     One launch computes all outputs with the same side and the same leading axes.

@@ -191,7 +191,7 @@ def test_a_push_is_the_value_and_the_jvp_of_blocks(mask, moved):
     q, k, v = normal(1, 2, T, 5), normal(2, 1, S, 5), normal(3, 1, S, 17)
     dq, dk, dv = normal(4, 3, 2, T, 5), normal(5, 1, S, 5), normal(6, 2, S, 17)
     tangents = [x if moved >> n & 1 else None for n, x in enumerate((dq, dk, dv))]
-    found = launching.push(*there([q, k, v]), [None if x is None else x.to(DEVICE) for x in tangents], there(m), -0.3)
+    found = launching.attend_jvp(*there([q, k, v]), [None if x is None else x.to(DEVICE) for x in tangents], there(m), -0.3)
     wide = lambda x: x.double() if x.is_floating_point() else x
     there_are = [wide(x) for x in tangents if x is not None]
     plan = operators.AttendSpec(-0.3, len(m))
@@ -227,7 +227,7 @@ def test_a_kernel_reads_no_numbers_that_torch_has_yet_to_make():
     f = lambda q: (attention(q, k, v), grad(lambda q: attention(q, k, v).sin().sum())(q))
     close(f(negated), f(-q), 1)
     close(f(zeros), f(torch.zeros_like(q)), 1)
-    plan = operators.AttendSpec(backend="triton")
+    plan = operators.AttendSpec(kernel="triton")
     on_device = [x.to(DEVICE) for x in (q, k, v)]
     pushed = lambda dq: [x.cpu() for x in operators.push(plan, [True, False, False], [*on_device, dq])]
     close(pushed(torch._neg_view(on_device[0])), pushed(-on_device[0]), 1)
@@ -275,10 +275,10 @@ def test_both_contractions_are_those_of_blocks(order, mask, leads, dropped):
     sides = {"query": (*leads, T), "key": (*of_key, S)}
     width = lambda output: 1 if output.terms[0].value == ONES else x[output.terms[0].value].shape[-1]
     shapes = [(*sides[output.side], width(output)) for output in spec.outputs]
-    assert not launching.obstacle(spec, there(x))
-    found = launching.sweep(spec, shapes, [torch.float32] * len(shapes), there(x))
+    assert not launching.why_not_contract(spec, there(x))
+    found = launching.contract(spec, shapes, there(x), [torch.float32] * len(shapes))
     wide = [y.double() if y.is_floating_point() else y for y in x]
-    close(found, torch_blocks.sweep(spec, shapes, wide), 8 * S)  # a factor is itself a sum over features
+    close(found, torch_blocks.contract(spec, shapes, wide), 8 * S)  # a factor is itself a sum over features
 
 
 def test_an_axis_that_an_output_lacks_is_summed_once_for_each_term_that_has_it():
@@ -287,8 +287,8 @@ def test_an_axis_that_an_output_lacks_is_summed_once_for_each_term_that_has_it()
     q, k, c = normal(1, 2, T, 4), normal(2, 2, S, 4), normal(3, three, 1, S, 4)
     lse = torch_blocks.attend(q.double(), k.double(), k.double(), (), None, 0.3)[1].float()
     spec = Sweep((Output("query", (Term((), K), Term((), 3))),), 0.3)
-    found = launching.sweep(spec, [q.shape], [torch.float32], there([q, k, lse, c]))
-    close(found, torch_blocks.sweep(spec, [q.shape], [x.double() for x in (q, k, lse, c)]), 3 * S)
+    found = launching.contract(spec, [q.shape], there([q, k, lse, c]), [torch.float32])
+    close(found, torch_blocks.contract(spec, [q.shape], [x.double() for x in (q, k, lse, c)]), 3 * S)
 
 
 def test_blocks_that_nobody_sees_are_not_read():
@@ -406,7 +406,7 @@ def test_there_may_be_no_queries_no_keys_or_one(T, S):
 def test_derivatives_beyond_two_factors_go_by_torch_and_agree(monkeypatch):
     q, k, v = normal(1, 1, 5, 4), normal(2, 1, 5, 4), normal(3, 1, 5, 4)
     spec = Sweep((Output("query", (Term(((Pair(Q, K),),) * 3, K),)),))
-    assert launching.obstacle(spec, there([q, k, q[..., :1]])) == "it has more than 2 factors"
+    assert launching.why_not_contract(spec, there([q, k, q[..., :1]])) == "it has more than 2 factors"
     third = lambda f: grad(lambda q: grad(lambda q: grad(lambda q: f(q).sin().sum())(q).sin().sum())(q).sin().sum())(q)
     close([third(lambda q: attention(q, k, v))], [third(lambda q: fa.attention(q, k, v, kernel="reference"))], 512)
 
