@@ -27,7 +27,7 @@ def jvp_of_blocks(q, k, v, tangents, mask, scale):
     """The value and its tangent, made of the value and a contraction on torch_blocks."""
     there = [x is not None for x in tangents]
     spec = operators.AttendSpec(scale, len(mask), kernel="blocks alone")
-    return operators.push(spec, there, [q, k, v, *mask, *(x for x in tangents if x is not None)])
+    return operators.attend_jvp(spec, there, [q, k, v, *mask, *(x for x in tangents if x is not None)])
 
 
 def recorder(calls: list[str], returns_none: bool = False, reason: str = "") -> Backend:

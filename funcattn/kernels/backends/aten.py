@@ -68,12 +68,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
     lead = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], [lead])
     out, lse = _forward(_four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=scale)
-    level = broadcast(q.shape[:-2], k.shape[:-2])
+    lse_lead = broadcast(q.shape[:-2], k.shape[:-2])
     lse = lse.reshape(*layout.sizes, q.shape[-2], 1)
-    if level != lead:  # only values have this axis, so its log-sum-exps are equal
-        lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(level), layout))]
+    if lse_lead != lead:  # only values have this axis, so its log-sum-exps are equal
+        lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(lse_lead), layout))]
     return unfold(out.reshape(*layout.sizes, *out.shape[-2:]), layout, (*lead, *out.shape[-2:])), unfold(
-        lse, layout, (*level, *lse.shape[-2:])
+        lse, layout, (*lse_lead, *lse.shape[-2:])
     )
 
 

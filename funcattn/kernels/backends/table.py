@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..closed.algebra import Sweep
+from ..closed.algebra import Contraction
 from . import aten, torch_blocks
 
 Tensors: TypeAlias = Sequence[Tensor]
@@ -60,8 +60,8 @@ class Backend:
     name: str
     attend: Callable[[Tensor, Tensor, Tensor, Tensors, Tensor | None, float], Pair | None] | None = None
     why_not_attend: WhyNotAttend = _never
-    contract: Callable[[Sweep, Shapes, Tensors, Dtypes], Tensors | None] | None = None
-    why_not_contract: Callable[[Sweep, Tensors], str] = _never
+    contract: Callable[[Contraction, Shapes, Tensors, Dtypes], Tensors | None] | None = None
+    why_not_contract: Callable[[Contraction, Tensors], str] = _never
     attend_jvp: Callable[[Tensor, Tensor, Tensor, Sequence[Tensor | None], Tensors, float], tuple[Tensor, ...] | None] | None = None
     why_not_attend_jvp: Callable[[Tensor, Tensor, Tensor, Tensors], str] = _never
     attend_vjp: Callable[[Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor, float, Shapes], list[Tensor] | None] | None = (

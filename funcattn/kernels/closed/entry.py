@@ -18,7 +18,7 @@ from ...records import Attended
 from .. import dropout
 from ..backends import WIDEST
 from ..request import FEW, SMALL, Kernel, Request
-from .algebra import ONES, Output, Sweep, Term
+from .algebra import ONES, Contraction, Output, Term
 from .functions import StatisticsFunction, run
 from .functions import attend as attend_in_family
 from .operators import AttendSpec, tensor_spec
@@ -48,11 +48,11 @@ def _statistics(kernel: str, scale: float | Tensor, *tensors: Tensor) -> tuple[T
     H, K = q.shape[-3], k.shape[-3]
     if isinstance(scale, Tensor):
         q, scale = q * scale.detach(), 1.0
-    level = lse.unsqueeze(-1)
+    lse_column = lse.unsqueeze(-1)
     laid = _laid(mask, H, K)
     if H != K:
-        q, k, level = q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), level.unflatten(-3, (K, H // K))
-    whole, rest = StatisticsFunction.apply(scale, kernel, q, k, level, *laid)
+        q, k, lse_column = q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), lse_column.unflatten(-3, (K, H // K))
+    whole, rest = StatisticsFunction.apply(scale, kernel, q, k, lse_column, *laid)
     return whole.reshape(lse.shape), rest.reshape(lse.shape)
 
 
@@ -88,29 +88,29 @@ def _attend(
     tensors = [q, k, v]
     if grouped:
         tensors = [q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), v.unsqueeze(-3)]
-    plan = AttendSpec(scale, masks, biased, kernel)
-    out, lse = attend_in_family(plan, *tensors, *laid)
+    spec = AttendSpec(scale, masks, biased, kernel)
+    out, lse = attend_in_family(spec, *tensors, *laid)
     if rate:
         keys = dropout.head_keys(optional[-1], (*lead, H))
-        out = _dropped(plan, rate, [*tensors, *laid], lse, out, keys.unflatten(-3, (K, H // K)) if grouped else keys)
+        out = _dropped(spec, rate, [*tensors, *laid], lse, out, keys.unflatten(-3, (K, H // K)) if grouped else keys)
     lse = lse.squeeze(-1).expand(out.shape[:-1])
     shape = (*lead, H, T)
     return out.reshape(*shape, out.shape[-1]), lse.reshape(shape)
 
 
-def _dropped(plan: AttendSpec, rate: float, tensors: Sequence[Tensor], lse: Tensor, whole: Tensor, keys: Tensor) -> Tensor:
+def _dropped(spec: AttendSpec, rate: float, tensors: Sequence[Tensor], lse: Tensor, whole: Tensor, keys: Tensor) -> Tensor:
     """The contraction of P with dropped weights; the log-sum-exp is that without dropout."""
     q, k, v, *extra = tensors
     at = 3 + len(extra)
-    spec = Sweep(
+    contraction = Contraction(
         (Output("query", (Term((), at),)),),
-        scale=plan.scale,
-        mask=tuple(range(3, 3 + plan.masks)),
-        bias=3 + plan.masks if plan.biased else ONES,
+        scale=spec.scale,
+        mask=tuple(range(3, 3 + spec.masks)),
+        bias=3 + spec.masks if spec.biased else ONES,
         dropout=at + 1,
         rate=rate,
     )
-    return run(spec, [tensor_spec(whole)], [q, k, lse, *extra, v, keys], plan.kernel)[0]
+    return run(contraction, [tensor_spec(whole)], [q, k, lse, *extra, v, keys], spec.kernel)[0]
 
 
 def _pairs(x: Tensor, H: int, K: int) -> Tensor:

@@ -22,7 +22,7 @@ from ..backends.layout import broadcast
 from ..backends.table import BACKENDS
 from ..dtypes import accumulation_dtype
 from . import algebra
-from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
+from .algebra import ONES, Contraction, DenseFactor, K, L, LowRankFactor, Output, Q, Term
 
 LAST = "torch_blocks ends every row of BACKENDS and runs every input"
 
@@ -58,77 +58,77 @@ class ContractSpec:
     compute it by its `attend_vjp`.
     """
 
-    sweep: Sweep
+    contraction: Contraction
     likes: tuple[TensorSpec, ...]
     kernel: str = "flash"
     is_attend_vjp: bool = False
 
 
-def attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def attend(spec: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """out (*lead, T, Dv) and lse (*lead, T, 1) of tensors q, k, v, mask..., bias."""
     if plain(tensors):
-        out, lse = _attend(plan, tensors)
+        out, lse = _attend(spec, tensors)
         return _own(out), _own(lse)
-    return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.kernel)
+    return _attend_op(list(tensors), spec.scale, spec.masks, spec.biased, spec.kernel)
 
 
-def pushes(plan: AttendSpec, tensors: Sequence[Tensor]) -> bool:
+def has_attend_jvp(spec: AttendSpec, tensors: Sequence[Tensor]) -> bool:
     """True where a backend computes the value of attend and its tangent in one pass."""
-    return not plan.biased and any(
-        backend.attend_jvp is not None and not backend.why_not_attend_jvp(*tensors[:3], tensors[3:])
-        for backend in BACKENDS[plan.kernel]
+    q, k, v, *mask = tensors
+    return not spec.biased and any(
+        backend.attend_jvp is not None and not backend.why_not_attend_jvp(q, k, v, mask) for backend in BACKENDS[spec.kernel]
     )
 
 
-def has_attend_vjp(plan: AttendSpec, tensors: Sequence[Tensor]) -> bool:
+def has_attend_vjp(spec: AttendSpec, tensors: Sequence[Tensor]) -> bool:
     """True where a backend may compute the gradients of q, k and v faster than the contraction."""
     q, k, v, *extra = tensors
-    mask, bias = _split(plan, extra)
+    mask, bias = _split(spec, extra)
     return any(
-        backend.attend_vjp is not None and not backend.why_not_attend_vjp(q, k, v, mask, bias) for backend in BACKENDS[plan.kernel]
+        backend.attend_vjp is not None and not backend.why_not_attend_vjp(q, k, v, mask, bias) for backend in BACKENDS[spec.kernel]
     )
 
 
-def push(plan: AttendSpec, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """out, lse and their tangents, of q, k, v, mask..., and the tangents of moved q, k, v."""
+def attend_jvp(spec: AttendSpec, has_tangent: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """out, lse and their tangents, of q, k, v, mask..., and the tangents of those of q, k, v that have one."""
     if plain(tensors):
-        return tuple(_own(x) for x in _push(plan, moved, tensors))
-    return tuple(_push_op(list(tensors), plan.scale, plan.masks, list(moved), plan.kernel))
+        return tuple(_own(x) for x in _attend_jvp(spec, has_tangent, tensors))
+    return tuple(_attend_jvp_op(list(tensors), spec.scale, spec.masks, list(has_tangent), spec.kernel))
 
 
-def spread(moved: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+def spread(has_tangent: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
     """The tangents of q, k and v, None where there is none."""
     rest = iter(tangents)
-    return [next(rest) if there else None for there in moved]
+    return [next(rest) if there else None for there in has_tangent]
 
 
-def base(plan: AttendSpec) -> tuple[int, Sweep]:
+def empty_contraction(spec: AttendSpec) -> tuple[int, Contraction]:
     """The index of v in the list q, k, lse, mask..., bias, v, and a contraction without outputs."""
-    at = 3 + plan.masks + plan.biased
-    return at, Sweep((), plan.scale, tuple(range(3, 3 + plan.masks)), 3 + plan.masks if plan.biased else ONES)
+    at = 3 + spec.masks + spec.biased
+    return at, Contraction((), spec.scale, tuple(range(3, 3 + spec.masks)), 3 + spec.masks if spec.biased else ONES)
 
 
-def tangent_sweep(
-    plan: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, tangents: Sequence[Tensor | None]
-) -> tuple[Sweep, list[Tensor], dict[int, int]]:
+def tangent_contraction(
+    spec: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, tangents: Sequence[Tensor | None]
+) -> tuple[Contraction, list[Tensor], dict[int, int]]:
     """The contraction for the jvp of attend, its tensors, and primal index -> tangent index.
 
     See `algebra.attend_tangent`.
 
     Args:
-        plan: the non-tensor arguments of attend.
+        spec: the non-tensor arguments of attend.
         tensors: q, k, v, mask..., bias.
         lse: (*lead, T, 1).
         tangents: of q, k, v and, if there is one, the bias; None for no tangent.
     """
     q, k, v, *extra = tensors
-    at, empty = base(plan)
-    flat, moved = [q, k, lse, *extra, v], dict[int, int]()
+    at, empty = empty_contraction(spec)
+    flat, tangent_index = [q, k, lse, *extra, v], dict[int, int]()
     for place, tangent in zip((Q, K, at, empty.bias), tangents, strict=False):
         if tangent is not None:
-            moved[place] = len(flat)
+            tangent_index[place] = len(flat)
             flat.append(tangent)
-    return algebra.attend_tangent(empty, at, moved), flat, moved
+    return algebra.attend_tangent(empty, at, tangent_index), flat, tangent_index
 
 
 def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -> tuple[TensorSpec, TensorSpec]:
@@ -151,25 +151,25 @@ def statistics(scale: float, kernel: str, tensors: Sequence[Tensor]) -> tuple[Te
     return _statistics_op(list(tensors), scale, kernel)
 
 
-def sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
+def contract(spec: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a contraction over tensors that start with q, k, lse."""
     if plain(tensors):
-        return [_own(x) for x in _sweep(job, tensors)]
-    ranks = [len(o.shape) for o in job.likes]
-    sizes = [n for o in job.likes for n in o.shape]
-    names = [str(o.dtype).removeprefix("torch.") for o in job.likes]
-    return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.kernel, job.is_attend_vjp]), ranks, sizes)
+        return [_own(x) for x in _contract(spec, tensors)]
+    ranks = [len(o.shape) for o in spec.likes]
+    sizes = [n for o in spec.likes for n in o.shape]
+    names = [str(o.dtype).removeprefix("torch.") for o in spec.likes]
+    return _contract_op(list(tensors), json.dumps([spec.contraction, names, spec.kernel, spec.is_attend_vjp]), ranks, sizes)
 
 
 @untraced
-def last_gradient(plan: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
+def last_gradient(spec: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
     """Gradients of q, k and v by an `attend_vjp`, where no further derivative can follow."""
-    if plan.biased or not has_attend_vjp(plan, tensors):
+    if spec.biased or not has_attend_vjp(spec, tensors):
         return None
     if torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
         return None
     q, k, v, *mask = tensors
-    return _attend_vjp(plan.kernel, q, k, v, mask, lse, g, out, plan.scale, [q.shape, k.shape, v.shape])
+    return _attend_vjp(spec.kernel, q, k, v, mask, lse, g, out, spec.scale, [q.shape, k.shape, v.shape])
 
 
 def _attend_vjp(
@@ -193,37 +193,37 @@ def _attend_vjp(
 
 
 @untraced
-def _attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _attend(spec: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
-    mask, bias = _split(plan, extra)
-    for backend in BACKENDS[plan.kernel]:
+    mask, bias = _split(spec, extra)
+    for backend in BACKENDS[spec.kernel]:
         if backend.attend is not None and not backend.why_not_attend(q, k, v, mask, bias):
-            found = backend.attend(q, k, v, mask, bias, plan.scale)
+            found = backend.attend(q, k, v, mask, bias, spec.scale)
             if found is not None:
                 return found
     raise AssertionError(LAST)
 
 
-def _split(plan: AttendSpec, extra: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+def _split(spec: AttendSpec, extra: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
     """The mask tensors and the bias of the tensors of attend that follow q, k and v."""
-    return extra[: plan.masks], extra[plan.masks] if plan.biased else None
+    return extra[: spec.masks], extra[spec.masks] if spec.biased else None
 
 
 @untraced
-def _push(plan: AttendSpec, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    primals, tangents = tensors[: 3 + plan.masks], spread(moved, tensors[3 + plan.masks :])
+def _attend_jvp(spec: AttendSpec, has_tangent: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    primals, tangents = tensors[: 3 + spec.masks], spread(has_tangent, tensors[3 + spec.masks :])
     q, k, v, *mask = primals
-    for backend in BACKENDS[plan.kernel]:
+    for backend in BACKENDS[spec.kernel]:
         if backend.attend_jvp is not None and not backend.why_not_attend_jvp(q, k, v, mask):
-            found = backend.attend_jvp(q, k, v, tangents, mask, plan.scale)
+            found = backend.attend_jvp(q, k, v, tangents, mask, spec.scale)
             if found is not None:
                 return found
-    out, lse = _attend(plan, primals)
-    spec, flat, _ = tangent_sweep(plan, primals, lse, tangents)
+    out, lse = _attend(spec, primals)
+    contraction, flat, _ = tangent_contraction(spec, primals, lse, tangents)
     likes = tangent_likes(out, lse, tangents)
-    mixed, *more = _sweep(ContractSpec(spec, likes[: len(spec.outputs)], plan.kernel), flat)
+    accumulator, *more = _contract(ContractSpec(contraction, likes[: len(contraction.outputs)], spec.kernel), flat)
     dlse = more[0] if more else lse.new_zeros(likes[1].shape)
-    return out, lse, mixed - (dlse * out).to(out.dtype), dlse
+    return out, lse, accumulator - (dlse * out).to(out.dtype), dlse
 
 
 @untraced
@@ -236,22 +236,22 @@ def _statistics(scale: float, kernel: str, tensors: Sequence[Tensor]) -> tuple[T
 
 
 @untraced
-def _sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
-    outputs = _contracted(job, tensors)
-    return [x.to(o.dtype) for x, o in zip(outputs, job.likes, strict=True)]
+def _contract(spec: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
+    outputs = _contracted(spec, tensors)
+    return [x.to(o.dtype) for x, o in zip(outputs, spec.likes, strict=True)]
 
 
-def _contracted(job: ContractSpec, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    shapes, dtypes = [o.shape for o in job.likes], [o.dtype for o in job.likes]
-    if job.is_attend_vjp:
+def _contracted(spec: ContractSpec, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    shapes, dtypes = [o.shape for o in spec.likes], [o.dtype for o in spec.likes]
+    if spec.is_attend_vjp:
         q, k, lse, *_, v, g, _, out = tensors
-        mask = [tensors[p] for p in job.sweep.mask]
-        found = _attend_vjp(job.kernel, q, k, v, mask, lse, g, out, job.sweep.scale, shapes)
+        mask = [tensors[p] for p in spec.contraction.mask]
+        found = _attend_vjp(spec.kernel, q, k, v, mask, lse, g, out, spec.contraction.scale, shapes)
         if found is not None:
             return found
-    for backend in BACKENDS[job.kernel]:
-        if backend.contract is not None and not backend.why_not_contract(job.sweep, tensors):
-            outputs = backend.contract(job.sweep, shapes, tensors, dtypes)
+    for backend in BACKENDS[spec.kernel]:
+        if backend.contract is not None and not backend.why_not_contract(spec.contraction, tensors):
+            outputs = backend.contract(spec.contraction, shapes, tensors, dtypes)
             if outputs is not None:
                 return outputs
     raise AssertionError(LAST)
@@ -291,22 +291,22 @@ def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str
 def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     errors.on_one_device("funcattn::attend", tensors)
     q, k, v, *extra = tensors
-    level = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
-    lead = broadcast(level, v.shape[:-2])
+    lse_lead = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
+    lead = broadcast(lse_lead, v.shape[:-2])
     wide = accumulation_dtype(*tensors)
-    return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(*level, q.shape[-2], 1, dtype=wide)
+    return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(*lse_lead, q.shape[-2], 1, dtype=wide)
 
 
-@torch.library.custom_op("funcattn::push", mutates_args=())
-def _push_op(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], kernel: str) -> list[Tensor]:
-    return [x.contiguous() for x in _push(AttendSpec(scale, masks, kernel=kernel), moved, tensors)]
+@torch.library.custom_op("funcattn::attend_jvp", mutates_args=())
+def _attend_jvp_op(tensors: list[Tensor], scale: float, masks: int, has_tangent: list[bool], kernel: str) -> list[Tensor]:
+    return [x.contiguous() for x in _attend_jvp(AttendSpec(scale, masks, kernel=kernel), has_tangent, tensors)]
 
 
-@_push_op.register_fake
-def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], kernel: str) -> list[Tensor]:
-    errors.on_one_device("funcattn::push", tensors)
+@_attend_jvp_op.register_fake
+def _(tensors: list[Tensor], scale: float, masks: int, has_tangent: list[bool], kernel: str) -> list[Tensor]:
+    errors.on_one_device("funcattn::attend_jvp", tensors)
     out, lse = _attend_fake(tensors[: 3 + masks])
-    tangents = tangent_likes(out, lse, spread(moved, tensors[3 + masks :]))
+    tangents = tangent_likes(out, lse, spread(has_tangent, tensors[3 + masks :]))
     return [out, lse, *(out.new_empty(x.shape, dtype=x.dtype) for x in tangents)]
 
 
@@ -323,29 +323,31 @@ def _(tensors: list[Tensor], scale: float, kernel: str) -> tuple[Tensor, Tensor]
     return lse.new_empty(lse.shape), lse.new_empty(lse.shape)
 
 
-@torch.library.custom_op("funcattn::sweep", mutates_args=())
-def _sweep_op(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
-    return [x.contiguous() for x in _sweep(_read(job, ranks, sizes), tensors)]
+@torch.library.custom_op("funcattn::contract", mutates_args=())
+def _contract_op(tensors: list[Tensor], spec: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
+    return [x.contiguous() for x in _contract(_read(spec, ranks, sizes), tensors)]
 
 
-@_sweep_op.register_fake
-def _(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
-    errors.on_one_device("funcattn::sweep", tensors)
-    return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in _read(job, ranks, sizes).likes]
+@_contract_op.register_fake
+def _(tensors: list[Tensor], spec: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
+    errors.on_one_device("funcattn::contract", tensors)
+    return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in _read(spec, ranks, sizes).likes]
 
 
 def _read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> ContractSpec:
-    spec, dtypes, kernel, is_attend_vjp = _decode(text)
+    contraction, dtypes, kernel, is_attend_vjp = _decode(text)
     rest = iter(sizes)
     shapes = [tuple(next(rest) for _ in range(rank)) for rank in ranks]
     likes = tuple(TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-    return ContractSpec(spec, likes, kernel, is_attend_vjp)
+    return ContractSpec(contraction, likes, kernel, is_attend_vjp)
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode(text: str) -> tuple[Sweep, list[torch.dtype], str, bool]:
+def _decode(text: str) -> tuple[Contraction, list[torch.dtype], str, bool]:
     (outputs, scale, mask, bias, dropout, rate), names, kernel, is_attend_vjp = json.loads(text)
-    summand: Any = lambda s: Pair(*s) if len(s) == 3 else Dense(*s)
+    summand: Any = lambda s: LowRankFactor(*s) if len(s) == 3 else DenseFactor(*s)
     term = lambda t: Term(tuple(tuple(map(summand, factor)) for factor in t[0]), *t[1:])
-    spec = Sweep(tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate)
-    return spec, [getattr(torch, name) for name in names], kernel, is_attend_vjp
+    contraction = Contraction(
+        tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate
+    )
+    return contraction, [getattr(torch, name) for name in names], kernel, is_attend_vjp
