@@ -41,7 +41,19 @@ import torch
 
 from ..core import atomic
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "layers.cpp", "products.h", "floats.h", "matrices.h"))
+SOURCES = tuple(
+    Path(__file__).parent / name
+    for name in (
+        "products.cpp",
+        "layers.cpp",
+        "products.h",
+        "floats.h",
+        "matrices.h",
+        "targets.h",
+        "attention/vectors.h",
+        "attention/gemm.h",
+    )
+)
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w")
 TIMEOUT = 300  # seconds for the compiler
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
