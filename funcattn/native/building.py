@@ -50,8 +50,11 @@ SOURCES = tuple(
         "floats.h",
         "matrices.h",
         "targets.h",
-        "attention/vectors.h",
+        "attention/attention.cpp",
+        "attention/attention.h",
+        "attention/forward.h",
         "attention/gemm.h",
+        "attention/vectors.h",
     )
 )
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w")
