@@ -45,8 +45,7 @@ import torch
 
 from ..core import atomic
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "layers.cpp", "products.h", "floats.h", "matrices.h"))
-OLDEST = "0x020b000000000000"  # torch 2.11, whose stable ABI the sources use
+SOURCES = tuple(
     Path(__file__).parent / name
     for name in (
         "products.cpp",
@@ -62,7 +61,9 @@ OLDEST = "0x020b000000000000"  # torch 2.11, whose stable ABI the sources use
         "attention/vectors.h",
     )
 )
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w")
+OLDEST = "0x020b000000000000"  # torch 2.11, whose stable ABI the sources use
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w", f"-DTORCH_TARGET_VERSION={OLDEST}")
+PACKAGED = Path(__file__).with_name("operators.so")  # in a platform wheel alone
 TIMEOUT = 300  # seconds for the compiler
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 R = TypeVar("R")

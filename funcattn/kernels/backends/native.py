@@ -37,7 +37,7 @@ def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (),
     for x in floats:
         if x.dtype not in FLOATS:
             return f"of dtype {x.dtype}, and it computes in float32"
-    if len(mask) == 1 and mask[0].dtype != torch.bool or len(mask) == 2 and any(x.dtype not in INTEGERS for x in mask):
+    if (len(mask) == 1 and mask[0].dtype != torch.bool) or (len(mask) == 2 and any(x.dtype not in INTEGERS for x in mask)):
         return "masks are booleans, or intervals of integers"
     return native.load()
 
