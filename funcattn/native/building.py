@@ -45,7 +45,22 @@ import torch
 
 from ..core import atomic
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "layers.cpp", "products.h", "floats.h", "matrices.h"))
+SOURCES = tuple(
+    Path(__file__).parent / name
+    for name in (
+        "products.cpp",
+        "layers.cpp",
+        "products.h",
+        "floats.h",
+        "matrices.h",
+        "targets.h",
+        "attention/attention.cpp",
+        "attention/attention.h",
+        "attention/forward.h",
+        "attention/gemm.h",
+        "attention/vectors.h",
+    )
+)
 OLDEST = "0x020b000000000000"  # torch 2.11, whose stable ABI the sources use
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w", f"-DTORCH_TARGET_VERSION={OLDEST}")
 PACKAGED = Path(__file__).with_name("operators.so")  # in a platform wheel alone

@@ -1,0 +1,131 @@
+// Products whose small side is a head, and the exponential. Included by vectors.h inside a namespace that names the vectors.
+//
+//     pack      rows B (N, K) as panels of PANEL of them, each K x PANEL, so that a vector has one feature of VL rows
+//     gemm_nt   C (M, N) (+)= A (M, K) B^T    B packed; C has room for N rounded up to whole panels, and is written there
+//     gemm_nn   O (M, D) += P (M, N) V (N, D)
+//     gemm_tn   O (N, D) += P (M, N)^T C (M, D)
+//
+// D is a multiple of HEAD there; rows of O beyond M or N are not touched, and nothing needs to be aligned. Leading sizes (ld) are
+// distances of rows. Each product is made of tiles of up to TALL x 2 or TALL / 2 x WIDE vectors of sums, in registers.
+
+// A tile of C (ROWS, VECS * VL): C (+)= the sum over k < K of a(i, k) B[k], where a(i, k) is A[i * lda + k], or A[k * lda + i] if TURNED.
+template <int ROWS, int VECS, bool ADD, bool TURNED>
+static inline void tile(const float* A, int64_t lda, const float* B, int64_t ldb, int K, float* C, int64_t ldc) {
+  Vec c[ROWS][VECS];
+  UNROLL for (int i = 0; i < ROWS; i++) {
+    UNROLL for (int n = 0; n < VECS; n++) c[i][n] = ADD ? load(C + i * ldc + n * VL) : zero();
+  }
+  for (int k = 0; k < K; k++) {
+    Vec b[VECS];
+    UNROLL for (int n = 0; n < VECS; n++) b[n] = load(B + k * ldb + n * VL);
+    UNROLL for (int i = 0; i < ROWS; i++) {
+      const Vec a = all(TURNED ? A[k * lda + i] : A[i * lda + k]);
+      UNROLL for (int n = 0; n < VECS; n++) c[i][n] = dot(a, b[n], c[i][n]);
+    }
+  }
+  UNROLL for (int i = 0; i < ROWS; i++) {
+    UNROLL for (int n = 0; n < VECS; n++) store(C + i * ldc + n * VL, c[i][n]);
+  }
+}
+
+// A column of tiles, VECS vectors wide and M rows high.
+template <int TALLEST, int VECS, bool ADD, bool TURNED>
+static void tiles(const float* A, int64_t lda, const float* B, int64_t ldb, int M, int K, float* C, int64_t ldc) {
+  const int64_t down = TURNED ? 1 : lda;
+  int m = 0;
+  for (; m + TALLEST <= M; m += TALLEST) tile<TALLEST, VECS, ADD, TURNED>(A + m * down, lda, B, ldb, K, C + m * ldc, ldc);
+  if constexpr (TALLEST > 8)
+    for (; m + 8 <= M; m += 8) tile<8, VECS, ADD, TURNED>(A + m * down, lda, B, ldb, K, C + m * ldc, ldc);
+  if constexpr (TALLEST > 4)
+    for (; m + 4 <= M; m += 4) tile<4, VECS, ADD, TURNED>(A + m * down, lda, B, ldb, K, C + m * ldc, ldc);
+  for (; m + 2 <= M; m += 2) tile<2, VECS, ADD, TURNED>(A + m * down, lda, B, ldb, K, C + m * ldc, ldc);
+  if (m < M) tile<1, VECS, ADD, TURNED>(A + m * down, lda, B, ldb, K, C + m * ldc, ldc);
+}
+
+// O (M, D) += the sum over k < K of a(i, k) V[k]
+template <bool TURNED>
+static void gemm_wide(const float* A, int64_t lda, const float* V, int64_t ldv, int M, int K, int D, float* O, int64_t ldo) {
+  constexpr int SHORT = 2 * TALL / WIDE;
+  int d = 0;
+  for (; d + WIDE * VL <= D; d += WIDE * VL) tiles<SHORT, WIDE, true, TURNED>(A, lda, V + d, ldv, M, K, O + d, ldo);
+  if constexpr (WIDE > 2)
+    for (; d + 2 * VL <= D; d += 2 * VL) tiles<TALL, 2, true, TURNED>(A, lda, V + d, ldv, M, K, O + d, ldo);
+  if (d < D) tiles<TALL, 1, true, TURNED>(A, lda, V + d, ldv, M, K, O + d, ldo);
+}
+
+template <bool ADD>
+static void gemm_nt(const float* A, int lda, const float* packedB, int M, int N, int K, float* C, int ldc) {
+  for (int n = 0; n < N; n += PANEL) tiles<TALL, 2, ADD, false>(A, lda, packedB + int64_t(n) * K, PANEL, M, K, C + n, ldc);
+}
+
+static void gemm_nn(const float* P, int ldp, const float* V, int ldv, int M, int N, int D, float* O, int ldo) {
+  gemm_wide<false>(P, ldp, V, ldv, M, N, D, O, ldo);
+}
+
+static void gemm_tn(const float* P, int ldp, const float* C, int ldc, int M, int N, int D, float* O, int ldo) {
+  gemm_wide<true>(P, ldp, C, ldc, N, M, D, O, ldo);
+}
+
+// x[i][j] becomes x[j][i]; rows come out in the order of `turned_row`.
+static inline void transpose(Vec* x) {
+  UNROLL for (int g = 0; g < VL; g += 4) {
+    const Vec a = low_pairs(x[g], x[g + 1]), b = high_pairs(x[g], x[g + 1]);
+    const Vec c = low_pairs(x[g + 2], x[g + 3]), d = high_pairs(x[g + 2], x[g + 3]);
+    x[g] = low_halves(a, c);
+    x[g + 1] = high_halves(a, c);
+    x[g + 2] = low_halves(b, d);
+    x[g + 3] = high_halves(b, d);
+  }
+  UNROLL for (int c = 0; c < 4; c++) swap_lanes(x + c, 4);
+}
+
+// Panels `step` floats apart.
+static void pack_panels(const float* B, int64_t ldb, int N, int K, float* to, int64_t step) {
+  for (int n = 0; n < N; n += VL) {
+    float* const panel = to + n / PANEL * step + n % PANEL;
+    const int rows = N - n < VL ? N - n : VL;
+    for (int k = 0; k < K; k += VL) {
+      const int some = K - k < VL ? K - k : VL;
+      Vec x[VL];
+      UNROLL for (int i = 0; i < VL; i++) {
+        const float* const row = B + int64_t(n + i) * ldb + k;
+        x[i] = i >= rows ? zero() : some == VL ? load(row) : load_some(row, some);
+      }
+      transpose(x);
+      UNROLL for (int i = 0; i < VL; i++)
+        if (i < some) store(panel + int64_t(k + i) * PANEL, x[i]);
+    }
+  }
+  if (N % PANEL && N % PANEL <= VL)  // the rest of the last panel
+    for (int k = 0; k < K; k++) store(to + N / PANEL * step + k * PANEL + VL, zero());
+}
+
+static void pack(const float* B, int ldb, int N, int K, float* to) { pack_panels(B, ldb, N, K, to, int64_t(PANEL) * K); }
+
+// 2^x, by its whole part and a polynomial of the rest, off by 2e-7 of itself at most (and by 2^-149, where it is that small): 0 from
+// -151 down and for -inf, inf from 128 up, NaN for NaN.
+static inline Vec exp2_of(Vec whole_part, Vec rest) {
+  Vec y = all(1.5353362e-4f);  // the polynomial of Cephes, exp2f
+  y = fma(y, rest, all(1.3398874e-3f));
+  y = fma(y, rest, all(9.6184373e-3f));
+  y = fma(y, rest, all(5.5503324e-2f));
+  y = fma(y, rest, all(2.4022648e-1f));
+  y = fma(y, rest, all(6.9314720e-1f));
+  return times_power(fma(y, rest, all(1.0f)), whole_part);
+}
+
+static inline Vec exp2_below(Vec x) {  // of x below 128, or NaN
+  x = largest(all(-152.0f), x);
+  const Vec by = whole(x);
+  return exp2_of(by, sub(x, by));
+}
+
+static inline Vec exp2v(Vec x) { return exp2_below(least(all(129.0f), x)); }
+
+// e^x, off by 3e-7 of itself at most: ln 2 has two parts, so that the rest is exact as long as the whole part has 9 bits.
+static inline Vec expv(Vec x) {
+  x = least(all(89.0f), largest(all(-106.0f), x));
+  const Vec by = whole(mul(x, all(1.44269504f)));
+  const Vec rest = fma(by, all(2.12194440e-4f), fma(by, all(-0.693359375f), x));
+  return exp2_of(by, mul(rest, all(1.44269504f)));
+}
