@@ -52,6 +52,9 @@ SOURCES = tuple(
         "targets.h",
         "attention/vectors.h",
         "attention/gemm.h",
+        "attention/program.h",
+        "attention/contract.h",
+        "attention/contract.cpp",
     )
 )
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w")

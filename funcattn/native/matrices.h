@@ -35,3 +35,4 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
 
 // Of the instructions that run.
 const Floats& floats();
+bool is_avx512();

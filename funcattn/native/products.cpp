@@ -209,6 +209,8 @@ Tensor products(Tensors blocks, Tensors scales, std::vector<int64_t> rows, Tenso
 
 }  // namespace
 
+bool is_avx512() { return chosen == AVX512; }
+
 const Floats& floats() { return chosen == AVX512 ? avx512::floats : avx2::floats; }
 
 std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& K) {
