@@ -28,7 +28,7 @@ BUILD := --no-build-isolation --editable
 PYTEST := OMP_NUM_THREADS=1 FUNCATTN_LOCK=$(LOCK) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test distributed test-gpu test-device test-triton test-all test-newest lock lint typecheck format docs site package notebooks benchmarks clean
+.PHONY: help demo test distributed test-gpu test-device test-triton test-all test-newest lock lint typecheck format docs site package wheels notebooks benchmarks clean
 
 help:  ## list what can be made
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,7 +56,7 @@ test-device: $(VENV)/.dev $(VENV)/.model  ## every fast test on a device that is
 
 test-triton: $(VENV)/.dev  ## the kernels for CUDA without a GPU: interpreted, and compiled ahead of time
 	$(PIP) $(if $(LOCK),$(TRITON),triton)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 600 tests/test_triton.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 600 tests/kernels/backends/triton/test_triton.py $(ARGS)
 
 test-all: $(VENV)/.dev $(VENV)/.model  ## the slow tests too
 	$(PYTEST) $(ARGS)
@@ -90,6 +90,13 @@ site: $(VENV)/.dev $(VENV)/.model  ## hold the pages to what they say, and open 
 
 package: $(VENV)/.dev $(VENV)/.model  ## build sdist and wheel, install each elsewhere, and try them
 	$(PYTEST) --numprocesses 0 tests/test_wheel.py $(ARGS)
+
+wheels: $(VENV)/.dev  ## dist/: source, a pure wheel, and one for Linux on x86-64 that brings the operators compiled
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	FUNCATTN_WHEEL=native $(BIN)/python -m build --wheel --no-isolation --outdir dist/compiled
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist dist/compiled/*.whl
+	rm -r dist/compiled
 
 notebooks: $(VENV)/.dev $(VENV)/.model  ## run every notebook from its script; ARGS="--keep 04" writes 04_*.ipynb
 	$(BIN)/python notebooks/run.py $(ARGS)

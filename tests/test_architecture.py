@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import ROOT, TESTS
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "funcattn"
 
 # A room imports only from floors below its own. A folder is one room; its files import each other in any order without a circle.
@@ -53,11 +53,65 @@ INNER = {"quantization.calibration"}  # rooms inside of a folder, on a floor of 
 APART = "testing"  # may import anything; nothing imports it
 
 LONGEST = 400  # lines: what can be read in one sitting
-MIRRORLESS = {  # tests about the whole, torch or several modules at once
+# Where tests are: a module's are in the folder of its name, tests/caches/test_paged.py for caches/paged.py, or with its folder
+# in front where that name is taken (tests/interop/test_interop_sdpa.py); those of a folder's face are in the folder.
+WHOLE = {  # tests of a whole walk, of the repository and its pages, or of torch, which stand at the top
     *("architecture", "canaries", "citations", "docstrings", "lock", "notebooks", "readme", "site", "smollm2", "tools", "wheel"),
-    *("family_peers", "flash", "gguf_families", "gloo"),
+    *("devices", "distributed.differing", "distributed.gloo", "family_peers", "gguf_families"),
 }
-UNMIRRORED = {"__init__", "__main__", "core.errors"}  # modules whose tests are those of what calls them
+UNMIRRORED = {"__init__", "__main__"}  # which say what is in other modules
+TESTED_BY = {  # modules without a file of their own: a test of their room, or of what calls them, holds their laws
+    # The room is tested through its face, in whose words the laws are.
+    "caches.caches": "caches: branch dense rows",
+    "cli.cli": "cli: arguments chatting commands evaluating generating inspecting sessions",
+    "collectives.collectives": "collectives: bindings groups operations verbs",
+    "compilation.compilation": "compilation: compiled conditions model stack",
+    "evaluation.evaluation": "evaluation: activations scores",
+    "interop.interop": "interop: modules",
+    "kernels.kernels": "kernels: products reference sdpa",
+    "layers.layers": "layers: activations products",
+    "quantization.quantization": "quantization: formats packed reports schemes transforms",
+    "quantization.calibration.calibration": "quantization.calibration: clipping gptq_columns layerwise smoothquant",
+    "randomness.randomness": "randomness: draws keys",
+    "sampling.sampling": "sampling: composition",
+    "sharding.sharding": "sharding: devices mapping mesh models rules storing vocabulary; caches: sharded; training: norms",
+    "testing.testing": "testing: agreement dense strategies transforms; "
+    "testing.laws: acceptances comparisons kernels pasts samplers texts trees",
+    "training.training": "training: losses",
+    "transformer.transformer": "transformer: config forward layer model weights",
+    "tree.tree": "tree: mapping nodes selection summaries",
+    "drafters": "decoding.speculative: drafters",
+    "search": "decoding: beams",
+    "serving": "decoding: batching",
+    "speculation": "decoding.speculative: acceptance rules",
+    # One function in several modules.
+    "checkpoints.families.families": ": families; checkpoints.families: conventions layouts metadata positions tables weights",
+    "family_peers": "checkpoints.families: catalogue fused gemma gpt llama mixtures",
+    "kernels.closed.flash": "kernels.closed: algebra entry functions operators; kernels.backends: aten",
+    "kernels.backends.triton.triton": "kernels.backends.triton: "
+    "addresses block_sizes language launching pieces programs softmax tuning",
+    "training.optimizers": "training: combined fused leafwise schedules",
+    "checkpoints.tokenizer.templates": "checkpoints.tokenizer.sandbox: environment worker",
+    # A part of what this test is about.
+    "checkpoints.families.config_json": "checkpoints.families: ignored",
+    "checkpoints.hf.folder": "checkpoints: loading",
+    "checkpoints.hf.adapters": "checkpoints.hf: patterns peft_settings",
+    "checkpoints.parts_index": "checkpoints: parts",
+    "checkpoints.tokenizer.prompts": "checkpoints.tokenizer.sandbox: origins",
+    "cli.terminal": "core: errors",
+    "collectives.agreement": "collectives: fingerprint",
+    "core.atomic": "checkpoints: writing",
+    "decoding.generation": "decoding: requests streams",
+    "distributed.gloo": "sharding: costs",
+    "interop.interop_harness": "interop: harness_options",
+    "interop.interop_jagged": "kernels.backends: masking",
+    "kernels.api": "kernels: dropout",
+    "kernels.dispatch": "kernels: request",
+    "quantization.tiles": "quantization: fast",
+    "tools": "kernels.closed: flops",
+    "transformer.lengths": "transformer: rereading",
+    "transformer.partition": "transformer: parallel; layers: layouts",
+}
 
 GLOBAL_DRAWS = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson"),
@@ -263,40 +317,64 @@ assert not changed and not missing, (changed, missing)
     assert done.returncode == 0, done.stderr
 
 
-def mirrors(name: str) -> list[str]:
-    """What the tests of a module may be called: by its name, by its path, or by a folder that it is in.
+def names_of_tests(name: str, faces: set[str]) -> set[str]:
+    """What the test file of a module may be called, below tests/ and without `test_`.
 
-    `kernels.triton.tuning` -> tuning, triton_tuning, kernels_triton_tuning, triton, kernels
+    `kernels.triton.tuning` -> kernels.triton.tuning, kernels.triton.triton_tuning, kernels.triton.kernels_triton_tuning
     """
     parts = name.split(".")
-    own = ["_".join(parts[n:]).lstrip("_") for n in reversed(range(len(parts)))]
-    return [*own, *(part for part in reversed(parts[:-1]))]
+    folder = parts if name in faces else parts[:-1]
+    return {".".join([*folder, "_".join(parts[n:])]) for n in range(len(parts))}
 
 
-def mirrors_both_ways(known: set[str], tests: set[str]) -> list[str]:
+def listed(modules: str) -> list[str]:
+    """`kernels: api sdpa; : masks` -> kernels.api, kernels.sdpa, masks"""
+    rooms = (part.partition(":") for part in modules.split(";"))
+    return [f"{room.strip()}.{name}".lstrip(".") for room, _, names in rooms for name in names.split()]
+
+
+def mirrors_both_ways(known: set[str], tests: set[str], whole: set[str], tested_by: dict[str, str]) -> list[str]:
     """Complaints: a module without tests, a file of tests without a module, and exceptions that are none any more."""
-    named = {name for module in known for name in mirrors(module)}
-    folders = {module.rpartition(".")[0] for module in known}  # faces, tested with what is in them
-    needed = sorted(known - folders - UNMIRRORED)
-    complaints = [f"{name} has no tests" for name in needed if tests.isdisjoint(mirrors(name))]
-    complaints += [f"test_{name}.py mirrors no module" for name in sorted(tests - named - MIRRORLESS)]
-    complaints += [f"{name} needs no exception" for name in sorted(MIRRORLESS & named | MIRRORLESS - tests)]
-    complaints += [f"{name} needs no exception" for name in sorted(UNMIRRORED) if name not in known or tests & set(mirrors(name))]
-    return complaints
+    faces = {module.rpartition(".")[0] for module in known} - {""}  # tested with what is in them
+    tests_of = {module: tests & names_of_tests(module, faces) for module in known}
+    mirroring = {test for found in tests_of.values() for test in found}
+    elsewhere = [name for modules in tested_by.values() for name in listed(modules)]
+    needed = known - faces - UNMIRRORED
+    base_names = [test.rpartition(".")[2] for test in sorted(tests)]
+    return [
+        *(f"{name} has no tests" for name in sorted(needed - {*elsewhere}) if not tests_of[name]),
+        *(f"{test} mirrors no module" for test in sorted(tests - mirroring - whole - {*tested_by})),
+        *(f"{test} is not there" for test in sorted({*whole, *tested_by} - tests)),
+        *(f"{test} mirrors a module" for test in sorted(whole & mirroring)),
+        *(f"{name} needs no exception" for name in sorted(elsewhere) if name not in needed or tests_of[name]),
+        *(f"{name} is listed twice" for name in sorted({*elsewhere}) if elsewhere.count(name) > 1),
+        *(f"two files are called test_{name}.py" for name in sorted({*base_names}) if base_names.count(name) > 1),
+    ]
 
 
 def test_every_module_has_tests_and_every_test_file_a_module():
-    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.rglob("test_*.py")}
-    assert mirrors_both_ways(set(modules(PACKAGE)), tests) == []
+    paths = [path.relative_to(TESTS) for path in TESTS.rglob("test_*.py")]
+    tests = {".".join([*path.parent.parts, path.stem.removeprefix("test_")]) for path in paths}
+    assert mirrors_both_ways(set(modules(PACKAGE)), tests, WHOLE, TESTED_BY) == []
 
 
 def test_a_missing_mirror_draws_a_complaint():
-    assert mirrors("kernels.triton.tuning")[:2] == ["tuning", "triton_tuning"]
-    known, tests = {"kernels.choice", "tree", *UNMIRRORED}, {"kernels", "tree", *MIRRORLESS}
-    assert mirrors_both_ways(known, tests) == []
-    assert mirrors_both_ways({*known, "packing"}, tests) == ["packing has no tests"]
-    assert mirrors_both_ways(known, {*tests, "attic"}) == ["test_attic.py mirrors no module"]
-    assert mirrors_both_ways({*known, "citations"}, tests) == ["citations needs no exception"]
+    known, whole, tested_by = {"__init__", "kernels", "kernels.a", "kernels.b", "tree"}, {"site"}, {"kernels.kernels": "kernels: b"}
+    tests = {"kernels.kernels", "kernels.a", "tree", "site"}
+
+    def complaints(known=known, tests=tests, whole=whole, tested_by=tested_by):
+        return mirrors_both_ways(known, tests, whole, tested_by)
+
+    assert complaints() == []
+    assert complaints(tests={*tests, "kernels.kernels_b"}) == ["kernels.b needs no exception"]
+    assert complaints(known={*known, "packing"}) == ["packing has no tests"]
+    assert complaints(tests={*tests, "attic"}) == ["attic mirrors no module"]
+    assert complaints(tests=tests - {"kernels.a"} | {"a"}) == ["kernels.a has no tests", "a mirrors no module"]
+    assert complaints(tests=tests - {"site"}) == ["site is not there"]
+    assert complaints(whole={"site", "tree"}) == ["tree mirrors a module"]
+    assert complaints(known=known - {"kernels.b"}) == ["kernels.b needs no exception"]
+    assert complaints(tested_by={"kernels.kernels": "kernels: b", "tree": "kernels: b"}) == ["kernels.b is listed twice"]
+    assert complaints(known={*known, "caches.a"}, tests={*tests, "caches.a"}) == ["two files are called test_a.py"]
 
 
 def map_and_floors_agree(text: str, known: set[str]) -> list[str]:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import ROOT, TESTS
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
 TEXTS = [*sorted((ROOT / "funcattn").rglob("*.py")), *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
@@ -29,7 +28,7 @@ def missing(text: str) -> Iterator[str]:
     for name, test in re.findall(r"\b(test_\w+\.py)(?:::(test_\w+))?", text):
         if name not in known or (test and test not in known[name]):
             yield f"{name}::{test}" if test else name
-    yield from (path for path in re.findall(r"\btests/\w+\.py", text) if not (ROOT / path).exists())
+    yield from (path for path in re.findall(r"\btests/[\w/]+\.py", text) if not (ROOT / path).exists())
     for test in re.findall(r"tests/distributed: (test_\w+)", text):
         if not any(test in names for names in far.values()):
             yield f"tests/distributed: {test}"

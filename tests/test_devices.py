@@ -7,11 +7,11 @@ its own without saying where fails, or comes out there, as it would beside input
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import far
 import pytest
 import torch
+from places import ROOT, TESTS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp, vmap
 
@@ -132,10 +132,10 @@ def test_tests_pass_where_tensors_of_two_devices_do_not_mix():
         far.built()
     except building.Missing as reason:
         pytest.skip(str(reason))
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("devices", "masks")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("devices", "masks")]
     environment = {**os.environ, "FUNCATTN_DEVICE": "far", "FUNCATTN_DEFAULT": "cpu", "HYPOTHESIS_PROFILE": "brief"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

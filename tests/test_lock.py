@@ -3,13 +3,12 @@
 import os
 import re
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements.lock"
 pytestmark = pytest.mark.skipif(not LOCK.exists(), reason="the lock is not part of a source distribution")
 

@@ -2,12 +2,12 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
+from places import ROOT
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = ROOT / "notebooks"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the notebooks are not part of a source distribution")
 
 

@@ -8,15 +8,14 @@ import contextlib
 import importlib.util
 import io
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from places import ROOT
 
 import funcattn as fa
 
-ROOT = Path(__file__).parent.parent
 README, INDEX = ROOT / "README.md", ROOT / "docs" / "index.md"
 pytestmark = pytest.mark.skipif(not INDEX.exists(), reason="the pages are not part of a source distribution")
 

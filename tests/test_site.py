@@ -14,11 +14,10 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = (
     sorted(path for path in DOCS.rglob("*.md") if ">>>" in path.read_text() and "api" not in path.parts) if DOCS.exists() else []

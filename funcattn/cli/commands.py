@@ -98,6 +98,6 @@ def parser() -> Parser:
             command.add_argument("--speculate", choices=("int8", "int4", "lookup"), help=drafts)
             ranks.add_options(command, data=False)
             command.add_argument("--draft-length", metavar="N", type=count, default=3, help="tokens of a draft (%(default)s)")
-        elif module in (evaluating, benchmarking, pretraining, finetuning, quantizing):
+        elif module in (inspecting, evaluating, benchmarking, pretraining, finetuning, quantizing):
             module.add_options(command)
     return whole_parser

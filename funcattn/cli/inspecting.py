@@ -1,4 +1,4 @@
-"""`funcattn inspect`: config, parameters, and the memory of a cache."""
+"""`funcattn inspect`: config, parameters, and the memory of a cache; or this machine's kernels."""
 
 import argparse
 import dataclasses
@@ -7,11 +7,21 @@ import torch
 
 from .. import tree
 from ..core.errors import printable
+from . import machine
 from .sessions import load
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    help = "show the processor, and the kernels and operators that it has, instead of a model"
+    command.add_argument("--machine", action="store_true", help=help)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    if options.machine:
+        machine.show()
+        return
     session = load(options, needs_tokenizer=False)
     config, tokenizer, dtype = session.config, session.tokenizer, session.dtype
     print(f"{printable(options.model)}\n\nconfig")

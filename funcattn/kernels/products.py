@@ -19,6 +19,7 @@ from ..core import errors
 from ..core.autograd import add, align, closed_jvp, is_recorded, sum_to, transforming
 from .backends.masking import is_finite, weigh
 
+COPIED = 64 * 64  # elements of an operand, up to which a copy for each row of vmap is cheaper than a Function
 FEW = 8  # rows, at most, whose product compiled code writes out as sums
 
 
@@ -158,7 +159,7 @@ def hides(seen: Tensor | None, *tensors: Tensor) -> bool:
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (*lead, R, D) times w (*lead, D, S); plain `@` outside of transforms.
+    """x (*lead, R, D) times w (*lead, D, S); plain `@` outside of transforms and for small w.
 
     In torch.compile, few rows on the CPU are written out as products and sums: their loops fuse
     with the surrounding ones. With 3 rows and heads of 64, attention over 256 keys takes 17 us
@@ -168,7 +169,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         few = isinstance(x.shape[-2], int) and x.shape[-2] <= FEW and x.device.type == "cpu"
         return _sums(computed(x), w) if few else x @ w
-    if transforming():
+    if transforming() and w.shape[-2] * w.shape[-1] > COPIED:
         return Product.apply(x, w)
     return x @ w
 

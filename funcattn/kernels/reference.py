@@ -35,31 +35,33 @@ def logits(q: Tensor, k: Tensor, scale: float | Tensor, seen: Tensor | None = No
     H, T, D = q.shape[-3:]
     K = k.shape[-3]
     # torch.unflatten: torch.compile cannot trace Tensor.unflatten under a default device
-    rows = torch.unflatten(q * scale, -3, (K, H // K)).flatten(-3, -2)  # (*lead, K, G T, D)
+    rows = q * scale
+    if H != K:
+        rows = torch.unflatten(rows, -3, (K, H // K)).flatten(-3, -2)  # (*lead, K, G T, D)
     if seen is not None and products.hides(seen, q, k, *([scale] if isinstance(scale, Tensor) else [])):
         S = products.MaskedDot.apply(rows, k, _rows(seen, H, T, k.shape[-2], K))
     else:
         S = products.product(rows, k.mT)
-    return torch.unflatten(S, -2, (H // K, T)).flatten(-4, -3)
+    return S if H == K else torch.unflatten(S, -2, (H // K, T)).flatten(-4, -3)
 
 
 def mix(P: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """P @ v as (*lead, H, T, Dv); v is not repeated for its query heads; seen as in `logits`."""
     H, T, S = P.shape[-3:]
     K = v.shape[-3]
-    rows = torch.unflatten(P, -3, (K, H // K)).flatten(-3, -2)
+    rows = P if H == K else torch.unflatten(P, -3, (K, H // K)).flatten(-3, -2)
     if seen is not None and products.hides(seen, P, v):
         out = products.MaskedSum.apply(rows, v, _rows(seen, H, T, S, K))
     else:
         out = products.product(rows, v)
-    return torch.unflatten(out, -2, (H // K, T)).flatten(-4, -3)
+    return out if H == K else torch.unflatten(out, -2, (H // K, T)).flatten(-4, -3)
 
 
 def _rows(seen: Tensor, H: int, T: int, S: int, K: int) -> Tensor:
     """Booleans for (*lead, H, T, S), reshaped to the rows of `logits`, (*lead, K, H / K T, S)."""
     seen = seen.reshape(*[1] * (3 - seen.dim()), *seen.shape)
     seen = seen.expand(*seen.shape[:-3], H, T, S)
-    return torch.unflatten(seen, -3, (K, H // K)).flatten(-3, -2)
+    return seen if H == K else torch.unflatten(seen, -3, (K, H // K)).flatten(-3, -2)
 
 
 def visible(mask: Mask | Tensor, S: int) -> Tensor:

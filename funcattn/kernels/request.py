@@ -14,6 +14,7 @@ from ..records import Attended
 from .backends import aten
 
 FEW = 16  # queries up to which dense logits over all keys count as linear memory, and are cheapest
+SMALL = 64 * 64  # pairs of a query and a key whose dense logits cost less than a call of the closed family
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Request:
     @functools.cached_property
     def _recorded(self) -> bool:
         return is_recorded(self.q, self.k, self.v, self.bias, self.scale if isinstance(self.scale, Tensor) else None)
+
+    @property
+    def small(self) -> bool:
+        """True where plain dense operations are cheapest: few pairs, nothing masked or expanded."""
+        q, k, v = self.q.shape, self.k.shape, self.v.shape
+        masked = self.mask is not None or self.bias is not None
+        return not masked and q[:-2] == k[:-2] == v[:-2] and q[-2] * k[-2] <= SMALL
 
     @property
     def causal(self) -> bool:

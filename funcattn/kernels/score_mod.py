@@ -173,7 +173,8 @@ def attention_with_score(
         ValueError: attention_with_score: score should be elementwise, got one whose value at a pair depends on the other pairs, or
         on the call. Let it read its own logit, the indices and parameters, and nothing else.
 
-    Law: derivatives are those of the dense formula (test_scores.py::test_derivatives_agree_with_the_dense_formula).
+    Law: derivatives are those of the dense formula
+        (test_score_mod.py::test_derivatives_agree_with_the_dense_formula).
     """
     return Attended(*stream(q, k, v, score, mask, scale=scale, parameters=parameters)[:2])
 

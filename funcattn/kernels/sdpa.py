@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +61,10 @@ def attention(
     return out.reshape(*lead, *out.shape[1:])
 
 
-def _four(x: Tensor, lead: Sequence[int]) -> Tensor:
+def _four(x: Tensor, lead: tuple[int, ...]) -> Tensor:
     """(*lead, H, A, B) with exactly one leading axis: with others torch takes its dense path."""
+    if len(lead) <= 1 and x.shape[:-3] == lead:
+        return x if lead else x.unsqueeze(0)
     x = x.reshape(*[1] * (len(lead) + 3 - x.dim()), *x.shape)
     if all(n == 1 for n in x.shape[: len(lead)]):
         return x.reshape(1, *x.shape[-3:]).expand(math.prod(lead), *x.shape[-3:])

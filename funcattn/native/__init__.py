@@ -7,6 +7,6 @@ products.cpp  vector instructions (AVX2, AVX-512 VNNI), and funcattn::products: 
 layers.cpp  funcattn::layers: all layers of a decoder for a few tokens; matrices.h is common to both
 """
 
-from .building import load, once
+from .building import load, model_name, once, packaged
 
-__all__ = ["load", "once"]
+__all__ = ["load", "model_name", "once", "packaged"]

@@ -16,6 +16,10 @@ Each build writes to a temporary file of its own and renames it (`atomic`): two 
 at once both succeed. There is no lock that a killed process could keep, and temporary files of
 killed builds are removed by the next one.
 
+A platform wheel brings the library (`packaged`), and no compiler is needed. It is built with
+TORCH_TARGET_VERSION, so it uses only what torch 2.11 has; each function asks the processor at run
+time.
+
 Where there is no compiler or folder, or the build or loading fails, `load` returns the reason, and
 products are those of torch. Code that was compiled for another processor cannot be recognized from
 the file: the processor is in the key.
@@ -50,14 +54,19 @@ SOURCES = tuple(
         "floats.h",
         "matrices.h",
         "targets.h",
-        "attention/vectors.h",
+        "attention/attention.cpp",
+        "attention/attention.h",
+        "attention/forward.h",
         "attention/gemm.h",
-        "attention/program.h",
-        "attention/contract.h",
         "attention/contract.cpp",
+        "attention/contract.h",
+        "attention/program.h",
+        "attention/vectors.h",
     )
 )
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w")
+OLDEST = "0x020b000000000000"  # torch 2.11, whose stable ABI the sources use
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w", f"-DTORCH_TARGET_VERSION={OLDEST}")
+PACKAGED = Path(__file__).with_name("operators.so")  # in a platform wheel alone
 TIMEOUT = 300  # seconds for the compiler
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 R = TypeVar("R")
@@ -89,8 +98,10 @@ def load() -> str:
     Returns "" where `torch.ops.funcattn.products` runs, else the reason why not. The result of the
     first call of a process is kept; concurrent calls wait for it. FUNCATTN_NATIVE=0 disables it.
     """
+    if os.environ.get("FUNCATTN_NATIVE") == "0":
+        return "FUNCATTN_NATIVE=0 asks for none"
     try:
-        torch.ops.load_library(built())
+        torch.ops.load_library(packaged() or built())
         return "" if torch.ops.funcattn.instructions(-1) else "the processor has no AVX2"
     except Missing as reason:
         return str(reason)
@@ -100,14 +111,17 @@ def load() -> str:
         return f"the library is none of this operator: {' '.join(str(error).split())[:200]}"
 
 
+def packaged() -> Path | None:
+    """The path of the library that a platform wheel has brought, or None."""
+    return PACKAGED if PACKAGED.exists() else None
+
+
 def built() -> Path:
     """The path of the library for these sources, torch, compiler and processor; built if missing.
 
     Raises:
         Missing: it cannot be built, with the reason.
     """
-    if os.environ.get("FUNCATTN_NATIVE") == "0":
-        raise Missing("FUNCATTN_NATIVE=0 asks for none")
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise Missing(f"it is written for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
     compiler = found_compiler()
@@ -211,17 +225,21 @@ def processor(file: str = "/proc/cpuinfo") -> str:
     return "".join(told)
 
 
+def model_name() -> str:
+    """The name of the processor, as the system gives it."""
+    lines = [line.partition(":") for line in processor().splitlines()]
+    names = [value.strip() for name, _, value in lines if name.strip() == "model name"]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def _compile(compiler: str, path: Path) -> None:
-    home = Path(torch.__file__).parent
-    libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
-    sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
     try:
         _sweep(path.parent)
         for damaged in (path, noted(path)):
             damaged.unlink(missing_ok=True)  # so that no link is followed and no mode kept
         with atomic.file(path) as draft:
             draft.touch(mode=0o700)  # for a compiler that reports success without output
-            _run([compiler, *FLAGS, f"-I{home / 'include'}", *sources, "-o", str(draft), *libraries])
+            compile_to(compiler, draft)
             draft.chmod(0o700)
             digest = _digest(draft)
         with atomic.file(noted(path)) as draft:
@@ -229,6 +247,18 @@ def _compile(compiler: str, path: Path) -> None:
             draft.chmod(0o600)
     except OSError as error:
         raise Missing(f"{path.parent} cannot be written ({error.strerror}); set FUNCATTN_CACHE") from error
+
+
+def compile_to(compiler: str, path: Path, *flags: str) -> None:
+    """Compile the sources to a library at path.
+
+    Raises:
+        Missing: the compiler fails, with what it said.
+    """
+    home = Path(torch.__file__).parent
+    libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
+    sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+    _run([compiler, *FLAGS, *flags, f"-I{home / 'include'}", *sources, "-o", str(path), *libraries])
 
 
 def _sweep(place: Path) -> None:

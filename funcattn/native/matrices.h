@@ -33,6 +33,10 @@ std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const
 // Several matrices times the same T vectors x (T, K): y (T, step), the results of a vector behind each other.
 void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int64_t K, float* y, int64_t step);
 
+enum Instructions { NONE, AVX2, AVX512 };
+
+// Those of the processor, or those that a test asked for.
+int instructions_that_run();
+
 // Of the instructions that run.
 const Floats& floats();
-bool is_avx512();

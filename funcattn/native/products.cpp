@@ -166,8 +166,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-enum Instructions { NONE, AVX2, AVX512 };
-
 int of_processor() {
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
@@ -209,7 +207,7 @@ Tensor products(Tensors blocks, Tensors scales, std::vector<int64_t> rows, Tenso
 
 }  // namespace
 
-bool is_avx512() { return chosen == AVX512; }
+int instructions_that_run() { return chosen; }
 
 const Floats& floats() { return chosen == AVX512 ? avx512::floats : avx2::floats; }
 
@@ -341,6 +339,10 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
 STABLE_TORCH_LIBRARY(funcattn, m) {
   m.def("products(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor x) -> Tensor");
   m.def("instructions(int wanted) -> int");
+  m.def("native_attend(Tensor q, Tensor k, Tensor v, Tensor[] mask, Tensor? bias, float scale) -> (Tensor, Tensor, bool)");
+  m.def(
+      "native_attend_jvp(Tensor q, Tensor k, Tensor v, Tensor? dq, Tensor? dk, Tensor? dv, Tensor[] mask, float scale) -> "
+      "(Tensor, Tensor, Tensor, Tensor, bool)");
   m.def(
       "layers(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor[] norms, Tensor x, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, "
       "int[] lengths, int heads, int kv_heads, float scale, float epsilon) -> (Tensor, Tensor, Tensor)");

@@ -1,4 +1,4 @@
-"""Contractions of the closed algebra in C++: the program of the operator funcattn::contract.
+"""Contractions of the closed algebra in C++: the program of the operator funcattn::native_contract.
 
 A contraction becomes a list of integers and weights, once for each contraction:
 
@@ -29,6 +29,7 @@ from .masking import is_finite
 
 SIDES = ("query", "key", "pair")  # numbered as in program.h
 MAX_AXES = 16
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ROOM = 2**17  # numbers of all matrices of a block: 512 KiB, which leave room for keys and values in L2
 ROWS, KEYS = 96, 256  # of a block, at most
 PANEL = 32  # keys of a panel
@@ -55,8 +56,8 @@ def why_not(spec: Sweep, tensors: Sequence[Tensor]) -> str:
     reads = [tensors[p] for p in query | key | pair]
     if any(x.device.type != "cpu" for x in (*reads, *(tensors[p] for p in spec.mask))):
         return "the operator is for the CPU"
-    if any(x.dtype not in (torch.float32, torch.bfloat16) for x in reads):
-        return "the operator is for float32 and bfloat16"
+    if any(x.dtype not in FLOATS for x in reads):
+        return "the operator computes in float32"
     if max(x.dim() for x in tensors) - 2 > MAX_AXES:
         return f"there are more than {MAX_AXES} leading axes"
     if any(tensors[p].shape[-2] != T for p in query) or any(tensors[p].shape[-2] != S for p in key):
@@ -75,7 +76,7 @@ def contract(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Ten
     numbers, weights, buffers = program(spec, has, tuple(_axes(s, axes) for s in shapes))
     outs = [torch.zeros(tuple(s)) for s in shapes]
     rows, keys = block_sizes(buffers, tensors[Q].shape[-2], tensors[K].shape[-2])
-    torch.ops.funcattn.contract(_readable(spec, tensors), numbers, weights, outs, rows, keys)
+    torch.ops.funcattn.native_contract(_readable(spec, tensors), numbers, weights, outs, rows, keys)
     hides = spec.mask or spec.bias != ONES
     return torch_blocks.sweep(spec, shapes, tensors) if hides and not is_finite(outs) else outs
 

@@ -17,7 +17,7 @@ from ...masks import Mask
 from ...records import Attended
 from .. import dropout
 from ..backends import WIDEST, aten
-from ..request import FEW, Kernel, Request
+from ..request import FEW, SMALL, Kernel, Request
 from .algebra import ONES, Output, Sweep, Term
 from .functions import StatisticsFunction, run
 from .functions import attend as attend_in_family
@@ -161,6 +161,8 @@ def _why_not_flash(r: Request) -> str:
 def _passed_over(r: Request) -> str:
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return "torch.jit traces plain operations"
+    if r.small and not torch.compiler.is_compiling():
+        return f"for at most {SMALL} pairs of a query and a key the dense form is cheaper"
     return f"for at most {FEW} queries the dense form is cheaper" if r.q.shape[-2] <= FEW else ""
 
 

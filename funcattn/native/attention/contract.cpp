@@ -1,4 +1,4 @@
-// The operator funcattn::contract, for the CPU: a contraction of the closed algebra of attention.
+// The operator funcattn::native_contract, for the CPU: a contraction of the closed algebra of attention.
 //
 // The program comes as integers and weights, as kernels/backends/native_contract.py writes it.
 // Outputs are float32, contiguous and zero; sums are added to them. A task is a leading index that
@@ -94,7 +94,7 @@ void Work::move_to(int64_t task, int64_t repeat, int64_t chunk) {
   decode(job.inner, repeat);
   nonzero = 0;
   for (int a = 0; a < job.axes; a++) nonzero |= int64_t(index[a] != 0) << a;
-  const int bytes[] = {4, 2, 1, 8};  // of each Kind
+  const int bytes[] = {4, 2, 2, 1, 8};  // of each Kind
   const auto move = [&](std::vector<View>& views) {
     for (View& v : views)
       for (int a = 0; a < job.axes; a++) v.data += index[a] * v.lead[a] * bytes[v.kind];
@@ -109,7 +109,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-#define WANTED(condition, what) STD_TORCH_CHECK(condition, "funcattn::contract: ", what)
+#define WANTED(condition, what) STD_TORCH_CHECK(condition, "funcattn::native_contract: ", what)
 
 // The numbers of a program, in order.
 struct Reader {
@@ -164,8 +164,9 @@ View view_of(const Tensor& t, int axes, int64_t rows, int64_t columns) {
   using torch::headeronly::ScalarType;
   const ScalarType type = t.scalar_type();
   View v = {(char*)t.data_ptr(), FLOAT32, t.size(-2), t.size(-1), t.stride(-2), t.stride(-1), {}};
-  v.kind = type == ScalarType::BFloat16 ? BFLOAT16 : type == ScalarType::Bool ? BOOLEAN : type == ScalarType::Long ? INTEGER64 : FLOAT32;
-  WANTED(v.kind != FLOAT32 || type == ScalarType::Float, "a tensor of another dtype");
+  const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Bool, ScalarType::Long};
+  while (v.kind < KINDS && type != types[v.kind]) v.kind++;
+  WANTED(v.kind < KINDS, "a tensor of another dtype");
   if (v.rows == 1 && rows != 1) v.row = 0;
   if (v.columns == 1 && columns > 1) v.column = 0;
   const int more = axes + 2 - int(t.dim());
@@ -260,8 +261,9 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::ve
   job.chunks = is_uneven ? (threads < blocks ? threads : blocks) : 1;
   Chunks chunks;
   chunks.split(job, outs);
-  const Run run = is_avx512() ? avx512::run : avx2::run;
-  const int panel = is_avx512() ? avx512::PANEL : avx2::PANEL, head = is_avx512() ? avx512::HEAD : avx2::HEAD;
+  const bool is_avx512 = instructions_that_run() == AVX512;
+  const Run run = is_avx512 ? avx512::run : avx2::run;
+  const int panel = is_avx512 ? avx512::PANEL : avx2::PANEL, head = is_avx512 ? avx512::HEAD : avx2::HEAD;
   torch::stable::parallel_for(0, job.tasks * job.chunks, 1, [&](int64_t begin, int64_t end) {
     Work work(job, panel, head);
     run(work, begin, end);
@@ -272,7 +274,7 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::ve
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(funcattn, m) {
-  m.def("contract(Tensor[] tensors, int[] program, float[] weights, Tensor(a!)[] outs, int rows, int keys) -> ()");
+  m.def("native_contract(Tensor[] tensors, int[] program, float[] weights, Tensor(a!)[] outs, int rows, int keys) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("contract", TORCH_BOX(&contract)); }
+STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("native_contract", TORCH_BOX(&contract)); }

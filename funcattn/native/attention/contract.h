@@ -5,29 +5,26 @@
 // the block in cache, and then the products of weights and values. What stands between products is
 // done row by row, so that a row of each matrix stays in the fastest cache.
 
-static float number(const View& x, int64_t i, int64_t j) {
-  const int64_t at = i * x.row + j * x.column;
-  if (x.kind == FLOAT32) return ((const float*)x.data)[at];
-  const uint32_t wide = uint32_t(((const uint16_t*)x.data)[at]) << 16;
-  float value;
-  __builtin_memcpy(&value, &wide, 4);
-  return value;
-}
-
 static const float* row_of(const View& x, int64_t i) { return (const float*)x.data + i * x.row; }
 
 // to += weight * (n numbers of row i of x, from column j on)
 static void add_row(const View& x, int64_t i, int64_t j, float weight, int n, float* to) {
-  int c = 0;
-  if (x.column == 0 || (x.column == 1 && x.kind == FLOAT32)) {
-    const float* const from = row_of(x, i) + j;
-    const Vec w = all(weight), constant = all(x.column ? 0 : weight * number(x, i, 0));
-    for (; c + VL <= n; c += VL) {
-      const Vec y = load(to + c);
-      store(to + c, x.column ? fma(w, load(from + c), y) : add(y, constant));
+  const int bytes = x.kind == FLOAT32 ? 4 : 2;
+  const char* from = x.data + (i * x.row + j * x.column) * bytes;
+  alignas(64) char some[4 * VL] = {};
+  const auto numbers = [&](int c, int count) {  // VL of them, of which `count` are there
+    const char* at = from + c * x.column * bytes;
+    if (x.column != 1 || count < VL) {
+      for (int l = 0; l < count; l++) __builtin_memcpy(some + l * bytes, at + l * x.column * bytes, bytes);
+      at = some;
     }
+    if (x.kind == FLOAT32) return load((const float*)at);
+    return x.kind == BFLOAT16 ? load_bf16((const uint16_t*)at) : load_f16((const uint16_t*)at);
+  };
+  for (int c = 0; c < n; c += VL) {
+    const int count = n - c < VL ? n - c : VL;
+    store_some(to + c, fma(all(weight), numbers(c, count), load_some(to + c, count)), count);
   }
-  for (; c < n; c++) to[c] += weight * number(x, i, j + c);
 }
 
 static float sum_of(const float* p, int64_t n) {
@@ -143,14 +140,18 @@ static void hide(Work& w, int64_t i, int64_t j, int n, float* s) {
   if (!has_intervals(w)) {
     const View& v = w.x[w.program.mask[0]];
     const char* const seen = v.data + i * v.row + j * v.column;
-    for (int c = 0; c < n; c++) s[c] = seen[c * v.column] ? s[c] : nothing;
+    int c = 0;
+    for (; v.column == 1 && c + VL <= n; c += VL) store(s + c, only((const uint8_t*)seen + c, load(s + c)));
+    for (; c < n; c++) s[c] = seen[c * v.column] ? s[c] : nothing;
     return;
   }
   const int64_t count = w.x[w.program.mask[0]].columns;
   if (count == 1) {
     const Interval one = interval(w, i, 0, j, j + n);
-    if (one.start <= j && one.stop >= j + n) return;
-    for (int c = 0; c < n; c++) s[c] = j + c >= one.start && j + c < one.stop ? s[c] : nothing;
+    const bool some = one.start < one.stop;
+    const int first = some ? int(one.start - j) : n, last = some ? int(one.stop - j) : n;
+    for (int c = 0; c < first; c++) s[c] = nothing;
+    for (int c = last; c < n; c++) s[c] = nothing;
     return;
   }
   for (int c = 0; c < n; c++) w.hidden[c] = 1;

@@ -20,7 +20,7 @@ static inline void tile(const float* A, int64_t lda, const float* B, int64_t ldb
     UNROLL for (int n = 0; n < VECS; n++) b[n] = load(B + k * ldb + n * VL);
     UNROLL for (int i = 0; i < ROWS; i++) {
       const Vec a = all(TURNED ? A[k * lda + i] : A[i * lda + k]);
-      UNROLL for (int n = 0; n < VECS; n++) c[i][n] = fma(a, b[n], c[i][n]);
+      UNROLL for (int n = 0; n < VECS; n++) c[i][n] = dot(a, b[n], c[i][n]);
     }
   }
   UNROLL for (int i = 0; i < ROWS; i++) {
@@ -79,9 +79,10 @@ static inline void transpose(Vec* x) {
   UNROLL for (int c = 0; c < 4; c++) swap_lanes(x + c, 4);
 }
 
-static void pack(const float* B, int ldb, int N, int K, float* to) {
+// Panels `step` floats apart.
+static void pack_panels(const float* B, int64_t ldb, int N, int K, float* to, int64_t step) {
   for (int n = 0; n < N; n += VL) {
-    float* const panel = to + int64_t(n / PANEL) * PANEL * K + n % PANEL;
+    float* const panel = to + n / PANEL * step + n % PANEL;
     const int rows = N - n < VL ? N - n : VL;
     for (int k = 0; k < K; k += VL) {
       const int some = K - k < VL ? K - k : VL;
@@ -96,8 +97,10 @@ static void pack(const float* B, int ldb, int N, int K, float* to) {
     }
   }
   if (N % PANEL && N % PANEL <= VL)  // the rest of the last panel
-    for (int k = 0; k < K; k++) store(to + int64_t(N / PANEL) * PANEL * K + k * PANEL + VL, zero());
+    for (int k = 0; k < K; k++) store(to + N / PANEL * step + k * PANEL + VL, zero());
 }
+
+static void pack(const float* B, int ldb, int N, int K, float* to) { pack_panels(B, ldb, N, K, to, int64_t(PANEL) * K); }
 
 // 2^x, by its whole part and a polynomial of the rest, off by 2e-7 of itself at most (and by 2^-149, where it is that small): 0 from
 // -151 down and for -inf, inf from 128 up, NaN for NaN.
@@ -111,11 +114,13 @@ static inline Vec exp2_of(Vec whole_part, Vec rest) {
   return times_power(fma(y, rest, all(1.0f)), whole_part);
 }
 
-static inline Vec exp2v(Vec x) {
-  x = least(all(129.0f), largest(all(-152.0f), x));
+static inline Vec exp2_below(Vec x) {  // of x below 128, or NaN
+  x = largest(all(-152.0f), x);
   const Vec by = whole(x);
   return exp2_of(by, sub(x, by));
 }
+
+static inline Vec exp2v(Vec x) { return exp2_below(least(all(129.0f), x)); }
 
 // e^x, off by 3e-7 of itself at most: ln 2 has two parts, so that the rest is exact as long as the whole part has 9 bits.
 static inline Vec expv(Vec x) {

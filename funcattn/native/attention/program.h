@@ -10,7 +10,7 @@ namespace contraction {
 
 constexpr int MAX_AXES = 16;  // leading axes
 
-enum Kind { FLOAT32, BFLOAT16, BOOLEAN, INTEGER64 };
+enum Kind { FLOAT32, BFLOAT16, FLOAT16, BOOLEAN, INTEGER64, KINDS };
 
 // A tensor (*lead, rows, columns) by its strides in elements; a stride is 0 where it is broadcast.
 struct View {

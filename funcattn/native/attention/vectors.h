@@ -37,6 +37,22 @@ static inline Vec low_pairs(Vec a, Vec b) { return _mm512_unpacklo_ps(a, b); }
 static inline Vec high_pairs(Vec a, Vec b) { return _mm512_unpackhi_ps(a, b); }
 static inline Vec low_halves(Vec a, Vec b) { return _mm512_shuffle_ps(a, b, 0x44); }
 static inline Vec high_halves(Vec a, Vec b) { return _mm512_shuffle_ps(a, b, 0xee); }
+static inline Vec load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+static inline Vec load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline void store_bf16(uint16_t* p, Vec x) {  // to nearest, ties to even; a NaN keeps its sign
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1), high = _mm512_srli_epi32(bits, 16);
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), _mm512_and_si512(high, one));
+  const __m512i to = _mm512_mask_or_epi32(_mm512_srli_epi32(up, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), high, _mm512_set1_epi32(64));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(to));
+}
+static inline void store_f16(uint16_t* p, Vec x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+static inline Vec only(const uint8_t* seen, Vec x) {  // -inf elsewhere
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)seen);
+  return _mm512_mask_mov_ps(all(-__builtin_inff()), _mm_test_epi8_mask(bytes, bytes), x);
+}
+static inline bool has_nan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 // Lane l of x[g] becomes lane g of x[l], for lanes of four floats.
 static inline void swap_lanes(Vec* x, int step) {
   const Vec a = _mm512_shuffle_f32x4(x[0], x[step], 0x44), b = _mm512_shuffle_f32x4(x[0], x[step], 0xee);
@@ -46,8 +62,19 @@ static inline void swap_lanes(Vec* x, int step) {
   x[2 * step] = _mm512_shuffle_f32x4(b, d, 0x88);
   x[3 * step] = _mm512_shuffle_f32x4(b, d, 0xdd);
 }
+static inline Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 #include "gemm.h"
 }  // namespace avx512
+END_TARGET
+
+// Where a float of a factor is a pair of bfloat16, and a product of two pairs adds two numbers.
+BEGIN_TARGET_BF16
+namespace avx512bf16 {
+using namespace avx512;
+static inline Vec dot(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+static inline Vec pairs(Vec low, Vec high) { return (Vec)_mm512_cvtne2ps_pbh(high, low); }  // of floats in order, rounded
+#include "gemm.h"
+}  // namespace avx512bf16
 END_TARGET
 
 BEGIN_TARGET_AVX2
@@ -87,11 +114,28 @@ static inline Vec low_pairs(Vec a, Vec b) { return _mm256_unpacklo_ps(a, b); }
 static inline Vec high_pairs(Vec a, Vec b) { return _mm256_unpackhi_ps(a, b); }
 static inline Vec low_halves(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x44); }
 static inline Vec high_halves(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xee); }
+static inline __m256i wide(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline Vec load_bf16(const uint16_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(wide(p), 16)); }
+static inline Vec load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline void store_bf16(uint16_t* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1), high = _mm256_srli_epi32(bits, 16);
+  const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), _mm256_and_si256(high, one)), 16);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i to = _mm256_blendv_epi8(up, _mm256_or_si256(high, _mm256_set1_epi32(64)), is_nan);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(to), _mm256_extracti128_si256(to, 1)));
+}
+static inline void store_f16(uint16_t* p, Vec x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+static inline Vec only(const uint8_t* seen, Vec x) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)seen));
+  return _mm256_blendv_ps(x, all(-__builtin_inff()), _mm256_castsi256_ps(_mm256_cmpeq_epi32(wide, _mm256_setzero_si256())));
+}
+static inline bool has_nan(Vec x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
 static inline void swap_lanes(Vec* x, int step) {
   const Vec a = x[0], b = x[step];
   x[0] = _mm256_permute2f128_ps(a, b, 0x20);
   x[step] = _mm256_permute2f128_ps(a, b, 0x31);
 }
+static inline Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 #include "gemm.h"
 }  // namespace avx2
 END_TARGET

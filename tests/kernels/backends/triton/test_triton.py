@@ -5,11 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
+from places import TESTS
 from torch.func import grad, hessian, jvp
 
 import funcattn as fa
@@ -464,7 +464,7 @@ def test_every_kernel_compiles_for_cards_that_are_not_here():
     """To the machine code of an H100 (90) and an A100 (80). It fits their shared memory; of the instructions in the loop over whole
     blocks at most a tenth fetch what a thread had spilled; and an H100 multiplies numbers of two bytes by warp groups."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
-    script = Path(__file__).parent / "ahead.py"
+    script = TESTS / "ahead.py"
     done = subprocess.run([sys.executable, script, "90", "80"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]

@@ -11,6 +11,7 @@ import fitted
 import pytest
 import torch
 from fitted import CONFIG, STEPS, TEXT, begin
+from places import ROOT, TESTS
 
 import funcattn as fa
 from funcattn.core import atomic
@@ -104,7 +105,7 @@ def test_snapshots_change_nothing(unbroken, tmp_path):
 @pytest.mark.parametrize("moment", ["step 1", "step 3", "step 4", "step 8", "step 11", "rename 1", "rename 2", "rename 4"])
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(moment, unbroken, tmp_path):
     command = [sys.executable, fitted.__file__, str(tmp_path), moment]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(fa.__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == -signal.SIGKILL, done.stderr
     number = int(moment.split()[1])
     taken = [s for s in (3, 6, 9, 11) if s < number] if moment.startswith("step") else [3, 6, 9, 11][: number - 1]
@@ -197,8 +198,8 @@ def test_a_disk_that_fills_within_a_file_leaves_the_snapshots_before(tmp_path):
         "fitted.begin(sys.argv[1], steps=6); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000));"
         "fitted.begin(sys.argv[1], resume=True)"
     )
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {script}", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(fa.__file__).parent.parent)
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r}); {script}", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert "CheckpointError: fit: " in done.stderr, done.stderr
     assert snapshots.steps_in(tmp_path) == [3, 6]

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import tokenizers
+from conversations import MESSAGES, ROLES
+from conversations import TEMPLATES as MODELS
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from test_templates import MESSAGES, ROLES
-from test_templates import TEMPLATES as MODELS
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from funcattn.checkpoints import Tokenizer

@@ -5,16 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT, TESTS
 from samples import CONFIG, LLAMA3, load, params, same, write_gguf
 
 import funcattn as fa
 from funcattn import checkpoints, layers, transformer
-
-TESTS = Path(__file__).parent
 
 
 def test_both_layouts_hold_the_same_model(tmp_path):
@@ -65,7 +63,7 @@ def test_every_error_of_a_file_is_one_kind_of_value_error():
 
 
 def load_mutants(kind: str, first: int, count: int) -> dict[str, int]:
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "RUST_BACKTRACE": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RUST_BACKTRACE": "0"}
     command = [sys.executable, str(TESTS / "mutants.py"), kind, str(first), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

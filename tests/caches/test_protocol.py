@@ -2,11 +2,11 @@
 
 import ast
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from places import ROOT
 from torch.func import vmap
 
 import funcattn as fa
@@ -15,7 +15,7 @@ from funcattn.records import record
 from funcattn.testing import laws
 
 REACH = 5
-PAGE = Path(__file__).parent.parent / "docs" / "caches.md"
+PAGE = ROOT / "docs" / "caches.md"
 
 
 def registered(kind, **other):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 import funcattn as fa
 from funcattn import cli
@@ -86,7 +87,7 @@ def test_a_run_that_was_stopped_is_resumed_bit_for_bit(run, text, tmp_path):
     out = tmp_path / "stopped"
     arguments = [text, *SMALL, "--sample", "0", "--out", str(out)]
     command = [sys.executable, "-m", "funcattn", "train", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(fa.__file__).parent.parent) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         for line in process.stderr:
             if line.startswith("step 8/"):
                 process.kill()
@@ -105,7 +106,7 @@ def test_ctrl_c_says_how_to_go_on(text, tmp_path):
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job inherits deafness to it
     start = f"{listen}; import runpy; runpy.run_module('funcattn', run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", start, "train", text, *SMALL, "--steps", "100000", "--report-every", "4", "--out", out]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(fa.__file__).parent.parent) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         for line in process.stderr:
             if line.startswith("step 8/"):
                 break

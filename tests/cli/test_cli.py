@@ -1,6 +1,7 @@
 """The command line: what stands on stdout and on stderr, which exit code comes back, and what is read from the past."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -238,6 +239,23 @@ def test_inspect_tells_the_memory_of_a_past(run, folder):
     assert f"{fa.tree.count(params):,} elements" in ran.out
     assert re.search(r"vocabulary +49152\n", ran.out)
     assert "layers.0-1" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("variables", "operators"),
+    [
+        ({}, r"(AVX2|AVX-512), (compiled on this machine|of the installed wheel)"),
+        ({"FUNCATTN_NATIVE": "0"}, "none: FUNCATTN_NATIVE=0 asks for none"),
+    ],
+)
+def test_inspect_shows_what_the_machine_has_and_why_not(variables, operators):
+    command = [sys.executable, "-m", "funcattn", "inspect", "--machine"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert re.search(rf"^operators in C\+\+\n  {operators}$", ran.stdout, re.MULTILINE)
+    assert re.search(r"^attention of q, k, v \(8, 512, 64\) in float32 on cpu$", ran.stdout, re.MULTILINE)
+    assert re.search(r"^     sdpa:cudnn +for CUDA, not for cpu$", ran.stdout, re.MULTILINE)
+    assert len(re.findall(r"^  -> ", ran.stdout, re.MULTILINE)) == 2 * (1 + torch.cuda.device_count())
 
 
 def test_a_terminal_is_never_steered_by_the_model(monkeypatch):

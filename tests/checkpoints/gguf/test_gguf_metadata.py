@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from gguf_bytes import field, file
 from samples import CONFIG, TOKENS, metadata, params, tokenizer, write_gguf
 
 import funcattn as fa
@@ -75,8 +76,6 @@ def test_numbers_of_another_kind_are_none(field, value):
 
 
 def test_an_alignment_of_an_array_is_named():
-    from test_gguf_file import field, file
-
     assert "general.alignment" in outcome(lambda: read_header(file([field("general.alignment", 9, "IQI", 4, 1, 32)]), "x.gguf"))
 
 

@@ -6,17 +6,17 @@ tests/data/jax_random.json holds what JAX 0.10.2 gives (its threefry2x32, partit
 import itertools
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from places import TESTS
 from torch.func import grad, vmap
 
 from funcattn import randomness as rng
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "jax_random.json").read_text())
+GOLDEN = json.loads((TESTS / "data" / "jax_random.json").read_text())
 FURTHER = GOLDEN["further"]
 # erfinv and log differ from XLA's by single roundings; the values stay below 8, where a float32 rounding is 2.4e-7
 LAST_BITS = {torch.float32: 2e-6, torch.float64: 4e-15}

@@ -1,13 +1,13 @@
 """Quantized trees: what they stand for, what their products are worth, every transform through them, and what is refused."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from places import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jacrev, jvp, vmap
 
@@ -509,7 +509,7 @@ def test_a_mistake_is_one_clear_error(call, kind, message):
 
 
 def test_the_documentation_runs():
-    text = (Path(__file__).parent.parent / "docs" / "quantization.md").read_text()
+    text = (ROOT / "docs" / "quantization.md").read_text()
     names = {"__name__": "quantization"}
     for block in text.split("```python\n")[1:]:
         exec(compile(block.split("```")[0], "quantization.md", "exec"), names)

@@ -10,30 +10,12 @@ import pytest
 import torch
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf_bytes import field, file, tensor
 from samples import CONFIG, params, same, write_gguf
 
 from funcattn.checkpoints import CheckpointError, load
 from funcattn.checkpoints.gguf.file import READ, Entry, read_header, read_tensor
 from funcattn.families import leaves
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value.encode())) + value.encode()
-
-
-def field(name: str, kind: int, layout: str, *values) -> bytes:
-    return text(name) + struct.pack("<I" + layout, kind, *values)
-
-
-def tensor(name: str, sizes=(4,), kind: int = 0, offset: int = 0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
-
-
-def file(fields=(), tensors=(), data: bytes = b"", *, version=3, counts=None, align=32) -> bytes:
-    tensor_count, field_count = counts or (len(tensors), len(fields))
-    header = b"GGUF" + struct.pack("<IQQ", version, tensor_count, field_count) + b"".join([*fields, *tensors])
-    return header + bytes(-len(header) % align) + data
-
 
 # What is there is read.
 

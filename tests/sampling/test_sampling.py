@@ -2,12 +2,12 @@
 
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from places import ROOT
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
@@ -261,7 +261,7 @@ def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
 
 
 def test_the_figures_of_the_page_are_those_of_the_code():
-    page = (Path(__file__).parent.parent / "docs" / "sampling.md").read_text()
+    page = (ROOT / "docs" / "sampling.md").read_text()
     scope, figures = {}, 0
     for block in page.split("```python\n")[1:]:
         for line in block.split("```")[0].splitlines():
