@@ -32,7 +32,7 @@ def instructions(request):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of few queries and keys, so that small sizes have several of them."""
-    monkeypatch.setattr(native_contract, "block_sizes", lambda buffers, T, S: (min(13, T), 32))
+    monkeypatch.setattr(native_contract, "block_sizes", lambda *_: (13, 32))
 
 
 def seen_pairs(spec, tensors, T, S):
@@ -230,3 +230,138 @@ def test_runs_are_equal_in_every_bit_and_near_for_any_number_of_threads(small_bl
     for bound, one, two, three in zip(bounds(spec, drawn.shapes, tensors), *found.values(), strict=True):
         assert ((one - two).abs() <= 2 * bound).all()
         assert ((one - three).abs() <= 2 * bound).all()
+
+
+def first_gradient(T, S, D, dtype=torch.float32, heads=4, kv_heads=2, mask=()):
+    """The contraction of the gradients of q, k and v, as attention makes it, with grouped heads."""
+    q, g = normal(0, (heads // kv_heads, kv_heads, T, D)), normal(1, (heads // kv_heads, kv_heads, T, D))
+    k, v = normal(2, (kv_heads, S, D)), normal(3, (kv_heads, S, D))
+    scale = D**-0.5
+    logits = scale * q @ k.mT
+    if mask:
+        logits = torch.where(seen_pairs(Sweep((), mask=(0, 1)[: len(mask)]), mask, T, S), logits, NOTHING)
+    lse = logits.logsumexp(-1, keepdim=True)
+    out = (logits - lse).exp().nan_to_num() @ v
+    delta = -(g * out).sum(-1, keepdim=True)
+    tensors = [x.to(dtype) for x in (q, k)] + [lse] + [x.to(dtype) for x in (v, g)] + [delta, *mask]
+    x = (Pair(4, 3), Pair(5, ONES))
+    outputs = (
+        Output("query", (Term((x,), 1, scale),)),
+        Output("key", (Term((x,), 0, scale),)),
+        Output("key", (Term((), 4),)),
+    )
+    spec = Sweep(outputs, scale, tuple(range(6, 6 + len(mask))))
+    return spec, [q.shape, k.shape, v.shape], tensors
+
+
+def causal(T, S):
+    stop = torch.arange(1, T + 1).clamp(max=S)[:, None]
+    return torch.zeros_like(stop), stop
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", [(), causal(150, 301)], ids=["full", "causal"])
+def test_blocks_of_their_own_size_are_the_definition(instructions, dtype, mask):
+    assert_is_definition(*first_gradient(150, 301, 64, dtype, mask=mask))
+
+
+def test_heads_of_a_group_and_broadcast_examples_are_summed_in_the_outputs_that_lack_them(instructions, small_blocks):
+    spec, _, tensors = first_gradient(30, 40, 8)
+    tensors[0] = tensors[0].expand(3, *tensors[0].shape)  # an axis of stride zero, which keys lack
+    got = assert_is_definition(spec, [tensors[0].shape, (2, 40, 8), (2, 40, 8)], tensors)
+    assert got[0].shape == (3, 2, 2, 30, 8)
+
+
+def test_an_axis_that_a_term_and_its_output_lack_counts_once(small_blocks):
+    q, k, c, d = normal(0, (5, 4)), normal(1, (6, 4)), normal(2, (3, 6, 4)), normal(3, (6, 4))
+    lse = (q @ k.mT).logsumexp(-1, keepdim=True)
+    both = Output("query", (Term((), 3), Term((), 4), Term(((Pair(0, 3),),), 4)))
+    once, many = Output("query", (Term((), 4),)), Output("query", (Term((), 3),))
+    shapes = [(5, 4), (5, 4), (3, 5, 4), (3, 5, 4)]
+    assert_is_definition(Sweep((both, once, many, once)), shapes, [q, k, lse, c, d])
+
+
+@pytest.mark.parametrize("level", [600.0, -1e4])
+def test_rows_of_a_large_lse_have_weights_that_sum_to_one(instructions, small_blocks, level):
+    q, k = normal(0, (2, 40, 8)), normal(1, (70, 8))
+    bias = torch.zeros(40, 70)
+    bias[3:9] = level
+    bias[5, :50] = NOTHING
+    lse = (q @ k.mT + bias).logsumexp(-1, keepdim=True)
+    spec = Sweep((Output("query", (Term(()),)), Output("key", (Term((), 0),))), bias=3)
+    total, _ = assert_is_definition(spec, [(2, 40, 1), (70, 8)], [q, k, lse, bias])
+    # S - max is rounded to epsilon times the level, so weights are off by as much
+    torch.testing.assert_close(total[:, 3:9], torch.ones(2, 6, 1), atol=70 * EPSILON, rtol=0)
+
+
+def test_queries_that_see_nothing_have_no_weights(instructions, small_blocks):
+    start, stop = causal(40, 50)
+    start[10:20] = stop[10:20]
+    spec, shapes, tensors = first_gradient(40, 50, 8, mask=(start, stop))
+    tensors[2] = tensors[2].nan_to_num(neginf=NOTHING)
+    assert (tensors[2][..., 10:20, :] == NOTHING).all()
+    tensors[5] = tensors[5].nan_to_num()
+    dq, *_ = assert_is_definition(spec, shapes, tensors)
+    assert (dq[..., 10:20, :] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_hidden_key_changes_nothing_even_if_it_is_not_finite(small_blocks, bad):
+    spec, shapes, tensors = first_gradient(40, 50, 8, mask=causal(40, 50))
+    wanted = native_contract.contract(spec, shapes, tensors)
+    for place in (1, 3):
+        tensors[place][:, 40:] = bad  # seen by no query
+    for one, other in zip(native_contract.contract(spec, shapes, tensors), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_number_that_is_not_finite_is_seen_where_nothing_is_hidden():
+    spec, shapes, tensors = first_gradient(40, 50, 8)
+    tensors[1][0, 3] = float("nan")
+    dq, dk, _ = native_contract.contract(spec, shapes, tensors)
+    assert dq[:, 0].isnan().all()
+    assert dk[0, 3].isnan().all()
+    assert dk[0, :3].isfinite().all()
+    assert dq[:, 1].isfinite().all()
+
+
+def test_a_second_derivative_is_ten_products_of_four_matrices():
+    """jvp of the gradient of attention: S; g . v; dq . k + q . dk; g . dv; and five sums."""
+    x, y, z = (Pair(4, 3), Pair(5, ONES)), (Pair(6, 1), Pair(0, 7), Pair(8, ONES)), (Pair(4, 9), Pair(10, ONES))
+    terms = lambda c, d: (Term((x, y), c), Term((z,), c), Term((x,), d))
+    outputs = (Output("query", terms(1, 7)), Output("key", terms(0, 6)), Output("key", (Term((y,), 4),)))
+    numbers, weights, buffers = native_contract.program(Sweep(outputs), (1,) * 11, (1,) * 3)
+    assert buffers == 4
+    described = native_contract._Compiler(Sweep(outputs), (1,) * 11, (1,) * 3)
+    described.compile()
+    assert sum(len(described._factor(f)[0]) for f in described.factors) == 5
+    assert len(described.sums) == 3
+    assert numbers[-1 - 4 * 5] == 5  # sinks, each of four numbers
+
+
+REASONS = {
+    "float64": (lambda spec, x: (spec, [t.double() for t in x]), "computes in float32"),
+    "meta": (lambda spec, x: (spec, [t.to("meta") for t in x]), "for the CPU"),
+    "empty": (lambda spec, x: (spec, [x[0][..., :0, :], *x[1:]]), "size is zero"),
+    "dropout": (lambda spec, x: (spec._replace(dropout=6), [*x, torch.zeros(2)]), "dropout"),
+    "axes": (lambda spec, x: (spec, [x[0].reshape((1,) * 20 + x[0].shape), *x[1:]]), "leading axes"),
+    "rows": (lambda spec, x: (spec, [*x[:3], x[3][..., :7, :], *x[4:]]), "as many rows"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), REASONS.values(), ids=REASONS)
+def test_what_it_does_not_compute_has_a_reason(change, reason):
+    spec, _, tensors = first_gradient(8, 9, 4)
+    assert reason in native_contract.why_not(*change(spec, tensors))
+
+
+def test_a_program_that_does_not_fit_its_tensors_is_an_error():
+    spec, shapes, tensors = first_gradient(8, 9, 4)
+    with pytest.raises(RuntimeError, match="equal features"):
+        native_contract.contract(spec, shapes, [*tensors[:3], tensors[3][..., :3], *tensors[4:]])
+    with pytest.raises(RuntimeError, match="outputs as wide as values"):
+        native_contract.contract(spec, [(*shapes[0][:-1], 3), *shapes[1:]], tensors)
+    with pytest.raises(RuntimeError, match="float32 rows"):
+        native_contract.contract(spec, shapes, [*tensors[:3], tensors[3][..., :7, :], *tensors[4:]])
+    with pytest.raises(RuntimeError, match="leading axes"):
+        native_contract.contract(spec, shapes, [*tensors[:3], normal(0, (3, 9, 4)), *tensors[4:]])

@@ -30,9 +30,9 @@ from .masking import is_finite
 SIDES = ("query", "key", "pair")  # numbered as in program.h
 MAX_AXES = 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ROOM = 2**17  # numbers of all matrices of a block: 512 KiB, which leave room for keys and values in L2
-ROWS, KEYS = 96, 256  # of a block, at most
-PANEL = 32  # keys of a panel
+ROOM = 5 * 2**15  # numbers of all matrices of a block: 640 KiB of 1 MiB of L2
+ROWS, KEYS = 192, 128  # of a block, at most
+PANEL = 32  # keys of a panel of packed rows
 Product = tuple[int, ...]  # sorted indices of factors
 Sum = tuple[tuple[Product, float], ...]  # weights times P times products of factors
 
@@ -58,6 +58,8 @@ def why_not(spec: Sweep, tensors: Sequence[Tensor]) -> str:
         return "the operator is for the CPU"
     if any(x.dtype not in FLOATS for x in reads):
         return "the operator computes in float32"
+    if any(not x.numel() for x in tensors):
+        return "a size is zero"
     if max(x.dim() for x in tensors) - 2 > MAX_AXES:
         return f"there are more than {MAX_AXES} leading axes"
     if any(tensors[p].shape[-2] != T for p in query) or any(tensors[p].shape[-2] != S for p in key):
@@ -75,7 +77,7 @@ def contract(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Ten
     has = tuple(_axes(x.shape, axes) for x in tensors)
     numbers, weights, buffers = program(spec, has, tuple(_axes(s, axes) for s in shapes))
     outs = [torch.zeros(tuple(s)) for s in shapes]
-    rows, keys = block_sizes(buffers, tensors[Q].shape[-2], tensors[K].shape[-2])
+    rows, keys = block_sizes(buffers, tensors[Q].shape[-2], len(spec.mask) == 2)
     torch.ops.funcattn.native_contract(_readable(spec, tensors), numbers, weights, outs, rows, keys)
     hides = spec.mask or spec.bias != ONES
     return torch_blocks.sweep(spec, shapes, tensors) if hides and not is_finite(outs) else outs
@@ -96,12 +98,19 @@ def _readable(spec: Sweep, tensors: Sequence[Tensor]) -> list[Tensor]:
     return read
 
 
-def block_sizes(buffers: int, T: int, S: int) -> tuple[int, int]:
-    """Queries and keys of a block, so that `buffers` matrices of a block stay within ROOM."""
-    keys = min(KEYS, -(-S // PANEL) * PANEL)
-    while keys > 64 and buffers * keys * ROWS > ROOM:
+def block_sizes(buffers: int, T: int, by_intervals: bool) -> tuple[int, int]:
+    """Queries and keys of a block, so that `buffers` matrices of a block stay within ROOM.
+
+    Keys are read once for each block of queries, so many queries are best; with intervals, as
+    causal masks have, few of them, since a block reaches over what its last query sees.
+    """
+    if by_intervals:
+        rows, keys = min(ROWS // 2, max(32, T // 256 * 16)), 2 * KEYS
+    else:
+        rows, keys = ROWS, KEYS
+    while keys > PANEL and buffers * rows * keys > ROOM:
         keys //= 2
-    return min(ROWS, max(T, 1)), max(PANEL, keys // PANEL * PANEL)
+    return rows, keys
 
 
 def _axes(shape: Sequence[int], axes: int) -> int:

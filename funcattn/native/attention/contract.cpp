@@ -174,6 +174,69 @@ View view_of(const Tensor& t, int axes, int64_t rows, int64_t columns) {
   return v;
 }
 
+// Every index of the program is one of a tensor, buffer, ... of the shape and dtype that it is read
+// with: what the interpreter relies on.
+void check(const Job& job) {
+  const Program& p = job.program;
+  const auto one_of = [](int64_t index, size_t count) { WANTED(0 <= index && size_t(index) < count, "an index beyond its list"); };
+  const auto rows = [&](int tensor, int64_t count) -> const View& {
+    one_of(tensor, job.tensors.size());
+    const View& v = job.tensors[tensor];
+    WANTED(v.kind == FLOAT32 && v.rows == count && (v.column == 1 || v.columns == 1), "float32 rows for each query or key");
+    return v;
+  };
+  const auto pairs = [&](int tensor) -> const View& {
+    one_of(tensor, job.tensors.size());
+    const View& v = job.tensors[tensor];
+    WANTED((v.rows == job.T || !v.row) && (v.columns == job.S || !v.column), "a matrix for queries and keys");
+    return v;
+  };
+  const auto buffer = [&](int index) { one_of(index, size_t(p.buffers)); };
+  WANTED(rows(p.lse, job.T).columns == 1, "one lse for each query");
+  for (const Scaled& x : p.loads) rows(x.tensor, job.T);
+  for (int tensor : p.packs) rows(tensor, job.S);
+  for (int tensor : p.values) rows(tensor, job.S);
+  WANTED(!p.factors.empty() && p.mask.size() <= 2, "logits, and a mask of at most two tensors");
+  for (size_t f = 0; f < p.factors.size(); f++) {
+    WANTED(p.factors[f].buffer == int(f) && int(f) < p.buffers, "the buffers of factors first");
+    for (const Dot& dot : p.factors[f].dots) {
+      one_of(dot.load, p.loads.size()), one_of(dot.pack, p.packs.size());
+      WANTED(rows(p.loads[dot.load].tensor, job.T).columns == rows(p.packs[dot.pack], job.S).columns, "equal features");
+    }
+    for (const Scaled& x : p.factors[f].rows) rows(x.tensor, job.T);
+    for (const Scaled& x : p.factors[f].columns) rows(x.tensor, job.S);
+    for (const Scaled& x : p.factors[f].dense) WANTED(pairs(x.tensor).kind <= FLOAT16, "floats of pairs");
+  }
+  if (p.mask.size() == 1) WANTED(pairs(p.mask[0]).kind == BOOLEAN, "booleans of pairs");
+  if (p.mask.size() == 2)
+    for (int tensor : p.mask) {
+      one_of(tensor, job.tensors.size()), one_of(p.mask[0], job.tensors.size());
+      const View& v = job.tensors[tensor];
+      WANTED(v.kind == INTEGER64 && v.rows == job.T && v.columns == job.tensors[p.mask[0]].columns, "intervals of each query");
+    }
+  for (const Step& step : p.steps) {
+    buffer(step.to), buffer(step.from);
+    if (step.factor >= 0) buffer(step.factor);
+  }
+  for (const Sink& sink : p.sinks) {
+    buffer(sink.buffer), one_of(sink.output, p.outputs.size());
+    const View& out = job.outputs[0][sink.output];
+    const int side = p.outputs[sink.output].side;
+    if (side == PAIR) {
+      WANTED((out.rows == job.T || !out.row) && (out.columns == job.S || !out.column), "an output of pairs");
+      continue;
+    }
+    WANTED(side == QUERY ? out.rows == job.T : side == KEY && out.rows == job.S, "outputs of each query or key");
+    if (sink.values < 0) {
+      WANTED(out.columns == 1, "one sum for each query or key");
+      continue;
+    }
+    one_of(sink.values, side == QUERY ? p.values.size() : p.loads.size());
+    const int tensor = side == QUERY ? p.values[sink.values] : p.loads[sink.values].tensor;
+    WANTED(job.tensors[tensor].columns == out.columns, "outputs as wide as values");
+  }
+}
+
 using Run = void (*)(Work&, int64_t, int64_t);
 
 // The outputs of chunks behind the first, and their sum.
@@ -215,10 +278,11 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::ve
   Job job;
   job.program = read(numbers, weights);
   const Program& p = job.program;
-  WANTED(tensors.size() > 2 && outs.size() == p.outputs.size(), "tensors q, k, lse, ..., and an output of each kind");
+  WANTED(tensors.size() > 2 && outs.size() == p.outputs.size(), "tensors q, k, lse, ..., and all outputs");
+  for (const auto* list : {&tensors, &outs})
+    for (const Tensor& t : *list) WANTED(t.dim() >= 2 && t.numel(), "tensors with rows and columns, none empty");
   WANTED(rows > 0 && keys > 0 && keys % avx512::PANEL == 0, "blocks of whole panels");
   job.T = tensors[0].size(-2), job.S = tensors[1].size(-2);
-  if (!job.T || !job.S) return;
   job.rows = rows < job.T ? rows : job.T;
   job.keys = keys < job.S ? keys : rounded(job.S, avx512::PANEL);
 
@@ -235,7 +299,10 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::ve
     job.sizes[a] = 1;
     for (const auto* list : {&tensors, &outs})
       for (const Tensor& t : *list)
-        if (size(t, a) != 1) job.sizes[a] = size(t, a);
+        if (size(t, a) != 1) {
+          WANTED(job.sizes[a] == 1 || job.sizes[a] == size(t, a), "leading axes that broadcast");
+          job.sizes[a] = size(t, a);
+        }
     bool in_all = true;
     for (const Tensor& out : outs) in_all = in_all && size(out, a) != 1;
     if (job.sizes[a] == 1) continue;
@@ -245,8 +312,8 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::ve
 
   std::vector<char> is_pair(tensors.size(), 0), has_keys(tensors.size(), 0);
   for (const Factor& f : p.factors)
-    for (const Scaled& term : f.dense) is_pair[term.tensor] = 1;
-  if (p.mask.size() == 1) is_pair[p.mask[0]] = 1;
+    for (const Scaled& term : f.dense) is_pair.at(term.tensor) = 1;
+  if (p.mask.size() == 1) is_pair.at(p.mask[0]) = 1;
   for (size_t n = 0; n < tensors.size(); n++)
     job.tensors.push_back(view_of(tensors[n], job.axes, is_pair[n] ? job.T : 0, is_pair[n] ? job.S : 0));
   job.outputs.emplace_back();
@@ -255,6 +322,7 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::ve
     WANTED(outs[o].is_contiguous() && outs[o].scalar_type() == torch::headeronly::ScalarType::Float, "outputs should be contiguous float32");
     job.outputs[0].push_back(view_of(outs[o], job.axes, pair ? job.T : 0, pair ? job.S : 0));
   }
+  check(job);
 
   const int64_t blocks = (job.T + job.rows - 1) / job.rows, threads = torch::stable::get_num_threads();
   const bool is_uneven = job.tasks < 4 * threads && job.tasks % threads;
