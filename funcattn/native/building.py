@@ -58,6 +58,9 @@ SOURCES = tuple(
         "attention/attention.h",
         "attention/forward.h",
         "attention/gemm.h",
+        "attention/contract.cpp",
+        "attention/contract.h",
+        "attention/program.h",
         "attention/vectors.h",
     )
 )

@@ -1,0 +1,302 @@
+"""Contractions of the closed algebra in C++: the program of the operator funcattn::native_contract.
+
+A contraction becomes a list of integers and weights, once for each contraction:
+
+    load    a query-side tensor times a weight, one block at a time
+    pack    a key-side tensor of a low-rank factor; value: one that a weight is contracted with
+    factor  a matrix (T, S): products of loads and packs, row and column terms, dense matrices;
+            the first is the logits
+    step    to (+)= weight * from * factor, from P to the products of factors and their sums
+    sink    a matrix, the values that it is contracted with, and the output that it adds to
+
+Each low-rank term of a factor and each sink is one product of matrices. Terms of an output with the
+same values become one sink, so their sum is taken before the product; equal factors, products and
+sums are computed once.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ..closed.algebra import ONES, Dense, Factor, K, L, Pair, Q, Sweep, Term, places
+from . import torch_blocks
+from .masking import is_finite
+
+SIDES = ("query", "key", "pair")  # numbered as in program.h
+MAX_AXES = 16
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ROOM = 5 * 2**15  # numbers of all matrices of a block: 640 KiB of 1 MiB of L2
+ROWS, KEYS = 192, 128  # of a block, at most
+PANEL = 32  # keys of a panel of packed rows
+Product = tuple[int, ...]  # sorted indices of factors
+Sum = tuple[tuple[Product, float], ...]  # weights times P times products of factors
+
+
+class Step(NamedTuple):
+    """to = weight * source * factor, or += where it adds; buffers by number, factor -1 for none."""
+
+    adds: bool
+    to: int
+    source: int
+    factor: int
+    weight: float
+
+
+def why_not(spec: Sweep, tensors: Sequence[Tensor]) -> str:
+    """Why the operator does not compute a contraction, or ""."""
+    if spec.dropout != ONES:
+        return "dropout is not written in C++"
+    query, key, pair = places(spec)
+    T, S = tensors[Q].shape[-2], tensors[K].shape[-2]
+    reads = [tensors[p] for p in query | key | pair]
+    if any(x.device.type != "cpu" for x in (*reads, *(tensors[p] for p in spec.mask))):
+        return "the operator is for the CPU"
+    if any(x.dtype not in FLOATS for x in reads):
+        return "the operator computes in float32"
+    if any(not x.numel() for x in tensors):
+        return "a size is zero"
+    if max(x.dim() for x in tensors) - 2 > MAX_AXES:
+        return f"there are more than {MAX_AXES} leading axes"
+    if any(tensors[p].shape[-2] != T for p in query) or any(tensors[p].shape[-2] != S for p in key):
+        return "a tensor has not as many rows as there are queries or keys"
+    return native.load()
+
+
+def contract(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """All outputs of a contraction, float32, as `torch_blocks.sweep`; see `why_not`.
+
+    Where keys are hidden and a result is not finite, torch_blocks computes the outputs again,
+    without hidden pairs.
+    """
+    axes = max([len(s) for s in shapes] + [x.dim() for x in tensors]) - 2
+    has = tuple(_axes(x.shape, axes) for x in tensors)
+    numbers, weights, buffers = program(spec, has, tuple(_axes(s, axes) for s in shapes))
+    outs = [torch.zeros(tuple(s)) for s in shapes]
+    rows, keys = block_sizes(buffers, tensors[Q].shape[-2], len(spec.mask) == 2)
+    torch.ops.funcattn.native_contract(_readable(spec, tensors), numbers, weights, outs, rows, keys)
+    hides = spec.mask or spec.bias != ONES
+    return torch_blocks.sweep(spec, shapes, tensors) if hides and not is_finite(outs) else outs
+
+
+def _readable(spec: Sweep, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of float32 with contiguous features, intervals as int64; dense matrices as they are."""
+    pair = places(spec)[2]
+    whole = set(spec.mask) if len(spec.mask) == 2 else set()
+    read = []
+    for place, x in enumerate(tensors):
+        if place in whole:
+            x = x.long()
+        elif place not in pair and place not in spec.mask:
+            x = x.float()
+            x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        read.append(x.detach())
+    return read
+
+
+def block_sizes(buffers: int, T: int, by_intervals: bool) -> tuple[int, int]:
+    """Queries and keys of a block, so that `buffers` matrices of a block stay within ROOM.
+
+    Keys are read once for each block of queries, so many queries are best; with intervals, as
+    causal masks have, few of them, since a block reaches over what its last query sees.
+    """
+    if by_intervals:
+        rows, keys = min(ROWS // 2, max(32, T // 256 * 16)), 2 * KEYS
+    else:
+        rows, keys = ROWS, KEYS
+    while keys > PANEL and buffers * rows * keys > ROOM:
+        keys //= 2
+    return rows, keys
+
+
+def _axes(shape: Sequence[int], axes: int) -> int:
+    """The leading axes of size above 1, as bits; axis 0 is the first of `axes`."""
+    first = axes + 2 - len(shape)
+    return sum(1 << (first + n) for n, size in enumerate(shape[:-2]) if size != 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def program(spec: Sweep, has: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], list[float], int]:
+    """The integers, the weights and the number of buffers of a contraction.
+
+    Args:
+        spec: the contraction.
+        has: the leading axes of each tensor, as bits.
+        outputs: the leading axes of each output.
+    """
+    return _Compiler(spec, has, outputs).compile()
+
+
+class _Compiler:
+    """Numbers of loads, packs, values, factors and sums, in the order of their first use."""
+
+    def __init__(self, spec: Sweep, has: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+        self.spec, self.has, self.leads = spec, has, outputs
+        self.loads: dict[tuple[int, float], int] = {}
+        self.packs: dict[int, int] = {}
+        self.values: dict[int, int] = {}
+        self.factors: dict[Factor, int] = {}
+        self.sums: dict[Sum, int] = {}
+        self.everything = functools.reduce(int.__or__, (*has, *outputs), 0)
+
+    def compile(self) -> tuple[list[int], list[float], int]:
+        logits = [Pair(Q, K, self.spec.scale)]
+        logits += [Dense(self.spec.bias)] if self.spec.bias != ONES else []
+        self._number(self.factors, tuple(logits))
+        outputs, sinks = [], []
+        for number, output in enumerate(self.spec.outputs):
+            scale = next((t.weight for t in output.terms if t.weight), 1.0)
+            outputs.append((SIDES.index(output.side), scale))
+            for (value, gate), total in self._sums(number, scale).items():
+                values = self._values(output.side, value, scale)
+                sinks.append((self._number(self.sums, total), values, number, gate))
+        steps, places, buffers = _schedule(list(self.sums), len(self.factors))
+        out = _Numbers()
+        out.add(buffers, L)
+        out.list([(p,) for p in self.spec.mask])
+        described = [self._factor(factor) for factor in self.factors]  # it numbers loads and packs
+        out.list([(tensor,) for tensor, _ in self.loads], [weight for _, weight in self.loads])
+        out.list([(tensor,) for tensor in self.packs])
+        out.list([(tensor,) for tensor in self.values])
+        out.add(len(described))
+        for buffer, (dots, rows, columns, dense) in enumerate(described):
+            out.add(buffer)
+            out.list(dots)
+            for terms in (rows, columns, dense):
+                out.list([(tensor,) for tensor, _ in terms], [weight for _, weight in terms])
+        out.list([tuple(map(int, step[:4])) for step in steps], [step.weight for step in steps])
+        out.list([(side,) for side, _ in outputs], [weight for _, weight in outputs])
+        sinks = [(places[total], values, number, gate) for total, values, number, gate in sinks]
+        out.list(sorted(sinks, key=lambda sink: sink[0]))  # what reads one matrix is done at once
+        return out.numbers, out.weights, buffers
+
+    def _number(self, table: dict, key: object) -> int:
+        return table.setdefault(key, len(table))
+
+    def _values(self, side: str, value: int, scale: float) -> int:
+        if value == ONES or side == "pair":
+            return ONES
+        if side == "query":
+            return self._number(self.values, value)
+        return self._number(self.loads, (value, scale))
+
+    def _sums(self, number: int, scale: float) -> dict[tuple[int, int], Sum]:
+        """From values and gate to the sum of products that they are contracted with."""
+        output = self.spec.outputs[number]
+        found: dict[tuple[int, int], Counter[Product]] = {}
+        for term in output.terms:
+            product = tuple(sorted(self._number(self.factors, f) for f in term.factors))
+            value = ONES if output.side == "pair" else term.value
+            total = found.setdefault((value, self._gate(number, term)), Counter())
+            total[product] += term.weight / scale  # pyright: ignore[reportArgumentType]
+        return {key: tuple(sorted(total.items())) for key, total in found.items()}
+
+    def _gate(self, number: int, term: Term) -> int:
+        """Axes that neither the output nor a tensor of the term has: there it counts once."""
+        spec = self.spec
+        read = {Q, K, L, *spec.mask, spec.bias, term.value if spec.outputs[number].side != "pair" else ONES}
+        for factor in term.factors:
+            for summand in factor:
+                read |= {summand.m} if isinstance(summand, Dense) else {summand.a, summand.b}
+        mine = functools.reduce(int.__or__, (self.has[p] for p in read - {ONES}), self.leads[number])
+        return self.everything & ~mine
+
+    def _factor(self, factor: Factor) -> tuple[list, list, list, list]:
+        dots, rows, columns, dense = [], [], [], []
+        for summand in factor:
+            if isinstance(summand, Dense):
+                dense.append(tuple(summand))
+            elif summand.b == ONES:
+                rows.append((summand.a, summand.weight))
+            elif summand.a == ONES:
+                columns.append((summand.b, summand.weight))
+            else:
+                load = self._number(self.loads, (summand.a, summand.weight))
+                dots.append((load, self._number(self.packs, summand.b)))
+        return dots, rows, columns, dense
+
+
+class _Numbers:
+    """The integers and weights of a program, as contract.cpp reads them."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.weights: list[float] = []
+
+    def add(self, *numbers: int) -> None:
+        self.numbers += numbers
+
+    def list(self, items: Sequence[tuple[int, ...]], weights: Sequence[float] = ()) -> None:
+        self.add(len(items), *(number for item in items for number in item))
+        self.weights += weights
+
+
+def _schedule(sums: list[Sum], factors: int) -> tuple[list[Step], list[int], int]:
+    """Steps that compute sums of products, the buffer of each sum, and the number of buffers.
+
+    Buffer f holds factor f at the beginning, and buffer 0 P. Products that are a sum of their own,
+    or the beginning of a longer product, are computed once; the others are only added. A step
+    writes to a buffer that is not read again, if there is one, and steps that need no new buffer go
+    first.
+    """
+    nodes = _products(sums)
+    todo: list[tuple[Sum, list[tuple[Sum, int, float]]]] = []  # what, and terms (source, factor, weight)
+    for product in sorted(nodes - {()}, key=len):
+        todo.append((_alone(product), [(*_split(product, nodes), 1.0)]))
+    for total in sums:
+        if not _is_product(total):
+            terms = [(_alone(p), ONES, w) if p in nodes else (*_split(p, nodes), w) for p, w in total]
+            todo.append((total, terms))
+    at: dict[Sum | int, int] = {_alone(()): 0, **{f: f for f in range(1, factors)}}
+    uses: Counter[Sum | int] = Counter(sums)  # the use by a sink never ends
+    for _, terms in todo:
+        uses.update(x for source, factor, _ in terms for x in (source, factor) if x != ONES)
+    buffers, free, steps = factors, [b for x, b in at.items() if not uses[x]], list[Step]()
+    while todo:
+        ready = [n for n, (_, terms) in enumerate(todo) if all(source in at for source, _, _ in terms)]
+        ends = lambda n: any(uses[x] == 1 for x in todo[n][1][0][:2])
+        what, terms = todo.pop(max(ready, key=ends))
+        to = -1
+        for source, factor, weight in terms:
+            adds, read = to >= 0, [x for x in (source, factor) if x != ONES]
+            uses.subtract(read)
+            free += [at[x] for x in set(read) if not uses[x]]
+            if not adds:
+                to = free.pop() if free else buffers
+                buffers = max(buffers, to + 1)
+            steps.append(Step(adds, to, at[source], at.get(factor, ONES), weight))
+        at[what] = to
+    return steps, [at[total] for total in sums], buffers
+
+
+def _alone(product: Product) -> Sum:
+    return ((product, 1.0),)
+
+
+def _is_product(total: Sum) -> bool:
+    return len(total) == 1 and total[0][1] == 1
+
+
+def _products(sums: list[Sum]) -> set[Product]:
+    """The products to compute, with P: of single ones, and what others begin with."""
+    nodes: set[Product] = {()}
+    more = [total[0][0] for total in sums if _is_product(total)]
+    nodes.update(more)
+    for total in sums:
+        more += [product for product, _ in total if product not in nodes]
+    for product in more:
+        while product:
+            ((product, _),) = _split(product, nodes)[0]
+            nodes.add(product)
+    return nodes
+
+
+def _split(product: Product, nodes: set[Product]) -> tuple[Sum, int]:
+    """A shorter product, one that is computed anyway if there is one, and the factor left."""
+    rests = [(product[:n] + product[n + 1 :], product[n]) for n in range(len(product))]
+    rest, factor = next((one for one in rests if one[0] in nodes), rests[-1])
+    return _alone(rest), factor
