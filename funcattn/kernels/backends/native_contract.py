@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ..closed.algebra import ONES, Dense, Factor, K, L, Pair, Q, Sweep, Term, places
-from . import torch_blocks
+from ..closed.algebra import ONES, Contraction, DenseFactor, Factor, K, L, LowRankFactor, Q, Term, places
 from .masking import is_finite
 
 SIDES = ("query", "key", "pair")  # numbered as in program.h
@@ -47,7 +46,7 @@ class Step(NamedTuple):
     weight: float
 
 
-def why_not(spec: Sweep, tensors: Sequence[Tensor]) -> str:
+def why_not(spec: Contraction, tensors: Sequence[Tensor]) -> str:
     """Why the operator does not compute a contraction, or ""."""
     if spec.dropout != ONES:
         return "dropout is not written in C++"
@@ -67,11 +66,11 @@ def why_not(spec: Sweep, tensors: Sequence[Tensor]) -> str:
     return native.load()
 
 
-def contract(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """All outputs of a contraction, float32, as `torch_blocks.sweep`; see `why_not`.
+def contract(spec: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """All outputs of a contraction, float32, as `torch_blocks.contract`; see `why_not`.
 
-    Where keys are hidden and a result is not finite, torch_blocks computes the outputs again,
-    without hidden pairs.
+    None where keys are hidden and a result is not finite: the next backend computes the outputs
+    again, without hidden pairs.
     """
     axes = max([len(s) for s in shapes] + [x.dim() for x in tensors]) - 2
     has = tuple(_axes(x.shape, axes) for x in tensors)
@@ -80,10 +79,10 @@ def contract(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Ten
     rows, keys = block_sizes(buffers, tensors[Q].shape[-2], len(spec.mask) == 2)
     torch.ops.funcattn.native_contract(_readable(spec, tensors), numbers, weights, outs, rows, keys)
     hides = spec.mask or spec.bias != ONES
-    return torch_blocks.sweep(spec, shapes, tensors) if hides and not is_finite(outs) else outs
+    return None if hides and not is_finite(outs) else outs
 
 
-def _readable(spec: Sweep, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _readable(spec: Contraction, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Rows of float32 with contiguous features, intervals as int64; dense matrices as they are."""
     pair = places(spec)[2]
     whole = set(spec.mask) if len(spec.mask) == 2 else set()
@@ -120,7 +119,7 @@ def _axes(shape: Sequence[int], axes: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def program(spec: Sweep, has: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], list[float], int]:
+def program(spec: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], list[float], int]:
     """The integers, the weights and the number of buffers of a contraction.
 
     Args:
@@ -134,7 +133,7 @@ def program(spec: Sweep, has: tuple[int, ...], outputs: tuple[int, ...]) -> tupl
 class _Compiler:
     """Numbers of loads, packs, values, factors and sums, in the order of their first use."""
 
-    def __init__(self, spec: Sweep, has: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+    def __init__(self, spec: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]) -> None:
         self.spec, self.has, self.leads = spec, has, outputs
         self.loads: dict[tuple[int, float], int] = {}
         self.packs: dict[int, int] = {}
@@ -144,8 +143,8 @@ class _Compiler:
         self.everything = functools.reduce(int.__or__, (*has, *outputs), 0)
 
     def compile(self) -> tuple[list[int], list[float], int]:
-        logits = [Pair(Q, K, self.spec.scale)]
-        logits += [Dense(self.spec.bias)] if self.spec.bias != ONES else []
+        logits = [LowRankFactor(Q, K, self.spec.scale)]
+        logits += [DenseFactor(self.spec.bias)] if self.spec.bias != ONES else []
         self._number(self.factors, tuple(logits))
         outputs, sinks = [], []
         for number, output in enumerate(self.spec.outputs):
@@ -201,14 +200,14 @@ class _Compiler:
         read = {Q, K, L, *spec.mask, spec.bias, term.value if spec.outputs[number].side != "pair" else ONES}
         for factor in term.factors:
             for summand in factor:
-                read |= {summand.m} if isinstance(summand, Dense) else {summand.a, summand.b}
+                read |= {summand.m} if isinstance(summand, DenseFactor) else {summand.a, summand.b}
         mine = functools.reduce(int.__or__, (self.has[p] for p in read - {ONES}), self.leads[number])
         return self.everything & ~mine
 
     def _factor(self, factor: Factor) -> tuple[list, list, list, list]:
         dots, rows, columns, dense = [], [], [], []
         for summand in factor:
-            if isinstance(summand, Dense):
+            if isinstance(summand, DenseFactor):
                 dense.append(tuple(summand))
             elif summand.b == ONES:
                 rows.append((summand.a, summand.weight))
