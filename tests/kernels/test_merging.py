@@ -273,7 +273,8 @@ peak = lambda: int((words := status())[words.index("VmHWM:") + 1]) / 1024
 from funcattn import masks
 def f(q, k, v, sinks, cap):
     T = q.shape[-2]
-    return attend_segments(q, [KVSegment(k[:, :99], v[:, :99]), KVSegment(k, v, masks.causal(T))], scale=0.2, cap=cap, sinks=sinks).sum()
+    segments = [KVSegment(k[:, :99], v[:, :99]), KVSegment(k, v, masks.causal(T))]
+    return attend_segments(q, segments, scale=0.2, cap=cap, sinks=sinks).sum()
 inputs = lambda T: (torch.ones(2, T, 16), torch.ones(1, T, 16), torch.ones(1, T, 16), torch.ones(2))
 for cap in (None, 30.0):
     grad(f, (0, 1, 2, 3))(*inputs(600), cap)  # what torch loads on first use, and the blocks
