@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from ...core import atomic
 from ...core.errors import fail, form
 from ..families import CheckpointError
+from ..families.tables import Json
 from ..gguf import metadata as fields
 from ..writing import written
 from . import chunks, prompts, templates, tokenizer_json
@@ -110,7 +111,7 @@ class Tokenizer:
             return self.backend.decode(numbers, skip_special_tokens=skip_special)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self, messages: Sequence[Mapping[str, Json]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> str:
         """A conversation as text, by the chat template.
 
@@ -134,7 +135,7 @@ class Tokenizer:
         return templates.opened(text) if continue_final_message else text
 
     def prompt(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self, messages: Sequence[Mapping[str, Json]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> list[int]:
         """The ids of a conversation in which only the template writes special tokens.
 
@@ -164,7 +165,7 @@ class Tokenizer:
             self.bounds.check(self.backend, rendered.text)
             return prompts.encode(self.backend, rendered)
 
-    def _rendering(self, messages: Any, add_generation_prompt: bool, continue_final_message: bool) -> tuple[str, Any, Any]:
+    def _rendering(self, messages: Json, add_generation_prompt: bool, continue_final_message: bool) -> tuple[str, Any, Any]:
         """Template, messages and variables, validated."""
         if isinstance(messages, str) or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             wanted = 'messages such as [{"role": "user", "content": "Hello"}]'
@@ -191,7 +192,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, str]:
         """Name -> text of the tokenizer's files in the Hugging Face layout."""
-        settings: dict[str, Any] = {
+        settings: dict[str, Json] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self.roles,
@@ -222,10 +223,10 @@ class Tokenizer:
 
 def from_files(
     tokenizer: str,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Json],
     templates: Mapping[str, str],
     stop: Iterable[int],
-    beside: Mapping[str, Any] = MappingProxyType({}),
+    beside: Mapping[str, Json] = MappingProxyType({}),
 ) -> Tokenizer:
     """A Tokenizer from the text of tokenizer.json and the values of the files beside it (see `declared`).
 
@@ -272,7 +273,7 @@ SPLITS = {  # how text is cut before the merges, as in the tokenizer.json of the
 }
 
 
-def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
+def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer:
     """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of text, or SentencePiece's."""
     kind_of_model = fields.text(metadata, "tokenizer.ggml.model")
     if kind_of_model not in ("gpt2", "llama"):
@@ -316,7 +317,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     return Tokenizer(backend, ends, fields.optional_text(metadata, "tokenizer.chat_template"), roles)
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: str) -> tokenizers.Tokenizer:
+def _byte_level(metadata: Mapping[str, Json], tokens: Sequence[str], split: str) -> tokenizers.Tokenizer:
     """Byte-level BPE."""
     ids = {token: number for number, token in enumerate(tokens)}
     merges = fields.texts(metadata, "tokenizer.ggml.merges")
