@@ -2,7 +2,6 @@
 
 import builtins
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import optree
 import torch
@@ -14,7 +13,7 @@ from .nodes import KINDS, IsLeaf, Transform, Tree, is_leaf_node, nodes
 
 
 @door
-def map(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
+def map(f: Callable[..., Tree], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
     """Apply f to each leaf, and to the leaves at the same path of the rest; keep the structure.
 
     Raises:
@@ -28,7 +27,7 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) 
 
 
 @door
-def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
+def map_with_path(f: Callable[..., Tree], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
     """Apply f(path, leaf, *rest) to each leaf.
 
     Example:
@@ -41,7 +40,7 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLea
 
 
 @door
-def leaves(tree: Tree, *, is_leaf: IsLeaf = None) -> list[Any]:
+def leaves(tree: Tree, *, is_leaf: IsLeaf = None) -> list[Tree]:
     """The leaves in order."""
     return optree.tree_leaves(tree, is_leaf=is_leaf)
 
@@ -58,7 +57,7 @@ def paths(tree: Tree, *, is_leaf: IsLeaf = None) -> list[str]:
 
 
 @door
-def items(tree: Tree, *, is_leaf: IsLeaf = None) -> list[tuple[str, Any]]:
+def items(tree: Tree, *, is_leaf: IsLeaf = None) -> list[tuple[str, Tree]]:
     """Pairs (path, leaf), in the order of `leaves`."""
     return [(path, node) for path, node in nodes(tree, is_leaf) if is_leaf_node(node, is_leaf)]
 
@@ -111,7 +110,7 @@ def count(tree: Tree) -> int:
 def allclose(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
     """True where structure, shapes and dtypes are equal and values close (equal for integers)."""
 
-    def close(x: Any, y: Any) -> bool:
+    def close(x: Tree, y: Tree) -> bool:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             return type(x) is type(y) and x == y
         if x.shape != y.shape or x.dtype != y.dtype:

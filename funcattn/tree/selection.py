@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Callable
-from typing import Any
 
 from ..core import errors
 from ..core.doors import door
@@ -12,7 +11,7 @@ from .nodes import KINDS, IsLeaf, Tree, is_leaf_node, join_path, nodes, open_nod
 
 
 @door
-def update(tree: Tree, path: str, value: Any, *, regex: bool = False, is_leaf: IsLeaf = None) -> Tree:
+def update(tree: Tree, path: str, value: object, *, regex: bool = False, is_leaf: IsLeaf = None) -> Tree:
     """The tree with the value at a path replaced; other leaves are not copied.
 
     Args:
@@ -52,7 +51,9 @@ def update(tree: Tree, path: str, value: Any, *, regex: bool = False, is_leaf: I
 
 
 @door
-def partition(tree: Tree, predicate: str | Callable[[str, Any], bool] = "floating", *, is_leaf: IsLeaf = None) -> tuple[Tree, Tree]:
+def partition(
+    tree: Tree, predicate: str | Callable[[str, Tree], bool] = "floating", *, is_leaf: IsLeaf = None
+) -> tuple[Tree, Tree]:
     """Split a tree in two of the same structure, with `()` in place of leaves of the other half.
 
     For gradients of some leaves: `grad(lambda chosen: loss(combine(chosen, others)))(chosen)`.
