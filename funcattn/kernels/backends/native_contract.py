@@ -257,10 +257,10 @@ def _schedule(sums: list[Sum], factors: int) -> tuple[list[Step], list[int], int
     buffers, free, steps = factors, [b for x, b in at.items() if not uses[x]], list[Step]()
     while todo:
         ready = [n for n, (_, terms) in enumerate(todo) if all(source in at for source, _, _ in terms)]
-        ends = lambda n: any(uses[x] == 1 for x in todo[n][1][0][:2])
-        what, terms = todo.pop(max(ready, key=ends))
+        ends = lambda term: any(uses[x] == 1 for x in term[:2])
+        what, terms = todo.pop(max(ready, key=lambda n: any(map(ends, todo[n][1]))))
         to = -1
-        for source, factor, weight in terms:
+        for source, factor, weight in sorted(terms, key=ends, reverse=True):
             adds, read = to >= 0, [x for x in (source, factor) if x != ONES]
             uses.subtract(read)
             free += [at[x] for x in set(read) if not uses[x]]
