@@ -8,7 +8,6 @@ input of that code, of which no derivative is taken. A record type registers an 
 """
 
 import functools
-from typing import Any
 
 from torch import Tensor
 
