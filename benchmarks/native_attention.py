@@ -49,7 +49,8 @@ def measure(dtype: torch.dtype, T: int, D: int, causal: bool, repeats: int, cloc
     rates = [n * pairs * D / times[name] / 1e9 for name, n in (("fused", 4), ("value", 4), ("jvp", 12))]
     print(
         f"{str(dtype).removeprefix('torch.'):>9} {T:>5} {D:>4} {'causal' if causal else 'full':>7} {times['fused'] * 1e3:>9.2f} ms"
-        f" {times['value'] / times['fused']:>9.2f} {times['jvp'] / times['fused']:>10.2f}   " + " ".join(f"{r:>6.0f}" for r in rates),
+        f" {times['value'] / times['fused']:>9.2f} {times['jvp'] / times['fused']:>10.2f}   "
+        + " ".join(f"{r:>6.0f}" for r in rates),
         flush=True,
     )
 
