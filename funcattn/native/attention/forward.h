@@ -194,7 +194,7 @@ static int64_t scratch_size(const Attention& a) {
 
 static int64_t integer(const Operand& x, const char* at) { return x.type == INT64 ? *(const int64_t*)at : *(const int32_t*)at; }
 
-static float power(float x) { return top(exp2_below(all(x * LOG2E))); }  // e^x for x up to 0
+static float power(float x) { return top(exp_below(all(x))); }  // e^x for x up to 0
 
 static void scale_row(float* x, int64_t n, float by) {
   for (int64_t i = 0; i < n; i += VL) store(x + i, mul(load(x + i), all(by)));
@@ -329,7 +329,8 @@ struct Sweeper {
     for (int n = low; n < high; n += STEP) {
       Vec p[STEP / VL], w[STEP / VL];
       UNROLL for (int c = 0; c < STEP / VL; c++) {
-        p[c] = exp2_below(mul(sub(load(s + n + c * VL), down), steep));
+        const Vec x = sub(load(s + n + c * VL), down);
+        p[c] = PAIRS ? exp2_below(mul(x, steep)) : exp_below(x);
         mass = add(mass, p[c]);
         if (PUSHES && moves) {
           w[c] = mul(PAIRS ? mul(p[c], by) : p[c], load(ds + n + c * VL));
