@@ -37,6 +37,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
 from typing import TypeVar
@@ -250,15 +251,20 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def compile_to(compiler: str, path: Path, *flags: str) -> None:
-    """Compile the sources to a library at path.
+    """Compile the sources, side by side, to a library at path.
 
     Raises:
         Missing: the compiler fails, with what it said.
     """
     home = Path(torch.__file__).parent
-    libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
-    sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-    _run([compiler, *FLAGS, *flags, f"-I{home / 'include'}", *sources, "-o", str(path), *libraries])
+    options = [compiler, *FLAGS, *flags]
+    sources = [source for source in SOURCES if source.suffix == ".cpp"]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        compiled = lambda source, to: _run([*options, f"-I{home / 'include'}", "-c", str(source), "-o", to])
+        with ThreadPoolExecutor(len(sources)) as pool:
+            list(pool.map(compiled, sources, objects))
+        _run([*options, *objects, "-o", str(path), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"])
 
 
 def _sweep(place: Path) -> None:
