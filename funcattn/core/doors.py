@@ -200,6 +200,24 @@ def printed(make: F) -> F:
     return call  # pyright: ignore[reportReturnType]
 
 
+def reprinted(cls: C) -> C:
+    """A NamedTuple whose `_replace` clears its field `text`, unless it replaces that field too.
+
+    A value with another field is no longer what the printed call made.
+
+    Example:
+        >>> @reprinted
+        ... class Scaled(NamedTuple):
+        ...     by: float
+        ...     text: str = ""
+        >>> Scaled(2.0, "scaled(2.0)")._replace(by=3.0)
+        Scaled(by=3.0, text='')
+    """
+    replace: Callable[..., object] = cls._replace  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(cls, "_replace", lambda self, **fields: replace(self, **({"text": ""} if fields else {}) | fields))
+    return cls
+
+
 def made(cls: C) -> C:
     """A dataclass whose constructor explains wrong arguments like `door`."""
     cls.__init__ = door(cls.__init__, name=cls.__name__)

@@ -177,9 +177,7 @@ def dropout_key(rate: float) -> Tensor | None:
     return next((mode for mode in reversed(modes) if isinstance(mode, Override)), Override(None)).draw(rate)
 
 
-def _visible(
-    attn_mask: Tensor | Mask | None, is_causal: bool, query: Tensor, key: Tensor
-) -> tuple[Tensor | Mask | None, Tensor | None]:
+def _visible(attn_mask: Tensor | Mask | None, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Any, Tensor | None]:
     """attn_mask and is_causal of torch as a mask and a bias."""
     diagonal = "upper" if is_causal else ""
     if isinstance(attn_mask, Tensor) and type(attn_mask) not in (Tensor, torch.nn.Parameter):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import randomness, tree
 from ..core import errors
-from ..core.doors import door, printed, shown_value, uncalled, what_is
+from ..core.doors import door, printed, reprinted, shown_value, uncalled, what_is
 from ..records import ABSENT, formerly
 from ..tree import Tree
 
@@ -36,6 +36,7 @@ def _ignore(tokens: Tensor, length: Tensor, state: Tree) -> Tree:
 
 
 @formerly(prime="observe_prompt")
+@reprinted
 class Sampler(NamedTuple):
     """A transform of logits. Not a record: it holds functions.
 
@@ -65,7 +66,7 @@ class Sampler(NamedTuple):
 
     def __call__(self, *args: object, **options: object) -> "Sampler":
         """`greedy()` is `greedy`, for symmetry with other samplers; calling any other raises."""
-        return self if self is greedy and not args and not options else uncalled(self, *args, **options)
+        return self if self == greedy and not args and not options else uncalled(self, *args, **options)
 
     def __repr__(self) -> str:
         return f"Sampler({self.text or shown_value(self.update)})"

@@ -20,7 +20,7 @@ from torch import Tensor
 from ... import caches, collectives, randomness, sampling, transformer, tree
 from ...caches import Branch, Cache, KVCache
 from ...core import errors
-from ...core.doors import door, printed, uncalled, what_is
+from ...core.doors import door, printed, reprinted, uncalled, what_is
 from ...models import Model, at_core, config_of, told
 from ...records import ABSENT, formerly, record
 from ...sampling import Sampler
@@ -43,6 +43,7 @@ class Draft(NamedTuple):
     valid: Tensor
 
 
+@reprinted
 class Drafter(NamedTuple):
     """The functions of a drafter. Not a record: it holds functions.
 
