@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ..closed.algebra import Sweep, attend_tangent
+from ..closed.algebra import Contraction, attend_tangent
 from . import torch_blocks
 from .layout import broadcast
 
@@ -90,9 +90,9 @@ def _by_blocks(
             flat.append(x)
     lead = lambda x, *those: broadcast(x.shape[:-2], *(y.shape[:-2] for y in those if y is not None))
     of_out, of_lse = (*lead(out, *tangents), *out.shape[-2:]), (*lead(lse, *tangents[:2]), *lse.shape[-2:])
-    spec = attend_tangent(Sweep((), scale, tuple(range(3, 3 + len(mask)))), 3 + len(mask), has_tangent)
+    spec = attend_tangent(Contraction((), scale, tuple(range(3, 3 + len(mask)))), 3 + len(mask), has_tangent)
     if not has_tangent:
         return out, lse, torch.zeros_like(out), torch.zeros_like(lse)
-    mixed, *slope = torch_blocks.sweep(spec, (of_out, of_lse)[: len(spec.outputs)], flat)
+    mixed, *slope = torch_blocks.contract(spec, (of_out, of_lse)[: len(spec.outputs)], flat)
     dlse = slope[0] if slope else lse.new_zeros(of_lse)
     return out, lse, (mixed - dlse * out).to(out.dtype), dlse
