@@ -46,14 +46,14 @@ class Step(NamedTuple):
     weight: float
 
 
-def why_not(spec: Contraction, tensors: Sequence[Tensor]) -> str:
+def why_not_contract(contraction: Contraction, tensors: Sequence[Tensor]) -> str:
     """Why the operator does not compute a contraction, or ""."""
-    if spec.dropout != ONES:
+    if contraction.dropout != ONES:
         return "dropout is not written in C++"
-    query, key, pair = places(spec)
+    query, key, pair = places(contraction)
     T, S = tensors[Q].shape[-2], tensors[K].shape[-2]
     reads = [tensors[p] for p in query | key | pair]
-    if any(x.device.type != "cpu" for x in (*reads, *(tensors[p] for p in spec.mask))):
+    if any(x.device.type != "cpu" for x in (*reads, *(tensors[p] for p in contraction.mask))):
         return "the operator is for the CPU"
     if any(x.dtype not in FLOATS for x in reads):
         return "the operator computes in float32"
@@ -66,31 +66,33 @@ def why_not(spec: Contraction, tensors: Sequence[Tensor]) -> str:
     return native.load()
 
 
-def contract(spec: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """All outputs of a contraction, float32, as `torch_blocks.contract`; see `why_not`.
+def contract(
+    contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] = ()
+) -> list[Tensor] | None:
+    """All outputs of a contraction, float32, as `torch_blocks.contract`; see `why_not_contract`.
 
-    None where keys are hidden and a result is not finite: the next backend computes the outputs
-    again, without hidden pairs.
+    Returns None where keys are hidden and a result is not finite: only a backend that leaves hidden
+    pairs out of every sum may compute it.
     """
     axes = max([len(s) for s in shapes] + [x.dim() for x in tensors]) - 2
     has = tuple(_axes(x.shape, axes) for x in tensors)
-    numbers, weights, buffers = program(spec, has, tuple(_axes(s, axes) for s in shapes))
-    outs = [torch.zeros(tuple(s)) for s in shapes]
-    rows, keys = block_sizes(buffers, tensors[Q].shape[-2], len(spec.mask) == 2)
-    torch.ops.funcattn.native_contract(_readable(spec, tensors), numbers, weights, outs, rows, keys)
-    hides = spec.mask or spec.bias != ONES
+    numbers, weights, buffers = program(contraction, has, tuple(_axes(s, axes) for s in shapes))
+    outs = [tensors[Q].new_zeros(tuple(s), dtype=torch.float32) for s in shapes]
+    rows, keys = block_sizes(buffers, tensors[Q].shape[-2], len(contraction.mask) == 2)
+    torch.ops.funcattn.native_contract(_readable(contraction, tensors), numbers, weights, outs, rows, keys)
+    hides = contraction.mask or contraction.bias != ONES
     return None if hides and not is_finite(outs) else outs
 
 
-def _readable(spec: Contraction, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _readable(contraction: Contraction, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Rows of float32 with contiguous features, intervals as int64; dense matrices as they are."""
-    pair = places(spec)[2]
-    whole = set(spec.mask) if len(spec.mask) == 2 else set()
+    pair = places(contraction)[2]
+    whole = set(contraction.mask) if len(contraction.mask) == 2 else set()
     read = []
     for place, x in enumerate(tensors):
         if place in whole:
             x = x.long()
-        elif place not in pair and place not in spec.mask:
+        elif place not in pair and place not in contraction.mask:
             x = x.float()
             x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
         read.append(x.detach())
@@ -119,22 +121,22 @@ def _axes(shape: Sequence[int], axes: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def program(spec: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], list[float], int]:
+def program(contraction: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], list[float], int]:
     """The integers, the weights and the number of buffers of a contraction.
 
     Args:
-        spec: the contraction.
+        contraction: the contraction.
         has: the leading axes of each tensor, as bits.
         outputs: the leading axes of each output.
     """
-    return _Compiler(spec, has, outputs).compile()
+    return _Compiler(contraction, has, outputs).compile()
 
 
 class _Compiler:
     """Numbers of loads, packs, values, factors and sums, in the order of their first use."""
 
-    def __init__(self, spec: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]) -> None:
-        self.spec, self.has, self.leads = spec, has, outputs
+    def __init__(self, contraction: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+        self.contraction, self.has, self.leads = contraction, has, outputs
         self.loads: dict[tuple[int, float], int] = {}
         self.packs: dict[int, int] = {}
         self.values: dict[int, int] = {}
@@ -143,11 +145,11 @@ class _Compiler:
         self.everything = functools.reduce(int.__or__, (*has, *outputs), 0)
 
     def compile(self) -> tuple[list[int], list[float], int]:
-        logits = [LowRankFactor(Q, K, self.spec.scale)]
-        logits += [DenseFactor(self.spec.bias)] if self.spec.bias != ONES else []
+        logits = [LowRankFactor(Q, K, self.contraction.scale)]
+        logits += [DenseFactor(self.contraction.bias)] if self.contraction.bias != ONES else []
         self._number(self.factors, tuple(logits))
         outputs, sinks = [], []
-        for number, output in enumerate(self.spec.outputs):
+        for number, output in enumerate(self.contraction.outputs):
             scale = next((t.weight for t in output.terms if t.weight), 1.0)
             outputs.append((SIDES.index(output.side), scale))
             for (value, gate), total in self._sums(number, scale).items():
@@ -156,7 +158,7 @@ class _Compiler:
         steps, places, buffers = _schedule(list(self.sums), len(self.factors))
         out = _Numbers()
         out.add(buffers, L)
-        out.list([(p,) for p in self.spec.mask])
+        out.list([(p,) for p in self.contraction.mask])
         described = [self._factor(factor) for factor in self.factors]  # it numbers loads and packs
         out.list([(tensor,) for tensor, _ in self.loads], [weight for _, weight in self.loads])
         out.list([(tensor,) for tensor in self.packs])
@@ -185,7 +187,7 @@ class _Compiler:
 
     def _sums(self, number: int, scale: float) -> dict[tuple[int, int], Sum]:
         """From values and gate to the sum of products that they are contracted with."""
-        output = self.spec.outputs[number]
+        output = self.contraction.outputs[number]
         found: dict[tuple[int, int], Counter[Product]] = {}
         for term in output.terms:
             product = tuple(sorted(self._number(self.factors, f) for f in term.factors))
@@ -196,8 +198,8 @@ class _Compiler:
 
     def _gate(self, number: int, term: Term) -> int:
         """Axes that neither the output nor a tensor of the term has: there it counts once."""
-        spec = self.spec
-        read = {Q, K, L, *spec.mask, spec.bias, term.value if spec.outputs[number].side != "pair" else ONES}
+        contraction = self.contraction
+        read = {Q, K, L, *contraction.mask, contraction.bias, term.value if contraction.outputs[number].side != "pair" else ONES}
         for factor in term.factors:
             for summand in factor:
                 read |= {summand.m} if isinstance(summand, DenseFactor) else {summand.a, summand.b}

@@ -101,8 +101,8 @@ NATIVE = Backend(
     "native",
     attend=native.attend,
     why_not_attend=native.why_not_attend,
-    contract=lambda spec, shapes, tensors, dtypes: native_contract.contract(spec, shapes, tensors),
-    why_not_contract=native_contract.why_not,
+    contract=native_contract.contract,
+    why_not_contract=native_contract.why_not_contract,
     attend_jvp=native.attend_jvp,
     why_not_attend_jvp=native.why_not_attend_jvp,
 )
