@@ -12,7 +12,7 @@ import functools
 from torch import Tensor
 
 from ..core.tensor_cache import prepared_from
-from .products import BLOCK, Weight, by_blocks
+from .products import BLOCK, Blocks, Weight, by_blocks
 
 MAX_UNROLLED_VECTORS = 8  # products with a matrix are unrolled up to this: a register each
 
@@ -35,7 +35,7 @@ def prepare(weight: Weight, rows: int) -> Weight:
 
 
 @prepare.register
-def _(weight: Tensor, rows: int) -> Tensor:
+def _(weight: Tensor, rows: int) -> Tensor | Blocks:
     if rows > MAX_UNROLLED_VECTORS or weight.dim() != 2 or weight.device.type != "cpu":
         return weight
     if rows > 1:
