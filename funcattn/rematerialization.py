@@ -34,6 +34,7 @@ from .core import errors
 from .core.autograd import closed_jvp, in_forward_mode, is_differentiable, is_recorded, untraced
 from .core.computations import Computation, Whole, exchange
 from .core.replaying import State, Watching
+from .core.tensor_cache import versions
 from .records import describe
 
 # Attributes of a tensor that no derivative depends on: f may read them of a tensor it closes over.
@@ -318,10 +319,9 @@ def _levels(count: int) -> Iterator[None]:
             _functorch._vmap_decrement_nesting()
 
 
-def _traces(x: Sequence[Tensor]) -> tuple[list[int], list[bytes]]:
+def _traces(x: Sequence[Tensor]) -> tuple[tuple[int, ...], list[bytes]]:
     """Traces of impurity: the versions of tensors, and the states of torch's global generators."""
     if torch.compiler.is_compiling():
-        return [], []
+        return (), []
     generators = (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()))
-    written = [0 if t.is_inference() else t._version for t in x]
-    return written, [generator.get_state().numpy().tobytes() for generator in generators]
+    return versions(x), [generator.get_state().numpy().tobytes() for generator in generators]

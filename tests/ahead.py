@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from funcattn import masks
 from funcattn.kernels.backends.triton import launching, tuning
-from funcattn.kernels.closed.algebra import ONES, K, Output, Pair, Q, Sweep, Term
+from funcattn.kernels.closed.algebra import ONES, Contraction, K, LowRankFactor, Output, Q, Term
 
 SHARED = {90: 232448, 80: 166912, 86: 101376}  # bytes a block of threads may have
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
@@ -59,7 +59,7 @@ def recorded(run) -> list[list[Launch]]:
     before = JITFunction.run, tuning.run
 
     def record(self, *args, grid, warmup, **options):
-        if self.__name__ == "bounds":  # goes before a sweep under a mask: one is enough
+        if self.__name__ == "bounds":  # goes before a contraction under a mask: one is enough
             bounds.append(Launch(self, args, options))
         else:
             launches[-1].append(Launch(self, args, options))
@@ -156,9 +156,9 @@ def launches(D: int, dtype: torch.dtype, *, causal: bool, dropout: bool = False)
         m = tuple(masks.causal(T))
     lse, column = torch.empty(4, 2, T, 1), torch.empty(4, 2, T, 1)
     at = 3 + len(m)
-    x, dS = (Pair(at + 1, at), Pair(at + 2, ONES)), (Pair(at + 3, K, 0.1), Pair(Q, at + 4, 0.1))
+    x, dS = (LowRankFactor(at + 1, at), LowRankFactor(at + 2, ONES)), (LowRankFactor(at + 3, K, 0.1), LowRankFactor(Q, at + 4, 0.1))
     tensors = [q, k, lse, *m, v, torch.empty_like(q), column, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
-    sweeps = {
+    contractions = {
         "gradient": [
             Output("query", (Term((x,), K, 0.1),)),
             Output("key", (Term((x,), Q, 0.1),)),
@@ -173,17 +173,17 @@ def launches(D: int, dtype: torch.dtype, *, causal: bool, dropout: bool = False)
     }
     if dropout:
         tensors.append(torch.empty(4, 2, 1, 2, dtype=torch.int64))
-        sweeps = {"gradient": sweeps["gradient"]}
+        contractions = {"gradient": contractions["gradient"]}
     kind = lambda o: (*(q.shape if o.side == "query" else k.shape)[:-1], 1 if o.terms[0].value == ONES else D)
 
     def run() -> None:
         launching.attend(q, k, v, m, 0.1)
-        if not dropout and tuning.of_push(q, v):
-            launching.push(q, k, v, [torch.empty_like(x) for x in (q, k, v)], m, 0.1)
-        for outputs in sweeps.values():
-            spec = Sweep(tuple(outputs), 0.1, tuple(range(3, at)))
+        if not dropout and tuning.of_attend_jvp(q, v):
+            launching.attend_jvp(q, k, v, [torch.empty_like(x) for x in (q, k, v)], m, 0.1)
+        for outputs in contractions.values():
+            spec = Contraction(tuple(outputs), 0.1, tuple(range(3, at)))
             spec = spec._replace(dropout=len(tensors) - 1, rate=0.1) if dropout else spec
-            launching.sweep(spec, [kind(o) for o in outputs], [dtype] * len(outputs), tensors)
+            launching.contract(spec, [kind(o) for o in outputs], tensors, [dtype] * len(outputs))
 
     return recorded(run)
 

@@ -63,7 +63,7 @@ UNMIRRORED = {"__init__", "__main__"}  # which say what is in other modules
 TESTED_BY = {  # modules without a file of their own: a test of their room, or of what calls them, holds their laws
     # The room is tested through its face, in whose words the laws are.
     "caches.caches": "caches: branch dense rows",
-    "cli.cli": "cli: arguments chatting commands evaluating generating inspecting sessions",
+    "cli.cli": "cli: arguments chatting commands evaluating generating inspecting machine sessions",
     "collectives.collectives": "collectives: bindings groups operations verbs",
     "compilation.compilation": "compilation: compiled conditions model stack",
     "evaluation.evaluation": "evaluation: activations scores",
@@ -79,7 +79,7 @@ TESTED_BY = {  # modules without a file of their own: a test of their room, or o
     "testing.laws: acceptances comparisons kernels pasts samplers texts trees",
     "training.training": "training: losses",
     "transformer.transformer": "transformer: config forward layer model weights",
-    "tree.tree": "tree: mapping nodes selection summaries",
+    "tree.tree": "tree: mapping nodes summaries",
     "drafters": "decoding.speculative: drafters",
     "search": "decoding: beams",
     "serving": "decoding: batching",
@@ -97,7 +97,9 @@ TESTED_BY = {  # modules without a file of their own: a test of their room, or o
     "checkpoints.hf.folder": "checkpoints: loading",
     "checkpoints.hf.adapters": "checkpoints.hf: patterns peft_settings",
     "checkpoints.parts_index": "checkpoints: parts",
-    "checkpoints.tokenizer.prompts": "checkpoints.tokenizer.sandbox: origins",
+    "checkpoints.tokenizer.prompts": "checkpoints.tokenizer.sandbox: origins texts",
+    "checkpoints.tokenizer.tokenizer": "checkpoints.tokenizer: library",
+    "checkpoints.tokenizer.gguf_metadata": "checkpoints.gguf: metadata",
     "cli.terminal": "core: errors",
     "collectives.agreement": "collectives: fingerprint",
     "core.atomic": "checkpoints: writing",

@@ -166,7 +166,7 @@ def test_products_of_derivatives_are_counted():
 
 def test_products_of_a_value_and_its_tangent_in_one_pass_are_counted():
     q, k, v, t = normal(0, 4, 1, H, T, D).unbind()
-    both = lambda: operators.push(AttendSpec(D**-0.5), (True, False, False), [q, k, v, t])
+    both = lambda: operators.attend_jvp(AttendSpec(D**-0.5), (True, False, False), [q, k, v, t])
     assert counted(both) == 2 * ONCE  # the products of the value, t @ k.mT, and those weights times v
 
 

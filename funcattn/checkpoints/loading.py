@@ -14,7 +14,8 @@ from .families import CheckpointError
 from .gguf.file import read_gguf
 from .hf.folder import DTYPES, read_folder
 from .sources import locate
-from .tokenizer.tokenizer import Tokenizer, from_metadata
+from .tokenizer.gguf_metadata import from_metadata
+from .tokenizer.tokenizer import Tokenizer
 
 
 class Loaded(NamedTuple):

@@ -23,10 +23,13 @@ dtype of sums.
 from .api import attend, attention, attention_weights, explain
 from .closed import flops as flops
 from .dispatch import Explanation, use
-from .merging import Part, Partial, attend_parts, check_remembered, join, merge, partial, soft_cap
+from .merging import KVSegment, Partial, attend_segments, check_remembered, join, merge, partial, soft_cap
 from .request import Kernel, Request
 from .rings import join_over, merge_over, places, ring, unzigzag, zigzag
 from .score_mod import attention_with_score
+
+# Aliases: earlier names, kept for compatibility.
+Part, attend_parts = KVSegment, attend_segments
 
 __all__ = [
     "attend",
@@ -42,8 +45,8 @@ __all__ = [
     "Partial",
     "join",
     "join_over",
-    "Part",
-    "attend_parts",
+    "KVSegment",
+    "attend_segments",
     "check_remembered",
     "soft_cap",
     "Explanation",

@@ -21,14 +21,14 @@ def head_keys(key: Tensor, lead: Sequence[int]) -> Tensor:
     return randomness.split(key, tuple(sizes)).unsqueeze(-2)
 
 
-def keep(keys: Tensor, line: slice, column: slice, rate: float) -> Tensor:
+def keep(keys: Tensor, q_block: slice, k_block: slice, rate: float) -> Tensor:
     """1 / (1 - rate) where the pair is kept, else 0, float32 (*groups, rows, columns).
 
-    keys are (*groups, 1, 2); line and column are the ranges of query and key indices.
+    keys are (*groups, 1, 2); q_block and k_block are the ranges of query and key indices.
     """
     count = lambda part: torch.arange(part.start, part.stop, dtype=torch.int32, device=keys.device)
     of_head = keys.movedim(-1, 0).unsqueeze(-1)  # (2, *groups, 1, 1)
-    of_row = torch.stack(randomness.encipher(of_head, count(line).unsqueeze(-1)))
-    x, y = randomness.encipher(of_row, count(column))
+    of_row = torch.stack(randomness.encipher(of_head, count(q_block).unsqueeze(-1)))
+    x, y = randomness.encipher(of_row, count(k_block))
     word = (x ^ y).long() & randomness.WORD
     return (word >= math.ceil(rate * 2**32)).float() / (1 - rate)

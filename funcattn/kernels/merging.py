@@ -29,7 +29,7 @@ from .unseen import Taken
 NOTHING = float("-inf")
 
 
-class Part(NamedTuple):
+class KVSegment(NamedTuple):
     """A segment: keys k (*lead, K, S, D), values v (*lead, K, S, Dv), mask (`()`: none hidden)."""
 
     k: Tensor
@@ -53,7 +53,7 @@ def merge(a: Attended, b: Attended) -> Attended:
         ValueError: the shapes of the two differ.
 
     A weight carries the rounding error of its lse, |lse| 2^-24 in float32: where both lse are in
-    the thousands it has three correct digits, and at 1e9 none. `attend_parts` takes one softmax
+    the thousands it has three correct digits, and at 1e9 none. `attend_segments` takes one softmax
     over such segments.
 
     Law: associative, commutative, with attention over no keys (out = 0, lse = -inf) as identity,
@@ -101,7 +101,7 @@ def partial(
     request = _request("attend", q, k, v, mask, scale, None, wants_lse=True)
     chosen = dispatch.choose(request, kernel)
     out, lse = _run(request, chosen)
-    whole, rest = entry.statistics(request, lse, "triton" if entry.can_run_triton(request) else "torch")
+    whole, rest = entry.statistics(request, lse)
     return Partial(out, lse + torch.where(lse == NOTHING, 0, whole - lse).detach(), rest)
 
 
@@ -120,9 +120,9 @@ def join(a: Partial, b: Partial) -> Partial:
     return Partial(out.to(a.out.dtype), torch.where(no_a & no_b, NOTHING, lse), ((center - lse) + log).detach())
 
 
-def attend_parts(
+def attend_segments(
     q: Tensor,
-    parts: Sequence[Part],
+    segments: Sequence[KVSegment],
     *,
     scale: float | Tensor,
     cap: float | None = None,
@@ -139,36 +139,36 @@ def attend_parts(
 
     Args:
         q: (*lead, H, T, D).
-        parts: the segments: keys, values and masks.
+        segments: the segments: keys, values and masks.
         scale: factor of the logits.
         cap: a soft cap: logits s become cap * tanh(s / cap). Beyond a few queries it is computed by
             `attention_with_score`, in linear memory with exact derivatives.
         sinks: (H,), attention sinks: the logit of one more key per head, whose value is 0.
         kernel: None chooses; a name or a `Kernel` forces one.
     """
-    for part in parts:
-        check_remembered(part.k, q.dtype)
+    for segment in segments:
+        check_remembered(segment.k, q.dtype)
     forced = dispatch.giving_lse(kernel)
     if q.shape[-2] <= FEW and forced is None:
         with no_autocast(q):
-            if cap is None and not isinstance(scale, Tensor) and _is_plain_step(q, parts):
-                return _one(q, parts, scale, sinks)
-            out = _joint(q, parts, scale, cap, sinks)
-        if not _is_spoilt(out, parts):
+            if cap is None and not isinstance(scale, Tensor) and _is_plain_step(q, segments):
+                return _one(q, segments, scale, sinks)
+            out = _joint(q, segments, scale, cap, sinks)
+        if not _is_spoilt(out, segments):
             return out
-    if len(parts) == 1 and cap is None and sinks is None:
-        (k, v, mask) = parts[0]
+    if len(segments) == 1 and cap is None and sinks is None:
+        (k, v, mask) = segments[0]
         return attend(q, k, v, None if is_absent(mask) else mask, scale=scale, kernel=forced).out
-    attended = functools.reduce(join, [_attend_part(q, part, scale, cap, forced) for part in parts])
+    attended = functools.reduce(join, [_attend_segment(q, segment, scale, cap, forced) for segment in segments])
     return attended.out if sinks is None else _drain(attended, sinks)
 
 
-def _is_spoilt(out: Tensor, parts: Sequence[Part]) -> bool:
+def _is_spoilt(out: Tensor, segments: Sequence[KVSegment]) -> bool:
     """True where keys are hidden and the output is known to hold NaN or infinity.
 
     A zero weight times a hidden NaN may have caused it.
     """
-    if out.device.type != "cpu" or all(is_absent(part.mask) for part in parts):
+    if out.device.type != "cpu" or all(is_absent(segment.mask) for segment in segments):
         return False
     known = errors.peek(out)
     return known is not None and not is_finite([known])
@@ -181,8 +181,10 @@ def check_remembered(k: Tensor, dtype: torch.dtype) -> None:
         errors.fail("attention", "the past", wanted, k.dtype, remedy, TypeError)
 
 
-def _attend_part(q: Tensor, part: Part, scale: float | Tensor, cap: float | None, kernel: str | Kernel | None) -> Partial:
-    k, v, mask = part.k, part.v, None if is_absent(part.mask) else part.mask
+def _attend_segment(
+    q: Tensor, segment: KVSegment, scale: float | Tensor, cap: float | None, kernel: str | Kernel | None
+) -> Partial:
+    k, v, mask = segment.k, segment.v, None if is_absent(segment.mask) else segment.mask
     if cap is None:
         return partial(q, k, v, mask, scale=scale, kernel=kernel)
     return Partial(*score_mod.stream(q, k, v, lambda s, *_: soft_cap(s, cap), mask, scale=scale))
@@ -202,48 +204,48 @@ def _drain(attended: Partial, sinks: Tensor) -> Tensor:
     return attended.out * kept.unsqueeze(-1).to(attended.out.dtype)
 
 
-def _is_plain_step(q: Tensor, parts: Sequence[Part]) -> bool:
+def _is_plain_step(q: Tensor, segments: Sequence[KVSegment]) -> bool:
     """True for one query of one sequence, no mask, outside of autograd and transforms.
 
     torch's fused kernel then computes each segment.
     """
     if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling():
         return False
-    if not all(is_absent(part.mask) and part.k.dim() == 3 and part.k.shape[-2] for part in parts):
+    if not all(is_absent(segment.mask) and segment.k.dim() == 3 and segment.k.shape[-2] for segment in segments):
         return False
-    if is_recorded(q, *[x for part in parts for x in (part.k, part.v)]):
+    if is_recorded(q, *[x for segment in segments for x in (segment.k, segment.v)]):
         return False
-    return not any(aten.obstacle(q, part.k, part.v) for part in parts)
+    return not any(aten.why_not(q, segment.k, segment.v) for segment in segments)
 
 
-def _one(q: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor | None) -> Tensor:
+def _one(q: Tensor, segments: Sequence[KVSegment], scale: float, sinks: Tensor | None) -> Tensor:
     """One query: query heads of a key head become rows of one fused call per segment."""
-    K = parts[0].k.shape[-3]
+    K = segments[0].k.shape[-3]
     rows = q.reshape(K, 1, -1, q.shape[-1])  # (K, 1, H / K, D)
     out = lse = None
-    for k, v, _ in parts:
+    for k, v, _ in segments:
         if k.shape[-2] == 1:  # one key: its logit is the log-sum-exp
-            more, mass = v.unsqueeze(1), (accurate(rows) * accurate(k.unsqueeze(1))).sum(-1) * scale
+            more, segment_lse = v.unsqueeze(1), (accurate(rows) * accurate(k.unsqueeze(1))).sum(-1) * scale
         else:
-            more, mass = aten.rows(rows, k.unsqueeze(1), v.unsqueeze(1), scale)
+            more, segment_lse = aten.rows(rows, k.unsqueeze(1), v.unsqueeze(1), scale)
         if out is None or lse is None:
-            out, lse = more, mass
+            out, lse = more, segment_lse
         else:
-            share = torch.sigmoid(lse - mass).unsqueeze(-1).to(out.dtype)
-            out, lse = torch.lerp(more.expand_as(rows), out.expand_as(rows), share), torch.logaddexp(lse, mass)
+            share = torch.sigmoid(lse - segment_lse).unsqueeze(-1).to(out.dtype)
+            out, lse = torch.lerp(more.expand_as(rows), out.expand_as(rows), share), torch.logaddexp(lse, segment_lse)
     assert out is not None
     assert lse is not None
-    if len(parts) > 1 and torch_blocks.is_far(lse):
-        return _joint(q, parts, scale, None, sinks)
+    if len(segments) > 1 and torch_blocks.is_far(lse):
+        return _joint(q, segments, scale, None, sinks)
     out = out.expand_as(rows).reshape(q.shape[0], 1, -1)
     return out if sinks is None else _drain(Partial(out, lse.expand(rows.shape[:-1]).reshape(q.shape[0], 1)), sinks)
 
 
-def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
+def _joint(q: Tensor, segments: Sequence[KVSegment], scale: float | Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
     logits: list[Tensor] = []
     taken: list[tuple[Taken, Tensor | None]] = []
     can_be_empty = True
-    for k, v, mask in parts:
+    for k, v, mask in segments:
         seen = None if is_absent(mask) else reference.visible(mask, k.shape[-2])
         x = unseen.take_out(q, k, v, seen, all_keys=False) if torch.compiler.is_compiling() else Taken(q, k, v)
         S = reference.logits(accurate(x.q), accurate(x.k), scale, seen)
@@ -266,10 +268,10 @@ def _joint(q: Tensor, parts: Sequence[Part], scale: float | Tensor, cap: float |
         P = torch.where(empty, 0, torch.where(empty, 0, S).softmax(-1))
     else:
         P = S.softmax(-1)
-    sizes = [part.k.shape[-2] for part in parts]
+    sizes = [segment.k.shape[-2] for segment in segments]
     shares = P.to(q.dtype).split(sizes if sinks is None else [*sizes, 1], -1)
-    mixed = []
+    outputs = []
     for share, (x, seen) in zip(shares, taken, strict=False):
         spoilt = unseen.poison(x.bad_v, share, seen)
-        mixed.append(reference.mix(share if spoilt is None else share * spoilt, x.v, seen))
-    return functools.reduce(torch.add, mixed)
+        outputs.append(reference.mix(share if spoilt is None else share * spoilt, x.v, seen))
+    return functools.reduce(torch.add, outputs)

@@ -157,11 +157,11 @@ def join_over(one: Partial, axis: str) -> Partial:
     greatest = pmax(lse.detach(), axis)  # any constant gives the same result
     greatest = torch.where(greatest == nothing, 0, greatest)
     none = lse == nothing
-    mass = torch.where(none, 0, ((torch.where(none, 0, lse) - greatest) + rest).exp())
-    total = psum(mass, axis)
+    normalizer = torch.where(none, 0, ((torch.where(none, 0, lse) - greatest) + rest).exp())
+    total = psum(normalizer, axis)
     empty = total == 0
-    share = mass / copy_to_region(torch.where(empty, 1, total), axis)
-    mixed = psum(share.unsqueeze(-1) * out.to(share.dtype), axis)
+    share = normalizer / copy_to_region(torch.where(empty, 1, total), axis)
+    weighted = psum(share.unsqueeze(-1) * out.to(share.dtype), axis)
     log = torch.where(empty, 1, total).log()
     whole = log + greatest
-    return Partial(mixed.to(out.dtype), torch.where(empty, nothing, whole), ((greatest - whole) + log).detach())
+    return Partial(weighted.to(out.dtype), torch.where(empty, nothing, whole), ((greatest - whole) + log).detach())

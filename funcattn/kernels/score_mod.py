@@ -70,13 +70,13 @@ class BlockSum:
     maximum: bool = False  # maximum over blocks in place of the sum; not differentiable
 
     def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
-        part_of = lambda line, column: self.f(*[cut(t, axes, line, column) for t, axes in zip(x, self.reads, strict=True)])
+        part_of = lambda q_block, k_block: self.f(*[cut(t, axes, q_block, k_block) for t, axes in zip(x, self.reads, strict=True)])
         nowhere = slice(0, 0)  # an empty block, to infer shapes
         with api.no_autocast(x[0]):  # sums in float32 at least, in backward passes too
             out = [self._whole(part, axes) for part, axes in zip(part_of(nowhere, nowhere), self.writes, strict=True)]
-            for line, column in self._blocks(x):
-                for total, part, axes in zip(out, part_of(line, column), self.writes, strict=True):
-                    into = cut(total, axes, line, column)
+            for q_block, k_block in self._blocks(x):
+                for total, part, axes in zip(out, part_of(q_block, k_block), self.writes, strict=True):
+                    into = cut(total, axes, q_block, k_block)
                     into.copy_(torch.maximum(into, part)) if self.maximum else into.add_(part)
         return tuple(out)
 
@@ -96,8 +96,8 @@ class BlockSum:
     def _blocks(self, x: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
         groups = max(1, x[0].numel() // max(1, self.T))
         rows = min(SIDE, max(16, ELEMENTS // (groups * min(self.S + 1, SIDE))))
-        for line, columns in Blocks(self.T, self.S, rows, SIDE, *[x[n] for n in self.mask]).walk():
-            yield from ((line, column) for column, _ in columns)
+        for q_block, k_blocks in Blocks(self.T, self.S, rows, SIDE, *[x[n] for n in self.mask]).walk():
+            yield from ((q_block, k_block) for k_block, _ in k_blocks)
 
     def _whole(self, part: Tensor, axes: Axes) -> Tensor:
         shape = list(part.shape)
@@ -107,9 +107,9 @@ class BlockSum:
         return part.new_full(shape, NOTHING) if self.maximum else part.new_zeros(shape)
 
 
-def cut(x: Tensor, axes: Axes, line: slice, column: slice) -> Tensor:
+def cut(x: Tensor, axes: Axes, q_block: slice, k_block: slice) -> Tensor:
     """The block of a tensor at these queries and keys, a view."""
-    for axis, part in ((axes.query, line), (axes.key, column)):
+    for axis, part in ((axes.query, q_block), (axes.key, k_block)):
         if axis:
             x = x.narrow(axis, part.start, part.stop - part.start)
     return x
@@ -251,14 +251,14 @@ def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: b
         s = s if seen is None else torch.where(seen, s, NOTHING)
         return ((s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), NOTHING)),)
 
-    def masses(shift: Tensor, v: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+    def normalizers(shift: Tensor, v: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
         s, seen = logits(*x)
         p = (s - shift).exp() if seen is None else torch.where(seen, (torch.where(seen, s, shift) - shift).exp(), 0)
-        mass = p.sum(-1, keepdim=True)
+        normalizer = p.sum(-1, keepdim=True)
         if flags[1] is not None:
             seen = s != NOTHING if seen is None else seen & (s != NOTHING)
             p = p * spoilt(x[5 + len(mask) + len(bad) - 1], p, seen)
-        return mass, reference.mix(p, v, seen)
+        return normalizer, reference.mix(p, v, seen)
 
     query, key = Axes(query=-2), Axes(key=-2)
     common = (Axes(query=-1), Axes(key=-1), query, key, Axes(), *mask_axes, *[key] * len(bad), *[Axes()] * len(parameters))
@@ -268,15 +268,15 @@ def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: b
     if dense:  # one block, of all queries and keys
         shift = highest(*(t.detach() for t in (q, *x)))[0]
         shift = torch.where(shift == NOTHING, 0, shift)
-        mass, weighted = masses(shift, v, *x)
-        return _normalized(r, shift, mass, weighted, blind)
+        normalizer, weighted = normalizers(shift, v, *x)
+        return _normalized(r, shift, normalizer, weighted, blind)
     # shift is a constant to derivatives of every order, since the result does not depend on it;
     # width has its shape, which gives the number of heads.
     width = q.new_zeros(()).expand(*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3]), H, T, 1)
     search = BlockSum(highest, (query, *common), (query,), T, S, ends, maximum=True)
     shift = rematerialization.run(search, [t.detach() for t in (width, *x)], **names)[0]
     shift = torch.where(shift == NOTHING, 0, shift)
-    total = BlockSum(masses, (query, key, *common), (query, query), T, S, tuple(n + 1 for n in ends))
+    total = BlockSum(normalizers, (query, key, *common), (query, query), T, S, tuple(n + 1 for n in ends))
     m, n = rematerialization.run(total, (shift, v, *x), **names)
     return _normalized(r, shift, m, n, blind)
 

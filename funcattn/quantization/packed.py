@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.autograd import is_recorded
+from ..core.tensor_cache import prepared_from
 from ..layers import linear
-from ..layers.prepared import kept
 from ..records import record
 from . import packing
 from .fast import MAX_FAST_ROWS
@@ -59,7 +59,7 @@ def pack_int8(codes: Tensor, scale: Tensor) -> PackedInt8 | None:
     """The layout of int8 with one scale a row, else None."""
     if scale.shape[-1] != 1 or codes.device.type != "cpu" or codes.dim() != 2:
         return None
-    return PackedInt8(codes, kept([scale], lambda: scale.squeeze(-1).to(torch.bfloat16, copy=True), "int8"))
+    return PackedInt8(codes, prepared_from([scale], lambda: scale.squeeze(-1).to(torch.bfloat16, copy=True), "int8"))
 
 
 def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
@@ -79,7 +79,7 @@ def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
         grid = torch.stack([wide.mT, (zero.double() + 8 * wide).mT], -1).to(torch.bfloat16).contiguous()
         return PackedInt4(aten._convert_weight_to_int4pack_for_cpu(numbers, 1), grid)
 
-    return kept([codes, scale, zero], make, "int4")
+    return prepared_from([codes, scale, zero], make, "int4")
 
 
 def pack_dynamic(codes: Tensor, scale: Tensor, rows: int) -> PackedDynamic | None:

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import native
 from ..core.autograd import has_tangent
 from ..core.errors import on_one_device
+from ..core.tensor_cache import prepared_from
 from ..layers import linear, together
-from ..layers.prepared import kept
 from ..records import ABSENT, is_absent, record
 from . import packing
 from .packed import followed, rounded, straight_through
@@ -112,7 +112,7 @@ def tile_int8(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
 
     if not by_row and (K % scale.shape[-1] or K // scale.shape[-1] % COLUMNS):
         return None
-    return kept([codes, scale], make, "tiles")
+    return prepared_from([codes, scale], make, "tiles")
 
 
 def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> Tiles | None:
@@ -132,7 +132,7 @@ def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> T
         after = [_numbers(part, 2 * half) for part in wide[: 1 if centered else 2]]
         return Tiles(torch.cat([_blocks(numbers, 4), *after], -1), _rows_of(N))
 
-    return kept([codes, scale, zero], make, "tiles")
+    return prepared_from([codes, scale, zero], make, "tiles")
 
 
 def _is_served(codes: Tensor, rows: int, bits: int) -> bool:

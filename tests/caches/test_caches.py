@@ -11,7 +11,7 @@ from torch.func import grad, jvp, vmap
 import funcattn as fa
 from funcattn import caches
 from funcattn.caches import Branch, Cache, Delta
-from funcattn.kernels import Part
+from funcattn.kernels import KVSegment
 
 L, K, D = 2, 2, 4
 
@@ -211,11 +211,11 @@ def test_each_row_of_a_batch_has_its_own_window():
     """Lengths and places differ per row: what attention reads is what each row reads alone, and no row below the lowest is kept."""
     values = [fa.commit(empty(12), step(list(range(n)))) for n in (7, 0, 12)]
     q = torch.linspace(-1, 1, 2 * K * 2 * D, dtype=torch.float64).reshape(2 * K, 2, D)
-    new = Part(q[:K], q[K:])
+    new = KVSegment(q[:K], q[K:])
 
     def read(cache, window):
         places = cache.length + torch.arange(2)
-        return fa.kernels.attend_parts(q, [*caches.past(cache, 0, places, window), new], scale=1.0)
+        return fa.kernels.attend_segments(q, [*caches.past(cache, 0, places, window), new], scale=1.0)
 
     for window in (1, 3, 5, 20):
         got = vmap(lambda cache, window=window: read(cache, window))(stack(values))

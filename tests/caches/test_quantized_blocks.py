@@ -13,7 +13,7 @@ import funcattn as fa
 from funcattn import caches, tree
 from funcattn.caches import Branch, Delta, quantized
 from funcattn.caches.quantized_blocks import decode, encode
-from funcattn.kernels import attend_parts
+from funcattn.kernels import attend_segments
 from funcattn.testing import dense
 
 L, K, D = 2, 2, 4
@@ -56,7 +56,7 @@ def remembered(n, bits, block, recent):
 
 def observe(past, window=None):
     place = past.length.reshape(1)
-    return torch.stack([attend_parts(q, caches.past(past, i, place, window), scale=D**-0.5) for i in range(L)])
+    return torch.stack([attend_segments(q, caches.past(past, i, place, window), scale=D**-0.5) for i in range(L)])
 
 
 KINDS = st.builds(quantized, bits=st.sampled_from([4, 8]), block=st.integers(1, 5), recent=st.integers(0, 4))
@@ -181,7 +181,7 @@ def test_derivatives_go_through_the_tail_the_scales_and_the_query():
 
     def of_tail(new):
         after = fa.commit(past, Delta((new, new), (new, new)), 2)
-        return attend_parts(q, caches.past(after, 0, place), scale=0.5).square().sum()
+        return attend_segments(q, caches.past(after, 0, place), scale=0.5).square().sum()
 
     new = k[0, :, 20:23]
     slope = grad(of_tail)(new)
@@ -191,7 +191,7 @@ def test_derivatives_go_through_the_tail_the_scales_and_the_query():
     torch.testing.assert_close(vmap(grad(of_tail))(torch.stack([2 * new, new]))[1], slope)
 
     floating, other = fa.tree.partition(past)
-    loss = lambda floating: attend_parts(q, caches.past(fa.tree.combine(floating, other), 0, place), scale=0.5).square().sum()
+    loss = lambda floating: attend_segments(q, caches.past(fa.tree.combine(floating, other), 0, place), scale=0.5).square().sum()
     slopes = grad(loss)(floating)
     for side in (slopes.k, slopes.v):
         for block in side[:2]:
@@ -201,7 +201,7 @@ def test_derivatives_go_through_the_tail_the_scales_and_the_query():
 
 def test_rows_that_somebody_differentiates_are_not_coded_silently():
     kind = quantized(bits=8, block=4, recent=1)
-    read = lambda past: attend_parts(q, caches.past(past, 0, past.length.reshape(1)), scale=0.5).sum()
+    read = lambda past: attend_segments(q, caches.past(past, 0, past.length.reshape(1)), scale=0.5).sum()
     f = lambda new: read(fa.commit(empty(kind), Delta((new, new), (new, new))))
     few, many = k[0, :, :4], k[0, :, :5]
     for derive in (grad(f), lambda x: jvp(f, (x,), (torch.ones_like(x),)), lambda x: vmap(grad(f))(x[None])):

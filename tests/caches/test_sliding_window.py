@@ -9,7 +9,7 @@ from torch.func import grad, jvp, vmap
 import funcattn as fa
 from funcattn import caches, masks
 from funcattn.caches import Branch, Delta, Ring, ring
-from funcattn.kernels import Part, attend_parts
+from funcattn.kernels import KVSegment, attend_segments
 from funcattn.testing import dense
 
 L, K, G, D = 2, 2, 2, 4
@@ -37,8 +37,8 @@ def read(cache, start, T, mask, window=None):
     out = []
     for layer in range(L):
         parts = caches.past(cache, layer, torch.arange(start, start + T), window)
-        here = Part(k[layer, :, start : start + T], v[layer, :, start : start + T], new)
-        out.append(attend_parts(q[layer, :, start : start + T], [*parts, here], scale=D**-0.5))
+        here = KVSegment(k[layer, :, start : start + T], v[layer, :, start : start + T], new)
+        out.append(attend_segments(q[layer, :, start : start + T], [*parts, here], scale=D**-0.5))
     return torch.stack(out)
 
 
@@ -83,7 +83,9 @@ def test_rows_of_a_batch_move_on_each_at_its_own_time(kind, program):
 
     read_one = lambda past: torch.stack(
         [
-            attend_parts(q[i, :, :1], [*caches.past(past, i, past.length.reshape(1)), Part(k[i, :, :1], v[i, :, :1])], scale=0.5)
+            attend_segments(
+                q[i, :, :1], [*caches.past(past, i, past.length.reshape(1)), KVSegment(k[i, :, :1], v[i, :, :1])], scale=0.5
+            )
             for i in range(L)
         ]
     )
@@ -153,7 +155,7 @@ def test_derivatives_go_through_what_a_ring_keeps():
     def loss(new, q):
         past = fa.commit(empty(ring(window=5, sinks=1, tail=2)), Delta((new, new), (new, new)))
         past = fa.commit(past, Delta((new[:, :2], new[:, :2]), (new[:, :2], new[:, :2])))
-        return attend_parts(q, caches.past(past, 0, past.length.reshape(1)), scale=0.5).square().sum()
+        return attend_segments(q, caches.past(past, 0, past.length.reshape(1)), scale=0.5).square().sum()
 
     one, new = q[0, :, :1], k[0, :, :7]
     slope = grad(loss)(new, one)

@@ -7,7 +7,7 @@ from torch.func import grad, vmap
 import funcattn as fa
 from funcattn import caches
 from funcattn.caches import Branch, Delta, Memory
-from funcattn.kernels import attend_parts
+from funcattn.kernels import attend_segments
 from funcattn.testing import dense
 
 CONFIG = fa.Config(layers=2, kv_heads=2, head_size=4, heads=4, width=16, feed_forward=16, vocabulary=32)
@@ -22,7 +22,7 @@ def test_cross_attention_reads_all_of_the_memory_and_no_more():
     """Whatever the window, and per row its own length: padding of the other sequence is unobservable, even NaN."""
     spoilt = Memory(K.clone(), V.clone(), torch.tensor(4))
     spoilt.k[..., 4:, :] = spoilt.v[..., 4:, :] = torch.nan
-    read = lambda memory, window=None: attend_parts(q, caches.past(memory, 1, torch.arange(3) + 50, window), scale=0.5)
+    read = lambda memory, window=None: attend_segments(q, caches.past(memory, 1, torch.arange(3) + 50, window), scale=0.5)
     wanted = dense.attend(q, K[1, :, :4], V[1, :, :4]).out
     for window in (None, 2):
         torch.testing.assert_close(read(spoilt, window), wanted)

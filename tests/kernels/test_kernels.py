@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcattn as fa
 from funcattn import masks
-from funcattn.kernels import Part, attend_parts, products
+from funcattn.kernels import KVSegment, attend_segments, products
 from funcattn.kernels.dispatch import Explanation, Verdict
 from funcattn.masks import Mask
 from funcattn.records import Attended
@@ -405,8 +405,8 @@ def test_attention_over_parts_is_attention_over_their_concatenation(T, past):
     S = 0 if past == "empty" else 6
     k, v = normal(3, 2, S, 2), normal(4, 2, S, 3)
     seen = {"masked": masks.prefix(T, 4), "all hidden": masks.prefix(T, 0)}.get(past, ())
-    parts = lambda q, k, v: [Part(k, v, seen), Part(new, own, masks.causal(T))]
-    ours = lambda q, k, v: attend_parts(q, parts(q, k, v), scale=0.6)
+    parts = lambda q, k, v: [KVSegment(k, v, seen), KVSegment(new, own, masks.causal(T))]
+    ours = lambda q, k, v: attend_segments(q, parts(q, k, v), scale=0.6)
     left = masks.prefix(T, S) if seen == () else seen
     mask = torch.cat([left.dense(S), masks.causal(T).dense(T)], -1)
     plain = lambda q, k, v: fa.attention(q, torch.cat([k, new], -2), torch.cat([v, own], -2), mask, scale=0.6, kernel="reference")
@@ -419,7 +419,7 @@ def test_attention_over_parts_is_attention_over_their_concatenation(T, past):
 def test_parts_that_show_nothing_give_zero_and_zero_derivatives():
     for T in (2, 20):
         q, k = normal(0, 2, T, 2), normal(1, 2, 3, 2)
-        f = lambda q: attend_parts(q, [Part(k, k, masks.prefix(T, 0)), Part(k[:, :0], k[:, :0])], scale=1.0)  # noqa: B023
+        f = lambda q: attend_segments(q, [KVSegment(k, k, masks.prefix(T, 0)), KVSegment(k[:, :0], k[:, :0])], scale=1.0)  # noqa: B023
         assert torch.equal(f(q), torch.zeros_like(q))
         assert torch.equal(jvp(grad(lambda q: f(q).cos().sum()), (q,), (q,))[1], torch.zeros_like(q))  # noqa: B023
 
@@ -529,7 +529,7 @@ X = torch.zeros(2, 3, 4)
         (lambda: fa.kernels.use("fast").__enter__(), ValueError, "kernels.use: kernel should be one of"),
         (lambda: fa.merge(Attended(X, X[..., 0]), Attended(X[..., :2], X[..., 0])), ValueError, "merge: b should be out"),
         (
-            lambda: attend_parts(X, [Part(X.double(), X.double())], scale=1.0),
+            lambda: attend_segments(X, [KVSegment(X.double(), X.double())], scale=1.0),
             TypeError,
             r"Make the past with model\.cache\(size, dtype=",
         ),

@@ -8,7 +8,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
-from funcattn.kernels import Part, attend_parts
+from funcattn.kernels import KVSegment, attend_segments
 from funcattn.records import Attended
 
 
@@ -18,7 +18,7 @@ def normal(number: int, *shape: int) -> torch.Tensor:
 
 def test_parts_without_any_key_give_zero():
     q, none = normal(0, 4, 1, 8), torch.zeros(2, 0, 8)
-    assert torch.equal(attend_parts(q, [Part(none, none), Part(none, none)], scale=1.0), torch.zeros_like(q))
+    assert torch.equal(attend_segments(q, [KVSegment(none, none), KVSegment(none, none)], scale=1.0), torch.zeros_like(q))
 
 
 def test_no_new_tokens_over_an_empty_past_give_no_logits():
@@ -32,7 +32,7 @@ def test_large_products_do_not_overflow_in_float16():
     q, k = torch.full((1, 1, 8), 300.0, dtype=torch.float16), torch.full((1, 3, 8), 300.0, dtype=torch.float16)
     v = normal(1, 1, 3, 8).half()
     for T in (1, 2):
-        out = attend_parts(q.expand(1, T, 8), [Part(k, v), Part(k, v)], scale=0.5)
+        out = attend_segments(q.expand(1, T, 8), [KVSegment(k, v), KVSegment(k, v)], scale=0.5)
         assert (out - v.mean(-2)).abs().max() < 4 * torch.finfo(torch.float16).eps  # all keys alike: the mean of the values
 
 
@@ -97,7 +97,7 @@ def by_parts(T: int, cap: float | None):
 
     def f(q, k, v, *sinks):
         parts = zip(k.split(SIZES, -2), v.split(SIZES, -2), seen, strict=True)
-        return attend_parts(q, [Part(*part) for part in parts], scale=0.8, cap=cap, sinks=sinks[0] if sinks else None)
+        return attend_segments(q, [KVSegment(*part) for part in parts], scale=0.8, cap=cap, sinks=sinks[0] if sinks else None)
 
     return f
 
@@ -149,15 +149,15 @@ def test_a_sink_is_one_more_key_of_value_zero(T):
     q, k, v = wide(0, H, T, D), wide(1, H, 6, D), wide(2, H, 6, D)
     ones, zeros = torch.ones(H, T, 1, dtype=torch.float64), torch.zeros(H, 6, 1, dtype=torch.float64)
     key = torch.cat([torch.zeros(H, 1, D, dtype=torch.float64), SINKS[:, None, None] / 0.5], -1)
-    parts = [Part(torch.cat([k, zeros], -1), v), Part(key, torch.zeros(H, 1, D, dtype=torch.float64))]
-    wanted = attend_parts(torch.cat([q, ones], -1), parts, scale=0.5)
-    torch.testing.assert_close(attend_parts(q, [Part(k, v)], scale=0.5, sinks=SINKS), wanted, rtol=1e-12, atol=1e-12)
+    parts = [KVSegment(torch.cat([k, zeros], -1), v), KVSegment(key, torch.zeros(H, 1, D, dtype=torch.float64))]
+    wanted = attend_segments(torch.cat([q, ones], -1), parts, scale=0.5)
+    torch.testing.assert_close(attend_segments(q, [KVSegment(k, v)], scale=0.5, sinks=SINKS), wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("T", [1, 3, 20])
 def test_sinks_over_no_keys_take_all_mass(T):
     q, none = wide(0, H, T, D), torch.zeros(K, 0, D, dtype=torch.float64)
-    f = lambda q, sinks: attend_parts(q, [Part(none, none)], scale=1.0, sinks=sinks)
+    f = lambda q, sinks: attend_segments(q, [KVSegment(none, none)], scale=1.0, sinks=sinks)
     assert not f(q, SINKS).any()
     for g in grad(lambda q, sinks: f(q, sinks).sum(), (0, 1))(q, SINKS):
         assert torch.equal(g, torch.zeros_like(g))
@@ -168,11 +168,11 @@ def test_sinks_over_no_keys_take_all_mass(T):
 def test_a_step_with_sinks_that_nobody_differentiates_is_the_same_step(T):
     """A plain step takes torch's fused kernel; in float32 too."""
     q, k, v = inputs(T)
-    parts = [Part(k[:, :4], v[:, :4]), Part(k[:, 4:5], v[:, 4:5]), Part(k[:, 5:], v[:, 5:])]
-    wanted = attend_parts(q, [Part(k, v)], scale=0.8, sinks=SINKS, kernel="reference")
-    torch.testing.assert_close(attend_parts(q, parts, scale=0.8, sinks=SINKS), wanted, rtol=1e-12, atol=1e-12)
-    narrow = [Part(part.k.float(), part.v.float()) for part in parts]
-    torch.testing.assert_close(attend_parts(q.float(), narrow, scale=0.8, sinks=SINKS).double(), wanted, rtol=1e-5, atol=1e-6)
+    parts = [KVSegment(k[:, :4], v[:, :4]), KVSegment(k[:, 4:5], v[:, 4:5]), KVSegment(k[:, 5:], v[:, 5:])]
+    wanted = attend_segments(q, [KVSegment(k, v)], scale=0.8, sinks=SINKS, kernel="reference")
+    torch.testing.assert_close(attend_segments(q, parts, scale=0.8, sinks=SINKS), wanted, rtol=1e-12, atol=1e-12)
+    narrow = [KVSegment(part.k.float(), part.v.float()) for part in parts]
+    torch.testing.assert_close(attend_segments(q.float(), narrow, scale=0.8, sinks=SINKS).double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("T", "cap"), [(1, None), (3, None), (20, None), (20, 1e31)])
@@ -183,7 +183,7 @@ def test_rows_that_are_far_from_zero_in_all_parts_are_one_softmax(T, cap, level)
     q, k = torch.full((2, T, 1), level / size), torch.full((2, 30, 1), size)
     v, t = fa.random.normal(fa.key(0), (2, 2, 30, 4))
     cuts = slice(0, 23), slice(23, 29), slice(29, 30)
-    past = lambda v: attend_parts(q, [Part(k[:, n], v[:, n]) for n in cuts], scale=1.0, cap=cap)
+    past = lambda v: attend_segments(q, [KVSegment(k[:, n], v[:, n]) for n in cuts], scale=1.0, cap=cap)
     wanted = lambda v: v.mean(-2, keepdim=True).expand(2, T, 4)
     torch.testing.assert_close(past(v), wanted(v))
     torch.testing.assert_close(jvp(past, (v,), (t,)), jvp(wanted, (v,), (t,)))
@@ -206,8 +206,8 @@ def test_compiled_and_eager_parts_far_from_zero_are_the_reference_in_float64(T):
     cut = slice(0, 23), slice(23, 30)
 
     def f(q, k, v):
-        parts = [Part(k[:, cut[0]], v[:, cut[0]]), Part(k[:, cut[1]], v[:, cut[1]], seen)]
-        return attend_parts(q, parts, scale=1.0)
+        parts = [KVSegment(k[:, cut[0]], v[:, cut[0]]), KVSegment(k[:, cut[1]], v[:, cut[1]], seen)]
+        return attend_segments(q, parts, scale=1.0)
 
     every = torch.cat([torch.ones(T, 23, dtype=torch.bool), seen], -1)
     wanted = fa.attention(q.double(), k.double(), v.double(), every, scale=1.0, kernel="reference")
@@ -228,7 +228,7 @@ def test_compiled_parts_hide_what_is_not_finite(T):
     seen = (torch.arange(11) < 9).expand(T, -1)
 
     def f(q, k, v, *new):
-        return attend_parts(q, [Part(k, v, seen), Part(*new, fa.masks.causal(T))], scale=0.8)
+        return attend_segments(q, [KVSegment(k, v, seen), KVSegment(*new, fa.masks.causal(T))], scale=0.8)
 
     spoilt = [x.clone() for x in (k, v, *new)]
     for x in spoilt[:2]:
@@ -248,7 +248,7 @@ def test_what_no_query_sees_of_a_part_reaches_nothing(T):
     """Two keys of the second part are hidden and hold NaN, as tokens of padding behind a past do."""
     q, k, v = inputs(T)
     seen = (torch.arange(k.shape[-2] - 4) < k.shape[-2] - 6).expand(T, -1)
-    past = lambda q, k, v: attend_parts(q, [Part(k[:, :4], v[:, :4]), Part(k[:, 4:], v[:, 4:], seen)], scale=0.8)
+    past = lambda q, k, v: attend_segments(q, [KVSegment(k[:, :4], v[:, :4]), KVSegment(k[:, 4:], v[:, 4:], seen)], scale=0.8)
     slope = lambda q, k, v: grad(lambda *x: past(*x).square().sum(), (0, 1, 2))(q, k, v)
     bad = lambda x: torch.cat([x[:, :-2], torch.full_like(x[:, -2:], torch.nan)], 1)
     torch.testing.assert_close(past(q, bad(k), bad(v)), past(q, k, v))
@@ -265,7 +265,7 @@ def test_a_cap_bends_large_logits_and_leaves_small_ones():
 
 MEMORY = """
 import torch
-from funcattn.kernels import Part, attend_parts
+from funcattn.kernels import KVSegment, attend_segments
 from torch.func import grad
 torch.set_num_threads(1)
 status = lambda: open("/proc/self/status").read().split()  # ru_maxrss would begin at the parent's
@@ -273,7 +273,8 @@ peak = lambda: int((words := status())[words.index("VmHWM:") + 1]) / 1024
 from funcattn import masks
 def f(q, k, v, sinks, cap):
     T = q.shape[-2]
-    return attend_parts(q, [Part(k[:, :99], v[:, :99]), Part(k, v, masks.causal(T))], scale=0.2, cap=cap, sinks=sinks).sum()
+    segments = [KVSegment(k[:, :99], v[:, :99]), KVSegment(k, v, masks.causal(T))]
+    return attend_segments(q, segments, scale=0.2, cap=cap, sinks=sinks).sum()
 inputs = lambda T: (torch.ones(2, T, 16), torch.ones(1, T, 16), torch.ones(1, T, 16), torch.ones(2))
 for cap in (None, 30.0):
     grad(f, (0, 1, 2, 3))(*inputs(600), cap)  # what torch loads on first use, and the blocks
@@ -296,10 +297,10 @@ def test_logits_of_parts_are_float32_under_autocast(T):
     """As those of attention: what is rounded is values and weights, to eps |v|; rounded logits are off by several times as much."""
     q, k, v = (fa.random.normal(fa.key(i), (8, n, 16)) for i, n in enumerate((T, 33, 33)))
     q, k, v = (3 * q).bfloat16(), (3 * k).bfloat16(), v.bfloat16()
-    parts = [Part(k[:, :32], v[:, :32]), Part(k[:, 32:], v[:, 32:])]
+    parts = [KVSegment(k[:, :32], v[:, :32]), KVSegment(k[:, 32:], v[:, 32:])]
     exact = fa.attention(q.double(), k.double(), v.double(), scale=0.25)
     with torch.autocast("cpu", torch.bfloat16):
-        found = attend_parts(q, parts, scale=0.25)
+        found = attend_segments(q, parts, scale=0.25)
     assert (found.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * v.abs().max()
 
 
@@ -310,7 +311,7 @@ def test_the_logit_of_a_part_of_one_key_is_float32():
     one = torch.ones_like(k)
     away = torch.zeros_like(k)  # a key of logit 0 and value 0
     sign = torch.where((q * k).sum(-1, keepdim=True) < 0, -1, 1).to(k.dtype)  # logits above 0
-    parts = [Part(torch.cat([sign * k, away], 1), torch.cat([one, away], 1)), Part(sign * k, -one)]
+    parts = [KVSegment(torch.cat([sign * k, away], 1), torch.cat([one, away], 1)), KVSegment(sign * k, -one)]
     with torch.no_grad():
-        found = attend_parts(q, parts, scale=0.25)
+        found = attend_segments(q, parts, scale=0.25)
     assert found.abs().max() <= torch.finfo(torch.bfloat16).eps

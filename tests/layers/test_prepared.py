@@ -7,8 +7,8 @@ import torch
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
+from funcattn.core.tensor_cache import _entries
 from funcattn.layers import linear, prepare
-from funcattn.layers.prepared import _kept
 from funcattn.quantization import expand, tiles
 from funcattn.quantization.packed import PackedDynamic, PackedInt4, PackedInt8
 
@@ -65,10 +65,10 @@ def test_sizes_that_the_kernel_does_not_take_stay(scheme, sizes, tiled):
 
 def test_it_is_made_once_and_forgotten_with_its_weight(tiled):
     gc.collect()
-    before = len(_kept)
+    before = len(_entries)
     weight = fa.int4.encode(matrix(0, 32, 64))
     first = prepare(weight, 1)
-    assert len(_kept) == before + 1
+    assert len(_entries) == before + 1
     assert prepare(weight, 4)[0] is first[0]
     other = weight._replace(scale=weight.scale * 2)  # the same codes with other scales are another matrix
     assert not torch.equal(linear(prepare(other, 4), matrix(1, 4, 64)), linear(first, matrix(1, 4, 64)))
@@ -76,18 +76,18 @@ def test_it_is_made_once_and_forgotten_with_its_weight(tiled):
     assert any(not torch.equal(a, b) for a, b in zip(prepare(weight, 1), first, strict=True))
     del weight, other
     gc.collect()
-    assert len(_kept) == before
+    assert len(_entries) == before
 
 
 def test_a_scale_in_bfloat16_is_not_kept_alive():
     gc.collect()
-    before = len(_kept)
+    before = len(_entries)
     weight = fa.tree.cast(torch.bfloat16)(fa.int8.encode(matrix(0, 32, 64)))
     prepare(weight, 4)
-    assert len(_kept) == before + 1
+    assert len(_entries) == before + 1
     del weight
     gc.collect()
-    assert len(_kept) == before
+    assert len(_entries) == before
 
 
 @pytest.mark.parametrize("rows", [1, 3])

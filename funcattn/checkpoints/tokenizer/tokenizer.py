@@ -14,23 +14,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ...core import atomic
-from ...core.errors import fail, form
+from ...core.errors import fail
 from ..families import CheckpointError
-from ..gguf import metadata as fields
 from ..writing import written
 from . import chunks, prompts, templates, tokenizer_json
 from .declared import declare
-from .sentencepiece import pieces
-from .tokenizer_json import LLAMA3, QWEN2
-from .turns import NAMES, ends_of_turns
-
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
-ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+from .library import rust_errors
 
 _LOCK = threading.Lock()
 
@@ -106,7 +98,7 @@ class Tokenizer:
         wrong = [number for number in numbers if not 0 <= number < 2**32]
         if wrong:
             fail("decode", "ids", "token ids", wrong[0], "Ids count from 0.")
-        with _rust_errors("the decoder of tokenizer.json"):
+        with rust_errors("the decoder of tokenizer.json"):
             return self.backend.decode(numbers, skip_special_tokens=skip_special)
 
     def chat(
@@ -183,7 +175,7 @@ class Tokenizer:
     def _encoding(self, verb: str, what: str) -> Iterator[None]:
         """Hold the lock of the backend, and translate its errors."""
         try:
-            with _rust_errors(verb), _LOCK:
+            with rust_errors(verb), _LOCK:
                 yield
         except (TypeError, UnicodeEncodeError):
             remedy = 'text.encode("utf-8", "replace").decode() has none.'
@@ -217,9 +209,6 @@ class Tokenizer:
                 (draft / name).write_text(text, encoding="utf-8")
 
 
-# From a Hugging Face folder.
-
-
 def from_files(
     tokenizer: str,
     settings: Mapping[str, Any],
@@ -237,7 +226,7 @@ def from_files(
         beside: the values of special_tokens_map.json and its kin, by file.
     """
     bounds = tokenizer_json.check(tokenizer)
-    with _rust_errors("tokenizer.json"):
+    with rust_errors("tokenizer.json"):
         backend = tokenizers.Tokenizer.from_str(tokenizer)
         backend.no_padding()  # a file may ask for any length
         backend.no_truncation()
@@ -249,103 +238,3 @@ def from_files(
         found = backend.token_to_id(roles["eos_token"])
         ends = () if found is None else (found,)
     return Tokenizer(backend, ends, template, roles, bounds)
-
-
-# From the metadata of a GGUF file.
-
-
-def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only])
-
-
-def _one_digit_each() -> pre_tokenizers.PreTokenizer:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-
-
-SPLITS = {  # how text is cut before the merges, as in the tokenizer.json of the models that each name stands for
-    "smollm": _one_digit_each,
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "llama-bpe": lambda: _splitting(LLAMA3),
-    "qwen2": lambda: _splitting(QWEN2),
-}
-
-
-def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
-    """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of text, or SentencePiece's."""
-    kind_of_model = fields.text(metadata, "tokenizer.ggml.model")
-    if kind_of_model not in ("gpt2", "llama"):
-        fields.refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model)
-    tokens = fields.texts(metadata, "tokenizer.ggml.tokens")
-    if len(set(tokens)) != len(tokens):
-        fields.refuse("tokenizer.ggml.tokens", "all different", f"{len(tokens) - len(set(tokens))} twice")
-    kinds = fields.integers(metadata, "tokenizer.ggml.token_type", len(tokens))
-    id_of = lambda name: fields.index(metadata, f"tokenizer.ggml.{name}", len(tokens))
-    leading_space = fields.flag(metadata, "tokenizer.ggml.add_space_prefix", True)
-    if kind_of_model == "gpt2":
-        split = fields.text(metadata, "tokenizer.ggml.pre")
-        backend, first = _byte_level(metadata, tokens, split), split == "llama-bpe"
-    else:
-        scores = fields.floats(metadata, "tokenizer.ggml.scores", len(tokens))
-        unknown = id_of("unknown_token_id")
-        with _rust_errors("tokenizer.ggml.tokens"):
-            named = None if unknown is None else tokens[unknown]
-            backend = pieces(tokens, scores.tolist(), kinds.tolist(), named, leading_space=leading_space)
-        first = True
-    control = set(np.flatnonzero(kinds == CONTROL).tolist())
-    ends = ends_of_turns(metadata, tokens, control)
-    special_ids = control | {number for number in ends if tokens[number] in NAMES}  # whatever kind the file says
-    for special in (True, False):
-        ids = (
-            sorted(special_ids) if special else [n for n in np.flatnonzero(kinds == USER_DEFINED).tolist() if n not in special_ids]
-        )
-        add = backend.add_special_tokens if special else backend.add_tokens
-        spaced = not special and not leading_space  # such tokens may hold SentencePiece's sign for a space
-        add([AddedToken(tokens[number], normalized=spaced, special=special) for number in ids if tokens[number]])
-
-    roles = {role: tokens[number] for role, name in ROLES.items() if (number := id_of(name)) is not None}
-    begin = id_of("bos_token_id")
-    if fields.flag(metadata, "tokenizer.ggml.add_bos_token", first) and begin is not None and tokens[begin]:
-        # The library reads a piece as name:type, and $A as the text.
-        name = tokens[begin] if not set(tokens[begin]) & set(":$") else "the first token"
-        known = [{"id": name, "ids": [begin], "tokens": [tokens[begin]]}]
-        beginning = processors.TemplateProcessing(single=[name, "$A"], special_tokens=known)
-        of_bytes = [processors.ByteLevel(trim_offsets=False)] if kind_of_model == "gpt2" else []
-        backend.post_processor = processors.Sequence([*of_bytes, beginning])
-    return Tokenizer(backend, ends, fields.optional_text(metadata, "tokenizer.chat_template"), roles)
-
-
-def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: str) -> tokenizers.Tokenizer:
-    """Byte-level BPE."""
-    ids = {token: number for number, token in enumerate(tokens)}
-    merges = fields.texts(metadata, "tokenizer.ggml.merges")
-    wrong = [merge for merge in merges if merge.count(" ") != 1]
-    if wrong:
-        fields.refuse("tokenizer.ggml.merges", "pairs of tokens", wrong[0])
-    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
-    if split not in SPLITS:
-        fields.refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", split)
-    with _rust_errors("tokenizer.ggml.merges"):
-        backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=split == "llama-bpe"))
-    backend.pre_tokenizer, backend.decoder = SPLITS[split](), decoders.ByteLevel()
-    if split == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    return backend
-
-
-# Validation of files.
-
-
-@contextmanager
-def _rust_errors(where: str) -> Iterator[None]:
-    """Raise errors of the `tokenizers` library as CheckpointError."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic in Rust is not an Exception
-        wanted = "what the tokenizers library reads"
-        remedy = "Fetch the file again, or update the library: pip install --upgrade tokenizers."
-        got = str(error)[:300]
-        raise CheckpointError(form("load", where, wanted, f"an error: {got}", remedy)) from error

@@ -1,5 +1,8 @@
 """The "aten" backend: torch's fused CPU kernels, which return the log-sum-exp, and their backward.
 
+They know one mask, the plain causal one, and give a hidden key the weight zero, which times NaN is
+NaN: for other masks, and where a result is not finite, the functions here return None.
+
 They take four axes: batch groups of the layout become examples, row groups become heads that share
 one key head by a stride of zero. Only the gradients of k and v are repeated in memory, one for each
 query head until they are summed.
@@ -12,12 +15,14 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, broadcast, fold, group_sizes, in_rows, plan, unfold
+from .masking import is_finite
+from .torch_blocks import is_far
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str:
+def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
     """The reason why torch's fused kernel cannot run on these, or ""."""
     if q.device.type != "cpu":
         return f"on {q.device.type}, where it is not wired yet"
@@ -26,6 +31,13 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str:
     if is_empty(q, k, v):
         return "a size is zero"  # the kernel divides by it
     return ""
+
+
+def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None) -> str:
+    """The reason why it cannot attend under this form of mask, or "" where the mask may be causal."""
+    if bias is not None or len(mask) == 1:
+        return "it reads a matrix of queries and keys"
+    return why_not(q, k, v)
 
 
 def is_empty(*tensors: Tensor) -> bool:
@@ -42,17 +54,26 @@ def is_causal(mask: Sequence[Tensor], S: int) -> bool:
     return not bool(start.any()) and torch.equal(stop.clamp(max=S), last)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """out (*lead, T, D) and lse (*lead, T, 1)."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """out (*lead, T, D) and lse (*lead, T, 1); None for a mask that is not causal, or hidden NaN."""
+    if mask and not is_causal(mask, k.shape[-2]):
+        return None
+    out, lse = _attend(q, k, v, scale, bool(mask))
+    return (out, lse) if not mask or is_finite([out]) else None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     lead = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], [lead])
     out, lse = _forward(_four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=scale)
-    level = broadcast(q.shape[:-2], k.shape[:-2])
+    lse_lead = broadcast(q.shape[:-2], k.shape[:-2])
     lse = lse.reshape(*layout.sizes, q.shape[-2], 1)
-    if level != lead:  # only values have this axis, so its log-sum-exps are equal
-        lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(level), layout))]
+    if lse_lead != lead:  # only values have this axis, so its log-sum-exps are equal
+        lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(lse_lead), layout))]
     return unfold(out.reshape(*layout.sizes, *out.shape[-2:]), layout, (*lead, *out.shape[-2:])), unfold(
-        lse, layout, (*level, *lse.shape[-2:])
+        lse, layout, (*lse_lead, *lse.shape[-2:])
     )
 
 
@@ -61,7 +82,28 @@ def rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]
     return _forward(in_rows(q), in_rows(k), in_rows(v), 0.0, False, scale=scale)
 
 
-def backward(
+def attend_vjp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Sequence[Tensor],
+    lse: Tensor,
+    g: Tensor,
+    out: Tensor,
+    scale: float,
+    shapes: Sequence[Sequence[int]],
+) -> list[Tensor] | None:
+    """Gradients of q, k and v, in the given shapes, for the cotangent g of out.
+
+    None for a mask that is not causal, hidden NaN, or an lse that is too large to be one number.
+    """
+    if is_far(lse) or (mask and not is_causal(mask, k.shape[-2])):
+        return None
+    grads = _attend_vjp(shapes, q, k, v, lse, g, out, scale, bool(mask))
+    return grads if not mask or is_finite(grads) else None
+
+
+def _attend_vjp(
     shapes: Sequence[Sequence[int]],
     q: Tensor,
     k: Tensor,
@@ -69,11 +111,9 @@ def backward(
     lse: Tensor,
     g: Tensor,
     out: Tensor,
-    *,
     scale: float,
     causal: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k and v, in the given shapes."""
     lead = [x.shape[:-2] for x in (q, lse, g, out)]
     layout = plan(lead, [k.shape[:-2], v.shape[:-2]], [tuple(s[:-2]) for s in shapes])
     of = lambda x: _four(x, layout)

@@ -31,18 +31,18 @@ class Blocks:
 
     def walk(self) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
         """Each block of queries with its visible blocks of keys; True: no hidden pairs."""
-        columns = [slice(j, min(j + self.keys, self.S)) for j in range(0, self.S, self.keys)]
-        lines = [slice(i, min(i + self.rows, self.T)) for i in range(0, self.T, self.rows)]
-        if self.start is None or self.stop is None or not columns or self.start.is_meta:
-            yield from ((line, [(column, True) for column in columns]) for line in lines)
+        k_blocks = [slice(j, min(j + self.keys, self.S)) for j in range(0, self.S, self.keys)]
+        q_blocks = [slice(i, min(i + self.rows, self.T)) for i in range(0, self.T, self.rows)]
+        if self.start is None or self.stop is None or not k_blocks or self.start.is_meta:
+            yield from ((q_block, [(k_block, True) for k_block in k_blocks]) for q_block in q_blocks)
             return
-        first = torch.tensor([c.start for c in columns], device=self.start.device)
-        last = torch.tensor([c.stop for c in columns], device=self.start.device)
-        for line in lines:
-            start, stop = self.start[..., line, :, None], self.stop[..., line, :, None]  # (*groups, rows, n, 1)
+        first = torch.tensor([c.start for c in k_blocks], device=self.start.device)
+        last = torch.tensor([c.stop for c in k_blocks], device=self.start.device)
+        for q_block in q_blocks:
+            start, stop = self.start[..., q_block, :, None], self.stop[..., q_block, :, None]  # (*groups, rows, n, 1)
             some = ((start < last) & (stop > first)).flatten(0, -2).any(0).tolist()
             every = ((start <= first) & (stop >= last)).any(-2).flatten(0, -2).all(0).tolist()
-            yield line, [(column, every[n]) for n, column in enumerate(columns) if some[n]]
+            yield q_block, [(k_block, every[n]) for n, k_block in enumerate(k_blocks) if some[n]]
 
 
 class Seen:
@@ -54,41 +54,41 @@ class Seen:
         self.anything = bool(mask) or bias is not None
         self.unit = LOG2E if bias is None else 1.0  # factor of the logits
 
-    def logits(self, s: Tensor, line: slice, column: slice, whole: bool) -> Tensor:
+    def logits(self, s: Tensor, q_block: slice, k_block: slice, whole: bool) -> Tensor:
         """Logits times the unit, plus the bias; -inf at hidden pairs."""
         if self.bias is not None:
-            bias = self._block(self.bias, line, column).to(self.dtype)
+            bias = self._block(self.bias, q_block, k_block).to(self.dtype)
             s = s + bias
             if self.strict:
                 s = torch.where(bias == NOTHING, NOTHING, s)
         if self.intervals and not whole:
-            key = torch.arange(column.start, column.stop, device=s.device)
-            start, stop = (x[..., line, :, None] for x in self.intervals)
+            key = torch.arange(k_block.start, k_block.stop, device=s.device)
+            start, stop = (x[..., q_block, :, None] for x in self.intervals)
             seen = key < stop.squeeze(-2) if stop.shape[-2] == 1 and not start.any() else ((start <= key) & (key < stop)).any(-2)
             s = torch.where(seen, s, NOTHING)
         if len(self.mask) == 1:
-            s = torch.where(self._block(self.mask[0], line, column), s, NOTHING)
+            s = torch.where(self._block(self.mask[0], q_block, k_block), s, NOTHING)
         return s
 
-    def power(self, s: Tensor, base: Tensor) -> Tensor:
+    def power(self, s: Tensor, shift: Tensor) -> Tensor:
         """s - base as an exponent of two; s is overwritten if the shapes are equal."""
-        s = s.sub_(base) if s.shape[:-1] == base.shape[:-1] else s - base
+        s = s.sub_(shift) if s.shape[:-1] == shift.shape[:-1] else s - shift
         return s if self.bias is None else s.mul_(LOG2E)
 
-    def rescale(self, s: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rescale(self, s: Tensor, row_max: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step of a streaming softmax: weights, rescaling of earlier sums, new row max."""
-        higher = torch.maximum(top, s.amax(-1, keepdim=True))
-        base = torch.where(higher == NOTHING, 0, higher) if self.anything else higher
-        p, fade = self.power(s, base).exp2_(), top - base
-        return p, torch.exp2(fade if self.bias is None else fade * LOG2E), higher
+        higher = torch.maximum(row_max, s.amax(-1, keepdim=True))
+        shift = torch.where(higher == NOTHING, 0, higher) if self.anything else higher
+        p, rescale = self.power(s, shift).exp2_(), row_max - shift
+        return p, torch.exp2(rescale if self.bias is None else rescale * LOG2E), higher
 
-    def log(self, top: Tensor, mass: Tensor) -> Tensor:
+    def log(self, row_max: Tensor, normalizer: Tensor) -> Tensor:
         """The log-sum-exp from the row max and the normalizer; -inf where nothing is visible."""
-        lse = (top + mass.log2()) / LOG2E if self.bias is None else top + mass.log()
-        return torch.where(mass == 0, NOTHING, lse)
+        lse = (row_max + normalizer.log2()) / LOG2E if self.bias is None else row_max + normalizer.log()
+        return torch.where(normalizer == 0, NOTHING, lse)
 
-    def _block(self, x: Tensor, line: slice, column: slice) -> Tensor:
-        return block_of(x, self.layout, line, column)
+    def _block(self, x: Tensor, q_block: slice, k_block: slice) -> Tensor:
+        return block_of(x, self.layout, q_block, k_block)
 
 
 def weigh(W: Tensor, c: Tensor, batch: int, visible: Tensor | None = None) -> Tensor:
@@ -103,11 +103,11 @@ def weigh(W: Tensor, c: Tensor, batch: int, visible: Tensor | None = None) -> Te
     return torch.where(reached, multiply(W, c, batch), multiply(W, c.masked_fill(bad, 0), batch))
 
 
-def block_of(x: Tensor, layout: Layout, line: slice, column: slice) -> Tensor:
+def block_of(x: Tensor, layout: Layout, q_block: slice, k_block: slice) -> Tensor:
     """A block of a tensor of pairs (*lead, T or 1, S or 1)."""
-    line = line if x.shape[-2] != 1 else slice(0, 1)
-    column = column if x.shape[-1] != 1 else slice(0, 1)
-    return fold(x[..., line, column], layout)
+    q_block = q_block if x.shape[-2] != 1 else slice(0, 1)
+    k_block = k_block if x.shape[-1] != 1 else slice(0, 1)
+    return fold(x[..., q_block, k_block], layout)
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import dropout
-from ..closed.algebra import ONES, Dense, Factor, K, L, Output, Pair, Q, Sweep, places
+from ..closed.algebra import ONES, Contraction, DenseFactor, Factor, K, L, LowRankFactor, Output, Q, places
 from ..dtypes import accumulation_dtype
 from .layout import broadcast, fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
 from .masking import LOG2E, NOTHING, Blocks, Seen, block_of, capturing, is_finite, weigh
@@ -44,15 +44,15 @@ def attend(
     Source: Milakov and Gimelshein, arXiv:1805.02867; Dao et al., FlashAttention, arXiv:2205.14135.
     """
     T, extra = q.shape[-2], [*mask, *([] if bias is None else [bias])]
-    level = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
-    lead = broadcast(level, v.shape[:-2])
+    lse_lead = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
+    lead = broadcast(lse_lead, v.shape[:-2])
 
     def run(strict: bool) -> list[Tensor]:
         def part(_: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             q, k, v, *extra = tensors
             return _attend(q, k, v, extra[: len(mask)], extra[len(mask)] if bias is not None else None, scale, strict)
 
-        return in_parts(part, [(*lead, T, v.shape[-1]), (*level, T, 1)], [q, k, v, *extra], [K, 2], [Q, K], _too_many)
+        return in_parts(part, [(*lead, T, v.shape[-1]), (*lse_lead, T, 1)], [q, k, v, *extra], [K, 2], [Q, K], _too_many)
 
     out, lse = run(False)
     return (out, lse) if not extra or is_finite([out]) else tuple(run(True))  # pyright: ignore[reportReturnType]
@@ -77,8 +77,8 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor] = (), s
     """
     if not is_far(lse):
         return lse.clone(), torch.zeros_like(lse)
-    spec = Sweep((), scale, tuple(range(3, 3 + len(mask))))
-    m, log = (x / LOG2E for x in _Sweeper(spec, [], [q, k, lse, *mask], strict=False).statistics(lse.shape))
+    contraction = Contraction((), scale, tuple(range(3, 3 + len(mask))))
+    m, log = (x / LOG2E for x in _Contractor(contraction, [], [q, k, lse, *mask], strict=False).statistics(lse.shape))
     far = _far(lse)
     whole = torch.where(far, m + log, lse)
     return whole, torch.where(far, (m - whole) + log, 0)
@@ -100,18 +100,18 @@ def _attend(
     )
     out = values.new_zeros(*layout.sizes, T, v.shape[-1])
     lse = values.new_full((*groups, T, 1), NOTHING)
-    for line, columns in _walk(seen, T, S, groups):
-        top = lse[..., line, :]  # in units of the logits until the end of the row block
-        mass = torch.zeros_like(top)
-        mixed = torch.zeros_like(out[..., line, :])
-        for column, whole in columns:
-            s = seen.logits(multiply(queries[..., line, :], keys[..., column, :].mT, layout.batch), line, column, whole)
+    for q_block, k_blocks in _walk(seen, T, S, groups):
+        row_max = lse[..., q_block, :]  # in units of the logits until the end of the row block
+        normalizer = torch.zeros_like(row_max)
+        accumulator = torch.zeros_like(out[..., q_block, :])
+        for k_block, whole in k_blocks:
+            s = seen.logits(multiply(queries[..., q_block, :], keys[..., k_block, :].mT, layout.batch), q_block, k_block, whole)
             visible = s != NOTHING if strict else None
-            p, fade, top = seen.rescale(s, top)
-            mass = mass.mul_(fade).add_(p.sum(-1, keepdim=True))
-            mixed.mul_(fade).add_(weigh(p, values[..., column, :], layout.batch, visible))
-        out[..., line, :] = mixed / torch.where(mass == 0, 1, mass)
-        lse[..., line, :] = seen.log(top, mass)
+            p, rescale, row_max = seen.rescale(s, row_max)
+            normalizer = normalizer.mul_(rescale).add_(p.sum(-1, keepdim=True))
+            accumulator.mul_(rescale).add_(weigh(p, values[..., k_block, :], layout.batch, visible))
+        out[..., q_block, :] = accumulator / torch.where(normalizer == 0, 1, normalizer)
+        lse[..., q_block, :] = seen.log(row_max, normalizer)
     shape = (
         *broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]),
         T,
@@ -120,44 +120,47 @@ def _attend(
     return unfold(out, layout, (*lead, T, v.shape[-1])).to(v.dtype), unfold(lse, layout, shape)
 
 
-def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
+def contract(contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
     """All outputs of a contraction in one pass over the blocks of P; `shapes` are the outputs'.
 
     An output is summed over the leading axes that its terms have and its shape lacks, and repeated
     over those that only it has.
     """
-    _, keyed, _ = places(spec)
+    _, keyed, _ = places(contraction)
 
     def run(strict: bool) -> list[Tensor]:
-        part = lambda shapes, tensors: _Sweeper(spec, shapes, tensors, strict).run()
+        part = lambda shapes, tensors: _Contractor(contraction, shapes, tensors, strict).run()
         return in_parts(part, shapes, tensors, sorted(keyed), [Q, K, L], _too_many)
 
     outputs = run(False)
-    return outputs if (not spec.mask and spec.bias == ONES) or is_finite(outputs) else run(True)
+    return outputs if (not contraction.mask and contraction.bias == ONES) or is_finite(outputs) else run(True)
 
 
-class _Sweeper:
+sweep = contract  # alias: its earlier name
+
+
+class _Contractor:
     """One contraction: folded inputs, output buffers, and the loop over blocks."""
 
-    def __init__(self, spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], strict: bool) -> None:
-        query, key, pair = places(spec)
-        extra = [*spec.mask, *([spec.dropout] if spec.dropout != ONES else [])]
+    def __init__(self, contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], strict: bool) -> None:
+        query, key, pair = places(contraction)
+        extra = [*contraction.mask, *([contraction.dropout] if contraction.dropout != ONES else [])]
         lead = lambda where: [tensors[p].shape[:-2] for p in where]
-        self.spec, self.shapes, self.tensors = spec, shapes, tensors
+        self.contraction, self.shapes, self.tensors = contraction, shapes, tensors
         self.layout = layout = plan(lead([*query, *extra]), lead(key), lead(pair) + [tuple(s[:-2]) for s in shapes])
-        bias = tensors[spec.bias] if spec.bias != ONES else None
+        bias = tensors[contraction.bias] if contraction.bias != ONES else None
         self.wide = accumulation_dtype(tensors[Q], bias)
-        self.seen = Seen([tensors[p] for p in spec.mask], bias, layout, self.wide, strict)
+        self.seen = Seen([tensors[p] for p in contraction.mask], bias, layout, self.wide, strict)
         self.x = {p: fold(tensors[p], layout).to(self.wide) for p in query | key}
-        self.scaled = self.x[Q] * (spec.scale * self.seen.unit)
-        level = self.x[L]
-        self.far = _far(level) if is_far(level) else None
+        self.scaled = self.x[Q] * (contraction.scale * self.seen.unit)
+        lse = self.x[L]
+        self.far = _far(lse) if is_far(lse) else None
         # a query without visible keys has no weights
-        self.level = torch.where(level == NOTHING, float("inf"), level) * self.seen.unit
-        self.keys = fold(tensors[spec.dropout], layout) if spec.dropout != ONES else None
+        self.lse = torch.where(lse == NOTHING, float("inf"), lse) * self.seen.unit
+        self.keys = fold(tensors[contraction.dropout], layout) if contraction.dropout != ONES else None
         self.targets = [group_sizes(tuple(s[:-2]), layout) for s in shapes]
         self.keep = [
-            any(t[i] != 1 for t, o in zip(self.targets, spec.outputs, strict=True) if o.side == "key")
+            any(t[i] != 1 for t, o in zip(self.targets, contraction.outputs, strict=True) if o.side == "key")
             for i in range(len(layout.groups))
         ]
         self.T, self.S = tensors[Q].shape[-2], tensors[K].shape[-2]
@@ -166,11 +169,11 @@ class _Sweeper:
 
     def _factors(self) -> tuple[Counter[Factor], dict[Factor, tuple[Tensor, Tensor]]]:
         """Uses of each factor, and its low-rank features concatenated, [a_1, a_2] . [b_1, b_2]."""
-        products = {term.factors for output in self.spec.outputs for term in output.terms}
+        products = {term.factors for output in self.contraction.outputs for term in output.terms}
         uses = Counter(factor for product in products for factor in set(product))
         joined = {}
         for factor in uses:
-            pairs = [s for s in factor if isinstance(s, Pair) and ONES not in (s.a, s.b)]
+            pairs = [s for s in factor if isinstance(s, LowRankFactor) and ONES not in (s.a, s.b)]
             left, right = [self.x[s.a] if s.weight == 1 else self.x[s.a] * s.weight for s in pairs], [self.x[s.b] for s in pairs]
             if pairs and all(len({x.shape[:-2] for x in side}) == 1 for side in (left, right)):
                 join = lambda side: side[0] if len(side) == 1 else torch.cat(side, -1)
@@ -179,85 +182,85 @@ class _Sweeper:
 
     def run(self) -> list[Tensor]:
         groups = broadcast((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
-        for line, columns in _walk(self.seen, self.T, self.S, groups):
-            far = self.far is not None and (capturing(self.far) or bool(self.far[..., line, :].any()))
-            base = self._statistics(line, columns) if far else (self.level[..., line, :], None)
-            for column, whole in columns:
-                self._block(line, column, whole, *base)
+        for q_block, k_blocks in _walk(self.seen, self.T, self.S, groups):
+            far = self.far is not None and (capturing(self.far) or bool(self.far[..., q_block, :].any()))
+            shift = self._statistics(q_block, k_blocks) if far else (self.lse[..., q_block, :], None)
+            for k_block, whole in k_blocks:
+                self._block(q_block, k_block, whole, *shift)
         return [unfold(out, self.layout, shape) for out, shape in zip(self.out, self.shapes, strict=True)]
 
     def statistics(self, shape: Sequence[int]) -> list[Tensor]:
         """The row max of every query and the log of the normalizer, as powers of two."""
         groups = broadcast((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
-        lines = [self._statistics(line, columns) for line, columns in _walk(self.seen, self.T, self.S, groups)]
-        return [unfold(torch.cat(parts, -2), self.layout, shape) for parts in zip(*lines, strict=True)]
+        rows = [self._statistics(q_block, k_blocks) for q_block, k_blocks in _walk(self.seen, self.T, self.S, groups)]
+        return [unfold(torch.cat(parts, -2), self.layout, shape) for parts in zip(*rows, strict=True)]
 
-    def _logits(self, line: slice, column: slice, whole: bool) -> Tensor:
-        s = multiply(self.scaled[..., line, :], self.x[K][..., column, :].mT, self.layout.batch)
-        return self.seen.logits(s, line, column, whole)
+    def _logits(self, q_block: slice, k_block: slice, whole: bool) -> Tensor:
+        s = multiply(self.scaled[..., q_block, :], self.x[K][..., k_block, :].mT, self.layout.batch)
+        return self.seen.logits(s, q_block, k_block, whole)
 
-    def _statistics(self, line: slice, columns: Sequence[tuple[slice, bool]]) -> tuple[Tensor, Tensor]:
+    def _statistics(self, q_block: slice, k_blocks: Sequence[tuple[slice, bool]]) -> tuple[Tensor, Tensor]:
         """The row max of each query, and the normalizer of exp(S - row_max) as a power of two."""
-        top = torch.full_like(self.level[..., line, :], NOTHING)
-        mass = torch.zeros_like(top)
-        for column, whole in columns:
-            p, fade, top = self.seen.rescale(self._logits(line, column, whole), top)
-            mass = mass * fade + p.sum(-1, keepdim=True)
-        none = mass == 0
-        return torch.where(none, float("inf"), top), torch.where(none, 0, mass.log2())
+        row_max = torch.full_like(self.lse[..., q_block, :], NOTHING)
+        normalizer = torch.zeros_like(row_max)
+        for k_block, whole in k_blocks:
+            p, rescale, row_max = self.seen.rescale(self._logits(q_block, k_block, whole), row_max)
+            normalizer = normalizer * rescale + p.sum(-1, keepdim=True)
+        none = normalizer == 0
+        return torch.where(none, float("inf"), row_max), torch.where(none, 0, normalizer.log2())
 
-    def _block(self, line: slice, column: slice, whole: bool, base: Tensor, normalizer: Tensor | None) -> None:
-        s = self._logits(line, column, whole)
+    def _block(self, q_block: slice, k_block: slice, whole: bool, shift: Tensor, normalizer: Tensor | None) -> None:
+        s = self._logits(q_block, k_block, whole)
         visible = s != NOTHING if self.seen.strict else None
-        P = self.seen.power(s, base)
+        P = self.seen.power(s, shift)
         P = (P if normalizer is None else P.sub_(normalizer)).exp2_()
         if self.keys is not None:
-            P = P * dropout.keep(self.keys, line, column, self.spec.rate).to(P.dtype)
+            P = P * dropout.keep(self.keys, q_block, k_block, self.contraction.rate).to(P.dtype)
         weights: dict[tuple[Factor, ...], Tensor] = {(): P if visible is None else torch.where(visible, P, 0)}
         factors: dict[Factor, Tensor] = {}
-        for output, target, out in zip(self.spec.outputs, self.targets, self.out, strict=True):
+        for output, target, out in zip(self.contraction.outputs, self.targets, self.out, strict=True):
             alike: dict[
                 tuple[int, torch.Size], list[tuple[float, Tensor]]
             ] = {}  # not across leading shapes: a sum over an axis would count twice
             for term in output.terms:
-                W = self._weight(term.factors, weights, factors, line, column, visible)
+                W = self._weight(term.factors, weights, factors, q_block, k_block, visible)
                 alike.setdefault((term.value, W.shape), []).append((term.weight, W))
             for (value, _), weighted in alike.items():
-                self._add(output, out, target, self._sum(weighted), value, line, column, visible)
+                self._add(output, out, target, self._sum(weighted), value, q_block, k_block, visible)
 
     def _weight(
         self,
         product: tuple[Factor, ...],
         weights: dict,
         factors: dict,
-        line: slice,
-        column: slice,
+        q_block: slice,
+        k_block: slice,
         visible: Tensor | None,
     ) -> Tensor:
         """P times a product of factors; common prefixes of products are computed once."""
         if product not in weights:
-            head = self._weight(product[:-1], weights, factors, line, column, visible)
+            head = self._weight(product[:-1], weights, factors, q_block, k_block, visible)
             last = product[-1]
             if self.uses[last] == 1 and len(product) == 1:  # its only use, so it is overwritten
-                fresh = self._factor(last, line, column)
+                fresh = self._factor(last, q_block, k_block)
                 W = fresh.mul_(head) if fresh.shape == head.shape else head * fresh
             else:
                 if last not in factors:
-                    factors[last] = self._factor(last, line, column)
+                    factors[last] = self._factor(last, q_block, k_block)
                 W = head * factors[last]
             weights[product] = W if visible is None else torch.where(visible, W, 0)
         return weights[product]
 
-    def _factor(self, factor: Factor, line: slice, column: slice) -> Tensor:
+    def _factor(self, factor: Factor, q_block: slice, k_block: slice) -> Tensor:
         """A new block of a factor: low-rank summands in one product, then the constant ones."""
         total = None
         if factor in self.joined:
             a, b = self.joined[factor]
-            total = multiply(a[..., line, :], b[..., column, :].mT, self.layout.batch)
+            total = multiply(a[..., q_block, :], b[..., k_block, :].mT, self.layout.batch)
         for summand in factor:
-            if factor in self.joined and isinstance(summand, Pair) and ONES not in (summand.a, summand.b):
+            if factor in self.joined and isinstance(summand, LowRankFactor) and ONES not in (summand.a, summand.b):
                 continue
-            x = self._summand(summand, line, column)
+            x = self._summand(summand, q_block, k_block)
             if total is None:
                 total = x * summand.weight
             elif total.shape == broadcast(total.shape, x.shape):
@@ -267,15 +270,15 @@ class _Sweeper:
         assert total is not None
         return total
 
-    def _summand(self, summand: Pair | Dense, line: slice, column: slice) -> Tensor:
-        if isinstance(summand, Dense):
-            return block_of(self.tensors[summand.m], self.layout, line, column).to(self.wide)
+    def _summand(self, summand: LowRankFactor | DenseFactor, q_block: slice, k_block: slice) -> Tensor:
+        if isinstance(summand, DenseFactor):
+            return block_of(self.tensors[summand.m], self.layout, q_block, k_block).to(self.wide)
         a, b, _ = summand
         if a == ONES:
-            return self.x[b][..., column, :].sum(-1).unsqueeze(-2)
+            return self.x[b][..., k_block, :].sum(-1).unsqueeze(-2)
         if b == ONES:
-            return self.x[a][..., line, :].sum(-1, keepdim=True)
-        return multiply(self.x[a][..., line, :], self.x[b][..., column, :].mT, self.layout.batch)
+            return self.x[a][..., q_block, :].sum(-1, keepdim=True)
+        return multiply(self.x[a][..., q_block, :], self.x[b][..., k_block, :].mT, self.layout.batch)
 
     def _sum(self, weighted: list[tuple[float, Tensor]]) -> Tensor:
         weight, total = weighted[0]
@@ -291,23 +294,23 @@ class _Sweeper:
         target: Sequence[int],
         W: Tensor,
         value: int,
-        line: slice,
-        column: slice,
+        q_block: slice,
+        k_block: slice,
         visible: Tensor | None,
     ) -> None:
         batch = self.layout.batch
         if output.side == "query":
-            part = W.sum(-1, keepdim=True) if value == ONES else weigh(W, self.x[value][..., column, :], batch, visible)
-            out[..., line, :] += _reduce(part, target)
+            part = W.sum(-1, keepdim=True) if value == ONES else weigh(W, self.x[value][..., k_block, :], batch, visible)
+            out[..., q_block, :] += _reduce(part, target)
         elif output.side == "key":
-            part = W.sum(-2).unsqueeze(-1) if value == ONES else self._weigh_rows(W, self.x[value][..., line, :], visible)
-            out[..., column, :] += _reduce(part, target)
+            part = W.sum(-2).unsqueeze(-1) if value == ONES else self._weigh_rows(W, self.x[value][..., q_block, :], visible)
+            out[..., k_block, :] += _reduce(part, target)
         else:
-            line = line if out.shape[-2] != 1 else slice(0, 1)
-            column = column if out.shape[-1] != 1 else slice(0, 1)
+            q_block = q_block if out.shape[-2] != 1 else slice(0, 1)
+            k_block = k_block if out.shape[-1] != 1 else slice(0, 1)
             W = W if out.shape[-2] != 1 else W.sum(-2, keepdim=True)
             W = W if out.shape[-1] != 1 else W.sum(-1, keepdim=True)
-            out[..., line, column] += _reduce(W, target)
+            out[..., q_block, k_block] += _reduce(W, target)
 
     def _weigh_rows(self, W: Tensor, c: Tensor, visible: Tensor | None) -> Tensor:
         """W.mT @ c, without hidden rows as in `weigh`."""

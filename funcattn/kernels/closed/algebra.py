@@ -7,8 +7,8 @@ factor F is a sum of products a_i . b_j (or a dense matrix), and let an output b
 
     query side   o_i  = sum_j W_ij c_j        key side   o_j = sum_i W_ij c_i        pair side   o_ij = W_ij
 
-A contraction (`Sweep`) computes any number of such outputs in one pass over blocks of P, which is
-never materialized as a whole. Differentiating W gives the same W with one more factor, so the vjp
+A contraction (`Contraction`) computes any number of such outputs in one pass over blocks of P,
+which is never materialized as a whole. Differentiating W gives the same W with one more factor, so the vjp
 and the jvp of a contraction are again one contraction each: derivatives of every order, in every
 nesting, in O(T + S) memory. `attend`, the one function that normalizes, has a contraction for its
 vjp and another for its jvp.
@@ -27,7 +27,7 @@ Q, K, L = 0, 1, 2  # indices of the queries, the keys and the log-sum-exp
 ONES = -1  # in place of an index: a constant feature of ones, so a . 1, or a sum without values
 
 
-class Pair(NamedTuple):
+class LowRankFactor(NamedTuple):
     """A low-rank factor weight * a_i . b_j; a, b index query-side, key-side tensors."""
 
     a: int
@@ -35,14 +35,16 @@ class Pair(NamedTuple):
     weight: float = 1.0
 
 
-class Dense(NamedTuple):
+class DenseFactor(NamedTuple):
     """A dense factor weight * m_ij; m is the index of a tensor (*lead, T, S)."""
 
     m: int
     weight: float = 1.0
 
 
-Factor = tuple[Pair | Dense, ...]  # a sum of low-rank and dense factors
+Pair, Dense = LowRankFactor, DenseFactor  # aliases: earlier names
+Summand = LowRankFactor | DenseFactor
+Factor = tuple[Summand, ...]  # a sum of low-rank and dense factors
 
 
 class Term(NamedTuple):
@@ -63,7 +65,7 @@ class Output(NamedTuple):
     terms: tuple[Term, ...]
 
 
-class Sweep(NamedTuple):
+class Contraction(NamedTuple):
     """A contraction: outputs that share P, and the inputs of P beside q, k and l."""
 
     outputs: tuple[Output, ...]
@@ -72,6 +74,9 @@ class Sweep(NamedTuple):
     bias: int = ONES  # index of the bias; ONES: none
     dropout: int = ONES  # index of the keys of dropout; ONES: none
     rate: float = 0.0
+
+
+Sweep = Contraction  # alias: its earlier name
 
 
 class _Collect:
@@ -91,12 +96,12 @@ class _Collect:
 
 
 def vjp(
-    sweep: Sweep, cotangents: dict[int, int], needed: set[int], lead: Callable[[int], Hashable]
-) -> tuple[Sweep, tuple[int, ...]]:
+    contraction: Contraction, cotangents: dict[int, int], needed: set[int], lead: Callable[[int], Hashable]
+) -> tuple[Contraction, tuple[int, ...]]:
     """The contraction that computes the vjp of a contraction.
 
     Args:
-        sweep: the contraction to differentiate.
+        contraction: the contraction to differentiate.
         cotangents: from the number of an output to the index of its cotangent.
         needed: indices of the tensors whose gradients are needed.
         lead: the leading shape of the tensor at an index; only products with equal leading shapes
@@ -107,31 +112,34 @@ def vjp(
         The contraction, and for each of its outputs the index of the tensor whose gradient it is.
     """
     found = _Collect()
-    pulled: dict[
-        tuple[tuple[Factor, ...], Hashable], list[Pair | Dense]
-    ] = {}  # a product of factors: the sum of g . c over its terms
+    # of a product of factors: the sum of g . c over its terms
+    cotangents_of_product: dict[tuple[tuple[Factor, ...], Hashable], list[Summand]] = {}
     for number, g in cotangents.items():
-        side, terms = sweep.outputs[number]
+        side, terms = contraction.outputs[number]
         for factors, c, weight in terms:
-            x = Pair(g, c, weight) if side == "query" else Pair(c, g, weight) if side == "key" else Dense(g, weight)
-            pulled.setdefault((factors, (lead(g), lead(c) if c != ONES and side != "pair" else ())), []).append(x)
+            if side == "pair":
+                x, leads = DenseFactor(g, weight), (lead(g), ())
+            else:
+                x = LowRankFactor(g, c, weight) if side == "query" else LowRankFactor(c, g, weight)
+                leads = (lead(g), lead(c) if c != ONES else ())
+            cotangents_of_product.setdefault((factors, leads), []).append(x)
             if c in needed and side != "pair":
                 found.add(c, "key" if side == "query" else "query", factors, g, weight)
-    for (factors, _), summands in pulled.items():
+    for (factors, _), summands in cotangents_of_product.items():
         x = tuple(summands)
-        s = sweep.scale
+        s = contraction.scale
         for place, side, value, weight in (
             (Q, "query", K, s),
             (K, "key", Q, s),
             (L, "query", ONES, -1.0),
-            (sweep.bias, "pair", ONES, 1.0),
+            (contraction.bias, "pair", ONES, 1.0),
         ):
             if place in needed:
                 found.add(place, side, (*factors, x), value, weight)
         for i, factor in enumerate(factors):
             rest = (*factors[:i], *factors[i + 1 :], x)
             for summand in factor:
-                if isinstance(summand, Dense):
+                if isinstance(summand, DenseFactor):
                     if summand.m in needed:
                         found.add(summand.m, "pair", rest, ONES, summand.weight)
                     continue
@@ -140,90 +148,90 @@ def vjp(
                 if summand.b in needed:
                     found.add(summand.b, "key", rest, summand.a, summand.weight)
     outputs, places = found.outputs()
-    return sweep._replace(outputs=outputs), places
+    return contraction._replace(outputs=outputs), places
 
 
-def jvp(sweep: Sweep, tangents: dict[int, int]) -> Sweep:
+def jvp(contraction: Contraction, tangents: dict[int, int]) -> Contraction:
     """The contraction that computes the jvp of a contraction.
 
     An output that no tangent reaches has no terms.
 
     Args:
-        sweep: the contraction to differentiate.
+        contraction: the contraction to differentiate.
         tangents: from the index of a tensor to the index of its tangent.
     """
-    dS = logit_tangent(sweep, tangents)
+    dS = logit_tangent(contraction, tangents)
     outputs = []
-    for side, terms in sweep.outputs:
-        pushed = []
+    for side, terms in contraction.outputs:
+        tangent_terms = []
         for factors, c, weight in terms:
             if dS:
-                pushed.append(Term((*factors, dS), c, weight))
+                tangent_terms.append(Term((*factors, dS), c, weight))
             for i, factor in enumerate(factors):
-                if moved := _factor_tangent(factor, tangents):
-                    pushed.append(Term((*factors[:i], *factors[i + 1 :], moved), c, weight))
+                if dF := _factor_tangent(factor, tangents):
+                    tangent_terms.append(Term((*factors[:i], *factors[i + 1 :], dF), c, weight))
             if c in tangents and side != "pair":
-                pushed.append(Term(factors, tangents[c], weight))
-        outputs.append(Output(side, tuple(pushed)))
-    return sweep._replace(outputs=tuple(outputs))
+                tangent_terms.append(Term(factors, tangents[c], weight))
+        outputs.append(Output(side, tuple(tangent_terms)))
+    return contraction._replace(outputs=tuple(outputs))
 
 
-def attend_tangent(base: Sweep, v: int, moved: dict[int, int]) -> Sweep:
+def attend_tangent(empty: Contraction, v: int, tangents: dict[int, int]) -> Contraction:
     """The contraction for the jvp of attend: sum_j P (dS v + dv), and sum_j P dS = dlse.
 
     The tangent of the output is the first minus the second times the output. Without tangents of q,
     k and the bias there is no second output.
 
     Args:
-        base: a contraction without outputs.
+        empty: a contraction without outputs.
         v: index of the values.
-        moved: from the index of a tensor to the index of its tangent.
+        tangents: from the index of a tensor to the index of its tangent.
     """
-    dS = logit_tangent(base, moved)
-    mixed = ((Term((dS,), v),) if dS else ()) + ((Term((), moved[v]),) if v in moved else ())
-    return base._replace(outputs=(Output("query", mixed), *((Output("query", (Term((dS,)),)),) if dS else ())))
+    dS = logit_tangent(empty, tangents)
+    accumulator = ((Term((dS,), v),) if dS else ()) + ((Term((), tangents[v]),) if v in tangents else ())
+    return empty._replace(outputs=(Output("query", accumulator), *((Output("query", (Term((dS,)),)),) if dS else ())))
 
 
-def logit_tangent(sweep: Sweep, tangents: dict[int, int]) -> Factor:
+def logit_tangent(contraction: Contraction, tangents: dict[int, int]) -> Factor:
     """d(scale q . k + bias - l) as a factor."""
-    dS: list[Pair | Dense] = []
+    dS: list[Summand] = []
     if Q in tangents:
-        dS.append(Pair(tangents[Q], K, sweep.scale))
+        dS.append(LowRankFactor(tangents[Q], K, contraction.scale))
     if K in tangents:
-        dS.append(Pair(Q, tangents[K], sweep.scale))
+        dS.append(LowRankFactor(Q, tangents[K], contraction.scale))
     if L in tangents:
-        dS.append(Pair(tangents[L], ONES, -1.0))
-    if sweep.bias in tangents:
-        dS.append(Dense(tangents[sweep.bias]))
+        dS.append(LowRankFactor(tangents[L], ONES, -1.0))
+    if contraction.bias in tangents:
+        dS.append(DenseFactor(tangents[contraction.bias]))
     return tuple(dS)
 
 
 def _factor_tangent(factor: Factor, tangents: dict[int, int]) -> Factor:
-    moved: list[Pair | Dense] = []
+    summands: list[Summand] = []
     for summand in factor:
-        if isinstance(summand, Dense):
+        if isinstance(summand, DenseFactor):
             if summand.m in tangents:
-                moved.append(Dense(tangents[summand.m], summand.weight))
+                summands.append(DenseFactor(tangents[summand.m], summand.weight))
             continue
         if summand.a in tangents:
-            moved.append(Pair(tangents[summand.a], summand.b, summand.weight))
+            summands.append(LowRankFactor(tangents[summand.a], summand.b, summand.weight))
         if summand.b in tangents:
-            moved.append(Pair(summand.a, tangents[summand.b], summand.weight))
-    return tuple(moved)
+            summands.append(LowRankFactor(summand.a, tangents[summand.b], summand.weight))
+    return tuple(summands)
 
 
-def places(sweep: Sweep) -> tuple[set[int], set[int], set[int]]:
+def places(contraction: Contraction) -> tuple[set[int], set[int], set[int]]:
     """Indices of the query-side (T rows), key-side (S rows) and pair (T x S) tensors."""
     query, key, pair = {Q, L}, {K}, set()
-    if sweep.bias != ONES:
-        pair.add(sweep.bias)
-    for side, terms in sweep.outputs:
+    if contraction.bias != ONES:
+        pair.add(contraction.bias)
+    for side, terms in contraction.outputs:
         for factors, c, _ in terms:
             if side != "pair" and c != ONES:
                 (key if side == "query" else query).add(c)
             for factor in factors:
                 for summand in factor:
-                    if isinstance(summand, Dense):
+                    if isinstance(summand, DenseFactor):
                         pair.add(summand.m)
                         continue
                     query.add(summand.a)

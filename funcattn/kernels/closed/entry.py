@@ -16,43 +16,43 @@ from torch import Tensor
 from ...masks import Mask
 from ...records import Attended
 from .. import dropout
-from ..backends import WIDEST, aten
+from ..backends import WIDEST
 from ..request import FEW, SMALL, Kernel, Request
-from .algebra import ONES, Output, Sweep, Term
+from .algebra import ONES, Contraction, Output, Term
 from .functions import StatisticsFunction, run
 from .functions import attend as attend_in_family
 from .operators import AttendSpec, tensor_spec
 
 
-def attend(r: Request, backend: str = "torch") -> Attended:
-    """Attention by `AttendFunction`, by blocks of torch operations or by Triton."""
+def attend(r: Request, kernel: str = "flash") -> Attended:
+    """Attention by `AttendFunction`, on the backends of a kernel (see `backends.table`)."""
     mask = () if r.mask is None else tuple(r.mask) if isinstance(r.mask, Mask) else (r.mask,)
     optional = (*mask, *(() if r.bias is None else (r.bias,)), *(() if r.key is None else (r.key,)))
-    asked = (len(mask), r.bias is not None, r.dropout if r.key is not None else 0.0, backend)
+    asked = (len(mask), r.bias is not None, r.dropout if r.key is not None else 0.0, kernel)
     call = torch._dynamo.nonstrict_trace(_attend) if torch.compiler.is_compiling() else _attend
     return Attended(*call(asked, r.lead, r.scale, r.q, r.k, r.v, *optional))
 
 
-def statistics(r: Request, lse: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
+def statistics(r: Request, lse: Tensor) -> tuple[Tensor, Tensor]:
     """lse (*lead, H, T) in twice the precision, as a sum of two numbers, the second small.
 
     Both are constant to every derivative.
     """
     mask = () if r.mask is None else tuple(r.mask) if isinstance(r.mask, Mask) else (r.mask,)
     call = torch._dynamo.nonstrict_trace(_statistics) if torch.compiler.is_compiling() else _statistics
-    return call(backend, r.scale, r.q, r.k, lse, *mask)
+    return call("triton" if can_run_triton(r) else "flash", r.scale, r.q, r.k, lse, *mask)
 
 
-def _statistics(backend: str, scale: float | Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(kernel: str, scale: float | Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     q, k, lse, *mask = (x.detach() for x in tensors)
     H, K = q.shape[-3], k.shape[-3]
     if isinstance(scale, Tensor):
         q, scale = q * scale.detach(), 1.0
-    level = lse.unsqueeze(-1)
+    lse_column = lse.unsqueeze(-1)
     laid = _laid(mask, H, K)
     if H != K:
-        q, k, level = q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), level.unflatten(-3, (K, H // K))
-    whole, rest = StatisticsFunction.apply(scale, backend, q, k, level, *laid)
+        q, k, lse_column = q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), lse_column.unflatten(-3, (K, H // K))
+    whole, rest = StatisticsFunction.apply(scale, kernel, q, k, lse_column, *laid)
     return whole.reshape(lse.shape), rest.reshape(lse.shape)
 
 
@@ -75,43 +75,42 @@ def _attend(
     """The attention of tensors q, k, v and the optional tensors that `asked` describes.
 
     asked: the number of mask tensors, whether a bias follows, the dropout rate (if not zero, a key
-    follows), and the backend; plain Python values.
+    follows), and the kernel; plain Python values.
     """
-    masks, biased, rate, backend = asked
+    masks, biased, rate, kernel = asked
     (H, T, _), K = q.shape[-3:], k.shape[-3]
     grouped = H != K
     mask, bias = optional[:masks], optional[masks : masks + biased]
     laid = [*_laid(mask, H, K), *(_pairs(x, H, K) for x in bias)]
-    fused = backend == "torch" and not bias and masks != 1 and not aten.obstacle(q, k, v)
     # a tensor is differentiable, so it multiplies q; a number is applied to the logits in float32
     if isinstance(scale, Tensor):
         q, scale = q * scale, 1.0
     tensors = [q, k, v]
     if grouped:
         tensors = [q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), v.unsqueeze(-3)]
-    plan = AttendSpec(scale, masks, biased, fused, backend)
-    out, lse = attend_in_family(plan, *tensors, *laid)
+    spec = AttendSpec(scale, masks, biased, kernel)
+    out, lse = attend_in_family(spec, *tensors, *laid)
     if rate:
         keys = dropout.head_keys(optional[-1], (*lead, H))
-        out = _dropped(plan, rate, [*tensors, *laid], lse, out, keys.unflatten(-3, (K, H // K)) if grouped else keys)
+        out = _dropped(spec, rate, [*tensors, *laid], lse, out, keys.unflatten(-3, (K, H // K)) if grouped else keys)
     lse = lse.squeeze(-1).expand(out.shape[:-1])
     shape = (*lead, H, T)
     return out.reshape(*shape, out.shape[-1]), lse.reshape(shape)
 
 
-def _dropped(plan: AttendSpec, rate: float, tensors: Sequence[Tensor], lse: Tensor, whole: Tensor, keys: Tensor) -> Tensor:
+def _dropped(spec: AttendSpec, rate: float, tensors: Sequence[Tensor], lse: Tensor, whole: Tensor, keys: Tensor) -> Tensor:
     """The contraction of P with dropped weights; the log-sum-exp is that without dropout."""
     q, k, v, *extra = tensors
     at = 3 + len(extra)
-    spec = Sweep(
+    contraction = Contraction(
         (Output("query", (Term((), at),)),),
-        scale=plan.scale,
-        mask=tuple(range(3, 3 + plan.masks)),
-        bias=3 + plan.masks if plan.biased else ONES,
+        scale=spec.scale,
+        mask=tuple(range(3, 3 + spec.masks)),
+        bias=3 + spec.masks if spec.biased else ONES,
         dropout=at + 1,
         rate=rate,
     )
-    return run(spec, [tensor_spec(whole)], [q, k, lse, *extra, v, keys], plan.backend)[0]
+    return run(contraction, [tensor_spec(whole)], [q, k, lse, *extra, v, keys], spec.kernel)[0]
 
 
 def _pairs(x: Tensor, H: int, K: int) -> Tensor:
@@ -175,6 +174,6 @@ TRITON_KERNEL = Kernel(
     "triton",
     "the closed streaming family in kernels for CUDA: every transform, O(T + S) memory",
     lambda r: _why_not_flash(r) or _why_not_triton(r),
-    functools.partial(attend, backend="triton"),
+    functools.partial(attend, kernel="triton"),
     _passed_over_triton,
 )

@@ -12,23 +12,23 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import operators
-from .algebra import ONES, K, Pair, Q, Sweep
+from .algebra import ONES, Contraction, K, LowRankFactor, Q
 
 Shape = Sequence[int]
 
 
 def of_attend(q: Shape, k: Shape, v: Shape, *others: Shape) -> int:
     """FLOPs of q k^T and P v."""
-    level = torch.broadcast_shapes(q[:-2], k[:-2], *(x[:-2] for x in others))
-    lead = torch.broadcast_shapes(level, v[:-2])
-    return 2 * q[-2] * k[-2] * (math.prod(level) * q[-1] + math.prod(lead) * v[-1])
+    lse_lead = torch.broadcast_shapes(q[:-2], k[:-2], *(x[:-2] for x in others))
+    lead = torch.broadcast_shapes(lse_lead, v[:-2])
+    return 2 * q[-2] * k[-2] * (math.prod(lse_lead) * q[-1] + math.prod(lead) * v[-1])
 
 
-def of_sweep(spec: Sweep, shapes: Sequence[Shape]) -> int:
+def of_contract(contraction: Contraction, shapes: Sequence[Shape]) -> int:
     """FLOPs of the logits, of each factor once, and of each sum over P with values."""
-    factors = {factor for output in spec.outputs for term in output.terms for factor in term.factors}
-    pairs = [s for factor in factors for s in factor if isinstance(s, Pair) and ONES not in (s.a, s.b)]
-    values = [value for side, terms in spec.outputs if side != "pair" for value in {term.value for term in terms} - {ONES}]
+    factors = {factor for output in contraction.outputs for term in output.terms for factor in term.factors}
+    pairs = [s for factor in factors for s in factor if isinstance(s, LowRankFactor) and ONES not in (s.a, s.b)]
+    values = [value for side, terms in contraction.outputs if side != "pair" for value in {term.value for term in terms} - {ONES}]
     width = shapes[Q][-1] + sum(shapes[s.a][-1] for s in pairs) + sum(shapes[value][-1] for value in values)
     return 2 * math.prod(torch.broadcast_shapes(*(x[:-2] for x in shapes))) * shapes[Q][-2] * shapes[K][-2] * width
 
@@ -38,15 +38,15 @@ def _(tensors: Sequence[Shape], *_: Any, **__: Any) -> int:
     return of_attend(*tensors)
 
 
-@register_flop_formula(torch.ops.funcattn.sweep)
-def _(tensors: Sequence[Shape], job: str, *_: Any, **__: Any) -> int:
-    return of_sweep(operators._decode(job)[0], tensors)
+@register_flop_formula(torch.ops.funcattn.contract)
+def _(tensors: Sequence[Shape], spec: str, *_: Any, **__: Any) -> int:
+    return of_contract(operators._decode(spec)[0], tensors)
 
 
-@register_flop_formula(torch.ops.funcattn.push)
-def _(tensors: Sequence[Shape], scale: float, masks: int, moved: Sequence[bool], *_: Any, **__: Any) -> int:
+@register_flop_formula(torch.ops.funcattn.attend_jvp)
+def _(tensors: Sequence[Shape], scale: float, masks: int, has_tangent: Sequence[bool], *_: Any, **__: Any) -> int:
     """FLOPs of the value, and those of its tangent without the logits, which are computed once."""
     q, k, v, *mask = primals = tensors[: 3 + masks]
-    tangents: Any = operators.spread(moved, tensors[3 + masks :])  # pyright: ignore[reportArgumentType]
-    spec, flat, _places = operators.tangent_sweep(operators.AttendSpec(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
-    return of_attend(q, k, v, *mask) + of_sweep(spec, flat) - of_sweep(spec._replace(outputs=()), flat)  # pyright: ignore
+    tangents: Any = operators.spread(has_tangent, tensors[3 + masks :])  # pyright: ignore[reportArgumentType]
+    contraction, flat, _places = operators.tangent_contraction(operators.AttendSpec(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
+    return of_attend(q, k, v, *mask) + of_contract(contraction, flat) - of_contract(contraction._replace(outputs=()), flat)  # pyright: ignore

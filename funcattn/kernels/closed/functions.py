@@ -1,9 +1,8 @@
 """The autograd Functions of attention, closed under grad, jvp and vmap at every order.
 
 `AttendFunction` normalizes, `AttendJvpFunction` computes it and its jvp in one pass, and
-`ContractFunction` is a contraction (a `Sweep` of the algebra). The vjp and jvp of all three are
-contractions. `operators` chooses the implementation: blocks of torch operations, Triton kernels, or
-torch's fused kernels.
+`ContractFunction` is a contraction (a `Contraction` of the algebra). The vjp and jvp of all three are
+contractions. `operators` runs them on a backend.
 """
 
 import dataclasses
@@ -16,39 +15,40 @@ from torch.autograd import Function
 
 from ...core.autograd import add, align, closed_jvp, dual, primal, sum_to, tangent
 from . import algebra, operators
-from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
+from .algebra import ONES, Contraction, DenseFactor, K, L, LowRankFactor, Output, Q, Term
 from .operators import AttendSpec, ContractSpec, TensorSpec, tensor_spec
 
 V = 2  # index of the values in the tensors of attend, which are q, k, v, mask..., bias
 
 
-def attend(plan: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def attend(spec: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """out (*lead, T, Dv), lse (*lead, T, 1) of q, k, v, *mask, *bias.
 
     In forward mode it attaches both tangents, computed in the same pass where one kernel can do so.
     """
     tangents = [tangent(x) for x in tensors[:3]]
-    moved = tuple(x is not None for x in tangents)
-    if not any(moved) or not operators.pushes(plan, tensors):
-        return AttendFunction.apply(plan, *tensors)
+    has_tangent = tuple(x is not None for x in tangents)
+    if not any(has_tangent) or not operators.has_attend_jvp(spec, tensors):
+        return AttendFunction.apply(spec, *tensors)
     primals = [primal(x) for x in tensors[:3]]
     if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
         # Autograd records at this level: the gradients need a tangent too.
-        return AttendFunction.apply(plan, *tensors)
-    out, lse, dout, dlse = AttendJvpFunction.apply(plan, moved, *primals, *tensors[3:], *(x for x in tangents if x is not None))
+        return AttendFunction.apply(spec, *tensors)
+    given = (x for x in tangents if x is not None)
+    out, lse, dout, dlse = AttendJvpFunction.apply(spec, has_tangent, *primals, *tensors[3:], *given)
     return dual(out, dout), dual(lse, dlse)
 
 
 class AttendFunction(Function):
-    """(plan, q, k, v, *mask, *bias) -> out (*lead, T, Dv), lse (*lead, T, 1)."""
+    """(spec, q, k, v, *mask, *bias) -> out (*lead, T, Dv), lse (*lead, T, 1)."""
 
     @staticmethod
-    def forward(plan: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return operators.attend(plan, tensors)
+    def forward(spec: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return operators.attend(spec, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.plan = inputs[0]
+        ctx.spec = inputs[0]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:], *output)
         ctx.save_for_forward(*inputs[1:], *output)
@@ -56,36 +56,36 @@ class AttendFunction(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None) -> tuple[Any, ...]:
         *tensors, out, lse = ctx.saved_tensors
-        return (None, *_pull(ctx.plan, tensors, out, lse, g, g_lse, ctx.needs_input_grad[1:]))
+        return (None, *_vjp(ctx.spec, tensors, out, lse, g, g_lse, ctx.needs_input_grad[1:]))
 
     @closed_jvp
     def jvp(ctx: Any, saved: list[Tensor], _: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         *tensors, out, lse = saved
-        return _push(ctx.plan, tensors, out, lse, [*tangents[:3], *(tangents[-1:] if ctx.plan.biased else ())])
+        return _jvp(ctx.spec, tensors, out, lse, [*tangents[:3], *(tangents[-1:] if ctx.spec.biased else ())])
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], plan: AttendSpec, *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], spec: AttendSpec, *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         # evaluated at the level outside of vmap, which may be one of forward mode
-        out, lse = attend(plan, *align(in_dims[1:], tensors))
+        out, lse = attend(spec, *align(in_dims[1:], tensors))
         return (_at_batch(out, info), _at_batch(lse, info)), (0, 0)
 
 
 class AttendJvpFunction(Function):
-    """(plan, moved, q, k, v, *mask, *tangents of moved q, k, v) -> out, lse and their tangents.
+    """(spec, has_tangent, q, k, v, *mask, *tangents that there are) -> out, lse and their tangents.
 
     The value and the jvp of attend in one pass over P, with the derivatives of the two passes that
     it replaces.
     """
 
     @staticmethod
-    def forward(plan: AttendSpec, moved: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return operators.push(plan, moved, tensors)
+    def forward(spec: AttendSpec, has_tangent: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return operators.attend_jvp(spec, has_tangent, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plan, ctx.moved = inputs[:2]
+        ctx.spec, ctx.has_tangent = inputs[:2]
         ctx.set_materialize_grads(False)
         out, lse, _, dlse = output
         ctx.save_for_backward(*inputs[2:], out, lse, dlse)
@@ -93,65 +93,70 @@ class AttendJvpFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_dout: Tensor | None, g_dlse: Tensor | None) -> tuple[Any, ...]:
-        """Through dout = mixed - dlse out and dlse, a Sweep of q, k, lse, ..., then attend."""
+        """Through dout = accumulator - dlse out and dlse, a contraction of q, k, lse, ..., then attend."""
         *tensors, out, lse, dlse = ctx.saved_tensors
-        plan, start = ctx.plan, 3 + ctx.plan.masks
+        spec, start = ctx.spec, 3 + ctx.spec.masks
         primals, tangents = tensors[:start], tensors[start:]
-        spec, flat, moved = operators.tangent_sweep(plan, primals, lse, operators.spread(ctx.moved, tangents))
+        contraction, flat, tangent_index = operators.tangent_contraction(
+            spec, primals, lse, operators.spread(ctx.has_tangent, tangents)
+        )
         given: list[Tensor | None] = [g_dout, g_dlse]
         if g_dout is not None:
             given[1] = add(g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), dlse))
             g = add(g, -(dlse * g_dout).to(out.dtype))
         # indices of the tensors in the flat list
-        places = [Q, K, start, *spec.mask, *moved.values()]
+        places = [Q, K, start, *contraction.mask, *tangent_index.values()]
         wanted = {place for place, needed in zip(places, ctx.needs_input_grad[2:], strict=True) if needed}
-        pulled = _pull_pass(spec, flat, given, wanted | {L}, plan.backend)
-        grads = [pulled.get(place) for place in places]
-        last = _pull(plan, primals, out, lse, g, add(g_lse, pulled.get(L)), ctx.needs_input_grad[2 : 2 + start])
+        gradients = _contraction_vjp(contraction, flat, given, wanted | {L}, spec.kernel)
+        grads = [gradients.get(place) for place in places]
+        last = _vjp(spec, primals, out, lse, g, add(g_lse, gradients.get(L)), ctx.needs_input_grad[2 : 2 + start])
         return (None, None, *(add(x, y) for x, y in zip(grads, [*last, *[None] * len(tangents)], strict=True)))
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], _: Any, __: Any, *moves: Tensor | None) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, saved: list[Tensor], _: Any, __: Any, *input_tangents: Tensor | None) -> tuple[Tensor, ...]:
         *tensors, out, lse, dlse = saved
-        plan, start = ctx.plan, 3 + ctx.plan.masks
+        spec, start = ctx.spec, 3 + ctx.spec.masks
         primals, tangents = tensors[:start], tensors[start:]
-        t_out, t_lse = _push(plan, primals, out, lse, moves[:3])
-        spec, flat, moved = operators.tangent_sweep(plan, primals, lse, operators.spread(ctx.moved, tangents))
+        t_out, t_lse = _jvp(spec, primals, out, lse, input_tangents[:3])
+        contraction, flat, tangent_index = operators.tangent_contraction(
+            spec, primals, lse, operators.spread(ctx.has_tangent, tangents)
+        )
         again: dict[int, int] = {}
-        for place, move in zip((Q, K, start, L, *moved.values()), (*moves[:3], t_lse, *moves[start:]), strict=True):
-            if move is not None:
+        places = (Q, K, start, L, *tangent_index.values())
+        for place, x in zip(places, (*input_tangents[:3], t_lse, *input_tangents[start:]), strict=True):
+            if x is not None:
                 again[place] = len(flat)
-                flat.append(move)
-        likes = [tensor_spec(out), tensor_spec(dlse)][: len(spec.outputs)]
-        mixed, *rest = run(algebra.jvp(spec, again), likes, flat, plan.backend)
+                flat.append(x)
+        likes = [tensor_spec(out), tensor_spec(dlse)][: len(contraction.outputs)]
+        accumulator, *rest = run(algebra.jvp(contraction, again), likes, flat, spec.kernel)
         t_dlse = rest[0] if rest else torch.zeros_like(dlse)
-        return t_out, t_lse, mixed - (t_dlse * out + dlse * t_out).to(out.dtype), t_dlse
+        return t_out, t_lse, accumulator - (t_dlse * out + dlse * t_out).to(out.dtype), t_dlse
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], plan: AttendSpec, moved: tuple[bool, ...], *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], spec: AttendSpec, has_tangent: tuple[bool, ...], *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        aligned, start = align(in_dims[2:], tensors), 3 + plan.masks
+        aligned, start = align(in_dims[2:], tensors), 3 + spec.masks
         if any(d is not None for d in in_dims[2 : 2 + start]):
-            outputs = AttendJvpFunction.apply(plan, moved, *aligned)
+            outputs = AttendJvpFunction.apply(spec, has_tangent, *aligned)
             return tuple(_at_batch(x, info) for x in outputs), (0, 0, 0, 0)
         # their mapped axis has size 1: several tangents of one value, which is computed once
         primals = aligned[:start]
-        out, lse = AttendFunction.apply(plan, *primals)
-        dout, dlse = _push(plan, primals, out, lse, operators.spread(moved, aligned[start:]))
+        out, lse = AttendFunction.apply(spec, *primals)
+        dout, dlse = _jvp(spec, primals, out, lse, operators.spread(has_tangent, aligned[start:]))
         return (out[0], lse[0], _at_batch(dout, info), _at_batch(dlse, info)), (None, None, 0, 0)
 
 
 class ContractFunction(Function):
-    """(job, *tensors) -> the outputs of the contraction `job.sweep`."""
+    """(spec, *tensors) -> the outputs of `spec.contraction`."""
 
     @staticmethod
-    def forward(job: ContractSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(operators.sweep(job, tensors))
+    def forward(spec: ContractSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(operators.contract(spec, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.job = inputs[0]
+        ctx.spec = inputs[0]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:])
         ctx.save_for_forward(*inputs[1:])
@@ -160,36 +165,36 @@ class ContractFunction(Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         flat = ctx.saved_tensors
         needed = {p for p in range(len(flat)) if ctx.needs_input_grad[1 + p]}
-        grads = _pull_pass(ctx.job.sweep, flat, cotangents, needed, ctx.job.backend)
+        grads = _contraction_vjp(ctx.spec.contraction, flat, cotangents, needed, ctx.spec.kernel)
         return (None, *(grads.get(p) for p in range(len(flat))))
 
     @closed_jvp
     def jvp(ctx: Any, saved: list[Tensor], _: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         flat = list(saved)
-        moved: dict[int, int] = {}
-        for place, move in enumerate(tangents):
-            if move is not None:
-                moved[place] = len(flat)
-                flat.append(move)
-        return tuple(run(algebra.jvp(ctx.job.sweep, moved), ctx.job.likes, flat, ctx.job.backend))
+        tangent_index: dict[int, int] = {}
+        for place, x in enumerate(tangents):
+            if x is not None:
+                tangent_index[place] = len(flat)
+                flat.append(x)
+        return tuple(run(algebra.jvp(ctx.spec.contraction, tangent_index), ctx.spec.likes, flat, ctx.spec.kernel))
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], job: ContractSpec, *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], spec: ContractSpec, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         aligned = align(in_dims[1:], tensors)
         rank = aligned[0].dim() - 1
-        mapped = [TensorSpec((info.batch_size, *[1] * (rank - len(o.shape)), *o.shape), o.dtype) for o in job.likes]
-        outputs = ContractFunction.apply(dataclasses.replace(job, likes=tuple(mapped)), *aligned)
-        return tuple(x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, job.likes, strict=True)), (0,) * len(outputs)
+        mapped = [TensorSpec((info.batch_size, *[1] * (rank - len(o.shape)), *o.shape), o.dtype) for o in spec.likes]
+        outputs = ContractFunction.apply(dataclasses.replace(spec, likes=tuple(mapped)), *aligned)
+        return tuple(x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, spec.likes, strict=True)), (0,) * len(outputs)
 
 
 class StatisticsFunction(Function):
-    """(scale, backend, q, k, lse, *mask) -> lse as the sum of two numbers; not differentiable."""
+    """(scale, kernel, q, k, lse, *mask) -> lse as the sum of two numbers; not differentiable."""
 
     @staticmethod
-    def forward(scale: float, backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return operators.statistics(scale, backend, tensors)
+    def forward(scale: float, kernel: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return operators.statistics(scale, kernel, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -201,46 +206,51 @@ class StatisticsFunction(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], scale: float, backend: str, *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], scale: float, kernel: str, *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        whole, rest = StatisticsFunction.apply(scale, backend, *align(in_dims[2:], tensors))
+        whole, rest = StatisticsFunction.apply(scale, kernel, *align(in_dims[2:], tensors))
         return (_at_batch(whole, info), _at_batch(rest, info)), (0, 0)
 
 
 def run(
-    sweep: Sweep, likes: Sequence[TensorSpec], tensors: Sequence[Tensor], backend: str = "torch", plan: AttendSpec | None = None
+    contraction: Contraction,
+    likes: Sequence[TensorSpec],
+    tensors: Sequence[Tensor],
+    kernel: str = "flash",
+    is_attend_vjp: bool = False,
 ) -> list[Tensor]:
     """Run a contraction as an autograd Function over the tensors that it reads.
 
-    An output without terms is zeros. With a plan, torch's fused backward may compute it; the last
-    tensor must then be the output of attention, which that kernel reads.
+    An output without terms is zeros. If it is the vjp of attend (see `ContractSpec`), the last
+    tensor is the output of attention, which an `attend_vjp` reads.
     """
-    live = [i for i, output in enumerate(sweep.outputs) if output.terms]
+    live = [i for i, output in enumerate(contraction.outputs) if output.terms]
     done: dict[int, Tensor] = {}
     if live:
-        pruned, used = _prune(sweep._replace(outputs=tuple(sweep.outputs[i] for i in live)))
-        read = [tensors[p] for p in used] + ([tensors[-1]] if plan is not None else [])
-        done = dict(
-            zip(
-                live, ContractFunction.apply(ContractSpec(pruned, tuple(likes[i] for i in live), backend, plan), *read), strict=True
-            )
-        )
+        pruned, used = _prune(contraction._replace(outputs=tuple(contraction.outputs[i] for i in live)))
+        read = [tensors[p] for p in used] + ([tensors[-1]] if is_attend_vjp else [])
+        spec = ContractSpec(pruned, tuple(likes[i] for i in live), kernel, is_attend_vjp)
+        done = dict(zip(live, ContractFunction.apply(spec, *read), strict=True))
     return [done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype) for i, o in enumerate(likes)]
 
 
-def _prune(spec: Sweep) -> tuple[Sweep, list[int]]:
+def _prune(contraction: Contraction) -> tuple[Contraction, list[int]]:
     """The same contraction over only the tensors that it reads, and their old indices."""
-    used = sorted(set().union(*algebra.places(spec), spec.mask, {spec.dropout} - {ONES}))
+    used = sorted(set().union(*algebra.places(contraction), contraction.mask, {contraction.dropout} - {ONES}))
     new = {old: n for n, old in enumerate(used)} | {ONES: ONES}
-    summand = lambda s: Dense(new[s.m], s.weight) if isinstance(s, Dense) else Pair(new[s.a], new[s.b], s.weight)
+    summand = lambda s: (
+        DenseFactor(new[s.m], s.weight) if isinstance(s, DenseFactor) else LowRankFactor(new[s.a], new[s.b], s.weight)
+    )
     factor: Any = lambda f: tuple(summand(s) for s in f)
     term = lambda t, side: Term(tuple(factor(f) for f in t.factors), ONES if side == "pair" else new[t.value], t.weight)
-    outputs = tuple(Output(o.side, tuple(term(t, o.side) for t in o.terms)) for o in spec.outputs)
-    return Sweep(outputs, spec.scale, tuple(new[p] for p in spec.mask), new[spec.bias], new[spec.dropout], spec.rate), used
+    outputs = tuple(Output(o.side, tuple(term(t, o.side) for t in o.terms)) for o in contraction.outputs)
+    mask = tuple(new[p] for p in contraction.mask)
+    bias, dropout = new[contraction.bias], new[contraction.dropout]
+    return contraction._replace(outputs=outputs, mask=mask, bias=bias, dropout=dropout), used
 
 
-def _pull(
-    plan: AttendSpec,
+def _vjp(
+    spec: AttendSpec,
     tensors: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
@@ -253,68 +263,68 @@ def _pull(
     if g is None and g_lse is None:
         return grads
     q, k, v, *extra = tensors
-    if g is not None and g_lse is None and (last := operators.last_gradient(plan, tensors, lse, g, out)):
+    if g is not None and g_lse is None and (last := operators.last_gradient(spec, tensors, lse, g, out)):
         grads[:3] = last
         return grads
-    at, base = operators.base(plan)
+    at, empty = operators.empty_contraction(spec)
     flat = [q, k, lse, *extra, v]
-    x: list[Pair | Dense] = []
+    x: list[algebra.Summand] = []
     if g is not None:
-        x.append(Pair(len(flat), at))
+        x.append(LowRankFactor(len(flat), at))
         flat.append(g)
-    level = g_lse
+    delta = g_lse
     if g is not None:
-        level = -(g * out).sum(-1, keepdim=True).to(lse.dtype)
+        delta = -(g * out).sum(-1, keepdim=True).to(lse.dtype)
         # if only the values have an axis, the sum over it must count the log-sum-exp once
         if g_lse is not None:
-            level = level + g_lse * (g_lse.numel() / max(level.numel(), 1))
-    assert level is not None
-    x.append(Pair(len(flat), ONES))
-    flat.append(level)
-    terms = {Q: ("query", Term((tuple(x),), K, plan.scale)), K: ("key", Term((tuple(x),), Q, plan.scale))}
-    if plan.biased:
-        terms[base.bias] = ("pair", Term((tuple(x),)))
+            delta = delta + g_lse * (g_lse.numel() / max(delta.numel(), 1))
+    assert delta is not None
+    x.append(LowRankFactor(len(flat), ONES))
+    flat.append(delta)
+    terms = {Q: ("query", Term((tuple(x),), K, spec.scale)), K: ("key", Term((tuple(x),), Q, spec.scale))}
+    if spec.biased:
+        terms[empty.bias] = ("pair", Term((tuple(x),)))
     if g is not None:
         terms[at] = ("key", Term((), at + 1))
     wanted = [p for p in terms if needed[V if p == at else p]]
-    spec = base._replace(outputs=tuple(Output(terms[p][0], (terms[p][1],)) for p in wanted))
-    fused = plan.fused and wanted == [Q, K, at] and g_lse is None
-    # torch's fused backward computes these three from (g, out); derivatives are the contraction's
-    if fused:
+    contraction = empty._replace(outputs=tuple(Output(terms[p][0], (terms[p][1],)) for p in wanted))
+    is_attend_vjp = wanted == [Q, K, at] and g_lse is None and operators.has_attend_vjp(spec, tensors)
+    # a backend may compute these three from (g, out); derivatives are the contraction's
+    if is_attend_vjp:
         flat.append(out)
-    found = run(spec, [tensor_spec(flat[p]) for p in wanted], flat, plan.backend, plan if fused else None)
+    found = run(contraction, [tensor_spec(flat[p]) for p in wanted], flat, spec.kernel, is_attend_vjp)
     for p, grad in zip(wanted, found, strict=True):
         grads[V if p == at else p] = grad
     return grads
 
 
-def _push(
-    plan: AttendSpec,
+def _jvp(
+    spec: AttendSpec,
     tensors: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
     tangents: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """The jvp of attend for tangents of q, k, v and the bias, which may have more leading axes."""
-    spec, flat, _ = operators.tangent_sweep(plan, tensors, lse, tangents)
+    contraction, flat, _ = operators.tangent_contraction(spec, tensors, lse, tangents)
     likes = operators.tangent_likes(out, lse, tangents)
-    mixed, *rest = run(spec, likes[: len(spec.outputs)], flat, plan.backend)
+    accumulator, *rest = run(contraction, likes[: len(contraction.outputs)], flat, spec.kernel)
     if not rest:
-        return mixed, torch.zeros_like(lse)
-    return mixed - (rest[0] * out).to(out.dtype), rest[0]
+        return accumulator, torch.zeros_like(lse)
+    return accumulator - (rest[0] * out).to(out.dtype), rest[0]
 
 
-def _pull_pass(
-    sweep: Sweep, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None], needed: set[int], backend: str
+def _contraction_vjp(
+    contraction: Contraction, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None], needed: set[int], kernel: str
 ) -> dict[int, Tensor]:
     """The vjp of a contraction: gradients by index, of the needed tensors that cotangents reach."""
     flat, given = list(tensors), dict[int, int]()
     for number, g in enumerate(cotangents):
-        if g is not None and number < len(sweep.outputs):
+        if g is not None and number < len(contraction.outputs):
             given[number] = len(flat)
             flat.append(g)
-    spec, wanted = algebra.vjp(sweep, given, needed, lambda place: flat[place].shape[:-2])
-    return dict(zip(wanted, run(spec, [tensor_spec(flat[p]) for p in wanted], flat, backend), strict=True))
+    contraction, wanted = algebra.vjp(contraction, given, needed, lambda place: flat[place].shape[:-2])
+    return dict(zip(wanted, run(contraction, [tensor_spec(flat[p]) for p in wanted], flat, kernel), strict=True))
 
 
 def _at_batch(x: Tensor, info: Any) -> Tensor:

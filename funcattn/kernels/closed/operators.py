@@ -1,9 +1,9 @@
-"""Dispatch of the primitives: blocks of torch operations, Triton kernels, or torch's fused kernels.
+"""The primitives on a backend: the first of the kernel's row in `backends.table` that can run.
 
-torch's fused kernels compute the value and the first gradient. In torch.compile, or wherever else
-tensors are not plain, the primitives are opaque custom operations: one node each, never unrolled or
-recomputed. They are private: under torch.func.jvp a custom operation called directly silently has
-zero tangents; the autograd Functions of `functions` give it derivatives.
+In torch.compile, or wherever else tensors are not plain, the primitives are opaque custom
+operations: one node each, never unrolled or recomputed. They are private: under torch.func.jvp a
+custom operation called directly silently has zero tangents; the autograd Functions of `functions`
+give it derivatives.
 """
 
 import functools
@@ -18,12 +18,13 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from ...core import errors
 from ...core.autograd import is_recorded, untraced
-from ..backends import aten, torch_blocks
 from ..backends.layout import broadcast
-from ..backends.masking import is_finite
+from ..backends.table import BACKENDS
 from ..dtypes import accumulation_dtype
 from . import algebra
-from .algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term
+from .algebra import ONES, Contraction, DenseFactor, K, L, LowRankFactor, Output, Q, Term
+
+LAST = "torch_blocks ends every row of BACKENDS and runs every input"
 
 
 class TensorSpec(NamedTuple):
@@ -45,75 +46,89 @@ class AttendSpec:
     scale: float = 1.0
     masks: int = 0  # number of mask tensors: 2 for (start, stop), 1 for booleans
     biased: bool = False
-    # torch's kernels may compute value and first gradient, if the mask is causal
-    fused: bool = False
-    backend: str = "torch"  # or "triton", where it can run
+    kernel: str = "flash"  # a row of BACKENDS
 
 
 @dataclass(frozen=True)
 class ContractSpec:
-    """The non-tensor arguments of a contraction; with a plan, torch's fused backward runs it."""
+    """The non-tensor arguments of a contraction.
 
-    sweep: Sweep
+    is_attend_vjp: it is the vjp of attend for a cotangent of out, with outputs for q, k and v, and
+    its tensors end with v, that cotangent, -(cotangent * out).sum(-1), and out. A backend may then
+    compute it by its `attend_vjp`.
+    """
+
+    contraction: Contraction
     likes: tuple[TensorSpec, ...]
-    backend: str = "torch"
-    plan: AttendSpec | None = None
+    kernel: str = "flash"
+    is_attend_vjp: bool = False
 
 
-def attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def attend(spec: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """out (*lead, T, Dv) and lse (*lead, T, 1) of tensors q, k, v, mask..., bias."""
     if plain(tensors):
-        out, lse = _attend(plan, tensors)
+        out, lse = _attend(spec, tensors)
         return _own(out), _own(lse)
-    return _attend_op(list(tensors), plan.scale, plan.masks, plan.biased, plan.fused, plan.backend)
+    return _attend_op(list(tensors), spec.scale, spec.masks, spec.biased, spec.kernel)
 
 
-def pushes(plan: AttendSpec, tensors: Sequence[Tensor]) -> bool:
-    """True where one kernel computes the value of attend and its tangent."""
+def has_attend_jvp(spec: AttendSpec, tensors: Sequence[Tensor]) -> bool:
+    """True where a backend computes the value of attend and its tangent in one pass."""
     q, k, v, *mask = tensors
-    return plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_push(q, k, v, mask)
+    return not spec.biased and any(
+        backend.attend_jvp is not None and not backend.why_not_attend_jvp(q, k, v, mask) for backend in BACKENDS[spec.kernel]
+    )
 
 
-def push(plan: AttendSpec, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """out, lse and their tangents, of q, k, v, mask..., and the tangents of moved q, k, v."""
+def has_attend_vjp(spec: AttendSpec, tensors: Sequence[Tensor]) -> bool:
+    """True where a backend may compute the gradients of q, k and v faster than the contraction."""
+    q, k, v, *extra = tensors
+    mask, bias = _split(spec, extra)
+    return any(
+        backend.attend_vjp is not None and not backend.why_not_attend_vjp(q, k, v, mask, bias) for backend in BACKENDS[spec.kernel]
+    )
+
+
+def attend_jvp(spec: AttendSpec, has_tangent: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """out, lse and their tangents, of q, k, v, mask..., and the tangents of those of q, k, v that have one."""
     if plain(tensors):
-        return tuple(_own(x) for x in _push(plan, moved, tensors))
-    return tuple(_push_op(list(tensors), plan.scale, plan.masks, list(moved), plan.backend))
+        return tuple(_own(x) for x in _attend_jvp(spec, has_tangent, tensors))
+    return tuple(_attend_jvp_op(list(tensors), spec.scale, spec.masks, list(has_tangent), spec.kernel))
 
 
-def spread(moved: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+def spread(has_tangent: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
     """The tangents of q, k and v, None where there is none."""
     rest = iter(tangents)
-    return [next(rest) if there else None for there in moved]
+    return [next(rest) if there else None for there in has_tangent]
 
 
-def base(plan: AttendSpec) -> tuple[int, Sweep]:
+def empty_contraction(spec: AttendSpec) -> tuple[int, Contraction]:
     """The index of v in the list q, k, lse, mask..., bias, v, and a contraction without outputs."""
-    at = 3 + plan.masks + plan.biased
-    return at, Sweep((), plan.scale, tuple(range(3, 3 + plan.masks)), 3 + plan.masks if plan.biased else ONES)
+    at = 3 + spec.masks + spec.biased
+    return at, Contraction((), spec.scale, tuple(range(3, 3 + spec.masks)), 3 + spec.masks if spec.biased else ONES)
 
 
-def tangent_sweep(
-    plan: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, tangents: Sequence[Tensor | None]
-) -> tuple[Sweep, list[Tensor], dict[int, int]]:
+def tangent_contraction(
+    spec: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, tangents: Sequence[Tensor | None]
+) -> tuple[Contraction, list[Tensor], dict[int, int]]:
     """The contraction for the jvp of attend, its tensors, and primal index -> tangent index.
 
     See `algebra.attend_tangent`.
 
     Args:
-        plan: the non-tensor arguments of attend.
+        spec: the non-tensor arguments of attend.
         tensors: q, k, v, mask..., bias.
         lse: (*lead, T, 1).
         tangents: of q, k, v and, if there is one, the bias; None for no tangent.
     """
     q, k, v, *extra = tensors
-    at, empty = base(plan)
-    flat, moved = [q, k, lse, *extra, v], dict[int, int]()
+    at, empty = empty_contraction(spec)
+    flat, tangent_index = [q, k, lse, *extra, v], dict[int, int]()
     for place, tangent in zip((Q, K, at, empty.bias), tangents, strict=False):
         if tangent is not None:
-            moved[place] = len(flat)
+            tangent_index[place] = len(flat)
             flat.append(tangent)
-    return algebra.attend_tangent(empty, at, moved), flat, moved
+    return algebra.attend_tangent(empty, at, tangent_index), flat, tangent_index
 
 
 def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -> tuple[TensorSpec, TensorSpec]:
@@ -129,94 +144,117 @@ def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -
     return TensorSpec((*dout, *out.shape[-2:]), out.dtype), TensorSpec((*dlse, *lse.shape[-2:]), lse.dtype)
 
 
-def statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def statistics(scale: float, kernel: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """lse as two numbers (see `torch_blocks.statistics`), of q, k, lse, mask...; no gradients."""
     if plain(tensors):
-        return _statistics(scale, backend, tensors)
-    return _statistics_op(list(tensors), scale, backend)
+        return _statistics(scale, kernel, tensors)
+    return _statistics_op(list(tensors), scale, kernel)
 
 
-def sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
+def contract(spec: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a contraction over tensors that start with q, k, lse."""
     if plain(tensors):
-        return [_own(x) for x in _sweep(job, tensors)]
-    ranks = [len(o.shape) for o in job.likes]
-    sizes = [n for o in job.likes for n in o.shape]
-    names = [str(o.dtype).removeprefix("torch.") for o in job.likes]
-    return _sweep_op(list(tensors), json.dumps([job.sweep, names, job.backend, job.plan and vars(job.plan)]), ranks, sizes)
+        return [_own(x) for x in _contract(spec, tensors)]
+    ranks = [len(o.shape) for o in spec.likes]
+    sizes = [n for o in spec.likes for n in o.shape]
+    names = [str(o.dtype).removeprefix("torch.") for o in spec.likes]
+    return _contract_op(list(tensors), json.dumps([spec.contraction, names, spec.kernel, spec.is_attend_vjp]), ranks, sizes)
 
 
 @untraced
-def last_gradient(plan: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
-    """Gradients of q, k and v by torch's kernel, where no further derivative can follow."""
-    if not plan.fused or torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
+def last_gradient(spec: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
+    """Gradients of q, k and v by an `attend_vjp`, where no further derivative can follow."""
+    if spec.biased or not has_attend_vjp(spec, tensors):
+        return None
+    if torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
         return None
     q, k, v, *mask = tensors
-    if mask and not aten.is_causal(mask, k.shape[-2]):
-        return None
-    if torch_blocks.is_far(lse):
-        return None
-    grads = aten.backward([q.shape, k.shape, v.shape], q, k, v, lse, g, out, scale=plan.scale, causal=bool(mask))
-    return grads if not mask or is_finite(grads) else None
+    return _attend_vjp(spec.kernel, q, k, v, mask, lse, g, out, spec.scale, [q.shape, k.shape, v.shape])
+
+
+def _attend_vjp(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Sequence[Tensor],
+    lse: Tensor,
+    g: Tensor,
+    out: Tensor,
+    scale: float,
+    shapes: Sequence[Sequence[int]],
+) -> list[Tensor] | None:
+    for backend in BACKENDS[kernel]:
+        if backend.attend_vjp is not None and not backend.why_not_attend_vjp(q, k, v, mask, None):
+            found = backend.attend_vjp(q, k, v, mask, lse, g, out, scale, shapes)
+            if found is not None:
+                return found
+    return None
 
 
 @untraced
-def _attend(plan: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _attend(spec: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, v, *extra = tensors
-    mask = extra[: plan.masks]
-    if plan.fused and not aten.is_empty(q, k, v) and (not mask or aten.is_causal(mask, k.shape[-2])):
-        out, lse = aten.attend(q, k, v, scale=plan.scale, causal=bool(mask))
-        if not mask or is_finite([out]):
-            return out, lse
-    if plan.backend == "triton" and not plan.biased and not _triton().obstacle_to_attend(q, k, v, mask):
-        return _triton().attend(q, k, v, mask, plan.scale)
-    return torch_blocks.attend(q, k, v, mask, extra[plan.masks] if plan.biased else None, plan.scale)
+    mask, bias = _split(spec, extra)
+    for backend in BACKENDS[spec.kernel]:
+        if backend.attend is not None and not backend.why_not_attend(q, k, v, mask, bias):
+            found = backend.attend(q, k, v, mask, bias, spec.scale)
+            if found is not None:
+                return found
+    raise AssertionError(LAST)
+
+
+def _split(spec: AttendSpec, extra: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The mask tensors and the bias of the tensors of attend that follow q, k and v."""
+    return extra[: spec.masks], extra[spec.masks] if spec.biased else None
 
 
 @untraced
-def _push(plan: AttendSpec, moved: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    primals, tangents = tensors[: 3 + plan.masks], spread(moved, tensors[3 + plan.masks :])
-    if plan.backend == "triton" and not _triton().obstacle_to_push(*primals[:3], primals[3:]):
-        return _triton().push(*primals[:3], tangents, primals[3:], plan.scale)
-    out, lse = _attend(plan, primals)
-    spec, flat, _ = tangent_sweep(plan, primals, lse, tangents)
+def _attend_jvp(spec: AttendSpec, has_tangent: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    primals, tangents = tensors[: 3 + spec.masks], spread(has_tangent, tensors[3 + spec.masks :])
+    q, k, v, *mask = primals
+    for backend in BACKENDS[spec.kernel]:
+        if backend.attend_jvp is not None and not backend.why_not_attend_jvp(q, k, v, mask):
+            found = backend.attend_jvp(q, k, v, tangents, mask, spec.scale)
+            if found is not None:
+                return found
+    out, lse = _attend(spec, primals)
+    contraction, flat, _ = tangent_contraction(spec, primals, lse, tangents)
     likes = tangent_likes(out, lse, tangents)
-    mixed, *more = _sweep(ContractSpec(spec, likes[: len(spec.outputs)], plan.backend), flat)
+    accumulator, *more = _contract(ContractSpec(contraction, likes[: len(contraction.outputs)], spec.kernel), flat)
     dlse = more[0] if more else lse.new_zeros(likes[1].shape)
-    return out, lse, mixed - (dlse * out).to(out.dtype), dlse
+    return out, lse, accumulator - (dlse * out).to(out.dtype), dlse
 
 
 @untraced
-def _statistics(scale: float, backend: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _statistics(scale: float, kernel: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     q, k, lse, *mask = tensors
-    if backend == "triton" and not _triton().obstacle_to_attend(q, k, k, mask):
-        return _triton().statistics(q, k, lse, mask, scale)
-    return torch_blocks.statistics(q, k, lse, mask, scale)
+    for backend in BACKENDS[kernel]:
+        if backend.statistics is not None and not backend.why_not_attend(q, k, k, mask, None):
+            return backend.statistics(q, k, lse, mask, scale)
+    raise AssertionError(LAST)
 
 
 @untraced
-def _sweep(job: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
-    shapes = [o.shape for o in job.likes]
-    mask = [tensors[p] for p in job.sweep.mask]
-    outputs: Sequence[Tensor] | None = None
-    if job.plan is not None and not torch_blocks.is_far(tensors[L]) and (not mask or aten.is_causal(mask, tensors[K].shape[-2])):
-        # Not far, since torch's kernel reads lse as one number; it gives hidden NaN the weight
-        # zero.
+def _contract(spec: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
+    outputs = _contracted(spec, tensors)
+    return [x.to(o.dtype) for x, o in zip(outputs, spec.likes, strict=True)]
+
+
+def _contracted(spec: ContractSpec, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    shapes, dtypes = [o.shape for o in spec.likes], [o.dtype for o in spec.likes]
+    if spec.is_attend_vjp:
         q, k, lse, *_, v, g, _, out = tensors
-        outputs = aten.backward(shapes, q, k, v, lse, g, out, scale=job.plan.scale, causal=bool(mask))
-        outputs = outputs if not mask or is_finite(outputs) else None
-    elif job.backend == "triton" and not _triton().obstacle(job.sweep, tensors):
-        outputs = _triton().sweep(job.sweep, shapes, [o.dtype for o in job.likes], tensors)
-    if outputs is None:
-        outputs = torch_blocks.sweep(job.sweep, shapes, tensors)
-    return [x.to(o.dtype) for x, o in zip(outputs, job.likes, strict=True)]
-
-
-def _triton() -> Any:
-    """The Triton backend, imported on first use."""
-    from ..backends import triton
-
-    return triton
+        mask = [tensors[p] for p in spec.contraction.mask]
+        found = _attend_vjp(spec.kernel, q, k, v, mask, lse, g, out, spec.contraction.scale, shapes)
+        if found is not None:
+            return found
+    for backend in BACKENDS[spec.kernel]:
+        if backend.contract is not None and not backend.why_not_contract(spec.contraction, tensors):
+            outputs = backend.contract(spec.contraction, shapes, tensors, dtypes)
+            if outputs is not None:
+                return outputs
+    raise AssertionError(LAST)
 
 
 def _own(x: Tensor) -> Tensor:
@@ -240,73 +278,76 @@ def plain(tensors: Sequence[Tensor]) -> bool:
 
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())
-def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool, backend: str) -> tuple[Tensor, Tensor]:
-    out, lse = _attend(AttendSpec(scale, masks, biased, fused, backend), tensors)
+def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str) -> tuple[Tensor, Tensor]:
+    out, lse = _attend(AttendSpec(scale, masks, biased, kernel), tensors)
     return out.contiguous(), lse.contiguous()  # the strides that the fake implementation returns
 
 
 @_attend_op.register_fake
-def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, fused: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str) -> tuple[Tensor, Tensor]:
     return _attend_fake(tensors)
 
 
 def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     errors.on_one_device("funcattn::attend", tensors)
     q, k, v, *extra = tensors
-    level = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
-    lead = broadcast(level, v.shape[:-2])
+    lse_lead = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
+    lead = broadcast(lse_lead, v.shape[:-2])
     wide = accumulation_dtype(*tensors)
-    return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(*level, q.shape[-2], 1, dtype=wide)
+    return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(*lse_lead, q.shape[-2], 1, dtype=wide)
 
 
-@torch.library.custom_op("funcattn::push", mutates_args=())
-def _push_op(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
-    return [x.contiguous() for x in _push(AttendSpec(scale, masks, backend=backend), moved, tensors)]
+@torch.library.custom_op("funcattn::attend_jvp", mutates_args=())
+def _attend_jvp_op(tensors: list[Tensor], scale: float, masks: int, has_tangent: list[bool], kernel: str) -> list[Tensor]:
+    return [x.contiguous() for x in _attend_jvp(AttendSpec(scale, masks, kernel=kernel), has_tangent, tensors)]
 
 
-@_push_op.register_fake
-def _(tensors: list[Tensor], scale: float, masks: int, moved: list[bool], backend: str) -> list[Tensor]:
-    errors.on_one_device("funcattn::push", tensors)
+@_attend_jvp_op.register_fake
+def _(tensors: list[Tensor], scale: float, masks: int, has_tangent: list[bool], kernel: str) -> list[Tensor]:
+    errors.on_one_device("funcattn::attend_jvp", tensors)
     out, lse = _attend_fake(tensors[: 3 + masks])
-    tangents = tangent_likes(out, lse, spread(moved, tensors[3 + masks :]))
+    tangents = tangent_likes(out, lse, spread(has_tangent, tensors[3 + masks :]))
     return [out, lse, *(out.new_empty(x.shape, dtype=x.dtype) for x in tangents)]
 
 
 @torch.library.custom_op("funcattn::statistics", mutates_args=())
-def _statistics_op(tensors: list[Tensor], scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    whole, rest = _statistics(scale, backend, tensors)
+def _statistics_op(tensors: list[Tensor], scale: float, kernel: str) -> tuple[Tensor, Tensor]:
+    whole, rest = _statistics(scale, kernel, tensors)
     return whole.contiguous(), rest.contiguous()
 
 
 @_statistics_op.register_fake
-def _(tensors: list[Tensor], scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _(tensors: list[Tensor], scale: float, kernel: str) -> tuple[Tensor, Tensor]:
     errors.on_one_device("funcattn::statistics", tensors)
     lse = tensors[L]
     return lse.new_empty(lse.shape), lse.new_empty(lse.shape)
 
 
-@torch.library.custom_op("funcattn::sweep", mutates_args=())
-def _sweep_op(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
-    return [x.contiguous() for x in _sweep(_read(job, ranks, sizes), tensors)]
+@torch.library.custom_op("funcattn::contract", mutates_args=())
+def _contract_op(tensors: list[Tensor], spec: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
+    return [x.contiguous() for x in _contract(_read(spec, ranks, sizes), tensors)]
 
 
-@_sweep_op.register_fake
-def _(tensors: list[Tensor], job: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
-    errors.on_one_device("funcattn::sweep", tensors)
-    return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in _read(job, ranks, sizes).likes]
+@_contract_op.register_fake
+def _(tensors: list[Tensor], spec: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
+    errors.on_one_device("funcattn::contract", tensors)
+    return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in _read(spec, ranks, sizes).likes]
 
 
 def _read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> ContractSpec:
-    spec, dtypes, backend, plan = _decode(text)
+    contraction, dtypes, kernel, is_attend_vjp = _decode(text)
     rest = iter(sizes)
     shapes = [tuple(next(rest) for _ in range(rank)) for rank in ranks]
-    return ContractSpec(spec, tuple(TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)), backend, plan)
+    likes = tuple(TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    return ContractSpec(contraction, likes, kernel, is_attend_vjp)
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode(text: str) -> tuple[Sweep, list[torch.dtype], str, AttendSpec | None]:
-    (outputs, scale, mask, bias, dropout, rate), names, backend, plan = json.loads(text)
-    summand: Any = lambda s: Pair(*s) if len(s) == 3 else Dense(*s)
+def _decode(text: str) -> tuple[Contraction, list[torch.dtype], str, bool]:
+    (outputs, scale, mask, bias, dropout, rate), names, kernel, is_attend_vjp = json.loads(text)
+    summand: Any = lambda s: LowRankFactor(*s) if len(s) == 3 else DenseFactor(*s)
     term = lambda t: Term(tuple(tuple(map(summand, factor)) for factor in t[0]), *t[1:])
-    spec = Sweep(tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate)
-    return spec, [getattr(torch, name) for name in names], backend, plan and AttendSpec(**plan)
+    contraction = Contraction(
+        tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate
+    )
+    return contraction, [getattr(torch, name) for name in names], kernel, is_attend_vjp

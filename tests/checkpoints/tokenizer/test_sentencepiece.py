@@ -13,8 +13,8 @@ from samples import CONFIG, metadata, params, write_gguf
 
 import funcattn as fa
 from funcattn.checkpoints import CheckpointError
+from funcattn.checkpoints.tokenizer.gguf_metadata import from_metadata
 from funcattn.checkpoints.tokenizer.sentencepiece import SPACE, pieces, ranked_pairs
-from funcattn.checkpoints.tokenizer.tokenizer import from_metadata
 
 BYTES = [f"<0x{number:02X}>" for number in range(256)]
 WORDS = [

@@ -15,7 +15,8 @@ from transformers.integrations.gguf import convert_gguf_tokenizer
 
 from funcattn.checkpoints import CheckpointError, Tokenizer
 from funcattn.checkpoints.sources import locate
-from funcattn.checkpoints.tokenizer.tokenizer import from_files, from_metadata
+from funcattn.checkpoints.tokenizer.gguf_metadata import from_metadata
+from funcattn.checkpoints.tokenizer.tokenizer import from_files
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 spelled = st.lists(st.one_of(st.sampled_from([*SPECIAL, "<|", "end|>", "<s", "s>"]), texts), max_size=6).map("".join)

@@ -14,8 +14,8 @@ from transformers import BertTokenizerFast, GPT2TokenizerFast
 
 from funcattn.checkpoints import CheckpointError, Tokenizer
 from funcattn.checkpoints.tokenizer import tokenizer_json
-from funcattn.checkpoints.tokenizer.tokenizer import LLAMA3, from_files
-from funcattn.checkpoints.tokenizer.tokenizer_json import LONGEST, MOST_ADDED, MOST_IDS, check
+from funcattn.checkpoints.tokenizer.tokenizer import from_files
+from funcattn.checkpoints.tokenizer.tokenizer_json import LLAMA3, LONGEST, MOST_ADDED, MOST_IDS, check
 
 LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
 SOUND = json.loads(tokenizers.Tokenizer(models.BPE(vocab=LETTERS, merges=[])).to_str())

@@ -5,7 +5,7 @@ import pytest
 from samples import metadata, params, write_gguf
 
 import funcattn as fa
-from funcattn.checkpoints.tokenizer.tokenizer import from_metadata
+from funcattn.checkpoints.tokenizer.gguf_metadata import from_metadata
 from funcattn.checkpoints.tokenizer.turns import NAMES
 
 TOKENS = ["<unk>", "<bos>", "<first end>", "<start>", "<second end>", "a", "b"]

@@ -5,7 +5,7 @@ import torch
 
 import funcattn as fa
 from funcattn.kernels.backends import layout
-from funcattn.kernels.merging import Part, attend_parts
+from funcattn.kernels.merging import KVSegment, attend_segments
 
 EXACT = 1e-12  # float64: sums of 64 products, twice
 
@@ -59,7 +59,7 @@ def test_attention_of_a_view_is_attention_of_its_copy(view, kernel):
 def test_a_decode_step_over_views_is_that_over_their_copies(view):
     views = [view(20)[0], view(20)[1]]
     copies = [x.resolve_neg().clone(memory_format=torch.contiguous_format) for x in views]
-    step = lambda q, k, v: attend_parts(q[:, :1], [Part(k, v), Part(k[:, 1:3], v[:, :2])], scale=0.1)
+    step = lambda q, k, v: attend_segments(q[:, :1], [KVSegment(k, v), KVSegment(k[:, 1:3], v[:, :2])], scale=0.1)
     wanted = step(copies[0], *copies)
     spoil_the_allocator()
     torch.testing.assert_close(step(views[0], *views), wanted, atol=EXACT, rtol=EXACT)

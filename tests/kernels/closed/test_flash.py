@@ -28,11 +28,11 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(params=["two passes", "one pass"])
 def passes(request, monkeypatch):
-    """A jvp by a sweep after the value, and with the value, as where one kernel makes both; its number so far is passes()."""
-    count, push = [], operators.push
+    """A jvp by a contraction after the value, and with the value, as where one kernel makes both; its number so far is passes()."""
+    count, attend_jvp = [], operators.attend_jvp
     if request.param == "one pass":
-        monkeypatch.setattr(operators, "pushes", lambda plan, tensors: not plan.biased)
-        monkeypatch.setattr(operators, "push", lambda *x: (count.append(1), push(*x))[1])
+        monkeypatch.setattr(operators, "has_attend_jvp", lambda spec, tensors: not spec.biased)
+        monkeypatch.setattr(operators, "attend_jvp", lambda *x: (count.append(1), attend_jvp(*x))[1])
     return lambda: len(count)
 
 

@@ -22,7 +22,8 @@ from datetime import datetime
 from typing import Any
 
 from .environment import Sandbox
-from .origins import Tracking, of_messages, origins_of
+from .origins import Tracking
+from .texts import of_messages, origins_of
 
 MAX_MEMORY = 224 * 2**20  # bytes of address space above what the process has when a rendering begins
 CPU_SECONDS, TIMEOUT_SECONDS, IDLE_SECONDS = 2.0, 4.0, 120.0  # of a rendering: its processor time, its time; between two

@@ -3,12 +3,28 @@
 `pieces` holds device functions; `softmax` the kernel of attention, with its tangents if there are
 any; `programs` generates the kernel for a contraction; `launching` computes strides (`addresses`),
 chooses block sizes (`tuning`), and launches. Results are deterministic: there are no atomics. A
-contraction that the kernels cannot run (`obstacle`) is computed by blocks of torch operations.
+contraction that the kernels cannot run (`why_not_contract`) is computed by blocks of torch operations.
 
 With TRITON_INTERPRET=1 (set before Triton is imported) the same kernels run on CPU, in numpy: for
 tests.
 """
 
-from .launching import attend, obstacle, obstacle_to_attend, obstacle_to_push, push, statistics, sweep
+from .launching import (
+    attend,
+    attend_jvp,
+    contract,
+    statistics,
+    why_not_attend,
+    why_not_attend_jvp,
+    why_not_contract,
+)
 
-__all__ = ["attend", "obstacle", "obstacle_to_attend", "obstacle_to_push", "push", "statistics", "sweep"]
+__all__ = [
+    "attend",
+    "attend_jvp",
+    "contract",
+    "statistics",
+    "why_not_attend",
+    "why_not_attend_jvp",
+    "why_not_contract",
+]

@@ -51,21 +51,21 @@ ATTEND_FLOAT32_GROUPS: Table = {
 
 # Of attention with its tangent; with larger heads kilobytes of registers are spilled.
 
-PUSH: Table = {
+ATTEND_JVP: Table = {
     64: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2)),
     128: (Blocks(128, 16, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 2)),
 }
-PUSH_GROUPS: Table = {
+ATTEND_JVP_GROUPS: Table = {
     64: (Blocks(128, 64, 8, 2), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
     128: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
 }
 # two passes issue fewer instructions, or about as many with fewer spilled loads
-PUSH_FLOAT32: Table = {}
+ATTEND_JVP_FLOAT32: Table = {}
 
 # Of a contraction, by all features read and summed in one block; float32 counts fourfold (3
 # products).
 
-SWEEP: Table = {
+CONTRACT: Table = {
     320: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(128, 32, 4, 2), Blocks(64, 32, 4, 2)),
     384: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
     448: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
@@ -74,7 +74,7 @@ SWEEP: Table = {
     1024: (Blocks(128, 16, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2)),
     2**31: (Blocks(32, 32, 8, 1), Blocks(32, 16, 4, 1)),
 }
-SWEEP_GROUPS: Table = {
+CONTRACT_GROUPS: Table = {
     448: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 2)),
     896: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
     1024: (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2)),
@@ -83,12 +83,12 @@ SWEEP_GROUPS: Table = {
     1792: (Blocks(128, 16, 8, 2), Blocks(64, 16, 4, 2), Blocks(32, 32, 8, 1)),
     2**31: (Blocks(32, 32, 8, 1), Blocks(64, 16, 4, 2), Blocks(32, 16, 4, 1)),
 }
-SWEEP_FLOAT32: Table = {
+CONTRACT_FLOAT32: Table = {
     640: (Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
     1024: (Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 1), Blocks(32, 32, 4, 1)),
     2**31: (Blocks(32, 32, 8, 1), Blocks(32, 16, 4, 1)),
 }
-SWEEP_FLOAT32_GROUPS: Table = {
+CONTRACT_FLOAT32_GROUPS: Table = {
     1600: (Blocks(128, 32, 8, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 8, 1)),
     2048: (Blocks(128, 16, 8, 1), Blocks(64, 16, 4, 1), Blocks(32, 32, 8, 1)),
     2176: (Blocks(64, 16, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 8, 1)),
@@ -98,8 +98,8 @@ SWEEP_FLOAT32_GROUPS: Table = {
 # Tables for 16-bit dtypes without and with warp groups, then for float32.
 
 ATTENDS = ATTEND, ATTEND_GROUPS, ATTEND_FLOAT32, ATTEND_FLOAT32_GROUPS
-PUSHES = PUSH, PUSH_GROUPS, PUSH_FLOAT32, PUSH_FLOAT32
-SWEEPS = SWEEP, SWEEP_GROUPS, SWEEP_FLOAT32, SWEEP_FLOAT32_GROUPS
+ATTEND_JVPS = ATTEND_JVP, ATTEND_JVP_GROUPS, ATTEND_JVP_FLOAT32, ATTEND_JVP_FLOAT32
+CONTRACTS = CONTRACT, CONTRACT_GROUPS, CONTRACT_FLOAT32, CONTRACT_FLOAT32_GROUPS
 
 
 def of(tables: tuple[Table, Table, Table, Table], exact: bool, groups: bool, features: int) -> tuple[Blocks, ...]:

@@ -1,6 +1,6 @@
 """From tensors to kernel launches: allocation, strides, and the grid.
 
-Attention is one launch, and so is `push`, its value and tangent together. A contraction takes one
+Attention is one launch, and so is `attend_jvp`, its value and tangent together. A contraction takes one
 launch per side of its outputs: each program writes a block of rows of queries, or of keys, which
 makes sums over queries deterministic.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .... import masks
 from ....masks import Mask
-from ...closed.algebra import ONES, Dense, K, L, Output, Pair, Q, Sweep, Term, places
+from ...closed.algebra import ONES, Contraction, DenseFactor, K, L, LowRankFactor, Output, Q, Term, places
 from .. import WIDEST
 from ..layout import has
 from . import pieces, programs, softmax, tuning
@@ -36,11 +36,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], scale: float
 
     lse has no leading axes that only v has.
     """
-    out, lse, _, _ = push(q, k, v, (None, None, None), mask, scale)
+    out, lse, _, _ = attend_jvp(q, k, v, (None, None, None), mask, scale)
     return out, lse
 
 
-def push(
+def attend_jvp(
     q: Tensor, k: Tensor, v: Tensor, tangents: Sequence[Tensor | None], mask: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out and lse, and their tangents from those of q, k and v (None: no tangent), in one launch.
@@ -52,11 +52,13 @@ def push(
         q, dq, scale = -q, dq if dq is None else -dq, -scale
     (T, D), (S, Dv) = q.shape[-2:], v.shape[-2:]
     shape = lambda *those: torch.broadcast_shapes(*[x.shape[:-2] for x in those if x is not None])
-    level, dlevel = shape(q, k, *mask), shape(q, k, *mask, dq, dk)
+    lse_lead, dlse_lead = shape(q, k, *mask), shape(q, k, *mask, dq, dk)
     lead, dlead = shape(q, k, *mask, v), shape(q, k, *mask, v, dq, dk, dv)
-    moves = [x is not None for x in (dq, dk, dv)]
-    out, lse = v.new_empty(*lead, T, Dv), q.new_empty(*level, T, 1, dtype=torch.float32)
-    dout, dlse = (v.new_empty(*dlead, T, Dv), q.new_empty(*dlevel, T, 1, dtype=torch.float32)) if any(moves) else (out, lse)
+    has_tangent = [x is not None for x in (dq, dk, dv)]
+    out, lse = v.new_empty(*lead, T, Dv), q.new_empty(*lse_lead, T, 1, dtype=torch.float32)
+    dout, dlse = out, lse
+    if any(has_tangent):
+        dout, dlse = v.new_empty(*dlead, T, Dv), q.new_empty(*dlse_lead, T, 1, dtype=torch.float32)
     start, stop = intervals(mask) or (None, None)
     over = axes([q, k, v, dq, dk, dv, start, out, lse, dout, dlse], dlead, range(-len(dlead), 0))
     q, k, v = (x.detach() for x in (q, k, v))
@@ -73,7 +75,7 @@ def push(
             Dv=Dv,
             WIDTH=width(D),
             WIDTH_V=width(Dv),
-            **dict(zip(("MOVES_Q", "MOVES_K", "MOVES_V"), moves, strict=True)),
+            **dict(zip(("HAS_DQ", "HAS_DK", "HAS_DV"), has_tangent, strict=True)),
             INTERVALS=0 if start is None else start.shape[-1],
             PRECISION=precision(),
             FACTORED="wide" if INTERPRETED else "tf32",
@@ -83,44 +85,44 @@ def push(
         )
 
     if dlse.numel():
-        candidates = tuning.of_push(q, v) if any(moves) else tuning.of_attend(q, v)
+        candidates = tuning.of_attend_jvp(q, v) if any(has_tangent) else tuning.of_attend(q, v)
         with on(q):
-            tuning.run(launch, candidates, ("attend", q.dtype, D, Dv, start is None, *moves), T * S, q)
+            tuning.run(launch, candidates, ("attend", q.dtype, D, Dv, start is None, *has_tangent), T * S, q)
     return out, lse, dout, dlse
 
 
-def obstacle_to_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
+def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None = None) -> str:
     """The reason why the attention kernel cannot run, or ""."""
-    if len(mask) == 1:
+    if len(mask) == 1 or bias is not None:
         return "it reads a matrix of queries and keys"
-    return _obstacle_of([q, k, v])
+    return _why_not([q, k, v])
 
 
-def obstacle_to_push(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
+def why_not_attend_jvp(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
     """The reason why the kernel for value and tangent cannot run, or ""."""
-    return obstacle_to_attend(q, k, v, mask) or (
-        "" if tuning.of_push(q, v) else f"two passes are better for {q.dtype} and so wide heads"
+    return why_not_attend(q, k, v, mask) or (
+        "" if tuning.of_attend_jvp(q, v) else f"two passes are better for {q.dtype} and so wide heads"
     )
 
 
-def obstacle(spec: Sweep, tensors: Sequence[Tensor]) -> str:
+def why_not_contract(contraction: Contraction, tensors: Sequence[Tensor]) -> str:
     """The reason why these kernels cannot run a contraction, or ""."""
-    terms = [term for output in spec.outputs for term in output.terms]
+    terms = [term for output in contraction.outputs for term in output.terms]
     summands = [summand for term in terms for factor in term.factors for summand in factor]
-    if len(spec.mask) == 1 or spec.bias != ONES or any(isinstance(summand, Dense) for summand in summands):
+    if len(contraction.mask) == 1 or contraction.bias != ONES or any(isinstance(summand, DenseFactor) for summand in summands):
         return "it reads a matrix of queries and keys"
-    if any(output.side == "pair" for output in spec.outputs):
+    if any(output.side == "pair" for output in contraction.outputs):
         return "it writes a matrix of queries and keys"
     if any(len(term.factors) > ORDERS for term in terms):
         return f"it has more than {ORDERS} factors"
-    query, key, _ = places(spec)
+    query, key, _ = places(contraction)
     read = [tensors[p] for p in sorted(query | key)]
     if sum(width(x.shape[-1]) for x in read if x.dtype == torch.float32 and x.shape[-1] > 1) > tuning.MOST:
         return f"it reads more than {tuning.MOST} features of float32"
-    return _obstacle_of(read)
+    return _why_not(read)
 
 
-def _obstacle_of(tensors: Sequence[Tensor]) -> str:
+def _why_not(tensors: Sequence[Tensor]) -> str:
     if not tensors[0].is_cuda and not (INTERPRETED and tensors[0].device.type == "cpu"):
         return f"it is on {tensors[0].device.type}"
     if tensors[0].is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
@@ -132,21 +134,23 @@ def _obstacle_of(tensors: Sequence[Tensor]) -> str:
     return ""
 
 
-def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], tensors: Sequence[Tensor]) -> list[Tensor]:
+def contract(
+    contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
     """All outputs of a contraction, in their shapes and dtypes.
 
     One launch computes all outputs with the same side and the same leading axes.
     """
-    mask = intervals([tensors[p] for p in spec.mask])
-    shift, level = _statistics(tensors[Q], tensors[K], tensors[L], mask, spec.scale)
-    tensors = [*tensors[:L], level, *tensors[L + 1 :], shift]
-    passes = _passes(spec, shapes, tensors)
+    mask = intervals([tensors[p] for p in contraction.mask])
+    shift, shifted_lse = _statistics(tensors[Q], tensors[K], tensors[L], mask, contraction.scale)
+    tensors = [*tensors[:L], shifted_lse, *tensors[L + 1 :], shift]
+    passes = _passes(contraction, shapes, tensors)
     parts = Counter(number for outputs in passes.values() for number in outputs)
     found: list[list[Tensor]] = [[] for _ in shapes]
     for (side, own, summed), terms in passes.items():
         into = [tensors[Q].new_empty(tuple(shapes[n]), dtype=dtypes[n] if parts[n] == 1 else torch.float32) for n in terms]
         outputs = [Output(side, of_output) for of_output in terms.values()]
-        _launch(spec._replace(outputs=tuple(outputs)), into, own, summed, tensors, mask)
+        _launch(contraction._replace(outputs=tuple(outputs)), into, own, summed, tensors, mask)
         for n, x in zip(terms, into, strict=True):
             found[n].append(x)
     return [functools.reduce(torch.add, some).to(dtype) for some, dtype in zip(found, dtypes, strict=True)]
@@ -154,17 +158,17 @@ def sweep(spec: Sweep, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.d
 
 def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """lse as the sum of two numbers, as in `torch_blocks.statistics`; lse has all leading axes."""
-    shift, level = _statistics(q, k, lse, intervals(mask), scale)
+    shift, shifted_lse = _statistics(q, k, lse, intervals(mask), scale)
     greatest = shift * scale
-    whole = greatest + level
-    return whole, torch.where(whole.isfinite(), (greatest - whole) + level, 0)
+    whole = greatest + shifted_lse
+    return whole, torch.where(whole.isfinite(), (greatest - whole) + shifted_lse, 0)
 
 
 def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: tuple[Tensor, Tensor] | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The shift and the level of each query, in the shape of lse: see `softmax.statistics`."""
+    """The shift and the shifted log-sum-exp of each query, in the shape of lse: see `softmax.statistics`."""
     q, sign = (-q.detach(), -1) if scale < 0 else (q.detach(), 1)
     k, lse = k.detach(), lse.detach().contiguous()
-    shift, level = torch.empty_like(lse), torch.empty_like(lse)
+    shift, shifted_lse = torch.empty_like(lse), torch.empty_like(lse)
     start, stop = mask or (None, None)
     (T, D), S = q.shape[-2:], k.shape[-2]
     lead = lse.shape[:-2]
@@ -173,7 +177,7 @@ def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: tuple[Tensor, Tensor] |
     if lse.numel():
         with on(q):
             softmax.statistics[(-(-T // blocks.own) * over.programs,)](
-                *(q, k, q if start is None else start, q if stop is None else stop, lse, shift, level),
+                *(q, k, q if start is None else start, q if stop is None else stop, lse, shift, shifted_lse),
                 *(over.sizes, *over.strides, q.stride()[-2:], k.stride()[-2:]),
                 *(T, S, max(abs(scale) * LOG2E, LEAST)),
                 D=D,
@@ -184,7 +188,7 @@ def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: tuple[Tensor, Tensor] |
                 KEYS=blocks.other,
                 **blocks.options(),
             )
-    return (shift.neg_() if sign < 0 else shift), level
+    return (shift.neg_() if sign < 0 else shift), shifted_lse
 
 
 class _Pass(NamedTuple):
@@ -195,15 +199,17 @@ class _Pass(NamedTuple):
     summed: tuple[int, ...]
 
 
-def _passes(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> dict[_Pass, dict[int, tuple[Term, ...]]]:
+def _passes(
+    contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]
+) -> dict[_Pass, dict[int, tuple[Term, ...]]]:
     """The launches, and for each the terms of its outputs by output number.
 
     A term is summed over the axes that it has and its output lacks; terms of one output that differ
     in these axes go to separate launches.
     """
-    always = [Q, K, L, len(tensors) - 1, *spec.mask, *([spec.dropout] if spec.dropout != ONES else [])]
+    always = [Q, K, L, len(tensors) - 1, *contraction.mask, *([contraction.dropout] if contraction.dropout != ONES else [])]
     passes: dict[_Pass, dict[int, tuple[Term, ...]]] = {}
-    for number, (side, terms) in enumerate(spec.outputs):
+    for number, (side, terms) in enumerate(contraction.outputs):
         shape = shapes[number]
         for term in terms:
             read = {*always, term.value, *(p for factor in term.factors for pair in factor for p in pair[:2])} - {ONES}
@@ -216,7 +222,7 @@ def _passes(spec: Sweep, shapes: Sequence[Sequence[int]], tensors: Sequence[Tens
 
 
 def _launch(
-    spec: Sweep,
+    contraction: Contraction,
     into: Sequence[Tensor],
     own: Sequence[int],
     summed: Sequence[int],
@@ -224,25 +230,26 @@ def _launch(
     mask: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Write the outputs of one pass over P."""
-    program, used, weights = describe(spec, tensors, into, 0 if mask is None else mask[0].shape[-1])
+    program, used, weights = describe(contraction, tensors, into, 0 if mask is None else mask[0].shape[-1])
     x = [tensors[p].detach() for p in used]
     q, (T, S) = x[Q], (x[Q].shape[-2], x[K].shape[-2])
     start, stop = mask or (None, None)
-    seeds = tensors[spec.dropout].contiguous() if program.dropout else None
+    rate = contraction.rate
+    seeds = tensors[contraction.dropout].contiguous() if program.dropout else None
     lead = torch.broadcast_shapes(*[y.shape[:-2] for y in (*x, *into, start, seeds) if y is not None])
     over, under = axes([*x, start, seeds, *into], lead, own), axes([*x, start, seeds], lead, summed)
     at, into_at = over.strides[: len(x) + 2], over.strides[len(x) + 2 :]
 
     def launch(blocks: tuning.Blocks) -> None:
-        table, lines = q, 0
+        table, table_row = q, 0
         if start is not None and stop is not None and program.side == "key":
-            table, lines = _bounds(start, stop, S, blocks.other), -(-T // blocks.other) * 4
-        laid = lambda of: (*of[:-1], tuple(step // max(T, 1) * lines for step in of[-2]), of[-1])  # x..., mask, table, seeds
+            table, table_row = _bounds(start, stop, S, blocks.other), -(-T // blocks.other) * 4
+        laid = lambda of: (*of[:-1], tuple(step // max(T, 1) * table_row for step in of[-2]), of[-1])  # x..., mask, table, seeds
         programs.kernel(program)[(-(-(T if program.side == "query" else S) // blocks.own) * over.programs,)](
             *(*x, q if start is None else start, q if stop is None else stop, table, q if seeds is None else seeds, *into),
             *(over.sizes, under.sizes, *laid(at), *laid(under.strides), *into_at),
             *(step for y in x for step in y.stride()[-2:]),
-            *(T, S, under.programs, spec.scale * LOG2E, math.ceil(spec.rate * 2**32), 1 / (1 - spec.rate), *weights),
+            *(T, S, under.programs, contraction.scale * LOG2E, math.ceil(rate * 2**32), 1 / (1 - rate), *weights),
             OWN=blocks.own,
             OTHER=blocks.other,
             PRECISION=precision(),
@@ -252,25 +259,27 @@ def _launch(
 
     if into[0].numel():
         with on(q):
-            tuning.run(launch, tuning.of_sweep(program, q), program, T * S, q)
+            tuning.run(launch, tuning.of_contract(program, q), program, T * S, q)
 
 
-def describe(spec: Sweep, tensors: Sequence[Tensor], into: Sequence[Tensor], n: int = 0) -> tuple[Program, list[int], list[float]]:
+def describe(
+    contraction: Contraction, tensors: Sequence[Tensor], into: Sequence[Tensor], n: int = 0
+) -> tuple[Program, list[int], list[float]]:
     """The program of a one-sided contraction, indices of its tensors, and its weights."""
-    query, key, _ = places(spec)
+    query, key, _ = places(contraction)
     used = [*sorted(query | key), len(tensors) - 1]  # the last is the shift
     new = {old: number for number, old in enumerate(used)} | {ONES: ONES}
     weights: dict[float, int] = {1.0: 0}
     number_of = lambda weight: weights.setdefault(float(weight), len(weights))
-    pair: Any = lambda p: Pair(new[p.a], new[p.b], number_of(p.weight))
+    pair: Any = lambda p: LowRankFactor(new[p.a], new[p.b], number_of(p.weight))
     factor: Any = lambda f: tuple(pair(p) for p in f)
     term = lambda t: Term(tuple(factor(f) for f in t.factors), new[t.value], number_of(t.weight))
-    outputs = tuple(Output(side, tuple(term(t) for t in terms)) for side, terms in spec.outputs)
+    outputs = tuple(Output(side, tuple(term(t) for t in terms)) for side, terms in contraction.outputs)
     name = lambda x: str(x.dtype).removeprefix("torch.")
     side = lambda p: "key" if p in key and p not in query else "query"
     operands = tuple(Operand(side(p), tensors[p].shape[-1], name(tensors[p])) for p in used)
     features = tuple(x.shape[-1] for x in into)
-    program = Program(spec.outputs[0].side, outputs, features, operands, n, spec.dropout != ONES, len(weights))
+    program = Program(contraction.outputs[0].side, outputs, features, operands, n, contraction.dropout != ONES, len(weights))
     return program, used, list(weights)[1:]
 
 

@@ -16,13 +16,13 @@ __all__ = [
     "clean",
     "encipher",
     "keep",
-    "line",
+    "vector",
     "locate",
     "product",
     "reach",
     "span",
     "store",
-    "store_line",
+    "store_vector",
     "word",
 ]
 
@@ -40,44 +40,44 @@ def locate(index, sizes, strides):
 @jit
 def block(pointer, begin, limit, row, column, FEATURES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr):
     """Rows begin, begin + 1, ... as (ROWS, WIDTH); zero beyond `limit` (if EDGE) and FEATURES."""
-    lines = tl.arange(0, ROWS)
+    rows = tl.arange(0, ROWS)
     features = tl.arange(0, WIDTH)
-    places = pointer + (tl.zeros((), tl.int64) + begin) * row + lines[:, None] * row + features[None, :] * column
+    places = pointer + (tl.zeros((), tl.int64) + begin) * row + rows[:, None] * row + features[None, :] * column
     if EDGE:
         if FEATURES == WIDTH:
-            return tl.load(places, mask=(begin + lines < limit)[:, None], other=0.0)
-        return tl.load(places, mask=(begin + lines < limit)[:, None] & (features < FEATURES)[None, :], other=0.0)
+            return tl.load(places, mask=(begin + rows < limit)[:, None], other=0.0)
+        return tl.load(places, mask=(begin + rows < limit)[:, None] & (features < FEATURES)[None, :], other=0.0)
     if FEATURES == WIDTH:
         return tl.load(places)
     return tl.load(places, mask=(features < FEATURES)[None, :], other=0.0)
 
 
 @jit
-def line(pointer, begin, limit, row, other, ROWS: tl.constexpr, EDGE: tl.constexpr = True):
+def vector(pointer, begin, limit, row, other, ROWS: tl.constexpr, EDGE: tl.constexpr = True):
     """As `block`, for a matrix of one column, as (ROWS,); `other` beyond the limit (if EDGE)."""
-    lines = tl.arange(0, ROWS)
-    places = pointer + (tl.zeros((), tl.int64) + begin) * row + lines * row
+    rows = tl.arange(0, ROWS)
+    places = pointer + (tl.zeros((), tl.int64) + begin) * row + rows * row
     if EDGE:
-        return tl.load(places, mask=begin + lines < limit, other=other)
+        return tl.load(places, mask=begin + rows < limit, other=other)
     return tl.load(places)
 
 
 @jit
 def store(pointer, begin, limit, row, column, x, FEATURES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Write a block (ROWS, WIDTH) where it is inside the matrix, in the matrix's dtype."""
-    lines = tl.arange(0, ROWS)
+    rows = tl.arange(0, ROWS)
     features = tl.arange(0, WIDTH)
-    places = pointer + (tl.zeros((), tl.int64) + begin) * row + lines[:, None] * row + features[None, :] * column
-    inside = (begin + lines < limit)[:, None] & (features < FEATURES)[None, :]
+    places = pointer + (tl.zeros((), tl.int64) + begin) * row + rows[:, None] * row + features[None, :] * column
+    inside = (begin + rows < limit)[:, None] & (features < FEATURES)[None, :]
     tl.store(places, x.to(pointer.dtype.element_ty), mask=inside)
 
 
 @jit
-def store_line(pointer, begin, limit, row, x, ROWS: tl.constexpr):
+def store_vector(pointer, begin, limit, row, x, ROWS: tl.constexpr):
     """As `store`, for a matrix of one column, x (ROWS,)."""
-    lines = tl.arange(0, ROWS)
-    places = pointer + (tl.zeros((), tl.int64) + begin) * row + lines * row
-    tl.store(places, x.to(pointer.dtype.element_ty), mask=begin + lines < limit)
+    rows = tl.arange(0, ROWS)
+    places = pointer + (tl.zeros((), tl.int64) + begin) * row + rows * row
+    tl.store(places, x.to(pointer.dtype.element_ty), mask=begin + rows < limit)
 
 
 @jit
@@ -230,8 +230,8 @@ def bounds(start, stop, table, T, S, INTERVALS: tl.constexpr, ROWS: tl.constexpr
     first = tl.program_id(0) % count * ROWS
     real = first + tl.arange(0, ROWS) < T
     for interval in range(INTERVALS):
-        starts = line(start + head.to(tl.int64) * T * INTERVALS + interval, first, T, INTERVALS, 0, ROWS)
-        stops = line(stop + head.to(tl.int64) * T * INTERVALS + interval, first, T, INTERVALS, 0, ROWS)
+        starts = vector(start + head.to(tl.int64) * T * INTERVALS + interval, first, T, INTERVALS, 0, ROWS)
+        stops = vector(stop + head.to(tl.int64) * T * INTERVALS + interval, first, T, INTERVALS, 0, ROWS)
         low, high, begin, end = reach(starts, stops, real, S)
         to = table + ((head.to(tl.int64) * INTERVALS + interval) * count + first // ROWS) * 4
         tl.store(to, low)

@@ -13,7 +13,7 @@ import linecache
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ...closed.algebra import ONES, Factor, K, L, Output, Pair, Q
+from ...closed.algebra import ONES, Factor, K, L, LowRankFactor, Output, Q
 from . import pieces
 from .addresses import width
 from .language import jit, tl
@@ -33,7 +33,8 @@ class Program(NamedTuple):
     side: str
     outputs: tuple[Output, ...]
     features: tuple[int, ...]  # of each output
-    operands: tuple[Operand, ...]  # q, k, the level, ..., the shift of a row: P = exp2((q . k - shift) scale) / exp(level)
+    # q, k, the shifted lse, ..., the shift of a row: P = exp2((q . k - shift) scale) / exp(shifted_lse)
+    operands: tuple[Operand, ...]
     intervals: int = 0  # number of intervals of the mask; 0: no mask
     dropout: bool = False
     weights: int = 1
@@ -70,13 +71,13 @@ def source(program: Program) -> str:
 def kernel(program: Program) -> Any:
     """The kernel, launched as kernel[grid](*arguments, OWN=, OTHER=, PRECISION=, FACTORED=)."""
     text = source(program)
-    name = f"<sweep {hash(program) & 0xFFFFFFFFFFFF:012x}>"
+    name = f"<contract {hash(program) & 0xFFFFFFFFFFFF:012x}>"
     # Triton reads the source from here.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     scope = {"tl": tl, "jit": jit, "__name__": __name__}
     scope |= {part: getattr(pieces, part) for part in pieces.__all__}
     exec(compile(text, name, "exec"), scope)
-    return scope["sweep"]
+    return scope["contract"]
 
 
 class _Writer:
@@ -95,7 +96,7 @@ class _Writer:
         program, own = self.program, self.limit[self.own]
         yield "@jit"
         constants = ", ".join(f"{name}: tl.constexpr" for name in ("OWN", "OTHER", "PRECISION", "FACTORED"))
-        yield f"def sweep({', '.join(arguments(program))}, {constants}):"
+        yield f"def contract({', '.join(arguments(program))}, {constants}):"
         yield f"    count = tl.cdiv({own}, OWN)"
         yield "    head = tl.program_id(0) // count"
         order = "count - 1 - tl.program_id(0) % count" if program.side == "query" else "tl.program_id(0) % count"
@@ -112,7 +113,7 @@ class _Writer:
             if operand.side == self.own:
                 yield f"        {self._load(n, 'first', own, 'OWN', True)}"
         if self.own == "query":
-            yield "        level = tl.where(b2 == float('-inf'), float('inf'), b2) * 1.4426950408889634"
+            yield "        shifted_lse = tl.where(b2 == float('-inf'), float('inf'), b2) * 1.4426950408889634"
             if program.dropout:
                 yield "        seed_x, seed_y = encipher(word(seeds + seeds_to), word(seeds + seeds_to + 1), own.to(tl.uint32))"
         yield f"        for interval in range({max(1, program.intervals)}):"
@@ -128,7 +129,7 @@ class _Writer:
                 yield f"    a{n} *= w{weight}"
             to = f"o{n} + locate(head, sizes, o{n}_at), first, {own}"
             wide = f"{to}, {features}, 1, a{n}, {features}, {width(features)}, OWN"
-            yield f"    store_line({to}, 1, a{n}, OWN)" if features == 1 else f"    store({wide})"
+            yield f"    store_vector({to}, 1, a{n}, OWN)" if features == 1 else f"    store({wide})"
 
     def _is_used(self, name: str) -> bool:
         if name == "mask":
@@ -146,7 +147,7 @@ class _Writer:
         operand, at = self.program.operands[n], f"x{n} + x{n}_to, {begin}, {limit}, x{n}_row"
         if operand.features == 1:
             beyond = "float('inf')" if n == L and self.own == "query" else "0.0"
-            return f"b{n} = line({at}, {beyond}, {rows}, {edge}).to(tl.float32)"
+            return f"b{n} = vector({at}, {beyond}, {rows}, {edge}).to(tl.float32)"
         return f"b{n} = block({at}, x{n}_column, {operand.features}, {width(operand.features)}, {rows}, {edge})"
 
     def _ranges(self) -> Iterator[str]:
@@ -154,7 +155,7 @@ class _Writer:
         if self.own == "query":
             if self.program.intervals:
                 for end in ("start", "stop"):
-                    yield f"{end}s = line({end} + mask_to + interval, first, T, {self.program.intervals}, 0, OWN)"
+                    yield f"{end}s = vector({end} + mask_to + interval, first, T, {self.program.intervals}, 0, OWN)"
             else:
                 yield "starts = tl.zeros((OWN,), tl.int32)"
                 yield "stops = starts + S"
@@ -175,18 +176,18 @@ class _Writer:
             if operand.side == self.other:
                 yield self._load(n, "at", limit, "OTHER", edge)
         if self.own == "key":  # for a query with only -inf logits: larger than any logit
-            yield "level = tl.maximum(b2, -1e30) * 1.4426950408889634"
+            yield "shifted_lse = tl.maximum(b2, -1e30) * 1.4426950408889634"
         side = ("[:, None]", "[None, :]") if self.own == "query" else ("[None, :]", "[:, None]")
         of_query, of_key = side
         self.hides = edge and program.intervals > 0
-        yield f"P = ({self._pair(Q, K)} - b{len(program.operands) - 1}{of_query}) * scale - level{of_query}"
+        yield f"P = ({self._pair(Q, K)} - b{len(program.operands) - 1}{of_query}) * scale - shifted_lse{of_query}"
         if edge and self.own == "query":
             yield "ends = tl.minimum(stops, S)"
             yield "seen = (starts[:, None] <= other[None, :]) & (other[None, :] < ends[:, None])"
             yield "P = tl.where(seen, P, float('-inf'))"
         elif edge and program.intervals:
             for end in ("start", "stop"):
-                yield f"{end}s = line({end} + mask_to + interval, at, T, {program.intervals}, 0, OTHER)"
+                yield f"{end}s = vector({end} + mask_to + interval, at, T, {program.intervals}, 0, OTHER)"
             yield "seen = (starts[None, :] <= own[:, None]) & (own[:, None] < stops[None, :])"
             yield "P = tl.where(seen, P, float('-inf'))"
         elif edge:
@@ -255,9 +256,9 @@ class _Writer:
         if ("factor", factor) in self.made:
             return
         name = self.made["factor", factor] = f"f{len(self.made)}"
-        by_weight: dict[int, list[Pair]] = {}
+        by_weight: dict[int, list[LowRankFactor]] = {}
         for pair in factor:
-            assert isinstance(pair, Pair)
+            assert isinstance(pair, LowRankFactor)
             by_weight.setdefault(int(pair.weight), []).append(pair)
         fresh = True
         for weight, pairs in by_weight.items():
@@ -271,7 +272,7 @@ class _Writer:
             yield f"{name} = {total}" if fresh else f"{name} = {name} + {total}"
             fresh = False
 
-    def _is_wide(self, pair: Pair) -> bool:
+    def _is_wide(self, pair: LowRankFactor) -> bool:
         return ONES not in (pair.a, pair.b) and self.program.operands[pair.a].features > 1
 
     def _pair(self, a: int, b: int, onto: str = "") -> str:

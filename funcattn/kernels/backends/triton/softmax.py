@@ -27,7 +27,7 @@ likewise.
 # pyright: reportInvalidTypeForm=false, reportPossiblyUnboundVariable=false
 
 from .language import jit, tl
-from .pieces import add_product, block, blocks_of, clean, line, locate, product, reach, store, store_line
+from .pieces import add_product, block, blocks_of, clean, locate, product, reach, store, store_vector, vector
 
 FAR = tl.constexpr(2.0**30)  # half a unit in the last place is 32 to 64 there: still a power of two that float32 holds
 LARGE = tl.constexpr(512.0)  # as torch_blocks.FAR
@@ -39,7 +39,7 @@ def attend(
     q_at, k_at, v_at, dq_at, dk_at, dv_at, mask_at, out_at, lse_at, dout_at, dlse_at,
     q_step, k_step, v_step, dq_step, dk_step, dv_step, T, S, scale, power, steepness,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    MOVES_Q: tl.constexpr, MOVES_K: tl.constexpr, MOVES_V: tl.constexpr, INTERVALS: tl.constexpr,
+    HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr, INTERVALS: tl.constexpr,
     PRECISION: tl.constexpr, FACTORED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """out and dout (T, Dv), lse and dlse (T,) of each head; dq, dk, dv are read if they exist.
@@ -49,68 +49,68 @@ def attend(
     multiplies logits in powers of two, power is the power of two at or above it, steepness the
     scale of tangents.
     """
-    MOVES: tl.constexpr = MOVES_Q or MOVES_K or MOVES_V
-    lines = tl.cdiv(T, ROWS)
-    head = tl.program_id(0) // lines
+    HAS_TANGENT: tl.constexpr = HAS_DQ or HAS_DK or HAS_DV
+    q_blocks = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // q_blocks
     # the last queries of a causal mask take longest
-    first = (lines - 1 - tl.program_id(0) % lines) * ROWS
+    first = (q_blocks - 1 - tl.program_id(0) % q_blocks) * ROWS
     k += locate(head, sizes, k_at)
     v += locate(head, sizes, v_at)
     start += locate(head, sizes, mask_at)
     stop += locate(head, sizes, mask_at)
     x = block(q + locate(head, sizes, q_at), first, T, q_step[0], q_step[1], D, WIDTH, ROWS, True)
     dx = x
-    if MOVES_Q:
+    if HAS_DQ:
         dx = block(dq + locate(head, sizes, dq_at), first, T, dq_step[0], dq_step[1], D, WIDTH, ROWS, True)
-    if MOVES_K:
+    if HAS_DK:
         dk += locate(head, sizes, dk_at)
-    if MOVES_V:
+    if HAS_DV:
         dv += locate(head, sizes, dv_at)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS, WIDTH_V), tl.float32)
-    dmass = tl.zeros((ROWS,), tl.float32)
-    dtotal = tl.zeros((ROWS, WIDTH_V), tl.float32)
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    normalizer = tl.zeros((ROWS,), tl.float32)
+    accumulator = tl.zeros((ROWS, WIDTH_V), tl.float32)
+    dnormalizer = tl.zeros((ROWS,), tl.float32)
+    daccumulator = tl.zeros((ROWS, WIDTH_V), tl.float32)
     real = first + tl.arange(0, ROWS) < T
     starts = tl.zeros((ROWS,), tl.int32)
     stops = tl.zeros((ROWS,), tl.int32) + S
     for interval in range(INTERVALS if INTERVALS else 1):
         if INTERVALS:
-            starts = line(start + interval, first, T, INTERVALS, 0, ROWS)
-            stops = line(stop + interval, first, T, INTERVALS, 0, ROWS)
+            starts = vector(start + interval, first, T, INTERVALS, 0, ROWS)
+            stops = vector(stop + interval, first, T, INTERVALS, 0, ROWS)
         low, high, begin, end = reach(starts, stops, real, S)
         low, begin, end, left, others = blocks_of(low, high, begin, end, KEYS)
         for n in range(others):
             at = tl.where(n < left, low + n * KEYS, end + (n - left) * KEYS)
-            top, mass, total, dmass, dtotal = see(
+            row_max, normalizer, accumulator, dnormalizer, daccumulator = see(
                 x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, power, steepness,
-                top, mass, total, dmass, dtotal,
-                D, Dv, WIDTH, WIDTH_V, MOVES_Q, MOVES_K, MOVES_V, PRECISION, FACTORED, KEYS, True,
+                row_max, normalizer, accumulator, dnormalizer, daccumulator,
+                D, Dv, WIDTH, WIDTH_V, HAS_DQ, HAS_DK, HAS_DV, PRECISION, FACTORED, KEYS, True,
             )  # fmt: skip
         for at in range(begin, end, KEYS):
-            top, mass, total, dmass, dtotal = see(
+            row_max, normalizer, accumulator, dnormalizer, daccumulator = see(
                 x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, power, steepness,
-                top, mass, total, dmass, dtotal,
-                D, Dv, WIDTH, WIDTH_V, MOVES_Q, MOVES_K, MOVES_V, PRECISION, FACTORED, KEYS, False,
+                row_max, normalizer, accumulator, dnormalizer, daccumulator,
+                D, Dv, WIDTH, WIDTH_V, HAS_DQ, HAS_DK, HAS_DV, PRECISION, FACTORED, KEYS, False,
             )  # fmt: skip
-    mass = tl.where(mass == 0, 1.0, mass)  # a query without visible keys has sums of zero
-    total = total / mass[:, None]
-    store(out + locate(head, sizes, out_at), first, T, Dv, 1, total, Dv, WIDTH_V, ROWS)
-    top = tl.where(tl.abs(top) < FAR, top, top * (scale / power))
-    store_line(lse + locate(head, sizes, lse_at), first, T, 1, (top + tl.log2(mass)) * 0.6931471805599453, ROWS)
-    if MOVES:
-        dmass = dmass / mass
-        dtotal = dtotal / mass[:, None] - dmass[:, None] * total
-        store(dout + locate(head, sizes, dout_at), first, T, Dv, 1, dtotal, Dv, WIDTH_V, ROWS)
-        store_line(dlse + locate(head, sizes, dlse_at), first, T, 1, dmass, ROWS)
+    normalizer = tl.where(normalizer == 0, 1.0, normalizer)  # a query without visible keys has sums of zero
+    accumulator = accumulator / normalizer[:, None]
+    store(out + locate(head, sizes, out_at), first, T, Dv, 1, accumulator, Dv, WIDTH_V, ROWS)
+    row_max = tl.where(tl.abs(row_max) < FAR, row_max, row_max * (scale / power))
+    store_vector(lse + locate(head, sizes, lse_at), first, T, 1, (row_max + tl.log2(normalizer)) * 0.6931471805599453, ROWS)
+    if HAS_TANGENT:
+        dnormalizer = dnormalizer / normalizer
+        daccumulator = daccumulator / normalizer[:, None] - dnormalizer[:, None] * accumulator
+        store(dout + locate(head, sizes, dout_at), first, T, Dv, 1, daccumulator, Dv, WIDTH_V, ROWS)
+        store_vector(dlse + locate(head, sizes, dlse_at), first, T, 1, dnormalizer, ROWS)
 
 
 @jit
 def see(
     x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, power, steepness,
-    top, mass, total, dmass, dtotal,
+    row_max, normalizer, accumulator, dnormalizer, daccumulator,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    MOVES_Q: tl.constexpr, MOVES_K: tl.constexpr, MOVES_V: tl.constexpr,
+    HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
     PRECISION: tl.constexpr, FACTORED: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Process one block of keys: update the row max, the sums, and their tangents."""
@@ -123,62 +123,62 @@ def see(
     high = tl.max(s, 1)
     # monotonic in s, since both factors are positive
     high = tl.where(tl.abs(high * scale) < FAR, high * scale, high * power)
-    higher = tl.maximum(top, high)
+    higher = tl.maximum(row_max, high)
     near = tl.abs(higher) < FAR
     base = tl.where(higher == float("-inf"), 0.0, higher) if EDGE else higher
     p = tl.exp2(s * tl.where(near, scale, power)[:, None] - base[:, None])
-    fade = tl.where((tl.abs(top) < FAR) == near, tl.exp2(top - base), 0.0)
+    rescale = tl.where((tl.abs(row_max) < FAR) == near, tl.exp2(row_max - base), 0.0)
     z = block(v, at, S, v_step[0], v_step[1], Dv, WIDTH_V, KEYS, EDGE)
     if EDGE:
         z, spoilt = clean(z, seen)
-        total = tl.where(spoilt[:, None], float("nan"), total)
-        dtotal = tl.where(spoilt[:, None], float("nan"), dtotal)
-    total = add_product(total * fade[:, None], p.to(z.dtype), z, PRECISION)
-    if MOVES_Q or MOVES_K or MOVES_V:
-        dtotal = dtotal * fade[:, None]
-    if MOVES_V:
+        accumulator = tl.where(spoilt[:, None], float("nan"), accumulator)
+        daccumulator = tl.where(spoilt[:, None], float("nan"), daccumulator)
+    accumulator = add_product(accumulator * rescale[:, None], p.to(z.dtype), z, PRECISION)
+    if HAS_DQ or HAS_DK or HAS_DV:
+        daccumulator = daccumulator * rescale[:, None]
+    if HAS_DV:
         dz = block(dv, at, S, dv_step[0], dv_step[1], Dv, WIDTH_V, KEYS, EDGE)
         if EDGE:
             dz, spoilt = clean(dz, seen)
-            dtotal = tl.where(spoilt[:, None], float("nan"), dtotal)
-        dtotal = add_product(dtotal, p.to(dz.dtype), dz, PRECISION)
-    if MOVES_Q or MOVES_K:
-        if MOVES_K:
+            daccumulator = tl.where(spoilt[:, None], float("nan"), daccumulator)
+        daccumulator = add_product(daccumulator, p.to(dz.dtype), dz, PRECISION)
+    if HAS_DQ or HAS_DK:
+        if HAS_DK:
             dy = block(dk, at, S, dk_step[0], dk_step[1], D, WIDTH, KEYS, EDGE)
             ds = product(x, tl.trans(dy), PRECISION)
-            if MOVES_Q:
+            if HAS_DQ:
                 ds = add_product(ds, dx, tl.trans(y), PRECISION)
         else:
             ds = product(dx, tl.trans(y), PRECISION)
         w = p * ds * steepness
         if EDGE:
             w = tl.where(seen, w, 0.0)  # a tangent may be NaN at hidden pairs
-        dmass = dmass * fade + tl.sum(w, 1)
+        dnormalizer = dnormalizer * rescale + tl.sum(w, 1)
         if z.dtype == tl.float16:
             # w may exceed the range of float16
-            dtotal = add_product(dtotal, w, z.to(tl.float32), FACTORED)
+            daccumulator = add_product(daccumulator, w, z.to(tl.float32), FACTORED)
         else:
-            dtotal = add_product(dtotal, w.to(z.dtype), z, PRECISION)
-    return higher, mass * fade + tl.sum(p, 1), total, dmass, dtotal
+            daccumulator = add_product(daccumulator, w.to(z.dtype), z, PRECISION)
+    return higher, normalizer * rescale + tl.sum(p, 1), accumulator, dnormalizer, daccumulator
 
 
 @jit
 def statistics(
-    q, k, start, stop, lse, shift, level, sizes, q_at, k_at, mask_at, lse_at, shift_at, q_step, k_step, T, S, scale,
+    q, k, start, stop, lse, shift, shifted_lse, sizes, q_at, k_at, mask_at, lse_at, shift_at, q_step, k_step, T, S, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """shift and level (T,) of each head: the weights are exp2((q . k - shift) scale) / exp(level).
+    """shift and shifted_lse (T,) of each head: the weights are exp2((q . k - shift) scale) / exp(shifted_lse).
 
     They are zero and the log-sum-exp; in rows where that is large, the largest q . k and the log of
     the normalizer, from another pass.
     """
-    lines = tl.cdiv(T, ROWS)
-    head = tl.program_id(0) // lines
-    first = tl.program_id(0) % lines * ROWS
-    old = line(lse + locate(head, sizes, lse_at), first, T, 1, 0.0, ROWS)
+    q_blocks = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // q_blocks
+    first = tl.program_id(0) % q_blocks * ROWS
+    old = vector(lse + locate(head, sizes, lse_at), first, T, 1, 0.0, ROWS)
     far = (tl.abs(old) > LARGE) & (old != float("-inf"))
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    normalizer = tl.zeros((ROWS,), tl.float32)
     if tl.max(far.to(tl.int32), 0) > 0:
         k += locate(head, sizes, k_at)
         start += locate(head, sizes, mask_at)
@@ -189,18 +189,18 @@ def statistics(
         stops = tl.zeros((ROWS,), tl.int32) + S
         for interval in range(INTERVALS if INTERVALS else 1):
             if INTERVALS:
-                starts = line(start + interval, first, T, INTERVALS, 0, ROWS)
-                stops = line(stop + interval, first, T, INTERVALS, 0, ROWS)
+                starts = vector(start + interval, first, T, INTERVALS, 0, ROWS)
+                stops = vector(stop + interval, first, T, INTERVALS, 0, ROWS)
             low, high, begin, end = reach(starts, stops, real, S)
             for at in range(low // KEYS * KEYS, high, KEYS):
                 s = product(x, tl.trans(block(k, at, S, k_step[0], k_step[1], D, WIDTH, KEYS, True)), PRECISION)
                 keys = (at + tl.arange(0, KEYS))[None, :]
                 s = tl.where((starts[:, None] <= keys) & (keys < tl.minimum(stops, S)[:, None]), s, float("-inf"))
-                higher = tl.maximum(top, tl.max(s, 1))
+                higher = tl.maximum(row_max, tl.max(s, 1))
                 base = tl.where(higher == float("-inf"), 0.0, higher)
-                mass = mass * tl.exp2((top - base) * scale) + tl.sum(tl.exp2((s - base[:, None]) * scale), 1)
-                top = higher
-    top = tl.where(far, top, 0.0)
-    new = tl.where(far, tl.log2(tl.where(far, mass, 1.0)) * 0.6931471805599453, old)
-    store_line(shift + locate(head, sizes, shift_at), first, T, 1, top, ROWS)
-    store_line(level + locate(head, sizes, shift_at), first, T, 1, new, ROWS)
+                normalizer = normalizer * tl.exp2((row_max - base) * scale) + tl.sum(tl.exp2((s - base[:, None]) * scale), 1)
+                row_max = higher
+    row_max = tl.where(far, row_max, 0.0)
+    new = tl.where(far, tl.log2(tl.where(far, normalizer, 1.0)) * 0.6931471805599453, old)
+    store_vector(shift + locate(head, sizes, shift_at), first, T, 1, row_max, ROWS)
+    store_vector(shifted_lse + locate(head, sizes, shift_at), first, T, 1, new, ROWS)

@@ -29,17 +29,17 @@ def of_attend(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
     return _candidates(block_sizes.of(block_sizes.ATTENDS, q.dtype == torch.float32, by_groups(q), _wider(q, v)))
 
 
-def of_push(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
+def of_attend_jvp(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
     """Candidates for the kernel of value and tangent, smallest last; () if two passes win."""
     exact = q.dtype == torch.float32 and not INTERPRETED
-    found = block_sizes.of(block_sizes.PUSHES, exact, by_groups(q), _wider(q, v))
+    found = block_sizes.of(block_sizes.ATTEND_JVPS, exact, by_groups(q), _wider(q, v))
     return _candidates(found) if found else ()
 
 
-def of_sweep(program: Program, q: Tensor) -> tuple[Blocks, ...]:
+def of_contract(program: Program, q: Tensor) -> tuple[Blocks, ...]:
     """Candidates for the kernel of a contraction, the smallest last."""
     exact = any(x.dtype == "float32" for x in program.operands if x.features > 1)
-    return _candidates(block_sizes.of(block_sizes.SWEEPS, exact, by_groups(q), load(program)))
+    return _candidates(block_sizes.of(block_sizes.CONTRACTS, exact, by_groups(q), load(program)))
 
 
 def by_groups(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ import funcattn as fa
 from funcattn import masks
 from funcattn.kernels.backends import torch_blocks
 from funcattn.kernels.closed import operators
-from funcattn.kernels.closed.algebra import ONES, K, Output, Pair, Q, Sweep, Term
+from funcattn.kernels.closed.algebra import ONES, Contraction, K, LowRankFactor, Output, Q, Term
 from funcattn.masks import Mask
 from funcattn.records import Attended
 from funcattn.testing import laws, strategies
@@ -41,9 +41,9 @@ ROUNDING = torch.finfo(torch.float32).eps
 def small_blocks(monkeypatch):
     """The smallest blocks a matrix product takes, 16 x 16, so that small inputs cross several."""
     monkeypatch.setattr(tuning, "of_attend", lambda q, v: (tuning.SMALLEST,))
-    of_push = tuning.of_push
-    monkeypatch.setattr(tuning, "of_push", lambda q, v: of_push(q, v) and (tuning.SMALLEST,))
-    monkeypatch.setattr(tuning, "of_sweep", lambda program, q: (tuning.SMALLEST,))
+    of_attend_jvp = tuning.of_attend_jvp
+    monkeypatch.setattr(tuning, "of_attend_jvp", lambda q, v: of_attend_jvp(q, v) and (tuning.SMALLEST,))
+    monkeypatch.setattr(tuning, "of_contract", lambda program, q: (tuning.SMALLEST,))
 
 
 @pytest.fixture(autouse=True)
@@ -191,11 +191,11 @@ def test_a_push_is_the_value_and_the_jvp_of_blocks(mask, moved):
     q, k, v = normal(1, 2, T, 5), normal(2, 1, S, 5), normal(3, 1, S, 17)
     dq, dk, dv = normal(4, 3, 2, T, 5), normal(5, 1, S, 5), normal(6, 2, S, 17)
     tangents = [x if moved >> n & 1 else None for n, x in enumerate((dq, dk, dv))]
-    found = launching.push(*there([q, k, v]), [None if x is None else x.to(DEVICE) for x in tangents], there(m), -0.3)
+    found = launching.attend_jvp(*there([q, k, v]), [None if x is None else x.to(DEVICE) for x in tangents], there(m), -0.3)
     wide = lambda x: x.double() if x.is_floating_point() else x
     there_are = [wide(x) for x in tangents if x is not None]
     plan = operators.AttendSpec(-0.3, len(m))
-    close(found, operators.push(plan, [x is not None for x in tangents], [*map(wide, (q, k, v)), *m, *there_are]), 8 * S)
+    close(found, operators.attend_jvp(plan, [x is not None for x in tangents], [*map(wide, (q, k, v)), *m, *there_are]), 8 * S)
 
 
 def launched(monkeypatch, program) -> list[str]:
@@ -217,7 +217,7 @@ def test_a_jvp_is_one_launch(monkeypatch):
     assert launched(monkeypatch, lambda: jvp(lambda k: f(q, k, v), (k,), (k,))) == ["attend"]
     assert launched(monkeypatch, lambda: f(q, k, v)) == ["attend"]
     wide = tuple(torch.cat([x] * 14, -1).bfloat16() for x in (q, k, v))
-    assert launched(monkeypatch, lambda: jvp(f, wide, wide)) == ["attend", "statistics", "sweep"]
+    assert launched(monkeypatch, lambda: jvp(f, wide, wide)) == ["attend", "statistics", "contract"]
 
 
 def test_a_kernel_reads_no_numbers_that_torch_has_yet_to_make():
@@ -227,9 +227,9 @@ def test_a_kernel_reads_no_numbers_that_torch_has_yet_to_make():
     f = lambda q: (attention(q, k, v), grad(lambda q: attention(q, k, v).sin().sum())(q))
     close(f(negated), f(-q), 1)
     close(f(zeros), f(torch.zeros_like(q)), 1)
-    plan = operators.AttendSpec(backend="triton")
+    plan = operators.AttendSpec(kernel="triton")
     on_device = [x.to(DEVICE) for x in (q, k, v)]
-    pushed = lambda dq: [x.cpu() for x in operators.push(plan, [True, False, False], [*on_device, dq])]
+    pushed = lambda dq: [x.cpu() for x in operators.attend_jvp(plan, [True, False, False], [*on_device, dq])]
     close(pushed(torch._neg_view(on_device[0])), pushed(-on_device[0]), 1)
     close(pushed(torch._efficientzerotensor(q.shape, device=DEVICE)), pushed(torch.zeros_like(on_device[0])), 1)
 
@@ -242,15 +242,15 @@ def test_nothing_to_attend_has_derivatives(lead, T, S):
         assert all(torch.equal(x, torch.zeros_like(y)) for x, y in zip(found(q, k, v), (q, k, v), strict=True))
 
 
-def sweeps(at: int) -> dict[str, tuple[Output, ...]]:
+def contractions(at: int) -> dict[str, tuple[Output, ...]]:
     """By the number of factors, on both sides; places: q, k, lse, mask, from `at` v, g, a (T, 1), tangents of q, k, v."""
     v, g, level, dq, dk, dv = range(at, at + 6)
-    x, dS = (Pair(g, v), Pair(level, ONES, -1.0)), (Pair(dq, K, 0.3), Pair(Q, dk, 0.3))
+    x, dS = (LowRankFactor(g, v), LowRankFactor(level, ONES, -1.0)), (LowRankFactor(dq, K, 0.3), LowRankFactor(Q, dk, 0.3))
     return {
         "no factor": (Output("query", (Term((), v),)), Output("query", (Term(()),)), Output("key", (Term((), g),))),
         "one factor": (Output("query", (Term((x,), K, 0.3),)), Output("key", (Term((x,), Q, 0.3),)), Output("key", (Term((), g),))),
         "two factors": (
-            Output("query", (Term((dS, x), K, 0.3), Term((x,), dk, 0.3), Term(((Pair(g, dv),),), K, 0.3))),
+            Output("query", (Term((dS, x), K, 0.3), Term((x,), dk, 0.3), Term(((LowRankFactor(g, dv),),), K, 0.3))),
             Output("key", (Term((dS, x), Q, 0.3), Term((x,), dq, 0.3), Term((), dq))),
             Output("key", (Term((dS,), g), Term((dS, dS), g, -1.0))),
             Output("key", (Term((dS, x), level),)),
@@ -268,17 +268,17 @@ def test_both_contractions_are_those_of_blocks(order, mask, leads, dropped):
     lse = torch_blocks.attend(q.double(), k.double(), v.double(), m, None, 0.3)[1].float()
     x = [q, k, lse, *m, v, normal(4, *leads, T, 7), normal(5, *leads, T, 1)]
     x += [normal(6, *leads, T, 5), normal(7, *of_key, S, 5), normal(8, *of_key, S, 7)]
-    spec = Sweep(sweeps(3 + len(m))[order], 0.3, tuple(range(3, 3 + len(m))))
+    spec = Contraction(contractions(3 + len(m))[order], 0.3, tuple(range(3, 3 + len(m))))
     if dropped:
         spec = spec._replace(dropout=len(x), rate=0.3)
         x.append(fa.key(9).reshape(1, 2))
     sides = {"query": (*leads, T), "key": (*of_key, S)}
     width = lambda output: 1 if output.terms[0].value == ONES else x[output.terms[0].value].shape[-1]
     shapes = [(*sides[output.side], width(output)) for output in spec.outputs]
-    assert not launching.obstacle(spec, there(x))
-    found = launching.sweep(spec, shapes, [torch.float32] * len(shapes), there(x))
+    assert not launching.why_not_contract(spec, there(x))
+    found = launching.contract(spec, shapes, there(x), [torch.float32] * len(shapes))
     wide = [y.double() if y.is_floating_point() else y for y in x]
-    close(found, torch_blocks.sweep(spec, shapes, wide), 8 * S)  # a factor is itself a sum over features
+    close(found, torch_blocks.contract(spec, shapes, wide), 8 * S)  # a factor is itself a sum over features
 
 
 def test_an_axis_that_an_output_lacks_is_summed_once_for_each_term_that_has_it():
@@ -286,9 +286,9 @@ def test_an_axis_that_an_output_lacks_is_summed_once_for_each_term_that_has_it()
     (T, S), three = (5, 7), 3
     q, k, c = normal(1, 2, T, 4), normal(2, 2, S, 4), normal(3, three, 1, S, 4)
     lse = torch_blocks.attend(q.double(), k.double(), k.double(), (), None, 0.3)[1].float()
-    spec = Sweep((Output("query", (Term((), K), Term((), 3))),), 0.3)
-    found = launching.sweep(spec, [q.shape], [torch.float32], there([q, k, lse, c]))
-    close(found, torch_blocks.sweep(spec, [q.shape], [x.double() for x in (q, k, lse, c)]), 3 * S)
+    spec = Contraction((Output("query", (Term((), K), Term((), 3))),), 0.3)
+    found = launching.contract(spec, [q.shape], there([q, k, lse, c]), [torch.float32])
+    close(found, torch_blocks.contract(spec, [q.shape], [x.double() for x in (q, k, lse, c)]), 3 * S)
 
 
 def test_blocks_that_nobody_sees_are_not_read():
@@ -405,8 +405,8 @@ def test_there_may_be_no_queries_no_keys_or_one(T, S):
 
 def test_derivatives_beyond_two_factors_go_by_torch_and_agree(monkeypatch):
     q, k, v = normal(1, 1, 5, 4), normal(2, 1, 5, 4), normal(3, 1, 5, 4)
-    spec = Sweep((Output("query", (Term(((Pair(Q, K),),) * 3, K),)),))
-    assert launching.obstacle(spec, there([q, k, q[..., :1]])) == "it has more than 2 factors"
+    spec = Contraction((Output("query", (Term(((LowRankFactor(Q, K),),) * 3, K),)),))
+    assert launching.why_not_contract(spec, there([q, k, q[..., :1]])) == "it has more than 2 factors"
     third = lambda f: grad(lambda q: grad(lambda q: grad(lambda q: f(q).sin().sum())(q).sin().sum())(q).sin().sum())(q)
     close([third(lambda q: attention(q, k, v))], [third(lambda q: fa.attention(q, k, v, kernel="reference"))], 512)
 
@@ -451,12 +451,12 @@ def test_a_compiled_program_holds_one_node_for_the_value_and_one_for_each_pass()
     found = torch.compile(program, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))(q)
     close([found], [program(q).cpu()], 1)
     ours = lambda: [node for node in nodes if node.startswith("funcattn")]
-    assert ours() == ["funcattn.attend.default", *["funcattn.sweep.default"] * 2]  # jvp of the value, jvp of the gradient
+    assert ours() == ["funcattn.attend.default", *["funcattn.contract.default"] * 2]  # jvp of the value, jvp of the gradient
     nodes.clear()
     pushed = lambda q: jvp(loss, (q,), (q,))
     found = torch.compile(pushed, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))(q)
     close(found, [x.cpu() for x in pushed(q)], 1)
-    assert ours() == ["funcattn.push.default"]
+    assert ours() == ["funcattn.attend_jvp.default"]
 
 
 @pytest.mark.slow

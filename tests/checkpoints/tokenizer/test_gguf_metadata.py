@@ -12,7 +12,7 @@ import funcattn as fa
 from funcattn import serving, speculation
 from funcattn.checkpoints import CheckpointError
 from funcattn.checkpoints.gguf.file import read_header
-from funcattn.checkpoints.tokenizer.tokenizer import from_metadata
+from funcattn.checkpoints.tokenizer.gguf_metadata import from_metadata
 from funcattn.families import read_metadata
 
 ODD = [True, False, 0, -1, 2.5, 2**40, "x", "", [], ["x"]]  # what a field of GGUF may hold
