@@ -25,9 +25,8 @@ from . import randomness, tree
 from .core import errors
 from .core.doors import door
 from .layers import embed, linear
-from .quantization import Where, predicate
 from .records import is_absent, record
-from .tree import Tree
+from .tree import Tree, Where
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of attention and feed-forward
 
@@ -109,7 +108,7 @@ def lora(rank: int, where: Where | None = None, *, alpha: float | None = None) -
     if alpha is not None and not 0 < alpha < math.inf:
         errors.fail("lora", "alpha", "above 0", alpha, "What is added is multiplied by alpha / rank.")
     default = lambda path, weight: path.rpartition(".")[2] in MATRICES
-    choose = default if where is None else predicate("lora", where)
+    choose = default if where is None else tree.predicate("lora", where)
     scale = 2.0 if alpha is None else alpha / rank
 
     @door(name="lora(rank)")

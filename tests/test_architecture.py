@@ -79,7 +79,7 @@ TESTED_BY = {  # modules without a file of their own: a test of their room, or o
     "testing.laws: acceptances comparisons kernels pasts samplers texts trees",
     "training.training": "training: losses",
     "transformer.transformer": "transformer: config forward layer model weights",
-    "tree.tree": "tree: mapping nodes selection summaries",
+    "tree.tree": "tree: mapping nodes summaries",
     "drafters": "decoding.speculative: drafters",
     "search": "decoding: beams",
     "serving": "decoding: batching",

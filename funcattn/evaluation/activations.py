@@ -7,7 +7,6 @@ patched  the model that replaces them, for generate and all other functions
 
 import difflib
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -21,7 +20,7 @@ from ..core.doors import door
 from ..masks import Mask
 from ..models import Model, written
 from ..records import ABSENT
-from ..tree import Tree
+from ..tree import Tree, predicate
 
 Change = Tensor | Callable[[Tensor], Tensor]  # a new activation, or a function of the old one
 T = TypeVar("T")
@@ -206,11 +205,8 @@ def _chooser(where: Where) -> tuple[Callable[[str], bool], tuple[str, ...]]:
     if where is None:
         return lambda name: True, ()
     if isinstance(where, str):
-        try:
-            pattern = re.compile(where)
-        except re.error as error:
-            errors.fail("trace", "where", "a regular expression", f"{where!r}: {error}", "Escape what is meant literally.")
-        return lambda name: pattern.fullmatch(name) is not None, ()
+        matches = predicate("trace", where)
+        return lambda name: matches(name, None), ()
     if callable(where):
         return lambda name: bool(where(name)), ()
     named = tuple(where)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.tensor_cache import prepared_from
-from .products import BLOCK, by_blocks
+from .products import BLOCK, Blocks, by_blocks
 
 MAX_UNROLLED_VECTORS = 8  # products with a matrix are unrolled up to this: a register each
 
@@ -36,7 +36,7 @@ def prepare(weight: Any, rows: int) -> Any:
 
 
 @prepare.register
-def _(weight: Tensor, rows: int) -> Tensor:
+def _(weight: Tensor, rows: int) -> Tensor | Blocks:
     if rows > MAX_UNROLLED_VECTORS or weight.dim() != 2 or weight.device.type != "cpu":
         return weight
     if rows > 1:

@@ -37,6 +37,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
 from typing import TypeVar
@@ -250,15 +251,21 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def compile_to(compiler: str, path: Path, *flags: str) -> None:
-    """Compile the sources to a library at path.
+    """Compile the sources, as many at once as there are processors, to a library at path.
 
     Raises:
         Missing: the compiler fails, with what it said.
     """
     home = Path(torch.__file__).parent
     libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
-    sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-    _run([compiler, *FLAGS, *flags, f"-I{home / 'include'}", *sources, "-o", str(path), *libraries])
+    sources = [source for source in SOURCES if source.suffix == ".cpp"]
+    objects = [str(path.with_name(f"{source.stem}.o")) for source in sources]
+    command = [compiler, "-c", *FLAGS, *flags, f"-I{home / 'include'}"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source, to: _run([*command, str(source), "-o", to]), sources, objects))
+    _run([compiler, *FLAGS, *flags, *objects, "-o", str(path), *libraries])
+    for left in objects:
+        Path(left).unlink(missing_ok=True)
 
 
 def _sweep(place: Path) -> None:

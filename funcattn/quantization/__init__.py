@@ -12,10 +12,11 @@
 A new scheme is a record, its `dequantize`, and a value with `encode`: see docs/quantization.md.
 """
 
+from ..tree import Where, predicate
 from .formats import RECORDS, Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary, expand, is_quantized
 from .reports import Report, report
 from .schemes import Scheme, fp8, int4, int8, nf4, ternary, w8a8
-from .transforms import Where, dequantize, predicate, quantize
+from .transforms import dequantize, quantize
 
 __all__ = [
     "RECORDS",

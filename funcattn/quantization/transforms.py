@@ -11,11 +11,11 @@ from .. import progress, tree
 from ..core import errors
 from ..core.doors import door
 from ..models import Model
-from ..tree import Tree
+from ..tree import Tree, Where
+from ..tree.selection import chooses_none
 from .formats import expand, is_quantized
 from .schemes import Scheme, int8
 
-Where = str | Callable[[str, Tensor], bool]
 MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down)"
 ENDS = r"embedding|head"
 
@@ -45,7 +45,7 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
     if isinstance(scheme, (str, type)) or not hasattr(scheme, "encode"):  # str has an encode method
         remedy = "Pass fa.int8, fa.int4(group=64) or another scheme."
         errors.fail("quantize", "scheme", "a scheme", f"a {type(scheme).__name__}", remedy, TypeError)
-    choose = None if where is None else predicate("quantize", where)
+    choose = None if where is None else tree.predicate("quantize", where)
 
     def chosen(path: str, leaf: Tensor) -> Any:
         if choose is not None:
@@ -80,30 +80,10 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
         with progress.waiting("quantizing"):
             out = tree.map_with_path(encode, params, is_leaf=is_quantized)
         if not met:
-            remedy = "Look at the paths: funcattn.tree.paths(params)."
-            errors.fail("quantize", "where", "a rule that chooses a leaf", f"{where!r}, which chooses none", remedy)
+            chooses_none("quantize", where)
         return out
 
     return transform
-
-
-def predicate(function: str, where: Where) -> Callable[[str, Any], bool]:
-    """`where` of a transform as a predicate of (path, weight); a regex must match the whole path.
-
-    Raises:
-        TypeError: it is neither a str nor callable.
-        ValueError: a str that is not a regular expression.
-    """
-    remedy = "A path looks like layers.0.q."
-    if not isinstance(where, str):
-        if not callable(where):
-            errors.fail(function, "where", "a regex or a predicate of (path, weight)", repr(where), remedy, TypeError)
-        return where
-    try:
-        pattern = re.compile(where)
-    except re.error as error:
-        errors.fail(function, "where", "a regex of paths", f"{where!r}, {error}", remedy)
-    return lambda path, weight: pattern.fullmatch(path) is not None
 
 
 def _check(path: str, leaf: Any) -> None:

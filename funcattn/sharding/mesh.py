@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core import errors
-from ..tree import Tree
+from ..tree import Tree, Where
 
 
 class PartitionSpec(tuple[Any, ...]):
@@ -106,14 +106,14 @@ def axes_of(mesh: Mesh) -> dict[str, int]:
 
 
 class Rule(NamedTuple):
-    """path: a regular expression for the whole path; spec; block: rows that stay together."""
+    """path: a regex of whole paths or a predicate of (path, weight); spec; block: rows that stay together."""
 
-    path: str
+    path: Where
     spec: PartitionSpec
     block: int = 1  # neighbouring rows on one device, such as the features of a head
 
 
-Rules: TypeAlias = Sequence[Rule | tuple[str, PartitionSpec]]
+Rules: TypeAlias = Sequence[Rule | tuple[Where, PartitionSpec]]
 
 
 def is_spec(node: Any) -> bool:

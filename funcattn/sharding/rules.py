@@ -7,7 +7,6 @@ the axis that "tensor" does not shard; the decoder gathers a layer when it needs
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO, arXiv:1910.02054.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -150,9 +149,10 @@ def specs(params: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
     """
     given: Any = tensor_parallel() if rules is None else rules
     sizes, known = axes_of(mesh), [Rule(*rule) for rule in given]
+    choices = [tree.predicate("shard", rule.path, "rules") for rule in known]
 
     def one(path: str, weight: Any) -> Any:
-        rule = next((rule for rule in known if re.fullmatch(rule.path, path)), None)
+        rule = next((rule for rule, choose in zip(known, choices, strict=True) if choose(path, weight)), None)
         if rule is None:
             remedy = "End the rules with ('.*', P()), which keeps the rest whole."
             errors.fail("shard", "rules", f"one that matches {path!r}", "none", remedy)

@@ -35,7 +35,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
 
     Args:
         mesh: a DeviceMesh with names, or a Grid.
-        rules: ordered pairs (expression for the whole path, spec); None is `tensor_parallel()`.
+        rules: ordered pairs (regex of whole paths or predicate of (path, weight), spec); None is `tensor_parallel()`.
             With `tensor_parallel(config)` heads that do not divide raise here.
 
     Raises:

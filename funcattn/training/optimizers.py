@@ -24,13 +24,13 @@ from .. import tree
 from ..core import errors
 from ..core.doors import door, printed, uncalled
 from ..records import ABSENT, record
-from ..tree import Tree
+from ..tree import Tree, Where
+from ..tree.selection import chooses_none
 from . import fused
 from .leafwise import check_positive, check_share, columns_of, scalar, scaled, unzip, zero_count
 from .norms import cut_axes
 from .schedules import Rate, at, check_rate
 
-Where: TypeAlias = Callable[[str, Tensor], bool]
 Column: TypeAlias = list[Tensor]
 
 
@@ -150,8 +150,8 @@ def adamw(
     Args:
         learning_rate: a number, a tensor (), or a schedule.
         betas, epsilon, weight_decay: as above.
-        decays: f(path, leaf), True for leaves that decay: matrices by default, as in nanoGPT, not
-            norms and biases.
+        decays: which leaves decay, a regex of whole paths or a predicate of (path, leaf): matrices
+            by default, as in nanoGPT, not norms and biases.
 
     Law: steps are those of torch.optim.AdamW (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
     Source: Loshchilov and Hutter, Decoupled weight decay regularization, arXiv:1711.05101.
@@ -164,8 +164,11 @@ def adamw(
     check_share("adamw", "betas", b2)
     check_positive("adamw", "epsilon", epsilon)
     check_positive("adamw", "weight_decay", weight_decay)
+    is_decayed = tree.predicate("adamw", decays, "decays")
 
     def init(params: Tree) -> Moments:
+        if isinstance(decays, str) and not any(is_decayed(path, leaf) for path, leaf in tree.items(params)):
+            chooses_none("adamw", decays, "decays")
         return Moments(zero_count(params), tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, params))
 
     def moved(gs: Column, ms: Column, vs: Column, rate: Tensor, count: Tensor) -> tuple[Column, Column, Column]:
@@ -184,7 +187,7 @@ def adamw(
         else:
             us, ms, vs = moved(gs, ms, vs, rate, count)
         if weight_decay:
-            held = [decays(path, leaf) for path, leaf in tree.items(params)]
+            held = [is_decayed(path, leaf) for path, leaf in tree.items(params)]
             share = scalar(rate * weight_decay)
             us = [u - scaled(p, share) if h else u for u, p, h in zip(us, ps, held, strict=True)]
         updates, mean, square = build(us), build(ms), build(vs)
@@ -224,7 +227,7 @@ def muon(
         match: True scales by s = 0.2 sqrt(max(out, in)), which gives updates the size of AdamW's,
             so that its learning rate and decay can be used; False by s = sqrt(max(1, out / in)), as
             in the original.
-        where: f(path, leaf), True for the matrices.
+        where: the matrices, a regex of whole paths or a predicate of (path, leaf).
         rest: the optimizer of all other leaves; None is `adamw(learning_rate)` where match,
             `adamw(3e-4)` where not.
         dtype: of the iterations.
@@ -239,10 +242,13 @@ def muon(
     check_positive("muon", "weight_decay", weight_decay)
     if not isinstance(steps, int) or not 1 <= steps < 100:
         errors.fail("muon", "steps", "in 1..99", steps, "Five are enough.")
+    is_mine = tree.predicate("muon", where)
     others = rest if rest is not None else adamw(learning_rate if match else 3e-4)
 
     def init(params: Tree) -> tuple[Momentum, Any]:
-        mine, theirs = tree.partition(params, where)
+        mine, theirs = tree.partition(params, is_mine)
+        if isinstance(where, str) and not tree.leaves(mine):
+            chooses_none("muon", where)
         wrong = [path for path, leaf in tree.items(mine) if leaf.dim() != 2]
         if wrong:
             errors.fail("muon", "where", "true of matrices only", f"true of {wrong[0]}", "Test leaf.dim() == 2 too.")
@@ -252,8 +258,8 @@ def muon(
         if any(cut_axes("muon", params, specs)):
             remedy = "Use adamw, or keep params whole: sharding.replicated()."
             errors.fail("muon", "params", "whole on every device", "matrices that are cut, of which none has the whole", remedy)
-        mine, theirs = tree.partition(params, where)
-        chosen = {path for path, leaf in tree.items(params) if where(path, leaf)}
+        mine, theirs = tree.partition(params, is_mine)
+        chosen = {path for path, leaf in tree.items(params) if is_mine(path, leaf)}
         gradient, rest_gradient = tree.partition(gradients, lambda path, _: path in chosen)
         rate = scalar(at(learning_rate, state[0].count))
 

@@ -19,7 +19,7 @@ f in `map` are tensors: Dynamo (2.13) cannot rebuild a tree of constants.
 
 from .mapping import allclose, cast, count, items, leaves, map, map_with_path, nbytes, paths, stack, to, unstack
 from .nodes import INTEGERS, KINDS, IsLeaf, Transform, Tree
-from .selection import combine, partition, update
+from .selection import Where, combine, partition, predicate, update
 from .summaries import Row, Summary, summary
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Summary",
     "Transform",
     "Tree",
+    "Where",
     "allclose",
     "cast",
     "combine",
@@ -41,6 +42,7 @@ __all__ = [
     "nbytes",
     "partition",
     "paths",
+    "predicate",
     "stack",
     "summary",
     "to",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core import errors
 from ..core.doors import door
 from .nodes import KINDS, IsLeaf, Transform, Tree, is_leaf_node, nodes
+from .selection import Where, chooses_none, predicate
 
 
 @door
@@ -125,11 +126,12 @@ def allclose(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
 
 
 @door
-def cast(dtype: torch.dtype) -> Transform:
+def cast(dtype: torch.dtype, where: Where | None = None) -> Transform:
     """A transform that casts the floating leaves of a tree; other leaves are not copied.
 
     Args:
         dtype: a floating one. 8-bit floats are not cast: they are codes that need their scale.
+        where: which leaves, a regex of whole paths or a predicate of (path, leaf); None is all.
 
     Example:
         >>> cast(torch.bfloat16)({"w": torch.zeros(2), "n": torch.tensor(3)})
@@ -138,15 +140,16 @@ def cast(dtype: torch.dtype) -> Transform:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         errors.fail("cast", "dtype", "a floating torch.dtype", repr(dtype), "Choose torch.float32 or torch.bfloat16.", TypeError)
     narrow = lambda x: x.to(dtype) if KINDS["floating"](x) and x.element_size() > 1 else x
-    return door(lambda tree: map(narrow, tree), name="cast(dtype)")
+    return door(_at("cast", where, narrow), name="cast(dtype)")
 
 
 @door
-def to(device: torch.device | str) -> Transform:
+def to(device: torch.device | str, where: Where | None = None) -> Transform:
     """A transform that copies every tensor of a tree to a device, unless it is there already.
 
     Args:
         device: a torch.device or its name, such as "cuda:0".
+        where: which leaves, as in `cast`.
 
     Example:
         >>> to("meta")({"w": torch.zeros(2)})["w"].device
@@ -157,4 +160,20 @@ def to(device: torch.device | str) -> Transform:
     except RuntimeError as error:
         got, remedy = repr(device), f'Such as "cpu" or "cuda:0". torch says: {str(error).splitlines()[0]}'
         errors.fail("to", "device", "one that torch knows", got, remedy)
-    return door(lambda tree: map(lambda x: x.to(place) if isinstance(x, Tensor) else x, tree), name="to(device)")
+    return door(_at("to", where, lambda x: x.to(place) if isinstance(x, Tensor) else x), name="to(device)")
+
+
+def _at(function: str, where: Where | None, f: Callable[[Any], Any]) -> Transform:
+    """A transform that replaces each leaf chosen by f of it."""
+    if where is None:
+        return lambda tree: map(f, tree)
+    choose = predicate(function, where)
+
+    def transform(tree: Tree) -> Tree:
+        chosen = [choose(path, leaf) for path, leaf in items(tree)]
+        if not any(chosen):
+            chooses_none(function, where)
+        flat, structure = optree.tree_flatten(tree)
+        return optree.tree_unflatten(structure, [f(x) if take else x for x, take in zip(flat, chosen, strict=True)])
+
+    return transform

@@ -378,7 +378,7 @@ def test_a_failed_run_leaves_no_listener():
         ),
         (lambda: fa.trace(MODEL, PARAMS, TOKENS, "layers"), ValueError, "none by 'layers'. A whole name must match; there are 22"),
         (lambda: fa.trace(MODEL, PARAMS, TOKENS, []), ValueError, r"none by \[\]"),
-        (lambda: fa.trace(MODEL, PARAMS, TOKENS, "layers.("), ValueError, "where should be a regular expression"),
+        (lambda: fa.trace(MODEL, PARAMS, TOKENS, "layers.("), ValueError, "where should be a regex"),
         (
             lambda: fa.patch(MODEL, PARAMS, TOKENS, {"embedding": torch.zeros(3, 16).double()}),
             ValueError,

@@ -273,7 +273,7 @@ def test_partition_inside_a_transform_is_partition_outside():
 def test_partition_and_combine_say_what_does_not_fit():
     with pytest.raises(ValueError, match=r"partition: tree should be without None, got None at 'a\.0'"):
         tree.partition({"a": [None]})
-    with pytest.raises(ValueError, match=r"partition: predicate .*'float'"):
+    with pytest.raises(ValueError, match=r"partition: where .*'float'"):
         tree.partition(params(), "float")
     with pytest.raises(ValueError, match=r"combine: rest should be \(\) where selected is not, at 'embed'"):
         tree.combine(params(), params())

@@ -111,10 +111,14 @@ static void copy_values(const Operand& x, const char* from, int64_t n, int64_t D
 #endif
 }
 
+// True where rows of D features are rows of elements as they are.
+static bool is_direct(const Operand& x, int64_t D) {
+  return PAIRS ? x.column == 2 && x.row % 4 == 0 && D % 2 == 0 : x.type == FLOAT32 && x.column == 4;
+}
+
 static void pack_side(const Operand& x, const char* from, int64_t n, int64_t D, float* to, int64_t step, float* rows) {
   const int64_t E = elements(D);
-  const bool is_direct = PAIRS ? x.column == 2 && x.row % 4 == 0 && D % 2 == 0 : x.type == FLOAT32 && x.column == 4;
-  if (is_direct) {
+  if (is_direct(x, D)) {
     pack_panels((const float*)from, x.row / 4, int(n), int(E), to, step);
     return;
   }
@@ -125,21 +129,48 @@ static void pack_side(const Operand& x, const char* from, int64_t n, int64_t D, 
   }
 }
 
+static void pack_values(const Attention& a, int64_t head, int64_t first, int64_t last, int64_t place, int64_t packed_keys, float* packed) {
+  const Layout to(a);
+  float* values = packed + to.values_at(packed_keys) + elements(place) * to.width;
+  if (to.copies_v) {
+    copy_values(a.v, a.at(a.v, head, 0) + first * a.v.row, last - first, a.Dv, to.width, values);
+    values += to.values_size(packed_keys);
+  }
+  if (to.copies_dv) copy_values(a.dv, a.at(a.dv, head, 0) + first * a.dv.row, last - first, a.Dv, to.width, values);
+}
+
 // Keys from first to last to the places from `place` on (a multiple of PANEL) among packed_keys; scratch has room for a panel's rows.
 static void pack_keys(const Attention& a, int64_t head, int64_t first, int64_t last, int64_t place, int64_t packed_keys, float* packed,
                       float* scratch) {
   const Layout to(a);
-  const int64_t n = last - first;
-  const auto from = [&](const Operand& x) { return a.at(x, head, 0) + first * x.row; };
   float* const panels = packed + place / PANEL * to.panel;
-  pack_side(a.k, from(a.k), n, a.D, panels, to.panel, scratch);
-  if (a.dk) pack_side(a.dk, from(a.dk), n, a.D, panels + to.E * PANEL, to.panel, scratch);
-  float* values = packed + to.values_at(packed_keys) + elements(place) * to.width;
-  if (to.copies_v) {
-    copy_values(a.v, from(a.v), n, a.Dv, to.width, values);
-    values += to.values_size(packed_keys);
+  pack_side(a.k, a.at(a.k, head, 0) + first * a.k.row, last - first, a.D, panels, to.panel, scratch);
+  if (a.dk) pack_side(a.dk, a.at(a.dk, head, 0) + first * a.dk.row, last - first, a.D, panels + to.E * PANEL, to.panel, scratch);
+  pack_values(a, head, first, last, place, packed_keys, packed);
+}
+
+// The products of one row of E elements and n rows `step` floats apart, of keys that are not packed: s has room for whole vectors.
+static void products_of_row(const float* q, const float* k, int64_t step, int n, int E, float* s) {
+  for (int j = 0; j < n; j += VL) {
+    Vec sums[VL];
+    UNROLL for (int i = 0; i < VL; i++) sums[i] = zero();
+    const float* const from = k + j * step;
+    const int there = n - j < VL ? n - j : VL;
+    for (int e = 0; e < E; e += VL) {
+      const int some = E - e < VL ? E - e : VL;
+      const Vec by = load_some(q + e, some);
+      if (there == VL && some == VL) {
+        UNROLL for (int i = 0; i < VL; i++) sums[i] = dot(by, load(from + i * step + e), sums[i]);
+      } else {
+        UNROLL for (int i = 0; i < VL; i++) sums[i] = dot(by, i < there ? load_some(from + i * step + e, some) : zero(), sums[i]);
+      }
+    }
+    transpose(sums);
+    UNROLL for (int i = 1; i < VL; i *= 2) {
+      UNROLL for (int l = 0; l < VL; l += 2 * i) sums[l] = add(sums[l], sums[l + i]);
+    }
+    store(s + j, sums[0]);
   }
-  if (to.copies_dv) copy_values(a.dv, from(a.dv), n, a.Dv, to.width, values);
 }
 
 // What is known of a block of queries while keys go by.
@@ -163,7 +194,7 @@ static int64_t scratch_size(const Attention& a) {
 
 static int64_t integer(const Operand& x, const char* at) { return x.type == INT64 ? *(const int64_t*)at : *(const int32_t*)at; }
 
-static float power(float x) { return top(exp2_below(all(x * LOG2E))); }  // e^x for x up to 0
+static float power(float x) { return top(exp_below(all(x))); }  // e^x for x up to 0
 
 static void scale_row(float* x, int64_t n, float by) {
   for (int64_t i = 0; i < n; i += VL) store(x + i, mul(load(x + i), all(by)));
@@ -204,12 +235,14 @@ struct Sweeper {
   const int M;
   const int64_t keys, E, width;  // of a block; elements of a row; features of a value
   const float factor, unit;      // of products of queries and keys, and of the logits that a row max is of
+  const bool is_thin;            // so few rows that packing takes longer than what it saves
   float *S, *dS, *queries, *room, *fly;
   Rows rows;
 
   Sweeper(const Attention& a, const Block& b, float* at, float* scratch)
       : a(a), b(b), to(a), state(a, at), M(int(b.groups * b.queries)), keys(keys_of(a)), E(PUSHES ? 2 * to.E : to.E), width(to.width),
-        factor(PAIRS ? a.scale : 1), unit(a.bias ? 1 : factor) {
+        factor(PAIRS ? a.scale : 1), unit(a.bias ? 1 : factor),
+        is_thin(!PUSHES && M * 2 * VL <= to.E && is_direct(a.k, a.D)) {
     S = scratch, dS = S + a.rows * keys, queries = dS + (PUSHES ? a.rows * keys : 0), room = queries + a.rows * E;
     fly = room + keys + (PANEL * to.E > width ? PANEL * to.E : width);
   }
@@ -296,7 +329,8 @@ struct Sweeper {
     for (int n = low; n < high; n += STEP) {
       Vec p[STEP / VL], w[STEP / VL];
       UNROLL for (int c = 0; c < STEP / VL; c++) {
-        p[c] = exp2_below(mul(sub(load(s + n + c * VL), down), steep));
+        const Vec x = sub(load(s + n + c * VL), down);
+        p[c] = PAIRS ? exp2_below(mul(x, steep)) : exp_below(x);
         mass = add(mass, p[c]);
         if (PUSHES && moves) {
           w[c] = mul(PAIRS ? mul(p[c], by) : p[c], load(ds + n + c * VL));
@@ -322,7 +356,11 @@ struct Sweeper {
     const int64_t from = a.dq ? 0 : to.E, skip = a.dq ? 0 : to.E, many = a.dq && a.dk ? 2 * to.E : to.E;
     const float* const q = queries + r * E;
     float *const s = S + r * keys, *const ds = PUSHES ? dS + r * keys : S;
-    for (int n = low; n < high; n += PANEL) {
+    if (!panels) {
+      const float* const k = (const float*)(a.at(a.k, b.head, 0) + (j + low) * a.k.row);
+      for (int i = 0; i < count; i++) products_of_row(q + i * E, k, a.k.row / 4, (there < high ? there : high) - low, int(E), s + i * keys + low);
+    }
+    for (int n = low; panels && n < high; n += PANEL) {
       const float* const panel = panels + n / PANEL * to.panel;
       gemm_nt<false>(q + E - to.E, int(E), panel, count, PANEL, int(to.E), s + n, int(keys));
       if (moves) gemm_nt<false>(q + from, int(E), panel + skip * PANEL, count, PANEL, int(many), ds + n, int(keys));
@@ -360,7 +398,10 @@ struct Sweeper {
       const float* from = packed;
       int64_t begin = j, many = a.S;  // where the block begins in what is packed, and how many keys that has
       if (!packed) {
-        pack_keys(a, b.head, j, end, 0, keys, fly, room + keys);
+        if (is_thin)
+          pack_values(a, b.head, j, end, 0, keys, fly);
+        else
+          pack_keys(a, b.head, j, end, 0, keys, fly, room + keys);
         from = fly, begin = 0, many = keys;
       }
       const float* values = from + to.values_at(many);
@@ -368,7 +409,7 @@ struct Sweeper {
       const float* v = to.copies_v ? values + at : (const float*)(a.at(a.v, b.head, 0) + j * a.v.row);
       const float* dv = to.copies_dv ? values + (to.copies_v ? to.values_size(many) : 0) + at
                                      : a.dv ? (const float*)(a.at(a.dv, b.head, 0) + j * a.dv.row) : nullptr;
-      const float* const panels = from + begin / PANEL * to.panel;
+      const float* const panels = is_thin && !packed ? nullptr : from + begin / PANEL * to.panel;
       const int there = int(end - j), width_of_block = int(whole_of(there, PANEL));
       if (is.every || a.intervals != 1) {
         band(0, M, j, 0, width_of_block, there, panels, v, dv, is.every);

@@ -122,10 +122,13 @@ static inline Vec exp2_below(Vec x) {  // of x below 128, or NaN
 
 static inline Vec exp2v(Vec x) { return exp2_below(least(all(129.0f), x)); }
 
-// e^x, off by 3e-7 of itself at most: ln 2 has two parts, so that the rest is exact as long as the whole part has 9 bits.
-static inline Vec expv(Vec x) {
-  x = least(all(89.0f), largest(all(-106.0f), x));
+// e^x, off by 2e-7 of itself at most (and by 2^-149, where it is that small): 0 from -104 down and for -inf, inf from 89 up, NaN for
+// NaN. log2 e has two parts, so that the rest is as exact for large x as for small ones.
+static inline Vec exp_below(Vec x) {  // of x below 88.7, or NaN
+  x = largest(all(-105.0f), x);
   const Vec by = whole(mul(x, all(1.44269504f)));
-  const Vec rest = fma(by, all(2.12194440e-4f), fma(by, all(-0.693359375f), x));
-  return exp2_of(by, mul(rest, all(1.44269504f)));
+  const Vec rest = fma(x, all(1.92596303e-8f), fms(x, all(1.44269502f), by));
+  return exp2_of(by, rest);
 }
+
+static inline Vec expv(Vec x) { return exp_below(least(all(89.0f), x)); }
