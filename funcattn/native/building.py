@@ -251,20 +251,21 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def compile_to(compiler: str, path: Path, *flags: str) -> None:
-    """Compile the sources, side by side, to a library at path.
+    """Compile the sources, as many at once as there are processors, to a library at path.
 
     Raises:
         Missing: the compiler fails, with what it said.
     """
     home = Path(torch.__file__).parent
-    options = [compiler, *FLAGS, *flags]
+    libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
     sources = [source for source in SOURCES if source.suffix == ".cpp"]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        objects = [f"{folder}/{source.stem}.o" for source in sources]
-        compiled = lambda source, to: _run([*options, f"-I{home / 'include'}", "-c", str(source), "-o", to])
-        with ThreadPoolExecutor(len(sources)) as pool:
-            list(pool.map(compiled, sources, objects))
-        _run([*options, *objects, "-o", str(path), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"])
+    objects = [str(path.with_name(f"{source.stem}.o")) for source in sources]
+    command = [compiler, "-c", *FLAGS, *flags, f"-I{home / 'include'}"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source, to: _run([*command, str(source), "-o", to]), sources, objects))
+    _run([compiler, *FLAGS, *flags, *objects, "-o", str(path), *libraries])
+    for left in objects:
+        Path(left).unlink(missing_ok=True)
 
 
 def _sweep(place: Path) -> None:

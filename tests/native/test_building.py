@@ -116,33 +116,31 @@ def test_two_processes_build_at_once(tmp_path):
     assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_build_that_was_killed_stands_in_nobodys_way(tmp_path, monkeypatch):
-    if tiles.missing():
-        pytest.skip(tiles.missing())
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    (kept / ".products-half.so").write_text("half")  # as a killed process leaves it
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\nwhile [ $1 != -o ]; do shift; done\necho library > $2\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("FUNCATTN_CACHE", str(kept))
-    monkeypatch.setattr(building.os, "replace", lambda own, path: Path(path).write_text("built"))
-    assert building.built().read_text() == "built"
-
-
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A folder of libraries, and a compiler that counts how often it makes one."""
     compiler, folder = tmp_path / "c++", tmp_path / "kept"
     compiler.write_text(
-        "#!/bin/sh\n[ $1 = --version ] && exit 0\nwhile [ $1 != -o ]; do shift; done\n"
-        f"echo library > $2; case $2 in *.o) ;; *) echo >> {tmp_path}/builds; esac\n"
+        "#!/bin/sh\n[ $1 = --version ] && exit 0\nmade=$1\nwhile [ $1 != -o ]; do shift; done\n"
+        "[ $made = -c ] && echo object > $2 && exit 0\n"
+        f"echo library > $2; echo >> {tmp_path}/builds\n"
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("FUNCATTN_CACHE", str(folder))
     return folder
+
+
+def test_a_build_that_was_killed_stands_in_nobodys_way(kept, monkeypatch):
+    kept.mkdir(mode=0o700)
+    (kept / ".products-half.so").write_text("half")  # as a killed process leaves it
+    monkeypatch.setattr(building.os, "replace", lambda own, path: Path(path).write_text("built"))
+    assert building.built().read_text() == "built"
+
+
+def test_sources_are_compiled_apart_and_leave_nothing_but_the_library(kept):
+    library = building.built()
+    assert sorted(path.name for path in kept.iterdir()) == sorted([library.name, building.noted(library).name])
 
 
 def test_what_a_killed_build_left_is_swept(kept):

@@ -74,27 +74,33 @@ def contract(
     Returns None where keys are hidden and a result is not finite: only a backend that leaves hidden
     pairs out of every sum may compute it.
     """
-    axes = max([len(s) for s in shapes] + [x.dim() for x in tensors]) - 2
-    has = tuple(_axes(x.shape, axes) for x in tensors)
-    numbers, weights, buffers = program(contraction, has, tuple(_axes(s, axes) for s in shapes))
-    outs = [tensors[Q].new_zeros(tuple(s), dtype=torch.float32) for s in shapes]
-    rows, keys = block_sizes(buffers, tensors[Q].shape[-2], len(contraction.mask) == 2)
-    torch.ops.funcattn.native_contract(_readable(contraction, tensors), numbers, weights, outs, rows, keys)
+    read = _readable(contraction, tensors)
+    axes = max([len(s) for s in shapes] + [x.dim() for x in read]) - 2
+    bits = lambda shapes: tuple(_axes(s, axes) for s in shapes)
+    numbers, weights, buffers = program(contraction, bits(x.shape for x in read), bits(shapes))
+    outs = [read[Q].new_zeros(tuple(s)) for s in shapes]
+    rows, keys = block_sizes(buffers, read[Q].shape[-2], len(contraction.mask) == 2)
+    torch.ops.funcattn.native_contract(read, numbers, weights, outs, rows, keys)
     hides = contraction.mask or contraction.bias != ONES
     return None if hides and not is_finite(outs) else outs
 
 
 def _readable(contraction: Contraction, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Rows of float32 with contiguous features, intervals as int64; dense matrices as they are."""
-    pair = places(contraction)[2]
-    whole = set(contraction.mask) if len(contraction.mask) == 2 else set()
-    read = []
+    """The tensors as the operator reads them, or lse in place of one that it does not read.
+
+    Rows are float32 with contiguous features, and intervals int64; dense matrices stay as they are.
+    """
+    query, key, pair = places(contraction)
+    rows, intervals = query | key, set(contraction.mask) if len(contraction.mask) == 2 else set()
+    whole, read = pair | {*contraction.mask} - intervals, []
     for place, x in enumerate(tensors):
-        if place in whole:
-            x = x.long()
-        elif place not in pair and place not in contraction.mask:
+        if place in rows:
             x = x.float()
             x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        elif place in intervals:
+            x = x.long()
+        elif place not in whole:
+            x = tensors[L].float()
         read.append(x.detach())
     return read
 

@@ -8,25 +8,25 @@
 #include <memory>
 #include <vector>
 
-#include "../../funcattn/native/attention/attention.h"
-#include "../../funcattn/native/attention/vectors.h"
+#include "../../../funcattn/native/attention/attention.h"
+#include "../../../funcattn/native/attention/vectors.h"
 
 BEGIN_TARGET_AVX512
 namespace avx512 {
 #define PAIRS 0
-#include "../../funcattn/native/attention/forward.h"
+#include "../../../funcattn/native/attention/forward.h"
 }  // namespace avx512
 END_TARGET
 BEGIN_TARGET_AVX2
 namespace avx2 {
-#include "../../funcattn/native/attention/forward.h"
+#include "../../../funcattn/native/attention/forward.h"
 #undef PAIRS
 }  // namespace avx2
 END_TARGET
 BEGIN_TARGET_BF16
 namespace avx512bf16 {
 #define PAIRS 1
-#include "../../funcattn/native/attention/forward.h"
+#include "../../../funcattn/native/attention/forward.h"
 #undef PAIRS
 }  // namespace avx512bf16
 END_TARGET
