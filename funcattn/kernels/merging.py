@@ -18,7 +18,8 @@ from ..core.doors import door
 from ..masks import Mask
 from ..records import ABSENT, Attended, is_absent
 from . import dispatch, reference, score_mod, unseen
-from .api import _request, _run, attend, no_autocast
+from .api import _run, attend
+from .arguments import no_autocast, request
 from .backends import aten, torch_blocks
 from .backends.masking import is_finite
 from .closed import entry
@@ -98,10 +99,10 @@ def partial(
     kernel: str | Kernel | None = None,
 ) -> Partial:
     """`attend` as a Partial, which `join` merges exactly, whatever the magnitude of the logits."""
-    request = _request("attend", q, k, v, mask, scale, None, wants_lse=True)
-    chosen = dispatch.choose(request, kernel)
-    out, lse = _run(request, chosen)
-    whole, rest = entry.statistics(request, lse)
+    r = request("attend", q, k, v, mask, scale, None, wants_lse=True)
+    chosen = dispatch.choose(r, kernel)
+    out, lse = _run(r, chosen)
+    whole, rest = entry.statistics(r, lse)
     return Partial(out, lse + torch.where(lse == NOTHING, 0, whole - lse).detach(), rest)
 
 

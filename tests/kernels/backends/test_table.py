@@ -6,7 +6,7 @@ from torch.func import grad, jvp
 
 import funcattn as fa
 from funcattn import masks
-from funcattn.kernels.backends import table, torch_blocks
+from funcattn.kernels.backends import table, torch_attend, torch_blocks
 from funcattn.kernels.backends.table import ATEN, BACKENDS, TORCH_BLOCKS, Backend
 from funcattn.kernels.closed import operators
 
@@ -38,7 +38,7 @@ def recorder(calls: list[str], returns_none: bool = False, reason: str = "") -> 
 
     return Backend(
         "recorder",
-        attend=noting("attend", torch_blocks.attend),
+        attend=noting("attend", torch_attend.attend),
         why_not_attend=lambda *x: reason,
         contract=noting("contract", TORCH_BLOCKS.contract),
         why_not_contract=lambda *x: reason,
