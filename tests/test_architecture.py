@@ -87,7 +87,7 @@ TESTED_BY = {  # modules without a file of their own: a test of their room, or o
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts metadata positions tables weights",
     "family_peers": "checkpoints.families: catalogue fused gemma gpt llama mixtures",
-    "kernels.closed.flash": "kernels.closed: algebra entry functions log_sum_exp operators; kernels.backends: aten",
+    "kernels.closed.flash": "kernels.closed: algebra entry functions log_sum_exp operators specs; kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "
     "addresses block_sizes conditions language launching pieces programs softmax tuning",
     "training.optimizers": "training: combined fused leafwise schedules",

@@ -23,7 +23,7 @@ from .algebra import ONES, Contraction, Output, Term
 from .functions import attend as attend_in_family
 from .functions import run
 from .log_sum_exp import StatisticsFunction
-from .operators import AttendSpec, tensor_spec
+from .specs import AttendSpec, tensor_spec
 
 
 def attend(r: Request, kernel: str = "flash") -> Attended:

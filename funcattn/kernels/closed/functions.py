@@ -15,8 +15,8 @@ from torch.autograd import Function
 
 from ...core.autograd import add, align, closed_jvp, dual, primal, sum_to, tangent
 from . import algebra, operators
-from .algebra import ONES, Contraction, DenseFactor, K, L, LowRankFactor, Output, Q, Term
-from .operators import AttendSpec, ContractSpec, TensorSpec, tensor_spec
+from .algebra import ONES, Contraction, K, L, LowRankFactor, Output, Q, Term
+from .specs import AttendSpec, ContractSpec, TensorSpec, tensor_spec
 
 V = 2  # index of the values in the tensors of attend, which are q, k, v, mask..., bias
 
@@ -204,26 +204,11 @@ def run(
     live = [i for i, output in enumerate(contraction.outputs) if output.terms]
     done: dict[int, Tensor] = {}
     if live:
-        pruned, used = _prune(contraction._replace(outputs=tuple(contraction.outputs[i] for i in live)))
+        pruned, used = algebra.prune(contraction._replace(outputs=tuple(contraction.outputs[i] for i in live)))
         read = [tensors[p] for p in used] + ([tensors[-1]] if is_attend_vjp else [])
         spec = ContractSpec(pruned, tuple(likes[i] for i in live), kernel, is_attend_vjp)
         done = dict(zip(live, ContractFunction.apply(spec, *read), strict=True))
     return [done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype) for i, o in enumerate(likes)]
-
-
-def _prune(contraction: Contraction) -> tuple[Contraction, list[int]]:
-    """The same contraction over only the tensors that it reads, and their old indices."""
-    used = sorted(set().union(*algebra.places(contraction), contraction.mask, {contraction.dropout} - {ONES}))
-    new = {old: n for n, old in enumerate(used)} | {ONES: ONES}
-    summand = lambda s: (
-        DenseFactor(new[s.m], s.weight) if isinstance(s, DenseFactor) else LowRankFactor(new[s.a], new[s.b], s.weight)
-    )
-    factor: Any = lambda f: tuple(summand(s) for s in f)
-    term = lambda t, side: Term(tuple(factor(f) for f in t.factors), ONES if side == "pair" else new[t.value], t.weight)
-    outputs = tuple(Output(o.side, tuple(term(t, o.side) for t in o.terms)) for o in contraction.outputs)
-    mask = tuple(new[p] for p in contraction.mask)
-    bias, dropout = new[contraction.bias], new[contraction.dropout]
-    return contraction._replace(outputs=outputs, mask=mask, bias=bias, dropout=dropout), used
 
 
 def _vjp(

@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jvp
 import funcattn as fa
 from funcattn import masks
 from funcattn.kernels.backends import torch_attend, torch_blocks
-from funcattn.kernels.closed import operators
+from funcattn.kernels.closed import operators, specs
 from funcattn.kernels.closed.algebra import ONES, Contraction, K, LowRankFactor, Output, Q, Term
 from funcattn.masks import Mask
 from funcattn.records import Attended
@@ -194,7 +194,7 @@ def test_a_push_is_the_value_and_the_jvp_of_blocks(mask, moved):
     found = launching.attend_jvp(*there([q, k, v]), [None if x is None else x.to(DEVICE) for x in tangents], there(m), -0.3)
     wide = lambda x: x.double() if x.is_floating_point() else x
     there_are = [wide(x) for x in tangents if x is not None]
-    plan = operators.AttendSpec(-0.3, len(m))
+    plan = specs.AttendSpec(-0.3, len(m))
     close(found, operators.attend_jvp(plan, [x is not None for x in tangents], [*map(wide, (q, k, v)), *m, *there_are]), 8 * S)
 
 
@@ -227,7 +227,7 @@ def test_a_kernel_reads_no_numbers_that_torch_has_yet_to_make():
     f = lambda q: (attention(q, k, v), grad(lambda q: attention(q, k, v).sin().sum())(q))
     close(f(negated), f(-q), 1)
     close(f(zeros), f(torch.zeros_like(q)), 1)
-    plan = operators.AttendSpec(kernel="triton")
+    plan = specs.AttendSpec(kernel="triton")
     on_device = [x.to(DEVICE) for x in (q, k, v)]
     pushed = lambda dq: [x.cpu() for x in operators.attend_jvp(plan, [True, False, False], [*on_device, dq])]
     close(pushed(torch._neg_view(on_device[0])), pushed(-on_device[0]), 1)
