@@ -40,7 +40,7 @@ def is_far(lse: Tensor) -> bool:
     """True where a row that sees a key has an lse too large to hold the log of the normalizer."""
     if not lse.numel() or capturing(lse):
         return bool(lse.numel())
-    return not lse.abs().amax().item() <= FAR and bool(_far(lse).any())
+    return not torch.linalg.vector_norm(lse, math.inf).item() <= FAR and bool(_far(lse).any())
 
 
 def _far(lse: Tensor) -> Tensor:
