@@ -134,20 +134,22 @@ def problems(draw):
     make = lambda lead, *shape: laid_out(torch.randn(*lead, *shape).to(dtype), how)
     q, k, v = make(leads[0], T, D), make(leads[1], S, D), make(leads[1], S, Dv)
     tangents = [make(x.shape[:-2], *x.shape[-2:]) if draw(st.booleans()) else None for x in (q, k, v)]
-    kind = draw(st.sampled_from(["none", "causal", "window", "holes", "dense", "column", "nothing"]))
-    start, width = torch.randint(-5, S + 5, (T, 3)), torch.randint(-2, S // 2 + 2, (T, 3))
+    kind = draw(st.sampled_from(["none", "causal", "window", "holes", "dense", "row", "column", "nothing"]))
+    lead = draw(st.sampled_from([(), leads[0], (2, *leads[0])]))  # the last has an axis of its own
+    start, width = torch.randint(-5, S + 5, (*lead, T, 3)), torch.randint(-2, S // 2 + 2, (*lead, T, 3))
     mask = {
         "none": (),
         "causal": tuple(masks.causal(T, S, align=draw(st.sampled_from(["upper", "lower"])))),
         "window": tuple(masks.window(T, draw(st.integers(1, 40)), offset=draw(st.integers(-3, S)))),
         "holes": (start, start + width),
-        "dense": (torch.rand(*leads[0][:-1], *leads[0][-1:], T, S) < 0.6,),
-        "column": (torch.rand(1, S) < 0.6,),
+        "dense": (torch.rand(*lead, T, S) < 0.6,),
+        "row": (torch.rand(*lead, T, 1) < 0.6,),
+        "column": (torch.rand(*lead, 1, S) < 0.6,),
         "nothing": (torch.zeros(T, 1, dtype=torch.int64),) * 2,
     }[kind]
     seen = None if not mask else mask[0].expand(*mask[0].shape[:-2], T, S) if len(mask) == 1 else masks.Mask(*mask).dense(S)
-    bias = draw(st.sampled_from(["none", "none", "full", "row", "hidden", "lowest"]))
-    shape = (1, S) if bias == "row" else (T, S)
+    bias = draw(st.sampled_from(["none", "none", "full", "row", "column", "heads", "hidden", "lowest"]))
+    shape = {"row": (1, S), "column": (T, 1), "heads": (*leads[0], T, S)}.get(bias, (T, S))
     bias = (
         None
         if bias == "none"
