@@ -36,6 +36,10 @@ def measure(dtype: torch.dtype, T: int, D: int, causal: bool, repeats: int, cloc
     if reason := native.why_not_attend_jvp(q, k, v, (dq, dk, dv)):
         raise SystemExit(reason)
     mask = tuple(masks.causal(T)) if causal else ()
+    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
+    for found in (native.attend(q, k, v, mask, None, D**-0.5), native.attend_jvp(q, k, v, (dq, dk, dv), mask, D**-0.5)):
+        assert found is not None
+        torch.testing.assert_close(found[0].double(), wanted, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
     times = least(
         {
             "fused": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),

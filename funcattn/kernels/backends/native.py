@@ -25,7 +25,7 @@ def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (),
     """The reason why the kernel cannot run on these, or ""."""
     floats = [q, k, v] if bias is None else [q, k, v, bias]
     for x in (*floats, *mask):
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             return f"on {x.device.type}, and it runs on CPU"
         if not x.numel():
             return "a size is zero"

@@ -18,27 +18,27 @@ static inline Vec load_as(Type type, const char* p) {
   return type == FLOAT32 ? load((const float*)p) : type == BFLOAT16 ? load_bf16((const uint16_t*)p) : load_f16((const uint16_t*)p);
 }
 
-// n numbers of any type, `step` bytes apart, as floats; nothing is read beyond them.
-static void load_row(Type type, const char* from, int64_t step, int64_t n, float* to) {
+// n numbers of any type, `step` bytes apart, as floats times `by`; nothing is read beyond them.
+static void load_row(Type type, const char* from, int64_t step, int64_t n, float* to, float by = 1) {
   const int64_t size = type == FLOAT32 ? 4 : 2;
   int64_t i = 0;
   if (step == size)
-    for (; i + VL <= n; i += VL) store(to + i, load_as(type, from + i * size));
+    for (; i + VL <= n; i += VL) store(to + i, mul(load_as(type, from + i * size), all(by)));
   for (; i < n; i += VL) {
     alignas(64) char some[4 * VL] = {};
     const int count = int(n - i < VL ? n - i : VL);
     for (int j = 0; j < count; j++) __builtin_memcpy(some + j * size, from + (i + j) * step, size_t(size));
-    store_some(to + i, load_as(type, some), count);
+    store_some(to + i, mul(load_as(type, some), all(by)), count);
   }
 }
 
 static void store_row(Type type, const float* from, int64_t n, char* to) {
+  if (type == FLOAT32) {
+    __builtin_memcpy(to, from, 4 * size_t(n));
+    return;
+  }
   for (int64_t i = 0; i < n; i += VL) {
     const int count = int(n - i < VL ? n - i : VL);
-    if (type == FLOAT32) {
-      store_some((float*)to + i, load_some(from + i, count), count);
-      continue;
-    }
     uint16_t some[VL];
     type == BFLOAT16 ? store_bf16(some, load_some(from + i, count)) : store_f16(some, load_some(from + i, count));
     __builtin_memcpy(to + 2 * i, some, 2 * size_t(count));
@@ -55,12 +55,7 @@ static void load_elements(const Operand& x, const char* from, int64_t n, float b
       for (int64_t i = 0; i < n; i++) __builtin_memcpy((char*)to + 2 * i, from + i * x.column, 2);
     }
   } else {
-    load_row(x.type, from, x.column, n, to);
-    if (by != 1)
-      for (int64_t i = 0; i < n; i += VL) {
-        const int count = int(n - i < VL ? n - i : VL);
-        store_some(to + i, mul(load_some(to + i, count), all(by)), count);
-      }
+    load_row(x.type, from, x.column, n, to, by);
   }
 }
 
@@ -212,6 +207,15 @@ struct Cut {
 // Whether some pair of the block of keys from j to end is visible, and whether every one is.
 static Cut cut(const Attention& a, const Rows& rows, int M, int64_t j, int64_t end) {
   Cut is = {false, true};
+  if (a.dense) {
+    if (a.dense.column != 1) return {true, false};
+    const size_t n = size_t(end - j);
+    for (int i = 0; i < M && (is.every || !is.some); i++) {
+      is.some = is.some || __builtin_memchr(rows.dense[i] + j, 1, n);
+      is.every = is.every && !__builtin_memchr(rows.dense[i] + j, 0, n);
+    }
+    return is;
+  }
   for (int i = 0; i < M && (is.every || !is.some); i++) {
     bool some = false, every = false;
     for (int64_t n = 0; n < a.intervals; n++) {
@@ -287,7 +291,7 @@ struct Sweeper {
       const int begin = int(first < low ? low : first > high ? high : first), end = int(last < begin ? begin : last > high ? high : last);
       for (int n = low; n < begin; n++) s[n] = NOTHING;
       for (int n = end; n < high; n++) s[n] = NOTHING;
-    } else if (a.dense || (a.intervals && !every)) {
+    } else if ((a.dense || a.intervals) && !every) {
       uint8_t bytes[KEYS + 64];
       const uint8_t* seen = bytes;
       if (a.dense && a.dense.column == 1 && count >= high) {
@@ -393,7 +397,7 @@ struct Sweeper {
     }
     for (int64_t j = first; j < last; j += keys) {
       const int64_t end = j + keys < b.last ? j + keys : b.last;
-      const Cut is = a.intervals ? cut(a, rows, M, j, end) : Cut{true, true};
+      const Cut is = a.intervals || a.dense ? cut(a, rows, M, j, end) : Cut{true, true};
       if (!is.some) continue;
       const float* from = packed;
       int64_t begin = j, many = a.S;  // where the block begins in what is packed, and how many keys that has

@@ -13,6 +13,8 @@ from torch.func import jvp
 from funcattn import masks, native
 from funcattn.kernels.backends import native as backend
 from funcattn.kernels.backends import torch_attend
+from funcattn.kernels.closed import operators
+from funcattn.kernels.closed.specs import AttendSpec
 from funcattn.native import building
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=native.load())
@@ -132,20 +134,22 @@ def problems(draw):
     make = lambda lead, *shape: laid_out(torch.randn(*lead, *shape).to(dtype), how)
     q, k, v = make(leads[0], T, D), make(leads[1], S, D), make(leads[1], S, Dv)
     tangents = [make(x.shape[:-2], *x.shape[-2:]) if draw(st.booleans()) else None for x in (q, k, v)]
-    kind = draw(st.sampled_from(["none", "causal", "window", "holes", "dense", "column", "nothing"]))
-    start, width = torch.randint(-5, S + 5, (T, 3)), torch.randint(-2, S // 2 + 2, (T, 3))
+    kind = draw(st.sampled_from(["none", "causal", "window", "holes", "dense", "row", "column", "nothing"]))
+    lead = draw(st.sampled_from([(), leads[0], (2, *leads[0])]))  # the last has an axis of its own
+    start, width = torch.randint(-5, S + 5, (*lead, T, 3)), torch.randint(-2, S // 2 + 2, (*lead, T, 3))
     mask = {
         "none": (),
         "causal": tuple(masks.causal(T, S, align=draw(st.sampled_from(["upper", "lower"])))),
         "window": tuple(masks.window(T, draw(st.integers(1, 40)), offset=draw(st.integers(-3, S)))),
         "holes": (start, start + width),
-        "dense": (torch.rand(*leads[0][:-1], *leads[0][-1:], T, S) < 0.6,),
-        "column": (torch.rand(1, S) < 0.6,),
+        "dense": (torch.rand(*lead, T, S) < 0.6,),
+        "row": (torch.rand(*lead, T, 1) < 0.6,),
+        "column": (torch.rand(*lead, 1, S) < 0.6,),
         "nothing": (torch.zeros(T, 1, dtype=torch.int64),) * 2,
     }[kind]
     seen = None if not mask else mask[0].expand(*mask[0].shape[:-2], T, S) if len(mask) == 1 else masks.Mask(*mask).dense(S)
-    bias = draw(st.sampled_from(["none", "none", "full", "row", "hidden", "lowest"]))
-    shape = (1, S) if bias == "row" else (T, S)
+    bias = draw(st.sampled_from(["none", "none", "full", "row", "column", "heads", "hidden", "lowest"]))
+    shape = {"row": (1, S), "column": (T, 1), "heads": (*leads[0], T, S)}.get(bias, (T, S))
     bias = (
         None
         if bias == "none"
@@ -170,6 +174,16 @@ def test_long_problems_are_those_of_float64(D, dtype):
     q, k, v, *tangents = (torch.randn(2, n, D).to(dtype) for n in (230, 700, 700) * 2)
     mask = masks.causal(230, 700, align="lower")
     hold(q, k, v, tuple(mask), None, D**-0.5, tangents, mask.dense(700))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_mask_of_booleans_may_hide_or_show_whole_blocks(dtype):
+    torch.manual_seed(0)
+    q, k, v, *tangents = (torch.randn(2, n, 24).to(dtype) for n in (200, 800, 800) * 2)
+    seen = masks.causal(200, 800, align="lower").dense(800)
+    seen[:100, :300] = False
+    seen[5] = False
+    hold(q, k, v, (seen,), None, 0.2, tangents, seen)
 
 
 @pytest.mark.parametrize("moved", ["q", "k", "v"])
@@ -214,9 +228,8 @@ def test_logits_that_are_not_finite_are_as_in_blocks_of_torch(at):
     bias[4] = -torch.inf
     for name in LEVELS:
         with instructions(name):
-            for mine, theirs in zip(
-                backend.attend(q, k, v, (), bias, 0.5), torch_attend.attend(q, k, v, (), bias, 0.5), strict=True
-            ):
+            got = operators.attend(AttendSpec(0.5, biased=True, kernel="native"), [q, k, v, bias])
+            for mine, theirs in zip(got, torch_attend.attend(q, k, v, (), bias, 0.5), strict=True):
                 torch.testing.assert_close(mine, theirs, equal_nan=True, atol=1e-5, rtol=1e-5)
     q[1, 3, 0] = at
     for mine, theirs in zip(backend.attend(q, k, v), torch_attend.attend(q, k, v), strict=True):
@@ -228,11 +241,18 @@ def test_a_hidden_key_changes_nothing_even_if_it_is_nan(dtype):
     torch.manual_seed(0)
     q, k, v, *tangents = (torch.randn(2, n, 16).to(dtype) for n in (30, 50, 50) * 2)
     mask = tuple(masks.prefix(30, 40))
+    spec = AttendSpec(0.5, masks=2, kernel="native")
+    run = lambda: (
+        *operators.attend(spec, [q, k, v, *mask]),
+        *operators.attend_jvp(spec, [True] * 3, [q, k, v, *mask, *tangents]),
+    )
     wanted = *backend.attend(q, k, v, mask, None, 0.5), *backend.attend_jvp(q, k, v, tangents, mask, 0.5)
+    assert all(map(torch.equal, run(), wanted))
     k[:, 45], v[:, 44], tangents[1][:, 46], tangents[2][:, 47] = torch.nan, torch.inf, torch.nan, torch.nan
-    got = *backend.attend(q, k, v, mask, None, 0.5), *backend.attend_jvp(q, k, v, tangents, mask, 0.5)
+    assert backend.attend(q, k, v, mask, None, 0.5) is None
+    assert backend.attend_jvp(q, k, v, tangents, mask, 0.5) is None
     near = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 5e-3}[dtype]  # the fallback sums in another order
-    for mine, theirs in zip(got, wanted, strict=True):
+    for mine, theirs in zip(run(), wanted, strict=True):
         torch.testing.assert_close(mine, theirs, atol=near, rtol=near)
 
 
@@ -278,7 +298,7 @@ def test_what_it_does_not_take_it_says():
     assert "float64" in backend.why_not_attend(x, x, x, (), torch.zeros(4, 4, dtype=torch.float64))
     assert "masks" in backend.why_not_attend(x, x, x, (torch.ones(4, 4),))
     assert "zero" in backend.why_not_attend(x, x, x, (torch.zeros(4, 0, dtype=torch.int64),) * 2)
-    assert "float64" in backend.why_not_attend_jvp(x, x, x, (None, x.double(), None))
+    assert "float64" in backend.why_not_attend_jvp(x, x.double(), x)
     with pytest.raises(RuntimeError, match="of the size of queries"):
         torch.ops.funcattn.native_attend(x, x[..., :4], x, [], None, 1.0)
 
