@@ -24,12 +24,14 @@ using namespace contraction;
 
 BEGIN_TARGET_AVX512
 namespace avx512 {
+#include "threefry.h"
 #include "contract.h"
 }
 END_TARGET
 
 BEGIN_TARGET_AVX2
 namespace avx2 {
+#include "threefry.h"
 #include "contract.h"
 }
 END_TARGET
@@ -121,6 +123,7 @@ struct Reader {
     WANTED(at < numbers.size(), "the program ends early");
     return int(numbers[at++]);
   }
+  uint32_t word() { return uint32_t(next()); }
   float weight() {
     WANTED(weighed < weights.size(), "the program has too few weights");
     return float(weights[weighed++]);
@@ -142,6 +145,7 @@ Program read(const std::vector<int64_t>& numbers, const std::vector<double>& wei
   Program p;
   p.buffers = next();
   p.lse = next();
+  p.dropout = {next(), r.word(), r.weight()};
   p.mask = r.list(next);
   p.loads = r.list(scaled);
   p.packs = r.list(next);
@@ -208,6 +212,11 @@ void check(const Job& job) {
     for (const Scaled& x : p.factors[f].dense) WANTED(pairs(x.tensor).kind <= FLOAT16, "floats of pairs");
   }
   if (p.mask.size() == 1) WANTED(pairs(p.mask[0]).kind == BOOLEAN, "booleans of pairs");
+  if (p.dropout.tensor >= 0) {
+    one_of(p.dropout.tensor, job.tensors.size());
+    const View& v = job.tensors[p.dropout.tensor];
+    WANTED(v.kind == INTEGER64 && v.rows == 1 && v.columns == 2, "two words of dropout");
+  }
   if (p.mask.size() == 2)
     for (int tensor : p.mask) {
       one_of(tensor, job.tensors.size()), one_of(p.mask[0], job.tensors.size());

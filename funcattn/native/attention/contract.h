@@ -36,12 +36,11 @@ static float sum_of(const float* p, int64_t n) {
   return total;
 }
 
-// to = weight * from, n numbers, and zeros up to `width`
-static void scaled_row(const float* from, int64_t n, float weight, int width, float* to) {
+// to = weight * from, n numbers
+static void scaled_row(const float* from, int64_t n, float weight, float* to) {
   int d = 0;
   for (; d + VL <= n; d += VL) store(to + d, mul(all(weight), load(from + d)));
   for (; d < n; d++) to[d] = weight * from[d];
-  for (; d < width; d++) to[d] = 0;
 }
 
 // to += weight * from, n numbers
@@ -65,7 +64,7 @@ static void load_keys(Work& w) {
     const View& v = w.x[p.values[n]];
     if (w.values[n] && w.copied[n] != v.data)
       for (int64_t j = 0; j < S; j++)
-        scaled_row(row_of(v, j), v.columns, 1, w.value_width[n], w.values[n] + j * w.value_width[n]);
+        scaled_row(row_of(v, j), v.columns, 1, w.values[n] + j * w.value_width[n]);
     w.copied[n] = v.data;
   }
   for (size_t f = 0; f < p.factors.size(); f++)
@@ -83,7 +82,7 @@ static void load_queries(Work& w, int64_t i0, int m) {
     const View& v = w.x[p.loads[n].tensor];
     const int width = w.load_width[n];
     for (int r = 0; r < m; r++)
-      scaled_row(row_of(v, i0 + r), v.columns, p.loads[n].weight, width, w.loads[n] + r * width);
+      scaled_row(row_of(v, i0 + r), v.columns, p.loads[n].weight, w.loads[n] + r * width);
   }
   for (size_t f = 0; f < p.factors.size(); f++)
     for (int r = 0; r < m && !p.factors[f].rows.empty(); r++) {
@@ -304,6 +303,7 @@ static void block(Work& w, int64_t i0, int m, int64_t j, int n) {
     float* const s = logits(w, i0, r, j, n, wide);
     const Vec base = all(w.base[r]), log_mass = all(w.log_mass[r]);
     for (int c = 0; c < wide; c += VL) store(s + c, expv(sub(sub(load(s + c), base), log_mass)));
+    if (p.dropout.tensor >= 0) drop_row(p.dropout, w.x[p.dropout.tensor], i0 + r, j, n, s);
     for (size_t f = 1; f < p.factors.size(); f++) add_terms(w, f, i0, r, j, n, wide);
     const auto row = [&](int b) { return b < 0 ? nullptr : w.buffers[b] + r * w.step; };
     for (const Step& step : p.steps) take(step, row(step.to), row(step.from), row(step.factor), wide);
