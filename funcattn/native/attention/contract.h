@@ -15,7 +15,8 @@ static void add_row(const View& x, int64_t i, int64_t j, float weight, int n, fl
   const auto numbers = [&](int c, int count) {  // VL of them, of which `count` are there
     const char* at = from + c * x.column * bytes;
     if (x.column != 1 || count < VL) {
-      for (int l = 0; l < count; l++) __builtin_memcpy(some + l * bytes, at + l * x.column * bytes, bytes);
+      for (int l = 0; l < count; l++)
+        __builtin_memcpy(some + l * bytes, at + l * x.column * bytes, bytes);
       at = some;
     }
     if (x.kind == FLOAT32) return load((const float*)at);
@@ -57,7 +58,8 @@ static void load_keys(Work& w) {
   const int64_t S = w.job.S;
   for (size_t n = 0; n < p.packs.size(); n++) {
     const View& v = w.x[p.packs[n]];
-    if (w.packed[n] != v.data) pack((const float*)v.data, int(v.row), int(S), int(v.columns), w.packs[n]);
+    if (w.packed[n] != v.data)
+      pack((const float*)v.data, int(v.row), int(S), int(v.columns), w.packs[n]);
     w.packed[n] = v.data;
   }
   for (size_t n = 0; n < p.values.size(); n++) {
@@ -140,7 +142,8 @@ static void hide(Work& w, int64_t i, int64_t j, int n, float* s) {
     const View& v = w.x[w.program.mask[0]];
     const char* const seen = v.data + i * v.row + j * v.column;
     int c = 0;
-    for (; v.column == 1 && c + VL <= n; c += VL) store(s + c, only((const uint8_t*)seen + c, load(s + c)));
+    for (; v.column == 1 && c + VL <= n; c += VL)
+      store(s + c, only((const uint8_t*)seen + c, load(s + c)));
     for (; c < n; c++) s[c] = seen[c * v.column] ? s[c] : nothing;
     return;
   }
@@ -211,7 +214,8 @@ static void normalize(Work& w, int64_t i0, int m, Interval span) {
   const float infinite = __builtin_inff();
   for (int r = 0; r < m; r++) w.base[r] = -infinite, w.log_mass[r] = 0;
   for (int64_t j = span.start; j < span.stop; j += w.keys) {
-    const int n = int(span.stop - j < w.keys ? span.stop - j : w.keys), wide = int(rounded(n, PANEL));
+    const int n = int(span.stop - j < w.keys ? span.stop - j : w.keys);
+    const int wide = int(rounded(n, PANEL));
     if (is_hidden(w, i0, m, j, n)) continue;
     multiply(w, w.program.factors[0], m, j, wide);
     for (int r = 0; r < m; r++) {
@@ -232,8 +236,8 @@ static void normalize(Work& w, int64_t i0, int m, Interval span) {
   }
 }
 
-// P = exp((logits - base) - log_mass). An lse is precise enough up to FAR; of a larger one the log of
-// the normalizer is lost, and both are computed again for the block.
+// P = exp((logits - base) - log_mass). An lse is precise enough up to FAR; of a larger one the log
+// of the normalizer is lost, and both are computed again for the block.
 static void statistics(Work& w, int64_t i0, int m, Interval span) {
   constexpr float FAR = 512;
   const float nothing = -__builtin_inff();
@@ -277,7 +281,8 @@ static void give_key(Work& w, const Sink& sink, int m, int64_t j, int n) {
     return;
   }
   const int width = w.sum_width[sink.output];
-  float* const to = w.sums[sink.output] ? w.sums[sink.output] + j * width : (float*)out.data + j * out.row;
+  float* const sums = w.sums[sink.output];
+  float* const to = sums ? sums + j * width : (float*)out.data + j * out.row;
   gemm_tn(W, w.step, w.loads[sink.values], w.load_width[sink.values], m, n, width, to, width);
 }
 
@@ -306,7 +311,8 @@ static void block(Work& w, int64_t i0, int m, int64_t j, int n) {
     if (p.dropout.tensor >= 0) drop_row(p.dropout, w.x[p.dropout.tensor], i0 + r, j, n, s);
     for (size_t f = 1; f < p.factors.size(); f++) add_terms(w, f, i0, r, j, n, wide);
     const auto row = [&](int b) { return b < 0 ? nullptr : w.buffers[b] + r * w.step; };
-    for (const Step& step : p.steps) take(step, row(step.to), row(step.from), row(step.factor), wide);
+    for (const Step& step : p.steps)
+      take(step, row(step.to), row(step.from), row(step.factor), wide);
   }
   for (const Sink& sink : p.sinks) {
     if (sink.gate & w.nonzero) continue;
@@ -327,7 +333,8 @@ static void query_block(Work& w, int64_t i0, int m) {
   load_queries(w, i0, m);
   statistics(w, i0, m, span);
   for (size_t o = 0; o < p.outputs.size(); o++)
-    if (p.outputs[o].side == QUERY) __builtin_memset(w.sums[o], 0, sizeof(float) * m * w.sum_width[o]);
+    if (p.outputs[o].side == QUERY)
+      __builtin_memset(w.sums[o], 0, sizeof(float) * m * w.sum_width[o]);
   for (int64_t j = span.start; j < span.stop; j += w.keys)
     block(w, i0, m, j, int(span.stop - j < w.keys ? span.stop - j : w.keys));
   for (size_t o = 0; o < p.outputs.size(); o++)

@@ -1,5 +1,5 @@
-// Dropout: whether pair (i, j) is kept, the same bits as kernels/dropout.py for all sizes of blocks.
-// Included inside a namespace that has VL.
+// Dropout: whether pair (i, j) is kept, with the same bits as kernels/dropout.py for all sizes of
+// blocks. Included inside a namespace that has VL.
 //
 // Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011, for Threefry-2x32.
 
@@ -30,9 +30,11 @@ static inline Pair<W> encipher(uint32_t a, uint32_t b, W count) {
 }
 
 // Row i of P from column j on: p times 1 / (1 - rate) where a pair is kept, else times 0.
-static void drop_row(const Dropout& dropout, const View& keys, int64_t i, int64_t j, int n, float* p) {
+static void drop_row(const Dropout& dropout, const View& keys, int64_t i, int64_t j, int n,
+                     float* p) {
   const int64_t* const of_head = (const int64_t*)keys.data;
-  const Pair<uint32_t> of_row = encipher(uint32_t(of_head[0]), uint32_t(of_head[keys.column]), uint32_t(i));
+  const uint32_t a = uint32_t(of_head[0]), b = uint32_t(of_head[keys.column]);
+  const Pair<uint32_t> of_row = encipher(a, b, uint32_t(i));
   Words count;
   for (int l = 0; l < VL; l++) count[l] = uint32_t(j + l);
   uint32_t bits;

@@ -212,7 +212,7 @@ def contractions(draw, **options):
     return Drawn(draw, **options)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(drawn=contractions())
 def test_random_contractions_are_their_definition(instructions, small_blocks, drawn):
     spec, tensors = drawn.spec, drawn.tensors
@@ -220,7 +220,7 @@ def test_random_contractions_are_their_definition(instructions, small_blocks, dr
     assert_is_definition(spec, drawn.shapes, tensors)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(drawn=contractions())
 def test_runs_are_equal_in_every_bit_and_near_for_any_number_of_threads(small_blocks, drawn):
     spec, tensors = drawn.spec, drawn.tensors
