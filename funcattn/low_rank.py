@@ -14,7 +14,7 @@ Source: Hu et al., LoRA: low-rank adaptation of large language models, arXiv:210
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optree
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from . import randomness, tree
 from .core import errors
 from .core.doors import door
-from .layers import embed, linear
+from .layers import Weight, embed, linear
 from .records import is_absent, record
 from .tree import Tree, Where
 
@@ -38,7 +38,7 @@ class Lora(NamedTuple):
     base: (out, in), any weight; a: (r, in); b: (out, r); scale: (), alpha / r.
     """
 
-    base: Any
+    base: Weight
     a: Tensor
     b: Tensor
     scale: Tensor
@@ -69,12 +69,12 @@ def _widest(x: Tensor, weight: Lora) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.promote_types(weight.a.dtype, weight.b.dtype))
 
 
-def is_adapted(node: Any) -> bool:
+def is_adapted(node: object) -> bool:
     """True for a Lora record: `is_leaf` for functions of `fa.tree` that should see the weight's own path."""
     return isinstance(node, Lora)
 
 
-def is_trained(path: str, leaf: Any) -> bool:
+def is_trained(path: str, leaf: object) -> bool:
     """True for the leaves a and b of adaptations: the predicate of `partition` for trained and frozen leaves.
 
     Example:
@@ -118,7 +118,7 @@ def lora(rank: int, where: Where | None = None, *, alpha: float | None = None) -
             errors.fail("lora", "where", "true of some weight", "none", f"Paths are such as {tree.paths(params)[:3]}.")
         keys = dict(zip(chosen, randomness.split(key, len(chosen)), strict=True))
 
-        def adapted(path: str, weight: Any) -> Any:
+        def adapted(path: str, weight: Weight) -> Weight:
             return _begin(keys[path], path, weight, rank, scale) if path in keys else weight
 
         return tree.map_with_path(adapted, params, is_leaf=_is_weight)
@@ -139,7 +139,7 @@ def merge_lora(params: Tree) -> Tree:
     Law: it computes what the adapted one does (test_low_rank.py::test_a_merged_model_is_the_same_function).
     """
 
-    def merge(path: str, weight: Any) -> Any:
+    def merge(path: str, weight: Weight) -> Weight:
         if not is_adapted(weight):
             return weight
         base = merge(path, weight.base)
@@ -158,12 +158,12 @@ def without_lora(params: Tree) -> Tree:
     return tree.map(lambda weight: weight.base if is_adapted(weight) else weight, params, is_leaf=is_adapted)
 
 
-def _is_weight(node: Any) -> bool:
+def _is_weight(node: object) -> bool:
     """A record that layers.linear knows: its own path is the weight's."""
     return optree.is_namedtuple(node) and linear.dispatch(type(node)) is not linear.dispatch(object)
 
 
-def _begin(key: Tensor, path: str, weight: Any, rank: int, scale: float) -> Lora:
+def _begin(key: Tensor, path: str, weight: Weight, rank: int, scale: float) -> Lora:
     out, inner, dtype, device = _sizes(path, weight)
     if rank > min(out, inner):
         errors.fail("lora", "rank", f"at most {min(out, inner)}, a size of {path!r}", rank, "A low rank is a small one.")
@@ -173,7 +173,7 @@ def _begin(key: Tensor, path: str, weight: Any, rank: int, scale: float) -> Lora
     return Lora(weight, a, b, torch.full((), scale, dtype=torch.float32, device=device))
 
 
-def _sizes(path: str, weight: Any) -> tuple[int, int, torch.dtype, torch.device]:
+def _sizes(path: str, weight: Weight) -> tuple[int, int, torch.dtype, torch.device]:
     """(out, in) of any weight and what it computes in, asked of the function that it is."""
     if isinstance(weight, Tensor):
         if weight.dim() != 2 or not weight.is_floating_point():

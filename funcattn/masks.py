@@ -13,7 +13,7 @@ Source: Wang et al., FlashMask, arXiv:2410.01359 (column-wise intervals); here t
 """
 
 import html
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,10 +62,10 @@ class Mask(NamedTuple):
     def __invert__(self) -> "Mask":
         return complement(self)
 
-    def __rand__(self, other: Any) -> NoReturn:
+    def __rand__(self, other: object) -> NoReturn:
         _refuse("&", other)
 
-    def __ror__(self, other: Any) -> NoReturn:
+    def __ror__(self, other: object) -> NoReturn:
         _refuse("|", other)
 
 
@@ -320,6 +320,6 @@ def _same_queries(sign: str, a: Mask, b: Mask) -> None:
         errors.fail(f"Mask {sign} Mask", "both", "masks of the same number of queries T", got, "Build them with the same T.")
 
 
-def _refuse(sign: str, other: Any) -> NoReturn:
+def _refuse(sign: str, other: object) -> NoReturn:
     got = f"a {type(other).__name__}"
     errors.fail(f"Mask {sign}", "the other side", "a Mask", got, "Turn the mask into booleans first with .dense(S).", TypeError)

@@ -13,7 +13,7 @@ transform of the innermost decoder, such as compiling it, keeps all wrappers: `a
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import caches
-from .caches import Delta
+from .caches import Delta, KVCache, Past
 from .core import errors
 from .core.doors import door, made, what_is
 from .kernels import Kernel
@@ -29,17 +29,8 @@ from .masks import Mask
 from .records import ABSENT, is_absent
 from .tree import Tree
 
-
-class KVCache(Protocol):
-    """What every kind of cache has; the operations on it are functions of `funcattn.caches`."""
-
-    @property
-    def length(self) -> Tensor:
-        """Number of tokens in the cache, int64 ()."""
-        ...
-
-
-Past: TypeAlias = KVCache | tuple[()]  # `()` is no cache
+Hyperparameters: TypeAlias = Any  # a transformer.Config, a module above this one
+Code: TypeAlias = dict[Hashable, Any]  # compiled functions of `compilation`, by form of call
 
 
 class Init(Protocol):
@@ -84,7 +75,7 @@ class Made(NamedTuple):
     """
 
     name: str
-    again: Callable[[Any], "Model"]
+    again: Callable[[Hyperparameters], "Model"]
     held: "Model | None" = None
     replaced: frozenset[str] = frozenset()
 
@@ -132,11 +123,11 @@ class Model:
     hidden: Hidden
     logits: Logits
     _: dataclasses.KW_ONLY
-    commit: Callable[[Any, Delta], Any] | None = field(default=None, compare=False)
-    config: Any = field(default=None, compare=False)
+    commit: Callable[[KVCache, Delta], KVCache] | None = field(default=None, compare=False)
+    config: Hyperparameters = field(default=None, compare=False)
     kernel: str | Kernel | None = field(default=None, compare=False)
     made: Made | None = field(default=None, compare=False)
-    code: dict[Any, Any] = field(default_factory=dict, compare=False)
+    code: Code = field(default_factory=dict, compare=False)
 
     FUNCTIONS: ClassVar = ("init", "cache", "hidden", "logits")  # that define the model
     _fields: ClassVar = (*FUNCTIONS, "extend", "apply")
@@ -150,7 +141,7 @@ class Model:
     @door
     def extend(
         self,
-        params: Any,
+        params: Tree,
         tokens: Tensor,
         cache: Past = ABSENT,
         *,
@@ -175,7 +166,7 @@ class Model:
         return self.logits(params, x), delta
 
     @door
-    def apply(self, params: Any, tokens: Tensor, cache: Past = ABSENT) -> tuple[Tensor, Any]:
+    def apply(self, params: Tree, tokens: Tensor, cache: Past = ABSENT) -> tuple[Tensor, KVCache]:
         """The logits after each new token, and the cache with these: extend, then commit.
 
         Args:
@@ -213,7 +204,7 @@ class Model:
         self,
         name: str,
         again: Callable[["Model"], "Model"],
-        fields: Mapping[str, Any],
+        fields: Mapping[str, object],
         *,
         replaced: Iterable[str] = (),
     ) -> Self:
@@ -228,7 +219,7 @@ class Model:
         holding = Made(name, again, self, frozenset(replaced))
         return dataclasses.replace(self, made=holding, **fields)
 
-    def _replace(self, **functions: Callable[..., Any]) -> Self:
+    def _replace(self, **functions: Callable[..., Tree]) -> Self:
         """The model with init, cache, hidden or logits replaced."""
         for name in functions:
             _check_replaceable(name)
@@ -238,7 +229,7 @@ class Model:
         again = lambda model: model._replace(**functions)
         return self.wrap(f"_replace({named})", again, functions, replaced=functions)
 
-    def __iter__(self) -> Iterator[Callable[..., Any]]:
+    def __iter__(self) -> Iterator[Callable[..., Tree]]:
         """Its six functions: init, cache, hidden, logits, extend, apply."""
         return (getattr(self, name) for name in self._fields)
 
@@ -263,21 +254,21 @@ def at_core(model: Model, f: Callable[[Model], Model]) -> Model:
     return f(model) if how is None or how.held is None else how.again(at_core(how.held, f))
 
 
-def config_of(model: Any, *functions: str) -> Any:
+def config_of(model: object, *functions: str) -> Hyperparameters:
     """The Config that these functions of a model compute; None where one was replaced."""
     if not isinstance(model, Model) or not model.replaced.isdisjoint(functions):
         return None
     return model.config
 
 
-def told(model: Any) -> str:
+def told(model: object) -> str:
     """A description of a value given in place of a model of `fa.decoder`, for error messages."""
     if not isinstance(model, Model) or model.config is None or not model.replaced:
         return f"a {type(model).__name__}"
     return f"a {type(model).__name__} with another {' and '.join(sorted(model.replaced))}"
 
 
-def written(function: str, *args: Any, **options: Any) -> str:
+def written(function: str, *args: object, **options: object) -> str:
     """A call as it is printed; of dataclasses, only fields that differ from their defaults.
 
     Example:
@@ -289,7 +280,7 @@ def written(function: str, *args: Any, **options: Any) -> str:
     return f"{function}({', '.join(given)})"
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return _named(value) if callable(value) else repr(value)
     fields = [(f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
@@ -297,7 +288,7 @@ def _written(value: Any) -> str:
     return written(type(value).__name__, **told)
 
 
-def _named(f: Any) -> str:
+def _named(f: object) -> str:
     """The name of a function, without its address."""
     return getattr(f, "__qualname__", type(f).__name__)
 

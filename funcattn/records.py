@@ -13,7 +13,7 @@ import functools
 import html
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,17 @@ if TYPE_CHECKING:
 
 Cls = TypeVar("Cls", bound=type)
 
+# A tensor, or tuples, NamedTuples, lists and dicts of trees: weights, states, batches and results
+# of functions. In place of tensors it may hold one value for each (a shape, a spec, a bool).
+# Python's types cannot say that a function returns a tree of the structure of its argument.
+Tree: TypeAlias = Any
+
+R = TypeVar("R", bound=tuple[Tensor, ...])
+
 ABSENT = ()  # the value of an absent field: a tree without leaves
 
 
-def is_absent(value: Any) -> "TypeIs[tuple[()]]":
+def is_absent(value: object) -> "TypeIs[tuple[()]]":
     """True for the empty tuple, the value of an absent field (no cache, no bias, a tied head)."""
     return type(value) is tuple and not len(value)
 
@@ -47,8 +54,8 @@ def record(cls: Cls) -> Cls:
     """
     name = cls.__name__
 
-    def refuse(sign: str) -> Callable[..., Any]:
-        def method(self: Any, *_: Any) -> Any:
+    def refuse(sign: str) -> Callable[..., NoReturn]:
+        def method(self: object, *_: object) -> NoReturn:
             raise TypeError(
                 f"{name}: `{sign}` has no meaning for a record; it would do a tuple's work. Name a field, or use funcattn.tree."
             )
@@ -83,14 +90,14 @@ def formerly(**names: str) -> Callable[[Cls], Cls]:
     """
 
     def apply(cls: Cls) -> Cls:
-        def new(options: dict[str, Any]) -> dict[str, Any]:
+        def new(options: dict[str, object]) -> dict[str, object]:
             twice = [old for old in options if names.get(old) in options]
             if twice:
                 raise TypeError(f"{cls.__name__}: {twice[0]} is {names[twice[0]]}, which is given too.")
             return {names.get(key, key): value for key, value in options.items()}
 
-        construct: Callable[..., Any] = cls.__new__
-        replace: Callable[..., Any] = cls._replace  # pyright: ignore[reportAttributeAccessIssue]
+        construct: Callable[..., object] = cls.__new__
+        replace: Callable[..., object] = cls._replace  # pyright: ignore[reportAttributeAccessIssue]
         setattr(cls, "__new__", functools.wraps(construct)(lambda cls, *args, **options: construct(cls, *args, **new(options))))
         setattr(cls, "_replace", lambda self, **options: replace(self, **new(options)))
         for old, field in names.items():
@@ -100,12 +107,12 @@ def formerly(**names: str) -> Callable[[Cls], Cls]:
     return apply
 
 
-def _describe(self: Any) -> str:
+def _describe(self: Tree) -> str:
     fields = [f"{name}={describe(x)}" for name, x in zip(self._fields, self, strict=True) if not is_absent(x)]
     return f"{type(self).__name__}({', '.join(fields)})"
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """One line for a leaf or a subtree: `float32[2,3]` for a tensor, the element kind and count for a long tuple."""
     if isinstance(value, Tensor):
         sizes = ",".join(str(n) for n in value.shape)
@@ -117,7 +124,7 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
-def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
+def unfolded(name: str, value: object, *, opened: bool = True) -> str:
     """A record as collapsible HTML: a line for a leaf; equal neighbours are merged.
 
     Example:
@@ -128,7 +135,7 @@ def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
     if not isinstance(value, (tuple, dict)) or not len(value):
         return f"{line}{html.escape(f'{name}: {describe(value)}')}</div>"
     fields = getattr(value, "_fields", value if isinstance(value, dict) else range(len(value)))
-    groups: list[tuple[Any, Any, Any]] = []  # first name, last name, value
+    groups: list[tuple[object, object, Tree]] = []  # first name, last name, value
     for field, item in zip(fields, value.values() if isinstance(value, dict) else value, strict=True):
         if is_absent(item) and hasattr(value, "_fields"):
             continue
@@ -145,7 +152,7 @@ def unfolded(name: str, value: Any, *, opened: bool = True) -> str:
 MAX_ROWS = 32  # of batched statistics that are printed
 
 
-def by_rows(numbers: Any, line: Callable[[Any], str]) -> str:
+def by_rows(numbers: R, line: Callable[[R], str]) -> str:
     """A record of scalars (*lead,) as text: `line` of it, or a numbered line for each vmapped row.
 
     Args:

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from . import collectives
 from .core import errors
-from .core.autograd import closed_jvp, in_forward_mode, is_differentiable, is_recorded, untraced
+from .core.autograd import Context, VmapInfo, closed_jvp, in_forward_mode, is_differentiable, is_recorded, untraced
 from .core.computations import Computation, Whole, exchange
 from .core.replaying import State, Watching
 from .core.tensor_cache import versions
@@ -154,7 +154,7 @@ class Remat(Function):
         return tuple(t.view_as(t) for t in out)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.computation = inputs[0]
         ctx.floating = [is_differentiable(t) for t in output]
         ctx.mark_non_differentiable(*[t for t in output if not is_differentiable(t)])
@@ -163,7 +163,7 @@ class Remat(Function):
         ctx.save_for_forward(*inputs[2:])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Context, *cotangents: Tensor | None) -> tuple[Any, ...]:
         x = ctx.saved_tensors
         needed = [n for n in range(len(x)) if ctx.needs_input_grad[2 + n]]
         given = [n for n, g in enumerate(cotangents) if g is not None]
@@ -175,13 +175,15 @@ class Remat(Function):
         return tuple(grads)
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], _: Any, __: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Context, saved: list[Tensor], _: Any, __: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         moved = [n for n, t in enumerate(tangents) if t is not None]
         pushed = iter(Remat.apply(ctx.computation.jvp(len(saved), moved), None, *saved, *[tangents[n] for n in moved]))
         return tuple(next(pushed) if floating else None for floating in ctx.floating)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], computation: Computation, guard: Guard | None, *x: Tensor) -> tuple[Any, Any]:
+    def vmap(
+        info: VmapInfo, in_dims: tuple[Any, ...], computation: Computation, guard: Guard | None, *x: Tensor
+    ) -> tuple[Any, Any]:
         mapped = [d is not None for d in in_dims[2:]]
         first = [t if d is None else t.movedim(d, 0) for t, d in zip(x, in_dims[2:], strict=True)]
         out = Remat.apply(computation.vmap(mapped, info.randomness), guard, *first)
@@ -232,7 +234,7 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
     if torch.compiler.is_compiling():
         return f
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> Any:
         return _call(f, args, kwargs)
 
     eagerly = untraced(call)
@@ -240,7 +242,7 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
     opaque = torch._dynamo.nonstrict_trace(call)
 
     @functools.wraps(f)
-    def rematerialized(*args: Any, **kwargs: Any) -> Any:
+    def rematerialized(*args: object, **kwargs: object) -> Any:
         if torch.compiler.is_compiling():
             # A call that Dynamo does not trace would not see modes, which it writes into the graph.
             return (f if torch._C._len_torch_function_stack() else opaque)(*args, **kwargs)

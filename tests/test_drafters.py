@@ -74,6 +74,7 @@ def test_a_drafter_prints_as_the_call_that_made_it():
     mine = drafters.model(model, params, length=3, sampler=fa.sampling.temperature(0.7))
     assert repr(mine).startswith("Drafter(model(Model")
     assert repr(mine).endswith("Params(...), length=3, sampler=temperature(0.7)))")
+    assert "prompt_lookup" not in repr(drafters.prompt_lookup()._replace(keep=print))
     for drafter in (mine, drafters.function(lambda text, n: (text, n)), drafters.Drafter(print, print, print, 2)):
         assert " at 0x" not in repr(drafter)
 

@@ -48,6 +48,8 @@ from .protocol import (
     with_length,
     write,
 )
+from .protocol import KVCache as KVCache  # types, no verbs of a kind
+from .protocol import Past as Past
 from .quantized_blocks import QuantizedBlock, QuantizedCache, quantized
 from .rows import bucket
 from .sharded import CONTEXT, ShardedCache

@@ -4,7 +4,7 @@
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from . import display
 from .dense import Cache
 from .protocol import (
     Delta,
+    KVCache,
+    Past,
     capacity,
     check_whole,
     grow,
@@ -37,8 +39,8 @@ class Branch(NamedTuple):
     Under vmap the prefix is not mapped, so 32 futures of one prefix store it once.
     """
 
-    prefix: Any
-    tail: Any
+    prefix: KVCache
+    tail: KVCache
     __str__, _repr_html_ = display.line, display.bar
 
     @property
@@ -49,7 +51,7 @@ class Branch(NamedTuple):
 
 @door
 @functools.singledispatch
-def fork(cache: Any, delta: Delta, size: int) -> Any:
+def fork(cache: Past, delta: Delta, size: int) -> KVCache:
     """A cache with room for `size` more tokens that continues the given one without modifying it.
 
     `()` gives an empty dense cache shaped like the delta. A dense cache gets a dense tail
@@ -64,13 +66,14 @@ def fork(cache: Any, delta: Delta, size: int) -> Any:
     return grow(cache, size) if type(cache) is not tuple else _tail(delta, size)
 
 
-def fork_many(cache: Any, delta: Delta, size: int) -> Any:
+def fork_many(cache: Past, delta: Delta, size: int) -> KVCache:
     """`fork` for many futures: the tail of a `Branch` is stored once too, before a new tail."""
     if not isinstance(cache, Branch):
         return fork(cache, delta, size)
     after = fork_many(cache.tail, delta, size)
-    behind = isinstance(after, Branch) and after.prefix is cache.tail
-    return Branch(cache, after.tail) if behind else Branch(cache.prefix, after)
+    if isinstance(after, Branch) and after.prefix is cache.tail:
+        return Branch(cache, after.tail)
+    return Branch(cache.prefix, after)
 
 
 def _tail(delta: Delta, size: int) -> Cache:
@@ -80,7 +83,7 @@ def _tail(delta: Delta, size: int) -> Cache:
 
 
 @door
-def flatten(branch: Branch) -> Any:
+def flatten(branch: Branch) -> KVCache:
     """The prefix with the rows of the tail appended: a cache of the prefix's kind and capacity.
 
     Raises:
@@ -102,7 +105,7 @@ def flatten(branch: Branch) -> Any:
 
 
 @functools.singledispatch
-def rows_of(cache: Any) -> Delta:
+def rows_of(cache: KVCache) -> Delta:
     """All rows that a cache has room for, the valid ones first; `flatten` appends them."""
     remedy = "Keep the Branch: it can be continued and grown as it is."
     wanted = "a past that holds its rows as they came"
@@ -172,5 +175,5 @@ def _(cache: Branch, length: Tensor) -> Branch:
 
 
 @write.register
-def _(cache: Branch, delta: Delta, n: Any, donate: bool) -> Branch:
+def _(cache: Branch, delta: Delta, n: int | Tensor, donate: bool) -> Branch:
     return Branch(cache.prefix, write(cache.tail, delta, n, donate))

@@ -4,7 +4,7 @@ It is the plainest kind, and the reference for the others.
 """
 
 import mmap
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ reset.register(Cache, reset_counts)
 
 
 @write.register
-def _(cache: Cache, delta: Delta, n: Any, donate: bool) -> Cache:
+def _(cache: Cache, delta: Delta, n: int | Tensor, donate: bool) -> Cache:
     new = admit(cache, delta, n, (cache.k, cache.v))
     tensors = (new.k, new.v, cache.k, cache.v)
     if new.known and not is_recorded(*tensors):

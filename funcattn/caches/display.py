@@ -4,21 +4,20 @@ A kind uses them by `__str__ = display.line` and `_repr_html_ = display.bar` in 
 """
 
 import functools
-from typing import Any
 
 from .. import tree
 from ..core import errors
 from ..records import unfolded
-from .protocol import capacity, sizes
+from .protocol import KVCache, capacity, sizes
 
 
 @functools.singledispatch
-def tokens(cache: Any) -> str:
+def tokens(cache: KVCache) -> str:
     """Length and capacity of one cache of concrete length, as text."""
     return f"{int(cache.length)} of {capacity(cache)} tokens"
 
 
-def line(self: Any) -> str:
+def line(self: KVCache) -> str:
     """A cache in one line: kind, tokens, sizes and bytes.
 
     Example:
@@ -34,7 +33,7 @@ def line(self: Any) -> str:
     return f"{name}: {_held(cache)}, {L} layers, {K} heads of {D}, {size}"
 
 
-def bar(cache: Any) -> str:
+def bar(cache: KVCache) -> str:
     """A cache as HTML: a bar of length over capacity, and its tensors, folded."""
     share = _share(cache)
     inner = "" if share is None else f'<div style="width:{100 * share:.1f}%;height:100%;background:#3b6ea5"></div>'
@@ -42,7 +41,7 @@ def bar(cache: Any) -> str:
     return f"<div><small>{line(cache)}</small>{frame}{unfolded(type(cache).__name__, cache, opened=False)}</div>"
 
 
-def _held(cache: Any) -> str:
+def _held(cache: KVCache) -> str:
     length = errors.peek(cache.length)
     if length is None:
         return f"room for {capacity(cache)} tokens"
@@ -54,7 +53,7 @@ def _held(cache: Any) -> str:
     return tokens(cache)
 
 
-def _share(cache: Any) -> float | None:
+def _share(cache: KVCache) -> float | None:
     length = errors.peek(cache.length)
     if length is None or length.dim() or not capacity(cache):
         return None

@@ -9,7 +9,7 @@ PagedAttention, arXiv:2309.06180.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ reset.register(Pages, reset_counts)
 
 
 @write.register
-def _(cache: Pages, delta: Delta, n: Any, donate: bool) -> Pages:
+def _(cache: Pages, delta: Delta, n: int | Tensor, donate: bool) -> Pages:
     new = admit(cache, delta, n, (cache.k[0], cache.v[0]))
     R, T = _block(cache), new.k.shape[-2]
     k, v = list(cache.k), list(cache.v)

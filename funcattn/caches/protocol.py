@@ -9,7 +9,7 @@ checks every verb.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,19 @@ OVERFLOWED = 2**60  # beyond every capacity, however much the cache grows; two o
 DONATED = 2**62  # length of a cache whose tensors were donated: its rows are invalid, in forks too
 
 
+class KVCache(Protocol):
+    """What every kind of cache has; its operations are the functions of `funcattn.caches`."""
+
+    @property
+    def length(self) -> Tensor:
+        """Number of tokens in the cache, int64 ()."""
+        ...
+
+
+Past: TypeAlias = KVCache | tuple[()]  # `()` is no cache
+AnyKind = TypeVar("AnyKind", bound=KVCache)
+
+
 @record
 class Delta(NamedTuple):
     """The new rows of one step: for each layer keys (K, T, D) and values (K, T, Dv) of T tokens."""
@@ -33,19 +46,19 @@ class Delta(NamedTuple):
 
 
 @functools.singledispatch
-def capacity(cache: Any) -> int:
+def capacity(cache: KVCache) -> int:
     """The number of tokens that the cache has room for."""
     _unknown("capacity", cache)
 
 
 @functools.singledispatch
-def sizes(cache: Any) -> tuple[int, int, int]:
+def sizes(cache: KVCache) -> tuple[int, int, int]:
     """Layers, key/value heads and head size (L, K, D) of the model that the cache belongs to."""
     _unknown("sizes", cache)
 
 
 @functools.singledispatch
-def overflowed(cache: Any) -> Tensor:
+def overflowed(cache: KVCache) -> Tensor:
     """Bool (): True after a commit that did not fit, in a transform where it could not raise.
 
     The default is length > capacity, since `admit` marks such a cache with the length `OVERFLOWED`.
@@ -57,7 +70,7 @@ def overflowed(cache: Any) -> Tensor:
 
 @door
 @functools.singledispatch
-def past(cache: Any, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
+def past(cache: KVCache, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     """The cached keys and values that new tokens attend to in one layer, in segments.
 
     Args:
@@ -79,7 +92,7 @@ def past(cache: Any, layer: int, positions: Tensor, window: int | None = None) -
 
 
 @functools.singledispatch
-def write(cache: Any, delta: Delta, n: Any, donate: bool) -> Any:
+def write(cache: AnyKind, delta: Delta, n: int | Tensor, donate: bool) -> AnyKind:
     """The implementation of `commit` for one kind: append the first n rows of a delta.
 
     Args:
@@ -101,7 +114,7 @@ _write = write  # Alias: kinds defined elsewhere registered with it before `writ
 
 @door
 @functools.singledispatch
-def grow(cache: Any, rows: int) -> Any:
+def grow(cache: AnyKind, rows: int) -> AnyKind:
     """The same cache with room for `rows` more tokens.
 
     The end that grows is a copy; of a `Branch` only the tail is copied.
@@ -110,7 +123,7 @@ def grow(cache: Any, rows: int) -> Any:
 
 
 @functools.singledispatch
-def keeps_all(cache: Any) -> bool:
+def keeps_all(cache: Past) -> bool:
     """Whether each token attends to all tokens before it.
 
     If so, reading a text in one call equals reading it token by token. False by default;
@@ -119,13 +132,13 @@ def keeps_all(cache: Any) -> bool:
     return type(cache) is tuple
 
 
-def exactly(kind: type) -> Callable[[Any], bool]:
+def exactly(kind: type) -> Callable[[KVCache], bool]:
     """A predicate to register with `keeps_all`: True for the type, False for its subtypes."""
     return lambda cache: type(cache) is kind
 
 
 @functools.singledispatch
-def reset(cache: Any, empty: Any, where: Tensor) -> Any:
+def reset(cache: AnyKind, empty: AnyKind, where: Tensor) -> AnyKind:
     """The cache, or an empty one of the same shapes where the condition `where` () holds.
 
     `serving` frees a slot by it. The default selects every tensor by torch.where. A kind whose rows
@@ -134,14 +147,14 @@ def reset(cache: Any, empty: Any, where: Tensor) -> Any:
     return tree.map(lambda fresh, leaf: torch.where(where, fresh, leaf), empty, cache)
 
 
-def reset_counts(cache: Any, empty: Any, where: Tensor) -> Any:
+def reset_counts(cache: AnyKind, empty: AnyKind, where: Tensor) -> AnyKind:
     """`reset` that selects only the int64 tensors (lengths and positions) and leaves the rows."""
     return tree.map(lambda new, old: torch.where(where, new, old) if old.dtype == torch.int64 else old, empty, cache)
 
 
 @door
 @functools.singledispatch
-def with_length(cache: Any, length: Tensor) -> Any:
+def with_length(cache: AnyKind, length: Tensor) -> AnyKind:
     """The same tensors with another length; rows at or beyond it are not observed.
 
     In a kind with several segments it is the length of the one that grows.
@@ -157,11 +170,11 @@ def with_length(cache: Any, length: Tensor) -> Any:
     if "length" not in getattr(cache, "_fields", ()):
         got, remedy = f"a {type(cache).__name__} without that field", "Register with_length for it."
         errors.fail("with_length", "cache", "a record with a field `length`", got, remedy, TypeError)
-    return cache._replace(length=length)
+    return cache._replace(length=length)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @door
-def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Tensor | None = None) -> Any:
+def commit(cache: AnyKind, delta: Delta, n: int | Tensor | None = None, *, index: Tensor | None = None) -> AnyKind:
     """Append the first n rows of a delta to a cache.
 
     Args:
@@ -207,12 +220,12 @@ def commit(cache: Any, delta: Delta, n: int | Tensor | None = None, *, index: Te
     return _same_kind(cache, write(cache, delta, count, False))
 
 
-def commit_donated(cache: Any, delta: Delta, n: int | Tensor) -> Any:
+def commit_donated(cache: AnyKind, delta: Delta, n: int | Tensor) -> AnyKind:
     """`commit` that may write in place: for loops that discard intermediate caches."""
     return _same_kind(cache, write(cache, delta, n, True))
 
 
-def _same_kind(cache: Any, after: Any) -> Any:
+def _same_kind(cache: AnyKind, after: object) -> AnyKind:
     """The result of `write`, checked to be of the same type as the cache.
 
     A derived record dispatches to its parent's `write`, which returns the parent's type.
@@ -223,7 +236,7 @@ def _same_kind(cache: Any, after: Any) -> Any:
     return after
 
 
-def check_whole(function: str, cache: Any) -> None:
+def check_whole(function: str, cache: KVCache) -> None:
     """Raise where the cache is known to have overflowed in a transform, or to have been donated."""
     lost = errors.value(overflowed(cache))
     if lost is not None and bool(lost):
@@ -244,13 +257,13 @@ class Admitted(NamedTuple):
 
     k: Tensor
     v: Tensor
-    before: Any
+    before: Any  # int, or Tensor
     count: Any
     after: Tensor  # int64 ()
     known: bool
 
 
-def admit(cache: Any, delta: Delta, n: Any, held: tuple[Tensor, Tensor]) -> Admitted:
+def admit(cache: KVCache, delta: Delta, n: int | Tensor, held: tuple[Tensor, Tensor]) -> Admitted:
     """Check a delta against a cache with rows like `held`, (L, K, ..., D) and (L, K, ..., Dv)."""
     k, v = torch.stack(delta.k), torch.stack(delta.v)
     check_whole("commit", cache)
@@ -283,7 +296,7 @@ def _is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
-def _unknown(verb: str, cache: Any) -> NoReturn:
+def _unknown(verb: str, cache: KVCache) -> NoReturn:
     if type(cache) is tuple:
         errors.fail(verb, "cache", "a past", "(), which is no past", "Make one with model.cache(size).", TypeError)
     remedy = f"Make one with model.cache(size); of a kind of your own, register caches.{verb} for it (docs/caches.md)."

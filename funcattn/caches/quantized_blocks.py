@@ -189,7 +189,7 @@ def _(cache: QuantizedCache, length: Tensor) -> NoReturn:
 
 
 @write.register
-def _(cache: QuantizedCache, delta: Delta, n: Any, donate: bool) -> QuantizedCache:
+def _(cache: QuantizedCache, delta: Delta, n: int | Tensor, donate: bool) -> QuantizedCache:
     new = admit(cache, delta, n, (cache.tail_k, cache.tail_v))
     if not new.known:
         return _write_masked(cache, new)
@@ -232,7 +232,7 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
         return cache._replace(tail_k=k, tail_v=v, length=new.after)
     _check_constant(cache, new)
 
-    def take(tail: Tensor, more: Tensor, begin: Any, count: int) -> Tensor:
+    def take(tail: Tensor, more: Tensor, begin: int | Tensor, count: int) -> Tensor:
         """`count` rows from `begin` of tail and new rows; any beyond the last are unobserved."""
         row = begin + torch.arange(count, device=more.device)
         source = torch.where(row < held, row, row - held + C).clamp(max=C + T - 1)

@@ -9,7 +9,7 @@ of position p is stored on device p mod n. Attention to the cache is one merge o
 (`kernels.merge_over`), which the decoder does where "context" is bound.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class ShardedCache(NamedTuple):
         """
         T, n = delta.k[0].shape[-2], axis_size(CONTEXT)
         empty = fork((), delta, T + -(-rows // n))
-        return cls(commit(empty, delta), torch.full((), n * T, dtype=torch.int64, device=delta.k[0].device))
+        return cls(cast(Cache, commit(empty, delta)), torch.full((), n * T, dtype=torch.int64, device=delta.k[0].device))
 
 
 @capacity.register
@@ -111,7 +111,7 @@ def _(cache: ShardedCache, length: Tensor) -> ShardedCache:
 
 
 @write.register
-def _(cache: ShardedCache, delta: Delta, n: Any, donate: bool) -> ShardedCache:
+def _(cache: ShardedCache, delta: Delta, n: int | Tensor, donate: bool) -> ShardedCache:
     """New rows are the same on all devices; store those with position % n == device index."""
     devices, T = axis_size(CONTEXT), delta.k[0].shape[-2]
     if devices == 1 and errors.is_true(cache.local.length != cache.length):

@@ -12,7 +12,7 @@ streaming language models with attention sinks, arXiv:2309.17453 (sinks).
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..kernels import Part
 from ..masks import END
 from ..records import record
 from . import display, rows
-from .protocol import Delta, admit, capacity, grow, past, reset, reset_counts, sizes, with_length, write
+from .protocol import Admitted, Delta, admit, capacity, grow, past, reset, reset_counts, sizes, with_length, write
 
 
 @record
@@ -124,7 +124,7 @@ def _(cache: Ring, length: Tensor) -> NoReturn:
 
 
 @write.register
-def _(cache: Ring, delta: Delta, n: Any, donate: bool) -> Ring:
+def _(cache: Ring, delta: Delta, n: int | Tensor, donate: bool) -> Ring:
     new = admit(cache, delta, n, (cache.k, cache.v))
     A, R, C = (x.shape[-2] for x in (cache.sinks_k, cache.k, cache.tail_k))
     start = errors.integer(cache.start) if new.known else None
@@ -148,7 +148,7 @@ def _(cache: Ring, delta: Delta, n: Any, donate: bool) -> Ring:
     return Ring(*[*sinks, *kept, *tails, cache.start, new.after])
 
 
-def _write_masked(cache: Ring, new: Any, A: int, R: int, C: int) -> Ring:
+def _write_masked(cache: Ring, new: Admitted, A: int, R: int, C: int) -> Ring:
     """`write` for values that are not concrete: each row under vmap moves when its tail is full."""
     T, device = new.k.shape[-2], new.k.device
     n = new.count

@@ -1,6 +1,6 @@
 """`Memory`: keys and values of another sequence, read only: cross-attention or a learned prefix."""
 
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -70,7 +70,7 @@ def _(cache: Memory) -> bool:
 
 
 @write.register
-def _(cache: Memory, delta: Delta, n: Any, donate: bool) -> NoReturn:
+def _(cache: Memory, delta: Delta, n: int | Tensor, donate: bool) -> NoReturn:
     _refuse("commit")
 
 

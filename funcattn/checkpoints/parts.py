@@ -9,10 +9,11 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import sharding, transformer, tree
 from ..core import atomic
@@ -25,11 +26,12 @@ from .loading import Loaded, by_columns, load
 from .sources import locate
 from .writing import UNCHANGED, reason_of
 
+T = TypeVar("T")
 METADATA = ".metadata"  # the file that torch.distributed.checkpoint writes last and reads first
 
 
 def load_sharded(
-    path_or_name: str | os.PathLike[str], mesh: Any, rules: Rules | None = None, *, dtype: torch.dtype | None = None
+    path_or_name: str | os.PathLike[str], mesh: DeviceMesh, rules: Rules | None = None, *, dtype: torch.dtype | None = None
 ) -> Loaded:
     """A model with params on a mesh: equal to `fa.shard(mesh, rules)(fa.load(...).params)`.
 
@@ -52,7 +54,7 @@ def load_sharded(
         config, params, tokenizer = load(path, dtype=dtype)
         return Loaded(config, sharding.shard(mesh, rules_of(config))(params), tokenizer)
     coordinates = {name: mesh.get_local_rank(name) for name in sizes}
-    cuts: Any = None
+    cuts: Tree = None
 
     def cut(config: transformer.Config) -> Cut:
         nonlocal cuts
@@ -66,7 +68,7 @@ def load_sharded(
     return Loaded(config, sharding.from_local(by_columns(params), cuts, mesh), tokenizer)
 
 
-def _is_shape(node: Any) -> bool:
+def _is_shape(node: object) -> bool:
     return type(node) is tuple and len(node) > 0 and all(isinstance(size, int) for size in node)
 
 
@@ -94,11 +96,11 @@ def save_parts(folder: str | os.PathLike[str], params: Tree) -> None:
         _of_first(folder, stack.close)
 
 
-def _of_first(folder: str | os.PathLike[str], f: Callable[[], Any]) -> Any:
+def _of_first(folder: str | os.PathLike[str], f: Callable[[], T]) -> T:
     """f() of rank 0, broadcast to all ranks; an error there is raised on all."""
     import torch.distributed as dist
 
-    said: list[Any] = [None, None]
+    said: list[Any] = [None, None]  # the result, and the error
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             said[0] = f()

@@ -27,12 +27,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from ..core.errors import fail
 from .families import CheckpointError
+from .families.tables import Json
 from .regular_files import LARGE, check_regular, read_bytes
 
 NAME = ".metadata"  # torch's
 MOST_BLOCKS = 1024  # of one tensor, which are compared in pairs: as many as there were processes
 METADATA = "torch.distributed.checkpoint.metadata"
-CLASSES: dict[tuple[str, str], Any] = {
+CLASSES: dict[tuple[str, str], object] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): lambda name: {"torch.strided": torch.strided}[name],
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
@@ -64,7 +65,7 @@ class _Unpickler(_InPython):
 
     dispatch[pickle.BUILD[0]] = load_build
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in CLASSES:
             return CLASSES[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
@@ -83,7 +84,7 @@ class Reader(FileSystemReader):
         super().__init__(folder)
         self.index = read_index(folder)
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """The index, with the id of this load, which torch sets."""
         if self.index.storage_meta is not None:
             self.index.storage_meta.load_id = self.load_id
@@ -137,7 +138,7 @@ def _is_covered(entry: TensorStorageMetadata) -> bool:
     return covered and all(itertools.starmap(apart, itertools.combinations(full, 2)))
 
 
-def _are_counts(sizes: Any) -> bool:
+def _are_counts(sizes: Json) -> bool:
     return isinstance(sizes, tuple | list) and all(type(n) is int and n >= 0 for n in sizes)
 
 

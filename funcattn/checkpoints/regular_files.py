@@ -10,10 +10,11 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import BinaryIO, NoReturn, TypeVar
 
 from ..core.errors import fail, printable
 from .families import CheckpointError
+from .families.tables import Json
 
 T = TypeVar("T")
 MAX_SAVES = 100  # of one folder while it is read
@@ -113,12 +114,14 @@ def read_text(path: Path, largest: int = SMALL, function: str = "load") -> str:
         fail(function, path.name, "UTF-8", "other bytes", REMEDY, CheckpointError)
 
 
-def read_json(path: Path, largest: int = SMALL, function: str = "load") -> dict[str, Any]:
+def read_json(path: Path, largest: int = SMALL, function: str = "load") -> dict[str, Json]:
     """The object in a JSON file of at most `largest` bytes."""
     return parse_object(read_text(path, largest, function), path.name, function)
 
 
-def parse_object(text: str, name: str, function: str = "load", pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_object(
+    text: str, name: str, function: str = "load", pairs: Callable[[list[tuple[str, Json]]], dict[str, Json]] | None = None
+) -> dict[str, Json]:
     """The object in a JSON text; `pairs` is object_pairs_hook of json.loads."""
 
     def refuse(wanted: str, got: str) -> NoReturn:

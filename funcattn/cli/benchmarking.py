@@ -72,7 +72,7 @@ def measure(model: fa.Model, params: fa.Params, config: fa.Config, options: argp
     trees = {"float": params, **{name: fa.quantize(SCHEMES[name])(params) for name in _names(options)}}
     models = {"eager": model} if options.eager else {"eager": model, "compiled": fa.compile(model)}
     prompt = torch.arange(options.context, device=params.norm.device) % config.vocabulary
-    candidates: dict[str, Callable[[], Any]] = {}
+    candidates: dict[str, Callable[[], object]] = {}
     first: dict[str, float] = {}
     for how, made in models.items():
         for kind, weights in trees.items():

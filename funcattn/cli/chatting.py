@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ HELP = "/undo takes the last turn back, /new begins again; Ctrl-C stops an answe
 class Talk:
     """The messages, and a cache of the tokens `ids`; it is truncated where the tokens differ."""
 
-    past: Any
+    past: fa.caches.KVCache
     ids: tuple[int, ...] = ()
     messages: tuple[dict[str, str], ...] = ()
 
@@ -85,5 +84,6 @@ def _answer(session: Session, talk: Talk, text: str, sampler: sampling.Sampler, 
             said += last.text
     if last is None:
         return talk  # no tokens were written: drop the question
+    assert isinstance(last.cache, caches.Branch)  # a stream writes behind the past that it is given
     past = caches.flatten(last.cache)
     return Talk(past, (*wanted, *last.tokens)[: int(past.length)], (*messages, message("assistant", said)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import funcattn as fa
 
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         _run(options, mesh)
 
 
-def _run(options: argparse.Namespace, mesh: Any) -> None:
+def _run(options: argparse.Namespace, mesh: DeviceMesh) -> None:
     if mesh is not None and options.text == "-":
         raise ValueError("the text should be a file, is to come from stdin, which processes cannot share. Write it into one.")
     text = read(options.text)
@@ -114,19 +115,19 @@ def _run(options: argparse.Namespace, mesh: Any) -> None:
 def _together(
     options: argparse.Namespace,
     config: fa.Config,
-    params: Any,
+    params: fa.tree.Tree,
     ids: Tensor,
     optimizer: training.Optimizer,
-    mesh: Any,
-    rules: Any,
-    cuts: Any,
+    mesh: DeviceMesh,
+    rules: sharding.mesh.Rules,
+    cuts: fa.tree.Tree,
 ) -> Any:
     """The trained params, unsharded. Each process has a shard of them and of every batch."""
     if options.rows % options.dp:
         raise ValueError(f"--rows should be a multiple of --dp {options.dp}, got {options.rows}. Change either.")
     held = sharding.to_local(fa.shard(mesh, rules)(params))
 
-    def loss(model: fa.Model, params: Any, batch: Tensor) -> Tensor:
+    def loss(model: fa.Model, params: fa.tree.Tree, batch: Tensor) -> Tensor:
         return fa.loss(model, params, collectives.local_slice(batch, "data"))
 
     with sharding.inside(mesh):
@@ -157,12 +158,12 @@ def read(path: str) -> str:
 def fitted(
     options: argparse.Namespace,
     config: fa.Config,
-    params: Any,
+    params: fa.tree.Tree,
     ids: Tensor,
     optimizer: training.Optimizer,
-    frozen: Any = (),
+    frozen: fa.tree.Tree = (),
     loss: Any = fa.loss,
-    specs: Any = None,
+    specs: fa.tree.Tree = None,
 ) -> Any:
     """The trained part of params, after all steps."""
     folder = snapshots_of(options)
@@ -194,7 +195,7 @@ def fitted(
         raise
 
 
-def encoded(options: argparse.Namespace, tokenizer: Any, text: str) -> Tensor:
+def encoded(options: argparse.Namespace, tokenizer: fa.checkpoints.Tokenizer, text: str) -> Tensor:
     """The ids of a text; raises before training where they are too few."""
     taken = steps_in(snapshots_of(options))
     if taken and not options.resume:
@@ -214,7 +215,9 @@ def halves(ids: Tensor, context: int) -> tuple[Tensor, Tensor | None]:
     return (ids[:-n], ids[-n:]) if n > context and len(ids) - n > context else (ids, None)
 
 
-def write_sample(options: argparse.Namespace, config: fa.Config, params: Any, tokenizer: Any, begin: str) -> None:
+def write_sample(
+    options: argparse.Namespace, config: fa.Config, params: fa.tree.Tree, tokenizer: fa.checkpoints.Tokenizer, begin: str
+) -> None:
     """Print a beginning and the model's continuation.
 
     Positions beyond the context were not trained: when it is full, its later half is read again.

@@ -24,7 +24,7 @@ from .terminal import working
 SCHEMES = {name: getattr(quantization, name) for name in ("int8", "int4", "w8a8", "nf4", "fp8", "ternary")}
 
 
-def _smooth(model: Model, tokens: torch.Tensor, scheme: Any, **options: Any) -> Callable[[Any], Any]:
+def _smooth(model: Model, tokens: torch.Tensor, scheme: quantization.schemes.Scheme, **options: Any) -> Callable[[Any], Any]:
     scaled, rounded = calibration.smooth(model, tokens, scheme, **options), quantization.quantize(scheme)
     return lambda params: rounded(scaled(params))
 
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     checkpoints.save(options.output, session.config, params, session.tokenizer)
 
 
-def _fitted(method: str, session: Session, tokens: torch.Tensor, scheme: Any) -> Any:
+def _fitted(method: str, session: Session, tokens: torch.Tensor, scheme: quantization.schemes.Scheme) -> Any:
     """The weights calibrated on a text, with a progress bar on stderr if it is a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -86,7 +86,7 @@ def _fitted(method: str, session: Session, tokens: torch.Tensor, scheme: Any) ->
             return FITTED[method](session.model, tokens, scheme, progress=show)(session.params)
 
 
-def _perplexity(session: Session, params: Any, tokens: torch.Tensor) -> float:
+def _perplexity(session: Session, params: tree.Tree, tokens: torch.Tensor) -> float:
     limit = session.config.limit()
     with torch.no_grad():
         return float(evaluation.perplexity(session.model, params, tokens, context=min(CONTEXT, limit or CONTEXT)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import funcattn as fa
 
@@ -20,7 +21,7 @@ class Session:
 
     config: fa.Config
     params: fa.Params
-    tokenizer: Any
+    tokenizer: Any  # a checkpoints.Tokenizer; None where `load` needs none
     model: fa.Model
 
     @property
@@ -29,7 +30,7 @@ class Session:
         return self.params.norm.dtype
 
 
-def load(options: argparse.Namespace, mesh: Any = None, *, needs_tokenizer: bool = True) -> Session:
+def load(options: argparse.Namespace, mesh: DeviceMesh | None = None, *, needs_tokenizer: bool = True) -> Session:
     """The model of the options; on a mesh, this process's shard."""
     with working(f"Loading {options.model}"):
         if mesh is None:

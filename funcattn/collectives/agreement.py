@@ -10,15 +10,16 @@ other forever.
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import optree
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..core import errors
+from ..tree import Tree
 from .bindings import Axis, bound
 from .fingerprint import contents
 from .groups import _group
@@ -28,7 +29,7 @@ SMALL = 2**14  # tensors up to this many elements are digested element by elemen
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
-def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: Any = None) -> None:
+def agree(function: str, values: Mapping[str, object], params: Tree = (), *, mesh: DeviceMesh | None = None) -> None:
     """Raise on every process where a value that should be replicated differs between two processes.
 
     Under simulated devices (vmap) too, where a value is mapped over an axis of the mesh.
@@ -67,7 +68,7 @@ def agree(function: str, values: Mapping[str, Any], params: Any = (), *, mesh: A
             errors.fail(function, told, "the same on every process", "another on some", remedy)
 
 
-def _differ(digests: list[int], alike: list[Any], divided: list[Any]) -> list[bool]:
+def _differ(digests: list[int], alike: list[dist.ProcessGroup], divided: list[dist.ProcessGroup]) -> list[bool]:
     """Which digests differ between processes; every process gets the same answer."""
     device = "cuda" if dist.get_backend(alike[0]) == "nccl" else "cpu"
     limits = torch.tensor([*digests, *(-digest for digest in digests)], dtype=torch.int64, device=device)
@@ -80,10 +81,10 @@ def _differ(digests: list[int], alike: list[Any], divided: list[Any]) -> list[bo
     return [bool(one) for one in differs.tolist()]
 
 
-def _groups(params: Any, mesh: Any) -> tuple[list[Any], list[Any]]:
+def _groups(params: Tree, mesh: DeviceMesh | None) -> tuple[list[dist.ProcessGroup], list[dist.ProcessGroup]]:
     """The process groups over which values are replicated, and those over which they may differ."""
     if mesh is not None:
-        return [mesh.get_group(name) for name in mesh.mesh_dim_names if mesh[name].size() > 1], []
+        return [mesh.get_group(name) for name in mesh.mesh_dim_names or () if mesh[name].size() > 1], []
     axes = bound()
     if any(axis.mapped for axis in axes):
         return [], []
@@ -93,13 +94,13 @@ def _groups(params: Any, mesh: Any) -> tuple[list[Any], list[Any]]:
         first = next((x for x in optree.tree_iter(params) if isinstance(x, Tensor)), None)
         if first is None or not errors.is_distributed(first):
             return [], []
-        held: Any = first
+        held: Tree = first
         held = held.device_mesh
         found = [(name, held.get_group(name)) for name in held.mesh_dim_names if held[name].size() > 1]
     return [group for name, group in found if name not in OWN], [group for name, group in found if name in OWN]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     return [piece for piece in contents(value) if isinstance(piece, Tensor)]
 
 
@@ -116,7 +117,7 @@ def _varies(x: Tensor, axis: Axis) -> bool:
     return False
 
 
-def digest(value: Any) -> int:
+def digest(value: object) -> int:
     """A 62-bit hash of a tree."""
     found = hashlib.blake2b(digest_size=8)
     for piece in contents(value):

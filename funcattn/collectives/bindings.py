@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import errors
 from ..core.context import ContextValue
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def carried(f: F) -> F:
         return f
 
     @functools.wraps(f)
-    def run(*args: Any, **options: Any) -> Any:
+    def run(*args: object, **options: object) -> Any:
         with _bound.holding(axes):
             return f(*args, **options)
 

@@ -16,7 +16,6 @@ import re
 import types
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from typing import Any
 
 import numpy as np
 import optree
@@ -24,12 +23,13 @@ import torch
 from torch import Tensor
 
 from ..core import errors
+from ..tree import Tree
 
 Piece = bytes | Tensor
 PLAIN = (int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device, type(...))
 
 
-def contents(value: Any) -> Iterator[Piece]:
+def contents(value: object) -> Iterator[Piece]:
     """The contents of a value in order: bytes, and the tensors whose elements count.
 
     Example:
@@ -44,7 +44,7 @@ def contents(value: Any) -> Iterator[Piece]:
     return _of(value, {}, held=False)
 
 
-def _of(value: Any, seen: dict[int, tuple[int, Any]], *, held: bool) -> Iterator[Piece]:
+def _of(value: Tree, seen: dict[int, tuple[int, object]], *, held: bool) -> Iterator[Piece]:
     """The contents of a value; held: whether it is in the closure of a function."""
     if isinstance(value, Tensor):
         if not errors.is_distributed(value):
@@ -68,12 +68,12 @@ def _of(value: Any, seen: dict[int, tuple[int, Any]], *, held: bool) -> Iterator
         yield from _of(inner, seen, held=inside)
 
 
-def _may_be_parts(record: Any) -> bool:
+def _may_be_parts(record: Tree) -> bool:
     """Whether a record holds floating tensors, as weights and caches do, which may be shards."""
     return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in optree.tree_iter(record))
 
 
-def _inner(value: Any, held: bool) -> Iterable[tuple[Any, bool]]:
+def _inner(value: Tree, held: bool) -> Iterable[tuple[object, bool]]:
     """The components of a value, and whether each is in the closure of a function."""
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
@@ -114,7 +114,7 @@ def _inner(value: Any, held: bool) -> Iterable[tuple[Any, bool]]:
     return []
 
 
-def _are_plain(keys: Iterable[Any]) -> bool:
+def _are_plain(keys: Iterable[object]) -> bool:
     """Whether repr(key) is the same in every process for each key, to sort by it."""
     return all(_are_plain(key) if type(key) is tuple else isinstance(key, PLAIN) for key in keys)
 

@@ -18,7 +18,7 @@ Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3 (f and g); JAX'
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +33,10 @@ Stacked = tuple[Tensor, int | None]
 class Operation(Protocol):
     """A linear map between the devices of an axis."""
 
-    axis: Axis
+    @property
+    def axis(self) -> Axis:
+        """The axis of the mesh."""
+        ...
 
     def across(self, x: Tensor) -> Tensor:
         """This process's result from its x, by a collective of the process group."""
@@ -43,11 +46,11 @@ class Operation(Protocol):
         """The results of all devices from x (n, ...), stacked; from one x if alike (replicated)."""
         ...
 
-    def transposed(self) -> Any:
+    def transposed(self) -> "Operation":
         """The transpose, which maps cotangents."""
         ...
 
-    def behind(self) -> Any:
+    def behind(self) -> "Operation":
         """The same map for values with one more axis in front."""
         ...
 
@@ -56,7 +59,7 @@ class Operation(Protocol):
 class _Plain:
     axis: Axis
 
-    def behind(self) -> Any:
+    def behind(self) -> Self:
         """The same map."""
         return self
 
@@ -65,7 +68,7 @@ class _Plain:
 class _Along(_Plain):
     dim: int  # the axis of a value that is sharded
 
-    def behind(self) -> Any:
+    def behind(self) -> Self:
         """The same map for values with one more axis in front."""
         return replace(self, dim=self.dim + 1)
 
@@ -118,7 +121,7 @@ class Gather(_Along):
         parts = x.expand(self.axis.size, *x.shape) if alike else x
         return parts.movedim(0, self.dim).flatten(self.dim, self.dim + 1), None
 
-    def transposed(self) -> Any:
+    def transposed(self) -> "Operation":
         """See Operation."""
         return Scatter(self.axis, self.dim)
 

@@ -14,7 +14,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import Function
 
 from ..core import errors
-from ..core.autograd import closed_jvp, in_forward_mode, is_recorded
+from ..core.autograd import Context, VmapInfo, closed_jvp, in_forward_mode, is_recorded
 from . import groups
 from .bindings import Axis, find
 from .operations import CopyToRegion, Gather, GatherInvariant, LocalSlice, Operation, Permute, Scatter, Sum
@@ -189,7 +189,7 @@ def _divides(function: str, x: Tensor, axis: str, dim: int) -> None:
         errors.fail(function, "x", wanted, errors.shape(x), "Pad it, or choose another axis.")
 
 
-def _move(x: Tensor, kind: Any, name: str, *settings: Any) -> Tensor:
+def _move(x: Tensor, kind: Any, name: str, *settings: object) -> Tensor:
     axis = find(name)
     if axis is None or (axis.size == 1 and not axis.mapped):
         return x
@@ -235,21 +235,21 @@ class Moved(Function):
         return operation.across(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.operation = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None, None]:
         operation = ctx.operation.transposed()
         return Moved.apply(g, operation.axis.index, operation), None, None  # pyright: ignore[reportReturnType]
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], tangent: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: Context, saved: list[Tensor], tangent: Tensor, *_: None) -> Tensor:
         return Moved.apply(tangent, ctx.operation.axis.index, ctx.operation)  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, index: Tensor | None, operation: Operation
+        info: VmapInfo, in_dims: tuple[int | None, ...], x: Tensor, index: Tensor | None, operation: Operation
     ) -> tuple[Tensor, int | None]:
         dim = in_dims[0]
         x = x if dim is None else x.movedim(dim, 0)
@@ -266,11 +266,11 @@ class Traced(Function):
         return operation.across(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.operation = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None]:
         return Traced.apply(g, ctx.operation.transposed()), None  # pyright: ignore[reportReturnType]
 
 
@@ -282,19 +282,21 @@ class Greatest(Function):
         return groups.all_reduce(x, axis.group, "max")
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> Any:
         errors.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def jvp(ctx: Context, *tangents: object) -> Any:
         errors.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, index: Tensor | None, axis: Axis) -> tuple[Tensor, int | None]:
+    def vmap(
+        info: VmapInfo, in_dims: tuple[int | None, ...], x: Tensor, index: Tensor | None, axis: Axis
+    ) -> tuple[Tensor, int | None]:
         dim = in_dims[0]
         if _here(axis):
             return (x, None) if dim is None else (x.amax(dim), None)

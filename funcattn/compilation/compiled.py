@@ -1,13 +1,13 @@
 """The compiled function: some layers of a decode step, over cached rows of a bucket size."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import caches, transformer
-from ..caches import Branch, Cache
+from ..caches import Branch, Cache, KVCache
 from ..kernels import Kernel, Part
 from ..masks import Mask
 from ..transformer import Config, Layer, LayerContext, LayerSpec
@@ -43,9 +43,11 @@ def rows(flat: Sequence[Cache]) -> list[Rows]:
     return found
 
 
-def dense_parts(cache: Any) -> list[Cache]:
+def dense_parts(cache: KVCache) -> list[Cache]:
     """The `Cache`s that a dense cache consists of, in order."""
-    return [*dense_parts(cache.prefix), *dense_parts(cache.tail)] if isinstance(cache, Branch) else [cache]
+    if isinstance(cache, Branch):
+        return [*dense_parts(cache.prefix), *dense_parts(cache.tail)]
+    return [cast(Cache, cache)]
 
 
 def several(

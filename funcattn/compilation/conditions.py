@@ -1,7 +1,5 @@
 """When a call is a plain decode step, for which there is a faster path than the model itself."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
@@ -10,6 +8,7 @@ from .. import collectives, taps, transformer
 from ..caches import Branch, Cache
 from ..core.autograd import is_recorded, transforming
 from ..kernels import dispatch
+from ..models import Past
 
 MAX_STEP_TOKENS = 16  # in a compiled step; longer ones are bound by the library's matrix products
 
@@ -28,12 +27,12 @@ def is_undisturbed() -> bool:
     return not _is_any_autocast_enabled()
 
 
-def is_plain(*trees: Any) -> bool:
+def is_plain(*trees: object) -> bool:
     """`is_undisturbed`, and autograd records none of these tensors."""
     return is_undisturbed() and not is_recorded(*trees)
 
 
-def is_step(tokens: Any, cache: Any) -> bool:
+def is_step(tokens: Tensor, cache: Past) -> bool:
     """True for 1 to MAX_STEP_TOKENS tokens (T,), not on "meta", behind a dense cache."""
     return (
         isinstance(tokens, Tensor)
@@ -44,6 +43,6 @@ def is_step(tokens: Any, cache: Any) -> bool:
     )
 
 
-def is_dense(cache: Any) -> bool:
+def is_dense(cache: Past) -> bool:
     """True for a Cache, and for a Branch of dense caches."""
     return type(cache) is Cache or (type(cache) is Branch and is_dense(cache.prefix) and is_dense(cache.tail))

@@ -7,14 +7,14 @@ first layer to the last; any other model runs as compiled code.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import collectives, transformer
 from ..caches import Cache, Delta
-from ..layers import Rotation
+from ..layers import Rotation, Weight
 from ..quantization.tiles import Tiles, has_row_scale, missing
 from ..records import is_absent
 from ..transformer import ANY, Config, Layer
@@ -89,7 +89,7 @@ def why_not(config: Config, stack: Sequence[Layer]) -> str:
     return ""
 
 
-def _told(weight: Any) -> str:
+def _told(weight: Weight) -> str:
     return f"a matrix of {weight.dtype}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
 
 

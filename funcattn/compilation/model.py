@@ -26,20 +26,21 @@ Source: Ansel et al., PyTorch 2, ASPLOS 2024.
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from .. import caches, layers, transformer
-from ..caches import Branch, Cache, Delta
+from ..caches import Branch, Cache, Delta, KVCache
 from ..core import errors
 from ..core.autograd import has_tangent, transforming
 from ..core.doors import door
 from ..masks import Mask
-from ..models import Made, Model, at_core, told, written
+from ..models import Made, Model, Past, at_core, told, written
 from ..records import ABSENT
 from ..transformer import Params
+from ..tree import Tree
 from .conditions import is_dense, is_plain
 from .stack import Stack
 
@@ -51,7 +52,7 @@ class Compiled(Model):
     stack: Stack = field(kw_only=True, compare=False)  # the compiled layers
 
     @door
-    def step(self, params: Params, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def step(self, params: Params, tokens: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """`apply` with a donated cache: it writes into the cache's tensors and copies nothing.
 
         The given cache, and every fork that shares its tensors, must not be used afterwards.
@@ -120,7 +121,7 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
     @door
     @functools.wraps(model.hidden)
     def hidden(
-        params: Params, tokens: Tensor, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
+        params: Params, tokens: Tensor, cache: Past = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Delta]:
         forms = stack.forms(params, tokens, cache) if mask is None and positions is None else None
         if forms is None:
@@ -156,17 +157,17 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
     return fast
 
 
-def _refuse(model: Any) -> NoReturn:
+def _refuse(model: object) -> NoReturn:
     remedy = "Make it with fa.decoder(config), and wrap or replace then; torch.compile takes any other function."
     errors.fail("compile", "model", "from fa.decoder", told(model), remedy, TypeError)
 
 
-def _tail(cache: Any) -> Cache:
+def _tail(cache: KVCache) -> Cache:
     """The last `Cache` of a dense cache, into which a step writes."""
-    return _tail(cache.tail) if isinstance(cache, Branch) else cache
+    return _tail(cache.tail) if isinstance(cache, Branch) else cast(Cache, cache)
 
 
-def _check_step(params: Any, cache: Any) -> None:
+def _check_step(params: Tree, cache: KVCache) -> None:
     if not is_dense(cache):
         remedy = "Use apply, which takes every kind of past, and no cache away."
         errors.fail("step", "cache", "a Cache, or a Branch of such", f"a {type(cache).__name__}", remedy, TypeError)

@@ -3,21 +3,24 @@
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame  # pyright: ignore[reportMissingModuleSource]
 
 from .. import collectives, layers, progress, transformer, tree
-from ..caches import Delta
+from ..caches import Delta, KVCache
 from ..core import errors
 from ..core.autograd import has_tangent
 from ..core.fingerprints import Fingerprint, is_differentiated
 from ..kernels import Kernel, check_remembered, dispatch
+from ..layers import Weight
+from ..models import Code, Past
 from ..transformer import Config, Layer, LayerSpec, Params
+from ..tree import Tree
 from . import fused
 from .compiled import Rows, dense_parts, rows, several
 from .conditions import is_plain, is_step
@@ -30,20 +33,20 @@ _number = itertools.count()  # numbers the compiled functions of this process
 class Stack:
     """The layers of a decoder, called as a few compiled functions or as one operator."""
 
-    def __init__(self, config: Config, kernel: str | Kernel | None, depth: int | None, backend: str, code: dict[Any, Any]) -> None:
+    def __init__(self, config: Config, kernel: str | Kernel | None, depth: int | None, backend: str, code: Code) -> None:
         self.config, self.kernel, self.depth, self.backend = config, kernel, chosen_depth(config, depth), backend
         self.why_not = transformer.why_not(config)  # why nothing is compiled, or ""
         self.compiled = code  # a _Function for each form of call, common to models of one decoder
         self.held: dict[int, _Prepared] = {}  # T, the number of vectors -> prepared weights
 
-    def forms(self, params: Params, tokens: Tensor, cache: Any) -> "_Prepared | None":
+    def forms(self, params: Params, tokens: Tensor, cache: Past) -> "_Prepared | None":
         """The weights prepared for this step, or None where the original model runs.
 
         Cached while the tensors are the same and unmodified, and no longer than these live.
         """
         if self.why_not or self._differs_by_device() or not is_step(tokens, cache) or not is_plain(cache):
             return None
-        if not transformer.continues(self.config, cache, len(tokens)):
+        if not transformer.continues(self.config, cast(KVCache, cache), len(tokens)):
             return None
         T, held = len(tokens), self.held
         forms = held.get(T)
@@ -76,9 +79,9 @@ class Stack:
         calls = f"{len(self.parts)} calls of compiled code, {self.depth} layers each"
         return f"{len(stack)} layers: {calls}; not the operator funcattn::layers: {why}"
 
-    def hidden(self, params: Params, tokens: Tensor, cache: Any, forms: "_Prepared") -> tuple[Tensor, Delta]:
+    def hidden(self, params: Params, tokens: Tensor, cache: Past, forms: "_Prepared") -> tuple[Tensor, Delta]:
         """`Model.hidden` of a few tokens behind a dense cache."""
-        config, parts = self.config, dense_parts(cache)
+        config, parts = self.config, dense_parts(cast(KVCache, cache))
         positions = transformer.positions_of(config, tokens, cache)
 
         def through(x: Tensor) -> tuple[Tensor, Delta]:
@@ -113,7 +116,7 @@ class Stack:
             values += v.unbind(0)
         return x, Delta(tuple(keys), tuple(values))
 
-    def logits(self, weight: Any, x: Tensor) -> Tensor:
+    def logits(self, weight: Weight, x: Tensor) -> Tensor:
         """`Model.logits` of one or a few vectors, by the weight of the head."""
         weight = layers.prepare(weight, 1 if x.dim() == 1 else len(x))
         run = self.function(("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict)
@@ -121,7 +124,7 @@ class Stack:
             return run(self.config, weight, x)
 
     @functools.cached_property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, bool]:
         """Options of the compiler: skip its test programs for vector instructions.
 
         torch knows the instructions of the processor; the test takes the compiler ten seconds, once
@@ -142,7 +145,7 @@ class Stack:
         """The layers of each call of a compiled function."""
         return tuple(slice(first, first + self.depth) for first in range(0, self.config.layers, self.depth))
 
-    def function(self, form: Any, f: Callable[..., Any]) -> "_Function":
+    def function(self, form: Hashable, f: Callable[..., Tree]) -> "_Function":
         """The compiled f for one form of call, with a code object and name of its own.
 
         torch counts recompilations by code object, and records by name which sizes vary. Here only
@@ -162,11 +165,11 @@ class Stack:
 class _Function:
     """A compiled function. It shows progress while compiling; Dynamo's entries go with it."""
 
-    def __init__(self, run: Callable[..., Any], code: CodeType) -> None:
+    def __init__(self, run: Callable[..., Tree], code: CodeType) -> None:
         self.run, self.is_compiled = run, False
         weakref.finalize(self, _forget, code).atexit = False
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> Tree:
         if self.is_compiled:
             return self.run(*args)
         with progress.waiting("compiling"):
@@ -191,7 +194,7 @@ def _forget(code: CodeType) -> None:
     eval_frame.reset_code(code)
 
 
-def _guards(entries: Sequence[Any]) -> list[bool]:
+def _guards(entries: Sequence[Tree]) -> list[bool]:
     """Which of Dynamo's guards to keep: those on tensors, and unnamed ones, on torch's state.
 
     Functions and modules are constant, and all else (types and lengths of records, fields of
@@ -206,9 +209,9 @@ class _Prepared(NamedTuple):
     """Prepared weights of all layers, their kinds (which determine the code), and that code."""
 
     fingerprint: Fingerprint
-    prepared: tuple[dict[str, Any], ...]
-    kinds: tuple[tuple[Any, ...], ...]
-    runs: dict[Any, list[_Function]]
+    prepared: tuple[dict[str, Weight], ...]
+    kinds: tuple[Hashable, ...]
+    runs: dict[Hashable, list[_Function]]
     fused: fused.Weights | None  # where one operator runs all layers
 
 
@@ -220,12 +223,12 @@ def _prepared(config: Config, params: Params, T: int, fingerprint: Fingerprint) 
     return _Prepared(fingerprint, tuple(prepared), tuple(map(_kind_of, stack)), {}, operator)
 
 
-def _forms(layer: Layer, T: int) -> dict[str, Any]:
+def _forms(layer: Layer, T: int) -> dict[str, object]:
     forms = {name: layers.prepare(getattr(layer, name), T) for name in fused.MATRICES}
     return {name: form for name, form in forms.items() if form is not getattr(layer, name)}
 
 
-def _kind_of(weight: Any) -> Any:
+def _kind_of(weight: Weight) -> Hashable:
     """The types and dtypes of a weight's leaves, by which graphs differ."""
     if isinstance(weight, Tensor):
         return weight.dtype

@@ -12,7 +12,7 @@ fixes it.
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeGuard, TypeVar
 
 import optree
 import torch
@@ -20,6 +20,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+from ..records import Tree
 
 if torch.__version__ >= "2.14":  # a TorchVersion, which compares as versions do
     # Otherwise the first jvp of a process imports it, and users see the FutureWarning of its
@@ -29,28 +31,65 @@ if torch.__version__ >= "2.14":  # a TorchVersion, which compares as versions do
         import torch._decomp.decompositions_for_jvp
 
 
-F = TypeVar("F", bound=Callable[..., Any])
+A = ParamSpec("A")
+R = TypeVar("R")
 
 
-def untraced(f: F) -> F:
+class Context(Protocol):
+    """`ctx` of an autograd Function: what torch gives it, and attributes that its rules set."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors as `saved_tensors` of backward."""
+
+    def save_for_forward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors as `saved_tensors` of jvp."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Declare results that have no derivative."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """False: absent derivatives are None instead of zeros."""
+
+    def __getattr__(self, name: str, /) -> Any: ...
+    def __setattr__(self, name: str, value: object, /) -> None: ...
+
+
+class VmapInfo(Protocol):
+    """The first argument of the `vmap` of an autograd Function."""
+
+    @property
+    def batch_size(self) -> int:
+        """Size of the mapped axis."""
+        ...
+
+    @property
+    def randomness(self) -> str:
+        """The argument `randomness` of vmap: "error", "different" or "same"."""
+        ...
+
+
+def untraced(f: Callable[A, R]) -> Callable[A, R]:
     """f, skipped by Dynamo where a compiled function has fallen back to eager, as under transforms.
 
     Dynamo would compile the functions that f calls one by one: layouts of one rank for tensors of
     another, and single loops. Not for functions that torch.compile should trace.
     """
-    disabled = torch.compiler.disable(f)
+    disabled: Any = torch.compiler.disable(f)
 
     @functools.wraps(f)
-    def call(*args: Any, **options: Any) -> Any:
+    def call(*args: A.args, **options: A.kwargs) -> R:
         return (f if get_eval_frame_callback() is None else disabled)(*args, **options)
 
-    return call  # pyright: ignore[reportReturnType]
+    return call
 
 
-def closed_jvp(rule: Callable[..., Any]) -> Any:
+def closed_jvp(rule: Callable[..., object]) -> "staticmethod[..., object]":
     """A `jvp` staticmethod from `rule(ctx, saved, *tangents)`, differentiable at outer levels."""
 
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def jvp(ctx: Context, *tangents: object) -> object:
         with forward_ad._set_fwd_grad_enabled(True):
             # Not forward_ad.unpack_dual: its Python-side level is not kept while AOTAutograd replays a graph.
             saved = [torch._VF._unpack_dual(t, level=0)[0] for t in ctx.saved_tensors]
@@ -68,7 +107,7 @@ def transforming() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
-def has_tangent(*trees: Any) -> bool:
+def has_tangent(*trees: object) -> bool:
     """True where one of the tensors has a forward-mode tangent, at any level."""
     return forward_ad._current_level >= 0 and any(_is_dual(x) for x in _leaves(trees) if is_differentiable(x))
 
@@ -81,7 +120,7 @@ def _is_dual(x: Tensor) -> bool:
     return torch._VF._unpack_dual(x, level=0)[1] is not None
 
 
-def is_recorded(*trees: Any) -> bool:
+def is_recorded(*trees: object) -> bool:
     """True where transforms or derivatives may apply to results of these tensors, in this thread.
 
     That is: inside a transform of torch.func, or autograd records one of them, or one has a
@@ -92,18 +131,18 @@ def is_recorded(*trees: Any) -> bool:
     return has_tangent(*trees)
 
 
-def in_forward_mode(*trees: Any) -> bool:
+def in_forward_mode(*trees: object) -> bool:
     """True inside a jvp of torch.func in this thread, or where one of the tensors has a tangent."""
     levels = _functorch.get_interpreter_stack() or ()
     return any(level.key() == _functorch.TransformType.Jvp for level in levels) or has_tangent(*trees)
 
 
-def is_differentiable(x: Any) -> bool:
+def is_differentiable(x: object) -> "TypeGuard[Tensor]":
     """True for floating and complex tensors."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
-def _leaves(trees: Iterable[Any]) -> Iterator[Tensor]:
+def _leaves(trees: Iterable[Tree]) -> Iterator[Tensor]:
     for tree in trees:
         if isinstance(tree, Tensor):
             yield tree

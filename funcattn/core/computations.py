@@ -1,13 +1,14 @@
 """Functions of tensors to tuples of tensors, and their vjp, jvp and vmap as functions of the same form."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .autograd import in_forward_mode, is_differentiable
 
+X = TypeVar("X")
 Flat = Callable[..., tuple[Tensor, ...]]  # a function of tensors to a tuple of tensors
 
 
@@ -87,7 +88,7 @@ def batched(f: Flat, mapped: Sequence[bool], randomness: str) -> Flat:
     return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness=randomness)
 
 
-def exchange(whole: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
+def exchange(whole: Sequence[X], places: Sequence[int], new: Sequence[X]) -> list[X]:
     """The list with other values at some places."""
     out = list(whole)
     for n, value in zip(places, new, strict=True):

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import records
 from . import errors
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 C = TypeVar("C", bound=type)
 
 
@@ -31,20 +31,20 @@ class Kind(NamedTuple):
     """The description of an expected argument, a predicate, and the remedy in the message."""
 
     words: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[object], bool]
     remedy: str = "Arguments come in the order key, model, params, data; options go by name."
 
 
-def _is_tensor(x: Any) -> bool:
+def _is_tensor(x: object) -> bool:
     return isinstance(x, Tensor) and not x.is_nested
 
 
-def _is_sequence(x: Any) -> bool:
+def _is_sequence(x: object) -> bool:
     return isinstance(x, collections.abc.Iterable) and not isinstance(x, str) and not (isinstance(x, Tensor) and not x.dim())
 
 
 SEQUENCE = Kind("a sequence", _is_sequence, "Put a single one into a tuple.")
-PLAIN: dict[Any, Kind] = {
+PLAIN: dict[object, Kind] = {
     Tensor: Kind("a tensor", _is_tensor, "Make one of numbers by torch.tensor; apply a function to a tree by fa.tree.map."),
     int: Kind("an int", lambda x: isinstance(x, numbers.Integral | torch.SymInt), "Give one whole number."),
     float: Kind("a number", lambda x: isinstance(x, numbers.Real | torch.SymInt | torch.SymFloat), "Give one number."),
@@ -61,12 +61,12 @@ MIXED = "same dtype"  # part of torch's message for operands of different dtypes
 TREE = Kind("a tree of weights", lambda x: _has_tensors(x), "model.init(key) makes one, and fa.load reads one.")
 
 
-def _has_tensors(x: Any) -> bool:
+def _has_tensors(x: object) -> bool:
     given: Any = x
     return isinstance(x, tuple | list | dict) and any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(given))
 
 
-def kind_of(annotation: Any) -> Kind | None:
+def kind_of(annotation: object) -> Kind | None:
     """The Kind that an annotation requires; None if it accepts anything."""
     if annotation in PLAIN:
         return PLAIN[annotation]
@@ -126,7 +126,7 @@ def door(f: Any = None, *, name: str | None = None) -> Any:
     called = name or f.__name__
 
     @functools.wraps(f)
-    def checked(*args: Any, **options: Any) -> Any:
+    def checked(*args: object, **options: object) -> object:
         if torch.compiler.is_compiling():
             return f(*args, **options)
         try:
@@ -140,7 +140,7 @@ def door(f: Any = None, *, name: str | None = None) -> Any:
     return checked
 
 
-class _Named(functools.partial[Any]):
+class _Named(functools.partial[object]):
     """A function as a default in a signature, printed by name; calling it calls the function."""
 
     def __repr__(self) -> str:
@@ -154,7 +154,7 @@ def _named(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=named)
 
 
-def shown_value(x: Any) -> str:
+def shown_value(x: object) -> str:
     """An argument in a line: functions by name, tensors by dtype and shape, long values by type.
 
     Example:
@@ -190,8 +190,8 @@ def printed(make: F) -> F:
     """
 
     @functools.wraps(make)
-    def call(*args: Any, **options: Any) -> Any:
-        value = make(*args, **options)
+    def call(*args: object, **options: object) -> Any:
+        value: Any = make(*args, **options)
         if torch.compiler.is_compiling():
             return value
         shown = [*map(shown_value, args), *(f"{name}={shown_value(x)}" for name, x in options.items())]
@@ -200,13 +200,31 @@ def printed(make: F) -> F:
     return call  # pyright: ignore[reportReturnType]
 
 
+def reprinted(cls: C) -> C:
+    """A NamedTuple whose `_replace` clears its field `text`, unless it replaces that field too.
+
+    A value with another field is no longer what the printed call made.
+
+    Example:
+        >>> @reprinted
+        ... class Scaled(NamedTuple):
+        ...     by: float
+        ...     text: str = ""
+        >>> Scaled(2.0, "scaled(2.0)")._replace(by=3.0)
+        Scaled(by=3.0, text='')
+    """
+    replace: Callable[..., object] = cls._replace  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(cls, "_replace", lambda self, **fields: replace(self, **({"text": ""} if fields else {}) | fields))
+    return cls
+
+
 def made(cls: C) -> C:
     """A dataclass whose constructor explains wrong arguments like `door`."""
     cls.__init__ = door(cls.__init__, name=cls.__name__)
     return cls
 
 
-def _explain(called: str, f: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], error: Exception) -> None:
+def _explain(called: str, f: Callable[..., object], args: tuple[object, ...], options: dict[str, object], error: Exception) -> None:
     """Raise a TypeError of the library where the arguments explain the error; else return."""
     signature = inspect.signature(f)
     try:
@@ -233,7 +251,7 @@ def _explain(called: str, f: Callable[..., Any], args: tuple[Any, ...], options:
             raise TypeError(errors.form(called, key, "of one floating dtype", got, remedy)) from error
 
 
-def _dtypes(node: Any, path: str) -> dict[torch.dtype, str]:
+def _dtypes(node: object, path: str) -> dict[torch.dtype, str]:
     """The floating dtypes in a tree with their first paths, quantized records left out."""
     if isinstance(node, Tensor):
         return {node.dtype: path} if node.is_floating_point() else {}
@@ -246,13 +264,13 @@ def _dtypes(node: Any, path: str) -> dict[torch.dtype, str]:
     return found
 
 
-def uncalled(value: Any, *args: Any, **options: Any) -> NoReturn:
+def uncalled(value: object, *args: object, **options: object) -> NoReturn:
     """`__call__` that raises, for a value that is not a function, such as the sampler `greedy`."""
     wanted, got = "passed as it is", f"a call with ({', '.join(map(what_is, args))})"
     errors.fail(type(value).__name__, "the value", wanted, got, "It is made already: leave the brackets out.", TypeError)
 
 
-def what_is(x: Any) -> str:
+def what_is(x: object) -> str:
     """A value in a few words, for messages."""
     if isinstance(x, Tensor):
         return f"a {'nested ' * x.is_nested}tensor {x.dtype} {errors.shape(x) if not x.is_nested else ''}".rstrip()

@@ -35,7 +35,7 @@ def printable(text: str) -> str:
     return text.translate(WRITTEN)
 
 
-def fail(function: str, argument: str, wanted: str, got: Any, remedy: str, kind: type[Exception] = ValueError) -> NoReturn:
+def fail(function: str, argument: str, wanted: str, got: object, remedy: str, kind: type[Exception] = ValueError) -> NoReturn:
     """Raise `function: argument should be wanted, got got. remedy`, control characters escaped.
 
     Example:
@@ -46,7 +46,7 @@ def fail(function: str, argument: str, wanted: str, got: Any, remedy: str, kind:
     raise kind(form(function, argument, wanted, got, remedy))
 
 
-def form(function: str, argument: str, wanted: str, got: Any, remedy: str) -> str:
+def form(function: str, argument: str, wanted: str, got: object, remedy: str) -> str:
     """The text of an error."""
     shown = f"{got}"
     # such as a tree of parameters passed for a number
@@ -54,19 +54,19 @@ def form(function: str, argument: str, wanted: str, got: Any, remedy: str) -> st
     return printable(f"{function}: {argument} should be {wanted}, got {shown}. {remedy}")
 
 
-def is_decoder(function: str, model: Any) -> None:
+def is_decoder(function: str, model: object) -> None:
     """Raise TypeError if `model` is not a model, such as the parameters."""
     if not hasattr(model, "hidden") or not hasattr(model, "logits"):
         remedy = "Make it with fa.decoder(config); arguments come in the order key, model, params, data."
         fail(function, "model", "from fa.decoder", f"a {type(model).__name__}", remedy, TypeError)
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: object) -> bool:
     """Whether a value is a Python int, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def stops(function: str, stop: Any) -> None:
+def stops(function: str, stop: object) -> None:
     """Raise TypeError if `stop` is not a collection of token ids."""
     if not isinstance(stop, Collection) or not all(is_int(id) and -(2**63) <= id < 2**63 for id in stop):
         fail(function, "stop", "ids as ints", repr(stop), "Stop strings belong to fa.stream, where the tokenizer is.", TypeError)
@@ -77,7 +77,7 @@ def shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def is_distributed(x: Any) -> bool:
+def is_distributed(x: object) -> bool:
     """True for a DTensor, a sharded tensor: computations expect the local shard or the whole."""
     # Importing it is a third of the import time of torch; if it is not imported there are no
     # DTensors.
@@ -96,7 +96,7 @@ def on_one_device(function: str, tensors: Iterable[Tensor]) -> None:
         fail(function, "its tensors", "on one device", " and ".join(sorted(devices)), "Move them to one.")
 
 
-def whole(function: str, argument: str, leaves: Iterable[Any], remedy: str) -> None:
+def whole(function: str, argument: str, leaves: Iterable[object], remedy: str) -> None:
     """Raise TypeError where one of the leaves is a DTensor."""
     if any(is_distributed(leaf) for leaf in leaves):
         fail(function, argument, "of tensors of this process", "a DTensor", remedy, TypeError)

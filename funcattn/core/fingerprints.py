@@ -8,10 +8,12 @@ longer than a layer, so the comparison is done by built-ins in C.
 from collections.abc import Callable, Sequence
 from itertools import chain, compress
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import ref
 
 from torch import Tensor
+
+from ..records import Tree
 
 _version = attrgetter("_version")
 _needs_gradient = attrgetter("requires_grad")
@@ -42,10 +44,10 @@ class Fingerprint:
         other (test_fingerprints.py).
     """
 
-    def __init__(self, tree: Any, gone: Callable[[], object]) -> None:
+    def __init__(self, tree: Tree, gone: Callable[[], object]) -> None:
         self.levels: list[_Level] | None = []
         found: list[Tensor] = []
-        level: list[Any] = [tree]
+        level: list[Tree] = [tree]
         while level:
             is_leaf = [isinstance(x, Tensor) for x in level]
             is_node = [isinstance(x, tuple) for x in level]
@@ -60,12 +62,12 @@ class Fingerprint:
         self.versions = list(map(_version, compress(found, self.has_version)))
         self.alive = [ref(leaf, lambda _: gone()) for leaf in found]
 
-    def leaves(self, tree: Any) -> list[Tensor] | None:
+    def leaves(self, tree: Tree) -> list[Tensor] | None:
         """The tensors of the tree if it is the same and unmodified, else None."""
         if self.levels is None:
             return None
         found: list[Tensor] = []
-        level: list[Any] = [tree]
+        level: list[Tree] = [tree]
         for known in self.levels:
             if list(map(type, level)) != known.kinds:
                 return None

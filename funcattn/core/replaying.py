@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils import _python_dispatch as dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .context import ContextValue
 
@@ -46,12 +47,12 @@ class Drawing(TorchFunctionMode):
 class State:
     """Autocast per device, active modes (innermost last), Drawing counts, context."""
 
-    autocast: tuple[tuple[Any, ...], ...]
+    autocast: tuple[tuple[str, torch.dtype, bool, bool], ...]
     functions: tuple[TorchFunctionMode, ...]
-    dispatches: tuple[Any, ...]
+    dispatches: tuple[TorchDispatchMode, ...]
     draws: tuple[tuple[Drawing, int, bool], ...]  # mode, count, and whether the run is a first one
     context: contextvars.Context
-    values: tuple[tuple[ContextValue[Any], Any], ...]
+    values: tuple[tuple[ContextValue[Any], object], ...]
 
     @staticmethod
     def of_now(devices: Iterable[str]) -> "State":
@@ -65,11 +66,11 @@ class State:
         values = tuple((value, value.get()) for value in ContextValue.every)
         return State(tuple(states), modes, _dispatches(), draws, contextvars.copy_context(), values)
 
-    def run(self, f: Callable[..., R], *x: Any) -> R:
+    def run(self, f: Callable[..., R], *x: object) -> R:
         """f(*x) in this state."""
         return self.context.copy().run(self._run, f, x)
 
-    def _run(self, f: Callable[..., R], x: Sequence[Any]) -> R:
+    def _run(self, f: Callable[..., R], x: Sequence[object]) -> R:
         with contextlib.ExitStack() as stack:
             for state in self.autocast:
                 stack.enter_context(torch.autocast(*state))
@@ -108,7 +109,7 @@ def _exchange(count: int, modes: Iterable[TorchFunctionMode]) -> None:
         _push_mode(mode)
 
 
-def _dispatches() -> tuple[Any, ...]:
+def _dispatches() -> tuple[TorchDispatchMode, ...]:
     """The active dispatch modes of the user; torch's (fake tensors, tracers) are left out."""
     if not torch._C._len_torch_dispatch_stack():
         return ()

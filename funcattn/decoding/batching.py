@@ -14,19 +14,20 @@ scheduling).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from .. import caches, collectives, randomness, sampling, transformer, tree
-from ..caches import Branch
+from ..caches import Branch, KVCache
 from ..core import errors
 from ..core.doors import door
-from ..models import Model
+from ..models import Model, Past
 from ..records import ABSENT, is_absent, record
 from ..sampling import Sampler
+from ..tree import Tree
 from .loop import is_stop, prefill
 from .requests import check_prompt
 
@@ -35,12 +36,12 @@ from .requests import check_prompt
 class Slot(NamedTuple):
     """The decoding state of one text; in `Slots` every leaf has a leading axis B."""
 
-    cache: Any  # of this slot alone: the tokens read after the shared prefix
+    cache: KVCache  # of this slot alone: the tokens read after the shared prefix
     logits: Tensor  # (V,), of the next token
     key: Tensor  # int64 (2,)
     drawn: Tensor  # int64 (), tokens drawn so far
     left: Tensor  # int64 (), tokens that may still be drawn; 0 in a free slot
-    state: Any  # sampler state
+    state: Tree  # sampler state
 
 
 @record
@@ -51,8 +52,8 @@ class Slots(NamedTuple):
     """
 
     slots: Slot
-    prefix: Any
-    empty: Any
+    prefix: Past
+    empty: KVCache
 
     @property
     def busy(self) -> Tensor:
@@ -74,7 +75,9 @@ class Served(NamedTuple):
 
 
 @door
-def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler = sampling.greedy, prefix: Any = ABSENT) -> Slots:
+def idle(
+    model: Model, params: Tree, past: KVCache, count: int, *, sampler: Sampler = sampling.greedy, prefix: Past = ABSENT
+) -> Slots:
     """B free slots.
 
     Args:
@@ -100,7 +103,7 @@ def idle(model: Model, params: Any, past: Any, count: int, *, sampler: Sampler =
 def enter(
     key: Tensor,
     model: Model,
-    params: Any,
+    params: Tree,
     prompt: Tensor,
     slots: Slots,
     slot: int,
@@ -143,7 +146,7 @@ def enter(
         got, remedy = f"{len(prompt)} and {steps} for room of {room}", "Make the slots of a larger past."
         errors.fail("enter", "prompt and steps", "as many tokens as a slot has room for", got, remedy)
     logits, cache = prefill(model, params, prompt, _behind(slots.prefix, before.cache), room=None, chunk=chunk)
-    cache = cache if is_absent(slots.prefix) else cache.tail
+    cache = cache.tail if isinstance(cache, Branch) and not is_absent(slots.prefix) else cache
     left = torch.full_like(before.left, steps)
     state = sampling.begin(sampler, logits)
     _check_sampler("enter", state, before.state)
@@ -154,7 +157,7 @@ def enter(
 
 @door
 def step(
-    model: Model, params: Any, slots: Slots, *, sampler: Sampler = sampling.greedy, stop: Sequence[int] = ()
+    model: Model, params: Tree, slots: Slots, *, sampler: Sampler = sampling.greedy, stop: Sequence[int] = ()
 ) -> tuple[Served, Slots]:
     """One decode step: draw a token in every busy slot, and read it unless it was the last.
 
@@ -195,7 +198,7 @@ def leave(slots: Slots, slot: int) -> Slots:
     return slots._replace(slots=one._replace(cache=cache, left=torch.where(here, 0, one.left)))
 
 
-def _check_sampler(function: str, state: Any, held: Any) -> None:
+def _check_sampler(function: str, state: Tree, held: Tree) -> None:
     """Fail where a sampler's state does not have the shapes of the state in the slots."""
     given, kept = ([errors.shape(leaf) for leaf in tree.leaves(each)] for each in (state, held))
     if given != kept:
@@ -203,11 +206,11 @@ def _check_sampler(function: str, state: Any, held: Any) -> None:
         errors.fail(function, "sampler", f"that of idle, with a state of {kept}", given, remedy)
 
 
-def _behind(prefix: Any, cache: Any) -> Any:
+def _behind(prefix: Past, cache: KVCache) -> KVCache:
     return cache if is_absent(prefix) else Branch(prefix, cache)
 
 
-def _put(stacked: Any, before: Any, after: Any, slot: int) -> Any:
+def _put(stacked: Tree, before: Tree, after: Tree, slot: int) -> Tree:
     """The stacked tree with one row replaced; leaves that are identical in both are not copied."""
     index = torch.tensor([slot], device=stacked.left.device)
     put = lambda rows, old, new: rows if new is old else rows.index_copy(0, index, new.unsqueeze(0))

@@ -10,18 +10,20 @@ Running beams are kept by the greatest log P, finished ones by the greatest scor
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from .. import caches, progress, randomness, sampling, tree
+from ..caches import KVCache
 from ..core import errors
 from ..core.doors import door
-from ..models import Model
+from ..models import Model, Past
 from ..records import ABSENT, record
 from ..sampling import Sampler
+from ..tree import Tree
 from .generation import generate
 from .loop import all_rows, begun, hidden_along, is_stop, prefill, until_stop
 from .requests import Request, check_numbers
@@ -43,9 +45,9 @@ class Texts(NamedTuple):
 @door
 def beam_search(
     model: Model,
-    params: Any,
+    params: Tree,
     prompt: Tensor,
-    cache: Any = ABSENT,
+    cache: Past = ABSENT,
     *,
     steps: int,
     beams: int = 4,
@@ -104,7 +106,7 @@ def beam_search(
     past = caches.commit(caches.fork_many(prefix, delta, steps), delta)
     states, logits, past = tree.map(lambda leaf: leaf.expand(beams, *leaf.shape), (states, logits, past))
 
-    def read(token: Tensor, past: Any) -> tuple[Tensor, Any]:
+    def read(token: Tensor, past: KVCache) -> tuple[Tensor, KVCache]:
         x, delta = model.hidden(params, token.reshape(1), past)
         return model.logits(params, x[-1]), caches.commit(past, delta)
 
@@ -155,9 +157,9 @@ def beam_search(
 def best_of(
     key: Tensor,
     model: Model,
-    params: Any,
+    params: Tree,
     prompt: Tensor,
-    cache: Any = ABSENT,
+    cache: Past = ABSENT,
     *,
     n: int,
     steps: int,
@@ -205,7 +207,7 @@ def best_of(
 
 @door
 def contrastive(
-    model: Model, params: Any, cache: Any, logits: Tensor, *, alpha: float | Tensor = 0.1, beta: float | Tensor = 0.5
+    model: Model, params: Tree, cache: KVCache, logits: Tensor, *, alpha: float | Tensor = 0.1, beta: float | Tensor = 0.5
 ) -> Sampler:
     """Contrastive decoding: a sampler that weighs an expert's logits against a weaker model's.
 
@@ -229,7 +231,7 @@ def contrastive(
     return sampling.chain(sampling.min_p(alpha), sampling.guidance(1 + beta, model, params, cache, logits))
 
 
-def _all_but_last(request: Request) -> Any:
+def _all_but_last(request: Request) -> Past:
     """The cache of the prompt without its last token, which each text reads itself."""
     prompt = request.prompt[:-1]
     return prefill(request.model, request.params, prompt, request.cache, room=0).cache if len(prompt) else request.cache
@@ -243,18 +245,18 @@ def _rated(score: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     return rated
 
 
-def _allowed(sampler: Sampler, logits: Tensor, state: Any) -> Tensor:
+def _allowed(sampler: Sampler, logits: Tensor, state: Tree) -> Tensor:
     """The sampler's log-probabilities (V,): -inf everywhere, not NaN, where it allows no token."""
     left, _ = sampler.update(logits if logits.dtype == torch.float64 else logits.float(), state)
     return sampling.composition.normalized(left)
 
 
-def _chosen(value: Any, parent: Tensor) -> Any:
+def _chosen(value: Tree, parent: Tensor) -> Tree:
     """States or caches of the selected beams; a leaf expanded over the beams stays expanded."""
     return tree.map(lambda leaf: leaf if leaf.stride(0) == 0 else leaf.index_select(0, parent), value)
 
 
-def _unmapped(value: Any) -> tuple[Any, Any]:
+def _unmapped(value: Tree) -> tuple[Tree, Tree]:
     """The in_axes of a vmap over beams, and the value with its common leaves unmapped.
 
     A leaf that all beams have in common is stored and read once. It is recognized by its stride: a
@@ -273,7 +275,7 @@ def _check_numbers(step: int, logits: Tensor, log_p: Tensor, total: Tensor) -> N
         errors.fail("beam_search", f"what the sampler leaves in step {step}", "numbers or -inf", "NaN or +inf", remedy)
 
 
-def _check_penalty(length_penalty: Any, steps: int) -> None:
+def _check_penalty(length_penalty: object, steps: int) -> None:
     """Fail where a length to the power of length_penalty overflows float32."""
     number = isinstance(length_penalty, int | float)
     if not number or not abs(length_penalty) * math.log(max(steps, 2)) < math.log(torch.finfo(torch.float32).max):

@@ -11,13 +11,24 @@ Law: the pieces returned, joined, are the decoded text (test_detokenization.py).
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 # Decoders that read one token, its neighbour or runs of byte tokens; and those that may follow a
 # decoder that joins all tokens.
 STEPWISE = {"ByteLevel", "WordPiece", "Metaspace", "BPEDecoder", "CTC", "Fuse", "ByteFallback", "Strip", "Replace"}
 BEHIND = {"Metaspace", "Fuse", "Strip", "Replace"}
+
+
+class Detokenizer(Protocol):
+    """Decodes ids to text: a tokenizer of funcattn, of transformers, or another.
+
+    A backend (`decoding_of`), `stop` and `special_tokens` are read where it has them.
+    """
+
+    def decode(self, ids: list[int], /) -> str:
+        """The text of ids, special tokens left out."""
+        ...
 
 
 class Decoding(NamedTuple):
@@ -27,7 +38,7 @@ class Decoding(NamedTuple):
     probe: tuple[int, ...]  # a byte token that completes no valid run of bytes
 
 
-def decoding_of(tokenizer: Any) -> Decoding:
+def decoding_of(tokenizer: Detokenizer | None) -> Decoding:
     """How a tokenizer (funcattn's or transformers') decodes.
 
     A tokenizer of which only `decode` is known is assumed to decode bytes as UTF-8.
@@ -65,7 +76,7 @@ class StreamedText:
             are searched in the text with them.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Detokenizer | None, stop_strings: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop_strings = tokenizer, tuple(stop_strings)
         self.special = getattr(tokenizer, "special_tokens", {}) if self.stop_strings else {}
         self.decoding = decoding_of(tokenizer)
@@ -101,25 +112,29 @@ class StreamedText:
         """The withheld text up to a stop string, where no token follows."""
         if self.tokenizer is None:
             return ""
-        self._hold(self.tokenizer.decode(self.ids)[self.told :], True)
+        self._hold(self._decode(self.ids)[self.told :], True)
         return self._given(min((place for s in self.stop_strings if (place := self.held.find(s)) >= 0), default=len(self.held)))
 
+    def _decode(self, ids: list[int]) -> str:
+        assert self.tokenizer is not None  # without one, add and finish return before
+        return self.tokenizer.decode(ids)
+
     def _pending(self) -> str:
-        return self.tokenizer.decode(self.ids[self.begin :])[self.known :]
+        return self._decode(self.ids[self.begin :])[self.known :]
 
     def _advance(self) -> bool:
         """Add the text of the tokens after `read` to the withheld text, if it is final."""
         if not self.decoding.stepwise:
             return False
-        text = self.tokenizer.decode(self.ids[self.begin :])
+        text = self._decode(self.ids[self.begin :])
         if text.endswith(UNFINISHED):
             return False
         probe = list(self.decoding.probe)
-        if probe and not self.tokenizer.decode(self.ids[self.begin :] + probe).startswith(text):
+        if probe and not self._decode(self.ids[self.begin :] + probe).startswith(text):
             return False
         self._hold(text[self.known :], True)
         self.told += len(text) - self.known
-        alone = len(self.tokenizer.decode(self.ids[self.read :]))
+        alone = len(self._decode(self.ids[self.read :]))
         if alone:  # decode from a token before read: decoders alter the first one
             self.begin, self.known = self.read, alone
         else:
@@ -138,7 +153,7 @@ class StreamedText:
         return given
 
 
-def text_of(tokenizer: Any, tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
+def text_of(tokenizer: Detokenizer | None, tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
     """The text of all tokens up to the first stop string, as a stream gives it."""
     text, found = StreamedText(tokenizer, stop_strings), []
     for token in tokens:

@@ -6,16 +6,17 @@ never writes into the cache that it is given: new tokens go into a tail of their
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import progress, sampling
+from ..caches import KVCache
 from ..core.doors import door
-from ..models import Model
+from ..models import Model, Past
 from ..records import ABSENT
 from ..sampling import Sampler
+from ..tree import Tree
 from .loop import decode, drawing, prefill
 from .requests import Request
 
@@ -24,16 +25,16 @@ from .requests import Request
 def generate(
     key: Tensor,
     model: Model,
-    params: Any,
+    params: Tree,
     prompt: Tensor,
-    cache: Any = ABSENT,
+    cache: Past = ABSENT,
     *,
     steps: int,
     sampler: Sampler = sampling.greedy,
     stop: Sequence[int] = (),
     prompt_length: Tensor | None = None,
     chunk: int = 512,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, KVCache]:
     """Continue a prompt by `steps` tokens: prefill, then one decode step a token.
 
     Args:

@@ -11,15 +11,17 @@ Beam search and continuous batching have loops of their own around the same `pre
 """
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import caches, randomness, sampling, transformer
+from ..caches import Delta, KVCache
 from ..core import errors
 from ..core.autograd import has_tangent, transforming
-from ..models import Model
+from ..models import Model, Past
+from ..tree import Tree
 from .requests import Request, check_numbers
 
 
@@ -27,7 +29,7 @@ class Start(NamedTuple):
     """The result of prefill: logits (V,) after the last token of the prompt, and its cache."""
 
     logits: Tensor
-    cache: Any
+    cache: KVCache
 
 
 class Text(NamedTuple):
@@ -46,10 +48,10 @@ class Text(NamedTuple):
     tokens: Tensor
     kept: Tensor | int
     last: Tensor
-    cache: Any
+    cache: KVCache
     left: Tensor | None
     done: Tensor
-    state: Any
+    state: Tree
 
 
 class Choice(NamedTuple):
@@ -67,8 +69,8 @@ class Choice(NamedTuple):
     tokens: Tensor
     kept: Tensor | int
     last: Tensor
-    delta: Any
-    settle: Callable[[Any, Tensor], Any]
+    delta: Delta
+    settle: Callable[[Any, Tensor], Tree]  # of kept as the loop has it, an int or a tensor
 
 
 class Chooser(NamedTuple):
@@ -80,7 +82,7 @@ class Chooser(NamedTuple):
         length: N, how many tokens are drafted in a round.
     """
 
-    first: Callable[[Tensor], tuple[Tensor, Any]]
+    first: Callable[[Tensor], tuple[Tensor, Tree]]
     follow: Callable[[int, Text], Choice]
     length: int = 0
 
@@ -91,9 +93,9 @@ Listener = Callable[[list[int]], tuple[int, bool]]
 
 def prefill(
     model: Model,
-    params: Any,
+    params: Tree,
     prompt: Tensor,
-    cache: Any,
+    cache: Past,
     *,
     room: int | None,
     prompt_length: Tensor | None = None,
@@ -108,7 +110,8 @@ def prefill(
         chunk: tokens that are read at a time.
     """
     T = prompt.shape[0]
-    first, last, after = transformer.first_chunk(model, cache, T, chunk), None, cache
+    # The first chunk makes a cache where there is none.
+    first, last, after = transformer.first_chunk(model, cache, T, chunk), None, cast(KVCache, cache)
     for begin in (0, *range(first, T, chunk)):
         piece = prompt[begin : begin + (chunk if begin else first)]
         where = transformer.places(model, cache, begin, begin + len(piece), prompt_length)
@@ -170,7 +173,7 @@ def drawing(request: Request, key: Tensor) -> Chooser:
     model, params, sampler, stop = request.model, request.params, request.sampler, request.stop
     keys = randomness.split(key, max(request.steps, 1))
 
-    def draw(n: int, logits: Tensor, state: Any, goes_on: Tensor | None) -> tuple[Tensor, Any]:
+    def draw(n: int, logits: Tensor, state: Tree, goes_on: Tensor | None) -> tuple[Tensor, Tree]:
         check_numbers(request.verb, f"the logits of step {n}", logits)
         return sampling.draw(keys[n], sampler, logits, state, wanted=goes_on)
 
@@ -188,13 +191,13 @@ def drawing(request: Request, key: Tensor) -> Chooser:
     return Chooser(lambda logits: draw(0, logits, begun(request, logits), None), follow)
 
 
-def begun(request: Request, logits: Tensor) -> Any:
+def begun(request: Request, logits: Tensor) -> Tree:
     """The state of the request's sampler after it has observed the prompt."""
     sampler = request.sampler
     return sampling.observe_prompt(sampler, request.prompt, sampling.begin(sampler, logits), length=request.prompt_length)
 
 
-def append(model: Model, params: Any, cache: Any, delta: Any, n: Tensor | int) -> Any:
+def append(model: Model, params: Tree, cache: KVCache, delta: Delta, n: Tensor | int) -> KVCache:
     """Commit the first n tokens of a delta to the loop's cache, in place where that is possible.
 
     Where rotary angles follow the length of the text, its rows are then recomputed
@@ -203,13 +206,13 @@ def append(model: Model, params: Any, cache: Any, delta: Any, n: Tensor | int) -
     return transformer.renewed(model, params, commit_owned(cache, delta, n))
 
 
-def commit_owned(cache: Any, delta: Any, n: Tensor | int) -> Any:
+def commit_owned(cache: KVCache, delta: Delta, n: Tensor | int) -> KVCache:
     """Commit to a cache that has no other user: in place outside transforms, else out of place."""
     seen = transforming() or has_tangent(cache, delta) or torch.compiler.is_compiling()
     return caches.commit(cache, delta, n) if seen else caches.commit_donated(cache, delta, n)
 
 
-def hidden_along(model: Model, params: Any, tokens: Tensor, cache: Any) -> Tensor:
+def hidden_along(model: Model, params: Tree, tokens: Tensor, cache: Past) -> Tensor:
     """The hidden states (*lead, T, E) of tokens read one after the other behind this cache.
 
     They are computed in one forward pass where each token attends to all before it. Behind a cache

@@ -2,15 +2,15 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from .. import caches, collectives
 from ..core import errors
-from ..models import Model
+from ..models import Model, Past
 from ..records import is_absent
 from ..sampling import Sampler
+from ..tree import Tree
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Request:
 
     verb: str
     model: Model
-    params: Any
+    params: Tree
     prompt: Tensor
-    cache: Any
+    cache: Past
     steps: int
     sampler: Sampler
     stop: Collection[int] = ()
     prompt_length: Tensor | None = None
     chunk: int = 512
 
-    def checked(self, **values: Any) -> "Request":
+    def checked(self, **values: object) -> "Request":
         """The request, validated; its arguments must agree on all processes of a mesh.
 
         Args:
@@ -67,7 +67,7 @@ class Request:
             wanted = f"between 1 and the {self.prompt.shape[0]} tokens of the prompt"
             errors.fail(self.verb, "prompt_length", wanted, errors.peek(length), "Count the tokens before the padding.")
 
-    def _agree(self, values: dict[str, Any]) -> None:
+    def _agree(self, values: dict[str, object]) -> None:
         """Fail where processes of one mesh have different arguments or cache lengths."""
         given = {"prompt": self.prompt, "cache": () if is_absent(self.cache) else self.cache.length, "steps": self.steps}
         given |= {"prompt_length": self.prompt_length, "stop": tuple(self.stop), "chunk": self.chunk}
@@ -75,7 +75,7 @@ class Request:
         collectives.agree(self.verb, given | values, self.params)
 
 
-def check_model(verb: str, model: Any, sampler: Any) -> None:
+def check_model(verb: str, model: object, sampler: object) -> None:
     """Fail where an argument is not a model or not a sampler."""
     errors.is_decoder(verb, model)
     if not isinstance(sampler, Sampler):
@@ -83,7 +83,7 @@ def check_model(verb: str, model: Any, sampler: Any) -> None:
         errors.fail(verb, "sampler", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
 
 
-def check_prompt(verb: str, prompt: Any) -> None:
+def check_prompt(verb: str, prompt: object) -> None:
     """Fail where a prompt is not one sequence (T,) of at least one token."""
     if not isinstance(prompt, Tensor) or prompt.dim() != 1:
         got = errors.shape(prompt) if isinstance(prompt, Tensor) else f"a {type(prompt).__name__}"

@@ -7,16 +7,17 @@ the cache with it, ends at the last token of a stop string, also in the middle o
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from .. import sampling
+from ..caches import KVCache
 from ..core import errors
-from ..models import Model
+from ..models import Model, Past
 from ..records import ABSENT
 from ..sampling import Sampler
-from .detokenization import StreamedText
+from ..tree import Tree
+from .detokenization import Detokenizer, StreamedText
 from .loop import decode, drawing, prefill
 from .requests import Request
 
@@ -31,19 +32,19 @@ class Streamed:
 
     text: str
     tokens: tuple[int, ...]
-    cache: Any
+    cache: KVCache
     ended: bool
 
 
 def stream(
     key: Tensor,
     model: Model,
-    params: Any,
+    params: Tree,
     prompt: Tensor,
-    cache: Any = ABSENT,
+    cache: Past = ABSENT,
     *,
     steps: int,
-    tokenizer: Any = None,
+    tokenizer: Detokenizer | None = None,
     sampler: Sampler = sampling.greedy,
     stop: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
@@ -93,7 +94,7 @@ class Heard:
         stop_strings: texts that end it.
     """
 
-    def __init__(self, tokenizer: Any, steps: int, stop: Collection[int], stop_strings: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Detokenizer | None, steps: int, stop: Collection[int], stop_strings: Sequence[str]) -> None:
         self.text, self.steps, self.stop = StreamedText(tokenizer, stop_strings), steps, stop
         self.tokens: list[int] = []
         self.pieces: list[str] = []
@@ -124,7 +125,7 @@ class Heard:
             self.pieces.append(self.text.finish())
 
 
-def check_stop_strings(tokenizer: Any, stop_strings: Sequence[str]) -> None:
+def check_stop_strings(tokenizer: Detokenizer | None, stop_strings: Sequence[str]) -> None:
     """Fail where stop strings are not a sequence of texts, or are given without a tokenizer."""
     if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
         remedy = "Put a single one into a tuple; ids belong to stop."
@@ -133,7 +134,7 @@ def check_stop_strings(tokenizer: Any, stop_strings: Sequence[str]) -> None:
         errors.fail("stream", "tokenizer", "given with stop_strings", None, "Pass the tokenizer that fa.load returned.", TypeError)
 
 
-def ends_of(verb: str, tokenizer: Any, stop: Any) -> Any:
+def ends_of(verb: str, tokenizer: Detokenizer | None, stop: Sequence[int] | None) -> Sequence[int]:
     """The ids that end a text: those given, else the tokenizer's."""
     if tokenizer is not None and not hasattr(tokenizer, "decode"):
         got = f"a {type(tokenizer).__name__}"

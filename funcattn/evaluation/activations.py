@@ -18,7 +18,7 @@ from ..caches import Delta
 from ..core import errors
 from ..core.doors import door
 from ..masks import Mask
-from ..models import Model, written
+from ..models import Model, Past, written
 from ..records import ABSENT
 from ..tree import Tree, predicate
 
@@ -34,7 +34,7 @@ def trace(
     tokens: Tensor,
     where: Where = None,
     *,
-    cache: Any = ABSENT,
+    cache: Past = ABSENT,
     mask: Mask | Tensor | None = None,
     positions: Tensor | None = None,
     changes: Mapping[str, Change] | None = None,
@@ -98,7 +98,7 @@ def patch(
     tokens: Tensor,
     changes: Mapping[str, Change],
     *,
-    cache: Any = ABSENT,
+    cache: Past = ABSENT,
     mask: Mask | Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
@@ -155,7 +155,7 @@ def patched(model: Model, changes: Mapping[str, Change]) -> Model:
     changes = dict(changes)
 
     @functools.wraps(model.hidden)
-    def hidden(params: Tree, tokens: Tensor, cache: Any = ABSENT, **options: Any) -> tuple[Tensor, Delta]:
+    def hidden(params: Tree, tokens: Tensor, cache: Past = ABSENT, **options: Any) -> tuple[Tensor, Delta]:
         outer = taps.listener() or (lambda name, x: x)
         return _hear("patched", lambda: model.hidden(params, tokens, cache, **options), changes, outer)[0]
 

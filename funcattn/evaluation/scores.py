@@ -4,7 +4,7 @@ score_t = log p(tokens[t] | past, tokens[0..t-1])          perplexity = exp(- me
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from .. import collectives, progress, transformer, tree
 from ..core import errors
 from ..core.doors import door
 from ..decoding import hidden_along
-from ..models import Model, config_of
+from ..models import Model, Past, config_of
 from ..records import ABSENT
 from ..rematerialization import remat
 from ..tree import Tree
 
 
 @door
-def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, chunk: int = 512) -> Tensor:
+def score(model: Model, params: Tree, tokens: Tensor, cache: Past = ABSENT, *, chunk: int = 512) -> Tensor:
     """The log-probability of each token given all before it.
 
         score_t = log softmax(logits(cache, tokens[0..t]))[tokens[t + 1]],   t = 0 .. T - 2
@@ -61,7 +61,7 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Any = ABSENT, *, ch
 
 @door
 def score_continuation(
-    model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Any = ABSENT, *, chunk: int = 512
+    model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Past = ABSENT, *, chunk: int = 512
 ) -> Tensor:
     """The log-probability (*lead, N) of each token of a continuation, given all before it.
 
@@ -87,7 +87,7 @@ def score_continuation(
 
 @door
 def score_and_greedy(
-    model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Any = ABSENT, *, chunk: int = 512
+    model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Past = ABSENT, *, chunk: int = 512
 ) -> tuple[Tensor, Tensor]:
     """`score_continuation`, and bool (*lead, N): True where a token is the argmax.
 
@@ -185,7 +185,7 @@ def perplexity(
     return (-torch.cat(parts, -1).mean()).exp()
 
 
-def _hidden(model: Model, params: Tree, inputs: Tensor, last: Tensor, cache: Any) -> Tensor:
+def _hidden(model: Model, params: Tree, inputs: Tensor, last: Tensor, cache: Past) -> Tensor:
     """The residual of inputs (*lead, T, E), in a text that ends with the token `last`.
 
     `last`, which is only scored, counts where rotary angles follow the length of the text.

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from .. import checkpoints, decoding, evaluation, randomness, transformer, tree
+from ..checkpoints.tokenizer.tokenizer import Tokenizer
 from ..core import errors
-from ..models import Model
+from ..models import Model, Past
 from ..records import ABSENT, is_absent
+from ..tree import Tree
 from .harness_options import HARMLESS, LIMITS, STEPS, check_options, sampler_of
 
 
@@ -34,7 +36,7 @@ class LMEvalAdapter:
         seed: of the random key for tasks that sample.
     """
 
-    def __init__(self, model: Model, params: Any, tokenizer: Any, *, context: int, chunk: int = 512, seed: int = 0) -> None:
+    def __init__(self, model: Model, params: Tree, tokenizer: Tokenizer, *, context: int, chunk: int = 512, seed: int = 0) -> None:
         super().__init__()
         if tokenizer is None:
             errors.fail("lm_eval_model", "tokenizer", "given", None, "The harness asks in text: load a model with its tokenizer.")
@@ -171,7 +173,7 @@ class LMEvalAdapter:
         key = randomness.key(self.seed).to(prompt.device)  # not used, since no token is sampled
         return decoding.generate(key, self.model, self.params, prompt, steps=0, chunk=self.chunk)[1]
 
-    def _foretold(self, before: tuple[int, ...], after: tuple[int, ...], past: Any) -> tuple[float, bool]:
+    def _foretold(self, before: tuple[int, ...], after: tuple[int, ...], past: Past) -> tuple[float, bool]:
         with torch.no_grad():
             before_after = self._tensor(before), self._tensor(after)
             scores, likeliest = evaluation.score_and_greedy(self.model, self.params, *before_after, past, chunk=self.chunk)
@@ -197,7 +199,7 @@ def rolling(length: int, context: int) -> list[evaluation.Window]:
 
 
 def lm_eval_model(
-    model: Model, params: Any, tokenizer: Any, *, context: int, chunk: int = 512, seed: int = 0
+    model: Model, params: Tree, tokenizer: Tokenizer, *, context: int, chunk: int = 512, seed: int = 0
 ) -> Any:  # an lm_eval.api.model.LM, which this library does not depend on
     """A model for the harness: `lm_eval.simple_evaluate(lm_eval_model(...), tasks=[...])`.
 

@@ -23,7 +23,7 @@ NEUTRAL = {
 HARMLESS = {"batch_size", "max_batch_size", "trust_remote_code", "use_fast_tokenizer", "low_cpu_mem_usage"}  # of model_args
 
 
-def check_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, object]) -> None:
     """Raise for an option that is not implemented."""
     known = {"until", *LIMITS, *SAMPLING}
     wrong = [name for name, value in options.items() if name not in known and (name not in NEUTRAL or value != NEUTRAL[name])]

@@ -65,14 +65,14 @@ def _attend(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    cache: Any = None,
+    cache: object = None,
     sinks: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     seq_idx: Tensor | None = None,
     indices: Tensor | None = None,
     output_attentions: bool | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of q (B, H, T, D), k, v (B, K, S, D): out (B, T, H, D), weights (B, H, T, S).
 

@@ -30,7 +30,7 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
     """
     params = {name: p.detach() for name, p in module.named_parameters()}
 
-    def apply(params: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def apply(params: dict[str, Tensor], *args: object, **kwargs: object) -> Any:
         buffers = {name: b.clone() for name, b in module.named_buffers()}
         return functional_call(module, (params, buffers), args, kwargs)
 

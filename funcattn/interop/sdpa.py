@@ -177,7 +177,7 @@ def dropout_key(rate: float) -> Tensor | None:
     return next((mode for mode in reversed(modes) if isinstance(mode, Override)), Override(None)).draw(rate)
 
 
-def _visible(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Any, Tensor | None]:
+def _visible(attn_mask: Tensor | Mask | None, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Any, Tensor | None]:
     """attn_mask and is_causal of torch as a mask and a bias."""
     diagonal = "upper" if is_causal else ""
     if isinstance(attn_mask, Tensor) and type(attn_mask) not in (Tensor, torch.nn.Parameter):
@@ -208,7 +208,7 @@ def _visible(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tup
     return mask, bias
 
 
-def _rebound(function: Any, **others: Any) -> Callable[..., Any]:
+def _rebound(function: Callable[..., Any], **others: object) -> Callable[..., Any]:
     """A copy of a torch function with some globals replaced.
 
     Its globals have no `__name__`, by which Dynamo would look names up in torch's module.
@@ -219,7 +219,7 @@ def _rebound(function: Any, **others: Any) -> Callable[..., Any]:
     return copy
 
 
-def _never(*_: Any) -> bool:
+def _never(*_: object) -> bool:
     """In place of has_torch_function, since the mode has intercepted the call already."""
     return False
 

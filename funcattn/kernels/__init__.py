@@ -29,7 +29,8 @@ from .rings import join_over, merge_over, places, ring, unzigzag, zigzag
 from .score_mod import attention_with_score
 
 # Aliases: earlier names, kept for compatibility.
-Part, attend_parts = KVSegment, attend_segments
+Part = KVSegment
+attend_parts = attend_segments
 
 __all__ = [
     "attend",

@@ -19,6 +19,7 @@ from .request import Kernel, Request
 _forced: ContextValue[str | Kernel | None] = ContextValue("kernel", None)
 
 REGISTRY: tuple[Kernel, ...] = (  # in order of preference
+    entry.NATIVE,
     sdpa.SDPA,
     entry.TRITON_KERNEL,
     entry.FLASH,

@@ -134,8 +134,12 @@ def attend_segments(
     A fold of `attend` and `merge`, with log-sum-exps in twice the precision. For a few queries, as
     in a decode step, it is one softmax over all logits: linear memory where T is small, a dozen
     operations, every transform. A key that a query does not see changes nothing for it, even if it
-    is NaN: where values are concrete and the result of the one softmax is not finite, segments are
-    attended to one by one instead; compiled code zeroes hidden keys before it multiplies.
+    is NaN: under autograd and transforms hidden pairs are left out of the sums; elsewhere on the
+    CPU, if the result of the one softmax is not finite, segments are attended to one by one
+    instead; compiled code zeroes hidden keys before it multiplies. The exception is eager code on
+    another device, outside autograd and transforms, for at most FEW queries: a hidden *value* that
+    is NaN or infinite gives NaN there, since to look for it would wait for the device. The caches
+    of this library zero such rows.
 
     Args:
         q: (*lead, H, T, D).
@@ -144,7 +148,8 @@ def attend_segments(
         cap: a soft cap: logits s become cap * tanh(s / cap). Beyond a few queries it is computed by
             `attention_with_score`, in linear memory with exact derivatives.
         sinks: (H,), attention sinks: the logit of one more key per head, whose value is 0.
-        kernel: None chooses; a name or a `Kernel` forces one.
+        kernel: None chooses; a name or a `Kernel` forces one, except with a cap, which no kernel
+            computes.
     """
     for segment in segments:
         check_remembered(segment.k, q.dtype)
@@ -166,7 +171,8 @@ def attend_segments(
 def _is_spoilt(out: Tensor, segments: Sequence[KVSegment]) -> bool:
     """True where keys are hidden and the output is known to hold NaN or infinity.
 
-    A zero weight times a hidden NaN may have caused it.
+    A zero weight times a hidden NaN may have caused it. False off the CPU, where reading the output
+    would wait for the device.
     """
     if out.device.type != "cpu" or all(is_absent(segment.mask) for segment in segments):
         return False

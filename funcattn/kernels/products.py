@@ -3,10 +3,9 @@
     product(x, w)[r, s] = sum_d x[r, d] w[d, s]
 
 Under `vmap`, torch expands an unmapped operand to the size of the batch and calls a batched
-product:
-32 futures that read one cache would copy it 32 times. Here the mapped axis of x becomes more rows
-(and that of w more columns), so the unmapped operand is read in place. The product is bilinear, so
-its derivatives are products again, at every order.
+product: 32 futures that read one cache would copy it 32 times. Here the mapped axis of x becomes
+more rows (and that of w more columns), so the unmapped operand is read in place. The product is
+bilinear, so its derivatives are products again, at every order.
 """
 
 from typing import Any
@@ -64,10 +63,14 @@ class Product(Function):
 
 
 class MaskedSum(Function):
-    """sum_s x[r, s] w[s, d] over the visible pairs (r, s), for x (*lead, R, S), w (*lead, S, D).
+    """A matrix product that leaves hidden pairs out.
 
-    seen is boolean, of the shape of x. Hidden terms are left out, not multiplied by zero: a NaN in
-    a tangent or cotangent reaches only rows that see it.
+        out[r, d] = sum over s with seen[r, s] of x[r, s] w[s, d]
+
+    The arguments are x (*lead, R, S), w (*lead, S, D) and booleans seen (*lead, R, S); out is
+    (*lead, R, D). A hidden term is left out, not multiplied by zero, since 0 * NaN is NaN: a row of
+    w that holds NaN, in the value, a tangent or a cotangent, reaches only the rows r that see it.
+    Derivatives are a MaskedSum with respect to w and a `MaskedDot` with respect to x.
     """
 
     @staticmethod
@@ -111,7 +114,11 @@ class MaskedSum(Function):
 
 
 class MaskedDot(Function):
-    """x[r] . w[s] for visible pairs (r, s), else 0; x (*lead, R, D), w (*lead, S, D)."""
+    """Dot products of visible pairs: out[r, s] = x[r] . w[s] where seen[r, s], else 0.
+
+    The arguments are x (*lead, R, D), w (*lead, S, D) and booleans seen (*lead, R, S); out is
+    (*lead, R, S). It is the derivative of `MaskedSum` with respect to x.
+    """
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, seen: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ def ring(
     if causal and k.shape[-2] != T:
         remedy = "Each device has queries, keys and values of the same tokens."
         errors.fail("ring", "k", f"of the {T} tokens of q", errors.shape(k), remedy)
-    mine = places(T, axis).to(q.device)
-    mask = _seen(mine, axis_index(axis).to(q.device), T // 2, n) if causal else None
+    mine = places(T, axis).to(q.device) if causal else None
+    mask = _seen(mine, axis_index(axis).to(q.device), T // 2, n) if mine is not None else None
     if n == 1:
         return attend(q, k, v, mask, scale=scale, kernel=kernel)
     found = partial(q, k, v, mask, scale=scale, kernel=kernel)
@@ -116,7 +116,7 @@ def ring(
     for step in range(1, n):
         k, v = ppermute(k, axis, pairs), ppermute(v, axis, pairs)
         whose = (axis_index(axis).to(q.device) - step) % n
-        mask = _seen(mine, whose, T // 2, n) if causal else None
+        mask = _seen(mine, whose, T // 2, n) if mine is not None else None
         found = join(found, partial(q, k, v, mask, scale=scale, kernel=kernel))
     return found.attended
 

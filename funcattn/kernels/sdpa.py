@@ -130,21 +130,21 @@ def _why_not_cuda(r: Request) -> str:
 
 def _passed_over(r: Request) -> str:
     if torch.compiler.is_compiling():
-        return "compiled: a derivative may be asked, which cannot be seen from here"
+        return "compiled: whether a derivative follows is unknown"
     if torch._C._is_tracing():
         return "torch.jit traces plain operations"
     if r.q.device.type == "cpu" and torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode looks on, such as FlopCounterMode, which knows no cost of torch's kernel for the CPU"
+        return "a dispatch mode is active, such as FlopCounterMode, which has no formula for torch's CPU kernel"
     if isinstance(r.mask, Mask) and entry.can_run_triton(r):
-        return "to see whether the mask is causal would be to wait for the device"
+        return "testing whether the mask is causal would synchronize the device"
     if isinstance(r.mask, Mask) and not r.causal and r.q.shape[-2] > FEW:
-        return "would hold the mask dense, T x S"
+        return "would materialize the mask, T x S"
     return ""
 
 
 def _passed_over_where_recorded(r: Request) -> str:
     if not torch.compiler.is_compiling() and r.recorded:
-        return "a derivative may be asked: it has no jvp and no second one"
+        return "a derivative may follow: it has no jvp and no second derivative"
     return _passed_over(r)
 
 

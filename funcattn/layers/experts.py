@@ -15,7 +15,6 @@ transformers, arXiv:2101.03961.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +22,8 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from ..core import errors
-from ..core.autograd import closed_jvp, is_recorded
-from .products import linear
+from ..core.autograd import Context, VmapInfo, closed_jvp, is_recorded
+from .products import Weight, linear
 
 
 def route(logits: Tensor, k: int, *, normalized: bool = True) -> tuple[Tensor, Tensor]:
@@ -50,7 +49,7 @@ def route(logits: Tensor, k: int, *, normalized: bool = True) -> tuple[Tensor, T
 
 
 @functools.singledispatch
-def linear_experts(weight: Any, x: Tensor, expert: Tensor) -> Tensor:
+def linear_experts(weight: Weight, x: Tensor, expert: Tensor) -> Tensor:
     """x (N, in) times the matrices weight[expert] of a weight (X, out, in), giving (N, out).
 
     Args:
@@ -96,7 +95,7 @@ def _(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 
 
 @register_flop_formula(torch.ops.funcattn.grouped)
-def _(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+def _(x: Sequence[int], weight: Sequence[int], *_: object, **__: object) -> int:
     return 2 * x[0] * x[1] * weight[1]
 
 
@@ -116,7 +115,7 @@ def _(y: Tensor, x: Tensor, expert: Tensor, X: int) -> Tensor:
 
 
 @register_flop_formula(torch.ops.funcattn.outer_by_group)
-def _(y: Sequence[int], x: Sequence[int], *_: Any, **__: Any) -> int:
+def _(y: Sequence[int], x: Sequence[int], *_: object, **__: object) -> int:
     return 2 * y[0] * y[1] * x[1]
 
 
@@ -135,26 +134,26 @@ class Grouped(Function):
         return _grouped(x, weight, expert)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, expert = ctx.saved_tensors
         dx = Grouped.apply(g, weight.mT, expert) if ctx.needs_input_grad[0] else None
         dw = Outer.apply(g, x, expert, weight.shape[0]) if ctx.needs_input_grad[1] else None
         return dx, dw, None
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None) -> Tensor:
+    def jvp(ctx: Context, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None) -> Tensor:
         x, weight, expert = saved
         moved = [] if dx is None else [Grouped.apply(dx, weight, expert)]
         moved += [] if dw is None else [Grouped.apply(x, dw, expert)]
         return functools.reduce(torch.add, moved)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, expert: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: VmapInfo, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, expert: Tensor) -> tuple[Tensor, int]:
         B = info.batch_size
         x, expert = _rows(x, in_dims[0], B), _rows(expert, in_dims[2], B)
         weight, expert = _matrices(weight, in_dims[1], expert)
@@ -170,27 +169,27 @@ class Outer(Function):
         return _outer(y, x, expert, X)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:3])
         ctx.save_for_forward(*inputs[:3])
         ctx.experts = inputs[3]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         y, x, expert = ctx.saved_tensors
         dy = Grouped.apply(x, g, expert) if ctx.needs_input_grad[0] else None
         dx = Grouped.apply(y, g.mT, expert) if ctx.needs_input_grad[1] else None
         return dy, dx, None, None
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], dy: Tensor | None, dx: Tensor | None, *_: None) -> Tensor:
+    def jvp(ctx: Context, saved: list[Tensor], dy: Tensor | None, dx: Tensor | None, *_: None) -> Tensor:
         y, x, expert = saved
         moved = [] if dy is None else [Outer.apply(dy, x, expert, ctx.experts)]
         moved += [] if dx is None else [Outer.apply(y, dx, expert, ctx.experts)]
         return functools.reduce(torch.add, moved)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], y: Tensor, x: Tensor, expert: Tensor, X: int) -> tuple[Tensor, int]:
+    def vmap(info: VmapInfo, in_dims: tuple[int | None, ...], y: Tensor, x: Tensor, expert: Tensor, X: int) -> tuple[Tensor, int]:
         B = info.batch_size
         y, x, expert = (_rows(t, dim, B) for t, dim in zip((y, x, expert), in_dims, strict=False))
         expert = expert + X * torch.arange(B, device=expert.device).unsqueeze(1)

@@ -8,18 +8,20 @@ this library.
 """
 
 import functools
-from typing import Any
+from typing import TypeAlias
 
 from torch import Tensor
 
 from ..core import errors
 from ..records import is_absent
+from ..tree import Tree
+from .products import Weight
 
-Division = tuple[Any, ...]
+Division: TypeAlias = tuple[str | tuple[str, ...] | None, ...]
 
 
 @functools.singledispatch
-def fields(weight: Any, division: Division) -> Any:
+def fields(weight: Weight, division: Division) -> Tree:
     """A tree like the weight whose leaves are the divisions of its tensors.
 
     Args:

@@ -8,18 +8,17 @@ input of that code, of which no derivative is taken. A record type registers an 
 """
 
 import functools
-from typing import Any
 
 from torch import Tensor
 
 from ..core.tensor_cache import prepared_from
-from .products import BLOCK, Blocks, by_blocks
+from .products import BLOCK, Blocks, Weight, by_blocks
 
 MAX_UNROLLED_VECTORS = 8  # products with a matrix are unrolled up to this: a register each
 
 
 @functools.singledispatch
-def prepare(weight: Any, rows: int) -> Any:
+def prepare(weight: Weight, rows: int) -> Weight:
     """The weight for `linear` with that many vectors at once: itself, or a faster registered form.
 
     A matrix on the CPU that multiplies one vector is stored row-major; one that multiplies 2 to 8

@@ -6,7 +6,7 @@ registers its implementation here, so the decoder does not depend on the types o
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,15 @@ from ..core import errors
 from ..kernels.products import computed
 from ..records import record
 
+# A matrix or vector of a decoder: a tensor, a DTensor, a record that registered with `linear`
+# (quantized, with a low-rank update, in blocks), or `()` where a config lacks it.
+Weight: TypeAlias = Any
+
 BLOCK = 16  # rows of a block: the float32 numbers in a 512-bit vector
 
 
 @functools.singledispatch
-def linear(weight: Any, x: Tensor) -> Tensor:
+def linear(weight: Weight, x: Tensor) -> Tensor:
     """x (*lead, in) times a weight (out, in), giving (*lead, out).
 
     Record types register an implementation with `@linear.register`.
@@ -39,10 +43,10 @@ def _(weight: Tensor, x: Tensor) -> Tensor:
 
 
 # Types with one call for several products, by type.
-together: dict[type, Callable[[Sequence[Any], Tensor], tuple[Tensor, ...]]] = {}
+together: dict[type, Callable[[Sequence[Weight], Tensor], tuple[Tensor, ...]]] = {}
 
 
-def linears(weights: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+def linears(weights: Sequence[Weight], x: Tensor) -> tuple[Tensor, ...]:
     """Several weights times the same x: `linear` of each, or one call for types in `together`.
 
     Args:
@@ -105,7 +109,7 @@ def _(weight: Blocks, x: Tensor) -> Tensor:
 
 
 @functools.singledispatch
-def embed(weight: Any, ids: Tensor) -> Tensor:
+def embed(weight: Weight, ids: Tensor) -> Tensor:
     """Rows of a weight (V, E) at integer ids (*lead,), giving (*lead, E).
 
     Record types register an implementation with `@embed.register`.

@@ -9,13 +9,14 @@ Outside of autograd and torch.func the fast form is called directly.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.autograd import is_recorded
 from ..core.computations import Flat, Whole, batched, pullback, pushforward
+from ..layers import Weight
 from ..rematerialization import Remat
 
 MAX_FAST_ROWS = 16  # rows up to which torch's kernels are faster than expanding the matrix once
@@ -48,7 +49,7 @@ class FastForward(NamedTuple):
         return FastForward(batched(self.plain, mapped, randomness), self.fast)
 
 
-def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Any, x: Tensor) -> Tensor:
+def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Weight, x: Tensor) -> Tensor:
     """plain(*weight, x), computed by fast(*weight, rows) where the kernel supports it.
 
     Args:

@@ -6,14 +6,14 @@ are integers, without derivatives.
 """
 
 import functools
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import errors
-from ..layers import embed, is_vector, linear, prepare, rows_times
+from ..layers import Weight, embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from . import packing
 from .fast import MAX_FAST_ROWS, routed
@@ -113,12 +113,12 @@ RECORDS = (Int8, Int8Dynamic, Int4, Codebook, Fp8, Ternary)
 
 
 @functools.singledispatch
-def expand(weight: Any) -> Tensor:
+def expand(weight: Weight) -> Tensor:
     """The matrix (N, K) of a record in float32; register other types by `@expand.register`."""
     _unknown(weight)
 
 
-def is_quantized(node: Any) -> bool:
+def is_quantized(node: object) -> bool:
     """True for a quantized record: an `is_leaf` for functions of `fa.tree`."""
     return expand.dispatch(type(node)) is not expand.dispatch(object)
 
@@ -126,7 +126,7 @@ def is_quantized(node: Any) -> bool:
 @expand.register(Int8)
 @expand.register(Int8Dynamic)
 @expand.register(Fp8)
-def _(weight: Any) -> Tensor:
+def _(weight: Weight) -> Tensor:
     codes = weight.codes.to(_wide(weight.scale))
     return codes * packing.spread(weight.scale.to(codes.dtype), codes.shape[-1])
 
@@ -168,7 +168,7 @@ def _wide(scale: Tensor) -> torch.dtype:
 # Products and rows.
 
 
-def times(weight: Any, x: Tensor) -> Tensor:
+def times(weight: Weight, x: Tensor) -> Tensor:
     """The plain form: expand the matrix, then F.linear. Derivatives and vmap are those of this."""
     return F.linear(x, expand(weight).to(x.dtype))
 
@@ -176,7 +176,7 @@ def times(weight: Any, x: Tensor) -> Tensor:
 @linear.register(Codebook)
 @linear.register(Fp8)
 @linear.register(Ternary)
-def _(weight: Any, x: Tensor) -> Tensor:
+def _(weight: Weight, x: Tensor) -> Tensor:
     return times(weight, x)
 
 
@@ -225,18 +225,18 @@ def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor 
     return _through(_form_int4(Int4(codes, scale, zero), len(x)), x)
 
 
-def _form_int8(weight: Int8, rows: int) -> Any:
+def _form_int8(weight: Int8, rows: int) -> Weight:
     """The fastest layout for `rows` vectors: tiles or torch's kernel; None for the matrix."""
     tiles = tile_int8(*weight, rows=rows)
     return pack_int8(*weight) if tiles is None and rows <= MAX_FAST_ROWS else tiles
 
 
-def _form_int4(weight: Int4, rows: int) -> Any:
+def _form_int4(weight: Int4, rows: int) -> Weight:
     tiles = tile_int4(*weight, rows=rows)
     return pack_int4(*weight) if tiles is None and rows <= MAX_FAST_ROWS else tiles
 
 
-def _form_dynamic(weight: Int8Dynamic, rows: int) -> Any:
+def _form_dynamic(weight: Int8Dynamic, rows: int) -> Weight:
     """torch's int8 product where a row has one scale, else tiles."""
     packed = pack_dynamic(*weight, rows=rows)
     if packed is not None:
@@ -245,7 +245,7 @@ def _form_dynamic(weight: Int8Dynamic, rows: int) -> Any:
     return None if tiles is None else DynamicTiles(tiles, weight.scale)
 
 
-def _through(form: Any, x: Tensor) -> Tensor | None:
+def _through(form: Weight, x: Tensor) -> Tensor | None:
     if form is None or x.device.type != "cpu":
         return None
     return value(form, x) if isinstance(form, (Tiles, DynamicTiles)) else linear(form, x)
@@ -255,7 +255,7 @@ def _through(form: Any, x: Tensor) -> Tensor | None:
 
 
 @prepare.register
-def _(weight: Int8, rows: int) -> Any:
+def _(weight: Int8, rows: int) -> Weight:
     form = _form_int8(weight, rows)
     # One vector is products and sums (see linear) rather than torch's kernel.
     by_rows = isinstance(form, PackedInt8) and rows == 1
@@ -263,13 +263,13 @@ def _(weight: Int8, rows: int) -> Any:
 
 
 @prepare.register
-def _(weight: Int4, rows: int) -> Any:
+def _(weight: Int4, rows: int) -> Weight:
     form = _form_int4(weight, rows)
     return weight if form is None else form
 
 
 @prepare.register
-def _(weight: Int8Dynamic, rows: int) -> Any:
+def _(weight: Int8Dynamic, rows: int) -> Weight:
     form = _form_dynamic(weight, rows)
     return weight if form is None else form
 
@@ -280,12 +280,12 @@ def _(weight: Int8Dynamic, rows: int) -> Any:
 @embed.register(Codebook)
 @embed.register(Fp8)
 @embed.register(Ternary)
-def _(weight: Any, ids: Tensor) -> Tensor:
+def _(weight: Weight, ids: Tensor) -> Tensor:
     taken = ids.flatten()
     rows = [field[taken] if name != "levels" else field for name, field in zip(weight._fields, weight, strict=True)]
     return expand(type(weight)(*rows)).reshape(*ids.shape, -1)
 
 
-def _unknown(weight: Any) -> NoReturn:
+def _unknown(weight: Weight) -> NoReturn:
     remedy = "Make it with fa.quantize, or register its type with funcattn.quantization.expand."
     errors.fail("expand", "weight", "a quantized record", f"a {type(weight).__name__}", remedy, TypeError)

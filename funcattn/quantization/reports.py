@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def report(params: Tree, quantized: Tree) -> Report:
     return Report(rows)
 
 
-def _note(node: Any, weight: Tensor) -> str:
+def _note(node: object, weight: Tensor) -> str:
     pairs = zip(tree.unstack(node), weight, strict=True)
     count = sum(is_nearest(record, matrix) for record, matrix in pairs)
     return f"{count} of {len(weight)} experts to nearest" if count else ""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core import errors
+from ..layers import Weight
 from . import packing
 from .formats import Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary
 
@@ -26,7 +27,7 @@ FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 class Scheme(Protocol):
     """What `quantize` needs: `encode` of a matrix (N, K), and a scheme for embedding and head."""
 
-    def encode(self, weight: Tensor) -> Any:
+    def encode(self, weight: Tensor) -> Weight:
         """The record that represents the matrix."""
         ...
 
@@ -56,7 +57,7 @@ class _Settings:
         if settings.get("kind", "e4m3") not in FLOAT8:
             errors.fail(self.name, "kind", '"e4m3" or "e5m2"', repr(settings["kind"]), "Choose one of these.")
 
-    def __call__(self, *unnamed: Any, **changes: Any) -> Any:
+    def __call__(self, *unnamed: object, **changes: object) -> Any:
         """The scheme with other settings.
 
         Raises:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import native
-from ..core.autograd import has_tangent
+from ..core.autograd import VmapInfo, has_tangent
 from ..core.errors import on_one_device
 from ..core.tensor_cache import prepared_from
 from ..layers import linear, together
@@ -177,7 +177,7 @@ def _numbers(scale: Tensor, K: int) -> Tensor:
     return each.repeat_interleave(K // COLUMNS // G, 1).contiguous().view(torch.uint8)
 
 
-def expand_tiles(blocks: Tensor, scale: Any, N: int, K: int) -> Tensor:
+def expand_tiles(blocks: Tensor, scale: Tensor | tuple[()], N: int, K: int) -> Tensor:
     """The matrix (N, K) in float32 of tiles."""
     bits, dtype, has_zero, offset = FORMS[blocks.shape[-1]]
     size = ROWS * COLUMNS * bits // 8
@@ -277,7 +277,7 @@ def _like(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int
     return x.new_empty(x.shape[0], sum(rows))
 
 
-def _operations(blocks: Any, scales: Any, rows: Sequence[int], x: Sequence[int], **_: Any) -> int:
+def _operations(blocks: Any, scales: Any, rows: Sequence[int], x: Sequence[int], **_: object) -> int:
     """Operations of the products (on integers), for torch.utils.flop_counter."""
     return 2 * x[0] * x[1] * sum(rows)
 
@@ -290,13 +290,13 @@ def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Se
         return torch.ops.funcattn.products(blocks, scales, rows, x)
 
 
-def _refused(*args: Any) -> Any:
+def _refused(*args: object) -> Any:
     """Raises: the operator of layers has no derivative; `fa.compile` calls it without autograd."""
     raise RuntimeError("funcattn::layers: it has no derivative; call the functions of the model, which do not use it under grad.")
 
 
 def _mapped(
-    info: Any, in_dims: tuple[Any, ...], blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor
+    info: VmapInfo, in_dims: tuple[Any, ...], blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor
 ) -> tuple[Tensor, int]:
     """vmap: mapped vectors are more rows of one product; mapped matrices are a loop."""
     of_blocks, of_scales, _, of_x = in_dims

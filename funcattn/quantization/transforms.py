@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from .. import progress, tree
 from ..core import errors
 from ..core.doors import door
+from ..layers import Weight
 from ..models import Model
 from ..tree import Tree, Where
 from ..tree.selection import chooses_none
@@ -47,7 +47,7 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
         errors.fail("quantize", "scheme", "a scheme", f"a {type(scheme).__name__}", remedy, TypeError)
     choose = None if where is None else tree.predicate("quantize", where)
 
-    def chosen(path: str, leaf: Tensor) -> Any:
+    def chosen(path: str, leaf: Tensor) -> Weight:
         if choose is not None:
             return scheme if choose(path, leaf) else None
         if re.fullmatch(MATRICES, path):
@@ -62,7 +62,7 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
             errors.fail("quantize", "params", "a tree of weights", got, remedy, TypeError)
         met = []
 
-        def encode(path: str, leaf: Any) -> Any:
+        def encode(path: str, leaf: Weight) -> Weight:
             if is_quantized(leaf):
                 met.append(path)
                 return leaf
@@ -86,7 +86,7 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
     return transform
 
 
-def _check(path: str, leaf: Any) -> None:
+def _check(path: str, leaf: Weight) -> None:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() not in (2, 3):
         got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
         errors.fail("quantize", path, "a floating matrix", got, "Leave it out by where.", TypeError)

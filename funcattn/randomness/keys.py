@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Int, Int64
@@ -132,7 +132,7 @@ def check_key(function: str, key: Key) -> None:
         errors.fail(function, "key", "one key, int64 (2,)", errors.shape(key), f"Use many by vmap: torch.vmap({function})(keys).")
 
 
-def check_integer(function: str, argument: str, number: Any, ndim: int | None = 0) -> None:
+def check_integer(function: str, argument: str, number: object, ndim: int | None = 0) -> None:
     """Fail where a number is not an integer, or a tensor has other dimensions."""
     if isinstance(number, Tensor):
         fits = ndim in (None, number.ndim) and not (number.is_floating_point() or number.is_complex())
@@ -143,6 +143,6 @@ def check_integer(function: str, argument: str, number: Any, ndim: int | None = 
         errors.fail(function, argument, wanted, kind_of(number), "Round it, and use many by vmap.", TypeError)
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """A description of a value for error messages: dtype and shape of a tensor."""
     return f"{str(value.dtype).removeprefix('torch.')} {errors.shape(value)}" if isinstance(value, Tensor) else repr(value)

@@ -1,14 +1,15 @@
 """Samplers that use more than the logits: a mixture (xtc), running surprise, a second cache."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import errors
 from ..core.doors import door, printed
-from ..models import Model
+from ..models import KVCache, Model
 from ..records import record
+from ..tree import Tree
 from .composition import LARGE, Sampler, between, chain, mixture, normalized, rank, require, stateless
 
 
@@ -118,13 +119,13 @@ def _require_scale(function: str, scale: float | Tensor) -> None:
 class Other(NamedTuple):
     """The state of guidance: the second cache, and its logits (V,) for the next token."""
 
-    cache: Any
+    cache: KVCache
     logits: Tensor
 
 
 @door
 @printed
-def guidance(scale: float | Tensor, model: Model, params: Any, cache: Any, logits: Tensor) -> Sampler:
+def guidance(scale: float | Tensor, model: Model, params: Tree, cache: KVCache, logits: Tensor) -> Sampler:
     """Classifier-free guidance by a second cache: without the condition, or of a negative prompt.
 
     Every new token is read into it. The second cache is in the sampler's state, so it forks and

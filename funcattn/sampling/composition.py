@@ -18,23 +18,25 @@ where values can be read.
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import randomness, tree
 from ..core import errors
-from ..core.doors import door, printed, shown_value, uncalled, what_is
+from ..core.doors import door, printed, reprinted, shown_value, uncalled, what_is
 from ..records import ABSENT, formerly
+from ..tree import Tree
 
 
-def _ignore(tokens: Tensor, length: Tensor, state: Any) -> Any:
+def _ignore(tokens: Tensor, length: Tensor, state: Tree) -> Tree:
     return state
 
 
 @formerly(prime="observe_prompt")
+@reprinted
 class Sampler(NamedTuple):
     """A transform of logits. Not a record: it holds functions.
 
@@ -55,16 +57,16 @@ class Sampler(NamedTuple):
         Sampler(chain(temperature(0.7), top_p(0.9)))
     """
 
-    init: Callable[[int], Any]
-    update: Callable[[Tensor, Any], tuple[Tensor, Any]]
-    observe: Callable[[Tensor, Any], Any]
+    init: Callable[[int], Tree]
+    update: Callable[[Tensor, Tree], tuple[Tensor, Tree]]
+    observe: Callable[[Tensor, Tree], Tree]
     deterministic: bool = False
-    observe_prompt: Callable[[Tensor, Tensor, Any], Any] = _ignore
+    observe_prompt: Callable[[Tensor, Tensor, Tree], Tree] = _ignore
     text: str = ""
 
-    def __call__(self, *args: Any, **options: Any) -> "Sampler":
+    def __call__(self, *args: object, **options: object) -> "Sampler":
         """`greedy()` is `greedy`, for symmetry with other samplers; calling any other raises."""
-        return self if self is greedy and not args and not options else uncalled(self, *args, **options)
+        return self if self == greedy and not args and not options else uncalled(self, *args, **options)
 
     def __repr__(self) -> str:
         return f"Sampler({self.text or shown_value(self.update)})"
@@ -81,7 +83,7 @@ def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = Fa
         [0.0, 0.5, 0.5]
     """
 
-    def update(logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def update(logits: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         after = transform(logits)
         if not isinstance(after, Tensor) or after.shape != logits.shape:
             got, remedy = what_is(after), "Hide a token by -inf instead of leaving it out."
@@ -95,7 +97,7 @@ def chain(*samplers: Sampler) -> Sampler:
     """Apply samplers to logits (V,) from left to right; the state is the tuple of their states."""
     _require_samplers("chain", samplers)
 
-    def update(logits: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    def update(logits: Tensor, states: tuple[Tree, ...]) -> tuple[Tensor, tuple[Tree, ...]]:
         after = []
         for sampler, state in zip(samplers, states, strict=True):
             logits, state = sampler.update(logits, state)
@@ -139,7 +141,7 @@ def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
     _require_samplers("mixture", (first, second))
     both = chain(first, second)
 
-    def update(logits: Tensor, states: tuple[Any, Any]) -> tuple[Tensor, tuple[Any, Any]]:
+    def update(logits: Tensor, states: tuple[Tree, Tree]) -> tuple[Tensor, tuple[Tree, Tree]]:
         weight = torch.as_tensor(share, dtype=logits.dtype, device=logits.device)
         (one, one_after), (two, two_after) = first.update(logits, states[0]), second.update(logits, states[1])
         one, two = normalized(one) + (1 - weight).log(), normalized(two) + weight.log()
@@ -176,21 +178,21 @@ def log_probs(sampler: Sampler) -> Callable[..., Tensor]:
         tensor([0.0000, 0.1192, 0.8808])
     """
 
-    def log_probabilities(logits: Tensor, state: Any = None) -> Tensor:
+    def log_probabilities(logits: Tensor, state: Tree = None) -> Tensor:
         return log_probs_with_state(sampler, logits, begin(sampler, logits) if state is None else state)[0]
 
     return log_probabilities
 
 
 @door
-def log_probs_with_state(sampler: Sampler, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+def log_probs_with_state(sampler: Sampler, logits: Tensor, state: Tree) -> tuple[Tensor, Tree]:
     """Log-probabilities (V,), in float32 at least, and the state for observing a token."""
     filtered, state = sampler.update(_accurate(logits), state)
     return filtered.log_softmax(-1), state
 
 
 @door
-def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Any, *, wanted: Tensor | None = None) -> tuple[Tensor, Any]:
+def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Tree, *, wanted: Tensor | None = None) -> tuple[Tensor, Tree]:
     """One token () drawn from logits (V,), and the state that has observed it.
 
     Args:
@@ -221,7 +223,7 @@ def require_drawable(function: str, drawable: Tensor) -> None:
 
 
 @door
-def begin(sampler: Sampler, logits: Tensor) -> Any:
+def begin(sampler: Sampler, logits: Tensor) -> Tree:
     """The state before the first token, on the device of the logits (V,)."""
     # Dynamo does not support the device as a context manager.
     here = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.device(logits.device)
@@ -232,7 +234,7 @@ def begin(sampler: Sampler, logits: Tensor) -> Any:
 
 
 @door
-def observe_prompt(sampler: Sampler, tokens: Tensor, state: Any, *, length: Tensor | None = None) -> Any:
+def observe_prompt(sampler: Sampler, tokens: Tensor, state: Tree, *, length: Tensor | None = None) -> Tree:
     """The state after a prompt, as each sampler of a chain is usually defined.
 
     repetition_penalty, no_repeat_ngram and dry count the prompt, as in transformers, vLLM and
@@ -268,13 +270,13 @@ def primed(sampler: Sampler, tokens: Tensor) -> Sampler:
     return sampler._replace(init=lambda V: observe_prompt(sampler, tokens, sampler.init(V)))
 
 
-def require(holds: bool | Tensor, function: str, argument: str, wanted: str, got: Any, remedy: str) -> None:
+def require(holds: bool | Tensor, function: str, argument: str, wanted: str, got: object, remedy: str) -> None:
     """Fail where a number, or any entry of a tensor whose values can be read, is out of range."""
     if errors.is_true(~holds) if isinstance(holds, Tensor) else not holds:
         errors.fail(function, argument, wanted, errors.peek(got) if isinstance(got, Tensor) else got, remedy)
 
 
-def require_integer(function: str, argument: str, n: Any, least: int, remedy: str, *, called: str = "") -> None:
+def require_integer(function: str, argument: str, n: object, least: int, remedy: str, *, called: str = "") -> None:
     """Fail where a size, which determines shapes, is not an int or is too small."""
     if not isinstance(n, int) or isinstance(n, bool):
         errors.fail(function, argument, "an int, which sets shapes", repr(n), "It cannot be a tensor.", TypeError)
@@ -286,7 +288,7 @@ def bounded(logits: Tensor) -> Tensor:
     return logits.clamp(max=torch.finfo(logits.dtype).max)
 
 
-def between(x: Any, low: float, high: float) -> Any:
+def between(x: float | Tensor, low: float, high: float) -> bool | Tensor:
     """True where low <= x <= high, for a number or each entry of a tensor; False for NaN."""
     return (x >= low) & (x <= high)
 
@@ -300,7 +302,7 @@ def rank(logits: Tensor) -> Tensor:
     return torch.zeros_like(order).scatter(-1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order))
 
 
-def _require_samplers(function: str, samplers: tuple[Any, ...]) -> None:
+def _require_samplers(function: str, samplers: Sequence[object]) -> None:
     for i, sampler in enumerate(samplers):
         if not isinstance(sampler, Sampler):
             remedy = "Call a factory such as temperature(0.8) for each."

@@ -6,13 +6,13 @@ is allowed, log-probabilities are NaN and `draw` raises.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import errors
 from ..core.doors import door, printed, what_is
+from ..tree import Tree
 from .composition import Sampler, require, require_integer, stateless
 from .penalties import require_ids
 
@@ -54,7 +54,7 @@ def min_new_tokens(n: int | Tensor, stop: Sequence[int]) -> Sampler:
 
 @door
 @printed
-def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Tensor, Any], Any]) -> Sampler:
+def constrained(start: Tree, allowed: Callable[[Tree], Tensor], step: Callable[[Tensor, Tree], Tree]) -> Sampler:
     """Mask the tokens that a state does not allow: the interface for grammars.
 
     Args:
@@ -70,7 +70,7 @@ def constrained(start: Any, allowed: Callable[[Any], Tensor], step: Callable[[Te
         [0.0, 0.0, 0.5, 0.5]
     """
 
-    def update(logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def update(logits: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         shown = allowed(state)
         if not isinstance(shown, Tensor) or shown.dtype != torch.bool or shown.shape != logits.shape:
             got, remedy = what_is(shown), "Return True where a token may follow."
@@ -107,7 +107,7 @@ def automaton(table: Tensor, start: int = 0) -> Sampler:
     step = lambda token, state: row(state).index_select(0, token.reshape(1).long())[0]
     inner = constrained(torch.full((), start, dtype=table.dtype, device=table.device), lambda state: row(state) >= 0, step)
 
-    def init(size: int) -> Any:
+    def init(size: int) -> Tree:
         if size != V:
             errors.fail("automaton", "table", f"(S, V) with V = {size} as the logits", errors.shape(table), "Pad it with -1.")
         return inner.init(size)

@@ -3,8 +3,6 @@
 Each keeps at least one token. Thresholds are numbers or tensors, so that `vmap` can map them.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -208,6 +206,6 @@ def _entropy(normal: Tensor) -> Tensor:
     return torch.special.entr(normal.exp()).sum(-1, keepdim=True)
 
 
-def _number(function: str, argument: str, x: Any) -> None:
+def _number(function: str, argument: str, x: object) -> None:
     if not isinstance(x, int | float | Tensor):
         errors.fail(function, argument, "a number or a tensor", repr(x), "A tensor gives each row its own under vmap.", TypeError)

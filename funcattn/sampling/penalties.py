@@ -4,14 +4,14 @@ repetition   z / r where z > 0, z * r where z < 0, once a token occurred
 presence     z - a, once a token was generated              frequency   z - a * (times generated)
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..core import errors
 from ..core.doors import door, printed
+from ..tree import Tree
 from .composition import LARGE, Sampler, between, bounded, require, require_integer, stateless
 from .repeats import empty_ring, observe_prompt_ring, push
 
@@ -105,14 +105,14 @@ def _require_finite(function: str, penalty: float | Tensor) -> None:
     require(between(penalty, -LARGE, LARGE), function, "penalty", wanted, penalty, "0 changes nothing.")
 
 
-def _counting(function: str, penalize: Any, prompt: bool, window: int | None) -> Sampler:
+def _counting(function: str, penalize: Callable[[Tensor, Tree], Tensor], prompt: bool, window: int | None) -> Sampler:
     """A sampler whose update takes the counts (V,) of tokens that occurred."""
     if window is not None:
         require_integer(function, "window", window, 1, "None counts everything.")
-        init: Any = lambda V: empty_ring(window)
+        init: Callable[[int], Tree] = lambda V: empty_ring(window)
         count = lambda ring, V: tally(ring.tokens.clamp(min=0), ring.tokens >= 0, V)
-        observe: Any = push
-        observe_prompt: Any = observe_prompt_ring
+        observe: Callable[[Tensor, Tree], Tree] = push
+        observe_prompt: Callable[[Tensor, Tensor, Tree], Tree] = observe_prompt_ring
     else:
         init = lambda V: torch.zeros(V, dtype=torch.int64)
         count = lambda counts, V: counts

@@ -21,7 +21,7 @@ axis_index.
 from .costs import Cost, cost
 from .devices import inside
 from .mapping import shard_map, spmd
-from .mesh import Grid, P, PartitionSpec, Rule, VirtualMesh
+from .mesh import Grid, Mesh, P, PartitionSpec, Rule, VirtualMesh
 from .rules import fsdp, replicated, specs, specs_like, tensor_parallel
 from .storing import from_local, gather, shard, to_local
 from .vocabulary import candidates
@@ -35,6 +35,7 @@ __all__ = [
     "P",
     "PartitionSpec",
     "Rule",
+    "Mesh",
     "VirtualMesh",
     "specs_like",
     "candidates",

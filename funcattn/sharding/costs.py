@@ -14,10 +14,10 @@ many backward).
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from ..core import errors
 from ..core.doors import door
+from ..layers import Weight
 from ..transformer import DATA, TENSOR, Config, shapes
 from .mesh import Mesh, axes_of
 
@@ -187,7 +187,7 @@ def _sizes(config: Config) -> tuple[dict[str, float], float]:
         for shape in layer:
             if shape:
                 found["matrices" if len(shape) > 1 else "vectors"] += math.prod(shape) / config.layers
-    table: Any = wanted.embedding
+    table: Weight = wanted.embedding
     return found, math.prod(table) * (1 if config.tied else 2)
 
 

@@ -2,17 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..collectives import Axis, binding, groups
 from ..core import errors
 from ..tree import Tree
-from .mesh import Grid, PartitionSpec, axes_of, broadcast
+from .mesh import Grid, PartitionSpec, Specs, axes_of, broadcast
 from .storing import distributed
 
 
@@ -22,7 +24,7 @@ def refuse_transform(what: str) -> None:
     errors.fail(what, "the call", "outside of grad, vjp, jvp and vmap", "one inside", remedy, TypeError)
 
 
-def bind(mesh: Any, seen: Sequence[str]) -> Any:
+def bind(mesh: DeviceMesh, seen: Sequence[str]) -> AbstractContextManager[None]:
     """The context in which the axes of a DeviceMesh are bound to its process groups."""
     sizes = axes_of(mesh)
     return binding(
@@ -31,7 +33,7 @@ def bind(mesh: Any, seen: Sequence[str]) -> Any:
 
 
 @contextlib.contextmanager
-def inside(mesh: Any) -> Iterator[None]:
+def inside(mesh: DeviceMesh) -> Iterator[None]:
     """Bind the axes of a DeviceMesh for a whole program on this process's shards.
 
     For functions that take whole trees, such as `fa.training.fit`: values are plain tensors, which
@@ -46,7 +48,7 @@ def inside(mesh: Any) -> Iterator[None]:
         yield
 
 
-def wrapped(out: Tree, mesh: Any, out_specs: Any, *, alike: bool) -> Tree:
+def wrapped(out: Tree, mesh: DeviceMesh, out_specs: Specs, *, alike: bool) -> Tree:
     """The results of this process as DTensors; `alike` compares unsharded ones."""
     flat, structure = optree.tree_flatten(out)
     cuts = broadcast(out_specs, out)
@@ -59,7 +61,7 @@ def wrapped(out: Tree, mesh: Any, out_specs: Any, *, alike: bool) -> Tree:
     return optree.tree_unflatten(structure, [distributed(x, spec, mesh) for x, spec in zip(flat, cuts, strict=True)])
 
 
-def _check_over(x: Tensor, spec: PartitionSpec, mesh: Any) -> None:
+def _check_over(x: Tensor, spec: PartitionSpec, mesh: DeviceMesh) -> None:
     """Compare minimum and maximum over all processes, so that every process raises alike."""
     wide = x.detach().double() if x.is_floating_point() else x.detach().long()
     for name, n in axes_of(mesh).items():
@@ -68,7 +70,7 @@ def _check_over(x: Tensor, spec: PartitionSpec, mesh: Any) -> None:
             _compare(groups.all_reduce(wide, group, "max"), -groups.all_reduce(-wide, group, "max"), x.dtype, name)
 
 
-def check(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> None:
+def check(leaf: object, spec: PartitionSpec, sizes: dict[str, int]) -> None:
     """Raise where a spec does not fit a leaf."""
     if not isinstance(leaf, Tensor):
         errors.fail("shard_map", "arguments", "trees of tensors", f"a {type(leaf).__name__}", "Close f over it.", TypeError)
@@ -89,16 +91,16 @@ def check(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> None:
 
 
 def stacked(
-    f: Callable[..., Any],
+    f: Callable[..., Tree],
     mesh: Grid,
     flat: list[Tensor],
-    structure: Any,
+    structure: optree.PyTreeSpec,
     cuts: list[PartitionSpec],
-    out_specs: Any,
+    out_specs: Specs,
     seen: Sequence[str],
-) -> Any:
+) -> Tree:
     """f under one vmap for each axis of the mesh, the first outermost."""
-    shaped: Any = None
+    shaped: Any = None  # an optree.PyTreeSpec, of the results
 
     def device(*leaves: Tensor) -> tuple[Tensor, ...]:
         nonlocal shaped
@@ -106,7 +108,7 @@ def stacked(
         results, shaped = optree.tree_flatten(out)
         return tuple(results)
 
-    run: Callable[..., Any] = device
+    run: Callable[..., Tree] = device
     for name, n in reversed(mesh.axes):
         run = _over(run, name, n, [spec.cut(name) is not None for spec in cuts], name in seen)
     results = run(*(_split(leaf, spec, mesh) for leaf, spec in zip(flat, cuts, strict=True)))
@@ -115,15 +117,15 @@ def stacked(
     return optree.tree_unflatten(shaped, [_join(x, spec, mesh) for x, spec in zip(results, specs, strict=True)])
 
 
-def _over(f: Callable[..., Any], name: str, n: int, cut: list[bool], seen: bool) -> Callable[..., Any]:
-    def device(index: Tensor, *leaves: Tensor) -> Any:
+def _over(f: Callable[..., Tree], name: str, n: int, cut: list[bool], seen: bool) -> Callable[..., Tree]:
+    def device(index: Tensor, *leaves: Tensor) -> Tree:
         if not seen:
             return f(*leaves)
         level = _functorch.peek_interpreter_stack().level()
         with binding(Axis(name, n, level=level, index=index)):
             return f(*leaves)
 
-    def run(*leaves: Tensor) -> Any:
+    def run(*leaves: Tensor) -> Tree:
         where = leaves[0].device if leaves else None
         return torch.func.vmap(device, (0, *(0 if c else None for c in cut)))(torch.arange(n, device=where), *leaves)
 

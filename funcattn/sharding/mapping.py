@@ -22,14 +22,15 @@ from ..core import errors
 from ..core.autograd import has_tangent, transforming
 from ..core.doors import door
 from ..models import Model
+from ..tree import Tree
 from .devices import bind, check, refuse_transform, stacked, wrapped
-from .mesh import Grid, Mesh, P, PartitionSpec, axes_of, broadcast
+from .mesh import Grid, Mesh, P, PartitionSpec, Specs, axes_of, broadcast
 from .models import sharded
 from .storing import is_distributed, local, spec_of
 
 
 @door
-def spmd(f: Callable[..., Any], axis: str, n: int, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def spmd(f: Callable[..., Tree], axis: str, n: int, in_specs: Specs, out_specs: Specs) -> Callable[..., Tree]:
     """f on n devices simulated by a vmap in this process, with a bound axis for collectives.
 
     It takes and returns whole values, and composes with every transform outside and inside.
@@ -56,8 +57,8 @@ def spmd(f: Callable[..., Any], axis: str, n: int, in_specs: Any, out_specs: Any
 def shard_map(
     f: Any,
     mesh: Mesh,
-    in_specs: Any = None,
-    out_specs: Any = None,
+    in_specs: Specs = None,
+    out_specs: Specs = None,
     *,
     axes: Sequence[str] | None = None,
     check_alike: bool = True,
@@ -104,8 +105,8 @@ def shard_map(
     seen = tuple(sizes) if axes is None else tuple(axes)
 
     @functools.wraps(f)
-    def mapped(*args: Any) -> Any:
-        whole: Any = args
+    def mapped(*args: object) -> Tree:
+        whole: Tree = args
         flat, structure = optree.tree_flatten(whole)
         cuts = _in_specs(in_specs, args, flat)
         for leaf, spec in zip(flat, cuts, strict=True):
@@ -124,7 +125,7 @@ def shard_map(
     return mapped
 
 
-def _in_specs(in_specs: Any, args: tuple[Any, ...], flat: list[Any]) -> list[PartitionSpec]:
+def _in_specs(in_specs: Specs, args: tuple[Tree, ...], flat: list[Tree]) -> list[PartitionSpec]:
     if in_specs is None:
         return [spec_of(leaf) if is_distributed(leaf) else P() for leaf in flat]
     if not isinstance(in_specs, PartitionSpec) and (not isinstance(in_specs, tuple) or len(in_specs) != len(args)):

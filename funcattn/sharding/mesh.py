@@ -13,17 +13,18 @@ Source: JAX's PartitionSpec; match_partition_rules of EasyLM.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import optree
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..core import errors
 from ..tree import Tree, Where
 
 
-class PartitionSpec(tuple[Any, ...]):
+class PartitionSpec(tuple[str | tuple[str, ...] | None, ...]):
     """For each axis of a tensor a mesh axis that shards it, several (outer first), or None.
 
     Example:
@@ -31,7 +32,7 @@ class PartitionSpec(tuple[Any, ...]):
         P('tensor', None)
     """
 
-    def __new__(cls, *axes: Any) -> "PartitionSpec":
+    def __new__(cls, *axes: str | tuple[str, ...] | None) -> "PartitionSpec":
         for entry in axes:
             names = entry if isinstance(entry, tuple) else (entry,)
             if not all(name is None or isinstance(name, str) for name in names):
@@ -86,7 +87,11 @@ class VirtualMesh:
 
 
 Grid = VirtualMesh
-Mesh: TypeAlias = Any  # a DeviceMesh with names, or a Grid
+Mesh: TypeAlias = DeviceMesh | VirtualMesh  # a DeviceMesh has names
+
+
+# What `broadcast` spreads over a tree: a PartitionSpec, or a tree of them that is a prefix of it.
+Specs: TypeAlias = Tree
 
 
 def axes_of(mesh: Mesh) -> dict[str, int]:
@@ -116,7 +121,7 @@ class Rule(NamedTuple):
 Rules: TypeAlias = Sequence[Rule | tuple[Where, PartitionSpec]]
 
 
-def is_spec(node: Any) -> bool:
+def is_spec(node: object) -> bool:
     """True for a PartitionSpec: `is_leaf` for functions of `fa.tree` over trees of specs."""
     return isinstance(node, PartitionSpec)
 
@@ -129,7 +134,7 @@ def pieces(spec: PartitionSpec, dim: int, sizes: dict[str, int]) -> int:
     return n
 
 
-def broadcast(prefix: Any, whole: Tree, function: str = "shard_map") -> list[PartitionSpec]:
+def broadcast(prefix: Specs, whole: Tree, function: str = "shard_map") -> list[PartitionSpec]:
     """The spec of each leaf of `whole`; a spec in the prefix applies to all leaves below it."""
     try:
         return optree.broadcast_prefix(prefix, whole, is_leaf=is_spec)

@@ -14,22 +14,23 @@ model that is not mapped.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import optree
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import caches, tree
-from ..caches import Branch, Cache, Delta
+from ..caches import Branch, Cache, Delta, KVCache
 from ..collectives import agree
 from ..core import errors
 from ..core.autograd import has_tangent, transforming
 from ..core.doors import door
 from ..masks import Mask
-from ..models import Model, written
+from ..models import Model, Past, written
 from ..records import ABSENT, is_absent
-from ..transformer import TENSOR, cache_layers
+from ..transformer import TENSOR, Config, cache_layers
+from ..tree import Tree
 from .devices import bind, refuse_transform, stacked
 from .mesh import Grid, Mesh, P, axes_of, is_spec
 from .rules import specs, tensor_parallel
@@ -48,26 +49,26 @@ def sharded(model: Model, mesh: Mesh) -> Model:
             "shard_map", "model", wanted, f"a {type(model).__name__} of another make", "Make it with fa.decoder(config).", TypeError
         )
     run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
-    fields: dict[str, Any] = {name: door(run(name, getattr(model, name)), name=name) for name in Model.FUNCTIONS}
+    fields: dict[str, Callable[..., Tree]] = {name: door(run(name, getattr(model, name)), name=name) for name in Model.FUNCTIONS}
     if not isinstance(mesh, Grid):
         fields["commit"] = run("commit", model.commit or caches.commit)
     name = written("shard_map", mesh=mesh)
     return model.wrap(name, lambda other: sharded(other, mesh), fields)
 
 
-def _speak(mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+def _speak(mesh: DeviceMesh) -> Callable[[str, Callable[..., Tree]], Callable[..., Tree]]:
     """Each function with the axes bound to process groups."""
     names = tuple(axes_of(mesh))
 
-    def run(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+    def run(name: str, f: Callable[..., Tree]) -> Callable[..., Tree]:
         if name == "init":
             return f
 
         @functools.wraps(f)
-        def call(*args: Any, **options: Any) -> Any:
+        def call(*args: Tree, **options: Tree) -> Tree:
             if (transforming() or has_tangent(args)) and any(is_distributed(leaf) for leaf in tree.leaves(args)):
                 refuse_transform("shard_map")
-            whole: Any = args
+            whole: Tree = args
             flat, structure = optree.tree_flatten(whole)
             held = [local(x, spec_of(x), mesh) if is_distributed(x) else x for x in flat]
             with bind(mesh, names):
@@ -81,14 +82,14 @@ def _speak(mesh: Any) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]
     return run
 
 
-def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Tree]], Callable[..., Tree]]:
     """Each function as a vmap over the devices."""
     config = model.config
     n = axes_of(mesh).get(TENSOR, 1)
     rules = tensor_parallel(config, size=n)
     of_past = P(None, TENSOR)
 
-    def past(cache: Any) -> Any:
+    def past(cache: KVCache) -> Tree:
         if is_absent(cache):
             return ABSENT
         if type(cache) is Branch:
@@ -96,22 +97,22 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], C
         if type(cache) is not Cache:
             got, remedy = f"a {type(cache).__name__}", "Use a dense past, or map f with specs of its own: shard_map(f, mesh, ...)."
             errors.fail("shard_map", "cache", "a Cache, or a Branch of such, over a Grid", got, remedy, TypeError)
-        cuts: Any = (of_past, of_past, P())
+        cuts: Tree = (of_past, of_past, P())
         return Cache(*cuts)
 
-    def run(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+    def run(name: str, f: Callable[..., Tree]) -> Callable[..., Tree]:
         if name == "init":
             return f
         if name == "cache":
             return f if "cache" in model.replaced else functools.wraps(f)(functools.partial(_room, config, n))
 
-        def mapped(params: Any, *args: Any, **options: Any) -> Any:
+        def mapped(params: Tree, *args: Tree, **options: Tree) -> Tree:
             kept = {key: value for key, value in options.items() if value is not None}
             whole = lambda value: tree.map(lambda _: P(), value)
             cuts = (specs(params, mesh, rules), *(past(x) if i else whole(x) for i, x in enumerate(args)), whole(kept))
-            given: Any = (params, *args, kept)
+            given: Tree = (params, *args, kept)
             flat, structure = optree.tree_flatten(given)
-            each: Any = (P(TENSOR),) * cache_layers(config)
+            each: Tree = (P(TENSOR),) * cache_layers(config)
             rows = Delta(each, each)
             out = P() if name == "logits" else (P(), rows)
             return stacked(
@@ -124,8 +125,13 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], C
 
         @functools.wraps(f)
         def call(
-            params: Any, tokens: Any, cache: Any = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
-        ) -> Any:
+            params: Tree,
+            tokens: Tensor,
+            cache: Past = ABSENT,
+            *,
+            mask: Mask | Tensor | None = None,
+            positions: Tensor | None = None,
+        ) -> Tree:
             return mapped(params, tokens, cache, mask=mask, positions=positions)
 
         return call
@@ -133,5 +139,5 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Any]], C
     return run
 
 
-def _room(config: Any, n: int, size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> Any:
+def _room(config: Config, n: int, size: int, *, kind: type = Cache, dtype: torch.dtype | None = None) -> Tree:
     return kind.empty(cache_layers(config), max(config.kv_heads, n), size, config.head_size, dtype)

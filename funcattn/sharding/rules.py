@@ -8,7 +8,6 @@ Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO,
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import optree
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from .. import layers, tree
 from ..core import errors
 from ..core.doors import door
+from ..layers import Weight
 from ..low_rank import Lora
 from ..quantization import RECORDS
 from ..records import is_absent
@@ -96,17 +96,17 @@ def _spec(cut: Division, rank: int, data: str | None) -> PartitionSpec:
 
 
 @layers.fields.register(Lora)
-def _(weight: Lora, division: tuple[Any, ...]) -> Lora:
+def _(weight: Lora, division: layers.layouts.Division) -> Lora:
     rows, columns = (*division, None, None)[:2]
-    fields: Any = (layers.fields(weight.base, division), (None, columns), (rows, None), ())
+    fields: Tree = (layers.fields(weight.base, division), (None, columns), (rows, None), ())
     return Lora(*fields)
 
 
-def _quantized(weight: Any, division: tuple[Any, ...]) -> Any:
+def _quantized(weight: Weight, division: layers.layouts.Division) -> Tree:
     """Codes and scales sharded like the weight, but a row's scale, which all its shards need."""
     division = (*division, *(None,) * (weight.codes.dim() - len(division)))
 
-    def one(name: str, field: Tensor) -> tuple[Any, ...]:
+    def one(name: str, field: Tensor) -> layers.layouts.Division:
         if name == "levels":
             return (None,) * field.dim()
         return division[:-1] + ((None,) if name != "codes" and field.shape[-1] == 1 else division[-1:])
@@ -129,7 +129,7 @@ def specs_like(state: Tree, params: Tree, cuts: Tree) -> Tree:
     return tree.map(lambda node: cuts if same(node) else P(), state, is_leaf=same)
 
 
-def is_weight(node: Any) -> bool:
+def is_weight(node: object) -> bool:
     """True for a record that represents a matrix, under the path of the weight."""
     return optree.is_namedtuple(node) and layers.fields.dispatch(type(node)) is not layers.fields.dispatch(object)
 
@@ -147,11 +147,11 @@ def specs(params: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
         ValueError: no rule matches a path, or sizes do not divide: the error names the leaf.
             TypeError: a record that has not registered.
     """
-    given: Any = tensor_parallel() if rules is None else rules
-    sizes, known = axes_of(mesh), [Rule(*rule) for rule in given]
+    given: Rules = tensor_parallel() if rules is None else rules
+    sizes, known = axes_of(mesh), [rule if isinstance(rule, Rule) else Rule(*rule) for rule in given]
     choices = [tree.predicate("shard", rule.path, "rules") for rule in known]
 
-    def one(path: str, weight: Any) -> Any:
+    def one(path: str, weight: Weight) -> Tree:
         rule = next((rule for rule, choose in zip(known, choices, strict=True) if choose(path, weight)), None)
         if rule is None:
             remedy = "End the rules with ('.*', P()), which keeps the rest whole."
@@ -177,7 +177,7 @@ def _within(spec: PartitionSpec, sizes: dict[str, int]) -> PartitionSpec:
     """The spec restricted to the axes of the mesh, in its order."""
     order = list(sizes)
 
-    def entry(dim: int) -> Any:
+    def entry(dim: int) -> str | tuple[str, ...] | None:
         names = tuple(name for name in spec.names(dim) if name in sizes)
         if [*names] != sorted(names, key=order.index):
             errors.fail("shard", "rules", f"names in the order of the mesh, {order}", names, "Outer axes stand first.")
@@ -186,7 +186,7 @@ def _within(spec: PartitionSpec, sizes: dict[str, int]) -> PartitionSpec:
     return P(*(entry(dim) for dim in range(len(spec))))
 
 
-def _shape(weight: Any) -> tuple[int, ...]:
+def _shape(weight: Weight) -> tuple[int, ...]:
     if isinstance(weight, Lora):
         return _shape(weight.base)
     return tuple(weight.shape)

@@ -6,17 +6,18 @@ shift integers wrongly without an error.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import tree
 from ..collectives import agree, groups
 from ..core import errors
 from ..core.autograd import has_tangent, transforming
 from ..core.doors import door
-from ..tree import Tree
+from ..tree import Transform, Tree
 from .mesh import Grid, Mesh, P, PartitionSpec, Rules, axes_of, part
 from .rules import specs
 
@@ -27,7 +28,7 @@ NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # Gloo does not support these
 
 
 @door
-def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
+def shard(mesh: Mesh, rules: Rules | None = None) -> Transform:
     """A transform of a tree that keeps this process's shard of each leaf, as a DTensor.
 
     Every process should pass the same tree. Over a `Grid` the tree is returned unchanged after a
@@ -59,7 +60,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
         if transforming() or has_tangent(params):
             errors.fail("shard", "the call", "outside of every transform", "one inside", "Shard first.", TypeError)
         agree("shard", {path: leaf for path, leaf in tree.items(params) if not is_distributed(leaf)}, mesh=mesh)
-        coordinates = {name: mesh.get_local_rank(name) for name in sizes}
+        coordinates, of_processes = {name: mesh.get_local_rank(name) for name in sizes}, mesh
 
         def one(leaf: Tensor, spec: PartitionSpec) -> "DTensor":
             if is_distributed(leaf):
@@ -68,7 +69,7 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Any:
                 remedy = "Gather it first: fa.gather(tree)."
                 errors.fail("shard", "tree", "of whole tensors", "a DTensor that is cut otherwise", remedy, TypeError)
             held = part(leaf.detach(), spec, coordinates, sizes)
-            return distributed(_copied(held), spec, mesh, leaf.shape)
+            return distributed(_copied(held), spec, of_processes, leaf.shape)
 
         return tree.map(one, params, cuts)
 
@@ -95,7 +96,7 @@ def to_local(tree_: Tree) -> Tree:
     return tree.map(lambda leaf: leaf.to_local() if is_distributed(leaf) else leaf, tree_)
 
 
-def is_distributed(leaf: Any) -> "TypeGuard[DTensor]":
+def is_distributed(leaf: object) -> "TypeGuard[DTensor]":
     """Whether a leaf is a DTensor."""
     return errors.is_distributed(leaf)
 
@@ -122,7 +123,7 @@ def _trimmed(spec: PartitionSpec) -> PartitionSpec:
     return P(*entries)
 
 
-def placements(spec: PartitionSpec, mesh: Any) -> "list[Placement]":
+def placements(spec: PartitionSpec, mesh: DeviceMesh) -> "list[Placement]":
     """The DTensor placement for each axis of the mesh."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -130,12 +131,12 @@ def placements(spec: PartitionSpec, mesh: Any) -> "list[Placement]":
     return [Replicate() if dim is None else Shard(dim) for dim in cuts]
 
 
-def from_local(parts: Tree, cuts: Tree, mesh: Any) -> Tree:
+def from_local(parts: Tree, cuts: Tree, mesh: DeviceMesh) -> Tree:
     """DTensors from the shards of all processes, the inverse of `to_local`; cuts: their specs."""
     return tree.map(lambda held, spec: distributed(held, spec, mesh), parts, cuts)
 
 
-def distributed(held: Tensor, spec: PartitionSpec, mesh: Any, shape: torch.Size | None = None) -> "DTensor":
+def distributed(held: Tensor, spec: PartitionSpec, mesh: DeviceMesh, shape: torch.Size | None = None) -> "DTensor":
     """This process's shard as a DTensor."""
     from torch.distributed.tensor import DTensor
 
@@ -147,7 +148,7 @@ def distributed(held: Tensor, spec: PartitionSpec, mesh: Any, shape: torch.Size 
     return DTensor.from_local(held, mesh, placements(spec, mesh), run_check=False, shape=shape, stride=stride)
 
 
-def local(leaf: Tensor, spec: PartitionSpec, mesh: Any) -> Tensor:
+def local(leaf: Tensor, spec: PartitionSpec, mesh: DeviceMesh) -> Tensor:
     """This process's shard of a DTensor, or of a plain tensor that is the same on every process."""
     if is_distributed(leaf):
         if leaf.device_mesh != mesh:

@@ -29,7 +29,7 @@ def named(law: Law) -> Law:
     """A law whose errors, and errors raised by what it tests, name it."""
 
     @functools.wraps(law)
-    def run(*args: Any, **options: Any) -> None:
+    def run(*args: object, **options: object) -> None:
         try:
             law(*args, **options)
         except Exception as error:

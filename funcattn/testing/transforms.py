@@ -87,7 +87,7 @@ class Report(NamedTuple):
 
 def check_transforms(
     f: Callable[..., Any],
-    *args: Any,
+    *args: object,
     depth: int = 3,
     reference: Callable[..., Any] | None = None,
     vmapped: bool = True,
@@ -157,7 +157,7 @@ def _definition(f: Callable[..., Any], given: bool) -> Callable[..., Any]:
         errors.fail("check_transforms", "reference", "given with args", got, remedy)
     definition = functools.partial(dense.attend, **options)
 
-    def matching(*args: Any) -> Any:
+    def matching(*args: object) -> Any:
         return definition(*args) if wants_lse(args) else definition(*args).out
 
     def wants_lse(args: Any) -> bool:

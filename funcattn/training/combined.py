@@ -1,6 +1,6 @@
 """Transforms of optimizers: clip, chain, accumulate."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ class Accumulated(NamedTuple):
     """
 
     count: Tensor
-    total: Any
-    inner: Any
+    total: Tree
+    inner: Tree
 
 
 @door
@@ -59,7 +59,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
             got = f"a {type(optimizer).__name__}"
             errors.fail("chain", "optimizers", "Optimizers", got, "Call them first: chain(clip(1.0), adamw(3e-4)).", TypeError)
 
-    def update(gradients: Tree, state: tuple[Any, ...], params: Tree) -> tuple[Tree, tuple[Any, ...]]:
+    def update(gradients: Tree, state: tuple[Tree, ...], params: Tree) -> tuple[Tree, tuple[Tree, ...]]:
         after = []
         for optimizer, own in zip(optimizers, state, strict=True):
             gradients, own = optimizer.update(gradients, own, params)

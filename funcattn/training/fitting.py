@@ -46,8 +46,8 @@ class Report(NamedTuple):
 class Fitted(NamedTuple):
     """The result of `fit`. Not a record: history holds numbers."""
 
-    params: Any
-    state: Any
+    params: Tree
+    state: Tree
     history: tuple[Report, ...]
 
 
@@ -180,8 +180,8 @@ def fit(
 
 
 def _begin(
-    folder: Any, params: Tree, state: Any, run: dict[str, Any], resume: bool
-) -> tuple[Tree, Any, int, list[Report], list[float]]:
+    folder: str | os.PathLike[str] | None, params: Tree, state: Tree, run: dict[str, object], resume: bool
+) -> tuple[Tree, Tree, int, list[Report], list[float]]:
     """params, state, steps taken, reports made, and the losses since the last report."""
     taken = [] if folder is None else snapshots.steps_in(folder)
     if folder is None or not taken:
@@ -198,7 +198,7 @@ def _begin(
     return values["params"], values["state"], taken[-1], told, seen
 
 
-def _reports(held: dict[str, Any], damaged: Callable[[str], NoReturn], run: dict[str, Any]) -> tuple[list[Report], list[float]]:
+def _reports(held: dict[str, Any], damaged: Callable[[str], NoReturn], run: dict[str, object]) -> tuple[list[Report], list[float]]:
     """The reports and the losses since the last one, read from a snapshot and validated."""
     if held.keys() != {"of", "told", "seen"} or not isinstance(held["of"], dict) or held["of"].keys() != run.keys():
         damaged(f"a run that is not {', '.join(run)} with its reports: it is of another release or program")
@@ -212,7 +212,7 @@ def _reports(held: dict[str, Any], damaged: Callable[[str], NoReturn], run: dict
     return [Report(*report) for report in told], seen
 
 
-def _is_loss(value: Any) -> bool:
+def _is_loss(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool)
 
 

@@ -9,7 +9,6 @@ It supports no transform, so it is used outside torch.func, autograd and torch.c
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +16,12 @@ from torch import Tensor
 from ..core.autograd import is_recorded
 
 
-def is_quiet(*trees: Any) -> bool:
+def is_quiet(*trees: object) -> bool:
     """True outside torch.func, autograd (for these tensors) and torch.compile."""
     return not (torch.is_grad_enabled() or is_recorded(*trees) or torch.compiler.is_compiling())
 
 
-def serves(*columns: Sequence[Any]) -> bool:
+def serves(*columns: Sequence[object]) -> bool:
     """True for plain tensors of one float dtype, all on one CPU or CUDA device."""
     first = columns[0][0] if columns[0] else None
     if not is_quiet(*columns) or type(first) is not Tensor or first.device.type not in ("cpu", "cuda"):

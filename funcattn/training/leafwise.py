@@ -1,7 +1,6 @@
 """Elementwise arithmetic of updates, in eager and compiled code."""
 
 from collections.abc import Callable
-from typing import Any
 
 import optree
 import torch
@@ -42,7 +41,7 @@ def unzip(n: int, f: Callable[..., tuple[Tensor, ...]], *trees: Tree) -> list[Tr
     return [build([row[i] for row in results]) for i in range(n)]
 
 
-def columns_of(*trees: Tree) -> list[Any]:
+def columns_of(*trees: Tree) -> list[Tree]:
     """The leaves of each tree, and the function that rebuilds a tree from leaves."""
     columns, structures = zip(*map(optree.tree_flatten, trees), strict=True)
     if any(structure != structures[0] for structure in structures):

@@ -15,7 +15,7 @@ Source: the interface of optax (DeepMind), Babuschkin et al., The DeepMind JAX e
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,19 +48,19 @@ class Optimizer:
     text: that call, or "" for a user-defined one.
     """
 
-    init: Callable[[Tree], Any]
-    update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
+    init: Callable[[Tree], Tree]
+    update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
     text: str = field(default="", kw_only=True, compare=False)
     __call__ = uncalled
 
-    def __iter__(self) -> Iterator[Callable[..., Any]]:
+    def __iter__(self) -> Iterator[Callable[..., Tree]]:
         """init, update."""
         return iter((self.init, self.update))
 
     def __repr__(self) -> str:
         return self.text or "Optimizer(init, update)"
 
-    def _replace(self, **fields: Any) -> "Optimizer":
+    def _replace(self, **fields: object) -> "Optimizer":
         return replace(self, **{"text": ""} | fields)  # it is no longer what the call made
 
 
@@ -69,7 +69,7 @@ class Momentum(NamedTuple):
     """The state of `sgd`. count: int64 (); velocity: like params, or () without momentum."""
 
     count: Tensor
-    velocity: Any
+    velocity: Tree
 
 
 @record
@@ -77,8 +77,8 @@ class Moments(NamedTuple):
     """The state of `adamw`. count: int64 (); mean, square: like params."""
 
     count: Tensor
-    mean: Any
-    square: Any
+    mean: Tree
+    square: Tree
 
 
 @door
@@ -245,7 +245,7 @@ def muon(
     is_mine = tree.predicate("muon", where)
     others = rest if rest is not None else adamw(learning_rate if match else 3e-4)
 
-    def init(params: Tree) -> tuple[Momentum, Any]:
+    def init(params: Tree) -> tuple[Momentum, Tree]:
         mine, theirs = tree.partition(params, is_mine)
         if isinstance(where, str) and not tree.leaves(mine):
             chooses_none("muon", where)
@@ -254,7 +254,7 @@ def muon(
             errors.fail("muon", "where", "true of matrices only", f"true of {wrong[0]}", "Test leaf.dim() == 2 too.")
         return Momentum(zero_count(params), tree.map(torch.zeros_like, mine)), others.init(theirs)
 
-    def update(gradients: Tree, state: tuple[Momentum, Any], params: Tree) -> tuple[Tree, tuple[Momentum, Any]]:
+    def update(gradients: Tree, state: tuple[Momentum, Tree], params: Tree) -> tuple[Tree, tuple[Momentum, Tree]]:
         if any(cut_axes("muon", params, specs)):
             remedy = "Use adamw, or keep params whole: sharding.replicated()."
             errors.fail("muon", "params", "whole on every device", "matrices that are cut, of which none has the whole", remedy)

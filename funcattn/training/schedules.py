@@ -6,7 +6,7 @@ steps, and depends on the step alone. `Rate` is a number, a tensor, or such a fu
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def check_rate(function: str, rate: Rate) -> None:
         _rate(function, "learning_rate", rate)
 
 
-def _rate(function: str, argument: str, rate: Any) -> None:
+def _rate(function: str, argument: str, rate: object) -> None:
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
         errors.fail(function, argument, "a number, 0 or more", rate, "Signs are the optimizer's matter.")
 

@@ -41,7 +41,7 @@ def steps_in(folder: str | os.PathLike[str]) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
-def write(folder: str | os.PathLike[str], step: int, values: Tree, run: dict[str, Any], *, keep: int = 2) -> Path:
+def write(folder: str | os.PathLike[str], step: int, values: Tree, run: dict[str, object], *, keep: int = 2) -> Path:
     """Write a snapshot, then remove all but the newest `keep`.
 
     Args:
@@ -131,7 +131,7 @@ def damaged(folder: str | os.PathLike[str], step: int, got: str) -> NoReturn:
     fail("fit", f"{place}", "a whole snapshot", got, f"Remove {place}{earlier}.", CheckpointError)
 
 
-def _is_order(strides: Any, sizes: tuple[int, ...]) -> bool:
+def _is_order(strides: object, sizes: tuple[int, ...]) -> bool:
     """True where strides overlap no elements and span at most twice their memory."""
     if not isinstance(strides, list) or len(strides) != len(sizes) or not all(is_int(n) and 0 <= n < 2**63 for n in strides):
         return False
@@ -147,7 +147,7 @@ def _place(folder: str | os.PathLike[str], step: int) -> Path:
     return Path(os.path.realpath(folder)) / f"{PREFIX}{step:08}"
 
 
-def _kind(x: Tensor) -> tuple[Any, ...]:
+def _kind(x: Tensor) -> tuple[object, ...]:
     return x.dtype, shape(x)
 
 
@@ -155,7 +155,7 @@ def _own(x: Tensor) -> Tensor:
     return x.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
 
 
-def _sum(content: Any) -> str:
+def _sum(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

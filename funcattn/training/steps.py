@@ -8,7 +8,7 @@ which makes one graph of loss, gradient and update.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -26,8 +26,8 @@ from . import losses, optimizers
 from .norms import norm
 from .optimizers import Optimizer
 
-Loss: TypeAlias = Callable[[Model, Tree, Any], Tensor]
-Step: TypeAlias = Callable[..., tuple[Tree, Any, "Metrics"]]
+Loss: TypeAlias = Callable[[Model, Tree, Tree], Tensor]
+Step: TypeAlias = Callable[..., tuple[Tree, Tree, "Metrics"]]
 
 
 @record
@@ -103,7 +103,7 @@ def step(
     narrow = tree.cast(compute) if compute is not None else lambda params: params
 
     @door(name="step(model, optimizer)")
-    def one(params: Tree, state: Any, batch: Any, frozen: Tree = ABSENT) -> tuple[Tree, Any, Metrics]:
+    def one(params: Tree, state: Tree, batch: Tree, frozen: Tree = ABSENT) -> tuple[Tree, Tree, Metrics]:
         of = lambda part: lambda params: loss(model, narrow(tree.combine(params, frozen)), part)
         parts = _split(batch, micro_batches)
         gradients, value = _gradient(of(parts[0]), params)
@@ -130,7 +130,7 @@ def _gradient(f: Callable[[Tree], Tensor], params: Tree) -> tuple[Tree, Tensor]:
     return optree.tree_unflatten(structure, gradients), value.detach()
 
 
-def _split(batch: Any, n: int) -> list[Any]:
+def _split(batch: Tree, n: int) -> list[Tree]:
     if n == 1:
         return [batch]
     leaves, structure = optree.tree_flatten(batch)

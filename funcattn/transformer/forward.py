@@ -9,7 +9,7 @@ few layers as one function, calibration modifies each layer before it runs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..caches import Delta
 from ..collectives import bound
 from ..core import errors
 from ..core.doors import what_is
-from ..layers import Rotation
+from ..layers import Rotation, Weight
 from ..masks import Mask
 from ..records import is_absent
 from . import lengths, parallel
@@ -112,7 +112,7 @@ def final_norm(config: Config, params: Params, x: Tensor) -> Tensor:
     return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
 
 
-def lm_head(params: Params) -> Any:
+def lm_head(params: Params) -> Weight:
     """The weight of the head (V, E); the embedding where they are tied."""
     if not hasattr(params, "head"):
         remedy = "Make them with model.init(key), or take those of fa.load."
@@ -120,12 +120,12 @@ def lm_head(params: Params) -> Any:
     return params.embedding if is_absent(params.head) else params.head
 
 
-def predict(config: Config, head: Any, hidden: Tensor) -> Tensor:
+def predict(config: Config, head: Weight, hidden: Tensor) -> Tensor:
     """Logits (*lead, V) of hidden (*lead, E), by the weight of the head or the tied embedding."""
     return parallel.gather_vocab(config, local_logits(config, head, hidden))
 
 
-def local_logits(config: Config, head: Any, hidden: Tensor) -> Tensor:
+def local_logits(config: Config, head: Weight, hidden: Tensor) -> Tensor:
     """The logits of this device's shard of the vocabulary: all V, unless "tensor" is bound."""
     out = parallel.head(config, head, hidden)
     if config.logit_scale != 1.0:

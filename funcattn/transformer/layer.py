@@ -8,14 +8,14 @@ rematerialized.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import kernels, layers
 from ..kernels import Kernel, Part
-from ..layers import Rotation
+from ..layers import Rotation, Weight
 from ..masks import Mask
 from ..records import is_absent
 from ..taps import tap
@@ -75,19 +75,19 @@ def _add(config: Config, x: Tensor, more: Tensor) -> Tensor:
     return x + more if config.residual_scale == 1.0 else x + more * config.residual_scale
 
 
-def _norm(config: Config, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+def _norm(config: Config, x: Tensor, weight: Tensor, bias: Weight) -> Tensor:
     if config.norm == "rms":
         return layers.rms_norm(x, weight, epsilon=config.norm_epsilon, offset=config.norm_offset)
     return layers.layer_norm(x, weight, bias, epsilon=config.norm_epsilon)
 
 
-def _affine(weight: Any, bias: Any, x: Tensor, *, ends: bool = False) -> Tensor:
+def _affine(weight: Weight, bias: Weight, x: Tensor, *, ends: bool = False) -> Tensor:
     """weight x + bias; `ends` is True where the outputs of all devices are summed (psum)."""
     y = parallel.reduce_from_region(layers.linear(weight, x)) if ends else layers.linear(weight, x)
     return y if is_absent(bias) else y + bias
 
 
-def _affines(weights: Sequence[Any], biases: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+def _affines(weights: Sequence[Weight], biases: Sequence[Weight], x: Tensor) -> tuple[Tensor, ...]:
     each = zip(layers.linears(weights, x), biases, strict=True)
     return tuple(y if is_absent(bias) else y + bias for y, bias in each)
 
@@ -126,7 +126,7 @@ def _attend(
     return _affine(weights.o, weights.o_bias, mixed, ends=True), k, v
 
 
-def _heads(config: Config, x: Tensor, norm: Any, heads: int, D: int) -> Tensor:
+def _heads(config: Config, x: Tensor, norm: Weight, heads: int, D: int) -> Tensor:
     """(*lead, T, heads D) to (*lead, heads, T, D), with the head norm of the config."""
     if config.head_norm == "rms_width":
         x = _norm(config, x, norm, ())
@@ -157,7 +157,7 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
     chosen = expert.flatten()
     rows = y.unsqueeze(-2).expand(*expert.shape, -1).flatten(0, -2)
 
-    def affine(weight: Any, bias: Any, x: Tensor) -> Tensor:
+    def affine(weight: Weight, bias: Weight, x: Tensor) -> Tensor:
         out = layers.linear_experts(weight, x, chosen)
         return out if is_absent(bias) else out + bias[chosen]
 

@@ -18,23 +18,24 @@ See docs/decisions/a-text-has-one-length.md. Law: test_lengths.py::test_a_text_r
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import caches
-from ..caches import Delta
+from ..caches import Delta, KVCache
 from ..core import errors
 from ..masks import Mask
+from ..models import Past
 from ..records import ABSENT, is_absent
 from . import parallel
 from .config import Config
 
 BASE = 8  # of the digits of a token id
 
-Run = Callable[[Tensor, Any, Tensor, Mask | Tensor | None, bool, Tensor | None], tuple[Tensor, Delta]]
+Run = Callable[[Tensor, Past, Tensor, Mask | Tensor | None, bool, Tensor | None], tuple[Tensor, Delta]]
 # (tokens, cache, places, mask, in_order, length) -> (x, delta): the forward pass with the rotary
 # angles of a text of that length; places are the positions of the tokens.
 
@@ -48,7 +49,7 @@ class Text(NamedTuple):
 
     ids: Tensor
     beyond: Tensor
-    counts: Any
+    counts: Tensor | tuple[()]
 
 
 def cache_layers(config: Config) -> int:
@@ -81,7 +82,7 @@ def lengths_of(places: Tensor, mask: Mask | Tensor | None, in_order: bool) -> Te
 
 
 def hidden(
-    config: Config, run: Run, tokens: Tensor, cache: Any, places: Tensor, mask: Mask | Tensor | None, in_order: bool
+    config: Config, run: Run, tokens: Tensor, cache: Past, places: Tensor, mask: Mask | Tensor | None, in_order: bool
 ) -> tuple[Tensor, Delta]:
     """The residual (*lead, T, E) and delta of new tokens, equal to one pass over the whole text."""
     if not config.follows_length:
@@ -99,7 +100,7 @@ def hidden(
     return x, noted(config, delta, tokens, length)
 
 
-def continues(config: Config, cache: Any, T: int) -> bool:
+def continues(config: Config, cache: KVCache, T: int) -> bool:
     """True where the cached rows have the angles of the text with T new tokens."""
     return not config.follows_length or _goes_on(config, remembered(config, cache), cache.length + T)
 
@@ -119,7 +120,7 @@ def noted(config: Config, delta: Delta, tokens: Tensor, length: Tensor) -> Delta
     return Delta((*delta.k, *sides[::2]), (*delta.v, *sides[1::2]))
 
 
-def remembered(config: Config, cache: Any) -> Text:
+def remembered(config: Config, cache: KVCache) -> Text:
     """The text in a cache, as far as the next token sees it."""
     here = cache.length.reshape(1)
     layers = [caches.past(cache, i, here) for i in range(config.layers, cache_layers(config))]
@@ -135,14 +136,14 @@ def remembered(config: Config, cache: Any) -> Text:
     return Text(ids, digits[..., 0] > 0, torch.cat([_seen(part.mask, part.k) for part in layers[0]]))
 
 
-def in_front(text: Text) -> tuple[Tensor, Any]:
+def in_front(text: Text) -> tuple[Tensor, int | Tensor]:
     """The ids (R,) with visible ones first, in order, and the number of these."""
     if is_absent(text.counts):
         return text.ids, text.ids.shape[-1]
     return text.ids.gather(-1, (~text.counts).long().argsort(dim=-1, stable=True)), text.counts.sum(-1)
 
 
-def _seen(mask: Any, k: Tensor) -> Tensor:
+def _seen(mask: Mask | Tensor | tuple[()], k: Tensor) -> Tensor:
     """Bool (S,): True for the visible rows of a segment."""
     if is_absent(mask):
         return torch.ones(k.shape[-2], dtype=torch.bool, device=k.device)
@@ -163,7 +164,7 @@ def _goes_on(config: Config, text: Text, length: Tensor) -> bool:
 def _again(
     run: Run,
     tokens: Tensor,
-    cache: Any,
+    cache: KVCache,
     text: Text,
     places: Tensor,
     mask: Mask | Tensor | None,

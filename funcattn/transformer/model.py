@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import caches, rematerialization, taps, tree
-from ..caches import Cache, Delta
+from ..caches import Cache, Delta, KVCache
 from ..core import errors
 from ..core.doors import door, what_is
 from ..kernels import Kernel
@@ -84,7 +84,7 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
         return initialize(key, config)
 
     @door
-    def cache(size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> Any:
+    def cache(size: int, *, kind: Any = Cache, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache with room for `size` tokens.
 
         Args:
@@ -186,7 +186,7 @@ def positions_of(config: Config, tokens: Tensor, cache: Past, positions: Tensor 
     return positions
 
 
-def _check_past(cache: Any, config: Config) -> None:
+def _check_past(cache: KVCache, config: Config) -> None:
     wanted, got = (lengths.cache_layers(config), parallel.heads(config)[1], config.head_size), caches.sizes(cache)
     if got != wanted:
         errors.fail(

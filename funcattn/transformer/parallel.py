@@ -25,7 +25,6 @@ Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Rajbhandari et al., ZeRO,
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import optree
 import torch
@@ -37,7 +36,12 @@ from ..collectives import all_gather, all_gather_invariant, axis_index, axis_siz
 from ..core import errors
 from ..core.autograd import differentiated
 from ..kernels import Kernel, Part
+from ..layers import Weight
+from ..layers.layouts import Division
+from ..masks import Mask
+from ..models import Past
 from ..records import is_absent
+from ..tree import Tree
 from .config import Config, Kind
 from .partition import DATA, TENSOR, division
 from .weights import Layer, shapes
@@ -93,20 +97,20 @@ def _division(shape_length: int, dim: int | None, mark: str) -> tuple[str | None
     return tuple(mark if i == dim else None for i in range(shape_length))
 
 
-def _copied_to_region(weight: Any, cut: int | None, rank: int) -> Any:
+def _copied_to_region(weight: Weight, cut: int | None, rank: int) -> Weight:
     """The weight with its replicated tensors copied into a region."""
     divided = layers.fields(weight, _division(rank, cut, TENSOR))
     copied = lambda x, d: x if TENSOR in d or not x.is_floating_point() else copy_to_region(x)
     return optree.tree_map(copied, weight, divided)
 
 
-def _local_kv_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
+def _local_kv_heads(config: Config, weight: Weight, block: int, rank: int) -> Weight:
     """The rows of the key/value head that belongs to this device's query heads."""
     axis = collectives.find(TENSOR)
     assert axis is not None
     divided = layers.fields(weight, _division(rank, 0, TENSOR))
 
-    def one(x: Tensor, division: Any) -> Tensor:
+    def one(x: Tensor, division: Division) -> Tensor:
         if TENSOR not in division:
             return x
         if not axis.mapped:
@@ -121,7 +125,7 @@ def _local_kv_heads(config: Config, weight: Any, block: int, rank: int) -> Any:
     return optree.tree_map(one, weight, divided)
 
 
-def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
+def _over_data(path: str, weight: Weight, shape: tuple[int, ...]) -> Weight:
     """A weight whole along "data": gathered where it is sharded, else copied.
 
     shape is that of the weight, whole along "data", on this device.
@@ -140,7 +144,7 @@ def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
         return weight
     divided = layers.fields(weight, _division(len(shape), dims[0] if dims else None, DATA))
 
-    def one(x: Tensor, division: Any) -> Tensor:
+    def one(x: Tensor, division: Division) -> Tensor:
         x = collectives.copy_to_region(x, CONTEXT) if x.is_floating_point() else x
         if DATA in division:
             return all_gather(x, DATA, dim=division.index(DATA))
@@ -149,12 +153,12 @@ def _over_data(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
     return optree.tree_map(one, weight, divided)
 
 
-def vector(path: str, weight: Any, shape: tuple[int, ...]) -> Any:
+def vector(path: str, weight: Weight, shape: tuple[int, ...]) -> Weight:
     """A norm, bias or table outside of the layers, gathered over "data"."""
     return weight if is_absent(weight) or not collectives.bound() else _over_data(path, weight, shape)
 
 
-def embed(config: Config, weight: Any, tokens: Tensor) -> Tensor:
+def embed(config: Config, weight: Weight, tokens: Tensor) -> Tensor:
     """Rows of the embedding; where it is sharded, other shards' rows are zeros, summed by psum."""
     if not collectives.bound():
         return layers.embed(weight, tokens)
@@ -168,7 +172,7 @@ def embed(config: Config, weight: Any, tokens: Tensor) -> Tensor:
     return psum(torch.where(mine.unsqueeze(-1), found, torch.zeros((), dtype=found.dtype, device=found.device)), TENSOR)
 
 
-def _table(config: Config, path: str, weight: Any) -> Any:
+def _table(config: Config, path: str, weight: Weight) -> Weight:
     """The shard of the embedding or head over the vocabulary, gathered over "data"."""
     n = axis_size(TENSOR)
     cut = division(config, path, 2, n)
@@ -176,7 +180,7 @@ def _table(config: Config, path: str, weight: Any) -> Any:
     return _copied_to_region(weight, cut.tensor, 2) if n > 1 else weight
 
 
-def head(config: Config, weight: Any, hidden: Tensor) -> Tensor:
+def head(config: Config, weight: Weight, hidden: Tensor) -> Tensor:
     """Logits (*lead, V), or (*lead, V / n) for a head that is sharded over the vocabulary."""
     if not collectives.bound():
         return layers.linear(weight, hidden)
@@ -200,7 +204,7 @@ def in_parts() -> bool:
     return axis_size(CONTEXT) > 1
 
 
-def check(params: Any, cache: Any, mask: Any) -> None:
+def check(params: Tree, cache: Past, mask: Mask | Tensor | None) -> None:
     """Fail where a text is sharded over "context" and an argument does not support that."""
     if not in_parts():
         return
@@ -230,7 +234,14 @@ def places(T: int) -> Tensor | None:
 
 
 def attend(
-    config: Config, kind: Kind, q: Tensor, k: Tensor, v: Tensor, mask: Any, past: Sequence[Part], kernel: str | Kernel | None
+    config: Config,
+    kind: Kind,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    past: Sequence[Part],
+    kernel: str | Kernel | None,
 ) -> Tensor:
     """Attention over a text sharded over "context".
 

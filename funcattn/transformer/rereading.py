@@ -5,16 +5,17 @@ and compute rows of texts of several lengths in one step. They change nothing fo
 rotary angles do not depend on the length.
 """
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .. import caches
-from ..caches import Branch, Cache, Delta, Pages, Ring
+from ..caches import Branch, Cache, Delta, KVCache, Pages, Ring
 from ..core import errors
-from ..models import Model
+from ..models import Model, Past
 from ..records import is_absent
+from ..tree import Tree
 from . import lengths
 from .config import Config
 
@@ -25,7 +26,7 @@ def follower(model: Model) -> Config | None:
     return config if isinstance(config, Config) and config.follows_length else None
 
 
-def first_chunk(model: Model, cache: Any, T: int, chunk: int) -> int:
+def first_chunk(model: Model, cache: Past, T: int, chunk: int) -> int:
     """How many tokens of a prompt of T to read first, so that none of them is read twice.
 
     The first chunk extends beyond the context where the prompt does.
@@ -39,7 +40,7 @@ def first_chunk(model: Model, cache: Any, T: int, chunk: int) -> int:
     return chunk if within > T else T if config.rope_scaling.kind == "dynamic" else max(chunk, within)
 
 
-def places(model: Model, cache: Any, begin: int, end: int, prompt_length: Tensor | None) -> Tensor | None:
+def places(model: Model, cache: Past, begin: int, end: int, prompt_length: Tensor | None) -> Tensor | None:
     """Positions begin to end of a padded prompt; padding has the position of the last token.
 
     So padding makes no text longer. None where positions need not be given.
@@ -50,13 +51,13 @@ def places(model: Model, cache: Any, begin: int, end: int, prompt_length: Tensor
     return torch.minimum(here, prompt_length - 1) + (0 if is_absent(cache) else cache.length)
 
 
-def one_by_one(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
+def one_by_one(model: Model, params: Tree, tokens: Tensor, cache: Past) -> tuple[Tensor, Delta]:
     """`model.hidden` (T, E) of tokens (T,) read one at a time, and their delta.
 
     For caches that drop or quantize tokens: in one pass the new tokens would attend to each other
     unquantized and at any distance.
     """
-    past, rows, deltas = cache, [], []
+    past, rows, deltas = cast(KVCache, cache), [], []  # `fork_many` makes one of ()
     for token in tokens.unbind():
         x, delta = model.hidden(params, token.reshape(1), past)
         past = caches.commit(caches.fork_many(past, delta, len(tokens)) if past is cache else past, delta)
@@ -66,7 +67,7 @@ def one_by_one(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[T
     return torch.stack(rows), Delta(*(tuple(map(together, *sides)) for sides in zip(*deltas, strict=True)))
 
 
-def along(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Delta]:
+def along(model: Model, params: Tree, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Delta]:
     """`model.extend` where row t is that of the text ending with token t, whatever follows."""
     # Within the window of a Ring no token is dropped.
     all_near = isinstance(cache, Ring) and len(tokens) <= cache.k.shape[-2] + 1
@@ -85,7 +86,7 @@ def along(model: Model, params: Any, tokens: Tensor, cache: Any) -> tuple[Tensor
     return torch.stack([logits[-1] for logits, _ in each]), each[-1][1]
 
 
-def renewed(model: Model, params: Any, cache: Any) -> Any:
+def renewed(model: Model, params: Tree, cache: KVCache) -> KVCache:
     """The cache, its rows recomputed if they have the angles of another length than its own.
 
     For `Cache`, `Pages` and branches of these; any other is returned unchanged, and its text is
@@ -104,13 +105,13 @@ def renewed(model: Model, params: Any, cache: Any) -> Any:
     return _rewritten(cache, delta, 0)
 
 
-def _is_rewritable(cache: Any) -> bool:
+def _is_rewritable(cache: KVCache) -> bool:
     return isinstance(cache, (Cache, Pages)) or (
         isinstance(cache, Branch) and _is_rewritable(cache.prefix) and _is_rewritable(cache.tail)
     )
 
 
-def _rewritten(cache: Any, delta: Delta, begin: Any) -> Any:
+def _rewritten(cache: KVCache, delta: Delta, begin: int | Tensor) -> KVCache:
     """The cache with its rows replaced by those of the delta, from row `begin` on."""
     if isinstance(cache, Branch):
         own = _rewritten(cache.tail, delta, begin + cache.prefix.length)

@@ -1,12 +1,14 @@
 """The weights of a decoder as one tree: their shapes and initialization."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import randomness
+from ..layers import Weight
 from ..records import ABSENT, is_absent, record
+from ..tree import Tree
 from .config import Config
 
 
@@ -14,43 +16,43 @@ from .config import Config
 class Layer(NamedTuple):
     """The weights of one layer; matrices are (out, in). Weights that a config lacks are `()`."""
 
-    attention_norm: Any = ABSENT  # (E,)
-    q: Any = ABSENT  # (H D, E)
-    k: Any = ABSENT  # (K D, E)
-    v: Any = ABSENT  # (K D, E)
-    o: Any = ABSENT  # (E, H D)
-    feed_forward_norm: Any = ABSENT  # (E,)
-    gate: Any = ABSENT  # (F, E), of experts (X, F, E)
-    up: Any = ABSENT  # (F, E)
-    down: Any = ABSENT  # (E, F)
-    attention_norm_bias: Any = ABSENT  # (E,)
-    feed_forward_norm_bias: Any = ABSENT  # (E,)
-    attention_after_norm: Any = ABSENT  # (E,), of the output of attention
-    feed_forward_after_norm: Any = ABSENT  # (E,)
-    q_norm: Any = ABSENT  # (D,), (H D,) or (H, D)
-    k_norm: Any = ABSENT  # (D,), (K D,) or (K, D)
-    sinks: Any = ABSENT  # (H,)
-    q_bias: Any = ABSENT  # (H D,)
-    k_bias: Any = ABSENT  # (K D,)
-    v_bias: Any = ABSENT  # (K D,)
-    o_bias: Any = ABSENT  # (E,)
-    gate_bias: Any = ABSENT  # (F,), of experts (X, F)
-    up_bias: Any = ABSENT  # (F,)
-    down_bias: Any = ABSENT  # (E,)
-    router: Any = ABSENT  # (X, E)
-    router_bias: Any = ABSENT  # (X,)
+    attention_norm: Weight = ABSENT  # (E,)
+    q: Weight = ABSENT  # (H D, E)
+    k: Weight = ABSENT  # (K D, E)
+    v: Weight = ABSENT  # (K D, E)
+    o: Weight = ABSENT  # (E, H D)
+    feed_forward_norm: Weight = ABSENT  # (E,)
+    gate: Weight = ABSENT  # (F, E), of experts (X, F, E)
+    up: Weight = ABSENT  # (F, E)
+    down: Weight = ABSENT  # (E, F)
+    attention_norm_bias: Weight = ABSENT  # (E,)
+    feed_forward_norm_bias: Weight = ABSENT  # (E,)
+    attention_after_norm: Weight = ABSENT  # (E,), of the output of attention
+    feed_forward_after_norm: Weight = ABSENT  # (E,)
+    q_norm: Weight = ABSENT  # (D,), (H D,) or (H, D)
+    k_norm: Weight = ABSENT  # (D,), (K D,) or (K, D)
+    sinks: Weight = ABSENT  # (H,)
+    q_bias: Weight = ABSENT  # (H D,)
+    k_bias: Weight = ABSENT  # (K D,)
+    v_bias: Weight = ABSENT  # (K D,)
+    o_bias: Weight = ABSENT  # (E,)
+    gate_bias: Weight = ABSENT  # (F,), of experts (X, F)
+    up_bias: Weight = ABSENT  # (F,)
+    down_bias: Weight = ABSENT  # (E,)
+    router: Weight = ABSENT  # (X, E)
+    router_bias: Weight = ABSENT  # (X,)
 
 
 @record
 class Params(NamedTuple):
     """All weights. Each is a tensor, a quantized record or a DTensor; the decoder accepts all."""
 
-    embedding: Any  # (V, E)
+    embedding: Weight  # (V, E)
     layers: tuple[Layer, ...]
-    norm: Any  # (E,)
-    head: Any = ABSENT  # (V, E), or () where it is tied to the embedding
-    positions: Any = ABSENT  # (context, E), learned positions
-    norm_bias: Any = ABSENT  # (E,)
+    norm: Weight  # (E,)
+    head: Weight = ABSENT  # (V, E), or () where it is tied to the embedding
+    positions: Weight = ABSENT  # (context, E), learned positions
+    norm_bias: Weight = ABSENT  # (E,)
 
 
 def shapes(config: Config) -> Params:
@@ -113,7 +115,7 @@ def initialize(key: Tensor, config: Config) -> Params:
     residual: dict[str, float] = dict.fromkeys(("o", "down"), 0.02 / (2 * config.layers) ** 0.5)
     wanted = shapes(config)
 
-    def draw(key: Tensor, name: str, shape: Any) -> Any:
+    def draw(key: Tensor, name: str, shape: Tree) -> Weight:
         if is_absent(shape):
             return ABSENT
         if name.endswith("norm"):
@@ -122,7 +124,7 @@ def initialize(key: Tensor, config: Config) -> Params:
             return torch.zeros(shape, device=key.device)
         return randomness.normal(key, shape) * residual.get(name, 0.02)
 
-    def fields(key: Tensor, record: Any) -> list[Any]:
+    def fields(key: Tensor, record: Layer) -> list[Weight]:
         drawn = randomness.split(key, len(record))
         return [draw(drawn[i], name, shape) for i, (name, shape) in enumerate(zip(record._fields, record, strict=True))]
 

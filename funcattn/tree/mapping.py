@@ -2,7 +2,6 @@
 
 import builtins
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import optree
 import torch
@@ -15,7 +14,7 @@ from .selection import Where, chooses_none, predicate
 
 
 @door
-def map(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
+def map(f: Callable[..., Tree], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
     """Apply f to each leaf, and to the leaves at the same path of the rest; keep the structure.
 
     Raises:
@@ -29,7 +28,7 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) 
 
 
 @door
-def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
+def map_with_path(f: Callable[..., Tree], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
     """Apply f(path, leaf, *rest) to each leaf.
 
     Example:
@@ -42,7 +41,7 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLea
 
 
 @door
-def leaves(tree: Tree, *, is_leaf: IsLeaf = None) -> list[Any]:
+def leaves(tree: Tree, *, is_leaf: IsLeaf = None) -> list[Tree]:
     """The leaves in order."""
     return optree.tree_leaves(tree, is_leaf=is_leaf)
 
@@ -59,7 +58,7 @@ def paths(tree: Tree, *, is_leaf: IsLeaf = None) -> list[str]:
 
 
 @door
-def items(tree: Tree, *, is_leaf: IsLeaf = None) -> list[tuple[str, Any]]:
+def items(tree: Tree, *, is_leaf: IsLeaf = None) -> list[tuple[str, Tree]]:
     """Pairs (path, leaf), in the order of `leaves`."""
     return [(path, node) for path, node in nodes(tree, is_leaf) if is_leaf_node(node, is_leaf)]
 
@@ -112,7 +111,7 @@ def count(tree: Tree) -> int:
 def allclose(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
     """True where structure, shapes and dtypes are equal and values close (equal for integers)."""
 
-    def close(x: Any, y: Any) -> bool:
+    def close(x: Tree, y: Tree) -> bool:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             return type(x) is type(y) and x == y
         if x.shape != y.shape or x.dtype != y.dtype:
@@ -163,7 +162,7 @@ def to(device: torch.device | str, where: Where | None = None) -> Transform:
     return door(_at("to", where, lambda x: x.to(place) if isinstance(x, Tensor) else x), name="to(device)")
 
 
-def _at(function: str, where: Where | None, f: Callable[[Any], Any]) -> Transform:
+def _at(function: str, where: Where | None, f: Callable[[object], object]) -> Transform:
     """A transform that replaces each leaf chosen by f of it."""
     if where is None:
         return lambda tree: map(f, tree)

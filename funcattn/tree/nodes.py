@@ -1,19 +1,20 @@
 """Nodes of a tree, their children and their paths, in optree's order."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import optree
 import torch
 from optree.utils import total_order_sorted
 from torch import Tensor
 
-Tree: TypeAlias = Any
-IsLeaf: TypeAlias = Callable[[Any], bool] | None
+from ..records import Tree
+
+IsLeaf: TypeAlias = Callable[[Tree], bool] | None
 Transform: TypeAlias = Callable[[Tree], Tree]
 
 INTEGERS = frozenset({torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64})
-KINDS: dict[str, Callable[[Any], bool]] = {
+KINDS: dict[str, Callable[[object], bool]] = {
     "floating": lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point(),
     "integer": lambda leaf: isinstance(leaf, Tensor) and leaf.dtype in INTEGERS,
 }

@@ -52,7 +52,7 @@ def chooses_none(function: str, where: Where | None, argument: str = "where") ->
 
 
 @door
-def update(tree: Tree, path: Where, value: Any, *, regex: bool = False, is_leaf: IsLeaf = None) -> Tree:
+def update(tree: Tree, path: Where, value: object, *, regex: bool = False, is_leaf: IsLeaf = None) -> Tree:
     """The tree with the value at a path replaced; other leaves are not copied.
 
     Args:

@@ -5,7 +5,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
-from funcattn import masks
+from funcattn import masks, native
 
 Q = torch.ones(2, 4, 20, 8)
 KV = torch.ones(2, 2, 20, 8)
@@ -31,7 +31,7 @@ ON_CPU = pytest.mark.cpu("a reason that holds there")
         ),
         ({"dropout": 0.1, "key": fa.key(0), "kernel": "sdpa"}, ValueError, "'sdpa': draws dropout from torch's global generator"),
         pytest.param({"kernel": "sdpa:cudnn"}, ValueError, "for CUDA, not for cpu", marks=ON_CPU),
-        ({"kernel": "fast"}, ValueError, "kernel should be None or one of 'sdpa', 'triton', 'flash'"),
+        ({"kernel": "fast"}, ValueError, "kernel should be None or one of 'native', 'sdpa', 'triton', 'flash'"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(options, kind, message):
@@ -51,6 +51,7 @@ def test_the_weights_are_those_that_mix_the_values():
 def test_the_explanation_names_every_kernel_with_what_stands_against_it():
     told = {v.kernel: v.why_not for v in fa.explain(Q, KV, KV).verdicts}
     assert set(told) == {
+        "native",
         "sdpa",
         "triton",
         "flash",
@@ -58,11 +59,13 @@ def test_the_explanation_names_every_kernel_with_what_stands_against_it():
         *(f"sdpa:{name}" for name in ("flash", "efficient", "cudnn", "math")),
     }
     assert told["sdpa"] == told["flash"] == told["reference"] == ""
+    assert told["native"] == native.load()
+    assert "float32" in {v.kernel: v.why_not for v in fa.explain(*normal(torch.float64)).verdicts}["native"]
     assert "CUDA" in told["sdpa:efficient"]
     assert "values of 3 features" in {v.kernel: v.why_not for v in fa.explain(Q, KV, KV[..., :3]).verdicts}["sdpa:flash"]
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "sdpa:flash", "sdpa:math", "flash", "reference"])
+@pytest.mark.parametrize("kernel", ["native", "sdpa", "sdpa:flash", "sdpa:math", "flash", "reference"])
 @pytest.mark.parametrize("mask", [None, masks.causal(20), masks.window(20, 4), torch.ones(20, 20, dtype=torch.bool).tril()])
 def test_every_kernel_that_can_run_gives_the_same(kernel, mask):
     q, k, v = normal(torch.float32)
@@ -72,13 +75,25 @@ def test_every_kernel_that_can_run_gives_the_same(kernel, mask):
 
 
 def test_the_choice_changes_with_what_may_be_asked():
-    assert fa.explain(Q, KV, KV, masks.causal(20)).chosen == "sdpa"
-    assert fa.explain(Q, KV, KV, masks.window(20, 4)).chosen == "flash"
+    q, kv = Q.double(), KV.double()  # which the native kernel does not take
+    assert fa.explain(q, kv, kv, masks.causal(20)).chosen == "sdpa"
+    assert fa.explain(q, kv, kv, masks.window(20, 4)).chosen == "flash"
+    assert fa.explain(q[..., :1, :], kv, kv).chosen == "sdpa"
+    seen = []
+    grad(lambda q: (seen.append(fa.explain(q, kv, kv).chosen), q.sum())[1])(q)
+    grad(lambda q: (seen.append(fa.explain(q[..., :1, :], kv, kv).chosen), q.sum())[1])(q)
+    assert seen == ["flash", "reference"]
+
+
+@pytest.mark.cpu("the native backend is for the CPU")
+@pytest.mark.skipif(bool(native.load()), reason=native.load())
+def test_on_a_cpu_the_native_kernel_is_taken_for_values_and_derivatives():
+    for mask in (None, masks.causal(20), masks.window(20, 4), masks.causal(20).dense(20)):
+        assert fa.explain(Q, KV, KV, mask).chosen == "native"
     assert fa.explain(Q[..., :1, :], KV, KV).chosen == "sdpa"
     seen = []
     grad(lambda q: (seen.append(fa.explain(q, KV, KV).chosen), q.sum())[1])(Q)
-    grad(lambda q: (seen.append(fa.explain(q[..., :1, :], KV, KV).chosen), q.sum())[1])(Q)
-    assert seen == ["flash", "reference"]
+    assert seen == ["native"]
 
 
 @pytest.mark.parametrize("name", ["mask", "bias"])

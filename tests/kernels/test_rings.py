@@ -106,6 +106,13 @@ def test_a_ring_far_from_zero_is_the_mean_of_what_is_seen(level, causal):
         torch.testing.assert_close(past(q, k, v), wanted(v))
 
 
+def test_a_ring_without_a_mask_takes_shards_of_any_length():
+    q, k, v = (fa.random.normal(fa.key(i), (2, 6, 3), torch.float64) for i in range(3))
+    part = lambda q, k, v: rings.ring(q, k, v, "context", causal=False).out
+    found = spmd(part, "context", 2, (ROWS,) * 3, ROWS)(q, k, v)  # 3 tokens on each device
+    close(found, fa.attention(q, k, v))
+
+
 def test_what_does_not_fit_is_told():
     with pytest.raises(ValueError, match="zigzag: x should be a multiple of 2 n = 4 long along axis -1, got \\(6,\\)"):
         rings.zigzag(torch.arange(6), 2)

@@ -1,5 +1,6 @@
 """Each sampler's law against lists and sorted(), and draws against the law that was promised."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -298,6 +299,17 @@ def test_greedy_is_a_value_and_is_called_as_its_siblings_are():
 )
 def test_a_sampler_prints_as_the_calls_that_made_it(sampler, text):
     assert repr(sampler) == f"Sampler({text})"
+
+
+def test_a_sampler_with_another_field_does_not_print_as_the_call_that_made_it():
+    other = top_k(3)._replace(update=greedy.update)
+    assert "top_k" not in repr(other)
+    assert repr(top_k(3)._replace()) == "Sampler(top_k(3))"
+    assert repr(other._replace(prime=greedy.observe_prompt, text="mine")) == "Sampler(mine)"
+
+
+def test_a_copy_of_greedy_can_be_called_as_greedy_can():
+    assert copy.copy(greedy)() == greedy
 
 
 def test_a_sampler_of_ones_own_prints_no_address():

@@ -90,6 +90,13 @@ def test_every_law_holds_of_flash_within_the_rounding_of_its_dtype(law, dtype):
     prove(law, flash, strategies.problems(dtype=dtype), examples=15)
 
 
+@pytest.mark.cpu("the native backend is for the CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=by_name)
+@pytest.mark.parametrize("law", laws.kernel, ids=by_name)
+def test_every_law_holds_of_the_native_kernel_within_the_rounding_of_its_dtype(law, dtype):
+    prove(law, functools.partial(fa.attend, kernel="native"), strategies.problems(dtype=dtype), examples=15)
+
+
 @pytest.mark.parametrize("law", VALUES_AND_GRADIENTS, ids=by_name)
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch has no batching rule for its kernel
 def test_sdpa_keeps_the_laws_of_values_and_first_gradients(law):
@@ -348,6 +355,15 @@ def test_every_nesting_to_depth_three_is_exact(f, small_blocks):
     report = check_transforms(f, depth=3)
     assert len(report.rows) == 3 + 9 + 27 + 4
     assert report.worst.worst < 1e-12  # float64: orders below the 1e-9 that was asked
+
+
+@pytest.mark.cpu("the native backend is for the CPU")
+@pytest.mark.parametrize("mask", [None, masks.causal(5, offset=1), masks.window(5, 2) | masks.sinks(5, 1), torch.arange(6) % 3 > 0])
+def test_every_nesting_of_the_native_kernel_is_exact_in_float32(mask):
+    q, k, v = (fa.random.normal(fa.key(i), shape) for i, shape in enumerate([(2, 5, 3), (1, 6, 3), (1, 6, 2)]))
+    f = functools.partial(fa.attention, kernel="native")
+    report = check_transforms(f, q, k, v, mask, depth=3, reference=fa.attention, tolerance=2e-4)
+    assert len(report.rows) == 3 + 9 + 27 + 4
 
 
 @pytest.mark.parametrize("mask", [masks.causal(5, offset=-1), masks.window(5, 2) | masks.sinks(5, 1), torch.arange(6) % 3 > 0])

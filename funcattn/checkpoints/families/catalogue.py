@@ -1,7 +1,5 @@
 """The families by name, in order: a Config is written as the first that can express it."""
 
-from typing import Any
-
 from .fused import COHERE, PHI3, STABLELM, STARCODER2
 from .gemma import GEMMA, GEMMA2, GEMMA3
 from .gpt import GPT2, GPT_NEOX
@@ -21,7 +19,7 @@ FAMILIES = {
 }
 
 
-def family_of(name: Any, where: str) -> Family:
+def family_of(name: object, where: str) -> Family:
     """The family of a name in a file; `where` is the field, for the error."""
     if not isinstance(name, str) or name not in FAMILIES:
         refuse(where, f"one of {', '.join(FAMILIES)}", name)

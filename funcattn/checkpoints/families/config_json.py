@@ -1,19 +1,18 @@
 """config.json, as Hugging Face writes it, to Config and back."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from ...core.errors import fail
 from ...transformer import Config
 from .catalogue import FAMILIES, family_of
 from .ignored import IGNORED
-from .tables import NEUTRAL, CheckpointError, Family, Fields, configure, refuse
+from .tables import NEUTRAL, CheckpointError, Family, Fields, Json, configure, refuse
 
 # Without these a reader uses the ids of another tokenizer.
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-def read_config(values: Mapping[str, Any]) -> Config:
+def read_config(values: Mapping[str, object]) -> Config:
     """The Config that a config.json describes; raises CheckpointError for what Config cannot express.
 
     Example:
@@ -36,7 +35,7 @@ def read_config(values: Mapping[str, Any]) -> Config:
     return configure(**found)
 
 
-def write_config(config: Config) -> dict[str, Any]:
+def write_config(config: Config) -> dict[str, object]:
     """The config.json of a Config, in the first family that can express it.
 
     Rotary fields are written for older and newer readers.
@@ -51,7 +50,7 @@ def family_for(config: Config) -> Family:
     return _written(config)[0]
 
 
-def _written(config: Config) -> tuple[Family, dict[str, Any]]:
+def _written(config: Config) -> tuple[Family, dict[str, Json]]:
     for family in FAMILIES.values():
         try:
             values = {"architectures": [family.architecture], "model_type": family.name, **NO_IDS, **family.write(config)}

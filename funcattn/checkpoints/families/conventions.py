@@ -1,9 +1,7 @@
 """What most families spell alike: sizes, norms, activation, the names of their tensors."""
 
-from typing import Any
-
 from ...transformer import Config
-from .tables import Fields, refuse
+from .tables import Fields, Json, refuse
 
 ACTIVATIONS = {  # config.json -> layers.ACTIVATIONS
     "silu": "silu",
@@ -50,7 +48,7 @@ TENSORS = {
 }
 
 
-def read_sizes(fields: Fields, *, context: int, kv_heads: int | None = None, head_size: int | None = None) -> dict[str, Any]:
+def read_sizes(fields: Fields, *, context: int, kv_heads: int | None = None, head_size: int | None = None) -> dict[str, Json]:
     """The sizes of a family that calls them as most do.
 
     Args:
@@ -72,7 +70,7 @@ def read_sizes(fields: Fields, *, context: int, kv_heads: int | None = None, hea
     }
 
 
-def write_sizes(config: Config) -> dict[str, Any]:
+def write_sizes(config: Config) -> dict[str, object]:
     """The same, written."""
     return {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
 
@@ -87,7 +85,7 @@ def write_activation(config: Config) -> str | None:
     return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation), None)
 
 
-def read_windows(fields: Fields, window: int | None, layers: int, default: list[bool]) -> dict[str, Any]:
+def read_windows(fields: Fields, window: int | None, layers: int, default: list[bool]) -> dict[str, Json]:
     """window and window_layers, from `layer_types` where the file has them.
 
     Args:
@@ -106,13 +104,13 @@ def read_windows(fields: Fields, window: int | None, layers: int, default: list[
     return {"window": window, "window_layers": () if all(local) else tuple(local)}
 
 
-def _is_local(kind: Any, where: str) -> bool:
+def _is_local(kind: object, where: str) -> bool:
     if kind not in ("full_attention", "sliding_attention"):
         refuse(where, "full_attention or sliding_attention", kind)
     return kind == "sliding_attention"
 
 
-def write_windows(config: Config) -> dict[str, Any]:
+def write_windows(config: Config) -> dict[str, object]:
     """sliding_window and layer_types."""
     kinds = ["full_attention" if config.layer_spec(i).window is None else "sliding_attention" for i in range(config.layers)]
     return {"sliding_window": config.window, "layer_types": kinds}

@@ -5,13 +5,11 @@ cohere       attention and feed-forward side by side behind one layer norm; angl
 stablelm     layer norms, part of each head turns          starcoder2   a plain feed-forward, biases, a window
 """
 
-from typing import Any
-
 from ...transformer import Config
 from .conventions import TENSORS, read_activation, read_sizes, write_activation, write_sizes
 from .layouts import fused, rotated, stacked
 from .positions import ORIGINAL, partial_heads, read_rope, whole_heads, write_rope
-from .tables import Family, Fields
+from .tables import Family, Fields, Json
 
 LAYER = "model.layers.{}."
 
@@ -20,7 +18,7 @@ def _heads(config: Config) -> list[int]:
     return [n * config.head_size for n in (config.heads, config.kv_heads, config.kv_heads)]
 
 
-def _read_phi3(fields: Fields) -> dict[str, Any]:
+def _read_phi3(fields: Fields) -> dict[str, Json]:
     sizes = read_sizes(fields, context=4096)
     renamed = {"su": "longrope", "yarn": "longrope"}  # as transformers takes them
     rope = read_rope(fields, sizes["context"], share=1.0, renamed=renamed, original=4096)
@@ -35,7 +33,7 @@ def _read_phi3(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_phi3(config: Config) -> dict[str, Any]:
+def _write_phi3(config: Config) -> dict[str, object]:
     scaling = config.rope_scaling
     return {
         **write_sizes(config),
@@ -48,7 +46,7 @@ def _write_phi3(config: Config) -> dict[str, Any]:
     }
 
 
-def _read_cohere(fields: Fields) -> dict[str, Any]:
+def _read_cohere(fields: Fields) -> dict[str, Json]:
     sizes = read_sizes(fields, context=8192)
     biased = fields.flag("attention_bias", False)
     return {
@@ -67,7 +65,7 @@ def _read_cohere(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_cohere(config: Config) -> dict[str, Any]:
+def _write_cohere(config: Config) -> dict[str, object]:
     return {
         **write_sizes(config),
         **write_rope(config),
@@ -80,7 +78,7 @@ def _write_cohere(config: Config) -> dict[str, Any]:
     }
 
 
-def _read_stablelm(fields: Fields) -> dict[str, Any]:
+def _read_stablelm(fields: Fields) -> dict[str, Json]:
     sizes = read_sizes(fields, context=4096, kv_heads=32)
     rope = read_rope(fields, sizes["context"], share=0.25)
     parallel = fields.flag("use_parallel_residual", False)
@@ -99,7 +97,7 @@ def _read_stablelm(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_stablelm(config: Config) -> dict[str, Any]:
+def _write_stablelm(config: Config) -> dict[str, object]:
     rope = write_rope(config)
     rope["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
     return {
@@ -115,7 +113,7 @@ def _write_stablelm(config: Config) -> dict[str, Any]:
     }
 
 
-def _read_starcoder2(fields: Fields) -> dict[str, Any]:
+def _read_starcoder2(fields: Fields) -> dict[str, Json]:
     sizes = read_sizes(fields, context=4096, kv_heads=2)
     biased, window = fields.flag("use_bias", True), fields.whole("sliding_window", None)
     return {
@@ -134,7 +132,7 @@ def _read_starcoder2(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_starcoder2(config: Config) -> dict[str, Any]:
+def _write_starcoder2(config: Config) -> dict[str, object]:
     return {
         **write_sizes(config),
         **write_rope(config),

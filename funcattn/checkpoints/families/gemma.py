@@ -5,12 +5,10 @@ and another rotary base (3). Norm weights are stored minus 1, and are so here to
 (`Config.norm_offset`), bit for bit.
 """
 
-from typing import Any
-
 from ...transformer import Config
 from .conventions import TENSORS, read_activation, read_sizes, read_windows, write_activation, write_sizes, write_windows
 from .positions import parse_rope, read_rope, whole_heads, with_rope_type, write_rope
-from .tables import Family, Fields, refuse
+from .tables import Family, Fields, Json, refuse
 
 AROUND = {
     "layers.{}.attention_after_norm": "model.layers.{}.post_attention_layernorm.weight",
@@ -19,7 +17,7 @@ AROUND = {
 }
 
 
-def _read_sizes(fields: Fields, context: int, heads: int, name: str) -> dict[str, Any]:
+def _read_sizes(fields: Fields, context: int, heads: int, name: str) -> dict[str, Json]:
     sizes = read_sizes(fields, context=context, kv_heads=heads, head_size=256)
     biased = fields.flag("attention_bias", False)
     return {
@@ -34,7 +32,7 @@ def _read_sizes(fields: Fields, context: int, heads: int, name: str) -> dict[str
     }
 
 
-def _write_sizes(config: Config, name: str) -> dict[str, Any]:
+def _write_sizes(config: Config, name: str) -> dict[str, object]:
     return {
         **write_sizes(config),
         name: write_activation(config),
@@ -44,7 +42,7 @@ def _write_sizes(config: Config, name: str) -> dict[str, Any]:
     }
 
 
-def _read_gemma(fields: Fields) -> dict[str, Any]:
+def _read_gemma(fields: Fields) -> dict[str, Json]:
     sizes = _read_sizes(fields, 8192, 16, "hidden_act")
     # The first releases have "gelu" and mean the tanh form, as transformers assumes.
     if fields.get("hidden_act") == "gelu":
@@ -52,7 +50,7 @@ def _read_gemma(fields: Fields) -> dict[str, Any]:
     return {**sizes, **whole_heads(read_rope(fields, sizes["context"]))}
 
 
-def _write_gemma(config: Config) -> dict[str, Any]:
+def _write_gemma(config: Config) -> dict[str, object]:
     return {**_write_sizes(config, "hidden_act"), **write_rope(config)}
 
 
@@ -61,11 +59,11 @@ def _read_cap(fields: Fields, name: str, default: float | None) -> float | None:
     return fields.positive(name, None if fields.says(name) else default)
 
 
-def _read_around(fields: Fields) -> dict[str, Any]:
+def _read_around(fields: Fields) -> dict[str, Json]:
     return {"attention_scale": fields.positive("query_pre_attn_scalar", 256.0) ** -0.5, "norm_placement": "around"}
 
 
-def _write_caps(config: Config) -> dict[str, Any]:
+def _write_caps(config: Config) -> dict[str, object]:
     scalar = config.scale**-2
     return {
         "attn_logit_softcapping": config.attention_cap,
@@ -74,7 +72,7 @@ def _write_caps(config: Config) -> dict[str, Any]:
     }
 
 
-def _read_gemma2(fields: Fields) -> dict[str, Any]:
+def _read_gemma2(fields: Fields) -> dict[str, Json]:
     sizes = _read_sizes(fields, 8192, 4, "hidden_activation")
     fields.get("hidden_act")
     window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
@@ -89,11 +87,11 @@ def _read_gemma2(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_gemma2(config: Config) -> dict[str, Any]:
+def _write_gemma2(config: Config) -> dict[str, object]:
     return {**_write_sizes(config, "hidden_activation"), **write_rope(config), **_write_caps(config), **write_windows(config)}
 
 
-def _read_gemma3(fields: Fields) -> dict[str, Any]:
+def _read_gemma3(fields: Fields) -> dict[str, Json]:
     sizes = _read_sizes(fields, 131072, 4, "hidden_activation")
     fields.get("hidden_act")
     window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
@@ -109,7 +107,7 @@ def _read_gemma3(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _read_two_bases(fields: Fields, context: int, windowed: bool) -> dict[str, Any]:
+def _read_two_bases(fields: Fields, context: int, windowed: bool) -> dict[str, Json]:
     """One base for layers with a window, another for those without, in either format."""
     nested, where, kinds = (
         fields.get("rope_parameters", {}),
@@ -135,7 +133,7 @@ def _read_two_bases(fields: Fields, context: int, windowed: bool) -> dict[str, A
     return {**whole_heads(wide), "local_rope_base": whole_heads(narrow)["rope_base"] if windowed else None}
 
 
-def _write_gemma3(config: Config) -> dict[str, Any]:
+def _write_gemma3(config: Config) -> dict[str, object]:
     near = {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4}
     return {
         **_write_sizes(config, "hidden_activation"),

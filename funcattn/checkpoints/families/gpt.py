@@ -5,13 +5,12 @@ side by side, each behind a norm of its own.
 """
 
 import re
-from typing import Any
 
 from ...transformer import Config
 from .conventions import read_activation, read_sizes, write_activation, write_sizes
 from .layouts import fused, of_heads, transposed
 from .positions import partial_heads, read_rope, write_rope
-from .tables import Family, Fields, refuse
+from .tables import Family, Fields, Json, refuse
 
 BLOCK, LAYER = "transformer.h.{}.", "gpt_neox.layers.{}."
 PARTS = ("weight", ""), ("bias", "_bias")
@@ -22,7 +21,7 @@ ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden
 ALIASES |= {"max_position_embeddings": "n_positions"}  # of GPT-2 in transformers, where they go first
 
 
-def _read_gpt2(fields: Fields) -> dict[str, Any]:
+def _read_gpt2(fields: Fields) -> dict[str, Json]:
     for alias, name in ALIASES.items():
         if fields.get(alias) is not None and fields.get(alias) != fields.get(name):
             refuse(fields.place(alias), f"absent, or what {name} is, {fields.get(name)}", fields.get(alias))
@@ -47,7 +46,7 @@ def _read_gpt2(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_gpt2(config: Config) -> dict[str, Any]:
+def _write_gpt2(config: Config) -> dict[str, object]:
     return {
         "vocab_size": config.vocabulary,
         "n_embd": config.width,
@@ -62,7 +61,7 @@ def _write_gpt2(config: Config) -> dict[str, Any]:
     }
 
 
-def _read_neox(fields: Fields) -> dict[str, Any]:
+def _read_neox(fields: Fields) -> dict[str, Json]:
     sizes = read_sizes(fields, context=2048)
     rope = read_rope(fields, sizes["context"], share=0.25, names=("rotary_emb_base", "rotary_pct"))
     biased = fields.flag("attention_bias", True)
@@ -80,7 +79,7 @@ def _read_neox(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_neox(config: Config) -> dict[str, Any]:
+def _write_neox(config: Config) -> dict[str, object]:
     rope = write_rope(config)
     share = rope["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
     sizes = {name: value for name, value in write_sizes(config).items() if name not in ("num_key_value_heads", "head_dim")}

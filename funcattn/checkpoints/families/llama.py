@@ -8,12 +8,11 @@ granite    multipliers                olmo2      norms after, not before; querie
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from ...transformer import Config
 from .conventions import TENSORS, read_activation, read_sizes, read_windows, write_activation, write_sizes, write_windows
 from .positions import read_rope, whole_heads, write_rope
-from .tables import Family, Fields
+from .tables import Family, Fields, Json
 
 AFTER = {
     "layers.{}.attention_after_norm": "model.layers.{}.post_attention_layernorm.weight",
@@ -31,7 +30,7 @@ def read_common(
     kv_heads: int | None = None,
     head_size: int | None = None,
     bias: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """The fields common to these families; arguments are the defaults of transformers.
 
     `bias`: whether attention_bias is a field of the family.
@@ -49,7 +48,7 @@ def read_common(
     }
 
 
-def write_common(config: Config) -> dict[str, Any]:
+def write_common(config: Config) -> dict[str, object]:
     """The fields of `read_common`."""
     return {
         **write_sizes(config),
@@ -61,15 +60,15 @@ def write_common(config: Config) -> dict[str, Any]:
     }
 
 
-def _read_llama(fields: Fields) -> dict[str, Any]:
+def _read_llama(fields: Fields) -> dict[str, Json]:
     return {**read_common(fields, context=2048), "feed_forward_bias": fields.flag("mlp_bias", False)}
 
 
-def _write_llama(config: Config) -> dict[str, Any]:
+def _write_llama(config: Config) -> dict[str, object]:
     return {**write_common(config), "mlp_bias": config.feed_forward_bias}
 
 
-def _read_smollm3(fields: Fields) -> dict[str, Any]:
+def _read_smollm3(fields: Fields) -> dict[str, Json]:
     common = read_common(fields, context=32768, base=2e6, tied=True, kv_heads=4)
     layers, every = common["layers"], fields.whole("no_rope_layer_interval", 4)
     turns = [bool(turn) for turn in fields.items("no_rope_layers")] or [(i + 1) % every != 0 for i in range(layers)]
@@ -83,7 +82,7 @@ def _read_smollm3(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_smollm3(config: Config) -> dict[str, Any]:
+def _write_smollm3(config: Config) -> dict[str, object]:
     turns = [int(config.layer_spec(i).rotary) for i in range(config.layers)]
     return {
         **_write_llama(config),
@@ -94,7 +93,7 @@ def _write_smollm3(config: Config) -> dict[str, Any]:
     }
 
 
-def _read_mistral(fields: Fields) -> dict[str, Any]:
+def _read_mistral(fields: Fields) -> dict[str, Json]:
     common = read_common(fields, context=4096 * 32, kv_heads=8, bias=False)
     # null is None, absent is 4096
     window = fields.whole("sliding_window", None if fields.says("sliding_window") else 4096)
@@ -102,32 +101,32 @@ def _read_mistral(fields: Fields) -> dict[str, Any]:
     return {**common, **read_windows(fields, window, common["layers"], everywhere)}  # with layer_types AutoModel takes Ministral
 
 
-def _write_mistral(config: Config) -> dict[str, Any]:
+def _write_mistral(config: Config) -> dict[str, object]:
     return {**write_common(config), "sliding_window": config.window}
 
 
-def _qwen_windows(fields: Fields, layers: int) -> dict[str, Any]:
+def _qwen_windows(fields: Fields, layers: int) -> dict[str, Json]:
     window = fields.whole("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
     fields.get("sliding_window")
     first = fields.get("max_window_layers", 28)
     return read_windows(fields, window, layers, [window is not None and i >= first for i in range(layers)])
 
 
-def _write_qwen_windows(config: Config) -> dict[str, Any]:
+def _write_qwen_windows(config: Config) -> dict[str, object]:
     return {**write_windows(config), "use_sliding_window": config.window is not None, "max_window_layers": config.layers}
 
 
-def _read_qwen2(fields: Fields) -> dict[str, Any]:
+def _read_qwen2(fields: Fields) -> dict[str, Json]:
     common = read_common(fields, context=32768, kv_heads=32, bias=False)
     return {**common, **_qwen_windows(fields, common["layers"]), "qkv_bias": True}
 
 
-def _read_qwen3(fields: Fields) -> dict[str, Any]:
+def _read_qwen3(fields: Fields) -> dict[str, Json]:
     common = read_common(fields, context=32768, kv_heads=32, head_size=128)
     return {**common, **_qwen_windows(fields, common["layers"]), "head_norm": "rms"}
 
 
-def _write_qwen(config: Config) -> dict[str, Any]:
+def _write_qwen(config: Config) -> dict[str, object]:
     return {**write_common(config), **_write_qwen_windows(config)}
 
 
@@ -139,19 +138,19 @@ MULTIPLIERS: tuple[tuple[str, str, Callable[[float], float]], ...] = (
 )
 
 
-def _read_granite(fields: Fields) -> dict[str, Any]:
+def _read_granite(fields: Fields) -> dict[str, Json]:
     scales = {ours: turn(fields.positive(theirs, 1.0)) for ours, theirs, turn in MULTIPLIERS}
     return {**_read_llama(fields), **scales}
 
 
-def _write_granite(config: Config) -> dict[str, Any]:
+def _write_granite(config: Config) -> dict[str, object]:
     scales = {
         theirs: turn(config.scale if ours == "attention_scale" else getattr(config, ours)) for ours, theirs, turn in MULTIPLIERS
     }
     return {**_write_llama(config), **scales}
 
 
-def _read_olmo2(fields: Fields) -> dict[str, Any]:
+def _read_olmo2(fields: Fields) -> dict[str, Json]:
     return {**read_common(fields, context=2048, epsilon=1e-5), "norm_placement": "after", "head_norm": "rms_width"}
 
 

@@ -8,7 +8,6 @@ Source: github.com/ggml-org/llama.cpp, docs of the GGUF keys and convert_hf_to_g
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from ... import layers
 from ...layers import RopeScaling
 from ...transformer import Config
-from .tables import check_neutral, configure, positive, refuse, whole
+from .tables import Json, check_neutral, configure, positive, refuse, whole
 
 STRETCH = "rope_freqs.weight"  # a GGUF tensor: what each rotary frequency is divided by
 
@@ -29,7 +28,7 @@ SIZES = {
     "feed_forward": "feed_forward_length",
     "context": "context_length",
 }
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "logit_scale": (0.0, 1.0),
@@ -76,17 +75,17 @@ TENSORS = {
 }
 
 
-def _gemma(values: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _gemma(values: Mapping[str, object], config: dict[str, Json]) -> dict[str, Json]:
     return {"activation": "gelu_tanh", "norm_offset": 1.0, "embedding_scale": config["width"] ** 0.5}
 
 
-def _around(values: Mapping[str, Any], config: dict[str, Any], largest: int) -> dict[str, Any]:
+def _around(values: Mapping[str, object], config: dict[str, Json], largest: int) -> dict[str, Json]:
     """Gemma 2 and 3; the largest of each, known by its number of layers, divides logits by sqrt(E / H) instead of sqrt(D)."""
     size = config["width"] / config["heads"] if config["layers"] == largest else config["head_size"]
     return {**_gemma(values, config), "norm_placement": "around", "attention_scale": size**-0.5}
 
 
-def _gemma2(values: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _gemma2(values: Mapping[str, object], config: dict[str, Json]) -> dict[str, Json]:
     return {
         **_around(values, config, largest=46),
         "attention_cap": positive(values.get("attn_logit_softcapping", 50.0), "gemma2.attn_logit_softcapping"),
@@ -95,13 +94,13 @@ def _gemma2(values: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _gemma3(values: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _gemma3(values: Mapping[str, object], config: dict[str, Json]) -> dict[str, Json]:
     windows = _windows(values, 6, config["layers"], "gemma3")
     base = positive(values.get("rope.freq_base_swa", 10000.0), "gemma3.rope.freq_base_swa")
     return {**_around(values, config, largest=62), **windows, "head_norm": "rms", "local_rope_base": base}
 
 
-def _windows(values: Mapping[str, Any], every: int, layers: int, name: str, usual: int | None = None) -> dict[str, Any]:
+def _windows(values: Mapping[str, object], every: int, layers: int, name: str, usual: int | None = None) -> dict[str, Json]:
     every = whole(values.get("attention.sliding_window_pattern", every), f"{name}.attention.sliding_window_pattern")
     local = tuple(bool((i + 1) % every) for i in range(layers))
     window = whole(values.get("attention.sliding_window", usual), f"{name}.attention.sliding_window")
@@ -116,7 +115,7 @@ class Gguf:
     base: of the rotary frequencies where nothing is said.
     """
 
-    more: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = lambda values, config: {}
+    more: Callable[[Mapping[str, object], dict[str, Json]], dict[str, Json]] = lambda values, config: {}
     reads: frozenset[str] = frozenset()
     rotated: tuple[str, ...] = ()
     offset: float = 0.0
@@ -134,7 +133,7 @@ GGUF = {
 }
 
 
-def read_metadata(metadata: Mapping[str, Any], vocabulary: int, tied: bool, stretch: Tensor | None = None) -> Config:
+def read_metadata(metadata: Mapping[str, object], vocabulary: int, tied: bool, stretch: Tensor | None = None) -> Config:
     """The Config that the metadata of a GGUF file describes.
 
     Here any field of the architecture that is not known is refused, since nearly all of them are mathematics.
@@ -178,7 +177,7 @@ def read_metadata(metadata: Mapping[str, Any], vocabulary: int, tied: bool, stre
     return config if stretch is None else _stretched(config, stretch)
 
 
-def _scaling(values: Mapping[str, Any], prefix: str) -> RopeScaling | None:
+def _scaling(values: Mapping[str, object], prefix: str) -> RopeScaling | None:
     usual = "linear" if "rope.scaling.factor" in values else "none"  # as llama.cpp takes a factor alone
     kind = values.get("rope.scaling.type", usual)
     if kind not in ("none", "linear"):

@@ -1,7 +1,5 @@
 """Mixtures of experts: Mixtral, Qwen3-MoE and GPT-OSS (sinks, yarn, alternating windows, clamped SwiGLU)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -9,12 +7,12 @@ from ...transformer import Config
 from .conventions import TENSORS, read_windows, write_windows
 from .layouts import stacked, transposed
 from .llama import read_common, write_common
-from .tables import Family, Fields, Pack, refuse
+from .tables import Family, Fields, Json, Pack, refuse
 
 LAYER = "model.layers.{}."
 
 
-def _read_mixtral(fields: Fields) -> dict[str, Any]:
+def _read_mixtral(fields: Fields) -> dict[str, Json]:
     common = read_common(fields, context=4096 * 32, base=1e6, epsilon=1e-5, kv_heads=8, bias=False)
     return {
         **common,
@@ -25,7 +23,7 @@ def _read_mixtral(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_mixtral(config: Config) -> dict[str, Any]:
+def _write_mixtral(config: Config) -> dict[str, object]:
     return {
         **write_common(config),
         "sliding_window": config.window,
@@ -34,7 +32,7 @@ def _write_mixtral(config: Config) -> dict[str, Any]:
     }
 
 
-def _read_qwen3_moe(fields: Fields) -> dict[str, Any]:
+def _read_qwen3_moe(fields: Fields) -> dict[str, Json]:
     common = read_common(fields, context=32768, kv_heads=4)
     layers = common["layers"]
     window = fields.whole("sliding_window", None if fields.says("sliding_window") else 4096)
@@ -54,7 +52,7 @@ def _read_qwen3_moe(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_qwen3_moe(config: Config) -> dict[str, Any]:
+def _write_qwen3_moe(config: Config) -> dict[str, object]:
     return {
         **write_common(config),
         "sliding_window": config.window,
@@ -71,7 +69,7 @@ def _write_qwen3_moe(config: Config) -> dict[str, Any]:
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 
 
-def _read_gpt_oss(fields: Fields) -> dict[str, Any]:
+def _read_gpt_oss(fields: Fields) -> dict[str, Json]:
     if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
         fields.values["rope_scaling"] = {**YARN, "original_max_position_embeddings": 4096}
     biased = fields.flag("attention_bias", True)
@@ -96,7 +94,7 @@ def _read_gpt_oss(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_gpt_oss(config: Config) -> dict[str, Any]:
+def _write_gpt_oss(config: Config) -> dict[str, object]:
     return {
         **write_common(config),
         **write_windows(config),

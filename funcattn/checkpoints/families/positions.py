@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from ...layers import RopeScaling
 from ...transformer import Config
-from .tables import Fields, check_neutral, positive, refuse, whole
+from .tables import Fields, Json, check_neutral, positive, refuse, whole
 
 ORIGINAL = "original_max_position_embeddings"
 NEEDED = {  # kind -> required fields, which are numbers
@@ -36,7 +35,7 @@ def read_rope(
     names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
     renamed: Mapping[str, str] | None = None,
     original: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """rope_base, rope_scaling and "partial", the fraction of a head that is rotated (or None).
 
     Args:
@@ -62,7 +61,7 @@ def read_rope(
     return parse_rope(with_rope_type(rope), where, context, renamed or {})
 
 
-def rope_object(fields: Fields, name: str) -> dict[str, Any]:
+def rope_object(fields: Fields, name: str) -> dict[str, Json]:
     """An object of rotary fields, without null, its kind as "rope_type"; empty where absent."""
     rope = fields.get(name, {})
     if not isinstance(rope, dict):
@@ -70,13 +69,13 @@ def rope_object(fields: Fields, name: str) -> dict[str, Any]:
     return with_rope_type(rope)
 
 
-def with_rope_type(rope: Mapping[str, Any]) -> dict[str, Any]:
+def with_rope_type(rope: Mapping[str, object]) -> dict[str, Json]:
     """Rotary fields without null, their kind as "rope_type", which precedes the older "type"."""
     rope = {key: value for key, value in rope.items() if value is not None}
     return {"rope_type": rope["type"], **rope} if "type" in rope else rope
 
 
-def parse_rope(rope: Mapping[str, Any], where: str, context: int, renamed: Mapping[str, str]) -> dict[str, Any]:
+def parse_rope(rope: Mapping[str, object], where: str, context: int, renamed: Mapping[str, str]) -> dict[str, Json]:
     """`read_rope` of one object; fields unused by its kind are ignored, unknown ones an error."""
     kind = rope.get("rope_type", "default")
     kind = renamed.get(kind, kind) if isinstance(kind, str) else kind
@@ -92,7 +91,7 @@ def parse_rope(rope: Mapping[str, Any], where: str, context: int, renamed: Mappi
     return {"rope_base": base, "rope_scaling": _scaling(kind, numbers, rope, where, context), "partial": partial}
 
 
-def _scaling(kind: str, numbers: list[float], rope: Mapping[str, Any], where: str, context: int) -> RopeScaling | None:
+def _scaling(kind: str, numbers: list[float], rope: Mapping[str, object], where: str, context: int) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind == "linear":
@@ -137,13 +136,13 @@ def _scaling(kind: str, numbers: list[float], rope: Mapping[str, Any], where: st
     )
 
 
-def _factors(value: Any, where: str) -> tuple[float, ...]:
+def _factors(value: object, where: str) -> tuple[float, ...]:
     if not isinstance(value, list) or not value:
         refuse(where, "a list of numbers", value)
     return tuple(positive(number, where) for number in value)
 
 
-def whole_heads(rope: dict[str, Any]) -> dict[str, Any]:
+def whole_heads(rope: dict[str, Json]) -> dict[str, Json]:
     """Rotary fields of a family that rotates whole heads.
 
     It does not read a fraction, but its scalings do, for heads that none has.
@@ -153,7 +152,7 @@ def whole_heads(rope: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in rope.items() if name != "partial"}
 
 
-def partial_heads(rope: dict[str, Any], head_size: int) -> dict[str, Any]:
+def partial_heads(rope: dict[str, Json], head_size: int) -> dict[str, Json]:
     """Rotary fields of a family that rotates a fraction of each head."""
     turning = head_size if rope["partial"] is None else int(head_size * rope["partial"])
     if not 0 < turning <= head_size or turning % 2:
@@ -161,10 +160,10 @@ def partial_heads(rope: dict[str, Any], head_size: int) -> dict[str, Any]:
     return {**whole_heads({**rope, "partial": None}), "rotary_size": None if turning == head_size else turning}
 
 
-def write_rope(config: Config, *, nested: bool = False) -> dict[str, Any]:
+def write_rope(config: Config, *, nested: bool = False) -> dict[str, Json]:
     """The rotary fields of a Config, for newer and older readers (if `nested`, newer only)."""
     scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _write_scaling(scaling)
+    rope: dict[str, Json] = {"rope_type": "default"} if scaling is None else _write_scaling(scaling)
     share = {} if config.rotary_size is None else {"partial_rotary_factor": config.rotary_size / config.head_size}
     parameters = {**rope, "rope_theta": config.rope_base, **share}
     if nested:
@@ -172,7 +171,7 @@ def write_rope(config: Config, *, nested: bool = False) -> dict[str, Any]:
     return {"rope_parameters": parameters, "rope_theta": config.rope_base, "rope_scaling": rope if scaling else None, **share}
 
 
-def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
+def _write_scaling(scaling: RopeScaling) -> dict[str, object]:
     kind, factor = scaling.kind, scaling.factor
     if kind in ("linear", "dynamic"):
         return {"rope_type": kind, "factor": factor}

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from torch import Tensor
 
@@ -12,7 +12,9 @@ from ...transformer import Config
 
 LARGEST = 2**31 - 1  # of a size in a file: the range of 32-bit tensor indices
 DEEPEST = 4096  # layers; the tree of names is built before the tensors are checked
-ABSENT_FIELD: Any = object()  # the default of required fields
+# A value of JSON or of GGUF metadata, whose type is known only after a check of `Fields`.
+Json: TypeAlias = Any
+ABSENT_FIELD: Json = object()  # the default of required fields
 
 
 class CheckpointError(ValueError):
@@ -61,11 +63,11 @@ class Family:
 
     name: str
     architecture: str
-    read: Callable[["Fields"], dict[str, Any]]
-    write: Callable[[Config], dict[str, Any]]
+    read: Callable[["Fields"], dict[str, Json]]
+    write: Callable[[Config], dict[str, object]]
     tensors: Mapping[str, str]
     packs: tuple[Pack, ...] = ()
-    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     harmless: re.Pattern[str] = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # follows from rope_theta
     body: str = ""
     prefix: str = "model."
@@ -76,7 +78,7 @@ class Family:
         return self.architecture, self.body or re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
 
 
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     # What transformers reads of every class, or when it builds its masks and caches -> where it changes nothing, as null does.
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
@@ -93,7 +95,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 class Fields:
     """The fields of a file, validated when read; unread fields must have neutral values."""
 
-    def __init__(self, values: Mapping[str, Any], where: str = "{} in config.json") -> None:
+    def __init__(self, values: Mapping[str, Json], where: str = "{} in config.json") -> None:
         self.values = {name: value for name, value in values.items() if value is not None}
         self.where, self.seen, self.present = where, set[str](), frozenset(values)
 
@@ -101,7 +103,7 @@ class Fields:
         """True where the file has the field, even as null."""
         return name in self.present
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: Json = None) -> Json:
         """The value, unvalidated; null counts as absent."""
         self.seen.add(name)
         return self.values.get(name, default)
@@ -110,12 +112,12 @@ class Fields:
         """The field and file, for error messages."""
         return self.where.format(name)
 
-    def whole(self, name: str, default: Any = ABSENT_FIELD) -> Any:
+    def whole(self, name: str, default: Json = ABSENT_FIELD) -> Json:
         """A size: an integer from 1 to LARGEST."""
         value = self.get(name, default)
         return value if value is default and default is not ABSENT_FIELD else whole(_missing(value), self.place(name))
 
-    def positive(self, name: str, default: Any = ABSENT_FIELD) -> Any:
+    def positive(self, name: str, default: Json = ABSENT_FIELD) -> Json:
         """A positive number that is finite in float32."""
         value = self.get(name, default)
         return value if value is default and default is not ABSENT_FIELD else positive(_missing(value), self.place(name))
@@ -134,14 +136,14 @@ class Fields:
             refuse(self.place(name), f"one of {', '.join(choices)}", value)
         return choices[value]
 
-    def items(self, name: str) -> list[Any]:
+    def items(self, name: str) -> list[Json]:
         """A list, empty where it is absent."""
         value = self.get(name, [])
         if not isinstance(value, list):
             refuse(self.place(name), "a list", value)
         return value
 
-    def check_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    def check_neutral(self, neutral: Mapping[str, tuple[object, ...]]) -> None:
         """Fail for an unread field of `neutral` with another value than its neutral ones."""
         check_neutral({name: value for name, value in self.values.items() if name not in self.seen}, neutral, self.where)
 
@@ -160,18 +162,18 @@ class Fields:
                 )
 
 
-def _missing(value: Any) -> Any:
+def _missing(value: Json) -> Json:
     return None if value is ABSENT_FIELD else value
 
 
-def refuse(what: str, wanted: Any, got: Any) -> NoReturn:
+def refuse(what: str, wanted: object, got: object) -> NoReturn:
     """Raise CheckpointError for a field that Config cannot express, or that is invalid."""
     remedy = "The model would be computed wrongly; convert the file, or use a release of funcattn that expresses this."
     shown = repr(got)
     fail("load", what, str(wanted), shown if len(shown) < 200 else shown[:200] + "...", remedy, CheckpointError)
 
 
-def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> None:
+def check_neutral(values: Mapping[str, object], neutral: Mapping[str, tuple[object, ...]], where: str) -> None:
     """Fail for a field of `neutral` whose value is neither null nor neutral."""
     for name, allowed in neutral.items():
         value = values.get(name)
@@ -179,21 +181,21 @@ def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ..
             refuse(where.format(name), " or ".join([*map(repr, allowed[:1]), "absent"]), value)
 
 
-def whole(value: Any, where: str) -> int:
+def whole(value: object, where: str) -> int:
     """A size: an integer that a file can mean."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
         refuse(where, f"an integer from 1 to {LARGEST}", value)
     return value
 
 
-def positive(value: Any, where: str) -> float:
+def positive(value: object, where: str) -> float:
     """A positive number that is finite in float32."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
         refuse(where, "a number from 1e-30 to 1e30", value)
     return float(value)
 
 
-def configure(**values: Any) -> Config:
+def configure(**values: Json) -> Config:
     """A Config, or CheckpointError where its fields are inconsistent."""
     if values["layers"] > DEEPEST:
         refuse("the number of layers", f"at most {DEEPEST}", values["layers"])

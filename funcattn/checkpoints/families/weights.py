@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import transformer
 from ...core.errors import fail
+from ...layers import Weight
 from ...records import ABSENT, is_absent
 from ...transformer import Config, Layer, Params
 from .tables import CheckpointError, Family, Pack
@@ -119,7 +119,7 @@ def unpack(config: Config, from_: Sequence[Source], read: Callable[[str], Tensor
     return assemble(config, found.__getitem__)
 
 
-def pack(config: Config, to: Sequence[Source], leaves: Mapping[str, Any]) -> dict[str, Any]:
+def pack(config: Config, to: Sequence[Source], leaves: Mapping[str, Weight]) -> dict[str, Weight]:
     """The tensors of a file, by name, from leaves by path."""
     found = {}
     for source in to:
@@ -127,7 +127,7 @@ def pack(config: Config, to: Sequence[Source], leaves: Mapping[str, Any]) -> dic
     return found
 
 
-def leaves(params: Params) -> dict[str, Any]:
+def leaves(params: Params) -> dict[str, Weight]:
     """Path -> leaf, in the order of the computation. What is absent is left out."""
     found = {"embedding": params.embedding, "positions": params.positions}
     for number, layer in enumerate(params.layers):
@@ -136,7 +136,7 @@ def leaves(params: Params) -> dict[str, Any]:
     return {path: leaf for path, leaf in found.items() if not is_absent(leaf)}
 
 
-def assemble(config: Config, leaf: Callable[[str], Any]) -> Params:
+def assemble(config: Config, leaf: Callable[[str], Weight]) -> Params:
     """The tree whose leaf at each path is `leaf(path)`: `leaves(assemble(config, leaves(params).get)) == leaves(params)`."""
     needed = transformer.shapes(config)
     one = lambda path, shape: ABSENT if is_absent(shape) else leaf(path)

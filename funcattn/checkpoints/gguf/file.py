@@ -19,7 +19,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -29,9 +29,11 @@ from torch import Tensor
 
 from ... import tree
 from ...core.errors import fail
+from ...layers import Weight
 from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
+from ..families.tables import Json
 from ..hf import compressed
 from ..regular_files import open_regular
 
@@ -68,7 +70,7 @@ class Entry(NamedTuple):
 class Header(NamedTuple):
     """The header of a GGUF file. Arrays of numbers are numpy's, arrays of strings are lists."""
 
-    metadata: dict[str, Any]
+    metadata: dict[str, Json]
     tensors: dict[str, Entry]
 
 
@@ -79,7 +81,7 @@ class Cursor:
         self.data, self.file, self.at = data, file, 0
         self.end = min(len(data), LARGEST_HEADER)
 
-    def refuse(self, what: str, wanted: str, got: Any) -> NoReturn:
+    def refuse(self, what: str, wanted: str, got: object) -> NoReturn:
         """Raise CheckpointError with the file and the byte."""
         remedy = "The file is damaged, cut off, or not GGUF: fetch it again."
         fail("load", f"{what} at byte {self.at} of {self.file}", wanted, got, remedy, CheckpointError)
@@ -92,7 +94,7 @@ class Cursor:
         self.at += size
         return self.at - size
 
-    def number(self, layout: str, what: str) -> Any:
+    def number(self, layout: str, what: str) -> Json:
         """One number in the notation of `struct`."""
         return struct.unpack_from("<" + layout, self.data, self.take(struct.calcsize("<" + layout), what))[0]
 
@@ -113,7 +115,7 @@ class Cursor:
         found = np.frombuffer(self.data, dtype, count, self.take(count * dtype.itemsize, what)).copy()
         return found != 0 if kind == GGUFValueType.BOOL else found
 
-    def value(self, what: str) -> Any:
+    def value(self, what: str) -> Json:
         """The value of one field: a number, a string, or an array of these."""
         kind, count = self.kind(what), 1
         is_array = kind == GGUFValueType.ARRAY
@@ -152,7 +154,7 @@ def read_header(data: mmap.mmap | bytes, file: str) -> Header:
         cursor.refuse("the version", "2 or 3, little-endian", version)
     tensor_count, field_count = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of fields")
 
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Json] = {}
     for _ in range(field_count):  # terminates: each iteration reads some bytes
         name = cursor.string("the name of a field", LONGEST_NAME)
         if name in metadata:
@@ -172,7 +174,7 @@ def read_header(data: mmap.mmap | bytes, file: str) -> Header:
     return Header(metadata, _place(cursor, metadata.get("general.alignment", 32), described))
 
 
-def _place(cursor: Cursor, alignment: Any, described: Mapping[str, tuple[tuple[int, ...], int, int]]) -> dict[str, Entry]:
+def _place(cursor: Cursor, alignment: Json, described: Mapping[str, tuple[tuple[int, ...], int, int]]) -> dict[str, Entry]:
     """The entries; fails where their bytes are outside of the file, unaligned or overlapping."""
     if isinstance(alignment, bool) or not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
         cursor.refuse("general.alignment", "a power of two", alignment)
@@ -208,14 +210,14 @@ def read_tensor(data: mmap.mmap | bytes, entry: Entry) -> Tensor:
     return torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
 
 
-def _is_whole(parts: Any) -> bool:
+def _is_whole(parts: Json) -> bool:
     """True where a file is not one of several parts."""
     return type(parts) is int and parts in (0, 1)
 
 
 def read_gguf(
     path: Path, dtype: torch.dtype | None = None, *, keep_quantized: bool = False
-) -> tuple[Config, Params, dict[str, Any]]:
+) -> tuple[Config, Params, dict[str, Json]]:
     """Config, weights (dequantized or as records, q and k half-split) and metadata of a GGUF file."""
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
@@ -236,7 +238,7 @@ def read_gguf(
     found = {name: entry.shape for name, entry in tensors.items()}
     families.match({spelled[path]: shape for path, shape in families.shapes(config).items()}, found, path.name)
 
-    def leaf(path: str) -> Any:
+    def leaf(path: str) -> Weight:
         entry, kind = tensors[spelled[path]], path.rpartition(".")[2]
         if keep_quantized and entry.type in compressed.BLOCKS and len(entry.shape) == 2:
             record = compressed.from_blocks(data, entry.start, *entry.shape, entry.type)

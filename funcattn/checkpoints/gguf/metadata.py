@@ -4,17 +4,18 @@ Every function takes the metadata and a name, and raises a CheckpointError with 
 """
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from ...core.errors import fail
 from ..families import CheckpointError
+from ..families.tables import Json
 
-Metadata = Mapping[str, Any]
+Metadata = Mapping[str, Json]
 
 
-def refuse(name: str, wanted: str, got: Any) -> NoReturn:
+def refuse(name: str, wanted: str, got: object) -> NoReturn:
     """Raise CheckpointError for a field of the tokenizer."""
     remedy = "Save the model with its tokenizer.json in the Hugging Face layout, and load that folder."
     fail("load", name, wanted, repr(got)[:200], remedy, CheckpointError)

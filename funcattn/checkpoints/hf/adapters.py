@@ -20,6 +20,7 @@ from torch import Tensor
 from ... import tree
 from ...core import atomic
 from ...core.errors import fail, shape
+from ...layers import Weight
 from ...low_rank import Lora, is_adapted
 from ...tree import Tree
 from ..families import CheckpointError
@@ -98,7 +99,7 @@ def load_lora(folder: str | os.PathLike[str], params: Tree) -> Tree:
 
 
 def _read_lora(place: Path, params: Tree) -> Tree:
-    def refuse(what: str, wanted: str, got: Any, remedy: str) -> NoReturn:
+    def refuse(what: str, wanted: str, got: object, remedy: str) -> NoReturn:
         fail("load_lora", f"{what} of {place}", wanted, got, remedy, CheckpointError)
 
     files = f"{CONFIG} and {TENSORS}, as PEFT writes them"
@@ -115,7 +116,7 @@ def _read_lora(place: Path, params: Tree) -> Tree:
     pairs: dict[str, dict[str, Any]] = {}
     rank, scale = settings.rank, settings.scale
 
-    def adapted(path: str, weight: Any) -> Any:
+    def adapted(path: str, weight: Weight) -> Weight:
         if path not in pairs:
             return weight
         a, b = pairs[path].get("lora_A"), pairs[path].get("lora_B")
@@ -153,7 +154,7 @@ def _read_lora(place: Path, params: Tree) -> Tree:
         refuse("the files", files, f"{type(error).__name__} {error}", "Save it again.")
 
 
-def _is_matrix(node: Any) -> bool:
+def _is_matrix(node: object) -> bool:
     return isinstance(node, Tensor) or (hasattr(node, "_fields") and isinstance(getattr(node, "shape", None), tuple))
 
 

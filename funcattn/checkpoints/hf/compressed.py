@@ -11,7 +11,6 @@ quantization method, and run with random matrices.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from ... import quantization
 from ...core.errors import fail
+from ...layers import Weight
 from ..families import CheckpointError
+from ..families.tables import Json
 
 METHOD = "funcattn"
 KINDS = {kind.__name__: kind for kind in quantization.RECORDS}
@@ -42,7 +43,7 @@ def fields(name: str, kind: str) -> dict[str, str]:
     return {field: f"{name.removesuffix('.weight')}.{field}" for field in KINDS[kind]._fields}
 
 
-def flatten_records(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def flatten_records(tensors: Mapping[str, Weight]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, with records split into fields; and name -> type of the records."""
     flat: dict[str, Tensor] = {}
     kinds = {name: type(leaf).__name__ for name, leaf in tensors.items() if not isinstance(leaf, Tensor)}
@@ -54,7 +55,7 @@ def flatten_records(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
     return flat, kinds
 
 
-def settings(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+def settings(values: Mapping[str, object], kinds: Mapping[str, str]) -> dict[str, Json]:
     """The values of config.json, with the types of records if there are any."""
     if not kinds:
         return dict(values)
@@ -62,7 +63,7 @@ def settings(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, A
     return {**values, "model_type": METHOD, "quantization_config": said}
 
 
-def kinds_in(values: dict[str, Any]) -> dict[str, str]:
+def kinds_in(values: dict[str, Json]) -> dict[str, str]:
     """Name -> type of records; restores the family's fields in values.
 
     The quantization_config of another method is kept, and is an error later.
@@ -78,7 +79,7 @@ def kinds_in(values: dict[str, Any]) -> dict[str, str]:
     return {str(name): str(kind) for name, kind in kinds.items()}
 
 
-def read_record(name: str, kind: str, read: Callable[[str], Tensor]) -> Any:
+def read_record(name: str, kind: str, read: Callable[[str], Tensor]) -> Weight:
     """The record that replaces the matrix `name`."""
     record = KINDS[kind](**{field: read(stored) for field, stored in fields(name, kind).items()})
     try:
@@ -94,7 +95,7 @@ def read_record(name: str, kind: str, read: Callable[[str], Tensor]) -> Any:
 # Blocks of GGUF.
 
 
-def from_blocks(data: Any, start: int, rows: int, columns: int, kind: str) -> Any:
+def from_blocks(data: Json, start: int, rows: int, columns: int, kind: str) -> Weight:
     """The record of a matrix in GGUF blocks, bit for bit."""
     stored, count = BLOCKS[kind], columns // SIZE
     raw = np.frombuffer(data, np.uint8, rows * count * stored, start).reshape(rows, count, stored)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ... import tree
 from ...core.errors import fail, printable
+from ...layers import Weight
 from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
@@ -94,7 +95,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_weights(
     folder: Path,
     files: list[Path],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     config: Config,
     dtype: torch.dtype | None,
     kinds: Mapping[str, str],
@@ -129,7 +130,7 @@ def _read_weights(
             mapped = file.get_slice(stored)[plain[name]] if name in plain else file.get_tensor(stored)
         return mapped.to(dtype or mapped.dtype, copy=True)  # a copy: the mapped file may change
 
-    def read(name: str) -> Any:
+    def read(name: str) -> Weight:
         return records[name] if name in records else tensor(name, dtype)
 
     # Written as a model without a head.
@@ -162,7 +163,7 @@ def _read_weights(
     return tree.map_with_path(lambda path, x: x[cut(path, shapes[path])].clone() if path in turned else x, params)
 
 
-def _one_dtype(settings: Mapping[str, Any], dtypes: set[torch.dtype]) -> torch.dtype | None:
+def _one_dtype(settings: Mapping[str, object], dtypes: set[torch.dtype]) -> torch.dtype | None:
     """The dtype for several: that of config.json, else their promotion; None where all agree."""
     if len(dtypes) < 2:
         return None
@@ -170,7 +171,7 @@ def _one_dtype(settings: Mapping[str, Any], dtypes: set[torch.dtype]) -> torch.d
     return said or functools.reduce(torch.promote_types, dtypes)
 
 
-def _read_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
+def _read_tokenizer(folder: Path, settings: Mapping[str, object]) -> Tokenizer | None:
     names = ("tokenizer_config.json", "generation_config.json", *declared.BESIDE)
     has = _is_there(folder / "tokenizer.json")
     others = [] if has else [name for name in declared.OTHERS if (folder / name).is_file()]
@@ -229,5 +230,5 @@ def _safetensors_errors(path: Path) -> Iterator[None]:
         _refuse(path.name, "safetensors", f"an error: {str(error)[:200]}")
 
 
-def _refuse(what: str, wanted: str, got: Any) -> NoReturn:
+def _refuse(what: str, wanted: str, got: object) -> NoReturn:
     fail("load", what, wanted, got, REMEDY, CheckpointError)

@@ -13,10 +13,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ...core.errors import fail
 from ..families import CheckpointError
+from ..families.tables import Json
 from .patterns import PatternError, full_matches
 
 IGNORED = {
@@ -31,7 +32,7 @@ READ |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pat
 # Initializations that change A and B only. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and MiCA depend on
 # W, which PEFT changes or needs again when it loads them.
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
-EMPTY: tuple[Any, ...] = (None, False, "", [], {})
+EMPTY: tuple[object, ...] = (None, False, "", [], {})
 ALL_LINEAR = "all-linear"
 MERGE = "Merge it with PEFT, and load the whole model."
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -57,7 +58,7 @@ class PeftSettings:
         return here and not _ends(module, self.excluded) and (self.targets is None or _ends(module, self.targets))
 
 
-def read_settings(values: Mapping[str, Any], place: Any, modules: Sequence[str]) -> PeftSettings:
+def read_settings(values: Mapping[str, Json], place: object, modules: Sequence[str]) -> PeftSettings:
     """The settings of an adapter; CheckpointError names a field that makes it another function.
 
     Args:
@@ -139,7 +140,7 @@ def _is_scale(alpha: float) -> bool:
         return False
 
 
-def _are_texts(values: Any) -> bool:
+def _are_texts(values: Json) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) and value for value in values)
 
 

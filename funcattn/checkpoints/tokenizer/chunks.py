@@ -14,12 +14,13 @@ Law: ids, offsets and mask are those of the whole text
 import itertools
 import json
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
 from ...core.errors import fail
+from ..families.tables import Json
 from .tokenizer_json import LLAMA3, QWEN2
 
 CHUNK = 2**18  # letters that are encoded at once: some 50 MB
@@ -81,19 +82,19 @@ def is_local(backend: tokenizers.Tokenizer) -> bool:
     return all(map(_keeps_places, parts)) and any(map(_splits, parts))
 
 
-def _parts(component: Any) -> list[dict[str, Any]]:
+def _parts(component: Json) -> list[dict[str, Json]]:
     """A component as tokenizer.json holds it, those of a sequence one after the other."""
     value = json.loads(component.__getstate__())
     return value.get("pretokenizers") or value.get("normalizers") or [value]
 
 
-def _splits(part: dict[str, Any]) -> bool:
+def _splits(part: dict[str, Json]) -> bool:
     """True where a part ends a word at each place of CUT."""
     if part["type"] == "Split":
         return part["pattern"].get("Regex") in (LLAMA3, QWEN2) and part["behavior"] == "Isolated" and not part["invert"]
     return part["type"] == "ByteLevel" and part["use_regex"]
 
 
-def _keeps_places(part: dict[str, Any]) -> bool:
+def _keeps_places(part: dict[str, Json]) -> bool:
     """True where a part makes the same of a text whatever stands before and behind it."""
     return _splits(part) | (part["type"] in ("Digits", "ByteLevel")) and not part.get("add_prefix_space")

@@ -14,13 +14,14 @@ Source: transformers, tokenization_utils_base.py, _from_pretrained; tokenization
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import tokenizers
 from tokenizers import AddedToken
 
 from ...core.errors import fail
 from ..families import CheckpointError
+from ..families.tables import Json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special"}
@@ -43,7 +44,7 @@ class Declared(NamedTuple):
 
 
 def declare(
-    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], beside: Mapping[str, Any], templates: Mapping[str, str]
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Json], beside: Mapping[str, Json], templates: Mapping[str, str]
 ) -> Declared:
     """Add to a tokenizer what is declared beside it.
 
@@ -97,7 +98,7 @@ def _add(backend: tokenizers.Tokenizer, table: Mapping[int, AddedToken], named: 
             _refuse(f"the id of {token.content!r}", f"{number}, as declared", backend.token_to_id(token.content))
 
 
-def _template(settings: Mapping[str, Any], beside: Mapping[str, Any], templates: Mapping[str, str]) -> str | None:
+def _template(settings: Mapping[str, Json], beside: Mapping[str, Json], templates: Mapping[str, str]) -> str | None:
     found = settings.get("chat_template")
     if isinstance(found, list):  # several, by name
         named = [entry.get("template") for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
@@ -111,7 +112,7 @@ def _template(settings: Mapping[str, Any], beside: Mapping[str, Any], templates:
     return found
 
 
-def _token(value: Any, where: str, special: bool = False) -> AddedToken:
+def _token(value: object, where: str, special: bool = False) -> AddedToken:
     """A token of a file: its text, or what a release of transformers wrote of it."""
     if isinstance(value, str) and special:
         return AddedToken(value, special=True)
@@ -124,19 +125,19 @@ def _token(value: Any, where: str, special: bool = False) -> AddedToken:
     return AddedToken(content, **{**flags, "special": special or flags.get("special", False)})
 
 
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+def _mapping(value: object, where: str) -> Mapping[str, Json]:
     if not isinstance(value, dict):
         _refuse(where, "an object", f"a {type(value).__name__}")
     return value
 
 
-def _id(value: Any, where: str) -> int:
+def _id(value: object, where: str) -> int:
     number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 11 else value
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**32:
         _refuse(f"an added token's id in {where}", "a token id", repr(value)[:50])
     return number
 
 
-def _refuse(what: str, wanted: str, got: Any) -> NoReturn:
+def _refuse(what: str, wanted: str, got: object) -> NoReturn:
     remedy = "Save the tokenizer again: transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
     fail("load", what, wanted, got, remedy, CheckpointError)

@@ -1,12 +1,12 @@
 """A tokenizer from the metadata of a GGUF file: byte-level BPE or SentencePiece."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from ..families.tables import Json
 from ..gguf import metadata as fields
 from .library import rust_errors
 from .sentencepiece import pieces
@@ -36,7 +36,7 @@ SPLITS = {  # how text is cut before the merges, as in the tokenizer.json of the
 }
 
 
-def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
+def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer:
     """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of text, or SentencePiece's."""
     kind_of_model = fields.text(metadata, "tokenizer.ggml.model")
     if kind_of_model not in ("gpt2", "llama"):
@@ -80,7 +80,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     return Tokenizer(backend, ends, fields.optional_text(metadata, "tokenizer.chat_template"), roles)
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: str) -> tokenizers.Tokenizer:
+def _byte_level(metadata: Mapping[str, Json], tokens: Sequence[str], split: str) -> tokenizers.Tokenizer:
     """Byte-level BPE."""
     ids = {token: number for number, token in enumerate(tokens)}
     merges = fields.texts(metadata, "tokenizer.ggml.merges")

@@ -8,11 +8,11 @@ Source: transformers, models/gpt2/tokenization_gpt2.py, GPT2Tokenizer.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from ..families.tables import Json
 from ..regular_files import LARGE, read_json, read_text
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
@@ -21,7 +21,7 @@ END = "<|endoftext|>"  # what GPT2Tokenizer names its special tokens where no fi
 ROLES = ("unk_token", "bos_token", "eos_token")
 
 
-def is_gpt2(folder: Path, model_type: Any, settings: Mapping[str, Any]) -> bool:
+def is_gpt2(folder: Path, model_type: Json, settings: Mapping[str, Json]) -> bool:
     """True for both files of a GPT-2, whose tokenizer puts nothing before a text.
 
     Args:
@@ -32,7 +32,7 @@ def is_gpt2(folder: Path, model_type: Any, settings: Mapping[str, Any]) -> bool:
     return files and plain and model_type == "gpt2"
 
 
-def as_tokenizer_json(folder: Path, settings: Mapping[str, Any]) -> str:
+def as_tokenizer_json(folder: Path, settings: Mapping[str, Json]) -> str:
     """The text of tokenizer.json for the two files.
 
     Raises:
@@ -48,7 +48,7 @@ def as_tokenizer_json(folder: Path, settings: Mapping[str, Any]) -> str:
     return json.dumps({**json.loads(empty.to_str()), "model": {**json.loads(empty.to_str())["model"], **model}})
 
 
-def with_roles(settings: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+def with_roles(settings: Mapping[str, Json], beside: Mapping[str, Json]) -> dict[str, Json]:
     """tokenizer_config.json with the special tokens that GPT2Tokenizer has where no file names them."""
     named = {**beside.get("special_tokens_map.json", {}), **settings}
     return {**{role: END for role in ROLES if role not in named}, **settings}

@@ -14,11 +14,12 @@ normalization) then apply as before.
 import functools
 import itertools
 import json
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import tokenizers
 
 from ...core.errors import fail
+from ..families.tables import Json
 from . import chunks
 from .templates import Rendered
 
@@ -202,14 +203,14 @@ def _respelled(backend: tokenizers.Tokenizer, stem: str, special: tuple[tuple[in
     return Respelled(made, stem, spellings, moved)
 
 
-def _is_only_spelling(model: dict[str, Any], token: str) -> bool:
+def _is_only_spelling(model: dict[str, Json], token: str) -> bool:
     """True for a token that is one letter of the model's alphabet, without a byte fallback."""
     vocabulary = model["vocab"]
     known = vocabulary if isinstance(vocabulary, dict) else {name for name, _ in vocabulary}
     return len(token) == 1 and token in known and model["type"] in ("BPE", "Unigram") and not model.get("byte_fallback")
 
 
-def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
+def _rename(model: dict[str, Json], names: dict[str, str]) -> None:
     """Rename tokens of the model in a tokenizer.json."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):

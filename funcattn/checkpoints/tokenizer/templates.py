@@ -26,10 +26,11 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, NamedTuple, NoReturn
 
 from ...core.errors import fail
 from ..families import CheckpointError
+from ..families.tables import Json
 
 TIMEOUT_SECONDS, START_SECONDS = 4.0, 60.0  # of a rendering; of starting the interpreter
 LARGEST = 2**26  # bytes of an answer
@@ -48,7 +49,7 @@ class Rendered(NamedTuple):
     origins: bytes
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]) -> str:
+def render(template: str, messages: Sequence[Mapping[str, Json]], names: Mapping[str, Json]) -> str:
     """The text of a conversation.
 
     Args:
@@ -64,7 +65,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[
 
 
 def render_with_origins(
-    template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any], special: Sequence[str]
+    template: str, messages: Sequence[Mapping[str, Json]], names: Mapping[str, Json], special: Sequence[str]
 ) -> Rendered:
     """`render`, and the origin of each character.
 
@@ -80,7 +81,7 @@ def render_with_origins(
 END = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers
 
 
-def marked_at_its_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def marked_at_its_end(messages: Sequence[Mapping[str, Json]]) -> list[Mapping[str, Json]]:
     """The messages with a mark after the last text: the content, or its last part that is text."""
     last = dict(messages[-1]) if messages else {}
     content = last.get("content")
@@ -105,7 +106,7 @@ def opened(text: str) -> str:
     return text[:place] if text[place : place + len(END)] == END else text[:place].rstrip()
 
 
-def _ask(template: str, messages: Any, names: Mapping[str, Any], special: tuple[str, ...] | None) -> Rendered:
+def _ask(template: str, messages: Json, names: Mapping[str, Json], special: tuple[str, ...] | None) -> Rendered:
     known = {"tools": None, "documents": None, **names}
     try:
         request = marshal.dumps((template, plain(known, "names"), plain(messages, "messages"), special))
@@ -119,7 +120,7 @@ def _ask(template: str, messages: Any, names: Mapping[str, Any], special: tuple[
     return Rendered(text, answer[9 + size :])
 
 
-def plain(value: Any, where: str) -> Any:
+def plain(value: object, where: str) -> Json:
     """The same value in Python's builtin types, with lists for tuples; raises for other types."""
     if value is None or isinstance(value, bool):
         return value
@@ -137,7 +138,7 @@ def plain(value: Any, where: str) -> Any:
     fail("chat", where, "text, a number, None, a list or a mapping", f"a {type(value).__name__}", remedy, TypeError)
 
 
-def _name(name: Any, where: str) -> Any:
+def _name(name: Json, where: str) -> Json:
     if not (name is None or isinstance(name, str | int | float)):
         fail("chat", f"a name in {where}", "text", f"a {type(name).__name__}", "Write it as text.", TypeError)
     return plain(name, where)
@@ -282,7 +283,7 @@ def _exchange(process: "subprocess.Popen[bytes]", request: bytes, patience: floa
         clock.cancel()
 
 
-def _read(pipe: Any, size: int) -> bytes:
+def _read(pipe: IO[bytes], size: int) -> bytes:
     parts = []
     while size:
         part = pipe.read(min(size, 2**20))

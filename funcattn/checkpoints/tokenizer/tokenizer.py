@@ -19,6 +19,7 @@ import tokenizers
 from ...core import atomic
 from ...core.errors import fail
 from ..families import CheckpointError
+from ..families.tables import Json
 from ..writing import written
 from . import chunks, prompts, templates, tokenizer_json
 from .declared import declare
@@ -102,7 +103,7 @@ class Tokenizer:
             return self.backend.decode(numbers, skip_special_tokens=skip_special)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self, messages: Sequence[Mapping[str, Json]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> str:
         """A conversation as text, by the chat template.
 
@@ -126,7 +127,7 @@ class Tokenizer:
         return templates.opened(text) if continue_final_message else text
 
     def prompt(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self, messages: Sequence[Mapping[str, Json]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> list[int]:
         """The ids of a conversation in which only the template writes special tokens.
 
@@ -156,7 +157,7 @@ class Tokenizer:
             self.bounds.check(self.backend, rendered.text)
             return prompts.encode(self.backend, rendered)
 
-    def _rendering(self, messages: Any, add_generation_prompt: bool, continue_final_message: bool) -> tuple[str, Any, Any]:
+    def _rendering(self, messages: Json, add_generation_prompt: bool, continue_final_message: bool) -> tuple[str, Any, Any]:
         """Template, messages and variables, validated."""
         if isinstance(messages, str) or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             wanted = 'messages such as [{"role": "user", "content": "Hello"}]'
@@ -183,7 +184,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, str]:
         """Name -> text of the tokenizer's files in the Hugging Face layout."""
-        settings: dict[str, Any] = {
+        settings: dict[str, Json] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self.roles,
@@ -211,10 +212,10 @@ class Tokenizer:
 
 def from_files(
     tokenizer: str,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Json],
     templates: Mapping[str, str],
     stop: Iterable[int],
-    beside: Mapping[str, Any] = MappingProxyType({}),
+    beside: Mapping[str, Json] = MappingProxyType({}),
 ) -> Tokenizer:
     """A Tokenizer from the text of tokenizer.json and the values of the files beside it (see `declared`).
 

@@ -21,12 +21,13 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import tokenizers
 
 from ...core.errors import fail
 from ..families import CheckpointError
+from ..families.tables import Json
 from ..regular_files import parse_object
 
 MOST_IDS = 2**22  # of a vocabulary: the library makes a list up to the largest id; 262 144 are the most seen
@@ -123,7 +124,7 @@ def check(text: str) -> Bounds:
 # The pipeline.
 
 
-def _components(values: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:
+def _components(values: Mapping[str, Json], part: str) -> Iterator[dict[str, Json]]:
     """The components of a part of the pipeline, those of sequences one after the other."""
     waiting, seen = [values.get(part)], 0
     while waiting:
@@ -143,7 +144,7 @@ def _components(values: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]
         waiting = [*inner, *waiting]
 
 
-def _growth(values: Mapping[str, Any], part: str, kinds: Mapping[str, int], most: int) -> int:
+def _growth(values: Mapping[str, Json], part: str, kinds: Mapping[str, int], most: int) -> int:
     """The most bytes that a part of the pipeline makes of one byte."""
     growth = UNCHANGED
     for one in _components(values, part):
@@ -165,14 +166,14 @@ def _growth(values: Mapping[str, Any], part: str, kinds: Mapping[str, int], most
     return growth
 
 
-def _replaced(one: Mapping[str, Any], part: str) -> int:
+def _replaced(one: Mapping[str, Json], part: str) -> int:
     """The most bytes that Replace makes of one byte: its content for each match, also empty."""
     pattern, content = _pattern(one, part), len(_text(one, "content", part).encode())
     matched = len(pattern.get("String", "").encode())
     return max(UNCHANGED, -(-content // matched)) if matched else 1 + content
 
 
-def _pattern(one: Mapping[str, Any], part: str) -> Mapping[str, str]:
+def _pattern(one: Mapping[str, Json], part: str) -> Mapping[str, str]:
     """{"String": text} or {"Regex": text}."""
     pattern = one.get("pattern")
     if not isinstance(pattern, dict) or len(pattern) != 1 or not pattern.keys() <= {"String", "Regex"}:
@@ -186,7 +187,7 @@ def _pattern(one: Mapping[str, Any], part: str) -> Mapping[str, str]:
     return pattern
 
 
-def _longest_of_map(one: Mapping[str, Any]) -> int:
+def _longest_of_map(one: Mapping[str, Json]) -> int:
     """The most bytes of a replacement: Precompiled is a trie, then zero-terminated replacements."""
     stored = one.get("precompiled_charsmap")
     try:
@@ -199,7 +200,7 @@ def _longest_of_map(one: Mapping[str, Any]) -> int:
     return max(UNCHANGED, max(map(len, data[4 + trie :].split(b"\0"))))
 
 
-def _check_processors(components: list[dict[str, Any]]) -> None:
+def _check_processors(components: list[dict[str, Json]]) -> None:
     """Each inserts a text once, and adds few tokens."""
     ends = 0
     for one in components:
@@ -229,7 +230,7 @@ def _check_processors(components: list[dict[str, Any]]) -> None:
 # The vocabulary.
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Json) -> None:
     if not isinstance(model, dict):
         _refuse("model", "an object", _kind(model))
     vocabulary = model.get("vocab")
@@ -252,7 +253,7 @@ def _check_model(model: Any) -> None:
         _refuse("max_input_chars_per_word", f"at most {LONGEST}: what a word costs is its square", width)
 
 
-def _check_added(added: Any, growth: int) -> None:
+def _check_added(added: Json, growth: int) -> None:
     if added is None:
         return
     if not isinstance(added, list) or len(added) > MOST_ADDED or not all(isinstance(token, dict) for token in added):
@@ -270,18 +271,18 @@ def _check_added(added: Any, growth: int) -> None:
 # What a file says.
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return type(value) is int and 0 <= value < MOST_IDS
 
 
-def _text(one: Mapping[str, Any], name: str, part: str) -> str:
+def _text(one: Mapping[str, Json], name: str, part: str) -> str:
     value = one.get(name)
     if not isinstance(value, str) or len(value) > LONGEST:
         _refuse(f"{name} in {part}", f"a text of at most {LONGEST} letters", _kind(value))
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     """Reject duplicate names, on which parsers differ; of ids in a vocabulary all take the last."""
     found = dict(pairs)
     if len(found) < len(pairs) and not all(type(value) is int for _, value in pairs):
@@ -289,11 +290,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     sized = f" of {len(value)}" if isinstance(value, str | list | dict) else ""
     return f"{value}" if isinstance(value, int | float) else f"{type(value).__name__}{sized}"
 
 
-def _refuse(what: str, wanted: str, got: Any) -> NoReturn:
+def _refuse(what: str, wanted: str, got: object) -> NoReturn:
     remedy = "Fetch the file again; one that asks for this would fill the memory, or take for ever."
     fail("load", f"{what} in tokenizer.json", wanted, got, remedy, CheckpointError)

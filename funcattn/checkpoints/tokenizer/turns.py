@@ -8,8 +8,8 @@ left out: they stand between files, and no turn ends with one. "</s>" is a tag o
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
+from ..families.tables import Json
 from ..gguf import metadata as fields
 
 TAG = "</s>"
@@ -24,7 +24,7 @@ NAMES = frozenset(
 )
 
 
-def ends_of_turns(metadata: Mapping[str, Any], tokens: Sequence[str], control: Collection[int]) -> tuple[int, ...]:
+def ends_of_turns(metadata: Mapping[str, Json], tokens: Sequence[str], control: Collection[int]) -> tuple[int, ...]:
     """The ids that end a generation, those that the metadata names first.
 
     Args:

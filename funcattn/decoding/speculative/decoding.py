@@ -7,24 +7,27 @@ the last accepted token is selected.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import progress, randomness, sampling, transformer
+from ...caches import KVCache
 from ...core import errors
 from ...core.doors import door
-from ...models import Model
+from ...models import Model, Past
 from ...records import ABSENT, by_rows, is_absent, record
 from ...sampling import Sampler
 from ...sampling.composition import require_drawable
+from ...tree import Tree
+from ..detokenization import Detokenizer
 from ..loop import Choice, Chooser, Start, Text, begun, decode, prefill, until_stop
 from ..requests import Request, check_numbers
 from ..streams import Heard, Streamed, check_stop_strings, ends_of
 from .acceptance import Accepted
-from .drafters import Draft
+from .drafters import Draft, Drafter
 from .rules import Rule, blockwise
 from .verification import accept_along, accept_greedy, log_probs_along_draft, select_state
 
@@ -87,10 +90,10 @@ class Speculated(NamedTuple):
 def speculate(
     key: Tensor,
     model: Model,
-    params: Any,
-    drafter: Any,
+    params: Tree,
+    drafter: Drafter,
     prompt: Tensor,
-    cache: Any = ABSENT,
+    cache: Past = ABSENT,
     *,
     steps: int,
     sampler: Sampler = sampling.greedy,
@@ -98,7 +101,7 @@ def speculate(
     prompt_length: Tensor | None = None,
     rule: Rule = blockwise,
     chunk: int = 512,
-) -> tuple[Speculated, Any]:
+) -> tuple[Speculated, KVCache]:
     """`fa.generate` with drafts: the same distribution of texts, in fewer forward passes.
 
     Args:
@@ -153,13 +156,13 @@ class Piece(Streamed):
 def stream(
     key: Tensor,
     model: Model,
-    params: Any,
-    drafter: Any,
+    params: Tree,
+    drafter: Drafter,
     prompt: Tensor,
-    cache: Any = ABSENT,
+    cache: Past = ABSENT,
     *,
     steps: int,
-    tokenizer: Any = None,
+    tokenizer: Detokenizer | None = None,
     sampler: Sampler = sampling.greedy,
     stop: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
@@ -193,12 +196,12 @@ def stream(
 class Drafting(NamedTuple):
     """The state between rounds: that of the sampler, that of the drafter, and Stats."""
 
-    sampler: Any
-    drafter: Any
+    sampler: Tree
+    drafter: Tree
     stats: Stats
 
 
-def _begin(request: Request, key: Tensor, drafter: Any, rule: Rule, **values: Any) -> tuple[Start, Chooser]:
+def _begin(request: Request, key: Tensor, drafter: Drafter, rule: Rule, **values: object) -> tuple[Start, Chooser]:
     """Prefill with room for drafts, and the chooser of the rounds after it."""
     _check_drafter(request.verb, drafter)
     request.checked(key=key, drafter=drafter, rule=rule, **values)
@@ -212,7 +215,7 @@ def _begin(request: Request, key: Tensor, drafter: Any, rule: Rule, **values: An
     return start, verifying(request, key, drafter, rule, start)
 
 
-def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: Start) -> Chooser:
+def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start: Start) -> Chooser:
     """A chooser of several tokens a round: the accepted prefix of a draft, and one more.
 
     Args:
@@ -231,7 +234,7 @@ def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: St
         drafting = shared.init(prompt, length, logits, start.cache) if shared else drafter.init(prompt, length, steps)
         return token, Drafting(state, drafting, no_rounds(prompt))
 
-    def propose(n: int, text: Text) -> tuple[Draft, Any]:
+    def propose(n: int, text: Text) -> tuple[Draft, Tree]:
         held = text.state.drafter
         return (shared or drafter).propose(keys[n - 1, 0], text.last, held._replace(cache=text.cache) if shared else held)
 
@@ -261,8 +264,8 @@ def verifying(request: Request, key: Tensor, drafter: Any, rule: Rule, start: St
 
 
 def _accepted(
-    key: Tensor, sampler: Sampler, logits: Tensor, draft: Draft, proposed: Tensor, state: Any, rule: Rule
-) -> tuple[Accepted, Any]:
+    key: Tensor, sampler: Sampler, logits: Tensor, draft: Draft, proposed: Tensor, state: Tree, rule: Rule
+) -> tuple[Accepted, Tree]:
     """Accept a draft (N,) by its logits (N + 1, V); also the sampler's states along the draft."""
     if sampler.deterministic:
         return accept_greedy(sampler, logits, proposed, draft.valid, state)
@@ -284,13 +287,13 @@ def _counted(text: Text, draft: Draft, stayed: Tensor) -> Stats:
     return Stats(stats.rounds + goes_on, stats.drafted + goes_on * draft.valid, stats.accepted + goes_on * stayed)
 
 
-def _check_drafter(verb: str, drafter: Any) -> None:
+def _check_drafter(verb: str, drafter: Drafter) -> None:
     if not hasattr(drafter, "length") or not hasattr(drafter, "keep"):
         remedy = "Such as fa.drafters.model(model, fa.quantize(fa.int8)(params)), or fa.drafters.prompt_lookup()."
         errors.fail(verb, "drafter", "one of fa.drafters", f"a {type(drafter).__name__}", remedy, TypeError)
 
 
-def _check_vocabulary(verb: str, drafter: Any, logits: Tensor) -> None:
+def _check_vocabulary(verb: str, drafter: Drafter, logits: Tensor) -> None:
     if drafter.vocabulary not in (None, logits.shape[-1]):
         remedy = "Draft with a model of the same tokenizer."
         errors.fail(verb, "drafter", f"of the model's {logits.shape[-1]} tokens", f"one of {drafter.vocabulary}", remedy)

@@ -12,18 +12,19 @@ text but the last, which `propose` takes as an argument:
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import caches, collectives, randomness, sampling, transformer, tree
-from ...caches import Branch, Cache
+from ...caches import Branch, Cache, KVCache
 from ...core import errors
-from ...core.doors import door, printed, uncalled, what_is
+from ...core.doors import door, printed, reprinted, uncalled, what_is
 from ...models import Model, at_core, config_of, told
 from ...records import ABSENT, formerly, record
 from ...sampling import Sampler
+from ...tree import Tree
 from ..loop import commit_owned, prefill
 from .verification import select_state
 
@@ -38,10 +39,11 @@ class Draft(NamedTuple):
     """
 
     tokens: Tensor
-    probs: Any
+    probs: Tensor | tuple[()]
     valid: Tensor
 
 
+@reprinted
 class Drafter(NamedTuple):
     """The functions of a drafter. Not a record: it holds functions.
 
@@ -57,9 +59,9 @@ class Drafter(NamedTuple):
         text: the repr, the call that made it.
     """
 
-    init: Callable[[Tensor, Tensor, int], Any]
-    propose: Callable[[Tensor, Tensor, Any], tuple[Draft, Any]]
-    keep: Callable[[Tensor, Tensor, Any], Any]
+    init: Callable[[Tensor, Tensor, int], Tree]
+    propose: Callable[[Tensor, Tensor, Tree], tuple[Draft, Tree]]
+    keep: Callable[[Tensor, Tensor, Tree], Tree]
     length: int
     vocabulary: int | None = None
     sharing: "Sharing | None" = None
@@ -79,9 +81,9 @@ class Sharing(NamedTuple):
     """
 
     model: Model
-    init: Callable[[Tensor, Tensor, Tensor, Any], Any]
-    propose: Callable[[Tensor, Tensor, Any], tuple[Draft, Any]]
-    keep: Callable[[Tensor, Tensor, Any], Any]
+    init: Callable[[Tensor, Tensor, Tensor, Tree], Tree]
+    propose: Callable[[Tensor, Tensor, Tree], tuple[Draft, Tree]]
+    keep: Callable[[Tensor, Tensor, Tree], Tree]
 
 
 @record
@@ -92,14 +94,14 @@ class ModelDrafterState(NamedTuple):
     sampler states before each token of the last draft and after it, leaves (N + 1, ...).
     """
 
-    cache: Any
+    cache: KVCache
     certain: Tensor
-    states: Any
+    states: Tree
 
 
 @door(name="drafters.model")
 @printed
-def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = sampling.greedy, chunk: int = 512) -> Drafter:
+def model(model: Model, params: Tree, *, length: int = 4, sampler: Sampler = sampling.greedy, chunk: int = 512) -> Drafter:
     """Draft with a model, token by token: a smaller one, or the target with cheaper weights.
 
     Where `fa.speculate` is given this same `model`, the draft reads the target's cache, whose
@@ -121,7 +123,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
         logits = model.logits(params, x[-1])
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def begun(prompt: Tensor, prompt_length: Tensor, logits: Tensor) -> Any:
+    def begun(prompt: Tensor, prompt_length: Tensor, logits: Tensor) -> Tree:
         state = sampling.observe_prompt(sampler, prompt, sampling.begin(sampler, logits), length=prompt_length)
         return tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), state)
 
@@ -130,7 +132,7 @@ def model(model: Model, params: Any, *, length: int = 4, sampler: Sampler = samp
         start = prefill(model, params, prompt, ABSENT, room=room, prompt_length=prompt_length, chunk=chunk)
         return ModelDrafterState(start.cache, start.cache.length, begun(prompt, prompt_length, start.logits))
 
-    def share(prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: Any) -> ModelDrafterState:
+    def share(prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: KVCache) -> ModelDrafterState:
         return ModelDrafterState(cache, torch.zeros_like(prompt_length), begun(prompt, prompt_length, logits))
 
     def read(key: Tensor, last: Tensor, state: ModelDrafterState, whole: bool) -> tuple[Draft, ModelDrafterState]:
@@ -184,7 +186,7 @@ _model = model
 @printed
 def skip(
     model: Model,
-    params: Any,
+    params: Tree,
     layers: Sequence[int],
     *,
     length: int = 4,
@@ -294,18 +296,18 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
     return function(look, length=length)
 
 
-def _vocabulary(model: Any, params: Any) -> int | None:
+def _vocabulary(model: object, params: Tree) -> int | None:
     """V of a model; None where it is unknown, or where this device has a shard of the head."""
     if config_of(model, "logits") is None or not isinstance(params, transformer.Params) or collectives.bound():
         return None
     return tree.leaves(transformer.lm_head(params))[0].shape[0]
 
 
-def _is_ids(x: Any) -> bool:
+def _is_ids(x: object) -> bool:
     return isinstance(x, Tensor) and x.dtype in tree.INTEGERS
 
 
-def _is_dense(cache: Any) -> bool:
+def _is_dense(cache: KVCache) -> bool:
     return type(cache) is Cache or (type(cache) is Branch and type(cache.tail) is Cache)
 
 

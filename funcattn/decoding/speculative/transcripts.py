@@ -7,8 +7,8 @@ transcript(stream(...), tokenizer)               in a notebook they are coloured
 import html
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from ..detokenization import Detokenizer
 from .decoding import Piece, Stats
 
 
@@ -54,7 +54,7 @@ class Marks:
     Law: the texts of the spans of a piece are the text of the piece (test_transcripts.py).
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Detokenizer):
         self.tokenizer = tokenizer
         # (end in the text, whether it was drafted) of each run of tokens not returned yet.
         self.runs: list[tuple[int, bool]] = []
@@ -85,7 +85,7 @@ class Marks:
         return tuple(spans)
 
 
-def transcript(pieces: Iterable[Piece], tokenizer: Any) -> Transcript:
+def transcript(pieces: Iterable[Piece], tokenizer: Detokenizer) -> Transcript:
     """Consume a stream, and mark which of its tokens were drafted.
 
     Args:

@@ -7,7 +7,7 @@
 To roll back is to select an earlier state of those that were computed.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ...core import errors
 from ...core.doors import door
 from ...records import formerly, record
 from ...sampling import Sampler, greedy, log_probs_with_state
+from ...tree import Tree
 from .acceptance import Accepted, accept
 from .rules import Rule, blockwise
 
@@ -31,11 +32,11 @@ class AlongDraft(NamedTuple):
     """
 
     log_probs: Tensor
-    states: Any
+    states: Tree
 
 
 @door
-def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Any) -> AlongDraft:
+def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Tree) -> AlongDraft:
     """The sampler's log-probabilities and states at the N + 1 positions of a draft.
 
     Args:
@@ -63,7 +64,7 @@ def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, st
 
 
 @door
-def accept_greedy(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, state: Any) -> tuple[Accepted, Any]:
+def accept_greedy(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, state: Tree) -> tuple[Accepted, Tree]:
     """`accept` for a deterministic sampler: drafted tokens are accepted while they are the argmax.
 
     No softmax is computed.
@@ -123,6 +124,6 @@ def accept_along(
     return Accepted(found.count, token, tokens)
 
 
-def select_state(states: Any, count: Tensor) -> Any:
+def select_state(states: Tree, count: Tensor) -> Tree:
     """Of the states along a draft, the one after its first `count` tokens, int64 ()."""
     return tree.map(lambda leaf: leaf.index_select(0, count.reshape(1))[0], states)

@@ -25,9 +25,9 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
     """The reason why torch's fused kernel cannot run on these, or ""."""
     if q.device.type != "cpu":
-        return f"on {q.device.type}, where it is not wired yet"
+        return f"on {q.device.type}: torch's fused kernel is for the CPU"
     if v.shape[-1] != q.shape[-1]:
-        return "values are wider or narrower than keys"
+        return "values and keys differ in head size"
     if is_empty(q, k, v):
         return "a size is zero"  # the kernel divides by it
     return ""
@@ -36,7 +36,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
 def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None) -> str:
     """The reason why it cannot attend under this form of mask, or "" where the mask may be causal."""
     if bias is not None or len(mask) == 1:
-        return "it reads a matrix of queries and keys"
+        return "it reads a T x S matrix"
     return why_not(q, k, v)
 
 

@@ -5,8 +5,8 @@ for all query heads that share them; leading axes broadcast by strides, and no i
 Blocks that an interval mask hides are skipped. Logits and sums are float32, or, with the AVX-512
 instructions for bfloat16 and if all inputs have that dtype, products of bfloat16 summed in float32.
 
-What the kernels do not take (`why_not_attend`) is for `torch_blocks`. So is a call with a mask or a
-bias whose result is not finite: there a hidden key may be NaN, which has to change nothing.
+A call with a mask or a bias whose result is not finite returns None: there a hidden key may be NaN,
+which has to change nothing, so the next backend computes it.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ..closed.algebra import Contraction, attend_tangent
-from . import torch_blocks
-from .layout import broadcast
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
@@ -42,30 +39,25 @@ def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (),
     return native.load()
 
 
-def why_not_attend_jvp(q: Tensor, k: Tensor, v: Tensor, tangents: Sequence[Tensor | None], mask: Sequence[Tensor] = ()) -> str:
+def why_not_attend_jvp(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = ()) -> str:
     """The reason why the kernel with tangents cannot run on these, or ""."""
-    for x in tangents:
-        if x is not None and (reason := why_not_attend(x, x, x)):
-            return reason
     return why_not_attend(q, k, v, mask)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1) in float32.
 
     lse has no leading axes that only v has.
     """
     out, lse, is_finite = torch.ops.funcattn.native_attend(q, k, v, list(mask), bias, scale)
-    if is_finite or not (mask or bias is not None):
-        return out, lse
-    return torch_blocks.attend(q, k, v, mask, bias, scale)
+    return (out, lse) if is_finite or not (mask or bias is not None) else None
 
 
 def attend_jvp(
     q: Tensor, k: Tensor, v: Tensor, tangents: Sequence[Tensor | None], mask: Sequence[Tensor] = (), scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """out and lse, and their tangents from those of q, k and v (None: no tangent), in one pass.
 
     Leading axes that only tangents have are axes of the tangents of out and lse; those that only v
@@ -73,26 +65,4 @@ def attend_jvp(
     """
     dq, dk, dv = tangents
     out, lse, dout, dlse, is_finite = torch.ops.funcattn.native_attend_jvp(q, k, v, dq, dk, dv, list(mask), scale)
-    if is_finite or not mask:
-        return out, lse, dout, dlse
-    return _by_blocks(q, k, v, tangents, mask, scale)
-
-
-def _by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, tangents: Sequence[Tensor | None], mask: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same by blocks of torch operations."""
-    out, lse = torch_blocks.attend(q, k, v, mask, None, scale)
-    flat, has_tangent = [q, k, lse, *mask, v], dict[int, int]()
-    for place, x in zip((0, 1, 3 + len(mask)), tangents, strict=True):
-        if x is not None:
-            has_tangent[place] = len(flat)
-            flat.append(x)
-    lead = lambda x, *those: broadcast(x.shape[:-2], *(y.shape[:-2] for y in those if y is not None))
-    of_out, of_lse = (*lead(out, *tangents), *out.shape[-2:]), (*lead(lse, *tangents[:2]), *lse.shape[-2:])
-    spec = attend_tangent(Contraction((), scale, tuple(range(3, 3 + len(mask)))), 3 + len(mask), has_tangent)
-    if not has_tangent:
-        return out, lse, torch.zeros_like(out), torch.zeros_like(lse)
-    mixed, *slope = torch_blocks.contract(spec, (of_out, of_lse)[: len(spec.outputs)], flat)
-    dlse = slope[0] if slope else lse.new_zeros(of_lse)
-    return out, lse, (mixed - dlse * out).to(out.dtype), dlse
+    return (out, lse, dout, dlse) if is_finite or not mask else None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..closed.algebra import Contraction
-from . import aten, torch_blocks
+from . import aten, native, native_contract, torch_blocks
 
 Tensors: TypeAlias = Sequence[Tensor]
 Shapes: TypeAlias = Sequence[Sequence[int]]
@@ -97,6 +97,16 @@ TRITON = Backend(
     statistics=lambda *arguments: _triton().statistics(*arguments),
 )
 
+NATIVE = Backend(
+    "native",
+    attend=native.attend,
+    why_not_attend=native.why_not_attend,
+    contract=native_contract.contract,
+    why_not_contract=native_contract.why_not_contract,
+    attend_jvp=native.attend_jvp,
+    why_not_attend_jvp=native.why_not_attend_jvp,
+)
+
 TORCH_BLOCKS = Backend(
     "torch_blocks",
     attend=torch_blocks.attend,
@@ -107,4 +117,5 @@ TORCH_BLOCKS = Backend(
 BACKENDS: dict[str, tuple[Backend, ...]] = {  # by kernel of the closed family, in order
     "flash": (ATEN, TORCH_BLOCKS),
     "triton": (TRITON, TORCH_BLOCKS),
+    "native": (NATIVE, TORCH_BLOCKS),
 }

@@ -42,7 +42,10 @@ class DenseFactor(NamedTuple):
     weight: float = 1.0
 
 
-Pair, Dense = LowRankFactor, DenseFactor  # aliases: earlier names
+# Aliases: earlier names.
+Pair = LowRankFactor
+Dense = DenseFactor
+
 Summand = LowRankFactor | DenseFactor
 Factor = tuple[Summand, ...]  # a sum of low-rank and dense factors
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import native
 from ...masks import Mask
 from ...records import Attended
 from .. import dropout
@@ -176,4 +177,27 @@ TRITON_KERNEL = Kernel(
     lambda r: _why_not_flash(r) or _why_not_triton(r),
     functools.partial(attend, kernel="triton"),
     _passed_over_triton,
+)
+
+
+@torch.compiler.assume_constant_result
+def _why_no_library() -> str:
+    return native.load()
+
+
+def _why_not_native(r: Request) -> str:
+    if r.q.device.type != "cpu":
+        return f"for the CPU, not for {r.q.device.type}"
+    if r.q.dtype not in NATIVE_DTYPES or (r.bias is not None and r.bias.dtype == torch.float64):
+        return "float32, bfloat16 and float16 only"
+    return _why_not_flash(r) or _why_no_library()
+
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE = Kernel(
+    "native",
+    "the closed streaming family in C++ for the CPU: every transform, O(T + S) memory",
+    _why_not_native,
+    functools.partial(attend, kernel="native"),
+    _passed_over,
 )

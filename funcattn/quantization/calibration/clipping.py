@@ -10,7 +10,7 @@ Source: Lin et al., AWQ, arXiv:2306.00978, section 4; the search of the range is
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import quantization
 from ...core import errors
 from ...core.doors import door
+from ...layers import Weight
 from ...models import Model
 from ...transformer import Layer, Params
 from ...tree import Tree
@@ -65,13 +66,15 @@ def clipped(
         remedy = "Use fa.int4, fa.int8 or fa.w8a8."
         errors.fail("clipped", "scheme", "one with a clip", f"a {type(scheme).__name__} without", remedy, TypeError)
 
+    clippable = cast(Clippable, scheme)
+
     @door(name="clipped(...)")
     def transform(params: Params) -> Params:
         with torch.no_grad():
             plan = to_nearest(params)
 
             def fitted(i: int, layer: Layer, feeds: Feeds) -> Layer:
-                return plan.layers[i] if config.layer_spec(i).experts else _layer(layer, plan.layers[i], feeds, scheme)
+                return plan.layers[i] if config.layer_spec(i).experts else _layer(layer, plan.layers[i], feeds, clippable)
 
             return plan._replace(layers=walk(model, params, tokens, fitted, progress))
 
@@ -110,7 +113,15 @@ def awq(
     return door(lambda params: rounded(scaled(params)), name="awq(...)")
 
 
-def best_clip(scheme: Any, weight: Tensor, square: Tensor) -> Any:
+class Clippable(Scheme, Protocol):
+    """A scheme with a setting `clip`, the fraction of the range that codes cover."""
+
+    def __call__(self, *, clip: float | Tensor) -> Scheme:
+        """The scheme with another clip, of each group where it is a tensor."""
+        ...
+
+
+def best_clip(scheme: Clippable, weight: Tensor, square: Tensor) -> Weight:
     """The record of weight (N, K) with the best clip of each group, for mean squares (K,) of x."""
     whole = scheme(clip=1.0).encode(weight)
     least, best = _lost(whole, weight, square), torch.ones_like(whole.scale, dtype=torch.float32)
@@ -121,13 +132,13 @@ def best_clip(scheme: Any, weight: Tensor, square: Tensor) -> Any:
     return scheme(clip=best).encode(weight)
 
 
-def _lost(record: Any, weight: Tensor, square: Tensor) -> Tensor:
+def _lost(record: Weight, weight: Tensor, square: Tensor) -> Tensor:
     """(N, G): the squared error of each group, weighted by the mean squares (K,) of features."""
     off = (expand(record).float() - weight.float()).square() * square.float()
     return packing.groups(off, weight.shape[-1] // record.scale.shape[-1]).sum(-1)
 
 
-def _layer(layer: Layer, plan: Layer, feeds: Feeds, scheme: Any) -> Layer:
+def _layer(layer: Layer, plan: Layer, feeds: Feeds, scheme: Clippable) -> Layer:
     chosen = {name for name in Layer._fields if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))}
     sums: dict[str, Tensor] = {}
 

@@ -13,7 +13,6 @@ Source: Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1; act-order with stat
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from ... import quantization, tree
 from ...core import errors
 from ...core.doors import door
+from ...layers import Weight
 from ...models import Model
 from ...transformer import Layer, Params
 from ...tree import Tree
@@ -136,7 +136,7 @@ def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
-def fit(plan: Any, weight: Tensor, order: Tensor, U: Tensor) -> Any:
+def fit(plan: Weight, weight: Tensor, order: Tensor, U: Tensor) -> Weight:
     """The record `plan` with codes for which (W - Wq) X is small.
 
     Where rounding column j has error e, the columns after it change by -e U_jk / U_jj, which

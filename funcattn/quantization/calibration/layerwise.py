@@ -1,13 +1,14 @@
 """Modify a model layer by layer, each with the activations after the modified layers before it."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ... import layers, taps, transformer, tree
 from ...core import errors
+from ...layers import Weight
 from ...models import Model, config_of, told
 from ...progress import track
 from ...transformer import Config, Layer, LayerContext, LayerSpec, Params
@@ -45,7 +46,7 @@ def decoder_of(function: str, model: Model, tokens: Tensor) -> Config:
 class Heard(NamedTuple):
     """A weight of experts (X, out, in) that passes the input rows of each to a function."""
 
-    weight: Any
+    weight: Weight
     name: str
     gather: Gather
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from ... import caches, randomness, tree
-from ...caches import Delta
+from ...caches import Delta, KVCache
 from ...kernels import attend_parts
 from .. import dense
 from ..agreement import agree, named
@@ -127,7 +127,7 @@ def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: 
     law, T = any_program_reads_as_its_rows_and_changes_no_earlier_value, 3
     values: list[tuple[Any, Delta, Any]] = []
 
-    def remember(past: Any, rows: Delta) -> None:
+    def remember(past: KVCache, rows: Delta) -> None:
         values.append((past, rows, tree.map(torch.clone, past)))
 
     remember(_empty(kind, size), _delta(key, 0))
@@ -159,7 +159,7 @@ def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: 
         )
 
 
-def observe(past: Any, q: Tensor | None = None) -> Tensor:
+def observe(past: KVCache, q: Tensor | None = None) -> Tensor:
     """Attention of one query (H, 1, D) to every layer of a cache, (L, H, 1, D); zeros if empty."""
     q = _query() if q is None else q
     layers = [caches.past(past, layer, past.length.reshape(1)) for layer in range(L)]
@@ -183,7 +183,7 @@ def _rows(delta: Delta, start: int, stop: int) -> Delta:
     return Delta(*(tuple(x[..., start:stop, :] for x in side) for side in delta))
 
 
-def _rewound(past: Any, length: int) -> Any:
+def _rewound(past: KVCache, length: int) -> Any:
     """The cache at a shorter length, or itself where its kind cannot be shortened."""
     own = past.tail.length if isinstance(past, caches.Branch) else past.length
     try:

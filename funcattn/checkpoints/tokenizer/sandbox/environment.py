@@ -34,13 +34,13 @@ class Generation(Extension):
 class TemplateNamespace(Namespace):
     """`namespace`, without names that begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:
+    def __init__(*args: object, **kwargs: object) -> None:
         self, given = args[0], dict(*args[1:], **kwargs)
         for name in given:
             _check_name(name)
         Namespace.__init__(self, given)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_name(name)
         Namespace.__setitem__(self, name, value)
 
@@ -48,12 +48,12 @@ class TemplateNamespace(Namespace):
 class TemplateDict:
     """`dict`, which a template may call and whose type it does not reach."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+    def __call__(self, *args: object, **kwargs: object) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
         """dict.fromkeys."""
-        return dict.fromkeys(*args, **kwargs)
+        return dict.fromkeys(*args)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -71,7 +71,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    value: object, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """JSON without the escapes for HTML that jinja2 writes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

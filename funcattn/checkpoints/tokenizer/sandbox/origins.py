@@ -71,7 +71,7 @@ class Tracking(Sandbox):
         """`~`."""
         return self.concat([self.shown(part) for part in parts])
 
-    def shown(self, value: Any) -> str:
+    def shown(self, value: object) -> str:
         """str(value), with its origins."""
         if isinstance(value, str):
             return value if type(value) is _Text else _Text(str.__str__(value), origins_of(value))
@@ -97,7 +97,7 @@ class Tracking(Sandbox):
         """What stands in special tokens beside letters, digits and spaces."""
         return frozenset(letter for token in self.special for letter in token if not (letter.isalnum() or letter in "_- \n"))
 
-    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def call(self, context: Any, function: Any, *args: object, **kwargs: object) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Any call that a template writes: a method of a string, a macro, a function of jinja2's."""
         args, kwargs = tuple(map(_as_text, args)), {name: _as_text(value) for name, value in kwargs.items()}
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
@@ -125,7 +125,7 @@ class Tracking(Sandbox):
         """A filter whose result knows its origin."""
 
         @functools.wraps(function)
-        def filtered(*args: Any, **kwargs: Any) -> Any:
+        def filtered(*args: object, **kwargs: object) -> Any:
             args, kwargs = tuple(map(_as_text, args)), {name: _as_text(value) for name, value in kwargs.items()}
             made = function(*args, **kwargs)
             given = args[1:] if hasattr(function, "jinja_pass_arg") else args
@@ -158,7 +158,7 @@ class Tracking(Sandbox):
             return _Text(made, only(found, self.signs.isdisjoint(words)))
         return made
 
-    def _formatted(self, kind: str, made: str, layout: str, args: tuple[Any, ...], names: Mapping[str, Any]) -> str:
+    def _formatted(self, kind: str, made: str, layout: str, args: tuple[Any, ...], names: Mapping[str, object]) -> str:
         """What `%` or `format` made: exactly, where each field is a plain one and all of them together are what was made."""
         layout, parts, begin, number = _as_text(layout), [], 0, 0
         try:
@@ -178,5 +178,5 @@ class Tracking(Sandbox):
         return joined if joined == made else self._made(str.__str__(made), [layout, args, names])
 
 
-def _as_text(value: Any) -> Any:
+def _as_text(value: object) -> Any:
     return _Text(value, TEMPLATE) if type(value) is str else value

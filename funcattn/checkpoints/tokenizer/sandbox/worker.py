@@ -18,8 +18,11 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
+
+from jinja2 import Template
 
 from .environment import Sandbox
 from .origins import Tracking
@@ -52,7 +55,7 @@ def main() -> None:
             return
 
 
-def _answer(request: tuple[str, dict[str, Any], list[Any], tuple[str, ...] | None]) -> bytes:
+def _answer(request: tuple[str, dict[str, object], list[object], tuple[str, ...] | None]) -> bytes:
     template, names, messages, special = request
     limited = _limit(MAX_MEMORY)
     try:
@@ -65,7 +68,7 @@ def _answer(request: tuple[str, dict[str, Any], list[Any], tuple[str, ...] | Non
         limited()
 
 
-def _rendered(template: str, names: dict[str, Any], messages: list[Any], special: tuple[str, ...] | None) -> bytes:
+def _rendered(template: str, names: dict[str, object], messages: list[object], special: tuple[str, ...] | None) -> bytes:
     now = datetime.now()
     text = _text(_compiled(Sandbox, template, ()), names, messages, now)
     written = text.encode("utf-8", "surrogatepass")
@@ -79,13 +82,13 @@ def _rendered(template: str, names: dict[str, Any], messages: list[Any], special
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(kind: type[Sandbox], template: str, special: tuple[str, ...]) -> Any:
+def _compiled(kind: type[Sandbox], template: str, special: tuple[str, ...]) -> Template:
     environment = kind()
     environment.special = special
     return environment.from_string(template)
 
 
-def _text(compiled: Any, names: dict[str, Any], messages: list[Any], now: datetime) -> str:
+def _text(compiled: Any, names: dict[str, object], messages: list[object], now: datetime) -> str:
     compiled.environment.now = now
     parts, size = [], 0
     for part in compiled.generate({**names, "messages": messages}):
@@ -117,7 +120,7 @@ def _alarm(timer: str, seconds: float) -> None:
         signal.setitimer(getattr(signal, timer), seconds)
 
 
-def _limit(more: int) -> Any:
+def _limit(more: int) -> Callable[[], None]:
     """Limit the address space; returns a function that removes the limit."""
     try:
         import resource

@@ -94,14 +94,14 @@ def attend_jvp(
 def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None = None) -> str:
     """The reason why the attention kernel cannot run, or ""."""
     if len(mask) == 1 or bias is not None:
-        return "it reads a matrix of queries and keys"
+        return "it reads a T x S matrix"
     return _why_not([q, k, v])
 
 
 def why_not_attend_jvp(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor]) -> str:
     """The reason why the kernel for value and tangent cannot run, or ""."""
     return why_not_attend(q, k, v, mask) or (
-        "" if tuning.of_attend_jvp(q, v) else f"two passes are better for {q.dtype} and so wide heads"
+        "" if tuning.of_attend_jvp(q, v) else f"two passes are faster for {q.dtype} and so wide heads"
     )
 
 
@@ -110,9 +110,9 @@ def why_not_contract(contraction: Contraction, tensors: Sequence[Tensor]) -> str
     terms = [term for output in contraction.outputs for term in output.terms]
     summands = [summand for term in terms for factor in term.factors for summand in factor]
     if len(contraction.mask) == 1 or contraction.bias != ONES or any(isinstance(summand, DenseFactor) for summand in summands):
-        return "it reads a matrix of queries and keys"
+        return "it reads a T x S matrix"
     if any(output.side == "pair" for output in contraction.outputs):
-        return "it writes a matrix of queries and keys"
+        return "it writes a T x S matrix"
     if any(len(term.factors) > ORDERS for term in terms):
         return f"it has more than {ORDERS} factors"
     query, key, _ = places(contraction)
