@@ -137,7 +137,9 @@ def cast(dtype: torch.dtype, where: Where | None = None) -> Transform:
         {'w': tensor([0., 0.], dtype=torch.bfloat16), 'n': tensor(3)}
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        errors.fail("cast", "dtype", "a floating torch.dtype", repr(dtype), "Choose torch.float32 or torch.bfloat16.", TypeError)
+        got = repr(dtype) if isinstance(dtype, torch.dtype | str) else f"a {type(dtype).__name__}"
+        remedy = "Choose torch.float32 or torch.bfloat16, and call cast(dtype)(tree)."
+        errors.fail("cast", "dtype", "a floating torch.dtype", got, remedy, TypeError)
     narrow = lambda x: x.to(dtype) if KINDS["floating"](x) and x.element_size() > 1 else x
     return door(_at("cast", where, narrow), name="cast(dtype)")
 

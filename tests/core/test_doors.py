@@ -164,7 +164,7 @@ def test_what_a_drafter_of_ones_own_returns_is_checked(found):
         (lambda: fa.speculation.blockwise(0.5), TypeError, r"Rule: the value should be passed as it is, got a call with \(0.5\)"),
         (lambda: fa.training.adamw(0.1)(PARAMS), TypeError, "Optimizer: the value should be passed as it is"),
         (lambda: fa.lora(2)(PARAMS), TypeError, r"lora\(rank\): the arguments should be \(key, params\), got \(a Params\)"),
-        (lambda: fa.tree.cast(PARAMS, torch.float64), TypeError, r"cast: the arguments should be \(dtype\), got"),
+        (lambda: fa.tree.cast(PARAMS, torch.float64), TypeError, r"cast: dtype should be a floating torch.dtype, got a Params\. .* call cast\(dtype\)\(tree\)"),
         (lambda: fa.random.normal(KEY, PARAMS), ValueError, "normal: shape should be a tuple of sizes"),
         (lambda: fa.tree.to("cuad"), ValueError, "to: device should be one that torch knows, got 'cuad'"),
         (lambda: fa.Config(bananas=3), TypeError, "Config: the arguments should be"),

@@ -151,7 +151,7 @@ def test_tensors_of_several_devices_are_an_error():
     q = torch.zeros(1, 2, 4)
     w, expert = torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.long)
     for call in (
-        lambda: torch.ops.funcattn.attend([q, *far(q), q], 1.0, 0, False, False, "torch"),
+        lambda: torch.ops.funcattn.attend([q, *far(q), q], 1.0, 0, False, "flash"),
         lambda: torch.ops.funcattn.grouped(q[0], *far(w), expert),
         lambda: torch.ops.funcattn.outer_by_group(q[0], *far(q[0]), expert, 2),
     ):

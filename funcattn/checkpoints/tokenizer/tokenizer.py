@@ -40,6 +40,7 @@ class Tokenizer:
         bounds: resource limits for texts, where the backend is from a file.
 
     Example:
+        >>> from tokenizers import models, pre_tokenizers
         >>> backend = tokenizers.Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
         >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
         >>> _ = backend.add_special_tokens(["<end>"])
