@@ -87,9 +87,9 @@ TESTED_BY = {  # modules without a file of their own: a test of their room, or o
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts metadata positions tables weights",
     "family_peers": "checkpoints.families: catalogue fused gemma gpt llama mixtures",
-    "kernels.closed.flash": "kernels.closed: algebra entry functions operators; kernels.backends: aten",
+    "kernels.closed.flash": "kernels.closed: algebra entry functions log_sum_exp operators specs; kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "
-    "addresses block_sizes language launching pieces programs softmax tuning",
+    "addresses block_sizes conditions language launching pieces programs softmax tuning",
     "training.optimizers": "training: combined fused leafwise schedules",
     "checkpoints.tokenizer.templates": "checkpoints.tokenizer.sandbox: environment worker",
     # A part of what this test is about.
@@ -107,8 +107,10 @@ TESTED_BY = {  # modules without a file of their own: a test of their room, or o
     "distributed.gloo": "sharding: costs",
     "interop.interop_harness": "interop: harness_options",
     "interop.interop_jagged": "kernels.backends: masking",
-    "kernels.api": "kernels: dropout",
+    "kernels.api": "kernels: arguments dropout",
     "kernels.dispatch": "kernels: request",
+    "kernels.score_mod": "kernels: block_sums",
+    "kernels.backends.torch_blocks": "kernels.backends: torch_attend",
     "quantization.tiles": "quantization: fast",
     "tools": "kernels.closed: flops",
     "transformer.lengths": "transformer: rereading",

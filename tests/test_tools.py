@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funcattn as fa
 from funcattn.kernels.closed import operators
-from funcattn.kernels.closed.operators import AttendSpec
+from funcattn.kernels.closed.specs import AttendSpec
 
 H, T, D = 2, 20, 8
 ONCE = 4 * H * T * T * D  # floating-point operations of q @ k.mT and p @ v

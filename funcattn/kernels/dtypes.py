@@ -17,4 +17,6 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def accurate(x: Tensor, *others: Tensor | None) -> Tensor:
     """x in the dtype in which sums over it and the others are accumulated."""
+    if x.dtype == torch.float64 or (x.dtype == torch.float32 and not others):
+        return x
     return x.to(accumulation_dtype(x, *others))

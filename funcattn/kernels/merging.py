@@ -18,8 +18,9 @@ from ..core.doors import door
 from ..masks import Mask
 from ..records import ABSENT, Attended, is_absent
 from . import dispatch, reference, score_mod, unseen
-from .api import _request, _run, attend, no_autocast
-from .backends import aten, torch_blocks
+from .api import _run, attend
+from .arguments import no_autocast, request
+from .backends import aten, native, torch_blocks
 from .backends.masking import is_finite
 from .closed import entry
 from .dtypes import accurate
@@ -98,10 +99,10 @@ def partial(
     kernel: str | Kernel | None = None,
 ) -> Partial:
     """`attend` as a Partial, which `join` merges exactly, whatever the magnitude of the logits."""
-    request = _request("attend", q, k, v, mask, scale, None, wants_lse=True)
-    chosen = dispatch.choose(request, kernel)
-    out, lse = _run(request, chosen)
-    whole, rest = entry.statistics(request, lse)
+    r = request("attend", q, k, v, mask, scale, None, wants_lse=True)
+    chosen = dispatch.choose(r, kernel)
+    out, lse = _run(r, chosen)
+    whole, rest = entry.statistics(r, lse)
     return Partial(out, lse + torch.where(lse == NOTHING, 0, whole - lse).detach(), rest)
 
 
@@ -226,25 +227,25 @@ def _is_plain_step(q: Tensor, segments: Sequence[KVSegment]) -> bool:
 
 def _one(q: Tensor, segments: Sequence[KVSegment], scale: float, sinks: Tensor | None) -> Tensor:
     """One query: query heads of a key head become rows of one fused call per segment."""
-    K = segments[0].k.shape[-3]
-    rows = q.reshape(K, 1, -1, q.shape[-1])  # (K, 1, H / K, D)
+    rows = q.reshape(segments[0].k.shape[-3], -1, q.shape[-1])  # (K, H / K, D)
+    fused = native.attend_rows if native.can_attend_rows(q) else aten.attend_rows
     out = lse = None
     for k, v, _ in segments:
         if k.shape[-2] == 1:  # one key: its logit is the log-sum-exp
-            more, segment_lse = v.unsqueeze(1), (accurate(rows) * accurate(k.unsqueeze(1))).sum(-1) * scale
+            more, segment_lse = v, (accurate(rows) * accurate(k)).sum(-1, keepdim=True) * scale
         else:
-            more, segment_lse = aten.rows(rows, k.unsqueeze(1), v.unsqueeze(1), scale)
+            more, segment_lse = fused(rows, k, v, scale)
         if out is None or lse is None:
             out, lse = more, segment_lse
         else:
-            share = torch.sigmoid(lse - segment_lse).unsqueeze(-1).to(out.dtype)
-            out, lse = torch.lerp(more.expand_as(rows), out.expand_as(rows), share), torch.logaddexp(lse, segment_lse)
+            share = torch.sigmoid(lse - segment_lse).to(out.dtype)
+            out, lse = torch.lerp(more, out, share), torch.logaddexp(lse, segment_lse)
     assert out is not None
     assert lse is not None
     if len(segments) > 1 and torch_blocks.is_far(lse):
         return _joint(q, segments, scale, None, sinks)
-    out = out.expand_as(rows).reshape(q.shape[0], 1, -1)
-    return out if sinks is None else _drain(Partial(out, lse.expand(rows.shape[:-1]).reshape(q.shape[0], 1)), sinks)
+    out = out.expand(*rows.shape[:-1], -1).reshape(q.shape[0], 1, -1)
+    return out if sinks is None else _drain(Partial(out, lse.reshape(q.shape[0], 1)), sinks)
 
 
 def _joint(q: Tensor, segments: Sequence[KVSegment], scale: float | Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:

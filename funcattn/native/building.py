@@ -62,6 +62,7 @@ SOURCES = tuple(
         "attention/contract.cpp",
         "attention/contract.h",
         "attention/program.h",
+        "attention/threefry.h",
         "attention/vectors.h",
     )
 )

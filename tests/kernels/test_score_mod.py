@@ -10,7 +10,7 @@ from torch.func import grad, hessian, jvp, vmap
 
 import funcattn as fa
 from funcattn import masks
-from funcattn.kernels import attention_with_score, score_mod
+from funcattn.kernels import attention_with_score, block_sums
 from funcattn.masks import Mask
 
 INF = float("inf")
@@ -56,7 +56,7 @@ CASES += [("grouped", "relative bias", mask) for mask in MASKS if mask != "with 
 
 @pytest.fixture(autouse=True)
 def blocks_of_four(monkeypatch):
-    monkeypatch.setattr(score_mod, "SIDE", 4)
+    monkeypatch.setattr(block_sums, "SIDE", 4)
 
 
 def dense(score, mask, q, k, v, p):

@@ -1,9 +1,7 @@
 """Drafters for `fa.speculate`: a model, n-gram lookup in the text, or any function.
 
-They change the acceptance rate and the cost, never the distribution of the output.
-
-A drafter is three pure functions of a state that is a pytree; the state covers all tokens of the
-text but the last, which `propose` takes as an argument:
+They change the acceptance rate and the cost, never the distribution of the output. A drafter is
+three pure functions of a pytree, which covers all tokens but the last:
 
     init(prompt, prompt_length, steps) -> state
     propose(key, last, state) -> (Draft, state)     N drafted tokens and their probabilities

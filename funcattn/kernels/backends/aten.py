@@ -42,7 +42,7 @@ def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias
 
 def is_empty(*tensors: Tensor) -> bool:
     """True where one of the tensors has no elements."""
-    return any(not x.numel() for x in tensors)
+    return not all(map(Tensor.numel, tensors))
 
 
 def is_causal(mask: Sequence[Tensor], S: int) -> bool:
@@ -77,9 +77,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
     )
 
 
-def rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, 1, R, D) and lse (B, 1, R) of tensors with four axes, without a layout."""
-    return _forward(in_rows(q), in_rows(k), in_rows(v), 0.0, False, scale=scale)
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, R, D) and lse (B, R, 1) of q (B, R, D), k and v (B, S, D), without a layout."""
+    of = lambda x: in_rows(x.unsqueeze(1))
+    out, lse = _forward(of(q), of(k), of(v), 0.0, False, scale=scale)
+    return out.squeeze(1), lse.squeeze(1).unsqueeze(-1)
 
 
 def attend_vjp(

@@ -66,3 +66,14 @@ def attend_jvp(
     dq, dk, dv = tangents
     out, lse, dout, dlse, is_finite = torch.ops.funcattn.native_attend_jvp(q, k, v, dq, dk, dv, list(mask), scale)
     return (out, lse, dout, dlse) if is_finite or not mask else None
+
+
+def can_attend_rows(q: Tensor) -> bool:
+    """True where `attend_rows` runs on tensors of this dtype and device that are not empty."""
+    return q.dtype in FLOATS and q.device.type == "cpu" and not native.load()
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, R, Dv) and lse (B, R, 1) of q (B, R, D), k (B, S, D) and v (B, S, Dv), unmasked."""
+    out, lse, _ = torch.ops.funcattn.native_attend(q, k, v, [], None, scale)
+    return out, lse

@@ -15,6 +15,7 @@ sums are computed once.
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,8 +49,6 @@ class Step(NamedTuple):
 
 def why_not_contract(contraction: Contraction, tensors: Sequence[Tensor]) -> str:
     """Why the operator does not compute a contraction, or ""."""
-    if contraction.dropout != ONES:
-        return "dropout is not written in C++"
     query, key, pair = places(contraction)
     T, S = tensors[Q].shape[-2], tensors[K].shape[-2]
     reads = [tensors[p] for p in query | key | pair]
@@ -88,16 +87,17 @@ def contract(
 def _readable(contraction: Contraction, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors as the operator reads them, or lse in place of one that it does not read.
 
-    Rows are float32 with contiguous features, and intervals int64; dense matrices stay as they are.
+    Rows are float32 with contiguous features, and integers int64; dense matrices stay as they are.
     """
     query, key, pair = places(contraction)
-    rows, intervals = query | key, set(contraction.mask) if len(contraction.mask) == 2 else set()
-    whole, read = pair | {*contraction.mask} - intervals, []
+    rows, integers = query | key, set(contraction.mask) if len(contraction.mask) == 2 else set()
+    whole, read = pair | {*contraction.mask} - integers, []
+    integers |= {contraction.dropout} - {ONES}
     for place, x in enumerate(tensors):
         if place in rows:
             x = x.float()
             x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        elif place in intervals:
+        elif place in integers:
             x = x.long()
         elif place not in whole:
             x = tensors[L].float()
@@ -164,6 +164,9 @@ class _Compiler:
         steps, places, buffers = _schedule(list(self.sums), len(self.factors))
         out = _Numbers()
         out.add(buffers, L)
+        rate = self.contraction.rate
+        out.add(self.contraction.dropout, min(math.ceil(rate * 2**32), 2**32 - 1))
+        out.weights.append(1 / (1 - rate))
         out.list([(p,) for p in self.contraction.mask])
         described = [self._factor(factor) for factor in self.factors]  # it numbers loads and packs
         out.list([(tensor,) for tensor, _ in self.loads], [weight for _, weight in self.loads])
@@ -205,7 +208,15 @@ class _Compiler:
     def _gate(self, number: int, term: Term) -> int:
         """Axes that neither the output nor a tensor of the term has: there it counts once."""
         contraction = self.contraction
-        read = {Q, K, L, *contraction.mask, contraction.bias, term.value if contraction.outputs[number].side != "pair" else ONES}
+        read = {
+            Q,
+            K,
+            L,
+            *contraction.mask,
+            contraction.bias,
+            contraction.dropout,
+            term.value if contraction.outputs[number].side != "pair" else ONES,
+        }
         for factor in term.factors:
             for summand in factor:
                 read |= {summand.m} if isinstance(summand, DenseFactor) else {summand.a, summand.b}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..closed.algebra import Contraction
-from . import aten, native, native_contract, torch_blocks
+from . import aten, native, native_contract, torch_attend, torch_blocks
 
 Tensors: TypeAlias = Sequence[Tensor]
 Shapes: TypeAlias = Sequence[Sequence[int]]
@@ -109,7 +109,7 @@ NATIVE = Backend(
 
 TORCH_BLOCKS = Backend(
     "torch_blocks",
-    attend=torch_blocks.attend,
+    attend=torch_attend.attend,
     contract=lambda spec, shapes, tensors, dtypes: torch_blocks.contract(spec, shapes, tensors),
     statistics=torch_blocks.statistics,
 )

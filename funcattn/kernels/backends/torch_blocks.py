@@ -36,33 +36,11 @@ ROWS = 512  # queries of one block, at least where heads or examples can be proc
 FAR = 512.0  # |lse| up to which one float32 holds the log of the normalizer to 3e-5
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1).
-
-    Source: Milakov and Gimelshein, arXiv:1805.02867; Dao et al., FlashAttention, arXiv:2205.14135.
-    """
-    T, extra = q.shape[-2], [*mask, *([] if bias is None else [bias])]
-    lse_lead = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
-    lead = broadcast(lse_lead, v.shape[:-2])
-
-    def run(strict: bool) -> list[Tensor]:
-        def part(_: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-            q, k, v, *extra = tensors
-            return _attend(q, k, v, extra[: len(mask)], extra[len(mask)] if bias is not None else None, scale, strict)
-
-        return in_parts(part, [(*lead, T, v.shape[-1]), (*lse_lead, T, 1)], [q, k, v, *extra], [K, 2], [Q, K], _too_many)
-
-    out, lse = run(False)
-    return (out, lse) if not extra or is_finite([out]) else tuple(run(True))  # pyright: ignore[reportReturnType]
-
-
 def is_far(lse: Tensor) -> bool:
     """True where a row that sees a key has an lse too large to hold the log of the normalizer."""
     if not lse.numel() or capturing(lse):
         return bool(lse.numel())
-    return not lse.abs().amax().item() <= FAR and bool(_far(lse).any())
+    return not torch.linalg.vector_norm(lse, math.inf).item() <= FAR and bool(_far(lse).any())
 
 
 def _far(lse: Tensor) -> Tensor:
@@ -84,42 +62,6 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor] = (), s
     return whole, torch.where(far, (m - whole) + log, 0)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float, strict: bool
-) -> tuple[Tensor, Tensor]:
-    T, S = q.shape[-2], k.shape[-2]
-    lead = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))])
-    others = [x.shape[:-2] for x in mask] + ([] if bias is None else [bias.shape[:-2]]) + [lead]
-    layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], others)
-    wide = accumulation_dtype(q, bias)
-    seen = Seen(mask, bias, layout, wide, strict)
-    queries = fold(q, layout).to(wide) * (scale * seen.unit)
-    keys, values = fold(k, layout).to(wide), fold(v, layout).to(wide)
-    groups = broadcast(
-        *[(1,) * len(layout.groups), queries.shape[:-2], keys.shape[:-2], *[group_sizes(s, layout) for s in others[:-1]]]
-    )
-    out = values.new_zeros(*layout.sizes, T, v.shape[-1])
-    lse = values.new_full((*groups, T, 1), NOTHING)
-    for q_block, k_blocks in _walk(seen, T, S, groups):
-        row_max = lse[..., q_block, :]  # in units of the logits until the end of the row block
-        normalizer = torch.zeros_like(row_max)
-        accumulator = torch.zeros_like(out[..., q_block, :])
-        for k_block, whole in k_blocks:
-            s = seen.logits(multiply(queries[..., q_block, :], keys[..., k_block, :].mT, layout.batch), q_block, k_block, whole)
-            visible = s != NOTHING if strict else None
-            p, rescale, row_max = seen.rescale(s, row_max)
-            normalizer = normalizer.mul_(rescale).add_(p.sum(-1, keepdim=True))
-            accumulator.mul_(rescale).add_(weigh(p, values[..., k_block, :], layout.batch, visible))
-        out[..., q_block, :] = accumulator / torch.where(normalizer == 0, 1, normalizer)
-        lse[..., q_block, :] = seen.log(row_max, normalizer)
-    shape = (
-        *broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]),
-        T,
-        1,
-    )
-    return unfold(out, layout, (*lead, T, v.shape[-1])).to(v.dtype), unfold(lse, layout, shape)
-
-
 def contract(contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
     """All outputs of a contraction in one pass over the blocks of P; `shapes` are the outputs'.
 
@@ -130,7 +72,7 @@ def contract(contraction: Contraction, shapes: Sequence[Sequence[int]], tensors:
 
     def run(strict: bool) -> list[Tensor]:
         part = lambda shapes, tensors: _Contractor(contraction, shapes, tensors, strict).run()
-        return in_parts(part, shapes, tensors, sorted(keyed), [Q, K, L], _too_many)
+        return in_parts(part, shapes, tensors, sorted(keyed), [Q, K, L], too_many)
 
     outputs = run(False)
     return outputs if (not contraction.mask and contraction.bias == ONES) or is_finite(outputs) else run(True)
@@ -182,7 +124,7 @@ class _Contractor:
 
     def run(self) -> list[Tensor]:
         groups = broadcast((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
-        for q_block, k_blocks in _walk(self.seen, self.T, self.S, groups):
+        for q_block, k_blocks in walk(self.seen, self.T, self.S, groups):
             far = self.far is not None and (capturing(self.far) or bool(self.far[..., q_block, :].any()))
             shift = self._statistics(q_block, k_blocks) if far else (self.lse[..., q_block, :], None)
             for k_block, whole in k_blocks:
@@ -192,7 +134,7 @@ class _Contractor:
     def statistics(self, shape: Sequence[int]) -> list[Tensor]:
         """The row max of every query and the log of the normalizer, as powers of two."""
         groups = broadcast((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
-        rows = [self._statistics(q_block, k_blocks) for q_block, k_blocks in _walk(self.seen, self.T, self.S, groups)]
+        rows = [self._statistics(q_block, k_blocks) for q_block, k_blocks in walk(self.seen, self.T, self.S, groups)]
         return [unfold(torch.cat(parts, -2), self.layout, shape) for parts in zip(*rows, strict=True)]
 
     def _logits(self, q_block: slice, k_block: slice, whole: bool) -> Tensor:
@@ -322,7 +264,7 @@ class _Contractor:
         return torch.where(reached, rows(W, c), rows(W, c.masked_fill(bad, 0)))
 
 
-def _walk(seen: Seen, T: int, S: int, groups: Sequence[int]) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+def walk(seen: Seen, T: int, S: int, groups: Sequence[int]) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
     """The blocks with visible pairs, as `masking.Blocks.walk` gives them."""
     rows, keys = block_sizes(T, S, math.prod(groups))
     # square blocks cover a diagonal with fewer hidden pairs
@@ -343,6 +285,6 @@ def _reduce(x: Tensor, target: Sequence[int]) -> Tensor:
     return x.sum(axes, keepdim=True) if axes else x
 
 
-def _too_many(lead: int, T: int, S: int) -> float:
+def too_many(lead: int, T: int, S: int) -> float:
     """The ratio of the size of one block over all leading axes to ELEMENTS."""
     return lead * min(ROWS, T) * min(KEYS, S) / ELEMENTS

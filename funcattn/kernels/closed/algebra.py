@@ -21,7 +21,7 @@ arXiv:2205.14135, appendix B, is the case of the first vjp.
 """
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Q, K, L = 0, 1, 2  # indices of the queries, the keys and the log-sum-exp
 ONES = -1  # in place of an index: a constant feature of ones, so a . 1, or a sum without values
@@ -240,3 +240,18 @@ def places(contraction: Contraction) -> tuple[set[int], set[int], set[int]]:
                     query.add(summand.a)
                     key.add(summand.b)
     return query - {ONES}, key - {ONES}, pair
+
+
+def prune(contraction: Contraction) -> tuple[Contraction, list[int]]:
+    """The same contraction over only the tensors that it reads, and their old indices."""
+    used = sorted(set().union(*places(contraction), contraction.mask, {contraction.dropout} - {ONES}))
+    new = {old: n for n, old in enumerate(used)} | {ONES: ONES}
+    summand = lambda s: (
+        DenseFactor(new[s.m], s.weight) if isinstance(s, DenseFactor) else LowRankFactor(new[s.a], new[s.b], s.weight)
+    )
+    factor: Any = lambda f: tuple(summand(s) for s in f)
+    term = lambda t, side: Term(tuple(factor(f) for f in t.factors), ONES if side == "pair" else new[t.value], t.weight)
+    outputs = tuple(Output(o.side, tuple(term(t, o.side) for t in o.terms)) for o in contraction.outputs)
+    mask = tuple(new[p] for p in contraction.mask)
+    bias, dropout = new[contraction.bias], new[contraction.dropout]
+    return contraction._replace(outputs=outputs, mask=mask, bias=bias, dropout=dropout), used

@@ -20,9 +20,10 @@ from .. import dropout
 from ..backends import WIDEST
 from ..request import FEW, SMALL, Kernel, Request
 from .algebra import ONES, Contraction, Output, Term
-from .functions import StatisticsFunction, run
 from .functions import attend as attend_in_family
-from .operators import AttendSpec, tensor_spec
+from .functions import run
+from .log_sum_exp import StatisticsFunction
+from .specs import AttendSpec, tensor_spec
 
 
 def attend(r: Request, kernel: str = "flash") -> Attended:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import operators
+from . import operators, specs
 from .algebra import ONES, Contraction, K, LowRankFactor, Q
 
 Shape = Sequence[int]
@@ -40,7 +40,7 @@ def _(tensors: Sequence[Shape], *_: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.funcattn.contract)
 def _(tensors: Sequence[Shape], spec: str, *_: Any, **__: Any) -> int:
-    return of_contract(operators._decode(spec)[0], tensors)
+    return of_contract(specs.decode(spec)[0], tensors)
 
 
 @register_flop_formula(torch.ops.funcattn.attend_jvp)
@@ -48,5 +48,5 @@ def _(tensors: Sequence[Shape], scale: float, masks: int, has_tangent: Sequence[
     """FLOPs of the value, and those of its tangent without the logits, which are computed once."""
     q, k, v, *mask = primals = tensors[: 3 + masks]
     tangents: Any = operators.spread(has_tangent, tensors[3 + masks :])  # pyright: ignore[reportArgumentType]
-    contraction, flat, _places = operators.tangent_contraction(operators.AttendSpec(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
+    contraction, flat, _places = operators.tangent_contraction(specs.AttendSpec(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
     return of_attend(q, k, v, *mask) + of_contract(contraction, flat) - of_contract(contraction._replace(outputs=()), flat)  # pyright: ignore

@@ -15,8 +15,8 @@ from torch.autograd import Function
 
 from ...core.autograd import add, align, closed_jvp, dual, primal, sum_to, tangent
 from . import algebra, operators
-from .algebra import ONES, Contraction, DenseFactor, K, L, LowRankFactor, Output, Q, Term
-from .operators import AttendSpec, ContractSpec, TensorSpec, tensor_spec
+from .algebra import ONES, Contraction, K, L, LowRankFactor, Output, Q, Term
+from .specs import AttendSpec, ContractSpec, TensorSpec, tensor_spec
 
 V = 2  # index of the values in the tensors of attend, which are q, k, v, mask..., bias
 
@@ -69,7 +69,7 @@ class AttendFunction(Function):
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         # evaluated at the level outside of vmap, which may be one of forward mode
         out, lse = attend(spec, *align(in_dims[1:], tensors))
-        return (_at_batch(out, info), _at_batch(lse, info)), (0, 0)
+        return (at_batch(out, info), at_batch(lse, info)), (0, 0)
 
 
 class AttendJvpFunction(Function):
@@ -139,12 +139,12 @@ class AttendJvpFunction(Function):
         aligned, start = align(in_dims[2:], tensors), 3 + spec.masks
         if any(d is not None for d in in_dims[2 : 2 + start]):
             outputs = AttendJvpFunction.apply(spec, has_tangent, *aligned)
-            return tuple(_at_batch(x, info) for x in outputs), (0, 0, 0, 0)
+            return tuple(at_batch(x, info) for x in outputs), (0, 0, 0, 0)
         # their mapped axis has size 1: several tangents of one value, which is computed once
         primals = aligned[:start]
         out, lse = AttendFunction.apply(spec, *primals)
         dout, dlse = _jvp(spec, primals, out, lse, operators.spread(has_tangent, aligned[start:]))
-        return (out[0], lse[0], _at_batch(dout, info), _at_batch(dlse, info)), (None, None, 0, 0)
+        return (out[0], lse[0], at_batch(dout, info), at_batch(dlse, info)), (None, None, 0, 0)
 
 
 class ContractFunction(Function):
@@ -189,29 +189,6 @@ class ContractFunction(Function):
         return tuple(x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, spec.likes, strict=True)), (0,) * len(outputs)
 
 
-class StatisticsFunction(Function):
-    """(scale, kernel, q, k, lse, *mask) -> lse as the sum of two numbers; not differentiable."""
-
-    @staticmethod
-    def forward(scale: float, kernel: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return operators.statistics(scale, kernel, tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[None, ...]:
-        raise AssertionError("the statistics are of detached tensors")
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], scale: float, kernel: str, *tensors: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        whole, rest = StatisticsFunction.apply(scale, kernel, *align(in_dims[2:], tensors))
-        return (_at_batch(whole, info), _at_batch(rest, info)), (0, 0)
-
-
 def run(
     contraction: Contraction,
     likes: Sequence[TensorSpec],
@@ -227,26 +204,11 @@ def run(
     live = [i for i, output in enumerate(contraction.outputs) if output.terms]
     done: dict[int, Tensor] = {}
     if live:
-        pruned, used = _prune(contraction._replace(outputs=tuple(contraction.outputs[i] for i in live)))
+        pruned, used = algebra.prune(contraction._replace(outputs=tuple(contraction.outputs[i] for i in live)))
         read = [tensors[p] for p in used] + ([tensors[-1]] if is_attend_vjp else [])
         spec = ContractSpec(pruned, tuple(likes[i] for i in live), kernel, is_attend_vjp)
         done = dict(zip(live, ContractFunction.apply(spec, *read), strict=True))
     return [done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype) for i, o in enumerate(likes)]
-
-
-def _prune(contraction: Contraction) -> tuple[Contraction, list[int]]:
-    """The same contraction over only the tensors that it reads, and their old indices."""
-    used = sorted(set().union(*algebra.places(contraction), contraction.mask, {contraction.dropout} - {ONES}))
-    new = {old: n for n, old in enumerate(used)} | {ONES: ONES}
-    summand = lambda s: (
-        DenseFactor(new[s.m], s.weight) if isinstance(s, DenseFactor) else LowRankFactor(new[s.a], new[s.b], s.weight)
-    )
-    factor: Any = lambda f: tuple(summand(s) for s in f)
-    term = lambda t, side: Term(tuple(factor(f) for f in t.factors), ONES if side == "pair" else new[t.value], t.weight)
-    outputs = tuple(Output(o.side, tuple(term(t, o.side) for t in o.terms)) for o in contraction.outputs)
-    mask = tuple(new[p] for p in contraction.mask)
-    bias, dropout = new[contraction.bias], new[contraction.dropout]
-    return contraction._replace(outputs=outputs, mask=mask, bias=bias, dropout=dropout), used
 
 
 def _vjp(
@@ -327,5 +289,6 @@ def _contraction_vjp(
     return dict(zip(wanted, run(contraction, [tensor_spec(flat[p]) for p in wanted], flat, kernel), strict=True))
 
 
-def _at_batch(x: Tensor, info: Any) -> Tensor:
+def at_batch(x: Tensor, info: Any) -> Tensor:
+    """x with its first axis, of size 1 or that of the batch, at the size of the batch."""
     return x if x.shape[0] == info.batch_size else x.expand(info.batch_size, *x.shape[1:])

@@ -6,11 +6,8 @@ custom operation called directly silently has zero tangents; the autograd Functi
 give it derivatives.
 """
 
-import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,46 +19,10 @@ from ..backends.layout import broadcast
 from ..backends.table import BACKENDS
 from ..dtypes import accumulation_dtype
 from . import algebra
-from .algebra import ONES, Contraction, DenseFactor, K, L, LowRankFactor, Output, Q, Term
+from .algebra import ONES, Contraction, K, L, Q
+from .specs import AttendSpec, ContractSpec, TensorSpec, read
 
 LAST = "torch_blocks ends every row of BACKENDS and runs every input"
-
-
-class TensorSpec(NamedTuple):
-    """Shape and dtype of an output."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def tensor_spec(x: Tensor) -> TensorSpec:
-    """The shape and dtype of a tensor."""
-    return TensorSpec(tuple(x.shape), x.dtype)
-
-
-@dataclass(frozen=True)
-class AttendSpec:
-    """The non-tensor arguments of attend; its tensors are q, k, v, mask..., bias."""
-
-    scale: float = 1.0
-    masks: int = 0  # number of mask tensors: 2 for (start, stop), 1 for booleans
-    biased: bool = False
-    kernel: str = "flash"  # a row of BACKENDS
-
-
-@dataclass(frozen=True)
-class ContractSpec:
-    """The non-tensor arguments of a contraction.
-
-    is_attend_vjp: it is the vjp of attend for a cotangent of out, with outputs for q, k and v, and
-    its tensors end with v, that cotangent, -(cotangent * out).sum(-1), and out. A backend may then
-    compute it by its `attend_vjp`.
-    """
-
-    contraction: Contraction
-    likes: tuple[TensorSpec, ...]
-    kernel: str = "flash"
-    is_attend_vjp: bool = False
 
 
 def attend(spec: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -325,29 +286,10 @@ def _(tensors: list[Tensor], scale: float, kernel: str) -> tuple[Tensor, Tensor]
 
 @torch.library.custom_op("funcattn::contract", mutates_args=())
 def _contract_op(tensors: list[Tensor], spec: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
-    return [x.contiguous() for x in _contract(_read(spec, ranks, sizes), tensors)]
+    return [x.contiguous() for x in _contract(read(spec, ranks, sizes), tensors)]
 
 
 @_contract_op.register_fake
 def _(tensors: list[Tensor], spec: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
     errors.on_one_device("funcattn::contract", tensors)
-    return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in _read(spec, ranks, sizes).likes]
-
-
-def _read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> ContractSpec:
-    contraction, dtypes, kernel, is_attend_vjp = _decode(text)
-    rest = iter(sizes)
-    shapes = [tuple(next(rest) for _ in range(rank)) for rank in ranks]
-    likes = tuple(TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-    return ContractSpec(contraction, likes, kernel, is_attend_vjp)
-
-
-@functools.lru_cache(maxsize=4096)
-def _decode(text: str) -> tuple[Contraction, list[torch.dtype], str, bool]:
-    (outputs, scale, mask, bias, dropout, rate), names, kernel, is_attend_vjp = json.loads(text)
-    summand: Any = lambda s: LowRankFactor(*s) if len(s) == 3 else DenseFactor(*s)
-    term = lambda t: Term(tuple(tuple(map(summand, factor)) for factor in t[0]), *t[1:])
-    contraction = Contraction(
-        tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate
-    )
-    return contraction, [getattr(torch, name) for name in names], kernel, is_attend_vjp
+    return [tensors[0].new_empty(o.shape, dtype=o.dtype) for o in read(spec, ranks, sizes).likes]

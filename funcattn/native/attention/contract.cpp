@@ -1,11 +1,12 @@
-// The operator funcattn::native_contract, for the CPU: a contraction of the closed algebra of attention.
+// The operator funcattn::native_contract, for the CPU: a contraction of the closed algebra.
 //
 // The program comes as integers and weights, as kernels/backends/native_contract.py writes it.
 // Outputs are float32, contiguous and zero; sums are added to them. A task is a leading index that
-// all outputs have, or a part of its query blocks; within a task the axes that some output lacks are
-// summed one index after the other. Parts have key-side outputs of their own, which are added in
-// order: no sum depends on which thread is first.
+// all outputs have, or a part of its query blocks; within a task the axes that some output lacks
+// are summed one index after the other. Parts have key-side outputs of their own, which are added
+// in order: no sum depends on which thread is first.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -24,12 +25,14 @@ using namespace contraction;
 
 BEGIN_TARGET_AVX512
 namespace avx512 {
+#include "threefry.h"
 #include "contract.h"
 }
 END_TARGET
 
 BEGIN_TARGET_AVX2
 namespace avx2 {
+#include "threefry.h"
 #include "contract.h"
 }
 END_TARGET
@@ -37,7 +40,11 @@ END_TARGET
 namespace contraction {
 
 Work::Work(const Job& job, int panel, int head)
-    : job(job), program(job.program), rows(int(job.rows)), keys(int(job.keys)), step(int(job.keys) + 16) {
+    : job(job),
+      program(job.program),
+      rows(int(job.rows)),
+      keys(int(job.keys)),
+      step(int(job.keys) + 16) {
   const size_t S = size_t(rounded(job.S, panel));
   size_t used = 0;
   std::vector<std::pair<float**, size_t>> wanted;  // addresses, and offsets from the first
@@ -88,7 +95,8 @@ Work::Work(const Job& job, int panel, int head)
 void Work::move_to(int64_t task, int64_t repeat, int64_t chunk) {
   int64_t index[MAX_AXES] = {};
   const auto decode = [&](const std::vector<int>& axes, int64_t flat) {
-    for (size_t a = axes.size(); a-- > 0; flat /= job.sizes[axes[a]]) index[axes[a]] = flat % job.sizes[axes[a]];
+    for (size_t a = axes.size(); a-- > 0; flat /= job.sizes[axes[a]])
+      index[axes[a]] = flat % job.sizes[axes[a]];
   };
   decode(job.outer, task);
   decode(job.inner, repeat);
@@ -121,6 +129,7 @@ struct Reader {
     WANTED(at < numbers.size(), "the program ends early");
     return int(numbers[at++]);
   }
+  uint32_t word() { return uint32_t(next()); }
   float weight() {
     WANTED(weighed < weights.size(), "the program has too few weights");
     return float(weights[weighed++]);
@@ -142,6 +151,7 @@ Program read(const std::vector<int64_t>& numbers, const std::vector<double>& wei
   Program p;
   p.buffers = next();
   p.lse = next();
+  p.dropout = {next(), r.word(), r.weight()};
   p.mask = r.list(next);
   p.loads = r.list(scaled);
   p.packs = r.list(next);
@@ -164,7 +174,8 @@ View view_of(const Tensor& t, int axes, int64_t rows, int64_t columns) {
   using torch::headeronly::ScalarType;
   const ScalarType type = t.scalar_type();
   View v = {(char*)t.data_ptr(), FLOAT32, t.size(-2), t.size(-1), t.stride(-2), t.stride(-1), {}};
-  const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Bool, ScalarType::Long};
+  const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
+                              ScalarType::Bool, ScalarType::Long};
   while (v.kind < KINDS && type != types[v.kind]) v.kind++;
   WANTED(v.kind < KINDS, "a tensor of another dtype");
   if (v.rows == 1 && rows != 1) v.row = 0;
@@ -178,17 +189,21 @@ View view_of(const Tensor& t, int axes, int64_t rows, int64_t columns) {
 // with: what the interpreter relies on.
 void check(const Job& job) {
   const Program& p = job.program;
-  const auto one_of = [](int64_t index, size_t count) { WANTED(0 <= index && size_t(index) < count, "an index beyond its list"); };
+  const auto one_of = [](int64_t index, size_t count) {
+    WANTED(0 <= index && size_t(index) < count, "an index beyond its list");
+  };
   const auto rows = [&](int tensor, int64_t count) -> const View& {
     one_of(tensor, job.tensors.size());
     const View& v = job.tensors[tensor];
-    WANTED(v.kind == FLOAT32 && v.rows == count && (v.column == 1 || v.columns == 1), "float32 rows for each query or key");
+    WANTED(v.kind == FLOAT32 && v.rows == count && (v.column == 1 || v.columns == 1),
+           "float32 rows for each query or key");
     return v;
   };
   const auto pairs = [&](int tensor) -> const View& {
     one_of(tensor, job.tensors.size());
     const View& v = job.tensors[tensor];
-    WANTED((v.rows == job.T || !v.row) && (v.columns == job.S || !v.column), "a matrix for queries and keys");
+    WANTED((v.rows == job.T || !v.row) && (v.columns == job.S || !v.column),
+           "a matrix for queries and keys");
     return v;
   };
   const auto buffer = [&](int index) { one_of(index, size_t(p.buffers)); };
@@ -201,18 +216,27 @@ void check(const Job& job) {
     WANTED(p.factors[f].buffer == int(f) && int(f) < p.buffers, "the buffers of factors first");
     for (const Dot& dot : p.factors[f].dots) {
       one_of(dot.load, p.loads.size()), one_of(dot.pack, p.packs.size());
-      WANTED(rows(p.loads[dot.load].tensor, job.T).columns == rows(p.packs[dot.pack], job.S).columns, "equal features");
+      const View &a = rows(p.loads[dot.load].tensor, job.T), &b = rows(p.packs[dot.pack], job.S);
+      WANTED(a.columns == b.columns, "equal features");
     }
     for (const Scaled& x : p.factors[f].rows) rows(x.tensor, job.T);
     for (const Scaled& x : p.factors[f].columns) rows(x.tensor, job.S);
-    for (const Scaled& x : p.factors[f].dense) WANTED(pairs(x.tensor).kind <= FLOAT16, "floats of pairs");
+    for (const Scaled& x : p.factors[f].dense)
+      WANTED(pairs(x.tensor).kind <= FLOAT16, "floats of pairs");
   }
   if (p.mask.size() == 1) WANTED(pairs(p.mask[0]).kind == BOOLEAN, "booleans of pairs");
+  if (p.dropout.tensor >= 0) {
+    one_of(p.dropout.tensor, job.tensors.size());
+    const View& v = job.tensors[p.dropout.tensor];
+    WANTED(v.kind == INTEGER64 && v.rows == 1 && v.columns == 2, "two words of dropout");
+  }
   if (p.mask.size() == 2)
     for (int tensor : p.mask) {
       one_of(tensor, job.tensors.size()), one_of(p.mask[0], job.tensors.size());
       const View& v = job.tensors[tensor];
-      WANTED(v.kind == INTEGER64 && v.rows == job.T && v.columns == job.tensors[p.mask[0]].columns, "intervals of each query");
+      const int64_t columns = job.tensors[p.mask[0]].columns;
+      WANTED(v.kind == INTEGER64 && v.rows == job.T && v.columns == columns,
+             "intervals of each query");
     }
   for (const Step& step : p.steps) {
     buffer(step.to), buffer(step.from);
@@ -223,10 +247,12 @@ void check(const Job& job) {
     const View& out = job.outputs[0][sink.output];
     const int side = p.outputs[sink.output].side;
     if (side == PAIR) {
-      WANTED((out.rows == job.T || !out.row) && (out.columns == job.S || !out.column), "an output of pairs");
+      WANTED((out.rows == job.T || !out.row) && (out.columns == job.S || !out.column),
+             "an output of pairs");
       continue;
     }
-    WANTED(side == QUERY ? out.rows == job.T : side == KEY && out.rows == job.S, "outputs of each query or key");
+    WANTED(side == QUERY ? out.rows == job.T : side == KEY && out.rows == job.S,
+           "outputs of each query or key");
     if (sink.values < 0) {
       WANTED(out.columns == 1, "one sum for each query or key");
       continue;
@@ -269,26 +295,29 @@ struct Chunks {
 
   // True where all queries add to the same numbers.
   static bool is_common(const Job& job, size_t o) {
-    return job.program.outputs[o].side == KEY || (job.program.outputs[o].side == PAIR && !job.outputs[0][o].row);
+    const int side = job.program.outputs[o].side;
+    return side == KEY || (side == PAIR && !job.outputs[0][o].row);
   }
 };
 
-void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::vector<double> weights,
-              std::vector<Tensor> outs, int64_t rows, int64_t keys) {
+void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers,
+              std::vector<double> weights, std::vector<Tensor> outs, int64_t rows, int64_t keys) {
   Job job;
   job.program = read(numbers, weights);
   const Program& p = job.program;
-  WANTED(tensors.size() > 2 && outs.size() == p.outputs.size(), "tensors q, k, lse, ..., and all outputs");
+  WANTED(tensors.size() > 2 && outs.size() == p.outputs.size(),
+         "tensors q, k, lse, ..., and all outputs");
   for (const auto* list : {&tensors, &outs})
-    for (const Tensor& t : *list) WANTED(t.dim() >= 2 && t.numel(), "tensors with rows and columns, none empty");
+    for (const Tensor& t : *list)
+      WANTED(t.dim() >= 2 && t.numel(), "tensors with rows and columns, none empty");
   WANTED(rows > 0 && keys > 0 && keys % avx512::PANEL == 0, "blocks of whole panels");
   job.T = tensors[0].size(-2), job.S = tensors[1].size(-2);
-  job.rows = rows < job.T ? rows : job.T;
-  job.keys = keys < job.S ? keys : rounded(job.S, avx512::PANEL);
+  job.rows = std::min(rows, job.T);
+  job.keys = std::min(keys, rounded(job.S, avx512::PANEL));
 
   job.axes = 0;
   for (const auto* list : {&tensors, &outs})
-    for (const Tensor& t : *list) job.axes = int(t.dim()) - 2 > job.axes ? int(t.dim()) - 2 : job.axes;
+    for (const Tensor& t : *list) job.axes = std::max(job.axes, int(t.dim()) - 2);
   WANTED(job.axes <= MAX_AXES, "too many leading axes");
   const auto size = [&](const Tensor& t, int a) {
     const int at = a - (job.axes + 2 - int(t.dim()));
@@ -315,23 +344,27 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::ve
     for (const Scaled& term : f.dense) is_pair.at(term.tensor) = 1;
   if (p.mask.size() == 1) is_pair.at(p.mask[0]) = 1;
   for (size_t n = 0; n < tensors.size(); n++)
-    job.tensors.push_back(view_of(tensors[n], job.axes, is_pair[n] ? job.T : 0, is_pair[n] ? job.S : 0));
+    job.tensors.push_back(
+        view_of(tensors[n], job.axes, is_pair[n] ? job.T : 0, is_pair[n] ? job.S : 0));
   job.outputs.emplace_back();
   for (size_t o = 0; o < outs.size(); o++) {
     const bool pair = p.outputs[o].side == PAIR;
-    WANTED(outs[o].is_contiguous() && outs[o].scalar_type() == torch::headeronly::ScalarType::Float, "outputs should be contiguous float32");
+    WANTED(outs[o].is_contiguous() && outs[o].scalar_type() == torch::headeronly::ScalarType::Float,
+           "outputs should be contiguous float32");
     job.outputs[0].push_back(view_of(outs[o], job.axes, pair ? job.T : 0, pair ? job.S : 0));
   }
   check(job);
 
-  const int64_t blocks = (job.T + job.rows - 1) / job.rows, threads = torch::stable::get_num_threads();
+  const int64_t blocks = rounded(job.T, job.rows) / job.rows;
+  const int64_t threads = torch::stable::get_num_threads();
   const bool is_uneven = job.tasks < 4 * threads && job.tasks % threads;
-  job.chunks = is_uneven ? (threads < blocks ? threads : blocks) : 1;
+  job.chunks = is_uneven ? std::min(threads, blocks) : 1;
   Chunks chunks;
   chunks.split(job, outs);
   const bool is_avx512 = instructions_that_run() == AVX512;
   const Run run = is_avx512 ? avx512::run : avx2::run;
-  const int panel = is_avx512 ? avx512::PANEL : avx2::PANEL, head = is_avx512 ? avx512::HEAD : avx2::HEAD;
+  const int panel = is_avx512 ? avx512::PANEL : avx2::PANEL;
+  const int head = is_avx512 ? avx512::HEAD : avx2::HEAD;
   torch::stable::parallel_for(0, job.tasks * job.chunks, 1, [&](int64_t begin, int64_t end) {
     Work work(job, panel, head);
     run(work, begin, end);
@@ -342,7 +375,9 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers, std::ve
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(funcattn, m) {
-  m.def("native_contract(Tensor[] tensors, int[] program, float[] weights, Tensor(a!)[] outs, int rows, int keys) -> ()");
+  m.def(
+      "native_contract(Tensor[] tensors, int[] program, float[] weights, Tensor(a!)[] outs, "
+      "int rows, int keys) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("native_contract", TORCH_BOX(&contract)); }

@@ -15,7 +15,8 @@ static void add_row(const View& x, int64_t i, int64_t j, float weight, int n, fl
   const auto numbers = [&](int c, int count) {  // VL of them, of which `count` are there
     const char* at = from + c * x.column * bytes;
     if (x.column != 1 || count < VL) {
-      for (int l = 0; l < count; l++) __builtin_memcpy(some + l * bytes, at + l * x.column * bytes, bytes);
+      for (int l = 0; l < count; l++)
+        __builtin_memcpy(some + l * bytes, at + l * x.column * bytes, bytes);
       at = some;
     }
     if (x.kind == FLOAT32) return load((const float*)at);
@@ -36,12 +37,11 @@ static float sum_of(const float* p, int64_t n) {
   return total;
 }
 
-// to = weight * from, n numbers, and zeros up to `width`
-static void scaled_row(const float* from, int64_t n, float weight, int width, float* to) {
+// to = weight * from, n numbers
+static void scaled_row(const float* from, int64_t n, float weight, float* to) {
   int d = 0;
   for (; d + VL <= n; d += VL) store(to + d, mul(all(weight), load(from + d)));
   for (; d < n; d++) to[d] = weight * from[d];
-  for (; d < width; d++) to[d] = 0;
 }
 
 // to += weight * from, n numbers
@@ -58,14 +58,15 @@ static void load_keys(Work& w) {
   const int64_t S = w.job.S;
   for (size_t n = 0; n < p.packs.size(); n++) {
     const View& v = w.x[p.packs[n]];
-    if (w.packed[n] != v.data) pack((const float*)v.data, int(v.row), int(S), int(v.columns), w.packs[n]);
+    if (w.packed[n] != v.data)
+      pack((const float*)v.data, int(v.row), int(S), int(v.columns), w.packs[n]);
     w.packed[n] = v.data;
   }
   for (size_t n = 0; n < p.values.size(); n++) {
     const View& v = w.x[p.values[n]];
     if (w.values[n] && w.copied[n] != v.data)
       for (int64_t j = 0; j < S; j++)
-        scaled_row(row_of(v, j), v.columns, 1, w.value_width[n], w.values[n] + j * w.value_width[n]);
+        scaled_row(row_of(v, j), v.columns, 1, w.values[n] + j * w.value_width[n]);
     w.copied[n] = v.data;
   }
   for (size_t f = 0; f < p.factors.size(); f++)
@@ -83,7 +84,7 @@ static void load_queries(Work& w, int64_t i0, int m) {
     const View& v = w.x[p.loads[n].tensor];
     const int width = w.load_width[n];
     for (int r = 0; r < m; r++)
-      scaled_row(row_of(v, i0 + r), v.columns, p.loads[n].weight, width, w.loads[n] + r * width);
+      scaled_row(row_of(v, i0 + r), v.columns, p.loads[n].weight, w.loads[n] + r * width);
   }
   for (size_t f = 0; f < p.factors.size(); f++)
     for (int r = 0; r < m && !p.factors[f].rows.empty(); r++) {
@@ -141,7 +142,8 @@ static void hide(Work& w, int64_t i, int64_t j, int n, float* s) {
     const View& v = w.x[w.program.mask[0]];
     const char* const seen = v.data + i * v.row + j * v.column;
     int c = 0;
-    for (; v.column == 1 && c + VL <= n; c += VL) store(s + c, only((const uint8_t*)seen + c, load(s + c)));
+    for (; v.column == 1 && c + VL <= n; c += VL)
+      store(s + c, only((const uint8_t*)seen + c, load(s + c)));
     for (; c < n; c++) s[c] = seen[c * v.column] ? s[c] : nothing;
     return;
   }
@@ -212,7 +214,8 @@ static void normalize(Work& w, int64_t i0, int m, Interval span) {
   const float infinite = __builtin_inff();
   for (int r = 0; r < m; r++) w.base[r] = -infinite, w.log_mass[r] = 0;
   for (int64_t j = span.start; j < span.stop; j += w.keys) {
-    const int n = int(span.stop - j < w.keys ? span.stop - j : w.keys), wide = int(rounded(n, PANEL));
+    const int n = int(span.stop - j < w.keys ? span.stop - j : w.keys);
+    const int wide = int(rounded(n, PANEL));
     if (is_hidden(w, i0, m, j, n)) continue;
     multiply(w, w.program.factors[0], m, j, wide);
     for (int r = 0; r < m; r++) {
@@ -233,8 +236,8 @@ static void normalize(Work& w, int64_t i0, int m, Interval span) {
   }
 }
 
-// P = exp((logits - base) - log_mass). An lse is precise enough up to FAR; of a larger one the log of
-// the normalizer is lost, and both are computed again for the block.
+// P = exp((logits - base) - log_mass). An lse is precise enough up to FAR; of a larger one the log
+// of the normalizer is lost, and both are computed again for the block.
 static void statistics(Work& w, int64_t i0, int m, Interval span) {
   constexpr float FAR = 512;
   const float nothing = -__builtin_inff();
@@ -278,7 +281,8 @@ static void give_key(Work& w, const Sink& sink, int m, int64_t j, int n) {
     return;
   }
   const int width = w.sum_width[sink.output];
-  float* const to = w.sums[sink.output] ? w.sums[sink.output] + j * width : (float*)out.data + j * out.row;
+  float* const sums = w.sums[sink.output];
+  float* const to = sums ? sums + j * width : (float*)out.data + j * out.row;
   gemm_tn(W, w.step, w.loads[sink.values], w.load_width[sink.values], m, n, width, to, width);
 }
 
@@ -304,9 +308,11 @@ static void block(Work& w, int64_t i0, int m, int64_t j, int n) {
     float* const s = logits(w, i0, r, j, n, wide);
     const Vec base = all(w.base[r]), log_mass = all(w.log_mass[r]);
     for (int c = 0; c < wide; c += VL) store(s + c, expv(sub(sub(load(s + c), base), log_mass)));
+    if (p.dropout.tensor >= 0) drop_row(p.dropout, w.x[p.dropout.tensor], i0 + r, j, n, s);
     for (size_t f = 1; f < p.factors.size(); f++) add_terms(w, f, i0, r, j, n, wide);
     const auto row = [&](int b) { return b < 0 ? nullptr : w.buffers[b] + r * w.step; };
-    for (const Step& step : p.steps) take(step, row(step.to), row(step.from), row(step.factor), wide);
+    for (const Step& step : p.steps)
+      take(step, row(step.to), row(step.from), row(step.factor), wide);
   }
   for (const Sink& sink : p.sinks) {
     if (sink.gate & w.nonzero) continue;
@@ -327,7 +333,8 @@ static void query_block(Work& w, int64_t i0, int m) {
   load_queries(w, i0, m);
   statistics(w, i0, m, span);
   for (size_t o = 0; o < p.outputs.size(); o++)
-    if (p.outputs[o].side == QUERY) __builtin_memset(w.sums[o], 0, sizeof(float) * m * w.sum_width[o]);
+    if (p.outputs[o].side == QUERY)
+      __builtin_memset(w.sums[o], 0, sizeof(float) * m * w.sum_width[o]);
   for (int64_t j = span.start; j < span.stop; j += w.keys)
     block(w, i0, m, j, int(span.stop - j < w.keys ? span.stop - j : w.keys));
   for (size_t o = 0; o < p.outputs.size(); o++)

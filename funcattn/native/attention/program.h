@@ -57,7 +57,15 @@ struct Sink {
   int64_t gate;
 };
 
+// The keys (1, 2) of a leading index; a pair whose word is below the threshold has no weight.
+struct Dropout {
+  int tensor;  // -1: none
+  uint32_t threshold;
+  float weight;  // of the others
+};
+
 struct Program {
+  Dropout dropout;
   std::vector<Scaled> loads;        // query-side tensors, read by blocks
   std::vector<int> packs, values;   // key-side tensors of products with queries, and of sums
   std::vector<Factor> factors;      // the first is the logits
@@ -82,7 +90,8 @@ struct Job {
 constexpr int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // The room of one task, and the tensors at its leading index. Widths are those of sums: multiples
-// of `head`. A key-side output of another width is summed in a room of its own.
+// of `head`, of which the columns beyond the tensor's are nothing and are not read. A key-side
+// output of another width is summed in a room of its own.
 struct Work {
   const Job& job;
   const Program& program;

@@ -12,9 +12,9 @@ from torch.func import jvp
 
 from funcattn import masks, native
 from funcattn.kernels.backends import native as backend
-from funcattn.kernels.backends import torch_blocks
+from funcattn.kernels.backends import torch_attend
 from funcattn.kernels.closed import operators
-from funcattn.kernels.closed.operators import AttendSpec
+from funcattn.kernels.closed.specs import AttendSpec
 from funcattn.native import building
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=native.load())
@@ -229,10 +229,10 @@ def test_logits_that_are_not_finite_are_as_in_blocks_of_torch(at):
     for name in LEVELS:
         with instructions(name):
             got = operators.attend(AttendSpec(0.5, biased=True, kernel="native"), [q, k, v, bias])
-            for mine, theirs in zip(got, torch_blocks.attend(q, k, v, (), bias, 0.5), strict=True):
+            for mine, theirs in zip(got, torch_attend.attend(q, k, v, (), bias, 0.5), strict=True):
                 torch.testing.assert_close(mine, theirs, equal_nan=True, atol=1e-5, rtol=1e-5)
     q[1, 3, 0] = at
-    for mine, theirs in zip(backend.attend(q, k, v), torch_blocks.attend(q, k, v), strict=True):
+    for mine, theirs in zip(backend.attend(q, k, v), torch_attend.attend(q, k, v), strict=True):
         torch.testing.assert_close(mine, theirs, equal_nan=True, atol=1e-5, rtol=1e-5)
 
 

@@ -6,9 +6,9 @@ from torch.func import grad, jvp
 
 import funcattn as fa
 from funcattn import masks
-from funcattn.kernels.backends import table, torch_blocks
+from funcattn.kernels.backends import table, torch_attend, torch_blocks
 from funcattn.kernels.backends.table import ATEN, BACKENDS, TORCH_BLOCKS, Backend
-from funcattn.kernels.closed import operators
+from funcattn.kernels.closed import operators, specs
 
 T, D = 20, 8
 Q, K, V = fa.random.normal(fa.key(0), (3, 2, T, D), dtype=torch.float64)
@@ -26,7 +26,7 @@ PROGRAMS = {
 def jvp_of_blocks(q, k, v, tangents, mask, scale):
     """The value and its tangent, made of the value and a contraction on torch_blocks."""
     there = [x is not None for x in tangents]
-    spec = operators.AttendSpec(scale, len(mask), kernel="blocks alone")
+    spec = specs.AttendSpec(scale, len(mask), kernel="blocks alone")
     return operators.attend_jvp(spec, there, [q, k, v, *mask, *(x for x in tangents if x is not None)])
 
 
@@ -38,7 +38,7 @@ def recorder(calls: list[str], returns_none: bool = False, reason: str = "") -> 
 
     return Backend(
         "recorder",
-        attend=noting("attend", torch_blocks.attend),
+        attend=noting("attend", torch_attend.attend),
         why_not_attend=lambda *x: reason,
         contract=noting("contract", TORCH_BLOCKS.contract),
         why_not_contract=lambda *x: reason,

@@ -2,22 +2,15 @@
 
 `pieces` holds device functions; `softmax` the kernel of attention, with its tangents if there are
 any; `programs` generates the kernel for a contraction; `launching` computes strides (`addresses`),
-chooses block sizes (`tuning`), and launches. Results are deterministic: there are no atomics. A
+chooses block sizes (`tuning`), and launches; `conditions` says what cannot run. Results are deterministic: there are no atomics. A
 contraction that the kernels cannot run (`why_not_contract`) is computed by blocks of torch operations.
 
 With TRITON_INTERPRET=1 (set before Triton is imported) the same kernels run on CPU, in numpy: for
 tests.
 """
 
-from .launching import (
-    attend,
-    attend_jvp,
-    contract,
-    statistics,
-    why_not_attend,
-    why_not_attend_jvp,
-    why_not_contract,
-)
+from .conditions import why_not_attend, why_not_attend_jvp, why_not_contract
+from .launching import attend, attend_jvp, contract, statistics
 
 __all__ = [
     "attend",

@@ -14,8 +14,8 @@ from torch.func import grad, hessian, jvp
 
 import funcattn as fa
 from funcattn import masks
-from funcattn.kernels.backends import torch_blocks
-from funcattn.kernels.closed import operators
+from funcattn.kernels.backends import torch_attend, torch_blocks
+from funcattn.kernels.closed import operators, specs
 from funcattn.kernels.closed.algebra import ONES, Contraction, K, LowRankFactor, Output, Q, Term
 from funcattn.masks import Mask
 from funcattn.records import Attended
@@ -24,7 +24,7 @@ from funcattn.testing import laws, strategies
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from funcattn.kernels.backends.triton import launching, tuning
+from funcattn.kernels.backends.triton import conditions, launching, tuning
 
 # Rows of a block that lie behind the last key have no logits that the log-sum-exp knows of; they are never stored.
 pytestmark = [
@@ -171,7 +171,7 @@ def test_attend_is_that_of_blocks(mask, leads):
     (T, S), m = (20, 37), list(MASKS[mask](20, 37))
     q, k, v = normal(1, *leads[0], T, 5), normal(2, *leads[1], S, 5), normal(3, *leads[1], S, 17)
     found = launching.attend(*there([q, k, v]), there(m), 0.3)
-    close(found, torch_blocks.attend(q.double(), k.double(), v.double(), m, None, 0.3), S)
+    close(found, torch_attend.attend(q.double(), k.double(), v.double(), m, None, 0.3), S)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, -0.0, 1e-40])
@@ -180,7 +180,7 @@ def test_the_scale_may_have_any_sign(scale):
     (T, S), m = (20, 37), list(MASKS["causal"](20, 37))
     q, k, v = normal(1, 1, T, 5).expand(2, T, 5), normal(2, 1, S, 5), normal(3, 2, S, 5)
     found = launching.attend(*there([q, k, v]), there(m), scale)
-    close(found, torch_blocks.attend(q.double(), k.double(), v.double(), m, None, scale), S)
+    close(found, torch_attend.attend(q.double(), k.double(), v.double(), m, None, scale), S)
 
 
 @pytest.mark.parametrize("moved", range(1, 8))
@@ -194,7 +194,7 @@ def test_a_push_is_the_value_and_the_jvp_of_blocks(mask, moved):
     found = launching.attend_jvp(*there([q, k, v]), [None if x is None else x.to(DEVICE) for x in tangents], there(m), -0.3)
     wide = lambda x: x.double() if x.is_floating_point() else x
     there_are = [wide(x) for x in tangents if x is not None]
-    plan = operators.AttendSpec(-0.3, len(m))
+    plan = specs.AttendSpec(-0.3, len(m))
     close(found, operators.attend_jvp(plan, [x is not None for x in tangents], [*map(wide, (q, k, v)), *m, *there_are]), 8 * S)
 
 
@@ -227,7 +227,7 @@ def test_a_kernel_reads_no_numbers_that_torch_has_yet_to_make():
     f = lambda q: (attention(q, k, v), grad(lambda q: attention(q, k, v).sin().sum())(q))
     close(f(negated), f(-q), 1)
     close(f(zeros), f(torch.zeros_like(q)), 1)
-    plan = operators.AttendSpec(kernel="triton")
+    plan = specs.AttendSpec(kernel="triton")
     on_device = [x.to(DEVICE) for x in (q, k, v)]
     pushed = lambda dq: [x.cpu() for x in operators.attend_jvp(plan, [True, False, False], [*on_device, dq])]
     close(pushed(torch._neg_view(on_device[0])), pushed(-on_device[0]), 1)
@@ -265,7 +265,7 @@ def contractions(at: int) -> dict[str, tuple[Output, ...]]:
 def test_both_contractions_are_those_of_blocks(order, mask, leads, dropped):
     (T, S), m, of_key = (20, 37), list(MASKS[mask](20, 37)), leads[:1] + (1,) * len(leads[1:])
     q, k, v = normal(1, *leads, T, 5), normal(2, *of_key, S, 5), normal(3, *of_key, S, 7)
-    lse = torch_blocks.attend(q.double(), k.double(), v.double(), m, None, 0.3)[1].float()
+    lse = torch_attend.attend(q.double(), k.double(), v.double(), m, None, 0.3)[1].float()
     x = [q, k, lse, *m, v, normal(4, *leads, T, 7), normal(5, *leads, T, 1)]
     x += [normal(6, *leads, T, 5), normal(7, *of_key, S, 5), normal(8, *of_key, S, 7)]
     spec = Contraction(contractions(3 + len(m))[order], 0.3, tuple(range(3, 3 + len(m))))
@@ -275,7 +275,7 @@ def test_both_contractions_are_those_of_blocks(order, mask, leads, dropped):
     sides = {"query": (*leads, T), "key": (*of_key, S)}
     width = lambda output: 1 if output.terms[0].value == ONES else x[output.terms[0].value].shape[-1]
     shapes = [(*sides[output.side], width(output)) for output in spec.outputs]
-    assert not launching.why_not_contract(spec, there(x))
+    assert not conditions.why_not_contract(spec, there(x))
     found = launching.contract(spec, shapes, there(x), [torch.float32] * len(shapes))
     wide = [y.double() if y.is_floating_point() else y for y in x]
     close(found, torch_blocks.contract(spec, shapes, wide), 8 * S)  # a factor is itself a sum over features
@@ -285,7 +285,7 @@ def test_an_axis_that_an_output_lacks_is_summed_once_for_each_term_that_has_it()
     """Values alone have an axis: the first term lacks it, the second does not, and the output has none."""
     (T, S), three = (5, 7), 3
     q, k, c = normal(1, 2, T, 4), normal(2, 2, S, 4), normal(3, three, 1, S, 4)
-    lse = torch_blocks.attend(q.double(), k.double(), k.double(), (), None, 0.3)[1].float()
+    lse = torch_attend.attend(q.double(), k.double(), k.double(), (), None, 0.3)[1].float()
     spec = Contraction((Output("query", (Term((), K), Term((), 3))),), 0.3)
     found = launching.contract(spec, [q.shape], there([q, k, lse, c]), [torch.float32])
     close(found, torch_blocks.contract(spec, [q.shape], [x.double() for x in (q, k, lse, c)]), 3 * S)
@@ -406,7 +406,7 @@ def test_there_may_be_no_queries_no_keys_or_one(T, S):
 def test_derivatives_beyond_two_factors_go_by_torch_and_agree(monkeypatch):
     q, k, v = normal(1, 1, 5, 4), normal(2, 1, 5, 4), normal(3, 1, 5, 4)
     spec = Contraction((Output("query", (Term(((LowRankFactor(Q, K),),) * 3, K),)),))
-    assert launching.why_not_contract(spec, there([q, k, q[..., :1]])) == "it has more than 2 factors"
+    assert conditions.why_not_contract(spec, there([q, k, q[..., :1]])) == "it has more than 2 factors"
     third = lambda f: grad(lambda q: grad(lambda q: grad(lambda q: f(q).sin().sum())(q).sin().sum())(q).sin().sum())(q)
     close([third(lambda q: attention(q, k, v))], [third(lambda q: fa.attention(q, k, v, kernel="reference"))], 512)
 
