@@ -169,7 +169,7 @@ bool run(Attention& a) {
   std::atomic<bool> finite{true};
   const auto whole = [&](const Block& block, const float* packed, float* at, float* free) {
     use.attend(a, block, packed, at, free);
-    if (!use.finish(a, block, at, free)) finite = false;
+    if (!use.finish(a, block, at)) finite = false;
   };
 
   const int64_t rounds = (a.heads + threads - 1) / threads;
@@ -216,7 +216,7 @@ bool run(Attention& a) {
       float* const into = states.get() + task * parts * state;
       const Block block = block_of(task);
       for (int64_t part = 1; part < parts; part++) use.merge(a, block, into, into + part * state);
-      if (!use.finish(a, block, into, nullptr)) finite = false;
+      if (!use.finish(a, block, into)) finite = false;
     }
   return finite;
 }

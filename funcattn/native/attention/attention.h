@@ -65,5 +65,5 @@ struct Kernels {
                float* scratch);
   void (*attend)(const Attention&, const Block&, const float* packed, float* state, float* scratch);
   void (*merge)(const Attention&, const Block&, float* state, const float* other);
-  bool (*finish)(const Attention&, const Block&, const float* state, float* scratch);  // gives whether all is finite
+  bool (*finish)(const Attention&, const Block&, float* state);  // gives whether all is finite
 };

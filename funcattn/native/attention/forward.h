@@ -458,8 +458,8 @@ static void merge(const Attention& a, const Block& b, float* into, const float* 
   }
 }
 
-static bool finish(const Attention& a, const Block& b, const float* from, float* scratch) {
-  const State x(a, (float*)from);
+static bool finish(const Attention& a, const Block& b, float* from) {
+  const State x(a, from);
   const int64_t width = whole_of(a.Dv, HEAD);
   const float unit = PAIRS && !a.bias ? a.scale : 1;
   Vec odd = zero();

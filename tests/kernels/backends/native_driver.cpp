@@ -109,7 +109,7 @@ static void check(const char* name, const Kernels& use, bool half, bool pushes) 
     } else {
       use.attend(a, block, from, one.get(), scratch.get());
     }
-    use.finish(a, block, one.get(), scratch.get());
+    use.finish(a, block, one.get());
   }
 
   for (int64_t t = 0; t < a.T; t++) {
