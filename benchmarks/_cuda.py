@@ -1,4 +1,6 @@
-"""What the benchmarks on a GPU share: they refuse where there is none, and time by the device's own clock."""
+"""What the benchmarks on a GPU share: they refuse where there is none, and time by the device's own
+clock.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +16,9 @@ def require(name: str) -> str:
 
 
 def milliseconds(call: Callable[[], Any], *, least: float = 50.0) -> float:
-    """Median over five runs of the time of one call, each run of as many calls as take `least` milliseconds."""
+    """Median over five runs of the time of one call, each run of as many calls as take `least`
+    milliseconds.
+    """
     call()
     torch.cuda.synchronize()
     number = 1

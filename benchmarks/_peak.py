@@ -1,4 +1,6 @@
-"""The multiply-adds a second that one core of this machine can do: a loop of independent ones, in its widest vectors."""
+"""The multiply-adds a second that one core of this machine can do: a loop of independent ones, in
+its widest vectors.
+"""
 
 import ctypes
 import os
@@ -39,7 +41,9 @@ def gigaflops() -> float:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "peak.cpp"), Path(folder, "peak.so")
         source.write_text(SOURCE)
-        subprocess.run([compiler, "-O3", "-shared", "-fPIC", "-w", str(source), "-o", str(library)], check=True)
+        subprocess.run(
+            [compiler, "-O3", "-shared", "-fPIC", "-w", str(source), "-o", str(library)], check=True
+        )
         run = ctypes.CDLL(str(library)).gigaflops
     run.restype, run.argtypes = ctypes.c_double, [ctypes.c_long]
     return max(run(2_000_000) for _ in range(9))

@@ -1,7 +1,9 @@
-"""How every benchmark here measures: the candidates take turns in one process, and what is told is the ratio of medians.
+"""How every benchmark here measures: the candidates take turns in one process, and what is told is
+the ratio of medians.
 
-A machine's clock drifts, and a neighbour wakes up. Candidates that take turns share such luck; candidates measured one after
-the other do not. The CPU time beside the wall time tells a faster program from one that merely uses more cores.
+A machine's clock drifts, and a neighbour wakes up. Candidates that take turns share such luck;
+candidates measured one after the other do not. The CPU time beside the wall time tells a faster
+program from one that merely uses more cores.
 """
 
 import time
@@ -19,13 +21,17 @@ class Timing(NamedTuple):
     cpu: float
 
 
-def interleave(candidates: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warmup: int = 3) -> dict[str, Timing]:
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warmup: int = 3
+) -> dict[str, Timing]:
     """Time each candidate `repeats` times, in turns; print and return the medians.
 
-    The first candidate is the measure: every ratio is its wall time over the other's, so above 1 is faster than it.
+    The first candidate is the measure: every ratio is its wall time over the other's, so above 1 is
+    faster than it.
 
     Example:
-        >>> timings = interleave({"a": lambda: sum(range(100)), "b": lambda: None}, repeats=3, warmup=1)  # doctest: +ELLIPSIS
+        >>> timings = interleave({"a": lambda: sum(range(100)), "b": lambda: None}, repeats=3,
+        ...     warmup=1)  # doctest: +ELLIPSIS
         candidate       wall        cpu   ratio
         a         ...
         b         ...
@@ -39,7 +45,9 @@ def interleave(candidates: Mapping[str, Callable[[], Any]], *, repeats: int = 20
             timing = _time(candidate)
             if turn >= warmup:
                 seconds[name].append(timing)
-    medians = {name: Timing(*map(median, zip(*timings, strict=True))) for name, timings in seconds.items()}
+    medians = {
+        name: Timing(*map(median, zip(*timings, strict=True))) for name, timings in seconds.items()
+    }
     report(medians, f"{repeats} rounds, medians")
     return medians
 

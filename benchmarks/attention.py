@@ -1,11 +1,13 @@
-"""What does attention that composes cost, beside torch's fused kernel, which does not, and beside the dense route, which does?
+"""What does attention that composes cost, beside torch's fused kernel, which does not, and beside
+the dense route, which does?
 
     python benchmarks/attention.py [--fast]
 
-One thread, 8 heads of 64 (or --size) against the fused kernel, 1 head against the dense route (it would not fit otherwise);
-candidates take turns, CPU time, medians. The first table is in units of the fused kernel's forward, beside what share of the
-processor's measured multiply-adds our products are; the second in units of the fused kernel's time for the same work, the
-third in units of the dense route's, and of our own full attention's.
+One thread, 8 heads of 64 (or --size) against the fused kernel, 1 head against the dense route (it
+would not fit otherwise); candidates take turns, CPU time, medians. The first table is in units of
+the fused kernel's forward, beside what share of the processor's measured multiply-adds our products
+are; the second in units of the fused kernel's time for the same work, the third in units of the
+dense route's, and of our own full attention's.
 """
 
 import argparse
@@ -55,8 +57,16 @@ def against_fused(T: int, repeats: int) -> None:
         },
         repeats,
     )
-    shares = [t["ours"] / t["fused"], t["ours both"] / t["fused both"], t["ours vjp"] / t["fused both"], t["ours jvp"] / t["fused"]]
-    print(f"{T:>6} {t['fused']:>10.2f} ms " + " ".join(f"{share:>16.2f}" for share in shares), flush=True)
+    shares = [
+        t["ours"] / t["fused"],
+        t["ours both"] / t["fused both"],
+        t["ours vjp"] / t["fused both"],
+        t["ours jvp"] / t["fused"],
+    ]
+    print(
+        f"{T:>6} {t['fused']:>10.2f} ms " + " ".join(f"{share:>16.2f}" for share in shares),
+        flush=True,
+    )
 
 
 def nestings(x: list[Tensor], mask: fa.Mask | None = None) -> dict[str, Callable[[], object]]:
@@ -103,16 +113,26 @@ def in_forwards(T: int, D: int, dtype: torch.dtype, repeats: int, peak: float) -
     calls |= full | {f"{name} causal": call for name, call in causal.items()}
     t = medians(calls, repeats)
     name = str(dtype).removeprefix("torch.")
-    print(f"T = {T}, D = {D}, {name}: torch's forward {t['torch']:.2f} ms, causal {t['torch causal'] / t['torch']:.2f} of it")
+    print(
+        f"T = {T}, D = {D}, {name}: torch's forward {t['torch']:.2f} ms, causal "
+        f"{t['torch causal'] / t['torch']:.2f} of it"
+    )
     for nesting, call in full.items():
         count = products(call, x)
         rate = 2 * 8 * T * T * D * count / t[nesting] / 1e6
         share = f"{rate:>6.0f} GFLOP/s {rate / peak:>5.0%}" if dtype == torch.float32 else ""
-        ratios = f"{t[nesting] / t['torch']:>7.2f} {t[f'{nesting} causal'] / t['torch causal']:>7.2f}"
-        print(f"  {nesting:<19} {ratios} {count:>6.1f} products, least {LEAST[nesting]:>2} {share}", flush=True)
+        ratios = (
+            f"{t[nesting] / t['torch']:>7.2f} {t[f'{nesting} causal'] / t['torch causal']:>7.2f}"
+        )
+        print(
+            f"  {nesting:<19} {ratios} {count:>6.1f} products, least {LEAST[nesting]:>2} {share}",
+            flush=True,
+        )
 
 
-def derivatives(kernel: str, T: int, mask: fa.Mask | None = None) -> dict[str, Callable[[], object]]:
+def derivatives(
+    kernel: str, T: int, mask: fa.Mask | None = None
+) -> dict[str, Callable[[], object]]:
     q, k, v, t, *_ = inputs(1, T)
     value = lambda q: fa.attention(q, k, v, mask, kernel=kernel)
     loss = lambda q: value(q).square().sum()
@@ -147,10 +167,16 @@ def main() -> None:
     options = parser.parse_args()
     fast = options.fast
     torch.set_num_threads(options.threads)
-    print(f"{native.model_name()}, torch {torch.__version__}, {options.threads} thread(s), CPU time, medians")
+    print(
+        f"{native.model_name()}, torch {torch.__version__}, {options.threads} thread(s), CPU "
+        "time, medians"
+    )
     if options.only in (None, "nestings"):
         peak = gigaflops()
-        print(f"measured peak of one thread: {peak:.0f} GFLOP/s in float32; in units of torch's fused forward, full and causal:")
+        print(
+            f"measured peak of one thread: {peak:.0f} GFLOP/s in float32; in units of torch's "
+            "fused forward, full and causal:"
+        )
         for T in (512,) if fast else (512, 2048):
             for dtype in (torch.float32, torch.bfloat16):
                 in_forwards(T, options.size, dtype, 5 if fast else max(5, 4096 // T), peak)
@@ -161,7 +187,10 @@ def main() -> None:
 
 
 def fused_table(fast: bool) -> None:
-    print(f"{'T':>6} {'fused forward':>13} {'forward':>16} {'forward+backward':>16} {'vjp':>16} {'jvp / forward':>16}")
+    print(
+        f"{'T':>6} {'fused forward':>13} {'forward':>16} {'forward+backward':>16} {'vjp':>16} "
+        f"{'jvp / forward':>16}"
+    )
     for T in (128, 512) if fast else (128, 512, 1024, 2048):
         against_fused(T, 5 if fast else max(5, 20480 // T))
 

@@ -2,9 +2,10 @@
 
     python benchmarks/attention_memory.py [--lengths 4096 16384] [--dense]
 
-Each line is a process of its own: its peak resident memory less what it held before, in MB, beside the size of all inputs,
-tangents and outputs together. 8 heads of 64, float32, attention over itself. `--dense` adds what the dense route would hold:
-one T x T matrix a head, which its derivatives hold several of.
+Each line is a process of its own: its peak resident memory less what it held before, in MB, beside
+the size of all inputs, tangents and outputs together. 8 heads of 64, float32, attention over
+itself. `--dense` adds what the dense route would hold: one T x T matrix a head, which its
+derivatives hold several of.
 """
 
 import argparse
@@ -23,11 +24,17 @@ MB = 2**20
 
 
 def operations(T: int) -> dict:
-    n = HEADS * T * WIDTH  # made in place: a peak while making the inputs would hide one that comes later
-    q, k, v, tq, tk, tv = (torch.arange(n, dtype=torch.float32).mul_(0.7 + i).sin_().view(HEADS, T, WIDTH) for i in range(6))
+    # made in place: a peak while making the inputs would hide one that comes later
+    n = HEADS * T * WIDTH
+    q, k, v, tq, tk, tv = (
+        torch.arange(n, dtype=torch.float32).mul_(0.7 + i).sin_().view(HEADS, T, WIDTH)
+        for i in range(6)
+    )
     loss = lambda q, k, v: fa.attention(q, k, v).square().sum()
     slope = grad(loss, (0, 1, 2))
-    along = lambda q, k, v: sum((g * t).sum() for g, t in zip(slope(q, k, v), (tq, tk, tv), strict=True))
+    along = lambda q, k, v: sum(
+        (g * t).sum() for g, t in zip(slope(q, k, v), (tq, tk, tv), strict=True)
+    )
     return {  # name: (call, tensors of the size of q that go in, that come out)
         "forward": (lambda: fa.attention(q, k, v, kernel="flash"), 3, 1),
         "grad": (lambda: slope(q, k, v), 3, 3),
@@ -49,7 +56,15 @@ def measure(name: str, T: int) -> None:
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     del result, table
     tensor = HEADS * T * WIDTH * 4
-    print(json.dumps({"extra": (after - before) / MB, "held": (inputs * tensor) / MB, "sizes": (inputs + outputs) * tensor / MB}))
+    print(
+        json.dumps(
+            {
+                "extra": (after - before) / MB,
+                "held": (inputs * tensor) / MB,
+                "sizes": (inputs + outputs) * tensor / MB,
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -61,16 +76,28 @@ def main() -> None:
     if options.one:
         measure(options.one[0], int(options.one[1]))
         return
-    print(f"{'':<12}{'T':>7} {'extra MB':>9} {'all MB':>8} {'in + out':>9} {'ratio':>6} {'growth':>7}", flush=True)
+    print(
+        f"{'':<12}{'T':>7} {'extra MB':>9} {'all MB':>8} {'in + out':>9} {'ratio':>6} "
+        f"{'growth':>7}",
+        flush=True,
+    )
     for name in operations(8):
         last = None
         for T in options.lengths:
             run = [sys.executable, __file__, "--one", name, str(T)]
-            found = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            found = json.loads(
+                subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[
+                    -1
+                ]
+            )
             total = found["extra"] + found["held"]
             growth = f"{found['extra'] / last:>6.1f}x" if last else ""
             ratio = f"{total / found['sizes']:>5.2f}x"
-            print(f"{name:<12}{T:>7} {found['extra']:>9.0f} {total:>8.0f} {found['sizes']:>9.0f} {ratio} {growth}", flush=True)
+            print(
+                f"{name:<12}{T:>7} {found['extra']:>9.0f} {total:>8.0f} {found['sizes']:>9.0f} "
+                f"{ratio} {growth}",
+                flush=True,
+            )
             last = found["extra"]
     if options.dense:
         T = max(options.lengths)

@@ -1,17 +1,21 @@
-"""How fast does the decoder write, against transformers and the speed at which this machine reads memory?
+"""How fast does the decoder write, against transformers and the speed at which this machine reads
+memory?
 
     python benchmarks/decode.py [--threads 2] [--tokens 120] [--rounds 9]
     python benchmarks/decode.py --cuda [--past 1024]
 
-SmolLM2-135M, batch one, a chat of 44 tokens. First token by token: all float32 candidates write the same text, and take turns at
-each token of it, so that a neighbour that wakes up wakes up for all. "By rows" is the same tree with each matrix stored row after
-row, as in the file: equal shapes and numbers in another order than `fa.load` gives. The limit is one matrix-vector product over as
-many bytes as the weights have. llama.cpp, where xllamacpp is installed, decodes the file's own Q4_1 blocks, by its own clock.
-Then steps behind 500 tokens in pasts with more and more room, and, whole, 16 tokens by either `generate` behind a past that each
-has read before. Prefill and loading come last.
+SmolLM2-135M, batch one, a chat of 44 tokens. First token by token: all float32 candidates write the
+same text, and take turns at each token of it, so that a neighbour that wakes up wakes up for all.
+"By rows" is the same tree with each matrix stored row after row, as in the file: equal shapes and
+numbers in another order than `fa.load` gives. The limit is one matrix-vector product over as many
+bytes as the weights have. llama.cpp, where xllamacpp is installed, decodes the file's own Q4_1
+blocks, by its own clock. Then steps behind 500 tokens in pasts with more and more room, and, whole,
+16 tokens by either `generate` behind a past that each has read before. Prefill and loading come
+last.
 
-On a GPU the question is another one: a random model of the shape of Llama 2 7B, in bfloat16, int8 and int4, one step recorded as
-a CUDA graph, and the share of the measured memory bandwidth (MBU) at which it reads its weights and its past.
+On a GPU the question is another one: a random model of the shape of Llama 2 7B, in bfloat16, int8
+and int4, one step recorded as a CUDA graph, and the share of the measured memory bandwidth (MBU) at
+which it reads its weights and its past.
 """
 
 import argparse
@@ -31,8 +35,11 @@ from _timing import Timing, interleave
 import funcattn as fa
 
 WARMUP = 4  # tokens
-MATRICES = r"layers\..*\.(q|k|v|o|gate|up|down)|head"  # not the embedding, whose dtype is that of the activations
-MESSAGES = [{"role": "user", "content": "What is the capital of France? Then tell me about the city."}]
+# not the embedding, whose dtype is that of the activations
+MATRICES = r"layers\..*\.(q|k|v|o|gate|up|down)|head"
+MESSAGES = [
+    {"role": "user", "content": "What is the capital of France? Then tell me about the city."}
+]
 
 
 def main() -> None:
@@ -41,7 +48,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cuda", action="store_true", help="a random 7B model on a GPU instead")
-    parser.add_argument("--past", type=int, default=1024, help="tokens that the step on a GPU reads")
+    parser.add_argument(
+        "--past", type=int, default=1024, help="tokens that the step on a GPU reads"
+    )
     options = parser.parse_args()
     if options.cuda:
         return on_gpu(options.past)
@@ -64,23 +73,42 @@ def main() -> None:
 
 def on_gpu(remembered: int) -> None:
     """A step of a 7B model, as one CUDA graph, by scheme."""
-    print(f"{require('decode --cuda')}, torch {torch.__version__}, a step behind {remembered} tokens")
-    torch._inductor.config.coordinate_descent_tuning = True  # products with one vector become sums that read codes as they are
+    print(
+        f"{require('decode --cuda')}, torch {torch.__version__}, a step behind {remembered} tokens"
+    )
+    # products with one vector become sums that read codes as they are
+    torch._inductor.config.coordinate_descent_tuning = True
     bandwidth = read_ceiling()
     print(f"GEMV reads {bandwidth:.0f} GB/s")
     config = fa.Config(
-        vocabulary=32000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, feed_forward=11008, context=4096, tied=False
+        vocabulary=32000,
+        width=4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_size=128,
+        feed_forward=11008,
+        context=4096,
+        tied=False,
     )
     model = fa.decoder(config)
     with torch.device("cuda"), torch.no_grad():
         params = fa.cast(torch.bfloat16)(model.init(fa.key(0)))
-        past = model.cache(2 * remembered, dtype=torch.bfloat16)._replace(length=torch.tensor(remembered))
+        past = model.cache(2 * remembered, dtype=torch.bfloat16)._replace(
+            length=torch.tensor(remembered)
+        )
         for name, scheme in (("bfloat16", None), ("int8", fa.int8), ("int4", fa.int4)):
             weights = params if scheme is None else fa.quantize(scheme, MATRICES)(params)
-            wall = milliseconds(recorded(torch.compile(model.extend, fullgraph=True), weights, torch.tensor([1]), past))
-            read = fa.tree.nbytes(weights) - fa.tree.nbytes(weights.embedding) + past.k.nbytes  # half of the room of k and of v
+            wall = milliseconds(
+                recorded(
+                    torch.compile(model.extend, fullgraph=True), weights, torch.tensor([1]), past
+                )
+            )
+            # half of the room of k and of v
+            read = fa.tree.nbytes(weights) - fa.tree.nbytes(weights.embedding) + past.k.nbytes
             print(
-                f"{name:<9} {wall:>7.2f} ms a token, {1e3 / wall:>6.1f} tokens/s, MBU {read / wall / 1e6 / bandwidth:.2f}",
+                f"{name:<9} {wall:>7.2f} ms a token, {1e3 / wall:>6.1f} tokens/s, MBU "
+                f"{read / wall / 1e6 / bandwidth:.2f}",
                 flush=True,
             )
 
@@ -103,11 +131,16 @@ def of_transformers(loaded: fa.Loaded) -> transformers.PreTrainedModel:
     """The same weights in transformers, through the folder that `fa.save` writes."""
     with tempfile.TemporaryDirectory() as folder:
         fa.save(f"{folder}/model", *loaded)
-        return transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            f"{folder}/model", dtype=torch.float32
+        ).eval()
 
 
 def token_by_token(
-    loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch.Tensor, options: argparse.Namespace
+    loaded: fa.Loaded,
+    peer: transformers.PreTrainedModel,
+    prompt: torch.Tensor,
+    options: argparse.Namespace,
 ) -> None:
     config, params, _ = loaded
     model = fa.decoder(config)
@@ -115,7 +148,9 @@ def token_by_token(
     _, past = fa.generate(fa.key(0), model, params, prompt[:-1], steps=0)
 
     def ours(params: fa.Params, model: fa.Model = model) -> Iterator[int]:
-        for piece in fa.stream(fa.key(0), model, params, prompt[-1:], past, steps=WARMUP + options.tokens):
+        for piece in fa.stream(
+            fa.key(0), model, params, prompt[-1:], past, steps=WARMUP + options.tokens
+        ):
             yield piece.tokens[-1]
 
     def theirs() -> Iterator[int]:
@@ -126,7 +161,8 @@ def token_by_token(
             yield int(token)
 
     width = 8192
-    rows = torch.ones(fa.tree.nbytes(params) // (4 * width), width)  # written: untouched zeros share one page
+    # written: untouched zeros share one page
+    rows = torch.ones(fa.tree.nbytes(params) // (4 * width), width)
     x = torch.ones(width)
     written: dict[str, list[int]] = {}
     turn = lambda name, tokens: lambda: written.setdefault(name, []).append(next(tokens))
@@ -134,7 +170,9 @@ def token_by_token(
         "transformers": turn("transformers", theirs()),
         "fa.stream": turn("fa.stream", ours(params)),
         "fa.stream compiled": turn("compiled", ours(params, compiled)),
-        "fa.stream compiled int8": turn("compiled int8", ours(fa.quantize(fa.int8)(params), compiled)),
+        "fa.stream compiled int8": turn(
+            "compiled int8", ours(fa.quantize(fa.int8)(params), compiled)
+        ),
         "fa.stream by rows": turn("by rows", ours(fa.tree.map(torch.Tensor.contiguous, params))),
         "memory-read limit": lambda: torch.mv(rows, x),
     }
@@ -143,10 +181,15 @@ def token_by_token(
     print(f"compiled, the first token and its code: {time.perf_counter() - begun:.1f} s")
     print(f"\na token, behind a past of {len(prompt) - 1} to {len(prompt) + options.tokens}")
     timings = interleave(candidates, repeats=options.tokens, warmup=WARMUP)
-    assert written["transformers"] == written["fa.stream"] == written["by rows"] == written["compiled"]
+    assert (
+        written["transformers"] == written["fa.stream"] == written["by rows"] == written["compiled"]
+    )
     speeds(timings, 1)
     bandwidth = rows.numel() * 4 / timings["memory-read limit"].wall
-    print(f"GEMV reads {bandwidth / 1e9:.1f} GB/s; the weights are {fa.tree.nbytes(params) / 1e6:.0f} MB")
+    print(
+        f"GEMV reads {bandwidth / 1e9:.1f} GB/s; the weights are "
+        f"{fa.tree.nbytes(params) / 1e6:.0f} MB"
+    )
 
 
 def llama_cpp(threads: int) -> None:
@@ -162,10 +205,20 @@ def llama_cpp(threads: int) -> None:
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     settings.warmup = True
     server = xllamacpp.Server(settings)
-    request = {"prompt": "The capital of France is", "n_predict": 64, "temperature": 0.0, "ignore_eos": True}
-    speeds = [server.handle_completions(request)["timings"]["predicted_per_second"] for _ in range(5)]
+    request = {
+        "prompt": "The capital of France is",
+        "n_predict": 64,
+        "temperature": 0.0,
+        "ignore_eos": True,
+    }
+    speeds = [
+        server.handle_completions(request)["timings"]["predicted_per_second"] for _ in range(5)
+    ]
     speed = median(speeds)
-    print(f"llama.cpp Q4_1, {threads} thread(s): {speed:.1f} tokens/s, {1e3 / speed:.1f} ms a token, by its own clock")
+    print(
+        f"llama.cpp Q4_1, {threads} thread(s): {speed:.1f} tokens/s, {1e3 / speed:.1f} ms a "
+        "token, by its own clock"
+    )
 
 
 def capacities(loaded: fa.Loaded, options: argparse.Namespace) -> None:
@@ -178,14 +231,21 @@ def capacities(loaded: fa.Loaded, options: argparse.Namespace) -> None:
         pasts[capacity] = past._replace(length=torch.tensor(remembered))
     step = lambda model, past: lambda: model.extend(loaded.params, token, past)
     candidates = {
-        f"{how}, capacity {n}": step(made, pasts[n]) for how, made in (("eager", model), ("compiled", compiled)) for n in pasts
+        f"{how}, capacity {n}": step(made, pasts[n])
+        for how, made in (("eager", model), ("compiled", compiled))
+        for n in pasts
     }
     print(f"\na step behind {remembered} tokens")
     with torch.no_grad():
         interleave(candidates, repeats=3 * options.rounds, warmup=3)
 
 
-def whole(loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch.Tensor, options: argparse.Namespace) -> None:
+def whole(
+    loaded: fa.Loaded,
+    peer: transformers.PreTrainedModel,
+    prompt: torch.Tensor,
+    options: argparse.Namespace,
+) -> None:
     config, params, _ = loaded
     model, steps = fa.decoder(config), 16
     _, past = fa.generate(fa.key(0), model, params, prompt[:-1], steps=0)
@@ -195,21 +255,38 @@ def whole(loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch.T
         return fa.generate(fa.key(0), model, params, prompt[-1:], past, steps=steps)[0]
 
     def theirs() -> torch.Tensor:
-        cache, ends = copy.deepcopy(read), {"eos_token_id": None, "pad_token_id": 0}  # it is written in place
-        return peer.generate(prompt[None], past_key_values=cache, max_new_tokens=steps, do_sample=False, **ends)[0, len(prompt) :]
+        # it is written in place
+        cache, ends = copy.deepcopy(read), {"eos_token_id": None, "pad_token_id": 0}
+        return peer.generate(
+            prompt[None], past_key_values=cache, max_new_tokens=steps, do_sample=False, **ends
+        )[0, len(prompt) :]
 
     assert torch.equal(ours(), theirs())
     print(f"\n{steps} tokens behind a past of {len(prompt) - 1}")
-    speeds(interleave({"transformers generate": theirs, "fa.generate": ours}, repeats=options.rounds, warmup=1), steps)
+    speeds(
+        interleave(
+            {"transformers generate": theirs, "fa.generate": ours}, repeats=options.rounds, warmup=1
+        ),
+        steps,
+    )
 
 
 @torch.no_grad()
-def their_past(peer: transformers.PreTrainedModel, prompt: torch.Tensor) -> transformers.DynamicCache:
+def their_past(
+    peer: transformers.PreTrainedModel, prompt: torch.Tensor
+) -> transformers.DynamicCache:
     """All of the prompt but its last token, read."""
-    return peer(prompt[None, :-1], past_key_values=transformers.DynamicCache(config=peer.config)).past_key_values
+    return peer(
+        prompt[None, :-1], past_key_values=transformers.DynamicCache(config=peer.config)
+    ).past_key_values
 
 
-def prefill(loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch.Tensor, options: argparse.Namespace) -> None:
+def prefill(
+    loaded: fa.Loaded,
+    peer: transformers.PreTrainedModel,
+    prompt: torch.Tensor,
+    options: argparse.Namespace,
+) -> None:
     model = fa.decoder(loaded.config)
 
     def ours() -> torch.Tensor:
@@ -221,12 +298,18 @@ def prefill(loaded: fa.Loaded, peer: transformers.PreTrainedModel, prompt: torch
 
     assert torch.equal(ours(), theirs())
     print(f"\nprefill of {len(prompt)} tokens")
-    speeds(interleave({"transformers": theirs, "fa.generate": ours}, repeats=options.rounds, warmup=1), len(prompt))
+    speeds(
+        interleave({"transformers": theirs, "fa.generate": ours}, repeats=options.rounds, warmup=1),
+        len(prompt),
+    )
 
 
 def speeds(timings: dict[str, Timing], tokens: int) -> None:
     for name, timing in timings.items():
-        print(f"{name}: {tokens / timing.wall:.1f} tokens/s, {timing.wall / tokens * 1e3:.1f} ms a token")
+        print(
+            f"{name}: {tokens / timing.wall:.1f} tokens/s, {timing.wall / tokens * 1e3:.1f} ms a "
+            "token"
+        )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/draws.py [--threads 1] [--elements 4194304]
 
-Every word costs 20 rounds of a cipher: that is what a draw that depends on its key and nothing else takes. Those of `fa.random`
-have the bits of `jax.random`.
+Every word costs 20 rounds of a cipher: that is what a draw that depends on its key and nothing else
+takes. Those of `fa.random` have the bits of `jax.random`.
 """
 
 import argparse

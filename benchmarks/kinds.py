@@ -1,10 +1,12 @@
-"""What does each kind of past cost: a step, a commit, and the memory of one past and of 32 futures of it?
+"""What does each kind of past cost: a step, a commit, and the memory of one past and of 32 futures
+of it?
 
     python benchmarks/kinds.py [--threads 1] [--tokens 1000] [--rounds 9]
 
-SmolLM2-135M in float32, eager, one sequence. A step is `extend`; "with commit" is `apply`, which copies what the kind must so that
-the older value stays; "generated" is a token of `generate`, which writes into what it made itself. Memory counts each storage
-once. The ring is a window of 256 and four sinks: for this model an approximation. Last, a dense past with more and more reserved.
+SmolLM2-135M in float32, eager, one sequence. A step is `extend`; "with commit" is `apply`, which
+copies what the kind must so that the older value stays; "generated" is a token of `generate`, which
+writes into what it made itself. Memory counts each storage once. The ring is a window of 256 and
+four sinks: for this model an approximation. Last, a dense past with more and more reserved.
 """
 
 import argparse
@@ -44,14 +46,26 @@ def main() -> None:
     pasts = {name: begin(kind, options.tokens + OWN) for name, kind in KINDS.items()}
 
     print(f"\none step behind {options.tokens} tokens")
-    interleave({name: partial(model.extend, params, token, past) for name, past in pasts.items()}, repeats=options.rounds)
+    interleave(
+        {name: partial(model.extend, params, token, past) for name, past in pasts.items()},
+        repeats=options.rounds,
+    )
     print("\nwith commit")
-    interleave({name: partial(model.apply, params, token, past) for name, past in pasts.items()}, repeats=options.rounds)
+    interleave(
+        {name: partial(model.apply, params, token, past) for name, past in pasts.items()},
+        repeats=options.rounds,
+    )
     print("\ngenerated, 16 tokens")
     go_on = lambda past: fa.generate(fa.key(0), model, params, token, past, steps=16)
-    interleave({name: partial(go_on, past) for name, past in pasts.items()}, repeats=max(1, options.rounds // 3))
+    interleave(
+        {name: partial(go_on, past) for name, past in pasts.items()},
+        repeats=max(1, options.rounds // 3),
+    )
 
-    print(f"\nmemory, MB{'one past':>18} {'32 forks':>10} {f'+ {OWN} tokens each':>18}   over prefix + own")
+    print(
+        f"\nmemory, MB{'one past':>18} {'32 forks':>10} {f'+ {OWN} tokens each':>18}   over "
+        "prefix + own"
+    )
     delta = model.extend(params, text[:OWN], pasts["Cache"])[1]
     row = taken(begin(caches.Cache, options.tokens)) / (options.tokens + 1)
     for name, kind in KINDS.items():
@@ -59,11 +73,20 @@ def main() -> None:
         forks = [grown(past, delta) for _ in range(FUTURES)]
         ideal = taken(past) + FUTURES * OWN * row
         sizes = [taken(past), taken(*[past] * FUTURES), taken(past, *forks)]
-        print(f"{name:<14}" + "".join(f"{size / 1e6:>14.1f}" for size in sizes) + f"{sizes[-1] / ideal:>16.3f}")
+        print(
+            f"{name:<14}"
+            + "".join(f"{size / 1e6:>14.1f}" for size in sizes)
+            + f"{sizes[-1] / ideal:>16.3f}"
+        )
 
     print("\na dense past of 500 tokens, by what is reserved: apply")
-    reserved = {f"room for {S}": model.apply(params, text[:500], model.cache(S))[1] for S in (1024, 8192)}
-    interleave({name: partial(model.apply, params, token, past) for name, past in reserved.items()}, repeats=options.rounds)
+    reserved = {
+        f"room for {S}": model.apply(params, text[:500], model.cache(S))[1] for S in (1024, 8192)
+    }
+    interleave(
+        {name: partial(model.apply, params, token, past) for name, past in reserved.items()},
+        repeats=options.rounds,
+    )
 
 
 def grown(past: Any, delta: caches.Delta) -> Any:
@@ -73,7 +96,11 @@ def grown(past: Any, delta: caches.Delta) -> Any:
 
 def taken(*values: Any) -> int:
     """Bytes of all storages of these values, each counted once."""
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for value in values for x in fa.tree.leaves(value)}
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage()
+        for value in values
+        for x in fa.tree.leaves(value)
+    }
     return sum(storage.nbytes() for storage in storages.values())
 
 

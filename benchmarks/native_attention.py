@@ -1,9 +1,11 @@
-"""How long does the native backend take for attention and its tangent, in units of torch's fused forward?
+"""How long does the native backend take for attention and its tangent, in units of torch's fused
+forward?
 
     python benchmarks/native_attention.py [--fast] [--threads N]
 
-8 heads, T queries and keys; candidates take turns, CPU time of the process (wall time with several threads), least of several.
-`value+jvp` has tangents of q, k and v; its unit is torch's forward too. The last columns are GFLOP/s of products.
+8 heads, T queries and keys; candidates take turns, CPU time of the process (wall time with several
+threads), least of several. `value+jvp` has tangents of q, k and v; its unit is torch's forward too.
+The last columns are GFLOP/s of products.
 """
 
 import argparse
@@ -19,7 +21,9 @@ from funcattn.kernels.backends import native
 H = 8
 
 
-def least(candidates: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+def least(
+    candidates: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Seconds of each candidate, the least of several; they take turns."""
     spent = {name: float("inf") for name in candidates}
     for turn in range(repeats + 1):
@@ -31,15 +35,22 @@ def least(candidates: dict[str, Callable[[], object]], repeats: int, clock: Call
     return spent
 
 
-def measure(dtype: torch.dtype, T: int, D: int, causal: bool, repeats: int, clock: Callable[[], float]) -> None:
+def measure(
+    dtype: torch.dtype, T: int, D: int, causal: bool, repeats: int, clock: Callable[[], float]
+) -> None:
     q, k, v, dq, dk, dv = (torch.randn(1, H, T, D).to(dtype) for _ in range(6))
     if reason := native.why_not_attend_jvp(q, k, v, (dq, dk, dv)):
         raise SystemExit(reason)
     mask = tuple(masks.causal(T)) if causal else ()
     wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
-    for found in (native.attend(q, k, v, mask, None, D**-0.5), native.attend_jvp(q, k, v, (dq, dk, dv), mask, D**-0.5)):
+    for found in (
+        native.attend(q, k, v, mask, None, D**-0.5),
+        native.attend_jvp(q, k, v, (dq, dk, dv), mask, D**-0.5),
+    ):
         assert found is not None
-        torch.testing.assert_close(found[0].double(), wanted, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+        torch.testing.assert_close(
+            found[0].double(), wanted, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0
+        )
     times = least(
         {
             "fused": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
@@ -50,9 +61,12 @@ def measure(dtype: torch.dtype, T: int, D: int, causal: bool, repeats: int, cloc
         clock,
     )
     pairs = H * T * (T + 1) / 2 if causal else H * T * T
-    rates = [n * pairs * D / times[name] / 1e9 for name, n in (("fused", 4), ("value", 4), ("jvp", 12))]
+    rates = [
+        n * pairs * D / times[name] / 1e9 for name, n in (("fused", 4), ("value", 4), ("jvp", 12))
+    ]
     print(
-        f"{str(dtype).removeprefix('torch.'):>9} {T:>5} {D:>4} {'causal' if causal else 'full':>7} {times['fused'] * 1e3:>9.2f} ms"
+        f"{str(dtype).removeprefix('torch.'):>9} {T:>5} {D:>4} {'causal' if causal else 'full':>7} "
+        f"{times['fused'] * 1e3:>9.2f} ms"
         f" {times['value'] / times['fused']:>9.2f} {times['jvp'] / times['fused']:>10.2f}   "
         + " ".join(f"{r:>6.0f}" for r in rates),
         flush=True,
@@ -66,7 +80,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     clock = time.process_time if given.threads == 1 else time.perf_counter
-    print(f"{'dtype':>9} {'T':>5} {'D':>4} {'mask':>7} {'fused':>12} {'value':>9} {'value+jvp':>10}   GFLOP/s: fused, value, jvp")
+    print(
+        f"{'dtype':>9} {'T':>5} {'D':>4} {'mask':>7} {'fused':>12} {'value':>9} "
+        f"{'value+jvp':>10}   GFLOP/s: fused, value, jvp"
+    )
     for dtype in (torch.float32, torch.bfloat16):
         for D in (64,) if given.fast else (64, 128):
             for T in (64, 512) if given.fast else (16, 64, 512, 2048):

@@ -1,13 +1,15 @@
-"""How fast does a quantized model write, against the same in float32, and against llama.cpp on the same file?
+"""How fast does a quantized model write, against the same in float32, and against llama.cpp on the
+same file?
 
     python benchmarks/quantized_decoding.py [--threads 1] [--turns 12]
 
-SmolLM2-135M, batch one, behind a chat of 44 tokens, compiled and eager; "blocks" are those of the GGUF file as they are. Candidates
-take turns of 8 tokens: were they to change at every token, each would find the caches filled by the others, and a model that reads
-a fifth of the bytes would pay most for it. MBU is the bytes of the weights over the time, as a share of the bandwidth at which one
-matrix-vector product reads float32. Then a step of 5 tokens beside one of 1, as where drafts are verified. llama.cpp, where
-xllamacpp is installed, decodes the file by its own clock, before and after. Where other programs take the processor, CPU time says
-more than wall time: both are printed.
+SmolLM2-135M, batch one, behind a chat of 44 tokens, compiled and eager; "blocks" are those of the
+GGUF file as they are. Candidates take turns of 8 tokens: were they to change at every token, each
+would find the caches filled by the others, and a model that reads a fifth of the bytes would pay
+most for it. MBU is the bytes of the weights over the time, as a share of the bandwidth at which one
+matrix-vector product reads float32. Then a step of 5 tokens beside one of 1, as where drafts are
+verified. llama.cpp, where xllamacpp is installed, decodes the file by its own clock, before and
+after. Where other programs take the processor, CPU time says more than wall time: both are printed.
 """
 
 import argparse
@@ -22,7 +24,9 @@ import funcattn as fa
 from funcattn.checkpoints.sources import locate
 from funcattn.quantization import tiles
 
-MESSAGES = [{"role": "user", "content": "What is the capital of France? Then tell me about the city."}]
+MESSAGES = [
+    {"role": "user", "content": "What is the capital of France? Then tell me about the city."}
+]
 TURN = 8  # tokens
 WARMUP = 2  # turns
 
@@ -46,7 +50,9 @@ def main() -> None:
     prompt = torch.tensor(tokenizer.prompt(MESSAGES))
 
     def written(params: fa.Params, model: fa.Model) -> Iterator[int]:
-        for piece in fa.stream(fa.key(0), model, params, prompt, steps=TURN * (WARMUP + options.turns)):
+        for piece in fa.stream(
+            fa.key(0), model, params, prompt, steps=TURN * (WARMUP + options.turns)
+        ):
             yield piece.tokens[-1]
 
     def turn(tokens: Iterator[int]) -> None:
@@ -71,8 +77,10 @@ def main() -> None:
             size, base = fa.tree.nbytes(trees[tree]), timings[f"float32 {how}"]
             each = timing.wall / TURN
             print(
-                f"{name:18} {each * 1e3:6.1f} ms a token, {size / 1e6:4.0f} MB, MBU {size / each / bandwidth:.2f},"
-                f" {base.wall / timing.wall:.2f} of float32 {how} ({base.cpu / timing.cpu:.2f} by CPU time)"
+                f"{name:18} {each * 1e3:6.1f} ms a token, {size / 1e6:4.0f} MB, MBU "
+                f"{size / each / bandwidth:.2f},"
+                f" {base.wall / timing.wall:.2f} of float32 {how} ({base.cpu / timing.cpu:.2f} by "
+                "CPU time)"
             )
     steps(compiled, trees, 3 * options.turns)
 
@@ -84,7 +92,11 @@ def steps(model: fa.Model, trees: dict[str, fa.Params], rounds: int) -> None:
     run = lambda tree, T: lambda: model.extend(tree, ids[:T], past)
     with torch.no_grad():
         print("\na step of 1 and of 5 tokens")
-        interleave({f"{name} {T}": run(tree, T) for name, tree in trees.items() for T in (1, 5)}, repeats=rounds, warmup=3)
+        interleave(
+            {f"{name} {T}": run(tree, T) for name, tree in trees.items() for T in (1, 5)},
+            repeats=rounds,
+            warmup=3,
+        )
 
 
 def llama_cpp(threads: int) -> None:
@@ -99,9 +111,19 @@ def llama_cpp(threads: int) -> None:
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     settings.warmup = True
     server = xllamacpp.Server(settings)
-    request = {"prompt": "The capital of France is", "n_predict": 64, "temperature": 0.0, "ignore_eos": True}
-    speed = median(server.handle_completions(request)["timings"]["predicted_per_second"] for _ in range(5))
-    print(f"llama.cpp Q4_1, {threads} thread(s): {speed:.1f} tokens/s, {1e3 / speed:.1f} ms a token, by its own clock")
+    request = {
+        "prompt": "The capital of France is",
+        "n_predict": 64,
+        "temperature": 0.0,
+        "ignore_eos": True,
+    }
+    speed = median(
+        server.handle_completions(request)["timings"]["predicted_per_second"] for _ in range(5)
+    )
+    print(
+        f"llama.cpp Q4_1, {threads} thread(s): {speed:.1f} tokens/s, {1e3 / speed:.1f} ms a "
+        "token, by its own clock"
+    )
 
 
 if __name__ == "__main__":

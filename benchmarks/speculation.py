@@ -1,10 +1,12 @@
-"""How much faster is a text written with drafts, compiled, than the same text token by token, compiled?
+"""How much faster is a text written with drafts, compiled, than the same text token by token,
+compiled?
 
     python benchmarks/speculation.py [--threads 2] [--tokens 64] [--length 3] [--rounds 3]
 
-SmolLM2-135M in float32, greedy, batch one. Both write the same text and take turns. Drafts come from the same weights in fewer
-bits, read behind the target's own past, and from the text itself where the prompt asks to repeat it with a change. Prefill is part
-of both; what is left without it is told too.
+SmolLM2-135M in float32, greedy, batch one. Both write the same text and take turns. Drafts come
+from the same weights in fewer bits, read behind the target's own past, and from the text itself
+where the prompt asks to repeat it with a change. Prefill is part of both; what is left without it
+is told too.
 """
 
 import argparse
@@ -36,7 +38,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lookups", type=int, nargs="*", default=[3, 7])
-    parser.add_argument("--text", type=Path, help="calibrates another draft: int4 by GPTQ, of 2048 of its tokens")
+    parser.add_argument(
+        "--text", type=Path, help="calibrates another draft: int4 by GPTQ, of 2048 of its tokens"
+    )
     parser.add_argument("--chats", nargs="*", default=[*CHATS])
     parser.add_argument("--schemes", nargs="*", default=["int8", "int4"])
     options = parser.parse_args()
@@ -44,7 +48,10 @@ def main() -> None:
     loaded = fa.load("smollm2-135m")
     model, N = fa.compile(fa.decoder(loaded.config)), options.length
     schemes = {"int8": fa.int8, "int4": fa.int4(group=64)}
-    drafts = {name: fa.drafters.model(model, fa.quantize(schemes[name])(loaded.params), length=N) for name in options.schemes}
+    drafts = {
+        name: fa.drafters.model(model, fa.quantize(schemes[name])(loaded.params), length=N)
+        for name in options.schemes
+    }
     if options.text is not None:
         text = torch.tensor(loaded.tokenizer.encode(options.text.read_text()[:20_000])[:2048])
         fitted = fa.gptq(fa.decoder(loaded.config), text, schemes["int4"])(loaded.params)
@@ -72,14 +79,22 @@ def compare(
     first = partial(fa.generate, fa.key(0), model, loaded.params, prompt, steps=1)
     candidates = {"token by token": plain, "prefill and one token": first}
     for kind, drafter in drafts.items():
-        run = partial(fa.speculate, fa.key(0), model, loaded.params, drafter, prompt, steps=options.tokens)
+        run = partial(
+            fa.speculate, fa.key(0), model, loaded.params, drafter, prompt, steps=options.tokens
+        )
         done = run()[0]
         same = int((done.tokens == wanted).long().cumprod(0).sum())
         stats = done.stats
-        print(f"{kind}: acceptance {stats.acceptance:.2f}, {stats.tokens_per_round:.2f} tokens a round, {same} tokens the same")
+        print(
+            f"{kind}: acceptance {stats.acceptance:.2f}, {stats.tokens_per_round:.2f} tokens a "
+            f"round, {same} tokens the same"
+        )
         candidates[kind] = run
     timings = interleave(candidates, repeats=options.rounds, warmup=0)
-    own = {name: timing.wall - timings["prefill and one token"].wall for name, timing in timings.items()}
+    own = {
+        name: timing.wall - timings["prefill and one token"].wall
+        for name, timing in timings.items()
+    }
     ratios = [f"{name} {own['token by token'] / own[name]:.2f}" for name in drafts]
     print(f"without the prefill: {', '.join(ratios)}")
 

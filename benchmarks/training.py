@@ -2,8 +2,9 @@
 
     python benchmarks/training.py --threads 1 [--eager] [--large]
 
-The twin is a nn.Module of the same mathematics (RMSNorm, rotary attention, SwiGLU, tied head), with one linear for q, k and v,
-torch's fused attention and AdamW(fused=True), as nanoGPT trains. Both begin with the same weights, and must agree on three losses.
+The twin is a nn.Module of the same mathematics (RMSNorm, rotary attention, SwiGLU, tied head), with
+one linear for q, k and v, torch's fused attention and AdamW(fused=True), as nanoGPT trains. Both
+begin with the same weights, and must agree on three losses.
 """
 
 import argparse
@@ -15,8 +16,34 @@ from torch import Tensor, nn
 
 import funcattn as fa
 
-SMALL = (fa.Config(vocabulary=65, width=128, layers=4, heads=4, kv_heads=4, head_size=32, feed_forward=344, context=64), 12, 64)
-LARGE = (fa.Config(vocabulary=65, width=384, layers=6, heads=6, kv_heads=6, head_size=64, feed_forward=1024, context=256), 4, 256)
+SMALL = (
+    fa.Config(
+        vocabulary=65,
+        width=128,
+        layers=4,
+        heads=4,
+        kv_heads=4,
+        head_size=32,
+        feed_forward=344,
+        context=64,
+    ),
+    12,
+    64,
+)
+LARGE = (
+    fa.Config(
+        vocabulary=65,
+        width=384,
+        layers=6,
+        heads=6,
+        kv_heads=6,
+        head_size=64,
+        feed_forward=1024,
+        context=256,
+    ),
+    4,
+    256,
+)
 RATE, BETAS, DECAY, LENGTH = 1e-3, (0.9, 0.99), 0.1, 1.0
 
 
@@ -24,7 +51,9 @@ class Block(nn.Module):
     def __init__(self, c: fa.Config):
         super().__init__()
         self.heads = c.heads
-        self.attention_norm, self.feed_forward_norm = (nn.RMSNorm(c.width, eps=c.norm_epsilon) for _ in range(2))
+        self.attention_norm, self.feed_forward_norm = (
+            nn.RMSNorm(c.width, eps=c.norm_epsilon) for _ in range(2)
+        )
         self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
         self.o = nn.Linear(c.width, c.width, bias=False)
         self.gate, self.up = (nn.Linear(c.width, c.feed_forward, bias=False) for _ in range(2))
@@ -32,8 +61,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, E = x.shape
-        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(self.attention_norm(x)).split(E, -1))
-        y = F.scaled_dot_product_attention(turned(q, cos, sin), turned(k, cos, sin), v, is_causal=True)
+        q, k, v = (
+            y.view(B, T, self.heads, -1).transpose(1, 2)
+            for y in self.qkv(self.attention_norm(x)).split(E, -1)
+        )
+        y = F.scaled_dot_product_attention(
+            turned(q, cos, sin), turned(k, cos, sin), v, is_causal=True
+        )
         x = x + self.o(y.transpose(1, 2).reshape(B, T, E))
         y = self.feed_forward_norm(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
@@ -52,7 +86,9 @@ class Twin(nn.Module):
         self.embedding = nn.Embedding(c.vocabulary, c.width)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.width, eps=c.norm_epsilon)
-        angle = torch.arange(c.context)[:, None] / c.rope_base ** (torch.arange(0, c.head_size, 2) / c.head_size)
+        angle = torch.arange(c.context)[:, None] / c.rope_base ** (
+            torch.arange(0, c.head_size, 2) / c.head_size
+        )
         angle = torch.cat([angle, angle], -1)
         self.register_buffer("cos", angle.cos())
         self.register_buffer("sin", angle.sin())
@@ -101,8 +137,18 @@ class Theirs:
 class Ours:
     """The pure step, with the variable that a loop holds."""
 
-    def __init__(self, config: fa.Config, params: fa.Params, tokens: Tensor, *, compile: bool, kernel: str | None = "sdpa"):
-        optimizer = fa.training.chain(fa.training.clip(LENGTH), fa.training.adamw(RATE, betas=BETAS, weight_decay=DECAY))
+    def __init__(
+        self,
+        config: fa.Config,
+        params: fa.Params,
+        tokens: Tensor,
+        *,
+        compile: bool,
+        kernel: str | None = "sdpa",
+    ):
+        optimizer = fa.training.chain(
+            fa.training.clip(LENGTH), fa.training.adamw(RATE, betas=BETAS, weight_decay=DECAY)
+        )
         self.tokens, self.held = tokens, (params, optimizer.init(params))
         self.step = fa.training.step(fa.decoder(config, kernel=kernel), optimizer)
         if compile:
@@ -135,13 +181,25 @@ def main() -> None:
     print(f"{fa.tree.count(params):,} weights, {rows} rows of {T} tokens")
     timings = interleave(candidates, repeats=options.rounds, warmup=2)
     print(f"eager: twin / step {timings['twin'].wall / timings['step'].wall:.2f}", end="")
-    print("" if options.eager else f"; compiled: {timings['compiled twin'].wall / timings['compiled step'].wall:.2f}")
+    print(
+        ""
+        if options.eager
+        else f"; compiled: {timings['compiled twin'].wall / timings['compiled step'].wall:.2f}"
+    )
 
 
 def agree(candidates: dict[str, Theirs | Ours]) -> None:
-    losses = {name: [float(candidate()) for _ in range(3)] for name, candidate in candidates.items()}
+    losses = {
+        name: [float(candidate()) for _ in range(3)] for name, candidate in candidates.items()
+    }
     for name, values in losses.items():
-        torch.testing.assert_close(values, losses["twin"], rtol=1e-4, atol=0, msg=f"{name}: {values}, the twin {losses['twin']}")
+        torch.testing.assert_close(
+            values,
+            losses["twin"],
+            rtol=1e-4,
+            atol=0,
+            msg=f"{name}: {values}, the twin {losses['twin']}",
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """funcattn: JAX-style attention and decoding for PyTorch.
 
-Every piece of a language model as a pure function of values, so that torch.func goes through all of it.
+Every piece of a language model as a pure function of values, so that torch.func goes through all of
+it.
 
     config, params, tokenizer = fa.load("smollm2-135m")          a tree of named tensors
     model = fa.decoder(config)                                   six pure functions
@@ -175,5 +176,7 @@ __version__ = "0.1.0"
 
 
 def __dir__() -> list[str]:
-    """What a person may want to complete `fa.` to; modules that only others here import are left out."""
+    """What a person may want to complete `fa.` to; modules that only others here import are left
+    out.
+    """
     return sorted([*__all__, "__version__", "__doc__"])

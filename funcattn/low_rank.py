@@ -2,8 +2,9 @@
 
     W x   becomes   W x + scale b (a x)        a (r, in), b (out, r), r much smaller than either
 
-An adapted weight is a record registered with `layers.linear` and `layers.embed`; the decoder is unchanged.
-The base goes through `linear` too: it may be a tensor, a quantized record, or another adaptation.
+An adapted weight is a record registered with `layers.linear` and `layers.embed`; the decoder is
+unchanged. The base goes through `linear` too: it may be a tensor, a quantized record, or another
+adaptation.
 
     params = lora(8)(key, params)
     trained, frozen = tree.partition(params, is_trained)
@@ -52,7 +53,9 @@ class Lora(NamedTuple):
 @linear.register
 def _(weight: Lora, x: Tensor) -> Tensor:
     y, wide = linear(weight.base, x), _widest(x, weight)
-    added = F.linear(F.linear(x.to(wide), weight.a.to(wide)), weight.b.to(wide)) * weight.scale.to(wide)
+    added = F.linear(F.linear(x.to(wide), weight.a.to(wide)), weight.b.to(wide)) * weight.scale.to(
+        wide
+    )
     return (y + added).to(y.dtype)
 
 
@@ -70,12 +73,15 @@ def _widest(x: Tensor, weight: Lora) -> torch.dtype:
 
 
 def is_adapted(node: object) -> bool:
-    """True for a Lora record: `is_leaf` for functions of `fa.tree` that should see the weight's own path."""
+    """True for a Lora record: `is_leaf` for functions of `fa.tree` that should see the weight's own
+    path.
+    """
     return isinstance(node, Lora)
 
 
 def is_trained(path: str, leaf: object) -> bool:
-    """True for the leaves a and b of adaptations: the predicate of `partition` for trained and frozen leaves.
+    """True for the leaves a and b of adaptations: the predicate of `partition` for trained and
+    frozen leaves.
 
     Example:
         >>> from funcattn import randomness
@@ -87,35 +93,51 @@ def is_trained(path: str, leaf: object) -> bool:
 
 
 @door
-def lora(rank: int, where: Where | None = None, *, alpha: float | None = None) -> Callable[[Tensor, Tree], Tree]:
+def lora(
+    rank: int, where: Where | None = None, *, alpha: float | None = None
+) -> Callable[[Tensor, Tree], Tree]:
     """A function (key, params) -> params with adaptations of the weights chosen.
 
-    a is uniform within 1 / sqrt(in) of zero, b is zero: the function is unchanged until b is trained.
+    a is uniform within 1 / sqrt(in) of zero, b is zero: the function is unchanged until b is
+    trained.
 
     Args:
         rank: r.
-        where: a regex that the whole path must match, or a predicate of (path, weight), as in `quantize`.
-            None chooses q, k, v, o, gate, up and down of every layer.
+        where: a regex that the whole path must match, or a predicate of (path, weight), as in
+            `quantize`. None chooses q, k, v, o, gate, up and down of every layer.
         alpha: scale is alpha / rank. None is alpha = 2 rank.
 
     Raises:
-        ValueError: nothing is chosen, or something that is no matrix, or a rank above a matrix's sizes.
+        ValueError: nothing is chosen, or something that is no matrix, or a rank above a matrix's
+            sizes.
 
     Law: the function is unchanged (test_low_rank.py::test_an_adapted_model_is_the_same_function).
     """
     if not isinstance(rank, int) or rank < 1:
-        errors.fail("lora", "rank", "1 or more", rank, "It is the number of directions that are added.")
+        errors.fail(
+            "lora", "rank", "1 or more", rank, "It is the number of directions that are added."
+        )
     if alpha is not None and not 0 < alpha < math.inf:
-        errors.fail("lora", "alpha", "above 0", alpha, "What is added is multiplied by alpha / rank.")
+        errors.fail(
+            "lora", "alpha", "above 0", alpha, "What is added is multiplied by alpha / rank."
+        )
     default = lambda path, weight: path.rpartition(".")[2] in MATRICES
     choose = default if where is None else tree.predicate("lora", where)
     scale = 2.0 if alpha is None else alpha / rank
 
     @door(name="lora(rank)")
     def adapt(key: Tensor, params: Tree) -> Tree:
-        chosen = [path for path, weight in tree.items(params, is_leaf=_is_weight) if choose(path, weight)]
+        chosen = [
+            path for path, weight in tree.items(params, is_leaf=_is_weight) if choose(path, weight)
+        ]
         if not chosen:
-            errors.fail("lora", "where", "true of some weight", "none", f"Paths are such as {tree.paths(params)[:3]}.")
+            errors.fail(
+                "lora",
+                "where",
+                "true of some weight",
+                "none",
+                f"Paths are such as {tree.paths(params)[:3]}.",
+            )
         keys = dict(zip(chosen, randomness.split(key, len(chosen)), strict=True))
 
         def adapted(path: str, weight: Weight) -> Weight:
@@ -136,7 +158,8 @@ def merge_lora(params: Tree) -> Tree:
     Raises:
         TypeError: a base that is no tensor, such as a quantized one.
 
-    Law: it computes what the adapted one does (test_low_rank.py::test_a_merged_model_is_the_same_function).
+    Law: it computes what the adapted one does
+        (test_low_rank.py::test_a_merged_model_is_the_same_function).
     """
 
     def merge(path: str, weight: Weight) -> Weight:
@@ -145,7 +168,14 @@ def merge_lora(params: Tree) -> Tree:
         base = merge(path, weight.base)
         if not isinstance(base, Tensor):
             remedy = "Dequantize the bases first, or keep the adaptation beside them."
-            errors.fail("merge_lora", f"the base at {path!r}", "a tensor", f"a {type(base).__name__}", remedy, TypeError)
+            errors.fail(
+                "merge_lora",
+                f"the base at {path!r}",
+                "a tensor",
+                f"a {type(base).__name__}",
+                remedy,
+                TypeError,
+            )
         wide = _widest(base, weight)
         return (base + weight.scale.to(wide) * weight.b.to(wide) @ weight.a.to(wide)).to(base.dtype)
 
@@ -155,7 +185,9 @@ def merge_lora(params: Tree) -> Tree:
 @door
 def without_lora(params: Tree) -> Tree:
     """The params as they were before they were adapted."""
-    return tree.map(lambda weight: weight.base if is_adapted(weight) else weight, params, is_leaf=is_adapted)
+    return tree.map(
+        lambda weight: weight.base if is_adapted(weight) else weight, params, is_leaf=is_adapted
+    )
 
 
 def _is_weight(node: object) -> bool:
@@ -166,9 +198,17 @@ def _is_weight(node: object) -> bool:
 def _begin(key: Tensor, path: str, weight: Weight, rank: int, scale: float) -> Lora:
     out, inner, dtype, device = _sizes(path, weight)
     if rank > min(out, inner):
-        errors.fail("lora", "rank", f"at most {min(out, inner)}, a size of {path!r}", rank, "A low rank is a small one.")
+        errors.fail(
+            "lora",
+            "rank",
+            f"at most {min(out, inner)}, a size of {path!r}",
+            rank,
+            "A low rank is a small one.",
+        )
     bound = inner**-0.5
-    a = randomness.uniform(key, (rank, inner), minval=-bound, maxval=bound).to(device=device, dtype=dtype)
+    a = randomness.uniform(key, (rank, inner), minval=-bound, maxval=bound).to(
+        device=device, dtype=dtype
+    )
     b = torch.zeros(out, rank, dtype=dtype, device=device)
     return Lora(weight, a, b, torch.full((), scale, dtype=torch.float32, device=device))
 
@@ -178,7 +218,13 @@ def _sizes(path: str, weight: Weight) -> tuple[int, int, torch.dtype, torch.devi
     if isinstance(weight, Tensor):
         if weight.dim() != 2 or not weight.is_floating_point():
             got = f"{weight.dtype} {errors.shape(weight)} at {path!r}"
-            errors.fail("lora", "where", "true of floating matrices (out, in)", got, "Leave norms and biases out.")
+            errors.fail(
+                "lora",
+                "where",
+                "true of floating matrices (out, in)",
+                got,
+                "Leave norms and biases out.",
+            )
         return weight.shape[0], weight.shape[1], weight.dtype, weight.device
     if is_adapted(weight):
         return weight.b.shape[0], weight.a.shape[1], weight.a.dtype, weight.a.device
@@ -187,4 +233,11 @@ def _sizes(path: str, weight: Weight) -> tuple[int, int, torch.dtype, torch.devi
         leaf = next(x for x in tree.leaves(weight) if isinstance(x, Tensor))
         return out, inner, torch.float32, leaf.device
     remedy = "Give its type a property `shape` of (out, in)."
-    errors.fail("lora", "where", "true of weights of known sizes", f"a {type(weight).__name__} at {path!r}", remedy, TypeError)
+    errors.fail(
+        "lora",
+        "where",
+        "true of weights of known sizes",
+        f"a {type(weight).__name__} at {path!r}",
+        remedy,
+        TypeError,
+    )

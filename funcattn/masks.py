@@ -9,7 +9,8 @@ finds the blocks of keys to skip from the ends of the intervals. The algebra is 
 intervals are sorted, disjoint and not adjacent, empty ones come last, so two masks that show the
 same keys hold the same intervals.
 
-Source: Wang et al., FlashMask, arXiv:2410.01359 (column-wise intervals); here they are per query, and an algebra.
+Source: Wang et al., FlashMask, arXiv:2410.01359 (column-wise intervals); here they are per query,
+    and an algebra.
 """
 
 import html
@@ -93,7 +94,13 @@ def causal(T: int, S: int | None = None, *, align: str = "upper", offset: int | 
         [[1, 1, 0], [1, 1, 1]]
     """
     if align not in ("upper", "lower"):
-        errors.fail("masks.causal", "align", '"upper" or "lower"', repr(align), "Say which corner the diagonal starts from.")
+        errors.fail(
+            "masks.causal",
+            "align",
+            '"upper" or "lower"',
+            repr(align),
+            "Say which corner the diagonal starts from.",
+        )
     if align == "lower" and S is None:
         errors.fail("masks.causal", "S", 'given with align="lower"', S, "Pass the number of keys.")
     shift = (S - T if align == "lower" and S is not None else 0) + offset
@@ -117,7 +124,13 @@ def window(T: int, size: int, *, offset: int | Tensor = 0) -> Mask:
         [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
     """
     if isinstance(size, int) and size < 1:
-        errors.fail("masks.window", "size", "at least 1", size, "A window of 1 sees the query's own key alone.")
+        errors.fail(
+            "masks.window",
+            "size",
+            "at least 1",
+            size,
+            "A window of 1 sees the query's own key alone.",
+        )
     middle = _positions(T, offset)
     return Mask(*_canonical(middle - size + 1, middle + size))
 
@@ -126,7 +139,9 @@ def window(T: int, size: int, *, offset: int | Tensor = 0) -> Mask:
 def prefix(T: int, n: int | Tensor) -> Mask:
     """Every query sees the first n keys; n is an int or an int64 tensor (*lead,)."""
     start = torch.zeros_like(_positions(T, n))
-    return Mask(*_canonical(start, start + (n.unsqueeze(-1).unsqueeze(-1) if isinstance(n, Tensor) else n)))
+    return Mask(
+        *_canonical(start, start + (n.unsqueeze(-1).unsqueeze(-1) if isinstance(n, Tensor) else n))
+    )
 
 
 @door(name="masks.sinks")
@@ -144,7 +159,14 @@ def sinks(T: int, n: int | Tensor) -> Mask:
 def padding(T: int, lengths: Tensor) -> Mask:
     """Queries of a padded batch see the keys j < length; lengths is int64 (*lead,)."""
     if not isinstance(lengths, Tensor) or lengths.is_floating_point():
-        errors.fail("masks.padding", "lengths", "an integer tensor (*lead,)", lengths, "Pass the lengths, not a mask.", TypeError)
+        errors.fail(
+            "masks.padding",
+            "lengths",
+            "an integer tensor (*lead,)",
+            lengths,
+            "Pass the lengths, not a mask.",
+            TypeError,
+        )
     return prefix(T, lengths)
 
 
@@ -171,7 +193,11 @@ def segments(ids: Tensor) -> Mask:
     distinct = 1 + (ordered[..., 1:] != ordered[..., :-1]).sum(-1)
     if errors.is_true(starts.sum(-1) > distinct):
         errors.fail(
-            "masks.segments", "ids", "one run for each document", "an id in two runs", "Give each document an id of its own."
+            "masks.segments",
+            "ids",
+            "one run for each document",
+            "an id in two runs",
+            "Give each document an id of its own.",
         )
     start = torch.where(starts, place, 0).cummax(-1).values
     stop = torch.where(ends, place + 1, T).flip(-1).cummin(-1).values.flip(-1)
@@ -235,7 +261,13 @@ def picture(m: Mask, S: int | None = None) -> str | None:
         ...##
     """
     cells = _cells(m, S)
-    return None if cells is None else "\n".join("".join(".#"[int(x)] if x in (0, 1) else "+" for x in row) for row in cells[0])
+    return (
+        None
+        if cells is None
+        else "\n".join(
+            "".join(".#"[int(x)] if x in (0, 1) else "+" for x in row) for row in cells[0]
+        )
+    )
 
 
 def _cells(m: Mask, S: int | None) -> tuple[list[list[float]], int, int] | None:
@@ -248,9 +280,12 @@ def _cells(m: Mask, S: int | None) -> tuple[list[list[float]], int, int] | None:
     if S is None:
         bounded = torch.cat([start[start < END], stop[stop < END]])
         S = max(T, int(bounded.max()) if bounded.numel() else 0)
-    edges = [(n * torch.arange(min(n, CELLS) + 1, device=start.device)) // min(n, CELLS) for n in (T, S)]
+    edges = [
+        (n * torch.arange(min(n, CELLS) + 1, device=start.device)) // min(n, CELLS) for n in (T, S)
+    ]
     low, high = edges[1][:-1], edges[1][1:]
-    overlap = torch.minimum(stop.unsqueeze(-1), high) - torch.maximum(start.unsqueeze(-1), low)  # (T, n, cells)
+    # (T, n, cells)
+    overlap = torch.minimum(stop.unsqueeze(-1), high) - torch.maximum(start.unsqueeze(-1), low)
     seen = overlap.clamp(min=0).sum(1).double()
     sums = torch.cat([seen.new_zeros(1, len(low)), seen.cumsum(0)])[edges[0]]
     area = (edges[0][1:] - edges[0][:-1]).unsqueeze(-1) * (high - low)
@@ -265,7 +300,8 @@ def _drawn(m: Mask) -> str:
     rows, T, S = cells
     size = max(3, 192 // max(len(rows), len(rows[0])))
     body = "".join(
-        f'<rect x="{x * size}" y="{y * size}" width="{size}" height="{size}" fill="#3b6ea5" fill-opacity="{share:.2f}"/>'
+        f'<rect x="{x * size}" y="{y * size}" width="{size}" height="{size}" fill="#3b6ea5" '
+        f'fill-opacity="{share:.2f}"/>'
         for y, row in enumerate(rows)
         for x, share in enumerate(row)
         if share
@@ -276,7 +312,10 @@ def _drawn(m: Mask) -> str:
     n = m.start.shape[-1]
     said = f"Mask: {T} queries, {S} keys, {n} interval{'s' if n > 1 else ''} a query{lead}"
     label = f'role="img" aria-label="{said}"'
-    return f'<div><svg width="{W + 1}" height="{H + 1}" {label}>{body}{frame}</svg><br><small>{said}</small></div>'
+    return (
+        f'<div><svg width="{W + 1}" height="{H + 1}" {label}>{body}{frame}</svg><br>'
+        f"<small>{said}</small></div>"
+    )
 
 
 def _canonical(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,12 +330,16 @@ def _canonical(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
         return start, stop
     start, order = start.sort(-1)
     reach = stop.gather(-1, order).cummax(-1).values  # the greatest stop among the intervals so far
-    begins = torch.cat([torch.ones_like(start[..., :1], dtype=torch.bool), start[..., 1:] > reach[..., :-1]], -1)
+    begins = torch.cat(
+        [torch.ones_like(start[..., :1], dtype=torch.bool), start[..., 1:] > reach[..., :-1]], -1
+    )
     # last of a group: the next interval begins another
     closes = torch.cat([begins[..., 1:], begins[..., :1]], -1)
     # Group k has the k-th smallest start and the k-th smallest stop, so sorting each pairs them
     # again.
-    return torch.where(begins, start, END).sort(-1).values, torch.where(closes, reach, END).sort(-1).values
+    return torch.where(begins, start, END).sort(-1).values, torch.where(closes, reach, END).sort(
+        -1
+    ).values
 
 
 def _positions(T: int, offset: int | Tensor) -> Tensor:
@@ -305,9 +348,17 @@ def _positions(T: int, offset: int | Tensor) -> Tensor:
         T = int(T)  # a size, which is a tensor while torch.jit traces
     if isinstance(T, (str, float, Tensor)) or T < 0:
         got = f"a {type(T).__name__}" if isinstance(T, Tensor) else repr(T)
-        errors.fail("masks", "T", "a number of queries, 0 or more", got, "Such as fa.masks.causal(q.shape[-2]).")
+        errors.fail(
+            "masks",
+            "T",
+            "a number of queries, 0 or more",
+            got,
+            "Such as fa.masks.causal(q.shape[-2]).",
+        )
     if isinstance(offset, Tensor):
-        return torch.arange(T, device=offset.device).unsqueeze(-1) + offset.unsqueeze(-1).unsqueeze(-1)
+        return torch.arange(T, device=offset.device).unsqueeze(-1) + offset.unsqueeze(-1).unsqueeze(
+            -1
+        )
     return torch.arange(T).unsqueeze(-1) + offset
 
 
@@ -317,9 +368,22 @@ def _same_queries(sign: str, a: Mask, b: Mask) -> None:
             _refuse(sign, side)
     if a.start.shape[-2] != b.start.shape[-2]:
         got = f"{a.start.shape[-2]} and {b.start.shape[-2]}"
-        errors.fail(f"Mask {sign} Mask", "both", "masks of the same number of queries T", got, "Build them with the same T.")
+        errors.fail(
+            f"Mask {sign} Mask",
+            "both",
+            "masks of the same number of queries T",
+            got,
+            "Build them with the same T.",
+        )
 
 
 def _refuse(sign: str, other: object) -> NoReturn:
     got = f"a {type(other).__name__}"
-    errors.fail(f"Mask {sign}", "the other side", "a Mask", got, "Turn the mask into booleans first with .dense(S).", TypeError)
+    errors.fail(
+        f"Mask {sign}",
+        "the other side",
+        "a Mask",
+        got,
+        "Turn the mask into booleans first with .dense(S).",
+        TypeError,
+    )

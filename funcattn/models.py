@@ -42,7 +42,9 @@ class Init(Protocol):
 class MakeCache(Protocol):
     """An empty cache with room for `size` tokens."""
 
-    def __call__(self, size: int, *, kind: Any = ..., dtype: torch.dtype | None = None) -> KVCache: ...
+    def __call__(
+        self, size: int, *, kind: Any = ..., dtype: torch.dtype | None = None
+    ) -> KVCache: ...
 
 
 class Hidden(Protocol):
@@ -296,7 +298,8 @@ def _named(f: object) -> str:
 def _check_replaceable(name: str) -> None:
     if name in ("extend", "apply"):
         remedy = (
-            "Give hidden and logits, which every verb calls; where there is no hidden state, hidden "
+            "Give hidden and logits, which every verb calls; where there is no hidden state, "
+            "hidden "
             "may return the logits and logits give them back: logits=lambda params, x: x."
         )
         wanted = "left to be made of hidden and logits"

@@ -57,7 +57,8 @@ def record(cls: Cls) -> Cls:
     def refuse(sign: str) -> Callable[..., NoReturn]:
         def method(self: object, *_: object) -> NoReturn:
             raise TypeError(
-                f"{name}: `{sign}` has no meaning for a record; it would do a tuple's work. Name a field, or use funcattn.tree."
+                f"{name}: `{sign}` has no meaning for a record; it would do a tuple's work. Name a "
+                "field, or use funcattn.tree."
             )
 
         return method
@@ -93,27 +94,43 @@ def formerly(**names: str) -> Callable[[Cls], Cls]:
         def new(options: dict[str, object]) -> dict[str, object]:
             twice = [old for old in options if names.get(old) in options]
             if twice:
-                raise TypeError(f"{cls.__name__}: {twice[0]} is {names[twice[0]]}, which is given too.")
+                raise TypeError(
+                    f"{cls.__name__}: {twice[0]} is {names[twice[0]]}, which is given too."
+                )
             return {names.get(key, key): value for key, value in options.items()}
 
         construct: Callable[..., object] = cls.__new__
         replace: Callable[..., object] = cls._replace  # pyright: ignore[reportAttributeAccessIssue]
-        setattr(cls, "__new__", functools.wraps(construct)(lambda cls, *args, **options: construct(cls, *args, **new(options))))
+        setattr(
+            cls,
+            "__new__",
+            functools.wraps(construct)(
+                lambda cls, *args, **options: construct(cls, *args, **new(options))
+            ),
+        )
         setattr(cls, "_replace", lambda self, **options: replace(self, **new(options)))
         for old, field in names.items():
-            setattr(cls, old, property(operator.attrgetter(field), doc=f"The older name of `{field}`."))
+            setattr(
+                cls, old, property(operator.attrgetter(field), doc=f"The older name of `{field}`.")
+            )
         return cls
 
     return apply
 
 
 def _describe(self: Tree) -> str:
-    fields = [f"{name}={describe(x)}" for name, x in zip(self._fields, self, strict=True) if not is_absent(x)]
+    fields = [
+        f"{name}={describe(x)}"
+        for name, x in zip(self._fields, self, strict=True)
+        if not is_absent(x)
+    ]
     return f"{type(self).__name__}({', '.join(fields)})"
 
 
 def describe(value: object) -> str:
-    """One line for a leaf or a subtree: `float32[2,3]` for a tensor, the element kind and count for a long tuple."""
+    """One line for a leaf or a subtree: `float32[2,3]` for a tensor, the element kind and count for
+    a long tuple.
+    """
     if isinstance(value, Tensor):
         sizes = ",".join(str(n) for n in value.shape)
         return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
@@ -136,17 +153,23 @@ def unfolded(name: str, value: object, *, opened: bool = True) -> str:
         return f"{line}{html.escape(f'{name}: {describe(value)}')}</div>"
     fields = getattr(value, "_fields", value if isinstance(value, dict) else range(len(value)))
     groups: list[tuple[object, object, Tree]] = []  # first name, last name, value
-    for field, item in zip(fields, value.values() if isinstance(value, dict) else value, strict=True):
+    for field, item in zip(
+        fields, value.values() if isinstance(value, dict) else value, strict=True
+    ):
         if is_absent(item) and hasattr(value, "_fields"):
             continue
         if groups and isinstance(field, int) and describe(groups[-1][2]) == describe(item):
             groups[-1] = (groups[-1][0], field, item)
         else:
             groups.append((field, field, item))
-    inner = "".join(unfolded(str(a) if a == b else f"{a} to {b}, each", item, opened=False) for a, b, item in groups)
+    inner = "".join(
+        unfolded(str(a) if a == b else f"{a} to {b}, each", item, opened=False)
+        for a, b, item in groups
+    )
     kind = type(value).__name__ if type(value) is not tuple else f"{len(value)}"
     title = html.escape(name if name == kind else f"{name}: {kind}")
-    return f"<details{' open' if opened else ''}>{SUMMARY}{title}</summary>{INDENT}{inner}</div></details>"
+    opening = f"<details{' open' if opened else ''}>"
+    return f"{opening}{SUMMARY}{title}</summary>{INDENT}{inner}</div></details>"
 
 
 MAX_ROWS = 32  # of batched statistics that are printed
@@ -160,14 +183,18 @@ def by_rows(numbers: R, line: Callable[[R], str]) -> str:
         line: the text of one row, whose fields are ().
 
     Example:
-        >>> by_rows(Attended(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])), lambda x: f"{x.out:.0f} of {x.lse:.0f}")
+        >>> by_rows(Attended(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])),
+        ...     lambda x: f"{x.out:.0f} of {x.lse:.0f}")
         '0: 1 of 3\\n1: 2 of 4'
     """
     lead = numbers[0].shape
     if not lead:
         return line(numbers)
     places = [tuple(place) for place in torch.ones(lead).nonzero()[:MAX_ROWS].tolist()]
-    lines = [f"{', '.join(map(str, place))}: {line(type(numbers)(*(x[place] for x in numbers)))}" for place in places]
+    lines = [
+        f"{', '.join(map(str, place))}: {line(type(numbers)(*(x[place] for x in numbers)))}"
+        for place in places
+    ]
     left = lead.numel() - len(places)
     return "\n".join([*lines, f"... {lead.numel()} in all"] if left else lines)
 

@@ -31,7 +31,15 @@ from torch.utils import _pytree as pytree
 
 from . import collectives
 from .core import errors
-from .core.autograd import Context, VmapInfo, closed_jvp, in_forward_mode, is_differentiable, is_recorded, untraced
+from .core.autograd import (
+    Context,
+    VmapInfo,
+    closed_jvp,
+    in_forward_mode,
+    is_differentiable,
+    is_recorded,
+    untraced,
+)
 from .core.computations import Computation, Whole, exchange
 from .core.replaying import State, Watching
 from .core.tensor_cache import versions
@@ -39,8 +47,19 @@ from .records import describe
 
 # Attributes of a tensor that no derivative depends on: f may read them of a tensor it closes over.
 METADATA = frozenset(
-    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")]
-    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point]
+    [
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")
+    ]
+    + [
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.stride,
+        Tensor.__len__,
+        Tensor.is_floating_point,
+        torch.is_floating_point,
+    ]
     + [Tensor.detach, torch.detach]
 )
 
@@ -101,7 +120,10 @@ class Guard:
         if before[0] != after[0]:
             self.refuse("one that writes into an argument", "Return a new tensor instead.")
         if before[1] != after[1]:
-            self.refuse("one that draws from torch's global generator", "Draw from a key with funcattn.random, and pass the key.")
+            self.refuse(
+                "one that draws from torch's global generator",
+                "Draw from a key with funcattn.random, and pass the key.",
+            )
         return out
 
 
@@ -128,7 +150,9 @@ class _Watch(Watching):
         if func not in METADATA:
             for x in _tensors((*args, *(kwargs or {}).values())):
                 if self._is_tracked(x):
-                    self.guard.refuse(f"one that reads a tracked {describe(x)} from outside", self.guard.remedy)
+                    self.guard.refuse(
+                        f"one that reads a tracked {describe(x)} from outside", self.guard.remedy
+                    )
         return func(*args, **(kwargs or {}))
 
     def _is_tracked(self, x: Tensor) -> bool:
@@ -169,20 +193,35 @@ class Remat(Function):
         given = [n for n, g in enumerate(cotangents) if g is not None]
         grads: list[Any] = [None] * (2 + len(x))
         if needed and given:
-            pulled = Remat.apply(ctx.computation.vjp(len(x), needed, given), None, *x, *[cotangents[n] for n in given])
+            pulled = Remat.apply(
+                ctx.computation.vjp(len(x), needed, given),
+                None,
+                *x,
+                *[cotangents[n] for n in given],
+            )
             for n, grad in zip(needed, pulled, strict=True):
                 grads[2 + n] = grad
         return tuple(grads)
 
     @closed_jvp
-    def jvp(ctx: Context, saved: list[Tensor], _: Any, __: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(
+        ctx: Context, saved: list[Tensor], _: Any, __: Any, *tangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         moved = [n for n, t in enumerate(tangents) if t is not None]
-        pushed = iter(Remat.apply(ctx.computation.jvp(len(saved), moved), None, *saved, *[tangents[n] for n in moved]))
+        pushed = iter(
+            Remat.apply(
+                ctx.computation.jvp(len(saved), moved), None, *saved, *[tangents[n] for n in moved]
+            )
+        )
         return tuple(next(pushed) if floating else None for floating in ctx.floating)
 
     @staticmethod
     def vmap(
-        info: VmapInfo, in_dims: tuple[Any, ...], computation: Computation, guard: Guard | None, *x: Tensor
+        info: VmapInfo,
+        in_dims: tuple[Any, ...],
+        computation: Computation,
+        guard: Guard | None,
+        *x: Tensor,
     ) -> tuple[Any, Any]:
         mapped = [d is not None for d in in_dims[2:]]
         first = [t if d is None else t.movedim(d, 0) for t, d in zip(x, in_dims[2:], strict=True)]
@@ -190,7 +229,9 @@ class Remat(Function):
         return out, (0,) * len(out)
 
 
-def run(computation: Computation, x: Sequence[Tensor], *, door: str, argument: str, remedy: str) -> tuple[Tensor, ...]:
+def run(
+    computation: Computation, x: Sequence[Tensor], *, door: str, argument: str, remedy: str
+) -> tuple[Tensor, ...]:
     """Rematerialize a computation, and check that it is pure; the names are for its errors."""
     state = State.of_now({t.device.type for t in x})
     return Remat.apply(Under(computation, state), Guard(door, argument, remedy, _depth()), *x)
@@ -265,7 +306,11 @@ def _call(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
         result.append([n for n, leaf in enumerate(returned) if isinstance(leaf, Tensor)])
         return tuple(returned[n] for n in result[2])
 
-    names = {"door": "remat", "argument": getattr(f, "__name__", "f"), "remedy": "Pass it as an argument, or detach() it before."}
+    names = {
+        "door": "remat",
+        "argument": getattr(f, "__name__", "f"),
+        "remedy": "Pass it as an argument, or detach() it before.",
+    }
     followed = is_recorded(x)
     # Simulated devices are a vmap, whose level would have another number when f runs again.
     if collectives.simulated():
@@ -325,5 +370,8 @@ def _traces(x: Sequence[Tensor]) -> tuple[tuple[int, ...], list[bytes]]:
     """Traces of impurity: the versions of tensors, and the states of torch's global generators."""
     if torch.compiler.is_compiling():
         return (), []
-    generators = (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()))
+    generators = (
+        torch.default_generator,
+        *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()),
+    )
     return versions(x), [generator.get_state().numpy().tobytes() for generator in generators]

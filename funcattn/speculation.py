@@ -1,14 +1,16 @@
-"""Speculative decoding that loses nothing: drafts decide the speed, never the distribution of texts.
+"""Speculative decoding: drafts decide the speed, never the distribution of texts.
 
-    rules           tokenwise, blockwise: which of the drafted tokens stay, as functions of the uniforms
+    rules           tokenwise, blockwise: which of the drafted tokens stay, of the uniforms
     acceptance      accept, acceptance_pmf: one row, static shapes, branch-free
     trees           accept_tree, accept_among: a tree of drafts, drawn without replacement or with
-    verification    log_probs_along_draft, accept_along, accept_greedy, select_state: samplers with a state along a draft
+    verification    log_probs_along_draft, accept_along, accept_greedy, select_state: samplers with
+                    a state along a draft
     decoding        speculate, stream: generate with drafts
     transcripts     transcript, Marks: a text with its accepted drafts marked
 
-The token that is emitted is distributed as the target, exactly, if `draft` holds the probabilities that the draft was drawn from:
-after temperature, filters and penalties, in the dtype that was drawn from. `sampling.log_probs` gives the logarithm of both.
+The token that is emitted is distributed as the target, exactly, if `draft` holds the probabilities
+that the draft was drawn from: after temperature, filters and penalties, in the dtype that was drawn
+from. `sampling.log_probs` gives the logarithm of both.
 """
 
 from .decoding.speculative.acceptance import Accepted, accept, acceptance_pmf
@@ -16,7 +18,13 @@ from .decoding.speculative.decoding import Piece, Speculated, Stats, speculate, 
 from .decoding.speculative.rules import Regions, Rule, blockwise, tokenwise
 from .decoding.speculative.transcripts import Marks, Span, Transcript, transcript
 from .decoding.speculative.trees import Branched, accept_among, accept_tree, tree_pmf
-from .decoding.speculative.verification import AlongDraft, accept_along, accept_greedy, log_probs_along_draft, select_state
+from .decoding.speculative.verification import (
+    AlongDraft,
+    accept_along,
+    accept_greedy,
+    log_probs_along_draft,
+    select_state,
+)
 
 # Earlier names, which go on working.
 Along, laws_along, matched, rewind = AlongDraft, log_probs_along_draft, accept_greedy, select_state

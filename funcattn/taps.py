@@ -36,7 +36,11 @@ def listener() -> Listener | None:
 
 def heard() -> bool:
     """True inside `listening`, outside of torch.compile."""
-    return not torch.compiler.is_dynamo_compiling() and _listener.get() is not None and not torch.compiler.is_compiling()
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and _listener.get() is not None
+        and not torch.compiler.is_compiling()
+    )
 
 
 @contextmanager

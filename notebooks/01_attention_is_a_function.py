@@ -20,7 +20,9 @@ from torch.func import grad, hessian, jvp, vmap
 import funcattn as fa
 
 H, T, D = 2, 48, 16
-q, k, v, tangent = (fa.random.normal(key, (H, T, D), torch.float64) for key in fa.split(fa.key(0), 4))
+q, k, v, tangent = (
+    fa.random.normal(key, (H, T, D), torch.float64) for key in fa.split(fa.key(0), 4)
+)
 mask = fa.masks.causal(T) & (fa.masks.window(T, 16) | fa.masks.sinks(T, 4))
 mask
 
@@ -67,7 +69,11 @@ def everything(attention):
         "hvp, reverse over reverse": grad(lambda q: (grad(loss)(q) * tangent).sum())(q),
         "hessian of a temperature": hessian(temperature)(torch.tensor(1.0, dtype=torch.float64)),
         "vmap(grad) over queries": vmap(grad(loss))(torch.stack([q * n for n in range(5)])),
-        "jvp of vmap(grad)": jvp(lambda v: vmap(lambda q: grad(loss)(q, k, v))(torch.stack([q, tangent])), (v,), (tangent,))[1],
+        "jvp of vmap(grad)": jvp(
+            lambda v: vmap(lambda q: grad(loss)(q, k, v))(torch.stack([q, tangent])),
+            (v,),
+            (tangent,),
+        )[1],
     }
 
 
@@ -112,7 +118,12 @@ for T in lengths:
 
 
 def measured(kernel, *lengths):
-    done = subprocess.run([sys.executable, "-c", PROGRAM, kernel, *map(str, lengths)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, kernel, *map(str, lengths)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
 
 
@@ -124,14 +135,22 @@ figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=110, layout="constrained")
 axes.loglog(*zip(*matrix, strict=True), "o-", color="#c8553d", label="dense")
 last_T, last = matrix[-1]
 beyond = [(n * last_T, last * n * n) for n in (1, 2, 4)]
-axes.loglog(*zip(*beyond, strict=True), "o:", color="#c8553d", markerfacecolor="white", label="dense, by its law")
+axes.loglog(
+    *zip(*beyond, strict=True),
+    "o:",
+    color="#c8553d",
+    markerfacecolor="white",
+    label="dense, by its law",
+)
 axes.loglog(*zip(*closed, strict=True), "o-", color="#3b6ea5", label="streaming")
 for (x, y), side in ((beyond[-1], (-8, -4)), (closed[-1], (-8, 8))):
     text = f"{y / 1024:.1f} GiB" if y > 1024 else f"{y:.0f} MiB"
     axes.annotate(text, (x, y), xytext=side, textcoords="offset points", ha="right")
 axes.set_xticks([1024, 2048, 4096, 8192, 16384], ["1k", "2k", "4k", "8k", "16k"], minor=False)
 axes.set_xticks([], minor=True)
-axes.set(xlabel="T, tokens", ylabel="MiB at the peak", title="A Hessian-vector product of attention")
+axes.set(
+    xlabel="T, tokens", ylabel="MiB at the peak", title="A Hessian-vector product of attention"
+)
 axes.grid(alpha=0.3)
 axes.legend()
 plt.show()

@@ -80,7 +80,9 @@ assert fa.tree.allclose(past, again, rtol=0, atol=0)
 
 # %%
 shared, tails = fa.tree.nbytes(past), fa.tree.nbytes(after.tail)
-print(f"a future by the loop {loop_seconds:.2f} s, by vmap {vmap_seconds:.2f} s: {loop_seconds / vmap_seconds:.1f} times as fast")
+print(
+    f"a future by the loop {loop_seconds:.2f} s, by vmap {vmap_seconds:.2f} s: {loop_seconds / vmap_seconds:.1f} times as fast"
+)
 print(f"one past {shared / 2**20:.1f} MiB + 32 tails {tails / 2**20:.1f} MiB")
 
 per_token = shared / (len(prompt) + 1)  # a past has one row of scratch
@@ -103,7 +105,10 @@ def spell(ids):
 
 def agreement(rows):
     """How many tokens the rows begin with alike."""
-    return next((n for n, column in enumerate(zip(*rows, strict=True)) if len(set(column)) > 1), len(rows[0]))
+    return next(
+        (n for n, column in enumerate(zip(*rows, strict=True)) if len(set(column)) > 1),
+        len(rows[0]),
+    )
 
 
 def draw(axes, rows, column, line):
@@ -122,12 +127,15 @@ def draw(axes, rows, column, line):
     t = torch.linspace(0, 1, 40)
     for height, count in children:
         x, y = end + 1 + 5 * t, root + (height - root) * t * t * (3 - 2 * t)
-        axes.plot(x, y, color="#8fb8d0", linewidth=1.4 * count**0.5, solid_capstyle="butt", zorder=0)
+        axes.plot(
+            x, y, color="#8fb8d0", linewidth=1.4 * count**0.5, solid_capstyle="butt", zorder=0
+        )
     axes.text(column, root, text, family="DejaVu Sans Mono", fontsize=SIZE, va="center")
     return root, furthest
 
 
-SIZE, COLUMN, LINE = 9, 9 / 120, 0.25  # points; inches: at 120 dots an inch a letter of this size is 9 dots wide
+# points; inches: at 120 dots an inch a letter of this size is 9 dots wide
+SIZE, COLUMN, LINE = 9, 9 / 120, 0.25
 rows = [prompt.tolist() + ids for ids in sorted(futures.tolist())]
 figure = plt.figure(dpi=120)
 axes = figure.add_axes((0, 0, 1, 1))

@@ -14,7 +14,11 @@ import funcattn as fa
 
 config, params, tokenizer = fa.load("smollm2-135m")
 model = fa.decoder(config)
-text = torch.tensor(tokenizer.encode("The ferry leaves at nine. By the time the fog lifts, the island is already behind it."))
+text = torch.tensor(
+    tokenizer.encode(
+        "The ferry leaves at nine. By the time the fog lifts, the island is already behind it."
+    )
+)
 fa.tree.summary(params)
 
 # %% [markdown]
@@ -63,7 +67,9 @@ print(f"loss {float(fa.loss(model, params, text)):.3f}, in eight bits {float(eig
 report = fa.quantization.report(params, four)
 kinds = ["q", "k", "v", "o", "gate", "up", "down"]
 error = {row.path: row.error for row in report}
-grid = torch.tensor([[error[f"layers.{layer}.{kind}"] for layer in range(config.layers)] for kind in kinds])
+grid = torch.tensor(
+    [[error[f"layers.{layer}.{kind}"] for layer in range(config.layers)] for kind in kinds]
+)
 
 figure, axes = plt.subplots(figsize=(7.2, 2.6), dpi=110, layout="constrained")
 picture = axes.imshow(100 * grid, aspect="auto", cmap="YlGnBu")
@@ -120,9 +126,15 @@ assert abs(loss(alone, text) - losses[-1][2]) < 0.02
 
 # %%
 figure, axes = plt.subplots(figsize=(5.6, 3), dpi=110, layout="constrained")
-for rate, curve, color in zip(rates, torch.stack(losses).T, ["#8fb8d0", "#3b6ea5", "#1b3a57", "#c8553d"], strict=True):
+for rate, curve, color in zip(
+    rates, torch.stack(losses).T, ["#8fb8d0", "#3b6ea5", "#1b3a57", "#c8553d"], strict=True
+):
     axes.plot(curve, "o-", color=color, label=f"rate {rate:g}")
-axes.set(xlabel="step", ylabel="loss on the text", title="Four adaptations at once, one base in four bits")
+axes.set(
+    xlabel="step",
+    ylabel="loss on the text",
+    title="Four adaptations at once, one base in four bits",
+)
 axes.legend()
 axes.grid(alpha=0.3)
 plt.show()

@@ -52,7 +52,8 @@ plt.show()
 
 # %%
 N, DRAWS = 3, 20_000
-target = torch.softmax(1.2 * fa.random.normal(fa.key(1), (N + 1, V), torch.float64), -1)  # the model's law at each place
+# the model's law at each place
+target = torch.softmax(1.2 * fa.random.normal(fa.key(1), (N + 1, V), torch.float64), -1)
 draft = torch.softmax(1.2 * fa.random.normal(fa.key(2), (N, V), torch.float64), -1)  # the draft's
 
 
@@ -98,7 +99,9 @@ for name, found in (("token by token", tokenwise), ("block", blockwise)):
     frequencies = torch.bincount(found.tokens[:, 0], minlength=V) / DRAWS
     chi_square = float(DRAWS * ((frequencies - target[0]) ** 2 / target[0]).sum())
     mean = float(found.count.double().mean())
-    print(f"{name:<15} chi-square {chi_square:4.1f} with {V - 1} degrees of freedom, {mean:.3f} of {N} kept")
+    print(
+        f"{name:<15} chi-square {chi_square:4.1f} with {V - 1} degrees of freedom, {mean:.3f} of {N} kept"
+    )
     assert chi_square < 26.1  # one in a thousand is above
 
 # %% [markdown]
@@ -110,7 +113,9 @@ for name, found in (("token by token", tokenwise), ("block", blockwise)):
 def stays(logits):
     """The chance that a draft of one token stays, over all that it may be."""
     law = logits.softmax(-1)
-    pmf = vmap(lambda x: fa.speculation.acceptance_pmf(target[:2], law[None], x[None], check=False))(torch.arange(V))
+    pmf = vmap(
+        lambda x: fa.speculation.acceptance_pmf(target[:2], law[None], x[None], check=False)
+    )(torch.arange(V))
     return (law * pmf[:, 1]).sum()
 
 
@@ -118,7 +123,9 @@ logits = draft[0].log()
 before = float(stays(logits))
 for _ in range(30):
     logits = logits + 5 * grad(stays)(logits)
-print(f"a drafted token stays with probability {before:.2f}, after 30 steps uphill {float(stays(logits)):.2f}")
+print(
+    f"a drafted token stays with probability {before:.2f}, after 30 steps uphill {float(stays(logits)):.2f}"
+)
 
 # %% [markdown]
 # ## A model drafts for itself
@@ -145,7 +152,9 @@ drafters = {
     "int4 of itself": fa.drafters.model(model, fa.quantize(fa.int4(group=64))(params), length=3),
     "the text itself": fa.drafters.prompt_lookup(length=3),
 }
-calls = {"no draft": plain} | {name: (lambda drafter=drafter: drafted(drafter)) for name, drafter in drafters.items()}
+calls = {"no draft": plain} | {
+    name: (lambda drafter=drafter: drafted(drafter)) for name, drafter in drafters.items()
+}
 results = {name: call() for name, call in calls.items()}  # compiles
 
 # %% [markdown]
@@ -165,10 +174,19 @@ speed = {name: steps / min(times) for name, times in seconds.items()}
 
 figure, axes = plt.subplots(figsize=(6.4, 2.2), dpi=110, layout="constrained")
 names = list(calls)[::-1]
-bars = axes.barh(names, [speed[name] for name in names], color=[PALE if name == "no draft" else BLUE for name in names])
-share = {name: "" if name == "no draft" else f", {float(results[name].stats.acceptance):.0%} kept" for name in names}
+bars = axes.barh(
+    names,
+    [speed[name] for name in names],
+    color=[PALE if name == "no draft" else BLUE for name in names],
+)
+share = {
+    name: "" if name == "no draft" else f", {float(results[name].stats.acceptance):.0%} kept"
+    for name in names
+}
 axes.bar_label(bars, [f"{speed[name]:.0f}{share[name]}" for name in names], padding=4)
-axes.set(xlabel="tokens/s, prefill included", title=f"SmolLM2-135M, {steps} tokens, on this machine")
+axes.set(
+    xlabel="tokens/s, prefill included", title=f"SmolLM2-135M, {steps} tokens, on this machine"
+)
 axes.set_xlim(0, 1.35 * max(speed.values()))
 plt.show()
 
@@ -176,7 +194,9 @@ plt.show()
 # Which of the tokens were drafted:
 
 # %%
-pieces = fa.speculation.stream(fa.key(0), model, params, drafters["int4 of itself"], prompt, steps=steps, tokenizer=tokenizer)
+pieces = fa.speculation.stream(
+    fa.key(0), model, params, drafters["int4 of itself"], prompt, steps=steps, tokenizer=tokenizer
+)
 fa.speculation.transcript(pieces, tokenizer)
 
 # %% [markdown]

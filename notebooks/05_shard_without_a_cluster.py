@@ -82,7 +82,9 @@ for name, nested in {
 # `shard_map` binds the name of the axis, and the decoder's own `psum`, which is the identity on one device, now speaks.
 
 # %%
-config = fa.Config(vocabulary=64, width=32, layers=2, heads=8, kv_heads=4, head_size=4, feed_forward=64)
+config = fa.Config(
+    vocabulary=64, width=32, layers=2, heads=8, kv_heads=4, head_size=4, feed_forward=64
+)
 model = fa.decoder(config)
 params = fa.cast(torch.float64)(model.init(fa.key(1)))
 tokens = torch.tensor([5, 3, 8, 9, 7, 9, 3, 2])
@@ -139,7 +141,14 @@ dist.destroy_process_group()
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "program.py"
     file.write_text(PROGRAM)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(file)]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(file),
+    ]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
 print(done.stdout)
 assert done.stdout.splitlines()[0].split() == [str(token) for token in written.tolist()]
@@ -153,13 +162,28 @@ assert done.stdout.splitlines()[0].split() == [str(token) for token in written.t
 # measurement.
 
 # %%
-llama = fa.Config(vocabulary=128256, width=4096, layers=32, heads=32, kv_heads=8, head_size=128, feed_forward=14336)
+llama = fa.Config(
+    vocabulary=128256,
+    width=4096,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_size=128,
+    feed_forward=14336,
+)
 counts = [1, 2, 4, 8]
 figure, axes = plt.subplots(figsize=(6, 3), dpi=110, layout="constrained")
-for label, tokens_read, color in (("reading 4096 tokens", 4096, "#3b6ea5"), ("decoding one", 1, "#c8553d")):
+for label, tokens_read, color in (
+    ("reading 4096 tokens", 4096, "#3b6ea5"),
+    ("decoding one", 1, "#c8553d"),
+):
     efficiency = [cost(llama, {"tensor": n}, tokens=tokens_read).efficiency for n in counts]
     axes.plot(counts, efficiency, "o-", color=color, label=label)
-axes.set(xlabel="devices of the axis tensor", ylabel="compute, share of the time", title="Llama 3 8B in 16 bits, by the model")
+axes.set(
+    xlabel="devices of the axis tensor",
+    ylabel="compute, share of the time",
+    title="Llama 3 8B in 16 bits, by the model",
+)
 axes.set_ylim(0, 1.05)
 axes.set_xticks(counts)
 axes.grid(alpha=0.3)

@@ -16,7 +16,13 @@ from hypothesis.errors import NoSuchExample
 import funcattn as fa
 from funcattn.testing import check_transforms, laws, strategies
 
-SEARCH = settings(derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+SEARCH = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=list(HealthCheck),
+)
 
 # %% [markdown]
 # ## A kernel
@@ -41,7 +47,9 @@ def streaming(q, k, v, mask, rescale):
     most, mass, out = -torch.inf, 0.0, 0.0
     for s in range(0, k.shape[-2], BLOCK):
         block = slice(s, s + BLOCK)
-        logits = torch.where(seen[..., block], q @ k[..., block, :].mT / q.shape[-1] ** 0.5, -torch.inf)
+        logits = torch.where(
+            seen[..., block], q @ k[..., block, :].mT / q.shape[-1] ** 0.5, -torch.inf
+        )
         new = torch.maximum(torch.as_tensor(most).to(logits), logits.amax(-1, keepdim=True))
         shift = torch.where(new.isinf(), 0, new)
         old = torch.exp(most - shift)
@@ -49,7 +57,9 @@ def streaming(q, k, v, mask, rescale):
         mass = mass * old + P.sum(-1, keepdim=True)
         out = out * (old if rescale else 1) + P @ v[..., block, :]
         most = new
-    return torch.where(torch.as_tensor(mass) > 0, out / torch.where(torch.as_tensor(mass) > 0, mass, 1), 0)
+    return torch.where(
+        torch.as_tensor(mass) > 0, out / torch.where(torch.as_tensor(mass) > 0, mass, 1), 0
+    )
 
 
 def wrong(q, k, v, mask):
@@ -88,7 +98,11 @@ def complaint(law, kernel, problem):
 
 
 law = laws.kernels.agrees_with_the_reference
-smallest = find(strategies.problems(), lambda problem: complaint(law, wrong, problem) is not None, settings=SEARCH)
+smallest = find(
+    strategies.problems(),
+    lambda problem: complaint(law, wrong, problem) is not None,
+    settings=SEARCH,
+)
 print(smallest)
 print()
 print(textwrap.fill(complaint(law, wrong, smallest), 110))
@@ -107,7 +121,11 @@ for each in laws.kernel:
     found = {}
     for name, kernel in (("wrong", wrong), ("right", right)):
         try:
-            find(strategies.problems(), lambda problem, k=kernel, f=each: complaint(f, k, problem) is not None, settings=SEARCH)
+            find(
+                strategies.problems(),
+                lambda problem, k=kernel, f=each: complaint(f, k, problem) is not None,
+                settings=SEARCH,
+            )
             found[name] = "broken"
         except NoSuchExample:
             found[name] = "kept"

@@ -39,10 +39,12 @@ question, answer = "Q: Which city is the capital of Iceland? A:", " Reykjavik"
 
 encoded = [tokenizer.encode(sentence) for sentence in sentences]
 longest = max(map(len, encoded))
-tokens = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in encoded])  # (12, T), padded at the end
+# (12, T), padded at the end
+tokens = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in encoded])
 lengths = torch.tensor([len(ids) for ids in encoded])
 asked = torch.tensor(tokenizer.encode(question) + tokenizer.encode(answer))
-scored = torch.arange(len(asked) - 1) >= len(tokenizer.encode(question)) - 1  # the answer alone counts
+# the answer alone counts
+scored = torch.arange(len(asked) - 1) >= len(tokenizer.encode(question)) - 1
 
 # %% [markdown]
 # The loss of one sentence, and the loss of the question. Written for one.
@@ -77,7 +79,8 @@ for each in zip(tokens, lengths, strict=True):
     slope = grad(loss)(params, *each)
     naive.append(dot(wanted, slope))
     naive_seconds += time.perf_counter() - begun
-    change.append(asking(fa.tree.map(lambda x, g: x - rate * g, params, slope)) - asking(params))  # for later
+    # for later
+    change.append(asking(fa.tree.map(lambda x, g: x - rate * g, params, slope)) - asking(params))
 naive, change = torch.stack(naive), torch.stack(change)
 
 # %% [markdown]
@@ -99,7 +102,9 @@ jvp_seconds = time.perf_counter() - begun
 assert torch.allclose(influence, naive, rtol=1e-2, atol=1e-3 * float(naive.abs().max()))
 each_gradient = fa.tree.nbytes(params) / 2**20
 print(f"gradients one by one {naive_seconds:.1f} s, one jvp {jvp_seconds:.1f} s")
-print(f"twelve gradients at once would be {12 * each_gradient:.0f} MiB; the jvp holds one tangent, {each_gradient:.0f} MiB")
+print(
+    f"twelve gradients at once would be {12 * each_gradient:.0f} MiB; the jvp holds one tangent, {each_gradient:.0f} MiB"
+)
 
 # %% [markdown]
 # ## Is it true?
@@ -110,7 +115,9 @@ print(f"twelve gradients at once would be {12 * each_gradient:.0f} MiB; the jvp 
 # this model too, not about Iceland.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), dpi=110, layout="constrained", width_ratios=[3, 2])
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(9.2, 3.6), dpi=110, layout="constrained", width_ratios=[3, 2]
+)
 order = influence.argsort()
 colors = ["#3b6ea5" if value > 0 else "#c8553d" for value in influence[order]]
 left.barh([sentences[i] for i in order], influence[order], color=colors)
@@ -118,7 +125,11 @@ left.set(xlabel="influence on the answer", title="Which sentence helps with the 
 left.tick_params("y", labelsize=8)
 right.axline((0, 0), slope=1, color="#ccc", zorder=0)
 right.scatter(-1000 * rate * influence, 1000 * change, color="#3b6ea5", s=18)
-right.set(xlabel="foretold, thousandths", ylabel="after the step, thousandths", title="Change of the answer's loss")
+right.set(
+    xlabel="foretold, thousandths",
+    ylabel="after the step, thousandths",
+    title="Change of the answer's loss",
+)
 plt.show()
 assert torch.corrcoef(torch.stack([-rate * influence, change]))[0, 1] > 0.95
 
@@ -130,10 +141,16 @@ assert torch.corrcoef(torch.stack([-rate * influence, change]))[0, 1] > 0.95
 
 # %%
 part, rest = fa.tree.partition(params, lambda path, _: path in ("layers.29.o", "layers.29.down"))
-per_sample = vmap(grad(lambda part, *each: loss(fa.tree.combine(part, rest), *each)), (None, 0, 0))(part, tokens, lengths)
+per_sample = vmap(grad(lambda part, *each: loss(fa.tree.combine(part, rest), *each)), (None, 0, 0))(
+    part, tokens, lengths
+)
 norms = sum(leaf.flatten(1).square().sum(1) for leaf in fa.tree.leaves(per_sample)).sqrt()
 
-alone = fa.tree.leaves(fa.tree.partition(grad(loss)(params, tokens[3], lengths[3]), lambda path, _: path == "layers.29.o")[0])[0]
+alone = fa.tree.leaves(
+    fa.tree.partition(
+        grad(loss)(params, tokens[3], lengths[3]), lambda path, _: path == "layers.29.o"
+    )[0]
+)[0]
 assert torch.allclose(per_sample.layers[29].o[3], alone, atol=1e-4 * float(alone.abs().max()))
 for i in norms.argsort(descending=True)[:4]:
     print(f"{float(norms[i]):6.2f}  {sentences[i]}")

@@ -47,7 +47,10 @@ def scaled(factors):
 
 
 one, step = torch.ones(heads), 0.05
-rows = [(grad(scaled)(one + step * e) - grad(scaled)(one - step * e)) / (2 * step) for e in torch.eye(heads)]
+rows = [
+    (grad(scaled)(one + step * e) - grad(scaled)(one - step * e)) / (2 * step)
+    for e in torch.eye(heads)
+]
 differences = torch.stack(rows)
 
 # %% [markdown]
@@ -88,7 +91,10 @@ def block(layer):
     shapes, sizes = [m.shape for m in matrices], [m.numel() for m in matrices]
 
     def loss(flat):
-        new = {name: x.view(shape) for name, x, shape in zip(names, flat.split(sizes), shapes, strict=True)}
+        new = {
+            name: x.view(shape)
+            for name, x, shape in zip(names, flat.split(sizes), shapes, strict=True)
+        }
         layers = list(params.layers)
         layers[layer] = layers[layer]._replace(**new)
         return fa.loss(model, params._replace(layers=tuple(layers)), tokens)
@@ -108,7 +114,11 @@ def lanczos(hvp, n, products, key):
             w = w - Q.mT @ (Q @ w)
         beside.append(w.norm())
         basis.append(w / w.norm())
-    T = torch.diag(torch.stack(diagonal)) + torch.diag(torch.stack(beside[:-1]), 1) + torch.diag(torch.stack(beside[:-1]), -1)
+    T = (
+        torch.diag(torch.stack(diagonal))
+        + torch.diag(torch.stack(beside[:-1]), 1)
+        + torch.diag(torch.stack(beside[:-1]), -1)
+    )
     values, vectors = torch.linalg.eigh(T.double())
     return values, vectors[0] ** 2
 
@@ -118,16 +128,37 @@ for layer in (20, 29):
     flat, loss = block(layer)
     slope = grad(loss)
     begun = time.perf_counter()
-    spectra[layer] = lanczos(lambda v, slope=slope, flat=flat: jvp(slope, (flat,), (v,))[1], len(flat), PRODUCTS, fa.key(1))
+    spectra[layer] = lanczos(
+        lambda v, slope=slope, flat=flat: jvp(slope, (flat,), (v,))[1],
+        len(flat),
+        PRODUCTS,
+        fa.key(1),
+    )
     seconds.append((time.perf_counter() - begun) / PRODUCTS)
-print(", ".join(f"layer {layer}: {s:.2f} s a product" for layer, s in zip(spectra, seconds, strict=True)))
+print(
+    ", ".join(
+        f"layer {layer}: {s:.2f} s a product" for layer, s in zip(spectra, seconds, strict=True)
+    )
+)
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.2), dpi=110, layout="constrained")
 for (layer, (values, weights)), color in zip(spectra.items(), ["#c8553d", "#3b6ea5"], strict=True):
     axes.vlines(values, 1e-9, weights, color=color, linewidth=1.5)
-    axes.plot(values, weights, "o", color=color, markersize=4, label=f"layer {layer}, from {values[0]:.2f} to {values[-1]:.2f}")
-axes.set(yscale="log", xlabel="eigenvalue", ylabel="weight", title="The Hessian of the loss in one layer, by Lanczos")
+    axes.plot(
+        values,
+        weights,
+        "o",
+        color=color,
+        markersize=4,
+        label=f"layer {layer}, from {values[0]:.2f} to {values[-1]:.2f}",
+    )
+axes.set(
+    yscale="log",
+    xlabel="eigenvalue",
+    ylabel="weight",
+    title="The Hessian of the loss in one layer, by Lanczos",
+)
 axes.set_xscale("symlog", linthresh=0.1)
 axes.axvline(0, color="#ccc", zorder=0)
 axes.legend()
@@ -159,7 +190,12 @@ assert 0.7 < sharpness / float(spectra[29][0].abs().max()) < 1.02
 # %%
 floating = fa.tree.partition(params, "floating")[0]
 keys = fa.split(fa.key(3), len(fa.tree.leaves(floating)))
-signs = iter([fa.random.bernoulli(key, 0.5, leaf.shape) for key, leaf in zip(keys, fa.tree.leaves(floating), strict=True)])
+signs = iter(
+    [
+        fa.random.bernoulli(key, 0.5, leaf.shape)
+        for key, leaf in zip(keys, fa.tree.leaves(floating), strict=True)
+    ]
+)
 v = fa.tree.map(lambda leaf: torch.where(next(signs), 1.0, -1.0).to(leaf.dtype), params)
 few = tokens[:24]
 begun = time.perf_counter()

@@ -29,7 +29,12 @@ transformers.utils.logging.disable_progress_bar()
 # %%
 torch.manual_seed(0)  # nn.Module draws its weights from torch's generator
 layer = torch.nn.TransformerEncoderLayer(
-    d_model=32, nhead=4, dim_feedforward=64, activation="gelu", batch_first=True, dtype=torch.float64
+    d_model=32,
+    nhead=4,
+    dim_feedforward=64,
+    activation="gelu",
+    batch_first=True,
+    dtype=torch.float64,
 )
 encoder = torch.nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False).eval()
 x, tangent = (fa.random.normal(key, (2, 24, 32), torch.float64) for key in fa.split(fa.key(0)))
@@ -88,7 +93,11 @@ assert all(torch.allclose(per_sample[name][1], one[name], atol=1e-12) for name i
 # %%
 with tempfile.TemporaryDirectory() as folder:
     fa.save(folder, *fa.load("smollm2-135m"))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval().requires_grad_(False)
+    theirs = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+        .eval()
+        .requires_grad_(False)
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
 text = "The keeper of the old lighthouse opened the heavy door and saw the"
@@ -111,12 +120,15 @@ def surprise(embedded):
 # each word one Hessian-vector product.
 
 # %%
-words = torch.eye(ids.shape[1])[:, None, :, None] * embedded  # one row for each word: its embedding, zero elsewhere
+# one row for each word: its embedding, zero elsewhere
+words = torch.eye(ids.shape[1])[:, None, :, None] * embedded
 
 with fa.interop.override_sdpa():
     slope = grad(surprise)(embedded)
     first = (slope * words).sum((1, 2, 3))
-    second = torch.stack([(jvp(grad(surprise), (embedded,), (word,))[1] * word).sum() for word in words])
+    second = torch.stack(
+        [(jvp(grad(surprise), (embedded,), (word,))[1] * word).sum() for word in words]
+    )
 
 # %% [markdown]
 # Is it so? Shrink the embedding of a word by a tenth, run the model, and compare with what the first and the second order foretold.
@@ -151,14 +163,18 @@ assert off["second order"] < off["first order"]
 fa.interop.register_transformers()
 theirs.set_attn_implementation("funcattn")
 tokenizer.pad_token = tokenizer.eos_token
-batch = tokenizer(["The sea is", "The mountains are high and the", "A loaf of"], padding=True, return_tensors="pt")
+batch = tokenizer(
+    ["The sea is", "The mountains are high and the", "A loaf of"], padding=True, return_tensors="pt"
+)
 apply, params = fa.interop.functional(theirs)
 name = "model.layers.29.mlp.down_proj.weight"
 
 
 def loss_of(weight, ids, mask):
     """The loss of one padded prompt, as a function of one matrix."""
-    logits = apply(params | {name: weight}, ids[None], attention_mask=mask[None], use_cache=False).logits[0, :-1]
+    logits = apply(
+        params | {name: weight}, ids[None], attention_mask=mask[None], use_cache=False
+    ).logits[0, :-1]
     log_p = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
     return -(log_p * mask[1:]).sum() / mask[1:].sum()
 

@@ -68,7 +68,8 @@ parts = [
     for begin, n in zip(torch.tensor([0, *lengths]).cumsum(0).tolist(), lengths, strict=False)
 ]
 assert torch.allclose(packed, torch.cat(parts, 1), atol=1e-5)
-hvp = jvp(grad(lambda q: fa.attention(q, k, v, mask).square().sum()), (q,), (q,))[1]  # where a NestedTensor stops
+# where a NestedTensor stops
+hvp = jvp(grad(lambda q: fa.attention(q, k, v, mask).square().sum()), (q,), (q,))[1]
 mask
 
 # %% [markdown]
@@ -90,7 +91,9 @@ assert torch.allclose(compiled(q), slope(q), atol=1e-4)
 # %%
 config, params, tokenizer = fa.load("smollm2-135m")
 prompt = torch.tensor(
-    tokenizer.encode("The three largest cities of France are Paris, Marseille and Lyon. The largest of Spain are")
+    tokenizer.encode(
+        "The three largest cities of France are Paris, Marseille and Lyon. The largest of Spain are"
+    )
 )
 steps = 32
 
@@ -104,7 +107,9 @@ ladder = {
     "int8": lambda: fa.generate(fa.key(0), model, eight, prompt, steps=steps)[0],
     "int4": lambda: fa.generate(fa.key(0), model, four, prompt, steps=steps)[0],
     "speculate, int4 drafts": lambda: (
-        fa.speculate(fa.key(0), model, params, fa.drafters.model(model, four, length=3), prompt, steps=steps)[0].tokens
+        fa.speculate(
+            fa.key(0), model, params, fa.drafters.model(model, four, length=3), prompt, steps=steps
+        )[0].tokens
     ),
 }
 texts = {name: call() for name, call in ladder.items()}  # waits for the compiler
@@ -150,8 +155,18 @@ few = 8  # tokens; they take their time
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "program.py"
     file.write_text(PROGRAM)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(file), str(few)]
-    done = subprocess.run([*run, *map(str, prompt.tolist())], capture_output=True, text=True, check=True)
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=3",
+        str(file),
+        str(few),
+    ]
+    done = subprocess.run(
+        [*run, *map(str, prompt.tolist())], capture_output=True, text=True, check=True
+    )
 took, *written = done.stdout.split()
 assert [int(token) for token in written] == texts["eager"][:few].tolist()
 
@@ -171,9 +186,16 @@ speed["eager, 3 processes"] = few / float(took)
 figure, axes = plt.subplots(figsize=(7, 3.2), dpi=110, layout="constrained")
 names = list(speed)[::-1]
 lossless = [name not in ("int8", "int4") for name in names]
-bars = axes.barh(names, [speed[name] for name in names], color=[BLUE if same else PALE for same in lossless])
-axes.bar_label(bars, [f"{speed[name]:.0f}   {speed[name] / speed['eager']:.2f}x" for name in names], padding=4)
-axes.set(xlabel="tokens/s, prefill included", title=f"SmolLM2-135M, batch one, {torch.get_num_threads()} thread(s), this machine")
+bars = axes.barh(
+    names, [speed[name] for name in names], color=[BLUE if same else PALE for same in lossless]
+)
+axes.bar_label(
+    bars, [f"{speed[name]:.0f}   {speed[name] / speed['eager']:.2f}x" for name in names], padding=4
+)
+axes.set(
+    xlabel="tokens/s, prefill included",
+    title=f"SmolLM2-135M, batch one, {torch.get_num_threads()} thread(s), this machine",
+)
 axes.set_xlim(0, 1.25 * max(speed.values()))
 plt.show()
 

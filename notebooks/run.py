@@ -3,8 +3,9 @@
     python notebooks/run.py                 run all; fail if one raises, or if a committed notebook differs from its script
     python notebooks/run.py --keep 04 07    run these and write 04_*.ipynb and 07_*.ipynb with what came out
 
-A notebook is two files: `NN_name.py`, in the percent format, is what is written, read and reviewed; `NN_name.ipynb` is the same
-cells with their outputs, for people who look. Nobody edits the second by hand, or does so with jupytext, which pairs the two.
+A notebook is two files: `NN_name.py`, in the percent format, is what is written, read and reviewed;
+`NN_name.ipynb` is the same cells with their outputs, for people who look. Nobody edits the second
+by hand, or does so with jupytext, which pairs the two.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).parent
-PICTURES = {"02_the_past_is_a_value": FOLDER.parent / "docs" / "assets" / "futures.png"}  # that other pages show too
+# that other pages show too
+PICTURES = {"02_the_past_is_a_value": FOLDER.parent / "docs" / "assets" / "futures.png"}
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
@@ -56,8 +58,14 @@ def complaints(script: Path) -> list[str]:
 
 def picture(notebook: Any) -> bytes:
     """The first picture of a notebook, as a file of PNG."""
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    return base64.b64decode(next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})))
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
+    return base64.b64decode(
+        next(
+            output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})
+        )
+    )
 
 
 def executed(script: Path, limit: int) -> Any:
@@ -66,13 +74,19 @@ def executed(script: Path, limit: int) -> Any:
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # random ones would change with every run
-    client = NotebookClient(notebook, timeout=limit, kernel_name=KERNEL["name"], extra_arguments=["--log-level=ERROR"])
+    client = NotebookClient(
+        notebook, timeout=limit, kernel_name=KERNEL["name"], extra_arguments=["--log-level=ERROR"]
+    )
     client.execute(cwd=str(FOLDER))
     for cell in notebook.cells:
         cell.metadata = {}  # times of execution
         if cell.cell_type == "code":
-            cell.outputs = [output for output in map(_settled, _joined(cell.outputs)) if output is not None]
-    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+            cell.outputs = [
+                output for output in map(_settled, _joined(cell.outputs)) if output is not None
+            ]
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    )
     return notebook
 
 
@@ -80,7 +94,11 @@ def _joined(outputs: list[Any]) -> list[Any]:
     """The outputs, with what one stream wrote in several pieces as one."""
     joined: list[Any] = []
     for output in outputs:
-        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+        if (
+            joined
+            and output.output_type == joined[-1].output_type == "stream"
+            and output.name == joined[-1].name
+        ):
             joined[-1].text += output.text
         else:
             joined.append(output)
@@ -88,9 +106,13 @@ def _joined(outputs: list[Any]) -> list[Any]:
 
 
 def _settled(output: Any) -> Any:
-    """An output as it stands at the end: of a line that a progress bar wrote again and again, what was left."""
+    """An output as it stands at the end: of a line that a progress bar wrote again and again, what
+    was left.
+    """
     if output.output_type == "stream":
-        output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in output.text.replace("\r\n", "\n").split("\n"))
+        output.text = "\n".join(
+            line.rsplit("\r", 1)[-1] for line in output.text.replace("\r\n", "\n").split("\n")
+        )
         return output if output.text.strip() else None
     return output
 
@@ -99,7 +121,9 @@ def main() -> int:
     """Run the notebooks that were named, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", nargs="*", help="which: 04 07; all where none is named")
-    parser.add_argument("--keep", action="store_true", help="write the notebooks with their outputs")
+    parser.add_argument(
+        "--keep", action="store_true", help="write the notebooks with their outputs"
+    )
     parser.add_argument("--limit", type=int, default=600, help="seconds for a cell (%(default)s)")
     options = parser.parse_args()
     wrong = []

@@ -1,7 +1,9 @@
-"""The picture of the house: rooms as boxes, imports as lines. A hook of mkdocs, which reads the imports of the package.
+"""The picture of the house: rooms as boxes, imports as lines. A hook of mkdocs, which reads the
+imports of the package.
 
-A room is a folder of the package or a module beside them. It stands above all that it imports. Drawn is the transitive reduction:
-an import that a longer way through other rooms implies has no line of its own.
+A room is a folder of the package or a module beside them. It stands above all that it imports.
+Drawn is the transitive reduction: an import that a longer way through other rooms implies has no
+line of its own.
 
     python pages/house.py > house.svg
 """
@@ -14,7 +16,8 @@ from typing import Any, NamedTuple
 
 PACKAGE = Path(__file__).parent.parent / "funcattn"
 APART = {"testing", "__init__", "__main__"}  # which import all others
-WIDTH, HEIGHT, GAP, MARGIN = 1080, 34, 46, 16  # of the picture, a box, between floors, at the edge: pixels
+# of the picture, a box, between floors, at the edge: pixels
+WIDTH, HEIGHT, GAP, MARGIN = 1080, 34, 46, 16
 LETTER = 6.7  # pixels of one letter of 12 pixels, of the name in a box
 
 Graph = dict[str, set[str]]
@@ -70,7 +73,11 @@ def below(graph: Graph, room: str) -> set[str]:
 def reduced(graph: Graph) -> Graph:
     """The transitive reduction."""
     return {
-        room: {other for other in others if not any(other in below(graph, third) for third in others - {other})}
+        room: {
+            other
+            for other in others
+            if not any(other in below(graph, third) for third in others - {other})
+        }
         for room, others in graph.items()
     }
 
@@ -95,7 +102,12 @@ def rows_of(graph: Graph) -> list[list[str]]:
     rows = [[room for room in graph if level[room] == n] for n in range(max(level.values()) + 1)]
     place: dict[str, float] = {}
     for row in rows:
-        near = {room: sum(place[other] for other in graph[room]) / len(graph[room]) if graph[room] else 0.5 for room in row}
+        near = {
+            room: sum(place[other] for other in graph[room]) / len(graph[room])
+            if graph[room]
+            else 0.5
+            for room in row
+        }
         row.sort(key=lambda room: (near[room], room))
         place |= {room: (i + 0.5) / len(row) for i, room in enumerate(row)}
     return rows[::-1]
@@ -118,12 +130,20 @@ def line(upper: Box, lower: Box) -> str:
     x, y = upper.x + upper.width / 2, upper.y + HEIGHT
     u, v = lower.x + lower.width / 2, lower.y
     bend = min(0.5 * (v - y), 60)
-    return f'<path d="M{x:.0f},{y:.0f} C{x:.0f},{y + bend:.0f} {u:.0f},{v - bend:.0f} {u:.0f},{v:.0f}"/>'
+    return (
+        f'<path d="M{x:.0f},{y:.0f} C{x:.0f},{y + bend:.0f} {u:.0f},{v - bend:.0f} '
+        f'{u:.0f},{v:.0f}"/>'
+    )
 
 
 def box(room: str, label: str, at: Box) -> str:
-    text = f'<text x="{at.x + at.width / 2:.0f}" y="{at.y + HEIGHT / 2 + 4:.0f}">{escape(label)}</text>'
-    rectangle = f'<rect x="{at.x:.0f}" y="{at.y:.0f}" width="{at.width:.0f}" height="{HEIGHT}" rx="6"/>'
+    text = (
+        f'<text x="{at.x + at.width / 2:.0f}" '
+        f'y="{at.y + HEIGHT / 2 + 4:.0f}">{escape(label)}</text>'
+    )
+    rectangle = (
+        f'<rect x="{at.x:.0f}" y="{at.y:.0f}" width="{at.width:.0f}" height="{HEIGHT}" rx="6"/>'
+    )
     return f"<g><title>{escape(room)}</title>{rectangle}{text}</g>"
 
 
@@ -137,9 +157,11 @@ def picture() -> str:
     height = 2 * MARGIN + len(rows) * HEIGHT + (len(rows) - 1) * GAP
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Rooms and imports">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+            f'role="img" aria-label="Rooms and imports">',
             "<style>",
-            "text { font: 12px ui-monospace, Menlo, Consolas, monospace; text-anchor: middle; fill: #1d2430 }",
+            "text { font: 12px ui-monospace, Menlo, Consolas, monospace; text-anchor: middle; "
+            "fill: #1d2430 }",
             "rect { fill: #eef3fb; stroke: #5b7db1 }",
             "path { fill: none; stroke: #8a97ab; stroke-opacity: 0.55 }",
             "</style>",

@@ -1,4 +1,5 @@
-"""The notebooks and the kept measurements as pages: a hook of mkdocs, which reads what is committed and runs nothing.
+"""The notebooks and the kept measurements as pages: a hook of mkdocs, which reads what is committed
+and runs nothing.
 
 tutorials/NN_name.md    of notebooks/NN_name.ipynb, with its outputs
 measured/name.md        of benchmarks/results/name.md
@@ -44,12 +45,17 @@ def page(notebook: Any, stem: str) -> tuple[str, dict[str, bytes]]:
                 images[name] = base64.b64decode(data["image/png"])
                 parts.append(f"![Figure {len(images)}]({name})" + "{ .figure }")
             elif "text/html" in data:
-                parts.append('<div class="shown">' + re.sub(r"\s*\n\s*", " ", data["text/html"]) + "</div>")
+                parts.append(
+                    '<div class="shown">' + re.sub(r"\s*\n\s*", " ", data["text/html"]) + "</div>"
+                )
             elif "text/plain" in data:
                 parts.append(_text(data["text/plain"]))
     first, *rest = parts
     title, _, lead = first.partition("\n")
-    source = f'<p class="source">This page is the notebook <code>notebooks/{stem}.ipynb</code>, as it was run.</p>'
+    source = (
+        f'<p class="source">This page is the notebook <code>notebooks/{stem}.ipynb</code>, as it '
+        f"was run.</p>"
+    )
     return "\n\n".join([title, source, lead.strip(), *rest]) + "\n", images
 
 

@@ -1,12 +1,15 @@
-"""Compile what would be launched for a GPU that is not there: to PTX and, by Triton's own ptxas, to the machine code of a card.
+"""Compile what would be launched for a GPU that is not there: to PTX and, by Triton's own ptxas, to
+the machine code of a card.
 
     python tests/ahead.py 90 80
 
-One line a kernel: its name, the card, its blocks, registers, bytes spilled, bytes of shared memory; of the loop over whole blocks
-instructions a pair of a query and a key, reloads of what was spilled, and what multiplies matrices (HGMMA: a warp group).
+One line a kernel: its name, the card, its blocks, registers, bytes spilled, bytes of shared memory;
+of the loop over whole blocks instructions a pair of a query and a key, reloads of what was spilled,
+and what multiplies matrices (HGMMA: a warp group).
 
-Launches are recorded with the arguments that the library gives them on tensors of the CPU, and specialised as Triton's launcher
-does: an integer 1 is a constant, a multiple of 16 says so. Runs in a process of its own, since Triton reads TRITON_INTERPRET once.
+Launches are recorded with the arguments that the library gives them on tensors of the CPU, and
+specialised as Triton's launcher does: an integer 1 is a constant, a multiple of 16 says so. Runs in
+a process of its own, since Triton reads TRITON_INTERPRET once.
 """
 
 import re
@@ -27,7 +30,13 @@ from funcattn.kernels.backends.triton import launching, tuning
 from funcattn.kernels.closed.algebra import ONES, Contraction, K, LowRankFactor, Output, Q, Term
 
 SHARED = {90: 232448, 80: 166912, 86: 101376}  # bytes a block of threads may have
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
+POINTERS = {
+    "float32": "*fp32",
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "int32": "*i32",
+    "int64": "*i64",
+}
 
 
 class Launch(NamedTuple):
@@ -53,7 +62,9 @@ class Built(NamedTuple):
 
 
 def recorded(run) -> list[list[Launch]]:
-    """The launches that run() would make, none of them made; for each a candidate for every size of blocks."""
+    """The launches that run() would make, none of them made; for each a candidate for every size of
+    blocks.
+    """
     launches: list[list[Launch]] = []
     bounds: list[Launch] = []
     before = JITFunction.run, tuning.run
@@ -81,7 +92,9 @@ def build(launch: Launch, card: int) -> Built:
     """Compile one launch for a card: 90 is a H100 or H200, 80 an A100."""
     kernel, args, options = launch
     names = kernel.arg_names
-    given = dict(zip(names, args, strict=False)) | {name: options[name] for name in names if name in options}
+    given = dict(zip(names, args, strict=False)) | {
+        name: options[name] for name in names if name in options
+    }
     signature, constants, attributes = {}, {}, {}
 
     def kind(value: Any, path: tuple[int, ...]) -> Any:
@@ -104,16 +117,32 @@ def build(launch: Launch, card: int) -> Built:
             signature[name], constants[(n,)] = "constexpr", given[name]
         else:
             signature[name] = kind(given[name], (n,))
-    chosen = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in options}
+    chosen = {
+        name: options[name]
+        for name in ("num_warps", "num_stages", "enable_fp_fusion")
+        if name in options
+    }
     source = ASTSource(kernel, signature, constants, attributes)
     done = triton.compile(source, target=GPUTarget("cuda", card, 32), options=chosen)
 
-    sizes = [options.get(name, 0) for name in ("OWN", "ROWS", "OTHER", "KEYS", "num_warps", "num_stages")]
+    sizes = [
+        options.get(name, 0) for name in ("OWN", "ROWS", "OTHER", "KEYS", "num_warps", "num_stages")
+    ]
     told = f"{sizes[0] + sizes[1]}x{sizes[2] + sizes[3]} {sizes[4]} {sizes[5]}"
     issued, reloads, products = loop(done.asm["cubin"])
-    pairs = (sizes[0] + sizes[1]) * (sizes[2] + sizes[3]) / 32 / sizes[4] if sizes[4] else 1.0  # of a thread
+    # of a thread
+    pairs = (sizes[0] + sizes[1]) * (sizes[2] + sizes[3]) / 32 / sizes[4] if sizes[4] else 1.0
     name = kernel.__name__
-    return Built(name, card, told, *usage(done.asm["cubin"]), done.metadata.shared, round(issued / pairs, 2), reloads, products)
+    return Built(
+        name,
+        card,
+        told,
+        *usage(done.asm["cubin"]),
+        done.metadata.shared,
+        round(issued / pairs, 2),
+        reloads,
+        products,
+    )
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
@@ -125,8 +154,12 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 
 def loop(cubin: bytes) -> tuple[int, int, str]:
-    """Of the shortest loop that multiplies matrices: its instructions, those that touch local memory, and what multiplies."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([\w.]+)([^;]*);", dumped(cubin, "-sass"))
+    """Of the shortest loop that multiplies matrices: its instructions, those that touch local
+    memory, and what multiplies.
+    """
+    lines = re.findall(
+        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([\w.]+)([^;]*);", dumped(cubin, "-sass")
+    )
     at = {int(address, 16): n for n, (address, _, _) in enumerate(lines)}
     found = []
     for n, (_, name, rest) in enumerate(lines):
@@ -145,26 +178,53 @@ def dumped(cubin: bytes, what: str) -> str:
         file.write(cubin)
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [tool, what, file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
-def launches(D: int, dtype: torch.dtype, *, causal: bool, dropout: bool = False) -> list[list[Launch]]:
-    """What value, gradient, jvp and hvp of attention launch, on 2048 tokens of 8 heads that share 2 key heads."""
+def launches(
+    D: int, dtype: torch.dtype, *, causal: bool, dropout: bool = False
+) -> list[list[Launch]]:
+    """What value, gradient, jvp and hvp of attention launch, on 2048 tokens of 8 heads that share 2
+    key heads.
+    """
     T, m = 2048, ()
-    q, k, v = torch.empty(4, 2, T, D, dtype=dtype), torch.empty(4, 1, T, D, dtype=dtype), torch.empty(4, 1, T, D, dtype=dtype)
+    q, k, v = (
+        torch.empty(4, 2, T, D, dtype=dtype),
+        torch.empty(4, 1, T, D, dtype=dtype),
+        torch.empty(4, 1, T, D, dtype=dtype),
+    )
     if causal:
         m = tuple(masks.causal(T))
     lse, column = torch.empty(4, 2, T, 1), torch.empty(4, 2, T, 1)
     at = 3 + len(m)
-    x, dS = (LowRankFactor(at + 1, at), LowRankFactor(at + 2, ONES)), (LowRankFactor(at + 3, K, 0.1), LowRankFactor(Q, at + 4, 0.1))
-    tensors = [q, k, lse, *m, v, torch.empty_like(q), column, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
+    x, dS = (
+        (LowRankFactor(at + 1, at), LowRankFactor(at + 2, ONES)),
+        (LowRankFactor(at + 3, K, 0.1), LowRankFactor(Q, at + 4, 0.1)),
+    )
+    tensors = [
+        q,
+        k,
+        lse,
+        *m,
+        v,
+        torch.empty_like(q),
+        column,
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+    ]
     contractions = {
         "gradient": [
             Output("query", (Term((x,), K, 0.1),)),
             Output("key", (Term((x,), Q, 0.1),)),
             Output("key", (Term((), at + 1),)),
         ],
-        "jvp": [Output("query", (Term((dS,), at), Term((), at + 5))), Output("query", (Term((dS,)),))],
+        "jvp": [
+            Output("query", (Term((dS,), at), Term((), at + 5))),
+            Output("query", (Term((dS,)),)),
+        ],
         "hvp": [
             Output("query", (Term((x, dS), K, 0.1), Term((x,), at + 4, 0.1))),
             Output("key", (Term((x, dS), Q, 0.1), Term((x,), at + 3, 0.1))),
@@ -174,7 +234,10 @@ def launches(D: int, dtype: torch.dtype, *, causal: bool, dropout: bool = False)
     if dropout:
         tensors.append(torch.empty(4, 2, 1, 2, dtype=torch.int64))
         contractions = {"gradient": contractions["gradient"]}
-    kind = lambda o: (*(q.shape if o.side == "query" else k.shape)[:-1], 1 if o.terms[0].value == ONES else D)
+    kind = lambda o: (
+        *(q.shape if o.side == "query" else k.shape)[:-1],
+        1 if o.terms[0].value == ONES else D,
+    )
 
     def run() -> None:
         launching.attend(q, k, v, m, 0.1)
@@ -201,8 +264,15 @@ def main() -> None:
         for card in map(int, sys.argv[1:]):
             tuning.by_groups = lambda x, card=card: card >= 90
             for number, candidates in enumerate(launches(D, dtype, causal=causal, dropout=dropout)):
-                fits = (built for built in (build(launch, card) for launch in candidates) if built.shared <= SHARED[card])
-                name = f"{candidates[-1].kernel.__name__} {number} {D} {str(dtype).removeprefix('torch.')}" + " causal" * causal
+                fits = (
+                    built
+                    for built in (build(launch, card) for launch in candidates)
+                    if built.shared <= SHARED[card]
+                )
+                name = (
+                    f"{candidates[-1].kernel.__name__} {number} {D} "
+                    f"{str(dtype).removeprefix('torch.')}" + " causal" * causal
+                )
                 print(name, *next(fits)[1:], sep="\t", flush=True)
 
 

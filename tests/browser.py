@@ -1,4 +1,6 @@
-"""A page in a headless chromium, by its debugging protocol: enough to open, to ask, to type and to look."""
+"""A page in a headless chromium, by its debugging protocol: enough to open, to ask, to type and to
+look.
+"""
 
 import asyncio
 import base64
@@ -12,16 +14,29 @@ from pathlib import Path
 
 from tornado.websocket import websocket_connect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+OPTIONS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--no-first-run",
+)
 
 
 class Browser:
-    """One tab. Use it in a `with`; what the console and the network complain of is in `complaints`."""
+    """One tab. Use it in a `with`; what the console and the network complain of is in
+    `complaints`.
+    """
 
     def __init__(self, folder: Path) -> None:
         port = f"--user-data-dir={folder}", "--remote-debugging-port=0", "about:blank"
-        self.process = subprocess.Popen([CHROMIUM, *OPTIONS, *port], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [CHROMIUM, *OPTIONS, *port], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         self.loop, self.numbers, self.complaints = asyncio.new_event_loop(), itertools.count(1), []
         try:
             address = self._address(folder / "DevToolsActivePort")
@@ -36,7 +51,11 @@ class Browser:
         for _ in range(600):
             if file.exists() and (port := file.read_text().split("\n")[0]):
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=20) as answer:
-                    return next(tab["webSocketDebuggerUrl"] for tab in json.load(answer) if tab["type"] == "page")
+                    return next(
+                        tab["webSocketDebuggerUrl"]
+                        for tab in json.load(answer)
+                        if tab["type"] == "page"
+                    )
             time.sleep(0.1)
         raise TimeoutError("chromium did not start")
 
@@ -49,7 +68,11 @@ class Browser:
     def send(self, method: str, **options):
         """One command, and its result; what happens meanwhile is heard."""
         number = next(self.numbers)
-        self._wait(lambda: self.socket.write_message(json.dumps({"id": number, "method": method, "params": options})))
+        self._wait(
+            lambda: self.socket.write_message(
+                json.dumps({"id": number, "method": method, "params": options})
+            )
+        )
         while True:
             message = json.loads(self._wait(self.socket.read_message))
             self._hear(message)
@@ -70,7 +93,9 @@ class Browser:
 
     def ask(self, expression: str):
         """The value of an expression of JavaScript."""
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        found = self.send(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
@@ -84,22 +109,39 @@ class Browser:
 
     def open(self, address: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Go to an address, with a window of this size, and wait until it is loaded."""
-        self.send("Page.navigate", url="about:blank")  # the page before would hear of the change, and remember it
+        # the page before would hear of the change, and remember it
+        self.send("Page.navigate", url="about:blank")
         self.until("location.href === 'about:blank'")
         self.complaints.clear()
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        if address.startswith("http"):  # a visitor who was never here: no color scheme is remembered
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
+        # a visitor who was never here: no color scheme is remembered
+        if address.startswith("http"):
             origin = "/".join(address.split("/")[:3])
             self.send("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
         self.send("Page.navigate", url=address)
-        self.until(f"location.href.startsWith({json.dumps(address)}) && document.readyState === 'complete'")
+        self.until(
+            f"location.href.startsWith({json.dumps(address)}) && document.readyState === 'complete'"
+        )
         time.sleep(0.3)  # scripts that run behind the load
         self.ask("1")
 
     def picture(self, file: Path, *, whole: bool = False) -> None:
         """A screenshot."""
-        file.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
+        file.write_bytes(
+            base64.b64decode(
+                self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+            )
+        )
 
     def __enter__(self):
         return self

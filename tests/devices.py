@@ -1,4 +1,6 @@
-"""What each process does in tests/distributed: functions of (rank, n, ...) that compare with one device and return numbers."""
+"""What each process does in tests/distributed: functions of (rank, n, ...) that compare with one
+device and return numbers.
+"""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,16 @@ from funcattn.sharding import P, fsdp, shard_map, specs, tensor_parallel
 from funcattn.sharding.mesh import is_spec
 from funcattn.sharding.storing import spec_of
 
-CONFIG = fa.Config(vocabulary=48, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24, qkv_bias=True)
+CONFIG = fa.Config(
+    vocabulary=48,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=4,
+    feed_forward=24,
+    qkv_bias=True,
+)
 
 
 def params_of(config=CONFIG, seed=0):
@@ -30,7 +41,9 @@ def error(a, b):
 
 
 def transforms(rank, n, axes, sharded):
-    """Errors of everything against one device, by name; collectives of a layer; whether gradients lie as their parameters do."""
+    """Errors of everything against one device, by name; collectives of a layer; whether gradients
+    lie as their parameters do.
+    """
     mesh, model, params = mesh_of(**axes), fa.decoder(CONFIG), params_of()
     tokens, tangent = fa.random.randint(fa.key(1), (4, 9), 0, 48), params_of(seed=1)
     size = axes.get("tensor", 1)
@@ -50,23 +63,35 @@ def transforms(rank, n, axes, sharded):
     tangents = {
         "jvp": (lambda p, x, t: jvp(lambda p: loss(p, x), (p,), (t,))[1], P()),
         "hvp": (lambda p, x, t: jvp(lambda p: grad(loss)(p, x), (p,), (t,))[1], cuts),
-        "grad of jvp": (lambda p, x, t: grad(lambda p: jvp(lambda p: loss(p, x), (p,), (t,))[1])(p), cuts),
+        "grad of jvp": (
+            lambda p, x, t: grad(lambda p: jvp(lambda p: loss(p, x), (p,), (t,))[1])(p),
+            cuts,
+        ),
     }
     for name, (f, out) in tangents.items():
-        found[name] = error(shard_map(f, mesh, (cuts, rows, cuts), out)(held, tokens, moved), f(params, tokens, tangent))
+        found[name] = error(
+            shard_map(f, mesh, (cuts, rows, cuts), out)(held, tokens, moved),
+            f(params, tokens, tangent),
+        )
     if not sharded:
-        front = tree.map(lambda spec: P("data" if "data" in axes else None, *spec), cuts, is_leaf=is_spec)
+        front = tree.map(
+            lambda spec: P("data" if "data" in axes else None, *spec), cuts, is_leaf=is_spec
+        )
         on = shard_map(each, mesh, (cuts, rows), front, axes=("tensor",))
         found["vmap(grad)"] = error(on(held, tokens), each(params, tokens))
     gradient = shard_map(grad(loss), mesh, None, cuts)(held, tokens)
     placed = all(
-        isinstance(g, DTensor) and spec_of(g) == spec_of(p) and g.to_local().shape == p.to_local().shape
+        isinstance(g, DTensor)
+        and spec_of(g) == spec_of(p)
+        and g.to_local().shape == p.to_local().shape
         for g, p in zip(tree.leaves(gradient), tree.leaves(held), strict=True)
     )
     optimizer = fa.training.chain(fa.training.clip(0.1, specs=cuts), fa.training.adamw(1e-2))
     step, state = fa.training.step(model, optimizer, specs=cuts), optimizer.init(params)
     of_state = sharding.specs_like(state, params, cuts)
-    on = shard_map(step, mesh, (cuts, of_state, rows), (cuts, of_state, fa.training.Metrics(P(), P())))
+    on = shard_map(
+        step, mesh, (cuts, of_state, rows), (cuts, of_state, fa.training.Metrics(P(), P()))
+    )
     once = on(held, state, tokens)
     found["step"] = error(on(*once[:2], tokens), step(*step(params, state, tokens)[:2], tokens))
     return found, placed
@@ -80,27 +105,44 @@ def decoding(rank, n):
     past = on.cache(20, dtype=torch.float64)
     logits, past = on.apply(held, tokens[0], past)
     found = {"heads": past.k.shape[1]}
-    found["prefill"] = error(logits, model.apply(params, tokens[0], model.cache(20, dtype=torch.float64))[0])
+    found["prefill"] = error(
+        logits, model.apply(params, tokens[0], model.cache(20, dtype=torch.float64))[0]
+    )
     logits, past = on.apply(held, tokens[1, :3], past)
     both = torch.cat([tokens[0], tokens[1, :3]])
-    found["step"] = error(logits, model.apply(params, both, model.cache(20, dtype=torch.float64))[0][-3:])
-    write = lambda model, params, **options: fa.generate(fa.key(2), model, params, tokens[0], steps=8, **options)[0].tolist()
+    found["step"] = error(
+        logits, model.apply(params, both, model.cache(20, dtype=torch.float64))[0][-3:]
+    )
+    write = lambda model, params, **options: fa.generate(
+        fa.key(2), model, params, tokens[0], steps=8, **options
+    )[0].tolist()
     found["greedy"] = write(on, held) == write(model, params)
     if n > CONFIG.kv_heads:  # where compiled decoding leaves the layers to the model
-        found["compiled"] = write(shard_map(fa.compile(model, backend="eager"), mesh), held) == write(model, params)
+        found["compiled"] = write(
+            shard_map(fa.compile(model, backend="eager"), mesh), held
+        ) == write(model, params)
     sampler = fa.sampling.chain(fa.sampling.temperature(0.9), fa.sampling.top_k(5))
     few = shard_map(sharding.candidates(model, 5), mesh)
     found["sampled"] = write(few, held, sampler=sampler) == write(model, params, sampler=sampler)
     each = lambda params, x: vmap(lambda x: fa.generate(fa.key(2), model, params, x, steps=5)[0])(x)
-    found["batch"] = bool((shard_map(each, mesh, None, P())(held, tokens).to_local() == each(params, tokens)).all())
+    found["batch"] = bool(
+        (shard_map(each, mesh, None, P())(held, tokens).to_local() == each(params, tokens)).all()
+    )
     few = fa.quantize(fa.int8)(params)
     stored = fa.shard(mesh, tensor_parallel(CONFIG, size=n))(few)
     found["quantized"] = error(on.hidden(stored, tokens)[0], model.hidden(few, tokens)[0])
-    found["gathered"] = all(torch.equal(a, b) for a, b in zip(tree.leaves(fa.gather(stored)), tree.leaves(few), strict=True))
+    found["gathered"] = all(
+        torch.equal(a, b)
+        for a, b in zip(tree.leaves(fa.gather(stored)), tree.leaves(few), strict=True)
+    )
     eight = fa.quantize(fa.fp8)(params)
     again = fa.gather(fa.shard(mesh, tensor_parallel(CONFIG, size=n))(eight))
-    bits = lambda tree_: [x.view(torch.uint8) if x.dtype.itemsize == 1 else x for x in tree.leaves(tree_)]
-    found["gathered fp8"] = all(torch.equal(a, b) for a, b in zip(bits(again), bits(eight), strict=True))
+    bits = lambda tree_: [
+        x.view(torch.uint8) if x.dtype.itemsize == 1 else x for x in tree.leaves(tree_)
+    ]
+    found["gathered fp8"] = all(
+        torch.equal(a, b) for a, b in zip(bits(again), bits(eight), strict=True)
+    )
     return found
 
 
@@ -108,12 +150,23 @@ def counted(rank, n):
     """all_reduce calls of one more layer: forward, and forward with backward."""
     mesh, tokens, told = mesh_of(tensor=n), fa.random.randint(fa.key(1), (4, 9), 0, 48), []
     for layers in (1, 2):
-        config = fa.Config(vocabulary=48, width=16, layers=layers, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+        config = fa.Config(
+            vocabulary=48,
+            width=16,
+            layers=layers,
+            heads=4,
+            kv_heads=2,
+            head_size=4,
+            feed_forward=24,
+        )
         model, params = fa.decoder(config), params_of(config)
         held = fa.shard(mesh, tensor_parallel(config))(params)
         cuts = specs(params, mesh, tensor_parallel(config))
         forward = lambda params, model=model: model.hidden(params, tokens)[0]
-        for f, out in ((forward, P()), (grad(lambda params, forward=forward: forward(params).sum()), cuts)):
+        for f, out in (
+            (forward, P()),
+            (grad(lambda params, forward=forward: forward(params).sum()), cuts),
+        ):
             collectives.reset()
             shard_map(f, mesh, (cuts,), out, check_alike=False)(held)
             told.append(collectives.counts())
@@ -125,11 +178,22 @@ def said(rank, n, axes, sharded):
     """Calls of one more layer in a gradient, by kind, and the bytes given to them."""
     mesh, tokens, told = mesh_of(**axes), fa.random.randint(fa.key(1), (4, 9), 0, 48), []
     for layers in (1, 2):
-        config = fa.Config(vocabulary=48, width=16, layers=layers, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+        config = fa.Config(
+            vocabulary=48,
+            width=16,
+            layers=layers,
+            heads=4,
+            kv_heads=2,
+            head_size=4,
+            feed_forward=24,
+        )
         model, rules = fa.decoder(config), (fsdp if sharded else tensor_parallel)(config)
         params = params_of(config)
         cuts, rows = specs(params, mesh, rules), P("data") if "data" in axes else P()
-        held, gradient = fa.shard(mesh, rules)(params), grad(lambda p, x, model=model: fa.loss(model, p, x))
+        held, gradient = (
+            fa.shard(mesh, rules)(params),
+            grad(lambda p, x, model=model: fa.loss(model, p, x)),
+        )
         collectives.reset()
         shard_map(gradient, mesh, (cuts, rows), cuts, check_alike=False)(held, tokens)
         told.append(collectives.counts())
@@ -138,8 +202,12 @@ def said(rank, n, axes, sharded):
 
 
 def compiled(rank, n):
-    """A compiled step of training is one graph and the same step; compiled decoding writes the same tokens."""
-    config = fa.Config(vocabulary=48, width=16, layers=1, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+    """A compiled step of training is one graph and the same step; compiled decoding writes the same
+    tokens.
+    """
+    config = fa.Config(
+        vocabulary=48, width=16, layers=1, heads=4, kv_heads=2, head_size=4, feed_forward=24
+    )
     mesh, params, model = mesh_of(tensor=n), params_of(config), fa.decoder(config)
     rules = tensor_parallel(config)
     cuts, held = specs(params, mesh, rules), fa.shard(mesh, rules)(params)
@@ -148,7 +216,9 @@ def compiled(rank, n):
     step, state = fa.training.step(model, optimizer, specs=cuts), optimizer.init(params)
     of_state = sharding.specs_like(state, params, cuts)
     specs_of = (cuts, of_state, P()), (cuts, of_state, fa.training.Metrics(P(), P()))
-    once = shard_map(torch.compile(step, fullgraph=True, backend="aot_eager"), mesh, *specs_of)(held, state, tokens)
+    once = shard_map(torch.compile(step, fullgraph=True, backend="aot_eager"), mesh, *specs_of)(
+        held, state, tokens
+    )
     difference = error(once, step(params, state, tokens))
     with torch.no_grad():
         fast = shard_map(fa.compile(model, backend="eager"), mesh)
@@ -159,7 +229,9 @@ def compiled(rank, n):
     refused = ""
     try:
         tangent = lambda x: jvp(lambda x: collectives.psum(x, "tensor"), (x,), (x,))[1]
-        shard_map(torch.compile(tangent, fullgraph=True, backend="eager"), mesh, P(), P())(torch.ones(2))
+        shard_map(torch.compile(tangent, fullgraph=True, backend="eager"), mesh, P(), P())(
+            torch.ones(2)
+        )
     except Exception as problem:
         refused = f"{problem}"
     return difference, ours == theirs, calls, refused
@@ -168,7 +240,9 @@ def compiled(rank, n):
 def saved(rank, n, folder):
     """Save on dp 2 x tp 2."""
     mesh, params = mesh_of(data=2, tensor=2), params_of()
-    fa.checkpoints.save_parts(folder, fa.shard(mesh, fsdp(CONFIG))(fa.quantize(fa.int8, "embedding")(params)))
+    fa.checkpoints.save_parts(
+        folder, fa.shard(mesh, fsdp(CONFIG))(fa.quantize(fa.int8, "embedding")(params))
+    )
     return True
 
 
@@ -178,13 +252,20 @@ def restored(rank, n, folder):
     like = fa.shard(mesh, tensor_parallel(CONFIG))(tree.map(torch.zeros_like, expected))
     found = fa.checkpoints.load_parts(folder, like)
     untouched = all(not bool(x.to_local().any()) for x in tree.leaves(like))
-    placed = all(spec_of(a) == spec_of(b) for a, b in zip(tree.leaves(found), tree.leaves(like), strict=True))
-    same = all(torch.equal(a, b) for a, b in zip(tree.leaves(fa.gather(found)), tree.leaves(expected), strict=True))
+    placed = all(
+        spec_of(a) == spec_of(b) for a, b in zip(tree.leaves(found), tree.leaves(like), strict=True)
+    )
+    same = all(
+        torch.equal(a, b)
+        for a, b in zip(tree.leaves(fa.gather(found)), tree.leaves(expected), strict=True)
+    )
     return untouched, placed, same
 
 
 def sliced(rank, n, folder):
-    """Each process reads its own part of a folder: the same as sharding the whole, and no byte of the others."""
+    """Each process reads its own part of a folder: the same as sharding the whole, and no byte of
+    the others.
+    """
     from funcattn.checkpoints.hf import folder as folders
 
     read = []
@@ -240,13 +321,18 @@ def verbs(rank, n):
     x, t = (fa.random.normal(fa.key(i), (n, 4, 2 * n, 3), torch.float64) for i in range(2))
     found = {}
     for name, verb in kinds.items():
-        scalar = lambda x, verb=verb: collectives.psum((verb(x * x).sin() * (1.0 + collectives.axis_index("t"))).sum(), "t")
+        scalar = lambda x, verb=verb: collectives.psum(
+            (verb(x * x).sin() * (1.0 + collectives.axis_index("t"))).sum(), "t"
+        )
         functions = {
             "value": (verb, 1),
             "grad": (grad(scalar), 1),
             "jvp": (lambda x, t, f=scalar: jvp(f, (x,), (t,))[1].reshape(1, 1), 2),
             "jvp of grad": (lambda x, t, f=scalar: jvp(grad(f), (x,), (t,))[1], 2),
-            "grad of grad": (grad(lambda x, f=scalar: collectives.psum((grad(f)(x) ** 2).sum(), "t")), 1),
+            "grad of grad": (
+                grad(lambda x, f=scalar: collectives.psum((grad(f)(x) ** 2).sum(), "t")),
+                1,
+            ),
             "vmap of grad": (lambda x, f=scalar: vmap(grad(f))(torch.stack([x, 2 * x])).sum(0), 1),
             "vmap": (lambda x, f=verb: vmap(f)(torch.stack([x, 2 * x])).sum(0), 1),
         }
@@ -254,7 +340,9 @@ def verbs(rank, n):
             run = lambda *args, f=f: f(*[a[0] for a in args]).unsqueeze(0)
             given = (x[:, 0], t[:, 0])[:count]
             theirs = shard_map(run, grid, (P("t"),) * count, P("t"))(*given)
-            found[f"{kind} of {name}"] = error(shard_map(run, mesh, (P("t"),) * count, P("t"))(*given), theirs)
+            found[f"{kind} of {name}"] = error(
+                shard_map(run, mesh, (P("t"),) * count, P("t"))(*given), theirs
+            )
     return found
 
 
@@ -266,17 +354,27 @@ def refusals(rank, n):
     on = shard_map(model, mesh)
     x = torch.ones(4)
     attempts = {
-        "grad outside": lambda: grad(lambda x: shard_map(torch.sin, mesh, P(), P())(x).to_local().sum())(x),
+        "grad outside": lambda: grad(
+            lambda x: shard_map(torch.sin, mesh, P(), P())(x).to_local().sum()
+        )(x),
         "vmap outside": lambda: vmap(shard_map(torch.sin, mesh, P(), P()))(x),
-        "grad of a model": lambda: grad(lambda x: x * on.logits(held, torch.ones(16, dtype=torch.float64)).sum())(x.sum()),
+        "grad of a model": lambda: grad(
+            lambda x: x * on.logits(held, torch.ones(16, dtype=torch.float64)).sum()
+        )(x.sum()),
         "gather inside": lambda: vmap(lambda x: fa.gather(x))(x),
         "shard inside": lambda: vmap(lambda x: fa.shard(mesh, sharding.replicated())(x))(x),
         "sharded otherwise": lambda: fa.shard(mesh, sharding.replicated())(held),
         "specs of another cut": lambda: shard_map(lambda p: p, mesh, (P(),), P())(held.layers[0].q),
-        "autograd follows": lambda: shard_map(torch.sin, mesh, None, P())(held.layers[0].q.detach().requires_grad_()),
-        "heads that are cut": lambda: shard_map(fa.decoder(fa.Config(heads=3, kv_heads=3)), mesh).cache(4),
+        "autograd follows": lambda: shard_map(torch.sin, mesh, None, P())(
+            held.layers[0].q.detach().requires_grad_()
+        ),
+        "heads that are cut": lambda: shard_map(
+            fa.decoder(fa.Config(heads=3, kv_heads=3)), mesh
+        ).cache(4),
         "quantize in parts": lambda: fa.quantize(fa.int4)(held),
-        "results that differ": lambda: shard_map(lambda: collectives.axis_index("tensor"), mesh, (), P())(),
+        "results that differ": lambda: shard_map(
+            lambda: collectives.axis_index("tensor"), mesh, (), P()
+        )(),
         "dequantize in parts": lambda: fa.dequantize(fa.shard(mesh)(fa.quantize(fa.int8)(params))),
         "save in parts": lambda: fa.save("nowhere", CONFIG, held),
         "no names": lambda: fa.shard(dist.init_device_mesh("cpu", (n,)))(params),
@@ -304,7 +402,9 @@ def greedy(rank, n, folder, prompt, steps):
 
 
 def command(rank, n, port, arguments, dies_at=""):
-    """The command line as torchrun starts it: stdout, stderr, exit code. The last one ends when a file is there."""
+    """The command line as torchrun starts it: stdout, stderr, exit code. The last one ends when a
+    file is there.
+    """
     import contextlib
     import io
     import os
@@ -322,7 +422,10 @@ def command(rank, n, port, arguments, dies_at=""):
 
     if dies_at and rank == n - 1:
         threading.Thread(target=watch, daemon=True).start()
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
         try:
             code = cli.main(arguments)
         except SystemExit as end:

@@ -1,4 +1,5 @@
-"""The run that the tests of `fit` begin, break and resume; as a script, in a process that can be killed.
+"""The run that the tests of `fit` begin, break and resume; as a script, in a process that can be
+killed.
 
 python fitted.py FOLDER [MOMENT]      MOMENT: "step N", or "rename N": before the Nth rename of a snapshot
 """
@@ -12,7 +13,9 @@ import torch
 
 import funcattn as fa
 
-CONFIG = fa.Config(vocabulary=13, width=8, layers=2, heads=2, kv_heads=1, head_size=4, feed_forward=12, context=16)
+CONFIG = fa.Config(
+    vocabulary=13, width=8, layers=2, heads=2, kv_heads=1, head_size=4, feed_forward=12, context=16
+)
 TEXT = fa.random.randint(fa.key(5), (200,), 0, CONFIG.vocabulary)
 STEPS = 11
 
@@ -20,8 +23,18 @@ STEPS = 11
 def begin(folder=None, *, loss=fa.loss, **options):
     model = fa.decoder(CONFIG)
     training = fa.training
-    optimizer = training.chain(training.clip(1.0), training.adamw(training.cosine(1e-2, STEPS, warmup=2)))
-    settings = {"steps": STEPS, "rows": 2, "context": 8, "report_every": 4, "evaluations": 2, "save_every": 3, "progress": False}
+    optimizer = training.chain(
+        training.clip(1.0), training.adamw(training.cosine(1e-2, STEPS, warmup=2))
+    )
+    settings = {
+        "steps": STEPS,
+        "rows": 2,
+        "context": 8,
+        "report_every": 4,
+        "evaluations": 2,
+        "save_every": 3,
+        "progress": False,
+    }
     return training.fit(
         fa.key(3),
         model,

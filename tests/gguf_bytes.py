@@ -17,5 +17,9 @@ def tensor(name: str, sizes=(4,), kind: int = 0, offset: int = 0) -> bytes:
 
 def file(fields=(), tensors=(), data: bytes = b"", *, version=3, counts=None, align=32) -> bytes:
     tensor_count, field_count = counts or (len(tensors), len(fields))
-    header = b"GGUF" + struct.pack("<IQQ", version, tensor_count, field_count) + b"".join([*fields, *tensors])
+    header = (
+        b"GGUF"
+        + struct.pack("<IQQ", version, tensor_count, field_count)
+        + b"".join([*fields, *tensors])
+    )
     return header + bytes(-len(header) % align) + data

@@ -40,7 +40,10 @@ def wide(files: Sources) -> str:
 
 
 def anything(files: Sources) -> str:
-    return a_thousand(sum(len(re.findall(r"\bAny\b", line)) for line in lines(files) if "import" not in line), files)
+    return a_thousand(
+        sum(len(re.findall(r"\bAny\b", line)) for line in lines(files) if "import" not in line),
+        files,
+    )
 
 
 def somebody(files: Sources) -> str:
@@ -52,7 +55,9 @@ def room(path: Path) -> str:
 
 
 def strangers(files: Sources) -> str:
-    """Names with an underscore that a module imports from another room; the modules of the lowest floor are everyone's."""
+    """Names with an underscore that a module imports from another room; the modules of the lowest
+    floor are everyone's.
+    """
     found = 0
     for path, text in files.items():
         for node in ast.walk(ast.parse(text)):
@@ -60,7 +65,9 @@ def strangers(files: Sources) -> str:
                 parents = path.parts[:-1]
                 base = parents[: len(parents) - node.level + 1]
                 other = (*base, *node.module.split("."))[0]
-                found += other != room(path) and sum(name.name.startswith("_") for name in node.names)
+                found += other != room(path) and sum(
+                    name.name.startswith("_") for name in node.names
+                )
     return str(found)
 
 
@@ -100,7 +107,11 @@ def shared(files: Sources) -> str:
     """Runs of six equal lines, code alone, that two modules have in common."""
     runs: dict[tuple[str, ...], set[Path]] = {}
     for path, text in files.items():
-        code = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(("import", "from", "#"))]
+        code = [
+            line.strip()
+            for line in text.splitlines()
+            if line.strip() and not line.strip().startswith(("import", "from", "#"))
+        ]
         for start in range(len(code) - 5):
             runs.setdefault(tuple(code[start : start + 6]), set()).add(path)
     return str(len({pair for found in runs.values() for pair in combinations(sorted(found), 2)}))

@@ -1,7 +1,9 @@
-"""Damaged and hostile checkpoints by the thousand: `python mutants.py KIND FIRST COUNT` loads mutants FIRST .. FIRST + COUNT - 1.
+"""Damaged and hostile checkpoints by the thousand: `python mutants.py KIND FIRST COUNT` loads
+mutants FIRST .. FIRST + COUNT - 1.
 
-Each mutant follows from its number, so a bad one is seen again with COUNT = 1. A mutant must load, or raise CheckpointError (for a
-folder FileNotFoundError too, where a file is named that is not there). The process has bounded memory, and each mutant ten seconds.
+Each mutant follows from its number, so a bad one is seen again with COUNT = 1. A mutant must load,
+or raise CheckpointError (for a folder FileNotFoundError too, where a file is named that is not
+there). The process has bounded memory, and each mutant ten seconds.
 """
 
 import json
@@ -23,7 +25,26 @@ from funcattn.checkpoints.sources import locate
 MEMORY = 2**30  # bytes above what the imports took
 SECONDS = 10
 
-NUMBERS = [0, 1, 2, 3, 7, 31, 33, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1]
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    31,
+    33,
+    255,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 32,
+    2**64 - 1,
+]
 VALUES = [
     *(
         None,
@@ -51,7 +72,19 @@ VALUES = [
         1e-300,
         1e300,
     ),
-    *(float("nan"), float("inf"), [], {}, [0], [None], {"a": 1}, [[]] * 3, "a" * 5000, list(range(100)), {"type": "x"}),
+    *(
+        float("nan"),
+        float("inf"),
+        [],
+        {},
+        [0],
+        [None],
+        {"a": 1},
+        [[]] * 3,
+        "a" * 5000,
+        list(range(100)),
+        {"type": "x"},
+    ),
 ]
 
 
@@ -75,7 +108,9 @@ def mutate_bytes(draw: np.random.Generator, data: bytes, header: int) -> bytes:
         elif change == 2:
             found[at : at + 8] = NUMBERS[draw.integers(0, len(NUMBERS))].to_bytes(8, "little")
         elif change == 3:
-            found[at : at + 4] = (NUMBERS[draw.integers(0, len(NUMBERS))] % 2**32).to_bytes(4, "little")
+            found[at : at + 4] = (NUMBERS[draw.integers(0, len(NUMBERS))] % 2**32).to_bytes(
+                4, "little"
+            )
         elif change == 4:
             del found[at : at + size]
         elif change == 5:
@@ -93,13 +128,21 @@ def mutate_bytes(draw: np.random.Generator, data: bytes, header: int) -> bytes:
 def places(value, path=()):
     """Every path into a JSON value; of a long list or object the first and last few."""
     yield path
-    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    items = list(
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for name, item in items[:24] + items[-4:] if len(items) > 28 else items:
         yield from places(item, (*path, name))
 
 
 def mutate_json(draw: np.random.Generator, text: str) -> str:
-    """One to three values replaced, removed, renamed or swapped; now and then the text itself is damaged."""
+    """One to three values replaced, removed, renamed or swapped; now and then the text itself is
+    damaged.
+    """
     value = json.loads(text)
     for _ in range(draw.integers(1, 4)):
         paths = [path for path in places(value) if path]
@@ -124,7 +167,11 @@ def mutate_json(draw: np.random.Generator, text: str) -> str:
         else:
             holder[name] = deepcopy(VALUES[draw.integers(0, len(VALUES))])
     text = json.dumps(value)
-    return mutate_bytes(draw, text.encode(), len(text)).decode("utf-8", "replace") if draw.random() < 0.1 else text
+    return (
+        mutate_bytes(draw, text.encode(), len(text)).decode("utf-8", "replace")
+        if draw.random() < 0.1
+        else text
+    )
 
 
 # The kinds: how mutant `draw` of what is in `folder` is made, and what is then loaded.
@@ -133,16 +180,21 @@ def mutate_json(draw: np.random.Generator, text: str) -> str:
 def mutant_gguf(draw: np.random.Generator, folder: Path) -> Path:
     seeds = sorted(folder.glob("seed*.gguf"))
     data = seeds[draw.integers(0, len(seeds))].read_bytes()
-    # Half of the changes among the sizes that come last in the header, half anywhere: the tokens take most of it.
+    # Half of the changes among the sizes that come last in the header, half anywhere: the tokens
+    # take most of it.
     cut = len(data) if draw.random() < 0.5 else 4000
     (folder / "mutant.gguf").write_bytes(mutate_bytes(draw, data, cut))
     return folder / "mutant.gguf"
 
 
 def mutant_packaged(draw: np.random.Generator, folder: Path) -> Path:
-    """The metadata of the packaged model as it is, 1.8 MB of it, before no tensors: it must be refused, or found to lack them."""
+    """The metadata of the packaged model as it is, 1.8 MB of it, before no tensors: it must be
+    refused, or found to lack them.
+    """
     data = (folder / "packaged.head").read_bytes()
-    (folder / "mutant.gguf").write_bytes(mutate_bytes(draw, data, 2000 if draw.random() < 0.5 else len(data)))
+    (folder / "mutant.gguf").write_bytes(
+        mutate_bytes(draw, data, 2000 if draw.random() < 0.5 else len(data))
+    )
     return folder / "mutant.gguf"
 
 
@@ -166,11 +218,18 @@ def mutant_settings(draw: np.random.Generator, folder: Path) -> Path:
         if there.read_bytes() != sound:
             there.write_bytes(sound)
     name = names[draw.integers(0, len(names))]
-    (folder / "sharded" / name.removesuffix(".seed")).write_text(mutate_json(draw, (folder / name).read_text()))
+    (folder / "sharded" / name.removesuffix(".seed")).write_text(
+        mutate_json(draw, (folder / name).read_text())
+    )
     return folder / "sharded"
 
 
-MAKERS = {"gguf": mutant_gguf, "packaged": mutant_packaged, "safetensors": mutant_safetensors, "settings": mutant_settings}
+MAKERS = {
+    "gguf": mutant_gguf,
+    "packaged": mutant_packaged,
+    "safetensors": mutant_safetensors,
+    "settings": mutant_settings,
+}
 
 
 def sow(folder: Path) -> None:
@@ -180,7 +239,8 @@ def sow(folder: Path) -> None:
     source = locate("smollm2-135m")
     with source.open("rb") as file:
         head = file.read(2**21)
-    first = head.index(b"\x11\x00\x00\x00\x00\x00\x00\x00token_embd.weight")  # the first tensor: all before it is metadata
+    # the first tensor: all before it is metadata
+    first = head.index(b"\x11\x00\x00\x00\x00\x00\x00\x00token_embd.weight")
     (folder / "packaged.head").write_bytes(head[:8] + bytes(8) + head[16:first] + bytes(64))
     assert len(read_header((folder / "packaged.head").read_bytes(), "packaged.head").metadata) == 33
     save(folder / "model", CONFIG, params(), tokenizer())
@@ -199,7 +259,9 @@ def out_of_time(*_) -> None:
 
 
 def try_out(path: Path) -> str:
-    """Load a mutant and use what was loaded: `loaded` or `refused`, or whatever it should not have raised."""
+    """Load a mutant and use what was loaded: `loaded` or `refused`, or whatever it should not have
+    raised.
+    """
     try:
         loaded = load(path)
         if loaded.tokenizer is not None:
@@ -222,7 +284,8 @@ def main(kind: str, first: int, count: int) -> None:
         sow(folder)
         load(folder / "seed0.gguf"), load(folder / "sharded")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        resource.setrlimit(resource.RLIMIT_DATA, (2**10 * before + 2 * MEMORY, -1))  # what is reserved is more than what is used
+        # what is reserved is more than what is used
+        resource.setrlimit(resource.RLIMIT_DATA, (2**10 * before + 2 * MEMORY, -1))
         outcomes = {"loaded": 0, "refused": 0}
         for number in range(first, first + count):
             path = MAKERS[kind](np.random.default_rng((sorted(MAKERS).index(kind), number)), folder)

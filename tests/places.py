@@ -1,4 +1,6 @@
-"""Where the checkout is: a file of tests, in whatever folder, and what it starts find the rest of it here."""
+"""Where the checkout is: a file of tests, in whatever folder, and what it starts find the rest of
+it here.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""Real processes on loopback: f(rank, n, *arguments) in each of n, connected by Gloo; all have ended when `run` returns.
+"""Real processes on loopback: f(rank, n, *arguments) in each of n, connected by Gloo; all have
+ended when `run` returns.
 
-They are forked from a server that has imported the library once, meet by a file, and have a timeout, so that a test can neither
-hang nor leave anybody behind.
+They are forked from a server that has imported the library once, meet by a file, and have a
+timeout, so that a test can neither hang nor leave anybody behind.
 """
 
 import datetime
@@ -26,7 +27,9 @@ def _enter(f, rank, n, place, timeout, pipe, meet, arguments):
             pipe.send(("done", f(rank, n, *arguments)))
             return
         limit = datetime.timedelta(seconds=timeout)
-        dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=n, timeout=limit)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{place}", rank=rank, world_size=n, timeout=limit
+        )
         try:
             pipe.send(("done", f(rank, n, *arguments)))
         finally:
@@ -43,12 +46,18 @@ def run(f, n, *arguments, timeout=TIMEOUT, meet=True, strict=True):
         strict: raise; else what a rank that failed said stands in its place.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["funcattn", "torch.distributed.tensor", "torch.distributed.checkpoint"])
+    context.set_forkserver_preload(
+        ["funcattn", "torch.distributed.tensor", "torch.distributed.checkpoint"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(n)]
         place = os.path.join(folder, "meeting")
         workers = [
-            context.Process(target=_enter, args=(f, rank, n, place, timeout, pipes[rank][1], meet, arguments), daemon=True)
+            context.Process(
+                target=_enter,
+                args=(f, rank, n, place, timeout, pipes[rank][1], meet, arguments),
+                daemon=True,
+            )
             for rank in range(n)
         ]
         for worker in workers:

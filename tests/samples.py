@@ -1,4 +1,6 @@
-"""Small models on disk, made for each test: the tiny Config in both layouts, with a byte-level tokenizer of 300 tokens."""
+"""Small models on disk, made for each test: the tiny Config in both layouts, with a byte-level
+tokenizer of 300 tokens.
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,15 @@ from funcattn.families import GGUF_TENSORS, leaves, spelling
 from funcattn.layers import RopeScaling
 
 CONFIG = transformer.Config(
-    vocabulary=300, width=64, layers=2, heads=4, kv_heads=2, head_size=16, feed_forward=96, rope_base=500.0, context=128
+    vocabulary=300,
+    width=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    feed_forward=96,
+    rope_base=500.0,
+    context=128,
 )
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 
@@ -36,7 +46,9 @@ def params(config=CONFIG, seed=0):
 def same(a, b) -> bool:
     """True where two trees have the same leaves, bit for bit and dtype for dtype."""
     a, b = leaves(a), leaves(b)
-    return a.keys() == b.keys() and all(a[path].dtype == b[path].dtype and torch.equal(a[path].cpu(), b[path].cpu()) for path in a)
+    return a.keys() == b.keys() and all(
+        a[path].dtype == b[path].dtype and torch.equal(a[path].cpu(), b[path].cpu()) for path in a
+    )
 
 
 def load(path: Path, **options) -> checkpoints.Loaded:
@@ -48,7 +60,10 @@ def load(path: Path, **options) -> checkpoints.Loaded:
 def tokenizer() -> Tokenizer:
     ids = {token: number for number, token in enumerate(TOKENS)}
     backend = Backend(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in MERGES]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     backend.add_special_tokens(SPECIAL)
     return Tokenizer(backend, (0,), TEMPLATE, {"eos_token": "<|end|>", "bos_token": "<s>"})
 
@@ -75,11 +90,17 @@ def metadata(config=CONFIG) -> dict[str, object]:
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """What llama.cpp's convert_hf_to_gguf.py does to q and k (LlamaModel.permute)."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
 
 
 def write_gguf(path: Path, config=CONFIG, weights=None, *, kind="F32", change=(), extra=()) -> Path:
-    """A GGUF file by the `gguf` package: matrices of `kind`, metadata less or more what `change` says, and `extra` tensors."""
+    """A GGUF file by the `gguf` package: matrices of `kind`, metadata less or more what `change`
+    says, and `extra` tensors.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in {**metadata(config), **dict(change)}.items():
         if name == "general.architecture":
@@ -101,7 +122,11 @@ def write_gguf(path: Path, config=CONFIG, weights=None, *, kind="F32", change=()
         if last in ("q", "k"):
             numbers = interleave(numbers, config.heads if last == "q" else config.kv_heads)
         of_kind = quantized if numbers.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(spelling(GGUF_TENSORS, leaf_path), gguf.quants.quantize(numbers, of_kind), raw_dtype=of_kind)
+        writer.add_tensor(
+            spelling(GGUF_TENSORS, leaf_path),
+            gguf.quants.quantize(numbers, of_kind),
+            raw_dtype=of_kind,
+        )
     for name, numbers in dict(extra).items():
         writer.add_tensor(name, numbers)
     writer.write_header_to_file()

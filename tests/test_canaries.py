@@ -1,6 +1,7 @@
 """Traps in torch that this library works around.
 
-Each test shows the trap as it is; one that goes red means that torch has mended it, and that the work-around it names can go.
+Each test shows the trap as it is; one that goes red means that torch has mended it, and that the
+work-around it names can go.
 """
 
 import subprocess
@@ -45,12 +46,16 @@ class Cube(Function):
 def test_an_outer_jvp_of_a_functions_jvp_is_silently_zero():
     """pytorch/pytorch#197867; worked around by autograd.closed_jvp."""
     x = torch.tensor(2.0, dtype=torch.float64)
-    second = jvp(lambda x: jvp(Cube.apply, (x,), (torch.ones_like(x),))[1], (x,), (torch.ones_like(x),))[1]
+    second = jvp(
+        lambda x: jvp(Cube.apply, (x,), (torch.ones_like(x),))[1], (x,), (torch.ones_like(x),)
+    )[1]
     assert second == 0  # 12 would be right
 
 
 def test_a_custom_op_under_jvp_has_silently_zero_tangents():
-    """Worked around by keeping our operations behind Functions with a jvp (kernels.closed.operators)."""
+    """Worked around by keeping our operations behind Functions with a jvp
+    (kernels.closed.operators).
+    """
 
     @torch.library.custom_op("funcattn_canary::double", mutates_args=())
     def double(x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +65,9 @@ def test_a_custom_op_under_jvp_has_silently_zero_tangents():
 
 
 def test_torchs_fused_attention_has_no_jvp_and_no_second_derivative():
-    """The gap that the closed family fills; if torch fills it, `sdpa` may be chosen where a derivative is asked."""
+    """The gap that the closed family fills; if torch fills it, `sdpa` may be chosen where a
+    derivative is asked.
+    """
     q = torch.ones(1, 1, 4, 8)
     attention = lambda q: F.scaled_dot_product_attention(q, q, q)
     with pytest.raises(NotImplementedError, match="forward AD"):
@@ -72,7 +79,9 @@ def test_torchs_fused_attention_has_no_jvp_and_no_second_derivative():
 
 
 def test_vmap_expands_an_operand_that_is_not_mapped():
-    """Worked around by kernels.products and kernels.backends.layout, which fold the mapped axis into rows."""
+    """Worked around by kernels.products and kernels.backends.layout, which fold the mapped axis
+    into rows.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     shapes = []
@@ -106,7 +115,9 @@ def test_the_private_names_that_closed_jvp_rests_on_are_there():
 
 
 def test_exp_is_slower_than_exp2_is_no_test_but_both_agree():
-    """kernels.backends.torch_blocks takes powers of two because torch's exp is the slower of the two on CPU; their values agree."""
+    """kernels.backends.torch_blocks takes powers of two because torch's exp is the slower of the
+    two on CPU; their values agree.
+    """
     x = torch.linspace(-80, 0, 97, dtype=torch.float64)
     assert torch.allclose(torch.exp2(x * 1.4426950408889634), x.exp(), rtol=1e-13, atol=0)
 
@@ -122,7 +133,9 @@ def test_an_integer_product_has_silently_zero_derivatives():
 
 def test_the_packed_int4_product_has_no_derivative():
     """So routed has to give one."""
-    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.ones(16, 32, dtype=torch.int32), 1)
+    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+        torch.ones(16, 32, dtype=torch.int32), 1
+    )
     grid = torch.ones(1, 16, 2, dtype=torch.bfloat16)
     product = lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, 32, grid)
     x = torch.ones(1, 32, dtype=torch.bfloat16)
@@ -144,19 +157,28 @@ def test_the_packed_int8_product_has_no_derivative():
 
 
 def test_torchs_fused_attention_reads_overlapping_rows_wrongly():
-    """Worked around by kernels.backends.layout.in_rows: the output is laid out by the strides of q, and written otherwise."""
+    """Worked around by kernels.backends.layout.in_rows: the output is laid out by the strides of q,
+    and written otherwise.
+    """
     rows = torch.randn(2, 2, 65).unfold(-1, 64, 1)  # (2, 2, 2, 64), row stride 1
     heads = torch.randn(2, 129).unfold(-1, 128, 1).unflatten(-1, (2, 64))  # head stride 1
     for q in (rows, heads):
         k, v = torch.randn(2, 2, 2, 2, 64)
         wanted = F.scaled_dot_product_attention(q.contiguous(), k, v)
         for _ in range(2):
-            [torch.full((2**n,), torch.nan) for n in range(4, 18) for _ in range(4)]  # what is not written is not right by chance
+            # what is not written is not right by chance
+            [torch.full((2**n,), torch.nan) for n in range(4, 18) for _ in range(4)]
         assert not torch.allclose(F.scaled_dot_product_attention(q, k, v), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "module", ["torch.jit._script", "transformers.masking_utils", "triton.runtime.interpreter", "funcattnlike"]
+    "module",
+    [
+        "torch.jit._script",
+        "transformers.masking_utils",
+        "triton.runtime.interpreter",
+        "funcattnlike",
+    ],
 )
 def test_a_warning_about_a_line_of_a_peer_fails_no_test(module):
     """What a peer deprecates on some day is told at the end of a run."""
@@ -179,6 +201,10 @@ torch.func.jvp(lambda q: fa.attention(q, q, q), (q,), (q,))
 
 
 def test_the_first_jvp_of_a_process_warns_of_nothing():
-    """torch 2.14's forward-mode rules warn of their torch.jit.script when they are imported, which autograd does in silence."""
-    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=120)
+    """torch 2.14's forward-mode rules warn of their torch.jit.script when they are imported, which
+    autograd does in silence.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stderr) == (0, "")

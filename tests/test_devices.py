@@ -1,7 +1,9 @@
-"""Everything follows its inputs: nothing is made where they are not. And what fits a GPU is chosen for one.
+"""Everything follows its inputs: nothing is made where they are not. And what fits a GPU is chosen
+for one.
 
-Inputs lie on the CPU while torch's default device is another one, `meta`, whose tensors mix with no others: what makes a tensor of
-its own without saying where fails, or comes out there, as it would beside inputs on a GPU. That needs no GPU.
+Inputs lie on the CPU while torch's default device is another one, `meta`, whose tensors mix with no
+others: what makes a tensor of its own without saying where fails, or comes out there, as it would
+beside inputs on a GPU. That needs no GPU.
 """
 
 import os
@@ -19,7 +21,9 @@ import funcattn as fa
 from funcattn import masks, sampling, training
 from funcattn.native import building
 
-CONFIG = fa.Config(vocabulary=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, feed_forward=64, context=64)
+CONFIG = fa.Config(
+    vocabulary=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, feed_forward=64, context=64
+)
 MODEL = fa.decoder(CONFIG)
 PARAMS = MODEL.init(fa.key(0))
 TOKENS = fa.random.randint(fa.key(1), (12,), 0, 32)
@@ -30,7 +34,10 @@ CAUSAL = masks.causal(20)
 SINKS = CAUSAL & (masks.window(20, 5) | masks.sinks(20, 2))
 IDS = torch.arange(20) // 7
 PAST = MODEL.apply(PARAMS, TOKENS, MODEL.cache(40))[1]
-EMPTY = {kind.__name__: MODEL.cache(40, kind=kind) for kind in (fa.Cache, fa.Ring, fa.Pages, fa.QuantizedCache)}
+EMPTY = {
+    kind.__name__: MODEL.cache(40, kind=kind)
+    for kind in (fa.Cache, fa.Ring, fa.Pages, fa.QuantizedCache)
+}
 SCHEMES = {"int8": fa.int8, "int4": fa.int4, "w8a8": fa.w8a8, "nf4": fa.nf4(group=32)}
 SMALL = {name: fa.quantize(scheme)(PARAMS) for name, scheme in SCHEMES.items()}
 WRITES = sampling.chain(
@@ -68,7 +75,9 @@ def train(optimizer):
     """Two updates."""
     state = optimizer.init(PARAMS)
     for _ in range(2):
-        updates, state = optimizer.update(grad(lambda p: fa.loss(MODEL, p, TOKENS))(PARAMS), state, PARAMS)
+        updates, state = optimizer.update(
+            grad(lambda p: fa.loss(MODEL, p, TOKENS))(PARAMS), state, PARAMS
+        )
     return updates, state
 
 
@@ -122,8 +131,8 @@ def test_nothing_is_made_where_the_inputs_are_not(program):
     assert {x.device for x in leaves} == {TOKENS.device}
 
 
-# The same without a list of programs: the tests themselves on a device that is pretended (far.py). Here a part of them, which takes
-# seconds; `make test-device` runs all.
+# The same without a list of programs: the tests themselves on a device that is pretended (far.py).
+# Here a part of them, which takes seconds; `make test-device` runs all.
 
 
 @pytest.mark.cpu("it starts tests on another device")
@@ -133,7 +142,12 @@ def test_tests_pass_where_tensors_of_two_devices_do_not_mix():
     except building.Missing as reason:
         pytest.skip(str(reason))
     files = [str(TESTS / f"test_{name}.py") for name in ("devices", "masks")]
-    environment = {**os.environ, "FUNCATTN_DEVICE": "far", "FUNCATTN_DEFAULT": "cpu", "HYPOTHESIS_PROFILE": "brief"}
+    environment = {
+        **os.environ,
+        "FUNCATTN_DEVICE": "far",
+        "FUNCATTN_DEFAULT": "cpu",
+        "HYPOTHESIS_PROFILE": "brief",
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -168,7 +182,10 @@ def test_the_pretended_device_computes_as_the_cpu(x):
     assert x.device.type == "far"
     assert type(x) is torch.Tensor
     assert x.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
-    assert torch.equal((x + torch.tensor(2.0, device="cpu") * 2).cpu(), torch.arange(4.0, 10.0, device="cpu").reshape(2, 3))
+    assert torch.equal(
+        (x + torch.tensor(2.0, device="cpu") * 2).cpu(),
+        torch.arange(4.0, 10.0, device="cpu").reshape(2, 3),
+    )
     x.mT[0] = 7.0  # a view is of the same memory
     x[:, 1:].copy_(torch.ones(2, 2, device="cpu"))
     assert x.tolist() == [[7.0, 1.0, 1.0], [7.0, 1.0, 1.0]]
@@ -198,7 +215,8 @@ def test_triton_is_chosen_on_a_gpu_where_it_can_run(on_gpu):
     assert fa.explain(q, k, k, mask).chosen == "triton"
     assert fa.explain(q, k, k, mask.dense(20)).chosen != "triton"
     assert fa.explain(q.double(), k.double(), k.double(), masks.window(20, 3)).chosen == "flash"
-    assert fa.explain(q.narrow(1, 0, 1), k, k, masks.window(1, 3)).chosen == "reference"  # a decode step is dense
+    # a decode step is dense
+    assert fa.explain(q.narrow(1, 0, 1), k, k, masks.window(1, 3)).chosen == "reference"
     out, lse = fa.attend(q, k, k, mask)
     assert (out.device.type, lse.device.type) == ("cuda", "cuda")
 
@@ -213,5 +231,7 @@ def test_masks_of_a_gpu_stay_there_under_every_kernel(on_gpu):
     q, k, mask = on_gpu
     for kernel in ("flash", "triton", "sdpa"):
         assert fa.attention(q, k, k, mask, kernel=kernel).device.type == "cuda"
-        pushed = jvp(lambda q, kernel=kernel: fa.attention(q, k, k, mask, kernel=kernel), (q,), (q,))[1]
+        pushed = jvp(
+            lambda q, kernel=kernel: fa.attention(q, k, k, mask, kernel=kernel), (q,), (q,)
+        )[1]
         assert pushed.device.type == "cuda"

@@ -22,14 +22,22 @@ IN_ROOMS = {
 
 
 def documented(text):
-    """The parameters that stand in front of a colon: `q: ...`, `model, params: ...`, `x (*lead, T): ...`."""
-    heads = re.findall(r"^ *((?:\*{0,2}\w+, )*\*{0,2}\w+)(?: \([^)]*\))?:(?: |$)", text, re.MULTILINE)
+    """The parameters that stand in front of a colon: `q: ...`, `model, params: ...`, `x (*lead, T):
+    ...`.
+    """
+    heads = re.findall(
+        r"^ *((?:\*{0,2}\w+, )*\*{0,2}\w+)(?: \([^)]*\))?:(?: |$)", text, re.MULTILINE
+    )
     return {name.lstrip("*") for head in heads for name in head.split(", ")}
 
 
 def undocumented(function):
     """The parameters of a function that its docstring leaves out."""
-    return [name for name in inspect.signature(function).parameters if name not in documented(inspect.getdoc(function) or "")]
+    return [
+        name
+        for name in inspect.signature(function).parameters
+        if name not in documented(inspect.getdoc(function) or "")
+    ]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -45,7 +53,9 @@ def test_every_parameter_of_a_public_function_is_documented(name):
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *IN_ROOMS])
 def test_a_signature_shows_no_address_of_a_function(name):
-    defaults = [p.default for p in inspect.signature((FUNCTIONS | IN_ROOMS)[name]).parameters.values()]
+    defaults = [
+        p.default for p in inspect.signature((FUNCTIONS | IN_ROOMS)[name]).parameters.values()
+    ]
     assert [repr(x) for x in defaults if " at 0x" in repr(x) and not isinstance(x, tuple)] == []
 
 

@@ -39,7 +39,10 @@ def test_what_was_kept_is_looked_up_next():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: drafters.prompt_lookup(length=0), "drafters.prompt_lookup: length should be an int, at least 1"),
+        (
+            lambda: drafters.prompt_lookup(length=0),
+            "drafters.prompt_lookup: length should be an int, at least 1",
+        ),
         (lambda: drafters.prompt_lookup(ngram=0), "ngram should be an int, at least 1"),
         (lambda: drafters.model(None, (), length=0), "drafters.model: length"),
         (lambda: drafters.function(None, length=1.5), "drafters.function: length"),
@@ -53,7 +56,9 @@ def test_bad_input_is_an_error_with_its_remedy(wrong, message):
 def test_a_function_that_gives_another_size_is_an_error():
     drafter = drafters.function(lambda text, n: (text[:2], n), length=3)
     with pytest.raises(ValueError, match=r"tokens \(N,\) with N = 3, valid \(\)"):
-        drafter.propose(fa.key(0), torch.tensor(1), drafter.init(torch.tensor([1, 2]), torch.tensor(2), 4))
+        drafter.propose(
+            fa.key(0), torch.tensor(1), drafter.init(torch.tensor([1, 2]), torch.tensor(2), 4)
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -61,7 +66,8 @@ def test_a_model_knows_the_tokens_of_its_head(tied):
     config = fa.Config(vocabulary=24, layers=1, tied=tied)
     model = fa.decoder(config)
     params = model.init(fa.key(0))
-    padded = params._replace(embedding=torch.zeros(32, config.width))  # more rows than there are tokens, as some files have
+    # more rows than there are tokens, as some files have
+    padded = params._replace(embedding=torch.zeros(32, config.width))
     assert drafters.model(model, params).vocabulary == 24
     assert drafters.model(model, fa.quantize(fa.int4(group=8))(params)).vocabulary == 24
     assert drafters.model(model, padded).vocabulary == (32 if tied else 24)
@@ -70,12 +76,19 @@ def test_a_model_knows_the_tokens_of_its_head(tied):
 def test_a_drafter_prints_as_the_call_that_made_it():
     model = fa.decoder(fa.Config())
     params = model.init(fa.key(0))
-    assert repr(drafters.prompt_lookup(length=5, ngram=2)) == "Drafter(prompt_lookup(length=5, ngram=2))"
+    assert (
+        repr(drafters.prompt_lookup(length=5, ngram=2))
+        == "Drafter(prompt_lookup(length=5, ngram=2))"
+    )
     mine = drafters.model(model, params, length=3, sampler=fa.sampling.temperature(0.7))
     assert repr(mine).startswith("Drafter(model(Model")
     assert repr(mine).endswith("Params(...), length=3, sampler=temperature(0.7)))")
     assert "prompt_lookup" not in repr(drafters.prompt_lookup()._replace(keep=print))
-    for drafter in (mine, drafters.function(lambda text, n: (text, n)), drafters.Drafter(print, print, print, 2)):
+    for drafter in (
+        mine,
+        drafters.function(lambda text, n: (text, n)),
+        drafters.Drafter(print, print, print, 2),
+    ):
         assert " at 0x" not in repr(drafter)
 
 
@@ -85,5 +98,8 @@ def test_earlier_names_go_on_working():
     assert draft.laws is draft.probs is draft._replace(laws=()).probs
     speculation = fa.speculation
     assert speculation.laws_along is speculation.log_probs_along_draft
-    assert (speculation.matched, speculation.rewind) == (speculation.accept_greedy, speculation.select_state)
+    assert (speculation.matched, speculation.rewind) == (
+        speculation.accept_greedy,
+        speculation.select_state,
+    )
     assert speculation.Along(laws=tokens, states=()).laws is tokens

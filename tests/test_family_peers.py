@@ -1,4 +1,6 @@
-"""Every family against its original: tiny random models made by transformers, read, run, decoded step by step, saved, read back."""
+"""Every family against its original: tiny random models made by transformers, read, run, decoded
+step by step, saved, read back.
+"""
 
 import json
 
@@ -28,10 +30,19 @@ MOE = {"num_experts_per_tok": 2}
 ROPE = lambda kind, **rest: {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **rest}}
 LOCAL = {"sliding_window": 8}
 KINDS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 CAPS = {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
-LONG = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 5.0, 9.0], "original_max_position_embeddings": 16}
+LONG = {
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [1.0, 3.0, 5.0, 9.0],
+    "original_max_position_embeddings": 16,
+}
 
 MODELS = {
     "llama": ("llama", {}),
@@ -39,7 +50,10 @@ MODELS = {
         "llama",
         ROPE("llama3", **LLAMA3),
     ),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "tie_word_embeddings": True}),
+    "llama-biases": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "tie_word_embeddings": True},
+    ),
     "llama-linear": ("llama", ROPE("linear", factor=4.0)),
     "llama-dynamic": ("llama", {**ROPE("dynamic", factor=2.0), "max_position_embeddings": 24}),
     "llama-yarn": ("llama", ROPE("yarn", **YARN)),
@@ -73,7 +87,12 @@ MODELS = {
     "phi3-partial": ("phi3", ROPE("default", partial_rotary_factor=0.5)),
     "granite": (
         "granite",
-        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
     ),
     "olmo2": ("olmo2", {}),
     "cohere": ("cohere", {"logit_scale": 0.25}),
@@ -82,15 +101,36 @@ MODELS = {
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
     "stablelm": ("stablelm", ROPE("default", partial_rotary_factor=0.25)),
-    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True, "qk_layernorm": True}),
+    "stablelm-parallel": (
+        "stablelm",
+        {"use_parallel_residual": True, "use_qkv_bias": True, "qk_layernorm": True},
+    ),
     "starcoder2": ("starcoder2", LOCAL),
     "mixtral": ("mixtral", {"num_local_experts": 4, **MOE, **LOCAL}),
-    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 12, **MOE}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 12, **MOE},
+    ),
     "qwen3_moe-mixed": (
         "qwen3_moe",
-        {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1], "norm_topk_prob": True, **MOE},
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            **MOE,
+        },
     ),
-    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "head_dim": 16, **MOE, **LOCAL, **ROPE("yarn", **YARN, truncate=False)}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 4,
+            "head_dim": 16,
+            **MOE,
+            **LOCAL,
+            **ROPE("yarn", **YARN, truncate=False),
+        },
+    ),
 }
 
 
@@ -106,7 +146,8 @@ def originals(tmp_path_factory):
             config = AutoConfig.for_model(kind, **{**own, **more}, attn_implementation="eager")
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config).eval()
-            with torch.no_grad():  # as made, norms are one and biases zero, and an error in either would not show
+            # as made, norms are one and biases zero, and an error in either would not show
+            with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.1)
             folder = tmp_path_factory.mktemp(name)
@@ -137,10 +178,18 @@ def test_logits_are_those_of_the_original(originals, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decoding_step_by_step_is_that_of_the_original_beyond_window_and_scaling(originals, name):
-    """Chunks of 10 and then single tokens; where angles follow the length, the original reads the whole text each time."""
+    """Chunks of 10 and then single tokens; where angles follow the length, the original reads the
+    whole text each time.
+    """
     model, folder = originals(name)
     config, params, _ = load(folder)
-    ours, past, mine, other, cache = fa.decoder(config), None, [], [], transformers.DynamicCache(config=model.config)
+    ours, past, mine, other, cache = (
+        fa.decoder(config),
+        None,
+        [],
+        [],
+        transformers.DynamicCache(config=model.config),
+    )
     past = ours.cache(T)
     for piece in tokens().split([10, 10, *([1] * (T - 20))]):
         logits, past = ours.apply(params, piece, past)
@@ -158,14 +207,17 @@ def test_a_saved_model_is_read_by_transformers_with_equal_logits(originals, name
     model, folder = originals(name)
     config, params, _ = load(folder)
     fa.save(tmp_path / "ours", config, params)
-    read = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    ).eval()
     torch.testing.assert_close(theirs(read, tokens()), theirs(model, tokens()), atol=2e-5, rtol=0)
     again = load(tmp_path / "ours")
     assert again.config == config
     assert fa.tree.allclose(again.params, params, atol=0, rtol=0)
 
 
-SPELLED_AS_ANOTHER = {"mistral-full": "llama", "phi3": "mistral", "phi3-longrope": "llama"}  # the first that says the same
+# the first that says the same
+SPELLED_AS_ANOTHER = {"mistral-full": "llama", "phi3": "mistral", "phi3-longrope": "llama"}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -173,24 +225,32 @@ def test_a_model_keeps_its_family(originals, name):
     _, folder = originals(name)
     settings = json.loads((folder / "config.json").read_text())
     config = fa.families.read_config(settings)
-    assert fa.families.family_for(config).name == SPELLED_AS_ANOTHER.get(name, settings["model_type"])
+    assert fa.families.family_for(config).name == SPELLED_AS_ANOTHER.get(
+        name, settings["model_type"]
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_composes(originals, name):
-    """vmap of grad is the loop, and a jvp along a direction is the gradient's product with it: in every family."""
+    """vmap of grad is the loop, and a jvp along a direction is the gradient's product with it: in
+    every family.
+    """
     _, folder = originals(name)
     config, params, _ = load(folder, dtype=torch.float64)
     model = fa.decoder(config)
     batch = torch.stack([tokens(12, 1), tokens(12, 2)])
 
     def loss(params, ids):
-        return torch.nn.functional.cross_entropy(model.logits(params, model.hidden(params, ids[:-1])[0]), ids[1:])
+        return torch.nn.functional.cross_entropy(
+            model.logits(params, model.hidden(params, ids[:-1])[0]), ids[1:]
+        )
 
     each = vmap(grad(loss), (None, 0))(params, batch)
     for row in range(2):
         one = grad(loss)(params, batch[row])
-        assert fa.tree.allclose(fa.tree.map(lambda g, row=row: g[row], each), one, atol=1e-12, rtol=1e-9)
+        assert fa.tree.allclose(
+            fa.tree.map(lambda g, row=row: g[row], each), one, atol=1e-12, rtol=1e-9
+        )
     direction = fa.tree.map(torch.ones_like, params)
     moved = jvp(lambda p: loss(p, batch[0]), (params,), (direction,))[1]
     first = grad(loss)(params, batch[0])

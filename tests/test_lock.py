@@ -1,4 +1,6 @@
-"""requirements.lock: every package of `make demo`, `make test` and `.ci/run` with its version, whatever the day."""
+"""requirements.lock: every package of `make demo`, `make test` and `.ci/run` with its version,
+whatever the day.
+"""
 
 import os
 import re
@@ -10,7 +12,9 @@ from packaging.utils import canonicalize_name
 from places import ROOT
 
 LOCK = ROOT / "requirements.lock"
-pytestmark = pytest.mark.skipif(not LOCK.exists(), reason="the lock is not part of a source distribution")
+pytestmark = pytest.mark.skipif(
+    not LOCK.exists(), reason="the lock is not part of a source distribution"
+)
 
 
 def locked() -> list[Requirement]:
@@ -19,7 +23,11 @@ def locked() -> list[Requirement]:
 
 def test_every_line_is_one_package_with_its_exact_version():
     """No address, no option, no comment: plain pip reads it, from whatever index it is set to."""
-    assert [line for line in LOCK.read_text().splitlines() if not re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", line)] == []
+    assert [
+        line
+        for line in LOCK.read_text().splitlines()
+        if not re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", line)
+    ] == []
 
 
 def test_what_pyproject_asks_for_is_locked():
@@ -31,17 +39,25 @@ def test_what_pyproject_asks_for_is_locked():
     names = {"dev", *(name for one in inside for name in one.extras)}
     asked = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     asked += [line for name in names for line in extras[name] if not line.startswith("funcattn[")]
-    asked += [line.partition("#")[0].strip() for line in (ROOT / "requirements.in").read_text().splitlines() if line[:1] != "#"]
+    asked += [
+        line.partition("#")[0].strip()
+        for line in (ROOT / "requirements.in").read_text().splitlines()
+        if line[:1] != "#"
+    ]
     pins = {}
     for pin in locked():
         pins.setdefault(canonicalize_name(pin.name), []).append(next(iter(pin.specifier)).version)
     for wanted in map(Requirement, asked):
         versions = pins.get(canonicalize_name(wanted.name), [])
         assert versions, f"{wanted} is not in requirements.lock: make lock"
-        assert all(wanted.specifier.contains(one) for one in versions), f"{wanted} does not admit {versions}: make lock"
+        assert all(wanted.specifier.contains(one) for one in versions), (
+            f"{wanted} does not admit {versions}: make lock"
+        )
 
 
-@pytest.mark.skipif(not os.environ.get("FUNCATTN_LOCK"), reason="only `make test` installs what is locked")
+@pytest.mark.skipif(
+    not os.environ.get("FUNCATTN_LOCK"), reason="only `make test` installs what is locked"
+)
 def test_what_is_installed_is_what_is_locked():
     found = {}
     for pin in locked():

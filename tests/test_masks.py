@@ -1,4 +1,6 @@
-"""Masks against booleans: every operation and every constructor is compared with the plain loop it stands for."""
+"""Masks against booleans: every operation and every constructor is compared with the plain loop it
+stands for.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ def raw_masks(draw, lead=(), T=2):
     n = draw(st.integers(0, 3))
     shape = (*lead, T, n)
     count = torch.Size(shape).numel()
-    edges = lambda: torch.tensor(draw(st.lists(EDGES, min_size=count, max_size=count)), dtype=torch.int64).reshape(shape)
+    edges = lambda: torch.tensor(
+        draw(st.lists(EDGES, min_size=count, max_size=count)), dtype=torch.int64
+    ).reshape(shape)
     return Mask(edges(), edges())
 
 
@@ -121,8 +125,16 @@ def naive(T, S, sees):
         (masks.prefix(2, 3), 2, lambda i, j: j < 3),
         (masks.sinks(2, 1), 2, lambda i, j: j < 1),
         (masks.padding(2, torch.tensor(4)), 2, lambda i, j: j < 4),
-        (masks.segments(torch.tensor([5, 5, 1, 7, 7])), 5, lambda i, j: (i < 2) == (j < 2) and (i < 3) == (j < 3) and j < 5),
-        (masks.causal(5) & (masks.window(5, 2) | masks.sinks(5, 1)), 5, lambda i, j: j <= i and (i - j < 2 or j < 1)),
+        (
+            masks.segments(torch.tensor([5, 5, 1, 7, 7])),
+            5,
+            lambda i, j: (i < 2) == (j < 2) and (i < 3) == (j < 3) and j < 5,
+        ),
+        (
+            masks.causal(5) & (masks.window(5, 2) | masks.sinks(5, 1)),
+            5,
+            lambda i, j: j <= i and (i - j < 2 or j < 1),
+        ),
     ],
 )
 def test_constructors_agree_with_the_loop(mask, T, sees):
@@ -138,7 +150,9 @@ def test_tensors_give_each_sequence_a_mask_of_its_own():
         lambda n: masks.prefix(3, n),
         lambda n: masks.padding(3, n),
     ):
-        one_by_one = torch.stack([make(int(i) if make(n).start.dim() == 2 else i).dense(S) for i in n[0]])
+        one_by_one = torch.stack(
+            [make(int(i) if make(n).start.dim() == 2 else i).dense(S) for i in n[0]]
+        )
         assert torch.equal(make(n).dense(S)[0], one_by_one)
         assert torch.equal(vmap(make)(n[0]).dense(S), one_by_one)
 
@@ -166,7 +180,12 @@ def test_compiled_code_builds_and_combines_masks_in_one_graph():
 
 def test_masks_follow_the_device_of_what_they_are_made_of():
     n = torch.tensor(2, device="meta")
-    made = [masks.prefix(3, n), masks.padding(3, n), masks.causal(3, offset=n), masks.window(3, 2, offset=n)]
+    made = [
+        masks.prefix(3, n),
+        masks.padding(3, n),
+        masks.causal(3, offset=n),
+        masks.window(3, 2, offset=n),
+    ]
     made += [masks.segments(torch.zeros(3, dtype=torch.int64, device="meta"))]
     with torch.device("meta"):
         made += [masks.full(3), masks.causal(3), masks.window(3, 2), masks.prefix(3, 1)]
@@ -194,10 +213,26 @@ def test_mixing_with_booleans_names_dense(sign, dense_first):
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (lambda: masks.causal(2) & masks.causal(3), ValueError, "got 2 and 3. Build them with the same T"),
-        (lambda: masks.causal(2) | masks.causal(3), ValueError, "got 2 and 3. Build them with the same T"),
-        (lambda: masks.causal("5"), ValueError, "masks: T should be a number of queries, 0 or more, got '5'"),
-        (lambda: masks.window(-1, 2), ValueError, "masks: T should be a number of queries, 0 or more, got -1"),
+        (
+            lambda: masks.causal(2) & masks.causal(3),
+            ValueError,
+            "got 2 and 3. Build them with the same T",
+        ),
+        (
+            lambda: masks.causal(2) | masks.causal(3),
+            ValueError,
+            "got 2 and 3. Build them with the same T",
+        ),
+        (
+            lambda: masks.causal("5"),
+            ValueError,
+            "masks: T should be a number of queries, 0 or more, got '5'",
+        ),
+        (
+            lambda: masks.window(-1, 2),
+            ValueError,
+            "masks: T should be a number of queries, 0 or more, got -1",
+        ),
         (lambda: masks.causal(torch.ones(3, 3)), ValueError, "got a Tensor. Such as"),
         (lambda: masks.causal(2, align="left"), ValueError, '"upper" or "lower"'),
         (lambda: masks.causal(2, align="lower"), ValueError, "Pass the number of keys"),
@@ -205,8 +240,16 @@ def test_mixing_with_booleans_names_dense(sign, dense_first):
         (lambda: masks.padding(2, torch.tensor([1.0])), TypeError, "Pass the lengths, not a mask"),
         (lambda: masks.padding(2, 3), TypeError, "an integer tensor"),
         (lambda: masks.segments(torch.tensor([0, 1, 0])), ValueError, "an id in two runs"),
-        (lambda: vmap(masks.segments)(torch.tensor([[0, 1, 1], [0, 1, 0]])), ValueError, "an id in two runs"),
-        (lambda: fa.attention(*[torch.ones(1, 3, 2)] * 3, masks.causal(2)), ValueError, "Build it with T = 3"),
+        (
+            lambda: vmap(masks.segments)(torch.tensor([[0, 1, 1], [0, 1, 0]])),
+            ValueError,
+            "an id in two runs",
+        ),
+        (
+            lambda: fa.attention(*[torch.ones(1, 3, 2)] * 3, masks.causal(2)),
+            ValueError,
+            "Build it with T = 3",
+        ),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
@@ -233,6 +276,8 @@ def test_a_picture_of_a_long_mask_has_cells_that_are_seen_in_part():
 
 def test_a_mask_under_vmap_is_described_and_not_drawn():
     seen = []
-    torch.func.vmap(lambda n: (seen.append((str(masks.prefix(4, n)), masks.prefix(4, n)._repr_html_())), n)[1])(torch.arange(3))
+    torch.func.vmap(
+        lambda n: (seen.append((str(masks.prefix(4, n)), masks.prefix(4, n)._repr_html_())), n)[1]
+    )(torch.arange(3))
     assert "#" not in seen[0][0]
     assert "<svg" not in seen[0][1]

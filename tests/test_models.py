@@ -1,6 +1,8 @@
-"""A Model is a value that knows what it is: for every wrapper w and every verb v, v(w(model)) is v of what w says.
+"""A Model is a value that knows what it is: for every wrapper w and every verb v, v(w(model)) is v
+of what w says.
 
-Wrappers: a replaced function, `fa.sharding.candidates`, `fa.compile`, `fa.shard_map` over a Grid, and these in each other.
+Wrappers: a replaced function, `fa.sharding.candidates`, `fa.compile`, `fa.shard_map` over a Grid,
+and these in each other.
 """
 
 import dataclasses
@@ -21,7 +23,9 @@ from funcattn import drafters, search, serving
 from funcattn.models import config_of
 from funcattn.sharding import Grid
 
-CONFIG = fa.Config(vocabulary=16, width=8, layers=2, heads=2, kv_heads=2, head_size=4, feed_forward=8)
+CONFIG = fa.Config(
+    vocabulary=16, width=8, layers=2, heads=2, kv_heads=2, head_size=4, feed_forward=8
+)
 MODEL = fa.decoder(CONFIG)
 PARAMS = fa.tree.map(lambda x: 8 * x if x.dim() == 2 else x, MODEL.init(fa.key(0)))
 PROMPT = torch.tensor([1, 2, 3, 1, 2])
@@ -58,7 +62,11 @@ WRAPPERS = {
     "sharded": (fa.shard_map(MODEL, Grid(tensor=2)), None, None),
     "sharded logits": (fa.shard_map(MODEL._replace(logits=shifted), Grid(data=1)), None, shifted),
     "sharded hidden": (fa.shard_map(MODEL._replace(hidden=bent), Grid(tensor=2)), bent, None),
-    "logits of sharded": (fa.shard_map(MODEL, Grid(tensor=2))._replace(logits=shifted), None, shifted),
+    "logits of sharded": (
+        fa.shard_map(MODEL, Grid(tensor=2))._replace(logits=shifted),
+        None,
+        shifted,
+    ),
 }
 CANDIDATES = {
     "candidates": fa.sharding.candidates(MODEL, 3),
@@ -90,7 +98,9 @@ def served(model):
 
 def guided(model):
     logits, past = model.apply(PARAMS, PROMPT[:2], MODEL.cache(12))
-    sampler = fa.sampling.chain(fa.sampling.guidance(1.5, model, PARAMS, past, logits[-1]), fa.sampling.greedy)
+    sampler = fa.sampling.chain(
+        fa.sampling.guidance(1.5, model, PARAMS, past, logits[-1]), fa.sampling.greedy
+    )
     return fa.generate(fa.key(1), MODEL, PARAMS, PROMPT, steps=3, sampler=sampler)[0]
 
 
@@ -98,16 +108,30 @@ PAST = MODEL.apply(PARAMS, PROMPT, MODEL.cache(12))[1]
 VERBS = {
     "extend": lambda m: m.extend(PARAMS, PROMPT)[0],
     "extend behind a past": lambda m: m.extend(PARAMS, DRAFT, PAST)[0],
-    "extend with positions": lambda m: m.extend(PARAMS, PROMPT, mask=torch.eye(5) > 0, positions=torch.arange(5) + 3)[0],
+    "extend with positions": lambda m: m.extend(
+        PARAMS, PROMPT, mask=torch.eye(5) > 0, positions=torch.arange(5) + 3
+    )[0],
     "apply": lambda m: m.apply(PARAMS, DRAFT, PAST)[0],
     "apply's past": lambda m: m.extend(PARAMS, DRAFT, m.apply(PARAMS, DRAFT, PAST)[1])[0],
     "generate": lambda m: fa.generate(fa.key(1), m, PARAMS, PROMPT, steps=4)[0],
-    "generate, drawn": lambda m: fa.generate(fa.key(1), m, PARAMS, PROMPT, steps=4, sampler=fa.sampling.temperature(1.0))[0],
-    "stream": lambda m: torch.tensor([piece.tokens for piece in fa.stream(fa.key(1), m, PARAMS, PROMPT, steps=4)][-1]),
-    "speculate": lambda m: fa.speculate(fa.key(1), m, PARAMS, drafters.prompt_lookup(), PROMPT, steps=4)[0].tokens,
-    "drafted by itself": lambda m: fa.speculate(fa.key(1), m, PARAMS, drafters.model(m, PARAMS), PROMPT, steps=4)[0].tokens,
+    "generate, drawn": lambda m: fa.generate(
+        fa.key(1), m, PARAMS, PROMPT, steps=4, sampler=fa.sampling.temperature(1.0)
+    )[0],
+    "stream": lambda m: torch.tensor(
+        [piece.tokens for piece in fa.stream(fa.key(1), m, PARAMS, PROMPT, steps=4)][-1]
+    ),
+    "speculate": lambda m: (
+        fa.speculate(fa.key(1), m, PARAMS, drafters.prompt_lookup(), PROMPT, steps=4)[0].tokens
+    ),
+    "drafted by itself": lambda m: (
+        fa.speculate(fa.key(1), m, PARAMS, drafters.model(m, PARAMS), PROMPT, steps=4)[0].tokens
+    ),
     "beams": lambda m: search.beam_search(m, PARAMS, PROMPT, steps=3, beams=2, best=2).tokens,
-    "best of": lambda m: search.best_of(fa.key(1), m, PARAMS, PROMPT, n=2, steps=3, sampler=fa.sampling.temperature(1.0)).scores,
+    "best of": lambda m: (
+        search.best_of(
+            fa.key(1), m, PARAMS, PROMPT, n=2, steps=3, sampler=fa.sampling.temperature(1.0)
+        ).scores
+    ),
     "serving": served,
     "guidance": guided,
     "score": lambda m: fa.score(m, PARAMS, PROMPT),
@@ -122,7 +146,8 @@ FEW = ("extend behind a past", "generate", "beams", "score")  # of what takes lo
 CASES = [
     (wrapper, verb)
     for wrapper, verb in itertools.product(WRAPPERS, VERBS)
-    if not (wrapper.startswith("sharded") and verb in ("serving", "patch", "trace"))  # shapes inside are those of a device
+    # shapes inside are those of a device
+    if not (wrapper.startswith("sharded") and verb in ("serving", "patch", "trace"))
     if wrapper not in ("compiled logits", "compiled twice") or verb in FEW
 ]
 
@@ -130,7 +155,9 @@ CASES = [
 @pytest.mark.parametrize(("wrapper", "verb"), CASES)
 def test_every_verb_of_a_wrapped_model_is_that_of_what_the_wrapper_says(wrapper, verb):
     model, hidden, logits = WRAPPERS[wrapper]
-    torch.testing.assert_close(VERBS[verb](model), wanted(verb, hidden, logits), rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(
+        VERBS[verb](model), wanted(verb, hidden, logits), rtol=2e-4, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("wrapper", CANDIDATES)
@@ -141,7 +168,8 @@ def test_candidates_stay_candidates_in_every_wrapper(wrapper):
     assert model.extend(PARAMS, PROMPT)[0].isfinite().sum(-1).tolist() == [3] * 5
 
 
-# Two wrappers in both orders, and what they say together: functions that the outer one puts in count.
+# Two wrappers in both orders, and what they say together: functions that the outer one puts in
+# count.
 
 FEWER = fa.sharding.candidates(MODEL, 3).logits
 WRAP = {
@@ -150,10 +178,24 @@ WRAP = {
     "logits": (lambda model: model._replace(logits=shifted), {"logits": shifted}),
     "hidden": (lambda model: model._replace(hidden=bent), {"hidden": bent}),
     "shard_map": (lambda model: fa.shard_map(model, Grid(tensor=2)), {}),
-    "patched": (lambda model: fa.patched(model, {"output": lambda x: x.roll(1, -1)}), {"hidden": bent}),
+    "patched": (
+        lambda model: fa.patched(model, {"output": lambda x: x.roll(1, -1)}),
+        {"hidden": bent},
+    ),
 }
-PAIRED = ("extend", "extend behind a past", "apply", "generate", "stream", "speculate", "beams", "score", "loss")
-REFUSED = {("logits", "candidates"), ("candidates", "candidates")}  # of whose logits the k best are chosen
+PAIRED = (
+    "extend",
+    "extend behind a past",
+    "apply",
+    "generate",
+    "stream",
+    "speculate",
+    "beams",
+    "score",
+    "loss",
+)
+# of whose logits the k best are chosen
+REFUSED = {("logits", "candidates"), ("candidates", "candidates")}
 AGAIN = fa.decoder(CONFIG, remat=True)
 
 
@@ -168,13 +210,20 @@ def test_two_wrappers_say_what_they_say_in_either_order(inner, outer):
             WRAP[outer][0](WRAP[inner][0](MODEL)).extend(PARAMS, PROMPT)
         return
     says = WRAP[inner][1] | WRAP[outer][1]
-    if outer == "patched" and inner in ("hidden", "patched"):  # which both turn what the other gives
+    # which both turn what the other gives
+    if outer == "patched" and inner in ("hidden", "patched"):
         says = says | {"hidden": twice_bent}
     for core in (MODEL, AGAIN):
         model = WRAP[outer][0](WRAP[inner][0](core))
         for verb in PAIRED if core is MODEL else ("extend", "extend behind a past", "loss"):
             said = wanted(verb, says.get("hidden"), says.get("logits"))
-            torch.testing.assert_close(VERBS[verb](model), said, rtol=2e-4, atol=2e-4, msg=lambda m, verb=verb: f"{verb}: {m}")
+            torch.testing.assert_close(
+                VERBS[verb](model),
+                said,
+                rtol=2e-4,
+                atol=2e-4,
+                msg=lambda m, verb=verb: f"{verb}: {m}",
+            )
 
 
 @pytest.mark.parametrize("wrapper", WRAP)
@@ -184,7 +233,8 @@ def test_compiling_a_wrapped_model_is_wrapping_a_compiled_one(wrapper):
     for model in (around, inside):
         assert isinstance(model, fa.compilation.Compiled)
         model.extend(PARAMS, DRAFT[:1], PAST)
-        assert len(model.code) == {"compile": 2, "candidates": 2, "shard_map": 0}.get(wrapper, 1)  # layers, and the head
+        # layers, and the head
+        assert len(model.code) == {"compile": 2, "candidates": 2, "shard_map": 0}.get(wrapper, 1)
     assert repr(around) == repr(inside)
     assert around.explain(PARAMS) == inside.explain(PARAMS)
 
@@ -193,18 +243,25 @@ def test_the_loss_of_candidates_on_a_mesh_is_theirs():
     few = fa.sharding.candidates(MODEL, 3)
     rules = fa.sharding.tensor_parallel(CONFIG, size=2)
     cuts = fa.sharding.specs(PARAMS, Grid(tensor=2), rules)
-    mapped = fa.shard_map(lambda params: fa.loss(few, params, PROMPT), Grid(tensor=2), (cuts,), fa.sharding.P())
+    mapped = fa.shard_map(
+        lambda params: fa.loss(few, params, PROMPT), Grid(tensor=2), (cuts,), fa.sharding.P()
+    )
     torch.testing.assert_close(mapped(PARAMS), fa.loss(few, PARAMS, PROMPT))
 
 
 def test_a_replaced_function_leaves_the_others_of_a_compiled_model():
     fast = compiled(MODEL)
-    for other in (fast._replace(init=lambda key: PARAMS), fast._replace(cache=lambda size: MODEL.cache(size + 1))):
+    for other in (
+        fast._replace(init=lambda key: PARAMS),
+        fast._replace(cache=lambda size: MODEL.cache(size + 1)),
+    ):
         logits, _ = other.step(PARAMS, PROMPT, other.cache(8))
         torch.testing.assert_close(logits, MODEL.apply(PARAMS, PROMPT, MODEL.cache(8))[0])
         assert other.explain(PARAMS) == fast.explain(PARAMS)
     louder = fast._replace(logits=shifted)
-    torch.testing.assert_close(louder.step(PARAMS, PROMPT, MODEL.cache(8))[0], louder.extend(PARAMS, PROMPT)[0])
+    torch.testing.assert_close(
+        louder.step(PARAMS, PROMPT, MODEL.cache(8))[0], louder.extend(PARAMS, PROMPT)[0]
+    )
     assert "in the place of hidden" in fast._replace(hidden=bent).explain(PARAMS)
 
 
@@ -221,7 +278,10 @@ def test_a_draft_that_skips_layers_says_what_the_model_says():
     for model, said in (
         (compiled(MODEL), smaller),
         (MODEL._replace(logits=shifted), smaller._replace(logits=shifted)),
-        (fa.compile(MODEL._replace(logits=shifted), depth=2, backend="eager"), smaller._replace(logits=shifted)),
+        (
+            fa.compile(MODEL._replace(logits=shifted), depth=2, backend="eager"),
+            smaller._replace(logits=shifted),
+        ),
     ):
         drafts = [
             d.propose(fa.key(2), PROMPT[-1], d.init(PROMPT[:-1], torch.tensor(4), 4))[0].tokens
@@ -254,20 +314,39 @@ def test_what_is_made_of_others_is_not_replaced_without_a_word(name):
         lambda: MODEL._replace(**{name: print}),
         lambda: compiled(MODEL)._replace(**{name: print}),
     ):
-        with pytest.raises(TypeError, match=f"{name} should be left to be made of hidden and logits"):
+        with pytest.raises(
+            TypeError, match=f"{name} should be left to be made of hidden and logits"
+        ):
             wrong()
-    with pytest.raises(TypeError, match=r"Model: the arguments should be \(init, cache, hidden, logits, commit"):
+    with pytest.raises(
+        TypeError, match=r"Model: the arguments should be \(init, cache, hidden, logits, commit"
+    ):
         fa.Model(*[print] * 4, **{name: print})
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MODEL._replace(hiden=print), "_replace: functions should be some of init, cache, hidden, logits, got 'hiden'"),
-        (lambda: fa.compile(plain(bent, None)), "compile: model should be from fa.decoder, got a Model"),
-        (lambda: fa.compile(dataclasses.replace(plain(bent, None), config=CONFIG)), "got a Model with another cache and hidden"),
-        (lambda: fa.sharding.candidates(MODEL._replace(logits=shifted), 2), "got a Model with another logits"),
-        (lambda: drafters.skip(MODEL._replace(hidden=bent), PARAMS, [0]), "got a Model with another hidden"),
+        (
+            lambda: MODEL._replace(hiden=print),
+            "_replace: functions should be some of init, cache, hidden, logits, got 'hiden'",
+        ),
+        (
+            lambda: fa.compile(plain(bent, None)),
+            "compile: model should be from fa.decoder, got a Model",
+        ),
+        (
+            lambda: fa.compile(dataclasses.replace(plain(bent, None), config=CONFIG)),
+            "got a Model with another cache and hidden",
+        ),
+        (
+            lambda: fa.sharding.candidates(MODEL._replace(logits=shifted), 2),
+            "got a Model with another logits",
+        ),
+        (
+            lambda: drafters.skip(MODEL._replace(hidden=bent), PARAMS, [0]),
+            "got a Model with another hidden",
+        ),
     ],
 )
 def test_what_cannot_be_done_with_a_replaced_function_is_an_error(call, message):
@@ -277,7 +356,9 @@ def test_what_cannot_be_done_with_a_replaced_function_is_an_error(call, message)
 
 def test_a_model_is_a_value():
     init, cache, hidden, logits, extend, apply = MODEL
-    assert (init, cache, hidden, logits, extend, apply) == tuple(getattr(MODEL, name) for name in MODEL._fields)
+    assert (init, cache, hidden, logits, extend, apply) == tuple(
+        getattr(MODEL, name) for name in MODEL._fields
+    )
     assert MODEL._replace() == MODEL != MODEL._replace(hidden=bent)
     assert len({MODEL, MODEL._replace(), fa.decoder(CONFIG)}) == 2
     assert MODEL.config is CONFIG
@@ -291,14 +372,21 @@ def test_a_model_is_a_value():
 def test_a_model_prints_how_it_was_made():
     said = "decoder(Config(vocabulary=16, width=8, heads=2, head_size=4, feed_forward=8))"
     assert repr(MODEL) == f"Model: {said}"
-    model = fa.sharding.candidates(compiled(MODEL), 3)._replace(hidden=bent, init=functools.partial(MODEL.init))
-    said = f"_replace(hidden=bent, init=partial) of candidates(k=3) of compile(backend='eager') of {said}"
+    model = fa.sharding.candidates(compiled(MODEL), 3)._replace(
+        hidden=bent, init=functools.partial(MODEL.init)
+    )
+    said = (
+        "_replace(hidden=bent, init=partial) of candidates(k=3) of compile(backend='eager') of "
+        f"{said}"
+    )
     assert repr(model) == f"Compiled: {said}"
     assert repr(fa.shard_map(AGAIN, Grid(tensor=2))).startswith(
         "Model: shard_map(mesh=VirtualMesh(axes=(('tensor', 2),))) of decoder("
     )
     assert repr(AGAIN).endswith("feed_forward=8), remat=True)")
-    assert repr(fa.Model(*[print] * 4)) == "Model: init=print, cache=print, hidden=print, logits=print"
+    assert (
+        repr(fa.Model(*[print] * 4)) == "Model: init=print, cache=print, hidden=print, logits=print"
+    )
     scaling = fa.layers.RopeScaling(kind="linear", factor=2.0)
     assert repr(fa.decoder(fa.Config(rope_scaling=scaling))) == (
         "Model: decoder(Config(rope_scaling=RopeScaling(kind='linear', factor=2.0)))"
@@ -306,7 +394,15 @@ def test_a_model_prints_how_it_was_made():
 
 
 def test_signatures_show_values_and_no_addresses():
-    functions = [fa.decoder, fa.compile, fa.Model, fa.compilation.Compiled, *MODEL, *compiled(MODEL), compiled(MODEL).step]
+    functions = [
+        fa.decoder,
+        fa.compile,
+        fa.Model,
+        fa.compilation.Compiled,
+        *MODEL,
+        *compiled(MODEL),
+        compiled(MODEL).step,
+    ]
     for f in functions:
         assert " at 0x" not in str(inspect.signature(f)), f
     for f in (MODEL.hidden, MODEL.extend, MODEL.apply):
@@ -319,11 +415,18 @@ def test_signatures_show_values_and_no_addresses():
 def test_what_is_patched_is_traced_as_it_is_changed():
     twice = {"layers.0.output": lambda x: 2 * x}
     logits, seen = fa.trace(fa.patched(MODEL, twice), PARAMS, PROMPT, ["layers.0.output"])
-    assert torch.equal(seen["layers.0.output"], 2 * fa.trace(MODEL, PARAMS, PROMPT, ["layers.0.output"])[1]["layers.0.output"])
+    assert torch.equal(
+        seen["layers.0.output"],
+        2 * fa.trace(MODEL, PARAMS, PROMPT, ["layers.0.output"])[1]["layers.0.output"],
+    )
     assert torch.equal(logits, fa.patch(MODEL, PARAMS, PROMPT, twice))
-    with pytest.raises(ValueError, match=r"patched: changes should be names of taps, got 'layers.7.output'"):
+    with pytest.raises(
+        ValueError, match=r"patched: changes should be names of taps, got 'layers.7.output'"
+    ):
         fa.patched(MODEL, {"layers.7.output": torch.zeros_like}).extend(PARAMS, PROMPT)
-    assert repr(fa.patched(MODEL, twice)).startswith("Model: patched('layers.0.output') of decoder(")
+    assert repr(fa.patched(MODEL, twice)).startswith(
+        "Model: patched('layers.0.output') of decoder("
+    )
 
 
 def test_a_text_is_applied_without_a_cache():
@@ -331,12 +434,16 @@ def test_a_text_is_applied_without_a_cache():
     wanted, filled = MODEL.apply(PARAMS, PROMPT, MODEL.cache(5))
     assert torch.equal(logits, wanted)
     assert fa.tree.allclose(cache, filled)
-    with pytest.raises(ValueError, match=r"apply: tokens should be one sequence \(T,\), got \(2, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"apply: tokens should be one sequence \(T,\), got \(2, 5\)"
+    ):
         MODEL.apply(PARAMS, torch.stack([PROMPT, PROMPT]))
 
 
 def test_help_says_what_each_function_takes():
-    for model, name in itertools.product((MODEL, compiled(MODEL), fa.shard_map(MODEL, Grid(tensor=2))), MODEL._fields):
+    for model, name in itertools.product(
+        (MODEL, compiled(MODEL), fa.shard_map(MODEL, Grid(tensor=2))), MODEL._fields
+    ):
         f = getattr(model, name)
         assert inspect.getdoc(f) == inspect.getdoc(getattr(MODEL, name)), name
         assert len(inspect.getdoc(f)) > 60
@@ -365,8 +472,14 @@ def test_what_was_compiled_is_let_go_with_the_model():
     assert objects[-1] - objects[1] < 200
     functions = list(model.code.values())
     gone += [weakref.ref(f.run) for f in functions]
-    modules = [module for name, module in sys.modules.items() if name.startswith("funcattn.") and module is not None]
-    installed = lambda: sum(name.startswith("__compiled_fn") for module in modules for name in vars(module))
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("funcattn.") and module is not None
+    ]
+    installed = lambda: sum(
+        name.startswith("__compiled_fn") for module in modules for name in vars(module)
+    )
     assert functions, "nothing was compiled"
     before = installed()
     del model, functions
@@ -414,5 +527,7 @@ assert len(graphs) == count, (len(graphs), count)
 
 
 def test_compiled_code_does_not_depend_on_other_models():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True
+    )
     assert not done.returncode, done.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""The notebooks that are committed: each is its script, was run from top to bottom, and shows something; none is run here."""
+"""The notebooks that are committed: each is its script, was run from top to bottom, and shows
+something; none is run here.
+"""
 
 import importlib.util
 import sys
@@ -8,11 +10,15 @@ import pytest
 from places import ROOT
 
 FOLDER = ROOT / "notebooks"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the notebooks are not part of a source distribution")
+pytestmark = pytest.mark.skipif(
+    not FOLDER.exists(), reason="the notebooks are not part of a source distribution"
+)
 
 
 def _load(name):
-    spec = importlib.util.spec_from_file_location(f"tool_{name.replace('/', '_')}", FOLDER.parent / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"tool_{name.replace('/', '_')}", FOLDER.parent / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -52,7 +58,9 @@ def test_a_notebook_that_was_changed_or_not_run_is_found_out(run, tmp_path, chan
     notebook = nbformat.v4.new_notebook(cells=run.jupytext.read(script).cells)
     for number, cell in enumerate(notebook.cells[1:], 1):
         cell.execution_count = number
-    notebook.cells[1].outputs = [nbformat.v4.new_output("execute_result", data={"text/plain": "2"}, execution_count=1)]
+    notebook.cells[1].outputs = [
+        nbformat.v4.new_output("execute_result", data={"text/plain": "2"}, execution_count=1)
+    ]
     nbformat.write(notebook, script.with_suffix(".ipynb"))
     assert run.complaints(script) == []
     change(notebook.cells)
@@ -74,14 +82,20 @@ def test_a_page_shows_what_the_notebook_shows():
             "1 + 1",
             outputs=[
                 nbformat.v4.new_output("stream", text="said\n"),
-                nbformat.v4.new_output("display_data", data={"image/png": "aGk=", "text/plain": "<Figure>"}),
-                nbformat.v4.new_output("execute_result", data={"text/html": "<b>\n\ntwo</b>", "text/plain": "2"}),
+                nbformat.v4.new_output(
+                    "display_data", data={"image/png": "aGk=", "text/plain": "<Figure>"}
+                ),
+                nbformat.v4.new_output(
+                    "execute_result", data={"text/html": "<b>\n\ntwo</b>", "text/plain": "2"}
+                ),
             ],
         ),
     ]
     text, images = pages.page(nbformat.v4.new_notebook(cells=cells), "01_small")
     assert text.startswith("# Title\n")
-    assert all(part in text for part in ("(../masks.md)", "```python\n1 + 1\n```", "said", "<b> two</b>"))
+    assert all(
+        part in text for part in ("(../masks.md)", "```python\n1 + 1\n```", "said", "<b> two</b>")
+    )
     assert "<Figure>" not in text
     assert images == {"01_small_1.png": b"hi"}
 

@@ -130,14 +130,22 @@ def test_what_takes_long_is_told_and_what_does_not_is_not(terminal, monkeypatch,
     config = fa.Config()
     params = fa.decoder(config).init(fa.key(0))
     fa.save(tmp_path / "model", config, params)
-    run = (lambda: fa.load(tmp_path / "model")) if what == "loading" else (lambda: fa.quantize(Slow())(params))
+    run = (
+        (lambda: fa.load(tmp_path / "model"))
+        if what == "loading"
+        else (lambda: fa.quantize(Slow())(params))
+    )
     monkeypatch.setattr(progress, "PATIENCE", 3600.0)
     run()
     assert terminal.getvalue() == ""
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     slow = fa.checkpoints.loading._read
-    monkeypatch.setattr(fa.checkpoints.loading, "_read", lambda *rest: (seen(terminal, what), slow(*rest))[1])
-    monkeypatch.setattr(Slow, "encode", lambda self, weight: (seen(terminal, what), fa.int8.encode(weight))[1])
+    monkeypatch.setattr(
+        fa.checkpoints.loading, "_read", lambda *rest: (seen(terminal, what), slow(*rest))[1]
+    )
+    monkeypatch.setattr(
+        Slow, "encode", lambda self, weight: (seen(terminal, what), fa.int8.encode(weight))[1]
+    )
     run()
     assert f"{what}" in terminal.getvalue()
     assert terminal.getvalue().endswith("\r")

@@ -15,7 +15,11 @@ CONFIG = fa.Config(layers=1)
 PARAMS = fa.decoder(CONFIG).init(fa.key(0))
 
 
-@pytest.mark.parametrize("show", [repr, str, describe, lambda x: unfolded("params", x)], ids=["repr", "str", "line", "html"])
+@pytest.mark.parametrize(
+    "show",
+    [repr, str, describe, lambda x: unfolded("params", x)],
+    ids=["repr", "str", "line", "html"],
+)
 def test_weights_that_a_family_has_not_are_not_printed(show):
     text = show(PARAMS)
     for name in ("embedding", "feed_forward_norm"):
@@ -38,11 +42,21 @@ def test_statistics_of_one_sequence_are_a_sentence_and_of_many_a_row_each():
     many = vmap(lambda n: Stats(one.rounds, one.drafted, n))(torch.tensor([29, 0]))
     assert str(many).splitlines() == [f"0: {one}", f"1: {one._replace(accepted=torch.tensor(0))}"]
     grid = Stats(*(x.expand(2, 3) for x in one))
-    assert [line.partition(": ")[0] for line in str(grid).splitlines()] == ["0, 0", "0, 1", "0, 2", "1, 0", "1, 1", "1, 2"]
+    assert [line.partition(": ")[0] for line in str(grid).splitlines()] == [
+        "0, 0",
+        "0, 1",
+        "0, 2",
+        "1, 0",
+        "1, 1",
+        "1, 2",
+    ]
 
 
 def test_metrics_of_runs_side_by_side_are_a_row_each():
-    assert str(Metrics(torch.tensor(2.5), torch.tensor(0.25))) == "loss 2.5000, norm of the gradient 0.25"
+    assert (
+        str(Metrics(torch.tensor(2.5), torch.tensor(0.25)))
+        == "loss 2.5000, norm of the gradient 0.25"
+    )
     assert len(str(Metrics(torch.ones(3), torch.ones(3))).splitlines()) == 3
 
 
@@ -55,7 +69,10 @@ def test_where_values_cannot_be_looked_at_shapes_are_shown():
     seen = []
     vmap(lambda x: seen.append(str(Metrics(x, x))) or x)(torch.ones(3))
     assert seen == ["Metrics(loss=float32[], norm=float32[])"]
-    assert str(Metrics(torch.ones(3, device="meta"), torch.ones(3))) == "Metrics(loss=float32[3], norm=float32[3])"
+    assert (
+        str(Metrics(torch.ones(3, device="meta"), torch.ones(3)))
+        == "Metrics(loss=float32[3], norm=float32[3])"
+    )
 
 
 def test_rows_of_nothing_are_no_rows():

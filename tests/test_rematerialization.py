@@ -66,7 +66,9 @@ def test_every_nesting_is_that_of_f(steps):
     close(nest(chain(fa.remat(segment)), steps)(z), nest(chain(segment), steps)(z))
 
 
-@pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian, lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacrev(f))])
+@pytest.mark.parametrize(
+    "transform", [jacrev, jacfwd, hessian, lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacrev(f))]
+)
 def test_jacobians_and_hessians_are_those_of_f(transform):
     z = normal(1, 12)
     close(transform(chain(fa.remat(segment)))(z), transform(chain(segment))(z))
@@ -82,15 +84,25 @@ def test_one_remat_inside_another_is_right():
 def test_plain_autograd_passes_torchs_own_checks():
     f = fa.remat(lambda x, n: (x * n).sin().cumsum(0))
     x = normal(3, 3).requires_grad_()
-    assert torch.autograd.gradcheck(f, (x, 2.0), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
-    assert torch.autograd.gradgradcheck(f, (x, 2.0), check_fwd_over_rev=True, check_batched_grad=True)
+    assert torch.autograd.gradcheck(
+        f, (x, 2.0), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(
+        f, (x, 2.0), check_fwd_over_rev=True, check_batched_grad=True
+    )
 
 
 def test_what_is_not_a_floating_tensor_passes_through():
     marker = object()
 
     def f(x, count, flag):
-        return {"order": x.argsort(), "twice": count * 2, "flag": flag, "none": None, "value": x * count}
+        return {
+            "order": x.argsort(),
+            "twice": count * 2,
+            "flag": flag,
+            "none": None,
+            "value": x * count,
+        }
 
     x = normal(4, 3).requires_grad_()
     out = fa.remat(f)(x, torch.tensor(3), marker)
@@ -100,12 +112,20 @@ def test_what_is_not_a_floating_tensor_passes_through():
     close(out["order"], x.argsort())
     close(torch.autograd.grad(out["value"].sum(), x)[0], torch.full_like(x, 3))
     x = x.detach()
-    by_order = lambda f: grad(lambda x: (out := f(x, torch.tensor(3), 0))["value"][out["order"][0]])(x)
+    by_order = lambda f: grad(
+        lambda x: (out := f(x, torch.tensor(3), 0))["value"][out["order"][0]]
+    )(x)
     close(by_order(fa.remat(f)), by_order(f))
     rows = torch.stack([x, -x])
     close(vmap(lambda x: fa.remat(f)(x, torch.tensor(3), 0)["order"])(rows), rows.argsort(-1))
     tangent = jvp(
-        lambda x: {k: v for k, v in fa.remat(f)(x, torch.tensor(3), 0).items() if isinstance(v, torch.Tensor)}, (x,), (x,)
+        lambda x: {
+            k: v
+            for k, v in fa.remat(f)(x, torch.tensor(3), 0).items()
+            if isinstance(v, torch.Tensor)
+        },
+        (x,),
+        (x,),
     )[1]
     close(tangent["value"], 3 * x)
 
@@ -134,14 +154,24 @@ CAPTURES = {
     "under grad": lambda: grad(lambda c: fa.remat(lambda x: x * c)(x).sum())(y),
     "through a view": lambda: grad(lambda c: fa.remat(lambda x: x @ c.T)(x).sum())(rows),
     "in a list": lambda: grad(lambda c: fa.remat(lambda x: torch.stack([x, c]))(x).sum())(y),
-    "by writing it": lambda: grad(lambda c: fa.remat(lambda x: x.clone().index_put_((torch.tensor(0),), c))(x).sum())(y[0]),
+    "by writing it": lambda: grad(
+        lambda c: fa.remat(lambda x: x.clone().index_put_((torch.tensor(0),), c))(x).sum()
+    )(y[0]),
     "under jvp": lambda: jvp(lambda c: fa.remat(lambda x: x * c)(x), (y,), (y,)),
     "under vmap": lambda: vmap(lambda c: fa.remat(lambda x: x * c)(x))(rows),
-    "at the same level of vmap": lambda: vmap(lambda c, x: fa.remat(lambda x: x * c)(x))(rows, rows),
-    "at another level of vmap": lambda: vmap(lambda c: vmap(fa.remat(lambda x: x * c[0]))(rows))(rows),
-    "below grad": lambda: vmap(lambda c: grad(lambda x: fa.remat(lambda x: x * c)(x).sum())(x))(rows),
+    "at the same level of vmap": lambda: vmap(lambda c, x: fa.remat(lambda x: x * c)(x))(
+        rows, rows
+    ),
+    "at another level of vmap": lambda: vmap(lambda c: vmap(fa.remat(lambda x: x * c[0]))(rows))(
+        rows
+    ),
+    "below grad": lambda: vmap(lambda c: grad(lambda x: fa.remat(lambda x: x * c)(x).sum())(x))(
+        rows
+    ),
     "returned": lambda: grad(lambda c: fa.remat(lambda x: (x, c))(x)[1].sum())(y),
-    "in a transform of its own": lambda: grad(lambda c: fa.remat(lambda x: grad(lambda x: (x * c).sum())(x))(x).sum())(y),
+    "in a transform of its own": lambda: grad(
+        lambda c: fa.remat(lambda x: grad(lambda x: (x * c).sum())(x))(x).sum()
+    )(y),
     "by autograd": lambda: fa.remat(torch.nn.Linear(3, 3).double())(x.clone().requires_grad_()),
 }
 
@@ -149,7 +179,8 @@ CAPTURES = {
 @pytest.mark.parametrize("how", CAPTURES)
 def test_a_tracked_tensor_from_outside_is_refused(how):
     with pytest.raises(
-        ValueError, match=r"remat: .* tracked float64\[.* from outside\. Pass it as an argument, or detach\(\) it before\."
+        ValueError,
+        match=r"remat: .* tracked float64\[.* from outside\. Pass it as an argument, or detach\(\) it before\.",
     ):
         CAPTURES[how]()
 
@@ -158,13 +189,15 @@ def test_a_constant_from_outside_is_welcome():
     c = normal(10, 3)
     w = c.clone().requires_grad_()
     close(hessian(fa.remat(lambda x: (x**3 * c).sum()))(x), hessian(lambda x: (x**3 * c).sum())(x))
-    close(grad(lambda c: (fa.remat(lambda x: x * c.shape[0])(x) * c).sum())(c), 3 * x)  # its shape is no derivative
+    # its shape is no derivative
+    close(grad(lambda c: (fa.remat(lambda x: x * c.shape[0])(x) * c).sum())(c), 3 * x)
     close(grad(lambda x: fa.remat(lambda x: x * w.detach())(x).sum())(x), c)
 
 
 def test_where_nothing_is_differentiated_f_is_itself():
     w = y.clone().requires_grad_()
-    fa.remat(lambda x: x * w)(x).sum().backward()  # by w alone: autograd keeps what it needs, as it does for f
+    # by w alone: autograd keeps what it needs, as it does for f
+    fa.remat(lambda x: x * w)(x).sum().backward()
     close(w.grad, x)
 
 
@@ -182,7 +215,10 @@ def test_a_module_is_given_its_parameters():
     ("f", "what"),
     [
         (lambda x: x.mul_(2), "writes into an argument"),
-        (lambda x: x * torch.rand(3, dtype=x.dtype, device=x.device), "draws from torch's global generator"),
+        (
+            lambda x: x * torch.rand(3, dtype=x.dtype, device=x.device),
+            "draws from torch's global generator",
+        ),
     ],
 )
 def test_a_function_that_is_not_pure_is_refused(f, what):
@@ -193,7 +229,9 @@ def test_a_function_that_is_not_pure_is_refused(f, what):
 def test_what_is_drawn_from_a_key_is_drawn_again():
     f = lambda key, x: fa.random.bernoulli(key, 0.5, (64,)) * x**2
     x = normal(12, 64)
-    close(grad(lambda x: fa.remat(f)(fa.key(1), x).sum())(x), grad(lambda x: f(fa.key(1), x).sum())(x))
+    close(
+        grad(lambda x: fa.remat(f)(fa.key(1), x).sum())(x), grad(lambda x: f(fa.key(1), x).sum())(x)
+    )
     keys = fa.split(fa.key(2), 3)
     per_key = lambda f: vmap(grad(lambda x, key: f(key, x).sum()), (None, 0))(x, keys)
     close(per_key(fa.remat(f)), per_key(f))
@@ -240,7 +278,9 @@ def test_f_runs_on_the_default_device_of_its_call(at_call):
 def test_autograd_keeps_the_inputs_of_segments_alone():
     def kept(segment):
         sizes = {}
-        pack = lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
+        pack = lambda t: (
+            sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
+        )
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = x
             for _ in range(4):
@@ -258,7 +298,8 @@ def test_autograd_keeps_the_inputs_of_segments_alone():
 
 
 def test_gradients_and_hessian_products_peak_lower():
-    # 8 segments of 8 layers of 1 MB: f keeps 64 layers or more, remat 8 inputs and the inside of one segment.
+    # 8 segments of 8 layers of 1 MB: f keeps 64 layers or more, remat 8 inputs and the inside of
+    # one segment.
     script = """
 import torch, funcattn as fa
 from torch.func import grad, jvp
@@ -287,7 +328,9 @@ third = second + measure(grad(loss(segment)), x)
 fourth = third + measure(hvp(loss(segment)), x)
 print(first, second, third, fourth)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     ours_grad, ours_hvp, plain_grad, plain_hvp = map(float, done.stdout.split())
     assert ours_grad < plain_grad / 2, done.stdout
     assert ours_hvp < plain_hvp / 2, done.stdout
@@ -317,10 +360,15 @@ def test_compiled_code_gets_the_same_numbers(transform):
 
 
 def test_a_compiled_call_of_remat_goes_under_one_transform_after_another():
-    """Where a compiled function falls back to eager code, Dynamo would trace what remat is made of, and fail on the third."""
+    """Where a compiled function falls back to eager code, Dynamo would trace what remat is made of,
+    and fail on the third.
+    """
     torch._dynamo.reset()
     x, w = normal(15, 4, 3), normal(16, 3, 3)
-    f, plain = torch.compile(lambda x: rematerialized(x, w)["y"], backend="eager"), lambda x: doubled(x, w)["y"]
+    f, plain = (
+        torch.compile(lambda x: rematerialized(x, w)["y"], backend="eager"),
+        lambda x: doubled(x, w)["y"],
+    )
     slope = lambda f: grad(lambda x: f(x).sin().sum())
     for verb in (
         lambda f: jvp(slope(f), (x,), (x,))[1],
@@ -350,12 +398,17 @@ def test_compiled_code_loses_no_gradient_of_a_captured_tensor(of):
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "softplus", "leaky_relu", "hardswish"])
-def test_products_with_the_hessian_go_through_activations_whose_fused_backward_has_no_forward_mode(name):
-    """torch has two backward rules for some: a fused one where grad mode is off, and one that differentiates again."""
+def test_products_with_the_hessian_go_through_activations_whose_fused_backward_has_no_forward_mode(
+    name,
+):
+    """torch has two backward rules for some: a fused one where grad mode is off, and one that
+    differentiates again.
+    """
     f = lambda x: getattr(torch.nn.functional, name)(x).sin().sum()
     x = torch.linspace(-2, 2, 7, dtype=torch.float64)
     hvp = lambda f: jvp(grad(f), (x,), (x.cos(),))[1]
     torch.testing.assert_close(hvp(fa.remat(f)), hvp(f))
     torch.testing.assert_close(
-        vmap(lambda v: jvp(grad(fa.remat(f)), (x,), (v,))[1])(torch.eye(7).double()), torch.func.hessian(f)(x)
+        vmap(lambda v: jvp(grad(fa.remat(f)), (x,), (v,))[1])(torch.eye(7).double()),
+        torch.func.hessian(f)(x),
     )

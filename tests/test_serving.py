@@ -10,7 +10,9 @@ import funcattn as fa
 from funcattn import caches, serving
 from funcattn.sampling import Sampler, chain, greedy, temperature
 
-CONFIG = fa.Config(vocabulary=24, layers=2, kv_heads=2, head_size=4, heads=4, width=16, feed_forward=16)
+CONFIG = fa.Config(
+    vocabulary=24, layers=2, kv_heads=2, head_size=4, heads=4, width=16, feed_forward=16
+)
 MODEL = fa.decoder(CONFIG)
 # float64 and large weights: laws are far from flat, and the same to 1e-12 in any company
 PARAMS = optree.tree_map(lambda x: (x if x.dim() == 1 else 10 * x).double(), MODEL.init(fa.key(0)))
@@ -37,7 +39,9 @@ def empty(kind, size=24):
 def alone(key, prompt, steps, kind, sampler, prefix):
     """The text by generate, up to its stop, continuing an empty past of the same kind."""
     past = empty(kind) if type(prefix) is tuple else fa.caches.Branch(prefix, empty(kind))
-    tokens, _ = fa.generate(key, MODEL, PARAMS, prompt, past, steps=steps, sampler=sampler, stop=STOP, chunk=4)
+    tokens, _ = fa.generate(
+        key, MODEL, PARAMS, prompt, past, steps=steps, sampler=sampler, stop=STOP, chunk=4
+    )
     tokens = tokens.tolist()
     return tokens[: min((tokens.index(end) for end in STOP if end in tokens), default=steps) + 1]
 
@@ -50,27 +54,53 @@ def test_a_penalty_knows_the_prompt_as_in_generate():
     for _ in range(9):
         served, slots = serving.step(MODEL, PARAMS, slots, sampler=sampler)
         text.append(int(served.token[1]))
-    assert text == fa.generate(fa.key(5), MODEL, PARAMS, TOKENS[:9], steps=9, sampler=sampler)[0].tolist()
+    assert (
+        text
+        == fa.generate(fa.key(5), MODEL, PARAMS, TOKENS[:9], steps=9, sampler=sampler)[0].tolist()
+    )
 
 
-REQUESTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=7)
+REQUESTS = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=7
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12, deadline=None)  # of each kind
-@given(requests=REQUESTS, count=st.integers(1, 3), sampler=st.sampled_from([greedy, WARM]), shared=st.booleans())
+@given(
+    requests=REQUESTS,
+    count=st.integers(1, 3),
+    sampler=st.sampled_from([greedy, WARM]),
+    shared=st.booleans(),
+)
 def test_a_schedule_of_arrivals_is_each_text_alone(kind, requests, count, sampler, shared):
-    """Requests are (length of the prompt, steps, steps of the others before it may come); each takes the first free slot."""
+    """Requests are (length of the prompt, steps, steps of the others before it may come); each
+    takes the first free slot.
+    """
     kind = KINDS[kind]
     prefix = MODEL.apply(PARAMS, TOKENS[50:57], empty(kind))[1] if shared else ()
     waiting = list(enumerate(requests))
     slots = serving.idle(MODEL, PARAMS, empty(kind), count, sampler=sampler, prefix=prefix)
     texts, who, now = {i: [] for i in range(len(requests))}, [None] * count, 0
     while waiting or any(i is not None for i in who):
-        while waiting and None in who and (waiting[0][1][2] <= now or not any(i is not None for i in who)):
+        while (
+            waiting
+            and None in who
+            and (waiting[0][1][2] <= now or not any(i is not None for i in who))
+        ):
             i, (T, steps, _) = waiting.pop(0)
             slot, key = who.index(None), fa.fold_in(fa.key(7), i)
-            slots = serving.enter(key, MODEL, PARAMS, TOKENS[i : i + T], slots, slot, steps=steps, sampler=sampler, chunk=4)
+            slots = serving.enter(
+                key,
+                MODEL,
+                PARAMS,
+                TOKENS[i : i + T],
+                slots,
+                slot,
+                steps=steps,
+                sampler=sampler,
+                chunk=4,
+            )
             who[slot] = i
         assert slots.busy.tolist() == [i is not None for i in who]
         served, slots = serving.step(MODEL, PARAMS, slots, sampler=sampler, stop=STOP)
@@ -82,7 +112,9 @@ def test_a_schedule_of_arrivals_is_each_text_alone(kind, requests, count, sample
         now += 1
     assert not slots.slots.cache.length.any()
     for i, (T, steps, _) in enumerate(requests):
-        assert texts[i] == alone(fa.fold_in(fa.key(7), i), TOKENS[i : i + T], steps, kind, sampler, prefix)
+        assert texts[i] == alone(
+            fa.fold_in(fa.key(7), i), TOKENS[i : i + T], steps, kind, sampler, prefix
+        )
 
 
 def test_a_step_and_an_arrival_leave_the_slots_as_they_were():
@@ -102,14 +134,24 @@ def test_what_a_step_reads_is_what_the_longest_remembers_and_not_what_is_reserve
     slots = serving.enter(fa.key(0), MODEL, PARAMS, TOKENS[:40], slots, 0, steps=9)
     slots = serving.enter(fa.key(0), MODEL, PARAMS, TOKENS[:5], slots, 3, steps=9)
     reads = []
-    read = lambda cache: reads.append(caches.past(cache, 0, cache.length.reshape(1))[0].k.shape[-2]) or cache.length
+    read = lambda cache: (
+        reads.append(caches.past(cache, 0, cache.length.reshape(1))[0].k.shape[-2]) or cache.length
+    )
     torch.func.vmap(read)(slots.slots.cache)
     torch.func.vmap(read)(serving.leave(slots, 0).slots.cache)
     assert reads == [40, 5]
 
 
 def test_a_text_that_left_makes_room():
-    slots = serving.enter(fa.key(0), MODEL, PARAMS, TOKENS[:5], serving.idle(MODEL, PARAMS, empty(caches.Cache), 1), 0, steps=9)
+    slots = serving.enter(
+        fa.key(0),
+        MODEL,
+        PARAMS,
+        TOKENS[:5],
+        serving.idle(MODEL, PARAMS, empty(caches.Cache), 1),
+        0,
+        steps=9,
+    )
     slots = serving.leave(serving.step(MODEL, PARAMS, slots)[1], 0)
     assert not serving.step(MODEL, PARAMS, slots)[0].drawn.any()
     slots = serving.enter(fa.key(2), MODEL, PARAMS, TOKENS[9:12], slots, 0, steps=6)
@@ -121,14 +163,27 @@ def test_a_text_that_left_makes_room():
     assert not slots.busy.any()
 
 
-FULL = serving.enter(fa.key(0), MODEL, PARAMS, TOKENS[:5], serving.idle(MODEL, PARAMS, empty(caches.Cache), 2), 0, steps=9)
-arrive = lambda prompt, slot, steps=4: serving.enter(fa.key(0), MODEL, PARAMS, prompt, FULL, slot, steps=steps)
+FULL = serving.enter(
+    fa.key(0),
+    MODEL,
+    PARAMS,
+    TOKENS[:5],
+    serving.idle(MODEL, PARAMS, empty(caches.Cache), 2),
+    0,
+    steps=9,
+)
+arrive = lambda prompt, slot, steps=4: serving.enter(
+    fa.key(0), MODEL, PARAMS, prompt, FULL, slot, steps=steps
+)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: serving.idle(MODEL, PARAMS, empty(caches.Cache), 0), "idle: count should be a number of slots, at least 1, got 0"),
+        (
+            lambda: serving.idle(MODEL, PARAMS, empty(caches.Cache), 0),
+            "idle: count should be a number of slots, at least 1, got 0",
+        ),
         (lambda: arrive(TOKENS[:3], 2), "enter: slot should be between 0 and 1, got 2"),
         (lambda: arrive(TOKENS[:3], 0), "enter: slot should be free, got 0, which is busy"),
         (lambda: arrive(TOKENS[:0], 1), r"enter: prompt should be \(T,\) with T at least 1"),
@@ -137,7 +192,10 @@ arrive = lambda prompt, slot, steps=4: serving.enter(fa.key(0), MODEL, PARAMS, p
             lambda: serving.step(MODEL, PARAMS, FULL, sampler=fa.sampling.repetition_penalty(1.2)),
             "step: sampler should be that of idle, with a state of",
         ),
-        (lambda: arrive(TOKENS[:20], 1, 6), "as many tokens as a slot has room for, got 20 and 6 for room of 24"),
+        (
+            lambda: arrive(TOKENS[:20], 1, 6),
+            "as many tokens as a slot has room for, got 20 and 6 for room of 24",
+        ),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, message):

@@ -1,4 +1,6 @@
-"""Taps: the identity unless someone listens, and who listens is a matter of the thread and the context."""
+"""Taps: the identity unless someone listens, and who listens is a matter of the thread and the
+context.
+"""
 
 import asyncio
 import contextvars

@@ -1,4 +1,6 @@
-"""Tools of torch around attention: compiled functions under transforms, the meta device, traces, exports, counts of operations."""
+"""Tools of torch around attention: compiled functions under transforms, the meta device, traces,
+exports, counts of operations.
+"""
 
 import functools
 
@@ -33,15 +35,25 @@ USES = {
     "jvp": lambda f, q, k, v, t: jvp(lambda q: f(q, k, v), (q,), (t,))[1],
     "vmap": lambda f, q, k, v, t: vmap(lambda q: f(q, k, v))(torch.stack([q, t, k])),
     "hvp": lambda f, q, k, v, t: jvp(grad(lambda q: f(q, k, v).sin().sum()), (q,), (t,))[1],
-    "vmap of grad": lambda f, q, k, v, t: vmap(grad(lambda q: f(q, k, v).sin().sum()))(torch.stack([q, t])),
-    "vmap of jvp": lambda f, q, k, v, t: vmap(lambda q: jvp(lambda q: f(q, k, v), (q,), (t,))[1])(torch.stack([q, k])),
+    "vmap of grad": lambda f, q, k, v, t: vmap(grad(lambda q: f(q, k, v).sin().sum()))(
+        torch.stack([q, t])
+    ),
+    "vmap of jvp": lambda f, q, k, v, t: vmap(lambda q: jvp(lambda q: f(q, k, v), (q,), (t,))[1])(
+        torch.stack([q, k])
+    ),
 }
 ORDERS = [("jvp", "vmap", "hvp", "plain", "vmap of jvp"), ("vmap of grad", "jvp", "vmap")]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("order", "queries"), [(ORDERS[0], T), (ORDERS[0], 4), (ORDERS[1], T)], ids=["long", "few", "maps first"])
-def test_a_compiled_function_under_one_transform_after_another_is_the_function(order, queries, backend):
+@pytest.mark.parametrize(
+    ("order", "queries"),
+    [(ORDERS[0], T), (ORDERS[0], 4), (ORDERS[1], T)],
+    ids=["long", "few", "maps first"],
+)
+def test_a_compiled_function_under_one_transform_after_another_is_the_function(
+    order, queries, backend
+):
     torch._dynamo.reset()
     f = torch.compile(lambda q, k, v: fa.attention(q, k, v), backend=backend)
     tensors = [x[..., :queries, :] for x in QKVT]
@@ -55,8 +67,15 @@ def test_a_compiled_function_under_one_transform_after_another_is_the_function(o
 @pytest.mark.parametrize("queries", [T, 4])
 @pytest.mark.parametrize("kernel", [None, "flash", "reference", "sdpa"])
 def test_meta_tensors_have_shapes(kernel, queries):
-    q, k = torch.empty(1, 4, queries, D, device="meta"), torch.empty(1, 2, queries, D, device="meta")
-    options = [{}, {"mask": fa.to("meta")(fa.masks.causal(queries))}, {"bias": torch.empty(queries, queries, device="meta")}]
+    q, k = (
+        torch.empty(1, 4, queries, D, device="meta"),
+        torch.empty(1, 2, queries, D, device="meta"),
+    )
+    options = [
+        {},
+        {"mask": fa.to("meta")(fa.masks.causal(queries))},
+        {"bias": torch.empty(queries, queries, device="meta")},
+    ]
     options += [{"dropout": 0.5, "key": fa.key(0).to("meta")}] if kernel != "sdpa" else []
     for some in options:
         f = lambda q, some=some: fa.attention(q, k, k, kernel=kernel, **some)
@@ -81,14 +100,17 @@ def test_jit_trace_gives_a_graph(queries):
             traced = torch.jit.trace(f, (q,))
             torch.testing.assert_close(traced(other), f(other), **NEAR)
             torch.testing.assert_close(
-                grad(lambda q, g=traced: g(q).sin().sum())(other), grad(lambda q, g=f: g(q).sin().sum())(other)
+                grad(lambda q, g=traced: g(q).sin().sum())(other),
+                grad(lambda q, g=f: g(q).sin().sum())(other),
             )
 
 
 def test_jit_trace_knows_sizes_of_masks_and_dropout():
     q, other = normal(0, 1, H, T, D), normal(2, 1, H, T, D)
     f = lambda q, key: fa.attention(q, q, q, fa.masks.causal(q.shape[-2]), dropout=0.3, key=key)
-    torch.testing.assert_close(torch.jit.trace(f, (q, fa.key(0)))(other, fa.key(1)), f(other, fa.key(1)), **NEAR)
+    torch.testing.assert_close(
+        torch.jit.trace(f, (q, fa.key(0)))(other, fa.key(1)), f(other, fa.key(1)), **NEAR
+    )
 
 
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
@@ -97,13 +119,16 @@ def test_make_fx_gives_a_graph(queries, mode):
     q, other = normal(0, 1, H, queries, D), normal(1, 1, H, queries + (mode == "symbolic"), D)
     f = lambda q: fa.attention(q, q, q)
     derivatives = [grad(lambda q: f(q).sin().sum()), lambda q: vmap(f)(torch.stack([q, q]))]
-    derivatives += [lambda q: jvp(f, (q,), (q,))[1]] if mode == "real" else []  # of which torch fixes sizes, of any function
+    # of which torch fixes sizes, of any function
+    derivatives += [lambda q: jvp(f, (q,), (q,))[1]] if mode == "real" else []
     for g in (f, *derivatives):
         torch.testing.assert_close(make_fx(g, tracing_mode=mode)(q)(other), g(other), **NEAR)
 
 
 def capped(q):
-    return fa.kernels.attention_with_score(q, q, q, lambda s, *_: s.tanh(), fa.masks.causal(q.shape[-2])).out
+    return fa.kernels.attention_with_score(
+        q, q, q, lambda s, *_: s.tanh(), fa.masks.causal(q.shape[-2])
+    ).out
 
 
 def masked(q):
@@ -118,7 +143,9 @@ def test_export_gives_a_graph(f, queries, strict):
             return f(q)
 
     q, other = normal(0, 1, H, queries, D), normal(1, 1, H, queries, D)
-    torch.testing.assert_close(torch.export.export(Module(), (q,), strict=strict).module()(other), f(other), **NEAR)
+    torch.testing.assert_close(
+        torch.export.export(Module(), (q,), strict=strict).module()(other), f(other), **NEAR
+    )
 
 
 def test_a_strict_export_refuses_what_is_no_plain_operation():
@@ -151,7 +178,8 @@ def test_products_of_the_value_are_counted():
     assert wanted == ONCE
     for f in (fa.attend, fa.attention, torch.no_grad()(fa.attention)):
         assert counted(lambda f=f: f(q, q, q)) == ONCE
-        assert counted(lambda f=f: f(q, q[:, :1], q[:, :1], fa.masks.causal(T))) == ONCE  # hidden pairs too, as torch counts
+        # hidden pairs too, as torch counts
+        assert counted(lambda f=f: f(q, q[:, :1], q[:, :1], fa.masks.causal(T))) == ONCE
     assert counted(lambda: vmap(lambda q: fa.attention(q, q, q))(torch.stack([q, q]))) == 2 * ONCE
 
 
@@ -160,7 +188,8 @@ def test_products_of_derivatives_are_counted():
     mine = [q.clone().requires_grad_() for _ in range(3)]
     attention = functools.partial(fa.attention, kernel="flash")
     out = attention(*mine)
-    assert counted(lambda: torch.autograd.grad(out.sum(), mine)) == 2.5 * ONCE  # four products, and the logits once more
+    # four products, and the logits once more
+    assert counted(lambda: torch.autograd.grad(out.sum(), mine)) == 2.5 * ONCE
     f = lambda q: attention(q, q[:, :, :7], q[:, :, 7:14])
     for g in (lambda q: jvp(f, (q,), (q,))[1], grad(lambda q: f(q).square().sum())):
         assert counted(lambda g=g: g(q)) > counted(lambda: f(q)) > 0
@@ -170,10 +199,14 @@ def test_products_of_derivatives_are_counted():
 def test_products_of_a_value_and_its_tangent_in_one_pass_are_counted():
     q, k, v, t = normal(0, 4, 1, H, T, D).unbind()
     both = lambda: operators.attend_jvp(AttendSpec(D**-0.5), (True, False, False), [q, k, v, t])
-    assert counted(both) == 2 * ONCE  # the products of the value, t @ k.mT, and those weights times v
+    # the products of the value, t @ k.mT, and those weights times v
+    assert counted(both) == 2 * ONCE
 
 
 def test_products_by_experts_and_of_tiles_are_counted():
     x, weight, expert = normal(0, 5, 32), normal(1, 3, 16, 32), torch.tensor([0, 2, 1, 1, 0])
     assert counted(lambda: fa.layers.linear_experts(weight, x, expert)) == 2 * 5 * 32 * 16
-    assert counted(lambda: grad(lambda w: fa.layers.linear_experts(w, x, expert).sum())(weight)) >= 2 * 2 * 5 * 32 * 16
+    assert (
+        counted(lambda: grad(lambda w: fa.layers.linear_experts(w, x, expert).sum())(weight))
+        >= 2 * 2 * 5 * 32 * 16
+    )

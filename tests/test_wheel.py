@@ -1,4 +1,6 @@
-"""The package as others get it: built, installed where nothing of the checkout is, and tried without what only developers have."""
+"""The package as others get it: built, installed where nothing of the checkout is, and tried
+without what only developers have.
+"""
 
 import os
 import platform
@@ -59,7 +61,14 @@ pytestmark = pytest.mark.slow
 
 def install(package, place):
     """Install a wheel or a source distribution, without what it needs, into a folder."""
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", str(place)]
+    options = [
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "--target",
+        str(place),
+    ]
     command = [sys.executable, "-m", "pip", "install", *options, str(package)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -79,8 +88,23 @@ def built(tmp_path_factory):
 def compiled(tmp_path_factory):
     """The wheel for Linux on x86-64, of which auditwheel has told the oldest Linux."""
     folder = tmp_path_factory.mktemp("compiled")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | {"FUNCATTN_WHEEL": "native"})
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder),
+        str(ROOT),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"FUNCATTN_WHEEL": "native"},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (wheel,) = folder.glob("*-py3-none-linux_x86_64.whl")
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -95,18 +119,28 @@ def compiled(tmp_path_factory):
         str(folder / "repaired"),
         str(wheel),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | {"PATH": tools})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env=os.environ | {"PATH": tools}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (repaired,) = (folder / "repaired").glob("*.whl")
     return repaired
 
 
 @pytest.mark.cpu("the operators in C++ are for the CPU")
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="for Linux on x86-64")
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="for Linux on x86-64"
+)
 def test_the_wheel_for_linux_brings_the_operators_and_wants_no_compiler(compiled, tmp_path):
-    assert re.fullmatch(r"funcattn-[\d.]+-py3-none-manylinux\w*_2_\d\d_x86_64(\.manylinux\w+)?\.whl", compiled.name)
+    assert re.fullmatch(
+        r"funcattn-[\d.]+-py3-none-manylinux\w*_2_\d\d_x86_64(\.manylinux\w+)?\.whl", compiled.name
+    )
     install(compiled, tmp_path / "installed")
-    nothing = {"PYTHONPATH": str(tmp_path / "installed"), "CXX": "no-such-compiler", "FUNCATTN_CACHE": str(tmp_path / "cache")}
+    nothing = {
+        "PYTHONPATH": str(tmp_path / "installed"),
+        "CXX": "no-such-compiler",
+        "FUNCATTN_CACHE": str(tmp_path / "cache"),
+    }
     script = """
 import sys, torch, funcattn as fa
 from funcattn.quantization import tiles
@@ -116,12 +150,16 @@ packed = fa.layers.prepare(weight, 1)
 print(type(packed).__name__, bool((fa.layers.linear(packed, x) - fa.layers.linear(weight, x)).abs().max() < 1e-4))
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | nothing, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env=os.environ | nothing, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == "True"
     assert not (tmp_path / "cache").exists()  # nothing was compiled
     shown = [sys.executable, "-m", "funcattn", "inspect", "--machine"]
-    done = subprocess.run(shown, capture_output=True, text=True, timeout=120, env=os.environ | nothing, cwd=tmp_path)
+    done = subprocess.run(
+        shown, capture_output=True, text=True, timeout=120, env=os.environ | nothing, cwd=tmp_path
+    )
     assert ", of the installed wheel" in done.stdout
 
 
@@ -130,7 +168,11 @@ def test_the_wheel_holds_the_library_and_nothing_else(built):
     names = zipfile.ZipFile(wheel).namelist()
     assert "funcattn/py.typed" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"funcattn"}
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "funcattn").rglob("*.*") if path.parent.name != "__pycache__"}
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "funcattn").rglob("*.*")
+        if path.parent.name != "__pycache__"
+    }
     assert {name for name in names if name.startswith("funcattn/")} == files
 
 
@@ -138,7 +180,14 @@ def test_the_source_distribution_holds_what_its_tests_need(built):
     (source,) = built.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "funcattn/__init__.py", "tests/conftest.py", "benchmarks/_timing.py"} <= names
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "funcattn/__init__.py",
+        "tests/conftest.py",
+        "benchmarks/_timing.py",
+    } <= names
     assert not [name for name in names if name.startswith(("notebooks", "site", ".venv"))]
 
 
@@ -149,10 +198,14 @@ def test_what_is_installed_elsewhere_writes_and_saves(built, tmp_path, pattern):
     install(package, place)
     environment = os.environ | {"PYTHONPATH": str(place)}
     command = [sys.executable, "-W", "error::SyntaxWarning", "-c", TRIAL, str(place)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "Paris."
     shown = [sys.executable, "-m", "funcattn", "--help"]
-    done = subprocess.run(shown, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        shown, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0
     assert "generate" in done.stdout

@@ -91,7 +91,14 @@ def flatten(branch: Branch) -> KVCache:
         TypeError: not a Branch, or a tail whose kind does not keep all rows unquantized.
     """
     if not isinstance(branch, Branch):
-        errors.fail("flatten", "branch", "a Branch", f"a {type(branch).__name__}", "Any other past is already one.", TypeError)
+        errors.fail(
+            "flatten",
+            "branch",
+            "a Branch",
+            f"a {type(branch).__name__}",
+            "Any other past is already one.",
+            TypeError,
+        )
     check_whole("flatten", branch)
     tail, last = branch.tail, branch.prefix
     while isinstance(last, Branch):
@@ -99,7 +106,9 @@ def flatten(branch: Branch) -> KVCache:
     held, more = errors.integer(last.length), errors.integer(tail.length)
     if held is not None and more is not None and held + more > capacity(last):
         wanted, got = f"with room for the {more} tokens of its tail", f"{capacity(last) - held}"
-        remedy = f"Grow it first: branch._replace(prefix=funcattn.caches.grow(branch.prefix, {more}))."
+        remedy = (
+            f"Grow it first: branch._replace(prefix=funcattn.caches.grow(branch.prefix, {more}))."
+        )
         errors.fail("flatten", "branch.prefix", wanted, got, remedy)
     return write(branch.prefix, rows_of(tail), tail.length, False)
 

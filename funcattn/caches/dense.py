@@ -13,7 +13,19 @@ from ..core.autograd import is_recorded
 from ..kernels import Part
 from ..records import record
 from . import display, rows
-from .protocol import Delta, admit, capacity, exactly, grow, keeps_all, past, reset, reset_counts, sizes, write
+from .protocol import (
+    Delta,
+    admit,
+    capacity,
+    exactly,
+    grow,
+    keeps_all,
+    past,
+    reset,
+    reset_counts,
+    sizes,
+    write,
+)
 
 
 @record
@@ -29,7 +41,9 @@ class Cache(NamedTuple):
     __str__, _repr_html_ = display.line, display.bar
 
     @classmethod
-    def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Cache":
+    def empty(
+        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+    ) -> "Cache":
         """An empty cache with room for `size` tokens, on torch's default device."""
         rows = torch.zeros(layers, heads, size + 1, head_size, dtype=dtype)
         return cls(rows, torch.zeros_like(rows), torch.zeros((), dtype=torch.int64))
@@ -55,7 +69,9 @@ def _(cache: Cache, layer: int, positions: Tensor, window: int | None = None) ->
 @grow.register
 def _(cache: Cache, rows: int) -> Cache:
     S = capacity(cache)
-    more = lambda x: torch.cat([x[..., :S, :], x.new_zeros(*x.shape[:-2], rows + 1, x.shape[-1])], -2)
+    more = lambda x: torch.cat(
+        [x[..., :S, :], x.new_zeros(*x.shape[:-2], rows + 1, x.shape[-1])], -2
+    )
     return Cache(more(cache.k), more(cache.v), cache.length)
 
 
@@ -68,7 +84,9 @@ def _(cache: Cache, delta: Delta, n: int | Tensor, donate: bool) -> Cache:
     new = admit(cache, delta, n, (cache.k, cache.v))
     tensors = (new.k, new.v, cache.k, cache.v)
     if new.known and not is_recorded(*tensors):
-        k, v = (cache.k, cache.v) if donate else (_copied(x, new.before) for x in (cache.k, cache.v))
+        k, v = (
+            (cache.k, cache.v) if donate else (_copied(x, new.before) for x in (cache.k, cache.v))
+        )
         here = slice(new.before, new.before + new.count)
         k[..., here, :] = new.k[..., : new.count, :]
         v[..., here, :] = new.v[..., : new.count, :]

@@ -36,9 +36,16 @@ def line(self: KVCache) -> str:
 def bar(cache: KVCache) -> str:
     """A cache as HTML: a bar of length over capacity, and its tensors, folded."""
     share = _share(cache)
-    inner = "" if share is None else f'<div style="width:{100 * share:.1f}%;height:100%;background:#3b6ea5"></div>'
-    frame = f'<div style="width:18em;height:.7em;border:1px solid #8888;margin:.2em 0">{inner}</div>'
-    return f"<div><small>{line(cache)}</small>{frame}{unfolded(type(cache).__name__, cache, opened=False)}</div>"
+    inner = (
+        ""
+        if share is None
+        else f'<div style="width:{100 * share:.1f}%;height:100%;background:#3b6ea5"></div>'
+    )
+    frame = (
+        f'<div style="width:18em;height:.7em;border:1px solid #8888;margin:.2em 0">{inner}</div>'
+    )
+    record = unfolded(type(cache).__name__, cache, opened=False)
+    return f"<div><small>{line(cache)}</small>{frame}{record}</div>"
 
 
 def _held(cache: KVCache) -> str:
@@ -47,7 +54,11 @@ def _held(cache: KVCache) -> str:
         return f"room for {capacity(cache)} tokens"
     if length.dim():
         least, most = int(length.min()), int(length.max())
-        return f"{length.numel()} pasts of {least} to {most} tokens" if least < most else f"{length.numel()} pasts of {most} tokens"
+        return (
+            f"{length.numel()} pasts of {least} to {most} tokens"
+            if least < most
+            else f"{length.numel()} pasts of {most} tokens"
+        )
     if int(length) < 0 or int(length) > 2**59:
         return "given away, or beyond its capacity"
     return tokens(cache)

@@ -20,7 +20,19 @@ from ..kernels import Part
 from ..records import record
 from . import display, rows
 from .branch import Branch, fork, rows_of
-from .protocol import Delta, admit, capacity, exactly, grow, keeps_all, past, reset, reset_counts, sizes, write
+from .protocol import (
+    Delta,
+    admit,
+    capacity,
+    exactly,
+    grow,
+    keeps_all,
+    past,
+    reset,
+    reset_counts,
+    sizes,
+    write,
+)
 
 
 @record
@@ -36,7 +48,9 @@ class Pages(NamedTuple):
     __str__, _repr_html_ = display.line, display.bar
 
     @classmethod
-    def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Pages":
+    def empty(
+        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+    ) -> "Pages":
         """Room for `size` tokens, rounded up to blocks of 64; `pages` sets another block size."""
         return pages().empty(layers, heads, size, head_size, dtype)
 
@@ -59,9 +73,17 @@ class pages:  # a value that is called like a function: model.cache(size, kind=p
 
     def __post_init__(self) -> None:
         if not isinstance(self.block, int) or self.block < 1:
-            errors.fail("pages", "block", "a number of tokens, at least 1", self.block, "64 suits most models.")
+            errors.fail(
+                "pages",
+                "block",
+                "a number of tokens, at least 1",
+                self.block,
+                "64 suits most models.",
+            )
 
-    def empty(self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> Pages:
+    def empty(
+        self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+    ) -> Pages:
         """Room for `size` tokens, rounded up to whole blocks, on torch's default device."""
         n = max(1, -(-size // self.block))
         unwritten = torch.zeros((), dtype=dtype).expand(layers, heads, self.block, head_size)
@@ -118,8 +140,15 @@ def _(cache: Pages) -> Delta:
 def _(cache: Pages, delta: Delta, size: int) -> Branch:
     """A tail of pages whose row 0 starts a block: the last block of the prefix is not copied."""
     L, K, D = sizes(cache)
-    room = lambda x: (x.new_zeros(()).expand(L, K, _block(cache), x.shape[-1]),) * max(1, -(-size // _block(cache)))
-    own = Pages(room(delta.k[0]), room(delta.v[0]), torch.zeros((), dtype=torch.int64, device=delta.k[0].device))
+    room = lambda x: (
+        (x.new_zeros(()).expand(L, K, _block(cache), x.shape[-1]),)
+        * max(1, -(-size // _block(cache)))
+    )
+    own = Pages(
+        room(delta.k[0]),
+        room(delta.v[0]),
+        torch.zeros((), dtype=torch.int64, device=delta.k[0].device),
+    )
     return Branch(cache, own)
 
 
@@ -151,7 +180,13 @@ def _touched(cache: Pages, T: int) -> list[int]:
     lengths = errors.peek(cache.length)
     if lengths is None:
         return list(range(n))
-    return sorted({i for at in set(lengths.flatten().tolist()) for i in range(at // R, min(-(-(at + T) // R), n))})
+    return sorted(
+        {
+            i
+            for at in set(lengths.flatten().tolist())
+            for i in range(at // R, min(-(-(at + T) // R), n))
+        }
+    )
 
 
 def _joined(blocks: list[Tensor]) -> Tensor:

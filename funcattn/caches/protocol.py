@@ -149,7 +149,11 @@ def reset(cache: AnyKind, empty: AnyKind, where: Tensor) -> AnyKind:
 
 def reset_counts(cache: AnyKind, empty: AnyKind, where: Tensor) -> AnyKind:
     """`reset` that selects only the int64 tensors (lengths and positions) and leaves the rows."""
-    return tree.map(lambda new, old: torch.where(where, new, old) if old.dtype == torch.int64 else old, empty, cache)
+    return tree.map(
+        lambda new, old: torch.where(where, new, old) if old.dtype == torch.int64 else old,
+        empty,
+        cache,
+    )
 
 
 @door
@@ -169,12 +173,16 @@ def with_length(cache: AnyKind, length: Tensor) -> AnyKind:
     """
     if "length" not in getattr(cache, "_fields", ()):
         got, remedy = f"a {type(cache).__name__} without that field", "Register with_length for it."
-        errors.fail("with_length", "cache", "a record with a field `length`", got, remedy, TypeError)
+        errors.fail(
+            "with_length", "cache", "a record with a field `length`", got, remedy, TypeError
+        )
     return cache._replace(length=length)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @door
-def commit(cache: AnyKind, delta: Delta, n: int | Tensor | None = None, *, index: Tensor | None = None) -> AnyKind:
+def commit(
+    cache: AnyKind, delta: Delta, n: int | Tensor | None = None, *, index: Tensor | None = None
+) -> AnyKind:
     """Append the first n rows of a delta to a cache.
 
     Args:
@@ -199,24 +207,57 @@ def commit(cache: AnyKind, delta: Delta, n: int | Tensor | None = None, *, index
     """
     if not isinstance(delta, Delta):
         errors.fail(
-            "commit", "delta", "what extend returned", f"a {type(delta).__name__}", "Pass (cache, delta), in this order.", TypeError
+            "commit",
+            "delta",
+            "what extend returned",
+            f"a {type(delta).__name__}",
+            "Pass (cache, delta), in this order.",
+            TypeError,
         )
     T = delta.k[0].shape[-2]
     if index is not None:
         if index.dim() != 1 or not _is_integer(index):
-            errors.fail("commit", "index", "int64 (N,)", f"{index.dtype} {errors.shape(index)}", "Give one path; vmap makes many.")
+            errors.fail(
+                "commit",
+                "index",
+                "int64 (N,)",
+                f"{index.dtype} {errors.shape(index)}",
+                "Give one path; vmap makes many.",
+            )
         if errors.is_true((index < 0) | (index >= T)):
             got = errors.peek(index)
-            errors.fail("commit", "index", f"within the {T} tokens of the delta", got, "Index the tokens that were extended.")
+            errors.fail(
+                "commit",
+                "index",
+                f"within the {T} tokens of the delta",
+                got,
+                "Index the tokens that were extended.",
+            )
         take = lambda rows: tuple(row.index_select(-2, index) for row in rows)
         delta, T = Delta(take(delta.k), take(delta.v)), index.shape[0]
     count = T if n is None else n
     if isinstance(count, Tensor) and (count.dim() or not _is_integer(count)):
-        got, remedy = f"{count.dtype} {errors.shape(count)}", "Give one number; one for each row is torch.func.vmap."
-        errors.fail("commit", "n", "an int or an integer tensor ()", got, remedy, ValueError if _is_integer(count) else TypeError)
+        got, remedy = (
+            f"{count.dtype} {errors.shape(count)}",
+            "Give one number; one for each row is torch.func.vmap.",
+        )
+        errors.fail(
+            "commit",
+            "n",
+            "an int or an integer tensor ()",
+            got,
+            remedy,
+            ValueError if _is_integer(count) else TypeError,
+        )
     known = errors.integer(count)
     if known is not None and not 0 <= known <= T:
-        errors.fail("commit", "n", f"between 0 and the {T} tokens of the delta", known, "Commit at most what was extended.")
+        errors.fail(
+            "commit",
+            "n",
+            f"between 0 and the {T} tokens of the delta",
+            known,
+            "Commit at most what was extended.",
+        )
     return _same_kind(cache, write(cache, delta, count, False))
 
 
@@ -232,7 +273,14 @@ def _same_kind(cache: AnyKind, after: object) -> AnyKind:
     """
     if type(after) is not type(cache):
         wanted, got = f"a {type(cache).__name__} as the past", f"a {type(after).__name__}"
-        errors.fail("commit", "what write returns", wanted, got, "Register the verbs of your own kind with caches.", TypeError)
+        errors.fail(
+            "commit",
+            "what write returns",
+            wanted,
+            got,
+            "Register the verbs of your own kind with caches.",
+            TypeError,
+        )
     return after
 
 
@@ -241,7 +289,10 @@ def check_whole(function: str, cache: KVCache) -> None:
     lost = errors.value(overflowed(cache))
     if lost is not None and bool(lost):
         if not 0 <= int(cache.length) < DONATED:
-            got, remedy = "one that was donated to fa.compile(model).step", "Go on with the past that it returned, or use apply."
+            got, remedy = (
+                "one that was donated to fa.compile(model).step",
+                "Go on with the past that it returned, or use apply.",
+            )
             errors.fail(function, "cache", "a past that its owner still has", got, remedy)
         got = "one that was written outside of its mesh, or overflowed inside a transform"
         remedy = "Begin it again with model.cache(size) for a larger size."
@@ -274,22 +325,40 @@ def admit(cache: KVCache, delta: Delta, n: int | Tensor, held: tuple[Tensor, Ten
         if before + count > S:
             got = f"{before} remembered and {count} more"
             remedy = f"Use funcattn.caches.grow(cache, {count})."
-            errors.fail("commit", "cache", f"with room for {before + count} tokens (it has {S})", got, remedy)
+            errors.fail(
+                "commit",
+                "cache",
+                f"with room for {before + count} tokens (it has {S})",
+                got,
+                remedy,
+            )
         return Admitted(k, v, before, count, cache.length + n, True)
     after = cache.length + n
     fits = (after <= S) & (n >= 0) & (n <= T)
-    return Admitted(k, v, cache.length, torch.where(fits, n, 0), torch.where(fits, after, OVERFLOWED), False)
+    return Admitted(
+        k, v, cache.length, torch.where(fits, n, 0), torch.where(fits, after, OVERFLOWED), False
+    )
 
 
 def _check_delta(held: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
     for name, old, new in (("k", held[0], k), ("v", held[1], v)):
         if (old.shape[:2], old.shape[-1]) != (new.shape[:2], new.shape[-1]):
             L, K, D = old.shape[0], old.shape[1], old.shape[-1]
-            wanted, remedy = f"(L, K, T, D) = ({L}, {K}, T, {D})", "Use the cache of the same model."
+            wanted, remedy = (
+                f"(L, K, T, D) = ({L}, {K}, T, {D})",
+                "Use the cache of the same model.",
+            )
             errors.fail("commit", f"delta.{name}", wanted, errors.shape(new), remedy)
         if old.dtype != new.dtype:
             remedy = f"Make it with model.cache(size, dtype={new.dtype})."
-            errors.fail("commit", f"delta.{name}", f"{old.dtype} as the cache is", new.dtype, remedy, TypeError)
+            errors.fail(
+                "commit",
+                f"delta.{name}",
+                f"{old.dtype} as the cache is",
+                new.dtype,
+                remedy,
+                TypeError,
+            )
 
 
 def _is_integer(x: Tensor) -> bool:
@@ -298,6 +367,23 @@ def _is_integer(x: Tensor) -> bool:
 
 def _unknown(verb: str, cache: KVCache) -> NoReturn:
     if type(cache) is tuple:
-        errors.fail(verb, "cache", "a past", "(), which is no past", "Make one with model.cache(size).", TypeError)
-    remedy = f"Make one with model.cache(size); of a kind of your own, register caches.{verb} for it (docs/caches.md)."
-    errors.fail(verb, "cache", "a past such as Cache or Branch", f"a {type(cache).__name__}", remedy, TypeError)
+        errors.fail(
+            verb,
+            "cache",
+            "a past",
+            "(), which is no past",
+            "Make one with model.cache(size).",
+            TypeError,
+        )
+    remedy = (
+        f"Make one with model.cache(size); of a kind of your own, register caches.{verb} for it "
+        "(docs/caches.md)."
+    )
+    errors.fail(
+        verb,
+        "cache",
+        "a past such as Cache or Branch",
+        f"a {type(cache).__name__}",
+        remedy,
+        TypeError,
+    )

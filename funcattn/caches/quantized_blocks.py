@@ -72,14 +72,17 @@ class QuantizedCache(NamedTuple):
     __str__, _repr_html_ = display.line, display.bar
 
     @classmethod
-    def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "QuantizedCache":
+    def empty(
+        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+    ) -> "QuantizedCache":
         """Room for `size` tokens at least, 8 bits in blocks of 32; `quantized` sets others."""
         return quantized().empty(layers, heads, size, head_size, dtype)
 
 
 @made
 @dataclass(frozen=True)
-class quantized:  # a value that is called like a function: model.cache(size, kind=quantized(bits=4))
+# a value that is called like a function: model.cache(size, kind=quantized(bits=4))
+class quantized:
     """A kind for `model.cache`: a `QuantizedCache` with `recent` rows left unquantized.
 
     Example:
@@ -95,21 +98,41 @@ class quantized:  # a value that is called like a function: model.cache(size, ki
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            errors.fail("quantized", "bits", "8 or 4", self.bits, "Two codes of 4 bits share a byte.")
+            errors.fail(
+                "quantized", "bits", "8 or 4", self.bits, "Two codes of 4 bits share a byte."
+            )
         for name, least in (("block", 1), ("recent", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                errors.fail("quantized", name, f"a number of tokens, at least {least}", getattr(self, name), "Count in tokens.")
+                errors.fail(
+                    "quantized",
+                    name,
+                    f"a number of tokens, at least {least}",
+                    getattr(self, name),
+                    "Count in tokens.",
+                )
 
-    def empty(self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> QuantizedCache:
+    def empty(
+        self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+    ) -> QuantizedCache:
         """Room for `size` tokens at least, in whole blocks, on torch's default device."""
         if self.bits == 4 and head_size % 2:
             errors.fail("quantized", "head_size", "even for 4 bits", head_size, "Use bits=8.")
         R, zero = self.block, torch.zeros((), dtype=dtype)
-        codes = torch.zeros((), dtype=torch.uint8).expand(layers, heads, R, head_size if self.bits == 8 else head_size // 2)
+        codes = torch.zeros((), dtype=torch.uint8).expand(
+            layers, heads, R, head_size if self.bits == 8 else head_size // 2
+        )
         n = max(1, -(-(size - self.recent) // R))
-        blocks = lambda *group: (QuantizedBlock(codes, *[zero.expand(layers, heads, *group)] * 2),) * n
+        blocks = lambda *group: (
+            (QuantizedBlock(codes, *[zero.expand(layers, heads, *group)] * 2),) * n
+        )
         tail = torch.zeros(layers, heads, self.recent + R, head_size, dtype=dtype)
-        return QuantizedCache(blocks(1, head_size), blocks(R, 1), tail, tail.clone(), torch.zeros((), dtype=torch.int64))
+        return QuantizedCache(
+            blocks(1, head_size),
+            blocks(R, 1),
+            tail,
+            tail.clone(),
+            torch.zeros((), dtype=torch.int64),
+        )
 
 
 def encode(x: Tensor, dim: int, bits: int) -> QuantizedBlock:
@@ -125,7 +148,9 @@ def encode(x: Tensor, dim: int, bits: int) -> QuantizedBlock:
     """
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     levels = 2**bits - 1
-    scale = (high.float() - low.float() if x.dtype.itemsize < 4 else high - low).div(levels).to(x.dtype)
+    scale = (
+        (high.float() - low.float() if x.dtype.itemsize < 4 else high - low).div(levels).to(x.dtype)
+    )
     step = torch.where(scale == 0, 1, scale)
     codes = ((_wide(x) - _wide(low)) / _wide(step)).round().clamp(0, levels).to(torch.uint8)
     if bits == 4:
@@ -153,7 +178,9 @@ def _(cache: QuantizedCache) -> tuple[int, int, int]:
 
 
 @past.register
-def _(cache: QuantizedCache, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
+def _(
+    cache: QuantizedCache, layer: int, positions: Tensor, window: int | None = None
+) -> list[Part]:
     R, n = _block(cache), len(cache.k)
     known = errors.integer(cache.length)
     length = cache.length if known is None else known
@@ -163,10 +190,15 @@ def _(cache: QuantizedCache, layer: int, positions: Tensor, window: int | None =
     parts = []
     for start, stop in rows.runs([block.codes for block in cache.k[first:held]]):
         begin, end = first + start, first + stop
-        k, v = (_together(side[begin:end], layer, tail) for side, tail in ((cache.k, cache.tail_k), (cache.v, cache.tail_v)))
+        k, v = (
+            _together(side[begin:end], layer, tail)
+            for side, tail in ((cache.k, cache.tail_k), (cache.v, cache.tail_v))
+        )
         parts += rows.read(k, v, positions - begin * R, window, stop=(coded - begin) * R)
     at = coded * R
-    return parts + rows.read(cache.tail_k[layer], cache.tail_v[layer], positions - at, window, stop=length - at)
+    return parts + rows.read(
+        cache.tail_k[layer], cache.tail_v[layer], positions - at, window, stop=length - at
+    )
 
 
 @grow.register
@@ -175,7 +207,9 @@ def _(cache: QuantizedCache, more: int) -> QuantizedCache:
         unwritten = QuantizedBlock(*[x.new_zeros(()).expand(x.shape) for x in blocks[0]])
         return blocks + (unwritten,) * -(-more // _block(cache))
 
-    return QuantizedCache(room(cache.k), room(cache.v), cache.tail_k.clone(), cache.tail_v.clone(), cache.length)
+    return QuantizedCache(
+        room(cache.k), room(cache.v), cache.tail_k.clone(), cache.tail_v.clone(), cache.length
+    )
 
 
 keeps_all.register(QuantizedCache, exactly(QuantizedCache))
@@ -184,8 +218,18 @@ reset.register(QuantizedCache, reset_counts)
 
 @with_length.register
 def _(cache: QuantizedCache, length: Tensor) -> NoReturn:
-    remedy = "What is coded stays coded. Keep the older value, or commit fewer tokens: commit(cache, delta, n)."
-    errors.fail("with_length", "cache", "a past that keeps its rows as they came", "a QuantizedCache", remedy, TypeError)
+    remedy = (
+        "What is coded stays coded. Keep the older value, or commit fewer tokens: commit(cache, "
+        "delta, n)."
+    )
+    errors.fail(
+        "with_length",
+        "cache",
+        "a past that keeps its rows as they came",
+        "a QuantizedCache",
+        remedy,
+        TypeError,
+    )
 
 
 @write.register
@@ -207,7 +251,9 @@ def _(cache: QuantizedCache, delta: Delta, n: int | Tensor, donate: bool) -> Qua
     k, v = (torch.cat([tail[..., :held, :], more[..., : new.count, :]], -2) for tail, more in pairs)
     block = lambda x, i: x[..., (i - was) * R : (i - was + 1) * R, :]
     coded = range(was, now)
-    rest = lambda x, tail: rows.written(torch.zeros_like(tail), x[..., (now - was) * R :, :], 0, x.shape[-2] - (now - was) * R)
+    rest = lambda x, tail: rows.written(
+        torch.zeros_like(tail), x[..., (now - was) * R :, :], 0, x.shape[-2] - (now - was) * R
+    )
     return QuantizedCache(
         cache.k[:was] + tuple(encode(block(k, i), -2, _bits(cache)) for i in coded) + cache.k[now:],
         cache.v[:was] + tuple(encode(block(v, i), -1, _bits(cache)) for i in coded) + cache.v[now:],
@@ -245,14 +291,19 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
             coded = encode(take(*pair, j * R, R), dim, _bits(cache))
             for i in range(least, most):
                 hit = (was + j == i) & (i < now)
-                blocks[i] = QuantizedBlock(*[torch.where(hit, x, y) for x, y in zip(coded, blocks[i], strict=True)])
+                blocks[i] = QuantizedBlock(
+                    *[torch.where(hit, x, y) for x, y in zip(coded, blocks[i], strict=True)]
+                )
     k, v = (take(*pair, (now - was) * R, C) for pair in pairs)
     return QuantizedCache(tuple(sides[0]), tuple(sides[1]), k, v, new.after)
 
 
 def _check_constant(cache: QuantizedCache, new: Admitted) -> None:
     if any(differentiated(x) for x in (new.k, new.v, cache.tail_k, cache.tail_v)):
-        remedy = "Use a dense Cache while differentiating, or a larger `recent`: rows of the tail keep their derivatives."
+        remedy = (
+            "Use a dense Cache while differentiating, or a larger `recent`: rows of the tail keep "
+            "their derivatives."
+        )
         wanted = "rows without a derivative where they are coded"
         errors.fail("commit", "delta", wanted, "rows with a derivative", remedy, TypeError)
 
@@ -265,7 +316,9 @@ def _coded_blocks(cache: QuantizedCache, length: Any) -> Any:
 
 def _together(blocks: tuple[QuantizedBlock, ...], layer: int, like: Tensor) -> Tensor:
     """The dequantized rows (K, n R, D) of n neighbouring blocks in one layer."""
-    stacked = QuantizedBlock(*[torch.stack([x[layer] for x in leaf], -3) for leaf in zip(*blocks, strict=True)])
+    stacked = QuantizedBlock(
+        *[torch.stack([x[layer] for x in leaf], -3) for leaf in zip(*blocks, strict=True)]
+    )
     return decode(stacked, like.shape[-1]).flatten(-3, -2)
 
 

@@ -33,7 +33,13 @@ def bucket(rows: int) -> int:
 
 
 def read(
-    k: Tensor, v: Tensor, positions: Tensor, window: int | None, *, start: int | Tensor = 0, stop: int | Tensor = 2**62
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    window: int | None,
+    *,
+    start: int | Tensor = 0,
+    stop: int | Tensor = 2**62,
 ) -> list[Part]:
     """The rows start <= r < stop of k (K, S, D), v (K, S, Dv) that tokens at `positions` (T,) see.
 
@@ -60,7 +66,11 @@ def read(
     T = positions.shape[-1]
     lower = lower.expand(T) if each is None else torch.maximum(lower, (each - begin).clamp(0, n))
     upper = upper.expand(T)
-    return [Part(clean(k), clean(v), Mask(torch.minimum(lower, upper).unsqueeze(-1), upper.unsqueeze(-1)))]
+    return [
+        Part(
+            clean(k), clean(v), Mask(torch.minimum(lower, upper).unsqueeze(-1), upper.unsqueeze(-1))
+        )
+    ]
 
 
 def written(x: Tensor, new: Tensor, at: int | Tensor, n: int | Tensor) -> Tensor:
@@ -87,7 +97,9 @@ def bounds(x: int | Tensor, most: int) -> tuple[int, int]:
         known = errors.peek(x)
         if known is None or not known.numel():
             return 0, most
-        least, greatest = (int(y) for y in known.aminmax()) if known.numel() > 1 else (int(known),) * 2
+        least, greatest = (
+            (int(y) for y in known.aminmax()) if known.numel() > 1 else (int(known),) * 2
+        )
     else:
         least = greatest = x
     return min(max(least, 0), most), min(max(greatest, 0), most)

@@ -49,10 +49,14 @@ class ShardedCache(NamedTuple):
     length: Tensor  # int64 (), the same on every device
 
     @classmethod
-    def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "ShardedCache":
+    def empty(
+        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+    ) -> "ShardedCache":
         """Room for `size` tokens over all devices: ceil(size / n) rows on each of n."""
         room = -(-size // axis_size(CONTEXT))
-        return cls(Cache.empty(layers, heads, room, head_size, dtype), torch.zeros((), dtype=torch.int64))
+        return cls(
+            Cache.empty(layers, heads, room, head_size, dtype), torch.zeros((), dtype=torch.int64)
+        )
 
     @classmethod
     def from_local(cls, delta: Delta, rows: int = 0) -> "ShardedCache":
@@ -64,7 +68,10 @@ class ShardedCache(NamedTuple):
         """
         T, n = delta.k[0].shape[-2], axis_size(CONTEXT)
         empty = fork((), delta, T + -(-rows // n))
-        return cls(cast(Cache, commit(empty, delta)), torch.full((), n * T, dtype=torch.int64, device=delta.k[0].device))
+        return cls(
+            cast(Cache, commit(empty, delta)),
+            torch.full((), n * T, dtype=torch.int64, device=delta.k[0].device),
+        )
 
 
 @capacity.register
@@ -88,7 +95,14 @@ def _(cache: ShardedCache) -> Tensor:
 def _(cache: ShardedCache, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     if window is not None:
         remedy = "Give it a Ring: a window is short, and needs no other device."
-        errors.fail("past", "cache", "other than a ShardedCache in a layer with a window", "a ShardedCache", remedy, TypeError)
+        errors.fail(
+            "past",
+            "cache",
+            "other than a ShardedCache in a layer with a window",
+            "a ShardedCache",
+            remedy,
+            TypeError,
+        )
     found = past(cache.local, layer, positions, None)
     none = lambda x: x[layer, ..., :0, :]
     # An empty segment tells the layer that there is a cache.
@@ -106,8 +120,13 @@ reset.register(ShardedCache, reset_counts)
 
 @with_length.register
 def _(cache: ShardedCache, length: Tensor) -> ShardedCache:
-    remedy = "Keep the older value, which is as it was: a length does not say which device holds which token."
-    errors.fail("with_length", "cache", "a past that one device holds", "a ShardedCache", remedy, TypeError)
+    remedy = (
+        "Keep the older value, which is as it was: a length does not say which device holds which "
+        "token."
+    )
+    errors.fail(
+        "with_length", "cache", "a past that one device holds", "a ShardedCache", remedy, TypeError
+    )
 
 
 @write.register
@@ -115,8 +134,17 @@ def _(cache: ShardedCache, delta: Delta, n: int | Tensor, donate: bool) -> Shard
     """New rows are the same on all devices; store those with position % n == device index."""
     devices, T = axis_size(CONTEXT), delta.k[0].shape[-2]
     if devices == 1 and errors.is_true(cache.local.length != cache.length):
-        remedy = "Write inside of the mesh: shard_map(f, mesh), or fa.sharding.inside(mesh), where f calls generate or commit."
-        errors.fail("commit", "cache", "on one device, or written where 'context' is bound", "a part of a ShardedCache", remedy)
+        remedy = (
+            "Write inside of the mesh: shard_map(f, mesh), or fa.sharding.inside(mesh), where f "
+            "calls generate or commit."
+        )
+        errors.fail(
+            "commit",
+            "cache",
+            "on one device, or written where 'context' is bound",
+            "a part of a ShardedCache",
+            remedy,
+        )
     row = torch.arange(T, device=cache.length.device)
     mine = ((cache.length + row) % devices == axis_index(CONTEXT).to(row.device)) & (row < n)
     order = (~mine).long().argsort(stable=True)

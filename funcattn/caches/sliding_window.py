@@ -23,7 +23,19 @@ from ..kernels import Part
 from ..masks import END
 from ..records import record
 from . import display, rows
-from .protocol import Admitted, Delta, admit, capacity, grow, past, reset, reset_counts, sizes, with_length, write
+from .protocol import (
+    Admitted,
+    Delta,
+    admit,
+    capacity,
+    grow,
+    past,
+    reset,
+    reset_counts,
+    sizes,
+    with_length,
+    write,
+)
 
 
 @record
@@ -45,7 +57,9 @@ class Ring(NamedTuple):
     __str__, _repr_html_ = display.line, display.bar
 
     @classmethod
-    def empty(cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> "Ring":
+    def empty(
+        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+    ) -> "Ring":
         """A window of `size` tokens beside the query's; `ring` sets window and sinks by name."""
         return ring(window=size + 1).empty(layers, heads, size, head_size, dtype)
 
@@ -72,9 +86,17 @@ class ring:  # a value that is called like a function: model.cache(size, kind=ri
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("sinks", 0), ("tail", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                errors.fail("ring", name, f"a number of tokens, at least {least}", getattr(self, name), "Count in tokens.")
+                errors.fail(
+                    "ring",
+                    name,
+                    f"a number of tokens, at least {least}",
+                    getattr(self, name),
+                    "Count in tokens.",
+                )
 
-    def empty(self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None) -> Ring:
+    def empty(
+        self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+    ) -> Ring:
         """An empty ring on torch's default device; `size` has no effect."""
         zeros = lambda n: torch.zeros(layers, heads, n, head_size, dtype=dtype)
         rows = [zeros(n) for n in (self.sinks, self.window - 1, self.tail) for _ in "kv"]
@@ -94,10 +116,20 @@ def _(cache: Ring) -> tuple[int, int, int]:
 @past.register
 def _(cache: Ring, layer: int, positions: Tensor, window: int | None = None) -> list[Part]:
     A, R = cache.sinks_k.shape[-2], cache.k.shape[-2]
-    start, length = (x if known is None else known for x, known in ((x, errors.integer(x)) for x in (cache.start, cache.length)))
+    start, length = (
+        x if known is None else known
+        for x, known in ((x, errors.integer(x)) for x in (cache.start, cache.length))
+    )
     nearest = R + 1 if window is None else min(window, R + 1)
-    parts = rows.read(cache.sinks_k[layer], cache.sinks_v[layer], positions, None, stop=length) if A else []
-    for k, v, first, end in ((cache.k, cache.v, start - R, R), (cache.tail_k, cache.tail_v, start, length - start)):
+    parts = (
+        rows.read(cache.sinks_k[layer], cache.sinks_v[layer], positions, None, stop=length)
+        if A
+        else []
+    )
+    for k, v, first, end in (
+        (cache.k, cache.v, start - R, R),
+        (cache.tail_k, cache.tail_v, start, length - start),
+    ):
         # The first A positions are read as sinks; below position 0 there are no rows.
         begin = A - first
         parts += rows.read(k[layer], v[layer], positions - first, nearest, start=begin, stop=end)
@@ -119,8 +151,13 @@ reset.register(Ring, reset_counts)
 
 @with_length.register
 def _(cache: Ring, length: Tensor) -> NoReturn:
-    remedy = "A ring forgets what leaves its window. Keep the older value, or commit fewer tokens: commit(cache, delta, n)."
-    errors.fail("with_length", "cache", "a past that keeps all its rows", "a Ring", remedy, TypeError)
+    remedy = (
+        "A ring forgets what leaves its window. Keep the older value, or commit fewer tokens: "
+        "commit(cache, delta, n)."
+    )
+    errors.fail(
+        "with_length", "cache", "a past that keeps all its rows", "a Ring", remedy, TypeError
+    )
 
 
 @write.register
@@ -131,10 +168,15 @@ def _(cache: Ring, delta: Delta, n: int | Tensor, donate: bool) -> Ring:
     if start is None:
         return _write_masked(cache, new, A, R, C)
     held = new.before - start  # valid rows of the tail
-    sinks = [rows.written(x, y, new.before, new.count) for x, y in ((cache.sinks_k, new.k), (cache.sinks_v, new.v))]
+    sinks = [
+        rows.written(x, y, new.before, new.count)
+        for x, y in ((cache.sinks_k, new.k), (cache.sinks_v, new.v))
+    ]
     kept, tails = [cache.k, cache.v], [cache.tail_k, cache.tail_v]
     if held + new.count > C:
-        together = lambda x, tail, y: torch.cat([x, tail[..., :held, :], y[..., : new.count, :]], -2)
+        together = lambda x, tail, y: torch.cat(
+            [x, tail[..., :held, :], y[..., : new.count, :]], -2
+        )
         kept = [together(*three) for three in zip(kept, tails, (new.k, new.v), strict=True)]
         # a clone, since a view would keep the whole tensor alive
         kept = [x[..., x.shape[-2] - R :, :].clone() for x in kept]
@@ -144,7 +186,10 @@ def _(cache: Ring, delta: Delta, n: int | Tensor, donate: bool) -> Ring:
         for tail, more in zip(tails, (new.k, new.v), strict=True):
             tail[..., held : held + new.count, :] = more[..., : new.count, :]
     else:
-        tails = [rows.written(tail, more, held, new.count) for tail, more in zip(tails, (new.k, new.v), strict=True)]
+        tails = [
+            rows.written(tail, more, held, new.count)
+            for tail, more in zip(tails, (new.k, new.v), strict=True)
+        ]
     return Ring(*[*sinks, *kept, *tails, cache.start, new.after])
 
 
@@ -155,7 +200,10 @@ def _write_masked(cache: Ring, new: Admitted, A: int, R: int, C: int) -> Ring:
     held = (new.before - cache.start).clamp(0, C)
     full = held + n > C
     some_full = errors.peek(full)
-    sinks = [rows.written(x, y, new.before, n) for x, y in ((cache.sinks_k, new.k), (cache.sinks_v, new.v))]
+    sinks = [
+        rows.written(x, y, new.before, n)
+        for x, y in ((cache.sinks_k, new.k), (cache.sinks_v, new.v))
+    ]
     put = lambda tail, more: rows.written(tail, more, held, torch.where(full, 0, n))
     tails = [put(tail, more) for tail, more in ((cache.tail_k, new.k), (cache.tail_v, new.v))]
     kept, start = [cache.k, cache.v], cache.start

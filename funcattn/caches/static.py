@@ -76,4 +76,11 @@ def _(cache: Memory, delta: Delta, n: int | Tensor, donate: bool) -> NoReturn:
 
 def _refuse(verb: str) -> NoReturn:
     remedy = "Write behind it: Branch(memory, model.cache(size))."
-    errors.fail(verb, "cache", "a past that can be written", "a Memory, which is read only", remedy, TypeError)
+    errors.fail(
+        verb,
+        "cache",
+        "a past that can be written",
+        "a Memory, which is read only",
+        remedy,
+        TypeError,
+    )

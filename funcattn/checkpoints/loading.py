@@ -26,7 +26,12 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer | None  # None without tokenizer.json; warns if there is another tokenizer
 
 
-def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = None, keep_quantized: bool = False) -> Loaded:
+def load(
+    path_or_name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    keep_quantized: bool = False,
+) -> Loaded:
     """Load a model.
 
     Args:
@@ -50,13 +55,28 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: torch.dtype | None = No
         Traceback (most recent call last):
         FileNotFoundError: load: no/such/file.gguf should be a folder, a .gguf file, ...
 
-    Law: load(save(...)) is what was saved, bit for bit (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
+    Law: load(save(...)) is what was saved, bit for bit
+        (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
     """
     if dtype is not None and dtype not in DTYPES.values():
-        fail("load", "dtype", f"None or one of {', '.join(map(str, DTYPES.values()))}", dtype, "Quantize after loading.", TypeError)
+        fail(
+            "load",
+            "dtype",
+            f"None or one of {', '.join(map(str, DTYPES.values()))}",
+            dtype,
+            "Quantize after loading.",
+            TypeError,
+        )
     if not isinstance(path_or_name, (str, os.PathLike)):
         remedy = 'Such as fa.load("smollm2-135m").'
-        fail("load", "path_or_name", "a path or a name", f"a {type(path_or_name).__name__}", remedy, TypeError)
+        fail(
+            "load",
+            "path_or_name",
+            "a path or a name",
+            f"a {type(path_or_name).__name__}",
+            remedy,
+            TypeError,
+        )
     with progress.waiting(f"loading {path_or_name}"):
         return _read(locate(os.fspath(path_or_name)), dtype, keep_quantized)
 
@@ -66,8 +86,18 @@ def _read(path: Path, dtype: torch.dtype | None, keep_quantized: bool) -> Loaded
         config, params, tokenizer = read_folder(path, dtype)
         return Loaded(config, by_columns(params), tokenizer)
     if path.suffix != ".gguf":
-        remedy = "Give the folder that holds config.json, or a .gguf file; a pickle (.bin, .pt) is never opened."
-        fail("load", str(path), "a folder or a .gguf file", f"a {path.suffix or 'nameless'} file", remedy, CheckpointError)
+        remedy = (
+            "Give the folder that holds config.json, or a .gguf file; a pickle (.bin, .pt) is "
+            "never opened."
+        )
+        fail(
+            "load",
+            str(path),
+            "a folder or a .gguf file",
+            f"a {path.suffix or 'nameless'} file",
+            remedy,
+            CheckpointError,
+        )
     config, params, metadata = read_gguf(path, dtype, keep_quantized=keep_quantized)
     return Loaded(config, by_columns(params), from_metadata(metadata))
 
@@ -75,8 +105,10 @@ def _read(path: Path, dtype: torch.dtype | None, keep_quantized: bool) -> Loaded
 def by_columns(params: Params) -> Params:
     """The same values, with each matrix in column-major order.
 
-    Matrix-vector products of a decode step are faster on it: all linears of SmolLM2 take 26 ms instead of
-    34 on one thread, 31 instead of 40 on two; products with more rows are no slower.
+    Matrix-vector products of a decode step are faster on it: all linears of SmolLM2 take 26 ms
+    instead of 34 on one thread, 31 instead of 40 on two; products with more rows are no slower.
     """
-    one = lambda weight: weight if is_quantized(weight) or weight.dim() != 2 else weight.mT.contiguous().mT
+    one = lambda weight: (
+        weight if is_quantized(weight) or weight.dim() != 2 else weight.mT.contiguous().mT
+    )
     return tree.map(one, params, is_leaf=is_quantized)

@@ -31,7 +31,11 @@ METADATA = ".metadata"  # the file that torch.distributed.checkpoint writes last
 
 
 def load_sharded(
-    path_or_name: str | os.PathLike[str], mesh: DeviceMesh, rules: Rules | None = None, *, dtype: torch.dtype | None = None
+    path_or_name: str | os.PathLike[str],
+    mesh: DeviceMesh,
+    rules: Rules | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Loaded:
     """A model with params on a mesh: equal to `fa.shard(mesh, rules)(fa.load(...).params)`.
 
@@ -46,10 +50,13 @@ def load_sharded(
 
     Raises: as `fa.load`, and as `fa.shard` before anything is read.
 
-    Law: equals loading and sharding (tests/distributed: test_a_process_reads_its_own_part_of_a_file).
+    Law: equals loading and sharding (tests/distributed:
+        test_a_process_reads_its_own_part_of_a_file).
     """
     path, sizes = locate(os.fspath(path_or_name)), axes_of(mesh)
-    rules_of = lambda config: sharding.tensor_parallel(config, size=sizes.get("tensor", 1)) if rules is None else rules
+    rules_of = lambda config: (
+        sharding.tensor_parallel(config, size=sizes.get("tensor", 1)) if rules is None else rules
+    )
     if not path.is_dir():
         config, params, tokenizer = load(path, dtype=dtype)
         return Loaded(config, sharding.shard(mesh, rules_of(config))(params), tokenizer)
@@ -86,7 +93,9 @@ def save_parts(folder: str | os.PathLike[str], params: Tree) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with contextlib.ExitStack() as stack:
-        drafted = lambda: os.fspath(stack.enter_context(atomic.files(folder, last=METADATA, stale=_is_part)))
+        drafted = lambda: os.fspath(
+            stack.enter_context(atomic.files(folder, last=METADATA, stale=_is_part))
+        )
         draft = _of_first(folder, drafted)
         try:
             with _alone():
@@ -114,13 +123,23 @@ def _of_first(folder: str | os.PathLike[str], f: Callable[[], T]) -> T:
 
 
 def _fail_to_save(folder: str | os.PathLike[str], got: str) -> NoReturn:
-    fail("save_parts", os.fspath(folder), "a place that can be written", got, UNCHANGED, CheckpointError)
+    fail(
+        "save_parts",
+        os.fspath(folder),
+        "a place that can be written",
+        got,
+        UNCHANGED,
+        CheckpointError,
+    )
 
 
 def _first_line(error: BaseException) -> str:
     """The first error of all processes, in one line."""
     failures: Any = getattr(error, "failures", {})
-    return next((f"process {rank}: {reason_of(met)}" for rank, (met, _) in failures.items()), reason_of(error))
+    return next(
+        (f"process {rank}: {reason_of(met)}" for rank, (met, _) in failures.items()),
+        reason_of(error),
+    )
 
 
 def _is_part(name: str) -> bool:
@@ -140,7 +159,8 @@ def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
     Raises:
         CheckpointError: there is no checkpoint, it has other leaves, or its index is invalid.
 
-    Law: equals what was saved, on meshes of other shapes (tests/distributed: test_what_one_mesh_saved_another_loads).
+    Law: equals what was saved, on meshes of other shapes (tests/distributed:
+        test_what_one_mesh_saved_another_loads).
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load as read
@@ -149,7 +169,14 @@ def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
 
     if not (Path(folder) / METADATA).exists():
         remedy = "Give the folder that save_parts wrote."
-        fail("load_parts", os.fspath(folder), "a folder with .metadata", "none", remedy, CheckpointError)
+        fail(
+            "load_parts",
+            os.fspath(folder),
+            "a folder with .metadata",
+            "none",
+            remedy,
+            CheckpointError,
+        )
     empty = tree.map(torch.empty_like, like)
     reader = Reader(Path(folder))
     try:
@@ -157,7 +184,14 @@ def load_parts(folder: str | os.PathLike[str], like: Tree) -> Tree:
             read(_state(empty), storage_reader=reader)
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         remedy = "Give a tree of the model that was saved."
-        fail("load_parts", os.fspath(folder), "of these leaves", str(error).strip()[:300], remedy, CheckpointError)
+        fail(
+            "load_parts",
+            os.fspath(folder),
+            "of these leaves",
+            str(error).strip()[:300],
+            remedy,
+            CheckpointError,
+        )
     return empty
 
 

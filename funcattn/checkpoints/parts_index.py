@@ -45,8 +45,14 @@ CLASSES: dict[tuple[str, str], object] = {
         )
     },
     # The path of the writer, possibly of another operating system, is ignored.
-    **{("pathlib", f"{kind}Path"): lambda *parts: "/".join(map(str, parts)) for kind in ("Posix", "Windows")},
-    **{("pathlib._local", f"{kind}Path"): lambda *parts: "/".join(map(str, parts)) for kind in ("Posix", "Windows")},
+    **{
+        ("pathlib", f"{kind}Path"): lambda *parts: "/".join(map(str, parts))
+        for kind in ("Posix", "Windows")
+    },
+    **{
+        ("pathlib._local", f"{kind}Path"): lambda *parts: "/".join(map(str, parts))
+        for kind in ("Posix", "Windows")
+    },
 }
 
 
@@ -54,7 +60,9 @@ _InPython: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue
 
 
 class _Unpickler(_InPython):
-    """In Python, so that a state can be refused: it would set attributes of a class, for the whole process."""
+    """In Python, so that a state can be refused: it would set attributes of a class, for the whole
+    process.
+    """
 
     dispatch: ClassVar[dict[int, Any]] = {**_InPython.dispatch}
 
@@ -99,7 +107,11 @@ def read_index(folder: Path) -> Metadata:
     except CheckpointError:
         raise
     except Exception as error:  # any error of the unpickler or of a constructor
-        _refuse(folder, "an index of torch.distributed.checkpoint", f"{type(error).__name__}: {str(error)[:200]}")
+        _refuse(
+            folder,
+            "an index of torch.distributed.checkpoint",
+            f"{type(error).__name__}: {str(error)[:200]}",
+        )
     tensors = getattr(index, "state_dict_metadata", None) if type(index) is Metadata else None
     files = index.storage_data if tensors is not None else None
     if not isinstance(tensors, dict) or not isinstance(files, dict):
@@ -107,11 +119,18 @@ def read_index(folder: Path) -> Metadata:
     for name, entry in tensors.items():
         if type(entry) is not TensorStorageMetadata:
             _refuse(folder, "one of tensors", f"a {type(entry).__name__} for {name}")
-        if not _is_covered(entry) or any(MetadataIndex(name, block.offsets) not in files for block in entry.chunks):
+        if not _is_covered(entry) or any(
+            MetadataIndex(name, block.offsets) not in files for block in entry.chunks
+        ):
             _refuse(folder, "blocks that make up each tensor", f"others for {name}")
     for block in files.values():
         name = block.relative_path if type(block) is _StorageInfo else None
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".distcp"):
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or "\\" in name
+            or not name.endswith(".distcp")
+        ):
             _refuse(folder, "one of .distcp files beside it", repr(name))
         if block.transform_descriptors:
             _refuse(folder, "one of plain files", f"{name} after {block.transform_descriptors}")
@@ -126,13 +145,23 @@ def _is_covered(entry: TensorStorageMetadata) -> bool:
     if not _are_counts(size) or not isinstance(blocks, list) or len(blocks) > MOST_BLOCKS:
         return False
     for block in blocks:
-        if type(block) is not ChunkStorageMetadata or not _are_counts(block.offsets) or not _are_counts(block.sizes):
+        if (
+            type(block) is not ChunkStorageMetadata
+            or not _are_counts(block.offsets)
+            or not _are_counts(block.sizes)
+        ):
             return False
         if not len(block.offsets) == len(block.sizes) == len(size):
             return False
-        if any(begin + n > whole for begin, n, whole in zip(block.offsets, block.sizes, size, strict=True)):
+        if any(
+            begin + n > whole
+            for begin, n, whole in zip(block.offsets, block.sizes, size, strict=True)
+        ):
             return False
-    apart = lambda a, b: any(x + n <= y or y + m <= x for x, n, y, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True))
+    apart = lambda a, b: any(
+        x + n <= y or y + m <= x
+        for x, n, y, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    )
     full = [block for block in blocks if math.prod(block.sizes)]
     covered = sum(math.prod(block.sizes) for block in full) == math.prod(size)
     return covered and all(itertools.starmap(apart, itertools.combinations(full, 2)))
@@ -143,4 +172,11 @@ def _are_counts(sizes: Json) -> bool:
 
 
 def _refuse(folder: Path, wanted: str, got: str) -> NoReturn:
-    fail("load_parts", f"the index of {folder}", wanted, got, "Give a folder that save_parts wrote.", CheckpointError)
+    fail(
+        "load_parts",
+        f"the index of {folder}",
+        wanted,
+        got,
+        "Give a folder that save_parts wrote.",
+        CheckpointError,
+    )

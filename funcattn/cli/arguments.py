@@ -32,20 +32,30 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, left: Sequence[str]) -> NoReturn:
         """Exit because of unknown arguments."""
-        quotes = "" if any(word.startswith("-") for word in left) else ". A text of several words should be in quotes"
+        quotes = (
+            ""
+            if any(word.startswith("-") for word in left)
+            else ". A text of several words should be in quotes"
+        )
         self.error(f"unrecognized arguments: {' '.join(left)}{quotes}")
 
     def _hint(self) -> str:
         known = self._option_string_actions
         for word in self.given:
             name = word.partition("=")[0]
-            if len(name) > 3 and name.startswith("-") and not any(option.startswith(name) for option in known):
+            if (
+                len(name) > 3
+                and name.startswith("-")
+                and not any(option.startswith(name) for option in known)
+            ):
                 near = difflib.get_close_matches(name, known, 1)
                 return f" Did you mean {near[0]}?" if near else ""
         return ""
 
 
-def number(kind: type[int] | type[float], low: float, high: float, wanted: str) -> Callable[[str], int | float]:
+def number(
+    kind: type[int] | type[float], low: float, high: float, wanted: str
+) -> Callable[[str], int | float]:
     """An option type: a number within bounds."""
 
     def parse(text: str) -> int | float:
@@ -77,5 +87,7 @@ def device(text: str) -> torch.device:
         torch.zeros(1, device=text).item()  # fails where it is unavailable or has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise argparse.ArgumentTypeError(f"should be a device of this machine, got {text}: {reason}") from None
+        raise argparse.ArgumentTypeError(
+            f"should be a device of this machine, got {text}: {reason}"
+        ) from None
     return torch.device(text)

@@ -61,13 +61,17 @@ def run(options: argparse.Namespace) -> None:
                 complain(error)
 
 
-def _answer(session: Session, talk: Talk, text: str, sampler: sampling.Sampler, options: argparse.Namespace) -> Talk:
+def _answer(
+    session: Session, talk: Talk, text: str, sampler: sampling.Sampler, options: argparse.Namespace
+) -> Talk:
     """Write the answer to a text; Ctrl-C keeps the tokens written so far."""
     messages = (*talk.messages, message("user", text))
     wanted = session.tokenizer.prompt(messages)
     steps = room(session, len(wanted), options.steps)
     alike = (a == b for a, b in zip(talk.ids, wanted[:-1], strict=False))
-    known = next((place for place, same in enumerate(alike) if not same), min(len(talk.ids), len(wanted) - 1))
+    known = next(
+        (place for place, same in enumerate(alike) if not same), min(len(talk.ids), len(wanted) - 1)
+    )
     past = caches.with_length(talk.past, torch.full_like(talk.past.length, known))
     past = caches.grow(past, max(0, len(wanted) + steps - caches.capacity(past)))
     pieces = fa.stream(
@@ -86,4 +90,6 @@ def _answer(session: Session, talk: Talk, text: str, sampler: sampling.Sampler, 
         return talk  # no tokens were written: drop the question
     assert isinstance(last.cache, caches.Branch)  # a stream writes behind the past that it is given
     past = caches.flatten(last.cache)
-    return Talk(past, (*wanted, *last.tokens)[: int(past.length)], (*messages, message("assistant", said)))
+    return Talk(
+        past, (*wanted, *last.tokens)[: int(past.length)], (*messages, message("assistant", said))
+    )

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import funcattn as fa
 
-from . import benchmarking, chatting, evaluating, finetuning, generating, inspecting, pretraining, quantizing, ranks, streams
+from . import (
+    benchmarking,
+    chatting,
+    evaluating,
+    finetuning,
+    generating,
+    inspecting,
+    pretraining,
+    quantizing,
+    ranks,
+    streams,
+)
 from .arguments import TINY, Parser, device, dtype, number, stop
 from .terminal import CUT_OFF, INTERRUPTED, complain
 
@@ -23,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the process by default.
 
     Returns:
-        The exit code: 0, 2 for a mistake, 130 after Ctrl-C, 141 where the reader of the text went away.
+        The exit code: 0, 2 for a mistake, 130 after Ctrl-C, 141 where the reader of the text went
+            away.
 
     Raises:
         SystemExit: as argparse does, for --help and for options that cannot be read.
@@ -54,25 +66,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     """The commands and their options."""
     weights, writing = Parser(add_help=False), Parser(add_help=False)
-    positive, share = number(float, TINY, 1 / TINY, "above 0"), number(float, TINY, 1, "above 0, at most 1")
+    positive, share = (
+        number(float, TINY, 1 / TINY, "above 0"),
+        number(float, TINY, 1, "above 0, at most 1"),
+    )
     whole, count = number(int, 0, 2**63 - 1, "0 or more"), number(int, 1, 2**63 - 1, "1 or more")
     add = weights.add_argument
-    add("--model", default="smollm2-135m", help="a .gguf file, a folder, a name, or org/name of the hub (%(default)s)")
-    add("--dtype", metavar="D", type=dtype, help="of the weights, float32 or bfloat16 (as a folder has them; float32 from .gguf)")
+    add(
+        "--model",
+        default="smollm2-135m",
+        help="a .gguf file, a folder, a name, or org/name of the hub (%(default)s)",
+    )
+    add(
+        "--dtype",
+        metavar="D",
+        type=dtype,
+        help="of the weights, float32 or bfloat16 (as a folder has them; float32 from .gguf)",
+    )
     add("--device", type=device, default="cpu", help="such as cpu or cuda (%(default)s)")
 
     add, either = writing.add_argument, writing.add_mutually_exclusive_group().add_argument
-    either("--greedy", action="store_true", help="the most likely token each time; nothing is drawn")
-    either("--temperature", metavar="T", type=positive, default=0.7, help="below 1 sharper, above 1 flatter (%(default)s)")
+    either(
+        "--greedy", action="store_true", help="the most likely token each time; nothing is drawn"
+    )
+    either(
+        "--temperature",
+        metavar="T",
+        type=positive,
+        default=0.7,
+        help="below 1 sharper, above 1 flatter (%(default)s)",
+    )
     add("--top-k", metavar="K", type=count, help="draw from the K most likely tokens")
-    add("--top-p", metavar="P", type=share, default=0.95, help="from the most likely ones that reach P together (%(default)s)")
-    add("--min-p", metavar="P", type=share, help="from those at least P times as likely as the likeliest")
-    add("--compile", action="store_true", help="wait some seconds for a compiler, then decode at the speed of memory")
-    add("--steps", metavar="N", type=whole, default=256, help="tokens to write at most (%(default)s)")
-    add("--seed", metavar="N", type=whole, default=0, help="the same seed gives the same text (%(default)s)")
-    add("--stop", metavar="STRING", type=stop, action="append", default=[], help="end before this text; may be given again")
+    add(
+        "--top-p",
+        metavar="P",
+        type=share,
+        default=0.95,
+        help="from the most likely ones that reach P together (%(default)s)",
+    )
+    add(
+        "--min-p",
+        metavar="P",
+        type=share,
+        help="from those at least P times as likely as the likeliest",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="wait some seconds for a compiler, then decode at the speed of memory",
+    )
+    add(
+        "--steps",
+        metavar="N",
+        type=whole,
+        default=256,
+        help="tokens to write at most (%(default)s)",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        type=whole,
+        default=0,
+        help="the same seed gives the same text (%(default)s)",
+    )
+    add(
+        "--stop",
+        metavar="STRING",
+        type=stop,
+        action="append",
+        default=[],
+        help="end before this text; may be given again",
+    )
 
-    whole_parser = Parser("funcattn", description="Text from a language model, in pure functions of values.")
+    whole_parser = Parser(
+        "funcattn", description="Text from a language model, in pure functions of values."
+    )
     whole_parser.add_argument("--version", action="version", version=f"funcattn {fa.__version__}")
     commands = whole_parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, module, parents, help in (
@@ -85,19 +153,37 @@ def parser() -> Parser:
         ("finetune", finetuning, [], "adapt a model to a text, by matrices of low rank"),
         ("quantize", quantizing, [weights], "write a model with weights of fewer bits"),
     ):
-        command = commands.add_parser(name, parents=parents, help=help, description=f"{help.capitalize()}.")
+        command = commands.add_parser(
+            name, parents=parents, help=help, description=f"{help.capitalize()}."
+        )
         command.set_defaults(run=module.run, command=command)
         if module is generating:
-            command.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to go on from; without one, or for -, stdin")
-            command.add_argument("--chat", action="store_true", help="the prompt is a message to be answered")
+            command.add_argument(
+                "prompt",
+                metavar="PROMPT",
+                nargs="?",
+                help="text to go on from; without one, or for -, stdin",
+            )
+            command.add_argument(
+                "--chat", action="store_true", help="the prompt is a message to be answered"
+            )
             trace = "write a trace for chrome://tracing, and tell the ten costliest operations"
             command.add_argument("--profile", metavar="FILE", type=Path, help=trace)
             several = "continuations of one past, written side by side (%(default)s)"
             command.add_argument("--num-samples", metavar="N", type=count, default=1, help=several)
-            drafts = "compile, and draft by the same weights in 8 or 4 bits, or by looking the text up; the text stays the same"
+            drafts = (
+                "compile, and draft by the same weights in 8 or 4 bits, or by looking the text up; "
+                "the text stays the same"
+            )
             command.add_argument("--speculate", choices=("int8", "int4", "lookup"), help=drafts)
             ranks.add_options(command, data=False)
-            command.add_argument("--draft-length", metavar="N", type=count, default=3, help="tokens of a draft (%(default)s)")
+            command.add_argument(
+                "--draft-length",
+                metavar="N",
+                type=count,
+                default=3,
+                help="tokens of a draft (%(default)s)",
+            )
         elif module in (inspecting, evaluating, benchmarking, pretraining, finetuning, quantizing):
             module.add_options(command)
     return whole_parser

@@ -1,8 +1,10 @@
 """`funcattn eval`: how well a model foretells a text.
 
-    perplexity = exp(- mean log p(token))        bits per byte = - sum log2 p(token) / bytes of these tokens
+    perplexity = exp(- mean log p(token))
+    bits per byte = - sum log2 p(token) / bytes of these tokens
 
-Perplexities compare models of one tokenizer, bits per byte all. The first token has nothing before it and is not scored.
+Perplexities compare models of one tokenizer, bits per byte all. The first token has nothing before
+it and is not scored.
 """
 
 import argparse
@@ -28,29 +30,46 @@ def add_options(command: argparse.ArgumentParser) -> None:
     count = number(int, 1, 2**31, "1 or more")
     add = command.add_argument
     add("text", metavar="TEXT", help="a file of UTF-8, or - for stdin")
-    add("--context", metavar="T", type=count, help=f"tokens read at once ({CONTEXT}, or what the model can read)")
-    add("--stride", metavar="N", type=count, help="tokens from one reading to the next (half of the context)")
+    add(
+        "--context",
+        metavar="T",
+        type=count,
+        help=f"tokens read at once ({CONTEXT}, or what the model can read)",
+    )
+    add(
+        "--stride",
+        metavar="N",
+        type=count,
+        help="tokens from one reading to the next (half of the context)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    text = sys.stdin.read() if options.text == "-" else Path(options.text).read_text(encoding="utf-8")
+    text = (
+        sys.stdin.read() if options.text == "-" else Path(options.text).read_text(encoding="utf-8")
+    )
     session = load(options)
     with working("Encoding the text"):
         ids = torch.tensor(session.tokenizer.encode(text), device=options.device)
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens, and is scored from the second. Give a longer one.")
+        raise ValueError(
+            f"the text has {len(ids)} tokens, and is scored from the second. Give a longer one."
+        )
     limit = session.config.limit()
     context = options.context or min(CONTEXT, limit or CONTEXT)
     if limit is not None and context > limit:
         raise ValueError(
-            f"--context should be at most the {limit} tokens that the model can read, got {context}. Give a smaller one."
+            f"--context should be at most the {limit} tokens that the model can read, got "
+            f"{context}. Give a smaller one."
         )
     windows = evaluation.windows(len(ids), context=context, stride=options.stride)
     total = 0.0
     with torch.no_grad():
         for begin, first, end in _shown(windows):
-            scores = evaluation.score_continuation(session.model, session.params, ids[begin:first], ids[first:end])
+            scores = evaluation.score_continuation(
+                session.model, session.params, ids[begin:first], ids[first:end]
+            )
             total -= float(scores.double().sum())
     scored, size = len(ids) - 1, _bytes(session, text, int(ids[0]))
     for name, value in (

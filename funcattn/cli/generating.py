@@ -31,15 +31,24 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     with ranks.meshed(options) as mesh:
         if mesh is not None and options.prompt in (None, "-"):
-            raise ValueError("the prompt should be an argument, is to come from stdin, which processes cannot share. Write it out.")
+            raise ValueError(
+                "the prompt should be an argument, is to come from stdin, which "
+                "processes cannot share. Write it out."
+            )
         text, sampler = prompt_of(options), sampler_of(options)
         session = load(options, mesh)
         with contextlib.nullcontext() if mesh is None else sharding.inside(mesh):
             _write(options, session, text, sampler)
 
 
-def _write(options: argparse.Namespace, session: Session, text: str, sampler: sampling.Sampler) -> None:
-    ids = session.tokenizer.prompt([message("user", text)]) if options.chat else session.tokenizer.encode(text)
+def _write(
+    options: argparse.Namespace, session: Session, text: str, sampler: sampling.Sampler
+) -> None:
+    ids = (
+        session.tokenizer.prompt([message("user", text)])
+        if options.chat
+        else session.tokenizer.encode(text)
+    )
     if not ids:
         raise ValueError("the prompt is empty. Give some text, as an argument or on stdin.")
     steps = room(session, len(ids), options.steps)
@@ -47,7 +56,9 @@ def _write(options: argparse.Namespace, session: Session, text: str, sampler: sa
     keys = fa.split(key_of(options), options.num_samples)
     if options.num_samples > 1:
         if options.speculate:
-            raise ValueError("drafts are for one text at a time. Leave out --num-samples or --speculate.")
+            raise ValueError(
+                "drafts are for one text at a time. Leave out --num-samples or --speculate."
+            )
         with profiled(options.profile):
             return _write_samples(session, prompt, keys, sampler, steps, options)
     if options.speculate:
@@ -68,7 +79,9 @@ def _write(options: argparse.Namespace, session: Session, text: str, sampler: sa
             pass
 
 
-def _compile(begin: Callable[[Tensor, int], Iterator[fa.Streamed]], prompt: Tensor, steps: int) -> None:
+def _compile(
+    begin: Callable[[Tensor, int], Iterator[fa.Streamed]], prompt: Tensor, steps: int
+) -> None:
     """Compile before the text begins, and report how long it took.
 
     Three pieces after the end of the prompt, with a cache of the final size, are computed and
@@ -89,18 +102,31 @@ def profiled(file: Path | None) -> Iterator[None]:
         yield
         return
     with atomic.file(file) as draft:  # fails before the computation where it cannot be written
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]) as found:
+        with profile(
+            activities=[
+                ProfilerActivity.CPU,
+                *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+            ]
+        ) as found:
             yield
         found.export_chrome_trace(str(draft))
     costliest = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)[:10]
     width = max((len(event.key) for event in costliest), default=0)
     for event in costliest:
-        say(f"{event.key[:60]:<{min(width, 60)}}  {event.self_cpu_time_total / 1e3:9.1f} ms  {event.count:6} calls")
+        say(
+            f"{event.key[:60]:<{min(width, 60)}}  {event.self_cpu_time_total / 1e3:9.1f} ms  "
+            f"{event.count:6} calls"
+        )
     say(f"trace in {file}")
 
 
 def _write_drafted(
-    session: Session, prompt: Tensor, key: Tensor, sampler: sampling.Sampler, steps: int, options: argparse.Namespace
+    session: Session,
+    prompt: Tensor,
+    key: Tensor,
+    sampler: sampling.Sampler,
+    steps: int,
+    options: argparse.Namespace,
 ) -> None:
     """Write with drafts, and report their statistics."""
     model, N = fa.compile(session.model), options.draft_length
@@ -109,7 +135,9 @@ def _write_drafted(
     else:
         with working("Quantizing the draft"):
             scheme = fa.int8 if options.speculate == "int8" else fa.int4(group=64)
-            drafter = drafters.model(model, fa.quantize(scheme)(session.params), length=N, sampler=sampler)
+            drafter = drafters.model(
+                model, fa.quantize(scheme)(session.params), length=N, sampler=sampler
+            )
     begin = lambda prompt, steps: speculation.stream(
         *(key, model, session.params, drafter, prompt),
         steps=steps,
@@ -122,7 +150,9 @@ def _write_drafted(
     last, marks = None, speculation.Marks(session.tokenizer)
 
     def show(piece: speculation.Piece) -> str:
-        return "".join(coloured(span.text) if span.drafted else shown(span.text) for span in marks.spans(piece))
+        return "".join(
+            coloured(span.text) if span.drafted else shown(span.text) for span in marks.spans(piece)
+        )
 
     for piece in write(pieces, f"{len(prompt)} tokens", show):
         last = piece
@@ -131,16 +161,25 @@ def _write_drafted(
 
 
 def _write_samples(
-    session: Session, prompt: Tensor, keys: Tensor, sampler: sampling.Sampler, steps: int, options: argparse.Namespace
+    session: Session,
+    prompt: Tensor,
+    keys: Tensor,
+    sampler: sampling.Sampler,
+    steps: int,
+    options: argparse.Namespace,
 ) -> None:
     """Prefill once, write all samples side by side, and print them separated by empty lines."""
     model, params, tokenizer = session.model, session.params, session.tokenizer
     started = time.perf_counter()
     with working("Reading the prompt"):
-        past = fa.generate(keys[0], model, params, prompt[:-1], steps=0)[1] if len(prompt) > 1 else ()
+        past = (
+            fa.generate(keys[0], model, params, prompt[:-1], steps=0)[1] if len(prompt) > 1 else ()
+        )
     read = time.perf_counter()
     with working(f"Writing {len(keys)} samples"):
-        go_on = lambda key: fa.generate(key, model, params, prompt[-1:], past, steps=steps, sampler=sampler, stop=tokenizer.stop)[0]
+        go_on = lambda key: fa.generate(
+            key, model, params, prompt[-1:], past, steps=steps, sampler=sampler, stop=tokenizer.stop
+        )[0]
         rows = vmap(go_on)(keys).tolist()
     wrote = time.perf_counter()
     written = 0
@@ -152,7 +191,9 @@ def _write_samples(
     report(f"{len(prompt)} tokens", read - started, written, wrote - read)
 
 
-def write(pieces: Iterator[P], prompt: str, show: Callable[[P], str] = lambda piece: shown(piece.text)) -> Iterator[P]:
+def write(
+    pieces: Iterator[P], prompt: str, show: Callable[[P], str] = lambda piece: shown(piece.text)
+) -> Iterator[P]:
     """Print each piece and yield it; at the end, or after Ctrl-C, report the speed."""
     started = time.perf_counter()
     with working("Reading the prompt"):
@@ -171,4 +212,6 @@ def write(pieces: Iterator[P], prompt: str, show: Callable[[P], str] = lambda pi
         if not isinstance(sys.exception(), OSError):  # stdout is closed or full
             print(flush=True)
             # the first token is part of prefill
-            report(prompt, read - started, max(len(piece.tokens) - 1, 0), time.perf_counter() - read)
+            report(
+                prompt, read - started, max(len(piece.tokens) - 1, 0), time.perf_counter() - read
+            )

@@ -31,14 +31,22 @@ def run(options: argparse.Namespace) -> None:
     for line in str(tree.summary(session.params)).splitlines():
         print(f"  {line}")
     with torch.device("meta"):  # sizes without memory
-        per_token = tree.nbytes(session.model.cache(1, dtype=dtype)) - tree.nbytes(session.model.cache(0, dtype=dtype))
+        per_token = tree.nbytes(session.model.cache(1, dtype=dtype)) - tree.nbytes(
+            session.model.cache(0, dtype=dtype)
+        )
     name = str(dtype).removeprefix("torch.")
-    print(f"\ncache, {name} keys and values of {config.layers} layers x {config.kv_heads} heads x {config.head_size}")
+    print(
+        f"\ncache, {name} keys and values of {config.layers} layers x {config.kv_heads} heads x "
+        f"{config.head_size}"
+    )
     for tokens in (1000, config.context):
         print(f"  {f'{tokens} tokens':<14} {tokens * per_token / 2**20:.1f} MiB")
     if tokenizer is None:
         print("\ntokenizer\n  none")
         return
     stops = " ".join(tokenizer.decode([stop], skip_special=False) for stop in tokenizer.stop)
-    print(f"\ntokenizer\n  {'ids':<14} {tokenizer.vocabulary}\n  {'stops at':<14} {printable(stops.strip()) or 'nothing'}")
+    print(
+        f"\ntokenizer\n  {'ids':<14} {tokenizer.vocabulary}\n  {'stops at':<14} "
+        f"{printable(stops.strip()) or 'nothing'}"
+    )
     print(f"  {'chat template':<14} {'no' if tokenizer.template is None else 'yes'}")

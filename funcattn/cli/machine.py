@@ -17,7 +17,10 @@ def show() -> None:
     print(f"  {'threads':<14} {torch.get_num_threads()}")
     print(f"  {'torch':<14} {torch.__version__}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"  {'devices':<14} {', '.join(['cpu', *(f'cuda:{i} ({name})' for i, name in enumerate(gpus))])}")
+    print(
+        f"  {'devices':<14} "
+        f"{', '.join(['cpu', *(f'cuda:{i} ({name})' for i, name in enumerate(gpus))])}"
+    )
 
     print("\noperators in C++")
     why_not = tiles.missing()
@@ -33,4 +36,7 @@ def show() -> None:
             name = str(dtype).removeprefix("torch.")
             print(f"\nattention of q, k, v {SHAPE} in {name} on {device}")
             for verdict in kernels.explain(q, q, q).verdicts:
-                print(f"  {'->' if verdict.chosen else '  '} {verdict.kernel:<16} {verdict.why_not or 'can run'}")
+                print(
+                    f"  {'->' if verdict.chosen else '  '} {verdict.kernel:<16} "
+                    f"{verdict.why_not or 'can run'}"
+                )

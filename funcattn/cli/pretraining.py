@@ -33,7 +33,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     count = number(int, 1, 2**31, "1 or more")
     add = command.add_argument
     add("text", metavar="TEXT", help="a file of UTF-8, or - for stdin")
-    add("--tokenizer", metavar="MODEL", help="take the tokenizer of this model; without it each character is a token")
+    add(
+        "--tokenizer",
+        metavar="MODEL",
+        help="take the tokenizer of this model; without it each character is a token",
+    )
     add("--layers", metavar="N", type=count, default=4, help="(%(default)s)")
     add("--width", metavar="N", type=count, default=128, help="(%(default)s)")
     add("--heads", metavar="N", type=count, default=4, help="(%(default)s)")
@@ -42,20 +46,42 @@ def add_options(command: argparse.ArgumentParser) -> None:
     ranks.add_options(command, data=True)
 
 
-def add_fitting(command: argparse.ArgumentParser, *, out: str, steps: int, rate: float, rows: int, context: int) -> None:
+def add_fitting(
+    command: argparse.ArgumentParser, *, out: str, steps: int, rate: float, rows: int, context: int
+) -> None:
     """The options common to `train` and `finetune`."""
-    positive, share = number(float, TINY, 1 / TINY, "above 0"), number(int, 0, 2**63 - 1, "0 or more")
+    positive, share = (
+        number(float, TINY, 1 / TINY, "above 0"),
+        number(int, 0, 2**63 - 1, "0 or more"),
+    )
     count = number(int, 1, 2**31, "1 or more")
     add = command.add_argument
     add("--context", metavar="T", type=count, default=context, help="tokens in a row (%(default)s)")
     add("--rows", metavar="N", type=count, default=rows, help="rows in a batch (%(default)s)")
     add("--steps", metavar="N", type=count, default=steps, help="(%(default)s)")
-    add("--rate", metavar="R", type=positive, default=rate, help="learning rate, reached by warm-up, then a cosine (%(default)s)")
-    add("--report-every", metavar="N", type=count, help="steps between losses, each with a snapshot (a tenth of all)")
+    add(
+        "--rate",
+        metavar="R",
+        type=positive,
+        default=rate,
+        help="learning rate, reached by warm-up, then a cosine (%(default)s)",
+    )
+    add(
+        "--report-every",
+        metavar="N",
+        type=count,
+        help="steps between losses, each with a snapshot (a tenth of all)",
+    )
     add("--compile", action="store_true", help="compile the step first: half a minute, then faster")
     add("--out", metavar="FOLDER", default=out, help="where the result goes (%(default)s)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--sample", metavar="N", type=share, default=300, help="tokens to write at the end (%(default)s)")
+    add(
+        "--sample",
+        metavar="N",
+        type=share,
+        default=300,
+        help="tokens to write at the end (%(default)s)",
+    )
     add("--seed", metavar="N", type=share, default=0, help="(%(default)s)")
     add("--device", type=device, default="cpu", help="such as cpu or cuda (%(default)s)")
 
@@ -68,16 +94,25 @@ def run(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace, mesh: DeviceMesh) -> None:
     if mesh is not None and options.text == "-":
-        raise ValueError("the text should be a file, is to come from stdin, which processes cannot share. Write it into one.")
+        raise ValueError(
+            "the text should be a file, is to come from stdin, which processes cannot "
+            "share. Write it into one."
+        )
     text = read(options.text)
     if options.tokenizer is None:
         tokenizer = training.characters(text)
     else:
         tokenizer = fa.load(options.tokenizer).tokenizer
         if tokenizer is None:
-            raise ValueError(f"{options.tokenizer} has no tokenizer. Leave --tokenizer out, and each character is a token.")
+            raise ValueError(
+                f"{options.tokenizer} has no tokenizer. Leave --tokenizer out, and "
+                "each character is a token."
+            )
     if options.width % (2 * options.heads):
-        raise ValueError(f"--width should be a multiple of twice --heads, {2 * options.heads}, got {options.width}. Change either.")
+        raise ValueError(
+            f"--width should be a multiple of twice --heads, {2 * options.heads}, got "
+            f"{options.width}. Change either."
+        )
     config = fa.Config(
         vocabulary=tokenizer.vocabulary,
         width=options.width,
@@ -93,7 +128,9 @@ def _run(options: argparse.Namespace, mesh: DeviceMesh) -> None:
     ids = encoded(options, tokenizer, text)
     params = tree.to(options.device)(fa.decoder(config).init(fa.key(options.seed)))
     say(f"{tree.count(params):,} weights, {tokenizer.vocabulary} kinds of token")
-    rate = training.cosine(options.rate, options.steps, warmup=min(100, options.steps // 10), floor=options.rate / 10)
+    rate = training.cosine(
+        options.rate, options.steps, warmup=min(100, options.steps // 10), floor=options.rate / 10
+    )
     rules = sharding.tensor_parallel(config, size=getattr(options, "tp", 1))
     cuts = None if mesh is None else sharding.specs(params, mesh, rules)
     kinds = {"adamw": lambda: training.adamw(rate, betas=(0.9, 0.99), weight_decay=0.1)}
@@ -124,7 +161,9 @@ def _together(
 ) -> Any:
     """The trained params, unsharded. Each process has a shard of them and of every batch."""
     if options.rows % options.dp:
-        raise ValueError(f"--rows should be a multiple of --dp {options.dp}, got {options.rows}. Change either.")
+        raise ValueError(
+            f"--rows should be a multiple of --dp {options.dp}, got {options.rows}. Change either."
+        )
     held = sharding.to_local(fa.shard(mesh, rules)(params))
 
     def loss(model: fa.Model, params: fa.tree.Tree, batch: Tensor) -> Tensor:
@@ -137,7 +176,10 @@ def _together(
 
 def snapshots_of(options: argparse.Namespace) -> Path:
     """The folder of this process's snapshots; snapshots that some process lacks are removed."""
-    place, n = Path(options.out) / SNAPSHOTS, options.tp * options.dp if hasattr(options, "tp") else 1
+    place, n = (
+        Path(options.out) / SNAPSHOTS,
+        options.tp * options.dp if hasattr(options, "tp") else 1,
+    )
     if n == 1:
         return place
     place = place / f"{os.environ['RANK']}-of-tp{options.tp}-dp{options.dp}"
@@ -191,7 +233,8 @@ def fitted(
         ).params
     except KeyboardInterrupt:
         taken = steps_in(folder)
-        say(f"\nStopped. {f'Step {taken[-1]} is kept; add --resume to go on from it.' if taken else 'Nothing was kept yet.'}")
+        kept = f"Step {taken[-1]} is kept; add --resume to go on from it." if taken else ""
+        say(f"\nStopped. {kept or 'Nothing was kept yet.'}")
         raise
 
 
@@ -199,12 +242,16 @@ def encoded(options: argparse.Namespace, tokenizer: fa.checkpoints.Tokenizer, te
     """The ids of a text; raises before training where they are too few."""
     taken = steps_in(snapshots_of(options))
     if taken and not options.resume:
-        raise ValueError(f"{options.out} holds a run of {taken[-1]} steps. Add --resume to go on with it, or choose another --out.")
+        raise ValueError(
+            f"{options.out} holds a run of {taken[-1]} steps. Add --resume to go on "
+            "with it, or choose another --out."
+        )
     with working("Encoding the text"):
         ids = torch.tensor(tokenizer.encode(text), device=options.device)
     if len(ids) < options.context + 1:
         raise ValueError(
-            f"the text has {len(ids)} tokens, and a row is {options.context} + 1. Give a longer text, or a smaller --context."
+            f"the text has {len(ids)} tokens, and a row is {options.context} + 1. Give a longer "
+            "text, or a smaller --context."
         )
     return ids
 
@@ -216,7 +263,11 @@ def halves(ids: Tensor, context: int) -> tuple[Tensor, Tensor | None]:
 
 
 def write_sample(
-    options: argparse.Namespace, config: fa.Config, params: fa.tree.Tree, tokenizer: fa.checkpoints.Tokenizer, begin: str
+    options: argparse.Namespace,
+    config: fa.Config,
+    params: fa.tree.Tree,
+    tokenizer: fa.checkpoints.Tokenizer,
+    begin: str,
 ) -> None:
     """Print a beginning and the model's continuation.
 
@@ -224,7 +275,10 @@ def write_sample(
     """
     if not options.sample:
         return
-    model, sampler = fa.decoder(config), sampling.chain(sampling.temperature(0.8), sampling.top_k(200))
+    model, sampler = (
+        fa.decoder(config),
+        sampling.chain(sampling.temperature(0.8), sampling.top_k(200)),
+    )
     key = tree.to(options.device)(fa.fold_in(fa.key(options.seed), 2))
     ids, left = list(tokenizer.encode(begin)), options.sample
     print(shown(begin), end="")

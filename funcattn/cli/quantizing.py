@@ -21,11 +21,18 @@ from .arguments import number
 from .sessions import Session, load
 from .terminal import working
 
-SCHEMES = {name: getattr(quantization, name) for name in ("int8", "int4", "w8a8", "nf4", "fp8", "ternary")}
+SCHEMES = {
+    name: getattr(quantization, name) for name in ("int8", "int4", "w8a8", "nf4", "fp8", "ternary")
+}
 
 
-def _smooth(model: Model, tokens: torch.Tensor, scheme: quantization.schemes.Scheme, **options: Any) -> Callable[[Any], Any]:
-    scaled, rounded = calibration.smooth(model, tokens, scheme, **options), quantization.quantize(scheme)
+def _smooth(
+    model: Model, tokens: torch.Tensor, scheme: quantization.schemes.Scheme, **options: Any
+) -> Callable[[Any], Any]:
+    scaled, rounded = (
+        calibration.smooth(model, tokens, scheme, **options),
+        quantization.quantize(scheme),
+    )
     return lambda params: rounded(scaled(params))
 
 
@@ -36,14 +43,51 @@ CONTEXT = 512  # tokens read at once for the perplexity
 def add_options(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add = command.add_argument
-    add("--scheme", choices=SCHEMES, default="int4", help="of the matrices of the layers (%(default)s)")
-    add("--group", metavar="N", type=number(int, 1, 2**31, "1 or more"), help="columns that share a scale (the scheme's own)")
+    add(
+        "--scheme",
+        choices=SCHEMES,
+        default="int4",
+        help="of the matrices of the layers (%(default)s)",
+    )
+    add(
+        "--group",
+        metavar="N",
+        type=number(int, 1, 2**31, "1 or more"),
+        help="columns that share a scale (the scheme's own)",
+    )
     by = command.add_mutually_exclusive_group().add_argument
-    by("--gptq", metavar="TEXT", type=Path, help="a file of UTF-8, to which int4, int8 and w8a8 fit their codes")
-    by("--awq", metavar="TEXT", type=Path, help="the same, by which features are scaled and ranges searched")
-    by("--smooth", metavar="TEXT", type=Path, help="the same, by which features are scaled, for any scheme")
-    add("--text", metavar="TEXT", type=Path, help="a file of UTF-8: tell its perplexity before and after")
-    add("-o", "--output", metavar="FOLDER", type=Path, required=True, help="a new folder, or one that was written before")
+    by(
+        "--gptq",
+        metavar="TEXT",
+        type=Path,
+        help="a file of UTF-8, to which int4, int8 and w8a8 fit their codes",
+    )
+    by(
+        "--awq",
+        metavar="TEXT",
+        type=Path,
+        help="the same, by which features are scaled and ranges searched",
+    )
+    by(
+        "--smooth",
+        metavar="TEXT",
+        type=Path,
+        help="the same, by which features are scaled, for any scheme",
+    )
+    add(
+        "--text",
+        metavar="TEXT",
+        type=Path,
+        help="a file of UTF-8: tell its perplexity before and after",
+    )
+    add(
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        required=True,
+        help="a new folder, or one that was written before",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -52,18 +96,37 @@ def run(options: argparse.Namespace) -> None:
     if options.group is not None:
         if not hasattr(scheme, "group"):
             raise ValueError(
-                f"--group is for int8, int4, w8a8, nf4 and ternary: {options.scheme} has one scale a row. Leave it out."
+                f"--group is for int8, int4, w8a8, nf4 and ternary: {options.scheme} has one scale "
+                "a row. Leave it out."
             )
         scheme = scheme(group=options.group)
-    method, sample = next(((name, getattr(options, name)) for name in FITTED if getattr(options, name) is not None), (None, None))
-    texts = {path: path.read_text(encoding="utf-8") for path in (sample, options.text) if path is not None}
+    method, sample = next(
+        ((name, getattr(options, name)) for name in FITTED if getattr(options, name) is not None),
+        (None, None),
+    )
+    texts = {
+        path: path.read_text(encoding="utf-8")
+        for path in (sample, options.text)
+        if path is not None
+    }
     check_place(options.output)  # before the slow part
     session = load(options, needs_tokenizer=bool(texts))
-    if any(quantization.is_quantized(leaf) for leaf in tree.leaves(session.params, is_leaf=quantization.is_quantized)):
-        raise ValueError(f"{options.model} is quantized already. Give the model that it was made of.")
-    ids = {path: torch.tensor(session.tokenizer.encode(text), device=options.device) for path, text in texts.items()}
+    if any(
+        quantization.is_quantized(leaf)
+        for leaf in tree.leaves(session.params, is_leaf=quantization.is_quantized)
+    ):
+        raise ValueError(
+            f"{options.model} is quantized already. Give the model that it was made of."
+        )
+    ids = {
+        path: torch.tensor(session.tokenizer.encode(text), device=options.device)
+        for path, text in texts.items()
+    }
     if options.text is not None and len(ids[options.text]) < 2:
-        raise ValueError(f"{options.text} has {len(ids[options.text])} tokens, and is scored from the second. Give a longer one.")
+        raise ValueError(
+            f"{options.text} has {len(ids[options.text])} tokens, and is scored from "
+            "the second. Give a longer one."
+        )
     if method is None:
         with working("Quantizing"):
             params = quantization.quantize(scheme)(session.params)
@@ -76,7 +139,9 @@ def run(options: argparse.Namespace) -> None:
     checkpoints.save(options.output, session.config, params, session.tokenizer)
 
 
-def _fitted(method: str, session: Session, tokens: torch.Tensor, scheme: quantization.schemes.Scheme) -> Any:
+def _fitted(
+    method: str, session: Session, tokens: torch.Tensor, scheme: quantization.schemes.Scheme
+) -> Any:
     """The weights calibrated on a text, with a progress bar on stderr if it is a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -89,4 +154,8 @@ def _fitted(method: str, session: Session, tokens: torch.Tensor, scheme: quantiz
 def _perplexity(session: Session, params: tree.Tree, tokens: torch.Tensor) -> float:
     limit = session.config.limit()
     with torch.no_grad():
-        return float(evaluation.perplexity(session.model, params, tokens, context=min(CONTEXT, limit or CONTEXT)))
+        return float(
+            evaluation.perplexity(
+                session.model, params, tokens, context=min(CONTEXT, limit or CONTEXT)
+            )
+        )

@@ -22,10 +22,28 @@ def add_options(command: argparse.ArgumentParser, *, data: bool) -> None:
     """--tp, --timeout, and with `data` --dp."""
     count = number(int, 1, 2**20, "1 or more")
     add = command.add_argument
-    add("--tp", metavar="N", type=count, default=1, help="processes that share each layer; run by torchrun (%(default)s)")
+    add(
+        "--tp",
+        metavar="N",
+        type=count,
+        default=1,
+        help="processes that share each layer; run by torchrun (%(default)s)",
+    )
     if data:
-        add("--dp", metavar="N", type=count, default=1, help="groups of processes that share the rows of a batch (%(default)s)")
-    add("--timeout", metavar="S", type=count, default=300, help="seconds to wait for another process (%(default)s)")
+        add(
+            "--dp",
+            metavar="N",
+            type=count,
+            default=1,
+            help="groups of processes that share the rows of a batch (%(default)s)",
+        )
+    add(
+        "--timeout",
+        metavar="S",
+        type=count,
+        default=300,
+        help="seconds to wait for another process (%(default)s)",
+    )
 
 
 @contextlib.contextmanager
@@ -35,19 +53,28 @@ def meshed(options: argparse.Namespace) -> Iterator[Any]:
     n, world = tensor * data, _number("WORLD_SIZE", 1)
     if world != n:
         wanted = f"--tp {tensor}" + (f" --dp {data}" if data > 1 else "")
-        run = f"torchrun --nproc-per-node {n} -m funcattn ..." if n > 1 else "it without torchrun, or with --tp"
-        raise ValueError(f"{wanted} is for {n} process{'es' if n > 1 else ''}, got {world}. Run {run}")
+        run = (
+            f"torchrun --nproc-per-node {n} -m funcattn ..."
+            if n > 1
+            else "it without torchrun, or with --tp"
+        )
+        raise ValueError(
+            f"{wanted} is for {n} process{'es' if n > 1 else ''}, got {world}. Run {run}"
+        )
     if n == 1:
         yield None
         return
     absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if absent:
         raise ValueError(
-            f"{', '.join(absent)} should be set where WORLD_SIZE is, by torchrun. Run torchrun --nproc-per-node {n} -m funcattn ..."
+            f"{', '.join(absent)} should be set where WORLD_SIZE is, by torchrun. Run torchrun "
+            f"--nproc-per-node {n} -m funcattn ..."
         )
     rank, cuda = _number("RANK", 0), options.device.type == "cuda"
     if rank >= world:
-        raise ValueError(f"RANK should be below WORLD_SIZE {world}, is {rank}. Let torchrun set both.")
+        raise ValueError(
+            f"RANK should be below WORLD_SIZE {world}, is {rank}. Let torchrun set both."
+        )
     if cuda:
         options.device = torch.device("cuda", _number("LOCAL_RANK", 0))
         torch.cuda.set_device(options.device)
@@ -62,12 +89,21 @@ def meshed(options: argparse.Namespace) -> Iterator[Any]:
             stack.callback(dist.destroy_process_group)
             from torch.distributed.device_mesh import init_device_mesh
 
-            yield init_device_mesh("cuda" if cuda else "cpu", (data, tensor), mesh_dim_names=("data", "tensor"))
+            yield init_device_mesh(
+                "cuda" if cuda else "cpu", (data, tensor), mesh_dim_names=("data", "tensor")
+            )
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("gloo", "Gloo", "nccl", "NCCL")):
+            if not isinstance(error, dist.DistError) and not any(
+                word in str(error) for word in ("gloo", "Gloo", "nccl", "NCCL")
+            ):
                 raise
-            told = f"another one has ended, or said nothing for {options.timeout} s. Look at its error."
-            raise RuntimeError(f"process {rank} of {n}: {told} ({' '.join(str(error).split())[:200]})") from error
+            told = (
+                f"another one has ended, or said nothing for {options.timeout} s. Look at its "
+                "error."
+            )
+            raise RuntimeError(
+                f"process {rank} of {n}: {told} ({' '.join(str(error).split())[:200]})"
+            ) from error
         except (ValueError, OSError):
             if rank:  # the first process reports the same error
                 raise SystemExit(MISTAKE) from None
@@ -78,7 +114,10 @@ def _number(name: str, default: int) -> int:
     """An environment variable that torchrun sets."""
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{name} should be a number, as torchrun sets it, is {text!r}. Unset it, or let torchrun set it.")
+        raise ValueError(
+            f"{name} should be a number, as torchrun sets it, is {text!r}. Unset it, "
+            "or let torchrun set it."
+        )
     return int(text)
 
 

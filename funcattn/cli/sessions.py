@@ -30,18 +30,29 @@ class Session:
         return self.params.norm.dtype
 
 
-def load(options: argparse.Namespace, mesh: DeviceMesh | None = None, *, needs_tokenizer: bool = True) -> Session:
+def load(
+    options: argparse.Namespace, mesh: DeviceMesh | None = None, *, needs_tokenizer: bool = True
+) -> Session:
     """The model of the options; on a mesh, this process's shard."""
     with working(f"Loading {options.model}"):
         if mesh is None:
             config, params, tokenizer = fa.load(options.model, dtype=options.dtype)
         else:
-            config, params, tokenizer = checkpoints.load_sharded(options.model, mesh, dtype=options.dtype)
+            config, params, tokenizer = checkpoints.load_sharded(
+                options.model, mesh, dtype=options.dtype
+            )
         params = tree.to(options.device)(sharding.to_local(params))
     if tokenizer is None and needs_tokenizer:
-        raise ValueError(f"{options.model} has no tokenizer.json. Put the one of this model beside its weights.")
+        raise ValueError(
+            f"{options.model} has no tokenizer.json. Put the one of this model beside its weights."
+        )
     model = fa.decoder(config)
-    return Session(config, params, tokenizer, fa.compile(model) if getattr(options, "compile", False) else model)
+    return Session(
+        config,
+        params,
+        tokenizer,
+        fa.compile(model) if getattr(options, "compile", False) else model,
+    )
 
 
 def key_of(options: argparse.Namespace) -> Tensor:
@@ -53,7 +64,10 @@ def room(session: Session, read: int, steps: int) -> int:
     """How many tokens can be written after `read` tokens, at most `steps`."""
     context = session.config.context
     if read > context:
-        raise ValueError(f"the text has {read} tokens, and the model was trained on {context}. Give it a shorter one.")
+        raise ValueError(
+            f"the text has {read} tokens, and the model was trained on {context}. "
+            "Give it a shorter one."
+        )
     return min(steps, context - read + 1)  # the last one is not read
 
 
@@ -77,8 +91,15 @@ def sampler_of(options: argparse.Namespace) -> sampling.Sampler:
     """The sampler of the options."""
     if options.greedy:
         return sampling.greedy
-    filters = {sampling.top_k: options.top_k, sampling.top_p: options.top_p, sampling.min_p: options.min_p}
-    return sampling.chain(sampling.temperature(options.temperature), *(f(x) for f, x in filters.items() if x is not None))
+    filters = {
+        sampling.top_k: options.top_k,
+        sampling.top_p: options.top_p,
+        sampling.min_p: options.min_p,
+    }
+    return sampling.chain(
+        sampling.temperature(options.temperature),
+        *(f(x) for f, x in filters.items() if x is not None),
+    )
 
 
 def message(role: str, text: str) -> dict[str, str]:

@@ -37,13 +37,15 @@ class Forgiving:
 @contextlib.contextmanager
 def opened() -> Iterator[None]:
     """All three standard streams, whichever of them the process has."""
-    ways = {"stdin": os.O_RDONLY, "stdout": os.O_RDONLY, "stderr": os.O_WRONLY}  # nothing can be written to what is closed
+    # nothing can be written to what is closed
+    ways = {"stdin": os.O_RDONLY, "stdout": os.O_RDONLY, "stderr": os.O_WRONLY}
     for name, way in ways.items():
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, way), "r" if name == "stdin" else "w"))
     for file in (sys.stdout, sys.stderr):
         if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors="replace")  # a terminal that cannot show a letter shows that there is one
+            # a terminal that cannot show a letter shows that there is one
+            file.reconfigure(errors="replace")
     with contextlib.redirect_stderr(Forgiving(sys.stderr)):  # pyright: ignore[reportArgumentType]
         yield
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from .. import progress
 from ..core.errors import STEERING, printable
 
-MISTAKE, INTERRUPTED, CUT_OFF = 2, 128 + 2, 128 + 13  # exit codes; the last two are a shell's for SIGINT and SIGPIPE
+# exit codes; the last two are a shell's for SIGINT and SIGPIPE
+MISTAKE, INTERRUPTED, CUT_OFF = 2, 128 + 2, 128 + 13
 INVISIBLE = dict.fromkeys(STEERING)
 
 
@@ -25,7 +26,9 @@ def shown(text: str) -> str:
 
 def is_coloured() -> bool:
     """True where stdout is a terminal with colours, and NO_COLOR is unset (no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return (
+        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
 
 
 def coloured(text: str) -> str:
@@ -47,7 +50,9 @@ def complain(about: object) -> int:
 
 def say(text: str) -> None:
     """Print a message on stderr."""
-    Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print(printable(text), style="dim")
+    Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True).print(
+        printable(text), style="dim"
+    )
 
 
 @contextlib.contextmanager

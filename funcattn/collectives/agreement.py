@@ -29,7 +29,13 @@ SMALL = 2**14  # tensors up to this many elements are digested element by elemen
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
-def agree(function: str, values: Mapping[str, object], params: Tree = (), *, mesh: DeviceMesh | None = None) -> None:
+def agree(
+    function: str,
+    values: Mapping[str, object],
+    params: Tree = (),
+    *,
+    mesh: DeviceMesh | None = None,
+) -> None:
     """Raise on every process where a value that should be replicated differs between two processes.
 
     Under simulated devices (vmap) too, where a value is mapped over an axis of the mesh.
@@ -50,10 +56,23 @@ def agree(function: str, values: Mapping[str, object], params: Tree = (), *, mes
     simulated = [axis for axis in bound() if axis.mapped and axis.size > 1 and axis.name not in OWN]
     if simulated and mesh is None:
         for axis in simulated:
-            differ = [name for name, value in values.items() if any(_varies(x, axis) for x in _tensors(value))]
+            differ = [
+                name
+                for name, value in values.items()
+                if any(_varies(x, axis) for x in _tensors(value))
+            ]
             if differ:
-                remedy = f"Give all of them the same: P() in in_specs, where {axis.name!r} should not cut it."
-                errors.fail(function, " and ".join(differ), "the same on every device of the mesh", "another on some", remedy)
+                remedy = (
+                    f"Give all of them the same: P() in in_specs, where {axis.name!r} should not "
+                    "cut it."
+                )
+                errors.fail(
+                    function,
+                    " and ".join(differ),
+                    "the same on every device of the mesh",
+                    "another on some",
+                    remedy,
+                )
     alike, divided = _groups(params, mesh)
     if not alike:
         return
@@ -64,14 +83,21 @@ def agree(function: str, values: Mapping[str, object], params: Tree = (), *, mes
             found = [True] if wrong[0] else _differ(digests, alike, divided)
             names = ["the call and its values"] if wrong[0] else list(values)
             told = " and ".join(name for name, one in zip(names, found, strict=True) if one)
-            remedy = "Give all of them the same; what each draws, shuffles or loads of its own goes over 'data'."
+            remedy = (
+                "Give all of them the same; what each draws, shuffles or loads of its own goes "
+                "over 'data'."
+            )
             errors.fail(function, told, "the same on every process", "another on some", remedy)
 
 
-def _differ(digests: list[int], alike: list[dist.ProcessGroup], divided: list[dist.ProcessGroup]) -> list[bool]:
+def _differ(
+    digests: list[int], alike: list[dist.ProcessGroup], divided: list[dist.ProcessGroup]
+) -> list[bool]:
     """Which digests differ between processes; every process gets the same answer."""
     device = "cuda" if dist.get_backend(alike[0]) == "nccl" else "cpu"
-    limits = torch.tensor([*digests, *(-digest for digest in digests)], dtype=torch.int64, device=device)
+    limits = torch.tensor(
+        [*digests, *(-digest for digest in digests)], dtype=torch.int64, device=device
+    )
     for group in alike:
         dist.all_reduce(limits, dist.ReduceOp.MAX, group=group)
     differs = (limits[: len(digests)] != -limits[len(digests) :]).long()
@@ -81,10 +107,14 @@ def _differ(digests: list[int], alike: list[dist.ProcessGroup], divided: list[di
     return [bool(one) for one in differs.tolist()]
 
 
-def _groups(params: Tree, mesh: DeviceMesh | None) -> tuple[list[dist.ProcessGroup], list[dist.ProcessGroup]]:
+def _groups(
+    params: Tree, mesh: DeviceMesh | None
+) -> tuple[list[dist.ProcessGroup], list[dist.ProcessGroup]]:
     """The process groups over which values are replicated, and those over which they may differ."""
     if mesh is not None:
-        return [mesh.get_group(name) for name in mesh.mesh_dim_names or () if mesh[name].size() > 1], []
+        return [
+            mesh.get_group(name) for name in mesh.mesh_dim_names or () if mesh[name].size() > 1
+        ], []
     axes = bound()
     if any(axis.mapped for axis in axes):
         return [], []
@@ -96,8 +126,12 @@ def _groups(params: Tree, mesh: DeviceMesh | None) -> tuple[list[dist.ProcessGro
             return [], []
         held: Tree = first
         held = held.device_mesh
-        found = [(name, held.get_group(name)) for name in held.mesh_dim_names if held[name].size() > 1]
-    return [group for name, group in found if name not in OWN], [group for name, group in found if name in OWN]
+        found = [
+            (name, held.get_group(name)) for name in held.mesh_dim_names if held[name].size() > 1
+        ]
+    return [group for name, group in found if name not in OWN], [
+        group for name, group in found if name in OWN
+    ]
 
 
 def _tensors(value: object) -> list[Tensor]:
@@ -129,7 +163,9 @@ def digest(value: object) -> int:
 
 
 def _content(x: Tensor) -> bytes:
-    """The bytes of a small tensor; of a larger one, sums of its bits, weighted by row and by column."""
+    """The bytes of a small tensor; of a larger one, sums of its bits, weighted by row and by
+    column.
+    """
     x = torch.view_as_real(x) if x.is_complex() else x
     bits = x.view(INTEGERS[x.element_size()])
     if x.numel() <= SMALL:

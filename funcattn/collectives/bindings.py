@@ -66,7 +66,9 @@ def axis_size(name: str) -> int:
 def bound() -> tuple[Axis, ...]:
     """All axes bound in this context; in compiled code, those bound to process groups."""
     axes = _bound.get()
-    return tuple(axis for axis in axes if not axis.mapped) if torch.compiler.is_compiling() else axes
+    return (
+        tuple(axis for axis in axes if not axis.mapped) if torch.compiler.is_compiling() else axes
+    )
 
 
 def simulated() -> bool:
@@ -83,7 +85,13 @@ def binding(*axes: Axis) -> Iterator[None]:
     """
     names = [axis.name for axis in axes]
     if len(set(names)) != len(names):
-        errors.fail("binding", "axes", "of different names", names, "Give each axis of a mesh a name of its own.")
+        errors.fail(
+            "binding",
+            "axes",
+            "of different names",
+            names,
+            "Give each axis of a mesh a name of its own.",
+        )
     with _bound.holding((*(axis for axis in _bound.get() if axis.name not in names), *axes)):
         yield
 

@@ -70,14 +70,19 @@ def _of(value: Tree, seen: dict[int, tuple[int, object]], *, held: bool) -> Iter
 
 def _may_be_parts(record: Tree) -> bool:
     """Whether a record holds floating tensors, as weights and caches do, which may be shards."""
-    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in optree.tree_iter(record))
+    return any(
+        isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in optree.tree_iter(record)
+    )
 
 
 def _inner(value: Tree, held: bool) -> Iterable[tuple[object, bool]]:
     """The components of a value, and whether each is in the closure of a function."""
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
-        return [(each, True) for each in (value.__code__, value.__defaults__, value.__kwdefaults__, *cells)]
+        return [
+            (each, True)
+            for each in (value.__code__, value.__defaults__, value.__kwdefaults__, *cells)
+        ]
     if isinstance(value, types.CodeType):
         return [(each, True) for each in (value.co_code, value.co_names, value.co_consts)]
     if isinstance(value, types.MethodType):
@@ -101,16 +106,30 @@ def _inner(value: Tree, held: bool) -> Iterable[tuple[object, bool]]:
     if isinstance(value, Enum):
         return [(value.name, held)]
     if isinstance(value, dict):
-        items = sorted(value.items(), key=lambda item: repr(item[0])) if _are_plain(value) else value.items()
+        items = (
+            sorted(value.items(), key=lambda item: repr(item[0]))
+            if _are_plain(value)
+            else value.items()
+        )
         return [(each, held) for item in items for each in item]
     if isinstance(value, set | frozenset):
-        return [(each, held) for each in sorted(value, key=repr)] if _are_plain(value) else [(len(value), held)]
+        return (
+            [(each, held) for each in sorted(value, key=repr)]
+            if _are_plain(value)
+            else [(len(value), held)]
+        )
     if optree.is_namedtuple(value):  # `text` is how `core.doors.printed` has it printed
-        return [(each, held) for name, each in zip(value._fields, value, strict=True) if name != "text"]
+        return [
+            (each, held) for name, each in zip(value._fields, value, strict=True) if name != "text"
+        ]
     if isinstance(value, tuple | list):
         return [(each, held) for each in value]
     if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
-        return [(getattr(value, field.name), held) for field in dataclasses.fields(value) if field.compare]
+        return [
+            (getattr(value, field.name), held)
+            for field in dataclasses.fields(value)
+            if field.compare
+        ]
     return []
 
 

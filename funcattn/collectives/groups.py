@@ -35,7 +35,9 @@ def all_reduce(x: Tensor, group: str, kind: str) -> Tensor:
     """The "sum" or "max" over the group, on every device."""
     count("all_reduce", x)
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, dist.ReduceOp.SUM if kind == "sum" else dist.ReduceOp.MAX, group=_group(group))
+    dist.all_reduce(
+        out, dist.ReduceOp.SUM if kind == "sum" else dist.ReduceOp.MAX, group=_group(group)
+    )
     return out
 
 

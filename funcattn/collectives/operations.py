@@ -113,7 +113,9 @@ class Gather(_Along):
 
     def across(self, x: Tensor) -> Tensor:
         """See Operation."""
-        whole = groups.all_gather(x.movedim(self.dim, 0).contiguous(), self.axis.group, self.axis.size)
+        whole = groups.all_gather(
+            x.movedim(self.dim, 0).contiguous(), self.axis.group, self.axis.size
+        )
         return whole.movedim(0, self.dim)
 
     def stacked(self, x: Tensor, alike: bool) -> Stacked:
@@ -132,7 +134,9 @@ class Scatter(_Along):
 
     def across(self, x: Tensor) -> Tensor:
         """See Operation."""
-        part = groups.reduce_scatter(x.movedim(self.dim, 0).contiguous(), self.axis.group, self.axis.size)
+        part = groups.reduce_scatter(
+            x.movedim(self.dim, 0).contiguous(), self.axis.group, self.axis.size
+        )
         return part.movedim(0, self.dim)
 
     def stacked(self, x: Tensor, alike: bool) -> Stacked:

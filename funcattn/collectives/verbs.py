@@ -17,7 +17,16 @@ from ..core import errors
 from ..core.autograd import Context, VmapInfo, closed_jvp, in_forward_mode, is_recorded
 from . import groups
 from .bindings import Axis, find
-from .operations import CopyToRegion, Gather, GatherInvariant, LocalSlice, Operation, Permute, Scatter, Sum
+from .operations import (
+    CopyToRegion,
+    Gather,
+    GatherInvariant,
+    LocalSlice,
+    Operation,
+    Permute,
+    Scatter,
+    Sum,
+)
 
 
 def psum(x: Tensor, axis: str) -> Tensor:
@@ -129,7 +138,13 @@ def ppermute(x: Tensor, axis: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
     for side in ([a for a, _ in pairs], [b for _, b in pairs]):
         if len(set(side)) != len(side) or any(not 0 <= i < bound.size for i in side):
             remedy = "A device sends once and receives once."
-            errors.fail("ppermute", "pairs", f"of different devices 0..{bound.size - 1} on each side", list(pairs), remedy)
+            errors.fail(
+                "ppermute",
+                "pairs",
+                f"of different devices 0..{bound.size - 1} on each side",
+                list(pairs),
+                remedy,
+            )
     return _move(x, Permute, axis, pairs)
 
 
@@ -178,7 +193,9 @@ def global_norms(lengths: Sequence[Tensor], axes: Sequence[Sequence[str]]) -> li
 
 def _dim(function: str, x: Tensor, dim: int) -> int:
     if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
-        errors.fail(function, "dim", f"an axis of x {errors.shape(x)}", dim, "Name one that is there.")
+        errors.fail(
+            function, "dim", f"an axis of x {errors.shape(x)}", dim, "Name one that is there."
+        )
     return dim % x.dim()
 
 
@@ -196,7 +213,14 @@ def _move(x: Tensor, kind: Any, name: str, *settings: object) -> Tensor:
     if torch.compiler.is_compiling():
         if _traced_in_forward_mode():
             remedy = "Compile what is inside of jvp, or leave the jvp uncompiled."
-            errors.fail("collectives", "the call", "no compiled forward mode", "one", remedy, NotImplementedError)
+            errors.fail(
+                "collectives",
+                "the call",
+                "no compiled forward mode",
+                "one",
+                remedy,
+                NotImplementedError,
+            )
         return Traced.apply(x, kind(axis, *settings))  # pyright: ignore[reportReturnType]
     operation = kind(axis, *settings)
     if not axis.mapped and not is_recorded(x):
@@ -212,7 +236,8 @@ def _traced_in_forward_mode() -> bool:
     return in_forward_mode()
 
 
-vars(_traced_in_forward_mode)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result, without importing Dynamo
+# torch.compiler.assume_constant_result, without importing Dynamo
+vars(_traced_in_forward_mode)["_dynamo_marked_constant"] = True
 
 
 def _here(axis: Axis) -> bool:
@@ -231,7 +256,14 @@ class Moved(Function):
     def forward(x: Tensor, index: Tensor | None, operation: Operation) -> Tensor:
         if operation.axis.mapped:
             remedy = "Call it inside of the function that spmd was given."
-            errors.fail("psum", "axis", f"{operation.axis.name!r} of a spmd that runs", "one that has ended", remedy, RuntimeError)
+            errors.fail(
+                "psum",
+                "axis",
+                f"{operation.axis.name!r} of a spmd that runs",
+                "one that has ended",
+                remedy,
+                RuntimeError,
+            )
         return operation.across(x)
 
     @staticmethod
@@ -249,13 +281,19 @@ class Moved(Function):
 
     @staticmethod
     def vmap(
-        info: VmapInfo, in_dims: tuple[int | None, ...], x: Tensor, index: Tensor | None, operation: Operation
+        info: VmapInfo,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        index: Tensor | None,
+        operation: Operation,
     ) -> tuple[Tensor, int | None]:
         dim = in_dims[0]
         x = x if dim is None else x.movedim(dim, 0)
         if _here(operation.axis):
             return operation.stacked(x, dim is None)
-        return Moved.apply(x, index, operation if dim is None else operation.behind()), None if dim is None else 0  # pyright: ignore
+        return Moved.apply(
+            x, index, operation if dim is None else operation.behind()
+        ), None if dim is None else 0  # pyright: ignore
 
 
 class Traced(Function):
@@ -287,11 +325,25 @@ class Greatest(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> Any:
-        errors.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
+        errors.fail(
+            "pmax",
+            "x",
+            "detached",
+            "one that is differentiated",
+            "Pass x.detach().",
+            NotImplementedError,
+        )
 
     @staticmethod
     def jvp(ctx: Context, *tangents: object) -> Any:
-        errors.fail("pmax", "x", "detached", "one that is differentiated", "Pass x.detach().", NotImplementedError)
+        errors.fail(
+            "pmax",
+            "x",
+            "detached",
+            "one that is differentiated",
+            "Pass x.detach().",
+            NotImplementedError,
+        )
 
     @staticmethod
     def vmap(

@@ -61,7 +61,9 @@ def several(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some consecutive layers: the residual, and k, v (layers, K, T, D) of the new tokens."""
 
-    def run(number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
         parts = [_part(past, number, spec, positions) for past in pasts]
         return transformer.block(config, spec, layer, x, context, parts, name="", kernel=kernel)
 

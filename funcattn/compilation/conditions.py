@@ -18,7 +18,12 @@ def is_undisturbed() -> bool:
 
     And where no kernel is forced, and no mesh is simulated or has a "data" axis.
     """
-    if transforming() or torch.compiler.is_compiling() or taps.heard() or dispatch.current() is not None:
+    if (
+        transforming()
+        or torch.compiler.is_compiling()
+        or taps.heard()
+        or dispatch.current() is not None
+    ):
         return False
     if _len_torch_dispatch_stack():  # a dispatch mode would not see operations of compiled code
         return False
@@ -45,4 +50,6 @@ def is_step(tokens: Tensor, cache: Past) -> bool:
 
 def is_dense(cache: Past) -> bool:
     """True for a Cache, and for a Branch of dense caches."""
-    return type(cache) is Cache or (type(cache) is Branch and is_dense(cache.prefix) and is_dense(cache.tail))
+    return type(cache) is Cache or (
+        type(cache) is Branch and is_dense(cache.prefix) and is_dense(cache.tail)
+    )

@@ -73,24 +73,42 @@ def why_not(config: Config, stack: Sequence[Layer]) -> str:
     if len({config.layer_spec(i) for i in range(config.layers)}) > 1:
         return "it knows layers of one kind, and these differ in their rotation"
     if config.head_size % LANES:
-        return f"it knows heads of a multiple of {LANES} features, and these have {config.head_size}"
+        return (
+            f"it knows heads of a multiple of {LANES} features, and these have {config.head_size}"
+        )
     for i, layer in enumerate(stack):
         for name in MATRICES:
             if not isinstance(getattr(layer, name), Tiles):
-                return missing() or f"it multiplies matrices of 8 or 4 bits, and layers.{i}.{name} is {_told(getattr(layer, name))}"
+                return (
+                    missing()
+                    or f"it multiplies matrices of 8 or 4 bits, and layers.{i}.{name} is "
+                    f"{_told(getattr(layer, name))}"
+                )
             if getattr(layer, name).rows != getattr(stack[0], name).rows:
-                return f"it knows layers of the same sizes, and layers.{i}.{name} has other rows than that of the first"
+                return (
+                    f"it knows layers of the same sizes, and layers.{i}.{name} has other rows than "
+                    "that of the first"
+                )
         for name, weight in zip(layer._fields, layer, strict=True):
             if name not in WEIGHTS and not is_absent(weight):
-                return f"it adds no biases and has two norms a layer, and there is layers.{i}.{name}"
+                return (
+                    f"it adds no biases and has two norms a layer, and there is layers.{i}.{name}"
+                )
         norms = layer.attention_norm, layer.feed_forward_norm
-        if any(not isinstance(norm, Tensor) or norm.dtype != torch.float32 or norm.device.type != "cpu" for norm in norms):
+        if any(
+            not isinstance(norm, Tensor) or norm.dtype != torch.float32 or norm.device.type != "cpu"
+            for norm in norms
+        ):
             return f"it knows norms with weights of float32, and those of layers.{i} are others"
     return ""
 
 
 def _told(weight: Weight) -> str:
-    return f"a matrix of {weight.dtype}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+    return (
+        f"a matrix of {weight.dtype}"
+        if isinstance(weight, Tensor)
+        else f"a {type(weight).__name__}"
+    )
 
 
 def weights(stack: Sequence[Layer]) -> Weights:
@@ -104,21 +122,40 @@ def serves(x: Tensor, parts: Sequence[Cache]) -> bool:
     """True for a contiguous float32 residual and cache on the CPU, neither sharded over a mesh."""
     if x.dtype != torch.float32 or collectives.axis_size(transformer.TENSOR) > 1:
         return False
-    together = lambda rows: rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.stride(-1) == 1
+    together = lambda rows: (
+        rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.stride(-1) == 1
+    )
     return all(together(part.k) and together(part.v) for part in parts)
 
 
 def run(
-    config: Config, matrices: Weights, stack: Sequence[Layer], x: Tensor, positions: Tensor, parts: Sequence[Cache]
+    config: Config,
+    matrices: Weights,
+    stack: Sequence[Layer],
+    x: Tensor,
+    positions: Tensor,
+    parts: Sequence[Cache],
 ) -> tuple[Tensor, Delta]:
     """The residual (T, E) after all layers, and keys and values (K, T, D) of each."""
-    rotation = transformer.layer_context(config, config.layer_spec(0), positions, None, x.dtype, True).rotation
+    rotation = transformer.layer_context(
+        config, config.layer_spec(0), positions, None, x.dtype, True
+    ).rotation
     turns = rotation if isinstance(rotation, Rotation) else [x[:, :0]] * 2
     cos, sin = (part.reshape(len(x), -1).contiguous() for part in turns)
-    norms = [norm.contiguous() for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
+    norms = [
+        norm.contiguous()
+        for layer in stack
+        for norm in (layer.attention_norm, layer.feed_forward_norm)
+    ]
     L = config.layers  # a cache may have more, which store token ids (transformer.lengths)
-    keys, values, lengths = [part.k[:L] for part in parts], [part.v[:L] for part in parts], [int(part.length) for part in parts]
+    keys, values, lengths = (
+        [part.k[:L] for part in parts],
+        [part.v[:L] for part in parts],
+        [int(part.length) for part in parts],
+    )
     sizes = config.heads, config.kv_heads, config.scale, config.norm_epsilon
     with torch._C._AutoDispatchBelowAutograd():  # no derivatives are taken here
-        x, k, v = torch.ops.funcattn.layers.default(*matrices, norms, x.contiguous(), cos, sin, keys, values, lengths, *sizes)
+        x, k, v = torch.ops.funcattn.layers.default(
+            *matrices, norms, x.contiguous(), cos, sin, keys, values, lengths, *sizes
+        )
     return x, Delta(k.unbind(0), v.unbind(0))

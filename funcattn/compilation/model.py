@@ -107,7 +107,14 @@ def compile(model: Model, *, depth: int | None = None, backend: str = "inductor"
     if not isinstance(model, Model):
         _refuse(model)
     if not isinstance(backend, str) and not callable(backend):
-        errors.fail("compile", "backend", "the name of one of torch.compile", repr(backend), 'Such as "inductor".', TypeError)
+        errors.fail(
+            "compile",
+            "backend",
+            "the name of one of torch.compile",
+            repr(backend),
+            'Such as "inductor".',
+            TypeError,
+        )
     return at_core(model, lambda core: _compiled(core, depth, backend))  # pyright: ignore[reportReturnType]
 
 
@@ -121,7 +128,12 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
     @door
     @functools.wraps(model.hidden)
     def hidden(
-        params: Params, tokens: Tensor, cache: Past = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
+        params: Params,
+        tokens: Tensor,
+        cache: Past = ABSENT,
+        *,
+        mask: Mask | Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Delta]:
         forms = stack.forms(params, tokens, cache) if mask is None and positions is None else None
         if forms is None:
@@ -135,7 +147,9 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
             return model.logits(params, hidden)  # which raises
         if hidden.dim() == 2 and len(hidden) == 1:  # one vector, whose code is compiled
             return logits(params, hidden[0])[None]
-        if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= layers.MAX_UNROLLED_VECTORS):
+        if hidden.dim() > 2 or (
+            hidden.dim() > 1 and not 0 < len(hidden) <= layers.MAX_UNROLLED_VECTORS
+        ):
             return model.logits(params, hidden)
         weight = transformer.lm_head(params)
         if stack.why_not or not is_plain(weight, hidden):
@@ -152,13 +166,24 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
     options |= {"backend": backend} if backend != "inductor" else {}
     made = Made(written("compile", **options), again, model)
     fast = Compiled(
-        model.init, model.cache, hidden, logits, config=config, kernel=model.kernel, code=model.code, made=made, stack=stack
+        model.init,
+        model.cache,
+        hidden,
+        logits,
+        config=config,
+        kernel=model.kernel,
+        code=model.code,
+        made=made,
+        stack=stack,
     )
     return fast
 
 
 def _refuse(model: object) -> NoReturn:
-    remedy = "Make it with fa.decoder(config), and wrap or replace then; torch.compile takes any other function."
+    remedy = (
+        "Make it with fa.decoder(config), and wrap or replace then; torch.compile takes any other "
+        "function."
+    )
     errors.fail("compile", "model", "from fa.decoder", told(model), remedy, TypeError)
 
 
@@ -170,6 +195,19 @@ def _tail(cache: KVCache) -> Cache:
 def _check_step(params: Tree, cache: KVCache) -> None:
     if not is_dense(cache):
         remedy = "Use apply, which takes every kind of past, and no cache away."
-        errors.fail("step", "cache", "a Cache, or a Branch of such", f"a {type(cache).__name__}", remedy, TypeError)
+        errors.fail(
+            "step",
+            "cache",
+            "a Cache, or a Branch of such",
+            f"a {type(cache).__name__}",
+            remedy,
+            TypeError,
+        )
     if transforming() or has_tangent(params, cache) or torch.compiler.is_compiling():
-        errors.fail("step", "the call", "outside of every transform", "one inside", "Use apply: a donation cannot be undone.")
+        errors.fail(
+            "step",
+            "the call",
+            "outside of every transform",
+            "one inside",
+            "Use apply: a donation cannot be undone.",
+        )

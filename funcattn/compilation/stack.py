@@ -25,7 +25,8 @@ from . import fused
 from .compiled import Rows, dense_parts, rows, several
 from .conditions import is_plain, is_step
 
-MAX_COMPILED_LAYERS = 5  # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
+# layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
+MAX_COMPILED_LAYERS = 5
 
 _number = itertools.count()  # numbers the compiled functions of this process
 
@@ -33,8 +34,20 @@ _number = itertools.count()  # numbers the compiled functions of this process
 class Stack:
     """The layers of a decoder, called as a few compiled functions or as one operator."""
 
-    def __init__(self, config: Config, kernel: str | Kernel | None, depth: int | None, backend: str, code: Code) -> None:
-        self.config, self.kernel, self.depth, self.backend = config, kernel, chosen_depth(config, depth), backend
+    def __init__(
+        self,
+        config: Config,
+        kernel: str | Kernel | None,
+        depth: int | None,
+        backend: str,
+        code: Code,
+    ) -> None:
+        self.config, self.kernel, self.depth, self.backend = (
+            config,
+            kernel,
+            chosen_depth(config, depth),
+            backend,
+        )
         self.why_not = transformer.why_not(config)  # why nothing is compiled, or ""
         self.compiled = code  # a _Function for each form of call, common to models of one decoder
         self.held: dict[int, _Prepared] = {}  # T, the number of vectors -> prepared weights
@@ -44,14 +57,22 @@ class Stack:
 
         Cached while the tensors are the same and unmodified, and no longer than these live.
         """
-        if self.why_not or self._differs_by_device() or not is_step(tokens, cache) or not is_plain(cache):
+        if (
+            self.why_not
+            or self._differs_by_device()
+            or not is_step(tokens, cache)
+            or not is_plain(cache)
+        ):
             return None
         if not transformer.continues(self.config, cast(KVCache, cache), len(tokens)):
             return None
         T, held = len(tokens), self.held
         forms = held.get(T)
         found = None if forms is None else forms.fingerprint.leaves(params)
-        if (torch.is_grad_enabled() and is_differentiated(tree.leaves(params) if found is None else found)) or has_tangent(params):
+        if (
+            torch.is_grad_enabled()
+            and is_differentiated(tree.leaves(params) if found is None else found)
+        ) or has_tangent(params):
             return None
         if forms is None or found is None:
             gone = lambda: held.pop(T, None)  # no reference to self, so that the model can be freed
@@ -70,16 +91,25 @@ class Stack:
     def explain(self, params: Params) -> str:
         """How the layers of a step run with these weights, and why not as the C++ operator."""
         if self.why_not:
-            return f"{self.config.layers} layers: as the model itself runs them, nothing compiled: {self.why_not}"
+            return (
+                f"{self.config.layers} layers: as the model itself runs them, nothing compiled: "
+                f"{self.why_not}"
+            )
         stack = [layer._replace(**_forms(layer, 1)) for layer in params.layers]
         kernel = dispatch.forced(self.kernel)
-        why = fused.why_not(self.config, stack) if kernel is None else f"the kernel {kernel.name!r} is forced"
+        why = (
+            fused.why_not(self.config, stack)
+            if kernel is None
+            else f"the kernel {kernel.name!r} is forced"
+        )
         if not why:
             return f"{len(stack)} layers: one call of the operator funcattn::layers"
         calls = f"{len(self.parts)} calls of compiled code, {self.depth} layers each"
         return f"{len(stack)} layers: {calls}; not the operator funcattn::layers: {why}"
 
-    def hidden(self, params: Params, tokens: Tensor, cache: Past, forms: "_Prepared") -> tuple[Tensor, Delta]:
+    def hidden(
+        self, params: Params, tokens: Tensor, cache: Past, forms: "_Prepared"
+    ) -> tuple[Tensor, Delta]:
         """`Model.hidden` of a few tokens behind a dense cache."""
         config, parts = self.config, dense_parts(cast(KVCache, cache))
         positions = transformer.positions_of(config, tokens, cache)
@@ -88,7 +118,11 @@ class Stack:
             for part in parts:
                 if int(part.length):
                     check_remembered(part.k, x.dtype)
-            if forms.fused is not None and dispatch.forced(self.kernel) is None and fused.serves(x, parts):
+            if (
+                forms.fused is not None
+                and dispatch.forced(self.kernel) is None
+                and fused.serves(x, parts)
+            ):
                 return fused.run(config, forms.fused, params.layers, x, positions, parts)
             return self._compiled(params, x, positions, rows(parts), forms)
 
@@ -96,7 +130,12 @@ class Stack:
         return x, transformer.noted(config, delta, tokens, transformer.length_of(positions))
 
     def _compiled(
-        self, params: Params, x: Tensor, positions: Tensor, pasts: Sequence[Rows], forms: "_Prepared"
+        self,
+        params: Params,
+        x: Tensor,
+        positions: Tensor,
+        pasts: Sequence[Rows],
+        forms: "_Prepared",
     ) -> tuple[Tensor, Delta]:
         """Run the layers by compiled functions of a few layers each."""
         keys: list[Tensor] = []
@@ -105,13 +144,21 @@ class Stack:
         shapes = *(past.k.shape for past in pasts), x.dtype, dispatch.forced(self.kernel)
         if shapes not in forms.runs:
             forms.runs[shapes] = [
-                self.function(("layers", self.specs[part], forms.kinds[part], len(x), shapes), several) for part in self.parts
+                self.function(
+                    ("layers", self.specs[part], forms.kinds[part], len(x), shapes), several
+                )
+                for part in self.parts
             ]
         for part, run in zip(self.parts, forms.runs[shapes], strict=True):
-            weights = tuple(layer._replace(**form) for layer, form in zip(params.layers[part], forms.prepared[part], strict=True))
+            weights = tuple(
+                layer._replace(**form)
+                for layer, form in zip(params.layers[part], forms.prepared[part], strict=True)
+            )
             here = tuple(past.of(part) for past in pasts)
             with torch._C._AutoDispatchBelowAutograd():
-                x, k, v = run(self.config, self.specs[part], self.kernel, weights, x, positions, here)
+                x, k, v = run(
+                    self.config, self.specs[part], self.kernel, weights, x, positions, here
+                )
             keys += k.unbind(0)
             values += v.unbind(0)
         return x, Delta(tuple(keys), tuple(values))
@@ -119,7 +166,9 @@ class Stack:
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         """`Model.logits` of one or a few vectors, by the weight of the head."""
         weight = layers.prepare(weight, 1 if x.dim() == 1 else len(x))
-        run = self.function(("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict)
+        run = self.function(
+            ("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict
+        )
         with torch._C._AutoDispatchBelowAutograd():
             return run(self.config, weight, x)
 
@@ -130,7 +179,10 @@ class Stack:
         torch knows the instructions of the processor; the test takes the compiler ten seconds, once
         for each empty cache.
         """
-        known = self.backend == "inductor" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        known = self.backend == "inductor" and torch.backends.cpu.get_cpu_capability() in (
+            "AVX2",
+            "AVX512",
+        )
         # size_asserts: Dynamo's guards have checked the sizes already.
         quick = {"size_asserts": False} if self.backend == "inductor" else {}
         return {**quick, "cpp.vec_isa_ok": True} if known else quick
@@ -143,7 +195,9 @@ class Stack:
     @functools.cached_property
     def parts(self) -> tuple[slice, ...]:
         """The layers of each call of a compiled function."""
-        return tuple(slice(first, first + self.depth) for first in range(0, self.config.layers, self.depth))
+        return tuple(
+            slice(first, first + self.depth) for first in range(0, self.config.layers, self.depth)
+        )
 
     def function(self, form: Hashable, f: Callable[..., Tree]) -> "_Function":
         """The compiled f for one form of call, with a code object and name of its own.
@@ -155,7 +209,9 @@ class Stack:
         form = self.backend, form
         if form not in self.compiled:
             name = f"{f.__name__}_{next(_number)}"
-            own = FunctionType(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__)
+            own = FunctionType(
+                f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__, f.__closure__
+            )
             options = {**self.options, "guard_filter_fn": _guards}
             run = torch.compile(own, fullgraph=True, backend=self.backend, options=options)
             self.compiled[form] = _Function(run, own.__code__)
@@ -202,7 +258,10 @@ def _guards(entries: Sequence[Tree]) -> list[bool]:
     step of a small model; and one of them, on the cache in which `linear` stores types, fails at
     the second call and would compile everything twice.
     """
-    return [not e.name or e.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") or isinstance(e.value, Tensor) for e in entries]
+    return [
+        not e.name or e.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") or isinstance(e.value, Tensor)
+        for e in entries
+    ]
 
 
 class _Prepared(NamedTuple):
@@ -243,11 +302,19 @@ def chosen_depth(config: Config, depth: int | None) -> int:
     Only divisors by which the specs of layers repeat.
     """
     if depth is not None and (not isinstance(depth, int) or not 1 <= depth <= config.layers):
-        errors.fail("compile", "depth", f"from 1 to the {config.layers} layers", depth, "Leave it out: None chooses.")
+        errors.fail(
+            "compile",
+            "depth",
+            f"from 1 to the {config.layers} layers",
+            depth,
+            "Leave it out: None chooses.",
+        )
     if depth is not None:
         return depth
     specs = [config.layer_spec(i) for i in range(config.layers)]
     alike = lambda n: all(specs[i : i + n] == specs[:n] for i in range(0, config.layers, n))
     divisors = [n for n in range(1, config.layers + 1) if config.layers % n == 0 and alike(n)]
-    several = [n for n in divisors if 1 < n <= MAX_COMPILED_LAYERS] or [n for n in divisors if n <= 2 * MAX_COMPILED_LAYERS][-1:]
+    several = [n for n in divisors if 1 < n <= MAX_COMPILED_LAYERS] or [
+        n for n in divisors if n <= 2 * MAX_COMPILED_LAYERS
+    ][-1:]
     return several[-1] if several else min(MAX_COMPILED_LAYERS, config.layers)

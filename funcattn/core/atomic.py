@@ -33,7 +33,15 @@ except ImportError:  # Windows
 
 DRAFT = re.compile(r"\.(?P<name>.+?)\.(?:(?P<role>new|old)-)?(?P<mark>[0-9a-f]{32})", re.DOTALL)
 DAY = 86400.0  # seconds; older drafts are stale where there are no locks
-UNLOCKABLE = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EACCES}
+UNLOCKABLE = {
+    errno.EBADF,
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.EPERM,
+    errno.EACCES,
+}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: fcntl.h, stdio.h
 
 
@@ -86,7 +94,9 @@ def folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def files(path: str | os.PathLike[str], *, last: str, stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+def files(
+    path: str | os.PathLike[str], *, last: str, stale: Callable[[str], bool] = lambda name: False
+) -> Iterator[Path]:
     """A new folder to write into, whose files then replace those in `path`; other files are kept.
 
     The folder is exchanged for one with the new files and hard links to the others. Where that is
@@ -153,9 +163,12 @@ def sweep(parent: Path, is_meant: Callable[[str], bool]) -> None:
         if lock is None:
             continue
         try:
-            if lock < 0 and not all(time.time() - path.stat().st_mtime > DAY for path in left.values()):
+            if lock < 0 and not all(
+                time.time() - path.stat().st_mtime > DAY for path in left.values()
+            ):
                 continue
-            if "old" in left and not (place := parent / DRAFT.fullmatch(left["old"].name)["name"]).exists():  # pyright: ignore[reportOptionalSubscript]
+            old = DRAFT.fullmatch(left["old"].name) if "old" in left else None
+            if old is not None and not (place := parent / old["name"]).exists():
                 os.rename(left["old"], place)
             for path in left.values():
                 _remove(path)

@@ -91,7 +91,8 @@ def closed_jvp(rule: Callable[..., object]) -> "staticmethod[..., object]":
 
     def jvp(ctx: Context, *tangents: object) -> object:
         with forward_ad._set_fwd_grad_enabled(True):
-            # Not forward_ad.unpack_dual: its Python-side level is not kept while AOTAutograd replays a graph.
+            # Not forward_ad.unpack_dual: its Python-side level is not kept while AOTAutograd
+            # replays a graph.
             saved = [torch._VF._unpack_dual(t, level=0)[0] for t in ctx.saved_tensors]
             return rule(ctx, saved, *tangents)
 
@@ -109,7 +110,9 @@ def transforming() -> bool:
 
 def has_tangent(*trees: object) -> bool:
     """True where one of the tensors has a forward-mode tangent, at any level."""
-    return forward_ad._current_level >= 0 and any(_is_dual(x) for x in _leaves(trees) if is_differentiable(x))
+    return forward_ad._current_level >= 0 and any(
+        _is_dual(x) for x in _leaves(trees) if is_differentiable(x)
+    )
 
 
 def _is_dual(x: Tensor) -> bool:
@@ -134,7 +137,9 @@ def is_recorded(*trees: object) -> bool:
 def in_forward_mode(*trees: object) -> bool:
     """True inside a jvp of torch.func in this thread, or where one of the tensors has a tangent."""
     levels = _functorch.get_interpreter_stack() or ()
-    return any(level.key() == _functorch.TransformType.Jvp for level in levels) or has_tangent(*trees)
+    return any(level.key() == _functorch.TransformType.Jvp for level in levels) or has_tangent(
+        *trees
+    )
 
 
 def is_differentiable(x: object) -> "TypeGuard[Tensor]":
@@ -160,7 +165,10 @@ def differentiated(x: Tensor) -> bool:
         if x.requires_grad and (torch.is_grad_enabled() or _functorch.is_gradtrackingtensor(x)):
             return True
         wrapped = _functorch.is_functorch_wrapped_tensor(x)
-        if not (wrapped and _functorch.is_batchedtensor(x)) and torch._VF._unpack_dual(x, level=0)[1] is not None:
+        if (
+            not (wrapped and _functorch.is_batchedtensor(x))
+            and torch._VF._unpack_dual(x, level=0)[1] is not None
+        ):
             return True
         if not wrapped:
             return False

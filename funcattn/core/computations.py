@@ -1,4 +1,6 @@
-"""Functions of tensors to tuples of tensors, and their vjp, jvp and vmap as functions of the same form."""
+"""Functions of tensors to tuples of tensors, and their vjp, jvp and vmap as functions of the same
+form.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
@@ -67,7 +69,9 @@ def pullback(f: Flat, inputs: int, needed: Sequence[int], given: Sequence[int]) 
         # With grad mode off, as in the forward of a Function, backward rules may use kernels
         # without forward-mode derivatives.
         recorded = torch.is_grad_enabled() or in_forward_mode(flat)
-        return torch.func.vjp(outputs, *[x[n] for n in needed])[1](cotangents, create_graph=recorded)
+        return torch.func.vjp(outputs, *[x[n] for n in needed])[1](
+            cotangents, create_graph=recorded
+        )
 
     return pulled
 
@@ -77,7 +81,9 @@ def pushforward(f: Flat, inputs: int, moved: Sequence[int]) -> Flat:
 
     def pushed(*flat: Tensor) -> tuple[Tensor, ...]:
         x, tangents = flat[:inputs], flat[inputs:]
-        outputs = lambda *moving: tuple(out for out in f(*exchange(x, moved, moving)) if is_differentiable(out))
+        outputs = lambda *moving: tuple(
+            out for out in f(*exchange(x, moved, moving)) if is_differentiable(out)
+        )
         return torch.func.jvp(outputs, tuple(x[n] for n in moved), tangents)[1]
 
     return pushed
@@ -85,7 +91,9 @@ def pushforward(f: Flat, inputs: int, moved: Sequence[int]) -> Flat:
 
 def batched(f: Flat, mapped: Sequence[bool], randomness: str) -> Flat:
     """f mapped over axis 0 of the inputs that are `mapped`."""
-    return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness=randomness)
+    return torch.func.vmap(
+        f, in_dims=tuple(0 if m else None for m in mapped), randomness=randomness
+    )
 
 
 def exchange(whole: Sequence[X], places: Sequence[int], new: Sequence[X]) -> list[X]:

@@ -40,30 +40,59 @@ def _is_tensor(x: object) -> bool:
 
 
 def _is_sequence(x: object) -> bool:
-    return isinstance(x, collections.abc.Iterable) and not isinstance(x, str) and not (isinstance(x, Tensor) and not x.dim())
+    return (
+        isinstance(x, collections.abc.Iterable)
+        and not isinstance(x, str)
+        and not (isinstance(x, Tensor) and not x.dim())
+    )
 
 
 SEQUENCE = Kind("a sequence", _is_sequence, "Put a single one into a tuple.")
 PLAIN: dict[object, Kind] = {
-    Tensor: Kind("a tensor", _is_tensor, "Make one of numbers by torch.tensor; apply a function to a tree by fa.tree.map."),
-    int: Kind("an int", lambda x: isinstance(x, numbers.Integral | torch.SymInt), "Give one whole number."),
-    float: Kind("a number", lambda x: isinstance(x, numbers.Real | torch.SymInt | torch.SymFloat), "Give one number."),
-    bool: Kind("True or False", lambda x: isinstance(x, numbers.Integral) or type(x).__name__.startswith("bool")),
+    Tensor: Kind(
+        "a tensor",
+        _is_tensor,
+        "Make one of numbers by torch.tensor; apply a function to a tree by fa.tree.map.",
+    ),
+    int: Kind(
+        "an int", lambda x: isinstance(x, numbers.Integral | torch.SymInt), "Give one whole number."
+    ),
+    float: Kind(
+        "a number",
+        lambda x: isinstance(x, numbers.Real | torch.SymInt | torch.SymFloat),
+        "Give one number.",
+    ),
+    bool: Kind(
+        "True or False",
+        lambda x: isinstance(x, numbers.Integral) or type(x).__name__.startswith("bool"),
+    ),
     str: Kind("a str", lambda x: isinstance(x, str)),
     type(None): Kind("None", lambda x: x is None),
-    torch.dtype: Kind("a torch.dtype", lambda x: isinstance(x, torch.dtype), "Pass one such as torch.float32."),
-    torch.device: Kind("a torch.device", lambda x: isinstance(x, torch.device), 'Pass one such as torch.device("cpu").'),
+    torch.dtype: Kind(
+        "a torch.dtype", lambda x: isinstance(x, torch.dtype), "Pass one such as torch.float32."
+    ),
+    torch.device: Kind(
+        "a torch.device",
+        lambda x: isinstance(x, torch.device),
+        'Pass one such as torch.device("cpu").',
+    ),
     Callable: Kind("a function", callable, "Pass the function itself."),
     collections.abc.Mapping: Kind("a mapping", lambda x: isinstance(x, collections.abc.Mapping)),
     **dict.fromkeys((collections.abc.Sequence, collections.abc.Iterable, tuple, list), SEQUENCE),
 }
 MIXED = "same dtype"  # part of torch's message for operands of different dtypes
-TREE = Kind("a tree of weights", lambda x: _has_tensors(x), "model.init(key) makes one, and fa.load reads one.")
+TREE = Kind(
+    "a tree of weights",
+    lambda x: _has_tensors(x),
+    "model.init(key) makes one, and fa.load reads one.",
+)
 
 
 def _has_tensors(x: object) -> bool:
     given: Any = x
-    return isinstance(x, tuple | list | dict) and any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(given))
+    return isinstance(x, tuple | list | dict) and any(
+        isinstance(leaf, Tensor) for leaf in optree.tree_leaves(given)
+    )
 
 
 def kind_of(annotation: object) -> Kind | None:
@@ -82,14 +111,22 @@ def kind_of(annotation: object) -> Kind | None:
         return Kind(words, lambda x: any(part.holds(x) for part in known), known[0].remedy)
     if getattr(annotation, "array_type", None) is Tensor:  # jaxtyping's
         return PLAIN[Tensor]
-    if not isinstance(annotation, type) or not (hasattr(annotation, "_fields") or dataclasses.is_dataclass(annotation)):
+    if not isinstance(annotation, type) or not (
+        hasattr(annotation, "_fields") or dataclasses.is_dataclass(annotation)
+    ):
         return None
     name = annotation.__name__
     if name == "Model":
-        remedy = "Make it with fa.decoder(config); arguments come in the order key, model, params, data."
-        return Kind("from fa.decoder", lambda x: hasattr(x, "hidden") and hasattr(x, "logits"), remedy)
+        remedy = (
+            "Make it with fa.decoder(config); arguments come in the order key, model, params, data."
+        )
+        return Kind(
+            "from fa.decoder", lambda x: hasattr(x, "hidden") and hasattr(x, "logits"), remedy
+        )
     remedy = f"Call what makes one first; help(funcattn) says where a {name} comes from."
-    return Kind(f"a{'n' * (name[0] in 'AEIOU')} {name}", lambda x: isinstance(x, annotation), remedy)
+    return Kind(
+        f"a{'n' * (name[0] in 'AEIOU')} {name}", lambda x: isinstance(x, annotation), remedy
+    )
 
 
 SHORT = 48  # characters of an argument in a printed call
@@ -150,7 +187,10 @@ class _Named(functools.partial[object]):
 def _named(signature: inspect.Signature) -> inspect.Signature:
     """The signature with function defaults printed by name, in place of an address."""
     parameters = signature.parameters.values()
-    named = [p.replace(default=_Named(p.default)) if inspect.isfunction(p.default) else p for p in parameters]
+    named = [
+        p.replace(default=_Named(p.default)) if inspect.isfunction(p.default) else p
+        for p in parameters
+    ]
     return signature.replace(parameters=named)
 
 
@@ -158,7 +198,8 @@ def shown_value(x: object) -> str:
     """An argument in a line: functions by name, tensors by dtype and shape, long values by type.
 
     Example:
-        >>> shown_value(shown_value), shown_value(torch.ones(2)), shown_value(0.5), shown_value(list(range(100)))
+        >>> shown_value(shown_value), shown_value(torch.ones(2)), shown_value(0.5), shown_value(
+        ...     list(range(100)))
         ('shown_value', 'float32[2]', '0.5', 'list(...)')
     """
     if isinstance(x, Tensor):
@@ -171,7 +212,8 @@ def shown_value(x: object) -> str:
         short = len(text) <= SHORT and " at 0x" not in text
         return text if short else f"{type(x).__name__}(...)"
     maker, _, _ = x.__qualname__.partition(".<locals>.")
-    is_made = maker != x.__qualname__ and (x.__module__ or "").startswith("funcattn.")  # such as a schedule
+    # such as a schedule
+    is_made = maker != x.__qualname__ and (x.__module__ or "").startswith("funcattn.")
     return f"{maker}(...)" if is_made else x.__name__
 
 
@@ -194,7 +236,10 @@ def printed(make: F) -> F:
         value: Any = make(*args, **options)
         if torch.compiler.is_compiling():
             return value
-        shown = [*map(shown_value, args), *(f"{name}={shown_value(x)}" for name, x in options.items())]
+        shown = [
+            *map(shown_value, args),
+            *(f"{name}={shown_value(x)}" for name, x in options.items()),
+        ]
         return value._replace(text=f"{make.__name__}({', '.join(shown)})")
 
     return call  # pyright: ignore[reportReturnType]
@@ -214,7 +259,11 @@ def reprinted(cls: C) -> C:
         Scaled(by=3.0, text='')
     """
     replace: Callable[..., object] = cls._replace  # pyright: ignore[reportAttributeAccessIssue]
-    setattr(cls, "_replace", lambda self, **fields: replace(self, **({"text": ""} if fields else {}) | fields))
+    setattr(
+        cls,
+        "_replace",
+        lambda self, **fields: replace(self, **({"text": ""} if fields else {}) | fields),
+    )
     return cls
 
 
@@ -224,17 +273,38 @@ def made(cls: C) -> C:
     return cls
 
 
-def _explain(called: str, f: Callable[..., object], args: tuple[object, ...], options: dict[str, object], error: Exception) -> None:
+def _explain(
+    called: str,
+    f: Callable[..., object],
+    args: tuple[object, ...],
+    options: dict[str, object],
+    error: Exception,
+) -> None:
     """Raise a TypeError of the library where the arguments explain the error; else return."""
     signature = inspect.signature(f)
     try:
         given = signature.bind(*args, **options).arguments
     except TypeError:
         parameters = [p for p in signature.parameters.values() if p.name != "self"]
-        needed = [f"{p.name}=" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters if p.default is p.empty]
+        needed = [
+            f"{p.name}=" if p.kind is p.KEYWORD_ONLY else p.name
+            for p in parameters
+            if p.default is p.empty
+        ]
         rest = [f"{p.name}=..." for p in parameters if p.default is not p.empty]
-        got = ", ".join([*map(what_is, args["self" in signature.parameters :]), *(f"{key}=" for key in options)]) or "nothing"
-        remedy = "Arguments come in this order, options go by name; what returns a function is called twice."
+        got = (
+            ", ".join(
+                [
+                    *map(what_is, args["self" in signature.parameters :]),
+                    *(f"{key}=" for key in options),
+                ]
+            )
+            or "nothing"
+        )
+        remedy = (
+            "Arguments come in this order, options go by name; what returns a function is called "
+            "twice."
+        )
         wanted = f"({', '.join([*needed, *rest])})"
         raise TypeError(errors.form(called, "the arguments", wanted, f"({got})", remedy)) from None
     hints = typing.get_type_hints(f)
@@ -244,11 +314,15 @@ def _explain(called: str, f: Callable[..., object], args: tuple[object, ...], op
         if signature.parameters[key].kind in LOOSE:
             continue
         if kind is not None and not kind.holds(x):
-            raise TypeError(errors.form(called, key, kind.words, what_is(x), kind.remedy)) from error
+            raise TypeError(
+                errors.form(called, key, kind.words, what_is(x), kind.remedy)
+            ) from error
         if key == "params" and MIXED in str(error) and len(first := _dtypes(x, key)) > 1:
             got = " and ".join(f"{dtype} at {path}" for dtype, path in first.items())
             remedy = "Bring them to one: fa.cast(torch.float32)(params)."
-            raise TypeError(errors.form(called, key, "of one floating dtype", got, remedy)) from error
+            raise TypeError(
+                errors.form(called, key, "of one floating dtype", got, remedy)
+            ) from error
 
 
 def _dtypes(node: object, path: str) -> dict[torch.dtype, str]:
@@ -267,13 +341,21 @@ def _dtypes(node: object, path: str) -> dict[torch.dtype, str]:
 def uncalled(value: object, *args: object, **options: object) -> NoReturn:
     """`__call__` that raises, for a value that is not a function, such as the sampler `greedy`."""
     wanted, got = "passed as it is", f"a call with ({', '.join(map(what_is, args))})"
-    errors.fail(type(value).__name__, "the value", wanted, got, "It is made already: leave the brackets out.", TypeError)
+    errors.fail(
+        type(value).__name__,
+        "the value",
+        wanted,
+        got,
+        "It is made already: leave the brackets out.",
+        TypeError,
+    )
 
 
 def what_is(x: object) -> str:
     """A value in a few words, for messages."""
     if isinstance(x, Tensor):
-        return f"a {'nested ' * x.is_nested}tensor {x.dtype} {errors.shape(x) if not x.is_nested else ''}".rstrip()
+        shape = errors.shape(x) if not x.is_nested else ""
+        return f"a {'nested ' * x.is_nested}tensor {x.dtype} {shape}".rstrip()
     if x is None or isinstance(x, bool | numbers.Number | str | torch.dtype | torch.device):
         return repr(x)
     if isinstance(x, type) or inspect.isroutine(x):

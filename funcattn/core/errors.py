@@ -20,7 +20,15 @@ LONGEST = 400  # characters of the actual value in a message
 # C1 (except tab and newline), the marks and embeddings of Unicode's bidirectional algorithm, line
 # separators, and surrogates.
 STEERING = {*range(32), *range(127, 160)} - {ord("\t"), ord("\n")}
-STEERING |= {0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF, *range(0xE0000, 0xE0080)}
+STEERING |= {
+    0x61C,
+    0x200E,
+    0x200F,
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+    0xFEFF,
+    *range(0xE0000, 0xE0080),
+}
 STEERING |= {*range(0xD800, 0xE000)}
 WRITTEN = {code: chr(code).encode("unicode_escape").decode() for code in STEERING}
 
@@ -35,13 +43,22 @@ def printable(text: str) -> str:
     return text.translate(WRITTEN)
 
 
-def fail(function: str, argument: str, wanted: str, got: object, remedy: str, kind: type[Exception] = ValueError) -> NoReturn:
+def fail(
+    function: str,
+    argument: str,
+    wanted: str,
+    got: object,
+    remedy: str,
+    kind: type[Exception] = ValueError,
+) -> NoReturn:
     """Raise `function: argument should be wanted, got got. remedy`, control characters escaped.
 
     Example:
-        >>> fail("attention", "k", "(*lead, K, S, D) with D = 32 as in q", (2, 16, 48), "Project k to q's head size.")
+        >>> fail("attention", "k", "(*lead, K, S, D) with D = 32 as in q", (2, 16, 48),
+        ...     "Project k to q's head size.")
         Traceback (most recent call last):
-        ValueError: attention: k should be (*lead, K, S, D) with D = 32 as in q, got (2, 16, 48). Project k to q's head size.
+        ValueError: attention: k should be (*lead, K, S, D) with D = 32 as in q, got (2, 16, 48).
+            Project k to q's head size.
     """
     raise kind(form(function, argument, wanted, got, remedy))
 
@@ -57,7 +74,9 @@ def form(function: str, argument: str, wanted: str, got: object, remedy: str) ->
 def is_decoder(function: str, model: object) -> None:
     """Raise TypeError if `model` is not a model, such as the parameters."""
     if not hasattr(model, "hidden") or not hasattr(model, "logits"):
-        remedy = "Make it with fa.decoder(config); arguments come in the order key, model, params, data."
+        remedy = (
+            "Make it with fa.decoder(config); arguments come in the order key, model, params, data."
+        )
         fail(function, "model", "from fa.decoder", f"a {type(model).__name__}", remedy, TypeError)
 
 
@@ -68,8 +87,17 @@ def is_int(value: object) -> bool:
 
 def stops(function: str, stop: object) -> None:
     """Raise TypeError if `stop` is not a collection of token ids."""
-    if not isinstance(stop, Collection) or not all(is_int(id) and -(2**63) <= id < 2**63 for id in stop):
-        fail(function, "stop", "ids as ints", repr(stop), "Stop strings belong to fa.stream, where the tokenizer is.", TypeError)
+    if not isinstance(stop, Collection) or not all(
+        is_int(id) and -(2**63) <= id < 2**63 for id in stop
+    ):
+        fail(
+            function,
+            "stop",
+            "ids as ints",
+            repr(stop),
+            "Stop strings belong to fa.stream, where the tokenizer is.",
+            TypeError,
+        )
 
 
 def shape(x: Tensor) -> tuple[int, ...]:
@@ -93,7 +121,13 @@ def on_one_device(function: str, tensors: Iterable[Tensor]) -> None:
     """
     devices = {str(x.device) for x in tensors if x.dim() or x.device.type != "cpu"}
     if len(devices) > 1:
-        fail(function, "its tensors", "on one device", " and ".join(sorted(devices)), "Move them to one.")
+        fail(
+            function,
+            "its tensors",
+            "on one device",
+            " and ".join(sorted(devices)),
+            "Move them to one.",
+        )
 
 
 def whole(function: str, argument: str, leaves: Iterable[object], remedy: str) -> None:
@@ -112,9 +146,14 @@ def peek(x: Tensor) -> Tensor | None:
         return None
     while _functorch.is_functorch_wrapped_tensor(x):
         x = _functorch.get_unwrapped(x)
-    if isinstance(x, FakeTensor) or x.device.type == "meta" or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY):
+    if (
+        isinstance(x, FakeTensor)
+        or x.device.type == "meta"
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    ):
         return None
-    return None if _functorch.is_legacy_batchedtensor(x) else x.detach()  # torch.autograd.grad(is_grads_batched=True)
+    # torch.autograd.grad(is_grads_batched=True)
+    return None if _functorch.is_legacy_batchedtensor(x) else x.detach()
 
 
 def is_plain(x: Tensor) -> bool:

@@ -55,7 +55,15 @@ class Fingerprint:
             if len(leaves) + len(nodes) < len(level):
                 self.levels = None
                 return
-            self.levels.append(_Level(list(map(type, level)), is_leaf, is_node, list(map(len, nodes)), list(map(id, leaves))))
+            self.levels.append(
+                _Level(
+                    list(map(type, level)),
+                    is_leaf,
+                    is_node,
+                    list(map(len, nodes)),
+                    list(map(id, leaves)),
+                )
+            )
             found += leaves
             level = list(chain.from_iterable(nodes))
         self.has_version = [not leaf.is_inference() for leaf in found]
@@ -71,12 +79,19 @@ class Fingerprint:
         for known in self.levels:
             if list(map(type, level)) != known.kinds:
                 return None
-            leaves, nodes = list(compress(level, known.is_leaf)), list(compress(level, known.is_node))
+            leaves, nodes = (
+                list(compress(level, known.is_leaf)),
+                list(compress(level, known.is_node)),
+            )
             if list(map(id, leaves)) != known.leaves or list(map(len, nodes)) != known.sizes:
                 return None
             found += leaves
             level = list(chain.from_iterable(nodes))
-        return found if list(map(_version, compress(found, self.has_version))) == self.versions else None
+        return (
+            found
+            if list(map(_version, compress(found, self.has_version))) == self.versions
+            else None
+        )
 
 
 def is_differentiated(leaves: Sequence[Tensor]) -> bool:

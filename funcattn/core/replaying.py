@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils import _python_dispatch as dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,11 +63,25 @@ class State:
     def of_now(devices: Iterable[str]) -> "State":
         """The current state."""
         able = [d for d in devices if torch.amp.is_autocast_available(d)]
-        states = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), torch.is_autocast_cache_enabled()) for d in able]
-        modes = tuple(mode for mode in _get_current_function_mode_stack() if not isinstance(mode, Watching))
+        states = [
+            (
+                d,
+                torch.get_autocast_dtype(d),
+                torch.is_autocast_enabled(d),
+                torch.is_autocast_cache_enabled(),
+            )
+            for d in able
+        ]
+        modes = tuple(
+            mode for mode in _get_current_function_mode_stack() if not isinstance(mode, Watching)
+        )
         # not in a backward pass
         forward = torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
-        draws = tuple((mode, mode.draws, forward or mode.replayed) for mode in modes if isinstance(mode, Drawing))
+        draws = tuple(
+            (mode, mode.draws, forward or mode.replayed)
+            for mode in modes
+            if isinstance(mode, Drawing)
+        )
         values = tuple((value, value.get()) for value in ContextValue.every)
         return State(tuple(states), modes, _dispatches(), draws, contextvars.copy_context(), values)
 
@@ -113,4 +132,8 @@ def _dispatches() -> tuple[TorchDispatchMode, ...]:
     """The active dispatch modes of the user; torch's (fake tensors, tracers) are left out."""
     if not torch._C._len_torch_dispatch_stack():
         return ()
-    return tuple(mode for mode in dispatch._get_current_dispatch_mode_stack() if getattr(mode, "_mode_key", None) is None)
+    return tuple(
+        mode
+        for mode in dispatch._get_current_dispatch_mode_stack()
+        if getattr(mode, "_mode_key", None) is None
+    )

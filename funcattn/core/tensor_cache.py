@@ -52,7 +52,9 @@ def prepared_from(sources: Sequence[Tensor], make: Callable[[], T], kind: str) -
     held = _entries.get(key)
     if held is not None:
         for source, alive, version in zip(sources, held.alive, held.versions, strict=True):
-            if alive() is not source or version != (0 if source.is_inference() else source._version):
+            if alive() is not source or version != (
+                0 if source.is_inference() else source._version
+            ):
                 break
         else:
             return held.value

@@ -9,7 +9,8 @@ step of one slot. A slot becomes free in the step in which its text ends, so no 
 longest; the only padding is the unused token of a free slot. Token i of a text is drawn with
 `split(key, steps)[i]`, as in `generate`, so it does not depend on the other slots.
 
-Source: Yu et al., Orca: A distributed serving system for transformer-based generative models, OSDI 2022 (iteration-level
+Source: Yu et al., Orca: A distributed serving system for transformer-based generative models, OSDI
+    2022 (iteration-level
 scheduling).
 """
 
@@ -76,7 +77,13 @@ class Served(NamedTuple):
 
 @door
 def idle(
-    model: Model, params: Tree, past: KVCache, count: int, *, sampler: Sampler = sampling.greedy, prefix: Past = ABSENT
+    model: Model,
+    params: Tree,
+    past: KVCache,
+    count: int,
+    *,
+    sampler: Sampler = sampling.greedy,
+    prefix: Past = ABSENT,
 ) -> Slots:
     """B free slots.
 
@@ -90,10 +97,18 @@ def idle(
         prefix: a cache that every text continues, such as that of a system prompt.
     """
     if not errors.is_count(count, 1):
-        errors.fail("idle", "count", "a number of slots, at least 1", count, "Say how many texts are decoded side by side.")
+        errors.fail(
+            "idle",
+            "count",
+            "a number of slots, at least 1",
+            count,
+            "Say how many texts are decoded side by side.",
+        )
     caches.capacity(past)  # raises where past is not a cache
     token = torch.zeros_like(past.length)
-    logits = torch.zeros_like(model.logits(params, model.hidden(params, token.unsqueeze(0), past)[0][-1]))
+    logits = torch.zeros_like(
+        model.logits(params, model.hidden(params, token.unsqueeze(0), past)[0][-1])
+    )
     key, state = token.new_zeros(2), sampling.begin(sampler, logits)
     one = Slot(past, logits, key, token, token, state)
     return Slots(tree.map(lambda leaf: leaf.expand(count, *leaf.shape), one), prefix, past)
@@ -130,22 +145,46 @@ def enter(
     """
     B = slots.slots.left.shape[0]
     if not 0 <= slot < B:
-        errors.fail("enter", "slot", f"between 0 and {B - 1}", slot, "There are as many slots as idle made.")
+        errors.fail(
+            "enter", "slot", f"between 0 and {B - 1}", slot, "There are as many slots as idle made."
+        )
     if key.shape != slots.slots.key.shape[1:]:
-        errors.fail("enter", "key", "one key, int64 (2,)", errors.shape(key), "Make one with fa.key(seed).")
+        errors.fail(
+            "enter", "key", "one key, int64 (2,)", errors.shape(key), "Make one with fa.key(seed)."
+        )
     if errors.is_true(slots.busy[slot]):
-        errors.fail("enter", "slot", "free", f"{slot}, which is busy", "Take one where slots.busy is False, or leave it first.")
+        errors.fail(
+            "enter",
+            "slot",
+            "free",
+            f"{slot}, which is busy",
+            "Take one where slots.busy is False, or leave it first.",
+        )
     check_prompt("enter", prompt)
     if steps < 1:
         errors.fail("enter", "steps", "at least 1", steps, "A text of no tokens needs no slot.")
-    values = {"key": key, "prompt": prompt, "slot": slot, "steps": steps, "chunk": chunk, "sampler": sampler}
+    values = {
+        "key": key,
+        "prompt": prompt,
+        "slot": slot,
+        "steps": steps,
+        "chunk": chunk,
+        "sampler": sampler,
+    }
     collectives.agree("enter", values, params)
     before = tree.map(lambda leaf: leaf[slot], slots.slots)
     room = caches.capacity(before.cache)
     if len(prompt) + steps - 1 > room:
-        got, remedy = f"{len(prompt)} and {steps} for room of {room}", "Make the slots of a larger past."
-        errors.fail("enter", "prompt and steps", "as many tokens as a slot has room for", got, remedy)
-    logits, cache = prefill(model, params, prompt, _behind(slots.prefix, before.cache), room=None, chunk=chunk)
+        got, remedy = (
+            f"{len(prompt)} and {steps} for room of {room}",
+            "Make the slots of a larger past.",
+        )
+        errors.fail(
+            "enter", "prompt and steps", "as many tokens as a slot has room for", got, remedy
+        )
+    logits, cache = prefill(
+        model, params, prompt, _behind(slots.prefix, before.cache), room=None, chunk=chunk
+    )
     cache = cache.tail if isinstance(cache, Branch) and not is_absent(slots.prefix) else cache
     left = torch.full_like(before.left, steps)
     state = sampling.begin(sampler, logits)
@@ -157,7 +196,12 @@ def enter(
 
 @door
 def step(
-    model: Model, params: Tree, slots: Slots, *, sampler: Sampler = sampling.greedy, stop: Sequence[int] = ()
+    model: Model,
+    params: Tree,
+    slots: Slots,
+    *,
+    sampler: Sampler = sampling.greedy,
+    stop: Sequence[int] = (),
 ) -> tuple[Served, Slots]:
     """One decode step: draw a token in every busy slot, and read it unless it was the last.
 
@@ -169,11 +213,17 @@ def step(
         TypeError: stop is not a sequence of ids.
     """
     errors.stops("step", stop)
-    _check_sampler("step", sampling.begin(sampler, slots.slots.logits[0]), tree.map(lambda leaf: leaf[0], slots.slots.state))
+    _check_sampler(
+        "step",
+        sampling.begin(sampler, slots.slots.logits[0]),
+        tree.map(lambda leaf: leaf[0], slots.slots.state),
+    )
 
     def one(slot: Slot) -> tuple[Served, Slot]:
         busy = slot.left > 0
-        token, state = sampling.draw(randomness.fold_in(slot.key, slot.drawn), sampler, slot.logits, slot.state, wanted=busy)
+        token, state = sampling.draw(
+            randomness.fold_in(slot.key, slot.drawn), sampler, slot.logits, slot.state, wanted=busy
+        )
         ended = (slot.left == 1) | is_stop(token, stop)
         goes_on = busy & ~ended
         x, delta = model.hidden(params, token.unsqueeze(0), _behind(slots.prefix, slot.cache))
@@ -182,7 +232,14 @@ def step(
         logits = torch.where(goes_on, model.logits(params, x[-1]), 0)
         state = tree.map(lambda new, old: torch.where(busy, new, old), state, slot.state)
         left = torch.where(goes_on, slot.left - 1, 0)
-        after = Slot(caches.reset(cache, slots.empty, ~goes_on), logits, slot.key, slot.drawn + busy, left, state)
+        after = Slot(
+            caches.reset(cache, slots.empty, ~goes_on),
+            logits,
+            slot.key,
+            slot.drawn + busy,
+            left,
+            state,
+        )
         return Served(token, busy, busy & ended), after
 
     served, after = vmap(one)(slots.slots)

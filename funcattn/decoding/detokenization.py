@@ -16,7 +16,17 @@ from typing import Any, NamedTuple, Protocol
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 # Decoders that read one token, its neighbour or runs of byte tokens; and those that may follow a
 # decoder that joins all tokens.
-STEPWISE = {"ByteLevel", "WordPiece", "Metaspace", "BPEDecoder", "CTC", "Fuse", "ByteFallback", "Strip", "Replace"}
+STEPWISE = {
+    "ByteLevel",
+    "WordPiece",
+    "Metaspace",
+    "BPEDecoder",
+    "CTC",
+    "Fuse",
+    "ByteFallback",
+    "Strip",
+    "Replace",
+}
 BEHIND = {"Metaspace", "Fuse", "Strip", "Replace"}
 
 
@@ -44,7 +54,9 @@ def decoding_of(tokenizer: Detokenizer | None) -> Decoding:
     A tokenizer of which only `decode` is known is assumed to decode bytes as UTF-8.
     """
     found = (getattr(tokenizer, name, None) for name in ("backend", "backend_tokenizer"))
-    backend = next((backend for backend in found if getattr(backend, "decoder", None) is not None), None)
+    backend = next(
+        (backend for backend in found if getattr(backend, "decoder", None) is not None), None
+    )
     if backend is None:
         return Decoding(True, ())
     try:
@@ -62,7 +74,11 @@ def decoding_of(tokenizer: Detokenizer | None) -> Decoding:
         joined = joined or part["type"] in ("Fuse", "ByteLevel")
     probe = ()
     if any(part["type"] == "ByteFallback" for part in parts):
-        high = (backend.token_to_id(f"<0x{byte:02{letters}}>") for byte in range(0xFF, 0x7F, -1) for letters in "Xx")
+        high = (
+            backend.token_to_id(f"<0x{byte:02{letters}}>")
+            for byte in range(0xFF, 0x7F, -1)
+            for letters in "Xx"
+        )
         probe = tuple(id for id in high if id is not None)[:1]
     return Decoding(stepwise, probe)
 
@@ -96,7 +112,10 @@ class StreamedText:
         if token in self.special:
             name, pending = self.special[token], self._pending()
             whole = self.held + pending + name
-            ends = [whole.find(s, max(0, len(whole) - len(name) - len(s) + 1)) for s in self.stop_strings]
+            ends = [
+                whole.find(s, max(0, len(whole) - len(name) - len(s) + 1))
+                for s in self.stop_strings
+            ]
             if any(place >= 0 for place in ends):
                 self._hold(pending, True)
                 return self._given(min(place for place in ends if place >= 0)), True
@@ -113,7 +132,12 @@ class StreamedText:
         if self.tokenizer is None:
             return ""
         self._hold(self._decode(self.ids)[self.told :], True)
-        return self._given(min((place for s in self.stop_strings if (place := self.held.find(s)) >= 0), default=len(self.held)))
+        return self._given(
+            min(
+                (place for s in self.stop_strings if (place := self.held.find(s)) >= 0),
+                default=len(self.held),
+            )
+        )
 
     def _decode(self, ids: list[int]) -> str:
         assert self.tokenizer is not None  # without one, add and finish return before
@@ -148,12 +172,18 @@ class StreamedText:
 
     def _given(self, place: int) -> str:
         """Return the withheld text up to a position, and remove it from what is withheld."""
-        given = "".join(letter for letter, is_text in zip(self.held[:place], self.is_text, strict=False) if is_text)
+        given = "".join(
+            letter
+            for letter, is_text in zip(self.held[:place], self.is_text, strict=False)
+            if is_text
+        )
         self.held, self.is_text = self.held[place:], self.is_text[place:]
         return given
 
 
-def text_of(tokenizer: Detokenizer | None, tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
+def text_of(
+    tokenizer: Detokenizer | None, tokens: Sequence[int], stop_strings: Sequence[str] = ()
+) -> str:
     """The text of all tokens up to the first stop string, as a stream gives it."""
     text, found = StreamedText(tokenizer, stop_strings), []
     for token in tokens:
@@ -172,4 +202,6 @@ def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of text that is a prefix of stop."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )

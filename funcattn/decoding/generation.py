@@ -75,8 +75,12 @@ def generate(
     Law: vmap over keys, prompts or caches equals the loop; the given cache is unchanged
         (test_generation.py).
     """
-    request = Request("generate", model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk).checked(key=key)
-    start = prefill(model, params, prompt, cache, room=steps, prompt_length=prompt_length, chunk=chunk)
+    request = Request(
+        "generate", model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk
+    ).checked(key=key)
+    start = prefill(
+        model, params, prompt, cache, room=steps, prompt_length=prompt_length, chunk=chunk
+    )
     tokens, after = [], start.cache
     for text in progress.track(decode(request, start, drawing(request, key)), "writing", steps):
         tokens.append(text.last)

@@ -115,22 +115,36 @@ def prefill(
     for begin in (0, *range(first, T, chunk)):
         piece = prompt[begin : begin + (chunk if begin else first)]
         where = transformer.places(model, cache, begin, begin + len(piece), prompt_length)
-        x, delta = model.hidden(params, piece, after) if where is None else model.hidden(params, piece, after, positions=where)
+        x, delta = (
+            model.hidden(params, piece, after)
+            if where is None
+            else model.hidden(params, piece, after, positions=where)
+        )
         if room is not None and begin == 0:
-            after = caches.fork(cache, delta, T + room if transforming() else caches.bucket(T + room))
+            after = caches.fork(
+                cache, delta, T + room if transforming() else caches.bucket(T + room)
+            )
         n: Tensor | int = len(piece)
         if prompt_length is None:
             last = x[-1]
         else:
             n = (prompt_length - begin).clamp(0, len(piece))
-            here = x.index_select(0, (prompt_length - begin - 1).clamp(0, len(piece) - 1).reshape(1))[0]
+            here = x.index_select(
+                0, (prompt_length - begin - 1).clamp(0, len(piece) - 1).reshape(1)
+            )[0]
             last = here if last is None else torch.where(prompt_length > begin, here, last)
-        after = caches.commit(after, delta, n) if room is None else append(model, params, after, delta, n)
+        after = (
+            caches.commit(after, delta, n)
+            if room is None
+            else append(model, params, after, delta, n)
+        )
     assert last is not None  # a prompt has at least one token
     return Start(model.logits(params, last), after)
 
 
-def decode(request: Request, start: Start, chooser: Chooser, listen: Listener | None = None) -> Iterator[Text]:
+def decode(
+    request: Request, start: Start, chooser: Chooser, listen: Listener | None = None
+) -> Iterator[Text]:
     """Yield the text after each round, until every row of a vmap has ended; none at `steps` 0.
 
     Args:
@@ -154,14 +168,25 @@ def decode(request: Request, start: Start, chooser: Chooser, listen: Listener | 
         left, done, heard = text.left, text.done, False
         if listen is not None:
             stays, heard = listen(tokens[: int(kept)].tolist())
-            kept, last = (kept if isinstance(kept, int) else torch.full_like(kept, stays)), tokens[stays - 1]
+            kept, last = (
+                (kept if isinstance(kept, int) else torch.full_like(kept, stays)),
+                tokens[stays - 1],
+            )
         cache = append(request.model, request.params, text.cache, delta, kept)
         if left is not None:
             left = left - kept
             done = done | (left <= 0)
         if stop:
             done = done | is_stop(last, stop)
-        text = Text(tokens, kept, last, cache, left, torch.ones_like(done) if heard else done, settle(kept, last))
+        text = Text(
+            tokens,
+            kept,
+            last,
+            cache,
+            left,
+            torch.ones_like(done) if heard else done,
+            settle(kept, last),
+        )
         yield text
 
 
@@ -194,7 +219,9 @@ def drawing(request: Request, key: Tensor) -> Chooser:
 def begun(request: Request, logits: Tensor) -> Tree:
     """The state of the request's sampler after it has observed the prompt."""
     sampler = request.sampler
-    return sampling.observe_prompt(sampler, request.prompt, sampling.begin(sampler, logits), length=request.prompt_length)
+    return sampling.observe_prompt(
+        sampler, request.prompt, sampling.begin(sampler, logits), length=request.prompt_length
+    )
 
 
 def append(model: Model, params: Tree, cache: KVCache, delta: Delta, n: Tensor | int) -> KVCache:

@@ -94,7 +94,13 @@ class Heard:
         stop_strings: texts that end it.
     """
 
-    def __init__(self, tokenizer: Detokenizer | None, steps: int, stop: Collection[int], stop_strings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Detokenizer | None,
+        steps: int,
+        stop: Collection[int],
+        stop_strings: Sequence[str],
+    ) -> None:
         self.text, self.steps, self.stop = StreamedText(tokenizer, stop_strings), steps, stop
         self.tokens: list[int] = []
         self.pieces: list[str] = []
@@ -129,16 +135,37 @@ def check_stop_strings(tokenizer: Detokenizer | None, stop_strings: Sequence[str
     """Fail where stop strings are not a sequence of texts, or are given without a tokenizer."""
     if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
         remedy = "Put a single one into a tuple; ids belong to stop."
-        errors.fail("stream", "stop_strings", "a sequence of texts, none of them empty", repr(stop_strings), remedy, TypeError)
+        errors.fail(
+            "stream",
+            "stop_strings",
+            "a sequence of texts, none of them empty",
+            repr(stop_strings),
+            remedy,
+            TypeError,
+        )
     if stop_strings and tokenizer is None:
-        errors.fail("stream", "tokenizer", "given with stop_strings", None, "Pass the tokenizer that fa.load returned.", TypeError)
+        errors.fail(
+            "stream",
+            "tokenizer",
+            "given with stop_strings",
+            None,
+            "Pass the tokenizer that fa.load returned.",
+            TypeError,
+        )
 
 
 def ends_of(verb: str, tokenizer: Detokenizer | None, stop: Sequence[int] | None) -> Sequence[int]:
     """The ids that end a text: those given, else the tokenizer's."""
     if tokenizer is not None and not hasattr(tokenizer, "decode"):
         got = f"a {type(tokenizer).__name__}"
-        errors.fail(verb, "tokenizer", "one that decodes", got, "Pass the tokenizer that fa.load returned.", TypeError)
+        errors.fail(
+            verb,
+            "tokenizer",
+            "one that decodes",
+            got,
+            "Pass the tokenizer that fa.load returned.",
+            TypeError,
+        )
     if stop is None:
         return tuple(getattr(tokenizer, "stop", ()))
     return stop  # validated in Request.checked

@@ -66,7 +66,8 @@ def trace(
     Example:
         >>> import funcattn as fa
         >>> model = fa.decoder(fa.Config())
-        >>> logits, seen = trace(model, model.init(fa.key(0)), torch.arange(5), r"layers\\.\\d\\.output")
+        >>> logits, seen = trace(model, model.init(fa.key(0)), torch.arange(5),
+        ...     r"layers\\.\\d\\.output")
         >>> {name: tuple(value.shape) for name, value in seen.items()}
         {'layers.0.output': (5, 64), 'layers.1.output': (5, 64)}
 
@@ -155,20 +156,32 @@ def patched(model: Model, changes: Mapping[str, Change]) -> Model:
     changes = dict(changes)
 
     @functools.wraps(model.hidden)
-    def hidden(params: Tree, tokens: Tensor, cache: Past = ABSENT, **options: Any) -> tuple[Tensor, Delta]:
+    def hidden(
+        params: Tree, tokens: Tensor, cache: Past = ABSENT, **options: Any
+    ) -> tuple[Tensor, Delta]:
         outer = taps.listener() or (lambda name, x: x)
-        return _hear("patched", lambda: model.hidden(params, tokens, cache, **options), changes, outer)[0]
+        return _hear(
+            "patched", lambda: model.hidden(params, tokens, cache, **options), changes, outer
+        )[0]
 
     fields = {"hidden": door(hidden)}
-    return model.wrap(written("patched", *changes), lambda other: patched(other, changes), fields, replaced=fields)
+    return model.wrap(
+        written("patched", *changes), lambda other: patched(other, changes), fields, replaced=fields
+    )
 
 
 def _hear(
-    door: str, run: Callable[[], T], changes: dict[str, Change], keep: Callable[[str, Tensor], Tensor | None]
+    door: str,
+    run: Callable[[], T],
+    changes: dict[str, Change],
+    keep: Callable[[str, Tensor], Tensor | None],
 ) -> tuple[T, list[str]]:
     """The result of a run whose taps are changed, then passed to `keep`; and the taps' names."""
     if torch.compiler.is_compiling():
-        remedy = "Taps are silent in compiled code: compile what is around, not the model that is looked into."
+        remedy = (
+            "Taps are silent in compiled code: compile what is around, not the model that is "
+            "looked into."
+        )
         errors.fail(door, "the call", "outside of torch.compile", "one inside", remedy)
     names: dict[str, None] = {}
 
@@ -182,7 +195,13 @@ def _hear(
     with taps.listening(listen):
         out = run()
     if not names:
-        errors.fail(door, "model", "one with taps", "one without", "Give the model itself, not a compiled one.")
+        errors.fail(
+            door,
+            "model",
+            "one with taps",
+            "one without",
+            "Give the model itself, not a compiled one.",
+        )
     for name in changes:
         if name not in names:
             _unknown(door, "changes", name, list(names))
@@ -193,10 +212,25 @@ def _changed(door: str, name: str, x: Tensor, change: Change) -> Tensor:
     other = change if isinstance(change, Tensor) else change(x)
     if not isinstance(other, Tensor) or other.dtype != x.dtype:
         got = getattr(other, "dtype", f"a {type(other).__name__}")
-        errors.fail(door, f"the change of {name}", f"a tensor of {x.dtype}", got, "Convert it: .to(dtype).", TypeError)
+        errors.fail(
+            door,
+            f"the change of {name}",
+            f"a tensor of {x.dtype}",
+            got,
+            "Convert it: .to(dtype).",
+            TypeError,
+        )
     if other.shape != x.shape:
-        remedy = "Take it from a trace of as many tokens, or change a part: lambda x: x.index_put(...)."
-        errors.fail(door, f"the change of {name}", f"{errors.shape(x)} as the activation", errors.shape(other), remedy)
+        remedy = (
+            "Take it from a trace of as many tokens, or change a part: lambda x: x.index_put(...)."
+        )
+        errors.fail(
+            door,
+            f"the change of {name}",
+            f"{errors.shape(x)} as the activation",
+            errors.shape(other),
+            remedy,
+        )
     return other
 
 
@@ -215,4 +249,6 @@ def _chooser(where: Where) -> tuple[Callable[[str], bool], tuple[str, ...]]:
 
 def _unknown(door: str, argument: str, name: str, names: list[str]) -> NoReturn:
     near = difflib.get_close_matches(name, names, 3, 0.6) or names[:3]
-    errors.fail(door, argument, "names of taps", repr(name), f"Did you mean {' or '.join(map(repr, near))}?")
+    errors.fail(
+        door, argument, "names of taps", repr(name), f"Did you mean {' or '.join(map(repr, near))}?"
+    )

@@ -20,7 +20,9 @@ from ..tree import Tree
 
 
 @door
-def score(model: Model, params: Tree, tokens: Tensor, cache: Past = ABSENT, *, chunk: int = 512) -> Tensor:
+def score(
+    model: Model, params: Tree, tokens: Tensor, cache: Past = ABSENT, *, chunk: int = 512
+) -> Tensor:
     """The log-probability of each token given all before it.
 
         score_t = log softmax(logits(cache, tokens[0..t]))[tokens[t + 1]],   t = 0 .. T - 2
@@ -38,10 +40,12 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Past = ABSENT, *, c
             recomputed.
 
     Returns:
-        (*lead, T - 1), float32 at least: natural logarithms, at most 0; entry t is of tokens[..., t + 1].
+        (*lead, T - 1), float32 at least: natural logarithms, at most 0; entry t is of tokens[..., t
+        + 1].
 
     Raises:
-        ValueError: no tokens, ids outside of the vocabulary, a chunk below 1. TypeError: arguments of another kind.
+        ValueError: no tokens, ids outside of the vocabulary, a chunk below 1. TypeError: arguments
+            of another kind.
 
     Example:
         >>> import funcattn as fa
@@ -61,7 +65,13 @@ def score(model: Model, params: Tree, tokens: Tensor, cache: Past = ABSENT, *, c
 
 @door
 def score_continuation(
-    model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Past = ABSENT, *, chunk: int = 512
+    model: Model,
+    params: Tree,
+    prompt: Tensor,
+    continuation: Tensor,
+    cache: Past = ABSENT,
+    *,
+    chunk: int = 512,
 ) -> Tensor:
     """The log-probability (*lead, N) of each token of a continuation, given all before it.
 
@@ -80,14 +90,26 @@ def score_continuation(
         (test_evaluation.py::test_a_continuation_has_the_last_scores_of_the_whole).
     """
     inputs, targets = _join("score_continuation", prompt, continuation, chunk)
-    collectives.agree("score_continuation", {"prompt": prompt, "continuation": continuation, "chunk": chunk}, params)
+    collectives.agree(
+        "score_continuation",
+        {"prompt": prompt, "continuation": continuation, "chunk": chunk},
+        params,
+    )
     hidden = _hidden(model, params, inputs, targets[..., -1:], cache)
-    return _look(model, params, hidden[..., prompt.shape[-1] - 1 :, :], targets, chunk, _log_probability)
+    return _look(
+        model, params, hidden[..., prompt.shape[-1] - 1 :, :], targets, chunk, _log_probability
+    )
 
 
 @door
 def score_and_greedy(
-    model: Model, params: Tree, prompt: Tensor, continuation: Tensor, cache: Past = ABSENT, *, chunk: int = 512
+    model: Model,
+    params: Tree,
+    prompt: Tensor,
+    continuation: Tensor,
+    cache: Past = ABSENT,
+    *,
+    chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """`score_continuation`, and bool (*lead, N): True where a token is the argmax.
 
@@ -96,8 +118,12 @@ def score_and_greedy(
     Args and errors: as `score_continuation`.
     """
     inputs, targets = _join("score_and_greedy", prompt, continuation, chunk)
-    collectives.agree("score_and_greedy", {"prompt": prompt, "continuation": continuation, "chunk": chunk}, params)
-    hidden = _hidden(model, params, inputs, targets[..., -1:], cache)[..., prompt.shape[-1] - 1 :, :]
+    collectives.agree(
+        "score_and_greedy", {"prompt": prompt, "continuation": continuation, "chunk": chunk}, params
+    )
+    hidden = _hidden(model, params, inputs, targets[..., -1:], cache)[
+        ..., prompt.shape[-1] - 1 :, :
+    ]
 
     def both(logits: Tensor, targets: Tensor) -> Tensor:
         scores = _log_probability(logits, targets)
@@ -134,7 +160,13 @@ def windows(length: int, *, context: int | None = None, stride: int | None = Non
     context = max(length, 2) if context is None else context
     stride = max(context // 2, 1) if stride is None else stride
     if context < 2:
-        errors.fail("windows", "context", "at least 2 tokens", context, "A token is scored by what is before it.")
+        errors.fail(
+            "windows",
+            "context",
+            "at least 2 tokens",
+            context,
+            "A token is scored by what is before it.",
+        )
     if not 1 <= stride < context:
         remedy = "A token at the begin of a window would have nothing before it."
         errors.fail("windows", "stride", f"from 1 to context - 1 = {context - 1}", stride, remedy)
@@ -148,7 +180,13 @@ def windows(length: int, *, context: int | None = None, stride: int | None = Non
 
 @door
 def perplexity(
-    model: Model, params: Tree, tokens: Tensor, *, context: int | None = None, stride: int | None = None, chunk: int = 512
+    model: Model,
+    params: Tree,
+    tokens: Tensor,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    chunk: int = 512,
 ) -> Tensor:
     """exp(- mean score) of a text, in windows where it is longer than the context.
 
@@ -179,8 +217,12 @@ def perplexity(
     """
     _check_tokens("perplexity", "tokens", tokens, 2)
     parts = [
-        score_continuation(model, params, tokens[..., begin:first], tokens[..., first:end], chunk=chunk)
-        for begin, first, end in progress.track(windows(tokens.shape[-1], context=context, stride=stride), "reading")
+        score_continuation(
+            model, params, tokens[..., begin:first], tokens[..., first:end], chunk=chunk
+        )
+        for begin, first, end in progress.track(
+            windows(tokens.shape[-1], context=context, stride=stride), "reading"
+        )
     ]
     return (-torch.cat(parts, -1).mean()).exp()
 
@@ -192,7 +234,9 @@ def _hidden(model: Model, params: Tree, inputs: Tensor, last: Tensor, cache: Pas
     """
     if transformer.follower(model) is None:
         return hidden_along(model, params, inputs, cache)
-    return hidden_along(model, params, torch.cat([inputs, last], -1), cache)[..., : inputs.shape[-1], :]
+    return hidden_along(model, params, torch.cat([inputs, last], -1), cache)[
+        ..., : inputs.shape[-1], :
+    ]
 
 
 def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
@@ -200,7 +244,14 @@ def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
     return wide.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def _look(model: Model, params: Tree, hidden: Tensor, targets: Tensor, chunk: int, f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _look(
+    model: Model,
+    params: Tree,
+    hidden: Tensor,
+    targets: Tensor,
+    chunk: int,
+    f: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
     """f(logits (n, V), targets (n,)) -> (n, ...), over hidden (*lead, N, E) and targets (*lead, N).
 
     n = chunk rows at a time.
@@ -210,7 +261,13 @@ def _look(model: Model, params: Tree, hidden: Tensor, targets: Tensor, chunk: in
         ends = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]
     V = model.logits(ends, hidden.flatten(0, -2)[:0]).shape[-1]
     if errors.is_true((targets < 0) | (targets >= V)):
-        errors.fail("score", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")
+        errors.fail(
+            "score",
+            "tokens",
+            f"ids in 0..{V - 1}",
+            "another",
+            "Encode with the tokenizer of this model.",
+        )
     of = lambda ends, hidden, targets: f(model.logits(ends, hidden), targets)
     rows, wanted = hidden.flatten(0, -2), targets.flatten().long()
     if len(wanted) <= chunk:
@@ -227,19 +284,34 @@ def _join(door: str, prompt: Tensor, continuation: Tensor, chunk: int) -> tuple[
     _check_chunk(door, chunk)
     if prompt.shape[:-1] != continuation.shape[:-1]:
         got, remedy = errors.shape(continuation), "Give both the same leading axes, or map by vmap."
-        errors.fail(door, "continuation", f"{(*prompt.shape[:-1], 'N')}, as the prompt leads", got, remedy)
+        errors.fail(
+            door, "continuation", f"{(*prompt.shape[:-1], 'N')}, as the prompt leads", got, remedy
+        )
     return torch.cat([prompt, continuation], -1)[..., :-1], continuation
 
 
 def _check_tokens(door: str, name: str, tokens: Tensor, least: int) -> None:
     if not isinstance(tokens, Tensor) or tokens.dtype not in tree.INTEGERS:
         got = getattr(tokens, "dtype", f"a {type(tokens).__name__}")
-        errors.fail(door, name, "an integer tensor", got, "Pass token ids: torch.tensor(tokenizer.encode(text)).", TypeError)
+        errors.fail(
+            door,
+            name,
+            "an integer tensor",
+            got,
+            "Pass token ids: torch.tensor(tokenizer.encode(text)).",
+            TypeError,
+        )
     if not tokens.dim() or tokens.shape[-1] < least:
-        remedy = "Begin with one token, such as the tokenizer's first." if least == 1 else "Give more tokens."
+        remedy = (
+            "Begin with one token, such as the tokenizer's first."
+            if least == 1
+            else "Give more tokens."
+        )
         errors.fail(door, name, f"(*lead, T) with T at least {least}", errors.shape(tokens), remedy)
 
 
 def _check_chunk(door: str, chunk: int) -> None:
     if not isinstance(chunk, int) or chunk < 1:
-        errors.fail(door, "chunk", "at least 1", chunk, "Positions whose logits are held at a time.")
+        errors.fail(
+            door, "chunk", "at least 1", chunk, "Positions whose logits are held at a time."
+        )

@@ -36,18 +36,37 @@ class LMEvalAdapter:
         seed: of the random key for tasks that sample.
     """
 
-    def __init__(self, model: Model, params: Tree, tokenizer: Tokenizer, *, context: int, chunk: int = 512, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        params: Tree,
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        chunk: int = 512,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         if tokenizer is None:
-            errors.fail("lm_eval_model", "tokenizer", "given", None, "The harness asks in text: load a model with its tokenizer.")
+            errors.fail(
+                "lm_eval_model",
+                "tokenizer",
+                "given",
+                None,
+                "The harness asks in text: load a model with its tokenizer.",
+            )
         if context < 2:
-            errors.fail("lm_eval_model", "context", "at least 2 tokens", context, "Such as config.context.")
+            errors.fail(
+                "lm_eval_model", "context", "at least 2 tokens", context, "Such as config.context."
+            )
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.context, self.chunk, self.seed = context, chunk, seed
         # whether prompts come from the chat template, where special tokens are parsed
         self.templated = False
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """The log-probability of each continuation, and whether it equals greedy decoding.
 
         Requests are pairs (context, continuation).
@@ -58,17 +77,22 @@ class LMEvalAdapter:
         for place, (before, _) in enumerate(pairs):
             alike.setdefault(before, []).append(place)
         for before, places in alike.items():
-            fits = [place for place in places if len(before) + len(pairs[place][1]) <= self.context + 1]
+            fits = [
+                place for place in places if len(before) + len(pairs[place][1]) <= self.context + 1
+            ]
             past = self._past(before) if len(fits) > 1 and len(before) > 1 else ABSENT
             for place in places:
                 after = pairs[place][1]
                 shared = place in fits and not is_absent(past)
                 found[place] = self._foretold(
-                    *((before[-1:], after) if shared else self._cut(before, after)), past if shared else ABSENT
+                    *((before[-1:], after) if shared else self._cut(before, after)),
+                    past if shared else ABSENT,
                 )
         return found
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """The log-probability of each whole text after the start token, in windows."""
         found = []
         for request in requests:
@@ -87,19 +111,30 @@ class LMEvalAdapter:
         """
         found = []
         for number, request in enumerate(requests):
-            text, options = request.args[0], {name: value for name, value in request.args[1].items() if value is not None}
+            text, options = (
+                request.args[0],
+                {name: value for name, value in request.args[1].items() if value is not None},
+            )
             check_options(options)
             until = options.get("until", ())
             until = [until] if isinstance(until, str) else [stop for stop in until if stop]
             steps = next((int(options[name]) for name in LIMITS if name in options), STEPS)
             if not 0 <= steps < self.context:
-                wanted = f"fewer than the {self.context} tokens of the context, which hold the question too"
+                wanted = (
+                    f"fewer than the {self.context} tokens of the context, which hold the question "
+                    "too"
+                )
                 remedy = "Set it for the task: gen_kwargs max_gen_toks=..."
                 errors.fail("generate_until", "max_gen_toks", wanted, steps, remedy)
             ids = (self._encode(text) or [self.prefix])[-(self.context - steps) :]
             prompt = self._tensor(ids)
             pieces = decoding.stream(
-                *(randomness.fold_in(randomness.key(self.seed).to(prompt.device), number), self.model, self.params, prompt),
+                *(
+                    randomness.fold_in(randomness.key(self.seed).to(prompt.device), number),
+                    self.model,
+                    self.params,
+                    prompt,
+                ),
                 steps=steps,
                 tokenizer=self.tokenizer,
                 sampler=sampler_of(options),
@@ -126,7 +161,9 @@ class LMEvalAdapter:
         """The chat template of the tokenizer, or ""."""
         return (self.tokenizer.template or "") if chat_template else ""
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """A conversation as one text; afterwards special tokens in texts are parsed.
 
         Args:
@@ -135,7 +172,10 @@ class LMEvalAdapter:
                 continue.
         """
         self.templated = True
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
         return self.tokenizer.chat(chat_history, **options)
 
     def _encode(self, text: str) -> list[int]:
@@ -159,11 +199,22 @@ class LMEvalAdapter:
         ids = self._encode(before + after)[len(head) :] if head else self._plain(before + after)
         if not 0 < len(ids) <= self.context:
             wanted = f"1 to {self.context} tokens behind its context"
-            remedy = "It may be empty, or one token with the end of the context: move text from the context into it."
-            errors.fail("loglikelihood", f"the continuation {after!r}", wanted, f"{len(ids)} behind {before[-50:]!r}", remedy)
+            remedy = (
+                "It may be empty, or one token with the end of the context: move text from the "
+                "context into it."
+            )
+            errors.fail(
+                "loglikelihood",
+                f"the continuation {after!r}",
+                wanted,
+                f"{len(ids)} behind {before[-50:]!r}",
+                remedy,
+            )
         return tuple(head or [self.prefix]), tuple(ids)
 
-    def _cut(self, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _cut(
+        self, before: tuple[int, ...], after: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Both, with the context truncated on the left; the model reads all but the last token."""
         return before[-(self.context + 1 - len(after)) :], after
 
@@ -173,10 +224,14 @@ class LMEvalAdapter:
         key = randomness.key(self.seed).to(prompt.device)  # not used, since no token is sampled
         return decoding.generate(key, self.model, self.params, prompt, steps=0, chunk=self.chunk)[1]
 
-    def _foretold(self, before: tuple[int, ...], after: tuple[int, ...], past: Past) -> tuple[float, bool]:
+    def _foretold(
+        self, before: tuple[int, ...], after: tuple[int, ...], past: Past
+    ) -> tuple[float, bool]:
         with torch.no_grad():
             before_after = self._tensor(before), self._tensor(after)
-            scores, likeliest = evaluation.score_and_greedy(self.model, self.params, *before_after, past, chunk=self.chunk)
+            scores, likeliest = evaluation.score_and_greedy(
+                self.model, self.params, *before_after, past, chunk=self.chunk
+            )
         return float(scores.double().sum()), bool(likeliest.all())
 
     def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
@@ -187,7 +242,8 @@ def rolling(length: int, context: int) -> list[evaluation.Window]:
     """The windows over a long text: each token is scored once, all windows are full.
 
     Example:
-        >>> [tuple(window) for window in rolling(11, 4)]  # 4 tokens are read for 4 scores; the last reads 4 for 2
+        >>> [tuple(window) for window in rolling(11,
+        ...     4)]  # 4 tokens are read for 4 scores; the last reads 4 for 2
         [(0, 1, 5), (4, 5, 9), (6, 9, 11)]
     """
     found, first = [], 1
@@ -199,7 +255,13 @@ def rolling(length: int, context: int) -> list[evaluation.Window]:
 
 
 def lm_eval_model(
-    model: Model, params: Tree, tokenizer: Tokenizer, *, context: int, chunk: int = 512, seed: int = 0
+    model: Model,
+    params: Tree,
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    chunk: int = 512,
+    seed: int = 0,
 ) -> Any:  # an lm_eval.api.model.LM, which this library does not depend on
     """A model for the harness: `lm_eval.simple_evaluate(lm_eval_model(...), tasks=[...])`.
 
@@ -218,7 +280,8 @@ def lm_eval_model(
 def register_lm_eval() -> None:
     """Register "funcattn" with the harness, for its command line:
 
-        lm_eval --model funcattn --model_args pretrained=smollm2-135m,dtype=float32 --tasks hellaswag
+        lm_eval --model funcattn --model_args pretrained=smollm2-135m,dtype=float32 --tasks
+        hellaswag
 
     `pretrained` is an argument of `fa.load`. The registration is per process: call it before, or in
     `--include_path` code.
@@ -230,20 +293,38 @@ def register_lm_eval() -> None:
     registry = _harness("lm_eval.api.registry")
 
     class Loading(kind):
-        def __init__(self, pretrained: str = "smollm2-135m", dtype: Any = None, device: Any = None, **options: Any) -> None:
+        def __init__(
+            self,
+            pretrained: str = "smollm2-135m",
+            dtype: Any = None,
+            device: Any = None,
+            **options: Any,
+        ) -> None:
             unknown = options.keys() - {"chunk", "seed", "max_length", *HARMLESS}
             if unknown:
                 remedy = "Load the model yourself, and pass lm_eval_model(...)."
                 wanted = "among pretrained, dtype, device, max_length, chunk, seed"
                 errors.fail("funcattn", "model_args", wanted, ", ".join(sorted(unknown)), remedy)
-            if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-                errors.fail("funcattn", "dtype", "a dtype of torch", repr(dtype), "Such as float32 or bfloat16.")
+            if (
+                isinstance(dtype, str)
+                and dtype != "auto"
+                and not isinstance(getattr(torch, dtype, None), torch.dtype)
+            ):
+                errors.fail(
+                    "funcattn",
+                    "dtype",
+                    "a dtype of torch",
+                    repr(dtype),
+                    "Such as float32 or bfloat16.",
+                )
             named = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else None
             config, params, tokenizer = checkpoints.load(pretrained, dtype=named)
             place = tree.to(device or "cpu")
             kept = {name: int(options[name]) for name in ("chunk", "seed") if name in options}
             context = int(options.get("max_length") or config.context)
-            super().__init__(transformer.decoder(config), place(params), tokenizer, context=context, **kept)
+            super().__init__(
+                transformer.decoder(config), place(params), tokenizer, context=context, **kept
+            )
 
     if "funcattn" not in registry.model_registry:
         registry.register_model("funcattn")(Loading)
@@ -258,4 +339,6 @@ def _harness(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as missing:
-        raise ImportError("lm_eval_model: lm_eval should be installed, got none. Run pip install lm_eval.") from missing
+        raise ImportError(
+            "lm_eval_model: lm_eval should be installed, got none. Run pip install lm_eval."
+        ) from missing

@@ -37,7 +37,8 @@ def register_transformers() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as missing:
         raise ImportError(
-            "register_transformers: transformers should be installed, got none. Run pip install transformers."
+            "register_transformers: transformers should be installed, got none. Run pip install "
+            "transformers."
         ) from missing
     AttentionInterface.register("funcattn", _attend)
     AttentionMaskInterface.register("funcattn", _mask)
@@ -47,7 +48,15 @@ def register_transformers() -> None:
 # bookkeeping.
 KNOWN = frozenset(
     {
-        *("position_ids", "cache_position", "use_cache", "return_dict", "output_hidden_states", "output_router_logits", "labels"),
+        *(
+            "position_ids",
+            "cache_position",
+            "use_cache",
+            "return_dict",
+            "output_hidden_states",
+            "output_router_logits",
+            "labels",
+        ),
         *("num_items_in_batch", "logits_to_keep", "max_length_q", "max_length_k", "deterministic"),
     }
 )
@@ -82,27 +91,51 @@ def _attend(
     raises, unless it is None. Weights are None unless they are requested.
     """
     if cache is not None:
-        errors.fail(DOOR, "cache", "None", "a paged cache", 'Take attn_implementation="sdpa" for continuous batching.')
+        errors.fail(
+            DOOR,
+            "cache",
+            "None",
+            "a paged cache",
+            'Take attn_implementation="sdpa" for continuous batching.',
+        )
     T, S = query.shape[-2], key.shape[-2]
     _check_others(others, attention_mask, T, S)
     mask, bias = attention_mask, position_bias
-    if mask is None and T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if (
+        mask is None
+        and T > 1
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    ):
         mask = masks.causal(T, S, offset=torch.zeros((), dtype=torch.int64, device=query.device))
     elif mask is not None and mask.is_floating_point():
         mask, bias = None, mask if bias is None else mask + bias
-    seen = _both(_documents(query, key, cu_seq_lens_q, cu_seq_lens_k, seq_idx), _chosen(key, indices))
+    seen = _both(
+        _documents(query, key, cu_seq_lens_q, cu_seq_lens_k, seq_idx), _chosen(key, indices)
+    )
     if seen is not None:
         mask = _both(mask.dense(S) if isinstance(mask, Mask) else mask, seen)
-    sink = s_aux.unsqueeze(-1) if s_aux is not None else None if sinks is None else sinks.squeeze(-1)
+    sink = (
+        s_aux.unsqueeze(-1) if s_aux is not None else None if sinks is None else sinks.squeeze(-1)
+    )
     if dropout and (sink is not None or softcap is not None):
-        errors.fail(DOOR, "dropout", "0 with sinks or a soft cap", dropout, "Set the model's attention_dropout to zero.")
+        errors.fail(
+            DOOR,
+            "dropout",
+            "0 with sinks or a soft cap",
+            dropout,
+            "Set the model's attention_dropout to zero.",
+        )
     if softcap is not None and bias is not None:
-        errors.fail(DOOR, "attention_mask", "of booleans with a soft cap", "numbers", "Pass mask == 0.")
+        errors.fail(
+            DOOR, "attention_mask", "of booleans with a soft cap", "numbers", "Pass mask == 0."
+        )
     drawn = dropout_key(dropout)
 
     def mixed(value: Tensor) -> Tensor:
         if sink is None and softcap is None:
-            return attention(query, key, value, mask, scale=scaling, bias=bias, dropout=dropout, key=drawn)
+            return attention(
+                query, key, value, mask, scale=scaling, bias=bias, dropout=dropout, key=drawn
+            )
         if softcap is None:
             out, lse = attend(query, key, value, mask, scale=scaling, bias=bias)
         else:
@@ -120,7 +153,9 @@ def _attend(
 
 def _weights_are_collected() -> bool:
     """True where hooks of transformers collect weights, since GPT-2 drops output_attentions."""
-    collector: Any = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    collector: Any = getattr(
+        sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None
+    )
     if collector is None:
         return False
     collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
@@ -136,14 +171,26 @@ def _check_others(others: dict[str, Any], mask: Tensor | None, T: int, S: int) -
         if name != "sliding_window":
             errors.fail(DOOR, name, "None, since nothing here reads it", option, remedy)
         if mask is None and T > 1 and option < S:
-            errors.fail(DOOR, name, f"at least {S}, the keys, where no attention_mask says it", option, remedy)
+            errors.fail(
+                DOOR,
+                name,
+                f"at least {S}, the keys, where no attention_mask says it",
+                option,
+                remedy,
+            )
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a & b
 
 
-def _documents(query: Tensor, key: Tensor, begin: Tensor | None, begin_keys: Tensor | None, number: Tensor | None) -> Tensor | None:
+def _documents(
+    query: Tensor,
+    key: Tensor,
+    begin: Tensor | None,
+    begin_keys: Tensor | None,
+    number: Tensor | None,
+) -> Tensor | None:
     """Booleans (B or 1, 1, T, S), True where query and key are in one document; None: no documents.
 
     Args:
@@ -155,13 +202,27 @@ def _documents(query: Tensor, key: Tensor, begin: Tensor | None, begin_keys: Ten
     if begin is not None or begin_keys is not None:
         if begin is None or begin_keys is None or query.shape[0] != 1:
             got = f"a batch of {query.shape[0]}"
-            errors.fail(DOOR, "cu_seq_lens_q", "given with cu_seq_lens_k, in a batch of one", got, "Pack the batch into one row.")
-        of = lambda ends, n: torch.searchsorted(ends[1:].contiguous(), torch.arange(n, device=ends.device), right=True)
+            errors.fail(
+                DOOR,
+                "cu_seq_lens_q",
+                "given with cu_seq_lens_k, in a batch of one",
+                got,
+                "Pack the batch into one row.",
+            )
+        of = lambda ends, n: torch.searchsorted(
+            ends[1:].contiguous(), torch.arange(n, device=ends.device), right=True
+        )
         return (of(begin, T).unsqueeze(-1) == of(begin_keys, S))[None, None]
     if number is None:
         return None
     if number.shape[-1] != T or T != S:
-        errors.fail(DOOR, "seq_idx", f"(B, {T}) for {S} keys", errors.shape(number), "Leave it out with a cache.")
+        errors.fail(
+            DOOR,
+            "seq_idx",
+            f"(B, {T}) for {S} keys",
+            errors.shape(number),
+            "Leave it out with a cache.",
+        )
     return (number.unsqueeze(-1) == number.unsqueeze(-2)).unsqueeze(-3)
 
 
@@ -171,7 +232,9 @@ def _chosen(key: Tensor, indices: Tensor | None) -> Tensor | None:
         return None
     S = key.shape[-2]
     places = torch.where(indices < 0, S, indices).long()
-    return torch.zeros(*places.shape[:-1], S + 1, dtype=torch.bool, device=key.device).scatter(-1, places, True)[:, None, :, :S]
+    return torch.zeros(*places.shape[:-1], S + 1, dtype=torch.bool, device=key.device).scatter(
+        -1, places, True
+    )[:, None, :, :S]
 
 
 def _mask(*sizes: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
@@ -182,6 +245,10 @@ def _mask(*sizes: Any, attention_mask: Tensor | None = None, **options: Any) -> 
     """
     from transformers.masking_utils import sdpa_mask
 
-    if attention_mask is not None and not torch.compiler.is_compiling() and errors.value(attention_mask) is None:
+    if (
+        attention_mask is not None
+        and not torch.compiler.is_compiling()
+        and errors.value(attention_mask) is None
+    ):
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(*sizes, attention_mask=attention_mask, **options)

@@ -58,19 +58,28 @@ def nested_attention(
     queries, keys, values = packed
     if not len(queries.offsets) == len(keys.offsets) == len(values.offsets):
         got = [len(x.offsets) - 1 for x in packed]
-        errors.fail("nested_attention", "q, k, v", "of as many documents each", got, "Pass the same batch.")
+        errors.fail(
+            "nested_attention", "q, k, v", "of as many documents each", got, "Pass the same batch."
+        )
     if keys.offsets is not values.offsets and errors.is_true(keys.offsets != values.offsets):
-        errors.fail("nested_attention", "v", "as ragged as k", "other lengths", "Give every key a value.")
+        errors.fail(
+            "nested_attention", "v", "as ragged as k", "other lengths", "Give every key a value."
+        )
     mask = document_mask(q, k, causal=causal)
-    out = attention(queries.values, keys.values, values.values, mask, scale=scale, dropout=dropout, key=key)
-    return torch.nested.nested_tensor_from_jagged(out, queries.offsets, queries.lengths, jagged_dim=2)
+    out = attention(
+        queries.values, keys.values, values.values, mask, scale=scale, dropout=dropout, key=key
+    )
+    return torch.nested.nested_tensor_from_jagged(
+        out, queries.offsets, queries.lengths, jagged_dim=2
+    )
 
 
 def document_mask(q: Tensor, k: Tensor, *, causal: bool = False) -> Mask:
     """The mask (N, 1) by which packed queries see the keys of their document; q and k are jagged.
 
     Example:
-        >>> x = torch.nested.nested_tensor_from_jagged(torch.ones(3, 1, 4), torch.tensor([0, 1, 3])).transpose(1, 2)
+        >>> x = torch.nested.nested_tensor_from_jagged(torch.ones(3, 1, 4), torch.tensor([0, 1,
+        ...     3])).transpose(1, 2)
         >>> document_mask(x, x, causal=True).dense(3).int().tolist()
         [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     """
@@ -96,10 +105,20 @@ class Packed(NamedTuple):
 
 def _unpack(function: str, name: str, x: Any) -> Packed:
     if not (x.is_nested and x.layout == torch.jagged):
-        got = f"a nested tensor of layout {x.layout}" if x.is_nested else f"a dense tensor {errors.shape(x)}"
-        remedy = "Build it with layout=torch.jagged; under torch.func, call attention of its values with interop.document_mask."
+        got = (
+            f"a nested tensor of layout {x.layout}"
+            if x.is_nested
+            else f"a dense tensor {errors.shape(x)}"
+        )
+        remedy = (
+            "Build it with layout=torch.jagged; under torch.func, call attention of its values "
+            "with interop.document_mask."
+        )
         errors.fail(function, name, "a jagged NestedTensor", got, remedy, TypeError)
     if x.dim() != 4 or x._ragged_idx != 2:
-        got, remedy = f"{x.dim()} axes, ragged at {x._ragged_idx}", "Bring the heads before the tokens: transpose(1, 2)."
+        got, remedy = (
+            f"{x.dim()} axes, ragged at {x._ragged_idx}",
+            "Bring the heads before the tokens: transpose(1, 2).",
+        )
         errors.fail(function, name, "(B, H, j, D) with j ragged", got, remedy)
     return Packed(x.values(), x.offsets(), x.lengths())

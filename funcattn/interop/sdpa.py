@@ -80,7 +80,9 @@ def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
     Law: values equal torch's, derivatives those of torch's dense path (test_interop.py, PyTorch's
         OpInfo samples).
     """
-    if key is not None and (not isinstance(key, Tensor) or key.shape != (2,) or key.is_floating_point()):
+    if key is not None and (
+        not isinstance(key, Tensor) or key.shape != (2,) or key.is_floating_point()
+    ):
         got = errors.shape(key) if isinstance(key, Tensor) else key
         errors.fail("override_sdpa", "key", "one key, int64 (2,)", got, "Pass funcattn.key(seed).")
     with _no_fused_inference(), Override(key):
@@ -107,7 +109,9 @@ class Override(Drawing):
             torch.autograd.grad: _rebound(torch.autograd.grad, has_torch_function=_never),
         }
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Called by torch for each of its functions, with this mode disabled."""
         kwargs = kwargs or {}
         if func is _sdpa:
@@ -138,22 +142,44 @@ class Override(Drawing):
         if query.is_nested or key.is_nested or value.is_nested:
             if attn_mask is not None:
                 remedy = "Documents see themselves alone; is_causal is there."
-                errors.fail("scaled_dot_product_attention", "attn_mask", "None for nested tensors", "a mask", remedy)
-            return nested_attention(query, key, value, causal=is_causal, scale=scale, dropout=dropout_p, key=draw)
+                errors.fail(
+                    "scaled_dot_product_attention",
+                    "attn_mask",
+                    "None for nested tensors",
+                    "a mask",
+                    remedy,
+                )
+            return nested_attention(
+                query, key, value, causal=is_causal, scale=scale, dropout=dropout_p, key=draw
+            )
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.dim() < 2:
-                errors.fail("scaled_dot_product_attention", name, "(*lead, L, E)", errors.shape(x), f"Try {name}.unsqueeze(0).")
+                errors.fail(
+                    "scaled_dot_product_attention",
+                    name,
+                    "(*lead, L, E)",
+                    errors.shape(x),
+                    f"Try {name}.unsqueeze(0).",
+                )
         mask, bias = _visible(attn_mask, is_causal, query, key)
         heads = [x.shape[-3:-2] for x in (query, key, value)]
         if all(heads) and (enable_gqa or heads[0] == heads[1] == heads[2]):
             if heads[1] != heads[2]:  # torch allows groups of different sizes for key and value
-                key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-            return attention(query, key, value, mask, scale=scale, bias=bias, dropout=dropout_p, key=draw)
+                key, value = (
+                    x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value)
+                )
+            return attention(
+                query, key, value, mask, scale=scale, bias=bias, dropout=dropout_p, key=draw
+            )
         # Any leading axis may be missing or of size one, heads too: with one more axis all
         # broadcast.
         query, key, value = (x.unsqueeze(-3) for x in (query, key, value))
-        mask, bias = (x.unsqueeze(-3) if isinstance(x, Tensor) and x.dim() > 2 else x for x in (mask, bias))
-        return attention(query, key, value, mask, scale=scale, bias=bias, dropout=dropout_p, key=draw).squeeze(-3)
+        mask, bias = (
+            x.unsqueeze(-3) if isinstance(x, Tensor) and x.dim() > 2 else x for x in (mask, bias)
+        )
+        return attention(
+            query, key, value, mask, scale=scale, bias=bias, dropout=dropout_p, key=draw
+        ).squeeze(-3)
 
     def draw(self, rate: float) -> Tensor | None:
         """The next key of dropout, or None without dropout."""
@@ -161,10 +187,25 @@ class Override(Drawing):
             return None
         if self.key is None:
             remedy = "Say override_sdpa(key=fa.key(0)), or module.eval() for no dropout."
-            errors.fail("override_sdpa", "key", f"given, since attention drops weights at a rate of {rate}", None, remedy)
-        if not self.replayed and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            remedy = "torch.utils.checkpoint runs the forward again there, and would drop other weights: set dropout to zero."
-            errors.fail("override_sdpa", "dropout_p", "0 in a backward pass", rate, remedy, RuntimeError)
+            errors.fail(
+                "override_sdpa",
+                "key",
+                f"given, since attention drops weights at a rate of {rate}",
+                None,
+                remedy,
+            )
+        if (
+            not self.replayed
+            and not torch.compiler.is_compiling()
+            and torch._C._current_graph_task_id() != -1
+        ):
+            remedy = (
+                "torch.utils.checkpoint runs the forward again there, and would drop other "
+                "weights: set dropout to zero."
+            )
+            errors.fail(
+                "override_sdpa", "dropout_p", "0 in a backward pass", rate, remedy, RuntimeError
+            )
         self.draws += 1
         return randomness.fold_in(self.key, self.draws - 1)
 
@@ -174,10 +215,14 @@ def dropout_key(rate: float) -> Tensor | None:
     if not rate:
         return None
     modes = torch.overrides._get_current_function_mode_stack()
-    return next((mode for mode in reversed(modes) if isinstance(mode, Override)), Override(None)).draw(rate)
+    return next(
+        (mode for mode in reversed(modes) if isinstance(mode, Override)), Override(None)
+    ).draw(rate)
 
 
-def _visible(attn_mask: Tensor | Mask | None, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Any, Tensor | None]:
+def _visible(
+    attn_mask: Tensor | Mask | None, is_causal: bool, query: Tensor, key: Tensor
+) -> tuple[Any, Tensor | None]:
     """attn_mask and is_causal of torch as a mask and a bias."""
     diagonal = "upper" if is_causal else ""
     if isinstance(attn_mask, Tensor) and type(attn_mask) not in (Tensor, torch.nn.Parameter):
@@ -187,12 +232,26 @@ def _visible(attn_mask: Tensor | Mask | None, is_causal: bool, query: Tensor, ke
         if isinstance(attn_mask, CausalBias):
             if is_causal:
                 errors.fail(
-                    "scaled_dot_product_attention", "is_causal", "False with a CausalBias", True, "The bias says it already."
+                    "scaled_dot_product_attention",
+                    "is_causal",
+                    "False with a CausalBias",
+                    True,
+                    "The bias says it already.",
                 )
             diagonal = "lower" if attn_mask.variant == CausalVariant.LOWER_RIGHT else "upper"
-            wanted, T, S = (attn_mask.seq_len_q, attn_mask.seq_len_kv), query.shape[-2], key.shape[-2]
+            wanted, T, S = (
+                (attn_mask.seq_len_q, attn_mask.seq_len_kv),
+                query.shape[-2],
+                key.shape[-2],
+            )
             if diagonal == "lower" and wanted != (T, S):
-                errors.fail("scaled_dot_product_attention", "attn_mask", f"causal_lower_right({T}, {S})", wanted, "Build it anew.")
+                errors.fail(
+                    "scaled_dot_product_attention",
+                    "attn_mask",
+                    f"causal_lower_right({T}, {S})",
+                    wanted,
+                    "Build it anew.",
+                )
             attn_mask = None
     mask, bias = attn_mask, None
     if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
@@ -213,7 +272,9 @@ def _rebound(function: Callable[..., Any], **others: object) -> Callable[..., An
 
     Its globals have no `__name__`, by which Dynamo would look names up in torch's module.
     """
-    known = {name: value for name, value in function.__globals__.items() if name != "__name__"} | others
+    known = {
+        name: value for name, value in function.__globals__.items() if name != "__name__"
+    } | others
     copy = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
@@ -227,7 +288,9 @@ def _never(*_: object) -> bool:
 def _check_key_padding_mask(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
     """Torch's check, in a form that Dynamo can trace."""
     if key_padding_mask.shape != (bsz, src_len):
-        raise AssertionError(f"key_padding_mask should be {(bsz, src_len)}, got {tuple(key_padding_mask.shape)}")
+        raise AssertionError(
+            f"key_padding_mask should be {(bsz, src_len)}, got {tuple(key_padding_mask.shape)}"
+        )
 
 
 def _softmax(x: Tensor, dim: int) -> Tensor:

@@ -23,7 +23,16 @@ dtype of sums.
 from .api import attend, attention, attention_weights, explain
 from .closed import flops as flops
 from .dispatch import Explanation, use
-from .merging import KVSegment, Partial, attend_segments, check_remembered, join, merge, partial, soft_cap
+from .merging import (
+    KVSegment,
+    Partial,
+    attend_segments,
+    check_remembered,
+    join,
+    merge,
+    partial,
+    soft_cap,
+)
 from .request import Kernel, Request
 from .rings import join_over, merge_over, places, ring, unzigzag, zigzag
 from .score_mod import attention_with_score

@@ -140,7 +140,8 @@ def attention_weights(
         mask, scale, bias: as in `attend`.
 
     Returns:
-        (*lead, H, T, S), in float32 at least. Rows sum to one, or to zero where a query sees no key.
+        (*lead, H, T, S), in float32 at least. Rows sum to one, or to zero where a query sees no
+        key.
 
     Raises:
         ValueError, TypeError: as `attend`.
@@ -196,7 +197,8 @@ def _run(r: Request, kernel: Kernel) -> Attended:
 def _untraced(kernel: Kernel, r: Request) -> Attended:
     if dispatch.is_registered(kernel):
         return kernel.run(r)
-    with dispatch.unforced():  # attention inside of a custom kernel is chosen anew, not that kernel again
+    # attention inside of a custom kernel is chosen anew, not that kernel again
+    with dispatch.unforced():
         return kernel.run(r)
 
 
@@ -204,15 +206,28 @@ def _given(kernel: Kernel, r: Request, found: Attended) -> Attended:
     """The result of a custom kernel, checked to be an Attended of the expected shapes."""
     if not isinstance(found, Attended) or not isinstance(found.out, Tensor):
         wanted, remedy = "to return Attended(out, lse)", "Make one: fa.records.Attended(out, lse)."
-        errors.fail("attention", f"kernel {kernel.name!r}", wanted, f"a {type(found).__name__}", remedy, TypeError)
+        errors.fail(
+            "attention",
+            f"kernel {kernel.name!r}",
+            wanted,
+            f"a {type(found).__name__}",
+            remedy,
+            TypeError,
+        )
     shape = (*r.lead, *r.q.shape[-3:-1], r.v.shape[-1])
-    checked = {"out": (found.out, shape)} | ({"lse": (found.lse, shape[:-1])} if r.wants_lse else {})
+    checked = {"out": (found.out, shape)} | (
+        {"lse": (found.lse, shape[:-1])} if r.wants_lse else {}
+    )
     for name, (x, wanted) in checked.items():
         if not isinstance(x, Tensor) or tuple(x.shape) != wanted:
             got = errors.shape(x) if isinstance(x, Tensor) else repr(x)
             remedy = 'Say in why_not what it cannot run, as "no log-sum-exp" where r.wants_lse.'
-            errors.fail("attention", f"kernel {kernel.name!r}", f"to return {name} {wanted}", got, remedy)
+            errors.fail(
+                "attention", f"kernel {kernel.name!r}", f"to return {name} {wanted}", got, remedy
+            )
     if found.out.dtype != r.v.dtype:
         wanted, remedy = f"to return out in {r.v.dtype} as v is", "Cast it: out.to(r.v.dtype)."
-        errors.fail("attention", f"kernel {kernel.name!r}", wanted, found.out.dtype, remedy, TypeError)
+        errors.fail(
+            "attention", f"kernel {kernel.name!r}", wanted, found.out.dtype, remedy, TypeError
+        )
     return found

@@ -43,12 +43,19 @@ class BlockSum:
     maximum: bool = False  # maximum over blocks in place of the sum; not differentiable
 
     def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
-        part_of = lambda q_block, k_block: self.f(*[cut(t, axes, q_block, k_block) for t, axes in zip(x, self.reads, strict=True)])
+        part_of = lambda q_block, k_block: self.f(
+            *[cut(t, axes, q_block, k_block) for t, axes in zip(x, self.reads, strict=True)]
+        )
         nowhere = slice(0, 0)  # an empty block, to infer shapes
         with arguments.no_autocast(x[0]):  # sums in float32 at least, in backward passes too
-            out = [self._whole(part, axes) for part, axes in zip(part_of(nowhere, nowhere), self.writes, strict=True)]
+            out = [
+                self._whole(part, axes)
+                for part, axes in zip(part_of(nowhere, nowhere), self.writes, strict=True)
+            ]
             for q_block, k_block in self._blocks(x):
-                for total, part, axes in zip(out, part_of(q_block, k_block), self.writes, strict=True):
+                for total, part, axes in zip(
+                    out, part_of(q_block, k_block), self.writes, strict=True
+                ):
                     into = cut(total, axes, q_block, k_block)
                     into.copy_(torch.maximum(into, part)) if self.maximum else into.add_(part)
         return tuple(out)
@@ -56,11 +63,20 @@ class BlockSum:
     def vjp(self, inputs: int, needed: Sequence[int], given: Sequence[int]) -> "BlockSum":
         """See core.computations.Computation: cotangents of inputs have the axes of the inputs."""
         reads = (*self.reads, *[self.writes[n] for n in given])
-        return replace(self, f=pullback(self.f, inputs, needed, given), reads=reads, writes=tuple(self.reads[n] for n in needed))
+        return replace(
+            self,
+            f=pullback(self.f, inputs, needed, given),
+            reads=reads,
+            writes=tuple(self.reads[n] for n in needed),
+        )
 
     def jvp(self, inputs: int, moved: Sequence[int]) -> "BlockSum":
         """See core.computations.Computation: tangents have the axes of their inputs."""
-        return replace(self, f=pushforward(self.f, inputs, moved), reads=(*self.reads, *[self.reads[n] for n in moved]))
+        return replace(
+            self,
+            f=pushforward(self.f, inputs, moved),
+            reads=(*self.reads, *[self.reads[n] for n in moved]),
+        )
 
     def vmap(self, mapped: Sequence[bool], randomness: str) -> "BlockSum":
         """See core.computations.Computation."""
@@ -69,7 +85,9 @@ class BlockSum:
     def _blocks(self, x: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
         groups = max(1, x[0].numel() // max(1, self.T))
         rows = min(SIDE, max(16, ELEMENTS // (groups * min(self.S + 1, SIDE))))
-        for q_block, k_blocks in Blocks(self.T, self.S, rows, SIDE, *[x[n] for n in self.mask]).walk():
+        for q_block, k_blocks in Blocks(
+            self.T, self.S, rows, SIDE, *[x[n] for n in self.mask]
+        ).walk():
             yield from ((q_block, k_block) for k_block, _ in k_blocks)
 
     def _whole(self, part: Tensor, axes: Axes) -> Tensor:

@@ -57,19 +57,32 @@ class Explanation(NamedTuple):
         return next(v.kernel for v in self.verdicts if v.chosen)
 
     def __repr__(self) -> str:
-        rows = [(("-> " if v.chosen else "   ") + v.kernel, v.why_not or "can run", v.what) for v in self.verdicts]
+        rows = [
+            (("-> " if v.chosen else "   ") + v.kernel, v.why_not or "can run", v.what)
+            for v in self.verdicts
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        return "\n".join(f"{name:<{widths[0]}}  {state:<{widths[1]}}  {what}" for name, state, what in rows)
+        return "\n".join(
+            f"{name:<{widths[0]}}  {state:<{widths[1]}}  {what}" for name, state, what in rows
+        )
 
     def _repr_html_(self) -> str:
-        cell = lambda text, bold: f"<td>{'<b>' if bold else ''}{html.escape(text)}{'</b>' if bold else ''}</td>"
+        cell = lambda text, bold: (
+            f"<td>{'<b>' if bold else ''}{html.escape(text)}{'</b>' if bold else ''}</td>"
+        )
         rows = "".join(
             "<tr>"
-            + "".join(cell(text, v.chosen) for text in (v.kernel, v.why_not or "can run", v.what, "chosen" if v.chosen else ""))
+            + "".join(
+                cell(text, v.chosen)
+                for text in (v.kernel, v.why_not or "can run", v.what, "chosen" if v.chosen else "")
+            )
             + "</tr>"
             for v in self.verdicts
         )
-        return f"<table><tr><th>kernel</th><th>here</th><th>what it is</th><th></th></tr>{rows}</table>"
+        return (
+            "<table><tr><th>kernel</th><th>here</th><th>what it "
+            f"is</th><th></th></tr>{rows}</table>"
+        )
 
 
 def named(function: str, kernel: str | Kernel, wanted: str = "one of") -> Kernel:
@@ -78,7 +91,13 @@ def named(function: str, kernel: str | Kernel, wanted: str = "one of") -> Kernel
         return kernel
     if kernel not in _BY_NAME:
         remedy = "See kernels.explain."
-        errors.fail(function, "kernel", f"{wanted} {', '.join(map(repr, _BY_NAME))}, or a Kernel", repr(kernel), remedy)
+        errors.fail(
+            function,
+            "kernel",
+            f"{wanted} {', '.join(map(repr, _BY_NAME))}, or a Kernel",
+            repr(kernel),
+            remedy,
+        )
     return _BY_NAME[kernel]
 
 
@@ -96,11 +115,17 @@ def forced(kernel: str | Kernel | None = None) -> Kernel | None:
 def giving_lse(kernel: str | Kernel | None) -> Kernel | None:
     """The forced kernel for a segment whose lse is needed: flash in place of sdpa."""
     found = forced(kernel)
-    return entry.FLASH if found is not None and is_registered(found) and found.name.startswith("sdpa") else found
+    return (
+        entry.FLASH
+        if found is not None and is_registered(found) and found.name.startswith("sdpa")
+        else found
+    )
 
 
 def choose(r: Request, kernel: str | Kernel | None = None) -> Kernel:
-    """The kernel that runs: the forced one, or the first of the registry that can and need not be passed over."""
+    """The kernel that runs: the forced one, or the first of the registry that can and need not be
+    passed over.
+    """
     found = forced(kernel)
     if found is None:
         for one in REGISTRY:

@@ -64,11 +64,19 @@ def merge(a: Attended, b: Attended) -> Attended:
     """
     told = lambda x: f"out {errors.shape(x.out)} and lse {errors.shape(x.lse)}"
     try:
-        lead = torch.broadcast_shapes(a.out.shape[:-3], b.out.shape[:-3], a.lse.shape[:-2], b.lse.shape[:-2])
+        lead = torch.broadcast_shapes(
+            a.out.shape[:-3], b.out.shape[:-3], a.lse.shape[:-2], b.lse.shape[:-2]
+        )
     except RuntimeError:
         lead = None
     if lead is None or a.out.shape[-3:] != b.out.shape[-3:] or a.lse.shape[-2:] != b.lse.shape[-2:]:
-        errors.fail("merge", "b", f"{told(a)} as in a", told(b), "Attend with the same queries and head size of values.")
+        errors.fail(
+            "merge",
+            "b",
+            f"{told(a)} as in a",
+            told(b),
+            "Attend with the same queries and head size of values.",
+        )
     return join(Partial(*a), Partial(*b)).attended
 
 
@@ -118,7 +126,9 @@ def join(a: Partial, b: Partial) -> Partial:
     log = torch.where(no_a, y, torch.where(no_b, x, torch.logaddexp(x, y)))
     lse = center + log
     out = w * accurate(a.out) + (1 - w) * accurate(b.out)
-    return Partial(out.to(a.out.dtype), torch.where(no_a & no_b, NOTHING, lse), ((center - lse) + log).detach())
+    return Partial(
+        out.to(a.out.dtype), torch.where(no_a & no_b, NOTHING, lse), ((center - lse) + log).detach()
+    )
 
 
 def attend_segments(
@@ -165,7 +175,9 @@ def attend_segments(
     if len(segments) == 1 and cap is None and sinks is None:
         (k, v, mask) = segments[0]
         return attend(q, k, v, None if is_absent(mask) else mask, scale=scale, kernel=forced).out
-    attended = functools.reduce(join, [_attend_segment(q, segment, scale, cap, forced) for segment in segments])
+    attended = functools.reduce(
+        join, [_attend_segment(q, segment, scale, cap, forced) for segment in segments]
+    )
     return attended.out if sinks is None else _drain(attended, sinks)
 
 
@@ -184,12 +196,19 @@ def _is_spoilt(out: Tensor, segments: Sequence[KVSegment]) -> bool:
 def check_remembered(k: Tensor, dtype: torch.dtype) -> None:
     """Raise TypeError where the cached keys are not in the dtype of the queries."""
     if k.dtype != dtype:
-        wanted, remedy = f"{dtype} as the weights give", f"Make the past with model.cache(size, dtype={dtype})."
+        wanted, remedy = (
+            f"{dtype} as the weights give",
+            f"Make the past with model.cache(size, dtype={dtype}).",
+        )
         errors.fail("attention", "the past", wanted, k.dtype, remedy, TypeError)
 
 
 def _attend_segment(
-    q: Tensor, segment: KVSegment, scale: float | Tensor, cap: float | None, kernel: str | Kernel | None
+    q: Tensor,
+    segment: KVSegment,
+    scale: float | Tensor,
+    cap: float | None,
+    kernel: str | Kernel | None,
 ) -> Partial:
     k, v, mask = segment.k, segment.v, None if is_absent(segment.mask) else segment.mask
     if cap is None:
@@ -207,7 +226,9 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 def _drain(attended: Partial, sinks: Tensor) -> Tensor:
     """Attention merged with one more key per head, of logit `sinks` and value 0."""
-    kept = torch.sigmoid((attended.lse - sinks.to(attended.lse.dtype).unsqueeze(-1)) + attended.rest)
+    kept = torch.sigmoid(
+        (attended.lse - sinks.to(attended.lse.dtype).unsqueeze(-1)) + attended.rest
+    )
     return attended.out * kept.unsqueeze(-1).to(attended.out.dtype)
 
 
@@ -218,7 +239,10 @@ def _is_plain_step(q: Tensor, segments: Sequence[KVSegment]) -> bool:
     """
     if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling():
         return False
-    if not all(is_absent(segment.mask) and segment.k.dim() == 3 and segment.k.shape[-2] for segment in segments):
+    if not all(
+        is_absent(segment.mask) and segment.k.dim() == 3 and segment.k.shape[-2]
+        for segment in segments
+    ):
         return False
     if is_recorded(q, *[x for segment in segments for x in (segment.k, segment.v)]):
         return False
@@ -248,13 +272,23 @@ def _one(q: Tensor, segments: Sequence[KVSegment], scale: float, sinks: Tensor |
     return out if sinks is None else _drain(Partial(out, lse.reshape(q.shape[0], 1)), sinks)
 
 
-def _joint(q: Tensor, segments: Sequence[KVSegment], scale: float | Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
+def _joint(
+    q: Tensor,
+    segments: Sequence[KVSegment],
+    scale: float | Tensor,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     logits: list[Tensor] = []
     taken: list[tuple[Taken, Tensor | None]] = []
     can_be_empty = True
     for k, v, mask in segments:
         seen = None if is_absent(mask) else reference.visible(mask, k.shape[-2])
-        x = unseen.take_out(q, k, v, seen, all_keys=False) if torch.compiler.is_compiling() else Taken(q, k, v)
+        x = (
+            unseen.take_out(q, k, v, seen, all_keys=False)
+            if torch.compiler.is_compiling()
+            else Taken(q, k, v)
+        )
         S = reference.logits(accurate(x.q), accurate(x.k), scale, seen)
         S = S if cap is None else soft_cap(S, cap)
         if seen is None:

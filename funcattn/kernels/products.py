@@ -18,7 +18,8 @@ from ..core import errors
 from ..core.autograd import add, align, closed_jvp, is_recorded, sum_to, transforming
 from .backends.masking import is_finite, weigh
 
-COPIED = 64 * 64  # elements of an operand, up to which a copy for each row of vmap is cheaper than a Function
+# elements of an operand, up to which a copy for each row of vmap is cheaper than a Function
+COPIED = 64 * 64
 FEW = 8  # rows, at most, whose product compiled code writes out as sums
 
 
@@ -49,7 +50,9 @@ class Product(Function):
         return Product.apply(dx, w) if dw is None else Product.apply(dx, w) + Product.apply(x, dw)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, w: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None], x: Tensor, w: Tensor
+    ) -> tuple[Tensor, int]:
         dx, dw = in_dims
         if dx is not None and dw is None:  # more rows
             x = x.movedim(dx, -3)  # (*lead, B, R, D)
@@ -95,14 +98,19 @@ class MaskedSum(Function):
         return dx, dw, None
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None) -> Tensor | None:
+    def jvp(
+        ctx: Any, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None
+    ) -> Tensor | None:
         x, w, seen = saved
         one = None if dx is None else MaskedSum.apply(dx, w, seen)
         return add(one, None if dw is None else MaskedSum.apply(x, dw, seen))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, seen: Tensor) -> tuple[Tensor, int]:
-        if in_dims[0] is None and in_dims[2] is None and in_dims[1] is not None:  # more columns, as in Product
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, seen: Tensor
+    ) -> tuple[Tensor, int]:
+        # more columns, as in Product
+        if in_dims[0] is None and in_dims[2] is None and in_dims[1] is not None:
             w = w.movedim(in_dims[1], -2)
             out = MaskedSum.apply(x, w.flatten(-2, -1), seen)
             return out.unflatten(-1, w.shape[-2:]), out.dim() - 1
@@ -135,13 +143,17 @@ class MaskedDot(Function):
         return dx, dw, None
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None) -> Tensor | None:
+    def jvp(
+        ctx: Any, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None
+    ) -> Tensor | None:
         x, w, seen = saved
         one = None if dx is None else MaskedDot.apply(dx, w, seen)
         return add(one, None if dw is None else MaskedDot.apply(x, dw, seen))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, seen: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, seen: Tensor
+    ) -> tuple[Tensor, int]:
         if in_dims[1] is None:
             rows = _rows(info, in_dims, (x, w, seen))
             out = MaskedDot.apply(rows[0], w, rows[2])
@@ -154,7 +166,11 @@ def _rows(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...
 
     For batching rules where w is not mapped.
     """
-    fold = lambda x, d: x.unsqueeze(-3).expand(*x.shape[:-2], info.batch_size, *x.shape[-2:]) if d is None else x.movedim(d, -3)
+    fold = lambda x, d: (
+        x.unsqueeze(-3).expand(*x.shape[:-2], info.batch_size, *x.shape[-2:])
+        if d is None
+        else x.movedim(d, -3)
+    )
     return [fold(x, d).flatten(-3, -2) for x, d in zip(tensors, in_dims, strict=True)]
 
 

@@ -38,7 +38,9 @@ def logits(q: Tensor, k: Tensor, scale: float | Tensor, seen: Tensor | None = No
     rows = q * scale
     if H != K:
         rows = torch.unflatten(rows, -3, (K, H // K)).flatten(-3, -2)  # (*lead, K, G T, D)
-    if seen is not None and products.hides(seen, q, k, *([scale] if isinstance(scale, Tensor) else [])):
+    if seen is not None and products.hides(
+        seen, q, k, *([scale] if isinstance(scale, Tensor) else [])
+    ):
         S = products.MaskedDot.apply(rows, k, _rows(seen, H, T, k.shape[-2], K))
     else:
         S = products.product(rows, k.mT)
@@ -69,7 +71,14 @@ def visible(mask: Mask | Tensor, S: int) -> Tensor:
     return mask.dense(S).unsqueeze(-3) if isinstance(mask, Mask) else mask
 
 
-def weigh(q: Tensor, k: Tensor, mask: Mask | Tensor | None, *, scale: float | Tensor, bias: Tensor | None = None) -> Tensor:
+def weigh(
+    q: Tensor,
+    k: Tensor,
+    mask: Mask | Tensor | None,
+    *,
+    scale: float | Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
     """The attention weights, (*lead, H, T, S) in float32 at least."""
     seen = _seen(mask, bias, k.shape[-2])
     return _weigh(unseen.take_out(q, k, None, seen), seen, scale, bias, wants_lse=False)[0]
@@ -130,7 +139,10 @@ def attend(
     P = P if keep is None else P * keep
     spoilt = unseen.poison(x.bad_v, P, seen)
     out = mix(P if spoilt is None else P * spoilt, accurate(x.v, bias), seen).to(v.dtype)
-    return Attended(unseen.without_blind(out, x.blind), out.new_zeros(()) if lse is None else lse.expand(out.shape[:-1]))
+    return Attended(
+        unseen.without_blind(out, x.blind),
+        out.new_zeros(()) if lse is None else lse.expand(out.shape[:-1]),
+    )
 
 
 def run(r: Request) -> Attended:
@@ -139,7 +151,11 @@ def run(r: Request) -> Attended:
     if r.dropout and r.key is not None:
         keys = dropout.head_keys(r.key, (*r.lead, r.q.shape[-3]))
         keep = dropout.keep(keys, slice(0, r.q.shape[-2]), slice(0, r.k.shape[-2]), r.dropout)
-    return attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep, wants_lse=r.wants_lse)
+    return attend(
+        r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, keep=keep, wants_lse=r.wants_lse
+    )
 
 
-REFERENCE = Kernel("reference", "dense, the specification: every transform, O(T S) memory", lambda r: "", run)
+REFERENCE = Kernel(
+    "reference", "dense, the specification: every transform, O(T S) memory", lambda r: "", run
+)

@@ -14,7 +14,8 @@ from ..records import Attended
 from .backends import aten
 
 FEW = 16  # queries up to which dense logits over all keys count as linear memory, and are cheapest
-SMALL = 64 * 64  # pairs of a query and a key whose dense logits cost less than a call of the closed family
+# pairs of a query and a key whose dense logits cost less than a call of the closed family
+SMALL = 64 * 64
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,21 @@ class Request:
 
     @property
     def recorded(self) -> bool:
-        """True where derivatives may follow: in a transform, with a recorded input, in torch.compile."""
+        """True where derivatives may follow: in a transform, with a recorded input, in
+        torch.compile.
+        """
         # In torch.compile levels are not seen, and the lock of a cached property is not traced.
         return torch.compiler.is_compiling() or self._recorded
 
     @functools.cached_property
     def _recorded(self) -> bool:
-        return is_recorded(self.q, self.k, self.v, self.bias, self.scale if isinstance(self.scale, Tensor) else None)
+        return is_recorded(
+            self.q,
+            self.k,
+            self.v,
+            self.bias,
+            self.scale if isinstance(self.scale, Tensor) else None,
+        )
 
     @property
     def small(self) -> bool:
@@ -64,7 +73,11 @@ class Request:
         if not isinstance(self.mask, Mask) or self.bias is not None:
             return False
         start, stop = errors.value(self.mask.start), errors.value(self.mask.stop)
-        return start is not None and stop is not None and aten.is_causal((start, stop), self.k.shape[-2])
+        return (
+            start is not None
+            and stop is not None
+            and aten.is_causal((start, stop), self.k.shape[-2])
+        )
 
 
 def _never(_: Request) -> str:
@@ -89,8 +102,10 @@ class Kernel:
     Example:
         >>> import funcattn as fa
         >>> def run(r):
-        ...     return fa.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, kernel="reference")
-        >>> mine = fa.kernels.Kernel("mine", "the reference", lambda r: "draws no dropout" if r.dropout else "", run)
+        ...     return fa.attend(r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias,
+        ...     kernel="reference")
+        >>> mine = fa.kernels.Kernel("mine", "the reference", lambda r: "draws no dropout"
+        ...     if r.dropout else "", run)
         >>> q = torch.ones(1, 2, 4)
         >>> fa.explain(q, q, q, kernel=mine).chosen
         'mine'

@@ -54,7 +54,13 @@ def unzigzag(x: Tensor, n: int, *, dim: int = -1) -> Tensor:
 def _chunks(function: str, x: Tensor, n: int, dim: int, order: list[int]) -> Tensor:
     if x.shape[dim] % (2 * n):
         remedy = "Pad the text, and let no target be a pad."
-        errors.fail(function, "x", f"a multiple of 2 n = {2 * n} long along axis {dim}", errors.shape(x), remedy)
+        errors.fail(
+            function,
+            "x",
+            f"a multiple of 2 n = {2 * n} long along axis {dim}",
+            errors.shape(x),
+            remedy,
+        )
     parts = x.chunk(2 * n, dim)
     return torch.cat([parts[i] for i in order], dim)
 
@@ -66,7 +72,9 @@ def places(T: int, axis: str) -> Tensor:
         return torch.arange(T)
     if T % 2:
         remedy = "Cut a text that is a multiple of twice the devices long."
-        errors.fail("ring", "tokens", f"an even number on each of the {n} devices of {axis!r}", T, remedy)
+        errors.fail(
+            "ring", "tokens", f"an even number on each of the {n} devices of {axis!r}", T, remedy
+        )
     C = T // 2
     row = torch.arange(C, device=i.device)
     return torch.cat([row + i * C, row + (2 * n - 1 - i) * C])
@@ -129,7 +137,9 @@ def _seen(places: Tensor, whose: Tensor, C: int, n: int) -> Mask:
     if n == 1:
         stop = places + 1
     else:
-        stop = (places - whose * C + 1).clamp(0, C) + (places - (2 * n - 1 - whose) * C + 1).clamp(0, C)
+        stop = (places - whose * C + 1).clamp(0, C) + (places - (2 * n - 1 - whose) * C + 1).clamp(
+            0, C
+        )
     return Mask(torch.zeros_like(stop).unsqueeze(-1), stop.unsqueeze(-1))
 
 
@@ -164,4 +174,8 @@ def join_over(one: Partial, axis: str) -> Partial:
     weighted = psum(share.unsqueeze(-1) * out.to(share.dtype), axis)
     log = torch.where(empty, 1, total).log()
     whole = log + greatest
-    return Partial(weighted.to(out.dtype), torch.where(empty, nothing, whole), ((greatest - whole) + log).detach())
+    return Partial(
+        weighted.to(out.dtype),
+        torch.where(empty, nothing, whole),
+        ((greatest - whole) + log).detach(),
+    )

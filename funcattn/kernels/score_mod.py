@@ -94,7 +94,8 @@ def attention_with_score(
         torch.Size([1, 2, 4])
         >>> attention_with_score(q, k, v, lambda s, b, h, i, j: s - s.mean(-1, keepdim=True))
         Traceback (most recent call last):
-        ValueError: attention_with_score: score should be elementwise, got one whose value at a pair depends on the other pairs, or
+        ValueError: attention_with_score: score should be elementwise, got one whose value at a pair
+            depends on the other pairs, or
         on the call. Let it read its own logit, the indices and parameters, and nothing else.
 
     Law: derivatives are those of the dense formula
@@ -117,7 +118,9 @@ def stream(
     r = arguments.request(DOOR, q, k, v, mask, scale, None)
     if not isinstance(parameters, tuple):
         remedy = "Put a single one in a tuple of its own: parameters=(table,)."
-        errors.fail(DOOR, "parameters", "a tuple", f"a {type(parameters).__name__}", remedy, TypeError)
+        errors.fail(
+            DOOR, "parameters", "a tuple", f"a {type(parameters).__name__}", remedy, TypeError
+        )
     if torch.compiler.is_exporting() or _is_traced_by_jit():  # plain operations, no loop
         return _attend(r, score, parameters, dense=True)
     return _eagerly(r, score, parameters)  # pyright: ignore[reportCallIssue]
@@ -139,7 +142,11 @@ def _attend(
 
     def of_tensors(s: Tensor, indices: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         filled = dict(zip(places, tensors, strict=True))
-        return score(s, *indices, *pytree.tree_unflatten([filled.get(n, leaf) for n, leaf in enumerate(leaves)], tree))
+        return score(
+            s,
+            *indices,
+            *pytree.tree_unflatten([filled.get(n, leaf) for n, leaf in enumerate(leaves)], tree),
+        )
 
     tensors = [leaves[n] for n in places]
     if not dense:
@@ -150,7 +157,9 @@ def _attend(
 _eagerly = torch.compiler.disable(_attend)
 
 
-def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _stream(
+    r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, blind, *flags = unseen.take_out(accurate(r.q), accurate(r.k), accurate(r.v), r.mask)
     bad = [x for x in flags if x is not None]
     H, T, S = *q.shape[-3:-1], k.shape[-2]
@@ -162,7 +171,9 @@ def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: b
         factor = unseen.poison(bad, like, seen)
         return 1.0 if factor is None else factor
 
-    def logits(i: Tensor, j: Tensor, q: Tensor, k: Tensor, scale: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
+    def logits(
+        i: Tensor, j: Tensor, q: Tensor, k: Tensor, scale: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         seen = _seen(rest[: len(mask)], j)
         s = reference.logits(q, k, scale, seen)
         if flags[0] is not None:
@@ -173,11 +184,17 @@ def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: b
     def highest(_: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
         s, seen = logits(*x)
         s = s if seen is None else torch.where(seen, s, NOTHING)
-        return ((s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), NOTHING)),)
+        return (
+            (s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), NOTHING)),
+        )
 
     def normalizers(shift: Tensor, v: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
         s, seen = logits(*x)
-        p = (s - shift).exp() if seen is None else torch.where(seen, (torch.where(seen, s, shift) - shift).exp(), 0)
+        p = (
+            (s - shift).exp()
+            if seen is None
+            else torch.where(seen, (torch.where(seen, s, shift) - shift).exp(), 0)
+        )
         normalizer = p.sum(-1, keepdim=True)
         if flags[1] is not None:
             seen = s != NOTHING if seen is None else seen & (s != NOTHING)
@@ -185,7 +202,16 @@ def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: b
         return normalizer, reference.mix(p, v, seen)
 
     query, key = Axes(query=-2), Axes(key=-2)
-    common = (Axes(query=-1), Axes(key=-1), query, key, Axes(), *mask_axes, *[key] * len(bad), *[Axes()] * len(parameters))
+    common = (
+        Axes(query=-1),
+        Axes(key=-1),
+        query,
+        key,
+        Axes(),
+        *mask_axes,
+        *[key] * len(bad),
+        *[Axes()] * len(parameters),
+    )
     x = (i, j, q, k, scale, *mask, *bad, *parameters)
     ends = (6, 7) if isinstance(r.mask, Mask) else ()
     names = {"door": DOOR, "argument": "score", "remedy": REMEDY}
@@ -200,12 +226,16 @@ def _stream(r: Request, score: OfTensors, parameters: Sequence[Tensor], dense: b
     search = BlockSum(highest, (query, *common), (query,), T, S, ends, maximum=True)
     shift = rematerialization.run(search, [t.detach() for t in (width, *x)], **names)[0]
     shift = torch.where(shift == NOTHING, 0, shift)
-    total = BlockSum(normalizers, (query, key, *common), (query, query), T, S, tuple(n + 1 for n in ends))
+    total = BlockSum(
+        normalizers, (query, key, *common), (query, query), T, S, tuple(n + 1 for n in ends)
+    )
     m, n = rematerialization.run(total, (shift, v, *x), **names)
     return _normalized(r, shift, m, n, blind)
 
 
-def _normalized(r: Request, shift: Tensor, m: Tensor, n: Tensor, blind: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _normalized(
+    r: Request, shift: Tensor, m: Tensor, n: Tensor, blind: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and the rounding error of lse, from the normalizer m and weighted sum n."""
     H, T = r.q.shape[-3:-1]
     empty = m == 0
@@ -222,7 +252,9 @@ def _mask_inputs(mask: Mask | Tensor | None, T: int, S: int) -> tuple[list[Tenso
     if isinstance(mask, Mask):
         return list(mask), [Axes(query=-2), Axes(query=-2)]
     mask = mask.reshape(*[1] * (2 - mask.dim()), *mask.shape)
-    return [mask], [Axes(-2 if mask.shape[-2] == T != 1 else 0, -1 if mask.shape[-1] == S != 1 else 0)]
+    return [mask], [
+        Axes(-2 if mask.shape[-2] == T != 1 else 0, -1 if mask.shape[-1] == S != 1 else 0)
+    ]
 
 
 def _seen(mask: Sequence[Tensor], j: Tensor) -> Tensor | None:
@@ -247,21 +279,41 @@ def _probe(r: Request, score: OfTensors, parameters: Sequence[Tensor]) -> None:
         return
     some = lambda n: torch.tensor(sorted({0, n // 2, n - 1}), device=r.q.device)
     i, j = some(T), some(S)
-    s = torch.arange(len(i) * len(j), device=r.q.device).to(accurate(r.q).dtype).cos().reshape(len(i), len(j))
+    s = (
+        torch.arange(len(i) * len(j), device=r.q.device)
+        .to(accurate(r.q).dtype)
+        .cos()
+        .reshape(len(i), len(j))
+    )
     s = s.expand(*torch.broadcast_shapes(r.q.shape[:-3], r.k.shape[:-3]), H, len(i), len(j))
     with torch.no_grad():
         whole = score(s.clone(), _indices(s, i, j), parameters)
         if not isinstance(whole, Tensor) or whole.shape != s.shape or not whole.is_floating_point():
             wanted = f"a function to floating logits of the shape of s, here {errors.shape(s)}"
-            got = f"{whole.dtype} {errors.shape(whole)}" if isinstance(whole, Tensor) else f"a {type(whole).__name__}"
+            got = (
+                f"{whole.dtype} {errors.shape(whole)}"
+                if isinstance(whole, Tensor)
+                else f"a {type(whole).__name__}"
+            )
             errors.fail(DOOR, "score", wanted, got, "Keep the shape.")
         for n in (0, -1):
             pair = s[..., [n], :][..., [n]]
-            alone, among = score(pair.clone(), _indices(pair, i[[n]], j[[n]]), parameters), whole[..., [n], :][..., [n]]
+            alone, among = (
+                score(pair.clone(), _indices(pair, i[[n]], j[[n]]), parameters),
+                whole[..., [n], :][..., [n]],
+            )
             # Vectorized functions may round the last elements of a row differently.
-            near = (alone == among) | ((alone - among).abs() <= 1e-6 + 1e-4 * among.abs()) | (alone.isnan() & among.isnan())
+            near = (
+                (alone == among)
+                | ((alone - among).abs() <= 1e-6 + 1e-4 * among.abs())
+                | (alone.isnan() & among.isnan())
+            )
             if alone.shape != among.shape or errors.is_true(~near):
                 remedy = "Let it read its own logit, the indices and parameters, and nothing else."
                 errors.fail(
-                    DOOR, "score", "elementwise", "one whose value at a pair depends on the other pairs, or on the call", remedy
+                    DOOR,
+                    "score",
+                    "elementwise",
+                    "one whose value at a pair depends on the other pairs, or on the call",
+                    remedy,
                 )

@@ -80,24 +80,39 @@ def run(r: Request, backend: str = "") -> Attended:
     # Off the CPU, checking the output would synchronize: hidden keys are removed beforehand.
     if r.q.device.type != "cpu" and r.mask is not None:
         _, k, v, *_ = unseen.take_out(r.q, r.k, r.v, r.mask)
-    out = attention(r.q, k, v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend)
-    hides = (r.mask is not None or r.bias is not None) and out.device.type == "cpu" and not torch.compiler.is_compiling()
+    out = attention(
+        r.q, k, v, r.mask, scale=float(r.scale), bias=r.bias, causal=r.causal, backend=backend
+    )
+    hides = (
+        (r.mask is not None or r.bias is not None)
+        and out.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
     if hides and not transforming() and not masking.is_finite([out]):
         return entry.attend(r)  # torch's kernels give hidden keys weight zero, and 0 * NaN is NaN
     return Attended(out, out.new_zeros(()))
 
 
 def _may_be_far(r: Request) -> bool:
-    """True where derivatives may follow and logits may exceed `torch_blocks.FAR`; False if unknown."""
+    """True where derivatives may follow and logits may exceed `torch_blocks.FAR`; False if
+    unknown.
+    """
     if torch.compiler.is_compiling() or not r.recorded:
         return False
     found = [None if x is None else errors.peek(x) for x in (r.q, r.k, r.bias)]
-    q, k, bias = (None if x is None or x.device.type != "cpu" or not x.numel() else x for x in found)
+    q, k, bias = (
+        None if x is None or x.device.type != "cpu" or not x.numel() else x for x in found
+    )
     if q is None or k is None:
         return False
-    length = lambda x: float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1).amax()) ** 0.5
+    length = lambda x: (
+        float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1).amax()) ** 0.5
+    )
     reach = abs(float(r.scale)) * length(q) * length(k)
-    return not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax())) <= torch_blocks.FAR
+    return (
+        not reach + (0 if bias is None else float(torch.where(bias.isinf(), 0, bias).abs().amax()))
+        <= torch_blocks.FAR
+    )
 
 
 def _why_not(r: Request) -> str:
@@ -134,7 +149,10 @@ def _passed_over(r: Request) -> str:
     if torch._C._is_tracing():
         return "torch.jit traces plain operations"
     if r.q.device.type == "cpu" and torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode is active, such as FlopCounterMode, which has no formula for torch's CPU kernel"
+        return (
+            "a dispatch mode is active, such as FlopCounterMode, which has no formula for torch's "
+            "CPU kernel"
+        )
     if isinstance(r.mask, Mask) and entry.can_run_triton(r):
         return "testing whether the mask is causal would synchronize the device"
     if isinstance(r.mask, Mask) and not r.causal and r.q.shape[-2] > FEW:
@@ -169,7 +187,13 @@ EFFICIENT = Kernel(
     functools.partial(run, backend="efficient"),
     _passed_over,
 )
-CUDNN = Kernel("sdpa:cudnn", "cuDNN's kernel: first gradient", _why_not_cuda, functools.partial(run, backend="cudnn"), _passed_over)
+CUDNN = Kernel(
+    "sdpa:cudnn",
+    "cuDNN's kernel: first gradient",
+    _why_not_cuda,
+    functools.partial(run, backend="cudnn"),
+    _passed_over,
+)
 MATH = Kernel(
     "sdpa:math",
     "torch's dense route: composes, O(T S) memory",

@@ -29,7 +29,9 @@ class Taken(NamedTuple):
     bad_v: Tensor | None = None  # the same of the value
 
 
-def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None, *, all_keys: bool = True) -> Taken:
+def take_out(
+    q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None, *, all_keys: bool = True
+) -> Taken:
     """Zero what the mask hides of q (*lead, H, T, D), k (*lead, K, S, D) and v (*lead, K, S, Dv).
 
     Args:
@@ -42,11 +44,22 @@ def take_out(q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None,
         return Taken(q, k, k if v is None else v)
     known = _look(mask) if isinstance(mask, Tensor) else None
     blind = hidden = None
-    if known is None or known.dim() < 2 or not bool(known.any(-1).all()) or not bool(known.any(-2).all()):
-        keys, queries = _of_intervals(mask, k.shape[-2]) if isinstance(mask, Mask) else _of_booleans(mask, q, k)
+    if (
+        known is None
+        or known.dim() < 2
+        or not bool(known.any(-1).all())
+        or not bool(known.any(-2).all())
+    ):
+        keys, queries = (
+            _of_intervals(mask, k.shape[-2]) if isinstance(mask, Mask) else _of_booleans(mask, q, k)
+        )
         blind = _unless_none(queries.logical_not())
         hidden = _unless_none(
-            _fitting(keys, k.shape[:-3] if v is None else broadcast(k.shape[:-3], v.shape[:-3]), k.shape[-3]).logical_not()
+            _fitting(
+                keys,
+                k.shape[:-3] if v is None else broadcast(k.shape[:-3], v.shape[:-3]),
+                k.shape[-3],
+            ).logical_not()
         )
     if blind is not None:
         q = torch.where(blind, 0, q)
@@ -87,7 +100,12 @@ def _of_intervals(mask: Mask, S: int) -> tuple[Tensor, Tensor]:
     ends = torch.cat([start.flatten(-2), stop.flatten(-2)], -1)
     # +1 where an interval begins, -1 where it ends
     steps = torch.cat([torch.ones_like(start), -torch.ones_like(stop)], -2).flatten(-2)
-    count = steps.new_zeros(*steps.shape[:-1], S + 1).scatter_add(-1, ends, steps).cumsum(-1).narrow(-1, 0, S)
+    count = (
+        steps.new_zeros(*steps.shape[:-1], S + 1)
+        .scatter_add(-1, ends, steps)
+        .cumsum(-1)
+        .narrow(-1, 0, S)
+    )
     return (count > 0).unsqueeze(-2).unsqueeze(-1), queries.unsqueeze(-2).unsqueeze(-1)
 
 

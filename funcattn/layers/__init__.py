@@ -17,7 +17,18 @@ from .experts import linear_experts, route
 from .layouts import fields
 from .norms import layer_norm, rms_norm
 from .prepared import MAX_UNROLLED_VECTORS, prepare
-from .products import BLOCK, Blocks, Weight, by_blocks, embed, is_vector, linear, linears, rows_times, together
+from .products import (
+    BLOCK,
+    Blocks,
+    Weight,
+    by_blocks,
+    embed,
+    is_vector,
+    linear,
+    linears,
+    rows_times,
+    together,
+)
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 
 SEVERAL = MAX_UNROLLED_VECTORS  # Alias: the earlier name.

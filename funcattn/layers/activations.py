@@ -27,14 +27,22 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, activation: str = "silu", limit: float | None = None) -> Tensor:
-    """activation(gate) * up: SwiGLU with "silu", GeGLU with "gelu" or "gelu_tanh", ReGLU with "relu".
+    """activation(gate) * up: SwiGLU with "silu", GeGLU with "gelu" or "gelu_tanh", ReGLU with
+    "relu".
 
-    With a limit, activation(min(gate, limit)) * (clamp(up, -limit, limit) + 1), which is GPT-OSS's clamped SwiGLU.
+    With a limit, activation(min(gate, limit)) * (clamp(up, -limit, limit) + 1), which is GPT-OSS's
+    clamped SwiGLU.
 
     Source: Shazeer, GLU variants improve transformer, arXiv:2002.05202.
     """
     if activation not in ACTIVATIONS:
-        errors.fail("gated", "activation", f"one of {', '.join(map(repr, ACTIVATIONS))}", repr(activation), "Choose one of these.")
+        errors.fail(
+            "gated",
+            "activation",
+            f"one of {', '.join(map(repr, ACTIVATIONS))}",
+            repr(activation),
+            "Choose one of these.",
+        )
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
     return ACTIVATIONS[activation](gate) * up

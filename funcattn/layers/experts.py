@@ -40,7 +40,13 @@ def route(logits: Tensor, k: int, *, normalized: bool = True) -> tuple[Tensor, T
         first.
     """
     if not 0 < k <= logits.shape[-1]:
-        errors.fail("route", "k", f"between 1 and the {logits.shape[-1]} experts", k, "Choose fewer experts for each token.")
+        errors.fail(
+            "route",
+            "k",
+            f"between 1 and the {logits.shape[-1]} experts",
+            k,
+            "Choose fewer experts for each token.",
+        )
     wide = logits if logits.element_size() > 2 else logits.float()
     best, expert = wide.topk(k, -1)
     if normalized:
@@ -146,14 +152,18 @@ class Grouped(Function):
         return dx, dw, None
 
     @closed_jvp
-    def jvp(ctx: Context, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None) -> Tensor:
+    def jvp(
+        ctx: Context, saved: list[Tensor], dx: Tensor | None, dw: Tensor | None, _: None
+    ) -> Tensor:
         x, weight, expert = saved
         moved = [] if dx is None else [Grouped.apply(dx, weight, expert)]
         moved += [] if dw is None else [Grouped.apply(x, dw, expert)]
         return functools.reduce(torch.add, moved)
 
     @staticmethod
-    def vmap(info: VmapInfo, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, expert: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: VmapInfo, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, expert: Tensor
+    ) -> tuple[Tensor, int]:
         B = info.batch_size
         x, expert = _rows(x, in_dims[0], B), _rows(expert, in_dims[2], B)
         weight, expert = _matrices(weight, in_dims[1], expert)
@@ -169,7 +179,9 @@ class Outer(Function):
         return _outer(y, x, expert, X)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor
+    ) -> None:
         ctx.save_for_backward(*inputs[:3])
         ctx.save_for_forward(*inputs[:3])
         ctx.experts = inputs[3]
@@ -182,18 +194,29 @@ class Outer(Function):
         return dy, dx, None, None
 
     @closed_jvp
-    def jvp(ctx: Context, saved: list[Tensor], dy: Tensor | None, dx: Tensor | None, *_: None) -> Tensor:
+    def jvp(
+        ctx: Context, saved: list[Tensor], dy: Tensor | None, dx: Tensor | None, *_: None
+    ) -> Tensor:
         y, x, expert = saved
         moved = [] if dy is None else [Outer.apply(dy, x, expert, ctx.experts)]
         moved += [] if dx is None else [Outer.apply(y, dx, expert, ctx.experts)]
         return functools.reduce(torch.add, moved)
 
     @staticmethod
-    def vmap(info: VmapInfo, in_dims: tuple[int | None, ...], y: Tensor, x: Tensor, expert: Tensor, X: int) -> tuple[Tensor, int]:
+    def vmap(
+        info: VmapInfo,
+        in_dims: tuple[int | None, ...],
+        y: Tensor,
+        x: Tensor,
+        expert: Tensor,
+        X: int,
+    ) -> tuple[Tensor, int]:
         B = info.batch_size
         y, x, expert = (_rows(t, dim, B) for t, dim in zip((y, x, expert), in_dims, strict=False))
         expert = expert + X * torch.arange(B, device=expert.device).unsqueeze(1)
-        return Outer.apply(y.flatten(0, 1), x.flatten(0, 1), expert.flatten(), X * B).unflatten(0, (B, X)), 0
+        return Outer.apply(y.flatten(0, 1), x.flatten(0, 1), expert.flatten(), X * B).unflatten(
+            0, (B, X)
+        ), 0
 
 
 def _rows(x: Tensor, dim: int | None, B: int) -> Tensor:

@@ -24,7 +24,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float, offset: float = 0.0) 
     return F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype) + offset, epsilon).to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | tuple[()] = (), *, epsilon: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | tuple[()] = (), *, epsilon: float
+) -> Tensor:
     """(x - mean x) / sqrt(var x + epsilon) * weight + bias over the last axis.
 
     A weight with more axes, (H, D), scales x (..., H, D) separately for each head; the statistics

@@ -39,5 +39,9 @@ def _(weight: Tensor, rows: int) -> Tensor | Blocks:
     if rows > MAX_UNROLLED_VECTORS or weight.dim() != 2 or weight.device.type != "cpu":
         return weight
     if rows > 1:
-        return weight if len(weight) % BLOCK else prepared_from([weight], lambda: by_blocks(weight), "blocks")
+        return (
+            weight
+            if len(weight) % BLOCK
+            else prepared_from([weight], lambda: by_blocks(weight), "blocks")
+        )
     return weight if weight.is_contiguous() else prepared_from([weight], weight.contiguous, "rows")

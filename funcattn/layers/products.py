@@ -31,13 +31,23 @@ def linear(weight: Weight, x: Tensor) -> Tensor:
     """
     wanted = "a tensor or a record that registered itself with layers.linear"
     errors.fail(
-        "linear", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.linear.register.", TypeError
+        "linear",
+        "weight",
+        wanted,
+        f"a {type(weight).__name__}",
+        "Register it with @funcattn.layers.linear.register.",
+        TypeError,
     )
 
 
 @linear.register
 def _(weight: Tensor, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() and is_vector(x) and weight.device.type == "cpu" and weight.is_contiguous():
+    if (
+        torch.compiler.is_compiling()
+        and is_vector(x)
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+    ):
         return rows_times(weight, x)
     return F.linear(x, weight)
 
@@ -103,7 +113,10 @@ def _(weight: Blocks, x: Tensor) -> Tensor:
     by the library routine 5 cost 3 (one thread, AVX-512).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    entries, vectors = weight.entries.to(wide), computed(x.reshape(-1, x.shape[-1]).to(wide)).unbind(0)
+    entries, vectors = (
+        weight.entries.to(wide),
+        computed(x.reshape(-1, x.shape[-1]).to(wide)).unbind(0),
+    )
     y = torch.stack([(entries * vector.unsqueeze(-1)).sum(-2).flatten() for vector in vectors])
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -116,7 +129,12 @@ def embed(weight: Weight, ids: Tensor) -> Tensor:
     """
     wanted = "a tensor or a record that registered itself with layers.embed"
     errors.fail(
-        "embed", "weight", wanted, f"a {type(weight).__name__}", "Register it with @funcattn.layers.embed.register.", TypeError
+        "embed",
+        "weight",
+        wanted,
+        f"a {type(weight).__name__}",
+        "Register it with @funcattn.layers.embed.register.",
+        TypeError,
     )
 
 

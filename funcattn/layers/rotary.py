@@ -59,10 +59,22 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             wanted = f"one of {', '.join(map(repr, KINDS))}"
-            errors.fail("RopeScaling", "kind", wanted, repr(self.kind), "Another kind would change the mathematics.")
+            errors.fail(
+                "RopeScaling",
+                "kind",
+                wanted,
+                repr(self.kind),
+                "Another kind would change the mathematics.",
+            )
         if self.kind == "longrope" and (not self.short or len(self.short) != len(self.long)):
             got = f"{len(self.short)} and {len(self.long)} numbers"
-            errors.fail("RopeScaling", "short and long", "one factor a plane each, for longrope", got, "Give D / 2 of each.")
+            errors.fail(
+                "RopeScaling",
+                "short and long",
+                "one factor a plane each, for longrope",
+                got,
+                "Give D / 2 of each.",
+            )
 
     @property
     def follows_length(self) -> bool:
@@ -117,10 +129,18 @@ def frequencies(
     if scaling.kind == "longrope":
         if len(scaling.short) != D // 2:
             remedy = "They belong to another head size."
-            errors.fail("frequencies", "scaling.short and .long", f"{D // 2} numbers for D = {D}", len(scaling.short), remedy)
+            errors.fail(
+                "frequencies",
+                "scaling.short and .long",
+                f"{D // 2} numbers for D = {D}",
+                len(scaling.short),
+                remedy,
+            )
         by = turn.new_tensor(scaling.short)
         if length is not None:
-            by = torch.where((length > scaling.context).unsqueeze(-1), turn.new_tensor(scaling.long), by)
+            by = torch.where(
+                (length > scaling.context).unsqueeze(-1), turn.new_tensor(scaling.long), by
+            )
         return 1.0 / (by * base**powers)
     if scaling.kind == "yarn":
         return _yarn(D, base, turn, scaling)
@@ -131,17 +151,23 @@ def frequencies(
 
 
 def _yarn(D: int, base: float, turn: Tensor, scaling: RopeScaling) -> Tensor:
-    plane = lambda turns: D * math.log(scaling.context / (turns * 2 * math.pi)) / (2 * math.log(base))
+    plane = lambda turns: (
+        D * math.log(scaling.context / (turns * 2 * math.pi)) / (2 * math.log(base))
+    )
     low, high = plane(scaling.fast), plane(scaling.slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, D - 1)
-    slow = (torch.arange(D // 2, dtype=torch.float32, device=turn.device) - low) / ((high - low) or 0.001)
+    slow = (torch.arange(D // 2, dtype=torch.float32, device=turn.device) - low) / (
+        (high - low) or 0.001
+    )
     slow = slow.clamp(0, 1)
     return turn / scaling.factor * slow + turn * (1 - slow)
 
 
-def rope(positions: Tensor, turn: Tensor, dtype: torch.dtype, *, amplitude: float = 1.0) -> Rotation:
+def rope(
+    positions: Tensor, turn: Tensor, dtype: torch.dtype, *, amplitude: float = 1.0
+) -> Rotation:
     """cos and sin for each position; the angles are computed in float32, the result is in dtype.
 
     Args:
@@ -150,7 +176,8 @@ def rope(positions: Tensor, turn: Tensor, dtype: torch.dtype, *, amplitude: floa
         dtype: of the result.
         amplitude: factor of cos and sin, `RopeScaling.attention`.
     """
-    angle = positions.unsqueeze(-1).unsqueeze(-3).to(turn.dtype) * turn.unsqueeze(-2).unsqueeze(-2)  # (*lead, 1, T, D / 2)
+    # (*lead, 1, T, D / 2)
+    angle = positions.unsqueeze(-1).unsqueeze(-3).to(turn.dtype) * turn.unsqueeze(-2).unsqueeze(-2)
     cos, sin = angle.cos(), angle.sin()
     if amplitude != 1.0:
         cos, sin = cos * amplitude, sin * amplitude

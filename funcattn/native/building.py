@@ -125,7 +125,10 @@ def built() -> Path:
         Missing: it cannot be built, with the reason.
     """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise Missing(f"it is written for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
+        raise Missing(
+            f"it is written for Linux on x86-64, and this is {platform.system()} on "
+            f"{platform.machine()}"
+        )
     compiler = found_compiler()
     path = folder() / f"products-{key(compiler)}.so"
     if not is_whole(path):
@@ -179,7 +182,11 @@ def is_whole(path: Path) -> bool:
     try:
         for one in (path, noted(path)):
             found = one.lstat()
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & OTHERS_WRITE:
+            if (
+                not stat.S_ISREG(found.st_mode)
+                or found.st_uid != os.geteuid()
+                or found.st_mode & OTHERS_WRITE
+            ):
                 return False
         return noted(path).read_text() == _digest(path)
     except (OSError, UnicodeDecodeError):
@@ -208,7 +215,14 @@ def key(compiler: str) -> str:
     """The key of a build, 16 hexadecimal digits."""
     version = _run([compiler, "--version"])
     parts = [source.read_text() for source in SOURCES]
-    parts += [*FLAGS, compiler, version, torch.__version__, str(torch.compiled_with_cxx11_abi()), processor()]
+    parts += [
+        *FLAGS,
+        compiler,
+        version,
+        torch.__version__,
+        str(torch.compiled_with_cxx11_abi()),
+        processor(),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -220,7 +234,13 @@ def processor(file: str = "/proc/cpuinfo") -> str:
             for line in lines:
                 if not line.strip():
                     break  # only the first core
-                if line.split(":")[0].strip() in ("vendor_id", "cpu family", "model", "model name", "flags"):
+                if line.split(":")[0].strip() in (
+                    "vendor_id",
+                    "cpu family",
+                    "model",
+                    "model name",
+                    "flags",
+                ):
                     told.append(line)
     except OSError:
         told.append(platform.processor())
@@ -248,7 +268,9 @@ def _compile(compiler: str, path: Path) -> None:
             draft.write_text(digest)
             draft.chmod(0o600)
     except OSError as error:
-        raise Missing(f"{path.parent} cannot be written ({error.strerror}); set FUNCATTN_CACHE") from error
+        raise Missing(
+            f"{path.parent} cannot be written ({error.strerror}); set FUNCATTN_CACHE"
+        ) from error
 
 
 def compile_to(compiler: str, path: Path, *flags: str) -> None:
@@ -284,7 +306,9 @@ def _digest(path: Path) -> str:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, timeout=TIMEOUT, check=False, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Missing(f"{command[0]} does not run: {error}") from error
     # The compiler's output is in the encoding of its locale.

@@ -49,7 +49,9 @@ class FastForward(NamedTuple):
         return FastForward(batched(self.plain, mapped, randomness), self.fast)
 
 
-def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Weight, x: Tensor) -> Tensor:
+def routed(
+    plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Weight, x: Tensor
+) -> Tensor:
     """plain(*weight, x), computed by fast(*weight, rows) where the kernel supports it.
 
     Args:
@@ -63,10 +65,20 @@ def routed(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], wei
     if not is_recorded(*weight, x):
         return _value(plain, fast, weight, x)
     flat = lambda *inputs: (plain(*inputs),)
-    return Remat.apply(FastForward(flat, lambda *inputs: (_value(plain, fast, inputs[:-1], inputs[-1]),)), None, *weight, x)[0]
+    return Remat.apply(
+        FastForward(flat, lambda *inputs: (_value(plain, fast, inputs[:-1], inputs[-1]),)),
+        None,
+        *weight,
+        x,
+    )[0]
 
 
-def _value(plain: Callable[..., Tensor], fast: Callable[..., Tensor | None], weight: Sequence[Tensor], x: Tensor) -> Tensor:
+def _value(
+    plain: Callable[..., Tensor],
+    fast: Callable[..., Tensor | None],
+    weight: Sequence[Tensor],
+    x: Tensor,
+) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = fast(*weight, rows) if len(rows) and x.is_floating_point() else None
     if out is None:

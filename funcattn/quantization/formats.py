@@ -17,7 +17,15 @@ from ..layers import Weight, embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from . import packing
 from .fast import MAX_FAST_ROWS, routed
-from .packed import PackedInt8, bfloat16_is_fast, pack_dynamic, pack_int4, pack_int8, straight_through, times_codes
+from .packed import (
+    PackedInt8,
+    bfloat16_is_fast,
+    pack_dynamic,
+    pack_int4,
+    pack_int8,
+    straight_through,
+    times_codes,
+)
 from .tiles import DynamicTiles, Tiles, tile_int4, tile_int8, value
 
 MOST_IN_BFLOAT16 = 24  # rows up to which products of three bfloat16 digits beat expanding the codes
@@ -41,7 +49,9 @@ class Int8(NamedTuple):
 
 @record
 class Int8Dynamic(NamedTuple):
-    """Int8 with activations rounded to 8 bits at run time, one scale per token and group of columns."""
+    """Int8 with activations rounded to 8 bits at run time, one scale per token and group of
+    columns.
+    """
 
     codes: Tensor  # int8 (N, K)
     scale: Tensor  # (N, G)
@@ -135,14 +145,20 @@ def _(weight: Weight) -> Tensor:
 def _(weight: Int4) -> Tensor:
     codes = packing.unpack(weight.codes, weight.scale.shape[-1], 4).to(_wide(weight.scale))
     K = codes.shape[-1]
-    return torch.addcmul(packing.spread(weight.zero.to(codes.dtype), K), codes, packing.spread(weight.scale.to(codes.dtype), K))
+    return torch.addcmul(
+        packing.spread(weight.zero.to(codes.dtype), K),
+        codes,
+        packing.spread(weight.scale.to(codes.dtype), K),
+    )
 
 
 @expand.register
 def _(weight: Codebook) -> Tensor:
     codes = packing.unpack(weight.codes, weight.scale.shape[-1], 4)
     wide = _wide(weight.scale)
-    return weight.levels.to(wide)[codes.long()] * packing.spread(weight.scale.to(wide), codes.shape[-1])
+    return weight.levels.to(wide)[codes.long()] * packing.spread(
+        weight.scale.to(wide), codes.shape[-1]
+    )
 
 
 @expand.register
@@ -152,13 +168,18 @@ def _(weight: Ternary) -> Tensor:
 
 
 def is_nearest(record: Int4 | Int8 | Int8Dynamic, weight: Tensor) -> bool:
-    """True where the codes are those of round-to-nearest of a matrix (N, K) under the record's scales."""
+    """True where the codes are those of round-to-nearest of a matrix (N, K) under the record's
+    scales.
+    """
     grouped = packing.groups(weight.float(), weight.shape[-1] // record.scale.shape[-1])
     if not isinstance(record, Int4):
         return torch.equal(record.codes, packing.nearest(grouped, record.scale, 127))
     symmetric = (packing.nearest(grouped, record.scale, 7) + 8).to(torch.uint8)
     affine = packing.nearest_affine(grouped, record.scale, record.zero, 16)
-    return any(torch.equal(record.codes, packing.pack(codes, grouped.shape[-1], 4)) for codes in (affine, symmetric))
+    return any(
+        torch.equal(record.codes, packing.pack(codes, grouped.shape[-1], 4))
+        for codes in (affine, symmetric)
+    )
 
 
 def _wide(scale: Tensor) -> torch.dtype:
@@ -182,7 +203,12 @@ def _(weight: Weight, x: Tensor) -> Tensor:
 
 @linear.register
 def _(weight: Int8, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() and weight.scale.shape[-1] == 1 and is_vector(x) and x.device.type == "cpu":
+    if (
+        torch.compiler.is_compiling()
+        and weight.scale.shape[-1] == 1
+        and is_vector(x)
+        and x.device.type == "cpu"
+    ):
         return rows_times(weight.codes, x) * weight.scale.squeeze(-1).to(x.dtype)
     return routed(_plain_int8, _fast_int8, weight, x)
 
@@ -282,10 +308,15 @@ def _(weight: Int8Dynamic, rows: int) -> Weight:
 @embed.register(Ternary)
 def _(weight: Weight, ids: Tensor) -> Tensor:
     taken = ids.flatten()
-    rows = [field[taken] if name != "levels" else field for name, field in zip(weight._fields, weight, strict=True)]
+    rows = [
+        field[taken] if name != "levels" else field
+        for name, field in zip(weight._fields, weight, strict=True)
+    ]
     return expand(type(weight)(*rows)).reshape(*ids.shape, -1)
 
 
 def _unknown(weight: Weight) -> NoReturn:
     remedy = "Make it with fa.quantize, or register its type with funcattn.quantization.expand."
-    errors.fail("expand", "weight", "a quantized record", f"a {type(weight).__name__}", remedy, TypeError)
+    errors.fail(
+        "expand", "weight", "a quantized record", f"a {type(weight).__name__}", remedy, TypeError
+    )

@@ -59,7 +59,10 @@ def pack_int8(codes: Tensor, scale: Tensor) -> PackedInt8 | None:
     """The layout of int8 with one scale a row, else None."""
     if scale.shape[-1] != 1 or codes.device.type != "cpu" or codes.dim() != 2:
         return None
-    return PackedInt8(codes, prepared_from([scale], lambda: scale.squeeze(-1).to(torch.bfloat16, copy=True), "int8"))
+    return PackedInt8(
+        codes,
+        prepared_from([scale], lambda: scale.squeeze(-1).to(torch.bfloat16, copy=True), "int8"),
+    )
 
 
 def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
@@ -76,7 +79,11 @@ def pack_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> PackedInt4 | None:
             return None
         numbers = packing.unpack(codes, G, 4).to(torch.int32)
         wide = scale.double()
-        grid = torch.stack([wide.mT, (zero.double() + 8 * wide).mT], -1).to(torch.bfloat16).contiguous()
+        grid = (
+            torch.stack([wide.mT, (zero.double() + 8 * wide).mT], -1)
+            .to(torch.bfloat16)
+            .contiguous()
+        )
         return PackedInt4(aten._convert_weight_to_int4pack_for_cpu(numbers, 1), grid)
 
     return prepared_from([codes, scale, zero], make, "int4")
@@ -86,7 +93,12 @@ def pack_dynamic(codes: Tensor, scale: Tensor, rows: int) -> PackedDynamic | Non
     """The layout of w8a8 with one scale a row; None if torch's int8 product is inexact or slow."""
     if rows > MAX_FAST_ROWS and not torch.backends.mkldnn.is_available():
         return None
-    if scale.shape[-1] != 1 or codes.device.type != "cpu" or codes.dim() != 2 or not bytes_are_exact():
+    if (
+        scale.shape[-1] != 1
+        or codes.device.type != "cpu"
+        or codes.dim() != 2
+        or not bytes_are_exact()
+    ):
         return None
     return PackedDynamic(codes, scale)
 
@@ -121,7 +133,10 @@ def _(weight: PackedInt4, x: Tensor) -> Tensor:
 def _(weight: PackedDynamic, x: Tensor) -> Tensor:
     if followed(x):
         return (
-            straight_through(x, 1) @ (weight.codes * weight.scale.float()).mT.to(torch.promote_types(x.dtype, torch.float32))
+            straight_through(x, 1)
+            @ (weight.codes * weight.scale.float()).mT.to(
+                torch.promote_types(x.dtype, torch.float32)
+            )
         ).to(x.dtype)
     codes, by = round_tokens(_rows(x))
     # A subnormal scale has few digits: quotients may overshoot.

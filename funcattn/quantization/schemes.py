@@ -3,11 +3,11 @@
 | scheme | bits a weight | source |
 | --- | --- | --- |
 | int8 | 8, one scale a row | Dettmers et al., LLM.int8(), arXiv:2208.07339, section 2 (absmax) |
-| int4 | 4, scale and zero for 32 columns | Frantar et al., GPTQ, arXiv:2210.17323, section 4 (min-max grid) |
-| w8a8 | 8, a scale for 32 columns; activations too | Yao et al., ZeroQuant, arXiv:2206.01861 (token-wise activations) |
+| int4 | 4, scale and zero for 32 columns | Frantar et al., GPTQ, arXiv:2210.17323 (min-max grid) |
+| w8a8 | 8, a scale for 32 columns; activations too | Yao et al., ZeroQuant, arXiv:2206.01861 |
 | nf4 | 4, a scale for 64 columns | Dettmers et al., QLoRA, arXiv:2305.14314 |
 | fp8 | 8, one scale a row | Micikevicius et al., FP8 formats, arXiv:2209.05433 |
-| ternary | 2, a scale for 64 columns | Ma et al., The era of 1-bit LLMs, arXiv:2402.17764 (absmean) |
+| ternary | 2, a scale for 64 columns | Ma et al., 1-bit LLMs, arXiv:2402.17764 (absmean) |
 """
 
 from dataclasses import dataclass, fields, replace
@@ -48,14 +48,34 @@ class _Settings:
         group, clip = settings.get("group"), settings.get("clip", 1.0)
         if group is not None and not errors.is_count(group, 1):
             kind = ValueError if isinstance(group, int) else TypeError
-            errors.fail(self.name, "group", "a number of columns, or None for all of a row", repr(group), "32 is usual.", kind)
+            errors.fail(
+                self.name,
+                "group",
+                "a number of columns, or None for all of a row",
+                repr(group),
+                "32 is usual.",
+                kind,
+            )
         is_number = isinstance(clip, int | float) and 0 < clip <= 1
         if not is_number and not isinstance(clip, Tensor):  # a tensor has a clip for each group
             errors.fail(self.name, "clip", "in (0, 1]", repr(clip), "1 is all of the range.")
         if not isinstance(settings.get("symmetric", False), bool):
-            errors.fail(self.name, "symmetric", "True or False", repr(settings["symmetric"]), "Choose one.", TypeError)
+            errors.fail(
+                self.name,
+                "symmetric",
+                "True or False",
+                repr(settings["symmetric"]),
+                "Choose one.",
+                TypeError,
+            )
         if settings.get("kind", "e4m3") not in FLOAT8:
-            errors.fail(self.name, "kind", '"e4m3" or "e5m2"', repr(settings["kind"]), "Choose one of these.")
+            errors.fail(
+                self.name,
+                "kind",
+                '"e4m3" or "e5m2"',
+                repr(settings["kind"]),
+                "Choose one of these.",
+            )
 
     def __call__(self, *unnamed: object, **changes: object) -> Any:
         """The scheme with other settings.
@@ -68,10 +88,15 @@ class _Settings:
             64
         """
         names = [field.name for field in fields(self)]
-        strange = [repr(value) for value in unnamed] or [name for name in changes if name not in names]
+        strange = [repr(value) for value in unnamed] or [
+            name for name in changes if name not in names
+        ]
         if strange:
             wanted = f"by name: {', '.join(names)}" if names else "none: it has no settings"
-            remedy = "A scheme is made of weights by fa.quantize(scheme)(params), and changed as in fa.int4(group=64)."
+            remedy = (
+                "A scheme is made of weights by fa.quantize(scheme)(params), and changed as in "
+                "fa.int4(group=64)."
+            )
             errors.fail(self.name, "settings", wanted, ", ".join(strange), remedy, TypeError)
         return replace(self, **changes)
 
@@ -114,7 +139,11 @@ class Int4Scheme(_Settings):
             codes, scale, zero = packing.affine(weight, size, 16, self.clip)
             return Int4(packing.pack(codes, size, 4), scale, zero)
         signed, scale = packing.symmetric(weight, size, 7, self.clip)
-        return Int4(packing.pack((signed + 8).to(torch.uint8), size, 4), scale, packing.narrow(-8 * scale.float()))
+        return Int4(
+            packing.pack((signed + 8).to(torch.uint8), size, 4),
+            scale,
+            packing.narrow(-8 * scale.float()),
+        )
 
     @property
     def for_head(self) -> Int8Scheme:
@@ -222,5 +251,7 @@ def _size(scheme: str, group: int | None, weight: Tensor, *, even: bool = False)
     size = K if group is None else group
     if not isinstance(size, int) or size < 1 or K % size or (even and size % 2):
         wanted = f"{'an even' if even else 'a'} divisor of the {K} columns"
-        errors.fail(scheme, "group", wanted, size, "Choose another group, or leave the leaf out by where.")
+        errors.fail(
+            scheme, "group", wanted, size, "Choose another group, or leave the leaf out by where."
+        )
     return size

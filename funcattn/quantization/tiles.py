@@ -126,7 +126,9 @@ def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> T
     def make() -> Tiles:
         numbers = packing.unpack(codes, G, 4)
         wide = _exact(scale), _exact(zero)
-        centered = wide[0].dtype == torch.float16 and torch.equal(zero.double(), -8 * scale.double())
+        centered = wide[0].dtype == torch.float16 and torch.equal(
+            zero.double(), -8 * scale.double()
+        )
         if wide[0].dtype != wide[1].dtype:
             wide = wide[0].float(), wide[1].float()
         after = [_numbers(part, 2 * half) for part in wide[: 1 if centered else 2]]
@@ -165,9 +167,16 @@ def _blocks(codes: Tensor, bits: int) -> Tensor:
     N, K = codes.shape
     padded = F.pad(codes, (0, -K % COLUMNS, 0, -N % ROWS))
     if bits == 8:
-        return padded.view(-(-N // ROWS), ROWS, -(-K // COLUMNS), 8, 4).permute(0, 2, 3, 1, 4).flatten(2).contiguous()
+        return (
+            padded.view(-(-N // ROWS), ROWS, -(-K // COLUMNS), 8, 4)
+            .permute(0, 2, 3, 1, 4)
+            .flatten(2)
+            .contiguous()
+        )
     parts = padded.view(-(-N // ROWS), ROWS, -1, 2, 4, 4)
-    return (parts[:, :, :, 0] | parts[:, :, :, 1] << 4).permute(0, 2, 3, 1, 4).flatten(2).contiguous()
+    return (
+        (parts[:, :, :, 0] | parts[:, :, :, 1] << 4).permute(0, 2, 3, 1, 4).flatten(2).contiguous()
+    )
 
 
 def _numbers(scale: Tensor, K: int) -> Tensor:
@@ -187,7 +196,14 @@ def expand_tiles(blocks: Tensor, scale: Tensor | tuple[()], N: int, K: int) -> T
     codes = codes.permute(0, 3, 1, 2, 4).float() - offset  # tiles, rows, blocks, 8, 4
     if dtype is None:
         return codes.flatten(2).flatten(0, 1)[:N, :K] * scale
-    after = blocks[..., size:].contiguous().view(dtype).unflatten(-1, (-1, ROWS)).float().permute(2, 0, 3, 1)[..., None, None]
+    after = (
+        blocks[..., size:]
+        .contiguous()
+        .view(dtype)
+        .unflatten(-1, (-1, ROWS))
+        .float()
+        .permute(2, 0, 3, 1)[..., None, None]
+    )
     matrix = codes * after[0] + (after[1] if has_zero else 0)
     return matrix.flatten(2).flatten(0, 1)[:N, :K]
 
@@ -246,7 +262,9 @@ def value(weight: Tiles | DynamicTiles, x: Tensor) -> Tensor:
         return value(weight.tiles, rounded(x, weight.scale.shape[-1])).to(x.dtype)
     with torch._C._AutoDispatchBelowAutograd():
         scales = [weight.scale] if has_row_scale(weight.blocks) else []
-        return torch.ops.funcattn.products([weight.blocks], scales, [weight.rows], _flat(x)).to(x.dtype)
+        return torch.ops.funcattn.products([weight.blocks], scales, [weight.rows], _flat(x)).to(
+            x.dtype
+        )
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -266,25 +284,38 @@ def has_row_scale(blocks: Tensor) -> bool:
     return FORMS[blocks.shape[-1]][1] is None
 
 
-def _plain(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
+def _plain(
+    blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor
+) -> Tensor:
     left = iter(scales)
-    each = [expand_tiles(b, next(left) if has_row_scale(b) else (), n, x.shape[-1]) for b, n in zip(blocks, rows, strict=True)]
+    each = [
+        expand_tiles(b, next(left) if has_row_scale(b) else (), n, x.shape[-1])
+        for b, n in zip(blocks, rows, strict=True)
+    ]
     return F.linear(x, torch.cat(each))
 
 
-def _like(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
+def _like(
+    blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor
+) -> Tensor:
     on_one_device("funcattn::products", [*blocks, *scales, x])
     return x.new_empty(x.shape[0], sum(rows))
 
 
-def _operations(blocks: Any, scales: Any, rows: Sequence[int], x: Sequence[int], **_: object) -> int:
+def _operations(
+    blocks: Any, scales: Any, rows: Sequence[int], x: Sequence[int], **_: object
+) -> int:
     """Operations of the products (on integers), for torch.utils.flop_counter."""
     return 2 * x[0] * x[1] * sum(rows)
 
 
-def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor) -> Tensor:
+def _differentiated(
+    blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor
+) -> Tensor:
     """Under autograd or torch.func: products of floats, which have derivatives of every order."""
-    if has_tangent(*scales, x) or (torch.is_grad_enabled() and any(t.requires_grad for t in (*scales, x))):
+    if has_tangent(*scales, x) or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (*scales, x))
+    ):
         return _plain(blocks, scales, rows, x)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.funcattn.products(blocks, scales, rows, x)
@@ -292,18 +323,30 @@ def _differentiated(blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Se
 
 def _refused(*args: object) -> Any:
     """Raises: the operator of layers has no derivative; `fa.compile` calls it without autograd."""
-    raise RuntimeError("funcattn::layers: it has no derivative; call the functions of the model, which do not use it under grad.")
+    raise RuntimeError(
+        "funcattn::layers: it has no derivative; call the functions of the model, "
+        "which do not use it under grad."
+    )
 
 
 def _mapped(
-    info: VmapInfo, in_dims: tuple[Any, ...], blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor
+    info: VmapInfo,
+    in_dims: tuple[Any, ...],
+    blocks: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rows: Sequence[int],
+    x: Tensor,
 ) -> tuple[Tensor, int]:
     """vmap: mapped vectors are more rows of one product; mapped matrices are a loop."""
     of_blocks, of_scales, _, of_x = in_dims
     if of_x is not None and all(d is None for d in (*of_blocks, *of_scales)):
         x = x.movedim(of_x, 0)
-        return torch.ops.funcattn.products(blocks, scales, rows, x.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
+        return torch.ops.funcattn.products(blocks, scales, rows, x.flatten(0, 1)).unflatten(
+            0, x.shape[:2]
+        ), 0
     one = lambda t, d, n: (t if d is None else t.select(d, n)).contiguous()
     many = lambda tensors, dims, n: [one(t, d, n) for t, d in zip(tensors, dims, strict=True)]
-    call = lambda n: torch.ops.funcattn.products(many(blocks, of_blocks, n), many(scales, of_scales, n), rows, one(x, of_x, n))
+    call = lambda n: torch.ops.funcattn.products(
+        many(blocks, of_blocks, n), many(scales, of_scales, n), rows, one(x, of_x, n)
+    )
     return torch.stack([call(n) for n in range(info.batch_size)]), 0

@@ -40,11 +40,14 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
             the path); or no leaf matches.
         TypeError: a selected leaf that is not a floating matrix; another scheme or where.
 
-    Law: paths are kept, the argument is unchanged, quantizing twice is quantizing once (test_quantization.py).
+    Law: paths are kept, the argument is unchanged, quantizing twice is quantizing once
+        (test_quantization.py).
     """
     if isinstance(scheme, (str, type)) or not hasattr(scheme, "encode"):  # str has an encode method
         remedy = "Pass fa.int8, fa.int4(group=64) or another scheme."
-        errors.fail("quantize", "scheme", "a scheme", f"a {type(scheme).__name__}", remedy, TypeError)
+        errors.fail(
+            "quantize", "scheme", "a scheme", f"a {type(scheme).__name__}", remedy, TypeError
+        )
     choose = None if where is None else tree.predicate("quantize", where)
 
     def chosen(path: str, leaf: Tensor) -> Weight:
@@ -57,7 +60,11 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
     @door(name="quantize(scheme)")
     def transform(params: Tree) -> Tree:
         if isinstance(params, Model) or not tree.leaves(params):
-            got = "a Model" if isinstance(params, Model) else f"a {type(params).__name__} without leaves"
+            got = (
+                "a Model"
+                if isinstance(params, Model)
+                else f"a {type(params).__name__} without leaves"
+            )
             remedy = "Pass the params: fa.load returns (config, params, tokenizer)."
             errors.fail("quantize", "params", "a tree of weights", got, remedy, TypeError)
         met = []
@@ -72,7 +79,10 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
             met.append(path)
             _check(path, leaf)
             try:
-                matrices = [by.encode(matrix) for matrix in leaf.reshape(-1, *leaf.shape[-2:]).detach().contiguous()]
+                matrices = [
+                    by.encode(matrix)
+                    for matrix in leaf.reshape(-1, *leaf.shape[-2:]).detach().contiguous()
+                ]
             except ValueError as error:
                 raise ValueError(f"quantize: {path}: {error}") from error
             return tree.stack(matrices) if leaf.dim() > 2 else matrices[0]
@@ -88,15 +98,34 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
 
 def _check(path: str, leaf: Weight) -> None:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() not in (2, 3):
-        got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+        got = (
+            f"{leaf.dtype} {tuple(leaf.shape)}"
+            if isinstance(leaf, Tensor)
+            else f"a {type(leaf).__name__}"
+        )
         errors.fail("quantize", path, "a floating matrix", got, "Leave it out by where.", TypeError)
     # DTensor shifts integers wrongly without an error (torch 2.13).
-    remedy = "Quantize before fa.shard, or each part: fa.shard_map(fa.quantize(scheme), mesh, in_specs, out_specs)."
+    remedy = (
+        "Quantize before fa.shard, or each part: fa.shard_map(fa.quantize(scheme), mesh, in_specs, "
+        "out_specs)."
+    )
     errors.whole("quantize", path, [leaf], remedy)
     if not leaf.numel():
-        errors.fail("quantize", path, "a matrix with numbers in it", f"one of shape {tuple(leaf.shape)}", "Leave it out by where.")
+        errors.fail(
+            "quantize",
+            path,
+            "a matrix with numbers in it",
+            f"one of shape {tuple(leaf.shape)}",
+            "Leave it out by where.",
+        )
     if errors.is_true(~leaf.isfinite()):
-        errors.fail("quantize", path, "finite", "NaN or Inf", "Mend the weights: a scale would spread it over its group.")
+        errors.fail(
+            "quantize",
+            path,
+            "finite",
+            "NaN or Inf",
+            "Mend the weights: a scale would spread it over its group.",
+        )
 
 
 @door
@@ -113,6 +142,8 @@ def dequantize(params: Tree, dtype: torch.dtype = torch.float32) -> Tree:
         >>> dequantize(small)["w"].shape
         torch.Size([4, 32])
     """
-    errors.whole("dequantize", "params", tree.leaves(params), "Gather them first: fa.gather(params).")
+    errors.whole(
+        "dequantize", "params", tree.leaves(params), "Gather them first: fa.gather(params)."
+    )
     one = lambda leaf: expand(leaf).to(dtype) if is_quantized(leaf) else leaf
     return tree.map(one, params, is_leaf=is_quantized)

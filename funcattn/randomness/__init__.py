@@ -19,10 +19,20 @@ Half precision: `uniform` is jax's (16 bits in float16, but 7 in bfloat16). Othe
 in float32 and rounded once, where jax uses those few bits: a bfloat16 gumbel with 128 values cannot
 sample a vocabulary.
 
-Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11; the layout of words is jax.random's, version 0.10.
+Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11; the layout of words is
+    jax.random's, version 0.10.
 """
 
-from .draws import bernoulli, categorical, exponential, gumbel, normal, permutation, randint, uniform
+from .draws import (
+    bernoulli,
+    categorical,
+    exponential,
+    gumbel,
+    normal,
+    permutation,
+    randint,
+    uniform,
+)
 from .keys import WORD, Key, Sizes, bits, fold_in, key, split
 from .threefry import encipher
 

@@ -46,7 +46,9 @@ def uniform(
 
 
 @door
-def normal(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+def normal(
+    key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*shape"]:
     """Draw from the standard normal distribution: sqrt(2) * erfinv(u), u uniform in (-1, 1).
 
     Example:
@@ -56,11 +58,15 @@ def normal(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
     """
     wide = _wide("normal", "dtype", dtype)
     lowest = -1 + 2.0 ** -(FORMATS[wide][1] + 1)  # the number next to -1, whose erfinv is finite
-    return _uniform("normal", key, shape, wide, lowest, 1.0, lambda u: u.erfinv_().mul_(math.sqrt(2)).to(dtype))
+    return _uniform(
+        "normal", key, shape, wide, lowest, 1.0, lambda u: u.erfinv_().mul_(math.sqrt(2)).to(dtype)
+    )
 
 
 @door
-def gumbel(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+def gumbel(
+    key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*shape"]:
     """Draw from the standard Gumbel distribution: -log(-log u).
 
     The argmax of logits plus gumbel is a draw from their softmax. Events less likely than about
@@ -73,11 +79,15 @@ def gumbel(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> F
     """
     wide = _wide("gumbel", "dtype", dtype)
     lowest = torch.finfo(wide).tiny
-    return _uniform("gumbel", key, shape, wide, lowest, 1.0, lambda u: u.log_().neg_().log_().neg_().to(dtype))
+    return _uniform(
+        "gumbel", key, shape, wide, lowest, 1.0, lambda u: u.log_().neg_().log_().neg_().to(dtype)
+    )
 
 
 @door
-def exponential(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+def exponential(
+    key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*shape"]:
     """Draw from the exponential distribution of rate 1: -log(1 - u).
 
     Example:
@@ -86,11 +96,15 @@ def exponential(key: Key, shape: Sizes = (), dtype: torch.dtype = torch.float32)
         tensor([2.9501, 3.8434, 0.4039])
     """
     wide = _wide("exponential", "dtype", dtype)
-    return _uniform("exponential", key, shape, wide, then=lambda u: u.neg_().log1p_().neg_().to(dtype))
+    return _uniform(
+        "exponential", key, shape, wide, then=lambda u: u.neg_().log1p_().neg_().to(dtype)
+    )
 
 
 @door
-def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Sizes | None = None) -> Bool[Tensor, "*shape"]:
+def bernoulli(
+    key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Sizes | None = None
+) -> Bool[Tensor, "*shape"]:
     """Draw True with probability p, to a resolution of 2**-23 (float32).
 
     Args:
@@ -110,7 +124,9 @@ def bernoulli(key: Key, p: float | Float[Tensor, "..."] = 0.5, shape: Sizes | No
 
 
 @door
-def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: Sizes | None = None) -> Int64[Tensor, "*shape"]:
+def categorical(
+    key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: Sizes | None = None
+) -> Int64[Tensor, "*shape"]:
     """Draw indices from softmax(logits) along an axis, as the argmax of logits plus gumbel.
 
     Args:
@@ -125,12 +141,19 @@ def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: S
         >>> categorical(key(0), logits, shape=(6,))
         tensor([1, 2, 5, 2, 4, 3])
 
-    Law: frequencies follow softmax(logits) (test_randomness.py::test_categorical_follows_the_softmax_of_its_logits).
+    Law: frequencies follow softmax(logits)
+        (test_randomness.py::test_categorical_follows_the_softmax_of_its_logits).
     """
     check_key("categorical", key)
     wide = _wide("categorical", "logits", logits.dtype)
     if not -logits.ndim <= axis < logits.ndim or logits.shape[axis] == 0:
-        errors.fail("categorical", "logits", f"categories along axis {axis}", errors.shape(logits), "Name the axis of categories.")
+        errors.fail(
+            "categorical",
+            "logits",
+            f"categories along axis {axis}",
+            errors.shape(logits),
+            "Name the axis of categories.",
+        )
     back = axis % logits.ndim - logits.ndim  # counted from the end, where shape and logits align
     others = (*logits.shape[:back], *logits.shape[logits.ndim + back + 1 :])
     shape = others if shape is None else sizes_of("categorical", "shape", shape)
@@ -141,7 +164,9 @@ def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1, shape: S
 
 
 @door
-def randint(key: Key, shape: Sizes, minval: int | Int[Tensor, "..."], maxval: int | Int[Tensor, "..."]) -> Int64[Tensor, "*shape"]:
+def randint(
+    key: Key, shape: Sizes, minval: int | Int[Tensor, "..."], maxval: int | Int[Tensor, "..."]
+) -> Int64[Tensor, "*shape"]:
     """Draw integers from [minval, maxval): two words for each, reduced modulo the span.
 
     The words are those jax draws for its int32. As in jax, a span that is no power of two is
@@ -166,7 +191,13 @@ def randint(key: Key, shape: Sizes, minval: int | Int[Tensor, "..."], maxval: in
     if isinstance(span, Tensor):
         span = span.long().clamp(min=1)
     elif not 0 < span <= 2**32:
-        errors.fail("randint", "maxval - minval", "in [1, 2**32]", span, "The range is half open: maxval is never drawn.")
+        errors.fail(
+            "randint",
+            "maxval - minval",
+            "in [1, 2**32]",
+            span,
+            "The range is half open: maxval is never drawn.",
+        )
     first, second = split(key).unbind()
     fold = 2**16 % span
     fold = ((fold * fold) & WORD) % span  # 2**32 modulo the span, in jax's 32-bit arithmetic
@@ -190,12 +221,19 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
     """
     check_key("permutation", key)
     if isinstance(x, Tensor) and not x.ndim:
-        errors.fail("permutation", "x", "an int or a tensor with an axis to shuffle", "a 0-d tensor", "Give a size as an int.")
+        errors.fail(
+            "permutation",
+            "x",
+            "an int or a tensor with an axis to shuffle",
+            "a 0-d tensor",
+            "Give a size as an int.",
+        )
     if not isinstance(x, Tensor) and x < 0:
         errors.fail("permutation", "x", "a number of things, 0 or more", x, "Give a size.")
     n = len(x) if isinstance(x, Tensor) else x
     order = torch.arange(n, device=key.device)
-    # with k rounds, two of n elements get equal words throughout with probability n^2 / 2^(32k + 1): at most 1 / 2n
+    # with k rounds, two of n elements get equal words throughout with probability n^2 / 2^(32k +
+    # 1): at most 1 / 2n
     for _ in range(math.ceil(3 * math.log(max(1, n)) / math.log(WORD))):
         key, spent = split(key).unbind()
         order = order[bits(spent, (n,)).argsort(stable=True)]
@@ -233,21 +271,34 @@ def _uniform(
     span = (highest - lowest).clamp(min=0)
     _check_covered(function, "minval and maxval", span.shape, shape)
     if is_plain:
-        return drawn(function, key, shape, lambda high, low: then(unit(high, low).mul_(span).add_(lowest)))
+        return drawn(
+            function, key, shape, lambda high, low: then(unit(high, low).mul_(span).add_(lowest))
+        )
     return then(drawn(function, key, shape, unit) * span + lowest)
 
 
 def _wide(function: str, argument: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype to draw in: float32 for half precision."""
     if dtype not in FORMATS:
-        errors.fail(function, argument, "float64, float32, float16 or bfloat16", dtype, "Draw one of these and cast it.", TypeError)
+        errors.fail(
+            function,
+            argument,
+            "float64, float32, float16 or bfloat16",
+            dtype,
+            "Draw one of these and cast it.",
+            TypeError,
+        )
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def _beside(function: str, key: Key, dtype: torch.dtype, number: float | Tensor) -> Tensor:
     """A number as a tensor on the device of the key, created there rather than copied."""
     check_key(function, key)
-    return number.to(dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=dtype, device=key.device)
+    return (
+        number.to(dtype)
+        if isinstance(number, Tensor)
+        else torch.full((), number, dtype=dtype, device=key.device)
+    )
 
 
 def _check_covered(function: str, argument: str, smaller: Sizes, shape: Sizes) -> None:
@@ -255,5 +306,9 @@ def _check_covered(function: str, argument: str, smaller: Sizes, shape: Sizes) -
     fits = all(a in (1, b) for a, b in zip(reversed(smaller), reversed(shape), strict=False))
     if len(smaller) > len(shape) or not fits:
         errors.fail(
-            function, argument, f"of a shape that broadcasts to {tuple(shape)}", tuple(smaller), "Give the shape of the result."
+            function,
+            argument,
+            f"of a shape that broadcasts to {tuple(shape)}",
+            tuple(smaller),
+            "Give the shape of the result.",
         )

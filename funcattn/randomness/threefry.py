@@ -82,7 +82,9 @@ def drawn(key: Tensor, shape: tuple[int, ...], made: Callable[[Tensor, Tensor], 
     """
     n = math.prod(shape)
     if n <= PART or key.device.type != "cpu" or not errors.is_plain(key):
-        return made(*encipher(key, torch.arange(n, dtype=torch.int32, device=key.device).reshape(shape)))
+        return made(
+            *encipher(key, torch.arange(n, dtype=torch.int32, device=key.device).reshape(shape))
+        )
     whole, part = None, PART * torch.get_num_threads()
     words = encipher_in_memory if part == PART else encipher
     for begin in range(0, n, part):

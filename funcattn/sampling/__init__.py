@@ -31,7 +31,17 @@ from .composition import (
     stateless,
 )
 from .constraints import allowed_tokens, automaton, constrained, min_new_tokens, suppress_tokens
-from .filters import epsilon_cutoff, eta_cutoff, min_p, temperature, top_h, top_k, top_n_sigma, top_p, typical_p
+from .filters import (
+    epsilon_cutoff,
+    eta_cutoff,
+    min_p,
+    temperature,
+    top_h,
+    top_k,
+    top_n_sigma,
+    top_p,
+    typical_p,
+)
 from .penalties import frequency_penalty, logit_bias, presence_penalty, repetition_penalty
 from .repeats import dry, no_repeat_ngram
 

@@ -10,12 +10,27 @@ from ..core.doors import door, printed
 from ..models import KVCache, Model
 from ..records import record
 from ..tree import Tree
-from .composition import LARGE, Sampler, between, chain, mixture, normalized, rank, require, stateless
+from .composition import (
+    LARGE,
+    Sampler,
+    between,
+    chain,
+    mixture,
+    normalized,
+    rank,
+    require,
+    stateless,
+)
 
 
 @door
 @printed
-def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, then: Sampler | None = None) -> Sampler:
+def xtc(
+    probability: float | Tensor = 0.5,
+    threshold: float | Tensor = 0.1,
+    *,
+    then: Sampler | None = None,
+) -> Sampler:
     """Exclude top choices: with a probability, mask all likely tokens except the least likely one.
 
     Likely tokens are those of probability `threshold` at least. There is no random choice in the
@@ -37,12 +52,21 @@ def xtc(probability: float | Tensor = 0.5, threshold: float | Tensor = 0.1, *, t
 
     Law: the exact mixture over the coin (test_adaptive.py::test_xtc_is_a_coin_integrated_exactly).
     """
-    require(between(probability, 0, 1), "xtc", "probability", "in [0, 1]", probability, "0 changes nothing; 0.5 is usual.")
+    require(
+        between(probability, 0, 1),
+        "xtc",
+        "probability",
+        "in [0, 1]",
+        probability,
+        "0 changes nothing; 0.5 is usual.",
+    )
     require(between(threshold, 0, 1), "xtc", "threshold", "in [0, 1]", threshold, "0.1 is usual.")
 
     def exclude(logits: Tensor) -> Tensor:
         above = logits.softmax(-1) >= threshold
-        return torch.where(above & (rank(logits) < above.sum(-1, keepdim=True) - 1), -torch.inf, logits)
+        return torch.where(
+            above & (rank(logits) < above.sum(-1, keepdim=True) - 1), -torch.inf, logits
+        )
 
     rest = chain() if then is None else then
     return mixture(probability, rest, chain(stateless(exclude), rest))
@@ -76,8 +100,22 @@ def mirostat(tau: float = 5.0, eta: float = 0.1) -> Sampler:
 
     Source: Basu et al., Mirostat, arXiv:2007.14966; the second version is llama.cpp's.
     """
-    require((tau > 0) & (tau <= LARGE), "mirostat", "tau", f"above 0 bits, up to {LARGE:g}", tau, "5 is usual.")
-    require(between(eta, 0, LARGE), "mirostat", "eta", f"0 or more, up to {LARGE:g}", eta, "0.1 is usual.")
+    require(
+        (tau > 0) & (tau <= LARGE),
+        "mirostat",
+        "tau",
+        f"above 0 bits, up to {LARGE:g}",
+        tau,
+        "5 is usual.",
+    )
+    require(
+        between(eta, 0, LARGE),
+        "mirostat",
+        "eta",
+        f"0 or more, up to {LARGE:g}",
+        eta,
+        "0.1 is usual.",
+    )
 
     def update(logits: Tensor, state: Surprise) -> tuple[Tensor, Surprise]:
         surprise = -logits.log_softmax(-1) / torch.log(torch.full_like(logits[:1], 2.0))
@@ -104,15 +142,27 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
     """
     _require_scale("guide", scale)
     if conditional.shape != unconditional.shape:
-        wanted, remedy = f"{errors.shape(conditional)} as the conditional ones", "Both models need one vocabulary."
+        wanted, remedy = (
+            f"{errors.shape(conditional)} as the conditional ones",
+            "Both models need one vocabulary.",
+        )
         errors.fail("guide", "unconditional", wanted, errors.shape(unconditional), remedy)
     c, u = normalized(conditional), normalized(unconditional)
     hidden = (c == -torch.inf) | (u == -torch.inf)
-    return torch.where(hidden, c, u + scale * (torch.where(hidden, 0, c) - torch.where(hidden, 0, u)))
+    return torch.where(
+        hidden, c, u + scale * (torch.where(hidden, 0, c) - torch.where(hidden, 0, u))
+    )
 
 
 def _require_scale(function: str, scale: float | Tensor) -> None:
-    require(between(scale, -LARGE, LARGE), function, "scale", f"a number, up to {LARGE:g}", scale, "1 changes nothing.")
+    require(
+        between(scale, -LARGE, LARGE),
+        function,
+        "scale",
+        f"a number, up to {LARGE:g}",
+        scale,
+        "1 changes nothing.",
+    )
 
 
 @record
@@ -125,7 +175,9 @@ class Other(NamedTuple):
 
 @door
 @printed
-def guidance(scale: float | Tensor, model: Model, params: Tree, cache: KVCache, logits: Tensor) -> Sampler:
+def guidance(
+    scale: float | Tensor, model: Model, params: Tree, cache: KVCache, logits: Tensor
+) -> Sampler:
     """Classifier-free guidance by a second cache: without the condition, or of a negative prompt.
 
     Every new token is read into it. The second cache is in the sampler's state, so it forks and
@@ -143,14 +195,21 @@ def guidance(scale: float | Tensor, model: Model, params: Tree, cache: KVCache, 
         >>> params = model.init(fa.key(0))
         >>> logits, past = model.apply(params, torch.tensor([7]), model.cache(16))
         >>> sampler = chain(guidance(1.5, model, params, past, logits[-1]), greedy)
-        >>> fa.generate(fa.key(0), model, params, torch.tensor([1, 2]), steps=3, sampler=sampler)[0].shape
+        >>> fa.generate(fa.key(0), model, params, torch.tensor([1, 2]), steps=3,
+        ...     sampler=sampler)[0].shape
         torch.Size([3])
 
     Law: equal to running both texts in full (test_adaptive.py::test_guidance_reads_both_texts).
     """
     _require_scale("guidance", scale)
     if logits.dim() != 1:
-        errors.fail("guidance", "logits", "(V,), of the last token", errors.shape(logits), "Pass logits[-1].")
+        errors.fail(
+            "guidance",
+            "logits",
+            "(V,), of the last token",
+            errors.shape(logits),
+            "Pass logits[-1].",
+        )
 
     def update(conditional: Tensor, state: Other) -> tuple[Tensor, Other]:
         return guide(conditional, state.logits.to(conditional.dtype), scale), state
@@ -161,7 +220,13 @@ def guidance(scale: float | Tensor, model: Model, params: Tree, cache: KVCache, 
 
     def init(V: int) -> Other:
         if logits.shape[-1] != V:
-            errors.fail("guidance", "logits", f"(V,) with V = {V}", errors.shape(logits), "Both models need one vocabulary.")
+            errors.fail(
+                "guidance",
+                "logits",
+                f"(V,) with V = {V}",
+                errors.shape(logits),
+                "Both models need one vocabulary.",
+            )
         return Other(cache, logits)
 
     return Sampler(init, update, observe)

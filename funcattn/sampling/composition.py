@@ -66,7 +66,11 @@ class Sampler(NamedTuple):
 
     def __call__(self, *args: object, **options: object) -> "Sampler":
         """`greedy()` is `greedy`, for symmetry with other samplers; calling any other raises."""
-        return self if self == greedy and not args and not options else uncalled(self, *args, **options)
+        return (
+            self
+            if self == greedy and not args and not options
+            else uncalled(self, *args, **options)
+        )
 
     def __repr__(self) -> str:
         return f"Sampler({self.text or shown_value(self.update)})"
@@ -78,7 +82,8 @@ def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = Fa
     """A sampler from a function of logits (V,) -> (V,).
 
     Example:
-        >>> never_zero = stateless(lambda logits: logits.index_fill(-1, torch.tensor(0), float("-inf")))
+        >>> never_zero = stateless(lambda logits: logits.index_fill(-1, torch.tensor(0),
+        ...     float("-inf")))
         >>> log_probs(never_zero)(torch.zeros(3)).exp().tolist()
         [0.0, 0.5, 0.5]
     """
@@ -87,7 +92,9 @@ def stateless(transform: Callable[[Tensor], Tensor], *, deterministic: bool = Fa
         after = transform(logits)
         if not isinstance(after, Tensor) or after.shape != logits.shape:
             got, remedy = what_is(after), "Hide a token by -inf instead of leaving it out."
-            errors.fail("stateless", "what transform returns", f"logits {errors.shape(logits)}", got, remedy)
+            errors.fail(
+                "stateless", "what transform returns", f"logits {errors.shape(logits)}", got, remedy
+            )
         return after, state
 
     return Sampler(lambda V: ABSENT, update, lambda token, state: state, deterministic)
@@ -107,9 +114,13 @@ def chain(*samplers: Sampler) -> Sampler:
     return Sampler(
         lambda V: tuple(sampler.init(V) for sampler in samplers),
         update,
-        lambda token, states: tuple(s.observe(token, state) for s, state in zip(samplers, states, strict=True)),
+        lambda token, states: tuple(
+            s.observe(token, state) for s, state in zip(samplers, states, strict=True)
+        ),
         any(sampler.deterministic for sampler in samplers),
-        lambda tokens, length, states: tuple(s.observe_prompt(tokens, length, x) for s, x in zip(samplers, states, strict=True)),
+        lambda tokens, length, states: tuple(
+            s.observe_prompt(tokens, length, x) for s, x in zip(samplers, states, strict=True)
+        ),
         f"chain({', '.join(sampler.text or shown_value(sampler.update) for sampler in samplers)})",
     )
 
@@ -137,13 +148,23 @@ def mixture(share: float | Tensor, first: Sampler, second: Sampler) -> Sampler:
 
     Law: the mixture of both distributions (test_sampling.py::test_a_mixture_has_the_mixed_law).
     """
-    require(between(share, 0, 1), "mixture", "share", "in [0, 1]", share, "It is the probability of the second sampler.")
+    require(
+        between(share, 0, 1),
+        "mixture",
+        "share",
+        "in [0, 1]",
+        share,
+        "It is the probability of the second sampler.",
+    )
     _require_samplers("mixture", (first, second))
     both = chain(first, second)
 
     def update(logits: Tensor, states: tuple[Tree, Tree]) -> tuple[Tensor, tuple[Tree, Tree]]:
         weight = torch.as_tensor(share, dtype=logits.dtype, device=logits.device)
-        (one, one_after), (two, two_after) = first.update(logits, states[0]), second.update(logits, states[1])
+        (one, one_after), (two, two_after) = (
+            first.update(logits, states[0]),
+            second.update(logits, states[1]),
+        )
         one, two = normalized(one) + (1 - weight).log(), normalized(two) + weight.log()
         hidden = (one == -torch.inf) & (two == -torch.inf)  # the derivative of logaddexp is NaN
         mixed = torch.logaddexp(torch.where(hidden, 0, one), torch.where(hidden, 0, two))
@@ -179,7 +200,9 @@ def log_probs(sampler: Sampler) -> Callable[..., Tensor]:
     """
 
     def log_probabilities(logits: Tensor, state: Tree = None) -> Tensor:
-        return log_probs_with_state(sampler, logits, begin(sampler, logits) if state is None else state)[0]
+        return log_probs_with_state(
+            sampler, logits, begin(sampler, logits) if state is None else state
+        )[0]
 
     return log_probabilities
 
@@ -192,7 +215,9 @@ def log_probs_with_state(sampler: Sampler, logits: Tensor, state: Tree) -> tuple
 
 
 @door
-def draw(key: Tensor, sampler: Sampler, logits: Tensor, state: Tree, *, wanted: Tensor | None = None) -> tuple[Tensor, Tree]:
+def draw(
+    key: Tensor, sampler: Sampler, logits: Tensor, state: Tree, *, wanted: Tensor | None = None
+) -> tuple[Tensor, Tree]:
     """One token () drawn from logits (V,), and the state that has observed it.
 
     Args:
@@ -219,14 +244,22 @@ def require_drawable(function: str, drawable: Tensor) -> None:
     """Fail where values can be read and a row has no token to draw."""
     if errors.is_true(~drawable):
         remedy = "Look for NaN in the logits, and let no filter hide every token."
-        errors.fail(function, "what the sampler leaves", "one token at least, and no NaN", "nothing to draw from", remedy)
+        errors.fail(
+            function,
+            "what the sampler leaves",
+            "one token at least, and no NaN",
+            "nothing to draw from",
+            remedy,
+        )
 
 
 @door
 def begin(sampler: Sampler, logits: Tensor) -> Tree:
     """The state before the first token, on the device of the logits (V,)."""
     # Dynamo does not support the device as a context manager.
-    here = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.device(logits.device)
+    here = (
+        contextlib.nullcontext() if torch.compiler.is_compiling() else torch.device(logits.device)
+    )
     with here:
         state = sampler.init(logits.shape[-1])
     # Tensors that a sampler was primed with may be on another device.
@@ -234,7 +267,9 @@ def begin(sampler: Sampler, logits: Tensor) -> Tree:
 
 
 @door
-def observe_prompt(sampler: Sampler, tokens: Tensor, state: Tree, *, length: Tensor | None = None) -> Tree:
+def observe_prompt(
+    sampler: Sampler, tokens: Tensor, state: Tree, *, length: Tensor | None = None
+) -> Tree:
     """The state after a prompt, as each sampler of a chain is usually defined.
 
     repetition_penalty, no_repeat_ngram and dry count the prompt, as in transformers, vLLM and
@@ -244,12 +279,14 @@ def observe_prompt(sampler: Sampler, tokens: Tensor, state: Tree, *, length: Ten
     Args:
         tokens: int64 (T,).
         state: from `sampler.init(V)`.
-        length: int64 (), how many of the tokens count, where the prompt is padded at its end; None is all.
+        length: int64 (), how many of the tokens count, where the prompt is padded at its end; None
+            is all.
 
     Example:
         >>> from funcattn.sampling import repetition_penalty
         >>> sampler = repetition_penalty(2.0)
-        >>> sampler.update(torch.ones(4), observe_prompt(sampler, torch.tensor([1, 3, 3]), sampler.init(4)))[0]
+        >>> sampler.update(torch.ones(4), observe_prompt(sampler, torch.tensor([1, 3, 3]),
+        ...     sampler.init(4)))[0]
         tensor([1.0000, 0.5000, 1.0000, 0.5000])
 
     Law: padding is not observed, and a prompt in parts equals the prompt at once
@@ -257,9 +294,24 @@ def observe_prompt(sampler: Sampler, tokens: Tensor, state: Tree, *, length: Ten
     """
     _require_samplers("observe_prompt", (sampler,))
     if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
-        got = f"{tokens.dtype} {errors.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        errors.fail("observe_prompt", "tokens", "one sequence (T,) of token ids", got, "Map over many with vmap.", TypeError)
-    count = torch.full((), len(tokens), dtype=torch.int64, device=tokens.device) if length is None else length
+        got = (
+            f"{tokens.dtype} {errors.shape(tokens)}"
+            if isinstance(tokens, Tensor)
+            else f"a {type(tokens).__name__}"
+        )
+        errors.fail(
+            "observe_prompt",
+            "tokens",
+            "one sequence (T,) of token ids",
+            got,
+            "Map over many with vmap.",
+            TypeError,
+        )
+    count = (
+        torch.full((), len(tokens), dtype=torch.int64, device=tokens.device)
+        if length is None
+        else length
+    )
     return sampler.observe_prompt(tokens, count, state)
 
 
@@ -270,16 +322,29 @@ def primed(sampler: Sampler, tokens: Tensor) -> Sampler:
     return sampler._replace(init=lambda V: observe_prompt(sampler, tokens, sampler.init(V)))
 
 
-def require(holds: bool | Tensor, function: str, argument: str, wanted: str, got: object, remedy: str) -> None:
+def require(
+    holds: bool | Tensor, function: str, argument: str, wanted: str, got: object, remedy: str
+) -> None:
     """Fail where a number, or any entry of a tensor whose values can be read, is out of range."""
     if errors.is_true(~holds) if isinstance(holds, Tensor) else not holds:
-        errors.fail(function, argument, wanted, errors.peek(got) if isinstance(got, Tensor) else got, remedy)
+        errors.fail(
+            function, argument, wanted, errors.peek(got) if isinstance(got, Tensor) else got, remedy
+        )
 
 
-def require_integer(function: str, argument: str, n: object, least: int, remedy: str, *, called: str = "") -> None:
+def require_integer(
+    function: str, argument: str, n: object, least: int, remedy: str, *, called: str = ""
+) -> None:
     """Fail where a size, which determines shapes, is not an int or is too small."""
     if not isinstance(n, int) or isinstance(n, bool):
-        errors.fail(function, argument, "an int, which sets shapes", repr(n), "It cannot be a tensor.", TypeError)
+        errors.fail(
+            function,
+            argument,
+            "an int, which sets shapes",
+            repr(n),
+            "It cannot be a tensor.",
+            TypeError,
+        )
     require(n >= least, function, argument, f"at least {called}{least}", n, remedy)
 
 
@@ -299,14 +364,23 @@ LARGE = 1e30  # the greatest factor: its product with a logit of up to 10^8 is f
 def rank(logits: Tensor) -> Tensor:
     """The rank of each logit in descending order, equal ones by id."""
     order = logits.sort(dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(order).scatter(-1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order))
+    return torch.zeros_like(order).scatter(
+        -1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order)
+    )
 
 
 def _require_samplers(function: str, samplers: Sequence[object]) -> None:
     for i, sampler in enumerate(samplers):
         if not isinstance(sampler, Sampler):
             remedy = "Call a factory such as temperature(0.8) for each."
-            errors.fail(function, f"argument {i}", "a Sampler", f"a {type(sampler).__name__}", remedy, TypeError)
+            errors.fail(
+                function,
+                f"argument {i}",
+                "a Sampler",
+                f"a {type(sampler).__name__}",
+                remedy,
+                TypeError,
+            )
 
 
 def _accurate(logits: Tensor) -> Tensor:

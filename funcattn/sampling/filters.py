@@ -22,7 +22,9 @@ def temperature(t: float | Tensor) -> Sampler:
     Law: as t goes to 0 the distribution goes to that of the most likely tokens (test_filters.py).
     """
     _number("temperature", "t", t)
-    require(t > 0, "temperature", "t", "above 0", t, "For the most likely token use sampling.greedy.")
+    require(
+        t > 0, "temperature", "t", "above 0", t, "For the most likely token use sampling.greedy."
+    )
 
     def transform(logits: Tensor) -> Tensor:
         limits = torch.finfo(logits.dtype)
@@ -47,7 +49,9 @@ def top_k(k: int | Tensor) -> Sampler:
     """
     _number("top_k", "k", k)
     if isinstance(k, float) or (isinstance(k, Tensor) and k.is_floating_point()):
-        errors.fail("top_k", "k", "an integer", k, "For a share of the probability use top_p.", TypeError)
+        errors.fail(
+            "top_k", "k", "an integer", k, "For a share of the probability use top_p.", TypeError
+        )
     require(k >= 1, "top_k", "k", "at least 1", k, "k = 1 keeps the most likely token.")
     return stateless(lambda logits: _keep(rank(logits) < k, logits))
 
@@ -83,8 +87,17 @@ def min_p(p: float | Tensor) -> Sampler:
     Source: Nguyen et al., Turning up the heat: min-p sampling, arXiv:2407.01082.
     """
     _number("min_p", "p", p)
-    require(between(p, 0, 1), "min_p", "p", "in [0, 1]", p, "p = 0 keeps every token, p = 1 the most likely ones.")
-    return stateless(lambda logits: _keep((logits - logits.amax(-1, keepdim=True)).exp() >= p, logits))
+    require(
+        between(p, 0, 1),
+        "min_p",
+        "p",
+        "in [0, 1]",
+        p,
+        "p = 0 keeps every token, p = 1 the most likely ones.",
+    )
+    return stateless(
+        lambda logits: _keep((logits - logits.amax(-1, keepdim=True)).exp() >= p, logits)
+    )
 
 
 @door
@@ -114,10 +127,20 @@ def typical_p(p: float | Tensor) -> Sampler:
 def epsilon_cutoff(epsilon: float | Tensor) -> Sampler:
     """Keep tokens of probability at least epsilon, and always the most likely ones.
 
-    Source: Hewitt, Manning and Liang, Truncation sampling as language model desmoothing, arXiv:2210.15191.
+    Source: Hewitt, Manning and Liang, Truncation sampling as language model desmoothing,
+        arXiv:2210.15191.
     """
-    require(between(epsilon, 0, 1), "epsilon_cutoff", "epsilon", "in [0, 1]", epsilon, "Usual values are 3e-4 to 9e-4.")
-    return stateless(lambda logits: _keep((logits.softmax(-1) >= epsilon) | _greatest(logits), logits))
+    require(
+        between(epsilon, 0, 1),
+        "epsilon_cutoff",
+        "epsilon",
+        "in [0, 1]",
+        epsilon,
+        "Usual values are 3e-4 to 9e-4.",
+    )
+    return stateless(
+        lambda logits: _keep((logits.softmax(-1) >= epsilon) | _greatest(logits), logits)
+    )
 
 
 @door
@@ -127,9 +150,17 @@ def eta_cutoff(epsilon: float | Tensor) -> Sampler:
 
     The most likely ones are always kept.
 
-    Source: Hewitt, Manning and Liang, Truncation sampling as language model desmoothing, arXiv:2210.15191.
+    Source: Hewitt, Manning and Liang, Truncation sampling as language model desmoothing,
+        arXiv:2210.15191.
     """
-    require(between(epsilon, 0, 1), "eta_cutoff", "epsilon", "in [0, 1]", epsilon, "Usual values are 3e-4 to 2e-3.")
+    require(
+        between(epsilon, 0, 1),
+        "eta_cutoff",
+        "epsilon",
+        "in [0, 1]",
+        epsilon,
+        "Usual values are 3e-4 to 2e-3.",
+    )
 
     def transform(logits: Tensor) -> Tensor:
         normal = logits.log_softmax(-1)
@@ -155,7 +186,9 @@ def top_n_sigma(n: float | Tensor) -> Sampler:
         number = there.sum(-1, keepdim=True)
         seen = torch.where(there, logits, 0)
         mean = seen.sum(-1, keepdim=True) / number
-        sigma = (torch.where(there, logits - mean, 0).square().sum(-1, keepdim=True) / number).sqrt()
+        sigma = (
+            torch.where(there, logits - mean, 0).square().sum(-1, keepdim=True) / number
+        ).sqrt()
         near = logits >= logits.amax(-1, keepdim=True) - n * sigma.detach()
         return _keep(near | _greatest(logits), logits)  # inf * 0 is NaN
 
@@ -173,18 +206,27 @@ def top_h(share: float | Tensor, *, candidates: int = 100) -> Sampler:
         share: in (0, 1]; transformers' `top_h`.
         candidates: only this many of the most likely tokens are considered, as in transformers.
 
-    Source: Baghaei Potraghloo et al., Top-H decoding: adapting the creativity and coherence with bounded entropy in text
-        generation, arXiv:2509.02510.
+    Source: Baghaei Potraghloo et al., Top-H decoding: adapting the creativity and coherence with
+        bounded entropy in text generation, arXiv:2509.02510.
     """
-    require((share > 0) & (share <= 1), "top_h", "share", "in (0, 1]", share, "A usual value is 0.4.")
+    require(
+        (share > 0) & (share <= 1), "top_h", "share", "in (0, 1]", share, "A usual value is 0.4."
+    )
     require_integer("top_h", "candidates", candidates, 1, "The default is 100.")
 
     def transform(logits: Tensor) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         first = ordered[..., :candidates]
         parts = torch.special.entr(first.softmax(-1))
-        kept = (parts.cumsum(-1) <= parts.sum(-1, keepdim=True) * share) | (share >= 1) | _only_first(first)
-        return _keep(torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., :candidates], kept), logits)
+        kept = (
+            (parts.cumsum(-1) <= parts.sum(-1, keepdim=True) * share)
+            | (share >= 1)
+            | _only_first(first)
+        )
+        return _keep(
+            torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., :candidates], kept),
+            logits,
+        )
 
     return stateless(transform)
 
@@ -208,4 +250,11 @@ def _entropy(normal: Tensor) -> Tensor:
 
 def _number(function: str, argument: str, x: object) -> None:
     if not isinstance(x, int | float | Tensor):
-        errors.fail(function, argument, "a number or a tensor", repr(x), "A tensor gives each row its own under vmap.", TypeError)
+        errors.fail(
+            function,
+            argument,
+            "a number or a tensor",
+            repr(x),
+            "A tensor gives each row its own under vmap.",
+            TypeError,
+        )

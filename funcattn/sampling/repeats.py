@@ -53,13 +53,20 @@ def no_repeat_ngram(n: int, *, window: int = 1024) -> Sampler:
     Law: equal to transformers' while all fits into the window (test_repeats.py).
     """
     require_integer("no_repeat_ngram", "n", n, 1, "3 forbids repeated triples.")
-    require_integer("no_repeat_ngram", "window", window, n, "Look back at least one n-gram.", called="n = ")
+    require_integer(
+        "no_repeat_ngram", "window", window, n, "Look back at least one n-gram.", called="n = "
+    )
 
     def update(logits: Tensor, ring: Ring) -> tuple[Tensor, Ring]:
         grams = ring.tokens.unfold(0, n, 1)  # (W - n + 1, n)
         newest = ring.tokens[len(ring.tokens) - (n - 1) :]
         seen = (grams[:, : n - 1] == newest).all(-1) & (grams >= 0).all(-1)
-        hidden = torch.zeros_like(logits).scatter_add(-1, grams[:, -1].clamp(min=0), seen.to(logits.dtype)) > 0
+        hidden = (
+            torch.zeros_like(logits).scatter_add(
+                -1, grams[:, -1].clamp(min=0), seen.to(logits.dtype)
+            )
+            > 0
+        )
         return torch.where(hidden, -torch.inf, logits), ring
 
     return Sampler(lambda V: empty_ring(window), update, push, False, observe_prompt_ring)
@@ -96,13 +103,36 @@ def dry(
 
     Law: equal to a loop over the text (test_repeats.py).
     """
-    require(multiplier >= 0, "dry", "multiplier", "0 or more", multiplier, "0 changes nothing; 0.8 is usual.")
-    require(between(base, 1, LARGE), "dry", "base", f"at least 1, up to {LARGE:g}", base, "1.75 is usual.")
-    require(allowed_length >= 1, "dry", "allowed_length", "at least 1", allowed_length, "2 is usual.")
+    require(
+        multiplier >= 0,
+        "dry",
+        "multiplier",
+        "0 or more",
+        multiplier,
+        "0 changes nothing; 0.8 is usual.",
+    )
+    require(
+        between(base, 1, LARGE),
+        "dry",
+        "base",
+        f"at least 1, up to {LARGE:g}",
+        base,
+        "1.75 is usual.",
+    )
+    require(
+        allowed_length >= 1, "dry", "allowed_length", "at least 1", allowed_length, "2 is usual."
+    )
     require_integer("dry", "window", window, 2, "Look back farther.")
     require_integer("dry", "longest", longest, 1, "50 is usual.")
     if not all(isinstance(token, int) for token in breakers):
-        errors.fail("dry", "breakers", "ids as ints", repr(breakers), "Encode strings with the tokenizer.", TypeError)
+        errors.fail(
+            "dry",
+            "breakers",
+            "ids as ints",
+            repr(breakers),
+            "Encode strings with the tokenizer.",
+            TypeError,
+        )
 
     def update(logits: Tensor, ring: Ring) -> tuple[Tensor, Ring]:
         text, W = ring.tokens, len(ring.tokens)
@@ -117,8 +147,13 @@ def dry(
         lengths = agree.long().cumprod(-1).sum(-1)  # (W - 1,): length of the match before i + 1
         lengths = torch.where(whole[1:], lengths, 0)
         places = torch.where(text[1:] >= 0, text[1:], 0)
-        match = torch.zeros(logits.shape[-1], dtype=torch.int64, device=logits.device).scatter_reduce(-1, places, lengths, "amax")
-        power = bounded(torch.as_tensor(base, dtype=logits.dtype, device=logits.device) ** (match - allowed_length))
+        match = torch.zeros(
+            logits.shape[-1], dtype=torch.int64, device=logits.device
+        ).scatter_reduce(-1, places, lengths, "amax")
+        power = bounded(
+            torch.as_tensor(base, dtype=logits.dtype, device=logits.device)
+            ** (match - allowed_length)
+        )
         return logits - torch.where(match >= allowed_length, multiplier * power, 0), ring
 
     return Sampler(lambda V: empty_ring(window), update, push, False, observe_prompt_ring)

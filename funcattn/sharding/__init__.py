@@ -1,6 +1,8 @@
 """Sharding as a transform of the params: one model on many devices, real or simulated by vmap.
 
-    mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))   # or Grid(data=2, tensor=2)
+    names = ("data", "tensor")
+    mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    mesh = Grid(data=2, tensor=2)  # or this: all devices in one process
     params = fa.shard(mesh, fa.sharding.tensor_parallel(config))(params)
     logits, past = fa.shard_map(model, mesh).apply(params, prompt, cache)
     gradients = fa.shard_map(grad(loss), mesh, in_specs, out_specs)(params, tokens)

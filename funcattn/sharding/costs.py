@@ -39,14 +39,27 @@ class CollectiveCost:
     def traffic(self) -> float:
         """Bytes that a device sends in all calls."""
         n = self.devices
-        share = {"all_reduce": 2 * (n - 1) / n, "all_gather": n - 1, "reduce_scatter": (n - 1) / n, "permute": 1}[self.kind]
+        share = {
+            "all_reduce": 2 * (n - 1) / n,
+            "all_gather": n - 1,
+            "reduce_scatter": (n - 1) / n,
+            "permute": 1,
+        }[self.kind]
         return self.calls * share * self.nbytes
 
     @property
     def messages(self) -> int:
         """Number of sequential messages that a device waits for."""
         n = self.devices
-        return self.calls * {"all_reduce": 2 * (n - 1), "all_gather": n - 1, "reduce_scatter": n - 1, "permute": 1}[self.kind]
+        return (
+            self.calls
+            * {
+                "all_reduce": 2 * (n - 1),
+                "all_gather": n - 1,
+                "reduce_scatter": n - 1,
+                "permute": 1,
+            }[self.kind]
+        )
 
 
 @dataclass(frozen=True)
@@ -73,16 +86,32 @@ class Cost:
 
     def per_layer(self, axis: str, phase: str) -> int:
         """Number of collectives per layer over an axis, of every kind."""
-        calls = {one.kind: one.calls for one in self.collectives if one.axis == axis and one.phase == phase}
+        calls = {
+            one.kind: one.calls
+            for one in self.collectives
+            if one.axis == axis and one.phase == phase
+        }
         return sum(n // self.layers for n in calls.values())
 
     def __str__(self) -> str:
         rows = [("axis", "collective", "phase", "calls", "bytes each", "sent")]
-        rows += [(s.axis, s.kind, s.phase, str(s.calls), f"{s.nbytes:,.0f}", f"{s.traffic:,.0f}") for s in self.collectives]
+        rows += [
+            (s.axis, s.kind, s.phase, str(s.calls), f"{s.nbytes:,.0f}", f"{s.traffic:,.0f}")
+            for s in self.collectives
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        told = f"{self.devices} devices: {self.weights / 2**30:.3g} GiB of weights each, {self.operations:.3g} operations"
-        times = f"{self.seconds * 1e3:.3g} ms of compute, {self.communication * 1e3:.3g} ms of communication"
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        told = (
+            f"{self.devices} devices: {self.weights / 2**30:.3g} GiB of weights each, "
+            f"{self.operations:.3g} operations"
+        )
+        times = (
+            f"{self.seconds * 1e3:.3g} ms of compute, {self.communication * 1e3:.3g} ms of "
+            "communication"
+        )
         times = f"{times}, {self.efficiency:.0%} efficient"
         return "\n".join([*lines, told, times])
 
@@ -113,7 +142,8 @@ def cost(
         rows: batch size over all devices; they are divided over "data".
         training: include the backward pass and the reduction of gradients over "data" and
             "context".
-        sharded: by `fsdp`: weights are gathered over "data" forward and backward, gradients scattered.
+        sharded: by `fsdp`: weights are gathered over "data" forward and backward, gradients
+            scattered.
         nbytes: bytes per element.
         flops, memory, bandwidth, latency: of one device: operations per second, bytes of memory per
             second, bytes per second to others, seconds per message. The defaults are those of an
@@ -131,11 +161,19 @@ def cost(
     for name, size in sizes.items():
         if name not in (DATA, TENSOR, CONTEXT) or not isinstance(size, int) or size < 1:
             remedy = "The decoder knows these axes."
-            errors.fail("cost", "mesh", "of 'data', 'tensor' and 'context', 1 device or more each", {name: size}, remedy)
+            errors.fail(
+                "cost",
+                "mesh",
+                "of 'data', 'tensor' and 'context', 1 device or more each",
+                {name: size},
+                remedy,
+            )
     d, t, c = (sizes.get(name, 1) for name in (DATA, TENSOR, CONTEXT))
     if rows % d or (c > 1 and tokens % (2 * c)):
         remedy = f"{rows} rows and {tokens} tokens do not divide by {d} and 2 x {c}."
-        errors.fail("cost", "rows and tokens", "such that the devices divide them", (rows, tokens), remedy)
+        errors.fail(
+            "cost", "rows and tokens", "such that the devices divide them", (rows, tokens), remedy
+        )
     L, here = config.layers, tokens // c * (rows // d)  # tokens of this device
     layer, ends = _sizes(config)
     found: list[CollectiveCost] = []
@@ -148,10 +186,24 @@ def cost(
     if tokens > 1:
         add(CONTEXT, "permute", "forward", (c - 1) * 2 * L, c, keys / 2)
     else:
-        add(CONTEXT, "all_reduce", "forward", 3 * L, c, here * config.heads // t * (config.head_size + 2) * 4 / 3)
+        add(
+            CONTEXT,
+            "all_reduce",
+            "forward",
+            3 * L,
+            c,
+            here * config.heads // t * (config.head_size + 2) * 4 / 3,
+        )
     per_leaf = _leaves(config)
     if sharded:
-        add(DATA, "all_gather", "forward", per_leaf["matrices"] * L, d, layer["matrices"] / per_leaf["matrices"] / t / d * nbytes)
+        add(
+            DATA,
+            "all_gather",
+            "forward",
+            per_leaf["matrices"] * L,
+            d,
+            layer["matrices"] / per_leaf["matrices"] / t / d * nbytes,
+        )
     if training:
         add(TENSOR, "all_reduce", "backward", 2 * L, t, activation)
         add(CONTEXT, "permute", "backward", (c - 1) * 2 * L, c, keys / 2)
@@ -164,15 +216,41 @@ def cost(
                 d,
                 layer["matrices"] / per_leaf["matrices"] / t * nbytes,
             )
-            add(DATA, "all_reduce", "backward", per_leaf["vectors"] * L, d, layer["vectors"] / per_leaf["vectors"] * nbytes)
+            add(
+                DATA,
+                "all_reduce",
+                "backward",
+                per_leaf["vectors"] * L,
+                d,
+                layer["vectors"] / per_leaf["vectors"] * nbytes,
+            )
         else:
             leaves = per_leaf["matrices"] + per_leaf["vectors"]
-            add(DATA, "all_reduce", "backward", leaves * L, d, (layer["matrices"] / t + layer["vectors"]) / leaves * nbytes)
-        leaves, whole = per_leaf["matrices"] + per_leaf["vectors"], layer["matrices"] / t + layer["vectors"]
-        add(CONTEXT, "all_reduce", "backward", leaves * L, c, whole / leaves * nbytes / (d if sharded else 1))
+            add(
+                DATA,
+                "all_reduce",
+                "backward",
+                leaves * L,
+                d,
+                (layer["matrices"] / t + layer["vectors"]) / leaves * nbytes,
+            )
+        leaves, whole = (
+            per_leaf["matrices"] + per_leaf["vectors"],
+            layer["matrices"] / t + layer["vectors"],
+        )
+        add(
+            CONTEXT,
+            "all_reduce",
+            "backward",
+            leaves * L,
+            c,
+            whole / leaves * nbytes / (d if sharded else 1),
+        )
     weights = (layer["matrices"] * L + ends) / t + layer["vectors"] * L
     operations = 2 * here * weights * (3 if training else 1)
-    operations += 4 * here * tokens / 2 * config.heads * config.head_size / t * L * (3 if training else 1)
+    operations += (
+        4 * here * tokens / 2 * config.heads * config.head_size / t * L * (3 if training else 1)
+    )
     kept = weights / (d if sharded else 1) * nbytes
     seconds = max(operations / flops, weights * nbytes / memory)
     communication = sum(one.traffic / bandwidth + one.messages * latency for one in found)
@@ -186,7 +264,9 @@ def _sizes(config: Config) -> tuple[dict[str, float], float]:
     for layer in wanted.layers:
         for shape in layer:
             if shape:
-                found["matrices" if len(shape) > 1 else "vectors"] += math.prod(shape) / config.layers
+                found["matrices" if len(shape) > 1 else "vectors"] += (
+                    math.prod(shape) / config.layers
+                )
     table: Weight = wanted.embedding
     return found, math.prod(table) * (1 if config.tied else 2)
 

@@ -20,15 +20,28 @@ from .storing import distributed
 
 def refuse_transform(what: str) -> None:
     """Raise TypeError: a transform is active outside of a function that spans processes."""
-    remedy = f"{what} is the outermost: write shard_map(grad(f), ...), not grad(shard_map(f, ...)); or map over a Grid."
-    errors.fail(what, "the call", "outside of grad, vjp, jvp and vmap", "one inside", remedy, TypeError)
+    remedy = (
+        f"{what} is the outermost: write shard_map(grad(f), ...), not grad(shard_map(f, ...)); or "
+        "map over a Grid."
+    )
+    errors.fail(
+        what, "the call", "outside of grad, vjp, jvp and vmap", "one inside", remedy, TypeError
+    )
 
 
 def bind(mesh: DeviceMesh, seen: Sequence[str]) -> AbstractContextManager[None]:
     """The context in which the axes of a DeviceMesh are bound to its process groups."""
     sizes = axes_of(mesh)
     return binding(
-        *(Axis(name, sizes[name], rank=mesh.get_local_rank(name), group=mesh.get_group(name).group_name) for name in seen)
+        *(
+            Axis(
+                name,
+                sizes[name],
+                rank=mesh.get_local_rank(name),
+                group=mesh.get_group(name).group_name,
+            )
+            for name in seen
+        )
     )
 
 
@@ -54,11 +67,20 @@ def wrapped(out: Tree, mesh: DeviceMesh, out_specs: Specs, *, alike: bool) -> Tr
     cuts = broadcast(out_specs, out)
     for x in flat:
         if not isinstance(x, Tensor):
-            errors.fail("shard_map", "results", "trees of tensors", f"a {type(x).__name__}", "Return torch.tensor(x).", TypeError)
+            errors.fail(
+                "shard_map",
+                "results",
+                "trees of tensors",
+                f"a {type(x).__name__}",
+                "Return torch.tensor(x).",
+                TypeError,
+            )
     if alike:
         for x, spec in zip(flat, cuts, strict=True):
             _check_over(x, spec, mesh)
-    return optree.tree_unflatten(structure, [distributed(x, spec, mesh) for x, spec in zip(flat, cuts, strict=True)])
+    return optree.tree_unflatten(
+        structure, [distributed(x, spec, mesh) for x, spec in zip(flat, cuts, strict=True)]
+    )
 
 
 def _check_over(x: Tensor, spec: PartitionSpec, mesh: DeviceMesh) -> None:
@@ -67,24 +89,50 @@ def _check_over(x: Tensor, spec: PartitionSpec, mesh: DeviceMesh) -> None:
     for name, n in axes_of(mesh).items():
         if n > 1 and spec.cut(name) is None:
             group = mesh.get_group(name).group_name
-            _compare(groups.all_reduce(wide, group, "max"), -groups.all_reduce(-wide, group, "max"), x.dtype, name)
+            _compare(
+                groups.all_reduce(wide, group, "max"),
+                -groups.all_reduce(-wide, group, "max"),
+                x.dtype,
+                name,
+            )
 
 
 def check(leaf: object, spec: PartitionSpec, sizes: dict[str, int]) -> None:
     """Raise where a spec does not fit a leaf."""
     if not isinstance(leaf, Tensor):
-        errors.fail("shard_map", "arguments", "trees of tensors", f"a {type(leaf).__name__}", "Close f over it.", TypeError)
+        errors.fail(
+            "shard_map",
+            "arguments",
+            "trees of tensors",
+            f"a {type(leaf).__name__}",
+            "Close f over it.",
+            TypeError,
+        )
     if len(spec) > leaf.dim():
-        errors.fail("shard_map", "in_specs", f"of at most {leaf.dim()} axes", repr(spec), f"The leaf is {errors.shape(leaf)}.")
+        errors.fail(
+            "shard_map",
+            "in_specs",
+            f"of at most {leaf.dim()} axes",
+            repr(spec),
+            f"The leaf is {errors.shape(leaf)}.",
+        )
     for dim in range(len(spec)):
         n = 1
         for name in spec.names(dim):
             if name not in sizes:
-                errors.fail("shard_map", "specs", f"of names of the mesh, {list(sizes)}", repr(name), "Name an axis that it has.")
+                errors.fail(
+                    "shard_map",
+                    "specs",
+                    f"of names of the mesh, {list(sizes)}",
+                    repr(name),
+                    "Name an axis that it has.",
+                )
             n *= sizes[name]
         if leaf.shape[dim] % n:
             wanted = f"divisible into {n} parts along axis {dim}, as {spec} says"
-            errors.fail("shard_map", "a leaf", wanted, errors.shape(leaf), "Pad it, or keep it whole: P().")
+            errors.fail(
+                "shard_map", "a leaf", wanted, errors.shape(leaf), "Pad it, or keep it whole: P()."
+            )
 
 
 # All devices in one process.
@@ -114,10 +162,14 @@ def stacked(
     results = run(*(_split(leaf, spec, mesh) for leaf, spec in zip(flat, cuts, strict=True)))
     whole = optree.tree_unflatten(shaped, list(results))
     specs = broadcast(out_specs, whole)
-    return optree.tree_unflatten(shaped, [_join(x, spec, mesh) for x, spec in zip(results, specs, strict=True)])
+    return optree.tree_unflatten(
+        shaped, [_join(x, spec, mesh) for x, spec in zip(results, specs, strict=True)]
+    )
 
 
-def _over(f: Callable[..., Tree], name: str, n: int, cut: list[bool], seen: bool) -> Callable[..., Tree]:
+def _over(
+    f: Callable[..., Tree], name: str, n: int, cut: list[bool], seen: bool
+) -> Callable[..., Tree]:
     def device(index: Tensor, *leaves: Tensor) -> Tree:
         if not seen:
             return f(*leaves)
@@ -127,7 +179,9 @@ def _over(f: Callable[..., Tree], name: str, n: int, cut: list[bool], seen: bool
 
     def run(*leaves: Tensor) -> Tree:
         where = leaves[0].device if leaves else None
-        return torch.func.vmap(device, (0, *(0 if c else None for c in cut)))(torch.arange(n, device=where), *leaves)
+        return torch.func.vmap(device, (0, *(0 if c else None for c in cut)))(
+            torch.arange(n, device=where), *leaves
+        )
 
     return run
 
@@ -170,9 +224,16 @@ def _compare(one: Tensor, other: Tensor, dtype: torch.dtype, name: str) -> None:
     if dtype.is_floating_point:
         near = torch.finfo(dtype).eps ** 0.5
         largest = float(one.abs().nan_to_num(0, 0, 0).amax()) if one.numel() else 0.0
-        same = torch.isclose(one.expand_as(other), other, near, near * largest, equal_nan=True)  # 2.11 does not broadcast
+        # 2.11 does not broadcast
+        same = torch.isclose(one.expand_as(other), other, near, near * largest, equal_nan=True)
     else:
         same = one == other
     if not bool(same.all()):
         remedy = "Say P(name) where each has its own, or psum it."
-        errors.fail("shard_map", "a result that out_specs does not cut", f"the same on every device of {name!r}", "others", remedy)
+        errors.fail(
+            "shard_map",
+            "a result that out_specs does not cut",
+            f"the same on every device of {name!r}",
+            "others",
+            remedy,
+        )

@@ -30,7 +30,9 @@ from .storing import is_distributed, local, spec_of
 
 
 @door
-def spmd(f: Callable[..., Tree], axis: str, n: int, in_specs: Specs, out_specs: Specs) -> Callable[..., Tree]:
+def spmd(
+    f: Callable[..., Tree], axis: str, n: int, in_specs: Specs, out_specs: Specs
+) -> Callable[..., Tree]:
     """f on n devices simulated by a vmap in this process, with a bound axis for collectives.
 
     It takes and returns whole values, and composes with every transform outside and inside.
@@ -95,13 +97,31 @@ def shard_map(
     sizes = axes_of(mesh)
     if isinstance(f, Model):
         if in_specs is not None or out_specs is not None:
-            errors.fail("shard_map", "in_specs", "left out for a Model", "some", "A Model knows what its arguments are.")
+            errors.fail(
+                "shard_map",
+                "in_specs",
+                "left out for a Model",
+                "some",
+                "A Model knows what its arguments are.",
+            )
         return sharded(f, mesh)
     for name in axes or ():
         if name not in sizes:
-            errors.fail("shard_map", "axes", f"names of the mesh, {list(sizes)}", repr(name), "Name what f speaks over.")
+            errors.fail(
+                "shard_map",
+                "axes",
+                f"names of the mesh, {list(sizes)}",
+                repr(name),
+                "Name what f speaks over.",
+            )
     if out_specs is None:
-        errors.fail("shard_map", "out_specs", "given", None, "Say how what f returns is cut; P() is not at all.")
+        errors.fail(
+            "shard_map",
+            "out_specs",
+            "given",
+            None,
+            "Say how what f returns is cut; P() is not at all.",
+        )
     seen = tuple(sizes) if axes is None else tuple(axes)
 
     @functools.wraps(f)
@@ -116,7 +136,11 @@ def shard_map(
         if transforming() or has_tangent(flat):
             refuse_transform("shard_map")
         if check_alike:
-            agree("shard_map", {"arguments": [leaf for leaf in flat if not is_distributed(leaf)]}, mesh=mesh)
+            agree(
+                "shard_map",
+                {"arguments": [leaf for leaf in flat if not is_distributed(leaf)]},
+                mesh=mesh,
+            )
         parts = [local(leaf, spec, mesh) for leaf, spec in zip(flat, cuts, strict=True)]
         with bind(mesh, seen):
             out = f(*optree.tree_unflatten(structure, parts))
@@ -128,7 +152,15 @@ def shard_map(
 def _in_specs(in_specs: Specs, args: tuple[Tree, ...], flat: list[Tree]) -> list[PartitionSpec]:
     if in_specs is None:
         return [spec_of(leaf) if is_distributed(leaf) else P() for leaf in flat]
-    if not isinstance(in_specs, PartitionSpec) and (not isinstance(in_specs, tuple) or len(in_specs) != len(args)):
+    if not isinstance(in_specs, PartitionSpec) and (
+        not isinstance(in_specs, tuple) or len(in_specs) != len(args)
+    ):
         got = f"{len(in_specs)}" if isinstance(in_specs, tuple) else f"a {type(in_specs).__name__}"
-        errors.fail("shard_map", "in_specs", f"a tuple of {len(args)}, one for each argument, or one P", got, "Say P() for whole.")
+        errors.fail(
+            "shard_map",
+            "in_specs",
+            f"a tuple of {len(args)}, one for each argument, or one P",
+            got,
+            "Say P() for whole.",
+        )
     return broadcast(in_specs, args)

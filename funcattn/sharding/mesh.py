@@ -37,10 +37,28 @@ class PartitionSpec(tuple[str | tuple[str, ...] | None, ...]):
             names = entry if isinstance(entry, tuple) else (entry,)
             if not all(name is None or isinstance(name, str) for name in names):
                 remedy = "Write P('tensor', None), or P(('data', 'tensor'), None)."
-                errors.fail("PartitionSpec", "axes", "names of mesh axes, tuples of them, or None", repr(entry), remedy, TypeError)
-        used = [name for entry in axes for name in (entry if isinstance(entry, tuple) else (entry,)) if name is not None]
+                errors.fail(
+                    "PartitionSpec",
+                    "axes",
+                    "names of mesh axes, tuples of them, or None",
+                    repr(entry),
+                    remedy,
+                    TypeError,
+                )
+        used = [
+            name
+            for entry in axes
+            for name in (entry if isinstance(entry, tuple) else (entry,))
+            if name is not None
+        ]
         if len(set(used)) != len(used):
-            errors.fail("PartitionSpec", "axes", "each name once", repr(axes), "An axis of a mesh cuts one axis of a tensor.")
+            errors.fail(
+                "PartitionSpec",
+                "axes",
+                "each name once",
+                repr(axes),
+                "An axis of a mesh cuts one axis of a tensor.",
+            )
         return super().__new__(cls, axes)
 
     def __repr__(self) -> str:
@@ -77,7 +95,9 @@ class VirtualMesh:
     def __init__(self, **axes: int) -> None:
         for name, size in axes.items():
             if not isinstance(size, int) or size < 1:
-                errors.fail("Grid", name, "1 or more", size, "It is the number of devices along an axis.")
+                errors.fail(
+                    "Grid", name, "1 or more", size, "It is the number of devices along an axis."
+                )
         object.__setattr__(self, "axes", tuple(axes.items()))
 
     @property
@@ -104,14 +124,28 @@ def axes_of(mesh: Mesh) -> dict[str, int]:
         return dict(mesh.axes)
     names = getattr(mesh, "mesh_dim_names", None)
     if not names:
-        remedy = "Use torch.distributed.init_device_mesh('cpu', (2,), mesh_dim_names=('tensor',)), or fa.sharding.Grid(tensor=2)."
-        got = f"a {type(mesh).__name__}" + (" without names" if hasattr(mesh, "mesh_dim_names") else "")
-        errors.fail("sharding", "mesh", "a DeviceMesh with mesh_dim_names, or a Grid", got, remedy, TypeError)
+        remedy = (
+            "Use torch.distributed.init_device_mesh('cpu', (2,), mesh_dim_names=('tensor',)), or "
+            "fa.sharding.Grid(tensor=2)."
+        )
+        got = f"a {type(mesh).__name__}" + (
+            " without names" if hasattr(mesh, "mesh_dim_names") else ""
+        )
+        errors.fail(
+            "sharding",
+            "mesh",
+            "a DeviceMesh with mesh_dim_names, or a Grid",
+            got,
+            remedy,
+            TypeError,
+        )
     return {name: mesh.size(i) for i, name in enumerate(names)}
 
 
 class Rule(NamedTuple):
-    """path: a regex of whole paths or a predicate of (path, weight); spec; block: rows that stay together."""
+    """path: a regex of whole paths or a predicate of (path, weight); spec; block: rows that stay
+    together.
+    """
 
     path: Where
     spec: PartitionSpec
@@ -143,12 +177,16 @@ def broadcast(prefix: Specs, whole: Tree, function: str = "shard_map") -> list[P
         errors.fail(function, "specs", "prefixes of the trees", str(error).splitlines()[0], remedy)
 
 
-def part(leaf: Tensor, spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> Tensor:
+def part(
+    leaf: Tensor, spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]
+) -> Tensor:
     """The shard of a leaf on the device at these coordinates: a view."""
     return leaf[bounds(tuple(leaf.shape), spec, coordinates, sizes)]
 
 
-def bounds(shape: tuple[int, ...], spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]) -> tuple[slice, ...]:
+def bounds(
+    shape: tuple[int, ...], spec: PartitionSpec, coordinates: dict[str, int], sizes: dict[str, int]
+) -> tuple[slice, ...]:
     """The slices of a leaf of this shape that the device at these coordinates stores."""
     found = []
     for dim, size in enumerate(shape):

@@ -46,10 +46,17 @@ def sharded(model: Model, mesh: Mesh) -> Model:
     if not isinstance(model, Model) or (isinstance(mesh, Grid) and model.config is None):
         wanted = "from fa.decoder" if isinstance(mesh, Grid) else "a Model"
         errors.fail(
-            "shard_map", "model", wanted, f"a {type(model).__name__} of another make", "Make it with fa.decoder(config).", TypeError
+            "shard_map",
+            "model",
+            wanted,
+            f"a {type(model).__name__} of another make",
+            "Make it with fa.decoder(config).",
+            TypeError,
         )
     run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
-    fields: dict[str, Callable[..., Tree]] = {name: door(run(name, getattr(model, name)), name=name) for name in Model.FUNCTIONS}
+    fields: dict[str, Callable[..., Tree]] = {
+        name: door(run(name, getattr(model, name)), name=name) for name in Model.FUNCTIONS
+    }
     if not isinstance(mesh, Grid):
         fields["commit"] = run("commit", model.commit or caches.commit)
     name = written("shard_map", mesh=mesh)
@@ -66,7 +73,9 @@ def _speak(mesh: DeviceMesh) -> Callable[[str, Callable[..., Tree]], Callable[..
 
         @functools.wraps(f)
         def call(*args: Tree, **options: Tree) -> Tree:
-            if (transforming() or has_tangent(args)) and any(is_distributed(leaf) for leaf in tree.leaves(args)):
+            if (transforming() or has_tangent(args)) and any(
+                is_distributed(leaf) for leaf in tree.leaves(args)
+            ):
                 refuse_transform("shard_map")
             whole: Tree = args
             flat, structure = optree.tree_flatten(whole)
@@ -82,7 +91,9 @@ def _speak(mesh: DeviceMesh) -> Callable[[str, Callable[..., Tree]], Callable[..
     return run
 
 
-def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Tree]], Callable[..., Tree]]:
+def _simulate(
+    model: Model, mesh: Grid
+) -> Callable[[str, Callable[..., Tree]], Callable[..., Tree]]:
     """Each function as a vmap over the devices."""
     config = model.config
     n = axes_of(mesh).get(TENSOR, 1)
@@ -95,8 +106,18 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Tree]], 
         if type(cache) is Branch:
             return Branch(past(cache.prefix), past(cache.tail))
         if type(cache) is not Cache:
-            got, remedy = f"a {type(cache).__name__}", "Use a dense past, or map f with specs of its own: shard_map(f, mesh, ...)."
-            errors.fail("shard_map", "cache", "a Cache, or a Branch of such, over a Grid", got, remedy, TypeError)
+            got, remedy = (
+                f"a {type(cache).__name__}",
+                "Use a dense past, or map f with specs of its own: shard_map(f, mesh, ...).",
+            )
+            errors.fail(
+                "shard_map",
+                "cache",
+                "a Cache, or a Branch of such, over a Grid",
+                got,
+                remedy,
+                TypeError,
+            )
         cuts: Tree = (of_past, of_past, P())
         return Cache(*cuts)
 
@@ -104,12 +125,20 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Tree]], 
         if name == "init":
             return f
         if name == "cache":
-            return f if "cache" in model.replaced else functools.wraps(f)(functools.partial(_room, config, n))
+            return (
+                f
+                if "cache" in model.replaced
+                else functools.wraps(f)(functools.partial(_room, config, n))
+            )
 
         def mapped(params: Tree, *args: Tree, **options: Tree) -> Tree:
             kept = {key: value for key, value in options.items() if value is not None}
             whole = lambda value: tree.map(lambda _: P(), value)
-            cuts = (specs(params, mesh, rules), *(past(x) if i else whole(x) for i, x in enumerate(args)), whole(kept))
+            cuts = (
+                specs(params, mesh, rules),
+                *(past(x) if i else whole(x) for i, x in enumerate(args)),
+                whole(kept),
+            )
             given: Tree = (params, *args, kept)
             flat, structure = optree.tree_flatten(given)
             each: Tree = (P(TENSOR),) * cache_layers(config)
@@ -117,7 +146,14 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Tree]], 
             out = P() if name == "logits" else (P(), rows)
             return stacked(
                 lambda params, *rest: f(params, *rest[:-1], **rest[-1]),
-                *(mesh, flat, structure, tree.leaves(cuts, is_leaf=is_spec), out, tuple(axes_of(mesh))),
+                *(
+                    mesh,
+                    flat,
+                    structure,
+                    tree.leaves(cuts, is_leaf=is_spec),
+                    out,
+                    tuple(axes_of(mesh)),
+                ),
             )
 
         if name == "logits":
@@ -139,5 +175,7 @@ def _simulate(model: Model, mesh: Grid) -> Callable[[str, Callable[..., Tree]], 
     return run
 
 
-def _room(config: Config, n: int, size: int, *, kind: type = Cache, dtype: torch.dtype | None = None) -> Tree:
+def _room(
+    config: Config, n: int, size: int, *, kind: type = Cache, dtype: torch.dtype | None = None
+) -> Tree:
     return kind.empty(cache_layers(config), max(config.kv_heads, n), size, config.head_size, dtype)

@@ -109,9 +109,13 @@ def _quantized(weight: Weight, division: layers.layouts.Division) -> Tree:
     def one(name: str, field: Tensor) -> layers.layouts.Division:
         if name == "levels":
             return (None,) * field.dim()
-        return division[:-1] + ((None,) if name != "codes" and field.shape[-1] == 1 else division[-1:])
+        return division[:-1] + (
+            (None,) if name != "codes" and field.shape[-1] == 1 else division[-1:]
+        )
 
-    return type(weight)(*(one(name, field) for name, field in zip(weight._fields, weight, strict=True)))
+    return type(weight)(
+        *(one(name, field) for name, field in zip(weight._fields, weight, strict=True))
+    )
 
 
 for _record in RECORDS:
@@ -131,7 +135,9 @@ def specs_like(state: Tree, params: Tree, cuts: Tree) -> Tree:
 
 def is_weight(node: object) -> bool:
     """True for a record that represents a matrix, under the path of the weight."""
-    return optree.is_namedtuple(node) and layers.fields.dispatch(type(node)) is not layers.fields.dispatch(object)
+    return optree.is_namedtuple(node) and layers.fields.dispatch(
+        type(node)
+    ) is not layers.fields.dispatch(object)
 
 
 @door
@@ -148,26 +154,46 @@ def specs(params: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
             TypeError: a record that has not registered.
     """
     given: Rules = tensor_parallel() if rules is None else rules
-    sizes, known = axes_of(mesh), [rule if isinstance(rule, Rule) else Rule(*rule) for rule in given]
+    sizes, known = (
+        axes_of(mesh),
+        [rule if isinstance(rule, Rule) else Rule(*rule) for rule in given],
+    )
     choices = [tree.predicate("shard", rule.path, "rules") for rule in known]
 
     def one(path: str, weight: Weight) -> Tree:
-        rule = next((rule for rule, choose in zip(known, choices, strict=True) if choose(path, weight)), None)
+        rule = next(
+            (rule for rule, choose in zip(known, choices, strict=True) if choose(path, weight)),
+            None,
+        )
         if rule is None:
             remedy = "End the rules with ('.*', P()), which keeps the rest whole."
             errors.fail("shard", "rules", f"one that matches {path!r}", "none", remedy)
         spec = _within(rule.spec, sizes)
         if not isinstance(weight, Tensor) and not is_weight(weight):
             remedy = "Register its type with @funcattn.layers.fields.register."
-            errors.fail("shard", path, "a tensor or a registered record", f"a {type(weight).__name__}", remedy, TypeError)
+            errors.fail(
+                "shard",
+                path,
+                "a tensor or a registered record",
+                f"a {type(weight).__name__}",
+                remedy,
+                TypeError,
+            )
         shape = _shape(weight)
         if len(spec) not in (0, len(shape)):
-            remedy = "Write a rule for this leaf; of a model with experts give rules=tensor_parallel(config)."
+            remedy = (
+                "Write a rule for this leaf; of a model with experts give "
+                "rules=tensor_parallel(config)."
+            )
             errors.fail("shard", path, f"of {len(spec)} axes, as {spec} has", shape, remedy)
         _check_blocks(path, shape, spec, sizes, rule.block)
         divided = layers.fields(weight, tuple(spec))
         return tree.map_with_path(
-            lambda part, leaf, division: _leaf(f"{path}.{part}".rstrip("."), leaf, P(*division), sizes), weight, divided
+            lambda part, leaf, division: _leaf(
+                f"{path}.{part}".rstrip("."), leaf, P(*division), sizes
+            ),
+            weight,
+            divided,
         )
 
     return tree.map_with_path(one, params, is_leaf=is_weight)
@@ -180,7 +206,13 @@ def _within(spec: PartitionSpec, sizes: dict[str, int]) -> PartitionSpec:
     def entry(dim: int) -> str | tuple[str, ...] | None:
         names = tuple(name for name in spec.names(dim) if name in sizes)
         if [*names] != sorted(names, key=order.index):
-            errors.fail("shard", "rules", f"names in the order of the mesh, {order}", names, "Outer axes stand first.")
+            errors.fail(
+                "shard",
+                "rules",
+                f"names in the order of the mesh, {order}",
+                names,
+                "Outer axes stand first.",
+            )
         return None if not names else names[0] if len(names) == 1 else names
 
     return P(*(entry(dim) for dim in range(len(spec))))
@@ -192,14 +224,22 @@ def _shape(weight: Weight) -> tuple[int, ...]:
     return tuple(weight.shape)
 
 
-def _check_blocks(path: str, shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int], block: int) -> None:
+def _check_blocks(
+    path: str, shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int], block: int
+) -> None:
     for dim in range(len(spec)):
         n = pieces(spec, dim, sizes)
         what = "columns" if dim == len(shape) - 1 and dim else "rows"
         together = block if dim == 0 else 1
         if n > 1 and shape[dim] % (n * together):
-            whole = f"{shape[dim] // together} blocks of {together} {what}" if together > 1 else f"{shape[dim]} {what}"
-            remedy = "Choose a number of devices that divides them, or a rule that keeps the leaf whole."
+            whole = (
+                f"{shape[dim] // together} blocks of {together} {what}"
+                if together > 1
+                else f"{shape[dim]} {what}"
+            )
+            remedy = (
+                "Choose a number of devices that divides them, or a rule that keeps the leaf whole."
+            )
             wanted = f"divisible into {n} parts along {'+'.join(spec.names(dim))!r}"
             errors.fail("shard", path, wanted, whole, remedy)
 
@@ -209,6 +249,9 @@ def _leaf(path: str, leaf: Tensor, spec: PartitionSpec, sizes: dict[str, int]) -
         n = pieces(spec, dim, sizes)
         if leaf.shape[dim] % n:
             wanted = f"divisible into {n} parts along axis {dim}"
-            remedy = "A group of columns is not cut: quantize with a smaller group, or keep the leaf whole by a rule."
+            remedy = (
+                "A group of columns is not cut: quantize with a smaller group, or keep the leaf "
+                "whole by a rule."
+            )
             errors.fail("shard", path, wanted, errors.shape(leaf), remedy)
     return spec

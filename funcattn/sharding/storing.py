@@ -36,8 +36,8 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Transform:
 
     Args:
         mesh: a DeviceMesh with names, or a Grid.
-        rules: ordered pairs (regex of whole paths or predicate of (path, weight), spec); None is `tensor_parallel()`.
-            With `tensor_parallel(config)` heads that do not divide raise here.
+        rules: ordered pairs (regex of whole paths or predicate of (path, weight), spec); None is
+            `tensor_parallel()`. With `tensor_parallel(config)` heads that do not divide raise here.
 
     Raises:
         ValueError: no rule matches a path, or sizes do not divide, or processes have different
@@ -58,8 +58,19 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Transform:
         if isinstance(mesh, Grid):
             return params
         if transforming() or has_tangent(params):
-            errors.fail("shard", "the call", "outside of every transform", "one inside", "Shard first.", TypeError)
-        agree("shard", {path: leaf for path, leaf in tree.items(params) if not is_distributed(leaf)}, mesh=mesh)
+            errors.fail(
+                "shard",
+                "the call",
+                "outside of every transform",
+                "one inside",
+                "Shard first.",
+                TypeError,
+            )
+        agree(
+            "shard",
+            {path: leaf for path, leaf in tree.items(params) if not is_distributed(leaf)},
+            mesh=mesh,
+        )
         coordinates, of_processes = {name: mesh.get_local_rank(name) for name in sizes}, mesh
 
         def one(leaf: Tensor, spec: PartitionSpec) -> "DTensor":
@@ -67,7 +78,14 @@ def shard(mesh: Mesh, rules: Rules | None = None) -> Transform:
                 if spec_of(leaf) == _trimmed(spec) and leaf.device_mesh == mesh:
                     return leaf
                 remedy = "Gather it first: fa.gather(tree)."
-                errors.fail("shard", "tree", "of whole tensors", "a DTensor that is cut otherwise", remedy, TypeError)
+                errors.fail(
+                    "shard",
+                    "tree",
+                    "of whole tensors",
+                    "a DTensor that is cut otherwise",
+                    remedy,
+                    TypeError,
+                )
             held = part(leaf.detach(), spec, coordinates, sizes)
             return distributed(_copied(held), spec, of_processes, leaf.shape)
 
@@ -87,7 +105,14 @@ def gather(tree_: Tree) -> Tree:
         TypeError: inside a transform.
     """
     if transforming() or has_tangent(tree_):
-        errors.fail("gather", "the call", "outside of every transform", "one inside", "Use all_gather inside.", TypeError)
+        errors.fail(
+            "gather",
+            "the call",
+            "outside of every transform",
+            "one inside",
+            "Use all_gather inside.",
+            TypeError,
+        )
     return tree.map(lambda leaf: _whole(leaf) if is_distributed(leaf) else leaf, tree_)
 
 
@@ -111,8 +136,12 @@ def spec_of(leaf: "DTensor") -> PartitionSpec:
         if isinstance(placement, Shard):
             found[placement.dim] = (*found[placement.dim], name)
         elif not isinstance(placement, Replicate):
-            errors.fail("shard_map", "a DTensor", "cut or whole", repr(placement), "Redistribute it first.")
-    return _trimmed(P(*(None if not entry else entry[0] if len(entry) == 1 else entry for entry in found)))
+            errors.fail(
+                "shard_map", "a DTensor", "cut or whole", repr(placement), "Redistribute it first."
+            )
+    return _trimmed(
+        P(*(None if not entry else entry[0] if len(entry) == 1 else entry for entry in found))
+    )
 
 
 def _trimmed(spec: PartitionSpec) -> PartitionSpec:
@@ -136,29 +165,55 @@ def from_local(parts: Tree, cuts: Tree, mesh: DeviceMesh) -> Tree:
     return tree.map(lambda held, spec: distributed(held, spec, mesh), parts, cuts)
 
 
-def distributed(held: Tensor, spec: PartitionSpec, mesh: DeviceMesh, shape: torch.Size | None = None) -> "DTensor":
+def distributed(
+    held: Tensor, spec: PartitionSpec, mesh: DeviceMesh, shape: torch.Size | None = None
+) -> "DTensor":
     """This process's shard as a DTensor."""
     from torch.distributed.tensor import DTensor
 
     if shape is None:
         sizes = axes_of(mesh)
-        times = [functools.reduce(lambda n, name: n * sizes[name], spec.names(dim), 1) for dim in range(held.dim())]
+        times = [
+            functools.reduce(lambda n, name: n * sizes[name], spec.names(dim), 1)
+            for dim in range(held.dim())
+        ]
         shape = torch.Size(n * size for n, size in zip(times, held.shape, strict=True))
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(held, mesh, placements(spec, mesh), run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(
+        held, mesh, placements(spec, mesh), run_check=False, shape=shape, stride=stride
+    )
 
 
 def local(leaf: Tensor, spec: PartitionSpec, mesh: DeviceMesh) -> Tensor:
     """This process's shard of a DTensor, or of a plain tensor that is the same on every process."""
     if is_distributed(leaf):
         if leaf.device_mesh != mesh:
-            errors.fail("shard_map", "a DTensor", "of this mesh", f"one of {leaf.device_mesh}", "Gather it and shard it anew.")
+            errors.fail(
+                "shard_map",
+                "a DTensor",
+                "of this mesh",
+                f"one of {leaf.device_mesh}",
+                "Gather it and shard it anew.",
+            )
         if spec_of(leaf) != _trimmed(spec):
             remedy = "Shard it by the same rules, or leave in_specs out."
-            errors.fail("shard_map", "a DTensor", f"cut as in_specs says, {spec}", repr(spec_of(leaf)), remedy)
+            errors.fail(
+                "shard_map",
+                "a DTensor",
+                f"cut as in_specs says, {spec}",
+                repr(spec_of(leaf)),
+                remedy,
+            )
         if torch.is_grad_enabled() and leaf.requires_grad:
             remedy = "Differentiate inside: shard_map(grad(f), ...)."
-            errors.fail("shard_map", "a DTensor", "one that autograd does not follow", "requires_grad", remedy, TypeError)
+            errors.fail(
+                "shard_map",
+                "a DTensor",
+                "one that autograd does not follow",
+                "requires_grad",
+                remedy,
+                TypeError,
+            )
         return leaf.to_local()
     sizes = axes_of(mesh)
     return part(leaf, spec, {name: mesh.get_local_rank(name) for name in sizes}, sizes)
@@ -167,7 +222,11 @@ def local(leaf: Tensor, spec: PartitionSpec, mesh: DeviceMesh) -> Tensor:
 def _copied(x: Tensor) -> Tensor:
     """A copy in the memory order of the original: `fa.load` stores matrices column-major."""
     by_columns = x.dim() == 2 and x.stride(0) == 1 and x.stride(1) != 1
-    return x.mT.clone(memory_format=torch.contiguous_format).mT if by_columns else x.clone(memory_format=torch.contiguous_format)
+    return (
+        x.mT.clone(memory_format=torch.contiguous_format).mT
+        if by_columns
+        else x.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _whole(leaf: "DTensor") -> Tensor:
@@ -177,5 +236,7 @@ def _whole(leaf: "DTensor") -> Tensor:
     for dim in range(len(spec)):
         for name in reversed(spec.names(dim)):
             rows = bits.movedim(dim, 0).contiguous()
-            bits = groups.all_gather(rows, mesh.get_group(name).group_name, sizes[name]).movedim(0, dim)
+            bits = groups.all_gather(rows, mesh.get_group(name).group_name, sizes[name]).movedim(
+                0, dim
+            )
     return bits.view(held.dtype) if held.dtype in NARROW else bits.contiguous()

@@ -46,7 +46,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     at = targets - axis_index(TENSOR).to(targets.device) * n
     mine = (at >= 0) & (at < n)
     found = logits.gather(-1, torch.where(mine, at, 0).unsqueeze(-1)).squeeze(-1)
-    logit = psum(torch.where(mine, found, torch.zeros((), dtype=found.dtype, device=found.device)), TENSOR)
+    logit = psum(
+        torch.where(mine, found, torch.zeros((), dtype=found.dtype, device=found.device)), TENSOR
+    )
     return summed.log() + greatest - logit
 
 
@@ -68,7 +70,8 @@ def candidates(model: Model, k: int) -> Model:
         >>> int(logits.isfinite().sum())
         3
 
-    Law: greedy and top_k draw the same tokens (test_sharding.py::test_candidates_draw_what_all_logits_draw).
+    Law: greedy and top_k draw the same tokens
+        (test_sharding.py::test_candidates_draw_what_all_logits_draw).
     """
     config = config_of(model, "logits")
     if config is None:
@@ -76,20 +79,31 @@ def candidates(model: Model, k: int) -> Model:
         errors.fail("candidates", "model", "from fa.decoder", told(model), remedy, TypeError)
     V = config.vocabulary
     if not isinstance(k, int) or not 1 <= k <= V:
-        errors.fail("candidates", "k", f"from 1 to the {V} tokens", k, "Give what the sampler keeps.")
+        errors.fail(
+            "candidates", "k", f"from 1 to the {V} tokens", k, "Give what the sampler keeps."
+        )
 
     def logits(params: Tree, hidden: Tensor) -> Tensor:
         local = local_logits(model, params, hidden)
         values, ids = _best(model.logits(params, hidden) if local is None else local, k)
         if local is not None:
-            ids = all_gather(ids + axis_index(TENSOR).to(ids.device) * local.shape[-1], TENSOR, dim=-1)
+            ids = all_gather(
+                ids + axis_index(TENSOR).to(ids.device) * local.shape[-1], TENSOR, dim=-1
+            )
             values = all_gather_invariant(values, TENSOR, dim=-1)
             values, places = _best(values, k)
             ids = ids.gather(-1, places)
-        nothing = torch.full((*values.shape[:-1], V), float("-inf"), dtype=values.dtype, device=values.device)
+        nothing = torch.full(
+            (*values.shape[:-1], V), float("-inf"), dtype=values.dtype, device=values.device
+        )
         return nothing.scatter(-1, ids, values)
 
-    return model.wrap(written("candidates", k=k), lambda other: candidates(other, k), {"logits": logits}, replaced=("logits",))
+    return model.wrap(
+        written("candidates", k=k),
+        lambda other: candidates(other, k),
+        {"logits": logits},
+        replaced=("logits",),
+    )
 
 
 def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

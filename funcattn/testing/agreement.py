@@ -11,7 +11,8 @@ the error of S and of l; a weight, an output, and two intermediate results may b
 dtype; a sum over S keys, or in a gradient over the R queries that see a key, has one e for each
 term. The 4 is for the few operations (maximum, exp, rescaling) on each term.
 
-Source: Higham, Accuracy and stability of numerical algorithms, sections 3.1 (sums) and 3.5 (products).
+Source: Higham, Accuracy and stability of numerical algorithms, sections 3.1 (sums) and 3.5
+    (products).
 """
 
 import functools
@@ -40,18 +41,24 @@ def named(law: Law) -> Law:
     return run  # pyright: ignore[reportReturnType]
 
 
-def agree(law: Callable[..., Any], what: str, got: Tensor, wanted: Tensor, allowed: float, why: str) -> None:
+def agree(
+    law: Callable[..., Any], what: str, got: Tensor, wanted: Tensor, allowed: float, why: str
+) -> None:
     """Raise AssertionError with the law, the worst entry, its error, and why the bound."""
     if got.shape != wanted.shape:
-        raise AssertionError(f"{law.__name__}: {what} should be {tuple(wanted.shape)}, got {tuple(got.shape)}.")
+        raise AssertionError(
+            f"{law.__name__}: {what} should be {tuple(wanted.shape)}, got {tuple(got.shape)}."
+        )
     got, wanted = got.detach().double(), wanted.detach().double()
-    off = torch.where(got == wanted, 0, (got - wanted).abs()).nan_to_num(nan=math.inf)  # equal infinities are equal
+    # equal infinities are equal
+    off = torch.where(got == wanted, 0, (got - wanted).abs()).nan_to_num(nan=math.inf)
     if not off.numel() or off.max() <= allowed:
         return
     at = torch.unravel_index(off.argmax(), off.shape)
     place = f"{what}[{', '.join(str(int(i)) for i in at)}]" if at else what
     raise AssertionError(
-        f"{law.__name__}: {place} is {got[at]:.6g}, should be {wanted[at]:.6g}. It is off by {off[at]:.2g} where {allowed:.2g} is "
+        f"{law.__name__}: {place} is {got[at]:.6g}, should be {wanted[at]:.6g}. It is off by "
+        f"{off[at]:.2g} where {allowed:.2g} is "
         f"allowed ({why}); {int((off > allowed).sum())} of {off.numel()} entries are off."
     )
 
@@ -76,14 +83,22 @@ def amplitudes(q: Tensor, k: Tensor, v: Tensor) -> Amplitudes:
     S, Dv = v.shape[-2:]
     leads = math.prod(torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]))
     rows, scale = leads * H * T, D**-0.5
-    products = q.detach().double().abs() @ k.detach().double().abs().repeat_interleave(H // k.shape[-3], -3).mT
+    products = (
+        q.detach().double().abs()
+        @ k.detach().double().abs().repeat_interleave(H // k.shape[-3], -3).mT
+    )
     L = scale * float(products.max()) if products.numel() else 0.0
-    u, e = torch.finfo(q.dtype).eps / 2, min(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps) / 2
+    u, e = (
+        torch.finfo(q.dtype).eps / 2,
+        min(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps) / 2,
+    )
     rounding = 2 * (L + 2) * u + 4 * (2 * L * D + S + rows + Dv) * e
     sizes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
     why = f"rounding of {str(q.dtype).removeprefix('torch.')} with logits up to {L:.3g}, {sizes}"
     greatest = float(v.detach().abs().max()) if v.numel() else 0.0
-    return Amplitudes(longest(q), longest(k), longest(v), greatest, scale, leads, rows, rounding, why)
+    return Amplitudes(
+        longest(q), longest(k), longest(v), greatest, scale, leads, rows, rounding, why
+    )
 
 
 def longest(x: Tensor) -> float:

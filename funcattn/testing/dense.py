@@ -1,6 +1,7 @@
 """Attention by its definition, in plain torch operations: the reference of laws and tables.
 
-    S_ij = scale q_i . k_j + bias_ij        lse_i = log sum_j exp S_ij        out_i = sum_j exp(S_ij - lse_i) v_j
+    S_ij = scale q_i . k_j + bias_ij
+    lse_i = log sum_j exp S_ij        out_i = sum_j exp(S_ij - lse_i) v_j
 
 It has no code in common with the library's kernels, not even "reference", so it can test these too.
 Keys are repeated for their query heads and all logits are in memory: for small sizes only.
@@ -24,7 +25,8 @@ def attend(
     scale: float | Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Attended:
-    """Attended(out (*lead, H, T, Dv), lse (*lead, H, T)); a query that sees no key has out = 0 and lse = -inf.
+    """Attended(out (*lead, H, T, Dv), lse (*lead, H, T)); a query that sees no key has out = 0 and
+    lse = -inf.
 
     Example:
         >>> q = k = v = torch.ones(1, 2, 4)

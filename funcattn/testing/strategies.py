@@ -14,7 +14,8 @@ try:
     from hypothesis import strategies as st
 except ImportError as error:
     raise ImportError(
-        "funcattn.testing.strategies: hypothesis is not installed. Install it: pip install funcattn[testing]"
+        "funcattn.testing.strategies: hypothesis is not installed. Install it: pip install "
+        "funcattn[testing]"
     ) from error
 
 from .. import masks as constructors
@@ -23,7 +24,8 @@ from ..masks import Mask
 from ..records import describe
 
 Strategy = st.SearchStrategy
-LARGE = 1000.0  # what q is multiplied by where logits are large: exp of them overflows in every dtype
+# what q is multiplied by where logits are large: exp of them overflows in every dtype
+LARGE = 1000.0
 
 
 class QKV(NamedTuple):
@@ -34,7 +36,8 @@ class QKV(NamedTuple):
     v: Tensor
 
     def __repr__(self) -> str:
-        return f"QKV({', '.join(f'{name}={describe(x)}' for name, x in zip(self._fields, self, strict=True))})"
+        fields = zip(self._fields, self, strict=True)
+        return f"QKV({', '.join(f'{name}={describe(x)}' for name, x in fields)})"
 
 
 class Problem(NamedTuple):
@@ -47,7 +50,11 @@ class Problem(NamedTuple):
     key: Tensor
 
     def __repr__(self) -> str:
-        mask = self.mask if self.mask is None or isinstance(self.mask, Mask) else self.mask.int().tolist()
+        mask = (
+            self.mask
+            if self.mask is None or isinstance(self.mask, Mask)
+            else self.mask.int().tolist()
+        )
         if isinstance(mask, Mask):
             mask = f"Mask({mask.start.tolist()}, {mask.stop.tolist()})"
         sizes = ", ".join(f"{name}={describe(getattr(self, name))}" for name in "qkv")
@@ -87,7 +94,10 @@ def qkv(
         own = [draw(st.sampled_from([n, 1])) for n in lead] if lead else []
         lacks = draw(st.integers(0, len(lead))) if lead else 0
         shapes.append((*own[lacks:], heads, rows, width))
-    q, k, v = (randomness.normal(randomness.fold_in(key, i), shape, dtype) for i, shape in enumerate(shapes))
+    q, k, v = (
+        randomness.normal(randomness.fold_in(key, i), shape, dtype)
+        for i, shape in enumerate(shapes)
+    )
     return QKV(q * LARGE if large_logits and draw(st.booleans()) else q, k, v)
 
 
@@ -102,7 +112,8 @@ def masks(
     booleans: bool = True,
     empty_rows: bool = True,
 ) -> Mask | Tensor:
-    """Masks for T queries and S keys (drawn where not given): constructors, their unions, intersections and complements.
+    """Masks for T queries and S keys (drawn where not given): constructors, their unions,
+    intersections and complements.
 
     Args:
         lead: leading axes that a mask may have, so that it differs per sequence.
@@ -115,7 +126,9 @@ def masks(
     own = draw(st.sampled_from([(), lead]))
     if booleans and draw(st.booleans()):
         axes = (*own, draw(st.sampled_from([1, heads or 1]))) if own or draw(st.booleans()) else ()
-        found = randomness.bernoulli(draw(keys()), draw(st.sampled_from([1.0, 0.7, 0.3])), (*axes, queries, columns))
+        found = randomness.bernoulli(
+            draw(keys()), draw(st.sampled_from([1.0, 0.7, 0.3])), (*axes, queries, columns)
+        )
         return found if empty_rows else found | (torch.arange(columns) == 0)
     found = draw(_intervals(queries, columns, own))
     for _ in range(draw(st.integers(0, 2))):
@@ -128,8 +141,14 @@ def masks(
 def _intervals(draw: Any, T: int, S: int, lead: tuple[int, ...]) -> Mask:
     """One mask from one constructor."""
     number = lambda low, high: draw(st.integers(low, high))
-    of_sequence = lambda low, high: randomness.randint(draw(keys()), lead, low, high + 1) if lead else number(low, high)
-    name = draw(st.sampled_from(["causal", "full", "lower", "offset", "window", "prefix", "padding", "segments"]))
+    of_sequence = lambda low, high: (
+        randomness.randint(draw(keys()), lead, low, high + 1) if lead else number(low, high)
+    )
+    name = draw(
+        st.sampled_from(
+            ["causal", "full", "lower", "offset", "window", "prefix", "padding", "segments"]
+        )
+    )
     if name == "full":
         return constructors.full(T)
     if name == "lower":
@@ -168,7 +187,9 @@ def problems(
         >>> find(problems(), lambda problem: True)
         Problem(q=float64[1,1,1], k=float64[1,1,1], v=float64[1,1,1], mask=None, key=[0, 0])
     """
-    q, k, v = draw(qkv(dtype=dtype, leads=leads, no_keys=no_keys, large_logits=large_logits, grouped=grouped))
+    q, k, v = draw(
+        qkv(dtype=dtype, leads=leads, no_keys=no_keys, large_logits=large_logits, grouped=grouped)
+    )
     H, T, S = q.shape[-3], q.shape[-2], k.shape[-2]
     lead = tuple(torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]))
     mask = draw(st.none() | masks(T, S, lead, H, booleans=booleans, empty_rows=empty_rows))

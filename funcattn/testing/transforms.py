@@ -68,17 +68,28 @@ class Report(NamedTuple):
     def __repr__(self) -> str:
         cells = [("nesting", "error", "under vmap", ""), *map(self._cells, self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
         return "\n".join([*lines, self._total()])
 
     def _repr_html_(self) -> str:
-        line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        line = lambda cells, tag: (
+            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        )
         body = "".join(line(self._cells(row), "td") for row in self.rows)
-        return f"<table>{line(('nesting', 'error', 'under vmap', ''), 'th')}{body}</table><p>{html.escape(self._total())}</p>"
+        head = line(("nesting", "error", "under vmap", ""), "th")
+        return f"<table>{head}{body}</table><p>{html.escape(self._total())}</p>"
 
     def _cells(self, row: Row) -> tuple[str, str, str, str]:
         number = lambda x: "" if x is None or row.failure else f"{x:.1e}"
-        return row.nesting, number(row.error), number(row.batched), row.failure or ("off" if row in self.off else "")
+        return (
+            row.nesting,
+            number(row.error),
+            number(row.batched),
+            row.failure or ("off" if row in self.off else ""),
+        )
 
     def _total(self) -> str:
         worst = f"the worst is {self.worst.nesting}: {self.worst.worst:.1e}"
@@ -119,19 +130,36 @@ def check_transforms(
 
     Example:
         >>> x = torch.linspace(0, 1, 3, dtype=torch.float64)
-        >>> check_transforms(torch.sigmoid, x, depth=1, reference=lambda x: 1 / (1 + (-x).exp()), tolerance=1e-12).off
+        >>> check_transforms(torch.sigmoid, x, depth=1, reference=lambda x: 1 / (1 + (-x).exp()),
+        ...     tolerance=1e-12).off
         ()
     """
     if reference is None:
         reference = _definition(f, bool(args))
     if not args:
-        q, k, v = (randomness.normal(randomness.key(i), n, torch.float64) for i, n in enumerate([(4, 5, 2), (2, 6, 2), (2, 6, 2)]))
+        q, k, v = (
+            randomness.normal(randomness.key(i), n, torch.float64)
+            for i, n in enumerate([(4, 5, 2), (2, 6, 2), (2, 6, 2)])
+        )
         args = (q, k, v, masks.causal(5))
-    moving = [place for place, leaf in enumerate(tree.leaves(args)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    moving = [
+        place
+        for place, leaf in enumerate(tree.leaves(args))
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
     if not moving:
-        errors.fail("check_transforms", "args", "with a floating tensor in them", "none", "Give what f is differentiated by.")
+        errors.fail(
+            "check_transforms",
+            "args",
+            "with a floating tensor in them",
+            "none",
+            "Give what f is differentiated by.",
+        )
     x, wide = ([leaf.to(dtype) for leaf in _at(args, moving)] for dtype in (None, torch.float64))
-    ours, theirs = _vector(f, args, moving), _vector(reference, tree.cast(torch.float64)(args), moving)
+    ours, theirs = (
+        _vector(f, args, moving),
+        _vector(reference, tree.cast(torch.float64)(args), moving),
+    )
     rows = []
     for n in range(1, depth + 1):
         for names in itertools.product(("grad", "jvp", "vmap"), repeat=n):
@@ -143,17 +171,24 @@ def check_transforms(
             rows.append(_row(f"{outer}({inner}(f))", *nested, x, wide, vmapped=False))
     report = Report(tuple(rows), tolerance)
     if report.off:
-        raise AssertionError(f"check_transforms: {len(report.off)} of {len(rows)} nestings are off.\n{report}")
+        raise AssertionError(
+            f"check_transforms: {len(report.off)} of {len(rows)} nestings are off.\n{report}"
+        )
     return report
 
 
 def _definition(f: Callable[..., Any], given: bool) -> Callable[..., Any]:
     """The reference of functions that are attention, and of any f without args."""
-    inner, options = (f.func, dict(f.keywords)) if isinstance(f, functools.partial) and not f.args else (f, {})
+    inner, options = (
+        (f.func, dict(f.keywords)) if isinstance(f, functools.partial) and not f.args else (f, {})
+    )
     known = inner in (attention, attend)
     options.pop("kernel", None)
     if (given and not known) or set(options) - {"scale", "bias"}:
-        got, remedy = f"none for {getattr(f, '__name__', f)}", "Pass the same function in plain torch operations: reference=..."
+        got, remedy = (
+            f"none for {getattr(f, '__name__', f)}",
+            "Pass the same function in plain torch operations: reference=...",
+        )
         errors.fail("check_transforms", "reference", "given with args", got, remedy)
     definition = functools.partial(dense.attend, **options)
 
@@ -178,7 +213,11 @@ def _vector(f: Callable[..., Any], args: tuple[Any, ...], moving: Sequence[int])
         given = dict(zip(moving, x, strict=True))
         count = itertools.count()
         place = lambda leaf: given.get(next(count), leaf)
-        found = [leaf for leaf in tree.leaves(f(*tree.map(place, args))) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        found = [
+            leaf
+            for leaf in tree.leaves(f(*tree.map(place, args)))
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
         return _join([torch.where(leaf.isinf(), 0, leaf) for leaf in found])
 
     return vector
@@ -199,7 +238,9 @@ def _jvp(f: Function, level: int) -> Function:
 def _vmap(f: Function, level: int) -> Function:
     def batch(*x: Tensor) -> Tensor:
         dims = _dims(len(x), level)
-        return vmap(f, dims)(*(leaf if d is None else _pair(leaf) for leaf, d in zip(x, dims, strict=True))).flatten()
+        return vmap(f, dims)(
+            *(leaf if d is None else _pair(leaf) for leaf, d in zip(x, dims, strict=True))
+        ).flatten()
 
     return batch
 
@@ -207,7 +248,12 @@ def _vmap(f: Function, level: int) -> Function:
 def _loop(f: Function, level: int) -> Function:
     def batch(*x: Tensor) -> Tensor:
         dims = _dims(len(x), level)
-        return torch.cat([f(*(leaf if d is None else _pair(leaf)[n] for leaf, d in zip(x, dims, strict=True))) for n in range(2)])
+        return torch.cat(
+            [
+                f(*(leaf if d is None else _pair(leaf)[n] for leaf, d in zip(x, dims, strict=True)))
+                for n in range(2)
+            ]
+        )
 
     return batch
 
@@ -224,7 +270,9 @@ def _hessian(outer: str, inner: str, f: Function, like: Sequence[Tensor]) -> Fun
     sizes, shapes = [x.numel() for x in like], [x.shape for x in like]
 
     def total(x: Tensor) -> Tensor:
-        return _weigh(f(*(part.reshape(shape) for part, shape in zip(x.split(sizes), shapes, strict=True))), 0)
+        return _weigh(
+            f(*(part.reshape(shape) for part, shape in zip(x.split(sizes), shapes, strict=True))), 0
+        )
 
     return lambda *x: MODES[outer](MODES[inner](total))(_join(x)).flatten()
 
@@ -239,7 +287,11 @@ def _weigh(x: Tensor, level: int) -> Tensor:
 
 def _numbers(n: int, like: Tensor) -> Tensor:
     """Fixed irregular numbers between -1 and 1, so that no derivative vanishes by symmetry."""
-    return (torch.arange(like.numel(), dtype=like.dtype, device=like.device) * (1.7 + n) + n).cos().reshape(like.shape)
+    return (
+        (torch.arange(like.numel(), dtype=like.dtype, device=like.device) * (1.7 + n) + n)
+        .cos()
+        .reshape(like.shape)
+    )
 
 
 def _pair(x: Tensor) -> Tensor:
@@ -253,7 +305,14 @@ def _dims(n: int, level: int) -> tuple[int | None, ...]:
     return (first, *[others] * (n - 1))
 
 
-def _row(name: str, ours: Function, theirs: Function, x: Sequence[Tensor], wide: Sequence[Tensor], vmapped: bool) -> Row:
+def _row(
+    name: str,
+    ours: Function,
+    theirs: Function,
+    x: Sequence[Tensor],
+    wide: Sequence[Tensor],
+    vmapped: bool,
+) -> Row:
     try:
         wanted = theirs(*wide)
         error, batched = _error(ours(*x), wanted), None
@@ -263,7 +322,12 @@ def _row(name: str, ours: Function, theirs: Function, x: Sequence[Tensor], wide:
             batched = max(_error(both[0], wanted), _error(both[1], other))
         return Row(name, error, batched, "")
     except Exception as error:  # becomes a row of the table; the other nestings are still tested
-        return Row(name, float("nan"), None, textwrap.shorten(f"{type(error).__name__}: {error}", 100, placeholder="..."))
+        return Row(
+            name,
+            float("nan"),
+            None,
+            textwrap.shorten(f"{type(error).__name__}: {error}", 100, placeholder="..."),
+        )
 
 
 def _error(got: Tensor, wanted: Tensor) -> float:

@@ -1,10 +1,11 @@
 """Training as pure functions: losses, optimizers, a step, and a resumable training loop.
 
-optimizer = fa.training.chain(fa.training.clip(1.0), fa.training.adamw(fa.training.cosine(1e-3, 2000, warmup=100)))
-step = fa.training.step(model, optimizer)
+optimizer = fa.training.chain(fa.training.clip(1.0), fa.training.adamw(fa.training.cosine(1e-3,
+2000, warmup=100))) step = fa.training.step(model, optimizer)
 params, state, metrics = step(params, optimizer.init(params), tokens)
 
-params, state, history = fa.training.fit(key, model, params, text, optimizer=optimizer, steps=2000, folder="run", resume=True)
+params, state, history = fa.training.fit(key, model, params, text, optimizer=optimizer, steps=2000,
+folder="run", resume=True)
 """
 
 from .combined import accumulate, chain, clip

@@ -36,7 +36,8 @@ def clip(max_norm: float, *, specs: Tree = None) -> Optimizer:
         max_norm: the greatest norm.
         specs: on a mesh, the sharding of gradients, which is that of params; see `norm`.
 
-    Source: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, arXiv:1211.5063.
+    Source: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks,
+        arXiv:1211.5063.
     """
     check_positive("clip", "max_norm", max_norm)
 
@@ -57,16 +58,27 @@ def chain(*optimizers: Optimizer) -> Optimizer:
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             got = f"a {type(optimizer).__name__}"
-            errors.fail("chain", "optimizers", "Optimizers", got, "Call them first: chain(clip(1.0), adamw(3e-4)).", TypeError)
+            errors.fail(
+                "chain",
+                "optimizers",
+                "Optimizers",
+                got,
+                "Call them first: chain(clip(1.0), adamw(3e-4)).",
+                TypeError,
+            )
 
-    def update(gradients: Tree, state: tuple[Tree, ...], params: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+    def update(
+        gradients: Tree, state: tuple[Tree, ...], params: Tree
+    ) -> tuple[Tree, tuple[Tree, ...]]:
         after = []
         for optimizer, own in zip(optimizers, state, strict=True):
             gradients, own = optimizer.update(gradients, own, params)
             after.append(own)
         return gradients, tuple(after)
 
-    return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update)
+    return Optimizer(
+        lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update
+    )
 
 
 @door
@@ -82,13 +94,24 @@ def accumulate(n: int, optimizer: Optimizer) -> Optimizer:
         (test_optimizers.py::test_accumulated_gradients_act_by_their_mean).
     """
     if not isinstance(n, int) or n < 1:
-        errors.fail("accumulate", "n", "1 or more", n, "It is the number of gradients in one update.")
+        errors.fail(
+            "accumulate", "n", "1 or more", n, "It is the number of gradients in one update."
+        )
     if not isinstance(optimizer, Optimizer):
         got = f"a {type(optimizer).__name__}"
-        errors.fail("accumulate", "optimizer", "an Optimizer", got, "Call it first: accumulate(4, adamw(3e-4)).", TypeError)
+        errors.fail(
+            "accumulate",
+            "optimizer",
+            "an Optimizer",
+            got,
+            "Call it first: accumulate(4, adamw(3e-4)).",
+            TypeError,
+        )
 
     def init(params: Tree) -> Accumulated:
-        return Accumulated(zero_count(params), tree.map(torch.zeros_like, params), optimizer.init(params))
+        return Accumulated(
+            zero_count(params), tree.map(torch.zeros_like, params), optimizer.init(params)
+        )
 
     def update(gradients: Tree, state: Accumulated, params: Tree) -> tuple[Tree, Accumulated]:
         total = tree.map(torch.add, state.total, gradients)

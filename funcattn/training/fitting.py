@@ -61,10 +61,13 @@ def draw(key: Tensor, tokens: Tensor, number: int | Tensor, *, rows: int, contex
         tensor([[27, 28, 29, 30, 31],
                 [36, 37, 38, 39, 40]])
 
-    Law: it depends on nothing but key and number (test_fitting.py::test_a_batch_depends_on_its_number_alone).
+    Law: it depends on nothing but key and number
+        (test_fitting.py::test_a_batch_depends_on_its_number_alone).
     """
     _check_text("draw", "tokens", tokens, context)
-    start = randomness.randint(randomness.fold_in(key, number), (rows,), 0, len(tokens) - context).to(tokens.device)
+    start = randomness.randint(
+        randomness.fold_in(key, number), (rows,), 0, len(tokens) - context
+    ).to(tokens.device)
     return tokens[start.unsqueeze(-1) + torch.arange(context + 1, device=tokens.device)]
 
 
@@ -127,16 +130,38 @@ def fit(
     _check_text("fit", "tokens", tokens, context)
     if validation is not None:
         _check_text("fit", "validation", validation, context)
-    least = {"steps": (steps, 0), "rows": (rows, 1), "report_every": (report_every, 1), "evaluations": (evaluations, 1)}
+    least = {
+        "steps": (steps, 0),
+        "rows": (rows, 1),
+        "report_every": (report_every, 1),
+        "evaluations": (evaluations, 1),
+    }
     least |= {"keep": (keep, 1), "save_every": (1 if save_every is None else save_every, 1)}
     for name, (n, low) in least.items():
         if not isinstance(n, int) or n < low:
-            errors.fail("fit", name, f"{low} or more", n, "It is a number of steps, rows, batches or snapshots.")
+            errors.fail(
+                "fit",
+                name,
+                f"{low} or more",
+                n,
+                "It is a number of steps, rows, batches or snapshots.",
+            )
     if not tree.leaves(params):
-        errors.fail("fit", "params", "a tree with leaves to train", "none", "Leave some out of frozen.")
-    told = {"key": key, "tokens": tokens, "steps": steps, "rows": rows, "context": context, "micro_batches": micro_batches}
+        errors.fail(
+            "fit", "params", "a tree with leaves to train", "none", "Leave some out of frozen."
+        )
+    told = {
+        "key": key,
+        "tokens": tokens,
+        "steps": steps,
+        "rows": rows,
+        "context": context,
+        "micro_batches": micro_batches,
+    }
     collectives.agree("fit", told, params)
-    one = step(model, optimizer, loss=loss, micro_batches=micro_batches, compute=compute, specs=specs)
+    one = step(
+        model, optimizer, loss=loss, micro_batches=micro_batches, compute=compute, specs=specs
+    )
     narrow = tree.cast(compute) if compute is not None else lambda params: params
     look = lambda params, batch, frozen: loss(model, narrow(tree.combine(params, frozen)), batch)
     if compile:
@@ -151,7 +176,9 @@ def fit(
     begun = _begin(folder, params, optimizer.init(params), run, resume)
     params, state, first, told, seen = begun
     if first > steps:
-        errors.fail("fit", "steps", f"at least the {first} of the snapshot", steps, "Ask for more steps.")
+        errors.fail(
+            "fit", "steps", f"at least the {first} of the snapshot", steps, "Ask for more steps."
+        )
     every = report_every if save_every is None else save_every
     with torch.no_grad(), _progress(first, steps, progress) as show:
         waiting: list[Tensor] = []
@@ -160,7 +187,10 @@ def fit(
             params, state, metrics = one(params, state, batch, frozen)
             waiting.append(metrics.loss)
             done = i + 1
-            reports, saves = done % report_every == 0 or done == steps, folder is not None and (done % every == 0 or done == steps)
+            reports, saves = (
+                done % report_every == 0 or done == steps,
+                folder is not None and (done % every == 0 or done == steps),
+            )
             # On a GPU reading the loss would synchronize at every step.
             if reports or saves or metrics.loss.device.type == "cpu":
                 seen += _finite(waiting, done)
@@ -168,19 +198,29 @@ def fit(
             if reports:
                 validated = None
                 if validation is not None:
-                    at = lambda n: draw(key, validation, EVALUATIONS + n, rows=rows, context=context)
-                    validated = _mean([float(look(params, at(n), frozen)) for n in range(evaluations)])
+                    at = lambda n: draw(
+                        key, validation, EVALUATIONS + n, rows=rows, context=context
+                    )
+                    validated = _mean(
+                        [float(look(params, at(n), frozen)) for n in range(evaluations)]
+                    )
                 told.append(Report(done, _mean(seen), validated))
                 seen = []
             if saves and folder is not None:
                 held = {"told": [list(report) for report in told], "seen": seen}
-                snapshots.write(folder, done, {"params": params, "state": state}, {"of": run, **held}, keep=keep)
+                snapshots.write(
+                    folder, done, {"params": params, "state": state}, {"of": run, **held}, keep=keep
+                )
             show(done, told[-1] if reports else None)
     return Fitted(params, state, tuple(told))
 
 
 def _begin(
-    folder: str | os.PathLike[str] | None, params: Tree, state: Tree, run: dict[str, object], resume: bool
+    folder: str | os.PathLike[str] | None,
+    params: Tree,
+    state: Tree,
+    run: dict[str, object],
+    resume: bool,
 ) -> tuple[Tree, Tree, int, list[Report], list[float]]:
     """params, state, steps taken, reports made, and the losses since the last report."""
     taken = [] if folder is None else snapshots.steps_in(folder)
@@ -188,26 +228,52 @@ def _begin(
         return params, state, 0, [], []
     if not resume:
         remedy = "Pass resume=True to go on from it, or choose another folder."
-        errors.fail("fit", "folder", "without snapshots", f"one of step {taken[-1]} in {os.fspath(folder)}", remedy)
+        errors.fail(
+            "fit",
+            "folder",
+            "without snapshots",
+            f"one of step {taken[-1]} in {os.fspath(folder)}",
+            remedy,
+        )
     values, held = snapshots.read(folder, taken[-1], {"params": params, "state": state})
     told, seen = _reports(held, lambda got: snapshots.damaged(folder, taken[-1], got), run)
     for name, wanted in run.items():
         if held["of"][name] != wanted:
             remedy = "A run goes on with what it began with; choose another folder for another one."
-            errors.fail("fit", name, f"{held['of'][name]} as in the snapshot of step {taken[-1]}", wanted, remedy)
+            errors.fail(
+                "fit",
+                name,
+                f"{held['of'][name]} as in the snapshot of step {taken[-1]}",
+                wanted,
+                remedy,
+            )
     return values["params"], values["state"], taken[-1], told, seen
 
 
-def _reports(held: dict[str, Any], damaged: Callable[[str], NoReturn], run: dict[str, object]) -> tuple[list[Report], list[float]]:
+def _reports(
+    held: dict[str, Any], damaged: Callable[[str], NoReturn], run: dict[str, object]
+) -> tuple[list[Report], list[float]]:
     """The reports and the losses since the last one, read from a snapshot and validated."""
-    if held.keys() != {"of", "told", "seen"} or not isinstance(held["of"], dict) or held["of"].keys() != run.keys():
-        damaged(f"a run that is not {', '.join(run)} with its reports: it is of another release or program")
+    if (
+        held.keys() != {"of", "told", "seen"}
+        or not isinstance(held["of"], dict)
+        or held["of"].keys() != run.keys()
+    ):
+        damaged(
+            f"a run that is not {', '.join(run)} with its reports: it is of another release or "
+            "program"
+        )
     told, seen = held["told"], held["seen"]
     if not isinstance(seen, list) or not all(map(_is_loss, seen)):
         damaged("losses that are no numbers")
-    if not isinstance(told, list) or not all(isinstance(report, list) and len(report) == 3 for report in told):
+    if not isinstance(told, list) or not all(
+        isinstance(report, list) and len(report) == 3 for report in told
+    ):
         damaged("reports that are not a step and two losses")
-    if not all(errors.is_int(n) and _is_loss(loss) and (other is None or _is_loss(other)) for n, loss, other in told):
+    if not all(
+        errors.is_int(n) and _is_loss(loss) and (other is None or _is_loss(other))
+        for n, loss, other in told
+    ):
         damaged("reports that are not a step and two losses")
     return [Report(*report) for report in told], seen
 
@@ -221,7 +287,10 @@ def _finite(waiting: list[Tensor], done: int) -> list[float]:
     values = [float(loss) for loss in waiting]
     for back, value in enumerate(reversed(values)):
         if not math.isfinite(value):
-            remedy = "Lower the learning rate, warm up longer, or clip gradients; the last snapshot is from before."
+            remedy = (
+                "Lower the learning rate, warm up longer, or clip gradients; the last snapshot is "
+                "from before."
+            )
             errors.fail("fit", f"the loss of step {done - back}", "finite", value, remedy)
     return values
 
@@ -231,24 +300,41 @@ def _mean(values: list[float]) -> float:
 
 
 def _fingerprint(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.detach().to("cpu", torch.int64).contiguous().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(
+        tokens.detach().to("cpu", torch.int64).contiguous().numpy().tobytes()
+    ).hexdigest()[:16]
 
 
 def _check_text(function: str, argument: str, tokens: Tensor, context: int) -> None:
     if not isinstance(tokens, Tensor) or tokens.dtype not in tree.INTEGERS:
         got = getattr(tokens, "dtype", type(tokens).__name__)
         errors.fail(
-            function, argument, "an integer tensor (N,)", got, "Encode the text: torch.tensor(tokenizer.encode(text)).", TypeError
+            function,
+            argument,
+            "an integer tensor (N,)",
+            got,
+            "Encode the text: torch.tensor(tokenizer.encode(text)).",
+            TypeError,
         )
     if not isinstance(context, int) or context < 1:
-        errors.fail(function, "context", "1 or more", context, "It is the number of inputs in a row.")
+        errors.fail(
+            function, "context", "1 or more", context, "It is the number of inputs in a row."
+        )
     if tokens.dim() != 1 or len(tokens) < context + 1:
         remedy = "Give a longer text, or a smaller context."
-        errors.fail(function, argument, f"(N,) with N at least context + 1 = {context + 1}", errors.shape(tokens), remedy)
+        errors.fail(
+            function,
+            argument,
+            f"(N,) with N at least context + 1 = {context + 1}",
+            errors.shape(tokens),
+            remedy,
+        )
 
 
 @contextlib.contextmanager
-def _progress(first: int, steps: int, wanted: bool) -> Iterator[Callable[[int, Report | None], None]]:
+def _progress(
+    first: int, steps: int, wanted: bool
+) -> Iterator[Callable[[int, Report | None], None]]:
     """A progress bar where stderr is a terminal or notebook with tqdm, else one line a report."""
     bar: Any = None
     if wanted and (sys.stderr.isatty() or "ipykernel" in sys.modules):
@@ -265,12 +351,18 @@ def _progress(first: int, steps: int, wanted: bool) -> Iterator[Callable[[int, R
             bar.update()
         if report is None or not wanted:
             return
-        losses = f"training {report.training:.4f}" + ("" if report.validation is None else f", validation {report.validation:.4f}")
+        losses = f"training {report.training:.4f}" + (
+            "" if report.validation is None else f", validation {report.validation:.4f}"
+        )
         if bar is not None:
             bar.set_postfix_str(losses)
             return
         speed = (time.perf_counter() - started) / (done - first)
-        print(f"step {done}/{steps}: {losses}, {speed * 1e3:.0f} ms a step", file=sys.stderr, flush=True)
+        print(
+            f"step {done}/{steps}: {losses}, {speed * 1e3:.0f} ms a step",
+            file=sys.stderr,
+            flush=True,
+        )
 
     try:
         yield show

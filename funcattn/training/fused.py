@@ -24,10 +24,16 @@ def is_quiet(*trees: object) -> bool:
 def serves(*columns: Sequence[object]) -> bool:
     """True for plain tensors of one float dtype, all on one CPU or CUDA device."""
     first = columns[0][0] if columns[0] else None
-    if not is_quiet(*columns) or type(first) is not Tensor or first.device.type not in ("cpu", "cuda"):
+    if (
+        not is_quiet(*columns)
+        or type(first) is not Tensor
+        or first.device.type not in ("cpu", "cuda")
+    ):
         return False
     alike = lambda x: type(x) is Tensor and x.dtype == first.dtype and x.device == first.device
-    return first.dtype in (torch.float32, torch.float64) and all(alike(x) for column in columns for x in column)
+    return first.dtype in (torch.float32, torch.float64) and all(
+        alike(x) for column in columns for x in column
+    )
 
 
 def adam(
@@ -47,7 +53,9 @@ def adam(
     counts = [count.to(gradients[0].device, torch.float32)] * len(gradients)
     torch.ops.aten._fused_adamw_(
         *(updates, list(gradients), m, v, [], counts),
-        lr=float(rate) if gradients[0].device.type == "cpu" else rate.to(gradients[0].device, torch.float32),
+        lr=float(rate)
+        if gradients[0].device.type == "cpu"
+        else rate.to(gradients[0].device, torch.float32),
         beta1=betas[0],
         beta2=betas[1],
         weight_decay=0.0,

@@ -45,7 +45,13 @@ def columns_of(*trees: Tree) -> list[Tree]:
     """The leaves of each tree, and the function that rebuilds a tree from leaves."""
     columns, structures = zip(*map(optree.tree_flatten, trees), strict=True)
     if any(structure != structures[0] for structure in structures):
-        errors.fail("update", "gradients, state and params", "trees of one structure", "two", "Give the state of these params.")
+        errors.fail(
+            "update",
+            "gradients, state and params",
+            "trees of one structure",
+            "two",
+            "Give the state of these params.",
+        )
     return [*columns, lambda leaves: optree.tree_unflatten(structures[0], leaves)]
 
 

@@ -28,7 +28,14 @@ NEVER = torch.iinfo(torch.int64).min  # ignore_index; torch's default of -100 wo
 
 
 @door
-def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+def loss(
+    model: Model,
+    params: Tree,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
     """The mean cross-entropy, in nats, of each next token.
 
     Args:
@@ -53,7 +60,8 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     Example:
         >>> import funcattn as fa
         >>> model = fa.decoder(fa.Config())
-        >>> round(float(loss(model, model.init(fa.key(0)), torch.arange(12).view(2, 6))), 1)  # log 256 = 5.5
+        >>> round(float(loss(model, model.init(fa.key(0)), torch.arange(12).view(2, 6))),
+        ...     1)  # log 256 = 5.5
         5.6
 
     Where axes of a mesh are bound (see funcattn.sharding), tokens are this device's rows, and the
@@ -61,8 +69,10 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     sharded over the vocabulary. Over "context" every device is given whole rows, and takes its
     slice of their inputs, whose number must be a multiple of 2 n.
 
-    Law: packed documents lose what they lose alone (test_training.py::test_packed_documents_lose_what_they_lose_alone).
-    Law: grad, jvp, vmap(grad) and hvp are exact (test_training.py::test_derivatives_of_the_loss_are_those_of_the_reference).
+    Law: packed documents lose what they lose alone
+        (test_training.py::test_packed_documents_lose_what_they_lose_alone).
+    Law: grad, jvp, vmap(grad) and hvp are exact
+        (test_training.py::test_derivatives_of_the_loss_are_those_of_the_reference).
     """
     errors.is_decoder("loss", model)
     _check(tokens, mask, segments)
@@ -72,7 +82,13 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     counts = None if mask is None else mask.expand(targets.shape)
     if axis_size(CONTEXT) > 1:
         if segments is not None:
-            errors.fail("loss", "segments", "None over 'context'", "some", "Pack documents over 'data', or leave them whole.")
+            errors.fail(
+                "loss",
+                "segments",
+                "None over 'context'",
+                "some",
+                "Pack documents over 'data', or leave them whole.",
+            )
         inputs, targets = _part(inputs), _part(targets)
         counts = None if counts is None else _part(counts)
     # Where rotary angles follow the length of the text, its last token counts too.
@@ -83,21 +99,43 @@ def loss(model: Model, params: Tree, tokens: Tensor, *, mask: Tensor | None = No
     else:
         ids, T = segments[..., : inputs.shape[-1]], inputs.shape[-1]
         documents = masks.segments(ids)
-        seen = masks.intersection(documents, masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device)))
+        seen = masks.intersection(
+            documents,
+            masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=tokens.device)),
+        )
         places = torch.arange(T, device=tokens.device) - documents.start.squeeze(-1)
         hidden = model.hidden(params, inputs, mask=seen, positions=places)[0]
         same = segments[..., :-1] == segments[..., 1:]
         counts = same if counts is None else counts & same
     hidden = hidden[..., : targets.shape[-1], :]
     alone = axis_size(DATA) * axis_size(CONTEXT) == 1
-    if alone and counts is not None and errors.value(counts) is not None and not errors.is_true(counts):
-        errors.fail("loss", "mask", "true of some target", "none that counts", "Leave out batches without targets.")
-    summed = _cross_entropy(model, params, hidden.flatten(0, -2), targets.flatten(), None if counts is None else counts.flatten())
+    if (
+        alone
+        and counts is not None
+        and errors.value(counts) is not None
+        and not errors.is_true(counts)
+    ):
+        errors.fail(
+            "loss",
+            "mask",
+            "true of some target",
+            "none that counts",
+            "Leave out batches without targets.",
+        )
+    summed = _cross_entropy(
+        model,
+        params,
+        hidden.flatten(0, -2),
+        targets.flatten(),
+        None if counts is None else counts.flatten(),
+    )
     if alone:
         return summed / (targets.numel() if counts is None else counts.sum())
     everywhere = lambda x: psum(psum(x, DATA), CONTEXT)
     return everywhere(summed) / (
-        targets.numel() * axis_size(DATA) * axis_size(CONTEXT) if counts is None else everywhere(counts.sum())
+        targets.numel() * axis_size(DATA) * axis_size(CONTEXT)
+        if counts is None
+        else everywhere(counts.sum())
     )
 
 
@@ -106,7 +144,9 @@ def _part(x: Tensor) -> Tensor:
     return local_slice(zigzag(x, axis_size(CONTEXT)), CONTEXT, dim=-1)
 
 
-def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
+def _cross_entropy(
+    model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None
+) -> Tensor:
     """The sum of cross-entropies of hidden (N, E) against targets (N,), of rows that count."""
 
     def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
@@ -123,7 +163,13 @@ def _cross_entropy(model: Model, params: Tree, hidden: Tensor, targets: Tensor, 
 
     V = _vocabulary(model, params, hidden)
     if errors.is_true((targets < 0) | (targets >= V)):
-        errors.fail("loss", "tokens", f"ids in 0..{V - 1}", "another", "Encode with the tokenizer of this model.")
+        errors.fail(
+            "loss",
+            "tokens",
+            f"ids in 0..{V - 1}",
+            "another",
+            "Encode with the tokenizer of this model.",
+        )
     rows = max(1, BLOCK // V)
     data = (hidden, targets, *(() if counts is None else (counts,)))
     if len(targets) <= rows:
@@ -147,20 +193,50 @@ def _check(tokens: Tensor, mask: Tensor | None, segments: Tensor | None) -> None
     integer = lambda x: isinstance(x, Tensor) and x.dtype in tree.INTEGERS
     kind = lambda x: getattr(x, "dtype", type(x).__name__)
     if not integer(tokens):
-        errors.fail("loss", "tokens", "an integer tensor", kind(tokens), "Pass token ids (*lead, T).", TypeError)
+        errors.fail(
+            "loss",
+            "tokens",
+            "an integer tensor",
+            kind(tokens),
+            "Pass token ids (*lead, T).",
+            TypeError,
+        )
     if tokens.dim() < 1 or tokens.shape[-1] < 2 or not tokens.numel():
         remedy = "A row of T tokens has T - 1 inputs and their targets."
         errors.fail("loss", "tokens", "(*lead, T) with T at least 2", errors.shape(tokens), remedy)
     wanted = (*tokens.shape[:-1], tokens.shape[-1] - 1)
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
-        errors.fail("loss", "mask", "booleans", kind(mask), "Say which targets count: mask.bool().", TypeError)
+        errors.fail(
+            "loss",
+            "mask",
+            "booleans",
+            kind(mask),
+            "Say which targets count: mask.bool().",
+            TypeError,
+        )
     if mask is not None and not _fits(mask.shape, wanted):
-        errors.fail("loss", "mask", f"such that it broadcasts to {wanted}, the targets", errors.shape(mask), "Use tokens[..., 1:].")
+        errors.fail(
+            "loss",
+            "mask",
+            f"such that it broadcasts to {wanted}, the targets",
+            errors.shape(mask),
+            "Use tokens[..., 1:].",
+        )
     if segments is not None and not integer(segments):
-        errors.fail("loss", "segments", "integers", kind(segments), "Number the documents.", TypeError)
+        errors.fail(
+            "loss", "segments", "integers", kind(segments), "Number the documents.", TypeError
+        )
     if segments is not None and segments.shape != tokens.shape:
-        errors.fail("loss", "segments", f"{errors.shape(tokens)} as tokens are", errors.shape(segments), "One number a token.")
+        errors.fail(
+            "loss",
+            "segments",
+            f"{errors.shape(tokens)} as tokens are",
+            errors.shape(segments),
+            "One number a token.",
+        )
 
 
 def _fits(shape: torch.Size, wanted: tuple[int, ...]) -> bool:
-    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False))
+    return len(shape) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False)
+    )

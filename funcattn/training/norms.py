@@ -22,9 +22,13 @@ def norm(gradients: Tree, *, specs: Tree = None) -> Tensor:
     Raises:
         ValueError: axes of a mesh are bound, and there are no specs.
 
-    Law: equals the norm of the whole tree (test_sharding.py::test_a_norm_is_that_of_the_whole_leaves).
+    Law: equals the norm of the whole tree
+        (test_sharding.py::test_a_norm_is_that_of_the_whole_leaves).
     """
-    lengths = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in tree.leaves(gradients)]
+    lengths = [
+        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in tree.leaves(gradients)
+    ]
     lengths = collectives.global_norms(lengths, cut_axes("norm", gradients, specs))
     return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
 
@@ -34,6 +38,9 @@ def cut_axes(function: str, tree_: Tree, specs: Tree) -> list[tuple[str, ...]]:
     if not collectives.bound():
         return [()] * len(tree.leaves(tree_))
     if specs is None:
-        remedy = "Give those of params: fa.sharding.specs(params, mesh, rules), or P() where all are whole."
+        remedy = (
+            "Give those of params: fa.sharding.specs(params, mesh, rules), or P() where all are "
+            "whole."
+        )
         errors.fail(function, "specs", "given where axes of a mesh are bound", None, remedy)
     return [spec.axes() for spec in broadcast(specs, tree_, function)]

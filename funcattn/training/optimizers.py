@@ -94,17 +94,21 @@ def apply(params: Tree, updates: Tree) -> Tree:
 
 @door
 @printed
-def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
+def sgd(
+    learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
+) -> Optimizer:
     """Stochastic gradient descent.
 
-        g = gradient + weight_decay p        u = momentum u + g        p = p - rate (g + momentum u if nesterov else u)
+        g = gradient + weight_decay p        u = momentum u + g
+        p = p - rate (g + momentum u if nesterov else u)
 
     Args:
         learning_rate: a number, a tensor (), or a schedule.
         momentum: 0 to 1; 0 keeps no velocity. nesterov: whether to look ahead.
         weight_decay: of every leaf, added to the gradient as torch.optim.SGD does.
 
-    Law: steps are those of torch.optim.SGD (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
+    Law: steps are those of torch.optim.SGD
+        (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
     """
     check_rate("sgd", learning_rate)
     check_share("sgd", "momentum", momentum)
@@ -113,7 +117,9 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
         errors.fail("sgd", "nesterov", "used with momentum", "momentum 0", "Give it momentum=0.9.")
 
     def init(params: Tree) -> Momentum:
-        return Momentum(zero_count(params), tree.map(torch.zeros_like, params) if momentum else ABSENT)
+        return Momentum(
+            zero_count(params), tree.map(torch.zeros_like, params) if momentum else ABSENT
+        )
 
     def update(gradients: Tree, state: Momentum, params: Tree) -> tuple[Tree, Momentum]:
         rate = scalar(at(learning_rate, state.count))
@@ -153,12 +159,20 @@ def adamw(
         decays: which leaves decay, a regex of whole paths or a predicate of (path, leaf): matrices
             by default, as in nanoGPT, not norms and biases.
 
-    Law: steps are those of torch.optim.AdamW (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
+    Law: steps are those of torch.optim.AdamW
+        (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
     Source: Loshchilov and Hutter, Decoupled weight decay regularization, arXiv:1711.05101.
     """
     check_rate("adamw", learning_rate)
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        errors.fail("adamw", "betas", "two numbers", f"a {type(betas).__name__}", "Such as (0.9, 0.999).", TypeError)
+        errors.fail(
+            "adamw",
+            "betas",
+            "two numbers",
+            f"a {type(betas).__name__}",
+            "Such as (0.9, 0.999).",
+            TypeError,
+        )
     b1, b2 = betas
     check_share("adamw", "betas", b1)
     check_share("adamw", "betas", b2)
@@ -167,23 +181,36 @@ def adamw(
     is_decayed = tree.predicate("adamw", decays, "decays")
 
     def init(params: Tree) -> Moments:
-        if isinstance(decays, str) and not any(is_decayed(path, leaf) for path, leaf in tree.items(params)):
+        if isinstance(decays, str) and not any(
+            is_decayed(path, leaf) for path, leaf in tree.items(params)
+        ):
             chooses_none("adamw", decays, "decays")
-        return Moments(zero_count(params), tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, params))
+        return Moments(
+            zero_count(params),
+            tree.map(torch.zeros_like, params),
+            tree.map(torch.zeros_like, params),
+        )
 
-    def moved(gs: Column, ms: Column, vs: Column, rate: Tensor, count: Tensor) -> tuple[Column, Column, Column]:
+    def moved(
+        gs: Column, ms: Column, vs: Column, rate: Tensor, count: Tensor
+    ) -> tuple[Column, Column, Column]:
         pull = scalar(-rate / (1 - b1 ** count.double()))
         spread = scalar((1 - b2 ** count.double()).sqrt())
         ms = [torch.lerp(m, g, 1 - b1) for m, g in zip(ms, gs, strict=True)]
         vs = [(v * b2).addcmul(g, g, value=1 - b2) for v, g in zip(vs, gs, strict=True)]
-        us = [scaled(m, pull) / (v.sqrt() / spread.to(v.dtype) + epsilon) for m, v in zip(ms, vs, strict=True)]
+        us = [
+            scaled(m, pull) / (v.sqrt() / spread.to(v.dtype) + epsilon)
+            for m, v in zip(ms, vs, strict=True)
+        ]
         return us, ms, vs
 
     def update(gradients: Tree, state: Moments, params: Tree) -> tuple[Tree, Moments]:
         rate, count = at(learning_rate, state.count), state.count + 1
         gs, ms, vs, ps, build = columns_of(gradients, state.mean, state.square, params)
         if fused.serves(gs, ms, vs, ps):
-            us, ms, vs = fused.adam(gs, ms, vs, count=count, rate=rate, betas=betas, epsilon=epsilon)
+            us, ms, vs = fused.adam(
+                gs, ms, vs, count=count, rate=rate, betas=betas, epsilon=epsilon
+            )
         else:
             us, ms, vs = moved(gs, ms, vs, rate, count)
         if weight_decay:
@@ -219,7 +246,8 @@ def muon(
 ) -> Optimizer:
     """Momentum with its singular values set to about one, for matrices; `rest` for other leaves.
 
-        u = momentum u + (1 - momentum) g        p = p (1 - rate weight_decay) - rate s orthogonal(lerp(g, u, momentum))
+        u = momentum u + (1 - momentum) g
+        p = p (1 - rate weight_decay) - rate s orthogonal(lerp(g, u, momentum))
 
     Args:
         learning_rate: of the matrices: a number, a tensor (), or a schedule.
@@ -233,9 +261,10 @@ def muon(
         dtype: of the iterations.
         specs: on a mesh, how params are sharded, as in `norm`: the matrices must be replicated.
 
-    Law: steps are those of torch.optim.Muon (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
-    Source: Jordan et al., Muon, kellerjordan.github.io/posts/muon, 2024; Liu et al., Muon is scalable for LLM training,
-        arXiv:2502.16982, section 2.2.
+    Law: steps are those of torch.optim.Muon
+        (test_optimizers.py::test_an_optimizer_takes_the_steps_of_torch).
+    Source: Jordan et al., Muon, kellerjordan.github.io/posts/muon, 2024; Liu et al., Muon is
+        scalable for LLM training, arXiv:2502.16982, section 2.2.
     """
     check_rate("muon", learning_rate)
     check_share("muon", "momentum", momentum)
@@ -251,13 +280,27 @@ def muon(
             chooses_none("muon", where)
         wrong = [path for path, leaf in tree.items(mine) if leaf.dim() != 2]
         if wrong:
-            errors.fail("muon", "where", "true of matrices only", f"true of {wrong[0]}", "Test leaf.dim() == 2 too.")
+            errors.fail(
+                "muon",
+                "where",
+                "true of matrices only",
+                f"true of {wrong[0]}",
+                "Test leaf.dim() == 2 too.",
+            )
         return Momentum(zero_count(params), tree.map(torch.zeros_like, mine)), others.init(theirs)
 
-    def update(gradients: Tree, state: tuple[Momentum, Tree], params: Tree) -> tuple[Tree, tuple[Momentum, Tree]]:
+    def update(
+        gradients: Tree, state: tuple[Momentum, Tree], params: Tree
+    ) -> tuple[Tree, tuple[Momentum, Tree]]:
         if any(cut_axes("muon", params, specs)):
             remedy = "Use adamw, or keep params whole: sharding.replicated()."
-            errors.fail("muon", "params", "whole on every device", "matrices that are cut, of which none has the whole", remedy)
+            errors.fail(
+                "muon",
+                "params",
+                "whole on every device",
+                "matrices that are cut, of which none has the whole",
+                remedy,
+            )
         mine, theirs = tree.partition(params, is_mine)
         chosen = {path for path, leaf in tree.items(params) if is_mine(path, leaf)}
         gradient, rest_gradient = tree.partition(gradients, lambda path, _: path in chosen)
@@ -267,12 +310,17 @@ def muon(
             u = torch.lerp(u, g, 1 - momentum)
             out, inner = p.shape[-2:]
             size = 0.2 * max(out, inner) ** 0.5 if match else max(1, out / inner) ** 0.5
-            turned = orthogonal(torch.lerp(g, u, momentum) if nesterov else u, steps=steps, dtype=dtype).to(p.dtype)
+            turned = orthogonal(
+                torch.lerp(g, u, momentum) if nesterov else u, steps=steps, dtype=dtype
+            ).to(p.dtype)
             return scaled(turned, -rate * size) - scaled(p, rate * weight_decay), u
 
         updates, velocity = unzip(2, move, gradient, state[0].velocity, mine)
         rest_updates, rest_state = others.update(rest_gradient, state[1], theirs)
-        return tree.combine(updates, rest_updates), (Momentum(state[0].count + 1, velocity), rest_state)
+        return tree.combine(updates, rest_updates), (
+            Momentum(state[0].count + 1, velocity),
+            rest_state,
+        )
 
     return Optimizer(init, update)
 
@@ -290,5 +338,7 @@ def orthogonal(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     y = y / y.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = y @ y.mT
-        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+        y = torch.addmm(
+            y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445
+        )
     return y.mT if tall else y

@@ -34,11 +34,13 @@ def constant(peak: float) -> Schedule:
 def cosine(peak: float, steps: int, *, warmup: int = 0, floor: float = 0.0) -> Schedule:
     """A linear warm-up to the peak, half a cosine down to the floor at `steps`, then the floor.
 
-        rate(i) = peak (i + 1) / (warmup + 1)                                             for i < warmup
-        rate(i) = floor + (peak - floor) (1 + cos(pi (i - warmup) / (steps - warmup))) / 2    up to steps
+        rate(i) = peak (i + 1) / (warmup + 1)                        for i < warmup, then
+        rate(i) = floor + (peak - floor) (1 + cos(pi x)) / 2
+        x = (i - warmup) / (steps - warmup)
 
     Example:
-        >>> [round(float(cosine(1.0, 10, warmup=2)(torch.tensor(i))), 3) for i in (0, 1, 2, 6, 10, 20)]
+        >>> [round(float(cosine(1.0, 10, warmup=2)(torch.tensor(i))), 3) for i in (0, 1, 2, 6, 10,
+        ...     20)]
         [0.333, 0.667, 1.0, 0.5, 0.0, 0.0]
 
     Source: Loshchilov and Hutter, SGDR: stochastic gradient descent with restarts,
@@ -51,7 +53,11 @@ def cosine(peak: float, steps: int, *, warmup: int = 0, floor: float = 0.0) -> S
     def rate(step: Tensor) -> Tensor:
         i = step.double()
         share = ((i - warmup) / max(1, steps - warmup)).clamp(0, 1)
-        return torch.where(i < warmup, peak * (i + 1) / (warmup + 1), floor + (peak - floor) * (1 + (math.pi * share).cos()) / 2)
+        return torch.where(
+            i < warmup,
+            peak * (i + 1) / (warmup + 1),
+            floor + (peak - floor) * (1 + (math.pi * share).cos()) / 2,
+        )
 
     return rate
 
@@ -61,7 +67,8 @@ def wsd(peak: float, steps: int, *, warmup: int = 0, decay: int, floor: float = 
     """Warmup-stable-decay: a linear warm-up, the peak, and a line to the floor in `decay` steps.
 
     Example:
-        >>> [round(float(wsd(1.0, 10, warmup=1, decay=4)(torch.tensor(i))), 3) for i in (0, 1, 6, 8, 10)]
+        >>> [round(float(wsd(1.0, 10, warmup=1, decay=4)(torch.tensor(i))), 3) for i in (0, 1, 6, 8,
+        ...     10)]
         [0.5, 1.0, 1.0, 0.5, 0.0]
 
     Source: Hu et al., MiniCPM, arXiv:2404.06395, section 4.
@@ -93,18 +100,30 @@ def check_rate(function: str, rate: Rate) -> None:
     if isinstance(rate, Tensor):
         if rate.dim() or not rate.is_floating_point():
             got = f"{rate.dtype} {errors.shape(rate)}"
-            errors.fail(function, "learning_rate", "a floating tensor ()", got, "Map over several with vmap.")
-    elif not callable(rate) or hasattr(rate, "update"):  # an Optimizer can be called, to say that it should not be
+            errors.fail(
+                function,
+                "learning_rate",
+                "a floating tensor ()",
+                got,
+                "Map over several with vmap.",
+            )
+    elif not callable(rate) or hasattr(
+        rate, "update"
+    ):  # an Optimizer can be called, to say that it should not be
         _rate(function, "learning_rate", rate)
 
 
 def _rate(function: str, argument: str, rate: object) -> None:
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-        errors.fail(function, argument, "a number, 0 or more", rate, "Signs are the optimizer's matter.")
+        errors.fail(
+            function, argument, "a number, 0 or more", rate, "Signs are the optimizer's matter."
+        )
 
 
 def _lengths(function: str, steps: int, warmup: int) -> None:
     if not isinstance(steps, int) or steps < 1:
         errors.fail(function, "steps", "1 or more", steps, "It is the number of updates.")
     if not isinstance(warmup, int) or not 0 <= warmup <= steps:
-        errors.fail(function, "warmup", f"in 0..{steps} = steps", warmup, "The warm-up is a part of steps.")
+        errors.fail(
+            function, "warmup", f"in 0..{steps} = steps", warmup, "The warm-up is a part of steps."
+        )

@@ -41,7 +41,14 @@ def steps_in(folder: str | os.PathLike[str]) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
-def write(folder: str | os.PathLike[str], step: int, values: Tree, run: dict[str, object], *, keep: int = 2) -> Path:
+def write(
+    folder: str | os.PathLike[str],
+    step: int,
+    values: Tree,
+    run: dict[str, object],
+    *,
+    keep: int = 2,
+) -> Path:
     """Write a snapshot, then remove all but the newest `keep`.
 
     Args:
@@ -53,14 +60,27 @@ def write(folder: str | os.PathLike[str], step: int, values: Tree, run: dict[str
     """
     target = _place(folder, step)
     leaves = dict(tree.items(values))
-    whole("fit", "params", leaves.values(), "Train the parts: fa.sharding.to_local(params), inside of fa.sharding.inside(mesh).")
+    whole(
+        "fit",
+        "params",
+        leaves.values(),
+        "Train the parts: fa.sharding.to_local(params), inside of fa.sharding.inside(mesh).",
+    )
     layout = {path: list(x.stride()) for path, x in leaves.items() if not x.is_contiguous()}
-    remedy = "Snapshots of earlier steps are as they were; make room, or choose another folder, and resume."
+    remedy = (
+        "Snapshots of earlier steps are as they were; make room, or choose another folder, and "
+        "resume."
+    )
     with written("fit", target, remedy):
         atomic.sweep(target.parent, lambda name: name.startswith(PREFIX))  # of other steps too
         with atomic.folder(target) as draft:
             save_file({path: _own(leaf) for path, leaf in leaves.items()}, draft / TENSORS)
-            content = {"step": step, "strides": layout, "run": run, "tensors": _digest(draft / TENSORS)}
+            content = {
+                "step": step,
+                "strides": layout,
+                "run": run,
+                "tensors": _digest(draft / TENSORS),
+            }
             record = {"content": content, "sha256": _sum(content)}
             (draft / RUN).write_text(json.dumps(record, indent=1), encoding="utf-8")
         for old in steps_in(folder)[:-keep]:
@@ -92,7 +112,9 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
     if record.get("sha256") != _sum(content):
         refuse(f"a {RUN} that was changed after it was written")
     if not isinstance(content, dict) or content.keys() != PARTS.keys():
-        refuse(f"a {RUN} whose content is not {', '.join(PARTS)}: it is of another release or program")
+        refuse(
+            f"a {RUN} whose content is not {', '.join(PARTS)}: it is of another release or program"
+        )
     for name, kind in PARTS.items():
         if type(content[name]) is not kind:
             refuse(f"a {RUN} whose {name} is a {type(content[name]).__name__}")
@@ -105,13 +127,25 @@ def read(folder: str | os.PathLike[str], step: int, like: Tree) -> tuple[Tree, d
     except SafetensorError as error:
         refuse(f"a {TENSORS} that is none: {error}")
     wanted = dict(tree.items(like))
-    wrong = sorted(found.keys() ^ wanted.keys()) or [p for p in wanted if _kind(found[p]) != _kind(wanted[p])]
+    wrong = sorted(found.keys() ^ wanted.keys()) or [
+        p for p in wanted if _kind(found[p]) != _kind(wanted[p])
+    ]
     if wrong:
         remedy = "Give the config and the optimizer that it was made with, or another folder."
-        fail("fit", f"{place}", "of this model and optimizer", f"another {wrong[0]}", remedy, CheckpointError)
+        fail(
+            "fit",
+            f"{place}",
+            "of this model and optimizer",
+            f"another {wrong[0]}",
+            remedy,
+            CheckpointError,
+        )
     for path, strides in content["strides"].items():
         if path not in found or not _is_order(strides, shape(found[path])):
-            refuse(f"strides of {path} that are no order of its {shape(found[path]) if path in found else 'absent'} numbers")
+            refuse(
+                f"strides of {path} that are no order of its "
+                f"{shape(found[path]) if path in found else 'absent'} numbers"
+            )
 
     def restored(path: str, leaf: Tensor) -> Tensor:
         strides = content["strides"].get(path)
@@ -133,7 +167,11 @@ def damaged(folder: str | os.PathLike[str], step: int, got: str) -> NoReturn:
 
 def _is_order(strides: object, sizes: tuple[int, ...]) -> bool:
     """True where strides overlap no elements and span at most twice their memory."""
-    if not isinstance(strides, list) or len(strides) != len(sizes) or not all(is_int(n) and 0 <= n < 2**63 for n in strides):
+    if (
+        not isinstance(strides, list)
+        or len(strides) != len(sizes)
+        or not all(is_int(n) and 0 <= n < 2**63 for n in strides)
+    ):
         return False
     reach = 0  # offset of the last element in the axes before, in order of strides
     for n, size in sorted((n, size) for n, size in zip(strides, sizes, strict=True) if size > 1):

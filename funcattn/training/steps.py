@@ -45,7 +45,10 @@ class Metrics(NamedTuple):
     def __str__(self) -> str:
         if not all(isinstance(x, Tensor) and errors.value(x) is not None for x in self):
             return repr(self)
-        return by_rows(self, lambda row: f"loss {float(row.loss):.4f}, norm of the gradient {float(row.norm):.4g}")
+        return by_rows(
+            self,
+            lambda row: f"loss {float(row.loss):.4f}, norm of the gradient {float(row.norm):.4g}",
+        )
 
 
 @door
@@ -92,18 +95,35 @@ def step(
         >>> bool(fa.loss(model, after, torch.arange(12).view(2, 6)) < metrics.loss)
         True
 
-    Law: a compiled step is one graph and the same step (test_steps.py::test_a_step_compiles_to_one_graph).
-    Law: micro-batches of one size give the step of the whole (test_steps.py::test_micro_batches_give_the_step_of_the_whole).
+    Law: a compiled step is one graph and the same step
+        (test_steps.py::test_a_step_compiles_to_one_graph).
+    Law: micro-batches of one size give the step of the whole
+        (test_steps.py::test_micro_batches_give_the_step_of_the_whole).
     """
     if not isinstance(micro_batches, int) or micro_batches < 1:
-        errors.fail("step", "micro_batches", "1 or more", micro_batches, "It is the number of parts of a batch.")
+        errors.fail(
+            "step",
+            "micro_batches",
+            "1 or more",
+            micro_batches,
+            "It is the number of parts of a batch.",
+        )
     if not isinstance(optimizer, Optimizer):
         got = f"a {type(optimizer).__name__}"
-        errors.fail("step", "optimizer", "an Optimizer", got, "Use fa.training.adamw(3e-4), or one of its kin.", TypeError)
+        errors.fail(
+            "step",
+            "optimizer",
+            "an Optimizer",
+            got,
+            "Use fa.training.adamw(3e-4), or one of its kin.",
+            TypeError,
+        )
     narrow = tree.cast(compute) if compute is not None else lambda params: params
 
     @door(name="step(model, optimizer)")
-    def one(params: Tree, state: Tree, batch: Tree, frozen: Tree = ABSENT) -> tuple[Tree, Tree, Metrics]:
+    def one(
+        params: Tree, state: Tree, batch: Tree, frozen: Tree = ABSENT
+    ) -> tuple[Tree, Tree, Metrics]:
         of = lambda part: lambda params: loss(model, narrow(tree.combine(params, frozen)), part)
         parts = _split(batch, micro_batches)
         gradients, value = _gradient(of(parts[0]), params)
@@ -113,7 +133,11 @@ def step(
         if len(parts) > 1:
             gradients, value = tree.map(lambda g: g / len(parts), gradients), value / len(parts)
         updates, state = optimizer.update(gradients, state, params)
-        return optimizers.apply(params, updates), state, Metrics(value, norm(gradients, specs=specs))
+        return (
+            optimizers.apply(params, updates),
+            state,
+            Metrics(value, norm(gradients, specs=specs)),
+        )
 
     return one
 
@@ -137,5 +161,14 @@ def _split(batch: Tree, n: int) -> list[Tree]:
     for leaf in leaves:
         if not leaf.dim() or leaf.shape[0] % n:
             remedy = "Choose sizes that divide."
-            errors.fail("step", "batch", f"of a leading axis that {n} micro_batches divide", errors.shape(leaf), remedy)
-    return [optree.tree_unflatten(structure, row) for row in zip(*(leaf.chunk(n) for leaf in leaves), strict=True)]
+            errors.fail(
+                "step",
+                "batch",
+                f"of a leading axis that {n} micro_batches divide",
+                errors.shape(leaf),
+                remedy,
+            )
+    return [
+        optree.tree_unflatten(structure, row)
+        for row in zip(*(leaf.chunk(n) for leaf in leaves), strict=True)
+    ]

@@ -21,7 +21,8 @@ def characters(text: str) -> Tokenizer:
         >>> tokenizer.vocabulary, tokenizer.decode(tokenizer.encode("not to be"))
         (9, 'not to be')
 
-    Law: decode undoes encode on the text's own characters (test_text.py::test_characters_come_back).
+    Law: decode undoes encode on the text's own characters
+        (test_text.py::test_characters_come_back).
     """
     if not isinstance(text, str) or not text:
         got = "an empty one" if isinstance(text, str) else f"a {type(text).__name__}"

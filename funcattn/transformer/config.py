@@ -69,7 +69,8 @@ class Config:
     window_layers: tuple[bool, ...] = ()  # layers with the window
 
     # Positions.
-    positions: str = "rotary"  # or "learned", a table (context, E) added to the embedding, or "none"
+    # or "learned", a table (context, E) added to the embedding, or "none"
+    positions: str = "rotary"
     rotary_size: int | None = None  # features of a head that are rotated; None is all
     rotary_layers: tuple[bool, ...] = ()  # layers with rotary embeddings
     local_rope_base: float | None = None  # base in layers with a window, if another; never scaled
@@ -100,15 +101,37 @@ class Config:
     logit_cap: float | None = None  # soft cap
 
     def __post_init__(self) -> None:
-        fail = lambda name, wanted, remedy: errors.fail("Config", name, wanted, getattr(self, name), remedy)
-        for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "head_size", "feed_forward", "context"):
+        fail = lambda name, wanted, remedy: errors.fail(
+            "Config", name, wanted, getattr(self, name), remedy
+        )
+        for name in (
+            "vocabulary",
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_size",
+            "feed_forward",
+            "context",
+        ):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 got = getattr(self, name)
-                errors.fail("Config", name, "an int", f"{got!r}, a {type(got).__name__}", "Sizes are whole numbers.", TypeError)
+                errors.fail(
+                    "Config",
+                    name,
+                    "an int",
+                    f"{got!r}, a {type(got).__name__}",
+                    "Sizes are whole numbers.",
+                    TypeError,
+                )
             if getattr(self, name) < 1:
                 fail(name, "at least 1", "Sizes are positive.")
         if self.heads % self.kv_heads:
-            fail("kv_heads", f"a divisor of heads = {self.heads}", "Each key head serves H / K query heads.")
+            fail(
+                "kv_heads",
+                f"a divisor of heads = {self.heads}",
+                "Each key head serves H / K query heads.",
+            )
         for name, choices in (
             ("activation", tuple(layers.ACTIVATIONS)),
             ("norm", NORMS),
@@ -118,25 +141,49 @@ class Config:
         ):
             if getattr(self, name) not in choices:
                 wanted = f"one of {', '.join(map(repr, choices))}"
-                errors.fail("Config", name, wanted, repr(getattr(self, name)), "Choose one of these.")
+                errors.fail(
+                    "Config", name, wanted, repr(getattr(self, name)), "Choose one of these."
+                )
         for name in ("window_layers", "rotary_layers", "expert_layers"):
             given = getattr(self, name)
             if not isinstance(given, tuple) or len(given) not in (0, self.layers):
-                fail(name, f"() or a tuple of {self.layers} bools, one a layer", "Say it for every layer.")
+                fail(
+                    name,
+                    f"() or a tuple of {self.layers} bools, one a layer",
+                    "Say it for every layer.",
+                )
         if self.positions == "rotary":
             turning = self.head_size if self.rotary_size is None else self.rotary_size
             if turning % 2 or not 0 < turning <= self.head_size:
                 name = "head_size" if self.rotary_size is None else "rotary_size"
-                fail(name, f"even, and at most head_size = {self.head_size}", "Rotary angles turn pairs of features.")
+                fail(
+                    name,
+                    f"even, and at most head_size = {self.head_size}",
+                    "Rotary angles turn pairs of features.",
+                )
         if self.window is not None and self.window < 1:
             fail("window", "None or at least 1", "Each token sees itself.")
-        if self.experts and not (0 < self.experts_per_token <= self.experts and self.expert_size > 0):
+        if self.experts and not (
+            0 < self.experts_per_token <= self.experts and self.expert_size > 0
+        ):
             wanted = f"from 1 to experts = {self.experts}, with an expert_size above 0"
-            fail("experts_per_token", wanted, "Say how many experts a token takes and how wide they are.")
+            fail(
+                "experts_per_token",
+                wanted,
+                "Say how many experts a token takes and how wide they are.",
+            )
         if self.norm_placement != "before" and (self.parallel or self.norm_bias):
-            fail("norm_placement", '"before" where blocks are parallel or norms have a bias', "No family has both.")
+            fail(
+                "norm_placement",
+                '"before" where blocks are parallel or norms have a bias',
+                "No family has both.",
+            )
         if self.shared_norm and not self.parallel:
-            fail("shared_norm", "False where blocks follow each other", "Set parallel=True, or let each have its norm.")
+            fail(
+                "shared_norm",
+                "False where blocks follow each other",
+                "Set parallel=True, or let each have its norm.",
+            )
 
     @property
     def scale(self) -> float:
@@ -169,7 +216,9 @@ class Config:
         """
         if self.rope_scaling is None or not self.rope_scaling.follows_length:
             return False
-        return any(spec.rotary and not spec.local for spec in map(self.layer_spec, range(self.layers)))
+        return any(
+            spec.rotary and not spec.local for spec in map(self.layer_spec, range(self.layers))
+        )
 
     def limit(self) -> int | None:
         """The greatest length of a text; None for dynamic rotary angles or without positions."""

@@ -100,7 +100,9 @@ def embed_tokens(config: Config, params: Params, tokens: Tensor, positions: Tens
         x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)
     if config.positions != "learned":
         return x
-    return x + layers.embed(parallel.vector("positions", params.positions, (config.context, config.width)), positions)
+    return x + layers.embed(
+        parallel.vector("positions", params.positions, (config.context, config.width)), positions
+    )
 
 
 def final_norm(config: Config, params: Params, x: Tensor) -> Tensor:
@@ -116,7 +118,9 @@ def lm_head(params: Params) -> Weight:
     """The weight of the head (V, E); the embedding where they are tied."""
     if not hasattr(params, "head"):
         remedy = "Make them with model.init(key), or take those of fa.load."
-        errors.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
+        errors.fail(
+            "decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError
+        )
     return params.embedding if is_absent(params.head) else params.head
 
 
@@ -162,10 +166,13 @@ def layer_context(
         if scaling is not None and scaling.follows_length:
             length = lengths.length_of(positions) if length is None else length
         size = config.rotary_size or config.head_size
-        inv_freq = layers.frequencies(size, base=base, scaling=scaling, length=length, device=positions.device)
+        inv_freq = layers.frequencies(
+            size, base=base, scaling=scaling, length=length, device=positions.device
+        )
         amplitude = 1.0 if scaling is None else scaling.attention
         if inv_freq.dim() > positions.dim():  # frequencies for each token
-            each = layers.rope(positions.unsqueeze(-1), inv_freq, dtype, amplitude=amplitude)  # (*lead, T, 1, 1, D)
+            # (*lead, T, 1, 1, D)
+            each = layers.rope(positions.unsqueeze(-1), inv_freq, dtype, amplitude=amplitude)
             rotation = Rotation(*(x.squeeze(-2).transpose(-2, -3) for x in each))
         else:
             rotation = layers.rope(positions, inv_freq, dtype, amplitude=amplitude)
@@ -174,23 +181,40 @@ def layer_context(
         mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=positions.device))
     if spec.window is not None and mask is not None and not (in_order and spec.window >= T):
         if in_order and isinstance(mask, Mask):
-            near: Mask | Tensor = masks.window(T, spec.window, offset=torch.zeros((), dtype=torch.int64, device=positions.device))
+            near: Mask | Tensor = masks.window(
+                T, spec.window, offset=torch.zeros((), dtype=torch.int64, device=positions.device)
+            )
             mask = masks.intersection(mask, near)
         else:  # given positions are in any order: the window is one of positions, not of rows
             ahead = positions.unsqueeze(-1) - positions.unsqueeze(-2)
             seen = mask.dense(T) if isinstance(mask, Mask) else mask
-            mask = seen & (ahead < spec.window).unsqueeze(-3) if seen.dim() > 2 else seen & (ahead < spec.window)
+            mask = (
+                seen & (ahead < spec.window).unsqueeze(-3)
+                if seen.dim() > 2
+                else seen & (ahead < spec.window)
+            )
     return LayerContext(rotation, mask)
 
 
 def _check_params(params: Params, config: Config) -> None:
     if not hasattr(params, "layers"):
-        remedy = "Make them with model.init(key), or take those of fa.load; arguments come in the order params, tokens, cache."
-        errors.fail("decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError)
+        remedy = (
+            "Make them with model.init(key), or take those of fa.load; arguments come in the order "
+            "params, tokens, cache."
+        )
+        errors.fail(
+            "decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError
+        )
     count, norm = len(params.layers), params.norm
     # With a mesh bound, weights may be shards.
     if count == config.layers and (bound() or norm.shape[-1:] == (config.width,)):
         return
     got = f"{count} layers" if count != config.layers else f"a width of {errors.shape(norm)[-1]}"
     wanted = f"those of the config: {config.layers} layers of width {config.width}"
-    errors.fail("decoder", "params", wanted, got, "Config, params and tokenizer of one fa.load belong together.")
+    errors.fail(
+        "decoder",
+        "params",
+        wanted,
+        got,
+        "Config, params and tokenizer of one fa.load belong together.",
+    )

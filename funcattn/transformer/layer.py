@@ -53,7 +53,11 @@ def block(
         name: of the layer, for taps: `layers.3`.
         kernel: of attention; None chooses.
     """
-    y = x if is_absent(weights.attention_norm) else _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
+    y = (
+        x
+        if is_absent(weights.attention_norm)
+        else _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
+    )
     attended, k, v = _attend(config, spec, weights, y, context, past, name, kernel)
     if not is_absent(weights.attention_after_norm):
         attended = _norm(config, attended, weights.attention_after_norm, ())
@@ -62,7 +66,11 @@ def block(
         x = _add(config, x, attended)
     if not config.shared_norm:
         placed = not is_absent(weights.feed_forward_norm)
-        y = _norm(config, x, weights.feed_forward_norm, weights.feed_forward_norm_bias) if placed else x
+        y = (
+            _norm(config, x, weights.feed_forward_norm, weights.feed_forward_norm_bias)
+            if placed
+            else x
+        )
     fed = _feed_forward(config, spec, weights, y, name)
     if not is_absent(weights.feed_forward_after_norm):
         fed = _norm(config, fed, weights.feed_forward_after_norm, ())
@@ -105,7 +113,9 @@ def _attend(
     """What attention adds to the residual, and k, v (*lead, K, T, D) of the new tokens."""
     y = tap(f"{name}.attention.input", parallel.copy_to_region(y))
     (H, K), D = parallel.heads(config), config.head_size
-    q, k, v = _affines((weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y)
+    q, k, v = _affines(
+        (weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y
+    )
     q = _heads(config, q, weights.q_norm, H, D)
     k = _heads(config, k, weights.k_norm, K, D)
     # torch.unflatten: torch.compile cannot trace the method under a default device.
@@ -113,7 +123,11 @@ def _attend(
     if spec.rotary:
         assert isinstance(context.rotation, Rotation)
         q, k = layers.rotate(q, context.rotation), layers.rotate(k, context.rotation)
-    q, k, v = tap(f"{name}.attention.q", q), tap(f"{name}.attention.k", k), tap(f"{name}.attention.v", v)
+    q, k, v = (
+        tap(f"{name}.attention.q", q),
+        tap(f"{name}.attention.k", k),
+        tap(f"{name}.attention.v", v),
+    )
     if parallel.in_parts():
         out = parallel.attend(config, spec, q, k, v, context.mask, past, kernel)
     elif not past and config.attention_cap is None and not config.sinks:
@@ -121,7 +135,9 @@ def _attend(
     else:
         parts = [*past, Part(k, v, () if context.mask is None else context.mask)]
         sinks = weights.sinks if config.sinks else None
-        out = kernels.attend_parts(q, parts, scale=config.scale, cap=config.attention_cap, sinks=sinks, kernel=kernel)
+        out = kernels.attend_parts(
+            q, parts, scale=config.scale, cap=config.attention_cap, sinks=sinks, kernel=kernel
+        )
     mixed = tap(f"{name}.attention.mixed", out.transpose(-2, -3).flatten(-2))
     return _affine(weights.o, weights.o_bias, mixed, ends=True), k, v
 
@@ -147,13 +163,17 @@ def _feed_forward(config: Config, spec: LayerSpec, weights: Layer, y: Tensor, na
         inner = layers.gated(gate, up, config.activation, config.activation_limit)
     else:
         inner = layers.activate(_affine(weights.up, weights.up_bias, y), config.activation)
-    return _affine(weights.down, weights.down_bias, tap(f"{name}.feed_forward.inner", inner), ends=True)
+    return _affine(
+        weights.down, weights.down_bias, tap(f"{name}.feed_forward.inner", inner), ends=True
+    )
 
 
 def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
     """The mixture of experts: each selected pair (token, expert) is one row of a product."""
     scores = tap(f"{name}.feed_forward.router", _affine(weights.router, weights.router_bias, y))
-    share, expert = layers.route(scores, config.experts_per_token, normalized=config.normalized_routing)
+    share, expert = layers.route(
+        scores, config.experts_per_token, normalized=config.normalized_routing
+    )
     chosen = expert.flatten()
     rows = y.unsqueeze(-2).expand(*expert.shape, -1).flatten(0, -2)
 
@@ -161,7 +181,10 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
         out = layers.linear_experts(weight, x, chosen)
         return out if is_absent(bias) else out + bias[chosen]
 
-    up, gate = affine(weights.up, weights.up_bias, rows), affine(weights.gate, weights.gate_bias, rows)
+    up, gate = (
+        affine(weights.up, weights.up_bias, rows),
+        affine(weights.gate, weights.gate_bias, rows),
+    )
     inner = layers.gated(gate, up, config.activation, config.activation_limit)
     out = torch.unflatten(affine(weights.down, weights.down_bias, inner), 0, expert.shape)
     return parallel.reduce_from_region((out * share.to(out.dtype).unsqueeze(-1)).sum(-2))

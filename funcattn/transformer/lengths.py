@@ -14,7 +14,8 @@ of cache commits, forks, shards and maps them unchanged.
 Within the context no text is read again. Beyond it "longrope" continues with rows that were read
 beyond it; the base of "dynamic" changes with every token, so the text is read again at every step.
 
-See docs/decisions/a-text-has-one-length.md. Law: test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
+See docs/decisions/a-text-has-one-length.md. Law:
+test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,9 @@ from .config import Config
 
 BASE = 8  # of the digits of a token id
 
-Run = Callable[[Tensor, Past, Tensor, Mask | Tensor | None, bool, Tensor | None], tuple[Tensor, Delta]]
+Run = Callable[
+    [Tensor, Past, Tensor, Mask | Tensor | None, bool, Tensor | None], tuple[Tensor, Delta]
+]
 # (tokens, cache, places, mask, in_order, length) -> (x, delta): the forward pass with the rotary
 # angles of a text of that length; places are the positions of the tokens.
 
@@ -82,7 +85,13 @@ def lengths_of(places: Tensor, mask: Mask | Tensor | None, in_order: bool) -> Te
 
 
 def hidden(
-    config: Config, run: Run, tokens: Tensor, cache: Past, places: Tensor, mask: Mask | Tensor | None, in_order: bool
+    config: Config,
+    run: Run,
+    tokens: Tensor,
+    cache: Past,
+    places: Tensor,
+    mask: Mask | Tensor | None,
+    in_order: bool,
 ) -> tuple[Tensor, Delta]:
     """The residual (*lead, T, E) and delta of new tokens, equal to one pass over the whole text."""
     if not config.follows_length:
@@ -102,7 +111,9 @@ def hidden(
 
 def continues(config: Config, cache: KVCache, T: int) -> bool:
     """True where the cached rows have the angles of the text with T new tokens."""
-    return not config.follows_length or _goes_on(config, remembered(config, cache), cache.length + T)
+    return not config.follows_length or _goes_on(
+        config, remembered(config, cache), cache.length + T
+    )
 
 
 def noted(config: Config, delta: Delta, tokens: Tensor, length: Tensor) -> Delta:
@@ -113,10 +124,12 @@ def noted(config: Config, delta: Delta, tokens: Tensor, length: Tensor) -> Delta
     powers = BASE ** torch.arange(_digits(config), device=tokens.device)
     beyond = (length > _context(config)).long()
     beyond = (beyond if beyond.dim() == tokens.dim() else beyond.unsqueeze(-1)).expand(tokens.shape)
-    row = torch.cat([beyond.unsqueeze(-1), tokens.unsqueeze(-1) // powers % BASE], -1)  # (*lead, T, 1 + digits)
+    # (*lead, T, 1 + digits)
+    row = torch.cat([beyond.unsqueeze(-1), tokens.unsqueeze(-1) // powers % BASE], -1)
     more = cache_layers(config) - config.layers
     row = F.pad(row, (0, 2 * D * more - row.shape[-1])).to(k.dtype).unsqueeze(-3)
-    sides = torch.unflatten(row.expand(*k.shape[:-1], -1), -1, (2 * more, D)).unbind(-2)  # each (*lead, K, T, D)
+    # each (*lead, K, T, D)
+    sides = torch.unflatten(row.expand(*k.shape[:-1], -1), -1, (2 * more, D)).unbind(-2)
     return Delta((*delta.k, *sides[::2]), (*delta.v, *sides[1::2]))
 
 
@@ -128,19 +141,25 @@ def remembered(config: Config, cache: KVCache) -> Text:
         none = torch.zeros(0, dtype=torch.int64, device=here.device)
         return Text(none, none.bool(), ABSENT)
     # All heads have the same rows: take the first.
-    sides = [torch.cat([part[side][0] for part in parts], -2) for parts in layers for side in (0, 1)]
+    sides = [
+        torch.cat([part[side][0] for part in parts], -2) for parts in layers for side in (0, 1)
+    ]
     digits = torch.cat(sides, -1)[..., : 1 + _digits(config)].round().long()
     ids = (digits[..., 1:] * BASE ** torch.arange(_digits(config), device=digits.device)).sum(-1)
     if all(is_absent(part.mask) for part in layers[0]):
         return Text(ids, digits[..., 0] > 0, ABSENT)
-    return Text(ids, digits[..., 0] > 0, torch.cat([_seen(part.mask, part.k) for part in layers[0]]))
+    return Text(
+        ids, digits[..., 0] > 0, torch.cat([_seen(part.mask, part.k) for part in layers[0]])
+    )
 
 
 def in_front(text: Text) -> tuple[Tensor, int | Tensor]:
     """The ids (R,) with visible ones first, in order, and the number of these."""
     if is_absent(text.counts):
         return text.ids, text.ids.shape[-1]
-    return text.ids.gather(-1, (~text.counts).long().argsort(dim=-1, stable=True)), text.counts.sum(-1)
+    return text.ids.gather(-1, (~text.counts).long().argsort(dim=-1, stable=True)), text.counts.sum(
+        -1
+    )
 
 
 def _seen(mask: Mask | Tensor | tuple[()], k: Tensor) -> Tensor:
@@ -154,7 +173,9 @@ def _goes_on(config: Config, text: Text, length: Tensor) -> bool:
     """True where the text was read with the angles of this length; False for unreadable values."""
     beyond = length > _context(config)
     assert config.rope_scaling is not None
-    other = text.beyond != beyond if config.rope_scaling.kind == "longrope" else text.beyond | beyond
+    other = (
+        text.beyond != beyond if config.rope_scaling.kind == "longrope" else text.beyond | beyond
+    )
     if not is_absent(text.counts):
         other = other & text.counts
     known = errors.peek(parallel.longest(other.any(-1).long()))
@@ -176,7 +197,9 @@ def _again(
     lost = cache.length != n
     if parallel.in_parts() or errors.is_true(lost):
         wanted = "a past that holds all of its text where rotary angles change with its length"
-        remedy = "Give it a past that forgets nothing and lies on one device, or read the text at once."
+        remedy = (
+            "Give it a past that forgets nothing and lies on one device, or read the text at once."
+        )
         errors.fail("decoder", "cache", wanted, f"a {type(cache).__name__}", remedy)
     row = torch.arange(R + T, device=tokens.device)
     if mask is None and is_absent(text.counts):
@@ -185,7 +208,9 @@ def _again(
         new = row >= R
         first = torch.where(new, n, row + 1)
         start, stop = torch.where(new, R, first), torch.where(new, row + 1, first)
-        seen = Mask(torch.stack([torch.zeros_like(start), start], -1), torch.stack([first, stop], -1))
+        seen = Mask(
+            torch.stack([torch.zeros_like(start), start], -1), torch.stack([first, stop], -1)
+        )
     else:
         among = mask.dense(T) if isinstance(mask, Mask) else mask
         among = F.pad(among.expand(*among.shape[:-2], T, T), (R, 0, R, 0))

@@ -66,12 +66,18 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
         >>> logits.shape, int(cache.length)
         (torch.Size([3, 256]), 3)
 
-    Law: extending in any number of steps gives the logits of one (test_transformer.py::test_steps_equal_the_whole).
+    Law: extending in any number of steps gives the logits of one
+        (test_transformer.py::test_steps_equal_the_whole).
     """
 
     if not isinstance(config, Config):
-        remedy = "Make one with fa.Config(...), or take that of fa.load, which returns (config, params, tokenizer)."
-        errors.fail("decoder", "config", "a Config", f"a {type(config).__name__}", remedy, TypeError)
+        remedy = (
+            "Make one with fa.Config(...), or take that of fa.load, which returns (config, params, "
+            "tokenizer)."
+        )
+        errors.fail(
+            "decoder", "config", "a Config", f"a {type(config).__name__}", remedy, TypeError
+        )
     specs = [config.layer_spec(i) for i in range(config.layers)]
 
     @door
@@ -94,17 +100,37 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
             dtype: of keys and values: that of the activations. None is torch's default.
         """
         if not errors.is_count(size, 0):
-            errors.fail("cache", "size", "a number of tokens, 0 or more", size, "Say how many tokens the past has room for.")
+            errors.fail(
+                "cache",
+                "size",
+                "a number of tokens, 0 or more",
+                size,
+                "Say how many tokens the past has room for.",
+            )
         if not hasattr(kind, "empty"):
             remedy = "Pass fa.Cache, fa.Pages, fa.Ring or another kind, not its name."
             errors.fail("cache", "kind", "a kind of past", repr(kind), remedy, TypeError)
         if dtype is not None and not isinstance(dtype, torch.dtype):
-            errors.fail("cache", "dtype", "a torch.dtype, or None", repr(dtype), "Pass one such as torch.bfloat16.", TypeError)
-        return kind.empty(lengths.cache_layers(config), parallel.heads(config)[1], size, config.head_size, dtype)
+            errors.fail(
+                "cache",
+                "dtype",
+                "a torch.dtype, or None",
+                repr(dtype),
+                "Pass one such as torch.bfloat16.",
+                TypeError,
+            )
+        return kind.empty(
+            lengths.cache_layers(config), parallel.heads(config)[1], size, config.head_size, dtype
+        )
 
     @door
     def hidden(
-        params: Params, tokens: Tensor, cache: Past = ABSENT, *, mask: Mask | Tensor | None = None, positions: Tensor | None = None
+        params: Params,
+        tokens: Tensor,
+        cache: Past = ABSENT,
+        *,
+        mask: Mask | Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Delta]:
         """The residual after the last norm, and keys and values of the new tokens.
 
@@ -140,9 +166,17 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
     ) -> tuple[Tensor, Delta]:
         """`hidden` at given positions, in a text of that length (None where angles ignore it)."""
 
-        def run(number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
-            past = () if is_absent(cache) else tuple(caches.past(cache, number, positions, spec.window))
-            layer = functools.partial(_run, number, config, spec, name=f"layers.{number}", kernel=kernel)
+        def run(
+            number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            past = (
+                ()
+                if is_absent(cache)
+                else tuple(caches.past(cache, number, positions, spec.window))
+            )
+            layer = functools.partial(
+                _run, number, config, spec, name=f"layers.{number}", kernel=kernel
+            )
             layer = rematerialization.remat(layer) if remat and not taps.heard() else layer
             return layer(weights, x, context, past)
 
@@ -156,21 +190,29 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
         weight = lm_head(params)
         if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (config.width,):
             remedy = "Pass the first of what model.hidden returns."
-            errors.fail("decoder", "hidden", f"(*lead, E) with E = {config.width}", what_is(hidden), remedy)
+            errors.fail(
+                "decoder", "hidden", f"(*lead, E) with E = {config.width}", what_is(hidden), remedy
+            )
         return predict(config, weight, hidden)
 
     options = {"kernel": kernel} if kernel is not None else {}
     options |= {"remat": remat} if remat else {}
-    made = Made(written("decoder", config, **options), lambda config: decoder(config, kernel, remat=remat))
+    made = Made(
+        written("decoder", config, **options), lambda config: decoder(config, kernel, remat=remat)
+    )
     return Model(init, cache, hidden, logits, config=config, kernel=kernel, made=made)
 
 
-def _run(number: int, config: Config, spec: LayerSpec, weights: Layer, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(
+    number: int, config: Config, spec: LayerSpec, weights: Layer, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """A layer, with its weights gathered as this device needs them."""
     return block(config, spec, parallel.layer(config, number, weights), *rest, **options)
 
 
-def positions_of(config: Config, tokens: Tensor, cache: Past, positions: Tensor | None = None) -> Tensor:
+def positions_of(
+    config: Config, tokens: Tensor, cache: Past, positions: Tensor | None = None
+) -> Tensor:
     """Positions of new tokens: given, or continuing those of the cache; arguments are validated."""
     _check_tokens(tokens, config, has_past=not is_absent(cache))
     if not is_absent(cache):
@@ -187,7 +229,10 @@ def positions_of(config: Config, tokens: Tensor, cache: Past, positions: Tensor 
 
 
 def _check_past(cache: KVCache, config: Config) -> None:
-    wanted, got = (lengths.cache_layers(config), parallel.heads(config)[1], config.head_size), caches.sizes(cache)
+    wanted, got = (
+        (lengths.cache_layers(config), parallel.heads(config)[1], config.head_size),
+        caches.sizes(cache),
+    )
     if got != wanted:
         errors.fail(
             "decoder",
@@ -200,9 +245,20 @@ def _check_past(cache: KVCache, config: Config) -> None:
 
 
 def _check_positions(positions: Tensor, T: int) -> None:
-    if not isinstance(positions, Tensor) or positions.dtype not in tree.INTEGERS or positions.shape[-1:] != (T,):
+    if (
+        not isinstance(positions, Tensor)
+        or positions.dtype not in tree.INTEGERS
+        or positions.shape[-1:] != (T,)
+    ):
         remedy = "They say where in the sequence each new token stands; None goes on from the past."
-        errors.fail("decoder", "positions", f"integers (*lead, T) with T = {T}", what_is(positions), remedy, TypeError)
+        errors.fail(
+            "decoder",
+            "positions",
+            f"integers (*lead, T) with T = {T}",
+            what_is(positions),
+            remedy,
+            TypeError,
+        )
 
 
 def _check_reach(positions: Tensor, config: Config) -> None:
@@ -212,19 +268,39 @@ def _check_reach(positions: Tensor, config: Config) -> None:
     last = errors.greatest(positions)
     # A length of OVERFLOWED or more is of a commit that did not fit: the logits are NaN.
     if last is not None and limit <= last < caches.OVERFLOWED:
-        whose = "of its table" if config.positions == "learned" else "that the model was trained on, config.context"
-        remedy = "Shorten it; or where you know better, stretch it by dataclasses.replace(config, context=..., rope_scaling=...)."
-        errors.fail("decoder", "tokens", f"within the {limit} positions {whose}", f"position {last}", remedy)
+        whose = (
+            "of its table"
+            if config.positions == "learned"
+            else "that the model was trained on, config.context"
+        )
+        remedy = (
+            "Shorten it; or where you know better, stretch it by dataclasses.replace(config, "
+            "context=..., rope_scaling=...)."
+        )
+        errors.fail(
+            "decoder", "tokens", f"within the {limit} positions {whose}", f"position {last}", remedy
+        )
 
 
 def _check_mask(mask: Mask | Tensor | None, T: int) -> None:
     if isinstance(mask, Mask):
         if mask.start.shape[-2] != T:
-            errors.fail("decoder", "mask", f"for T = {T} new tokens", f"one for {mask.start.shape[-2]}", f"Build it with T = {T}.")
+            errors.fail(
+                "decoder",
+                "mask",
+                f"for T = {T} new tokens",
+                f"one for {mask.start.shape[-2]}",
+                f"Build it with T = {T}.",
+            )
     elif mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
         got = getattr(mask, "dtype", type(mask).__name__)
         errors.fail(
-            "decoder", "mask", "a Mask, booleans or None", got, "See funcattn.masks, or convert it: mask.bool().", TypeError
+            "decoder",
+            "mask",
+            "a Mask, booleans or None",
+            got,
+            "See funcattn.masks, or convert it: mask.bool().",
+            TypeError,
         )
     elif mask is not None and any(size not in (1, T) for size in mask.shape[-2:]):
         remedy = "It says which of the new tokens each sees; all see the past."
@@ -235,7 +311,12 @@ def _check_tokens(tokens: Tensor, config: Config, *, has_past: bool) -> None:
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         got = getattr(tokens, "dtype", type(tokens).__name__)
         errors.fail(
-            "decoder", "tokens", "an integer tensor", got, "Pass token ids: torch.tensor(tokenizer.encode(text)).", TypeError
+            "decoder",
+            "tokens",
+            "an integer tensor",
+            got,
+            "Pass token ids: torch.tensor(tokenizer.encode(text)).",
+            TypeError,
         )
     if has_past and tokens.dim() != 1:
         errors.fail(
@@ -246,8 +327,24 @@ def _check_tokens(tokens: Tensor, config: Config, *, has_past: bool) -> None:
             "Map over sequences with torch.func.vmap.",
         )
     if not tokens.dim():
-        errors.fail("decoder", "tokens", "(*lead, T)", errors.shape(tokens), "Give one token an axis: tokens[None].")
+        errors.fail(
+            "decoder",
+            "tokens",
+            "(*lead, T)",
+            errors.shape(tokens),
+            "Give one token an axis: tokens[None].",
+        )
     if errors.is_true((tokens < 0) | (tokens >= config.vocabulary)):
         known = errors.peek(tokens)
-        bad = known[(known < 0) | (known >= config.vocabulary)][0].item() if known is not None else "another"
-        errors.fail("decoder", "tokens", f"ids in 0..{config.vocabulary - 1}", bad, "Encode with the tokenizer of this model.")
+        bad = (
+            known[(known < 0) | (known >= config.vocabulary)][0].item()
+            if known is not None
+            else "another"
+        )
+        errors.fail(
+            "decoder",
+            "tokens",
+            f"ids in 0..{config.vocabulary - 1}",
+            bad,
+            "Encode with the tokenizer of this model.",
+        )

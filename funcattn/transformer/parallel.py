@@ -59,11 +59,20 @@ def heads(config: Config) -> tuple[int, int]:
     if n == 1:
         return H, K
     if H % n or (K % n and n % K):
-        wanted = f"such that the {n} devices of 'tensor' divide its {H} heads, and divide or are divided by its {K} key/value heads"
+        wanted = (
+            f"such that the {n} devices of 'tensor' divide its {H} heads, and divide or are "
+            f"divided by its {K} key/value heads"
+        )
         errors.fail("decoder", "config", wanted, f"{H} and {K}", "Take another number of devices.")
     if config.head_norm == "rms_width":
         remedy = "Shard it over 'data' alone."
-        errors.fail("decoder", "config.head_norm", "other than rms_width over 'tensor'", "a norm over all heads together", remedy)
+        errors.fail(
+            "decoder",
+            "config.head_norm",
+            "other than rms_width over 'tensor'",
+            "a norm over all heads together",
+            remedy,
+        )
     return H // n, max(1, K // n)
 
 
@@ -74,7 +83,11 @@ def layer(config: Config, number: int, weights: Layer) -> Layer:
     """
     if not collectives.bound():
         return weights
-    n, whole, experts = axis_size(TENSOR), _shapes(config).layers[number], config.layer_spec(number).experts
+    n, whole, experts = (
+        axis_size(TENSOR),
+        _shapes(config).layers[number],
+        config.layer_spec(number).experts,
+    )
     made = []
     for name, weight, shape in zip(Layer._fields, weights, whole, strict=True):
         if is_absent(weight) or is_absent(shape):
@@ -116,7 +129,9 @@ def _local_kv_heads(config: Config, weight: Weight, block: int, rank: int) -> We
         if not axis.mapped:
             return x.narrow(0, axis.rank * config.kv_heads // axis.size * block, block)
         mine = axis_index(TENSOR) * config.kv_heads // axis.size
-        select = lambda x: x.unflatten(0, (config.kv_heads, block)).index_select(0, mine.reshape(1)).flatten(0, 1)
+        select = lambda x: (
+            x.unflatten(0, (config.kv_heads, block)).index_select(0, mine.reshape(1)).flatten(0, 1)
+        )
         # 8-bit floating codes: torch has no index_select for them.
         if x.is_floating_point() and x.element_size() == 1:
             return select(x.view(torch.uint8)).view(x.dtype)
@@ -137,7 +152,10 @@ def _over_data(path: str, weight: Weight, shape: tuple[int, ...]) -> Weight:
     got = tuple(got)
     dims = [dim for dim, (size, whole) in enumerate(zip(got, shape, strict=False)) if size != whole]
     if len(got) != len(shape) or len(dims) > 1 or any(got[dim] * n != shape[dim] for dim in dims):
-        remedy = "Shard params by fa.sharding.tensor_parallel(config) or fsdp(config), and give in_specs of the same rules."
+        remedy = (
+            "Shard params by fa.sharding.tensor_parallel(config) or fsdp(config), and give "
+            "in_specs of the same rules."
+        )
         bound = ", ".join(f"{axis.size} devices of {axis.name!r}" for axis in collectives.bound())
         errors.fail("decoder", path, f"a part {shape} for {bound}", got, remedy)
     if n == 1 and not in_parts():
@@ -155,7 +173,9 @@ def _over_data(path: str, weight: Weight, shape: tuple[int, ...]) -> Weight:
 
 def vector(path: str, weight: Weight, shape: tuple[int, ...]) -> Weight:
     """A norm, bias or table outside of the layers, gathered over "data"."""
-    return weight if is_absent(weight) or not collectives.bound() else _over_data(path, weight, shape)
+    return (
+        weight if is_absent(weight) or not collectives.bound() else _over_data(path, weight, shape)
+    )
 
 
 def embed(config: Config, weight: Weight, tokens: Tensor) -> Tensor:
@@ -164,12 +184,19 @@ def embed(config: Config, weight: Weight, tokens: Tensor) -> Tensor:
         return layers.embed(weight, tokens)
     rows = weight.shape[0]
     if rows == config.vocabulary:
-        return layers.embed(_over_data("embedding", weight, (config.vocabulary, config.width)), tokens)
+        return layers.embed(
+            _over_data("embedding", weight, (config.vocabulary, config.width)), tokens
+        )
     weight = _table(config, "embedding", weight)
     first = axis_index(TENSOR).to(tokens.device) * rows
     mine = (tokens >= first) & (tokens < first + rows)
     found = layers.embed(weight, torch.where(mine, tokens - first, 0))
-    return psum(torch.where(mine.unsqueeze(-1), found, torch.zeros((), dtype=found.dtype, device=found.device)), TENSOR)
+    return psum(
+        torch.where(
+            mine.unsqueeze(-1), found, torch.zeros((), dtype=found.dtype, device=found.device)
+        ),
+        TENSOR,
+    )
 
 
 def _table(config: Config, path: str, weight: Weight) -> Weight:
@@ -211,15 +238,32 @@ def check(params: Tree, cache: Past, mask: Mask | Tensor | None) -> None:
     if is_absent(cache):
         if mask is not None:
             remedy = "A text in parts is causal; leave the mask out."
-            errors.fail("decoder", "mask", "None over 'context'", f"a {type(mask).__name__}", remedy)
+            errors.fail(
+                "decoder", "mask", "None over 'context'", f"a {type(mask).__name__}", remedy
+            )
         return
     if not isinstance(cache, ShardedCache):
-        remedy = "Make it with model.cache(size, kind=fa.caches.ShardedCache), or ShardedCache.from_local(delta)."
-        errors.fail("decoder", "cache", "a ShardedCache over 'context'", f"a {type(cache).__name__}", remedy, TypeError)
+        remedy = (
+            "Make it with model.cache(size, kind=fa.caches.ShardedCache), or "
+            "ShardedCache.from_local(delta)."
+        )
+        errors.fail(
+            "decoder",
+            "cache",
+            "a ShardedCache over 'context'",
+            f"a {type(cache).__name__}",
+            remedy,
+            TypeError,
+        )
     if any(differentiated(x) for x in optree.tree_leaves(params) if isinstance(x, Tensor)):
         remedy = "Take gradients without a past: the ring gives them."
         errors.fail(
-            "decoder", "params", "followed by no gradient behind a ShardedCache", "some that are", remedy, NotImplementedError
+            "decoder",
+            "params",
+            "followed by no gradient behind a ShardedCache",
+            "some that are",
+            remedy,
+            NotImplementedError,
         )
 
 
@@ -248,7 +292,11 @@ def attend(
     Without a cache it is ring attention. With one, the new tokens are replicated: they attend to
     each device's shard of the cache, and the results are merged.
     """
-    for name, given in (("attention_cap", config.attention_cap), ("sinks", config.sinks or None), ("window", kind.window)):
+    for name, given in (
+        ("attention_cap", config.attention_cap),
+        ("sinks", config.sinks or None),
+        ("window", kind.window),
+    ):
         if given is not None:
             remedy = "Shard it over 'data' and 'tensor'."
             errors.fail("decoder", f"config.{name}", "none over 'context'", given, remedy)
@@ -257,7 +305,10 @@ def attend(
     new = kernels.partial(q, k, v, mask, scale=config.scale, kernel=kernel)
     query = collectives.copy_to_region(q, CONTEXT)
     seen = lambda part: None if is_absent(part.mask) else part.mask
-    held = [kernels.partial(query, part.k, part.v, seen(part), scale=config.scale, kernel=kernel) for part in past]
+    held = [
+        kernels.partial(query, part.k, part.v, seen(part), scale=config.scale, kernel=kernel)
+        for part in past
+    ]
     before = kernels.join_over(functools.reduce(kernels.join, held), CONTEXT)
     return kernels.join(before, new).out
 

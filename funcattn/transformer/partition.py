@@ -53,8 +53,13 @@ CUTS = {
     "q_norm": Cut(-2, region=True),
     "k_norm": Cut(-2, of_kv=True, region=True),
     **dict.fromkeys(("router", "router_bias"), Cut(region=True)),
-    **dict.fromkeys(("attention_norm", "feed_forward_norm", "attention_after_norm", "feed_forward_after_norm"), WHOLE),
-    **dict.fromkeys(("attention_norm_bias", "feed_forward_norm_bias", "o_bias", "down_bias"), WHOLE),
+    **dict.fromkeys(
+        ("attention_norm", "feed_forward_norm", "attention_after_norm", "feed_forward_after_norm"),
+        WHOLE,
+    ),
+    **dict.fromkeys(
+        ("attention_norm_bias", "feed_forward_norm_bias", "o_bias", "down_bias"), WHOLE
+    ),
     **dict.fromkeys(("norm", "norm_bias"), WHOLE),
 }
 OF_EXPERTS = {"down_bias": Cut(once=True)}  # weights that layers of experts shard differently
@@ -75,7 +80,9 @@ class Division(NamedTuple):
         return tuple(size // n if dim == self.tensor else size for dim, size in enumerate(shape))
 
 
-def division(config: Config | None, name: str, rank: int, n: int, *, experts: bool = False) -> Division:
+def division(
+    config: Config | None, name: str, rank: int, n: int, *, experts: bool = False
+) -> Division:
     """How a weight is sharded over n devices along "tensor".
 
     Args:
@@ -93,9 +100,17 @@ def division(config: Config | None, name: str, rank: int, n: int, *, experts: bo
     """
     if name not in CUTS:
         remedy = "Say in CUTS how it is divided."
-        errors.fail("decoder", name, "a weight of the table in funcattn.transformer.partition", "another", remedy)
+        errors.fail(
+            "decoder",
+            name,
+            "a weight of the table in funcattn.transformer.partition",
+            "another",
+            remedy,
+        )
     cut = OF_EXPERTS.get(name, CUTS[name]) if experts else CUTS[name]
-    tensor, data = (None if axis is None or rank + axis < 0 else rank + axis for axis in (cut.tensor, cut.data))
+    tensor, data = (
+        None if axis is None or rank + axis < 0 else rank + axis for axis in (cut.tensor, cut.data)
+    )
     few = config is not None and config.kv_heads < n and cut.of_kv and tensor is not None
     block = config.head_size if config is not None and cut.by_head else 1
     region = cut.region or tensor is not None

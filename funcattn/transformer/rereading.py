@@ -37,10 +37,14 @@ def first_chunk(model: Model, cache: Past, T: int, chunk: int) -> int:
     known = errors.peek(cache.length) if not is_absent(cache) else None
     before = 0 if known is None else int(known.min())
     within = config.rope_scaling.context + 1 - before
-    return chunk if within > T else T if config.rope_scaling.kind == "dynamic" else max(chunk, within)
+    return (
+        chunk if within > T else T if config.rope_scaling.kind == "dynamic" else max(chunk, within)
+    )
 
 
-def places(model: Model, cache: Past, begin: int, end: int, prompt_length: Tensor | None) -> Tensor | None:
+def places(
+    model: Model, cache: Past, begin: int, end: int, prompt_length: Tensor | None
+) -> Tensor | None:
     """Positions begin to end of a padded prompt; padding has the position of the last token.
 
     So padding makes no text longer. None where positions need not be given.
@@ -60,11 +64,15 @@ def one_by_one(model: Model, params: Tree, tokens: Tensor, cache: Past) -> tuple
     past, rows, deltas = cast(KVCache, cache), [], []  # `fork_many` makes one of ()
     for token in tokens.unbind():
         x, delta = model.hidden(params, token.reshape(1), past)
-        past = caches.commit(caches.fork_many(past, delta, len(tokens)) if past is cache else past, delta)
+        past = caches.commit(
+            caches.fork_many(past, delta, len(tokens)) if past is cache else past, delta
+        )
         rows.append(x[0])
         deltas.append(delta)
     together = lambda *parts: torch.cat(parts, -2)
-    return torch.stack(rows), Delta(*(tuple(map(together, *sides)) for sides in zip(*deltas, strict=True)))
+    return torch.stack(rows), Delta(
+        *(tuple(map(together, *sides)) for sides in zip(*deltas, strict=True))
+    )
 
 
 def along(model: Model, params: Tree, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Delta]:
@@ -93,7 +101,12 @@ def renewed(model: Model, params: Tree, cache: KVCache) -> KVCache:
     read again at each step.
     """
     config = follower(model)
-    if config is None or config.rope_scaling is None or config.rope_scaling.kind == "dynamic" or not _is_rewritable(cache):
+    if (
+        config is None
+        or config.rope_scaling is None
+        or config.rope_scaling.kind == "dynamic"
+        or not _is_rewritable(cache)
+    ):
         return cache
     text = lengths.remembered(config, cache)
     stale = text.beyond != (cache.length > config.rope_scaling.context)
@@ -101,7 +114,9 @@ def renewed(model: Model, params: Tree, cache: KVCache) -> KVCache:
         return cache
     ids, n = lengths.in_front(text)
     here = torch.arange(len(ids), device=ids.device)
-    delta = model.hidden(params, ids, (), positions=torch.minimum(here, torch.as_tensor(n - 1, device=ids.device)))[1]
+    delta = model.hidden(
+        params, ids, (), positions=torch.minimum(here, torch.as_tensor(n - 1, device=ids.device))
+    )[1]
     return _rewritten(cache, delta, 0)
 
 
@@ -117,7 +132,9 @@ def _rewritten(cache: KVCache, delta: Delta, begin: int | Tensor) -> KVCache:
         own = _rewritten(cache.tail, delta, begin + cache.prefix.length)
         return Branch(_rewritten(cache.prefix, delta, begin), own)
     R = delta.k[0].shape[-2]
-    row = (begin + torch.arange(min(R, caches.capacity(cache)), device=cache.length.device)).clamp(max=R - 1)
+    row = (begin + torch.arange(min(R, caches.capacity(cache)), device=cache.length.device)).clamp(
+        max=R - 1
+    )
     take = lambda rows: tuple(x.index_select(-2, row) for x in rows)
     empty = caches.with_length(cache, torch.zeros_like(cache.length))
     return caches.commit(empty, Delta(take(delta.k), take(delta.v)), cache.length)

@@ -73,7 +73,12 @@ def _layer(config: Config, experts: bool) -> Layer:
     F = config.expert_size if experts else config.feed_forward
     many = (config.experts,) if experts else ()
     where = lambda condition, shape: shape if condition else ABSENT
-    head_norm = {"none": lambda n: ABSENT, "rms": lambda n: (D,), "rms_width": lambda n: (n * D,), "layer": lambda n: (n, D)}
+    head_norm = {
+        "none": lambda n: ABSENT,
+        "rms": lambda n: (D,),
+        "rms_width": lambda n: (n * D,),
+        "layer": lambda n: (n, D),
+    }
     before, after = config.norm_placement != "after", config.norm_placement != "before"
     two = not config.shared_norm
     return Layer(
@@ -110,7 +115,8 @@ def initialize(key: Tensor, config: Config) -> Params:
 
     Matrices that write into the residual have 0.02 / sqrt(2 L).
 
-    Source: Radford et al., Language models are unsupervised multitask learners (GPT-2), section 2.3.
+    Source: Radford et al., Language models are unsupervised multitask learners (GPT-2), section
+        2.3.
     """
     residual: dict[str, float] = dict.fromkeys(("o", "down"), 0.02 / (2 * config.layers) ** 0.5)
     wanted = shapes(config)
@@ -126,7 +132,10 @@ def initialize(key: Tensor, config: Config) -> Params:
 
     def fields(key: Tensor, record: Layer) -> list[Weight]:
         drawn = randomness.split(key, len(record))
-        return [draw(drawn[i], name, shape) for i, (name, shape) in enumerate(zip(record._fields, record, strict=True))]
+        return [
+            draw(drawn[i], name, shape)
+            for i, (name, shape) in enumerate(zip(record._fields, record, strict=True))
+        ]
 
     of_embedding, of_head, of_layers, of_positions = randomness.split(key, 4).unbind(0)
     each = randomness.split(of_layers, config.layers)

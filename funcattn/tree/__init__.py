@@ -17,7 +17,20 @@ torch.func. All but `summary` and `allclose` compile with fullgraph=True, as lon
 f in `map` are tensors: Dynamo (2.13) cannot rebuild a tree of constants.
 """
 
-from .mapping import allclose, cast, count, items, leaves, map, map_with_path, nbytes, paths, stack, to, unstack
+from .mapping import (
+    allclose,
+    cast,
+    count,
+    items,
+    leaves,
+    map,
+    map_with_path,
+    nbytes,
+    paths,
+    stack,
+    to,
+    unstack,
+)
 from .nodes import INTEGERS, KINDS, IsLeaf, Transform, Tree
 from .selection import Where, combine, partition, predicate, update
 from .summaries import Row, Summary, summary

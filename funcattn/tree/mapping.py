@@ -36,7 +36,11 @@ def map_with_path(f: Callable[..., Tree], tree: Tree, *rest: Tree, is_leaf: IsLe
         {'layers': ['layers.0=1', 'layers.1=2']}
     """
     flat, structure = optree.tree_flatten(tree, is_leaf=is_leaf)
-    columns = [paths(tree, is_leaf=is_leaf), flat, *(structure.flatten_up_to(other) for other in rest)]
+    columns = [
+        paths(tree, is_leaf=is_leaf),
+        flat,
+        *(structure.flatten_up_to(other) for other in rest),
+    ]
     return optree.tree_unflatten(structure, [f(*row) for row in zip(*columns, strict=True)])
 
 
@@ -65,12 +69,19 @@ def items(tree: Tree, *, is_leaf: IsLeaf = None) -> list[tuple[str, Tree]]:
 
 @door
 def stack(trees: Sequence[Tree]) -> Tree:
-    """One tree of leaves (n, ...) from n trees of one structure: an ensemble for vmap, or layers for a scan.
+    """One tree of leaves (n, ...) from n trees of one structure: an ensemble for vmap, or layers
+    for a scan.
 
     Law: unstack(stack(trees)) == trees (test_tree.py::test_unstack_undoes_stack).
     """
     if not len(trees):
-        errors.fail("stack", "trees", "at least one tree", "none", "Without one, the structure is not known.")
+        errors.fail(
+            "stack",
+            "trees",
+            "at least one tree",
+            "none",
+            "Without one, the structure is not known.",
+        )
     first, *others = trees
     return optree.tree_map(lambda *leaf: torch.stack(leaf), first, *others)
 
@@ -84,16 +95,24 @@ def unstack(tree: Tree) -> tuple[Tree, ...]:
     """
     sizes = {leaf.shape[:1] if isinstance(leaf, Tensor) else (): path for path, leaf in items(tree)}
     if len(sizes) != 1 or () in sizes:
-        got = " and ".join(f"{tuple(size)} at {path!r}" for size, path in sizes.items()) or "no leaves"
+        got = (
+            " and ".join(f"{tuple(size)} at {path!r}" for size, path in sizes.items())
+            or "no leaves"
+        )
         errors.fail("unstack", "tree", "of leaves (n, ...) with one n", got, "Stack trees first.")
     flat, structure = optree.tree_flatten(tree)
-    return tuple(optree.tree_unflatten(structure, row) for row in zip(*(leaf.unbind() for leaf in flat), strict=True))
+    return tuple(
+        optree.tree_unflatten(structure, row)
+        for row in zip(*(leaf.unbind() for leaf in flat), strict=True)
+    )
 
 
 @door
 def nbytes(tree: Tree) -> int:
     """The bytes of all tensors in the tree; a tensor that occurs twice counts twice."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree) if isinstance(leaf, Tensor))
+    return sum(
+        leaf.numel() * leaf.element_size() for leaf in leaves(tree) if isinstance(leaf, Tensor)
+    )
 
 
 @door
@@ -159,9 +178,14 @@ def to(device: torch.device | str, where: Where | None = None) -> Transform:
     try:
         place = device if isinstance(device, torch.dtype) else torch.device(device)
     except RuntimeError as error:
-        got, remedy = repr(device), f'Such as "cpu" or "cuda:0". torch says: {str(error).splitlines()[0]}'
+        got, remedy = (
+            repr(device),
+            f'Such as "cpu" or "cuda:0". torch says: {str(error).splitlines()[0]}',
+        )
         errors.fail("to", "device", "one that torch knows", got, remedy)
-    return door(_at("to", where, lambda x: x.to(place) if isinstance(x, Tensor) else x), name="to(device)")
+    return door(
+        _at("to", where, lambda x: x.to(place) if isinstance(x, Tensor) else x), name="to(device)"
+    )
 
 
 def _at(function: str, where: Where | None, f: Callable[[object], object]) -> Transform:
@@ -175,6 +199,8 @@ def _at(function: str, where: Where | None, f: Callable[[object], object]) -> Tr
         if not any(chosen):
             chooses_none(function, where)
         flat, structure = optree.tree_flatten(tree)
-        return optree.tree_unflatten(structure, [f(x) if take else x for x, take in zip(flat, chosen, strict=True)])
+        return optree.tree_unflatten(
+            structure, [f(x) if take else x for x, take in zip(flat, chosen, strict=True)]
+        )
 
     return transform

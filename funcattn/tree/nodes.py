@@ -13,7 +13,18 @@ from ..records import Tree
 IsLeaf: TypeAlias = Callable[[Tree], bool] | None
 Transform: TypeAlias = Callable[[Tree], Tree]
 
-INTEGERS = frozenset({torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64})
+INTEGERS = frozenset(
+    {
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+    }
+)
 KINDS: dict[str, Callable[[object], bool]] = {
     "floating": lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point(),
     "integer": lambda leaf: isinstance(leaf, Tensor) and leaf.dtype in INTEGERS,
@@ -30,7 +41,10 @@ def open_node(node: Tree) -> tuple[list[tuple[str, Tree]], Callable[[list[Tree]]
     # As optree does: Dynamo fails on its metadata where all values are constants.
     if type(node) is dict:
         keys = total_order_sorted(node)
-        return [(str(key), node[key]) for key in keys], lambda values: {**node, **dict(zip(keys, values, strict=True))}
+        return [(str(key), node[key]) for key in keys], lambda values: {
+            **node,
+            **dict(zip(keys, values, strict=True)),
+        }
     children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
     names = node._fields if optree.is_namedtuple(node) else entries
     parts = [(str(name), child) for name, child in zip(names, children, strict=True)]

@@ -36,7 +36,14 @@ def predicate(function: str, where: Where, argument: str = "where") -> Callable[
     remedy = "A path looks like layers.0.q."
     if not isinstance(where, str):
         if not callable(where):
-            errors.fail(function, argument, "a regex or a predicate of (path, weight)", repr(where), remedy, TypeError)
+            errors.fail(
+                function,
+                argument,
+                "a regex or a predicate of (path, weight)",
+                repr(where),
+                remedy,
+                TypeError,
+            )
         return where
     try:
         pattern = re.compile(where)
@@ -48,11 +55,15 @@ def predicate(function: str, where: Where, argument: str = "where") -> Callable[
 def chooses_none(function: str, where: Where | None, argument: str = "where") -> NoReturn:
     """Raise the error for a `where` that no leaf of a tree satisfies."""
     remedy = "Look at the paths: funcattn.tree.paths(params)."
-    errors.fail(function, argument, "a rule that chooses a leaf", f"{where!r}, which chooses none", remedy)
+    errors.fail(
+        function, argument, "a rule that chooses a leaf", f"{where!r}, which chooses none", remedy
+    )
 
 
 @door
-def update(tree: Tree, path: Where, value: object, *, regex: bool = False, is_leaf: IsLeaf = None) -> Tree:
+def update(
+    tree: Tree, path: Where, value: object, *, regex: bool = False, is_leaf: IsLeaf = None
+) -> Tree:
     """The tree with the value at a path replaced; other leaves are not copied.
 
     Args:
@@ -90,8 +101,12 @@ def update(tree: Tree, path: Where, value: object, *, regex: bool = False, is_le
     if not found:
         if not isinstance(path, str):
             chooses_none("update", path, "path")
-        near = difflib.get_close_matches(path, [name for name, _ in nodes(tree, is_leaf)], n=3, cutoff=0.0)
-        errors.fail("update", "path", "a path in the tree", repr(path), f"Near it: {', '.join(near)}.")
+        near = difflib.get_close_matches(
+            path, [name for name, _ in nodes(tree, is_leaf)], n=3, cutoff=0.0
+        )
+        errors.fail(
+            "update", "path", "a path in the tree", repr(path), f"Near it: {', '.join(near)}."
+        )
     return changed
 
 
@@ -120,13 +135,25 @@ def partition(
     Law: combine(*partition(tree)) == tree (test_tree.py::test_combine_undoes_partition).
     """
     if predicate is not None and where != "floating":
-        errors.fail("partition", "predicate", "absent beside where", repr(predicate), "It is the former name of where.")
+        errors.fail(
+            "partition",
+            "predicate",
+            "absent beside where",
+            repr(predicate),
+            "It is the former name of where.",
+        )
     choose, is_regex = _chooser(where if predicate is None else predicate)
     met = []
 
     def halve(node: Tree, path: str) -> tuple[Tree, Tree]:
         if node is None:
-            errors.fail("partition", "tree", "without None", f"None at {path!r}", "Hold () for what is absent.")
+            errors.fail(
+                "partition",
+                "tree",
+                "without None",
+                f"None at {path!r}",
+                "Hold () for what is absent.",
+            )
         if is_leaf_node(node, is_leaf):
             if not choose(path, node):
                 return ABSENT, node
@@ -140,7 +167,9 @@ def partition(
     if is_regex and not met:
         got = f"{where if predicate is None else predicate!r}, which chooses none"
         wanted = f"one of {list(KINDS)}, or a rule that chooses a leaf"
-        errors.fail("partition", "where", wanted, got, "Look at the paths: funcattn.tree.paths(tree).")
+        errors.fail(
+            "partition", "where", wanted, got, "Look at the paths: funcattn.tree.paths(tree)."
+        )
     return halves
 
 
@@ -164,10 +193,27 @@ def combine(selected: Tree, rest: Tree) -> Tree:
         if is_absent(a) or is_absent(b):
             return b if is_absent(a) else a
         if is_leaf_node(a) or is_leaf_node(b) or type(a) is not type(b):
-            errors.fail("combine", "rest", f"() where selected is not, at {path!r}", type(b).__name__, "Give halves of one tree.")
+            errors.fail(
+                "combine",
+                "rest",
+                f"() where selected is not, at {path!r}",
+                type(b).__name__,
+                "Give halves of one tree.",
+            )
         (parts, rebuild), (others, _) = open_node(a), open_node(b)
         if [part for part, _ in parts] != [part for part, _ in others]:
-            errors.fail("combine", "rest", f"of the same parts at {path!r}", type(b).__name__, "Give halves of one tree.")
-        return rebuild([join(x, y, join_path(path, part)) for (part, x), (_, y) in zip(parts, others, strict=True)])
+            errors.fail(
+                "combine",
+                "rest",
+                f"of the same parts at {path!r}",
+                type(b).__name__,
+                "Give halves of one tree.",
+            )
+        return rebuild(
+            [
+                join(x, y, join_path(path, part))
+                for (part, x), (_, y) in zip(parts, others, strict=True)
+            ]
+        )
 
     return join(selected, rest, "")

@@ -35,16 +35,24 @@ class Summary:
     def __repr__(self) -> str:
         table = [("path", "dtype", "shape", "bytes"), *_cells(self.rows)]
         widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        ]
         return "\n".join([*lines, self._total()])
 
     def _repr_html_(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:
             shown = [html.escape(cell).replace("  ", "&emsp;") for cell in cells]
-            return "<tr>" + "".join(f'<{tag} style="text-align: left">{cell}</{tag}>' for cell in shown) + "</tr>"
+            return (
+                "<tr>"
+                + "".join(f'<{tag} style="text-align: left">{cell}</{tag}>' for cell in shown)
+                + "</tr>"
+            )
 
         body = "".join(line(cells, "td") for cells in _cells(self.rows))
-        return f"<table>{line(('path', 'dtype', 'shape', 'bytes'), 'th')}{body}</table><p>{html.escape(self._total())}</p>"
+        head = line(("path", "dtype", "shape", "bytes"), "th")
+        return f"<table>{head}{body}</table><p>{html.escape(self._total())}</p>"
 
     def _total(self) -> str:
         return f"total: {self.count:,} elements, {_bytes(self.nbytes)}, {self.leaves} leaves"
@@ -56,7 +64,8 @@ def summary(tree: Tree, *, is_leaf: IsLeaf = None) -> Summary:
 
     Example:
         >>> import torch
-        >>> summary({"embed": torch.zeros(8, 2), "layers": tuple({"k": torch.zeros(2), "q": torch.zeros(2, 2)} for _ in range(30))})
+        >>> summary({"embed": torch.zeros(8, 2), "layers": tuple({"k": torch.zeros(2),
+        ...     "q": torch.zeros(2, 2)} for _ in range(30))})
         path         dtype    shape  bytes
         embed        float32  [8,2]  64 B
         layers.0-29                  30 x 24 B
@@ -65,12 +74,19 @@ def summary(tree: Tree, *, is_leaf: IsLeaf = None) -> Summary:
         total: 196 elements, 784 B, 61 leaves
     """
     whole = _row(tree, "", is_leaf)
-    return Summary(whole.parts or (whole,), len(leaves(tree, is_leaf=is_leaf)), count(tree), nbytes(tree))
+    return Summary(
+        whole.parts or (whole,), len(leaves(tree, is_leaf=is_leaf)), count(tree), nbytes(tree)
+    )
 
 
 def _row(node: Tree, name: str, is_leaf: IsLeaf) -> Row:
     if isinstance(node, Tensor):
-        return Row(name, str(node.dtype).removeprefix("torch."), str(list(node.shape)).replace(" ", ""), nbytes(node))
+        return Row(
+            name,
+            str(node.dtype).removeprefix("torch."),
+            str(list(node.shape)).replace(" ", ""),
+            nbytes(node),
+        )
     if is_leaf_node(node, is_leaf):
         return Row(name, type(node).__name__, "", nbytes(node))
     parts: list[Row] = []
@@ -78,7 +94,11 @@ def _row(node: Tree, name: str, is_leaf: IsLeaf) -> Row:
         if not row.dtype and not row.parts:
             continue  # no leaves
         first = parts[-1].name.split("-")[0] if parts else ""
-        if first.isdecimal() and row.name.isdecimal() and replace(parts[-1], name=row.name, times=1) == row:
+        if (
+            first.isdecimal()
+            and row.name.isdecimal()
+            and replace(parts[-1], name=row.name, times=1) == row
+        ):
             parts[-1] = replace(parts[-1], name=f"{first}-{row.name}", times=parts[-1].times + 1)
         else:
             parts.append(row)

@@ -1,4 +1,6 @@
-"""The past against a plain list of rows: random programs, every earlier value kept, nothing observed that is not remembered."""
+"""The past against a plain list of rows: random programs, every earlier value kept, nothing
+observed that is not remembered.
+"""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +19,9 @@ L, K, D = 2, 2, 4
 
 
 def step(ids):
-    """A delta whose rows can be told apart: the row of token i holds i in every layer, head and feature, shifted by which."""
+    """A delta whose rows can be told apart: the row of token i holds i in every layer, head and
+    feature, shifted by which.
+    """
     of = torch.arange(L * K * D, dtype=torch.float64).reshape(L, K, 1, D) / 100
     rows = of + torch.tensor(ids, dtype=torch.float64).unsqueeze(-1)
     return Delta(tuple(rows), tuple(-rows))
@@ -28,11 +32,18 @@ def empty(size):
 
 
 def remembered(cache):
-    """The ids of the rows that a new token would attend to, in order, all layers, heads and features agreeing."""
+    """The ids of the rows that a new token would attend to, in order, all layers, heads and
+    features agreeing.
+    """
     ids = []
     for layer in range(L):
         parts = caches.past(cache, layer, cache.length.reshape(1))
-        k, v = (torch.cat([part[i] for part in parts], -2) if parts else torch.zeros(K, 0, D, dtype=torch.float64) for i in (0, 1))
+        k, v = (
+            torch.cat([part[i] for part in parts], -2)
+            if parts
+            else torch.zeros(K, 0, D, dtype=torch.float64)
+            for i in (0, 1)
+        )
         ids.append(k[0, :, 0].round().int().tolist())
         assert torch.equal(k, step(ids[-1]).k[layer])
         assert torch.equal(v, step(ids[-1]).v[layer])
@@ -50,12 +61,16 @@ class Value(NamedTuple):
 def commit_some(data, value, fresh):
     T = data.draw(st.integers(1, 4), label="T")
     ids = list(range(fresh, fresh + T))
-    index = data.draw(st.none() | st.lists(st.integers(0, T - 1), min_size=1, max_size=4), label="index")
+    index = data.draw(
+        st.none() | st.lists(st.integers(0, T - 1), min_size=1, max_size=4), label="index"
+    )
     path = ids if index is None else [ids[i] for i in index]
     n = data.draw(st.none() | st.integers(0, len(path)), label="n")
     added = path[:n]
     n = torch.tensor(n) if n is not None and data.draw(st.booleans(), label="n is a tensor") else n
-    run = lambda: fa.commit(value.cache, step(ids), n, index=None if index is None else torch.tensor(index))
+    run = lambda: fa.commit(
+        value.cache, step(ids), n, index=None if index is None else torch.tensor(index)
+    )
     if len(added) > value.room:
         with pytest.raises(ValueError, match=r"commit: cache should be with room .*caches\.grow"):
             run()
@@ -70,7 +85,9 @@ def flattened(value):
     if isinstance(branch.prefix, Branch):
         room = caches.capacity(branch.prefix.tail) - int(branch.prefix.tail.length)
     if own > room:
-        with pytest.raises(ValueError, match=r"flatten: branch\.prefix .*caches\.grow\(branch\.prefix"):
+        with pytest.raises(
+            ValueError, match=r"flatten: branch\.prefix .*caches\.grow\(branch\.prefix"
+        ):
             caches.flatten(branch)
         branch = branch._replace(prefix=caches.grow(branch.prefix, own))
         room += own
@@ -83,8 +100,12 @@ def test_any_program_of_steps_remembers_what_a_list_would_and_changes_no_earlier
     size = data.draw(st.integers(0, 5), label="size")
     values = [Value(empty(size), [], size)]
     for turn in range(data.draw(st.integers(1, 8), label="steps")):
-        value = data.draw(st.sampled_from(values), label="value")  # an earlier one: a fork, or rewinding
-        verb = data.draw(st.sampled_from(["commit", "commit", "commit", "grow", "branch", "flatten"]), label="verb")
+        # an earlier one: a fork, or rewinding
+        value = data.draw(st.sampled_from(values), label="value")
+        verb = data.draw(
+            st.sampled_from(["commit", "commit", "commit", "grow", "branch", "flatten"]),
+            label="verb",
+        )
         if verb == "commit":
             value = commit_some(data, value, 10 * turn)
         elif verb == "grow":
@@ -119,9 +140,14 @@ def unstack(cache):
 
 
 @settings(max_examples=200)
-@given(st.integers(0, 4), st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 5)), min_size=1, max_size=3))
+@given(
+    st.integers(0, 4),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 5)), min_size=1, max_size=3),
+)
 def test_a_count_for_each_row_loses_nothing_near_capacity(S, rows):
-    """Lengths and counts differ per row; a row that has no room, or whose count is no count of the delta, keeps what it had."""
+    """Lengths and counts differ per row; a row that has no room, or whose count is no count of the
+    delta, keeps what it had.
+    """
     T, held = 3, [min(before, S) for before, _ in rows]
     past = stack([fa.commit(empty(S), step(list(range(n)))) for n in held])
     counts = torch.tensor([n for _, n in rows])
@@ -157,14 +183,19 @@ def test_commit_in_place_leaves_what_autograd_records_alone():
     one = caches.commit_donated(empty(4), delta, 1)
     first = loss(one)
     (first + loss(caches.commit_donated(one, delta, 1))).backward()
-    assert torch.equal(v.grad[0], torch.full((K, 1, D), 6.0, dtype=torch.float64))  # 2 v for each row of either past
+    # 2 v for each row of either past
+    assert torch.equal(v.grad[0], torch.full((K, 1, D), 6.0, dtype=torch.float64))
 
 
 def test_a_branch_grows_at_its_own_tail_and_shares_its_prefix():
     branch = Branch(fa.commit(empty(2), step([1, 2])), empty(1))
     grown = caches.grow(branch, 3)
     assert grown.prefix is branch.prefix
-    assert (caches.capacity(branch), caches.capacity(grown), caches.capacity(grown.tail)) == (3, 6, 4)
+    assert (caches.capacity(branch), caches.capacity(grown), caches.capacity(grown.tail)) == (
+        3,
+        6,
+        4,
+    )
     assert remembered(fa.commit(grown, step([3, 4, 5, 6]))) == [1, 2, 3, 4, 5, 6]
 
 
@@ -172,11 +203,15 @@ def test_a_branch_grows_at_its_own_tail_and_shares_its_prefix():
 
 
 def visible_rows(cache, places, window):
-    """Booleans (T, length): which remembered rows each new token sees; rows that no part holds are seen by none."""
+    """Booleans (T, length): which remembered rows each new token sees; rows that no part holds are
+    seen by none.
+    """
     T, seen = len(places), torch.zeros(len(places), int(cache.length), dtype=torch.bool)
     for part in caches.past(cache, 0, places, window):
         S = part.k.shape[-2]
-        mask = torch.ones(T, S, dtype=torch.bool) if type(part.mask) is tuple else part.mask.dense(S)
+        mask = (
+            torch.ones(T, S, dtype=torch.bool) if type(part.mask) is tuple else part.mask.dense(S)
+        )
         for column in range(S):
             row = part.k[0, column, 0].round().int()
             if mask[:, column].any():
@@ -208,27 +243,38 @@ def test_a_step_reads_its_window_alone_and_without_a_mask():
 
 
 def test_each_row_of_a_batch_has_its_own_window():
-    """Lengths and places differ per row: what attention reads is what each row reads alone, and no row below the lowest is kept."""
+    """Lengths and places differ per row: what attention reads is what each row reads alone, and no
+    row below the lowest is kept.
+    """
     values = [fa.commit(empty(12), step(list(range(n)))) for n in (7, 0, 12)]
     q = torch.linspace(-1, 1, 2 * K * 2 * D, dtype=torch.float64).reshape(2 * K, 2, D)
     new = KVSegment(q[:K], q[K:])
 
     def read(cache, window):
         places = cache.length + torch.arange(2)
-        return fa.kernels.attend_segments(q, [*caches.past(cache, 0, places, window), new], scale=1.0)
+        return fa.kernels.attend_segments(
+            q, [*caches.past(cache, 0, places, window), new], scale=1.0
+        )
 
     for window in (1, 3, 5, 20):
         got = vmap(lambda cache, window=window: read(cache, window))(stack(values))
         torch.testing.assert_close(got, torch.stack([read(value, window) for value in values]))
     far = stack([fa.commit(empty(12), step(list(range(n)))) for n in (11, 12)])
     rows = []
-    vmap(lambda cache: rows.append(caches.past(cache, 0, cache.length.reshape(1), 3)[0].k.shape[-2]) or cache.length)(far)
+    vmap(
+        lambda cache: (
+            rows.append(caches.past(cache, 0, cache.length.reshape(1), 3)[0].k.shape[-2])
+            or cache.length
+        )
+    )(far)
     assert rows == [3]
 
 
 # What is not remembered.
 
-MODEL = fa.decoder(fa.Config(layers=L, kv_heads=K, head_size=D, heads=4, width=16, feed_forward=16, vocabulary=32))
+MODEL = fa.decoder(
+    fa.Config(layers=L, kv_heads=K, head_size=D, heads=4, width=16, feed_forward=16, vocabulary=32)
+)
 PARAMS = MODEL.init(fa.key(0))
 TOKENS = torch.tensor([3, 14, 15, 9, 2, 6, 5, 31, 8])
 
@@ -243,7 +289,9 @@ def poisoned(cache):
         return Branch(poisoned(cache.prefix), poisoned(cache.tail))
     beyond = (torch.arange(cache.k.shape[-2]) >= cache.length).unsqueeze(-1)
     assert beyond[-1]
-    return cache._replace(k=cache.k.masked_fill(beyond, float("nan")), v=cache.v.masked_fill(beyond, float("nan")))
+    return cache._replace(
+        k=cache.k.masked_fill(beyond, float("nan")), v=cache.v.masked_fill(beyond, float("nan"))
+    )
 
 
 def branched(n):
@@ -270,7 +318,9 @@ def test_rows_beyond_the_length_are_never_observed_eagerly(n, make, T):
 @pytest.mark.parametrize("T", MORE)
 def test_rows_beyond_the_length_are_never_observed_in_a_ragged_batch(T):
     values = [past_of(n) for n in (0, 3, 8)]
-    got = vmap(lambda cache: MODEL.extend(PARAMS, MORE[T], cache)[0])(stack([poisoned(value) for value in values]))
+    got = vmap(lambda cache: MODEL.extend(PARAMS, MORE[T], cache)[0])(
+        stack([poisoned(value) for value in values])
+    )
     for row, value in zip(got, values, strict=True):
         torch.testing.assert_close(row, MODEL.extend(PARAMS, MORE[T], value)[0])
 
@@ -286,7 +336,9 @@ def test_rows_beyond_the_length_get_no_gradient_and_give_none(T):
         for b in range(1 if batched else 3):
             k, v, length = caches_ if batched else (leaf[b] for leaf in caches_)
             by_past, by_params = derive(loss, (0, 1))((k, v), PARAMS, length)
-            beyond = (torch.arange(k.shape[-2]) >= length.reshape(-1, 1)).reshape(*length.shape, 1, 1, -1, 1)
+            beyond = (torch.arange(k.shape[-2]) >= length.reshape(-1, 1)).reshape(
+                *length.shape, 1, 1, -1, 1
+            )
             for g in by_past:
                 assert g.isfinite().all()
                 assert not g.masked_select(beyond).any()
@@ -295,9 +347,13 @@ def test_rows_beyond_the_length_get_no_gradient_and_give_none(T):
 
 
 def test_rows_beyond_the_length_are_never_observed_in_compiled_code():
-    f = torch.compile(lambda cache: MODEL.extend(PARAMS, MORE[3], cache)[0], fullgraph=True, backend="eager")
+    f = torch.compile(
+        lambda cache: MODEL.extend(PARAMS, MORE[3], cache)[0], fullgraph=True, backend="eager"
+    )
     for n in (0, 3, 8):
-        torch.testing.assert_close(f(poisoned(past_of(n))), MODEL.extend(PARAMS, MORE[3], past_of(n))[0])
+        torch.testing.assert_close(
+            f(poisoned(past_of(n))), MODEL.extend(PARAMS, MORE[3], past_of(n))[0]
+        )
 
 
 def test_rejected_rows_are_never_observed():
@@ -305,9 +361,13 @@ def test_rejected_rows_are_never_observed():
     nan = Delta(*(tuple(torch.full((K, 4, D), float("nan")) for _ in range(L)) for _ in range(2)))
     for after in (
         fa.commit(past, nan, 0),
-        Cache(*(leaf[0] for leaf in vmap(fa.commit, (None, None, 0))(past, nan, torch.tensor([0])))),
+        Cache(
+            *(leaf[0] for leaf in vmap(fa.commit, (None, None, 0))(past, nan, torch.tensor([0])))
+        ),
     ):
-        assert torch.equal(MODEL.extend(PARAMS, MORE[3], after)[0], MODEL.extend(PARAMS, MORE[3], past)[0])
+        assert torch.equal(
+            MODEL.extend(PARAMS, MORE[3], after)[0], MODEL.extend(PARAMS, MORE[3], past)[0]
+        )
 
 
 # What does not fit.
@@ -327,7 +387,9 @@ def test_an_overflow_in_a_batch_is_nan_now_and_ever_after_and_writes_nothing():
     later = lambda cache: vmap(lambda cache: MODEL.extend(PARAMS, TOKENS[:1], cache)[0])(cache)
     assert all_nan(later(after)[1])
     assert not later(after)[0].isnan().any()
-    logits, again = vmap(lambda cache: MODEL.apply(PARAMS, TOKENS[:1], caches.grow(cache, 100)))(after)
+    logits, again = vmap(lambda cache: MODEL.apply(PARAMS, TOKENS[:1], caches.grow(cache, 100)))(
+        after
+    )
     assert all_nan(logits[1])
     assert all_nan(later(again)[1])
     for use in (
@@ -336,12 +398,17 @@ def test_an_overflow_in_a_batch_is_nan_now_and_ever_after_and_writes_nothing():
         lambda: MODEL.extend(PARAMS, TOKENS[:1], Branch(lost, MODEL.cache(2))),
         lambda: caches.flatten(Branch(fitting, lost)),
     ):
-        with pytest.raises(ValueError, match=r"overflowed inside a transform\. Begin it again with model\.cache\(size\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"overflowed inside a transform\. Begin it again with model\.cache\(size\)",
+        ):
             use()
 
 
 def test_an_overflow_in_compiled_code_is_nan_now_and_ever_after():
-    apply = torch.compile(lambda cache: MODEL.apply(PARAMS, TOKENS[:2], cache), fullgraph=True, backend="eager")
+    apply = torch.compile(
+        lambda cache: MODEL.apply(PARAMS, TOKENS[:2], cache), fullgraph=True, backend="eager"
+    )
     fits, _ = apply(past_of(3))
     assert not fits.isnan().any()
     full = past_of(7)
@@ -405,7 +472,11 @@ def test_tangents_of_the_past_flow_through_a_commit():
 
 def test_a_past_does_no_tuple_arithmetic():
     for past in (past_of(1), branched(1), step([1])):
-        for wrong in (lambda past=past: past + past, lambda past=past: 2 * past, lambda past=past: bool(past)):
+        for wrong in (
+            lambda past=past: past + past,
+            lambda past=past: 2 * past,
+            lambda past=past: bool(past),
+        ):
             with pytest.raises(TypeError, match="has no meaning for a record"):
                 wrong()
 
@@ -426,29 +497,77 @@ DELTA = step([1, 2, 3])
             TypeError,
             r"delta should be what extend returned.* Pass \(cache, delta\), in this order",
         ),
-        (lambda: fa.commit(empty(9), DELTA, 4), ValueError, "n should be between 0 and the 3 tokens of the delta, got 4"),
-        (lambda: fa.commit(empty(9), DELTA, torch.tensor(-1)), ValueError, "n should be between 0 and the 3"),
-        (lambda: fa.commit(empty(9), DELTA, torch.tensor(1.5)), TypeError, "n should be an int or an integer tensor"),
-        (lambda: fa.commit(empty(9), DELTA, torch.tensor([1, 2])), ValueError, r"one for each row is torch\.func\.vmap"),
-        (lambda: fa.commit(empty(9), DELTA, index=torch.tensor([3])), ValueError, "index should be within the 3 tokens"),
-        (lambda: vmap(lambda i: fa.commit(empty(9), DELTA, index=i))(torch.tensor([[0], [3]])), ValueError, "within the 3 tokens"),
-        (lambda: fa.commit(empty(9), DELTA, index=torch.tensor([[0]])), ValueError, "Give one path; vmap makes many"),
-        (lambda: fa.commit(empty(9), DELTA, index=torch.tensor([True])), ValueError, r"int64 \(N,\)"),
-        (lambda: fa.commit(empty(9)._replace(k=torch.zeros(L, 1, 10, D)), DELTA), ValueError, "Use the cache of the same model"),
+        (
+            lambda: fa.commit(empty(9), DELTA, 4),
+            ValueError,
+            "n should be between 0 and the 3 tokens of the delta, got 4",
+        ),
+        (
+            lambda: fa.commit(empty(9), DELTA, torch.tensor(-1)),
+            ValueError,
+            "n should be between 0 and the 3",
+        ),
+        (
+            lambda: fa.commit(empty(9), DELTA, torch.tensor(1.5)),
+            TypeError,
+            "n should be an int or an integer tensor",
+        ),
+        (
+            lambda: fa.commit(empty(9), DELTA, torch.tensor([1, 2])),
+            ValueError,
+            r"one for each row is torch\.func\.vmap",
+        ),
+        (
+            lambda: fa.commit(empty(9), DELTA, index=torch.tensor([3])),
+            ValueError,
+            "index should be within the 3 tokens",
+        ),
+        (
+            lambda: vmap(lambda i: fa.commit(empty(9), DELTA, index=i))(torch.tensor([[0], [3]])),
+            ValueError,
+            "within the 3 tokens",
+        ),
+        (
+            lambda: fa.commit(empty(9), DELTA, index=torch.tensor([[0]])),
+            ValueError,
+            "Give one path; vmap makes many",
+        ),
+        (
+            lambda: fa.commit(empty(9), DELTA, index=torch.tensor([True])),
+            ValueError,
+            r"int64 \(N,\)",
+        ),
+        (
+            lambda: fa.commit(empty(9)._replace(k=torch.zeros(L, 1, 10, D)), DELTA),
+            ValueError,
+            "Use the cache of the same model",
+        ),
         (
             lambda: fa.commit(Cache.empty(L, K, 9, D, torch.float32), DELTA),
             TypeError,
             r"model\.cache\(size, dtype=torch\.float64\)",
         ),
-        (lambda: fa.commit((), DELTA), TypeError, r"\(\), which is no past\. Make one with model\.cache\(size\)"),
+        (
+            lambda: fa.commit((), DELTA),
+            TypeError,
+            r"\(\), which is no past\. Make one with model\.cache\(size\)",
+        ),
         (lambda: fa.commit("past", DELTA), TypeError, "got a str"),
-        (lambda: caches.flatten(empty(2)), TypeError, "flatten: branch should be a Branch, got a Cache"),
+        (
+            lambda: caches.flatten(empty(2)),
+            TypeError,
+            "flatten: branch should be a Branch, got a Cache",
+        ),
         (
             lambda: caches.flatten(Branch(empty(2), fa.commit(empty(3), DELTA))),
             ValueError,
             "room for the 3 tokens of its tail, got 2",
         ),
-        (lambda: caches.grow([], 2), TypeError, "grow: cache should be a past such as Cache or Branch, got a list"),
+        (
+            lambda: caches.grow([], 2),
+            TypeError,
+            "grow: cache should be a past such as Cache or Branch, got a list",
+        ),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
@@ -458,7 +577,12 @@ def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
 
 @pytest.mark.parametrize(
     ("earlier", "name"),
-    [("broken", "overflowed"), ("join", "flatten"), ("follow", "fork"), ("commit_own", "commit_donated")],
+    [
+        ("broken", "overflowed"),
+        ("join", "flatten"),
+        ("follow", "fork"),
+        ("commit_own", "commit_donated"),
+    ],
 )
 def test_an_earlier_name_is_the_same_verb(earlier, name):
     assert getattr(caches, earlier) is getattr(caches, name)

@@ -55,14 +55,18 @@ def test_many_pasts_and_one_that_is_gone_are_described():
     many = torch.func.vmap(lambda n: MODEL.cache(8)._replace(length=n))(torch.tensor([2, 5]))
     assert "2 pasts of 2 to 5 tokens" in display.line(many)
     assert "layers" not in display.line(many)  # its axes are not those of one past
-    assert "given away" in display.line(MODEL.cache(8)._replace(length=torch.tensor(fa.caches.DONATED)))
+    assert "given away" in display.line(
+        MODEL.cache(8)._replace(length=torch.tensor(fa.caches.DONATED))
+    )
 
 
 def test_params_unfold_to_every_leaf_and_layers_alike_share_a_line():
     text = PARAMS._repr_html_()
     Balanced(text)
     assert "0 to 1, each: Layer" in text
-    assert text.count("float32[") == len(fa.tree.leaves(PARAMS)) - len(fa.tree.leaves(PARAMS.layers[0]))
+    assert text.count("float32[") == len(fa.tree.leaves(PARAMS)) - len(
+        fa.tree.leaves(PARAMS.layers[0])
+    )
 
 
 def test_what_a_record_holds_is_escaped():

@@ -1,4 +1,6 @@
-"""Blocks: what a commit does not write is shared by identity, what was never written takes no memory."""
+"""Blocks: what a commit does not write is shared by identity, what was never written takes no
+memory.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import funcattn as fa
 from funcattn import caches, tree
 from funcattn.caches import Branch, Cache, Delta, Pages, pages
 
-CONFIG = fa.Config(layers=2, kv_heads=2, head_size=4, heads=4, width=16, feed_forward=16, vocabulary=32)
+CONFIG = fa.Config(
+    layers=2, kv_heads=2, head_size=4, heads=4, width=16, feed_forward=16, vocabulary=32
+)
 MODEL = fa.decoder(CONFIG)
 PARAMS = fa.cast(torch.float64)(MODEL.init(fa.key(0)))
 TOKENS = fa.random.randint(fa.key(1), (200,), 0, 32)
@@ -24,7 +28,13 @@ def rows(T, key=5):
 
 def bytes_of(*values):
     """What values take together: each storage once."""
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for v in values for x in tree.leaves(v)}.values())
+    return sum(
+        {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for v in values
+            for x in tree.leaves(v)
+        }.values()
+    )
 
 
 def empty(kind, size=40):
@@ -35,8 +45,15 @@ def test_forks_share_their_blocks_by_identity_and_copy_the_one_they_write_in():
     past = fa.commit(empty(pages(block=4)), rows(10))
     forks = [fa.commit(past, rows(3, key=i)) for i in range(3)]
     for fork in forks:
-        assert [x is y for x, y in zip(fork.k, past.k, strict=True)] == [True, True, False, False, *[True] * 6]
-    assert bytes_of(past) <= 12 * ROW + 64  # three blocks of four, one zero for all that is unwritten, the length
+        assert [x is y for x, y in zip(fork.k, past.k, strict=True)] == [
+            True,
+            True,
+            False,
+            False,
+            *[True] * 6,
+        ]
+    # three blocks of four, one zero for all that is unwritten, the length
+    assert bytes_of(past) <= 12 * ROW + 64
     assert bytes_of(past, *forks) <= (12 + 3 * 8) * ROW + 4 * 64
 
 
@@ -60,17 +77,24 @@ def test_32_branches_hold_their_prefix_once_and_their_own_rows(kind, own):
 
 @pytest.mark.parametrize(("block", "spare"), [(8, 0), (40, 16), (64, 64), (1, 0)])
 def test_32_forks_of_blocks_hold_what_they_share_once(block, spare):
-    """A fork goes on in a copy of the block that is not full, so it holds up to two blocks more than its own 64 rows."""
+    """A fork goes on in a copy of the block that is not full, so it holds up to two blocks more
+    than its own 64 rows.
+    """
     past = fa.commit(empty(pages(block=block), 1064), rows(1000))
     forks = [past] * 32  # a fork is using a value twice
     assert bytes_of(*forks) == bytes_of(past)
     forks = [fa.commit(fork, rows(64, key=i)) for i, fork in enumerate(forks)]
-    assert bytes_of(*forks) <= (1000 + 32 * (64 + spare)) * ROW + 33 * 16  # lengths, and the zero of what is unwritten
+    # lengths, and the zero of what is unwritten
+    assert bytes_of(*forks) <= (1000 + 32 * (64 + spare)) * ROW + 33 * 16
 
 
 @pytest.mark.parametrize("kind", [Cache, pages(block=32), pages(block=8)])
 def test_32_futures_under_vmap_hold_their_prefix_once(kind):
-    _, past = MODEL.apply(PARAMS, fa.random.randint(fa.key(2), (1000,), 0, 32), MODEL.cache(1000, kind=kind, dtype=torch.float64))
+    _, past = MODEL.apply(
+        PARAMS,
+        fa.random.randint(fa.key(2), (1000,), 0, 32),
+        MODEL.cache(1000, kind=kind, dtype=torch.float64),
+    )
     one = bytes_of(past)
     sampler = fa.sampling.temperature(1.0)
     go_on = lambda key: fa.generate(key, MODEL, PARAMS, TOKENS[:1], past, steps=64, sampler=sampler)
@@ -102,7 +126,9 @@ def test_rows_of_a_batch_copy_only_the_blocks_that_one_of_them_writes_in():
 
 def test_pages_in_the_decoder_are_the_dense_past():
     for block in (1, 3, 64):
-        logits, past = MODEL.apply(PARAMS, TOKENS[:11], MODEL.cache(20, kind=pages(block=block), dtype=torch.float64))
+        logits, past = MODEL.apply(
+            PARAMS, TOKENS[:11], MODEL.cache(20, kind=pages(block=block), dtype=torch.float64)
+        )
         dense, other = MODEL.apply(PARAMS, TOKENS[:11], MODEL.cache(20, dtype=torch.float64))
         for token in TOKENS[11:16]:
             more, past = MODEL.apply(PARAMS, token.reshape(1), past)
@@ -122,7 +148,9 @@ def test_a_window_reads_the_blocks_it_reaches():
 
 
 def test_a_shortened_past_is_grown_without_what_it_no_longer_counts():
-    """Blocks beyond the length belong to the longer value: whoever continues the shorter one in place must not write there."""
+    """Blocks beyond the length belong to the longer value: whoever continues the shorter one in
+    place must not write there.
+    """
     long = fa.commit(empty(pages(block=4)), rows(14))
     short = caches.with_length(long, torch.tensor(3))
     before = tree.map(torch.clone, long)
@@ -136,7 +164,10 @@ def test_derivatives_go_through_blocks():
 
     def loss(new):
         after = fa.commit(base, Delta((new, new), (new, new)), 3)
-        return sum((part.v.square().sum() for part in caches.past(after, 0, after.length.reshape(1))), torch.zeros(()))
+        return sum(
+            (part.v.square().sum() for part in caches.past(after, 0, after.length.reshape(1))),
+            torch.zeros(()),
+        )
 
     new = rows(4).k[0]
     slope = grad(loss)(new)
@@ -148,9 +179,13 @@ def test_derivatives_go_through_blocks():
 
 
 def test_blocks_in_compiled_code():
-    f = torch.compile(lambda past: MODEL.apply(PARAMS, TOKENS[:2], past), fullgraph=True, backend="eager")
+    f = torch.compile(
+        lambda past: MODEL.apply(PARAMS, TOKENS[:2], past), fullgraph=True, backend="eager"
+    )
     for n in (1, 5):
-        past = MODEL.apply(PARAMS, TOKENS[:n], MODEL.cache(12, kind=pages(block=4), dtype=torch.float64))[1]
+        past = MODEL.apply(
+            PARAMS, TOKENS[:n], MODEL.cache(12, kind=pages(block=4), dtype=torch.float64)
+        )[1]
         logits, after = f(past)
         wanted, _ = MODEL.apply(PARAMS, TOKENS[:2], past)
         torch.testing.assert_close(logits, wanted)
@@ -160,10 +195,20 @@ def test_blocks_in_compiled_code():
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (lambda: pages(block=0), ValueError, "pages: block should be a number of tokens, at least 1, got 0"),
-        (lambda: fa.commit(empty(pages(block=4), 4), rows(5)), ValueError, r"room for 5 tokens \(it has 4\).*grow\(cache, 5\)"),
         (
-            lambda: fa.commit(empty(pages(block=4))._replace(k=(torch.zeros(2, 1, 4, 4),)), rows(1)),
+            lambda: pages(block=0),
+            ValueError,
+            "pages: block should be a number of tokens, at least 1, got 0",
+        ),
+        (
+            lambda: fa.commit(empty(pages(block=4), 4), rows(5)),
+            ValueError,
+            r"room for 5 tokens \(it has 4\).*grow\(cache, 5\)",
+        ),
+        (
+            lambda: fa.commit(
+                empty(pages(block=4))._replace(k=(torch.zeros(2, 1, 4, 4),)), rows(1)
+            ),
             ValueError,
             "Use the cache of the same model",
         ),

@@ -1,4 +1,6 @@
-"""A kind of past of one's own is read by every verb that writes or scores texts, or refused; never replaced by another."""
+"""A kind of past of one's own is read by every verb that writes or scores texts, or refused; never
+replaced by another.
+"""
 
 import ast
 import re
@@ -86,19 +88,39 @@ def test_every_verb_writes_what_a_loop_over_apply_writes_and_not_what_a_dense_pa
     tokens, past = fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, room(), steps=6)
     more = fa.generate(fa.key(0), MODEL, PARAMS, tokens[-1:], past, steps=STEPS - 6)[0]
     assert [*tokens.tolist(), *more.tolist()] == wanted
-    assert list(fa.stream(fa.key(0), MODEL, PARAMS, PROMPT, room(), steps=STEPS))[-1].tokens == tuple(wanted)
+    assert list(fa.stream(fa.key(0), MODEL, PARAMS, PROMPT, room(), steps=STEPS))[
+        -1
+    ].tokens == tuple(wanted)
     weights = fa.quantize(fa.int8, r"layers.*\.(q|k|v|o|gate|up|down)")(PARAMS)
-    for drafter in (fa.drafters.prompt_lookup(length=2), fa.drafters.model(MODEL, weights, length=2)):
-        assert fa.speculate(fa.key(0), MODEL, PARAMS, drafter, PROMPT, room(), steps=STEPS)[0].tokens.tolist() == wanted
+    for drafter in (
+        fa.drafters.prompt_lookup(length=2),
+        fa.drafters.model(MODEL, weights, length=2),
+    ):
+        assert (
+            fa.speculate(fa.key(0), MODEL, PARAMS, drafter, PROMPT, room(), steps=STEPS)[
+                0
+            ].tokens.tolist()
+            == wanted
+        )
     compiled = fa.compile(MODEL, backend="eager")
-    assert fa.generate(fa.key(0), compiled, PARAMS, PROMPT, room(), steps=STEPS)[0].tolist() == wanted
-    with pytest.raises(TypeError, match="step: cache should be a Cache, or a Branch of such, got a Near"):
+    assert (
+        fa.generate(fa.key(0), compiled, PARAMS, PROMPT, room(), steps=STEPS)[0].tolist() == wanted
+    )
+    with pytest.raises(
+        TypeError, match="step: cache should be a Cache, or a Branch of such, got a Near"
+    ):
         compiled.step(PARAMS, PROMPT, room())
-    rows = vmap(lambda key: fa.generate(key, MODEL, PARAMS, PROMPT, room(), steps=STEPS)[0])(fa.split(fa.key(2), 2))
+    rows = vmap(lambda key: fa.generate(key, MODEL, PARAMS, PROMPT, room(), steps=STEPS)[0])(
+        fa.split(fa.key(2), 2)
+    )
     assert rows.tolist() == [wanted, wanted]
 
 
-@pytest.mark.parametrize("kind", [Near, caches.ring(window=3, tail=2), caches.ring(window=7, tail=2)], ids=["Near", "3", "7"])
+@pytest.mark.parametrize(
+    "kind",
+    [Near, caches.ring(window=3, tail=2), caches.ring(window=7, tail=2)],
+    ids=["Near", "3", "7"],
+)
 def test_a_draft_longer_than_a_past_remembers_is_verified_token_by_token(kind):
     draft, size = torch.tensor([3, 9, 14, 2, 7, 11, 5]), {"atol": 1e-4, "rtol": 1e-4}
     past = MODEL.apply(PARAMS, PROMPT, room(kind))[1]
@@ -119,13 +141,26 @@ def test_beams_and_scores_are_those_of_the_texts_token_by_token():
     text = found.tokens[0]
     scores = fa.evaluation.score_continuation(MODEL, PARAMS, PROMPT, text, room())
     torch.testing.assert_close(scores, along(text, room()), atol=1e-4, rtol=1e-4)
-    best = fa.search.best_of(fa.key(0), MODEL, PARAMS, PROMPT, room(), n=2, steps=STEPS, sampler=fa.sampling.temperature(1.0))
-    torch.testing.assert_close(best.scores[0], along(best.tokens[0], room()).mean(), atol=1e-4, rtol=1e-4)
+    best = fa.search.best_of(
+        fa.key(0),
+        MODEL,
+        PARAMS,
+        PROMPT,
+        room(),
+        n=2,
+        steps=STEPS,
+        sampler=fa.sampling.temperature(1.0),
+    )
+    torch.testing.assert_close(
+        best.scores[0], along(best.tokens[0], room()).mean(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_model_over_a_grid_refuses_a_kind_that_it_cannot_cut():
     model = fa.sharding.shard_map(MODEL, fa.sharding.Grid(tensor=2))
-    with pytest.raises(TypeError, match="cache should be a Cache, or a Branch of such, over a Grid, got a Near"):
+    with pytest.raises(
+        TypeError, match="cache should be a Cache, or a Branch of such, over a Grid, got a Near"
+    ):
         model.apply(PARAMS, PROMPT, room())
 
 
@@ -137,7 +172,10 @@ def test_the_kind_of_the_page_keeps_its_laws():
     evicted = MODEL.cache(4, kind=Evicting)
     tokens, past = fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, evicted, steps=STEPS)
     assert (type(past), past.k.shape[-2]) == (Evicting, 4)
-    torch.testing.assert_close(along(tokens, evicted), fa.evaluation.score_continuation(MODEL, PARAMS, PROMPT, tokens, evicted))
+    torch.testing.assert_close(
+        along(tokens, evicted),
+        fa.evaluation.score_continuation(MODEL, PARAMS, PROMPT, tokens, evicted),
+    )
 
 
 def page():
@@ -145,10 +183,18 @@ def page():
 
 
 def test_the_kind_of_the_page_uses_public_names_alone():
-    nodes = [node for block in page().split("```python\n")[1:] for node in ast.walk(ast.parse(block.split("```")[0]))]
+    nodes = [
+        node
+        for block in page().split("```python\n")[1:]
+        for node in ast.walk(ast.parse(block.split("```")[0]))
+    ]
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     assert [node.attr for node in attributes if node.attr.startswith("_")] == []
-    of_caches = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "caches"}
+    of_caches = {
+        node.attr
+        for node in attributes
+        if isinstance(node.value, ast.Name) and node.value.id == "caches"
+    }
     assert of_caches
     assert of_caches <= set(caches.__all__)
 
@@ -164,8 +210,12 @@ def dense_tail(cache, delta, size):
 
 SEEDED = {
     "a dense tail": registered(wrapping("DenseTail"), past=near, fork=dense_tail),
-    "another kind": registered(wrapping("Another"), past=near, write=lambda cache, *rest: caches.write(cache.inner, *rest)),
-    "a slot that is not emptied": registered(wrapping("NotEmptied"), reset=lambda cache, empty, where: cache),
+    "another kind": registered(
+        wrapping("Another"), past=near, write=lambda cache, *rest: caches.write(cache.inner, *rest)
+    ),
+    "a slot that is not emptied": registered(
+        wrapping("NotEmptied"), reset=lambda cache, empty, where: cache
+    ),
 }
 
 
@@ -183,10 +233,14 @@ def test_a_record_that_is_derived_from_another_is_refused_rather_than_written_as
 
     cache = Derived(*room(fa.Cache))
     assert not caches.keeps_all(cache)
-    with pytest.raises(TypeError, match="commit: what write returns should be a Derived as the past, got a Cache"):
+    with pytest.raises(
+        TypeError, match="commit: what write returns should be a Derived as the past, got a Cache"
+    ):
         MODEL.apply(PARAMS, PROMPT, cache)
     Bare = wrapping("Bare")
-    with pytest.raises(TypeError, match="capacity: cache should be a past such as Cache or Branch, got a Bare"):
+    with pytest.raises(
+        TypeError, match="capacity: cache should be a past such as Cache or Branch, got a Bare"
+    ):
         fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, Bare(room(fa.Cache)), steps=1)
 
 

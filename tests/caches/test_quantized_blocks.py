@@ -1,4 +1,6 @@
-"""The coded past: each block coded once by an arithmetic that is written down again here, everything else as it came."""
+"""The coded past: each block coded once by an arithmetic that is written down again here,
+everything else as it came.
+"""
 
 import math
 from pydoc_data.topics import topics
@@ -17,7 +19,9 @@ from funcattn.kernels import attend_segments
 from funcattn.testing import dense
 
 L, K, D = 2, 2, 4
-CONFIG = fa.Config(layers=L, kv_heads=K, head_size=D, heads=4, width=16, feed_forward=16, vocabulary=32)
+CONFIG = fa.Config(
+    layers=L, kv_heads=K, head_size=D, heads=4, width=16, feed_forward=16, vocabulary=32
+)
 MODEL = fa.decoder(CONFIG)
 PARAMS = fa.cast(torch.float64)(MODEL.init(fa.key(0)))
 TOKENS = fa.random.randint(fa.key(1), (60,), 0, 32)
@@ -34,7 +38,9 @@ def empty(kind, size=40):
 
 
 def rounded(x, dim, bits):
-    """What a block stands for after coding, one group after the other in Python's own arithmetic."""
+    """What a block stands for after coding, one group after the other in Python's own
+    arithmetic.
+    """
     out = x.movedim(dim, -1).contiguous().clone()
     for group in out.reshape(-1, out.shape[-1]):
         low, high = float(group.min()), float(group.max())
@@ -45,7 +51,9 @@ def rounded(x, dim, bits):
 
 
 def remembered(n, bits, block, recent):
-    """The rows that a past of n tokens stands for: blocks rounded, keys by channel and values by token, the rest exact."""
+    """The rows that a past of n tokens stands for: blocks rounded, keys by channel and values by
+    token, the rest exact.
+    """
     keys, values = k[..., :n, :].clone(), v[..., :n, :].clone()
     for i in range(max(0, (n - recent) // block)):
         here = slice(i * block, (i + 1) * block)
@@ -56,14 +64,24 @@ def remembered(n, bits, block, recent):
 
 def observe(past, window=None):
     place = past.length.reshape(1)
-    return torch.stack([attend_segments(q, caches.past(past, i, place, window), scale=D**-0.5) for i in range(L)])
+    return torch.stack(
+        [attend_segments(q, caches.past(past, i, place, window), scale=D**-0.5) for i in range(L)]
+    )
 
 
-KINDS = st.builds(quantized, bits=st.sampled_from([4, 8]), block=st.integers(1, 5), recent=st.integers(0, 4))
+KINDS = st.builds(
+    quantized, bits=st.sampled_from([4, 8]), block=st.integers(1, 5), recent=st.integers(0, 4)
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(KINDS, st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.booleans()), min_size=1, max_size=5), st.integers(1, 12))
+@given(
+    KINDS,
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(0, 9), st.booleans()), min_size=1, max_size=5
+    ),
+    st.integers(1, 12),
+)
 def test_each_block_is_coded_once_and_the_rest_is_as_it_came(kind, program, window):
     past, n = empty(kind), 0
     for T, count, mapped in program:
@@ -71,7 +89,9 @@ def test_each_block_is_coded_once_and_the_rest_is_as_it_came(kind, program, wind
         if n + T > 40:
             break
         if mapped:
-            after = vmap(lambda c, past=past, n=n, T=T: fa.commit(past, rows(n, n + T), c))(torch.tensor([count, 0, T]))
+            after = vmap(lambda c, past=past, n=n, T=T: fa.commit(past, rows(n, n + T), c))(
+                torch.tensor([count, 0, T])
+            )
             past = tree.map(lambda leaf: leaf[0], after)
         else:
             past = fa.commit(past, rows(n, n + T), count)
@@ -83,12 +103,17 @@ def test_each_block_is_coded_once_and_the_rest_is_as_it_came(kind, program, wind
         torch.testing.assert_close(observe(past), wanted, rtol=0, atol=1e-12)
         first = max(0, n - window + 1)
         if first < n:
-            wanted = torch.stack([dense.attend(q, keys[i, :, first:], values[i, :, first:]).out for i in range(L)])
+            wanted = torch.stack(
+                [dense.attend(q, keys[i, :, first:], values[i, :, first:]).out for i in range(L)]
+            )
             torch.testing.assert_close(observe(past, window), wanted, rtol=0, atol=1e-12)
 
 
 @given(
-    st.sampled_from([4, 8]), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.integers(-3, 3), st.integers(0, 9)
+    st.sampled_from([4, 8]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.integers(-3, 3),
+    st.integers(0, 9),
 )
 def test_a_decoded_row_is_within_half_a_step(bits, dtype, exponent, seed):
     x = (fa.random.normal(fa.key(seed), (2, 5, 8), torch.float64) * 10.0**exponent).to(dtype)
@@ -98,9 +123,12 @@ def test_a_decoded_row_is_within_half_a_step(bits, dtype, exponent, seed):
         assert coded.codes.dtype == torch.uint8
         assert coded.codes.shape[-1] == (8 if bits == 8 else 4)
         got = decode(coded, 8)
-        # Half a step; the step itself is rounded, which is 2^bits eps / 2 steps at the far end; and the sum is.
+        # Half a step; the step itself is rounded, which is 2^bits eps / 2 steps at the far end; and
+        # the sum is.
         epsilon = torch.finfo(dtype).eps
-        bound = coded.scale.double() * (0.5 + 2**bits * epsilon) + 4 * epsilon * x.abs().amax().double()
+        bound = (
+            coded.scale.double() * (0.5 + 2**bits * epsilon) + 4 * epsilon * x.abs().amax().double()
+        )
         assert ((got.double() - x.double()).abs() <= bound).all()
 
 
@@ -110,18 +138,29 @@ def test_blocks_are_shared_by_forks_and_never_coded_again():
     for at in range(15, 40):
         past = fa.commit(past, rows(at, at + 1))
         assert past.k[0].codes is first
-    forks = [fa.commit(past, Delta(*(tuple(x[..., :1, :] for x in side) for side in rows(i, i + 1)))) for i in range(3)]
-    assert all(x.codes is y.codes for fork in forks for x, y in zip(fork.k[:9], past.k[:9], strict=True))
+    forks = [
+        fa.commit(past, Delta(*(tuple(x[..., :1, :] for x in side) for side in rows(i, i + 1))))
+        for i in range(3)
+    ]
+    assert all(
+        x.codes is y.codes for fork in forks for x, y in zip(fork.k[:9], past.k[:9], strict=True)
+    )
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.5), (4, 0.35)])
 def test_memory_is_a_few_bits_a_number(bits, most):
-    """Of float32, with blocks of 64: 8 or 4 bits, and two floats for 64 numbers. The tail is 96 rows."""
+    """Of float32, with blocks of 64: 8 or 4 bits, and two floats for 64 numbers. The tail is 96
+    rows.
+    """
     kind = quantized(bits=bits, block=64, recent=32)
     past = kind.empty(2, 2, 2000, 64, torch.float32)
     new = fa.random.normal(fa.key(0), (2, 2, 2000, 64))
     past = fa.commit(past, Delta(tuple(new), tuple(new)))
-    taken = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tree.leaves(past)}.values())
+    taken = sum(
+        {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tree.leaves(past)
+        }.values()
+    )
     floats = 2 * 2 * 2 * 64 * 4  # bytes of a token
     coded = 1920 * floats * (bits / 32 + 2 / 64)
     assert taken == pytest.approx(coded + 96 * floats, rel=1e-3)
@@ -143,7 +182,12 @@ def test_rows_of_a_batch_code_their_own_blocks():
 
 def test_what_is_rejected_or_lies_beyond_may_be_nan():
     kind = quantized(bits=8, block=3, recent=1)
-    spoilt = Delta(*(tuple(torch.where(torch.arange(9)[:, None] < 5, x, torch.nan) for x in side) for side in rows(0, 9)))
+    spoilt = Delta(
+        *(
+            tuple(torch.where(torch.arange(9)[:, None] < 5, x, torch.nan) for x in side)
+            for side in rows(0, 9)
+        )
+    )
     wanted = observe(fa.commit(empty(kind), rows(0, 5)))
     assert torch.equal(observe(fa.commit(empty(kind), spoilt, 5)), wanted)
     read = lambda n: observe(fa.commit(empty(kind), spoilt, n))
@@ -152,7 +196,9 @@ def test_what_is_rejected_or_lies_beyond_may_be_nan():
 
 def test_a_compiled_step_codes_what_an_eager_one_does():
     kind = quantized(bits=4, block=2, recent=1)
-    f = torch.compile(lambda past: MODEL.apply(PARAMS, TOKENS[:2], past), fullgraph=True, backend="eager")
+    f = torch.compile(
+        lambda past: MODEL.apply(PARAMS, TOKENS[:2], past), fullgraph=True, backend="eager"
+    )
     for n in (1, 4):
         past = MODEL.apply(PARAMS, TOKENS[:n], MODEL.cache(12, kind=kind, dtype=torch.float64))[1]
         logits, after = f(past)
@@ -191,7 +237,11 @@ def test_derivatives_go_through_the_tail_the_scales_and_the_query():
     torch.testing.assert_close(vmap(grad(of_tail))(torch.stack([2 * new, new]))[1], slope)
 
     floating, other = fa.tree.partition(past)
-    loss = lambda floating: attend_segments(q, caches.past(fa.tree.combine(floating, other), 0, place), scale=0.5).square().sum()
+    loss = lambda floating: (
+        attend_segments(q, caches.past(fa.tree.combine(floating, other), 0, place), scale=0.5)
+        .square()
+        .sum()
+    )
     slopes = grad(loss)(floating)
     for side in (slopes.k, slopes.v):
         for block in side[:2]:
@@ -201,26 +251,38 @@ def test_derivatives_go_through_the_tail_the_scales_and_the_query():
 
 def test_rows_that_somebody_differentiates_are_not_coded_silently():
     kind = quantized(bits=8, block=4, recent=1)
-    read = lambda past: attend_segments(q, caches.past(past, 0, past.length.reshape(1)), scale=0.5).sum()
+    read = lambda past: attend_segments(
+        q, caches.past(past, 0, past.length.reshape(1)), scale=0.5
+    ).sum()
     f = lambda new: read(fa.commit(empty(kind), Delta((new, new), (new, new))))
     few, many = k[0, :, :4], k[0, :, :5]
-    for derive in (grad(f), lambda x: jvp(f, (x,), (torch.ones_like(x),)), lambda x: vmap(grad(f))(x[None])):
+    for derive in (
+        grad(f),
+        lambda x: jvp(f, (x,), (torch.ones_like(x),)),
+        lambda x: vmap(grad(f))(x[None]),
+    ):
         derive(few)
-        with pytest.raises(TypeError, match=r"rows without a derivative.*Use a dense Cache while differentiating"):
+        with pytest.raises(
+            TypeError, match=r"rows without a derivative.*Use a dense Cache while differentiating"
+        ):
             derive(many)
     with pytest.raises(TypeError, match="rows without a derivative"):
         f(many.clone().requires_grad_())
     with torch.no_grad():
         f(many.clone().requires_grad_())
-    grad(lambda x: x.sum() + f(many))(torch.ones(3, dtype=torch.float64))  # what is coded is constant here
+    # what is coded is constant here
+    grad(lambda x: x.sum() + f(many))(torch.ones(3, dtype=torch.float64))
 
 
-# The real model, SmolLM2-135M. Its text is the reference of the Python language, which Python itself carries.
+# The real model, SmolLM2-135M. Its text is the reference of the Python language, which Python
+# itself carries.
 
 TEXT = topics["for"] + topics["while"] + topics["with"] + topics["class"]
 
 
-@pytest.mark.parametrize("chosen", [("for",), pytest.param(("with", "class"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "chosen", [("for",), pytest.param(("with", "class"), marks=pytest.mark.slow)]
+)
 def test_int8_changes_at_most_one_greedy_token_of_three_times_64(smollm2, chosen):
     """Behind prompts of 200 tokens, in the default blocks. Measured: none."""
     config, params, tokenizer = smollm2
@@ -228,7 +290,9 @@ def test_int8_changes_at_most_one_greedy_token_of_three_times_64(smollm2, chosen
     for topic in chosen:
         prompt = torch.tensor(tokenizer.encode(topics[topic]))[:200]
         wanted, _ = fa.generate(fa.key(0), model, params, prompt, steps=64)
-        tokens, after = fa.generate(fa.key(0), model, params, prompt, model.cache(264, kind=fa.QuantizedCache), steps=64)
+        tokens, after = fa.generate(
+            fa.key(0), model, params, prompt, model.cache(264, kind=fa.QuantizedCache), steps=64
+        )
         assert int(after.length) == 263
         changed += int((tokens != wanted).sum())
     assert changed <= len(chosen) - 1  # one of three topics
@@ -236,13 +300,21 @@ def test_int8_changes_at_most_one_greedy_token_of_three_times_64(smollm2, chosen
 
 @pytest.mark.slow
 def test_int8_changes_at_most_one_choice_of_192_where_all_is_coded(smollm2):
-    """No row stays as it came for long, and the text is the exact one. Measured: one choice, between logits 0.012 apart."""
+    """No row stays as it came for long, and the text is the exact one. Measured: one choice,
+    between logits 0.012 apart.
+    """
     config, params, tokenizer = smollm2
     model, changed = fa.decoder(config), 0
-    for text in ("The old lighthouse keeper opened the door and", 'def fibonacci(n):\n    """', "The city of Paris"):
+    for text in (
+        "The old lighthouse keeper opened the door and",
+        'def fibonacci(n):\n    """',
+        "The city of Paris",
+    ):
         prompt = torch.tensor(tokenizer.encode(text))
         wanted, _ = fa.generate(fa.key(0), model, params, prompt, steps=64)
-        logits, past = model.apply(params, prompt, model.cache(80, kind=quantized(bits=8, block=16, recent=0)))
+        logits, past = model.apply(
+            params, prompt, model.cache(80, kind=quantized(bits=8, block=16, recent=0))
+        )
         for token in wanted:
             changed += int(logits[-1].argmax() != token)
             logits, past = model.apply(params, token.reshape(1), past)
@@ -250,7 +322,9 @@ def test_int8_changes_at_most_one_choice_of_192_where_all_is_coded(smollm2):
 
 
 def test_int4_keeps_perplexity_within_2_percent(smollm2):
-    """600 tokens, read 8 at a time, so that nearly all that a token sees is coded. Measured: 0.7 % more."""
+    """600 tokens, read 8 at a time, so that nearly all that a token sees is coded. Measured: 0.7 %
+    more.
+    """
     config, params, tokenizer = smollm2
     model = fa.decoder(config)
     tokens = torch.tensor(tokenizer.encode(TEXT))[:600]
@@ -269,11 +343,31 @@ def test_int4_keeps_perplexity_within_2_percent(smollm2):
     ("wrong", "kind", "message"),
     [
         (lambda: quantized(bits=2), ValueError, "quantized: bits should be 8 or 4, got 2"),
-        (lambda: quantized(block=0), ValueError, "block should be a number of tokens, at least 1, got 0"),
-        (lambda: quantized(recent=-1), ValueError, "recent should be a number of tokens, at least 0, got -1"),
-        (lambda: quantized(bits=4).empty(1, 1, 9, 3), ValueError, "head_size should be even for 4 bits, got 3"),
-        (lambda: caches.with_length(empty(quantized()), torch.tensor(0)), TypeError, "Keep the older value"),
-        (lambda: caches.flatten(Branch(empty(quantized()), empty(quantized()))), TypeError, "Keep the Branch"),
+        (
+            lambda: quantized(block=0),
+            ValueError,
+            "block should be a number of tokens, at least 1, got 0",
+        ),
+        (
+            lambda: quantized(recent=-1),
+            ValueError,
+            "recent should be a number of tokens, at least 0, got -1",
+        ),
+        (
+            lambda: quantized(bits=4).empty(1, 1, 9, 3),
+            ValueError,
+            "head_size should be even for 4 bits, got 3",
+        ),
+        (
+            lambda: caches.with_length(empty(quantized()), torch.tensor(0)),
+            TypeError,
+            "Keep the older value",
+        ),
+        (
+            lambda: caches.flatten(Branch(empty(quantized()), empty(quantized()))),
+            TypeError,
+            "Keep the Branch",
+        ),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):

@@ -1,4 +1,6 @@
-"""The ring: equal to dense attention under the mask of its window and sinks, at a memory and a cost that do not grow."""
+"""The ring: equal to dense attention under the mask of its window and sinks, at a memory and a cost
+that do not grow.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from funcattn.kernels import KVSegment, attend_segments
 from funcattn.testing import dense
 
 L, K, G, D = 2, 2, 2, 4
-q, k, v = (fa.random.normal(fa.fold_in(fa.key(5), i), (L, n, 40, D), torch.float64) for i, n in enumerate((K * G, K, K)))
+q, k, v = (
+    fa.random.normal(fa.fold_in(fa.key(5), i), (L, n, 40, D), torch.float64)
+    for i, n in enumerate((K * G, K, K))
+)
 
 
 def empty(kind):
@@ -27,7 +32,9 @@ def rows(start, stop):
 def seen_by(T, window, sinks):
     """The mask that a ring stands for."""
     return (
-        masks.causal(T) & (masks.window(T, window) | masks.sinks(T, sinks)) if sinks else masks.causal(T) & masks.window(T, window)
+        masks.causal(T) & (masks.window(T, window) | masks.sinks(T, sinks))
+        if sinks
+        else masks.causal(T) & masks.window(T, window)
     )
 
 
@@ -44,7 +51,10 @@ def read(cache, start, T, mask, window=None):
 
 def wanted(start, T, mask):
     seen = mask.dense(start + T)
-    whole = [dense.attend(q[i, :, : start + T], k[i, :, : start + T], v[i, :, : start + T], seen).out for i in range(L)]
+    whole = [
+        dense.attend(q[i, :, : start + T], k[i, :, : start + T], v[i, :, : start + T], seen).out
+        for i in range(L)
+    ]
     return torch.stack(whole)[..., start:, :]
 
 
@@ -52,9 +62,15 @@ RINGS = st.builds(ring, window=st.integers(1, 9), sinks=st.integers(0, 3), tail=
 
 
 @settings(max_examples=100)
-@given(RINGS, st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=1, max_size=8), st.integers(1, 12))
+@given(
+    RINGS,
+    st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=1, max_size=8),
+    st.integers(1, 12),
+)
 def test_a_ring_is_dense_attention_under_its_mask_in_any_chunks(kind, chunks, narrow):
-    """Chunks longer than the window too; some of each is rejected; a layer's own window may be narrower than the ring."""
+    """Chunks longer than the window too; some of each is rejected; a layer's own window may be
+    narrower than the ring.
+    """
     past, at = empty(kind), 0
     for T, n in chunks:
         if at + T > 40:
@@ -63,7 +79,9 @@ def test_a_ring_is_dense_attention_under_its_mask_in_any_chunks(kind, chunks, na
         torch.testing.assert_close(read(past, at, T, mask), wanted(at, T, mask), rtol=0, atol=1e-12)
         if not kind.sinks:  # sinks are seen whatever the layer's window
             mask = seen_by(at + T, min(narrow, kind.window), 0)
-            torch.testing.assert_close(read(past, at, T, mask, narrow), wanted(at, T, mask), rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                read(past, at, T, mask, narrow), wanted(at, T, mask), rtol=0, atol=1e-12
+            )
         past = fa.commit(past, rows(at, at + T), min(n, T))
         at += min(n, T)
         assert int(past.length) == at
@@ -84,17 +102,26 @@ def test_rows_of_a_batch_move_on_each_at_its_own_time(kind, program):
     read_one = lambda past: torch.stack(
         [
             attend_segments(
-                q[i, :, :1], [*caches.past(past, i, past.length.reshape(1)), KVSegment(k[i, :, :1], v[i, :, :1])], scale=0.5
+                q[i, :, :1],
+                [
+                    *caches.past(past, i, past.length.reshape(1)),
+                    KVSegment(k[i, :, :1], v[i, :, :1]),
+                ],
+                scale=0.5,
             )
             for i in range(L)
         ]
     )
     _, got = vmap(run)(lengths, counts)
     for i in range(len(program)):
-        torch.testing.assert_close(got[i], run(int(lengths[i]), int(counts[i]))[1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            got[i], run(int(lengths[i]), int(counts[i]))[1], rtol=0, atol=1e-12
+        )
 
 
-CONFIG = fa.Config(layers=L, kv_heads=K, head_size=D, heads=4, width=16, feed_forward=16, vocabulary=32)
+CONFIG = fa.Config(
+    layers=L, kv_heads=K, head_size=D, heads=4, width=16, feed_forward=16, vocabulary=32
+)
 MODEL = fa.decoder(CONFIG)
 PARAMS = fa.cast(torch.float64)(MODEL.init(fa.key(0)))
 TOKENS = fa.random.randint(fa.key(1), (30,), 0, 32)
@@ -124,7 +151,14 @@ def test_memory_and_what_a_step_reads_do_not_grow_with_the_text():
         assert numel(past) == numel(empty(kind))
         assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in past[:6])
     assert most == 2 + 7
-    _, after = fa.generate(fa.key(0), MODEL, PARAMS, TOKENS[:3], MODEL.cache(0, kind=kind, dtype=torch.float64), steps=50)
+    _, after = fa.generate(
+        fa.key(0),
+        MODEL,
+        PARAMS,
+        TOKENS[:3],
+        MODEL.cache(0, kind=kind, dtype=torch.float64),
+        steps=50,
+    )
     assert isinstance(after, Ring)
     assert numel(after) == numel(empty(kind))
 
@@ -155,11 +189,16 @@ def test_derivatives_go_through_what_a_ring_keeps():
     def loss(new, q):
         past = fa.commit(empty(ring(window=5, sinks=1, tail=2)), Delta((new, new), (new, new)))
         past = fa.commit(past, Delta((new[:, :2], new[:, :2]), (new[:, :2], new[:, :2])))
-        return attend_segments(q, caches.past(past, 0, past.length.reshape(1)), scale=0.5).square().sum()
+        return (
+            attend_segments(q, caches.past(past, 0, past.length.reshape(1)), scale=0.5)
+            .square()
+            .sum()
+        )
 
     one, new = q[0, :, :1], k[0, :, :7]
     slope = grad(loss)(new, one)
-    assert (slope != 0).any(-1).any(0).tolist() == [True, True, False, False, False, True, True]  # 0 is a sink; 5, 6, 0, 1 are kept
+    # 0 is a sink; 5, 6, 0, 1 are kept
+    assert (slope != 0).any(-1).any(0).tolist() == [True, True, False, False, False, True, True]
     torch.autograd.gradcheck(lambda x: loss(x, one), new.clone().requires_grad_())
     _, tangent = jvp(lambda x: loss(x, one), (new,), (torch.ones_like(new),))
     torch.testing.assert_close(tangent, slope.sum())
@@ -170,11 +209,31 @@ def test_derivatives_go_through_what_a_ring_keeps():
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (lambda: ring(window=0), ValueError, "ring: window should be a number of tokens, at least 1, got 0"),
-        (lambda: ring(window=4, sinks=-1), ValueError, "sinks should be a number of tokens, at least 0, got -1"),
-        (lambda: ring(window=4, tail=0), ValueError, "tail should be a number of tokens, at least 1, got 0"),
-        (lambda: caches.with_length(empty(ring(window=4)), torch.tensor(0)), TypeError, "Keep the older value"),
-        (lambda: caches.flatten(Branch(caches.Cache.empty(L, K, 9, D), empty(ring(window=4)))), TypeError, "Keep the Branch"),
+        (
+            lambda: ring(window=0),
+            ValueError,
+            "ring: window should be a number of tokens, at least 1, got 0",
+        ),
+        (
+            lambda: ring(window=4, sinks=-1),
+            ValueError,
+            "sinks should be a number of tokens, at least 0, got -1",
+        ),
+        (
+            lambda: ring(window=4, tail=0),
+            ValueError,
+            "tail should be a number of tokens, at least 1, got 0",
+        ),
+        (
+            lambda: caches.with_length(empty(ring(window=4)), torch.tensor(0)),
+            TypeError,
+            "Keep the older value",
+        ),
+        (
+            lambda: caches.flatten(Branch(caches.Cache.empty(L, K, 9, D), empty(ring(window=4)))),
+            TypeError,
+            "Keep the Branch",
+        ),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):

@@ -1,4 +1,6 @@
-"""Checkpoints as a whole: both layouts hold the same model, and no file, however damaged, does more than be refused."""
+"""Checkpoints as a whole: both layouts hold the same model, and no file, however damaged, does more
+than be refused.
+"""
 
 import json
 import os
@@ -23,15 +25,22 @@ def test_both_layouts_hold_the_same_model(tmp_path):
     assert same(folder.params, gguf.params)
     messages = [{"role": "user", "content": "hello the 12 <|end|>"}]
     assert folder.tokenizer.prompt(messages) == gguf.tokenizer.prompt(messages)
-    assert (folder.tokenizer.stop, folder.tokenizer.roles) == (gguf.tokenizer.stop, gguf.tokenizer.roles)
+    assert (folder.tokenizer.stop, folder.tokenizer.roles) == (
+        gguf.tokenizer.stop,
+        gguf.tokenizer.roles,
+    )
 
 
 def test_weights_are_on_the_cpu_whatever_the_default_device(tmp_path):
     config, tree = replace(CONFIG, rope_base=5e5, rope_scaling=LLAMA3), params()
-    factors = layers.frequencies(16, base=5e5) / layers.frequencies(16, base=5e5, scaling=LLAMA3)  # which a .gguf file holds
+    # which a .gguf file holds
+    factors = layers.frequencies(16, base=5e5) / layers.frequencies(16, base=5e5, scaling=LLAMA3)
     paths = (
         write_gguf(
-            tmp_path / "a.gguf", replace(config, rope_scaling=None), tree, extra={"rope_freqs.weight": factors.cpu().numpy()}
+            tmp_path / "a.gguf",
+            replace(config, rope_scaling=None),
+            tree,
+            extra={"rope_freqs.weight": factors.cpu().numpy()},
         ),
         tmp_path / "b",
     )
@@ -88,5 +97,6 @@ def test_a_damaged_file_is_loaded_or_refused_in_little_memory(kind, first, count
     assert told["loaded"] + told["refused"] == count
     assert told["refused"] > count // 4  # the mutations do harm
     assert kind == "packaged" or told["loaded"] > count // 20  # and not always
-    # A sound file takes 1 MB (2 MB with the real metadata); the margin is for what Python and the allocator keep.
+    # A sound file takes 1 MB (2 MB with the real metadata); the margin is for what Python and the
+    # allocator keep.
     assert told["peak"] < 2**26

@@ -1,4 +1,6 @@
-"""The index of a folder of parts: read without running code, and refused where it is no index of tensors."""
+"""The index of a folder of parts: read without running code, and refused where it is no index of
+tensors.
+"""
 
 import builtins
 import pickle
@@ -10,7 +12,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 import funcattn as fa
 from funcattn.checkpoints import CheckpointError, load_parts, save_parts
 
-TREE = {"a": torch.arange(6.0).reshape(2, 3), "b": {"c": torch.ones(4, dtype=torch.bfloat16), "d": torch.arange(3)}}
+TREE = {
+    "a": torch.arange(6.0).reshape(2, 3),
+    "b": {"c": torch.ones(4, dtype=torch.bfloat16), "d": torch.arange(3)},
+}
 
 
 class Code:
@@ -33,7 +38,9 @@ def changed(folder, change):
 def test_what_was_saved_is_read(folder):
     like = fa.tree.map(torch.zeros_like, TREE)
     found = load_parts(folder, like)
-    assert all(torch.equal(a, b) for a, b in zip(fa.tree.leaves(found), fa.tree.leaves(TREE), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(fa.tree.leaves(found), fa.tree.leaves(TREE), strict=True)
+    )
 
 
 def first(index):

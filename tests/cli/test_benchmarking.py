@@ -1,4 +1,6 @@
-"""`funcattn bench` and the options that look at speed: what they run, keep and refuse. No time is asserted."""
+"""`funcattn bench` and the options that look at speed: what they run, keep and refuse. No time is
+asserted.
+"""
 
 import json
 
@@ -9,7 +11,16 @@ from funcattn import cli
 
 pytestmark = pytest.mark.cpu("the command reads --device, and not torch's default")
 
-CONFIG = fa.Config(vocabulary=49152, width=16, layers=2, heads=2, kv_heads=1, head_size=8, feed_forward=16, context=256)
+CONFIG = fa.Config(
+    vocabulary=49152,
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_size=8,
+    feed_forward=16,
+    context=256,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +32,19 @@ def folder(smollm2, tmp_path_factory):
 
 def test_bench_tells_every_candidate_and_keeps_the_figures(folder, tmp_path, capsys):
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    options = ["--tokens", "2", "--context", "5", "--capacity", "50", "--eager", "--schemes", "int8", "--plot", str(picture)]
+    options = [
+        "--tokens",
+        "2",
+        "--context",
+        "5",
+        "--capacity",
+        "50",
+        "--eager",
+        "--schemes",
+        "int8",
+        "--plot",
+        str(picture),
+    ]
     assert cli.main(["bench", "--model", folder, *options, "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
     assert [row["name"] for row in figures["candidates"]] == ["eager", "eager int8"]
@@ -50,7 +73,10 @@ def test_bench_refuses_what_it_cannot_measure(folder, capsys, options, message):
 
 def test_a_profile_is_a_trace_and_ten_lines(folder, tmp_path, capsys):
     file = tmp_path / "trace.json"
-    assert cli.main(["generate", "--model", folder, "--steps", "3", "--profile", str(file), "Hello"]) == 0
+    assert (
+        cli.main(["generate", "--model", folder, "--steps", "3", "--profile", str(file), "Hello"])
+        == 0
+    )
     assert json.loads(file.read_text())["traceEvents"]
     told = capsys.readouterr().err.splitlines()
     assert sum(line.endswith("calls") for line in told) == 10

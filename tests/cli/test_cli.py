@@ -1,4 +1,6 @@
-"""The command line: what stands on stdout and on stderr, which exit code comes back, and what is read from the past."""
+"""The command line: what stands on stdout and on stderr, which exit code comes back, and what is
+read from the past.
+"""
 
 import io
 import os
@@ -15,14 +17,29 @@ from funcattn import cli
 
 pytestmark = pytest.mark.cpu("the command reads --device, and not torch's default")
 
-SPEED = re.compile(r"prefill: .* tokens.*, \d+\.\d\d s; decode: \d+ tokens, \d+\.\d\d s(, \d+\.\d tokens/s)?\n")
-CONFIG = fa.Config(vocabulary=49152, width=16, layers=2, heads=2, kv_heads=1, head_size=8, feed_forward=16, context=256)
+SPEED = re.compile(
+    r"prefill: .* tokens.*, \d+\.\d\d s; decode: \d+ tokens, \d+\.\d\d s(, \d+\.\d tokens/s)?\n"
+)
+CONFIG = fa.Config(
+    vocabulary=49152,
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_size=8,
+    feed_forward=16,
+    context=256,
+)
 
 
 @pytest.fixture(scope="module")
 def folder(smollm2, tmp_path_factory):
-    """A model of random weights, large enough for each token to depend on all before it, with SmolLM2's tokenizer."""
-    params = fa.tree.map(lambda weight: weight * (15 if weight.dim() > 1 else 1), fa.decoder(CONFIG).init(fa.key(0)))
+    """A model of random weights, large enough for each token to depend on all before it, with
+    SmolLM2's tokenizer.
+    """
+    params = fa.tree.map(
+        lambda weight: weight * (15 if weight.dim() > 1 else 1), fa.decoder(CONFIG).init(fa.key(0))
+    )
     path = tmp_path_factory.mktemp("models") / "tiny"
     fa.save(path, CONFIG, params, smollm2.tokenizer)
     return path
@@ -69,7 +86,15 @@ def read(monkeypatch):
 
 
 def test_the_answer_is_alone_on_stdout_and_the_speed_on_stderr():
-    command = [sys.executable, "-m", "funcattn", "generate", "--chat", "--greedy", "What is the capital of France?"]
+    command = [
+        sys.executable,
+        "-m",
+        "funcattn",
+        "generate",
+        "--chat",
+        "--greedy",
+        "What is the capital of France?",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n")
     assert SPEED.fullmatch(done.stderr)
@@ -77,18 +102,35 @@ def test_the_answer_is_alone_on_stdout_and_the_speed_on_stderr():
 
 def test_the_text_is_that_of_generate(run, folder):
     config, params, tokenizer = fa.load(folder)
-    sampler = fa.sampling.chain(fa.sampling.temperature(0.9), fa.sampling.top_k(20), fa.sampling.min_p(0.01))
+    sampler = fa.sampling.chain(
+        fa.sampling.temperature(0.9), fa.sampling.top_k(20), fa.sampling.min_p(0.01)
+    )
     prompt = torch.tensor(tokenizer.encode("The sea"))
     key = fa.split(fa.key(7), 1)[0]
     tokens, _ = fa.generate(key, fa.decoder(config), params, prompt, steps=12, sampler=sampler)
-    options = ["--temperature", "0.9", "--top-k", "20", "--top-p", "1", "--min-p", "0.01", "--seed", "7", "--steps", "12"]
+    options = [
+        "--temperature",
+        "0.9",
+        "--top-k",
+        "20",
+        "--top-p",
+        "1",
+        "--min-p",
+        "0.01",
+        "--seed",
+        "7",
+        "--steps",
+        "12",
+    ]
     assert run("generate", *options, "The sea").out == tokenizer.decode(tokens) + "\n"
 
 
 @pytest.mark.parametrize("arguments", [(), ("-",)], ids=["no prompt", "a dash"])
 def test_stdin_is_the_prompt_where_none_is_given(run, arguments):
     given = run("generate", "--greedy", "--steps", "8", "The sea")
-    assert run("generate", "--greedy", "--steps", "8", *arguments, stdin="The sea\n").out == given.out
+    assert (
+        run("generate", "--greedy", "--steps", "8", *arguments, stdin="The sea\n").out == given.out
+    )
 
 
 def test_text_is_written_before_the_next_token_is_asked_for(run, monkeypatch):
@@ -100,7 +142,8 @@ def test_text_is_written_before_the_next_token_is_asked_for(run, monkeypatch):
             seen.append(written.getvalue())
 
     monkeypatch.setattr(fa, "stream", pieces)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))  # holds back what is not flushed, as a pipe does
+    # holds back what is not flushed, as a pipe does
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
     run("generate", "The sea")
     assert seen[:2] == [b"one", b"one two"]
 
@@ -112,7 +155,9 @@ def test_no_steps_write_an_empty_line(run):
 def test_bfloat16_is_what_the_model_computes_in(run, monkeypatch):
     dtypes = []
     decoder = fa.decoder
-    spy = lambda model: model._replace(logits=lambda params, x: (dtypes.append(x.dtype), model.logits(params, x))[1])
+    spy = lambda model: model._replace(
+        logits=lambda params, x: (dtypes.append(x.dtype), model.logits(params, x))[1]
+    )
     monkeypatch.setattr(fa, "decoder", lambda config: spy(decoder(config)))
     assert run("generate", "--dtype", "bfloat16", "--steps", "2", "The sea").code == 0
     assert set(dtypes) == {torch.bfloat16}
@@ -135,9 +180,15 @@ def test_several_samples_read_their_prompt_once(run, read, folder):
 def test_drafts_change_the_speed_and_not_the_text(run, monkeypatch, drafts):
     monkeypatch.setattr(fa, "compile", lambda model: model)  # the compiler has tests of its own
     options = ("--greedy", "--steps", "12", "The old keeper of the light by the sea")
-    plain, drafted = run("generate", *options), run("generate", "--speculate", drafts, "--draft-length", "2", *options)
+    plain, drafted = (
+        run("generate", *options),
+        run("generate", "--speculate", drafts, "--draft-length", "2", *options),
+    )
     assert (drafted.code, drafted.out) == (0, plain.out)
-    assert re.search(r"drafts: \d+ of \d+ drafted tokens stayed \(\d+%\); \d\.\d\d tokens a round in \d+ rounds\n", drafted.err)
+    assert re.search(
+        r"drafts: \d+ of \d+ drafted tokens stayed \(\d+%\); \d\.\d\d tokens a round in \d+ rounds\n",
+        drafted.err,
+    )
 
 
 @pytest.mark.parametrize("several", [(), ("--num-samples", "2")], ids=["one", "two"])
@@ -146,7 +197,21 @@ def test_a_stop_string_ends_the_text_before_it(run, several):
     stop = whole[5:8]
     cut = whole[: whole.index(stop)]
     expected = "\n\n".join([cut] * (2 if several else 1)) + "\n"
-    assert run("generate", "--greedy", "--steps", "12", "--stop", "\0", "--stop", stop, *several, "The sea").out == expected
+    assert (
+        run(
+            "generate",
+            "--greedy",
+            "--steps",
+            "12",
+            "--stop",
+            "\0",
+            "--stop",
+            stop,
+            *several,
+            "The sea",
+        ).out
+        == expected
+    )
 
 
 CHAT = ("--greedy", "--steps", "6")
@@ -167,10 +232,14 @@ def test_a_chat_answers_as_if_it_read_everything_anew(run, folder):
 
 def test_a_later_turn_reads_only_what_the_past_does_not_hold(run, read, folder):
     config, params, tokenizer = fa.load(folder)
-    first, second = ({"role": "user", "content": text} for text in ("The sea is blue.", "And the sky?"))
+    first, second = (
+        {"role": "user", "content": text} for text in ("The sea is blue.", "And the sky?")
+    )
     begun = tokenizer.prompt([first])
     tokens, _ = fa.generate(fa.key(0), fa.decoder(config), params, torch.tensor(begun), steps=6)
-    wanted = tokenizer.prompt([first, {"role": "assistant", "content": tokenizer.decode(tokens)}, second])
+    wanted = tokenizer.prompt(
+        [first, {"role": "assistant", "content": tokenizer.decode(tokens)}, second]
+    )
     held = [*begun, *tokens[:-1].tolist()]  # the last was not read
     known = next(n for n in range(len(held), 0, -1) if held[:n] == wanted[:n])
     prompts = [len(begun), len(wanted) - known]
@@ -223,16 +292,25 @@ def test_an_interrupted_answer_is_remembered_as_far_as_it_was_written(run, monke
     monkeypatch.setattr(fa, "stream", interrupted(3))
     ran = run("chat", *CHAT, stdin="The sea is blue.\nAnd the sky?\n")
     messages = [{"role": "user", "content": "The sea is blue."}]
-    written, _ = fa.generate(fa.key(0), fa.decoder(config), params, torch.tensor(tokenizer.prompt(messages)), steps=3)
-    messages += [{"role": "assistant", "content": tokenizer.decode(written)}, {"role": "user", "content": "And the sky?"}]
-    then, _ = fa.generate(fa.key(0), fa.decoder(config), params, torch.tensor(tokenizer.prompt(messages)), steps=6)
+    written, _ = fa.generate(
+        fa.key(0), fa.decoder(config), params, torch.tensor(tokenizer.prompt(messages)), steps=3
+    )
+    messages += [
+        {"role": "assistant", "content": tokenizer.decode(written)},
+        {"role": "user", "content": "And the sky?"},
+    ]
+    then, _ = fa.generate(
+        fa.key(0), fa.decoder(config), params, torch.tensor(tokenizer.prompt(messages)), steps=6
+    )
     assert ran[:2] == (0, f"{tokenizer.decode(written)}\n{tokenizer.decode(then)}\n")
 
 
 def test_inspect_tells_the_memory_of_a_past(run, folder):
     ran = run("inspect")
     config, params, _ = fa.load(folder)
-    per_token = fa.tree.nbytes(fa.decoder(config).cache(1)) - fa.tree.nbytes(fa.decoder(config).cache(0))
+    per_token = fa.tree.nbytes(fa.decoder(config).cache(1)) - fa.tree.nbytes(
+        fa.decoder(config).cache(0)
+    )
     assert ran.code == 0
     assert ran.err == ""
     assert f"  1000 tokens    {1000 * per_token / 2**20:.1f} MiB\n" in ran.out
@@ -250,12 +328,18 @@ def test_inspect_tells_the_memory_of_a_past(run, folder):
 )
 def test_inspect_shows_what_the_machine_has_and_why_not(variables, operators):
     command = [sys.executable, "-m", "funcattn", "inspect", "--machine"]
-    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=120)
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | variables, timeout=120
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert re.search(rf"^operators in C\+\+\n  {operators}$", ran.stdout, re.MULTILINE)
-    assert re.search(r"^attention of q, k, v \(8, 512, 64\) in float32 on cpu$", ran.stdout, re.MULTILINE)
+    assert re.search(
+        r"^attention of q, k, v \(8, 512, 64\) in float32 on cpu$", ran.stdout, re.MULTILINE
+    )
     assert re.search(r"^     sdpa:cudnn +for CUDA, not for cpu$", ran.stdout, re.MULTILINE)
-    assert len(re.findall(r"^  -> ", ran.stdout, re.MULTILINE)) == 2 * (1 + torch.cuda.device_count())
+    assert len(re.findall(r"^  -> ", ran.stdout, re.MULTILINE)) == 2 * (
+        1 + torch.cuda.device_count()
+    )
 
 
 def test_a_terminal_is_never_steered_by_the_model(monkeypatch):
@@ -266,9 +350,12 @@ def test_a_terminal_is_never_steered_by_the_model(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "has_colours"), [("TERM", "xterm", True), ("TERM", "dumb", False), ("NO_COLOR", "1", False)]
+    ("variable", "value", "has_colours"),
+    [("TERM", "xterm", True), ("TERM", "dumb", False), ("NO_COLOR", "1", False)],
 )
-def test_accepted_drafts_are_coloured_on_a_terminal_that_wants_it(folder, monkeypatch, variable, value, has_colours):
+def test_accepted_drafts_are_coloured_on_a_terminal_that_wants_it(
+    folder, monkeypatch, variable, value, has_colours
+):
     class Screen(io.StringIO):
         def isatty(self):
             return True
@@ -296,20 +383,35 @@ def test_accepted_drafts_are_coloured_on_a_terminal_that_wants_it(folder, monkey
         (("write",), "invalid choice: 'write'"),
         (("generate", "--temperature", "0", "x"), "--temperature: should be above 0, got 0"),
         (("generate", "--temperature", "nan", "x"), "--temperature: should be above 0, got nan"),
-        (("generate", "--greedy", "--temperature", "1", "x"), "--temperature: not allowed with argument --greedy"),
+        (
+            ("generate", "--greedy", "--temperature", "1", "x"),
+            "--temperature: not allowed with argument --greedy",
+        ),
         (("generate", "--top-k", "0", "x"), "--top-k: should be 1 or more, got 0"),
         (("generate", "--top-p", "1.5", "x"), "--top-p: should be above 0, at most 1, got 1.5"),
         (("generate", "--steps", "-1", "x"), "--steps: should be 0 or more, got -1"),
         (("generate", "--steps", "many", "x"), "--steps: should be 0 or more, got many"),
         (("generate", "--seed", str(2**63), "x"), "--seed: should be 0 or more"),
         (("generate", "--num-samples", "0", "x"), "--num-samples: should be 1 or more, got 0"),
-        (("generate", "--speculate", "int8", "--num-samples", "2", "x"), "drafts are for one text at a time"),
+        (
+            ("generate", "--speculate", "int8", "--num-samples", "2", "x"),
+            "drafts are for one text at a time",
+        ),
         (("generate", "--speculate", "int2", "x"), "argument --speculate: invalid choice: 'int2'"),
         (("generate", "--dtype", "int8", "x"), "--dtype: should be float32 or bfloat16, got int8"),
-        (("generate", "--device", "meta", "x"), "--device: should be a device of this machine, got meta"),
+        (
+            ("generate", "--device", "meta", "x"),
+            "--device: should be a device of this machine, got meta",
+        ),
         (("generate", "--stop", "", "x"), "--stop: should be a text, got an empty one"),
-        (("generate", "--model", "no/such.gguf", "x"), "no/such.gguf should be a folder, a .gguf file"),
-        (("generate", "--model", __file__, "x"), "should be a folder or a .gguf file, got a .py file"),
+        (
+            ("generate", "--model", "no/such.gguf", "x"),
+            "no/such.gguf should be a folder, a .gguf file",
+        ),
+        (
+            ("generate", "--model", __file__, "x"),
+            "should be a folder or a .gguf file, got a .py file",
+        ),
         (("generate", ""), "the prompt is empty"),
         (("generate",), "the prompt is empty"),
         (("generate", "\udcff"), "should be UTF-8"),
@@ -331,8 +433,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, told, capsys):
 
 
 def test_a_reader_that_goes_away_is_no_mistake(folder):
-    command = [sys.executable, "-m", "funcattn", "generate", "--model", str(folder), "--steps", "200", "The sea"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "funcattn",
+        "generate",
+        "--model",
+        str(folder),
+        "--steps",
+        "200",
+        "The sea",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == ""
@@ -358,7 +472,9 @@ def test_eval_tells_the_perplexity_of_a_text(run, folder, tmp_path):
     found = told(ran.out)
     assert float(found["perplexity"]) == pytest.approx(float((-scores.mean()).exp()), rel=1e-5)
     size = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
-    assert float(found["bits per byte"]) == pytest.approx(float(-scores.sum() / size / torch.tensor(2.0).log()), abs=1e-4)
+    assert float(found["bits per byte"]) == pytest.approx(
+        float(-scores.sum() / size / torch.tensor(2.0).log()), abs=1e-4
+    )
     assert found["tokens"] == f"{len(ids) - 1} scored, of {size} bytes"
     assert run("eval", "-", stdin=text).out == ran.out
 
@@ -379,7 +495,11 @@ def test_eval_reads_a_long_text_in_windows(run, folder, tmp_path):
         (["-"], "a", "the text has 1 tokens, and is scored from the second"),
         (["-"], "", "the text has 0 tokens"),
         (["-", "--context", "300"], "a b c", "--context should be at most the 256 tokens"),
-        (["-", "--context", "8", "--stride", "8"], "a b c", "stride should be from 1 to context - 1 = 7, got 8"),
+        (
+            ["-", "--context", "8", "--stride", "8"],
+            "a b c",
+            "stride should be from 1 to context - 1 = 7, got 8",
+        ),
         (["-", "--stride", "0"], "a b c", "argument --stride: should be 1 or more, got 0"),
         (["/no/such/file"], "", "No such file"),
     ],
@@ -396,6 +516,8 @@ def test_a_bar_is_shown_to_who_looks(monkeypatch):
     from funcattn.cli import evaluating
 
     screen = io.StringIO()
-    monkeypatch.setattr(evaluating, "Console", lambda stderr: Console(file=screen, force_terminal=True))
+    monkeypatch.setattr(
+        evaluating, "Console", lambda stderr: Console(file=screen, force_terminal=True)
+    )
     assert list(evaluating._shown([(0, 1, 4), (2, 4, 6)])) == [(0, 1, 4), (2, 4, 6)]
     assert "Reading" in screen.getvalue()

@@ -1,4 +1,6 @@
-"""`funcattn train`: from a text to a model that generates, stopped and resumed, and what is said of a mistake."""
+"""`funcattn train`: from a text to a model that generates, stopped and resumed, and what is said of
+a mistake.
+"""
 
 import io
 import os
@@ -16,7 +18,22 @@ import funcattn as fa
 from funcattn import cli
 
 TEXT = "the sea is wide and the sky is high.\n" * 30
-SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--rows", "4", "--steps", "40", "--rate", "0.02"]
+SMALL = [
+    "--layers",
+    "1",
+    "--width",
+    "16",
+    "--heads",
+    "2",
+    "--context",
+    "16",
+    "--rows",
+    "4",
+    "--steps",
+    "40",
+    "--rate",
+    "0.02",
+]
 
 
 @pytest.fixture
@@ -58,12 +75,18 @@ def test_a_trained_model_writes_and_is_loaded_again(run, text, tmp_path):
     assert [line.split(":")[0] for line in lines[1:-1]] == [f"step {n}/40" for n in range(4, 41, 4)]
     losses = [float(line.split("training ")[1].split(",")[0]) for line in lines[1:-1]]
     assert losses[-1] < 0.6 * losses[0]
-    assert len(out) == 42  # the first character of the text, 40 of the model, and the end of the line
+    # the first character of the text, 40 of the model, and the end of the line
+    assert len(out) == 42
     assert set(out) <= set(TEXT)
     config, _, tokenizer = fa.load(tmp_path / "out" / "model")
     assert (config.vocabulary, config.layers, config.context) == (16, 1, 16)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-    assert cli.main(["generate", "--model", str(tmp_path / "out" / "model"), "--steps", "3", "the sea"]) == 0
+    assert (
+        cli.main(
+            ["generate", "--model", str(tmp_path / "out" / "model"), "--steps", "3", "the sea"]
+        )
+        == 0
+    )
 
 
 def test_stdin_is_a_text_and_the_seed_decides(run, text, tmp_path):
@@ -77,7 +100,11 @@ def test_stdin_is_a_text_and_the_seed_decides(run, text, tmp_path):
 
 def test_muon_trains_too(run, text):
     code, _, err = run(text, *SMALL, "--optimizer", "muon", "--sample", "0")
-    losses = [float(line.split("training ")[1].split(",")[0]) for line in err.splitlines() if "training " in line]
+    losses = [
+        float(line.split("training ")[1].split(",")[0])
+        for line in err.splitlines()
+        if "training " in line
+    ]
     assert code == 0
     assert losses[-1] < 0.6 * losses[0]
 
@@ -103,9 +130,25 @@ def test_a_run_that_was_stopped_is_resumed_bit_for_bit(run, text, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(text, tmp_path):
     out = str(tmp_path / "out")
-    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job inherits deafness to it
-    start = f"{listen}; import runpy; runpy.run_module('funcattn', run_name='__main__', alter_sys=True)"
-    command = [sys.executable, "-c", start, "train", text, *SMALL, "--steps", "100000", "--report-every", "4", "--out", out]
+    # a background job inherits deafness to it
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = (
+        f"{listen}; import runpy; runpy.run_module('funcattn', run_name='__main__', alter_sys=True)"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        start,
+        "train",
+        text,
+        *SMALL,
+        "--steps",
+        "100000",
+        "--report-every",
+        "4",
+        "--out",
+        out,
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         for line in process.stderr:
             if line.startswith("step 8/"):
@@ -124,9 +167,18 @@ def test_ctrl_c_says_how_to_go_on(text, tmp_path):
         ((), None, "No such file or directory"),
         ((), b"", "is empty. Give a text to learn from."),
         ((), b" \n", "is empty. Give a text to learn from."),
-        ((), b"short", "the text has 5 tokens, and a row is 64 + 1. Give a longer text, or a smaller --context."),
+        (
+            (),
+            b"short",
+            "the text has 5 tokens, and a row is 64 + 1. Give a longer text, or a "
+            "smaller --context.",
+        ),
         ((), b"\xff\xfe", "the text should be UTF-8"),
-        (("--width", "20"), b"long" * 50, "--width should be a multiple of twice --heads, 8, got 20"),
+        (
+            ("--width", "20"),
+            b"long" * 50,
+            "--width should be a multiple of twice --heads, 8, got 20",
+        ),
         (("--rate", "0"), b"long" * 50, "--rate: should be above 0"),
         (("--steps", "0"), b"long" * 50, "--steps: should be 1 or more"),
         (("--optimizer", "lion"), b"long" * 50, "invalid choice: 'lion'"),
@@ -154,4 +206,6 @@ def test_a_loss_that_is_not_finite_is_one_line(run, text, monkeypatch):
     monkeypatch.setattr(fa, "decoder", broken)
     code, out, err = run(text, *SMALL)
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith("funcattn: fit: the loss of step 1 should be finite, got nan. Lower the learning rate")
+    assert err.splitlines()[-1].startswith(
+        "funcattn: fit: the loss of step 1 should be finite, got nan. Lower the learning rate"
+    )

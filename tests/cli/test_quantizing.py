@@ -19,7 +19,16 @@ def run(tmp_path, capsys):
     (tmp_path / "text").write_text(TEXT)
 
     def call(*arguments):
-        code = cli.main(["quantize", "--model", str(tmp_path / "model"), *arguments, "-o", str(tmp_path / "small")])
+        code = cli.main(
+            [
+                "quantize",
+                "--model",
+                str(tmp_path / "model"),
+                *arguments,
+                "-o",
+                str(tmp_path / "small"),
+            ]
+        )
         return code, *capsys.readouterr()
 
     return call
@@ -30,7 +39,9 @@ def test_it_writes_the_quantized_model_and_tells_what_became_of_it(run, tmp_path
     assert code == 0
     found = fa.load(tmp_path / "small")
     assert isinstance(found.params.layers[0].q, Int4)
-    assert torch.equal(found.params.layers[0].q.codes, fa.quantize(fa.int4(group=16))(params()).layers[0].q.codes)
+    assert torch.equal(
+        found.params.layers[0].q.codes, fa.quantize(fa.int4(group=16))(params()).layers[0].q.codes
+    )
     assert found.tokenizer.encode("hello") == tokenizer().encode("hello")
     whole = fa.quantization.report(params(), found.params)
     errors = [row.error for row in whole if row.path.endswith(".q")]
@@ -86,6 +97,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, tmp_path, arguments, mess
 
 def test_what_is_quantized_already_is_refused(run, tmp_path, capsys):
     run()
-    code = cli.main(["quantize", "--model", str(tmp_path / "small"), "-o", str(tmp_path / "smaller")])
+    code = cli.main(
+        ["quantize", "--model", str(tmp_path / "small"), "-o", str(tmp_path / "smaller")]
+    )
     assert code == 2
     assert "is quantized already" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""The command line where streams are closed or full, files cannot be written, variables are half set, and words are misspelled."""
+"""The command line where streams are closed or full, files cannot be written, variables are half
+set, and words are misspelled.
+"""
 
 import json
 import os
@@ -22,15 +24,37 @@ def folder(tmp_path_factory):
     config = fa.Config(vocabulary=64, layers=1)
     vocabulary = {letter: i for i, letter in enumerate("abcdefghijklmnop ")}
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    tokenizer = Tokenizer(tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[])), (), template)
+    tokenizer = Tokenizer(
+        tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[])), (), template
+    )
     fa.save(place, config, fa.decoder(config).init(fa.key(0)), tokenizer)
     return str(place)
 
 
-STREAMS = {  # what the shell does with them: exit codes that are right, whether there is text, what the last line on stderr says
-    "stdout is closed": (">&-", [], "abc", 2, "funcattn: stdout cannot be written: Bad file descriptor"),
-    "stdout is full": (">/dev/full", [], "abc", 2, "funcattn: stdout cannot be written: No space left on device"),
-    "help is to a full disk": (">/dev/full", ["--help"], "", 2, "funcattn: stdout cannot be written: No space left on device"),
+# what the shell does with them: exit codes that are right, whether there is text, what the last
+# line on stderr says
+STREAMS = {
+    "stdout is closed": (
+        ">&-",
+        [],
+        "abc",
+        2,
+        "funcattn: stdout cannot be written: Bad file descriptor",
+    ),
+    "stdout is full": (
+        ">/dev/full",
+        [],
+        "abc",
+        2,
+        "funcattn: stdout cannot be written: No space left on device",
+    ),
+    "help is to a full disk": (
+        ">/dev/full",
+        ["--help"],
+        "",
+        2,
+        "funcattn: stdout cannot be written: No space left on device",
+    ),
     "stdin is closed": ("<&-", [], None, 2, "the prompt is empty"),
     "stdin is closed and not needed": ("<&-", [], "abc", 0, "decode: "),
     "stderr is full": ("2>/dev/full", [], "abc", 0, None),
@@ -43,9 +67,23 @@ STREAMS = {  # what the shell does with them: exit codes that are right, whether
 
 @pytest.fixture(scope="module")
 def odd(folder):
-    """What came of each: code, text, what was told. One process is the parent of all: each is a fork of one that has imported."""
+    """What came of each: code, text, what was told. One process is the parent of all: each is a
+    fork of one that has imported.
+    """
     lines = [
-        [words, ["generate", "--model", folder, "--steps", "2", "--greedy", *options, *([] if prompt is None else [prompt])]]
+        [
+            words,
+            [
+                "generate",
+                "--model",
+                folder,
+                "--steps",
+                "2",
+                "--greedy",
+                *options,
+                *([] if prompt is None else [prompt]),
+            ],
+        ]
         for words, options, prompt, *_ in STREAMS.values()
     ]
     server = """
@@ -94,7 +132,10 @@ for words, arguments in json.loads(sys.argv[1]):
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), *texts]), flush=True)
 """
     done = subprocess.run(
-        [sys.executable, "-c", server, json.dumps(lines)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "-c", server, json.dumps(lines)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr[-500:]
     return dict(zip(STREAMS, map(json.loads, done.stdout.splitlines()), strict=True))
@@ -122,7 +163,9 @@ def code_and_told(capsys, *arguments):
     return code, capsys.readouterr().err.replace("generate --help", "")
 
 
-def test_what_cannot_be_written_is_told_before_anything_is_computed(folder, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_written_is_told_before_anything_is_computed(
+    folder, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "file").write_text("")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
@@ -131,22 +174,36 @@ def test_what_cannot_be_written_is_told_before_anything_is_computed(folder, tmp_
         for how in ([], ["--num-samples", "2"], ["--speculate", "lookup"]):
             trace = ["generate", "--profile", tmp_path / place, "--model", folder, *how, "abc"]
             code, told = code_and_told(capsys, *trace)
-            assert (code, str(tmp_path / place) in told, len(told.splitlines())) == (2, True, 1), told
+            assert (code, str(tmp_path / place) in told, len(told.splitlines())) == (2, True, 1), (
+                told
+            )
     computed = lambda *_, **__: pytest.fail("computed")
     for option in ("--json", "--plot"):
         with monkeypatch.context() as patch:
             patch.setattr("funcattn.cli.sessions.fa.load", computed)
-            code, told = code_and_told(capsys, "bench", option, tmp_path / "no" / "such", "--model", folder)
-        assert (code, str(tmp_path / "no" / "such") in told, len(told.splitlines())) == (2, True, 1), told
+            code, told = code_and_told(
+                capsys, "bench", option, tmp_path / "no" / "such", "--model", folder
+            )
+        assert (code, str(tmp_path / "no" / "such") in told, len(told.splitlines())) == (
+            2,
+            True,
+            1,
+        ), told
     monkeypatch.setattr("funcattn.cli.sessions.fa.load", computed)
-    for place, why in (("mine", "notes.txt"), ("file", "a folder"), ("file/below", "can be written")):
+    for place, why in (
+        ("mine", "notes.txt"),
+        ("file", "a folder"),
+        ("file/below", "can be written"),
+    ):
         code, told = code_and_told(capsys, "quantize", "--model", folder, "-o", tmp_path / place)
         assert code == 2
         assert why in told
         assert len(told.splitlines()) == 1
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "notes.txt").write_text("")
-    code, told = code_and_told(capsys, "train", tmp_path / "text", "--out", tmp_path / "out", "--steps", "1")
+    code, told = code_and_told(
+        capsys, "train", tmp_path / "text", "--out", tmp_path / "out", "--steps", "1"
+    )
     assert (code, "notes.txt" in told) == (2, True)
 
 
@@ -179,12 +236,18 @@ def test_half_of_torchruns_variables_are_one_line(folder, capsys, monkeypatch, v
         (["generate", "-model", "x", "abc"], "Did you mean --model?"),
         (["chat", "--temprature", "1"], "Did you mean --temperature?"),
         (["quantize", "--ouput", "x"], "Did you mean --output?"),
-        (["eval", "text", "--strid", "0"], "should be 1 or more"),  # an abbreviation, and none of these
-        (["generate", "why", "is", "the", "sky", "blue"], "A text of several words should be in quotes"),
+        # an abbreviation, and none of these
+        (["eval", "text", "--strid", "0"], "should be 1 or more"),
+        (
+            ["generate", "why", "is", "the", "sky", "blue"],
+            "A text of several words should be in quotes",
+        ),
         (["train", "my", "book.txt"], "A text of several words should be in quotes"),
     ],
 )
-def test_a_misspelled_option_and_a_prompt_without_quotes_are_told_as_what_they_are(capsys, words, hint):
+def test_a_misspelled_option_and_a_prompt_without_quotes_are_told_as_what_they_are(
+    capsys, words, hint
+):
     code, told = code_and_told(capsys, *words)
     assert (code, hint in told, len(told.splitlines())) == (2, True, 1), told
 
@@ -211,10 +274,34 @@ def test_what_needs_no_tokenizer_asks_for_none(folder, tmp_path, capsys):
     assert main(["inspect", "--model", str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("params", "cache", "tokenizer\n  none"))
-    assert main(["quantize", "--model", str(tmp_path / "m"), "--scheme", "int8", "-o", str(tmp_path / "q")]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                "--model",
+                str(tmp_path / "m"),
+                "--scheme",
+                "int8",
+                "-o",
+                str(tmp_path / "q"),
+            ]
+        )
+        == 0
+    )
     assert main(["inspect", "--model", str(tmp_path / "q")]) == 0
     capsys.readouterr()
-    bench = ["bench", "--model", str(tmp_path / "m"), "--eager", "--schemes", "", "--tokens", "1", "--context", "2"]
+    bench = [
+        "bench",
+        "--model",
+        str(tmp_path / "m"),
+        "--eager",
+        "--schemes",
+        "",
+        "--tokens",
+        "1",
+        "--context",
+        "2",
+    ]
     assert main([*bench, "--json", str(tmp_path / "figures.json")]) == 0
     assert json.loads((tmp_path / "figures.json").read_text())["candidates"]
     assert sorted(os.listdir(tmp_path)) == ["figures.json", "m", "q"]

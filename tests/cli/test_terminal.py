@@ -1,4 +1,6 @@
-"""Text of a file on a terminal: no character of it steers, in errors, in what is inspected, in what a model writes."""
+"""Text of a file on a terminal: no character of it steers, in errors, in what is inspected, in what
+a model writes.
+"""
 
 import json
 import os
@@ -23,13 +25,21 @@ from funcattn.core.errors import STEERING, fail, printable
 pytestmark = pytest.mark.cpu("the command reads --device, and not torch's default")
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\x9d0;x\x9c\u202eowned\u2066\u2028\x08\r"
-BYTES = (b"\x1b]", b"\x1b[2J", b"\x07", b"\x08", *(code.encode() for code in "\x9b\x9d\x9c\u202e\u2066\u2028"))
+BYTES = (
+    b"\x1b]",
+    b"\x1b[2J",
+    b"\x07",
+    b"\x08",
+    *(code.encode() for code in "\x9b\x9d\x9c\u202e\u2066\u2028"),
+)
 
 
 def folder(place, template=None, **settings):
     fa.save(place, CONFIG, params(), Tokenizer(tokenizer().backend, (0,), template))
     if settings:
-        (place / "config.json").write_text(json.dumps({**json.loads((place / "config.json").read_text()), **settings}))
+        (place / "config.json").write_text(
+            json.dumps({**json.loads((place / "config.json").read_text()), **settings})
+        )
     return place
 
 
@@ -43,12 +53,22 @@ def tensor_named(place):
 
 def shard_named(place):
     (folder(place) / "model.safetensors").unlink()
-    (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": f"{EVIL}.safetensors"}}))
+    (place / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": f"{EVIL}.safetensors"}})
+    )
     return ["inspect", "--model", str(place)]
 
 
 def template_that_raises(place):
-    return ["generate", "--chat", "--steps", "2", "--model", str(folder(place, "{{ raise_exception('" + EVIL + "') }}")), "a"]
+    return [
+        "generate",
+        "--chat",
+        "--steps",
+        "2",
+        "--model",
+        str(folder(place, "{{ raise_exception('" + EVIL + "') }}")),
+        "a",
+    ]
 
 
 def gguf(place, change):
@@ -77,9 +97,17 @@ REFUSED = {
     "an error of the chat template": template_that_raises,
     "the name of a gguf field": lambda place: gguf(place, {f"llama.{EVIL}": 1}),
     "the value of a gguf field": lambda place: gguf(place, {"tokenizer.ggml.pre": EVIL}),
-    "a name of the config": lambda place: ["inspect", "--model", str(folder(place, model_type=EVIL))],
+    "a name of the config": lambda place: [
+        "inspect",
+        "--model",
+        str(folder(place, model_type=EVIL)),
+    ],
     "a nested name of the config": adapter_field,
-    "the name of a folder": lambda place: ["inspect", "--model", str(place / "no\x1b[2J\x9bfolder")],
+    "the name of a folder": lambda place: [
+        "inspect",
+        "--model",
+        str(place / "no\x1b[2J\x9bfolder"),
+    ],
 }
 SHOWN = {"a token that ends a text": stop_named, "what a model writes": model_that_writes}
 
@@ -88,14 +116,21 @@ SHOWN = {"a token that ends a text": stop_named, "what a model writes": model_th
 def written(tmp_path_factory):
     """What each command writes to a terminal, all from one process."""
     place = tmp_path_factory.mktemp("files")
-    commands = [make(place / f"m{number}") for number, make in enumerate({**REFUSED, **SHOWN}.values())]
+    commands = [
+        make(place / f"m{number}") for number, make in enumerate({**REFUSED, **SHOWN}.values())
+    ]
     ours, theirs = pty.openpty()
     code = (
-        "import json, sys; from funcattn.cli import main\nfor one in json.loads(sys.argv[1]): main(one); print('=====', flush=True)"
+        "import json, sys; from funcattn.cli import main\nfor one in json.loads(sys.argv[1]): "
+        "main(one); print('=====', flush=True)"
     )
     environment = {**os.environ, "TERM": "xterm"}
     running = subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(commands)], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+        [sys.executable, "-c", code, json.dumps(commands)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
     )
     os.close(theirs)
     out, until = b"", time.monotonic() + 120
@@ -108,7 +143,9 @@ def written(tmp_path_factory):
     running.kill()
     running.wait()
     os.close(ours)
-    return dict(zip({**REFUSED, **SHOWN}, out.replace(b"\r\n", b"\n").split(b"=====\n"), strict=False))
+    return dict(
+        zip({**REFUSED, **SHOWN}, out.replace(b"\r\n", b"\n").split(b"=====\n"), strict=False)
+    )
 
 
 @pytest.mark.parametrize("name", {**REFUSED, **SHOWN})
@@ -127,7 +164,11 @@ def test_an_error_is_one_line_that_tells_what_it_hides():
     assert "\\u202e" in str(CheckpointError(EVIL))
 
 
-@pytest.mark.parametrize("arguments", [["--steps", EVIL], ["--device", EVIL], [f"--{EVIL}"]], ids=["number", "device", "option"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--steps", EVIL], ["--device", EVIL], [f"--{EVIL}"]],
+    ids=["number", "device", "option"],
+)
 def test_an_argument_that_is_refused_steers_nothing(arguments, capsys):
     with pytest.raises(SystemExit):
         main(["generate", *arguments, "a"])

@@ -1,4 +1,6 @@
-"""What every process should hold alike: how functions are known by what they hold, and what simulated devices are told."""
+"""What every process should hold alike: how functions are known by what they hold, and what
+simulated devices are told.
+"""
 
 import functools
 import operator
@@ -41,7 +43,9 @@ SAMPLERS = {
     "xtc": lambda x: sampling.xtc(x / 2, 0.1),
     "mirostat": lambda x: sampling.mirostat(tau=10 * x),
     "a chain": lambda x: sampling.chain(sampling.top_k(4), sampling.temperature(x)),
-    "a chain in another order": lambda x: sampling.chain(*[sampling.top_p(x), sampling.top_k(4)][:: 1 if x < 0.5 else -1]),
+    "a chain in another order": lambda x: sampling.chain(
+        *[sampling.top_p(x), sampling.top_k(4)][:: 1 if x < 0.5 else -1]
+    ),
     "a mixture": lambda x: sampling.mixture(x, sampling.greedy, sampling.chain()),
     "a function": lambda x: sampling.stateless(lambda logits: logits * x),
     "a partial application": lambda x: sampling.stateless(functools.partial(torch.mul, x)),
@@ -50,7 +54,9 @@ SAMPLERS = {
 DRAFTERS = {
     "prompt lookup": lambda x: fa.drafters.prompt_lookup(length=int(10 * x)),
     "a model": lambda x: fa.drafters.model(MODEL, PARAMS, length=int(10 * x)),
-    "a model that samples": lambda x: fa.drafters.model(MODEL, PARAMS, sampler=sampling.temperature(x)),
+    "a model that samples": lambda x: fa.drafters.model(
+        MODEL, PARAMS, sampler=sampling.temperature(x)
+    ),
 }
 
 
@@ -69,7 +75,15 @@ def test_samplers_of_different_kinds_are_different():
 
 def test_functions_that_differ_in_their_code_alone_are_different():
     assert digest(lambda x: x + 2) == digest(lambda x: x + 2)
-    assert len({digest(f) for f in (lambda x: x + 2, lambda x: x * 2, lambda x: x + 3, torch.relu, torch.tanh)}) == 5
+    assert (
+        len(
+            {
+                digest(f)
+                for f in (lambda x: x + 2, lambda x: x * 2, lambda x: x + 3, torch.relu, torch.tanh)
+            }
+        )
+        == 5
+    )
     assert digest({"a": {1, 2}, "b": 1}) == digest({"b": 1, "a": {2, 1}})
     assert digest([1, (2, 3)]) != digest([(1, 2), 3])
     assert digest(re.compile("a")) != digest(re.compile("b"))
@@ -98,13 +112,31 @@ def test_a_function_that_holds_itself_is_read_once():
 
 
 ON_DEVICES = {
-    "alike": (None, lambda i: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, steps=1, sampler=sampling.temperature(0.7))[0]),
+    "alike": (
+        None,
+        lambda i: fa.generate(
+            fa.key(0), MODEL, PARAMS, PROMPT, steps=1, sampler=sampling.temperature(0.7)
+        )[0],
+    ),
     "generate: sampler": (
         "sampler",
-        lambda i: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, steps=1, sampler=sampling.logit_bias(torch.zeros(32) + i))[0],
+        lambda i: fa.generate(
+            fa.key(0),
+            MODEL,
+            PARAMS,
+            PROMPT,
+            steps=1,
+            sampler=sampling.logit_bias(torch.zeros(32) + i),
+        )[0],
     ),
-    "generate: key": ("key", lambda i: fa.generate(fa.key(0) + i, MODEL, PARAMS, PROMPT, steps=1)[0]),
-    "generate: prompt": ("prompt", lambda i: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT + i, steps=1)[0]),
+    "generate: key": (
+        "key",
+        lambda i: fa.generate(fa.key(0) + i, MODEL, PARAMS, PROMPT, steps=1)[0],
+    ),
+    "generate: prompt": (
+        "prompt",
+        lambda i: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT + i, steps=1)[0],
+    ),
     "loss: tokens": ("tokens", lambda i: fa.loss(MODEL, PARAMS, PROMPT + i)),
 }
 
@@ -117,14 +149,19 @@ def test_simulated_devices_that_differ_are_told(name):
         if argument is None:
             run()
             continue
-        with pytest.raises(ValueError, match=f"{name} should be the same on every device of the mesh, got another on some"):
+        with pytest.raises(
+            ValueError,
+            match=f"{name} should be the same on every device of the mesh, got another on some",
+        ):
             run()
     rows = shard_map(lambda: call(axis_index("data")).reshape(1, -1), Grid(data=2), (), P("data"))
     assert rows().shape[0] == 2  # each device has rows of its own there
 
 
 def test_what_is_alike_though_it_was_mapped_is_no_difference():
-    nan = lambda i: collectives.agree("f", {"x": torch.stack([0.0 * i, torch.tensor(float("nan"))])})
+    nan = lambda i: collectives.agree(
+        "f", {"x": torch.stack([0.0 * i, torch.tensor(float("nan"))])}
+    )
     shard_map(lambda: nan(axis_index("t")) or torch.zeros(()), Grid(t=2), (), P())()
 
 

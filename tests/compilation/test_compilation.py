@@ -1,6 +1,8 @@
-"""Compiled models: every function equals that of the model, every transform works, a step copies no past, a donated past is gone.
+"""Compiled models: every function equals that of the model, every transform works, a step copies no
+past, a donated past is gone.
 
-Laws run with Dynamo alone (backend "eager": the same graphs, no C++); three tests run what the compiler makes of them.
+Laws run with Dynamo alone (backend "eager": the same graphs, no C++); three tests run what the
+compiler makes of them.
 """
 
 import dataclasses
@@ -18,7 +20,16 @@ from funcattn import caches
 from funcattn.caches import Branch
 from funcattn.compilation.stack import Stack
 
-CONFIG = fa.Config(vocabulary=40, width=32, layers=2, heads=4, kv_heads=2, head_size=8, feed_forward=48, context=600)
+CONFIG = fa.Config(
+    vocabulary=40,
+    width=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=8,
+    feed_forward=48,
+    context=600,
+)
 FAMILIES = {
     "llama": CONFIG,
     "windows, caps, norms around": dataclasses.replace(
@@ -44,9 +55,16 @@ FAMILIES = {
         feed_forward_bias=True,
     ),
     "sinks and experts": dataclasses.replace(
-        CONFIG, sinks=True, experts=4, experts_per_token=2, expert_size=16, expert_layers=(True, False)
+        CONFIG,
+        sinks=True,
+        experts=4,
+        experts_per_token=2,
+        expert_size=16,
+        expert_layers=(True, False),
     ),
-    "side by side": dataclasses.replace(CONFIG, norm="layer", parallel=True, shared_norm=True, tied=False),
+    "side by side": dataclasses.replace(
+        CONFIG, norm="layer", parallel=True, shared_norm=True, tied=False
+    ),
 }
 
 
@@ -56,7 +74,9 @@ def tokens(n, seed=0):
 
 @pytest.fixture(scope="module")
 def made():
-    """Name -> (config's model, the same compiled by Dynamo alone, weights stored by columns), each once."""
+    """Name -> (config's model, the same compiled by Dynamo alone, weights stored by columns), each
+    once.
+    """
     kept = {}
 
     def make(name):
@@ -71,8 +91,12 @@ def made():
 
 
 def pasts(model, params):
-    """A short one, one beyond the first bucket, one that fills its capacity, and one behind a prefix."""
-    kept = lambda n, size, seed: model.apply(params, tokens(n, seed), model.cache(size, dtype=torch.float64))[1]
+    """A short one, one beyond the first bucket, one that fills its capacity, and one behind a
+    prefix.
+    """
+    kept = lambda n, size, seed: model.apply(
+        params, tokens(n, seed), model.cache(size, dtype=torch.float64)
+    )[1]
     branch = Branch(kept(20, 30, 1), kept(3, 9, 2))
     return [kept(4, 50, 3), kept(140, 300, 4), kept(7, 8, 5), branch]
 
@@ -91,9 +115,15 @@ def test_a_step_is_that_of_the_model(made, name):
         for past in pasts(model, params):
             if int(past.length) + T > caches.capacity(past):
                 continue
-            wanted, got = model.extend(params, tokens(T, 9), past), fast.extend(params, tokens(T, 9), past)
+            wanted, got = (
+                model.extend(params, tokens(T, 9), past),
+                fast.extend(params, tokens(T, 9), past),
+            )
             torch.testing.assert_close(got, wanted)
-            ours, theirs = fast.apply(params, tokens(T, 9), past), model.apply(params, tokens(T, 9), past)
+            ours, theirs = (
+                fast.apply(params, tokens(T, 9), past),
+                model.apply(params, tokens(T, 9), past),
+            )
             torch.testing.assert_close(ours[0], theirs[0])
             torch.testing.assert_close(remembered(ours[1]), remembered(theirs[1]))
             x = model.hidden(params, tokens(T, 9), past)[0]
@@ -106,7 +136,9 @@ def test_what_lies_beyond_the_length_is_unobservable(made):
     poisoned = past._replace(k=past.k.clone(), v=past.v.clone())
     for rows in (poisoned.k, poisoned.v):
         rows[..., int(past.length) :, :] = float("nan")
-    torch.testing.assert_close(fast.extend(params, tokens(1), poisoned)[0], model.extend(params, tokens(1), past)[0])
+    torch.testing.assert_close(
+        fast.extend(params, tokens(1), poisoned)[0], model.extend(params, tokens(1), past)[0]
+    )
 
 
 def test_an_empty_past_is_no_past(made):
@@ -121,11 +153,17 @@ def test_an_empty_past_is_no_past(made):
 def test_generation_and_streaming_take_it_as_any_model(made):
     model, fast, params = made("llama")
     prompt = tokens(30, 6)
-    wanted, after = fa.generate(fa.key(0), model, params, prompt, steps=12, sampler=fa.sampling.temperature(1.0))
-    got, cache = fa.generate(fa.key(0), fast, params, prompt, steps=12, sampler=fa.sampling.temperature(1.0))
+    wanted, after = fa.generate(
+        fa.key(0), model, params, prompt, steps=12, sampler=fa.sampling.temperature(1.0)
+    )
+    got, cache = fa.generate(
+        fa.key(0), fast, params, prompt, steps=12, sampler=fa.sampling.temperature(1.0)
+    )
     assert torch.equal(got, wanted)
     torch.testing.assert_close(cache, after)
-    streamed = list(fa.stream(fa.key(0), fast, params, prompt, steps=12, sampler=fa.sampling.temperature(1.0)))
+    streamed = list(
+        fa.stream(fa.key(0), fast, params, prompt, steps=12, sampler=fa.sampling.temperature(1.0))
+    )
     assert streamed[-1].tokens == tuple(wanted.tolist())
 
 
@@ -133,7 +171,9 @@ def test_futures_under_vmap_are_those_of_the_loop(made):
     model, fast, params = made("llama")
     _, past = fast.apply(params, tokens(9, 7), fast.cache(20, dtype=torch.float64))
     prompt = tokens(1, 8)
-    go_on = lambda key: fa.generate(key, fast, params, prompt, past, steps=6, sampler=fa.sampling.temperature(1.0))[0]
+    go_on = lambda key: fa.generate(
+        key, fast, params, prompt, past, steps=6, sampler=fa.sampling.temperature(1.0)
+    )[0]
     keys = fa.split(fa.key(3), 5)
     assert torch.equal(vmap(go_on)(keys), torch.stack([go_on(key) for key in keys]))
 
@@ -152,13 +192,22 @@ def test_derivatives_are_those_of_the_model(made):
     _, past = model.apply(params, tokens(9, 7), model.cache(20, dtype=torch.float64))
     loss = lambda model: lambda params, ids: model.extend(params, ids, past)[0].logsumexp(-1).sum()
     ids = tokens(2, 8)
-    assert fa.tree.allclose(grad(loss(fast))(params, ids), grad(loss(model))(params, ids), atol=0, rtol=0)
+    assert fa.tree.allclose(
+        grad(loss(fast))(params, ids), grad(loss(model))(params, ids), atol=0, rtol=0
+    )
     direction = fa.tree.map(torch.ones_like, params)
-    ours, theirs = (jvp(lambda p, m=m: loss(m)(p, ids), (params,), (direction,))[1] for m in (fast, model))
+    ours, theirs = (
+        jvp(lambda p, m=m: loss(m)(p, ids), (params,), (direction,))[1] for m in (fast, model)
+    )
     assert torch.equal(ours, theirs)
     batch = torch.stack([tokens(2, 8), tokens(2, 9)])
     each = vmap(grad(loss(fast)), (None, 0))(params, batch)
-    assert fa.tree.allclose(fa.tree.map(lambda g: g[1], each), grad(loss(model))(params, batch[1]), atol=1e-12, rtol=1e-9)
+    assert fa.tree.allclose(
+        fa.tree.map(lambda g: g[1], each),
+        grad(loss(model))(params, batch[1]),
+        atol=1e-12,
+        rtol=1e-9,
+    )
 
 
 def test_plain_autograd_is_that_of_the_model(made):
@@ -200,7 +249,9 @@ def test_one_graph_serves_a_bucket_and_every_prompt(made):
 
 
 def test_records_are_compiled_once(made):
-    """Tracing once changed what `linear` remembers of types, and all was compiled again at the second call."""
+    """Tracing once changed what `linear` remembers of types, and all was compiled again at the
+    second call.
+    """
     model, seen = made("llama")[0], []
 
     def backend(graph, inputs):
@@ -212,7 +263,9 @@ def test_records_are_compiled_once(made):
 
     fa.layers.linear.register(Twice, lambda weight, x: 2 * (x @ weight.half.mT))
     plain = model.init(fa.key(0))
-    params = plain._replace(layers=tuple(layer._replace(up=Twice(layer.up / 2)) for layer in plain.layers))
+    params = plain._replace(
+        layers=tuple(layer._replace(up=Twice(layer.up / 2)) for layer in plain.layers)
+    )
     fast = fa.compile(model, backend=backend)
     for size in (9, 9, 30):
         fast.extend(params, tokens(1), model.apply(plain, tokens(4), model.cache(size))[1])
@@ -223,9 +276,12 @@ def test_weights_that_differ_in_what_is_absent_or_shared_are_told_apart(made):
     """The guards that would tell are left out: the form of the call does."""
     model, params = made("llama")[0], made("llama")[2]
     fast, token = fa.compile(model, backend="eager"), tokens(1)
-    _, past = model.apply(params, tokens(4, 1), model.cache(9, dtype=torch.float64))  # with one token alone q would not matter
+    # with one token alone q would not matter
+    _, past = model.apply(params, tokens(4, 1), model.cache(9, dtype=torch.float64))
     of = lambda m, params: m.extend(params, token, past)[0]
-    change = lambda **fields: params._replace(layers=tuple(layer._replace(**fields) for layer in params.layers))
+    change = lambda **fields: params._replace(
+        layers=tuple(layer._replace(**fields) for layer in params.layers)
+    )
     first = params.layers[0]
     trees = [
         params,
@@ -261,7 +317,9 @@ def test_a_donated_step_is_apply_and_copies_nothing(made):
     wanted, after = model.apply(params, tokens(2, 8), past)
     k, v = past.k.data_ptr(), past.v.data_ptr()
     got, kept = fast.step(params, tokens(2, 8), past)
-    torch.testing.assert_close((got, kept.k[..., :11, :], kept.length), (wanted, after.k[..., :11, :], after.length))
+    torch.testing.assert_close(
+        (got, kept.k[..., :11, :], kept.length), (wanted, after.k[..., :11, :], after.length)
+    )
     assert (kept.k.data_ptr(), kept.v.data_ptr()) == (k, v)
 
 
@@ -293,7 +351,9 @@ def test_a_kernel_that_is_forced_is_not_passed_over(made, monkeypatch):
     model, fast, params = made("llama")
     past = pasts(model, params)[0]
     called = []
-    monkeypatch.setattr(Stack, "hidden", lambda *_: called.append(1) or model.hidden(params, tokens(1), past))
+    monkeypatch.setattr(
+        Stack, "hidden", lambda *_: called.append(1) or model.hidden(params, tokens(1), past)
+    )
     with fa.kernels.use("reference"):
         fast.hidden(params, tokens(1), past)
     with torch.autocast(past.k.device.type, torch.bfloat16):
@@ -327,7 +387,9 @@ def test_a_prefix_that_is_differentiated_runs_as_the_model(made):
     found = []
     for each in (fast, model):
         k = branch.prefix.k.clone().requires_grad_()
-        each.extend(params, tokens(1), Branch(branch.prefix._replace(k=k), branch.tail))[0].square().sum().backward()
+        each.extend(params, tokens(1), Branch(branch.prefix._replace(k=k), branch.tail))[
+            0
+        ].square().sum().backward()
         found.append(k.grad)
     assert torch.equal(*found)
     assert found[0].any()
@@ -341,7 +403,11 @@ TINY = dataclasses.replace(CONFIG, layers=2, context=4096)
 @pytest.fixture(scope="module")
 def really():
     model = fa.decoder(TINY)
-    return model, fa.compile(model), fa.tree.map(lambda w: w.mT.contiguous().mT if w.dim() == 2 else w, model.init(fa.key(1)))
+    return (
+        model,
+        fa.compile(model),
+        fa.tree.map(lambda w: w.mT.contiguous().mT if w.dim() == 2 else w, model.init(fa.key(1))),
+    )
 
 
 @pytest.mark.real("Inductor compiles for it")
@@ -353,12 +419,18 @@ def test_compiled_tokens_are_those_of_the_model(really):
 
 @pytest.mark.cpu("it reads the C++ that Inductor writes")
 def test_no_code_allocates_a_past(really):
-    """In the C++ of a step behind 1000 of 4000 rows, the largest buffer is a layer's part of the bucket: no copy of the past."""
+    """In the C++ of a step behind 1000 of 4000 rows, the largest buffer is a layer's part of the
+    bucket: no copy of the past.
+    """
     model, _, params = really
     fast, past = fa.compile(model), model.cache(4000)
     past = past._replace(length=torch.tensor(1000))
     (_, _), codes = run_and_get_code(fast.extend, params, tokens(1), past)
-    sizes = [re.findall(r"\d+", shape) for code in codes for shape in re.findall(r"empty_strided_cpu\(\(([^)]*)\)", code)]
+    sizes = [
+        re.findall(r"\d+", shape)
+        for code in codes
+        for shape in re.findall(r"empty_strided_cpu\(\(([^)]*)\)", code)
+    ]
     largest = max(torch.Size(map(int, shape)).numel() for shape in sizes)
     assert largest <= TINY.kv_heads * 1024 * TINY.head_size
     assert largest < past.k.numel() // TINY.layers  # not even of one layer of what is reserved
@@ -371,7 +443,8 @@ def test_a_vector_is_multiplied_row_by_row_where_it_is_compiled():
     torch.testing.assert_close(y, x @ weight.T)
     assert not any("extern_kernels.mm" in code or "extern_kernels.addmm" in code for code in codes)
     narrow = torch.compile(fa.layers.linear)(weight.bfloat16(), x.bfloat16())
-    torch.testing.assert_close(narrow, (x.double() @ weight.bfloat16().double().T).bfloat16())  # sums in float32, rounded once
+    # sums in float32, rounded once
+    torch.testing.assert_close(narrow, (x.double() @ weight.bfloat16().double().T).bfloat16())
 
 
 @pytest.mark.cpu("it reads the C++ that Inductor writes")
@@ -389,9 +462,17 @@ def test_a_few_tokens_are_multiplied_in_one_loop_over_the_matrix(really):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: fa.compile("model"), TypeError, r"compile: model should be from fa\.decoder, got a str"),
+        (
+            lambda: fa.compile("model"),
+            TypeError,
+            r"compile: model should be from fa\.decoder, got a str",
+        ),
         (lambda: fa.compile(fa.Model(*[print] * 4)), TypeError, "got a Model"),
-        (lambda: fa.compile(fa.decoder(CONFIG), depth=0), ValueError, "depth should be from 1 to the 2 layers, got 0"),
+        (
+            lambda: fa.compile(fa.decoder(CONFIG), depth=0),
+            ValueError,
+            "depth should be from 1 to the 2 layers, got 0",
+        ),
         (lambda: fa.compile(fa.decoder(CONFIG), depth=5), ValueError, "got 5"),
     ],
 )
@@ -402,16 +483,29 @@ def test_bad_input_is_an_error_with_its_remedy(call, error, message):
 
 def test_bad_steps_are_errors(made):
     model, fast, params = made("llama")
-    of_dicts = lambda params: params._replace(layers=tuple(layer._replace(q={"q": layer.q}) for layer in params.layers))
+    of_dicts = lambda params: params._replace(
+        layers=tuple(layer._replace(q={"q": layer.q}) for layer in params.layers)
+    )
     past = pasts(model, params)[2]
     for wrong, message in (
         (lambda: fast.extend(params, torch.tensor([40]), past), "ids in 0..39, got 40"),
         (lambda: fast.extend(params, tokens(1).float(), past), "should be an integer tensor"),
         (lambda: fast.apply(params, tokens(2), past), "with room for 9 tokens"),
         (lambda: fast.step(params, tokens(1), ()), "a Cache, or a Branch of such"),
-        (lambda: vmap(lambda t: fast.step(params, t, past))(tokens(3)[:, None]), "outside of every transform"),
-        (lambda: fast.extend(params, tokens(1), fa.decoder(dataclasses.replace(CONFIG, layers=1)).cache(4)), "of \\(layers"),
-        (lambda: fast.extend(of_dicts(params), tokens(1), past), "weight should be a tensor or a record .*, got a dict"),
+        (
+            lambda: vmap(lambda t: fast.step(params, t, past))(tokens(3)[:, None]),
+            "outside of every transform",
+        ),
+        (
+            lambda: fast.extend(
+                params, tokens(1), fa.decoder(dataclasses.replace(CONFIG, layers=1)).cache(4)
+            ),
+            "of \\(layers",
+        ),
+        (
+            lambda: fast.extend(of_dicts(params), tokens(1), past),
+            "weight should be a tensor or a record .*, got a dict",
+        ),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             wrong()

@@ -1,4 +1,6 @@
-"""Layers as one operator in C++: as near to the exact decoder as that of floats is, for every past; and what it does not know."""
+"""Layers as one operator in C++: as near to the exact decoder as that of floats is, for every past;
+and what it does not know.
+"""
 
 import dataclasses
 
@@ -17,7 +19,16 @@ pytestmark = [
     pytest.mark.cpu("the operator funcattn::layers is for the CPU"),
 ]
 
-CONFIG = fa.Config(vocabulary=48, width=64, layers=2, heads=4, kv_heads=2, head_size=16, feed_forward=96, context=600)
+CONFIG = fa.Config(
+    vocabulary=48,
+    width=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    feed_forward=96,
+    context=600,
+)
 MODELS = {
     "int8": ({}, fa.int8),
     "int4": ({}, fa.int4),
@@ -64,7 +75,9 @@ def ids(n, seed=0):
 
 def quantized(config, scheme, seed=0):
     """Norms of their own, and matrices so large that attention chooses and gates close."""
-    vary = lambda w: w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape)) if w.dim() == 1 else 6 * w
+    vary = lambda w: (
+        w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape)) if w.dim() == 1 else 6 * w
+    )
     return fa.quantize(scheme)(fa.tree.map(vary, fa.decoder(config).init(fa.key(seed))))
 
 
@@ -77,11 +90,15 @@ def exact(config, params, tokens, past):
 def far(given, wanted):
     """The largest difference of logits, and of what is remembered."""
     values = lambda result: [result[0], *result[1].k, *result[1].v]
-    return [(a.double() - b).abs().max() for a, b in zip(values(given), values(wanted), strict=True)]
+    return [
+        (a.double() - b).abs().max() for a, b in zip(values(given), values(wanted), strict=True)
+    ]
 
 
 def check(config, params, tokens, past):
-    """No further from the exact result than 8 times what the same steps in float32 are, and 2^-20 of what numbers there are."""
+    """No further from the exact result than 8 times what the same steps in float32 are, and 2^-20
+    of what numbers there are.
+    """
     model = fa.decoder(config)
     fast = fa.compile(model, backend="eager")
     wanted = exact(config, params, tokens, past)
@@ -108,7 +125,11 @@ def test_it_is_as_near_as_floats_are(calls, instructions, changes, scheme):
     try:
         config = dataclasses.replace(CONFIG, **changes)
         params, model = quantized(config, scheme), fa.decoder(config)
-        for T, past in ((1, model.cache(9)), (5, model.cache(9)), (1, model.apply(params, ids(40, 1), model.cache(50))[1])):
+        for T, past in (
+            (1, model.cache(9)),
+            (5, model.cache(9)),
+            (1, model.apply(params, ids(40, 1), model.cache(50))[1]),
+        ):
             check(config, params, ids(T, 2), past)
         assert len(calls) == 3
     finally:
@@ -116,13 +137,25 @@ def test_it_is_as_near_as_floats_are(calls, instructions, changes, scheme):
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 16), st.integers(0, 40), st.integers(0, 20), st.integers(0, 7), st.integers(0, 100))
+@given(
+    st.integers(1, 16),
+    st.integers(0, 40),
+    st.integers(0, 20),
+    st.integers(0, 7),
+    st.integers(0, 100),
+)
 def test_every_past_is_read_as_far_as_it_goes(T, first, second, spare, seed):
-    """A prefix and what is its own, of any lengths and capacities; what lies beyond a length is NaN here."""
+    """A prefix and what is its own, of any lengths and capacities; what lies beyond a length is NaN
+    here.
+    """
     params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
     fill = lambda cache, n, seed: model.apply(params, ids(n, seed), cache)[1] if n else cache
-    nan = lambda past: past._replace(**{name: spoilt(getattr(past, name), int(past.length)) for name in ("k", "v")})
-    spoilt = lambda rows, n: torch.where((torch.arange(rows.shape[-2]) < n).unsqueeze(-1), rows, torch.nan)
+    nan = lambda past: past._replace(
+        **{name: spoilt(getattr(past, name), int(past.length)) for name in ("k", "v")}
+    )
+    spoilt = lambda rows, n: torch.where(
+        (torch.arange(rows.shape[-2]) < n).unsqueeze(-1), rows, torch.nan
+    )
     prefix = nan(fill(model.cache(first + spare), first, seed))
     branch = Branch(prefix, nan(fill(model.cache(second + spare + T), second, seed + 1)))
     fast = fa.compile(model, backend="eager")
@@ -136,7 +169,8 @@ def test_every_past_is_read_as_far_as_it_goes(T, first, second, spare, seed):
 def test_a_past_may_lie_in_memory_as_it_likes(calls):
     params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
     past = model.apply(params, ids(9, 1), model.cache(12))[1]
-    by_rows = lambda rows: rows.transpose(1, 2).contiguous().transpose(1, 2)  # a token's heads together
+    # a token's heads together
+    by_rows = lambda rows: rows.transpose(1, 2).contiguous().transpose(1, 2)
     wider = lambda rows: torch.cat([rows, rows], -1)[..., : rows.shape[-1]]
     fast = fa.compile(model, backend="eager")
     wanted = fast.extend(params, ids(3), past)
@@ -161,27 +195,42 @@ def test_a_past_of_another_dtype_is_the_error_of_the_model(calls):
     params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
     for m in (model, fa.compile(model, backend="eager")):
         with pytest.raises(TypeError, match=r"the past should be torch\.float32"):
-            m.extend(params, ids(2), fa.cast(torch.bfloat16)(model.apply(params, ids(5, 1), model.cache(12))[1]))
+            m.extend(
+                params,
+                ids(2),
+                fa.cast(torch.bfloat16)(model.apply(params, ids(5, 1), model.cache(12))[1]),
+            )
     assert not calls
 
 
 def test_an_empty_past_of_another_dtype_is_no_past(calls):
     params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
     run = lambda m: m.extend(params, ids(2), model.cache(9, dtype=torch.bfloat16))[0]
-    torch.testing.assert_close(run(fa.compile(model, backend="eager")), run(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        run(fa.compile(model, backend="eager")), run(model), rtol=1e-4, atol=1e-4
+    )
     assert not calls
 
 
 def test_no_token_sees_those_behind_it():
     params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
-    table = params.embedding if isinstance(params.embedding, torch.Tensor) else fa.dequantize(params).embedding
-    spoilt = params._replace(embedding=table.index_fill(0, torch.tensor([7]), torch.nan), head=fa.dequantize(params).embedding)
+    table = (
+        params.embedding
+        if isinstance(params.embedding, torch.Tensor)
+        else fa.dequantize(params).embedding
+    )
+    spoilt = params._replace(
+        embedding=table.index_fill(0, torch.tensor([7]), torch.nan),
+        head=fa.dequantize(params).embedding,
+    )
     fast = fa.compile(model, backend="eager")
     logits = fast.extend(spoilt, torch.tensor([1, 2, 7, 3]), model.cache(9))[0]
     assert logits[:2].isfinite().all()
     assert logits[2:].isnan().all()
     whole = spoilt._replace(embedding=table)
-    torch.testing.assert_close(logits[:2], fast.extend(whole, torch.tensor([1, 2, 5, 3]), model.cache(9))[0][:2])
+    torch.testing.assert_close(
+        logits[:2], fast.extend(whole, torch.tensor([1, 2, 5, 3]), model.cache(9))[0][:2]
+    )
 
 
 def test_large_logits_are_a_choice_and_not_an_overflow():
@@ -189,7 +238,9 @@ def test_large_logits_are_a_choice_and_not_an_overflow():
     params, model = quantized(config, fa.int8), fa.decoder(config)
     logits = fa.compile(model, backend="eager").extend(params, ids(6), model.cache(9))[0]
     assert logits.isfinite().all()
-    torch.testing.assert_close(logits[:1], model.extend(params, ids(6), model.cache(9))[0][:1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits[:1], model.extend(params, ids(6), model.cache(9))[0][:1], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("instructions", [1, 2], ids=["AVX2", "AVX-512"])
@@ -200,11 +251,17 @@ def test_a_gate_that_is_closed_lets_nothing_through(calls, instructions):
     try:
         model = fa.decoder(CONFIG)
         plain = model.init(fa.key(0))
-        plain = plain._replace(embedding=plain.embedding.abs() + 1)  # so that no sum changes its sign
-        closed = [layer._replace(gate=torch.full_like(layer.gate, -1e35), up=1e3 * layer.up) for layer in plain.layers]
+        # so that no sum changes its sign
+        plain = plain._replace(embedding=plain.embedding.abs() + 1)
+        closed = [
+            layer._replace(gate=torch.full_like(layer.gate, -1e35), up=1e3 * layer.up)
+            for layer in plain.layers
+        ]
         params = fa.quantize(fa.int8)(plain._replace(layers=tuple(closed)))
         wanted = fa.compile(model, backend="eager").extend(params, ids(2), model.cache(4))[0]
-        torch.testing.assert_close(wanted, model.extend(params, ids(2), model.cache(4))[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            wanted, model.extend(params, ids(2), model.cache(4))[0], rtol=1e-4, atol=1e-4
+        )
         assert calls
     finally:
         torch.ops.funcattn.instructions(-1)
@@ -217,7 +274,12 @@ def test_what_it_does_not_know_runs_as_compiled_code(calls, changes):
     fast = fa.compile(model, backend="eager")
     assert "not the operator funcattn::layers: it" in fast.explain(params)
     past = model.apply(params, ids(5, 1), model.cache(12))[1]
-    torch.testing.assert_close(fast.extend(params, ids(2), past)[0], model.extend(params, ids(2), past)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fast.extend(params, ids(2), past)[0],
+        model.extend(params, ids(2), past)[0],
+        rtol=1e-4,
+        atol=1e-4,
+    )
     assert not calls
 
 
@@ -232,23 +294,44 @@ def test_so_do_other_dtypes_and_matrices(calls):
     assert "norms with weights of float32" in fast.explain(wide)
     for tree, dtype in ((plain, torch.float32), (some, torch.float32), (wide, torch.float64)):
         past = model.apply(tree, ids(5, 1), model.cache(12, dtype=dtype))[1]
-        torch.testing.assert_close(fast.extend(tree, ids(2), past)[0], model.extend(tree, ids(2), past)[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            fast.extend(tree, ids(2), past)[0],
+            model.extend(tree, ids(2), past)[0],
+            rtol=1e-4,
+            atol=1e-4,
+        )
     assert not calls
 
 
 def test_so_do_weights_of_which_the_configuration_says_nothing(calls):
     params, model = quantized(CONFIG, fa.int8), fa.decoder(CONFIG)
     first, *others = params.layers
-    narrow = fa.quantize(fa.int8)(fa.decoder(dataclasses.replace(CONFIG, feed_forward=32)).init(fa.key(1))).layers[0]
-    fast, past = fa.compile(model, backend="eager"), model.apply(params, ids(5, 1), model.cache(12))[1]
+    narrow = fa.quantize(fa.int8)(
+        fa.decoder(dataclasses.replace(CONFIG, feed_forward=32)).init(fa.key(1))
+    ).layers[0]
+    fast, past = (
+        fa.compile(model, backend="eager"),
+        model.apply(params, ids(5, 1), model.cache(12))[1],
+    )
     for changed, why in (
-        (first._replace(attention_after_norm=torch.full((64,), 2.0)), "layers.0.attention_after_norm"),
-        (first._replace(feed_forward_after_norm=torch.full((64,), 2.0)), "layers.0.feed_forward_after_norm"),
+        (
+            first._replace(attention_after_norm=torch.full((64,), 2.0)),
+            "layers.0.attention_after_norm",
+        ),
+        (
+            first._replace(feed_forward_after_norm=torch.full((64,), 2.0)),
+            "layers.0.feed_forward_after_norm",
+        ),
         (first._replace(gate=narrow.gate, up=narrow.up, down=narrow.down), "the same sizes"),
     ):
         tree = params._replace(layers=(changed, *others))
         assert why in fast.explain(tree)
-        torch.testing.assert_close(fast.extend(tree, ids(2), past)[0], model.extend(tree, ids(2), past)[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            fast.extend(tree, ids(2), past)[0],
+            model.extend(tree, ids(2), past)[0],
+            rtol=1e-4,
+            atol=1e-4,
+        )
     assert not calls
 
 
@@ -258,7 +341,9 @@ def test_a_norm_that_was_written_into_is_read_anew(calls):
     fast.extend(params, ids(1), model.cache(3))
     params.layers[1].attention_norm.mul_(2.0)
     wanted = model.extend(params, ids(1), model.cache(3))[0]
-    torch.testing.assert_close(fast.extend(params, ids(1), model.cache(3))[0], wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fast.extend(params, ids(1), model.cache(3))[0], wanted, rtol=1e-4, atol=1e-4
+    )
     assert len(calls) == 2
 
 
@@ -280,13 +365,28 @@ def test_threads_change_nothing():
 def arguments(**changes):
     params = quantized(CONFIG, fa.int4)
     stack = [
-        layer._replace(**{name: fa.layers.prepare(getattr(layer, name), 1) for name in fused.MATRICES}) for layer in params.layers
+        layer._replace(
+            **{name: fa.layers.prepare(getattr(layer, name), 1) for name in fused.MATRICES}
+        )
+        for layer in params.layers
     ]
     blocks, scales, rows = fused.weights(stack)
     norms = [norm for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
     past = torch.zeros(2, 2, 5, 16)
-    given = {"blocks": blocks, "scales": scales, "rows": rows, "norms": norms, "x": torch.zeros(2, 64)}
-    given |= {"cos": torch.ones(2, 16), "sin": torch.zeros(2, 16), "keys": [past], "values": [past], "lengths": [4]}
+    given = {
+        "blocks": blocks,
+        "scales": scales,
+        "rows": rows,
+        "norms": norms,
+        "x": torch.zeros(2, 64),
+    }
+    given |= {
+        "cos": torch.ones(2, 16),
+        "sin": torch.zeros(2, 16),
+        "keys": [past],
+        "values": [past],
+        "lengths": [4],
+    }
     given |= {"heads": 4, "kv_heads": 2, "scale": 1.0, "epsilon": 1e-5}
     return given | {name: change(given[name]) for name, change in changes.items()}
 
@@ -327,6 +427,8 @@ def test_it_has_no_derivative_and_says_so():
 def test_derivatives_of_the_compiled_model_are_those_of_the_model(calls):
     params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
     fast, past = fa.compile(model, backend="eager"), model.cache(4)
-    of = lambda m: torch.func.grad(lambda norm: m.extend(params._replace(norm=norm), ids(2), past)[0].square().sum())(params.norm)
+    of = lambda m: torch.func.grad(
+        lambda norm: m.extend(params._replace(norm=norm), ids(2), past)[0].square().sum()
+    )(params.norm)
     torch.testing.assert_close(of(fast), of(model))
     assert not calls

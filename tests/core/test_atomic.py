@@ -1,4 +1,6 @@
-"""Writing in one step: killed, full, locked, linked, by two at once; the old or the new is there, whole."""
+"""Writing in one step: killed, full, locked, linked, by two at once; the old or the new is there,
+whole.
+"""
 
 import errno
 import fcntl
@@ -20,7 +22,9 @@ from funcattn.core import atomic
 from funcattn.training import snapshots
 
 pytestmark = pytest.mark.cpu("files and processes, whatever the device")
-CONFIG = fa.Config(vocabulary=16, width=16, layers=1, heads=1, kv_heads=1, head_size=16, feed_forward=16)
+CONFIG = fa.Config(
+    vocabulary=16, width=16, layers=1, heads=1, kv_heads=1, head_size=16, feed_forward=16
+)
 OLD, NEW = (fa.decoder(CONFIG).init(fa.key(seed)) for seed in (0, 1))
 LORA = {seed: fa.lora(2, alpha=4.0 * seed)(fa.key(seed), OLD) for seed in (1, 2)}
 
@@ -34,13 +38,17 @@ def names(folder):
 
 
 def in_child(f, *, killed_at=None, exchange=True, seconds=None):
-    """Run f in a child, which is killed before its event of this number or after a time; whether it was."""
+    """Run f in a child, which is killed before its event of this number or after a time; whether it
+    was.
+    """
     pid = os.fork()
     if not pid:
         count = [0]
 
         def hook(event, arguments):
-            if killed_at is not None and event.startswith(("open", "os.", "shutil.", "ctypes.call", "fcntl.")):
+            if killed_at is not None and event.startswith(
+                ("open", "os.", "shutil.", "ctypes.call", "fcntl.")
+            ):
                 count[0] += 1
                 if count[0] == killed_at:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -59,7 +67,9 @@ def in_child(f, *, killed_at=None, exchange=True, seconds=None):
 
 
 def killed_everywhere(f, check, **options):
-    """f is killed before each thing that it asks of the file system, one after the other; then it may end."""
+    """f is killed before each thing that it asks of the file system, one after the other; then it
+    may end.
+    """
     number = 1
     while in_child(f, killed_at=number, **options):
         check()
@@ -86,7 +96,9 @@ def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new(tmp_path, kind
             snapshots.write(tmp_path, 1, NEW if new else OLD, {"new": new})
         else:
             ours = tokenizer()
-            type(ours)(ours.backend, (0,) if new else (1,), f"{new}", {"bos_token": f"{new}"}).save(place)
+            type(ours)(ours.backend, (0,) if new else (1,), f"{new}", {"bos_token": f"{new}"}).save(
+                place
+            )
 
     def check():
         if kind == "model":
@@ -111,7 +123,9 @@ def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new(tmp_path, kind
         (place / "README.md").write_text("mine")
     killed_everywhere(lambda: saved(new=True), check)
     saved(new=True)
-    assert names(tmp_path) == ["step-00000001" if kind == "snapshot" else "a"], "what the killed saves left is still there"
+    assert names(tmp_path) == ["step-00000001" if kind == "snapshot" else "a"], (
+        "what the killed saves left is still there"
+    )
     if kind in ("adapter", "tokenizer"):
         assert (place / "README.md").read_text() == "mine"
     if kind == "model":
@@ -131,7 +145,10 @@ def test_without_an_exchange_the_next_save_puts_back_what_was_there(tmp_path):
     assert number > 10
 
 
-@pytest.mark.parametrize("inside", ["folder", *(pytest.param(case, marks=pytest.mark.slow) for case in ("no exchange", "here"))])
+@pytest.mark.parametrize(
+    "inside",
+    ["folder", *(pytest.param(case, marks=pytest.mark.slow) for case in ("no exchange", "here"))],
+)
 def test_files_that_agree_are_never_mixed_where_no_exchange_can_be(tmp_path, inside, monkeypatch):
     place = tmp_path / "a"
     fa.save_lora(place, LORA[1])
@@ -152,7 +169,12 @@ def test_files_that_agree_are_never_mixed_where_no_exchange_can_be(tmp_path, ins
     fa.save_lora(place, LORA[2])
     assert same(fa.load_lora(place, OLD), LORA[2])
     assert (place / "README.md").read_text() == "mine"
-    mine = {"README.md", "adapter_config.json", "adapter_model.safetensors", *(["runs"] if inside == "folder" else [])}
+    mine = {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        *(["runs"] if inside == "folder" else []),
+    }
     assert set(names(place)) == mine
     assert names(tmp_path) == ["a"]
 
@@ -170,7 +192,8 @@ def killed_at_random(tmp_path, kills):
         found = fa.load(place).params
         assert same(found, OLD) or same(found, NEW)
         saves += same(found, NEW)
-        assert len(names(tmp_path)) <= 2  # what one killed save left, since each sweeps before it writes
+        # what one killed save left, since each sweeps before it writes
+        assert len(names(tmp_path)) <= 2
     fa.save(place, CONFIG, OLD)
     assert names(tmp_path) == ["m"]
     return saves
@@ -252,7 +275,13 @@ def test_a_folder_keeps_its_mode_and_loses_no_file_that_came_meanwhile(tmp_path)
         (draft / "adapter_config.json").write_text("{}")
         (place / "log.txt").write_text("meanwhile")
     assert stat.S_IMODE(place.stat().st_mode) == 0o770
-    assert names(place) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "link", "log.txt"]
+    assert names(place) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "link",
+        "log.txt",
+    ]
     assert (place / "link").is_symlink()
     assert (place / "log.txt").read_text() == "meanwhile"
 

@@ -75,7 +75,9 @@ def test_forward_mode_is_seen_through_a_vmap():
     assert asked[-1] == (False, True)
 
 
-@pytest.mark.parametrize("transform", [TRANSFORMS["jvp"], TRANSFORMS["a dual level"]], ids=["jvp", "a dual level"])
+@pytest.mark.parametrize(
+    "transform", [TRANSFORMS["jvp"], TRANSFORMS["a dual level"]], ids=["jvp", "a dual level"]
+)
 def test_another_threads_jvp_changes_no_bit_and_refuses_nothing(transform):
     model = fa.decoder(fa.Config())
     params = fa.quantize(fa.int8)(model.init(fa.key(0)))
@@ -137,5 +139,7 @@ assert not [str(warning.message) for warning in caught if "registered" in str(wa
 
 
 def test_two_threads_that_are_first_to_use_the_operator_register_it_once():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
+    )
     assert not done.returncode, done.stderr[-600:]

@@ -1,4 +1,6 @@
-"""core/computations.py: the derivatives of a flat function are flat functions, equal to torch.func's."""
+"""core/computations.py: the derivatives of a flat function are flat functions, equal to
+torch.func's.
+"""
 
 import torch
 

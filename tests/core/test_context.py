@@ -1,4 +1,6 @@
-"""Values of a context: what holds inside a `with` of this thread, for eager, compiled and exported code."""
+"""Values of a context: what holds inside a `with` of this thread, for eager, compiled and exported
+code.
+"""
 
 import asyncio
 import threading
@@ -20,7 +22,9 @@ def of_value(x):
 
 
 def in_turns(*steps):
-    """Run generators in threads of their own, one step of one at a time, in the order given by their numbers."""
+    """Run generators in threads of their own, one step of one at a time, in the order given by
+    their numbers.
+    """
     generators, order = steps[:-1], steps[-1]
     turns = [threading.Semaphore(0) for _ in generators]
     done, errors = threading.Semaphore(0), []
@@ -102,12 +106,18 @@ class Attending(torch.nn.Module):
 
 def streams(graph):
     """True for the graph of the streaming kernel, which is one node."""
-    return any("funcattn" in str(node.target) or "flat_apply" in str(node.target) for node in graph.nodes)
+    return any(
+        "funcattn" in str(node.target) or "flat_apply" in str(node.target) for node in graph.nodes
+    )
 
 
 def test_a_kernel_forced_in_another_thread_is_in_no_graph_of_this_one():
     q, graphs, exported = fa.random.normal(fa.key(0), (1, 2, 64, 8)), [], []
-    compiled = torch.compile(Attending(), backend=lambda module, _: graphs.append(streams(module.graph)) or module, fullgraph=True)
+    compiled = torch.compile(
+        Attending(),
+        backend=lambda module, _: graphs.append(streams(module.graph)) or module,
+        fullgraph=True,
+    )
 
     def force():
         with fa.kernels.use("reference"):

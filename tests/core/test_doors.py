@@ -1,4 +1,6 @@
-"""Mistakes that everybody makes once are told in the library's words, at the door where they were made."""
+"""Mistakes that everybody makes once are told in the library's words, at the door where they were
+made.
+"""
 
 import io
 import re
@@ -46,9 +48,21 @@ CALLS = {  # a call that works, whose arguments are spoilt one by one
     "attention_weights": (fa.attention_weights, [X, X], {}),
     "merge": (fa.merge, [fa.attend(X, X, X), fa.attend(X, X, X)], {}),
     "extend": (MODEL.extend, [PARAMS, PROMPT, ()], {}),
-    "generate": (fa.generate, [KEY, MODEL, PARAMS, PROMPT], {"steps": 1, "sampler": sampling.greedy, "stop": [3], "chunk": 8}),
-    "beam_search": (fa.beam_search, [MODEL, PARAMS, PROMPT], {"steps": 1, "beams": 2, "length_penalty": 1.0}),
-    "speculate": (fa.speculate, [KEY, MODEL, PARAMS, fa.drafters.prompt_lookup(), PROMPT], {"steps": 2, "stop": [3]}),
+    "generate": (
+        fa.generate,
+        [KEY, MODEL, PARAMS, PROMPT],
+        {"steps": 1, "sampler": sampling.greedy, "stop": [3], "chunk": 8},
+    ),
+    "beam_search": (
+        fa.beam_search,
+        [MODEL, PARAMS, PROMPT],
+        {"steps": 1, "beams": 2, "length_penalty": 1.0},
+    ),
+    "speculate": (
+        fa.speculate,
+        [KEY, MODEL, PARAMS, fa.drafters.prompt_lookup(), PROMPT],
+        {"steps": 2, "stop": [3]},
+    ),
     "drafters.model": (fa.drafters.model, [MODEL, PARAMS], {"length": 2, "chunk": 4}),
     "drafters.function": (fa.drafters.function, [lambda text, n: (text, n)], {"length": 2}),
     "temperature": (sampling.temperature, [0.5], {}),
@@ -67,7 +81,11 @@ CALLS = {  # a call that works, whose arguments are spoilt one by one
     "lora(rank)": (fa.lora(2), [KEY, PARAMS], {}),
     "quantize": (fa.quantize, [fa.int8], {}),
     "accept": (fa.speculation.accept, [KEY, ROWS, ROWS[:2], torch.tensor([0, 1])], {}),
-    "accept_tree": (fa.speculation.accept_tree, [KEY, ROWS, ROWS, torch.tensor([0, 1]), torch.tensor([0, 0])], {}),
+    "accept_tree": (
+        fa.speculation.accept_tree,
+        [KEY, ROWS, ROWS, torch.tensor([0, 1]), torch.tensor([0, 0])],
+        {},
+    ),
     "idle": (fa.serving.idle, [MODEL, PARAMS, MODEL.cache(8), 2], {}),
     "commit": (fa.commit, [MODEL.cache(8), DELTA, 2], {}),
     "grow": (caches.grow, [MODEL.cache(8), 2], {}),
@@ -90,35 +108,70 @@ WRONG = {
     "a floating scalar": torch.tensor(1.5),
     "a factory": sampling.temperature,
     "a sampler": sampling.greedy,
-    "a nested tensor": torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged),
+    "a nested tensor": torch.nested.nested_tensor(
+        [torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged
+    ),
 }
-KNOWN = {("map", "a module"), ("update", "a module"), ("allowed_tokens", "a nested tensor"), ("accept_tree", "a floating tensor")}
+KNOWN = {
+    ("map", "a module"),
+    ("update", "a module"),
+    ("allowed_tokens", "a nested tensor"),
+    ("accept_tree", "a floating tensor"),
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_wrong_kind_a_forgotten_argument_or_one_too_many_works_or_is_told(name):
     f, args, options = CALLS[name]
     f(*args, **options)
-    spoilt = [(what, [*args[:i], x, *args[i + 1 :]], options) for i in range(len(args)) for what, x in WRONG.items()]
+    spoilt = [
+        (what, [*args[:i], x, *args[i + 1 :]], options)
+        for i in range(len(args))
+        for what, x in WRONG.items()
+    ]
     spoilt += [(what, args, options | {key: x}) for key in options for what, x in WRONG.items()]
-    spoilt += [("swapped", [*args[1::-1], *args[2:]], options), ("an unknown option", args, options | {"banana": 1})]
-    spoilt += [("nothing", [], {}), ("too many", [*args, *[3] * 9], options)] if name != "extend" else []
+    spoilt += [
+        ("swapped", [*args[1::-1], *args[2:]], options),
+        ("an unknown option", args, options | {"banana": 1}),
+    ]
+    spoilt += (
+        [("nothing", [], {}), ("too many", [*args, *[3] * 9], options)] if name != "extend" else []
+    )
     raw = []
     for what, given, named in spoilt:
         try:
             f(*given, **named)
         except Exception as error:
-            if not ({"should be", "got"} & {word for word in ("should be", "got") if word in str(error)}):
+            if not (
+                {"should be", "got"} & {word for word in ("should be", "got") if word in str(error)}
+            ):
                 raw.append((what, repr(error)[:200]))
     assert [(what, text) for what, text in raw if (name, what) not in KNOWN] == []
 
 
 def test_every_annotation_of_a_door_can_be_read():
-    """A name that only a type checker imports would be another raw error, in the place of the first."""
+    """A name that only a type checker imports would be another raw error, in the place of the
+    first.
+    """
     found = 0
-    for room in (fa, fa.random, fa.masks, fa.tree, sampling, fa.drafters, fa.training, fa.evaluation, fa.sharding, fa.speculation):
+    for room in (
+        fa,
+        fa.random,
+        fa.masks,
+        fa.tree,
+        sampling,
+        fa.drafters,
+        fa.training,
+        fa.evaluation,
+        fa.sharding,
+        fa.speculation,
+    ):
         for name, value in vars(room).items():
-            if not name.startswith("_") and getattr(value, "__wrapped__", None) is not None and callable(value):
+            if (
+                not name.startswith("_")
+                and getattr(value, "__wrapped__", None) is not None
+                and callable(value)
+            ):
                 typing.get_type_hints(value)
                 found += 1
     assert found > 80
@@ -143,34 +196,91 @@ def test_an_error_that_the_arguments_do_not_explain_stays_as_it_is():
 def test_nested_tensors_are_told_from_plain_ones(layout):
     with warnings.catch_warnings(action="ignore"):  # torch's, of the strided layout
         x = torch.nested.nested_tensor([torch.ones(2, 3, 8), torch.ones(2, 5, 8)], layout=layout)
-    with pytest.raises(TypeError, match=r"attention: q should be a tensor .* got a nested tensor. Attend over jagged ones by"):
+    with pytest.raises(
+        TypeError,
+        match=r"attention: q should be a tensor .* got a nested tensor. Attend over jagged ones by",
+    ):
         fa.attention(x, x, x)
 
 
 @pytest.mark.parametrize(
-    "found", [(torch.arange(4), 4), ([0, 1, 2, 3], torch.tensor(4)), torch.arange(4), (torch.ones(4), torch.tensor(4)), None]
+    "found",
+    [
+        (torch.arange(4), 4),
+        ([0, 1, 2, 3], torch.tensor(4)),
+        torch.arange(4),
+        (torch.ones(4), torch.tensor(4)),
+        None,
+    ],
 )
 def test_what_a_drafter_of_ones_own_returns_is_checked(found):
     drafter = fa.drafters.function(lambda text, n: found, length=4)
-    with pytest.raises(TypeError, match=r"what f returns should be tokens int64 \(N,\) with N = 4, valid int64 \(\), got"):
+    with pytest.raises(
+        TypeError,
+        match=r"what f returns should be tokens int64 \(N,\) with N = 4, valid int64 \(\), got",
+    ):
         fa.speculate(fa.key(0), MODEL, PARAMS, drafter, PROMPT, steps=4)
 
 
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (lambda: sampling.top_k(2)(), TypeError, r"Sampler: the value should be passed as it is, got a call with \(\)"),
-        (lambda: sampling.greedy(0.5), TypeError, r"Sampler: the value should be passed as it is, got a call with \(0.5\)"),
-        (lambda: fa.speculation.blockwise(0.5), TypeError, r"Rule: the value should be passed as it is, got a call with \(0.5\)"),
-        (lambda: fa.training.adamw(0.1)(PARAMS), TypeError, "Optimizer: the value should be passed as it is"),
-        (lambda: fa.lora(2)(PARAMS), TypeError, r"lora\(rank\): the arguments should be \(key, params\), got \(a Params\)"),
-        (lambda: fa.tree.cast(PARAMS, torch.float64), TypeError, r"cast: dtype should be a floating torch.dtype, got a Params\. .* call cast\(dtype\)\(tree\)"),
-        (lambda: fa.random.normal(KEY, PARAMS), ValueError, "normal: shape should be a tuple of sizes"),
-        (lambda: fa.tree.to("cuad"), ValueError, "to: device should be one that torch knows, got 'cuad'"),
+        (
+            lambda: sampling.top_k(2)(),
+            TypeError,
+            r"Sampler: the value should be passed as it is, got a call with \(\)",
+        ),
+        (
+            lambda: sampling.greedy(0.5),
+            TypeError,
+            r"Sampler: the value should be passed as it is, got a call with \(0.5\)",
+        ),
+        (
+            lambda: fa.speculation.blockwise(0.5),
+            TypeError,
+            r"Rule: the value should be passed as it is, got a call with \(0.5\)",
+        ),
+        (
+            lambda: fa.training.adamw(0.1)(PARAMS),
+            TypeError,
+            "Optimizer: the value should be passed as it is",
+        ),
+        (
+            lambda: fa.lora(2)(PARAMS),
+            TypeError,
+            r"lora\(rank\): the arguments should be \(key, params\), got \(a Params\)",
+        ),
+        (
+            lambda: fa.tree.cast(PARAMS, torch.float64),
+            TypeError,
+            r"cast: dtype should be a floating torch.dtype, got a Params\. .* call cast\(dtype\)\(tree\)",
+        ),
+        (
+            lambda: fa.random.normal(KEY, PARAMS),
+            ValueError,
+            "normal: shape should be a tuple of sizes",
+        ),
+        (
+            lambda: fa.tree.to("cuad"),
+            ValueError,
+            "to: device should be one that torch knows, got 'cuad'",
+        ),
         (lambda: fa.Config(bananas=3), TypeError, "Config: the arguments should be"),
-        (lambda: sampling.stateless(lambda logits: logits[:3]).update(LOGITS, ()), ValueError, "what transform returns should be"),
-        (lambda: fa.attention(X, X, X, scale=float("inf")), ValueError, "scale should be a number that float32 holds, got inf"),
-        (lambda: fa.attention(X, X, X, scale="big"), TypeError, "scale should be a number or a 0-d tensor, got a str"),
+        (
+            lambda: sampling.stateless(lambda logits: logits[:3]).update(LOGITS, ()),
+            ValueError,
+            "what transform returns should be",
+        ),
+        (
+            lambda: fa.attention(X, X, X, scale=float("inf")),
+            ValueError,
+            "scale should be a number that float32 holds, got inf",
+        ),
+        (
+            lambda: fa.attention(X, X, X, scale="big"),
+            TypeError,
+            "scale should be a number or a 0-d tensor, got a str",
+        ),
         (
             lambda: fa.serving.idle(MODEL, PARAMS, None, 2),
             TypeError,
@@ -196,7 +306,13 @@ class Mine(NamedTuple):
 
 
 def test_records_load_as_torch_loads_by_default():
-    trees = [PARAMS, fa.lora(2)(KEY, PARAMS), MODEL.cache(4), fa.training.adamw(0.1).init(PARAMS), Mine(torch.ones(2))]
+    trees = [
+        PARAMS,
+        fa.lora(2)(KEY, PARAMS),
+        MODEL.cache(4),
+        fa.training.adamw(0.1).init(PARAMS),
+        Mine(torch.ones(2)),
+    ]
     schemes = (fa.int8, fa.int4, fa.w8a8, fa.nf4, fa.ternary)
     for value in (*trees, *(fa.quantize(scheme)(PARAMS) for scheme in schemes)):
         again = loaded(value)
@@ -239,7 +355,8 @@ def test_params_of_several_dtypes_are_one_error_that_names_two_of_them():
     first, second = params.layers
     mixed = params._replace(layers=(first, second._replace(up=second.up.bfloat16())))
     message = (
-        "params should be of one floating dtype, got torch.float32 at params.embedding and torch.bfloat16 at params.layers.1.up. "
+        "params should be of one floating dtype, got torch.float32 at params.embedding and "
+        "torch.bfloat16 at params.layers.1.up. "
         "Bring them to one: fa.cast(torch.float32)(params)."
     )
     fast = fa.compile(model, backend="eager")
@@ -257,7 +374,8 @@ def test_params_of_several_dtypes_are_one_error_that_names_two_of_them():
     quantized = fa.quantize(fa.int8)(params)
     with pytest.raises(RuntimeError, match="boom"):  # dtypes of records are what they are
         fa.loss(model._replace(logits=raising("the same dtype: boom")), quantized, PROMPT)
-    with pytest.raises(RuntimeError, match="boom"):  # and where they are all one, an error is what it was
+    # and where they are all one, an error is what it was
+    with pytest.raises(RuntimeError, match="boom"):
         fa.loss(model._replace(logits=raising("the same dtype: boom")), params, PROMPT)
 
 

@@ -24,7 +24,9 @@ class Couple(NamedTuple):
 
 LEAVES = [torch.zeros(2) for _ in range(3)]
 nodes = lambda inner: st.one_of(
-    st.lists(inner, max_size=3).map(tuple), st.builds(Pair, inner, inner), st.builds(Couple, inner, inner)
+    st.lists(inner, max_size=3).map(tuple),
+    st.builds(Pair, inner, inner),
+    st.builds(Couple, inner, inner),
 )
 trees = st.recursive(st.sampled_from(range(3)).map(LEAVES.__getitem__), nodes, max_leaves=8)
 

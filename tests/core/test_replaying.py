@@ -29,7 +29,9 @@ class Doubled(TorchFunctionMode):
 
 
 class Tripled(TorchDispatchMode):
-    """The same below autograd, for cosines too: three times both is the derivative of three times one."""
+    """The same below autograd, for cosines too: three times both is the derivative of three times
+    one.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -76,7 +78,9 @@ def test_a_backward_pass_runs_f_under_the_modes_of_the_forward(mode, inside):
     if not inside:
         value.backward()
     factor = {Doubled: 2, Tripled: 3}[mode]
-    torch.testing.assert_close(leaf.grad, factor * (leaf.cos() * leaf + leaf.sin()).detach(), **EXACT)
+    torch.testing.assert_close(
+        leaf.grad, factor * (leaf.cos() * leaf + leaf.sin()).detach(), **EXACT
+    )
 
 
 def test_a_mode_that_was_not_there_is_not_there_when_f_runs_again():
@@ -152,7 +156,11 @@ def dropped(q):
     return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).square().sum()
 
 
-@pytest.mark.parametrize("order", [ORDERS["jvp"], ORDERS["grad of grad"], ORDERS["jvp of grad"]], ids=["jvp", "grad grad", "hvp"])
+@pytest.mark.parametrize(
+    "order",
+    [ORDERS["jvp"], ORDERS["grad of grad"], ORDERS["jvp of grad"]],
+    ids=["jvp", "grad grad", "hvp"],
+)
 def test_dropout_draws_the_same_again_and_what_follows_draws_on(order):
     q = normal(1, 2, 20, 4)
     with override_sdpa(key=fa.key(0)):
@@ -163,7 +171,8 @@ def test_dropout_draws_the_same_again_and_what_follows_draws_on(order):
     with override_sdpa(key=fa.key(0)):
         dropped(q), dropped(q)
         once = dropped(q)
-    torch.testing.assert_close(found[1], once)  # counted once for each call that is written, however often it ran
+    # counted once for each call that is written, however often it ran
+    torch.testing.assert_close(found[1], once)
 
 
 def test_dropout_in_a_backward_pass_that_has_ended_the_context_draws_the_same():
@@ -183,12 +192,15 @@ def test_a_checkpoint_of_torch_around_remat_is_still_refused_other_weights():
 
 def test_compiled_code_sees_the_modes_in_a_rematerialized_function():
     torch._dynamo.reset()
-    backend = "aot_eager"  # "eager" runs the graph, into which a mode was written, under that mode once more
+    # "eager" runs the graph, into which a mode was written, under that mode once more
+    backend = "aot_eager"
     forgetful, x = fa.remat(sines), normal(4)
     with Doubled():
         found = torch.compile(grad(forgetful), backend=backend, fullgraph=True)(x)
     torch.testing.assert_close(found, 2 * grad(sines)(x), **EXACT)
-    torch.testing.assert_close(torch.compile(grad(forgetful), backend=backend)(x), grad(sines)(x), **EXACT)
+    torch.testing.assert_close(
+        torch.compile(grad(forgetful), backend=backend)(x), grad(sines)(x), **EXACT
+    )
 
 
 def test_modes_are_left_as_they_were_also_by_an_error():
@@ -199,6 +211,9 @@ def test_modes_are_left_as_they_were_also_by_an_error():
         before = torch.overrides._get_current_function_mode_stack()
         with pytest.raises(KeyError):
             jvp(fa.remat(fails), (normal(4),), (normal(4),))
-        assert [m is n for m, n in zip(torch.overrides._get_current_function_mode_stack(), before, strict=True)] == [True] * 2
+        assert [
+            m is n
+            for m, n in zip(torch.overrides._get_current_function_mode_stack(), before, strict=True)
+        ] == [True] * 2
         assert mode in before
     assert replaying.State.of_now(["cpu"]).functions == ()

@@ -1,4 +1,6 @@
-"""What is computed from tensors is computed once, dies with them, and is made anew where they were written into."""
+"""What is computed from tensors is computed once, dies with them, and is made anew where they were
+written into.
+"""
 
 import gc
 import threading
@@ -25,7 +27,10 @@ def test_it_is_made_once_for_the_same_tensors():
     first = prepared_from([a, b], make, "x")
     assert prepared_from([a, b], make, "x") is first
     assert make.calls == 1
-    others = [prepared_from(sources, make, kind) for sources, kind in [([b, a], "x"), ([a], "x"), ([a, b], "y")]]
+    others = [
+        prepared_from(sources, make, kind)
+        for sources, kind in [([b, a], "x"), ([a], "x"), ([a, b], "y")]
+    ]
     assert len({id(made) for made in [first, *others]}) == make.calls == 4
 
 
@@ -33,7 +38,8 @@ def test_equal_tensors_are_not_the_same():
     a, make = torch.ones(2), Made()
     first = prepared_from([a], make, "x")
     assert prepared_from([a.clone()], make, "x") is not first
-    assert prepared_from([a[:]], make, "x") is not first  # a view: another tensor of the same memory
+    # a view: another tensor of the same memory
+    assert prepared_from([a[:]], make, "x") is not first
 
 
 @pytest.mark.parametrize("which", [0, 1])

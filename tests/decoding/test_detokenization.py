@@ -1,4 +1,6 @@
-"""The text of a stream: for every decoder what is given out joins to the decoded whole, and ends where a stop string is written."""
+"""The text of a stream: for every decoder what is given out joins to the decoded whole, and ends
+where a stop string is written.
+"""
 
 import contextlib
 import itertools
@@ -62,7 +64,10 @@ DECODERS = {
 }
 ids = st.lists(st.integers(0, len(VOCABULARY) - 1), max_size=12)
 stops = st.lists(
-    st.sampled_from(["a", "ab", " a", "b.", "<|end|>", "a<|end|>", "<|end|>b", "\n", "\ufffd", "<s><|end|>"]), max_size=2
+    st.sampled_from(
+        ["a", "ab", " a", "b.", "<|end|>", "a<|end|>", "<|end|>b", "\n", "\ufffd", "<s><|end|>"]
+    ),
+    max_size=2,
 )
 
 
@@ -87,7 +92,8 @@ def test_what_is_given_out_joins_to_the_decoded_whole(name):
     @example([0, 3, 4])  # a line break and half an emoji
     @example([14, 29, 12, 29, 14, 12])  # special tokens between spaces
     def joins(tokens):
-        with contextlib.suppress(CheckpointError):  # the library fails on some texts that are stripped at their end
+        # the library fails on some texts that are stripped at their end
+        with contextlib.suppress(CheckpointError):
             ours.decode(tokens)
             assert "".join(each(ours, tokens)) == ours.decode(tokens)
 
@@ -109,7 +115,9 @@ def test_a_run_of_bytes_waits_for_its_end():
 
 def test_a_tokenizer_of_transformers_streams_too():
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer("llama").backend)
-    tokens = [VOCABULARY[token] for token in ("a", "<0x0A>", "<0xF0>", "<0x9F>", "b", "<0x0A>", "<0xC3>")]
+    tokens = [
+        VOCABULARY[token] for token in ("a", "<0x0A>", "<0xF0>", "<0x9F>", "b", "<0x0A>", "<0xC3>")
+    ]
     assert "".join(each(theirs, tokens)) == theirs.decode(tokens)
 
 
@@ -121,7 +129,9 @@ def test_text_of_a_decoder_that_is_not_known_comes_at_the_end():
 
 @given(ids, stops, st.sampled_from(["bytes", "llama", "wordpiece"]))
 @example([13, 32], ["<|end|>"], "llama")
-def test_no_text_that_is_given_out_holds_a_stop_string_and_none_is_lost_before_one(tokens, stop_strings, name):
+def test_no_text_that_is_given_out_holds_a_stop_string_and_none_is_lost_before_one(
+    tokens, stop_strings, name
+):
     ours = tokenizer(name)
     text = StreamedText(ours, stop_strings)
     n = next((n for n, token in enumerate(tokens, 1) if text.add(token)[1]), None)
@@ -138,36 +148,63 @@ def test_no_text_that_is_given_out_holds_a_stop_string_and_none_is_lost_before_o
 
 
 def writing(ids, vocabulary):
-    """A model whose greedy text behind ids[0] is ids[1:]: each token is answered by the next of the chain."""
-    size = {"width": vocabulary, "layers": 1, "heads": 2, "kv_heads": 2, "head_size": 16, "feed_forward": 16, "tied": False}
+    """A model whose greedy text behind ids[0] is ids[1:]: each token is answered by the next of the
+    chain.
+    """
+    size = {
+        "width": vocabulary,
+        "layers": 1,
+        "heads": 2,
+        "kv_heads": 2,
+        "head_size": 16,
+        "feed_forward": 16,
+        "tied": False,
+    }
     model = fa.decoder(fa.Config(vocabulary=vocabulary, **size))
     zero = fa.tree.map(torch.zeros_like, model.init(fa.key(0)))
     head = torch.zeros(vocabulary, vocabulary)
     for before, after in itertools.pairwise(ids):
         head[after, before] = 1.0
-    return model, zero._replace(embedding=torch.eye(vocabulary), norm=torch.ones(vocabulary), head=head)
+    return model, zero._replace(
+        embedding=torch.eye(vocabulary), norm=torch.ones(vocabulary), head=head
+    )
 
 
 def streams(tokens, ours, **options):
     """The pieces of fa.stream and of its speculative kin."""
     model, params = writing(tokens, 256)
-    given = torch.tensor(tokens[:1]), {"steps": len(tokens) - 1, "tokenizer": ours, "stop": (), **options}
+    given = (
+        torch.tensor(tokens[:1]),
+        {"steps": len(tokens) - 1, "tokenizer": ours, "stop": (), **options},
+    )
     yield list(fa.stream(fa.key(0), model, params, given[0], **given[1]))
-    yield list(fa.speculation.stream(fa.key(0), model, params, fa.drafters.prompt_lookup(), given[0], **given[1]))
+    yield list(
+        fa.speculation.stream(
+            fa.key(0), model, params, fa.drafters.prompt_lookup(), given[0], **given[1]
+        )
+    )
 
 
-@pytest.mark.parametrize("tokens", [[1, 0x0A, 0xF0, 0x9F], [1, 0x41, 0x0A, 0xC3], [1, 0x0A, 0x09, 0xE2]])
+@pytest.mark.parametrize(
+    "tokens", [[1, 0x0A, 0xF0, 0x9F], [1, 0x41, 0x0A, 0xC3], [1, 0x0A, 0x09, 0xE2]]
+)
 def test_texts_of_a_stream_join_to_the_decoded_whole(tokens):
-    backend = tokenizers.Tokenizer(models.BPE(vocab={f"<0x{i:02X}>": i for i in range(256)}, merges=[], byte_fallback=True))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={f"<0x{i:02X}>": i for i in range(256)}, merges=[], byte_fallback=True)
+    )
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     for pieces in streams(tokens, Tokenizer(backend)):
         assert list(pieces[-1].tokens) == tokens[1:]
         assert "".join(piece.text for piece in pieces) == Tokenizer(backend).decode(tokens[1:])
 
 
-@pytest.mark.parametrize(("stop", "count", "text"), [("<|end|>", 3, "ab"), ("b<|end|>", 3, "a"), ("<|end|", 3, "ab")])
+@pytest.mark.parametrize(
+    ("stop", "count", "text"), [("<|end|>", 3, "ab"), ("b<|end|>", 3, "a"), ("<|end|", 3, "ab")]
+)
 def test_a_stop_string_may_be_or_hold_a_special_token(stop, count, text):
-    """As stop_strings of transformers: the text ends where the token is written, and the token is not part of it."""
+    """As stop_strings of transformers: the text ends where the token is written, and the token is
+    not part of it.
+    """
     tokens = [VOCABULARY[token] for token in ("|", "a", "b", "<|end|>", "'")]
     for pieces in streams(tokens, tokenizer("gemma"), stop_strings=(stop,)):
         assert len(pieces[-1].tokens) == count

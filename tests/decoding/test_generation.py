@@ -1,4 +1,6 @@
-"""Generation against the plain loop without a cache, and what a text must keep: its past, its end, its characters."""
+"""Generation against the plain loop without a cache, and what a text must keep: its past, its end,
+its characters.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -16,9 +18,12 @@ from funcattn import caches, sampling
 from funcattn.caches import Branch, Cache, Delta
 from funcattn.sampling import Sampler, chain, greedy, temperature, top_k
 
-CONFIG = fa.Config(vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+CONFIG = fa.Config(
+    vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24
+)
 MODEL = fa.decoder(CONFIG)
-# float64 and large weights: laws are far from flat, and the same to 1e-12 by every way through attention
+# float64 and large weights: laws are far from flat, and the same to 1e-12 by every way through
+# attention
 PARAMS = optree.tree_map(lambda x: (x if x.dim() == 1 else 10 * x).double(), MODEL.init(fa.key(0)))
 TOKENS = fa.random.randint(fa.key(1), (40,), 0, 40)
 PROMPT = TOKENS[:5]
@@ -41,7 +46,10 @@ def take(tree, b):
 def same(a, b):
     """Bit for bit: rows that do not count may hold NaN, which equals nothing."""
     bits = lambda x: x.contiguous().view(torch.uint8) if x.dim() else x
-    return all(torch.equal(bits(x), bits(y)) for x, y in zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True))
+    return all(
+        torch.equal(bits(x), bits(y))
+        for x, y in zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True)
+    )
 
 
 def last_logits(tokens):
@@ -64,7 +72,9 @@ def continues(cache, text, more=3):
     assert int(cache.length) == len(text)
     room = caches.grow(cache, more)
     got = MODEL.extend(PARAMS, TOKENS[30 : 30 + more], room)[0]
-    wanted = MODEL.logits(PARAMS, MODEL.hidden(PARAMS, torch.cat([text, TOKENS[30 : 30 + more]]))[0])[len(text) :]
+    wanted = MODEL.logits(
+        PARAMS, MODEL.hidden(PARAMS, torch.cat([text, TOKENS[30 : 30 + more]]))[0]
+    )[len(text) :]
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
     return True
 
@@ -100,7 +110,9 @@ def test_generation_is_the_loop_without_a_cache(prompt, sampler):
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_a_prompt_continues_the_past_that_is_given(n):
     prompt = TOKENS[n : n + 4]
-    tokens, branch = fa.generate(fa.key(7), MODEL, PARAMS, prompt, past_of(n), steps=5, sampler=WARM)
+    tokens, branch = fa.generate(
+        fa.key(7), MODEL, PARAMS, prompt, past_of(n), steps=5, sampler=WARM
+    )
     assert torch.equal(tokens, naive(fa.key(7), TOKENS[: n + 4], 5, WARM))
     assert isinstance(branch, Branch)
     assert continues(branch, torch.cat([TOKENS[: n + 4], tokens[:-1]]))
@@ -116,7 +128,10 @@ def test_fewer_steps_are_the_beginning_of_more():
 
 
 def test_the_key_decides():
-    texts = [fa.generate(fa.key(seed), MODEL, PARAMS, PROMPT, steps=12, sampler=WARM)[0].tolist() for seed in (1, 1, 2)]
+    texts = [
+        fa.generate(fa.key(seed), MODEL, PARAMS, PROMPT, steps=12, sampler=WARM)[0].tolist()
+        for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -134,7 +149,9 @@ def test_chunked_prefill_is_whole_prefill(n, chunk):
 
 def test_prefill_takes_the_logits_of_the_last_position_alone():
     rows = []
-    model = MODEL._replace(logits=lambda params, hidden: (rows.append(hidden.dim()), MODEL.logits(params, hidden))[1])
+    model = MODEL._replace(
+        logits=lambda params, hidden: (rows.append(hidden.dim()), MODEL.logits(params, hidden))[1]
+    )
     fa.generate(fa.key(7), model, PARAMS, TOKENS, steps=2)
     assert rows == [1, 1]
 
@@ -169,15 +186,26 @@ def test_generation_leaves_the_past_unchanged():
         assert same(past, before)
         again = fa.generate(fa.key(1), MODEL, PARAMS, PROMPT, past, steps=6, sampler=WARM)
         assert same(first, again)
-        vmap(lambda key, past=past: fa.generate(key, MODEL, PARAMS, PROMPT, past, steps=6, sampler=WARM))(fa.split(fa.key(1), 3))
+        vmap(
+            lambda key, past=past: fa.generate(
+                key, MODEL, PARAMS, PROMPT, past, steps=6, sampler=WARM
+            )
+        )(fa.split(fa.key(1), 3))
         assert same(past, before)
 
 
 def test_the_returned_past_forks_joins_and_grows():
-    tokens, branch = fa.generate(fa.key(1), MODEL, PARAMS, PROMPT, past_of(0), steps=4, sampler=WARM)
+    tokens, branch = fa.generate(
+        fa.key(1), MODEL, PARAMS, PROMPT, past_of(0), steps=4, sampler=WARM
+    )
     text = torch.cat([PROMPT, tokens])
     before = optree.tree_map(torch.clone, branch)
-    for past in (branch, caches.flatten(branch), caches.grow(branch, 3), Branch(branch, MODEL.cache(2, dtype=torch.float64))):
+    for past in (
+        branch,
+        caches.flatten(branch),
+        caches.grow(branch, 3),
+        Branch(branch, MODEL.cache(2, dtype=torch.float64)),
+    ):
         for key in (fa.key(2), fa.key(3)):
             more, after = fa.generate(key, MODEL, PARAMS, tokens[-1:], past, steps=5, sampler=WARM)
             assert torch.equal(more, naive(key, text, 5, WARM))
@@ -213,22 +241,34 @@ def test_futures_of_one_shared_past_are_the_loop_and_store_it_once():
 
 def test_pasts_of_different_lengths_are_one_by_one():
     pasts = [past_of(n) for n in (0, 4, 9)]
-    go_on = lambda past: fa.generate(fa.key(4), MODEL, PARAMS, TOKENS[20:23], past, steps=5, sampler=WARM)
+    go_on = lambda past: fa.generate(
+        fa.key(4), MODEL, PARAMS, TOKENS[20:23], past, steps=5, sampler=WARM
+    )
     tokens, branches = vmap(go_on)(stack(pasts))
     for b, past in enumerate(pasts):
         assert torch.equal(tokens[b], go_on(past)[0])
-        assert continues(take(branches, b), torch.cat([TOKENS[: int(past.length)], TOKENS[20:23], tokens[b, :-1]]))
+        assert continues(
+            take(branches, b),
+            torch.cat([TOKENS[: int(past.length)], TOKENS[20:23], tokens[b, :-1]]),
+        )
 
 
 @pytest.mark.parametrize("T", [4, 20])
 def test_prompts_and_weights_and_keys_map_as_the_loop(T):
     prompts, keys = TOKENS[: 2 * T].reshape(2, T), fa.split(fa.key(5), 2)
     ensemble = [PARAMS, optree.tree_map(lambda x: x * 1.1, PARAMS)]
-    f = lambda key, params, prompt: fa.generate(key, MODEL, params, prompt, steps=4, sampler=WARM)[0]
+    f = lambda key, params, prompt: fa.generate(key, MODEL, params, prompt, steps=4, sampler=WARM)[
+        0
+    ]
     got = vmap(f)(keys, stack(ensemble), prompts)
-    assert torch.equal(got, torch.stack([f(*args) for args in zip(keys, ensemble, prompts, strict=True)]))
+    assert torch.equal(
+        got, torch.stack([f(*args) for args in zip(keys, ensemble, prompts, strict=True)])
+    )
     nested = vmap(lambda prompt: vmap(lambda key: f(key, PARAMS, prompt))(keys))(prompts)
-    assert torch.equal(nested, torch.stack([torch.stack([f(key, PARAMS, prompt) for key in keys]) for prompt in prompts]))
+    assert torch.equal(
+        nested,
+        torch.stack([torch.stack([f(key, PARAMS, prompt) for key in keys]) for prompt in prompts]),
+    )
 
 
 RAGGED = [1, 3, 8, 20, 22]
@@ -239,14 +279,32 @@ RAGGED = [1, 3, 8, 20, 22]
 @pytest.mark.parametrize("stops", [False, True])
 def test_ragged_prompts_are_single_ones(stops, n, chunk):
     past = past_of(n) if n else ()
-    prompts = stack([torch.cat([TOKENS[n : n + T], TOKENS[: 22 - T]]) for T in RAGGED])  # the pads are tokens like any other
+    # the pads are tokens like any other
+    prompts = stack([torch.cat([TOKENS[n : n + T], TOKENS[: 22 - T]]) for T in RAGGED])
     lengths = torch.tensor(RAGGED)
-    single = lambda key, T, stop: fa.generate(key, MODEL, PARAMS, TOKENS[n : n + T], past, steps=6, sampler=WARM, stop=stop)
+    single = lambda key, T, stop: fa.generate(
+        key, MODEL, PARAMS, TOKENS[n : n + T], past, steps=6, sampler=WARM, stop=stop
+    )
     keys = fa.split(fa.key(6), len(RAGGED))
-    stop = (int(single(keys[1], RAGGED[1], ())[0][2]), int(single(keys[3], RAGGED[3], ())[0][3])) if stops else ()
+    stop = (
+        (int(single(keys[1], RAGGED[1], ())[0][2]), int(single(keys[3], RAGGED[3], ())[0][3]))
+        if stops
+        else ()
+    )
 
     def ragged(key, prompt, length):
-        return fa.generate(key, MODEL, PARAMS, prompt, past, steps=6, sampler=WARM, stop=stop, prompt_length=length, chunk=chunk)
+        return fa.generate(
+            key,
+            MODEL,
+            PARAMS,
+            prompt,
+            past,
+            steps=6,
+            sampler=WARM,
+            stop=stop,
+            prompt_length=length,
+            chunk=chunk,
+        )
 
     tokens, after = vmap(ragged)(keys, prompts, lengths)
     for b, T in enumerate(RAGGED):
@@ -254,13 +312,17 @@ def test_ragged_prompts_are_single_ones(stops, n, chunk):
         assert torch.equal(tokens[b], wanted)
         read = int(cache.length) - n - T
         assert read == (
-            wanted.tolist().index(next(t for t in wanted.tolist() if t in stop)) if set(wanted.tolist()) & set(stop) else 5
+            wanted.tolist().index(next(t for t in wanted.tolist() if t in stop))
+            if set(wanted.tolist()) & set(stop)
+            else 5
         )
         assert continues(take(after, b), torch.cat([TOKENS[: n + T], wanted[:read]]))
 
 
 def test_a_padded_prompt_without_vmap_is_the_short_one():
-    tokens, cache = fa.generate(fa.key(1), MODEL, PARAMS, TOKENS[:9], steps=4, prompt_length=torch.tensor(5))
+    tokens, cache = fa.generate(
+        fa.key(1), MODEL, PARAMS, TOKENS[:9], steps=4, prompt_length=torch.tensor(5)
+    )
     assert torch.equal(tokens, naive(fa.key(1), PROMPT, 4))
     assert continues(cache, torch.cat([PROMPT, tokens[:-1]]))
 
@@ -291,7 +353,9 @@ def script(*ids):
 
 
 def test_after_a_stop_the_rest_is_the_stop_that_was_met():
-    run = lambda stop: fa.generate(fa.key(0), SCRIPTED, script(5, 6, 7, 8, 9), START, steps=5, stop=stop)
+    run = lambda stop: fa.generate(
+        fa.key(0), SCRIPTED, script(5, 6, 7, 8, 9), START, steps=5, stop=stop
+    )
     for stop, wanted, length in (
         ((), [5, 6, 7, 8, 9], 5),
         ((7,), [5, 6, 7, 7, 7], 3),
@@ -314,7 +378,9 @@ def test_a_text_ends_early():
 def test_a_batch_ends_when_every_row_has_stopped_and_not_before():
     scripts = torch.stack([script(5, 7, 1, 1, 1), script(5, 6, 1, 7, 1), script(7, 6, 1, 1, 7)])
     model, calls = counted(SCRIPTED)
-    tokens, after = vmap(lambda params: fa.generate(fa.key(0), model, params, START, steps=100, stop=(7,)))(scripts)
+    tokens, after = vmap(
+        lambda params: fa.generate(fa.key(0), model, params, START, steps=100, stop=(7,))
+    )(scripts)
     assert len(calls) == 4
     assert tokens[:, :5].tolist() == [[5, 7, 7, 7, 7], [5, 6, 1, 7, 7], [7, 7, 7, 7, 7]]
     assert (tokens[:, 5:] == 7).all()
@@ -351,7 +417,13 @@ def write(text, steps=None, **options):
     ids = text if isinstance(text, bytes) else text.encode()
     return list(
         fa.stream(
-            fa.key(0), SCRIPTED, script(*ids), START, steps=len(ids) if steps is None else steps, tokenizer=Bytes(), **options
+            fa.key(0),
+            SCRIPTED,
+            script(*ids),
+            START,
+            steps=len(ids) if steps is None else steps,
+            tokenizer=Bytes(),
+            **options,
         )
     )
 
@@ -372,11 +444,16 @@ def test_a_stream_has_the_tokens_and_the_past_of_generate(n, sampler):
     assert joined(pieces) == ""
     assert type(pieces[-1].cache) is type(cache)
     for piece in pieces:  # also an older one, once the stream went on
-        assert continues(piece.cache, torch.cat([TOKENS[:n], PROMPT, torch.tensor(piece.tokens[:-1], dtype=torch.int64)]))
+        assert continues(
+            piece.cache,
+            torch.cat([TOKENS[:n], PROMPT, torch.tensor(piece.tokens[:-1], dtype=torch.int64)]),
+        )
 
 
 def test_a_stream_of_no_steps_is_one_empty_piece():
-    (piece,) = fa.stream(fa.key(3), MODEL, PARAMS, PROMPT, steps=0, tokenizer=Bytes(), stop_strings=["x"])
+    (piece,) = fa.stream(
+        fa.key(3), MODEL, PARAMS, PROMPT, steps=0, tokenizer=Bytes(), stop_strings=["x"]
+    )
     assert (piece.text, piece.tokens, piece.ended) == ("", (), True)
     assert continues(piece.cache, PROMPT)
 
@@ -405,17 +482,26 @@ def test_a_stop_string_ends_the_stream_and_is_no_text():
     assert joined(pieces) == "say "
     assert pieces[-1].ended
     assert bytes(pieces[-1].tokens).decode() == "say <end>"
-    assert int(pieces[-1].cache.length) == len("say <end>")  # the prompt, and all of it but the last token
+    # the prompt, and all of it but the last token
+    assert int(pieces[-1].cache.length) == len("say <end>")
 
 
 def test_what_may_become_a_stop_string_is_held_back_until_it_does_not():
-    assert [piece.text for piece in write("a<e<b", stop_strings=["<end>"])] == ["a", "", "", "<e", "<b"]
+    assert [piece.text for piece in write("a<e<b", stop_strings=["<end>"])] == [
+        "a",
+        "",
+        "",
+        "<e",
+        "<b",
+    ]
     assert joined(write("a<en", stop_strings=["<end>"])) == "a<en"
     assert joined(write("a<en\0b", stop_strings=["<end>"])) == "a<en"
 
 
 def ends(text, stop_strings):
-    """Decode all tokens so far after each, and cut at the first stop string as soon as there is one."""
+    """Decode all tokens so far after each, and cut at the first stop string as soon as there is
+    one.
+    """
     ids = text.encode()
     for n in range(1, len(ids) + 1):
         decoded = ids[:n].decode("utf-8", errors="ignore")
@@ -425,7 +511,10 @@ def ends(text, stop_strings):
     return text
 
 
-@given(st.text(alphabet="aab€😀", max_size=10), st.lists(st.text(alphabet="aab€", min_size=1, max_size=3), max_size=3))
+@given(
+    st.text(alphabet="aab€😀", max_size=10),
+    st.lists(st.text(alphabet="aab€", min_size=1, max_size=3), max_size=3),
+)
 @example("aaab", ["aab"])
 @example("ab", ["ab", "b"])
 @example("a€b", ["€b", "€"])
@@ -450,7 +539,10 @@ def broken(where):
 @pytest.mark.parametrize("where", ["params", "the past"])
 def test_nan_logits_are_an_error_and_not_a_token(where):
     params, past = broken(where)
-    with pytest.raises(ValueError, match=r"generate: the logits of step 0 should be numbers, got NaN\. Look for NaN in params"):
+    with pytest.raises(
+        ValueError,
+        match=r"generate: the logits of step 0 should be numbers, got NaN\. Look for NaN in params",
+    ):
         fa.generate(fa.key(0), MODEL, params, PROMPT, past, steps=3)
     with pytest.raises(ValueError, match="got NaN"):
         list(fa.stream(fa.key(0), MODEL, params, PROMPT, past, steps=3))
@@ -472,7 +564,9 @@ def test_a_past_that_overflowed_in_a_batch_generates_nothing():
 
 
 def run(prompt=PROMPT, past=(), model=MODEL, params=PARAMS, key=None, **options):
-    return lambda: fa.generate(fa.key(0) if key is None else key, model, params, prompt, past, **{"steps": 2, **options})
+    return lambda: fa.generate(
+        fa.key(0) if key is None else key, model, params, prompt, past, **{"steps": 2, **options}
+    )
 
 
 def streamed(**options):
@@ -482,14 +576,26 @@ def streamed(**options):
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (run(TOKENS[:0]), ValueError, r"prompt should be \(T,\) with T at least 1, got \(0,\)\. Begin with one token"),
-        (run(TOKENS.reshape(2, 20)), ValueError, r"one sequence \(T,\) of token ids, got \(2, 20\).* vmap"),
+        (
+            run(TOKENS[:0]),
+            ValueError,
+            r"prompt should be \(T,\) with T at least 1, got \(0,\)\. Begin with one token",
+        ),
+        (
+            run(TOKENS.reshape(2, 20)),
+            ValueError,
+            r"one sequence \(T,\) of token ids, got \(2, 20\).* vmap",
+        ),
         (
             lambda: fa.generate(fa.key(0), PARAMS, MODEL, TOKENS, steps=2),
             TypeError,
             "generate: model should be from fa.decoder, got a Params",
         ),
-        (run(TOKENS, sampler=0.7), TypeError, r"generate: sampler should be a Sampler, got a float\. Such as fa\.sampling"),
+        (
+            run(TOKENS, sampler=0.7),
+            TypeError,
+            r"generate: sampler should be a Sampler, got a float\. Such as fa\.sampling",
+        ),
         (run(TOKENS, steps="3"), ValueError, "steps should be an int, 0 or more, got '3'"),
         (run([1, 2]), ValueError, r"got a list\. Pass torch\.tensor\(tokenizer\.encode\(text\)\)"),
         (run(PROMPT.double()), TypeError, "tokens should be an integer tensor"),
@@ -499,7 +605,11 @@ def streamed(**options):
             ValueError,
             "at most the 4 tokens that the cache has room for, got 5 tokens",
         ),
-        (run(past=MODEL.cache(9)._replace(length=torch.tensor(1))), TypeError, r"model\.cache\(size, dtype=torch\.float64\)"),
+        (
+            run(past=MODEL.cache(9)._replace(length=torch.tensor(1))),
+            TypeError,
+            r"model\.cache\(size, dtype=torch\.float64\)",
+        ),
         (run(past=[1]), TypeError, "a past such as Cache or Branch, got a list"),
         (run(steps=-1), ValueError, "steps should be an int, 0 or more, got -1"),
         (run(steps=2.0), ValueError, "steps should be an int"),
@@ -508,10 +618,22 @@ def streamed(**options):
         (run(stop=["</s>"]), TypeError, "ids as ints"),
         (run(stop=2), TypeError, "ids as ints"),
         (run(stop=torch.tensor([2])), TypeError, "ids as ints"),
-        (run(prompt_length=torch.tensor(6)), ValueError, "between 1 and the 5 tokens of the prompt, got 6"),
+        (
+            run(prompt_length=torch.tensor(6)),
+            ValueError,
+            "between 1 and the 5 tokens of the prompt, got 6",
+        ),
         (run(prompt_length=torch.tensor(0)), ValueError, "Count the tokens before the padding"),
-        (run(prompt_length=3), TypeError, r"an integer tensor \(\), got 3\. Pass torch\.tensor\(n\)"),
-        (run(prompt_length=torch.tensor([3])), TypeError, r"integer tensor \(\), got torch\.int64 \(1,\)"),
+        (
+            run(prompt_length=3),
+            TypeError,
+            r"an integer tensor \(\), got 3\. Pass torch\.tensor\(n\)",
+        ),
+        (
+            run(prompt_length=torch.tensor([3])),
+            TypeError,
+            r"integer tensor \(\), got torch\.int64 \(1,\)",
+        ),
         (run(key=0), TypeError, r"key should be one key, int64 \(2,\)"),
         (run(key=fa.split(fa.key(0))), ValueError, "vmap"),
         (streamed(stop_strings=["x"]), TypeError, "tokenizer should be given with stop_strings"),
@@ -519,8 +641,16 @@ def streamed(**options):
         (streamed(stop_strings=[""], tokenizer=Bytes()), TypeError, "none of them empty"),
         (streamed(stop_strings=[3], tokenizer=Bytes()), TypeError, "a sequence of texts"),
         (streamed(stop=5), TypeError, "stream: stop should be ids as ints, got 5"),
-        (streamed(tokenizer="smollm2"), TypeError, "stream: tokenizer should be one that decodes, got a str"),
-        (streamed(sampler=fa.sampling.temperature), TypeError, "stream: sampler should be a Sampler, got a function"),
+        (
+            streamed(tokenizer="smollm2"),
+            TypeError,
+            "stream: tokenizer should be one that decodes, got a str",
+        ),
+        (
+            streamed(sampler=fa.sampling.temperature),
+            TypeError,
+            "stream: sampler should be a Sampler, got a function",
+        ),
         (streamed(steps=-1), ValueError, "stream: steps should be an int, 0 or more"),
     ],
 )
@@ -530,7 +660,9 @@ def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
 
 
 def test_ragged_lengths_are_checked_in_every_row():
-    f = lambda length: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, steps=2, prompt_length=length)[0]
+    f = lambda length: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, steps=2, prompt_length=length)[
+        0
+    ]
     with pytest.raises(ValueError, match="prompt_length should be between 1 and the 5 tokens"):
         vmap(f)(torch.tensor([5, 6]))
 
@@ -564,18 +696,25 @@ def test_every_kind_of_past_is_continued_and_left_as_it_was(name):
     tokens, after = fa.generate(key, MODEL, PARAMS, more, past, steps=9)
     assert torch.equal(tokens, by_hand(past, more, 9))
     if name in EXACT:
-        assert torch.equal(tokens, fa.generate(key, MODEL, PARAMS, torch.cat([prompt, more]), steps=9)[0])
+        assert torch.equal(
+            tokens, fa.generate(key, MODEL, PARAMS, torch.cat([prompt, more]), steps=9)[0]
+        )
     assert int(after.length) == 6 + 2 + 8
     for now, then in zip(optree.tree_leaves(past), optree.tree_leaves(before), strict=True):
         assert torch.equal(now, then)
-    again, _ = fa.generate(key, MODEL, PARAMS, tokens[-1:], after, steps=4)  # and what came out goes on
+    # and what came out goes on
+    again, _ = fa.generate(key, MODEL, PARAMS, tokens[-1:], after, steps=4)
     assert torch.equal(again, by_hand(after, tokens[-1:], 4))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_of_every_kind_end_at_their_own_stop(name):
-    _, past = MODEL.apply(PARAMS, torch.tensor([7, 8, 9, 3]), MODEL.cache(9, kind=KINDS[name], dtype=torch.float64))
-    go_on = lambda key, first: fa.generate(key, MODEL, PARAMS, first.reshape(1), past, steps=12, sampler=WARM, stop=(1, 5, 6))
+    _, past = MODEL.apply(
+        PARAMS, torch.tensor([7, 8, 9, 3]), MODEL.cache(9, kind=KINDS[name], dtype=torch.float64)
+    )
+    go_on = lambda key, first: fa.generate(
+        key, MODEL, PARAMS, first.reshape(1), past, steps=12, sampler=WARM, stop=(1, 5, 6)
+    )
     keys, firsts = fa.split(fa.key(3), 5), torch.tensor([0, 2, 4, 7, 8])
     tokens, after = vmap(go_on)(keys, firsts)
     lengths = []

@@ -1,4 +1,6 @@
-"""Processes of one run that were given other values of the same sizes: an error on each, which names what differs."""
+"""Processes of one run that were given other values of the same sizes: an error on each, which
+names what differs.
+"""
 
 import differing
 import processes
@@ -23,7 +25,8 @@ WANTED = {
     "beam_search prompt": f"beam_search: prompt {SHOULD}",
     "best_of key": f"best_of: key {SHOULD}",
     "loss under grad": f"loss: tokens {SHOULD}",
-    "shard": "shard: embedding and layers.0.q and layers.0.k and layers.0.v and layers.0.o and layers.0.gate",
+    "shard": "shard: embedding and layers.0.q and layers.0.k and layers.0.v and layers.0.o and "
+    "layers.0.gate",
     "shard a large leaf": f"shard: w {SHOULD}",
     "shard another tree": f"the call and its values {SHOULD}",
     "model generate key": f"generate: key {SHOULD}",
@@ -33,7 +36,8 @@ WANTED = {
 
 def test_processes_that_differ_are_told():
     first, second = processes.run(differing.differing, 2)
-    assert first == second | {"another call": second["another call"].replace("score", "loss", 1)}  # the same on both
+    # the same on both
+    assert first == second | {"another call": second["another call"].replace("score", "loss", 1)}
     for name, told in first.items():
         wanted = WANTED.get(name, SHOULD)
         assert told is None if wanted is None else wanted in (told or ""), (name, told)

@@ -26,16 +26,25 @@ def test_processes_compute_what_one_device_does(axes, sharded):
     for size in axes.values():
         n *= size
     for found, placed in processes.run(devices.transforms, n, axes, sharded):
-        assert {name: e for name, e in found.items() if not e < (1e-8 if name == "step" else TIGHT)} == {}
+        assert {
+            name: e for name, e in found.items() if not e < (1e-8 if name == "step" else TIGHT)
+        } == {}
         assert placed
 
 
-@pytest.mark.parametrize(("n", "heads"), [(2, 1), (4, 1)], ids=["tp 2", "tp 4, more than key heads"])
+@pytest.mark.parametrize(
+    ("n", "heads"), [(2, 1), (4, 1)], ids=["tp 2", "tp 4, more than key heads"]
+)
 def test_processes_write_what_one_device_does(n, heads):
     for found in processes.run(devices.decoding, n):
         assert found.pop("heads") == heads
-        assert found.pop("quantized") < 1e-5  # float32 (a matrix is expanded to it), sums of 24 terms of size 1, through two layers
-        assert {name: e for name, e in found.items() if e is not True and not (e is not False and e < 1e-6)} == {}
+        # float32 (a matrix is expanded to it), sums of 24 terms of size 1, through two layers
+        assert found.pop("quantized") < 1e-5
+        assert {
+            name: e
+            for name, e in found.items()
+            if e is not True and not (e is not False and e < 1e-6)
+        } == {}
 
 
 def test_a_layer_says_two_things_forward_and_two_backward():
@@ -44,20 +53,28 @@ def test_a_layer_says_two_things_forward_and_two_backward():
         assert set(kinds) == {"all_reduce"}
 
 
-CONFIG = fa.Config(vocabulary=48, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+CONFIG = fa.Config(
+    vocabulary=48, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24
+)
 
 
 @pytest.mark.parametrize(
-    ("axes", "sharded"), [({"tensor": 2}, False), ({"data": 2}, False), ({"data": 2}, True), ({"context": 2}, False)]
+    ("axes", "sharded"),
+    [({"tensor": 2}, False), ({"data": 2}, False), ({"data": 2}, True), ({"context": 2}, False)],
 )
 def test_the_cost_of_a_layer_is_what_is_counted(axes, sharded):
     """Calls, and bytes, of one more layer in a gradient."""
-    told = sharding.cost(CONFIG, axes, tokens=8, rows=4, training=True, sharded=sharded, nbytes=8).collectives
+    told = sharding.cost(
+        CONFIG, axes, tokens=8, rows=4, training=True, sharded=sharded, nbytes=8
+    ).collectives
     for found in processes.run(devices.said, 2, axes, sharded):
         for kind, (calls, nbytes) in found.items():
             ours = [one for one in told if one.kind == kind]
             assert sum(one.calls for one in ours) == 2 * calls, (kind, told)
-            assert sum(one.calls * one.nbytes for one in ours) == pytest.approx(2 * nbytes), (kind, told)
+            assert sum(one.calls * one.nbytes for one in ours) == pytest.approx(2 * nbytes), (
+                kind,
+                told,
+            )
 
 
 def test_compiled_code_speaks_as_eager_code_does():
@@ -74,7 +91,16 @@ def test_what_one_mesh_saved_another_loads(tmp_path):
 
 
 def test_a_process_reads_its_own_part_of_a_file(tmp_path):
-    config = fa.Config(vocabulary=48, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24, tied=False)
+    config = fa.Config(
+        vocabulary=48,
+        width=16,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_size=4,
+        feed_forward=24,
+        tied=False,
+    )
     fa.save(tmp_path, config, fa.decoder(config).init(fa.key(0)))
     for same, read, mine, whole in processes.run(devices.sliced, 2, str(tmp_path)):
         assert same
@@ -83,7 +109,8 @@ def test_a_process_reads_its_own_part_of_a_file(tmp_path):
 
 def test_what_cannot_be_is_refused():
     wanted = {
-        "grad outside": "TypeError: shard_map: the call should be outside of grad, vjp, jvp and vmap, got one inside. "
+        "grad outside": "TypeError: shard_map: the call should be outside of grad, vjp, jvp and "
+        "vmap, got one inside. "
         "shard_map is the outermost: write shard_map(grad(f), ...), not grad(shard_map(f, ...))",
         "vmap outside": "TypeError: shard_map: the call should be outside",
         "grad of a model": "TypeError: shard_map: the call should be outside",
@@ -91,17 +118,23 @@ def test_what_cannot_be_is_refused():
         "shard inside": "TypeError: shard: the call should be outside",
         "sharded otherwise": "TypeError: shard: tree should be of whole tensors",
         "specs of another cut": "ValueError: shard_map: a DTensor should be cut as in_specs says",
-        "autograd follows": "TypeError: shard_map: a DTensor should be one that autograd does not follow",
+        "autograd follows": "TypeError: shard_map: a DTensor should be one that autograd does not "
+        "follow",
         "heads that are cut": "ValueError: decoder: config should be such that the 2 devices",
         "quantize in parts": "TypeError: quantize: embedding should be of tensors of this process",
-        "results that differ": "ValueError: shard_map: a result that out_specs does not cut should be the same on every device",
-        "dequantize in parts": "TypeError: dequantize: params should be of tensors of this process, got a DTensor",
-        "save in parts": "TypeError: save: params should be of tensors of this process, got a DTensor",
+        "results that differ": "ValueError: shard_map: a result that out_specs does not cut should "
+        "be the same on every device",
+        "dequantize in parts": "TypeError: dequantize: params should be of tensors of this "
+        "process, got a DTensor",
+        "save in parts": "TypeError: save: params should be of tensors of this process, got a "
+        "DTensor",
         "no names": "TypeError: sharding: mesh should be a DeviceMesh with mesh_dim_names",
         "a whole tree on a mesh": "ValueError: decoder: layers.0.q should be a part (8, 16)",
     }
     for told in processes.run(devices.refusals, 2):
-        assert {name: text for name, text in told.items() if not text.startswith(wanted[name])} == {}
+        assert {
+            name: text for name, text in told.items() if not text.startswith(wanted[name])
+        } == {}
 
 
 def test_a_dead_process_ends_the_others_with_an_error():
@@ -117,6 +150,8 @@ def test_the_real_model_on_three_processes_writes_what_one_writes(smollm2, tmp_p
     fa.save(tmp_path, config, params)
     for tokens, counts, nbytes in processes.run(devices.greedy, 3, str(tmp_path), prompt, 64):
         assert tokens == expected
-        assert counts["all_reduce"]["calls"] == 64 * (2 * config.layers + 1)  # two a layer, and one for the embedding
-        assert counts["all_gather"]["calls"] == 64 * 2  # the likeliest token of each: its logit and its id
+        # two a layer, and one for the embedding
+        assert counts["all_reduce"]["calls"] == 64 * (2 * config.layers + 1)
+        # the likeliest token of each: its logit and its id
+        assert counts["all_gather"]["calls"] == 64 * 2
         assert nbytes < 0.35 * fa.tree.nbytes(params)

@@ -1,4 +1,6 @@
-"""Scores against one softmax over all logits, perplexity against the naive loop, and runs that are looked into and changed."""
+"""Scores against one softmax over all logits, perplexity against the naive loop, and runs that are
+looked into and changed.
+"""
 
 import functools
 import math
@@ -14,7 +16,9 @@ from torch.func import grad, jvp, vmap
 import funcattn as fa
 from funcattn.evaluation import score_and_greedy, windows
 
-CONFIG = fa.Config(vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+CONFIG = fa.Config(
+    vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24
+)
 MODEL = fa.decoder(CONFIG)
 # ten times the weights of a fresh model, so that the layers matter
 PARAMS = fa.tree.map(lambda x: (x if x.dim() == 1 else 10 * x).double(), MODEL.init(fa.key(0)))
@@ -28,7 +32,11 @@ def logits_of(params, tokens, model=MODEL):
 
 def naive(params, tokens):
     """One softmax over all logits."""
-    return logits_of(params, tokens)[..., :-1, :].log_softmax(-1).gather(-1, tokens[..., 1:, None])[..., 0]
+    return (
+        logits_of(params, tokens)[..., :-1, :]
+        .log_softmax(-1)
+        .gather(-1, tokens[..., 1:, None])[..., 0]
+    )
 
 
 # Scores.
@@ -55,7 +63,10 @@ def test_scores_are_those_of_all_logits_at_once(chunk):
 def test_scores_of_a_batch_are_those_of_its_rows():
     rows = TOKENS.reshape(2, 3, 4)
     close(fa.score(MODEL, PARAMS, rows, chunk=5), naive(PARAMS, rows))
-    close(fa.score(MODEL, PARAMS, rows, chunk=5), vmap(vmap(lambda row: fa.score(MODEL, PARAMS, row)))(rows))
+    close(
+        fa.score(MODEL, PARAMS, rows, chunk=5),
+        vmap(vmap(lambda row: fa.score(MODEL, PARAMS, row)))(rows),
+    )
 
 
 def test_scores_behind_a_past_are_the_last_of_the_whole():
@@ -74,16 +85,22 @@ def test_a_continuation_has_the_last_scores_of_the_whole():
     past = MODEL.apply(PARAMS, TOKENS[:9], MODEL.cache(24, dtype=torch.float64))[1]
     close(fa.score_continuation(MODEL, PARAMS, TOKENS[9:12], TOKENS[12:], past), whole[11:])
     rows = TOKENS.reshape(2, 12)
-    close(fa.score_continuation(MODEL, PARAMS, rows[:, :5], rows[:, 5:]), naive(PARAMS, rows)[:, 4:])
+    close(
+        fa.score_continuation(MODEL, PARAMS, rows[:, :5], rows[:, 5:]), naive(PARAMS, rows)[:, 4:]
+    )
 
 
 def test_derivatives_of_a_continuation_are_those_of_all_logits_at_once():
     total = lambda f: lambda params: f(params).sin().sum()
-    ours = total(lambda params: fa.score_continuation(MODEL, params, TOKENS[:10], TOKENS[10:], chunk=3))
+    ours = total(
+        lambda params: fa.score_continuation(MODEL, params, TOKENS[:10], TOKENS[10:], chunk=3)
+    )
     reference = total(lambda params: naive(params, TOKENS)[9:])
     direction = fa.tree.map(torch.cos, PARAMS)
     for derive in (lambda f: grad(f)(PARAMS), lambda f: jvp(grad(f), (PARAMS,), (direction,))[1]):
-        for got, wanted in zip(fa.tree.leaves(derive(ours)), fa.tree.leaves(derive(reference)), strict=True):
+        for got, wanted in zip(
+            fa.tree.leaves(derive(ours)), fa.tree.leaves(derive(reference)), strict=True
+        ):
             close(got, wanted, rtol=1e-8, atol=1e-9)
 
 
@@ -103,7 +120,9 @@ def test_one_token_has_no_score():
 
 
 def test_probabilities_of_every_next_token_sum_to_one():
-    each = vmap(lambda token: fa.score_continuation(MODEL, PARAMS, TOKENS[:5], token[None])[0])(torch.arange(40))
+    each = vmap(lambda token: fa.score_continuation(MODEL, PARAMS, TOKENS[:5], token[None])[0])(
+        torch.arange(40)
+    )
     close(each.exp().sum(), torch.ones((), dtype=torch.float64))
 
 
@@ -135,11 +154,20 @@ print(peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_more_logits_are_held_than_a_chunk():
-    """All logits are 1024 x 32768 floats, 128 MiB, and a gradient holds them thrice; a chunk of 64 is 8 MiB."""
-    apart = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc keeps freed blocks below 32 MiB, and counts them
+    """All logits are 1024 x 32768 floats, 128 MiB, and a gradient holds them thrice; a chunk of 64
+    is 8 MiB.
+    """
+    # or glibc keeps freed blocks below 32 MiB, and counts them
+    apart = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
     def run(way):
-        done = subprocess.run([sys.executable, "-c", MEMORY, way], capture_output=True, text=True, check=True, env=apart)
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, way],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=apart,
+        )
         return float(done.stdout)
 
     assert run("chunks") < 48  # 24 measured: two or three chunks
@@ -149,7 +177,9 @@ def test_no_more_logits_are_held_than_a_chunk():
 # Perplexity.
 
 
-@pytest.mark.parametrize(("context", "stride"), [(8, 4), (8, 1), (8, 7), (5, 2), (24, 12), (30, 3), (2, 1)])
+@pytest.mark.parametrize(
+    ("context", "stride"), [(8, 4), (8, 1), (8, 7), (5, 2), (24, 12), (30, 3), (2, 1)]
+)
 def test_perplexity_is_the_naive_loop(context, stride):
     """The loop of Hugging Face's page on perplexity, with every target told by its number."""
     total, count, last = 0.0, 0, 0
@@ -170,7 +200,9 @@ def test_perplexity_is_the_naive_loop(context, stride):
 @pytest.mark.parametrize(("context", "stride"), [(2, 1), (8, 1), (8, 4), (8, 7), (5, 2)])
 def test_windows_score_each_token_once_with_enough_before_it(length, context, stride):
     found = windows(length, context=context, stride=stride)
-    assert [place for window in found for place in range(window.first, window.end)] == list(range(1, length))
+    assert [place for window in found for place in range(window.first, window.end)] == list(
+        range(1, length)
+    )
     for begin, first, end in found:
         assert end - begin <= context
         assert first - begin >= (context - stride if begin else 1)
@@ -188,13 +220,23 @@ def test_perplexity_composes():
     close(each, torch.stack([f(PARAMS, row) for row in rows]))
     close(f(PARAMS, rows), each.prod().sqrt())  # the geometric mean, rows being of one length
     direction = fa.tree.map(torch.cos, PARAMS)
-    slope = sum((g * d).sum() for g, d in zip(*map(fa.tree.leaves, (grad(f)(PARAMS, rows[0]), direction)), strict=True))
+    slope = sum(
+        (g * d).sum()
+        for g, d in zip(*map(fa.tree.leaves, (grad(f)(PARAMS, rows[0]), direction)), strict=True)
+    )
     close(jvp(lambda params: f(params, rows[0]), (PARAMS,), (direction,))[1], slope)
 
 
 # Activations.
 
-NAMES = ["attention.input", "attention.q", "attention.k", "attention.v", "attention.mixed", "attention.output"]
+NAMES = [
+    "attention.input",
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.mixed",
+    "attention.output",
+]
 NAMES += ["feed_forward.input", "feed_forward.inner", "feed_forward.output", "output"]
 ALL = ["embedding", *[f"layers.{i}.{name}" for i in range(2) for name in NAMES], "output"]
 
@@ -204,7 +246,12 @@ def test_a_traced_run_has_the_logits_of_the_run():
     assert torch.equal(logits, logits_of(PARAMS, TOKENS))
     assert list(seen) == ALL
     assert torch.equal(seen["output"], MODEL.hidden(PARAMS, TOKENS)[0])
-    close(seen["layers.0.output"], seen["embedding"] + seen["layers.0.attention.output"] + seen["layers.0.feed_forward.output"])
+    close(
+        seen["layers.0.output"],
+        seen["embedding"]
+        + seen["layers.0.attention.output"]
+        + seen["layers.0.feed_forward.output"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -246,7 +293,9 @@ def test_patching_with_what_is_there_changes_nothing(name):
 
 
 def test_activation_patching_carries_one_prompt_into_another():
-    """All of a layer's residual makes the other prompt's logits; that of the last token, its last logits only."""
+    """All of a layer's residual makes the other prompt's logits; that of the last token, its last
+    logits only.
+    """
     other = fa.random.randint(fa.key(2), (24,), 0, 40)
     wanted, seen = fa.trace(MODEL, PARAMS, other)
     own = logits_of(PARAMS, TOKENS)
@@ -266,7 +315,9 @@ def test_a_gradient_in_an_activation_is_its_slope():
         slope = (grad(f)(x) * direction).sum()
         close(jvp(f, (x,), (direction,))[1], slope)
         h = 1e-5  # truncation of order h^2, rounding of order 1e-16 / h
-        torch.testing.assert_close(slope, (f(x + h * direction) - f(x - h * direction)) / (2 * h), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            slope, (f(x + h * direction) - f(x - h * direction)) / (2 * h), rtol=1e-6, atol=1e-8
+        )
 
 
 def test_gradients_of_all_layers_at_once_are_those_one_by_one():
@@ -280,13 +331,20 @@ def test_gradients_of_all_layers_at_once_are_those_one_by_one():
 
     together = grad(nudged)({name: torch.zeros_like(x) for name, x in seen.items()})
     for name in names:
-        close(together[name], grad(lambda x, name=name: fa.patch(MODEL, PARAMS, TOKENS, {name: x})[-1, 7])(seen[name]))
+        close(
+            together[name],
+            grad(lambda x, name=name: fa.patch(MODEL, PARAMS, TOKENS, {name: x})[-1, 7])(
+                seen[name]
+            ),
+        )
 
 
 def test_many_patches_at_once_are_one_by_one():
     """Each place of the residual knocked out in turn, under vmap; and its gradient."""
     name = "layers.0.output"
-    without = lambda place: {name: lambda x: torch.where(torch.arange(24).unsqueeze(-1) == place, 0, x)}
+    without = lambda place: {
+        name: lambda x: torch.where(torch.arange(24).unsqueeze(-1) == place, 0, x)
+    }
     knocked = lambda place: fa.patch(MODEL, PARAMS, TOKENS, without(place))[-1]
     places = torch.arange(24)
     close(vmap(knocked)(places), torch.stack([knocked(place) for place in places]))
@@ -305,9 +363,14 @@ def test_a_trace_goes_through_transforms():
         wanted = fa.trace(MODEL, PARAMS, row, "layers.0.output")
         close(logits[n], wanted[0])
         close(seen["layers.0.output"][n], wanted[1]["layers.0.output"])
-    f = lambda params: fa.trace(MODEL, params, TOKENS, "layers.1.output")[1]["layers.1.output"].sin().sum()
+    f = lambda params: (
+        fa.trace(MODEL, params, TOKENS, "layers.1.output")[1]["layers.1.output"].sin().sum()
+    )
     direction = fa.tree.map(torch.cos, PARAMS)
-    slope = sum((g * d).sum() for g, d in zip(*map(fa.tree.leaves, (grad(f)(PARAMS), direction)), strict=True))
+    slope = sum(
+        (g * d).sum()
+        for g, d in zip(*map(fa.tree.leaves, (grad(f)(PARAMS), direction)), strict=True)
+    )
     close(jvp(f, (PARAMS,), (direction,))[1], slope)
 
 
@@ -348,23 +411,55 @@ def test_a_failed_run_leaves_no_listener():
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (lambda: fa.score(MODEL, PARAMS, [1, 2]), TypeError, "score: tokens should be an integer tensor, got a list"),
-        (lambda: fa.score(MODEL, PARAMS, TOKENS.double()), TypeError, r"got torch\.float64\. Pass token ids"),
+        (
+            lambda: fa.score(MODEL, PARAMS, [1, 2]),
+            TypeError,
+            "score: tokens should be an integer tensor, got a list",
+        ),
+        (
+            lambda: fa.score(MODEL, PARAMS, TOKENS.double()),
+            TypeError,
+            r"got torch\.float64\. Pass token ids",
+        ),
         (lambda: fa.score(MODEL, PARAMS, TOKENS[:0]), ValueError, r"T at least 1, got \(0,\)"),
         (lambda: fa.score(MODEL, PARAMS, torch.tensor(1)), ValueError, r"T at least 1, got \(\)"),
         (lambda: fa.score(MODEL, PARAMS, torch.tensor([1, 40])), ValueError, r"ids in 0\.\.39"),
-        (lambda: fa.score(MODEL, PARAMS, torch.tensor([41, 4])), ValueError, r"ids in 0\.\.39, got 41"),
-        (lambda: vmap(lambda t: fa.score(MODEL, PARAMS, t))(torch.tensor([[1, 2], [1, -2]])), ValueError, r"ids in 0\.\.39"),
-        (lambda: fa.score(MODEL, PARAMS, TOKENS, chunk=0), ValueError, "chunk should be at least 1, got 0"),
+        (
+            lambda: fa.score(MODEL, PARAMS, torch.tensor([41, 4])),
+            ValueError,
+            r"ids in 0\.\.39, got 41",
+        ),
+        (
+            lambda: vmap(lambda t: fa.score(MODEL, PARAMS, t))(torch.tensor([[1, 2], [1, -2]])),
+            ValueError,
+            r"ids in 0\.\.39",
+        ),
+        (
+            lambda: fa.score(MODEL, PARAMS, TOKENS, chunk=0),
+            ValueError,
+            "chunk should be at least 1, got 0",
+        ),
         (
             lambda: fa.score_continuation(MODEL, PARAMS, TOKENS[None], TOKENS),
             ValueError,
             r"continuation should be \(1, 'N'\), as the prompt leads, got \(24,\)",
         ),
-        (lambda: fa.score_continuation(MODEL, PARAMS, TOKENS[:0], TOKENS), ValueError, "prompt should be .* at least 1"),
+        (
+            lambda: fa.score_continuation(MODEL, PARAMS, TOKENS[:0], TOKENS),
+            ValueError,
+            "prompt should be .* at least 1",
+        ),
         (lambda: fa.perplexity(MODEL, PARAMS, TOKENS[:1]), ValueError, "T at least 2"),
-        (lambda: fa.perplexity(MODEL, PARAMS, TOKENS, context=1), ValueError, "context should be at least 2 tokens, got 1"),
-        (lambda: fa.perplexity(MODEL, PARAMS, TOKENS, context=8, stride=8), ValueError, "from 1 to context - 1 = 7, got 8"),
+        (
+            lambda: fa.perplexity(MODEL, PARAMS, TOKENS, context=1),
+            ValueError,
+            "context should be at least 2 tokens, got 1",
+        ),
+        (
+            lambda: fa.perplexity(MODEL, PARAMS, TOKENS, context=8, stride=8),
+            ValueError,
+            "from 1 to context - 1 = 7, got 8",
+        ),
         (lambda: fa.perplexity(MODEL, PARAMS, TOKENS, context=8, stride=0), ValueError, "got 0"),
         (
             lambda: fa.trace(MODEL, PARAMS, TOKENS, ["layers.0.outputs"]),
@@ -376,9 +471,17 @@ def test_a_failed_run_leaves_no_listener():
             ValueError,
             r"patch: changes should be names of taps, got 'layer\.1\.attention\.q'\. Did you mean 'layers\.1\.attention\.q'",
         ),
-        (lambda: fa.trace(MODEL, PARAMS, TOKENS, "layers"), ValueError, "none by 'layers'. A whole name must match; there are 22"),
+        (
+            lambda: fa.trace(MODEL, PARAMS, TOKENS, "layers"),
+            ValueError,
+            "none by 'layers'. A whole name must match; there are 22",
+        ),
         (lambda: fa.trace(MODEL, PARAMS, TOKENS, []), ValueError, r"none by \[\]"),
-        (lambda: fa.trace(MODEL, PARAMS, TOKENS, "layers.("), ValueError, "where should be a regex"),
+        (
+            lambda: fa.trace(MODEL, PARAMS, TOKENS, "layers.("),
+            ValueError,
+            "where should be a regex",
+        ),
         (
             lambda: fa.patch(MODEL, PARAMS, TOKENS, {"embedding": torch.zeros(3, 16).double()}),
             ValueError,
@@ -389,14 +492,24 @@ def test_a_failed_run_leaves_no_listener():
             TypeError,
             r"a tensor of torch\.float64, got torch\.float32",
         ),
-        (lambda: fa.patch(MODEL, PARAMS, TOKENS, {"embedding": lambda x: None}), TypeError, "got a NoneType"),
         (
-            lambda: torch.compile(lambda t: fa.trace(MODEL, PARAMS, t)[0], backend="eager", fullgraph=True)(TOKENS),
+            lambda: fa.patch(MODEL, PARAMS, TOKENS, {"embedding": lambda x: None}),
+            TypeError,
+            "got a NoneType",
+        ),
+        (
+            lambda: torch.compile(
+                lambda t: fa.trace(MODEL, PARAMS, t)[0], backend="eager", fullgraph=True
+            )(TOKENS),
             Exception,
             "outside of torch.compile",
         ),
         (
-            lambda: fa.trace(MODEL._replace(hidden=lambda *a, **k: (TOKENS, None), logits=lambda params, x: x), PARAMS, TOKENS),
+            lambda: fa.trace(
+                MODEL._replace(hidden=lambda *a, **k: (TOKENS, None), logits=lambda params, x: x),
+                PARAMS,
+                TOKENS,
+            ),
             ValueError,
             "one with taps, got one without",
         ),

@@ -1,6 +1,8 @@
-"""override_sdpa and functional: other people's modules against what torch computes, and against its dense route under transforms.
+"""override_sdpa and functional: other people's modules against what torch computes, and against its
+dense route under transforms.
 
-Equal numbers alone prove nothing, for torch computes them too: where a call must be ours, calls of our attention are counted.
+Equal numbers alone prove nothing, for torch computes them too: where a call must be ours, calls of
+our attention are counted.
 """
 
 import copy
@@ -31,7 +33,9 @@ def calls(monkeypatch):
     """How often our attention was called, one entry a call."""
     seen = []
     ours = sdpa.attention
-    monkeypatch.setattr(sdpa, "attention", lambda *args, **options: seen.append(args) or ours(*args, **options))
+    monkeypatch.setattr(
+        sdpa, "attention", lambda *args, **options: seen.append(args) or ours(*args, **options)
+    )
     return seen
 
 
@@ -63,17 +67,35 @@ SIGNATURE = {
     "causal": (((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)), {"is_causal": True}),
     "causal, two axes, fewer keys": (((5, 8), (3, 8), (3, 8)), {"is_causal": True}),
     "booleans": (((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)), {"attn_mask": HIDDEN}),
-    "booleans for each example": (((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)), {"attn_mask": HIDDEN.expand(2, 1, 3, 5)}),
-    "booleans where heads broadcast": (((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 8)), {"attn_mask": HIDDEN.expand(2, 1, 3, 5)}),
+    "booleans for each example": (
+        ((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)),
+        {"attn_mask": HIDDEN.expand(2, 1, 3, 5)},
+    ),
+    "booleans where heads broadcast": (
+        ((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 8)),
+        {"attn_mask": HIDDEN.expand(2, 1, 3, 5)},
+    ),
     "numbers": (((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)), {"attn_mask": normal(6, 4, 3, 5)}),
     "numbers, two axes": (((3, 8), (5, 8), (5, 8)), {"attn_mask": normal(7, 3, 5)}),
     "a mask along keys": (((4, 3, 8), (4, 5, 8), (4, 5, 8)), {"attn_mask": HIDDEN[0]}),
-    "causal upper left": (((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)), {"attn_mask": bias.causal_upper_left(3, 5)}),
-    "causal lower right": (((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)), {"attn_mask": bias.causal_lower_right(3, 5)}),
+    "causal upper left": (
+        ((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)),
+        {"attn_mask": bias.causal_upper_left(3, 5)},
+    ),
+    "causal lower right": (
+        ((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)),
+        {"attn_mask": bias.causal_lower_right(3, 5)},
+    ),
     "scale": (((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 8)), {"scale": 0.1}),
     "grouped": (((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 8)), {"enable_gqa": True}),
-    "grouped, causal, three axes": (((4, 3, 8), (2, 5, 8), (2, 5, 8)), {"enable_gqa": True, "is_causal": True}),
-    "grouped, values in other groups": (((2, 4, 3, 8), (2, 2, 5, 8), (2, 1, 5, 8)), {"enable_gqa": True}),
+    "grouped, causal, three axes": (
+        ((4, 3, 8), (2, 5, 8), (2, 5, 8)),
+        {"enable_gqa": True, "is_causal": True},
+    ),
+    "grouped, values in other groups": (
+        ((2, 4, 3, 8), (2, 2, 5, 8), (2, 1, 5, 8)),
+        {"enable_gqa": True},
+    ),
     "no keys": (((2, 4, 3, 8), (2, 4, 0, 8), (2, 4, 0, 8)), {}),
 }
 
@@ -84,7 +106,11 @@ def test_every_argument_means_what_it_means_in_torch(shapes, options, calls):
     tangents = tuple(normal(10 + number, *shape) for number, shape in enumerate(shapes))
     f = lambda *inputs: F.scaled_dot_product_attention(*inputs, **options)
     loss = lambda *inputs: f(*inputs).sin().sum()
-    every = lambda: (f(*inputs), jvp(f, inputs, tangents), jvp(grad(loss, (0, 1, 2)), inputs, tangents))
+    every = lambda: (
+        f(*inputs),
+        jvp(f, inputs, tangents),
+        jvp(grad(loss, (0, 1, 2)), inputs, tangents),
+    )
     with sdpa_kernel(SDPBackend.MATH):
         wanted = every()
     with override_sdpa():
@@ -96,7 +122,9 @@ def test_every_argument_means_what_it_means_in_torch(shapes, options, calls):
 def test_a_query_that_sees_no_key_gives_zeros():
     q = k = v = normal(1, 2, 3, 4)
     with override_sdpa():
-        out, tangent = jvp(lambda q: F.scaled_dot_product_attention(q, k, v, HIDDEN[:, :3] & False), (q,), (q,))
+        out, tangent = jvp(
+            lambda q: F.scaled_dot_product_attention(q, k, v, HIDDEN[:, :3] & False), (q,), (q,)
+        )
     assert not torch.stack([out, tangent]).any()
 
 
@@ -106,9 +134,21 @@ ERRORS = {
         "with a CausalBias",
         {"attn_mask": bias.causal_upper_left(3, 5), "is_causal": True},
     ),
-    "another size of bias": (ValueError, r"causal_lower_right\(3, 5\), got \(3, 6\)", {"attn_mask": bias.causal_lower_right(3, 6)}),
-    "a mask of integers": (TypeError, "mask should be boolean", {"attn_mask": torch.ones(3, 5, dtype=torch.int64)}),
-    "a mask of another length": (ValueError, "mask should be such that it broadcasts", {"attn_mask": HIDDEN[:, :4]}),
+    "another size of bias": (
+        ValueError,
+        r"causal_lower_right\(3, 5\), got \(3, 6\)",
+        {"attn_mask": bias.causal_lower_right(3, 6)},
+    ),
+    "a mask of integers": (
+        TypeError,
+        "mask should be boolean",
+        {"attn_mask": torch.ones(3, 5, dtype=torch.int64)},
+    ),
+    "a mask of another length": (
+        ValueError,
+        "mask should be such that it broadcasts",
+        {"attn_mask": HIDDEN[:, :4]},
+    ),
     "dropout without a key": (ValueError, r"override_sdpa\(key=fa.key\(0\)\)", {"dropout_p": 0.5}),
 }
 
@@ -131,16 +171,22 @@ def test_shapes_that_do_not_fit_are_clear_errors():
             F.scaled_dot_product_attention(q[0, 0, 0], k, k)
 
 
-@pytest.mark.parametrize("given", [fa.split(fa.key(0)), torch.zeros(2), 7], ids=["a batch", "floating", "a seed"])
+@pytest.mark.parametrize(
+    "given", [fa.split(fa.key(0)), torch.zeros(2), 7], ids=["a batch", "floating", "a seed"]
+)
 def test_the_key_is_one_key(given):
-    with pytest.raises(ValueError, match="override_sdpa: key should be one key"), override_sdpa(key=given):
+    with (
+        pytest.raises(ValueError, match="override_sdpa: key should be one key"),
+        override_sdpa(key=given),
+    ):
         pass
 
 
 # PyTorch's own samples.
 
 
-# Samples lie within +-9: logits reach 9 * 9 * sqrt(8) = 229, whose rounding exp makes a relative error; four such errors meet.
+# Samples lie within +-9: logits reach 9 * 9 * sqrt(8) = 229, whose rounding exp makes a relative
+# error; four such errors meet.
 LOGITS = 4 * 229
 
 
@@ -160,7 +206,11 @@ def samples(opinfo, dtype, dropping):
     ]
     assert len(found) >= 12
     for sample in found:
-        tensors = [sample.input, *sample.args, *(x for x in [sample.kwargs.get("attn_mask")] if x is not None)]
+        tensors = [
+            sample.input,
+            *sample.args,
+            *(x for x in [sample.kwargs.get("attn_mask")] if x is not None),
+        ]
 
         def f(*tensors, options=sample.kwargs):
             options = options | ({"attn_mask": tensors[3]} if len(tensors) > 3 else {})
@@ -178,7 +228,9 @@ def test_the_samples_of_pytorch_pass_with_gradients(dtype, opinfo, calls):
         gradients = torch.autograd.grad(wanted.sin().sum(), tensors)
         with override_sdpa():
             found = f(*tensors)
-        close((found, torch.autograd.grad(found.sin().sum(), tensors)), (wanted, gradients), tolerance)
+        close(
+            (found, torch.autograd.grad(found.sin().sum(), tensors)), (wanted, gradients), tolerance
+        )
         assert len(calls) == number + 1
 
 
@@ -245,8 +297,14 @@ def decoding(**options):
 
 def encoding():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its nested tensors are a prototype; the override does not take that path
-        return called(nn.TransformerEncoder(layer(), 2), src_key_padding_mask=PADDED, mask=UPPER != 0, is_causal=True)
+        # its nested tensors are a prototype; the override does not take that path
+        warnings.simplefilter("ignore")
+        return called(
+            nn.TransformerEncoder(layer(), 2),
+            src_key_padding_mask=PADDED,
+            mask=UPPER != 0,
+            is_causal=True,
+        )
 
 
 def weighing():
@@ -265,11 +323,17 @@ MODULES = {  # how to make one, and how many calls of attention it makes
     "cross-attention": (crossing, 1),
     "a key_padding_mask": (lambda: with_options(attending(), key_padding_mask=PADDED), 1),
     "an attn_mask": (lambda: with_options(attending(), attn_mask=UPPER), 1),
-    "both masks": (lambda: with_options(attending(), attn_mask=UPPER, key_padding_mask=PADDED.double() * -9), 1),
+    "both masks": (
+        lambda: with_options(attending(), attn_mask=UPPER, key_padding_mask=PADDED.double() * -9),
+        1,
+    ),
     "causal": (lambda: with_options(attending(), attn_mask=UPPER, is_causal=True), 1),
     "weights wanted": (weighing, 0),
     "encoder layer": (lambda: called(layer()), 1),
-    "encoder layer, norm first": (lambda: called(layer(norm_first=True), src_mask=UPPER, is_causal=True), 1),
+    "encoder layer, norm first": (
+        lambda: called(layer(norm_first=True), src_mask=UPPER, is_causal=True),
+        1,
+    ),
     "encoder, padded and causal": (encoding, 2),
     "decoder layer": (lambda: decoding(tgt_mask=UPPER, tgt_is_causal=True), 2),
 }
@@ -315,8 +379,13 @@ def test_the_hessian_and_the_gradient_of_each_example_go_through():
     module.double()
     params = {name: p.detach() for name, p in module.named_parameters()}
     x = normal(1, B, T, E)
-    loss = lambda params, x: functional_call(module, params, (x, x, x), {"need_weights": False})[0].sin().sum()
-    every = lambda: (hessian(lambda x: f(x).sin().sum())(x[0]), vmap(grad(loss), (None, 0))(params, x))
+    loss = lambda params, x: (
+        functional_call(module, params, (x, x, x), {"need_weights": False})[0].sin().sum()
+    )
+    every = lambda: (
+        hessian(lambda x: f(x).sin().sum())(x[0]),
+        vmap(grad(loss), (None, 0))(params, x),
+    )
     with sdpa_kernel(SDPBackend.MATH):
         wanted = every()
     with override_sdpa():
@@ -357,14 +426,19 @@ def test_a_checkpoint_in_the_module_runs_our_attention_again(reentrant, calls):
         assert len(calls) == 2
         close(x.grad, wanted)
         if not reentrant:
-            close(torch.autograd.grad(checkpoint(f, x, use_reentrant=False).sin().sum(), x), (wanted,))
+            close(
+                torch.autograd.grad(checkpoint(f, x, use_reentrant=False).sin().sum(), x), (wanted,)
+            )
             assert len(calls) == 4
 
 
 def test_a_checkpoint_does_not_draw_again():
     x = normal(1, B, T, E).requires_grad_()
     f = lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
-    with override_sdpa(key=fa.key(0)), pytest.raises(RuntimeError, match="checkpoint runs the forward again"):
+    with (
+        override_sdpa(key=fa.key(0)),
+        pytest.raises(RuntimeError, match="checkpoint runs the forward again"),
+    ):
         checkpoint(f, x, use_reentrant=False).sum().backward()
 
 
@@ -378,7 +452,13 @@ def test_under_autocast_the_dtype_is_that_of_torch(dtype):
         of_module = f(q.float())
         with override_sdpa():
             close(F.scaled_dot_product_attention(q, q, q, is_causal=True), wanted, tolerance)
-            close(jvp(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), (q,), (q,))[0], wanted, tolerance)
+            close(
+                jvp(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), (q,), (q,))[
+                    0
+                ],
+                wanted,
+                tolerance,
+            )
             close(f(q.float()), of_module, tolerance)
 
 
@@ -400,10 +480,12 @@ def test_dropout_is_a_function_of_the_key_and_of_the_number_of_the_call():
 
 
 def test_dropout_in_a_module_keeps_the_mean():
-    x = torch.ones(1, 1, 400, E)  # every query gives the mean of the values, weighed by what was kept
+    # every query gives the mean of the values, weighed by what was kept
+    x = torch.ones(1, 1, 400, E)
     with override_sdpa(key=fa.key(0)):
         out = F.scaled_dot_product_attention(x, x, x, dropout_p=0.25)
-    # 160000 weights kept with probability 3/4, each then 1/300: the mean has standard deviation sqrt(1/3 / 160000) = 0.0014.
+    # 160000 weights kept with probability 3/4, each then 1/300: the mean has standard deviation
+    # sqrt(1/3 / 160000) = 0.0014.
     assert abs(out.mean() - 1) < 5 * 0.0014
     assert out.std() > 0.01
 
@@ -412,7 +494,11 @@ def test_dropout_in_a_module_keeps_the_mean():
 
 
 def ambient():
-    return _len_torch_function_stack(), torch.backends.mha.get_fastpath_enabled(), F.multi_head_attention_forward
+    return (
+        _len_torch_function_stack(),
+        torch.backends.mha.get_fastpath_enabled(),
+        F.multi_head_attention_forward,
+    )
 
 
 def test_the_context_leaves_everything_as_it_was():
@@ -509,7 +595,8 @@ def test_what_was_compiled_outside_is_compiled_anew_inside(calls):
             found = compiled(x)
         assert (len(calls), len(made)) == (2, 2)
         assert not any(
-            "scaled_dot_product" in str(node.target) or "transformer" in str(node.target) for node in made[1].graph.nodes
+            "scaled_dot_product" in str(node.target) or "transformer" in str(node.target)
+            for node in made[1].graph.nodes
         )
         compiled(x)
         assert len(made) == 2
@@ -584,7 +671,11 @@ def test_tied_weights_are_one_entry_and_have_the_gradient_of_both_uses():
     apply, params = functional(module)
     assert set(params) == {"embed.weight"}
     module(ids).sin().sum().backward()
-    close(grad(lambda p: apply(p, ids).sin().sum())(params)["embed.weight"], module.embed.weight.grad, 1e-6)
+    close(
+        grad(lambda p: apply(p, ids).sin().sum())(params)["embed.weight"],
+        module.embed.weight.grad,
+        1e-6,
+    )
     assert apply(params, ids).shape == (2, 6)
 
 
@@ -607,6 +698,9 @@ def test_an_ensemble_of_modules_is_a_vmap_over_params():
 
 
 def test_importing_the_library_does_not_import_transformers():
-    script = "import sys, funcattn; assert funcattn.interop.override_sdpa; assert 'transformers' not in sys.modules"
+    script = (
+        "import sys, funcattn; assert funcattn.interop.override_sdpa; assert 'transformers' not in "
+        "sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""The lm-evaluation-harness asks, and is answered: with its own base class where it is installed, else with a stand-in."""
+"""The lm-evaluation-harness asks, and is answered: with its own base class where it is installed,
+else with a stand-in.
+"""
 
 import contextlib
 import dataclasses
@@ -48,7 +50,10 @@ def harness(monkeypatch):
         return decorate
 
     base.LM, registry.model_registry, registry.register_model = LM, {}, register_model
-    for name, module in {"lm_eval": types.ModuleType("lm_eval"), "lm_eval.api": types.ModuleType("lm_eval.api")}.items():
+    for name, module in {
+        "lm_eval": types.ModuleType("lm_eval"),
+        "lm_eval.api": types.ModuleType("lm_eval.api"),
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", base)
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", registry)
@@ -60,7 +65,9 @@ def answering(context=64, **more):
 
 
 def naive(before, after):
-    """The log-probability of the ids after, behind the ids before, and whether each is the likeliest."""
+    """The log-probability of the ids after, behind the ids before, and whether each is the
+    likeliest.
+    """
     ids = torch.tensor([*before, *after])
     logits = MODEL.logits(PARAMS, MODEL.hidden(PARAMS, ids[:-1])[0])[len(before) - 1 :]
     scores = logits.double().log_softmax(-1).gather(-1, ids[len(before) :, None]).sum()
@@ -73,7 +80,13 @@ def check(found, wanted):
 
 
 def test_a_continuation_is_scored_behind_its_context():
-    questions = [("hello the", " 12"), ("hello the", " hello"), ("the", "x"), ("hello", " the 12"), ("hello the", "!")]
+    questions = [
+        ("hello the", " 12"),
+        ("hello the", " hello"),
+        ("the", "x"),
+        ("hello", " the 12"),
+        ("hello the", "!"),
+    ]
     found = answering().loglikelihood([Asked(pair) for pair in questions])
     for (before, after), got in zip(questions, found, strict=True):
         whole, head = TOKENIZER.encode(before + after), TOKENIZER.encode(before)
@@ -122,33 +135,51 @@ def test_a_long_context_is_cut_from_the_left():
 def test_a_whole_text_is_scored_once_in_windows_that_are_full(context):
     text = "hello the 12 and so on, hello"
     ids = [BEGIN, *TOKENIZER.encode(text)]
-    wanted = sum(naive(ids[begin:first], ids[first:end])[0] for begin, first, end in rolling(len(ids), context))
-    assert answering(context).loglikelihood_rolling([Asked((text,))]) == [pytest.approx(wanted, rel=1e-5)]
+    wanted = sum(
+        naive(ids[begin:first], ids[first:end])[0]
+        for begin, first, end in rolling(len(ids), context)
+    )
+    assert answering(context).loglikelihood_rolling([Asked((text,))]) == [
+        pytest.approx(wanted, rel=1e-5)
+    ]
     if context == 64:
         assert wanted == pytest.approx(naive(ids[:1], ids[1:])[0])
 
 
-@pytest.mark.parametrize(("length", "context"), [(1, 4), (2, 4), (5, 4), (6, 4), (11, 4), (9, 2), (30, 7)])
+@pytest.mark.parametrize(
+    ("length", "context"), [(1, 4), (2, 4), (5, 4), (6, 4), (11, 4), (9, 2), (30, 7)]
+)
 def test_windows_read_no_more_than_the_context_and_as_much_as_there_is(length, context):
     found = rolling(length, context)
-    assert [place for window in found for place in range(window.first, window.end)] == list(range(1, length))
+    assert [place for window in found for place in range(window.first, window.end)] == list(
+        range(1, length)
+    )
     assert all(end - begin - 1 == min(context, end - 1) for begin, _, end in found)
 
 
 def test_text_is_written_until_a_stop_string():
     lm, prompt = answering(), "hello the"
     ids = torch.tensor(TOKENIZER.encode(prompt))
-    free = "".join(piece.text for piece in fa.stream(fa.key(0), MODEL, PARAMS, ids, steps=12, tokenizer=TOKENIZER))
+    free = "".join(
+        piece.text
+        for piece in fa.stream(fa.key(0), MODEL, PARAMS, ids, steps=12, tokenizer=TOKENIZER)
+    )
     assert len(free) > 5
     stop = free[3:5]
-    asked = [({"max_gen_toks": 12},), ({"until": [stop], "max_gen_toks": 12},), ({"until": stop, "max_gen_toks": 12},)]
+    asked = [
+        ({"max_gen_toks": 12},),
+        ({"until": [stop], "max_gen_toks": 12},),
+        ({"until": stop, "max_gen_toks": 12},),
+    ]
     whole, cut, same = lm.generate_until([Asked((prompt, *options)) for options in asked])
     assert whole == free
     assert cut == same == free[: free.index(stop)]
 
 
 def test_samples_are_drawn_where_a_task_wants_them():
-    asked = [Asked(("hello", {"do_sample": True, "temperature": 2.0, "top_k": 50, "max_gen_toks": 8}))] * 2
+    asked = [
+        Asked(("hello", {"do_sample": True, "temperature": 2.0, "top_k": 50, "max_gen_toks": 8}))
+    ] * 2
     one, two = answering().generate_until(asked)
     assert one != two
     assert answering().generate_until(asked) == [one, two]
@@ -169,23 +200,35 @@ def test_a_continuation_of_which_no_token_is_left_is_refused():
         with contextlib.suppress(ValueError):
             ((score, _),) = answering().loglikelihood([Asked(pair)])
             assert score < 0
-    with pytest.raises(ValueError, match=r"loglikelihood: the continuation 'o' should be 1 to 64 tokens behind its context, got 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"loglikelihood: the continuation 'o' should be 1 to 64 tokens behind its context, got 0",
+    ):
         answering().loglikelihood([Asked(("hell", "o"))])
 
 
 def test_a_continuation_of_more_than_is_read_is_refused_and_not_cut():
     fits = " the" * 8
     ((score, _),) = answering(context=8).loglikelihood([Asked(("hello", fits))])
-    assert score == pytest.approx(naive(TOKENIZER.encode("hello"), TOKENIZER.encode("hello" + fits)[1:])[0], rel=1e-5)
+    assert score == pytest.approx(
+        naive(TOKENIZER.encode("hello"), TOKENIZER.encode("hello" + fits)[1:])[0], rel=1e-5
+    )
     with pytest.raises(ValueError, match=r"the continuation .* should be 1 to 8 tokens"):
         answering(context=8).loglikelihood([Asked(("hello", " the" * 9))])
 
 
 def test_a_question_is_never_cut_to_make_room_for_its_answer_alone():
     for options in ({"max_gen_toks": 64}, {"max_gen_toks": 128}, {}, {"max_gen_toks": -1}):
-        with pytest.raises(ValueError, match="generate_until: max_gen_toks should be fewer than the 64 tokens of the context"):
+        with pytest.raises(
+            ValueError,
+            match="generate_until: max_gen_toks should be fewer than the 64 tokens of the context",
+        ):
             answering().generate_until([Asked(("hello", options))])
-    assert written(max_gen_toks=None, max_new_tokens=8) == written(max_gen_toks=None, max_completion_tokens=8) == written()
+    assert (
+        written(max_gen_toks=None, max_new_tokens=8)
+        == written(max_gen_toks=None, max_completion_tokens=8)
+        == written()
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +237,16 @@ def test_a_question_is_never_cut_to_make_room_for_its_answer_alone():
         ({"do_sample": True, "temperature": 1.0, "top_k": -1}, {"do_sample": True}),
         ({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"do_sample": True}),
         ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, {}),
-        ({"temperature": None, "do_sample": None, "num_beams": 1, "use_cache": True, "repetition_penalty": 1.0}, {}),
+        (
+            {
+                "temperature": None,
+                "do_sample": None,
+                "num_beams": 1,
+                "use_cache": True,
+                "repetition_penalty": 1.0,
+            },
+            {},
+        ),
         ({"until": None}, {"until": [""]}),
         ({"until": "\n"}, {"until": ["\n"]}),
     ],
@@ -232,8 +284,12 @@ def test_an_option_that_would_not_be_heeded_is_refused(options):
 
 def test_a_prefix_of_the_answer_stays_open():
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "The answer is"}]
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend, chat_template=TOKENIZER.template)
-    want = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=False, continue_final_message=True)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZER.backend, chat_template=TOKENIZER.template
+    )
+    want = theirs.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=False, continue_final_message=True
+    )
     assert answering().apply_chat_template(chat, add_generation_prompt=False) == want
     assert want.endswith("The answer is")
 
@@ -252,7 +308,11 @@ def test_the_registered_name_loads_a_model(harness, tmp_path):
     fa.save(tmp_path, CONFIG, PARAMS, TOKENIZER)
     register_lm_eval()
     register_lm_eval()
-    kind = harness.get_model("funcattn") if hasattr(harness, "get_model") else harness.model_registry["funcattn"]
+    kind = (
+        harness.get_model("funcattn")
+        if hasattr(harness, "get_model")
+        else harness.model_registry["funcattn"]
+    )
     lm = kind(pretrained=str(tmp_path), dtype="float32", batch_size=1, device="cpu", max_length=32)
     asked = [Asked(("hello", " the"))]
     assert lm.context == 32
@@ -262,7 +322,11 @@ def test_the_registered_name_loads_a_model(harness, tmp_path):
 
 def test_an_argument_of_the_command_that_would_not_be_heeded_is_refused(harness, tmp_path):
     register_lm_eval()
-    kind = harness.get_model("funcattn") if hasattr(harness, "get_model") else harness.model_registry["funcattn"]
+    kind = (
+        harness.get_model("funcattn")
+        if hasattr(harness, "get_model")
+        else harness.model_registry["funcattn"]
+    )
     for options in ({"peft": "adapter"}, {"add_bos_token": True}, {"dtype": "float31"}):
         with pytest.raises(ValueError, match=r"funcattn: (model_args|dtype) should be"):
             kind(pretrained=str(tmp_path), **options)

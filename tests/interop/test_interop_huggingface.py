@@ -1,4 +1,6 @@
-"""register_transformers: tiny random models of transformers against their own attention, and under transforms."""
+"""register_transformers: tiny random models of transformers against their own attention, and under
+transforms.
+"""
 
 import pytest
 import torch
@@ -9,10 +11,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import funcattn as fa
 from funcattn.interop import functional, huggingface, override_sdpa, register_transformers, sdpa
 
-EXACT = 1e-10  # float64: two layers of sums of some hundred products, at up to two orders of derivative
+# float64: two layers of sums of some hundred products, at up to two orders of derivative
+EXACT = 1e-10
 T = 20
-SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None}
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SIZES |= {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
 FAMILIES = {
     "llama": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -20,14 +35,17 @@ FAMILIES = {
     "gemma3_text": {"sliding_window": 4},
 }
 IDS = fa.random.randint(fa.key(0), (2, T), 1, 50)
-PADDING = (torch.arange(T) >= torch.tensor([[0], [5]])).long()  # the second row begins with five pads
+# the second row begins with five pads
+PADDING = (torch.arange(T) >= torch.tensor([[0], [5]])).long()
 
 
 def build(family, implementation, **options):
     register_transformers()
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[family](**SIZES, **FAMILIES.get(family, {}), **options)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=implementation
+    )
     assert model.config._attn_implementation == implementation
     return model.double().eval()
 
@@ -43,7 +61,11 @@ def calls(monkeypatch):
         (huggingface, "attention_with_score"),
     ):
         ours = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, ours=ours, **options: seen.append(args) or ours(*args, **options))
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *args, ours=ours, **options: seen.append(args) or ours(*args, **options),
+        )
     return seen
 
 
@@ -59,7 +81,11 @@ def loss(apply):
     """The negative log-likelihood of one sequence, as a function of params."""
 
     def of(params, ids, padding):
-        logits = apply(params, input_ids=ids.unsqueeze(0), attention_mask=None if padding is None else padding.unsqueeze(0)).logits
+        logits = apply(
+            params,
+            input_ids=ids.unsqueeze(0),
+            attention_mask=None if padding is None else padding.unsqueeze(0),
+        ).logits
         each = logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
         return -(each if padding is None else each * padding[:-1]).mean()
 
@@ -71,7 +97,10 @@ def test_a_registered_model_gives_the_logits_of_sdpa(family, calls):
     theirs, ours = build(family, "sdpa"), build(family, "funcattn")
     close(ours(IDS).logits, theirs(IDS).logits)
     keep = PADDING.unsqueeze(-1)
-    close(ours(IDS, attention_mask=PADDING).logits * keep, theirs(IDS, attention_mask=PADDING).logits * keep)
+    close(
+        ours(IDS, attention_mask=PADDING).logits * keep,
+        theirs(IDS, attention_mask=PADDING).logits * keep,
+    )
     assert len(calls) == 4
 
 
@@ -89,7 +118,8 @@ def test_the_sinks_of_gpt_oss_are_one_more_logit(calls):
     for model in (theirs, ours):
         for block in model.model.layers:
             block.self_attn.sinks.data = torch.linspace(-1, 2, 4, dtype=torch.float64)
-    close(ours.float()(IDS).logits, theirs.float()(IDS).logits, 1e-5)  # transformers' experts know no float64
+    # transformers' experts know no float64
+    close(ours.float()(IDS).logits, theirs.float()(IDS).logits, 1e-5)
     assert len(calls) == 2
 
 
@@ -113,7 +143,9 @@ def test_models_have_every_derivative_when_registered_and_when_overridden(paddin
 
 def test_a_vmap_of_a_registered_model_takes_a_mask_for_each_row():
     apply, params = functional(build("llama", "funcattn"))
-    each = lambda f: torch.stack([f(ids, padding) for ids, padding in zip(IDS, PADDING, strict=True)])
+    each = lambda f: torch.stack(
+        [f(ids, padding) for ids, padding in zip(IDS, PADDING, strict=True)]
+    )
     f = lambda ids, padding: loss(apply)(params, ids, padding)
     close(vmap(f)(IDS, PADDING), each(f))
     gradient = lambda ids, padding: grad(loss(apply))(params, ids, padding)["lm_head.weight"]
@@ -148,7 +180,9 @@ def test_dropout_takes_its_key_from_the_override():
 
 def test_gradient_checkpointing_trains_inside_the_override(calls):
     model = build("llama", "sdpa").train()
-    gradients = lambda: torch.autograd.grad(model(IDS, use_cache=False).logits.sin().sum(), tuple(model.parameters()))
+    gradients = lambda: torch.autograd.grad(
+        model(IDS, use_cache=False).logits.sin().sum(), tuple(model.parameters())
+    )
     wanted = gradients()
     model.activation_checkpointing_enable()
     with override_sdpa():
@@ -160,10 +194,16 @@ def test_the_soft_cap_of_gemma_is_kept_under_derivatives(calls):
     options = {"sliding_window": 4, "attn_logit_softcapping": 0.01}
     theirs, ours = build("gemma2", "eager", **options), build("gemma2", "funcattn", **options)
     rounding = 1e-6  # transformers' own softmax is in float32, whatever the model
-    close(ours(IDS, attention_mask=PADDING).logits[0], theirs(IDS, attention_mask=PADDING).logits[0], rounding)
+    close(
+        ours(IDS, attention_mask=PADDING).logits[0],
+        theirs(IDS, attention_mask=PADDING).logits[0],
+        rounding,
+    )
     assert len(calls) == 2
     close(derivatives(ours, None), derivatives(theirs, None), rounding)
-    assert (build("gemma2", "funcattn", sliding_window=4)(IDS).logits - ours(IDS).logits).abs().max() > 100 * rounding
+    assert (
+        build("gemma2", "funcattn", sliding_window=4)(IDS).logits - ours(IDS).logits
+    ).abs().max() > 100 * rounding
 
 
 def test_what_no_kernel_does_is_refused_by_name():
@@ -180,7 +220,9 @@ def test_what_no_kernel_does_is_refused_by_name():
 def test_a_bias_of_positions_joins_the_mask():
     q, bias = fa.random.normal(fa.key(1), (2, 4, 5, 8)), fa.random.normal(fa.key(2), (1, 4, 5, 5))
     seen = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
-    out = lambda mask, **options: huggingface._attend(torch.nn.Module(), q, q, q, mask, position_bias=bias, **options)[0]
+    out = lambda mask, **options: huggingface._attend(
+        torch.nn.Module(), q, q, q, mask, position_bias=bias, **options
+    )[0]
     wanted = fa.attention(q, q, q, seen, bias=bias).transpose(1, 2)
     hidden = torch.zeros(2, 1, 5, 5).masked_fill(~seen, float("-inf"))
     for found in (out(seen), out(None), out(hidden)):
@@ -203,11 +245,22 @@ def attentions(output):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss", "bart"])
 def test_attention_weights_are_those_of_eager(family):
-    """GPT-2 does not pass output_attentions on to its attention; Gemma 2 caps logits, gpt-oss has sinks, BART attends across."""
-    options = {"gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1}, "gemma2": {"sliding_window": 4}}.get(family, {})
+    """GPT-2 does not pass output_attentions on to its attention; Gemma 2 caps logits, gpt-oss has
+    sinks, BART attends across.
+    """
+    options = {
+        "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
+        "gemma2": {"sliding_window": 4},
+    }.get(family, {})
     sizes = SIZES | FAMILIES.get(family, {}) | options
     if family == "bart":
-        sizes = {"d_model": 32, "vocab_size": 50, "max_position_embeddings": 64, "decoder_start_token_id": 1, "pad_token_id": 0}
+        sizes = {
+            "d_model": 32,
+            "vocab_size": 50,
+            "max_position_embeddings": 64,
+            "decoder_start_token_id": 1,
+            "pad_token_id": 0,
+        }
         for side in ("encoder", "decoder"):
             sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 32}
     register_transformers()
@@ -216,12 +269,15 @@ def test_attention_weights_are_those_of_eager(family):
         torch.manual_seed(0)
         config = transformers.CONFIG_MAPPING[family](**sizes)
         kind = transformers.AutoModel if family == "bart" else transformers.AutoModelForCausalLM
-        model = kind.from_config(config, attn_implementation=implementation).eval()  # in float32, as their experts want
+        # in float32, as their experts want
+        model = kind.from_config(config, attn_implementation=implementation).eval()
         with torch.no_grad():
             return model(input_ids=IDS, attention_mask=None, output_attentions=True)
 
     wanted, found = attentions(output("eager")), attentions(output("funcattn"))
-    assert {name: len(value) for name, value in found.items()} == {name: len(value) for name, value in wanted.items()}
+    assert {name: len(value) for name, value in found.items()} == {
+        name: len(value) for name, value in wanted.items()
+    }
     assert any(wanted.values())
     for name in wanted:
         if wanted[name]:
@@ -231,7 +287,9 @@ def test_attention_weights_are_those_of_eager(family):
 def test_weights_are_not_made_where_they_are_not_asked_for():
     q = torch.ones(1, 2, 3, 4)
     assert huggingface._attend(torch.nn.Module(), q, q, q, None)[1] is None
-    assert huggingface._attend(torch.nn.Module(), q, q, q, None, output_attentions=True)[1].shape == (1, 2, 3, 3)
+    assert huggingface._attend(torch.nn.Module(), q, q, q, None, output_attentions=True)[
+        1
+    ].shape == (1, 2, 3, 3)
 
 
 def test_an_option_that_is_not_read_is_refused_by_name():
@@ -255,7 +313,13 @@ def test_packed_documents_do_not_see_each_other():
     q, k, v = (fa.random.normal(key, (1, 4, 7, 8)) for key in fa.split(fa.key(0), 3))
     f = lambda mask, **options: huggingface._attend(torch.nn.Module(), q, k, v, mask, **options)[0]
     parts = [slice(0, 3), slice(3, 7)]
-    wanted = torch.cat([fa.attention(q[:, :, s], k[:, :, s], v[:, :, s], fa.masks.causal(s.stop - s.start)) for s in parts], -2)
+    wanted = torch.cat(
+        [
+            fa.attention(q[:, :, s], k[:, :, s], v[:, :, s], fa.masks.causal(s.stop - s.start))
+            for s in parts
+        ],
+        -2,
+    )
     ends = torch.tensor([0, 3, 7], dtype=torch.int32)
     triangle = torch.ones(7, 7, dtype=torch.bool).tril()
     hidden = torch.zeros(7, 7).masked_fill(~triangle, float("-inf"))
@@ -266,22 +330,50 @@ def test_packed_documents_do_not_see_each_other():
 
 
 def test_a_sparse_query_sees_the_keys_that_indices_choose():
-    """DeepSeek 3.2 puts them into the mask for "eager" and "sdpa", and leaves every other implementation to read them."""
+    """DeepSeek 3.2 puts them into the mask for "eager" and "sdpa", and leaves every other
+    implementation to read them.
+    """
     q = fa.random.normal(fa.key(0), (1, 2, 5, 8))
     indices = torch.tensor([[[0, -1], [0, 1], [0, 2], [1, 3], [4, 0]]])
-    seen = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 0], [1, 0, 0, 0, 1]]).bool()
+    seen = torch.tensor(
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 0], [1, 0, 0, 0, 1]]
+    ).bool()
     for mask in (None, torch.ones(5, 5, dtype=torch.bool).tril(), torch.zeros(5, 5)):
         found = huggingface._attend(torch.nn.Module(), q, q, q, mask, indices=indices)[0]
         close(found, fa.attention(q, q, q, seen).transpose(1, 2), 1e-6)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
-    sizes |= {"v_head_dim": 4, "first_k_dense_replace": 1, "index_topk": 3, "index_n_heads": 2, "index_head_dim": 8}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    sizes |= {
+        "num_key_value_heads": 2,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+    }
+    sizes |= {
+        "v_head_dim": 4,
+        "first_k_dense_replace": 1,
+        "index_topk": 3,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+    }
 
     def logits(implementation):
         torch.manual_seed(0)
         config = transformers.CONFIG_MAPPING["deepseek_v32"](**sizes)
         with torch.no_grad():
-            return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()(IDS).logits
+            return (
+                transformers.AutoModelForCausalLM.from_config(
+                    config, attn_implementation=implementation
+                )
+                .eval()(IDS)
+                .logits
+            )
 
     register_transformers()
     close(logits("funcattn"), logits("eager"), 1e-5)
@@ -289,7 +381,9 @@ def test_a_sparse_query_sees_the_keys_that_indices_choose():
 
 def test_sinks_of_each_query_are_one_more_logit():
     q, sinks = fa.random.normal(fa.key(0), (1, 2, 5, 8)), fa.random.normal(fa.key(1), (1, 2, 5, 1))
-    found, weights = huggingface._attend(torch.nn.Module(), q, q, q, None, sinks=sinks, is_causal=False, output_attentions=True)
+    found, weights = huggingface._attend(
+        torch.nn.Module(), q, q, q, None, sinks=sinks, is_causal=False, output_attentions=True
+    )
     wanted = torch.cat([q @ q.mT / 8**0.5, sinks], -1).softmax(-1)[..., :-1]
     close(weights, wanted, 1e-6)
     close(found, (wanted @ q).transpose(1, 2), 1e-6)

@@ -1,4 +1,6 @@
-"""override_sdpa where torch leaves room for doubt: masks that are causal too, sizes of zero, what hides a call."""
+"""override_sdpa where torch leaves room for doubt: masks that are causal too, sizes of zero, what
+hides a call.
+"""
 
 import pytest
 import torch
@@ -19,13 +21,18 @@ def normal(seed, *shape):
 
 
 def dense(q, k, v, hidden, added=0.0):
-    return torch.softmax((q @ k.mT / q.shape[-1] ** 0.5 + added).masked_fill(hidden, -torch.inf), -1) @ v
+    return (
+        torch.softmax((q @ k.mT / q.shape[-1] ** 0.5 + added).masked_fill(hidden, -torch.inf), -1)
+        @ v
+    )
 
 
 BOTH = {  # attn_mask for 6 queries and 7 keys
     "booleans": HIDDEN,
     "booleans along keys": HIDDEN[3:4],
-    "booleans for each head": torch.stack([HIDDEN, HIDDEN.roll(3, -1) | (torch.arange(7) == 0)])[None],
+    "booleans for each head": torch.stack([HIDDEN, HIDDEN.roll(3, -1) | (torch.arange(7) == 0)])[
+        None
+    ],
     "numbers": normal(9, 6, 7),
     "numbers that hide": torch.zeros(6, 7, dtype=torch.float64).masked_fill(~HIDDEN, -torch.inf),
     "numbers for each head": normal(8, 1, 2, 6, 7),
@@ -34,10 +41,17 @@ BOTH = {  # attn_mask for 6 queries and 7 keys
 
 @pytest.mark.parametrize("given", BOTH.values(), ids=BOTH)
 def test_a_mask_that_is_causal_too_hides_what_either_hides(given):
-    q, k, v, t = normal(1, 1, 2, 6, 8), normal(2, 1, 2, 7, 8), normal(3, 1, 2, 7, 8), normal(4, 1, 2, 6, 8)
+    q, k, v, t = (
+        normal(1, 1, 2, 6, 8),
+        normal(2, 1, 2, 7, 8),
+        normal(3, 1, 2, 7, 8),
+        normal(4, 1, 2, 6, 8),
+    )
     causal = ~torch.ones(6, 7, dtype=torch.bool).tril()
     booleans = given.dtype == torch.bool
-    right = lambda q: dense(q, k, v, causal | ~given if booleans else causal, 0.0 if booleans else given)
+    right = lambda q: dense(
+        q, k, v, causal | ~given if booleans else causal, 0.0 if booleans else given
+    )
     f = lambda q: F.scaled_dot_product_attention(q, k, v, given, is_causal=True)
     if torch.__version__ >= torch.torch_version.TorchVersion("2.14"):
         with pytest.raises(RuntimeError, match="is_causal"):
@@ -48,8 +62,12 @@ def test_a_mask_that_is_causal_too_hides_what_either_hides(given):
     with override_sdpa():
         torch.testing.assert_close(f(q), right(q), **EXACT)
         torch.testing.assert_close(jvp(f, (q,), (t,)), jvp(right, (q,), (t,)), **EXACT)
-        torch.testing.assert_close(jvp(slope(f), (q,), (t,)), jvp(slope(right), (q,), (t,)), **EXACT)
-        torch.testing.assert_close(vmap(f)(torch.stack([q, t])), torch.stack([right(q), right(t)]), **EXACT)
+        torch.testing.assert_close(
+            jvp(slope(f), (q,), (t,)), jvp(slope(right), (q,), (t,)), **EXACT
+        )
+        torch.testing.assert_close(
+            vmap(f)(torch.stack([q, t])), torch.stack([right(q), right(t)]), **EXACT
+        )
 
 
 def test_a_causal_bias_of_torch_needs_no_mask_beside_it():
@@ -61,7 +79,11 @@ def test_a_causal_bias_of_torch_needs_no_mask_beside_it():
 
 @pytest.mark.parametrize(
     "sizes",
-    [((2, 2, 0, 4), (2, 2, 3, 4), (2, 2, 3, 4)), ((0, 3, 4), (0, 3, 4), (0, 3, 4)), ((3, 4), (3, 4), (3, 0))],
+    [
+        ((2, 2, 0, 4), (2, 2, 3, 4), (2, 2, 3, 4)),
+        ((0, 3, 4), (0, 3, 4), (0, 3, 4)),
+        ((3, 4), (3, 4), (3, 0)),
+    ],
     ids=["no queries", "no examples", "no values"],
 )
 def test_sizes_of_zero_are_those_of_torch(sizes):
@@ -91,7 +113,9 @@ def test_what_is_rematerialized_inside_has_every_derivative(order):
     }[order]
     wanted = derivative(lambda q: dense(q, q, q, torch.zeros(20, 20, dtype=torch.bool)))
     with override_sdpa():
-        torch.testing.assert_close(derivative(fa.remat(attend_to_itself)), wanted, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            derivative(fa.remat(attend_to_itself)), wanted, atol=1e-9, rtol=1e-9
+        )
 
 
 def test_a_rematerialized_layer_has_the_hvp_of_the_layer():

@@ -29,7 +29,9 @@ def qkv(T=20):
 
 @pytest.mark.parametrize("how", ["kernel=", "use"])
 def test_a_kernel_of_ones_own_runs_inside_a_decoder(how):
-    """Whole, behind a past, generating, compiled and differentiated: it is called, and the numbers are those of the library."""
+    """Whole, behind a past, generating, compiled and differentiated: it is called, and the numbers
+    are those of the library.
+    """
     mine, calls = recording()
     theirs = fa.decoder(CONFIG)
     model = fa.decoder(CONFIG, kernel=mine) if how == "kernel=" else theirs
@@ -37,14 +39,21 @@ def test_a_kernel_of_ones_own_runs_inside_a_decoder(how):
     logits = lambda m: m.logits(params, m.hidden(params, TOKENS)[0])
     slope = lambda m: grad(lambda p: fa.loss(m, p, TOKENS))(params).layers[0].q
     text = lambda m: fa.generate(fa.key(1), m, params, TOKENS, steps=3)[0]
-    for verb, exact in ((logits, False), (slope, False), (text, True), (lambda m: text(fa.compile(m)), True)):
+    for verb, exact in (
+        (logits, False),
+        (slope, False),
+        (text, True),
+        (lambda m: text(fa.compile(m)), True),
+    ):
         wanted, before = verb(theirs), len(calls)
         if how == "use":
             with fa.kernels.use(mine):
                 got = verb(model)
         else:
             got = verb(model)
-        torch.testing.assert_close(got, wanted, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}))
+        torch.testing.assert_close(
+            got, wanted, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5})
+        )
         assert len(calls) > before
 
 
@@ -82,12 +91,19 @@ def test_what_a_kernel_returns_is_checked_as_far_as_it_is_read():
     with pytest.raises(ValueError, match="to return lse"):
         fa.attend(q, k, v, kernel=without)
     narrow = Kernel("mine", "float32", lambda r: "", lambda r: Attended(right.float(), None))
-    with pytest.raises(TypeError, match=r"to return out in torch\.float64 as v is, got torch\.float32"):
+    with pytest.raises(
+        TypeError, match=r"to return out in torch\.float64 as v is, got torch\.float32"
+    ):
         fa.attention(q, k, v, kernel=narrow)
 
 
 def test_attention_inside_of_a_forced_kernel_is_not_that_kernel_again():
-    mine = Kernel("mine", "the default", lambda r: "", lambda r: fa.attend(r.q, r.k, r.v, r.mask, scale=r.scale))
+    mine = Kernel(
+        "mine",
+        "the default",
+        lambda r: "",
+        lambda r: fa.attend(r.q, r.k, r.v, r.mask, scale=r.scale),
+    )
     with fa.kernels.use(mine):
         torch.testing.assert_close(fa.attention(*qkv()), fa.attention(*qkv(), kernel="reference"))
         assert fa.explain(*qkv()).chosen == "mine"
@@ -102,16 +118,25 @@ def test_an_explanation_lists_a_kernel_of_ones_own_and_what_it_cannot():
     explained = fa.explain(*qkv(), kernel=mine)
     assert explained.chosen == "mine"
     assert "-> mine" in repr(explained)
-    assert [verdict.kernel for verdict in explained.verdicts[1:]] == [kernel.name for kernel in dispatch.REGISTRY]
-    with pytest.raises(ValueError, match="one that can run on these inputs, got 'mine': draws no dropout"):
+    assert [verdict.kernel for verdict in explained.verdicts[1:]] == [
+        kernel.name for kernel in dispatch.REGISTRY
+    ]
+    with pytest.raises(
+        ValueError, match="one that can run on these inputs, got 'mine': draws no dropout"
+    ):
         fa.attention(*qkv(), dropout=0.5, key=fa.key(0), kernel=mine)
 
 
 def test_a_name_that_is_not_listed_lists_the_registry():
     names = ", ".join(repr(kernel.name) for kernel in dispatch.REGISTRY)
-    with pytest.raises(ValueError, match=f"kernel should be None or one of {names}, or a Kernel, got 'flex'"):
+    with pytest.raises(
+        ValueError, match=f"kernel should be None or one of {names}, or a Kernel, got 'flex'"
+    ):
         fa.attention(*qkv(), kernel="flex")
-    with pytest.raises(ValueError, match=f"kernels.use: kernel should be one of {names}"), fa.kernels.use("flex"):
+    with (
+        pytest.raises(ValueError, match=f"kernels.use: kernel should be one of {names}"),
+        fa.kernels.use("flex"),
+    ):
         pass
 
 
@@ -119,7 +144,10 @@ def test_a_name_that_is_not_listed_lists_the_registry():
     ("run", "message"),
     [
         (lambda r: r.q, "to return Attended\\(out, lse\\), got a Tensor"),
-        (lambda r: Attended(r.q[..., :3], r.q[..., 0]), "to return out \\(2, 20, 8\\), got \\(2, 20, 3\\)"),
+        (
+            lambda r: Attended(r.q[..., :3], r.q[..., 0]),
+            "to return out \\(2, 20, 8\\), got \\(2, 20, 3\\)",
+        ),
         (lambda r: Attended(r.q, r.q), "to return lse \\(2, 20\\), got \\(2, 20, 8\\)"),
     ],
 )
@@ -152,7 +180,9 @@ def test_a_small_problem_is_dense_unless_something_is_masked_or_expanded():
 @pytest.mark.parametrize("scheme", [None, fa.int8], ids=["float", "int8"])
 @pytest.mark.parametrize("how", ["kernel=", "use"])
 def test_a_compiled_step_runs_the_kernel_that_is_forced(how, scheme):
-    """One that gives other numbers, after a step without it: neither the operator in C++ nor code traced before may stand in."""
+    """One that gives other numbers, after a step without it: neither the operator in C++ nor code
+    traced before may stand in.
+    """
 
     def run(r):
         return fa.attend(0 * r.q, r.k, r.v, r.mask, scale=r.scale, bias=r.bias, kernel="reference")

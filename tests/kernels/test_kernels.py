@@ -1,4 +1,6 @@
-"""Attention against a loop over rows in float64, and the laws that every kernel and every merge must keep."""
+"""Attention against a loop over rows in float64, and the laws that every kernel and every merge
+must keep.
+"""
 
 import functools
 import itertools
@@ -44,9 +46,13 @@ def naive(q, k, v, seen=None, bias=None, scale=None):
             keys = [j for j in range(S) if seen[(*at, h, i, j)]]
             if keys:
                 head = (*at, h // (H // K))
-                logits = torch.stack([scale * (q[(*at, h, i)] @ k[(*head, j)]) + bias[(*at, h, i, j)] for j in keys])
+                logits = torch.stack(
+                    [scale * (q[(*at, h, i)] @ k[(*head, j)]) + bias[(*at, h, i, j)] for j in keys]
+                )
                 mass = (logits - logits.max()).exp()
-                out[(*at, h, i)] = sum(m * v[(*head, j)] for m, j in zip(mass, keys, strict=True)) / mass.sum()
+                out[(*at, h, i)] = (
+                    sum(m * v[(*head, j)] for m, j in zip(mass, keys, strict=True)) / mass.sum()
+                )
                 lse[(*at, h, i)] = logits.max() + mass.sum().log()
     return Attended(out, lse)
 
@@ -64,14 +70,18 @@ MASKS = {
     "none": lambda T, S: None,
     "causal": lambda T, S: masks.causal(T),
     "with an empty row": lambda T, S: masks.causal(T, offset=-1),
-    "two intervals": lambda T, S: masks.causal(T, S, align="lower") & (masks.window(T, 2, offset=S - T) | masks.sinks(T, 1)),
+    "two intervals": lambda T, S: (
+        masks.causal(T, S, align="lower") & (masks.window(T, 2, offset=S - T) | masks.sinks(T, 1))
+    ),
     "booleans": lambda T, S: (torch.arange(T).unsqueeze(-1) + torch.arange(S)) % 3 > 0,
     "booleans of keys alone": lambda T, S: torch.arange(S) % 2 > 0,
 }
 BIASES = {
     "none": lambda T, S: None,
     "of heads": lambda T, S: normal(9, 1, T, S),
-    "with -inf": lambda T, S: normal(9, T, S).masked_fill((torch.arange(T).unsqueeze(-1) + torch.arange(S)) % 4 < 2, -INF),
+    "with -inf": lambda T, S: normal(9, T, S).masked_fill(
+        (torch.arange(T).unsqueeze(-1) + torch.arange(S)) % 4 < 2, -INF
+    ),
     "with a row of -inf": lambda T, S: normal(9, T, S).index_fill(0, torch.tensor(0), -INF),
 }
 
@@ -104,7 +114,10 @@ def test_attend_agrees_with_the_loop(shapes, mask, bias, kernel):
 @pytest.mark.parametrize("shapes", [name for name in SHAPES if name != "no keys"])
 def test_the_sdpa_kernel_agrees_with_the_loop(shapes, mask, bias):
     q, k, v, m, b = case(shapes, mask, bias)
-    close(fa.attention(q, k, v, m, bias=b, kernel="sdpa"), naive(q, k, v, visible(m, k.shape[-2]), b).out)
+    close(
+        fa.attention(q, k, v, m, bias=b, kernel="sdpa"),
+        naive(q, k, v, visible(m, k.shape[-2]), b).out,
+    )
 
 
 def test_masks_differ_per_sequence():
@@ -160,22 +173,34 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    "in_dims", [dims for dims in itertools.product([None, 0, 2], repeat=3) if any(d is not None for d in dims)]
+    "in_dims",
+    [
+        dims
+        for dims in itertools.product([None, 0, 2], repeat=3)
+        if any(d is not None for d in dims)
+    ],
 )
 def test_vmap_in_any_argument_is_the_loop(in_dims):
     shapes = [(4, 3, 2), (2, 5, 2), (2, 5, 3)]
     inputs = [normal(i, *shape) for i, shape in enumerate(shapes)]
-    mapped = [x if d is None else torch.stack([x, x.sin(), x.cos()], d) for x, d in zip(inputs, in_dims, strict=True)]
+    mapped = [
+        x if d is None else torch.stack([x, x.sin(), x.cos()], d)
+        for x, d in zip(inputs, in_dims, strict=True)
+    ]
     f = lambda q, k, v: tuple(fa.attend(q, k, v, masks.causal(3, 5, align="lower")))
     got = vmap(f, in_dims)(*mapped)
     for b in range(3):
-        wanted = f(*(x if d is None else x.select(d, b) for x, d in zip(mapped, in_dims, strict=True)))
+        wanted = f(
+            *(x if d is None else x.select(d, b) for x, d in zip(mapped, in_dims, strict=True))
+        )
         close(got[0][b], wanted[0])
         close(got[1][b], wanted[1])
 
 
 def dense(q, k, v, seen):
-    """Plain torch operations, for derivatives; rows that see no key are replaced before the softmax."""
+    """Plain torch operations, for derivatives; rows that see no key are replaced before the
+    softmax.
+    """
     G = q.shape[-3] // k.shape[-3]
     S = q @ k.repeat_interleave(G, -3).mT / q.shape[-1] ** 0.5
     empty = ~seen.any(-1, keepdim=True)
@@ -183,7 +208,9 @@ def dense(q, k, v, seen):
     return P @ v.repeat_interleave(G, -3)
 
 
-@pytest.mark.parametrize("mask", [masks.causal(3), masks.causal(3, offset=-1), masks.window(3, 1, offset=1)])
+@pytest.mark.parametrize(
+    "mask", [masks.causal(3), masks.causal(3, offset=-1), masks.window(3, 1, offset=1)]
+)
 def test_derivatives_of_both_modes_and_orders_agree_with_plain_operations(mask):
     x = (normal(0, 4, 3, 2), normal(1, 2, 4, 2), normal(2, 2, 4, 3))
     tangent = (normal(3, 4, 3, 2), normal(4, 2, 4, 2), normal(5, 2, 4, 3))
@@ -223,14 +250,18 @@ def test_a_query_with_no_key_has_zero_derivatives_of_every_order(no_keys):
 def test_autograd_without_a_transform_differentiates_twice():
     x = [normal(i, 2, 3, 4).requires_grad_() for i in range(3)]
     assert torch.autograd.gradgradcheck(lambda q, k, v: fa.attention(q, k, v, masks.causal(3)), x)
-    assert torch.autograd.gradcheck(lambda q, k, v: fa.attend(q, k, v, masks.causal(3)), x, check_forward_ad=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: fa.attend(q, k, v, masks.causal(3)), x, check_forward_ad=True
+    )
 
 
 @pytest.mark.parametrize("kernel", [None, "reference"])
 def test_compiled_attention_is_one_graph(kernel):
     q, k, v = normal(0, 2, 3, 4), normal(1, 1, 5, 4), normal(2, 1, 5, 4)
     f = lambda q, k, v: tuple(fa.attend(q, k, v, masks.causal(3, 5, align="lower"), kernel=kernel))
-    for got, wanted in zip(torch.compile(f, fullgraph=True, backend="eager")(q, k, v), f(q, k, v), strict=True):
+    for got, wanted in zip(
+        torch.compile(f, fullgraph=True, backend="eager")(q, k, v), f(q, k, v), strict=True
+    ):
         close(got, wanted)
 
 
@@ -280,7 +311,9 @@ def test_the_product_repeats_nothing_where_the_plain_one_does():
 def nest(name, f):
     """One transform over f(x, w) -> tensor, again a function (x, w) -> tensor."""
     if name == "grad":
-        return lambda x, w: torch.cat([g.flatten() for g in grad(lambda x, w: (f(x, w) ** 2).sum(), (0, 1))(x, w)])
+        return lambda x, w: torch.cat(
+            [g.flatten() for g in grad(lambda x, w: (f(x, w) ** 2).sum(), (0, 1))(x, w)]
+        )
     if name == "jvp":
         return lambda x, w: jvp(f, (x, w), (x.cos(), w.sin()))[1]
     if name == "jvp in x":
@@ -296,15 +329,24 @@ STEPS = ["grad", "jvp", "jvp in x", "vmap x", "vmap w", "vmap both"]
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sums_of_a_compiled_product_are_in_float32_whatever_the_compiler(dtype, by_columns):
-    """300 * 300 is beyond float16, and the square of 1 + 2^-7 is in neither; yet what is left of the sums is."""
+    """300 * 300 is beyond float16, and the square of 1 + 2^-7 is in neither; yet what is left of
+    the sums is.
+    """
     compiled = torch.compile(products.product, fullgraph=True, backend="eager")
-    for x, w in (([300.0, 1, 300], [300.0, 1, -300]), ([1 + 2**-7, 1 + 2**-6, 0], [1 + 2**-7, -1.0, 0])):
+    for x, w in (
+        ([300.0, 1, 300], [300.0, 1, -300]),
+        ([1 + 2**-7, 1 + 2**-6, 0], [1 + 2**-7, -1.0, 0]),
+    ):
         x, w = torch.tensor([x], dtype=dtype), torch.tensor([w], dtype=dtype).mT
         w = w if by_columns else w.expand(3, 2)
         assert torch.equal(compiled(x, w), (x.double() @ w.double()).to(dtype))
 
 
-@pytest.mark.parametrize("shapes", [((2, 3), (3, 2)), ((2, 2, 3), (3, 2)), ((2, 3), (2, 3, 2)), ((2, 1, 2, 3), (3, 3, 2))], ids=str)
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 3), (3, 2)), ((2, 2, 3), (3, 2)), ((2, 3), (2, 3, 2)), ((2, 1, 2, 3), (3, 3, 2))],
+    ids=str,
+)
 @pytest.mark.parametrize("outermost", STEPS)
 def test_product_is_the_matrix_product_under_every_nesting_of_transforms(outermost, shapes):
     x, w = normal(0, *shapes[0]), normal(1, *shapes[1])
@@ -313,7 +355,13 @@ def test_product_is_the_matrix_product_under_every_nesting_of_transforms(outermo
         ours, plain = products.product, torch.matmul
         for name in (*names, outermost):
             ours, plain = nest(name, ours), nest(name, plain)
-        torch.testing.assert_close(ours(x, w), plain(x, w), rtol=1e-11, atol=1e-10, msg=lambda m, names=names: f"{names}: {m}")
+        torch.testing.assert_close(
+            ours(x, w),
+            plain(x, w),
+            rtol=1e-11,
+            atol=1e-10,
+            msg=lambda m, names=names: f"{names}: {m}",
+        )
 
 
 # Merging.
@@ -325,13 +373,20 @@ def parts(draw, count, T=2, Dv=3):
     made = []
     for _ in range(count):
         first, second = fa.split(fa.key(draw(st.integers(0, 99))))
-        out, lse = fa.random.normal(first, (1, T, Dv), torch.float64), 3 * fa.random.normal(second, (1, T), torch.float64)
+        out, lse = (
+            fa.random.normal(first, (1, T, Dv), torch.float64),
+            3 * fa.random.normal(second, (1, T), torch.float64),
+        )
         nothing = torch.tensor([draw(st.lists(st.booleans(), min_size=T, max_size=T))])
-        made.append(Attended(out.masked_fill(nothing.unsqueeze(-1), 0), lse.masked_fill(nothing, -INF)))
+        made.append(
+            Attended(out.masked_fill(nothing.unsqueeze(-1), 0), lse.masked_fill(nothing, -INF))
+        )
     return made
 
 
-NOTHING = Attended(torch.zeros(1, 2, 3, dtype=torch.float64), torch.full((1, 2), -INF, dtype=torch.float64))
+NOTHING = Attended(
+    torch.zeros(1, 2, 3, dtype=torch.float64), torch.full((1, 2), -INF, dtype=torch.float64)
+)
 
 
 @given(parts(3))
@@ -350,7 +405,12 @@ def test_merge_is_a_monoid(abc):
 @given(parts(2), parts(2))
 def test_merge_has_finite_derivatives_of_both_orders_everywhere(ab, tangents):
     flat = lambda x: (x[0].out, x[0].lse, x[1].out, x[1].lse)
-    finite = lambda x: (x[0].out, x[0].lse.nan_to_num(neginf=0.0), x[1].out, x[1].lse.nan_to_num(neginf=0.0))
+    finite = lambda x: (
+        x[0].out,
+        x[0].lse.nan_to_num(neginf=0.0),
+        x[1].out,
+        x[1].lse.nan_to_num(neginf=0.0),
+    )
 
     def loss(x, m, y, n):
         out, lse = fa.merge(Attended(x, m), Attended(y, n))
@@ -409,9 +469,14 @@ def test_attention_over_parts_is_attention_over_their_concatenation(T, past):
     ours = lambda q, k, v: attend_segments(q, parts(q, k, v), scale=0.6)
     left = masks.prefix(T, S) if seen == () else seen
     mask = torch.cat([left.dense(S), masks.causal(T).dense(T)], -1)
-    plain = lambda q, k, v: fa.attention(q, torch.cat([k, new], -2), torch.cat([v, own], -2), mask, scale=0.6, kernel="reference")
+    plain = lambda q, k, v: fa.attention(
+        q, torch.cat([k, new], -2), torch.cat([v, own], -2), mask, scale=0.6, kernel="reference"
+    )
     close(ours(q, k, v), plain(q, k, v))
-    for f in (lambda g: grad(lambda *x: g(*x).sin().sum(), (0, 1, 2))(q, k, v), lambda g: [jvp(g, (q, k, v), (q, k, v))[1]]):
+    for f in (
+        lambda g: grad(lambda *x: g(*x).sin().sum(), (0, 1, 2))(q, k, v),
+        lambda g: [jvp(g, (q, k, v), (q, k, v))[1]],
+    ):
         for got, wanted in zip(f(ours), f(plain), strict=True):
             close(got, wanted)
 
@@ -419,9 +484,13 @@ def test_attention_over_parts_is_attention_over_their_concatenation(T, past):
 def test_parts_that_show_nothing_give_zero_and_zero_derivatives():
     for T in (2, 20):
         q, k = normal(0, 2, T, 2), normal(1, 2, 3, 2)
-        f = lambda q: attend_segments(q, [KVSegment(k, k, masks.prefix(T, 0)), KVSegment(k[:, :0], k[:, :0])], scale=1.0)  # noqa: B023
+        f = lambda q: attend_segments(
+            q, [KVSegment(k, k, masks.prefix(T, 0)), KVSegment(k[:, :0], k[:, :0])], scale=1.0
+        )
         assert torch.equal(f(q), torch.zeros_like(q))
-        assert torch.equal(jvp(grad(lambda q: f(q).cos().sum()), (q,), (q,))[1], torch.zeros_like(q))  # noqa: B023
+        assert torch.equal(
+            jvp(grad(lambda q: f(q).cos().sum()), (q,), (q,))[1], torch.zeros_like(q)
+        )
 
 
 # The choice.
@@ -470,7 +539,9 @@ def test_an_explanation_prints_each_kernel_and_marks_the_chosen_one():
 
 
 def test_an_explanation_escapes_what_it_shows_in_a_notebook():
-    page = Explanation((Verdict("fast<er>", "a & b", "", True), Verdict("slow", "c", "not <here>", False)))._repr_html_()
+    page = Explanation(
+        (Verdict("fast<er>", "a & b", "", True), Verdict("slow", "c", "not <here>", False))
+    )._repr_html_()
     assert "<b>fast&lt;er&gt;</b>" in page
     assert "a &amp; b" in page
     assert "not &lt;here&gt;" in page
@@ -491,43 +562,103 @@ X = torch.zeros(2, 3, 4)
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (shaped((3, 4), (3, 4), (3, 4)), ValueError, r"q should be \(\*lead, H, T, D\), got \(3, 4\)\. Give .* q\.unsqueeze\(-3\)"),
-        (shaped((2, 3, 4), (2, 5, 8), (2, 5, 4)), ValueError, "k should be .* D = 4 as in q.* Project k to q's head size"),
+        (
+            shaped((3, 4), (3, 4), (3, 4)),
+            ValueError,
+            r"q should be \(\*lead, H, T, D\), got \(3, 4\)\. Give .* q\.unsqueeze\(-3\)",
+        ),
+        (
+            shaped((2, 3, 4), (2, 5, 8), (2, 5, 4)),
+            ValueError,
+            "k should be .* D = 4 as in q.* Project k to q's head size",
+        ),
         (shaped((2, 3, 4), (2, 5, 4), (2, 6, 4)), ValueError, "v should be .* K, S = 2, 5 as in k"),
         (shaped((2, 3, 4), (2, 5, 4), (1, 5, 4)), ValueError, "v should be .* K, S = 2, 5 as in k"),
         (shaped((4, 3, 4), (3, 5, 4), (3, 5, 4)), ValueError, "K dividing H = 4"),
         (shaped((4, 3, 4), (0, 5, 4), (0, 5, 4)), ValueError, "K dividing H = 4"),
-        (shaped((2, 2, 3, 4), (3, 2, 3, 4), (3, 2, 3, 4)), ValueError, "leading axes that broadcast"),
+        (
+            shaped((2, 2, 3, 4), (3, 2, 3, 4), (3, 2, 3, 4)),
+            ValueError,
+            "leading axes that broadcast",
+        ),
         (lambda: fa.attention(X, X.int(), X), TypeError, r"k should be floating.* k\.float\(\)"),
-        (lambda: fa.attention(X, X, X.double()), TypeError, r"v should be torch.float32 as q is.* v\.to\(q\.dtype\)"),
-        (lambda: fa.attention(X, X, X.to("meta")), ValueError, r"v should be on \S+ as q is, got meta\. Move it"),
+        (
+            lambda: fa.attention(X, X, X.double()),
+            TypeError,
+            r"v should be torch.float32 as q is.* v\.to\(q\.dtype\)",
+        ),
+        (
+            lambda: fa.attention(X, X, X.to("meta")),
+            ValueError,
+            r"v should be on \S+ as q is, got meta\. Move it",
+        ),
         (lambda: fa.attention(X, X.tolist(), X), TypeError, "k should be a tensor .* got a list"),
-        (lambda: fa.attention(X, X, X, masks.causal(2)), ValueError, "mask should be for T = 3 queries"),
+        (
+            lambda: fa.attention(X, X, X, masks.causal(2)),
+            ValueError,
+            "mask should be for T = 3 queries",
+        ),
         (
             lambda: fa.attention(X, X, X, masks.padding(3, torch.tensor([1, 2]))),
             ValueError,
             "mask should be such that it broadcasts",
         ),
-        (lambda: fa.attention(X, X, X, torch.ones(3, 2, dtype=torch.bool)), ValueError, "mask should be such that it broadcasts"),
+        (
+            lambda: fa.attention(X, X, X, torch.ones(3, 2, dtype=torch.bool)),
+            ValueError,
+            "mask should be such that it broadcasts",
+        ),
         (
             lambda: fa.attention(X, X, X, torch.ones(5, 2, 3, 3, dtype=torch.bool)),
             ValueError,
             "mask should be such that it broadcasts",
         ),
-        (lambda: fa.attention(X, X, X, torch.ones(3, 3)), TypeError, "mask should be boolean.* Pass a floating one as bias="),
-        (lambda: fa.attention(X, X, X, torch.ones(3, 3, dtype=torch.int64)), TypeError, r"mask\.bool\(\)"),
+        (
+            lambda: fa.attention(X, X, X, torch.ones(3, 3)),
+            TypeError,
+            "mask should be boolean.* Pass a floating one as bias=",
+        ),
+        (
+            lambda: fa.attention(X, X, X, torch.ones(3, 3, dtype=torch.int64)),
+            TypeError,
+            r"mask\.bool\(\)",
+        ),
         (lambda: fa.attention(X, X, X, "causal"), TypeError, "a Mask, booleans or None, got a str"),
-        (lambda: fa.attention(X, X, X, bias=torch.ones(3, 3, dtype=torch.bool)), TypeError, "A boolean one is a mask"),
-        (lambda: fa.attention(X, X, X, bias=torch.ones(3, 4)), ValueError, "bias should be such that it broadcasts"),
-        (lambda: fa.attention(X, X, X, scale=torch.ones(2)), ValueError, "scale should be a number or a 0-d tensor"),
+        (
+            lambda: fa.attention(X, X, X, bias=torch.ones(3, 3, dtype=torch.bool)),
+            TypeError,
+            "A boolean one is a mask",
+        ),
+        (
+            lambda: fa.attention(X, X, X, bias=torch.ones(3, 4)),
+            ValueError,
+            "bias should be such that it broadcasts",
+        ),
+        (
+            lambda: fa.attention(X, X, X, scale=torch.ones(2)),
+            ValueError,
+            "scale should be a number or a 0-d tensor",
+        ),
         (
             lambda: fa.attention(X, X, X, kernel="fast"),
             ValueError,
             "kernel should be None or one of .*'reference'.* See kernels.explain",
         ),
-        (lambda: fa.attention(X, X, X, kernel="sdpa", scale=torch.tensor(1.0)), ValueError, "'sdpa': scale is a tensor"),
-        (lambda: fa.kernels.use("fast").__enter__(), ValueError, "kernels.use: kernel should be one of"),
-        (lambda: fa.merge(Attended(X, X[..., 0]), Attended(X[..., :2], X[..., 0])), ValueError, "merge: b should be out"),
+        (
+            lambda: fa.attention(X, X, X, kernel="sdpa", scale=torch.tensor(1.0)),
+            ValueError,
+            "'sdpa': scale is a tensor",
+        ),
+        (
+            lambda: fa.kernels.use("fast").__enter__(),
+            ValueError,
+            "kernels.use: kernel should be one of",
+        ),
+        (
+            lambda: fa.merge(Attended(X, X[..., 0]), Attended(X[..., :2], X[..., 0])),
+            ValueError,
+            "merge: b should be out",
+        ),
         (
             lambda: attend_segments(X, [KVSegment(X.double(), X.double())], scale=1.0),
             TypeError,
@@ -554,5 +685,7 @@ def test_the_result_of_attend_does_no_tuple_arithmetic():
 def test_jacobians_of_both_modes_agree():
     q, k, v = normal(0, 2, 2, 2), normal(1, 1, 3, 2), normal(2, 1, 3, 2)
     f = lambda q, k, v: fa.attention(q, k, v, masks.causal(2))
-    for forward, reverse in zip(jacfwd(f, (0, 1, 2))(q, k, v), jacrev(f, (0, 1, 2))(q, k, v), strict=True):
+    for forward, reverse in zip(
+        jacfwd(f, (0, 1, 2))(q, k, v), jacrev(f, (0, 1, 2))(q, k, v), strict=True
+    ):
         close(forward, reverse)

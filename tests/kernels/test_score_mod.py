@@ -1,4 +1,6 @@
-"""Attention with a score function against the dense formula in float64, block sizes made small so that there are many."""
+"""Attention with a score function against the dense formula in float64, block sizes made small so
+that there are many.
+"""
 
 import functools
 import subprocess
@@ -32,13 +34,17 @@ SCORES = {  # a function, and the tensor it is differentiated by beside q, k and
     "soft cap": (lambda s, b, h, i, j, cap: cap * torch.tanh(s / cap), normal(20).abs() + 1),
     "ALiBi": (lambda s, b, h, i, j, slopes: s - slopes[h] * (i - j).abs(), normal(21, H)),
     "relative bias": (of_bias, normal(22, H, T + S - 1)),
-    "of the example": (lambda s, b, h, i, j, warmth: s * warmth[b, 0, 0] + warmth[b, i, j].sin(), normal(23, LEAD, T, S)),
+    "of the example": (
+        lambda s, b, h, i, j, warmth: s * warmth[b, 0, 0] + warmth[b, i, j].sin(),
+        normal(23, LEAD, T, S),
+    ),
     "hiding": (lambda s, b, h, i, j, c: torch.where(j <= i - 1, s * c, -INF), normal(24)),
 }
 MASKS = {
     "none": None,
     "with empty rows": masks.causal(T, offset=-2),
-    "two intervals": masks.causal(T, S, align="lower") & (masks.window(T, 3, offset=S - T) | masks.sinks(T, 1)),
+    "two intervals": masks.causal(T, S, align="lower")
+    & (masks.window(T, 3, offset=S - T) | masks.sinks(T, 1)),
     "per example": masks.padding(T, torch.tensor([0, 7])),
     "booleans": (torch.arange(T).unsqueeze(-1) + torch.arange(S)) % 3 > 0,
     "booleans of keys": torch.arange(S) % 2 > 0,
@@ -67,12 +73,20 @@ def dense(score, mask, q, k, v, p):
     index = lambda n, *shape: torch.arange(n).reshape(n, *shape)
     b = torch.arange(s.shape[:-3].numel()).reshape(*s.shape[:-3], 1, 1, 1)
     s = score(s, b, index(q.shape[-3], 1, 1), index(T, 1), index(S), p)
-    seen = torch.tensor(True) if mask is None else mask.dense(S).unsqueeze(-3) if isinstance(mask, Mask) else mask
+    seen = (
+        torch.tensor(True)
+        if mask is None
+        else mask.dense(S).unsqueeze(-3)
+        if isinstance(mask, Mask)
+        else mask
+    )
     seen = seen & (s > -INF)
     empty = ~seen.any(-1, keepdim=True)
     s = torch.where(seen, s, torch.where(empty, 0, -INF))
     probability = torch.where(empty, 0, s.softmax(-1))
-    return probability @ v.repeat_interleave(groups, -3), torch.where(empty.squeeze(-1), -INF, s.logsumexp(-1))
+    return probability @ v.repeat_interleave(groups, -3), torch.where(
+        empty.squeeze(-1), -INF, s.logsumexp(-1)
+    )
 
 
 def streamed(score, mask, q, k, v, p):
@@ -91,7 +105,10 @@ def loss(f):
 
 def case(inputs, score, mask):
     f, p = SCORES[score]
-    return tuple(functools.partial(form, f, MASKS[mask]) for form in (streamed, dense)), (*INPUTS[inputs], p)
+    return tuple(functools.partial(form, f, MASKS[mask]) for form in (streamed, dense)), (
+        *INPUTS[inputs],
+        p,
+    )
 
 
 def tangents(args):
@@ -116,7 +133,11 @@ TRANSFORMS = {
 @pytest.mark.parametrize(("inputs", "score", "mask"), CASES)
 def test_derivatives_agree_with_the_dense_formula(inputs, score, mask, transform):
     (ours, wanted), args = case(inputs, score, mask)
-    for got, want in zip(TRANSFORMS[transform](loss(ours))(*args), TRANSFORMS[transform](loss(wanted))(*args), strict=True):
+    for got, want in zip(
+        TRANSFORMS[transform](loss(ours))(*args),
+        TRANSFORMS[transform](loss(wanted))(*args),
+        strict=True,
+    ):
         close(got, want)
 
 
@@ -124,18 +145,27 @@ NESTINGS = {
     "grad.grad": lambda f: grad(lambda *a: sum(g.sin().sum() for g in grad(f, ALL)(*a)), ALL),
     "grad.jvp": lambda f: grad(lambda *a: jvp(f, a, tangents(a))[1], ALL),
     "jvp.jvp": lambda f: lambda *a: jvp(lambda *a: jvp(f, a, tangents(a))[1], a, tangents(a)),
-    "jvp.grad.jvp": lambda f: lambda *a: jvp(grad(lambda *a: jvp(f, a, tangents(a))[1], ALL), a, tangents(a))[1],
+    "jvp.grad.jvp": lambda f: (
+        lambda *a: jvp(grad(lambda *a: jvp(f, a, tangents(a))[1], ALL), a, tangents(a))[1]
+    ),
 }
 
 
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_nested_derivatives_agree_with_the_dense_formula(nesting):
     (ours, wanted), args = case("multi-query, shared keys", "soft cap", "with empty rows")
-    for got, want in zip(NESTINGS[nesting](loss(ours))(*args), NESTINGS[nesting](loss(wanted))(*args), strict=True):
+    for got, want in zip(
+        NESTINGS[nesting](loss(ours))(*args), NESTINGS[nesting](loss(wanted))(*args), strict=True
+    ):
         close(got, want)
 
 
-q, k, v, table = normal(30, LEAD, H, T, D), normal(31, K, S, D), normal(32, K, S, Dv), normal(33, H, T + S - 1)
+q, k, v, table = (
+    normal(30, LEAD, H, T, D),
+    normal(31, K, S, D),
+    normal(32, K, S, Dv),
+    normal(33, H, T + S - 1),
+)
 several = lambda x, dim: torch.stack([x, x.sin(), 2 * x], dim)
 BATCHES = {
     "everything": ((several(q, 0), several(k, 0), several(v, 0), several(table, 0)), (0, 0, 0, 0)),
@@ -148,7 +178,9 @@ BATCHES = {
 
 @pytest.mark.parametrize("over", BATCHES)
 @pytest.mark.parametrize(
-    "transform", [lambda f: f, lambda f: grad(loss(f), ALL), lambda f: TRANSFORMS["hvp"](loss(f))], ids=["value", "grad", "hvp"]
+    "transform",
+    [lambda f: f, lambda f: grad(loss(f), ALL), lambda f: TRANSFORMS["hvp"](loss(f))],
+    ids=["value", "grad", "hvp"],
 )
 def test_vmap_is_a_loop(over, transform):
     args, dims = BATCHES[over]
@@ -168,7 +200,10 @@ def test_vmap_inside_and_outside_of_derivatives_agrees_with_the_dense_formula():
     ):
         ours, wanted = (
             form(lambda q, n, f=f: loss(f)(q, k, v, cap, masks.padding(T, n)))
-            for f in (lambda q, k, v, p, m: streamed(score, m, q, k, v, p), lambda q, k, v, p, m: dense(score, m, q, k, v, p))
+            for f in (
+                lambda q, k, v, p, m: streamed(score, m, q, k, v, p),
+                lambda q, k, v, p, m: dense(score, m, q, k, v, p),
+            )
         )
         close(ours, wanted)
 
@@ -218,7 +253,10 @@ def test_a_hidden_logit_may_be_of_any_size():
     score = lambda s, b, h, i, j, c: s * c + torch.where(j > i, 1e4, 0)  # exp of it overflows
     args = (q, k, v, normal(60))
     for transform in TRANSFORMS.values():
-        pair = [transform(loss(functools.partial(form, score, hidden)))(*args) for form in (streamed, dense)]
+        pair = [
+            transform(loss(functools.partial(form, score, hidden)))(*args)
+            for form in (streamed, dense)
+        ]
         for got, wanted in zip(*pair, strict=True):
             close(got, wanted)
 
@@ -228,12 +266,16 @@ def test_half_precision_is_summed_in_float32(dtype):
     q, k, v = (x.to(dtype) for x in INPUTS["grouped"])
     score, cap = SCORES["soft cap"]
     seen = []
-    got = attention_with_score(q, k, v, lambda s, *rest: seen.append(s.dtype) or score(s, *rest), parameters=(cap.float(),))
+    got = attention_with_score(
+        q, k, v, lambda s, *rest: seen.append(s.dtype) or score(s, *rest), parameters=(cap.float(),)
+    )
     assert set(seen) == {torch.float32}
     assert (got.out.dtype, got.lse.dtype) == (dtype, torch.float32)
     wanted = dense(score, None, *(x.double() for x in (q, k, v)), cap)
     # one rounding to the dtype at the end; float32 inside
-    torch.testing.assert_close(got.out, wanted[0].to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(
+        got.out, wanted[0].to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+    )
 
 
 def test_autocast_rounds_the_inputs_and_no_sum():
@@ -248,10 +290,16 @@ def test_autocast_rounds_the_inputs_and_no_sum():
 
 def test_parameters_are_trees_of_whatever_score_reads():
     q, k, v = INPUTS["grouped"]
-    score = lambda s, b, h, i, j, tree, power: s * tree["warmth"] ** power + tree["slopes"][0][h] * (i - j)
+    score = lambda s, b, h, i, j, tree, power: (
+        s * tree["warmth"] ** power + tree["slopes"][0][h] * (i - j)
+    )
     tree = {"warmth": normal(50), "slopes": [normal(51, H)]}
-    got = grad(lambda tree: attention_with_score(q, k, v, score, parameters=(tree, 2)).out.sin().sum())(tree)
-    flat = lambda s, b, h, i, j, p: score(s, b, h, i, j, {"warmth": p[0], "slopes": [p[1:].reshape(H, 1, 1).squeeze((1, 2))]}, 2)
+    got = grad(
+        lambda tree: attention_with_score(q, k, v, score, parameters=(tree, 2)).out.sin().sum()
+    )(tree)
+    flat = lambda s, b, h, i, j, p: score(
+        s, b, h, i, j, {"warmth": p[0], "slopes": [p[1:].reshape(H, 1, 1).squeeze((1, 2))]}, 2
+    )
     p = torch.cat([tree["warmth"].reshape(1), tree["slopes"][0]])
     wanted = grad(lambda p: dense(flat, None, q, k, v, p)[0].sin().sum())(p)
     close(torch.cat([got["warmth"].reshape(1), got["slopes"][0]]), wanted)
@@ -262,7 +310,8 @@ def test_blocks_that_a_mask_hides_are_not_computed():
     seen = []
     note = lambda s, b, h, i, j: seen.append((int(i.max()), int(j.min()))) or s if s.numel() else s
     attention_with_score(q, k, v, note, masks.causal(T))
-    # the probe's three calls; of 3 x 3 blocks the 6 on or below the diagonal, and an empty one, which has no pairs to note; twice
+    # the probe's three calls; of 3 x 3 blocks the 6 on or below the diagonal, and an empty one,
+    # which has no pairs to note; twice
     assert len(seen) == 3 + 2 * 6
     assert all(j <= i for i, j in seen[3:])
 
@@ -285,16 +334,23 @@ def test_a_score_that_is_not_elementwise_is_refused(what):
 
 
 @pytest.mark.parametrize(
-    "score", [lambda s, *_: s.sum(-1), lambda s, *_: s > 0, lambda s, *_: 3.0], ids=["a row", "booleans", "a number"]
+    "score",
+    [lambda s, *_: s.sum(-1), lambda s, *_: s > 0, lambda s, *_: 3.0],
+    ids=["a row", "booleans", "a number"],
 )
 def test_a_score_of_another_shape_or_kind_is_refused(score):
-    with pytest.raises(ValueError, match=r"score should be a function to floating logits of the shape of s.*Keep the shape"):
+    with pytest.raises(
+        ValueError,
+        match=r"score should be a function to floating logits of the shape of s.*Keep the shape",
+    ):
         attention_with_score(*INPUTS["grouped"], score)
 
 
 def test_a_tracked_tensor_outside_of_parameters_is_refused():
     q, k, v = INPUTS["grouped"]
-    with_slope = lambda slope: attention_with_score(q, k, v, lambda s, b, h, i, j: s - slope * (i - j)).out.sum()
+    with_slope = lambda slope: attention_with_score(
+        q, k, v, lambda s, b, h, i, j: s - slope * (i - j)
+    ).out.sum()
     slope = torch.ones((), dtype=torch.float64)
     remedy = r"attention_with_score: score should be a pure function.*tracked.*Give it what .* in parameters="
     for follow in (
@@ -316,7 +372,9 @@ def test_what_does_not_fit_is_named():
     plain = lambda s, b, h, i, j: s
     with pytest.raises(ValueError, match="attention_with_score: k should be"):
         attention_with_score(q, k[..., :2], v, plain)
-    with pytest.raises(TypeError, match=r"parameters should be a tuple, got a Tensor.*parameters=\(table,\)"):
+    with pytest.raises(
+        TypeError, match=r"parameters should be a tuple, got a Tensor.*parameters=\(table,\)"
+    ):
         attention_with_score(q, k, v, plain, parameters=q)
 
 
@@ -330,16 +388,22 @@ def test_compiled_code_runs_it_eagerly():
         return SCORES["soft cap"][0](s, *rest)
 
     ours = functools.partial(streamed, score, MASKS["with empty rows"])
-    close(torch.compile(lambda *args: 2 * ours(*args)[0], backend="aot_eager")(*args), 2 * wanted(*args)[0])
+    close(
+        torch.compile(lambda *args: 2 * ours(*args)[0], backend="aot_eager")(*args),
+        2 * wanted(*args)[0],
+    )
     for got, want in zip(
-        torch.compile(grad(loss(ours), ALL), backend="aot_eager")(*args), grad(loss(wanted), ALL)(*args), strict=True
+        torch.compile(grad(loss(ours), ALL), backend="aot_eager")(*args),
+        grad(loss(wanted), ALL)(*args),
+        strict=True,
     ):
         close(got, want)
     assert not any(compiling)
 
 
 def test_memory_is_linear_in_length():
-    # T = S = 4096, two heads: one block of pairs is 1 MB, all pairs of float32 are 128 MB, and dense hvp holds ten such.
+    # T = S = 4096, two heads: one block of pairs is 1 MB, all pairs of float32 are 128 MB, and
+    # dense hvp holds ten such.
     script = """
 import torch, funcattn as fa
 from torch.func import grad, jvp
@@ -359,5 +423,8 @@ for f in transforms:
     f(*x)
     print(peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert sum(map(float, done.stdout.split())) < 64, done.stdout  # half of one matrix of pairs, all three together
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    # half of one matrix of pairs, all three together
+    assert sum(map(float, done.stdout.split())) < 64, done.stdout

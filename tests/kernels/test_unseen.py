@@ -1,4 +1,6 @@
-"""What no query sees cannot be observed, NaN and infinity included: not in a value, a tangent or a gradient of any order."""
+"""What no query sees cannot be observed, NaN and infinity included: not in a value, a tangent or a
+gradient of any order.
+"""
 
 import pytest
 import torch
@@ -13,9 +15,13 @@ KINDS = ["Mask", "booleans", "bias", "booleans of a head"]
 
 
 def inputs(T, kind, bad=torch.nan):
-    """Six keys, two of them padding that holds `bad`, and a query that sees none and is bad too; what says so; zeros for bad."""
+    """Six keys, two of them padding that holds `bad`, and a query that sees none and is bad too;
+    what says so; zeros for bad.
+    """
     q, tq = (fa.random.normal(key, (2, T, 8), torch.float64) for key in fa.split(fa.key(0)))
-    k, v, tk, tv = (fa.random.normal(key, (2, 6, 8), torch.float64) for key in fa.split(fa.key(1), 4))
+    k, v, tk, tv = (
+        fa.random.normal(key, (2, 6, 8), torch.float64) for key in fa.split(fa.key(1), 4)
+    )
     for x in (k, v, tk, tv):
         x[:, 4:] = bad
     for x in (q, tq):
@@ -51,21 +57,28 @@ def test_what_no_query_sees_reaches_no_value_tangent_or_gradient(kind, T, bad):
     x, moves, mask, options, seen = inputs(T, kind, bad)
     mine, theirs = lambda *x: fa.attention(*x, mask, **options), lambda *x: dense(*x, seen)
     g = fa.random.normal(fa.key(3), (2, T, 8), torch.float64)
-    weight = torch.where(seen.any(-1, keepdim=True), g, bad)  # the cotangent of a query that sees nothing
+    # the cotangent of a query that sees nothing
+    weight = torch.where(seen.any(-1, keepdim=True), g, bad)
     with torch.no_grad():
         torch.testing.assert_close(mine(*x), theirs(*finite(x)))
     assert_all_close(jvp(mine, x, moves), jvp(theirs, finite(x), finite(moves)))
     loss = lambda f, g: grad(lambda *x: (f(*x).square() * g).sum(), (0, 1, 2))
     assert_all_close(loss(mine, weight)(*x), loss(theirs, g)(*finite(x)))
-    assert_all_close(jvp(loss(mine, weight), x, moves)[1], jvp(loss(theirs, g), finite(x), finite(moves))[1])
+    assert_all_close(
+        jvp(loss(mine, weight), x, moves)[1], jvp(loss(theirs, g), finite(x), finite(moves))[1]
+    )
     along = lambda f, g, moves: grad(lambda *x: (jvp(f, x, moves)[1] * g).sum(), (0, 1, 2))
     assert_all_close(along(mine, weight, moves)(*x), along(theirs, g, finite(moves))(*finite(x)))
 
 
 @pytest.mark.parametrize("kernel", ["reference", "flash", "sdpa", "sdpa:math", "score"])
-@pytest.mark.parametrize("mask", [masks.causal(20), torch.ones(20, 20).tril().bool()], ids=["Mask", "booleans"])
+@pytest.mark.parametrize(
+    "mask", [masks.causal(20), torch.ones(20, 20).tril().bool()], ids=["Mask", "booleans"]
+)
 def test_nan_in_the_future_does_not_reach_the_past(kernel, mask):
-    """A key that some queries see: those that do not are as without it, and those that do are NaN."""
+    """A key that some queries see: those that do not are as without it, and those that do are
+    NaN.
+    """
     q, k, v, t = fa.random.normal(fa.key(0), (4, 2, 20, 8), torch.float64)
     k[:, 15], v[:, 17] = torch.nan, torch.inf
     if kernel == "score":
@@ -82,15 +95,20 @@ def test_nan_in_the_future_does_not_reach_the_past(kernel, mask):
         return
     got = jvp(run, (q, k, v), (t, t, t))[1]
     torch.testing.assert_close(got[:, :15], jvp(wanted, cut(q, k, v), cut(t, t, t))[1])
-    mine = grad(lambda q: run(q, k, v)[:, :15].square().sum())(q)[:, :15]  # to k and v the NaN rows give zero times NaN
-    torch.testing.assert_close(mine, grad(lambda q: wanted(q, *cut(k, v)).square().sum())(q[:, :15]))
+    # to k and v the NaN rows give zero times NaN
+    mine = grad(lambda q: run(q, k, v)[:, :15].square().sum())(q)[:, :15]
+    torch.testing.assert_close(
+        mine, grad(lambda q: wanted(q, *cut(k, v)).square().sum())(q[:, :15])
+    )
 
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("kernel", ["reference", "flash", "score", "few"])
 def test_a_tangent_of_nan_reaches_those_who_see_it_alone(kernel, which, mapped):
-    """Of q at query 5, of k or v at key 5: jvp, the jvp of a gradient and the gradient of a jvp, with and without vmap."""
+    """Of q at query 5, of k or v at key 5: jvp, the jvp of a gradient and the gradient of a jvp,
+    with and without vmap.
+    """
     T = 8 if kernel == "few" else 20
     x, moves = fa.random.normal(fa.key(0), (2, 3, 2, T, 8), torch.float64)
     bad = moves.clone()
@@ -100,7 +118,9 @@ def test_a_tangent_of_nan_reaches_those_who_see_it_alone(kernel, which, mapped):
     if kernel == "score":
         run = lambda *x: attention_with_score(*x, lambda s, *_: s.tanh(), masks.causal(T)).out
     else:
-        run = lambda *x: fa.attention(*x, masks.causal(T), kernel=None if kernel == "few" else kernel)
+        run = lambda *x: fa.attention(
+            *x, masks.causal(T), kernel=None if kernel == "few" else kernel
+        )
     early = lambda *x: run(*x)[:, :5]
     loss = lambda *x: early(*x).square().sum()
     rules = [  # gradients of q: to k and v the later rows give zero times NaN
@@ -118,7 +138,9 @@ def test_a_tangent_of_nan_reaches_those_who_see_it_alone(kernel, which, mapped):
 def test_a_cotangent_of_nan_reaches_what_its_query_sees_alone(kernel):
     x = fa.random.normal(fa.key(0), (3, 2, 20, 8), torch.float64)
     if kernel == "score":
-        run = lambda *x: attention_with_score(*x, lambda s, *_: s.abs().sqrt(), masks.causal(20)).out
+        run = lambda *x: (
+            attention_with_score(*x, lambda s, *_: s.abs().sqrt(), masks.causal(20)).out
+        )
     else:
         run = lambda *x: fa.attention(*x, masks.causal(20), kernel=kernel)
     g = fa.random.normal(fa.key(1), (2, 20, 8), torch.float64)
@@ -138,9 +160,13 @@ def test_padding_of_each_example_stays_unseen_under_vmap_and_compile(T):
     value = lambda q, n: fa.attention(q, k, v, masked(n)).square().sum()
     got = vmap(grad(value), (None, 0))(q, lengths)
     for n, one in zip(lengths.tolist(), got, strict=True):
-        wanted = grad(lambda q, n=n: dense(q, k[:, :n], v[:, :n], torch.ones(T, n).bool()).square().sum())(q)
+        wanted = grad(
+            lambda q, n=n: dense(q, k[:, :n], v[:, :n], torch.ones(T, n).bool()).square().sum()
+        )(q)
         torch.testing.assert_close(one, wanted)
-    compiled = torch.compile(lambda q: fa.attention(q, k, v, masked(lengths[0])), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda q: fa.attention(q, k, v, masked(lengths[0])), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(q), fa.attention(q, k, v, masked(lengths[0])))
     assert compiled(q).isfinite().all()
 
@@ -149,15 +175,21 @@ def test_dropout_and_weights_see_nothing_of_padding():
     (q, k, v), _, mask, _, seen = inputs(6, "Mask")
     assert fa.attention_weights(q, k, mask).isfinite().all()
     for kernel in ("reference", "flash"):
-        run = lambda q, k, v, kernel=kernel: fa.attention(q, k, v, mask, dropout=0.5, key=fa.key(4), kernel=kernel)
+        run = lambda q, k, v, kernel=kernel: fa.attention(
+            q, k, v, mask, dropout=0.5, key=fa.key(4), kernel=kernel
+        )
         torch.testing.assert_close(run(q, k, v), run(*finite((q, k, v))))
         slope = grad(lambda q, run=run: run(q, k, v).square().sum())(q)
-        torch.testing.assert_close(slope, grad(lambda q, run=run: run(q, *finite((k, v))).square().sum())(finite([q])[0]))
+        torch.testing.assert_close(
+            slope, grad(lambda q, run=run: run(q, *finite((k, v))).square().sum())(finite([q])[0])
+        )
 
 
 @pytest.mark.parametrize("K", [1, 2])
 def test_a_key_that_one_head_of_a_group_sees_is_kept(K):
-    """Of four query heads one sees key 2, and no head sees key 3; one example sees what the other does not."""
+    """Of four query heads one sees key 2, and no head sees key 3; one example sees what the other
+    does not.
+    """
     q, k = torch.ones(2, 4, 3, 8), torch.ones(K, 4, 8)
     seen = torch.zeros(2, 4, 3, 4, dtype=torch.bool)
     seen[..., :2] = True
@@ -176,7 +208,9 @@ def test_an_example_of_padding_does_not_spoil_the_gradient_of_the_batch():
 
     def slope(need_weights):
         module.zero_grad()
-        out, weights = module(x, memory, memory, key_padding_mask=padding, need_weights=need_weights)
+        out, weights = module(
+            x, memory, memory, key_padding_mask=padding, need_weights=need_weights
+        )
         out.square().sum().backward()
         assert weights is None or not weights[1].any()
         return module.in_proj_weight.grad.clone()

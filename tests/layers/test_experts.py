@@ -1,4 +1,6 @@
-"""The product by experts against a loop over its rows, in every nesting of transforms, and what it does not read."""
+"""The product by experts against a loop over its rows, in every nesting of transforms, and what it
+does not read.
+"""
 
 from typing import NamedTuple
 
@@ -32,20 +34,32 @@ EXPERT = torch.tensor([2, 0, 2, 3])  # one of four is not chosen, one twice
 
 
 def test_the_product_by_experts_is_the_dense_one():
-    """Every nesting to depth three of grad, jvp and vmap, over x alone, the matrices alone and both; and the Hessian."""
+    """Every nesting to depth three of grad, jvp and vmap, over x alone, the matrices alone and
+    both; and the Hessian.
+    """
     curved = lambda f: lambda x, weight: f(x, weight, EXPERT).sin()
-    report = check_transforms(curved(product), normal(0, 4, 2), normal(1, 4, 3, 2), reference=curved(dense), depth=3)
+    report = check_transforms(
+        curved(product), normal(0, 4, 2), normal(1, 4, 3, 2), reference=curved(dense), depth=3
+    )
     assert not report.off
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 5), st.lists(st.integers(0, 4), max_size=12), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+@given(
+    st.integers(1, 5),
+    st.lists(st.integers(0, 4), max_size=12),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 99),
+)
 def test_any_choice_gives_the_dense_product_and_its_derivatives(X, chosen, n_in, n_out, seed):
     expert = torch.tensor([i % X for i in chosen], dtype=torch.int64)
     x, weight = normal(seed, len(chosen), n_in), normal(seed + 1, X, n_out, n_in)
     close(product(x, weight, expert), dense(x, weight, expert))
     total = lambda f: lambda x, weight: f(x, weight, expert).sin().sum()
-    for got, wanted in zip(grad(total(product), (0, 1))(x, weight), grad(total(dense), (0, 1))(x, weight), strict=True):
+    for got, wanted in zip(
+        grad(total(product), (0, 1))(x, weight), grad(total(dense), (0, 1))(x, weight), strict=True
+    ):
         close(got, wanted)
 
 
@@ -62,9 +76,19 @@ def hvp(f):
 def test_expert_ids_are_mapped_alone_and_with_everything():
     x, weight = normal(0, 3, 4, 2), normal(1, 3, 5, 3, 2)
     expert = fa.random.randint(fa.key(2), (3, 4), 0, 5)
-    for dims in ((0, 0, 0), (None, None, 0), (0, None, 0), (None, 0, 0), (0, 0, None), (None, 0, None), (0, None, None)):
+    for dims in (
+        (0, 0, 0),
+        (None, None, 0),
+        (0, None, 0),
+        (None, 0, 0),
+        (0, 0, None),
+        (None, 0, None),
+        (0, None, None),
+    ):
         args = [t if d == 0 else t[0] for t, d in zip((x, weight, expert), dims, strict=True)]
-        row = lambda b, args=args, dims=dims: [t[b] if d == 0 else t for t, d in zip(args, dims, strict=True)]
+        row = lambda b, args=args, dims=dims: [
+            t[b] if d == 0 else t for t, d in zip(args, dims, strict=True)
+        ]
         close(vmap(product, dims)(*args), torch.stack([dense(*row(b)) for b in range(3)]))
         each = vmap(hvp(product), dims)(*args)
         for part in range(2):
@@ -72,10 +96,23 @@ def test_expert_ids_are_mapped_alone_and_with_everything():
 
 
 def test_nested_maps_are_nested_loops():
-    x, weight, expert = normal(0, 2, 3, 4, 2), normal(1, 3, 5, 3, 2), fa.random.randint(fa.key(2), (2, 4), 0, 5)
+    x, weight, expert = (
+        normal(0, 2, 3, 4, 2),
+        normal(1, 3, 5, 3, 2),
+        fa.random.randint(fa.key(2), (2, 4), 0, 5),
+    )
     both = vmap(vmap(product, (0, 0, None)), (0, None, 0))(x, weight, expert)
-    close(both, torch.stack([torch.stack([dense(x[a, b], weight[b], expert[a]) for b in range(3)]) for a in range(2)]))
-    across = vmap(product, (1, 3, None), 1)(x[0].transpose(0, 1), weight.movedim(0, 3), expert[0])  # axes that are not the first
+    close(
+        both,
+        torch.stack(
+            [
+                torch.stack([dense(x[a, b], weight[b], expert[a]) for b in range(3)])
+                for a in range(2)
+            ]
+        ),
+    )
+    # axes that are not the first
+    across = vmap(product, (1, 3, None), 1)(x[0].transpose(0, 1), weight.movedim(0, 3), expert[0])
     close(across, torch.stack([dense(x[0, b], weight[b], expert[0]) for b in range(3)], 1))
 
 
@@ -83,7 +120,10 @@ def test_jacobians_of_both_modes_are_those_of_the_dense_product():
     x, weight = normal(0, 4, 2), normal(1, 4, 3, 2)
     for jacobian in (jacrev, jacfwd):
         for place in (0, 1):
-            close(jacobian(product, place)(x, weight, EXPERT), jacobian(dense, place)(x, weight, EXPERT))
+            close(
+                jacobian(product, place)(x, weight, EXPERT),
+                jacobian(dense, place)(x, weight, EXPERT),
+            )
 
 
 def test_autograd_of_torch_goes_twice_through_it():
@@ -110,7 +150,11 @@ def test_no_rows_give_no_rows():
     assert product(x, weight, none).shape == (0, 3)
     assert not grad(lambda weight: product(x, weight, none).sum())(weight).any()
     assert jvp(lambda x: product(x, weight, none), (x,), (x,))[1].shape == (0, 3)
-    assert vmap(product, (0, None, 0))(x.expand(2, 0, 2), weight, none.expand(2, 0)).shape == (2, 0, 3)
+    assert vmap(product, (0, None, 0))(x.expand(2, 0, 2), weight, none.expand(2, 0)).shape == (
+        2,
+        0,
+        3,
+    )
 
 
 def test_the_product_compiles_in_one_graph():
@@ -119,9 +163,15 @@ def test_the_product_compiles_in_one_graph():
     programs = [
         product,
         lambda x, weight, expert: grad(total, (0, 1))(x, weight, expert),
-        lambda x, weight, expert: vmap(grad(total), (0, None, 0))(x.expand(2, 4, 2), weight, expert.expand(2, 4)),
-        lambda x, weight, expert: jvp(lambda w: product(x, w, expert), (weight,), (weight.cos(),))[1],
-        lambda x, weight, expert: jvp(grad(lambda x: total(x, weight, expert)), (x,), (x.cos(),))[1],
+        lambda x, weight, expert: vmap(grad(total), (0, None, 0))(
+            x.expand(2, 4, 2), weight, expert.expand(2, 4)
+        ),
+        lambda x, weight, expert: jvp(lambda w: product(x, w, expert), (weight,), (weight.cos(),))[
+            1
+        ],
+        lambda x, weight, expert: jvp(grad(lambda x: total(x, weight, expert)), (x,), (x.cos(),))[
+            1
+        ],
     ]
     for program in programs:
         torch._dynamo.reset()
@@ -135,7 +185,10 @@ def test_a_compiled_step_of_training_has_the_gradients_of_the_eager_one():
     step = lambda x, weight: product(x, weight, EXPERT).sin().sum()
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    close(torch.autograd.grad(compiled(x, weight), weight), torch.autograd.grad(step(x, weight), weight))
+    close(
+        torch.autograd.grad(compiled(x, weight), weight),
+        torch.autograd.grad(step(x, weight), weight),
+    )
 
 
 class Halved(NamedTuple):
@@ -177,10 +230,15 @@ def test_shares_are_float32_at_least_and_differentiate():
         numeric = torch.autograd.functional.jacobian(lambda x, n=normalized: f(x, n), logits)
         close(grad(f)(logits, normalized), numeric)
         direction = logits.cos()
-        close(jvp(lambda x, n=normalized: f(x, n), (logits,), (direction,))[1], (numeric * direction).sum())
+        close(
+            jvp(lambda x, n=normalized: f(x, n), (logits,), (direction,))[1],
+            (numeric * direction).sum(),
+        )
 
 
 @pytest.mark.parametrize("k", [0, 6, -1])
 def test_more_experts_than_there_are_is_an_error(k):
-    with pytest.raises(ValueError, match=rf"route: k should be between 1 and the 5 experts, got {k}"):
+    with pytest.raises(
+        ValueError, match=rf"route: k should be between 1 and the 5 experts, got {k}"
+    ):
         layers.route(normal(0, 3, 5), k)

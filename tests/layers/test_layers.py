@@ -1,4 +1,6 @@
-"""Layers against their equations, written out in float64, and rotary angles against transformers'."""
+"""Layers against their equations, written out in float64, and rotary angles against
+transformers'.
+"""
 
 import math
 from typing import NamedTuple
@@ -19,7 +21,10 @@ def normal(seed, *shape):
 
 def test_rms_norm_is_its_equation():
     x, weight = normal(0, 2, 3, 5), normal(1, 5)
-    rows = [[row / math.sqrt(sum(a * a for a in row.tolist()) / 5 + 0.1) * weight for row in rows] for rows in x]
+    rows = [
+        [row / math.sqrt(sum(a * a for a in row.tolist()) / 5 + 0.1) * weight for row in rows]
+        for rows in x
+    ]
     wanted = torch.stack([torch.stack(row) for row in rows])
     torch.testing.assert_close(layers.rms_norm(x, weight, epsilon=0.1), wanted)
 
@@ -62,7 +67,12 @@ def peer(kind, head_size, base, **scaling):
     return transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq
 
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(
@@ -74,12 +84,16 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
     ],
 )
 def test_frequencies_are_those_of_transformers(scaling, kind, theirs):
-    torch.testing.assert_close(layers.frequencies(16, base=1e4, scaling=scaling), peer(kind, 16, 1e4, **theirs))
+    torch.testing.assert_close(
+        layers.frequencies(16, base=1e4, scaling=scaling), peer(kind, 16, 1e4, **theirs)
+    )
 
 
 def test_llama3_scaling_has_slow_blended_and_fast_planes():
     plain = layers.frequencies(16, base=1e4)
-    scaled = layers.frequencies(16, base=1e4, scaling=RopeScaling("llama3", factor=8.0, low=1.0, high=4.0, context=64))
+    scaled = layers.frequencies(
+        16, base=1e4, scaling=RopeScaling("llama3", factor=8.0, low=1.0, high=4.0, context=64)
+    )
     ratio = plain / scaled
     assert ratio[0] == 1
     assert ratio[-1] == 8
@@ -89,7 +103,9 @@ def test_llama3_scaling_has_slow_blended_and_fast_planes():
 def turned(x, positions, base=1e4):
     """Turn plane (i, i + D / 2) by position * base^(-2 i / D), one number at a time."""
     out, D = x.clone(), x.shape[-1]
-    for h, t, i in torch.cartesian_prod(*(torch.arange(n) for n in (x.shape[0], x.shape[1], D // 2))).tolist():
+    for h, t, i in torch.cartesian_prod(
+        *(torch.arange(n) for n in (x.shape[0], x.shape[1], D // 2))
+    ).tolist():
         angle = positions[t] * base ** (-2 * i / D)
         a, b = x[h, t, i].item(), x[h, t, i + D // 2].item()
         out[h, t, i] = a * math.cos(angle) - b * math.sin(angle)
@@ -154,13 +170,26 @@ def test_linear_and_embed_take_a_tensor_or_the_record_of_a_user():
 
 
 def test_several_weights_times_the_same_vectors_are_each_of_them(monkeypatch):
-    several, x, calls = [normal(0, 5, 3), Doubled(normal(1, 4, 3)), normal(2, 2, 3)], normal(3, 2, 3), []
+    several, x, calls = (
+        [normal(0, 5, 3), Doubled(normal(1, 4, 3)), normal(2, 2, 3)],
+        normal(3, 2, 3),
+        [],
+    )
     each = [layers.linear(weight, x) for weight in several]
-    assert all(torch.equal(found, one) for found, one in zip(layers.linears(several, x), each, strict=True))
-    monkeypatch.setitem(layers.together, Doubled, lambda weights, x: calls.append(weights) or tuple(x for _ in weights))
+    assert all(
+        torch.equal(found, one) for found, one in zip(layers.linears(several, x), each, strict=True)
+    )
+    monkeypatch.setitem(
+        layers.together,
+        Doubled,
+        lambda weights, x: calls.append(weights) or tuple(x for _ in weights),
+    )
     assert layers.linears([several[1], several[1]], x)[1] is x
     assert len(calls) == 1
-    assert all(torch.equal(found, one) for found, one in zip(layers.linears(several, x), each, strict=True))  # of two kinds
+    # of two kinds
+    assert all(
+        torch.equal(found, one) for found, one in zip(layers.linears(several, x), each, strict=True)
+    )
     assert len(calls) == 1
 
 
@@ -168,10 +197,16 @@ def test_a_decoder_runs_on_the_record_of_a_user():
     model = fa.decoder(fa.Config(layers=1))
     params = model.init(fa.key(0))
     first = params.layers[0]
-    stored = params._replace(embedding=Doubled(params.embedding / 2), layers=(first._replace(q=Doubled(first.q / 2)),))
-    loss = lambda params: model.logits(params, model.hidden(params, torch.tensor([1, 2, 3]))[0]).square().sum()
+    stored = params._replace(
+        embedding=Doubled(params.embedding / 2), layers=(first._replace(q=Doubled(first.q / 2)),)
+    )
+    loss = lambda params: (
+        model.logits(params, model.hidden(params, torch.tensor([1, 2, 3]))[0]).square().sum()
+    )
     torch.testing.assert_close(loss(stored), loss(params))
-    torch.testing.assert_close(grad(loss)(stored).layers[0].q.half, 2 * grad(loss)(params).layers[0].q)
+    torch.testing.assert_close(
+        grad(loss)(stored).layers[0].q.half, 2 * grad(loss)(params).layers[0].q
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,21 +24,29 @@ def test_an_offset_norm_is_that_of_gemma(dtype):
     theirs.weight.data = weight
     got = layers.rms_norm(x, weight, epsilon=1e-6, offset=1.0)
     assert got.dtype == dtype
-    # theirs is in float32, and so is ours of what is narrow: the last rounding is the same but for ties that float32 moved
+    # theirs is in float32, and so is ours of what is narrow: the last rounding is the same but for
+    # ties that float32 moved
     torch.testing.assert_close(
-        got, theirs(x).to(dtype).detach(), rtol=torch.finfo(dtype).eps if dtype.itemsize < 4 else 1e-6, atol=1e-6
+        got,
+        theirs(x).to(dtype).detach(),
+        rtol=torch.finfo(dtype).eps if dtype.itemsize < 4 else 1e-6,
+        atol=1e-6,
     )
 
 
 def test_a_narrow_norm_with_an_offset_is_rounded_once():
-    """1 + weight of a small weight is not a number of bfloat16; the product is, to half a unit in its last place."""
+    """1 + weight of a small weight is not a number of bfloat16; the product is, to half a unit in
+    its last place.
+    """
     x, weight = normal(0, 64, 32).bfloat16(), (0.003 * normal(1, 32)).bfloat16()
     got = layers.rms_norm(x, weight, epsilon=1e-6, offset=1.0).double()
     wanted = plain(x.double(), weight.double(), 1.0)
     half_a_unit = torch.finfo(torch.bfloat16).eps / 2
-    assert ((got - wanted).abs() <= wanted.abs() * half_a_unit * 1.001).all()  # and float32's own rounding
+    # and float32's own rounding
+    assert ((got - wanted).abs() <= wanted.abs() * half_a_unit * 1.001).all()
     early = plain(x.double(), (1 + weight).double() - 1, 1.0)
-    assert ((early - wanted).abs() > wanted.abs() * half_a_unit / 2).any()  # to add in bfloat16 would show
+    # to add in bfloat16 would show
+    assert ((early - wanted).abs() > wanted.abs() * half_a_unit / 2).any()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -48,7 +56,11 @@ def test_norms_differentiate_and_map(offset):
     reference = lambda x, weight: plain(x, weight, offset).sin().sum()
     direction = (x.cos(), weight.sin())
     hvp = lambda f: jvp(grad(f, (0, 1)), (x, weight), direction)[1]
-    for derive in (lambda f: grad(f, (0, 1))(x, weight), hvp, lambda f: vmap(grad(f), (0, None))(x, weight)):
+    for derive in (
+        lambda f: grad(f, (0, 1))(x, weight),
+        hvp,
+        lambda f: vmap(grad(f), (0, None))(x, weight),
+    ):
         for got, wanted in zip(derive(ours), derive(reference), strict=True):
             torch.testing.assert_close(got, wanted)
 
@@ -57,5 +69,7 @@ def test_a_norm_a_head_is_the_norm_of_each():
     x, weight, bias = normal(0, 5, 4, 8), normal(1, 4, 8), normal(2, 4, 8)
     got = layers.layer_norm(x, weight, bias, epsilon=1e-5)
     for head in range(4):
-        torch.testing.assert_close(got[:, head], layers.layer_norm(x[:, head], weight[head], bias[head], epsilon=1e-5))
+        torch.testing.assert_close(
+            got[:, head], layers.layer_norm(x[:, head], weight[head], bias[head], epsilon=1e-5)
+        )
     torch.testing.assert_close(layers.layer_norm(x, weight, epsilon=1e-5), got - bias)

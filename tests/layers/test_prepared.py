@@ -1,4 +1,6 @@
-"""What is prepared of a weight: equal to it, made once, forgotten with it, made anew when it is written into."""
+"""What is prepared of a weight: equal to it, made once, forgotten with it, made anew when it is
+written into.
+"""
 
 import gc
 
@@ -38,7 +40,11 @@ def tiled(request, monkeypatch):
     return request.param
 
 
-SCHEMES = {"int8": (fa.int8, PackedInt8), "int4": (fa.int4, PackedInt4), "w8a8": (fa.w8a8(group=None), PackedDynamic)}
+SCHEMES = {
+    "int8": (fa.int8, PackedInt8),
+    "int4": (fa.int4, PackedInt4),
+    "w8a8": (fa.w8a8(group=None), PackedDynamic),
+}
 
 
 @pytest.mark.parametrize(("scheme", "kind"), SCHEMES.values(), ids=SCHEMES)
@@ -49,16 +55,23 @@ def test_what_is_prepared_multiplies_alike(scheme, kind, rows, tiled):
     assert isinstance(packed, tiles.Tiles if tiled and kind is not PackedDynamic else kind)
     assert torch.equal(linear(packed, x), linear(weight, x))  # both by the same kernel
     exact = x @ expand(weight).mT
-    assert (linear(packed, x) - exact).norm() < 0.01 * exact.norm()  # bfloat16, or half a step of 127
+    # bfloat16, or half a step of 127
+    assert (linear(packed, x) - exact).norm() < 0.01 * exact.norm()
     assert linear(packed, x.bfloat16().reshape(1, rows, 64)).shape == (1, rows, 32)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "sizes"), [(fa.int4, (20, 64)), (fa.int4(group=16), (32, 64)), (fa.int8(group=32), (32, 64))], ids=str
+    ("scheme", "sizes"),
+    [(fa.int4, (20, 64)), (fa.int4(group=16), (32, 64)), (fa.int8(group=32), (32, 64))],
+    ids=str,
 )
 def test_sizes_that_the_kernel_does_not_take_stay(scheme, sizes, tiled):
     weight = scheme.encode(matrix(0, *sizes))
-    served = tiled and scheme is not fa.int4(group=16) and (getattr(scheme, "group", None) or 32) % 32 == 0
+    served = (
+        tiled
+        and scheme is not fa.int4(group=16)
+        and (getattr(scheme, "group", None) or 32) % 32 == 0
+    )
     assert (prepare(weight, 4) is weight) is not served
     assert (prepare(weight, 40) is weight) is not (served and tiles.most_rows(4) >= 40)
 
@@ -70,8 +83,11 @@ def test_it_is_made_once_and_forgotten_with_its_weight(tiled):
     first = prepare(weight, 1)
     assert len(_entries) == before + 1
     assert prepare(weight, 4)[0] is first[0]
-    other = weight._replace(scale=weight.scale * 2)  # the same codes with other scales are another matrix
-    assert not torch.equal(linear(prepare(other, 4), matrix(1, 4, 64)), linear(first, matrix(1, 4, 64)))
+    # the same codes with other scales are another matrix
+    other = weight._replace(scale=weight.scale * 2)
+    assert not torch.equal(
+        linear(prepare(other, 4), matrix(1, 4, 64)), linear(first, matrix(1, 4, 64))
+    )
     weight.scale.mul_(3.0)
     assert any(not torch.equal(a, b) for a, b in zip(prepare(weight, 1), first, strict=True))
     del weight, other
@@ -92,10 +108,17 @@ def test_a_scale_in_bfloat16_is_not_kept_alive():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rounded_activations_keep_their_derivative(rows):
-    """That of the identity, where torch's product of bytes has none and rounding would give zeros."""
+    """That of the identity, where torch's product of bytes has none and rounding would give
+    zeros.
+    """
     weight, x = fa.w8a8(group=None).encode(matrix(0, 32, 64)), matrix(1, rows, 64)
     packed, dense = PackedDynamic(*weight), expand(weight)
-    torch.testing.assert_close(jvp(lambda x: linear(packed, x), (x,), (x,))[1], x @ dense.mT, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        vmap(grad(lambda row: linear(packed, row).sum()))(x), dense.sum(0).expand(rows, 64), rtol=1e-5, atol=1e-5
+        jvp(lambda x: linear(packed, x), (x,), (x,))[1], x @ dense.mT, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        vmap(grad(lambda row: linear(packed, row).sum()))(x),
+        dense.sum(0).expand(rows, 64),
+        rtol=1e-5,
+        atol=1e-5,
     )

@@ -1,4 +1,6 @@
-"""Every kind of scaling against transformers' ROPE_INIT_FUNCTIONS, on both sides of the trained context."""
+"""Every kind of scaling against transformers' ROPE_INIT_FUNCTIONS, on both sides of the trained
+context.
+"""
 
 import pytest
 import torch
@@ -15,14 +17,18 @@ SHORT = tuple(1.0 + i / 8 for i in range(D // 2))
 LONG = tuple(2.0 + i for i in range(D // 2))
 ORIGINAL = {"original_max_position_embeddings": CONTEXT}
 
-# name -> what transformers calls the fields, and RopeScaling; attention is what cos and sin are multiplied by
+# name -> what transformers calls the fields, and RopeScaling; attention is what cos and sin are
+# multiplied by
 KINDS = {
     "linear": ({"factor": 4.0}, RopeScaling("linear", 4.0)),
     "llama3": (
         {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL},
         RopeScaling("llama3", 8.0, 1.0, 4.0, CONTEXT),
     ),
-    "yarn": ({"factor": 4.0, **ORIGINAL}, RopeScaling("yarn", 4.0, context=CONTEXT, attention=1.138629436)),
+    "yarn": (
+        {"factor": 4.0, **ORIGINAL},
+        RopeScaling("yarn", 4.0, context=CONTEXT, attention=1.138629436),
+    ),
     "yarn-turns": (
         {"factor": 4.0, "beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.0, **ORIGINAL},
         RopeScaling("yarn", 4.0, context=CONTEXT, fast=8.0, slow=2.0),
@@ -33,7 +39,12 @@ KINDS = {
     ),
     "dynamic": ({"factor": 2.0}, RopeScaling("dynamic", 2.0, context=CONTEXT)),
     "longrope": (
-        {"short_factor": list(SHORT), "long_factor": list(LONG), "attention_factor": 1.25, **ORIGINAL},
+        {
+            "short_factor": list(SHORT),
+            "long_factor": list(LONG),
+            "attention_factor": 1.25,
+            **ORIGINAL,
+        },
         RopeScaling("longrope", context=CONTEXT, short=SHORT, long=LONG, attention=1.25),
     ),
 }
@@ -66,7 +77,9 @@ def test_every_scaling_has_the_frequencies_of_transformers(name, length, base):
 
 def test_angles_that_follow_the_length_change_at_the_context_and_others_do_not():
     for name, (_, scaling) in KINDS.items():
-        at = lambda n, scaling=scaling: layers.frequencies(D, base=1e4, scaling=scaling, length=torch.tensor(n))
+        at = lambda n, scaling=scaling: layers.frequencies(
+            D, base=1e4, scaling=scaling, length=torch.tensor(n)
+        )
         assert torch.equal(at(1), at(CONTEXT))
         assert torch.equal(at(CONTEXT), at(CONTEXT + 1)) != scaling.follows_length
         assert torch.equal(at(CONTEXT), layers.frequencies(D, base=1e4, scaling=scaling)), name
@@ -99,8 +112,14 @@ def test_features_beyond_the_rotation_stay_as_they_are():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: RopeScaling("ntk"), "kind should be one of 'linear', 'dynamic', 'yarn', 'llama3', 'longrope', got 'ntk'"),
-        (lambda: RopeScaling("longrope"), "one factor a plane each, for longrope, got 0 and 0 numbers"),
+        (
+            lambda: RopeScaling("ntk"),
+            "kind should be one of 'linear', 'dynamic', 'yarn', 'llama3', 'longrope', got 'ntk'",
+        ),
+        (
+            lambda: RopeScaling("longrope"),
+            "one factor a plane each, for longrope, got 0 and 0 numbers",
+        ),
         (lambda: RopeScaling("longrope", short=SHORT, long=LONG[:3]), "got 8 and 3 numbers"),
         (
             lambda: layers.frequencies(8, base=1e4, scaling=KINDS["longrope"][1]),

@@ -1,4 +1,6 @@
-"""The operator in C++: built once and kept, safely by two at once; and where it cannot be, why, and everything works without it."""
+"""The operator in C++: built once and kept, safely by two at once; and where it cannot be, why, and
+everything works without it.
+"""
 
 import os
 import shutil
@@ -31,7 +33,12 @@ print(float((fa.layers.linear(weight, x) - fa.quantization.expand(weight) @ x).n
 
 
 def run(script, **environment):
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -64,7 +71,10 @@ def test_a_compiler_of_another_locale_says_why(tmp_path, monkeypatch):
 
 def test_without_it_torchs_kernels_multiply(monkeypatch):
     monkeypatch.setattr(tiles, "missing", lambda: "as a test wants it")
-    weight, x = fa.int4.encode(fa.random.normal(fa.key(0), (32, 64))), fa.random.normal(fa.key(1), (3, 64))
+    weight, x = (
+        fa.int4.encode(fa.random.normal(fa.key(0), (32, 64))),
+        fa.random.normal(fa.key(1), (3, 64)),
+    )
     packed = fa.layers.prepare(weight, 3)
     assert isinstance(packed, PackedInt4)
     assert torch.equal(linear(packed, x), linear(weight, x))
@@ -93,7 +103,9 @@ print(building.built())
 
 
 def test_two_processes_build_at_once(tmp_path):
-    """Each with a compiler that takes its time and writes in two steps: whoever looks finds all of a library or none."""
+    """Each with a compiler that takes its time and writes in two steps: whoever looks finds all of
+    a library or none.
+    """
     compiler = tmp_path / "slow-c++"
     compiler.write_text(
         "#!/bin/sh\n"
@@ -103,7 +115,12 @@ def test_two_processes_build_at_once(tmp_path):
     )
     compiler.chmod(0o755)
     environment = {**os.environ, "CXX": str(compiler), "FUNCATTN_CACHE": str(tmp_path / "kept")}
-    both = [subprocess.Popen([sys.executable, "-c", BUILD], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILD], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     seen = set()
     while any(process.poll() is None for process in both):
         seen |= {path.read_text() for path in (tmp_path / "kept").glob("products-*.so")}
@@ -140,7 +157,9 @@ def test_a_build_that_was_killed_stands_in_nobodys_way(kept, monkeypatch):
 
 def test_sources_are_compiled_apart_and_leave_nothing_but_the_library(kept):
     library = building.built()
-    assert sorted(path.name for path in kept.iterdir()) == sorted([library.name, building.noted(library).name])
+    assert sorted(path.name for path in kept.iterdir()) == sorted(
+        [library.name, building.noted(library).name]
+    )
 
 
 def test_what_a_killed_build_left_is_swept(kept):
@@ -152,7 +171,9 @@ def test_what_a_killed_build_left_is_swept(kept):
         os.utime(kept / name, (1, 1))
     (kept / f".products-0.so.new-{'0' * 32}").mkdir()
     building.built()
-    assert [path.name for path in kept.iterdir() if path.is_file() and path.name.startswith(".")] == [".products-0-young.so"]
+    assert [
+        path.name for path in kept.iterdir() if path.is_file() and path.name.startswith(".")
+    ] == [".products-0-young.so"]
     assert (kept / ".products-1-folder.so").is_dir()  # no build makes one: left as it is
 
 
@@ -170,7 +191,10 @@ HARMS = {
     "without a digest": lambda library: building.noted(library).unlink(),
     "a damaged digest": lambda library: building.noted(library).write_bytes(b"\xff"),
     "a folder for a library": lambda library: (library.unlink(), library.mkdir()),
-    "a folder for a digest": lambda library: (building.noted(library).unlink(), building.noted(library).mkdir()),
+    "a folder for a digest": lambda library: (
+        building.noted(library).unlink(),
+        building.noted(library).mkdir(),
+    ),
 }
 
 
@@ -222,7 +246,8 @@ def test_without_a_home_the_library_is_kept_among_temporary_files(kept, monkeypa
     for home in ("/proc/nowhere", str(tmp_path / "file"), "relative"):
         monkeypatch.setenv("HOME", home)
         assert building.built().parent == tmp_path / "tmp" / f"funcattn-{os.getuid()}"
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and no entry in /etc/passwd
+    # no HOME, and no entry in /etc/passwd
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert building.folder() == tmp_path / "tmp" / f"funcattn-{os.getuid()}"
     assert builds(kept) == 1
 
@@ -236,7 +261,9 @@ def test_without_a_home_the_library_is_kept_among_temporary_files(kept, monkeypa
 
 def test_the_processor_is_in_the_key(monkeypatch, tmp_path):
     before = building.key("true")
-    (tmp_path / "cpuinfo").write_text("vendor_id : another\nflags : fpu\n\nvendor_id : a second core\n")
+    (tmp_path / "cpuinfo").write_text(
+        "vendor_id : another\nflags : fpu\n\nvendor_id : a second core\n"
+    )
     told = building.processor(str(tmp_path / "cpuinfo"))
     assert told == "vendor_id : another\nflags : fpu\n"
     assert building.processor(str(tmp_path / "none")) != told
@@ -312,7 +339,10 @@ def test_two_threads_without_a_home_are_the_first_to_use_it(tmp_path, library):
             shutil.copy2(path, tmp_path / f"funcattn-{os.getuid()}")
     else:
         compiler, other = tmp_path / "c++", Path(torch.__file__).parent / "lib" / "libshm.so"
-        compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\nwhile [ $1 != -o ]; do shift; done; cp {other} $2\n")
+        compiler.write_text(
+            "#!/bin/sh\n[ $1 = --version ] && exit 0\nwhile [ $1 != -o ]; do "
+            f"shift; done; cp {other} $2\n"
+        )
         compiler.chmod(0o755)
         environment["CXX"] = str(compiler)
     said, reason = run(TOGETHER, **environment)

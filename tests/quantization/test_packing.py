@@ -10,15 +10,20 @@ from funcattn.quantization import packing
 from funcattn.testing import strategies
 
 U16 = 2.0**-11  # what rounding to float16 changes, of the number
-SLACK = 1 + 2.0**-10  # rounding in float32 and of the scale, generously below a thousandth of a step
+# rounding in float32 and of the scale, generously below a thousandth of a step
+SLACK = 1 + 2.0**-10
 
 
 @st.composite
 def grouped(draw):
-    """A matrix (N, groups * size) of any magnitude and offset, some groups all zero, and the size of a group."""
+    """A matrix (N, groups * size) of any magnitude and offset, some groups all zero, and the size
+    of a group.
+    """
     size, count, N = draw(st.integers(1, 9)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
     key = draw(strategies.keys())
-    w = fa.random.normal(key, (N, count, size)) * 10.0 ** draw(st.integers(-12, 4)) + draw(st.sampled_from([0.0, 0.0, 3.0]))
+    w = fa.random.normal(key, (N, count, size)) * 10.0 ** draw(st.integers(-12, 4)) + draw(
+        st.sampled_from([0.0, 0.0, 3.0])
+    )
     silent = fa.random.randint(fa.fold_in(key, 1), (N, count, 1), 0, 4) == 0
     return torch.where(silent, 0, w).flatten(1), size
 
@@ -26,7 +31,15 @@ def grouped(draw):
 def error(codes, size, scale, zero, w):
     """|codes * scale + zero - w| by groups, in float64."""
     approximation = packing.groups(codes, size).double() * scale.double().unsqueeze(-1)
-    return (approximation + (0 if zero is None else zero.double().unsqueeze(-1)) - packing.groups(w, size).double()).abs().amax(-1)
+    return (
+        (
+            approximation
+            + (0 if zero is None else zero.double().unsqueeze(-1))
+            - packing.groups(w, size).double()
+        )
+        .abs()
+        .amax(-1)
+    )
 
 
 @given(grouped(), st.sampled_from([1, 7, 127]))
@@ -55,12 +68,18 @@ def test_what_is_on_the_grid_stays(case):
     """Symmetric rounding of what it gave is the identity: the greatest code is the largest one."""
     w, size = case
     codes, scale = packing.symmetric(w, size, 127)
-    again, same = packing.symmetric(codes.float() * packing.spread(scale.float(), w.shape[1]), size, 127)
+    again, same = packing.symmetric(
+        codes.float() * packing.spread(scale.float(), w.shape[1]), size, 127
+    )
     assert torch.equal(again, codes)
     assert torch.equal(same.float(), scale.float())
 
 
-@given(st.integers(0, 2**31), st.sampled_from([(2, 4), (6, 4), (32, 4), (4, 2), (12, 2), (64, 2)]), st.integers(1, 3))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(2, 4), (6, 4), (32, 4), (4, 2), (12, 2), (64, 2)]),
+    st.integers(1, 3),
+)
 def test_unpack_undoes_pack(seed, form, count):
     size, bits = form
     codes = fa.random.randint(fa.key(seed), (3, count * size), 0, 2**bits).to(torch.uint8)
@@ -84,7 +103,9 @@ def test_the_nearest_level_is_the_nearest(key):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "dtype"), [([0.0, 1.0], torch.float16), ([1e-6], torch.float32), ([1e5], torch.float32)], ids=str
+    ("numbers", "dtype"),
+    [([0.0, 1.0], torch.float16), ([1e-6], torch.float32), ([1e5], torch.float32)],
+    ids=str,
 )
 def test_scales_are_halves_where_those_hold_them(numbers, dtype):
     assert packing.narrow(torch.tensor(numbers)).dtype == dtype

@@ -1,4 +1,6 @@
-"""Quantized trees: what they stand for, what their products are worth, every transform through them, and what is refused."""
+"""Quantized trees: what they stand for, what their products are worth, every transform through
+them, and what is refused.
+"""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,13 +16,25 @@ from torch.func import grad, jacrev, jvp, vmap
 import funcattn as fa
 from funcattn.layers import embed, linear, prepare
 from funcattn.low_rank import is_trained
-from funcattn.quantization import Int4, Int8, Int8Dynamic, Report, expand, is_quantized, packed, packing, tiles
+from funcattn.quantization import (
+    Int4,
+    Int8,
+    Int8Dynamic,
+    Report,
+    expand,
+    is_quantized,
+    packed,
+    packing,
+    tiles,
+)
 from funcattn.quantization.packed import PackedInt4
 from funcattn.quantization.reports import Row
 from funcattn.records import record
 from funcattn.testing import strategies
 
-CONFIG = fa.Config(vocabulary=33, width=16, layers=2, heads=2, kv_heads=1, head_size=8, feed_forward=32, context=64)
+CONFIG = fa.Config(
+    vocabulary=33, width=16, layers=2, heads=2, kv_heads=1, head_size=8, feed_forward=32, context=64
+)
 MODEL = fa.decoder(CONFIG)
 TOKENS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
 
@@ -50,7 +64,9 @@ def matrix(seed, N, K):
 
 
 def groups(K, even=False, four=False):
-    return st.sampled_from([d for d in range(1, K + 1) if K % d == 0 and not (even and d % 2) and not (four and d % 4)])
+    return st.sampled_from(
+        [d for d in range(1, K + 1) if K % d == 0 and not (even and d % 2) and not (four and d % 4)]
+    )
 
 
 # What a record stands for.
@@ -61,7 +77,11 @@ def test_a_record_stands_for_a_matrix_near_the_weight(data, N, quarters, key):
     """|dequantize(quantize(w)) - w| is at most half the distance of neighbouring levels, and the rounding of scale and zero."""
     K = 4 * quarters
     w = fa.random.normal(key, (N, K)) * 10.0 ** data.draw(st.integers(-6, 3))
-    kind = data.draw(st.sampled_from(["int8", "int4", "int4 symmetric", "nf4", "e4m3", "e5m2", "ternary", "w8a8"]))
+    kind = data.draw(
+        st.sampled_from(
+            ["int8", "int4", "int4 symmetric", "nf4", "e4m3", "e5m2", "ternary", "w8a8"]
+        )
+    )
     size = data.draw(groups(K, even=True, four=kind == "ternary"))
     by = packing.groups(w.double(), size)
     most = by.abs().amax(-1, keepdim=True)
@@ -70,7 +90,10 @@ def test_a_record_stands_for_a_matrix_near_the_weight(data, N, quarters, key):
         bound = by.abs().amax(-1, keepdim=True) / 254 * (1 + U8)
     elif kind == "int4":
         low, high = by.amin(-1, keepdim=True), by.amax(-1, keepdim=True)
-        scheme, bound = fa.int4(group=size), (high - low) / 30 * (1 + U8) + U16 * (low.abs() + high - low)
+        scheme, bound = (
+            fa.int4(group=size),
+            (high - low) / 30 * (1 + U8) + U16 * (low.abs() + high - low),
+        )
     elif kind == "int4 symmetric":
         scheme, bound = fa.int4(group=size, symmetric=True), most / 14 * (1 + U8)
     elif kind == "nf4":
@@ -78,12 +101,20 @@ def test_a_record_stands_for_a_matrix_near_the_weight(data, N, quarters, key):
         scheme, bound = fa.nf4(group=size), most * (widest / 2 + 2 * U16)
     elif kind == "ternary":
         scale = by.abs().mean(-1, keepdim=True)
-        scheme, bound = fa.ternary(group=size), torch.maximum(scale / 2, by.abs() - scale) + 2 * U16 * scale
+        scheme, bound = (
+            fa.ternary(group=size),
+            torch.maximum(scale / 2, by.abs() - scale) + 2 * U16 * scale,
+        )
     else:
         size, by = K, w.double().unsqueeze(-2)
-        largest, digits, least = (448.0, 2.0**-4, 2.0**-10) if kind == "e4m3" else (57344.0, 2.0**-3, 2.0**-17)
+        largest, digits, least = (
+            (448.0, 2.0**-4, 2.0**-10) if kind == "e4m3" else (57344.0, 2.0**-3, 2.0**-17)
+        )
         scale = by.abs().amax(-1, keepdim=True) / largest
-        scheme, bound = fa.fp8(kind=kind), torch.maximum(by.abs() * digits, scale * least) * (1 + U8)
+        scheme, bound = (
+            fa.fp8(kind=kind),
+            torch.maximum(by.abs() * digits, scale * least) * (1 + U8),
+        )
     error = (packing.groups(expand(scheme.encode(w)).double(), size) - by).abs()
     assert (error <= bound).all(), (kind, float((error - bound).max()))
 
@@ -104,10 +135,13 @@ def test_quantizing_twice_is_quantizing_once(scheme):
     before = fa.tree.map(torch.clone, params)
     once = fa.quantize(scheme)(params)
     assert fa.tree.allclose(fa.quantize(scheme)(once), once, rtol=0, atol=0)
-    assert fa.tree.allclose(fa.quantize(fa.int8)(once), once, rtol=0, atol=0)  # records that are there stay
+    # records that are there stay
+    assert fa.tree.allclose(fa.quantize(fa.int8)(once), once, rtol=0, atol=0)
     assert fa.tree.allclose(params, before, rtol=0, atol=0)
     assert fa.tree.paths(once, is_leaf=is_quantized) == fa.tree.paths(params)
-    chosen = {path for path, leaf in fa.tree.items(once, is_leaf=is_quantized) if is_quantized(leaf)}
+    chosen = {
+        path for path, leaf in fa.tree.items(once, is_leaf=is_quantized) if is_quantized(leaf)
+    }
     assert chosen == {path for path, leaf in fa.tree.items(params) if leaf.dim() > 1}
 
 
@@ -148,29 +182,41 @@ def test_a_cast_changes_no_codes(scheme):
 
 
 def allowed(record, x):
-    """How far linear(record, x) may be from the product with the matrix, for each output; derived in the comments."""
-    size = x.double().abs() @ expand(record).double().abs().mT  # what rounding errors are a share of
-    exact = 4 * x.shape[-1] * torch.finfo(x.dtype if x.element_size() > 2 else torch.float32).eps * size
+    """How far linear(record, x) may be from the product with the matrix, for each output; derived
+    in the comments.
+    """
+    # what rounding errors are a share of
+    size = x.double().abs() @ expand(record).double().abs().mT
+    exact = (
+        4 * x.shape[-1] * torch.finfo(x.dtype if x.element_size() > 2 else torch.float32).eps * size
+    )
     if x.element_size() == 2:
         exact = exact + 2 * torch.finfo(x.dtype).eps * size  # of the weight and of the output
     if isinstance(record, Int8) and record.scale.shape[-1] == 1:
         return exact + 3.05 * U8 * size + 1e-30  # bfloat16: activations, scale, and output
     if isinstance(record, Int4):
-        # bfloat16: activations and output as above; scale s and zero are rounded each, where (q - 8) s + (zero + 8 s) is their
-        # sum, of parts no larger than 8 s and |zero + 8 s|
+        # bfloat16: activations and output as above; scale s and zero are rounded each, where (q -
+        # 8) s + (zero + 8 s) is their sum, of parts no larger than 8 s and |zero + 8 s|
         scale, zero = record.scale.double(), record.zero.double()
         parts = packing.spread(8 * scale.abs() + (zero + 8 * scale).abs(), x.shape[-1])
         return exact + U8 * (2.1 * size + 1.05 * x.double().abs() @ parts.mT) + 1e-30
     if isinstance(record, Int8Dynamic):
         by = packing.groups(x.double().abs(), x.shape[-1] // record.scale.shape[-1]).amax(-1) / 127
         step = packing.spread(by, x.shape[-1])  # each activation is off by half of it
-        return exact + 8 * torch.finfo(torch.float32).eps * size + step / 2 * 1.001 @ expand(record).double().abs().mT + 1e-30
+        return (
+            exact
+            + 8 * torch.finfo(torch.float32).eps * size
+            + step / 2 * 1.001 @ expand(record).double().abs().mT
+            + 1e-30
+        )
     return exact + 1e-30
 
 
 def coarser(scheme):
     """In groups that the fast kernel takes."""
-    grouped = isinstance(scheme, type(fa.int4)) or (isinstance(scheme, type(fa.w8a8)) and scheme.group is not None)
+    grouped = isinstance(scheme, type(fa.int4)) or (
+        isinstance(scheme, type(fa.w8a8)) and scheme.group is not None
+    )
     return scheme(group=32) if grouped else scheme
 
 
@@ -195,18 +241,24 @@ def test_a_product_is_that_of_the_matrix(scheme, dtype, lead, tiled):
         assert found.dtype == dtype
         assert found.shape == (*lead, N)
         exact = x.double() @ expand(weight).double().mT
-        assert ((found.double() - exact).abs() <= allowed(weight, x)).all(), float((found - exact).abs().max())
+        assert ((found.double() - exact).abs() <= allowed(weight, x)).all(), float(
+            (found - exact).abs().max()
+        )
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["as float32", "fast bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [24, 25, 40])
 def test_many_rows_of_large_numbers_are_that_of_the_matrix(dtype, rows, narrow, tiled, monkeypatch):
-    """By whichever product the processor asks for; the sum of codes times x alone would be beyond float16."""
+    """By whichever product the processor asks for; the sum of codes times x alone would be beyond
+    float16.
+    """
     monkeypatch.setattr("funcattn.quantization.formats.bfloat16_is_fast", lambda: narrow)
     for scheme in (fa.int8, fa.int8(group=16)):
         weight, x = scheme.encode(matrix(1, 24, 64)), (300 * matrix(2, rows, 64)).to(dtype)
-        assert (x.double().abs() @ weight.codes.double().abs().mT).amax() > torch.finfo(torch.float16).max
+        assert (x.double().abs() @ weight.codes.double().abs().mT).amax() > torch.finfo(
+            torch.float16
+        ).max
         found = linear(weight, x)
         assert found.dtype == dtype
         exact = x.double() @ expand(weight).double().mT
@@ -223,7 +275,9 @@ def test_every_derivative_is_that_of_the_matrix(scheme, tiled):
     hvp = lambda f: lambda x: jvp(grad(f), (x,), (direction[0],))[1]
     x = rows[0]
     product = lambda x: linear(weight, x)
-    torch.testing.assert_close(jvp(product, (x,), (direction[0],))[1], dense @ direction[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        jvp(product, (x,), (direction[0],))[1], dense @ direction[0], rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(jacrev(product)(x), dense, rtol=1e-5, atol=1e-5)
     for name, of in {
         "grad": lambda f: grad(f)(x),
@@ -233,17 +287,32 @@ def test_every_derivative_is_that_of_the_matrix(scheme, tiled):
         "hvp": lambda f: hvp(f)(x),
         "vmap hvp": lambda f: vmap(hvp(f))(rows),
         "jacrev of grad": lambda f: jacrev(grad(f))(x),
-        "jvp of jvp": lambda f: jvp(lambda y: jvp(f, (y,), (direction[0],))[1], (x,), (direction[1],))[1],
+        "jvp of jvp": lambda f: jvp(
+            lambda y: jvp(f, (y,), (direction[0],))[1], (x,), (direction[1],)
+        )[1],
     }.items():
         found, wanted = of(ours), of(theirs)
         assert wanted.abs().max() > 0.1, name
-        # A cube of what `allowed` permits, thrice over, of the largest number; the derivatives of a linear map are exact.
-        share = float((allowed(weight, x) / (x.abs() @ dense.abs().mT)).max()) if not isinstance(weight, Int8Dynamic) else 1e-6
-        torch.testing.assert_close(found, wanted, rtol=0, atol=(4 * share * 10 + 1e-5) * float(wanted.abs().max()), msg=name)
+        # A cube of what `allowed` permits, thrice over, of the largest number; the derivatives of a
+        # linear map are exact.
+        share = (
+            float((allowed(weight, x) / (x.abs() @ dense.abs().mT)).max())
+            if not isinstance(weight, Int8Dynamic)
+            else 1e-6
+        )
+        torch.testing.assert_close(
+            found,
+            wanted,
+            rtol=0,
+            atol=(4 * share * 10 + 1e-5) * float(wanted.abs().max()),
+            msg=name,
+        )
 
 
 def straight(weight, dense, x):
-    """The product in float64; of w8a8 with the activations rounded and the derivative of the identity."""
+    """The product in float64; of w8a8 with the activations rounded and the derivative of the
+    identity.
+    """
     if not isinstance(weight, Int8Dynamic):
         return x @ dense.mT
     still = x.detach()
@@ -252,17 +321,27 @@ def straight(weight, dense, x):
     return (x + ((still / by.clamp(min=1e-30)).round() * by - still)) @ dense.mT
 
 
-@given(strategies.keys(), st.sampled_from([8, 32, 64, None]), st.sampled_from([1, 3, 18]), st.integers(-9, 9))
+@given(
+    strategies.keys(),
+    st.sampled_from([8, 32, 64, None]),
+    st.sampled_from([1, 3, 18]),
+    st.integers(-9, 9),
+)
 def test_w8a8_is_the_product_of_what_both_were_rounded_to(key, group, rows, power):
-    """Against float64, by every kernel; a scale of activations is shared by the columns that share one of weights."""
+    """Against float64, by every kernel; a scale of activations is shared by the columns that share
+    one of weights.
+    """
     one, two = fa.split(key)
     weight = fa.w8a8(group=group).encode(fa.random.normal(one, (20, 64)))
     x = fa.random.normal(two, (rows, 64), torch.float64) ** 3 * 10.0**power
     x[0, 8:16] = 0
     wanted = straight(weight, expand(weight).double(), x)
     size = x.abs() @ expand(weight).double().abs().mT
-    # Sums of 64 products in float32, and an activation in digits is off by 2^-23 of the greatest of its block.
-    bound = (2 * 64 + 4) * 2.0**-23 * (size + x.abs().amax() * expand(weight).double().abs().sum(-1))
+    # Sums of 64 products in float32, and an activation in digits is off by 2^-23 of the greatest of
+    # its block.
+    bound = (
+        (2 * 64 + 4) * 2.0**-23 * (size + x.abs().amax() * expand(weight).double().abs().sum(-1))
+    )
     assert ((linear(weight, x) - wanted).abs() <= bound).all()
 
 
@@ -273,7 +352,9 @@ def test_where_bytes_are_not_summed_exactly_they_are_not_used(monkeypatch):
     packed.bytes_are_exact.cache_clear()
     try:
         weight, x = fa.w8a8(group=None).encode(matrix(1, 8, 64)), matrix(2, 3, 64)
-        torch.testing.assert_close(linear(weight, x), straight(weight, expand(weight), x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            linear(weight, x), straight(weight, expand(weight), x), rtol=1e-5, atol=1e-5
+        )
         assert not isinstance(prepare(weight, 3), packed.PackedDynamic)
     finally:
         packed.bytes_are_exact.cache_clear()
@@ -291,11 +372,14 @@ def test_autograd_goes_through_a_product(scheme):
 def test_a_scale_has_its_derivative():
     weight, x = fa.int4(group=8).encode(matrix(1, 6, 16)), matrix(2, 2, 16)
     weight = fa.tree.cast(torch.float32)(weight)
-    of = lambda f: grad(lambda scale, zero: (f(Int4(weight.codes, scale, zero)) ** 2).sum(), argnums=(0, 1))(*weight[1:])
+    of = lambda f: grad(
+        lambda scale, zero: (f(Int4(weight.codes, scale, zero)) ** 2).sum(), argnums=(0, 1)
+    )(*weight[1:])
     found, wanted = of(lambda w: linear(w, x)), of(lambda w: x @ expand(w).mT)
     for a, b in zip(found, wanted, strict=True):
         assert b.abs().sum() > 0
-        torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2 * float(b.abs().max()))  # bfloat16 inside, of two factors
+        # bfloat16 inside, of two factors
+        torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2 * float(b.abs().max()))
 
 
 @each_scheme
@@ -318,7 +402,10 @@ def test_experts_are_encoded_one_by_one(scheme):
     found = fa.layers.linear_experts(quantized, x, expert)
     for n, row in enumerate(found):
         weight = scheme.encode(w[expert[n]])
-        assert ((row.double() - x[n].double() @ expand(weight).double().mT).abs() <= allowed(weight, x[n])).all()
+        assert (
+            (row.double() - x[n].double() @ expand(weight).double().mT).abs()
+            <= allowed(weight, x[n])
+        ).all()
 
 
 @each_scheme
@@ -326,8 +413,12 @@ def test_a_model_of_records_is_that_of_their_matrices(scheme):
     quantized = fa.quantize(scheme)(weights())
     of = lambda params: MODEL.logits(params, MODEL.hidden(params, TOKENS)[0])
     found, wanted = of(quantized), of(fa.dequantize(quantized))
-    exact = not any(isinstance(w, (Int8, Int4, Int8Dynamic)) for w in fa.tree.leaves(quantized, is_leaf=is_quantized))
-    # bfloat16 inside each of 14 products and the head, relative to logits: 16 * 3 * 2^-8 at worst, and chance makes it its root
+    exact = not any(
+        isinstance(w, (Int8, Int4, Int8Dynamic))
+        for w in fa.tree.leaves(quantized, is_leaf=is_quantized)
+    )
+    # bfloat16 inside each of 14 products and the head, relative to logits: 16 * 3 * 2^-8 at worst,
+    # and chance makes it its root
     assert (found - wanted).norm() <= (1e-5 if exact else 0.1) * wanted.norm()
 
 
@@ -341,7 +432,9 @@ def test_an_adaptation_stands_upon_a_record(scheme):
 
 
 def test_a_sampled_text_comes_from_a_quantized_model():
-    tokens = fa.generate(fa.key(0), MODEL, fa.quantize(fa.int4(group=8))(weights()), TOKENS, steps=5)[0]
+    tokens = fa.generate(
+        fa.key(0), MODEL, fa.quantize(fa.int4(group=8))(weights()), TOKENS, steps=5
+    )[0]
     assert tokens.shape == (len(TOKENS) + 5,) or tokens.shape == (5,)
 
 
@@ -351,11 +444,23 @@ def test_a_compiled_model_of_records_is_the_model(scheme):
     params, fast = fa.quantize(scheme)(weights()), fa.compile(MODEL, backend="eager")
     for T in (1, 3):
         _, past = MODEL.apply(params, TOKENS, MODEL.cache(16))
-        found, wanted = fast.extend(params, TOKENS[:T], past)[0], MODEL.extend(params, TOKENS[:T], past)[0]
+        found, wanted = (
+            fast.extend(params, TOKENS[:T], past)[0],
+            MODEL.extend(params, TOKENS[:T], past)[0],
+        )
         assert (found - wanted).norm() <= 0.1 * wanted.norm()  # see a_model_of_records above
 
 
-WIDE = fa.Config(vocabulary=64, width=64, layers=2, heads=2, kv_heads=1, head_size=32, feed_forward=64, context=64)
+WIDE = fa.Config(
+    vocabulary=64,
+    width=64,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_size=32,
+    feed_forward=64,
+    context=64,
+)
 
 
 @pytest.mark.cpu("what is packed is for kernels of the CPU")
@@ -364,18 +469,25 @@ def test_the_compiler_takes_records_that_are_packed(scheme):
     """Sizes that every kernel takes, one vector and three, really compiled."""
     model, params = fa.decoder(WIDE), fa.quantize(scheme)(weights(WIDE))
     fast, same = fa.compile(model), fa.dequantize(params)
-    assert scheme is not fa.int4 or isinstance(prepare(params.layers[0].q, 1), PackedInt4 if tiles.missing() else tiles.Tiles)
+    assert scheme is not fa.int4 or isinstance(
+        prepare(params.layers[0].q, 1), PackedInt4 if tiles.missing() else tiles.Tiles
+    )
     _, past = model.apply(same, TOKENS, model.cache(16))
     exact = not tiles.missing() and scheme is not fa.w8a8  # else bfloat16, or activations of 8 bits
     for T in (1, 3):
-        found, wanted = fast.extend(params, TOKENS[:T], past)[0], model.extend(same, TOKENS[:T], past)[0]
+        found, wanted = (
+            fast.extend(params, TOKENS[:T], past)[0],
+            model.extend(same, TOKENS[:T], past)[0],
+        )
         assert (found - wanted).norm() <= (1e-5 if exact else 0.1) * wanted.norm()
     moved = lambda k: fast.extend(params, TOKENS[:1], past._replace(k=k))[0].sum()
     assert grad(moved)(past.k).abs().sum() > 0
 
 
 def test_the_question_whether_bytes_are_exact_needs_no_real_tensors():
-    """Where tensors have shapes alone, as while a graph is traced, the answer is still that of the processor."""
+    """Where tensors have shapes alone, as while a graph is traced, the answer is still that of the
+    processor.
+    """
     answer, weight = packed.bytes_are_exact(), fa.w8a8(group=None).encode(matrix(1, 32, 64))
     packed.bytes_are_exact.cache_clear()
     with FakeTensorMode() as mode:
@@ -385,7 +497,9 @@ def test_the_question_whether_bytes_are_exact_needs_no_real_tensors():
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("scheme", [fa.int8, fa.int4, fa.int4(group=None), fa.nf4(group=32), fa.w8a8], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [fa.int8, fa.int4, fa.int4(group=None), fa.nf4(group=32), fa.w8a8], ids=str
+)
 def test_a_product_without_numbers_has_a_shape(scheme, rows):
     """Fake tensors have none to prepare: the plain product serves."""
     weight = scheme.encode(matrix(1, 32, 64))
@@ -456,7 +570,14 @@ def test_layers_of_another_kind_have_a_line_of_their_own():
     lines = [line.split() for line in str(Report(rows)).splitlines()[1:]]
     assert lines[0] == ["layers.0,2.q", "Int4", "4.50", "18", "10.00%", "to", "20.00%"]
     assert lines[1] == ["layers.1.q", "Int8", "4.50", "9", "1.00%"]
-    assert lines[2] == ["layers.3.q", "Int4", "4.50", "9", "30.00%", *["2", "of", "4", "experts", "to", "nearest"]]
+    assert lines[2] == [
+        "layers.3.q",
+        "Int4",
+        "4.50",
+        "9",
+        "30.00%",
+        *["2", "of", "4", "experts", "to", "nearest"],
+    ]
     assert lines[3] == ["norm", "float32", "4.50", "9", "-"]
 
 
@@ -471,33 +592,97 @@ def spoiled(value):
 
 BAD = [
     (lambda: fa.quantize("int8"), TypeError, "quantize: scheme should be a scheme, got a str"),
-    (lambda: fa.quantize(fa.int8, "(q"), ValueError, "quantize: where should be a regex of paths, got '(q'"),
-    (lambda: fa.quantize(fa.int8, 3), TypeError, "quantize: where should be a regex or a predicate"),
-    (lambda: fa.quantize(fa.int8, "nothing")(weights()), ValueError, "quantize: where should be a rule that chooses a leaf"),
+    (
+        lambda: fa.quantize(fa.int8, "(q"),
+        ValueError,
+        "quantize: where should be a regex of paths, got '(q'",
+    ),
+    (
+        lambda: fa.quantize(fa.int8, 3),
+        TypeError,
+        "quantize: where should be a regex or a predicate",
+    ),
+    (
+        lambda: fa.quantize(fa.int8, "nothing")(weights()),
+        ValueError,
+        "quantize: where should be a rule that chooses a leaf",
+    ),
     (
         lambda: fa.quantize(fa.int4(group=5))(weights()),
         ValueError,
         "group should be an even divisor of the 16 columns, got 5",
     ),
     (lambda: fa.quantize(fa.int4(group=5))(weights()), ValueError, "layers.0."),
-    (lambda: fa.quantize(fa.int8(group=3))(weights()), ValueError, "int8: group should be a divisor of the 16 columns, got 3"),
-    (lambda: fa.quantize(fa.w8a8)(weights()), ValueError, "w8a8: group should be a divisor of the 16 columns, got 32"),
+    (
+        lambda: fa.quantize(fa.int8(group=3))(weights()),
+        ValueError,
+        "int8: group should be a divisor of the 16 columns, got 3",
+    ),
+    (
+        lambda: fa.quantize(fa.w8a8)(weights()),
+        ValueError,
+        "w8a8: group should be a divisor of the 16 columns, got 32",
+    ),
     (lambda: fa.quantize(fa.nf4(group=0))(weights()), ValueError, "nf4: group should be"),
-    (lambda: fa.quantize(fa.ternary(group=2))(weights()), ValueError, "ternary: group should be a multiple of 4, got 2"),
-    (lambda: fa.quantize(fa.fp8(kind="e3m4"))(weights()), ValueError, 'fp8: kind should be "e4m3" or "e5m2"'),
-    (lambda: fa.int4(size=3), TypeError, "settings should be by name: group, symmetric, clip, got size"),
+    (
+        lambda: fa.quantize(fa.ternary(group=2))(weights()),
+        ValueError,
+        "ternary: group should be a multiple of 4, got 2",
+    ),
+    (
+        lambda: fa.quantize(fa.fp8(kind="e3m4"))(weights()),
+        ValueError,
+        'fp8: kind should be "e4m3" or "e5m2"',
+    ),
+    (
+        lambda: fa.int4(size=3),
+        TypeError,
+        "settings should be by name: group, symmetric, clip, got size",
+    ),
     (lambda: fa.int4(64), TypeError, "settings should be by name: group, symmetric, clip, got 64"),
     (lambda: fa.int8(weights()), TypeError, "fa.quantize(scheme)(params)"),
     (lambda: fa.ternary(bits=2), TypeError, "settings should be by name: group, got bits"),
-    (lambda: fa.quantize(fa.int8)(fa.decoder(fa.Config())), TypeError, "quantize: params should be a tree of weights, got a Model"),
+    (
+        lambda: fa.quantize(fa.int8)(fa.decoder(fa.Config())),
+        TypeError,
+        "quantize: params should be a tree of weights, got a Model",
+    ),
     (lambda: fa.quantize(fa.int8)(()), TypeError, "got a tuple without leaves"),
-    (lambda: fa.quantize(fa.int8)(spoiled(float("nan"))), ValueError, "layers.1.up should be finite"),
-    (lambda: fa.quantize(fa.int8)(spoiled(float("inf"))), ValueError, "layers.1.up should be finite"),
-    (lambda: fa.quantize(fa.int8, "w")({"w": torch.ones(2, 2, dtype=torch.int64)}), TypeError, "quantize: w should be a floating"),
-    (lambda: fa.quantize(fa.int8, "w")({"w": torch.ones(2)}), TypeError, "quantize: w should be a floating matrix"),
-    (lambda: fa.quantize(fa.int8, "w")({"w": torch.ones(0, 2)}), ValueError, "quantize: w should be a matrix with numbers"),
-    (lambda: fa.quantization.report(weights(), {"a": torch.ones(1)}), ValueError, "report: quantized should be a tree with a leaf"),
-    (lambda: expand(torch.ones(2, 2)), TypeError, "expand: weight should be a quantized record, got a Tensor"),
+    (
+        lambda: fa.quantize(fa.int8)(spoiled(float("nan"))),
+        ValueError,
+        "layers.1.up should be finite",
+    ),
+    (
+        lambda: fa.quantize(fa.int8)(spoiled(float("inf"))),
+        ValueError,
+        "layers.1.up should be finite",
+    ),
+    (
+        lambda: fa.quantize(fa.int8, "w")({"w": torch.ones(2, 2, dtype=torch.int64)}),
+        TypeError,
+        "quantize: w should be a floating",
+    ),
+    (
+        lambda: fa.quantize(fa.int8, "w")({"w": torch.ones(2)}),
+        TypeError,
+        "quantize: w should be a floating matrix",
+    ),
+    (
+        lambda: fa.quantize(fa.int8, "w")({"w": torch.ones(0, 2)}),
+        ValueError,
+        "quantize: w should be a matrix with numbers",
+    ),
+    (
+        lambda: fa.quantization.report(weights(), {"a": torch.ones(1)}),
+        ValueError,
+        "report: quantized should be a tree with a leaf",
+    ),
+    (
+        lambda: expand(torch.ones(2, 2)),
+        TypeError,
+        "expand: weight should be a quantized record, got a Tensor",
+    ),
 ]
 
 
@@ -513,15 +698,23 @@ def test_the_documentation_runs():
     names = {"__name__": "quantization"}
     for block in text.split("```python\n")[1:]:
         exec(compile(block.split("```")[0], "quantization.md", "exec"), names)
-    chosen = {path for path, leaf in fa.tree.items(names["signs"], is_leaf=is_quantized) if is_quantized(leaf)}
+    chosen = {
+        path
+        for path, leaf in fa.tree.items(names["signs"], is_leaf=is_quantized)
+        if is_quantized(leaf)
+    }
     assert "layers.0.up" in chosen
     assert "layers.0.q" not in chosen
 
 
 @pytest.mark.parametrize("group", [0, -1, 0.5, "32", True, float("inf")])
-@pytest.mark.parametrize("scheme", [fa.int8, fa.int4, fa.w8a8, fa.nf4, fa.ternary], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize(
+    "scheme", [fa.int8, fa.int4, fa.w8a8, fa.nf4, fa.ternary], ids=lambda scheme: scheme.name
+)
 def test_a_group_that_cannot_be_is_refused_when_the_scheme_is_made(scheme, group):
-    with pytest.raises((ValueError, TypeError), match=f"{scheme.name}: group should be a number of columns"):
+    with pytest.raises(
+        (ValueError, TypeError), match=f"{scheme.name}: group should be a number of columns"
+    ):
         scheme(group=group)
 
 
@@ -546,4 +739,7 @@ def test_a_scheme_called_without_settings_is_the_scheme(name):
     assert scheme()() == scheme
     params = {"q": fa.random.normal(fa.key(0), (4, 64))}
     by_value, by_call = (fa.quantize(one)(params) for one in (scheme, scheme()))
-    assert all(torch.equal(a, b) for a, b in zip(fa.tree.leaves(by_value), fa.tree.leaves(by_call), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(fa.tree.leaves(by_value), fa.tree.leaves(by_call), strict=True)
+    )

@@ -1,4 +1,6 @@
-"""Matrices in tiles: the bits of their records, products as near as those of floats, every transform, every instruction set."""
+"""Matrices in tiles: the bits of their records, products as near as those of floats, every
+transform, every instruction set.
+"""
 
 import pytest
 import torch
@@ -60,16 +62,23 @@ def with_instructions():
 def allowed(record, x):
     """How far a product may be from the exact one, for each output.
 
-    A number of x is off by at most 2^-23 of the largest of its block (half a step of 1 / 8355708, and two roundings). For each
-    block there are then a handful of roundings in float32, of terms no larger than 15 |scale| and |zero| (with 8 bits, than
+    A number of x is off by at most 2^-23 of the largest of its block (half a step of 1 / 8355708,
+    and two roundings). For each block there are then a handful of roundings in float32, of terms no
+    larger than 15 |scale| and |zero| (with 8 bits, than
     |w|: their integers are exact) times |x|, and one more of the sum so far.
     """
     wide, K = x.double().abs(), x.shape[-1]
     blocks = torch.nn.functional.pad(wide, (0, -K % 32)).unflatten(-1, (-1, 32))
-    coarse = (wide * 0 + 1) * blocks.amax(-1, keepdim=True).expand(*blocks.shape).flatten(-2)[..., :K]
+    coarse = (wide * 0 + 1) * blocks.amax(-1, keepdim=True).expand(*blocks.shape).flatten(-2)[
+        ..., :K
+    ]
     dense = expand(record).double().abs()
     scale = fa.quantization.packing.spread(record.scale.double().abs(), K)
-    parts = 15 * scale + fa.quantization.packing.spread(record.zero.double().abs(), K) if isinstance(record, Int4) else dense
+    parts = (
+        15 * scale + fa.quantization.packing.spread(record.zero.double().abs(), K)
+        if isinstance(record, Int4)
+        else dense
+    )
     return 2 * EPS * coarse @ dense.mT + (8 + K / 32) * EPS * (wide @ parts.mT) + 2.0**-149
 
 
@@ -89,29 +98,49 @@ def test_rows_of_any_length_have_one_scale():
 @each_scheme
 def test_a_product_is_as_near_as_that_of_floats(scheme, instructions, with_instructions):
     with_instructions(instructions)
-    for (N, K), T in zip(((16, 64), (33, 64), (7, 576), (100, 1536), (16, 64)), (1, 2, 5, 16, 31), strict=True):
+    for (N, K), T in zip(
+        ((16, 64), (33, 64), (7, 576), (100, 1536), (16, 64)), (1, 2, 5, 16, 31), strict=True
+    ):
         record, x = encode(scheme, matrix(1, N, K)), matrix(2, T, K)
         found, exact = linear(tile(record), x), x.double() @ expand(record).double().mT
         assert ((found - exact).abs() <= allowed(record, x)).all()
-        assert (found - exact).norm() <= 6 * EPS * exact.norm()  # chance: the errors of hundreds of terms partly cancel
+        # chance: the errors of hundreds of terms partly cancel
+        assert (found - exact).norm() <= 6 * EPS * exact.norm()
 
 
-@given(strategies.keys(), st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(-30, 30), st.booleans())
+@given(
+    strategies.keys(),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(-30, 30),
+    st.booleans(),
+)
 def test_a_product_of_any_size_is_that_of_the_matrix(key, N, B, T, power, symmetric):
     of_w, of_x = fa.split(key, 2)
     record = fa.int4(symmetric=symmetric).encode(fa.random.normal(of_w, (N, 32 * B)))
     x = fa.random.normal(of_x, (T, 32 * B)) * 2.0**power
     x[0, : 16 * B] *= 1e-4
-    assert ((linear(tile(record), x) - x.double() @ expand(record).double().mT).abs() <= allowed(record, x)).all()
+    assert (
+        (linear(tile(record), x) - x.double() @ expand(record).double().mT).abs()
+        <= allowed(record, x)
+    ).all()
 
 
 @each_instruction
 @each_scheme
-def test_a_product_of_any_scale_is_as_near_as_that_of_floats(scheme, instructions, with_instructions):
-    """Of denormal numbers, of such that overflow in the sum of integers, of blocks of both beside usual ones, and of zeros."""
+def test_a_product_of_any_scale_is_as_near_as_that_of_floats(
+    scheme, instructions, with_instructions
+):
+    """Of denormal numbers, of such that overflow in the sum of integers, of blocks of both beside
+    usual ones, and of zeros.
+    """
     with_instructions(instructions)
     for N, K in ((33, 64), (20, 192)):
-        record, dense = encode(scheme, matrix(1, N, K)), expand(encode(scheme, matrix(1, N, K))).double()
+        record, dense = (
+            encode(scheme, matrix(1, N, K)),
+            expand(encode(scheme, matrix(1, N, K))).double(),
+        )
         tiled = tile(record)
         exponents = [-149, -140, -126, -110, -96, -70, -64, -63, 0, 62, 63, 65, 100, 120, 123]
         x = matrix(2, len(exponents) + 3, K)
@@ -131,23 +160,46 @@ def test_a_product_of_any_scale_is_as_near_as_that_of_floats(scheme, instruction
 @each_instruction
 def test_scales_of_any_size_lose_no_digits(instructions, with_instructions):
     with_instructions(instructions)
-    codes = torch.randint(-127, 127, (16, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(
+        -127, 127, (16, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0)
+    )
     for groups in (1, 2):
-        for scale, size in ((1e-35, 1.0), (1e-38, 1e10), (1e-30, 1e-5), (1e30, 1e-30), (1e-20, 1e38), (1e36, 1e-38)):
+        for scale, size in (
+            (1e-35, 1.0),
+            (1e-38, 1e10),
+            (1e-30, 1e-5),
+            (1e30, 1e-30),
+            (1e-20, 1e38),
+            (1e36, 1e-38),
+        ):
             record, x = Int8(codes, torch.full((16, groups), scale)), matrix(3, 2, 64) * size
             exact = x.double() @ expand(record).double().mT
-            assert ((linear(tile(record), x) - exact).abs() <= 1e-6 * (x.double().abs() @ expand(record).double().abs().mT)).all()
+            assert (
+                (linear(tile(record), x) - exact).abs()
+                <= 1e-6 * (x.double().abs() @ expand(record).double().abs().mT)
+            ).all()
 
 
 def test_tensors_of_several_devices_are_an_error():
     blocks, scale, x = torch.zeros(1, 2, 512, dtype=torch.uint8), torch.ones(16), torch.ones(1, 64)
     far = lambda *tensors: tuple(tensor.to("meta") for tensor in tensors)
-    for one, two, three in ((*far(blocks), scale, x), (blocks, *far(scale), x), (blocks, scale, *far(x)), (*far(blocks, scale), x)):
+    for one, two, three in (
+        (*far(blocks), scale, x),
+        (blocks, *far(scale), x),
+        (blocks, scale, *far(x)),
+        (*far(blocks, scale), x),
+    ):
         with pytest.raises((ValueError, NotImplementedError), match="on one device"):
             torch.ops.funcattn.products([one], [two], [16], three)
-        with pytest.raises((ValueError, NotImplementedError), match="on one device"), torch.no_grad():
+        with (
+            pytest.raises((ValueError, NotImplementedError), match="on one device"),
+            torch.no_grad(),
+        ):
             torch.ops.funcattn.products([one], [two], [16], three)
-    assert torch.ops.funcattn.products([*far(blocks)], [*far(scale)], [16], *far(x)).device.type == "meta"
+    assert (
+        torch.ops.funcattn.products([*far(blocks)], [*far(scale)], [16], *far(x)).device.type
+        == "meta"
+    )
     q = torch.zeros(1, 2, 4)
     w, expert = torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.long)
     for call in (
@@ -165,7 +217,10 @@ def test_the_largest_codes_do_not_overflow(extreme, instructions, with_instructi
     with_instructions(instructions)
     record = Int8(torch.full((16, 64), extreme, dtype=torch.int8), torch.ones(16, 1))
     for sign in (1.0, -1.0):
-        assert torch.equal(linear(tile(record), torch.full((3, 64), sign)).round(), torch.full((3, 16), 64.0 * extreme * sign))
+        assert torch.equal(
+            linear(tile(record), torch.full((3, 64), sign)).round(),
+            torch.full((3, 16), 64.0 * extreme * sign),
+        )
 
 
 @each_instruction
@@ -190,14 +245,18 @@ def test_every_dtype_and_shape_of_vectors(dtype):
         found = linear(tile(record), x)
         assert found.dtype == dtype
         assert found.shape == (*lead, 24)
-        torch.testing.assert_close(found.double(), x.double() @ expand(record).double().mT, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(
+            found.double(), x.double() @ expand(record).double().mT, rtol=1e-2, atol=1e-2
+        )
     strided = matrix(3, 64, 5).mT
     assert torch.equal(linear(tile(record), strided), linear(tile(record), strided.contiguous()))
     assert linear(tile(record), matrix(1, 0, 64)).shape == (0, 24)
 
 
 def test_several_matrices_at_once_are_each_of_them():
-    several = [tile(encode(scheme, matrix(n, 10 + 7 * n, 64))) for n, scheme in enumerate(SCHEMES.values())]
+    several = [
+        tile(encode(scheme, matrix(n, 10 + 7 * n, 64))) for n, scheme in enumerate(SCHEMES.values())
+    ]
     x = matrix(9, 3, 64)
     for found, weight in zip(linears(several, x), several, strict=True):
         assert torch.equal(found, linear(weight, x))
@@ -217,7 +276,9 @@ def test_threads_change_no_bit():
 
 @each_scheme
 def test_every_derivative_is_that_of_the_matrix(scheme):
-    """torch's own integer kernels give zeros here; both the operator and the product that is routed to it do not."""
+    """torch's own integer kernels give zeros here; both the operator and the product that is routed
+    to it do not.
+    """
     record = encode(scheme, matrix(1, 24, 64))
     dense, (x, v) = expand(record), matrix(2, 2, 64)
     for weight in (tile(record), record):
@@ -235,7 +296,9 @@ def test_every_derivative_is_that_of_the_matrix(scheme):
         ):
             found, wanted = of(f)(x), of(theirs)(x)
             assert wanted.abs().max() > 0.1
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+            torch.testing.assert_close(
+                found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
+            )
     y = x.clone().requires_grad_()
     linear(tile(record), y).sum().backward()
     torch.testing.assert_close(y.grad, dense.sum(0), rtol=1e-5, atol=1e-4)
@@ -255,9 +318,19 @@ def test_the_compiler_keeps_it_as_one_node(T):
     assert torch.equal(fast(x), linear(weight, x * 2) + 1)
     y = x.clone().requires_grad_()
     fast(y).sum().backward()
-    torch.testing.assert_close(y.grad, 2 * whole(weight, 64).sum(0).expand(T, 64), rtol=1e-5, atol=1e-4)
-    torch.library.opcheck(torch.ops.funcattn.products.default, ([weight.blocks], [], [24], x), test_utils="test_schema")
-    torch.library.opcheck(torch.ops.funcattn.products.default, ([weight.blocks], [], [24], x), test_utils="test_faketensor")
+    torch.testing.assert_close(
+        y.grad, 2 * whole(weight, 64).sum(0).expand(T, 64), rtol=1e-5, atol=1e-4
+    )
+    torch.library.opcheck(
+        torch.ops.funcattn.products.default,
+        ([weight.blocks], [], [24], x),
+        test_utils="test_schema",
+    )
+    torch.library.opcheck(
+        torch.ops.funcattn.products.default,
+        ([weight.blocks], [], [24], x),
+        test_utils="test_faketensor",
+    )
 
 
 def test_sizes_and_places_that_it_does_not_take():
@@ -271,10 +344,19 @@ def test_sizes_and_places_that_it_does_not_take():
 
 BAD = {
     "blocks": (lambda w, x: ([w.blocks[..., 1:].contiguous()], [], [24], x), "are of no kind"),
-    "columns": (lambda w, x: ([w.blocks], [], [24], x[:, :32].contiguous()), "blocks should be contiguous uint8"),
+    "columns": (
+        lambda w, x: ([w.blocks], [], [24], x[:, :32].contiguous()),
+        "blocks should be contiguous uint8",
+    ),
     "rows": (lambda w, x: ([w.blocks], [], [16], x), "as many as the tiles have"),
-    "no scale": (lambda w, x: ([w.blocks.new_zeros(2, 2, 512)], [], [24], x), "a scale for each row"),
-    "a short scale": (lambda w, x: ([w.blocks.new_zeros(2, 2, 512)], [x[0, :23].clone()], [24], x), "one for each row"),
+    "no scale": (
+        lambda w, x: ([w.blocks.new_zeros(2, 2, 512)], [], [24], x),
+        "a scale for each row",
+    ),
+    "a short scale": (
+        lambda w, x: ([w.blocks.new_zeros(2, 2, 512)], [x[0, :23].clone()], [24], x),
+        "one for each row",
+    ),
     "dtype": (lambda w, x: ([w.blocks], [], [24], x.double()), "x should be contiguous float32"),
     "strides": (lambda w, x: ([w.blocks], [], [24], x.mT), "x should be contiguous float32"),
     "count": (lambda w, x: ([w.blocks], [], [], x), "as many rows as blocks"),
@@ -291,14 +373,21 @@ def test_bad_input_is_an_error(wrong, message):
 def test_nothing_times_nothing():
     assert products([tile(fa.int4.encode(matrix(1, 24, 64)))], matrix(2, 0, 64)).shape == (0, 24)
     no_columns = torch.zeros(2, 0, 320, dtype=torch.uint8)
-    assert torch.ops.funcattn.products([no_columns], [], [32], torch.ones(3, 0)).equal(torch.zeros(3, 32))
+    assert torch.ops.funcattn.products([no_columns], [], [32], torch.ones(3, 0)).equal(
+        torch.zeros(3, 32)
+    )
 
 
 @pytest.mark.parametrize("group", [32, 64, None])
 def test_tiles_of_8_bit_activations_multiply_what_these_are_rounded_to(group):
-    """Several at once too, of one size of group and of two; under every transform of what is prepared."""
+    """Several at once too, of one size of group and of two; under every transform of what is
+    prepared.
+    """
     K = 128
-    weights = [tile_dynamic(fa.w8a8(group=size).encode(matrix(n, 20, K))) for n, size in enumerate((group, group, 64))]
+    weights = [
+        tile_dynamic(fa.w8a8(group=size).encode(matrix(n, 20, K)))
+        for n, size in enumerate((group, group, 64))
+    ]
     x = matrix(5, 3, K)
     near = [packed.rounded(x, weight.scale.shape[-1]).double() for weight in weights]
     for found, weight, y in zip(linears(weights, x), weights, near, strict=True):
@@ -309,7 +398,9 @@ def test_tiles_of_8_bit_activations_multiply_what_these_are_rounded_to(group):
     assert linears(weights[:2], x.bfloat16())[1].dtype == torch.bfloat16
     torch.testing.assert_close(vmap(lambda row: linear(weights[0], row))(x), linear(weights[0], x))
     dense = whole(weights[0].tiles, K)
-    torch.testing.assert_close(jvp(lambda x: linear(weights[0], x), (x,), (x,))[1], x @ dense.mT, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        jvp(lambda x: linear(weights[0], x), (x,), (x,))[1], x @ dense.mT, rtol=1e-5, atol=1e-5
+    )
     slope = vmap(grad(lambda row: sum(y.sum() for y in linears(weights[:2], row))))(x)
     each = dense.sum(0) + whole(weights[1].tiles, K).sum(0)
     torch.testing.assert_close(slope, each.expand(3, K), rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 """Draws are jax.random's, are pure functions of their key, and have the laws they claim.
 
-tests/data/jax_random.json holds what JAX 0.10.2 gives (its threefry2x32, partitionable); floats are exact hexadecimals.
+tests/data/jax_random.json holds what JAX 0.10.2 gives (its threefry2x32, partitionable); floats are
+exact hexadecimals.
 """
 
 import itertools
@@ -18,7 +19,8 @@ from funcattn import randomness as rng
 
 GOLDEN = json.loads((TESTS / "data" / "jax_random.json").read_text())
 FURTHER = GOLDEN["further"]
-# erfinv and log differ from XLA's by single roundings; the values stay below 8, where a float32 rounding is 2.4e-7
+# erfinv and log differ from XLA's by single roundings; the values stay below 8, where a float32
+# rounding is 2.4e-7
 LAST_BITS = {torch.float32: 2e-6, torch.float64: 4e-15}
 
 cases = pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: str(case["seed"]))
@@ -36,7 +38,9 @@ DRAWS = {
     "gumbel": lambda key: rng.gumbel(key, (5,), torch.float16),
     "exponential": lambda key: rng.exponential(key, (5,)),
     "bernoulli": lambda key: rng.bernoulli(key, 0.3, (5,)),
-    "categorical": lambda key: rng.categorical(key, torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]])),
+    "categorical": lambda key: rng.categorical(
+        key, torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]])
+    ),
     "randint": lambda key: rng.randint(key, (5,), torch.tensor(-3), 10),
     "permutation": lambda key: rng.permutation(key, torch.arange(6.0).reshape(3, 2)),
 }
@@ -44,12 +48,19 @@ draws = pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
 
 
 def exact(numbers, dtype=torch.float32):
-    return torch.tensor([float.fromhex(number) for number in numbers], dtype=torch.float64).to(dtype)
+    return torch.tensor([float.fromhex(number) for number in numbers], dtype=torch.float64).to(
+        dtype
+    )
 
 
 def chi_square(observed, expected):
-    """Pearson's statistic, and the value that its law exceeds once in a million (Wilson and Hilferty's approximation)."""
-    observed, expected = torch.as_tensor(observed, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64)
+    """Pearson's statistic, and the value that its law exceeds once in a million (Wilson and
+    Hilferty's approximation).
+    """
+    observed, expected = (
+        torch.as_tensor(observed, dtype=torch.float64),
+        torch.as_tensor(expected, dtype=torch.float64),
+    )
     freedom = len(expected) - 1
     bound = freedom * (1 - 2 / (9 * freedom) + 4.75 * math.sqrt(2 / (9 * freedom))) ** 3
     return ((observed - expected).square() / expected).sum().item(), bound
@@ -77,7 +88,9 @@ def test_exact_draws_are_those_of_jax(case):
     assert rng.bits(key, (7,)).tolist() == case["bits_7"]
     assert rng.bits(key, (3, 5)).tolist() == case["bits_3x5"]
     assert torch.equal(rng.uniform(key, (6,)), exact(case["uniform_6"]))
-    assert torch.equal(rng.uniform(key, (6,), torch.float32, -1.0, 3.0), exact(case["uniform_m1_3"]))
+    assert torch.equal(
+        rng.uniform(key, (6,), torch.float32, -1.0, 3.0), exact(case["uniform_m1_3"])
+    )
     assert rng.bernoulli(key, 0.3, (12,)).tolist() == case["bernoulli_0.3_12"]
     assert rng.randint(key, (8,), 0, 10).tolist() == case["randint_0_10_8"]
     assert rng.permutation(key, 9).tolist() == case["permutation_9"]
@@ -111,13 +124,19 @@ def test_uniform_is_that_of_jax_in_every_dtype(case, dtype):
 def test_draws_in_float64_are_those_of_jax(case):
     for name in ("normal", "gumbel", "exponential"):
         got = getattr(rng, name)(rng.key(case["seed"]), (6,), torch.float64)
-        torch.testing.assert_close(got, exact(case[f"{name}_float64"], torch.float64), rtol=0, atol=LAST_BITS[torch.float64])
+        torch.testing.assert_close(
+            got,
+            exact(case[f"{name}_float64"], torch.float64),
+            rtol=0,
+            atol=LAST_BITS[torch.float64],
+        )
 
 
 @further
 def test_uniform_of_a_crooked_range_is_that_of_jax_to_one_rounding(case):
     got = rng.uniform(rng.key(case["seed"]), (6,), torch.float32, 0.1, 1 / 3)
-    torch.testing.assert_close(got, exact(case["uniform_tenth_to_third"]), rtol=0, atol=2.0**-25)  # the values are in [1/16, 1/2)
+    # the values are in [1/16, 1/2)
+    torch.testing.assert_close(got, exact(case["uniform_tenth_to_third"]), rtol=0, atol=2.0**-25)
 
 
 @further
@@ -133,19 +152,29 @@ def test_randint_of_any_span_is_that_of_jax(case):
     for name, (minval, maxval) in ranges.items():
         wanted = case[f"randint_{name}"]
         assert rng.randint(key, (len(wanted),), minval, maxval).tolist() == wanted
-        assert rng.randint(key, (len(wanted),), torch.tensor(minval), torch.tensor(maxval)).tolist() == wanted
+        assert (
+            rng.randint(key, (len(wanted),), torch.tensor(minval), torch.tensor(maxval)).tolist()
+            == wanted
+        )
 
 
 @further
 def test_shapes_of_draws_are_read_as_in_jax(case):
     key, logits = rng.key(case["seed"]), torch.tensor(FURTHER["logits"])
-    assert rng.categorical(key, torch.arange(1, 9).float().log(), shape=(16,)).tolist() == case["categorical_shape_16"]
+    assert (
+        rng.categorical(key, torch.arange(1, 9).float().log(), shape=(16,)).tolist()
+        == case["categorical_shape_16"]
+    )
     assert rng.categorical(key, logits, 0).tolist() == case["categorical_axis0"]
     assert rng.categorical(key, logits, shape=(5, 2)).tolist() == case["categorical_5x2"]
     assert rng.categorical(key, logits, 0, (4, 3)).tolist() == case["categorical_axis0_4x3"]
-    assert rng.bernoulli(key, torch.tensor([0.1, 0.5, 0.9]), (4, 3)).tolist() == case["bernoulli_vector"]
+    assert (
+        rng.bernoulli(key, torch.tensor([0.1, 0.5, 0.9]), (4, 3)).tolist()
+        == case["bernoulli_vector"]
+    )
     assert rng.permutation(key, torch.arange(10).reshape(5, 2)).tolist() == case["permutation_rows"]
-    assert rng.permutation(key, 2000)[:12].tolist() == case["permutation_2000_first"]  # two rounds of sorting
+    # two rounds of sorting
+    assert rng.permutation(key, 2000)[:12].tolist() == case["permutation_2000_first"]
 
 
 # Law: keys
@@ -162,8 +191,12 @@ def test_split_gives_keys_of_the_shape_asked(seed, shape):
 @given(seeds, st.integers(1, 6))
 def test_split_is_fold_in_of_the_index(seed, n):
     key = rng.key(seed)
-    assert torch.equal(rng.split(key, n), torch.stack([rng.fold_in(key, index) for index in range(n)]))
-    assert torch.equal(rng.split(key, n), vmap(lambda index: rng.fold_in(key, index))(torch.arange(n)))
+    assert torch.equal(
+        rng.split(key, n), torch.stack([rng.fold_in(key, index) for index in range(n)])
+    )
+    assert torch.equal(
+        rng.split(key, n), vmap(lambda index: rng.fold_in(key, index))(torch.arange(n))
+    )
 
 
 @given(seeds, st.sets(st.integers(0, 2**32 - 1), min_size=2, max_size=8))
@@ -225,7 +258,9 @@ def test_a_traced_draw_is_the_eager_one(name):
 
 @pytest.mark.real("Inductor compiles for it")
 def test_compiled_bits_are_the_eager_ones():
-    """Inductor's own integer code, whose overflow has to wrap around too; 1003 leaves a tail beside the vector registers."""
+    """Inductor's own integer code, whose overflow has to wrap around too; 1003 leaves a tail beside
+    the vector registers.
+    """
     compiled = torch.compile(lambda key: rng.bits(key, (1003,)), fullgraph=True)
     for key in rng.split(rng.key(0), 3):
         assert torch.equal(compiled(key), rng.bits(key, (1003,)))
@@ -233,7 +268,9 @@ def test_compiled_bits_are_the_eager_ones():
 
 def test_draws_differentiate_in_their_parameters():
     key = rng.key(0)
-    slope = grad(lambda top: rng.uniform(key, (3,), torch.float32, 0.0, top).sum())(torch.tensor(2.0))
+    slope = grad(lambda top: rng.uniform(key, (3,), torch.float32, 0.0, top).sum())(
+        torch.tensor(2.0)
+    )
     torch.testing.assert_close(slope, rng.uniform(key, (3,)).sum())
     weights = torch.tensor([1.0, 10.0, 100.0])
     by_row = grad(lambda x: (rng.permutation(key, x) * weights).sum())(torch.zeros(3))
@@ -256,13 +293,20 @@ def test_every_device_draws_the_same(draw):
     key = rng.key(11)
     with torch.device("cuda"):  # the parameters that DRAWS makes go where the key is
         got = draw(key.cuda()).cpu()
-    torch.testing.assert_close(got, draw(key), rtol=0, atol=LAST_BITS[torch.float32] if got.dtype != torch.float16 else 4e-3)
+    torch.testing.assert_close(
+        got,
+        draw(key),
+        rtol=0,
+        atol=LAST_BITS[torch.float32] if got.dtype != torch.float16 else 4e-3,
+    )
 
 
 # Law: distributions, with literal keys
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
 def test_uniform_fills_the_half_open_interval_evenly(dtype):
     u = rng.uniform(rng.key(1), (16000,), dtype).double()
     assert u.min() >= 0
@@ -276,7 +320,10 @@ def test_the_ends_of_the_unit_interval_give_finite_draws():
     lowest, highest = rng.key(780233), rng.key(20192286)
     assert rng.uniform(lowest) == 0
     assert rng.uniform(highest) == 1 - 2.0**-23
-    wanted = {"normal": (-5.41998291015625, 5.2201128005981445), "gumbel": (-4.46976900100708, 15.942384719848633)}
+    wanted = {
+        "normal": (-5.41998291015625, 5.2201128005981445),
+        "gumbel": (-4.46976900100708, 15.942384719848633),
+    }
     wanted["exponential"] = (0.0, 15.942384719848633)
     for name, ends in wanted.items():
         got = torch.stack([getattr(rng, name)(key) for key in (lowest, highest)])
@@ -286,7 +333,9 @@ def test_the_ends_of_the_unit_interval_give_finite_draws():
 
 
 def test_uniform_of_an_empty_range_gives_its_lower_end():
-    assert rng.uniform(rng.key(1), (3,), torch.float32, 2.0, torch.tensor([2.0, 1.0, -5.0])).tolist() == [2, 2, 2]
+    assert rng.uniform(
+        rng.key(1), (3,), torch.float32, 2.0, torch.tensor([2.0, 1.0, -5.0])
+    ).tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +390,9 @@ def test_randint_reaches_every_integer_of_its_range_alike():
 def test_permutations_are_equally_likely():
     shuffled = vmap(lambda key: rng.permutation(key, 4))(rng.split(rng.key(7), 12000))
     numbers = {order: index for index, order in enumerate(itertools.permutations(range(4)))}
-    counts = torch.tensor([numbers[tuple(order)] for order in shuffled.tolist()]).bincount(minlength=24)
+    counts = torch.tensor([numbers[tuple(order)] for order in shuffled.tolist()]).bincount(
+        minlength=24
+    )
     statistic, bound = chi_square(counts, torch.full((24,), 500.0))
     assert statistic < bound
 
@@ -368,7 +419,9 @@ def test_draws_of_nothing_have_their_shape():
 
 
 def test_randint_of_an_empty_range_of_tensors_gives_its_lower_end():
-    assert rng.randint(rng.key(0), (3,), torch.tensor([2, 5, 7]), torch.tensor([2, 1, 8])).tolist() == [2, 5, 7]
+    assert rng.randint(
+        rng.key(0), (3,), torch.tensor([2, 5, 7]), torch.tensor([2, 1, 8])
+    ).tolist() == [2, 5, 7]
 
 
 NOT_ONE_KEY = {
@@ -384,7 +437,9 @@ NOT_ONE_KEY = {
 @draws
 @pytest.mark.parametrize("key", NOT_ONE_KEY.values(), ids=NOT_ONE_KEY.keys())
 def test_what_is_not_one_key_is_refused_with_the_word_vmap(draw, key):
-    with pytest.raises((TypeError, ValueError), match=r"key should be one key, int64 \(2,\), got .*vmap"):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"key should be one key, int64 \(2,\), got .*vmap"
+    ):
         draw(key)
 
 
@@ -398,23 +453,59 @@ def test_what_is_not_one_key_is_refused_with_the_word_vmap(draw, key):
         (lambda key: rng.fold_in(key, 2**32), ValueError, "fold_in: data"),
         (lambda key: rng.fold_in(key, 1.5), TypeError, "fold_in: data"),
         (lambda key: rng.fold_in(key, torch.arange(3)), TypeError, "fold_in: data .*vmap"),
-        (lambda key: rng.uniform(key, 3), ValueError, "uniform: shape should be a tuple of sizes, got 3"),
-        (lambda key: rng.split(key, -1), ValueError, "split: n should be a number of keys, 0 or more, or a tuple of them, got -1"),
+        (
+            lambda key: rng.uniform(key, 3),
+            ValueError,
+            "uniform: shape should be a tuple of sizes, got 3",
+        ),
+        (
+            lambda key: rng.split(key, -1),
+            ValueError,
+            "split: n should be a number of keys, 0 or more, or a tuple of them, got -1",
+        ),
         (lambda key: rng.split(key, "2"), ValueError, "split: n should be a number of keys"),
         (lambda key: rng.bits(key, (2**16, 2**15)), ValueError, "bits: shape should be fewer than"),
-        (lambda key: rng.normal(key, (), torch.int32), TypeError, "normal: dtype should be float64"),
-        (lambda key: rng.uniform(key, (3,), torch.float32, torch.zeros(4)), ValueError, "uniform: minval and maxval"),
-        (lambda key: rng.uniform(key, (), torch.float32, torch.zeros(4)), ValueError, "uniform: minval and maxval"),
-        (lambda key: rng.bernoulli(key, torch.tensor([1, 0])), TypeError, "bernoulli: p should be float64"),
+        (
+            lambda key: rng.normal(key, (), torch.int32),
+            TypeError,
+            "normal: dtype should be float64",
+        ),
+        (
+            lambda key: rng.uniform(key, (3,), torch.float32, torch.zeros(4)),
+            ValueError,
+            "uniform: minval and maxval",
+        ),
+        (
+            lambda key: rng.uniform(key, (), torch.float32, torch.zeros(4)),
+            ValueError,
+            "uniform: minval and maxval",
+        ),
+        (
+            lambda key: rng.bernoulli(key, torch.tensor([1, 0])),
+            TypeError,
+            "bernoulli: p should be float64",
+        ),
         (lambda key: rng.bernoulli(key, torch.full((3,), 0.5), (4,)), ValueError, "bernoulli: p"),
-        (lambda key: rng.categorical(key, torch.arange(3)), TypeError, "categorical: logits should be float64"),
+        (
+            lambda key: rng.categorical(key, torch.arange(3)),
+            TypeError,
+            "categorical: logits should be float64",
+        ),
         (
             lambda key: rng.categorical(key, torch.zeros(2, 3), axis=2),
             ValueError,
             "categorical: logits should be categories along axis 2",
         ),
-        (lambda key: rng.categorical(key, torch.zeros(2, 0)), ValueError, "categorical: logits should be categories"),
-        (lambda key: rng.categorical(key, torch.zeros(2, 3), shape=(3,)), ValueError, "categorical: logits less its axis"),
+        (
+            lambda key: rng.categorical(key, torch.zeros(2, 0)),
+            ValueError,
+            "categorical: logits should be categories",
+        ),
+        (
+            lambda key: rng.categorical(key, torch.zeros(2, 3), shape=(3,)),
+            ValueError,
+            "categorical: logits less its axis",
+        ),
         (lambda key: rng.randint(key, (3,), 5, 5), ValueError, "randint: maxval - minval"),
         (lambda key: rng.randint(key, (3,), 0, 2**33), ValueError, "randint: maxval - minval"),
         (lambda key: rng.randint(key, (3,), 0.0, 5), TypeError, "randint: minval"),

@@ -14,7 +14,9 @@ DRAWS = {
         for f in (fa.random.uniform, fa.random.normal, fa.random.gumbel, fa.random.exponential)
         for dtype in (torch.float32, torch.float64, torch.bfloat16)
     },
-    "uniform within": lambda key, shape: fa.random.uniform(key, shape, minval=-2.0, maxval=torch.tensor(3.0)),
+    "uniform within": lambda key, shape: fa.random.uniform(
+        key, shape, minval=-2.0, maxval=torch.tensor(3.0)
+    ),
     "bernoulli": lambda key, shape: fa.random.bernoulli(key, 0.3, shape),
     "randint": lambda key, shape: fa.random.randint(key, shape, 0, 7),
 }
@@ -23,14 +25,16 @@ DRAWS = {
 @pytest.mark.cpu("parts are made on the CPU alone")
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_large_draw_is_that_of_its_parts(name, monkeypatch):
-    """Of a whole number of parts, of some more, of several axes; and mapped and traced, where there are no parts."""
+    """Of a whole number of parts, of some more, of several axes; and mapped and traced, where there
+    are no parts.
+    """
     draw, key = DRAWS[name], fa.key(11)
     for shape in ((3 * 64,), (3 * 64 + 21,), (3, 5, 41)):
         whole = draw(key, shape)
         with monkeypatch.context() as patch:
             patch.setattr(threefry, "PART", 64)
             parts = draw(key, shape)
-            mapped = torch.vmap(lambda key: draw(key, shape))(torch.stack([key, key]))  # noqa: B023
+            mapped = torch.vmap(lambda key: draw(key, shape))(torch.stack([key, key]))
         assert (parts.dtype, parts.shape) == (whole.dtype, whole.shape)
         assert torch.equal(parts, whole)
         assert torch.equal(mapped[1], whole)

@@ -10,7 +10,19 @@ from torch.func import vmap
 from transformers.generation import logits_process as theirs
 
 import funcattn as fa
-from funcattn.sampling import chain, draw, greedy, guidance, guide, law, mirostat, mixture, temperature, top_k, xtc
+from funcattn.sampling import (
+    chain,
+    draw,
+    greedy,
+    guidance,
+    guide,
+    law,
+    mirostat,
+    mixture,
+    temperature,
+    top_k,
+    xtc,
+)
 from funcattn.testing import laws
 
 INF = float("inf")
@@ -23,16 +35,24 @@ def softmax(logits):
 
 def excluded(logits, threshold):
     probability = softmax(logits)
-    above = sorted((i for i, p in enumerate(probability) if p >= threshold), key=lambda i: (-probability[i], i))
+    above = sorted(
+        (i for i, p in enumerate(probability) if p >= threshold), key=lambda i: (-probability[i], i)
+    )
     return [-INF if i in above[:-1] else x for i, x in enumerate(logits)]
 
 
-@given(st.lists(st.sampled_from([-INF, 0.0, 0.5, 2.0]), min_size=2, max_size=7), st.sampled_from([0.0, 0.3, 1.0]), st.booleans())
+@given(
+    st.lists(st.sampled_from([-INF, 0.0, 0.5, 2.0]), min_size=2, max_size=7),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.booleans(),
+)
 def test_xtc_is_a_coin_integrated_exactly(logits, probability, sharpened):
     if max(logits) == -INF:
         return
     threshold, t = 0.1234, 0.5 if sharpened else 1.0
-    got = law(xtc(probability, threshold, then=temperature(t)))(torch.tensor(logits, dtype=torch.float64)).exp()
+    got = law(xtc(probability, threshold, then=temperature(t)))(
+        torch.tensor(logits, dtype=torch.float64)
+    ).exp()
     outcomes = [softmax([x / t for x in row]) for row in (logits, excluded(logits, threshold))]
     wanted = [(1 - probability) * a + probability * b for a, b in zip(*outcomes, strict=True)]
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64))
@@ -41,13 +61,19 @@ def test_xtc_is_a_coin_integrated_exactly(logits, probability, sharpened):
 def test_draws_from_xtc_follow_its_law():
     for rule in laws.sampler:
         rule(xtc(0.5, 0.15), torch.tensor([1.0, 0.7, -0.5, 0.1]), fa.key(3))
-        rule(chain(top_k(3), xtc(0.3, 0.15, then=temperature(0.7))), torch.tensor([1.0, 0.7, -0.5, 0.1]), fa.key(4))
+        rule(
+            chain(top_k(3), xtc(0.3, 0.15, then=temperature(0.7))),
+            torch.tensor([1.0, 0.7, -0.5, 0.1]),
+            fa.key(4),
+        )
 
 
 def test_one_greedy_outcome_does_not_make_a_mixture_deterministic():
     sampler = mixture(0.5, greedy, chain())
     assert not sampler.deterministic
-    tokens = vmap(lambda key: draw(key, sampler, torch.zeros(4), sampler.init(4))[0])(fa.split(fa.key(0), 100))
+    tokens = vmap(lambda key: draw(key, sampler, torch.zeros(4), sampler.init(4))[0])(
+        fa.split(fa.key(0), 100)
+    )
     assert tokens.unique().tolist() == [0, 1, 2, 3]
 
 
@@ -69,7 +95,8 @@ def test_mirostat_moves_as_llama_cpp_says():
         token, state = draw(key, sampler, logits, state)
         left, mu = naive_mirostat(logits.tolist(), mu, tau, eta, int(token))
         torch.testing.assert_close(got, torch.tensor(left, dtype=torch.float64))
-        torch.testing.assert_close(state.most, torch.tensor(mu), rtol=1e-5, atol=0)  # a float32 state, twelve sums
+        # a float32 state, twelve sums
+        torch.testing.assert_close(state.most, torch.tensor(mu), rtol=1e-5, atol=0)
 
 
 def test_mirostat_keeps_the_laws_of_samplers():
@@ -102,14 +129,21 @@ def test_guidance_reads_both_texts():
     prompt, negative, steps = [1, 2, 3], [9, 8], 5
     logits, past = model.apply(params, torch.tensor(negative), model.cache(16))
     sampler = chain(guidance(2.5, model, params, past, logits[-1]), greedy)
-    tokens, _ = fa.generate(fa.key(0), model, params, torch.tensor(prompt), steps=steps, sampler=sampler)
+    tokens, _ = fa.generate(
+        fa.key(0), model, params, torch.tensor(prompt), steps=steps, sampler=sampler
+    )
     written = []
     for _ in range(steps):
-        rows = [model.extend(params, torch.tensor(text + written), ())[0][-1] for text in (prompt, negative)]
+        rows = [
+            model.extend(params, torch.tensor(text + written), ())[0][-1]
+            for text in (prompt, negative)
+        ]
         written.append(int(guide(*rows, 2.5).argmax()))
     assert tokens.tolist() == written
     assert int(past.length) == 2  # the past that was given stays as it was
-    one = lambda key: fa.generate(key, model, params, torch.tensor(prompt), steps=steps, sampler=sampler)[0]
+    one = lambda key: fa.generate(
+        key, model, params, torch.tensor(prompt), steps=steps, sampler=sampler
+    )[0]
     rows = vmap(one)(fa.split(fa.key(0)))
     assert rows.tolist() == [written, written]
 
@@ -123,9 +157,17 @@ def test_guidance_reads_both_texts():
         (lambda: mixture(0.5, greedy, top_k), TypeError, "argument 1 should be a Sampler"),
         (lambda: mirostat(0.0), ValueError, "mirostat: tau should be above 0 bits"),
         (lambda: mirostat(1.0, -1.0), ValueError, "eta should be 0 or more"),
-        (lambda: guidance(float("nan"), None, (), (), torch.zeros(3)), ValueError, "scale should be a number"),
+        (
+            lambda: guidance(float("nan"), None, (), (), torch.zeros(3)),
+            ValueError,
+            "scale should be a number",
+        ),
         (lambda: guidance(1.5, None, (), (), torch.zeros(2, 3)), ValueError, r"Pass logits\[-1\]"),
-        (lambda: law(guidance(1.5, None, (), (), torch.zeros(3)))(torch.zeros(4)), ValueError, "one vocabulary"),
+        (
+            lambda: law(guidance(1.5, None, (), (), torch.zeros(3)))(torch.zeros(4)),
+            ValueError,
+            "one vocabulary",
+        ),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):

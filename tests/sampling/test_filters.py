@@ -1,4 +1,6 @@
-"""The filters beyond top-k, top-p and min-p: equal to transformers' where they exist there, and defined at their edges."""
+"""The filters beyond top-k, top-p and min-p: equal to transformers' where they exist there, and
+defined at their edges.
+"""
 
 import math
 
@@ -11,7 +13,18 @@ from transformers.generation import logits_process as theirs
 
 import funcattn as fa
 from funcattn import sampling
-from funcattn.sampling import epsilon_cutoff, eta_cutoff, law, min_p, temperature, top_h, top_k, top_n_sigma, top_p, typical_p
+from funcattn.sampling import (
+    epsilon_cutoff,
+    eta_cutoff,
+    law,
+    min_p,
+    temperature,
+    top_h,
+    top_k,
+    top_n_sigma,
+    top_p,
+    typical_p,
+)
 from funcattn.testing import laws, strategies
 
 INF = float("inf")
@@ -30,7 +43,14 @@ PAIRS = [
     (top_h(0.9), theirs.TopHLogitsWarper(0.9)),
 ]
 NEW = [
-    *(typical_p(0.1), typical_p(0.9), typical_p(1.0), epsilon_cutoff(0.02), epsilon_cutoff(1.0), eta_cutoff(0.05)),
+    *(
+        typical_p(0.1),
+        typical_p(0.9),
+        typical_p(1.0),
+        epsilon_cutoff(0.02),
+        epsilon_cutoff(1.0),
+        eta_cutoff(0.05),
+    ),
     *(top_n_sigma(1.0), top_n_sigma(0.0), top_h(0.3), top_h(1.0)),
 ]
 
@@ -64,8 +84,12 @@ def test_top_n_sigma_is_that_of_a_list_whatever_the_temperature(n):
 def test_every_filter_keeps_the_laws_of_samplers(logits, key):
     for sampler in NEW:
         for rule in laws.sampler:
-            # the statistic is in the tests of composition; a constant moves the rounding of an entropy over a threshold's edge
-            if rule not in (laws.samplers.draws_follow_the_law, laws.samplers.adding_a_constant_to_logits_changes_nothing):
+            # the statistic is in the tests of composition; a constant moves the rounding of an
+            # entropy over a threshold's edge
+            if rule not in (
+                laws.samplers.draws_follow_the_law,
+                laws.samplers.adding_a_constant_to_logits_changes_nothing,
+            ):
                 rule(sampler, logits, key)
 
 
@@ -95,7 +119,9 @@ def test_ties_infinities_and_nan_have_a_defined_law(sampler):
 )
 def test_thresholds_may_be_tensors_one_for_each_row(make, options):
     rows = fa.random.normal(fa.key(1), (3, 9), torch.float64)
-    got = vmap(lambda option, row: law(make(option))(row))(torch.tensor(options, dtype=torch.float64), rows)
+    got = vmap(lambda option, row: law(make(option))(row))(
+        torch.tensor(options, dtype=torch.float64), rows
+    )
     for row, logits, option in zip(got, rows, options, strict=True):
         torch.testing.assert_close(row, law(make(option))(logits))
 
@@ -109,13 +135,18 @@ def test_the_derivative_of_a_law_is_finite_where_tokens_are_hidden(sampler):
 def test_compiled_filters_have_the_same_law():
     logits = fa.random.normal(fa.key(1), (9,))
     for sampler in NEW:
-        assert torch.equal(torch.compile(law(sampler), fullgraph=True, backend="eager")(logits), law(sampler)(logits))
+        assert torch.equal(
+            torch.compile(law(sampler), fullgraph=True, backend="eager")(logits),
+            law(sampler)(logits),
+        )
         torch.compiler.reset()  # all laws are one code object, of which Dynamo compiles eight
 
 
 @given(st.floats(0.01, 1.0), strategies.keys())
 def test_a_chain_with_every_filter_keeps_a_token(share, key):
-    sampler = fa.sampling.chain(top_h(share), typical_p(share), eta_cutoff(share), epsilon_cutoff(share), top_n_sigma(share))
+    sampler = fa.sampling.chain(
+        top_h(share), typical_p(share), eta_cutoff(share), epsilon_cutoff(share), top_n_sigma(share)
+    )
     assert law(sampler)(fa.random.normal(key, (12,))).isfinite().any()
 
 
@@ -138,7 +169,9 @@ def test_bad_input_is_an_error_with_its_remedy(wrong, message):
 
 @pytest.mark.parametrize("t", [1e-20, 1e-38, 1e-40, 1e-50])
 def test_a_temperature_near_zero_is_the_limit_of_the_most_likely_tokens(t):
-    rows = torch.tensor([[1.0, 3.0, 3.0, -INF, 2.0], [-5.0, 1e30, 0.0, 1e-3, 1e30], [7.0, 7.0, 7.0, 7.0, 7.0]])
+    rows = torch.tensor(
+        [[1.0, 3.0, 3.0, -INF, 2.0], [-5.0, 1e30, 0.0, 1e-3, 1e30], [7.0, 7.0, 7.0, 7.0, 7.0]]
+    )
     wanted = torch.tensor([[0, 0.5, 0.5, 0, 0], [0, 0.5, 0, 0, 0.5], [0.2] * 5])
     mapped = torch.full((3,), t, dtype=torch.float64)
     got = torch.stack([law(sampling.temperature(t))(row).exp() for row in rows])
@@ -153,13 +186,17 @@ def test_a_temperature_near_zero_is_the_limit_of_the_most_likely_tokens(t):
 @pytest.mark.parametrize("t", [0.3, 0.8, 1.0, 5.0, INF])
 def test_a_usual_temperature_divides_and_changes_no_bit(t):
     row = fa.random.normal(fa.key(0), (50,)).index_fill(0, torch.tensor(3), -INF)
-    assert torch.equal(sampling.temperature(t).update(row, ())[0], (row / t).index_fill(0, torch.tensor(3), -INF))
+    assert torch.equal(
+        sampling.temperature(t).update(row, ())[0], (row / t).index_fill(0, torch.tensor(3), -INF)
+    )
 
 
 def test_logits_near_the_greatest_number_have_a_law_at_every_temperature():
     row = torch.tensor([3e38, 3e38, -3e38, 0.0])
     for t in (0.5, 1.0, 2.0):
-        torch.testing.assert_close(law(sampling.temperature(t))(row).exp(), torch.tensor([0.5, 0.5, 0, 0]))
+        torch.testing.assert_close(
+            law(sampling.temperature(t))(row).exp(), torch.tensor([0.5, 0.5, 0, 0])
+        )
 
 
 EXTREME = [
@@ -208,7 +245,12 @@ def test_what_is_accepted_when_made_leaves_a_law(sampler, scale):
         (lambda: sampling.automaton(torch.zeros(2, 2, dtype=torch.int64), 0.5), "start"),
         (lambda: fa.drafters.prompt_lookup(length=True), "length"),
         (lambda: fa.drafters.model(fa.decoder(fa.Config()), (), chunk=0), "chunk"),
-        (lambda: fa.search.contrastive(fa.decoder(fa.Config()), (), (), torch.zeros(2), beta=1e39), "beta"),
+        (
+            lambda: fa.search.contrastive(
+                fa.decoder(fa.Config()), (), (), torch.zeros(2), beta=1e39
+            ),
+            "beta",
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_when_it_is_made(make, name):

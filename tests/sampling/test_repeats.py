@@ -19,14 +19,18 @@ TOKENS = st.lists(st.integers(0, V - 1), min_size=1, max_size=24)
 def test_no_repeat_ngram_hides_what_transformers_hides(tokens, n):
     sampler, logits = no_repeat_ngram(n, window=24), fa.random.normal(fa.key(0), (V,))
     got = sampler.update(logits, observe_prompt(sampler, torch.tensor(tokens), sampler.init(V)))[0]
-    assert torch.equal(got, theirs.NoRepeatNGramLogitsProcessor(n)(torch.tensor([tokens]), logits[None].clone())[0])
+    assert torch.equal(
+        got, theirs.NoRepeatNGramLogitsProcessor(n)(torch.tensor([tokens]), logits[None].clone())[0]
+    )
 
 
 @given(TOKENS, st.integers(2, 6))
 def test_what_left_the_window_is_forgotten(tokens, window):
     sampler, logits = no_repeat_ngram(2, window=window), torch.zeros(V)
     got = sampler.update(logits, observe_prompt(sampler, torch.tensor(tokens), sampler.init(V)))[0]
-    wanted = theirs.NoRepeatNGramLogitsProcessor(2)(torch.tensor([tokens[-window:]]), logits[None].clone())[0]
+    wanted = theirs.NoRepeatNGramLogitsProcessor(2)(
+        torch.tensor([tokens[-window:]]), logits[None].clone()
+    )[0]
     assert torch.equal(got, wanted)
 
 
@@ -55,16 +59,23 @@ def naive_dry(logits, text, multiplier, base, allowed, breakers, longest):
     return logits
 
 
-@given(TOKENS, st.sampled_from([(), (0,), (0, 3)]), st.integers(1, 3), st.integers(1, 9), st.booleans())
+@given(
+    TOKENS, st.sampled_from([(), (0,), (0, 3)]), st.integers(1, 3), st.integers(1, 9), st.booleans()
+)
 def test_dry_is_the_loop_over_the_text(tokens, breakers, allowed, longest, at_once):
-    sampler = dry(0.8, base=1.75, allowed_length=allowed, breakers=breakers, window=24, longest=longest)
+    sampler = dry(
+        0.8, base=1.75, allowed_length=allowed, breakers=breakers, window=24, longest=longest
+    )
     logits, state = fa.random.normal(fa.key(1), (V,), torch.float64), sampler.init(V)
     if at_once:
         state = observe_prompt(sampler, torch.tensor(tokens), state)
     else:
         for token in tokens:
             state = sampler.observe(torch.tensor(token), state)
-    wanted = torch.tensor(naive_dry(logits.tolist(), tokens, 0.8, 1.75, allowed, breakers, longest), dtype=torch.float64)
+    wanted = torch.tensor(
+        naive_dry(logits.tolist(), tokens, 0.8, 1.75, allowed, breakers, longest),
+        dtype=torch.float64,
+    )
     torch.testing.assert_close(sampler.update(logits, state)[0], wanted)
 
 
@@ -80,7 +91,9 @@ def test_both_keep_the_laws_of_samplers(logits, key):
 def test_both_are_the_same_under_vmap_and_compile():
     texts, logits = fa.random.randint(fa.key(4), (6, 20), 0, V), torch.zeros(V)
     for sampler in (dry(window=16), no_repeat_ngram(2, window=16)):
-        one = lambda text, sampler=sampler: sampler.update(logits, observe_prompt(sampler, text, sampler.init(V)))[0]
+        one = lambda text, sampler=sampler: sampler.update(
+            logits, observe_prompt(sampler, text, sampler.init(V))
+        )[0]
         wanted = torch.stack([one(text) for text in texts])
         assert torch.equal(vmap(one)(texts), wanted)
         assert torch.equal(torch.compile(one, fullgraph=True, backend="eager")(texts[0]), wanted[0])

@@ -13,13 +13,26 @@ from torch.func import grad, jvp, vmap
 
 import funcattn as fa
 from funcattn import sampling
-from funcattn.sampling import Sampler, chain, draw, greedy, law, min_p, mixture, stateless, temperature, top_k, top_p
+from funcattn.sampling import (
+    Sampler,
+    chain,
+    draw,
+    greedy,
+    law,
+    min_p,
+    mixture,
+    stateless,
+    temperature,
+    top_k,
+    top_p,
+)
 
 INF = float("inf")
 
 # few values, so that there are ties, and hidden tokens among them
 LOGITS = st.lists(st.sampled_from([-INF, -3.0, 0.0, 0.5, 0.5, 2.0]), min_size=1, max_size=8)
-SHARES = [1e-9, 0.123, 0.37, 0.61, 0.83, 0.99, 1.0]  # none is a sum of the probabilities that these logits give, but the last
+# none is a sum of the probabilities that these logits give, but the last
+SHARES = [1e-9, 0.123, 0.37, 0.61, 0.83, 0.99, 1.0]
 
 
 def softmax(logits):
@@ -47,7 +60,10 @@ def naive_top_p(logits, p):
 
 def naive_min_p(logits, p):
     probability = softmax(logits)
-    return hide(logits, [i for i, share in enumerate(probability) if share >= p * max(probability) * (1 - 1e-12)])
+    return hide(
+        logits,
+        [i for i, share in enumerate(probability) if share >= p * max(probability) * (1 - 1e-12)],
+    )
 
 
 NAIVE = {
@@ -59,12 +75,19 @@ NAIVE = {
 }
 
 
-@given(LOGITS, st.sampled_from([(name, option) for name, (_, _, options) in NAIVE.items() for option in options]))
+@given(
+    LOGITS,
+    st.sampled_from(
+        [(name, option) for name, (_, _, options) in NAIVE.items() for option in options]
+    ),
+)
 def test_the_law_of_each_sampler_is_that_of_a_list(logits, which):
     assume(max(logits) > -INF)
     make, naive, _ = NAIVE[which[0]]
     got = law(make(which[1]))(torch.tensor(logits, dtype=torch.float64)).exp()
-    torch.testing.assert_close(got, torch.tensor(softmax(naive(logits, which[1])), dtype=torch.float64))
+    torch.testing.assert_close(
+        got, torch.tensor(softmax(naive(logits, which[1])), dtype=torch.float64)
+    )
 
 
 @given(LOGITS, st.permutations([temperature(0.5), top_k(3), top_p(0.9), min_p(0.1)]))
@@ -116,7 +139,9 @@ def test_the_order_of_a_chain_matters():
 def test_a_chain_of_chains_is_one_chain_and_the_empty_one_is_softmax():
     logits = fa.random.normal(fa.key(0), (9,))
     nested = chain(chain(temperature(0.5), top_k(4)), chain(), top_p(0.9))
-    assert torch.equal(law(nested)(logits), law(chain(temperature(0.5), top_k(4), top_p(0.9)))(logits))
+    assert torch.equal(
+        law(nested)(logits), law(chain(temperature(0.5), top_k(4), top_p(0.9)))(logits)
+    )
     assert torch.equal(law(chain())(logits), logits.log_softmax(-1))
 
 
@@ -138,10 +163,15 @@ def test_half_precision_logits_have_a_float32_law():
 CHI_SQUARE = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47}  # quantiles at 0.999 by degrees of freedom
 
 
-@pytest.mark.parametrize("sampler", [chain(), temperature(0.5), chain(temperature(2.0), top_k(3)), top_p(0.7), min_p(0.2)])
+@pytest.mark.parametrize(
+    "sampler",
+    [chain(), temperature(0.5), chain(temperature(2.0), top_k(3)), top_p(0.7), min_p(0.2)],
+)
 def test_draws_follow_the_law(sampler):
     logits, N = torch.tensor([0.0, 1.0, -1.0, 1.5, -INF, 0.3]), 4000
-    tokens = vmap(lambda key: draw(key, sampler, logits, sampler.init(6))[0])(fa.split(fa.key(7), N))
+    tokens = vmap(lambda key: draw(key, sampler, logits, sampler.init(6))[0])(
+        fa.split(fa.key(7), N)
+    )
     counts, expected = torch.bincount(tokens, minlength=6), N * law(sampler)(logits).exp()
     kept = expected > 0
     assert not counts[~kept].any()
@@ -149,16 +179,27 @@ def test_draws_follow_the_law(sampler):
     assert statistic < CHI_SQUARE[int(kept.sum()) - 1]
 
 
-@pytest.mark.parametrize("sampler", [chain(temperature(0.7), top_k(3), top_p(0.9)), greedy, min_p(0.3)])
+@pytest.mark.parametrize(
+    "sampler", [chain(temperature(0.7), top_k(3), top_p(0.9)), greedy, min_p(0.3)]
+)
 def test_vmap_is_the_loop(sampler):
     rows, keys = fa.random.normal(fa.key(1), (5, 7)), fa.split(fa.key(2), 5)
     one = lambda key, logits: draw(key, sampler, logits, sampler.init(7))[0]
-    assert torch.equal(vmap(one)(keys, rows), torch.stack([one(key, row) for key, row in zip(keys, rows, strict=True)]))
+    assert torch.equal(
+        vmap(one)(keys, rows),
+        torch.stack([one(key, row) for key, row in zip(keys, rows, strict=True)]),
+    )
     assert torch.equal(vmap(law(sampler))(rows), torch.stack([law(sampler)(row) for row in rows]))
 
 
 @pytest.mark.parametrize(
-    ("make", "options"), [(temperature, [0.5, 1.0, 2.0]), (top_k, [1, 2, 5]), (top_p, [0.2, 0.8, 1.0]), (min_p, [0.0, 0.3, 1.0])]
+    ("make", "options"),
+    [
+        (temperature, [0.5, 1.0, 2.0]),
+        (top_k, [1, 2, 5]),
+        (top_p, [0.2, 0.8, 1.0]),
+        (min_p, [0.0, 0.3, 1.0]),
+    ],
 )
 def test_thresholds_may_be_tensors_one_for_each_row(make, options):
     rows = fa.random.normal(fa.key(1), (3, 5), torch.float64)
@@ -171,7 +212,8 @@ def test_thresholds_may_be_tensors_one_for_each_row(make, options):
 def test_a_law_has_finite_derivatives_where_tokens_are_hidden():
     logits = torch.tensor([0.0, 1.0, -INF, 2.0], dtype=torch.float64)
     f = lambda logits: law(chain(temperature(0.5), top_k(2)))(logits)[3]
-    of_the_other = 1 / (1 + math.exp(2))  # probability of token 1, whose logit is 2 below that of token 3 at this temperature
+    # probability of token 1, whose logit is 2 below that of token 3 at this temperature
+    of_the_other = 1 / (1 + math.exp(2))
     wanted = torch.tensor([0.0, -2 * of_the_other, 0.0, 2 * of_the_other], dtype=torch.float64)
     torch.testing.assert_close(grad(f)(logits), wanted)
     tangent = jvp(f, (logits,), (torch.arange(4.0, dtype=torch.float64),))[1]
@@ -182,8 +224,13 @@ def test_compiled_samplers_have_the_same_law():
     sampler = chain(temperature(0.7), top_k(4), top_p(0.9), min_p(0.01))
     logits = fa.random.normal(fa.key(1), (9,))
     one = lambda key, logits: draw(key, sampler, logits, sampler.init(9))[0]
-    assert torch.equal(torch.compile(law(sampler), fullgraph=True, backend="eager")(logits), law(sampler)(logits))
-    assert torch.equal(torch.compile(one, fullgraph=True, backend="eager")(fa.key(3), logits), one(fa.key(3), logits))
+    assert torch.equal(
+        torch.compile(law(sampler), fullgraph=True, backend="eager")(logits), law(sampler)(logits)
+    )
+    assert torch.equal(
+        torch.compile(one, fullgraph=True, backend="eager")(fa.key(3), logits),
+        one(fa.key(3), logits),
+    )
 
 
 def once():
@@ -204,10 +251,13 @@ def test_the_states_of_a_chain_are_those_of_its_parts_and_values():
         token, state = draw(key, sampler, logits, state)
         tokens.append(int(token))
     assert tokens == [1, 2, 0]
-    assert int(draw(fa.key(0), sampler, logits, states[1])[0]) == 2  # an older state is a rewound sampler
+    # an older state is a rewound sampler
+    assert int(draw(fa.key(0), sampler, logits, states[1])[0]) == 2
     assert [int(s[1].sum()) for s in (*states, state)] == [0, 1, 2, 3]
     assert law(sampler)(logits, states[2]).tolist() == [0.0, -INF, -INF]
-    with pytest.raises(ValueError, match="draw: what the sampler leaves should be one token at least"):
+    with pytest.raises(
+        ValueError, match="draw: what the sampler leaves should be one token at least"
+    ):
         draw(fa.key(0), sampler, logits, state)
 
 
@@ -220,7 +270,11 @@ def test_greedy_draws_without_noise_wherever_it_stands_in_a_chain():
 
 def test_smaller_thresholds_keep_no_more():
     logits = fa.random.normal(fa.key(1), (20,))
-    for make, options in ((top_k, [1, 2, 5, 30]), (top_p, [0.1, 0.5, 0.9, 1.0]), (min_p, [1.0, 0.5, 0.1, 0.0])):
+    for make, options in (
+        (top_k, [1, 2, 5, 30]),
+        (top_p, [0.1, 0.5, 0.9, 1.0]),
+        (min_p, [1.0, 0.5, 0.1, 0.0]),
+    ):
         kept = [law(make(option))(logits).isfinite() for option in options]
         assert all((fewer <= more).all() for fewer, more in pairwise(kept))
         assert kept[0].any()
@@ -233,27 +287,56 @@ def test_smaller_thresholds_keep_no_more():
         (
             lambda: temperature(0.0),
             ValueError,
-            "temperature: t should be above 0, got 0.0. For the most likely token use sampling.greedy",
+            "temperature: t should be above 0, got 0.0. For the most likely token use "
+            "sampling.greedy",
         ),
         (lambda: temperature(float("nan")), ValueError, "above 0, got nan"),
         (lambda: temperature(torch.tensor(-1.0)), ValueError, "temperature: t should be above 0"),
-        (lambda: vmap(lambda t: law(temperature(t))(torch.ones(2)))(torch.tensor([1.0, 0.0])), ValueError, "above 0"),
-        (lambda: temperature("hot"), TypeError, "temperature: t should be a number or a tensor, got 'hot'"),
+        (
+            lambda: vmap(lambda t: law(temperature(t))(torch.ones(2)))(torch.tensor([1.0, 0.0])),
+            ValueError,
+            "above 0",
+        ),
+        (
+            lambda: temperature("hot"),
+            TypeError,
+            "temperature: t should be a number or a tensor, got 'hot'",
+        ),
         (lambda: top_k("3"), TypeError, "top_k: k should be a number or a tensor, got '3'"),
         (lambda: top_p(None), TypeError, "top_p: p should be a number or a tensor, got None"),
         (lambda: min_p([0.1]), TypeError, "min_p: p should be a number or a tensor"),
         (lambda: top_k(0), ValueError, "top_k: k should be at least 1, got 0"),
         (lambda: top_k(torch.tensor(0)), ValueError, "at least 1"),
-        (lambda: top_k(2.5), TypeError, "an integer, got 2.5. For a share of the probability use top_p"),
+        (
+            lambda: top_k(2.5),
+            TypeError,
+            "an integer, got 2.5. For a share of the probability use top_p",
+        ),
         (lambda: top_p(0.0), ValueError, r"top_p: p should be in \(0, 1\], got 0.0"),
         (lambda: top_p(1.5), ValueError, r"in \(0, 1\]"),
         (lambda: top_p(torch.tensor([0.5, 1.5])), ValueError, r"in \(0, 1\]"),
         (lambda: min_p(-0.1), ValueError, r"min_p: p should be in \[0, 1\]"),
         (lambda: min_p(torch.tensor(2.0)), ValueError, r"in \[0, 1\]"),
-        (lambda: chain(temperature(1.0), top_k), TypeError, r"argument 1 should be a Sampler, got a function\. Call a factory"),
-        (lambda: draw(fa.key(0), chain(), torch.tensor([0.0, float("nan")]), ()), ValueError, "no NaN"),
-        (lambda: draw(fa.key(0), greedy, torch.tensor([0.0, float("nan")]), ()), ValueError, "no NaN"),
-        (lambda: draw(fa.key(0), stateless(lambda x: x - INF), torch.zeros(3), ()), ValueError, "let no filter hide every token"),
+        (
+            lambda: chain(temperature(1.0), top_k),
+            TypeError,
+            r"argument 1 should be a Sampler, got a function\. Call a factory",
+        ),
+        (
+            lambda: draw(fa.key(0), chain(), torch.tensor([0.0, float("nan")]), ()),
+            ValueError,
+            "no NaN",
+        ),
+        (
+            lambda: draw(fa.key(0), greedy, torch.tensor([0.0, float("nan")]), ()),
+            ValueError,
+            "no NaN",
+        ),
+        (
+            lambda: draw(fa.key(0), stateless(lambda x: x - INF), torch.zeros(3), ()),
+            ValueError,
+            "let no filter hide every token",
+        ),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):
@@ -271,7 +354,8 @@ def test_the_figures_of_the_page_are_those_of_the_code():
             if not wanted:
                 exec(code, scope)
                 continue
-            torch.testing.assert_close(eval(code, scope), torch.tensor(wanted), atol=5e-4, rtol=0)  # three digits are shown
+            # three digits are shown
+            torch.testing.assert_close(eval(code, scope), torch.tensor(wanted), atol=5e-4, rtol=0)
             figures += 1
     assert figures == 4
 
@@ -279,7 +363,9 @@ def test_the_figures_of_the_page_are_those_of_the_code():
 def test_greedy_is_a_value_and_is_called_as_its_siblings_are():
     assert greedy() is greedy
     logits = torch.tensor([0.0, 2.0, 1.0])
-    assert torch.equal(law(chain(temperature(0.5), greedy()))(logits), law(chain(temperature(0.5), greedy))(logits))
+    assert torch.equal(
+        law(chain(temperature(0.5), greedy()))(logits), law(chain(temperature(0.5), greedy))(logits)
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,7 +375,10 @@ def test_greedy_is_a_value_and_is_called_as_its_siblings_are():
         (chain(temperature(0.7), top_p(0.9)), "chain(temperature(0.7), top_p(0.9))"),
         (chain(chain(top_k(3)), greedy), "chain(chain(top_k(3)), greedy())"),
         (chain(), "chain()"),
-        (mixture(0.25, greedy, chain(top_k(2), min_p(0.1))), "mixture(0.25, greedy(), chain(top_k(2), min_p(0.1)))"),
+        (
+            mixture(0.25, greedy, chain(top_k(2), min_p(0.1))),
+            "mixture(0.25, greedy(), chain(top_k(2), min_p(0.1)))",
+        ),
         (temperature(torch.tensor([0.5, 1.0])), "temperature(float32[2])"),
         (sampling.repetition_penalty(1.1, window=64), "repetition_penalty(1.1, window=64)"),
         (sampling.logit_bias({1: 2.0}), "logit_bias({1: 2.0})"),
@@ -313,7 +402,10 @@ def test_a_copy_of_greedy_can_be_called_as_greedy_can():
 
 
 def test_a_sampler_of_ones_own_prints_no_address():
-    for sampler in (Sampler(lambda V: (), lambda logits, state: (logits, state), lambda token, state: state), stateless(torch.neg)):
+    for sampler in (
+        Sampler(lambda V: (), lambda logits, state: (logits, state), lambda token, state: state),
+        stateless(torch.neg),
+    ):
         assert " at 0x" not in repr(sampler)
         assert " at 0x" not in repr(chain(sampler, temperature(0.5)))
 
@@ -323,11 +415,22 @@ def test_earlier_names_go_on_working():
     assert sampling.weigh is sampling.log_probs_with_state
     assert sampling.prime is sampling.observe_prompt
     seen = lambda tokens, length, state: state + length
-    init, update, observe = (lambda V: torch.tensor(0)), (lambda logits, state: (logits, state)), (lambda token, state: state)
+    init, update, observe = (
+        (lambda V: torch.tensor(0)),
+        (lambda logits, state: (logits, state)),
+        (lambda token, state: state),
+    )
     for sampler in (
         Sampler(init, update, observe, prime=seen),
         Sampler(init, update, observe)._replace(prime=seen),
         Sampler(init, update, observe, False, seen),
     ):
         assert sampler.prime is sampler.observe_prompt is seen
-        assert int(sampling.observe_prompt(chain(sampler), torch.tensor([1, 2]), chain(sampler).init(3))[0]) == 2
+        assert (
+            int(
+                sampling.observe_prompt(
+                    chain(sampler), torch.tensor([1, 2]), chain(sampler).init(3)
+                )[0]
+            )
+            == 2
+        )

@@ -1,4 +1,6 @@
-"""The kit on trial: every law holds of what is right, and each of many seeded bugs is caught by the law that should."""
+"""The kit on trial: every law holds of what is right, and each of many seeded bugs is caught by the
+law that should.
+"""
 
 import functools
 import math
@@ -50,7 +52,13 @@ def prove(law, subject, arguments, examples=30):
 def assert_caught(law, subject, arguments):
     """The law fails for some of the same 400 examples each time, in its own words."""
 
-    @settings(max_examples=400, database=None, derandomize=True, report_multiple_bugs=False, phases=[Phase.generate])
+    @settings(
+        max_examples=400,
+        database=None,
+        derandomize=True,
+        report_multiple_bugs=False,
+        phases=[Phase.generate],
+    )
     @given(arguments)
     def run(values):
         law(subject, *values)
@@ -94,20 +102,30 @@ def test_every_law_holds_of_flash_within_the_rounding_of_its_dtype(law, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=by_name)
 @pytest.mark.parametrize("law", laws.kernel, ids=by_name)
 def test_every_law_holds_of_the_native_kernel_within_the_rounding_of_its_dtype(law, dtype):
-    prove(law, functools.partial(fa.attend, kernel="native"), strategies.problems(dtype=dtype), examples=15)
+    prove(
+        law,
+        functools.partial(fa.attend, kernel="native"),
+        strategies.problems(dtype=dtype),
+        examples=15,
+    )
 
 
 @pytest.mark.parametrize("law", VALUES_AND_GRADIENTS, ids=by_name)
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch has no batching rule for its kernel
+# torch has no batching rule for its kernel
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_sdpa_keeps_the_laws_of_values_and_first_gradients(law):
     prove(law, functools.partial(fa.attention, kernel="sdpa"), strategies.problems())
 
 
 @pytest.mark.cpu("of torch's kernel for the CPU; elsewhere its dense route composes")
-@pytest.mark.parametrize("law", [law for law in FORWARD_MODE if "shifting" not in law.__name__], ids=by_name)
+@pytest.mark.parametrize(
+    "law", [law for law in FORWARD_MODE if "shifting" not in law.__name__], ids=by_name
+)
 def test_sdpa_does_not_keep_the_laws_of_forward_mode(law):
     with pytest.raises(NotImplementedError, match="forward AD"):
-        prove(law, functools.partial(fa.attention, kernel="sdpa"), strategies.problems(), examples=1)
+        prove(
+            law, functools.partial(fa.attention, kernel="sdpa"), strategies.problems(), examples=1
+        )
 
 
 # Seeded bugs of kernels. What they are made of, `logits` and `finish`, is right.
@@ -129,7 +147,9 @@ def finish(S, seen, v):
 
 
 def off_by_one(q, k, v, mask):
-    return dense.attend(q, k, v, Mask(mask.start, mask.stop + 1) if isinstance(mask, Mask) else mask)
+    return dense.attend(
+        q, k, v, Mask(mask.start, mask.stop + 1) if isinstance(mask, Mask) else mask
+    )
 
 
 def scale_is_missing(q, k, v, mask):
@@ -189,7 +209,11 @@ def weights_held_fixed(q, k, v, mask):
     empty = ~seen.any(-1, keepdim=True)
     P = torch.where(seen, torch.where(seen | empty, S, -INF).softmax(-1), 0).detach()
     moved = lambda x: x - x.detach()  # zero, with the derivative of x
-    return P @ v.detach() + moved(P @ v) + moved((P * (S - (P * S).sum(-1, keepdim=True))) @ v.detach())
+    return (
+        P @ v.detach()
+        + moved(P @ v)
+        + moved((P * (S - (P * S).sum(-1, keepdim=True))) @ v.detach())
+    )
 
 
 def right(q, k, v, seen):
@@ -225,7 +249,9 @@ class RowsMixedUnderVmap(MaskForgottenInBackward):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        of = lambda n: [x if d is None else x.select(d, n) for x, d in zip(inputs, in_dims, strict=True)]
+        of = lambda n: [
+            x if d is None else x.select(d, n) for x, d in zip(inputs, in_dims, strict=True)
+        ]
         return torch.stack([right(of(n)[0], *of(n - 1)[1:]) for n in range(info.batch_size)]), 0
 
 
@@ -233,7 +259,8 @@ def as_kernel(function):
     return lambda q, k, v, mask: function.apply(q, k, v, dense.seen(mask, q, k))
 
 
-moderate = strategies.problems(large_logits=False)  # for those whose exp would overflow, which is another bug
+# for those whose exp would overflow, which is another bug
+moderate = strategies.problems(large_logits=False)
 SEEDED = [
     (off_by_one, "future_cannot_change_the_past"),
     (scale_is_missing, "agrees_with_the_reference"),
@@ -267,7 +294,12 @@ def test_each_law_of_kernels_catches_some_seeded_bug():
 
 
 @pytest.mark.parametrize(
-    "law", ["agrees_with_the_reference", "gradient_agrees_with_the_reference", "jvp_agrees_with_the_reference"]
+    "law",
+    [
+        "agrees_with_the_reference",
+        "gradient_agrees_with_the_reference",
+        "jvp_agrees_with_the_reference",
+    ],
 )
 def test_a_bug_of_second_order_is_not_seen_at_first(law):
     prove(getattr(laws.kernels, law), weights_held_fixed, strategies.problems())
@@ -283,16 +315,29 @@ def fails(law, *arguments):
 
 def test_an_off_by_one_shrinks_to_one_query_and_two_keys():
     law = laws.kernels.future_cannot_change_the_past
-    smallest = find(strategies.problems(), lambda problem: fails(law, off_by_one, *problem), settings=settings(database=None))
-    assert (smallest.q.shape, smallest.k.shape, smallest.v.shape) == ((1, 1, 1), (1, 2, 1), (1, 2, 1))
+    smallest = find(
+        strategies.problems(),
+        lambda problem: fails(law, off_by_one, *problem),
+        settings=settings(database=None),
+    )
+    assert (smallest.q.shape, smallest.k.shape, smallest.v.shape) == (
+        (1, 1, 1),
+        (1, 2, 1),
+        (1, 2, 1),
+    )
     assert smallest.mask is None
-    assert repr(smallest) == "Problem(q=float64[1,1,1], k=float64[1,2,1], v=float64[1,2,1], mask=None, key=[0, 0])"
+    assert (
+        repr(smallest)
+        == "Problem(q=float64[1,1,1], k=float64[1,2,1], v=float64[1,2,1], mask=None, key=[0, 0])"
+    )
 
 
 def test_interleaved_heads_shrink_to_the_fewest_heads_that_show_them():
     law = laws.kernels.agrees_with_the_reference
     smallest = find(
-        strategies.problems(), lambda problem: fails(law, heads_interleaved, *problem), settings=settings(database=None)
+        strategies.problems(),
+        lambda problem: fails(law, heads_interleaved, *problem),
+        settings=settings(database=None),
     )
     assert (smallest.q.shape, smallest.k.shape) == ((4, 1, 1), (2, 1, 1))
 
@@ -302,13 +347,22 @@ def test_a_failure_names_the_law_the_place_the_error_and_what_was_allowed():
     with pytest.raises(AssertionError) as caught:
         laws.kernels.agrees_with_the_reference(scale_is_missing, q, k, v, None, fa.key(0))
     words = r"agrees_with_the_reference: out\[0, 0, 1\] is \S+, should be \S+\. It is off by \S+ where \S+e-1\d is allowed "
-    assert re.match(words + r"\(rounding of float64 with logits up to \S+, q \(1, 3, 2\), .*\); \d of 6 entries", str(caught.value))
+    assert re.match(
+        words
+        + r"\(rounding of float64 with logits up to \S+, q \(1, 3, 2\), .*\); \d of 6 entries",
+        str(caught.value),
+    )
 
 
 def test_agreement_tells_nan_infinity_and_shape_from_numbers():
     x = torch.tensor([1.0, -INF, INF])
     agree(prove, "x", x, x, 0, "")
-    for got in (torch.tensor([1.0, float("nan"), INF]), torch.tensor([1.0, INF, INF]), x[:2], torch.tensor([1.1, -INF, INF])):
+    for got in (
+        torch.tensor([1.0, float("nan"), INF]),
+        torch.tensor([1.0, INF, INF]),
+        x[:2],
+        torch.tensor([1.1, -INF, INF]),
+    ):
         with pytest.raises(AssertionError, match="prove: x"):
             agree(prove, "x", got, x, 0.01, "")
 
@@ -336,21 +390,41 @@ def test_strategies_can_leave_no_query_without_a_key(problem):
         lambda p: p.q.dim() != p.k.dim(),
         lambda p: p.q.dim() == p.v.dim() and p.q.shape[:-3] != p.v.shape[:-3],
         lambda p: isinstance(p.mask, Tensor) and p.mask.dim() > 2,
-        lambda p: isinstance(p.mask, Mask) and p.mask.start.shape[-1] > 1 and p.mask.start.dim() > 2,
+        lambda p: (
+            isinstance(p.mask, Mask) and p.mask.start.shape[-1] > 1 and p.mask.start.dim() > 2
+        ),
         lambda p: (dense.attend(*p[:4]).lse == -INF).any(),
         lambda p: p.k.shape[-2] == 0,
         lambda p: p.q.abs().max() > 100,
     ],
-    ids=["grouped", "multi-query", "long", "wide", "ranks", "broadcast", "per head", "intervals", "empty row", "no keys", "large"],
+    ids=[
+        "grouped",
+        "multi-query",
+        "long",
+        "wide",
+        "ranks",
+        "broadcast",
+        "per head",
+        "intervals",
+        "empty row",
+        "no keys",
+        "large",
+    ],
 )
 def test_problems_come_in_every_kind(sight):
-    find(strategies.problems(no_keys=True), sight, settings=settings(database=None, max_examples=2000, phases=[Phase.generate]))
+    find(
+        strategies.problems(no_keys=True),
+        sight,
+        settings=settings(database=None, max_examples=2000, phases=[Phase.generate]),
+    )
 
 
 # Every nesting of transforms.
 
 
-@pytest.mark.parametrize("f", [fa.attention, functools.partial(fa.attention, kernel="flash"), flash])
+@pytest.mark.parametrize(
+    "f", [fa.attention, functools.partial(fa.attention, kernel="flash"), flash]
+)
 def test_every_nesting_to_depth_three_is_exact(f, small_blocks):
     report = check_transforms(f, depth=3)
     assert len(report.rows) == 3 + 9 + 27 + 4
@@ -358,36 +432,72 @@ def test_every_nesting_to_depth_three_is_exact(f, small_blocks):
 
 
 @pytest.mark.cpu("the native backend is for the CPU")
-@pytest.mark.parametrize("mask", [None, masks.causal(5, offset=1), masks.window(5, 2) | masks.sinks(5, 1), torch.arange(6) % 3 > 0])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        masks.causal(5, offset=1),
+        masks.window(5, 2) | masks.sinks(5, 1),
+        torch.arange(6) % 3 > 0,
+    ],
+)
 def test_every_nesting_of_the_native_kernel_is_exact_in_float32(mask):
-    q, k, v = (fa.random.normal(fa.key(i), shape) for i, shape in enumerate([(2, 5, 3), (1, 6, 3), (1, 6, 2)]))
+    q, k, v = (
+        fa.random.normal(fa.key(i), shape)
+        for i, shape in enumerate([(2, 5, 3), (1, 6, 3), (1, 6, 2)])
+    )
     f = functools.partial(fa.attention, kernel="native")
     report = check_transforms(f, q, k, v, mask, depth=3, reference=fa.attention, tolerance=2e-4)
     assert len(report.rows) == 3 + 9 + 27 + 4
 
 
-@pytest.mark.parametrize("mask", [masks.causal(5, offset=-1), masks.window(5, 2) | masks.sinks(5, 1), torch.arange(6) % 3 > 0])
+@pytest.mark.parametrize(
+    "mask",
+    [masks.causal(5, offset=-1), masks.window(5, 2) | masks.sinks(5, 1), torch.arange(6) % 3 > 0],
+)
 def test_every_nesting_is_exact_where_rows_are_empty_and_keys_scattered(mask, small_blocks):
-    q, k, v = (fa.random.normal(fa.key(i), shape, torch.float64) for i, shape in enumerate([(2, 5, 3), (1, 6, 3), (1, 6, 2)]))
+    q, k, v = (
+        fa.random.normal(fa.key(i), shape, torch.float64)
+        for i, shape in enumerate([(2, 5, 3), (1, 6, 3), (1, 6, 2)])
+    )
     check_transforms(flash, q, k, v, mask, depth=2)
 
 
 def test_every_nesting_in_scale_and_bias_is_exact(small_blocks):
-    q, k, v, bias = (fa.random.normal(fa.key(i), s, torch.float64) for i, s in enumerate([(2, 4, 2), (1, 5, 2), (1, 5, 2), (4, 5)]))
+    q, k, v, bias = (
+        fa.random.normal(fa.key(i), s, torch.float64)
+        for i, s in enumerate([(2, 4, 2), (1, 5, 2), (1, 5, 2), (4, 5)])
+    )
     scale = torch.tensor(0.7, dtype=torch.float64)
     ours = lambda q, k, v, scale, bias: flash(q, k, v, masks.causal(4), scale=scale, bias=bias)
-    theirs = lambda q, k, v, scale, bias: dense.attend(q, k, v, masks.causal(4), scale=scale, bias=bias)
+    theirs = lambda q, k, v, scale, bias: dense.attend(
+        q, k, v, masks.causal(4), scale=scale, bias=bias
+    )
     check_transforms(ours, q, k, v, scale, bias, depth=2, reference=theirs)
 
 
-@pytest.mark.parametrize(("kernel", "batched"), [("flash", False), ("reference", True)])  # flash refuses is_grads_batched by name
-@pytest.mark.parametrize("mask", [None, masks.causal(3), masks.causal(3, offset=-1)], ids=["full", "causal", "empty row"])
+# flash refuses is_grads_batched by name
+@pytest.mark.parametrize(("kernel", "batched"), [("flash", False), ("reference", True)])
+@pytest.mark.parametrize(
+    "mask", [None, masks.causal(3), masks.causal(3, offset=-1)], ids=["full", "causal", "empty row"]
+)
 def test_gradcheck_and_gradgradcheck_hold_with_forward_mode(mask, kernel, batched, small_blocks):
     shapes = [(2, 3, 2), (1, 4, 2), (1, 4, 1)]
-    inputs = [fa.random.normal(fa.key(i), shape, torch.float64).requires_grad_() for i, shape in enumerate(shapes)]
+    inputs = [
+        fa.random.normal(fa.key(i), shape, torch.float64).requires_grad_()
+        for i, shape in enumerate(shapes)
+    ]
     f = lambda q, k, v: fa.attention(q, k, v, mask, kernel=kernel)
-    assert gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=batched, check_batched_forward_grad=batched)
-    assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=batched)
+    assert gradcheck(
+        f,
+        inputs,
+        check_forward_ad=True,
+        check_batched_grad=batched,
+        check_batched_forward_grad=batched,
+    )
+    assert gradgradcheck(
+        f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=batched
+    )
 
 
 @pytest.mark.cpu("of torch's kernel for the CPU, which has no jvp")
@@ -397,13 +507,23 @@ def test_a_report_shows_what_is_off_and_what_raised():
     lines = {line.split()[0]: line for line in str(caught.value).splitlines()}
     assert lines["jvp(f)"].endswith("off")
     assert not lines["vmap(vmap(f))"].endswith("off")
-    with pytest.raises(AssertionError, match=r"jvp\(f\) +NotImplementedError: Trying to use forward AD"):
-        check_transforms(functools.partial(fa.attention, kernel="sdpa"), depth=1, hessians=False, vmapped=False)
+    with pytest.raises(
+        AssertionError, match=r"jvp\(f\) +NotImplementedError: Trying to use forward AD"
+    ):
+        check_transforms(
+            functools.partial(fa.attention, kernel="sdpa"), depth=1, hessians=False, vmapped=False
+        )
 
 
 def test_a_nesting_is_off_where_a_batch_is_mixed_only_under_one_more_vmap():
     with pytest.raises(AssertionError, match=r"grad\(f\) +0\.0e\+00 +1\.\de-01 +off"):
-        check_transforms(RowsMixedInGradient.apply, torch.linspace(0, 1, 3).double(), depth=1, reference=torch.sin, hessians=False)
+        check_transforms(
+            RowsMixedInGradient.apply,
+            torch.linspace(0, 1, 3).double(),
+            depth=1,
+            reference=torch.sin,
+            hessians=False,
+        )
 
 
 class RowsMixedInGradient(Function):
@@ -450,9 +570,15 @@ class Rolled(Function):
 
 
 def test_a_function_of_trees_is_checked_against_the_reference_that_is_given():
-    params = {"w": torch.linspace(-1, 1, 6).double().reshape(2, 3), "n": torch.tensor(2), "absent": ()}
+    params = {
+        "w": torch.linspace(-1, 1, 6).double().reshape(2, 3),
+        "n": torch.tensor(2),
+        "absent": (),
+    }
     f = lambda params, x: {"y": torch.nn.functional.silu(params["w"] @ x) * params["n"]}
-    reference = lambda params, x: {"y": (params["w"] @ x) / (1 + (-(params["w"] @ x)).exp()) * params["n"]}
+    reference = lambda params, x: {
+        "y": (params["w"] @ x) / (1 + (-(params["w"] @ x)).exp()) * params["n"]
+    }
     x = torch.linspace(0, 2, 3).double()
     assert check_transforms(f, params, x, depth=2, reference=reference).worst.worst < 1e-12
     wrong = lambda params, x: {"y": reference(params, x)["y"] * 1.0001}
@@ -462,7 +588,9 @@ def test_a_function_of_trees_is_checked_against_the_reference_that_is_given():
 
 def test_single_precision_is_held_to_the_tolerance_that_is_given():
     q, k, v = (fa.random.normal(fa.key(i), (1, 4, 2)) for i in range(3))
-    assert 1e-9 < check_transforms(fa.attention, q, k, v, depth=1, tolerance=1e-4).worst.worst < 1e-4
+    assert (
+        1e-9 < check_transforms(fa.attention, q, k, v, depth=1, tolerance=1e-4).worst.worst < 1e-4
+    )
     with pytest.raises(AssertionError, match="beyond 1e-09"):
         check_transforms(fa.attention, q, k, v, depth=1)
 
@@ -470,7 +598,8 @@ def test_single_precision_is_held_to_the_tolerance_that_is_given():
 def test_the_reference_of_what_is_not_attention_has_to_be_given():
     x = torch.ones(3, dtype=torch.float64)
     with pytest.raises(
-        ValueError, match=r"check_transforms: reference should be given with args, got none for .* reference=\.\.\."
+        ValueError,
+        match=r"check_transforms: reference should be given with args, got none for .* reference=\.\.\.",
     ):
         check_transforms(torch.sin, x)
     with pytest.raises(ValueError, match="check_transforms: args should be with a floating tensor"):
@@ -478,7 +607,9 @@ def test_the_reference_of_what_is_not_attention_has_to_be_given():
 
 
 def test_a_report_is_a_table_in_text_and_in_html():
-    report = Report((Row("grad(f)", 1e-16, 2e-16, ""), Row("jvp(<f>)", 0.0, None, "TypeError: no")), 1e-9)
+    report = Report(
+        (Row("grad(f)", 1e-16, 2e-16, ""), Row("jvp(<f>)", 0.0, None, "TypeError: no")), 1e-9
+    )
     assert [line.split() for line in repr(report).splitlines()[:3]] == [
         ["nesting", "error", "under", "vmap"],
         ["grad(f)", "1.0e-16", "2.0e-16"],
@@ -507,7 +638,11 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize("law", laws.sampler, ids=by_name)
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=["temperature", "top_k", "top_p", "min_p", "greedy", "penalty", "chain"])
+@pytest.mark.parametrize(
+    "sampler",
+    SAMPLERS,
+    ids=["temperature", "top_k", "top_p", "min_p", "greedy", "penalty", "chain"],
+)
 def test_every_law_holds_of_a_sampler(sampler, law):
     prove(law, sampler, SAMPLER_ARGUMENTS, examples=20)
 
@@ -523,22 +658,32 @@ class FirstRowForAll(Function):
 
     @staticmethod
     def vmap(info, in_dims, x):
-        return x.movedim(in_dims[0], 0)[:1].expand(info.batch_size, *x.movedim(in_dims[0], 0).shape[1:]), 0
+        return x.movedim(in_dims[0], 0)[:1].expand(
+            info.batch_size, *x.movedim(in_dims[0], 0).shape[1:]
+        ), 0
 
 
 SEEDED_SAMPLERS = [
     (stateless(lambda logits: logits.clamp(min=-2)), "no_hidden_token_comes_back"),
     (stateless(lambda logits: torch.where(logits > 0, logits, -INF)), "at_least_one_token_is_kept"),
     (stateless(lambda logits: torch.where(logits > 0, logits, -INF)), "law_sums_to_one"),
-    (stateless(lambda logits: logits * logits.abs()), "adding_a_constant_to_logits_changes_nothing"),
+    (
+        stateless(lambda logits: logits * logits.abs()),
+        "adding_a_constant_to_logits_changes_nothing",
+    ),
     (stateless(FirstRowForAll.apply), "commutes_with_vmap"),
     (temperature(1.0)._replace(deterministic=True), "draws_follow_the_law"),
-    (penalty._replace(update=lambda logits, seen: (logits - seen, seen.double())), "state_keeps_its_form"),
+    (
+        penalty._replace(update=lambda logits, seen: (logits - seen, seen.double())),
+        "state_keeps_its_form",
+    ),
     (stateless(lambda logits: logits.mul_(2)), "arguments_stay_as_they_were"),
 ]
 
 
-@pytest.mark.parametrize(("sampler", "law"), SEEDED_SAMPLERS, ids=[law for _, law in SEEDED_SAMPLERS])
+@pytest.mark.parametrize(
+    ("sampler", "law"), SEEDED_SAMPLERS, ids=[law for _, law in SEEDED_SAMPLERS]
+)
 def test_a_seeded_bug_of_a_sampler_is_caught_by_its_law(sampler, law):
     assert_caught(getattr(laws.samplers, law), sampler, SAMPLER_ARGUMENTS)
 
@@ -560,8 +705,10 @@ class Paged:
 
 
 ROUNDS = {laws.pasts.remembers_what_was_committed}  # left out of a kind that rounds what it keeps
-TEXTS = {laws.texts.every_verb_writes_what_a_loop_over_apply_writes}  # a second and more for an example
-FORGETS = {laws.pasts.entries_beyond_length_are_unobservable}  # and this of one that cannot be shortened by a length
+# a second and more for an example
+TEXTS = {laws.texts.every_verb_writes_what_a_loop_over_apply_writes}
+# and this of one that cannot be shortened by a length
+FORGETS = {laws.pasts.entries_beyond_length_are_unobservable}
 KINDS = {
     "Cache": (Cache, set()),
     "Branch": (Prefixed, set()),
@@ -615,7 +762,9 @@ TIPS = {}  # a buffer -> the buffer, and the length of the value that may append
 
 
 def written_in_place_by_the_tip(kind, delta, n, donate):
-    """A shortcut that looks right: whoever holds the newest value of a buffer appends in place, everyone else copies."""
+    """A shortcut that looks right: whoever holds the newest value of a buffer appends in place,
+    everyone else copies.
+    """
     if transforming():
         return caches.write(Cache(*kind), delta, n, donate)
     buffer, length = TIPS.get(id(kind.k), (None, -1))
@@ -657,7 +806,10 @@ SEEDED_PASTS = [
     (kind_of_past(write=written_from_the_start), "committing_all_equals_committing_any_split"),
     (kind_of_past(write=all_written), "rejected_rows_are_never_seen"),
     (kind_of_past(past=all_read), "entries_beyond_length_are_unobservable"),
-    (kind_of_past(write=written_in_place), "any_program_reads_as_its_rows_and_changes_no_earlier_value"),
+    (
+        kind_of_past(write=written_in_place),
+        "any_program_reads_as_its_rows_and_changes_no_earlier_value",
+    ),
     (
         kind_of_past(write=written_in_place_by_the_tip, shorten=shortened_and_made_the_tip),
         "any_program_reads_as_its_rows_and_changes_no_earlier_value",
@@ -670,12 +822,20 @@ def test_a_seeded_bug_of_a_past_is_caught_by_its_law(kind, law):
     assert_caught(getattr(laws.pasts, law), kind, CACHE_ARGUMENTS)
 
 
-TREE = {"layers": ({"q": torch.full((2, 3), 0.1), "k": torch.zeros(3)},), "ids": torch.arange(3), "absent": ()}
+TREE = {
+    "layers": ({"q": torch.full((2, 3), 0.1), "k": torch.zeros(3)},),
+    "ids": torch.arange(3),
+    "absent": (),
+}
 halved = lambda tree: fa.tree.map(lambda x: {"codes": x, "scale": x} if x.dim() == 2 else x, tree)
 
 
 @pytest.mark.parametrize("law", laws.transform, ids=by_name)
-@pytest.mark.parametrize("transform", [fa.cast(torch.bfloat16), fa.to("cpu"), lambda tree: tree], ids=["cast", "to", "nothing"])
+@pytest.mark.parametrize(
+    "transform",
+    [fa.cast(torch.bfloat16), fa.to("cpu"), lambda tree: tree],
+    ids=["cast", "to", "nothing"],
+)
 def test_every_law_holds_of_a_transform(transform, law):
     law(transform, TREE)
 
@@ -696,7 +856,9 @@ SEEDED_TRANSFORMS = [
 ]
 
 
-@pytest.mark.parametrize(("transform", "law"), SEEDED_TRANSFORMS, ids=[law for _, law in SEEDED_TRANSFORMS])
+@pytest.mark.parametrize(
+    ("transform", "law"), SEEDED_TRANSFORMS, ids=[law for _, law in SEEDED_TRANSFORMS]
+)
 def test_a_seeded_bug_of_a_transform_is_caught_by_its_law(transform, law):
     given = fa.tree.map(torch.clone, TREE)
     with pytest.raises(AssertionError, match=f"^{law}: "):
@@ -708,7 +870,9 @@ def test_a_seeded_bug_of_a_transform_is_caught_by_its_law(transform, law):
 
 def test_nothing_but_strategies_needs_hypothesis(monkeypatch):
     for loaded in [
-        module for module in sys.modules if module.split(".")[0] == "hypothesis" or module.startswith("funcattn.testing")
+        module
+        for module in sys.modules
+        if module.split(".")[0] == "hypothesis" or module.startswith("funcattn.testing")
     ]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, "hypothesis", None)

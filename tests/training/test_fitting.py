@@ -26,7 +26,10 @@ def unbroken():
 
 def identical(a, b):
     assert fa.tree.paths(a) == fa.tree.paths(b)
-    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(fa.tree.leaves(a), fa.tree.leaves(b), strict=True))
+    return all(
+        torch.equal(x, y) and x.dtype == y.dtype
+        for x, y in zip(fa.tree.leaves(a), fa.tree.leaves(b), strict=True)
+    )
 
 
 def same_run(a, b):
@@ -34,7 +37,9 @@ def same_run(a, b):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def test_a_batch_depends_on_its_number_alone():
@@ -47,7 +52,9 @@ def test_a_batch_depends_on_its_number_alone():
 
 def test_every_place_of_a_text_is_drawn():
     text = torch.arange(7)  # rows of three begin at 0..4
-    firsts = torch.stack([draw(fa.key(0), text, i, rows=20, context=2) for i in range(30)])[..., 0].flatten()
+    firsts = torch.stack([draw(fa.key(0), text, i, rows=20, context=2) for i in range(30)])[
+        ..., 0
+    ].flatten()
     counts = firsts.bincount(minlength=5)
     assert len(counts) == 5
     # chi-square of 600 draws with 4 degrees of freedom: above 23.5 once in ten thousand keys
@@ -59,7 +66,15 @@ def test_training_lowers_the_loss(unbroken):
     model = fa.decoder(CONFIG)
     optimizer = fa.training.adamw(1e-2)
     run = fit(
-        fa.key(0), model, model.init(fa.key(0)), text, optimizer=optimizer, steps=60, context=8, report_every=20, progress=False
+        fa.key(0),
+        model,
+        model.init(fa.key(0)),
+        text,
+        optimizer=optimizer,
+        steps=60,
+        context=8,
+        report_every=20,
+        progress=False,
     )
     assert [report.step for report in run.history] == [20, 40, 60]
     assert run.history[0].training > run.history[-1].training
@@ -86,7 +101,17 @@ def test_what_fit_is_given_stays(unbroken):
     model = fa.decoder(CONFIG)
     params, text = model.init(fa.key(0)), TEXT.clone()
     before = fa.tree.map(torch.clone, params)
-    fit(fa.key(3), model, params, text, optimizer=fa.training.adamw(1e-2), steps=2, rows=2, context=8, progress=False)
+    fit(
+        fa.key(3),
+        model,
+        params,
+        text,
+        optimizer=fa.training.adamw(1e-2),
+        steps=2,
+        rows=2,
+        context=8,
+        progress=False,
+    )
     assert identical(params, before)
     assert torch.equal(text, TEXT)
 
@@ -102,16 +127,24 @@ def test_snapshots_change_nothing(unbroken, tmp_path):
 
 
 @pytest.mark.cpu("a run in a process of its own, resumed bit for bit")
-@pytest.mark.parametrize("moment", ["step 1", "step 3", "step 4", "step 8", "step 11", "rename 1", "rename 2", "rename 4"])
+@pytest.mark.parametrize(
+    "moment",
+    ["step 1", "step 3", "step 4", "step 8", "step 11", "rename 1", "rename 2", "rename 4"],
+)
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(moment, unbroken, tmp_path):
     command = [sys.executable, fitted.__file__, str(tmp_path), moment]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == -signal.SIGKILL, done.stderr
     number = int(moment.split()[1])
-    taken = [s for s in (3, 6, 9, 11) if s < number] if moment.startswith("step") else [3, 6, 9, 11][: number - 1]
+    taken = (
+        [s for s in (3, 6, 9, 11) if s < number]
+        if moment.startswith("step")
+        else [3, 6, 9, 11][: number - 1]
+    )
     assert snapshots.steps_in(tmp_path) == taken[-2:]
     assert same_run(begin(tmp_path, resume=True), unbroken)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000009", "step-00000011"]  # no draft is left
+    # no draft is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000009", "step-00000011"]
 
 
 def test_a_run_that_stopped_after_every_step_ends_as_if_it_had_not(unbroken, tmp_path):
@@ -148,11 +181,17 @@ def test_layout_in_memory_comes_back(tmp_path):
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "run.json"])
 @pytest.mark.parametrize("harm", ["cut", "empty", "flip", "gone"])
-def test_a_damaged_snapshot_is_a_clear_error_and_the_one_before_serves(harm, file, unbroken, tmp_path):
+def test_a_damaged_snapshot_is_a_clear_error_and_the_one_before_serves(
+    harm, file, unbroken, tmp_path
+):
     begin(tmp_path)
     path = tmp_path / "step-00000011" / file
     whole = path.read_bytes()
-    places = [0, 9, len(whole) // 3, len(whole) // 2, len(whole) - 2] if harm == "flip" else [len(whole) // 2]
+    places = (
+        [0, 9, len(whole) // 3, len(whole) // 2, len(whole) - 2]
+        if harm == "flip"
+        else [len(whole) // 2]
+    )
     for place in places:
         if harm == "gone":
             path.unlink()
@@ -173,7 +212,9 @@ FAILING = ["save_file", "_flush", "_digest", "write_text", "rename"]
 
 
 @pytest.mark.parametrize("operation", FAILING)
-def test_a_full_disk_is_a_clear_error_and_the_snapshots_before_survive(operation, unbroken, tmp_path, monkeypatch):
+def test_a_full_disk_is_a_clear_error_and_the_snapshots_before_survive(
+    operation, unbroken, tmp_path, monkeypatch
+):
     begin(tmp_path, steps=6)
     before = contents(tmp_path)
 
@@ -184,7 +225,8 @@ def test_a_full_disk_is_a_clear_error_and_the_snapshots_before_survive(operation
         module = {"write_text": Path, "rename": Path, "_flush": atomic}.get(operation, snapshots)
         patch.setattr(module, operation, full)
         with pytest.raises(
-            CheckpointError, match=r"fit: .*step-00000009 should be a place that can be written, got .*No space left"
+            CheckpointError,
+            match=r"fit: .*step-00000009 should be a place that can be written, got .*No space left",
         ):
             begin(tmp_path, resume=True)
     assert contents(tmp_path) == before
@@ -192,13 +234,21 @@ def test_a_full_disk_is_a_clear_error_and_the_snapshots_before_survive(operation
 
 
 def test_a_disk_that_fills_within_a_file_leaves_the_snapshots_before(tmp_path):
-    """A real limit on the size of a file, which the system holds, met while the tensors are written."""
+    """A real limit on the size of a file, which the system holds, met while the tensors are
+    written.
+    """
     script = (
         "import resource, signal, sys, fitted; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "fitted.begin(sys.argv[1], steps=6); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000));"
+        "fitted.begin(sys.argv[1], steps=6); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, "
+        "4000));"
         "fitted.begin(sys.argv[1], resume=True)"
     )
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r}); {script}", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(TESTS)!r}); {script}",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert "CheckpointError: fit: " in done.stderr, done.stderr
@@ -213,10 +263,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_in_no_snapshot(tmp_path)
         calls.extend([1] * torch.is_grad_enabled())
         return fa.loss(model, params, batch) * (float("nan") if len(calls) >= 8 else 1)
 
-    with pytest.raises(ValueError, match=r"fit: the loss of step 8 should be finite, got nan\. Lower the learning rate"):
+    with pytest.raises(
+        ValueError,
+        match=r"fit: the loss of step 8 should be finite, got nan\. Lower the learning rate",
+    ):
         begin(tmp_path, loss=loss)
     assert snapshots.steps_in(tmp_path) == [3, 6]
-    values, _ = snapshots.read(tmp_path, 6, {"params": begin(steps=0).params, "state": begin(steps=0).state})
+    values, _ = snapshots.read(
+        tmp_path, 6, {"params": begin(steps=0).params, "state": begin(steps=0).state}
+    )
     assert all(leaf.isfinite().all() for leaf in fa.tree.leaves(values))
 
 
@@ -238,7 +293,9 @@ def test_without_a_terminal_a_line_a_report_goes_to_stderr(capsys):
     lines = told.err.splitlines()
     assert told.out == ""
     assert [line.split(":")[0] for line in lines] == ["step 4/11", "step 8/11", "step 11/11"]
-    assert all("training 2." in line and "validation 2." in line and "ms a step" in line for line in lines)
+    assert all(
+        "training 2." in line and "validation 2." in line and "ms a step" in line for line in lines
+    )
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
@@ -250,10 +307,18 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
 
 none = torch.zeros(0, dtype=torch.int64)
 BAD = [
-    ({"tokens": none}, ValueError, "fit: tokens should be (N,) with N at least context + 1 = 9, got (0,). Give a longer text"),
+    (
+        {"tokens": none},
+        ValueError,
+        "fit: tokens should be (N,) with N at least context + 1 = 9, got (0,). Give a longer text",
+    ),
     ({"tokens": TEXT[:8]}, ValueError, "with N at least context + 1 = 9, got (8,)"),
     ({"tokens": TEXT.view(2, -1)}, ValueError, "fit: tokens should be (N,)"),
-    ({"tokens": TEXT.float()}, TypeError, "fit: tokens should be an integer tensor (N,), got torch.float32"),
+    (
+        {"tokens": TEXT.float()},
+        TypeError,
+        "fit: tokens should be an integer tensor (N,), got torch.float32",
+    ),
     ({"tokens": "text"}, TypeError, "fit: tokens should be an integer tensor (N,), got str"),
     ({"validation": TEXT[:5]}, ValueError, "fit: validation should be (N,)"),
     ({"steps": -1}, ValueError, "fit: steps should be 0 or more, got -1"),
@@ -284,17 +349,27 @@ def test_a_mistake_is_one_clear_error(changed, kind, message):
 
 ANOTHER = [
     ({}, ValueError, "fit: folder should be without snapshots, got one of step 11"),
-    ({"resume": True, "steps": 5}, ValueError, "fit: steps should be at least the 11 of the snapshot, got 5"),
+    (
+        {"resume": True, "steps": 5},
+        ValueError,
+        "fit: steps should be at least the 11 of the snapshot, got 5",
+    ),
     (
         {"resume": True, "rows": 3},
         ValueError,
         "fit: sizes should be [2, 8, 1, 4, 2] as in the snapshot of step 11, got [3, 8, 1, 4, 2]",
     ),
-    ({"resume": True, "compute": torch.bfloat16}, ValueError, "fit: compute should be None as in the snapshot"),
+    (
+        {"resume": True, "compute": torch.bfloat16},
+        ValueError,
+        "fit: compute should be None as in the snapshot",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changed", "kind", "message"), ANOTHER, ids=[message for *_, message in ANOTHER])
+@pytest.mark.parametrize(
+    ("changed", "kind", "message"), ANOTHER, ids=[message for *_, message in ANOTHER]
+)
 def test_another_run_is_not_resumed(changed, kind, message, tmp_path):
     begin(tmp_path)
     with pytest.raises(kind) as error:
@@ -304,6 +379,11 @@ def test_another_run_is_not_resumed(changed, kind, message, tmp_path):
 
 def test_a_snapshot_of_another_model_is_refused(tmp_path):
     begin(tmp_path)
-    values = {"params": begin(steps=0).params._replace(norm=torch.ones(9)), "state": begin(steps=0).state}
-    with pytest.raises(CheckpointError, match=r"of this model and optimizer, got another params\.norm"):
+    values = {
+        "params": begin(steps=0).params._replace(norm=torch.ones(9)),
+        "state": begin(steps=0).state,
+    }
+    with pytest.raises(
+        CheckpointError, match=r"of this model and optimizer, got another params\.norm"
+    ):
         snapshots.read(tmp_path, 11, values)

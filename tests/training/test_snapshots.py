@@ -1,4 +1,6 @@
-"""Snapshots whose checksums fit and whose content does not: each is refused, with what to remove."""
+"""Snapshots whose checksums fit and whose content does not: each is refused, with what to
+remove.
+"""
 
 import hashlib
 import json
@@ -34,7 +36,9 @@ def refusal(folder, change):
     record = json.loads(good)
     record = change(record) or record
     if "content" in record:
-        record["sha256"] = hashlib.sha256(json.dumps(record["content"], sort_keys=True).encode()).hexdigest()
+        record["sha256"] = hashlib.sha256(
+            json.dumps(record["content"], sort_keys=True).encode()
+        ).hexdigest()
     (place / "run.json").write_text(json.dumps(record))
     try:
         with pytest.raises(CheckpointError) as error:
@@ -77,13 +81,24 @@ def test_a_part_of_another_kind_is_refused(folder, path):
             assert "Remove" in refusal(folder, at(*path)(value)), value
 
 
-@pytest.mark.parametrize("value", [None, True, 3, "x", [1], {"a": 1}, {LEAF: None}, {"no leaf": [1, 1]}], ids=str)
+@pytest.mark.parametrize(
+    "value", [None, True, 3, "x", [1], {"a": 1}, {LEAF: None}, {"no leaf": [1, 1]}], ids=str
+)
 def test_strides_of_another_kind_are_refused(folder, value):
     assert "strides" in refusal(folder, at("content", "strides")(value))
 
 
 @pytest.mark.parametrize(
-    "reports", [[[1]], [[1, 2.0]], [["a", 1.0, None]], [[1, "a", None]], [[True, 1.0, None]], [[1, None, 1.0]], "abc"]
+    "reports",
+    [
+        [[1]],
+        [[1, 2.0]],
+        [["a", 1.0, None]],
+        [[1, "a", None]],
+        [[True, 1.0, None]],
+        [[1, None, 1.0]],
+        "abc",
+    ],
 )
 def test_reports_of_another_kind_are_refused(folder, reports):
     assert "reports" in refusal(folder, at("content", "run", "told")(reports))
@@ -101,16 +116,32 @@ def test_a_content_that_lacks_a_part_or_has_another_is_refused(folder, name):
 
 
 def test_a_run_that_lacks_a_part_or_has_another_is_refused(folder):
-    assert "another release" in refusal(folder, lambda record: record["content"]["run"]["of"].pop("key") and None)
+    assert "another release" in refusal(
+        folder, lambda record: record["content"]["run"]["of"].pop("key") and None
+    )
     assert "another release" in refusal(folder, at("content", "run", "of", "more")(1))
 
 
-STRIDES = [[-1, 1], [1], "ab", [10**12, 1], [100_000, 1], [1, 1], [0, 1], [8.0, 1], [True, 1], [2**63, 1], [1, 2, 3], [24, 3]]
+STRIDES = [
+    [-1, 1],
+    [1],
+    "ab",
+    [10**12, 1],
+    [100_000, 1],
+    [1, 1],
+    [0, 1],
+    [8.0, 1],
+    [True, 1],
+    [2**63, 1],
+    [1, 2, 3],
+    [24, 3],
+]
 
 
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 def test_strides_that_are_no_order_of_the_numbers_are_refused(folder, strides):
-    assert f"strides of {LEAF}" in refusal(folder, at("content", "strides")({LEAF: strides}))  # of (13, 8)
+    # of (13, 8)
+    assert f"strides of {LEAF}" in refusal(folder, at("content", "strides")({LEAF: strides}))
 
 
 @pytest.mark.parametrize("strides", [[8, 1], [1, 13], [9, 1]], ids=str)
@@ -123,7 +154,9 @@ def test_the_order_in_memory_is_kept(tmp_path, strides):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"content":' * 10**5, "\udcff", "{" + '"a": "' + "x" * 2**26 + '"}'], ids=["", "[]", "{", "bytes", "large"]
+    "text",
+    ["", "[]", '{"content":' * 10**5, "\udcff", "{" + '"a": "' + "x" * 2**26 + '"}'],
+    ids=["", "[]", "{", "bytes", "large"],
 )
 def test_a_record_that_is_no_object_is_refused(folder, text):
     place = sorted(folder.glob("step-*"))[-1]

@@ -1,4 +1,6 @@
-"""One step of training: the same step eager, compiled, mapped, split in micro-batches and with narrow numbers."""
+"""One step of training: the same step eager, compiled, mapped, split in micro-batches and with
+narrow numbers.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from torch.func import grad, vmap
 import funcattn as fa
 from funcattn.training import adamw, chain, clip, muon, sgd, step
 
-CONFIG = fa.Config(vocabulary=17, width=8, layers=2, heads=2, kv_heads=1, head_size=4, feed_forward=12, context=32)
+CONFIG = fa.Config(
+    vocabulary=17, width=8, layers=2, heads=2, kv_heads=1, head_size=4, feed_forward=12, context=32
+)
 MODEL = fa.decoder(CONFIG)
 ROWS = fa.random.randint(fa.key(2), (4, 9), 0, CONFIG.vocabulary)
 
@@ -20,7 +24,9 @@ def weights(dtype=torch.float64, seed=1):
 def close(a, b, bound=1e-12):
     assert fa.tree.leaves(a)
     for (path, x), y in zip(fa.tree.items(a), fa.tree.leaves(b), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=bound, msg=lambda m, path=path: f"{path}: {m}")
+        torch.testing.assert_close(
+            x, y, rtol=0, atol=bound, msg=lambda m, path=path: f"{path}: {m}"
+        )
 
 
 def taken(one, params, state, n=3):
@@ -50,10 +56,14 @@ def test_a_step_is_what_autograd_and_torch_do():
     ours = chain(clip(0.5), adamw(1e-2, weight_decay=0.1))
     after, _, metrics = taken(step(MODEL, ours), params, ours.init(params))
     close(fa.tree.leaves(after), [leaf.detach() for leaf in leaves])
-    close([metrics.loss, metrics.norm], [loss.detach(), length.double()], 1e-7)  # torch's norm is of floats
+    # torch's norm is of floats
+    close([metrics.loss, metrics.norm], [loss.detach(), length.double()], 1e-7)
 
 
-@pytest.mark.parametrize("make", [lambda: sgd(0.1, momentum=0.9), lambda: adamw(1e-2), lambda: muon(1e-2, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: sgd(0.1, momentum=0.9), lambda: adamw(1e-2), lambda: muon(1e-2, dtype=torch.float64)],
+)
 def test_autograd_and_torch_func_take_the_same_step(make):
     params, optimizer = weights(), make()
     one = step(MODEL, optimizer)
@@ -83,9 +93,11 @@ def test_a_step_compiles_to_one_graph(make, kernel):
     one = step(fa.decoder(CONFIG, kernel=kernel), optimizer)
     compiled = torch.compile(one, fullgraph=True, backend=counter)
     with torch.no_grad():
-        expected = taken(one, params, optimizer.init(params), 4)  # first: functools.singledispatch remembers the types it met
+        # first: functools.singledispatch remembers the types it met
+        expected = taken(one, params, optimizer.init(params), 4)
         close(taken(compiled, params, optimizer.init(params), 4), expected, 1e-4)
-    assert counter.frame_count == 1  # the count of steps is a tensor, so no step is a graph of its own
+    # the count of steps is a tensor, so no step is a graph of its own
+    assert counter.frame_count == 1
 
 
 @pytest.mark.real("Inductor compiles for it")
@@ -95,7 +107,8 @@ def test_inductor_takes_the_same_step():
     one = step(fa.decoder(CONFIG, kernel="sdpa"), optimizer)
     with torch.no_grad():
         compiled = taken(torch.compile(one, fullgraph=True), params, optimizer.init(params))
-        close(compiled, taken(one, params, optimizer.init(params)), 1e-7)  # cosines of the rotation are float32: 6e-8
+        # cosines of the rotation are float32: 6e-8
+        close(compiled, taken(one, params, optimizer.init(params)), 1e-7)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -118,7 +131,8 @@ def test_masters_stay_wide_where_the_computation_is_narrow():
     assert {leaf.dtype for leaf in fa.tree.leaves((after, state.mean))} == {torch.float32}
     moved = fa.tree.map(lambda a, b: a - b, after, params)
     assert all((0 < move.abs().max() < 0.05) for move in fa.tree.leaves(moved))
-    # Its gradient is that of a float32 model, but for a relative error of 2^-8 a product, in some tens of them.
+    # Its gradient is that of a float32 model, but for a relative error of 2^-8 a product, in some
+    # tens of them.
     wide = grad(lambda p: fa.loss(MODEL, p, ROWS))(params)
     rough = grad(lambda p: fa.loss(MODEL, fa.cast(torch.bfloat16)(p), ROWS))(params)
     for a, b in zip(fa.tree.leaves(rough), fa.tree.leaves(wide), strict=True):
@@ -139,7 +153,9 @@ def test_an_ensemble_is_trained_by_vmap():
 
 
 def test_the_step_itself_has_a_gradient():
-    """Of the loss after two steps with respect to the learning rate, against a central difference."""
+    """Of the loss after two steps with respect to the learning rate, against a central
+    difference.
+    """
     params = weights()
 
     def after(rate):
@@ -148,9 +164,13 @@ def test_the_step_itself_has_a_gradient():
         return fa.loss(MODEL, trained, ROWS)
 
     rate, h = torch.tensor(0.1, dtype=torch.float64), 1e-5
-    torch.testing.assert_close(grad(after)(rate), (after(rate + h) - after(rate - h)) / (2 * h), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        grad(after)(rate), (after(rate + h) - after(rate - h)) / (2 * h), rtol=1e-6, atol=1e-7
+    )
     plain = rate.clone().requires_grad_()
-    torch.testing.assert_close(torch.autograd.grad(after(plain), plain)[0], grad(after)(rate), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(after(plain), plain)[0], grad(after)(rate), rtol=1e-10, atol=0
+    )
 
 
 def test_frozen_leaves_are_used_and_kept():
@@ -178,9 +198,21 @@ def test_nothing_given_is_changed():
 
 
 BAD = [
-    (lambda: step(MODEL, adamw(0.1), micro_batches=0), ValueError, "step: micro_batches should be 1 or more"),
-    (lambda: step(MODEL, adamw), TypeError, "step: optimizer should be an Optimizer, got a function"),
-    (lambda: step(MODEL, adamw(0.1), compute=torch.int8), TypeError, "cast: dtype should be a floating torch.dtype"),
+    (
+        lambda: step(MODEL, adamw(0.1), micro_batches=0),
+        ValueError,
+        "step: micro_batches should be 1 or more",
+    ),
+    (
+        lambda: step(MODEL, adamw),
+        TypeError,
+        "step: optimizer should be an Optimizer, got a function",
+    ),
+    (
+        lambda: step(MODEL, adamw(0.1), compute=torch.int8),
+        TypeError,
+        "cast: dtype should be a floating torch.dtype",
+    ),
     (
         lambda: step(MODEL, sgd(0.1), micro_batches=3)(weights(), sgd(0.1).init(weights()), ROWS),
         ValueError,

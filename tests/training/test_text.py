@@ -26,7 +26,15 @@ def test_a_foreign_character_is_one_unknown_token():
 
 def test_a_saved_model_of_characters_reads_the_same(tmp_path):
     tokenizer = characters("a line\nand  another\t<end>")
-    config = fa.Config(vocabulary=tokenizer.vocabulary, width=8, layers=1, heads=1, kv_heads=1, head_size=8, feed_forward=8)
+    config = fa.Config(
+        vocabulary=tokenizer.vocabulary,
+        width=8,
+        layers=1,
+        heads=1,
+        kv_heads=1,
+        head_size=8,
+        feed_forward=8,
+    )
     fa.save(tmp_path / "model", config, fa.decoder(config).init(fa.key(0)), tokenizer)
     again = fa.load(tmp_path / "model").tokenizer
     text = "other\n  hand\t"

@@ -1,4 +1,6 @@
-"""The loss of a language model: against its definition in float64, under every derivative, packed and masked."""
+"""The loss of a language model: against its definition in float64, under every derivative, packed
+and masked.
+"""
 
 import math
 
@@ -9,15 +11,20 @@ from torch.func import grad, jvp, vmap
 import funcattn as fa
 from funcattn.training import losses
 
-CONFIG = fa.Config(vocabulary=17, width=8, layers=4, heads=2, kv_heads=1, head_size=4, feed_forward=12, context=32)
+CONFIG = fa.Config(
+    vocabulary=17, width=8, layers=4, heads=2, kv_heads=1, head_size=4, feed_forward=12, context=32
+)
 MODEL = fa.decoder(CONFIG)
-# Products of at most 12 numbers of size one, some hundreds of them one after the other: 1e3 ulp of float64, and ten times that.
+# Products of at most 12 numbers of size one, some hundreds of them one after the other: 1e3 ulp of
+# float64, and ten times that.
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 def weights(dtype=torch.float64, scale=10.0, config=CONFIG):
     """Larger than at the beginning of training, so that no derivative is about zero."""
-    return fa.tree.map(lambda w: (w * scale if w.dim() > 1 else w).to(dtype), fa.decoder(config).init(fa.key(1)))
+    return fa.tree.map(
+        lambda w: (w * scale if w.dim() > 1 else w).to(dtype), fa.decoder(config).init(fa.key(1))
+    )
 
 
 def tokens(*shape):
@@ -29,7 +36,9 @@ def dense(params, tokens):
     D = CONFIG.head_size
     T = tokens.shape[-1] - 1
     norm = lambda x, w: x / (x.square().mean(-1, keepdim=True) + CONFIG.norm_epsilon).sqrt() * w
-    turn = (1 / CONFIG.rope_base ** (torch.arange(0, D, 2, dtype=torch.float32) / D)).to(torch.float32)
+    turn = (1 / CONFIG.rope_base ** (torch.arange(0, D, 2, dtype=torch.float32) / D)).to(
+        torch.float32
+    )
     angle = torch.arange(T).float()[:, None] * turn
     cos, sin = angle.cos().double(), angle.sin().double()  # the library's angles are float32
 
@@ -41,7 +50,9 @@ def dense(params, tokens):
     hidden = torch.arange(T)[:, None] < torch.arange(T)
     for layer in params.layers:
         y = norm(x, layer.attention_norm)
-        heads = [(y @ w.mT).unflatten(-1, (-1, D)).transpose(-2, -3) for w in (layer.q, layer.k, layer.v)]
+        heads = [
+            (y @ w.mT).unflatten(-1, (-1, D)).transpose(-2, -3) for w in (layer.q, layer.k, layer.v)
+        ]
         q, k, v = rotate(heads[0]), rotate(heads[1]), heads[2]
         scores = (q @ k.mT / math.sqrt(D)).masked_fill(hidden, float("-inf"))
         p = scores.exp() / scores.exp().sum(-1, keepdim=True)
@@ -56,14 +67,18 @@ def dense(params, tokens):
 
 def directions(params, seed):
     return fa.tree.map_with_path(
-        lambda path, w: fa.random.normal(fa.fold_in(fa.key(seed), sum(i * ord(c) for i, c in enumerate(path))), w.shape, w.dtype),
+        lambda path, w: fa.random.normal(
+            fa.fold_in(fa.key(seed), sum(i * ord(c) for i, c in enumerate(path))), w.shape, w.dtype
+        ),
         params,
     )
 
 
 def same(a, b, **bounds):
     for (path, x), y in zip(fa.tree.items(a), fa.tree.leaves(b), strict=True):
-        torch.testing.assert_close(x, y, **(bounds or EXACT), msg=lambda m, path=path: f"{path}: {m}")
+        torch.testing.assert_close(
+            x, y, **(bounds or EXACT), msg=lambda m, path=path: f"{path}: {m}"
+        )
 
 
 TRANSFORMS = {
@@ -71,11 +86,15 @@ TRANSFORMS = {
     "grad": lambda f, params, t: grad(f)(params, t),
     "per-sample gradients": lambda f, params, t: vmap(grad(f), (None, 0))(params, t),
     "jvp": lambda f, params, t: jvp(lambda p: f(p, t), (params,), (directions(params, 3),)),
-    "hvp": lambda f, params, t: jvp(lambda p: grad(f)(p, t), (params,), (directions(params, 3),))[1],
-    "hvp, reverse over forward": lambda f, params, t: grad(lambda p: jvp(lambda w: f(w, t), (p,), (directions(params, 3),))[1])(
-        params
-    ),
-    "per-sample hvp": lambda f, params, t: vmap(lambda r: jvp(lambda p: grad(f)(p, r), (params,), (directions(params, 3),))[1])(t),
+    "hvp": lambda f, params, t: jvp(lambda p: grad(f)(p, t), (params,), (directions(params, 3),))[
+        1
+    ],
+    "hvp, reverse over forward": lambda f, params, t: grad(
+        lambda p: jvp(lambda w: f(w, t), (p,), (directions(params, 3),))[1]
+    )(params),
+    "per-sample hvp": lambda f, params, t: vmap(
+        lambda r: jvp(lambda p: grad(f)(p, r), (params,), (directions(params, 3),))[1]
+    )(t),
 }
 
 
@@ -87,11 +106,16 @@ def test_derivatives_of_the_loss_are_those_of_the_reference(name, kernel, blocks
         monkeypatch.setattr(losses, "BLOCK", 4 * CONFIG.vocabulary)  # four positions at a time
     params, rows = weights(), tokens(3, 8)
     model = fa.decoder(CONFIG, kernel=kernel)
-    same(TRANSFORMS[name](lambda p, t: fa.loss(model, p, t), params, rows), TRANSFORMS[name](dense, params, rows))
+    same(
+        TRANSFORMS[name](lambda p, t: fa.loss(model, p, t), params, rows),
+        TRANSFORMS[name](dense, params, rows),
+    )
 
 
 def test_the_reference_moves_as_its_differences_do():
-    """The reference is held by nothing but arithmetic: a central difference, exact to h^2 and to rounding over h."""
+    """The reference is held by nothing but arithmetic: a central difference, exact to h^2 and to
+    rounding over h.
+    """
     params, rows, h = weights(), tokens(2, 8), 1e-5
     along = directions(params, 3)
     at = lambda t: dense(fa.tree.map(lambda w, d: w + t * d, params, along), rows)
@@ -101,22 +125,33 @@ def test_the_reference_moves_as_its_differences_do():
 
 def test_packed_documents_lose_what_they_lose_alone():
     params, lengths = weights(), (5, 2, 7, 1)
-    documents = [tokens(20)[start : start + n] for start, n in zip((0, 5, 7, 14), lengths, strict=True)]
+    documents = [
+        tokens(20)[start : start + n] for start, n in zip((0, 5, 7, 14), lengths, strict=True)
+    ]
     packed = torch.cat(documents)
     segments = torch.cat([torch.full((n,), 9 - i) for i, n in enumerate(lengths)])
     targets = [n - 1 for n in lengths]
-    alone = sum(fa.loss(MODEL, params, d) * n for d, n in zip(documents, targets, strict=True) if n) / sum(targets)
+    alone = sum(
+        fa.loss(MODEL, params, d) * n for d, n in zip(documents, targets, strict=True) if n
+    ) / sum(targets)
     torch.testing.assert_close(fa.loss(MODEL, params, packed, segments=segments), alone, **EXACT)
-    both = fa.loss(MODEL, params, torch.stack([packed, packed]), segments=torch.stack([segments, segments]))
+    both = fa.loss(
+        MODEL, params, torch.stack([packed, packed]), segments=torch.stack([segments, segments])
+    )
     torch.testing.assert_close(both, alone, **EXACT)
 
 
 def test_a_document_sees_nothing_of_its_neighbour():
     params = weights()
     segments = torch.tensor([0, 0, 0, 1, 1, 1, 1])
-    counts = torch.tensor([False, False, True, True, True, True])  # the targets of the second, and one that crosses
+    # the targets of the second, and one that crosses
+    counts = torch.tensor([False, False, True, True, True, True])
     of = lambda embedding: fa.loss(
-        MODEL, params._replace(embedding=embedding, head=params.embedding), row, segments=segments, mask=counts
+        MODEL,
+        params._replace(embedding=embedding, head=params.embedding),
+        row,
+        segments=segments,
+        mask=counts,
     )
     row = torch.tensor([1, 2, 3, 4, 5, 6, 7])
     touched = grad(of)(params.embedding).abs().sum(-1)
@@ -129,8 +164,12 @@ def test_targets_that_do_not_count_do_not_count():
     counts = torch.tensor([True, False, True, True, False, False, True])
     logits = MODEL.logits(params, MODEL.hidden(params, row[:-1])[0])
     each = -logits.log_softmax(-1).gather(-1, row[1:, None]).squeeze(-1)
-    torch.testing.assert_close(fa.loss(MODEL, params, row, mask=counts), each[counts].mean(), **EXACT)
-    torch.testing.assert_close(fa.loss(MODEL, params, row[None].expand(3, -1), mask=counts), each[counts].mean(), **EXACT)
+    torch.testing.assert_close(
+        fa.loss(MODEL, params, row, mask=counts), each[counts].mean(), **EXACT
+    )
+    torch.testing.assert_close(
+        fa.loss(MODEL, params, row[None].expand(3, -1), mask=counts), each[counts].mean(), **EXACT
+    )
 
 
 def test_no_target_that_counts_is_an_error_or_nan():
@@ -142,8 +181,12 @@ def test_no_target_that_counts_is_an_error_or_nan():
 
 
 def test_logits_are_held_a_block_at_a_time(monkeypatch):
-    """With 32 times the vocabulary of positions, no tensor of all logits is ever made, in any pass."""
-    config = fa.Config(vocabulary=2048, width=8, layers=1, heads=1, kv_heads=1, head_size=8, feed_forward=8)
+    """With 32 times the vocabulary of positions, no tensor of all logits is ever made, in any
+    pass.
+    """
+    config = fa.Config(
+        vocabulary=2048, width=8, layers=1, heads=1, kv_heads=1, head_size=8, feed_forward=8
+    )
     monkeypatch.setattr(losses, "BLOCK", 8 * config.vocabulary)
     model, largest = fa.decoder(config), []
 
@@ -165,7 +208,8 @@ def test_half_precision_is_compared_in_single():
     found = fa.loss(MODEL, params, tokens(3, 8))
     assert found.dtype == torch.float32
     exact = fa.loss(MODEL, fa.cast(torch.float64)(params), tokens(3, 8))
-    torch.testing.assert_close(found.double(), exact, rtol=0.1, atol=0)  # 2^-8 a rounding, some 10 in a row, of logits near 10
+    # 2^-8 a rounding, some 10 in a row, of logits near 10
+    torch.testing.assert_close(found.double(), exact, rtol=0.1, atol=0)
 
 
 row = torch.arange(6)
@@ -178,10 +222,20 @@ BAD = [
     ((torch.tensor([1, 2, 17]),), {}, ValueError, "loss: tokens should be ids in 0..16"),
     ((torch.tensor([1, 2, -100]),), {}, ValueError, "loss: tokens should be ids in 0..16"),
     ((row,), {"mask": torch.ones(5)}, TypeError, "loss: mask should be booleans"),
-    ((row,), {"mask": torch.ones(6, dtype=torch.bool)}, ValueError, "loss: mask should be such that it broadcasts to (5,)"),
+    (
+        (row,),
+        {"mask": torch.ones(6, dtype=torch.bool)},
+        ValueError,
+        "loss: mask should be such that it broadcasts to (5,)",
+    ),
     ((row,), {"segments": torch.ones(6)}, TypeError, "loss: segments should be integers"),
     ((row,), {"segments": row[:5]}, ValueError, "loss: segments should be (6,) as tokens are"),
-    ((row,), {"segments": torch.tensor([0, 1, 0, 0, 1, 1])}, ValueError, "masks.segments: ids should be one run for each document"),
+    (
+        (row,),
+        {"segments": torch.tensor([0, 1, 0, 0, 1, 1])},
+        ValueError,
+        "masks.segments: ids should be one run for each document",
+    ),
 ]
 
 
@@ -190,7 +244,9 @@ def test_params_in_the_place_of_the_model_are_named():
         fa.loss(weights(), MODEL, row)
 
 
-@pytest.mark.parametrize(("arguments", "options", "kind", "message"), BAD, ids=[message for *_, message in BAD])
+@pytest.mark.parametrize(
+    ("arguments", "options", "kind", "message"), BAD, ids=[message for *_, message in BAD]
+)
 def test_a_mistake_is_one_clear_error(arguments, options, kind, message):
     with pytest.raises(kind) as error:
         fa.loss(MODEL, weights(), *arguments, **options)

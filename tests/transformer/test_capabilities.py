@@ -1,4 +1,6 @@
-"""A fast path says what it computes, field by field: a field of Config that it does not name makes it decline."""
+"""A fast path says what it computes, field by field: a field of Config that it does not name makes
+it decline.
+"""
 
 import dataclasses
 
@@ -14,7 +16,9 @@ from funcattn.quantization import tiles
 from funcattn.quantization.calibration import smoothquant
 from funcattn.transformer import LayerSpec, capabilities, why_not
 
-CONFIG = fa.Config(vocabulary=16, width=64, layers=2, heads=4, kv_heads=2, head_size=16, feed_forward=32)
+CONFIG = fa.Config(
+    vocabulary=16, width=64, layers=2, heads=4, kv_heads=2, head_size=16, feed_forward=32
+)
 NAMES = {field.name for field in dataclasses.fields(fa.Config)}
 
 
@@ -28,19 +32,27 @@ class Twisted(fa.Config):
 TWISTED = Twisted(**vars(CONFIG))
 
 
-@pytest.mark.parametrize("table", [capabilities.FIELDS, fused.COMPUTES], ids=["layers as written", "the operator in C++"])
+@pytest.mark.parametrize(
+    "table", [capabilities.FIELDS, fused.COMPUTES], ids=["layers as written", "the operator in C++"]
+)
 def test_a_table_names_every_field_and_no_other(table):
     assert set(table) == NAMES
     assert not why_not(CONFIG, table)
     assert why_not(TWISTED, table) == "it knows no twist, and this is 0.0"
 
 
-@pytest.mark.parametrize("table", [capabilities.OF_LAYERS, fused.OF_LAYERS], ids=["layers as written", "the operator in C++"])
+@pytest.mark.parametrize(
+    "table",
+    [capabilities.OF_LAYERS, fused.OF_LAYERS],
+    ids=["layers as written", "the operator in C++"],
+)
 def test_a_table_names_every_field_of_a_layer(table):
     assert set(table) == set(LayerSpec._fields)
 
 
-@pytest.mark.parametrize("table", [capabilities.FIELDS, fused.COMPUTES], ids=["layers as written", "the operator in C++"])
+@pytest.mark.parametrize(
+    "table", [capabilities.FIELDS, fused.COMPUTES], ids=["layers as written", "the operator in C++"]
+)
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_field_that_is_taken_out_of_a_table_is_one_that_it_does_not_know(table, name):
     fewer = {field: values for field, values in table.items() if field != name}
@@ -51,16 +63,29 @@ def test_a_field_of_a_layer_that_is_not_known_is_named():
     fewer = {"window": (None,), "rotary": capabilities.ANY, "local": (False,)}
     assert why_not(CONFIG, of_layers=fewer) == "it knows no layers.0.experts, and this is False"
     near = dataclasses.replace(CONFIG, window=4, window_layers=(False, True))
-    assert why_not(near, of_layers=fused.OF_LAYERS) == "it knows layers.1.window = None only, and this is 4"
+    assert (
+        why_not(near, of_layers=fused.OF_LAYERS)
+        == "it knows layers.1.window = None only, and this is 4"
+    )
 
 
 def test_every_fast_path_declines_a_field_that_was_made_up():
     model = fa.decoder(TWISTED)
     params = fa.quantize(fa.int8)(model.init(fa.key(0)))
-    past, fast = model.apply(params, torch.arange(5), model.cache(9))[1], fa.compile(model, backend="eager")
-    assert fast.explain(params) == "2 layers: as the model itself runs them, nothing compiled: it knows no twist, and this is 0.0"
+    past, fast = (
+        model.apply(params, torch.arange(5), model.cache(9))[1],
+        fa.compile(model, backend="eager"),
+    )
+    assert (
+        fast.explain(params)
+        == "2 layers: as the model itself runs them, nothing compiled: it knows no twist, and this "
+        "is 0.0"
+    )
     for T in (1, 2):
-        assert torch.equal(fast.extend(params, torch.arange(T), past)[0], model.extend(params, torch.arange(T), past)[0])
+        assert torch.equal(
+            fast.extend(params, torch.arange(T), past)[0],
+            model.extend(params, torch.arange(T), past)[0],
+        )
     assert not model.code
     assert not fast.stack.held  # nothing was prepared either
     prepared = [fa.tree.map(lambda w: w, layer) for layer in params.layers]
@@ -74,7 +99,9 @@ def test_every_fast_path_declines_a_field_that_was_made_up():
 @pytest.mark.cpu("the operator funcattn::layers is for the CPU")
 def test_the_operator_reads_no_other_weight_of_a_layer():
     params = fa.quantize(fa.int8)(fa.decoder(CONFIG).init(fa.key(0)))
-    forms = lambda layer: layer._replace(**{name: fa.layers.prepare(getattr(layer, name), 1) for name in fused.MATRICES})
+    forms = lambda layer: layer._replace(
+        **{name: fa.layers.prepare(getattr(layer, name), 1) for name in fused.MATRICES}
+    )
     stack = [forms(layer) for layer in params.layers]
     assert not fused.why_not(CONFIG, stack)
     for name in set(transformer.Layer._fields) - {*fused.WEIGHTS}:
@@ -83,11 +110,18 @@ def test_the_operator_reads_no_other_weight_of_a_layer():
 
 
 def test_a_device_that_computes_with_other_weights_than_it_holds_is_not_compiled():
-    """Heads that all devices hold and each selects from, and the bias of experts that one device adds for all."""
+    """Heads that all devices hold and each selects from, and the bias of experts that one device
+    adds for all.
+    """
     mixture = {"experts": 2, "experts_per_token": 1, "expert_size": 16}
     one_head = dataclasses.replace(CONFIG, kv_heads=1)
     with_bias = dataclasses.replace(CONFIG, **mixture, feed_forward_bias=True)
-    for config, differs in ((CONFIG, False), (dataclasses.replace(CONFIG, **mixture), False), (one_head, True), (with_bias, True)):
+    for config, differs in (
+        (CONFIG, False),
+        (dataclasses.replace(CONFIG, **mixture), False),
+        (one_head, True),
+        (with_bias, True),
+    ):
         model = fa.decoder(config)
         params, cache, token = model.init(fa.key(0)), model.cache(4), torch.tensor([1])
         stack = Stack(config, None, None, "eager", {})

@@ -1,4 +1,6 @@
-"""One table says how each weight is cut: specs and what a device computes with are both made of it."""
+"""One table says how each weight is cut: specs and what a device computes with are both made of
+it.
+"""
 
 import math
 
@@ -13,7 +15,13 @@ from funcattn.sharding import Grid, P, fsdp, shard_map, specs, tensor_parallel
 from funcattn.transformer import Layer, Params, parallel, partition, shapes
 from funcattn.transformer.partition import CUTS, Cut, division
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
@@ -24,7 +32,9 @@ OTHERS = {
     "gpt_oss": SMALL | EXPERTS,
 }
 CONFIGS = {name: read_config({"model_type": name, **OTHERS.get(name, SMALL)}) for name in FAMILIES}
-CONFIGS["cohere, norms of heads"] = read_config({"model_type": "cohere", "use_qk_norm": True, "attention_bias": True, **SMALL})
+CONFIGS["cohere, norms of heads"] = read_config(
+    {"model_type": "cohere", "use_qk_norm": True, "attention_bias": True, **SMALL}
+)
 
 
 def numbered(config):
@@ -42,7 +52,8 @@ def computed_with(config, mesh, rules):
     """The layers that each device along "tensor" computes with."""
     whole = numbered(config)
     f = lambda params: tree.map(
-        lambda x: x.unsqueeze(0), tuple(parallel.layer(config, i, layer) for i, layer in enumerate(params.layers))
+        lambda x: x.unsqueeze(0),
+        tuple(parallel.layer(config, i, layer) for i, layer in enumerate(params.layers)),
     )
     stacked = shard_map(f, mesh, (specs(whole, mesh, rules),), P("tensor"))(whole)
     return whole, [tree.map(lambda x, i=i: x[i], stacked) for i in range(dict(mesh.axes)["tensor"])]
@@ -50,7 +61,9 @@ def computed_with(config, mesh, rules):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_device_takes_the_parts_that_the_specs_give_it(name):
-    """Of every weight, over "tensor", and gathered over "data"; a spec that cuts otherwise is an error of the decoder."""
+    """Of every weight, over "tensor", and gathered over "data"; a spec that cuts otherwise is an
+    error of the decoder.
+    """
     config = CONFIGS[name]
     for n in (2, 4):
         for mesh, rules in ((Grid(tensor=n), tensor_parallel), (Grid(data=2, tensor=n), fsdp)):
@@ -60,10 +73,14 @@ def test_a_device_takes_the_parts_that_the_specs_give_it(name):
                     for field, got, x in zip(Layer._fields, layer, whole.layers[i], strict=True):
                         if not isinstance(x, torch.Tensor):
                             continue
-                        cut = division(config, field, x.dim(), n, experts=config.layer_spec(i).experts)
+                        cut = division(
+                            config, field, x.dim(), n, experts=config.layer_spec(i).experts
+                        )
                         wanted = x if cut.tensor is None else x.tensor_split(n, cut.tensor)[device]
                         if cut.replicated:
-                            wanted = x.unflatten(0, (config.kv_heads, -1))[device * config.kv_heads // n]
+                            wanted = x.unflatten(0, (config.kv_heads, -1))[
+                                device * config.kv_heads // n
+                            ]
                         if cut.once and device:
                             wanted = torch.zeros_like(x)
                         assert torch.equal(got, wanted.reshape(got.shape)), (field, n)
@@ -92,7 +109,9 @@ def test_what_is_outside_of_the_layers_lies_as_the_specs_say(name):
 def test_the_table_names_every_weight():
     assert set(CUTS) == {*Layer._fields, *Params._fields} - {"layers"}
     assert set(partition.OF_EXPERTS) <= set(CUTS)
-    with pytest.raises(ValueError, match="decoder: filter should be a weight of the table in funcattn"):
+    with pytest.raises(
+        ValueError, match="decoder: filter should be a weight of the table in funcattn"
+    ):
         division(CONFIGS["llama"], "filter", 2, 2)
 
 
@@ -104,7 +123,9 @@ def test_the_table_names_every_weight():
         ("o", Cut(), P(None, None), (32, 32)),
     ],
 )
-def test_another_entry_changes_the_spec_and_what_a_device_takes(field, cut, spec, part, monkeypatch):
+def test_another_entry_changes_the_spec_and_what_a_device_takes(
+    field, cut, spec, part, monkeypatch
+):
     config, mesh = CONFIGS["llama"], Grid(tensor=2)
     before = specs(numbered(config), mesh, tensor_parallel(config, size=2))
     monkeypatch.setitem(CUTS, field, cut)
@@ -118,7 +139,9 @@ def test_another_entry_changes_the_spec_and_what_a_device_takes(field, cut, spec
 
 
 def test_every_part_that_is_cut_is_a_share_of_the_whole():
-    """On as many devices as there are heads, a layer of the parts has the numbers of a layer, and none twice."""
+    """On as many devices as there are heads, a layer of the parts has the numbers of a layer, and
+    none twice.
+    """
     config = CONFIGS["gpt2"]
     for name, shape in zip(Layer._fields, shapes(config).layers[0], strict=True):
         cut = division(config, name, len(shape), 4) if shape else None

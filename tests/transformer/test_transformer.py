@@ -1,4 +1,6 @@
-"""The decoder: against transformers' Llama, steps against the whole, and every derivative through a past, full or empty."""
+"""The decoder: against transformers' Llama, steps against the whole, and every derivative through a
+past, full or empty.
+"""
 
 import dataclasses
 import functools
@@ -16,9 +18,12 @@ from funcattn import caches, masks, transformer
 from funcattn.caches import Branch, Cache
 from funcattn.layers import RopeScaling
 
-CONFIG = fa.Config(vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24)
+CONFIG = fa.Config(
+    vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24
+)
 MODEL = fa.decoder(CONFIG)
-# weights ten times those of a fresh model, so that the layers matter; float64, where sums in another order agree to 1e-12
+# weights ten times those of a fresh model, so that the layers matter; float64, where sums in
+# another order agree to 1e-12
 PARAMS = optree.tree_map(lambda x: (x if x.dim() == 1 else 10 * x).double(), MODEL.init(fa.key(0)))
 TOKENS = fa.random.randint(fa.key(1), (40,), 0, 40)
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
@@ -43,10 +48,21 @@ def stack(values):
 def test_a_decoder_is_transformers_llama_on_the_same_weights():
     scaling = RopeScaling("llama3", factor=8.0, low=1.0, high=4.0, context=64)
     config = fa.Config(
-        vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, head_size=6, feed_forward=24, rope_scaling=scaling, tied=False
+        vocabulary=40,
+        width=16,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_size=6,
+        feed_forward=24,
+        rope_scaling=scaling,
+        tied=False,
     )
     params = fa.decoder(config).init(fa.key(0))
-    params = params._replace(norm=params.norm * 1.5, layers=tuple(layer._replace(q=20 * layer.q) for layer in params.layers))
+    params = params._replace(
+        norm=params.norm * 1.5,
+        layers=tuple(layer._replace(q=20 * layer.q) for layer in params.layers),
+    )
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=40,
@@ -70,11 +86,17 @@ def test_a_decoder_is_transformers_llama_on_the_same_weights():
             },
         )
     )
-    state = {"model.embed_tokens.weight": params.embedding, "model.norm.weight": params.norm, "lm_head.weight": params.head}
+    state = {
+        "model.embed_tokens.weight": params.embedding,
+        "model.norm.weight": params.norm,
+        "lm_head.weight": params.head,
+    }
     for i, layer in enumerate(params.layers):
         at = f"model.layers.{i}."
         state |= {at + f"self_attn.{name}_proj.weight": getattr(layer, name) for name in "qkvo"}
-        state |= {at + f"mlp.{name}_proj.weight": getattr(layer, name) for name in ("gate", "up", "down")}
+        state |= {
+            at + f"mlp.{name}_proj.weight": getattr(layer, name) for name in ("gate", "up", "down")
+        }
         state |= {
             at + "input_layernorm.weight": layer.attention_norm,
             at + "post_attention_layernorm.weight": layer.feed_forward_norm,
@@ -137,7 +159,9 @@ def test_extend_and_apply_leave_the_past_unchanged():
 
 
 def test_a_tree_of_drafts_in_one_step_is_each_of_its_paths():
-    """Tokens 0, then 1 and 2 after it, then 3 after 2: the mask shows each its ancestors, positions are depths."""
+    """Tokens 0, then 1 and 2 after it, then 3 after 2: the mask shows each its ancestors, positions
+    are depths.
+    """
     sees = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]).bool()
     depth, past, drafts = torch.tensor([0, 1, 1, 2]), past_of(5), TOKENS[20:24]
     logits, delta = MODEL.extend(PARAMS, drafts, past, mask=sees, positions=depth + past.length)
@@ -188,7 +212,10 @@ def test_vmap_of_init_is_an_ensemble():
     logits = vmap(whole, (0, None))(ensemble, TOKENS)
     for b, key in enumerate(keys):
         params = MODEL.init(key)
-        assert all(torch.equal(x[b], y) for x, y in zip(optree.tree_leaves(ensemble), optree.tree_leaves(params), strict=True))
+        assert all(
+            torch.equal(x[b], y)
+            for x, y in zip(optree.tree_leaves(ensemble), optree.tree_leaves(params), strict=True)
+        )
         torch.testing.assert_close(logits[b], whole(params, TOKENS))
     pasts = vmap(lambda params: MODEL.apply(params, TOKENS[:5], MODEL.cache(8))[1])(ensemble)
     step = vmap(lambda params, past: MODEL.extend(params, TOKENS[5:7], past)[0])(ensemble, pasts)
@@ -202,7 +229,12 @@ def loss(params, tokens):
 def test_the_gradient_of_a_loss_is_its_slope():
     direction = optree.tree_map(lambda x: x.cos(), PARAMS)
     along = lambda t: loss(optree.tree_map(lambda x, d: x + t * d, PARAMS, direction), TOKENS)
-    slope = sum((g * d).sum() for g, d in zip(*map(optree.tree_leaves, (grad(loss)(PARAMS, TOKENS), direction)), strict=True))
+    slope = sum(
+        (g * d).sum()
+        for g, d in zip(
+            *map(optree.tree_leaves, (grad(loss)(PARAMS, TOKENS), direction)), strict=True
+        )
+    )
     close(jvp(lambda params: loss(params, TOKENS), (PARAMS,), (direction,))[1], slope)
     h = 1e-5  # truncation of order h^2, rounding of order 1e-16 / h
     torch.testing.assert_close(slope, (along(h) - along(-h)) / (2 * h), rtol=1e-6, atol=1e-8)
@@ -212,7 +244,9 @@ def test_gradients_per_sample_are_those_of_each_sample():
     samples = TOKENS.reshape(4, 10)
     each = vmap(grad(loss), (None, 0))(PARAMS, samples)
     for b, tokens in enumerate(samples):
-        for got, wanted in zip(optree.tree_leaves(each), optree.tree_leaves(grad(loss)(PARAMS, tokens)), strict=True):
+        for got, wanted in zip(
+            optree.tree_leaves(each), optree.tree_leaves(grad(loss)(PARAMS, tokens)), strict=True
+        ):
             close(got[b], wanted)
 
 
@@ -244,14 +278,21 @@ def test_derivatives_through_a_cached_step_are_those_of_the_whole(n):
     close(jvp(f, (PARAMS,), (tangent,))[1], jvp(g, (PARAMS,), (tangent,))[1])
     hvp = lambda f: jvp(grad(f), (PARAMS,), (tangent,))[1]
     for order in (lambda f: grad(f)(PARAMS), hvp):
-        for got, wanted in zip(optree.tree_leaves(order(f)), optree.tree_leaves(order(g)), strict=True):
+        for got, wanted in zip(
+            optree.tree_leaves(order(f)), optree.tree_leaves(order(g)), strict=True
+        ):
             close(got, wanted, rtol=1e-8, atol=1e-9)  # second derivatives of order 1e3
 
 
 @pytest.mark.parametrize("n", [0, 3, 5])
 def test_jacobians_of_a_cached_step_in_an_embedding_are_those_of_the_whole(n):
-    only = lambda f: lambda row: f(PARAMS._replace(embedding=PARAMS.embedding.index_put((TOKENS[4],), row)))
-    f, g = only(lambda params: in_steps(params, n)), only(lambda params: whole(params, TOKENS[:8])[5:])
+    only = lambda f: (
+        lambda row: f(PARAMS._replace(embedding=PARAMS.embedding.index_put((TOKENS[4],), row)))
+    )
+    f, g = (
+        only(lambda params: in_steps(params, n)),
+        only(lambda params: whole(params, TOKENS[:8])[5:]),
+    )
     row = PARAMS.embedding[TOKENS[4]]
     wanted = jacrev(g)(row)
     for jacobian in (jacrev(f), jacfwd(f)):
@@ -289,7 +330,9 @@ def test_derivatives_in_the_past_itself_are_finite_differences(n, T):
 @pytest.mark.parametrize("T", [2, 20])
 def test_derivatives_of_a_ragged_batch_are_one_by_one_with_an_empty_past_among_them(T):
     pasts = [past_of(n) for n in (0, 4, 9)]
-    f = lambda k, v, length: MODEL.extend(PARAMS, TOKENS[20 : 20 + T], Cache(k, v, length))[0].sin().sum()
+    f = lambda k, v, length: (
+        MODEL.extend(PARAMS, TOKENS[20 : 20 + T], Cache(k, v, length))[0].sin().sum()
+    )
 
     def second(k, v, length):
         return jvp(grad(lambda k, v: f(k, v, length), (0, 1)), (k, v), (k.cos(), v.sin()))[1]
@@ -322,7 +365,10 @@ def test_init_spends_its_key_on_each_weight_apart():
     matrices = [x.flatten() for x in optree.tree_leaves(params) if x.dim() == 2]
     assert len({tuple(x[:8].tolist()) for x in matrices}) == len(matrices)
     again = fa.decoder(fa.Config(layers=3, tied=False)).init(fa.key(0))
-    assert all(torch.equal(x, y) for x, y in zip(optree.tree_leaves(params), optree.tree_leaves(again), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(optree.tree_leaves(params), optree.tree_leaves(again), strict=True)
+    )
     for name, deviation in (("q", 0.02), ("o", 0.02 / 6**0.5), ("down", 0.02 / 6**0.5)):
         found = torch.stack([getattr(layer, name) for layer in params.layers]).std()
         # 3 * 64 * 64 numbers at least: the standard error of their deviation is below 1 in 150
@@ -335,7 +381,9 @@ def test_a_config_is_a_value():
 
 
 def test_compiled_code_takes_the_step_in_one_graph():
-    step = torch.compile(lambda tokens, past: MODEL.apply(PARAMS, tokens, past), fullgraph=True, backend="eager")
+    step = torch.compile(
+        lambda tokens, past: MODEL.apply(PARAMS, tokens, past), fullgraph=True, backend="eager"
+    )
     past = past_of(5)
     for T in (1, 3):
         logits, after = step(TOKENS[5 : 5 + T], past)
@@ -346,48 +394,142 @@ def test_compiled_code_takes_the_step_in_one_graph():
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (lambda: MODEL.hidden(PARAMS, torch.tensor([1.0])), TypeError, "tokens should be an integer tensor, got torch.float32"),
-        (lambda: MODEL.hidden(PARAMS, [1, 2]), TypeError, r"got list\. Pass token ids: torch\.tensor"),
-        (lambda: MODEL.hidden(PARAMS, torch.tensor(1)), ValueError, r"Give one token an axis: tokens\[None\]"),
-        (lambda: MODEL.hidden(PARAMS, torch.tensor([1, 40])), ValueError, r"ids in 0\.\.39, got 40\. Encode with the tokenizer"),
+        (
+            lambda: MODEL.hidden(PARAMS, torch.tensor([1.0])),
+            TypeError,
+            "tokens should be an integer tensor, got torch.float32",
+        ),
+        (
+            lambda: MODEL.hidden(PARAMS, [1, 2]),
+            TypeError,
+            r"got list\. Pass token ids: torch\.tensor",
+        ),
+        (
+            lambda: MODEL.hidden(PARAMS, torch.tensor(1)),
+            ValueError,
+            r"Give one token an axis: tokens\[None\]",
+        ),
+        (
+            lambda: MODEL.hidden(PARAMS, torch.tensor([1, 40])),
+            ValueError,
+            r"ids in 0\.\.39, got 40\. Encode with the tokenizer",
+        ),
         (lambda: MODEL.hidden(PARAMS, torch.tensor([-1, 3])), ValueError, "got -1"),
-        (lambda: vmap(lambda t: MODEL.hidden(PARAMS, t)[0])(torch.tensor([[1], [99]])), ValueError, r"ids in 0\.\.39, got 99"),
-        (lambda: MODEL.extend(PARAMS, TOKENS.reshape(2, 20), empty()), ValueError, r"one sequence \(T,\).* torch\.func\.vmap"),
-        (lambda: MODEL.apply(PARAMS, TOKENS, empty(39)), ValueError, r"room for 40 tokens \(it has 39\).*\.grow\(cache, 40\)"),
-        (lambda: MODEL.apply(PARAMS, TOKENS.reshape(2, 20)), ValueError, r"one sequence \(T,\).* torch\.func\.vmap"),
-        (lambda: MODEL.extend(PARAMS, TOKENS, [past_of(1)]), TypeError, "a past such as Cache or Branch, got a list"),
-        (lambda: MODEL.extend(PARAMS, TOKENS, MODEL.cache(9)._replace(length=torch.tensor(2))), TypeError, r"dtype=torch\.float64"),
-        (lambda: MODEL.extend(PARAMS, TOKENS, fa.decoder(fa.Config()).cache(50)), ValueError, "cache function of this model"),
-        (lambda: MODEL.extend(PARAMS, TOKENS[:3], past_of(2), mask=masks.causal(2)), ValueError, "T = 3"),
-        (lambda: MODEL.hidden(PARAMS, TOKENS[:3], mask=masks.causal(2)), ValueError, "Build it with T = 3"),
+        (
+            lambda: vmap(lambda t: MODEL.hidden(PARAMS, t)[0])(torch.tensor([[1], [99]])),
+            ValueError,
+            r"ids in 0\.\.39, got 99",
+        ),
+        (
+            lambda: MODEL.extend(PARAMS, TOKENS.reshape(2, 20), empty()),
+            ValueError,
+            r"one sequence \(T,\).* torch\.func\.vmap",
+        ),
+        (
+            lambda: MODEL.apply(PARAMS, TOKENS, empty(39)),
+            ValueError,
+            r"room for 40 tokens \(it has 39\).*\.grow\(cache, 40\)",
+        ),
+        (
+            lambda: MODEL.apply(PARAMS, TOKENS.reshape(2, 20)),
+            ValueError,
+            r"one sequence \(T,\).* torch\.func\.vmap",
+        ),
+        (
+            lambda: MODEL.extend(PARAMS, TOKENS, [past_of(1)]),
+            TypeError,
+            "a past such as Cache or Branch, got a list",
+        ),
+        (
+            lambda: MODEL.extend(PARAMS, TOKENS, MODEL.cache(9)._replace(length=torch.tensor(2))),
+            TypeError,
+            r"dtype=torch\.float64",
+        ),
+        (
+            lambda: MODEL.extend(PARAMS, TOKENS, fa.decoder(fa.Config()).cache(50)),
+            ValueError,
+            "cache function of this model",
+        ),
+        (
+            lambda: MODEL.extend(PARAMS, TOKENS[:3], past_of(2), mask=masks.causal(2)),
+            ValueError,
+            "T = 3",
+        ),
+        (
+            lambda: MODEL.hidden(PARAMS, TOKENS[:3], mask=masks.causal(2)),
+            ValueError,
+            "Build it with T = 3",
+        ),
         (
             lambda: MODEL.extend(PARAMS, TOKENS[:3], past_of(2), mask=torch.ones(3, 5).bool()),
             ValueError,
             r"booleans \(T, T\) with T = 3",
         ),
-        (lambda: MODEL.extend(PARAMS, TOKENS[:3], past_of(2), mask=torch.ones(3, 3)), TypeError, "a Mask, booleans or None"),
-        (lambda: MODEL.cache(-1), ValueError, "cache: size should be a number of tokens, 0 or more, got -1"),
+        (
+            lambda: MODEL.extend(PARAMS, TOKENS[:3], past_of(2), mask=torch.ones(3, 3)),
+            TypeError,
+            "a Mask, booleans or None",
+        ),
+        (
+            lambda: MODEL.cache(-1),
+            ValueError,
+            "cache: size should be a number of tokens, 0 or more, got -1",
+        ),
         (lambda: MODEL.init(0), TypeError, r"key should be one key, int64 \(2,\)"),
         (lambda: MODEL.init(fa.split(fa.key(0))), ValueError, "vmap"),
-        (lambda: fa.decoder(CONFIG, kernel="fast").hidden(PARAMS, TOKENS), ValueError, "kernel should be None or one of"),
-        (lambda: fa.decoder("smollm2-135m"), TypeError, "decoder: config should be a Config, got a str"),
+        (
+            lambda: fa.decoder(CONFIG, kernel="fast").hidden(PARAMS, TOKENS),
+            ValueError,
+            "kernel should be None or one of",
+        ),
+        (
+            lambda: fa.decoder("smollm2-135m"),
+            TypeError,
+            "decoder: config should be a Config, got a str",
+        ),
         (
             lambda: MODEL.hidden(fa.decoder(fa.Config()).init(fa.key(0)), TOKENS),
             ValueError,
             "decoder: params should be those of the",
         ),
         (
-            lambda: fa.compile(MODEL, backend="eager").extend(PARAMS._replace(layers=PARAMS.layers[:1]), TOKENS[:1], empty()),
+            lambda: fa.compile(MODEL, backend="eager").extend(
+                PARAMS._replace(layers=PARAMS.layers[:1]), TOKENS[:1], empty()
+            ),
             ValueError,
             "got 1 layers",
         ),
-        (lambda: MODEL.cache(3, kind="pages"), TypeError, "cache: kind should be a kind of past, got 'pages'"),
-        (lambda: MODEL.cache(3, dtype="float32"), TypeError, r"cache: dtype should be a torch\.dtype, or None, got 'float32'"),
-        (lambda: fa.Config(width="64"), TypeError, "Config: width should be an int, got '64', a str"),
-        (lambda: fa.Config(layers=2.0), TypeError, r"Config: layers should be an int, got 2\.0, a float"),
+        (
+            lambda: MODEL.cache(3, kind="pages"),
+            TypeError,
+            "cache: kind should be a kind of past, got 'pages'",
+        ),
+        (
+            lambda: MODEL.cache(3, dtype="float32"),
+            TypeError,
+            r"cache: dtype should be a torch\.dtype, or None, got 'float32'",
+        ),
+        (
+            lambda: fa.Config(width="64"),
+            TypeError,
+            "Config: width should be an int, got '64', a str",
+        ),
+        (
+            lambda: fa.Config(layers=2.0),
+            TypeError,
+            r"Config: layers should be an int, got 2\.0, a float",
+        ),
         (lambda: fa.Config(layers=0), ValueError, "Config: layers should be at least 1, got 0"),
-        (lambda: fa.Config(heads=4, kv_heads=3), ValueError, "kv_heads should be a divisor of heads = 4, got 3"),
-        (lambda: fa.Config(head_size=5), ValueError, "head_size should be even, and at most head_size = 5, got 5"),
+        (
+            lambda: fa.Config(heads=4, kv_heads=3),
+            ValueError,
+            "kv_heads should be a divisor of heads = 4, got 3",
+        ),
+        (
+            lambda: fa.Config(head_size=5),
+            ValueError,
+            "head_size should be even, and at most head_size = 5, got 5",
+        ),
         (lambda: fa.Config(activation="swish"), ValueError, "activation should be one of 'silu'"),
     ],
 )
@@ -425,7 +567,9 @@ MIXED = fa.Config(
 def weights_of(config):
     """Not a fresh model's: nothing at a neutral value."""
     flat = fa.decoder(config).init(fa.key(0))
-    return fa.tree.map(lambda x: (10 * x + 0.1 * torch.arange(x.numel()).cos().reshape(x.shape)).double(), flat)
+    return fa.tree.map(
+        lambda x: (10 * x + 0.1 * torch.arange(x.numel()).cos().reshape(x.shape)).double(), flat
+    )
 
 
 @pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["plain", "mixed"])
@@ -444,17 +588,27 @@ def test_a_decoder_that_rematerializes_has_the_same_derivatives(config):
         lambda model: vmap(lambda tokens: grad(loss(model, tokens))(params))(TOKENS.reshape(2, 20)),
     ]
     for rule in rules:
-        for got, wanted in zip(fa.tree.leaves(rule(again)), fa.tree.leaves(rule(plain)), strict=True):
+        for got, wanted in zip(
+            fa.tree.leaves(rule(again)), fa.tree.leaves(rule(plain)), strict=True
+        ):
             close(got, wanted, rtol=1e-8, atol=1e-9)
     past = plain.apply(params, TOKENS[:7], plain.cache(20, dtype=torch.float64))[1]
-    f = lambda model: lambda k, v: model.extend(params, TOKENS[7:12], Cache(k, v, past.length))[0].sin().sum()
-    for got, wanted in zip(grad(f(again), (0, 1))(past.k, past.v), grad(f(plain), (0, 1))(past.k, past.v), strict=True):
+    f = lambda model: (
+        lambda k, v: model.extend(params, TOKENS[7:12], Cache(k, v, past.length))[0].sin().sum()
+    )
+    for got, wanted in zip(
+        grad(f(again), (0, 1))(past.k, past.v), grad(f(plain), (0, 1))(past.k, past.v), strict=True
+    ):
         close(got, wanted)
 
 
 def test_steps_of_a_mixed_decoder_equal_the_whole():
     model, params = fa.decoder(MIXED), weights_of(MIXED)
-    wanted, cache, found = model.logits(params, model.hidden(params, TOKENS)[0]), model.cache(40, dtype=torch.float64), []
+    wanted, cache, found = (
+        model.logits(params, model.hidden(params, TOKENS)[0]),
+        model.cache(40, dtype=torch.float64),
+        [],
+    )
     for piece in TOKENS.split([10, 1, 20, 1, 1, 7]):
         logits, cache = model.apply(params, piece, cache)
         found.append(logits)
@@ -464,7 +618,9 @@ def test_steps_of_a_mixed_decoder_equal_the_whole():
 def test_a_compiled_step_through_experts_is_one_graph():
     model, params = fa.decoder(MIXED), weights_of(MIXED)
     past = model.apply(params, TOKENS[:5], model.cache(9, dtype=torch.float64))[1]
-    step = torch.compile(lambda tokens, past: model.apply(params, tokens, past), fullgraph=True, backend="eager")
+    step = torch.compile(
+        lambda tokens, past: model.apply(params, tokens, past), fullgraph=True, backend="eager"
+    )
     logits, after = step(TOKENS[5:8], past)
     close(logits, model.extend(params, TOKENS[5:8], past)[0])
     assert int(after.length) == 8
@@ -473,9 +629,15 @@ def test_a_compiled_step_through_experts_is_one_graph():
 @pytest.mark.parametrize("T", [5, 20])
 @pytest.mark.parametrize("n", [0, 6])
 def test_tokens_in_any_order_see_those_near_them_by_position(n, T):
-    """Rows shuffled with their positions, and the mask with them, give the shuffled logits: the window is that of positions."""
+    """Rows shuffled with their positions, and the mask with them, give the shuffled logits: the
+    window is that of positions.
+    """
     model, params = fa.decoder(MIXED), weights_of(MIXED)
-    past = model.apply(params, TOKENS[:n], model.cache(40, dtype=torch.float64))[1] if n else model.cache(40, dtype=torch.float64)
+    past = (
+        model.apply(params, TOKENS[:n], model.cache(40, dtype=torch.float64))[1]
+        if n
+        else model.cache(40, dtype=torch.float64)
+    )
     order = fa.random.permutation(fa.key(3), T)
     causal = masks.causal(T).dense(T)[order][:, order]
     wanted = model.extend(params, TOKENS[n : n + T], past)[0]
@@ -485,19 +647,25 @@ def test_tokens_in_any_order_see_those_near_them_by_position(n, T):
 
 
 def test_a_few_tokens_far_apart_do_not_see_each_other_through_a_window():
-    """Two tokens at positions 0 and 10 are two tokens of eleven whose others are hidden, though a window of 3 holds two rows."""
+    """Two tokens at positions 0 and 10 are two tokens of eleven whose others are hidden, though a
+    window of 3 holds two rows.
+    """
     model, params = fa.decoder(MIXED), weights_of(MIXED)
     hidden = masks.causal(11).dense(11).clone()
     hidden[:, 1:10] = False
     hidden[1:10, 1:10] = torch.eye(9).bool()
     wanted = model.logits(params, model.hidden(params, TOKENS[:11], mask=hidden)[0])[[0, 10]]
-    got = model.logits(params, model.hidden(params, TOKENS[[0, 10]], positions=torch.tensor([0, 10]))[0])
+    got = model.logits(
+        params, model.hidden(params, TOKENS[[0, 10]], positions=torch.tensor([0, 10]))[0]
+    )
     close(got, wanted)
 
 
 def test_a_tree_of_drafts_under_a_window_is_each_of_its_paths():
     model, params = fa.decoder(MIXED), weights_of(MIXED)
-    sees = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]).bool()
+    sees = torch.tensor(
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]
+    ).bool()
     depth, drafts = torch.tensor([0, 1, 1, 2, 3]), TOKENS[20:25]
     past = model.apply(params, TOKENS[:5], model.cache(20, dtype=torch.float64))[1]
     logits, _ = model.extend(params, drafts, past, mask=sees, positions=depth + past.length)
@@ -521,11 +689,17 @@ def test_learned_positions_are_a_table_that_the_tokens_look_into():
     assert not rows[5:].any()
 
 
-@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, positions="learned")], ids=["rotary", "learned"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, dataclasses.replace(CONFIG, positions="learned")], ids=["rotary", "learned"]
+)
 def test_a_text_as_long_as_the_context_is_read_and_one_token_more_is_not(config):
     config = dataclasses.replace(config, context=10)
     model, params = fa.decoder(config), weights_of(config)
-    whose = "of its table" if config.positions == "learned" else "that the model was trained on, config.context"
+    whose = (
+        "of its table"
+        if config.positions == "learned"
+        else "that the model was trained on, config.context"
+    )
     told = rf"tokens should be within the 10 positions {whose}, got position 10\. Shorten it; or .* dataclasses\.replace"
     assert model.hidden(params, TOKENS[:10])[0].isfinite().all()
     past = model.apply(params, TOKENS[:9], model.cache(20, dtype=torch.float64))[1]
@@ -535,14 +709,18 @@ def test_a_text_as_long_as_the_context_is_read_and_one_token_more_is_not(config)
         lambda: model.extend(params, TOKENS[9:11], past),
         lambda: model.hidden(params, TOKENS[:2], positions=torch.tensor([3, 10])),
         lambda: vmap(lambda tokens: model.hidden(params, tokens)[0])(TOKENS[:22].reshape(2, 11)),
-        lambda: vmap(lambda places: model.hidden(params, TOKENS[:1], positions=places)[0])(torch.tensor([[3], [10]])),
+        lambda: vmap(lambda places: model.hidden(params, TOKENS[:1], positions=places)[0])(
+            torch.tensor([[3], [10]])
+        ),
     ):
         with pytest.raises(ValueError, match=told):
             wrong()
 
 
 @pytest.mark.parametrize(
-    "more", [{"positions": "none"}, {"rope_scaling": RopeScaling("dynamic", 2.0, context=10)}], ids=["none", "dynamic"]
+    "more",
+    [{"positions": "none"}, {"rope_scaling": RopeScaling("dynamic", 2.0, context=10)}],
+    ids=["none", "dynamic"],
 )
 def test_a_model_without_a_limit_reads_on(more):
     config = dataclasses.replace(CONFIG, context=10, **more)
@@ -551,14 +729,26 @@ def test_a_model_without_a_limit_reads_on(more):
     assert model.hidden(weights_of(config), TOKENS)[0].isfinite().all()
 
 
-CHOICES = {"norm": "batch", "head_norm": "l2", "norm_placement": "inside", "positions": "alibi", "activation": "swish"}
+CHOICES = {
+    "norm": "batch",
+    "head_norm": "l2",
+    "norm_placement": "inside",
+    "positions": "alibi",
+    "activation": "swish",
+}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *[({name: wrong}, rf"Config: {name} should be one of .*, got '{wrong}'\. Choose one") for name, wrong in CHOICES.items()],
-        *[({name: 0}, f"Config: {name} should be at least 1, got 0") for name in ("vocabulary", "width", "head_size", "context")],
+        *[
+            ({name: wrong}, rf"Config: {name} should be one of .*, got '{wrong}'\. Choose one")
+            for name, wrong in CHOICES.items()
+        ],
+        *[
+            ({name: 0}, f"Config: {name} should be at least 1, got 0")
+            for name in ("vocabulary", "width", "head_size", "context")
+        ],
         ({"feed_forward": -3}, "feed_forward should be at least 1, got -3"),
         ({"window": 0}, r"window should be None or at least 1, got 0\. Each token sees itself"),
         (
@@ -570,12 +760,24 @@ CHOICES = {"norm": "batch", "head_norm": "l2", "norm_placement": "inside", "posi
         ({"rotary_size": 3}, "rotary_size should be even, and at most head_size = 16, got 3"),
         ({"rotary_size": 18}, "rotary_size should be even, and at most head_size = 16, got 18"),
         ({"rotary_size": 0}, "rotary_size should be even, .* got 0"),
-        ({"experts": 4}, "experts_per_token should be from 1 to experts = 4, with an expert_size above 0, got 0"),
-        ({"experts": 4, "experts_per_token": 5, "expert_size": 8}, "from 1 to experts = 4, .* got 5"),
+        (
+            {"experts": 4},
+            "experts_per_token should be from 1 to experts = 4, with an expert_size above 0, got 0",
+        ),
+        (
+            {"experts": 4, "experts_per_token": 5, "expert_size": 8},
+            "from 1 to experts = 4, .* got 5",
+        ),
         ({"experts": 4, "experts_per_token": 2}, "with an expert_size above 0, got 2"),
-        ({"norm_placement": "after", "parallel": True}, 'norm_placement should be "before" where .*, got after'),
+        (
+            {"norm_placement": "after", "parallel": True},
+            'norm_placement should be "before" where .*, got after',
+        ),
         ({"norm_placement": "around", "norm_bias": True, "norm": "layer"}, "No family has both"),
-        ({"shared_norm": True}, r"shared_norm should be False where blocks follow each other, got True\. Set parallel=True"),
+        (
+            {"shared_norm": True},
+            r"shared_norm should be False where blocks follow each other, got True\. Set parallel=True",
+        ),
     ],
 )
 def test_a_config_that_says_nothing_is_an_error_with_its_remedy(fields, message):

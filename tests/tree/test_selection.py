@@ -1,4 +1,6 @@
-"""Which leaves a transform acts on: one argument of every transform, a regex of whole paths or a predicate, read in one place."""
+"""Which leaves a transform acts on: one argument of every transform, a regex of whole paths or a
+predicate, read in one place.
+"""
 
 import re
 
@@ -27,11 +29,17 @@ def differing(changed, is_leaf=None):
 
 
 def quantized(transform):
-    return [path for path, leaf in tree.items(transform(PARAMS), is_leaf=is_quantized) if is_quantized(leaf)]
+    return [
+        path
+        for path, leaf in tree.items(transform(PARAMS), is_leaf=is_quantized)
+        if is_quantized(leaf)
+    ]
 
 
 def stepped(optimizer, still):
-    """The paths of leaves that one step without gradients moves otherwise than another optimizer's."""
+    """The paths of leaves that one step without gradients moves otherwise than another
+    optimizer's.
+    """
     moved = []
     for one in (optimizer, still):
         zeros = tree.map(torch.zeros_like, PARAMS)
@@ -41,7 +49,11 @@ def stepped(optimizer, still):
 
 def replaced_rule(where):
     cuts = specs(PARAMS, Grid(tensor=2), [(where, P("tensor", None)), (".*", P())])
-    return [path for path, spec in tree.items(cuts, is_leaf=lambda node: isinstance(node, P)) if any(spec)]
+    return [
+        path
+        for path, spec in tree.items(cuts, is_leaf=lambda node: isinstance(node, P))
+        if any(spec)
+    ]
 
 
 TRANSFORMS = {  # where -> the paths that were chosen
@@ -53,14 +65,19 @@ TRANSFORMS = {  # where -> the paths that were chosen
     "cast": lambda where: differing(tree.cast(torch.float64, where)(PARAMS)),
     "to": lambda where: differing(tree.to("meta", where)(PARAMS)),
     "partition": lambda where: tree.paths(tree.partition(PARAMS, where)[0]),
-    "adamw": lambda where: stepped(fa.training.adamw(1.0, decays=where), fa.training.adamw(1.0, weight_decay=0.0)),
+    "adamw": lambda where: stepped(
+        fa.training.adamw(1.0, decays=where), fa.training.adamw(1.0, weight_decay=0.0)
+    ),
     "muon": lambda where: stepped(
         fa.training.muon(1.0, where=where, rest=fa.training.sgd(1.0)),
         fa.training.muon(1.0, weight_decay=0.0, rest=fa.training.sgd(1.0)),
     ),
     "shard": replaced_rule,
 }
-SPELLINGS = {"a regex": REGEX, "a predicate": lambda path, leaf: re.fullmatch(REGEX, path) is not None}
+SPELLINGS = {
+    "a regex": REGEX,
+    "a predicate": lambda path, leaf: re.fullmatch(REGEX, path) is not None,
+}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -71,7 +88,9 @@ def test_the_same_where_chooses_the_same_leaves(name, spelling):
 
 @pytest.mark.parametrize("spelling", ["regex=True", "a predicate"])
 def test_update_chooses_the_same_leaves(spelling):
-    path, options = (REGEX, {"regex": True}) if spelling == "regex=True" else (SPELLINGS[spelling], {})
+    path, options = (
+        (REGEX, {"regex": True}) if spelling == "regex=True" else (SPELLINGS[spelling], {})
+    )
     assert differing(tree.update(PARAMS, path, torch.clone, **options)) == CHOSEN
 
 
@@ -91,22 +110,34 @@ def test_a_leaf_is_shown_to_a_predicate():
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_what_is_no_rule_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=r"^\w+: (where|decays|rules) should be a regex of paths, got '\(q', missing"):
+    with pytest.raises(
+        ValueError,
+        match=r"^\w+: (where|decays|rules) should be a regex of paths, got '\(q', missing",
+    ):
         TRANSFORMS[name]("(q")
-    with pytest.raises(TypeError, match=r"^\w+: (where|decays|rules) should be a regex or a predicate of \(path, weight\), got 3"):
+    with pytest.raises(
+        TypeError,
+        match=r"^\w+: (where|decays|rules) should be a regex or a predicate of \(path, weight\), got 3",
+    ):
         TRANSFORMS[name](3)
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "shard"])  # where other rules follow
+# where other rules follow
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "shard"])
 def test_a_regex_that_matches_no_path_is_refused(name):
-    with pytest.raises(ValueError, match=r"^\w+: (where|decays) should be .*(chooses none|true of some weight)"):
+    with pytest.raises(
+        ValueError, match=r"^\w+: (where|decays) should be .*(chooses none|true of some weight)"
+    ):
         TRANSFORMS[name](r"layers\.q")
 
 
 def test_update_refuses_the_same():
     with pytest.raises(ValueError, match="update: path should be a regex of paths"):
         tree.update(PARAMS, "(q", 0, regex=True)
-    with pytest.raises(ValueError, match=r"update: path should be a rule that chooses a leaf, got .* which chooses none"):
+    with pytest.raises(
+        ValueError,
+        match=r"update: path should be a rule that chooses a leaf, got .* which chooses none",
+    ):
         tree.update(PARAMS, lambda path, leaf: False, 0)
     with pytest.raises(ValueError, match="update: path should be a path in the tree"):
         tree.update(PARAMS, r"layers\.q", 0, regex=True)

@@ -1,4 +1,6 @@
-"""Trees keep their paths, their structure and what nobody named; halves come together again, also inside a transform."""
+"""Trees keep their paths, their structure and what nobody named; halves come together again, also
+inside a transform.
+"""
 
 import html.parser
 from collections import OrderedDict
@@ -38,7 +40,9 @@ def is_weight(node):
 
 
 def params(layers=2, bias=ABSENT):
-    return Params(torch.ones(3, 2), tuple(Layer(torch.full((2, 2), float(n)), bias) for n in range(layers)))
+    return Params(
+        torch.ones(3, 2), tuple(Layer(torch.full((2, 2), float(n)), bias) for n in range(layers))
+    )
 
 
 def quantized(layers=2):
@@ -83,10 +87,16 @@ def test_a_path_joins_fields_keys_and_indices():
 @given(trees)
 def test_paths_are_those_of_the_accessors_of_optree(t):
     accessors, flat, _ = optree.tree_flatten_with_accessor(t)
-    named = [".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor) for accessor in accessors]
+    named = [
+        ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
+        for accessor in accessors
+    ]
     assert tree.paths(t) == named
     assert all(x is y for x, y in zip(tree.leaves(t), flat, strict=True))
-    assert all(path == name and x is y for (path, x), name, y in zip(tree.items(t), named, flat, strict=True))
+    assert all(
+        path == name and x is y
+        for (path, x), name, y in zip(tree.items(t), named, flat, strict=True)
+    )
 
 
 def test_a_weight_keeps_its_path_when_it_becomes_a_record():
@@ -105,9 +115,13 @@ def test_map_keeps_the_structure(t):
 
 
 def test_map_with_path_gives_each_leaf_its_own_path():
-    found = tree.map_with_path(lambda path, x, y: f"{path} {y}", params(), tree.map(lambda x: x.ndim, params()))
+    found = tree.map_with_path(
+        lambda path, x, y: f"{path} {y}", params(), tree.map(lambda x: x.ndim, params())
+    )
     assert tree.leaves(found) == ["embed 2", "layers.0.q 2", "layers.1.q 2"]
-    kinds = tree.map_with_path(lambda path, x: f"{path}: {type(x).__name__}", quantized(), is_leaf=is_weight)
+    kinds = tree.map_with_path(
+        lambda path, x: f"{path}: {type(x).__name__}", quantized(), is_leaf=is_weight
+    )
     assert tree.leaves(kinds)[1] == "layers.0.q: Codes"
 
 
@@ -130,7 +144,9 @@ def test_unstack_undoes_stack(n):
     several = [tree.map(lambda x, n=n: x + n, params(1)) for n in range(n)]
     stacked = tree.stack(several)
     assert stacked.embed.shape == (n, 3, 2)
-    assert all(tree.allclose(a, b, 0, 0) for a, b in zip(tree.unstack(stacked), several, strict=True))
+    assert all(
+        tree.allclose(a, b, 0, 0) for a, b in zip(tree.unstack(stacked), several, strict=True)
+    )
 
 
 def test_a_stack_is_an_ensemble_for_vmap():
@@ -191,7 +207,9 @@ def test_update_reaches_leaves_subtrees_and_what_is_absent():
     assert tree.update(old, "layers.0.q", lambda q: q + 5).layers[0].q[0, 0] == 5
     assert tree.update(old, "layers.0", ()).layers[0] == ()
     assert tree.update(old, "layers.1.bias", torch.ones(2)).layers[1].bias.shape == (2,)
-    assert tree.update(quantized(), "layers.1.q", lambda weight: weight.scale).layers[1].q.shape == (2,)
+    assert tree.update(quantized(), "layers.1.q", lambda weight: weight.scale).layers[
+        1
+    ].q.shape == (2,)
     assert tree.update(1, "", 2) == 2
     assert tree.allclose(old, params(), 0, 0)
     assert list(tree.update({"b": 1, "a": 2}, "a", 3)) == ["b", "a"]
@@ -200,7 +218,9 @@ def test_update_reaches_leaves_subtrees_and_what_is_absent():
 def test_update_by_regex_replaces_every_leaf_that_matches_whole():
     changed = tree.update(params(12), r"layers\.1\.q", "new", regex=True)
     assert [n for n, layer in enumerate(changed.layers) if isinstance(layer.q, str)] == [1]
-    changed = tree.update(quantized(), r".*\.q", lambda weight: weight.codes, regex=True, is_leaf=is_weight)
+    changed = tree.update(
+        quantized(), r".*\.q", lambda weight: weight.codes, regex=True, is_leaf=is_weight
+    )
     assert [layer.q.dtype for layer in changed.layers] == [torch.int8, torch.int8]
 
 
@@ -214,22 +234,33 @@ def test_an_unknown_path_is_an_error_that_names_the_nearest():
 # Partition
 
 
-@given(trees, st.sampled_from(["floating", "integer", lambda path, _: "a" in path, lambda *_: True, lambda *_: False]))
+@given(
+    trees,
+    st.sampled_from(
+        ["floating", "integer", lambda path, _: "a" in path, lambda *_: True, lambda *_: False]
+    ),
+)
 def test_combine_undoes_partition(t, predicate):
     selected, rest = tree.partition(t, predicate)
     assert same(tree.combine(selected, rest), t)
     assert same(tree.combine(rest, selected), t)
     assert len(tree.leaves(selected)) + len(tree.leaves(rest)) == len(tree.leaves(t))
-    assert all(isinstance(x, torch.Tensor) for x in _pytree.tree_leaves((selected, rest)))  # no None: torch.func takes both
+    # no None: torch.func takes both
+    assert all(isinstance(x, torch.Tensor) for x in _pytree.tree_leaves((selected, rest)))
 
 
 def test_partition_chooses_by_kind_and_by_path():
     floating, rest = tree.partition(quantized(1))
     assert tree.paths(floating) == ["embed", "layers.0.q.scale"]
     assert tree.paths(rest) == ["layers.0.q.codes"]
-    integers, _ = tree.partition({"n": torch.tensor(1), "b": torch.tensor(True), "x": torch.tensor(1.0), "word": "word"}, "integer")
+    integers, _ = tree.partition(
+        {"n": torch.tensor(1), "b": torch.tensor(True), "x": torch.tensor(1.0), "word": "word"},
+        "integer",
+    )
     assert tree.paths(integers) == ["n"]
-    chosen, others = tree.partition(quantized(1), lambda path, _: path == "layers.0.q", is_leaf=is_weight)
+    chosen, others = tree.partition(
+        quantized(1), lambda path, _: path == "layers.0.q", is_leaf=is_weight
+    )
     assert tree.paths(chosen, is_leaf=is_weight) == ["layers.0.q"]
     assert tree.paths(others) == ["embed"]
 
@@ -256,14 +287,21 @@ def test_partition_inside_a_transform_is_partition_outside():
     p, x = params(), torch.ones(3, 2)
 
     def inside(p):
-        floating, rest = tree.partition(tree.cast(torch.float64)(p), lambda path, _: path.endswith("q"))
+        floating, rest = tree.partition(
+            tree.cast(torch.float64)(p), lambda path, _: path.endswith("q")
+        )
         moved = tree.update(floating, "layers.0.q", lambda q: 2 * q)
         return sum(y.square().sum() for y in tree.leaves(tree.combine(moved, rest))) * x.sum()
 
-    wanted = tree.map_with_path(lambda path, y: 2 * y * x.sum() * (4 if path == "layers.0.q" else 1), p)
+    wanted = tree.map_with_path(
+        lambda path, y: 2 * y * x.sum() * (4 if path == "layers.0.q" else 1), p
+    )
     assert tree.allclose(grad(inside)(p), wanted)
     assert tree.allclose(
-        jvp(inside, (p,), (p,))[1], sum((a * b).sum() for a, b in zip(tree.leaves(p), tree.leaves(wanted), strict=True)).double()
+        jvp(inside, (p,), (p,))[1],
+        sum(
+            (a * b).sum() for a, b in zip(tree.leaves(p), tree.leaves(wanted), strict=True)
+        ).double(),
     )
     assert tree.allclose(vjp(inside, p)[1](torch.ones((), dtype=torch.float64))[0], wanted)
     assert tree.allclose(vmap(inside)(tree.stack([p, p]))[1], inside(p))
@@ -271,11 +309,15 @@ def test_partition_inside_a_transform_is_partition_outside():
 
 
 def test_partition_and_combine_say_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"partition: tree should be without None, got None at 'a\.0'"):
+    with pytest.raises(
+        ValueError, match=r"partition: tree should be without None, got None at 'a\.0'"
+    ):
         tree.partition({"a": [None]})
     with pytest.raises(ValueError, match=r"partition: where .*'float'"):
         tree.partition(params(), "float")
-    with pytest.raises(ValueError, match=r"combine: rest should be \(\) where selected is not, at 'embed'"):
+    with pytest.raises(
+        ValueError, match=r"combine: rest should be \(\) where selected is not, at 'embed'"
+    ):
         tree.combine(params(), params())
     with pytest.raises(ValueError, match="combine: rest should be of the same parts at 'a'"):
         tree.combine({"a": [1, ()]}, {"a": [()]})
@@ -314,9 +356,13 @@ def test_to_moves_every_tensor_and_shares_what_is_there():
 
 def test_the_parameters_of_a_module_are_a_tree():
     module = torch.nn.Linear(2, 3)
-    floating, rest = tree.partition(dict(module.named_parameters()), lambda path, _: path == "weight")
+    floating, rest = tree.partition(
+        dict(module.named_parameters()), lambda path, _: path == "weight"
+    )
     x = torch.ones(2)
-    slope = grad(lambda half: functional_call(module, tree.combine(half, rest), (x,)).sum())(floating)
+    slope = grad(lambda half: functional_call(module, tree.combine(half, rest), (x,)).sum())(
+        floating
+    )
     assert torch.equal(slope["weight"], torch.ones(3, 2))
     assert slope["bias"] == ()
 
@@ -337,20 +383,26 @@ COMPILED = {
     "update by regex": lambda p: tree.update(p, r"layers.*", lambda x: x * 2, regex=True),
     "cast": tree.cast(torch.float64),
     "nbytes": lambda p: p.embed * tree.nbytes(p) + tree.count(p),
-    "grad": lambda p: grad(lambda half, rest: loss(tree.combine(half, rest), torch.ones(3, 2)))(*tree.partition(p)),
+    "grad": lambda p: grad(lambda half, rest: loss(tree.combine(half, rest), torch.ones(3, 2)))(
+        *tree.partition(p)
+    ),
 }
 
 
 @pytest.mark.parametrize("f", COMPILED.values(), ids=COMPILED.keys())
 def test_a_compiled_tree_function_is_the_eager_one(f):
     torch._dynamo.reset()
-    assert tree.allclose(torch.compile(f, fullgraph=True, backend="eager")(quantized()), f(quantized()))
+    assert tree.allclose(
+        torch.compile(f, fullgraph=True, backend="eager")(quantized()), f(quantized())
+    )
 
 
 def test_a_dict_with_an_empty_half_compiles():
     torch._dynamo.reset()
     p = {"b": torch.ones(2), "a": [torch.ones(1)], "none": {"bias": ()}}
-    double = lambda p: tree.combine(*(tree.map(lambda x: 2 * x, half) for half in tree.partition(p)))
+    double = lambda p: tree.combine(
+        *(tree.map(lambda x: 2 * x, half) for half in tree.partition(p))
+    )
     assert tree.allclose(torch.compile(double, fullgraph=True, backend="eager")(p), double(p))
 
 
@@ -387,7 +439,9 @@ def test_a_summary_of_one_leaf_or_of_nothing_reads():
 
 
 def test_a_summary_escapes_every_name_in_html():
-    page = tree.summary({"<script>alert(1)</script>": torch.ones(2), "a&b": [torch.ones(1)] * 2})._repr_html_()
+    page = tree.summary(
+        {"<script>alert(1)</script>": torch.ones(2), "a&b": [torch.ones(1)] * 2}
+    )._repr_html_()
     tags = set()
     parser = html.parser.HTMLParser()
     parser.handle_starttag = lambda tag, _: tags.add(tag)

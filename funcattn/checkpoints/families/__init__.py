@@ -21,7 +21,18 @@ from .llama import LLAMA
 from .metadata import GGUF, STRETCH, read_metadata
 from .metadata import TENSORS as GGUF_TENSORS
 from .tables import CheckpointError, Family
-from .weights import Source, assemble, leaves, locate_tensors, match, pack, shapes, spelling, unpack, wanted
+from .weights import (
+    Source,
+    assemble,
+    leaves,
+    locate_tensors,
+    match,
+    pack,
+    shapes,
+    spelling,
+    unpack,
+    wanted,
+)
 
 __all__ = [
     "CheckpointError",

@@ -13,13 +13,16 @@ NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def read_config(values: Mapping[str, object]) -> Config:
-    """The Config that a config.json describes; raises CheckpointError for what Config cannot express.
+    """The Config that a config.json describes; raises CheckpointError for what Config cannot
+    express.
 
     Example:
-        >>> sizes = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6}
+        >>> sizes = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1,
+        ...     "num_attention_heads": 2, "intermediate_size": 6}
         >>> read_config({"model_type": "llama", **sizes, "sliding_window": 4096})
         Traceback (most recent call last):
-        funcattn.checkpoints.families.tables.CheckpointError: load: sliding_window in config.json should be absent, got 4096. ...
+        funcattn.checkpoints.families.tables.CheckpointError: load: sliding_window in config.json
+        should be absent, got 4096. ...
     """
     family = family_of(values.get("model_type"), "model_type in config.json")
     architectures = values.get("architectures")
@@ -29,7 +32,8 @@ def read_config(values: Mapping[str, object]) -> Config:
     found = family.read(fields)
     fields.check_neutral({**NEUTRAL, **family.neutral})
     fields.check_known(IGNORED | NEUTRAL.keys() | family.neutral.keys())
-    unread = "layer_types" not in fields.seen and found.get("window") is None  # a family with a window has it whatever they say
+    # a family with a window has it whatever they say
+    unread = "layer_types" not in fields.seen and found.get("window") is None
     if unread and any(kind != "full_attention" for kind in fields.items("layer_types")):
         refuse("layer_types in config.json", "full_attention throughout", values["layer_types"])
     return configure(**found)
@@ -40,7 +44,8 @@ def write_config(config: Config) -> dict[str, object]:
 
     Rotary fields are written for older and newer readers.
 
-    Law: read_config(write_config(config)) == config (test_families.py::test_a_config_comes_back_from_its_json).
+    Law: read_config(write_config(config)) == config
+        (test_families.py::test_a_config_comes_back_from_its_json).
     """
     return _written(config)[1]
 
@@ -53,10 +58,25 @@ def family_for(config: Config) -> Family:
 def _written(config: Config) -> tuple[Family, dict[str, Json]]:
     for family in FAMILIES.values():
         try:
-            values = {"architectures": [family.architecture], "model_type": family.name, **NO_IDS, **family.write(config)}
+            values = {
+                "architectures": [family.architecture],
+                "model_type": family.name,
+                **NO_IDS,
+                **family.write(config),
+            }
             if read_config(values) == config:
                 return family, values
         except CheckpointError:
             continue
-    remedy = "Other programs would compute it wrongly: change what no published family has, or keep the tree with torch.save."
-    fail("save", "config", f"one that a family among {', '.join(FAMILIES)} has", repr(config), remedy, CheckpointError)
+    remedy = (
+        "Other programs would compute it wrongly: change what no published family has, or keep the "
+        "tree with torch.save."
+    )
+    fail(
+        "save",
+        "config",
+        f"one that a family among {', '.join(FAMILIES)} has",
+        repr(config),
+        remedy,
+        CheckpointError,
+    )

@@ -33,12 +33,14 @@ TENSORS = {
     "layers.{}.feed_forward_norm": "model.layers.{}.post_attention_layernorm.weight",
     "layers.{}.feed_forward_norm_bias": "model.layers.{}.post_attention_layernorm.bias",
     **{
-        f"layers.{{}}.{leaf}{bias}": f"model.layers.{{}}.self_attn.{leaf}_proj.{'bias' if bias else 'weight'}"
+        f"layers.{{}}.{leaf}{bias}": "model.layers.{}.self_attn."
+        f"{leaf}_proj.{'bias' if bias else 'weight'}"
         for leaf in "qkvo"
         for bias in ("", "_bias")
     },
     **{
-        f"layers.{{}}.{leaf}{bias}": f"model.layers.{{}}.mlp.{leaf}_proj.{'bias' if bias else 'weight'}"
+        f"layers.{{}}.{leaf}{bias}": "model.layers.{}.mlp."
+        f"{leaf}_proj.{'bias' if bias else 'weight'}"
         for leaf in ("gate", "up", "down")
         for bias in ("", "_bias")
     },
@@ -48,7 +50,9 @@ TENSORS = {
 }
 
 
-def read_sizes(fields: Fields, *, context: int, kv_heads: int | None = None, head_size: int | None = None) -> dict[str, Json]:
+def read_sizes(
+    fields: Fields, *, context: int, kv_heads: int | None = None, head_size: int | None = None
+) -> dict[str, Json]:
     """The sizes of a family that calls them as most do.
 
     Args:
@@ -85,7 +89,9 @@ def write_activation(config: Config) -> str | None:
     return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation), None)
 
 
-def read_windows(fields: Fields, window: int | None, layers: int, default: list[bool]) -> dict[str, Json]:
+def read_windows(
+    fields: Fields, window: int | None, layers: int, default: list[bool]
+) -> dict[str, Json]:
     """window and window_layers, from `layer_types` where the file has them.
 
     Args:
@@ -94,7 +100,9 @@ def read_windows(fields: Fields, window: int | None, layers: int, default: list[
         layers: how many there are.
         default: which layers have the window where the file has no layer_types.
     """
-    local = [_is_local(kind, fields.place("layer_types")) for kind in fields.items("layer_types")] or default
+    local = [
+        _is_local(kind, fields.place("layer_types")) for kind in fields.items("layer_types")
+    ] or default
     if len(local) != layers:
         refuse(fields.place("layer_types"), f"one of each of the {layers} layers", f"{len(local)}")
     if not any(local):
@@ -112,5 +120,8 @@ def _is_local(kind: object, where: str) -> bool:
 
 def write_windows(config: Config) -> dict[str, object]:
     """sliding_window and layer_types."""
-    kinds = ["full_attention" if config.layer_spec(i).window is None else "sliding_attention" for i in range(config.layers)]
+    kinds = [
+        "full_attention" if config.layer_spec(i).window is None else "sliding_attention"
+        for i in range(config.layers)
+    ]
     return {"sliding_window": config.window, "layer_types": kinds}

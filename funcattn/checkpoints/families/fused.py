@@ -1,8 +1,10 @@
 """Families that fuse, parallelize or turn otherwise.
 
 phi3         q, k, v in one matrix, gate and up in one; longrope
-cohere       attention and feed-forward side by side behind one layer norm; angles on neighbouring features
-stablelm     layer norms, part of each head turns          starcoder2   a plain feed-forward, biases, a window
+cohere       attention and feed-forward side by side behind one layer norm; angles on
+             neighbouring features
+stablelm     layer norms, part of each head turns
+starcoder2   a plain feed-forward, biases, a window
 """
 
 from ...transformer import Config
@@ -151,7 +153,9 @@ PHI3 = Family(
     _write_phi3,
     TENSORS,
     packs=(
-        fused([f"layers.{{}}.{leaf}" for leaf in "qkv"], LAYER + "self_attn.qkv_proj.weight", _heads),
+        fused(
+            [f"layers.{{}}.{leaf}" for leaf in "qkv"], LAYER + "self_attn.qkv_proj.weight", _heads
+        ),
         fused(
             [f"layers.{{}}.{leaf}" for leaf in ("gate", "up")],
             LAYER + "mlp.gate_up_proj.weight",
@@ -178,7 +182,12 @@ STABLELM = Family(
     _write_stablelm,
     TENSORS,
     packs=tuple(
-        stacked(f"layers.{{}}.{x}_norm", f"{LAYER}self_attn.{x}_layernorm.norms.{{expert}}.weight", experts=False) for x in "qk"
+        stacked(
+            f"layers.{{}}.{x}_norm",
+            f"{LAYER}self_attn.{x}_layernorm.norms.{{expert}}.weight",
+            experts=False,
+        )
+        for x in "qk"
     ),
 )
 STARCODER2 = Family(

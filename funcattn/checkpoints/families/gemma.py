@@ -6,7 +6,15 @@ and another rotary base (3). Norm weights are stored minus 1, and are so here to
 """
 
 from ...transformer import Config
-from .conventions import TENSORS, read_activation, read_sizes, read_windows, write_activation, write_sizes, write_windows
+from .conventions import (
+    TENSORS,
+    read_activation,
+    read_sizes,
+    read_windows,
+    write_activation,
+    write_sizes,
+    write_windows,
+)
 from .positions import parse_rope, read_rope, whole_heads, with_rope_type, write_rope
 from .tables import Family, Fields, Json, refuse
 
@@ -60,7 +68,10 @@ def _read_cap(fields: Fields, name: str, default: float | None) -> float | None:
 
 
 def _read_around(fields: Fields) -> dict[str, Json]:
-    return {"attention_scale": fields.positive("query_pre_attn_scalar", 256.0) ** -0.5, "norm_placement": "around"}
+    return {
+        "attention_scale": fields.positive("query_pre_attn_scalar", 256.0) ** -0.5,
+        "norm_placement": "around",
+    }
 
 
 def _write_caps(config: Config) -> dict[str, object]:
@@ -68,7 +79,9 @@ def _write_caps(config: Config) -> dict[str, object]:
     return {
         "attn_logit_softcapping": config.attention_cap,
         "final_logit_softcapping": config.logit_cap,
-        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
+        "query_pre_attn_scalar": round(scalar)
+        if abs(scalar - round(scalar)) < 1e-6 * scalar
+        else scalar,
     }
 
 
@@ -88,7 +101,12 @@ def _read_gemma2(fields: Fields) -> dict[str, Json]:
 
 
 def _write_gemma2(config: Config) -> dict[str, object]:
-    return {**_write_sizes(config, "hidden_activation"), **write_rope(config), **_write_caps(config), **write_windows(config)}
+    return {
+        **_write_sizes(config, "hidden_activation"),
+        **write_rope(config),
+        **_write_caps(config),
+        **write_windows(config),
+    }
 
 
 def _read_gemma3(fields: Fields) -> dict[str, Json]:
@@ -100,7 +118,8 @@ def _read_gemma3(fields: Fields) -> dict[str, Json]:
     return {
         **sizes,
         **_read_around(fields),
-        "logit_cap": _read_cap(fields, "final_logit_softcapping", None),  # a cap of attention is kept in its file and never applied
+        # a cap of attention is kept in its file and never applied
+        "logit_cap": _read_cap(fields, "final_logit_softcapping", None),
         **windows,
         **_read_two_bases(fields, sizes["context"], windows["window"] is not None),
         "head_norm": "rms",
@@ -125,19 +144,28 @@ def _read_two_bases(fields: Fields, context: int, windowed: bool) -> dict[str, J
     full = {**full, **scaling}  # whose "type" says nothing beside the "rope_type" that is there
     bases = fields.get("rope_theta", 1e6), fields.get("rope_local_base_freq", 1e4)
     wide, narrow = (
-        parse_rope(with_rope_type({"rope_theta": base, **part, "truncate": True}), where, context, {})  # read of the outer object
+        # read of the outer object
+        parse_rope(
+            with_rope_type({"rope_theta": base, **part, "truncate": True}), where, context, {}
+        )
         for base, part in zip(bases, (full, near), strict=True)
     )
     if narrow["rope_scaling"] is not None:
         refuse(f"sliding_attention of {where}", "rope_type default", near)
-    return {**whole_heads(wide), "local_rope_base": whole_heads(narrow)["rope_base"] if windowed else None}
+    return {
+        **whole_heads(wide),
+        "local_rope_base": whole_heads(narrow)["rope_base"] if windowed else None,
+    }
 
 
 def _write_gemma3(config: Config) -> dict[str, object]:
     near = {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4}
     return {
         **_write_sizes(config, "hidden_activation"),
-        "rope_parameters": {"full_attention": write_rope(config, nested=True), "sliding_attention": near},
+        "rope_parameters": {
+            "full_attention": write_rope(config, nested=True),
+            "sliding_attention": near,
+        },
         **_write_caps(config),
         **write_windows(config),
     }
@@ -145,4 +173,11 @@ def _write_gemma3(config: Config) -> dict[str, object]:
 
 GEMMA = Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma, TENSORS)
 GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2, {**TENSORS, **AROUND})
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, {**TENSORS, **AROUND}, body="Gemma3TextModel")
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    _read_gemma3,
+    _write_gemma3,
+    {**TENSORS, **AROUND},
+    body="Gemma3TextModel",
+)

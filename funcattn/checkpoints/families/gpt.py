@@ -1,7 +1,7 @@
 """GPT-2 and GPT-NeoX (Pythia): layer norms with biases, a plain feed-forward.
 
-GPT-2 learns its positions and stores matrices as (in, out); GPT-NeoX turns a part of each head, and runs attention and feed-forward
-side by side, each behind a norm of its own.
+GPT-2 learns its positions and stores matrices as (in, out); GPT-NeoX turns a part of each head, and
+runs attention and feed-forward side by side, each behind a norm of its own.
 """
 
 import re
@@ -18,13 +18,18 @@ LAYER_NORM = {"norm": "layer", "norm_bias": True, "gated": False, "feed_forward_
 
 
 ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
-ALIASES |= {"max_position_embeddings": "n_positions"}  # of GPT-2 in transformers, where they go first
+# of GPT-2 in transformers, where they go first
+ALIASES |= {"max_position_embeddings": "n_positions"}
 
 
 def _read_gpt2(fields: Fields) -> dict[str, Json]:
     for alias, name in ALIASES.items():
         if fields.get(alias) is not None and fields.get(alias) != fields.get(name):
-            refuse(fields.place(alias), f"absent, or what {name} is, {fields.get(name)}", fields.get(alias))
+            refuse(
+                fields.place(alias),
+                f"absent, or what {name} is, {fields.get(name)}",
+                fields.get(alias),
+            )
     width, heads = fields.whole("n_embd"), fields.whole("n_head")
     return {
         **LAYER_NORM,
@@ -82,7 +87,11 @@ def _read_neox(fields: Fields) -> dict[str, Json]:
 def _write_neox(config: Config) -> dict[str, object]:
     rope = write_rope(config)
     share = rope["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
-    sizes = {name: value for name, value in write_sizes(config).items() if name not in ("num_key_value_heads", "head_dim")}
+    sizes = {
+        name: value
+        for name, value in write_sizes(config).items()
+        if name not in ("num_key_value_heads", "head_dim")
+    }
     rope.pop("partial_rotary_factor", None)  # which it calls rotary_pct
     return {
         **sizes,
@@ -109,7 +118,10 @@ GPT2 = Family(
         "norm_bias": "transformer.ln_f.bias",
         "head": "lm_head.weight",
         **{f"layers.{{}}.attention_norm{ours}": f"{BLOCK}ln_1.{theirs}" for theirs, ours in PARTS},
-        **{f"layers.{{}}.feed_forward_norm{ours}": f"{BLOCK}ln_2.{theirs}" for theirs, ours in PARTS},
+        **{
+            f"layers.{{}}.feed_forward_norm{ours}": f"{BLOCK}ln_2.{theirs}"
+            for theirs, ours in PARTS
+        },
         "layers.{}.o_bias": BLOCK + "attn.c_proj.bias",
         "layers.{}.up_bias": BLOCK + "mlp.c_fc.bias",
         "layers.{}.down_bias": BLOCK + "mlp.c_proj.bias",
@@ -142,16 +154,30 @@ GPT_NEOX = Family(
         "norm": "gpt_neox.final_layer_norm.weight",
         "norm_bias": "gpt_neox.final_layer_norm.bias",
         "head": "embed_out.weight",
-        **{f"layers.{{}}.attention_norm{ours}": f"{LAYER}input_layernorm.{theirs}" for theirs, ours in PARTS},
-        **{f"layers.{{}}.feed_forward_norm{ours}": f"{LAYER}post_attention_layernorm.{theirs}" for theirs, ours in PARTS},
+        **{
+            f"layers.{{}}.attention_norm{ours}": f"{LAYER}input_layernorm.{theirs}"
+            for theirs, ours in PARTS
+        },
+        **{
+            f"layers.{{}}.feed_forward_norm{ours}": f"{LAYER}post_attention_layernorm.{theirs}"
+            for theirs, ours in PARTS
+        },
         **{f"layers.{{}}.o{ours}": f"{LAYER}attention.dense.{theirs}" for theirs, ours in PARTS},
         **{f"layers.{{}}.up{ours}": f"{LAYER}mlp.dense_h_to_4h.{theirs}" for theirs, ours in PARTS},
-        **{f"layers.{{}}.down{ours}": f"{LAYER}mlp.dense_4h_to_h.{theirs}" for theirs, ours in PARTS},
+        **{
+            f"layers.{{}}.down{ours}": f"{LAYER}mlp.dense_4h_to_h.{theirs}"
+            for theirs, ours in PARTS
+        },
     },
     packs=tuple(
-        of_heads([f"layers.{{}}.{leaf}{ours}" for leaf in "qkv"], f"{LAYER}attention.query_key_value.{theirs}")
+        of_heads(
+            [f"layers.{{}}.{leaf}{ours}" for leaf in "qkv"],
+            f"{LAYER}attention.query_key_value.{theirs}",
+        )
         for theirs, ours in PARTS
     ),
     prefix="gpt_neox.",
-    harmless=re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
+    harmless=re.compile(
+        r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
+    ),
 )

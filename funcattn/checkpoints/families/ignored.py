@@ -2,7 +2,8 @@
 
 config.json is read by allow-list: fields that a family reads, those here, and NEUTRAL at neutral
 values; any other field is an error with its name, since a newer release may use it. Those here are
-not read by the classes of transformers 5.24, which tests/checkpoints/families/test_config_json.py checks.
+not read by the classes of transformers 5.24, which tests/checkpoints/families/test_config_json.py
+checks.
 """
 
 IGNORED = frozenset(

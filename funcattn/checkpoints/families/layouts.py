@@ -1,4 +1,6 @@
-"""Layouts of leaves in files other than one tensor per leaf: fused, transposed, split by expert, interleaved rotary rows."""
+"""Layouts of leaves in files other than one tensor per leaf: fused, transposed, split by expert,
+interleaved rotary rows.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -9,26 +11,42 @@ from ...transformer import Config
 from .tables import Pack
 
 
-def fused(paths: Sequence[str], name: str, sizes: Callable[[Config], Sequence[int]], *, turned: bool = False) -> Pack:
-    """Several leaves concatenated along rows in one tensor; `turned` where the file stores its transpose."""
+def fused(
+    paths: Sequence[str],
+    name: str,
+    sizes: Callable[[Config], Sequence[int]],
+    *,
+    turned: bool = False,
+) -> Pack:
+    """Several leaves concatenated along rows in one tensor; `turned` where the file stores its
+    transpose.
+    """
     turn = lambda x: x.mT if turned and x.dim() > 1 else x
     return Pack(
         tuple(paths),
         (name,),
-        lambda config, tensors: [part.contiguous() for part in turn(tensors[0]).split(list(sizes(config)))],
+        lambda config, tensors: [
+            part.contiguous() for part in turn(tensors[0]).split(list(sizes(config)))
+        ],
         lambda config, leaves: [turn(torch.cat(leaves)).contiguous()],
     )
 
 
 def transposed(path: str, name: str) -> Pack:
     """A leaf stored transposed."""
-    return Pack((path,), (name,), lambda _, x: [x[0].mT.contiguous()], lambda _, x: [x[0].mT.contiguous()])
+    return Pack(
+        (path,), (name,), lambda _, x: [x[0].mT.contiguous()], lambda _, x: [x[0].mT.contiguous()]
+    )
 
 
 def stacked(path: str, name: str, *, experts: bool = True) -> Pack:
-    """One leaf (X, ...) stored as one tensor per expert (or head); the name has `{expert}`. Dense layers are stored as they are."""
+    """One leaf (X, ...) stored as one tensor per expert (or head); the name has `{expert}`. Dense
+    layers are stored as they are.
+    """
     applies = lambda config, layer: not experts or config.layer_spec(layer).experts
-    return Pack((path,), (name,), lambda _, x: [torch.stack(x)], lambda _, x: list(x[0].unbind(0)), applies)
+    return Pack(
+        (path,), (name,), lambda _, x: [torch.stack(x)], lambda _, x: list(x[0].unbind(0)), applies
+    )
 
 
 def of_heads(paths: Sequence[str], name: str) -> Pack:
@@ -46,7 +64,9 @@ def of_heads(paths: Sequence[str], name: str) -> Pack:
 
 
 def rotated(path: str, name: str) -> Pack:
-    """A leaf whose rows are ordered for rotary angles on neighbouring features, (H D, ...) or (H, D)."""
+    """A leaf whose rows are ordered for rotary angles on neighbouring features, (H D, ...) or (H,
+    D).
+    """
 
     rows = lambda x: x.reshape(x.numel(), 1) if path.endswith(("norm", "bias")) else x
     return Pack(
@@ -58,7 +78,8 @@ def rotated(path: str, name: str) -> Pack:
 
 
 def half_split(weight: Tensor, head_size: int) -> Tensor:
-    """Rows (H D, ...) ordered for rotary angles on neighbouring features -> rows for features i and i + D / 2.
+    """Rows (H D, ...) ordered for rotary angles on neighbouring features -> rows for features i and
+    i + D / 2.
 
     Example:
         >>> half_split(torch.arange(4).unsqueeze(1), 4).flatten()

@@ -3,14 +3,24 @@
 llama      2, 3 and 3.1 and later; SmolLM2 and what else is a LlamaForCausalLM
 smollm3    some layers do not turn
 mistral    a sliding window
-qwen2      biases of q, k, v          qwen3      queries and keys are normalized, heads have a size of their own
-granite    multipliers                olmo2      norms after, not before; queries and keys normalized over all heads
+qwen2      biases of q, k, v
+qwen3      queries and keys are normalized, heads have a size of their own
+granite    multipliers
+olmo2      norms after, not before; queries and keys normalized over all heads
 """
 
 from collections.abc import Callable
 
 from ...transformer import Config
-from .conventions import TENSORS, read_activation, read_sizes, read_windows, write_activation, write_sizes, write_windows
+from .conventions import (
+    TENSORS,
+    read_activation,
+    read_sizes,
+    read_windows,
+    write_activation,
+    write_sizes,
+    write_windows,
+)
 from .positions import read_rope, whole_heads, write_rope
 from .tables import Family, Fields, Json
 
@@ -61,7 +71,10 @@ def write_common(config: Config) -> dict[str, object]:
 
 
 def _read_llama(fields: Fields) -> dict[str, Json]:
-    return {**read_common(fields, context=2048), "feed_forward_bias": fields.flag("mlp_bias", False)}
+    return {
+        **read_common(fields, context=2048),
+        "feed_forward_bias": fields.flag("mlp_bias", False),
+    }
 
 
 def _write_llama(config: Config) -> dict[str, object]:
@@ -71,7 +84,9 @@ def _write_llama(config: Config) -> dict[str, object]:
 def _read_smollm3(fields: Fields) -> dict[str, Json]:
     common = read_common(fields, context=32768, base=2e6, tied=True, kv_heads=4)
     layers, every = common["layers"], fields.whole("no_rope_layer_interval", 4)
-    turns = [bool(turn) for turn in fields.items("no_rope_layers")] or [(i + 1) % every != 0 for i in range(layers)]
+    turns = [bool(turn) for turn in fields.items("no_rope_layers")] or [
+        (i + 1) % every != 0 for i in range(layers)
+    ]
     window = fields.whole("sliding_window", None)
     windowed = fields.flag("use_sliding_window", False) and window is not None
     return {
@@ -98,7 +113,8 @@ def _read_mistral(fields: Fields) -> dict[str, Json]:
     # null is None, absent is 4096
     window = fields.whole("sliding_window", None if fields.says("sliding_window") else 4096)
     everywhere = [window is not None] * common["layers"]
-    return {**common, **read_windows(fields, window, common["layers"], everywhere)}  # with layer_types AutoModel takes Ministral
+    # with layer_types AutoModel takes Ministral
+    return {**common, **read_windows(fields, window, common["layers"], everywhere)}
 
 
 def _write_mistral(config: Config) -> dict[str, object]:
@@ -106,14 +122,22 @@ def _write_mistral(config: Config) -> dict[str, object]:
 
 
 def _qwen_windows(fields: Fields, layers: int) -> dict[str, Json]:
-    window = fields.whole("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
+    window = (
+        fields.whole("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
+    )
     fields.get("sliding_window")
     first = fields.get("max_window_layers", 28)
-    return read_windows(fields, window, layers, [window is not None and i >= first for i in range(layers)])
+    return read_windows(
+        fields, window, layers, [window is not None and i >= first for i in range(layers)]
+    )
 
 
 def _write_qwen_windows(config: Config) -> dict[str, object]:
-    return {**write_windows(config), "use_sliding_window": config.window is not None, "max_window_layers": config.layers}
+    return {
+        **write_windows(config),
+        "use_sliding_window": config.window is not None,
+        "max_window_layers": config.layers,
+    }
 
 
 def _read_qwen2(fields: Fields) -> dict[str, Json]:
@@ -145,13 +169,18 @@ def _read_granite(fields: Fields) -> dict[str, Json]:
 
 def _write_granite(config: Config) -> dict[str, object]:
     scales = {
-        theirs: turn(config.scale if ours == "attention_scale" else getattr(config, ours)) for ours, theirs, turn in MULTIPLIERS
+        theirs: turn(config.scale if ours == "attention_scale" else getattr(config, ours))
+        for ours, theirs, turn in MULTIPLIERS
     }
     return {**_write_llama(config), **scales}
 
 
 def _read_olmo2(fields: Fields) -> dict[str, Json]:
-    return {**read_common(fields, context=2048, epsilon=1e-5), "norm_placement": "after", "head_norm": "rms_width"}
+    return {
+        **read_common(fields, context=2048, epsilon=1e-5),
+        "norm_placement": "after",
+        "head_norm": "rms_width",
+    }
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, TENSORS)

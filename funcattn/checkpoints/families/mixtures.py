@@ -1,4 +1,6 @@
-"""Mixtures of experts: Mixtral, Qwen3-MoE and GPT-OSS (sinks, yarn, alternating windows, clamped SwiGLU)."""
+"""Mixtures of experts: Mixtral, Qwen3-MoE and GPT-OSS (sinks, yarn, alternating windows, clamped
+SwiGLU).
+"""
 
 import torch
 from torch import Tensor
@@ -73,8 +75,13 @@ def _read_gpt_oss(fields: Fields) -> dict[str, Json]:
     if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
         fields.values["rope_scaling"] = {**YARN, "original_max_position_embeddings": 4096}
     biased = fields.flag("attention_bias", True)
-    common = read_common(fields, context=131072, base=150000.0, epsilon=1e-5, kv_heads=8, head_size=64)
-    window, layers = fields.whole("sliding_window", None if fields.says("sliding_window") else 128), common["layers"]
+    common = read_common(
+        fields, context=131072, base=150000.0, epsilon=1e-5, kv_heads=8, head_size=64
+    )
+    window, layers = (
+        fields.whole("sliding_window", None if fields.says("sliding_window") else 128),
+        common["layers"],
+    )
     for name, wanted in (("swiglu_alpha", 1.702), ("hidden_act", "silu")):
         if fields.get(name, wanted) != wanted:
             refuse(fields.place(name), wanted, fields.get(name))
@@ -129,7 +136,9 @@ MIXTRAL = Family(
     _write_mixtral,
     {**TENSORS, "layers.{}.router": LAYER + "block_sparse_moe.gate.weight"},
     packs=tuple(
-        stacked(f"layers.{{}}.{ours}", LAYER + f"block_sparse_moe.experts.{{expert}}.{theirs}.weight")
+        stacked(
+            f"layers.{{}}.{ours}", LAYER + f"block_sparse_moe.experts.{{expert}}.{theirs}.weight"
+        )
         for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3"))
     ),
 )
@@ -140,7 +149,8 @@ QWEN3_MOE = Family(
     _write_qwen3_moe,
     {**TENSORS, "layers.{}.router": LAYER + "mlp.gate.weight"},
     packs=tuple(
-        stacked(f"layers.{{}}.{leaf}", LAYER + f"mlp.experts.{{expert}}.{leaf}_proj.weight") for leaf in ("gate", "up", "down")
+        stacked(f"layers.{{}}.{leaf}", LAYER + f"mlp.experts.{{expert}}.{leaf}_proj.weight")
+        for leaf in ("gate", "up", "down")
     ),
 )
 GPT_OSS = Family(
@@ -154,5 +164,9 @@ GPT_OSS = Family(
         "layers.{}.router_bias": LAYER + "mlp.router.bias",
         "layers.{}.down_bias": LAYER + "mlp.experts.down_proj_bias",
     },
-    packs=(_pairs(""), _pairs("_bias"), transposed("layers.{}.down", LAYER + "mlp.experts.down_proj")),
+    packs=(
+        _pairs(""),
+        _pairs("_bias"),
+        transposed("layers.{}.down", LAYER + "mlp.experts.down_proj"),
+    ),
 )

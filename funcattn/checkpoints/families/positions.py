@@ -18,12 +18,23 @@ NEEDED = {  # kind -> required fields, which are numbers
 }
 OPTIONAL = {  # kind -> optional fields
     "llama3": {ORIGINAL},
-    "yarn": {"factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim", ORIGINAL},
+    "yarn": {
+        "factor",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        ORIGINAL,
+    },
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", ORIGINAL},
 }
 # Fields that no class of transformers here reads.
 UNREAD = {"finetuned", "attn_factor", "short_mscale", "long_mscale", "mrope_section", "type"}
-KNOWN = {"rope_type", "rope_theta", "partial_rotary_factor", *UNREAD}.union(*NEEDED.values(), *OPTIONAL.values())
+KNOWN = {"rope_type", "rope_theta", "partial_rotary_factor", *UNREAD}.union(
+    *NEEDED.values(), *OPTIONAL.values()
+)
 
 
 def read_rope(
@@ -56,7 +67,10 @@ def read_rope(
     if old:  # as in transformers
         rope, where = old, "rope_scaling in config.json"
     beside = fields.get(ORIGINAL, original)
-    outer = {"rope_theta": fields.get(names[0], base), "partial_rotary_factor": fields.get(names[1], share)}
+    outer = {
+        "rope_theta": fields.get(names[0], base),
+        "partial_rotary_factor": fields.get(names[1], share),
+    }
     rope = {**outer, **rope, ORIGINAL: rope.get(ORIGINAL) if beside is None else beside}
     return parse_rope(with_rope_type(rope), where, context, renamed or {})
 
@@ -75,23 +89,35 @@ def with_rope_type(rope: Mapping[str, object]) -> dict[str, Json]:
     return {"rope_type": rope["type"], **rope} if "type" in rope else rope
 
 
-def parse_rope(rope: Mapping[str, object], where: str, context: int, renamed: Mapping[str, str]) -> dict[str, Json]:
+def parse_rope(
+    rope: Mapping[str, object], where: str, context: int, renamed: Mapping[str, str]
+) -> dict[str, Json]:
     """`read_rope` of one object; fields unused by its kind are ignored, unknown ones an error."""
     kind = rope.get("rope_type", "default")
     kind = renamed.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in NEEDED:
         refuse(f"rope_type of {where}", f"one of {', '.join(NEEDED)}", rope.get("rope_type"))
     for name in rope.keys() - KNOWN:
-        refuse(f"{name} of {where}", "absent, since no kind of scaling is known to have it", rope[name])
+        refuse(
+            f"{name} of {where}", "absent, since no kind of scaling is known to have it", rope[name]
+        )
     base = positive(rope.get("rope_theta", 10000.0), f"rope_theta of {where}")
     partial = (
-        positive(rope["partial_rotary_factor"], f"partial_rotary_factor of {where}") if "partial_rotary_factor" in rope else None
+        positive(rope["partial_rotary_factor"], f"partial_rotary_factor of {where}")
+        if "partial_rotary_factor" in rope
+        else None
     )
     numbers = [positive(rope.get(name), f"{name} of {where}") for name in NEEDED[kind]]
-    return {"rope_base": base, "rope_scaling": _scaling(kind, numbers, rope, where, context), "partial": partial}
+    return {
+        "rope_base": base,
+        "rope_scaling": _scaling(kind, numbers, rope, where, context),
+        "partial": partial,
+    }
 
 
-def _scaling(kind: str, numbers: list[float], rope: Mapping[str, object], where: str, context: int) -> RopeScaling | None:
+def _scaling(
+    kind: str, numbers: list[float], rope: Mapping[str, object], where: str, context: int
+) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind == "linear":
@@ -102,7 +128,9 @@ def _scaling(kind: str, numbers: list[float], rope: Mapping[str, object], where:
     if kind == "llama3":
         factor, low, high = numbers
         if not low < high:
-            refuse("high_freq_factor of llama3 rope scaling", f"above low_freq_factor = {low}", high)
+            refuse(
+                "high_freq_factor of llama3 rope scaling", f"above low_freq_factor = {low}", high
+            )
         return RopeScaling("llama3", factor, low, high, original)
     number = lambda name, default: positive(rope.get(name, default), f"{name} of {where}")
     factor = number("factor", context / original)
@@ -110,12 +138,19 @@ def _scaling(kind: str, numbers: list[float], rope: Mapping[str, object], where:
         told = rope.get("attention_factor") is not None
         if factor > 1 and original == 1 and not told:
             refuse(f"attention_factor of {where}", f"given where {ORIGINAL} is 1", None)
-        default = 1.0 if told or factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-        short, long = (_factors(rope.get(name), f"{name} of {where}") for name in ("short_factor", "long_factor"))
+        default = (
+            1.0 if told or factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        )
+        short, long = (
+            _factors(rope.get(name), f"{name} of {where}")
+            for name in ("short_factor", "long_factor")
+        )
         if len(short) != len(long):
             refuse(f"long_factor of {where}", f"as long as short_factor, {len(short)}", len(long))
         attention = number("attention_factor", default)
-        return RopeScaling("longrope", context=original, attention=attention, short=short, long=long)
+        return RopeScaling(
+            "longrope", context=original, attention=attention, short=short, long=long
+        )
     truncate = rope.get("truncate", True)
     if not isinstance(truncate, bool):
         refuse(f"truncate of {where}", "true or false", truncate)
@@ -123,8 +158,13 @@ def _scaling(kind: str, numbers: list[float], rope: Mapping[str, object], where:
     by, over = rope.get("mscale"), rope.get("mscale_all_dim")
     default = stretch(1.0)
     if by and over:
-        default = stretch(positive(by, f"mscale of {where}")) / stretch(positive(over, f"mscale_all_dim of {where}"))
-    turns = {name: positive(rope.get(name) or usual, f"{name} of {where}") for name, usual in (("beta_fast", 32), ("beta_slow", 1))}
+        default = stretch(positive(by, f"mscale of {where}")) / stretch(
+            positive(over, f"mscale_all_dim of {where}")
+        )
+    turns = {
+        name: positive(rope.get(name) or usual, f"{name} of {where}")
+        for name, usual in (("beta_fast", 32), ("beta_slow", 1))
+    }
     return RopeScaling(
         "yarn",
         factor,
@@ -148,7 +188,11 @@ def whole_heads(rope: dict[str, Json]) -> dict[str, Json]:
     It does not read a fraction, but its scalings do, for heads that none has.
     """
     if rope["rope_scaling"] is not None:
-        check_neutral({"partial_rotary_factor": rope["partial"]}, {"partial_rotary_factor": (1.0,)}, "{} in config.json")
+        check_neutral(
+            {"partial_rotary_factor": rope["partial"]},
+            {"partial_rotary_factor": (1.0,)},
+            "{} in config.json",
+        )
     return {name: value for name, value in rope.items() if name != "partial"}
 
 
@@ -156,19 +200,35 @@ def partial_heads(rope: dict[str, Json], head_size: int) -> dict[str, Json]:
     """Rotary fields of a family that rotates a fraction of each head."""
     turning = head_size if rope["partial"] is None else int(head_size * rope["partial"])
     if not 0 < turning <= head_size or turning % 2:
-        refuse("partial_rotary_factor in config.json", f"such that an even number of {head_size} features turns", turning)
-    return {**whole_heads({**rope, "partial": None}), "rotary_size": None if turning == head_size else turning}
+        refuse(
+            "partial_rotary_factor in config.json",
+            f"such that an even number of {head_size} features turns",
+            turning,
+        )
+    return {
+        **whole_heads({**rope, "partial": None}),
+        "rotary_size": None if turning == head_size else turning,
+    }
 
 
 def write_rope(config: Config, *, nested: bool = False) -> dict[str, Json]:
     """The rotary fields of a Config, for newer and older readers (if `nested`, newer only)."""
     scaling = config.rope_scaling
     rope: dict[str, Json] = {"rope_type": "default"} if scaling is None else _write_scaling(scaling)
-    share = {} if config.rotary_size is None else {"partial_rotary_factor": config.rotary_size / config.head_size}
+    share = (
+        {}
+        if config.rotary_size is None
+        else {"partial_rotary_factor": config.rotary_size / config.head_size}
+    )
     parameters = {**rope, "rope_theta": config.rope_base, **share}
     if nested:
         return parameters
-    return {"rope_parameters": parameters, "rope_theta": config.rope_base, "rope_scaling": rope if scaling else None, **share}
+    return {
+        "rope_parameters": parameters,
+        "rope_theta": config.rope_base,
+        "rope_scaling": rope if scaling else None,
+        **share,
+    }
 
 
 def _write_scaling(scaling: RopeScaling) -> dict[str, object]:

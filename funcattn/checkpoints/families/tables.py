@@ -18,7 +18,8 @@ ABSENT_FIELD: Json = object()  # the default of required fields
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read as a model, or a model that cannot be written. The message names the field and the remedy.
+    """A file that cannot be read as a model, or a model that cannot be written. The message names
+    the field and the remedy.
 
     Control characters from a file are escaped in the message (`errors.printable`).
     """
@@ -68,18 +69,24 @@ class Family:
     tensors: Mapping[str, str]
     packs: tuple[Pack, ...] = ()
     neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    harmless: re.Pattern[str] = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # follows from rope_theta
+    # follows from rope_theta
+    harmless: re.Pattern[str] = re.compile(
+        r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    )
     body: str = ""
     prefix: str = "model."
 
     @property
     def architectures(self) -> tuple[str, str]:
         """The class names of transformers with and without a head."""
-        return self.architecture, self.body or re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
+        return self.architecture, self.body or re.sub(
+            "(ForCausalLM|LMHeadModel)$", "Model", self.architecture
+        )
 
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    # What transformers reads of every class, or when it builds its masks and caches -> where it changes nothing, as null does.
+    # What transformers reads of every class, or when it builds its masks and caches -> where it
+    # changes nothing, as null does.
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -115,12 +122,20 @@ class Fields:
     def whole(self, name: str, default: Json = ABSENT_FIELD) -> Json:
         """A size: an integer from 1 to LARGEST."""
         value = self.get(name, default)
-        return value if value is default and default is not ABSENT_FIELD else whole(_missing(value), self.place(name))
+        return (
+            value
+            if value is default and default is not ABSENT_FIELD
+            else whole(_missing(value), self.place(name))
+        )
 
     def positive(self, name: str, default: Json = ABSENT_FIELD) -> Json:
         """A positive number that is finite in float32."""
         value = self.get(name, default)
-        return value if value is default and default is not ABSENT_FIELD else positive(_missing(value), self.place(name))
+        return (
+            value
+            if value is default and default is not ABSENT_FIELD
+            else positive(_missing(value), self.place(name))
+        )
 
     def flag(self, name: str, default: bool) -> bool:
         """A bool."""
@@ -145,13 +160,20 @@ class Fields:
 
     def check_neutral(self, neutral: Mapping[str, tuple[object, ...]]) -> None:
         """Fail for an unread field of `neutral` with another value than its neutral ones."""
-        check_neutral({name: value for name, value in self.values.items() if name not in self.seen}, neutral, self.where)
+        check_neutral(
+            {name: value for name, value in self.values.items() if name not in self.seen},
+            neutral,
+            self.where,
+        )
 
     def check_known(self, known: Set[str]) -> None:
         """Fail for an unread, unknown field with a value: it may be of a newer release."""
         for name in self.values.keys() - self.seen - known:
             if not name.startswith("_") and self.values[name] not in (False, "", [], {}):
-                remedy = "Take it out of the file where it does not change what the model computes, or use a release that knows it."
+                remedy = (
+                    "Take it out of the file where it does not change what the model computes, or "
+                    "use a release that knows it."
+                )
                 fail(
                     "load",
                     self.place(name),
@@ -168,16 +190,30 @@ def _missing(value: Json) -> Json:
 
 def refuse(what: str, wanted: object, got: object) -> NoReturn:
     """Raise CheckpointError for a field that Config cannot express, or that is invalid."""
-    remedy = "The model would be computed wrongly; convert the file, or use a release of funcattn that expresses this."
+    remedy = (
+        "The model would be computed wrongly; convert the file, or use a release of funcattn that "
+        "expresses this."
+    )
     shown = repr(got)
-    fail("load", what, str(wanted), shown if len(shown) < 200 else shown[:200] + "...", remedy, CheckpointError)
+    fail(
+        "load",
+        what,
+        str(wanted),
+        shown if len(shown) < 200 else shown[:200] + "...",
+        remedy,
+        CheckpointError,
+    )
 
 
-def check_neutral(values: Mapping[str, object], neutral: Mapping[str, tuple[object, ...]], where: str) -> None:
+def check_neutral(
+    values: Mapping[str, object], neutral: Mapping[str, tuple[object, ...]], where: str
+) -> None:
     """Fail for a field of `neutral` whose value is neither null nor neutral."""
     for name, allowed in neutral.items():
         value = values.get(name)
-        if value is not None and not any(type(value) is type(other) and value == other for other in allowed):
+        if value is not None and not any(
+            type(value) is type(other) and value == other for other in allowed
+        ):
             refuse(where.format(name), " or ".join([*map(repr, allowed[:1]), "absent"]), value)
 
 
@@ -205,5 +241,9 @@ def configure(**values: Json) -> Config:
         raise CheckpointError(f"load: the sizes in the file make no decoder. {error}") from error
     scaling, turning = config.rope_scaling, config.rotary_size or config.head_size
     if scaling is not None and scaling.kind == "longrope" and len(scaling.short) != turning // 2:
-        refuse("short_factor and long_factor", f"{turning // 2} numbers, one for each plane that turns", len(scaling.short))
+        refuse(
+            "short_factor and long_factor",
+            f"{turning // 2} numbers, one for each plane that turns",
+            len(scaling.short),
+        )
     return config

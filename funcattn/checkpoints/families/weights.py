@@ -1,4 +1,6 @@
-"""Tensors by their names in a file to Params and back. A leaf goes by its path (`layers.0.q`), as in funcattn.tree."""
+"""Tensors by their names in a file to Params and back. A leaf goes by its path (`layers.0.q`), as
+in funcattn.tree.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +29,9 @@ class Source:
 
     @property
     def is_changed(self) -> bool:
-        """True where the tensors are joined, split or transposed leaves, not the leaves themselves."""
+        """True where the tensors are joined, split or transposed leaves, not the leaves
+        themselves.
+        """
         return self.pack is not PLAIN
 
 
@@ -45,7 +49,14 @@ def spelling(tensors: Mapping[str, str], path: str) -> str:
     """
     number, template = _template(path)
     if template not in tensors:
-        fail("load", path, "a leaf that the family has a name for", "none", "It is another family's.", CheckpointError)
+        fail(
+            "load",
+            path,
+            "a leaf that the family has a name for",
+            "none",
+            "It is another family's.",
+            CheckpointError,
+        )
     return tensors[template].format(number)
 
 
@@ -55,7 +66,9 @@ def _template(path: str) -> tuple[int, str]:
 
 
 def locate_tensors(family: Family, config: Config) -> list[Source]:
-    """The tensors of a family's files that each leaf of a Config is read from, in the order of the computation."""
+    """The tensors of a family's files that each leaf of a Config is read from, in the order of the
+    computation.
+    """
     needed = shapes(config)
     packs = {path: pack for pack in family.packs for path in pack.paths}
     found, done = [], set[str]()
@@ -69,7 +82,11 @@ def locate_tensors(family: Family, config: Config) -> list[Source]:
             continue
         paths = tuple(other.format(number) for other in pack.paths)
         experts = range(shape[0]) if "{expert}" in pack.names[0] else (0,)
-        names = tuple(name.replace("{}", str(number)).replace("{expert}", str(i)) for name in pack.names for i in experts)
+        names = tuple(
+            name.replace("{}", str(number)).replace("{expert}", str(i))
+            for name in pack.names
+            for i in experts
+        )
         found.append(Source(paths, names, pack))
         done |= set(paths)
     return found
@@ -80,13 +97,20 @@ def wanted(config: Config, from_: Sequence[Source]) -> dict[str, tuple[int, ...]
     needed = shapes(config)
     found = {}
     for source in from_:
-        tensors = source.pack.pack(config, [torch.empty(needed[path], device="meta") for path in source.paths])
-        found |= {name: tuple(tensor.shape) for name, tensor in zip(source.names, tensors, strict=True)}
+        tensors = source.pack.pack(
+            config, [torch.empty(needed[path], device="meta") for path in source.paths]
+        )
+        found |= {
+            name: tuple(tensor.shape) for name, tensor in zip(source.names, tensors, strict=True)
+        }
     return found
 
 
-def match(needed: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raise one error with every difference between the tensors that are needed and those of a file.
+def match(
+    needed: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise one error with every difference between the tensors that are needed and those of a
+    file.
 
     Args:
         needed: name -> shape of what must be there.
@@ -95,7 +119,11 @@ def match(needed: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, 
     """
     missing = [name for name in needed if name not in found]
     extra = sorted(found.keys() - needed.keys())
-    wrong = [f"{name} {found[name]} instead of {shape}" for name, shape in needed.items() if name in found and found[name] != shape]
+    wrong = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in needed.items()
+        if name in found and found[name] != shape
+    ]
     differences = [
         f"{kind}: {_some(items)}"
         for kind, items in (("missing", missing), ("unknown", extra), ("of another shape", wrong))
@@ -103,19 +131,34 @@ def match(needed: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, 
     ]
     if differences:
         remedy = "The file is incomplete, or its configuration is that of another model."
-        fail("load", f"tensors of {where}", "those of its configuration", "; ".join(differences), remedy, CheckpointError)
+        fail(
+            "load",
+            f"tensors of {where}",
+            "those of its configuration",
+            "; ".join(differences),
+            remedy,
+            CheckpointError,
+        )
 
 
 def _some(items: list[str], shown: int = 20) -> str:
     """A list for a message, its end left out where it is long."""
-    return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")
+    return ", ".join(items[:shown]) + (
+        f" and {len(items) - shown} more" if len(items) > shown else ""
+    )
 
 
 def unpack(config: Config, from_: Sequence[Source], read: Callable[[str], Tensor]) -> Params:
     """Params from the tensors of a file, each read once."""
     found = {}
     for source in from_:
-        found |= dict(zip(source.paths, source.pack.unpack(config, [read(name) for name in source.names]), strict=True))
+        found |= dict(
+            zip(
+                source.paths,
+                source.pack.unpack(config, [read(name) for name in source.names]),
+                strict=True,
+            )
+        )
     return assemble(config, found.__getitem__)
 
 
@@ -123,7 +166,13 @@ def pack(config: Config, to: Sequence[Source], leaves: Mapping[str, Weight]) -> 
     """The tensors of a file, by name, from leaves by path."""
     found = {}
     for source in to:
-        found |= dict(zip(source.names, source.pack.pack(config, [leaves[path] for path in source.paths]), strict=True))
+        found |= dict(
+            zip(
+                source.names,
+                source.pack.pack(config, [leaves[path] for path in source.paths]),
+                strict=True,
+            )
+        )
     return found
 
 
@@ -131,17 +180,26 @@ def leaves(params: Params) -> dict[str, Weight]:
     """Path -> leaf, in the order of the computation. What is absent is left out."""
     found = {"embedding": params.embedding, "positions": params.positions}
     for number, layer in enumerate(params.layers):
-        found |= {f"layers.{number}.{name}": leaf for name, leaf in zip(Layer._fields, layer, strict=True)}
+        found |= {
+            f"layers.{number}.{name}": leaf for name, leaf in zip(Layer._fields, layer, strict=True)
+        }
     found |= {"norm": params.norm, "norm_bias": params.norm_bias, "head": params.head}
     return {path: leaf for path, leaf in found.items() if not is_absent(leaf)}
 
 
 def assemble(config: Config, leaf: Callable[[str], Weight]) -> Params:
-    """The tree whose leaf at each path is `leaf(path)`: `leaves(assemble(config, leaves(params).get)) == leaves(params)`."""
+    """The tree whose leaf at each path is `leaf(path)`: `leaves(assemble(config,
+    leaves(params).get)) == leaves(params)`.
+    """
     needed = transformer.shapes(config)
     one = lambda path, shape: ABSENT if is_absent(shape) else leaf(path)
     rows = (
-        Layer(*(one(f"layers.{number}.{name}", shape) for name, shape in zip(Layer._fields, layer, strict=True)))
+        Layer(
+            *(
+                one(f"layers.{number}.{name}", shape)
+                for name, shape in zip(Layer._fields, layer, strict=True)
+            )
+        )
         for number, layer in enumerate(needed.layers)
     )
     layers = tuple(rows)

@@ -1,1 +1,3 @@
-"""GGUF files: `file` reads the header and the tensors, `metadata` the typed fields of the header."""
+"""GGUF files: `file` reads the header and the tensors, `metadata` the typed fields of the
+header.
+"""

@@ -1,4 +1,5 @@
-"""GGUF: one file that holds metadata (the tokenizer too) and tensors, most of them quantized in blocks.
+"""GGUF: one file that holds metadata (the tokenizer too) and tensors, most of them quantized in
+blocks.
 
     magic, version, number of tensors, number of fields
     field  = name, kind, value                              as many as said
@@ -37,7 +38,21 @@ from ..families.tables import Json
 from ..hf import compressed
 from ..regular_files import open_regular
 
-READ = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+READ = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)
 LONGEST_NAME = 2**16 - 1  # bytes, by the specification
 MOST_AXES = 4  # by the specification
 # Bytes; the header of a vocabulary of 262 144 has 2**24. A sparse file would read as endless names.
@@ -84,7 +99,9 @@ class Cursor:
     def refuse(self, what: str, wanted: str, got: object) -> NoReturn:
         """Raise CheckpointError with the file and the byte."""
         remedy = "The file is damaged, cut off, or not GGUF: fetch it again."
-        fail("load", f"{what} at byte {self.at} of {self.file}", wanted, got, remedy, CheckpointError)
+        fail(
+            "load", f"{what} at byte {self.at} of {self.file}", wanted, got, remedy, CheckpointError
+        )
 
     def take(self, size: int, what: str) -> int:
         """The position of the next `size` bytes; fails where there are fewer."""
@@ -96,7 +113,9 @@ class Cursor:
 
     def number(self, layout: str, what: str) -> Json:
         """One number in the notation of `struct`."""
-        return struct.unpack_from("<" + layout, self.data, self.take(struct.calcsize("<" + layout), what))[0]
+        return struct.unpack_from(
+            "<" + layout, self.data, self.take(struct.calcsize("<" + layout), what)
+        )[0]
 
     def string(self, what: str, longest: float = math.inf) -> str:
         """A length of 64 bits, then as many bytes of UTF-8."""
@@ -112,7 +131,9 @@ class Cursor:
     def numbers(self, kind: GGUFValueType, count: int, what: str) -> np.ndarray:
         """A copy of `count` numbers."""
         dtype = np.dtype(NUMBERS[kind])
-        found = np.frombuffer(self.data, dtype, count, self.take(count * dtype.itemsize, what)).copy()
+        found = np.frombuffer(
+            self.data, dtype, count, self.take(count * dtype.itemsize, what)
+        ).copy()
         return found != 0 if kind == GGUFValueType.BOOL else found
 
     def value(self, what: str) -> Json:
@@ -123,7 +144,9 @@ class Cursor:
             kind, count = self.kind(what), self.number("Q", f"the length of {what}")
         if kind == GGUFValueType.STRING:
             if count * 8 > self.end - self.at:  # each has a length of 8 bytes
-                self.refuse(what, f"at most {(self.end - self.at) // 8} strings", f"{count} strings")
+                self.refuse(
+                    what, f"at most {(self.end - self.at) // 8} strings", f"{count} strings"
+                )
             found = [self.string(what) for _ in range(count)]
             return found if is_array else found[0]
         if kind not in NUMBERS:
@@ -131,7 +154,8 @@ class Cursor:
         found = self.numbers(kind, count, what)
         if is_array:
             return found
-        return float(str(found[0])) if kind == GGUFValueType.FLOAT32 else found[0].item()  # the shortest decimal: 1e-5 stays 1e-5
+        # the shortest decimal: 1e-5 stays 1e-5
+        return float(str(found[0])) if kind == GGUFValueType.FLOAT32 else found[0].item()
 
     def kind(self, what: str) -> GGUFValueType:
         """The type of a value."""
@@ -152,7 +176,10 @@ def read_header(data: mmap.mmap | bytes, file: str) -> Header:
     version = cursor.number("I", "the version")
     if version not in (2, 3):
         cursor.refuse("the version", "2 or 3, little-endian", version)
-    tensor_count, field_count = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of fields")
+    tensor_count, field_count = (
+        cursor.number("Q", "the number of tensors"),
+        cursor.number("Q", "the number of fields"),
+    )
 
     metadata: dict[str, Json] = {}
     for _ in range(field_count):  # terminates: each iteration reads some bytes
@@ -170,24 +197,50 @@ def read_header(data: mmap.mmap | bytes, file: str) -> Header:
         if axes > MOST_AXES:
             cursor.refuse(f"the number of axes of {name}", f"at most {MOST_AXES}", axes)
         sizes = tuple(cursor.number("Q", f"the sizes of {name}") for _ in range(axes))
-        described[name] = sizes[::-1], cursor.number("I", f"the type of {name}"), cursor.number("Q", f"the offset of {name}")
+        described[name] = (
+            sizes[::-1],
+            cursor.number("I", f"the type of {name}"),
+            cursor.number("Q", f"the offset of {name}"),
+        )
     return Header(metadata, _place(cursor, metadata.get("general.alignment", 32), described))
 
 
-def _place(cursor: Cursor, alignment: Json, described: Mapping[str, tuple[tuple[int, ...], int, int]]) -> dict[str, Entry]:
+def _place(
+    cursor: Cursor, alignment: Json, described: Mapping[str, tuple[tuple[int, ...], int, int]]
+) -> dict[str, Entry]:
     """The entries; fails where their bytes are outside of the file, unaligned or overlapping."""
-    if isinstance(alignment, bool) or not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+    if (
+        isinstance(alignment, bool)
+        or not isinstance(alignment, int)
+        or not 0 < alignment <= 2**20
+        or alignment & (alignment - 1)
+    ):
         cursor.refuse("general.alignment", "a power of two", alignment)
     base = -(-cursor.at // alignment) * alignment
     tensors = {}
     for name, (shape, number, offset) in described.items():
-        type_name = GGMLQuantizationType(number).name if number in GGMLQuantizationType._value2member_map_ else f"number {number}"
+        type_name = (
+            GGMLQuantizationType(number).name
+            if number in GGMLQuantizationType._value2member_map_
+            else f"number {number}"
+        )
         if type_name not in READ:
             remedy = f"Convert the file to one of {', '.join(READ)}."
-            fail("load", f"the type of {name} in {cursor.file}", "one that can be read", type_name, remedy, CheckpointError)
+            fail(
+                "load",
+                f"the type of {name} in {cursor.file}",
+                "one that can be read",
+                type_name,
+                remedy,
+                CheckpointError,
+            )
         block, stored = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
         if not shape or 0 in shape or shape[-1] % block or offset % alignment:
-            cursor.refuse(name, f"rows of whole blocks of {block}, at a multiple of {alignment}", f"shape {shape} at {offset}")
+            cursor.refuse(
+                name,
+                f"rows of whole blocks of {block}, at a multiple of {alignment}",
+                f"shape {shape} at {offset}",
+            )
         tensors[name] = Entry(shape, type_name, base + offset, math.prod(shape) // block * stored)
     end, last = base, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].start):
@@ -195,7 +248,11 @@ def _place(cursor: Cursor, alignment: Json, described: Mapping[str, tuple[tuple[
             cursor.refuse(name, f"after {last}, which ends at {end}", entry.start)
         end, last = entry.start + entry.size, name
         if end > len(cursor.data):
-            cursor.refuse(name, f"within the {len(cursor.data)} bytes of the file", f"bytes {entry.start} to {end}")
+            cursor.refuse(
+                name,
+                f"within the {len(cursor.data)} bytes of the file",
+                f"bytes {entry.start} to {end}",
+            )
     return tensors
 
 
@@ -218,25 +275,33 @@ def _is_whole(parts: Json) -> bool:
 def read_gguf(
     path: Path, dtype: torch.dtype | None = None, *, keep_quantized: bool = False
 ) -> tuple[Config, Params, dict[str, Json]]:
-    """Config, weights (dequantized or as records, q and k half-split) and metadata of a GGUF file."""
+    """Config, weights (dequantized or as records, q and k half-split) and metadata of a GGUF
+    file.
+    """
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             fail("load", str(path), "a model", "an empty file", "Fetch it again.", CheckpointError)
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with the last reference
+        # unmapped with the last reference
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     metadata, tensors = read_header(data, path.name)
     if not _is_whole(metadata.get("split.count", 0)):
         remedy = "Join the parts with gguf-split --merge."
-        fail("load", str(path), "a whole model", "one part of a split file", remedy, CheckpointError)
+        fail(
+            "load", str(path), "a whole model", "one part of a split file", remedy, CheckpointError
+        )
     names = families.GGUF_TENSORS
-    stretch = read_tensor(data, tensors.pop(families.STRETCH)) if families.STRETCH in tensors else None
-    vocabulary = (
-        tensors[names["embedding"]].shape[0] if names["embedding"] in tensors else 1
-    )  # missing tensors are reported together
+    stretch = (
+        read_tensor(data, tensors.pop(families.STRETCH)) if families.STRETCH in tensors else None
+    )
+    # missing tensors are reported together
+    vocabulary = tensors[names["embedding"]].shape[0] if names["embedding"] in tensors else 1
     config = families.read_metadata(metadata, vocabulary, names["head"] not in tensors, stretch)
     family = families.GGUF[metadata["general.architecture"]]
     spelled = {path: families.spelling(names, path) for path in families.shapes(config)}
     found = {name: entry.shape for name, entry in tensors.items()}
-    families.match({spelled[path]: shape for path, shape in families.shapes(config).items()}, found, path.name)
+    families.match(
+        {spelled[path]: shape for path, shape in families.shapes(config).items()}, found, path.name
+    )
 
     def leaf(path: str) -> Weight:
         entry, kind = tensors[spelled[path]], path.rpartition(".")[2]

@@ -17,7 +17,9 @@ Metadata = Mapping[str, Json]
 
 def refuse(name: str, wanted: str, got: object) -> NoReturn:
     """Raise CheckpointError for a field of the tokenizer."""
-    remedy = "Save the model with its tokenizer.json in the Hugging Face layout, and load that folder."
+    remedy = (
+        "Save the model with its tokenizer.json in the Hugging Face layout, and load that folder."
+    )
     fail("load", name, wanted, repr(got)[:200], remedy, CheckpointError)
 
 
@@ -84,7 +86,11 @@ def floats(metadata: Metadata, name: str, count: int) -> np.ndarray:
 
 def _numbers(metadata: Metadata, name: str, count: int, kind: type, wanted: str) -> np.ndarray:
     value = metadata.get(name)
-    if not isinstance(value, np.ndarray) or value.shape != (count,) or not np.issubdtype(value.dtype, kind):
+    if (
+        not isinstance(value, np.ndarray)
+        or value.shape != (count,)
+        or not np.issubdtype(value.dtype, kind)
+    ):
         got = f"{value.size} of {value.dtype}" if isinstance(value, np.ndarray) else value
         refuse(name, f"an array of {count} {wanted}", got)
     return value

@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
-    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight   (r, in)       params.layers[3].q.a
-    base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight   (out, r)      params.layers[3].q.b
+    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight  (r, in)   params.layers[3].q.a
+    base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight  (out, r)  params.layers[3].q.b
 
 Names are those of Llama-like families (Mistral, Qwen, SmolLM), with one matrix per projection.
 """
@@ -30,7 +30,9 @@ from .folder import DTYPES
 from .peft_settings import read_settings, target_names
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-NAMES = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+NAMES = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
+    name: f"mlp.{name}_proj" for name in ("gate", "up", "down")
+}
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
 PREFIX = "base_model.model."  # PEFT's prefix of a model's names
 
@@ -49,18 +51,31 @@ def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -
             ranks or scales.
         CheckpointError: the folder cannot be written.
 
-    Law: load_lora(save_lora(...)) is what was saved (test_low_rank.py::test_an_adaptation_comes_back_bit_for_bit).
+    Law: load_lora(save_lora(...)) is what was saved
+        (test_low_rank.py::test_an_adaptation_comes_back_bit_for_bit).
     """
-    found = {path: weight for path, weight in tree.items(params, is_leaf=is_adapted) if is_adapted(weight)}
+    found = {
+        path: weight
+        for path, weight in tree.items(params, is_leaf=is_adapted)
+        if is_adapted(weight)
+    }
     if not found:
         fail("save_lora", "params", "adapted", "plain ones", "Adapt them with fa.lora.")
     matrices = dict(tree.items(params, is_leaf=_is_matrix))
     tensors, kinds = {}, {(weight.a.shape[0], float(weight.scale)) for weight in found.values()}
     if len(kinds) > 1:
-        fail("save_lora", "params", "of one rank and scale", f"{sorted(kinds)}", "Save adaptations of each rank on their own.")
+        fail(
+            "save_lora",
+            "params",
+            "of one rank and scale",
+            f"{sorted(kinds)}",
+            "Save adaptations of each rank on their own.",
+        )
     for path, weight in found.items():
         name = _name(path)
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = (_own(x) for x in (weight.a, weight.b))
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = (
+            _own(x) for x in (weight.a, weight.b)
+        )
     rank, scale = kinds.pop()
     settings = {
         "peft_type": "LORA",
@@ -111,7 +126,11 @@ def _read_lora(place: Path, params: Tree) -> Tree:
         check_regular(place / TENSORS, "load_lora")
     except FileNotFoundError as error:
         pickled = any((place / name).exists() for name in PICKLED)
-        remedy = "A pickle runs code of its author's: save it as safetensors." if pickled else "Save it again."
+        remedy = (
+            "A pickle runs code of its author's: save it as safetensors."
+            if pickled
+            else "Save it again."
+        )
         refuse("the files", files, f"{type(error).__name__} {error}", remedy)
     pairs: dict[str, dict[str, Any]] = {}
     rank, scale = settings.rank, settings.scale
@@ -124,7 +143,12 @@ def _read_lora(place: Path, params: Tree) -> Tree:
         sizes = None if a is None or b is None else (tuple(a.get_shape()), tuple(b.get_shape()))
         if a is None or b is None or sizes != ((rank, inner), (out, rank)):
             got = "one is absent" if sizes is None else f"{sizes[0]} and {sizes[1]}"
-            refuse(path, f"lora_A {(rank, inner)} and lora_B {(out, rank)}", got, "Give the params that were adapted.")
+            refuse(
+                path,
+                f"lora_A {(rank, inner)} and lora_B {(out, rank)}",
+                got,
+                "Give the params that were adapted.",
+            )
         device = tree.leaves(weight)[0].device
         # A half-precision adapter is added in the dtype of the base, as in PEFT.
         base = weight.dtype if isinstance(weight, Tensor) else torch.float32
@@ -136,16 +160,34 @@ def _read_lora(place: Path, params: Tree) -> Tree:
         file = safe_open(place / TENSORS, framework="pt")
         for name in file.keys():  # noqa: SIM118 (not a dict)
             module, _, which = name.removesuffix(".weight").rpartition(".")
-            if module not in paths or which not in ("lora_A", "lora_B") or not name.endswith(".weight"):
+            if (
+                module not in paths
+                or which not in ("lora_A", "lora_B")
+                or not name.endswith(".weight")
+            ):
                 remedy = "Give the params of the model that was adapted."
                 refuse(name, "an adaptation of a matrix of these params", "another", remedy)
             if not settings.adapts(module.removeprefix(PREFIX)):
-                refuse(name, f"of a module that {CONFIG} adapts", "another, which PEFT leaves out", "Save it again.")
+                refuse(
+                    name,
+                    f"of a module that {CONFIG} adapts",
+                    "another, which PEFT leaves out",
+                    "Save it again.",
+                )
             part = file.get_slice(name)
             if part.get_dtype() not in DTYPES:
-                refuse(name, f"of a type among {', '.join(DTYPES)}", part.get_dtype(), "Save it in float32.")
+                refuse(
+                    name,
+                    f"of a type among {', '.join(DTYPES)}",
+                    part.get_dtype(),
+                    "Save it in float32.",
+                )
             pairs.setdefault(paths[module], {})[which] = part
-        left = [name for name, path in paths.items() if path not in pairs and settings.adapts(name.removeprefix(PREFIX))]
+        left = [
+            name
+            for name, path in paths.items()
+            if path not in pairs and settings.adapts(name.removeprefix(PREFIX))
+        ]
         if not pairs or (left and settings.targets is not None):
             wanted = f"those of all modules that {CONFIG} adapts"
             refuse("tensors", wanted, f"none of {left[0]}" if left else "none", "Save it again.")
@@ -155,7 +197,9 @@ def _read_lora(place: Path, params: Tree) -> Tree:
 
 
 def _is_matrix(node: object) -> bool:
-    return isinstance(node, Tensor) or (hasattr(node, "_fields") and isinstance(getattr(node, "shape", None), tuple))
+    return isinstance(node, Tensor) or (
+        hasattr(node, "_fields") and isinstance(getattr(node, "shape", None), tuple)
+    )
 
 
 def _is_named(path: str) -> bool:

@@ -24,7 +24,12 @@ from ..families.tables import Json
 
 METHOD = "funcattn"
 KINDS = {kind.__name__: kind for kind in quantization.RECORDS}
-CODES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+CODES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # type -> bytes of a block of 32 numbers
 SIZE = 32
 REMEDY = "The file is damaged, or was written by another version: fetch it again."
@@ -46,10 +51,14 @@ def fields(name: str, kind: str) -> dict[str, str]:
 def flatten_records(tensors: Mapping[str, Weight]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, with records split into fields; and name -> type of the records."""
     flat: dict[str, Tensor] = {}
-    kinds = {name: type(leaf).__name__ for name, leaf in tensors.items() if not isinstance(leaf, Tensor)}
+    kinds = {
+        name: type(leaf).__name__ for name, leaf in tensors.items() if not isinstance(leaf, Tensor)
+    }
     for name, leaf in tensors.items():
         if name in kinds:
-            flat |= {stored: getattr(leaf, field) for field, stored in fields(name, kinds[name]).items()}
+            flat |= {
+                stored: getattr(leaf, field) for field, stored in fields(name, kinds[name]).items()
+            }
         else:
             flat[name] = leaf
     return flat, kinds
@@ -75,7 +84,14 @@ def kinds_in(values: dict[str, Json]) -> dict[str, str]:
     values["model_type"] = said.get("model_type")
     kinds = said.get("records")
     if not isinstance(kinds, dict) or not all(kind in KINDS for kind in map(str, kinds.values())):
-        fail("load", "records in config.json", f"names with one of {', '.join(KINDS)}", str(kinds)[:200], REMEDY, CheckpointError)
+        fail(
+            "load",
+            "records in config.json",
+            f"names with one of {', '.join(KINDS)}",
+            str(kinds)[:200],
+            REMEDY,
+            CheckpointError,
+        )
     return {str(name): str(kind) for name, kind in kinds.items()}
 
 
@@ -85,7 +101,14 @@ def read_record(name: str, kind: str, read: Callable[[str], Tensor]) -> Weight:
     try:
         expanded = quantization.expand(type(record)(*(x.to("meta") for x in record)))
     except (RuntimeError, IndexError) as error:
-        fail("load", name, f"the fields of one {kind}", f"others: {str(error)[:100]}", REMEDY, CheckpointError)
+        fail(
+            "load",
+            name,
+            f"the fields of one {kind}",
+            f"others: {str(error)[:100]}",
+            REMEDY,
+            CheckpointError,
+        )
     if record.codes.dtype not in CODES.values() or tuple(expanded.shape) != record.shape:
         got = f"{record.codes.dtype}, {tuple(expanded.shape)} beside {record.shape}"
         fail("load", name, f"the fields of one {kind}", got, REMEDY, CheckpointError)
@@ -99,7 +122,9 @@ def from_blocks(data: Json, start: int, rows: int, columns: int, kind: str) -> W
     """The record of a matrix in GGUF blocks, bit for bit."""
     stored, count = BLOCKS[kind], columns // SIZE
     raw = np.frombuffer(data, np.uint8, rows * count * stored, start).reshape(rows, count, stored)
-    half = lambda first: torch.from_numpy(raw[..., first : first + 2].copy().view(np.float16)[..., 0])
+    half = lambda first: torch.from_numpy(
+        raw[..., first : first + 2].copy().view(np.float16)[..., 0]
+    )
     scale, head = half(0), 4 if kind == "Q4_1" else 2
     codes = torch.from_numpy(raw[..., head:].copy()).flatten(-2)
     if kind == "Q8_0":

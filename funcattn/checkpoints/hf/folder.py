@@ -1,7 +1,7 @@
 """The Hugging Face layout: a folder of config.json, safetensors, and the tokenizer's files.
 
-Nothing is unpickled: pytorch_model.bin and the like are refused. safetensors is read with the library of
-that name, which checks the header against the file; names and shapes are checked here.
+Nothing is unpickled: pytorch_model.bin and the like are refused. safetensors is read with the
+library of that name, which checks the header against the file; names and shapes are checked here.
 """
 
 import functools
@@ -64,7 +64,11 @@ def _read_folder(
         _refuse("the weights", "plain where they are read in parts", "compressed ones")
     files = _weight_files(folder)
     wanted = None if cut is None else cut(config)
-    return config, _read_weights(folder, files, settings, config, dtype, kinds, wanted), _read_tokenizer(folder, settings)
+    return (
+        config,
+        _read_weights(folder, files, settings, config, dtype, kinds, wanted),
+        _read_tokenizer(folder, settings),
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -79,15 +83,25 @@ def _weight_files(folder: Path) -> list[Path]:
         for name in names:
             # A shard must be a plain name: no path outside of the folder.
             if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-                _refuse(f"a shard in {INDEX}", "the name of a .safetensors file beside it", repr(name))
+                _refuse(
+                    f"a shard in {INDEX}", "the name of a .safetensors file beside it", repr(name)
+                )
             if not _is_there(folder / name):
-                told = f"load: {folder / name} should be there, since {INDEX} names it. Fetch the folder again."
+                told = (
+                    f"load: {folder / name} should be there, since {INDEX} names it. Fetch the "
+                    "folder again."
+                )
                 raise FileNotFoundError(printable(told))
         return [folder / name for name in names]
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
-        remedy = "A pickle runs code of its author's when it is opened: convert it to safetensors where that does no harm."
-        fail("load", f"weights of {folder}", WEIGHTS, ", ".join(pickled[:5]), remedy, CheckpointError)
+        remedy = (
+            "A pickle runs code of its author's when it is opened: convert it to safetensors where "
+            "that does no harm."
+        )
+        fail(
+            "load", f"weights of {folder}", WEIGHTS, ", ".join(pickled[:5]), remedy, CheckpointError
+        )
     told = f"load: {folder} should hold {WEIGHTS} or {INDEX}, has neither. Fetch the folder again."
     raise FileNotFoundError(printable(told))
 
@@ -104,7 +118,9 @@ def _read_weights(
     family = families.family_of(settings.get("model_type"), "model_type in config.json")
     found: dict[str, tuple[int, ...]] = {}
     where: dict[str, Any] = {}
-    parts = {stored for name, kind in kinds.items() for stored in compressed.fields(name, kind).values()}
+    parts = {
+        stored for name, kind in kinds.items() for stored in compressed.fields(name, kind).values()
+    }
     types: dict[str, str] = {}
     for path in files:
         check_regular(path)
@@ -113,10 +129,22 @@ def _read_weights(
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(name)
                 if name in found:
-                    _refuse(f"{name} in {path.name}", f"in one file only, and is in {where[name][1].name} too", "two of it")
-                found[name], where[name], types[name] = tuple(part.get_shape()), (file, path, name), part.get_dtype()
+                    _refuse(
+                        f"{name} in {path.name}",
+                        f"in one file only, and is in {where[name][1].name} too",
+                        "two of it",
+                    )
+                found[name], where[name], types[name] = (
+                    tuple(part.get_shape()),
+                    (file, path, name),
+                    part.get_dtype(),
+                )
     ours = {name for name in parts & types.keys() if types[name] in {*compressed.CODES, *DTYPES}}
-    foreign = {name: found[name] for name in found if name not in ours and not family.harmless.fullmatch(name)}
+    foreign = {
+        name: found[name]
+        for name in found
+        if name not in ours and not family.harmless.fullmatch(name)
+    }
     _check_types(folder, foreign, types)
     dtypes = {DTYPES[types[name]] for name in foreign}
     dtype = dtype or _one_dtype(settings, dtypes)
@@ -127,7 +155,9 @@ def _read_weights(
     def tensor(name: str, dtype: torch.dtype | None = None) -> Tensor:
         file, path, stored = where[name]
         with _safetensors_errors(path):
-            mapped = file.get_slice(stored)[plain[name]] if name in plain else file.get_tensor(stored)
+            mapped = (
+                file.get_slice(stored)[plain[name]] if name in plain else file.get_tensor(stored)
+            )
         return mapped.to(dtype or mapped.dtype, copy=True)  # a copy: the mapped file may change
 
     def read(name: str) -> Weight:
@@ -136,12 +166,18 @@ def _read_weights(
     # Written as a model without a head.
     if found and not any(name.startswith(family.prefix) for name in found):
         whole = lambda name: name if name == family.tensors["head"] else family.prefix + name
-        found, where = ({whole(name): value for name, value in table.items()} for table in (found, where))
+        found, where = (
+            {whole(name): value for name, value in table.items()} for table in (found, where)
+        )
     records = {}
     for name, kind in kinds.items():
         for stored in compressed.fields(name, kind).values():
             if stored not in found:
-                _refuse(f"tensors of {folder}", f"those of config.json, {stored} among them", "none of this name")
+                _refuse(
+                    f"tensors of {folder}",
+                    f"those of config.json, {stored} among them",
+                    "none of this name",
+                )
         records[name] = compressed.read_record(name, kind, tensor)
         for stored in compressed.fields(name, kind).values():
             del found[stored]
@@ -149,7 +185,11 @@ def _read_weights(
     head, embedding = family.tensors["head"], family.tensors["embedding"]
     if config.tied and found.get(head, ()) == found.get(embedding):  # some files have both
         if not torch.equal(read(head), read(embedding)):
-            _refuse(f"{head} of {folder}", f"the same as {embedding}, since config.json ties them", "other numbers")
+            _refuse(
+                f"{head} of {folder}",
+                f"the same as {embedding}, since config.json ties them",
+                "other numbers",
+            )
         del found[head]
     stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
     held = families.locate_tensors(family, config)
@@ -157,17 +197,25 @@ def _read_weights(
     if cut is None:
         return families.unpack(config, held, read)
     shapes = families.shapes(config)
-    plain |= {source.names[0]: cut(source.paths[0], shapes[source.paths[0]]) for source in held if not source.is_changed}
+    plain |= {
+        source.names[0]: cut(source.paths[0], shapes[source.paths[0]])
+        for source in held
+        if not source.is_changed
+    }
     params = families.unpack(config, held, read)
     turned = {path for source in held if source.is_changed for path in source.paths}
-    return tree.map_with_path(lambda path, x: x[cut(path, shapes[path])].clone() if path in turned else x, params)
+    return tree.map_with_path(
+        lambda path, x: x[cut(path, shapes[path])].clone() if path in turned else x, params
+    )
 
 
 def _one_dtype(settings: Mapping[str, object], dtypes: set[torch.dtype]) -> torch.dtype | None:
     """The dtype for several: that of config.json, else their promotion; None where all agree."""
     if len(dtypes) < 2:
         return None
-    said = {str(kind).removeprefix("torch."): kind for kind in dtypes}.get(str(settings.get("dtype", settings.get("torch_dtype"))))
+    said = {str(kind).removeprefix("torch."): kind for kind in dtypes}.get(
+        str(settings.get("dtype", settings.get("torch_dtype")))
+    )
     return said or functools.reduce(torch.promote_types, dtypes)
 
 
@@ -182,20 +230,36 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, object]) -> Tokenizer |
     if has:
         text = read_text(folder / "tokenizer.json", LARGE)
     elif gpt2_files.is_gpt2(folder, settings.get("model_type"), beside):
-        text, beside = gpt2_files.as_tokenizer_json(folder, beside), gpt2_files.with_roles(beside, optional)
+        text, beside = (
+            gpt2_files.as_tokenizer_json(folder, beside),
+            gpt2_files.with_roles(beside, optional),
+        )
     else:
         wanted, got = "tokenizer.json", f"{others[0]}, {declared.OTHERS[others[0]]}"
-        remedy = "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one."
-        text = f"load: the tokenizer of {folder} should be {wanted}, got {got}, so it is None. {remedy}"
+        remedy = (
+            "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one."
+        )
+        text = (
+            f"load: the tokenizer of {folder} should be {wanted}, got {got}, so it is None. "
+            f"{remedy}"
+        )
         warnings.warn(text, UserWarning, stacklevel=8)  # at the call of load
         return None
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    templates = {path.stem: read_text(path) for path in [folder / "chat_template.jinja", *more] if _is_there(path)}
+    templates = {
+        path.stem: read_text(path)
+        for path in [folder / "chat_template.jinja", *more]
+        if _is_there(path)
+    }
     if "chat_template" in templates:
         templates["default"] = templates.pop("chat_template")
-    ends = optional.get("generation_config.json", {}).get("eos_token_id", settings.get("eos_token_id"))
+    ends = optional.get("generation_config.json", {}).get(
+        "eos_token_id", settings.get("eos_token_id")
+    )
     stop = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if any(isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < 2**32 for end in stop):
+    if any(
+        isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < 2**32 for end in stop
+    ):
         _refuse("eos_token_id", "a token id or a list of them", ends)
     return from_files(text, beside, templates, stop, optional)
 
@@ -208,17 +272,39 @@ def _is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def _check_types(folder: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> None:
+def _check_types(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]
+) -> None:
     """Fail where tensors are not floating; the error names the quantization method, if known."""
     if quantized := quantizers.method_of(shapes, types):
         method, shown = quantized
-        remedy = "Dequantize them with the tool that made them, and save the model again; or load one that was not quantized."
+        remedy = (
+            "Dequantize them with the tool that made them, and save the model again; or load one "
+            "that was not quantized."
+        )
         got = f"those of {method}: {shown} {types[shown]} {shapes[shown]}"
-        fail("load", f"weights of {folder}", "floats, as config.json says", got, remedy, CheckpointError)
+        fail(
+            "load",
+            f"weights of {folder}",
+            "floats, as config.json says",
+            got,
+            remedy,
+            CheckpointError,
+        )
     for name in shapes:
         if types[name] not in DTYPES:
-            remedy = "Numbers that are no floats are codes, of a tool that config.json does not name: save the model again by it."
-            fail("load", f"the type of {name} in {folder}", f"one of {', '.join(DTYPES)}", types[name], remedy, CheckpointError)
+            remedy = (
+                "Numbers that are no floats are codes, of a tool that config.json does not name: "
+                "save the model again by it."
+            )
+            fail(
+                "load",
+                f"the type of {name} in {folder}",
+                f"one of {', '.join(DTYPES)}",
+                types[name],
+                remedy,
+                CheckpointError,
+            )
 
 
 @contextmanager

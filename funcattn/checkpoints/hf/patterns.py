@@ -50,5 +50,7 @@ def full_matches(pattern: str, names: Sequence[str], seconds: float = TIMEOUT_SE
         raise PatternError(f"no process to match a pattern in ({error.strerror})") from error
     if done.returncode:
         lines = done.stderr.decode(errors="replace").split("\n")
-        raise PatternError(next((line for line in reversed(lines) if line.strip()), "no answer")[:200])
+        raise PatternError(
+            next((line for line in reversed(lines) if line.strip()), "no answer")[:200]
+        )
     return json.loads(done.stdout)

@@ -6,7 +6,8 @@ Every field of PEFT's LoraConfig is in one of the tables here. Fields of trainin
 ignored, as PEFT ignores them in the forward pass; fields that change the function are read, or must
 have a neutral value; a field in no table must be empty.
 
-Source: PEFT 0.19, src/peft/tuners/lora/config.py and layer.py (LoraLayer.update_layer, LoraVariant).
+Source: PEFT 0.19, src/peft/tuners/lora/config.py and layer.py (LoraLayer.update_layer,
+    LoraVariant).
 """
 
 import math
@@ -22,7 +23,15 @@ from .patterns import PatternError, full_matches
 
 IGNORED = {
     # of the run or the file, not of the function
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout"),
+    *(
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+    ),
     *("megatron_core", "runtime_config", "ensure_weight_tying"),
     # of initializations and of variants that are refused themselves
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
@@ -55,10 +64,16 @@ class PeftSettings:
         """True where PEFT adapts this module, such as model.layers.0.self_attn.q_proj."""
         numbered = LAYER.search(module)
         here = self.layers is None or (numbered is not None and int(numbered[1]) in self.layers)
-        return here and not _ends(module, self.excluded) and (self.targets is None or _ends(module, self.targets))
+        return (
+            here
+            and not _ends(module, self.excluded)
+            and (self.targets is None or _ends(module, self.targets))
+        )
 
 
-def read_settings(values: Mapping[str, Json], place: object, modules: Sequence[str]) -> PeftSettings:
+def read_settings(
+    values: Mapping[str, Json], place: object, modules: Sequence[str]
+) -> PeftSettings:
     """The settings of an adapter; CheckpointError names a field that makes it another function.
 
     Args:
@@ -68,17 +83,36 @@ def read_settings(values: Mapping[str, Json], place: object, modules: Sequence[s
     """
 
     def refuse(name: str, wanted: str, remedy: str = MERGE) -> NoReturn:
-        fail("load_lora", f"{name} of {place}", wanted, repr(values.get(name)), remedy, CheckpointError)
+        fail(
+            "load_lora",
+            f"{name} of {place}",
+            wanted,
+            repr(values.get(name)),
+            remedy,
+            CheckpointError,
+        )
 
     bias = values.get("bias", "none")
     if values.get("peft_type") != "LORA" or bias not in (None, "none"):
         got = f"{values.get('peft_type')!r}, bias {bias!r}"
-        fail("load_lora", f"the kind of {place}", "LORA without biases", got, MERGE, CheckpointError)
+        fail(
+            "load_lora", f"the kind of {place}", "LORA without biases", got, MERGE, CheckpointError
+        )
     start = values.get("init_lora_weights", True)
-    if not (start is None or isinstance(start, bool) or (isinstance(start, str) and start.lower() in HARMLESS_STARTS)):
-        refuse("init_lora_weights", f"true, false, {', '.join(HARMLESS_STARTS)}: another one changes the weights of the base")
+    if not (
+        start is None
+        or isinstance(start, bool)
+        or (isinstance(start, str) and start.lower() in HARMLESS_STARTS)
+    ):
+        refuse(
+            "init_lora_weights",
+            f"true, false, {', '.join(HARMLESS_STARTS)}: another one "
+            "changes the weights of the base",
+        )
     for name, value in values.items():
-        if name not in IGNORED | READ and not any(type(value) is type(empty) and value == empty for empty in EMPTY):
+        if name not in IGNORED | READ and not any(
+            type(value) is type(empty) and value == empty for empty in EMPTY
+        ):
             refuse(name, "absent or empty: it makes another function, or is not known")
     rank, alpha, rooted = values.get("r"), values.get("lora_alpha"), values.get("use_rslora")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < 2**31:
@@ -88,11 +122,17 @@ def read_settings(values: Mapping[str, Json], place: object, modules: Sequence[s
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not _is_scale(alpha):
         refuse("lora_alpha", "a number that float32 holds", "Save it again.")
     layers = values.get("layers_to_transform")
-    numbers = None if layers in (None, []) else tuple(layers) if isinstance(layers, list) else (layers,)
+    numbers = (
+        None if layers in (None, []) else tuple(layers) if isinstance(layers, list) else (layers,)
+    )
     if numbers is not None and any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
         refuse("layers_to_transform", "numbers of layers", "Save it again.")
     if values.get("layers_pattern") not in (*EMPTY, "layers", ["layers"]):
-        refuse("layers_pattern", "layers, the list of a model that layers_to_transform counts", "Save it again.")
+        refuse(
+            "layers_pattern",
+            "layers, the list of a model that layers_to_transform counts",
+            "Save it again.",
+        )
     names = {name: values.get(name) for name in ("target_modules", "exclude_modules")}
     for name, found in names.items():
         if found is not None and not isinstance(found, str) and not _are_texts(found):
@@ -102,15 +142,29 @@ def read_settings(values: Mapping[str, Json], place: object, modules: Sequence[s
         refuse("exclude_modules", "a list of names", "Name the modules in target_modules instead.")
     pattern = isinstance(targets, str) and targets.lower() != ALL_LINEAR
     if pattern and numbers is not None:
-        refuse("layers_to_transform", "absent beside a pattern in target_modules, as PEFT wants it", "Save it again.")
+        refuse(
+            "layers_to_transform",
+            "absent beside a pattern in target_modules, as PEFT wants it",
+            "Save it again.",
+        )
     if pattern:
         try:
             targets = full_matches(str(targets), modules)
         except PatternError as error:
             got = f"{targets!r}, {error}"
-            fail("load_lora", f"target_modules of {place}", "a pattern that can be evaluated", got, MERGE, CheckpointError)
+            fail(
+                "load_lora",
+                f"target_modules of {place}",
+                "a pattern that can be evaluated",
+                got,
+                MERGE,
+                CheckpointError,
+            )
         if not targets:
-            refuse("target_modules", f"a pattern that matches a module, such as {next(iter(modules), 'none')}")
+            refuse(
+                "target_modules",
+                f"a pattern that matches a module, such as {next(iter(modules), 'none')}",
+            )
     return PeftSettings(
         rank=rank,
         scale=alpha / (rank**0.5 if rooted else rank),
@@ -130,7 +184,9 @@ def target_names(modules: Iterable[str], others: Iterable[str]) -> list[str]:
         ['layers.0.self_attn.q_proj']
     """
     taken = {other.rpartition(".")[2] for other in others}
-    return sorted({module if (last := module.rpartition(".")[2]) in taken else last for module in modules})
+    return sorted(
+        {module if (last := module.rpartition(".")[2]) in taken else last for module in modules}
+    )
 
 
 def _is_scale(alpha: float) -> bool:

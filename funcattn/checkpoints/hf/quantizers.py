@@ -18,7 +18,10 @@ METHODS: dict[str, str] = {
     "bitsandbytes (4 bit)": r"\.(nested_)?(absmax|quant_map)|\.quant_state\.bitsandbytes__\w+",
     "bitsandbytes (8 bit)": r"\.(SCB|weight_format)",
     "modelopt (nvfp4)": r"\.weight_scale_2",
-    "compressed-tensors": r"\.(weight_(packed|shape|zero_point|g_idx|global_scale)|input_global_scale|bitmask|compressed)",
+    "compressed-tensors": (
+        r"\.(weight_(packed|shape|zero_point|g_idx|global_scale)"
+        r"|input_global_scale|bitmask|compressed)"
+    ),
     "fp8 (in blocks)": r"(weight|proj)_scale_inv",
     "mxfp4": r"[._]blocks",
     "hqq": r"\.W_q",
@@ -27,7 +30,9 @@ METHODS: dict[str, str] = {
     "spqr": r"\.(dense_weights|row_offsets|col_vals)",
     "higgs": r"\.tables2?",
     "quanto": r"\.(weight\.)?_(data|scale|shift|zeropoint)",
-    "torchao": r"weight[_:]_?(qdata|scale_and_zero|zero_point)|:_?(qdata|scale|zero_point)|\.tensor_impl\.\w+",
+    "torchao": (
+        r"weight[_:]_?(qdata|scale_and_zero|zero_point)|:_?(qdata|scale|zero_point)|\.tensor_impl\.\w+"
+    ),
     "eetq": r"\.weight_scales",
     "exl2": r"\.q_(weight|scale|scale_max|perm|invperm|groups)",
     "exl3": r"\.(trellis|suh|svh)",
@@ -49,7 +54,8 @@ def method_of(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> tuple[st
             a float model.
 
     Example:
-        >>> method_of({"a.qweight": (8, 64), "a.scales": (1, 64)}, {"a.qweight": "I32", "a.scales": "F16"})
+        >>> method_of({"a.qweight": (8, 64), "a.scales": (1, 64)}, {"a.qweight": "I32",
+        ...     "a.scales": "F16"})
         ('gptq', 'a.qweight')
     """
     marked = [name for name in shapes if ANY.search(name[-LONGEST:])]
@@ -69,7 +75,9 @@ def method_of(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> tuple[st
 
 
 def _packed_in_32_bits(module: str, shapes: Mapping[str, Shape]) -> str:
-    """Eight codes of 4 bits are one integer: GPTQ packs the inputs (in / 8, out), AWQ the outputs (in, out / 8)."""
+    """Eight codes of 4 bits are one integer: GPTQ packs the inputs (in / 8, out), AWQ the outputs
+    (in, out / 8).
+    """
     scales = shapes.get(f"{module}scales", ())
     if f"{module}g_idx" in shapes or (scales and scales[-1] == shapes[f"{module}qweight"][-1]):
         return "gptq"

@@ -26,7 +26,14 @@ from ..writing import written
 from . import compressed
 from .folder import DTYPES, INDEX, WEIGHTS
 
-WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS, INDEX}
+WRITTEN = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    WEIGHTS,
+    INDEX,
+}
 
 
 def save(
@@ -56,8 +63,10 @@ def save(
         CheckpointError: the folder cannot be written, or has other files.
         ValueError, TypeError: params do not fit the config, or are not all floating tensors.
 
-    Law: load(save(...)) is what was saved, bit for bit (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
-    Law: a kill leaves the old or the new (test_atomic.py::test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new).
+    Law: load(save(...)) is what was saved, bit for bit
+        (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
+    Law: a kill leaves the old or the new
+        (test_atomic.py::test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new).
     """
     if not isinstance(config, Config) or not isinstance(params, Params):
         got = f"a {type(config).__name__} and a {type(params).__name__}"
@@ -65,7 +74,9 @@ def save(
         fail("save", "config, params", "a Config and its Params", got, remedy, TypeError)
     settings = families.write_config(config)
     tensors, kinds = compressed.flatten_records(_named(config, params))
-    settings["dtype"] = str(getattr(params.embedding, "dtype", params.norm.dtype)).removeprefix("torch.")
+    settings["dtype"] = str(getattr(params.embedding, "dtype", params.norm.dtype)).removeprefix(
+        "torch."
+    )
     settings = compressed.settings(settings, kinds)
     files = {} if tokenizer is None else tokenizer.files()
     if tokenizer is not None and tokenizer.stop:
@@ -80,7 +91,12 @@ def save(
 
 def _named(config: Config, params: Params) -> dict[str, Tensor]:
     """Name on disk -> tensor, validated against the Config."""
-    whole("save", "params", tree.leaves(params), "Gather them first: fa.gather(params); or use checkpoints.save_parts.")
+    whole(
+        "save",
+        "params",
+        tree.leaves(params),
+        "Gather them first: fa.gather(params); or use checkpoints.save_parts.",
+    )
     leaves = families.leaves(params)
     needed = families.shapes(config)
     if leaves.keys() != needed.keys():
@@ -97,14 +113,37 @@ def _named(config: Config, params: Params) -> dict[str, Tensor]:
             remedy = "Dequantize the weights first: fa.dequantize(params)."
             fail("save", path, "a tensor", f"a {type(leaf).__name__}", remedy, TypeError)
         if tuple(leaf.shape) != needed[path]:
-            fail("save", path, f"{needed[path]} as in the Config", tuple(leaf.shape), "Pass the Config that they belong to.")
+            fail(
+                "save",
+                path,
+                f"{needed[path]} as in the Config",
+                tuple(leaf.shape),
+                "Pass the Config that they belong to.",
+            )
         if isinstance(leaf, Tensor) and leaf.dtype not in DTYPES.values():
-            fail("save", path, f"of a dtype among {', '.join(map(str, DTYPES.values()))}", leaf.dtype, "Cast it.", TypeError)
+            fail(
+                "save",
+                path,
+                f"of a dtype among {', '.join(map(str, DTYPES.values()))}",
+                leaf.dtype,
+                "Cast it.",
+                TypeError,
+            )
     places = families.locate_tensors(families.family_for(config), config)
     for source in places:
         if source.is_changed and not all(isinstance(leaves[path], Tensor) for path in source.paths):
-            remedy = "The family stores it transposed or joined with others: dequantize it, fa.dequantize(params)."
-            fail("save", source.paths[0], "a tensor", f"a {type(leaves[source.paths[0]]).__name__}", remedy, TypeError)
+            remedy = (
+                "The family stores it transposed or joined with others: dequantize it, "
+                "fa.dequantize(params)."
+            )
+            fail(
+                "save",
+                source.paths[0],
+                "a tensor",
+                f"a {type(leaves[source.paths[0]]).__name__}",
+                remedy,
+                TypeError,
+            )
     return families.pack(config, places, leaves)
 
 
@@ -112,16 +151,26 @@ def _write_tensors(draft: Path, tensors: Mapping[str, Tensor], shard_size: int) 
     """One file, or shards of at most `shard_size` bytes (or of one larger tensor) and an index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
-        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_size:
+        if (
+            shards[-1]
+            and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_size
+        ):
             shards.append({})
         shards[-1][name] = tensor
     count, places = len(shards), {}
     for number, shard in enumerate(shards, 1):
         file = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-        save_file({name: _own(tensor) for name, tensor in shard.items()}, draft / file, metadata={"format": "pt"})
+        save_file(
+            {name: _own(tensor) for name, tensor in shard.items()},
+            draft / file,
+            metadata={"format": "pt"},
+        )
         places |= dict.fromkeys(shard, file)
     if count > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": places}
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": places,
+        }
         (draft / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
@@ -138,9 +187,18 @@ def check_place(folder: str | os.PathLike[str]) -> None:
             foreign = sorted(path.name for path in target.iterdir() if not _is_written(path.name))
             if foreign:
                 got = f"one that holds {', '.join(foreign[:5])}"
-                fail("save", f"{target}", "a new folder, or one that save wrote", got, "Choose another folder.", CheckpointError)
+                fail(
+                    "save",
+                    f"{target}",
+                    "a new folder, or one that save wrote",
+                    got,
+                    "Choose another folder.",
+                    CheckpointError,
+                )
         elif target.exists():
-            fail("save", f"{target}", "a folder", "a file", "Choose another place.", CheckpointError)
+            fail(
+                "save", f"{target}", "a folder", "a file", "Choose another place.", CheckpointError
+            )
         above = next(path for path in target.parents if path.exists())
         if not os.access(above, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
@@ -148,4 +206,8 @@ def check_place(folder: str | os.PathLike[str]) -> None:
 
 def _is_written(name: str) -> bool:
     """True for a name that `save` writes, or that a killed save of the tokenizer may leave."""
-    return name in WRITTEN or (name.startswith("model-") and name.endswith(".safetensors")) or atomic.drafted(name) in WRITTEN
+    return (
+        name in WRITTEN
+        or (name.startswith("model-") and name.endswith(".safetensors"))
+        or atomic.drafted(name) in WRITTEN
+    )

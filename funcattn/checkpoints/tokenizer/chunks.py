@@ -51,7 +51,13 @@ def encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
     longest = max(end - begin for begin, end in pieces)
     if longest > MAX_LETTERS:
         remedy = "Encode it paragraph by paragraph."
-        fail("encode", "text", f"of at most {MAX_LETTERS} letters that this tokenizer cannot cut", longest, remedy)
+        fail(
+            "encode",
+            "text",
+            f"of at most {MAX_LETTERS} letters that this tokenizer cannot cut",
+            longest,
+            remedy,
+        )
     frame = _encoded(backend, text[:FRAMED], add_special_tokens=add_special_tokens)
     inside = [i for i, added in enumerate(frame.mask) if not added]
     if len(pieces) == 1 or not inside:
@@ -68,13 +74,18 @@ def encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
 
 def _encoded(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> Encoded:
     one = backend.encode(text, add_special_tokens=add_special_tokens)
-    return Encoded(one.ids, np.array(one.offsets, dtype=np.int64).reshape(-1, 2), one.special_tokens_mask)
+    return Encoded(
+        one.ids, np.array(one.offsets, dtype=np.int64).reshape(-1, 2), one.special_tokens_mask
+    )
 
 
 def is_local(backend: tokenizers.Tokenizer) -> bool:
     """True where the ids of a text are those of its pieces between the places of CUT."""
     added = backend.get_added_tokens_decoder().values()
-    if any(CUT.search(x.content) or x.rstrip or (x.single_word and re.match(f" |{BEHIND}", x.content)) for x in added):
+    if any(
+        CUT.search(x.content) or x.rstrip or (x.single_word and re.match(f" |{BEHIND}", x.content))
+        for x in added
+    ):
         return False
     if backend.normalizer is not None and _parts(backend.normalizer) != [{"type": "NFC"}]:
         return False
@@ -91,10 +102,16 @@ def _parts(component: Json) -> list[dict[str, Json]]:
 def _splits(part: dict[str, Json]) -> bool:
     """True where a part ends a word at each place of CUT."""
     if part["type"] == "Split":
-        return part["pattern"].get("Regex") in (LLAMA3, QWEN2) and part["behavior"] == "Isolated" and not part["invert"]
+        return (
+            part["pattern"].get("Regex") in (LLAMA3, QWEN2)
+            and part["behavior"] == "Isolated"
+            and not part["invert"]
+        )
     return part["type"] == "ByteLevel" and part["use_regex"]
 
 
 def _keeps_places(part: dict[str, Json]) -> bool:
     """True where a part makes the same of a text whatever stands before and behind it."""
-    return _splits(part) | (part["type"] in ("Digits", "ByteLevel")) and not part.get("add_prefix_space")
+    return _splits(part) | (part["type"] in ("Digits", "ByteLevel")) and not part.get(
+        "add_prefix_space"
+    )

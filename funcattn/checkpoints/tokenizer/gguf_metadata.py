@@ -15,7 +15,12 @@ from .tokenizer_json import LLAMA3, QWEN2
 from .turns import NAMES, ends_of_turns
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
-ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 
 
 def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -28,7 +33,9 @@ def _one_digit_each() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-SPLITS = {  # how text is cut before the merges, as in the tokenizer.json of the models that each name stands for
+# how text is cut before the merges, as in the tokenizer.json of the models that each name stands
+# for
+SPLITS = {
     "smollm": _one_digit_each,
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "llama-bpe": lambda: _splitting(LLAMA3),
@@ -37,13 +44,19 @@ SPLITS = {  # how text is cut before the merges, as in the tokenizer.json of the
 
 
 def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer:
-    """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of text, or SentencePiece's."""
+    """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of
+    text, or SentencePiece's.
+    """
     kind_of_model = fields.text(metadata, "tokenizer.ggml.model")
     if kind_of_model not in ("gpt2", "llama"):
-        fields.refuse("tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model)
+        fields.refuse(
+            "tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model
+        )
     tokens = fields.texts(metadata, "tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
-        fields.refuse("tokenizer.ggml.tokens", "all different", f"{len(tokens) - len(set(tokens))} twice")
+        fields.refuse(
+            "tokenizer.ggml.tokens", "all different", f"{len(tokens) - len(set(tokens))} twice"
+        )
     kinds = fields.integers(metadata, "tokenizer.ggml.token_type", len(tokens))
     id_of = lambda name: fields.index(metadata, f"tokenizer.ggml.{name}", len(tokens))
     leading_space = fields.flag(metadata, "tokenizer.ggml.add_space_prefix", True)
@@ -55,32 +68,54 @@ def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer:
         unknown = id_of("unknown_token_id")
         with rust_errors("tokenizer.ggml.tokens"):
             named = None if unknown is None else tokens[unknown]
-            backend = pieces(tokens, scores.tolist(), kinds.tolist(), named, leading_space=leading_space)
+            backend = pieces(
+                tokens, scores.tolist(), kinds.tolist(), named, leading_space=leading_space
+            )
         first = True
     control = set(np.flatnonzero(kinds == CONTROL).tolist())
     ends = ends_of_turns(metadata, tokens, control)
-    special_ids = control | {number for number in ends if tokens[number] in NAMES}  # whatever kind the file says
+    # whatever kind the file says
+    special_ids = control | {number for number in ends if tokens[number] in NAMES}
     for special in (True, False):
         ids = (
-            sorted(special_ids) if special else [n for n in np.flatnonzero(kinds == USER_DEFINED).tolist() if n not in special_ids]
+            sorted(special_ids)
+            if special
+            else [n for n in np.flatnonzero(kinds == USER_DEFINED).tolist() if n not in special_ids]
         )
         add = backend.add_special_tokens if special else backend.add_tokens
-        spaced = not special and not leading_space  # such tokens may hold SentencePiece's sign for a space
-        add([AddedToken(tokens[number], normalized=spaced, special=special) for number in ids if tokens[number]])
+        # such tokens may hold SentencePiece's sign for a space
+        spaced = not special and not leading_space
+        add(
+            [
+                AddedToken(tokens[number], normalized=spaced, special=special)
+                for number in ids
+                if tokens[number]
+            ]
+        )
 
-    roles = {role: tokens[number] for role, name in ROLES.items() if (number := id_of(name)) is not None}
+    roles = {
+        role: tokens[number] for role, name in ROLES.items() if (number := id_of(name)) is not None
+    }
     begin = id_of("bos_token_id")
-    if fields.flag(metadata, "tokenizer.ggml.add_bos_token", first) and begin is not None and tokens[begin]:
+    if (
+        fields.flag(metadata, "tokenizer.ggml.add_bos_token", first)
+        and begin is not None
+        and tokens[begin]
+    ):
         # The library reads a piece as name:type, and $A as the text.
         name = tokens[begin] if not set(tokens[begin]) & set(":$") else "the first token"
         known = [{"id": name, "ids": [begin], "tokens": [tokens[begin]]}]
         beginning = processors.TemplateProcessing(single=[name, "$A"], special_tokens=known)
         of_bytes = [processors.ByteLevel(trim_offsets=False)] if kind_of_model == "gpt2" else []
         backend.post_processor = processors.Sequence([*of_bytes, beginning])
-    return Tokenizer(backend, ends, fields.optional_text(metadata, "tokenizer.chat_template"), roles)
+    return Tokenizer(
+        backend, ends, fields.optional_text(metadata, "tokenizer.chat_template"), roles
+    )
 
 
-def _byte_level(metadata: Mapping[str, Json], tokens: Sequence[str], split: str) -> tokenizers.Tokenizer:
+def _byte_level(
+    metadata: Mapping[str, Json], tokens: Sequence[str], split: str
+) -> tokenizers.Tokenizer:
     """Byte-level BPE."""
     ids = {token: number for number, token in enumerate(tokens)}
     merges = fields.texts(metadata, "tokenizer.ggml.merges")
@@ -91,7 +126,9 @@ def _byte_level(metadata: Mapping[str, Json], tokens: Sequence[str], split: str)
     if split not in SPLITS:
         fields.refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", split)
     with rust_errors("tokenizer.ggml.merges"):
-        backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=split == "llama-bpe"))
+        backend = tokenizers.Tokenizer(
+            models.BPE(vocab=ids, merges=pairs, ignore_merges=split == "llama-bpe")
+        )
     backend.pre_tokenizer, backend.decoder = SPLITS[split](), decoders.ByteLevel()
     if split == "qwen2":
         backend.normalizer = normalizers.NFC()

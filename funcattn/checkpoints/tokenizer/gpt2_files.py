@@ -38,17 +38,28 @@ def as_tokenizer_json(folder: Path, settings: Mapping[str, Json]) -> str:
     Raises:
         CheckpointError: a file is damaged.
     """
-    model = {"type": "BPE", "vocab": read_json(folder / VOCABULARY, LARGE), "fuse_unk": False, "byte_fallback": False}
+    model = {
+        "type": "BPE",
+        "vocab": read_json(folder / VOCABULARY, LARGE),
+        "fuse_unk": False,
+        "byte_fallback": False,
+    }
     lines = read_text(folder / MERGES, LARGE).split("\n")
     begin = 1 if lines[0].startswith("#version") else 0
     model["merges"] = [line.strip("\r") for line in lines[begin:] if line.strip()]
     empty = tokenizers.Tokenizer(models.BPE())
-    empty.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space") is True)
+    empty.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=settings.get("add_prefix_space") is True
+    )
     empty.decoder = decoders.ByteLevel()
-    return json.dumps({**json.loads(empty.to_str()), "model": {**json.loads(empty.to_str())["model"], **model}})
+    return json.dumps(
+        {**json.loads(empty.to_str()), "model": {**json.loads(empty.to_str())["model"], **model}}
+    )
 
 
 def with_roles(settings: Mapping[str, Json], beside: Mapping[str, Json]) -> dict[str, Json]:
-    """tokenizer_config.json with the special tokens that GPT2Tokenizer has where no file names them."""
+    """tokenizer_config.json with the special tokens that GPT2Tokenizer has where no file names
+    them.
+    """
     named = {**beside.get("special_tokens_map.json", {}), **settings}
     return {**{role: END for role in ROLES if role not in named}, **settings}

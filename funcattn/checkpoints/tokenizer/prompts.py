@@ -56,7 +56,9 @@ class Respelled(NamedTuple):
         """
         encoded = chunks.encode(self.backend, text, add_special_tokens=add_special_tokens)
         if taken := self.letters.keys() & set(encoded.ids):
-            _refuse(f"one whose special token {min(taken)} is the only id of a letter of plain text")
+            _refuse(
+                f"one whose special token {min(taken)} is the only id of a letter of plain text"
+            )
         original = {there: here for here, there in self.letters.items()}
         return [original.get(number, number) for number in encoded.ids], encoded.mask
 
@@ -64,7 +66,9 @@ class Respelled(NamedTuple):
 def special_of(backend: tokenizers.Tokenizer) -> dict[int, str]:
     """Id -> text of the special tokens."""
     return {
-        number: token.content for number, token in backend.get_added_tokens_decoder().items() if token.special and token.content
+        number: token.content
+        for number, token in backend.get_added_tokens_decoder().items()
+        if token.special and token.content
     }
 
 
@@ -81,7 +85,9 @@ def encode(backend: tokenizers.Tokenizer, rendered: Rendered) -> list[int]:
     for _ in range(ROUNDS):
         encoded = chunks.encode(backend, seen, add_special_tokens=False)
         found = _found(backend, encoded, seen, special)
-        foreign = [token for token in found if not _is_written_by_template(token, rendered, special)]
+        foreign = [
+            token for token in found if not _is_written_by_template(token, rendered, special)
+        ]
         if not foreign:
             break
         letters = list(seen)
@@ -100,7 +106,9 @@ def encode(backend: tokenizers.Tokenizer, rendered: Rendered) -> list[int]:
         begin = token.end
     ids, mask = other.encode("".join([*parts, text[begin:]]), add_special_tokens=False)
     unknown = unknown_of(backend)
-    if _kept(backend, ids, mask, special) != [token.id for token in found if token.id not in unknown]:
+    if _kept(backend, ids, mask, special) != [
+        token.id for token in found if token.id not in unknown
+    ]:
         _refuse("other special tokens than the template's")
     return ids
 
@@ -123,7 +131,9 @@ def encode_plain(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     return encoded.ids
 
 
-def _found(backend: tokenizers.Tokenizer, encoded: chunks.Encoded, text: str, special: dict[int, str]) -> list[Found]:
+def _found(
+    backend: tokenizers.Tokenizer, encoded: chunks.Encoded, text: str, special: dict[int, str]
+) -> list[Found]:
     """Special tokens spelled in a text, and their positions.
 
     The unknown token counts only where it is spelled.
@@ -133,33 +143,55 @@ def _found(backend: tokenizers.Tokenizer, encoded: chunks.Encoded, text: str, sp
         if number in special and not added:
             begin, end = map(int, offsets)
             part = text[begin:end]
-            begin += len(part) - len(part.lstrip()) if not special[number][:1].isspace() else 0  # which a token may take in
+            # which a token may take in
+            begin += len(part) - len(part.lstrip()) if not special[number][:1].isspace() else 0
             end -= len(part) - len(part.rstrip()) if not special[number][-1:].isspace() else 0
             if number not in unknown or text[begin:end] == special[number]:
                 found.append(Found(number, begin, end))
     return found
 
 
-def _kept(backend: tokenizers.Tokenizer, ids: list[int], mask: list[int], special: dict[int, str]) -> list[int]:
-    """The special tokens among the ids, but for the unknown one and those that the tokenizer puts first or last."""
+def _kept(
+    backend: tokenizers.Tokenizer, ids: list[int], mask: list[int], special: dict[int, str]
+) -> list[int]:
+    """The special tokens among the ids, but for the unknown one and those that the tokenizer puts
+    first or last.
+    """
     apart = unknown_of(backend)
     pairs = zip(ids, mask, strict=True)
-    return [number for number, added in pairs if number in special and number not in apart and not added]
+    return [
+        number for number, added in pairs if number in special and number not in apart and not added
+    ]
 
 
 def _is_written_by_template(token: Found, rendered: Rendered, special: dict[int, str]) -> bool:
-    origins, text = rendered.origins[token.begin : token.end], rendered.text[token.begin : token.end]
+    origins, text = (
+        rendered.origins[token.begin : token.end],
+        rendered.text[token.begin : token.end],
+    )
     if b"?" in origins:
-        remedy = "Encode the conversation by hand: this template joins texts in a way that does not tell whose they are."
-        fail("prompt", f"the special token {special[token.id]!r}", "the template's or a message's", "one of both", remedy)
+        remedy = (
+            "Encode the conversation by hand: this template joins texts in a way that does not "
+            "tell whose they are."
+        )
+        fail(
+            "prompt",
+            f"the special token {special[token.id]!r}",
+            "the template's or a message's",
+            "one of both",
+            remedy,
+        )
     whole = origins[:1] + origins[-1:] == b"tt" and b"d" not in origins
     return whole and all(
-        origin == ord("t") or letter.isalnum() or letter in "_-" for letter, origin in zip(text, origins, strict=True)
+        origin == ord("t") or letter.isalnum() or letter in "_-"
+        for letter, origin in zip(text, origins, strict=True)
     )
 
 
 def unknown_of(backend: tokenizers.Tokenizer) -> set[int]:
-    """The ids that the model writes for what it does not know: the named token, and what becomes of a noncharacter."""
+    """The ids that the model writes for what it does not know: the named token, and what becomes of
+    a noncharacter.
+    """
     named = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
     try:
         found = {token.id for token in backend.model.tokenize("\U0010fffe")}
@@ -170,14 +202,20 @@ def unknown_of(backend: tokenizers.Tokenizer) -> set[int]:
 
 def without(backend: tokenizers.Tokenizer, text: str) -> Respelled:
     """The tokenizer with spellings of special tokens that do not occur in a text."""
-    normal = text.lower() if backend.normalizer is None else backend.normalizer.normalize_str(text).lower()
+    normal = (
+        text.lower()
+        if backend.normalizer is None
+        else backend.normalizer.normalize_str(text).lower()
+    )
     stems = (f"qzx{_letters(number, 6)}j" for number in itertools.count())
     stem = next(stem for stem in stems if stem not in text and stem not in normal)
     return _respelled(backend, stem, tuple(special_of(backend).items()))
 
 
 @functools.lru_cache(maxsize=2)
-def _respelled(backend: tokenizers.Tokenizer, stem: str, special: tuple[tuple[int, str], ...]) -> Respelled:
+def _respelled(
+    backend: tokenizers.Tokenizer, stem: str, special: tuple[tuple[int, str], ...]
+) -> Respelled:
     """A copy in which special tokens begin with `stem`.
 
     The copy's model makes no special token of plain text either: its vocabulary has them under
@@ -192,7 +230,9 @@ def _respelled(backend: tokenizers.Tokenizer, stem: str, special: tuple[tuple[in
     added = values["added_tokens"]
     added.sort(key=lambda token: token["special"] and token["content"] in letters)  # stable
     for token in added:
-        token["content"] = names.get(token["content"], token["content"]) if token["special"] else token["content"]
+        token["content"] = (
+            names.get(token["content"], token["content"]) if token["special"] else token["content"]
+        )
     _rename(values["model"], {token: name for token, name in names.items() if token not in letters})
     made = tokenizers.Tokenizer.from_str(json.dumps(values))
     ids = {number: made.token_to_id(spelling) for number, spelling in spellings.items()}
@@ -207,7 +247,12 @@ def _is_only_spelling(model: dict[str, Json], token: str) -> bool:
     """True for a token that is one letter of the model's alphabet, without a byte fallback."""
     vocabulary = model["vocab"]
     known = vocabulary if isinstance(vocabulary, dict) else {name for name, _ in vocabulary}
-    return len(token) == 1 and token in known and model["type"] in ("BPE", "Unigram") and not model.get("byte_fallback")
+    return (
+        len(token) == 1
+        and token in known
+        and model["type"] in ("BPE", "Unigram")
+        and not model.get("byte_fallback")
+    )
 
 
 def _rename(model: dict[str, Json], names: dict[str, str]) -> None:
@@ -218,7 +263,9 @@ def _rename(model: dict[str, Json], names: dict[str, str]) -> None:
     else:  # Unigram: pairs of token and score, by id
         model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
     if "merges" in model:
-        pairs = (merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"])
+        pairs = (
+            merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]
+        )
         model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & names.keys()]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
@@ -230,5 +277,8 @@ def _letters(number: int, count: int) -> str:
 
 
 def _refuse(got: str) -> NoReturn:
-    remedy = "Encode the conversation by hand: encode(text) for messages, encode(text, special=True) for what stands between."
+    remedy = (
+        "Encode the conversation by hand: encode(text) for messages, encode(text, special=True) "
+        "for what stands between."
+    )
     fail("prompt", "the tokenizer", "one that tells special tokens from text", got, remedy)

@@ -1,13 +1,16 @@
-"""The tokenizer of SentencePiece (BPE with scores), which the GGUF files of Llama 2, Mistral and Gemma hold.
+"""The tokenizer of SentencePiece (BPE with scores), which the GGUF files of Llama 2, Mistral and
+Gemma hold.
 
-Text is split into characters; repeatedly, the neighbouring pair whose joined piece has the highest score
-is merged. A space is written as U+2581 and belongs to the word after it; characters that no piece covers
-are written in bytes, `<0x0A>`.
+Text is split into characters; repeatedly, the neighbouring pair whose joined piece has the highest
+score is merged. A space is written as U+2581 and belongs to the word after it; characters that no
+piece covers are written in bytes, `<0x0A>`.
 
-The `tokenizers` library joins by the rank of a pair, so the pairs are ranked here by the score of what they make. Only where
-occurrences of one piece overlap may the two choose differently: SentencePiece takes the left one first.
+The `tokenizers` library joins by the rank of a pair, so the pairs are ranked here by the score of
+what they make. Only where occurrences of one piece overlap may the two choose differently:
+SentencePiece takes the left one first.
 
-Source: Kudo and Richardson, SentencePiece, arXiv:1808.06226; llama.cpp, src/llama-vocab.cpp, llm_tokenizer_spm.
+Source: Kudo and Richardson, SentencePiece, arXiv:1808.06226; llama.cpp, src/llama-vocab.cpp,
+    llm_tokenizer_spm.
 """
 
 from collections.abc import Sequence
@@ -19,11 +22,15 @@ from ...core.errors import fail
 from ..families import CheckpointError
 
 SPACE = "\u2581"
-LONGEST = 2**10  # letters of a piece: what its beginnings cost grows with its length; SentencePiece makes them of 16 at most
+# letters of a piece: what its beginnings cost grows with its length; SentencePiece makes them of 16
+# at most
+LONGEST = 2**10
 NORMAL = 1  # the kind of token that text is cut into; the others are never made of characters
 
 
-def ranked_pairs(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> list[tuple[str, str]]:
+def ranked_pairs(
+    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
+) -> list[tuple[str, str]]:
     """The pairs of pieces that make a piece, the highest score first.
 
     Example:
@@ -33,8 +40,18 @@ def ranked_pairs(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence
     known = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
     longest = max(map(len, known), default=0)
     if longest > LONGEST:
-        remedy = "Save the model with its tokenizer.json in the Hugging Face layout, and load that folder."
-        fail("load", "tokenizer.ggml.tokens", f"of at most {LONGEST} letters", longest, remedy, CheckpointError)
+        remedy = (
+            "Save the model with its tokenizer.json in the Hugging Face layout, and load that "
+            "folder."
+        )
+        fail(
+            "load",
+            "tokenizer.ggml.tokens",
+            f"of at most {LONGEST} letters",
+            longest,
+            remedy,
+            CheckpointError,
+        )
     shorter = _beginnings(known)
     found = []
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
@@ -46,7 +63,9 @@ def ranked_pairs(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence
 
 
 def _beginnings(known: set[str]) -> dict[str, list[str]]:
-    """Piece -> the shorter pieces that it begins with, the shortest first. In the order of letters these stand right before it."""
+    """Piece -> the shorter pieces that it begins with, the shortest first. In the order of letters
+    these stand right before it.
+    """
     found, open_ = {}, list[str]()
     for token in sorted(known):
         while open_ and not token.startswith(open_[-1]):
@@ -57,21 +76,35 @@ def _beginnings(known: set[str]) -> dict[str, list[str]]:
 
 
 def pieces(
-    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], unknown: str | None, *, leading_space: bool
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    kinds: Sequence[int],
+    unknown: str | None,
+    *,
+    leading_space: bool,
 ) -> tokenizers.Tokenizer:
     """The tokenizer of the `tokenizers` library that cuts text into these pieces.
 
     Args:
         tokens, scores, kinds: of each id; kinds as GGUF numbers them.
         unknown: the token for what can be written in no other way, or None.
-        leading_space: whether a space is put before a text, as before any word (Llama 2; Gemma does not).
+        leading_space: whether a space is put before a text, as before any word (Llama 2; Gemma does
+            not).
     """
     ids = {token: number for number, token in enumerate(tokens)}
-    model = models.BPE(vocab=ids, merges=ranked_pairs(tokens, scores, kinds), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = models.BPE(
+        vocab=ids,
+        merges=ranked_pairs(tokens, scores, kinds),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
     backend = tokenizers.Tokenizer(model)
     to_spaces = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if leading_space:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+        )
         to_spaces.append(decoders.Strip(" ", 1, 0))
     else:
         backend.normalizer = normalizers.Replace(" ", SPACE)

@@ -36,7 +36,17 @@ TIMEOUT_SECONDS, START_SECONDS = 4.0, 60.0  # of a rendering; of starting the in
 LARGEST = 2**26  # bytes of an answer
 ALARM, PROFILE, KILL = (int(getattr(signal, name, 0)) for name in ("SIGALRM", "SIGPROF", "SIGKILL"))
 PROGRAM = "import sys; sys.path += sys.argv[1:]; from sandbox.worker import main; main()"
-PASSED = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL", "LC_TIME")  # of the environment
+# of the environment
+PASSED = (
+    "PATH",
+    "SYSTEMROOT",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "TZ",
+    "LANG",
+    "LC_ALL",
+    "LC_TIME",
+)
 
 
 class Rendered(NamedTuple):
@@ -65,12 +75,16 @@ def render(template: str, messages: Sequence[Mapping[str, Json]], names: Mapping
 
 
 def render_with_origins(
-    template: str, messages: Sequence[Mapping[str, Json]], names: Mapping[str, Json], special: Sequence[str]
+    template: str,
+    messages: Sequence[Mapping[str, Json]],
+    names: Mapping[str, Json],
+    special: Sequence[str],
 ) -> Rendered:
     """`render`, and the origin of each character.
 
     Args:
-        special: the texts whose characters matter; "d" may stand for "t" at characters that occur in none of them.
+        special: the texts whose characters matter; "d" may stand for "t" at characters that occur
+            in none of them.
     """
     return _ask(template, messages, names, tuple(special))
 
@@ -94,24 +108,48 @@ def marked_at_its_end(messages: Sequence[Mapping[str, Json]]) -> list[Mapping[st
             parts[place] = {**parts[place], "text": parts[place]["text"] + END}
             return [*messages[:-1], {**last, "content": parts}]
     remedy = "Give a last message whose content is text."
-    fail("chat", "continue_final_message", "with a last message to go on with", f"{type(content).__name__} as its content", remedy)
+    fail(
+        "chat",
+        "continue_final_message",
+        "with a last message to go on with",
+        f"{type(content).__name__} as its content",
+        remedy,
+    )
 
 
 def opened(text: str) -> str:
     """A text up to the mark, without white space that the template strips from a message."""
     place = text.rfind(END.strip())
     if place < 0:
-        remedy = "This template leaves out, or changes, the last message: write the prompt yourself."
-        fail("chat", "continue_final_message", "with a last message that is in the text", "another text", remedy)
+        remedy = (
+            "This template leaves out, or changes, the last message: write the prompt yourself."
+        )
+        fail(
+            "chat",
+            "continue_final_message",
+            "with a last message that is in the text",
+            "another text",
+            remedy,
+        )
     return text[:place] if text[place : place + len(END)] == END else text[:place].rstrip()
 
 
-def _ask(template: str, messages: Json, names: Mapping[str, Json], special: tuple[str, ...] | None) -> Rendered:
+def _ask(
+    template: str, messages: Json, names: Mapping[str, Json], special: tuple[str, ...] | None
+) -> Rendered:
     known = {"tools": None, "documents": None, **names}
     try:
-        request = marshal.dumps((template, plain(known, "names"), plain(messages, "messages"), special))
+        request = marshal.dumps(
+            (template, plain(known, "names"), plain(messages, "messages"), special)
+        )
     except (ValueError, RecursionError):
-        fail("chat", "messages", "nested less than some hundred times", "deeper ones", "Are they part of themselves?")
+        fail(
+            "chat",
+            "messages",
+            "nested less than some hundred times",
+            "deeper ones",
+            "Are they part of themselves?",
+        )
     answer = _Worker.ask(request)
     if answer[:1] != b"=":
         _refuse(answer[1:].decode(errors="replace"))
@@ -131,22 +169,40 @@ def plain(value: object, where: str) -> Json:
     if isinstance(value, float):
         return float.__float__(value)
     if isinstance(value, Mapping):
-        return {_name(name, where): plain(item, f"{where}[{name!r}]") for name, item in value.items()}
+        return {
+            _name(name, where): plain(item, f"{where}[{name!r}]") for name, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
     remedy = "A template reads text: write the value as one, or leave it out."
-    fail("chat", where, "text, a number, None, a list or a mapping", f"a {type(value).__name__}", remedy, TypeError)
+    fail(
+        "chat",
+        where,
+        "text, a number, None, a list or a mapping",
+        f"a {type(value).__name__}",
+        remedy,
+        TypeError,
+    )
 
 
 def _name(name: Json, where: str) -> Json:
     if not (name is None or isinstance(name, str | int | float)):
-        fail("chat", f"a name in {where}", "text", f"a {type(name).__name__}", "Write it as text.", TypeError)
+        fail(
+            "chat",
+            f"a name in {where}",
+            "text",
+            f"a {type(name).__name__}",
+            "Write it as text.",
+            TypeError,
+        )
     return plain(name, where)
 
 
 def _refuse(got: str) -> NoReturn:
     remedy = "Set another: dataclasses.replace(tokenizer, template=...)."
-    fail("chat", "the chat template", "one that renders these messages", got, remedy, CheckpointError)
+    fail(
+        "chat", "the chat template", "one that renders these messages", got, remedy, CheckpointError
+    )
 
 
 class _Worker:
@@ -172,7 +228,8 @@ class _Worker:
                 if answer is not None:
                     return answer
                 code = cls.stop()
-                if not late and code in (0, -KILL):  # it left, or was killed by another: no template can do either
+                # it left, or was killed by another: no template can do either
+                if not late and code in (0, -KILL):
                     continue
                 _refuse(_end(code, late))
             _refuse("a process that renders and ends before it is asked")
@@ -219,13 +276,28 @@ def _started() -> "subprocess.Popen[bytes]":
     """Start a process, and wait until it is ready."""
     executable = multiprocessing.spawn.get_executable()
     packages = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
-    folders = [str(Path(spec.origin).parent.parent) for spec in packages if spec is not None and spec.origin]
-    remedy = "Render the template elsewhere, and give its text to tokenizer.encode(text, special=True)."
+    folders = [
+        str(Path(spec.origin).parent.parent)
+        for spec in packages
+        if spec is not None and spec.origin
+    ]
+    remedy = (
+        "Render the template elsewhere, and give its text to tokenizer.encode(text, special=True)."
+    )
     if not executable or getattr(sys, "frozen", False):
         fail("chat", "sys.executable", "Python's", executable, remedy, CheckpointError)
-    command = [os.fspath(executable), "-I", "-S", "-c", PROGRAM, str(Path(__file__).parent), *dict.fromkeys(folders)]
+    command = [
+        os.fspath(executable),
+        "-I",
+        "-S",
+        "-c",
+        PROGRAM,
+        str(Path(__file__).parent),
+        *dict.fromkeys(folders),
+    ]
     environment = {name: os.environ[name] for name in PASSED if name in os.environ}
-    windows = 0x08000200 if sys.platform == "win32" else 0  # no window, and a group of its own; elsewhere a session: no Ctrl-C
+    # no window, and a group of its own; elsewhere a session: no Ctrl-C
+    windows = 0x08000200 if sys.platform == "win32" else 0
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     try:
         process = subprocess.Popen(
@@ -236,7 +308,14 @@ def _started() -> "subprocess.Popen[bytes]":
             creationflags=windows,
         )
     except OSError as error:
-        fail("chat", "the process that renders", "one that can be started", str(error), remedy, CheckpointError)
+        fail(
+            "chat",
+            "the process that renders",
+            "one that can be started",
+            str(error),
+            remedy,
+            CheckpointError,
+        )
     try:
         ready, _ = _exchange(process, b"", START_SECONDS)
     except BaseException:
@@ -249,11 +328,20 @@ def _started() -> "subprocess.Popen[bytes]":
         process.kill()
         code = process.wait()
         _close(process)
-        fail("chat", "the process that renders", "one that can be started", f"exit code {code}", remedy, CheckpointError)
+        fail(
+            "chat",
+            "the process that renders",
+            "one that can be started",
+            f"exit code {code}",
+            remedy,
+            CheckpointError,
+        )
     return process
 
 
-def _exchange(process: "subprocess.Popen[bytes]", request: bytes, patience: float) -> tuple[bytes | None, bool]:
+def _exchange(
+    process: "subprocess.Popen[bytes]", request: bytes, patience: float
+) -> tuple[bytes | None, bool]:
     """Send a request, unless it is empty, and read the answer.
 
     Returns None for the answer where the process ended, and whether it was out of time.

@@ -1,4 +1,5 @@
-"""Text to token ids and back, on the `tokenizers` library, from tokenizer.json or from the metadata of a GGUF file.
+"""Text to token ids and back, on the `tokenizers` library, from tokenizer.json or from the metadata
+of a GGUF file.
 
 Plain text and prompts are encoded differently. `encode(text)` never gives the id of a special
 token, whatever the text spells. In `encode(text, special=True)`, for rendered chat templates,
@@ -41,7 +42,8 @@ class Tokenizer:
 
     Example:
         >>> from tokenizers import models, pre_tokenizers
-        >>> backend = tokenizers.Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+        >>> backend = tokenizers.Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "?": 3},
+        ...     unk_token="?"))
         >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
         >>> _ = backend.add_special_tokens(["<end>"])
         >>> tokenizer = Tokenizer(backend, stop=(0,))
@@ -79,7 +81,14 @@ class Tokenizer:
                 characters, and the tokens that the model expects first (a Llama's `<s>`) are added.
         """
         if not isinstance(text, str):
-            fail("encode", "text", "a str", f"a {type(text).__name__}", "Encode texts one by one.", TypeError)
+            fail(
+                "encode",
+                "text",
+                "a str",
+                f"a {type(text).__name__}",
+                "Encode texts one by one.",
+                TypeError,
+            )
         with self._encoding("encode", "text"):
             self.bounds.check(self.backend, text)
             if not special:
@@ -95,7 +104,14 @@ class Tokenizer:
             skip_special: omit special tokens.
         """
         if isinstance(ids, str):
-            fail("decode", "ids", "token ids", "a str", "Text becomes ids by encode(text).", TypeError)
+            fail(
+                "decode",
+                "ids",
+                "token ids",
+                "a str",
+                "Text becomes ids by encode(text).",
+                TypeError,
+            )
         numbers = [int(number) for number in ids]
         wrong = [number for number in numbers if not 0 <= number < 2**32]
         if wrong:
@@ -104,7 +120,11 @@ class Tokenizer:
             return self.backend.decode(numbers, skip_special_tokens=skip_special)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Json]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self,
+        messages: Sequence[Mapping[str, Json]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """A conversation as text, by the chat template.
 
@@ -128,7 +148,11 @@ class Tokenizer:
         return templates.opened(text) if continue_final_message else text
 
     def prompt(
-        self, messages: Sequence[Mapping[str, Json]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self,
+        messages: Sequence[Mapping[str, Json]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """The ids of a conversation in which only the template writes special tokens.
 
@@ -145,8 +169,8 @@ class Tokenizer:
             CheckpointError, TypeError: as `chat`.
             ValueError: as `chat`; or the origin of a special token cannot be determined.
 
-        Law: where all special tokens are the template's, prompt(m) == encode(chat(m), special=True); and nothing of the text is
-            lost (test_prompts.py).
+        Law: where all special tokens are the template's, prompt(m) == encode(chat(m),
+            special=True); and nothing of the text is lost (test_prompts.py).
         """
         arguments = self._rendering(messages, add_generation_prompt, continue_final_message)
         special = sorted(set(self.special_tokens.values()))
@@ -158,20 +182,46 @@ class Tokenizer:
             self.bounds.check(self.backend, rendered.text)
             return prompts.encode(self.backend, rendered)
 
-    def _rendering(self, messages: Json, add_generation_prompt: bool, continue_final_message: bool) -> tuple[str, Any, Any]:
+    def _rendering(
+        self, messages: Json, add_generation_prompt: bool, continue_final_message: bool
+    ) -> tuple[str, Any, Any]:
         """Template, messages and variables, validated."""
-        if isinstance(messages, str) or not all(isinstance(message, Mapping) and "role" in message for message in messages):
+        if isinstance(messages, str) or not all(
+            isinstance(message, Mapping) and "role" in message for message in messages
+        ):
             wanted = 'messages such as [{"role": "user", "content": "Hello"}]'
-            fail("chat", "messages", wanted, repr(messages), "Text without roles goes through encode.", TypeError)
+            fail(
+                "chat",
+                "messages",
+                wanted,
+                repr(messages),
+                "Text without roles goes through encode.",
+                TypeError,
+            )
         if self.template is None:
-            remedy = "Write the prompt yourself, or set one: dataclasses.replace(tokenizer, template=...)."
-            fail("chat", "the tokenizer", "one with a chat template", "none", remedy, CheckpointError)
+            remedy = (
+                "Write the prompt yourself, or set one: dataclasses.replace(tokenizer, "
+                "template=...)."
+            )
+            fail(
+                "chat", "the tokenizer", "one with a chat template", "none", remedy, CheckpointError
+            )
         if continue_final_message:
             if add_generation_prompt:
                 remedy = "Pass add_generation_prompt=False."
-                fail("chat", "continue_final_message", "without an opening of the next message", "both", remedy)
+                fail(
+                    "chat",
+                    "continue_final_message",
+                    "without an opening of the next message",
+                    "both",
+                    remedy,
+                )
             messages = templates.marked_at_its_end(messages)
-        return self.template, messages, {**self.roles, "add_generation_prompt": add_generation_prompt}
+        return (
+            self.template,
+            messages,
+            {**self.roles, "add_generation_prompt": add_generation_prompt},
+        )
 
     @contextmanager
     def _encoding(self, verb: str, what: str) -> Iterator[None]:
@@ -197,7 +247,9 @@ class Tokenizer:
             "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
         }
         if self.stop:
-            files["generation_config.json"] = json.dumps({"eos_token_id": list(self.stop)}, indent=2)
+            files["generation_config.json"] = json.dumps(
+                {"eos_token_id": list(self.stop)}, indent=2
+            )
         return files
 
     def save(self, folder: str | Path) -> None:
@@ -218,12 +270,14 @@ def from_files(
     stop: Iterable[int],
     beside: Mapping[str, Json] = MappingProxyType({}),
 ) -> Tokenizer:
-    """A Tokenizer from the text of tokenizer.json and the values of the files beside it (see `declared`).
+    """A Tokenizer from the text of tokenizer.json and the values of the files beside it (see
+    `declared`).
 
     Args:
         tokenizer: the text of tokenizer.json.
         settings: tokenizer_config.json.
-        templates: the texts of chat_template.jinja ("default") and of additional templates, by name.
+        templates: the texts of chat_template.jinja ("default") and of additional templates, by
+            name.
         stop: ids that end a generation; where there are none, the eos_token that is declared.
         beside: the values of special_tokens_map.json and its kin, by file.
     """

@@ -1,9 +1,9 @@
 """Bounds on memory and time of a tokenizer.json, checked before `tokenizers` reads it.
 
-The `tokenizers` library, in Rust, aborts the process when out of memory, which Python cannot catch. A
-text passes a pipeline: normalizer, pre-tokenizer, model, post-processor; ids pass the decoder. Every
-component must be of a kind in the tables here, which have the most bytes that it makes of one byte;
-the product along the pipeline is bounded, and so are ids, tokens and their number. Where the
+The `tokenizers` library, in Rust, aborts the process when out of memory, which Python cannot catch.
+A text passes a pipeline: normalizer, pre-tokenizer, model, post-processor; ids pass the decoder.
+Every component must be of a kind in the tables here, which have the most bytes that it makes of one
+byte; the product along the pipeline is bounded, and so are ids, tokens and their number. Where the
 product and a text are both large, parts of the text are normalized and measured first.
 
 A regular expression may search the rest of a text from every position. The library gives up one
@@ -11,7 +11,8 @@ match after ten million steps, but not a thousand of them. So patterns are first
 beginning and end of a text, on four times as much each time, until all is done or one is far too
 slow.
 
-Source: github.com/huggingface/tokenizers, tokenizers/src, version 0.23; Unicode forms grow a text by 18 at most, once.
+Source: github.com/huggingface/tokenizers, tokenizers/src, version 0.23; Unicode forms grow a text
+    by 18 at most, once.
 """
 
 import base64
@@ -30,33 +31,47 @@ from ..families import CheckpointError
 from ..families.tables import Json
 from ..regular_files import parse_object
 
-MOST_IDS = 2**22  # of a vocabulary: the library makes a list up to the largest id; 262 144 are the most seen
+# of a vocabulary: the library makes a list up to the largest id; 262 144 are the most seen
+MOST_IDS = 2**22
 MOST_ADDED = 2**17  # tokens beside the model's; some families have 65 536 for images
 LONGEST = 2**12  # letters of a token or of a text that a component puts in; 512 are the most seen
 LONGEST_PATTERN = 2**12
 MOST_COMPONENTS = 64  # of one part of the pipeline
 MOST_ENDS = 2**8  # tokens that a post-processor puts around a text
 GROWTH, PRE_GROWTH, DECODED_GROWTH = 2**12, 2**4, 2**6  # bytes for one byte
-MEASURED = 2**22  # letters that are normalized at once without a look at what becomes of them; 16 bytes of memory each
+# letters that are normalized at once without a look at what becomes of them; 16 bytes of memory
+# each
+MEASURED = 2**22
 ADDED_SIZE = 2**24  # letters that all added tokens become
-FIRST_WINDOW, LATER_WINDOW = 16, 4  # letters of a text that patterns try first, and how many times more are next
-SLOW = 0.25, 2e-5  # seconds of this thread for any window, and more for each letter; a usual pattern takes 5e-7
+# letters of a text that patterns try first, and how many times more are next
+FIRST_WINDOW, LATER_WINDOW = 16, 4
+# seconds of this thread for any window, and more for each letter; a usual pattern takes 5e-7
+SLOW = 0.25, 2e-5
 COUNTED = re.compile(r"(?<!\\[xuo])\{(\d*),?(\d*)\}")
-MOST_COUNTED = 2**8  # the product of all counts in a pattern: a larger one hides behind it what it costs
+# the product of all counts in a pattern: a larger one hides behind it what it costs
+MOST_COUNTED = 2**8
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 EVERY_LETTER = r"[\s\S]"
-TRUSTED = {LLAMA3, QWEN2, EVERY_LETTER}  # patterns whose every match ends soon, so that none is tried first
+# patterns whose every match ends soon, so that none is tried first
+TRUSTED = {LLAMA3, QWEN2, EVERY_LETTER}
 
 UNCHANGED = 1
 NORMALIZERS = {
-    **dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Nmt", "Strip", "StripAccents"), UNCHANGED),
+    **dict.fromkeys(
+        ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Nmt", "Strip", "StripAccents"), UNCHANGED
+    ),
     "BertNormalizer": 2,  # spaces around each Chinese character
     "ByteLevel": 2,
 }
 PRE_TOKENIZERS = {
-    **dict.fromkeys(("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits"), UNCHANGED),
+    **dict.fromkeys(
+        ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits"), UNCHANGED
+    ),
     **dict.fromkeys(("CharDelimiterSplit", "UnicodeScripts", "FixedLength", "Split"), UNCHANGED),
     "ByteLevel": 2,
     "Metaspace": 4,  # one letter of four bytes for a space
@@ -67,7 +82,9 @@ DECODERS = {
     "ByteLevel": 3,  # U+FFFD for a byte that is no character
 }
 PROCESSORS: dict[str, int] = {
-    **dict.fromkeys(("ByteLevel", "BertProcessing", "RobertaProcessing", "TemplateProcessing"), UNCHANGED)
+    **dict.fromkeys(
+        ("ByteLevel", "BertProcessing", "RobertaProcessing", "TemplateProcessing"), UNCHANGED
+    )
 }
 
 
@@ -86,7 +103,11 @@ class Bounds:
                 size += len(backend.normalizer.normalize_str(text[at : at + part]))
                 if size > 4 * len(text) + MEASURED // 4:
                     got = f"{size} for the first {at + part}"
-                    _refuse("the normalizer", f"one that makes at most four letters of one in {len(text)}", got)
+                    _refuse(
+                        "the normalizer",
+                        f"one that makes at most four letters of one in {len(text)}",
+                        got,
+                    )
         length = FIRST_WINDOW
         while self.has_patterns and length < len(text):
             for part in (text[:length], text[-length:]):
@@ -96,7 +117,9 @@ class Bounds:
                 if backend.pre_tokenizer is not None:
                     backend.pre_tokenizer.pre_tokenize(tokenizers.PreTokenizedString(part))
                 if (spent := time.thread_time() - begun) > most:
-                    _refuse("a pattern", f"done with {length} letters in {most:.2f} s", f"{spent:.2f} s")
+                    _refuse(
+                        "a pattern", f"done with {length} letters in {most:.2f} s", f"{spent:.2f} s"
+                    )
             length *= LATER_WINDOW
 
 
@@ -111,13 +134,21 @@ def check(text: str) -> Bounds:
     _growth(values, "pre_tokenizer", PRE_TOKENIZERS, PRE_GROWTH)
     _growth(values, "decoder", DECODERS, DECODED_GROWTH)
     _growth(values, "post_processor", PROCESSORS, UNCHANGED)
-    if any("Regex" in _pattern(part, "decoder") for part in _components(values, "decoder") if part["type"] == "Replace"):
+    if any(
+        "Regex" in _pattern(part, "decoder")
+        for part in _components(values, "decoder")
+        if part["type"] == "Replace"
+    ):
         _refuse("a decoder", "Replace of a plain text", "Replace of a regular expression")
     _check_processors(list(_components(values, "post_processor")))
     _check_model(values.get("model"))
     _check_added(values.get("added_tokens"), growth)
     pipeline = [*_components(values, "normalizer"), *_components(values, "pre_tokenizer")]
-    patterns = {_pattern(one, "pipeline").get("Regex") for one in pipeline if one["type"] in ("Split", "Replace")}
+    patterns = {
+        _pattern(one, "pipeline").get("Regex")
+        for one in pipeline
+        if one["type"] in ("Split", "Replace")
+    }
     return Bounds(growth, bool(patterns - TRUSTED - {None}))
 
 
@@ -138,7 +169,9 @@ def _components(values: Mapping[str, Json], part: str) -> Iterator[dict[str, Jso
         if one["type"] != "Sequence":
             yield one
             continue
-        inner = next((one[name] for name in (f"{part}s", "pretokenizers", "processors") if name in one), None)
+        inner = next(
+            (one[name] for name in (f"{part}s", "pretokenizers", "processors") if name in one), None
+        )
         if not isinstance(inner, list):
             _refuse(part, "a Sequence of a list", _kind(inner))
         waiting = [*inner, *waiting]
@@ -176,14 +209,24 @@ def _replaced(one: Mapping[str, Json], part: str) -> int:
 def _pattern(one: Mapping[str, Json], part: str) -> Mapping[str, str]:
     """{"String": text} or {"Regex": text}."""
     pattern = one.get("pattern")
-    if not isinstance(pattern, dict) or len(pattern) != 1 or not pattern.keys() <= {"String", "Regex"}:
+    if (
+        not isinstance(pattern, dict)
+        or len(pattern) != 1
+        or not pattern.keys() <= {"String", "Regex"}
+    ):
         _refuse(f"a pattern of the {part}", '{"String": text} or {"Regex": text}', _kind(pattern))
     (text,) = pattern.values()
     if not isinstance(text, str) or len(text) > LONGEST_PATTERN:
-        _refuse(f"a pattern of the {part}", f"a text of at most {LONGEST_PATTERN} letters", _kind(text))
+        _refuse(
+            f"a pattern of the {part}", f"a text of at most {LONGEST_PATTERN} letters", _kind(text)
+        )
     counts = [max(int(number[:9] or 0) for number in found) or 1 for found in COUNTED.findall(text)]
     if "Regex" in pattern and math.prod(counts) > MOST_COUNTED:
-        _refuse(f"a pattern of the {part}", f"one that counts to {MOST_COUNTED} at most", math.prod(counts))
+        _refuse(
+            f"a pattern of the {part}",
+            f"one that counts to {MOST_COUNTED} at most",
+            math.prod(counts),
+        )
     return pattern
 
 
@@ -194,7 +237,8 @@ def _longest_of_map(one: Mapping[str, Json]) -> int:
         data = base64.b64decode(stored if isinstance(stored, str) else "", validate=True)
     except (binascii.Error, ValueError):
         data = b""
-    trie = int.from_bytes(data[:4], "little")  # bytes; the library makes room for as many as are said
+    # bytes; the library makes room for as many as are said
+    trie = int.from_bytes(data[:4], "little")
     if len(data) < 4 or trie > len(data) - 4:
         _refuse("precompiled_charsmap", "a map in base64, as large as it says", _kind(stored))
     return max(UNCHANGED, max(map(len, data[4 + trie :].split(b"\0"))))
@@ -207,24 +251,38 @@ def _check_processors(components: list[dict[str, Json]]) -> None:
         if one["type"] != "TemplateProcessing":
             continue
         tokens = one.get("special_tokens", {})
-        if not isinstance(tokens, dict) or not all(isinstance(token, dict) for token in tokens.values()):
+        if not isinstance(tokens, dict) or not all(
+            isinstance(token, dict) for token in tokens.values()
+        ):
             _refuse("special_tokens of the post_processor", "an object of objects", _kind(tokens))
         ids = {name: token.get("ids") for name, token in tokens.items()}
-        if not all(isinstance(found, list) and all(_is_id(n) for n in found) for found in ids.values()):
+        if not all(
+            isinstance(found, list) and all(_is_id(n) for n in found) for found in ids.values()
+        ):
             _refuse("ids of the post_processor", f"lists of ids below {MOST_IDS}", "others")
         for name in ("single", "pair"):
             pieces = one.get(name, [])
-            if not isinstance(pieces, list) or not all(isinstance(piece, dict) and len(piece) == 1 for piece in pieces):
+            if not isinstance(pieces, list) or not all(
+                isinstance(piece, dict) and len(piece) == 1 for piece in pieces
+            ):
                 _refuse(f"{name} of the post_processor", "a list of pieces", _kind(pieces))
             named = [
-                (kind, value.get("id") if isinstance(value, dict) else "") for piece in pieces for kind, value in piece.items()
+                (kind, value.get("id") if isinstance(value, dict) else "")
+                for piece in pieces
+                for kind, value in piece.items()
             ]
             texts = [which for kind, which in named if kind == "Sequence"]
             if len({*map(str, texts)}) < len(texts) or (name == "single" and texts != ["A"]):
-                _refuse(f"{name} of the post_processor", "one that puts a text there once", f"{len(texts)} times")
+                _refuse(
+                    f"{name} of the post_processor",
+                    "one that puts a text there once",
+                    f"{len(texts)} times",
+                )
             ends += sum(len(ids.get(str(which), ())) for kind, which in named if kind != "Sequence")
     if ends > MOST_ENDS:
-        _refuse("the post_processor", f"one that puts at most {MOST_ENDS} tokens around a text", ends)
+        _refuse(
+            "the post_processor", f"one that puts at most {MOST_ENDS} tokens around a text", ends
+        )
 
 
 # The vocabulary.
@@ -235,9 +293,15 @@ def _check_model(model: Json) -> None:
         _refuse("model", "an object", _kind(model))
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the place
-        if not all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) for entry in vocabulary):
+        if not all(
+            isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+            for entry in vocabulary
+        ):
             _refuse("vocab", "a list of [token, score]", "another")
-        tokens, ids = [entry[0] for entry in vocabulary], [len(vocabulary) - 1] if vocabulary else []
+        tokens, ids = (
+            [entry[0] for entry in vocabulary],
+            [len(vocabulary) - 1] if vocabulary else [],
+        )
     elif isinstance(vocabulary, dict):
         tokens, ids = vocabulary, vocabulary.values()
     else:
@@ -249,21 +313,31 @@ def _check_model(model: Json) -> None:
     if longest > LONGEST:
         _refuse("a token of the model", f"of at most {LONGEST} letters", longest)
     width = model.get("max_input_chars_per_word")
-    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or not 0 <= width <= LONGEST):
-        _refuse("max_input_chars_per_word", f"at most {LONGEST}: what a word costs is its square", width)
+    if width is not None and (
+        isinstance(width, bool) or not isinstance(width, int) or not 0 <= width <= LONGEST
+    ):
+        _refuse(
+            "max_input_chars_per_word", f"at most {LONGEST}: what a word costs is its square", width
+        )
 
 
 def _check_added(added: Json, growth: int) -> None:
     if added is None:
         return
-    if not isinstance(added, list) or len(added) > MOST_ADDED or not all(isinstance(token, dict) for token in added):
+    if (
+        not isinstance(added, list)
+        or len(added) > MOST_ADDED
+        or not all(isinstance(token, dict) for token in added)
+    ):
         _refuse("added_tokens", f"a list of at most {MOST_ADDED} objects", _kind(added))
     size = 0
     for token in added:
         content = _text(token, "content", "added_tokens")
         if not _is_id(token.get("id")):
             _refuse("an id in added_tokens", f"from 0 to {MOST_IDS - 1}", _kind(token.get("id")))
-        size += len(content.encode("utf-8", "replace")) * (growth if token.get("normalized", True) is not False else UNCHANGED)
+        size += len(content.encode("utf-8", "replace")) * (
+            growth if token.get("normalized", True) is not False else UNCHANGED
+        )
     if size > ADDED_SIZE:
         _refuse("added_tokens", f"{ADDED_SIZE} letters at most", size)
 

@@ -79,7 +79,8 @@ def accept(
     valid = _checked("accept", target, draft, proposed, valid, check)
     for_uniforms, for_token = randomness.split(key).unbind()
     regions = rule.regions(*clean(target, draft, proposed, valid), valid)
-    uniforms = randomness.uniform(for_uniforms, (len(proposed),), torch.float64)  # float32 ones are multiples of 2^-23
+    # float32 ones are multiples of 2^-23
+    uniforms = randomness.uniform(for_uniforms, (len(proposed),), torch.float64)
     count = rule.count(regions.threshold.double(), uniforms)
     token = draw_row(for_token, regions.correction, count)
     return Accepted(count, token, finish(proposed, count, token))
@@ -87,7 +88,13 @@ def accept(
 
 @door
 def acceptance_pmf(
-    target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor | None = None, *, rule: Rule = blockwise, check: bool = True
+    target: Tensor,
+    draft: Tensor,
+    proposed: Tensor,
+    valid: Tensor | None = None,
+    *,
+    rule: Rule = blockwise,
+    check: bool = True,
 ) -> Tensor:
     """The probability (N + 1,) of each accepted count given the draft: exact.
 
@@ -106,7 +113,9 @@ def acceptance_pmf(
     return rule.pmf(rule.regions(*clean(target, draft, proposed, valid), valid).threshold)
 
 
-def clean(target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def clean(
+    target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """target, draft, proposed with rows beyond valid replaced: uniform probabilities, token 0."""
     rows, V = torch.arange(len(target), device=target.device).unsqueeze(-1), target.shape[-1]
     there = rows[:-1] < valid
@@ -130,13 +139,26 @@ def finish(proposed: Tensor, count: Tensor, token: Tensor) -> Tensor:
     return torch.where(places < count, longer, torch.where(places == count, token, -1))
 
 
-def _checked(function: str, target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor | None, check: bool) -> Tensor:
+def _checked(
+    function: str,
+    target: Tensor,
+    draft: Tensor,
+    proposed: Tensor,
+    valid: Tensor | None,
+    check: bool,
+) -> Tensor:
     if proposed.dim() != 1 or proposed.is_floating_point():
         got, remedy = f"{proposed.dtype} {errors.shape(proposed)}", "Map over many rows with vmap."
         errors.fail(function, "proposed", "one draft (N,) of token ids", got, remedy)
     N = len(proposed)
     if not N:
-        errors.fail(function, "proposed", "(N,) with N at least 1", (0,), "With nothing drafted, draw from the target.")
+        errors.fail(
+            function,
+            "proposed",
+            "(N,) with N at least 1",
+            (0,),
+            "With nothing drafted, draw from the target.",
+        )
     V = target.shape[-1] if target.dim() else 0
     check_probs(function, "target", target, (N + 1, V), "(N + 1, V)", N)
     check_probs(function, "draft", draft, (N, V), "(N, V)", N)
@@ -144,9 +166,22 @@ def _checked(function: str, target: Tensor, draft: Tensor, proposed: Tensor, val
         valid = torch.full((), N, dtype=torch.int64, device=proposed.device)
     elif not isinstance(valid, Tensor) or valid.dim() or valid.is_floating_point():
         got = f"{valid.dtype} {errors.shape(valid)}" if isinstance(valid, Tensor) else repr(valid)
-        errors.fail(function, "valid", "an integer tensor ()", got, "Pass torch.tensor(n); map over rows with vmap.", TypeError)
+        errors.fail(
+            function,
+            "valid",
+            "an integer tensor ()",
+            got,
+            "Pass torch.tensor(n); map over rows with vmap.",
+            TypeError,
+        )
     if errors.is_true((valid < 0) | (valid > N)):
-        errors.fail(function, "valid", f"between 0 and N = {N}", errors.peek(valid), "It counts the drafted tokens.")
+        errors.fail(
+            function,
+            "valid",
+            f"between 0 and N = {N}",
+            errors.peek(valid),
+            "It counts the drafted tokens.",
+        )
     places = torch.arange(N + 1, device=target.device)
     if check:
         check_values(function, "target", target, places <= valid)
@@ -155,14 +190,29 @@ def _checked(function: str, target: Tensor, draft: Tensor, proposed: Tensor, val
     return valid
 
 
-def check_probs(function: str, argument: str, probs: Tensor, wanted: tuple[int, ...], letters: str, N: int) -> None:
+def check_probs(
+    function: str, argument: str, probs: Tensor, wanted: tuple[int, ...], letters: str, N: int
+) -> None:
     """Fail where probabilities do not have the shape and dtype that are wanted."""
     if probs.dtype not in (torch.float32, torch.float64):
         remedy = "Take the softmax in float32, and draw from that too."
-        errors.fail(function, argument, "probabilities in float32 or float64", probs.dtype, remedy, TypeError)
+        errors.fail(
+            function,
+            argument,
+            "probabilities in float32 or float64",
+            probs.dtype,
+            remedy,
+            TypeError,
+        )
     if probs.shape != wanted:
         remedy = "Target and draft need one vocabulary; the target has one row more."
-        errors.fail(function, argument, f"{letters} = {wanted} with N = {N} as proposed", errors.shape(probs), remedy)
+        errors.fail(
+            function,
+            argument,
+            f"{letters} = {wanted} with N = {N} as proposed",
+            errors.shape(probs),
+            remedy,
+        )
 
 
 def check_values(function: str, argument: str, probs: Tensor, counts: Tensor) -> None:
@@ -173,14 +223,29 @@ def check_values(function: str, argument: str, probs: Tensor, counts: Tensor) ->
     slack = 4 * probs.shape[-1] * torch.finfo(probs.dtype).eps
     wrong = ~(((probs.sum(-1) - 1).abs() <= slack) & (probs >= 0).all(-1))  # NaN is wrong
     if errors.is_true(wrong & counts):
-        errors.fail(function, argument, "rows of probabilities that sum to one", "others, or NaN", "Pass softmax(logits).")
+        errors.fail(
+            function,
+            argument,
+            "rows of probabilities that sum to one",
+            "others, or NaN",
+            "Pass softmax(logits).",
+        )
 
 
 def check_tokens(function: str, draft: Tensor, proposed: Tensor, counts: Tensor) -> None:
     """Fail where a token that counts is outside the vocabulary or has probability 0."""
     V = draft.shape[-1]
     if errors.is_true(((proposed < 0) | (proposed >= V)) & counts):
-        errors.fail(function, "proposed", f"ids below V = {V}", errors.peek(proposed), "Set valid where the draft is short.")
+        errors.fail(
+            function,
+            "proposed",
+            f"ids below V = {V}",
+            errors.peek(proposed),
+            "Set valid where the draft is short.",
+        )
     if errors.is_true((at(draft, proposed.clamp(0, V - 1)) <= 0) & counts):
-        remedy = "Pass the probabilities that were drawn from, after every filter; of a draft without chance it is one-hot."
+        remedy = (
+            "Pass the probabilities that were drawn from, after every filter; of a draft without "
+            "chance it is one-hot."
+        )
         errors.fail(function, "draft", "positive at the proposed tokens", "zero", remedy)

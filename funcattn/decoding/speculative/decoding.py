@@ -60,8 +60,14 @@ class Stats(NamedTuple):
         return by_rows(self, Stats._sentence)
 
     def _sentence(self) -> str:
-        kept = f"{int(self.accepted)} of {int(self.drafted)} drafted tokens stayed ({float(self.acceptance):.0%})"
-        return f"{kept}; {float(self.tokens_per_round):.2f} tokens a round in {int(self.rounds)} rounds"
+        kept = (
+            f"{int(self.accepted)} of {int(self.drafted)} drafted tokens stayed "
+            f"({float(self.acceptance):.0%})"
+        )
+        return (
+            f"{kept}; {float(self.tokens_per_round):.2f} tokens a round in {int(self.rounds)} "
+            "rounds"
+        )
 
     def speedup(self, draft: float, verify: float) -> Tensor:
         """Speedup over decoding token by token, from the measured cost of a draft, ().
@@ -126,14 +132,18 @@ def speculate(
         >>> model = fa.decoder(fa.Config())
         >>> params = model.init(fa.key(0))
         >>> lookup = fa.drafters.prompt_lookup(length=3)
-        >>> done, past = speculate(fa.key(1), model, params, lookup, torch.tensor([1, 2, 3, 1, 2]), steps=6)
-        >>> torch.equal(done.tokens, fa.generate(fa.key(1), model, params, torch.tensor([1, 2, 3, 1, 2]), steps=6)[0])
+        >>> done, past = speculate(fa.key(1), model, params, lookup, torch.tensor([1, 2, 3, 1, 2]),
+        ...     steps=6)
+        >>> torch.equal(done.tokens, fa.generate(fa.key(1), model, params, torch.tensor([1, 2, 3, 1,
+        ...     2]), steps=6)[0])
         True
 
     Law: distributed as generate, and equal to it under greedy; vmap over prompts of different
         lengths equals the loop (test_decoding.py).
     """
-    request = Request("speculate", model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk)
+    request = Request(
+        "speculate", model, params, prompt, cache, steps, sampler, stop, prompt_length, chunk
+    )
     start, chooser = _begin(request, key, drafter, rule)
     places, past, stats = torch.arange(steps, device=prompt.device), start.cache, no_rounds(prompt)
     tokens, count = torch.zeros_like(places), torch.zeros_like(prompt[0])
@@ -180,7 +190,8 @@ def stream(
     Raises:
         ValueError, TypeError: as `speculate` and `fa.stream`, at the first piece.
 
-    Law: the tokens are those of `speculate`, the text ends where that of `fa.stream` ends (test_decoding.py).
+    Law: the tokens are those of `speculate`, the text ends where that of `fa.stream` ends
+        (test_decoding.py).
     """
     check_stop_strings(tokenizer, stop_strings)
     ends = ends_of("stream", tokenizer, stop)
@@ -190,7 +201,9 @@ def stream(
     if not steps:
         yield Piece("", (), start.cache, True, no_rounds(prompt))
     for text in decode(request, start, chooser, heard):
-        yield Piece(heard.new_text(), tuple(heard.tokens), text.cache, heard.ended, text.state.stats)
+        yield Piece(
+            heard.new_text(), tuple(heard.tokens), text.cache, heard.ended, text.state.stats
+        )
 
 
 class Drafting(NamedTuple):
@@ -201,7 +214,9 @@ class Drafting(NamedTuple):
     stats: Stats
 
 
-def _begin(request: Request, key: Tensor, drafter: Drafter, rule: Rule, **values: object) -> tuple[Start, Chooser]:
+def _begin(
+    request: Request, key: Tensor, drafter: Drafter, rule: Rule, **values: object
+) -> tuple[Start, Chooser]:
     """Prefill with room for drafts, and the chooser of the rounds after it."""
     _check_drafter(request.verb, drafter)
     request.checked(key=key, drafter=drafter, rule=rule, **values)
@@ -224,28 +239,44 @@ def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start
     """
     model, params, sampler, steps = request.model, request.params, request.sampler, request.steps
     prompt, stop = request.prompt, request.stop
-    shared = drafter.sharing if drafter.sharing is not None and drafter.sharing.model is model else None
+    shared = (
+        drafter.sharing if drafter.sharing is not None and drafter.sharing.model is model else None
+    )
     keys = randomness.split(key, (steps + 1, 2))
 
     def first(logits: Tensor) -> tuple[Tensor, Drafting]:
         check_numbers(request.verb, "the logits of a step", logits)
         token, state = sampling.draw(keys[steps, 0], sampler, logits, begun(request, logits))
-        length = torch.full_like(prompt[0], len(prompt)) if request.prompt_length is None else request.prompt_length
-        drafting = shared.init(prompt, length, logits, start.cache) if shared else drafter.init(prompt, length, steps)
+        length = (
+            torch.full_like(prompt[0], len(prompt))
+            if request.prompt_length is None
+            else request.prompt_length
+        )
+        drafting = (
+            shared.init(prompt, length, logits, start.cache)
+            if shared
+            else drafter.init(prompt, length, steps)
+        )
         return token, Drafting(state, drafting, no_rounds(prompt))
 
     def propose(n: int, text: Text) -> tuple[Draft, Tree]:
         held = text.state.drafter
-        return (shared or drafter).propose(keys[n - 1, 0], text.last, held._replace(cache=text.cache) if shared else held)
+        return (shared or drafter).propose(
+            keys[n - 1, 0], text.last, held._replace(cache=text.cache) if shared else held
+        )
 
     def follow(n: int, text: Text) -> Choice:
         draft, drafting = propose(n, text)
         # Without drafted tokens one decode step is enough.
         nothing = sampler.deterministic and errors.integer(draft.valid) == 0
         proposed = draft.tokens[:0] if nothing else draft.tokens
-        logits, delta = transformer.along(model, params, torch.cat([text.last.reshape(1), proposed]), text.cache)
+        logits, delta = transformer.along(
+            model, params, torch.cat([text.last.reshape(1), proposed]), text.cache
+        )
         check_numbers(request.verb, "the logits of a step", logits)
-        found, states = _accepted(keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule)
+        found, states = _accepted(
+            keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule
+        )
         assert text.left is not None  # rounds write different numbers of tokens
         kept = torch.minimum(until_stop(found.tokens, found.count + 1, stop), text.left)
         kept = torch.where(text.done, 0, kept)
@@ -264,14 +295,24 @@ def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start
 
 
 def _accepted(
-    key: Tensor, sampler: Sampler, logits: Tensor, draft: Draft, proposed: Tensor, state: Tree, rule: Rule
+    key: Tensor,
+    sampler: Sampler,
+    logits: Tensor,
+    draft: Draft,
+    proposed: Tensor,
+    state: Tree,
+    rule: Rule,
 ) -> tuple[Accepted, Tree]:
     """Accept a draft (N,) by its logits (N + 1, V); also the sampler's states along the draft."""
     if sampler.deterministic:
         return accept_greedy(sampler, logits, proposed, draft.valid, state)
     along = log_probs_along_draft(sampler, logits, proposed, state)
     dtype = along.log_probs.dtype
-    probs = F.one_hot(proposed, logits.shape[-1]).to(dtype) if is_absent(draft.probs) else draft.probs.to(dtype)
+    probs = (
+        F.one_hot(proposed, logits.shape[-1]).to(dtype)
+        if is_absent(draft.probs)
+        else draft.probs.to(dtype)
+    )
     return accept_along(key, along, probs, proposed, draft.valid, rule=rule), along.states
 
 
@@ -284,16 +325,31 @@ def no_rounds(prompt: Tensor) -> Stats:
 def _counted(text: Text, draft: Draft, stayed: Tensor) -> Stats:
     """The Stats with one round added, where the text had not ended."""
     stats, goes_on = text.state.stats, (~text.done).long()
-    return Stats(stats.rounds + goes_on, stats.drafted + goes_on * draft.valid, stats.accepted + goes_on * stayed)
+    return Stats(
+        stats.rounds + goes_on,
+        stats.drafted + goes_on * draft.valid,
+        stats.accepted + goes_on * stayed,
+    )
 
 
 def _check_drafter(verb: str, drafter: Drafter) -> None:
     if not hasattr(drafter, "length") or not hasattr(drafter, "keep"):
-        remedy = "Such as fa.drafters.model(model, fa.quantize(fa.int8)(params)), or fa.drafters.prompt_lookup()."
-        errors.fail(verb, "drafter", "one of fa.drafters", f"a {type(drafter).__name__}", remedy, TypeError)
+        remedy = (
+            "Such as fa.drafters.model(model, fa.quantize(fa.int8)(params)), or "
+            "fa.drafters.prompt_lookup()."
+        )
+        errors.fail(
+            verb, "drafter", "one of fa.drafters", f"a {type(drafter).__name__}", remedy, TypeError
+        )
 
 
 def _check_vocabulary(verb: str, drafter: Drafter, logits: Tensor) -> None:
     if drafter.vocabulary not in (None, logits.shape[-1]):
         remedy = "Draft with a model of the same tokenizer."
-        errors.fail(verb, "drafter", f"of the model's {logits.shape[-1]} tokens", f"one of {drafter.vocabulary}", remedy)
+        errors.fail(
+            verb,
+            "drafter",
+            f"of the model's {logits.shape[-1]} tokens",
+            f"one of {drafter.vocabulary}",
+            remedy,
+        )

@@ -99,7 +99,14 @@ class ModelDrafterState(NamedTuple):
 
 @door(name="drafters.model")
 @printed
-def model(model: Model, params: Tree, *, length: int = 4, sampler: Sampler = sampling.greedy, chunk: int = 512) -> Drafter:
+def model(
+    model: Model,
+    params: Tree,
+    *,
+    length: int = 4,
+    sampler: Sampler = sampling.greedy,
+    chunk: int = 512,
+) -> Drafter:
     """Draft with a model, token by token: a smaller one, or the target with cheaper weights.
 
     Where `fa.speculate` is given this same `model`, the draft reads the target's cache, whose
@@ -115,25 +122,43 @@ def model(model: Model, params: Tree, *, length: int = 4, sampler: Sampler = sam
     """
     _check_length("drafters.model", length)
     if not errors.is_count(chunk, 1):
-        errors.fail("drafters.model", "chunk", "an int, at least 1", repr(chunk), "Tokens of the prompt read at a time.")
+        errors.fail(
+            "drafters.model",
+            "chunk",
+            "an int, at least 1",
+            repr(chunk),
+            "Tokens of the prompt read at a time.",
+        )
 
     def logits_of(x: Tensor) -> Tensor:
         logits = model.logits(params, x[-1])
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def begun(prompt: Tensor, prompt_length: Tensor, logits: Tensor) -> Tree:
-        state = sampling.observe_prompt(sampler, prompt, sampling.begin(sampler, logits), length=prompt_length)
+        state = sampling.observe_prompt(
+            sampler, prompt, sampling.begin(sampler, logits), length=prompt_length
+        )
         return tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), state)
 
     def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> ModelDrafterState:
         room = steps + length + 1
-        start = prefill(model, params, prompt, ABSENT, room=room, prompt_length=prompt_length, chunk=chunk)
-        return ModelDrafterState(start.cache, start.cache.length, begun(prompt, prompt_length, start.logits))
+        start = prefill(
+            model, params, prompt, ABSENT, room=room, prompt_length=prompt_length, chunk=chunk
+        )
+        return ModelDrafterState(
+            start.cache, start.cache.length, begun(prompt, prompt_length, start.logits)
+        )
 
-    def share(prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: KVCache) -> ModelDrafterState:
-        return ModelDrafterState(cache, torch.zeros_like(prompt_length), begun(prompt, prompt_length, logits))
+    def share(
+        prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: KVCache
+    ) -> ModelDrafterState:
+        return ModelDrafterState(
+            cache, torch.zeros_like(prompt_length), begun(prompt, prompt_length, logits)
+        )
 
-    def read(key: Tensor, last: Tensor, state: ModelDrafterState, whole: bool) -> tuple[Draft, ModelDrafterState]:
+    def read(
+        key: Tensor, last: Tensor, state: ModelDrafterState, whole: bool
+    ) -> tuple[Draft, ModelDrafterState]:
         cache, token, tokens, probs, states = state.cache, last, [], [], []
         dense = _is_dense(cache)
         owned = not whole and dense  # rows beyond the cache's length may be overwritten
@@ -147,7 +172,9 @@ def model(model: Model, params: Tree, *, length: int = 4, sampler: Sampler = sam
                 cache = commit_owned(cache, delta, 1) if ours else caches.commit(cache, delta, 1)
             left, now = sampler.update(logits_of(x), now)
             states.append(now)
-            token = left.argmax(-1) if sampler.deterministic else randomness.categorical(keys[n], left)
+            token = (
+                left.argmax(-1) if sampler.deterministic else randomness.categorical(keys[n], left)
+            )
             tokens.append(token)
             if not sampler.deterministic:
                 probs.append(left.softmax(-1))
@@ -157,23 +184,33 @@ def model(model: Model, params: Tree, *, length: int = 4, sampler: Sampler = sam
             cache = commit_owned(cache, delta, 1) if dense else caches.commit(cache, delta, 1)
             now = sampler.update(logits_of(x), now)[1] if tree.leaves(now) else now
         states = tree.map(lambda *leaves: torch.stack(leaves), *states, now)
-        draft = Draft(torch.stack(tokens), torch.stack(probs) if probs else ABSENT, torch.full_like(last, length))
+        draft = Draft(
+            torch.stack(tokens),
+            torch.stack(probs) if probs else ABSENT,
+            torch.full_like(last, length),
+        )
         return draft, ModelDrafterState(cache, state.certain, states)
 
-    def propose(key: Tensor, last: Tensor, state: ModelDrafterState) -> tuple[Draft, ModelDrafterState]:
+    def propose(
+        key: Tensor, last: Tensor, state: ModelDrafterState
+    ) -> tuple[Draft, ModelDrafterState]:
         return read(key, last, state, True)
 
     def keep_states(tokens: Tensor, count: Tensor, state: ModelDrafterState) -> ModelDrafterState:
         # The state that has observed all new tokens but the last.
         here = select_state(state.states, (count - 1).clamp(min=0))
-        return state._replace(states=tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), here))
+        return state._replace(
+            states=tree.map(lambda leaf: leaf.expand(length + 1, *leaf.shape), here)
+        )
 
     def keep(tokens: Tensor, count: Tensor, state: ModelDrafterState) -> ModelDrafterState:
         certain = state.certain + count  # `last` of propose, and all new tokens but the last
         cache = caches.with_length(state.cache, certain)
         return keep_states(tokens, count, state)._replace(cache=cache, certain=certain)
 
-    sharing = Sharing(model, share, lambda key, last, state: read(key, last, state, False), keep_states)
+    sharing = Sharing(
+        model, share, lambda key, last, state: read(key, last, state, False), keep_states
+    )
     return Drafter(init, propose, keep, length, _vocabulary(model, params), sharing)
 
 
@@ -199,18 +236,32 @@ def skip(
         layers: which to leave out, 0 to L - 1; leaving out middle layers costs least acceptance.
         length, sampler, chunk: as in `model`.
 
-    Source: Zhang et al., Draft and verify: lossless acceleration by self-speculative decoding, arXiv:2309.08168.
+    Source: Zhang et al., Draft and verify: lossless acceleration by self-speculative decoding,
+        arXiv:2309.08168.
     """
     config = config_of(model, "hidden")
     if config is None:
-        errors.fail("drafters.skip", "model", "from fa.decoder", told(model), "Make it with fa.decoder.", TypeError)
+        errors.fail(
+            "drafters.skip",
+            "model",
+            "from fa.decoder",
+            told(model),
+            "Make it with fa.decoder.",
+            TypeError,
+        )
     out = set(layers)
     if not out or not out < set(range(config.layers)):
         wanted = f"some of 0..{config.layers - 1}, not all"
-        errors.fail("drafters.skip", "layers", wanted, tuple(layers), "Leave out a few in the middle.")
+        errors.fail(
+            "drafters.skip", "layers", wanted, tuple(layers), "Leave out a few in the middle."
+        )
     left = [i for i in range(config.layers) if i not in out]
     each = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    fewer = {name: tuple(x[i] for i in left) for name, x in each.items() if isinstance(x, tuple) and len(x) == config.layers}
+    fewer = {
+        name: tuple(x[i] for i in left)
+        for name, x in each.items()
+        if isinstance(x, tuple) and len(x) == config.layers
+    }
     smaller = dataclasses.replace(config, layers=len(left), **fewer)
     draft = at_core(model, lambda core: core.made.again(smaller) if core.made else core)
     weights = params._replace(layers=tuple(params.layers[i] for i in left))
@@ -241,26 +292,45 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
     _check_length("drafters.function", length)
 
     def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> LookupState:
-        return LookupState(torch.cat([prompt, prompt.new_full((steps + length + 2,), -1)]), prompt_length)
+        return LookupState(
+            torch.cat([prompt, prompt.new_full((steps + length + 2,), -1)]), prompt_length
+        )
 
     def propose(key: Tensor, last: Tensor, state: LookupState) -> tuple[Draft, LookupState]:
         places = torch.arange(len(state.tokens), device=last.device)
-        text = torch.where(places == state.length, last, torch.where(places < state.length, state.tokens, -1))
+        text = torch.where(
+            places == state.length, last, torch.where(places < state.length, state.tokens, -1)
+        )
         found = f(text, state.length + 1)
         if not isinstance(found, tuple) or len(found) != 2 or not all(_is_ids(x) for x in found):
-            got = f"({', '.join(map(what_is, found))})" if isinstance(found, tuple) else what_is(found)
-            wanted, remedy = f"tokens int64 (N,) with N = {length}, valid int64 ()", "Make tensors of both: torch.tensor(n)."
+            got = (
+                f"({', '.join(map(what_is, found))})"
+                if isinstance(found, tuple)
+                else what_is(found)
+            )
+            wanted, remedy = (
+                f"tokens int64 (N,) with N = {length}, valid int64 ()",
+                "Make tensors of both: torch.tensor(n).",
+            )
             errors.fail("drafters.function", "what f returns", wanted, got, remedy, TypeError)
         tokens, valid = found
         if tokens.shape != (length,) or valid.dim():
             got = f"{errors.shape(tokens)} and {errors.shape(valid)}"
-            errors.fail("drafters.function", "what f returns", f"tokens (N,) with N = {length}, valid ()", got, "Pad the tokens.")
+            errors.fail(
+                "drafters.function",
+                "what f returns",
+                f"tokens (N,) with N = {length}, valid ()",
+                got,
+                "Pad the tokens.",
+            )
         return Draft(tokens, ABSENT, valid), LookupState(text, state.length)
 
     def keep(tokens: Tensor, count: Tensor, state: LookupState) -> LookupState:
         places = torch.arange(len(state.tokens), device=tokens.device) - state.length - 1
         new = tokens.index_select(0, places.clamp(0, length))
-        return LookupState(torch.where((places >= 0) & (places < count), new, state.tokens), state.length + count)
+        return LookupState(
+            torch.where((places >= 0) & (places < count), new, state.tokens), state.length + count
+        )
 
     return Drafter(init, propose, keep, length)
 
@@ -272,17 +342,22 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
 
     The n-gram is the longest of 1 to `ngram` tokens that occurs earlier.
 
-    Source: Saxena, Prompt lookup decoding (2023); transformers `prompt_lookup_num_tokens`, vLLM's "ngram".
+    Source: Saxena, Prompt lookup decoding (2023); transformers `prompt_lookup_num_tokens`, vLLM's
+        "ngram".
     """
     _check_length("drafters.prompt_lookup", length)
     if not errors.is_count(ngram, 1):
-        errors.fail("drafters.prompt_lookup", "ngram", "an int, at least 1", repr(ngram), "2 or 3 is usual.")
+        errors.fail(
+            "drafters.prompt_lookup", "ngram", "an int, at least 1", repr(ngram), "2 or 3 is usual."
+        )
 
     def look(text: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         follows = torch.zeros_like(n)  # index after the occurrence; 0 where there is none
         for m in range(1, min(ngram, len(text)) + 1):
             ends = torch.arange(m, len(text) + 1, device=text.device)
-            newest = text.index_select(0, (n - m + torch.arange(m, device=text.device)).clamp(min=0))
+            newest = text.index_select(
+                0, (n - m + torch.arange(m, device=text.device)).clamp(min=0)
+            )
             same = (text.unfold(0, m, 1) == newest).all(-1) & (ends < n) & (n > m)
             found = torch.where(same, ends, 0).amax(-1)
             follows = torch.where(found > 0, found, follows)
@@ -296,7 +371,11 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
 
 def _vocabulary(model: object, params: Tree) -> int | None:
     """V of a model; None where it is unknown, or where this device has a shard of the head."""
-    if config_of(model, "logits") is None or not isinstance(params, transformer.Params) or collectives.bound():
+    if (
+        config_of(model, "logits") is None
+        or not isinstance(params, transformer.Params)
+        or collectives.bound()
+    ):
         return None
     return tree.leaves(transformer.lm_head(params))[0].shape[0]
 
@@ -311,4 +390,10 @@ def _is_dense(cache: KVCache) -> bool:
 
 def _check_length(function: str, length: int) -> None:
     if not errors.is_count(length, 1):
-        errors.fail(function, "length", "an int, at least 1", repr(length), "Draft one token at least; 4 is usual.")
+        errors.fail(
+            function,
+            "length",
+            "an int, at least 1",
+            repr(length),
+            "Draft one token at least; 4 is usual.",
+        )

@@ -3,9 +3,12 @@
 With p_i the target's probabilities of token i given the draft before it, q_i the draft's, and d_i
 the drafted token (i = 1..N):
 
-    tokenwise    h_i = min(1, p_i(d_i) / q_i(d_i)), stop at the first u_i >= h_i                      then  (p - q)+, normalized
-    blockwise    w_0 = 1, w_i = min(1, w_{i-1} p_i(d_i) / q_i(d_i)),  S_i = sum (w_i p_{i+1} - q_{i+1})+
-                 h_i = S_i / (S_i + 1 - w_i), h_N = w_N, keep up to the last u_i < h_i       then  (w p - q)+, normalized
+    tokenwise    h_i = min(1, p_i(d_i) / q_i(d_i)), stop at the first u_i >= h_i
+                 then (p - q)+, normalized
+    blockwise    w_0 = 1, w_i = min(1, w_{i-1} p_i(d_i) / q_i(d_i)),
+                 S_i = sum (w_i p_{i+1} - q_{i+1})+
+                 h_i = S_i / (S_i + 1 - w_i), h_N = w_N, keep up to the last u_i < h_i
+                 then (w p - q)+, normalized
 
 Both draw from p_{N+1} if all tokens are accepted. Blockwise accepts at least as many tokens on
 average, for every pair of models.
@@ -14,8 +17,9 @@ A rule is three functions, so that decisions can be examined: `regions` gives th
 `count` decides for given uniforms, `pmf` integrates over them. The inequality is strict: a uniform
 may be 0, and a token of probability 0 must not be accepted.
 
-Sources: Leviathan, Kalman and Matias, Fast inference from transformers via speculative decoding, arXiv:2211.17192, algorithm 1;
-Sun et al., Block verification accelerates speculative decoding, arXiv:2403.10444, algorithm 2.
+Sources: Leviathan, Kalman and Matias, Fast inference from transformers via speculative decoding,
+arXiv:2211.17192, algorithm 1; Sun et al., Block verification accelerates speculative decoding,
+arXiv:2403.10444, algorithm 2.
 """
 
 from collections.abc import Callable

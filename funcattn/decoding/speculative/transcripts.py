@@ -41,8 +41,14 @@ class Transcript:
     def _repr_html_(self) -> str:
         shown = lambda text: html.escape(text).replace("\n", "<br>")
         mark = '<span style="background:rgba(59,110,165,.28);border-radius:3px;padding:1px 0">'
-        body = "".join(f"{mark}{shown(span.text)}</span>" if span.drafted else shown(span.text) for span in self.spans)
-        return f'<div style="line-height:1.6;max-width:48em;white-space:pre-wrap">{body}</div><p><small>{self.stats}</small></p>'
+        body = "".join(
+            f"{mark}{shown(span.text)}</span>" if span.drafted else shown(span.text)
+            for span in self.spans
+        )
+        return (
+            f'<div style="line-height:1.6;max-width:48em;white-space:pre-wrap">{body}</div><p>'
+            f"<small>{self.stats}</small></p>"
+        )
 
 
 class Marks:
@@ -68,7 +74,16 @@ class Marks:
         for count, drafted in ((stayed, True), (new - stayed, False)):
             self.tokens += count
             if count:  # an incomplete character is marked as the token that completes it
-                self.runs.append((len(self.tokenizer.decode(list(piece.tokens[: self.tokens])).rstrip("\ufffd")), drafted))
+                self.runs.append(
+                    (
+                        len(
+                            self.tokenizer.decode(list(piece.tokens[: self.tokens])).rstrip(
+                                "\ufffd"
+                            )
+                        ),
+                        drafted,
+                    )
+                )
         self.accepted = accepted
         spans, text, drafted = [], piece.text, False
         while text and self.runs:
@@ -103,5 +118,8 @@ def transcript(pieces: Iterable[Piece], tokenizer: Detokenizer) -> Transcript:
         spans += marks.spans(piece)
         last = piece
     if last is None:
-        raise ValueError("transcript: pieces should be those of fa.speculation.stream, got none. Call it with steps of 1 or more.")
+        raise ValueError(
+            "transcript: pieces should be those of fa.speculation.stream, got none. "
+            "Call it with steps of 1 or more."
+        )
     return Transcript(tuple(spans), last.stats)

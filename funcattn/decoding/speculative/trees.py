@@ -85,7 +85,13 @@ def accept_tree(
 
 @door
 def accept_among(
-    key: Tensor, target: Tensor, draft: Tensor, proposed: Tensor, *, replacement: bool = False, check: bool = True
+    key: Tensor,
+    target: Tensor,
+    draft: Tensor,
+    proposed: Tensor,
+    *,
+    replacement: bool = False,
+    check: bool = True,
 ) -> Branched:
     """Accept one of M candidates for one token, or draw another: a tree of depth one.
 
@@ -105,17 +111,39 @@ def accept_among(
     Law: distributed as the target exactly (test_trees.py).
     """
     if proposed.dim() != 1:
-        errors.fail("accept_among", "proposed", "(M,)", errors.shape(proposed), "Map over many rows with vmap.")
+        errors.fail(
+            "accept_among",
+            "proposed",
+            "(M,)",
+            errors.shape(proposed),
+            "Map over many rows with vmap.",
+        )
     M = len(proposed)
     rows = lambda probs: probs.expand(M + 1, *probs.shape[-1:])
-    done = accept_tree(key, rows(target), rows(draft), proposed, torch.zeros_like(proposed), replacement=replacement, check=check)
+    done = accept_tree(
+        key,
+        rows(target),
+        rows(draft),
+        proposed,
+        torch.zeros_like(proposed),
+        replacement=replacement,
+        check=check,
+    )
     token = done.tokens[0]
-    return Branched(done.count, done.path, token, torch.cat([token.reshape(1), torch.full_like(proposed, -1)]))
+    return Branched(
+        done.count, done.path, token, torch.cat([token.reshape(1), torch.full_like(proposed, -1)])
+    )
 
 
 @door
 def tree_pmf(
-    target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, *, replacement: bool = False, check: bool = True
+    target: Tensor,
+    draft: Tensor,
+    proposed: Tensor,
+    parent: Tensor,
+    *,
+    replacement: bool = False,
+    check: bool = True,
 ) -> Tensor:
     """The probability (M + 1,) that the path ends at each node, given the tree.
 
@@ -143,11 +171,20 @@ def walk(threshold: Tensor, uniforms: Tensor, parent: Tensor) -> tuple[Tensor, T
 
 
 def _regions(
-    function: str, target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, replacement: bool, check: bool
+    function: str,
+    target: Tensor,
+    draft: Tensor,
+    proposed: Tensor,
+    parent: Tensor,
+    replacement: bool,
+    check: bool,
 ) -> Regions:
     _check(function, target, draft, proposed, parent, check)
     M = len(proposed)
-    nodes, vocabulary = torch.arange(M + 1, device=target.device), torch.arange(target.shape[-1], device=target.device)
+    nodes, vocabulary = (
+        torch.arange(M + 1, device=target.device),
+        torch.arange(target.shape[-1], device=target.device),
+    )
     p_all, q_all, thresholds = target, draft, []
     for n in range(M):
         here, x = parent[n].clamp(min=0).reshape(1), proposed[n].reshape(1)
@@ -163,21 +200,51 @@ def _regions(
     return Regions(torch.stack(thresholds), p_all)
 
 
-def _check(function: str, target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, check: bool) -> None:
+def _check(
+    function: str, target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, check: bool
+) -> None:
     if proposed.dim() != 1:
-        errors.fail(function, "proposed", "(M,)", errors.shape(proposed), "Map over many rows with vmap.")
+        errors.fail(
+            function, "proposed", "(M,)", errors.shape(proposed), "Map over many rows with vmap."
+        )
     M, V = len(proposed), target.shape[-1] if target.dim() else 0
     if not M:
-        errors.fail(function, "proposed", "(M,) with M at least 1", (0,), "With nothing drafted, draw from the target.")
+        errors.fail(
+            function,
+            "proposed",
+            "(M,) with M at least 1",
+            (0,),
+            "With nothing drafted, draw from the target.",
+        )
     check_probs(function, "target", target, (M + 1, V), "(N + 1, V)", M)
     check_probs(function, "draft", draft, (M + 1, V), "(N + 1, V)", M)
     if parent.shape != proposed.shape:
-        errors.fail(function, "parent", f"(M,) with M = {M} as proposed", errors.shape(parent), "Name each token's node.")
+        errors.fail(
+            function,
+            "parent",
+            f"(M,) with M = {M} as proposed",
+            errors.shape(parent),
+            "Name each token's node.",
+        )
     if errors.is_true((parent < -1) | (parent > torch.arange(M, device=parent.device))):
         got = errors.peek(parent)
-        errors.fail(function, "parent", "an earlier node, or -1", got, "Order the tree from its root; node 0 is the text so far.")
+        errors.fail(
+            function,
+            "parent",
+            "an earlier node, or -1",
+            got,
+            "Order the tree from its root; node 0 is the text so far.",
+        )
     if errors.is_true((proposed < 0) | (proposed >= V)):
-        errors.fail(function, "proposed", f"ids below V = {V}", errors.peek(proposed), "A missing token has parent -1, and id 0.")
+        errors.fail(
+            function,
+            "proposed",
+            f"ids below V = {V}",
+            errors.peek(proposed),
+            "A missing token has parent -1, and id 0.",
+        )
     if check:
         for argument, probs in (("target", target), ("draft", draft)):
-            check_values(function, argument, probs, torch.ones_like(probs[..., 0], dtype=torch.bool))
+            check_values(
+                function, argument, probs, torch.ones_like(probs[..., 0], dtype=torch.bool)
+            )

@@ -36,7 +36,9 @@ class AlongDraft(NamedTuple):
 
 
 @door
-def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, state: Tree) -> AlongDraft:
+def log_probs_along_draft(
+    sampler: Sampler, logits: Tensor, proposed: Tensor, state: Tree
+) -> AlongDraft:
     """The sampler's log-probabilities and states at the N + 1 positions of a draft.
 
     Args:
@@ -49,9 +51,16 @@ def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, st
     Law: equal to sampling one token after another (test_verification.py).
     """
     if proposed.dim() != 1 or logits.shape[:-1] != (len(proposed) + 1,):
-        wanted = f"(N + 1, V) with N = {errors.shape(proposed)[0] if proposed.dim() else None} as proposed"
+        wanted = (
+            f"(N + 1, V) with N = {errors.shape(proposed)[0] if proposed.dim() else None} as "
+            "proposed"
+        )
         errors.fail(
-            "log_probs_along_draft", "logits", wanted, errors.shape(logits), "One row before the draft, one after each token."
+            "log_probs_along_draft",
+            "logits",
+            wanted,
+            errors.shape(logits),
+            "One row before the draft, one after each token.",
         )
     rows, states = [], []
     for n, row in enumerate(logits.unbind()):
@@ -64,7 +73,9 @@ def log_probs_along_draft(sampler: Sampler, logits: Tensor, proposed: Tensor, st
 
 
 @door
-def accept_greedy(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, state: Tree) -> tuple[Accepted, Tree]:
+def accept_greedy(
+    sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Tensor, state: Tree
+) -> tuple[Accepted, Tree]:
     """`accept` for a deterministic sampler: drafted tokens are accepted while they are the argmax.
 
     No softmax is computed.
@@ -82,7 +93,10 @@ def accept_greedy(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Ten
     """
     N = len(proposed)
     if sampler is greedy:
-        chosen, states = logits.argmax(-1), tree.map(lambda leaf: leaf.expand(N + 1, *leaf.shape), state)
+        chosen, states = (
+            logits.argmax(-1),
+            tree.map(lambda leaf: leaf.expand(N + 1, *leaf.shape), state),
+        )
     else:
         picks, kept = [], []
         for n, row in enumerate(logits.unbind()):
@@ -99,7 +113,13 @@ def accept_greedy(sampler: Sampler, logits: Tensor, proposed: Tensor, valid: Ten
 
 
 def accept_along(
-    key: Tensor, along: AlongDraft, draft: Tensor, proposed: Tensor, valid: Tensor, *, rule: Rule = blockwise
+    key: Tensor,
+    along: AlongDraft,
+    draft: Tensor,
+    proposed: Tensor,
+    valid: Tensor,
+    *,
+    rule: Rule = blockwise,
 ) -> Accepted:
     """`accept` along a draft where the sampler may allow no token at some positions: -1 there.
 
@@ -118,9 +138,13 @@ def accept_along(
     drawable = along.log_probs.amax(-1).isfinite()
     target = torch.where(drawable.unsqueeze(-1), along.log_probs.exp(), 1 / V)
     drawn = (draft.isfinite().all(-1)).long().cumprod(0).sum()
-    found = accept(key, target, draft, proposed, torch.minimum(valid, drawn), rule=rule, check=False)
+    found = accept(
+        key, target, draft, proposed, torch.minimum(valid, drawn), rule=rule, check=False
+    )
     token = torch.where(drawable.index_select(0, found.count.reshape(1))[0], found.token, -1)
-    tokens = torch.where(torch.arange(N + 1, device=token.device) == found.count, token, found.tokens)
+    tokens = torch.where(
+        torch.arange(N + 1, device=token.device) == found.count, token, found.tokens
+    )
     return Accepted(found.count, token, tokens)
 
 

@@ -33,8 +33,12 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
     return ""
 
 
-def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None) -> str:
-    """The reason why it cannot attend under this form of mask, or "" where the mask may be causal."""
+def why_not_attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None
+) -> str:
+    """The reason why it cannot attend under this form of mask, or "" where the mask may be
+    causal.
+    """
     if bias is not None or len(mask) == 1:
         return "it reads a T x S matrix"
     return why_not(q, k, v)
@@ -46,7 +50,9 @@ def is_empty(*tensors: Tensor) -> bool:
 
 
 def is_causal(mask: Sequence[Tensor], S: int) -> bool:
-    """True where intervals (*ones, T, 1) are those of the plain causal mask: query i sees the keys 0..i."""
+    """True where intervals (*ones, T, 1) are those of the plain causal mask: query i sees the keys
+    0..i.
+    """
     if len(mask) != 2 or mask[0].shape[-1] != 1 or mask[0].numel() != mask[0].shape[-2]:
         return False
     start, stop = (x.flatten() for x in mask)
@@ -57,7 +63,9 @@ def is_causal(mask: Sequence[Tensor], S: int) -> bool:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor] | None:
-    """out (*lead, T, D) and lse (*lead, T, 1); None for a mask that is not causal, or hidden NaN."""
+    """out (*lead, T, D) and lse (*lead, T, 1); None for a mask that is not causal, or hidden
+    NaN.
+    """
     if mask and not is_causal(mask, k.shape[-2]):
         return None
     out, lse = _attend(q, k, v, scale, bool(mask))
@@ -67,14 +75,20 @@ def attend(
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     lead = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], [lead])
-    out, lse = _forward(_four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=scale)
+    out, lse = _forward(
+        _four(q, layout), _four(k, layout), _four(v, layout), 0.0, causal, scale=scale
+    )
     lse_lead = broadcast(q.shape[:-2], k.shape[:-2])
     lse = lse.reshape(*layout.sizes, q.shape[-2], 1)
     if lse_lead != lead:  # only values have this axis, so its log-sum-exps are equal
-        lse = lse[tuple(slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(lse_lead), layout))]
-    return unfold(out.reshape(*layout.sizes, *out.shape[-2:]), layout, (*lead, *out.shape[-2:])), unfold(
-        lse, layout, (*lse_lead, *lse.shape[-2:])
-    )
+        lse = lse[
+            tuple(
+                slice(0, 1) if n == 1 else slice(None) for n in group_sizes(tuple(lse_lead), layout)
+            )
+        ]
+    return unfold(
+        out.reshape(*layout.sizes, *out.shape[-2:]), layout, (*lead, *out.shape[-2:])
+    ), unfold(lse, layout, (*lse_lead, *lse.shape[-2:]))
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -119,13 +133,33 @@ def _attend_vjp(
     lead = [x.shape[:-2] for x in (q, lse, g, out)]
     layout = plan(lead, [k.shape[:-2], v.shape[:-2]], [tuple(s[:-2]) for s in shapes])
     of = lambda x: _four(x, layout)
-    grads = _backward(of(g), of(q), of(k), of(v), of(out), of(lse).squeeze(-1).contiguous(), 0.0, causal, scale=scale)
-    full = [unfold(x.reshape(*layout.sizes, *x.shape[-2:]), layout, (*layout.lead, *x.shape[-2:])) for x in grads]
-    return [x.sum_to_size(tuple(s)) if x.dim() >= len(s) else x for x, s in zip(full, shapes, strict=True)]
+    grads = _backward(
+        of(g),
+        of(q),
+        of(k),
+        of(v),
+        of(out),
+        of(lse).squeeze(-1).contiguous(),
+        0.0,
+        causal,
+        scale=scale,
+    )
+    full = [
+        unfold(x.reshape(*layout.sizes, *x.shape[-2:]), layout, (*layout.lead, *x.shape[-2:]))
+        for x in grads
+    ]
+    return [
+        x.sum_to_size(tuple(s)) if x.dim() >= len(s) else x
+        for x, s in zip(full, shapes, strict=True)
+    ]
 
 
 def _four(x: Tensor, layout: Layout) -> Tensor:
     """(*lead, A, B) as (batch groups, row groups, A, B), expanded by strides of zero."""
     x = fold(x, layout).expand(*layout.sizes, *x.shape[-2:])
-    x = x.reshape(math.prod(layout.sizes[: layout.batch]), math.prod(layout.sizes[layout.batch :]), *x.shape[-2:])
+    x = x.reshape(
+        math.prod(layout.sizes[: layout.batch]),
+        math.prod(layout.sizes[layout.batch :]),
+        *x.shape[-2:],
+    )
     return in_rows(x)

@@ -44,7 +44,11 @@ def in_rows(x: Tensor) -> Tensor:
     width = x.shape[-1]
     if feature == 1 and row >= width and min(lead, default=row) >= width:  # as most tensors are
         return x
-    if feature == 1 and row >= width and all(s >= width or not s or n == 1 for s, n in zip(lead, x.shape, strict=False)):
+    if (
+        feature == 1
+        and row >= width
+        and all(s >= width or not s or n == 1 for s, n in zip(lead, x.shape, strict=False))
+    ):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -58,7 +62,11 @@ def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(first)
 
 
-def plan(query: Sequence[tuple[int, ...]], key: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> Layout:
+def plan(
+    query: Sequence[tuple[int, ...]],
+    key: Sequence[tuple[int, ...]],
+    other: Sequence[tuple[int, ...]],
+) -> Layout:
     """The layout for leading shapes on the query side, the key side, and others (pairs, outputs).
 
     Example:
@@ -69,7 +77,11 @@ def plan(query: Sequence[tuple[int, ...]], key: Sequence[tuple[int, ...]], other
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(query: tuple[tuple[int, ...], ...], key: tuple[tuple[int, ...], ...], other: tuple[tuple[int, ...], ...]) -> Layout:
+def _plan(
+    query: tuple[tuple[int, ...], ...],
+    key: tuple[tuple[int, ...], ...],
+    other: tuple[tuple[int, ...], ...],
+) -> Layout:
     shapes = [*query, *key, *other]
     rank = max(len(s) for s in shapes)
     padded = [(1,) * (rank - len(s)) + tuple(s) for s in shapes]
@@ -80,7 +92,9 @@ def _plan(query: tuple[tuple[int, ...], ...], key: tuple[tuple[int, ...], ...], 
         if lead[axis] != 1:
             merged.setdefault(tuple(s[axis] == 1 for s in padded), []).append(axis)
     has_key = lambda group: any(s[group[0]] != 1 for s in keyed)
-    groups = sorted((tuple(group) for group in merged.values()), key=lambda group: (not has_key(group), group))
+    groups = sorted(
+        (tuple(group) for group in merged.values()), key=lambda group: (not has_key(group), group)
+    )
     return Layout(tuple(lead), tuple(groups), sum(map(has_key, groups)))
 
 
@@ -95,7 +109,11 @@ def fold(x: Tensor, layout: Layout) -> Tensor:
 def unfold(x: Tensor, layout: Layout, shape: Sequence[int]) -> Tensor:
     """The inverse of `fold`; `shape` is the full shape, leading axes and last two."""
     padded, order, inverse, _ = _folding(layout, tuple(shape[:-2]))
-    return x.reshape(*[padded[axis] for axis in order[:-2]], *x.shape[-2:]).permute(inverse).reshape(tuple(shape))
+    return (
+        x.reshape(*[padded[axis] for axis in order[:-2]], *x.shape[-2:])
+        .permute(inverse)
+        .reshape(tuple(shape))
+    )
 
 
 Axes = tuple[int, ...]
@@ -144,7 +162,9 @@ def multiply_rows(x: Tensor, c: Tensor, keep: Sequence[bool], batch: int) -> Ten
     order = [*kept, *summed, len(groups), len(groups) + 1]
     flat = lambda t: t.permute(order).flatten(len(kept), -2)
     out = flat(x).mT @ flat(c)
-    return out.reshape(*[groups[i] if i in kept else 1 for i in range(len(groups))], *out.shape[-2:])
+    return out.reshape(
+        *[groups[i] if i in kept else 1 for i in range(len(groups))], *out.shape[-2:]
+    )
 
 
 Run = Callable[[Sequence[Sequence[int]], Sequence[Tensor]], Sequence[Tensor]]
@@ -174,8 +194,12 @@ def in_parts(
     whole: list[Tensor] = []
     for begin in range(0, lead[axis], step):
         n = min(step, lead[axis] - begin)
-        sizes = [(*s[: axis - 2], n, *s[len(s) + axis - 1 :]) if has(s, axis) else s for s in shapes]
-        parts = in_parts(run, sizes, [_cut(x, axis, begin, n) for x in tensors], keyed, weighing, too_many)
+        sizes = [
+            (*s[: axis - 2], n, *s[len(s) + axis - 1 :]) if has(s, axis) else s for s in shapes
+        ]
+        parts = in_parts(
+            run, sizes, [_cut(x, axis, begin, n) for x in tensors], keyed, weighing, too_many
+        )
         if not whole:
             whole = [x.new_zeros(tuple(s)) for x, s in zip(parts, shapes, strict=True)]
         for total, x in zip(whole, parts, strict=True):

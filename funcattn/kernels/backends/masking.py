@@ -34,12 +34,15 @@ class Blocks:
         k_blocks = [slice(j, min(j + self.keys, self.S)) for j in range(0, self.S, self.keys)]
         q_blocks = [slice(i, min(i + self.rows, self.T)) for i in range(0, self.T, self.rows)]
         if self.start is None or self.stop is None or not k_blocks or self.start.is_meta:
-            yield from ((q_block, [(k_block, True) for k_block in k_blocks]) for q_block in q_blocks)
+            yield from (
+                (q_block, [(k_block, True) for k_block in k_blocks]) for q_block in q_blocks
+            )
             return
         first = torch.tensor([c.start for c in k_blocks], device=self.start.device)
         last = torch.tensor([c.stop for c in k_blocks], device=self.start.device)
         for q_block in q_blocks:
-            start, stop = self.start[..., q_block, :, None], self.stop[..., q_block, :, None]  # (*groups, rows, n, 1)
+            # (*groups, rows, n, 1)
+            start, stop = self.start[..., q_block, :, None], self.stop[..., q_block, :, None]
             some = ((start < last) & (stop > first)).flatten(0, -2).any(0).tolist()
             every = ((start <= first) & (stop >= last)).any(-2).flatten(0, -2).all(0).tolist()
             yield q_block, [(k_block, every[n]) for n, k_block in enumerate(k_blocks) if some[n]]
@@ -48,8 +51,21 @@ class Blocks:
 class Seen:
     """Mask and bias, applied block by block; neither is expanded as a whole."""
 
-    def __init__(self, mask: Sequence[Tensor], bias: Tensor | None, layout: Layout, dtype: torch.dtype, strict: bool) -> None:
-        self.mask, self.bias, self.layout, self.dtype, self.strict = mask, bias, layout, dtype, strict
+    def __init__(
+        self,
+        mask: Sequence[Tensor],
+        bias: Tensor | None,
+        layout: Layout,
+        dtype: torch.dtype,
+        strict: bool,
+    ) -> None:
+        self.mask, self.bias, self.layout, self.dtype, self.strict = (
+            mask,
+            bias,
+            layout,
+            dtype,
+            strict,
+        )
         self.intervals = [fold(x, layout) for x in mask] if len(mask) == 2 else []
         self.anything = bool(mask) or bias is not None
         self.unit = LOG2E if bias is None else 1.0  # factor of the logits
@@ -64,7 +80,11 @@ class Seen:
         if self.intervals and not whole:
             key = torch.arange(k_block.start, k_block.stop, device=s.device)
             start, stop = (x[..., q_block, :, None] for x in self.intervals)
-            seen = key < stop.squeeze(-2) if stop.shape[-2] == 1 and not start.any() else ((start <= key) & (key < stop)).any(-2)
+            seen = (
+                key < stop.squeeze(-2)
+                if stop.shape[-2] == 1 and not start.any()
+                else ((start <= key) & (key < stop)).any(-2)
+            )
             s = torch.where(seen, s, NOTHING)
         if len(self.mask) == 1:
             s = torch.where(self._block(self.mask[0], q_block, k_block), s, NOTHING)
@@ -84,7 +104,11 @@ class Seen:
 
     def log(self, row_max: Tensor, normalizer: Tensor) -> Tensor:
         """The log-sum-exp from the row max and the normalizer; -inf where nothing is visible."""
-        lse = (row_max + normalizer.log2()) / LOG2E if self.bias is None else row_max + normalizer.log()
+        lse = (
+            (row_max + normalizer.log2()) / LOG2E
+            if self.bias is None
+            else row_max + normalizer.log()
+        )
         return torch.where(normalizer == 0, NOTHING, lse)
 
     def _block(self, x: Tensor, q_block: slice, k_block: slice) -> Tensor:
@@ -112,9 +136,13 @@ def block_of(x: Tensor, layout: Layout, q_block: slice, k_block: slice) -> Tenso
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
     """False where an entry is NaN or infinite, or the sum overflows (it costs a second pass)."""
-    return all(capturing(x) or math.isfinite(x.sum(dtype=accumulation_dtype(x)).item()) for x in tensors)
+    return all(
+        capturing(x) or math.isfinite(x.sum(dtype=accumulation_dtype(x)).item()) for x in tensors
+    )
 
 
 def capturing(x: Tensor) -> bool:
     """True where values cannot be read: on the meta device, and during CUDA graph capture."""
-    return x.is_meta or (x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return x.is_meta or (
+        x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )

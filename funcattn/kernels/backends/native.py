@@ -21,7 +21,9 @@ INTEGERS = (torch.int64, torch.int32)
 MOST_AXES = 24  # leading axes; AXES in native/attention/attention.h
 
 
-def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None) -> str:
+def why_not_attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None
+) -> str:
     """The reason why the kernel cannot run on these, or ""."""
     floats = [q, k, v] if bias is None else [q, k, v, bias]
     for x in (*floats, *mask):
@@ -34,7 +36,9 @@ def why_not_attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (),
     for x in floats:
         if x.dtype not in FLOATS:
             return f"of dtype {x.dtype}, and it computes in float32"
-    if (len(mask) == 1 and mask[0].dtype != torch.bool) or (len(mask) == 2 and any(x.dtype not in INTEGERS for x in mask)):
+    if (len(mask) == 1 and mask[0].dtype != torch.bool) or (
+        len(mask) == 2 and any(x.dtype not in INTEGERS for x in mask)
+    ):
         return "masks are booleans, or intervals of integers"
     return native.load()
 
@@ -45,7 +49,12 @@ def why_not_attend_jvp(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] =
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None, scale: float = 1.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Sequence[Tensor] = (),
+    bias: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor] | None:
     """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1) in float32.
 
@@ -56,7 +65,12 @@ def attend(
 
 
 def attend_jvp(
-    q: Tensor, k: Tensor, v: Tensor, tangents: Sequence[Tensor | None], mask: Sequence[Tensor] = (), scale: float = 1.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tangents: Sequence[Tensor | None],
+    mask: Sequence[Tensor] = (),
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """out and lse, and their tangents from those of q, k and v (None: no tangent), in one pass.
 
@@ -64,7 +78,9 @@ def attend_jvp(
     and its tangent have are no axes of the tangent of lse.
     """
     dq, dk, dv = tangents
-    out, lse, dout, dlse, is_finite = torch.ops.funcattn.native_attend_jvp(q, k, v, dq, dk, dv, list(mask), scale)
+    out, lse, dout, dlse, is_finite = torch.ops.funcattn.native_attend_jvp(
+        q, k, v, dq, dk, dv, list(mask), scale
+    )
     return (out, lse, dout, dlse) if is_finite or not mask else None
 
 

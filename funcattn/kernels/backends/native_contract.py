@@ -24,7 +24,18 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ..closed.algebra import ONES, Contraction, DenseFactor, Factor, K, L, LowRankFactor, Q, Term, places
+from ..closed.algebra import (
+    ONES,
+    Contraction,
+    DenseFactor,
+    Factor,
+    K,
+    L,
+    LowRankFactor,
+    Q,
+    Term,
+    places,
+)
 from .masking import is_finite
 
 SIDES = ("query", "key", "pair")  # numbered as in program.h
@@ -66,7 +77,10 @@ def why_not_contract(contraction: Contraction, tensors: Sequence[Tensor]) -> str
 
 
 def contract(
-    contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] = ()
+    contraction: Contraction,
+    shapes: Sequence[Sequence[int]],
+    tensors: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype] = (),
 ) -> list[Tensor] | None:
     """All outputs of a contraction, float32, as `torch_blocks.contract`; see `why_not_contract`.
 
@@ -127,7 +141,9 @@ def _axes(shape: Sequence[int], axes: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def program(contraction: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], list[float], int]:
+def program(
+    contraction: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]
+) -> tuple[list[int], list[float], int]:
     """The integers, the weights and the number of buffers of a contraction.
 
     Args:
@@ -141,7 +157,9 @@ def program(contraction: Contraction, has: tuple[int, ...], outputs: tuple[int, 
 class _Compiler:
     """Numbers of loads, packs, values, factors and sums, in the order of their first use."""
 
-    def __init__(self, contraction: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+    def __init__(
+        self, contraction: Contraction, has: tuple[int, ...], outputs: tuple[int, ...]
+    ) -> None:
         self.contraction, self.has, self.leads = contraction, has, outputs
         self.loads: dict[tuple[int, float], int] = {}
         self.packs: dict[int, int] = {}
@@ -220,7 +238,9 @@ class _Compiler:
         for factor in term.factors:
             for summand in factor:
                 read |= {summand.m} if isinstance(summand, DenseFactor) else {summand.a, summand.b}
-        mine = functools.reduce(int.__or__, (self.has[p] for p in read - {ONES}), self.leads[number])
+        mine = functools.reduce(
+            int.__or__, (self.has[p] for p in read - {ONES}), self.leads[number]
+        )
         return self.everything & ~mine
 
     def _factor(self, factor: Factor) -> tuple[list, list, list, list]:
@@ -262,12 +282,15 @@ def _schedule(sums: list[Sum], factors: int) -> tuple[list[Step], list[int], int
     first.
     """
     nodes = _products(sums)
-    todo: list[tuple[Sum, list[tuple[Sum, int, float]]]] = []  # what, and terms (source, factor, weight)
+    # what, and terms (source, factor, weight)
+    todo: list[tuple[Sum, list[tuple[Sum, int, float]]]] = []
     for product in sorted(nodes - {()}, key=len):
         todo.append((_alone(product), [(*_split(product, nodes), 1.0)]))
     for total in sums:
         if not _is_product(total):
-            terms = [(_alone(p), ONES, w) if p in nodes else (*_split(p, nodes), w) for p, w in total]
+            terms = [
+                (_alone(p), ONES, w) if p in nodes else (*_split(p, nodes), w) for p, w in total
+            ]
             todo.append((total, terms))
     at: dict[Sum | int, int] = {_alone(()): 0, **{f: f for f in range(1, factors)}}
     uses: Counter[Sum | int] = Counter(sums)  # the use by a sink never ends
@@ -275,7 +298,9 @@ def _schedule(sums: list[Sum], factors: int) -> tuple[list[Step], list[int], int
         uses.update(x for source, factor, _ in terms for x in (source, factor) if x != ONES)
     buffers, free, steps = factors, [b for x, b in at.items() if not uses[x]], list[Step]()
     while todo:
-        ready = [n for n, (_, terms) in enumerate(todo) if all(source in at for source, _, _ in terms)]
+        ready = [
+            n for n, (_, terms) in enumerate(todo) if all(source in at for source, _, _ in terms)
+        ]
         ends = lambda term: any(uses[x] == 1 for x in term[:2])
         what, terms = todo.pop(max(ready, key=lambda n: any(map(ends, todo[n][1]))))
         to = -1

@@ -58,15 +58,27 @@ class Backend:
     """
 
     name: str
-    attend: Callable[[Tensor, Tensor, Tensor, Tensors, Tensor | None, float], Pair | None] | None = None
+    attend: (
+        Callable[[Tensor, Tensor, Tensor, Tensors, Tensor | None, float], Pair | None] | None
+    ) = None
     why_not_attend: WhyNotAttend = _never
     contract: Callable[[Contraction, Shapes, Tensors, Dtypes], Tensors | None] | None = None
     why_not_contract: Callable[[Contraction, Tensors], str] = _never
-    attend_jvp: Callable[[Tensor, Tensor, Tensor, Sequence[Tensor | None], Tensors, float], tuple[Tensor, ...] | None] | None = None
+    attend_jvp: (
+        Callable[
+            [Tensor, Tensor, Tensor, Sequence[Tensor | None], Tensors, float],
+            tuple[Tensor, ...] | None,
+        ]
+        | None
+    ) = None
     why_not_attend_jvp: Callable[[Tensor, Tensor, Tensor, Tensors], str] = _never
-    attend_vjp: Callable[[Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor, float, Shapes], list[Tensor] | None] | None = (
-        None
-    )
+    attend_vjp: (
+        Callable[
+            [Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, Tensor, float, Shapes],
+            list[Tensor] | None,
+        ]
+        | None
+    ) = None
     why_not_attend_vjp: WhyNotAttend = _never
     statistics: Callable[[Tensor, Tensor, Tensor, Tensors, float], Pair] | None = None
 

@@ -1,4 +1,6 @@
-"""The value of attention over blocks of torch operations: a streaming softmax (see `torch_blocks`)."""
+"""The value of attention over blocks of torch operations: a streaming softmax (see
+`torch_blocks`).
+"""
 
 from collections.abc import Sequence
 
@@ -13,7 +15,12 @@ from .torch_blocks import too_many, walk
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor] = (), bias: Tensor | None = None, scale: float = 1.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Sequence[Tensor] = (),
+    bias: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Streaming softmax: out (*lead, T, Dv) in the dtype of v, and lse (*lead, T, 1).
 
@@ -26,19 +33,45 @@ def attend(
     def run(strict: bool) -> list[Tensor]:
         def part(_: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             q, k, v, *extra = tensors
-            return _attend(q, k, v, extra[: len(mask)], extra[len(mask)] if bias is not None else None, scale, strict)
+            return _attend(
+                q,
+                k,
+                v,
+                extra[: len(mask)],
+                extra[len(mask)] if bias is not None else None,
+                scale,
+                strict,
+            )
 
-        return in_parts(part, [(*lead, T, v.shape[-1]), (*lse_lead, T, 1)], [q, k, v, *extra], [K, 2], [Q, K], too_many)
+        return in_parts(
+            part,
+            [(*lead, T, v.shape[-1]), (*lse_lead, T, 1)],
+            [q, k, v, *extra],
+            [K, 2],
+            [Q, K],
+            too_many,
+        )
 
     out, lse = run(False)
     return (out, lse) if not extra or is_finite([out]) else tuple(run(True))  # pyright: ignore[reportReturnType]
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Tensor], bias: Tensor | None, scale: float, strict: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Sequence[Tensor],
+    bias: Tensor | None,
+    scale: float,
+    strict: bool,
 ) -> tuple[Tensor, Tensor]:
     T, S = q.shape[-2], k.shape[-2]
-    lead = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))])
+    lead = broadcast(
+        q.shape[:-2],
+        k.shape[:-2],
+        v.shape[:-2],
+        *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))],
+    )
     others = [x.shape[:-2] for x in mask] + ([] if bias is None else [bias.shape[:-2]]) + [lead]
     layout = plan([q.shape[:-2]], [k.shape[:-2], v.shape[:-2]], others)
     wide = accumulation_dtype(q, bias)
@@ -46,7 +79,12 @@ def _attend(
     queries = fold(q, layout).to(wide) * (scale * seen.unit)
     keys, values = fold(k, layout).to(wide), fold(v, layout).to(wide)
     groups = broadcast(
-        *[(1,) * len(layout.groups), queries.shape[:-2], keys.shape[:-2], *[group_sizes(s, layout) for s in others[:-1]]]
+        *[
+            (1,) * len(layout.groups),
+            queries.shape[:-2],
+            keys.shape[:-2],
+            *[group_sizes(s, layout) for s in others[:-1]],
+        ]
     )
     out = values.new_zeros(*layout.sizes, T, v.shape[-1])
     lse = values.new_full((*groups, T, 1), NOTHING)
@@ -55,7 +93,12 @@ def _attend(
         normalizer = torch.zeros_like(row_max)
         accumulator = torch.zeros_like(out[..., q_block, :])
         for k_block, whole in k_blocks:
-            s = seen.logits(multiply(queries[..., q_block, :], keys[..., k_block, :].mT, layout.batch), q_block, k_block, whole)
+            s = seen.logits(
+                multiply(queries[..., q_block, :], keys[..., k_block, :].mT, layout.batch),
+                q_block,
+                k_block,
+                whole,
+            )
             visible = s != NOTHING if strict else None
             p, rescale, row_max = seen.rescale(s, row_max)
             normalizer = normalizer.mul_(rescale).add_(p.sum(-1, keepdim=True))
@@ -63,7 +106,11 @@ def _attend(
         out[..., q_block, :] = accumulator / torch.where(normalizer == 0, 1, normalizer)
         lse[..., q_block, :] = seen.log(row_max, normalizer)
     shape = (
-        *broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))]),
+        *broadcast(
+            q.shape[:-2],
+            k.shape[:-2],
+            *[x.shape[:-2] for x in (*mask, *([] if bias is None else [bias]))],
+        ),
         T,
         1,
     )

@@ -24,7 +24,18 @@ import torch
 from torch import Tensor
 
 from .. import dropout
-from ..closed.algebra import ONES, Contraction, DenseFactor, Factor, K, L, LowRankFactor, Output, Q, places
+from ..closed.algebra import (
+    ONES,
+    Contraction,
+    DenseFactor,
+    Factor,
+    K,
+    L,
+    LowRankFactor,
+    Output,
+    Q,
+    places,
+)
 from ..dtypes import accumulation_dtype
 from .layout import broadcast, fold, group_sizes, in_parts, multiply, multiply_rows, plan, unfold
 from .masking import LOG2E, NOTHING, Blocks, Seen, block_of, capturing, is_finite, weigh
@@ -47,8 +58,11 @@ def _far(lse: Tensor) -> Tensor:
     return (lse.abs() > FAR) & (lse != NOTHING)
 
 
-def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor] = (), scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp as the sum of two numbers of the shape of lse (*lead, T, 1), the second small.
+def statistics(
+    q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor] = (), scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp as the sum of two numbers of the shape of lse (*lead, T, 1), the second
+    small.
 
     Where lse is precise enough they are lse and zero. In other rows an additional pass computes the
     row max m and the log of the normalizer l, and they are m + l and its rounding error.
@@ -56,13 +70,20 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Sequence[Tensor] = (), s
     if not is_far(lse):
         return lse.clone(), torch.zeros_like(lse)
     contraction = Contraction((), scale, tuple(range(3, 3 + len(mask))))
-    m, log = (x / LOG2E for x in _Contractor(contraction, [], [q, k, lse, *mask], strict=False).statistics(lse.shape))
+    m, log = (
+        x / LOG2E
+        for x in _Contractor(contraction, [], [q, k, lse, *mask], strict=False).statistics(
+            lse.shape
+        )
+    )
     far = _far(lse)
     whole = torch.where(far, m + log, lse)
     return whole, torch.where(far, (m - whole) + log, 0)
 
 
-def contract(contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> list[Tensor]:
+def contract(
+    contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor]
+) -> list[Tensor]:
     """All outputs of a contraction in one pass over the blocks of P; `shapes` are the outputs'.
 
     An output is summed over the leading axes that its terms have and its shape lacks, and repeated
@@ -75,7 +96,11 @@ def contract(contraction: Contraction, shapes: Sequence[Sequence[int]], tensors:
         return in_parts(part, shapes, tensors, sorted(keyed), [Q, K, L], too_many)
 
     outputs = run(False)
-    return outputs if (not contraction.mask and contraction.bias == ONES) or is_finite(outputs) else run(True)
+    return (
+        outputs
+        if (not contraction.mask and contraction.bias == ONES) or is_finite(outputs)
+        else run(True)
+    )
 
 
 sweep = contract  # alias: its earlier name
@@ -84,12 +109,20 @@ sweep = contract  # alias: its earlier name
 class _Contractor:
     """One contraction: folded inputs, output buffers, and the loop over blocks."""
 
-    def __init__(self, contraction: Contraction, shapes: Sequence[Sequence[int]], tensors: Sequence[Tensor], strict: bool) -> None:
+    def __init__(
+        self,
+        contraction: Contraction,
+        shapes: Sequence[Sequence[int]],
+        tensors: Sequence[Tensor],
+        strict: bool,
+    ) -> None:
         query, key, pair = places(contraction)
         extra = [*contraction.mask, *([contraction.dropout] if contraction.dropout != ONES else [])]
         lead = lambda where: [tensors[p].shape[:-2] for p in where]
         self.contraction, self.shapes, self.tensors = contraction, shapes, tensors
-        self.layout = layout = plan(lead([*query, *extra]), lead(key), lead(pair) + [tuple(s[:-2]) for s in shapes])
+        self.layout = layout = plan(
+            lead([*query, *extra]), lead(key), lead(pair) + [tuple(s[:-2]) for s in shapes]
+        )
         bias = tensors[contraction.bias] if contraction.bias != ONES else None
         self.wide = accumulation_dtype(tensors[Q], bias)
         self.seen = Seen([tensors[p] for p in contraction.mask], bias, layout, self.wide, strict)
@@ -99,15 +132,23 @@ class _Contractor:
         self.far = _far(lse) if is_far(lse) else None
         # a query without visible keys has no weights
         self.lse = torch.where(lse == NOTHING, float("inf"), lse) * self.seen.unit
-        self.keys = fold(tensors[contraction.dropout], layout) if contraction.dropout != ONES else None
+        self.keys = (
+            fold(tensors[contraction.dropout], layout) if contraction.dropout != ONES else None
+        )
         self.targets = [group_sizes(tuple(s[:-2]), layout) for s in shapes]
         self.keep = [
-            any(t[i] != 1 for t, o in zip(self.targets, contraction.outputs, strict=True) if o.side == "key")
+            any(
+                t[i] != 1
+                for t, o in zip(self.targets, contraction.outputs, strict=True)
+                if o.side == "key"
+            )
             for i in range(len(layout.groups))
         ]
         self.T, self.S = tensors[Q].shape[-2], tensors[K].shape[-2]
         self.uses, self.joined = self._factors()
-        self.out = [self.scaled.new_zeros(*t, *s[-2:]) for t, s in zip(self.targets, shapes, strict=True)]
+        self.out = [
+            self.scaled.new_zeros(*t, *s[-2:]) for t, s in zip(self.targets, shapes, strict=True)
+        ]
 
     def _factors(self) -> tuple[Counter[Factor], dict[Factor, tuple[Tensor, Tensor]]]:
         """Uses of each factor, and its low-rank features concatenated, [a_1, a_2] . [b_1, b_2]."""
@@ -116,7 +157,10 @@ class _Contractor:
         joined = {}
         for factor in uses:
             pairs = [s for s in factor if isinstance(s, LowRankFactor) and ONES not in (s.a, s.b)]
-            left, right = [self.x[s.a] if s.weight == 1 else self.x[s.a] * s.weight for s in pairs], [self.x[s.b] for s in pairs]
+            left, right = (
+                [self.x[s.a] if s.weight == 1 else self.x[s.a] * s.weight for s in pairs],
+                [self.x[s.b] for s in pairs],
+            )
             if pairs and all(len({x.shape[:-2] for x in side}) == 1 for side in (left, right)):
                 join = lambda side: side[0] if len(side) == 1 else torch.cat(side, -1)
                 joined[factor] = join(left), join(right)
@@ -125,23 +169,37 @@ class _Contractor:
     def run(self) -> list[Tensor]:
         groups = broadcast((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
         for q_block, k_blocks in walk(self.seen, self.T, self.S, groups):
-            far = self.far is not None and (capturing(self.far) or bool(self.far[..., q_block, :].any()))
-            shift = self._statistics(q_block, k_blocks) if far else (self.lse[..., q_block, :], None)
+            far = self.far is not None and (
+                capturing(self.far) or bool(self.far[..., q_block, :].any())
+            )
+            shift = (
+                self._statistics(q_block, k_blocks) if far else (self.lse[..., q_block, :], None)
+            )
             for k_block, whole in k_blocks:
                 self._block(q_block, k_block, whole, *shift)
-        return [unfold(out, self.layout, shape) for out, shape in zip(self.out, self.shapes, strict=True)]
+        return [
+            unfold(out, self.layout, shape)
+            for out, shape in zip(self.out, self.shapes, strict=True)
+        ]
 
     def statistics(self, shape: Sequence[int]) -> list[Tensor]:
         """The row max of every query and the log of the normalizer, as powers of two."""
         groups = broadcast((1,) * len(self.layout.groups), *[x.shape[:-2] for x in self.x.values()])
-        rows = [self._statistics(q_block, k_blocks) for q_block, k_blocks in walk(self.seen, self.T, self.S, groups)]
-        return [unfold(torch.cat(parts, -2), self.layout, shape) for parts in zip(*rows, strict=True)]
+        rows = [
+            self._statistics(q_block, k_blocks)
+            for q_block, k_blocks in walk(self.seen, self.T, self.S, groups)
+        ]
+        return [
+            unfold(torch.cat(parts, -2), self.layout, shape) for parts in zip(*rows, strict=True)
+        ]
 
     def _logits(self, q_block: slice, k_block: slice, whole: bool) -> Tensor:
         s = multiply(self.scaled[..., q_block, :], self.x[K][..., k_block, :].mT, self.layout.batch)
         return self.seen.logits(s, q_block, k_block, whole)
 
-    def _statistics(self, q_block: slice, k_blocks: Sequence[tuple[slice, bool]]) -> tuple[Tensor, Tensor]:
+    def _statistics(
+        self, q_block: slice, k_blocks: Sequence[tuple[slice, bool]]
+    ) -> tuple[Tensor, Tensor]:
         """The row max of each query, and the normalizer of exp(S - row_max) as a power of two."""
         row_max = torch.full_like(self.lse[..., q_block, :], NOTHING)
         normalizer = torch.zeros_like(row_max)
@@ -151,16 +209,22 @@ class _Contractor:
         none = normalizer == 0
         return torch.where(none, float("inf"), row_max), torch.where(none, 0, normalizer.log2())
 
-    def _block(self, q_block: slice, k_block: slice, whole: bool, shift: Tensor, normalizer: Tensor | None) -> None:
+    def _block(
+        self, q_block: slice, k_block: slice, whole: bool, shift: Tensor, normalizer: Tensor | None
+    ) -> None:
         s = self._logits(q_block, k_block, whole)
         visible = s != NOTHING if self.seen.strict else None
         P = self.seen.power(s, shift)
         P = (P if normalizer is None else P.sub_(normalizer)).exp2_()
         if self.keys is not None:
             P = P * dropout.keep(self.keys, q_block, k_block, self.contraction.rate).to(P.dtype)
-        weights: dict[tuple[Factor, ...], Tensor] = {(): P if visible is None else torch.where(visible, P, 0)}
+        weights: dict[tuple[Factor, ...], Tensor] = {
+            (): P if visible is None else torch.where(visible, P, 0)
+        }
         factors: dict[Factor, Tensor] = {}
-        for output, target, out in zip(self.contraction.outputs, self.targets, self.out, strict=True):
+        for output, target, out in zip(
+            self.contraction.outputs, self.targets, self.out, strict=True
+        ):
             alike: dict[
                 tuple[int, torch.Size], list[tuple[float, Tensor]]
             ] = {}  # not across leading shapes: a sum over an axis would count twice
@@ -168,7 +232,9 @@ class _Contractor:
                 W = self._weight(term.factors, weights, factors, q_block, k_block, visible)
                 alike.setdefault((term.value, W.shape), []).append((term.weight, W))
             for (value, _), weighted in alike.items():
-                self._add(output, out, target, self._sum(weighted), value, q_block, k_block, visible)
+                self._add(
+                    output, out, target, self._sum(weighted), value, q_block, k_block, visible
+                )
 
     def _weight(
         self,
@@ -200,7 +266,11 @@ class _Contractor:
             a, b = self.joined[factor]
             total = multiply(a[..., q_block, :], b[..., k_block, :].mT, self.layout.batch)
         for summand in factor:
-            if factor in self.joined and isinstance(summand, LowRankFactor) and ONES not in (summand.a, summand.b):
+            if (
+                factor in self.joined
+                and isinstance(summand, LowRankFactor)
+                and ONES not in (summand.a, summand.b)
+            ):
                 continue
             x = self._summand(summand, q_block, k_block)
             if total is None:
@@ -212,7 +282,9 @@ class _Contractor:
         assert total is not None
         return total
 
-    def _summand(self, summand: LowRankFactor | DenseFactor, q_block: slice, k_block: slice) -> Tensor:
+    def _summand(
+        self, summand: LowRankFactor | DenseFactor, q_block: slice, k_block: slice
+    ) -> Tensor:
         if isinstance(summand, DenseFactor):
             return block_of(self.tensors[summand.m], self.layout, q_block, k_block).to(self.wide)
         a, b, _ = summand
@@ -220,7 +292,9 @@ class _Contractor:
             return self.x[b][..., k_block, :].sum(-1).unsqueeze(-2)
         if b == ONES:
             return self.x[a][..., q_block, :].sum(-1, keepdim=True)
-        return multiply(self.x[a][..., q_block, :], self.x[b][..., k_block, :].mT, self.layout.batch)
+        return multiply(
+            self.x[a][..., q_block, :], self.x[b][..., k_block, :].mT, self.layout.batch
+        )
 
     def _sum(self, weighted: list[tuple[float, Tensor]]) -> Tensor:
         weight, total = weighted[0]
@@ -242,10 +316,18 @@ class _Contractor:
     ) -> None:
         batch = self.layout.batch
         if output.side == "query":
-            part = W.sum(-1, keepdim=True) if value == ONES else weigh(W, self.x[value][..., k_block, :], batch, visible)
+            part = (
+                W.sum(-1, keepdim=True)
+                if value == ONES
+                else weigh(W, self.x[value][..., k_block, :], batch, visible)
+            )
             out[..., q_block, :] += _reduce(part, target)
         elif output.side == "key":
-            part = W.sum(-2).unsqueeze(-1) if value == ONES else self._weigh_rows(W, self.x[value][..., q_block, :], visible)
+            part = (
+                W.sum(-2).unsqueeze(-1)
+                if value == ONES
+                else self._weigh_rows(W, self.x[value][..., q_block, :], visible)
+            )
             out[..., k_block, :] += _reduce(part, target)
         else:
             q_block = q_block if out.shape[-2] != 1 else slice(0, 1)
@@ -264,7 +346,9 @@ class _Contractor:
         return torch.where(reached, rows(W, c), rows(W, c.masked_fill(bad, 0)))
 
 
-def walk(seen: Seen, T: int, S: int, groups: Sequence[int]) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+def walk(
+    seen: Seen, T: int, S: int, groups: Sequence[int]
+) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
     """The blocks with visible pairs, as `masking.Blocks.walk` gives them."""
     rows, keys = block_sizes(T, S, math.prod(groups))
     # square blocks cover a diagonal with fewer hidden pairs

@@ -5,13 +5,15 @@
 With l an *independent* input, take sums over terms of weights W = P * F_1 * F_2 * ..., where each
 factor F is a sum of products a_i . b_j (or a dense matrix), and let an output be one of
 
-    query side   o_i  = sum_j W_ij c_j        key side   o_j = sum_i W_ij c_i        pair side   o_ij = W_ij
+    query side   o_i = sum_j W_ij c_j
+    key side     o_j = sum_i W_ij c_i
+    pair side    o_ij = W_ij
 
 A contraction (`Contraction`) computes any number of such outputs in one pass over blocks of P,
-which is never materialized as a whole. Differentiating W gives the same W with one more factor, so the vjp
-and the jvp of a contraction are again one contraction each: derivatives of every order, in every
-nesting, in O(T + S) memory. `attend`, the one function that normalizes, has a contraction for its
-vjp and another for its jvp.
+which is never materialized as a whole. Differentiating W gives the same W with one more factor, so
+the vjp and the jvp of a contraction are again one contraction each: derivatives of every order, in
+every nesting, in O(T + S) memory. `attend`, the one function that normalizes, has a contraction for
+its vjp and another for its jvp.
 
 This module is symbolic: from a contraction and the indices of cotangents or tangents it computes
 the next contraction. Tensors are named by their index in a flat list that starts with q, k, l.
@@ -89,7 +91,14 @@ class _Collect:
         self.terms: dict[int, list[Term]] = {}
         self.side: dict[int, str] = {}
 
-    def add(self, of: int, side: str, factors: tuple[Factor, ...], value: int = ONES, weight: float = 1.0) -> None:
+    def add(
+        self,
+        of: int,
+        side: str,
+        factors: tuple[Factor, ...],
+        value: int = ONES,
+        weight: float = 1.0,
+    ) -> None:
         self.terms.setdefault(of, []).append(Term(factors, value, weight))
         self.side[of] = side
 
@@ -99,7 +108,10 @@ class _Collect:
 
 
 def vjp(
-    contraction: Contraction, cotangents: dict[int, int], needed: set[int], lead: Callable[[int], Hashable]
+    contraction: Contraction,
+    cotangents: dict[int, int],
+    needed: set[int],
+    lead: Callable[[int], Hashable],
 ) -> tuple[Contraction, tuple[int, ...]]:
     """The contraction that computes the vjp of a contraction.
 
@@ -191,8 +203,12 @@ def attend_tangent(empty: Contraction, v: int, tangents: dict[int, int]) -> Cont
         tangents: from the index of a tensor to the index of its tangent.
     """
     dS = logit_tangent(empty, tangents)
-    accumulator = ((Term((dS,), v),) if dS else ()) + ((Term((), tangents[v]),) if v in tangents else ())
-    return empty._replace(outputs=(Output("query", accumulator), *((Output("query", (Term((dS,)),)),) if dS else ())))
+    accumulator = ((Term((dS,), v),) if dS else ()) + (
+        (Term((), tangents[v]),) if v in tangents else ()
+    )
+    return empty._replace(
+        outputs=(Output("query", accumulator), *((Output("query", (Term((dS,)),)),) if dS else ()))
+    )
 
 
 def logit_tangent(contraction: Contraction, tangents: dict[int, int]) -> Factor:
@@ -244,14 +260,22 @@ def places(contraction: Contraction) -> tuple[set[int], set[int], set[int]]:
 
 def prune(contraction: Contraction) -> tuple[Contraction, list[int]]:
     """The same contraction over only the tensors that it reads, and their old indices."""
-    used = sorted(set().union(*places(contraction), contraction.mask, {contraction.dropout} - {ONES}))
+    used = sorted(
+        set().union(*places(contraction), contraction.mask, {contraction.dropout} - {ONES})
+    )
     new = {old: n for n, old in enumerate(used)} | {ONES: ONES}
     summand = lambda s: (
-        DenseFactor(new[s.m], s.weight) if isinstance(s, DenseFactor) else LowRankFactor(new[s.a], new[s.b], s.weight)
+        DenseFactor(new[s.m], s.weight)
+        if isinstance(s, DenseFactor)
+        else LowRankFactor(new[s.a], new[s.b], s.weight)
     )
     factor: Any = lambda f: tuple(summand(s) for s in f)
-    term = lambda t, side: Term(tuple(factor(f) for f in t.factors), ONES if side == "pair" else new[t.value], t.weight)
-    outputs = tuple(Output(o.side, tuple(term(t, o.side) for t in o.terms)) for o in contraction.outputs)
+    term = lambda t, side: Term(
+        tuple(factor(f) for f in t.factors), ONES if side == "pair" else new[t.value], t.weight
+    )
+    outputs = tuple(
+        Output(o.side, tuple(term(t, o.side) for t in o.terms)) for o in contraction.outputs
+    )
     mask = tuple(new[p] for p in contraction.mask)
     bias, dropout = new[contraction.bias], new[contraction.dropout]
     return contraction._replace(outputs=outputs, mask=mask, bias=bias, dropout=dropout), used

@@ -41,7 +41,9 @@ def statistics(r: Request, lse: Tensor) -> tuple[Tensor, Tensor]:
     Both are constant to every derivative.
     """
     mask = () if r.mask is None else tuple(r.mask) if isinstance(r.mask, Mask) else (r.mask,)
-    call = torch._dynamo.nonstrict_trace(_statistics) if torch.compiler.is_compiling() else _statistics
+    call = (
+        torch._dynamo.nonstrict_trace(_statistics) if torch.compiler.is_compiling() else _statistics
+    )
     return call("triton" if can_run_triton(r) else "flash", r.scale, r.q, r.k, lse, *mask)
 
 
@@ -53,7 +55,11 @@ def _statistics(kernel: str, scale: float | Tensor, *tensors: Tensor) -> tuple[T
     lse_column = lse.unsqueeze(-1)
     laid = _laid(mask, H, K)
     if H != K:
-        q, k, lse_column = q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), lse_column.unflatten(-3, (K, H // K))
+        q, k, lse_column = (
+            q.unflatten(-3, (K, H // K)),
+            k.unsqueeze(-3),
+            lse_column.unflatten(-3, (K, H // K)),
+        )
     whole, rest = StatisticsFunction.apply(scale, kernel, q, k, lse_column, *laid)
     return whole.reshape(lse.shape), rest.reshape(lse.shape)
 
@@ -94,13 +100,27 @@ def _attend(
     out, lse = attend_in_family(spec, *tensors, *laid)
     if rate:
         keys = dropout.head_keys(optional[-1], (*lead, H))
-        out = _dropped(spec, rate, [*tensors, *laid], lse, out, keys.unflatten(-3, (K, H // K)) if grouped else keys)
+        out = _dropped(
+            spec,
+            rate,
+            [*tensors, *laid],
+            lse,
+            out,
+            keys.unflatten(-3, (K, H // K)) if grouped else keys,
+        )
     lse = lse.squeeze(-1).expand(out.shape[:-1])
     shape = (*lead, H, T)
     return out.reshape(*shape, out.shape[-1]), lse.reshape(shape)
 
 
-def _dropped(spec: AttendSpec, rate: float, tensors: Sequence[Tensor], lse: Tensor, whole: Tensor, keys: Tensor) -> Tensor:
+def _dropped(
+    spec: AttendSpec,
+    rate: float,
+    tensors: Sequence[Tensor],
+    lse: Tensor,
+    whole: Tensor,
+    keys: Tensor,
+) -> Tensor:
     """The contraction of P with dropped weights; the log-sum-exp is that without dropout."""
     q, k, v, *extra = tensors
     at = 3 + len(extra)
@@ -130,7 +150,9 @@ def _why_not_triton(r: Request) -> str:
     if not TRITON:
         return "Triton is not installed: pip install funcattn[triton]"
     if r.q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return f"for CUDA, not for {r.q.device.type} (where TRITON_INTERPRET=1 interprets it, slowly)"
+        return (
+            f"for CUDA, not for {r.q.device.type} (where TRITON_INTERPRET=1 interprets it, slowly)"
+        )
     if r.q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"float32, float16 and bfloat16 only, not {r.q.dtype}"
     if max(r.q.shape[-1], r.v.shape[-1]) > WIDEST:
@@ -139,9 +161,17 @@ def _why_not_triton(r: Request) -> str:
         return "takes no dense bias"
     if isinstance(r.mask, Tensor):
         return "takes a Mask of intervals, not booleans"
-    if r.q.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
+    if (
+        r.q.device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and torch.cuda.is_available()
+    ):
         card = torch.cuda.get_device_capability(r.q.device)
-        return "" if card >= (8, 0) else f"needs compute capability 8.0 (A100 and newer), this is {card[0]}.{card[1]}"
+        return (
+            ""
+            if card >= (8, 0)
+            else f"needs compute capability 8.0 (A100 and newer), this is {card[0]}.{card[1]}"
+        )
     return ""
 
 
@@ -156,7 +186,11 @@ def is_exporting_strictly() -> bool:
 
 
 def _why_not_flash(r: Request) -> str:
-    return "torch.export with strict=True takes plain operations alone" if is_exporting_strictly() else ""
+    return (
+        "torch.export with strict=True takes plain operations alone"
+        if is_exporting_strictly()
+        else ""
+    )
 
 
 def _passed_over(r: Request) -> str:
@@ -171,7 +205,13 @@ def _passed_over_triton(r: Request) -> str:
     return "interpreted: for tests" if r.q.device.type != "cuda" else _passed_over(r)
 
 
-FLASH = Kernel("flash", "the closed streaming family: every transform, O(T + S) memory", _why_not_flash, attend, _passed_over)
+FLASH = Kernel(
+    "flash",
+    "the closed streaming family: every transform, O(T + S) memory",
+    _why_not_flash,
+    attend,
+    _passed_over,
+)
 TRITON_KERNEL = Kernel(
     "triton",
     "the closed streaming family in kernels for CUDA: every transform, O(T + S) memory",

@@ -26,11 +26,33 @@ def of_attend(q: Shape, k: Shape, v: Shape, *others: Shape) -> int:
 
 def of_contract(contraction: Contraction, shapes: Sequence[Shape]) -> int:
     """FLOPs of the logits, of each factor once, and of each sum over P with values."""
-    factors = {factor for output in contraction.outputs for term in output.terms for factor in term.factors}
-    pairs = [s for factor in factors for s in factor if isinstance(s, LowRankFactor) and ONES not in (s.a, s.b)]
-    values = [value for side, terms in contraction.outputs if side != "pair" for value in {term.value for term in terms} - {ONES}]
-    width = shapes[Q][-1] + sum(shapes[s.a][-1] for s in pairs) + sum(shapes[value][-1] for value in values)
-    return 2 * math.prod(torch.broadcast_shapes(*(x[:-2] for x in shapes))) * shapes[Q][-2] * shapes[K][-2] * width
+    factors = {
+        factor for output in contraction.outputs for term in output.terms for factor in term.factors
+    }
+    pairs = [
+        s
+        for factor in factors
+        for s in factor
+        if isinstance(s, LowRankFactor) and ONES not in (s.a, s.b)
+    ]
+    values = [
+        value
+        for side, terms in contraction.outputs
+        if side != "pair"
+        for value in {term.value for term in terms} - {ONES}
+    ]
+    width = (
+        shapes[Q][-1]
+        + sum(shapes[s.a][-1] for s in pairs)
+        + sum(shapes[value][-1] for value in values)
+    )
+    return (
+        2
+        * math.prod(torch.broadcast_shapes(*(x[:-2] for x in shapes)))
+        * shapes[Q][-2]
+        * shapes[K][-2]
+        * width
+    )
 
 
 @register_flop_formula(torch.ops.funcattn.attend)
@@ -44,9 +66,20 @@ def _(tensors: Sequence[Shape], spec: str, *_: Any, **__: Any) -> int:
 
 
 @register_flop_formula(torch.ops.funcattn.attend_jvp)
-def _(tensors: Sequence[Shape], scale: float, masks: int, has_tangent: Sequence[bool], *_: Any, **__: Any) -> int:
+def _(
+    tensors: Sequence[Shape],
+    scale: float,
+    masks: int,
+    has_tangent: Sequence[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
     """FLOPs of the value, and those of its tangent without the logits, which are computed once."""
-    q, k, v, *mask = primals = tensors[: 3 + masks]
-    tangents: Any = operators.spread(has_tangent, tensors[3 + masks :])  # pyright: ignore[reportArgumentType]
-    contraction, flat, _places = operators.tangent_contraction(specs.AttendSpec(scale, masks), primals, (*q[:-1], 1), tangents)  # pyright: ignore
-    return of_attend(q, k, v, *mask) + of_contract(contraction, flat) - of_contract(contraction._replace(outputs=()), flat)  # pyright: ignore
+    q, k, v, *mask = tensors[: 3 + masks]
+    of_shapes: Any = operators.tangent_contraction  # which reads nothing of a tensor
+    there: Any = operators.spread
+    tangents, lse = there(has_tangent, tensors[3 + masks :]), (*q[:-1], 1)
+    spec = specs.AttendSpec(scale, masks)
+    contraction, flat, _ = of_shapes(spec, (q, k, v, *mask), lse, tangents)
+    logits = of_contract(contraction._replace(outputs=()), flat)
+    return of_attend(q, k, v, *mask) + of_contract(contraction, flat) - logits

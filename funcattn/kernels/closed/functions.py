@@ -1,8 +1,8 @@
 """The autograd Functions of attention, closed under grad, jvp and vmap at every order.
 
 `AttendFunction` normalizes, `AttendJvpFunction` computes it and its jvp in one pass, and
-`ContractFunction` is a contraction (a `Contraction` of the algebra). The vjp and jvp of all three are
-contractions. `operators` runs them on a backend.
+`ContractFunction` is a contraction (a `Contraction` of the algebra). The vjp and jvp of all three
+are contractions. `operators` runs them on a backend.
 """
 
 import dataclasses
@@ -35,7 +35,9 @@ def attend(spec: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         # Autograd records at this level: the gradients need a tangent too.
         return AttendFunction.apply(spec, *tensors)
     given = (x for x in tangents if x is not None)
-    out, lse, dout, dlse = AttendJvpFunction.apply(spec, has_tangent, *primals, *tensors[3:], *given)
+    out, lse, dout, dlse = AttendJvpFunction.apply(
+        spec, has_tangent, *primals, *tensors[3:], *given
+    )
     return dual(out, dout), dual(lse, dlse)
 
 
@@ -59,9 +61,17 @@ class AttendFunction(Function):
         return (None, *_vjp(ctx.spec, tensors, out, lse, g, g_lse, ctx.needs_input_grad[1:]))
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], _: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+    def jvp(
+        ctx: Any, saved: list[Tensor], _: Any, *tangents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         *tensors, out, lse = saved
-        return _jvp(ctx.spec, tensors, out, lse, [*tangents[:3], *(tangents[-1:] if ctx.spec.biased else ())])
+        return _jvp(
+            ctx.spec,
+            tensors,
+            out,
+            lse,
+            [*tangents[:3], *(tangents[-1:] if ctx.spec.biased else ())],
+        )
 
     @staticmethod
     def vmap(
@@ -80,7 +90,9 @@ class AttendJvpFunction(Function):
     """
 
     @staticmethod
-    def forward(spec: AttendSpec, has_tangent: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        spec: AttendSpec, has_tangent: tuple[bool, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         return operators.attend_jvp(spec, has_tangent, tensors)
 
     @staticmethod
@@ -92,8 +104,16 @@ class AttendJvpFunction(Function):
         ctx.save_for_forward(*inputs[2:], out, lse, dlse)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_dout: Tensor | None, g_dlse: Tensor | None) -> tuple[Any, ...]:
-        """Through dout = accumulator - dlse out and dlse, a contraction of q, k, lse, ..., then attend."""
+    def backward(
+        ctx: Any,
+        g: Tensor | None,
+        g_lse: Tensor | None,
+        g_dout: Tensor | None,
+        g_dlse: Tensor | None,
+    ) -> tuple[Any, ...]:
+        """Through dout = accumulator - dlse out and dlse, a contraction of q, k, lse, ..., then
+        attend.
+        """
         *tensors, out, lse, dlse = ctx.saved_tensors
         spec, start = ctx.spec, 3 + ctx.spec.masks
         primals, tangents = tensors[:start], tensors[start:]
@@ -102,18 +122,36 @@ class AttendJvpFunction(Function):
         )
         given: list[Tensor | None] = [g_dout, g_dlse]
         if g_dout is not None:
-            given[1] = add(g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), dlse))
+            given[1] = add(
+                g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), dlse)
+            )
             g = add(g, -(dlse * g_dout).to(out.dtype))
         # indices of the tensors in the flat list
         places = [Q, K, start, *contraction.mask, *tangent_index.values()]
-        wanted = {place for place, needed in zip(places, ctx.needs_input_grad[2:], strict=True) if needed}
+        wanted = {
+            place for place, needed in zip(places, ctx.needs_input_grad[2:], strict=True) if needed
+        }
         gradients = _contraction_vjp(contraction, flat, given, wanted | {L}, spec.kernel)
         grads = [gradients.get(place) for place in places]
-        last = _vjp(spec, primals, out, lse, g, add(g_lse, gradients.get(L)), ctx.needs_input_grad[2 : 2 + start])
-        return (None, None, *(add(x, y) for x, y in zip(grads, [*last, *[None] * len(tangents)], strict=True)))
+        last = _vjp(
+            spec,
+            primals,
+            out,
+            lse,
+            g,
+            add(g_lse, gradients.get(L)),
+            ctx.needs_input_grad[2 : 2 + start],
+        )
+        return (
+            None,
+            None,
+            *(add(x, y) for x, y in zip(grads, [*last, *[None] * len(tangents)], strict=True)),
+        )
 
     @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], _: Any, __: Any, *input_tangents: Tensor | None) -> tuple[Tensor, ...]:
+    def jvp(
+        ctx: Any, saved: list[Tensor], _: Any, __: Any, *input_tangents: Tensor | None
+    ) -> tuple[Tensor, ...]:
         *tensors, out, lse, dlse = saved
         spec, start = ctx.spec, 3 + ctx.spec.masks
         primals, tangents = tensors[:start], tensors[start:]
@@ -123,7 +161,9 @@ class AttendJvpFunction(Function):
         )
         again: dict[int, int] = {}
         places = (Q, K, start, L, *tangent_index.values())
-        for place, x in zip(places, (*input_tangents[:3], t_lse, *input_tangents[start:]), strict=True):
+        for place, x in zip(
+            places, (*input_tangents[:3], t_lse, *input_tangents[start:]), strict=True
+        ):
             if x is not None:
                 again[place] = len(flat)
                 flat.append(x)
@@ -134,7 +174,11 @@ class AttendJvpFunction(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], spec: AttendSpec, has_tangent: tuple[bool, ...], *tensors: Tensor
+        info: Any,
+        in_dims: tuple[Any, ...],
+        spec: AttendSpec,
+        has_tangent: tuple[bool, ...],
+        *tensors: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         aligned, start = align(in_dims[2:], tensors), 3 + spec.masks
         if any(d is not None for d in in_dims[2 : 2 + start]):
@@ -176,7 +220,14 @@ class ContractFunction(Function):
             if x is not None:
                 tangent_index[place] = len(flat)
                 flat.append(x)
-        return tuple(run(algebra.jvp(ctx.spec.contraction, tangent_index), ctx.spec.likes, flat, ctx.spec.kernel))
+        return tuple(
+            run(
+                algebra.jvp(ctx.spec.contraction, tangent_index),
+                ctx.spec.likes,
+                flat,
+                ctx.spec.kernel,
+            )
+        )
 
     @staticmethod
     def vmap(
@@ -184,9 +235,14 @@ class ContractFunction(Function):
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         aligned = align(in_dims[1:], tensors)
         rank = aligned[0].dim() - 1
-        mapped = [TensorSpec((info.batch_size, *[1] * (rank - len(o.shape)), *o.shape), o.dtype) for o in spec.likes]
+        mapped = [
+            TensorSpec((info.batch_size, *[1] * (rank - len(o.shape)), *o.shape), o.dtype)
+            for o in spec.likes
+        ]
         outputs = ContractFunction.apply(dataclasses.replace(spec, likes=tuple(mapped)), *aligned)
-        return tuple(x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, spec.likes, strict=True)), (0,) * len(outputs)
+        return tuple(
+            x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, spec.likes, strict=True)
+        ), (0,) * len(outputs)
 
 
 def run(
@@ -204,11 +260,16 @@ def run(
     live = [i for i, output in enumerate(contraction.outputs) if output.terms]
     done: dict[int, Tensor] = {}
     if live:
-        pruned, used = algebra.prune(contraction._replace(outputs=tuple(contraction.outputs[i] for i in live)))
+        pruned, used = algebra.prune(
+            contraction._replace(outputs=tuple(contraction.outputs[i] for i in live))
+        )
         read = [tensors[p] for p in used] + ([tensors[-1]] if is_attend_vjp else [])
         spec = ContractSpec(pruned, tuple(likes[i] for i in live), kernel, is_attend_vjp)
         done = dict(zip(live, ContractFunction.apply(spec, *read), strict=True))
-    return [done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype) for i, o in enumerate(likes)]
+    return [
+        done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype)
+        for i, o in enumerate(likes)
+    ]
 
 
 def _vjp(
@@ -225,7 +286,11 @@ def _vjp(
     if g is None and g_lse is None:
         return grads
     q, k, v, *extra = tensors
-    if g is not None and g_lse is None and (last := operators.last_gradient(spec, tensors, lse, g, out)):
+    if (
+        g is not None
+        and g_lse is None
+        and (last := operators.last_gradient(spec, tensors, lse, g, out))
+    ):
         grads[:3] = last
         return grads
     at, empty = operators.empty_contraction(spec)
@@ -243,18 +308,25 @@ def _vjp(
     assert delta is not None
     x.append(LowRankFactor(len(flat), ONES))
     flat.append(delta)
-    terms = {Q: ("query", Term((tuple(x),), K, spec.scale)), K: ("key", Term((tuple(x),), Q, spec.scale))}
+    terms = {
+        Q: ("query", Term((tuple(x),), K, spec.scale)),
+        K: ("key", Term((tuple(x),), Q, spec.scale)),
+    }
     if spec.biased:
         terms[empty.bias] = ("pair", Term((tuple(x),)))
     if g is not None:
         terms[at] = ("key", Term((), at + 1))
     wanted = [p for p in terms if needed[V if p == at else p]]
     contraction = empty._replace(outputs=tuple(Output(terms[p][0], (terms[p][1],)) for p in wanted))
-    is_attend_vjp = wanted == [Q, K, at] and g_lse is None and operators.has_attend_vjp(spec, tensors)
+    is_attend_vjp = (
+        wanted == [Q, K, at] and g_lse is None and operators.has_attend_vjp(spec, tensors)
+    )
     # a backend may compute these three from (g, out); derivatives are the contraction's
     if is_attend_vjp:
         flat.append(out)
-    found = run(contraction, [tensor_spec(flat[p]) for p in wanted], flat, spec.kernel, is_attend_vjp)
+    found = run(
+        contraction, [tensor_spec(flat[p]) for p in wanted], flat, spec.kernel, is_attend_vjp
+    )
     for p, grad in zip(wanted, found, strict=True):
         grads[V if p == at else p] = grad
     return grads
@@ -277,7 +349,11 @@ def _jvp(
 
 
 def _contraction_vjp(
-    contraction: Contraction, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None], needed: set[int], kernel: str
+    contraction: Contraction,
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    needed: set[int],
+    kernel: str,
 ) -> dict[int, Tensor]:
     """The vjp of a contraction: gradients by index, of the needed tensors that cotangents reach."""
     flat, given = list(tensors), dict[int, int]()
@@ -285,8 +361,16 @@ def _contraction_vjp(
         if g is not None and number < len(contraction.outputs):
             given[number] = len(flat)
             flat.append(g)
-    contraction, wanted = algebra.vjp(contraction, given, needed, lambda place: flat[place].shape[:-2])
-    return dict(zip(wanted, run(contraction, [tensor_spec(flat[p]) for p in wanted], flat, kernel), strict=True))
+    contraction, wanted = algebra.vjp(
+        contraction, given, needed, lambda place: flat[place].shape[:-2]
+    )
+    return dict(
+        zip(
+            wanted,
+            run(contraction, [tensor_spec(flat[p]) for p in wanted], flat, kernel),
+            strict=True,
+        )
+    )
 
 
 def at_batch(x: Tensor, info: Any) -> Tensor:

@@ -37,7 +37,8 @@ def has_attend_jvp(spec: AttendSpec, tensors: Sequence[Tensor]) -> bool:
     """True where a backend computes the value of attend and its tangent in one pass."""
     q, k, v, *mask = tensors
     return not spec.biased and any(
-        backend.attend_jvp is not None and not backend.why_not_attend_jvp(q, k, v, mask) for backend in BACKENDS[spec.kernel]
+        backend.attend_jvp is not None and not backend.why_not_attend_jvp(q, k, v, mask)
+        for backend in BACKENDS[spec.kernel]
     )
 
 
@@ -46,15 +47,22 @@ def has_attend_vjp(spec: AttendSpec, tensors: Sequence[Tensor]) -> bool:
     q, k, v, *extra = tensors
     mask, bias = _split(spec, extra)
     return any(
-        backend.attend_vjp is not None and not backend.why_not_attend_vjp(q, k, v, mask, bias) for backend in BACKENDS[spec.kernel]
+        backend.attend_vjp is not None and not backend.why_not_attend_vjp(q, k, v, mask, bias)
+        for backend in BACKENDS[spec.kernel]
     )
 
 
-def attend_jvp(spec: AttendSpec, has_tangent: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """out, lse and their tangents, of q, k, v, mask..., and the tangents of those of q, k, v that have one."""
+def attend_jvp(
+    spec: AttendSpec, has_tangent: Sequence[bool], tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """out, lse and their tangents, of q, k, v, mask..., and the tangents of those of q, k, v that
+    have one.
+    """
     if plain(tensors):
         return tuple(_own(x) for x in _attend_jvp(spec, has_tangent, tensors))
-    return tuple(_attend_jvp_op(list(tensors), spec.scale, spec.masks, list(has_tangent), spec.kernel))
+    return tuple(
+        _attend_jvp_op(list(tensors), spec.scale, spec.masks, list(has_tangent), spec.kernel)
+    )
 
 
 def spread(has_tangent: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tensor | None]:
@@ -66,7 +74,9 @@ def spread(has_tangent: Sequence[bool], tangents: Sequence[Tensor]) -> list[Tens
 def empty_contraction(spec: AttendSpec) -> tuple[int, Contraction]:
     """The index of v in the list q, k, lse, mask..., bias, v, and a contraction without outputs."""
     at = 3 + spec.masks + spec.biased
-    return at, Contraction((), spec.scale, tuple(range(3, 3 + spec.masks)), 3 + spec.masks if spec.biased else ONES)
+    return at, Contraction(
+        (), spec.scale, tuple(range(3, 3 + spec.masks)), 3 + spec.masks if spec.biased else ONES
+    )
 
 
 def tangent_contraction(
@@ -92,7 +102,9 @@ def tangent_contraction(
     return algebra.attend_tangent(empty, at, tangent_index), flat, tangent_index
 
 
-def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -> tuple[TensorSpec, TensorSpec]:
+def tangent_likes(
+    out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]
+) -> tuple[TensorSpec, TensorSpec]:
     """Shapes and dtypes of the tangents of out and lse, with leading axes that only tangents have.
 
     Args:
@@ -100,9 +112,13 @@ def tangent_likes(out: Tensor, lse: Tensor, tangents: Sequence[Tensor | None]) -
         tangents: of q, k, v and, if there is one, the bias; None for no tangent. That of v does not
             reach lse.
     """
-    lead = lambda x, *those: broadcast(x.shape[:-2], *(y.shape[:-2] for y in those if y is not None))
+    lead = lambda x, *those: broadcast(
+        x.shape[:-2], *(y.shape[:-2] for y in those if y is not None)
+    )
     dout, dlse = lead(out, *tangents), lead(lse, *tangents[:2], *tangents[3:])
-    return TensorSpec((*dout, *out.shape[-2:]), out.dtype), TensorSpec((*dlse, *lse.shape[-2:]), lse.dtype)
+    return TensorSpec((*dout, *out.shape[-2:]), out.dtype), TensorSpec(
+        (*dlse, *lse.shape[-2:]), lse.dtype
+    )
 
 
 def statistics(scale: float, kernel: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -119,18 +135,27 @@ def contract(spec: ContractSpec, tensors: Sequence[Tensor]) -> list[Tensor]:
     ranks = [len(o.shape) for o in spec.likes]
     sizes = [n for o in spec.likes for n in o.shape]
     names = [str(o.dtype).removeprefix("torch.") for o in spec.likes]
-    return _contract_op(list(tensors), json.dumps([spec.contraction, names, spec.kernel, spec.is_attend_vjp]), ranks, sizes)
+    return _contract_op(
+        list(tensors),
+        json.dumps([spec.contraction, names, spec.kernel, spec.is_attend_vjp]),
+        ranks,
+        sizes,
+    )
 
 
 @untraced
-def last_gradient(spec: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor) -> list[Tensor] | None:
+def last_gradient(
+    spec: AttendSpec, tensors: Sequence[Tensor], lse: Tensor, g: Tensor, out: Tensor
+) -> list[Tensor] | None:
     """Gradients of q, k and v by an `attend_vjp`, where no further derivative can follow."""
     if spec.biased or not has_attend_vjp(spec, tensors):
         return None
     if torch.is_grad_enabled() or is_recorded(*tensors, g) or not plain([*tensors, g]):
         return None
     q, k, v, *mask = tensors
-    return _attend_vjp(spec.kernel, q, k, v, mask, lse, g, out, spec.scale, [q.shape, k.shape, v.shape])
+    return _attend_vjp(
+        spec.kernel, q, k, v, mask, lse, g, out, spec.scale, [q.shape, k.shape, v.shape]
+    )
 
 
 def _attend_vjp(
@@ -171,7 +196,9 @@ def _split(spec: AttendSpec, extra: Sequence[Tensor]) -> tuple[Sequence[Tensor],
 
 
 @untraced
-def _attend_jvp(spec: AttendSpec, has_tangent: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _attend_jvp(
+    spec: AttendSpec, has_tangent: Sequence[bool], tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     primals, tangents = tensors[: 3 + spec.masks], spread(has_tangent, tensors[3 + spec.masks :])
     q, k, v, *mask = primals
     for backend in BACKENDS[spec.kernel]:
@@ -182,7 +209,9 @@ def _attend_jvp(spec: AttendSpec, has_tangent: Sequence[bool], tensors: Sequence
     out, lse = _attend(spec, primals)
     contraction, flat, _ = tangent_contraction(spec, primals, lse, tangents)
     likes = tangent_likes(out, lse, tangents)
-    accumulator, *more = _contract(ContractSpec(contraction, likes[: len(contraction.outputs)], spec.kernel), flat)
+    accumulator, *more = _contract(
+        ContractSpec(contraction, likes[: len(contraction.outputs)], spec.kernel), flat
+    )
     dlse = more[0] if more else lse.new_zeros(likes[1].shape)
     return out, lse, accumulator - (dlse * out).to(out.dtype), dlse
 
@@ -221,7 +250,11 @@ def _contracted(spec: ContractSpec, tensors: Sequence[Tensor]) -> Sequence[Tenso
 def _own(x: Tensor) -> Tensor:
     """x as a contiguous non-view: forward mode requires tangents laid out as their primals."""
     x = x.contiguous()
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride()) if x._is_view() else x
+    return (
+        x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+        if x._is_view()
+        else x
+    )
 
 
 def plain(tensors: Sequence[Tensor]) -> bool:
@@ -229,23 +262,34 @@ def plain(tensors: Sequence[Tensor]) -> bool:
     if any(_functorch.is_legacy_batchedtensor(x) for x in tensors):
         remedy = "Use torch.func.jacrev, jacfwd or vmap, which go through."
         errors.fail(
-            "attention", "the transform", "one of torch.func", "torch.autograd.grad(is_grads_batched=True)", remedy, RuntimeError
+            "attention",
+            "the transform",
+            "one of torch.func",
+            "torch.autograd.grad(is_grads_batched=True)",
+            remedy,
+            RuntimeError,
         )
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    real = lambda x: type(x) in (Tensor, torch.nn.Parameter) and not _functorch.is_functorch_wrapped_tensor(x)
+    real = lambda x: (
+        type(x) in (Tensor, torch.nn.Parameter) and not _functorch.is_functorch_wrapped_tensor(x)
+    )
     # torch resolves negative and zero tensors before an operation; meta tensors have only shapes.
     return not any(not real(x) or x.is_neg() or x._is_zerotensor() or x.is_meta for x in tensors)
 
 
 @torch.library.custom_op("funcattn::attend", mutates_args=())
-def _attend_op(tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str) -> tuple[Tensor, Tensor]:
+def _attend_op(
+    tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str
+) -> tuple[Tensor, Tensor]:
     out, lse = _attend(AttendSpec(scale, masks, biased, kernel), tensors)
     return out.contiguous(), lse.contiguous()  # the strides that the fake implementation returns
 
 
 @_attend_op.register_fake
-def _(tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str) -> tuple[Tensor, Tensor]:
+def _(
+    tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str
+) -> tuple[Tensor, Tensor]:
     return _attend_fake(tensors)
 
 
@@ -255,16 +299,25 @@ def _attend_fake(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     lse_lead = broadcast(q.shape[:-2], k.shape[:-2], *[x.shape[:-2] for x in extra])
     lead = broadcast(lse_lead, v.shape[:-2])
     wide = accumulation_dtype(*tensors)
-    return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(*lse_lead, q.shape[-2], 1, dtype=wide)
+    return v.new_empty(*lead, q.shape[-2], v.shape[-1]), q.new_empty(
+        *lse_lead, q.shape[-2], 1, dtype=wide
+    )
 
 
 @torch.library.custom_op("funcattn::attend_jvp", mutates_args=())
-def _attend_jvp_op(tensors: list[Tensor], scale: float, masks: int, has_tangent: list[bool], kernel: str) -> list[Tensor]:
-    return [x.contiguous() for x in _attend_jvp(AttendSpec(scale, masks, kernel=kernel), has_tangent, tensors)]
+def _attend_jvp_op(
+    tensors: list[Tensor], scale: float, masks: int, has_tangent: list[bool], kernel: str
+) -> list[Tensor]:
+    return [
+        x.contiguous()
+        for x in _attend_jvp(AttendSpec(scale, masks, kernel=kernel), has_tangent, tensors)
+    ]
 
 
 @_attend_jvp_op.register_fake
-def _(tensors: list[Tensor], scale: float, masks: int, has_tangent: list[bool], kernel: str) -> list[Tensor]:
+def _(
+    tensors: list[Tensor], scale: float, masks: int, has_tangent: list[bool], kernel: str
+) -> list[Tensor]:
     errors.on_one_device("funcattn::attend_jvp", tensors)
     out, lse = _attend_fake(tensors[: 3 + masks])
     tangents = tangent_likes(out, lse, spread(has_tangent, tensors[3 + masks :]))
@@ -285,7 +338,9 @@ def _(tensors: list[Tensor], scale: float, kernel: str) -> tuple[Tensor, Tensor]
 
 
 @torch.library.custom_op("funcattn::contract", mutates_args=())
-def _contract_op(tensors: list[Tensor], spec: str, ranks: list[int], sizes: list[int]) -> list[Tensor]:
+def _contract_op(
+    tensors: list[Tensor], spec: str, ranks: list[int], sizes: list[int]
+) -> list[Tensor]:
     return [x.contiguous() for x in _contract(read(spec, ranks, sizes), tensors)]
 
 

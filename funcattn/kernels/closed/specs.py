@@ -53,7 +53,9 @@ class ContractSpec:
 
 
 def read(text: str, ranks: Sequence[int], sizes: Sequence[int]) -> ContractSpec:
-    """The ContractSpec of a text and the shapes of its outputs, ranks and sizes in one list each."""
+    """The ContractSpec of a text and the shapes of its outputs, ranks and sizes in one list
+    each.
+    """
     contraction, dtypes, kernel, is_attend_vjp = decode(text)
     rest = iter(sizes)
     shapes = [tuple(next(rest) for _ in range(rank)) for rank in ranks]
@@ -68,6 +70,11 @@ def decode(text: str) -> tuple[Contraction, list[torch.dtype], str, bool]:
     summand: Any = lambda s: LowRankFactor(*s) if len(s) == 3 else DenseFactor(*s)
     term = lambda t: Term(tuple(tuple(map(summand, factor)) for factor in t[0]), *t[1:])
     contraction = Contraction(
-        tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs), scale, tuple(mask), bias, dropout, rate
+        tuple(Output(side, tuple(map(term, terms))) for side, terms in outputs),
+        scale,
+        tuple(mask),
+        bias,
+        dropout,
+        rate,
     )
     return contraction, [getattr(torch, name) for name in names], kernel, is_attend_vjp

@@ -1,8 +1,8 @@
 """Quantization fitted to the activations of a text.
 
-Each is a transform of params made from (model, tokens, scheme): `gptq` fits codes, `clipped` searches
-ranges, `smooth` scales features before rounding, and `awq` is smooth, then clipped. They compose:
-`gptq(...)(smooth(...)(params))`.
+Each is a transform of params made from (model, tokens, scheme): `gptq` fits codes, `clipped`
+searches ranges, `smooth` scales features before rounding, and `awq` is smooth, then clipped. They
+compose: `gptq(...)(smooth(...)(params))`.
 """
 
 from .clipping import awq, clipped

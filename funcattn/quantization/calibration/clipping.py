@@ -5,7 +5,8 @@
 A narrower range clips the largest weight of a group and rounds the others more finely. Errors are
 weighted by the mean square of each feature over a text.
 
-Source: Lin et al., AWQ, arXiv:2306.00978, section 4; the search of the range is of its authors' implementation.
+Source: Lin et al., AWQ, arXiv:2306.00978, section 4; the search of the range is of its authors'
+    implementation.
 """
 
 from collections.abc import Callable
@@ -64,7 +65,14 @@ def clipped(
     config = decoder_of("clipped", model, tokens)
     if not is_dataclass(scheme) or "clip" not in {field.name for field in fields(scheme)}:
         remedy = "Use fa.int4, fa.int8 or fa.w8a8."
-        errors.fail("clipped", "scheme", "one with a clip", f"a {type(scheme).__name__} without", remedy, TypeError)
+        errors.fail(
+            "clipped",
+            "scheme",
+            "one with a clip",
+            f"a {type(scheme).__name__} without",
+            remedy,
+            TypeError,
+        )
 
     clippable = cast(Clippable, scheme)
 
@@ -74,7 +82,11 @@ def clipped(
             plan = to_nearest(params)
 
             def fitted(i: int, layer: Layer, feeds: Feeds) -> Layer:
-                return plan.layers[i] if config.layer_spec(i).experts else _layer(layer, plan.layers[i], feeds, clippable)
+                return (
+                    plan.layers[i]
+                    if config.layer_spec(i).experts
+                    else _layer(layer, plan.layers[i], feeds, clippable)
+                )
 
             return plan._replace(layers=walk(model, params, tokens, fitted, progress))
 
@@ -109,7 +121,10 @@ def awq(
     Source: Lin et al., AWQ, arXiv:2306.00978.
     """
     decoder_of("awq", model, tokens)
-    scaled, rounded = smooth(model, tokens, scheme, where), clipped(model, tokens, scheme, where, progress=progress)
+    scaled, rounded = (
+        smooth(model, tokens, scheme, where),
+        clipped(model, tokens, scheme, where, progress=progress),
+    )
     return door(lambda params: rounded(scaled(params)), name="awq(...)")
 
 
@@ -139,12 +154,21 @@ def _lost(record: Weight, weight: Tensor, square: Tensor) -> Tensor:
 
 
 def _layer(layer: Layer, plan: Layer, feeds: Feeds, scheme: Clippable) -> Layer:
-    chosen = {name for name in Layer._fields if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))}
+    chosen = {
+        name
+        for name in Layer._fields
+        if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))
+    }
     sums: dict[str, Tensor] = {}
 
     def gather(tap: str, rows: Tensor) -> None:
         sums[tap] = sums.get(tap, 0) + rows.double().square().sum(0)
 
     feeds({tap for tap, names in FEEDS.items() if chosen & {*names}}, gather)
-    found = {name: best_clip(scheme, getattr(layer, name), sums[tap]) for tap in sums for name in FEEDS[tap] if name in chosen}
+    found = {
+        name: best_clip(scheme, getattr(layer, name), sums[tap])
+        for tap in sums
+        for name in FEEDS[tap]
+        if name in chosen
+    }
     return plan._replace(**found)

@@ -2,14 +2,15 @@
 
     min over codes of | (W - Wq) X |          X the activations that a text gives
 
-Columns are rounded one after the other; the columns that follow are updated to compensate the error of
-each. The order is by descending diagonal of H = X X^T; scales and zeros are those of round-to-nearest,
-fixed before.
+Columns are rounded one after the other; the columns that follow are updated to compensate the error
+of each. The order is by descending diagonal of H = X X^T; scales and zeros are those of
+round-to-nearest, fixed before.
 
-Layers are fitted in order, on activations of the quantized layers before, so that each also compensates
-their errors.
+Layers are fitted in order, on activations of the quantized layers before, so that each also
+compensates their errors.
 
-Source: Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1; act-order with static groups are of its authors' implementation.
+Source: Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1; act-order with static groups are of its
+    authors' implementation.
 """
 
 from collections.abc import Callable
@@ -86,7 +87,14 @@ def _check_length(plan: Params, params: Params, tokens: Tensor) -> None:
     for path, leaf in tree.items(plan.layers, is_leaf=is_quantized):
         if is_quantized(leaf) and not isinstance(leaf, (Int4, Int8, Int8Dynamic)):
             remedy = "Round it to nearest, with fa.quantize(scheme)."
-            errors.fail("gptq", "scheme", "int4, int8 or w8a8", f"one that makes a {type(leaf).__name__}", remedy, TypeError)
+            errors.fail(
+                "gptq",
+                "scheme",
+                "int4, int8 or w8a8",
+                f"one that makes a {type(leaf).__name__}",
+                remedy,
+                TypeError,
+            )
         if is_quantized(leaf) and len(leaf.shape) == 2 and leaf.shape[-1] > len(tokens):
             wanted = f"at least {leaf.shape[-1]} tokens, the columns of layers.{path}"
             errors.fail("gptq", "tokens", wanted, f"{len(tokens)}", "Calibrate with a longer text.")
@@ -94,7 +102,11 @@ def _check_length(plan: Params, params: Params, tokens: Tensor) -> None:
 
 def _layer(layer: Layer, plan: Layer, feeds: Feeds, damping: float) -> Layer:
     """The layer with fitted codes."""
-    chosen = {name for name in Layer._fields if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))}
+    chosen = {
+        name
+        for name in Layer._fields
+        if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))
+    }
     of_experts = {name for name in chosen if getattr(layer, name).dim() > 2}
     taps = {tap: [*chosen & {*names} - of_experts] for tap, names in FEEDS.items()}
     heard = {name: [*of_experts & {*names}] for name, names in BY_EXPERT.items()}
@@ -111,13 +123,19 @@ def _layer(layer: Layer, plan: Layer, feeds: Feeds, damping: float) -> Layer:
         place, _, number = tap.rpartition(".")
         if place not in heard:
             order, U = factor(sums[tap], damping)
-            done |= {name: fit(getattr(plan, name), getattr(layer, name), order, U) for name in taps[tap]}
+            done |= {
+                name: fit(getattr(plan, name), getattr(layer, name), order, U) for name in taps[tap]
+            }
         elif counts[tap] >= len(sums[tap]):
             order, U = factor(sums[tap], damping)
             for name in heard[place]:
                 records = done.setdefault(name, [*tree.unstack(getattr(plan, name))])
-                records[int(number)] = fit(records[int(number)], getattr(layer, name)[int(number)], order, U)
-    return plan._replace(**{name: tree.stack(found) if name in of_experts else found for name, found in done.items()})
+                records[int(number)] = fit(
+                    records[int(number)], getattr(layer, name)[int(number)], order, U
+                )
+    return plan._replace(
+        **{name: tree.stack(found) if name in of_experts else found for name, found in done.items()}
+    )
 
 
 def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
@@ -133,7 +151,9 @@ def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     order = heavy.argsort(descending=True, stable=True)
     added = damping * heavy.mean() if bool(heavy.any()) else H.new_ones(())
     damped = H[order][:, order] + added * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return order, torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True
+    )
 
 
 def fit(plan: Weight, weight: Tensor, order: Tensor, U: Tensor) -> Weight:
@@ -150,7 +170,11 @@ def fit(plan: Weight, weight: Tensor, order: Tensor, U: Tensor) -> Weight:
     K = weight.shape[-1]
     least, greatest = (0, 15) if isinstance(plan, Int4) else (-127, 127)
     scale = packing.spread(plan.scale.double(), K)[:, order]
-    zero = packing.spread(plan.zero.double(), K)[:, order] if isinstance(plan, Int4) else torch.zeros_like(scale)
+    zero = (
+        packing.spread(plan.zero.double(), K)[:, order]
+        if isinstance(plan, Int4)
+        else torch.zeros_like(scale)
+    )
     by = torch.where(scale == 0, 1, scale)
     w, codes = weight.double()[:, order], torch.zeros_like(scale)
     for first in range(0, K, BLOCK):
@@ -164,5 +188,7 @@ def fit(plan: Weight, weight: Tensor, order: Tensor, U: Tensor) -> Weight:
         w[:, stop:] -= torch.stack(errors, -1) @ U[first:stop, stop:]
     codes = torch.empty_like(codes).index_copy_(1, order, codes)
     if isinstance(plan, Int4):
-        return plan._replace(codes=packing.pack(codes.to(torch.uint8), K // plan.scale.shape[-1], 4))
+        return plan._replace(
+            codes=packing.pack(codes.to(torch.uint8), K // plan.scale.shape[-1], 4)
+        )
     return plan._replace(codes=codes.to(torch.int8))

@@ -34,12 +34,32 @@ def decoder_of(function: str, model: Model, tokens: Tensor) -> Config:
     """The config of a model; raises where it is not a decoder, or tokens are not a text."""
     config = config_of(model, "hidden")
     if config is None:
-        errors.fail(function, "model", "from fa.decoder", told(model), "Make it with fa.decoder(config).", TypeError)
+        errors.fail(
+            function,
+            "model",
+            "from fa.decoder",
+            told(model),
+            "Make it with fa.decoder(config).",
+            TypeError,
+        )
     if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
-        got = f"{tokens.dtype} {errors.shape(tokens)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        errors.fail(function, "tokens", "integers (T,)", got, "Encode the text with the tokenizer of the model.", TypeError)
+        got = (
+            f"{tokens.dtype} {errors.shape(tokens)}"
+            if isinstance(tokens, Tensor)
+            else f"a {type(tokens).__name__}"
+        )
+        errors.fail(
+            function,
+            "tokens",
+            "integers (T,)",
+            got,
+            "Encode the text with the tokenizer of the model.",
+            TypeError,
+        )
     if not len(tokens):
-        errors.fail(function, "tokens", "a text", "none", "Calibrate with some hundreds of tokens at least.")
+        errors.fail(
+            function, "tokens", "a text", "none", "Calibrate with some hundreds of tokens at least."
+        )
     return config
 
 
@@ -80,13 +100,19 @@ def walk(
     assert config is not None
     size = min(WINDOW, len(tokens), config.limit() or WINDOW)
     windows = tokens[: len(tokens) // size * size].unflatten(0, (-1, size))
-    errors.whole("calibration", "params", tree.leaves(params), "Calibrate whole params: fa.gather(params).")
+    errors.whole(
+        "calibration", "params", tree.leaves(params), "Calibrate whole params: fa.gather(params)."
+    )
     positions = torch.arange(size, device=tokens.device)
     specs = [config.layer_spec(i) for i in range(config.layers)]
     done: list[Layer] = []
 
-    def run(number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
-        through = lambda layer, row: transformer.block(config, spec, layer, row, context, (), name="", kernel=model.kernel)[0]
+    def run(
+        number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        through = lambda layer, row: transformer.block(
+            config, spec, layer, row, context, (), name="", kernel=model.kernel
+        )[0]
 
         def feeds(wanted: set[str], gather: Gather) -> None:
             def listen(name: str, value: Tensor) -> Tensor:
@@ -94,7 +120,9 @@ def walk(
                     gather(name.lstrip("."), value.flatten(0, -2))
                 return value
 
-            heard = {name: Heard(getattr(layer, name), name, gather) for name in wanted & {*BY_EXPERT}}
+            heard = {
+                name: Heard(getattr(layer, name), name, gather) for name in wanted & {*BY_EXPERT}
+            }
             with taps.listening(listen):
                 for row in x:
                     through(layer._replace(**heard), row)

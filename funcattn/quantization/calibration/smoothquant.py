@@ -1,4 +1,5 @@
-"""Equivalent rescaling of features between layers, so that weights and activations round with less error.
+"""Equivalent rescaling of features between layers, so that weights and activations round with less
+error.
 
     W x = (W diag(s)) (x / s)          s > 0; 1 / s is folded into the weight that produces x
 
@@ -6,9 +7,11 @@ Large features shrink, and their columns of W grow. Activations of 8 bits then h
 (SmoothQuant), and weights of 4 bits round important columns more finely (AWQ). x is produced by the
 weight of a norm, or by rows of another matrix:
 
-    the norm before attention -> q, k, v        v -> o          the norm before the feed-forward -> gate, up        up -> down
+    the norm before attention -> q, k, v               v -> o
+    the norm before the feed-forward -> gate, up       up -> down
 
-Sources: Xiao et al., SmoothQuant, arXiv:2211.10438, section 4; Lin et al., AWQ, arXiv:2306.00978, section 3.2.
+Sources: Xiao et al., SmoothQuant, arXiv:2211.10438, section 4; Lin et al., AWQ, arXiv:2306.00978,
+section 3.2.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +85,11 @@ def smooth(
             plan = to_nearest(params)
 
             def scaled(i: int, layer: Layer, feeds: Feeds) -> Layer:
-                places = [site for site in sites(config, config.layer_spec(i), layer) if _chosen(site, layer, plan.layers[i])]
+                places = [
+                    site
+                    for site in sites(config, config.layer_spec(i), layer)
+                    if _chosen(site, layer, plan.layers[i])
+                ]
                 return _layer(layer, places, feeds, scheme)
 
             return params._replace(layers=walk(model, params, tokens, scaled, progress))
@@ -97,12 +104,25 @@ def sites(config: Config, spec: LayerSpec, layer: Layer) -> Iterator[Site]:
     together = config.shared_norm
     if not (together and spec.experts):
         inner = (("gate", "up") if config.gated else ("up",)) if together else ()
-        yield Site("attention.input", ("attention_norm", "attention_norm_bias"), ("q", "k", "v", *inner), config.norm_offset)
-    yield Site("attention.mixed", ("v", "v_bias"), ("o",), heads=(config.kv_heads, config.heads // config.kv_heads))
+        yield Site(
+            "attention.input",
+            ("attention_norm", "attention_norm_bias"),
+            ("q", "k", "v", *inner),
+            config.norm_offset,
+        )
+    yield Site(
+        "attention.mixed",
+        ("v", "v_bias"),
+        ("o",),
+        heads=(config.kv_heads, config.heads // config.kv_heads),
+    )
     if spec.experts:
         return
     if not together:
-        makers, readers = ("feed_forward_norm", "feed_forward_norm_bias"), ("gate", "up") if config.gated else ("up",)
+        makers, readers = (
+            ("feed_forward_norm", "feed_forward_norm_bias"),
+            ("gate", "up") if config.gated else ("up",),
+        )
         yield Site("feed_forward.input", makers, readers, config.norm_offset)
     if config.gated and config.activation_limit is None:
         yield Site("feed_forward.inner", ("up", "up_bias"), ("down",))
@@ -113,7 +133,9 @@ def scale(layer: Layer, site: Site, s: Tensor) -> Layer:
     weight, bias = (getattr(layer, name) for name in site.makers)
     s = s.double()
     by = s if weight.dim() < 2 else s.unsqueeze(-1)
-    changed = {site.makers[0]: ((weight.double() + site.offset) / by - site.offset).to(weight.dtype)}
+    changed = {
+        site.makers[0]: ((weight.double() + site.offset) / by - site.offset).to(weight.dtype)
+    }
     if not is_absent(bias):
         changed[site.makers[1]] = (bias.double() / s).to(bias.dtype)
     wide = spread(s, site.heads)
@@ -136,7 +158,9 @@ def _gathered(x: Tensor, heads: tuple[int, int]) -> Tensor:
 
 
 def _chosen(site: Site, layer: Layer, plan: Layer) -> bool:
-    plain = all(isinstance(getattr(layer, name), Tensor) for name in (site.makers[0], *site.readers))
+    plain = all(
+        isinstance(getattr(layer, name), Tensor) for name in (site.makers[0], *site.readers)
+    )
     return plain and any(is_quantized(getattr(plan, name)) for name in site.readers)
 
 
@@ -159,11 +183,17 @@ def _scaled(layer: Layer, site: Site, x: Tensor, scheme: Scheme) -> Layer:
 
     def lost(s: Tensor) -> float:
         wide = spread(s, site.heads).to(rows.dtype)
-        products = [layers.linear(scheme.encode((m * wide).contiguous()), rows / wide) for m in matrices]
-        off = [(found - goal).square().sum(-1) for found, goal in zip(products, wanted, strict=True)]
+        products = [
+            layers.linear(scheme.encode((m * wide).contiguous()), rows / wide) for m in matrices
+        ]
+        off = [
+            (found - goal).square().sum(-1) for found, goal in zip(products, wanted, strict=True)
+        ]
         return float((sum(off) * share).sum())
 
-    mean, greatest = (_gathered(size.float(), site.heads) for size in (x.abs().mean(0), x.abs().amax(0)))
+    mean, greatest = (
+        _gathered(size.float(), site.heads) for size in (x.abs().mean(0), x.abs().amax(0))
+    )
     column = _gathered(torch.stack([m.abs().amax(0) for m in matrices]).amax(0).float(), site.heads)
     found, least = None, lost(torch.ones_like(mean))
     for s in _candidates(mean, greatest, column):

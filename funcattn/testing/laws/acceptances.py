@@ -20,7 +20,9 @@ from ..agreement import agree, named
 from .samplers import _tail
 
 Table = Sequence[Tensor]
-EXACT = 1e-12  # total variation: V^(N + 1) <= 256 texts, each a sum of at most V^N products of N + 2 numbers, times 2e-16
+# total variation: V^(N + 1) <= 256 texts, each a sum of at most V^N products of N + 2 numbers,
+# times 2e-16
+EXACT = 1e-12
 DRAWS = 2000
 
 
@@ -35,7 +37,10 @@ def joint(table: Table) -> Tensor:
 def rows(table: Table, N: int) -> Tensor:
     """The conditional probabilities along each of the V^N drafts: (V^N, len(table), V)."""
     V = table[0].shape[-1]
-    return torch.stack([probs.reshape(-1, V).repeat_interleave(V ** (N - n), 0) for n, probs in enumerate(table)], 1)
+    return torch.stack(
+        [probs.reshape(-1, V).repeat_interleave(V ** (N - n), 0) for n, probs in enumerate(table)],
+        1,
+    )
 
 
 def drafts(V: int, N: int, device: torch.device | None = None) -> Tensor:
@@ -66,7 +71,8 @@ def emitted(rule: Rule, target: Table, draft: Table, *, shown: Table | None = No
     total = torch.zeros(V ** (N + 1), dtype=drawn.dtype, device=here)
     for n in range(N + 1):
         written = (drawn * counts[:, n]).unsqueeze(-1) * after[:, n]  # (V^N, V)
-        written = written.reshape(V**n, -1, V).sum(1).reshape((V,) * (n + 1))  # texts of n + 1 tokens
+        # texts of n + 1 tokens
+        written = written.reshape(V**n, -1, V).sum(1).reshape((V,) * (n + 1))
         for probs in target[n + 1 :]:
             written = written.unsqueeze(-1) * probs
         total = total + written.reshape(-1)
@@ -76,14 +82,25 @@ def emitted(rule: Rule, target: Table, draft: Table, *, shown: Table | None = No
 def expected_count(rule: Rule, target: Table, draft: Table) -> Tensor:
     """The mean number of accepted tokens."""
     drawn, counts, _ = outcomes(rule, target, draft)
-    return (drawn.unsqueeze(-1) * counts * torch.arange(counts.shape[-1], device=counts.device)).sum()
+    return (
+        drawn.unsqueeze(-1) * counts * torch.arange(counts.shape[-1], device=counts.device)
+    ).sum()
 
 
 @named
-def what_is_written_has_the_law_of_the_target(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
+def what_is_written_has_the_law_of_the_target(
+    rule: Rule, target: Table, draft: Table, key: Tensor
+) -> None:
     """The output has the target's distribution of N + 1 tokens: total variation up to rounding."""
     off = (emitted(rule, target, draft) - joint(target)).abs().sum() / 2
-    agree(what_is_written_has_the_law_of_the_target, "the total variation", off, torch.zeros_like(off), EXACT, "float64")
+    agree(
+        what_is_written_has_the_law_of_the_target,
+        "the total variation",
+        off,
+        torch.zeros_like(off),
+        EXACT,
+        "float64",
+    )
 
 
 @named
@@ -91,15 +108,30 @@ def regions_are_probabilities(rule: Rule, target: Table, draft: Table, key: Tens
     """Thresholds are in [0, 1]; probabilities of counts and of the next token sum to one."""
     drawn, counts, after = outcomes(rule, target, draft)
     possible = drawn > 0
-    for name, mass in (("the probabilities of counts", counts[possible]), ("what follows", after[possible])):
+    for name, mass in (
+        ("the probabilities of counts", counts[possible]),
+        ("what follows", after[possible]),
+    ):
         if not (mass >= 0).all():
-            raise AssertionError(f"regions_are_probabilities: {name} should be 0 or more, got {float(mass.min()):.3g}.")
+            raise AssertionError(
+                f"regions_are_probabilities: {name} should be 0 or more, got "
+                f"{float(mass.min()):.3g}."
+            )
         total = mass.sum(-1)
-        agree(regions_are_probabilities, f"the sum of {name}", total, torch.ones_like(total), EXACT, "float64")
+        agree(
+            regions_are_probabilities,
+            f"the sum of {name}",
+            total,
+            torch.ones_like(total),
+            EXACT,
+            "float64",
+        )
 
 
 @named
-def regions_have_the_volume_of_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
+def regions_have_the_volume_of_the_pmf(
+    rule: Rule, target: Table, draft: Table, key: Tensor
+) -> None:
     """The volume of uniforms for which `count` gives n is exactly `pmf[n]`.
 
     The thresholds divide the cube of uniforms into 2^N boxes [0, h) and [h, 1). `count` must be
@@ -116,15 +148,29 @@ def regions_have_the_volume_of_the_pmf(rule: Rule, target: Table, draft: Table, 
             volume = torch.where(inside, h, 1 - h).prod()
             if volume <= 0:
                 continue
-            low, high = torch.where(inside, 0, h), torch.where(inside, below(h), below(torch.ones_like(h)))
-            corners = [torch.where(torch.tensor(c, device=here), low, high) for c in itertools.product((True, False), repeat=N)]
+            low, high = (
+                torch.where(inside, 0, h),
+                torch.where(inside, below(h), below(torch.ones_like(h))),
+            )
+            corners = [
+                torch.where(torch.tensor(c, device=here), low, high)
+                for c in itertools.product((True, False), repeat=N)
+            ]
             found = {int(rule.count(h, u)) for u in corners}
             if len(found) > 1:
                 raise AssertionError(
-                    f"regions_have_the_volume_of_the_pmf: counts {found} within one box of thresholds {h.tolist()}."
+                    f"regions_have_the_volume_of_the_pmf: counts {found} within one box of "
+                    f"thresholds {h.tolist()}."
                 )
             volumes[found.pop()] += volume
-        agree(regions_have_the_volume_of_the_pmf, "the volume of each count", volumes, rule.pmf(h), EXACT, "float64")
+        agree(
+            regions_have_the_volume_of_the_pmf,
+            "the volume of each count",
+            volumes,
+            rule.pmf(h),
+            EXACT,
+            "float64",
+        )
 
 
 @named
@@ -140,30 +186,63 @@ def counts_follow_the_pmf(rule: Rule, target: Table, draft: Table, key: Tensor) 
     counts = vmap(lambda key: accept(key, p, q, d, rule=rule).count)(randomness.split(key, DRAWS))
     seen, likely = torch.bincount(counts, minlength=N + 1).double(), wanted > 1e-6
     if seen[~likely].any():
-        raise AssertionError(f"counts_follow_the_pmf: got {seen.tolist()} where {wanted.tolist()} is expected.")
-    freedom, statistic = int(likely.sum()) - 1, float(((seen - wanted)[likely] ** 2 / wanted[likely]).sum())
+        raise AssertionError(
+            f"counts_follow_the_pmf: got {seen.tolist()} where {wanted.tolist()} is expected."
+        )
+    freedom, statistic = (
+        int(likely.sum()) - 1,
+        float(((seen - wanted)[likely] ** 2 / wanted[likely]).sum()),
+    )
     # A count that is expected less than a few times has a heavier tail.
     if statistic > _tail(freedom) + 25 / float(wanted[likely].min()):
-        raise AssertionError(f"counts_follow_the_pmf: chi-square {statistic:.4g} with {freedom} degrees of freedom.")
+        raise AssertionError(
+            f"counts_follow_the_pmf: chi-square {statistic:.4g} with {freedom} degrees of freedom."
+        )
 
 
 @named
-def a_shorter_draft_is_the_beginning_of_a_longer(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
+def a_shorter_draft_is_the_beginning_of_a_longer(
+    rule: Rule, target: Table, draft: Table, key: Tensor
+) -> None:
     """valid = n gives the result of a draft of n tokens, whatever is in the other rows."""
     N, V, here = len(draft), draft[0].shape[-1], draft[0].device
     for n in range(1, N):
         p, q, d = rows(target, N), rows(draft, N), drafts(V, N, here)
-        longer = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n, device=here)))(p, q, d)
-        shorter = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n, device=here)))(p[:, : n + 1], q[:, :n], d[:, :n])
+        longer = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n, device=here)))(
+            p, q, d
+        )
+        shorter = vmap(lambda p, q, d, n=n: rule.regions(p, q, d, torch.tensor(n, device=here)))(
+            p[:, : n + 1], q[:, :n], d[:, :n]
+        )
         law = a_shorter_draft_is_the_beginning_of_a_longer
         counts = vmap(rule.pmf)(longer.threshold)
-        agree(law, "counts", counts[:, : n + 1], vmap(rule.pmf)(shorter.threshold), EXACT, "float64")
-        agree(law, "counts beyond valid", counts[:, n + 1 :], torch.zeros_like(counts[:, n + 1 :]), 0, "there are none")
-        agree(law, "what follows", longer.correction[:, : n + 1], shorter.correction, EXACT, "float64")
+        agree(
+            law, "counts", counts[:, : n + 1], vmap(rule.pmf)(shorter.threshold), EXACT, "float64"
+        )
+        agree(
+            law,
+            "counts beyond valid",
+            counts[:, n + 1 :],
+            torch.zeros_like(counts[:, n + 1 :]),
+            0,
+            "there are none",
+        )
+        agree(
+            law, "what follows", longer.correction[:, : n + 1], shorter.correction, EXACT, "float64"
+        )
 
 
 @named
 def accepts_as_many_as_tokenwise(rule: Rule, target: Table, draft: Table, key: Tensor) -> None:
     """The mean accepted count is at least that of `tokenwise`; not required of every rule."""
-    less = (expected_count(tokenwise, target, draft) - expected_count(rule, target, draft)).clamp(min=0)
-    agree(accepts_as_many_as_tokenwise, "the mean count that is missing", less, torch.zeros_like(less), EXACT, "float64")
+    less = (expected_count(tokenwise, target, draft) - expected_count(rule, target, draft)).clamp(
+        min=0
+    )
+    agree(
+        accepts_as_many_as_tokenwise,
+        "the mean count that is missing",
+        less,
+        torch.zeros_like(less),
+        EXACT,
+        "float64",
+    )

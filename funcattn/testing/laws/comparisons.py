@@ -27,33 +27,56 @@ Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 def parts_of(result: Any) -> dict[str, Tensor]:
     """out, and lse where the kernel gives it, by name."""
-    return {"out": result} if isinstance(result, Tensor) else dict(zip(("out", "lse"), result, strict=True))
+    return (
+        {"out": result}
+        if isinstance(result, Tensor)
+        else dict(zip(("out", "lse"), result, strict=True))
+    )
 
 
 def finite(result: Any) -> dict[str, Tensor]:
     """The same with 0 for the lse of rows without keys, which has no derivative."""
     parts = parts_of(result)
-    return {name: torch.where(x == -torch.inf, 0, x) if name == "lse" else x for name, x in parts.items()}
+    return {
+        name: torch.where(x == -torch.inf, 0, x) if name == "lse" else x
+        for name, x in parts.items()
+    }
 
 
 def losses(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: AnyMask, key: Tensor, row: int | None = None
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AnyMask,
+    key: Tensor,
+    row: int | None = None,
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[float, float]]:
     """A weighted sum of out and lse (or of one row of these) for the kernel and the definition.
 
     Also the norms of the weights.
     """
-    given, wanted = parts_of(kernel(q, k, v, mask)), parts_of(dense.attend(q.double(), k.double(), v.double(), mask))
+    given, wanted = (
+        parts_of(kernel(q, k, v, mask)),
+        parts_of(dense.attend(q.double(), k.double(), v.double(), mask)),
+    )
     T = q.shape[-2]
     kept = torch.ones(T, dtype=torch.float64, device=q.device)
     kept = kept if row is None else (torch.arange(T, device=q.device) == row).double()
-    weights = {name: normal(randomness.fold_in(key, i), kept, wanted[name].shape) for i, name in enumerate(given)}
-    weights = {name: w * (kept.unsqueeze(-1) if name == "out" else kept) for name, w in weights.items()}
+    weights = {
+        name: normal(randomness.fold_in(key, i), kept, wanted[name].shape)
+        for i, name in enumerate(given)
+    }
+    weights = {
+        name: w * (kept.unsqueeze(-1) if name == "out" else kept) for name, w in weights.items()
+    }
 
     def weigh(f: Kernel) -> Callable[..., Tensor]:
         def total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             found = finite(f(q, k, v, mask))
-            return torch.stack([(found[name].double() * w).sum() for name, w in weights.items()]).sum()
+            return torch.stack(
+                [(found[name].double() * w).sum() for name, w in weights.items()]
+            ).sum()
 
         return total
 
@@ -86,9 +109,15 @@ def of_value(size: Amplitudes, name: str) -> float:
 
 
 def of_gradient(size: Amplitudes, g: float, h: float) -> tuple[float, float, float]:
-    """dq_i = scale sum_j P_ij (g_i . (v_j - out_i) + h_i) k_j, dk_j the same summed over i, dv_j = sum_i P_ij g_i."""
+    """dq_i = scale sum_j P_ij (g_i . (v_j - out_i) + h_i) k_j, dk_j the same summed over i, dv_j =
+    sum_i P_ij g_i.
+    """
     of_pair = size.rounding * size.scale * (2 * g * size.v + h)
-    return size.leads * of_pair * size.k, size.rows * of_pair * size.q, size.rows * size.rounding * g
+    return (
+        size.leads * of_pair * size.k,
+        size.rows * of_pair * size.q,
+        size.rows * size.rounding * g,
+    )
 
 
 def of_logits(size: Amplitudes, moved: tuple[Tensor, ...]) -> float:
@@ -96,7 +125,9 @@ def of_logits(size: Amplitudes, moved: tuple[Tensor, ...]) -> float:
     return size.scale * (longest(moved[0]) * size.k + size.q * longest(moved[1]))
 
 
-def of_hvp(size: Amplitudes, g: float, h: float, moved: tuple[Tensor, ...]) -> tuple[float, float, float]:
+def of_hvp(
+    size: Amplitudes, g: float, h: float, moved: tuple[Tensor, ...]
+) -> tuple[float, float, float]:
     """The bound for the gradient with each factor replaced by its tangent in turn.
 
     A weight P changes by 2 dS P, and what it multiplies by as much again.
@@ -124,7 +155,8 @@ def ways_to_shift(
     A way is a description, inputs, and the kernel as a function to out.
     """
     row, which = (
-        int(randomness.randint(of, (), 0, most)) for of, most in zip(randomness.split(key), (q.shape[-2], 3), strict=True)
+        int(randomness.randint(of, (), 0, most))
+        for of, most in zip(randomness.split(key), (q.shape[-2], 3), strict=True)
     )
     flat_q, flat_k = q.clone(), k.clone()
     flat_q[..., row, :], flat_q[..., 0], flat_k[..., 0] = 0, 0, 0
@@ -140,7 +172,13 @@ def ways_to_shift(
     if "bias" in inspect.signature(kernel).parameters:
         bias = q.new_zeros(q.shape[-2], k.shape[-2])
         bias[row] = within(1)
-        ways.append((f"where the bias of row {row} is {within(1):.3g}", flat, functools.partial(out, bias=bias)))
+        ways.append(
+            (
+                f"where the bias of row {row} is {within(1):.3g}",
+                flat,
+                functools.partial(out, bias=bias),
+            )
+        )
     return flat, ways, (1, 1, 0)
 
 
@@ -149,10 +187,18 @@ def ways_to_shift(
 
 def both(mask: AnyMask, other: Mask, S: int) -> Mask | Tensor:
     """The intersection of two masks, of the type of the first."""
-    return other if mask is None else mask & other if isinstance(mask, Mask) else mask & other.dense(S).to(mask.device)
+    return (
+        other
+        if mask is None
+        else mask & other
+        if isinstance(mask, Mask)
+        else mask & other.dense(S).to(mask.device)
+    )
 
 
-def mask_a_row(q: Tensor, k: Tensor, mask: AnyMask, key: Tensor) -> tuple[int, Tensor, Mask | Tensor]:
+def mask_a_row(
+    q: Tensor, k: Tensor, mask: AnyMask, key: Tensor
+) -> tuple[int, Tensor, Mask | Tensor]:
     """A query chosen by the key, a new key, and the mask in which that query sees no key."""
     choice, own = randomness.split(key)
     row = int(randomness.randint(choice, (), 0, q.shape[-2]))

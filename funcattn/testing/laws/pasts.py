@@ -42,7 +42,9 @@ def commit_leaves_its_argument_as_it_was(kind: Any, size: int, key: Tensor) -> N
     """A commit does not modify its argument."""
     first, second = _delta(key, size), _delta(randomness.fold_in(key, 1), size)
     past = caches.commit(_empty(kind, 2 * size), first)
-    bits = lambda past: tree.map(lambda x: torch.nan_to_num(x, nan=7.0) if x.is_floating_point() else x.clone(), past)
+    bits = lambda past: tree.map(
+        lambda x: torch.nan_to_num(x, nan=7.0) if x.is_floating_point() else x.clone(), past
+    )
     before = bits(past)  # compared as bits, since rows beyond the length may be NaN
     caches.commit(past, second)
     for (path, now), then in zip(tree.items(bits(past)), tree.leaves(before), strict=True):
@@ -55,9 +57,25 @@ def remembers_what_was_committed(kind: Any, size: int, key: Tensor) -> None:
     delta, n = _delta(key, size), _number(key, size)
     past = caches.commit(_empty(kind, size), delta, n)
     rows = zip(delta.k, delta.v, strict=True)
-    wanted = torch.stack([dense.attend(_query(), k[..., :n, :], v[..., :n, :]).out for k, v in rows])
-    agree(remembers_what_was_committed, f"what is read after {n} of {size}", observe(past), wanted, ROUNDING, WHY)
-    agree(remembers_what_was_committed, "length", past.length - _empty(kind, size).length, torch.tensor(n), 0, "tokens are counted")
+    wanted = torch.stack(
+        [dense.attend(_query(), k[..., :n, :], v[..., :n, :]).out for k, v in rows]
+    )
+    agree(
+        remembers_what_was_committed,
+        f"what is read after {n} of {size}",
+        observe(past),
+        wanted,
+        ROUNDING,
+        WHY,
+    )
+    agree(
+        remembers_what_was_committed,
+        "length",
+        past.length - _empty(kind, size).length,
+        torch.tensor(n),
+        0,
+        "tokens are counted",
+    )
 
 
 @where_the_key_is
@@ -65,9 +83,18 @@ def committing_all_equals_committing_any_split(kind: Any, size: int, key: Tensor
     """Committing tokens at once equals committing them in several deltas."""
     delta, n = _delta(key, size), _number(key, size)
     whole = caches.commit(_empty(kind, size), delta)
-    parts = caches.commit(caches.commit(_empty(kind, size), _rows(delta, 0, n)), _rows(delta, n, size))
+    parts = caches.commit(
+        caches.commit(_empty(kind, size), _rows(delta, 0, n)), _rows(delta, n, size)
+    )
     what = f"what is read, committed as {n} and {size - n}"
-    agree(committing_all_equals_committing_any_split, what, observe(parts), observe(whole), ROUNDING, WHY)
+    agree(
+        committing_all_equals_committing_any_split,
+        what,
+        observe(parts),
+        observe(whole),
+        ROUNDING,
+        WHY,
+    )
 
 
 @where_the_key_is
@@ -77,30 +104,64 @@ def rejected_rows_are_never_seen(kind: Any, size: int, key: Tensor) -> None:
     Later commits agree too.
     """
     law, delta, n = rejected_rows_are_never_seen, _delta(key, size), _number(key, size)
-    spoilt = Delta(*(tuple(torch.where(_row(size) < n, x, torch.nan) for x in side) for side in delta))
-    some, first = caches.commit(_empty(kind, size), spoilt, n), caches.commit(_empty(kind, size), _rows(delta, 0, n))
+    spoilt = Delta(
+        *(tuple(torch.where(_row(size) < n, x, torch.nan) for x in side) for side in delta)
+    )
+    some, first = (
+        caches.commit(_empty(kind, size), spoilt, n),
+        caches.commit(_empty(kind, size), _rows(delta, 0, n)),
+    )
     agree(law, f"what is read after {n} of {size}", observe(some), observe(first), ROUNDING, WHY)
     rest = _rows(delta, n, size)
-    agree(law, "what is read later", observe(caches.commit(some, rest)), observe(caches.commit(first, rest)), ROUNDING, WHY)
+    agree(
+        law,
+        "what is read later",
+        observe(caches.commit(some, rest)),
+        observe(caches.commit(first, rest)),
+        ROUNDING,
+        WHY,
+    )
 
 
 @where_the_key_is
 def entries_beyond_length_are_unobservable(kind: Any, size: int, key: Tensor) -> None:
     """Rows beyond the length have no effect: NaN there changes no output and no gradient."""
     law, delta, n = entries_beyond_length_are_unobservable, _delta(key, size), _number(key, size)
-    spoilt = Delta(*(tuple(torch.where(_row(size) < n, x, torch.nan) for x in side) for side in delta))
+    spoilt = Delta(
+        *(tuple(torch.where(_row(size) < n, x, torch.nan) for x in side) for side in delta)
+    )
     empty = _empty(kind, size)
     short, long = caches.commit(empty, _rows(delta, 0, n)), caches.commit(empty, spoilt)
     less = size - n
     own = long.tail.length if isinstance(long, caches.Branch) else long.length
     read = lambda length: observe(caches.with_length(long, length))
-    agree(law, f"what is read at length {n} of {size}", read(own - less), observe(short), ROUNDING, WHY)
+    agree(
+        law,
+        f"what is read at length {n} of {size}",
+        read(own - less),
+        observe(short),
+        ROUNDING,
+        WHY,
+    )
     # Where lengths are mapped, rows are masked instead of cut off.
     rows = vmap(read)(torch.stack([own - less, own - size]))
-    agree(law, f"what is read at length {n} of {size} under vmap", rows[0], observe(short), ROUNDING, WHY)
-    slope = vmap(lambda length: torch.func.grad(lambda q: observe(caches.with_length(long, length), q).sum())(_query()))
+    agree(
+        law,
+        f"what is read at length {n} of {size} under vmap",
+        rows[0],
+        observe(short),
+        ROUNDING,
+        WHY,
+    )
+    slope = vmap(
+        lambda length: torch.func.grad(
+            lambda q: observe(caches.with_length(long, length), q).sum()
+        )(_query())
+    )
     if not slope(torch.stack([own - less, own - size])).isfinite().all():
-        raise AssertionError(f"{law.__name__}: NaN beyond length {n} of {size} reaches the gradient of the query.")
+        raise AssertionError(
+            f"{law.__name__}: NaN beyond length {n} of {size} reaches the gradient of the query."
+        )
 
 
 @where_the_key_is
@@ -116,7 +177,9 @@ def each_row_under_vmap_commits_its_own_number(kind: Any, size: int, key: Tensor
 
 
 @where_the_key_is
-def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: int, key: Tensor) -> None:
+def any_program_reads_as_its_rows_and_changes_no_earlier_value(
+    kind: Any, size: int, key: Tensor
+) -> None:
     """Extend, commit, fork and rewind in any order: each value reads as its rows committed at once.
 
     And no value changes later. A fork is a second use of a value, rewinding a use of an older one;
@@ -140,7 +203,9 @@ def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: 
         if how % 4 == 0:
             after = caches.commit(past, delta, n)
         elif how % 4 == 1:
-            one = vmap(lambda n, past=past, delta=delta: caches.commit(past, delta, n))(torch.tensor([n, 0]))
+            one = vmap(lambda n, past=past, delta=delta: caches.commit(past, delta, n))(
+                torch.tensor([n, 0])
+            )
             after = tree.map(lambda x: x[0], one)
         elif how % 4 == 2:
             n, after = 0, _rewound(past, count % (held + 1))
@@ -153,9 +218,21 @@ def any_program_reads_as_its_rows_and_changes_no_earlier_value(kind: Any, size: 
     for i, (past, rows, then) in enumerate(values):
         n = rows.k[0].shape[-2]
         wanted = observe(caches.commit(_empty(kind, size), rows))
-        agree(law, f"what is read of value {i}, which has {n} of {size} rows", observe(past), wanted, ROUNDING, WHY)
         agree(
-            law, f"what is read of value {i} as it was made", observe(past), observe(then), 0, "nothing that counts is written over"
+            law,
+            f"what is read of value {i}, which has {n} of {size} rows",
+            observe(past),
+            wanted,
+            ROUNDING,
+            WHY,
+        )
+        agree(
+            law,
+            f"what is read of value {i} as it was made",
+            observe(past),
+            observe(then),
+            0,
+            "nothing that counts is written over",
         )
 
 
@@ -163,7 +240,12 @@ def observe(past: KVCache, q: Tensor | None = None) -> Tensor:
     """Attention of one query (H, 1, D) to every layer of a cache, (L, H, 1, D); zeros if empty."""
     q = _query() if q is None else q
     layers = [caches.past(past, layer, past.length.reshape(1)) for layer in range(L)]
-    return torch.stack([attend_parts(q, parts, scale=D**-0.5) if parts else torch.zeros_like(q) for parts in layers])
+    return torch.stack(
+        [
+            attend_parts(q, parts, scale=D**-0.5) if parts else torch.zeros_like(q)
+            for parts in layers
+        ]
+    )
 
 
 def _empty(kind: Any, size: int) -> Any:

@@ -21,7 +21,9 @@ DRAWS = 1000
 def law_sums_to_one(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """The probabilities of the sampler sum to one, and none is NaN."""
     total = _log_probs(sampler, logits, key).exp().sum()
-    agree(law_sums_to_one, "the sum of probabilities", total, torch.ones_like(total), *_slack(logits))
+    agree(
+        law_sums_to_one, "the sum of probabilities", total, torch.ones_like(total), *_slack(logits)
+    )
 
 
 @named
@@ -29,7 +31,14 @@ def no_hidden_token_comes_back(sampler: Sampler, logits: Tensor, key: Tensor) ->
     """A logit of -inf stays -inf: a later sampler of a chain cannot unmask a token."""
     found = _log_probs(sampler, logits, key)
     hidden = logits == -torch.inf
-    agree(no_hidden_token_comes_back, "what is left where logits are -inf", found[hidden], logits[hidden], 0, "it stays hidden")
+    agree(
+        no_hidden_token_comes_back,
+        "what is left where logits are -inf",
+        found[hidden],
+        logits[hidden],
+        0,
+        "it stays hidden",
+    )
 
 
 @named
@@ -37,18 +46,29 @@ def at_least_one_token_is_kept(sampler: Sampler, logits: Tensor, key: Tensor) ->
     """At least one token has a positive probability."""
     left, _ = sampler.update(logits, _state(sampler, logits, key))
     if not left.isfinite().any():
-        raise AssertionError(f"at_least_one_token_is_kept: update({logits.tolist()}) leaves {left.tolist()}: nothing to draw.")
+        raise AssertionError(
+            f"at_least_one_token_is_kept: update({logits.tolist()}) leaves "
+            f"{left.tolist()}: nothing to draw."
+        )
 
 
 @named
-def adding_a_constant_to_logits_changes_nothing(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
+def adding_a_constant_to_logits_changes_nothing(
+    sampler: Sampler, logits: Tensor, key: Tensor
+) -> None:
     """Adding a constant to logits keeps the probabilities.
 
     Leave it out for penalties that depend on the sign of a logit.
     """
     grid = (logits * 8).round() / 8  # so that adding 4 is exact, and ties stay ties
     wanted, got = _log_probs(sampler, grid, key), _log_probs(sampler, grid + 4, key)
-    agree(adding_a_constant_to_logits_changes_nothing, "probabilities", got.exp(), wanted.exp(), *_slack(logits))
+    agree(
+        adding_a_constant_to_logits_changes_nothing,
+        "probabilities",
+        got.exp(),
+        wanted.exp(),
+        *_slack(logits),
+    )
 
 
 @named
@@ -60,9 +80,22 @@ def commutes_with_vmap(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     tokens = vmap(lambda key, row: sampling.draw(key, sampler, row, state)[0])(keys, rows)
     for n in range(3):
         wanted = sampling.log_probs(sampler)(rows[n], state)
-        agree(commutes_with_vmap, f"probabilities of row {n}", got[n].exp(), wanted.exp(), *_slack(logits))
+        agree(
+            commutes_with_vmap,
+            f"probabilities of row {n}",
+            got[n].exp(),
+            wanted.exp(),
+            *_slack(logits),
+        )
         token, _ = sampling.draw(keys[n], sampler, rows[n], state)
-        agree(commutes_with_vmap, f"token of row {n}", tokens[n], token, 0, "the same key draws the same")
+        agree(
+            commutes_with_vmap,
+            f"token of row {n}",
+            tokens[n],
+            token,
+            0,
+            "the same key draws the same",
+        )
 
 
 @named
@@ -74,19 +107,31 @@ def draws_follow_the_law(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """
     state, V = _state(sampler, logits, key), logits.shape[-1]
     expected = DRAWS * _log_probs(sampler, logits, key).double().exp()
-    tokens = vmap(lambda key: sampling.draw(key, sampler, logits, state)[0])(randomness.split(key, DRAWS))
+    tokens = vmap(lambda key: sampling.draw(key, sampler, logits, state)[0])(
+        randomness.split(key, DRAWS)
+    )
     seen = torch.bincount(tokens, minlength=V).double()
     never = seen[expected == 0].sum()
-    agree(draws_follow_the_law, "draws of tokens of probability zero", never, torch.zeros_like(never), 0, "there are none")
+    agree(
+        draws_follow_the_law,
+        "draws of tokens of probability zero",
+        never,
+        torch.zeros_like(never),
+        0,
+        "there are none",
+    )
     order = expected.argsort()
-    rare = max(1, int((expected[order].cumsum(0) < 5).sum()) + 1)  # the least likely, as many as are expected five times together
+    # the least likely, as many as are expected five times together
+    rare = max(1, int((expected[order].cumsum(0) < 5).sum()) + 1)
     bins = lambda counts: torch.cat([counts[order][:rare].sum().reshape(1), counts[order][rare:]])
     expected, seen = bins(expected), bins(seen)
     freedom, statistic = len(expected) - 1, float(((seen - expected) ** 2 / expected).sum())
     if statistic > _tail(freedom):
         raise AssertionError(
-            f"draws_follow_the_law: {DRAWS} draws gave {seen.int().tolist()} where {expected.tolist()} are expected: "
-            f"chi-square {statistic:.4g} with {freedom} degrees of freedom, above {_tail(freedom):.4g}."
+            f"draws_follow_the_law: {DRAWS} draws gave {seen.int().tolist()} where "
+            f"{expected.tolist()} are expected: "
+            f"chi-square {statistic:.4g} with {freedom} degrees of freedom, above "
+            f"{_tail(freedom):.4g}."
         )
 
 
@@ -95,9 +140,14 @@ def state_keeps_its_form(sampler: Sampler, logits: Tensor, key: Tensor) -> None:
     """update and observe keep structure, shapes and dtypes of the state, for loops and vmap."""
     state, first = sampling.begin(sampler, logits), torch.tensor(0, device=logits.device)
     form = lambda state: [(path, tuple(x.shape), x.dtype) for path, x in tree.items(state)]
-    for verb, after in (("update", sampler.update(logits, state)[1]), ("observe", sampler.observe(first, state))):
+    for verb, after in (
+        ("update", sampler.update(logits, state)[1]),
+        ("observe", sampler.observe(first, state)),
+    ):
         if form(after) != form(state):
-            raise AssertionError(f"state_keeps_its_form: {verb} should return {form(state)}, got {form(after)}.")
+            raise AssertionError(
+                f"state_keeps_its_form: {verb} should return {form(state)}, got {form(after)}."
+            )
 
 
 @named
@@ -109,7 +159,14 @@ def arguments_stay_as_they_were(sampler: Sampler, logits: Tensor, key: Tensor) -
     sampler.update(logits, state)
     sampling.draw(key, sampler, logits, state)
     for (path, now), then in zip(tree.items(given), tree.leaves(before), strict=True):
-        agree(arguments_stay_as_they_were, "logits" if path == "0" else f"state{path[1:]}", now, then, 0, "nothing is written")
+        agree(
+            arguments_stay_as_they_were,
+            "logits" if path == "0" else f"state{path[1:]}",
+            now,
+            then,
+            0,
+            "nothing is written",
+        )
 
 
 def _state(sampler: Sampler, logits: Tensor, key: Tensor) -> Any:
@@ -128,7 +185,9 @@ def _slack(logits: Tensor) -> tuple[float, str]:
     finite = logits[logits.isfinite()].double()
     spread, V = float(finite.max() - finite.min()) + 4, logits.shape[-1]
     eps = torch.finfo(torch.float64 if logits.dtype == torch.float64 else torch.float32).eps
-    return 4 * (V + spread) * eps, f"rounding of a sum of V = {V} terms, logits {spread - 4:.3g} apart"
+    return 4 * (
+        V + spread
+    ) * eps, f"rounding of a sum of V = {V} terms, logits {spread - 4:.3g} apart"
 
 
 def _tail(freedom: int) -> float:
@@ -136,4 +195,8 @@ def _tail(freedom: int) -> float:
 
     Wilson and Hilferty's cube of a normal variable, whose quantile there is 6.
     """
-    return freedom * (1 - 2 / (9 * freedom) + 6 * math.sqrt(2 / (9 * freedom))) ** 3 if freedom else 1e-6
+    return (
+        freedom * (1 - 2 / (9 * freedom) + 6 * math.sqrt(2 / (9 * freedom))) ** 3
+        if freedom
+        else 1e-6
+    )

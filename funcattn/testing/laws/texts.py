@@ -16,9 +16,12 @@ from ...decoding import generate
 from ..agreement import agree
 from .pasts import D, G, K, L, where_the_key_is
 
-CONFIG = transformer.Config(vocabulary=11, width=8, layers=L, heads=K * G, kv_heads=K, head_size=D, feed_forward=8)
+CONFIG = transformer.Config(
+    vocabulary=11, width=8, layers=L, heads=K * G, kv_heads=K, head_size=D, feed_forward=8
+)
 MORE = 5  # tokens beyond the size
-ROUNDING = 1e-9  # float64 through L layers: 1e-16 of each operation, and weights that amplify it by less than 10^6
+# float64 through L layers: 1e-16 of each operation, and weights that amplify it by less than 10^6
+ROUNDING = 1e-9
 WHY = "rounding of float64 through the layers of a small model"
 
 
@@ -31,7 +34,10 @@ def every_verb_writes_what_a_loop_over_apply_writes(kind: Any, size: int, key: T
     law, model = every_verb_writes_what_a_loop_over_apply_writes, transformer.decoder(CONFIG)
     # Large weights, so that the text depends on the cache.
     params = tree.map(lambda weight: 3 * weight.double(), model.init(key))
-    prompt, steps = randomness.randint(randomness.fold_in(key, 1), (2,), 0, CONFIG.vocabulary), size + MORE
+    prompt, steps = (
+        randomness.randint(randomness.fold_in(key, 1), (2,), 0, CONFIG.vocabulary),
+        size + MORE,
+    )
     empty = model.cache(size, kind=kind, dtype=torch.float64)
     room = caches.grow(empty, MORE + 2)
 
@@ -48,23 +54,37 @@ def every_verb_writes_what_a_loop_over_apply_writes(kind: Any, size: int, key: T
         logits = along(text)
         chosen = logits[:-1].gather(-1, text.unsqueeze(-1))[:, 0]
         agree(
-            law, f"the logit of each token that {verb} wrote", chosen, logits[:-1].amax(-1), ROUNDING, f"{WHY}; they are likeliest"
+            law,
+            f"the logit of each token that {verb} wrote",
+            chosen,
+            logits[:-1].amax(-1),
+            ROUNDING,
+            f"{WHY}; they are likeliest",
         )
         return logits[-1]
 
     text, past = generate(key, model, params, prompt, room, steps=steps)
     last = likeliest("generate", text)
     after = lambda past: model.apply(params, text[-1:], past)[0][-1]
-    agree(law, "the logits behind the past that generate returned", after(past), last, ROUNDING, WHY)
+    agree(
+        law, "the logits behind the past that generate returned", after(past), last, ROUNDING, WHY
+    )
 
     whole = torch.cat([prompt, text, text[:1]])
-    wrong = lambda seen, n: ((whole.index_select(0, n.reshape(1)) + 1) % CONFIG.vocabulary, torch.ones_like(n))
+    wrong = lambda seen, n: (
+        (whole.index_select(0, n.reshape(1)) + 1) % CONFIG.vocabulary,
+        torch.ones_like(n),
+    )
     drafter = drafters.function(wrong, length=1)
     done, past = speculation.speculate(key, model, params, drafter, prompt, room, steps=steps)
     likeliest("speculate", done.tokens)
-    agree(law, "the logits behind the past that speculate returned", after(past), last, ROUNDING, WHY)
+    agree(
+        law, "the logits behind the past that speculate returned", after(past), last, ROUNDING, WHY
+    )
 
-    found = search.beam_search(model, params, prompt, room, steps=steps, beams=3, best=3, length_penalty=0.0)
+    found = search.beam_search(
+        model, params, prompt, room, steps=steps, beams=3, best=3, length_penalty=0.0
+    )
     for tokens, score in zip(found.tokens, found.scores, strict=True):
         log_p = along(tokens)[:-1].log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).sum()
         agree(law, "the score of a beam", score, log_p, ROUNDING * steps, WHY)

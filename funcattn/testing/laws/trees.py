@@ -21,18 +21,26 @@ def keeps_paths(transform: Transform, given: Tree) -> None:
     strange = sorted(path for path, old in owner.items() if old is None)
     lost = sorted(before - set(owner.values()))
     if strange or lost:
-        raise AssertionError(f"keeps_paths: lost {lost[:3]} ({len(lost)} in all), and added {strange[:3]} ({len(strange)} in all).")
+        raise AssertionError(
+            f"keeps_paths: lost {lost[:3]} ({len(lost)} in all), and added "
+            f"{strange[:3]} ({len(strange)} in all)."
+        )
 
 
 @named
 def gives_a_tree_of_tensors(transform: Transform, given: Tree) -> None:
     """Every leaf is a tensor, and none is None: torch.func accepts the result."""
-    kinds = lambda found: {path: type(leaf).__name__ for path, leaf in tree.items(found) if not isinstance(leaf, Tensor)}
+    kinds = lambda found: {
+        path: type(leaf).__name__
+        for path, leaf in tree.items(found)
+        if not isinstance(leaf, Tensor)
+    }
     found = transform(given)
     strange = {path: kind for path, kind in kinds(found).items() if kinds(given).get(path) != kind}
     if strange or _has_none(found):
         raise AssertionError(
-            f"gives_a_tree_of_tensors: {'there is a None' if _has_none(found) else strange}. Hold () for what is absent."
+            f"gives_a_tree_of_tensors: {'there is a None' if _has_none(found) else strange}. Hold "
+            "() for what is absent."
         )
 
 
@@ -46,7 +54,9 @@ def leaves_its_argument_as_it_was(transform: Transform, given: Tree) -> None:
     if [path for path, _ in now] != [path for path, _ in before] or any(
         a is not b for (_, a), (_, b) in zip(now, before, strict=True)
     ):
-        raise AssertionError("leaves_its_argument_as_it_was: the tree that was given holds other leaves than before.")
+        raise AssertionError(
+            "leaves_its_argument_as_it_was: the tree that was given holds other leaves than before."
+        )
     for (path, leaf), value in zip(now, values, strict=True):
         if isinstance(leaf, Tensor):
             agree(leaves_its_argument_as_it_was, path, leaf, value, 0, "nothing is written")
@@ -58,10 +68,16 @@ def is_idempotent(transform: Transform, given: Tree) -> None:
     once = transform(given)
     twice = transform(once)
     if tree.paths(twice) != tree.paths(once):
-        raise AssertionError(f"is_idempotent: once gives {tree.paths(once)[:3]}..., twice {tree.paths(twice)[:3]}...")
+        raise AssertionError(
+            f"is_idempotent: once gives {tree.paths(once)[:3]}..., twice {tree.paths(twice)[:3]}..."
+        )
     for (path, again), first in zip(tree.items(twice), tree.leaves(once), strict=True):
-        if isinstance(first, Tensor) and (again.dtype != first.dtype or not torch.equal(again, first)):
-            raise AssertionError(f"is_idempotent: {path} is {first.dtype} once, and another {again.dtype} twice.")
+        if isinstance(first, Tensor) and (
+            again.dtype != first.dtype or not torch.equal(again, first)
+        ):
+            raise AssertionError(
+                f"is_idempotent: {path} is {first.dtype} once, and another {again.dtype} twice."
+            )
 
 
 def _prefixes(path: str) -> list[str]:

@@ -1,4 +1,6 @@
-"""Every known field of config.json, changed one by one, in every family: the logits of transformers, or an error that names it."""
+"""Every known field of config.json, changed one by one, in every family: the logits of
+transformers, or an error that names it.
+"""
 
 import json
 import re
@@ -24,7 +26,12 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 LOCAL = {"sliding_window": 8}
 FAMILIES = {
     "llama": {},
@@ -48,7 +55,16 @@ FAMILIES = {
     "starcoder2": {},
 }
 SLOW = list(FAMILIES)[2:]  # each takes some seconds
-HALVES = {"gemma3_text": 8, "gpt_neox": 2, "qwen3_moe": 6, "gpt_oss": 8, "qwen3": 6, "gemma": 8, "gemma2": 8, "stablelm": 2}
+HALVES = {
+    "gemma3_text": 8,
+    "gpt_neox": 2,
+    "qwen3_moe": 6,
+    "gpt_oss": 8,
+    "qwen3": 6,
+    "gemma": 8,
+    "gemma2": 8,
+    "stablelm": 2,
+}
 
 ORIGINAL = {"original_max_position_embeddings": 16}
 KINDS = {
@@ -88,7 +104,11 @@ KNOWN = {  # field -> values to try
     "sliding_window": [4, None],
     "use_sliding_window": [True],
     "max_window_layers": [0, 1],
-    "layer_types": [["full_attention"] * 2, ["sliding_attention", "full_attention"], ["full_attention"] * 4],
+    "layer_types": [
+        ["full_attention"] * 2,
+        ["sliding_attention", "full_attention"],
+        ["full_attention"] * 4,
+    ],
     "sliding_window_pattern": [2],
     "_sliding_window_pattern": [2],
     "attn_logit_softcapping": [0.5, None],
@@ -146,14 +166,38 @@ KNOWN = {  # field -> values to try
 TOGETHER = [
     {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"] * 2},
-    {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-    {"use_sliding_window": False, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    {
+        "use_sliding_window": False,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     {"no_rope_layers": [0, 1, 0, 1], "use_sliding_window": True, "sliding_window": 4},
     {"hidden_act": "gelu", "hidden_activation": None},
-    {"rope_theta": 77.0, "rope_local_base_freq": 33.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-    {"rope_theta": 77.0, "rope_local_base_freq": 33.0, "rope_scaling": {"type": "linear", "factor": 8.0}},
-    {"rope_parameters": {"full_attention": {"rope_type": "yarn", **KINDS["yarn"], "truncate": False}, "sliding_attention": None}},
-    {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    {
+        "rope_theta": 77.0,
+        "rope_local_base_freq": 33.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    {
+        "rope_theta": 77.0,
+        "rope_local_base_freq": 33.0,
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+    },
+    {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "yarn", **KINDS["yarn"], "truncate": False},
+            "sliding_attention": None,
+        }
+    },
+    {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
 ]
 
 
@@ -163,14 +207,27 @@ def changes(family):
         yield {}, [name]
         for value in values:
             yield {name: value}, []
-            if name in ("rope_theta", "partial_rotary_factor", "rope_local_base_freq", "rotary_emb_base"):
+            if name in (
+                "rope_theta",
+                "partial_rotary_factor",
+                "rope_local_base_freq",
+                "rotary_emb_base",
+            ):
                 yield {name: value}, OLD
             if "window_pattern" in name:
                 yield {name: value}, ["layer_types"]
     for fields in TOGETHER:
-        yield fields, [] if "rope_parameters" in fields else [*OLD, *([] if "layer_types" in fields else ["layer_types"])]
+        yield (
+            fields,
+            []
+            if "rope_parameters" in fields
+            else [*OLD, *([] if "layer_types" in fields else ["layer_types"])],
+        )
     half = HALVES.get(family, 4)
-    factors = {"short_factor": [1.0 + i / 4 for i in range(half)], "long_factor": [1.0 + 1.5 * i for i in range(half)]}
+    factors = {
+        "short_factor": [1.0 + i / 4 for i in range(half)],
+        "long_factor": [1.0 + 1.5 * i for i in range(half)],
+    }
     for kind, fields in KINDS.items():
         fields = {**fields, **(factors if kind == "longrope" else {})}
         spelled, older = {"rope_type": kind, **fields}, {"type": kind, **fields}
@@ -179,9 +236,21 @@ def changes(family):
         for scaling in (spelled, older, {**older, "rope_type": "default"}):
             yield {"rope_theta": 50.0, "rope_scaling": scaling}, OLD
         for beside in (32, None):
-            yield {"rope_scaling": spelled, **({"original_max_position_embeddings": beside} if beside else {})}, OLD
+            yield (
+                {
+                    "rope_scaling": spelled,
+                    **({"original_max_position_embeddings": beside} if beside else {}),
+                },
+                OLD,
+            )
             bare = {name: value for name, value in spelled.items() if name not in ORIGINAL}
-            yield {"rope_scaling": bare, **({"original_max_position_embeddings": beside} if beside else {})}, OLD
+            yield (
+                {
+                    "rope_scaling": bare,
+                    **({"original_max_position_embeddings": beside} if beside else {}),
+                },
+                OLD,
+            )
         yield {"rope_scaling": spelled}, [*OLD, *ORIGINAL]
         for more in MORE:
             yield {"rope_theta": 1e4, "rope_scaling": {**spelled, **more}}, OLD
@@ -193,7 +262,11 @@ def originals(tmp_path_factory):
 
     def make(family):
         torch.manual_seed(0)
-        sizes = {name: value for name, value in SIZES.items() if family != "gpt2" or name in ("vocab_size", "pad_token_id")}
+        sizes = {
+            name: value
+            for name, value in SIZES.items()
+            if family != "gpt2" or name in ("vocab_size", "pad_token_id")
+        }
         config = transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES[family]})
         model = transformers.AutoModelForCausalLM.from_config(config)
         for p in model.parameters():
@@ -213,7 +286,11 @@ def theirs(folder):
     options = {"attn_implementation": "eager", "dtype": torch.float32, "trust_remote_code": False}
     try:
         with torch.no_grad():
-            return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()(X[None], use_cache=False).logits[0]
+            return (
+                transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+                .eval()(X[None], use_cache=False)
+                .logits[0]
+            )
     except Exception:
         return None
 
@@ -239,12 +316,16 @@ def quiet():
     transformers.logging.set_verbosity(level)
 
 
-@pytest.mark.parametrize("family", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES]
+)
 def test_no_field_is_read_otherwise_than_transformers_reads_it(family, originals, quiet):
     folder, settings = originals(family)
     wrong, read = [], 0
     for fields, without in changes(family):
-        changed = {name: value for name, value in {**settings, **fields}.items() if name not in without}
+        changed = {
+            name: value for name, value in {**settings, **fields}.items() if name not in without
+        }
         (folder / "config.json").write_text(json.dumps(changed))
         got = ours(folder)
         if isinstance(got, str):
@@ -260,19 +341,58 @@ def test_no_field_is_read_otherwise_than_transformers_reads_it(family, originals
 IGNORED = {
     "llama": [
         {"auto_map": {"AutoConfig": "configuration.Own"}},
-        {"attention_multiplier": 0.5, "final_logit_softcapping": 30.0, "num_experts": 8, "no_rope_layers": [0, 1]},
+        {
+            "attention_multiplier": 0.5,
+            "final_logit_softcapping": 30.0,
+            "num_experts": 8,
+            "no_rope_layers": [0, 1],
+        },
         {
             "partial_rotary_factor": 0.5,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
         },
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "attention_factor": 3.0, "beta_fast": 4}},
-        {"rope_parameters": {"type": "yarn", "factor": 4.0, "rope_theta": 1e4, "finetuned": True, "attn_factor": 1.0, **ORIGINAL}},
-        {"is_llama_config": True, "unsloth_version": "2026.1", "_name_or_path": "x", "rope_interleaved": False, "clip_qkv": None},
+        {
+            "rope_parameters": {
+                "rope_type": "linear",
+                "factor": 2.0,
+                "rope_theta": 1e4,
+                "attention_factor": 3.0,
+                "beta_fast": 4,
+            }
+        },
+        {
+            "rope_parameters": {
+                "type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e4,
+                "finetuned": True,
+                "attn_factor": 1.0,
+                **ORIGINAL,
+            }
+        },
+        {
+            "is_llama_config": True,
+            "unsloth_version": "2026.1",
+            "_name_or_path": "x",
+            "rope_interleaved": False,
+            "clip_qkv": None,
+        },
     ],
     "mistral": [{"attention_bias": True, "layer_types": ["full_attention"] * 2}],
     "gemma3_text": [{"attn_logit_softcapping": 0.5, "hidden_act": "relu"}],
     "gpt_neox": [{"rope_theta": 77.0, "partial_rotary_factor": 0.75, "head_dim": None}],
-    "phi3": [{"interpolate_factor": 1, "full_attn_mod": 1, "lm_head_bias": False, "layer_types": ["full_attention"] * 2}],
+    "phi3": [
+        {
+            "interpolate_factor": 1,
+            "full_attn_mod": 1,
+            "lm_head_bias": False,
+            "layer_types": ["full_attention"] * 2,
+        }
+    ],
 }
 
 
@@ -281,17 +401,23 @@ def test_what_transformers_ignores_is_ignored(family, originals, quiet):
     folder, settings = originals(family)
     for fields in IGNORED[family]:
         (folder / "config.json").write_text(json.dumps({**settings, **fields}))
-        torch.testing.assert_close(ours(folder), theirs(folder), atol=1e-3, rtol=1e-3, msg=str(fields))
+        torch.testing.assert_close(
+            ours(folder), theirs(folder), atol=1e-3, rtol=1e-3, msg=str(fields)
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_neox"])
 def test_a_model_without_its_head_is_read_where_the_embedding_is_its_head(family, tmp_path):
     torch.manual_seed(0)
     own = {} if family == "gpt2" else SIZES
-    config = transformers.AutoConfig.for_model(family, **{**own, **FAMILIES[family], "vocab_size": 96, "tie_word_embeddings": True})
+    config = transformers.AutoConfig.for_model(
+        family, **{**own, **FAMILIES[family], "vocab_size": 96, "tie_word_embeddings": True}
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.base_model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(model.base_model).__name__]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        type(model.base_model).__name__
+    ]
     with torch.no_grad():
         want = model(X[None], use_cache=False).logits[0]
     torch.testing.assert_close(ours(tmp_path), want, atol=1e-3, rtol=1e-3)
@@ -302,12 +428,23 @@ def test_a_model_without_its_head_is_read_where_the_embedding_is_its_head(family
 
 def test_rotary_factors_of_another_head_size_are_refused_when_they_are_read(originals, quiet):
     folder, settings = originals("llama")
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3, "rope_theta": 1e4, **ORIGINAL}
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 3,
+        "long_factor": [2.0] * 3,
+        "rope_theta": 1e4,
+        **ORIGINAL,
+    }
     (folder / "config.json").write_text(json.dumps({**settings, "rope_parameters": rope}))
-    assert "short_factor and long_factor should be 4 numbers, one for each plane that turns, got 3" in ours(folder)
+    assert (
+        "short_factor and long_factor should be 4 numbers, one for each plane that turns, got 3"
+        in ours(folder)
+    )
 
 
-@pytest.mark.parametrize("rope", [{"full_attention": 3}, {"full_attention": [1]}, 3, {"rope_type": 3}])
+@pytest.mark.parametrize(
+    "rope", [{"full_attention": 3}, {"full_attention": [1]}, 3, {"rope_type": 3}]
+)
 def test_rotary_parameters_of_another_kind_are_refused_by_name(rope, originals, quiet):
     folder, settings = originals("gemma3_text")
     (folder / "config.json").write_text(json.dumps({**settings, "rope_parameters": rope}))

@@ -34,14 +34,32 @@ from funcattn.families import interleave as rows_of_neighbours
 from funcattn.layers import RopeScaling
 from funcattn.transformer import Config
 
-SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 MINIMAL = {"model_type": "llama", **SIZES}
-SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SCALED = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 scalings = st.one_of(
     st.none(),
     st.builds(RopeScaling, st.just("linear"), st.floats(1, 64)),
-    st.builds(RopeScaling, st.just("llama3"), st.floats(1, 64), st.floats(0.5, 2), st.floats(3, 9), st.integers(1, 2**20)),
+    st.builds(
+        RopeScaling,
+        st.just("llama3"),
+        st.floats(1, 64),
+        st.floats(0.5, 2),
+        st.floats(3, 9),
+        st.integers(1, 2**20),
+    ),
     st.builds(
         RopeScaling,
         st.just("yarn"),
@@ -53,7 +71,9 @@ scalings = st.one_of(
         attention=st.floats(0.5, 2),
     ),
     st.builds(
-        lambda factors, **rest: RopeScaling("longrope", short=tuple(factors), long=tuple(2 * x for x in factors), **rest),
+        lambda factors, **rest: RopeScaling(
+            "longrope", short=tuple(factors), long=tuple(2 * x for x in factors), **rest
+        ),
         st.lists(st.floats(1, 64), min_size=1, max_size=8),
         context=st.integers(1, 2**20),
         attention=st.floats(0.5, 2),
@@ -98,13 +118,18 @@ def test_transformers_reads_what_is_written_and_back(scaling):
     config = dataclasses.replace(CONFIG, rope_scaling=scaling, tied=False)
     theirs = LlamaConfig(**write_config(config))
     kind = scaling.kind if scaling else "default"
-    assert (theirs.rope_parameters["rope_type"], theirs.rope_parameters["rope_theta"]) == (kind, CONFIG.rope_base)
+    assert (theirs.rope_parameters["rope_type"], theirs.rope_parameters["rope_theta"]) == (
+        kind,
+        CONFIG.rope_base,
+    )
     assert theirs.head_dim == CONFIG.head_size
     assert read_config(theirs.to_dict()) == config
 
 
 def test_what_config_json_leaves_out_is_the_default_of_transformers():
-    assert read_config(MINIMAL) == read_config({**LlamaConfig(**SIZES).to_dict(), "architectures": None})
+    assert read_config(MINIMAL) == read_config(
+        {**LlamaConfig(**SIZES).to_dict(), "architectures": None}
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,17 +172,56 @@ def test_both_spellings_of_rotary_fields_mean_the_same(old, new, scaling):
         ({"rope_parameters": {"rope_type": "dynamic"}}, "factor"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta": 1.0}}, "beta"),
         ({"rope_parameters": {"rope_type": "yarn", "truncate": 1}}, "truncate"),
-        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}}, "long_factor"),
-        ({"rope_parameters": {"rope_type": "longrope", "short_factor": 1.0, "long_factor": [1.0]}}, "short_factor"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0],
+                    "long_factor": [1.0, 2.0],
+                }
+            },
+            "long_factor",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "short_factor": 1.0,
+                    "long_factor": [1.0],
+                }
+            },
+            "short_factor",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "factor": 2.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "partial_rotary_factor",
+        ),
         ({"rope_parameters": {"rope_type": "default", "sharpness": 3}}, "sharpness"),
         ({"attention_temperature": 2.0}, "attention_temperature"),
         ({"model_type": "starcoder2", "mlp_type": "gated"}, "mlp_type"),
-        ({"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 1, "hidden_size": 8}, "hidden_size"),
-        ({"rope_parameters": {"rope_type": "llama3", **SCALED, "high_freq_factor": 1.0}}, "high_freq_factor"),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        (
+            {"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 1, "hidden_size": 8},
+            "hidden_size",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", **SCALED, "high_freq_factor": 1.0}},
+            "high_freq_factor",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "default"},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "rope_scaling",
+        ),
         ({"rope_parameters": [1]}, "rope_parameters"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
@@ -165,11 +229,23 @@ def test_both_spellings_of_rotary_fields_mean_the_same(old, new, scaling):
         ({"sliding_window": 4096}, "sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types"),
-        ({"model_type": "qwen2", "layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
-        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
-        ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}}, "full_attention"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "linear_attention"]},
+            "layer_types",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+            "sliding_window",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}},
+            "full_attention",
+        ),
         ({"model_type": "gpt_oss", "swiglu_alpha": 2.0}, "swiglu_alpha"),
-        ({"model_type": "mixtral", "num_key_value_heads": 4, "num_experts_per_tok": 9}, "experts_per_token"),
+        (
+            {"model_type": "mixtral", "num_key_value_heads": 4, "num_experts_per_tok": 9},
+            "experts_per_token",
+        ),
         ({"model_type": "phi3", "partial_rotary_factor": 0.01}, "partial_rotary_factor"),
         ({"model_type": "phi3", "hidden_size": None}, "hidden_size"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
@@ -214,7 +290,9 @@ def test_metadata_gives_the_config_it_was_written_from():
 
 
 def test_linear_scaling_is_read_from_metadata():
-    config = read_metadata(plain({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}), 300, True)
+    config = read_metadata(
+        plain({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}), 300, True
+    )
     assert config.rope_scaling == RopeScaling("linear", 4.0)
 
 
@@ -225,8 +303,18 @@ def test_rotary_factors_are_read_as_the_scaling_they_follow_from():
     factors = []
     for length in (2 * torch.pi / turn).tolist():
         smooth = (8192 / length - 1.0) / (4.0 - 1.0)
-        factors.append(1.0 if length < 8192 / 4 else 8.0 if length > 8192 else 1 / ((1 - smooth) / 8.0 + smooth))
-    change = {"llama.rope.freq_base": base, "llama.rope.dimension_count": D, "llama.attention.key_length": D}
+        factors.append(
+            1.0
+            if length < 8192 / 4
+            else 8.0
+            if length > 8192
+            else 1 / ((1 - smooth) / 8.0 + smooth)
+        )
+    change = {
+        "llama.rope.freq_base": base,
+        "llama.rope.dimension_count": D,
+        "llama.attention.key_length": D,
+    }
     stretch = torch.tensor(factors)
     assert read_metadata(plain(change), 300, True, stretch).rope_scaling == LLAMA3
     with pytest.raises(CheckpointError, match="rope_freqs"):
@@ -285,13 +373,55 @@ def test_every_difference_is_told_in_one_error():
 
 PACKED = {  # a Config whose leaves the family holds in another form
     "phi3": dataclasses.replace(CONFIG, rotary_size=8),
-    "gpt2": Config(4, 8, 2, 2, 2, 4, 16, positions="learned", norm="layer", norm_bias=True, gated=False, qkv_bias=True),
-    "gpt_neox": Config(4, 8, 2, 2, 2, 4, 16, norm="layer", norm_bias=True, gated=False, qkv_bias=True, tied=False),
-    "cohere": Config(4, 8, 2, 2, 1, 4, 16, norm="layer", parallel=True, shared_norm=True, head_norm="layer", qkv_bias=True),
+    "gpt2": Config(
+        4,
+        8,
+        2,
+        2,
+        2,
+        4,
+        16,
+        positions="learned",
+        norm="layer",
+        norm_bias=True,
+        gated=False,
+        qkv_bias=True,
+    ),
+    "gpt_neox": Config(
+        4, 8, 2, 2, 2, 4, 16, norm="layer", norm_bias=True, gated=False, qkv_bias=True, tied=False
+    ),
+    "cohere": Config(
+        4,
+        8,
+        2,
+        2,
+        1,
+        4,
+        16,
+        norm="layer",
+        parallel=True,
+        shared_norm=True,
+        head_norm="layer",
+        qkv_bias=True,
+    ),
     "stablelm": Config(4, 8, 2, 2, 1, 4, 16, norm="layer", norm_bias=True, head_norm="layer"),
     "mixtral": Config(4, 8, 2, 2, 1, 4, 16, experts=3, experts_per_token=2, expert_size=16),
-    "qwen3_moe": Config(4, 8, 2, 2, 1, 4, 6, experts=3, experts_per_token=2, expert_size=5, expert_layers=(True, False)),
-    "gpt_oss": Config(4, 8, 2, 2, 1, 4, 16, experts=3, experts_per_token=2, expert_size=16, feed_forward_bias=True),
+    "qwen3_moe": Config(
+        4,
+        8,
+        2,
+        2,
+        1,
+        4,
+        6,
+        experts=3,
+        experts_per_token=2,
+        expert_size=5,
+        expert_layers=(True, False),
+    ),
+    "gpt_oss": Config(
+        4, 8, 2, 2, 1, 4, 16, experts=3, experts_per_token=2, expert_size=16, feed_forward_bias=True
+    ),
 }
 
 
@@ -313,35 +443,63 @@ def test_the_two_orders_of_rotary_rows_undo_each_other(heads, half, width):
 @given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 3))
 def test_half_split_undoes_the_order_of_gguf(heads, half, width):
     weight = torch.arange(heads * half * 2 * width).reshape(-1, width)
-    assert torch.equal(half_split(torch.from_numpy(interleave(weight.cpu().numpy(), heads)), 2 * half), weight.cpu())
+    assert torch.equal(
+        half_split(torch.from_numpy(interleave(weight.cpu().numpy(), heads)), 2 * half),
+        weight.cpu(),
+    )
 
 
 def test_scores_under_neighbouring_angles_are_those_of_half_split_rows():
-    """What the permutation is for: q.k after rotating pairs (2i, 2i + 1) of GGUF's rows is ours with pairs (i, i + D / 2)."""
+    """What the permutation is for: q.k after rotating pairs (2i, 2i + 1) of GGUF's rows is ours
+    with pairs (i, i + D / 2).
+    """
     D, T, E = 16, 5, 64
     tree, x = params().layers[0], randomness.normal(randomness.key(1), (T, E), torch.float64)
     turn = layers.frequencies(D, base=CONFIG.rope_base).double()
     rotation = layers.rope(torch.arange(T), turn, torch.float64)
 
     def stored(weight, heads):
-        return torch.from_numpy(interleave(weight.detach().double().cpu().numpy(), heads)).to(x.device)
+        return torch.from_numpy(interleave(weight.detach().double().cpu().numpy(), heads)).to(
+            x.device
+        )
 
     def neighbours(y):
         turned = torch.view_as_complex(y.reshape(*y.shape[:-1], D // 2, 2).contiguous())
-        return torch.view_as_real(turned * torch.polar(torch.ones(()).double(), torch.arange(T)[:, None] * turn)).flatten(-2)
+        return torch.view_as_real(
+            turned * torch.polar(torch.ones(()).double(), torch.arange(T)[:, None] * turn)
+        ).flatten(-2)
 
     def score(q, k, rotate):
-        return rotate(q.unflatten(-1, (-1, D)).movedim(-2, 0))[:2] @ rotate(k.unflatten(-1, (-1, D)).movedim(-2, 0)).mT
+        return (
+            rotate(q.unflatten(-1, (-1, D)).movedim(-2, 0))[:2]
+            @ rotate(k.unflatten(-1, (-1, D)).movedim(-2, 0)).mT
+        )
 
     q, k = stored(tree.q, CONFIG.heads), stored(tree.k, CONFIG.kv_heads)
-    ours = score(x @ half_split(q, D).T, x @ half_split(k, D).T, lambda y: layers.rotate(y, rotation))
+    ours = score(
+        x @ half_split(q, D).T, x @ half_split(k, D).T, lambda y: layers.rotate(y, rotation)
+    )
     assert torch.allclose(ours, score(x @ q.T, x @ k.T, neighbours), atol=1e-12)
-    assert not torch.allclose(ours, score(x @ q.T, x @ k.T, lambda y: layers.rotate(y, rotation)), atol=1e-3)
+    assert not torch.allclose(
+        ours, score(x @ q.T, x @ k.T, lambda y: layers.rotate(y, rotation)), atol=1e-3
+    )
 
 
 def test_longrope_beyond_a_context_of_one_says_its_factor():
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 1}
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 1,
+    }
     given = {**rope, "attention_factor": 1.5}
-    assert read_config({**MINIMAL, "max_position_embeddings": 2, "rope_parameters": given}).rope_scaling.attention == 1.5
-    with pytest.raises(CheckpointError, match=r"attention_factor of rope_parameters .* given where original_max"):
+    assert (
+        read_config(
+            {**MINIMAL, "max_position_embeddings": 2, "rope_parameters": given}
+        ).rope_scaling.attention
+        == 1.5
+    )
+    with pytest.raises(
+        CheckpointError, match=r"attention_factor of rope_parameters .* given where original_max"
+    ):
         read_config({**MINIMAL, "max_position_embeddings": 2, "rope_parameters": rope})

@@ -1,4 +1,6 @@
-"""GGUF files: what the gguf package writes is read, and what is not whole is refused before anything is allocated."""
+"""GGUF files: what the gguf package writes is read, and what is not whole is refused before
+anything is allocated.
+"""
 
 import dataclasses
 import struct
@@ -22,12 +24,28 @@ from funcattn.families import leaves
 
 def test_every_field_is_what_the_gguf_package_reads(tmp_path):
     path = write_gguf(
-        tmp_path / "a.gguf", change={"x.numbers": [1, -2, 3], "x.reals": [0.5, -1.5], "x.flag": True, "x.text": "Zürich ☃"}
+        tmp_path / "a.gguf",
+        change={
+            "x.numbers": [1, -2, 3],
+            "x.reals": [0.5, -1.5],
+            "x.flag": True,
+            "x.text": "Zürich ☃",
+        },
     )
     header, theirs = read_header(path.read_bytes(), "a.gguf"), gguf.GGUFReader(path)
-    expected = {name: entry.contents() for name, entry in theirs.fields.items() if not name.startswith("GGUF.")}
-    ours = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in header.metadata.items()}
-    assert ours == {name: float(str(np.float32(value))) if isinstance(value, float) else value for name, value in expected.items()}
+    expected = {
+        name: entry.contents()
+        for name, entry in theirs.fields.items()
+        if not name.startswith("GGUF.")
+    }
+    ours = {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in header.metadata.items()
+    }
+    assert ours == {
+        name: float(str(np.float32(value))) if isinstance(value, float) else value
+        for name, value in expected.items()
+    }
     assert {entry.name: (entry.data_offset, entry.n_bytes) for entry in theirs.tensors} == {
         name: (entry.start, entry.size) for name, entry in header.tensors.items()
     }
@@ -55,7 +73,10 @@ def test_the_packaged_model_is_dequantized_as_the_gguf_package_does_it(smollm2):
         ("blk.29.ffn_down.weight", smollm2.params.layers[29].down),
         ("output_norm.weight", smollm2.params.norm),
     ]:
-        assert leaf.cpu().numpy().tobytes() == quants.dequantize(found[name].data, found[name].tensor_type).tobytes()
+        assert (
+            leaf.cpu().numpy().tobytes()
+            == quants.dequantize(found[name].data, found[name].tensor_type).tobytes()
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -71,7 +92,9 @@ def test_quantized_weights_come_back_as_their_blocks_say(tmp_path):
     for path, leaf in leaves(params()).items():
         wanted = leaf.cpu().numpy()
         if leaf.ndim == 2:  # blocks lie along a row, so to reorder rows and to quantize commute
-            wanted = quants.dequantize(quants.quantize(wanted, GGMLQuantizationType.Q4_1), GGMLQuantizationType.Q4_1)
+            wanted = quants.dequantize(
+                quants.quantize(wanted, GGMLQuantizationType.Q4_1), GGMLQuantizationType.Q4_1
+            )
         assert leaves(loaded.params)[path].numpy().tobytes() == wanted.tobytes(), path
 
 
@@ -112,14 +135,29 @@ REFUSED = {
     "five axes": (file(tensors=[tensor("a", (1,) * 5)], data=bytes(32)), "axes"),
     "no axes": (file(tensors=[tensor("a", ())], data=bytes(32)), "shape ()"),
     "an axis of nothing": (file(tensors=[tensor("a", (4, 0))], data=bytes(32)), "shape (0, 4)"),
-    "sizes whose product is 2^128": (file(tensors=[tensor("a", (2**63, 2**63, 4))], data=bytes(32)), "within the"),
+    "sizes whose product is 2^128": (
+        file(tensors=[tensor("a", (2**63, 2**63, 4))], data=bytes(32)),
+        "within the",
+    ),
     "half a block": (file(tensors=[tensor("a", (48,), 2)], data=bytes(64)), "whole blocks of 32"),
-    "an offset off the alignment": (file(tensors=[tensor("a", offset=4)], data=bytes(64)), "multiple of 32"),
-    "an offset past the end": (file(tensors=[tensor("a", offset=2**62)], data=bytes(32)), "within the"),
+    "an offset off the alignment": (
+        file(tensors=[tensor("a", offset=4)], data=bytes(64)),
+        "multiple of 32",
+    ),
+    "an offset past the end": (
+        file(tensors=[tensor("a", offset=2**62)], data=bytes(32)),
+        "within the",
+    ),
     "one byte too few": (file(tensors=[tensor("a")], data=bytes(15)), "within the"),
-    "tensors that overlap": (file(tensors=[tensor("a", (16,)), tensor("b", offset=32)], data=bytes(64)), "after a"),
+    "tensors that overlap": (
+        file(tensors=[tensor("a", (16,)), tensor("b", offset=32)], data=bytes(64)),
+        "after a",
+    ),
     "an alignment of 48": (file([field("general.alignment", 4, "I", 48)]), "power of two"),
-    "an alignment in words": (file([field("general.alignment", 8, "Q2s", 2, b"32")]), "power of two"),
+    "an alignment in words": (
+        file([field("general.alignment", 8, "Q2s", 2, b"32")]),
+        "power of two",
+    ),
     "a type without arithmetic": (file(tensors=[tensor("a", (32,), 20)], data=bytes(64)), "IQ4_NL"),
     "integers": (file(tensors=[tensor("a", (8,), 26)], data=bytes(32)), "I32"),
     "an unknown type": (file(tensors=[tensor("a", (8,), 999)], data=bytes(32)), "number 999"),
@@ -142,7 +180,9 @@ def test_a_header_is_refused_that_has(case):
 
 def test_the_files_of_the_refusals_are_read_without_their_fault():
     fields = [field("a", 9, "IQ2H", 2, 2, 7, 8), field("general.alignment", 4, "I", 32)]
-    header = read_header(file(fields, [tensor("t", (4,)), tensor("u", (32,), 2, 32)], bytes(50)), "x.gguf")
+    header = read_header(
+        file(fields, [tensor("t", (4,)), tensor("u", (32,), 2, 32)], bytes(50)), "x.gguf"
+    )
     assert header.metadata["a"].tolist() == [7, 8]
     assert [entry.size for entry in header.tensors.values()] == [16, 18]
 
@@ -163,7 +203,11 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
         ({"split.count": 3}, {}, "gguf-split --merge"),
         ({"split.count": "three"}, {}, "gguf-split --merge"),
         ({"llama.block_count": 3}, {}, "missing: blk.2.attn_norm.weight"),
-        ({"llama.feed_forward_length": 128}, {}, "of another shape: blk.0.ffn_gate.weight (96, 64) instead of (128, 64)"),
+        (
+            {"llama.feed_forward_length": 128},
+            {},
+            "of another shape: blk.0.ffn_gate.weight (96, 64) instead of (128, 64)",
+        ),
         ({}, {"blk.0.attn_q.bias": np.zeros(64, np.float32)}, "unknown: blk.0.attn_q.bias"),
         ({}, {"rope_freqs.weight": np.full(8, 3, np.float32)}, "rope_freqs.weight"),
     ],

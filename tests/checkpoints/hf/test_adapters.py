@@ -1,4 +1,6 @@
-"""Adapters of PEFT: what is another function than LoRA, or no adapter at all, is refused by name before anything is computed."""
+"""Adapters of PEFT: what is another function than LoRA, or no adapter at all, is refused by name
+before anything is computed.
+"""
 
 import json
 from dataclasses import dataclass
@@ -27,7 +29,11 @@ class Adapter:
     params: fa.Params
 
     def load(self, text=None, tensors=None, without=(), **changes):
-        values = {name: value for name, value in {**self.settings, **changes}.items() if name not in without}
+        values = {
+            name: value
+            for name, value in {**self.settings, **changes}.items()
+            if name not in without
+        }
         (self.folder / "adapter_config.json").write_text(text or json.dumps(values))
         save_file((tensors or dict)(self.tensors), self.folder / "adapter_model.safetensors")
         return fa.load_lora(self.folder, self.params)
@@ -46,12 +52,39 @@ def adapter(tmp_path_factory):
 # What PEFT writes by default, and what changes nothing.
 
 DEFAULTS = {
-    **dict.fromkeys(["auto_mapping", "revision", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config"]),
-    **dict.fromkeys(["modules_to_save", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config", "arrow_config"]),
     **dict.fromkeys(
-        ["alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora", "velora_config", "kasa_config"]
+        [
+            "auto_mapping",
+            "revision",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "megatron_config",
+        ]
     ),
-    **dict.fromkeys(["inference_mode", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"], False),
+    **dict.fromkeys(
+        [
+            "modules_to_save",
+            "trainable_token_indices",
+            "eva_config",
+            "corda_config",
+            "lora_ga_config",
+            "arrow_config",
+        ]
+    ),
+    **dict.fromkeys(
+        [
+            "alora_invocation_tokens",
+            "layer_replication",
+            "target_parameters",
+            "use_bdlora",
+            "velora_config",
+            "kasa_config",
+        ]
+    ),
+    **dict.fromkeys(
+        ["inference_mode", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"], False
+    ),
     **{name: {} for name in ("rank_pattern", "alpha_pattern", "loftq_config")},
     "task_type": "CAUSAL_LM",
     "peft_version": "0.19.0",
@@ -80,7 +113,9 @@ def test_fields_that_leave_the_function_as_it_is_are_ignored(adapter, changes):
     assert fa.tree.allclose(adapter.load(**changes), adapter.load(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("pattern", ["q_proj", r".*\.q_proj", r"model\.layers\.0\..*", ".*[qk]_proj.", "(q_proj"])
+@pytest.mark.parametrize(
+    "pattern", ["q_proj", r".*\.q_proj", r"model\.layers\.0\..*", ".*[qk]_proj.", "(q_proj"]
+)
 def test_a_pattern_of_modules_is_matched_whole_as_peft_does(adapter, pattern):
     """None of these matches all modules that have tensors; PEFT would leave tensors out."""
     with pytest.raises(CheckpointError, match=r"load_lora: (target_modules|\S+lora_A\S*) of"):
@@ -88,7 +123,9 @@ def test_a_pattern_of_modules_is_matched_whole_as_peft_does(adapter, pattern):
 
 
 def test_a_pattern_that_matches_a_module_without_tensors_is_refused(adapter):
-    without = lambda tensors: {name: x for name, x in tensors.items() if "layers.0.self_attn.q_proj" not in name}
+    without = lambda tensors: {
+        name: x for name, x in tensors.items() if "layers.0.self_attn.q_proj" not in name
+    }
     with pytest.raises(CheckpointError, match=r"none of .*layers\.0\.self_attn\.q_proj"):
         adapter.load(target_modules=".*proj", tensors=without)
 
@@ -100,14 +137,29 @@ def test_a_pattern_without_end_is_refused_in_time(adapter, monkeypatch):
 
 
 def test_rank_stabilized_scales_are_computed(adapter):
-    found = [leaf for leaf in fa.tree.leaves(adapter.load(use_rslora=True), is_leaf=is_adapted) if is_adapted(leaf)]
+    found = [
+        leaf
+        for leaf in fa.tree.leaves(adapter.load(use_rslora=True), is_leaf=is_adapted)
+        if is_adapted(leaf)
+    ]
     assert {float(leaf.scale) for leaf in found} == {4.0}  # 8 / sqrt(4)
 
 
 # What makes another function, or none.
 
 FUNCTIONS = {
-    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "one of next year", 3, ["pissa"]],
+    "init_lora_weights": [
+        "pissa",
+        "pissa_niter_4",
+        "olora",
+        "corda",
+        "loftq",
+        "lora_ga",
+        "mica",
+        "one of next year",
+        3,
+        ["pissa"],
+    ],
     "alora_invocation_tokens": [[5, 6]],
     "use_dora": [True, "false", 1],
     "lora_bias": [True],
@@ -150,7 +202,12 @@ def test_a_field_that_is_not_there_is_named(adapter, field):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"target_modules": ["k_proj"]}, {"layers_to_transform": [0]}, {"layers_to_transform": 1}, {"exclude_modules": ["q_proj"]}],
+    [
+        {"target_modules": ["k_proj"]},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 1},
+        {"exclude_modules": ["q_proj"]},
+    ],
     ids=str,
 )
 def test_tensors_of_modules_that_the_config_leaves_out_are_refused(adapter, changes):
@@ -165,14 +222,25 @@ TENSORS = {
     "fp8": lambda tensors: {name: x.to(torch.float8_e4m3fn) for name, x in tensors.items()},
     "none": lambda tensors: {},
     "one half": lambda tensors: {name: x for name, x in tensors.items() if name != Q0.format("B")},
-    "a module": lambda tensors: {name: x for name, x in tensors.items() if name not in (Q0.format("A"), Q0.format("B"))},
+    "a module": lambda tensors: {
+        name: x for name, x in tensors.items() if name not in (Q0.format("A"), Q0.format("B"))
+    },
     "a vector": lambda tensors: {**tensors, Q0.format("A"): torch.zeros(4)},
     "turned": lambda tensors: {name: x.mT.contiguous() for name, x in tensors.items()},
-    "no suffix": lambda tensors: {**tensors, Q0.format("A").removesuffix(".weight"): torch.zeros(4, 32)},
+    "no suffix": lambda tensors: {
+        **tensors,
+        Q0.format("A").removesuffix(".weight"): torch.zeros(4, 32),
+    },
     "DoRA's": lambda tensors: {**tensors, Q0.format("magnitude_vector"): torch.ones(32)},
     "a bias": lambda tensors: {**tensors, Q0.format("B").replace("weight", "bias"): torch.ones(32)},
-    "another layer": lambda tensors: {**tensors, Q0.format("A").replace(".0.", ".7."): torch.zeros(4, 32)},
-    "an embedding": lambda tensors: {**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 32)},
+    "another layer": lambda tensors: {
+        **tensors,
+        Q0.format("A").replace(".0.", ".7."): torch.zeros(4, 32),
+    },
+    "an embedding": lambda tensors: {
+        **tensors,
+        "base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 32),
+    },
 }
 
 
@@ -193,15 +261,20 @@ def test_a_config_that_is_no_small_object_is_refused(adapter, text):
 
 def test_a_pickled_adapter_is_refused_and_not_opened(adapter, tmp_path):
     adapter.load()
-    (tmp_path / "adapter_config.json").write_bytes((adapter.folder / "adapter_config.json").read_bytes())
+    (tmp_path / "adapter_config.json").write_bytes(
+        (adapter.folder / "adapter_config.json").read_bytes()
+    )
     (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n.")
     with pytest.raises(CheckpointError, match="pickle"):
         fa.load_lora(tmp_path, adapter.params)
 
 
 def test_an_adaptation_of_some_layers_comes_back(adapter, tmp_path):
-    adapted = fa.lora(2, lambda path, _: path in ("layers.0.q", "layers.1.q", "layers.1.down"))(fa.key(3), adapter.params)
+    adapted = fa.lora(2, lambda path, _: path in ("layers.0.q", "layers.1.q", "layers.1.down"))(
+        fa.key(3), adapter.params
+    )
     fa.save_lora(tmp_path, adapted)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert settings["target_modules"] == ["model.layers.1.mlp.down_proj", "q_proj"]  # PEFT adapts these and no others
+    # PEFT adapts these and no others
+    assert settings["target_modules"] == ["model.layers.1.mlp.down_proj", "q_proj"]
     assert fa.tree.allclose(fa.load_lora(tmp_path, adapter.params), adapted, rtol=0, atol=0)

@@ -1,4 +1,6 @@
-"""Quantized weights in files: back bit for bit, the blocks of GGUF as they are, refused by name where they are damaged."""
+"""Quantized weights in files: back bit for bit, the blocks of GGUF as they are, refused by name
+where they are damaged.
+"""
 
 import json
 from dataclasses import replace
@@ -29,14 +31,23 @@ SCHEMES = {
 
 def same(a, b):
     """The same kinds, dtypes and bits at the same paths."""
-    a, b = dict(fa.tree.items(a, is_leaf=is_quantized)), dict(fa.tree.items(b, is_leaf=is_quantized))
+    a, b = (
+        dict(fa.tree.items(a, is_leaf=is_quantized)),
+        dict(fa.tree.items(b, is_leaf=is_quantized)),
+    )
     kinds = all(type(a[path]) is type(b[path]) for path in a)
     flat = [zip(fa.tree.leaves(a[path]), fa.tree.leaves(b[path]), strict=True) for path in a]
-    return a.keys() == b.keys() and kinds and all(x.dtype == y.dtype and equal(x, y) for pairs in flat for x, y in pairs)
+    return (
+        a.keys() == b.keys()
+        and kinds
+        and all(x.dtype == y.dtype and equal(x, y) for pairs in flat for x, y in pairs)
+    )
 
 
 def equal(x, y):
-    return torch.equal(x.cpu().contiguous().view(torch.uint8), y.cpu().contiguous().view(torch.uint8))
+    return torch.equal(
+        x.cpu().contiguous().view(torch.uint8), y.cpu().contiguous().view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -48,7 +59,9 @@ def test_a_quantized_tree_comes_back_bit_for_bit(tmp_path, scheme, tied):
     found = load(tmp_path / "a")
     assert found.config == config
     assert same(found.params, quantized)
-    assert same(load(tmp_path / "a", dtype=torch.bfloat16).params.layers[0].q, quantized.layers[0].q)
+    assert same(
+        load(tmp_path / "a", dtype=torch.bfloat16).params.layers[0].q, quantized.layers[0].q
+    )
 
 
 def test_names_and_config_say_what_it_is(tmp_path):
@@ -57,7 +70,9 @@ def test_names_and_config_say_what_it_is(tmp_path):
     assert "model.layers.0.self_attn.q_proj.codes" in names
     assert "model.layers.0.self_attn.q_proj.weight" not in names
     said = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
-    assert said["records"] == {f"model.layers.{i}.self_attn.q_proj.weight": "Int8" for i in range(2)}
+    assert said["records"] == {
+        f"model.layers.{i}.self_attn.q_proj.weight": "Int8" for i in range(2)
+    }
     save(tmp_path / "b", CONFIG, params())
     assert "quantization_config" not in json.loads((tmp_path / "b" / "config.json").read_text())
 
@@ -127,7 +142,9 @@ def floating(settings, tensors):
     tensors[f"{Q}.codes"] = tensors[f"{Q}.codes"].float()
 
 
-@pytest.mark.parametrize("change", [method, kind, other_kind, records, missing, forgotten, shape, rows, floating])
+@pytest.mark.parametrize(
+    "change", [method, kind, other_kind, records, missing, forgotten, shape, rows, floating]
+)
 def test_a_damaged_file_is_one_clear_error(change, tmp_path):
     edited(change)(tmp_path / "a")
     with pytest.raises(CheckpointError) as error:
@@ -148,7 +165,8 @@ def test_blocks_become_records_without_losing_a_bit(tmp_path, kind):
         assert isinstance(leaf, record) == (wanted.dim() == 2), name
         if isinstance(leaf, record):
             assert leaf.scale.dtype == torch.float16
-            torch.testing.assert_close(expand(leaf), wanted, rtol=3e-7, atol=1e-9)  # code * d + m is rounded once, or twice
+            # code * d + m is rounded once, or twice
+            torch.testing.assert_close(expand(leaf), wanted, rtol=3e-7, atol=1e-9)
             assert kind == "Q4_1" or torch.equal(expand(leaf), wanted)
         else:
             assert torch.equal(leaf, wanted)
@@ -169,7 +187,10 @@ def test_the_bits_are_those_of_the_file(tmp_path):
 
 def test_other_types_are_dequantized(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", kind="Q5_0")
-    assert not any(is_quantized(leaf) for leaf in fa.tree.leaves(load(path, keep_quantized=True).params, is_leaf=is_quantized))
+    assert not any(
+        is_quantized(leaf)
+        for leaf in fa.tree.leaves(load(path, keep_quantized=True).params, is_leaf=is_quantized)
+    )
 
 
 def test_kept_blocks_are_saved_and_come_back(tmp_path):

@@ -1,4 +1,6 @@
-"""The Hugging Face layout, read: weights bit for bit, or an error that tells what is wrong with the folder."""
+"""The Hugging Face layout, read: weights bit for bit, or an error that tells what is wrong with the
+folder.
+"""
 
 import json
 import pickle
@@ -41,7 +43,11 @@ def split(folder, places):
     for file, part in zip(places, (names[:9], names[9:]), strict=True):
         if "/" not in file:
             save_file({name: tensors[name] for name in part}, folder / file)
-    settings(folder, "model.safetensors.index.json", weight_map={name: places[name not in names[:9]] for name in names})
+    settings(
+        folder,
+        "model.safetensors.index.json",
+        weight_map={name: places[name not in names[:9]] for name in names},
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -75,7 +81,10 @@ def test_shards_are_read_as_one(folder):
     assert same(load(folder).params, params())
 
 
-@pytest.mark.parametrize("path", ["../other.safetensors", "/tmp/other.safetensors", "sub/other.safetensors", "a.bin", "..", ""])
+@pytest.mark.parametrize(
+    "path",
+    ["../other.safetensors", "/tmp/other.safetensors", "sub/other.safetensors", "a.bin", "..", ""],
+)
 def test_a_shard_outside_the_folder_is_refused(folder, path):
     save_file({"a": torch.zeros(1)}, folder.parent / "other.safetensors")
     split(folder, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
@@ -94,34 +103,46 @@ def test_a_shard_that_is_not_there_is_named(folder):
 
 def test_a_tensor_in_two_shards_is_refused(folder):
     split(folder, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
-    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64)}), "model-00001-of-00002.safetensors")
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64)}),
+        "model-00001-of-00002.safetensors",
+    )
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
         load(folder)
 
 
 def test_every_weight_has_the_dtype_that_was_asked_for(folder):
-    assert {leaf.dtype for leaf in leaves(load(folder, dtype=torch.float16).params).values()} == {torch.float16}
+    assert {leaf.dtype for leaf in leaves(load(folder, dtype=torch.float16).params).values()} == {
+        torch.float16
+    }
 
 
 @pytest.mark.parametrize("kept", ["embed_tokens", "down_proj", "q_proj", "norm"])
 @pytest.mark.parametrize("said", ["bfloat16", "torch.float32", "float64", None])
 def test_weights_of_several_dtypes_are_brought_to_one(folder, kept, said):
     narrow = lambda name, x: x.float() if kept in name else x.bfloat16()
-    rewrite(folder, lambda tensors: tensors.update({name: narrow(name, x) for name, x in tensors.items()}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({name: narrow(name, x) for name, x in tensors.items()}),
+    )
     settings(folder, dtype=said)
-    wanted = (
-        torch.bfloat16 if said == "bfloat16" else torch.float32
-    )  # what config.json says where some have it, else what holds all
+    # what config.json says where some have it, else what holds all
+    wanted = torch.bfloat16 if said == "bfloat16" else torch.float32
     loaded = load(folder).params
     assert {leaf.dtype for leaf in leaves(loaded).values()} == {wanted}
     assert same(loaded, load(folder, dtype=torch.float32).params) or wanted == torch.bfloat16
-    assert {leaf.dtype for leaf in leaves(load(folder, dtype=torch.float64).params).values()} == {torch.float64}
+    assert {leaf.dtype for leaf in leaves(load(folder, dtype=torch.float64).params).values()} == {
+        torch.float64
+    }
 
 
 def test_bfloat16_and_float16_are_held_by_float32(folder):
     rewrite(
         folder,
-        lambda tensors: tensors.update({name: x.half() if "q_proj" in name else x.bfloat16() for name, x in tensors.items()}),
+        lambda tensors: tensors.update(
+            {name: x.half() if "q_proj" in name else x.bfloat16() for name, x in tensors.items()}
+        ),
     )
     assert {leaf.dtype for leaf in leaves(load(folder).params).values()} == {torch.float32}
 
@@ -142,7 +163,12 @@ def test_tensors_that_say_nothing_new_are_left_out(folder):
 
 
 def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(folder):
-    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+        ),
+    )
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         load(folder)
 
@@ -165,7 +191,10 @@ def test_every_difference_is_told_in_one_error(folder):
 
 
 def test_weights_that_are_no_floats_are_refused_by_name(folder):
-    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}),
+    )
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* I8"):
         load(folder)
 
@@ -223,7 +252,9 @@ def test_a_file_cut_off_anywhere_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '"a"', "[" * 10**5, "\ud800", '{"vocab_size": ' + "9" * 5000 + "}"], ids=lambda t: t[:9]
+    "text",
+    ["", "{", "[]", "3", '"a"', "[" * 10**5, "\ud800", '{"vocab_size": ' + "9" * 5000 + "}"],
+    ids=lambda t: t[:9],
 )
 def test_a_config_that_is_no_object_is_refused(folder, text):
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -37,7 +37,10 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, dtype, tied):
     assert loaded.config == config
     assert same(loaded.params, tree)
     assert loaded.tokenizer.encode("hello") == tokenizer().encode("hello")
-    assert (loaded.tokenizer.stop, loaded.tokenizer.template) == (tokenizer().stop, tokenizer().template)
+    assert (loaded.tokenizer.stop, loaded.tokenizer.template) == (
+        tokenizer().stop,
+        tokenizer().template,
+    )
 
 
 def test_weights_of_several_dtypes_come_back_in_the_one_that_holds_all(tmp_path):
@@ -72,19 +75,28 @@ def test_large_models_are_spread_over_shards(tmp_path):
     for name, file in index["weight_map"].items():
         assert name in safe_open(tmp_path / "a" / file, "pt").keys()  # noqa: SIM118
     sizes = [path.stat().st_size for path in (tmp_path / "a").glob("*.safetensors")]
-    assert max(sizes) < 50_000 + 2_000 or max(sizes) < 300 * 64 * 4 + 2_000  # the embedding alone is larger than a shard
+    # the embedding alone is larger than a shard
+    assert max(sizes) < 50_000 + 2_000 or max(sizes) < 300 * 64 * 4 + 2_000
     assert same(load(tmp_path / "a").params, params())
     assert same_weights_of_transformers(tmp_path / "a")
 
 
 def same_weights_of_transformers(folder):
-    return torch.equal(AutoModelForCausalLM.from_pretrained(folder).state_dict()["model.norm.weight"], params().norm)
+    return torch.equal(
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()["model.norm.weight"],
+        params().norm,
+    )
 
 
 def test_weights_that_are_views_of_one_memory_are_saved(tmp_path):
     tree = params()
     k, v = torch.stack([tree.layers[0].k, tree.layers[0].v]).unbind()
-    tree = tree._replace(layers=(tree.layers[0]._replace(k=k, v=v, o=tree.layers[0].o.T.contiguous().T), tree.layers[1]))
+    tree = tree._replace(
+        layers=(
+            tree.layers[0]._replace(k=k, v=v, o=tree.layers[0].o.T.contiguous().T),
+            tree.layers[1],
+        )
+    )
     save(tmp_path / "a", CONFIG, tree)
     assert same(load(tmp_path / "a").params, params())
 
@@ -117,7 +129,10 @@ FAILURES = {
     "safetensors fails": ("save_file", RuntimeError("no")),
     "the user stops it": ("save_file", KeyboardInterrupt()),
     "the disk does not take it": ("_flush", OSError(5, "Input/output error")),
-    "safetensors finds the disk full": ("save_file", SafetensorError("I/O error: File too large (os error 27)")),
+    "safetensors finds the disk full": (
+        "save_file",
+        SafetensorError("I/O error: File too large (os error 27)"),
+    ),
 }
 
 
@@ -177,11 +192,16 @@ def test_params_that_are_not_those_of_the_config_are_refused(tmp_path):
         (
             CONFIG,
             TypeError,
-            "save: config, params should be a Config and its Params, got a Config and a Config. The order is folder,",
+            "save: config, params should be a Config and its Params, got a Config and a Config. "
+            "The order is folder,",
         ),
         (tree._replace(layers=tree.layers[:1]), ValueError, r"layers\.1\.attention_norm"),
         (tree._replace(head=tree.embedding), ValueError, "head"),
-        (tree._replace(norm=tree.norm.long()), TypeError, "norm should be of a dtype among .*, got torch.int64"),
+        (
+            tree._replace(norm=tree.norm.long()),
+            TypeError,
+            "norm should be of a dtype among .*, got torch.int64",
+        ),
         (tree._replace(norm=(tree.norm, tree.norm)), TypeError, "Dequantize"),
     ]
     for wrong, kind, told in cases:

@@ -13,22 +13,43 @@ from funcattn.checkpoints.tokenizer.tokenizer_json import LLAMA3, QWEN2
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 SPLITS = {
     "gpt2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-    "llama3": lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES]),
-    "qwen2": lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2), "isolated"), BYTES]),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama3": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES]
+    ),
+    "qwen2": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN2), "isolated"), BYTES]
+    ),
 }
 
 
 def made(split, normalizer=None, **flags):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "a"), ("a", "b"), ("Ġ", "Ġ"), ("b", "Ġ"), ("Ċ", "Ċ"), ("Ġ", "ab"), ("1", "2"), ("'", "s"), (".", "Ċ")]
+    merges = [
+        ("Ġ", "a"),
+        ("a", "b"),
+        ("Ġ", "Ġ"),
+        ("b", "Ġ"),
+        ("Ċ", "Ċ"),
+        ("Ġ", "ab"),
+        ("1", "2"),
+        ("'", "s"),
+        (".", "Ċ"),
+    ]
     backend = tokenizers.Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate([*letters, *map("".join, merges)])}, merges=merges)
+        models.BPE(
+            vocab={token: i for i, token in enumerate([*letters, *map("".join, merges)])},
+            merges=merges,
+        )
     )
     backend.pre_tokenizer, backend.decoder = split, decoders.ByteLevel()
     if normalizer is not None:
         backend.normalizer = normalizer
-    backend.add_special_tokens([AddedToken(token, special=True, **flags) for token in ("<s>", "</s>", "<t>x")])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, **flags) for token in ("<s>", "</s>", "<t>x")]
+    )
     ends = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
     backend.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", ends)
     return backend
@@ -64,7 +85,9 @@ pieces = [
 texts = st.lists(st.sampled_from(pieces), max_size=30).map("".join)
 
 
-@pytest.mark.parametrize("flags", [{}, {"lstrip": True}, {"single_word": True}, {"normalized": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"lstrip": True}, {"single_word": True}, {"normalized": True}], ids=str
+)
 @pytest.mark.parametrize("split", SPLITS)
 @given(text=texts, ends=st.booleans())
 def test_a_text_in_chunks_is_encoded_as_the_whole(split, flags, text, ends):
@@ -77,14 +100,18 @@ def test_a_text_in_chunks_is_encoded_as_the_whole(split, flags, text, ends):
             found = chunks.encode(backend, text, add_special_tokens=ends)
         assert found.ids == whole.ids
         inside = [i for i, added in enumerate(whole.special_tokens_mask) if not added]
-        assert [tuple(found.offsets[i].tolist()) for i in inside] == [whole.offsets[i] for i in inside]
+        assert [tuple(found.offsets[i].tolist()) for i in inside] == [
+            whole.offsets[i] for i in inside
+        ]
         assert found.mask == whole.special_tokens_mask
 
 
 OTHERS = {
     "no split": made(BYTES),
     "a space first": made(pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "another pattern": made(pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\w+ \w+"), "isolated"), BYTES])),
+    "another pattern": made(
+        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\w+ \w+"), "isolated"), BYTES])
+    ),
     "a normalizer": made(SPLITS["gpt2"](), normalizers.Prepend("x")),
     "tokens that take spaces in": made(SPLITS["gpt2"](), rstrip=True),
 }
@@ -97,7 +124,10 @@ def test_where_a_cut_would_be_seen_the_text_is_whole_or_refused(name, monkeypatc
     text = "ab ab a <t>x ab"
     assert chunks.encode(backend, text, add_special_tokens=True).ids == backend.encode(text).ids
     monkeypatch.setattr(chunks, "MAX_LETTERS", 14)
-    with pytest.raises(ValueError, match="text should be of at most 14 letters that this tokenizer cannot cut, got 15"):
+    with pytest.raises(
+        ValueError,
+        match="text should be of at most 14 letters that this tokenizer cannot cut, got 15",
+    ):
         Tokenizer(backend).encode(text)
 
 
@@ -124,8 +154,11 @@ def test_a_word_without_a_place_to_cut_is_bounded_too(monkeypatch):
     backend = made(SPLITS["gpt2"]())
     monkeypatch.setattr(chunks, "CHUNK", 3)
     monkeypatch.setattr(chunks, "MAX_LETTERS", 14)
-    assert chunks.encode(backend, "a" * 8 + " " + "b" * 8, add_special_tokens=False).ids  # two pieces
-    with pytest.raises(ValueError, match="at most 14 letters that this tokenizer cannot cut, got 40"):
+    # two pieces
+    assert chunks.encode(backend, "a" * 8 + " " + "b" * 8, add_special_tokens=False).ids
+    with pytest.raises(
+        ValueError, match="at most 14 letters that this tokenizer cannot cut, got 40"
+    ):
         chunks.encode(backend, "a" * 40, add_special_tokens=False)
 
 

@@ -1,4 +1,6 @@
-"""Each field of a file is read as the kind that it must be: any other is refused by a CheckpointError that names it."""
+"""Each field of a file is read as the kind that it must be: any other is refused by a
+CheckpointError that names it.
+"""
 
 import json
 
@@ -16,9 +18,24 @@ from funcattn.checkpoints.tokenizer.gguf_metadata import from_metadata
 from funcattn.families import read_metadata
 
 ODD = [True, False, 0, -1, 2.5, 2**40, "x", "", [], ["x"]]  # what a field of GGUF may hold
-ODD += [np.array([1], np.int32), np.array([0.5], np.float32), np.array([True]), np.array([], np.int64)]
-OTHERS = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.scores"]
-OTHERS += ["tokenizer.ggml.add_space_prefix", "llama.attention.value_length", "llama.rope.scaling.type", "llama.expert_count"]
+ODD += [
+    np.array([1], np.int32),
+    np.array([0.5], np.float32),
+    np.array([True]),
+    np.array([], np.int64),
+]
+OTHERS = [
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.unknown_token_id",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.scores",
+]
+OTHERS += [
+    "tokenizer.ggml.add_space_prefix",
+    "llama.attention.value_length",
+    "llama.rope.scaling.type",
+    "llama.expert_count",
+]
 OTHERS += ["llama.rope.scaling.factor", "llama.attention.causal"]
 
 
@@ -38,13 +55,25 @@ def read(fields):
 
 @pytest.mark.parametrize("field", [*metadata(), *OTHERS])
 def test_a_field_of_gguf_of_another_kind_is_refused_or_read(field):
-    plain = {"tokenizer.ggml.scores": np.ones(len(TOKENS), np.float32), "tokenizer.ggml.model": "llama"}
+    plain = {
+        "tokenizer.ggml.scores": np.ones(len(TOKENS), np.float32),
+        "tokenizer.ggml.model": "llama",
+    }
     kinds = (metadata(), {**metadata(), **plain})
-    told = [outcome(lambda value=value, fields=fields: read({**fields, field: value})) for value in ODD for fields in kinds]
+    told = [
+        outcome(lambda value=value, fields=fields: read({**fields, field: value}))
+        for value in ODD
+        for fields in kinds
+    ]
     assert any(field in one for one in told)
 
 
-BOOLS = ["general.alignment", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eom_token_id"]
+BOOLS = [
+    "general.alignment",
+    "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.eom_token_id",
+]
 BOOLS += ["llama.block_count", "llama.rope.freq_base", "split.count"]
 
 
@@ -55,7 +84,9 @@ def test_a_bool_is_no_number(field, tmp_path):
 
 
 @pytest.mark.parametrize("value", [1, 0, "true", np.array([1], bool)])
-@pytest.mark.parametrize("field", ["tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"])
+@pytest.mark.parametrize(
+    "field", ["tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"]
+)
 def test_a_number_is_no_bool(field, value):
     assert field in outcome(lambda: from_metadata({**metadata(), field: value}))
 
@@ -71,19 +102,29 @@ def test_a_number_is_no_bool(field, value):
     ],
 )
 def test_numbers_of_another_kind_are_none(field, value):
-    fields = {**metadata(), "tokenizer.ggml.scores": np.ones(len(TOKENS), np.float32), "tokenizer.ggml.model": "llama"}
+    fields = {
+        **metadata(),
+        "tokenizer.ggml.scores": np.ones(len(TOKENS), np.float32),
+        "tokenizer.ggml.model": "llama",
+    }
     assert field in outcome(lambda: from_metadata({**fields, f"tokenizer.ggml.{field}": value}))
 
 
 def test_an_alignment_of_an_array_is_named():
-    assert "general.alignment" in outcome(lambda: read_header(file([field("general.alignment", 9, "IQI", 4, 1, 32)]), "x.gguf"))
+    assert "general.alignment" in outcome(
+        lambda: read_header(file([field("general.alignment", 9, "IQI", 4, 1, 32)]), "x.gguf")
+    )
 
 
-@pytest.mark.parametrize("name", ["a:b", "<bos:1>", "$A:x", "$A", "$B", "$0", "::", "a:", ":1", "$:1"])
+@pytest.mark.parametrize(
+    "name", ["a:b", "<bos:1>", "$A:x", "$A", "$B", "$0", "::", "a:", ":1", "$:1"]
+)
 def test_a_token_that_begins_a_text_may_have_any_name(name):
     tokens = [*TOKENS]
     tokens[2] = name
-    ours = from_metadata({**metadata(), "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.add_bos_token": True})
+    ours = from_metadata(
+        {**metadata(), "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.add_bos_token": True}
+    )
     plain = from_metadata({**metadata(), "tokenizer.ggml.add_bos_token": False})
     assert ours.encode("hello") == [2, *plain.encode("hello")]
 
@@ -121,10 +162,19 @@ FIELDS = {
         "rope_parameters",
     ],
     "generation_config.json": ["eos_token_id"],
-    "tokenizer_config.json": ["chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "added_tokens_decoder"],
+    "tokenizer_config.json": [
+        "chat_template",
+        "bos_token",
+        "eos_token",
+        "pad_token",
+        "unk_token",
+        "added_tokens_decoder",
+    ],
 }
 NAMED = ["x", ["x"], {"a": 1}, None, 3, True]
-TEMPLATES = [[{"name": name, "template": "y"}] for name in NAMED] + [[{"name": "default", "template": text}] for text in NAMED]
+TEMPLATES = [[{"name": name, "template": "y"}] for name in NAMED] + [
+    [{"name": "default", "template": text}] for text in NAMED
+]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +183,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.getbasetemp() / "odd0" / "m"
 
 
-@pytest.mark.parametrize(("file", "field"), [(file, field) for file in FIELDS for field in FIELDS[file]])
+@pytest.mark.parametrize(
+    ("file", "field"), [(file, field) for file in FIELDS for field in FIELDS[file]]
+)
 def test_a_field_of_a_folder_of_another_kind_is_named(folder, file, field):
     good = (folder / file).read_text()
     try:
@@ -149,7 +201,9 @@ def test_a_field_of_a_folder_of_another_kind_is_named(folder, file, field):
 def test_a_token_that_is_no_text_is_named(folder, value):
     good = (folder / "tokenizer_config.json").read_text()
     try:
-        (folder / "tokenizer_config.json").write_text(json.dumps({**json.loads(good), "bos_token": value}))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({**json.loads(good), "bos_token": value})
+        )
         assert value == {} or "bos_token" in outcome(lambda: fa.load(folder))
     finally:
         (folder / "tokenizer_config.json").write_text(good)
@@ -159,19 +213,35 @@ def test_a_token_that_is_no_text_is_named(folder, value):
 
 MODEL = fa.decoder(fa.Config(layers=1))
 DOORS = {
-    "generate": lambda options: fa.generate(fa.key(0), MODEL, PARAMS, PROMPT, **{"steps": 2, **options}),
-    "stream": lambda options: list(fa.stream(fa.key(0), MODEL, PARAMS, PROMPT, **{"steps": 2, **options})),
-    "beam_search": lambda options: fa.beam_search(MODEL, PARAMS, PROMPT, **{"steps": 2, "beams": 2, **options}),
-    "best_of": lambda options: fa.best_of(
-        fa.key(0), MODEL, PARAMS, PROMPT, **{"steps": 2, "n": 2, "sampler": fa.sampling.greedy, **options}
+    "generate": lambda options: fa.generate(
+        fa.key(0), MODEL, PARAMS, PROMPT, **{"steps": 2, **options}
     ),
-    "speculate": lambda options: fa.speculate(fa.key(0), MODEL, PARAMS, DRAFTER, PROMPT, **{"steps": 2, **options}),
+    "stream": lambda options: list(
+        fa.stream(fa.key(0), MODEL, PARAMS, PROMPT, **{"steps": 2, **options})
+    ),
+    "beam_search": lambda options: fa.beam_search(
+        MODEL, PARAMS, PROMPT, **{"steps": 2, "beams": 2, **options}
+    ),
+    "best_of": lambda options: fa.best_of(
+        fa.key(0),
+        MODEL,
+        PARAMS,
+        PROMPT,
+        **{"steps": 2, "n": 2, "sampler": fa.sampling.greedy, **options},
+    ),
+    "speculate": lambda options: fa.speculate(
+        fa.key(0), MODEL, PARAMS, DRAFTER, PROMPT, **{"steps": 2, **options}
+    ),
     "speculation.stream": lambda options: list(
         speculation.stream(fa.key(0), MODEL, PARAMS, DRAFTER, PROMPT, **{"steps": 2, **options})
     ),
     "serving.step": lambda options: serving.step(MODEL, PARAMS, SLOTS, **options),
 }
-PARAMS, PROMPT, DRAFTER = MODEL.init(fa.key(0)), torch.tensor([1, 2]), fa.drafters.prompt_lookup(length=2)
+PARAMS, PROMPT, DRAFTER = (
+    MODEL.init(fa.key(0)),
+    torch.tensor([1, 2]),
+    fa.drafters.prompt_lookup(length=2),
+)
 SLOTS = serving.idle(MODEL, PARAMS, MODEL.cache(8), 2)
 
 
@@ -182,7 +252,9 @@ def test_a_stop_that_is_no_id_is_refused(door, stop):
         DOORS[door]({"stop": stop})
 
 
-@pytest.mark.parametrize("option", [{"steps": True}, {"steps": 1.0}, {"chunk": True}, {"chunk": "a"}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"steps": True}, {"steps": 1.0}, {"chunk": True}, {"chunk": "a"}], ids=str
+)
 @pytest.mark.parametrize("door", ["generate", "stream", "speculate"])
 def test_a_number_that_is_none_is_refused(door, option):
     with pytest.raises((TypeError, ValueError), match=next(iter(option))):

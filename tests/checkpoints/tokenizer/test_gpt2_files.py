@@ -11,8 +11,20 @@ from funcattn.checkpoints import CheckpointError
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = ["Ġ a", "a b", "Ġ Ġ", "Ġa b", "# #", "' s", "1 2"]
-VOCABULARY = {token: i for i, token in enumerate([*LETTERS, *(line.replace(" ", "") for line in MERGES), "<|endoftext|>"])}
-SETTINGS = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": len(VOCABULARY)}
+VOCABULARY = {
+    token: i
+    for i, token in enumerate(
+        [*LETTERS, *(line.replace(" ", "") for line in MERGES), "<|endoftext|>"]
+    )
+}
+SETTINGS = {
+    "model_type": "gpt2",
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 32,
+    "vocab_size": len(VOCABULARY),
+}
 TEXTS = ["ab a  ab's 12 é黑\n\n<|endoftext|>##", "", " a", "ab<|endoftext|><|x|>"]
 
 
@@ -27,10 +39,15 @@ def folder(tmp_path):
 
 CASES = {
     "alone": {},
-    "a class": {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024}},
+    "a class": {
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024}
+    },
     "a space first": {"tokenizer_config.json": {"add_prefix_space": True}},
     "a map": {"special_tokens_map.json": {"eos_token": "<|x|>", "unk_token": "<|endoftext|>"}},
-    "tokens added": {"added_tokens.json": {"<|x|>": len(VOCABULARY)}, "tokenizer_config.json": {"pad_token": "<|x|>"}},
+    "tokens added": {
+        "added_tokens.json": {"<|x|>": len(VOCABULARY)},
+        "tokenizer_config.json": {"pad_token": "<|x|>"},
+    },
 }
 
 
@@ -42,7 +59,9 @@ def test_ids_and_texts_are_those_of_transformers(folder, case):
     for text in TEXTS:
         ids = found.encode(text, special=True)
         assert ids == peer(text, add_special_tokens=False)["input_ids"]
-        assert found.decode(ids, skip_special=False) == peer.decode(ids, clean_up_tokenization_spaces=False)
+        assert found.decode(ids, skip_special=False) == peer.decode(
+            ids, clean_up_tokenization_spaces=False
+        )
     assert found.roles["eos_token"] == peer.eos_token
     assert found.stop == (peer.eos_token_id,)
     assert set(found.special_tokens) == set(peer.all_special_ids)
@@ -57,11 +76,15 @@ def test_plain_text_spells_no_special_token(folder):
 
 def test_merges_of_lines_that_end_as_in_windows_are_the_same(folder):
     ids = fa.load(folder).tokenizer.encode(TEXTS[0])
-    (folder / "merges.txt").write_bytes((folder / "merges.txt").read_bytes().replace(b"\n", b"\r\n"))
+    (folder / "merges.txt").write_bytes(
+        (folder / "merges.txt").read_bytes().replace(b"\n", b"\r\n")
+    )
     assert fa.load(folder).tokenizer.encode(TEXTS[0]) == ids
 
 
-@pytest.mark.parametrize("settings", [{"tokenizer_class": "Qwen2Tokenizer"}, {"add_bos_token": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"tokenizer_class": "Qwen2Tokenizer"}, {"add_bos_token": True}], ids=str
+)
 def test_another_tokenizer_of_such_files_is_told_of(folder, settings):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.warns(UserWarning, match=r"should be tokenizer\.json, got vocab\.json"):
@@ -70,7 +93,12 @@ def test_another_tokenizer_of_such_files_is_told_of(folder, settings):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("merges.txt", "#version: 0.2\na zz\n"), ("merges.txt", "abc\n"), ("vocab.json", "[]"), ("vocab.json", '{"a": -1}')],
+    [
+        ("merges.txt", "#version: 0.2\na zz\n"),
+        ("merges.txt", "abc\n"),
+        ("vocab.json", "[]"),
+        ("vocab.json", '{"a": -1}'),
+    ],
 )
 def test_damaged_files_are_refused(folder, name, text):
     (folder / name).write_text(text)

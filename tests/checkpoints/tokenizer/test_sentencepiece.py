@@ -1,4 +1,6 @@
-"""SentencePiece's tokenizer against its own rule, written out: join the neighbours with the highest score, the left one first."""
+"""SentencePiece's tokenizer against its own rule, written out: join the neighbours with the highest
+score, the left one first.
+"""
 
 import dataclasses
 import itertools
@@ -43,10 +45,18 @@ SCORES = [0.0] * (4 + 256) + [-float(number) for number in range(len(WORDS))]
 
 def by_the_rule(text, leading_space=True):
     """Ids by SentencePiece's rule, one join at a time."""
-    ids = {token: number for number, (token, kind) in enumerate(zip(TOKENS, KINDS, strict=True)) if kind == 1}
+    ids = {
+        token: number
+        for number, (token, kind) in enumerate(zip(TOKENS, KINDS, strict=True))
+        if kind == 1
+    }
     parts = list(((" " if leading_space and text else "") + text).replace(" ", SPACE))
     while True:
-        joins = [(SCORES[ids[a + b]], -at) for at, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]
+        joins = [
+            (SCORES[ids[a + b]], -at)
+            for at, (a, b) in enumerate(itertools.pairwise(parts))
+            if a + b in ids
+        ]
         if not joins:
             break
         at = -max(joins)[1]
@@ -57,7 +67,10 @@ def by_the_rule(text, leading_space=True):
     return out
 
 
-texts = st.lists(st.sampled_from([*"helotw12, zü☃", "hello", "low", "121", " the", "hellot", "ethe"]), max_size=12).map("".join)
+texts = st.lists(
+    st.sampled_from([*"helotw12, zü☃", "hello", "low", "121", " the", "hellot", "ethe"]),
+    max_size=12,
+).map("".join)
 
 
 @given(texts, st.booleans())
@@ -92,7 +105,8 @@ def of_file(**more):
 
 def test_a_file_of_sentencepiece_is_a_tokenizer():
     tokenizer = from_metadata(of_file())
-    assert tokenizer.encode("hello the 12") == [1, *by_the_rule("hello the 12")]  # behind <s>, as llama.cpp does it
+    # behind <s>, as llama.cpp does it
+    assert tokenizer.encode("hello the 12") == [1, *by_the_rule("hello the 12")]
     assert tokenizer.decode(tokenizer.encode("hello the ☃")) == "hello the ☃"
     assert tokenizer.encode("<s>hello</s>", special=True)[-1] == 2
     assert 2 not in tokenizer.encode("hello</s>")  # what a document says is data
@@ -108,7 +122,11 @@ def test_what_the_file_says_of_beginnings_is_kept():
 
 def test_tokens_of_users_are_found_first():
     tokenizer = from_metadata(of_file(add_bos_token=False, add_space_prefix=False))
-    assert tokenizer.encode(f"the{TURN}the") == [*by_the_rule("the", False), 3, *by_the_rule("the", False)]
+    assert tokenizer.encode(f"the{TURN}the") == [
+        *by_the_rule("the", False),
+        3,
+        *by_the_rule("the", False),
+    ]
     spaced = [*TOKENS[:3], SPACE * 2, *TOKENS[4:]]  # Gemma's runs of spaces are tokens of their own
     spaces = from_metadata(of_file(tokens=spaced, add_bos_token=False, add_space_prefix=False))
     assert spaces.encode("the  12") == [*by_the_rule("the", False), 3, *by_the_rule("12", False)]
@@ -150,7 +168,9 @@ def test_a_file_that_is_not_whole_is_refused(change, named):
 @given(st.lists(st.text("ab ", min_size=1, max_size=7), unique=True, max_size=40))
 def test_the_pairs_are_all_cuts_whose_halves_are_pieces(tokens):
     cuts = [(token[:at], token[at:]) for token in tokens for at in range(1, len(token))]
-    assert ranked_pairs(tokens, [0.0] * len(tokens), [1] * len(tokens)) == [cut for cut in cuts if set(cut) <= set(tokens)]
+    assert ranked_pairs(tokens, [0.0] * len(tokens), [1] * len(tokens)) == [
+        cut for cut in cuts if set(cut) <= set(tokens)
+    ]
 
 
 def test_a_long_piece_takes_no_time():

@@ -1,4 +1,6 @@
-"""Chat templates: those that models come with render as in transformers; hostile ones reach nothing, end, and end nothing."""
+"""Chat templates: those that models come with render as in transformers; hostile ones reach
+nothing, end, and end nothing.
+"""
 
 import os
 import subprocess
@@ -22,9 +24,18 @@ def render(template, messages=MESSAGES, names=(), **more):
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_renders_as_in_transformers(name, add_generation_prompt):
-    names = {"messages": MESSAGES, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None, **ROLES}
+    names = {
+        "messages": MESSAGES,
+        "add_generation_prompt": add_generation_prompt,
+        "tools": None,
+        "documents": None,
+        **ROLES,
+    }
     theirs = _compile_jinja_template(TEMPLATES[name]).render(**names)
-    assert render(TEMPLATES[name], MESSAGES, ROLES, add_generation_prompt=add_generation_prompt) == theirs
+    assert (
+        render(TEMPLATES[name], MESSAGES, ROLES, add_generation_prompt=add_generation_prompt)
+        == theirs
+    )
     assert theirs.strip()
 
 
@@ -35,7 +46,10 @@ def test_a_template_knows_the_date():
 def test_a_long_conversation_stays_within_the_bounds():
     long = MESSAGES[1:3] * 1000
     for name in ("chatml", "llama 3"):
-        assert render(TEMPLATES[name], long, ROLES, add_generation_prompt=True).count("What is 2 + 2?") == 1000
+        assert (
+            render(TEMPLATES[name], long, ROLES, add_generation_prompt=True).count("What is 2 + 2?")
+            == 1000
+        )
 
 
 def test_what_a_template_complains_of_is_in_the_error():
@@ -75,7 +89,8 @@ LARGE = [
     "{{ ('x' * 1000000) | replace('x', 'x' * 1000000) }}",
     "{{ (['x' * 1000000] * 100000) | join }}",
     "{% for i in range(99999) %}{{ '" + "x" * 999 + "' }}{% endfor %}",
-    "{% set ns = namespace(s='xx') %}{% for i in range(100) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='xx') %}{% for i in range(100) %}{% set ns.s = ns.s ~ ns.s %}{% "
+    "endfor %}",
     "{{ 'a'.encode().ljust(900 * 10**6) | length }}",
     "{{ (1).to_bytes(900 * 10**6, 'big') | length }}",
     "{{ ('%900000000d'.encode() % 1) | length }}",
@@ -92,20 +107,27 @@ LARGE = [
 SLOW = [
     "{{ (('a\n' * 9000) | indent(100000)) | length }}",
     "{{ messages | slice(10 ** 10) | list }}",
-    "{% set ns = namespace(d={}) %}{% for i in range(99999) %}{% set ns.d = dict(ns.d, **{'a' ~ i: i}) %}{% endfor %}",
-    "{% set ns = namespace(s=['x']) %}{% for i in range(100) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}",
+    "{% set ns = namespace(d={}) %}{% for i in range(99999) %}{% set ns.d = dict(ns.d, **{'a' ~ i: "
+    "i}) %}{% endfor %}",
+    "{% set ns = namespace(s=['x']) %}{% for i in range(100) %}{% set ns.s = [ns.s, ns.s] %}{% "
+    "endfor %}{{ ns.s }}",
     "{{ ([[1] * 100000] * 1000) | tojson }}",
     "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{{ 10 ** (10 ** 10) }}",
-    "{% set s = 'a' * 4000000 %}{% for i in range(100000) %}{% if s.count('ab') %}{% endif %}{% endfor %}",
+    "{% set s = 'a' * 4000000 %}{% for i in range(100000) %}{% if s.count('ab') %}{% endif %}{% "
+    "endfor %}",
 ]
 LAZY = ("batch(1)", "slice(1)", "map('string')", "unique")
 DEEP = [
     "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    *("{% set ns = namespace(a=[1]) %}" + NESTED.replace("STEP", f"ns.a | {step}") for step in LAZY),
-    "{% set ns = namespace(a=[1]) %}{% for i in range(60000) %}{% set ns.a = [ns.a] %}{% endfor %}{{ ns.a == ns.a[:] }}{{ ns.a }}",
+    *(
+        "{% set ns = namespace(a=[1]) %}" + NESTED.replace("STEP", f"ns.a | {step}")
+        for step in LAZY
+    ),
+    "{% set ns = namespace(a=[1]) %}{% for i in range(60000) %}{% set ns.a = [ns.a] %}{% endfor "
+    "%}{{ ns.a == ns.a[:] }}{{ ns.a }}",
 ]
 BROKEN = [
     "{% if %}",
@@ -119,7 +141,10 @@ BROKEN = [
 
 @pytest.mark.parametrize("template", REACHING)
 def test_a_template_that_reaches_out_is_refused(template):
-    with pytest.raises(CheckpointError, match=r"chat: the chat template .* (unsafe|undefined|no loader|no attribute|no filter)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"chat: the chat template .* (unsafe|undefined|no loader|no attribute|no filter)",
+    ):
         render(template)
 
 
@@ -139,14 +164,21 @@ def test_a_template_that_takes_too_much_is_refused_and_ends_nothing(template):
 @pytest.mark.slow
 @pytest.mark.parametrize("template", SLOW, ids=lambda template: template[:40])
 def test_a_template_without_end_is_ended(template):
-    with pytest.raises(CheckpointError, match=r"two seconds of computing|none after 4 seconds|MiB of memory"):
+    with pytest.raises(
+        CheckpointError, match=r"two seconds of computing|none after 4 seconds|MiB of memory"
+    ):
         render(template)
 
 
 def test_what_is_given_to_a_template_may_be_as_large_as_it_is():
-    """The bound is on what a rendering adds: 60 MB are more than the process holds, and less than it may take."""
+    """The bound is on what a rendering adds: 60 MB are more than the process holds, and less than
+    it may take.
+    """
     long = [{"role": "user", "content": "x" * 4 * 10**6}]
-    assert len(render("{{ messages[0].content }}{{ messages[0].content | length }}", long)) == 4 * 10**6 + 7
+    assert (
+        len(render("{{ messages[0].content }}{{ messages[0].content | length }}", long))
+        == 4 * 10**6 + 7
+    )
     assert render("{{ ('x' * 60 * 10**6) | length }}") == "60000000"
     with pytest.raises(CheckpointError, match="MiB of memory"):
         render("{{ ('x' * 250 * 10**6) | length }}")
@@ -160,16 +192,20 @@ def test_what_is_given_to_a_template_may_be_as_large_as_it_is():
         "{{ '-'.join(['a', 'b', 'a'] | unique) }}",
         "{% set g = messages | map(attribute='role') %}{{ ','.join(g) }}",
         "{{ '-'.join(messages | batch(1) | map('first') | map(attribute='role')) }}",
-        "{{ '%s' % (messages | rejectattr('role', 'equalto', 'user') | map(attribute='role') | join('+')) }}",
+        "{{ '%s' % (messages | rejectattr('role', 'equalto', 'user') | map(attribute='role') | "
+        "join('+')) }}",
         "{% set g = messages | map(attribute='role') %}{{ dict.fromkeys(g, 1) }}{{ g | list }}",
-        "{{ messages[1].content | e }}{{ ('<' | e) + '>' }}{{ messages | map('tojson') | first | safe }}",
+        "{{ messages[1].content | e }}{{ ('<' | e) + '>' }}{{ messages | map('tojson') | first | "
+        "safe }}",
     ],
 )
 def test_what_a_filter_yields_lazily_is_used_once(template):
     """As in jinja2's own sandbox; also where each character's writer is followed."""
     want = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     want.filters["tojson"] = _compile_jinja_template("").environment.filters["tojson"]
-    want = want.from_string(template.replace("dict.fromkeys", "{}.fromkeys")).render(messages=MESSAGES)
+    want = want.from_string(template.replace("dict.fromkeys", "{}.fromkeys")).render(
+        messages=MESSAGES
+    )
     assert want
     assert render(template) == want
     assert templates.render_with_origins(template, MESSAGES, {}, ["<|end|>"]).text == want
@@ -179,10 +215,19 @@ def test_values_reach_a_template_as_they_are():
     class Name(str):
         pass
 
-    value = {"z": None, "a": (True, 2, 2.5, -0.0, 2**70), "surrogate": "\ud800\ufdd0\0", Name("n"): [Name("x")], 3: {}}
+    value = {
+        "z": None,
+        "a": (True, 2, 2.5, -0.0, 2**70),
+        "surrogate": "\ud800\ufdd0\0",
+        Name("n"): [Name("x")],
+        3: {},
+    }
     want = str({**value, "a": list(value["a"])})
     assert render("{{ messages[0].v }}", [{"role": "user", "v": value}]) == want
-    assert render("{{ messages[0].v.surrogate }}", [{"role": "user", "v": value}]) == value["surrogate"]
+    assert (
+        render("{{ messages[0].v.surrogate }}", [{"role": "user", "v": value}])
+        == value["surrogate"]
+    )
 
 
 @pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, {"a": [iter([])]}, {(1, 2): 3}])
@@ -216,8 +261,14 @@ def test_one_process_renders_until_it_ends_and_then_another():
 
 def test_a_process_that_nobody_asks_leaves_and_another_takes_its_place(monkeypatch):
     templates._Worker.stop()
-    short = templates.PROGRAM.replace("import main", "import main; sandbox.worker.IDLE_SECONDS = 0.1")
-    monkeypatch.setattr(templates, "PROGRAM", f"import sys; sys.path += sys.argv[1:]; import sandbox.worker; {short}")
+    short = templates.PROGRAM.replace(
+        "import main", "import main; sandbox.worker.IDLE_SECONDS = 0.1"
+    )
+    monkeypatch.setattr(
+        templates,
+        "PROGRAM",
+        f"import sys; sys.path += sys.argv[1:]; import sandbox.worker; {short}",
+    )
     first = worker()
     assert first.wait(60) == 0
     assert worker().pid != first.pid
@@ -227,10 +278,14 @@ def test_a_process_that_nobody_asks_leaves_and_another_takes_its_place(monkeypat
 def test_threads_and_forks_render_side_by_side():
     worker()
     found = []
-    threads = [threading.Thread(target=lambda n=n: found.append(render("{{ n }}", n=n) == str(n))) for n in range(8)]
+    threads = [
+        threading.Thread(target=lambda n=n: found.append(render("{{ n }}", n=n) == str(n)))
+        for n in range(8)
+    ]
     [thread.start() for thread in threads]
     read, write = os.pipe()
-    with warnings.catch_warnings():  # of Python 3.12 and newer: threads are not in the fork, which is the question here
+    # of Python 3.12 and newer: threads are not in the fork, which is the question here
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         child = os.fork()
     if not child:
@@ -253,17 +308,23 @@ def test_an_interrupt_between_question_and_answer_leaves_no_answer_behind(monkey
     assert render("new") == "new"
 
 
-@pytest.mark.parametrize("change", [{"get_executable": lambda: None}, {"get_executable": lambda: "/no/such/python"}])
+@pytest.mark.parametrize(
+    "change", [{"get_executable": lambda: None}, {"get_executable": lambda: "/no/such/python"}]
+)
 def test_where_no_process_can_be_started_the_error_says_so(monkeypatch, change):
     templates._Worker.stop()
     for name, value in change.items():
         monkeypatch.setattr(f"multiprocessing.spawn.{name}", value)
-    with pytest.raises(CheckpointError, match=r"chat: .* should be .*\. Render the template elsewhere"):
+    with pytest.raises(
+        CheckpointError, match=r"chat: .* should be .*\. Render the template elsewhere"
+    ):
         render("")
 
 
 def test_the_process_needs_no_streams_or_variables_and_ends_with_this_one():
-    """Run with everything closed and Python's variables set against it; killed, it leaves nothing behind."""
+    """Run with everything closed and Python's variables set against it; killed, it leaves nothing
+    behind.
+    """
     script = """
 import os, sys
 os.close(0); os.close(2)
@@ -271,8 +332,18 @@ from funcattn.checkpoints.tokenizer import templates
 print(templates.render("{{ messages[0].role }}", [{"role": "user"}], {}), templates._Worker.process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
-    names = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "error", "PYTHONINSPECT": "1"}
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, **names})
+    names = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONHASHSEED": "0",
+        "PYTHONWARNINGS": "error",
+        "PYTHONINSPECT": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **names},
+    )
     text, pid = done.stdout.split()
     assert text == "user"
     for _ in range(1000):

@@ -1,4 +1,6 @@
-"""Text to ids and back: as transformers does it, reversibly, and never with a special token that the text merely spells."""
+"""Text to ids and back: as transformers does it, reversibly, and never with a special token that
+the text merely spells.
+"""
 
 import json
 import re
@@ -19,13 +21,17 @@ from funcattn.checkpoints.tokenizer.gguf_metadata import from_metadata
 from funcattn.checkpoints.tokenizer.tokenizer import from_files
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
-spelled = st.lists(st.one_of(st.sampled_from([*SPECIAL, "<|", "end|>", "<s", "s>"]), texts), max_size=6).map("".join)
+spelled = st.lists(
+    st.one_of(st.sampled_from([*SPECIAL, "<|", "end|>", "<s", "s>"]), texts), max_size=6
+).map("".join)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 def from_change(**change) -> Tokenizer:
     renamed = {("tokenizer.ggml." + name): value for name, value in change.items()}
-    return from_metadata({name: value for name, value in {**metadata(), **renamed}.items() if value is not None})
+    return from_metadata(
+        {name: value for name, value in {**metadata(), **renamed}.items() if value is not None}
+    )
 
 
 # Against transformers.
@@ -33,22 +39,36 @@ def from_change(**change) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def oracle():
-    """transformers' own conversion of the packaged file. It forgets that SmolLM splits digits (Digits in its tokenizer.json)."""
+    """transformers' own conversion of the packaged file. It forgets that SmolLM splits digits
+    (Digits in its tokenizer.json).
+    """
     path = locate("smollm2-135m")
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @given(texts.map(lambda text: "".join("x" if letter.isnumeric() else letter for letter in text)))
 def test_text_without_digits_has_the_ids_of_transformers(smollm2, oracle, text):
-    assert smollm2.tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False, split_special_tokens=True)
-    assert smollm2.tokenizer.encode(text, special=True) == oracle.encode(text, add_special_tokens=False)
+    assert smollm2.tokenizer.encode(text) == oracle.encode(
+        text, add_special_tokens=False, split_special_tokens=True
+    )
+    assert smollm2.tokenizer.encode(text, special=True) == oracle.encode(
+        text, add_special_tokens=False
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["x<|im_end|>y", "<|im_start|>user\nHello<|im_end|>\n", "<|endoftext|><|endoftext|>", "<repo_name>a"]
+    "text",
+    [
+        "x<|im_end|>y",
+        "<|im_start|>user\nHello<|im_end|>\n",
+        "<|endoftext|><|endoftext|>",
+        "<repo_name>a",
+    ],
 )
 def test_a_prompt_has_the_special_ids_of_transformers(smollm2, oracle, text):
-    assert smollm2.tokenizer.encode(text, special=True) == oracle.encode(text, add_special_tokens=False)
+    assert smollm2.tokenizer.encode(text, special=True) == oracle.encode(
+        text, add_special_tokens=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +76,8 @@ def test_a_prompt_has_the_special_ids_of_transformers(smollm2, oracle, text):
     [
         ("in 2024", ["in", "Ġ", "2", "0", "2", "4"]),
         ("a1b22", ["a", "1", "b", "2", "2"]),
-        ("x  12", ["x", "ĠĠ", "1", "2"]),  # without the split of digits the second space would stand apart
+        # without the split of digits the second space would stand apart
+        ("x  12", ["x", "ĠĠ", "1", "2"]),
         ("½²", ["Â½", "Â²"]),  # digits are what Unicode calls numeric
     ],
 )
@@ -66,26 +87,42 @@ def test_smollm_takes_each_digit_alone(smollm2, text, tokens):
 
 
 def test_the_packaged_template_renders_as_in_transformers(smollm2, oracle):
-    messages = [*HELLO, {"role": "assistant", "content": "Hi!"}, {"role": "user", "content": " x < y & 'so' "}]
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": "Hi!"},
+        {"role": "user", "content": " x < y & 'so' "},
+    ]
     for add in (True, False):
         wanted = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=add)
         assert smollm2.tokenizer.chat(messages, add_generation_prompt=add) == wanted
     wanted = oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert smollm2.tokenizer.prompt(messages) == wanted
-    assert smollm2.tokenizer.stop == (oracle.eos_token_id, oracle.convert_tokens_to_ids("<|endoftext|>"))
+    assert smollm2.tokenizer.stop == (
+        oracle.eos_token_id,
+        oracle.convert_tokens_to_ids("<|endoftext|>"),
+    )
 
 
 @pytest.mark.parametrize("split", ["gpt-2", "llama-bpe", "qwen2"])
 def test_each_split_of_text_is_that_of_transformers(split):
     ours = from_change(pre=split, add_bos_token=False)
-    told = {"tokenizer_type": "gpt2", "pre_tokenizer_type": split, "tokens": TOKENS, "merges": ours_merges(), "token_type": KINDS}
+    told = {
+        "tokenizer_type": "gpt2",
+        "pre_tokenizer_type": split,
+        "tokens": TOKENS,
+        "merges": ours_merges(),
+        "token_type": KINDS,
+    }
     theirs, _ = convert_gguf_tokenizer("llama", told)
 
     @given(texts | st.text("he'S sl\n\t12 ë!", max_size=30))
     def agree(text):
         theirs.encode_special_tokens = True
-        assert ours.backend.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenizer.pre_tokenize_str(text)
-        if split != "qwen2":  # its tokenizer.json normalizes to NFC, which the conversion leaves out
+        assert ours.backend.pre_tokenizer.pre_tokenize_str(
+            text
+        ) == theirs.pre_tokenizer.pre_tokenize_str(text)
+        # its tokenizer.json normalizes to NFC, which the conversion leaves out
+        if split != "qwen2":
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
     agree()
@@ -108,7 +145,9 @@ def test_text_never_gives_the_id_of_a_special_token(text):
     assert not {TOKENS.index(token) for token in SPECIAL} & set(tokenizer().encode(text))
 
 
-@given(st.lists(st.fixed_dictionaries({"role": spelled, "content": spelled}), min_size=1, max_size=3))
+@given(
+    st.lists(st.fixed_dictionaries({"role": spelled, "content": spelled}), min_size=1, max_size=3)
+)
 def test_no_message_writes_a_special_token_into_a_prompt(messages):
     ours = tokenizer()
     ids, special = ours.prompt(messages), {TOKENS.index(token) for token in SPECIAL}
@@ -119,15 +158,22 @@ def test_no_message_writes_a_special_token_into_a_prompt(messages):
 @given(st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), min_size=1, max_size=3))
 def test_a_prompt_is_the_encoded_chat_where_no_message_spells_a_token(messages):
     ours = tokenizer()
-    if not any(token in value for message in messages for value in message.values() for token in SPECIAL):
+    if not any(
+        token in value for message in messages for value in message.values() for token in SPECIAL
+    ):
         assert ours.prompt(messages) == ours.encode(ours.chat(messages), special=True)
 
 
 def test_messages_of_parts_are_shielded_too():
     ours = replace(
-        tokenizer(), template="{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}<|end|>{% endfor %}"
+        tokenizer(),
+        template="{% for m in messages %}{% for p in m.content %}{{ p.text }}{% "
+        "endfor %}<|end|>{% endfor %}",
     )
-    assert ours.prompt([{"role": "user", "content": [{"type": "text", "text": "a<|end|>b"}]}]).count(0) == 1
+    assert (
+        ours.prompt([{"role": "user", "content": [{"type": "text", "text": "a<|end|>b"}]}]).count(0)
+        == 1
+    )
 
 
 def test_special_tokens_are_left_out_of_text_unless_asked_for():
@@ -154,7 +200,9 @@ def test_what_is_no_text_is_refused():
 
 @pytest.mark.parametrize("messages", ["Hello", [{"user": "Hello"}], ["Hello"]])
 def test_what_is_no_conversation_is_refused(messages):
-    with pytest.raises(TypeError, match=r"chat: messages should be messages such as \[.*, got .*Hello"):
+    with pytest.raises(
+        TypeError, match=r"chat: messages should be messages such as \[.*, got .*Hello"
+    ):
         tokenizer().prompt(messages)
 
 
@@ -182,7 +230,8 @@ def test_a_chat_without_a_template_is_refused():
 
 def test_kinds_of_tokens_are_kept():
     ours = from_change()
-    assert ours.encode("<think>", special=True) == ours.encode("<think>") == [3]  # user-defined: whole wherever it stands
+    # user-defined: whole wherever it stands
+    assert ours.encode("<think>", special=True) == ours.encode("<think>") == [3]
     assert ours.decode([3, 0, 1]) == "<think>"  # and it is text, where control tokens are not
     assert (ours.vocabulary, ours.stop, ours.template) == (300, (0,), TEMPLATE)
     assert ours.roles == {"bos_token": "<s>", "eos_token": "<|end|>"}
@@ -248,7 +297,9 @@ def test_a_saved_tokenizer_is_read_by_transformers(tmp_path):
     ours.save(tmp_path / "new")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "new")
     assert theirs.encode("hello the 12") == ours.encode("hello the 12")
-    assert theirs.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True) == ours.chat(HELLO)
+    assert theirs.apply_chat_template(
+        HELLO, tokenize=False, add_generation_prompt=True
+    ) == ours.chat(HELLO)
     assert (theirs.eos_token, theirs.bos_token) == ("<|end|>", "<s>")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "generation_config.json",
@@ -259,7 +310,12 @@ def test_a_saved_tokenizer_is_read_by_transformers(tmp_path):
 
 def test_padding_and_truncation_of_a_file_are_not_obeyed():
     values = json.loads(tokenizer().backend.to_str())
-    values["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    values["truncation"] = {
+        "direction": "Right",
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     values["padding"] = {
         "strategy": {"Fixed": 10**6},
         "direction": "Right",
@@ -276,7 +332,9 @@ def test_merges_are_not_dropped_at_random():
     values = json.loads(tokenizer().backend.to_str())
     values["model"]["dropout"] = 0.9
     back = from_files(json.dumps(values), {}, {}, ())
-    assert {tuple(back.encode("hello the hello")) for _ in range(20)} == {tuple(tokenizer().encode("hello the hello"))}
+    assert {tuple(back.encode("hello the hello")) for _ in range(20)} == {
+        tuple(tokenizer().encode("hello the hello"))
+    }
 
 
 def test_a_panic_of_the_tokenizers_library_is_an_error_like_any_other(capfd):
@@ -288,7 +346,9 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_like_any_other(capfd):
 
 
 def test_the_end_is_the_eos_token_where_no_file_gives_ids():
-    assert from_files(tokenizer().files()["tokenizer.json"], {"eos_token": {"content": "<|turn|>"}}, {}, ()).stop == (1,)
+    assert from_files(
+        tokenizer().files()["tokenizer.json"], {"eos_token": {"content": "<|turn|>"}}, {}, ()
+    ).stop == (1,)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +363,10 @@ def test_the_end_is_the_eos_token_where_no_file_gives_ids():
 def test_a_template_is_found_in_any_spelling(written, template):
     assert again(tokenizer(), chat_template=written).template == template
     text = tokenizer().files()["tokenizer.json"]
-    assert from_files(text, {"chat_template": written}, {"default": "of a file"}, ()).template == "of a file"
+    assert (
+        from_files(text, {"chat_template": written}, {"default": "of a file"}, ()).template
+        == "of a file"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": {"type": "Magic"}}', "\x00"])

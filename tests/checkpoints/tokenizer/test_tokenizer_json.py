@@ -1,4 +1,6 @@
-"""A tokenizer.json that would fill the memory or take for ever is refused before a library that aborts reads it."""
+"""A tokenizer.json that would fill the memory or take for ever is refused before a library that
+aborts reads it.
+"""
 
 import base64
 import json
@@ -15,11 +17,18 @@ from transformers import BertTokenizerFast, GPT2TokenizerFast
 from funcattn.checkpoints import CheckpointError, Tokenizer
 from funcattn.checkpoints.tokenizer import tokenizer_json
 from funcattn.checkpoints.tokenizer.tokenizer import from_files
-from funcattn.checkpoints.tokenizer.tokenizer_json import LLAMA3, LONGEST, MOST_ADDED, MOST_IDS, check
+from funcattn.checkpoints.tokenizer.tokenizer_json import (
+    LLAMA3,
+    LONGEST,
+    MOST_ADDED,
+    MOST_IDS,
+    check,
+)
 
 LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
 SOUND = json.loads(tokenizers.Tokenizer(models.BPE(vocab=LETTERS, merges=[])).to_str())
-CHARSMAP = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + b"\0").decode()  # one that maps nothing
+# one that maps nothing
+CHARSMAP = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + b"\0").decode()
 
 
 def made(**changes):
@@ -46,8 +55,18 @@ def sequence(part, *inner):
 
 def template(single, ids=(1,)):
     token = {"id": "<s>", "ids": list(ids), "tokens": ["b"] * len(ids)}
-    pieces = [{"Sequence": {"id": p, "type_id": 0}} if p in "AB" else {"SpecialToken": {"id": p, "type_id": 0}} for p in single]
-    return {"type": "TemplateProcessing", "single": pieces, "pair": pieces[:1], "special_tokens": {"<s>": token}}
+    pieces = [
+        {"Sequence": {"id": p, "type_id": 0}}
+        if p in "AB"
+        else {"SpecialToken": {"id": p, "type_id": 0}}
+        for p in single
+    ]
+    return {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": pieces[:1],
+        "special_tokens": {"<s>": token},
+    }
 
 
 def split(pattern):
@@ -59,7 +78,12 @@ def added(number, content=None, **changes):
     return {"id": number, "content": content or f"<{number}>", **flags, "special": True, **changes}
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
 
 BOMBS = {
     "an id beyond all others": {"model__vocab": {**LETTERS, "!": 2**31 - 1}},
@@ -125,7 +149,9 @@ def test_a_tokenizer_json_is_refused_that_has(case):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"model":' * 10**5, "[" * 10**5, '{"model": {"vocab": {}}, "model": {}}'], ids=lambda text: text[:9]
+    "text",
+    ['{"model":' * 10**5, "[" * 10**5, '{"model": {"vocab": {}}, "model": {}}'],
+    ids=lambda text: text[:9],
 )
 def test_a_tokenizer_json_is_refused_that_is_read_in_two_ways(text):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
@@ -150,7 +176,9 @@ for text in {[made(**BOMBS[case]) for case in FATAL]}:
         print("refused")
 """
     environment = {**os.environ, "RUST_BACKTRACE": "0"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
     assert (done.returncode, done.stdout) == (0, "refused\n" * 4), done.stderr[-500:]
 
 
@@ -177,7 +205,9 @@ SLOW = {
 @pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
 def test_a_pattern_that_takes_for_ever_is_refused(case, part, capfd):
     pattern, text = SLOW[case]
-    tokenizer = load(**{part: split(pattern) if part == "pre_tokenizer" else replace("b", pattern, "Regex")})
+    tokenizer = load(
+        **{part: split(pattern) if part == "pre_tokenizer" else replace("b", pattern, "Regex")}
+    )
     begun = time.thread_time()
     with pytest.raises(CheckpointError):
         tokenizer.encode(text)
@@ -206,17 +236,31 @@ def test_a_word_of_text_costs_no_look_at_it():
 
 def llama2():
     ids = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\u2581a": 5}
-    backend = tokenizers.Tokenizer(models.BPE(ids, [("\u2581", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend = tokenizers.Tokenizer(
+        models.BPE(ids, [("\u2581", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    steps = [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(steps)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)]
+    )
     return backend
 
 
 def llama3():
     backend = tokenizers.Tokenizer(models.BPE(LETTERS, [], ignore_merges=True))
-    steps = [pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    steps = [
+        pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"),
+        pre_tokenizers.ByteLevel(False, use_regex=False),
+    ]
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     one = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 26)])
     backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), one])
@@ -225,9 +269,19 @@ def llama3():
 
 
 def t5():
-    backend = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("\u2581", -1.0), ("a", -2.0), ("\u2581a", -3.0)], 0))
-    steps = [normalizers.Precompiled(base64.b64decode(CHARSMAP)), normalizers.NFKD(), normalizers.StripAccents()]
-    steps += [normalizers.Lowercase(), normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip(False, True)]
+    backend = tokenizers.Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("\u2581", -1.0), ("a", -2.0), ("\u2581a", -3.0)], 0)
+    )
+    steps = [
+        normalizers.Precompiled(base64.b64decode(CHARSMAP)),
+        normalizers.NFKD(),
+        normalizers.StripAccents(),
+    ]
+    steps += [
+        normalizers.Lowercase(),
+        normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+        normalizers.Strip(False, True),
+    ]
     backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return backend
@@ -239,7 +293,9 @@ def of_transformers(kind, tmp_path):
         return BertTokenizerFast(str(tmp_path / "vocab.txt")).backend_tokenizer
     (tmp_path / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    return GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).backend_tokenizer
+    return GPT2TokenizerFast(
+        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    ).backend_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["llama2", "llama3", "t5", "bert", "gpt2"])

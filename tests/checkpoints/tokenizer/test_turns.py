@@ -55,7 +55,17 @@ def test_a_token_of_html_ends_no_turn_beside_that_of_a_tool():
     assert tokenizer(["</s>", "<|tool_response>"]).stop == (2, 8)
 
 
-@pytest.mark.parametrize("name", ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|im_start|>", "<start_of_turn>", "<end>"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<|fim_prefix|>",
+        "<|fim_middle|>",
+        "<|fim_suffix|>",
+        "<|im_start|>",
+        "<start_of_turn>",
+        "<end>",
+    ],
+)
 def test_another_token_ends_no_turn(name):
     assert tokenizer([name]).stop == (2,)
 
@@ -65,11 +75,20 @@ def test_a_chat_with_a_file_that_names_the_end_of_texts_alone_ends_its_turn(tmp_
     tokens[250] = "<end_of_turn>"
     loaded = fa.load(write_gguf(tmp_path / "a.gguf", change={"tokenizer.ggml.tokens": tokens}))
     assert loaded.tokenizer.stop == (0, 250)
-    bias = fa.tree.map_with_path(lambda path, x: x * 0 if path == "norm" else x, params())  # all logits are 0
+    # all logits are 0
+    bias = fa.tree.map_with_path(lambda path, x: x * 0 if path == "norm" else x, params())
     model, key = fa.decoder(loaded.config), fa.key(0)
     ends = fa.sampling.chain(fa.sampling.logit_bias({250: 100.0}), fa.sampling.greedy)
     pieces = list(
-        fa.stream(key, model, bias, fa.tree.leaves(key)[0][:1].long() * 0, steps=9, sampler=ends, tokenizer=loaded.tokenizer)
+        fa.stream(
+            key,
+            model,
+            bias,
+            fa.tree.leaves(key)[0][:1].long() * 0,
+            steps=9,
+            sampler=ends,
+            tokenizer=loaded.tokenizer,
+        )
     )
     assert pieces[-1].tokens == (250,)
     assert pieces[-1].ended

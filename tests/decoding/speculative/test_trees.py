@@ -1,4 +1,6 @@
-"""Trees of drafts lose nothing: every tree of tokens enumerated in float64, drawn without replacement and with."""
+"""Trees of drafts lose nothing: every tree of tokens enumerated in float64, drawn without
+replacement and with.
+"""
 
 import itertools
 
@@ -13,7 +15,13 @@ from funcattn.testing.laws import acceptances
 
 V = 3
 # parents of nodes 1, 2, ...: a chain, a star, two pairs, a bush, one with a missing token
-SHAPES = {"chain": [0, 1], "star": [0, 0, 0], "pairs": [0, 0, 1, 1], "bush": [0, 0, 1, 2], "ragged": [0, -1, 1, 0]}
+SHAPES = {
+    "chain": [0, 1],
+    "star": [0, 0, 0],
+    "pairs": [0, 0, 1, 1],
+    "bush": [0, 0, 1, 2],
+    "ragged": [0, -1, 1, 0],
+}
 
 
 def tables(seed, n, zeros=False):
@@ -39,7 +47,8 @@ def chance(parent, tokens, laws, replacement):
     """The probability of drawing this tree, children in order."""
     probability, left = 1.0, list(laws)
     for n, above in enumerate(parent):
-        if above < 0 or left[above].sum() == 0:  # no token, or none left to draw: whatever stands there
+        # no token, or none left to draw: whatever stands there
+        if above < 0 or left[above].sum() == 0:
             probability /= V
             continue
         probability *= float(left[above][tokens[n]])
@@ -73,7 +82,9 @@ def law_of_what_is_written(parent, target, draft, replacement, regions, pmf):
 
 
 def proof(parent, target, draft, replacement=False, spoil=lambda regions, p, q: regions):
-    regions = lambda p, q, d, above: spoil(module._regions("test", p, q, d, above, replacement, True), p, q)
+    regions = lambda p, q, d, above: spoil(
+        module._regions("test", p, q, d, above, replacement, True), p, q
+    )
     pmf = lambda p, q, d, above: tree_pmf(p, q, d, above, replacement=replacement)
     got, kept = law_of_what_is_written(parent, target, draft, replacement, regions, pmf)
     return float((got - acceptances.joint(target)).abs().sum() / 2), kept
@@ -83,7 +94,10 @@ def proof(parent, target, draft, replacement=False, spoil=lambda regions, p, q: 
 @pytest.mark.parametrize("zeros", ["none", "target", "draft", "both"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_written_has_the_law_of_the_target(shape, zeros, replacement):
-    target, draft = tables(1, 3, zeros in ("target", "both")), tables(2, 3, zeros in ("draft", "both"))
+    target, draft = (
+        tables(1, 3, zeros in ("target", "both")),
+        tables(2, 3, zeros in ("draft", "both")),
+    )
     assert proof(SHAPES[shape], target, draft, replacement)[0] <= acceptances.EXACT
     assert proof(SHAPES[shape], target, target, replacement)[0] <= acceptances.EXACT
 
@@ -93,13 +107,19 @@ def test_more_candidates_keep_more_and_none_twice_is_better():
     kept = {(m, r): proof([0] * m, target, draft, r)[1] for m in (1, 2, 3) for r in (False, True)}
     assert kept[1, False] == pytest.approx(kept[1, True])
     assert kept[1, False] < kept[2, True] < kept[2, False] < kept[3, False]
-    assert kept[3, False] == pytest.approx(1.0)  # all three tokens were drawn: one of them is the target's
+    # all three tokens were drawn: one of them is the target's
+    assert kept[3, False] == pytest.approx(1.0)
 
 
 def test_a_seeded_mistake_is_seen():
     target, draft = tables(1, 3), tables(2, 3)
     for parent in ([0, 0], [0, 1], SHAPES["pairs"]):
-        assert proof(parent, target, draft, spoil=lambda regions, p, q: regions._replace(correction=p))[0] > 1e-3
+        assert (
+            proof(
+                parent, target, draft, spoil=lambda regions, p, q: regions._replace(correction=p)
+            )[0]
+            > 1e-3
+        )
     # candidates that were drawn without replacement, taken for independent ones
     regions = lambda p, q, d, above: module._regions("test", p, q, d, above, True, True)
     pmf = lambda p, q, d, above: tree_pmf(p, q, d, above, replacement=True)
@@ -118,13 +138,18 @@ def test_the_path_ends_at_each_node_as_often_as_its_pmf_says():
     for replacement in (False, True):
         given = some_tree(6)
         wanted = 200_000 * tree_pmf(*given, replacement=replacement)
-        draws = vmap(lambda key, given=given, r=replacement: accept_tree(key, *given, replacement=r, check=False))(
-            fa.split(fa.key(4), 200_000)
+        draws = vmap(
+            lambda key, given=given, r=replacement: accept_tree(
+                key, *given, replacement=r, check=False
+            )
+        )(fa.split(fa.key(4), 200_000))
+        last = torch.where(
+            draws.count > 0, draws.path.gather(-1, (draws.count - 1).clamp(min=0)[:, None])[:, 0], 0
         )
-        last = torch.where(draws.count > 0, draws.path.gather(-1, (draws.count - 1).clamp(min=0)[:, None])[:, 0], 0)
         seen = torch.bincount(last, minlength=7).double()
         likely = wanted > 5
-        assert float(seen[~likely].sum()) <= 40  # expected 5 at most in each of six, and 40 has probability below 1e-2 for 30
+        # expected 5 at most in each of six, and 40 has probability below 1e-2 for 30
+        assert float(seen[~likely].sum()) <= 40
         statistic = float(((seen - wanted)[likely] ** 2 / wanted[likely]).sum())
         assert statistic < 38.3  # chi-square with 6 degrees of freedom at most, at 1 - 1e-6
         assert int(likely.sum()) >= 4
@@ -134,9 +159,12 @@ def test_a_walk_takes_the_first_child_that_passes_at_its_threshold():
     parent = torch.tensor([0, 0, 1, 2])
     h = torch.tensor([0.5, 0.5, 0.5, 0.0], dtype=torch.float64)
     below = torch.nextafter(h, torch.zeros_like(h))
-    ends = lambda u: tuple(int(x) for x in (module.walk(h, u, parent)[0], module.walk(h, u, parent)[2]))
+    ends = lambda u: tuple(
+        int(x) for x in (module.walk(h, u, parent)[0], module.walk(h, u, parent)[2])
+    )
     assert ends(below) == (3, 2)
-    assert ends(torch.stack([h[0], below[1], below[2], below[3]])) == (2, 1)  # u = h = 0 does not pass
+    # u = h = 0 does not pass
+    assert ends(torch.stack([h[0], below[1], below[2], below[3]])) == (2, 1)
     assert ends(h) == (0, 0)
 
 
@@ -148,7 +176,10 @@ def test_a_chain_is_tokenwise():
     torch.testing.assert_close(regions.threshold, wanted.threshold)
     torch.testing.assert_close(regions.correction, wanted.correction)
     for key in fa.split(fa.key(0), 20):
-        assert torch.equal(accept_tree(key, p, q, d, parent).tokens, accept(key, p, q[:3], d, rule=tokenwise).tokens)
+        assert torch.equal(
+            accept_tree(key, p, q, d, parent).tokens,
+            accept(key, p, q[:3], d, rule=tokenwise).tokens,
+        )
 
 
 def test_trees_of_a_batch_are_single_ones_and_paths_name_their_nodes():
@@ -159,8 +190,14 @@ def test_trees_of_a_batch_are_single_ones_and_paths_name_their_nodes():
         one = accept_tree(key, p, q, d, parent)
         assert all(torch.equal(a[i], b) for a, b in zip(rows, one, strict=True))
         n = int(one.count)
-        assert one.tokens.tolist() == [*(int(d[node - 1]) for node in one.path[:n]), int(one.token), *[-1] * (6 - n)]
-        assert [int(parent[node - 1]) for node in one.path[:n]] == [0, *one.path[: n - 1].tolist()][:n]
+        assert one.tokens.tolist() == [
+            *(int(d[node - 1]) for node in one.path[:n]),
+            int(one.token),
+            *[-1] * (6 - n),
+        ]
+        assert [int(parent[node - 1]) for node in one.path[:n]] == [0, *one.path[: n - 1].tolist()][
+            :n
+        ]
     assert len(set(rows.count.tolist())) >= 3
     compiled = torch.compile(accept_tree, fullgraph=True, backend="eager")(keys[0], p, q, d, parent)
     assert torch.equal(compiled.tokens, rows.tokens[0])
@@ -181,15 +218,19 @@ def test_a_path_is_what_commit_takes():
 
 
 def test_one_of_several_candidates_has_the_law_of_the_target():
-    p, q = ((2 * fa.random.normal(key, (4,), torch.float64)).softmax(-1) for key in fa.split(fa.key(9)))
+    p, q = (
+        (2 * fa.random.normal(key, (4,), torch.float64)).softmax(-1) for key in fa.split(fa.key(9))
+    )
 
     def one(key):
         pick, decide = fa.split(key)
-        candidates = (fa.random.gumbel(pick, (4,), torch.float64) + q.log()).topk(2).indices  # two without replacement
+        # two without replacement
+        candidates = (fa.random.gumbel(pick, (4,), torch.float64) + q.log()).topk(2).indices
         return accept_among(decide, p, q, candidates, check=False).token
 
     seen = torch.bincount(vmap(one)(fa.split(fa.key(2), 200_000)), minlength=4).double()
-    assert float(((seen - 200_000 * p) ** 2 / (200_000 * p)).sum()) < 30.7  # chi-square with 3 degrees of freedom at 1 - 1e-6
+    # chi-square with 3 degrees of freedom at 1 - 1e-6
+    assert float(((seen - 200_000 * p) ** 2 / (200_000 * p)).sum()) < 30.7
 
 
 def test_the_pmf_of_a_tree_can_be_climbed():

@@ -1,4 +1,6 @@
-"""The native backend beside float64: attention and its tangent, within what rounding explains, for every shape, mask and bias."""
+"""The native backend beside float64: attention and its tangent, within what rounding explains, for
+every shape, mask and bias.
+"""
 
 import contextlib
 import subprocess
@@ -30,7 +32,15 @@ EXPONENTIAL = 2e-7  # of itself, what it is off by at most; what gemm.h says
 EXP = EXPONENTIAL + 2**-24  # with the difference before it, where weights count
 DRIVER = Path(__file__).with_name("native_driver.cpp")
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-LEADS = [((), ()), ((2,), (2,)), ((3,), (1,)), ((2, 2, 3), (2, 2, 1)), ((2, 1, 3), (1, 2, 1)), ((1,), (2,)), ((), (2,))]
+LEADS = [
+    ((), ()),
+    ((2,), (2,)),
+    ((3,), (1,)),
+    ((2, 2, 3), (2, 2, 1)),
+    ((2, 1, 3), (1, 2, 1)),
+    ((1,), (2,)),
+    ((), (2,)),
+]
 
 
 @contextlib.contextmanager
@@ -54,10 +64,12 @@ def dense(q, k, v, seen, bias, scale):
 
 
 def bounds(q, k, v, tangents, seen, bias, scale, dtype):
-    """How far out, lse and their tangents may be off: n roundings of the absolute values, for a sum of n products.
+    """How far out, lse and their tangents may be off: n roundings of the absolute values, for a sum
+    of n products.
 
-    Logits are off by `wrong`, so weights by expm1(2 wrong) of themselves, the roundings of their sum, and those of pairs of
-    bfloat16 (where the exponent is scaled in float32 too: 100 roundings at the depth at which weights vanish).
+    Logits are off by `wrong`, so weights by expm1(2 wrong) of themselves, the roundings of their
+    sum, and those of pairs of bfloat16 (where the exponent is scaled in float32 too: 100 roundings
+    at the depth at which weights vanish).
     """
     S, D = k.shape[-2:]
     visible = lambda x: x if seen is None else torch.where(seen, x, 0)
@@ -70,14 +82,24 @@ def bounds(q, k, v, tangents, seen, bias, scale, dtype):
     part = torch.expm1(2 * wrong) + (S + 32) * UNIT + 2 * EXP + pair
     mixed = P @ v.abs()
     lost = lambda x: ROUNDING[dtype] * x + LEAST[dtype]
-    lse = torch.logsumexp(torch.where(P > 0, s, -torch.inf), -1, keepdim=True).abs().nan_to_num(0, 0, 0)
+    lse = (
+        torch.logsumexp(torch.where(P > 0, s, -torch.inf), -1, keepdim=True)
+        .abs()
+        .nan_to_num(0, 0, 0)
+    )
     first = lost(mixed) + part * mixed, wrong + (S + 32) * UNIT + EXP + 4 * UNIT * lse
-    dq, dk, dv = (torch.zeros_like(x) if t is None else t for x, t in zip((q, k, v), tangents, strict=True))
+    dq, dk, dv = (
+        torch.zeros_like(x) if t is None else t for x, t in zip((q, k, v), tangents, strict=True)
+    )
     slopes = abs(scale) * (dq.abs() @ k.abs().mT + q.abs() @ dk.abs().mT)
     slope_off = largest(2 * (D + 4) * UNIT * slopes)
     mean = (P * visible(slopes)).sum(-1, keepdim=True)
     moved = (P * visible(slopes)) @ v.abs() + P @ dv.abs() + 2 * mean * mixed
-    return *first, 2 * part * moved + 2 * slope_off * mixed + lost(2 * moved), part * mean + slope_off
+    return (
+        *first,
+        2 * part * moved + 2 * slope_off * mixed + lost(2 * moved),
+        part * mean + slope_off,
+    )
 
 
 def hold(q, k, v, mask=(), bias=None, scale=0.3, tangents=None, seen=None):
@@ -98,14 +120,17 @@ def hold(q, k, v, mask=(), bias=None, scale=0.3, tangents=None, seen=None):
         with instructions(name):
             got = backend.attend(q, k, v, mask, bias, scale)
             got = [(got, (out, lse))] + (
-                [(backend.attend_jvp(q, k, v, tangents, mask, scale), (out, lse, dout, dlse))] if tangents else []
+                [(backend.attend_jvp(q, k, v, tangents, mask, scale), (out, lse, dout, dlse))]
+                if tangents
+                else []
             )
         for ours, wanted in got:
             for what, mine, theirs, far in zip(names, ours, wanted, off, strict=False):
                 theirs = torch.nan_to_num(theirs, nan=0, neginf=-torch.inf)
                 apart = torch.where(mine.double() == theirs, 0, (mine.double() - theirs).abs())
                 assert (apart <= far).all(), (
-                    f"{name}: {what} is off by {apart.max():.2e}, {(apart / far).max():.2g} of what it may be"
+                    f"{name}: {what} is off by {apart.max():.2e}, {(apart / far).max():.2g} of "
+                    "what it may be"
                 )
 
 
@@ -126,17 +151,27 @@ def laid_out(x, how):
 def problems(draw):
     """q, k, v, mask (tensors and booleans), bias, tangents."""
     leads = draw(st.sampled_from(LEADS))
-    T, S = draw(st.integers(1, 110)), draw(st.one_of(st.integers(1, 70), st.sampled_from([200, 257, 300, 600])))
+    T, S = (
+        draw(st.integers(1, 110)),
+        draw(st.one_of(st.integers(1, 70), st.sampled_from([200, 257, 300, 600]))),
+    )
     D, Dv = draw(st.integers(1, 80)), draw(st.sampled_from([1, 7, 8, 16, 33, 48, 64, 72, 128]))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
     torch.manual_seed(draw(st.integers(0, 2**20)))
     how = draw(st.sampled_from(["", "features first", "every second", "heads last", "odd"]))
     make = lambda lead, *shape: laid_out(torch.randn(*lead, *shape).to(dtype), how)
     q, k, v = make(leads[0], T, D), make(leads[1], S, D), make(leads[1], S, Dv)
-    tangents = [make(x.shape[:-2], *x.shape[-2:]) if draw(st.booleans()) else None for x in (q, k, v)]
-    kind = draw(st.sampled_from(["none", "causal", "window", "holes", "dense", "row", "column", "nothing"]))
+    tangents = [
+        make(x.shape[:-2], *x.shape[-2:]) if draw(st.booleans()) else None for x in (q, k, v)
+    ]
+    kind = draw(
+        st.sampled_from(["none", "causal", "window", "holes", "dense", "row", "column", "nothing"])
+    )
     lead = draw(st.sampled_from([(), leads[0], (2, *leads[0])]))  # the last has an axis of its own
-    start, width = torch.randint(-5, S + 5, (*lead, T, 3)), torch.randint(-2, S // 2 + 2, (*lead, T, 3))
+    start, width = (
+        torch.randint(-5, S + 5, (*lead, T, 3)),
+        torch.randint(-2, S // 2 + 2, (*lead, T, 3)),
+    )
     mask = {
         "none": (),
         "causal": tuple(masks.causal(T, S, align=draw(st.sampled_from(["upper", "lower"])))),
@@ -147,13 +182,25 @@ def problems(draw):
         "column": (torch.rand(*lead, 1, S) < 0.6,),
         "nothing": (torch.zeros(T, 1, dtype=torch.int64),) * 2,
     }[kind]
-    seen = None if not mask else mask[0].expand(*mask[0].shape[:-2], T, S) if len(mask) == 1 else masks.Mask(*mask).dense(S)
-    bias = draw(st.sampled_from(["none", "none", "full", "row", "column", "heads", "hidden", "lowest"]))
+    seen = (
+        None
+        if not mask
+        else mask[0].expand(*mask[0].shape[:-2], T, S)
+        if len(mask) == 1
+        else masks.Mask(*mask).dense(S)
+    )
+    bias = draw(
+        st.sampled_from(["none", "none", "full", "row", "column", "heads", "hidden", "lowest"])
+    )
     shape = {"row": (1, S), "column": (T, 1), "heads": (*leads[0], T, S)}.get(bias, (T, S))
     bias = (
         None
         if bias == "none"
-        else torch.where(torch.rand(shape) < 0.3, {"hidden": -torch.inf, "lowest": -1e4}.get(bias, 1.0), torch.randn(shape))
+        else torch.where(
+            torch.rand(shape) < 0.3,
+            {"hidden": -torch.inf, "lowest": -1e4}.get(bias, 1.0),
+            torch.randn(shape),
+        )
     )
     return q, k, v, mask, seen, bias, tangents
 
@@ -162,7 +209,16 @@ def problems(draw):
 def test_values_and_tangents_are_those_of_float64(problem):
     q, k, v, mask, seen, bias, tangents = problem
     scale = q.shape[-1] ** -0.5
-    hold(q, k, v, mask, bias, scale, None, seen if bias is None else (True if seen is None else seen) & (bias != -torch.inf))
+    hold(
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        scale,
+        None,
+        seen if bias is None else (True if seen is None else seen) & (bias != -torch.inf),
+    )
     if any(t is not None for t in tangents):
         hold(q, k, v, mask, None, scale, tangents, seen)
 
@@ -246,12 +302,21 @@ def test_a_hidden_key_changes_nothing_even_if_it_is_nan(dtype):
         *operators.attend(spec, [q, k, v, *mask]),
         *operators.attend_jvp(spec, [True] * 3, [q, k, v, *mask, *tangents]),
     )
-    wanted = *backend.attend(q, k, v, mask, None, 0.5), *backend.attend_jvp(q, k, v, tangents, mask, 0.5)
+    wanted = (
+        *backend.attend(q, k, v, mask, None, 0.5),
+        *backend.attend_jvp(q, k, v, tangents, mask, 0.5),
+    )
     assert all(map(torch.equal, run(), wanted))
-    k[:, 45], v[:, 44], tangents[1][:, 46], tangents[2][:, 47] = torch.nan, torch.inf, torch.nan, torch.nan
+    k[:, 45], v[:, 44], tangents[1][:, 46], tangents[2][:, 47] = (
+        torch.nan,
+        torch.inf,
+        torch.nan,
+        torch.nan,
+    )
     assert backend.attend(q, k, v, mask, None, 0.5) is None
     assert backend.attend_jvp(q, k, v, tangents, mask, 0.5) is None
-    near = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 5e-3}[dtype]  # the fallback sums in another order
+    # the fallback sums in another order
+    near = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 5e-3}[dtype]
     for mine, theirs in zip(run(), wanted, strict=True):
         torch.testing.assert_close(mine, theirs, atol=near, rtol=near)
 
@@ -264,17 +329,24 @@ def test_weights_that_underflow_are_zero_and_denormal_values_stay():
             out, _ = backend.attend(q, k, v[:1].expand(3, 1), (), None, 1.0)
             assert out.item() == 2.0**-140
             out, _ = backend.attend(q, k, torch.tensor([[0.0], [1.0], [0.0]]), (), None, 1.0)
-            torch.testing.assert_close(out.double().item(), 8.194012623990515e-40, rtol=2e-6, atol=2.0**-149)
+            torch.testing.assert_close(
+                out.double().item(), 8.194012623990515e-40, rtol=2e-6, atol=2.0**-149
+            )
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("shape", [(1, 1, 5000), (2, 300, 700), (3, 50, 900)], ids=["decoding", "blocks", "heads"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 5000), (2, 300, 700), (3, 50, 900)], ids=["decoding", "blocks", "heads"]
+)
 def test_threads_change_roundings_alone_and_runs_change_nothing(shape, dtype):
     torch.manual_seed(0)
     H, T, S = shape
     q, k, v, *tangents = (torch.randn(H, n, 64).to(dtype) for n in (T, S, S) * 2)
     mask = tuple(masks.causal(T, S, align="lower"))
-    run = lambda: (*backend.attend(q, k, v, mask, None, 0.125), *backend.attend_jvp(q, k, v, tangents, mask, 0.125))
+    run = lambda: (
+        *backend.attend(q, k, v, mask, None, 0.125),
+        *backend.attend_jvp(q, k, v, tangents, mask, 0.125),
+    )
     before, results = torch.get_num_threads(), {}
     try:
         for threads in (1, 2, 3):
@@ -286,7 +358,9 @@ def test_threads_change_roundings_alone_and_runs_change_nothing(shape, dtype):
         torch.set_num_threads(before)
     for threads in (2, 3):
         for one, other in zip(results[1], results[threads], strict=True):
-            torch.testing.assert_close(one, other, atol=1e3 * ROUNDING[dtype] / 16, rtol=16 * ROUNDING[dtype])
+            torch.testing.assert_close(
+                one, other, atol=1e3 * ROUNDING[dtype] / 16, rtol=16 * ROUNDING[dtype]
+            )
 
 
 def test_what_it_does_not_take_it_says():
@@ -303,16 +377,32 @@ def test_what_it_does_not_take_it_says():
         torch.ops.funcattn.native_attend(x, x[..., :4], x, [], None, 1.0)
 
 
-@pytest.mark.parametrize("flags", [("-O2",), pytest.param(SANITIZED, marks=pytest.mark.slow)], ids=["plain", "sanitized"])
+@pytest.mark.parametrize(
+    "flags", [("-O2",), pytest.param(SANITIZED, marks=pytest.mark.slow)], ids=["plain", "sanitized"]
+)
 def test_kernels_stay_within_their_tensors_and_the_exponential_within_its_bound(flags, tmp_path):
     program = tmp_path / "driver"
-    command = [building.found_compiler(), "-std=c++20", "-w", *flags, str(DRIVER), "-o", str(program)]
+    command = [
+        building.found_compiler(),
+        "-std=c++20",
+        "-w",
+        *flags,
+        str(DRIVER),
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True, timeout=600)
-    done = subprocess.run([str(program), "20"], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [str(program), "20"], capture_output=True, text=True, timeout=600, check=False
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr[-3000:]
     assert lines[-1] == "done"
     assert not [line for line in lines if line.startswith("wrong")]
-    found = {name: float(bound) for word, name, bound in (line.split() for line in lines[:-1]) if word == "bound"}
+    found = {
+        name: float(bound)
+        for word, name, bound in (line.split() for line in lines[:-1])
+        if word == "bound"
+    }
     assert {"avx2_exp", "avx2_exp2"} <= set(found)
     assert max(found.values()) <= EXPONENTIAL

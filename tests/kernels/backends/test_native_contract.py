@@ -1,4 +1,6 @@
-"""Contractions in C++ equal their definition, for any sum of terms, sides, factors and broadcast axes."""
+"""Contractions in C++ equal their definition, for any sum of terms, sides, factors and broadcast
+axes.
+"""
 
 import math
 
@@ -11,7 +13,14 @@ import funcattn as fa
 from funcattn import native
 from funcattn.kernels import dropout
 from funcattn.kernels.backends import native_contract, torch_blocks
-from funcattn.kernels.closed.algebra import ONES, Contraction, DenseFactor, LowRankFactor, Output, Term
+from funcattn.kernels.closed.algebra import (
+    ONES,
+    Contraction,
+    DenseFactor,
+    LowRankFactor,
+    Output,
+    Term,
+)
 
 pytestmark = [
     pytest.mark.cpu("the operator in C++ is for the CPU"),
@@ -50,8 +59,8 @@ def seen_pairs(spec, tensors, T, S):
 def definition(spec, shapes, tensors, absolute=False):
     """The outputs by their definition, dense in float64.
 
-    With `absolute`, of absolute values, where P counts once more for each unit of its exponent: what
-    rounding is multiplied with.
+    With `absolute`, of absolute values, where P counts once more for each unit of its exponent:
+    what rounding is multiplied with.
     """
     size = (lambda x: x.abs()) if absolute else (lambda x: x)
     x = [t.double() if t.is_floating_point() else t for t in tensors]
@@ -97,10 +106,13 @@ def definition(spec, shapes, tensors, absolute=False):
 
 
 def bounds(spec, shapes, tensors):
-    """What rounding may change: a sum of n terms by n epsilon of the sum of their absolute values."""
+    """What rounding may change: a sum of n terms by n epsilon of the sum of their absolute
+    values.
+    """
     lead = math.prod(torch.broadcast_shapes(*[t.shape[:-2] for t in tensors]))
     features = sum(t.shape[-1] for t in tensors if t.is_floating_point())
-    terms = features + (tensors[0].shape[-2] + tensors[1].shape[-2]) * lead + 16  # 16: exp, and a few products
+    # 16: exp, and a few products
+    terms = features + (tensors[0].shape[-2] + tensors[1].shape[-2]) * lead + 16
     return [terms * EPSILON * x + 1e-30 for x in definition(spec, shapes, tensors, absolute=True)]
 
 
@@ -108,7 +120,9 @@ def assert_is_definition(spec, shapes, tensors):
     got = native_contract.contract(spec, shapes, tensors)
     wanted = definition(spec, shapes, tensors)
     blocks = torch_blocks.contract(spec, shapes, tensors)
-    for one, other, block, bound in zip(got, wanted, blocks, bounds(spec, shapes, tensors), strict=True):
+    for one, other, block, bound in zip(
+        got, wanted, blocks, bounds(spec, shapes, tensors), strict=True
+    ):
         assert one.dtype == torch.float32
         assert one.shape == other.shape
         assert ((one - other).abs() <= bound).all(), ((one - other).abs() / bound).max()
@@ -126,8 +140,14 @@ class Drawn:
 
     def __init__(self, draw, biggest=70, kinds=("none", "intervals", "booleans")):
         self.draw, self.tensors, self.seed = draw, [], draw(st.integers(0, 2**20))
-        size = lambda n: draw(st.sampled_from([s for s in (1, 2, 7, 13, 16, 31, 32, 33, 50, 64, 69) if s <= n]))
-        self.T, self.S, self.D = size(biggest), size(biggest), draw(st.sampled_from([1, 3, 8, 16, 17, 40]))
+        size = lambda n: draw(
+            st.sampled_from([s for s in (1, 2, 7, 13, 16, 31, 32, 33, 50, 64, 69) if s <= n])
+        )
+        self.T, self.S, self.D = (
+            size(biggest),
+            size(biggest),
+            draw(st.sampled_from([1, 3, 8, 16, 17, 40])),
+        )
         self.lead = draw(st.sampled_from([(), (2,), (3,), (2, 3), (2, 1, 2)]))
         q, k = self.new(self.T, self.D), self.new(self.S, self.D)
         lse = torch.logsumexp(self.tensors[q] @ self.tensors[k].mT / self.D**0.5, -1, keepdim=True)
@@ -136,11 +156,20 @@ class Drawn:
         mask, bias = (), ONES
         if kind == "intervals":
             n = draw(st.integers(1, 3))
-            edges = [torch.randint(0, self.S + 1, (*self.some_lead(), self.T, n), generator=self.generator()) for _ in range(2)]
+            edges = [
+                torch.randint(
+                    0, self.S + 1, (*self.some_lead(), self.T, n), generator=self.generator()
+                )
+                for _ in range(2)
+            ]
             mask = (self.put(edges[0]), self.put(edges[1]))
         elif kind == "booleans":
             rows, columns = draw(st.sampled_from([(self.T, self.S), (1, self.S), (self.T, 1)]))
-            mask = (self.put(torch.rand(*self.some_lead(), rows, columns, generator=self.generator()) > 0.5),)
+            mask = (
+                self.put(
+                    torch.rand(*self.some_lead(), rows, columns, generator=self.generator()) > 0.5
+                ),
+            )
         if draw(st.booleans()):
             bias = self.pair()
         keys, rate = ONES, draw(st.sampled_from([0.0, 0.25, 0.9]))
@@ -154,7 +183,9 @@ class Drawn:
             draw(st.sampled_from([1.0, -0.5, 0.25])),
         )
         outputs, self.shapes = [], []
-        for side in draw(st.lists(st.sampled_from(["query", "key", "pair"]), min_size=1, max_size=4)):
+        for side in draw(
+            st.lists(st.sampled_from(["query", "key", "pair"]), min_size=1, max_size=4)
+        ):
             terms = [term(side) for _ in range(draw(st.integers(1, 3)))]
             # values of an output are of one width
             if any(t.value == ONES for t in terms) or side == "pair":
@@ -196,7 +227,11 @@ class Drawn:
         return self.new(self.S if side == "query" else self.T, self.D)
 
     def factor(self):
-        kinds = self.draw(st.lists(st.sampled_from(["dot", "dot", "row", "column", "dense"]), min_size=1, max_size=3))
+        kinds = self.draw(
+            st.lists(
+                st.sampled_from(["dot", "dot", "row", "column", "dense"]), min_size=1, max_size=3
+            )
+        )
         weight = self.draw(st.sampled_from([1.0, 0.5, -2.0]))
         made = {
             "dot": lambda: LowRankFactor(self.new(self.T, 5), self.new(self.S, 5), weight),
@@ -212,7 +247,11 @@ def contractions(draw, **options):
     return Drawn(draw, **options)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(drawn=contractions())
 def test_random_contractions_are_their_definition(instructions, small_blocks, drawn):
     spec, tensors = drawn.spec, drawn.tensors
@@ -220,7 +259,11 @@ def test_random_contractions_are_their_definition(instructions, small_blocks, dr
     assert_is_definition(spec, drawn.shapes, tensors)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(drawn=contractions())
 def test_runs_are_equal_in_every_bit_and_near_for_any_number_of_threads(small_blocks, drawn):
     spec, tensors = drawn.spec, drawn.tensors
@@ -233,19 +276,26 @@ def test_runs_are_equal_in_every_bit_and_near_for_any_number_of_threads(small_bl
             assert all(map(torch.equal, found[threads], again))
     finally:
         torch.set_num_threads(before)
-    for bound, one, two, three in zip(bounds(spec, drawn.shapes, tensors), *found.values(), strict=True):
+    for bound, one, two, three in zip(
+        bounds(spec, drawn.shapes, tensors), *found.values(), strict=True
+    ):
         assert ((one - two).abs() <= 2 * bound).all()
         assert ((one - three).abs() <= 2 * bound).all()
 
 
 def first_gradient(T, S, D, dtype=torch.float32, heads=4, kv_heads=2, mask=()):
     """The contraction of the gradients of q, k and v, as attention makes it, with grouped heads."""
-    q, g = normal(0, (heads // kv_heads, kv_heads, T, D)), normal(1, (heads // kv_heads, kv_heads, T, D))
+    q, g = (
+        normal(0, (heads // kv_heads, kv_heads, T, D)),
+        normal(1, (heads // kv_heads, kv_heads, T, D)),
+    )
     k, v = normal(2, (kv_heads, S, D)), normal(3, (kv_heads, S, D))
     scale = D**-0.5
     logits = scale * q @ k.mT
     if mask:
-        logits = torch.where(seen_pairs(Contraction((), mask=(0, 1)[: len(mask)]), mask, T, S), logits, NOTHING)
+        logits = torch.where(
+            seen_pairs(Contraction((), mask=(0, 1)[: len(mask)]), mask, T, S), logits, NOTHING
+        )
     lse = logits.logsumexp(-1, keepdim=True)
     out = (logits - lse).exp().nan_to_num() @ v
     delta = -(g * out).sum(-1, keepdim=True)
@@ -271,7 +321,9 @@ def test_blocks_of_their_own_size_are_the_definition(instructions, dtype, mask):
     assert_is_definition(*first_gradient(150, 301, 64, dtype, mask=mask))
 
 
-def test_heads_of_a_group_and_broadcast_examples_are_summed_in_the_outputs_that_lack_them(instructions, small_blocks):
+def test_heads_of_a_group_and_broadcast_examples_are_summed_in_the_outputs_that_lack_them(
+    instructions, small_blocks
+):
     spec, _, tensors = first_gradient(30, 40, 8)
     tensors[0] = tensors[0].expand(3, *tensors[0].shape)  # an axis of stride zero, which keys lack
     got = assert_is_definition(spec, [tensors[0].shape, (2, 40, 8), (2, 40, 8)], tensors)
@@ -340,7 +392,11 @@ def test_a_second_derivative_is_ten_products_of_four_matrices():
         (LowRankFactor(4, 9), LowRankFactor(10, ONES)),
     )
     terms = lambda c, d: (Term((x, y), c), Term((z,), c), Term((x,), d))
-    outputs = (Output("query", terms(1, 7)), Output("key", terms(0, 6)), Output("key", (Term((y,), 4),)))
+    outputs = (
+        Output("query", terms(1, 7)),
+        Output("key", terms(0, 6)),
+        Output("key", (Term((y,), 4),)),
+    )
     numbers, weights, buffers = native_contract.program(Contraction(outputs), (1,) * 11, (1,) * 3)
     assert buffers == 4
     described = native_contract._Compiler(Contraction(outputs), (1,) * 11, (1,) * 3)
@@ -354,7 +410,10 @@ REASONS = {
     "float64": (lambda spec, x: (spec, [t.double() for t in x]), "computes in float32"),
     "meta": (lambda spec, x: (spec, [t.to("meta") for t in x]), "for the CPU"),
     "empty": (lambda spec, x: (spec, [x[0][..., :0, :], *x[1:]]), "size is zero"),
-    "axes": (lambda spec, x: (spec, [x[0].reshape((1,) * 20 + x[0].shape), *x[1:]]), "leading axes"),
+    "axes": (
+        lambda spec, x: (spec, [x[0].reshape((1,) * 20 + x[0].shape), *x[1:]]),
+        "leading axes",
+    ),
     "rows": (lambda spec, x: (spec, [*x[:3], x[3][..., :7, :], *x[4:]]), "as many rows"),
 }
 

@@ -27,7 +27,9 @@ def jvp_of_blocks(q, k, v, tangents, mask, scale):
     """The value and its tangent, made of the value and a contraction on torch_blocks."""
     there = [x is not None for x in tangents]
     spec = specs.AttendSpec(scale, len(mask), kernel="blocks alone")
-    return operators.attend_jvp(spec, there, [q, k, v, *mask, *(x for x in tangents if x is not None)])
+    return operators.attend_jvp(
+        spec, there, [q, k, v, *mask, *(x for x in tangents if x is not None)]
+    )
 
 
 def recorder(calls: list[str], returns_none: bool = False, reason: str = "") -> Backend:
@@ -63,7 +65,9 @@ def test_a_backend_of_the_table_runs_and_changes_no_number(monkeypatch, program)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_backend_with_a_reason_is_not_asked(monkeypatch, program):
     calls = []
-    monkeypatch.setitem(BACKENDS, "flash", (recorder(calls, reason="it is a test"), ATEN, TORCH_BLOCKS))
+    monkeypatch.setitem(
+        BACKENDS, "flash", (recorder(calls, reason="it is a test"), ATEN, TORCH_BLOCKS)
+    )
     PROGRAMS[program]()
     assert calls == []
 
@@ -91,7 +95,9 @@ def test_torch_blocks_ends_every_row_and_runs_everything():
     assert TORCH_BLOCKS.attend
     assert TORCH_BLOCKS.contract
     assert TORCH_BLOCKS.statistics
-    assert {f for name, f in vars(TORCH_BLOCKS).items() if name.startswith("why_not")} == {table._never}
+    assert {f for name, f in vars(TORCH_BLOCKS).items() if name.startswith("why_not")} == {
+        table._never
+    }
 
 
 def test_torchs_fused_kernel_declines_what_it_would_compute_wrongly():
@@ -100,7 +106,8 @@ def test_torchs_fused_kernel_declines_what_it_would_compute_wrongly():
     assert ATEN.attend(Q, K, V, (start, stop), None, 1.0) is not None
     assert ATEN.attend(Q, K, V, (start, stop + 1), None, 1.0) is None
     spoilt = torch.where(torch.arange(T).unsqueeze(-1) == T - 1, torch.nan, V)
-    assert ATEN.attend(Q, K, spoilt, (start, stop), None, 1.0) is None  # a hidden NaN has reached a row
+    # a hidden NaN has reached a row
+    assert ATEN.attend(Q, K, spoilt, (start, stop), None, 1.0) is None
     assert ATEN.why_not_attend(Q, K, V, (), Q[0] @ K[0].mT)
     assert ATEN.why_not_attend(Q, K, V[..., :3], (), None)
     out, lse = ATEN.attend(Q, K, V, (), None, 1.0)

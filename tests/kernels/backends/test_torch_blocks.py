@@ -1,4 +1,6 @@
-"""Softmax does not see the level of its logits: rows that are large and finite, as masks of -1e9 and finfo.min make them."""
+"""Softmax does not see the level of its logits: rows that are large and finite, as masks of -1e9
+and finfo.min make them.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ import funcattn as fa
 from funcattn.kernels import attention_with_score
 from funcattn.kernels.backends import torch_blocks
 
-LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+LOWEST = {
+    dtype: torch.finfo(dtype).min
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 LEVELS = [
     (torch.float32, -1e9),
     (torch.float32, 1e9),
@@ -18,13 +23,20 @@ LEVELS = [
     (torch.bfloat16, LOWEST[torch.bfloat16]),
     (torch.float16, LOWEST[torch.float16]),
 ]
-ACCURACY = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 8e-3}  # a few roundings of each
-cases = pytest.mark.parametrize(("dtype", "level"), LEVELS, ids=[f"{dtype} {level:.2g}" for dtype, level in LEVELS])
+# a few roundings of each
+ACCURACY = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 8e-3}
+cases = pytest.mark.parametrize(
+    ("dtype", "level"), LEVELS, ids=[f"{dtype} {level:.2g}" for dtype, level in LEVELS]
+)
 
 
 def inputs(T, dtype, level):
-    """q, k, v, a tangent and a bias whose first row is `level`; the first query is zero, so its logits are equal."""
-    q, k, v, t = (fa.random.normal(key, (2, T, 8), torch.float64).to(dtype) for key in fa.split(fa.key(0), 4))
+    """q, k, v, a tangent and a bias whose first row is `level`; the first query is zero, so its
+    logits are equal.
+    """
+    q, k, v, t = (
+        fa.random.normal(key, (2, T, 8), torch.float64).to(dtype) for key in fa.split(fa.key(0), 4)
+    )
     q[:, 0] = 0
     bias = torch.zeros(T, T, dtype=dtype)
     bias[0] = level
@@ -37,7 +49,9 @@ def dense(q, k, v):
 
 
 def assert_near(got, wanted, dtype):
-    torch.testing.assert_close(got.double(), wanted.double(), atol=ACCURACY[dtype], rtol=ACCURACY[dtype])
+    torch.testing.assert_close(
+        got.double(), wanted.double(), atol=ACCURACY[dtype], rtol=ACCURACY[dtype]
+    )
 
 
 @pytest.mark.parametrize("T", [8, 40])
@@ -57,27 +71,39 @@ def test_the_level_of_a_row_changes_no_value_and_no_gradient(T, dtype, level):
 
 @pytest.mark.parametrize("T", [8, 40])
 @cases
-def test_the_level_of_a_row_changes_no_derivative_of_forward_mode_and_none_of_second_order(T, dtype, level):
+def test_the_level_of_a_row_changes_no_derivative_of_forward_mode_and_none_of_second_order(
+    T, dtype, level
+):
     q, k, v, t, bias = inputs(T, dtype, level)
     wide, moves = (q.double(), k.double(), v.double()), (t.double(),) * 3
     got = jvp(lambda *x: fa.attention(*x, bias=bias), (q, k, v), (t, t, t))
     for one, other in zip(got, jvp(dense, wide, moves), strict=True):
         assert_near(one, other, dtype)
     if dtype in (torch.bfloat16, torch.float16):
-        return  # a second derivative is a sum of products of four roundings, for which there is no short bound
+        # a second derivative is a sum of products of four roundings, for which there is no short
+        # bound
+        return
     slope = lambda f: grad(lambda *x: f(*x).square().sum(), (0, 1, 2))
     mine = lambda *x: fa.attention(*x, bias=bias)
-    for one, other in zip(jvp(slope(mine), (q, k, v), (t, t, t))[1], jvp(slope(dense), wide, moves)[1], strict=True):
+    for one, other in zip(
+        jvp(slope(mine), (q, k, v), (t, t, t))[1], jvp(slope(dense), wide, moves)[1], strict=True
+    ):
         assert_near(one, other, dtype)
     along = lambda f, t: lambda *x: jvp(f, x, (t, t, t))[1].square().sum()
-    for one, other in zip(grad(along(mine, t), (0, 1, 2))(q, k, v), grad(along(dense, t.double()), (0, 1, 2))(*wide), strict=True):
+    for one, other in zip(
+        grad(along(mine, t), (0, 1, 2))(q, k, v),
+        grad(along(dense, t.double()), (0, 1, 2))(*wide),
+        strict=True,
+    ):
         assert_near(one, other, dtype)
 
 
 @pytest.mark.parametrize("T", [8, 40])
 @pytest.mark.parametrize("level", [1e9, -1e30])
 def test_large_products_of_queries_and_keys_change_nothing_either(T, level):
-    """No bias: the first query and the last feature of the keys make the level, and torch's fused kernel is in reach."""
+    """No bias: the first query and the last feature of the keys make the level, and torch's fused
+    kernel is in reach.
+    """
     q, k, v, t, _ = inputs(T, torch.float32, 0.0)
     q[..., -1], k[..., -1], t[..., -1] = 0, abs(level) ** 0.5, 0
     q[:, 0, -1] = level / abs(level) ** 0.5
@@ -87,9 +113,12 @@ def test_large_products_of_queries_and_keys_change_nothing_either(T, level):
         got = some(lambda q, k, v, mask=mask: fa.attention(q, k, v, mask))
         for one, other in zip(jvp(got, (v,), (t,)), jvp(wanted, (v,), (t,)), strict=True):
             assert_near(one, other, torch.float32)
-        slopes = [vmap(grad(lambda v, f=f: (f(v) * t).sum()))(torch.stack([v, -v])) for f in (got, wanted)]
+        slopes = [
+            vmap(grad(lambda v, f=f: (f(v) * t).sum()))(torch.stack([v, -v])) for f in (got, wanted)
+        ]
         assert_near(*slopes, torch.float32)
-        leaf = v.clone().requires_grad_()  # nothing but a first gradient, which torch's kernel would make
+        # nothing but a first gradient, which torch's kernel would make
+        leaf = v.clone().requires_grad_()
         (slope,) = torch.autograd.grad(got(leaf), leaf, t)
         assert_near(slope, slopes[1][0], torch.float32)
 
@@ -114,10 +143,12 @@ def test_among_the_lowest_numbers_the_greater_one_wins():
 def test_a_far_row_costs_another_pass_and_a_near_one_none(monkeypatch):
     seen = []
     statistics = torch_blocks._Contractor._statistics
-    monkeypatch.setattr(torch_blocks._Contractor, "_statistics", lambda *x: seen.append(1) or statistics(*x))
+    monkeypatch.setattr(
+        torch_blocks._Contractor, "_statistics", lambda *x: seen.append(1) or statistics(*x)
+    )
     for level, passes in ((torch_blocks.FAR / 2, 0), (2 * torch_blocks.FAR, 1)):
         q, k, v, _, bias = inputs(40, torch.float32, level)
-        grad(lambda v, bias=bias: fa.attention(q, k, v, bias=bias, kernel="flash").sum())(v)  # noqa: B023
+        grad(lambda v, bias=bias: fa.attention(q, k, v, bias=bias, kernel="flash").sum())(v)
         assert len(seen) == passes
 
 
@@ -126,7 +157,9 @@ def test_a_module_with_a_padding_mask_of_numbers_trains_as_it_predicts():
     x, memory = fa.random.normal(fa.key(0), (2, 4, 8)), fa.random.normal(fa.key(1), (2, 5, 8))
     padding = torch.zeros(2, 5)
     padding[1] = -1e9
-    call = lambda need_weights: module(x, memory, memory, key_padding_mask=padding, need_weights=need_weights)[0].detach()
+    call = lambda need_weights: module(
+        x, memory, memory, key_padding_mask=padding, need_weights=need_weights
+    )[0].detach()
     with torch.no_grad():
         wanted = call(False)
     with fa.interop.override_sdpa():
@@ -137,8 +170,15 @@ def test_a_module_with_a_padding_mask_of_numbers_trains_as_it_predicts():
 def test_a_model_of_transformers_with_a_mask_of_numbers_trains_as_it_predicts():
     transformers = pytest.importorskip("transformers")
     fa.interop.register_transformers()
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, intermediate_size=32, vocab_size=50, attn_implementation="funcattn")
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+    }
+    config = transformers.LlamaConfig(
+        **sizes, intermediate_size=32, vocab_size=50, attn_implementation="funcattn"
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     hidden = torch.ones(2, 1, 6, 6).triu(1).bool()
     hidden[0, ..., :2] = True  # left padding: the first rows see nothing but the lowest number

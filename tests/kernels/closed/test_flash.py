@@ -1,4 +1,6 @@
-"""The closed family against the dense float64 reference: every kind of input, every nesting of transforms, exact."""
+"""The closed family against the dense float64 reference: every kind of input, every nesting of
+transforms, exact.
+"""
 
 import math
 
@@ -28,11 +30,15 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(params=["two passes", "one pass"])
 def passes(request, monkeypatch):
-    """A jvp by a contraction after the value, and with the value, as where one kernel makes both; its number so far is passes()."""
+    """A jvp by a contraction after the value, and with the value, as where one kernel makes both;
+    its number so far is passes().
+    """
     count, attend_jvp = [], operators.attend_jvp
     if request.param == "one pass":
         monkeypatch.setattr(operators, "has_attend_jvp", lambda spec, tensors: not spec.biased)
-        monkeypatch.setattr(operators, "attend_jvp", lambda *x: (count.append(1), attend_jvp(*x))[1])
+        monkeypatch.setattr(
+            operators, "attend_jvp", lambda *x: (count.append(1), attend_jvp(*x))[1]
+        )
     return lambda: len(count)
 
 
@@ -40,7 +46,9 @@ def normal(number: int, *shape: int) -> torch.Tensor:
     return fa.random.normal(fa.key(number), shape, dtype=torch.float64)
 
 
-def inputs(H: int = 4, K: int = 2, lead: tuple[int, ...] = (2,), Dv: int = D) -> tuple[torch.Tensor, ...]:
+def inputs(
+    H: int = 4, K: int = 2, lead: tuple[int, ...] = (2,), Dv: int = D
+) -> tuple[torch.Tensor, ...]:
     return normal(1, *lead, H, T, D), normal(2, *lead, K, S, D), normal(3, *lead, K, S, Dv)
 
 
@@ -52,7 +60,9 @@ def empty_first_row(m: masks.Mask) -> masks.Mask:
 OPTIONS = {
     "plain": {},
     "causal": {"mask": masks.causal(T, S)},
-    "window with an empty row": {"mask": empty_first_row(masks.causal(T, S) & masks.window(T, 3) | masks.sinks(T, 1))},
+    "window with an empty row": {
+        "mask": empty_first_row(masks.causal(T, S) & masks.window(T, 3) | masks.sinks(T, 1))
+    },
     "a mask for each example": {"mask": masks.padding(T, torch.tensor([3, 0]))},
     "booleans": {"mask": fa.random.bernoulli(fa.key(4), 0.6, (T, S))},
     "booleans for each head": {"mask": fa.random.bernoulli(fa.key(5), 0.6, (2, 4, T, S))},
@@ -74,7 +84,11 @@ def close(found, wanted, tolerance: float = EXACT) -> None:
         assert torch.equal(infinite, torch.isinf(x))
         assert not x.isnan().any()
         size = y[~infinite].abs().max().item() if (~infinite).any() else 0.0
-        assert (x - y)[~infinite].abs().max().item() <= tolerance * max(size, 1.0) if (~infinite).any() else True
+        assert (
+            (x - y)[~infinite].abs().max().item() <= tolerance * max(size, 1.0)
+            if (~infinite).any()
+            else True
+        )
 
 
 def both(kind: str, f):
@@ -92,7 +106,9 @@ def loss(attention):
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize(("H", "K", "lead", "Dv"), [(4, 2, (2,), 5), (4, 1, (2,), D), (4, 4, (2,), D)])
+@pytest.mark.parametrize(
+    ("H", "K", "lead", "Dv"), [(4, 2, (2,), 5), (4, 1, (2,), D), (4, 4, (2,), D)]
+)
 def test_value_gradient_jvp_and_hvp_are_those_of_the_reference(kind, H, K, lead, Dv, passes):
     primal = inputs(H, K, lead, Dv)
     tangent = tuple(x.cos() for x in primal)
@@ -104,24 +120,32 @@ def test_value_gradient_jvp_and_hvp_are_those_of_the_reference(kind, H, K, lead,
 
 NESTINGS = {
     "grad of jvp": lambda f, x, t: grad(lambda *y: jvp(loss(f), y, t)[1], (0, 1, 2))(*x),
-    "grad of grad": lambda f, x, t: grad(lambda *y: sum(g.sin().sum() for g in grad(loss(f), (0, 1, 2))(*y)), (0, 1, 2))(*x),
+    "grad of grad": lambda f, x, t: grad(
+        lambda *y: sum(g.sin().sum() for g in grad(loss(f), (0, 1, 2))(*y)), (0, 1, 2)
+    )(*x),
     "jvp of jvp": lambda f, x, t: jvp(lambda *y: jvp(f, y, t)[1], x, t)[1],
-    "jvp of jvp of jvp": lambda f, x, t: jvp(lambda *y: jvp(lambda *z: jvp(f, z, t)[1], y, t)[1], x, t)[1],
+    "jvp of jvp of jvp": lambda f, x, t: jvp(
+        lambda *y: jvp(lambda *z: jvp(f, z, t)[1], y, t)[1], x, t
+    )[1],
     "grad of jvp of grad": lambda f, x, t: grad(
         lambda *y: sum(g.sin().sum() for g in jvp(grad(loss(f), (0, 1, 2)), y, t)[1]), (0, 1, 2)
     )(*x),
-    "vmap of grad over queries": lambda f, x, t: vmap(grad(loss(f), (0, 1, 2)), (0, None, None))(several(x[0]), x[1], x[2]),
+    "vmap of grad over queries": lambda f, x, t: vmap(grad(loss(f), (0, 1, 2)), (0, None, None))(
+        several(x[0]), x[1], x[2]
+    ),
     "grad of vmap over queries": lambda f, x, t: grad(
         lambda q, k, v: vmap(loss(f), (0, None, None))(several(q), k, v).square().sum(), (0, 1, 2)
     )(*x),
-    "vmap of vmap over queries and values": lambda f, x, t: vmap(vmap(f, (0, None, None)), (None, None, 0))(
-        several(x[0]), x[1], several(x[2])
-    ),
+    "vmap of vmap over queries and values": lambda f, x, t: vmap(
+        vmap(f, (0, None, None)), (None, None, 0)
+    )(several(x[0]), x[1], several(x[2])),
     "vmap of jvp of grad over queries and keys": lambda f, x, t: vmap(
         lambda q, k: jvp(grad(loss(f), (0, 1, 2)), (q, k, x[2]), t)[1]
     )(several(x[0]), several(x[1])),
     "jvp of vmap of grad of jvp": lambda f, x, t: jvp(
-        lambda q: vmap(lambda k: grad(lambda q: jvp(lambda q: loss(f)(q, k, x[2]), (q,), (t[0],))[1])(q))(several(x[1])),
+        lambda q: vmap(
+            lambda k: grad(lambda q: jvp(lambda q: loss(f)(q, k, x[2]), (q,), (t[0],))[1])(q)
+        )(several(x[1])),
         x[:1],
         t[:1],
     )[1],
@@ -136,7 +160,16 @@ def several(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([x, x.sin(), x.cos()])
 
 
-@pytest.mark.parametrize("kind", ["plain", "window with an empty row", "a mask for each example", "bias for all heads", "dropout"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        "window with an empty row",
+        "a mask for each example",
+        "bias for all heads",
+        "dropout",
+    ],
+)
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_every_nesting_is_exact(kind, nesting, passes):
     primal = inputs()
@@ -144,24 +177,39 @@ def test_every_nesting_is_exact(kind, nesting, passes):
     both(kind, lambda f: NESTINGS[nesting](f, primal, tangent))
 
 
-MOVES = {  # of a function of q, k and v under both kernels: what is moved, and by how many passes of value and tangent together
+# of a function of q, k and v under both kernels: what is moved, and by how many passes of value and
+# tangent together
+MOVES = {
     "all": (1, lambda f, q, k, v: jvp(f, (q, k, v), (q.sin(), k.sin(), v.sin()))),
     "queries": (1, lambda f, q, k, v: jvp(lambda q: f(q, k, v), (q,), (q.sin(),))),
     "keys": (1, lambda f, q, k, v: jvp(lambda k: f(q, k, v), (k,), (k.sin(),))),
     "values": (1, lambda f, q, k, v: jvp(lambda v: f(q, k, v), (v,), (v.sin(),))),
     "gradient in the queries of a jvp in the values": (
         1,
-        lambda f, q, k, v: grad(lambda q: jvp(lambda v: f(q, k, v), (v,), (v.sin(),))[1].sin().sum())(q),
+        lambda f, q, k, v: grad(
+            lambda q: jvp(lambda v: f(q, k, v), (v,), (v.sin(),))[1].sin().sum()
+        )(q),
     ),
     "jvp in the queries of a jvp in the values": (
         1,
-        lambda f, q, k, v: jvp(lambda q: jvp(lambda v: f(q, k, v), (v,), (v.sin(),)), (q,), (q.sin(),)),
+        lambda f, q, k, v: jvp(
+            lambda q: jvp(lambda v: f(q, k, v), (v,), (v.sin(),)), (q,), (q.sin(),)
+        ),
     ),
     "a batch inside": (1, lambda f, q, k, v: jvp(vmap(f), (q, k, v), (q.sin(), k.sin(), v.sin()))),
-    "a batch outside": (1, vmap(lambda f, *x: jvp(f, x, tuple(y.sin() for y in x)), (None, 0, 0, 0))),
-    "many tangents of one value": (0, lambda f, q, k, v: vmap(lambda t: jvp(f, (q, k, v), (t, k, v)))(several(q))),
+    "a batch outside": (
+        1,
+        vmap(lambda f, *x: jvp(f, x, tuple(y.sin() for y in x)), (None, 0, 0, 0)),
+    ),
+    "many tangents of one value": (
+        0,
+        lambda f, q, k, v: vmap(lambda t: jvp(f, (q, k, v), (t, k, v)))(several(q)),
+    ),
     "nothing": (0, lambda f, q, k, v: jvp(lambda x: (f(q, k, v), x), (q,), (q,))),
-    "a gradient": (0, lambda f, q, k, v: jvp(grad(lambda q: f(q, k, v).sin().sum()), (q,), (q.sin(),))),
+    "a gradient": (
+        0,
+        lambda f, q, k, v: jvp(grad(lambda q: f(q, k, v).sin().sum()), (q,), (q.sin(),)),
+    ),
 }
 
 
@@ -194,13 +242,17 @@ def test_forward_mode_of_autograd_gives_value_and_tangent_in_one_pass(passes):
 
 @pytest.mark.parametrize("passes", ["one pass"], indirect=True)
 def test_a_gradient_that_autograd_records_has_a_tangent_in_forward_mode(passes):
-    """Forward over reverse in one level of autograd: the gradient must not be that of a primal without its tangent."""
+    """Forward over reverse in one level of autograd: the gradient must not be that of a primal
+    without its tangent.
+    """
     q, k, v = inputs()
     f = lambda kernel: lambda q: fa.attention(q, k, v, kernel=kernel).sin().sum()
     x = q.clone().requires_grad_()
     with forward_ad.dual_level():
         y = forward_ad.make_dual(x, q.sin())
-        found = forward_ad.unpack_dual(torch.autograd.grad(f("flash")(y), y, create_graph=True)[0]).tangent
+        found = forward_ad.unpack_dual(
+            torch.autograd.grad(f("flash")(y), y, create_graph=True)[0]
+        ).tangent
     close(found, jvp(grad(f("reference")), (q,), (q.sin(),))[1])
     assert passes() == 0
 
@@ -214,7 +266,12 @@ def test_derivatives_in_the_bias_are_exact(kind):
     both(kind, lambda f: jvp(of_bias(f), (bias,), (bias.cos(),))[1])
     both(kind, lambda f: jvp(grad(of_bias(f)), (bias,), (bias.cos(),))[1])
     both(kind, lambda f: grad(lambda b: jvp(of_bias(f), (b,), (bias.cos(),))[1])(bias))
-    both(kind, lambda f: grad(lambda q: grad(lambda b: f(q, k, v, bias=b).sin().sum())(bias).sin().sum())(q))
+    both(
+        kind,
+        lambda f: grad(lambda q: grad(lambda b: f(q, k, v, bias=b).sin().sum())(bias).sin().sum())(
+            q
+        ),
+    )
 
 
 def test_derivatives_in_the_scale_are_exact():
@@ -222,7 +279,12 @@ def test_derivatives_in_the_scale_are_exact():
     scale = torch.tensor(0.7, dtype=torch.float64)
     of_scale = lambda f: lambda s: f(*primal, scale=s).sin().sum()
     both("plain", lambda f: hessian(of_scale(f))(scale))
-    both("plain", lambda f: grad(lambda q: grad(lambda s: f(q, *primal[1:], scale=s).sin().sum())(scale))(primal[0]))
+    both(
+        "plain",
+        lambda f: grad(lambda q: grad(lambda s: f(q, *primal[1:], scale=s).sin().sum())(scale))(
+            primal[0]
+        ),
+    )
 
 
 def test_the_log_sum_exp_is_differentiable_at_every_order(passes):
@@ -242,11 +304,25 @@ def test_the_log_sum_exp_is_differentiable_at_every_order(passes):
 
 def test_leading_axes_broadcast_in_any_pattern(passes):
     q, k, v = normal(1, 3, 1, 4, T, D), normal(2, 2, 2, S, D), normal(3, 1, 1, 2, S, D)
-    both("plain", lambda f: (f(q, k, v), grad(loss(f), (0, 1, 2))(q, k, v), jvp(grad(loss(f), (0, 1, 2)), (q, k, v), (q, k, v))[1]))
+    both(
+        "plain",
+        lambda f: (
+            f(q, k, v),
+            grad(loss(f), (0, 1, 2))(q, k, v),
+            jvp(grad(loss(f), (0, 1, 2)), (q, k, v), (q, k, v))[1],
+        ),
+    )
 
 
 @pytest.mark.parametrize(
-    "nesting", ["grad of jvp", "grad of grad", "jvp of jvp", "grad of jvp of grad", "vjp of a jvp with a cotangent"]
+    "nesting",
+    [
+        "grad of jvp",
+        "grad of grad",
+        "jvp of jvp",
+        "grad of jvp of grad",
+        "vjp of a jvp with a cotangent",
+    ],
 )
 def test_an_axis_of_the_values_alone_is_counted_once(nesting, passes):
     """Sums over an axis that P lacks: a term without it must not be counted once for each."""
@@ -271,14 +347,20 @@ def test_both_outputs_of_attend_have_right_derivatives_where_one_input_is_mapped
         lambda f: vmap(grad(f, (0, 1, 2)), mapped)(*batch),
         lambda f: grad(lambda *x: vmap(f, mapped)(*x).square().sum(), (0, 1, 2))(*batch),
         lambda f: vmap(lambda *x: jvp(grad(f, (0, 1, 2)), x, tangent)[1], mapped)(*batch),
-        lambda f: grad(lambda *x: vmap(lambda *y: jvp(f, y, tangent)[1], mapped)(*x).square().sum(), (0, 1, 2))(*batch),
+        lambda f: grad(
+            lambda *x: vmap(lambda *y: jvp(f, y, tangent)[1], mapped)(*x).square().sum(), (0, 1, 2)
+        )(*batch),
     ):
         close(program(value("flash")), program(value("reference")))
 
 
 def mapped_with_values(f, q, k, v, tq, tk, tv):
-    """A jvp mapped over values and tangents: the log-sum-exp lacks the axis that its tangent has."""
-    return vmap(lambda v, tq, tv: jvp(f, (q, k, v), (tq, tk, tv)))(several(v), several(tq), several(tv))
+    """A jvp mapped over values and tangents: the log-sum-exp lacks the axis that its tangent
+    has.
+    """
+    return vmap(lambda v, tq, tv: jvp(f, (q, k, v), (tq, tk, tv)))(
+        several(v), several(tq), several(tv)
+    )
 
 
 def mapped_twice(f, q, k, v, tq, tk, tv):
@@ -288,13 +370,24 @@ def mapped_twice(f, q, k, v, tq, tk, tv):
 
 @pytest.mark.parametrize("mapped", [mapped_with_values, mapped_twice])
 def test_tangents_may_have_axes_that_the_log_sum_exp_lacks(mapped, passes):
-    """Each derivative of a jvp in one pass, with both outputs used, in what was given and in the tangents."""
-    x = normal(1, 2, T, D), normal(2, 2, S, D), normal(3, 2, S, D), *(normal(n, 2, rows, D) for n, rows in ((4, T), (5, S), (6, S)))
+    """Each derivative of a jvp in one pass, with both outputs used, in what was given and in the
+    tangents.
+    """
+    x = (
+        normal(1, 2, T, D),
+        normal(2, 2, S, D),
+        normal(3, 2, S, D),
+        *(normal(n, 2, rows, D) for n, rows in ((4, T), (5, S), (6, S))),
+    )
 
     def programs(kernel):
         f = lambda *x: tuple(fa.attend(*x, kernel=kernel))
         total = lambda *x: sum(y.sin().sum() for y in tree_leaves(mapped(f, *x)))
-        return mapped(f, *x), grad(total, tuple(range(6)))(*x), jvp(lambda *x: mapped(f, *x), x, tuple(y.cos() for y in x))
+        return (
+            mapped(f, *x),
+            grad(total, tuple(range(6)))(*x),
+            jvp(lambda *x: mapped(f, *x), x, tuple(y.cos() for y in x)),
+        )
 
     close(programs("flash"), programs("reference"))
 
@@ -303,7 +396,11 @@ def test_tangents_may_have_axes_that_the_log_sum_exp_lacks(mapped, passes):
 def test_a_gradient_of_another_level_keeps_the_one_pass(passes):
     """What requires a gradient outside of a jvp is constant in it."""
     q, k, v = inputs(4, 4)
-    f = lambda kernel: lambda q: jvp(lambda v: fa.attention(q, k, v, kernel=kernel), (v,), (v.sin(),))[1].sin().sum()
+    f = lambda kernel: (
+        lambda q: (
+            jvp(lambda v: fa.attention(q, k, v, kernel=kernel), (v,), (v.sin(),))[1].sin().sum()
+        )
+    )
     wanted = grad(f("reference"))(q)
     close(grad(f("flash"))(q), wanted)
     assert passes() == 1
@@ -343,7 +440,8 @@ def test_dropout_is_the_same_under_vmap_grad_and_any_block_size(monkeypatch):
 def test_dropout_keeps_the_promised_share_and_the_mean():
     q, k, v = torch.zeros(1, 64, 2), torch.zeros(1, 512, 2), torch.ones(1, 512, 1)
     rate, pairs = 0.25, 64 * 512
-    kept = fa.attention(q, k, v, dropout=rate, key=fa.key(0)).mean().item() * (1 - rate)  # share of pairs kept
+    # share of pairs kept
+    kept = fa.attention(q, k, v, dropout=rate, key=fa.key(0)).mean().item() * (1 - rate)
     deviation = math.sqrt(rate * (1 - rate) / pairs)
     assert abs(kept - (1 - rate)) < 4 * deviation
 
@@ -352,7 +450,9 @@ def test_dropout_keeps_the_promised_share_and_the_mean():
 def test_narrow_dtypes_keep_statistics_in_float32(dtype):
     q, k, v = (x.to(dtype) for x in inputs())
     out, lse = fa.attend(q, k, v, OPTIONS["causal"]["mask"], kernel="flash")
-    exact = fa.attend(q.double(), k.double(), v.double(), OPTIONS["causal"]["mask"], kernel="reference")
+    exact = fa.attend(
+        q.double(), k.double(), v.double(), OPTIONS["causal"]["mask"], kernel="reference"
+    )
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     close(lse.double(), exact.lse, 1e-5)
@@ -369,7 +469,9 @@ def test_plain_autograd_sees_the_same_gradients_of_both_orders(passes):
 
 
 def test_torchs_older_vmap_is_refused_with_the_remedy():
-    """torch.autograd.grad(is_grads_batched=True) maps by a mechanism of its own, which cannot loop over our operations."""
+    """torch.autograd.grad(is_grads_batched=True) maps by a mechanism of its own, which cannot loop
+    over our operations.
+    """
     q, k, v = inputs()
     out = fa.attention(q.requires_grad_(), k, v, kernel="flash")
     with pytest.raises(RuntimeError, match=r"torch\.func"):
@@ -377,7 +479,9 @@ def test_torchs_older_vmap_is_refused_with_the_remedy():
 
 
 def test_shared_keys_are_never_expanded_under_vmap():
-    """64 examples of queries over one k and v of 1 MB each: nothing near 64 MB may be allocated at once."""
+    """64 examples of queries over one k and v of 1 MB each: nothing near 64 MB may be allocated at
+    once.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -396,7 +500,8 @@ def test_shared_keys_are_never_expanded_under_vmap():
         Largest.size = 0
         with Largest():
             vmap(lambda q, kernel=kernel: fa.attention(q, k, v, kernel=kernel))(q)
-        logits = 64 * 2 * 4 * 8192 * 4 if kernel == "reference" else 0  # the dense route holds these, and only these
+        # the dense route holds these, and only these
+        logits = 64 * 2 * 4 * 8192 * 4 if kernel == "reference" else 0
         assert Largest.size <= max(4 * one, logits)
 
 
@@ -415,7 +520,9 @@ def test_compiled_attention_and_its_derivatives_equal_eager(backend):
     ]
     for program in programs:
         torch._dynamo.reset()
-        close(torch.compile(program, fullgraph=True, backend=backend)(q, k, v, m), program(q, k, v, m))
+        close(
+            torch.compile(program, fullgraph=True, backend=backend)(q, k, v, m), program(q, k, v, m)
+        )
 
 
 @pytest.mark.real("Inductor compiles for it")

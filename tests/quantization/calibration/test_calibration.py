@@ -1,4 +1,6 @@
-"""What calibrates: GPTQ against the exact update in float64, searches against each choice tried, and what is refused."""
+"""What calibrates: GPTQ against the exact update in float64, searches against each choice tried,
+and what is refused.
+"""
 
 from dataclasses import replace
 
@@ -8,10 +10,27 @@ from torch.func import grad
 
 import funcattn as fa
 from funcattn.quantization import Int4, Int8, expand, is_quantized, packing
-from funcattn.quantization.calibration import awq, clipped, clipping, gptq, gptq_columns, smooth, smoothquant
+from funcattn.quantization.calibration import (
+    awq,
+    clipped,
+    clipping,
+    gptq,
+    gptq_columns,
+    smooth,
+    smoothquant,
+)
 from funcattn.quantization.calibration.gptq_columns import factor, fit
 
-CONFIG = fa.Config(vocabulary=33, width=32, layers=2, heads=2, kv_heads=1, head_size=16, feed_forward=48, context=64)
+CONFIG = fa.Config(
+    vocabulary=33,
+    width=32,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_size=16,
+    feed_forward=48,
+    context=64,
+)
 MODEL = fa.decoder(CONFIG)
 TOKENS = fa.random.randint(fa.key(3), (200,), 0, CONFIG.vocabulary)
 SCHEME = fa.int4(group=16)
@@ -23,16 +42,23 @@ def weights():
 
 def activations(K, n=300):
     """Correlated, as those of a model are, with one feature that is always zero."""
-    x = fa.random.normal(fa.key(0), (n, K), torch.float64) @ fa.random.normal(fa.key(1), (K, K), torch.float64)
+    x = fa.random.normal(fa.key(0), (n, K), torch.float64) @ fa.random.normal(
+        fa.key(1), (K, K), torch.float64
+    )
     x[:, 3] = 0
     return x
 
 
 def slow(plan, weight, H, damping):
-    """The definition: round the heaviest column left, then move those left by what is best, from an inverse of their part of H."""
+    """The definition: round the heaviest column left, then move those left by what is best, from an
+    inverse of their part of H.
+    """
     K = weight.shape[1]
     H = H + damping * H.diagonal().mean() * torch.eye(K, dtype=H.dtype)
-    scale, least, greatest = packing.spread(plan.scale.double(), K), *((0, 15) if isinstance(plan, Int4) else (-127, 127))
+    scale, least, greatest = (
+        packing.spread(plan.scale.double(), K),
+        *((0, 15) if isinstance(plan, Int4) else (-127, 127)),
+    )
     zero = packing.spread(plan.zero.double(), K) if isinstance(plan, Int4) else 0 * scale
     w, left, codes = weight.double().clone(), list(range(K)), torch.zeros(weight.shape)
     for j in sorted(left, key=lambda j: -float(H[j, j])):
@@ -46,7 +72,15 @@ def slow(plan, weight, H, damping):
 
 
 @pytest.mark.parametrize(
-    "scheme", [SCHEME, fa.int4(group=16, symmetric=True), fa.int8(group=16), fa.w8a8(group=16), fa.w8a8(group=None)], ids=str
+    "scheme",
+    [
+        SCHEME,
+        fa.int4(group=16, symmetric=True),
+        fa.int8(group=16),
+        fa.w8a8(group=16),
+        fa.w8a8(group=None),
+    ],
+    ids=str,
 )
 def test_the_codes_are_those_of_the_exact_update(scheme, monkeypatch):
     monkeypatch.setattr(gptq_columns, "BLOCK", 5)  # several blocks, the last one ragged
@@ -62,7 +96,9 @@ def test_the_codes_are_those_of_the_exact_update(scheme, monkeypatch):
 def test_without_activations_it_is_round_to_nearest():
     weight = fa.random.normal(fa.key(2), (6, 32), torch.float64)
     plan = SCHEME.encode(weight)
-    assert torch.equal(fit(plan, weight, *factor(torch.zeros(32, 32, dtype=torch.float64))).codes, plan.codes)
+    assert torch.equal(
+        fit(plan, weight, *factor(torch.zeros(32, 32, dtype=torch.float64))).codes, plan.codes
+    )
 
 
 def test_a_calibrated_model_is_nearer_than_one_rounded_to_nearest():
@@ -83,12 +119,23 @@ def test_a_calibrated_model_is_nearer_than_one_rounded_to_nearest():
     assert not torch.equal(fitted.layers[0].q.codes, rounded.layers[0].q.codes)
     again = gptq(MODEL, TOKENS, SCHEME)(fitted)  # records stay
     assert fa.tree.allclose(again, fitted, rtol=0, atol=0)
-    assert grad(lambda scale: MODEL.hidden(fitted._replace(norm=scale), windows[0])[0].sum())(fitted.norm).abs().sum() > 0
+    assert (
+        grad(lambda scale: MODEL.hidden(fitted._replace(norm=scale), windows[0])[0].sum())(
+            fitted.norm
+        )
+        .abs()
+        .sum()
+        > 0
+    )
 
 
 def test_where_chooses_what_is_fitted():
     fitted = gptq(MODEL, TOKENS, SCHEME, r".*\.(up|down)")(weights())
-    chosen = {path.rpartition(".")[2] for path, leaf in fa.tree.items(fitted, is_leaf=is_quantized) if is_quantized(leaf)}
+    chosen = {
+        path.rpartition(".")[2]
+        for path, leaf in fa.tree.items(fitted, is_leaf=is_quantized)
+        if is_quantized(leaf)
+    }
     assert chosen == {"up", "down"}
 
 
@@ -96,13 +143,19 @@ MIXED = replace(CONFIG, experts=4, experts_per_token=2, expert_size=16, expert_l
 
 
 def rows_of_experts(model, params, tokens):
-    """What goes into `up` and into `down` of each expert of layer 0, token by token, from the definition."""
+    """What goes into `up` and into `down` of each expert of layer 0, token by token, from the
+    definition.
+    """
     layer, up, down = params.layers[0], [[] for _ in range(4)], [[] for _ in range(4)]
     for window in tokens.reshape(-1, 64):
-        for y in fa.trace(model, params, window, where="layers.0.feed_forward.input")[1]["layers.0.feed_forward.input"]:
+        for y in fa.trace(model, params, window, where="layers.0.feed_forward.input")[1][
+            "layers.0.feed_forward.input"
+        ]:
             for i in (layer.router @ y).topk(2).indices.tolist():
                 up[i].append(y.double())
-                down[i].append((torch.nn.functional.silu(layer.gate[i] @ y) * (layer.up[i] @ y)).double())
+                down[i].append(
+                    (torch.nn.functional.silu(layer.gate[i] @ y) * (layer.up[i] @ y)).double()
+                )
     return [torch.stack(rows) for rows in up], [torch.stack(rows) for rows in down]
 
 
@@ -119,7 +172,9 @@ def test_an_expert_is_fitted_by_the_tokens_it_is_sent(count, few):
     for names, inputs in ((("gate", "up"), into_up), (("down",), into_down)):
         for name in names:
             for i, x in enumerate(inputs):
-                one, planned = (fa.tree.unstack(getattr(layer, name))[i] for layer in (found.layers[0], plan))
+                one, planned = (
+                    fa.tree.unstack(getattr(layer, name))[i] for layer in (found.layers[0], plan)
+                )
                 weight = getattr(params.layers[0], name)[i]
                 enough = len(x) >= weight.shape[1]
                 wanted = slow(planned, weight, x.mT @ x, 0.01) if enough else unpacked(planned)
@@ -159,20 +214,24 @@ def test_a_clip_is_the_best_of_those_tried_for_each_group():
     for row in range(6):
         for group in range(3):
             part = slice(16 * group, 16 * group + 16)
-            off = lambda record: ((expand(record)[row, part] - weight[row, part]).square() * square[part]).sum()  # noqa: B023
+            off = lambda record: (
+                (expand(record)[row, part] - weight[row, part]).square() * square[part]
+            ).sum()
             tried = min(off(SCHEME(clip=clip).encode(weight)) for clip in clipping.CLIPS)
             torch.testing.assert_close(off(found), tried, rtol=1e-4, atol=0)
     assert (found.scale < SCHEME.encode(weight).scale).any()
 
 
-@pytest.mark.parametrize("scheme", [SCHEME, fa.int8(group=16), fa.int8, fa.w8a8(group=16), fa.w8a8(group=None)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [SCHEME, fa.int8(group=16), fa.int8, fa.w8a8(group=16), fa.w8a8(group=None)], ids=str
+)
 def test_a_clipped_tree_is_of_the_records_of_quantize(scheme):
     params = weights()
     before = fa.tree.map(torch.clone, params)
     found, rounded = clipped(MODEL, TOKENS, scheme)(params), fa.quantize(scheme)(params)
-    assert [(p, type(leaf), leaf.shape) for p, leaf in fa.tree.items(found, is_leaf=is_quantized)] == [
-        (p, type(leaf), leaf.shape) for p, leaf in fa.tree.items(rounded, is_leaf=is_quantized)
-    ]
+    assert [
+        (p, type(leaf), leaf.shape) for p, leaf in fa.tree.items(found, is_leaf=is_quantized)
+    ] == [(p, type(leaf), leaf.shape) for p, leaf in fa.tree.items(rounded, is_leaf=is_quantized)]
     assert (found.layers[0].q.scale <= rounded.layers[0].q.scale * 1.001).all()
     assert fa.tree.allclose(params, before, rtol=0, atol=0)
     assert fa.tree.allclose(clipped(MODEL, TOKENS, scheme)(found), found, rtol=0, atol=0)
@@ -182,12 +241,20 @@ def test_a_clipped_tree_is_of_the_records_of_quantize(scheme):
 
 
 def outlying(params):
-    """Weights whose features differ in size: some of what norms, v and up give is 20 times larger, as trained models have it."""
+    """Weights whose features differ in size: some of what norms, v and up give is 20 times larger,
+    as trained models have it.
+    """
     layers = []
     for layer in params.layers:
         big = lambda n: torch.where(torch.arange(n) % 7 == 3, 20.0, 1.0)
-        by = {name: getattr(layer, name) * big(CONFIG.width) for name in ("attention_norm", "feed_forward_norm")}
-        by |= {name: getattr(layer, name) * big(len(getattr(layer, name)))[:, None] for name in ("v", "up")}
+        by = {
+            name: getattr(layer, name) * big(CONFIG.width)
+            for name in ("attention_norm", "feed_forward_norm")
+        }
+        by |= {
+            name: getattr(layer, name) * big(len(getattr(layer, name)))[:, None]
+            for name in ("v", "up")
+        }
         layers.append(layer._replace(**by))
     return params._replace(layers=tuple(layers))
 
@@ -200,7 +267,12 @@ FAMILIES = {
     "biased": {"qkv_bias": True, "output_bias": True, "feed_forward_bias": True},
     "gpt2": {"norm": "layer", "norm_bias": True, "gated": False, "activation": "gelu"},
     "cohere": {"norm": "layer", "parallel": True, "shared_norm": True},
-    "experts": {"experts": 4, "experts_per_token": 2, "expert_size": 16, "expert_layers": (True, False)},
+    "experts": {
+        "experts": 4,
+        "experts_per_token": 2,
+        "expert_size": 16,
+        "expert_layers": (True, False),
+    },
 }
 
 
@@ -209,11 +281,16 @@ def test_smoothing_keeps_the_function(fields):
     config = replace(CONFIG, **fields)
     model = fa.decoder(config, kernel="reference")
     params = fa.to(torch.float64)(model.init(fa.key(1)))
-    params = fa.tree.map(lambda w: w + 0.1 * fa.random.normal(fa.key(7), w.shape, w.dtype), params)  # no zeros, no ones
+    # no zeros, no ones
+    params = fa.tree.map(lambda w: w + 0.1 * fa.random.normal(fa.key(7), w.shape, w.dtype), params)
     tokens = TOKENS[:64]
     before = fa.tree.map(torch.clone, params)
     found = smooth(model, tokens, fa.int4(group=8))(params)
-    moved = [p for (p, a), b in zip(fa.tree.items(found), fa.tree.leaves(params), strict=True) if not torch.equal(a, b)]
+    moved = [
+        p
+        for (p, a), b in zip(fa.tree.items(found), fa.tree.leaves(params), strict=True)
+        if not torch.equal(a, b)
+    ]
     assert any(path.endswith(".o") for path in moved)
     logits = lambda params: model.logits(params, model.hidden(params, tokens)[0])
     torch.testing.assert_close(logits(found), logits(params), rtol=1e-9, atol=1e-9)
@@ -226,15 +303,22 @@ def test_scaled_weights_lose_less(scheme):
     of = lambda params: torch.stack([MODEL.hidden(params, row)[0] for row in windows])
     wanted = of(params)
     off = lambda params: float((of(params) - wanted).norm())
-    nearest, scaled = off(fa.quantize(scheme)(params)), off(fa.quantize(scheme)(smooth(MODEL, TOKENS, scheme)(params)))
+    nearest, scaled = (
+        off(fa.quantize(scheme)(params)),
+        off(fa.quantize(scheme)(smooth(MODEL, TOKENS, scheme)(params))),
+    )
     assert scaled < 0.9 * nearest
     assert off(awq(MODEL, TOKENS, scheme)(params)) < 0.9 * nearest
 
 
 def test_a_place_that_nothing_improves_stays():
     params = weights()
-    found = smooth(MODEL, TOKENS, fa.int8(group=1))(params)  # every weight has a scale of its own: nothing is lost anywhere
-    kept = [torch.equal(a, b) for a, b in zip(fa.tree.leaves(found), fa.tree.leaves(params), strict=True)]
+    # every weight has a scale of its own: nothing is lost anywhere
+    found = smooth(MODEL, TOKENS, fa.int8(group=1))(params)
+    kept = [
+        torch.equal(a, b)
+        for a, b in zip(fa.tree.leaves(found), fa.tree.leaves(params), strict=True)
+    ]
     assert sum(kept) >= len(kept) // 2
 
 
@@ -242,7 +326,8 @@ def test_records_and_what_feeds_them_are_left_alone():
     params = fa.quantize(fa.int8, r".*\.(v|gate)")(outlying(weights()))
     found = smooth(MODEL, TOKENS, SCHEME)(params)
     same = lambda name: all(
-        torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(found.layers, params.layers, strict=True)
+        torch.equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(found.layers, params.layers, strict=True)
     )
     assert same("o")
     assert same("feed_forward_norm")
@@ -257,18 +342,54 @@ def test_heads_that_share_a_value_share_its_scale():
 # What is refused.
 
 BAD = [
-    (lambda: gptq("model", TOKENS, SCHEME), TypeError, "gptq: model should be from fa.decoder, got a str"),
-    (lambda: gptq(MODEL, TOKENS.float(), SCHEME), TypeError, "gptq: tokens should be integers (T,)"),
+    (
+        lambda: gptq("model", TOKENS, SCHEME),
+        TypeError,
+        "gptq: model should be from fa.decoder, got a str",
+    ),
+    (
+        lambda: gptq(MODEL, TOKENS.float(), SCHEME),
+        TypeError,
+        "gptq: tokens should be integers (T,)",
+    ),
     (lambda: gptq(MODEL, TOKENS[None], SCHEME), TypeError, "gptq: tokens should be integers (T,)"),
     (lambda: gptq(MODEL, [1, 2], SCHEME), TypeError, "got a list"),
     (lambda: gptq(MODEL, TOKENS, "int4"), TypeError, "scheme should be a scheme"),
-    (lambda: gptq(MODEL, TOKENS, SCHEME, damping=0.0), ValueError, "gptq: damping should be above 0"),
-    (lambda: gptq(MODEL, TOKENS, fa.nf4(group=16))(weights()), TypeError, "gptq: scheme should be int4, int8 or w8a8"),
-    (lambda: gptq(MODEL, TOKENS[:40], SCHEME)(weights()), ValueError, "gptq: tokens should be at least 48 tokens, the columns of"),
-    (lambda: clipped("model", TOKENS, SCHEME), TypeError, "clipped: model should be from fa.decoder, got a str"),
-    (lambda: clipped(MODEL, TOKENS, fa.nf4), TypeError, "clipped: scheme should be one with a clip"),
-    (lambda: clipped(MODEL, TOKENS[:0], SCHEME), ValueError, "clipped: tokens should be a text, got none"),
-    (lambda: smooth(MODEL, TOKENS.float(), SCHEME), TypeError, "smooth: tokens should be integers (T,)"),
+    (
+        lambda: gptq(MODEL, TOKENS, SCHEME, damping=0.0),
+        ValueError,
+        "gptq: damping should be above 0",
+    ),
+    (
+        lambda: gptq(MODEL, TOKENS, fa.nf4(group=16))(weights()),
+        TypeError,
+        "gptq: scheme should be int4, int8 or w8a8",
+    ),
+    (
+        lambda: gptq(MODEL, TOKENS[:40], SCHEME)(weights()),
+        ValueError,
+        "gptq: tokens should be at least 48 tokens, the columns of",
+    ),
+    (
+        lambda: clipped("model", TOKENS, SCHEME),
+        TypeError,
+        "clipped: model should be from fa.decoder, got a str",
+    ),
+    (
+        lambda: clipped(MODEL, TOKENS, fa.nf4),
+        TypeError,
+        "clipped: scheme should be one with a clip",
+    ),
+    (
+        lambda: clipped(MODEL, TOKENS[:0], SCHEME),
+        ValueError,
+        "clipped: tokens should be a text, got none",
+    ),
+    (
+        lambda: smooth(MODEL, TOKENS.float(), SCHEME),
+        TypeError,
+        "smooth: tokens should be integers (T,)",
+    ),
     (lambda: smooth(MODEL, TOKENS, "int4"), TypeError, "scheme should be a scheme"),
     (lambda: awq("model", TOKENS, SCHEME), TypeError, "awq: model should be from fa.decoder"),
 ]

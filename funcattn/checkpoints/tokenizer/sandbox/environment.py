@@ -1,4 +1,5 @@
-"""The jinja2 environment of chat templates, with the names and options that transformers gives them.
+"""The jinja2 environment of chat templates, with the names and options that transformers gives
+them.
 
 Source: transformers, utils/chat_template_utils.py, _cached_compile_jinja_template.
 """
@@ -17,7 +18,9 @@ from jinja2.utils import Namespace
 
 
 class Generation(Extension):
-    """`{% generation %}`, with which some templates mark the words of the model: a block of its own, which changes no text."""
+    """`{% generation %}`, with which some templates mark the words of the model: a block of its
+    own, which changes no text.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -62,7 +65,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     special: tuple[str, ...] = ()  # texts of special tokens, where characters are followed
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        )
         self.now = datetime.now()
         self.filters["tojson"] = to_json
         self.globals["raise_exception"] = raise_exception
@@ -71,10 +76,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def to_json(
-    value: object, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     """JSON without the escapes for HTML that jinja2 writes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def raise_exception(message: str) -> None:
@@ -84,4 +95,6 @@ def raise_exception(message: str) -> None:
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace holds no name that begins with an underscore, such as {name!r}")
+        raise SecurityError(
+            f"a namespace holds no name that begins with an underscore, such as {name!r}"
+        )

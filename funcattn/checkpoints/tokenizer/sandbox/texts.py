@@ -19,7 +19,13 @@ class _Text(str):
 
     def __new__(cls, text: str = "", origins: bytes | None = None) -> "_Text":
         self = super().__new__(cls, text)
-        self._origins = UNKNOWN * len(self) if origins is None else origins if len(origins) != 1 else origins * len(self)
+        self._origins = (
+            UNKNOWN * len(self)
+            if origins is None
+            else origins
+            if len(origins) != 1
+            else origins * len(self)
+        )
         return self
 
     def __str__(self) -> str:
@@ -43,7 +49,9 @@ class _Text(str):
 
     def __getitem__(self, index: Any) -> "_Text":
         part = self._origins[index]
-        return _Text(str.__getitem__(self, index), part if isinstance(part, bytes) else bytes([part]))
+        return _Text(
+            str.__getitem__(self, index), part if isinstance(part, bytes) else bytes([part])
+        )
 
     def __iter__(self) -> Iterator["_Text"]:
         return (self[place] for place in range(len(self)))
@@ -91,13 +99,17 @@ class _Text(str):
 
     def splitlines(self, keepends: bool = False) -> "list[_Text]":
         found, begin = [], 0
-        for line, whole in zip(str.splitlines(self, keepends), str.splitlines(self, True), strict=True):
+        for line, whole in zip(
+            str.splitlines(self, keepends), str.splitlines(self, True), strict=True
+        ):
             found.append(self[begin : begin + len(line)])
             begin += len(whole)
         return found
 
     def _cut(self, parts: Iterable[str], gap: int | None) -> "list[_Text]":
-        """Parts of this text in its order, as the slices that they are: `gap` characters apart, or (None) white space."""
+        """Parts of this text in its order, as the slices that they are: `gap` characters apart, or
+        (None) white space.
+        """
         found, begin = [], 0
         for part in parts:
             begin = self.index(part, begin) if gap is None else begin
@@ -127,7 +139,9 @@ class Float(float):
 
 
 def of_messages(value: Any, role: bool = True) -> Any:
-    """The same values, their strings and numbers marked as those of messages; the role of each message as a role."""
+    """The same values, their strings and numbers marked as those of messages; the role of each
+    message as a role.
+    """
     if type(value) is str:
         return _Text(value, DATA)
     if type(value) in (int, float):
@@ -141,14 +155,18 @@ def of_messages(value: Any, role: bool = True) -> Any:
 
 
 def origins_of(text: str) -> bytes:
-    """One byte for each character. A plain str is the template's: whatever a message had a part in is made a _Text."""
+    """One byte for each character. A plain str is the template's: whatever a message had a part in
+    is made a _Text.
+    """
     if type(text) is str:
         return TEMPLATE * len(text)
     return getattr(text, "_origins", UNKNOWN * len(text))
 
 
 def only(found: set[bytes], apart: bool) -> bytes:
-    """The one origin of a text that is made of these; `apart` says that the template's share has no sign of a special token."""
+    """The one origin of a text that is made of these; `apart` says that the template's share has no
+    sign of a special token.
+    """
     if found <= {TEMPLATE}:
         return TEMPLATE
     if UNKNOWN in found or (TEMPLATE in found and not apart):
@@ -174,7 +192,11 @@ def origins_in(values: list[Any]) -> tuple[set[bytes], set[str]]:
             found |= here
             if TEMPLATE in here:
                 words.update(
-                    value if len(here) == 1 else (x for x, origin in zip(value, origins, strict=True) if origin == TEMPLATE[0])
+                    value
+                    if len(here) == 1
+                    else (
+                        x for x, origin in zip(value, origins, strict=True) if origin == TEMPLATE[0]
+                    )
                 )
         elif isinstance(value, (Int, Float)):
             found.add(DATA)
@@ -182,6 +204,11 @@ def origins_in(values: list[Any]) -> tuple[set[bytes], set[str]]:
             if id(value) not in seen:
                 seen.add(id(value))
                 waiting += [*value, *value.values()] if isinstance(value, dict) else value
-        elif not (value is None or isinstance(value, (bool, int, float, Undefined, range)) or callable(value)):
-            found.add(UNKNOWN)  # bytes, an iterator: what it holds is not looked at, since that would use it up
+        elif not (
+            value is None
+            or isinstance(value, (bool, int, float, Undefined, range))
+            or callable(value)
+        ):
+            # bytes, an iterator: what it holds is not looked at, since that would use it up
+            found.add(UNKNOWN)
     return found, words

@@ -4,11 +4,11 @@ A request is a length of eight bytes and as many bytes of `marshal`: (template, 
 special). The parent writes it; output of a template is never read by `marshal`. An answer is such a
 length and one of
 
-    b"=", the length of the text in eight bytes, the text in UTF-8, one byte of origin for each character (where asked for)
-    b"!", what went wrong, in UTF-8
+    b"=", the length of the text in eight bytes, the text in UTF-8, one byte of origin for each
+    character (where asked for) b"!", what went wrong, in UTF-8
 
-Time is bounded by system timers whose signals end the process, memory by RLIMIT_AS: both hold for every
-operation. The parent reports why the process ended (`templates.render`).
+Time is bounded by system timers whose signals end the process, memory by RLIMIT_AS: both hold for
+every operation. The parent reports why the process ended (`templates.render`).
 """
 
 import functools
@@ -28,8 +28,10 @@ from .environment import Sandbox
 from .origins import Tracking
 from .texts import of_messages, origins_of
 
-MAX_MEMORY = 224 * 2**20  # bytes of address space above what the process has when a rendering begins
-CPU_SECONDS, TIMEOUT_SECONDS, IDLE_SECONDS = 2.0, 4.0, 120.0  # of a rendering: its processor time, its time; between two
+# bytes of address space above what the process has when a rendering begins
+MAX_MEMORY = 224 * 2**20
+# of a rendering: its processor time, its time; between two
+CPU_SECONDS, TIMEOUT_SECONDS, IDLE_SECONDS = 2.0, 4.0, 120.0
 LONGEST = 2**23  # characters of a text: a prompt of some two million tokens
 REST = 64 * 2**20  # bytes: a process with more memory after a rendering is ended
 
@@ -62,13 +64,17 @@ def _answer(request: tuple[str, dict[str, object], list[object], tuple[str, ...]
         return b"=" + _rendered(template, names, messages, special)
     except MemoryError:
         return b"!" + f"more than {MAX_MEMORY >> 20} MiB of memory".encode()
-    except BaseException as error:  # of the template's making: jinja2's, or any that its operations raise
+    except (
+        BaseException
+    ) as error:  # of the template's making: jinja2's, or any that its operations raise
         return b"!" + f"{type(error).__name__}: {str(error)[:300]}".encode(errors="replace")
     finally:
         limited()
 
 
-def _rendered(template: str, names: dict[str, object], messages: list[object], special: tuple[str, ...] | None) -> bytes:
+def _rendered(
+    template: str, names: dict[str, object], messages: list[object], special: tuple[str, ...] | None
+) -> bytes:
     now = datetime.now()
     text = _text(_compiled(Sandbox, template, ()), names, messages, now)
     written = text.encode("utf-8", "surrogatepass")
@@ -76,7 +82,10 @@ def _rendered(template: str, names: dict[str, object], messages: list[object], s
     if special is not None:
         tracked = _text(_compiled(Tracking, template, special), names, of_messages(messages), now)
         if tracked != text:
-            raise ValueError("another text at the second rendering: what special tokens are the template's cannot be told")
+            raise ValueError(
+                "another text at the second rendering: what special tokens are the "
+                "template's cannot be told"
+            )
         origins = origins_of(tracked)
     return len(written).to_bytes(8, "big") + written + origins
 
@@ -99,7 +108,8 @@ def _text(compiled: Any, names: dict[str, object], messages: list[object], now: 
     return compiled.environment.concat(parts)
 
 
-# The system's bounds; where a system has none of a kind (Windows, partly macOS), the parent's clock is what is left.
+# The system's bounds; where a system has none of a kind (Windows, partly macOS), the parent's clock
+# is what is left.
 
 
 def _begin() -> None:
@@ -129,7 +139,11 @@ def _limit(more: int) -> Callable[[], None]:
         used = _pages(0)
         if not used:  # then a limit is of no known effect
             return lambda: None
-        most = min(used + more, *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY), sys.maxsize)
+        most = min(
+            used + more,
+            *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY),
+            sys.maxsize,
+        )
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     except (ImportError, OSError, ValueError):
         return lambda: None

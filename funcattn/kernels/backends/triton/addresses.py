@@ -32,7 +32,8 @@ def axes(tensors: Sequence[Tensor | None], lead: Sequence[int], chosen: Sequence
 
     Example:
         >>> import torch
-        >>> axes([torch.empty(2, 3, 4, 5), torch.empty(3, 4, 5), torch.empty(2, 1, 4, 5)], (2, 3), (-2, -1))
+        >>> axes([torch.empty(2, 3, 4, 5), torch.empty(3, 4, 5), torch.empty(2, 1, 4, 5)], (2, 3),
+        ...     (-2, -1))
         Axes(sizes=(2, 3), strides=((60, 20), (0, 20), (20, 0)))
         >>> axes([torch.empty(2, 3, 4, 5)], (2, 3), (-2, -1))
         Axes(sizes=(6,), strides=((20,),))
@@ -45,13 +46,19 @@ def axes(tensors: Sequence[Tensor | None], lead: Sequence[int], chosen: Sequence
         if size == 1:
             continue
         here = [stride(x, axis) for x in tensors]
-        if sizes and before == axis - 1 and all(old == new * size for old, new in zip(strides[-1], here, strict=True)):
+        if (
+            sizes
+            and before == axis - 1
+            and all(old == new * size for old, new in zip(strides[-1], here, strict=True))
+        ):
             sizes[-1], strides[-1] = sizes[-1] * size, here
         else:
             sizes.append(size)
             strides.append(here)
         before = axis
-    return Axes(tuple(sizes), tuple(tuple(step[n] for step in strides) for n in range(len(tensors))))
+    return Axes(
+        tuple(sizes), tuple(tuple(step[n] for step in strides) for n in range(len(tensors)))
+    )
 
 
 def stride(x: Tensor | None, axis: int) -> int:

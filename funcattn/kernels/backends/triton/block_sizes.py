@@ -30,11 +30,21 @@ Table = dict[int, tuple[Blocks, ...]]
 
 ATTEND: Table = {
     64: (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)),
-    128: (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)),
+    128: (
+        Blocks(128, 128, 8, 2),
+        Blocks(128, 64, 8, 3),
+        Blocks(64, 64, 4, 3),
+        Blocks(64, 32, 4, 2),
+    ),
     256: (Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
 }
 ATTEND_GROUPS: Table = {
-    64: (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(64, 128, 4, 3), Blocks(64, 64, 4, 3)),
+    64: (
+        Blocks(128, 64, 4, 3),
+        Blocks(128, 128, 8, 3),
+        Blocks(64, 128, 4, 3),
+        Blocks(64, 64, 4, 3),
+    ),
     128: (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
     256: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2)),
 }
@@ -75,7 +85,12 @@ CONTRACT: Table = {
     2**31: (Blocks(32, 32, 8, 1), Blocks(32, 16, 4, 1)),
 }
 CONTRACT_GROUPS: Table = {
-    448: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 2)),
+    448: (
+        Blocks(128, 64, 8, 2),
+        Blocks(64, 64, 4, 2),
+        Blocks(128, 128, 8, 2),
+        Blocks(64, 32, 4, 2),
+    ),
     896: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
     1024: (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2)),
     1280: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
@@ -102,7 +117,9 @@ ATTEND_JVPS = ATTEND_JVP, ATTEND_JVP_GROUPS, ATTEND_JVP_FLOAT32, ATTEND_JVP_FLOA
 CONTRACTS = CONTRACT, CONTRACT_GROUPS, CONTRACT_FLOAT32, CONTRACT_FLOAT32_GROUPS
 
 
-def of(tables: tuple[Table, Table, Table, Table], exact: bool, groups: bool, features: int) -> tuple[Blocks, ...]:
+def of(
+    tables: tuple[Table, Table, Table, Table], exact: bool, groups: bool, features: int
+) -> tuple[Blocks, ...]:
     """The candidates in a kernel's tables for this number of features; () beyond the table.
 
     Args:

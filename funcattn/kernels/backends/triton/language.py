@@ -16,8 +16,13 @@ try:
     jit = importlib.import_module("triton").jit
     OutOfResources = importlib.import_module("triton.runtime.errors").OutOfResources
 except ImportError:
-    tl, jit, OutOfResources = SimpleNamespace(constexpr=lambda value: value), lambda f: f, MemoryError
+    tl, jit, OutOfResources = (
+        SimpleNamespace(constexpr=lambda value: value),
+        lambda f: f,
+        MemoryError,
+    )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read when Triton is imported, as there
+# read when Triton is imported, as there
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 __all__ = ["INTERPRETED", "OutOfResources", "jit", "tl"]

@@ -38,15 +38,32 @@ def locate(index, sizes, strides):
 
 
 @jit
-def block(pointer, begin, limit, row, column, FEATURES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr):
+def block(
+    pointer,
+    begin,
+    limit,
+    row,
+    column,
+    FEATURES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    EDGE: tl.constexpr,
+):
     """Rows begin, begin + 1, ... as (ROWS, WIDTH); zero beyond `limit` (if EDGE) and FEATURES."""
     rows = tl.arange(0, ROWS)
     features = tl.arange(0, WIDTH)
-    places = pointer + (tl.zeros((), tl.int64) + begin) * row + rows[:, None] * row + features[None, :] * column
+    places = (
+        pointer
+        + (tl.zeros((), tl.int64) + begin) * row
+        + rows[:, None] * row
+        + features[None, :] * column
+    )
     if EDGE:
         if FEATURES == WIDTH:
             return tl.load(places, mask=(begin + rows < limit)[:, None], other=0.0)
-        return tl.load(places, mask=(begin + rows < limit)[:, None] & (features < FEATURES)[None, :], other=0.0)
+        return tl.load(
+            places, mask=(begin + rows < limit)[:, None] & (features < FEATURES)[None, :], other=0.0
+        )
     if FEATURES == WIDTH:
         return tl.load(places)
     return tl.load(places, mask=(features < FEATURES)[None, :], other=0.0)
@@ -63,11 +80,26 @@ def vector(pointer, begin, limit, row, other, ROWS: tl.constexpr, EDGE: tl.const
 
 
 @jit
-def store(pointer, begin, limit, row, column, x, FEATURES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def store(
+    pointer,
+    begin,
+    limit,
+    row,
+    column,
+    x,
+    FEATURES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Write a block (ROWS, WIDTH) where it is inside the matrix, in the matrix's dtype."""
     rows = tl.arange(0, ROWS)
     features = tl.arange(0, WIDTH)
-    places = pointer + (tl.zeros((), tl.int64) + begin) * row + rows[:, None] * row + features[None, :] * column
+    places = (
+        pointer
+        + (tl.zeros((), tl.int64) + begin) * row
+        + rows[:, None] * row
+        + features[None, :] * column
+    )
     inside = (begin + rows < limit)[:, None] & (features < FEATURES)[None, :]
     tl.store(places, x.to(pointer.dtype.element_ty), mask=inside)
 
@@ -107,7 +139,9 @@ def clean(x, seen):
     seen is (ROWS, KEYS); the flags are (ROWS,).
     """
     bad = tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1), 1)
-    return tl.where((bad > 0)[:, None], 0.0, x).to(x.dtype), tl.max(tl.where(seen, bad[None, :], 0), 1) > 0
+    return tl.where((bad > 0)[:, None], 0.0, x).to(x.dtype), tl.max(
+        tl.where(seen, bad[None, :], 0), 1
+    ) > 0
 
 
 @jit
@@ -143,7 +177,9 @@ def blocks_of(low, high, begin, end, BLOCK: tl.constexpr):
 
 @jit
 def encipher(a, b, counts):
-    """Threefry-2x32 of the pairs (0, counts) under the words a and b, all uint32: see funcattn.randomness."""
+    """Threefry-2x32 of the pairs (0, counts) under the words a and b, all uint32: see
+    funcattn.randomness.
+    """
     c = a ^ b ^ 0x1BD11BDA
     x = a + counts * 0
     y = b + counts
@@ -230,8 +266,12 @@ def bounds(start, stop, table, T, S, INTERVALS: tl.constexpr, ROWS: tl.constexpr
     first = tl.program_id(0) % count * ROWS
     real = first + tl.arange(0, ROWS) < T
     for interval in range(INTERVALS):
-        starts = vector(start + head.to(tl.int64) * T * INTERVALS + interval, first, T, INTERVALS, 0, ROWS)
-        stops = vector(stop + head.to(tl.int64) * T * INTERVALS + interval, first, T, INTERVALS, 0, ROWS)
+        starts = vector(
+            start + head.to(tl.int64) * T * INTERVALS + interval, first, T, INTERVALS, 0, ROWS
+        )
+        stops = vector(
+            stop + head.to(tl.int64) * T * INTERVALS + interval, first, T, INTERVALS, 0, ROWS
+        )
         low, high, begin, end = reach(starts, stops, real, S)
         to = table + ((head.to(tl.int64) * INTERVALS + interval) * count + first // ROWS) * 4
         tl.store(to, low)

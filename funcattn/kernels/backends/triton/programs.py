@@ -33,7 +33,8 @@ class Program(NamedTuple):
     side: str
     outputs: tuple[Output, ...]
     features: tuple[int, ...]  # of each output
-    # q, k, the shifted lse, ..., the shift of a row: P = exp2((q . k - shift) scale) / exp(shifted_lse)
+    # q, k, the shifted lse, ..., the shift of a row: P = exp2((q . k - shift) scale) /
+    # exp(shifted_lse)
     operands: tuple[Operand, ...]
     intervals: int = 0  # number of intervals of the mask; 0: no mask
     dropout: bool = False
@@ -95,11 +96,17 @@ class _Writer:
         """All lines of the source."""
         program, own = self.program, self.limit[self.own]
         yield "@jit"
-        constants = ", ".join(f"{name}: tl.constexpr" for name in ("OWN", "OTHER", "PRECISION", "FACTORED"))
+        constants = ", ".join(
+            f"{name}: tl.constexpr" for name in ("OWN", "OTHER", "PRECISION", "FACTORED")
+        )
         yield f"def contract({', '.join(arguments(program))}, {constants}):"
         yield f"    count = tl.cdiv({own}, OWN)"
         yield "    head = tl.program_id(0) // count"
-        order = "count - 1 - tl.program_id(0) % count" if program.side == "query" else "tl.program_id(0) % count"
+        order = (
+            "count - 1 - tl.program_id(0) % count"
+            if program.side == "query"
+            else "tl.program_id(0) % count"
+        )
         yield f"    first = ({order}) * OWN"
         yield "    own = first + tl.arange(0, OWN)"
         for n, features in enumerate(program.features):
@@ -108,14 +115,23 @@ class _Writer:
         yield "    for m in range(SUMS):"
         for name in _placed(program):
             if self._is_used(name):
-                yield f"        {name}_to = locate(head, sizes, {name}_at) + locate(m, sums, {name}_sum)"
+                yield (
+                    f"        {name}_to = locate(head, sizes, {name}_at) + locate(m, sums, "
+                    f"{name}_sum)"
+                )
         for n, operand in enumerate(program.operands):
             if operand.side == self.own:
                 yield f"        {self._load(n, 'first', own, 'OWN', True)}"
         if self.own == "query":
-            yield "        shifted_lse = tl.where(b2 == float('-inf'), float('inf'), b2) * 1.4426950408889634"
+            yield (
+                "        shifted_lse = tl.where(b2 == float('-inf'), float('inf'), b2) * "
+                "1.4426950408889634"
+            )
             if program.dropout:
-                yield "        seed_x, seed_y = encipher(word(seeds + seeds_to), word(seeds + seeds_to + 1), own.to(tl.uint32))"
+                yield (
+                    "        seed_x, seed_y = encipher(word(seeds + seeds_to), word(seeds + "
+                    "seeds_to + 1), own.to(tl.uint32))"
+                )
         yield f"        for interval in range({max(1, program.intervals)}):"
         yield from (" " * 12 + line for line in self._ranges())
         yield "            low, begin, end, left, others = blocks_of(low, high, begin, end, OTHER)"
@@ -148,21 +164,30 @@ class _Writer:
         if operand.features == 1:
             beyond = "float('inf')" if n == L and self.own == "query" else "0.0"
             return f"b{n} = vector({at}, {beyond}, {rows}, {edge}).to(tl.float32)"
-        return f"b{n} = block({at}, x{n}_column, {operand.features}, {width(operand.features)}, {rows}, {edge})"
+        return (
+            f"b{n} = block({at}, x{n}_column, {operand.features}, {width(operand.features)}, "
+            f"{rows}, {edge})"
+        )
 
     def _ranges(self) -> Iterator[str]:
         """The rows of the other side that the program's block meets in this interval."""
         if self.own == "query":
             if self.program.intervals:
                 for end in ("start", "stop"):
-                    yield f"{end}s = vector({end} + mask_to + interval, first, T, {self.program.intervals}, 0, OWN)"
+                    yield (
+                        f"{end}s = vector({end} + mask_to + interval, first, T, "
+                        f"{self.program.intervals}, 0, OWN)"
+                    )
             else:
                 yield "starts = tl.zeros((OWN,), tl.int32)"
                 yield "stops = starts + S"
             yield "low, high, begin, end = reach(starts, stops, own < T, S)"
         elif self.program.intervals:
             yield "last = tl.minimum(first + OWN, S)"
-            yield "low, high, begin, end = span(table + table_to, interval, tl.cdiv(T, OTHER), first, last, OTHER)"
+            yield (
+                "low, high, begin, end = span(table + table_to, interval, tl.cdiv(T, OTHER), "
+                "first, last, OTHER)"
+            )
             yield "end = tl.minimum(end, T // OTHER * OTHER)"
         else:
             yield "low, high, begin, end = tl.zeros((), tl.int32), T, tl.zeros((), tl.int32), T"
@@ -180,14 +205,20 @@ class _Writer:
         side = ("[:, None]", "[None, :]") if self.own == "query" else ("[None, :]", "[:, None]")
         of_query, of_key = side
         self.hides = edge and program.intervals > 0
-        yield f"P = ({self._pair(Q, K)} - b{len(program.operands) - 1}{of_query}) * scale - shifted_lse{of_query}"
+        yield (
+            f"P = ({self._pair(Q, K)} - b{len(program.operands) - 1}{of_query}) * scale - "
+            f"shifted_lse{of_query}"
+        )
         if edge and self.own == "query":
             yield "ends = tl.minimum(stops, S)"
             yield "seen = (starts[:, None] <= other[None, :]) & (other[None, :] < ends[:, None])"
             yield "P = tl.where(seen, P, float('-inf'))"
         elif edge and program.intervals:
             for end in ("start", "stop"):
-                yield f"{end}s = vector({end} + mask_to + interval, at, T, {program.intervals}, 0, OTHER)"
+                yield (
+                    f"{end}s = vector({end} + mask_to + interval, at, T, {program.intervals}, 0, "
+                    "OTHER)"
+                )
             yield "seen = (starts[None, :] <= own[:, None]) & (own[:, None] < stops[None, :])"
             yield "P = tl.where(seen, P, float('-inf'))"
         elif edge:
@@ -196,8 +227,14 @@ class _Writer:
         if program.dropout:
             rows, keys = ("own", "other") if self.own == "query" else ("other", "own")
             if self.own == "key":
-                yield f"seed_x, seed_y = encipher(word(seeds + seeds_to), word(seeds + seeds_to + 1), {rows}.to(tl.uint32))"
-            yield f"P = P * keep(seed_x{of_query}, seed_y{of_query}, {keys}{of_key}.to(tl.uint32), threshold, kept)"
+                yield (
+                    "seed_x, seed_y = encipher(word(seeds + seeds_to), word(seeds + seeds_to + "
+                    f"1), {rows}.to(tl.uint32))"
+                )
+            yield (
+                f"P = P * keep(seed_x{of_query}, seed_y{of_query}, {keys}{of_key}.to(tl.uint32), "
+                "threshold, kept)"
+            )
         self.made[()] = "P"
         for number, output in enumerate(program.outputs):
             yield from self._add(number, output)
@@ -206,12 +243,16 @@ class _Writer:
         """A block's contribution to an output: a product per value tensor, with summed weights."""
         alike: dict[int, list[tuple[int, tuple[Factor, ...]]]] = {}
         for factors, value, weight in output.terms:
-            alike.setdefault(value, []).append((0 if self._common(number) else int(weight), factors))
+            alike.setdefault(value, []).append(
+                (0 if self._common(number) else int(weight), factors)
+            )
         for value, terms in alike.items():
             weights = []
             for weight, factors in terms:
                 yield from self._weight(factors)
-                weights.append(self.made[factors] if not weight else f"{self.made[factors]} * w{weight}")
+                weights.append(
+                    self.made[factors] if not weight else f"{self.made[factors]} * w{weight}"
+                )
             W = " + ".join(weights)
             if self.hides and value != ONES:
                 yield from self._clean(number, value)
@@ -219,12 +260,17 @@ class _Writer:
                 yield f"a{number} += tl.sum({W}, 1)"
             elif self.program.operands[value].features == 1:
                 yield f"a{number} += tl.sum(({W}) * {self._value(value)}[None, :], 1)"
-            elif self.program.operands[value].dtype == "float16" and any(factors for _, factors in terms):
+            elif self.program.operands[value].dtype == "float16" and any(
+                factors for _, factors in terms
+            ):
                 wide = f"{self._value(value)}.to(tl.float32)"
                 # W may exceed the range of float16
                 yield f"a{number} = add_product(a{number}, {W}, {wide}, FACTORED)"
             else:
-                yield f"a{number} = add_product(a{number}, ({W}).to(b{value}.dtype), {self._value(value)}, PRECISION)"
+                yield (
+                    f"a{number} = add_product(a{number}, ({W}).to(b{value}.dtype), "
+                    f"{self._value(value)}, PRECISION)"
+                )
 
     def _clean(self, number: int, value: int) -> Iterator[str]:
         """Set non-finite values to zero, once per body, and visible sums over them to NaN."""

@@ -6,7 +6,8 @@ of one key head read it by a stride of zero.
 
 With S = scale q . k and S' = scale (q' . k + q . k'), p the unnormalized weights and m their sum,
 
-    out = (sum p v) / m        lse' = (sum p S') / m        out' = (sum p S' v + p v') / m - lse' out
+    out = (sum p v) / m        lse' = (sum p S') / m
+    out' = (sum p S' v + p v') / m - lse' out
 
 so each block of weights is computed once for the value and the tangent: six products of T x S,
 where a pass for the value and a contraction for the tangent take seven, and half the exponentials.
@@ -27,9 +28,21 @@ likewise.
 # pyright: reportInvalidTypeForm=false, reportPossiblyUnboundVariable=false
 
 from .language import jit, tl
-from .pieces import add_product, block, blocks_of, clean, locate, product, reach, store, store_vector, vector
+from .pieces import (
+    add_product,
+    block,
+    blocks_of,
+    clean,
+    locate,
+    product,
+    reach,
+    store,
+    store_vector,
+    vector,
+)
 
-FAR = tl.constexpr(2.0**30)  # half a unit in the last place is 32 to 64 there: still a power of two that float32 holds
+# half a unit in the last place is 32 to 64 there: still a power of two that float32 holds
+FAR = tl.constexpr(2.0**30)
 LARGE = tl.constexpr(512.0)  # as torch_blocks.FAR
 
 
@@ -61,7 +74,9 @@ def attend(
     x = block(q + locate(head, sizes, q_at), first, T, q_step[0], q_step[1], D, WIDTH, ROWS, True)
     dx = x
     if HAS_DQ:
-        dx = block(dq + locate(head, sizes, dq_at), first, T, dq_step[0], dq_step[1], D, WIDTH, ROWS, True)
+        dx = block(
+            dq + locate(head, sizes, dq_at), first, T, dq_step[0], dq_step[1], D, WIDTH, ROWS, True
+        )
     if HAS_DK:
         dk += locate(head, sizes, dk_at)
     if HAS_DV:
@@ -83,21 +98,31 @@ def attend(
         for n in range(others):
             at = tl.where(n < left, low + n * KEYS, end + (n - left) * KEYS)
             row_max, normalizer, accumulator, dnormalizer, daccumulator = see(
-                x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, power, steepness,
+                x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step,
+                scale, power, steepness,
                 row_max, normalizer, accumulator, dnormalizer, daccumulator,
                 D, Dv, WIDTH, WIDTH_V, HAS_DQ, HAS_DK, HAS_DV, PRECISION, FACTORED, KEYS, True,
             )  # fmt: skip
         for at in range(begin, end, KEYS):
             row_max, normalizer, accumulator, dnormalizer, daccumulator = see(
-                x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, power, steepness,
+                x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step,
+                scale, power, steepness,
                 row_max, normalizer, accumulator, dnormalizer, daccumulator,
                 D, Dv, WIDTH, WIDTH_V, HAS_DQ, HAS_DK, HAS_DV, PRECISION, FACTORED, KEYS, False,
             )  # fmt: skip
-    normalizer = tl.where(normalizer == 0, 1.0, normalizer)  # a query without visible keys has sums of zero
+    # a query without visible keys has sums of zero
+    normalizer = tl.where(normalizer == 0, 1.0, normalizer)
     accumulator = accumulator / normalizer[:, None]
     store(out + locate(head, sizes, out_at), first, T, Dv, 1, accumulator, Dv, WIDTH_V, ROWS)
     row_max = tl.where(tl.abs(row_max) < FAR, row_max, row_max * (scale / power))
-    store_vector(lse + locate(head, sizes, lse_at), first, T, 1, (row_max + tl.log2(normalizer)) * 0.6931471805599453, ROWS)
+    store_vector(
+        lse + locate(head, sizes, lse_at),
+        first,
+        T,
+        1,
+        (row_max + tl.log2(normalizer)) * 0.6931471805599453,
+        ROWS,
+    )
     if HAS_TANGENT:
         dnormalizer = dnormalizer / normalizer
         daccumulator = daccumulator / normalizer[:, None] - dnormalizer[:, None] * accumulator
@@ -107,7 +132,8 @@ def attend(
 
 @jit
 def see(
-    x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step, scale, power, steepness,
+    x, dx, k, v, dk, dv, starts, stops, at, S, k_step, v_step, dk_step, dv_step,
+    scale, power, steepness,
     row_max, normalizer, accumulator, dnormalizer, daccumulator,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
@@ -164,10 +190,13 @@ def see(
 
 @jit
 def statistics(
-    q, k, start, stop, lse, shift, shifted_lse, sizes, q_at, k_at, mask_at, lse_at, shift_at, q_step, k_step, T, S, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q, k, start, stop, lse, shift, shifted_lse, sizes, q_at, k_at, mask_at, lse_at, shift_at,
+    q_step, k_step, T, S, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """shift and shifted_lse (T,) of each head: the weights are exp2((q . k - shift) scale) / exp(shifted_lse).
+    """shift and shifted_lse (T,) of each head: the weights are exp2((q . k - shift) scale) /
+    exp(shifted_lse).
 
     They are zero and the log-sum-exp; in rows where that is large, the largest q . k and the log of
     the normalizer, from another pass.
@@ -183,7 +212,9 @@ def statistics(
         k += locate(head, sizes, k_at)
         start += locate(head, sizes, mask_at)
         stop += locate(head, sizes, mask_at)
-        x = block(q + locate(head, sizes, q_at), first, T, q_step[0], q_step[1], D, WIDTH, ROWS, True)
+        x = block(
+            q + locate(head, sizes, q_at), first, T, q_step[0], q_step[1], D, WIDTH, ROWS, True
+        )
         real = first + tl.arange(0, ROWS) < T
         starts = tl.zeros((ROWS,), tl.int32)
         stops = tl.zeros((ROWS,), tl.int32) + S
@@ -193,12 +224,22 @@ def statistics(
                 stops = vector(stop + interval, first, T, INTERVALS, 0, ROWS)
             low, high, begin, end = reach(starts, stops, real, S)
             for at in range(low // KEYS * KEYS, high, KEYS):
-                s = product(x, tl.trans(block(k, at, S, k_step[0], k_step[1], D, WIDTH, KEYS, True)), PRECISION)
+                s = product(
+                    x,
+                    tl.trans(block(k, at, S, k_step[0], k_step[1], D, WIDTH, KEYS, True)),
+                    PRECISION,
+                )
                 keys = (at + tl.arange(0, KEYS))[None, :]
-                s = tl.where((starts[:, None] <= keys) & (keys < tl.minimum(stops, S)[:, None]), s, float("-inf"))
+                s = tl.where(
+                    (starts[:, None] <= keys) & (keys < tl.minimum(stops, S)[:, None]),
+                    s,
+                    float("-inf"),
+                )
                 higher = tl.maximum(row_max, tl.max(s, 1))
                 base = tl.where(higher == float("-inf"), 0.0, higher)
-                normalizer = normalizer * tl.exp2((row_max - base) * scale) + tl.sum(tl.exp2((s - base[:, None]) * scale), 1)
+                normalizer = normalizer * tl.exp2((row_max - base) * scale) + tl.sum(
+                    tl.exp2((s - base[:, None]) * scale), 1
+                )
                 row_max = higher
     row_max = tl.where(far, row_max, 0.0)
     new = tl.where(far, tl.log2(tl.where(far, normalizer, 1.0)) * 0.6931471805599453, old)

@@ -26,7 +26,9 @@ _fits: dict[Hashable, int] = {}
 
 def of_attend(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
     """Candidates for the attention kernel, the smallest last."""
-    return _candidates(block_sizes.of(block_sizes.ATTENDS, q.dtype == torch.float32, by_groups(q), _wider(q, v)))
+    return _candidates(
+        block_sizes.of(block_sizes.ATTENDS, q.dtype == torch.float32, by_groups(q), _wider(q, v))
+    )
 
 
 def of_attend_jvp(q: Tensor, v: Tensor) -> tuple[Blocks, ...]:
@@ -44,7 +46,11 @@ def of_contract(program: Program, q: Tensor) -> tuple[Blocks, ...]:
 
 def by_groups(x: Tensor) -> bool:
     """True where the GPU of a tensor multiplies by warp groups."""
-    return x.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return (
+        x.is_cuda
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )
 
 
 def _wider(q: Tensor, v: Tensor) -> int:
@@ -53,7 +59,11 @@ def _wider(q: Tensor, v: Tensor) -> int:
 
 def load(program: Program) -> int:
     """16-bit features that a program reads and sums per block; float32 counts four (3 products)."""
-    read = [width(x.features) * (4 if x.dtype == "float32" else 1) for x in program.operands if x.features > 1]
+    read = [
+        width(x.features) * (4 if x.dtype == "float32" else 1)
+        for x in program.operands
+        if x.features > 1
+    ]
     return sum(read) + sum(width(n) for n in program.features if n > 1)
 
 
@@ -61,7 +71,13 @@ def _candidates(blocks: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
     return (SMALLEST,) if INTERPRETED else (*blocks, SMALLEST)
 
 
-def run(launch: Callable[[Blocks], None], candidates: Sequence[Blocks], kind: Hashable, pairs: int, x: Tensor) -> None:
+def run(
+    launch: Callable[[Blocks], None],
+    candidates: Sequence[Blocks],
+    kind: Hashable,
+    pairs: int,
+    x: Tensor,
+) -> None:
     """Launch with the best candidate for this kind of problem, timing the candidates if worthwhile.
 
     Args:
@@ -86,7 +102,11 @@ def run(launch: Callable[[Blocks], None], candidates: Sequence[Blocks], kind: Ha
 
 
 def _may_time(x: Tensor) -> bool:
-    return x.is_cuda and os.environ.get("FUNCATTN_TUNE", "1") != "0" and not torch.cuda.is_current_stream_capturing()
+    return (
+        x.is_cuda
+        and os.environ.get("FUNCATTN_TUNE", "1") != "0"
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _fastest(launch: Callable[[Blocks], None], candidates: Sequence[Blocks]) -> int:
