@@ -49,9 +49,13 @@ def agree(
         raise AssertionError(
             f"{law.__name__}: {what} should be {tuple(wanted.shape)}, got {tuple(got.shape)}."
         )
+    limit = torch.finfo(got.dtype).max if got.dtype.is_floating_point else math.inf
     got, wanted = got.detach().double(), wanted.detach().double()
+    # what may be beyond the range of the dtype may be infinite
+    infinite = torch.where(wanted.abs() + allowed > limit, wanted.sign() * math.inf, wanted)
     # equal infinities are equal
-    off = torch.where(got == wanted, 0, (got - wanted).abs()).nan_to_num(nan=math.inf)
+    equal = (got == wanted) | (got == infinite)
+    off = torch.where(equal, 0, (got - wanted).abs()).nan_to_num(nan=math.inf)
     if not off.numel() or off.max() <= allowed:
         return
     at = torch.unravel_index(off.argmax(), off.shape)

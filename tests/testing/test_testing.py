@@ -25,7 +25,7 @@ from funcattn.kernels.backends import torch_blocks
 from funcattn.masks import Mask
 from funcattn.records import Attended
 from funcattn.sampling import Sampler, chain, greedy, min_p, stateless, temperature, top_k, top_p
-from funcattn.testing import Report, Row, check_transforms, dense, laws, strategies
+from funcattn.testing import Report, Row, agreement, check_transforms, dense, laws, strategies
 from funcattn.testing.agreement import agree
 
 INF = float("inf")
@@ -417,6 +417,25 @@ def test_problems_come_in_every_kind(sight):
         sight,
         settings=settings(database=None, max_examples=2000, phases=[Phase.generate]),
     )
+
+
+def test_what_may_be_beyond_the_range_of_a_dtype_may_be_infinite():
+    law = laws.kernels.hvp_agrees_with_the_reference
+    compare = lambda got, wanted, allowed=1.0: agreement.agree(
+        law, "x", torch.tensor([got], dtype=torch.float16), torch.tensor([wanted]), allowed, ""
+    )
+    compare(torch.inf, 7.2e4)
+    compare(-torch.inf, -7.2e4)
+    compare(torch.inf, 6.5e4, 1e3)
+    for got, wanted in (
+        (torch.inf, 3.6e4),
+        (-torch.inf, 7.2e4),
+        (6e4, 6.1e4),
+        (6e4, 7.2e4),
+        (torch.nan, 7.2e4),
+    ):
+        with pytest.raises(AssertionError, match="x"):
+            compare(got, wanted)
 
 
 # Every nesting of transforms.

@@ -142,11 +142,6 @@ def of_hvp(
 # Levels of logits.
 
 
-def range_of(dtype: torch.dtype) -> tuple[float, float]:
-    """The least and the greatest number of a dtype."""
-    return torch.finfo(dtype).min, torch.finfo(dtype).max
-
-
 def ways_to_shift(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, key: Tensor
 ) -> tuple[Inputs, list[tuple[str, Inputs, Callable[..., Tensor]]], tuple[int, ...]]:
