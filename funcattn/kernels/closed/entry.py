@@ -226,6 +226,12 @@ def _why_no_library() -> str:
     return native.load()
 
 
+def _passed_over_native(r: Request) -> str:
+    T, S = r.q.shape[-2], r.k.shape[-2]
+    many = 4 <= T <= FEW and T * S >= MANY
+    return "" if many and not torch.compiler.is_compiling() else _passed_over(r)
+
+
 def _why_not_native(r: Request) -> str:
     if r.q.device.type != "cpu":
         return f"for the CPU, not for {r.q.device.type}"
@@ -234,11 +240,12 @@ def _why_not_native(r: Request) -> str:
     return _why_not_flash(r) or _why_no_library()
 
 
+MANY = 2**13  # pairs of a few queries and their keys, from which the native kernel is cheaper
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE = Kernel(
     "native",
     "the closed streaming family in C++ for the CPU: every transform, O(T + S) memory",
     _why_not_native,
     functools.partial(attend, kernel="native"),
-    _passed_over,
+    _passed_over_native,
 )

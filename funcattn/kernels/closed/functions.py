@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ...core.autograd import add, align, closed_jvp, dual, primal, sum_to, tangent
+from ...core.autograd import (
+    add,
+    align,
+    closed_jvp,
+    dual,
+    is_recorded,
+    primal,
+    sum_to,
+    tangent,
+)
 from . import algebra, operators
 from .algebra import ONES, Contraction, K, L, LowRankFactor, Output, Q, Term
 from .specs import AttendSpec, ContractSpec, TensorSpec, tensor_spec
@@ -25,7 +34,10 @@ def attend(spec: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """out (*lead, T, Dv), lse (*lead, T, 1) of q, k, v, *mask, *bias.
 
     In forward mode it attaches both tangents, computed in the same pass where one kernel can do so.
+    Where no derivative can follow it is no autograd Function, whose call costs some 20 us.
     """
+    if not is_recorded(*tensors) and operators.plain(tensors):
+        return operators.attend_plain(spec, tensors)
     tangents = [tangent(x) for x in tensors[:3]]
     has_tangent = tuple(x is not None for x in tangents)
     if not any(has_tangent) or not operators.has_attend_jvp(spec, tensors):

@@ -28,7 +28,7 @@ LAST = "torch_blocks ends every row of BACKENDS and runs every input"
 def attend(spec: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """out (*lead, T, Dv) and lse (*lead, T, 1) of tensors q, k, v, mask..., bias."""
     if plain(tensors):
-        out, lse = _attend(spec, tensors)
+        out, lse = attend_plain(spec, tensors)
         return _own(out), _own(lse)
     return _attend_op(list(tensors), spec.scale, spec.masks, spec.biased, spec.kernel)
 
@@ -179,7 +179,8 @@ def _attend_vjp(
 
 
 @untraced
-def _attend(spec: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def attend_plain(spec: AttendSpec, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`attend` of plain tensors, whose results may be views."""
     q, k, v, *extra = tensors
     mask, bias = _split(spec, extra)
     for backend in BACKENDS[spec.kernel]:
@@ -206,7 +207,7 @@ def _attend_jvp(
             found = backend.attend_jvp(q, k, v, tangents, mask, spec.scale)
             if found is not None:
                 return found
-    out, lse = _attend(spec, primals)
+    out, lse = attend_plain(spec, primals)
     contraction, flat, _ = tangent_contraction(spec, primals, lse, tangents)
     likes = tangent_likes(out, lse, tangents)
     accumulator, *more = _contract(
@@ -282,7 +283,7 @@ def plain(tensors: Sequence[Tensor]) -> bool:
 def _attend_op(
     tensors: list[Tensor], scale: float, masks: int, biased: bool, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _attend(AttendSpec(scale, masks, biased, kernel), tensors)
+    out, lse = attend_plain(AttendSpec(scale, masks, biased, kernel), tensors)
     return out.contiguous(), lse.contiguous()  # the strides that the fake implementation returns
 
 
