@@ -82,9 +82,10 @@ def past(cache: KVCache, layer: int, positions: Tensor, window: int | None = Non
             position j only where j > p - window.
 
     Returns:
-        Disjoint sets of keys, one `Part` each. Where lengths and positions are concrete, they hold
-        only keys that some new token sees, so a step costs no more than its window; a segment that
-        every new token sees in full has no mask.
+        Disjoint sets of keys, a `funcattn.kernels.KVSegment` for each, in the dtype of the
+        queries. Where lengths and positions are concrete, they hold only keys that some new token
+        sees, so a step costs no more than its window; a segment that every new token sees in full
+        has no mask.
 
     Law: a window reads what dense attention reads under `masks.window` (test_caches.py).
     """
@@ -315,7 +316,11 @@ class Admitted(NamedTuple):
 
 
 def admit(cache: KVCache, delta: Delta, n: int | Tensor, held: tuple[Tensor, Tensor]) -> Admitted:
-    """Check a delta against a cache with rows like `held`, (L, K, ..., D) and (L, K, ..., Dv)."""
+    """Check a delta against a cache with rows like `held`, (L, K, ..., D) and (L, K, ..., Dv).
+
+    The new rows must have the dtype of `held`. A kind that stores rows in another dtype gives
+    tensors of the dtype that it was made with, and casts the rows that come back.
+    """
     k, v = torch.stack(delta.k), torch.stack(delta.v)
     check_whole("commit", cache)
     _check_delta(held, k, v)

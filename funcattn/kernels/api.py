@@ -204,16 +204,10 @@ def _untraced(kernel: Kernel, r: Request) -> Attended:
 
 def _given(kernel: Kernel, r: Request, found: Attended) -> Attended:
     """The result of a custom kernel, checked to be an Attended of the expected shapes."""
+    what = f"what kernel {kernel.name!r} returns"
     if not isinstance(found, Attended) or not isinstance(found.out, Tensor):
-        wanted, remedy = "to return Attended(out, lse)", "Make one: fa.records.Attended(out, lse)."
-        errors.fail(
-            "attention",
-            f"kernel {kernel.name!r}",
-            wanted,
-            f"a {type(found).__name__}",
-            remedy,
-            TypeError,
-        )
+        got, remedy = f"a {type(found).__name__}", "Make one: fa.records.Attended(out, lse)."
+        errors.fail("attention", what, "Attended(out, lse)", got, remedy, TypeError)
     shape = (*r.lead, *r.q.shape[-3:-1], r.v.shape[-1])
     checked = {"out": (found.out, shape)} | (
         {"lse": (found.lse, shape[:-1])} if r.wants_lse else {}
@@ -221,13 +215,12 @@ def _given(kernel: Kernel, r: Request, found: Attended) -> Attended:
     for name, (x, wanted) in checked.items():
         if not isinstance(x, Tensor) or tuple(x.shape) != wanted:
             got = errors.shape(x) if isinstance(x, Tensor) else repr(x)
-            remedy = 'Say in why_not what it cannot run, as "no log-sum-exp" where r.wants_lse.'
-            errors.fail(
-                "attention", f"kernel {kernel.name!r}", f"to return {name} {wanted}", got, remedy
+            remedy = (
+                "q, k, v and mask may differ in leading axes: expand to r.lead; "
+                'or say in why_not what it cannot run, as "no log-sum-exp" where r.wants_lse.'
             )
+            errors.fail("attention", what, f"{name} {wanted}", got, remedy)
     if found.out.dtype != r.v.dtype:
-        wanted, remedy = f"to return out in {r.v.dtype} as v is", "Cast it: out.to(r.v.dtype)."
-        errors.fail(
-            "attention", f"kernel {kernel.name!r}", wanted, found.out.dtype, remedy, TypeError
-        )
+        wanted, remedy = f"out in {r.v.dtype} as v is", "Cast it: out.to(r.v.dtype)."
+        errors.fail("attention", what, wanted, found.out.dtype, remedy, TypeError)
     return found

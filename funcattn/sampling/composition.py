@@ -210,7 +210,7 @@ def log_probs(sampler: Sampler) -> Callable[..., Tensor]:
 @door
 def log_probs_with_state(sampler: Sampler, logits: Tensor, state: Tree) -> tuple[Tensor, Tree]:
     """Log-probabilities (V,), in float32 at least, and the state for observing a token."""
-    filtered, state = sampler.update(_accurate(logits), state)
+    filtered, state = _updated(sampler, _accurate(logits), state)
     return filtered.log_softmax(-1), state
 
 
@@ -233,11 +233,22 @@ def draw(
         ValueError: the sampler filtered every token, or returned NaN (checked where values are
             concrete, in every row under vmap).
     """
-    filtered, state = sampler.update(_accurate(logits), state)
+    filtered, state = _updated(sampler, _accurate(logits), state)
     drawable = filtered.amax(-1).isfinite()
     require_drawable("draw", drawable if wanted is None else drawable | ~wanted)
     token = filtered.argmax(-1) if sampler.deterministic else randomness.categorical(key, filtered)
     return token, sampler.observe(token, state)
+
+
+def _updated(sampler: Sampler, logits: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+    """The logits and state of `update`, checked to be two, logits of their shape first."""
+    after = sampler.update(logits, state)
+    is_pair = isinstance(after, tuple) and len(after) == 2
+    if not is_pair or getattr(after[0], "shape", None) != logits.shape:
+        wanted, got = f"a pair, logits {errors.shape(logits)} and a state", what_is(after)
+        remedy = "Of a function of logits alone, stateless(f) makes a sampler."
+        errors.fail("draw", "what update returns", wanted, got, remedy, TypeError)
+    return after
 
 
 def require_drawable(function: str, drawable: Tensor) -> None:
@@ -262,6 +273,11 @@ def begin(sampler: Sampler, logits: Tensor) -> Tree:
     )
     with here:
         state = sampler.init(logits.shape[-1])
+    for leaf in tree.leaves(state):
+        if not isinstance(leaf, Tensor):
+            remedy = "A number is a tensor too: torch.tensor(0)."
+            what, got = "the state that init returns", f"{what_is(leaf)} in it"
+            errors.fail("begin", what, "a tree of tensors", got, remedy, TypeError)
     # Tensors that a sampler was primed with may be on another device.
     return tree.map(lambda x: x.to(logits.device), state)
 

@@ -15,6 +15,7 @@ import funcattn as fa
 from funcattn import sampling
 from funcattn.sampling import (
     Sampler,
+    begin,
     chain,
     draw,
     greedy,
@@ -321,6 +322,16 @@ def test_smaller_thresholds_keep_no_more():
             lambda: chain(temperature(1.0), top_k),
             TypeError,
             r"argument 1 should be a Sampler, got a function\. Call a factory",
+        ),
+        (
+            lambda: law(chain()._replace(update=lambda x, state: x))(torch.zeros(3)),
+            TypeError,
+            r"a pair, logits \(3,\) and a state, got",
+        ),
+        (
+            lambda: begin(greedy._replace(init=lambda V: 0), torch.zeros(3)),
+            TypeError,
+            "init returns should be a tree of tensors, got 0",
         ),
         (
             lambda: draw(fa.key(0), chain(), torch.tensor([0.0, float("nan")]), ()),

@@ -110,8 +110,10 @@ def _named(config: Config, params: Params) -> dict[str, Tensor]:
         )
     for path, leaf in leaves.items():
         if not isinstance(leaf, (Tensor, *quantization.RECORDS)):
-            remedy = "Dequantize the weights first: fa.dequantize(params)."
-            fail("save", path, "a tensor", f"a {type(leaf).__name__}", remedy, TypeError)
+            kept = ", ".join(kind.__name__ for kind in quantization.RECORDS)
+            wanted = f"a tensor, or a record among {kept}"
+            remedy = "Dequantize it, fa.dequantize(params); or quantize the original after load."
+            fail("save", path, wanted, f"a {type(leaf).__name__}", remedy, TypeError)
         if tuple(leaf.shape) != needed[path]:
             fail(
                 "save",

@@ -1,6 +1,7 @@
 """Families: what a file says becomes Config and Params, or is refused by name."""
 
 import dataclasses
+import pathlib
 import re
 
 import pytest
@@ -503,3 +504,17 @@ def test_longrope_beyond_a_context_of_one_says_its_factor():
         CheckpointError, match=r"attention_factor of rope_parameters .* given where original_max"
     ):
         read_config({**MINIMAL, "max_position_embeddings": 2, "rope_parameters": rope})
+
+
+def test_the_family_of_the_page_is_read_and_written(monkeypatch):
+    page = (pathlib.Path(__file__).parents[3] / "docs" / "families.md").read_text()
+    block = page.split("## Add one")[1].split("```python\n")[1].split("```")[0]
+    names = {}
+    with monkeypatch.context() as patched:
+        patched.setitem(FAMILIES, "lantern", None)  # taken out again at the end
+        exec(compile(block, "families.md", "exec"), names)
+        said = {**MINIMAL, "model_type": "lantern", "damping": 2.0}
+        config = read_config(said)
+        assert config.residual_scale == 0.5
+        assert read_config({"model_type": "lantern", **FAMILIES["lantern"].write(config)}) == config
+    assert "lantern" not in FAMILIES

@@ -4,6 +4,7 @@ where they are damaged.
 
 import json
 from dataclasses import replace
+from typing import NamedTuple
 
 import gguf
 import pytest
@@ -88,6 +89,16 @@ def test_what_a_family_stores_otherwise_is_refused(tmp_path):
     config = replace(CONFIG, experts=4, experts_per_token=2, expert_size=CONFIG.feed_forward)
     with pytest.raises(TypeError, match=r"save: layers\.0\.\w+ should be a tensor, got"):
         save(tmp_path / "a", config, fa.quantize(fa.int8)(fa.decoder(config).init(fa.key(0))))
+
+
+def test_a_record_of_another_scheme_is_refused_with_what_is_kept(tmp_path):
+    class Mine(NamedTuple):
+        codes: torch.Tensor
+
+    mine = params()._replace(embedding=Mine(params().embedding))
+    said = r"embedding should be a tensor, or a record among Int8, .*, got a Mine\. .*after"
+    with pytest.raises(TypeError, match=said):
+        save(tmp_path / "a", CONFIG, mine)
 
 
 def edited(change):
