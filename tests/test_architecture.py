@@ -94,7 +94,6 @@ TESTED_BY = {
     "collectives.collectives": "collectives: bindings groups operations verbs",
     "compilation.compilation": "compilation: compiled conditions model stack",
     "evaluation.evaluation": "evaluation: activations scores",
-    "interop.interop": "interop: modules",
     "kernels.kernels": "kernels: products reference sdpa",
     "layers.layers": "layers: activations products",
     "quantization.quantization": "quantization: formats packed reports schemes transforms",
@@ -117,7 +116,7 @@ TESTED_BY = {
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
     "family_peers": "checkpoints.families: catalogue fused gemma gpt llama mixtures",
-    "kernels.closed.flash": "kernels.closed: algebra entry functions log_sum_exp operators specs; "
+    "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "
     "addresses block_sizes conditions language launching pieces programs softmax tuning",

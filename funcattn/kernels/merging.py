@@ -22,7 +22,7 @@ from .api import _run, attend
 from .arguments import no_autocast, request
 from .backends import aten, native, torch_blocks
 from .backends.masking import is_finite
-from .closed import entry
+from .closed import entry, operators
 from .dtypes import accurate
 from .request import FEW, Kernel
 from .unseen import Taken
@@ -233,11 +233,13 @@ def _drain(attended: Partial, sinks: Tensor) -> Tensor:
 
 
 def _is_plain_step(q: Tensor, segments: Sequence[KVSegment]) -> bool:
-    """True for one query of one sequence, no mask, outside of autograd and transforms.
+    """True for one query of one sequence, no mask, outside of autograd, transforms and tracers.
 
-    torch's fused kernel then computes each segment.
+    A fused kernel then computes each segment.
     """
-    if q.shape[-2] != 1 or q.dim() != 3 or torch.compiler.is_compiling():
+    if q.shape[-2] != 1 or q.dim() != 3:
+        return False
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if not all(
         is_absent(segment.mask) and segment.k.dim() == 3 and segment.k.shape[-2]
@@ -246,6 +248,8 @@ def _is_plain_step(q: Tensor, segments: Sequence[KVSegment]) -> bool:
         return False
     if is_recorded(q, *[x for segment in segments for x in (segment.k, segment.v)]):
         return False
+    if not operators.plain([q, *[x for segment in segments for x in (segment.k, segment.v)]]):
+        return False  # what traces or counts operations sees those of the joint softmax
     return not any(aten.why_not(q, segment.k, segment.v) for segment in segments)
 
 

@@ -104,13 +104,27 @@ def load() -> str:
         return "FUNCATTN_NATIVE=0 asks for none"
     try:
         torch.ops.load_library(packaged() or built())
-        return "" if torch.ops.funcattn.instructions(-1) else "the processor has no AVX2"
+        return "" if _runs() else "the processor has no AVX2"
     except Missing as reason:
         return str(reason)
     except OSError as error:
         return f"the library cannot be loaded: {error}"
     except (RuntimeError, AttributeError) as error:  # from torch, for another library
         return f"the library is none of this operator: {' '.join(str(error).split())[:200]}"
+
+
+def _runs() -> bool:
+    """True where the processor has the instructions.
+
+    Asked outside of torch.jit.trace, which refuses an operator that returns a number: the reason
+    would be kept for the process.
+    """
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return bool(torch.ops.funcattn.instructions(-1))
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def packaged() -> Path | None:

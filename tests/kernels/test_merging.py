@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 from torch.func import grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import funcattn as fa
 from funcattn.kernels import KVSegment, attend_segments
@@ -390,3 +392,24 @@ def test_the_logit_of_a_part_of_one_key_is_float32():
     with torch.no_grad():
         found = attend_segments(q, parts, scale=0.25)
     assert found.abs().max() <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.cpu("of the kernels of the CPU")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_tracers_and_counters_see_a_step_as_plain_operations(parts):
+    q, *flat = (normal(i, H, n, 8) for i, (H, n) in enumerate([(4, 1), *[(2, 50)] * (2 * parts)]))
+    step = lambda q, *x: attend_segments(
+        q, [KVSegment(*x[i : i + 2]) for i in range(0, len(x), 2)], scale=0.3
+    )
+    wanted = step(q, *flat)
+    traces = [
+        make_fx(step)(q, *flat),
+        make_fx(step, tracing_mode="fake")(q, *flat),
+        torch.jit.trace(step, (q, *flat), check_trace=False),
+    ]
+    for trace in traces:
+        torch.testing.assert_close(trace(q, *flat), wanted)
+        assert torch.isfinite(trace(100 * q, *flat)).all()  # no branch of the traced values is kept
+    with FlopCounterMode(display=False) as counter:
+        step(q, *flat)
+    assert counter.get_total_flops() == parts * 2 * 4 * 50 * (8 + 8)

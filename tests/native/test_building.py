@@ -348,3 +348,19 @@ def test_two_threads_without_a_home_are_the_first_to_use_it(tmp_path, library):
     said, reason = run(TOGETHER, **environment)
     assert said == "2 True []"
     assert reason == "" if library == "this one" else "none of this operator" in reason
+
+
+def test_the_library_may_be_loaded_inside_of_a_trace():
+    script = """
+import torch
+from funcattn import native
+torch.jit.trace(lambda x: x.relu() if native.load() == "" else x, torch.ones(2), check_trace=False)
+print(native.load())
+"""
+    if building.load():
+        pytest.skip(building.load())
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout.strip() == "", done.stdout
+    assert done.returncode == 0, done.stderr[-2000:]

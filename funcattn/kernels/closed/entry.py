@@ -193,9 +193,14 @@ def _why_not_flash(r: Request) -> str:
     )
 
 
+def _why_not_traced() -> str:
+    is_tracing = not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return "torch.jit traces plain operations" if is_tracing else ""
+
+
 def _passed_over(r: Request) -> str:
-    if not torch.compiler.is_compiling() and torch._C._is_tracing():
-        return "torch.jit traces plain operations"
+    if traced := _why_not_traced():
+        return traced
     if r.small and not torch.compiler.is_compiling():
         return f"for at most {SMALL} pairs of a query and a key the dense form is cheaper"
     return f"for at most {FEW} queries the dense form is cheaper" if r.q.shape[-2] <= FEW else ""
@@ -237,7 +242,7 @@ def _why_not_native(r: Request) -> str:
         return f"for the CPU, not for {r.q.device.type}"
     if r.q.dtype not in NATIVE_DTYPES or (r.bias is not None and r.bias.dtype == torch.float64):
         return "float32, bfloat16 and float16 only"
-    return _why_not_flash(r) or _why_no_library()
+    return _why_not_flash(r) or _why_not_traced() or _why_no_library()
 
 
 MANY = 2**13  # pairs of a few queries and their keys, from which the native kernel is cheaper

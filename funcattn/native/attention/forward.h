@@ -187,7 +187,11 @@ static int64_t scratch_size(const Attention& a) {
   return blocks * a.rows * (keys_of(a) + E) + keys_of(a) + room + packed_size(a, keys_of(a));
 }
 
-static int64_t integer(const Operand& x, const char* at) { return x.type == INT64 ? *(const int64_t*)at : *(const int32_t*)at; }
+// An end of an interval, from 0 to S: what lies beyond hides and shows the same keys, and differences of ends do not overflow.
+static int64_t end_of(const Attention& a, const Operand& x, const char* at) {
+  const int64_t end = x.type == INT64 ? *(const int64_t*)at : *(const int32_t*)at;
+  return end < 0 ? 0 : end > a.S ? a.S : end;
+}
 
 static float power(float x) { return top(exp_below(all(x))); }  // e^x for x up to 0
 
@@ -211,7 +215,7 @@ static Cut cut(const Attention& a, const Rows& rows, int M, int64_t j, int64_t e
     if (a.dense.column != 1) return {true, false};
     const size_t n = size_t(end - j);
     for (int i = 0; i < M && (is.every || !is.some); i++) {
-      is.some = is.some || __builtin_memchr(rows.dense[i] + j, 1, n);
+      is.some = is.some || rows.dense[i][j] || __builtin_memcmp(rows.dense[i] + j, rows.dense[i] + j + 1, n - 1);
       is.every = is.every && !__builtin_memchr(rows.dense[i] + j, 0, n);
     }
     return is;
@@ -219,8 +223,8 @@ static Cut cut(const Attention& a, const Rows& rows, int M, int64_t j, int64_t e
   for (int i = 0; i < M && (is.every || !is.some); i++) {
     bool some = false, every = false;
     for (int64_t n = 0; n < a.intervals; n++) {
-      const int64_t start = a.intervals == 1 ? rows.first[i] : integer(a.start, rows.start[i] + n * a.start.column);
-      const int64_t stop = a.intervals == 1 ? rows.last[i] : integer(a.stop, rows.stop[i] + n * a.stop.column);
+      const int64_t start = a.intervals == 1 ? rows.first[i] : end_of(a, a.start, rows.start[i] + n * a.start.column);
+      const int64_t stop = a.intervals == 1 ? rows.last[i] : end_of(a, a.stop, rows.stop[i] + n * a.stop.column);
       some = some || (start < stop && start < end && stop > j);
       every = every || (start <= j && stop >= end);
     }
@@ -262,7 +266,7 @@ struct Sweeper {
         if (PUSHES && a.dq) load_elements(a.dq, dq + t * a.dq.row, a.D, a.scale, row);
         if (a.intervals) {
           rows.start[i] = start + t * a.start.row, rows.stop[i] = stop + t * a.stop.row;
-          rows.first[i] = integer(a.start, rows.start[i]), rows.last[i] = integer(a.stop, rows.stop[i]);
+          rows.first[i] = end_of(a, a.start, rows.start[i]), rows.last[i] = end_of(a, a.stop, rows.stop[i]);
         }
         if (a.dense) rows.dense[i] = dense + t * a.dense.row;
         if (a.bias) rows.bias[i] = bias + t * a.bias.row;
@@ -301,8 +305,8 @@ struct Sweeper {
       } else {
         __builtin_memset(bytes + low, 0, size_t(high - low));
         for (int64_t r = 0; r < a.intervals; r++) {
-          const int64_t first = integer(a.start, rows.start[i] + r * a.start.column) - j;
-          const int64_t last = integer(a.stop, rows.stop[i] + r * a.stop.column) - j;
+          const int64_t first = end_of(a, a.start, rows.start[i] + r * a.start.column) - j;
+          const int64_t last = end_of(a, a.stop, rows.stop[i] + r * a.stop.column) - j;
           for (int64_t n = first < low ? low : first; n < (last < high ? last : high); n++) bytes[n] = 1;
         }
       }

@@ -321,6 +321,27 @@ def test_a_hidden_key_changes_nothing_even_if_it_is_nan(dtype):
         torch.testing.assert_close(mine, theirs, atol=near, rtol=near)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_ends_of_intervals_may_be_the_least_and_the_largest_integers(n):
+    torch.manual_seed(0)
+    q, k, v, *tangents = (torch.randn(2, rows, 16) for rows in (40, 300, 300) * 2)
+    start = torch.randint(0, 300, (40, n))
+    stop = start + torch.randint(0, 300, (40, n))
+    start[::2], stop[::3] = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    start[7], stop[7] = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
+    hold(q, k, v, (start, stop), None, 0.3, tangents, masks.Mask(start, stop).dense(300))
+
+
+def test_a_boolean_of_any_byte_but_zero_shows_a_key():
+    torch.manual_seed(0)
+    q, k, v, *tangents = (torch.randn(2, rows, 16) for rows in (40, 600, 600) * 2)
+    bytes = torch.where(torch.rand(40, 600) < 0.5, 2, 0).to(torch.uint8)
+    bytes[:, 256:512] = 255
+    bytes[3] = 0
+    seen = bytes != 0
+    hold(q, k, v, (bytes.view(torch.bool),), None, 0.3, tangents, seen)
+
+
 def test_weights_that_underflow_are_zero_and_denormal_values_stay():
     q, k = torch.tensor([[1.0]]), torch.tensor([[0.0], [-90.0], [-200.0]])
     v = torch.tensor([[2.0**-140], [1.0], [1e30]])
