@@ -40,7 +40,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -58,6 +58,7 @@ SOURCES = tuple(
         "attention/attention.cpp",
         "attention/attention.h",
         "attention/forward.h",
+        "attention/packing.h",
         "attention/gemm.h",
         "attention/contract.cpp",
         "attention/contract.h",
@@ -119,12 +120,13 @@ def _runs() -> bool:
     Asked outside of torch.jit.trace, which refuses an operator that returns a number: the reason
     would be kept for the process.
     """
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    trace: Any = torch._C
+    state = trace._get_tracing_state()
+    trace._set_tracing_state(None)
     try:
         return bool(torch.ops.funcattn.instructions(-1))
     finally:
-        torch._C._set_tracing_state(state)
+        trace._set_tracing_state(state)
 
 
 def packaged() -> Path | None:

@@ -4,17 +4,14 @@
     update(logits, state) -> (logits, state)
     observe(token, state) -> state
 
-The state is a pytree of tensors, so it forks and rolls back with the cache: to roll back is to use
-an older state. Filtered tokens have logits of -inf. Functions are of one row of logits (V,); many
-rows are `vmap`.
+The state is a pytree of tensors; to roll back is to use an older one. Filtered tokens have logits
+of -inf. Functions are of one row of logits (V,); many rows are `vmap`.
 
-Only `draw` is random. A sampler with a random choice (xtc) returns the log-probabilities of the
-mixture of both outcomes: draws have the same distribution, log-probabilities are exact, and a state
-needs no key.
+Only `draw` is random. A sampler with a random choice (xtc) returns the exact log-probabilities of
+the mixture of both outcomes, so a state needs no key.
 
-Edge cases: of equal logits lower ids come first. A row in which all tokens are filtered has
-log-probabilities of NaN, as has one with NaN or +inf that is not filtered, and `draw` raises for it
-where values can be read.
+Of equal logits lower ids come first. A row without tokens, or with NaN or +inf, has
+log-probabilities of NaN, and `draw` raises for it where values can be read.
 """
 
 import contextlib
@@ -243,11 +240,11 @@ def draw(
 def _updated(sampler: Sampler, logits: Tensor, state: Tree) -> tuple[Tensor, Tree]:
     """The logits and state of `update`, checked to be two, logits of their shape first."""
     after = sampler.update(logits, state)
-    is_pair = isinstance(after, tuple) and len(after) == 2
-    if not is_pair or getattr(after[0], "shape", None) != logits.shape:
-        wanted, got = f"a pair, logits {errors.shape(logits)} and a state", what_is(after)
+    first = after[0] if isinstance(after, tuple) and len(after) == 2 else None
+    if getattr(first, "shape", None) != logits.shape:
+        wanted = f"a pair, logits {errors.shape(logits)} and a state"
         remedy = "Of a function of logits alone, stateless(f) makes a sampler."
-        errors.fail("draw", "what update returns", wanted, got, remedy, TypeError)
+        errors.fail("draw", "what update returns", wanted, what_is(after), remedy, TypeError)
     return after
 
 
