@@ -120,7 +120,12 @@ def in_forwards(T: int, D: int, dtype: torch.dtype, repeats: int, peak: float) -
     for nesting, call in full.items():
         count = products(call, x)
         rate = 2 * 8 * T * T * D * count / t[nesting] / 1e6
-        share = f"{rate:>6.0f} GFLOP/s {rate / peak:>5.0%}" if dtype == torch.float32 else ""
+        least = rate / peak * LEAST[nesting] / count
+        share = (
+            f"{rate:>6.0f} GFLOP/s {rate / peak:>5.0%} {least:>5.0%}"
+            if dtype == torch.float32
+            else ""
+        )
         ratios = (
             f"{t[nesting] / t['torch']:>7.2f} {t[f'{nesting} causal'] / t['torch causal']:>7.2f}"
         )

@@ -148,7 +148,9 @@ def test_transforms_agree_with_each_other_with_a_bias_and_a_scale():
         )
     )
     x = q, k, v, normal(12, H, 6, 6), torch.tensor(0.4)
-    check_transforms(f("native"), *x, reference=f("reference"), depth=2, tolerance=1e-3)
+    check_transforms(
+        f("native"), *x, reference=f("reference"), depth=2, tolerance=1e-3, hessians=False
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
