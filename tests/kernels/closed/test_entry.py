@@ -198,7 +198,10 @@ def test_compiled_code_has_one_node_for_each_pass_and_the_same_numbers(program, 
     with fa.kernels.use("native"):
         out = torch.compile(f, fullgraph=True, backend=compiler)(*x)
         for one, other in zip(tree_leaves(out), tree_leaves(f(*x)), strict=True):
-            assert torch.equal(one, other)
+            if backend == "nodes":
+                assert torch.equal(one, other)
+            else:  # inductor rounds the sums between the nodes in an order of its own
+                close(one, other, dtype)
     assert backend != "nodes" or found == nodes
 
 
