@@ -4,7 +4,8 @@
 
 A transformer of images (DiT) with `layers` blocks of width 256 (4 heads of 64), one thread, float32. The average velocity
 u(z, r, t) should satisfy u = v - (t - r) du/dt, where du/dt is the jvp of u along (v, 0, 1); the loss is the square of the
-difference, differentiated as a whole. Kernels take turns, CPU time, medians.
+difference, differentiated as a whole. Kernels take turns, CPU time, medians. "without" returns the
+values in place of their attention: what the rest of the model takes, below which no kernel comes.
 
 Source: Geng et al., Mean flows for one-step generative modeling, arXiv:2505.13447, equation 6, without its stop-gradient.
 """
@@ -22,6 +23,7 @@ import funcattn as fa
 
 WIDTH, HEADS = 256, 4
 Weights = dict[str, Tensor]
+attention = fa.attention
 
 
 def weights(layers: int) -> Weights:
@@ -49,7 +51,7 @@ def velocity(params: Weights, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         shift, scale = (params["modulation"][layer] @ condition.sin()).chunk(2)
         y = F.layer_norm(x, (WIDTH,)) * (1 + scale) + shift
         heads = (y @ params["qkv"][layer].mT).unflatten(-1, (3 * HEADS, -1)).transpose(0, 1)
-        attended = fa.attention(*heads.chunk(3))
+        attended = attention(*heads.chunk(3))
         x = x + attended.transpose(0, 1).flatten(-2) @ params["out"][layer].mT
         y = F.layer_norm(x, (WIDTH,))
         x = x + F.gelu(y @ params["up"][layer].mT) @ params["down"][layer].mT
@@ -75,10 +77,14 @@ def main() -> None:
     r, t = torch.tensor(0.2), torch.tensor(0.7)
 
     def step(kernel: str | None) -> Weights:
+        global attention
+        attention = (lambda q, k, v: v) if kernel == "without" else fa.attention
+        if kernel == "without":
+            return grad(loss)(params, z, v, r, t)
         with fa.kernels.use(kernel) if kernel else contextlib.nullcontext():
             return grad(loss)(params, z, v, r, t)
 
-    kernels = {"flash": "flash", "as chosen": None, "dense": "reference"}
+    kernels = {"flash": "flash", "as chosen": None, "dense": "reference", "without": "without"}
     exact = step("reference")
     for kernel in ("flash", None):
         off = max(

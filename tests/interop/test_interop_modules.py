@@ -35,6 +35,11 @@ def passes(monkeypatch):
     return seen
 
 
+# The gradient of attention is four dot products that follow each other, each a sum of at most 32
+# numbers here (features, or keys), and a sum of n is off by at most n eps / 2 of the sum of sizes.
+ROUNDING = 4 * 32 / 2 * torch.finfo(torch.float32).eps
+
+
 def near(found, wanted, far):
     for x, y in zip(found, wanted, strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
@@ -105,10 +110,10 @@ def test_jagged_attention_is_attention_of_each_document(keys, heads, causal, pas
     wanted = [alone(*(x.double() for x in one)) for one in zip(q, k, v, strict=True)]
     with fa.kernels.use("native"):
         out = nested_attention(pack(q), pack(k), pack(v), causal=causal, scale=0.7)
-        near(out.unbind(), [x.float() for x in wanted], 64 * torch.finfo(torch.float32).eps)
+        near(out.unbind(), [x.float() for x in wanted], ROUNDING)
         found = torch.autograd.grad(out.values().sin().sum(), [*q, *k, *v])
     gradients = torch.autograd.grad(sum(x.sin().sum() for x in wanted), [*q, *k, *v])
-    near(found, gradients, 64 * torch.finfo(torch.float32).eps)
+    near(found, gradients, ROUNDING)
     assert {"attend", "contract"} <= set(passes)
 
 
@@ -148,11 +153,7 @@ def test_modules_of_torch_are_those_without_the_override(make, call, dtype, pass
         found = call(module, x)
         mine = torch.autograd.grad(found.sin().sum(), learned)
     assert {"attend", "contract"} <= set(passes)
-    far = (
-        64 * torch.finfo(torch.float32).eps
-        if dtype == torch.float32
-        else 4 * torch.finfo(dtype).eps
-    )
+    far = ROUNDING if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     near([found, *mine], [wanted, *gradients], far)
 
 
@@ -165,4 +166,4 @@ def test_torchs_own_function_on_jagged_tensors_is_near_the_override_by_default()
     wanted = F.scaled_dot_product_attention(heads, heads, heads)
     with override_sdpa():
         found = F.scaled_dot_product_attention(heads, heads, heads)
-    near(found.unbind(), wanted.unbind(), 64 * torch.finfo(torch.float32).eps)
+    near(found.unbind(), wanted.unbind(), ROUNDING)
