@@ -6,7 +6,7 @@ from .. import kernels, native
 from ..quantization import tiles
 from .terminal import shown
 
-INSTRUCTIONS = {1: "AVX2", 2: "AVX-512"}  # as torch.ops.funcattn.instructions counts them
+INSTRUCTIONS = {1: "AVX2", 2: "AVX-512"}  # as native.instructions counts them
 SHAPE = (8, 512, 64)  # (H, T, D) of the request that is explained
 
 
@@ -28,7 +28,7 @@ def show() -> None:
         print(f"  none: {shown(why_not)}")
     else:
         origin = "of the installed wheel" if native.packaged() else "compiled on this machine"
-        print(f"  {INSTRUCTIONS[torch.ops.funcattn.instructions(-1)]}, {origin}")
+        print(f"  {INSTRUCTIONS[native.instructions()]}, {origin}")
 
     for device in ["cpu", *(f"cuda:{i}" for i in range(len(gpus)))]:
         for dtype in (torch.float32, torch.bfloat16):

@@ -108,6 +108,11 @@ def transforming() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def is_jit_traced() -> bool:
+    """True inside torch.jit.trace, where sizes are tensors and values become constants."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def has_tangent(*trees: object) -> bool:
     """True where one of the tensors has a forward-mode tangent, at any level."""
     return forward_ad._current_level >= 0 and any(

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from .. import rematerialization
 from ..core import errors
+from ..core.autograd import is_jit_traced
 from ..masks import Mask
 from ..records import Attended
 from . import arguments, reference, unseen
@@ -121,13 +122,9 @@ def stream(
         errors.fail(
             DOOR, "parameters", "a tuple", f"a {type(parameters).__name__}", remedy, TypeError
         )
-    if torch.compiler.is_exporting() or _is_traced_by_jit():  # plain operations, no loop
+    if torch.compiler.is_exporting() or is_jit_traced():  # plain operations, no loop
         return _attend(r, score, parameters, dense=True)
     return _eagerly(r, score, parameters)  # pyright: ignore[reportCallIssue]
-
-
-def _is_traced_by_jit() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 # A score of the logits, the indices and the parameters.

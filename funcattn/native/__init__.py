@@ -11,6 +11,6 @@ attention   attention.cpp: funcattn::native_attend and native_attend_jvp; forwar
 targets.h   regions of code for instructions that the processor is asked for at run time
 """
 
-from .building import load, model_name, once, packaged
+from .building import instructions, load, model_name, once, packaged
 
-__all__ = ["load", "model_name", "once", "packaged"]
+__all__ = ["instructions", "load", "model_name", "once", "packaged"]

@@ -38,7 +38,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,7 +105,7 @@ def load() -> str:
         return "FUNCATTN_NATIVE=0 asks for none"
     try:
         torch.ops.load_library(packaged() or built())
-        return "" if _runs() else "the processor has no AVX2"
+        return "" if instructions() else "the processor has no AVX2"
     except Missing as reason:
         return str(reason)
     except OSError as error:
@@ -114,17 +114,18 @@ def load() -> str:
         return f"the library is none of this operator: {' '.join(str(error).split())[:200]}"
 
 
-def _runs() -> bool:
-    """True where the processor has the instructions.
+@cache
+def instructions() -> int:
+    """0, or what the processor's kernels use: 1 for AVX2, 2 for AVX-512. After `load`.
 
-    Asked outside of torch.jit.trace, which refuses an operator that returns a number: the reason
+    Asked outside of torch.jit.trace, which refuses an operator that returns a number: the refusal
     would be kept for the process.
     """
     trace: Any = torch._C
     state = trace._get_tracing_state()
     trace._set_tracing_state(None)
     try:
-        return bool(torch.ops.funcattn.instructions(-1))
+        return torch.ops.funcattn.instructions(-1)
     finally:
         trace._set_tracing_state(state)
 

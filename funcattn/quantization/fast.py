@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.autograd import is_recorded
+from ..core.autograd import is_jit_traced, is_recorded
 from ..core.computations import Flat, Whole, batched, pullback, pushforward
 from ..layers import Weight
 from ..rematerialization import Remat
@@ -60,7 +60,7 @@ def routed(
         weight: a record of tensors.
         x: (*lead, K).
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_jit_traced():
         return plain(*weight, x)
     if not is_recorded(*weight, x):
         return _value(plain, fast, weight, x)

@@ -10,7 +10,6 @@ dtype and size of the vector. A tile is 16 rows, a block of it 16 rows and 32 co
 scales, zero points.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -79,7 +78,6 @@ def missing() -> str:
         torch.library.register_vmap("funcattn::products", _mapped)
         _library.impl("products", _differentiated, "Autograd")
         _library.impl("layers", _refused, "Autograd")
-        _instructions()
     return reason
 
 
@@ -88,7 +86,7 @@ def most_rows(bits: int) -> int:
 
     With AVX-512 VNNI always, by 2 to 3 at 512 rows; AVX2 has no int8 product without overflow.
     """
-    return 2**31 if _instructions() == AVX512 else {4: 8, 8: FEWEST}[bits]
+    return 2**31 if native.instructions() == AVX512 else {4: 8, 8: FEWEST}[bits]
 
 
 def tile_int8(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
@@ -143,11 +141,6 @@ def _is_served(codes: Tensor, rows: int, bits: int) -> bool:
     if codes.dim() != 2 or codes.device.type != "cpu" or not codes.numel() or missing():
         return False
     return rows <= FEWEST or rows <= most_rows(bits)
-
-
-@functools.cache
-def _instructions() -> int:
-    return torch.ops.funcattn.instructions(-1)
 
 
 def _rows_of(N: int) -> Any:

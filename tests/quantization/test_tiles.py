@@ -408,3 +408,15 @@ def test_tiles_of_8_bit_activations_multiply_what_these_are_rounded_to(group):
 
 def tile_dynamic(record):
     return tiles.DynamicTiles(tile_int8(*record), record.scale)
+
+
+@pytest.mark.parametrize("scheme", [fa.int8, fa.int4, fa.w8a8], ids=["int8", "int4", "w8a8"])
+@pytest.mark.filterwarnings("ignore")  # torch.jit's, of every shape that becomes a constant
+def test_a_traced_matrix_is_expanded_by_plain_operations(scheme):
+    """Whichever comes first in a process: the answer about the operator is not asked in a trace."""
+    weight = fa.quantize(scheme, "w")({"w": fa.random.normal(fa.key(0), (8, 64))})["w"]
+    f = lambda x: fa.layers.linear(weight, x)
+    x, other = fa.random.normal(fa.key(1), (2, 3, 64))
+    traced = torch.jit.trace(f, x, check_trace=False)
+    assert not [node for node in traced.graph.nodes() if node.kind().startswith("funcattn")]
+    torch.testing.assert_close(traced(other), f(other), atol=1e-5, rtol=1e-5)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import native
+from ...core.autograd import is_jit_traced
 from ...masks import Mask
 from ...records import Attended
 from .. import dropout
@@ -194,8 +195,7 @@ def _why_not_flash(r: Request) -> str:
 
 
 def _why_not_traced() -> str:
-    is_tracing = not torch.compiler.is_compiling() and torch._C._is_tracing()
-    return "torch.jit traces plain operations" if is_tracing else ""
+    return "torch.jit traces plain operations" if is_jit_traced() else ""
 
 
 def _passed_over(r: Request) -> str:
