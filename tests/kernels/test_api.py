@@ -125,10 +125,13 @@ def test_the_choice_changes_with_what_may_be_asked():
 def test_on_a_cpu_the_native_kernel_is_taken_for_values_and_derivatives():
     for mask in (None, masks.causal(20), masks.window(20, 4), masks.causal(20).dense(20)):
         assert fa.explain(Q, KV, KV, mask).chosen == "native"
-    assert fa.explain(Q[..., :1, :], KV, KV).chosen == "sdpa"
+    assert fa.explain(Q[..., :1, :], KV, KV).chosen == "native"  # values alone
+    assert fa.explain(Q[..., :1, :].requires_grad_(), KV, KV).chosen != "native"
     long = torch.ones(2, 2, 2048, 8)  # a few queries behind it
     assert fa.explain(Q[..., :4, :], long, long).chosen == "native"
-    assert fa.explain(Q[..., :1, :], long, long).chosen == "sdpa"
+    assert fa.explain(Q[..., :1, :], long, long).chosen == "native"  # four heads read two
+    longer = torch.ones(2, 4, 8192, 8)
+    assert fa.explain(Q[..., :1, :], longer, longer).chosen == "sdpa"
     seen = []
     grad(lambda q: (seen.append(fa.explain(q, KV, KV).chosen), q.sum())[1])(Q)
     assert seen == ["native"]
