@@ -30,6 +30,9 @@ from funcattn.kernels.backends.triton import launching, tuning
 from funcattn.kernels.closed.algebra import ONES, Contraction, K, LowRankFactor, Output, Q, Term
 
 SHARED = {90: 232448, 80: 166912, 86: 101376}  # bytes a block of threads may have
+# What goes before a contraction: the ends of masks, and statistics, which read keys only of rows
+# whose log-sum-exp is too large for one number.
+BEFORE = "bounds", "statistics"
 POINTERS = {
     "float32": "*fp32",
     "bfloat16": "*bf16",
@@ -66,12 +69,12 @@ def recorded(run) -> list[list[Launch]]:
     blocks.
     """
     launches: list[list[Launch]] = []
-    bounds: list[Launch] = []
+    before_others: dict[str, Launch] = {}
     before = JITFunction.run, tuning.run
 
     def record(self, *args, grid, warmup, **options):
-        if self.__name__ == "bounds":  # goes before a contraction under a mask: one is enough
-            bounds.append(Launch(self, args, options))
+        if self.__name__ in BEFORE:  # one of them is enough
+            before_others[self.__name__] = Launch(self, args, options)
         else:
             launches[-1].append(Launch(self, args, options))
 
@@ -85,7 +88,7 @@ def recorded(run) -> list[list[Launch]]:
         run()
     finally:
         JITFunction.run, tuning.run = before
-    return [*launches, bounds[:1]] if bounds else launches
+    return [*launches, *([launch] for launch in before_others.values())]
 
 
 def build(launch: Launch, card: int) -> Built:

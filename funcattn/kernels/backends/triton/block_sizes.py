@@ -91,6 +91,9 @@ CONTRACT_GROUPS: Table = {
         Blocks(128, 128, 8, 2),
         Blocks(64, 32, 4, 2),
     ),
+    640: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
+    # the gradient of keys and values of 128 features, which spills in wide blocks
+    768: (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2)),
     896: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
     1024: (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2)),
     1280: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
