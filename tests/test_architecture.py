@@ -50,7 +50,7 @@ FLOORS = [
 WITHIN = {  # neighbours on one floor
     "core": {"records"},
     "tree": {"records", "core"},
-    "randomness": {"records", "core"},
+    "randomness": {"records", "core", "tree"},
     "progress": {"core"},
     "rematerialization": {"collectives"},
     "models": {"caches"},

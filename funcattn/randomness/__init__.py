@@ -35,6 +35,7 @@ from .draws import (
 )
 from .keys import WORD, Key, Sizes, bits, fold_in, key, split
 from .threefry import encipher
+from .vectors import normal_like, rademacher_like
 
 __all__ = [
     "WORD",
@@ -49,7 +50,9 @@ __all__ = [
     "gumbel",
     "key",
     "normal",
+    "normal_like",
     "permutation",
+    "rademacher_like",
     "randint",
     "split",
     "uniform",

@@ -1,4 +1,4 @@
-"""Trees of tensors: map, name, select, stack, measure and print nested records, dicts and tuples.
+"""Trees of tensors: map, name, select, stack, measure, print; and vectors, of floating leaves.
 
 A path is the sequence of field names, keys and indices to a leaf, joined by dots: `layers.0.q`. A
 predicate `is_leaf` treats a node as a leaf, so a weight keeps its path when it becomes a record:
@@ -34,6 +34,7 @@ from .mapping import (
 from .nodes import INTEGERS, KINDS, IsLeaf, Transform, Tree
 from .selection import Where, combine, partition, predicate, update
 from .summaries import Row, Summary, summary
+from .vectors import axpy, dot, norm, ravel, scale
 
 __all__ = [
     "INTEGERS",
@@ -45,17 +46,22 @@ __all__ = [
     "Tree",
     "Where",
     "allclose",
+    "axpy",
     "cast",
     "combine",
     "count",
+    "dot",
     "items",
     "leaves",
     "map",
     "map_with_path",
     "nbytes",
+    "norm",
     "partition",
     "paths",
     "predicate",
+    "ravel",
+    "scale",
     "stack",
     "summary",
     "to",
