@@ -2,20 +2,24 @@
 
 scores        score, score_continuation, score_and_greedy, windows, perplexity
 activations   trace, patch, patched
+jacobians     jacobian_lens: the mean transport of a layer's residual to the final one
 
 All are pure functions: a score has a gradient in the weights, a patched logit in the activation,
 and vmap maps both.
 """
 
 from .activations import Change, Where, patch, patched, trace
+from .jacobians import JacobianLens, jacobian_lens
 from .scores import Window, perplexity, score, score_and_greedy, score_continuation, windows
 
 foretold = score_and_greedy  # a deprecated name, which still works
 
 __all__ = [
     "Change",
+    "JacobianLens",
     "Where",
     "Window",
+    "jacobian_lens",
     "score_and_greedy",
     "patch",
     "patched",
