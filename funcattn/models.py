@@ -62,7 +62,7 @@ class Hidden(Protocol):
 
 
 class Logits(Protocol):
-    """Logits (*lead, V) of the residual (*lead, E)."""
+    """Logits (*lead, V) of the residual (*lead, E) after the last norm."""
 
     def __call__(self, params: Tree, hidden: Tensor, /) -> Tensor: ...
 

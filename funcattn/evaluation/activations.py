@@ -82,7 +82,7 @@ def trace(
             seen[name] = x
 
     run = lambda: model.extend(params, tokens, cache, mask=mask, positions=positions)[0]
-    logits, names = _hear("trace", run, dict(changes or {}), keep)
+    logits, names = hear("trace", run, dict(changes or {}), keep)
     for name in named:
         if name not in names:
             _unknown("trace", "where", name, names)
@@ -126,7 +126,7 @@ def patch(
         al., arXiv:2202.05262 (ROME).
     """
     run = lambda: model.extend(params, tokens, cache, mask=mask, positions=positions)[0]
-    return _hear("patch", run, dict(changes), lambda name, x: None)[0]
+    return hear("patch", run, dict(changes), lambda name, x: None)[0]
 
 
 @door
@@ -160,7 +160,7 @@ def patched(model: Model, changes: Mapping[str, Change]) -> Model:
         params: Tree, tokens: Tensor, cache: Past = ABSENT, **options: Any
     ) -> tuple[Tensor, Delta]:
         outer = taps.listener() or (lambda name, x: x)
-        return _hear(
+        return hear(
             "patched", lambda: model.hidden(params, tokens, cache, **options), changes, outer
         )[0]
 
@@ -170,7 +170,7 @@ def patched(model: Model, changes: Mapping[str, Change]) -> Model:
     )
 
 
-def _hear(
+def hear(
     door: str,
     run: Callable[[], T],
     changes: dict[str, Change],

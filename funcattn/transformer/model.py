@@ -186,7 +186,13 @@ def decoder(config: Config, kernel: str | Kernel | None = None, *, remat: bool =
 
     @door
     def logits(params: Params, hidden: Tensor) -> Tensor:
-        """Logits (*lead, V) of hidden (*lead, E), the residual after the last norm."""
+        """Logits (*lead, V) of hidden (*lead, E), the residual after the last norm.
+
+        Args:
+            params: the weights.
+            hidden: what `hidden` returns. The residual after an inner layer must be normalized
+                first, as `fa.evaluation.logit_lens` does; its logits are of no meaning otherwise.
+        """
         weight = lm_head(params)
         if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (config.width,):
             remedy = "Pass the first of what model.hidden returns."
