@@ -30,6 +30,7 @@ from ..core import errors
 from ..core.replaying import Drawing
 from ..kernels import attention
 from ..masks import Mask
+from . import closed_forms
 from .jagged import nested_attention
 
 _sdpa = F.scaled_dot_product_attention
@@ -46,7 +47,9 @@ def override_sdpa(*, key: Tensor | None = None) -> Iterator[None]:
     whole signature: boolean and floating masks, those of torch.nn.attention.bias; dropout_p,
     is_causal (with attn_mask too: a pair is hidden if either hides it, as on torch's CPU path),
     scale, enable_gqa; jagged NestedTensors (see `nested_attention`). Without derivatives torch's
-    kernel is still used. Attention weights are dense: need_weights=True computes them as torch
+    kernel is still used. Activations, losses and normalizations that torch does not differentiate
+    in every nesting (F.silu, F.mse_loss, F.layer_norm and others) have closed forms under
+    torch.func and in forward mode: see interop.closed_forms. Attention weights are dense: need_weights=True computes them as torch
     does, which composes; only a query whose keys are all hidden differs: its weights are zero, and
     so are its output and derivatives.
 
@@ -118,6 +121,8 @@ class Override(Drawing):
             return self.attend(*args, **kwargs)
         if func is _multi_head and set(types) <= PLAIN:
             return self.multi_head(*args, **kwargs)
+        if form := closed_forms.closed_form(func, args, kwargs):
+            return form(*args, **kwargs)
         if func in self.backward and set(types) <= PLAIN:
             with self:
                 return self.backward[func](*args, **kwargs)
