@@ -19,9 +19,7 @@ from ...masks import Mask
 from ...records import Attended
 from .. import dropout
 from ..backends import WIDEST
-from ..backends import native as backend
 from ..request import FEW, SMALL, Kernel, Request
-from . import operators
 from .algebra import ONES, Contraction, Output, Term
 from .functions import attend as attend_in_family
 from .functions import run
@@ -233,16 +231,6 @@ def _why_no_library() -> str:
     return native.load()
 
 
-def _attend_native(r: Request) -> Attended:
-    """One call of the operator for small values, where laying out heads takes half the time."""
-    tensors = (r.q, r.k, r.v)
-    simple = r.small and not r.recorded and not r.dropout and operators.plain(tensors)
-    if not simple or backend.why_not_attend(*tensors):
-        return attend(r, "native")
-    out, lse = backend.attend_rows(*tensors, float(r.scale))
-    return Attended(out, lse.squeeze(-1))
-
-
 def _passed_over_native(r: Request) -> str:
     (H, T), (K, S) = r.q.shape[-3:-1], r.k.shape[-3:-1]
     # Values alone: one call, where dense ones are several. A long past that one query reads is read
@@ -267,6 +255,6 @@ NATIVE = Kernel(
     "native",
     "the closed streaming family in C++ for the CPU: every transform, O(T + S) memory",
     _why_not_native,
-    _attend_native,
+    functools.partial(attend, kernel="native"),
     _passed_over_native,
 )
