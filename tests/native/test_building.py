@@ -364,3 +364,56 @@ print(native.load())
     )
     assert done.stdout.strip() == "", done.stdout
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+UNDER = """
+import sys
+from pathlib import Path
+import pytest
+from funcattn.native import building
+building.PACKAGED = Path(sys.argv[1])
+sys.exit(pytest.main([*sys.argv[2:], "-q", "-x", "-p", "no:cacheprovider", "-n", "0", "-m", "not slow"]))
+"""
+SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_operators_pass_their_tests_under_sanitizers(tmp_path, monkeypatch):
+    """Addresses and undefined behaviour, of the library as Python calls it: some four minutes."""
+    compiler = building.found_compiler()
+    preloaded = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    if not all(map(os.path.isabs, preloaded)):
+        pytest.skip("the compiler brings no sanitizer")
+    monkeypatch.setattr(building, "TIMEOUT", 1200)
+    library = tmp_path / "operators.so"
+    building.compile_to(compiler, library, *SANITIZERS)
+    tests = Path(__file__).parents[1]
+    names = (
+        "kernels/backends/test_native.py",
+        "kernels/backends/test_native_contract.py",
+        "quantization/test_tiles.py",
+        "compilation/test_fused.py",
+    )
+    report = tmp_path / "report"
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER, library, *(str(tests / name) for name in names)],
+        env=os.environ
+        | {
+            "LD_PRELOAD": ":".join(preloaded),
+            "ASAN_OPTIONS": f"detect_leaks=0:log_path={report}",
+            "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={report}",
+            "OMP_NUM_THREADS": "2",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tests.parent,
+    )
+    told = "".join(path.read_text()[:3000] for path in tmp_path.glob("report*"))
+    assert done.returncode == 0, told or done.stdout[-3000:]

@@ -56,7 +56,9 @@ struct Layout {
   bool copies_v, copies_dv;
 
   explicit Layout(const Attention& a) : E(elements(a.D)), panel(E * PANEL * (a.dk ? 2 : 1)), width(whole_of(a.Dv, HEAD)) {
-    const auto copies = [&](const Operand& x) { return x && (PAIRS || x.type != FLOAT32 || x.column != 4 || x.row != 4 * width); };
+    // Rows that are only as far apart as whole vectors end sooner, the last of them perhaps with the tensor.
+    const bool is_whole = a.Dv == width;
+    const auto copies = [&](const Operand& x) { return x && (PAIRS || !is_whole || x.type != FLOAT32 || x.column != 4 || x.row != 4 * width); };
     copies_v = copies(a.v), copies_dv = copies(a.dv);
   }
   int64_t values_at(int64_t keys) const { return whole_of(keys, PANEL) / PANEL * panel; }

@@ -41,13 +41,19 @@ static double draw() {  // from -1 to 1
 }
 static int among(int low, int high) { return low + int((draw() + 1) / 2 * (high - low + 0.999)); }
 
-// A tensor (rows, columns) of floats or of bfloat16, and its values.
+// A tensor (rows, columns) of floats or of bfloat16, and its values. Rows follow each other, or are 16, 32, ... numbers apart, as
+// those of the last head are in a tensor (S, heads, D); the room ends with the last number.
 struct Numbers {
   Room<char> room;
   std::vector<double> values;
   Operand operand;
+  int64_t columns;
 
-  Numbers(bool half, int64_t rows, int64_t columns) : room(new char[rows * columns * (half ? 2 : 4)]), values(rows * columns) {
+  Numbers(bool half, int64_t rows, int64_t columns) : values(rows * columns), columns(columns) {
+    const int64_t apart = among(0, 1) ? columns : (columns + 15) / 16 * 16, size = half ? 2 : 4;
+    room.reset(new char[((rows - 1) * apart + columns) * size]);
+    operand.at = room.get(), operand.type = half ? BFLOAT16 : FLOAT32;
+    operand.column = size, operand.row = operand.column * apart;
     for (int64_t i = 0; i < rows * columns; i++) {
       float x = float(draw());
       uint32_t bits;
@@ -55,15 +61,14 @@ struct Numbers {
       if (half) bits &= 0xffff0000u;
       __builtin_memcpy(&x, &bits, 4);
       const uint16_t high = uint16_t(bits >> 16);
-      half ? __builtin_memcpy(room.get() + 2 * i, &high, 2) : __builtin_memcpy(room.get() + 4 * i, &x, 4);
+      half ? __builtin_memcpy(place(i), &high, 2) : __builtin_memcpy(place(i), &x, 4);
       values[i] = x;
     }
-    operand.at = room.get(), operand.type = half ? BFLOAT16 : FLOAT32;
-    operand.column = half ? 2 : 4, operand.row = operand.column * columns;
   }
+  char* place(int64_t i) const { return room.get() + i / columns * operand.row + i % columns * operand.column; }
   double at(int64_t i) const {
     float x = 0;
-    __builtin_memcpy((char*)&x + (operand.type == BFLOAT16 ? 2 : 0), room.get() + i * operand.column, size_t(operand.column));
+    __builtin_memcpy((char*)&x + (operand.type == BFLOAT16 ? 2 : 0), place(i), size_t(operand.column));
     return x;
   }
 };
