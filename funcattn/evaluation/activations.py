@@ -178,7 +178,7 @@ def patched(model: Model, changes: Mapping[str, Change]) -> Model:
 def hear(
     door: str,
     run: Callable[[], T],
-    changes: dict[str, Change],
+    changes: Mapping[str, Change],
     keep: Callable[[str, Tensor], Tensor | None],
 ) -> tuple[T, list[str]]:
     """The result of a run whose taps are changed, then passed to `keep`; and the taps' names."""
