@@ -71,7 +71,10 @@ class Compiled(Model):
     def explain(self, params: Params) -> str:
         """How the layers of a step run with these weights, and why no faster path does."""
         if "hidden" in self.replaced:
-            return "a function of your own in the place of hidden, which is not compiled"
+            return (
+                f"{_replacing(self, 'hidden')} in the place of hidden, which is not compiled: "
+                "layers run eagerly"
+            )
         return self.stack.explain(params)
 
 
@@ -177,6 +180,14 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
         stack=stack,
     )
     return fast
+
+
+def _replacing(model: Model, function: str) -> str:
+    """The call, as it is printed, of the outermost wrapper that replaces a function."""
+    how = model.made
+    while how is not None and how.held is not None and function not in how.replaced:
+        how = how.held.made
+    return "another function" if how is None else how.name
 
 
 def _refuse(model: object) -> NoReturn:

@@ -134,10 +134,14 @@ def patched(model: Model, changes: Mapping[str, Change]) -> Model:
     """The model with some activations replaced, for generate, beam_search, the loss, ...
 
     Its `extend` is `patch`. A change applies to every forward pass, of any number of tokens, so use
-    a function of the activation.
+    a function of the activation. Tensors in it are arguments like any other: `vmap` over a function
+    that generates with `patched(model, {name: lambda x: x + strength * direction})` tries many
+    strengths at once, and a score has a gradient in the strength.
 
     Args:
-        model: a decoder. Of a compiled one only the logits run compiled.
+        model: a decoder. Taps are silent in compiled code, so of a compiled model, and of
+            `fa.compile(patched(...))`, the layers run eagerly and only the logits compiled; its
+            `explain` says so.
         changes: as in `patch`.
 
     Raises:
@@ -151,7 +155,8 @@ def patched(model: Model, changes: Mapping[str, Change]) -> Model:
         >>> fa.generate(fa.key(0), without, params, torch.tensor([1, 2, 3]), steps=4)[0].shape
         torch.Size([4])
 
-    Law: every verb of it is that of a model whose hidden has these changes (test_models.py).
+    Law: every verb of it is that of a model whose hidden has these changes (test_models.py), and
+        maps over strengths (test_activations.py::test_strengths_of_a_steering_vector_are_mapped).
     """
     changes = dict(changes)
 
@@ -173,7 +178,7 @@ def patched(model: Model, changes: Mapping[str, Change]) -> Model:
 def hear(
     door: str,
     run: Callable[[], T],
-    changes: dict[str, Change],
+    changes: Mapping[str, Change],
     keep: Callable[[str, Tensor], Tensor | None],
 ) -> tuple[T, list[str]]:
     """The result of a run whose taps are changed, then passed to `keep`; and the taps' names."""
@@ -200,7 +205,7 @@ def hear(
             "model",
             "one with taps",
             "one without",
-            "Give the model itself, not a compiled one.",
+            "Taps are silent in compiled code: give the model itself, outside of torch.compile.",
         )
     for name in changes:
         if name not in names:
