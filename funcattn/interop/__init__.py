@@ -2,7 +2,8 @@
 
 | name | what it does |
 | --- | --- |
-| override_sdpa | replaces F.scaled_dot_product_attention inside a `with`, so that it composes |
+| closed | replaces attention, activations and checkpoints of torch inside a `with`: they compose |
+| override_sdpa | its first name |
 | register_transformers | makes "funcattn" an attention implementation of transformers |
 | functional | splits a module into a pure function and its params |
 | nested_attention | attention over jagged NestedTensors, without padding |
@@ -10,13 +11,14 @@
 | lm_eval_model, register_lm_eval | a model for the lm-evaluation-harness |
 """
 
+from .closing import closed, override_sdpa
 from .harness import lm_eval_model, register_lm_eval
 from .huggingface import register_transformers
 from .jagged import document_mask, nested_attention
 from .modules import functional
-from .sdpa import override_sdpa
 
 __all__ = [
+    "closed",
     "document_mask",
     "functional",
     "lm_eval_model",

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 from ..core.autograd import has_tangent, transforming
 from ..kernels.dtypes import accurate
@@ -82,6 +83,11 @@ def _logit(input: Tensor, eps: float | None = None, *, out: Tensor | None = None
     return (x.log() - (-x).log1p()).to(input.dtype)
 
 
+# torch's stubs lack the argument `weight`
+_weighted_mse: Callable[..., Tensor] = F.mse_loss
+_weighted_huber: Callable[..., Tensor] = F.huber_loss
+
+
 def _mse_loss(
     input: Tensor,
     target: Tensor,
@@ -92,7 +98,7 @@ def _mse_loss(
 ) -> Tensor:
     if weight is not None or size_average is not None or reduce is not None:
         # in plain operations already; legacy arguments
-        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
+        return _weighted_mse(input, target, size_average, reduce, reduction, weight=weight)
     return _reduced(lambda x, y: (x - y).square(), input, target, reduction)
 
 
@@ -104,7 +110,7 @@ def _huber_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     if delta <= 0 or (weight is not None and weight.shape != input.shape):
-        return F.huber_loss(input, target, reduction, delta, weight)  # with torch's error
+        return _weighted_huber(input, target, reduction, delta, weight=weight)  # torch's error
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         z = x - y
@@ -122,7 +128,7 @@ def _soft_margin_loss(
     reduction: str = "mean",
 ) -> Tensor:
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_get_string(size_average, reduce)
     return _reduced(lambda x, y: -F.logsigmoid(x * y), input, target, reduction)
 
 

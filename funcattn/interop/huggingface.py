@@ -14,7 +14,7 @@ from .. import masks
 from ..core import errors
 from ..kernels import attend, attention, attention_with_score
 from ..masks import Mask
-from .sdpa import dropout_key
+from .closing import dropout_key
 
 DOOR = "transformers attention"  # the function name in errors
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.func import grad, jvp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointFunction
 
 import funcattn as fa
 from funcattn.core import replaying
@@ -184,10 +185,10 @@ def test_dropout_in_a_backward_pass_that_has_ended_the_context_draws_the_same():
     torch.testing.assert_close(torch.autograd.grad(value, leaf)[0], wanted, **EXACT)
 
 
-def test_a_checkpoint_of_torch_around_remat_is_still_refused_other_weights():
+def test_another_checkpoint_around_remat_is_still_refused_other_weights():
     leaf = normal(1, 2, 20, 4).requires_grad_()
     with override_sdpa(key=fa.key(0)), pytest.raises(RuntimeError, match="0 in a backward pass"):
-        torch.utils.checkpoint.checkpoint(fa.remat(dropped), leaf, use_reentrant=False).backward()
+        CheckpointFunction.apply(fa.remat(dropped), True, leaf).backward()
 
 
 def test_compiled_code_sees_the_modes_in_a_rematerialized_function():

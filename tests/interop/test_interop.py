@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.attention import SDPBackend, bias, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _len_torch_function_stack
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import funcattn as fa
 from funcattn.interop import functional, override_sdpa, sdpa
@@ -432,14 +432,21 @@ def test_a_checkpoint_in_the_module_runs_our_attention_again(reentrant, calls):
             assert len(calls) == 4
 
 
-def test_a_checkpoint_does_not_draw_again():
+def test_a_checkpoint_draws_the_same_again():
     x = normal(1, B, T, E).requires_grad_()
     f = lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
-    with (
-        override_sdpa(key=fa.key(0)),
-        pytest.raises(RuntimeError, match="checkpoint runs the forward again"),
-    ):
-        checkpoint(f, x, use_reentrant=False).sum().backward()
+    with override_sdpa(key=fa.key(0)):
+        (wanted,) = torch.autograd.grad(f(x).sum(), x)
+    with override_sdpa(key=fa.key(0)):
+        y = checkpoint(f, x, use_reentrant=False).sum()
+    close(torch.autograd.grad(y, x), (wanted,))
+
+
+def test_a_recomputation_that_forgets_the_count_is_refused_other_weights():
+    x = normal(1, B, T, E).requires_grad_()
+    f = lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+    with override_sdpa(key=fa.key(0)), pytest.raises(RuntimeError, match="0 in a backward pass"):
+        CheckpointFunction.apply(f, True, x).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
