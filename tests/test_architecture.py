@@ -83,6 +83,9 @@ WHOLE = {
         "tools",
         "wheel",
     ),
+    # of other people's tools, which `make test-peers` installs
+    *("peers.bergson", "peers.captum", "peers.curvlinops", "peers.dattri", "peers.laplace"),
+    *("peers.hessian_eigenthings", "peers.opacus", "peers.posteriors"),
     *("devices", "distributed.differing", "distributed.gloo", "family_peers", "gguf_families"),
 }
 UNMIRRORED = {"__init__", "__main__"}  # which say what is in other modules

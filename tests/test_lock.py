@@ -1,5 +1,5 @@
 """requirements.lock: every package of `make demo`, `make test` and `.ci/run` with its version,
-whatever the day.
+whatever the day; requirements-peers.lock: what `make test-peers` adds.
 """
 
 import os
@@ -11,23 +11,42 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from places import ROOT
 
-LOCK = ROOT / "requirements.lock"
+LOCK, PEERS = ROOT / "requirements.lock", ROOT / "requirements-peers.lock"
+MAKEFILE = ROOT / "Makefile"
 pytestmark = pytest.mark.skipif(
     not LOCK.exists(), reason="the lock is not part of a source distribution"
 )
 
 
-def locked() -> list[Requirement]:
-    return [Requirement(line) for line in LOCK.read_text().splitlines()]
+def locked(lock=LOCK) -> list[Requirement]:
+    return [Requirement(line) for line in lock.read_text().splitlines()]
 
 
-def test_every_line_is_one_package_with_its_exact_version():
+@pytest.mark.parametrize("lock", [LOCK, PEERS], ids=lambda path: path.name)
+def test_every_line_is_one_package_with_its_exact_version(lock):
     """No address, no option, no comment: plain pip reads it, from whatever index it is set to."""
-    assert [
-        line
-        for line in LOCK.read_text().splitlines()
-        if not re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", line)
-    ] == []
+    lines = lock.read_text().splitlines()
+    assert lines
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", line)] == []
+
+
+def test_tools_of_other_people_replace_nothing_that_is_locked():
+    """They are installed without their dependencies: no other torch comes with them, and what they
+    bring is not also in requirements.lock.
+    """
+    names = {canonicalize_name(pin.name) for pin in locked(PEERS)}
+    assert names & {canonicalize_name(pin.name) for pin in locked()} == set()
+    assert {
+        name for name in names if re.match("torch(vision|audio)?$|nvidia|triton", name)
+    } == set()
+    asked = {
+        canonicalize_name(Requirement(line.partition("#")[0]).name)
+        for line in (ROOT / "requirements-peers.in").read_text().splitlines()
+        if line[:1] != "#"
+    }
+    assert asked == names, "make lock"
+    (rule,) = re.findall(r"(?m)^\t.*--requirement requirements-peers.lock$", MAKEFILE.read_text())
+    assert "--no-deps" in rule
 
 
 def test_what_pyproject_asks_for_is_locked():

@@ -44,8 +44,8 @@ def register_transformers() -> None:
     AttentionMaskInterface.register("funcattn", _mask)
 
 
-# Options of transformers without effect here: the mask has the positions, the others are
-# bookkeeping.
+# Options without effect here: the mask has the positions, and what a model's loss reads passes
+# through its attention too; the last two are of bergson's weighted loss.
 KNOWN = frozenset(
     {
         *(
@@ -58,6 +58,7 @@ KNOWN = frozenset(
             "labels",
         ),
         *("num_items_in_batch", "logits_to_keep", "max_length_q", "max_length_k", "deterministic"),
+        *("shift_labels", "ignore_index", "example_weight", "shift_loss_mask"),
     }
 )
 

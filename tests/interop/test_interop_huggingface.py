@@ -309,6 +309,18 @@ def test_an_option_that_is_not_read_is_refused_by_name():
         f(None, seq_idx=torch.zeros(2, 4))
 
 
+def test_what_the_loss_reads_passes_through_attention():
+    options = {"labels": IDS, "shift_labels": IDS.roll(-1, -1), "ignore_index": 7}
+    wanted = build("llama", "sdpa")(input_ids=IDS, **options).loss
+    close(build("llama", "funcattn")(input_ids=IDS, **options).loss, wanted, 1e-6)  # in float32
+
+    model = build("llama", "funcattn")
+    seen = {}
+    model.loss_function = lambda logits, labels, **others: seen.update(others) or logits.sum()
+    model(input_ids=IDS, labels=IDS, example_weight=torch.ones(2), shift_loss_mask=IDS > 0)
+    assert {"example_weight", "shift_loss_mask"} <= seen.keys()
+
+
 def test_packed_documents_do_not_see_each_other():
     q, k, v = (fa.random.normal(key, (1, 4, 7, 8)) for key in fa.split(fa.key(0), 3))
     f = lambda mask, **options: huggingface._attend(torch.nn.Module(), q, k, v, mask, **options)[0]
