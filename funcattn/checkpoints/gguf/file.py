@@ -52,6 +52,19 @@ READ = (
     "Q4_K",
     "Q5_K",
     "Q6_K",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_NL",
+    "IQ4_XS",
+    "TQ1_0",
+    "TQ2_0",
+    "MXFP4",
+    "NVFP4",
 )
 LONGEST_NAME = 2**16 - 1  # bytes, by the specification
 MOST_AXES = 4  # by the specification
