@@ -16,7 +16,8 @@ from gguf_bytes import field, file, tensor
 from samples import CONFIG, params, same, write_gguf
 
 from funcattn.checkpoints import CheckpointError, load
-from funcattn.checkpoints.gguf.file import READ, Entry, read_header, read_tensor
+from funcattn.checkpoints.gguf.file import read_tensor
+from funcattn.checkpoints.gguf.header import READ, Entry, read_header
 from funcattn.families import leaves
 
 # What is there is read.
