@@ -19,7 +19,7 @@ import numpy as np
 from samples import CONFIG, params, tokenizer, write_gguf
 
 from funcattn.checkpoints import CheckpointError, load, save
-from funcattn.checkpoints.gguf.file import read_header
+from funcattn.checkpoints.gguf.header import read_header
 from funcattn.checkpoints.sources import locate
 
 MEMORY = 2**30  # bytes above what the imports took

@@ -133,6 +133,7 @@ TESTED_BY = {
     "checkpoints.parts_index": "checkpoints: parts",
     "checkpoints.tokenizer.prompts": "checkpoints.tokenizer.sandbox: origins texts",
     "checkpoints.tokenizer.tokenizer": "checkpoints.tokenizer: library",
+    "checkpoints.gguf.gguf_file": "checkpoints.gguf: header",
     "checkpoints.tokenizer.gguf_metadata": "checkpoints.gguf: metadata",
     "cli.terminal": "core: errors",
     "collectives.agreement": "collectives: fingerprint",

@@ -1,3 +1,3 @@
-"""GGUF files: `file` reads the header and the tensors, `metadata` the typed fields of the
+"""GGUF files: `header` reads the header, `file` the tensors, `metadata` the typed fields of the
 header.
 """
