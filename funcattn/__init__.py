@@ -18,6 +18,7 @@ Arguments come in one order: key, model, params, data, state. What is here, by f
     remat                  a checkpoint that nests under torch.func
     kernels                attend, attention, merge, explain                2
     layers                 linear, norms, rope, gates, experts              3
+    vocabulary             cross_entropy: the loss is an attention
     caches, sampling       the past as a value; transforms of logits        4
     quantization           int8, int4, ... as transforms of the tree
     transformer            Config, Params, decoder                          5
@@ -78,6 +79,7 @@ from .speculation import Speculated, speculate
 from .training import loss
 from .transformer import Config, Params, decoder
 from .tree import cast, to
+from .vocabulary import cross_entropy
 
 __all__ = [
     "caches",
@@ -127,6 +129,7 @@ __all__ = [
     "cast",
     "commit",
     "compile",
+    "cross_entropy",
     "decoder",
     "explain",
     "fold_in",

@@ -30,7 +30,7 @@ FLOORS = [
     },
     {"kernels", "native"},
     {"layers"},
-    {"caches", "models", "sampling", "quantization"},
+    {"caches", "models", "sampling", "quantization", "vocabulary"},
     {"transformer", "low_rank"},
     {"sharding", "compilation", "quantization.calibration", "decoding"},
     {
@@ -111,6 +111,8 @@ TESTED_BY = {
     "testing.laws: acceptances comparisons kernels pasts samplers texts trees",
     "training.training": "training: losses",
     "transformer.transformer": "transformer: config forward layer model weights",
+    "vocabulary.vocabulary": "vocabulary: api functions likelihoods operators passes; transformer: "
+    "likelihoods",
     "tree.tree": "tree: mapping nodes summaries",
     "drafters": "decoding.speculative: drafters",
     "search": "decoding: beams",

@@ -3,19 +3,17 @@
 score_t = log p(tokens[t] | past, tokens[0..t-1])          perplexity = exp(- mean score)
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import collectives, progress, transformer, tree
+from .. import collectives, progress, transformer, tree, vocabulary
 from ..core import errors
 from ..core.doors import door
 from ..decoding import hidden_along
-from ..models import Model, Past, config_of
+from ..models import Model, Past
 from ..records import ABSENT
-from ..rematerialization import remat
 from ..tree import Tree
 
 
@@ -60,7 +58,7 @@ def score(
     _check_chunk("score", chunk)
     collectives.agree("score", {"tokens": tokens, "chunk": chunk}, params)
     hidden = _hidden(model, params, tokens[..., :-1], tokens[..., -1:], cache)
-    return _look(model, params, hidden, tokens[..., 1:], chunk, _log_probability)
+    return _scores(model, params, hidden, tokens[..., 1:], chunk)
 
 
 @door
@@ -96,9 +94,7 @@ def score_continuation(
         params,
     )
     hidden = _hidden(model, params, inputs, targets[..., -1:], cache)
-    return _look(
-        model, params, hidden[..., prompt.shape[-1] - 1 :, :], targets, chunk, _log_probability
-    )
+    return _scores(model, params, hidden[..., prompt.shape[-1] - 1 :, :], targets, chunk)
 
 
 @door
@@ -125,12 +121,13 @@ def score_and_greedy(
         ..., prompt.shape[-1] - 1 :, :
     ]
 
-    def both(logits: Tensor, targets: Tensor) -> Tensor:
-        scores = _log_probability(logits, targets)
-        return torch.stack([scores, (logits.argmax(-1) == targets).to(scores.dtype)], -1)
-
-    scores, likeliest = _look(model, params, hidden, targets, chunk, both).unbind(-1)
-    return scores, likeliest > 0
+    scores = _scores(model, params, hidden, targets, chunk)
+    argmax = lambda ends, hidden, targets: model.logits(ends, hidden).argmax(-1)
+    with torch.no_grad():
+        likeliest = vocabulary.by_blocks(
+            argmax, params, hidden.detach().flatten(0, -2), targets.flatten(), chunk
+        )
+    return scores, likeliest.reshape(targets.shape) == targets
 
 
 class Window(NamedTuple):
@@ -239,27 +236,10 @@ def _hidden(model: Model, params: Tree, inputs: Tensor, last: Tensor, cache: Pas
     ]
 
 
-def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-
-
-def _look(
-    model: Model,
-    params: Tree,
-    hidden: Tensor,
-    targets: Tensor,
-    chunk: int,
-    f: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """f(logits (n, V), targets (n,)) -> (n, ...), over hidden (*lead, N, E) and targets (*lead, N).
-
-    n = chunk rows at a time.
-    """
-    ends = params
-    if config_of(model, "logits") is not None:  # logits depend on no weights of layers
-        ends = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]
-    V = model.logits(ends, hidden.flatten(0, -2)[:0]).shape[-1]
+def _scores(model: Model, params: Tree, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """log p of targets (*lead, N) from hidden (*lead, N, E), n = chunk rows at a time."""
+    rows = hidden.flatten(0, -2)
+    V = transformer.vocabulary_size(model, params, rows)
     if errors.is_true((targets < 0) | (targets >= V)):
         errors.fail(
             "score",
@@ -268,13 +248,8 @@ def _look(
             "another",
             "Encode with the tokenizer of this model.",
         )
-    of = lambda ends, hidden, targets: f(model.logits(ends, hidden), targets)
-    rows, wanted = hidden.flatten(0, -2), targets.flatten().long()
-    if len(wanted) <= chunk:
-        return of(ends, rows, wanted).unflatten(0, targets.shape)
-    again = remat(of)
-    blocks = zip(rows.split(chunk), wanted.split(chunk), strict=True)
-    return torch.cat([again(ends, *block) for block in blocks]).unflatten(0, targets.shape)
+    wanted = targets.flatten().long()
+    return -transformer.token_losses(model, params, rows, wanted, rows=chunk).reshape(targets.shape)
 
 
 def _join(door: str, prompt: Tensor, continuation: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

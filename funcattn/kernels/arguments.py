@@ -18,12 +18,13 @@ def no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context without autocast: operations keep their inputs' dtypes, statistics are float32."""
     return (
         torch.autocast(q.device.type, enabled=False)
-        if _is_under_autocast(q)
+        if is_under_autocast(q)
         else contextlib.nullcontext()
     )
 
 
-def _is_under_autocast(q: Tensor) -> bool:
+def is_under_autocast(q: Tensor) -> bool:
+    """True where autocast is enabled on the device of q."""
     return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
 
 
@@ -41,7 +42,7 @@ def request(
     wants_lse: bool = False,
 ) -> Request:
     """The checked arguments of a public function `door` as a Request; errors name that function."""
-    if isinstance(q, Tensor) and _is_under_autocast(q):  # as torch's own attention does
+    if isinstance(q, Tensor) and is_under_autocast(q):  # as torch's own attention does
         narrow = torch.get_autocast_dtype(q.device.type)
         cast = lambda x: (
             x.to(narrow)

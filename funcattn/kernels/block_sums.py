@@ -1,5 +1,6 @@
 """Sums over blocks of queries and keys of a function that the caller writes, in linear memory."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -41,6 +42,7 @@ class BlockSum:
     S: int
     mask: tuple[int, ...] = ()
     maximum: bool = False  # maximum over blocks in place of the sum; not differentiable
+    rows: int = 0  # queries of one block, of all examples together; 0: by the number of logits
 
     def __call__(self, *x: Tensor) -> tuple[Tensor, ...]:
         part_of = lambda q_block, k_block: self.f(
@@ -83,8 +85,13 @@ class BlockSum:
         return replace(self, f=batched(self.f, mapped, randomness))
 
     def _blocks(self, x: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
-        groups = max(1, x[0].numel() // max(1, self.T))
-        rows = min(SIDE, max(16, ELEMENTS // (groups * min(self.S + 1, SIDE))))
+        if self.rows:
+            reads = zip(x, self.reads, strict=True)
+            groups = max(math.prod(t.shape[: axes.query]) for t, axes in reads if axes.query)
+            rows = max(1, self.rows // max(1, groups))
+        else:
+            groups = max(1, x[0].numel() // max(1, self.T))
+            rows = min(SIDE, max(16, ELEMENTS // (groups * min(self.S + 1, SIDE))))
         for q_block, k_blocks in Blocks(
             self.T, self.S, rows, SIDE, *[x[n] for n in self.mask]
         ).walk():

@@ -11,7 +11,7 @@
     rules      tensor_parallel, fsdp, replicated: rules for the decoder; specs of a tree
     storing    shard, gather: DTensors, which are storage
     devices    running on all devices; inside: a whole program on this process's shards
-    vocabulary candidates: the most likely tokens, without all logits; the loss in shards
+    vocabulary candidates: the most likely tokens, without all logits
     costs      cost: bytes that cross the mesh, and the time of a step
     models     a Model on a mesh, called from outside
     mapping    shard_map, spmd: a function on each device's shards

@@ -1,17 +1,10 @@
-"""Cross-entropy and candidates over a sharded vocabulary, without all logits on one device.
-
-    log p(t) = logit_t - log sum_v exp logit_v
-
-Three numbers per token cross the mesh: a maximum, a sum, and logit_t.
-
-Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
-"""
+"""The most likely tokens of a sharded vocabulary, without all logits on one device."""
 
 import torch
 from torch import Tensor
 
 from .. import collectives, transformer
-from ..collectives import all_gather, all_gather_invariant, axis_index, pmax, psum
+from ..collectives import all_gather, all_gather_invariant, axis_index
 from ..core import errors
 from ..core.doors import door
 from ..models import Model, config_of, told, written
@@ -28,28 +21,6 @@ def local_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
     if head.shape[0] == config.vocabulary:
         return None
     return transformer.local_logits(config, head, hidden)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """- log p of targets (*lead), from each device's logits (*lead, V / n); replicated.
-
-    Args:
-        logits: float32 at least; shards are in the order of the devices along "tensor".
-        targets: int64 ids of the whole vocabulary.
-
-    Law: equals the cross-entropy of the whole, with every derivative
-        (test_sharding.py::test_the_loss_needs_no_whole_logits).
-    """
-    greatest = pmax(logits.detach().amax(-1), TENSOR)  # any constant gives the same result
-    summed = psum((logits - greatest.unsqueeze(-1)).exp().sum(-1), TENSOR)
-    n = logits.shape[-1]
-    at = targets - axis_index(TENSOR).to(targets.device) * n
-    mine = (at >= 0) & (at < n)
-    found = logits.gather(-1, torch.where(mine, at, 0).unsqueeze(-1)).squeeze(-1)
-    logit = psum(
-        torch.where(mine, found, torch.zeros((), dtype=found.dtype, device=found.device)), TENSOR
-    )
-    return summed.log() + greatest - logit
 
 
 @door

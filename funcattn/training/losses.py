@@ -2,29 +2,24 @@
 
     loss = - mean over the targets that count of log p(tokens[t + 1] | tokens[0..t])
 
-Logits (*lead, T, V) are the largest tensor of training. Where they are many, they are computed for
-a block of positions at a time and recomputed for the gradient (`remat`), so that only one block is
-in memory; this composes with every transform.
+Logits (*lead, T, V) would be the largest tensor of training. The loss is computed with its gradient
+for a block of positions at a time (see `funcattn.vocabulary`), so that only one block is in memory;
+this composes with every transform.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import collectives, masks, tree
+from .. import collectives, masks, transformer, tree
 from ..caches import CONTEXT
 from ..collectives import axis_size, local_slice, psum
 from ..core import errors
 from ..core.doors import door
 from ..kernels import zigzag
-from ..models import Model, config_of
-from ..rematerialization import remat
-from ..sharding import vocabulary
+from ..kernels.dtypes import accumulation_dtype
+from ..models import Model
 from ..transformer import DATA, follower
 from ..tree import Tree
-
-BLOCK = 2**24  # logits in memory at a time: 64 MiB in float32, where the cost of a call is small
-NEVER = torch.iinfo(torch.int64).min  # ignore_index; torch's default of -100 would hide wrong ids
 
 
 @door
@@ -122,7 +117,7 @@ def loss(
             "none that counts",
             "Leave out batches without targets.",
         )
-    summed = _cross_entropy(
+    summed = _summed(
         model,
         params,
         hidden.flatten(0, -2),
@@ -144,24 +139,11 @@ def _part(x: Tensor) -> Tensor:
     return local_slice(zigzag(x, axis_size(CONTEXT)), CONTEXT, dim=-1)
 
 
-def _cross_entropy(
+def _summed(
     model: Model, params: Tree, hidden: Tensor, targets: Tensor, counts: Tensor | None
 ) -> Tensor:
     """The sum of cross-entropies of hidden (N, E) against targets (N,), of rows that count."""
-
-    def of(outside: Tree, hidden: Tensor, targets: Tensor, *counts: Tensor) -> Tensor:
-        mine = vocabulary.local_logits(model, outside, hidden)
-        logits = model.logits(outside, hidden) if mine is None else mine
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        if mine is not None:
-            each = vocabulary.cross_entropy(wide, targets)
-            return each.sum() if not counts else torch.where(counts[0], each, 0.0).sum()
-        if not counts:
-            return F.cross_entropy(wide, targets, reduction="sum", ignore_index=NEVER)
-        each = F.cross_entropy(wide, targets, reduction="none", ignore_index=NEVER)
-        return torch.where(counts[0], each, 0.0).sum()
-
-    V = _vocabulary(model, params, hidden)
+    V = transformer.vocabulary_size(model, params, hidden)
     if errors.is_true((targets < 0) | (targets >= V)):
         errors.fail(
             "loss",
@@ -170,23 +152,11 @@ def _cross_entropy(
             "another",
             "Encode with the tokenizer of this model.",
         )
-    rows = max(1, BLOCK // V)
-    data = (hidden, targets, *(() if counts is None else (counts,)))
-    if len(targets) <= rows:
-        return of(params, *data)
-    outside = params
-    if config_of(model, "logits") is not None:  # logits depend on no weights of layers
-        outside = tree.partition(params, lambda path, _: not path.startswith("layers."))[0]
-    again = remat(of)
-    blocks = zip(*(x.split(rows) for x in data), strict=True)
-    return torch.stack([again(outside, *block) for block in blocks]).sum()
-
-
-def _vocabulary(model: Model, params: Tree, hidden: Tensor) -> int:
-    config = config_of(model, "logits")
-    if config is not None:
-        return config.vocabulary
-    return model.logits(params, hidden[:0]).shape[-1]  # V, from logits of no rows
+    weights = torch.ones(len(targets), dtype=accumulation_dtype(hidden), device=hidden.device)
+    if counts is not None:
+        weights = counts.to(weights.dtype)
+        hidden = torch.where(counts.unsqueeze(-1), hidden, 0)  # a zero weight times NaN is NaN
+    return transformer.weighted_loss(model, params, hidden, targets.long(), weights)
 
 
 def _check(tokens: Tensor, mask: Tensor | None, segments: Tensor | None) -> None:

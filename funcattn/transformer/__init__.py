@@ -8,6 +8,7 @@ parallel      collectives of a decoder whose weights or tokens are sharded
 lengths       reading behind a cache where rotary angles follow the length of the text
 layer         one layer as a pure function: attention to cache and new tokens, feed-forward
 forward       the forward pass: embedding, the loop over layers, the last norm, the head
+likelihoods   the cross-entropy of next tokens, without all logits
 model         decoder(config) -> Model
 rereading     when the text of such a cache is read again, and in which order
 """
@@ -26,6 +27,7 @@ from .forward import (
 )
 from .layer import LayerContext, block
 from .lengths import cache_layers, continues, length_of, noted
+from .likelihoods import token_losses, vocabulary_size, weighted_loss
 from .model import decoder, positions_of
 from .partition import DATA, TENSOR
 from .rereading import along, first_chunk, follower, one_by_one, places, renewed
@@ -73,6 +75,9 @@ __all__ = [
     "renewed",
     "run_layers",
     "shapes",
+    "token_losses",
+    "vocabulary_size",
+    "weighted_loss",
     "share",
     "why_not",
 ]

@@ -209,14 +209,18 @@ def _table(config: Config, path: str, weight: Weight) -> Weight:
 
 def head(config: Config, weight: Weight, hidden: Tensor) -> Tensor:
     """Logits (*lead, V), or (*lead, V / n) for a head that is sharded over the vocabulary."""
-    if not collectives.bound():
-        return layers.linear(weight, hidden)
+    return layers.linear(*head_inputs(config, weight, hidden))
+
+
+def head_inputs(config: Config, weight: Weight, hidden: Tensor) -> tuple[Weight, Tensor]:
+    """The weight of the head on this device, gathered over "data", and what it is applied to."""
     shape = getattr(weight, "shape", None)
-    if shape is None:
-        return layers.linear(weight, hidden)  # prepared for compiled code, without derivatives
+    # a weight without a shape is prepared for compiled code, without derivatives
+    if not collectives.bound() or shape is None:
+        return weight, hidden
     if shape[0] == config.vocabulary:
-        return layers.linear(_over_data("head", weight, (config.vocabulary, config.width)), hidden)
-    return layers.linear(_table(config, "head", weight), copy_to_region(hidden))
+        return _over_data("head", weight, (config.vocabulary, config.width)), hidden
+    return _table(config, "head", weight), copy_to_region(hidden)
 
 
 def gather_vocab(config: Config, logits: Tensor) -> Tensor:

@@ -349,7 +349,9 @@ def test_the_loss_needs_no_whole_logits(monkeypatch):
         close(shard_map(f, mesh, (cuts, P()), P())(PARAMS, TOKENS), f(PARAMS, TOKENS))
     assert set(widest) == {24}
     # several blocks, each rematerialized
-    monkeypatch.setattr("funcattn.training.losses.BLOCK", 48 * 5)
+    monkeypatch.setattr("funcattn.vocabulary.likelihoods.SMALL", 0)
+    monkeypatch.setattr("funcattn.vocabulary.passes.ELEMENTS", 24 * 5)
+    monkeypatch.setattr("funcattn.vocabulary.passes.ROWS", 1)
     close(
         shard_map(grad(loss_of(MODEL)), mesh, (cuts, P()), cuts)(PARAMS, TOKENS),
         grad(loss_of(MODEL))(PARAMS, TOKENS),

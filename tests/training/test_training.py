@@ -9,7 +9,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
-from funcattn.training import losses
+from funcattn.vocabulary import likelihoods, passes
 
 CONFIG = fa.Config(
     vocabulary=17, width=8, layers=4, heads=2, kv_heads=1, head_size=4, feed_forward=12, context=32
@@ -103,7 +103,10 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_derivatives_of_the_loss_are_those_of_the_reference(name, kernel, blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr(losses, "BLOCK", 4 * CONFIG.vocabulary)  # four positions at a time
+        monkeypatch.setattr(likelihoods, "SMALL", 0)
+        # four positions at a time
+        monkeypatch.setattr(passes, "ELEMENTS", 4 * CONFIG.vocabulary)
+        monkeypatch.setattr(passes, "ROWS", 1)
     params, rows = weights(), tokens(3, 8)
     model = fa.decoder(CONFIG, kernel=kernel)
     same(
@@ -187,7 +190,9 @@ def test_logits_are_held_a_block_at_a_time(monkeypatch):
     config = fa.Config(
         vocabulary=2048, width=8, layers=1, heads=1, kv_heads=1, head_size=8, feed_forward=8
     )
-    monkeypatch.setattr(losses, "BLOCK", 8 * config.vocabulary)
+    monkeypatch.setattr(likelihoods, "SMALL", 0)
+    monkeypatch.setattr(passes, "ELEMENTS", 8 * config.vocabulary)
+    monkeypatch.setattr(passes, "ROWS", 1)
     model, largest = fa.decoder(config), []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
