@@ -366,13 +366,11 @@ print(native.load())
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-UNDER = """
-import sys
-from pathlib import Path
-import pytest
-from funcattn.native import building
-building.PACKAGED = Path(sys.argv[1])
-sys.exit(pytest.main([*sys.argv[2:], "-q", "-x", "-p", "no:cacheprovider", "-n", "0", "-m", "not slow"]))
+PLUGIN = """
+def pytest_configure(config):
+    from pathlib import Path
+    from funcattn.native import building
+    building.PACKAGED = Path(__file__).with_name("operators.so")
 """
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
@@ -391,8 +389,8 @@ def test_the_operators_pass_their_tests_under_sanitizers(tmp_path, monkeypatch):
     if not all(map(os.path.isabs, preloaded)):
         pytest.skip("the compiler brings no sanitizer")
     monkeypatch.setattr(building, "TIMEOUT", 1200)
-    library = tmp_path / "operators.so"
-    building.compile_to(compiler, library, *SANITIZERS)
+    building.compile_to(compiler, tmp_path / "operators.so", *SANITIZERS)
+    (tmp_path / "sanitized.py").write_text(PLUGIN)
     tests = Path(__file__).parents[1]
     names = (
         "kernels/backends/test_native.py",
@@ -401,14 +399,16 @@ def test_the_operators_pass_their_tests_under_sanitizers(tmp_path, monkeypatch):
         "compilation/test_fused.py",
     )
     report = tmp_path / "report"
+    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "sanitized", "-m", "not slow"]
     done = subprocess.run(
-        [sys.executable, "-c", UNDER, library, *(str(tests / name) for name in names)],
+        [sys.executable, "-m", "pytest", *options, *(str(tests / name) for name in names)],
         env=os.environ
         | {
             "LD_PRELOAD": ":".join(preloaded),
             "ASAN_OPTIONS": f"detect_leaks=0:log_path={report}",
             "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={report}",
             "OMP_NUM_THREADS": "2",
+            "PYTHONPATH": str(tmp_path),
         },
         capture_output=True,
         text=True,
