@@ -16,6 +16,7 @@ Arguments come in one order: key, model, params, data, state. What is here, by f
     masks, taps            unions of intervals, with & | ~; listeners       1
     collectives            psum and its kin, between the devices of a mesh
     remat                  a checkpoint that nests under torch.func
+    curvature              hvp, lanczos, spectrum, cg, trace, influence, ntk
     kernels                attend, attention, merge, explain                2
     layers                 linear, norms, rope, gates, experts              3
     caches, sampling       the past as a value; transforms of logits        4
@@ -36,6 +37,7 @@ Arguments come in one order: key, model, params, data, state. What is here, by f
 from . import (
     caches,
     collectives,
+    curvature,
     drafters,
     evaluation,
     families,
@@ -82,6 +84,7 @@ from .tree import cast, to
 __all__ = [
     "caches",
     "collectives",
+    "curvature",
     "drafters",
     "evaluation",
     "families",
