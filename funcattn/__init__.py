@@ -16,6 +16,7 @@ Arguments come in one order: key, model, params, data, state. What is here, by f
     masks, taps            unions of intervals, with & | ~; listeners       1
     collectives            psum and its kin, between the devices of a mesh
     remat                  a checkpoint that nests under torch.func
+    curvature              hvp, lanczos, spectrum, cg, trace, influence, ntk
     kernels                attend, attention, merge, explain                2
     layers                 linear, norms, rope, gates, experts              3
     vocabulary             cross_entropy: the loss is an attention
@@ -37,6 +38,7 @@ Arguments come in one order: key, model, params, data, state. What is here, by f
 from . import (
     caches,
     collectives,
+    curvature,
     drafters,
     evaluation,
     families,
@@ -84,6 +86,7 @@ from .vocabulary import cross_entropy
 __all__ = [
     "caches",
     "collectives",
+    "curvature",
     "drafters",
     "evaluation",
     "families",

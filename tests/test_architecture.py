@@ -27,6 +27,7 @@ FLOORS = [
         "collectives",
         "rematerialization",
         "taps",
+        "curvature",
     },
     {"kernels", "native"},
     {"layers"},

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core import errors
 from ..core.doors import door
-from .nodes import Tree, nodes
+from .nodes import Tree, is_leaf_node, nodes
 
 REMEDY = "Split off the other leaves first: fa.tree.partition(tree)[0]."
 
@@ -31,17 +31,7 @@ def vector_leaves(function: str, argument: str, tree: Tree) -> list[Tensor]:
     Raises:
         TypeError: a leaf that is no floating tensor of 16 bits or more, or a None.
     """
-    leaves = optree.tree_leaves(tree)
-    if all(map(_is_part, leaves)) and (torch.compiler.is_compiling() or not _has_none(tree)):
-        return leaves
-    path, leaf = next(
-        (path, node)
-        for path, node in nodes(tree, None)
-        if node is None or (optree.tree_is_leaf(node) and not _is_part(node))
-    )
-    got = str(leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
-    where = f" at {path!r}" if path else ""
-    errors.fail(function, argument, "a tree of floating tensors", got + where, REMEDY, TypeError)
+    return _flat(function, argument, tree)[0]
 
 
 def vector_pairs(
@@ -54,17 +44,39 @@ def vector_pairs(
         TypeError: as `vector_leaves`.
     """
     a, b = names
-    ours, theirs = vector_leaves(function, a, first), vector_leaves(function, b, second)
-    here, there = optree.tree_structure(first), optree.tree_structure(second)
+    ours, here = _flat(function, a, first)
+    theirs, there = _flat(function, b, second)
     if here != there:
         remedy = "Two vectors of one space have the same tree, such as params and their gradient."
         errors.fail(function, b, f"of the structure of {a}, {here}", there, remedy)
-    for (path, _), x, y in zip(_named(first), ours, theirs, strict=True):
+    for n, (x, y) in enumerate(zip(ours, theirs, strict=True)):
         if x.shape != y.shape:
-            at = f" at {path!r}" if path else ""
+            wanted = f"{errors.shape(x)}{_at(first, n)} as in {a}"
             remedy = "Nothing is broadcast in an operation of vectors."
-            errors.fail(function, b, f"{errors.shape(x)}{at} as in {a}", errors.shape(y), remedy)
+            errors.fail(function, b, wanted, errors.shape(y), remedy)
     return list(zip(ours, theirs, strict=True))
+
+
+def _flat(function: str, argument: str, tree: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
+    """The leaves and the structure; a None is a leaf, and so is rejected."""
+    leaves, structure = optree.tree_flatten(tree, none_is_leaf=True)
+    for n, leaf in enumerate(leaves):
+        if not _is_part(leaf):
+            got = str(leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+            wanted = "a tree of floating tensors"
+            errors.fail(function, argument, wanted, got + _at(tree, n), REMEDY, TypeError)
+    return leaves, structure  # pyright: ignore[reportReturnType]
+
+
+def _at(tree: Tree, n: int) -> str:
+    """Where leaf n is, for messages; nothing for a bare leaf."""
+    named = [path for path, node in nodes(tree, None) if node is None or is_leaf_node(node)]
+    return f" at {named[n]!r}" if named[n] else ""
+
+
+def _is_part(leaf: object) -> bool:
+    """Whether a leaf is part of a vector; 8-bit floats are codes that need their scale."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.element_size() > 1
 
 
 @door
@@ -147,9 +159,8 @@ def axpy(alpha: float | Tensor, x: Tree, y: Tree) -> Tree:
         (test_vectors.py::test_operations_are_those_of_the_raveled_vectors).
     """
     _check_scalar("axpy", alpha)
-    made = [
-        (alpha * _wide(a) + _wide(b)).to(b.dtype) for a, b in vector_pairs("axpy", ("x", "y"), x, y)
-    ]
+    pairs = vector_pairs("axpy", ("x", "y"), x, y)
+    made = [(alpha * _wide(a) + _wide(b)).to(b.dtype) for a, b in pairs]
     return optree.tree_unflatten(optree.tree_structure(y), made)
 
 
@@ -173,8 +184,8 @@ def scale(alpha: float | Tensor, x: Tree) -> Tree:
         (test_vectors.py::test_operations_are_those_of_the_raveled_vectors).
     """
     _check_scalar("scale", alpha)
-    made = [(alpha * _wide(a)).to(a.dtype) for a in vector_leaves("scale", "x", x)]
-    return optree.tree_unflatten(optree.tree_structure(x), made)
+    leaves, structure = _flat("scale", "x", x)
+    return optree.tree_unflatten(structure, [(alpha * _wide(a)).to(a.dtype) for a in leaves])
 
 
 @door
@@ -200,8 +211,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     Law: unravel(ravel(tree)[0]) == tree
         (test_vectors.py::test_unravel_undoes_ravel).
     """
-    leaves = vector_leaves("ravel", "tree", tree)
-    structure = optree.tree_structure(tree)
+    leaves, structure = _flat("ravel", "tree", tree)
     shapes, dtypes = [x.shape for x in leaves], [x.dtype for x in leaves]
     sizes = [shape.numel() for shape in shapes]
     dtype = torch.float32 if not leaves else dtypes[0]
@@ -224,19 +234,6 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         return optree.tree_unflatten(structure, made)
 
     return vector, unravel
-
-
-def _is_part(leaf: object) -> bool:
-    """Whether a leaf is part of a vector; 8-bit floats are codes that need their scale."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.element_size() > 1
-
-
-def _has_none(tree: Tree) -> bool:
-    return any(leaf is None for leaf in optree.tree_leaves(tree, none_is_leaf=True))
-
-
-def _named(tree: Tree) -> list[tuple[str, Tree]]:
-    return [(path, node) for path, node in nodes(tree, None) if optree.tree_is_leaf(node)]
 
 
 def _wide(x: Tensor) -> Tensor:
