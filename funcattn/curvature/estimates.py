@@ -17,7 +17,7 @@ from ..core import errors
 from ..core.doors import door
 from ..randomness import fold_in, rademacher_like
 from ..records import ABSENT, Tree, is_absent, record
-from ..tree.vectors import axpy, dot, norm, scale, vector_pairs
+from ..tree.vectors import axpy, dot, less_projection, norm, scale, vector_pairs
 from .iteration import (
     Matvec,
     advance,
@@ -152,8 +152,7 @@ def trace(
             check_finite("trace", captured)
             return Trace(found.samples, found.captured + captured, (*found.basis, vector))
         drawn = rademacher_like(fold_in(signs, found.samples.shape[-1]), like)
-        for vector in found.basis:
-            drawn = axpy(-dot(vector, drawn), vector, drawn)
+        drawn = less_projection(drawn, found.basis)
         sample = dot(drawn, applied("trace", matvec, drawn))
         check_finite("trace", sample)
         return found._replace(samples=torch.cat([found.samples, sample.unsqueeze(0)]))
@@ -229,8 +228,7 @@ def diagonal(
 def _orthonormal(vector: Tree, basis: tuple[Tree, ...]) -> Tree:
     """The part of a vector orthogonal to a basis, normalized; zero where it is but rounding."""
     whole = norm(vector)
-    for other in basis * 2:
-        vector = axpy(-dot(other, vector), other, vector)
+    vector = less_projection(vector, basis)
     left = norm(vector)
     is_new = left > 100 * precision(vector) * whole
     return scale(torch.where(is_new, 1 / torch.where(is_new, left, 1.0), 0.0), vector)

@@ -19,7 +19,7 @@ from ..core.doors import door
 from ..randomness import normal_like
 from ..records import ABSENT, Tree, is_absent, record
 from ..tree import count
-from ..tree.vectors import axpy, dot, norm, scale, vector_pairs
+from ..tree.vectors import axpy, dot, less_projection, norm, scale, vector_pairs
 from .iteration import (
     Matvec,
     advance,
@@ -193,9 +193,8 @@ def extend(
         _check_symmetric(function, run, dot(run.basis[-1], product), precision(vector))
         rest = axpy(-before, run.basis[-1], rest)
     kept = (*run.basis, vector)
-    # Twice is enough (Parlett, section 6.9): what the first pass leaves is of the size of rounding.
-    for other in kept * 2 if reorthogonalize else ():
-        rest = axpy(-dot(other, rest), other, rest)
+    if reorthogonalize:
+        rest = less_projection(rest, kept)
     beta = norm(rest)
     check_finite(function, beta)
     join = lambda old, new: torch.cat([old, new.unsqueeze(0)])
@@ -221,7 +220,7 @@ def _size(run: Lanczos) -> Tensor:
 def _check_symmetric(function: str, run: Lanczos, found: Tensor, eps: float) -> None:
     """The entry of T above the diagonal, measured, against the one below."""
     wanted = run.beta[-1]
-    # Products of float32 models are symmetric to 1e-4 of the norm; another matrix is off by 1.
+    # u.Hv and v.Hu of SmolLM2 in float32 differ by 4e-7; of another matrix by their size.
     bad = (found - wanted).abs() > 10 * eps**0.5 * torch.maximum(_size(run), found.abs())
     if concrete(bad) == 1.0:
         got = f"q1.Aq2 = {float(found):.6g} and q2.Aq1 = {float(wanted):.6g}"

@@ -9,16 +9,18 @@ Sums are in float32 at least, and pairwise: an inner product of 10^8 elements in
 error near 1e-8 of its terms, where BLAS and torch.linalg.vector_norm have 1e-3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import optree
 import torch
 from torch import Tensor
 
 from ..core import errors
+from ..core.autograd import transforming
 from ..core.doors import door
 from .nodes import Tree, is_leaf_node, nodes
 
+CHUNK = 2**18  # elements, 1 MiB in float32
 REMEDY = "Split off the other leaves first: fa.tree.partition(tree)[0]."
 
 
@@ -101,7 +103,8 @@ def dot(a: Tree, b: Tree) -> Tensor:
     Law: it is the product of the raveled vectors
         (test_vectors.py::test_operations_are_those_of_the_raveled_vectors).
     """
-    return _total([(_wide(x) * _wide(y)).sum() for x, y in vector_pairs("dot", ("a", "b"), a, b)])
+    products = lambda x, y: _wide(x) * _wide(y)
+    return _total([_sum(products, x, y) for x, y in vector_pairs("dot", ("a", "b"), a, b)])
 
 
 @door
@@ -127,13 +130,15 @@ def norm(a: Tree) -> Tensor:
     Law: |alpha a| = |alpha| |a| down to the smallest numbers
         (test_vectors.py::test_a_norm_neither_overflows_nor_underflows).
     """
-    leaves = [_wide(x) for x in vector_leaves("norm", "a", a)]
-    peaks = [x.detach().abs().amax().double() for x in leaves if x.numel()]
+    leaves = vector_leaves("norm", "a", a)
+    peak = lambda x: torch.linalg.vector_norm(x.detach(), torch.inf).double()
+    peaks = [peak(x) for x in leaves if x.numel()]
     if not peaks:
-        return _total([x.sum() for x in leaves])
+        return _total([_wide(x).sum() for x in leaves])
     largest = torch.stack(peaks).amax()
     unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-    squares = _total([(x / unit.to(x.dtype)).square().sum() for x in leaves])
+    scaled = lambda x: (_wide(x) / unit.to(_wide(x).dtype)).square()
+    squares = _total([_sum(scaled, x) for x in leaves])
     is_zero = squares == 0
     root = torch.where(is_zero, 1.0, squares).sqrt()
     return torch.where(is_zero, 0.0, root * unit.to(squares.dtype))
@@ -159,8 +164,9 @@ def axpy(alpha: float | Tensor, x: Tree, y: Tree) -> Tree:
         (test_vectors.py::test_operations_are_those_of_the_raveled_vectors).
     """
     _check_scalar("axpy", alpha)
-    pairs = vector_pairs("axpy", ("x", "y"), x, y)
-    made = [(alpha * _wide(a) + _wide(b)).to(b.dtype) for a, b in pairs]
+    made = [
+        _plus(_wide(b), alpha, a).to(b.dtype) for a, b in vector_pairs("axpy", ("x", "y"), x, y)
+    ]
     return optree.tree_unflatten(optree.tree_structure(y), made)
 
 
@@ -234,6 +240,43 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         return optree.tree_unflatten(structure, made)
 
     return vector, unravel
+
+
+def less_projection(vector: Tree, basis: Sequence[Tree]) -> Tree:
+    """A vector less its part in an orthonormal basis, by two passes of classical Gram-Schmidt.
+
+    The second pass removes what rounding left in the first; more change nothing (Parlett, The
+    symmetric eigenvalue problem, section 6.9).
+    """
+    for _ in range(2 if basis else 0):
+        parts = [dot(other, vector) for other in basis]
+        leaves, structure = _flat("dot", "vector", vector)
+        sums = [_wide(x) for x in leaves]
+        for n, (part, other) in enumerate(zip(parts, basis, strict=True)):
+            # What an earlier step made is written into: vectors are large, and new memory is slow.
+            reuses = n > 0 and not transforming()
+            pairs = zip(sums, vector_leaves("dot", "basis", other), strict=True)
+            sums = [_plus(x, -part, y, reuses=reuses) for x, y in pairs]
+        made = [x.to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True)]
+        vector = optree.tree_unflatten(structure, made)
+    return vector
+
+
+def _plus(total: Tensor, alpha: float | Tensor, x: Tensor, *, reuses: bool = False) -> Tensor:
+    """total + alpha x in one pass; in the memory of total where `reuses`."""
+    x = x.to(total.dtype)
+    if not isinstance(alpha, Tensor):
+        return torch.add(total, x, alpha=alpha)
+    factor = alpha.to(total.device, total.dtype)
+    return total.addcmul_(x, factor) if reuses else torch.addcmul(total, x, factor)
+
+
+def _sum(f: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+    """The sum of an elementwise function, a chunk at a time: its values stay in the cache."""
+    if leaves[0].numel() <= CHUNK:
+        return f(*leaves).sum()
+    chunks = zip(*(x.reshape(-1).split(CHUNK) for x in leaves), strict=True)
+    return torch.stack([f(*chunk).sum() for chunk in chunks]).sum()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
 """Lanczos' method against the dense Hessian of a decoder of 136 weights."""
 
+import io
+import types
+from functools import partial
+
 import dense_curvature as dense
 import pytest
 import torch
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 import funcattn as fa
-from funcattn import curvature
+from funcattn import curvature, progress
 
 
 def hessian(v):
@@ -162,3 +166,35 @@ def test_a_mistake_is_one_clear_error(call, kind, message):
     with pytest.raises(kind) as error:
         call()
     assert message in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_run_on_smollm2_shows_a_bar_and_is_stopped_and_continued(smollm2, monkeypatch):
+    config, params, tokenizer = smollm2
+    model = fa.decoder(config)
+    sentence = "The lamp on the cape was lit by hand for a hundred and forty years. "
+    text = torch.tensor(tokenizer.encode(6 * sentence))[:64]
+    assert len(text) == 64
+    product = partial(curvature.hvp, lambda params: fa.loss(model, params, text), params)
+    screen, calls = io.StringIO(), iter(range(100))
+    screen.isatty = lambda: True
+    monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=screen, modules={}))
+
+    def stopped(v):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return product(v)
+
+    run = partial(curvature.lanczos, fa.key(0))
+    with pytest.warns(UserWarning, match="lanczos: interrupted after 3 of 5 steps"):
+        part = run(stopped, params, 5)
+    assert "lanczos 2/5 #########..............." in screen.getvalue()
+    rest = run(product, params, 2, state=part)
+    whole = run(product, params, 5)
+    assert torch.equal(rest.alpha, whole.alpha)
+    assert torch.equal(rest.beta, whole.beta)
+    assert fa.tree.allclose(rest.residual, whole.residual, 0, 0)
+    # Orthogonal to the rounding of sums of 135 million products in float32.
+    inner = [[float(fa.tree.dot(u, v)) for u in whole.basis] for v in whole.basis]
+    close(torch.tensor(inner), torch.eye(5), 1e-5)
+    assert float(curvature.eigenvalues(whole).values[-1]) > 10

@@ -11,6 +11,7 @@ from torch.func import grad, hessian, jvp, vmap
 from funcattn import randomness as rng
 from funcattn import tree
 from funcattn.records import record
+from funcattn.tree import vectors
 
 
 @record
@@ -92,6 +93,27 @@ def test_long_sums_are_pairwise():
     ones = torch.ones(2**25)
     assert tree.dot(ones, ones) == 2**25
     assert tree.norm(ones) ** 2 == pytest.approx(2**25, rel=1e-6)
+
+
+def test_a_vector_less_its_projection_is_orthogonal_to_the_basis():
+    rows = torch.linalg.qr(rng.normal(rng.key(0), (6, 4), torch.float64))[0].mT
+    basis = [{"a": row[:2], "b": (row[2:],)} for row in rows[:3]]
+    x = {"a": torch.ones(2).double(), "b": (torch.arange(4.0).double(),)}
+    found, flat = tree.ravel(vectors.less_projection(x, basis))[0], tree.ravel(x)[0]
+    torch.testing.assert_close(found, flat - rows[:3].mT @ (rows[:3] @ flat))
+    assert float((rows[:3] @ found).abs().max()) < 1e-15
+    assert x["a"].tolist() == [1, 1]
+    assert vectors.less_projection(x, []) is x
+    mapped = vmap(lambda x: vectors.less_projection(x, basis))(tree.stack([x, x]))
+    assert tree.allclose(tree.unstack(mapped)[1], tree.ravel(x)[1](found))
+
+
+def test_long_leaves_are_summed_in_chunks(monkeypatch):
+    x = {"a": torch.arange(30.0).view(5, 6).mT, "b": torch.arange(3.0)}
+    y = tree.map(torch.cos, x)
+    whole = tree.dot(x, y), tree.norm(x), grad(tree.dot)(x, y)
+    monkeypatch.setattr(vectors, "CHUNK", 4)
+    assert tree.allclose((tree.dot(x, y), tree.norm(x), grad(tree.dot)(x, y)), whole)
 
 
 def test_operations_go_under_transforms_and_compile():
