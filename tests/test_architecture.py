@@ -78,6 +78,7 @@ WHOLE = {
         "docstrings",
         "lock",
         "notebooks",
+        "pytest_funcattn",
         "readme",
         "site",
         "smollm2",
@@ -108,6 +109,7 @@ TESTED_BY = {
     "sampling.sampling": "sampling: composition",
     "sharding.sharding": "sharding: devices mapping mesh models rules storing vocabulary; caches: "
     "sharded; training: norms",
+    "testing.checking": "testing: accepted findings nesting signatures snippets subjects",
     "testing.testing": "testing: agreement dense strategies transforms; "
     "testing.laws: acceptances comparisons kernels pasts samplers texts trees",
     "training.training": "training: losses",

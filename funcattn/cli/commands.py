@@ -14,6 +14,7 @@ import funcattn as fa
 from . import (
     benchmarking,
     chatting,
+    checking,
     evaluating,
     finetuning,
     generating,
@@ -34,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the process by default.
 
     Returns:
-        The exit code: 0, 2 for a mistake, 130 after Ctrl-C, 141 where the reader of the text went
-            away.
+        The exit code: 0, 1 where `check` finds a law broken, 2 for a mistake, 130 after Ctrl-C, 141
+            where the reader of the text went away.
 
     Raises:
         SystemExit: as argparse does, for --help and for options that cannot be read.
@@ -46,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options, left = parser().parse_known_args(arguments)
                 if left:
                     options.command.refuse(left)
-                options.run(options)
+                code = options.run(options)
             finally:
                 sys.stdout.flush()
-            return 0
+            return code or 0
         except BrokenPipeError:
             streams.end(sys.stdout)
             return CUT_OFF
@@ -152,6 +153,7 @@ def parser() -> Parser:
         ("train", pretraining, [], "train a small model on a text, from nothing"),
         ("finetune", finetuning, [], "adapt a model to a text, by matrices of low rank"),
         ("quantize", quantizing, [weights], "write a model with weights of fewer bits"),
+        ("check", checking, [], "try the laws of an attention kernel, sampler or cache"),
     ):
         command = commands.add_parser(
             name, parents=parents, help=help, description=f"{help.capitalize()}."
@@ -184,6 +186,6 @@ def parser() -> Parser:
                 default=3,
                 help="tokens of a draft (%(default)s)",
             )
-        elif module in (inspecting, evaluating, benchmarking, pretraining, finetuning, quantizing):
+        elif module is not chatting:
             module.add_options(command)
     return whole_parser

@@ -15,15 +15,40 @@ Source: Higham, Accuracy and stability of numerical algorithms, sections 3.1 (su
     (products).
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Law = TypeVar("Law", bound=Callable[..., None])
+
+_errors: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar("errors", default=None)
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[list[float]]:
+    """The greatest error of each comparison inside, in units of the rounding of its dtype.
+
+    A unit is eps of the dtype times the amplitude of the result, which is one where a law has no
+    amplitudes (probabilities, and results that should be exact).
+
+    Example:
+        >>> with measured() as errors:
+        ...     agree(agree, "x", torch.ones(()) + 2**-22, torch.ones(()), 1e-6, "")
+        >>> errors
+        [2.0]
+    """
+    errors: list[float] = []
+    token = _errors.set(errors)
+    try:
+        yield errors
+    finally:
+        _errors.reset(token)
 
 
 def named(law: Law) -> Law:
@@ -42,7 +67,12 @@ def named(law: Law) -> Law:
 
 
 def agree(
-    law: Callable[..., Any], what: str, got: Tensor, wanted: Tensor, allowed: float, why: str
+    law: Callable[..., Any],
+    what: str,
+    got: Tensor,
+    wanted: Tensor,
+    allowed: float,
+    why: "str | Amplitudes",
 ) -> None:
     """Raise AssertionError with the law, the worst entry, its error, and why the bound."""
     if got.shape != wanted.shape:
@@ -50,12 +80,17 @@ def agree(
             f"{law.__name__}: {what} should be {tuple(wanted.shape)}, got {tuple(got.shape)}."
         )
     limit = torch.finfo(got.dtype).max if got.dtype.is_floating_point else math.inf
+    unit = torch.finfo(got.dtype).eps if got.dtype.is_floating_point else 1.0
+    if isinstance(why, Amplitudes):
+        unit, why = why.eps * (allowed / why.rounding or 1.0), why.why
     got, wanted = got.detach().double(), wanted.detach().double()
     # what may be beyond the range of the dtype may be infinite
     infinite = torch.where(wanted.abs() + allowed > limit, wanted.sign() * math.inf, wanted)
     # equal infinities are equal
     equal = (got == wanted) | (got == infinite)
     off = torch.where(equal, 0, (got - wanted).abs()).nan_to_num(nan=math.inf)
+    if (errors := _errors.get()) is not None and off.numel():
+        errors.append(float(off.max()) / unit)
     if not off.numel() or off.max() <= allowed:
         return
     at = torch.unravel_index(off.argmax(), off.shape)
@@ -78,6 +113,7 @@ class Amplitudes(NamedTuple):
     leads: int  # examples over which the gradient of a broadcast input is summed
     rows: int  # queries that may see a key: terms of the sums in the gradients of k and v
     rounding: float  # bound on the error of a sum, relative to the sum of absolute values
+    eps: float  # of the dtype of q
     why: str
 
 
@@ -101,7 +137,7 @@ def amplitudes(q: Tensor, k: Tensor, v: Tensor) -> Amplitudes:
     why = f"rounding of {str(q.dtype).removeprefix('torch.')} with logits up to {L:.3g}, {sizes}"
     greatest = float(v.detach().abs().max()) if v.numel() else 0.0
     return Amplitudes(
-        longest(q), longest(k), longest(v), greatest, scale, leads, rows, rounding, why
+        longest(q), longest(k), longest(v), greatest, scale, leads, rows, rounding, 2 * u, why
     )
 
 

@@ -16,7 +16,7 @@ import functools
 import html
 import itertools
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +30,14 @@ from . import dense
 
 Function = Callable[..., Tensor]  # of tensors to one vector
 MODES = {"jacfwd": jacfwd, "jacrev": jacrev}
+RULES = ("grad", "jvp", "vmap")
 
 
 class Row(NamedTuple):
     """The error of one nesting relative to the greatest entry, alone and under one more vmap.
 
-    None where it was not computed; `failure` is the error that was raised, or "".
+    None where it was not computed; `failure` is the error that was raised, after "under vmap: "
+    where it was raised there alone, or "".
     """
 
     nesting: str
@@ -134,6 +136,36 @@ def check_transforms(
         ...     tolerance=1e-12).off
         ()
     """
+    rows = nestings(f, *args, names=names_of(depth, hessians), reference=reference, vmapped=vmapped)
+    report = Report(tuple(rows), tolerance)
+    if report.off:
+        raise AssertionError(
+            f"check_transforms: {len(report.off)} of {len(report.rows)} nestings are off.\n{report}"
+        )
+    return report
+
+
+def names_of(depth: int, hessians: bool = True) -> list[str]:
+    """Every nesting of grad, jvp and vmap to a depth, and the Hessians.
+
+    Example:
+        >>> names_of(1, hessians=False)
+        ['grad(f)', 'jvp(f)', 'vmap(f)']
+    """
+    nested = [
+        names for n in range(1, depth + 1) for names in itertools.product(RULES, repeat=n)
+    ] + (list(itertools.product(MODES, repeat=2)) if hessians else [])
+    return ["(".join([*names, "f"]) + ")" * len(names) for names in nested]
+
+
+def nestings(
+    f: Callable[..., Any],
+    *args: object,
+    names: Sequence[str],
+    reference: Callable[..., Any] | None = None,
+    vmapped: bool = True,
+) -> Iterator[Row]:
+    """The rows of `check_transforms` of these names, whatever their errors; arguments as there."""
     if reference is None:
         reference = _definition(f, bool(args))
     if not args:
@@ -160,21 +192,14 @@ def check_transforms(
         _vector(f, args, moving),
         _vector(reference, tree.cast(torch.float64)(args), moving),
     )
-    rows = []
-    for n in range(1, depth + 1):
-        for names in itertools.product(("grad", "jvp", "vmap"), repeat=n):
-            nested = _nest(names, ours, vmap=_vmap), _nest(names, theirs, vmap=_loop)
-            rows.append(_row("(".join([*names, "f"]) + ")" * n, *nested, x, wide, vmapped))
-    if hessians:
-        for outer, inner in itertools.product(MODES, repeat=2):
-            nested = _hessian(outer, inner, ours, x), _hessian(outer, inner, theirs, x)
-            rows.append(_row(f"{outer}({inner}(f))", *nested, x, wide, vmapped=False))
-    report = Report(tuple(rows), tolerance)
-    if report.off:
-        raise AssertionError(
-            f"check_transforms: {len(report.off)} of {len(rows)} nestings are off.\n{report}"
-        )
-    return report
+    for name in names:
+        *nested, _ = name.split("(")
+        if nested[0] in MODES:
+            outer, inner = nested
+            pair = _hessian(outer, inner, ours, x), _hessian(outer, inner, theirs, x)
+        else:
+            pair = _nest(nested, ours, vmap=_vmap), _nest(nested, theirs, vmap=_loop)
+        yield _row(name, *pair, x, wide, vmapped and nested[0] not in MODES)
 
 
 def _definition(f: Callable[..., Any], given: bool) -> Callable[..., Any]:
@@ -313,21 +338,23 @@ def _row(
     wide: Sequence[Tensor],
     vmapped: bool,
 ) -> Row:
+    told = lambda error: textwrap.shorten(
+        f"{type(error).__name__}: {error}", 100, placeholder="..."
+    )
+    # an error becomes a row of the table; the other nestings are still tested
     try:
         wanted = theirs(*wide)
-        error, batched = _error(ours(*x), wanted), None
-        if vmapped:
-            both = vmap(ours)(*map(_pair, x))
-            other = theirs(*(_pair(leaf)[1] for leaf in wide))
-            batched = max(_error(both[0], wanted), _error(both[1], other))
-        return Row(name, error, batched, "")
-    except Exception as error:  # becomes a row of the table; the other nestings are still tested
-        return Row(
-            name,
-            float("nan"),
-            None,
-            textwrap.shorten(f"{type(error).__name__}: {error}", 100, placeholder="..."),
-        )
+        error = _error(ours(*x), wanted)
+    except Exception as raised:
+        return Row(name, float("nan"), None, told(raised))
+    if not vmapped:
+        return Row(name, error, None, "")
+    try:
+        both = vmap(ours)(*map(_pair, x))
+        other = theirs(*(_pair(leaf)[1] for leaf in wide))
+        return Row(name, error, max(_error(both[0], wanted), _error(both[1], other)), "")
+    except Exception as raised:
+        return Row(name, error, None, f"under vmap: {told(raised)}")
 
 
 def _error(got: Tensor, wanted: Tensor) -> float:

@@ -48,9 +48,7 @@ def agrees_with_the_reference(
         )
     wanted = parts_of(dense.attend(q.double(), k.double(), v.double(), mask))
     for name in got:
-        agree(
-            agrees_with_the_reference, name, got[name], wanted[name], of_value(size, name), size.why
-        )
+        agree(agrees_with_the_reference, name, got[name], wanted[name], of_value(size, name), size)
 
 
 @named
@@ -68,7 +66,7 @@ def order_of_keys_does_not_matter(
             got[name],
             wanted[name],
             2 * of_value(size, name),
-            size.why,
+            size,
         )
 
 
@@ -97,7 +95,7 @@ def output_lies_in_the_hull_of_the_values(
         along,
         along.clamp(least, greatest),
         allowed,
-        size.why,
+        size,
     )
 
 
@@ -126,7 +124,7 @@ def future_cannot_change_the_past(
                 got[name][rows],
                 wanted[name][rows],
                 2 * of_value(size, name),
-                size.why,
+                size,
             )
 
 
@@ -144,7 +142,7 @@ def shifting_all_logits_of_a_query_changes_only_lse(
         {**before, "lse": before.get("lse", 0) + shift},
     )
     for name in after:
-        agree(law, name, after[name], wanted[name], of_value(size, name), size.why)
+        agree(law, name, after[name], wanted[name], of_value(size, name), size)
 
 
 @named
@@ -162,7 +160,7 @@ def shifting_all_logits_of_a_row_changes_nothing(
     )
     size, wanted_out = amplitudes(*flat), dense.attend(*double(*flat), mask).out
     for what, shifted, f in several:
-        agree(law, f"out {what}", f(*shifted, mask), wanted_out, of_value(size, "out"), size.why)
+        agree(law, f"out {what}", f(*shifted, mask), wanted_out, of_value(size, "out"), size)
         loss, reference, weights = losses(f, *flat, mask, key)
         got, wanted = grad(loss, (0, 1, 2))(*shifted), grad(reference, (0, 1, 2))(*double(*flat))
         for name, part, ours, theirs, of in zip(
@@ -174,7 +172,7 @@ def shifting_all_logits_of_a_row_changes_nothing(
                 ours[..., part:],
                 theirs[..., part:],
                 of,
-                size.why,
+                size,
             )
 
 
@@ -196,14 +194,14 @@ def shifting_all_logits_of_a_row_changes_no_tangents(
     allowed = size.rounding * (2 * of_logits(size, moved) * size.v + longest(moved[2]))
     for what, shifted, f in several:
         out = jvp(lambda q, k, v, f=f: f(q, k, v, mask), shifted, moved)[1]
-        agree(law, f"jvp of out {what}", out, wanted_out, allowed, size.why)
+        agree(law, f"jvp of out {what}", out, wanted_out, allowed, size)
         loss, reference, weights = losses(f, *flat, mask, key)
         got = jvp(grad(loss, (0, 1, 2)), shifted, moved)[1]
         wanted = jvp(grad(reference, (0, 1, 2)), double(*flat), double(*moved))[1]
         for name, part, ours, theirs, of in zip(
             "qkv", features, got, wanted, of_hvp(size, *weights, moved), strict=True
         ):
-            agree(law, f"hvp of {name} {what}", ours[..., part:], theirs[..., part:], of, size.why)
+            agree(law, f"hvp of {name} {what}", ours[..., part:], theirs[..., part:], of, size)
 
 
 @named
@@ -232,7 +230,7 @@ def merge_of_any_split_is_the_whole(
             merged[name],
             whole[name],
             allowed,
-            size.why,
+            size,
         )
 
 
@@ -275,7 +273,7 @@ def commutes_with_vmap(
                     got[name][n],
                     wanted[name],
                     2 * of_value(size, name),
-                    size.why,
+                    size,
                 )
 
 
@@ -289,7 +287,7 @@ def gradient_agrees_with_the_reference(
     got, wanted = grad(loss, (0, 1, 2))(q, k, v), grad(reference, (0, 1, 2))(*double(q, k, v))
     allowed = of_gradient(size, *weights)
     for name, ours, theirs, of in zip("qkv", got, wanted, allowed, strict=True):
-        agree(gradient_agrees_with_the_reference, f"gradient of {name}", ours, theirs, of, size.why)
+        agree(gradient_agrees_with_the_reference, f"gradient of {name}", ours, theirs, of, size)
 
 
 @named
@@ -346,7 +344,7 @@ def jvp_agrees_with_the_reference(
             got[name],
             wanted[name],
             size.rounding * allowed[name],
-            size.why,
+            size,
         )
 
 
@@ -364,7 +362,7 @@ def hvp_agrees_with_the_reference(
     wanted = jvp(grad(reference, (0, 1, 2)), double(q, k, v), double(*moved))[1]
     allowed = of_hvp(size, *weights, moved)
     for name, ours, theirs, of in zip("qkv", got, wanted, allowed, strict=True):
-        agree(hvp_agrees_with_the_reference, f"hvp of {name}", ours, theirs, of, size.why)
+        agree(hvp_agrees_with_the_reference, f"hvp of {name}", ours, theirs, of, size)
 
 
 @named
