@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funcattn as fa
-from funcattn.interop import override_sdpa, register_transformers
+from funcattn.interop import closed, register_transformers
 
 VOCABULARY, WIDTH, HEADS, HEAD = 11, 8, 2, 4
 EXACT = 1e-10  # float64: two layers of sums of some ten products, at up to two orders of derivative
@@ -142,12 +142,12 @@ STOCK = {
     "by hand": Route(ByHand, contextlib.nullcontext),
     "transformers": Route(_transformers("sdpa"), contextlib.nullcontext),
 }
-OVERRIDE = {
-    "by hand": Route(ByHand, override_sdpa),
-    "transformers": Route(_transformers("sdpa"), override_sdpa),
+CLOSED = {
+    "by hand": Route(ByHand, closed),
+    "transformers": Route(_transformers("sdpa"), closed),
 }
-REGISTER = Route(_transformers("funcattn"), contextlib.nullcontext)
-BOTH = Route(_transformers("funcattn"), override_sdpa)
+REGISTERED = Route(_transformers("funcattn"), contextlib.nullcontext)
+REGISTERED_AND_CLOSED = Route(_transformers("funcattn"), closed)
 
 
 def run(product: Callable[[nn.Module], Tensor], route: Route) -> Tensor:
@@ -179,11 +179,11 @@ def hold(product: Callable[[nn.Module], Tensor], shop: str, *, stock: str | None
     stock: the message with which torch's own attention raises, or None where it has that product.
     """
     wanted = run(product, DENSE[shop])
-    same(run(product, OVERRIDE[shop]), wanted)
+    same(run(product, CLOSED[shop]), wanted)
     if shop == "transformers":
         same(run(product, DOCUMENTED), wanted, EAGER)
-        same(run(product, REGISTER), wanted)
-        same(run(product, BOTH), wanted)
+        same(run(product, REGISTERED), wanted)
+        same(run(product, REGISTERED_AND_CLOSED), wanted)
     if stock is None:
         same(run(product, STOCK[shop]), wanted)
     else:

@@ -4,12 +4,12 @@ import curvlinops
 import pytest
 import torch
 from llamas import (
-    BOTH,
+    CLOSED,
     DENSE,
     DOCUMENTED,
     NO_JVP,
-    OVERRIDE,
-    REGISTER,
+    REGISTERED,
+    REGISTERED_AND_CLOSED,
     SHOPS,
     STOCK,
     TRAIN,
@@ -69,7 +69,7 @@ def exact(model):
 @pytest.mark.parametrize("shop", SHOPS)
 def test_its_hessian_of_a_llama_is_the_exact_one(shop):
     wanted = run(exact, DENSE[shop])
-    for route in [OVERRIDE[shop], *([BOTH] if shop == "transformers" else [])]:
+    for route in [CLOSED[shop], *([REGISTERED_AND_CLOSED] if shop == "transformers" else [])]:
         same(run(product("HessianLinearOperator"), route), wanted)
 
 
@@ -78,7 +78,7 @@ def test_its_hessian_stops_at_silu_with_dense_attention(shop):
     """torch's silu_backward has no forward derivative, and curvlinops differentiates under
     no_grad, where its other formula is not taken.
     """
-    for route in [DENSE[shop], *([DOCUMENTED, REGISTER] if shop == "transformers" else [])]:
+    for route in [DENSE[shop], *([DOCUMENTED, REGISTERED] if shop == "transformers" else [])]:
         with pytest.raises(NotImplementedError, match="aten::silu_backward"):
             run(product("HessianLinearOperator"), route)
     with pytest.raises(NotImplementedError, match=NO_JVP):

@@ -4,8 +4,25 @@ import pytest
 import torch
 from dattri.algorithm import IFAttributorCG, TRAKAttributor
 from dattri.task import AttributionTask
-from llamas import NO_JVP, NO_SECOND, SHOPS, TEST, TRAIN, hold, shifted
-from torch.func import functional_call
+from llamas import (
+    DENSE,
+    DOCUMENTED,
+    EAGER,
+    NO_JVP,
+    NO_SECOND,
+    REGISTERED,
+    REGISTERED_AND_CLOSED,
+    SHOPS,
+    STOCK,
+    TEST,
+    TRAIN,
+    hold,
+    run,
+    same,
+    shifted,
+)
+from torch.func import functional_call, grad
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 TRAINING = DataLoader(TensorDataset(TRAIN), batch_size=4)
@@ -50,3 +67,40 @@ def test_its_trak_scores_are_the_dense_ones(shop):
             return attributor.attribute(TESTING)
 
     hold(product, shop, stock=None)
+
+
+def test_its_gradients_of_padded_texts_are_those_of_each():
+    """dattri maps over texts, and transformers looks at the values of a mask for each, unless its
+    attention is eager or ours.
+    """
+    padding = (torch.arange(5) < torch.tensor([[5], [4], [3], [5]])).long()
+
+    def loss_of(model):
+        def loss(params, data):
+            tokens, seen = (x if x.dim() == 2 else x[None] for x in data)
+            inputs = {"input_ids": tokens[:, :-1], "attention_mask": seen}
+            named = {name.removeprefix("model."): p for name, p in params.items()}
+            logits = functional_call(model.model, named, (), inputs).logits
+            targets = torch.where(seen > 0, tokens[:, 1:], -100)  # which the loss leaves out
+            return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+        return loss
+
+    def one_by_one(model):
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        gradient = grad(loss_of(model))
+        rows = [gradient(params, (TRAIN[n], padding[n])) for n in range(len(TRAIN))]
+        return torch.stack([torch.cat([g.flatten() for g in row.values()]) for row in rows])
+
+    def mapped(model):
+        loss, state = loss_of(model), model.state_dict()
+        task = AttributionTask(loss_func=loss, model=model, checkpoints=state)
+        params, _ = task.get_param(0)
+        return task.get_grad_loss_func(in_dims=(None, 0))(params, (TRAIN, padding))
+
+    wanted = run(one_by_one, DENSE["transformers"])
+    same(run(mapped, DOCUMENTED), wanted, EAGER)
+    for route in (REGISTERED, REGISTERED_AND_CLOSED):
+        same(run(mapped, route), wanted)
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):
+        run(mapped, STOCK["transformers"])

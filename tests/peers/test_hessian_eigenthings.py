@@ -8,7 +8,7 @@ from llamas import (
     EAGER,
     NO_JVP,
     NO_SECOND,
-    REGISTER,
+    REGISTERED,
     SHOPS,
     STOCK,
     TRAIN,
@@ -65,7 +65,7 @@ def test_its_helper_for_transformers_takes_ours():
 
     # transformers computes the logits of its loss in float32, by every route alike
     wanted = run(product, DENSE["transformers"])
-    same(run(product, REGISTER), wanted, EAGER)
+    same(run(product, REGISTERED), wanted, EAGER)
     same(run(product, DOCUMENTED), wanted, EAGER)
     with pytest.raises(RuntimeError, match=NO_SECOND):
         run(product, STOCK["transformers"])

@@ -4,10 +4,10 @@ import posteriors
 import pytest
 import torch
 from llamas import (
-    BOTH,
+    CLOSED,
     DENSE,
     NO_JVP,
-    OVERRIDE,
+    REGISTERED_AND_CLOSED,
     SHOPS,
     TRAIN,
     flat,
@@ -118,7 +118,7 @@ def precision(model):
 @pytest.mark.parametrize("shop", SHOPS)
 def test_its_laplace_of_the_hessian_is_the_exact_one(shop):
     wanted = run(precision, DENSE[shop])
-    for route in [OVERRIDE[shop], *([BOTH] if shop == "transformers" else [])]:
+    for route in [CLOSED[shop], *([REGISTERED_AND_CLOSED] if shop == "transformers" else [])]:
         same(run(laplace_of_the_hessian, route), wanted)
     with pytest.raises(NotImplementedError, match="aten::silu_backward"):
         run(laplace_of_the_hessian, DENSE[shop])
