@@ -58,6 +58,10 @@ def times(rows: int, repeats: int) -> None:
         "hvp": lambda f: jvp(grad(f, (0, 1)), (x, w), (dx, dw))[1],
         "hvp by the residual": lambda f: jvp(lambda x: grad(f)(x, w), (x,), (dx,))[1],
     }
+    few = targets[:64]
+    for run in (lambda f: f(x[:64], w), lambda f: grad(f, (0, 1))(x[:64], w)):
+        theirs = run(lambda x, w: F.cross_entropy(x @ w.mT, few))
+        torch.testing.assert_close(run(lambda x, w: fa.cross_entropy(x, w, few)), theirs)
     for name, run in passes.items():
         print(f"\n{name}, {rows} rows")
         interleave(
