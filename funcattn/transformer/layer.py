@@ -7,17 +7,19 @@ Layers of one spec are one function of different weights: this function is what 
 rematerialized.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import kernels, layers
+from .. import kernels, layers, taps
 from ..kernels import Kernel, Part
 from ..layers import Rotation, Weight
 from ..masks import Mask
 from ..records import is_absent
+from ..rematerialization import remat
 from ..taps import tap
 from . import parallel
 from .config import Config, LayerSpec
@@ -41,6 +43,7 @@ def block(
     *,
     name: str,
     kernel: str | Kernel | None,
+    rows: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: the residual (*lead, T, E) after it, and k, v (*lead, K, T, D) of the new tokens.
 
@@ -52,6 +55,8 @@ def block(
         past: segments of the cached keys and values of this layer; none without a cache.
         name: of the layer, for taps: `layers.3`.
         kernel: of attention; None chooses.
+        rows: positions whose feed-forward is computed at a time, each block rematerialized; 0 is
+            all.
     """
     y = (
         x
@@ -71,7 +76,7 @@ def block(
             if placed
             else x
         )
-    fed = _feed_forward(config, spec, weights, y, name)
+    fed = _feed_forward(config, spec, weights, y, name, rows)
     if not is_absent(weights.feed_forward_after_norm):
         fed = _norm(config, fed, weights.feed_forward_after_norm, ())
     fed = tap(f"{name}.feed_forward.output", fed)
@@ -154,10 +159,31 @@ def _heads(config: Config, x: Tensor, norm: Weight, heads: int, D: int) -> Tenso
     return x.transpose(-2, -3)
 
 
-def _feed_forward(config: Config, spec: LayerSpec, weights: Layer, y: Tensor, name: str) -> Tensor:
+def _feed_forward(
+    config: Config, spec: LayerSpec, weights: Layer, y: Tensor, name: str, rows: int
+) -> Tensor:
     y = tap(f"{name}.feed_forward.input", parallel.copy_to_region(y))
     if spec.experts:
         return _choose(config, weights, y, name)
+    some = FeedForward(*(getattr(weights, field) for field in FeedForward._fields))
+    if not rows or y.shape[-2] <= rows or taps.heard():
+        return _dense(config, name, some, y)
+    dense = remat(functools.partial(_dense, config, name))
+    return torch.cat([dense(some, part) for part in y.split(rows, -2)], -2)
+
+
+class FeedForward(NamedTuple):
+    """The weights of a dense feed-forward."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+    gate_bias: Weight
+    up_bias: Weight
+    down_bias: Weight
+
+
+def _dense(config: Config, name: str, weights: FeedForward, y: Tensor) -> Tensor:
     if config.gated:
         gate, up = _affines((weights.gate, weights.up), (weights.gate_bias, weights.up_bias), y)
         inner = layers.gated(gate, up, config.activation, config.activation_limit)

@@ -572,9 +572,10 @@ def weights_of(config):
     )
 
 
+@pytest.mark.parametrize("remat", [True, 3])
 @pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["plain", "mixed"])
-def test_a_decoder_that_rematerializes_has_the_same_derivatives(config):
-    plain, again, params = fa.decoder(config), fa.decoder(config, remat=True), weights_of(config)
+def test_a_decoder_that_rematerializes_has_the_same_derivatives(config, remat):
+    plain, again, params = fa.decoder(config), fa.decoder(config, remat=remat), weights_of(config)
     tangent = fa.tree.map(torch.cos, params)
 
     def loss(model, tokens):
@@ -600,6 +601,28 @@ def test_a_decoder_that_rematerializes_has_the_same_derivatives(config):
         grad(f(again), (0, 1))(past.k, past.v), grad(f(plain), (0, 1))(past.k, past.v), strict=True
     ):
         close(got, wanted)
+
+
+def test_segments_save_a_root_of_the_layers(monkeypatch):
+    """Between the forward and the backward pass: the inputs of 3 segments, of 9 layers."""
+    config = dataclasses.replace(CONFIG, layers=9)
+    params, saved = weights_of(config), []
+    for remat, count in ((True, 9), (64, 3)):
+        model = fa.decoder(config, remat=remat)
+        saved.clear()
+        residual = lambda x: x.shape == (*TOKENS.shape, config.width)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (saved.append(x.data_ptr()) if residual(x) else None, x)[1], lambda x: x
+        ):
+            model.hidden(fa.tree.map(lambda w: w.requires_grad_(), params), TOKENS)
+        # the norm of the last saves some too, and each layer its input
+        assert count <= len(set(saved)) <= count + 4
+
+
+@pytest.mark.parametrize("remat", [0, -1, 2.5, "all"])
+def test_rematerialization_is_a_bool_or_a_number_of_positions(remat):
+    with pytest.raises(ValueError, match="decoder: remat should be True, False or a number"):
+        fa.decoder(CONFIG, remat=remat)
 
 
 def test_steps_of_a_mixed_decoder_equal_the_whole():
