@@ -145,6 +145,7 @@ TESTED_BY = {
     "core.atomic": "checkpoints: writing",
     "decoding.generation": "decoding: requests streams",
     "distributed.gloo": "sharding: costs",
+    "interop.flex": "interop: block_masks",
     "interop.interop_harness": "interop: harness_options",
     "interop.interop_jagged": "kernels.backends: masking",
     "kernels.api": "kernels: arguments dropout",

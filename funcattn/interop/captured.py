@@ -31,12 +31,16 @@ MAX_ENTRIES = 1000  # of a list or dict that is searched; a longer one is data
 class Captured:
     """What a value (a function, a module, a container of those) captures.
 
+    Args:
+        value: what is searched.
+        door: the public function that calls it, for errors.
+
     Attributes:
         tensors: those that a transform or autograd may follow.
     """
 
-    def __init__(self, value: object) -> None:
-        self.value = value
+    def __init__(self, value: object, door: str = "checkpoint") -> None:
+        self.value, self.door = value, door
         self.tensors: list[Tensor] = []
         self._numbers: dict[int, int] = {}  # id of a tensor -> its place in tensors
         self._known: dict[int, tuple[object, Rebuild | None]] = {}  # by id, with what has it
@@ -67,7 +71,7 @@ class Captured:
                         wanted = "one that leaves its modules as they were"
                         remedy = "Return the tensor instead."
                         errors.fail(
-                            "checkpoint", "function", wanted, f"one that sets {name!r}", remedy
+                            self.door, "function", wanted, f"one that sets {name!r}", remedy
                         )
         finally:
             for holder, name, tensor in before:

@@ -15,6 +15,7 @@ The mode is per thread, and torch.compile guards on it: code compiled outside is
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 from .. import randomness
 from ..core import errors
 from ..core.replaying import Drawing
-from . import checkpointing, closed_forms, sdpa
+from . import checkpointing, closed_forms, flex, sdpa
 from .redirecting import Handler, redirected
 
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -57,6 +58,12 @@ def closed(*, key: Tensor | None = None) -> Iterator[None]:
       recomputation, which may happen after the `with`. Not replaced, and an error under torch.func,
       is one with a context_fn. The function may not set tensors as attributes of its modules.
 
+    - torch's flex_attention, compiled or not, by `fa.attend` and `fa.kernels.attention_with_score`:
+      score_mod, block_mask (of every origin), scale, enable_gqa, return_lse and
+      return_aux=AuxRequest(lse=True). Tensors and parameters that the functions capture get their
+      derivatives. kernel_options have no effect; torch.compile(flex_attention) runs eagerly, which
+      fullgraph=True refuses. Its module must have been imported before.
+
     Not replaced are operators of torch.ops.aten, and calls from inside the handler of another
     TorchFunctionMode or from C++.
 
@@ -85,8 +92,8 @@ def closed(*, key: Tensor | None = None) -> Iterator[None]:
         torch.Size([3, 8])
 
     Law: values equal torch's, derivatives those of torch's dense path (test_interop.py, PyTorch's
-        OpInfo samples), of the formulas (test_closed_forms.py, test_normalizations.py), and of the
-        function without a checkpoint (test_checkpointing.py).
+        OpInfo samples), of the formulas (test_closed_forms.py, test_normalizations.py), of the
+        function without a checkpoint (test_checkpointing.py), of dense attention (test_flex.py).
     """
     with _context("closed", key):
         yield
@@ -206,6 +213,9 @@ def active() -> Override | None:
 def _redirections() -> Iterator[tuple[Callable[..., Any], Handler]]:
     """Functions that no mode sees, and what is called instead inside the context."""
     yield torch.utils.checkpoint.checkpoint, _inside(checkpointing.checkpoint)
+    # a module that was not imported has no callers yet; importing it takes a second
+    if module := sys.modules.get("torch.nn.attention.flex_attention"):
+        yield module.flex_attention, _inside(flex.flex)
 
 
 def _inside(handler: Handler) -> Handler:

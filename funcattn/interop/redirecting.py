@@ -14,6 +14,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 # (original function, args, kwargs) -> its result
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -50,7 +52,11 @@ def _enter(function: types.FunctionType, handler: Handler) -> None:
             )
             original.__kwdefaults__ = function.__kwdefaults__
             name = f"__funcattn_{function.__name__}"
-            function.__globals__[name] = lambda args, kwargs: handler(original, args, kwargs)
+            function.__globals__[name] = torch.compiler.disable(
+                lambda args, kwargs: handler(original, args, kwargs),
+                reason=f"{function.__name__} runs eagerly inside fa.interop.closed(): compile "
+                "what is around it without fullgraph=True, or enter no context",
+            )
             function.__code__ = _call_of(name, code)
         _redirected[function] = contexts + 1, code
 
