@@ -2,6 +2,7 @@
 steps of training. Both take a model of transformers, and bergson loads it with eager attention.
 """
 
+import contextlib
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,22 +11,45 @@ import torchopt
 from bergson.magic import Trainer
 from bergson.score.output_influence import output_token_influence
 from bergson.utils import weighted_causal_lm_ce
-from llamas import NO_JVP, NO_SECOND, TEST, TRAIN, hold, vector
+from llamas import (
+    DENSE,
+    DOCUMENTED,
+    NO_JVP,
+    NO_SECOND,
+    TEST,
+    TRAIN,
+    Route,
+    hold,
+    run,
+    same,
+    vector,
+)
 from torch.func import functional_call
 
 
-def test_its_influence_of_tokens_is_the_dense_one():
+def influence(model):
     options = SimpleNamespace(loss_fn="ce", loss_reduction="mean", label_smoothing=0.0)
+    queries = [
+        (vector(p.numel(), 2), name, None, False)
+        for name, p in model.model.named_parameters()
+        if "proj" in name
+    ]
+    return output_token_influence(model.model, TRAIN, TRAIN, queries, options)[0]
 
-    def product(model):
-        queries = [
-            (vector(p.numel(), 2), name, None, False)
-            for name, p in model.model.named_parameters()
-            if "proj" in name
-        ]
-        return output_token_influence(model.model, TRAIN, TRAIN, queries, options)[0]
 
-    hold(product, "transformers", stock=NO_JVP)
+def test_its_influence_of_tokens_is_the_dense_one():
+    hold(influence, "transformers", stock=NO_JVP)
+
+
+def test_a_model_that_it_loaded_takes_our_attention():
+    def loaded():
+        model = DOCUMENTED.build()
+        model.model.set_attn_implementation("funcattn")
+        return model
+
+    route = Route(loaded, contextlib.nullcontext)
+    same(run(influence, route), run(influence, DENSE["transformers"]))
+    assert not torch.equal(run(influence, route), run(influence, DOCUMENTED))  # in float32
 
 
 def test_its_derivative_through_training_is_the_dense_one():
