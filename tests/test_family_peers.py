@@ -133,6 +133,71 @@ MODELS = {
     ),
 }
 
+SWA = {**LOCAL, "layer_types": ["full_attention", *["sliding_attention"] * 3]}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+}
+# Read since, each with its whole logits in the fast suite.
+MORE = {
+    "exaone": ("exaone", {}),
+    "internlm3": ("internlm3", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    "iquestcoder": ("iquestcoder", {"head_dim": 12}),
+    "cwm": ("cwm", {**ROPE("llama3", **LLAMA3), **SWA, "head_dim": 8}),
+    "ministral": ("ministral", {**LOCAL, **KINDS, "head_dim": 12}),
+    "seed_oss": ("seed_oss", {"head_dim": 12}),
+    "helium": ("helium", {"head_dim": 8}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 12, "use_bias": True}),
+    "glm": ("glm", {"head_dim": 16}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "exaone4": ("exaone4", {**LOCAL, **KINDS}),
+    "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "olmo": ("olmo", {}),
+    "olmo3": (
+        "olmo3",
+        {
+            **SWA,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "yarn", "rope_theta": 1e6, **YARN},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "granite_swa": ("granite_swa", {**GRANITE, **SWA, "layer_rope_theta": [0, 1e4, 1e4, 1e4]}),
+    "granite_swa-bases": ("granite_swa", {**SWA, "layer_rope_theta": [1e6, 1e4, 0, 1e4]}),
+    "vaultgemma": ("vaultgemma", {"head_dim": 16, "query_pre_attn_scalar": 24, **CAPS, **LOCAL}),
+    "cohere2": ("cohere2", {**LOCAL, **KINDS, "logit_scale": 0.25}),
+    "falcon": ("falcon", {}),
+    "falcon-serial": ("falcon", {"parallel_attn": False, "multi_query": False, "bias": True}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "gpt_bigcode": ("gpt_bigcode", {}),
+    "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_neo": ("gpt_neo", {"window_size": 8, "attention_types": [[["global", "local"], 2]]}),
+    "opt": ("opt", {}),
+    "biogpt": ("biogpt", {}),
+    "xglm": ("xglm", {}),
+    "hyperclovax": ("hyperclovax", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
+}
+MODELS |= MORE
+ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+PLACES = {"max_position_embeddings": 64}
+OWN = {  # that take the sizes by other names
+    "gpt2": {"vocab_size": V},
+    "falcon": {**ENDS, **PLAIN, **PLACES},
+    "gpt_bigcode": {**ENDS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "gpt_neo": {**ENDS, **PLACES, "hidden_size": 32, "num_layers": 4, "num_heads": 4},
+    "opt": {**ENDS, **PLAIN, **PLACES, "ffn_dim": 48},
+    "xglm": {**ENDS, **PLACES, "d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48},
+}
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in MORE)) for name in MODELS]
+
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
@@ -142,7 +207,7 @@ def originals(tmp_path_factory):
     def make(name):
         if name not in made:
             kind, more = MODELS[name]
-            own = {"gpt2": {"vocab_size": V}}.get(kind, SMALL)
+            own = OWN.get(kind, SMALL)
             config = AutoConfig.for_model(kind, **{**own, **more}, attn_implementation="eager")
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config).eval()
@@ -176,7 +241,7 @@ def test_logits_are_those_of_the_original(originals, name):
     torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_decoding_step_by_step_is_that_of_the_original_beyond_window_and_scaling(originals, name):
     """Chunks of 10 and then single tokens; where angles follow the length, the original reads the
     whole text each time.
@@ -202,7 +267,7 @@ def test_decoding_step_by_step_is_that_of_the_original_beyond_window_and_scaling
     torch.testing.assert_close(torch.cat(mine), torch.cat(other), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_saved_model_is_read_by_transformers_with_equal_logits(originals, name, tmp_path):
     model, folder = originals(name)
     config, params, _ = load(folder)
@@ -217,10 +282,22 @@ def test_a_saved_model_is_read_by_transformers_with_equal_logits(originals, name
 
 
 # the first that says the same
-SPELLED_AS_ANOTHER = {"mistral-full": "llama", "phi3": "mistral", "phi3-longrope": "llama"}
+SPELLED_AS_ANOTHER = {
+    "mistral-full": "llama",
+    "phi3": "mistral",
+    "phi3-longrope": "llama",
+    **dict.fromkeys(("exaone", "internlm3", "iquestcoder", "helium", "ernie4_5"), "llama"),
+    "cwm": "smollm3",
+    "ministral": "smollm3",
+    "seed_oss": "qwen2",
+    "xglm": "biogpt",
+    "falcon-serial": "starcoder2",
+    "gpt_bigcode-heads": "gpt2",
+    "opt": "gpt2",
+}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_model_keeps_its_family(originals, name):
     _, folder = originals(name)
     settings = json.loads((folder / "config.json").read_text())
@@ -230,7 +307,7 @@ def test_a_model_keeps_its_family(originals, name):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_every_family_composes(originals, name):
     """vmap of grad is the loop, and a jvp along a direction is the gradient's product with it: in
     every family.

@@ -7,7 +7,8 @@ loaded that would be computed wrongly. Two formats are read, Hugging Face (confi
 and GGUF; one is written, Hugging Face.
 
     tables        Family, Pack, validated reading of fields           positions    rotary fields
-    llama gemma fused gpt mixtures                                    the families, by similarity
+    llama llama_variants granite olmo gemma fused falcon gpt gpt_variants mixtures
+                  the families, by similarity
     conventions layouts                                               common to several families
     config_json weights metadata                                      reading and writing
 

@@ -162,17 +162,25 @@ MULTIPLIERS: tuple[tuple[str, str, Callable[[float], float]], ...] = (
 )
 
 
-def _read_granite(fields: Fields) -> dict[str, Json]:
-    scales = {ours: turn(fields.positive(theirs, 1.0)) for ours, theirs, turn in MULTIPLIERS}
-    return {**_read_llama(fields), **scales}
+def read_multipliers(fields: Fields) -> dict[str, Json]:
+    """The factors of Granite."""
+    return {ours: turn(fields.positive(theirs, 1.0)) for ours, theirs, turn in MULTIPLIERS}
 
 
-def _write_granite(config: Config) -> dict[str, object]:
-    scales = {
+def write_multipliers(config: Config) -> dict[str, object]:
+    """The same, written."""
+    return {
         theirs: turn(config.scale if ours == "attention_scale" else getattr(config, ours))
         for ours, theirs, turn in MULTIPLIERS
     }
-    return {**_write_llama(config), **scales}
+
+
+def _read_granite(fields: Fields) -> dict[str, Json]:
+    return {**_read_llama(fields), **read_multipliers(fields)}
+
+
+def _write_granite(config: Config) -> dict[str, object]:
+    return {**_write_llama(config), **write_multipliers(config)}
 
 
 def _read_olmo2(fields: Fields) -> dict[str, Json]:

@@ -60,6 +60,7 @@ class Family:
     body: the class of transformers without a head, written without `prefix` in names; "" is derived
         from the architecture.
     harmless: tensors on disk that follow from the config, and are ignored.
+    also: other names that files have for the architecture.
     """
 
     name: str
@@ -75,13 +76,13 @@ class Family:
     )
     body: str = ""
     prefix: str = "model."
+    also: tuple[str, ...] = ()
 
     @property
-    def architectures(self) -> tuple[str, str]:
-        """The class names of transformers with and without a head."""
-        return self.architecture, self.body or re.sub(
-            "(ForCausalLM|LMHeadModel)$", "Model", self.architecture
-        )
+    def architectures(self) -> tuple[str, ...]:
+        """The class names of transformers with and without a head, then the others."""
+        body = self.body or re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
+        return self.architecture, body, *self.also
 
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
