@@ -116,7 +116,7 @@ TESTED_BY = {
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
     "family_peers": "checkpoints.families: catalogue falcon fused gemma gpt gpt_variants granite "
-    "llama llama_variants mixtures olmo",
+    "llama llama_variants mixtures olmo towers",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "

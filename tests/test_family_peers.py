@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from samples import load
 from torch.func import grad, jvp, vmap
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -333,3 +334,93 @@ def test_every_family_composes(originals, name):
     first = grad(loss)(params, batch[0])
     wanted = sum(g.sum() for g in fa.tree.leaves(first))
     torch.testing.assert_close(moved, wanted, atol=1e-10, rtol=1e-9)
+
+
+TEXT = {**SMALL, "num_hidden_layers": 2}
+EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+EYES |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+QWEN_EYES = {"depth": 1, "hidden_size": 16, "embed_dim": 16, "intermediate_size": 16}
+QWEN_EYES |= {"num_heads": 2, "out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
+CLIP = {**EYES, "model_type": "clip_vision_model"}
+MROPE = ROPE("default", mrope_section=[1, 1, 2])
+SPARSE = {"num_experts": 4, "moe_intermediate_size": 24, **MOE}
+TOWERS = {  # name -> text_config, vision_config, more
+    "gemma3": ({"head_dim": 16, **LOCAL}, EYES, {"mm_tokens_per_image": 4}),
+    "mistral3": ({"model_type": "mistral", "head_dim": 8}, {**EYES, "model_type": "pixtral"}, {}),
+    "qwen2_vl": (MROPE, {**QWEN_EYES, "hidden_size": 32}, {}),
+    "qwen2_5_vl": (MROPE, QWEN_EYES, {}),
+    "qwen3_vl": ({"head_dim": 8, **MROPE}, {**QWEN_EYES, "deepstack_visual_indexes": [0]}, {}),
+    "qwen3_vl_moe": (
+        {"head_dim": 8, **MROPE, **SPARSE},
+        {**QWEN_EYES, "deepstack_visual_indexes": [0]},
+        {},
+    ),
+    "llava": ({"model_type": "llama"}, CLIP, {}),
+    "llava_next": ({"model_type": "mistral", "sliding_window": None}, CLIP, {}),
+    "idefics3": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
+    "smolvlm": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
+    "internvl": (
+        {"model_type": "qwen2"},
+        {**EYES, "image_size": [16, 16], "patch_size": [8, 8]},
+        {},
+    ),
+}
+
+
+def wrapper(name, folder):
+    """A model that takes images too, saved in a folder."""
+    text, eyes, more = TOWERS[name]
+    config = AutoConfig.for_model(name, text_config={**TEXT, **text}, vision_config=eyes, **more)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_text_of_a_model_of_images_is_that_of_the_original(name, tmp_path):
+    """And, saved, a model of text alone with equal logits."""
+    model = wrapper(name, tmp_path)
+    with pytest.warns(UserWarning, match=f"is a {name}, of which the text is read"):
+        config, params, _ = load(tmp_path)
+    ours = fa.decoder(config)
+    got = ours.logits(params, ours.hidden(params, tokens())[0])
+    torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
+    fa.save(tmp_path / "ours", config, params)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    torch.testing.assert_close(
+        theirs(read.eval(), tokens()), theirs(model, tokens()), atol=2e-5, rtol=0
+    )
+
+
+def test_what_is_neither_text_nor_known_of_images_is_refused_by_name(tmp_path):
+    wrapper("llava", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "audio_tower.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with (
+        pytest.warns(UserWarning, match="the text is read"),
+        pytest.raises(fa.families.CheckpointError, match=r"unknown: audio_tower\.weight"),
+    ):
+        load(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(fa.families.CheckpointError, match=r"text_scale in config\.json"):
+        fa.families.read_config({**settings, "text_scale": 2.0})
+
+
+def test_experts_are_read_in_either_order_of_their_axes(tmp_path):
+    model = wrapper("qwen3_vl_moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    turned = {
+        name: x.mT.contiguous() if ".mlp.experts." in name else x for name, x in tensors.items()
+    }
+    save_file(turned, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="the text is read"):
+        config, params, _ = load(tmp_path)
+    ours = fa.decoder(config)
+    got = ours.logits(params, ours.hidden(params, tokens())[0])
+    torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)

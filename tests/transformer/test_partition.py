@@ -36,6 +36,7 @@ OTHERS = {
     "mixtral": SMALL | EXPERTS,
     "qwen3_moe": SMALL | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [1]},
     "gpt_oss": SMALL | EXPERTS,
+    "qwen3_vl_moe_text": SMALL | EXPERTS | {"moe_intermediate_size": 24},
 }
 CONFIGS = {name: read_config({"model_type": name, **OTHERS.get(name, SMALL)}) for name in FAMILIES}
 CONFIGS["cohere, norms of heads"] = read_config(

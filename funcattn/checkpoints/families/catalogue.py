@@ -6,7 +6,18 @@ from .gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
 from .gpt import GPT2, GPT_NEOX
 from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPT, XGLM
 from .granite import GRANITE_SWA, HYPERCLOVAX
-from .llama import GRANITE, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3, SMOLLM3
+from .llama import (
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    QWEN2,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3,
+    QWEN3_VL,
+    SMOLLM3,
+)
 from .llama_variants import (
     CWM,
     ERNIE4_5,
@@ -20,7 +31,7 @@ from .llama_variants import (
     MINISTRAL,
     SEED_OSS,
 )
-from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE
+from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_VL_MOE
 from .olmo import OLMO, OLMO3
 from .tables import Family, refuse
 
@@ -34,7 +45,7 @@ FAMILIES = {
         *(MIXTRAL, QWEN3_MOE, GPT_OSS),
         *(EXAONE, INTERNLM3, IQUESTCODER, CWM, MINISTRAL, SEED_OSS),
         *(HELIUM, ERNIE4_5, GLM, GLM4, EXAONE4, OLMO, OLMO3, GRANITE_SWA, HYPERCLOVAX),
-        *(VAULTGEMMA, COHERE2),
+        *(VAULTGEMMA, COHERE2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE),
         *(FALCON, GPT_BIGCODE, GPT_NEO, OPT, BIOGPT, XGLM),
     )
 }

@@ -3,6 +3,7 @@ interleaved rotary rows.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,6 +39,36 @@ def transposed(path: str, name: str) -> Pack:
     return Pack(
         (path,), (name,), lambda _, x: [x[0].mT.contiguous()], lambda _, x: [x[0].mT.contiguous()]
     )
+
+
+def _has_experts(config: Config, layer: int) -> bool:
+    return config.layer_spec(layer).experts
+
+
+def of_experts(path: str, name: str, *, turned: bool = False) -> Pack:
+    """A leaf (X, ...) of layers with experts by another name; `turned` where files may have its
+    transpose.
+    """
+    other = transposed(path, name) if turned else None
+    return replace(renamed(path, name, lambda _: True), applies=_has_experts, other=other)
+
+
+def halves(name: str, *, turned: bool = False) -> Pack:
+    """Gate over up of all experts in one tensor (X, 2 F, E), in layers with experts; `turned` where
+    files may have (X, E, 2 F).
+    """
+
+    def pack(turn: Callable[[Tensor], Tensor], other: Pack | None) -> Pack:
+        return Pack(
+            tuple(f"layers.{{}}.{leaf}" for leaf in ("gate", "up")),
+            (name,),
+            lambda config, x: [part.contiguous() for part in turn(x[0]).chunk(2, -2)],
+            lambda config, leaves: [turn(torch.cat(leaves, -2)).contiguous()],
+            _has_experts,
+            other,
+        )
+
+    return pack(lambda x: x, pack(lambda x: x.mT, None) if turned else None)
 
 
 def stacked(path: str, name: str, *, experts: bool = True) -> Pack:

@@ -31,7 +31,8 @@ OPTIONAL = {  # kind -> optional fields
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", ORIGINAL},
 }
 # Fields that no class of transformers here reads.
-UNREAD = {"finetuned", "attn_factor", "short_mscale", "long_mscale", "mrope_section", "type"}
+UNREAD = {"finetuned", "attn_factor", "short_mscale", "long_mscale", "type"}
+UNREAD |= {"mrope_section", "mrope_interleaved"}  # equal positions on all axes
 KNOWN = {"rope_type", "rope_theta", "partial_rotary_factor", *UNREAD}.union(
     *NEEDED.values(), *OPTIONAL.values()
 )

@@ -36,6 +36,7 @@ class Pack:
         tensor per expert (or head).
     unpack: (config, tensors in the order of names) -> leaves in the order of paths. pack: inverse.
     applies: (config, number of the layer) -> True where the layer has this layout.
+    other: the layout of the same names in files whose shapes are its, or None.
     """
 
     paths: tuple[str, ...]
@@ -43,6 +44,7 @@ class Pack:
     unpack: Callable[[Config, list[Tensor]], list[Tensor]]
     pack: Callable[[Config, list[Tensor]], list[Tensor]]
     applies: Callable[[Config, int], bool] = lambda config, layer: True
+    other: "Pack | None" = None
 
 
 @dataclass(frozen=True)
