@@ -124,7 +124,8 @@ TESTED_BY = {
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
-    "family_peers": "checkpoints.families: catalogue fused gemma gpt llama mixtures",
+    "family_peers": "checkpoints.families: catalogue falcon fused gemma gpt gpt_variants granite "
+    "llama llama_variants mixtures olmo towers",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "

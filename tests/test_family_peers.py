@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from samples import load
 from torch.func import grad, jvp, vmap
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,6 +134,71 @@ MODELS = {
     ),
 }
 
+SWA = {**LOCAL, "layer_types": ["full_attention", *["sliding_attention"] * 3]}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+}
+# Read since, each with its whole logits in the fast suite.
+MORE = {
+    "exaone": ("exaone", {}),
+    "internlm3": ("internlm3", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    "iquestcoder": ("iquestcoder", {"head_dim": 12}),
+    "cwm": ("cwm", {**ROPE("llama3", **LLAMA3), **SWA, "head_dim": 8}),
+    "ministral": ("ministral", {**LOCAL, **KINDS, "head_dim": 12}),
+    "seed_oss": ("seed_oss", {"head_dim": 12}),
+    "helium": ("helium", {"head_dim": 8}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 12, "use_bias": True}),
+    "glm": ("glm", {"head_dim": 16}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "exaone4": ("exaone4", {**LOCAL, **KINDS}),
+    "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "olmo": ("olmo", {}),
+    "olmo3": (
+        "olmo3",
+        {
+            **SWA,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "yarn", "rope_theta": 1e6, **YARN},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "granite_swa": ("granite_swa", {**GRANITE, **SWA, "layer_rope_theta": [0, 1e4, 1e4, 1e4]}),
+    "granite_swa-bases": ("granite_swa", {**SWA, "layer_rope_theta": [1e6, 1e4, 0, 1e4]}),
+    "vaultgemma": ("vaultgemma", {"head_dim": 16, "query_pre_attn_scalar": 24, **CAPS, **LOCAL}),
+    "cohere2": ("cohere2", {**LOCAL, **KINDS, "logit_scale": 0.25}),
+    "falcon": ("falcon", {}),
+    "falcon-serial": ("falcon", {"parallel_attn": False, "multi_query": False, "bias": True}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "gpt_bigcode": ("gpt_bigcode", {}),
+    "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_neo": ("gpt_neo", {"window_size": 8, "attention_types": [[["global", "local"], 2]]}),
+    "opt": ("opt", {}),
+    "biogpt": ("biogpt", {}),
+    "xglm": ("xglm", {}),
+    "hyperclovax": ("hyperclovax", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
+}
+MODELS |= MORE
+ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+PLACES = {"max_position_embeddings": 64}
+OWN = {  # that take the sizes by other names
+    "gpt2": {"vocab_size": V},
+    "falcon": {**ENDS, **PLAIN, **PLACES},
+    "gpt_bigcode": {**ENDS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "gpt_neo": {**ENDS, **PLACES, "hidden_size": 32, "num_layers": 4, "num_heads": 4},
+    "opt": {**ENDS, **PLAIN, **PLACES, "ffn_dim": 48},
+    "xglm": {**ENDS, **PLACES, "d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48},
+}
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in MORE)) for name in MODELS]
+
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
@@ -142,7 +208,7 @@ def originals(tmp_path_factory):
     def make(name):
         if name not in made:
             kind, more = MODELS[name]
-            own = {"gpt2": {"vocab_size": V}}.get(kind, SMALL)
+            own = OWN.get(kind, SMALL)
             config = AutoConfig.for_model(kind, **{**own, **more}, attn_implementation="eager")
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config).eval()
@@ -176,7 +242,7 @@ def test_logits_are_those_of_the_original(originals, name):
     torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_decoding_step_by_step_is_that_of_the_original_beyond_window_and_scaling(originals, name):
     """Chunks of 10 and then single tokens; where angles follow the length, the original reads the
     whole text each time.
@@ -202,7 +268,7 @@ def test_decoding_step_by_step_is_that_of_the_original_beyond_window_and_scaling
     torch.testing.assert_close(torch.cat(mine), torch.cat(other), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_saved_model_is_read_by_transformers_with_equal_logits(originals, name, tmp_path):
     model, folder = originals(name)
     config, params, _ = load(folder)
@@ -217,10 +283,22 @@ def test_a_saved_model_is_read_by_transformers_with_equal_logits(originals, name
 
 
 # the first that says the same
-SPELLED_AS_ANOTHER = {"mistral-full": "llama", "phi3": "mistral", "phi3-longrope": "llama"}
+SPELLED_AS_ANOTHER = {
+    "mistral-full": "llama",
+    "phi3": "mistral",
+    "phi3-longrope": "llama",
+    **dict.fromkeys(("exaone", "internlm3", "iquestcoder", "helium", "ernie4_5"), "llama"),
+    "cwm": "smollm3",
+    "ministral": "smollm3",
+    "seed_oss": "qwen2",
+    "xglm": "biogpt",
+    "falcon-serial": "starcoder2",
+    "gpt_bigcode-heads": "gpt2",
+    "opt": "gpt2",
+}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_model_keeps_its_family(originals, name):
     _, folder = originals(name)
     settings = json.loads((folder / "config.json").read_text())
@@ -230,7 +308,7 @@ def test_a_model_keeps_its_family(originals, name):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_every_family_composes(originals, name):
     """vmap of grad is the loop, and a jvp along a direction is the gradient's product with it: in
     every family.
@@ -256,3 +334,93 @@ def test_every_family_composes(originals, name):
     first = grad(loss)(params, batch[0])
     wanted = sum(g.sum() for g in fa.tree.leaves(first))
     torch.testing.assert_close(moved, wanted, atol=1e-10, rtol=1e-9)
+
+
+TEXT = {**SMALL, "num_hidden_layers": 2}
+EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+EYES |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+QWEN_EYES = {"depth": 1, "hidden_size": 16, "embed_dim": 16, "intermediate_size": 16}
+QWEN_EYES |= {"num_heads": 2, "out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
+CLIP = {**EYES, "model_type": "clip_vision_model"}
+MROPE = ROPE("default", mrope_section=[1, 1, 2])
+SPARSE = {"num_experts": 4, "moe_intermediate_size": 24, **MOE}
+TOWERS = {  # name -> text_config, vision_config, more
+    "gemma3": ({"head_dim": 16, **LOCAL}, EYES, {"mm_tokens_per_image": 4}),
+    "mistral3": ({"model_type": "mistral", "head_dim": 8}, {**EYES, "model_type": "pixtral"}, {}),
+    "qwen2_vl": (MROPE, {**QWEN_EYES, "hidden_size": 32}, {}),
+    "qwen2_5_vl": (MROPE, QWEN_EYES, {}),
+    "qwen3_vl": ({"head_dim": 8, **MROPE}, {**QWEN_EYES, "deepstack_visual_indexes": [0]}, {}),
+    "qwen3_vl_moe": (
+        {"head_dim": 8, **MROPE, **SPARSE},
+        {**QWEN_EYES, "deepstack_visual_indexes": [0]},
+        {},
+    ),
+    "llava": ({"model_type": "llama"}, CLIP, {}),
+    "llava_next": ({"model_type": "mistral", "sliding_window": None}, CLIP, {}),
+    "idefics3": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
+    "smolvlm": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
+    "internvl": (
+        {"model_type": "qwen2"},
+        {**EYES, "image_size": [16, 16], "patch_size": [8, 8]},
+        {},
+    ),
+}
+
+
+def wrapper(name, folder):
+    """A model that takes images too, saved in a folder."""
+    text, eyes, more = TOWERS[name]
+    config = AutoConfig.for_model(name, text_config={**TEXT, **text}, vision_config=eyes, **more)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_text_of_a_model_of_images_is_that_of_the_original(name, tmp_path):
+    """And, saved, a model of text alone with equal logits."""
+    model = wrapper(name, tmp_path)
+    with pytest.warns(UserWarning, match=f"is a {name}, of which the text is read"):
+        config, params, _ = load(tmp_path)
+    ours = fa.decoder(config)
+    got = ours.logits(params, ours.hidden(params, tokens())[0])
+    torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
+    fa.save(tmp_path / "ours", config, params)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    torch.testing.assert_close(
+        theirs(read.eval(), tokens()), theirs(model, tokens()), atol=2e-5, rtol=0
+    )
+
+
+def test_what_is_neither_text_nor_known_of_images_is_refused_by_name(tmp_path):
+    wrapper("llava", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "audio_tower.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with (
+        pytest.warns(UserWarning, match="the text is read"),
+        pytest.raises(fa.families.CheckpointError, match=r"unknown: audio_tower\.weight"),
+    ):
+        load(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(fa.families.CheckpointError, match=r"text_scale in config\.json"):
+        fa.families.read_config({**settings, "text_scale": 2.0})
+
+
+def test_experts_are_read_in_either_order_of_their_axes(tmp_path):
+    model = wrapper("qwen3_vl_moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    turned = {
+        name: x.mT.contiguous() if ".mlp.experts." in name else x for name, x in tensors.items()
+    }
+    save_file(turned, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="the text is read"):
+        config, params, _ = load(tmp_path)
+    ours = fa.decoder(config)
+    got = ours.logits(params, ours.hidden(params, tokens())[0])
+    torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)

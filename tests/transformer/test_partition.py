@@ -27,9 +27,16 @@ GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 OTHERS = {
     "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "gpt_neo": {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    | {"attention_types": [[["global", "local"], 1]]},
+    "opt": SMALL | {"ffn_dim": 48},
+    "xglm": {"vocab_size": 64, "d_model": 32, "num_layers": 2, "attention_heads": 4}
+    | {"ffn_dim": 48},
     "mixtral": SMALL | EXPERTS,
     "qwen3_moe": SMALL | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [1]},
     "gpt_oss": SMALL | EXPERTS,
+    "qwen3_vl_moe_text": SMALL | EXPERTS | {"moe_intermediate_size": 24},
 }
 CONFIGS = {name: read_config({"model_type": name, **OTHERS.get(name, SMALL)}) for name in FAMILIES}
 CONFIGS["cohere, norms of heads"] = read_config(

@@ -7,9 +7,10 @@ loaded that would be computed wrongly. Two formats are read, Hugging Face (confi
 and GGUF; one is written, Hugging Face.
 
     tables        Family, Pack, validated reading of fields           positions    rotary fields
-    llama gemma fused gpt mixtures                                    the families, by similarity
+    llama llama_variants granite olmo gemma fused falcon gpt gpt_variants mixtures
+                  the families, by similarity
     conventions layouts                                               common to several families
-    config_json weights metadata                                      reading and writing
+    config_json towers weights metadata                                reading and writing
 
 Leaves are named by path (`layers.0.q`), as in funcattn.tree.
 """
@@ -21,9 +22,11 @@ from .llama import LLAMA
 from .metadata import GGUF, STRETCH, read_metadata
 from .metadata import TENSORS as GGUF_TENSORS
 from .tables import CheckpointError, Family
+from .towers import tower_name, tower_settings, untied
 from .weights import (
     Source,
     assemble,
+    in_layout,
     leaves,
     locate_tensors,
     match,
@@ -47,6 +50,7 @@ __all__ = [
     "family_for",
     "family_of",
     "half_split",
+    "in_layout",
     "interleave",
     "leaves",
     "match",
@@ -56,7 +60,10 @@ __all__ = [
     "shapes",
     "locate_tensors",
     "spelling",
+    "tower_name",
+    "tower_settings",
     "unpack",
+    "untied",
     "wanted",
     "write_config",
 ]

@@ -1,10 +1,38 @@
 """The families by name, in order: a Config is written as the first that can express it."""
 
-from .fused import COHERE, PHI3, STABLELM, STARCODER2
-from .gemma import GEMMA, GEMMA2, GEMMA3
+from .falcon import FALCON
+from .fused import COHERE, COHERE2, PHI3, STABLELM, STARCODER2
+from .gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
 from .gpt import GPT2, GPT_NEOX
-from .llama import GRANITE, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3, SMOLLM3
-from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE
+from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPT, XGLM
+from .granite import GRANITE_SWA, HYPERCLOVAX
+from .llama import (
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    QWEN2,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3,
+    QWEN3_VL,
+    SMOLLM3,
+)
+from .llama_variants import (
+    CWM,
+    ERNIE4_5,
+    EXAONE,
+    EXAONE4,
+    GLM,
+    GLM4,
+    HELIUM,
+    INTERNLM3,
+    IQUESTCODER,
+    MINISTRAL,
+    SEED_OSS,
+)
+from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_VL_MOE
+from .olmo import OLMO, OLMO3
 from .tables import Family, refuse
 
 FAMILIES = {
@@ -15,6 +43,10 @@ FAMILIES = {
         *(PHI3, COHERE, STABLELM, STARCODER2),
         *(GPT2, GPT_NEOX),
         *(MIXTRAL, QWEN3_MOE, GPT_OSS),
+        *(EXAONE, INTERNLM3, IQUESTCODER, CWM, MINISTRAL, SEED_OSS),
+        *(HELIUM, ERNIE4_5, GLM, GLM4, EXAONE4, OLMO, OLMO3, GRANITE_SWA, HYPERCLOVAX),
+        *(VAULTGEMMA, COHERE2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE),
+        *(FALCON, GPT_BIGCODE, GPT_NEO, OPT, BIOGPT, XGLM),
     )
 }
 

@@ -7,6 +7,7 @@ from ...transformer import Config
 from .catalogue import FAMILIES, family_of
 from .ignored import IGNORED
 from .tables import NEUTRAL, CheckpointError, Family, Fields, Json, configure, refuse
+from .towers import tower_settings
 
 # Without these a reader uses the ids of another tokenizer.
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -24,6 +25,7 @@ def read_config(values: Mapping[str, object]) -> Config:
         funcattn.checkpoints.families.tables.CheckpointError: load: sliding_window in config.json
         should be absent, got 4096. ...
     """
+    values = tower_settings(values)
     family = family_of(values.get("model_type"), "model_type in config.json")
     architectures = values.get("architectures")
     if architectures not in (None, [], *([name] for name in family.architectures)):

@@ -125,3 +125,10 @@ def write_windows(config: Config) -> dict[str, object]:
         for i in range(config.layers)
     ]
     return {"sliding_window": config.window, "layer_types": kinds}
+
+
+def turning_where_local(windows: dict[str, Json], layers: int) -> tuple[bool, ...]:
+    """rotary_layers of a family whose layers without a window do not turn."""
+    if windows["window"] is None:
+        return (False,) * layers
+    return windows["window_layers"]

@@ -3,12 +3,22 @@
 phi3         q, k, v in one matrix, gate and up in one; longrope
 cohere       attention and feed-forward side by side behind one layer norm; angles on
              neighbouring features
+cohere2      the same, where layers without a window do not turn
 stablelm     layer norms, part of each head turns
 starcoder2   a plain feed-forward, biases, a window
 """
 
 from ...transformer import Config
-from .conventions import TENSORS, read_activation, read_sizes, write_activation, write_sizes
+from .conventions import (
+    TENSORS,
+    read_activation,
+    read_sizes,
+    read_windows,
+    turning_where_local,
+    write_activation,
+    write_sizes,
+    write_windows,
+)
 from .layouts import fused, rotated, stacked
 from .positions import ORIGINAL, partial_heads, read_rope, whole_heads, write_rope
 from .tables import Family, Fields, Json
@@ -48,12 +58,12 @@ def _write_phi3(config: Config) -> dict[str, object]:
     }
 
 
-def _read_cohere(fields: Fields) -> dict[str, Json]:
+def _read_cohere(fields: Fields, base: float = 500000.0) -> dict[str, Json]:
     sizes = read_sizes(fields, context=8192)
     biased = fields.flag("attention_bias", False)
     return {
         **sizes,
-        **whole_heads(read_rope(fields, sizes["context"], base=500000.0)),
+        **whole_heads(read_rope(fields, sizes["context"], base=base)),
         "activation": read_activation(fields),
         "norm": "layer",
         "norm_epsilon": fields.positive("layer_norm_eps", 1e-5),
@@ -78,6 +88,19 @@ def _write_cohere(config: Config) -> dict[str, object]:
         "logit_scale": config.logit_scale,
         "tie_word_embeddings": config.tied,
     }
+
+
+def _read_cohere2(fields: Fields) -> dict[str, Json]:
+    found = _read_cohere(fields, base=10000.0)
+    layers, every = found["layers"], fields.whole("sliding_window_pattern", 4)
+    local = [bool((i + 1) % every) for i in range(layers)]
+    windows = read_windows(fields, fields.whole("sliding_window", 4096), layers, local)
+    turning = turning_where_local(windows, layers)
+    return {**found, **windows, "rotary_layers": turning, "head_norm": "none"}
+
+
+def _write_cohere2(config: Config) -> dict[str, object]:
+    return {**_write_cohere(config), **write_windows(config), "use_qk_norm": False}
 
 
 def _read_stablelm(fields: Fields) -> dict[str, Json]:
@@ -174,6 +197,9 @@ COHERE = Family(
         for leaf in "qk"
         for ours, theirs in (("", "proj.weight"), ("_bias", "proj.bias"), ("_norm", "norm.weight"))
     ),
+)
+COHERE2 = Family(
+    "cohere2", "Cohere2ForCausalLM", _read_cohere2, _write_cohere2, TENSORS, packs=COHERE.packs
 )
 STABLELM = Family(
     "stablelm",

@@ -1,8 +1,8 @@
-"""Gemma 1, 2 and 3: embeddings times sqrt(E), norm weights around 0, GeGLU.
+"""Gemma 1, 2 and 3, and VaultGemma: embeddings times sqrt(E), norm weights around 0, GeGLU.
 
 In 2 and 3 norms before and after attention and feed-forward; soft caps (2); layers with a window
-and another rotary base (3). Norm weights are stored minus 1, and are so here too
-(`Config.norm_offset`), bit for bit.
+and another rotary base (3). VaultGemma is 2 with norms before alone. Norm weights are stored minus
+1, and are so here too (`Config.norm_offset`), bit for bit.
 """
 
 from ...transformer import Config
@@ -15,8 +15,8 @@ from .conventions import (
     write_sizes,
     write_windows,
 )
-from .positions import parse_rope, read_rope, whole_heads, with_rope_type, write_rope
-from .tables import Family, Fields, Json, refuse
+from .positions import read_rope, read_two_bases, whole_heads, write_rope, write_two_bases
+from .tables import Family, Fields, Json
 
 AROUND = {
     "layers.{}.attention_after_norm": "model.layers.{}.post_attention_layernorm.weight",
@@ -115,60 +115,29 @@ def _read_gemma3(fields: Fields) -> dict[str, Json]:
     window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
     every = fields.whole("sliding_window_pattern", 6)
     windows = read_windows(fields, window, layers, [bool((i + 1) % every) for i in range(layers)])
+    bases = fields.get("rope_theta", 1e6), fields.get("rope_local_base_freq", 1e4)
     return {
         **sizes,
         **_read_around(fields),
         # a cap of attention is kept in its file and never applied
         "logit_cap": _read_cap(fields, "final_logit_softcapping", None),
         **windows,
-        **_read_two_bases(fields, sizes["context"], windows["window"] is not None),
+        **read_two_bases(fields, sizes["context"], bases, windows["window"] is not None),
         "head_norm": "rms",
     }
 
 
-def _read_two_bases(fields: Fields, context: int, windowed: bool) -> dict[str, Json]:
-    """One base for layers with a window, another for those without, in either format."""
-    nested, where, kinds = (
-        fields.get("rope_parameters", {}),
-        "rope_parameters in config.json",
-        ("full_attention", "sliding_attention"),
-    )
-    if not isinstance(nested, dict) or not nested.keys() <= set(kinds):
-        refuse(where, "an object of full_attention and sliding_attention", nested)
-    if not all(isinstance(part, dict | None) for part in nested.values()):
-        refuse(where, "an object of objects", nested)
-    scaling = fields.get("rope_scaling", {})
-    if not isinstance(scaling, dict):
-        refuse("rope_scaling in config.json", "an object", scaling)
-    full, near = (nested.get(kind) or {"rope_type": "default"} for kind in kinds)
-    full = {**full, **scaling}  # whose "type" says nothing beside the "rope_type" that is there
-    bases = fields.get("rope_theta", 1e6), fields.get("rope_local_base_freq", 1e4)
-    wide, narrow = (
-        # read of the outer object
-        parse_rope(
-            with_rope_type({"rope_theta": base, **part, "truncate": True}), where, context, {}
-        )
-        for base, part in zip(bases, (full, near), strict=True)
-    )
-    if narrow["rope_scaling"] is not None:
-        refuse(f"sliding_attention of {where}", "rope_type default", near)
-    return {
-        **whole_heads(wide),
-        "local_rope_base": whole_heads(narrow)["rope_base"] if windowed else None,
-    }
-
-
 def _write_gemma3(config: Config) -> dict[str, object]:
-    near = {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4}
     return {
         **_write_sizes(config, "hidden_activation"),
-        "rope_parameters": {
-            "full_attention": write_rope(config, nested=True),
-            "sliding_attention": near,
-        },
+        **write_two_bases(config),
         **_write_caps(config),
         **write_windows(config),
     }
+
+
+def _read_vaultgemma(fields: Fields) -> dict[str, Json]:
+    return {**_read_gemma2(fields), "norm_placement": "before"}
 
 
 GEMMA = Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma, TENSORS)
@@ -180,4 +149,11 @@ GEMMA3 = Family(
     _write_gemma3,
     {**TENSORS, **AROUND},
     body="Gemma3TextModel",
+)
+VAULTGEMMA = Family(
+    "vaultgemma",
+    "VaultGemmaForCausalLM",
+    _read_vaultgemma,
+    _write_gemma2,
+    {**TENSORS, "layers.{}.feed_forward_norm": AROUND["layers.{}.feed_forward_norm"]},
 )

@@ -8,13 +8,22 @@ import re
 
 from ...transformer import Config
 from .conventions import read_activation, read_sizes, write_activation, write_sizes
-from .layouts import fused, of_heads, transposed
+from .layouts import fused, of_groups, transposed
 from .positions import partial_heads, read_rope, write_rope
 from .tables import Family, Fields, Json, refuse
 
 BLOCK, LAYER = "transformer.h.{}.", "gpt_neox.layers.{}."
 PARTS = ("weight", ""), ("bias", "_bias")
 LAYER_NORM = {"norm": "layer", "norm_bias": True, "gated": False, "feed_forward_bias": True}
+
+
+def of_layers(pairs: tuple[tuple[str, str], ...], prefix: str) -> dict[str, str]:
+    """path -> name of weights and biases in layers."""
+    return {
+        f"layers.{{}}.{ours}{bias}": f"{prefix}{theirs}.{kind}"
+        for ours, theirs in pairs
+        for kind, bias in PARTS
+    }
 
 
 ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
@@ -170,7 +179,7 @@ GPT_NEOX = Family(
         },
     },
     packs=tuple(
-        of_heads(
+        of_groups(
             [f"layers.{{}}.{leaf}{ours}" for leaf in "qkv"],
             f"{LAYER}attention.query_key_value.{theirs}",
         )

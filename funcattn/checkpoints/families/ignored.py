@@ -212,5 +212,19 @@ IGNORED = frozenset(
         "rope_pct",
         "predict_special_tokens",
         "end_token_id",
+        # What newer configs keep.
+        "resid_dropout",
+        "embed_dropout",
+        "activation_dropout",
+        "init_std",
+        "attention_softmax_in_fp32",
+        "scale_attention_softmax_in_fp32",
+        "eod_token_id",
+        "position_embedding_type",
+        "order_of_interleaved_layers",
+        "use_embedding_sharing",
+        "use_gated_activation",
+        "use_parallel_block",
+        "use_parallel_embedding",
     ]
 )

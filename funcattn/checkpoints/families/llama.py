@@ -9,7 +9,7 @@ granite    multipliers
 olmo2      norms after, not before; queries and keys normalized over all heads
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ...transformer import Config
 from .conventions import (
@@ -40,16 +40,17 @@ def read_common(
     kv_heads: int | None = None,
     head_size: int | None = None,
     bias: bool = True,
+    renamed: Mapping[str, str] | None = None,
 ) -> dict[str, Json]:
     """The fields common to these families; arguments are the defaults of transformers.
 
-    `bias`: whether attention_bias is a field of the family.
+    `bias`: whether attention_bias is a field of the family; `renamed`: as in `read_rope`.
     """
     sizes = read_sizes(fields, context=context, kv_heads=kv_heads, head_size=head_size)
     biased = bias and fields.flag("attention_bias", False)
     return {
         **sizes,
-        **whole_heads(read_rope(fields, sizes["context"], base=base)),
+        **whole_heads(read_rope(fields, sizes["context"], base=base, renamed=renamed)),
         "activation": read_activation(fields),
         "norm_epsilon": fields.positive("rms_norm_eps", epsilon),
         "tied": fields.flag("tie_word_embeddings", tied),
@@ -121,12 +122,12 @@ def _write_mistral(config: Config) -> dict[str, object]:
     return {**write_common(config), "sliding_window": config.window}
 
 
-def _qwen_windows(fields: Fields, layers: int) -> dict[str, Json]:
+def _qwen_windows(fields: Fields, layers: int, whole: int = 28) -> dict[str, Json]:
     window = (
         fields.whole("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
     )
     fields.get("sliding_window")
-    first = fields.get("max_window_layers", 28)
+    first = fields.get("max_window_layers", whole)
     return read_windows(
         fields, window, layers, [window is not None and i >= first for i in range(layers)]
     )
@@ -150,6 +151,32 @@ def _read_qwen3(fields: Fields) -> dict[str, Json]:
     return {**common, **_qwen_windows(fields, common["layers"]), "head_norm": "rms"}
 
 
+MROPE = {"mrope": "default"}  # of text: all its axes have one position
+
+
+def _read_qwen2_vl(fields: Fields) -> dict[str, Json]:
+    kv_heads = None if fields.says("num_key_value_heads") else 8
+    common = read_common(
+        fields,
+        context=32768,
+        base=1e6,
+        epsilon=1e-5,
+        kv_heads=kv_heads,
+        bias=False,
+        renamed=MROPE,
+    )
+    return {**common, **_qwen_windows(fields, common["layers"], 80), "qkv_bias": True}
+
+
+def _read_qwen3_vl(fields: Fields) -> dict[str, Json]:
+    kv_heads = None if fields.says("num_key_value_heads") else 32
+    common = read_common(
+        fields, context=128000, base=5e5, kv_heads=kv_heads, head_size=128, renamed=MROPE
+    )
+    fields.get("layer_types"), fields.get("sliding_window")  # which its class does not read
+    return {**common, "head_norm": "rms"}
+
+
 def _write_qwen(config: Config) -> dict[str, object]:
     return {**write_common(config), **_write_qwen_windows(config)}
 
@@ -162,17 +189,25 @@ MULTIPLIERS: tuple[tuple[str, str, Callable[[float], float]], ...] = (
 )
 
 
-def _read_granite(fields: Fields) -> dict[str, Json]:
-    scales = {ours: turn(fields.positive(theirs, 1.0)) for ours, theirs, turn in MULTIPLIERS}
-    return {**_read_llama(fields), **scales}
+def read_multipliers(fields: Fields) -> dict[str, Json]:
+    """The factors of Granite."""
+    return {ours: turn(fields.positive(theirs, 1.0)) for ours, theirs, turn in MULTIPLIERS}
 
 
-def _write_granite(config: Config) -> dict[str, object]:
-    scales = {
+def write_multipliers(config: Config) -> dict[str, object]:
+    """The same, written."""
+    return {
         theirs: turn(config.scale if ours == "attention_scale" else getattr(config, ours))
         for ours, theirs, turn in MULTIPLIERS
     }
-    return {**_write_llama(config), **scales}
+
+
+def _read_granite(fields: Fields) -> dict[str, Json]:
+    return {**_read_llama(fields), **read_multipliers(fields)}
+
+
+def _write_granite(config: Config) -> dict[str, object]:
+    return {**_write_llama(config), **write_multipliers(config)}
 
 
 def _read_olmo2(fields: Fields) -> dict[str, Json]:
@@ -190,3 +225,11 @@ QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen, TENSORS)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen, TENSORS)
 GRANITE = Family("granite", "GraniteForCausalLM", _read_granite, _write_granite, TENSORS)
 OLMO2 = Family("olmo2", "Olmo2ForCausalLM", _read_olmo2, write_common, {**TENSORS, **AFTER})
+QWEN2_VL, QWEN2_5_VL = (
+    Family(name, architecture, _read_qwen2_vl, _write_qwen, TENSORS)
+    for name, architecture in (
+        ("qwen2_vl_text", "Qwen2VLTextModel"),
+        ("qwen2_5_vl_text", "Qwen2_5_VLTextModel"),
+    )
+)
+QWEN3_VL = Family("qwen3_vl_text", "Qwen3VLTextModel", _read_qwen3_vl, _write_qwen, TENSORS)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...transformer import Config
 from .conventions import TENSORS, read_windows, write_windows
-from .layouts import stacked, transposed
-from .llama import read_common, write_common
+from .layouts import halves, of_experts, stacked, transposed
+from .llama import MROPE, read_common, write_common
 from .tables import Family, Fields, Json, Pack, refuse
 
 LAYER = "model.layers.{}."
@@ -65,6 +65,25 @@ def _write_qwen3_moe(config: Config) -> dict[str, object]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(config.layers) if not config.layer_spec(i).experts],
         "norm_topk_prob": config.normalized_routing,
+    }
+
+
+def _read_qwen3_vl_moe(fields: Fields) -> dict[str, Json]:
+    kv_heads = None if fields.says("num_key_value_heads") else 16
+    common = read_common(
+        fields, context=128000, base=5e5, kv_heads=kv_heads, tied=True, renamed=MROPE
+    )
+    every, dense = fields.whole("decoder_sparse_step", 1), fields.items("mlp_only_layers")
+    chosen = [i not in dense and (i + 1) % every == 0 for i in range(common["layers"])]
+    experts = fields.whole("num_experts", fields.whole("num_local_experts", 60))
+    fields.get("num_local_experts"), fields.get("sliding_window")  # the latter is not read
+    return {
+        **common,
+        "head_norm": "rms",
+        "experts": experts if any(chosen) else 0,
+        "experts_per_token": fields.whole("num_experts_per_tok", 4),
+        "expert_size": fields.whole("moe_intermediate_size", 1408),
+        "expert_layers": () if all(chosen) else tuple(chosen),
     }
 
 
@@ -168,5 +187,16 @@ GPT_OSS = Family(
         _pairs(""),
         _pairs("_bias"),
         transposed("layers.{}.down", LAYER + "mlp.experts.down_proj"),
+    ),
+)
+QWEN3_VL_MOE = Family(
+    "qwen3_vl_moe_text",
+    "Qwen3VLMoeTextModel",
+    _read_qwen3_vl_moe,
+    _write_qwen3_moe,
+    QWEN3_MOE.tensors,
+    packs=(
+        halves(LAYER + "mlp.experts.gate_up_proj", turned=True),
+        of_experts("layers.{}.down", LAYER + "mlp.experts.down_proj", turned=True),
     ),
 )

@@ -31,7 +31,8 @@ OPTIONAL = {  # kind -> optional fields
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", ORIGINAL},
 }
 # Fields that no class of transformers here reads.
-UNREAD = {"finetuned", "attn_factor", "short_mscale", "long_mscale", "mrope_section", "type"}
+UNREAD = {"finetuned", "attn_factor", "short_mscale", "long_mscale", "type"}
+UNREAD |= {"mrope_section", "mrope_interleaved"}  # equal positions on all axes
 KNOWN = {"rope_type", "rope_theta", "partial_rotary_factor", *UNREAD}.union(
     *NEEDED.values(), *OPTIONAL.values()
 )
@@ -209,6 +210,49 @@ def partial_heads(rope: dict[str, Json], head_size: int) -> dict[str, Json]:
         **whole_heads({**rope, "partial": None}),
         "rotary_size": None if turning == head_size else turning,
     }
+
+
+def read_two_bases(
+    fields: Fields, context: int, bases: tuple[Json, Json], windowed: bool
+) -> dict[str, Json]:
+    """One base for layers without a window, another for those with, in either format.
+
+    `bases` are those where the objects say nothing.
+    """
+    nested, where, kinds = (
+        fields.get("rope_parameters", {}),
+        "rope_parameters in config.json",
+        ("full_attention", "sliding_attention"),
+    )
+    if not isinstance(nested, dict) or not nested.keys() <= set(kinds):
+        refuse(where, "an object of full_attention and sliding_attention", nested)
+    if not all(isinstance(part, dict | None) for part in nested.values()):
+        refuse(where, "an object of objects", nested)
+    scaling = fields.get("rope_scaling", {})
+    if not isinstance(scaling, dict):
+        refuse("rope_scaling in config.json", "an object", scaling)
+    full, near = (nested.get(kind) or {"rope_type": "default"} for kind in kinds)
+    full = {**full, **scaling}  # whose "type" says nothing beside the "rope_type" that is there
+    wide, narrow = (
+        # read of the outer object
+        parse_rope(
+            with_rope_type({"rope_theta": base, **part, "truncate": True}), where, context, {}
+        )
+        for base, part in zip(bases, (full, near), strict=True)
+    )
+    if narrow["rope_scaling"] is not None:
+        refuse(f"sliding_attention of {where}", "rope_type default", near)
+    return {
+        **whole_heads(wide),
+        "local_rope_base": whole_heads(narrow)["rope_base"] if windowed else None,
+    }
+
+
+def write_two_bases(config: Config) -> dict[str, Json]:
+    """The same, written."""
+    near = {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4}
+    full = write_rope(config, nested=True)
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": near}}
 
 
 def write_rope(config: Config, *, nested: bool = False) -> dict[str, Json]:

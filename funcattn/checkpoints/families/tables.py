@@ -36,6 +36,7 @@ class Pack:
         tensor per expert (or head).
     unpack: (config, tensors in the order of names) -> leaves in the order of paths. pack: inverse.
     applies: (config, number of the layer) -> True where the layer has this layout.
+    other: the layout of the same names in files whose shapes are its, or None.
     """
 
     paths: tuple[str, ...]
@@ -43,6 +44,7 @@ class Pack:
     unpack: Callable[[Config, list[Tensor]], list[Tensor]]
     pack: Callable[[Config, list[Tensor]], list[Tensor]]
     applies: Callable[[Config, int], bool] = lambda config, layer: True
+    other: "Pack | None" = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Family:
     body: the class of transformers without a head, written without `prefix` in names; "" is derived
         from the architecture.
     harmless: tensors on disk that follow from the config, and are ignored.
+    also: other names that files have for the architecture.
     """
 
     name: str
@@ -75,13 +78,13 @@ class Family:
     )
     body: str = ""
     prefix: str = "model."
+    also: tuple[str, ...] = ()
 
     @property
-    def architectures(self) -> tuple[str, str]:
-        """The class names of transformers with and without a head."""
-        return self.architecture, self.body or re.sub(
-            "(ForCausalLM|LMHeadModel)$", "Model", self.architecture
-        )
+    def architectures(self) -> tuple[str, ...]:
+        """The class names of transformers with and without a head, then the others."""
+        body = self.body or re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
+        return self.architecture, body, *self.also
 
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {

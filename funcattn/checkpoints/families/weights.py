@@ -4,7 +4,7 @@ in funcattn.tree.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,6 +90,27 @@ def locate_tensors(family: Family, config: Config) -> list[Source]:
         found.append(Source(paths, names, pack))
         done |= set(paths)
     return found
+
+
+def in_layout(
+    config: Config, from_: Sequence[Source], found: Mapping[str, tuple[int, ...]]
+) -> list[Source]:
+    """Sources with the other layout of their pack where the shapes in a file are those of it.
+
+    Args:
+        found: name -> shape in the file.
+    """
+
+    def fits(source: Source) -> bool:
+        return all(found.get(name) == size for name, size in wanted(config, [source]).items())
+
+    def chosen(source: Source) -> Source:
+        if source.pack.other is None or fits(source):
+            return source
+        other = replace(source, pack=source.pack.other)
+        return other if fits(other) else source
+
+    return [chosen(source) for source in from_]
 
 
 def wanted(config: Config, from_: Sequence[Source]) -> dict[str, tuple[int, ...]]:

@@ -57,16 +57,26 @@ def read_folder(
 def _read_folder(
     folder: Path, dtype: torch.dtype | None, cut: Callable[[Config], Cut] | None
 ) -> tuple[Config, Params, Tokenizer | None]:
-    settings = read_json(folder / "config.json")
+    found = read_json(folder / "config.json")
+    settings = families.tower_settings(found)
+    wrapped = settings is not found
     kinds = compressed.kinds_in(settings)
-    config = families.read_config(settings)
+    families.read_config(settings)  # what it refuses comes before what the files lack
     if cut is not None and kinds:
         _refuse("the weights", "plain where they are read in parts", "compressed ones")
     files = _weight_files(folder)
+    if wrapped:
+        settings = families.untied(settings, _names(files))
+        told = (
+            f"load: {folder} is a {found['model_type']}, of which the text is read, as a "
+            f"{settings['model_type']}: what encodes images is left out."
+        )
+        warnings.warn(printable(told), UserWarning, stacklevel=6)  # at the call of load
+    config = families.read_config(settings)
     wanted = None if cut is None else cut(config)
     return (
         config,
-        _read_weights(folder, files, settings, config, dtype, kinds, wanted),
+        _read_weights(folder, files, settings, config, dtype, kinds, wanted, wrapped),
         _read_tokenizer(folder, settings),
     )
 
@@ -106,6 +116,16 @@ def _weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(printable(told))
 
 
+def _names(files: list[Path]) -> list[str]:
+    """The names of all tensors."""
+    names: list[str] = []
+    for path in files:
+        check_regular(path)
+        with _safetensors_errors(path):
+            names += safe_open(path, framework="pt").keys()
+    return names
+
+
 def _read_weights(
     folder: Path,
     files: list[Path],
@@ -114,6 +134,7 @@ def _read_weights(
     dtype: torch.dtype | None,
     kinds: Mapping[str, str],
     cut: Cut | None,
+    wrapped: bool,
 ) -> Params:
     family = families.family_of(settings.get("model_type"), "model_type in config.json")
     found: dict[str, tuple[int, ...]] = {}
@@ -126,8 +147,11 @@ def _read_weights(
         check_regular(path)
         with _safetensors_errors(path):
             file = safe_open(path, framework="pt")
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                part = file.get_slice(name)
+            for stored in file.keys():  # noqa: SIM118 (not a dict)
+                name = families.tower_name(stored) if wrapped else stored
+                if name is None:
+                    continue
+                part = file.get_slice(stored)
                 if name in found:
                     _refuse(
                         f"{name} in {path.name}",
@@ -136,7 +160,7 @@ def _read_weights(
                     )
                 found[name], where[name], types[name] = (
                     tuple(part.get_shape()),
-                    (file, path, name),
+                    (file, path, stored),
                     part.get_dtype(),
                 )
     ours = {name for name in parts & types.keys() if types[name] in {*compressed.CODES, *DTYPES}}
@@ -192,7 +216,7 @@ def _read_weights(
             )
         del found[head]
     stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
-    held = families.locate_tensors(family, config)
+    held = families.in_layout(config, families.locate_tensors(family, config), stored)
     families.match(families.wanted(config, held), stored, str(folder))
     if cut is None:
         return families.unpack(config, held, read)
