@@ -116,6 +116,7 @@ TESTED_BY = {
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
     "family_peers": "checkpoints.families: catalogue fused gemma gpt llama mixtures",
+    "gguf_families": "checkpoints.families: architectures",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "

@@ -9,17 +9,18 @@ and GGUF; one is written, Hugging Face.
     tables        Family, Pack, validated reading of fields           positions    rotary fields
     llama gemma fused gpt mixtures                                    the families, by similarity
     conventions layouts                                               common to several families
-    config_json weights metadata                                      reading and writing
+    config_json weights metadata architectures                        reading and writing
 
 Leaves are named by path (`layers.0.q`), as in funcattn.tree.
 """
 
+from .architectures import GGUF
+from .architectures import TENSORS as GGUF_TENSORS
 from .catalogue import FAMILIES, family_of
 from .config_json import family_for, read_config, write_config
 from .layouts import half_split, interleave
 from .llama import LLAMA
-from .metadata import GGUF, STRETCH, read_metadata
-from .metadata import TENSORS as GGUF_TENSORS
+from .metadata import LONG, SHORT, STRETCH, read_metadata
 from .tables import CheckpointError, Family
 from .weights import (
     Source,
@@ -41,6 +42,8 @@ __all__ = [
     "GGUF",
     "GGUF_TENSORS",
     "LLAMA",
+    "LONG",
+    "SHORT",
     "STRETCH",
     "Source",
     "assemble",

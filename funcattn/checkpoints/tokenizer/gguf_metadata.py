@@ -43,11 +43,15 @@ SPLITS = {
 }
 
 
-def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer:
+def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer | None:
     """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of
-    text, or SentencePiece's.
+    text, or SentencePiece's. None for a file without a tokenizer.
     """
+    if not any(name.startswith("tokenizer.ggml.") for name in metadata):
+        return None
     kind_of_model = fields.text(metadata, "tokenizer.ggml.model")
+    if kind_of_model in ("none", "no_vocab"):
+        return None
     if kind_of_model not in ("gpt2", "llama"):
         fields.refuse(
             "tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model
