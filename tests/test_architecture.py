@@ -126,6 +126,7 @@ TESTED_BY = {
     "metadata positions tables weights",
     "family_peers": "checkpoints.families: catalogue falcon fused gemma gpt gpt_variants granite "
     "llama llama_variants mixtures olmo towers",
+    "gguf_families": "checkpoints.families: architectures",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "

@@ -218,7 +218,7 @@ def theirs(model):
         return model(tokens()[None], use_cache=False).logits[0].float()
 
 
-def ours(loaded):
+def logits_here(loaded):
     model = fa.decoder(loaded.config)
     return model.logits(loaded.params, model.hidden(loaded.params, tokens())[0])
 
@@ -232,7 +232,7 @@ def agree(got, wanted):
 def test_logits_are_those_of_the_original(tmp_path, name):
     model = original(name)
     loaded = load(write(tmp_path / "a.gguf", name, model))
-    agree(ours(loaded), theirs(model))
+    agree(logits_here(loaded), theirs(model))
     assert loaded.config == fa.families.read_config(model.config.to_dict())
 
 
@@ -249,7 +249,7 @@ def test_logits_are_those_of_transformers_reading_the_same_file(tmp_path, name):
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     read.tie_weights()
-    agree(ours(load(path)), theirs(read))
+    agree(logits_here(load(path)), theirs(read))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -259,7 +259,7 @@ def test_every_type_of_block_is_read(tmp_path, name, kind):
     # what is lost in the blocks is lost in the original too
     path = write(tmp_path / "a.gguf", name, model, kind)
     assert {entry.tensor_type.name for entry in gguf.GGUFReader(path).tensors} == {kind, "F32"}
-    agree(ours(load(path)), theirs(model))
+    agree(logits_here(load(path)), theirs(model))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -317,7 +317,7 @@ def test_the_largest_gemmas_have_their_own_scale(
     [
         (
             "qwen2",
-            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+            {"rope.scaling.type": "dynamic", "rope.scaling.factor": 4.0},
             "qwen2.rope.scaling.type",
         ),
         ("qwen3", {"expert_count": 8}, "qwen3.expert_count"),
@@ -337,6 +337,356 @@ def test_the_largest_gemmas_have_their_own_scale(
 def test_a_field_that_would_change_the_mathematics_is_refused(tmp_path, name, change, named):
     with pytest.raises(CheckpointError, match=named):
         fa.load(write(tmp_path / "a.gguf", name, original(name), change=change))
+
+
+# The other architectures: smaller models, and what converters do to the tensors of each.
+
+E2, F2, H2, K2, D2 = 32, 64, 4, 2, 8
+LITTLE = {
+    "vocab_size": V,
+    "hidden_size": E2,
+    "intermediate_size": F2,
+    "num_hidden_layers": 4,
+    "num_attention_heads": H2,
+    "num_key_value_heads": K2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_FIELDS = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 16,
+}
+ROPE = lambda **rope: {"rope_parameters": {"rope_theta": 1e4, **rope}}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [1.0, 3.0, 5.0, 9.0],
+    "original_max_position_embeddings": 16,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERT_FIELDS = {"expert_count": 4, "expert_used_count": 2}
+KINDS_OF_LAYER = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+PATTERN = [True, True, True, False]
+SCALES = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+}
+SCALE_FIELDS = {
+    "embedding_scale": 3.0,
+    "logit_scale": 2.0,
+    "residual_scale": 0.5,
+    "attention.scale": 0.2,
+}
+GPT2 = {"vocab_size": V, "n_embd": E2, "n_layer": 3, "n_head": H2, "n_positions": 64}
+
+# name -> architecture in the file, model type and fields of the original, fields of the file
+OTHERS = {
+    "llama-biases": ("llama", "llama", {"attention_bias": True, "mlp_bias": True}, {}),
+    "llama-yarn": ("llama", "llama", ROPE(**YARN), YARN_FIELDS),
+    "mixtral": (
+        "llama",
+        "mixtral",
+        {**EXPERTS, "sliding_window": None, **ROPE(rope_type="default")},
+        EXPERT_FIELDS,
+    ),
+    "qwen3moe": (
+        "qwen3moe",
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 12,
+            "norm_topk_prob": True,
+            **ROPE(rope_type="default"),
+        },
+        {**EXPERT_FIELDS, "expert_feed_forward_length": 24, **KEYS(12)},
+    ),
+    "qwen3moe-softmax-of-all": (
+        "qwen3moe",
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 12,
+            "norm_topk_prob": False,
+            **ROPE(rope_type="default"),
+        },
+        {
+            **EXPERT_FIELDS,
+            "expert_feed_forward_length": 24,
+            "expert_weights_norm": False,
+            **KEYS(12),
+        },
+    ),
+    "gpt-oss": (
+        "gpt-oss",
+        "gpt_oss",
+        {**EXPERTS, "head_dim": 16, **LOCAL, **ROPE(**YARN, truncate=False)},
+        {
+            **EXPERT_FIELDS,
+            "expert_feed_forward_length": F2,
+            **KEYS(16),
+            **WINDOW,
+            **YARN_FIELDS,
+            "rope.freq_base": 1e4,
+        },
+    ),
+    "granite": ("granite", "granite", SCALES, SCALE_FIELDS),
+    "granitemoe": (
+        "granitemoe",
+        "granitemoe",
+        {**SCALES, **EXPERTS},
+        {**SCALE_FIELDS, **EXPERT_FIELDS},
+    ),
+    "olmo2": ("olmo2", "olmo2", {}, {}),
+    "olmo3": (
+        "olmo2",
+        "olmo3",
+        {
+            **LOCAL,
+            **KINDS_OF_LAYER,
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 1e4, **YARN},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            },
+        },
+        {**WINDOW, "attention.sliding_window_pattern": PATTERN, **YARN_FIELDS},
+    ),
+    "olmoe": (
+        "olmoe",
+        "olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2},
+        EXPERT_FIELDS,
+    ),
+    "seed_oss": ("seed_oss", "seed_oss", {"head_dim": 12, "attention_bias": True}, KEYS(12)),
+    "smollm3": ("smollm3", "smollm3", {**ROPE(rope_type="default")}, {"rope.freq_base": 1e4}),
+    "phi3": (
+        "phi3",
+        "phi3",
+        {"sliding_window": 8, **ROPE(rope_type="default", partial_rotary_factor=0.5)},
+        {**WINDOW, "rope.dimension_count": 4, "rope.scaling.original_context_length": 4096},
+    ),
+    "phi3-longrope": (
+        "phi3",
+        "phi3",
+        {**ROPE(**LONG), "original_max_position_embeddings": 16},
+        {
+            "attention.sliding_window": 0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.attn_factor": (1 + np.log(4) / np.log(16)) ** 0.5,
+        },
+    ),
+    "command-r": (
+        "command-r",
+        "cohere",
+        {"logit_scale": 0.25},
+        {"logit_scale": 0.25, "rope.scaling.type": "none"},
+    ),
+    "command-r-plus": (
+        "command-r",
+        "cohere",
+        {"logit_scale": 0.25, "use_qk_norm": True, **ROPE(rope_type="default")},
+        {"logit_scale": 0.25, "rope.freq_base": 1e4},
+    ),
+    "cohere2": (
+        "cohere2",
+        "cohere2",
+        {"logit_scale": 0.25, **LOCAL, **KINDS_OF_LAYER},
+        {"logit_scale": 0.25, **WINDOW},
+    ),
+    "stablelm": (
+        "stablelm",
+        "stablelm",
+        ROPE(rope_type="default", partial_rotary_factor=0.25),
+        {"rope.dimension_count": 2, "use_parallel_residual": True},
+    ),
+    "stablelm-2-12b": (
+        "stablelm",
+        "stablelm",
+        {
+            "use_parallel_residual": True,
+            "use_qkv_bias": True,
+            "qk_layernorm": True,
+            **ROPE(rope_type="default", partial_rotary_factor=0.5),
+        },
+        {"rope.dimension_count": 4, "use_parallel_residual": True},
+    ),
+    "starcoder2": ("starcoder2", "starcoder2", {}, {}),
+    "gpt2": ("gpt2", "gpt2", GPT2, {}),
+    "gptneox": (
+        "gptneox",
+        "gpt_neox",
+        {"num_key_value_heads": None, "rotary_pct": 0.25},
+        {"rope.dimension_count": 2, "use_parallel_residual": True},
+    ),
+    "gptneox-serial": (
+        "gptneox",
+        "gpt_neox",
+        {"num_key_value_heads": None, "rotary_pct": 0.5, "use_parallel_residual": False},
+        {"rope.dimension_count": 4, "use_parallel_residual": False},
+    ),
+}
+TURNED = ("llama", "granite", "granitemoe", "smollm3")  # the classes after LlamaModel
+
+
+def little(name):
+    _, kind, more, _ = OTHERS[name]
+    own = {} if kind == "gpt2" else LITTLE
+    fields = {key: value for key, value in {**own, **more}.items() if value is not None}
+    config = AutoConfig.for_model(kind, **fields, attn_implementation="eager")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def as_converted(architecture, config, name, weight):
+    """Name in the original, tensor -> those that a converter looks up in the table of names."""
+    if architecture == "granitemoe":  # which has names of its own for what Mixtral has too
+        name = name.replace("router.weight", "router.layer.weight")
+        name = name.replace("block_sparse_moe.experts", "mlp.experts")
+    if architecture in TURNED and "q_proj" in name:
+        return [(name, turn(weight, H2))]
+    if architecture in TURNED and "k_proj" in name:
+        return [(name, turn(weight, K2))]
+    if architecture == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        return [(name, weight.T)]
+    if "query_key_value" in name:  # head by head -> all of q, all of k, all of v
+        heads = weight.reshape(H2, 3, D2, *weight.shape[1:])
+        return [
+            (name, np.concatenate([heads[:, i].reshape(E2, *weight.shape[1:]) for i in range(3)]))
+        ]
+    if architecture == "gpt-oss" and "gate_up_proj" in name:
+        parts = [weight[..., i::2] for i in range(2)]
+        kind = "bias" if name.endswith("_bias") else "weight"
+        parts = parts if kind == "bias" else [part.swapaxes(1, 2) for part in parts]
+        stem = name.partition("gate_up_proj")[0]
+        return [
+            (f"{stem}{leaf}_proj.{kind}", part)
+            for leaf, part in zip(("gate", "up"), parts, strict=True)
+        ]
+    if architecture == "gpt-oss" and "experts.down_proj" in name:
+        kind = "bias" if name.endswith("_bias") else "weight"
+        stem = name.partition("down_proj")[0]
+        return [(f"{stem}down_proj.{kind}", weight if kind == "bias" else weight.swapaxes(1, 2))]
+    if name.endswith("experts.gate_up_proj"):
+        parts = np.split(weight, 2, 1)
+        stem = name.removesuffix("gate_up_proj")
+        return [
+            (f"{stem}{leaf}_proj.weight", part)
+            for leaf, part in zip(("gate", "up"), parts, strict=True)
+        ]
+    if name.endswith("experts.down_proj"):
+        return [(f"{name}.weight", weight)]
+    if name.endswith("self_attn.sinks"):
+        return [(f"{name}.weight", weight)]
+    return [(name, weight)]
+
+
+def write_other(path, name, model, kind="F32"):
+    """The GGUF file of a model of OTHERS, its matrices in blocks of a kind, with no tokenizer."""
+    blocks = kind
+    architecture, kind, more, fields = OTHERS[name]
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    layers = config.num_hidden_layers
+    layered = kind in ("gpt2", "gpt_neox", "cohere", "cohere2", "stablelm", "starcoder2")
+    epsilon = next(
+        getattr(config, key)
+        for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+        if hasattr(config, key)
+    )
+    fields = {
+        "context_length": 64,
+        "embedding_length": E2,
+        "block_count": layers,
+        "feed_forward_length": 4 * E2 if kind == "gpt2" else F2,
+        "attention.head_count": H2,
+        **({} if kind in ("gpt2", "gpt_neox") else {"attention.head_count_kv": K2}),
+        f"attention.layer_norm_{'' if layered else 'rms_'}epsilon": epsilon,
+        **fields,
+    }
+    for key, value in fields.items():
+        key = f"{architecture}.{key}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_float32(key, float(value))
+    number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+    names = gguf.get_tensor_name_map(number, layers)
+    heads = {}  # the layer norms of each head, which stablelm's converter joins
+    for original_name, parameter in model.named_parameters():
+        weight = parameter.detach().cpu().numpy()
+        if ".norms." in original_name:
+            heads.setdefault(original_name.partition(".norms.")[0] + ".weight", []).append(weight)
+            continue
+        for changed, part in as_converted(architecture, config, original_name, weight):
+            base, suffix = changed.rsplit(".", 1)
+            known = changed if changed.startswith("blk.") else f"{names.get_name(base)}.{suffix}"
+            assert not known.startswith("None"), changed
+            part, of = np.ascontiguousarray(part), GGMLQuantizationType.F32
+            if part.ndim == 2:
+                of = GGMLQuantizationType[blocks]
+                part = quants.quantize(part, of)
+            writer.add_tensor(known, part, raw_dtype=of)
+    for joined, parts in heads.items():
+        writer.add_tensor(
+            f"{names.get_name(joined.removesuffix('.weight'))}.weight", np.stack(parts)
+        )
+    if name == "phi3-longrope":
+        for kind in ("short", "long"):
+            writer.add_tensor(
+                f"rope_factors_{kind}.weight", np.array(LONG[f"{kind}_factor"], np.float32)
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_logits_of_the_other_architectures_are_those_of_the_original(tmp_path, name):
+    model = little(name)
+    loaded = load(write_other(tmp_path / "a.gguf", name, model))
+    assert loaded.tokenizer is None
+    agree(logits_here(loaded), theirs(model))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "gptneox", "command-r", "mixtral", "gpt-oss"])
+def test_blocks_that_are_kept_are_the_dequantized_weights(tmp_path, name, kind):
+    """Fused, turned and stacked tensors too."""
+    path = write_other(tmp_path / "a.gguf", name, little(name), kind)
+    kept, plain = load(path, keep_quantized=True), load(path)
+    whole = fa.dequantize(kept.params)
+    assert fa.quantization.is_quantized(kept.params.layers[0].q)
+    for (place, ours), (_, theirs) in zip(
+        fa.tree.items(whole), fa.tree.items(plain.params), strict=True
+    ):
+        torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=1e-7, msg=place)
+    agree(logits_here(kept), logits_here(plain))
+
+
+def test_every_architecture_has_an_original():
+    written = {architecture for architecture, *_ in [*MODELS.values(), *OTHERS.values()]}
+    assert written == set(fa.families.GGUF)
 
 
 def test_a_factor_of_scaling_without_its_type_is_linear(tmp_path):

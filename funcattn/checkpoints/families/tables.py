@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -45,6 +45,20 @@ class Pack:
     pack: Callable[[Config, list[Tensor]], list[Tensor]]
     applies: Callable[[Config, int], bool] = lambda config, layer: True
     other: "Pack | None" = None
+
+
+class Spelling(Protocol):
+    """How the leaves of a family are named and laid out in its files."""
+
+    @property
+    def tensors(self) -> Mapping[str, str]:
+        """Path -> name on disk."""
+        ...
+
+    @property
+    def packs(self) -> tuple[Pack, ...]:
+        """Leaves in another layout."""
+        ...
 
 
 @dataclass(frozen=True)

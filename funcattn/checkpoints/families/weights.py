@@ -14,7 +14,7 @@ from ...core.errors import fail
 from ...layers import Weight
 from ...records import ABSENT, is_absent
 from ...transformer import Config, Layer, Params
-from .tables import CheckpointError, Family, Pack
+from .tables import CheckpointError, Pack, Spelling
 
 PLAIN = Pack((), (), lambda config, tensors: tensors, lambda config, leaves: leaves)
 
@@ -65,7 +65,7 @@ def _template(path: str) -> tuple[int, str]:
     return (int(found[1]), f"layers.{{}}.{path[found.end() :]}") if found else (0, path)
 
 
-def locate_tensors(family: Family, config: Config) -> list[Source]:
+def locate_tensors(family: Spelling, config: Config) -> list[Source]:
     """The tensors of a family's files that each leaf of a Config is read from, in the order of the
     computation.
     """

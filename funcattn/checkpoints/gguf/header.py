@@ -175,6 +175,16 @@ def read_header(data: mmap.mmap | bytes, file: str) -> Header:
     if data[: cursor.take(4, "the magic") + 4] != b"GGUF":
         cursor.refuse("the magic", "GGUF", data[:4])
     version = cursor.number("I", "the version")
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3):
+        remedy = "Convert it: python -m gguf.scripts.gguf_convert_endian FILE little"
+        fail(
+            "load",
+            f"the version of {file}",
+            "little-endian, as the file",
+            "big-endian",
+            remedy,
+            CheckpointError,
+        )
     if version not in (2, 3):
         cursor.refuse("the version", "2 or 3, little-endian", version)
     tensor_count, field_count = (

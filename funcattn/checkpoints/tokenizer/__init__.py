@@ -4,6 +4,7 @@ tokenizer               Tokenizer, from the files of a folder
 tokenizer_json          bounds on memory and time of a tokenizer.json
 declared gpt2_files     the files beside tokenizer.json, and those of GPT-2
 gguf_metadata           Tokenizer, from the metadata of a GGUF file
+splits                  how text is cut before merges, by name
 sentencepiece turns     the tokens of such files, and the ids that end a turn
 templates sandbox       chat templates, rendered in a separate process
 prompts chunks          ids of rendered messages; ids of long texts

@@ -4,16 +4,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from ..families.tables import Json
 from ..gguf import metadata as fields
 from .library import rust_errors
 from .sentencepiece import pieces
+from .splits import DIGIT, GPT2, SPLITS, Split, pre_tokenizer
 from .tokenizer import Tokenizer
-from .tokenizer_json import LLAMA3, QWEN2
+from .tokenizer_json import LLAMA3, QWEN2, Bounds
 from .turns import NAMES, ends_of_turns
 
+COMPOSED = ("qwen2", "deepseek-r1-qwen", "qwen35")  # names whose models read text in NFC
+TRUSTED = {LLAMA3, QWEN2, GPT2, DIGIT}  # patterns whose every match ends soon
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token in GGUF
 ROLES = {
     "bos_token": "bos_token_id",
@@ -23,31 +26,15 @@ ROLES = {
 }
 
 
-def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only])
-
-
-def _one_digit_each() -> pre_tokenizers.PreTokenizer:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-
-
-# how text is cut before the merges, as in the tokenizer.json of the models that each name stands
-# for
-SPLITS = {
-    "smollm": _one_digit_each,
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "llama-bpe": lambda: _splitting(LLAMA3),
-    "qwen2": lambda: _splitting(QWEN2),
-}
-
-
-def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer:
+def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer | None:
     """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of
-    text, or SentencePiece's.
+    text, or SentencePiece's. None for a file without a tokenizer.
     """
+    if not any(name.startswith("tokenizer.ggml.") for name in metadata):
+        return None
     kind_of_model = fields.text(metadata, "tokenizer.ggml.model")
+    if kind_of_model in ("none", "no_vocab"):
+        return None
     if kind_of_model not in ("gpt2", "llama"):
         fields.refuse(
             "tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model
@@ -61,8 +48,8 @@ def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer:
     id_of = lambda name: fields.index(metadata, f"tokenizer.ggml.{name}", len(tokens))
     leading_space = fields.flag(metadata, "tokenizer.ggml.add_space_prefix", True)
     if kind_of_model == "gpt2":
-        split = fields.text(metadata, "tokenizer.ggml.pre")
-        backend, first = _byte_level(metadata, tokens, split), split == "llama-bpe"
+        backend, split = _byte_level(metadata, tokens)
+        first, bounds = split.begins, Bounds(has_patterns=not TRUSTED.issuperset(split.expressions))
     else:
         scores = fields.floats(metadata, "tokenizer.ggml.scores", len(tokens))
         unknown = id_of("unknown_token_id")
@@ -71,7 +58,7 @@ def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer:
             backend = pieces(
                 tokens, scores.tolist(), kinds.tolist(), named, leading_space=leading_space
             )
-        first = True
+        first, bounds = True, Bounds()
     control = set(np.flatnonzero(kinds == CONTROL).tolist())
     ends = ends_of_turns(metadata, tokens, control)
     # whatever kind the file says
@@ -109,27 +96,29 @@ def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer:
         of_bytes = [processors.ByteLevel(trim_offsets=False)] if kind_of_model == "gpt2" else []
         backend.post_processor = processors.Sequence([*of_bytes, beginning])
     return Tokenizer(
-        backend, ends, fields.optional_text(metadata, "tokenizer.chat_template"), roles
+        backend, ends, fields.optional_text(metadata, "tokenizer.chat_template"), roles, bounds
     )
 
 
 def _byte_level(
-    metadata: Mapping[str, Json], tokens: Sequence[str], split: str
-) -> tokenizers.Tokenizer:
-    """Byte-level BPE."""
+    metadata: Mapping[str, Json], tokens: Sequence[str]
+) -> tuple[tokenizers.Tokenizer, Split]:
+    """Byte-level BPE, and how it cuts text."""
     ids = {token: number for number, token in enumerate(tokens)}
     merges = fields.texts(metadata, "tokenizer.ggml.merges")
     wrong = [merge for merge in merges if merge.count(" ") != 1]
     if wrong:
         fields.refuse("tokenizer.ggml.merges", "pairs of tokens", wrong[0])
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
-    if split not in SPLITS:
-        fields.refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", split)
+    name = fields.text(metadata, "tokenizer.ggml.pre")
+    if name not in SPLITS:
+        fields.refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", name)
+    split = SPLITS[name]
     with rust_errors("tokenizer.ggml.merges"):
         backend = tokenizers.Tokenizer(
-            models.BPE(vocab=ids, merges=pairs, ignore_merges=split == "llama-bpe")
+            models.BPE(vocab=ids, merges=pairs, ignore_merges=split.ignores_merges)
         )
-    backend.pre_tokenizer, backend.decoder = SPLITS[split](), decoders.ByteLevel()
-    if split == "qwen2":
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer(split), decoders.ByteLevel()
+    if name in COMPOSED:
         backend.normalizer = normalizers.NFC()
-    return backend
+    return backend, split

@@ -13,8 +13,9 @@ import torch
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf_bytes import field, file, tensor
-from samples import CONFIG, params, same, write_gguf
+from samples import CONFIG, metadata, params, same, write_gguf
 
+from funcattn import tree
 from funcattn.checkpoints import CheckpointError, load
 from funcattn.checkpoints.gguf.file import read_tensor
 from funcattn.checkpoints.gguf.header import READ, Entry, read_header
@@ -132,7 +133,7 @@ REFUSED = {
     "another magic": (b"GGML" + bytes(100), "magic"),
     "nothing": (b"", "magic"),
     "version 1": (file(version=1), "version"),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "more fields than bytes": (file(counts=(0, 2**63)), "bytes that are left"),
     "more tensors than bytes": (file(counts=(2**63, 0)), "bytes that are left"),
     "a name longer than the file": (file([struct.pack("<Q", 2**62)]), "name of a field"),
@@ -220,7 +221,9 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
             {},
             "of another shape: blk.0.ffn_gate.weight (96, 64) instead of (128, 64)",
         ),
-        ({}, {"blk.0.attn_q.bias": np.zeros(64, np.float32)}, "unknown: blk.0.attn_q.bias"),
+        ({}, {"blk.0.attn_q.scale": np.zeros(1, np.float32)}, "unknown: blk.0.attn_q.scale"),
+        ({}, {"blk.1.attn_q.bias": np.zeros(64, np.float32)}, "unknown: blk.1.attn_q.bias"),
+        ({}, {"blk.0.attn_q.bias": np.zeros(64, np.float32)}, "missing: blk.0.attn_k.bias"),
         ({}, {"rope_freqs.weight": np.full(8, 3, np.float32)}, "rope_freqs.weight"),
     ],
     ids=str,
@@ -229,6 +232,104 @@ def test_a_model_that_is_not_the_one_described_is_refused(tmp_path, change, extr
     with pytest.raises(CheckpointError) as error:
         load(write_gguf(tmp_path / "a.gguf", change=change, extra=extra))
     assert named in str(error.value)
+
+
+# Models in several files.
+
+
+def split(folder, count, change=None):
+    """The sample model as gguf-split writes it; `change` is made to the fields of the last part."""
+    whole = gguf.GGUFReader(write_gguf(folder / "whole.gguf", kind="Q8_0"))
+    fields = read_header((folder / "whole.gguf").read_bytes(), "whole.gguf").metadata
+    for number in range(count):
+        path = folder / f"m-{number + 1:05}-of-{count:05}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        said = {"split.no": number, "split.count": count, "split.tensors.count": len(whole.tensors)}
+        said |= dict(change or {}) if number == count - 1 else {}
+        for name, value in said.items():
+            add = writer.add_array if isinstance(value, list) else writer.add_uint32
+            add(name, value)
+        if number == 0:
+            for name in fields:
+                entry = whole.fields[name]
+                if name != "general.architecture":
+                    sub = entry.types[1] if len(entry.types) > 1 else None
+                    writer.add_key_value(name, entry.contents(), entry.types[0], sub)
+        for entry in whole.tensors[number::count]:
+            writer.add_tensor(entry.name, entry.data, raw_dtype=entry.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return folder / f"m-00001-of-{count:05}.gguf"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_split_model_is_the_whole_one(tmp_path, keep):
+    parts = load(split(tmp_path, 3), keep_quantized=keep)
+    whole = load(tmp_path / "whole.gguf", keep_quantized=keep)
+    assert parts.config == whole.config
+    assert parts.tokenizer.encode("hello") == whole.tokenizer.encode("hello")
+    ours, theirs = tree.items(parts.params), tree.items(whole.params)
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+
+
+def test_a_split_model_lacks_no_part(tmp_path):
+    first = split(tmp_path, 3)
+    with pytest.raises(CheckpointError, match="first part of a split file"):
+        load(tmp_path / "m-00002-of-00003.gguf")
+    first.rename(tmp_path / "other.gguf")
+    with pytest.raises(CheckpointError, match="gguf-split"):
+        load(tmp_path / "other.gguf")
+    (tmp_path / "other.gguf").rename(first)
+    (tmp_path / "m-00003-of-00003.gguf").unlink()
+    with pytest.raises(FileNotFoundError, match="m-00003-of-00003"):
+        load(first)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"split.no": 1}, "part 1 of 3"),
+        ({"split.count": 4}, "part 2 of 4"),
+        ({"split.count": [3, 3]}, "part 2 of"),
+    ],
+    ids=str,
+)
+def test_a_part_of_another_model_is_refused(tmp_path, change, named):
+    with pytest.raises(CheckpointError, match=named):
+        load(split(tmp_path, 3, change))
+
+
+def test_tensors_in_two_parts_are_refused(tmp_path):
+    first, second = split(tmp_path, 2), tmp_path / "m-00002-of-00002.gguf"
+    twin, other = (
+        next(entry.name for entry in gguf.GGUFReader(path).tensors if ".attn_o" in entry.name)
+        for path in (first, second)
+    )
+    second.write_bytes(second.read_bytes().replace(other.encode(), twin.encode()))
+    with pytest.raises(CheckpointError, match="1 others"):
+        load(first)
+
+
+def test_a_split_model_has_as_many_tensors_as_it_says(tmp_path):
+    first = split(tmp_path, 2)
+    count = struct.pack(
+        "<II", 4, read_header(first.read_bytes(), "").metadata["split.tensors.count"]
+    )
+    said = b"split.tensors.count"
+    first.write_bytes(first.read_bytes().replace(said + count, said + struct.pack("<II", 4, 99)))
+    with pytest.raises(CheckpointError, match="99 in all"):
+        load(first)
+
+
+def test_a_file_without_a_tokenizer_is_a_model_alone(tmp_path):
+    bare = {name: None for name in metadata() if name.startswith("tokenizer.")}
+    for change in (bare, {**bare, "tokenizer.ggml.model": "none"}):
+        loaded = load(write_gguf(tmp_path / "a.gguf", change=change))
+        assert loaded.tokenizer is None
+        assert same(loaded.params, params())
 
 
 def test_an_empty_file_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from samples import CONFIG, TOKENS, metadata, params, tokenizer, write_gguf
 import funcattn as fa
 from funcattn import serving, speculation
 from funcattn.checkpoints import CheckpointError
-from funcattn.checkpoints.gguf.file import read_header
+from funcattn.checkpoints.gguf.header import read_header
 from funcattn.checkpoints.tokenizer.gguf_metadata import from_metadata
 from funcattn.families import read_metadata
 

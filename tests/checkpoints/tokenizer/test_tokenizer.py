@@ -255,7 +255,7 @@ def test_every_end_that_the_file_names_stops():
         ({"model": "bert"}, "tokenizer.ggml.model"),
         ({"model": "llama"}, "tokenizer.ggml.scores"),
         ({"model": None}, "tokenizer.ggml.model"),
-        ({"pre": "deepseek-llm"}, "deepseek-llm"),
+        ({"pre": "of-tomorrow"}, "of-tomorrow"),
         ({"pre": None}, "tokenizer.ggml.pre"),
         ({"tokens": None}, "tokenizer.ggml.tokens"),
         ({"tokens": [*TOKENS[:-1], "<s>"]}, "all different"),
