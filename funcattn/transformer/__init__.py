@@ -1,6 +1,7 @@
 """The decoder: one Config, one tree of Params, six pure functions.
 
 config        Config: the hyperparameters that weights do not determine
+arguments     tokens, cache, positions and mask of a call, validated
 capabilities  which values of Config a fast path computes: an allow-list
 weights       Layer, Params, shapes, initialize
 partition     how each weight is sharded over a mesh: the table
@@ -13,6 +14,7 @@ model         decoder(config) -> Model
 rereading     when the text of such a cache is read again, and in which order
 """
 
+from .arguments import positions_of
 from .capabilities import ANY, why_not
 from .config import Config, Kind, LayerSpec
 from .forward import (
@@ -28,7 +30,7 @@ from .forward import (
 from .layer import LayerContext, block
 from .lengths import cache_layers, continues, length_of, noted
 from .likelihoods import token_losses, vocabulary_size, weighted_loss
-from .model import decoder, positions_of
+from .model import decoder
 from .partition import DATA, TENSOR
 from .rereading import along, first_chunk, follower, one_by_one, places, renewed
 from .weights import Layer, Params, initialize, shapes
