@@ -135,6 +135,11 @@ def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _is_streamed(head: Weight, hidden: Tensor) -> bool:
+    """True for many logits of a tensor, unless a graph of plain operations is asked."""
+    if torch.compiler.is_exporting():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():  # by torch.jit
+        return False
     return type(head) in (Tensor, torch.nn.Parameter) and len(hidden) * len(head) > SMALL
 
 

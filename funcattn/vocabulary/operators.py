@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..core import errors
 from ..core.autograd import untraced
@@ -47,7 +48,8 @@ def _unpacked(cap: float, flags: Sequence[int]) -> tuple[Spec, Given]:
 
 @torch.library.custom_op("funcattn::vocabulary", mutates_args=())
 def _pass_op(tensors: list[Tensor], cap: float, flags: list[int]) -> list[Tensor]:
-    return list(_run(*_unpacked(cap, flags), tensors))
+    # the strides that the fake implementation returns
+    return [x.contiguous() for x in _run(*_unpacked(cap, flags), tensors)]
 
 
 @_pass_op.register_fake
@@ -58,3 +60,12 @@ def _(tensors: list[Tensor], cap: float, flags: list[int]) -> list[Tensor]:
     row = lambda: a.new_empty(a.shape)
     wanted = [t.new_empty(t.shape) for t, there in ((x, spec.hidden), (w, spec.head)) if there]
     return [*([row(), row()] if given else [a.new_empty(()), row(), row(), row()]), *wanted]
+
+
+@register_flop_formula(torch.ops.funcattn.vocabulary)
+def _operations(shapes: Sequence[torch.Size], cap: float, flags: Sequence[int], **_: object) -> int:
+    """Two for each multiply-add of the products of (N, E) with (E, V)."""
+    spec, given = _unpacked(cap, flags)
+    x, w = given[:2] or (False, False)
+    products = 1 + x + w + spec.hidden * (1 + w) + spec.head * (1 + x)
+    return 2 * products * shapes[1].numel() * shapes[2][0]

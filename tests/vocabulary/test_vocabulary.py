@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import funcattn as fa
 from funcattn.kernels import soft_cap
@@ -325,6 +326,40 @@ def test_compiled_whole_it_is_what_it_is_eagerly(transform, streamed):
     }[transform]
     found = torch.compile(f(fa.cross_entropy), fullgraph=True, backend="aot_eager")(x, w, targets)
     torch.testing.assert_close(found, f(dense)(x, w, targets), **EXACT)
+
+
+def test_compiled_code_takes_transposed_arguments(streamed):
+    x, w, targets = normal(0, 3, 7).mT, normal(1, 3, 5).mT, ids(7, 5)
+    f = torch.compile(grad(fa.cross_entropy, (0, 1)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(f(x, w, targets), grad(dense, (0, 1))(x, w, targets), **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_exported_and_traced_it_is_plain_operations(streamed):
+    x, w, targets = normal(0, 7, 3), normal(1, 5, 3), ids(7, 5)
+
+    class Loss(torch.nn.Module):
+        def forward(self, x, w):
+            return fa.cross_entropy(x, w, targets)
+
+    exported = torch.export.export(Loss(), (x, w), strict=False).module()
+    torch.testing.assert_close(exported(x, w), dense(x, w, targets), **EXACT)
+    traced = torch.jit.trace(lambda x, w: fa.cross_entropy(x, w, targets), (x, w))
+    torch.testing.assert_close(traced(x + 1, w), dense(x + 1, w, targets), **EXACT)
+
+
+def test_it_is_rematerialized_as_any_function_is(streamed):
+    x, w, targets = normal(0, 5, 3), normal(1, 7, 3), ids(5, 7)
+    hvp = lambda f: jvp(lambda x, w: grad(f, (0, 1))(x, w, targets), (x, w), (x, w))[1]
+    torch.testing.assert_close(hvp(fa.remat(fa.cross_entropy)), hvp(dense), **EXACT)
+
+
+def test_operations_are_counted(streamed):
+    """Three products of 6 x 3 with 3 x 7, at two for each multiply-add."""
+    x, w, targets = normal(0, 6, 3), normal(1, 7, 3), ids(6, 7)
+    with FlopCounterMode(display=False) as counter:
+        grad(fa.cross_entropy, (0, 1))(x, w, targets)
+    assert counter.get_total_flops() == 3 * 2 * 6 * 3 * 7
 
 
 x, w, at = torch.ones(4, 3), torch.ones(5, 3), torch.arange(4)
