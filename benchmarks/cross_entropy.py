@@ -29,7 +29,7 @@ import funcattn as fa
 from funcattn import transformer
 
 GB = 2**30
-ROWS = 512  # positions of a feed-forward at a time
+ROWS = 128  # positions of a feed-forward at a time
 SMOLLM2 = {
     "vocabulary": 49152,
     "width": 576,
