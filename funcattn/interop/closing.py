@@ -30,6 +30,7 @@ from .. import randomness
 from ..core import errors
 from ..core.replaying import Drawing
 from . import checkpointing, closed_forms, flex, mask_preparation, sdpa
+from .entry_points import ENTRY_POINTS
 from .redirecting import Handler, redirected
 
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -58,17 +59,18 @@ def closed(*, key: Tensor | None = None) -> Iterator[None]:
       derivatives; torch's global generator, and dropout of attention, draw the same in a
       recomputation, which may happen after the `with`. Not replaced, and an error under torch.func,
       is one with a context_fn. The function may not set tensors as attributes of its modules.
-
     - torch's flex_attention, compiled or not, by `fa.attend` and `fa.kernels.attention_with_score`:
       score_mod, block_mask (of every origin), scale, enable_gqa, return_lse and
       return_aux=AuxRequest(lse=True). Tensors and parameters that the functions capture get their
       derivatives. kernel_options have no effect; torch.compile(flex_attention) runs eagerly, which
-      fullgraph=True refuses. Its module must have been imported before.
-
+      fullgraph=True refuses.
+    - Where they are installed flash_attn's flash_attn_func, its packed forms and
+      flash_attn_varlen_func, and xformers.ops.memory_efficient_attention, by the same kernels;
+      not flash_attn_with_kvcache.
     - Of transformers the preparation of masks: values that vmap maps are not read.
 
-    Not replaced are operators of torch.ops.aten, and calls from inside the handler of another
-    TorchFunctionMode or from C++.
+    Modules of these must have been imported before the context. Not replaced are operators of
+    torch.ops.aten, and calls from inside the handler of another TorchFunctionMode or from C++.
 
     Contexts nest. Other threads are not affected, except for the fused inference path of
     nn.Transformer*, which is disabled in all threads until the last context ends. With recomputing
@@ -235,10 +237,20 @@ def _redirections() -> Iterator[tuple[Callable[..., Any], Handler, bool]]:
         ("torch.nn.attention.flex_attention", "flex_attention", flex.flex, False),
         ("transformers.utils.import_utils", "is_tracing", mask_preparation.is_tracing, True),
         ("transformers.masking_utils", "fast_all", mask_preparation.fast_all, True),
+        *(
+            (module, function.__name__, _drawing(function), False)
+            for module, functions in ENTRY_POINTS.items()
+            for function in functions
+        ),
     ):
         function = getattr(sys.modules.get(module), name, None)  # other versions lack some
         if function is not None:
             yield function, handler, compiled
+
+
+def _drawing(function: Callable[..., Tensor]) -> Handler:
+    """The handler that calls a function of the entry points."""
+    return lambda original, args, kwargs: function(dropout_key, *args, **kwargs)
 
 
 def _inside(handler: Handler) -> Handler:
