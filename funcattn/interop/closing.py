@@ -24,11 +24,13 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import randomness
 from ..core import errors
 from ..core.replaying import Drawing
-from . import checkpointing, closed_forms, flex, sdpa
+from . import checkpointing, closed_forms, flex, mask_preparation, sdpa
+from .entry_points import ENTRY_POINTS
 from .redirecting import Handler, redirected
 
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -57,15 +59,18 @@ def closed(*, key: Tensor | None = None) -> Iterator[None]:
       derivatives; torch's global generator, and dropout of attention, draw the same in a
       recomputation, which may happen after the `with`. Not replaced, and an error under torch.func,
       is one with a context_fn. The function may not set tensors as attributes of its modules.
-
     - torch's flex_attention, compiled or not, by `fa.attend` and `fa.kernels.attention_with_score`:
       score_mod, block_mask (of every origin), scale, enable_gqa, return_lse and
       return_aux=AuxRequest(lse=True). Tensors and parameters that the functions capture get their
       derivatives. kernel_options have no effect; torch.compile(flex_attention) runs eagerly, which
-      fullgraph=True refuses. Its module must have been imported before.
+      fullgraph=True refuses.
+    - Where they are installed flash_attn's flash_attn_func, its packed forms and
+      flash_attn_varlen_func, and xformers.ops.memory_efficient_attention, by the same kernels;
+      not flash_attn_with_kvcache.
+    - Of transformers the preparation of masks: values that vmap maps are not read.
 
-    Not replaced are operators of torch.ops.aten, and calls from inside the handler of another
-    TorchFunctionMode or from C++.
+    Modules of these must have been imported before the context. Not replaced are operators of
+    torch.ops.aten, and calls from inside the handler of another TorchFunctionMode or from C++.
 
     Contexts nest. Other threads are not affected, except for the fused inference path of
     nn.Transformer*, which is disabled in all threads until the last context ends. With recomputing
@@ -129,8 +134,8 @@ def _replaced() -> Iterator[None]:
     """What no mode sees is replaced, in threads where a context is active."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_fused_inference())
-        for function, handler in _redirections():
-            stack.enter_context(redirected(function, handler))
+        for function, handler, compiled in _redirections():
+            stack.enter_context(redirected(function, _inside(handler), compiled=compiled))
         yield
 
 
@@ -164,6 +169,8 @@ class Override(Drawing):
         if func in self.backward and set(types) <= PLAIN:
             with self:
                 return self.backward[func](*args, **kwargs)
+        if func is Tensor.requires_grad_ and _is_refused(args[0]):
+            return args[0]
         # the one method of Tensor with a super() call, which Dynamo cannot trace
         if func is Tensor.unflatten:
             return torch.unflatten(*args, **kwargs)
@@ -197,6 +204,16 @@ class Override(Drawing):
         return randomness.fold_in(self.key, self.draws - 1)
 
 
+def _is_refused(x: Tensor) -> bool:
+    """True for requires_grad_ inside of a transform, from elsewhere than torch.func itself.
+
+    transformers calls it for torch's reentrant checkpoints; torch.func does not need it.
+    """
+    if torch.compiler.is_compiling() or not _functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return not _functorch.get_inplace_requires_grad_allowed()
+
+
 def dropout_key(rate: float) -> Tensor | None:
     """The next key of the innermost active context, or None without dropout."""
     if not rate:
@@ -210,12 +227,30 @@ def active() -> Override | None:
     return next((mode for mode in reversed(modes) if isinstance(mode, Override)), None)
 
 
-def _redirections() -> Iterator[tuple[Callable[..., Any], Handler]]:
-    """Functions that no mode sees, and what is called instead inside the context."""
-    yield torch.utils.checkpoint.checkpoint, _inside(checkpointing.checkpoint)
-    # a module that was not imported has no callers yet; importing it takes a second
-    if module := sys.modules.get("torch.nn.attention.flex_attention"):
-        yield module.flex_attention, _inside(flex.flex)
+def _redirections() -> Iterator[tuple[Callable[..., Any], Handler, bool]]:
+    """Functions that no mode sees, what is called instead, and whether compiled code keeps them.
+
+    A module that was not imported has no callers yet, and importing it takes a second.
+    """
+    yield torch.utils.checkpoint.checkpoint, checkpointing.checkpoint, False
+    for module, name, handler, compiled in (
+        ("torch.nn.attention.flex_attention", "flex_attention", flex.flex, False),
+        ("transformers.utils.import_utils", "is_tracing", mask_preparation.is_tracing, True),
+        ("transformers.masking_utils", "fast_all", mask_preparation.fast_all, True),
+        *(
+            (module, function.__name__, _drawing(function), False)
+            for module, functions in ENTRY_POINTS.items()
+            for function in functions
+        ),
+    ):
+        function = getattr(sys.modules.get(module), name, None)  # other versions lack some
+        if function is not None:
+            yield function, handler, compiled
+
+
+def _drawing(function: Callable[..., Tensor]) -> Handler:
+    """The handler that calls a function of the entry points."""
+    return lambda original, args, kwargs: function(dropout_key, *args, **kwargs)
 
 
 def _inside(handler: Handler) -> Handler:

@@ -24,11 +24,14 @@ _redirected: dict[types.FunctionType, tuple[int, types.CodeType]] = {}  # contex
 
 
 @contextlib.contextmanager
-def redirected(function: Callable[..., Any], handler: Handler) -> Iterator[None]:
+def redirected(
+    function: Callable[..., Any], handler: Handler, *, compiled: bool = False
+) -> Iterator[None]:
     """Let every call of a function go to a handler, in the whole process.
 
     One handler for each function: contexts nest with the same one. It gets a copy of the function
-    that is not redirected.
+    that is not redirected. torch.compile breaks the graph at the call and runs the handler eagerly,
+    or with compiled=True traces the function as it is.
 
     Raises:
         TypeError: it is no plain Python function below its decorators.
@@ -36,14 +39,14 @@ def redirected(function: Callable[..., Any], handler: Handler) -> Iterator[None]
     function = inspect.unwrap(function)
     if not isinstance(function, types.FunctionType) or function.__closure__:
         raise TypeError(f"redirected: function should be a plain function, got {function!r}.")
-    _enter(function, handler)
+    _enter(function, handler, compiled)
     try:
         yield
     finally:
         _leave(function)
 
 
-def _enter(function: types.FunctionType, handler: Handler) -> None:
+def _enter(function: types.FunctionType, handler: Handler, compiled: bool) -> None:
     with _lock:
         contexts, code = _redirected.get(function, (0, function.__code__))
         if not contexts:
@@ -51,13 +54,15 @@ def _enter(function: types.FunctionType, handler: Handler) -> None:
                 code, function.__globals__, function.__name__, function.__defaults__
             )
             original.__kwdefaults__ = function.__kwdefaults__
-            name = f"__funcattn_{function.__name__}"
-            function.__globals__[name] = torch.compiler.disable(
+            eagerly = torch.compiler.disable(
                 lambda args, kwargs: handler(original, args, kwargs),
                 reason=f"{function.__name__} runs eagerly inside fa.interop.closed(): compile "
                 "what is around it without fullgraph=True, or enter no context",
             )
-            function.__code__ = _call_of(name, code)
+            new = {"ORIGINAL": original, "HANDLER": eagerly, "IS_COMPILING": _is_compiling}
+            names = {name: f"__funcattn_{function.__name__}_{name}" for name in new}
+            function.__globals__.update({names[name]: value for name, value in new.items()})
+            function.__code__ = _renamed(_traced if compiled else _eager, names, code)
         _redirected[function] = contexts + 1, code
 
 
@@ -69,18 +74,33 @@ def _leave(function: types.FunctionType) -> None:
             return
         del _redirected[function]
         function.__code__ = code
-        # the global stays for calls that other threads have begun
+        # the new globals stay for calls that other threads have begun
 
 
-def _call_of(name: str, like: types.CodeType) -> types.CodeType:
-    """The code of a function that passes its arguments to a global of the given name."""
+_is_compiling = torch.compiler.is_compiling
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return HANDLER(args, kwargs)  # pyright: ignore[reportUndefinedVariable]
+# Codes of a redirected function; the names in capitals become globals of its module.
+HANDLER: Callable[[tuple[Any, ...], dict[str, Any]], Any]
+ORIGINAL: Callable[..., Any]
+IS_COMPILING: Callable[[], bool]
 
+
+def _eager(*args: Any, **kwargs: Any) -> Any:
+    return HANDLER(args, kwargs)
+
+
+def _traced(*args: Any, **kwargs: Any) -> Any:
+    if IS_COMPILING():
+        return ORIGINAL(*args, **kwargs)
+    return HANDLER(args, kwargs)
+
+
+def _renamed(
+    call: types.FunctionType, names: dict[str, str], like: types.CodeType
+) -> types.CodeType:
     code = call.__code__
     return code.replace(
-        co_names=tuple(name if n == "HANDLER" else n for n in code.co_names),
+        co_names=tuple(names.get(name, name) for name in code.co_names),
         co_name=like.co_name,
         co_qualname=like.co_qualname,
     )
