@@ -149,13 +149,24 @@ report
 
 # %%
 errors = [max(row.error, 1e-17) for row in report.rows]
-figure, axes = plt.subplots(figsize=(7, 2.8), dpi=110, layout="constrained")
-axes.bar([row.nesting for row in report.rows], errors, color="#3b6ea5")
-axes.axhline(report.tolerance, color="#c8553d", linestyle="--", label="allowed")
-axes.set(yscale="log", ylabel="relative error", title="Every nesting, against the definition")
-axes.tick_params("x", rotation=60)
-plt.setp(axes.get_xticklabels(), ha="right", rotation_mode="anchor", fontsize=8)
-axes.legend()
+figure, axes = plt.subplots(figsize=(7, 3.6), dpi=110, layout="constrained")
+axes.hlines(range(len(errors)), 1e-17, errors, color="#3b6ea5", alpha=0.35)
+axes.plot(errors, range(len(errors)), "o", color="#3b6ea5", markersize=5)
+for bound, color, name in (
+    (2**-53, "#999", "one rounding"),
+    (report.tolerance, "#c8553d", "allowed"),
+):
+    axes.axvline(bound, color=color, linestyle="--", linewidth=1)
+    axes.text(bound * 1.3, -0.4, name, color=color, fontsize=8, va="center")
+axes.set_yticks(range(len(errors)), [row.nesting for row in report.rows], fontsize=8)
+axes.invert_yaxis()
+axes.set(
+    xscale="log",
+    xlim=(1e-17, 1e-8),
+    xlabel="relative error",
+    title="Every nesting, against the definition",
+)
+axes.grid(axis="x", alpha=0.3)
 plt.show()
 
 # %% [markdown]
