@@ -95,7 +95,8 @@ UNMIRRORED = {"__init__", "__main__"}  # which say what is in other modules
 TESTED_BY = {
     # The room is tested through its face, in whose words the laws are.
     "caches.caches": "caches: branch dense rows",
-    "cli.cli": "cli: arguments chatting commands evaluating generating inspecting machine sessions",
+    "cli.cli": "cli: arguments chatting commands evaluating generating inspecting machine sessions "
+    "templating",
     "collectives.collectives": "collectives: bindings groups operations verbs",
     "compilation.compilation": "compilation: compiled conditions model stack",
     "evaluation.evaluation": "evaluation: scores",

@@ -10,6 +10,7 @@ import torch
 import funcattn as fa
 
 from .. import caches, sampling, tree
+from . import templating
 from .generating import write
 from .sessions import Session, key_of, load, message, room, sampler_of, utf8
 from .terminal import complain, say
@@ -35,7 +36,8 @@ def run(options: argparse.Namespace) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits and remembers lines once it is there)
         say(f"{options.model}. {HELP}")
-    talk = begun = Talk(past=tree.to(options.device)(session.model.cache(0, dtype=session.dtype)))
+    past = tree.to(options.device)(session.model.cache(0, dtype=session.dtype))
+    talk = begun = Talk(past, messages=templating.begun(options))
     while True:
         try:
             text = utf8(input("> " if interactive else "").strip())
@@ -48,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
             talk = begun
             say("A new conversation.")
         elif text == "/undo":
-            talk = dataclasses.replace(talk, messages=talk.messages[:-2])
+            kept = max(len(talk.messages) - 2, len(begun.messages))
+            talk = dataclasses.replace(talk, messages=talk.messages[:kept])
             say(f"turns left: {len(talk.messages) // 2}")
         elif text.startswith("/") and interactive:
             say(HELP)
@@ -66,7 +69,7 @@ def _answer(
 ) -> Talk:
     """Write the answer to a text; Ctrl-C keeps the tokens written so far."""
     messages = (*talk.messages, message("user", text))
-    wanted = session.tokenizer.prompt(messages)
+    wanted = templating.prompt(options, session.tokenizer, messages)
     steps = room(session, len(wanted), options.steps)
     alike = (a == b for a, b in zip(talk.ids, wanted[:-1], strict=False))
     known = next(

@@ -23,6 +23,7 @@ from . import (
     quantizing,
     ranks,
     streams,
+    templating,
 )
 from .arguments import TINY, Parser, device, dtype, number, stop
 from .terminal import CUT_OFF, INTERRUPTED, complain
@@ -159,6 +160,8 @@ def parser() -> Parser:
             name, parents=parents, help=help, description=f"{help.capitalize()}."
         )
         command.set_defaults(run=module.run, command=command)
+        if module in (generating, chatting):
+            templating.add_options(command)
         if module is generating:
             command.add_argument(
                 "prompt",

@@ -19,7 +19,7 @@ import funcattn as fa
 from .. import drafters, progress, sampling, sharding, speculation
 from ..core import atomic
 from ..decoding.detokenization import text_of
-from . import ranks
+from . import ranks, templating
 from .sessions import Session, key_of, load, message, prompt_of, room, sampler_of
 from .terminal import coloured, is_coloured, report, say, shown, working
 
@@ -35,6 +35,10 @@ def run(options: argparse.Namespace) -> None:
                 "the prompt should be an argument, is to come from stdin, which "
                 "processes cannot share. Write it out."
             )
+        if templating.is_given(options) and not options.chat:
+            raise ValueError(
+                "--system, --tool-file and --template-arg are for conversations. Add --chat."
+            )
         text, sampler = prompt_of(options), sampler_of(options)
         session = load(options, mesh)
         with contextlib.nullcontext() if mesh is None else sharding.inside(mesh):
@@ -44,11 +48,11 @@ def run(options: argparse.Namespace) -> None:
 def _write(
     options: argparse.Namespace, session: Session, text: str, sampler: sampling.Sampler
 ) -> None:
-    ids = (
-        session.tokenizer.prompt([message("user", text)])
-        if options.chat
-        else session.tokenizer.encode(text)
-    )
+    if options.chat:
+        messages = (*templating.begun(options), message("user", text))
+        ids = templating.prompt(options, session.tokenizer, messages)
+    else:
+        ids = session.tokenizer.encode(text)
     if not ids:
         raise ValueError("the prompt is empty. Give some text, as an argument or on stdin.")
     steps = room(session, len(ids), options.steps)

@@ -2,7 +2,9 @@
 read from the past.
 """
 
+import dataclasses
 import io
+import json
 import os
 import re
 import subprocess
@@ -228,6 +230,59 @@ def test_a_chat_answers_as_if_it_read_everything_anew(run, folder):
         answers.append(tokenizer.decode(tokens))
         messages.append({"role": "assistant", "content": answers[-1]})
     assert ran[:2] == (0, "".join(f"{answer}\n" for answer in answers))
+
+
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{{ mood }}{% if calm is false %}!{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+)
+TOOLS = [{"name": "weather", "parameters": {}}]
+
+
+@pytest.fixture
+def talker(folder, tmp_path):
+    """The model of `folder` with a template that shows tools and variables."""
+    config, params, tokenizer = fa.load(folder)
+    fa.save(tmp_path / "m", config, params, dataclasses.replace(tokenizer, template=TEMPLATE))
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    (tmp_path / "one.json").write_text(json.dumps(TOOLS[0]))
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("file", ["tools.json", "one.json"])
+def test_tools_variables_and_a_system_message_reach_the_template(run, talker, file):
+    config, params, tokenizer = fa.load(talker)
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    prompt = tokenizer.prompt(messages, tools=TOOLS, mood="glad", calm=False)
+    assert tokenizer.chat(messages, tools=TOOLS, mood="glad", calm=False).count("!") == 1
+    tokens, _ = fa.generate(fa.key(0), fa.decoder(config), params, torch.tensor(prompt), steps=6)
+    options = ("--model", str(talker), "--system", "Be kind.", "--template-arg", "mood=glad")
+    options += ("--template-arg", "calm=false", "--tool-file", str(talker.parent / file), *CHAT)
+    assert run("generate", *options, "--chat", "Hello").out == tokenizer.decode(tokens) + "\n"
+    assert run("chat", *options, stdin="Hello\n").out == tokenizer.decode(tokens) + "\n"
+    undone = run("chat", *options, stdin="/undo\nSea\n/undo\n/new\nHello\n")
+    assert undone.out.endswith("\n" + tokenizer.decode(tokens) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--template-arg", "mood"), "should be NAME=VALUE"),
+        (("--template-arg", "messages=1"), "should be NAME=VALUE"),
+        (("--tool-file", "none.json"), "none.json"),
+        (("--tool-file", os.devnull), "should be JSON"),
+    ],
+)
+def test_options_of_a_conversation_that_cannot_be_read(run, options, told):
+    ran = run("generate", "--chat", *options, "Hello")
+    assert (ran.code, ran.out) == (2, "")
+    assert told in ran.err
+
+
+def test_options_of_a_conversation_want_one(run):
+    ran = run("generate", "--system", "Be kind.", "Hello")
+    assert ran.code == 2
+    assert "Add --chat" in ran.err
 
 
 def test_a_later_turn_reads_only_what_the_past_does_not_hold(run, read, folder):

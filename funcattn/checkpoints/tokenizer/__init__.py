@@ -6,6 +6,7 @@ declared gpt2_files     the files beside tokenizer.json, and those of GPT-2
 gguf_metadata           Tokenizer, from the metadata of a GGUF file
 splits                  how text is cut before merges, by name
 sentencepiece turns     the tokens of such files, and the ids that end a turn
+conversations           messages and tools as chat templates read them
 templates sandbox       chat templates, rendered in a separate process
 prompts chunks          ids of rendered messages; ids of long texts
 library                 errors of the tokenizers library

@@ -40,10 +40,11 @@ OTHERS = {  # files of a tokenizer in another layout
 
 
 class Declared(NamedTuple):
-    """Names that a template may use -> their texts; and the template, or None."""
+    """Names that a template may use -> their texts; the template, or None; others by name."""
 
     roles: dict[str, str]
     template: str | None
+    named: dict[str, str]
 
 
 def declare(
@@ -107,7 +108,7 @@ def declare(
     )
     return Declared(
         {name: token.content for name, token in named.items()},
-        _template(settings, beside, templates),
+        *_templates(settings, beside, templates),
     )
 
 
@@ -139,26 +140,30 @@ def _add(
             )
 
 
-def _template(
+def _templates(
     settings: Mapping[str, Json], beside: Mapping[str, Json], templates: Mapping[str, str]
-) -> str | None:
-    found = settings.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = [
-            entry.get("template")
-            for entry in found
-            if isinstance(entry, dict) and entry.get("name") == "default"
-        ]
-        found = named[-1] if named else None
-    if templates:
-        found = templates.get("default")
-    elif found is None:
+) -> tuple[str | None, dict[str, str]]:
+    """The default template, or None, and the others by name."""
+    found, by_name = settings.get("chat_template"), dict[str, Json]()
+    if not templates and found is None:
         found = _mapping(beside.get("chat_template.json", {}), "chat_template.json").get(
             "chat_template"
         )
-    if found is not None and not isinstance(found, str):
-        _refuse("chat_template", "a string", f"a {type(found).__name__}")
-    return found
+    if templates:
+        by_name |= templates
+    elif isinstance(found, list):  # several, by name
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        by_name |= {
+            entry["name"]: entry.get("template")
+            for entry in entries
+            if isinstance(entry.get("name"), str)
+        }
+    else:
+        by_name |= {} if found is None else {"default": found}
+    for name, text in by_name.items():
+        if not isinstance(text, str):
+            _refuse(f"chat_template {name!r}", "a string", f"a {type(text).__name__}")
+    return by_name.pop("default", None), by_name
 
 
 def _token(value: object, where: str, special: bool = False) -> AddedToken:

@@ -95,9 +95,17 @@ def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer | None:
         beginning = processors.TemplateProcessing(single=[name, "$A"], special_tokens=known)
         of_bytes = [processors.ByteLevel(trim_offsets=False)] if kind_of_model == "gpt2" else []
         backend.post_processor = processors.Sequence([*of_bytes, beginning])
-    return Tokenizer(
-        backend, ends, fields.optional_text(metadata, "tokenizer.chat_template"), roles, bounds
-    )
+    template = fields.optional_text(metadata, "tokenizer.chat_template")
+    return Tokenizer(backend, ends, template, roles, bounds, _named_templates(metadata))
+
+
+def _named_templates(metadata: Mapping[str, Json]) -> dict[str, str]:
+    """The chat templates beside the default, by name."""
+    if "tokenizer.chat_templates" not in metadata:
+        return {}
+    names = fields.texts(metadata, "tokenizer.chat_templates")
+    found = {name: fields.text(metadata, f"tokenizer.chat_template.{name}") for name in names}
+    return {name: text for name, text in found.items() if name != "default"}
 
 
 def _byte_level(

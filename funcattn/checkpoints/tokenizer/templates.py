@@ -26,6 +26,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, NamedTuple, NoReturn
 
 from ...core.errors import fail
@@ -49,6 +50,9 @@ PASSED = (
 )
 
 
+NOTHING: Mapping[str, Json] = MappingProxyType({})
+
+
 class Rendered(NamedTuple):
     """A text and the origin of each character.
 
@@ -59,19 +63,25 @@ class Rendered(NamedTuple):
     origins: bytes
 
 
-def render(template: str, messages: Sequence[Mapping[str, Json]], names: Mapping[str, Json]) -> str:
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Json]],
+    names: Mapping[str, Json],
+    given: Mapping[str, Json] = NOTHING,
+) -> str:
     """The text of a conversation.
 
     Args:
         template: jinja2.
         messages: the template's variable `messages`.
         names: further variables, such as eos_token and add_generation_prompt.
+        given: further variables that are data as messages are: tools, documents, keywords.
 
     Raises:
         CheckpointError: the template fails for these messages, or exceeds a limit.
         TypeError: the messages have a value that is no text, number, None, list or mapping.
     """
-    return _ask(template, messages, names, None).text
+    return _ask(template, messages, names, given, None).text
 
 
 def render_with_origins(
@@ -79,6 +89,7 @@ def render_with_origins(
     messages: Sequence[Mapping[str, Json]],
     names: Mapping[str, Json],
     special: Sequence[str],
+    given: Mapping[str, Json] = NOTHING,
 ) -> Rendered:
     """`render`, and the origin of each character.
 
@@ -86,61 +97,21 @@ def render_with_origins(
         special: the texts whose characters matter; "d" may stand for "t" at characters that occur
             in none of them.
     """
-    return _ask(template, messages, names, tuple(special))
-
-
-# Continuing the last message.
-
-
-END = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers
-
-
-def marked_at_its_end(messages: Sequence[Mapping[str, Json]]) -> list[Mapping[str, Json]]:
-    """The messages with a mark after the last text: the content, or its last part that is text."""
-    last = dict(messages[-1]) if messages else {}
-    content = last.get("content")
-    if isinstance(content, str):
-        last["content"] = content + END
-        return [*messages[:-1], last]
-    parts = list(content) if isinstance(content, list | tuple) else []
-    for place in reversed(range(len(parts))):
-        if isinstance(parts[place], Mapping) and isinstance(parts[place].get("text"), str):
-            parts[place] = {**parts[place], "text": parts[place]["text"] + END}
-            return [*messages[:-1], {**last, "content": parts}]
-    remedy = "Give a last message whose content is text."
-    fail(
-        "chat",
-        "continue_final_message",
-        "with a last message to go on with",
-        f"{type(content).__name__} as its content",
-        remedy,
-    )
-
-
-def opened(text: str) -> str:
-    """A text up to the mark, without white space that the template strips from a message."""
-    place = text.rfind(END.strip())
-    if place < 0:
-        remedy = (
-            "This template leaves out, or changes, the last message: write the prompt yourself."
-        )
-        fail(
-            "chat",
-            "continue_final_message",
-            "with a last message that is in the text",
-            "another text",
-            remedy,
-        )
-    return text[:place] if text[place : place + len(END)] == END else text[:place].rstrip()
+    return _ask(template, messages, names, given, tuple(special))
 
 
 def _ask(
-    template: str, messages: Json, names: Mapping[str, Json], special: tuple[str, ...] | None
+    template: str,
+    messages: Json,
+    names: Mapping[str, Json],
+    given: Mapping[str, Json],
+    special: tuple[str, ...] | None,
 ) -> Rendered:
     known = {"tools": None, "documents": None, **names}
+    variables = {name: plain(value, name) for name, value in given.items()}
     try:
         request = marshal.dumps(
-            (template, plain(known, "names"), plain(messages, "messages"), special)
+            (template, plain(known, "names"), variables, plain(messages, "messages"), special)
         )
     except (ValueError, RecursionError):
         fail(

@@ -13,16 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import tokenizers
 
 from ...core import atomic
 from ...core.errors import fail
-from ..families import CheckpointError
 from ..families.tables import Json
 from ..writing import written
-from . import chunks, prompts, templates, tokenizer_json
+from . import chunks, conversations, prompts, templates, tokenizer_json
 from .declared import declare
 from .library import rust_errors
 
@@ -39,6 +37,7 @@ class Tokenizer:
         template: the chat template (jinja2), or None.
         roles: variables of templates: bos_token, eos_token, ... -> the text of the token.
         bounds: resource limits for texts, where the backend is from a file.
+        named: further chat templates, by name, such as "tool_use".
 
     Example:
         >>> from tokenizers import models, pre_tokenizers
@@ -56,6 +55,7 @@ class Tokenizer:
     template: str | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     bounds: tokenizer_json.Bounds = field(default=tokenizer_json.Bounds(), repr=False)
+    named: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         template = "none" if self.template is None else f"{len(self.template)} letters"
@@ -123,8 +123,12 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Json]],
         *,
+        tools: Sequence[Mapping[str, Json]] | None = None,
+        template: str | None = None,
         add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
+        continue_final: bool | str = False,
+        continue_final_message: bool | str = False,
+        **keywords: Json,
     ) -> str:
         """A conversation as text, by the chat template.
 
@@ -133,37 +137,51 @@ class Tokenizer:
 
         Args:
             messages: such as [{"role": "user", "content": "Hello"}]; of texts, numbers, None, lists
-                and mappings.
+                and mappings. Fields that are None are left out.
+            tools: JSON schemas of functions that the model may call.
+            template: the name of one of several templates. None is "tool_use" where there are tools
+                and such a template, else the default.
             add_generation_prompt: end with the beginning of the model's answer.
-            continue_final_message: end with the content of the last message, for the model to
-                continue.
+            continue_final: end with the content of the last message, for the model to continue; or
+                the name of the field to continue, such as "reasoning_content".
+            continue_final_message: the same, by the name that transformers gives it.
+            keywords: further variables of the template: documents, enable_thinking, ...
 
         Raises:
             CheckpointError: there is no template, it fails, or the sandbox rejects an operation.
-            TypeError: messages are not a sequence of mappings, or have values of other types.
-            ValueError: the last message is not in the text, or both options are given.
+            TypeError: messages or tools are not a sequence of mappings, or have values of other
+                types.
+            ValueError: the last message is not in the text, both options are given, or no template
+                has the name.
+
+        Law: equals transformers' apply_chat_template
+            (test_conversations.py::test_a_conversation_renders_as_in_transformers).
         """
-        arguments = self._rendering(messages, add_generation_prompt, continue_final_message)
-        text = templates.render(*arguments)
-        return templates.opened(text) if continue_final_message else text
+        goes_on = continue_final or continue_final_message
+        request = self._request(messages, tools, template, add_generation_prompt, goes_on, keywords)
+        text = templates.render(*request)
+        return conversations.opened(text) if goes_on else text
 
     def prompt(
         self,
         messages: Sequence[Mapping[str, Json]],
         *,
+        tools: Sequence[Mapping[str, Json]] | None = None,
+        template: str | None = None,
         add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
+        continue_final: bool | str = False,
+        continue_final_message: bool | str = False,
+        **keywords: Json,
     ) -> list[int]:
         """The ids of a conversation in which only the template writes special tokens.
 
-        A special token spelled in messages is encoded as plain text, wherever its characters come
-        from: one field or several, a part, a name, a number, with or without characters of the
-        template between. A role may complete one, `<|` role `|>`, where it is of letters, digits, _
-        and -: roles are trusted. Added tokens that are not special (`<think>` in some tokenizers)
-        are tokens everywhere, as in `encode`.
+        A special token spelled in messages, tools or keywords is encoded as plain text, wherever
+        its characters come from: one field or several, a part, a name, a number, with or without
+        characters of the template between. A role may complete one, `<|` role `|>`, where it is of
+        letters, digits, _ and -: roles are trusted. Added tokens that are not special (`<think>` in
+        some tokenizers) are tokens everywhere, as in `encode`.
 
-        Args:
-            messages, add_generation_prompt, continue_final_message: as in `chat`.
+        Args: as in `chat`.
 
         Raises:
             CheckpointError, TypeError: as `chat`.
@@ -172,56 +190,44 @@ class Tokenizer:
         Law: where all special tokens are the template's, prompt(m) == encode(chat(m),
             special=True); and nothing of the text is lost (test_prompts.py).
         """
-        arguments = self._rendering(messages, add_generation_prompt, continue_final_message)
+        goes_on = continue_final or continue_final_message
+        text, said, names, given = self._request(
+            messages, tools, template, add_generation_prompt, goes_on, keywords
+        )
         special = sorted(set(self.special_tokens.values()))
-        rendered = templates.render_with_origins(*arguments, special)
-        if continue_final_message:
-            text = templates.opened(rendered.text)
+        rendered = templates.render_with_origins(text, said, names, special, given)
+        if goes_on:
+            text = conversations.opened(rendered.text)
             rendered = templates.Rendered(text, rendered.origins[: len(text)])
         with self._encoding("prompt", "messages"):
             self.bounds.check(self.backend, rendered.text)
             return prompts.encode(self.backend, rendered)
 
-    def _rendering(
-        self, messages: Json, add_generation_prompt: bool, continue_final_message: bool
-    ) -> tuple[str, Any, Any]:
-        """Template, messages and variables, validated."""
-        if isinstance(messages, str) or not all(
-            isinstance(message, Mapping) and "role" in message for message in messages
-        ):
-            wanted = 'messages such as [{"role": "user", "content": "Hello"}]'
-            fail(
-                "chat",
-                "messages",
-                wanted,
-                repr(messages),
-                "Text without roles goes through encode.",
-                TypeError,
-            )
-        if self.template is None:
-            remedy = (
-                "Write the prompt yourself, or set one: dataclasses.replace(tokenizer, "
-                "template=...)."
-            )
-            fail(
-                "chat", "the tokenizer", "one with a chat template", "none", remedy, CheckpointError
-            )
-        if continue_final_message:
+    def _request(
+        self,
+        messages: Sequence[Mapping[str, Json]],
+        tools: Sequence[Mapping[str, Json]] | None,
+        template: str | None,
+        add_generation_prompt: bool,
+        goes_on: bool | str,
+        keywords: Mapping[str, Json],
+    ) -> tuple[str, list[Mapping[str, Json]], dict[str, Json], dict[str, Json]]:
+        """Template, messages, the template's own variables and those that are given, validated."""
+        said, tools = conversations.normalized(messages), conversations.checked_tools(tools)
+        chosen = conversations.chosen(
+            self.template, self.named, template, has_tools=tools is not None
+        )
+        if goes_on:
             if add_generation_prompt:
                 remedy = "Pass add_generation_prompt=False."
-                fail(
-                    "chat",
-                    "continue_final_message",
-                    "without an opening of the next message",
-                    "both",
-                    remedy,
-                )
-            messages = templates.marked_at_its_end(messages)
-        return (
-            self.template,
-            messages,
-            {**self.roles, "add_generation_prompt": add_generation_prompt},
-        )
+                wanted = "without an opening of the next message"
+                fail("chat", "continue_final_message", wanted, "both", remedy)
+            said = conversations.marked_at_its_end(
+                said, goes_on if isinstance(goes_on, str) else "content"
+            )
+        names = {name: text for name, text in self.roles.items() if name not in keywords}
+        own = {**names, "add_generation_prompt": add_generation_prompt}
+        return chosen, said, own, {"tools": tools, **keywords}
 
     @contextmanager
     def _encoding(self, verb: str, what: str) -> Iterator[None]:
@@ -242,6 +248,11 @@ class Tokenizer:
         }
         if self.template is not None:
             settings["chat_template"] = self.template
+        if self.named:
+            default = {} if self.template is None else {"default": self.template}
+            settings["chat_template"] = [
+                {"name": name, "template": text} for name, text in {**default, **self.named}.items()
+            ]
         files = {
             "tokenizer.json": self.backend.to_str(),
             "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
@@ -288,9 +299,9 @@ def from_files(
         backend.no_truncation()
         if getattr(backend.model, "dropout", None):  # of merges, at random: for training
             backend.model.dropout = None
-    roles, template = declare(backend, settings, beside, templates)
+    roles, template, named = declare(backend, settings, beside, templates)
     ends = tuple(stop)
     if not ends and "eos_token" in roles:
         found = backend.token_to_id(roles["eos_token"])
         ends = () if found is None else (found,)
-    return Tokenizer(backend, ends, template, roles, bounds)
+    return Tokenizer(backend, ends, template, roles, bounds, named)

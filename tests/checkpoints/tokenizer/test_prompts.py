@@ -165,9 +165,11 @@ def test_only_the_template_writes_special_tokens_and_no_text_is_lost(name):
         assert tokenizer.decode(ids, skip_special=False) == text
         options = {"trim_blocks": True, "lstrip_blocks": True}
         if name != "json":  # whose filter is transformers'
+            # what is None is left out, as apply_chat_template does
+            there = [{k: v for k, v in one.items() if v is not None} for one in said]
             assert text == ImmutableSandboxedEnvironment(**options).from_string(
                 TEMPLATES[name]
-            ).render(messages=said)
+            ).render(messages=there)
 
     check()
 

@@ -1,8 +1,8 @@
 """The rendering process: it reads a request and writes a text or an error, with resource limits.
 
-A request is a length of eight bytes and as many bytes of `marshal`: (template, names, messages,
-special). The parent writes it; output of a template is never read by `marshal`. An answer is such a
-length and one of
+A request is a length of eight bytes and as many bytes of `marshal`: (template, names, given,
+messages, special). The parent writes it; output of a template is never read by `marshal`. An
+answer is such a length and one of
 
     b"=", the length of the text in eight bytes, the text in UTF-8, one byte of origin for each
     character (where asked for) b"!", what went wrong, in UTF-8
@@ -57,11 +57,13 @@ def main() -> None:
             return
 
 
-def _answer(request: tuple[str, dict[str, object], list[object], tuple[str, ...] | None]) -> bytes:
-    template, names, messages, special = request
+Request = tuple[str, dict[str, object], dict[str, object], list[object], tuple[str, ...] | None]
+
+
+def _answer(request: Request) -> bytes:
     limited = _limit(MAX_MEMORY)
     try:
-        return b"=" + _rendered(template, names, messages, special)
+        return b"=" + _rendered(*request)
     except MemoryError:
         return b"!" + f"more than {MAX_MEMORY >> 20} MiB of memory".encode()
     except (
@@ -73,14 +75,20 @@ def _answer(request: tuple[str, dict[str, object], list[object], tuple[str, ...]
 
 
 def _rendered(
-    template: str, names: dict[str, object], messages: list[object], special: tuple[str, ...] | None
+    template: str,
+    names: dict[str, object],
+    given: dict[str, object],
+    messages: list[object],
+    special: tuple[str, ...] | None,
 ) -> bytes:
     now = datetime.now()
-    text = _text(_compiled(Sandbox, template, ()), names, messages, now)
+    text = _text(_compiled(Sandbox, template, ()), {**names, **given}, messages, now)
     written = text.encode("utf-8", "surrogatepass")
     origins = b""
     if special is not None:
-        tracked = _text(_compiled(Tracking, template, special), names, of_messages(messages), now)
+        marked = {name: of_messages(value, False) for name, value in given.items()}
+        compiled = _compiled(Tracking, template, special)
+        tracked = _text(compiled, {**names, **marked}, of_messages(messages), now)
         if tracked != text:
             raise ValueError(
                 "another text at the second rendering: what special tokens are the "
