@@ -204,7 +204,8 @@ def diagonal(
     wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))
     if is_absent(state):
         zeros = tree.map(lambda x: wide(torch.zeros_like(x)), like)
-        state = Diagonal(zeros, zeros, torch.zeros((), dtype=torch.int64))
+        none = tree.leaves(like)[0].new_zeros((), dtype=torch.int64)
+        state = Diagonal(zeros, zeros, none)
     else:
         _check_state("diagonal", state, Diagonal)
         vector_pairs("diagonal", ("like", "value of state"), like, state.value)

@@ -18,7 +18,6 @@ from ..core import errors
 from ..core.doors import door
 from ..randomness import normal_like
 from ..records import ABSENT, Tree, is_absent, record
-from ..tree import count
 from ..tree.vectors import axpy, dot, less_projection, norm, scale, vector_pairs
 from .iteration import (
     Matvec,
@@ -202,12 +201,9 @@ def extend(
 
 
 def is_exhausted(run: Lanczos) -> bool:
-    """True where no direction is left: the residual is rounding, or every dimension is taken."""
-    k = run.alpha.shape[-1]
-    if not k:
+    """True where no direction is left: the residual is rounding."""
+    if not run.alpha.shape[-1]:
         return False
-    if k >= count(run.residual):
-        return True
     rounding = 10 * precision(run.residual)
     return concrete(run.beta[-1] <= rounding * _size(run)) == 1.0
 

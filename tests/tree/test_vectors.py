@@ -103,6 +103,10 @@ def test_a_vector_less_its_projection_is_orthogonal_to_the_basis():
     torch.testing.assert_close(found, flat - rows[:3].mT @ (rows[:3] @ flat))
     assert float((rows[:3] @ found).abs().max()) < 1e-15
     assert x["a"].tolist() == [1, 1]
+    # Nearly all of it in the basis: what one pass leaves of it is as large as the result.
+    near = tree.axpy(1e-12, x, basis[0])
+    left = tree.ravel(vectors.less_projection(near, basis))[0]
+    assert float((rows[:3] @ (left / left.norm())).abs().max()) < 1e-13
     assert vectors.less_projection(x, []) is x
     mapped = vmap(lambda x: vectors.less_projection(x, basis))(tree.stack([x, x]))
     assert tree.allclose(tree.unstack(mapped)[1], tree.ravel(x)[1](found))
