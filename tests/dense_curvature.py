@@ -9,16 +9,14 @@ from torch.func import hessian, jacrev
 import funcattn as fa
 
 MODEL = fa.decoder(
-    fa.Config(
-        vocabulary=7, width=4, layers=1, heads=2, kv_heads=1, head_size=2, feed_forward=4
-    )
+    fa.Config(vocabulary=7, width=4, layers=1, heads=2, kv_heads=1, head_size=2, feed_forward=4)
 )
 PARAMS = fa.cast(torch.float64)(MODEL.init(fa.key(0)))
 FLAT, UNRAVEL = fa.tree.ravel(PARAMS)
 N = len(FLAT)
-TEXTS = torch.randint(0, 7, (4, 6), generator=torch.Generator("cpu").manual_seed(3), device="cpu").to(
-    FLAT.device
-)
+TEXTS = torch.randint(
+    0, 7, (4, 6), generator=torch.Generator("cpu").manual_seed(3), device="cpu"
+).to(FLAT.device)
 
 
 def logits(params, text=TEXTS[0]):

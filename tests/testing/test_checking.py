@@ -179,7 +179,10 @@ def test_inputs_that_a_kernel_refuses_are_not_drawn_and_are_told():
 
     found = check(narrow, depth=1, examples=3)
     assert found.setting == "kernel(plain), float32 on cpu"
-    assert found.refused == {"grouped": "ValueError: as many heads of keys"}
+    assert found.refused == {
+        "float64": "TypeError: no float64",
+        "grouped": "ValueError: as many heads of keys",
+    }
     assert "refuses fewer key heads than query heads: ValueError" in str(found)
     statuses = {row.law: row.status for row in found.rows}
     assert statuses["future_cannot_change_the_past"] == "not offered"
