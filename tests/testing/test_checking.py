@@ -144,6 +144,15 @@ def test_what_raises_is_no_mistake_and_is_told_in_one_line():
     assert (rows["vmap(f)"].status, rows["grad(f)"].told) == ("passed", "")
 
 
+def test_code_holds_what_a_kernel_was_given_and_not_what_it_wrote_there():
+    def writing(q, k, v):
+        return q.mul_(2)[..., :1].expand(*q.shape[:-1], v.shape[-1])
+
+    found = check(writing, laws=("kernel",), without=OTHERS, examples=5, seconds=20.0)
+    (row,) = [row for row in found.broken if row.law == "agrees_with_the_reference"]
+    assert "q = torch.tensor([[[2.0" in row.code
+
+
 def test_where_nothing_passes_nothing_is_well():
     def none(q, k, v, mask):
         if q.requires_grad or torch._C._functorch.maybe_current_level() is not None:
