@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from .. import progress
 from .arguments import device, number
-from .terminal import is_coloured, shown
+from .terminal import is_coloured, shown, working
 
 BROKEN = 1  # exit code
 COLOURS = {"passed": 32, "broken": 31, "raises": 33}
@@ -52,8 +51,10 @@ def run(options: argparse.Namespace) -> int:
     rows, so_far = [], findings.Findings(*plan[:3], ())
     if not options.json:
         _print([*so_far.head(), ""])
-    tasks = checking.finished(plan.tasks, options.seconds)
-    for row in progress.track(tasks, "checking", len(plan.tasks)):
+    found_in_turn = checking.finished(plan.tasks, options.seconds)
+    for n in range(1, len(plan.tasks) + 1):
+        with working(f"checking, {n} of {len(plan.tasks)}"):
+            row = next(found_in_turn)
         rows.append(row)
         if not options.json:
             _print(findings.table_lines(row, seen), row.status)

@@ -3,9 +3,10 @@
     laws          lists of functions that raise AssertionError: laws.kernel, laws.sampler,
                   laws.cache, laws.transform
     strategies    inputs for hypothesis: problems(), qkv(), masks(), logits(), keys()
+    checking      check(kernel): all laws of a kernel, sampler or cache, as `funcattn check` does
     check_transforms    every nesting of grad, jvp and vmap, against plain operations in float64
 
-The library does not import this folder; only `strategies` needs hypothesis
+The library does not import this folder; `strategies` and `checking` need hypothesis
 (`pip install funcattn[testing]`).
 
 Example:

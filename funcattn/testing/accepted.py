@@ -130,6 +130,8 @@ def accepted(
     if signature.square:
         del trials["rectangular"]
     refused = dict.fromkeys(left_out, "as asked")
+    if dtype is None and of != DTYPES[0]:
+        refused[str(DTYPES[0]).removeprefix("torch.")] = in_a_line(first or ValueError(), 120)
     for name, given in trials.items():
         if name not in refused:
             try:

@@ -259,7 +259,7 @@ def examine(
             raise OutOfTime
         with agreement.measured() as found:
             try:
-                law(f, *values)
+                law(f, *tree.map(_copied, tuple(values)))  # which f may write to
             except NotOffered as error:
                 notes.append(str(error))
                 return False
@@ -286,7 +286,9 @@ def examine(
     if failures:
         # the last is the smallest, where there was time to shrink
         _, values, told, error = min(reversed(failures), key=lambda failure: failure[0])
-        return Finding(name, "broken", max(worst, error), tried, told, code(values, told))
+        greatest = max(worst, error)
+        worst_seen = greatest if greatest >= 0 else None
+        return Finding(name, "broken", worst_seen, tried, told, code(values, told))
     if refusals:
         told = min(refusals)[1]
         some = "" if len(refusals) == tried else f" (for {len(refusals)} of {tried} inputs)"
@@ -296,6 +298,10 @@ def examine(
         return Finding(name, status, None, 0, notes[0] if notes else "", "")
     # a law that compares no numbers has no error
     return Finding(name, "passed", worst if worst >= 0 else None, tried, "", "")
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _rounded(values: Any, digits: int) -> Any:

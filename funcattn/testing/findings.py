@@ -65,7 +65,7 @@ class Findings(NamedTuple):
 
         lines = [self.subject, f"  {self.setting}"]
         for name, error in self.refused.items():
-            lines += _wrapped(f"refuses {PROPERTIES[name]}: {error}", "  ", "    ")
+            lines += _wrapped(f"refuses {PROPERTIES.get(name, name)}: {error}", "  ", "    ")
         return lines
 
     def total(self) -> str:

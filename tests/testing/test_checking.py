@@ -144,6 +144,15 @@ def test_what_raises_is_no_mistake_and_is_told_in_one_line():
     assert (rows["vmap(f)"].status, rows["grad(f)"].told) == ("passed", "")
 
 
+def test_code_holds_what_a_kernel_was_given_and_not_what_it_wrote_there():
+    def writing(q, k, v):
+        return q.mul_(2)[..., :1].expand(*q.shape[:-1], v.shape[-1])
+
+    found = check(writing, laws=("kernel",), without=OTHERS, examples=5, seconds=20.0)
+    (row,) = [row for row in found.broken if row.law == "agrees_with_the_reference"]
+    assert "q = torch.tensor([[[2.0" in row.code
+
+
 def test_where_nothing_passes_nothing_is_well():
     def none(q, k, v, mask):
         if q.requires_grad or torch._C._functorch.maybe_current_level() is not None:
@@ -179,7 +188,10 @@ def test_inputs_that_a_kernel_refuses_are_not_drawn_and_are_told():
 
     found = check(narrow, depth=1, examples=3)
     assert found.setting == "kernel(plain), float32 on cpu"
-    assert found.refused == {"grouped": "ValueError: as many heads of keys"}
+    assert found.refused == {
+        "float64": "TypeError: no float64",
+        "grouped": "ValueError: as many heads of keys",
+    }
     assert "refuses fewer key heads than query heads: ValueError" in str(found)
     statuses = {row.law: row.status for row in found.rows}
     assert statuses["future_cannot_change_the_past"] == "not offered"
