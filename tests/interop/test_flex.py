@@ -255,27 +255,40 @@ def test_documents_may_differ_for_each_row_of_a_vmap():
     torch.testing.assert_close(found, of(lambda q, same: dense(q, K, V, None, same)), **EXACT)
 
 
-@pytest.mark.parametrize("score_mod", [None, noop], ids=["intervals", "score"])
+@pytest.mark.parametrize("score_mod", [None, noop], ids=["no score", "score"])
 def test_blocks_alone_hide_too(score_mod):
     """A hand-made mask: blocks that are not listed are hidden, full ones are not asked."""
-    count = torch.tensor([1, 1, 2], dtype=torch.int32)[None, None]
-    indices = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 2, 0]], dtype=torch.int32)[None, None]
-    full = torch.tensor([0, 1, 0], dtype=torch.int32)[None, None]
+    part = torch.tensor([[[1, 0, 0], [0, 0, 1], [0, 1, 1]], [[1, 0, 0], [1, 1, 0], [0, 0, 1]]])
+    full = torch.tensor([[[0, 0, 0], [0, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0], [1, 0, 0]]])
+
+    def listed(x):
+        count = x.sum(-1).int().unsqueeze(1)
+        order = torch.argsort(x, dim=-1, descending=True, stable=True)
+        return count, order.int().unsqueeze(1)
+
     mask = BlockMask.from_kv_blocks(
-        count, indices, full, indices.flip(-1), BLOCK_SIZE=16, mask_mod=causal, seq_lengths=(T, T)
+        *listed(part), *listed(full), BLOCK_SIZE=16, mask_mod=causal, seq_lengths=(T, T)
     )
-    seen = torch.zeros(3, 3, dtype=torch.bool)
-    seen[0, 0] = seen[1, 2] = seen[2, 1] = seen[2, 2] = True
-    full_ones = torch.zeros(3, 3, dtype=torch.bool)
-    full_ones[1, 1] = True
-    wide = lambda x: x.repeat_interleave(16, 0).repeat_interleave(16, 1)[:T, :T]
+    wide = lambda x: x.bool().repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None, :T, :T]
     i, j = INDICES[2:]
-    visible = (wide(seen) & (i >= j)) | wide(full_ones)
+    visible = (wide(part) & (i >= j)) | wide(full)
     f = lambda q: flex_attention(q, K, V, score_mod, mask)
     with closed():
         found = jvp(f, (Q,), (TANGENTS[0],))
-    wanted = jvp(lambda q: dense(q, K, V, None, lambda *_: visible), (Q,), (TANGENTS[0],))
-    torch.testing.assert_close(found, wanted, **EXACT)
+
+    def formula(q):
+        s = (q @ K.mT / E**0.5).exp() * visible
+        return s @ V / s.sum(-1, keepdim=True).clamp(min=1e-300)
+
+    torch.testing.assert_close(found, jvp(formula, (Q,), (TANGENTS[0],)), **EXACT)
+
+
+def test_heads_may_differ_within_a_block():
+    """The blocks have no axis of heads, the function reads them all the same."""
+    mask = blocks(of_head, size=128)
+    with closed():
+        found = flex_attention(Q, K, V, None, mask)
+    torch.testing.assert_close(found, dense(Q, K, V, None, of_head), **EXACT)
 
 
 def test_a_query_that_sees_no_key_gives_zeros():

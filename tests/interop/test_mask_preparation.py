@@ -74,6 +74,7 @@ def test_checkpoints_of_a_model_nest():
     torch.testing.assert_close(found, rows(hvp(eager), IDS, PADDING), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_reads_masks_as_before():
     net = build("sdpa").eval()
     torch._dynamo.reset()

@@ -169,6 +169,7 @@ def test_errors_are_those_of_torch():
                 grad(scalar(wrong))(X)
 
 
+@pytest.mark.slow
 def test_a_compiled_jvp_of_a_normalization_is_closed():
     """torch itself fails to compile the jvp of F.layer_norm."""
     torch._dynamo.reset()
