@@ -90,6 +90,10 @@ def _write_granitemoehybrid(config: Config) -> dict[str, object]:
         **_write_granitemoe(config),
         "shared_intermediate_size": config.shared_size or config.feed_forward,
         "layer_types": ["full_attention"] * config.layers,
+        # Of layers that there are none of, such that their sizes agree.
+        "mamba_n_heads": 1,
+        "mamba_expand": 1,
+        "mamba_d_head": config.width,
         "position_embedding_type": "rope" if config.positions == "rotary" else None,
     }
 

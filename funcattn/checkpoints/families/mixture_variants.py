@@ -139,10 +139,11 @@ def _read_mellum(fields: Fields) -> dict[str, Json]:
 
 
 def _write_mellum(config: Config) -> dict[str, object]:
+    common = write_common(config)
+    del common["rope_scaling"]
     return {
-        **write_common(config),
+        **common,
         **write_experts(config),
-        "rope_scaling": None,
         **write_two_bases(config),
         **write_windows(config),
         "moe_intermediate_size": config.expert_size,

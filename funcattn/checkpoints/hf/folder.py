@@ -58,15 +58,15 @@ def _read_folder(
     folder: Path, dtype: torch.dtype | None, cut: Callable[[Config], Cut] | None
 ) -> tuple[Config, Params, Tokenizer | None]:
     found = read_json(folder / "config.json")
-    settings = families.tower_settings(found)
-    wrapped = settings is not found
+    tower = families.tower_settings(found)
+    wrapped, settings = tower is not found, dict(tower)
     kinds = compressed.kinds_in(settings)
     families.read_config(settings)  # what it refuses comes before what the files lack
     if cut is not None and kinds:
         _refuse("the weights", "plain where they are read in parts", "compressed ones")
     files = _weight_files(folder)
     if wrapped:
-        settings = families.untied(settings, _names(files))
+        settings = dict(families.untied(settings, _names(files)))
         told = (
             f"load: {folder} is a {found['model_type']}, of which the text is read, as a "
             f"{settings['model_type']}: what encodes images is left out."
