@@ -506,3 +506,22 @@ def test_experts_are_read_in_either_order_of_their_axes(tmp_path):
     ours = fa.decoder(config)
     got = ours.logits(params, ours.hidden(params, tokens())[0])
     torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
+
+
+def test_a_router_with_a_bias_for_the_choice_is_computed_in_float32(originals):
+    """In bfloat16, where its rounding would choose other experts: as in the original."""
+    model, folder = originals("glm4_moe")
+    config, params, _ = load(folder, dtype=torch.bfloat16)
+    layer = params.layers[1]
+    assert (layer.choice_bias.dtype, layer.router.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(layer.choice_bias, model.model.layers[1].mlp.gate.e_score_correction_bias)
+    seen = {}
+
+    def listen(name, x):
+        seen[name] = x.dtype
+        return x
+
+    with fa.taps.listening(listen):
+        fa.decoder(config).hidden(params, tokens())
+    assert seen["layers.1.feed_forward.router"] == torch.float32
+    assert seen["layers.1.output"] == torch.bfloat16

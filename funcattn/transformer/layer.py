@@ -187,7 +187,10 @@ def _feed_forward(config: Config, spec: LayerSpec, weights: Layer, y: Tensor, na
 
 def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
     """The mixture of experts: each selected pair (token, expert) is one row of a product."""
-    scores = tap(f"{name}.feed_forward.router", _affine(weights.router, weights.router_bias, y))
+    router, read = weights.router, y
+    if config.choice_bias and isinstance(router, Tensor) and y.element_size() < 4:
+        router, read = router.float(), y.float()  # as in the published models
+    scores = tap(f"{name}.feed_forward.router", _affine(router, weights.router_bias, read))
     share, expert = layers.route(
         scores,
         config.experts_per_token,
