@@ -141,6 +141,16 @@ GRANITE = {
     "residual_multiplier": 0.5,
     "attention_multiplier": 0.2,
 }
+SIZED = {"moe_intermediate_size": 24}
+SHARED = {"num_experts": 4, "shared_expert_intermediate_size": 20, **SIZED, **MOE}
+LOCALS = {"num_local_experts": 4, **MOE}
+HYBRID = {
+    "layer_types": ["full_attention"] * 4,
+    "shared_intermediate_size": 40,
+    "mamba_n_heads": 8,
+}
+ROUTED = {"n_routed_experts": 8, "n_shared_experts": 2, "head_dim": 16, **SIZED, **MOE}
+GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5}
 # Read since, each with its whole logits in the fast suite.
 MORE = {
     "exaone": ("exaone", {}),
@@ -183,21 +193,89 @@ MORE = {
     "opt": ("opt", {}),
     "biogpt": ("biogpt", {}),
     "xglm": ("xglm", {}),
+    "olmo-clipped": ("olmo", {"clip_qkv": 0.2}),
+    "olmoe": ("olmoe", {"num_experts": 4, "clip_qkv": 0.7, **MOE}),
+    "flex_olmo": ("flex_olmo", {"num_experts": 4, **MOE}),
+    "mellum": (
+        "mellum",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "head_dim": 12,
+            **MOE,
+            **SWA,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        },
+    ),
+    "qwen2_moe": ("qwen2_moe", {**SHARED, "mlp_only_layers": [1]}),
+    "qwen2_moe-window": (
+        "qwen2_moe",
+        {**SHARED, "norm_topk_prob": True, "use_sliding_window": True, **LOCAL},
+    ),
+    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, **SIZED}),
+    "granitemoe": ("granitemoe", {**GRANITE, **LOCALS}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**GRANITE, **LOCALS, "shared_intermediate_size": 20},
+    ),
+    "granitemoe_swa": ("granitemoe_swa", {**GRANITE, **LOCALS, **SWA}),
+    "granitemoe_swa-shared": (
+        "granitemoe_swa",
+        {**LOCALS, **SWA, "shared_intermediate_size": 20, "layer_rope_theta": [0, 1e4, 1e4, 1e4]},
+    ),
+    "granitemoehybrid": ("granitemoehybrid", {**GRANITE, **HYBRID, "num_local_experts": 0}),
+    "granitemoehybrid-rope": (
+        "granitemoehybrid",
+        {**HYBRID, "num_local_experts": 0, "position_embedding_type": "rope"},
+    ),
+    "granitemoehybrid-moe": ("granitemoehybrid", {**GRANITE, **HYBRID, **LOCALS}),
+    "glm4_moe": ("glm4_moe", {**ROUTED, **GROUPS, "use_qk_norm": True, "attention_bias": True}),
+    "dots1": ("dots1", {**ROUTED, **GROUPS, "first_k_dense_replace": 1, "sliding_window": None}),
+    "solar_open": ("solar_open", {**ROUTED, **GROUPS}),
+    "exaone_moe": (
+        "exaone_moe",
+        {"num_experts": 8, "num_shared_experts": 2, **SIZED, **GROUPS, **MOE, **LOCAL, **KINDS},
+    ),
+    "hy_v3": ("hy_v3", {"num_experts": 4, "head_dim": 12, **SIZED, **MOE}),
+    "minimax_m2": (
+        "minimax_m2",
+        {"head_dim": 8, **LOCALS, **ROPE("default", partial_rotary_factor=0.5)},
+    ),
+    "phi": ("phi", {}),
+    "gptj": ("gptj", {"rotary_dim": 4}),
+    "codegen": ("codegen", {"rotary_dim": 4}),
+    "nemotron": ("nemotron", {}),
+    "jais2": ("jais2", {}),
+    "arcee": ("arcee", {"mlp_bias": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 12}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 8, "num_experts": 4, "moe_topk": 2}),
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 8, **ROPE("yarn", **YARN, llama_4_scaling_beta=0.5)},
+    ),
     "hyperclovax": ("hyperclovax", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
 }
 MODELS |= MORE
 ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
 PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 PLACES = {"max_position_embeddings": 64}
+GPT = {**ENDS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 OWN = {  # that take the sizes by other names
     "gpt2": {"vocab_size": V},
     "falcon": {**ENDS, **PLAIN, **PLACES},
-    "gpt_bigcode": {**ENDS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "gptj": GPT,
+    "codegen": GPT,
+    "gpt_bigcode": GPT,
     "gpt_neo": {**ENDS, **PLACES, "hidden_size": 32, "num_layers": 4, "num_heads": 4},
     "opt": {**ENDS, **PLAIN, **PLACES, "ffn_dim": 48},
     "xglm": {**ENDS, **PLACES, "d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48},
 }
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in MORE)) for name in MODELS]
+
+
+def biases(model):
+    """What routers add for the choice of experts, which are buffers."""
+    return [x for name, x in model.named_buffers() if name.endswith("correction_bias")]
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +292,7 @@ def originals(tmp_path_factory):
             model = AutoModelForCausalLM.from_config(config).eval()
             # as made, norms are one and biases zero, and an error in either would not show
             with torch.no_grad():
-                for parameter in model.parameters():
+                for parameter in (*model.parameters(), *biases(model)):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
@@ -292,6 +370,10 @@ SPELLED_AS_ANOTHER = {
     "ministral": "smollm3",
     "seed_oss": "qwen2",
     "xglm": "biogpt",
+    **dict.fromkeys(("dots1", "solar_open", "hy_v3"), "glm4_moe"),
+    "granitemoehybrid-rope": "granite",
+    "codegen": "gptj",
+    "jais2": "starcoder2",
     "falcon-serial": "starcoder2",
     "gpt_bigcode-heads": "gpt2",
     "opt": "gpt2",
@@ -424,3 +506,22 @@ def test_experts_are_read_in_either_order_of_their_axes(tmp_path):
     ours = fa.decoder(config)
     got = ours.logits(params, ours.hidden(params, tokens())[0])
     torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
+
+
+def test_a_router_with_a_bias_for_the_choice_is_computed_in_float32(originals):
+    """In bfloat16, where its rounding would choose other experts: as in the original."""
+    model, folder = originals("glm4_moe")
+    config, params, _ = load(folder, dtype=torch.bfloat16)
+    layer = params.layers[1]
+    assert (layer.choice_bias.dtype, layer.router.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(layer.choice_bias, model.model.layers[1].mlp.gate.e_score_correction_bias)
+    seen = {}
+
+    def listen(name, x):
+        seen[name] = x.dtype
+        return x
+
+    with fa.taps.listening(listen):
+        fa.decoder(config).hidden(params, tokens())
+    assert seen["layers.1.feed_forward.router"] == torch.float32
+    assert seen["layers.1.output"] == torch.bfloat16

@@ -17,7 +17,7 @@ from ..caches import Cache, Delta
 from ..layers import Rotation, Weight
 from ..quantization.tiles import Tiles, has_row_scale, missing
 from ..records import is_absent
-from ..transformer import ANY, Config, Layer
+from ..transformer import ANY, Config, Layer, capabilities
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the operator's arguments
 WEIGHTS = (*MATRICES, "attention_norm", "feed_forward_norm")  # the weights of a layer that it reads
@@ -50,6 +50,7 @@ COMPUTES = {  # field of Config -> the values that it computes
     # Fields of experts, for models without.
     **dict.fromkeys(("experts_per_token", "expert_size", "expert_layers"), ANY),
     **dict.fromkeys(("normalized_routing", "router_bias"), ANY),
+    **capabilities.GENERAL,
 }
 OF_LAYERS = {"window": (None,), "rotary": ANY, "local": (False,), "experts": (False,)}
 LANES = 16  # the size of a head is a multiple of it

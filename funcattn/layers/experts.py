@@ -26,18 +26,35 @@ from ..core.autograd import Context, VmapInfo, closed_jvp, is_recorded
 from .products import Weight, linear
 
 
-def route(logits: Tensor, k: int, *, normalized: bool = True) -> tuple[Tensor, Tensor]:
-    """The k experts of each token and their weights, from a softmax of router logits (*lead, X).
+def route(
+    logits: Tensor,
+    k: int,
+    *,
+    normalized: bool = True,
+    scores: str = "softmax",
+    choice_bias: Tensor | tuple[()] = (),
+    groups: tuple[int, int] = (1, 1),
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The k experts of each token and their weights, from router logits (*lead, X).
 
     Args:
-        logits: (*lead, X), floating; the softmax is in float32 at least.
+        logits: (*lead, X), floating; scores are in float32 at least.
         k: experts per token.
-        normalized: True renormalizes the k weights to sum to one; False keeps their softmax over
+        normalized: True renormalizes the k weights to sum to one; False keeps their scores among
             all X.
+        scores: "softmax" over all experts, or "sigmoid" of each.
+        choice_bias: (X,), added to the scores for the choice alone.
+        groups: (n, m): experts are chosen within m of n groups, those with the greatest sums of
+            their two best scores.
+        scale: factor of the weights.
 
     Returns:
-        weights (*lead, k), in the dtype of the softmax, and experts (*lead, k), int64, the largest
+        weights (*lead, k), in the dtype of the scores, and experts (*lead, k), int64, the largest
         first.
+
+    Source: Shazeer et al., arXiv:1701.06538, section 2.1; DeepSeek-AI, DeepSeek-V3,
+        arXiv:2412.19437, section 2.1.2.
     """
     if not 0 < k <= logits.shape[-1]:
         errors.fail(
@@ -48,10 +65,38 @@ def route(logits: Tensor, k: int, *, normalized: bool = True) -> tuple[Tensor, T
             "Choose fewer experts for each token.",
         )
     wide = logits if logits.element_size() > 2 else logits.float()
+    if scores != "softmax" or isinstance(choice_bias, Tensor) or groups[0] > 1:
+        share, expert = _choose(wide, k, normalized, scores, choice_bias, groups)
+        return share * scale, expert
     best, expert = wide.topk(k, -1)
-    if normalized:
-        return best.softmax(-1), expert
-    return (best - wide.logsumexp(-1, keepdim=True)).exp(), expert
+    share = best.softmax(-1) if normalized else (best - wide.logsumexp(-1, keepdim=True)).exp()
+    return share if scale == 1.0 else share * scale, expert
+
+
+def _choose(
+    logits: Tensor,
+    k: int,
+    normalized: bool,
+    scores: str,
+    bias: Tensor | tuple[()],
+    groups: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """`route` of scores that are chosen by others than their weights."""
+    each = logits.sigmoid() if scores == "sigmoid" else logits.softmax(-1)
+    choice = each + bias.to(each.dtype) if isinstance(bias, Tensor) else each
+    count, kept = groups
+    if count > 1:
+        grouped = torch.unflatten(choice, -1, (count, -1))
+        best = grouped.topk(2, -1).values.sum(-1).topk(kept, -1).indices  # (*lead, m)
+        numbers = torch.arange(count, device=best.device)
+        out = (best.unsqueeze(-1) != numbers).all(-2).unsqueeze(-1)  # (*lead, n, 1)
+        choice = grouped.masked_fill(out, -torch.inf).flatten(-2)
+    expert = choice.topk(k, -1).indices
+    share = each.gather(-1, expert)
+    if not normalized:
+        return share, expert
+    least = 1e-20 if scores == "sigmoid" else 1e-12  # as in the published models
+    return share / share.sum(-1, keepdim=True).clamp(min=least), expert
 
 
 @functools.singledispatch

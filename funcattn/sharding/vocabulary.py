@@ -20,7 +20,7 @@ def local_logits(model: Model, params: Tree, hidden: Tensor) -> Tensor | None:
     head = transformer.lm_head(params)
     if head.shape[0] == config.vocabulary:
         return None
-    return transformer.local_logits(config, head, hidden)
+    return transformer.local_logits(config, head, hidden, params.head_bias)
 
 
 @door

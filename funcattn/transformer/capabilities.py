@@ -15,6 +15,20 @@ ANY = ("any value",)  # of a field that the path supports in full, or that is co
 Table: TypeAlias = Mapping[str, Collection[object]]
 
 
+# Fields that the general path alone computes, at the values where they change nothing.
+GENERAL: Table = {
+    "head_bias": (False,),
+    "late_head_norm": (False,),
+    "qkv_limit": (None,),
+    "attention_temperature": (None,),
+    "router_scores": ("softmax",),
+    "choice_bias": (False,),
+    "expert_groups": (1,),
+    "groups_per_token": (1,),
+    "routing_scale": (1.0,),
+    "shared_size": (0,),
+    "shared_gated": (False,),
+}
 # The fields supported by paths that run layer.py itself: compiled decoding, which reads the cache,
 # prepares the weights and caches code for a config; and smoothing, which moves factors between the
 # weights of a layer.
@@ -31,6 +45,7 @@ FIELDS: Table = {
     **dict.fromkeys(("experts", "experts_per_token", "expert_size", "expert_layers"), ANY),
     **dict.fromkeys(("normalized_routing", "router_bias"), ANY),
     **dict.fromkeys(("embedding_scale", "logit_scale", "logit_cap"), ANY),
+    **GENERAL,
 }
 OF_LAYERS: Table = dict.fromkeys(("window", "rotary", "local", "experts"), ANY)
 

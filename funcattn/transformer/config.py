@@ -15,6 +15,7 @@ from ..layers import RopeScaling
 NORMS = ("rms", "layer")
 HEAD_NORMS = ("none", "rms", "rms_width", "layer")
 PLACEMENTS = ("before", "after", "around")
+SCORES = ("softmax", "sigmoid")
 POSITIONS = ("rotary", "learned", "none")
 
 
@@ -55,6 +56,7 @@ class Config:
     rope_scaling: RopeScaling | None = None
     context: int = 2048  # positions that the model was trained on or extended to
     tied: bool = True  # the head is the embedding
+    head_bias: bool = False  # added to the logits
 
     # Attention.
     qkv_bias: bool = False
@@ -62,8 +64,12 @@ class Config:
     # Norm of queries and keys before rotation: "rms" one weight (D,) for every head, "rms_width"
     # over all heads together, "layer" a layer norm with weights (H, D).
     head_norm: str = "none"
+    late_head_norm: bool = False  # that norm, "rms" or "layer", after rotation
+    qkv_limit: float | None = None  # queries, keys and values are clamped to [-limit, limit]
     attention_scale: float | None = None  # of logits; None is 1 / sqrt(D)
     attention_cap: float | None = None  # soft cap of logits
+    # (b, n): queries at position t are multiplied by 1 + b log(1 + floor(t / n))
+    attention_temperature: tuple[float, int] | None = None
     sinks: bool = False  # one learned logit per head whose value is 0
     window: int | None = None  # tokens each token attends to, itself included
     window_layers: tuple[bool, ...] = ()  # layers with the window
@@ -94,6 +100,13 @@ class Config:
     expert_layers: tuple[bool, ...] = ()  # layers with experts; the others are dense
     normalized_routing: bool = True  # weights of the selected experts sum to one
     router_bias: bool = False
+    router_scores: str = "softmax"  # or "sigmoid", of each expert alone; see layers.route
+    choice_bias: bool = False  # added to the scores for the choice of experts, not to their weights
+    expert_groups: int = 1  # experts are chosen within the groups of greatest scores
+    groups_per_token: int = 1
+    routing_scale: float = 1.0  # factor of the weights of experts
+    shared_size: int = 0  # F of an expert that every token takes; 0 is none
+    shared_gated: bool = False  # its output times a sigmoid of one more row
 
     # Embedding and head.
     embedding_scale: float = 1.0
@@ -138,6 +151,7 @@ class Config:
             ("head_norm", HEAD_NORMS),
             ("norm_placement", PLACEMENTS),
             ("positions", POSITIONS),
+            ("router_scores", SCORES),
         ):
             if getattr(self, name) not in choices:
                 wanted = f"one of {', '.join(map(repr, choices))}"
@@ -172,6 +186,22 @@ class Config:
                 wanted,
                 "Say how many experts a token takes and how wide they are.",
             )
+        groups, kept = self.expert_groups, self.groups_per_token
+        each = self.experts // groups if groups > 0 else 0
+        if groups != 1 and not (
+            0 < kept <= groups
+            and each * groups == self.experts
+            and each > 1
+            and self.experts_per_token <= kept * each
+        ):
+            fail(
+                "expert_groups",
+                f"a divisor of experts = {self.experts}, with two experts a group at least, and "
+                f"groups_per_token = {kept} that hold experts_per_token = {self.experts_per_token}",
+                "Choose from fewer, larger groups.",
+            )
+        if self.late_head_norm and self.head_norm not in ("rms", "layer"):
+            fail("late_head_norm", 'False without a head_norm of "rms" or "layer"', "Set both.")
         if self.norm_placement != "before" and (self.parallel or self.norm_bias):
             fail(
                 "norm_placement",

@@ -21,7 +21,7 @@ from ..core import errors
 from ..core.doors import what_is
 from ..layers import Rotation, Weight
 from ..masks import Mask
-from ..records import is_absent
+from ..records import ABSENT, is_absent
 from . import lengths, parallel
 from .config import Config, LayerSpec
 from .layer import LayerContext
@@ -110,6 +110,7 @@ def final_norm(config: Config, params: Params, x: Tensor) -> Tensor:
     norm = parallel.vector("norm", params.norm, (config.width,))
     if config.norm == "rms":
         return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    norm = norm + config.norm_offset if config.norm_offset else norm
     bias = parallel.vector("norm_bias", params.norm_bias, (config.width,))
     return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
 
@@ -124,14 +125,25 @@ def lm_head(params: Params) -> Weight:
     return params.embedding if is_absent(params.head) else params.head
 
 
-def predict(config: Config, head: Weight, hidden: Tensor) -> Tensor:
+def predict(config: Config, head: Weight, hidden: Tensor, bias: Weight = ABSENT) -> Tensor:
     """Logits (*lead, V) of hidden (*lead, E), by the weight of the head or the tied embedding."""
-    return parallel.gather_vocab(config, local_logits(config, head, hidden))
+    return parallel.gather_vocab(config, local_logits(config, head, hidden, bias))
 
 
-def local_logits(config: Config, head: Weight, hidden: Tensor) -> Tensor:
-    """The logits of this device's shard of the vocabulary: all V, unless "tensor" is bound."""
+def local_logits(config: Config, head: Weight, hidden: Tensor, bias: Weight = ABSENT) -> Tensor:
+    """The logits of this device's shard of the vocabulary: all V, unless "tensor" is bound.
+
+    Raises:
+        ValueError: the config has a bias of the head, and none was given.
+    """
     out = parallel.head(config, head, hidden)
+    if config.head_bias:
+        if is_absent(bias):
+            remedy = "Make them with model.init(key), or take those of fa.load."
+            errors.fail(
+                "decoder", "params", "those of the config, with a head_bias", "none", remedy
+            )
+        out = out + parallel.head_bias(config, bias)
     if config.logit_scale != 1.0:
         out = out * config.logit_scale
     return out if config.logit_cap is None else kernels.soft_cap(out, config.logit_cap)
@@ -193,7 +205,12 @@ def layer_context(
                 if seen.dim() > 2
                 else seen & (ahead < spec.window)
             )
-    return LayerContext(rotation, mask)
+    temperature: Tensor | tuple[()] = ()
+    if config.attention_temperature is not None:
+        factor, size = config.attention_temperature
+        warmth = 1 + factor * torch.log1p((positions // size).float())
+        temperature = warmth.to(dtype)[..., None, :, None]
+    return LayerContext(rotation, mask, temperature)
 
 
 def _check_params(params: Params, config: Config) -> None:

@@ -31,6 +31,7 @@ class LayerContext(NamedTuple):
 
     rotation: Rotation | tuple[()]
     mask: Mask | Tensor | None
+    temperature: Tensor | tuple[()] = ()  # (*lead, 1, T, 1), a factor of queries
 
 
 def block(
@@ -91,6 +92,7 @@ def _add(config: Config, x: Tensor, more: Tensor) -> Tensor:
 def _norm(config: Config, x: Tensor, weight: Tensor, bias: Weight) -> Tensor:
     if config.norm == "rms":
         return layers.rms_norm(x, weight, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    weight = weight + config.norm_offset if config.norm_offset else weight
     return layers.layer_norm(x, weight, bias, epsilon=config.norm_epsilon)
 
 
@@ -125,9 +127,18 @@ def _attend(
     k = _heads(config, k, weights.k_norm, K, D)
     # torch.unflatten: torch.compile cannot trace the method under a default device.
     v = torch.unflatten(v, -1, (K, D)).transpose(-2, -3)
+    if config.qkv_limit is not None:
+        q, k, v = (x.clamp(-config.qkv_limit, config.qkv_limit) for x in (q, k, v))
     if spec.rotary:
         assert isinstance(context.rotation, Rotation)
         q, k = layers.rotate(q, context.rotation), layers.rotate(k, context.rotation)
+    if config.late_head_norm:
+        q, k = (
+            _head_norm(config, x.transpose(-2, -3), norm).transpose(-2, -3)
+            for x, norm in ((q, weights.q_norm), (k, weights.k_norm))
+        )
+    if isinstance(context.temperature, Tensor):
+        q = q * context.temperature
     q, k, v = (
         tap(f"{name}.attention.q", q),
         tap(f"{name}.attention.k", k),
@@ -152,11 +163,17 @@ def _heads(config: Config, x: Tensor, norm: Weight, heads: int, D: int) -> Tenso
     if config.head_norm == "rms_width":
         x = _norm(config, x, norm, ())
     x = torch.unflatten(x, -1, (heads, D))
-    if config.head_norm == "rms":
-        x = layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    elif config.head_norm == "layer":
-        x = layers.layer_norm(x, norm, epsilon=config.norm_epsilon)
+    x = x if config.late_head_norm else _head_norm(config, x, norm)
     return x.transpose(-2, -3)
+
+
+def _head_norm(config: Config, x: Tensor, norm: Weight) -> Tensor:
+    """The norm of each head of (*lead, T, H, D)."""
+    if config.head_norm == "rms":
+        return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    if config.head_norm == "layer":
+        return layers.layer_norm(x, norm, epsilon=config.norm_epsilon)
+    return x
 
 
 def _feed_forward(
@@ -196,9 +213,18 @@ def _dense(config: Config, name: str, weights: FeedForward, y: Tensor) -> Tensor
 
 def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
     """The mixture of experts: each selected pair (token, expert) is one row of a product."""
-    scores = tap(f"{name}.feed_forward.router", _affine(weights.router, weights.router_bias, y))
+    router, read = weights.router, y
+    if config.choice_bias and isinstance(router, Tensor) and y.element_size() < 4:
+        router, read = router.float(), y.float()  # as in the published models
+    scores = tap(f"{name}.feed_forward.router", _affine(router, weights.router_bias, read))
     share, expert = layers.route(
-        scores, config.experts_per_token, normalized=config.normalized_routing
+        scores,
+        config.experts_per_token,
+        normalized=config.normalized_routing,
+        scores=config.router_scores,
+        choice_bias=weights.choice_bias,
+        groups=(config.expert_groups, config.groups_per_token),
+        scale=config.routing_scale,
     )
     chosen = expert.flatten()
     rows = y.unsqueeze(-2).expand(*expert.shape, -1).flatten(0, -2)
@@ -213,4 +239,17 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
     )
     inner = layers.gated(gate, up, config.activation, config.activation_limit)
     out = torch.unflatten(affine(weights.down, weights.down_bias, inner), 0, expert.shape)
-    return parallel.reduce_from_region((out * share.to(out.dtype).unsqueeze(-1)).sum(-2))
+    mixed = (out * share.to(out.dtype).unsqueeze(-1)).sum(-2)
+    if config.shared_size:
+        mixed = mixed + _shared(config, weights, y)
+    return parallel.reduce_from_region(mixed)
+
+
+def _shared(config: Config, weights: Layer, y: Tensor) -> Tensor:
+    """The expert that every token takes, times a sigmoid of its own where it is gated."""
+    gate, up = layers.linears((weights.shared_gate, weights.shared_up), y)
+    inner = layers.gated(gate, up, config.activation, config.activation_limit)
+    out = layers.linear(weights.shared_down, inner)
+    if not config.shared_gated:
+        return out
+    return out * torch.sigmoid(layers.linear(weights.shared_router, y))

@@ -217,7 +217,7 @@ def decoder(
             errors.fail(
                 "decoder", "hidden", f"(*lead, E) with E = {config.width}", what_is(hidden), remedy
             )
-        return predict(config, weight, hidden)
+        return predict(config, weight, hidden, params.head_bias)
 
     options = {"kernel": kernel} if kernel is not None else {}
     options |= {"remat": remat} if remat else {}

@@ -223,6 +223,17 @@ def head_inputs(config: Config, weight: Weight, hidden: Tensor) -> tuple[Weight,
     return _table(config, "head", weight), copy_to_region(hidden)
 
 
+def head_bias(config: Config, bias: Weight) -> Weight:
+    """The bias of the head for the logits of `head`."""
+    if not collectives.bound() or getattr(bias, "shape", None) is None:
+        return bias
+    whole = (config.vocabulary,)
+    if tuple(bias.shape) == whole:
+        return _over_data("head_bias", bias, whole)
+    n = axis_size(TENSOR)
+    return _over_data("head_bias", bias, division(config, "head_bias", 1, n).over_tensor(whole, n))
+
+
 def gather_vocab(config: Config, logits: Tensor) -> Tensor:
     """Logits (*lead, V) on every device, gathered from the shards of the vocabulary."""
     if logits.shape[-1] == config.vocabulary:

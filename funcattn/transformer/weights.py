@@ -11,6 +11,8 @@ from ..records import ABSENT, is_absent, record
 from ..tree import Tree
 from .config import Config
 
+WRITERS = ("o", "down", "shared_down")  # what writes into the residual
+
 
 @record
 class Layer(NamedTuple):
@@ -41,6 +43,11 @@ class Layer(NamedTuple):
     down_bias: Weight = ABSENT  # (E,)
     router: Weight = ABSENT  # (X, E)
     router_bias: Weight = ABSENT  # (X,)
+    choice_bias: Weight = ABSENT  # (X,)
+    shared_gate: Weight = ABSENT  # (F, E), of the shared expert
+    shared_up: Weight = ABSENT  # (F, E)
+    shared_down: Weight = ABSENT  # (E, F)
+    shared_router: Weight = ABSENT  # (1, E)
 
 
 @record
@@ -53,6 +60,7 @@ class Params(NamedTuple):
     head: Weight = ABSENT  # (V, E), or () where it is tied to the embedding
     positions: Weight = ABSENT  # (context, E), learned positions
     norm_bias: Weight = ABSENT  # (E,)
+    head_bias: Weight = ABSENT  # (V,)
 
 
 def shapes(config: Config) -> Params:
@@ -65,6 +73,7 @@ def shapes(config: Config) -> Params:
         head=ABSENT if config.tied else (V, E),
         positions=(config.context, E) if config.positions == "learned" else ABSENT,
         norm_bias=(E,) if config.norm_bias else ABSENT,
+        head_bias=(V,) if config.head_bias else ABSENT,
     )
 
 
@@ -80,7 +89,7 @@ def _layer(config: Config, experts: bool) -> Layer:
         "layer": lambda n: (n, D),
     }
     before, after = config.norm_placement != "after", config.norm_placement != "before"
-    two = not config.shared_norm
+    two, shared = not config.shared_norm, experts and config.shared_size > 0
     return Layer(
         attention_norm=where(before, (E,)),
         q=(H * D, E),
@@ -107,6 +116,11 @@ def _layer(config: Config, experts: bool) -> Layer:
         down_bias=where(config.feed_forward_bias, (*many, E)),
         router=where(experts, (config.experts, E)),
         router_bias=where(experts and config.router_bias, (config.experts,)),
+        choice_bias=where(experts and config.choice_bias, (config.experts,)),
+        shared_gate=where(shared and config.gated, (config.shared_size, E)),
+        shared_up=where(shared, (config.shared_size, E)),
+        shared_down=where(shared, (E, config.shared_size)),
+        shared_router=where(shared and config.shared_gated, (1, E)),
     )
 
 
@@ -118,7 +132,7 @@ def initialize(key: Tensor, config: Config) -> Params:
     Source: Radford et al., Language models are unsupervised multitask learners (GPT-2), section
         2.3.
     """
-    residual: dict[str, float] = dict.fromkeys(("o", "down"), 0.02 / (2 * config.layers) ** 0.5)
+    residual: dict[str, float] = dict.fromkeys(WRITERS, 0.02 / (2 * config.layers) ** 0.5)
     wanted = shapes(config)
 
     def draw(key: Tensor, name: str, shape: Tree) -> Weight:
@@ -146,4 +160,5 @@ def initialize(key: Tensor, config: Config) -> Params:
         head=draw(of_head, "head", wanted.head),
         positions=draw(of_positions, "positions", wanted.positions),
         norm_bias=draw(key, "norm_bias", wanted.norm_bias),
+        head_bias=draw(key, "head_bias", wanted.head_bias),
     )

@@ -236,6 +236,40 @@ def test_shares_are_float32_at_least_and_differentiate():
         )
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("groups", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_experts_are_chosen_by_their_scores_with_a_bias_within_groups(scores, groups, normalized):
+    """Against a loop over tokens, with weights that are the scores without the bias."""
+    logits, bias = normal(0, 5, 6), normal(1, 6)
+    options = {"scores": scores, "choice_bias": bias, "groups": groups, "scale": 1.5}
+    share, expert = layers.route(logits, 2, normalized=normalized, **options)
+    size = 6 // groups[0]
+    for row in range(5):
+        own = logits[row].softmax(-1) if scores == "softmax" else logits[row].sigmoid()
+        choice = own + bias
+        worth = [
+            choice[g * size : (g + 1) * size].sort().values[-2:].sum() for g in range(groups[0])
+        ]
+        kept = sorted(range(groups[0]), key=lambda g, worth=worth: -worth[g])[: groups[1]]
+        allowed = [i for i in range(6) if i // size in kept]
+        best = sorted(allowed, key=lambda i, choice=choice: -choice[i])[:2]
+        assert expert[row].tolist() == best
+        wanted = own[best] / own[best].sum() if normalized else own[best]
+        close(share[row], 1.5 * wanted)
+
+
+def test_other_scores_differentiate_and_map():
+    logits, bias = normal(0, 3, 6), normal(1, 6)
+    f = lambda x, bias: (
+        layers.route(x, 2, scores="sigmoid", choice_bias=bias, groups=(3, 2))[0].sin().sum()
+    )
+    numeric = torch.autograd.functional.jacobian(lambda x: f(x, bias), logits)
+    close(grad(f)(logits, bias), numeric)
+    close(vmap(grad(f), (0, None))(logits, bias), numeric)
+    assert not grad(f, 1)(logits, bias).any()  # a choice has no derivative
+
+
 @pytest.mark.parametrize("k", [0, 6, -1])
 def test_more_experts_than_there_are_is_an_error(k):
     with pytest.raises(

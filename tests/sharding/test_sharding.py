@@ -68,6 +68,21 @@ FAMILIES = {
         "window": 4,
     }
     | {"window_layers": (True, False), "embedding_scale": 4.0},
+    "glm4-moe": {
+        "experts": 4,
+        "experts_per_token": 2,
+        "expert_size": 8,
+        "expert_layers": (False, True),
+        "router_scores": "sigmoid",
+        "choice_bias": True,
+        "expert_groups": 2,
+        "groups_per_token": 1,
+        "routing_scale": 1.5,
+        "shared_size": 8,
+        "shared_gated": True,
+    }
+    | {"tied": False, "head_bias": True, "head_norm": "rms", "late_head_norm": True}
+    | {"qkv_limit": 0.5, "attention_temperature": (0.5, 3)},
     "gpt-oss": {
         "experts": 3,
         "experts_per_token": 2,

@@ -530,6 +530,28 @@ def test_compiled_code_takes_the_step_in_one_graph():
             ValueError,
             "head_size should be even, and at most head_size = 5, got 5",
         ),
+        (
+            lambda: fa.Config(experts=6, experts_per_token=2, expert_size=4, expert_groups=4),
+            ValueError,
+            "expert_groups should be a divisor of experts = 6, with two experts a group at least",
+        ),
+        (
+            lambda: fa.Config(late_head_norm=True),
+            ValueError,
+            'late_head_norm should be False without a head_norm of "rms" or "layer", got True',
+        ),
+        (
+            lambda: fa.Config(router_scores="tanh"),
+            ValueError,
+            "router_scores should be one of 'softmax', 'sigmoid', got 'tanh'",
+        ),
+        (
+            lambda: fa.decoder(fa.Config(head_bias=True)).logits(
+                fa.decoder(fa.Config()).init(fa.key(0)), torch.zeros(64)
+            ),
+            ValueError,
+            "decoder: params should be those of the config, with a head_bias, got none",
+        ),
         (lambda: fa.Config(activation="swish"), ValueError, "activation should be one of 'silu'"),
     ],
 )

@@ -1,11 +1,23 @@
 """The families by name, in order: a Config is written as the first that can express it."""
 
+from .dense_variants import (
+    ARCEE,
+    CODEGEN,
+    GPTJ,
+    HUNYUAN_DENSE,
+    HUNYUAN_MOE,
+    JAIS2,
+    MINISTRAL3,
+    NEMOTRON,
+    PHI,
+)
 from .falcon import FALCON
 from .fused import COHERE, COHERE2, PHI3, STABLELM, STARCODER2
 from .gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
 from .gpt import GPT2, GPT_NEOX
 from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPT, XGLM
 from .granite import GRANITE_SWA, HYPERCLOVAX
+from .granite_mixtures import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
 from .llama import (
     GRANITE,
     LLAMA,
@@ -31,8 +43,10 @@ from .llama_variants import (
     MINISTRAL,
     SEED_OSS,
 )
+from .mixture_variants import ERNIE4_5_MOE, FLEX_OLMO, MELLUM, OLMOE, QWEN2_MOE
 from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_VL_MOE
 from .olmo import OLMO, OLMO3
+from .sigmoid_mixtures import DOTS1, EXAONE_MOE, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
 from .tables import Family, refuse
 
 FAMILIES = {
@@ -46,6 +60,10 @@ FAMILIES = {
         *(EXAONE, INTERNLM3, IQUESTCODER, CWM, MINISTRAL, SEED_OSS),
         *(HELIUM, ERNIE4_5, GLM, GLM4, EXAONE4, OLMO, OLMO3, GRANITE_SWA, HYPERCLOVAX),
         *(VAULTGEMMA, COHERE2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE),
+        *(OLMOE, FLEX_OLMO, MELLUM, QWEN2_MOE, ERNIE4_5_MOE),
+        *(GRANITEMOE, GRANITEMOESHARED, GRANITEMOE_SWA, GRANITEMOEHYBRID),
+        *(GLM4_MOE, DOTS1, SOLAR_OPEN, EXAONE_MOE, HY_V3, MINIMAX_M2),
+        *(PHI, GPTJ, CODEGEN, NEMOTRON, JAIS2, ARCEE, HUNYUAN_DENSE, HUNYUAN_MOE, MINISTRAL3),
         *(FALCON, GPT_BIGCODE, GPT_NEO, OPT, BIOGPT, XGLM),
     )
 }

@@ -11,6 +11,7 @@ ACTIVATIONS = {  # config.json -> layers.ACTIVATIONS
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 SIZES = {
     "vocabulary": "vocab_size",

@@ -212,6 +212,10 @@ IGNORED = frozenset(
         "rope_pct",
         "predict_special_tokens",
         "end_token_id",
+        "time_step_limit",
+        *("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv"),
+        *("mamba_expand", "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias"),
+        *("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types"),
         # What newer configs keep.
         "resid_dropout",
         "embed_dropout",

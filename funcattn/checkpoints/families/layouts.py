@@ -133,6 +133,16 @@ def renamed(path: str, name: str, where: Callable[[Config], bool]) -> Pack:
     return Pack((path,), (name,), as_it_is, as_it_is, lambda config, layer: where(config))
 
 
+def reshaped(path: str, name: str, shape: Callable[[Config], tuple[int, ...]]) -> Pack:
+    """A vector that the file has with other axes."""
+    return Pack(
+        (path,),
+        (name,),
+        lambda _, x: [x[0].flatten()],
+        lambda config, x: [x[0].reshape(shape(config))],
+    )
+
+
 def implied(paths: Sequence[str], name: str, make: Callable[[Config, Tensor, str], Tensor]) -> Pack:
     """Leaves beside the first that no file of the family holds, since they follow from its config.
 

@@ -173,7 +173,8 @@ def _read_qwen3_vl(fields: Fields) -> dict[str, Json]:
     common = read_common(
         fields, context=128000, base=5e5, kv_heads=kv_heads, head_size=128, renamed=MROPE
     )
-    fields.get("layer_types"), fields.get("sliding_window")  # which its class does not read
+    for name in ("layer_types", "sliding_window"):
+        fields.get(name)  # its class does not read them
     return {**common, "head_norm": "rms"}
 
 

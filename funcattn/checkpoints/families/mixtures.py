@@ -76,7 +76,8 @@ def _read_qwen3_vl_moe(fields: Fields) -> dict[str, Json]:
     every, dense = fields.whole("decoder_sparse_step", 1), fields.items("mlp_only_layers")
     chosen = [i not in dense and (i + 1) % every == 0 for i in range(common["layers"])]
     experts = fields.whole("num_experts", fields.whole("num_local_experts", 60))
-    fields.get("num_local_experts"), fields.get("sliding_window")  # the latter is not read
+    for name in ("num_local_experts", "sliding_window"):
+        fields.get(name)  # its class does not read the latter
     return {
         **common,
         "head_norm": "rms",

@@ -33,6 +33,7 @@ def _read_olmo(fields: Fields) -> dict[str, Json]:
         "tied": fields.flag("tie_word_embeddings", False),
         "qkv_bias": biased,
         "output_bias": biased,
+        "qkv_limit": fields.positive("clip_qkv", None),
     }
 
 
@@ -43,7 +44,7 @@ def _write_olmo(config: Config) -> dict[str, object]:
         "hidden_act": write_activation(config),
         "tie_word_embeddings": config.tied,
         "attention_bias": config.output_bias,
-        "clip_qkv": None,
+        "clip_qkv": config.qkv_limit,
     }
 
 
@@ -90,6 +91,5 @@ OLMO = Family(
             ones,
         ),
     ),
-    neutral={"clip_qkv": ()},
 )
 OLMO3 = Family("olmo3", "Olmo3ForCausalLM", _read_olmo3, _write_olmo3, {**TENSORS, **AFTER})

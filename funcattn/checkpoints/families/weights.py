@@ -70,14 +70,16 @@ def locate_tensors(family: Spelling, config: Config) -> list[Source]:
     computation.
     """
     needed = shapes(config)
-    packs = {path: pack for pack in family.packs for path in pack.paths}
     found, done = [], set[str]()
     for path, shape in needed.items():
         if path in done:
             continue
         number, template = _template(path)
-        pack = packs.get(template)
-        if pack is None or not pack.applies(config, number):
+        layouts = (
+            pack for pack in family.packs if template in pack.paths and pack.applies(config, number)
+        )
+        pack = next(layouts, None)
+        if pack is None:
             found.append(Source((path,), (spelling(family.tensors, path),), PLAIN))
             continue
         paths = tuple(other.format(number) for other in pack.paths)
@@ -204,7 +206,8 @@ def leaves(params: Params) -> dict[str, Weight]:
         found |= {
             f"layers.{number}.{name}": leaf for name, leaf in zip(Layer._fields, layer, strict=True)
         }
-    found |= {"norm": params.norm, "norm_bias": params.norm_bias, "head": params.head}
+    found |= {"norm": params.norm, "norm_bias": params.norm_bias}
+    found |= {"head": params.head, "head_bias": params.head_bias}
     return {path: leaf for path, leaf in found.items() if not is_absent(leaf)}
 
 

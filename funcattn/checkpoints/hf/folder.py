@@ -58,15 +58,15 @@ def _read_folder(
     folder: Path, dtype: torch.dtype | None, cut: Callable[[Config], Cut] | None
 ) -> tuple[Config, Params, Tokenizer | None]:
     found = read_json(folder / "config.json")
-    settings = families.tower_settings(found)
-    wrapped = settings is not found
+    tower = families.tower_settings(found)
+    wrapped, settings = tower is not found, dict(tower)
     kinds = compressed.kinds_in(settings)
     families.read_config(settings)  # what it refuses comes before what the files lack
     if cut is not None and kinds:
         _refuse("the weights", "plain where they are read in parts", "compressed ones")
     files = _weight_files(folder)
     if wrapped:
-        settings = families.untied(settings, _names(files))
+        settings = dict(families.untied(settings, _names(files)))
         told = (
             f"load: {folder} is a {found['model_type']}, of which the text is read, as a "
             f"{settings['model_type']}: what encodes images is left out."
@@ -175,6 +175,7 @@ def _read_weights(
 
     # By name: slices of tensors that have the layout of the leaf.
     plain: dict[str, tuple[slice, ...]] = {}
+    precise: set[str] = set()  # what keeps its dtype where another is narrower
 
     def tensor(name: str, dtype: torch.dtype | None = None) -> Tensor:
         file, path, stored = where[name]
@@ -182,7 +183,10 @@ def _read_weights(
             mapped = (
                 file.get_slice(stored)[plain[name]] if name in plain else file.get_tensor(stored)
             )
-        return mapped.to(dtype or mapped.dtype, copy=True)  # a copy: the mapped file may change
+        kind = dtype or mapped.dtype
+        if name in precise:
+            kind = torch.promote_types(kind, mapped.dtype)
+        return mapped.to(kind, copy=True)  # a copy: the mapped file may change
 
     def read(name: str) -> Weight:
         return records[name] if name in records else tensor(name, dtype)
@@ -217,6 +221,8 @@ def _read_weights(
         del found[head]
     stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
     held = families.in_layout(config, families.locate_tensors(family, config), stored)
+    # Rounded, it would choose other experts than the original, which keeps it in float32.
+    precise |= {source.names[0] for source in held if source.paths[0].endswith(".choice_bias")}
     families.match(families.wanted(config, held), stored, str(folder))
     if cut is None:
         return families.unpack(config, held, read)

@@ -53,6 +53,18 @@ FAMILIES = {
     "cohere": {},
     "stablelm": {"hidden_size": 64},
     "starcoder2": {},
+    "cohere2": LOCAL,
+    "exaone4": {"num_hidden_layers": 4, **LOCAL},
+    "glm4": {"head_dim": 8},
+    "olmo3": {"num_hidden_layers": 4, **LOCAL},
+    "ernie4_5": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
+    "glm4_moe": {"n_routed_experts": 4, **EXPERTS, "head_dim": 8},
+    "phi": {"hidden_size": 64},
+    "ministral3": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "granitemoe": {**EXPERTS, "attention_multiplier": 0.3},
 }
 SLOW = list(FAMILIES)[2:]  # each takes some seconds
 HALVES = {

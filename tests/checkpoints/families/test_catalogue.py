@@ -1,0 +1,71 @@
+"""Every family of the catalogue against the class that transformers has for it."""
+
+import inspect
+import re
+
+import pytest
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from funcattn.checkpoints.families.tables import Fields
+from funcattn.families import FAMILIES, read_config
+
+# The fields that a file must have, by their names.
+NEEDED = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+NEEDED += ["intermediate_size", "n_embd", "n_layer", "n_head", "d_model", "num_layers"]
+NEEDED += ["num_heads", "attention_heads", "ffn_dim"]
+# Without them a class has no default that makes a decoder of attention.
+GIVEN = {
+    "granitemoehybrid": {"layer_types": ["full_attention"] * 32, "mamba_n_heads": 128},
+    "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "glm4_moe": {"head_dim": 128},
+}
+
+
+def settings(name):
+    """All fields of the class, at its defaults."""
+    config = CONFIG_MAPPING[name](**GIVEN.get(name, {}))
+    return {**config.to_dict(), "architectures": None, "quantization_config": None}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_file_leaves_out_is_the_default_of_the_class(name):
+    whole = settings(name)
+    small = {key: whole[key] for key in NEEDED if whole.get(key) is not None}
+    few = {"model_type": name, **GIVEN.get(name, {}), **small}
+    assert read_config(few) == read_config(whole)
+
+
+# What a class reads and no logits depend on, or what config_json.py checks for every family.
+ELSEWHERE = {
+    *("pad_token_id", "use_cache", "output_attentions", "output_hidden_states", "num_labels"),
+    *("initializer_range", "_attn_implementation", "get_text_config", "to_dict", "dtype"),
+    *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "return_dict"),
+    *("problem_type", "max_position_embeddings", "use_bidirectional_attention", "is_decoder"),
+    *("add_cross_attention", "is_encoder_decoder", "reorder_and_upcast_attn"),
+    *("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "init_std"),
+}
+OTHERS = {
+    "falcon": {"head_dim"},  # a property
+    "gemma3_text": {"attn_logit_softcapping"},  # kept and not applied
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_field_that_a_class_reads_is_read(name):
+    """By the names in its source: `config.name`, and getattr."""
+    family, whole = FAMILIES[name], settings(name)
+    fields = Fields(whole)
+    family.read(fields)
+    model = getattr(transformers, family.architecture, None)
+    if model is None:
+        pytest.skip("its class is no name of transformers")
+    source = inspect.getsource(inspect.getmodule(model))
+    names = re.findall(r"config\.([a-z_]\w*)", source)
+    names += re.findall(r'getattr\((?:self\.)?config, "(\w+)"', source)
+    alias = getattr(CONFIG_MAPPING[name], "attribute_map", {})
+    asked = {alias.get(found, found) for found in names} & whole.keys()
+    known = fields.seen | family.neutral.keys() | ELSEWHERE | OTHERS.get(name, set())
+    left = {x for x in asked - known if "drop" not in x and not x.endswith(("pdrop", "layerdrop"))}
+    of_mamba = {x for x in left if x.startswith(("mamba_", "summary_", "time_step"))}
+    assert left - of_mamba == set()
