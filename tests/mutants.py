@@ -12,10 +12,12 @@ import resource
 import signal
 import sys
 import tempfile
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+from pieces_bytes import model
 from samples import CONFIG, params, tokenizer, write_gguf
 
 from funcattn.checkpoints import CheckpointError, load, save
@@ -224,11 +226,31 @@ def mutant_settings(draw: np.random.Generator, folder: Path) -> Path:
     return folder / "sharded"
 
 
+def mutant_pieces(draw: np.random.Generator, folder: Path) -> Path:
+    """tokenizer.model beside a model without tokenizer.json."""
+    data = model()
+    cut = len(data) if draw.random() < 0.5 else 200
+    (folder / "bare" / "tokenizer.model").write_bytes(mutate_bytes(draw, data, cut))
+    return folder / "bare"
+
+
+def mutant_parts(draw: np.random.Generator, folder: Path) -> Path:
+    """One of two parts of a GGUF model, the other whole."""
+    first, second = (f"part-0000{number}-of-00002.gguf" for number in (1, 2))
+    changed = int(draw.integers(0, 2))
+    for number, name in enumerate((first, second)):
+        data = (folder / f"{name}.seed").read_bytes()
+        (folder / name).write_bytes(mutate_bytes(draw, data, 4000) if number == changed else data)
+    return folder / first
+
+
 MAKERS = {
     "gguf": mutant_gguf,
     "packaged": mutant_packaged,
     "safetensors": mutant_safetensors,
     "settings": mutant_settings,
+    "parts": mutant_parts,
+    "pieces": mutant_pieces,
 }
 
 
@@ -243,6 +265,11 @@ def sow(folder: Path) -> None:
     first = head.index(b"\x11\x00\x00\x00\x00\x00\x00\x00token_embd.weight")
     (folder / "packaged.head").write_bytes(head[:8] + bytes(8) + head[16:first] + bytes(64))
     assert len(read_header((folder / "packaged.head").read_bytes(), "packaged.head").metadata) == 33
+    save(folder / "bare", CONFIG, params())
+    told = {"chat_template": "{{ messages[0].content }}"}
+    (folder / "bare" / "tokenizer_config.json").write_text(json.dumps(told))
+    for number, name in enumerate(("part-00001-of-00002.gguf", "part-00002-of-00002.gguf")):
+        write_gguf(folder / f"{name}.seed", part=(number, 2))
     save(folder / "model", CONFIG, params(), tokenizer())
     (folder / "seed.safetensors").write_bytes((folder / "model" / "model.safetensors").read_bytes())
     save(folder / "sharded", CONFIG, params(), tokenizer(), shard_size=100_000)
@@ -278,6 +305,7 @@ def try_out(path: Path) -> str:
 
 def main(kind: str, first: int, count: int) -> None:
     os.environ["RUST_BACKTRACE"] = "0"
+    warnings.simplefilter("ignore")  # that a tokenizer is of another kind
     signal.signal(signal.SIGALRM, out_of_time)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -288,7 +316,7 @@ def main(kind: str, first: int, count: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (2**10 * before + 2 * MEMORY, -1))
         outcomes = {"loaded": 0, "refused": 0}
         for number in range(first, first + count):
-            path = MAKERS[kind](np.random.default_rng((sorted(MAKERS).index(kind), number)), folder)
+            path = MAKERS[kind](np.random.default_rng((list(MAKERS).index(kind), number)), folder)
             signal.alarm(SECONDS)
             try:
                 outcomes[try_out(path)] += 1

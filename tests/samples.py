@@ -97,10 +97,15 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def write_gguf(path: Path, config=CONFIG, weights=None, *, kind="F32", change=(), extra=()) -> Path:
+def write_gguf(
+    path: Path, config=CONFIG, weights=None, *, kind="F32", change=(), extra=(), part=(0, 1)
+) -> Path:
     """A GGUF file by the `gguf` package: matrices of `kind`, metadata less or more what `change`
-    says, and `extra` tensors.
+    says, and `extra` tensors; or one part of several, as gguf-split writes it.
     """
+    number, count = part
+    if count > 1:
+        change = {**dict(change), "split.no": number, "split.count": count}
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in {**metadata(config), **dict(change)}.items():
         if name == "general.architecture":
@@ -116,7 +121,8 @@ def write_gguf(path: Path, config=CONFIG, weights=None, *, kind="F32", change=()
         elif value is not None:
             writer.add_array(name, value.tolist() if isinstance(value, np.ndarray) else value)
     quantized = gguf.GGMLQuantizationType[kind]
-    for leaf_path, leaf in leaves(params(config) if weights is None else weights).items():
+    tree_leaves = leaves(params(config) if weights is None else weights)
+    for leaf_path, leaf in list(tree_leaves.items())[number::count]:
         numbers = leaf.detach().float().cpu().numpy()
         last = leaf_path.rpartition(".")[2]
         if last in ("q", "k"):

@@ -355,6 +355,7 @@ LITTLE = {
     "eos_token_id": 0,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LATER = {**YARN, "original_max_position_embeddings": 64}  # where rounding the ramp shows
 YARN_FIELDS = {
     "rope.scaling.type": "yarn",
     "rope.scaling.factor": 4.0,
@@ -429,13 +430,14 @@ OTHERS = {
     "gpt-oss": (
         "gpt-oss",
         "gpt_oss",
-        {**EXPERTS, "head_dim": 16, **LOCAL, **ROPE(**YARN, truncate=False)},
+        {**EXPERTS, "head_dim": 16, **LOCAL, **ROPE(**LATER, truncate=False)},
         {
             **EXPERT_FIELDS,
             "expert_feed_forward_length": F2,
             **KEYS(16),
             **WINDOW,
             **YARN_FIELDS,
+            "rope.scaling.original_context_length": 64,
             "rope.freq_base": 1e4,
         },
     ),

@@ -25,6 +25,7 @@ NEEDED += [
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 ]
+NEEDED += ["tokenizer.model", "vocab.json", "merges.txt"]
 NEEDED += ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -86,10 +86,14 @@ def load_mutants(kind: str, first: int, count: int) -> dict[str, int]:
         ("safetensors", 0, 1500),
         ("settings", 0, 1500),
         ("packaged", 0, 50),
+        ("parts", 0, 100),
+        ("pieces", 0, 150),
         pytest.param("gguf", 2000, 30000, marks=pytest.mark.slow),
         pytest.param("safetensors", 1500, 20000, marks=pytest.mark.slow),
         pytest.param("settings", 1500, 20000, marks=pytest.mark.slow),
         pytest.param("packaged", 50, 1000, marks=pytest.mark.slow),
+        pytest.param("parts", 100, 5000, marks=pytest.mark.slow),
+        pytest.param("pieces", 150, 5000, marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_file_is_loaded_or_refused_in_little_memory(kind, first, count):

@@ -103,7 +103,9 @@ def test_a_repository_is_fetched_without_its_pickles(tmp_path, monkeypatch):
     assert same(load("some/model").params, params())
     assert asked == [("some/model", NEEDED)]
     assert not [
-        pattern for pattern in NEEDED if not pattern.endswith((".json", ".safetensors", ".jinja"))
+        pattern
+        for pattern in NEEDED
+        if not pattern.endswith((".json", ".safetensors", ".jinja", ".model", ".txt"))
     ]
 
 

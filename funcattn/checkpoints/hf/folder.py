@@ -22,8 +22,16 @@ from ...layers import Weight
 from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
-from ..regular_files import LARGE, REMEDY, check_regular, of_one_save, read_json, read_text
-from ..tokenizer import declared, gpt2_files
+from ..regular_files import (
+    LARGE,
+    REMEDY,
+    check_regular,
+    of_one_save,
+    read_bytes,
+    read_json,
+    read_text,
+)
+from ..tokenizer import declared, gpt2_files, sentencepiece_model
 from ..tokenizer.tokenizer import Tokenizer, from_files
 from . import compressed, quantizers
 
@@ -264,6 +272,15 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, object]) -> Tokenizer |
             gpt2_files.as_tokenizer_json(folder, beside),
             gpt2_files.with_roles(beside, optional),
         )
+    elif others[0] == sentencepiece_model.FILE and isinstance(
+        made := sentencepiece_model.as_tokenizer_json(
+            read_bytes(folder / others[0], LARGE), beside
+        ),
+        tuple,
+    ):
+        text, roles = made
+        named = {**optional.get("special_tokens_map.json", {}), **beside}
+        beside = {**{name: text for name, text in roles.items() if name not in named}, **beside}
     else:
         wanted, got = "tokenizer.json", f"{others[0]}, {declared.OTHERS[others[0]]}"
         remedy = (

@@ -5,6 +5,7 @@ tokenizer_json          bounds on memory and time of a tokenizer.json
 declared gpt2_files     the files beside tokenizer.json, and those of GPT-2
 gguf_metadata           Tokenizer, from the metadata of a GGUF file
 splits                  how text is cut before merges, by name
+sentencepiece_model     tokenizer.model
 sentencepiece turns     the tokens of such files, and the ids that end a turn
 conversations           messages and tools as chat templates read them
 templates sandbox       chat templates, rendered in a separate process

@@ -55,6 +55,7 @@ BEFORE = {
 BODY = """{%- for m in messages %}
 {%- set text = m.content if m.content is string else (m.content | map(attribute='text') | join('|') if m.content else '') %}
 {%- if m.reasoning_content %}{{- '<think>' ~ m.reasoning_content ~ '</think>' }}{% endif %}
+{%- if m.tool_calls is defined %}{{- '[calls]' }}{% endif %}{% if 'content' not in m %}{{- '[none]' }}{% endif %}
 {%- if m.tool_calls %}{%- for call in m.tool_calls %}{{- '<call>' ~ call.function.name ~ (call.function.arguments | tojson) ~ '</call>' }}{% endfor %}{% endif %}
 {{- TURN }}
 {%- endfor %}
