@@ -5,6 +5,7 @@ size of values, ... What raises is left out of the inputs and named, with the er
 is no wrong number. What returns is drawn, whether right or wrong: the laws find that out.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from .strategies import SIZES, Problem, Strategy, problems
 from .subjects import in_a_line, quiet
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)  # tried in this order
-LARGER = (16, 64)  # head sizes, where those of SIZES are refused
+SIZE, LARGER = 4, (16, 64)  # head sizes: of trials, and where those of SIZES are refused
 # What may be left out of inputs, and what it is called in a table.
 PROPERTIES = {
     "leads": "leading axes",
@@ -56,6 +57,64 @@ class Accepted(NamedTuple):
         return drawn.map(tree.to(self.device))
 
 
+class Trial(NamedTuple):
+    """Calls of a kernel with small inputs, of which only the errors are read."""
+
+    kernel: Kernel
+    device: torch.device
+    mask: AnyMask
+
+    def __call__(
+        self,
+        dtype: torch.dtype,
+        D: int,
+        *,
+        q: tuple[int, ...] = (2, 4),
+        k: tuple[int, ...] = (2, 4),
+        v: tuple[int, ...] = (2, 4),
+        Dv: int | None = None,
+        mask: AnyMask = None,
+    ) -> Any:
+        """The result of q (*q, D), k (*k, D), v (*v, Dv) and a mask, or the usual one."""
+        mask = self.mask if mask is None else mask
+        x, y, z = (
+            randomness.normal(randomness.key(n), shape, dtype).to(self.device)
+            for n, shape in enumerate([(*q, D), (*k, D), (*v, Dv or D)])
+        )
+        with torch.no_grad(), quiet():
+            return self.kernel(x, y, z, mask if mask is None else tree.to(self.device)(mask))
+
+    def simplest(
+        self, dtypes: Sequence[torch.dtype], signature: Signature
+    ) -> tuple[torch.dtype, int, bool, str]:
+        """The first dtype and head size that run, whether lse is returned, and the first error."""
+        first = ""
+        for dtype, D in itertools.product(dtypes, (SIZE, *LARGER)):
+            try:
+                parts = parts_of(self(dtype, D))
+                if not all(isinstance(x, Tensor) for x in parts.values()):
+                    errors.fail("check", "what it returns", "tensors", parts, "")
+                return dtype, D, "lse" in parts, first
+            except Exception as error:  # whatever a kernel raises
+                first = first or in_a_line(error, 120)
+        form = "(H, T, D), or (B, H, T, D) where its signature has a batch axis"
+        errors.fail(
+            "check",
+            "the kernel",
+            f"callable as signature {signature.name!r} with q, k, v {form}",
+            first,
+            "Choose another signature or dtype.",
+        )
+
+    def refusal(self, dtype: torch.dtype, D: int, **given: Any) -> str:
+        """The error of a call in one line, or nothing."""
+        try:
+            self(dtype, D, **given)
+        except Exception as error:  # whatever a kernel raises
+            return in_a_line(error, 120)
+        return ""
+
+
 def accepted(
     kernel: Kernel,
     signature: Signature,
@@ -75,93 +134,37 @@ def accepted(
     Raises:
         ValueError: the kernel raises for the simplest inputs.
     """
-    always_causal = signature.masked == "causal"
-    base = masks.causal(4) if always_causal else None
-
-    def attempt(
-        of: torch.dtype = torch.float64,
-        D: int = 4,
-        mask: AnyMask = base,
-        *,
-        q: tuple[int, ...] = (2, 4),
-        k: tuple[int, ...] = (2, 4),
-        v: tuple[int, ...] = (2, 4),
-        Dv: int | None = None,
-    ) -> Any:
-        with torch.no_grad(), quiet():
-            shapes = ((*q, D), (*k, D), (*v, Dv or D))
-            x, y, z = (
-                randomness.normal(randomness.key(n), shape, of).to(device)
-                for n, shape in enumerate(shapes)
-            )
-            return kernel(x, y, z, mask if mask is None else tree.to(device)(mask))
-
-    first: Exception | None = None
-    for of, D in [(of, D) for of in ([dtype] if dtype else DTYPES) for D in (4, *LARGER)]:
-        try:
-            result = attempt(of, D)
-            returns_lse = "lse" in parts_of(result)
-            if not all(isinstance(x, Tensor) for x in parts_of(result).values()):
-                raise TypeError(f"it returned a {type(result).__name__}")
-            break
-        except Exception as error:  # whatever a kernel raises
-            first = first or error
-    else:
-        form = "(H, T, D), or (B, H, T, D) where its signature has a batch axis"
-        errors.fail(
-            "check",
-            "the kernel",
-            f"callable as signature {signature.name!r} with q, k, v {form}",
-            in_a_line(first or ValueError()),
-            "Choose another signature or dtype.",
-        )
-
-    two = (3, 2, 4)
-    boolean = torch.ones(4, 4, dtype=torch.bool)
+    attempt = Trial(kernel, device, masks.causal(4) if signature.masked == "causal" else None)
+    of, D, returns_lse, first = attempt.simplest([dtype] if dtype else DTYPES, signature)
     trials: dict[str, dict[str, Any]] = {
-        "leads": {"q": two, "k": (1, 2, 4)},
+        "leads": {"q": (3, 2, 4), "k": (1, 2, 4)},
         "grouped": {"q": (4, 4)},
-        "own_sizes": {"Dv": D - 1 if D == 4 else D // 2},
-        "rectangular": {"q": (2, 3), "k": (2, 5), "v": (2, 5)},
+        "own_sizes": {"Dv": D - 1},
+        "head_sizes": {},
     }
+    if not signature.square:
+        trials["rectangular"] = {"q": (2, 3), "k": (2, 5), "v": (2, 5)}
     if signature.masked == "any":
         trials["masks"] = {"mask": masks.causal(4)}
-        trials["booleans"] = {"mask": boolean}
-    if signature.square:
-        del trials["rectangular"]
+        trials["booleans"] = {"mask": torch.ones(4, 4, dtype=torch.bool)}
     refused = dict.fromkeys(left_out, "as asked")
-    if dtype is None and of != DTYPES[0]:
-        refused[str(DTYPES[0]).removeprefix("torch.")] = in_a_line(first or ValueError(), 120)
+    if of != (dtype or DTYPES[0]):
+        refused[str(DTYPES[0]).removeprefix("torch.")] = first
+    if D != SIZE:
+        refused.setdefault("head_sizes", first)
     for name, given in trials.items():
-        if name not in refused:
-            try:
-                attempt(of, D, **given)
-            except Exception as error:  # whatever a kernel raises
-                refused[name] = in_a_line(error, 120)
-    head_sizes: Sequence[int] = SIZES if D == 4 else (D,)
-    try:
-        if "head_sizes" not in refused and D == 4:
-            attempt(of, 3)
-    except Exception as error:  # whatever a kernel raises
-        refused["head_sizes"] = in_a_line(error, 120)
-    if D != 4:
-        refused["head_sizes"] = in_a_line(first or ValueError(), 120)
-    if "head_sizes" in refused:
-        head_sizes = (D,)
-    return Accepted(
-        of,
-        device,
-        {
-            "leads": 0 if "leads" in refused else 2,
-            "grouped": "grouped" not in refused,
-            "own_sizes": "own_sizes" not in refused,
-            "head_sizes": tuple(head_sizes),
-            "square": signature.square or "rectangular" in refused,
-            "booleans": "booleans" not in refused,
-            "empty_rows": "empty_rows" not in refused,
-            "large_logits": "large_logits" not in refused,
-            "masked": "none" if "masks" in refused else signature.masked,
-        },
-        refused,
-        returns_lse,
-    )
+        size = D - 1 if name == "head_sizes" else D
+        if name not in refused and (error := attempt.refusal(of, size, **given)):
+            refused[name] = error
+    options = {
+        "leads": 0 if "leads" in refused else 2,
+        "grouped": "grouped" not in refused,
+        "own_sizes": "own_sizes" not in refused,
+        "head_sizes": (D,) if "head_sizes" in refused else SIZES,
+        "square": signature.square or "rectangular" in refused,
+        "booleans": "booleans" not in refused,
+        "empty_rows": "empty_rows" not in refused,
+        "large_logits": "large_logits" not in refused,
+        "masked": "none" if "masks" in refused else signature.masked,
+    }
+    return Accepted(of, device, options, refused, returns_lse)
