@@ -55,9 +55,17 @@ OTHERS = {
 }
 CONFIGS = {name: read_config({"model_type": name, **OTHERS.get(name, SMALL)}) for name in FAMILIES}
 CONFIGS["a bias of the head"] = fa.Config(vocabulary=64, head_bias=True, tied=False)
+# Those after them have no other weights than these together.
+FAST = {*list(FAMILIES)[:18], "qwen2_moe", "glm4_moe"}
 CONFIGS["cohere, norms of heads"] = read_config(
     {"model_type": "cohere", "use_qk_norm": True, "attention_bias": True, **SMALL}
 )
+
+
+EACH = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in FAMILIES and name not in FAST))
+    for name in CONFIGS
+]
 
 
 def numbered(config):
@@ -82,7 +90,7 @@ def computed_with(config, mesh, rules):
     return whole, [tree.map(lambda x, i=i: x[i], stacked) for i in range(dict(mesh.axes)["tensor"])]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_device_takes_the_parts_that_the_specs_give_it(name):
     """Of every weight, over "tensor", and gathered over "data"; a spec that cuts otherwise is an
     error of the decoder.
@@ -109,7 +117,7 @@ def test_a_device_takes_the_parts_that_the_specs_give_it(name):
                         assert torch.equal(got, wanted.reshape(got.shape)), (field, n)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EACH)
 def test_what_is_outside_of_the_layers_lies_as_the_specs_say(name):
     config = CONFIGS[name]
     whole, mesh = numbered(config), Grid(data=2, tensor=2)

@@ -209,7 +209,7 @@ def _read_ministral3(fields: Fields) -> dict[str, Json]:
     place = fields.place("rope_parameters")
     if not isinstance(rope, dict):
         refuse(place, "an object", rope)
-    beta, size = rope.get(BETA), rope.get(ORIGINAL)
+    beta, size = rope.get(BETA), fields.get(ORIGINAL, rope.get(ORIGINAL))  # as `read_rope` does
     if not isinstance(beta, int | float) or isinstance(beta, bool) or not 0 <= beta < 1e30:
         refuse(f"{BETA} of {place}", "a number", beta)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
