@@ -172,11 +172,11 @@ class LMEvalAdapter:
                 continue.
         """
         self.templated = True
-        options = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
-        return self.tokenizer.chat(chat_history, **options)
+        return self.tokenizer.chat(
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final=not add_generation_prompt,
+        )
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, special=self.templated)

@@ -32,9 +32,8 @@ def attend_small(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None) 
         return None
     if not (q.dtype is k.dtype is v.dtype and q.is_cpu and k.is_cpu and v.is_cpu):
         return None
-    if scale is None:
-        scale = shape[-1] ** -0.5
-    elif type(scale) is not float or not 1e-30 < abs(scale) < 1e30:
+    factor = shape[-1] ** -0.5 if scale is None else scale
+    if not isinstance(factor, float) or not 1e-30 < abs(factor) < 1e30:
         return None
     tensors = q, k, v
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -42,5 +41,5 @@ def attend_small(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None) 
         return None
     if torch.is_autocast_enabled("cpu") or is_jit_traced() or not plain(tensors):
         return None
-    out, lse = attend_rows(q, k, v, scale)
+    out, lse = attend_rows(q, k, v, factor)
     return Attended(out, lse.squeeze(-1))
