@@ -43,17 +43,22 @@ def weights(layers: int) -> Weights:
     }
 
 
+def norm(x: Tensor) -> Tensor:
+    """Not F.layer_norm, whose gradient of a jvp is wrong in PyTorch (pytorch#196700)."""
+    return fa.layers.layer_norm(x, torch.ones(WIDTH), epsilon=1e-5)
+
+
 def velocity(params: Weights, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
     """u (T, WIDTH) of z (T, WIDTH) between the times r and t."""
     condition = torch.stack([r, t]) @ params["time"]
     x = z
     for layer in range(params["qkv"].shape[0]):
         shift, scale = (params["modulation"][layer] @ condition.sin()).chunk(2)
-        y = F.layer_norm(x, (WIDTH,)) * (1 + scale) + shift
+        y = norm(x) * (1 + scale) + shift
         heads = (y @ params["qkv"][layer].mT).unflatten(-1, (3 * HEADS, -1)).transpose(0, 1)
         attended = attention(*heads.chunk(3))
         x = x + attended.transpose(0, 1).flatten(-2) @ params["out"][layer].mT
-        y = F.layer_norm(x, (WIDTH,))
+        y = norm(x)
         x = x + F.gelu(y @ params["up"][layer].mT) @ params["down"][layer].mT
     return x
 

@@ -214,7 +214,7 @@ def mutant_safetensors(draw: np.random.Generator, folder: Path) -> Path:
 
 def mutant_settings(draw: np.random.Generator, folder: Path) -> Path:
     """One of the JSON files of a sharded model, the others whole."""
-    names = sorted(path.name for path in folder.glob("*.seed"))
+    names = sorted(path.name for path in folder.glob("*.json.seed"))
     for name in names:  # heal what the mutant before had
         sound, there = (folder / name).read_bytes(), folder / "sharded" / name.removesuffix(".seed")
         if there.read_bytes() != sound:

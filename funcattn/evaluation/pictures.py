@@ -36,6 +36,7 @@ def token_labels(tokens: Tensor | Sequence[int], tokenizer: Detokenizer) -> list
         tokenizer: decodes ids to text.
 
     Example:
+        >>> import torch
         >>> class Letters:
         ...     def decode(self, ids):
         ...         return "".join(map(chr, ids))

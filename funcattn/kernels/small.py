@@ -23,7 +23,9 @@ def attend_small(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None) 
         q, k, v: unchecked arguments, as in `attention`.
         scale: as in `attention`.
     """
-    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor):
+    if torch.compiler.is_compiling() or is_jit_traced():
+        return None
+    if not (type(q) is type(k) is type(v) is Tensor) or q.is_nested or k.is_nested or v.is_nested:
         return None
     shape, size = q.shape, k.shape
     if len(shape) < 3 or size != v.shape or shape[:-2] != size[:-2] or shape[-1] != size[-1]:
@@ -39,7 +41,7 @@ def attend_small(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None) 
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if recorded or has_tangent(tensors) or dispatch.current() is not None or native.load():
         return None
-    if torch.is_autocast_enabled("cpu") or is_jit_traced() or not plain(tensors):
+    if torch.is_autocast_enabled("cpu") or not plain(tensors):
         return None
     out, lse = attend_rows(q, k, v, factor)
     return Attended(out, lse.squeeze(-1))

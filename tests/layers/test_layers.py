@@ -45,6 +45,7 @@ NAIVE = {
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
     "gelu_tanh": lambda x: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "relu": lambda x: max(x, 0.0),
+    "relu2": lambda x: max(x, 0.0) ** 2,
 }
 
 
@@ -225,7 +226,7 @@ def test_a_decoder_runs_on_the_record_of_a_user():
         (
             lambda: layers.gated(torch.ones(1), torch.ones(1), "swish"),
             ValueError,
-            "'silu', 'gelu', 'gelu_tanh', 'relu', 'quick_gelu', got 'swish'",
+            "'silu', 'gelu', 'gelu_tanh', 'relu', 'relu2', 'quick_gelu', got 'swish'",
         ),
         (lambda: RopeScaling("ntk"), ValueError, "'llama3', 'longrope', got 'ntk'"),
     ],

@@ -232,11 +232,13 @@ def _why_no_library() -> str:
 
 
 def _passed_over_native(r: Request) -> str:
+    if traced := _why_not_traced():
+        return traced
     (H, T), (K, S) = r.q.shape[-3:-1], r.k.shape[-3:-1]
     # Values alone: one call, where dense ones are several. A long past that one query reads is read
     # faster by a product of torch's.
     if not r.recorded and (T * S <= SMALL or T * H > K):
-        return _why_not_traced()
+        return ""
     many = 4 <= T <= FEW and T * S >= MANY
     return "" if many and not torch.compiler.is_compiling() else _passed_over(r)
 
