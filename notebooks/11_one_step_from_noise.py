@@ -103,9 +103,8 @@ try:
 except NotImplementedError as error:
     print(str(error).split(".")[0])
 
-stirred = fa.tree.map(
-    lambda x: x + 0.1 * x.flatten().cumsum(0).sin().view(x.shape) + 0.02, initialize(key)
-)
+start = initialize(key)
+stirred = fa.tree.axpy(0.1, fa.random.normal_like(fa.key(8), start), start)  # no gate at zero
 x, e, r, t = draw(fa.key(1), 64)
 at = t[:, None, None]
 z, v = (1 - at) * x + at * e, e - x
