@@ -135,6 +135,7 @@ def test_nothing_is_made_where_the_inputs_are_not(program):
 # Here a part of them, which takes seconds; `make test-device` runs all.
 
 
+@pytest.mark.slow  # `make test-device` runs all of them
 @pytest.mark.cpu("it starts tests on another device")
 def test_tests_pass_where_tensors_of_two_devices_do_not_mix():
     try:

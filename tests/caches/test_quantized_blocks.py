@@ -281,7 +281,8 @@ TEXT = topics["for"] + topics["while"] + topics["with"] + topics["class"]
 
 
 @pytest.mark.parametrize(
-    "chosen", [("for",), pytest.param(("with", "class"), marks=pytest.mark.slow)]
+    "chosen",
+    [pytest.param(some, marks=pytest.mark.slow) for some in (("for",), ("with", "class"))],
 )
 def test_int8_changes_at_most_one_greedy_token_of_three_times_64(smollm2, chosen):
     """Behind prompts of 200 tokens, in the default blocks. Measured: none."""
@@ -321,6 +322,7 @@ def test_int8_changes_at_most_one_choice_of_192_where_all_is_coded(smollm2):
     assert changed <= 1
 
 
+@pytest.mark.slow
 def test_int4_keeps_perplexity_within_2_percent(smollm2):
     """600 tokens, read 8 at a time, so that nearly all that a token sees is coded. Measured: 0.7 %
     more.

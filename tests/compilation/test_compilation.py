@@ -108,7 +108,13 @@ def remembered(past):
     return past.k[..., : past.length, :], past.v[..., : past.length, :], past.length
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = "llama", "windows, caps, norms around"  # to compile; the others are slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in QUICK else [pytest.mark.slow]) for x in FAMILIES],
+)
 def test_a_step_is_that_of_the_model(made, name):
     model, fast, params = made(name)
     for T in (1, 3):

@@ -354,6 +354,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_caps_and_sinks_over_many_tokens_take_linear_memory():
     done = subprocess.run(

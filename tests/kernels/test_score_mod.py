@@ -401,6 +401,7 @@ def test_compiled_code_runs_it_eagerly():
     assert not any(compiling)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_length():
     # T = S = 4096, two heads: one block of pairs is 1 MB, all pairs of float32 are 128 MB, and
     # dense hvp holds ten such.

@@ -49,9 +49,17 @@ REASONS = {
     "a compiler that fails": ({"CXX": "false"}, "fails"),
     "nowhere to write": ({"FUNCATTN_CACHE": "/proc/funcattn"}, "cannot be written"),
 }
+SLOW = "a compiler that fails", "nowhere to write"  # as the two before, in a process of their own
 
 
-@pytest.mark.parametrize(("environment", "reason"), REASONS.values(), ids=REASONS)
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        pytest.param(*REASONS[name], marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in REASONS
+    ],
+    ids=REASONS,
+)
 def test_without_it_everything_works_and_the_reason_is_told(environment, reason):
     said, near = run(WITHOUT, **environment)
     assert reason in said
@@ -102,6 +110,7 @@ print(building.built())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once(tmp_path):
     """Each with a compiler that takes its time and writes in two steps: whoever looks finds all of
     a library or none.
@@ -327,7 +336,7 @@ print(load())
 """
 
 
-@pytest.mark.parametrize("library", ["this one", "another"])
+@pytest.mark.parametrize("library", ["this one", pytest.param("another", marks=pytest.mark.slow)])
 def test_two_threads_without_a_home_are_the_first_to_use_it(tmp_path, library):
     """Where the compiler makes another library the operator is done without."""
     if tiles.missing():

@@ -129,7 +129,11 @@ def test_snapshots_change_nothing(unbroken, tmp_path):
 @pytest.mark.cpu("a run in a process of its own, resumed bit for bit")
 @pytest.mark.parametrize(
     "moment",
-    ["step 1", "step 3", "step 4", "step 8", "step 11", "rename 1", "rename 2", "rename 4"],
+    ["step 1", "step 4", "step 11", "rename 2"]
+    + [
+        pytest.param(moment, marks=pytest.mark.slow)
+        for moment in ("step 3", "step 8", "rename 1", "rename 4")
+    ],
 )
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(moment, unbroken, tmp_path):
     command = [sys.executable, fitted.__file__, str(tmp_path), moment]

@@ -81,7 +81,7 @@ SECOND = lambda: muon(1e-2)
     ("make", "kernel"),
     [
         (FIRST, None),
-        (SECOND, "sdpa"),
+        pytest.param(SECOND, "sdpa", marks=pytest.mark.slow),
         pytest.param(FIRST, "sdpa", marks=pytest.mark.slow),
         pytest.param(SECOND, None, marks=pytest.mark.slow),
     ],
@@ -100,6 +100,7 @@ def test_a_step_compiles_to_one_graph(make, kernel):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.real("Inductor compiles for it")
 def test_inductor_takes_the_same_step():
     torch._dynamo.reset()
