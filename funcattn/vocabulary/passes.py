@@ -113,7 +113,8 @@ def hessian(
             dz = _product(x[rows], uw) if dz is None else dz.add_(_product(x[rows], uw))
         if dz is not None:
             ds = dz if slope is None else dz * slope
-            mean = torch.bmm(p.unsqueeze(-2), ds.unsqueeze(-1)).flatten()  # without a copy
+            # Pairwise: a product (1, V) by (V, 1) adds one by one, and loses the many small ones.
+            mean = (p * ds).sum(-1)
             by_a[rows], by_b[rows] = mean, ds.gather(-1, at).squeeze(-1)
             dd = ds.sub_(mean.unsqueeze(-1)).mul_(column(a))
             dd = (dd if ua is None else dd.add_(column(ua))).mul_(p)

@@ -457,3 +457,24 @@ def test_what_a_target_that_does_not_count_sees_is_unobservable(streamed):
             *(fa.tree.leaves(transform(loss)(params, s)) for s in (0.0, math.nan)), strict=True
         ):
             assert torch.equal(a, b)
+
+
+def test_a_mean_over_many_classes_loses_no_small_ones():
+    """The curvature along the residual itself is the variance of its logits, a small difference.
+
+    A logit z is off by (E + 1) eps / 2 |z| at most, and so is what is weighted by it; the variance
+    is a sum of products of two, of up to |z|^2.
+    """
+    E, V = 16, 50_000
+    x, w = (fa.random.normal(fa.key(n), (rows, E), torch.float32) for n, rows in enumerate((8, V)))
+    w = torch.cat([w, torch.ones(V, 1)], -1)
+    x = torch.cat([x, 20 * torch.ones(8, 1)], -1)  # all logits of a row are shifted by 20
+    targets = torch.arange(8)
+
+    def bend(x, w):
+        slope = grad(lambda x: fa.cross_entropy(x, w, targets))
+        return (jvp(slope, (x,), (x,))[1] * x).sum()
+
+    exact = bend(x.double(), w.double())
+    largest = (x @ w.mT).abs().max()
+    assert (bend(x, w) - exact).abs() <= (E + 2) * torch.finfo(torch.float32).eps * largest**2
