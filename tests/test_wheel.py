@@ -167,7 +167,8 @@ def test_the_wheel_holds_the_library_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "funcattn/py.typed" in names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"funcattn"}
+    tops = {name.split("/")[0].split("-")[0] for name in names}
+    assert tops == {"funcattn", "pytest_funcattn.py"}  # the library, and its plugin of pytest
     files = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "funcattn").rglob("*.*")
