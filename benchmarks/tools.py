@@ -7,8 +7,8 @@ A Llama of transformers with two layers of width 256 (4 heads of 64, 2 of keys),
 unless a tool needs two. Each measurement is a process of its own with one thread: the CPU time and
 the rise of its resident memory over a call, after the same call on 32 tokens. Routes take turns,
 round after round; medians. "Eager" is attn_implementation="eager", "ours" "funcattn" inside of
-override_sdpa(), "torch's" the default "sdpa". The results of all three are compared. About five
-minutes; --quick is one round at 512 tokens, in less than two.
+closed(), "torch's" the default "sdpa". The results of all three are compared. About five minutes;
+--quick is one round at 512 tokens, in less than two.
 """
 
 import argparse
@@ -277,9 +277,9 @@ def measure(name: str, route: str, T: int, path: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     model = llama(ROUTES[route])
-    override = fa.interop.override_sdpa if route == "ours" else contextlib.nullcontext
+    closed = fa.interop.closed if route == "ours" else contextlib.nullcontext
     texts = fa.random.randint(fa.key(0), (2, T), 1, VOCABULARY)
-    with override():
+    with closed():
         try:
             TOOLS[name].make(llama(ROUTES[route]), texts[:, :32])()  # what is allocated once
             call = TOOLS[name].make(model, texts)
