@@ -7,8 +7,7 @@ A Llama of transformers with two layers of width 256 (4 heads of 64, 2 of keys),
 unless a tool needs two. Each measurement is a process of its own with one thread: the CPU time and
 the rise of its resident memory over a call, after the same call on 32 tokens. Routes take turns,
 round after round; medians. "Eager" is attn_implementation="eager", "ours" "funcattn" inside of
-closed(), "torch's" the default "sdpa". The results of all three are compared. About five minutes;
---quick is one round at 512 tokens, in less than two.
+closed(), "torch's" the default "sdpa". Results are compared. --quick is one round at 512 tokens.
 """
 
 import argparse
