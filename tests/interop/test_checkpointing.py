@@ -95,8 +95,6 @@ DERIVATIVES = {  # of f(params, x) along t (of params)
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_derivative_is_that_without_a_checkpoint(way, derivative):
-    if way == "one within another" and derivative is DERIVATIVES["vmap over params"]:
-        pytest.skip("slow")
     results = []
     for rerun in (plainly, WAYS[way]):
         apply, params = functional(Block(rerun))
