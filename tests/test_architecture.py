@@ -159,6 +159,7 @@ TESTED_BY = {
     "quantization.tiles": "quantization: fast",
     "tools": "kernels.closed: flops",
     "transformer.lengths": "transformer: rereading",
+    "transformer.recurrent": "caches: delta hybrid",
     "transformer.partition": "transformer: parallel; layers: layouts",
 }
 

@@ -6,6 +6,8 @@
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
     activations the activations of a feed-forward
+    recurrence  state_after, join_steps: the states of recurrent layers as values
+    short_convolution   convolve, and its state
     experts     route, linear_experts: mixture of experts with static shapes
 
 Matrices are (out, in), as torch and Hugging Face store them. A quantized weight is a record that
@@ -29,7 +31,9 @@ from .products import (
     rows_times,
     together,
 )
+from .recurrence import State, Steps, join_steps, rows_from, state_after
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
+from .short_convolution import ConvolutionState, ConvolutionSteps, convolve
 
 SEVERAL = MAX_UNROLLED_VECTORS  # Alias: the earlier name.
 
@@ -37,18 +41,24 @@ __all__ = [
     "ACTIVATIONS",
     "BLOCK",
     "Blocks",
+    "ConvolutionState",
+    "ConvolutionSteps",
     "RopeScaling",
     "Rotation",
+    "State",
+    "Steps",
     "Weight",
     "MAX_UNROLLED_VECTORS",
     "SEVERAL",
     "activate",
     "by_blocks",
+    "convolve",
     "embed",
     "fields",
     "frequencies",
     "gated",
     "is_vector",
+    "join_steps",
     "layer_norm",
     "linear",
     "linear_experts",
@@ -58,6 +68,8 @@ __all__ = [
     "rope",
     "rotate",
     "route",
+    "rows_from",
     "rows_times",
+    "state_after",
     "together",
 ]

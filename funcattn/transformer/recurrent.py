@@ -1,0 +1,115 @@
+"""The recurrent layers of a decoder, by kind: what a layer has in the place of attention.
+
+    short_convolution   out (c * conv(b * x))           b, c, x = in y         LFM2
+
+Each reads the state of its layer and proposes steps (`layers.recurrence`); nothing is written. A
+kind is one line of `MIXERS`. Over a mesh they are computed on every device of "tensor".
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import caches, layers
+from ..caches import Hybrid, KVCache
+from ..core import errors
+from ..layers import ConvolutionState, State, Steps, Weight
+from ..masks import Mask
+from ..models import Past
+from ..records import is_absent
+from ..taps import tap
+from . import parallel
+from .config import Config
+from .weights import Layer
+
+
+class Mixer(NamedTuple):
+    """A kind of recurrent layer.
+
+    run: (config, weights, y (*lead, T, E), state, name) -> what is added to the residual, and the
+        steps. An absent state `()` is that before a text.
+    empty: (config, dtype) -> the state before a text, for activations of a dtype.
+    """
+
+    run: Callable[[Config, Layer, Tensor, State, str], tuple[Tensor, Steps]]
+    empty: Callable[[Config, torch.dtype], State]
+
+
+def mix(
+    config: Config, mixer: str, weights: Layer, y: Tensor, state: State, name: str
+) -> tuple[Tensor, Steps]:
+    """What a recurrent layer adds to the residual, and its steps for the new tokens."""
+    y = tap(f"{name}.mixer.input", y)
+    return MIXERS[mixer].run(config, weights, y, state, name)
+
+
+def with_states(config: Config, rows: KVCache, dtype: torch.dtype | None) -> KVCache:
+    """An empty cache of these rows and of the empty states of the recurrent layers, if any."""
+    numbers = config.recurrent_layers
+    if not numbers:
+        return rows
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    kinds = [MIXERS[config.layer_spec(i).mixer] for i in numbers]
+    return Hybrid(rows, tuple(kind.empty(config, dtype) for kind in kinds))
+
+
+def states_of(config: Config, cache: Past) -> dict[int, State]:
+    """Number of a recurrent layer -> its state in a cache, `()` without one."""
+    numbers = config.recurrent_layers
+    if not numbers or is_absent(cache):
+        return dict.fromkeys(numbers, ())
+    return dict(zip(numbers, caches.states(cache), strict=True))
+
+
+def check(config: Config, cache: Past, mask: Mask | Tensor | None) -> None:
+    """Raise where a cache has not the states of the config, or where layers recur and a mask or a
+    mesh lets tokens be read in another order than theirs.
+    """
+    count = len(config.recurrent_layers)
+    found = count if is_absent(cache) else len(caches.states(cache))
+    if found != count:
+        wanted = f"with the states of {count} recurrent layers"
+        remedy = "Make it with the cache function of this model: model.cache(size)."
+        errors.fail("decoder", "cache", wanted, f"one with {found}", remedy)
+    if count and mask is not None:
+        remedy = (
+            "A state has read all tokens before it: read one text a row (vmap), padded at its end, "
+            "and commit the tokens that count."
+        )
+        got = f"a {type(mask).__name__}"
+        errors.fail("decoder", "mask", "None for a model with recurrent layers", got, remedy)
+    if count and parallel.in_parts():
+        remedy = "Shard it over 'data' and 'tensor'."
+        got = f"{count} recurrent layers"
+        errors.fail("decoder", "config", "one of attention alone over 'context'", got, remedy)
+
+
+def _affine(weight: Weight, bias: Weight, x: Tensor) -> Tensor:
+    y = layers.linear(weight, x)
+    return y if is_absent(bias) else y + bias
+
+
+def _short_convolution(
+    config: Config, weights: Layer, y: Tensor, state: State, name: str
+) -> tuple[Tensor, Steps]:
+    """out (c * conv(b * x)).
+
+    Source: Liquid AI, LFM2 technical report, arXiv:2511.23404, section 2.
+    """
+    before, after, x = _affine(weights.mixer_in, weights.mixer_in_bias, y).chunk(3, -1)
+    mixed, steps = layers.convolve(before * x, weights.convolution, weights.convolution_bias, state)
+    mixed = tap(f"{name}.mixer.mixed", after * mixed)
+    return _affine(weights.mixer_out, weights.mixer_out_bias, mixed), steps
+
+
+def _empty_convolution(features: Callable[[Config], int]) -> Callable[..., ConvolutionState]:
+    return lambda config, dtype: ConvolutionState(
+        torch.zeros(config.convolution_size - 1, features(config), dtype=dtype)
+    )
+
+
+MIXERS = {
+    "short_convolution": Mixer(_short_convolution, _empty_convolution(lambda config: config.width)),
+}
