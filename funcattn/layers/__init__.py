@@ -7,13 +7,17 @@
     rotary      RopeScaling, frequencies, rope, rotate
     activations the activations of a feed-forward
     experts     route, linear_experts: mixture of experts with static shapes
+    scans       Scanned: a linear attention that forgets, in chunks
+    gated_linear, delta_rule, state_spaces   linear_attention, gated_delta (KDA too), Mamba-2's
 
 Matrices are (out, in), as torch and Hugging Face store them. A quantized weight is a record that
 registers its implementations.
 """
 
 from .activations import ACTIVATIONS, activate, gated
+from .delta_rule import gated_delta, gated_delta_states
 from .experts import linear_experts, route
+from .gated_linear import linear_attention, linear_attention_states
 from .layouts import fields
 from .norms import layer_norm, rms_norm
 from .prepared import MAX_UNROLLED_VECTORS, prepare
@@ -30,6 +34,8 @@ from .products import (
     together,
 )
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
+from .scans import Scanned
+from .state_spaces import state_space
 
 SEVERAL = MAX_UNROLLED_VECTORS  # Alias: the earlier name.
 
@@ -39,6 +45,7 @@ __all__ = [
     "Blocks",
     "RopeScaling",
     "Rotation",
+    "Scanned",
     "Weight",
     "MAX_UNROLLED_VECTORS",
     "SEVERAL",
@@ -48,9 +55,13 @@ __all__ = [
     "fields",
     "frequencies",
     "gated",
+    "gated_delta",
+    "gated_delta_states",
     "is_vector",
     "layer_norm",
     "linear",
+    "linear_attention",
+    "linear_attention_states",
     "linear_experts",
     "linears",
     "prepare",
@@ -58,6 +69,7 @@ __all__ = [
     "rope",
     "rotate",
     "route",
+    "state_space",
     "rows_times",
     "together",
 ]
