@@ -103,6 +103,7 @@ TESTED_BY = {
     "evaluation.pictures": "evaluation: drawing",
     "kernels.kernels": "kernels: products reference sdpa",
     "layers.layers": "layers: activations products",
+    "layers.scans": "layers: gated_linear delta_rule state_spaces",
     "quantization.quantization": "quantization: formats packed reports schemes transforms",
     "quantization.calibration.calibration": "quantization.calibration: clipping gptq_columns "
     "layerwise smoothquant",
@@ -159,6 +160,7 @@ TESTED_BY = {
     "quantization.tiles": "quantization: fast",
     "tools": "kernels.closed: flops",
     "transformer.lengths": "transformer: rereading",
+    "layers.recurrence": "layers: delta_states",
     "transformer.recurrent": "caches: delta hybrid",
     "transformer.partition": "transformer: parallel; layers: layouts",
 }

@@ -32,7 +32,8 @@ GENERAL: Table = {
     "mixers": ((),),
     **dict.fromkeys(("convolution_size", "convolution_bias"), ANY),  # of recurrent layers alone
     **dict.fromkeys(("state_heads", "state_key_heads"), ANY),
-    **dict.fromkeys(("state_key_size", "state_value_size"), ANY),
+    **dict.fromkeys(("state_key_size", "state_value_size", "negative_eigenvalues"), ANY),
+    **dict.fromkeys(("mixer_norm_epsilon", "mixer_norm_placement"), ANY),
 }
 # The fields supported by paths that run layer.py itself: compiled decoding, which reads the cache,
 # prepares the weights and caches code for a config; and smoothing, which moves factors between the

@@ -98,6 +98,9 @@ class Config:
     state_key_heads: int = 0  # Hk, of its keys and queries; Hv % Hk == 0
     state_key_size: int = 0  # features of a key
     state_value_size: int = 0  # features of a value
+    negative_eigenvalues: bool = False  # betas are from 0 to 2, not 1
+    mixer_norm_epsilon: float | None = None  # of the norm of a scan's output; None is norm_epsilon
+    mixer_norm_placement: str | None = None  # of recurrent layers; None is norm_placement
 
     # Positions.
     # or "learned", a table (context, E) added to the embedding, or "none"
@@ -270,6 +273,9 @@ class Config:
                     f"a divisor of state_heads = {self.state_heads}",
                     "Each key head serves as many value heads.",
                 )
+        if self.mixer_norm_placement not in (None, *PLACEMENTS):
+            wanted = f"None or one of {', '.join(PLACEMENTS)}"
+            fail("mixer_norm_placement", wanted, "Choose one of these.")
         if recurrent and self.follows_length:
             fail(
                 "rope_scaling",

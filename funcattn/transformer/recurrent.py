@@ -1,6 +1,7 @@
 """The recurrent layers of a decoder, by kind: what a layer has in the place of attention.
 
-    short_convolution   out (c * conv(b * x))           b, c, x = in y         LFM2
+    short_convolution   out (c * conv(b * x))                          b, c, x = in y
+    gated_delta         out (norm(scan(act(conv(in y)))) * silu(gate y))
 
 Each reads the state of its layer and proposes steps (`layers.recurrence`); nothing is written. A
 kind is one line of `MIXERS`. Over a mesh they are computed on every device of "tensor".
@@ -10,12 +11,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import caches, layers
 from ..caches import Hybrid, KVCache
 from ..core import errors
-from ..layers import ConvolutionState, State, Steps, Weight
+from ..kernels.dtypes import accurate
+from ..layers import ConvolutionState, DeltaState, State, Steps, Weight
 from ..masks import Mask
 from ..models import Past
 from ..records import is_absent
@@ -104,12 +107,57 @@ def _short_convolution(
     return _affine(weights.mixer_out, weights.mixer_out_bias, mixed), steps
 
 
-def _empty_convolution(features: Callable[[Config], int]) -> Callable[..., ConvolutionState]:
-    return lambda config, dtype: ConvolutionState(
-        torch.zeros(config.convolution_size - 1, features(config), dtype=dtype)
+def _empty_convolution(config: Config, dtype: torch.dtype) -> ConvolutionState:
+    return _zeros(config, config.width, dtype)
+
+
+def _zeros(config: Config, features: int, dtype: torch.dtype) -> ConvolutionState:
+    return ConvolutionState(torch.zeros(config.convolution_size - 1, features, dtype=dtype))
+
+
+def _gated_delta(
+    config: Config, weights: Layer, y: Tensor, state: State, name: str
+) -> tuple[Tensor, Steps]:
+    """out (norm(scan(act(conv(in y)))) * silu(gate y)), with the gated delta rule as the scan.
+
+    The log decay is -exp(log_rate) softplus(rate y + rate_bias), beta is a sigmoid.
+
+    Source: Yang et al., Gated delta networks, arXiv:2412.06464, section 3.4.
+    """
+    K, Dk, Dv = config.state_key_heads, config.state_key_size, config.state_value_size
+    read = layers.linears(
+        (weights.mixer_in, weights.mixer_gate, weights.mixer_beta, weights.mixer_rate), y
     )
+    features, gate, beta, rate = read
+    convolution = () if is_absent(state) else state.convolution
+    features, convolved = layers.convolve(features, weights.convolution, (), convolution)
+    features = layers.activate(features, config.activation)
+    q, k, v = features.split([K * Dk, K * Dk, config.state_heads * Dv], -1)
+    q, k, v = (
+        torch.unflatten(x, -1, (-1, size)).transpose(-2, -3)  # (*lead, heads, T, size)
+        for x, size in ((q, Dk), (k, Dk), (v, Dv))
+    )
+    beta = torch.sigmoid(beta) * (2 if config.negative_eigenvalues else 1)
+    rate = F.softplus(accurate(rate, weights.rate_bias) + weights.rate_bias)
+    log_decay = -accurate(weights.log_rate, rate).exp() * rate  # (*lead, T, H)
+    out, steps = layers.delta_net(convolved, q, k, v, log_decay.mT.unsqueeze(-1), beta.mT, state)
+    out = out.transpose(-2, -3)  # (*lead, T, H, Dv)
+    epsilon = config.mixer_norm_epsilon
+    epsilon = config.norm_epsilon if epsilon is None else epsilon
+    out = layers.rms_norm(out, weights.mixer_norm, epsilon=epsilon)
+    gate = torch.unflatten(gate, -1, (-1, Dv))
+    mixed = (out * F.silu(accurate(gate, out))).to(out.dtype).flatten(-2)
+    return layers.linear(weights.mixer_out, tap(f"{name}.mixer.mixed", mixed)), steps
+
+
+def _empty_delta(config: Config, dtype: torch.dtype) -> DeltaState:
+    Hk, Dk, Hv = config.state_key_heads, config.state_key_size, config.state_heads
+    convolution = _zeros(config, 2 * Hk * Dk + Hv * config.state_value_size, dtype)
+    memory = torch.zeros(Hv, Dk, config.state_value_size, dtype=dtype)
+    return DeltaState(convolution, accurate(memory, memory))
 
 
 MIXERS = {
-    "short_convolution": Mixer(_short_convolution, _empty_convolution(lambda config: config.width)),
+    "short_convolution": Mixer(_short_convolution, _empty_convolution),
+    "gated_delta": Mixer(_gated_delta, _empty_delta),
 }

@@ -103,7 +103,10 @@ def _layer(config: Config, spec: LayerSpec) -> Layer:
         "rms_width": lambda n: (n * D,),
         "layer": lambda n: (n, D),
     }
-    before, after = config.norm_placement != "after", config.norm_placement != "before"
+    placement = config.norm_placement
+    if spec.recurs and config.mixer_norm_placement is not None:
+        placement = config.mixer_norm_placement
+    before, after = placement != "after", placement != "before"
     two, shared = not config.shared_norm, experts and config.shared_size > 0
     of_gate = {"none": ABSENT, "width": (H * D, E), "head": (H, E)}[config.attention_gate]
     return Layer(
@@ -175,6 +178,8 @@ def initialize(key: Tensor, config: Config) -> Params:
     def draw(key: Tensor, name: str, shape: Tree) -> Weight:
         if is_absent(shape):
             return ABSENT
+        if name == "mixer_norm":  # without the offset of the others
+            return torch.ones(shape, device=key.device)
         if name.endswith("norm"):
             return torch.full(shape, 1.0 - config.norm_offset, device=key.device)
         if name.endswith("bias") or name == "sinks":

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.func import grad, vmap
 
 import funcattn as fa
 from funcattn import layers, tree
@@ -14,7 +15,21 @@ def convolved(x, state):
     return layers.convolve(x, weight, (), state)
 
 
-KINDS = {"short_convolution": convolved}
+def delta(x, state):
+    """One key head of four features, two value heads of three."""
+    T = len(x)
+    convolution = () if state == () else state.convolution
+    weight = fa.random.normal(fa.key(1), (6, 3), torch.float64)
+    y, convolved = layers.convolve(x, weight, (), convolution)
+    q, k = torch.stack([y, y.sin()])[..., :4].unsqueeze(1)
+    v = torch.stack([y[:, 2:5], y[:, 3:6]])
+    gates = torch.stack([y[:, 0], y[:, 5]])
+    return layers.delta_net(
+        convolved, q, k, v, -gates.exp().unsqueeze(-1), gates.sigmoid().reshape(2, T), state
+    )
+
+
+KINDS = {"short_convolution": convolved, "gated_delta": delta}
 EACH = pytest.mark.parametrize("read", KINDS.values(), ids=KINDS.keys())
 
 
@@ -28,6 +43,26 @@ def test_the_state_after_n_is_that_of_a_text_of_n(read):
                 tree.items(layers.state_after(steps, count)), tree.leaves(wanted), strict=True
             ):
                 torch.testing.assert_close(got, want, msg=path)
+
+
+@EACH
+def test_rejected_tokens_reach_no_state_and_no_gradient(read):
+    """NaN after the first n, under vmap too, where each row has its own n."""
+    spoilt = torch.cat([C[:4], torch.full_like(C[4:], torch.nan)])
+    steps, numbers = read(spoilt, ())[1], torch.arange(5)
+    after = lambda n: layers.state_after(steps, n)
+    each = vmap(after)(numbers)
+    for n in numbers.tolist():
+        wanted = tree.leaves(layers.state_after(read(C[:n], ())[1], n))
+        for x, y, z in zip(tree.leaves(each), tree.leaves(after(n)), wanted, strict=True):
+            torch.testing.assert_close(x[n], z)
+            torch.testing.assert_close(y, z)
+    loss = lambda x, n: sum(y.sin().sum() for y in tree.leaves(layers.state_after(x, n)))
+    slope = grad(lambda x, n: loss(read(x, ())[1], n))
+    for n in range(1, 5):
+        whole = slope(torch.cat([C[:n], C[n:4]]), n)
+        assert not whole[n:].any()
+        torch.testing.assert_close(slope(C[:n], n), whole[:n])
 
 
 @EACH

@@ -24,6 +24,17 @@ def config(kind, **fields):
 
 CONFIGS = {
     "short_convolution": config("short_convolution", convolution_size=3, convolution_bias=True),
+    "gated_delta": config(
+        "gated_delta",
+        convolution_size=4,
+        state_heads=4,
+        state_key_heads=2,
+        state_key_size=6,
+        state_value_size=3,
+        negative_eigenvalues=True,
+        mixer_norm_placement="around",
+        attention_gate="width",
+    ),
 }
 TOKENS = fa.random.randint(fa.key(1), (20,), 0, 40)
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)

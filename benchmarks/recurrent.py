@@ -1,0 +1,115 @@
+"""What does a recurrent layer cost: a scan in chunks beside the loop over tokens and transformers'
+own chunks, with its derivatives, and a step after any length?
+
+    python benchmarks/recurrent.py [--threads 1] [--tokens 2048] [--heads 4] [--rounds 5]
+
+The gated delta rule as Qwen3-Next has it, heads of 128, float32, one sequence. "loop" is the
+recurrence as it is written, in torch, a token at a time; "transformers" is its
+torch_chunk_gated_delta_rule, where the package is installed.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from _timing import interleave
+from torch import Tensor
+from torch.func import grad, jvp
+
+import funcattn as fa
+from funcattn import layers
+
+SIZE = 128  # features of keys and values
+FEW = 256  # tokens of the loop's gradient, which keeps several states of each
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    scans(options.tokens, options.heads, options.rounds)
+
+
+def scans(T: int, heads: int, rounds: int) -> None:
+    """The rule alone: T tokens, derivatives, and one token behind them."""
+    x = inputs(T, heads)
+    scan = lambda x: layers.gated_delta(*x, normalized=True).out
+    candidates: dict[str, Callable[[Inputs], Tensor]] = {"loop": loop, "scan": scan}
+    theirs = transformers_chunks()
+    if theirs is not None:
+        candidates["transformers"] = theirs
+    for name, f in candidates.items():
+        torch.testing.assert_close(f(x), candidates["loop"](x), msg=lambda m, n=name: f"{n}: {m}")
+
+    print(f"\n{T} tokens, {heads} heads of {SIZE}")
+    interleave({name: partial(f, x) for name, f in candidates.items()}, repeats=rounds, warmup=1)
+
+    few = inputs(min(T, FEW), heads)
+    print(f"\ngradient in all arguments, {few[0].shape[1]} tokens")
+    gradient = lambda f: grad(lambda x: f(x).square().sum())
+    interleave(
+        {name: partial(gradient(f), few) for name, f in candidates.items()},
+        repeats=rounds,
+        warmup=1,
+    )
+    print(f"\nderivatives of the scan, {T} tokens")
+    hvp = lambda: jvp(gradient(scan), (x,), (x,))[1]
+    interleave(
+        {"value": partial(scan, x), "gradient": partial(gradient(scan), x), "hvp": hvp},
+        repeats=rounds,
+        warmup=1,
+    )
+
+    print("\none token behind a state, whatever is before it")
+    state = layers.gated_delta(*x, normalized=True).state
+    one = tuple(y[:, -1:] for y in x)
+    interleave({"step": lambda: layers.gated_delta(*one, state, normalized=True)}, repeats=200)
+
+
+def inputs(T: int, heads: int) -> Inputs:
+    """q, k, v, log_decay, beta of T tokens."""
+    keys = fa.split(fa.key(0), 5)
+    q, k, v = (fa.random.normal(key, (heads, T, SIZE)) for key in keys[:3])
+    log_decay = -0.2 * fa.random.uniform(keys[3], (heads, T, 1))
+    return q, k, v, log_decay, fa.random.uniform(keys[4], (heads, T))
+
+
+def loop(x: Inputs) -> Tensor:
+    """The recurrence, token by token."""
+    unit = lambda y: y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)
+    q, k, v, g, beta = unit(x[0]) / SIZE**0.5, unit(x[1]), *x[2:]
+    state, out = v.new_zeros(v.shape[0], SIZE, SIZE), []
+    for t in range(v.shape[1]):
+        at = slice(t, t + 1)
+        state = g[:, at].exp() * state
+        written = beta[:, at, None] * (v[:, at] - k[:, at] @ state)
+        state = state + k[:, at].mT @ written
+        out.append(q[:, at] @ state)
+    return torch.cat(out, 1)
+
+
+def transformers_chunks() -> Callable[[Inputs], Tensor] | None:
+    """The same by transformers, in its layout, which is not timed; None without the package."""
+    try:
+        from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+    except ImportError:
+        return None
+
+    def chunks(x: Inputs) -> Tensor:
+        q, k, v, g, beta = (y.transpose(0, 1).unsqueeze(0) for y in x)
+        options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
+        out, _ = theirs.torch_chunk_gated_delta_rule(q, k, v, g.squeeze(-1), beta, **options)
+        return out.squeeze(0).transpose(0, 1)
+
+    return chunks
+
+
+if __name__ == "__main__":
+    main()
