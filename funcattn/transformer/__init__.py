@@ -28,7 +28,7 @@ from .forward import (
     run_layers,
 )
 from .layer import LayerContext, block
-from .lengths import cache_layers, continues, length_of, noted
+from .lengths import cache_layers, continues, empty_cache, length_of, noted
 from .likelihoods import token_losses, vocabulary_size, weighted_loss
 from .model import decoder
 from .partition import DATA, TENSOR
@@ -57,6 +57,7 @@ __all__ = [
     "continues",
     "decoder",
     "embed_tokens",
+    "empty_cache",
     "final_norm",
     "forward_pass",
     "finish",

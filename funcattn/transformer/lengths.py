@@ -19,7 +19,7 @@ test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,22 @@ Run = Callable[
 # angles of a text of that length; places are the positions of the tokens.
 
 
+class CacheKind(Protocol):
+    """What makes empty caches: a type of cache, or a value such as `caches.pages()`."""
+
+    def empty(
+        self,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        /,
+    ) -> KVCache:
+        """A cache with room for `size` tokens."""
+        ...
+
+
 class Text(NamedTuple):
     """The token ids stored in a cache.
 
@@ -60,6 +76,13 @@ def cache_layers(config: Config) -> int:
     if not config.follows_length:
         return config.layers
     return config.layers + -(-(1 + _digits(config)) // (2 * config.head_size))
+
+
+def empty_cache(
+    config: Config, heads: int, size: int, kind: CacheKind, dtype: torch.dtype | None
+) -> KVCache:
+    """An empty cache of a kind, with room for `size` tokens and `heads` key/value heads."""
+    return kind.empty(cache_layers(config), heads, size, config.cached_size, dtype)
 
 
 def length_of(places: Tensor) -> Tensor:

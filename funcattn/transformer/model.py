@@ -26,7 +26,7 @@ from ..records import ABSENT, is_absent
 from . import lengths, parallel
 from .arguments import check_mask, positions_of
 from .config import Config, LayerSpec
-from .forward import RunLayer, forward_pass, lm_head, predict, run_layers
+from .forward import RunLayer, forward_pass, lm_head, predict, run_layers, seen
 from .layer import LayerContext, block
 from .weights import Layer, Params, initialize
 
@@ -130,9 +130,7 @@ def decoder(
                 "Pass one such as torch.bfloat16.",
                 TypeError,
             )
-        return kind.empty(
-            lengths.cache_layers(config), parallel.heads(config)[1], size, config.head_size, dtype
-        )
+        return lengths.empty_cache(config, parallel.heads(config)[1], size, kind, dtype)
 
     @door
     def hidden(
@@ -180,11 +178,7 @@ def decoder(
         def run(
             number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext
         ) -> tuple[Tensor, Tensor, Tensor]:
-            past = (
-                ()
-                if is_absent(cache)
-                else tuple(caches.past(cache, number, positions, spec.window))
-            )
+            past = () if is_absent(cache) else tuple(seen(config, spec, cache, number, positions))
             layer = functools.partial(
                 _run, number, config, spec, name=f"layers.{number}", kernel=kernel, rows=rows
             )
