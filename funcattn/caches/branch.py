@@ -90,8 +90,11 @@ def _tail(delta: Delta, size: int) -> Cache | Hybrid:
 
 
 @door
-def flatten(branch: Branch | Hybrid) -> KVCache:
+def flatten(branch: KVCache) -> KVCache:
     """The prefix with the rows of the tail appended: a cache of the prefix's kind and capacity.
+
+    Args:
+        branch: a `Branch`, or a `Hybrid` whose rows are one.
 
     Raises:
         ValueError: the prefix has no room for the tail.

@@ -4,10 +4,11 @@ The rows are a cache of any kind, of the layers with attention. A state is a val
 new one from the steps that the layer proposed (`layers.state_after`), for any n, one for each row
 under vmap. So a rejected draft needs no undo, and a fork shares the state until it commits.
 
-A state cannot be shortened: `with_length` raises. Keep the older cache, or commit fewer tokens.
+A state cannot be shortened: `with_length` raises, except for the length that a cache has. Keep the
+older cache, or commit fewer tokens.
 """
 
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,7 +111,10 @@ def _(cache: Hybrid, empty: Hybrid, where: Tensor) -> Hybrid:
 
 
 @with_length.register
-def _(cache: Hybrid, length: Tensor) -> NoReturn:
+def _(cache: Hybrid, length: Tensor) -> Hybrid:
+    before, after = errors.integer(cache.length), errors.integer(length)
+    if before is not None and before == after:
+        return cache
     remedy = (
         "A recurrent state cannot be shortened. Keep the older cache, which is a value, or commit "
         "fewer tokens: commit(cache, delta, n)."

@@ -20,7 +20,10 @@ HELP = "/undo takes the last turn back, /new begins again; Ctrl-C stops an answe
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-    """The messages, and a cache of the tokens `ids`; it is truncated where the tokens differ."""
+    """The messages, and a cache of the tokens `ids`; it is truncated where the tokens differ.
+
+    A cache with recurrent states cannot be truncated: the text is then read again.
+    """
 
     past: fa.caches.KVCache
     ids: tuple[int, ...] = ()
@@ -36,8 +39,7 @@ def run(options: argparse.Namespace) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits and remembers lines once it is there)
         say(f"{options.model}. {HELP}")
-    past = tree.to(options.device)(session.model.cache(0, dtype=session.dtype))
-    talk = begun = Talk(past, messages=templating.begun(options))
+    talk = begun = Talk(_empty(session, options), messages=templating.begun(options))
     while True:
         try:
             text = utf8(input("> " if interactive else "").strip())
@@ -64,6 +66,10 @@ def run(options: argparse.Namespace) -> None:
                 complain(error)
 
 
+def _empty(session: Session, options: argparse.Namespace) -> fa.caches.KVCache:
+    return tree.to(options.device)(session.model.cache(0, dtype=session.dtype))
+
+
 def _answer(
     session: Session, talk: Talk, text: str, sampler: sampling.Sampler, options: argparse.Namespace
 ) -> Talk:
@@ -75,7 +81,10 @@ def _answer(
     known = next(
         (place for place, same in enumerate(alike) if not same), min(len(talk.ids), len(wanted) - 1)
     )
-    past = caches.with_length(talk.past, torch.full_like(talk.past.length, known))
+    if known < len(talk.ids) and caches.states(talk.past):
+        known, past = 0, _empty(session, options)
+    else:
+        past = caches.with_length(talk.past, torch.full_like(talk.past.length, known))
     past = caches.grow(past, max(0, len(wanted) + steps - caches.capacity(past)))
     pieces = fa.stream(
         *(fa.fold_in(key_of(options), len(messages)), session.model, session.params),
@@ -91,7 +100,8 @@ def _answer(
             said += last.text
     if last is None:
         return talk  # no tokens were written: drop the question
-    assert isinstance(last.cache, caches.Branch)  # a stream writes behind the past that it is given
+    # a stream writes behind the past that it is given
+    assert isinstance(last.cache, (caches.Branch, caches.Hybrid))
     past = caches.flatten(last.cache)
     return Talk(
         past, (*wanted, *last.tokens)[: int(past.length)], (*messages, message("assistant", said))

@@ -53,6 +53,10 @@ def sharded(model: Model, mesh: Mesh) -> Model:
             "Make it with fa.decoder(config).",
             TypeError,
         )
+    if isinstance(mesh, Grid) and model.config.recurrent_layers:
+        remedy = "Map a function of it with specs of its own: shard_map(f, mesh, ...)."
+        got = f"{len(model.config.recurrent_layers)} recurrent layers"
+        errors.fail("shard_map", "model", "one of attention alone over a Grid", got, remedy)
     run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
     fields: dict[str, Callable[..., Tree]] = {
         name: door(run(name, getattr(model, name)), name=name) for name in Model.FUNCTIONS

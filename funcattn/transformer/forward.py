@@ -85,7 +85,8 @@ def run_layers(
             contexts[spec] = layer_context(config, spec, positions, mask, x.dtype, in_order, length)
         x, new = run(number, spec, layer, x, contexts[spec])
         added.append((spec, new))
-    keys, values = (tuple(new[side] for spec, new in added if spec.attends) for side in (0, 1))
+    keys = tuple(new.k for _, new in added if isinstance(new.k, Tensor))
+    values = tuple(new.v for _, new in added if isinstance(new.v, Tensor))
     return x, Delta(keys, values, tuple(new.steps for spec, new in added if spec.recurs))
 
 

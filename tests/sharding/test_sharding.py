@@ -98,6 +98,11 @@ FAMILIES = {
         "expert_size": 8,
         "expert_layers": (True, False),
     },
+    "lfm2": {"mixers": ("short_convolution", "attention"), "convolution_size": 3}
+    | {"convolution_bias": True},
+    "qwen3-next": {"mixers": ("gated_delta", "attention"), "convolution_size": 4}
+    | {"state_heads": 2, "state_key_heads": 1, "state_key_size": 4, "state_value_size": 6}
+    | {"attention_gate": "sigmoid"},
 }
 
 

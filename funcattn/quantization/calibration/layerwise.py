@@ -16,6 +16,8 @@ from ...transformer import Config, Layer, LayerContext, LayerDelta, LayerSpec, P
 FEEDS = {  # a tap of a layer -> the matrices that its value is multiplied by
     "attention.input": ("q", "k", "v"),
     "attention.mixed": ("o",),
+    "mixer.input": ("mixer_in", "mixer_gate"),
+    "mixer.mixed": ("mixer_out",),
     "feed_forward.input": ("gate", "up"),
     "feed_forward.inner": ("down",),
 }
