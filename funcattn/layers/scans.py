@@ -79,7 +79,7 @@ def scan(x: Chunks, T: int) -> Scanned:
 
 
 def _step(x: Chunks, q: Tensor, T: int) -> Scanned:
-    """The recurrence itself, for one token, or none: a third of the operations of a chunk of one."""
+    """The recurrence itself, for one token or none: a third of the operations of a chunk."""
     q, k, v, g = (y.squeeze(-3) for y in (q, x.k, x.v, x.g))  # (*lead, K, G, 1, features)
     s = g.exp().mT * x.state
     u = x.beta.squeeze(-3) * (v - k @ s) if isinstance(x.beta, Tensor) else v
