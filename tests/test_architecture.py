@@ -160,6 +160,8 @@ TESTED_BY = {
     "quantization.tiles": "quantization: fast",
     "tools": "kernels.closed: flops",
     "transformer.lengths": "transformer: rereading",
+    "layers.recurrence": "layers: delta_states",
+    "transformer.recurrent": "caches: delta hybrid",
     "transformer.partition": "transformer: parallel; layers: layouts",
 }
 

@@ -19,14 +19,18 @@ later logits into NaN.
     quantized_blocks   QuantizedCache: 8 or 4 bits
     sliding_window     Ring: a sliding window and attention sinks, constant memory
     branch             Branch: a tail behind a prefix; fork, flatten
+    hybrid             Hybrid: rows of attention and the states of recurrent layers
     sharded            ShardedCache: rows divided among devices
     static             Memory: keys and values of another sequence, read only
+    delta              what a step adds
     display            a cache as one line of text, and as a bar in HTML
 """
 
 from . import display, rows
 from .branch import Branch, flatten, fork, fork_many, rows_of
+from .delta import joined
 from .dense import Cache
+from .hybrid import Hybrid
 from .paged import Pages, pages
 from .protocol import (
     DONATED,
@@ -45,6 +49,7 @@ from .protocol import (
     reset,
     reset_counts,
     sizes,
+    states,
     with_length,
     write,
 )
@@ -70,6 +75,7 @@ __all__ = [
     "Cache",
     "QuantizedBlock",
     "Delta",
+    "Hybrid",
     "Memory",
     "Pages",
     "QuantizedCache",
@@ -86,6 +92,7 @@ __all__ = [
     "fork",
     "fork_many",
     "grow",
+    "joined",
     "keeps_all",
     "pages",
     "past",
@@ -97,6 +104,7 @@ __all__ = [
     "rows",
     "rows_of",
     "sizes",
+    "states",
     "with_length",
     "write",
 ]

@@ -9,12 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tree
 from ..core import errors
 from ..core.doors import door
 from ..kernels import Part
+from ..layers import State
 from ..records import record
 from . import display
 from .dense import Cache
+from .hybrid import Hybrid
 from .protocol import (
     Delta,
     KVCache,
@@ -27,6 +30,7 @@ from .protocol import (
     past,
     reset,
     sizes,
+    states,
     with_length,
     write,
 )
@@ -68,6 +72,8 @@ def fork(cache: Past, delta: Delta, size: int) -> KVCache:
 
 def fork_many(cache: Past, delta: Delta, size: int) -> KVCache:
     """`fork` for many futures: the tail of a `Branch` is stored once too, before a new tail."""
+    if isinstance(cache, Hybrid):
+        return cache._replace(rows=fork_many(cache.rows, delta._replace(steps=()), size))
     if not isinstance(cache, Branch):
         return fork(cache, delta, size)
     after = fork_many(cache.tail, delta, size)
@@ -76,20 +82,23 @@ def fork_many(cache: Past, delta: Delta, size: int) -> KVCache:
     return Branch(cache.prefix, after)
 
 
-def _tail(delta: Delta, size: int) -> Cache:
+def _tail(delta: Delta, size: int) -> Cache | Hybrid:
     k, v = delta.k[0], delta.v[0]
     room = lambda x: x.new_zeros(len(delta.k), x.shape[-3], size + 1, x.shape[-1])
-    return Cache(room(k), room(v), torch.zeros((), dtype=torch.int64, device=k.device))
+    rows = Cache(room(k), room(v), torch.zeros((), dtype=torch.int64, device=k.device))
+    return Hybrid(rows, tuple(steps.before for steps in delta.steps)) if delta.steps else rows
 
 
 @door
-def flatten(branch: Branch) -> KVCache:
+def flatten(branch: Branch | Hybrid) -> KVCache:
     """The prefix with the rows of the tail appended: a cache of the prefix's kind and capacity.
 
     Raises:
         ValueError: the prefix has no room for the tail.
         TypeError: not a Branch, or a tail whose kind does not keep all rows unquantized.
     """
+    if found := states(branch):
+        return Hybrid(flatten(_rows_alone(branch)), found)
     if not isinstance(branch, Branch):
         errors.fail(
             "flatten",
@@ -111,6 +120,13 @@ def flatten(branch: Branch) -> KVCache:
         )
         errors.fail("flatten", "branch.prefix", wanted, got, remedy)
     return write(branch.prefix, rows_of(tail), tail.length, False)
+
+
+def _rows_alone(cache: KVCache) -> KVCache:
+    """The cache without the states of recurrent layers."""
+    if isinstance(cache, Branch):
+        return Branch(_rows_alone(cache.prefix), _rows_alone(cache.tail))
+    return cache.rows if isinstance(cache, Hybrid) else cache
 
 
 @functools.singledispatch
@@ -142,6 +158,11 @@ def _(cache: Cache, delta: Delta, size: int) -> Branch:
     return Branch(cache, _tail(delta, size))
 
 
+@fork.register
+def _(cache: Hybrid, delta: Delta, size: int) -> Hybrid:
+    return cache._replace(rows=fork(cache.rows, delta._replace(steps=()), size))
+
+
 @keeps_all.register
 def _(cache: Branch) -> bool:
     return keeps_all(cache.prefix) and keeps_all(cache.tail)
@@ -165,6 +186,19 @@ def _(cache: Branch) -> tuple[int, int, int]:
 @overflowed.register
 def _(cache: Branch) -> Tensor:
     return overflowed(cache.prefix) | overflowed(cache.tail)
+
+
+@states.register
+def _(cache: Branch) -> tuple[State, ...]:
+    """Those of the tail, which continue the prefix's; an empty tail has not begun."""
+    before, after = states(cache.prefix), states(cache.tail)
+    if not before or not after:
+        return after or before
+    length = errors.integer(cache.tail.length)
+    if length is not None:
+        return after if length else before
+    began = cache.tail.length > 0
+    return tree.map(lambda old, new: torch.where(began, new, old), before, after)
 
 
 @past.register

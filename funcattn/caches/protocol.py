@@ -9,7 +9,7 @@ checks every verb.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,31 +18,11 @@ from .. import tree
 from ..core import errors
 from ..core.doors import door
 from ..kernels import Part
-from ..records import record
+from ..layers import State
+from .delta import AnyKind, Delta, KVCache, Past
 
 OVERFLOWED = 2**60  # beyond every capacity, however much the cache grows; two of them fit an int64
 DONATED = 2**62  # length of a cache whose tensors were donated: its rows are invalid, in forks too
-
-
-class KVCache(Protocol):
-    """What every kind of cache has; its operations are the functions of `funcattn.caches`."""
-
-    @property
-    def length(self) -> Tensor:
-        """Number of tokens in the cache, int64 ()."""
-        ...
-
-
-Past: TypeAlias = KVCache | tuple[()]  # `()` is no cache
-AnyKind = TypeVar("AnyKind", bound=KVCache)
-
-
-@record
-class Delta(NamedTuple):
-    """The new rows of one step: for each layer keys (K, T, D) and values (K, T, Dv) of T tokens."""
-
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
 
 
 @functools.singledispatch
@@ -90,6 +70,12 @@ def past(cache: KVCache, layer: int, positions: Tensor, window: int | None = Non
     Law: a window reads what dense attention reads under `masks.window` (test_caches.py).
     """
     _unknown("past", cache)
+
+
+@functools.singledispatch
+def states(cache: Past) -> tuple[State, ...]:
+    """The states of the recurrent layers after the cached tokens; () where the kind has none."""
+    return ()
 
 
 @functools.singledispatch
@@ -215,8 +201,11 @@ def commit(
             "Pass (cache, delta), in this order.",
             TypeError,
         )
-    T = delta.k[0].shape[-2]
+    T = delta.tokens
     if index is not None:
+        if delta.steps:
+            remedy = "States follow one text: draft a chain, and commit its first n tokens."
+            errors.fail("commit", "index", "None for recurrent layers", "a path", remedy)
         if index.dim() != 1 or not _is_integer(index):
             errors.fail(
                 "commit",

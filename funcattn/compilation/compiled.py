@@ -10,7 +10,7 @@ from .. import caches, transformer
 from ..caches import Branch, Cache, KVCache
 from ..kernels import Kernel, Part
 from ..masks import Mask
-from ..transformer import Config, Layer, LayerContext, LayerSpec
+from ..transformer import Config, Layer, LayerContext, LayerDelta, LayerSpec
 
 
 class Rows(NamedTuple):
@@ -63,7 +63,7 @@ def several(
 
     def run(
         number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, LayerDelta]:
         parts = [_part(past, number, spec, positions) for past in pasts]
         return transformer.block(config, spec, layer, x, context, parts, name="", kernel=kernel)
 

@@ -52,7 +52,13 @@ COMPUTES = {  # field of Config -> the values that it computes
     **dict.fromkeys(("normalized_routing", "router_bias"), ANY),
     **capabilities.GENERAL,
 }
-OF_LAYERS = {"window": (None,), "rotary": ANY, "local": (False,), "experts": (False,)}
+OF_LAYERS = {
+    "window": (None,),
+    "rotary": ANY,
+    "local": (False,),
+    "experts": (False,),
+    "mixer": ("attention",),
+}
 LANES = 16  # the size of a head is a multiple of it
 
 

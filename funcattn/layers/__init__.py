@@ -6,8 +6,11 @@
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
     activations the activations of a feed-forward
+    recurrence  state_after, join_steps: the states of recurrent layers as values
+    short_convolution   convolve, and its state
     experts     route, linear_experts: mixture of experts with static shapes
     scans       Scanned: a linear attention that forgets, in chunks
+    delta_states   delta_net: the gated delta rule behind a state
     gated_linear, delta_rule, state_spaces   linear_attention, gated_delta (KDA too), Mamba-2's
 
 Matrices are (out, in), as torch and Hugging Face store them. A quantized weight is a record that
@@ -16,6 +19,7 @@ registers its implementations.
 
 from .activations import ACTIVATIONS, activate, gated
 from .delta_rule import gated_delta, gated_delta_states
+from .delta_states import DeltaState, DeltaSteps, delta_net
 from .experts import linear_experts, route
 from .gated_linear import linear_attention, linear_attention_states
 from .layouts import fields
@@ -33,8 +37,10 @@ from .products import (
     rows_times,
     together,
 )
+from .recurrence import State, Steps, join_steps, rows_from, state_after
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 from .scans import Scanned
+from .short_convolution import ConvolutionState, ConvolutionSteps, convolve
 from .state_spaces import state_space
 
 SEVERAL = MAX_UNROLLED_VECTORS  # Alias: the earlier name.
@@ -43,14 +49,22 @@ __all__ = [
     "ACTIVATIONS",
     "BLOCK",
     "Blocks",
+    "ConvolutionState",
+    "ConvolutionSteps",
+    "DeltaState",
+    "DeltaSteps",
     "RopeScaling",
     "Rotation",
     "Scanned",
+    "State",
+    "Steps",
     "Weight",
     "MAX_UNROLLED_VECTORS",
     "SEVERAL",
     "activate",
     "by_blocks",
+    "convolve",
+    "delta_net",
     "embed",
     "fields",
     "frequencies",
@@ -58,6 +72,7 @@ __all__ = [
     "gated_delta",
     "gated_delta_states",
     "is_vector",
+    "join_steps",
     "layer_norm",
     "linear",
     "linear_attention",
@@ -69,7 +84,9 @@ __all__ = [
     "rope",
     "rotate",
     "route",
-    "state_space",
+    "rows_from",
     "rows_times",
+    "state_after",
+    "state_space",
     "together",
 ]

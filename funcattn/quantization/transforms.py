@@ -16,7 +16,7 @@ from ..tree.selection import chooses_none
 from .formats import expand, is_quantized
 from .schemes import Scheme, int8
 
-MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down)"
+MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down|mixer_in|mixer_gate|mixer_out)"
 ENDS = r"embedding|head"
 
 
@@ -31,9 +31,9 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
     Args:
         scheme: int8, int4, w8a8, nf4, fp8, ternary, or another `Scheme`.
         where: a regular expression that the whole path must match, or a predicate of (path,
-            weight); all selected leaves use `scheme`. None selects q, k, v, o, gate, up and down of
-            every layer, and embedding and head with `scheme.for_head`; norms, biases, routers and
-            learned positions are not quantized.
+            weight); all selected leaves use `scheme`. None selects q, k, v, o, gate, up and down,
+            and mixer_in, mixer_gate and mixer_out, of every layer, and embedding and head with
+            `scheme.for_head`; norms, biases, routers and learned positions are not quantized.
 
     Raises:
         ValueError: a weight with NaN or Inf, or that the scheme cannot encode (the message names

@@ -7,6 +7,7 @@ weights       Layer, Params, shapes, initialize
 partition     how each weight is sharded over a mesh: the table
 parallel      collectives of a decoder whose weights or tokens are sharded
 lengths       reading behind a cache where rotary angles follow the length of the text
+recurrent     the recurrent layers by kind, and their states in a cache
 layer         one layer as a pure function: attention to cache and new tokens, feed-forward
 forward       the forward pass: embedding, the loop over layers, the last norm, the head
 likelihoods   the cross-entropy of next tokens, without all logits
@@ -27,7 +28,7 @@ from .forward import (
     predict,
     run_layers,
 )
-from .layer import LayerContext, block
+from .layer import LayerContext, LayerDelta, block
 from .lengths import cache_layers, continues, length_of, noted
 from .likelihoods import token_losses, vocabulary_size, weighted_loss
 from .model import decoder
@@ -47,6 +48,7 @@ __all__ = [
     "Kind",
     "Layer",
     "LayerContext",
+    "LayerDelta",
     "LayerSpec",
     "Params",
     "TENSOR",

@@ -28,6 +28,12 @@ GENERAL: Table = {
     "routing_scale": (1.0,),
     "shared_size": (0,),
     "shared_gated": (False,),
+    "attention_gate": ("none",),
+    "mixers": ((),),
+    **dict.fromkeys(("convolution_size", "convolution_bias"), ANY),  # of recurrent layers alone
+    **dict.fromkeys(("state_heads", "state_key_heads"), ANY),
+    **dict.fromkeys(("state_key_size", "state_value_size", "negative_eigenvalues"), ANY),
+    **dict.fromkeys(("mixer_norm_epsilon", "mixer_norm_placement"), ANY),
 }
 # The fields supported by paths that run layer.py itself: compiled decoding, which reads the cache,
 # prepares the weights and caches code for a config; and smoothing, which moves factors between the
@@ -47,7 +53,10 @@ FIELDS: Table = {
     **dict.fromkeys(("embedding_scale", "logit_scale", "logit_cap"), ANY),
     **GENERAL,
 }
-OF_LAYERS: Table = dict.fromkeys(("window", "rotary", "local", "experts"), ANY)
+OF_LAYERS: Table = {
+    **dict.fromkeys(("window", "rotary", "local", "experts"), ANY),
+    "mixer": ("attention",),
+}
 
 
 def why_not(config: Config, table: Table = FIELDS, of_layers: Table = OF_LAYERS) -> str:

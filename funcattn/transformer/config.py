@@ -17,6 +17,8 @@ HEAD_NORMS = ("none", "rms", "rms_width", "layer")
 PLACEMENTS = ("before", "after", "around")
 SCORES = ("softmax", "sigmoid")
 POSITIONS = ("rotary", "learned", "none")
+MIXERS = ("attention", "short_convolution", "gated_delta")
+GATES = ("none", "width", "head")
 
 
 class LayerSpec(NamedTuple):
@@ -26,6 +28,17 @@ class LayerSpec(NamedTuple):
     rotary: bool
     local: bool  # True: its rotary base is Config.local_rope_base
     experts: bool
+    mixer: str = "attention"  # of MIXERS
+
+    @property
+    def attends(self) -> bool:
+        """True where the layer has attention, whose keys and values are cached."""
+        return self.mixer == "attention"
+
+    @property
+    def recurs(self) -> bool:
+        """True where the layer has a recurrent state."""
+        return self.mixer != "attention"
 
 
 Kind = LayerSpec  # its deprecated name
@@ -73,6 +86,21 @@ class Config:
     sinks: bool = False  # one learned logit per head whose value is 0
     window: int | None = None  # tokens each token attends to, itself included
     window_layers: tuple[bool, ...] = ()  # layers with the window
+
+    # Attention's output times a sigmoid of its input: "width" for each feature, "head" each head.
+    attention_gate: str = "none"
+
+    # Recurrent layers, by kind: see `recurrent`. Their state is cached in the place of rows.
+    mixers: tuple[str, ...] = ()  # the kind of each layer, of MIXERS; () is attention in all
+    convolution_size: int = 0  # W, the width of a short convolution
+    convolution_bias: bool = False
+    state_heads: int = 0  # Hv, heads of the state of a scan
+    state_key_heads: int = 0  # Hk, of its keys and queries; Hv % Hk == 0
+    state_key_size: int = 0  # features of a key
+    state_value_size: int = 0  # features of a value
+    negative_eigenvalues: bool = False  # betas are from 0 to 2, not 1
+    mixer_norm_epsilon: float | None = None  # of the norm of a scan's output; None is norm_epsilon
+    mixer_norm_placement: str | None = None  # of recurrent layers; None is norm_placement
 
     # Positions.
     # or "learned", a table (context, E) added to the embedding, or "none"
@@ -152,6 +180,7 @@ class Config:
             ("norm_placement", PLACEMENTS),
             ("positions", POSITIONS),
             ("router_scores", SCORES),
+            ("attention_gate", GATES),
         ):
             if getattr(self, name) not in choices:
                 wanted = f"one of {', '.join(map(repr, choices))}"
@@ -166,6 +195,8 @@ class Config:
                     f"() or a tuple of {self.layers} bools, one a layer",
                     "Say it for every layer.",
                 )
+        if self.mixers:
+            self._check_mixers()
         if self.positions == "rotary":
             turning = self.head_size if self.rotary_size is None else self.rotary_size
             if turning % 2 or not 0 < turning <= self.head_size:
@@ -215,6 +246,53 @@ class Config:
                 "Set parallel=True, or let each have its norm.",
             )
 
+    def _check_mixers(self) -> None:
+        """Raise unless the recurrent layers are of known kinds, with the sizes they need."""
+        given = self.mixers
+        fail = lambda name, wanted, remedy: errors.fail(
+            "Config", name, wanted, repr(getattr(self, name)), remedy
+        )
+        if (
+            not isinstance(given, tuple)
+            or len(given) != self.layers
+            or any(kind not in MIXERS for kind in given)
+            or "attention" not in given
+        ):
+            wanted = f"() or a tuple of {self.layers} of {', '.join(MIXERS)}, one a layer at least "
+            fail("mixers", f"{wanted}with attention", "Say it for every layer.")
+        recurrent = {kind for kind in given if kind != "attention"}
+        if recurrent and self.convolution_size < 2:
+            fail("convolution_size", "at least 2 in recurrent layers", "It is the width W.")
+        if "gated_delta" in recurrent:
+            for name in ("state_heads", "state_key_heads", "state_key_size", "state_value_size"):
+                if getattr(self, name) < 1:
+                    fail(name, "at least 1 in layers of a scan", "Sizes are positive.")
+            if self.state_heads % self.state_key_heads:
+                fail(
+                    "state_key_heads",
+                    f"a divisor of state_heads = {self.state_heads}",
+                    "Each key head serves as many value heads.",
+                )
+        if self.mixer_norm_placement not in (None, *PLACEMENTS):
+            wanted = f"None or one of {', '.join(PLACEMENTS)}"
+            fail("mixer_norm_placement", wanted, "Choose one of these.")
+        if recurrent and self.follows_length:
+            fail(
+                "rope_scaling",
+                "one whose angles do not follow the length, beside recurrent layers",
+                'No family has both; "yarn" and "linear" do not follow it.',
+            )
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with attention: those of the rows of a cache, in order."""
+        return tuple(i for i in range(self.layers) if self.layer_spec(i).attends)
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with a state: those of the states of a cache, in order."""
+        return tuple(i for i in range(self.layers) if self.layer_spec(i).recurs)
+
     @property
     def scale(self) -> float:
         """The factor of attention logits."""
@@ -228,12 +306,15 @@ class Config:
             True
         """
         has = lambda layers: not layers or layers[layer]
-        local = self.window is not None and has(self.window_layers)
+        mixer = self.mixers[layer] if self.mixers else "attention"
+        attends = mixer == "attention"
+        local = attends and self.window is not None and has(self.window_layers)
         return LayerSpec(
             window=self.window if local else None,
-            rotary=self.positions == "rotary" and has(self.rotary_layers),
+            rotary=attends and self.positions == "rotary" and has(self.rotary_layers),
             local=local and self.local_rope_base is not None,
             experts=bool(self.experts) and has(self.expert_layers),
+            mixer=mixer,
         )
 
     kind = layer_spec  # its deprecated name

@@ -1,7 +1,7 @@
 """The forward pass of a decoder, written once.
 
     x = embed_tokens(tokens)
-    x, k, v = run(x)                for each layer
+    x, new = run(x)                 for each layer
     logits = lm_head(final_norm(x))
 
 `run` is an argument: the decoder runs a layer as it is or rematerialized, compiled decoding runs a
@@ -24,20 +24,18 @@ from ..masks import Mask
 from ..records import ABSENT, is_absent
 from . import lengths, parallel
 from .config import Config, LayerSpec
-from .layer import LayerContext
+from .layer import LayerContext, LayerDelta
 from .weights import Layer, Params
 
 
 class RunLayer(Protocol):
-    """(number, spec, weights, x, context) -> the residual (*lead, T, E) after the layer, and k, v.
-
-    Keys and values (*lead, K, T, D) are those of the new tokens; context is the same for all layers
-    of the spec.
+    """(number, spec, weights, x, context) -> the residual (*lead, T, E) after the layer, and what
+    the new tokens add to the cache; context is the same for all layers of the spec.
     """
 
     def __call__(
         self, number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext, /
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, LayerDelta]: ...
 
 
 def forward_pass(
@@ -52,7 +50,7 @@ def forward_pass(
     Args:
         config, params: of the model.
         tokens, positions: int64 (*lead, T).
-        through: the residual -> the residual after all layers, and their keys and values.
+        through: the residual -> the residual after all layers, and what these add to the cache.
     """
     x, delta = through(taps.tap("embedding", embed_tokens(config, params, tokens, positions)))
     return final_norm(config, params, x), delta
@@ -70,7 +68,7 @@ def run_layers(
     in_order: bool = True,
     length: Tensor | None = None,
 ) -> tuple[Tensor, Delta]:
-    """The residual after some layers, each computed by `run`, and their keys and values.
+    """The residual after some layers, each computed by `run`, and what they add to the cache.
 
     Args:
         config: of the model.
@@ -80,15 +78,14 @@ def run_layers(
         run: computes one layer.
     """
     contexts: dict[LayerSpec, LayerContext] = {}
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    added: list[tuple[LayerSpec, LayerDelta]] = []
     for number, (spec, layer) in enumerate(zip(specs, weights, strict=True)):
         if spec not in contexts:
             contexts[spec] = layer_context(config, spec, positions, mask, x.dtype, in_order, length)
-        x, k, v = run(number, spec, layer, x, contexts[spec])
-        keys.append(k)
-        values.append(v)
-    return x, Delta(tuple(keys), tuple(values))
+        x, new = run(number, spec, layer, x, contexts[spec])
+        added.append((spec, new))
+    keys, values = (tuple(new[side] for spec, new in added if spec.attends) for side in (0, 1))
+    return x, Delta(keys, values, tuple(new.steps for spec, new in added if spec.recurs))
 
 
 def embed_tokens(config: Config, params: Params, tokens: Tensor, positions: Tensor) -> Tensor:

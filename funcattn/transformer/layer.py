@@ -1,6 +1,6 @@
 """One layer of a decoder as a pure function of its weights.
 
-    x = x + attention(norm(x))              over the cache and the new tokens
+    x = x + attention(norm(x))              over the cache and the new tokens, or a recurrent mixer
     x = x + feed_forward(norm(x))           dense, or a mixture of experts
 
 Layers of one spec are one function of different weights: this function is what is compiled or
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from .. import kernels, layers, taps
 from ..kernels import Kernel, Part
-from ..layers import Rotation, Weight
+from ..layers import Rotation, State, Steps, Weight
 from ..masks import Mask
 from ..records import is_absent
 from ..rematerialization import remat
 from ..taps import tap
-from . import parallel
+from . import parallel, recurrent
 from .config import Config, LayerSpec
 from .weights import Layer
 
@@ -32,6 +32,14 @@ class LayerContext(NamedTuple):
     rotation: Rotation | tuple[()]
     mask: Mask | Tensor | None
     temperature: Tensor | tuple[()] = ()  # (*lead, 1, T, 1), a factor of queries
+
+
+class LayerDelta(NamedTuple):
+    """What new tokens add to the cache of a layer: k, v (*lead, K, T, D), or recurrent steps."""
+
+    k: Tensor | tuple[()]
+    v: Tensor | tuple[()]
+    steps: Steps = ()
 
 
 def block(
@@ -45,8 +53,9 @@ def block(
     name: str,
     kernel: str | Kernel | None,
     rows: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer: the residual (*lead, T, E) after it, and k, v (*lead, K, T, D) of the new tokens.
+    state: State = (),
+) -> tuple[Tensor, LayerDelta]:
+    """One layer: the residual (*lead, T, E) after it, and what new tokens add to its cache.
 
     Args:
         config, spec: of the layer.
@@ -58,13 +67,18 @@ def block(
         kernel: of attention; None chooses.
         rows: positions whose feed-forward is computed at a time, each block rematerialized; 0 is
             all.
+        state: that of a recurrent layer after the cached tokens; `()` without a cache.
     """
     y = (
         x
         if is_absent(weights.attention_norm)
         else _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
     )
-    attended, k, v = _attend(config, spec, weights, y, context, past, name, kernel)
+    if spec.recurs:
+        attended, steps = recurrent.mix(config, spec.mixer, weights, y, state, name)
+        new = LayerDelta((), (), steps)
+    else:
+        attended, new = _attend(config, spec, weights, y, context, past, name, kernel)
     if not is_absent(weights.attention_after_norm):
         attended = _norm(config, attended, weights.attention_after_norm, ())
     attended = tap(f"{name}.attention.output", attended)
@@ -82,7 +96,7 @@ def block(
         fed = _norm(config, fed, weights.feed_forward_after_norm, ())
     fed = tap(f"{name}.feed_forward.output", fed)
     x = _add(config, x, attended + fed) if config.parallel else _add(config, x, fed)
-    return tap(f"{name}.output", x), k, v
+    return tap(f"{name}.output", x), new
 
 
 def _add(config: Config, x: Tensor, more: Tensor) -> Tensor:
@@ -116,7 +130,7 @@ def _attend(
     past: Sequence[Part],
     name: str,
     kernel: str | Kernel | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, LayerDelta]:
     """What attention adds to the residual, and k, v (*lead, K, T, D) of the new tokens."""
     y = tap(f"{name}.attention.input", parallel.copy_to_region(y))
     (H, K), D = parallel.heads(config), config.head_size
@@ -154,8 +168,12 @@ def _attend(
         out = kernels.attend_parts(
             q, parts, scale=config.scale, cap=config.attention_cap, sinks=sinks, kernel=kernel
         )
-    mixed = tap(f"{name}.attention.mixed", out.transpose(-2, -3).flatten(-2))
-    return _affine(weights.o, weights.o_bias, mixed, ends=True), k, v
+    out = out.transpose(-2, -3)  # (*lead, T, H, D)
+    if config.attention_gate != "none":
+        gate = torch.sigmoid(layers.linear(weights.attention_gate, y))
+        out = out * torch.unflatten(gate, -1, (H, -1))
+    mixed = tap(f"{name}.attention.mixed", out.flatten(-2))
+    return _affine(weights.o, weights.o_bias, mixed, ends=True), LayerDelta(k, v)
 
 
 def _heads(config: Config, x: Tensor, norm: Weight, heads: int, D: int) -> Tensor:

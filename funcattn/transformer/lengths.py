@@ -56,9 +56,9 @@ class Text(NamedTuple):
 
 
 def cache_layers(config: Config) -> int:
-    """Layers of a cache: those of the model, and those that store the text where it is needed."""
+    """Layers of a cache: those with attention, and those that store the text where it is needed."""
     if not config.follows_length:
-        return config.layers
+        return len(config.attention_layers)
     return config.layers + -(-(1 + _digits(config)) // (2 * config.head_size))
 
 

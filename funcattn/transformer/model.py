@@ -19,15 +19,16 @@ from .. import caches, rematerialization, taps
 from ..caches import Cache, Delta, KVCache
 from ..core import errors
 from ..core.doors import door, what_is
-from ..kernels import Kernel
+from ..kernels import Kernel, Part
+from ..layers import State
 from ..masks import Mask
 from ..models import Made, Model, Past, written
 from ..records import ABSENT, is_absent
-from . import lengths, parallel
+from . import lengths, parallel, recurrent
 from .arguments import check_mask, positions_of
 from .config import Config, LayerSpec
 from .forward import RunLayer, forward_pass, lm_head, predict, run_layers
-from .layer import LayerContext, block
+from .layer import LayerContext, LayerDelta, block
 from .weights import Layer, Params, initialize
 
 
@@ -90,6 +91,7 @@ def decoder(
         errors.fail("decoder", "remat", wanted, repr(remat), "True recomputes whole layers.")
     rows = 0 if isinstance(remat, bool) else remat
     specs = [config.layer_spec(i) for i in range(config.layers)]
+    row_of = {number: row for row, number in enumerate(config.attention_layers)}  # of a cache
 
     @door
     def init(key: Tensor) -> Params:
@@ -130,9 +132,10 @@ def decoder(
                 "Pass one such as torch.bfloat16.",
                 TypeError,
             )
-        return kind.empty(
+        rows = kind.empty(
             lengths.cache_layers(config), parallel.heads(config)[1], size, config.head_size, dtype
         )
+        return recurrent.with_states(config, rows, dtype)
 
     @door
     def hidden(
@@ -159,6 +162,7 @@ def decoder(
         """
         at = positions_of(config, tokens, cache, positions)
         check_mask(mask, tokens.shape[-1])
+        recurrent.check(config, cache, mask)
         parallel.check(params, cache, mask)
         run = functools.partial(read, params)
         x, delta = lengths.hidden(config, run, tokens, cache, at, mask, positions is None)
@@ -177,19 +181,21 @@ def decoder(
     ) -> tuple[Tensor, Delta]:
         """`hidden` at given positions, in a text of that length (None where angles ignore it)."""
 
+        states = recurrent.states_of(config, cache)
+
         def run(
             number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext
-        ) -> tuple[Tensor, Tensor, Tensor]:
+        ) -> tuple[Tensor, LayerDelta]:
             past = (
                 ()
-                if is_absent(cache)
-                else tuple(caches.past(cache, number, positions, spec.window))
+                if is_absent(cache) or number not in row_of
+                else tuple(caches.past(cache, row_of[number], positions, spec.window))
             )
             layer = functools.partial(
                 _run, number, config, spec, name=f"layers.{number}", kernel=kernel, rows=rows
             )
             layer = rematerialization.remat(layer) if remat and not taps.heard() else layer
-            return layer(weights, x, context, past)
+            return layer(weights, x, context, past, states.get(number, ()))
 
         options: Any = {"mask": mask, "in_order": in_order, "length": length}
         if rows and is_absent(cache) and not taps.heard():
@@ -228,10 +234,19 @@ def decoder(
 
 
 def _run(
-    number: int, config: Config, spec: LayerSpec, weights: Layer, *rest: Any, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    number: int,
+    config: Config,
+    spec: LayerSpec,
+    weights: Layer,
+    x: Tensor,
+    context: LayerContext,
+    past: Sequence[Part],
+    state: State,
+    **options: Any,
+) -> tuple[Tensor, LayerDelta]:
     """A layer, with its weights gathered as this device needs them."""
-    return block(config, spec, parallel.layer(config, number, weights), *rest, **options)
+    whole = parallel.layer(config, number, weights)
+    return block(config, spec, whole, x, context, past, state=state, **options)
 
 
 def _in_segments(
@@ -250,7 +265,7 @@ def _in_segments(
 
     Source: Chen et al., Training deep nets with sublinear memory cost, arXiv:1604.06174.
     """
-    size, keys, values = math.isqrt(max(len(specs) - 1, 0)) + 1, (), ()
+    size, keys, values, steps = math.isqrt(max(len(specs) - 1, 0)) + 1, (), (), ()
     for first in range(0, len(specs), size):
         some, numbered = specs[first : first + size], _numbered_from(first, run)
         segment = rematerialization.remat(
@@ -260,7 +275,8 @@ def _in_segments(
         )
         x, delta = segment(weights[first : first + size], x, positions, options)
         keys, values = (*keys, *delta.k), (*values, *delta.v)
-    return x, Delta(keys, values)
+        steps = (*steps, *delta.steps)
+    return x, Delta(keys, values, steps)
 
 
 def _numbered_from(first: int, run: RunLayer) -> RunLayer:

@@ -6,6 +6,7 @@
                                   psum a region
     embedding head                rows: shards of the vocabulary columns
     positions                     replicated                     columns
+    recurrent layers              replicated                     columns or rows
     norms, routers, the rest      replicated                     replicated
 
 `sharding.tensor_parallel` and `fsdp` derive their specs from it; `parallel` derives the local
@@ -62,6 +63,12 @@ CUTS = {
         ("attention_norm_bias", "feed_forward_norm_bias", "o_bias", "down_bias"), WHOLE
     ),
     **dict.fromkeys(("norm", "norm_bias"), WHOLE),
+    "attention_gate": Cut(-2, -1),
+    # Recurrent layers are computed on every device of "tensor", outside of a region.
+    **dict.fromkeys(("mixer_in", "mixer_gate", "mixer_beta", "mixer_rate"), Cut(data=-1)),
+    "mixer_out": Cut(data=-2),
+    **dict.fromkeys(("mixer_in_bias", "mixer_out_bias", "mixer_norm"), WHOLE),
+    **dict.fromkeys(("convolution", "convolution_bias", "log_rate", "rate_bias"), WHOLE),
 }
 OF_EXPERTS = {"down_bias": Cut(once=True)}  # weights that layers of experts shard differently
 

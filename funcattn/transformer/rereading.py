@@ -69,10 +69,7 @@ def one_by_one(model: Model, params: Tree, tokens: Tensor, cache: Past) -> tuple
         )
         rows.append(x[0])
         deltas.append(delta)
-    together = lambda *parts: torch.cat(parts, -2)
-    return torch.stack(rows), Delta(
-        *(tuple(map(together, *sides)) for sides in zip(*deltas, strict=True))
-    )
+    return torch.stack(rows), caches.joined(deltas)
 
 
 def along(model: Model, params: Tree, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Delta]:

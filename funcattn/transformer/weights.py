@@ -9,9 +9,9 @@ from .. import randomness
 from ..layers import Weight
 from ..records import ABSENT, is_absent, record
 from ..tree import Tree
-from .config import Config
+from .config import Config, LayerSpec
 
-WRITERS = ("o", "down", "shared_down")  # what writes into the residual
+WRITERS = ("o", "down", "shared_down", "mixer_out")  # what writes into the residual
 
 
 @record
@@ -48,6 +48,20 @@ class Layer(NamedTuple):
     shared_up: Weight = ABSENT  # (F, E)
     shared_down: Weight = ABSENT  # (E, F)
     shared_router: Weight = ABSENT  # (1, E)
+    attention_gate: Weight = ABSENT  # (H D, E) or (H, E)
+    # Of a recurrent layer; C features are convolved, Hv heads have a state.
+    mixer_in: Weight = ABSENT  # (C, E), what is convolved, of short convolutions (3 C, E)
+    mixer_gate: Weight = ABSENT  # (Hv Dv, E), of the output
+    mixer_beta: Weight = ABSENT  # (Hv, E), how much is written
+    mixer_rate: Weight = ABSENT  # (Hv, E), of the decay
+    mixer_out: Weight = ABSENT  # (E, Hv Dv), of short convolutions (E, C)
+    mixer_in_bias: Weight = ABSENT  # (C,), of short convolutions (3 C,)
+    mixer_out_bias: Weight = ABSENT  # (E,)
+    convolution: Weight = ABSENT  # (C, W), its last column for the newest token
+    convolution_bias: Weight = ABSENT  # (C,)
+    log_rate: Weight = ABSENT  # (Hv,), log of the rate of decay
+    rate_bias: Weight = ABSENT  # (Hv,)
+    mixer_norm: Weight = ABSENT  # (Dv,), of the output of a scan
 
 
 @record
@@ -68,7 +82,7 @@ def shapes(config: Config) -> Params:
     E, V = config.width, config.vocabulary
     return Params(
         embedding=(V, E),
-        layers=tuple(_layer(config, config.layer_spec(i).experts) for i in range(config.layers)),
+        layers=tuple(_layer(config, config.layer_spec(i)) for i in range(config.layers)),
         norm=(E,),
         head=ABSENT if config.tied else (V, E),
         positions=(config.context, E) if config.positions == "learned" else ABSENT,
@@ -77,8 +91,9 @@ def shapes(config: Config) -> Params:
     )
 
 
-def _layer(config: Config, experts: bool) -> Layer:
+def _layer(config: Config, spec: LayerSpec) -> Layer:
     E, D, H, K = config.width, config.head_size, config.heads, config.kv_heads
+    experts, attends = spec.experts, spec.attends
     F = config.expert_size if experts else config.feed_forward
     many = (config.experts,) if experts else ()
     where = lambda condition, shape: shape if condition else ABSENT
@@ -88,14 +103,18 @@ def _layer(config: Config, experts: bool) -> Layer:
         "rms_width": lambda n: (n * D,),
         "layer": lambda n: (n, D),
     }
-    before, after = config.norm_placement != "after", config.norm_placement != "before"
+    placement = config.norm_placement
+    if spec.recurs and config.mixer_norm_placement is not None:
+        placement = config.mixer_norm_placement
+    before, after = placement != "after", placement != "before"
     two, shared = not config.shared_norm, experts and config.shared_size > 0
+    of_gate = {"none": ABSENT, "width": (H * D, E), "head": (H, E)}[config.attention_gate]
     return Layer(
         attention_norm=where(before, (E,)),
-        q=(H * D, E),
-        k=(K * D, E),
-        v=(K * D, E),
-        o=(E, H * D),
+        q=where(attends, (H * D, E)),
+        k=where(attends, (K * D, E)),
+        v=where(attends, (K * D, E)),
+        o=where(attends, (E, H * D)),
         feed_forward_norm=where(before and two, (E,)),
         gate=where(config.gated, (*many, F, E)),
         up=(*many, F, E),
@@ -104,13 +123,13 @@ def _layer(config: Config, experts: bool) -> Layer:
         feed_forward_norm_bias=where(config.norm_bias and two, (E,)),
         attention_after_norm=where(after, (E,)),
         feed_forward_after_norm=where(after, (E,)),
-        q_norm=head_norm[config.head_norm](H),
-        k_norm=head_norm[config.head_norm](K),
-        sinks=where(config.sinks, (H,)),
-        q_bias=where(config.qkv_bias, (H * D,)),
-        k_bias=where(config.qkv_bias, (K * D,)),
-        v_bias=where(config.qkv_bias, (K * D,)),
-        o_bias=where(config.output_bias, (E,)),
+        q_norm=where(attends, head_norm[config.head_norm](H)),
+        k_norm=where(attends, head_norm[config.head_norm](K)),
+        sinks=where(attends and config.sinks, (H,)),
+        q_bias=where(attends and config.qkv_bias, (H * D,)),
+        k_bias=where(attends and config.qkv_bias, (K * D,)),
+        v_bias=where(attends and config.qkv_bias, (K * D,)),
+        o_bias=where(attends and config.output_bias, (E,)),
         gate_bias=where(config.feed_forward_bias and config.gated, (*many, F)),
         up_bias=where(config.feed_forward_bias, (*many, F)),
         down_bias=where(config.feed_forward_bias, (*many, E)),
@@ -121,7 +140,28 @@ def _layer(config: Config, experts: bool) -> Layer:
         shared_up=where(shared, (config.shared_size, E)),
         shared_down=where(shared, (E, config.shared_size)),
         shared_router=where(shared and config.shared_gated, (1, E)),
+        attention_gate=where(attends, of_gate),
+        **_mixer(config, spec),
     )
+
+
+def _mixer(config: Config, spec: LayerSpec) -> dict[str, Tree]:
+    """The shapes of the weights of a recurrent layer."""
+    E, W, bias = config.width, config.convolution_size, config.convolution_bias
+    if spec.mixer == "short_convolution":
+        shapes: dict[str, Tree] = {"mixer_in": (3 * E, E), "mixer_out": (E, E)}
+        shapes["convolution"] = (E, W)
+        biases = {"mixer_in_bias": (3 * E,), "mixer_out_bias": (E,), "convolution_bias": (E,)}
+        return {**shapes, **(biases if bias else {})}
+    if spec.mixer == "gated_delta":
+        Hv, Hk = config.state_heads, config.state_key_heads
+        Dk, Dv = config.state_key_size, config.state_value_size
+        C = 2 * Hk * Dk + Hv * Dv
+        shapes = {"mixer_in": (C, E), "mixer_gate": (Hv * Dv, E), "mixer_out": (E, Hv * Dv)}
+        shapes |= dict.fromkeys(("mixer_beta", "mixer_rate"), (Hv, E))
+        shapes |= dict.fromkeys(("log_rate", "rate_bias"), (Hv,))
+        return {**shapes, "convolution": (C, W), "mixer_norm": (Dv,)}
+    return {}
 
 
 def initialize(key: Tensor, config: Config) -> Params:
@@ -138,10 +178,16 @@ def initialize(key: Tensor, config: Config) -> Params:
     def draw(key: Tensor, name: str, shape: Tree) -> Weight:
         if is_absent(shape):
             return ABSENT
+        if name == "mixer_norm":  # without the offset of the others
+            return torch.ones(shape, device=key.device)
         if name.endswith("norm"):
             return torch.full(shape, 1.0 - config.norm_offset, device=key.device)
         if name.endswith("bias") or name == "sinks":
             return torch.zeros(shape, device=key.device)
+        if name == "log_rate":  # rates from 1 to 16, as in the published models
+            return (1 + 15 * randomness.uniform(key, shape)).log()
+        if name == "convolution":
+            return randomness.normal(key, shape) * shape[-1] ** -0.5
         return randomness.normal(key, shape) * residual.get(name, 0.02)
 
     def fields(key: Tensor, record: Layer) -> list[Weight]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ... import caches, collectives, randomness, sampling, transformer, tree
-from ...caches import Branch, Cache, KVCache
+from ...caches import Branch, Cache, Delta, Hybrid, KVCache
 from ...core import errors
 from ...core.doors import door, printed, reprinted, uncalled, what_is
 from ...models import Model, at_core, config_of, told
-from ...records import ABSENT, formerly, record
+from ...records import ABSENT, formerly, is_absent, record
 from ...sampling import Sampler
 from ...tree import Tree
 from ..loop import commit_owned, prefill
@@ -89,12 +89,14 @@ class ModelDrafterState(NamedTuple):
     """The state of a drafter that is a model.
 
     cache: of the text and the last draft. certain: int64 (), its length without the draft. states:
-    sampler states before each token of the last draft and after it, leaves (N + 1, ...).
+    sampler states before each token of the last draft and after it, leaves (N + 1, ...). draft: the
+    delta of the last draft, for a cache with recurrent states, which is then that before it.
     """
 
     cache: KVCache
     certain: Tensor
     states: Tree
+    draft: Delta | tuple[()] = ABSENT
 
 
 @door(name="drafters.model")
@@ -122,13 +124,8 @@ def model(
     """
     _check_length("drafters.model", length)
     if not errors.is_count(chunk, 1):
-        errors.fail(
-            "drafters.model",
-            "chunk",
-            "an int, at least 1",
-            repr(chunk),
-            "Tokens of the prompt read at a time.",
-        )
+        remedy = "Tokens of the prompt read at a time."
+        errors.fail("drafters.model", "chunk", "an int, at least 1", repr(chunk), remedy)
 
     def logits_of(x: Tensor) -> Tensor:
         logits = model.logits(params, x[-1])
@@ -159,13 +156,14 @@ def model(
     def read(
         key: Tensor, last: Tensor, state: ModelDrafterState, whole: bool
     ) -> tuple[Draft, ModelDrafterState]:
-        cache, token, tokens, probs, states = state.cache, last, [], [], []
+        cache, token, tokens, probs, states, deltas = state.cache, last, [], [], [], []
         dense = _is_dense(cache)
         owned = not whole and dense  # rows beyond the cache's length may be overwritten
         now = sampler.observe(last, select_state(state.states, torch.zeros_like(last)))
         keys = () if sampler.deterministic else randomness.split(key, length).unbind()
         for n in range(length):
             x, delta = model.hidden(params, token.reshape(1), cache)
+            deltas.append(delta)
             if n < length - 1 or whole:
                 # A cache that the first commit has copied is written in place from then on.
                 ours = dense and (n > 0 or owned)
@@ -181,6 +179,7 @@ def model(
             now = sampler.observe(token, now)
         if whole:  # the last token is read too: the cache is complete where all are accepted
             x, delta = model.hidden(params, token.reshape(1), cache)
+            deltas.append(delta)
             cache = commit_owned(cache, delta, 1) if dense else caches.commit(cache, delta, 1)
             now = sampler.update(logits_of(x), now)[1] if tree.leaves(now) else now
         states = tree.map(lambda *leaves: torch.stack(leaves), *states, now)
@@ -189,6 +188,8 @@ def model(
             torch.stack(probs) if probs else ABSENT,
             torch.full_like(last, length),
         )
+        if whole and caches.states(cache):  # states cannot be shortened: `keep` commits again
+            return draft, state._replace(states=states, draft=caches.joined(deltas))
         return draft, ModelDrafterState(cache, state.certain, states)
 
     def propose(
@@ -205,8 +206,12 @@ def model(
 
     def keep(tokens: Tensor, count: Tensor, state: ModelDrafterState) -> ModelDrafterState:
         certain = state.certain + count  # `last` of propose, and all new tokens but the last
-        cache = caches.with_length(state.cache, certain)
-        return keep_states(tokens, count, state)._replace(cache=cache, certain=certain)
+        if is_absent(state.draft):
+            cache = caches.with_length(state.cache, certain)
+        else:
+            cache = caches.commit(state.cache, state.draft, count)
+        kept = keep_states(tokens, count, state)
+        return kept._replace(cache=cache, certain=certain, draft=ABSENT)
 
     sharing = Sharing(
         model, share, lambda key, last, state: read(key, last, state, False), keep_states
@@ -241,14 +246,8 @@ def skip(
     """
     config = config_of(model, "hidden")
     if config is None:
-        errors.fail(
-            "drafters.skip",
-            "model",
-            "from fa.decoder",
-            told(model),
-            "Make it with fa.decoder.",
-            TypeError,
-        )
+        remedy = "Make it with fa.decoder."
+        errors.fail("drafters.skip", "model", "from fa.decoder", told(model), remedy, TypeError)
     out = set(layers)
     if not out or not out < set(range(config.layers)):
         wanted = f"some of 0..{config.layers - 1}, not all"
@@ -385,15 +384,11 @@ def _is_ids(x: object) -> bool:
 
 
 def _is_dense(cache: KVCache) -> bool:
+    cache = cache.rows if isinstance(cache, Hybrid) else cache
     return type(cache) is Cache or (type(cache) is Branch and type(cache.tail) is Cache)
 
 
 def _check_length(function: str, length: int) -> None:
     if not errors.is_count(length, 1):
-        errors.fail(
-            function,
-            "length",
-            "an int, at least 1",
-            repr(length),
-            "Draft one token at least; 4 is usual.",
-        )
+        remedy = "Draft one token at least; 4 is usual."
+        errors.fail(function, "length", "an int, at least 1", repr(length), remedy)

@@ -11,7 +11,7 @@ from ...core import errors
 from ...layers import Weight
 from ...models import Model, config_of, told
 from ...progress import track
-from ...transformer import Config, Layer, LayerContext, LayerSpec, Params
+from ...transformer import Config, Layer, LayerContext, LayerDelta, LayerSpec, Params
 
 FEEDS = {  # a tap of a layer -> the matrices that its value is multiplied by
     "attention.input": ("q", "k", "v"),
@@ -109,7 +109,7 @@ def walk(
 
     def run(
         number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, LayerDelta]:
         through = lambda layer, row: transformer.block(
             config, spec, layer, row, context, (), name="", kernel=model.kernel
         )[0]
@@ -132,8 +132,7 @@ def walk(
         done.append(changed)
         if progress is not None:
             progress(number + 1, config.layers)
-        nothing = x.new_empty(0)  # keys and values are not needed
-        return after, nothing, nothing
+        return after, LayerDelta((), ())  # what a cache needs is not
 
     weights = params.layers if progress is not None else track(params.layers, "calibrating layer")
     x = transformer.embed_tokens(config, params, windows, positions)

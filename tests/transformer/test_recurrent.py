@@ -1,0 +1,289 @@
+"""Models with recurrent layers: their states are values, as the rows of attention are.
+
+Each law is one of decoders with attention alone; the kinds of layers are in `CONFIGS`.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch.func import grad, jvp, vmap
+
+import funcattn as fa
+from funcattn import caches, masks, tree
+
+SMALL = fa.Config(
+    vocabulary=40, width=16, layers=3, heads=2, kv_heads=1, head_size=8, feed_forward=24
+)
+
+
+def config(kind, **fields):
+    return dataclasses.replace(SMALL, mixers=(kind, "attention", kind), **fields)
+
+
+CONFIGS = {
+    "short_convolution": config("short_convolution", convolution_size=3, convolution_bias=True),
+    "gated_delta": config(
+        "gated_delta",
+        convolution_size=4,
+        state_heads=4,
+        state_key_heads=2,
+        state_key_size=6,
+        state_value_size=3,
+        negative_eigenvalues=True,
+        mixer_norm_placement="around",
+        attention_gate="width",
+    ),
+}
+TOKENS = fa.random.randint(fa.key(1), (20,), 0, 40)
+close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
+
+
+@functools.cache
+def of_kind(kind):
+    """A decoder and weights in float64, matrices so large that texts do not repeat one token."""
+    model = fa.decoder(CONFIGS[kind])
+    big = lambda x: (x if x.dim() == 1 or x.shape[-1] < 5 else 20 * x).double()
+    return model, tree.map(big, model.init(fa.key(3)))
+
+
+@pytest.fixture(params=CONFIGS.keys())
+def made(request):
+    return of_kind(request.param)
+
+
+def room(model, size=32, kind=fa.Cache):
+    return model.cache(size, kind=kind, dtype=torch.float64)
+
+
+def read(model, params, tokens, past):
+    return model.apply(params, tokens, past)
+
+
+def naive(model, params, prompt, steps):
+    """Greedy continuation, each token from one pass over the whole text."""
+    for _ in range(steps):
+        last = model.extend(params, prompt)[0][-1]
+        prompt = torch.cat([prompt, last.argmax().reshape(1)])
+    return prompt[-steps:]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [fa.Cache, caches.pages(block=4), caches.ring(window=64, tail=8)],
+    ids=["dense", "pages", "ring"],
+)
+def test_steps_equal_the_whole_whatever_was_rejected(made, kind):
+    """Each step reads some tokens that are then rejected: they leave no trace in a state."""
+    model, params = made
+    whole = model.extend(params, TOKENS)[0]
+    past, rows, at = room(model, kind=kind), [], 0
+    for n in (7, 1, 3, 0, 4, 5):
+        drafted = torch.cat([TOKENS[at : at + n], TOKENS[:2]])
+        logits, delta = model.extend(params, drafted, past)
+        past, at = fa.commit(past, delta, n), at + n
+        rows.append(logits[:n])
+    close(torch.cat(rows), whole)
+    assert int(past.length) == 20
+
+
+def test_rows_under_vmap_commit_numbers_of_their_own(made):
+    model, params = made
+    _, past = read(model, params, TOKENS[:5], room(model))
+    _, delta = model.extend(params, TOKENS[5:9], past)
+    numbers = torch.arange(5)
+    after = lambda n: model.extend(params, TOKENS[9:12], fa.commit(past, delta, n))[0]
+    close(vmap(after)(numbers), torch.stack([after(int(n)) for n in numbers]))
+
+
+def test_a_fork_and_an_older_value_are_unchanged_by_what_follows(made):
+    model, params = made
+    _, past = read(model, params, TOKENS[:6], room(model))
+    before = tree.map(torch.clone, past)
+    texts = torch.stack([TOKENS[6:12], TOKENS[9:15]])
+    forks = vmap(lambda text: read(model, params, text, past)[0])(texts)
+    for text, got in zip(texts, forks, strict=True):
+        close(got, model.extend(params, torch.cat([TOKENS[:6], text]))[0][6:])
+    for now, then in zip(tree.leaves(past), tree.leaves(before), strict=True):
+        assert torch.equal(now, then)
+
+
+def test_generation_is_that_of_the_whole_text_in_ragged_batches_too(made):
+    """Padding of a prompt touches no state."""
+    model, params = made
+    lengths = torch.tensor([20, 11, 5])
+    one = lambda n: fa.generate(
+        fa.key(2), model, params, TOKENS, steps=6, prompt_length=n, chunk=8
+    )[0]
+    got = vmap(one)(lengths)
+    for n, tokens in zip(lengths.tolist(), got, strict=True):
+        wanted = naive(model, params, TOKENS[:n], 6)
+        assert torch.equal(tokens, wanted)
+        assert torch.equal(wanted, fa.generate(fa.key(2), model, params, TOKENS[:n], steps=6)[0])
+    assert len({tuple(row) for row in got.tolist()}) == 3  # no text of one token
+
+
+def test_generation_goes_on_from_a_cache_and_from_a_flat_copy_of_it(made):
+    model, params = made
+    wanted = naive(model, params, TOKENS, 8)
+    go_on = lambda past, text, steps: fa.generate(fa.key(2), model, params, text, past, steps=steps)
+    _, dense = read(model, params, TOKENS[:5], room(model, 40))
+    for past in (dense, fa.Branch(dense, room(model, 30))):
+        first, after = go_on(past, TOKENS[5:], 4)
+        assert torch.equal(first, wanted[:4])
+        for flat in (after, caches.grow(after, 9), caches.flatten(after)):
+            assert torch.equal(go_on(flat, first[-1:], 4)[0], wanted[4:])
+
+
+def test_beams_are_those_of_whole_texts(made):
+    model, params = made
+    found = fa.search.beam_search(model, params, TOKENS[:6], steps=4, beams=3, best=3)
+    for tokens, score in zip(found.tokens, found.scores, strict=True):
+        text = torch.cat([TOKENS[:6], tokens])
+        log_p = model.extend(params, text)[0].log_softmax(-1)[5:-1]
+        close(score, log_p.gather(-1, tokens.unsqueeze(-1)).sum() / 4)
+
+
+@pytest.mark.parametrize("draft", ["lookup", "int8", "another"])
+def test_drafts_change_no_greedy_text(made, draft):
+    model, params = made
+    params = fa.cast(torch.float32)(params)  # the dtype of what int8 expands to
+    lookup = fa.drafters.prompt_lookup(length=3)
+    small = fa.quantize(fa.int8)(params)
+    drafter = {
+        "lookup": lambda: lookup,
+        "int8": lambda: fa.drafters.model(model, small, length=3),
+        "another": lambda: fa.drafters.model(fa.decoder(model.config), small, length=3),
+    }[draft]()
+    done, past = fa.speculate(fa.key(3), model, params, drafter, TOKENS, steps=9)
+    wanted = naive(model, params, TOKENS, 9)
+    assert torch.equal(done.tokens, wanted)
+    torch.testing.assert_close(
+        model.extend(params, done.tokens[-1:], past)[0][0],
+        model.extend(params, torch.cat([TOKENS, wanted]))[0][-1],
+        rtol=1e-4,  # float32, whose weights are twenty times those of a fresh model
+        atol=1e-4,
+    )
+    if draft != "lookup":
+        assert int(done.stats.accepted) > 0
+
+
+def test_slots_serve_texts_side_by_side(made):
+    model, params = made
+    past = read(model, params, TOKENS[:4], room(model, 8))[1]
+    for prefix, before in (((), TOKENS[:0]), (past, TOKENS[:4])):
+        slots = fa.serving.idle(model, params, room(model, 24), 2, prefix=prefix)
+        prompts = TOKENS[4:9], TOKENS[9:12]
+        written = [[], []]
+        for i, prompt in enumerate(prompts):
+            slots = fa.serving.enter(fa.key(i), model, params, prompt, slots, i, steps=3 + i)
+        for _ in range(4):
+            served, slots = fa.serving.step(model, params, slots)
+            for i in range(2):
+                written[i] += served.token[i : i + 1].tolist() if served.drawn[i] else []
+        slots = fa.serving.enter(fa.key(5), model, params, prompts[1], slots, 0, steps=2)
+        again = [int(fa.serving.step(model, params, slots)[0].token[0])]
+        for i, prompt in enumerate(prompts):
+            wanted = naive(model, params, torch.cat([before, prompt]), 3 + i)
+            assert written[i] == wanted.tolist()
+        assert again == written[1][:1]
+
+
+def test_derivatives_through_states_are_those_of_the_whole(made):
+    """Of the weights, first and second, read at once and in two parts behind a cache."""
+    model, params = made
+    tokens = TOKENS[:10]
+
+    def whole(params):
+        return model.extend(params, tokens)[0].sin().sum()
+
+    def parts(params):
+        first, past = read(model, params, tokens[:6], room(model, 10))
+        return first.sin().sum() + model.extend(params, tokens[6:], past)[0].sin().sum()
+
+    tangent = tree.map(torch.cos, params)
+    for order in (
+        lambda f: grad(f)(params),
+        lambda f: jvp(f, (params,), (tangent,))[1],
+        lambda f: jvp(grad(f), (params,), (tangent,))[1],
+    ):
+        for x, y in zip(tree.leaves(order(parts)), tree.leaves(order(whole)), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8 * float(y.abs().max()))
+
+
+def test_rematerialized_layers_have_the_same_gradient(made):
+    model, params = made
+    loss = lambda model: lambda params: model.extend(params, TOKENS)[0].sin().sum()
+    wanted = grad(loss(model))(params)
+    for remat in (True, 8):
+        got = grad(loss(fa.decoder(model.config, remat=remat)))(params)
+        for x, y in zip(tree.leaves(got), tree.leaves(wanted), strict=True):
+            close(x, y, rtol=1e-9, atol=1e-9 * float(y.abs().max()))
+
+
+def test_what_a_state_cannot_do_is_refused_with_the_remedy(made):
+    model, params = made
+    _, past = read(model, params, TOKENS[:4], room(model))
+    _, delta = model.extend(params, TOKENS[4:7], past)
+    with pytest.raises(TypeError, match=r"recurrent state cannot be shortened\. Keep the older"):
+        caches.with_length(past, torch.tensor(2))
+    with pytest.raises(ValueError, match="index should be None for recurrent layers"):
+        fa.commit(past, delta, index=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="mask should be None for a model with recurrent layers"):
+        model.extend(params, TOKENS[:4], mask=masks.causal(4))
+    with pytest.raises(ValueError, match="with the states of 2 recurrent layers, got one with 0"):
+        model.extend(params, TOKENS[:4], past.rows)
+    plain = fa.decoder(dataclasses.replace(SMALL, layers=1))
+    with pytest.raises(ValueError, match="with the states of 0 recurrent layers, got one with 2"):
+        plain.extend(plain.init(fa.key(0)), TOKENS[:4], past)
+
+
+def test_a_config_says_what_recurrent_layers_need():
+    for fields, wanted in (
+        ({"mixers": ("attention",)}, "a tuple of 3 of attention"),
+        ({"mixers": ("short_convolution",) * 3}, "at least with attention"),
+        ({"mixers": ("attention", "attention", "magic")}, "one a layer"),
+        ({"mixers": ("attention", "attention", "short_convolution")}, "convolution_size"),
+        (
+            {
+                "mixers": ("attention", "attention", "short_convolution"),
+                "convolution_size": 3,
+                "rope_scaling": fa.layers.RopeScaling("dynamic", factor=2.0, context=64),
+            },
+            "rope_scaling should be one whose angles do not follow the length",
+        ),
+        ({"attention_gate": "wide"}, "attention_gate should be one of"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            dataclasses.replace(SMALL, **fields)
+
+
+@pytest.mark.parametrize("gate", ["width", "head"])
+def test_an_attention_gate_multiplies_the_output_of_its_heads(gate):
+    """Gates of zero rows are a factor of one half, which o can have instead."""
+    plain = fa.decoder(dataclasses.replace(SMALL, layers=1))
+    gated = fa.decoder(dataclasses.replace(SMALL, layers=1, attention_gate=gate))
+    params = fa.cast(torch.float64)(gated.init(fa.key(0)))
+    (layer,) = params.layers
+    closed = layer._replace(attention_gate=torch.zeros_like(layer.attention_gate))
+    halved = layer._replace(attention_gate=(), o=layer.o / 2)
+    close(
+        gated.extend(params._replace(layers=(closed,)), TOKENS)[0],
+        plain.extend(params._replace(layers=(halved,)), TOKENS)[0],
+    )
+    shut = torch.zeros_like(layer.attention_gate)
+    shut[: shut.shape[0] // 2] = layer.attention_gate[: shut.shape[0] // 2]  # of the first head
+    by_hand = layer._replace(attention_gate=shut)
+    second = layer.o.clone()
+    second[:, :8] = 0  # the first head is left out
+    without = layer._replace(o=second)
+    half = layer._replace(attention_gate=(), o=second / 2)
+    close(
+        gated.extend(params._replace(layers=(by_hand._replace(o=second),)), TOKENS)[0],
+        plain.extend(params._replace(layers=(half,)), TOKENS)[0],
+    )
+    assert not torch.equal(
+        gated.extend(params._replace(layers=(without,)), TOKENS)[0],
+        gated.extend(params._replace(layers=(by_hand._replace(o=second),)), TOKENS)[0],
+    )
