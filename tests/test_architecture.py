@@ -126,7 +126,7 @@ TESTED_BY = {
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
-    "family_peers": "checkpoints.families: dense_variants falcon fused gemma gpt "
+    "family_peers": "checkpoints.families: dense_variants distances falcon fused gated gemma gpt "
     "gpt_variants granite granite_mixtures llama llama_variants mixture_variants mixtures olmo "
     "sigmoid_mixtures towers",
     "gguf_families": "checkpoints.families: architectures",
@@ -161,7 +161,7 @@ TESTED_BY = {
     "tools": "kernels.closed: flops",
     "transformer.lengths": "transformer: rereading",
     "layers.recurrence": "layers: delta_states",
-    "transformer.recurrent": "caches: delta hybrid",
+    "transformer.recurrent": "transformer: mixers; caches: delta hybrid",
     "transformer.partition": "transformer: parallel; layers: layouts",
 }
 

@@ -8,6 +8,7 @@
     activations the activations of a feed-forward
     recurrence  state_after, join_steps: the states of recurrent layers as values
     short_convolution   convolve, and its state
+    alibi       a bias linear in the distance, as columns of queries and keys
     experts     route, linear_experts: mixture of experts with static shapes
     scans       Scanned: a linear attention that forgets, in chunks
     delta_states   delta_net: the gated delta rule behind a state
@@ -17,7 +18,9 @@ Matrices are (out, in), as torch and Hugging Face store them. A quantized weight
 registers its implementations.
 """
 
-from .activations import ACTIVATIONS, activate, gated
+from .activations import ACTIVATIONS, activate, gated, xielu
+from .alibi import COLUMNS as ALIBI_COLUMNS
+from .alibi import key_columns, query_columns, slopes
 from .delta_rule import gated_delta, gated_delta_states
 from .delta_states import DeltaState, DeltaSteps, delta_net
 from .experts import linear_experts, route
@@ -47,6 +50,7 @@ SEVERAL = MAX_UNROLLED_VECTORS  # Alias: the earlier name.
 
 __all__ = [
     "ACTIVATIONS",
+    "ALIBI_COLUMNS",
     "BLOCK",
     "Blocks",
     "ConvolutionState",
@@ -73,6 +77,7 @@ __all__ = [
     "gated_delta_states",
     "is_vector",
     "join_steps",
+    "key_columns",
     "layer_norm",
     "linear",
     "linear_attention",
@@ -80,13 +85,16 @@ __all__ = [
     "linear_experts",
     "linears",
     "prepare",
+    "query_columns",
     "rms_norm",
     "rope",
     "rotate",
     "route",
     "rows_from",
     "rows_times",
+    "slopes",
     "state_after",
     "state_space",
     "together",
+    "xielu",
 ]

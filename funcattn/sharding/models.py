@@ -29,7 +29,7 @@ from ..core.doors import door
 from ..masks import Mask
 from ..models import Model, Past, written
 from ..records import ABSENT, is_absent
-from ..transformer import TENSOR, Config, cache_layers
+from ..transformer import TENSOR, Config, cache_layers, empty_cache
 from ..tree import Tree
 from .devices import bind, refuse_transform, stacked
 from .mesh import Grid, Mesh, P, axes_of, is_spec
@@ -178,4 +178,4 @@ def _simulate(
 def _room(
     config: Config, n: int, size: int, *, kind: type = Cache, dtype: torch.dtype | None = None
 ) -> Tree:
-    return kind.empty(cache_layers(config), max(config.kv_heads, n), size, config.head_size, dtype)
+    return empty_cache(config, max(config.kv_heads, n), size, kind, dtype)

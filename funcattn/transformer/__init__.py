@@ -1,5 +1,6 @@
 """The decoder: one Config, one tree of Params, six pure functions.
 
+mixers        the kinds of layers, attention and recurrent ones
 config        Config: the hyperparameters that weights do not determine
 arguments     tokens, cache, positions and mask of a call, validated
 capabilities  which values of Config a fast path computes: an allow-list
@@ -29,7 +30,7 @@ from .forward import (
     run_layers,
 )
 from .layer import LayerContext, LayerDelta, block
-from .lengths import cache_layers, continues, length_of, noted
+from .lengths import cache_layers, continues, empty_cache, length_of, noted
 from .likelihoods import token_losses, vocabulary_size, weighted_loss
 from .model import decoder
 from .partition import DATA, TENSOR
@@ -59,6 +60,7 @@ __all__ = [
     "continues",
     "decoder",
     "embed_tokens",
+    "empty_cache",
     "final_norm",
     "forward_pass",
     "finish",

@@ -11,14 +11,14 @@ from .. import layers
 from ..core import errors
 from ..core.doors import made
 from ..layers import RopeScaling
+from .mixers import check_mixers
 
 NORMS = ("rms", "layer")
-HEAD_NORMS = ("none", "rms", "rms_width", "layer")
-PLACEMENTS = ("before", "after", "around")
+HEAD_NORMS = ("none", "rms", "rms_width", "layer", "unit")
+PLACEMENTS = ("before", "after", "around", "residual")
 SCORES = ("softmax", "sigmoid")
-POSITIONS = ("rotary", "learned", "none")
-MIXERS = ("attention", "short_convolution", "gated_delta")
-GATES = ("none", "width", "head")
+POSITIONS = ("rotary", "learned", "alibi", "none")
+ATTENTION_GATES = ("none", "sigmoid", "softplus", "head_sigmoid", "head_softplus")
 
 
 class LayerSpec(NamedTuple):
@@ -63,7 +63,7 @@ class Config:
     kv_heads: int = 2  # K, key/value heads; H % K == 0
     head_size: int = 16  # D
     feed_forward: int = 128  # F
-    activation: str = "silu"  # of the feed-forward; see layers.ACTIVATIONS
+    activation: str = "silu"  # of the feed-forward: one of layers.ACTIVATIONS, or "xielu"
     norm_epsilon: float = 1e-5
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -75,20 +75,24 @@ class Config:
     qkv_bias: bool = False
     output_bias: bool = False
     # Norm of queries and keys before rotation: "rms" one weight (D,) for every head, "rms_width"
-    # over all heads together, "layer" a layer norm with weights (H, D).
+    # over all heads together, "layer" a layer norm with weights (H, D), "unit" an RMS norm without
+    # weights in the layers that turn.
     head_norm: str = "none"
-    late_head_norm: bool = False  # that norm, "rms" or "layer", after rotation
+    late_head_norm: bool = False  # that norm, of each head, after rotation
     qkv_limit: float | None = None  # queries, keys and values are clamped to [-limit, limit]
     attention_scale: float | None = None  # of logits; None is 1 / sqrt(D)
     attention_cap: float | None = None  # soft cap of logits
     # (b, n): queries at position t are multiplied by 1 + b log(1 + floor(t / n))
     attention_temperature: tuple[float, int] | None = None
+    # True: positions count from 1, and only in layers that do not turn
+    late_temperature: bool = False
+    # factor of what attention mixes, of the same input: "sigmoid" or "softplus" of each feature,
+    # or "head_sigmoid" or "head_softplus", one for each head
+    attention_gate: str = "none"
     sinks: bool = False  # one learned logit per head whose value is 0
     window: int | None = None  # tokens each token attends to, itself included
     window_layers: tuple[bool, ...] = ()  # layers with the window
-
-    # Attention's output times a sigmoid of its input: "width" for each feature, "head" each head.
-    attention_gate: str = "none"
+    chunked: bool = False  # the window is a chunk of the text: tokens of a chunk see each other
 
     # Recurrent layers, by kind: see `recurrent`. Their state is cached in the place of rows.
     mixers: tuple[str, ...] = ()  # the kind of each layer, of MIXERS; () is attention in all
@@ -103,7 +107,7 @@ class Config:
     mixer_norm_placement: str | None = None  # of recurrent layers; None is norm_placement
 
     # Positions.
-    # or "learned", a table (context, E) added to the embedding, or "none"
+    # or "learned", a table (context, E) added to the embedding, "alibi" (layers.alibi), or "none"
     positions: str = "rotary"
     rotary_size: int | None = None  # features of a head that are rotated; None is all
     rotary_layers: tuple[bool, ...] = ()  # layers with rotary embeddings
@@ -113,7 +117,10 @@ class Config:
     norm: str = "rms"  # or "layer"
     norm_bias: bool = False
     norm_offset: float = 0.0  # added to the weight; 1 in Gemma
-    norm_placement: str = "before"  # attention and feed-forward; "after" them; or "around": both
+    # before attention and feed-forward; "after" them; "around": both; or "residual": before them,
+    # x = norm(x), and what follows is added to that (a norm after the sum, by other names)
+    norm_placement: str = "before"
+    first_norm: bool = True  # False: none before the first attention
     parallel: bool = False  # attention and feed-forward read the same residual
     shared_norm: bool = False  # they also read the same norm of it; needs parallel
     residual_scale: float = 1.0  # factor of what attention and feed-forward add to the residual
@@ -135,9 +142,12 @@ class Config:
     routing_scale: float = 1.0  # factor of the weights of experts
     shared_size: int = 0  # F of an expert that every token takes; 0 is none
     shared_gated: bool = False  # its output times a sigmoid of one more row
+    routed_inputs: bool = False  # weights of experts multiply what these read, not what they give
 
     # Embedding and head.
     embedding_scale: float = 1.0
+    embedding_norm: bool = False  # after positions are added
+    head_transform: bool = False  # the head reads norm(activation(W x + b)), with the last norm
     logit_scale: float = 1.0
     logit_cap: float | None = None  # soft cap
 
@@ -174,13 +184,13 @@ class Config:
                 "Each key head serves H / K query heads.",
             )
         for name, choices in (
-            ("activation", tuple(layers.ACTIVATIONS)),
+            ("activation", (*layers.ACTIVATIONS, "xielu")),
             ("norm", NORMS),
             ("head_norm", HEAD_NORMS),
             ("norm_placement", PLACEMENTS),
             ("positions", POSITIONS),
             ("router_scores", SCORES),
-            ("attention_gate", GATES),
+            ("attention_gate", ATTENTION_GATES),
         ):
             if getattr(self, name) not in choices:
                 wanted = f"one of {', '.join(map(repr, choices))}"
@@ -196,7 +206,7 @@ class Config:
                     "Say it for every layer.",
                 )
         if self.mixers:
-            self._check_mixers()
+            check_mixers(self)
         if self.positions == "rotary":
             turning = self.head_size if self.rotary_size is None else self.rotary_size
             if turning % 2 or not 0 < turning <= self.head_size:
@@ -231,12 +241,18 @@ class Config:
                 f"groups_per_token = {kept} that hold experts_per_token = {self.experts_per_token}",
                 "Choose from fewer, larger groups.",
             )
-        if self.late_head_norm and self.head_norm not in ("rms", "layer"):
-            fail("late_head_norm", 'False without a head_norm of "rms" or "layer"', "Set both.")
-        if self.norm_placement != "before" and (self.parallel or self.norm_bias):
+        if self.late_head_norm and self.head_norm not in ("rms", "layer", "unit"):
+            wanted = 'False without a head_norm of "rms", "layer" or "unit"'
+            fail("late_head_norm", wanted, "Set both.")
+        if self.activation == "xielu" and (self.gated or self.experts):
+            fail("activation", "another where gated or of experts", "Set gated=False, experts=0.")
+        if self.chunked and self.window is None:
+            fail("chunked", "False without a window", "Say its size, window.")
+        biased = self.norm_bias and self.norm_placement != "residual"
+        if self.norm_placement != "before" and (self.parallel or biased):
             fail(
                 "norm_placement",
-                '"before" where blocks are parallel or norms have a bias',
+                '"before" where blocks are parallel or norms have a bias, or "residual"',
                 "No family has both.",
             )
         if self.shared_norm and not self.parallel:
@@ -244,43 +260,6 @@ class Config:
                 "shared_norm",
                 "False where blocks follow each other",
                 "Set parallel=True, or let each have its norm.",
-            )
-
-    def _check_mixers(self) -> None:
-        """Raise unless the recurrent layers are of known kinds, with the sizes they need."""
-        given = self.mixers
-        fail = lambda name, wanted, remedy: errors.fail(
-            "Config", name, wanted, repr(getattr(self, name)), remedy
-        )
-        if (
-            not isinstance(given, tuple)
-            or len(given) != self.layers
-            or any(kind not in MIXERS for kind in given)
-            or "attention" not in given
-        ):
-            wanted = f"() or a tuple of {self.layers} of {', '.join(MIXERS)}, one a layer at least "
-            fail("mixers", f"{wanted}with attention", "Say it for every layer.")
-        recurrent = {kind for kind in given if kind != "attention"}
-        if recurrent and self.convolution_size < 2:
-            fail("convolution_size", "at least 2 in recurrent layers", "It is the width W.")
-        if "gated_delta" in recurrent:
-            for name in ("state_heads", "state_key_heads", "state_key_size", "state_value_size"):
-                if getattr(self, name) < 1:
-                    fail(name, "at least 1 in layers of a scan", "Sizes are positive.")
-            if self.state_heads % self.state_key_heads:
-                fail(
-                    "state_key_heads",
-                    f"a divisor of state_heads = {self.state_heads}",
-                    "Each key head serves as many value heads.",
-                )
-        if self.mixer_norm_placement not in (None, *PLACEMENTS):
-            wanted = f"None or one of {', '.join(PLACEMENTS)}"
-            fail("mixer_norm_placement", wanted, "Choose one of these.")
-        if recurrent and self.follows_length:
-            fail(
-                "rope_scaling",
-                "one whose angles do not follow the length, beside recurrent layers",
-                'No family has both; "yarn" and "linear" do not follow it.',
             )
 
     @property
@@ -297,6 +276,11 @@ class Config:
     def scale(self) -> float:
         """The factor of attention logits."""
         return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def cached_size(self) -> int:
+        """Features of a key and of a value in a cache."""
+        return self.head_size + (layers.ALIBI_COLUMNS if self.positions == "alibi" else 0)
 
     def layer_spec(self, layer: int) -> LayerSpec:
         """The spec of a layer.
@@ -332,6 +316,6 @@ class Config:
         )
 
     def limit(self) -> int | None:
-        """The greatest length of a text; None for dynamic rotary angles or without positions."""
+        """The greatest length of a text; None for dynamic angles, ALiBi or no positions at all."""
         follows: Any = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
-        return None if follows or self.positions == "none" else self.context
+        return None if follows or self.positions in ("alibi", "none") else self.context

@@ -19,7 +19,7 @@ test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from ..core import errors
 from ..masks import Mask
 from ..models import Past
 from ..records import ABSENT, is_absent
-from . import parallel
+from . import parallel, recurrent
 from .config import Config
 
 BASE = 8  # of the digits of a token id
@@ -41,6 +41,22 @@ Run = Callable[
 ]
 # (tokens, cache, places, mask, in_order, length) -> (x, delta): the forward pass with the rotary
 # angles of a text of that length; places are the positions of the tokens.
+
+
+class CacheKind(Protocol):
+    """What makes empty caches: a type of cache, or a value such as `caches.pages()`."""
+
+    def empty(
+        self,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        /,
+    ) -> KVCache:
+        """A cache with room for `size` tokens."""
+        ...
 
 
 class Text(NamedTuple):
@@ -60,6 +76,14 @@ def cache_layers(config: Config) -> int:
     if not config.follows_length:
         return len(config.attention_layers)
     return config.layers + -(-(1 + _digits(config)) // (2 * config.head_size))
+
+
+def empty_cache(
+    config: Config, heads: int, size: int, kind: CacheKind, dtype: torch.dtype | None
+) -> KVCache:
+    """An empty cache of a kind, with room for `size` tokens and `heads` key/value heads."""
+    rows = kind.empty(cache_layers(config), heads, size, config.cached_size, dtype)
+    return recurrent.with_states(config, rows, dtype)
 
 
 def length_of(places: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ..records import ABSENT, is_absent
 from . import lengths, parallel, recurrent
 from .arguments import check_mask, positions_of
 from .config import Config, LayerSpec
-from .forward import RunLayer, forward_pass, lm_head, predict, run_layers
+from .forward import RunLayer, forward_pass, lm_head, predict, run_layers, seen
 from .layer import LayerContext, LayerDelta, block
 from .weights import Layer, Params, initialize
 
@@ -132,10 +132,7 @@ def decoder(
                 "Pass one such as torch.bfloat16.",
                 TypeError,
             )
-        rows = kind.empty(
-            lengths.cache_layers(config), parallel.heads(config)[1], size, config.head_size, dtype
-        )
-        return recurrent.with_states(config, rows, dtype)
+        return lengths.empty_cache(config, parallel.heads(config)[1], size, kind, dtype)
 
     @door
     def hidden(
@@ -186,11 +183,9 @@ def decoder(
         def run(
             number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext
         ) -> tuple[Tensor, LayerDelta]:
-            past = (
-                ()
-                if is_absent(cache) or number not in row_of
-                else tuple(caches.past(cache, row_of[number], positions, spec.window))
-            )
+            past: tuple[Part, ...] = ()
+            if not is_absent(cache) and spec.attends:
+                past = tuple(seen(config, spec, cache, row_of[number], positions))
             layer = functools.partial(
                 _run, number, config, spec, name=f"layers.{number}", kernel=kernel, rows=rows
             )

@@ -44,6 +44,11 @@ WHOLE = Cut()
 CUTS = {
     **dict.fromkeys(("embedding", "head"), Cut(-2, -1)),
     "positions": Cut(data=-1),
+    "attention_gate": Cut(-2, -1),
+    "activation_weights": Cut(region=True),
+    **dict.fromkeys(("embedding_norm", "embedding_norm_bias"), WHOLE),
+    **dict.fromkeys(("transform", "transform_bias"), WHOLE),
+    **dict.fromkeys(("transform_norm", "transform_norm_bias"), WHOLE),
     "q": Cut(-2, -1, by_head=True),
     **dict.fromkeys(("k", "v"), Cut(-2, -1, by_head=True, of_kv=True)),
     **dict.fromkeys(("o", "down", "shared_down"), Cut(-1, -2)),
@@ -63,7 +68,6 @@ CUTS = {
         ("attention_norm_bias", "feed_forward_norm_bias", "o_bias", "down_bias"), WHOLE
     ),
     **dict.fromkeys(("norm", "norm_bias"), WHOLE),
-    "attention_gate": Cut(-2, -1),
     # Recurrent layers are computed on every device of "tensor", outside of a region.
     **dict.fromkeys(("mixer_in", "mixer_gate", "mixer_beta", "mixer_rate"), Cut(data=-1)),
     "mixer_out": Cut(data=-2),

@@ -48,7 +48,8 @@ class Layer(NamedTuple):
     shared_up: Weight = ABSENT  # (F, E)
     shared_down: Weight = ABSENT  # (E, F)
     shared_router: Weight = ABSENT  # (1, E)
-    attention_gate: Weight = ABSENT  # (H D, E) or (H, E)
+    attention_gate: Weight = ABSENT  # (H D, E), or (H, E)
+    activation_weights: Weight = ABSENT  # (2,)
     # Of a recurrent layer; C features are convolved, Hv heads have a state.
     mixer_in: Weight = ABSENT  # (C, E), what is convolved, of short convolutions (3 C, E)
     mixer_gate: Weight = ABSENT  # (Hv Dv, E), of the output
@@ -75,23 +76,37 @@ class Params(NamedTuple):
     positions: Weight = ABSENT  # (context, E), learned positions
     norm_bias: Weight = ABSENT  # (E,)
     head_bias: Weight = ABSENT  # (V,)
+    embedding_norm: Weight = ABSENT  # (E,)
+    embedding_norm_bias: Weight = ABSENT  # (E,)
+    transform: Weight = ABSENT  # (E, E), between the last norm and the head
+    transform_bias: Weight = ABSENT  # (E,)
+    transform_norm: Weight = ABSENT  # (E,)
+    transform_norm_bias: Weight = ABSENT  # (E,)
 
 
 def shapes(config: Config) -> Params:
     """The shape of every weight, as a tree of tuples of ints."""
     E, V = config.width, config.vocabulary
+    where = lambda condition, shape: shape if condition else ABSENT
     return Params(
         embedding=(V, E),
-        layers=tuple(_layer(config, config.layer_spec(i)) for i in range(config.layers)),
+        layers=tuple(_layer(config, i) for i in range(config.layers)),
         norm=(E,),
         head=ABSENT if config.tied else (V, E),
         positions=(config.context, E) if config.positions == "learned" else ABSENT,
         norm_bias=(E,) if config.norm_bias else ABSENT,
         head_bias=(V,) if config.head_bias else ABSENT,
+        embedding_norm=where(config.embedding_norm, (E,)),
+        embedding_norm_bias=where(config.embedding_norm and config.norm_bias, (E,)),
+        transform=where(config.head_transform, (E, E)),
+        transform_bias=where(config.head_transform and config.norm_bias, (E,)),
+        transform_norm=where(config.head_transform, (E,)),
+        transform_norm_bias=where(config.head_transform and config.norm_bias, (E,)),
     )
 
 
-def _layer(config: Config, spec: LayerSpec) -> Layer:
+def _layer(config: Config, number: int) -> Layer:
+    spec = config.layer_spec(number)
     E, D, H, K = config.width, config.head_size, config.heads, config.kv_heads
     experts, attends = spec.experts, spec.attends
     F = config.expert_size if experts else config.feed_forward
@@ -102,15 +117,17 @@ def _layer(config: Config, spec: LayerSpec) -> Layer:
         "rms": lambda n: (D,),
         "rms_width": lambda n: (n * D,),
         "layer": lambda n: (n, D),
+        "unit": lambda n: ABSENT,
     }
     placement = config.norm_placement
     if spec.recurs and config.mixer_norm_placement is not None:
         placement = config.mixer_norm_placement
-    before, after = placement != "after", placement != "before"
+    before, after = placement != "after", placement in ("after", "around")
+    first = before and (number > 0 or config.first_norm)
+    gates = H if config.attention_gate.startswith("head") else H * D
     two, shared = not config.shared_norm, experts and config.shared_size > 0
-    of_gate = {"none": ABSENT, "width": (H * D, E), "head": (H, E)}[config.attention_gate]
     return Layer(
-        attention_norm=where(before, (E,)),
+        attention_norm=where(first, (E,)),
         q=where(attends, (H * D, E)),
         k=where(attends, (K * D, E)),
         v=where(attends, (K * D, E)),
@@ -119,7 +136,7 @@ def _layer(config: Config, spec: LayerSpec) -> Layer:
         gate=where(config.gated, (*many, F, E)),
         up=(*many, F, E),
         down=(*many, E, F),
-        attention_norm_bias=where(config.norm_bias, (E,)),
+        attention_norm_bias=where(first and config.norm_bias, (E,)),
         feed_forward_norm_bias=where(config.norm_bias and two, (E,)),
         attention_after_norm=where(after, (E,)),
         feed_forward_after_norm=where(after, (E,)),
@@ -140,7 +157,8 @@ def _layer(config: Config, spec: LayerSpec) -> Layer:
         shared_up=where(shared, (config.shared_size, E)),
         shared_down=where(shared, (E, config.shared_size)),
         shared_router=where(shared and config.shared_gated, (1, E)),
-        attention_gate=where(attends, of_gate),
+        attention_gate=where(attends and config.attention_gate != "none", (gates, E)),
+        activation_weights=where(config.activation == "xielu", (2,)),
         **_mixer(config, spec),
     )
 
@@ -188,6 +206,8 @@ def initialize(key: Tensor, config: Config) -> Params:
             return (1 + 15 * randomness.uniform(key, shape)).log()
         if name == "convolution":
             return randomness.normal(key, shape) * shape[-1] ** -0.5
+        if name == "activation_weights":  # slopes of 0.8, as published
+            return torch.tensor([0.8, 0.3], device=key.device).expm1().log()
         return randomness.normal(key, shape) * residual.get(name, 0.02)
 
     def fields(key: Tensor, record: Layer) -> list[Weight]:
@@ -197,14 +217,17 @@ def initialize(key: Tensor, config: Config) -> Params:
             for i, (name, shape) in enumerate(zip(record._fields, record, strict=True))
         ]
 
-    of_embedding, of_head, of_layers, of_positions = randomness.split(key, 4).unbind(0)
-    each = randomness.split(of_layers, config.layers)
-    return Params(
-        embedding=draw(of_embedding, "embedding", wanted.embedding),
-        layers=tuple(Layer(*fields(each[i], layer)) for i, layer in enumerate(wanted.layers)),
-        norm=draw(key, "norm", wanted.norm),
-        head=draw(of_head, "head", wanted.head),
-        positions=draw(of_positions, "positions", wanted.positions),
-        norm_bias=draw(key, "norm_bias", wanted.norm_bias),
-        head_bias=draw(key, "head_bias", wanted.head_bias),
+    ends = zip(
+        ("embedding", "head", "layers", "positions", "transform"),
+        randomness.split(key, 5).unbind(0),
+        strict=True,
     )
+    keys = dict(ends)
+    each = randomness.split(keys["layers"], config.layers)
+    layers = tuple(Layer(*fields(each[i], layer)) for i, layer in enumerate(wanted.layers))
+    rest = {
+        name: draw(keys.get(name, key), name, getattr(wanted, name))
+        for name in Params._fields
+        if name != "layers"
+    }
+    return Params(layers=layers, **rest)

@@ -33,7 +33,7 @@ CONFIGS = {
         state_value_size=3,
         negative_eigenvalues=True,
         mixer_norm_placement="around",
-        attention_gate="width",
+        attention_gate="sigmoid",
     ),
 }
 TOKENS = fa.random.randint(fa.key(1), (20,), 0, 40)
@@ -259,7 +259,7 @@ def test_a_config_says_what_recurrent_layers_need():
             dataclasses.replace(SMALL, **fields)
 
 
-@pytest.mark.parametrize("gate", ["width", "head"])
+@pytest.mark.parametrize("gate", ["sigmoid", "head_sigmoid"])
 def test_an_attention_gate_multiplies_the_output_of_its_heads(gate):
     """Gates of zero rows are a factor of one half, which o can have instead."""
     plain = fa.decoder(dataclasses.replace(SMALL, layers=1))

@@ -11,8 +11,10 @@ from .dense_variants import (
     NEMOTRON,
     PHI,
 )
+from .distances import BLOOM, DBRX, MPT, NANOCHAT
 from .falcon import FALCON
 from .fused import COHERE, COHERE2, PHI3, STABLELM, STARCODER2
+from .gated import AFMOE, APERTUS, APERTUS_TEXT
 from .gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
 from .gpt import GPT2, GPT_NEOX
 from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPT, XGLM
@@ -65,6 +67,7 @@ FAMILIES = {
         *(GLM4_MOE, DOTS1, SOLAR_OPEN, EXAONE_MOE, HY_V3, MINIMAX_M2),
         *(PHI, GPTJ, CODEGEN, NEMOTRON, JAIS2, ARCEE, HUNYUAN_DENSE, HUNYUAN_MOE, MINISTRAL3),
         *(FALCON, GPT_BIGCODE, GPT_NEO, OPT, BIOGPT, XGLM),
+        *(AFMOE, APERTUS, APERTUS_TEXT, NANOCHAT, BLOOM, MPT, DBRX),
     )
 }
 

@@ -199,6 +199,9 @@ def pack(config: Config, to: Sequence[Source], leaves: Mapping[str, Weight]) -> 
     return found
 
 
+LAST = ("head", "head_bias")  # of the computation
+
+
 def leaves(params: Params) -> dict[str, Weight]:
     """Path -> leaf, in the order of the computation. What is absent is left out."""
     found = {"embedding": params.embedding, "positions": params.positions}
@@ -206,8 +209,8 @@ def leaves(params: Params) -> dict[str, Weight]:
         found |= {
             f"layers.{number}.{name}": leaf for name, leaf in zip(Layer._fields, layer, strict=True)
         }
-    found |= {"norm": params.norm, "norm_bias": params.norm_bias}
-    found |= {"head": params.head, "head_bias": params.head_bias}
+    ends = (name for name in Params._fields if name not in (*found, "layers"))
+    found |= {name: getattr(params, name) for name in sorted(ends, key=LAST.__contains__)}
     return {path: leaf for path, leaf in found.items() if not is_absent(leaf)}
 
 

@@ -13,7 +13,7 @@ from funcattn.families import FAMILIES, read_config
 # The fields that a file must have, by their names.
 NEEDED = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
 NEEDED += ["intermediate_size", "n_embd", "n_layer", "n_head", "d_model", "num_layers"]
-NEEDED += ["num_heads", "attention_heads", "ffn_dim"]
+NEEDED += ["num_heads", "attention_heads", "ffn_dim", "n_heads", "n_layers"]
 # Without them a class has no default that makes a decoder of attention.
 GIVEN = {
     "granitemoehybrid": {"layer_types": ["full_attention"] * 32, "mamba_n_heads": 128},
