@@ -274,7 +274,38 @@ LATEST = {
         },
     ),
 }
-IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after"}
+NETS = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+}
+LATEST |= {
+    "lfm2": ("lfm2", {"full_attn_idxs": [1, 3], "conv_bias": True}),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {
+            "layer_types": ["conv", "full_attention"] * 2,
+            "num_experts": 4,
+            "num_dense_layers": 1,
+            "routed_scaling_factor": 1.5,
+            **SIZED,
+            **MOE,
+        },
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {**NETS, **SHARED, "head_dim": 16, "full_attention_interval": 2, "mlp_only_layers": [1]},
+    ),
+    "qwen3_5_text": ("qwen3_5_text", {**NETS, "head_dim": 16}),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {**NETS, **SHARED, "head_dim": 16}),
+    "olmo_hybrid": ("olmo_hybrid", NETS),
+    "olmo_hybrid-unplaced": (
+        "olmo_hybrid",
+        {**NETS, "linear_allow_neg_eigval": False, **ROPE("default", rope_theta=None)},
+    ),
+}
+IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after", "lfm2_moe", "qwen3_next", "olmo_hybrid"}
 MODELS |= MORE | LATEST
 ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
 PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -301,6 +332,7 @@ QWEN_EYES |= {"num_heads": 2, "out_hidden_size": 32, "patch_size": 4, "num_posit
 CLIP = {**EYES, "model_type": "clip_vision_model"}
 MROPE = ROPE("default", mrope_section=[1, 1, 2])
 SPARSE = {"num_experts": 4, "moe_intermediate_size": 24, **MOE}
+EVERY = {"full_attention_interval": 2, "head_dim": 16}
 TOWERS = {  # name -> text_config, vision_config, more
     "gemma3": ({"head_dim": 16, **LOCAL}, EYES, {"mm_tokens_per_image": 4}),
     "mistral3": ({"model_type": "mistral", "head_dim": 8}, {**EYES, "model_type": "pixtral"}, {}),
@@ -312,6 +344,8 @@ TOWERS = {  # name -> text_config, vision_config, more
         {**QWEN_EYES, "deepstack_visual_indexes": [0]},
         {},
     ),
+    "qwen3_5": ({**NETS, **EVERY, **MROPE}, QWEN_EYES, {}),
+    "qwen3_5_moe": ({**NETS, **SHARED, **EVERY, **MROPE}, QWEN_EYES, {}),
     "llava": ({"model_type": "llama"}, CLIP, {}),
     "llava_next": ({"model_type": "mistral", "sliding_window": None}, CLIP, {}),
     "idefics3": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),

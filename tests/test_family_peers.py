@@ -23,7 +23,8 @@ EACH = [marked(name, MODELS.keys() - MORE.keys() - LATEST.keys()) for name in MO
 
 def biases(model):
     """What routers add for the choice of experts, which are buffers."""
-    return [x for name, x in model.named_buffers() if name.endswith("correction_bias")]
+    ends = "correction_bias", "expert_bias"
+    return [x for name, x in model.named_buffers() if name.endswith(ends)]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,7 @@ SPELLED_AS_ANOTHER = {
     "gpt_bigcode-heads": "gpt2",
     "opt": "gpt2",
     "apertus1p5_text": "apertus",
+    "qwen3_5_moe_text": "qwen3_next",
 }
 
 

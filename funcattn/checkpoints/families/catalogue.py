@@ -1,5 +1,6 @@
 """The families by name, in order: a Config is written as the first that can express it."""
 
+from .delta_nets import OLMO_HYBRID, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from .dense_variants import (
     ARCEE,
     CODEGEN,
@@ -48,6 +49,7 @@ from .llama_variants import (
 from .mixture_variants import ERNIE4_5_MOE, FLEX_OLMO, MELLUM, OLMOE, QWEN2_MOE
 from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_VL_MOE
 from .olmo import OLMO, OLMO3
+from .short_convolutions import LFM2, LFM2_MOE
 from .sigmoid_mixtures import DOTS1, EXAONE_MOE, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
 from .tables import Family, refuse
 
@@ -68,6 +70,7 @@ FAMILIES = {
         *(PHI, GPTJ, CODEGEN, NEMOTRON, JAIS2, ARCEE, HUNYUAN_DENSE, HUNYUAN_MOE, MINISTRAL3),
         *(FALCON, GPT_BIGCODE, GPT_NEO, OPT, BIOGPT, XGLM),
         *(AFMOE, APERTUS, APERTUS_TEXT, NANOCHAT, BLOOM, MPT, DBRX),
+        *(LFM2, LFM2_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, OLMO_HYBRID),
     )
 }
 

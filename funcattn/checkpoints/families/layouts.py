@@ -143,6 +143,11 @@ def reshaped(path: str, name: str, shape: Callable[[Config], tuple[int, ...]]) -
     )
 
 
+def squeezed(path: str, name: str) -> Pack:
+    """A leaf (C, W) that the file has as the weight (C, 1, W) of a convolution."""
+    return Pack((path,), (name,), lambda _, x: [x[0].squeeze(1)], lambda _, x: [x[0].unsqueeze(1)])
+
+
 def implied(paths: Sequence[str], name: str, make: Callable[[Config, Tensor, str], Tensor]) -> Pack:
     """Leaves beside the first that no file of the family holds, since they follow from its config.
 

@@ -77,6 +77,7 @@ class Family:
         from the architecture.
     harmless: tensors on disk that follow from the config, and are ignored.
     also: other names that files have for the architecture.
+    older: parts of names on disk -> the parts of those in `tensors`.
     """
 
     name: str
@@ -93,6 +94,13 @@ class Family:
     body: str = ""
     prefix: str = "model."
     also: tuple[str, ...] = ()
+    older: Mapping[str, str] = field(default_factory=dict)
+
+    def name_of(self, stored: str) -> str:
+        """The name in `tensors` of one on disk."""
+        for part, ours in self.older.items():
+            stored = stored.replace(f".{part}.", f".{ours}.")
+        return stored
 
     @property
     def architectures(self) -> tuple[str, ...]:

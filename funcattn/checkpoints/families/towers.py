@@ -58,6 +58,8 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
     "qwen3_vl_moe": Wrapper("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text"),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
     "llava": Wrapper("LlavaForConditionalGeneration", "llama", also=True),
     "llava_next": Wrapper("LlavaNextForConditionalGeneration", "llama"),
     "idefics3": Wrapper("Idefics3ForConditionalGeneration", "llama"),

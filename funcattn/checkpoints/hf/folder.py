@@ -159,6 +159,7 @@ def _read_weights(
                 name = families.tower_name(stored) if wrapped else stored
                 if name is None:
                     continue
+                name = family.name_of(name)
                 part = file.get_slice(stored)
                 if name in found:
                     _refuse(
