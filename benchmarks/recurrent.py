@@ -69,8 +69,9 @@ def scans(T: int, heads: int, rounds: int) -> None:
 
     print("\none token behind a state, whatever is before it")
     state = layers.gated_delta(*x, normalized=True).state
-    one = tuple(y[:, -1:] for y in x)
-    interleave({"step": lambda: layers.gated_delta(*one, state, normalized=True)}, repeats=200)
+    q, k, v, g, beta = (y[:, -1:] for y in x)
+    step = lambda: layers.gated_delta(q, k, v, g, beta, state, normalized=True)
+    interleave({"step": step}, repeats=200)
 
 
 def inputs(T: int, heads: int) -> Inputs:

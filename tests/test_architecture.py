@@ -161,7 +161,8 @@ TESTED_BY = {
     "tools": "kernels.closed: flops",
     "transformer.lengths": "transformer: rereading",
     "layers.recurrence": "layers: delta_states",
-    "transformer.recurrent": "transformer: mixers; caches: delta hybrid",
+    "transformer.recurrent": "transformer: mixers state_spaces; caches: delta hybrid; "
+    "layers: space_states",
     "transformer.partition": "transformer: parallel; layers: layouts",
 }
 

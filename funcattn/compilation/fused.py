@@ -59,6 +59,7 @@ OF_LAYERS = {
     "local": (False,),
     "experts": (False,),
     "mixer": ("attention",),
+    "feeds": (True,),
 }
 LANES = 16  # the size of a head is a multiple of it
 

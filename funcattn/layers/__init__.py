@@ -11,14 +11,14 @@
     alibi       a bias linear in the distance, as columns of queries and keys
     experts     route, linear_experts: mixture of experts with static shapes
     scans       Scanned: a linear attention that forgets, in chunks
-    delta_states   delta_net: the gated delta rule behind a state
+    delta_states, space_states   delta_net, space_net: such a scan behind a state
     gated_linear, delta_rule, state_spaces   linear_attention, gated_delta (KDA too), Mamba-2's
 
 Matrices are (out, in), as torch and Hugging Face store them. A quantized weight is a record that
 registers its implementations.
 """
 
-from .activations import ACTIVATIONS, activate, gated, xielu
+from .activations import ACTIVATIONS, activate, gated, times, xielu
 from .alibi import COLUMNS as ALIBI_COLUMNS
 from .alibi import key_columns, query_columns, slopes
 from .delta_rule import gated_delta, gated_delta_states
@@ -44,6 +44,7 @@ from .recurrence import State, Steps, join_steps, rows_from, state_after
 from .rotary import RopeScaling, Rotation, frequencies, rope, rotate
 from .scans import Scanned
 from .short_convolution import ConvolutionState, ConvolutionSteps, convolve
+from .space_states import SpaceState, SpaceSteps, space_net
 from .state_spaces import state_space
 
 SEVERAL = MAX_UNROLLED_VECTORS  # Alias: the earlier name.
@@ -60,6 +61,8 @@ __all__ = [
     "RopeScaling",
     "Rotation",
     "Scanned",
+    "SpaceState",
+    "SpaceSteps",
     "State",
     "Steps",
     "Weight",
@@ -93,8 +96,10 @@ __all__ = [
     "rows_from",
     "rows_times",
     "slopes",
+    "space_net",
     "state_after",
     "state_space",
+    "times",
     "together",
     "xielu",
 ]

@@ -50,6 +50,11 @@ def xielu(x: Tensor, weights: Tensor) -> Tensor:
     return torch.where(x > 0, grown, decayed) + XIELU_SLOPE * x
 
 
+def times(x: Tensor, factor: float) -> Tensor:
+    """x times a factor of a config; x itself where it is 1."""
+    return x if factor == 1.0 else x * factor
+
+
 def gated(gate: Tensor, up: Tensor, activation: str = "silu", limit: float | None = None) -> Tensor:
     """activation(gate) * up: SwiGLU with "silu", GeGLU with "gelu" or "gelu_tanh", ReGLU with
     "relu".

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import errors
 from ..kernels.dtypes import accurate
 from ..records import ABSENT, record
 from .delta_rule import gated_delta
-from .recurrence import join_steps, state_after
+from .recurrence import join_steps, memory_after, state_after
 from .short_convolution import ConvolutionState, ConvolutionSteps
 
 
@@ -79,17 +78,12 @@ def _(steps: DeltaSteps, n: int | Tensor) -> DeltaState:
 
 
 def _memory_after(steps: DeltaSteps, n: int | Tensor) -> Tensor:
-    T = steps.k.shape[-2]
-    known = errors.peek(n) if isinstance(n, Tensor) else torch.tensor(n)
-    for count, memory in ((T, steps.memory), (0, steps.before)):
-        if known is not None and bool((known == count).all()):
-            return memory
-    if T == 1 and isinstance(n, Tensor):
-        return torch.where(n > 0, steps.memory, steps.before)
-    counts = torch.arange(T, device=steps.k.device) < n
-    k = torch.where(counts.unsqueeze(-1), steps.k, 0)  # before it is divided by its norm
-    given = k, k, steps.v, steps.log_decay, steps.beta, steps.before
-    return gated_delta(*given, normalized=True, mask=counts).state
+    def scan(mask: Tensor) -> Tensor:
+        k = torch.where(mask.unsqueeze(-1), steps.k, 0)  # before it is divided by its norm
+        given = k, k, steps.v, steps.log_decay, steps.beta, steps.before
+        return gated_delta(*given, normalized=True, mask=mask).state
+
+    return memory_after(n, steps.k.shape[-2], steps.before, steps.memory, scan)
 
 
 @join_steps.register

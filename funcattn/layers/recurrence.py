@@ -11,7 +11,7 @@ the state before the first token, a field `inputs` (*lead, T, C) has a row for e
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -48,6 +48,27 @@ def rows_from(rows: Tensor, n: int | Tensor, count: int) -> Tensor:
     if isinstance(n, int):
         return rows[..., n : n + count, :]
     return rows.index_select(-2, n + torch.arange(count, device=rows.device))
+
+
+def memory_after(
+    n: int | Tensor, T: int, before: Tensor, after: Tensor, scan: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The memory of a scan after the first n of T tokens.
+
+    Args:
+        n: an int or an integer tensor ().
+        T: number of tokens.
+        before, after: the memory before the first token, and after the last.
+        scan: mask (T,) of the tokens that count -> the memory after those; called where n is
+            neither 0 nor T, or is not known.
+    """
+    known = errors.peek(n) if isinstance(n, Tensor) else torch.tensor(n)
+    for count, memory in ((T, after), (0, before)):
+        if known is not None and bool((known == count).all()):
+            return memory
+    if T == 1 and isinstance(n, Tensor):
+        return torch.where(n > 0, after, before)
+    return scan(torch.arange(T, device=before.device) < n)
 
 
 def _unknown(function: str, steps: Steps) -> NoReturn:

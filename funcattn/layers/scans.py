@@ -79,7 +79,7 @@ def scan(x: Chunks, T: int) -> Scanned:
 
 
 def _step(x: Chunks, q: Tensor, T: int) -> Scanned:
-    """The recurrence itself, for one token or none: a third of the operations of a chunk of one."""
+    """The recurrence itself, for one token or none: a third of the operations of a chunk."""
     q, k, v, g = (y.squeeze(-3) for y in (q, x.k, x.v, x.g))  # (*lead, K, G, 1, features)
     s = g.exp().mT * x.state
     u = x.beta.squeeze(-3) * (v - k @ s) if isinstance(x.beta, Tensor) else v
@@ -100,21 +100,20 @@ def states(x: Chunks, T: int) -> Tensor:
 def carry(x: Chunks) -> Carried:
     """The loop over chunks: from each takes one state to the next."""
     kept = x.g.sum(-2).exp().unsqueeze(-1)  # (*lead, K, G, N, 1 or Dk, 1)
-    last = x.k * _sums_after(x.g).exp()  # keys, decayed to the end of their chunk
-    at = lambda y, n: y.select(-3, n)
+    last = (x.k * _sums_after(x.g).exp()).mT  # keys, decayed to the end of their chunk
+    each = lambda y: y.unbind(-3)  # whose derivative is one stack, not a sum of N arrays
     s, before, written = x.state, [], []
-    if isinstance(x.beta, Tensor):
-        wanted, seen = _solved(x, x.beta)
-        for n in range(x.v.shape[-3]):
+    if not isinstance(x.beta, Tensor):
+        for keep, add in zip(each(kept), each(last @ x.v), strict=True):
             before.append(s)
-            written.append(at(wanted, n) - at(seen, n) @ s)
-            s = at(kept, n) * s + at(last, n).mT @ written[-1]
-        return Carried(torch.stack(before, -3), torch.stack(written, -3), s)
-    added = last.mT @ x.v
-    for n in range(x.v.shape[-3]):
+            s = keep * s + add
+        return Carried(torch.stack(before, -3), x.v, s)
+    parts = (kept, last, *_solved(x, x.beta))
+    for keep, write, wanted, seen in zip(*map(each, parts), strict=True):
         before.append(s)
-        s = at(kept, n) * s + at(added, n)
-    return Carried(torch.stack(before, -3), x.v, s)
+        written.append(wanted - seen @ s)
+        s = keep * s + write @ written[-1]
+    return Carried(torch.stack(before, -3), torch.stack(written, -3), s)
 
 
 def _solved(x: Chunks, beta: Tensor) -> tuple[Tensor, Tensor]:

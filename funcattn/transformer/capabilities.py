@@ -33,7 +33,10 @@ GENERAL: Table = {
     **dict.fromkeys(("convolution_size", "convolution_bias"), ANY),  # of recurrent layers alone
     **dict.fromkeys(("state_heads", "state_key_heads"), ANY),
     **dict.fromkeys(("state_key_size", "state_value_size", "negative_eigenvalues"), ANY),
-    **dict.fromkeys(("mixer_norm_epsilon", "mixer_norm_placement"), ANY),
+    **dict.fromkeys(("mixer_norm_epsilon", "mixer_norm_placement", "mixer_norm"), ANY),
+    **dict.fromkeys(("mixer_bias", "mixer_output_bias", "step_limit"), ANY),
+    **dict.fromkeys(("mixer_factors", "attention_factors", "feed_forward_factors"), ((),)),
+    "feed_forward_layers": ((),),
     "late_temperature": (False,),
     "attention_gate": ("none",),
     "chunked": (False,),
@@ -70,6 +73,7 @@ FIELDS: Table = {
 OF_LAYERS: Table = {
     **dict.fromkeys(("window", "rotary", "local", "experts"), ANY),
     "mixer": ("attention",),
+    "feeds": (True,),
 }
 
 

@@ -4,6 +4,7 @@ A model family is a setting of these fields, never a subclass: `checkpoints.fami
 from checkpoints.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from .. import layers
 from ..core import errors
 from ..core.doors import made
 from ..layers import RopeScaling
-from .mixers import check_mixers
+from .mixers import ATTENTIVE, STATELESS, check_mixers, check_parts
 
 NORMS = ("rms", "layer")
 HEAD_NORMS = ("none", "rms", "rms_width", "layer", "unit")
@@ -29,16 +30,17 @@ class LayerSpec(NamedTuple):
     local: bool  # True: its rotary base is Config.local_rope_base
     experts: bool
     mixer: str = "attention"  # of MIXERS
+    feeds: bool = True  # False: without a feed-forward
 
     @property
     def attends(self) -> bool:
         """True where the layer has attention, whose keys and values are cached."""
-        return self.mixer == "attention"
+        return self.mixer in ATTENTIVE
 
     @property
     def recurs(self) -> bool:
         """True where the layer has a recurrent state."""
-        return self.mixer != "attention"
+        return self.mixer not in STATELESS
 
 
 Kind = LayerSpec  # its deprecated name
@@ -105,6 +107,16 @@ class Config:
     negative_eigenvalues: bool = False  # betas are from 0 to 2, not 1
     mixer_norm_epsilon: float | None = None  # of the norm of a scan's output; None is norm_epsilon
     mixer_norm_placement: str | None = None  # of recurrent layers; None is norm_placement
+    mixer_bias: bool = False  # of what a state space makes of its input
+    mixer_output_bias: bool = False
+    mixer_norm: str = "gated"  # of a state space's gated output, or "before_gate", or "none"
+    step_limit: tuple[float, float] = (0.0, math.inf)  # of the steps of a state space
+    # Factors of a state space's input, gate, x, keys, queries, steps and output; of attention's
+    # input, keys and output; of a feed-forward's gate and output. () is one throughout.
+    mixer_factors: tuple[float, ...] = ()
+    attention_factors: tuple[float, ...] = ()
+    feed_forward_factors: tuple[float, ...] = ()
+    feed_forward_layers: tuple[bool, ...] = ()  # layers with a feed-forward
 
     # Positions.
     # or "learned", a table (context, E) added to the embedding, "alibi" (layers.alibi), or "none"
@@ -197,7 +209,7 @@ class Config:
                 errors.fail(
                     "Config", name, wanted, repr(getattr(self, name)), "Choose one of these."
                 )
-        for name in ("window_layers", "rotary_layers", "expert_layers"):
+        for name in ("window_layers", "rotary_layers", "expert_layers", "feed_forward_layers"):
             given = getattr(self, name)
             if not isinstance(given, tuple) or len(given) not in (0, self.layers):
                 fail(
@@ -207,6 +219,7 @@ class Config:
                 )
         if self.mixers:
             check_mixers(self)
+        check_parts(self)
         if self.positions == "rotary":
             turning = self.head_size if self.rotary_size is None else self.rotary_size
             if turning % 2 or not 0 < turning <= self.head_size:
@@ -291,14 +304,15 @@ class Config:
         """
         has = lambda layers: not layers or layers[layer]
         mixer = self.mixers[layer] if self.mixers else "attention"
-        attends = mixer == "attention"
+        attends, feeds = mixer in ATTENTIVE, has(self.feed_forward_layers)
         local = attends and self.window is not None and has(self.window_layers)
         return LayerSpec(
             window=self.window if local else None,
             rotary=attends and self.positions == "rotary" and has(self.rotary_layers),
             local=local and self.local_rope_base is not None,
-            experts=bool(self.experts) and has(self.expert_layers),
+            experts=bool(self.experts) and has(self.expert_layers) and feeds,
             mixer=mixer,
+            feeds=feeds,
         )
 
     kind = layer_spec  # its deprecated name

@@ -70,22 +70,18 @@ def block(
             all.
         state: that of a recurrent layer after the cached tokens; `()` without a cache.
     """
-    y = (
-        x
-        if is_absent(weights.attention_norm)
-        else _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
-    )
-    x = y if config.norm_placement == "residual" else x
-    if spec.recurs:
-        attended, steps = recurrent.mix(config, spec.mixer, weights, y, state, name)
-        new = LayerDelta((), (), steps)
-    else:
-        attended, new = _attend(config, spec, weights, y, context, past, name, kernel)
-    if not is_absent(weights.attention_after_norm):
-        attended = _norm(config, attended, weights.attention_after_norm, ())
-    attended = tap(f"{name}.attention.output", attended)
-    if not config.parallel:
-        x = _add(config, x, attended)
+    y, attended, new = x, None, LayerDelta((), ())
+    if spec.mixer != "none":
+        if not is_absent(weights.attention_norm):
+            y = _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
+        x = y if config.norm_placement == "residual" else x
+        attended, new = _mix(config, spec, weights, y, context, past, state, name, kernel)
+        if not is_absent(weights.attention_after_norm):
+            attended = _norm(config, attended, weights.attention_after_norm, ())
+        attended = tap(f"{name}.attention.output", attended)
+        x = x if config.parallel else _add(config, x, attended)
+    if not spec.feeds:
+        return tap(f"{name}.output", x), new
     if not config.shared_norm:
         placed = not is_absent(weights.feed_forward_norm)
         y = (
@@ -98,8 +94,8 @@ def block(
     if not is_absent(weights.feed_forward_after_norm):
         fed = _norm(config, fed, weights.feed_forward_after_norm, ())
     fed = tap(f"{name}.feed_forward.output", fed)
-    x = _add(config, x, attended + fed) if config.parallel else _add(config, x, fed)
-    return tap(f"{name}.output", x), new
+    fed = fed if attended is None or not config.parallel else attended + fed
+    return tap(f"{name}.output", _add(config, x, fed)), new
 
 
 def _add(config: Config, x: Tensor, more: Tensor) -> Tensor:
@@ -124,6 +120,37 @@ def _affines(weights: Sequence[Weight], biases: Sequence[Weight], x: Tensor) -> 
     return tuple(y if is_absent(bias) else y + bias for y, bias in each)
 
 
+def _mix(
+    config: Config,
+    spec: LayerSpec,
+    weights: Layer,
+    y: Tensor,
+    context: LayerContext,
+    past: Sequence[Part],
+    state: State,
+    name: str,
+    kernel: str | Kernel | None,
+) -> tuple[Tensor, LayerDelta]:
+    """What attention, a recurrent layer or both of the same y add to the residual, and to the
+    cache.
+    """
+    recurred = recurrent.mix(config, spec.mixer, weights, y, state, name) if spec.recurs else None
+    if recurred is not None and not spec.attends:
+        return recurred[0], LayerDelta((), (), recurred[1])
+    inward, _, outward = config.attention_factors or (1.0, 1.0, 1.0)
+    y = layers.times(y, inward)
+    attended, new = _attend(config, spec, weights, y, context, past, name, kernel)
+    attended = layers.times(attended, outward)
+    return (
+        (attended, new)
+        if recurred is None
+        else (
+            recurred[0] + attended,
+            new._replace(steps=recurred[1]),
+        )
+    )
+
+
 def _attend(
     config: Config,
     spec: LayerSpec,
@@ -140,6 +167,7 @@ def _attend(
     q, k, v = _affines(
         (weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y
     )
+    k = layers.times(k, config.attention_factors[1]) if config.attention_factors else k
     q = _heads(config, q, weights.q_norm, H, D)
     k = _heads(config, k, weights.k_norm, K, D)
     # torch.unflatten: torch.compile cannot trace the method under a default device.
@@ -239,16 +267,17 @@ class FeedForward(NamedTuple):
 
 
 def _dense(config: Config, name: str, weights: FeedForward, y: Tensor) -> Tensor:
+    of_gate, outward = config.feed_forward_factors or (1.0, 1.0)
     if config.gated:
         gate, up = _affines((weights.gate, weights.up), (weights.gate_bias, weights.up_bias), y)
+        gate = layers.times(gate, of_gate)
         inner = layers.gated(gate, up, config.activation, config.activation_limit)
     elif isinstance(weights.activation_weights, Tensor):
         inner = layers.xielu(_affine(weights.up, weights.up_bias, y), weights.activation_weights)
     else:
         inner = layers.activate(_affine(weights.up, weights.up_bias, y), config.activation)
-    return _affine(
-        weights.down, weights.down_bias, tap(f"{name}.feed_forward.inner", inner), ends=True
-    )
+    inner = tap(f"{name}.feed_forward.inner", inner)
+    return layers.times(_affine(weights.down, weights.down_bias, inner, ends=True), outward)
 
 
 def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:

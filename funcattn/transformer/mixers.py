@@ -1,17 +1,28 @@
-"""The kinds of layers by what mixes their tokens, and what Config must say for each."""
+"""The kinds of layers by what mixes their tokens, and what Config must say for each.
 
-from typing import TYPE_CHECKING
+A config is not typed here: its module imports this one.
+"""
+
+from typing import Any
 
 from ..core import errors
 
-if TYPE_CHECKING:
-    from .config import Config
-
-MIXERS = ("attention", "short_convolution", "gated_delta")
+MIXERS = (
+    "attention",
+    "short_convolution",
+    "gated_delta",
+    "state_space",
+    "state_space_and_attention",  # both read one norm, their outputs are added
+    "none",  # a feed-forward alone
+)
+ATTENTIVE = ("attention", "state_space_and_attention")  # whose keys and values are cached
+STATELESS = ("attention", "none")
+SCANS = ("gated_delta", "state_space", "state_space_and_attention")
+NORMS = ("gated", "before_gate", "none")  # of a state space
 PLACEMENTS = ("before", "after", "around")  # of norms in a recurrent layer
 
 
-def check_mixers(config: "Config") -> None:
+def check_mixers(config: Any) -> None:
     """Raise unless the recurrent layers are of known kinds, with the sizes they need."""
     given = config.mixers
     fail = lambda name, wanted, remedy: errors.fail(
@@ -21,14 +32,14 @@ def check_mixers(config: "Config") -> None:
         not isinstance(given, tuple)
         or len(given) != config.layers
         or any(kind not in MIXERS for kind in given)
-        or "attention" not in given
+        or not {*given} & {*ATTENTIVE}
     ):
         wanted = f"() or a tuple of {config.layers} of {', '.join(MIXERS)}, one a layer at least "
         fail("mixers", f"{wanted}with attention", "Say it for every layer.")
-    recurrent = {kind for kind in given if kind != "attention"}
+    recurrent = {kind for kind in given if kind not in STATELESS}
     if recurrent and config.convolution_size < 2:
         fail("convolution_size", "at least 2 in recurrent layers", "It is the width W.")
-    if "gated_delta" in recurrent:
+    if recurrent & {*SCANS}:
         for name in ("state_heads", "state_key_heads", "state_key_size", "state_value_size"):
             if getattr(config, name) < 1:
                 fail(name, "at least 1 in layers of a scan", "Sizes are positive.")
@@ -38,6 +49,8 @@ def check_mixers(config: "Config") -> None:
                 f"a divisor of state_heads = {config.state_heads}",
                 "Each key head serves as many value heads.",
             )
+    if config.mixer_norm not in NORMS:
+        fail("mixer_norm", f"one of {', '.join(NORMS)}", "Choose one of these.")
     if config.mixer_norm_placement not in (None, *PLACEMENTS):
         wanted = f"None or one of {', '.join(PLACEMENTS)}"
         fail("mixer_norm_placement", wanted, "Choose one of these.")
@@ -47,3 +60,25 @@ def check_mixers(config: "Config") -> None:
             "one whose angles do not follow the length, beside recurrent layers",
             'No family has both; "yarn" and "linear" do not follow it.',
         )
+
+
+FACTORS = {"mixer_factors": 7, "attention_factors": 3, "feed_forward_factors": 2}
+
+
+def check_parts(config: Any) -> None:
+    """Raise unless each layer has a part, and factors are as many as they multiply."""
+    for name, count in FACTORS.items():
+        given = getattr(config, name)
+        if not isinstance(given, tuple) or len(given) not in (0, count):
+            wanted = f"() or a tuple of {count} numbers"
+            errors.fail("Config", name, wanted, repr(given), "Say all of them.")
+    feeds = config.feed_forward_layers or (True,) * config.layers
+    mixers = config.mixers or ("attention",) * config.layers
+    empty = [i for i in range(config.layers) if mixers[i] == "none" and not feeds[i]]
+    if empty:
+        wanted = "True in layers whose mixer is 'none'"
+        got = f"False in layer {empty[0]}"
+        errors.fail("Config", "feed_forward_layers", wanted, got, "Leave the layer out.")
+    if config.parallel and ("none" in mixers or not all(feeds)):
+        wanted = "False where a layer has one part"
+        errors.fail("Config", "parallel", wanted, True, "No family has both.")

@@ -73,6 +73,7 @@ CUTS = {
     "mixer_out": Cut(data=-2),
     **dict.fromkeys(("mixer_in_bias", "mixer_out_bias", "mixer_norm"), WHOLE),
     **dict.fromkeys(("convolution", "convolution_bias", "log_rate", "rate_bias"), WHOLE),
+    **dict.fromkeys(("mixer_skip", "mixer_gate_bias", "mixer_rate_bias"), WHOLE),
 }
 OF_EXPERTS = {"down_bias": Cut(once=True)}  # weights that layers of experts shard differently
 

@@ -2,6 +2,7 @@
 
     short_convolution   out (c * conv(b * x))                          b, c, x = in y
     gated_delta         out (norm(scan(act(conv(in y)))) * silu(gate y))
+    state_space         out (norm(scan(silu(conv(in y))) * silu(gate y)))   `state_spaces`
 
 Each reads the state of its layer and proposes steps (`layers.recurrence`); nothing is written. A
 kind is one line of `MIXERS`. Over a mesh they are computed on every device of "tensor".
@@ -23,7 +24,7 @@ from ..masks import Mask
 from ..models import Past
 from ..records import is_absent
 from ..taps import tap
-from . import parallel
+from . import parallel, state_spaces
 from .config import Config
 from .weights import Layer
 
@@ -160,4 +161,8 @@ def _empty_delta(config: Config, dtype: torch.dtype) -> DeltaState:
 MIXERS = {
     "short_convolution": Mixer(_short_convolution, _empty_convolution),
     "gated_delta": Mixer(_gated_delta, _empty_delta),
+    **dict.fromkeys(
+        ("state_space", "state_space_and_attention"),
+        Mixer(state_spaces.state_space, state_spaces.empty),
+    ),
 }

@@ -62,7 +62,10 @@ class Layer(NamedTuple):
     convolution_bias: Weight = ABSENT  # (C,)
     log_rate: Weight = ABSENT  # (Hv,), log of the rate of decay
     rate_bias: Weight = ABSENT  # (Hv,)
-    mixer_norm: Weight = ABSENT  # (Dv,), of the output of a scan
+    mixer_norm: Weight = ABSENT  # (Dv,), of the output of a scan; of a state space (Hv Dv,)
+    mixer_skip: Weight = ABSENT  # (Hv,), factor of x beside a state space
+    mixer_gate_bias: Weight = ABSENT  # (Hv Dv,)
+    mixer_rate_bias: Weight = ABSENT  # (Hv,), of mixer_rate
 
 
 @record
@@ -123,7 +126,8 @@ def _layer(config: Config, number: int) -> Layer:
     if spec.recurs and config.mixer_norm_placement is not None:
         placement = config.mixer_norm_placement
     before, after = placement != "after", placement in ("after", "around")
-    first = before and (number > 0 or config.first_norm)
+    mixes, feeds = spec.mixer != "none", spec.feeds
+    first = before and (number > 0 or config.first_norm) and mixes
     gates = H if config.attention_gate.startswith("head") else H * D
     two, shared = not config.shared_norm, experts and config.shared_size > 0
     return Layer(
@@ -132,14 +136,14 @@ def _layer(config: Config, number: int) -> Layer:
         k=where(attends, (K * D, E)),
         v=where(attends, (K * D, E)),
         o=where(attends, (E, H * D)),
-        feed_forward_norm=where(before and two, (E,)),
-        gate=where(config.gated, (*many, F, E)),
-        up=(*many, F, E),
-        down=(*many, E, F),
+        feed_forward_norm=where(before and two and feeds, (E,)),
+        gate=where(config.gated and feeds, (*many, F, E)),
+        up=where(feeds, (*many, F, E)),
+        down=where(feeds, (*many, E, F)),
         attention_norm_bias=where(first and config.norm_bias, (E,)),
-        feed_forward_norm_bias=where(config.norm_bias and two, (E,)),
-        attention_after_norm=where(after, (E,)),
-        feed_forward_after_norm=where(after, (E,)),
+        feed_forward_norm_bias=where(config.norm_bias and two and feeds, (E,)),
+        attention_after_norm=where(after and mixes, (E,)),
+        feed_forward_after_norm=where(after and feeds, (E,)),
         q_norm=where(attends, head_norm[config.head_norm](H)),
         k_norm=where(attends, head_norm[config.head_norm](K)),
         sinks=where(attends and config.sinks, (H,)),
@@ -147,9 +151,9 @@ def _layer(config: Config, number: int) -> Layer:
         k_bias=where(attends and config.qkv_bias, (K * D,)),
         v_bias=where(attends and config.qkv_bias, (K * D,)),
         o_bias=where(attends and config.output_bias, (E,)),
-        gate_bias=where(config.feed_forward_bias and config.gated, (*many, F)),
-        up_bias=where(config.feed_forward_bias, (*many, F)),
-        down_bias=where(config.feed_forward_bias, (*many, E)),
+        gate_bias=where(config.feed_forward_bias and config.gated and feeds, (*many, F)),
+        up_bias=where(config.feed_forward_bias and feeds, (*many, F)),
+        down_bias=where(config.feed_forward_bias and feeds, (*many, E)),
         router=where(experts, (config.experts, E)),
         router_bias=where(experts and config.router_bias, (config.experts,)),
         choice_bias=where(experts and config.choice_bias, (config.experts,)),
@@ -158,7 +162,7 @@ def _layer(config: Config, number: int) -> Layer:
         shared_down=where(shared, (E, config.shared_size)),
         shared_router=where(shared and config.shared_gated, (1, E)),
         attention_gate=where(attends and config.attention_gate != "none", (gates, E)),
-        activation_weights=where(config.activation == "xielu", (2,)),
+        activation_weights=where(config.activation == "xielu" and feeds, (2,)),
         **_mixer(config, spec),
     )
 
@@ -179,7 +183,24 @@ def _mixer(config: Config, spec: LayerSpec) -> dict[str, Tree]:
         shapes |= dict.fromkeys(("mixer_beta", "mixer_rate"), (Hv, E))
         shapes |= dict.fromkeys(("log_rate", "rate_bias"), (Hv,))
         return {**shapes, "convolution": (C, W), "mixer_norm": (Dv,)}
-    return {}
+    return _state_space(config) if spec.mixer.startswith("state_space") else {}
+
+
+def _state_space(config: Config) -> dict[str, Tree]:
+    """The shapes of the weights of a layer of Mamba-2."""
+    E, W, H = config.width, config.convolution_size, config.state_heads
+    inner = H * config.state_value_size
+    C = inner + 2 * config.state_key_heads * config.state_key_size
+    shapes: dict[str, Tree] = {"mixer_in": (C, E), "mixer_gate": (inner, E), "mixer_rate": (H, E)}
+    shapes |= {"mixer_out": (E, inner), "convolution": (C, W)}
+    shapes |= dict.fromkeys(("log_rate", "rate_bias", "mixer_skip"), (H,))
+    shapes |= {"convolution_bias": (C,)} if config.convolution_bias else {}
+    shapes |= {"mixer_norm": (inner,)} if config.mixer_norm != "none" else {}
+    shapes |= {"mixer_out_bias": (E,)} if config.mixer_output_bias else {}
+    if config.mixer_bias:
+        shapes |= {f"{name}_bias": shapes[name][:1] for name in ("mixer_in", "mixer_gate")}
+        shapes |= {"mixer_rate_bias": (H,)}
+    return shapes
 
 
 def initialize(key: Tensor, config: Config) -> Params:
@@ -196,7 +217,7 @@ def initialize(key: Tensor, config: Config) -> Params:
     def draw(key: Tensor, name: str, shape: Tree) -> Weight:
         if is_absent(shape):
             return ABSENT
-        if name == "mixer_norm":  # without the offset of the others
+        if name in ("mixer_norm", "mixer_skip"):  # without the offset of the others
             return torch.ones(shape, device=key.device)
         if name.endswith("norm"):
             return torch.full(shape, 1.0 - config.norm_offset, device=key.device)

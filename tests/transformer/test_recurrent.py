@@ -22,6 +22,13 @@ def config(kind, **fields):
     return dataclasses.replace(SMALL, mixers=(kind, "attention", kind), **fields)
 
 
+SPACE = {
+    "convolution_size": 4,
+    "state_heads": 4,
+    "state_key_heads": 2,
+    "state_key_size": 5,
+    "state_value_size": 3,
+}
 CONFIGS = {
     "short_convolution": config("short_convolution", convolution_size=3, convolution_bias=True),
     "gated_delta": config(
@@ -35,7 +42,28 @@ CONFIGS = {
         mixer_norm_placement="around",
         attention_gate="sigmoid",
     ),
+    "state_space": config("state_space", convolution_bias=True, mixer_bias=True, **SPACE),
+    "beside": config(
+        "state_space_and_attention",
+        mixer_norm="before_gate",
+        mixer_output_bias=True,
+        mixer_factors=(0.5, 1.5, 0.7, 1.2, 0.8, 1.1, 0.9),
+        attention_factors=(0.6, 1.3, 1.4),
+        feed_forward_factors=(0.7, 1.6),
+        step_limit=(0.1, 2.0),
+        **SPACE,
+    ),
+    "one part a layer": dataclasses.replace(
+        SMALL,
+        mixers=("state_space", "none", "attention"),
+        feed_forward_layers=(False, True, False),
+        gated=False,
+        activation="relu2",
+        mixer_norm="none",
+        **SPACE,
+    ),
 }
+SLOW = ("beside", "one part a layer")  # made of the same parts
 TOKENS = fa.random.randint(fa.key(1), (20,), 0, 40)
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
@@ -48,7 +76,9 @@ def of_kind(kind):
     return model, tree.map(big, model.init(fa.key(3)))
 
 
-@pytest.fixture(params=CONFIGS.keys())
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONFIGS]
+)
 def made(request):
     return of_kind(request.param)
 
@@ -323,10 +353,15 @@ def test_what_a_state_cannot_do_is_refused_with_the_remedy(made):
         fa.commit(past, delta, index=torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="mask should be None for a model with recurrent layers"):
         model.extend(params, TOKENS[:4], mask=masks.causal(4))
-    with pytest.raises(ValueError, match="with the states of 2 recurrent layers, got one with 0"):
+    count, rows = len(model.config.recurrent_layers), len(model.config.attention_layers)
+    with pytest.raises(
+        ValueError, match=f"with the states of {count} recurrent layers, got one with 0"
+    ):
         model.extend(params, TOKENS[:4], past.rows)
-    plain = fa.decoder(dataclasses.replace(SMALL, layers=1))
-    with pytest.raises(ValueError, match="with the states of 0 recurrent layers, got one with 2"):
+    plain = fa.decoder(dataclasses.replace(SMALL, layers=rows))
+    with pytest.raises(
+        ValueError, match=f"with the states of 0 recurrent layers, got one with {count}"
+    ):
         plain.extend(plain.init(fa.key(0)), TOKENS[:4], past)
 
 
@@ -343,6 +378,19 @@ def test_a_config_says_what_recurrent_layers_need():
                 "rope_scaling": fa.layers.RopeScaling("dynamic", factor=2.0, context=64),
             },
             "rope_scaling should be one whose angles do not follow the length",
+        ),
+        ({"mixer_factors": (1.0,)}, "a tuple of 7 numbers"),
+        ({"mixer_norm": "late", "mixers": ("attention",) * 3}, "mixer_norm should be one of"),
+        (
+            {
+                "mixers": ("attention", "none", "attention"),
+                "feed_forward_layers": (True, False, True),
+            },
+            "False in layer 1",
+        ),
+        (
+            {"parallel": True, "feed_forward_layers": (True, False, True)},
+            "parallel should be False",
         ),
         ({"attention_gate": "wide"}, "attention_gate should be one of"),
     ):
