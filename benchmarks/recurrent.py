@@ -2,6 +2,7 @@
 own chunks, with its derivatives, and a step after any length?
 
     python benchmarks/recurrent.py [--threads 1] [--tokens 2048] [--heads 4] [--rounds 5]
+        [--only scans|decoding]
 
 The gated delta rule as Qwen3-Next has it, heads of 128, float32, one sequence. "loop" is the
 recurrence as it is written, in torch, a token at a time; "transformers" is its
@@ -23,6 +24,10 @@ from funcattn import layers
 SIZE = 128  # features of keys and values
 FEW = 256  # tokens of the loop's gradient, which keeps several states of each
 
+LENGTHS = (1024, 8192, 32768)
+HEADS = {"state_heads": 4, "state_key_heads": 2, "state_key_size": 32, "state_value_size": 32}
+KINDS = {"short_convolution": {}, "gated_delta": HEADS, "state_space": HEADS}
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -32,9 +37,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=["scans", "decoding"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    scans(options.tokens, options.heads, options.rounds)
+    if options.only != "decoding":
+        scans(options.tokens, options.heads, options.rounds)
+    if options.only != "scans":
+        decoding(options.rounds)
 
 
 def scans(T: int, heads: int, rounds: int) -> None:
@@ -72,6 +81,38 @@ def scans(T: int, heads: int, rounds: int) -> None:
     q, k, v, g, beta = (y[:, -1:] for y in x)
     step = lambda: layers.gated_delta(q, k, v, g, beta, state, normalized=True)
     interleave({"step": step}, repeats=200)
+
+
+def decoding(rounds: int) -> None:
+    """A step of a decoder behind texts of 1024, 8192 and 32768 tokens, for each kind of layer.
+
+    Of four layers the last has attention, with a window of 64 tokens in a `Ring`: no part of the
+    past grows with the text.
+    """
+    for kind, sizes in KINDS.items():
+        config = fa.Config(
+            width=256,
+            layers=4,
+            feed_forward=512,
+            window=64,
+            context=2**16,
+            **{"mixers": (kind, kind, kind, "attention"), "convolution_size": 4, **sizes},
+        )
+        model = fa.decoder(config)
+        params, past = model.init(fa.key(0)), model.cache(0, kind=fa.caches.ring(window=64))
+        tokens, pasts = fa.random.randint(fa.key(1), (LENGTHS[-1],), 0, config.vocabulary), {}
+        for begin in range(0, LENGTHS[-1], 512):
+            delta = model.hidden(params, tokens[begin : begin + 512], past)[1]
+            past = fa.commit(past, delta)
+            if begin + 512 in LENGTHS:
+                pasts[begin + 512] = past
+        whole = model.extend(params, tokens[: LENGTHS[0] + 1])[0][-1]
+        step = lambda n: model.apply(params, tokens[:1], pasts[n])  # noqa: B023 (called here)
+        one = model.extend(params, tokens[LENGTHS[0] : LENGTHS[0] + 1], pasts[LENGTHS[0]])[0][-1]
+        torch.testing.assert_close(one, whole, atol=1e-3, rtol=1e-3)
+        print(f"\na token and its commit behind a text, three layers of {kind}")
+        steps = {f"{n} tokens": partial(step, n) for n in LENGTHS}
+        interleave(steps, repeats=20 * rounds)
 
 
 def inputs(T: int, heads: int) -> Inputs:
