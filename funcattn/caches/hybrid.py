@@ -85,6 +85,10 @@ def _(cache: Hybrid, layer: int, positions: Tensor, window: int | None = None) -
 
 @write.register
 def _(cache: Hybrid, delta: Delta, n: int | Tensor, donate: bool) -> Hybrid:
+    if len(delta.steps) != len(cache.states):
+        wanted = f"with the steps of {len(cache.states)} recurrent layers"
+        remedy = "Use the cache of the same model."
+        errors.fail("commit", "delta", wanted, len(delta.steps), remedy)
     T = delta.tokens
     count = n if (known := errors.integer(n)) is None else known
     count = count.clamp(0, T) if isinstance(count, Tensor) else count

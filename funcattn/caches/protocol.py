@@ -313,6 +313,10 @@ def admit(cache: KVCache, delta: Delta, n: int | Tensor, held: tuple[Tensor, Ten
     k, v = torch.stack(delta.k), torch.stack(delta.v)
     check_whole("commit", cache)
     _check_delta(held, k, v)
+    if delta.steps:
+        got = f"a {type(cache).__name__}, which has no states"
+        remedy = "Make it with the cache function of this model, the tail of a Branch too."
+        errors.fail("commit", "cache", "a Hybrid for recurrent layers", got, remedy, TypeError)
     S, T = capacity(cache), k.shape[-2]
     before, count = errors.integer(cache.length), errors.integer(n)
     if before is not None and count is not None:

@@ -52,6 +52,9 @@ def attention_pattern(model: Model, params: Tree, tokens: Tensor, layer: int) ->
         errors.fail(
             "attention_pattern", "layer", wanted, layer, "Negative ones count from the last."
         )
+    if not config.layer_spec(layer % config.layers).attends:
+        got = f"{layer}, of {config.mixers[layer]!r}"
+        errors.fail("attention_pattern", "layer", "one with attention", got, "Take another.")
     name = f"layers.{layer % config.layers}.attention"
     _, seen = trace(model, params, tokens, [f"{name}.q", f"{name}.k"])
     q, k = seen[f"{name}.q"], seen[f"{name}.k"]

@@ -5,6 +5,7 @@ Each law is one of decoders with attention alone; the kinds of layers are in `CO
 
 import dataclasses
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.func import grad, jvp, vmap
 
 import funcattn as fa
 from funcattn import caches, masks, tree
+from funcattn.testing import laws
 
 SMALL = fa.Config(
     vocabulary=40, width=16, layers=3, heads=2, kv_heads=1, head_size=8, feed_forward=24
@@ -363,6 +365,35 @@ def test_what_a_state_cannot_do_is_refused_with_the_remedy(made):
         ValueError, match=f"with the states of 0 recurrent layers, got one with {count}"
     ):
         plain.extend(plain.init(fa.key(0)), TOKENS[:4], past)
+
+
+class Rows:
+    """A `Hybrid` without states, as a kind for the laws of caches."""
+
+    empty = staticmethod(lambda *sizes: caches.Hybrid(fa.Cache.empty(*sizes), ()))
+
+
+@pytest.mark.parametrize("law", laws.cache, ids=lambda law: law.__name__)
+def test_its_rows_keep_the_laws_of_caches(law):
+    refuses = law.__name__ == "entries_beyond_length_are_unobservable"  # shortens the cache
+    with pytest.raises(TypeError, match="cannot be shortened") if refuses else nullcontext():
+        law(Rows, 5, fa.key(6))
+
+
+def test_a_text_continues_a_memory(made):
+    """A learned prefix: seen by attention, before the beginning of every state."""
+    model, params = made
+    H, D = model.config.kv_heads, model.config.head_size
+    rows = fa.random.normal(fa.key(7), (2, len(model.config.attention_layers), H, 3, D))
+    memory = fa.Memory(*rows.double(), torch.tensor(3))
+    whole = model.extend(params, TOKENS, fa.Branch(memory, room(model)))[0]
+    begun = fa.Branch(memory, room(model))
+    tokens, _ = fa.generate(fa.key(0), model, params, TOKENS[:9], begun, steps=4)
+    for begin in range(4):
+        text = torch.cat([TOKENS[:9], tokens[:begin]])
+        last = model.extend(params, text, fa.Branch(memory, room(model)))[0][-1]
+        assert int(last.argmax()) == int(tokens[begin])
+    assert not torch.allclose(whole, model.extend(params, TOKENS)[0])
 
 
 def test_a_config_says_what_recurrent_layers_need():
