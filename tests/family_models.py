@@ -305,7 +305,77 @@ LATEST |= {
         {**NETS, "linear_allow_neg_eigval": False, **ROPE("default", rope_theta=None)},
     ),
 }
+MAMBA = {"mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_d_conv": 3}
+MIXED = {"layer_types": ["mamba", "attention"] * 2}
+PARTS = {
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 6,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "conv_kernel": 3,
+    "head_dim": 8,
+}
+LATEST |= {
+    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1]}),
+    "bamba-biases": (
+        "bamba",
+        {
+            **MAMBA,
+            "attn_layer_indices": [1, 2],
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "time_step_limit": [0.0, 1.2],
+        },
+    ),
+    "granitemoehybrid-mamba": (
+        "granitemoehybrid",
+        {**GRANITE, **MAMBA, **MIXED, "num_local_experts": 0, "shared_intermediate_size": 20},
+    ),
+    "granitemoehybrid-mamba-moe": (
+        "granitemoehybrid",
+        {**GRANITE, **MAMBA, **MIXED, **LOCALS, "shared_intermediate_size": 20},
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **MAMBA,
+            "mamba_d_ssm": 48,
+            "head_dim": 8,
+            "mlp_multipliers": [0.7, 1.2],
+            "ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9],
+            "ssm_in_multiplier": 1.3,
+            "ssm_out_multiplier": 0.8,
+            "attention_in_multiplier": 1.1,
+            "attention_out_multiplier": 0.9,
+            "key_multiplier": 0.3,
+            "lm_head_multiplier": 0.4,
+            "embedding_multiplier": 2.5,
+        },
+    ),
+    "falcon_h1-normed": (
+        "falcon_h1",
+        {**MAMBA, "mamba_d_ssm": 48, "mamba_rms_norm": True, "projectors_bias": True},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **PARTS,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 20,
+            "moe_shared_expert_intermediate_size": 24,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "nemotron_h-dense": (
+        "nemotron_h",
+        {**PARTS, "hybrid_override_pattern": "M-M*", "use_bias": True, "mlp_bias": True},
+    ),
+}
 IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after", "lfm2_moe", "qwen3_next", "olmo_hybrid"}
+IDEAS |= {"falcon_h1", "nemotron_h"}
 MODELS |= MORE | LATEST
 ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
 PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}

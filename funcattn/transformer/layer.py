@@ -306,11 +306,12 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
         out = layers.linear_experts(weight, x, chosen)
         return out if is_absent(bias) else out + bias[chosen]
 
-    up, gate = (
-        affine(weights.up, weights.up_bias, rows),
-        affine(weights.gate, weights.gate_bias, rows),
-    )
-    inner = layers.gated(gate, up, config.activation, config.activation_limit)
+    up = affine(weights.up, weights.up_bias, rows)
+    if config.gated:
+        gate = affine(weights.gate, weights.gate_bias, rows)
+        inner = layers.gated(gate, up, config.activation, config.activation_limit)
+    else:
+        inner = layers.activate(up, config.activation)
     out = torch.unflatten(affine(weights.down, weights.down_bias, inner), 0, expert.shape)
     mixed = (out * share.to(out.dtype).unsqueeze(-1)).sum(-2)
     if config.shared_size:
@@ -320,8 +321,11 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
 
 def _shared(config: Config, weights: Layer, y: Tensor) -> Tensor:
     """The expert that every token takes, times a sigmoid of its own where it is gated."""
-    gate, up = layers.linears((weights.shared_gate, weights.shared_up), y)
-    inner = layers.gated(gate, up, config.activation, config.activation_limit)
+    if config.gated:
+        gate, up = layers.linears((weights.shared_gate, weights.shared_up), y)
+        inner = layers.gated(gate, up, config.activation, config.activation_limit)
+    else:
+        inner = layers.activate(layers.linear(weights.shared_up, y), config.activation)
     out = layers.linear(weights.shared_down, inner)
     if not config.shared_gated:
         return out

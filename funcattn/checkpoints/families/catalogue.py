@@ -46,8 +46,10 @@ from .llama_variants import (
     MINISTRAL,
     SEED_OSS,
 )
+from .mambas import BAMBA, FALCON_H1
 from .mixture_variants import ERNIE4_5_MOE, FLEX_OLMO, MELLUM, OLMOE, QWEN2_MOE
 from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_VL_MOE
+from .nemotron_hybrids import NEMOTRON_H
 from .olmo import OLMO, OLMO3
 from .short_convolutions import LFM2, LFM2_MOE
 from .sigmoid_mixtures import DOTS1, EXAONE_MOE, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
@@ -68,6 +70,7 @@ FAMILIES = {
         *(GRANITEMOE, GRANITEMOESHARED, GRANITEMOE_SWA, GRANITEMOEHYBRID),
         *(GLM4_MOE, DOTS1, SOLAR_OPEN, EXAONE_MOE, HY_V3, MINIMAX_M2),
         *(PHI, GPTJ, CODEGEN, NEMOTRON, JAIS2, ARCEE, HUNYUAN_DENSE, HUNYUAN_MOE, MINISTRAL3),
+        *(BAMBA, FALCON_H1, NEMOTRON_H),
         *(FALCON, GPT_BIGCODE, GPT_NEO, OPT, BIOGPT, XGLM),
         *(AFMOE, APERTUS, APERTUS_TEXT, NANOCHAT, BLOOM, MPT, DBRX),
         *(LFM2, LFM2_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, OLMO_HYBRID),

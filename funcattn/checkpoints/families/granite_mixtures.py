@@ -2,7 +2,7 @@
 
 granitemoe granitemoeshared    with an expert that every token takes in the second
 granitemoe_swa                 sinks, and windows with a rotary base a layer
-granitemoehybrid               its layers of attention, dense or not, with or without rotation
+granitemoehybrid               attention, with or without rotation, and Mamba-2; dense or not
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ from .granite import granite_windows, write_granite_windows
 from .layouts import fused, halves, of_experts
 from .llama import read_multipliers, write_common, write_multipliers
 from .llama_variants import LAYER, read_variant
+from .mambas import mamba_names, mamba_packs, read_mixers, write_mixers
 from .tables import Family, Fields, Json, Pack, refuse
 
 
@@ -50,10 +51,7 @@ def _read_granitemoehybrid(fields: Fields) -> dict[str, Json]:
     if none:
         fields.values = {**fields.values, "num_local_experts": 1, "num_experts_per_tok": 1}
     found, shared = _read_granitemoe(fields), _read_shared_size(fields, 1024)
-    kinds = fields.items("layer_types") or fields.items("layers_block_type")
-    attends = ("attention", "full_attention")
-    if len(kinds) != found["layers"] or any(kind not in attends for kind in kinds):
-        refuse(fields.place("layer_types"), "full_attention throughout", kinds)
+    found |= read_mixers(fields, found["layers"])
     positions = fields.get("position_embedding_type")
     if positions not in (None, "rope", "nope"):
         refuse(fields.place("position_embedding_type"), "rope or nope", positions)
@@ -89,11 +87,7 @@ def _write_granitemoehybrid(config: Config) -> dict[str, object]:
     return {
         **_write_granitemoe(config),
         "shared_intermediate_size": config.shared_size or config.feed_forward,
-        "layer_types": ["full_attention"] * config.layers,
-        # Of layers that there are none of, such that their sizes agree.
-        "mamba_n_heads": 1,
-        "mamba_expand": 1,
-        "mamba_d_head": config.width,
+        **write_mixers(config),
         "position_embedding_type": "rope" if config.positions == "rotary" else None,
     }
 
@@ -151,8 +145,13 @@ GRANITEMOEHYBRID = Family(
     "GraniteMoeHybridForCausalLM",
     _read_granitemoehybrid,
     _write_granitemoehybrid,
-    {**_granite_names("router.layer"), "layers.{}.down": LAYER + "shared_mlp.output_linear.weight"},
+    {
+        **_granite_names("router.layer"),
+        **mamba_names(LAYER + "mamba."),
+        "layers.{}.down": LAYER + "shared_mlp.output_linear.weight",
+    },
     packs=(
+        *mamba_packs(LAYER + "mamba."),
         *_granite_packs(swa=False),
         replace(
             fused(

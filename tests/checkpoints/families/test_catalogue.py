@@ -17,6 +17,7 @@ NEEDED += ["num_heads", "attention_heads", "ffn_dim", "n_heads", "n_layers"]
 # Without them a class has no default that makes a decoder of attention.
 GIVEN = {
     "granitemoehybrid": {"layer_types": ["full_attention"] * 32, "mamba_n_heads": 128},
+    "bamba": {"attn_layer_indices": [1]},
     "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "glm4_moe": {"head_dim": 128},
 }
