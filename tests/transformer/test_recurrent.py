@@ -168,6 +168,16 @@ def test_generation_goes_on_from_a_cache_and_from_a_flat_copy_of_it(made):
             assert torch.equal(go_on(flat, first[-1:], 4)[0], wanted[4:])
 
 
+def test_tails_that_have_not_begun_and_others_are_read_side_by_side(made):
+    model, params = made
+    _, prefix = read(model, params, TOKENS[:5], room(model))
+    _, behind = read(model, params, TOKENS[5:8], fa.Branch(prefix, room(model, 8)))
+    tails = tree.map(lambda *x: torch.stack(x), room(model, 8), behind.tail)
+    got = vmap(lambda tail: model.extend(params, TOKENS[8:11], fa.Branch(prefix, tail))[0])(tails)
+    for text, logits in zip((TOKENS[:5], TOKENS[:8]), got, strict=True):
+        close(logits, model.extend(params, torch.cat([text, TOKENS[8:11]]))[0][len(text) :])
+
+
 def test_beams_are_those_of_whole_texts(made):
     model, params = made
     found = fa.search.beam_search(model, params, TOKENS[:6], steps=4, beams=3, best=3)
@@ -199,6 +209,26 @@ def test_drafts_change_no_greedy_text(made, draft):
     )
     if draft != "lookup":
         assert int(done.stats.accepted) > 0
+
+
+def test_a_drafter_with_a_cache_of_its_own_keeps_the_accepted_tokens_alone(made):
+    """After any number of them it drafts what it would behind that text."""
+    model, params = made
+    drafter = fa.drafters.model(model, params, length=3)
+    state = drafter.init(TOKENS[:8], torch.tensor(8), 9)
+    _, proposed = drafter.propose(fa.key(0), TOKENS[8], state)
+    written = torch.cat([TOKENS[9:12], TOKENS[:1]])  # others than it drafted
+
+    def drafted(count):
+        kept = drafter.keep(written, torch.tensor(count), proposed)
+        return drafter.propose(fa.key(0), written[count - 1], kept)[0].tokens
+
+    first = drafter.propose(fa.key(0), TOKENS[8], state)[0].tokens
+    assert torch.equal(first, naive(model, params, TOKENS[:9], 3))
+    # of the tokens that are kept the cache has all but the last, which was not drafted
+    for count in (1, 2, 3):
+        text = torch.cat([TOKENS[:9], first[: count - 1], written[count - 1 : count]])
+        assert torch.equal(drafted(count), naive(model, params, text, 3))
 
 
 def test_drafts_change_no_text_in_a_ragged_batch(made):
