@@ -127,8 +127,8 @@ TESTED_BY = {
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
     "family_peers": "checkpoints.families: delta_nets dense_variants distances falcon fused gated "
-    "gemma gpt gpt_variants granite granite_mixtures llama llama_variants mixture_variants mixtures olmo "
-    "short_convolutions sigmoid_mixtures towers",
+    "gemma gpt gpt_variants granite granite_mixtures llama llama_variants mambas mixture_variants "
+    "mixtures nemotron_hybrids olmo short_convolutions sigmoid_mixtures towers",
     "gguf_families": "checkpoints.families: architectures",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
