@@ -18,6 +18,8 @@ from ..kernels.dtypes import accurate
 from . import scans
 from .scans import CHUNK, Scanned
 
+NEEDED = ("q", "k", "v", "log_decay", "beta")  # arguments that cannot be ()
+
 
 def gated_delta(
     q: Tensor,
@@ -69,7 +71,7 @@ def gated_delta(
     Source: Yang et al., arXiv:2412.06464, section 3.3.
     """
     q, k = (_unit(q), _unit(k)) if normalized else (q, k)
-    x = scans.chunks("gated_delta", q, k, v, log_decay, beta, state, mask, chunk)
+    x = scans.chunks("gated_delta", NEEDED, q, k, v, log_decay, beta, state, mask, chunk)
     out, last = scans.scan(x, v.shape[-2])
     return Scanned((out * (k.shape[-1] ** -0.5 if scale is None else scale)).to(v.dtype), last)
 
@@ -97,10 +99,14 @@ def gated_delta_states(
         (test_scans.py::test_the_states_after_each_token_are_those_of_shorter_scans).
     """
     k = _unit(k) if normalized else k
-    x = scans.chunks("gated_delta_states", (), k, v, log_decay, beta, state, mask, chunk)
+    x = scans.chunks(
+        "gated_delta_states", NEEDED[1:], (), k, v, log_decay, beta, state, mask, chunk
+    )
     return scans.states(x, v.shape[-2])
 
 
 def _unit(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        return x  # of which `chunks` says that it is none
     x = accurate(x, x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -11,6 +11,8 @@ from torch import Tensor
 from . import scans
 from .scans import CHUNK, Scanned
 
+NEEDED = ("q", "k", "v", "log_decay")  # arguments that cannot be ()
+
 
 def linear_attention(
     q: Tensor,
@@ -56,7 +58,7 @@ def linear_attention(
         (test_scans.py::test_a_scan_is_its_loop_in_every_nesting).
     Source: Yang et al., arXiv:2312.06635, section 4.
     """
-    x = scans.chunks("linear_attention", q, k, v, log_decay, (), state, mask, chunk)
+    x = scans.chunks("linear_attention", NEEDED, q, k, v, log_decay, (), state, mask, chunk)
     out, last = scans.scan(x, v.shape[-2])
     return Scanned((out * _scale(k, scale)).to(v.dtype), last)
 
@@ -81,7 +83,9 @@ def linear_attention_states(
     Law: row t is the state of a scan of the first t + 1 tokens
         (test_scans.py::test_the_states_after_each_token_are_those_of_shorter_scans).
     """
-    x = scans.chunks("linear_attention_states", (), k, v, log_decay, (), state, mask, chunk)
+    x = scans.chunks(
+        "linear_attention_states", NEEDED[1:], (), k, v, log_decay, (), state, mask, chunk
+    )
     return scans.states(x, v.shape[-2])
 
 

@@ -24,6 +24,7 @@ are SSMs, arXiv:2405.21060, section 6; Yang et al., Parallelizing linear transfo
 rule, arXiv:2406.06484, section 3.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -181,6 +182,7 @@ def _sums_after(g: Tensor) -> Tensor:
 
 def chunks(
     function: str,
+    needed: Collection[str],
     q: Tensor | tuple[()],
     k: Tensor,
     v: Tensor,
@@ -190,12 +192,13 @@ def chunks(
     mask: Tensor | None,
     size: int,
 ) -> Chunks:
-    """The inputs, checked, in the dtype of the sums, by chunks of at most `size` tokens.
+    """The inputs, checked, in the dtype of the sums, by chunks of at most `size` tokens; those
+    named in `needed` are tensors, others may be ().
 
     Tokens where the mask is False, and those that fill the last chunk, write nothing and keep the
     state: their q, k, v, g and beta are 0, whatever they were.
     """
-    _check(function, q, k, v, log_decay, beta, state, mask, size)
+    lead = _check(function, needed, q, k, v, log_decay, beta, state, mask, size)
     H, T, Dv = v.shape[-3:]
     K, Dk = k.shape[-3], k.shape[-1]
     C = min(size, 1 << max(T - 1, 0).bit_length())
@@ -211,11 +214,6 @@ def chunks(
 
     split_q = split(q) if isinstance(q, Tensor) else ()
     split_beta = split(beta.unsqueeze(-1)) if isinstance(beta, Tensor) else ()
-    lead = torch.broadcast_shapes(
-        *(y.shape[:-3] for y in given if y is not beta),
-        beta.shape[:-2] if isinstance(beta, Tensor) else (),
-        mask.shape[:-1] if mask is not None else (),
-    )
     s = state if isinstance(state, Tensor) else v.new_zeros(H, Dk, Dv)
     s = torch.unflatten(s.to(dtype), -3, (K, -1)).expand(*lead, K, H // K, Dk, Dv)
     return Chunks(split_q, split(k), split(v), split(log_decay), split_beta, s)
@@ -223,6 +221,7 @@ def chunks(
 
 def _check(
     function: str,
+    needed: Collection[str],
     q: Tensor | tuple[()],
     k: Tensor,
     v: Tensor,
@@ -231,13 +230,16 @@ def _check(
     state: Tensor | tuple[()],
     mask: Tensor | None,
     size: int,
-) -> None:
-    """Raise where a kind, a shape or the size of a chunk is none that a scan takes."""
+) -> torch.Size:
+    """The leading axes; raises where a kind, a shape or the size of a chunk is none of a scan."""
     named = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "state": state}
     for name, x in named.items():
-        if not isinstance(x, Tensor) and (x != () or name in ("k", "v", "log_decay")):
-            got = f"a {type(x).__name__}"
-            errors.fail(function, name, "a tensor", got, "Pass a tensor.", TypeError)
+        if not isinstance(x, Tensor) and (name in needed or x != ()):
+            got, wanted = (
+                f"a {type(x).__name__}",
+                "a tensor" + ("" if name in needed else ", or ()"),
+            )
+            errors.fail(function, name, wanted, got, "Pass a tensor.", TypeError)
         if isinstance(x, Tensor) and not x.is_floating_point():
             remedy = "Cast it to a floating dtype."
             errors.fail(function, name, "floating", x.dtype, remedy, TypeError)
@@ -247,7 +249,10 @@ def _check(
             errors.fail(function, name, wanted, errors.shape(x), "Add the axis of heads.")
     H, T, Dv = v.shape[-3:]
     K, Dk = k.shape[-3], k.shape[-1]
-    if H % max(K, 1) or k.shape[-2] != T:
+    if not (H and K and Dk):
+        got = f"k {errors.shape(k)} and v {errors.shape(v)}"
+        errors.fail(function, "k and v", "of at least one head and feature", got, "Leave it out.")
+    if H % K or k.shape[-2] != T:
         wanted = f"(*lead, K, T, Dk) with T = {T} as in v and K a divisor of its H = {H}"
         errors.fail(function, "k", wanted, errors.shape(k), "Each key head serves H / K of v's.")
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
@@ -269,5 +274,14 @@ def _check(
         got = f"{mask.dtype} {errors.shape(mask)}" if isinstance(mask, Tensor) else f"{mask!r}"
         remedy = "True where there is a token; the order of the tokens is the mask of attention."
         errors.fail(function, "mask", f"bool (*lead, T) with T = {T}", got, remedy)
+    given = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    errors.on_one_device(function, [*given.values(), *([] if mask is None else [mask])])
     if not errors.is_count(size, 1) or size & (size - 1):
         errors.fail(function, "chunk", "a power of two", size, f"{CHUNK} is usual.")
+    leads = [x.shape[: -2 if name == "beta" else -3] for name, x in given.items()]
+    leads += [] if mask is None else [mask.shape[:-1]]
+    try:
+        return torch.broadcast_shapes(*leads)
+    except RuntimeError:
+        got = ", ".join(f"{name} {errors.shape(x)}" for name, x in given.items())
+        errors.fail(function, "leading axes", "those that broadcast", got, "Batches are the same.")

@@ -60,6 +60,11 @@ def state_space(
         (test_scans.py::test_a_scan_is_its_loop_in_every_nesting).
     Source: Dao and Gu, arXiv:2405.21060, section 6.
     """
+    for name, y in (("x", x), ("dt", dt), ("A", A)):
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            got = f"a {type(y).__name__}" if not isinstance(y, Tensor) else y.dtype
+            wanted = "a floating tensor"
+            errors.fail("state_space", name, wanted, got, "Cast it, or make it one.", TypeError)
     if x.dim() < 3 or tuple(dt.shape[-2:]) != tuple(x.shape[-3:-1]):
         wanted = "(*lead, H, T) where x is (*lead, H, T, P)"
         got = f"{errors.shape(dt)} and {errors.shape(x)}"

@@ -328,6 +328,21 @@ def test_wrong_kinds_and_options_are_errors():
         scanned(True, x._replace(k=x.k.long()))
     with pytest.raises(TypeError, match="beta should be a tensor"):
         scanned(True, x._replace(beta=0.5))
+    for wrong in ((), None):  # which would be another recurrence
+        with pytest.raises(TypeError, match="beta should be a tensor, got"):
+            scanned(True, x._replace(beta=wrong))
+        with pytest.raises(TypeError, match="gated_delta_states: beta should be a tensor, got"):
+            states_of(True, x._replace(beta=wrong))
+    with pytest.raises(TypeError, match=r"state should be a tensor, or \(\), got a NoneType"):
+        scanned(False, x._replace(state=None))
+    with pytest.raises(ValueError, match="at least one head and feature"):
+        scanned(True, x._replace(q=x.q[..., :0], k=x.k[..., :0]))
+    with pytest.raises(ValueError, match="leading axes should be those that broadcast"):
+        scanned(True, x._replace(v=x.v.expand(3, 2, 5, 3), g=x.g.expand(2, 2, 5, 1)))
+    with pytest.raises(ValueError, match="tensors should be on one device"):
+        scanned(True, x._replace(g=x.g.to("meta")))
+    with pytest.raises(TypeError, match="state_space: A should be a floating tensor"):
+        layers.state_space(x.v, x.beta, [1.0], x.k, x.q)
     with pytest.raises(ValueError, match="state_space: dt should be"):
         layers.state_space(x.v, x.g, x.v[:, 0, 0], x.k, x.q)
     with pytest.raises(ValueError, match="state_space: A should be"):
