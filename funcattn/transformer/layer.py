@@ -21,7 +21,7 @@ from ..masks import Mask
 from ..records import is_absent
 from ..rematerialization import remat
 from ..taps import tap
-from . import parallel
+from . import head_groups, parallel
 from .config import Config, LayerSpec
 from .weights import Layer
 
@@ -56,15 +56,21 @@ def block(
         past: segments of the cached keys and values of this layer; none without a cache.
         name: of the layer, for taps: `layers.3`.
         kernel: of attention; None chooses.
-        rows: positions whose feed-forward is computed at a time, each block rematerialized; 0 is
-            all.
+        rows: positions whose feed-forward is computed at a time, each block rematerialized, as are
+            the groups of heads; 0 is all.
     """
     y = (
         x
         if is_absent(weights.attention_norm)
         else _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
     )
-    attended, k, v = _attend(config, spec, weights, y, context, past, name, kernel)
+    if rows and rows < y.shape[-2] and head_groups.can_split(config, weights, past):
+        read = lambda config, weights, y, context: _attend(
+            config, spec, weights, y, context, (), name, kernel
+        )
+        attended, k, v = head_groups.by_groups(read, config, weights, y, context)
+    else:
+        attended, k, v = _attend(config, spec, weights, y, context, past, name, kernel)
     if not is_absent(weights.attention_after_norm):
         attended = _norm(config, attended, weights.attention_after_norm, ())
     attended = tap(f"{name}.attention.output", attended)
