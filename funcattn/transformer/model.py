@@ -57,8 +57,8 @@ def decoder(
             chooses.
         remat: save only the input of each layer for the backward pass, and recompute the rest:
             less memory, more time. A number saves the inputs of some sqrt(layers) segments only,
-            and computes the feed-forward of so many positions at a time: the least memory, for one
-            more forward pass.
+            and computes attention by groups of heads and the feed-forward of so many positions at a
+            time: the least memory, for one more forward pass.
 
     Raises:
         ValueError: tokens outside the vocabulary; a sequence longer than `config.context`
