@@ -25,7 +25,7 @@ from torch import Tensor
 from . import randomness, tree
 from .core import errors
 from .core.doors import door
-from .layers import Weight, embed, linear
+from .layers import Weight, dense, embed, linear
 from .records import is_absent, record
 from .tree import Tree, Where
 
@@ -57,6 +57,12 @@ def _(weight: Lora, x: Tensor) -> Tensor:
         wide
     )
     return (y + added).to(y.dtype)
+
+
+@dense.register
+def _(weight: Lora, columns: int, like: Tensor) -> Tensor:
+    added = (weight.b @ weight.a) * weight.scale
+    return dense(weight.base, columns, like) + added.to(like.dtype)
 
 
 @embed.register

@@ -21,12 +21,14 @@ later logits into NaN.
     branch             Branch: a tail behind a prefix; fork, flatten
     sharded            ShardedCache: rows divided among devices
     static             Memory: keys and values of another sequence, read only
+    making             make: an empty cache of any kind
     display            a cache as one line of text, and as a bar in HTML
 """
 
 from . import display, rows
 from .branch import Branch, flatten, fork, fork_many, rows_of
 from .dense import Cache
+from .making import make
 from .paged import Pages, pages
 from .protocol import (
     DONATED,
@@ -87,6 +89,7 @@ __all__ = [
     "fork_many",
     "grow",
     "keeps_all",
+    "make",
     "pages",
     "past",
     "display",

@@ -138,7 +138,8 @@ def measure(
                 if turn >= WARMUP:
                     seconds[name].append(time.perf_counter() - begun)
     bandwidth = memory_limit.bandwidth(size, {name: median(s) for name, s in seconds.items()})
-    remembered = 2 * config.layers * config.kv_heads * config.head_size * params.norm.element_size()
+    heads, *features = config.cached
+    remembered = config.layers * heads * sum(features) * params.norm.element_size()
     past = remembered * (options.context + options.tokens / 2)
     found = []
     for name in candidates:

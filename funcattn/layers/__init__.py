@@ -1,6 +1,6 @@
 """The layers of a decoder as functions of a weight and an activation.
 
-    products    linear, linears, embed: dispatch on the type of the weight; Blocks
+    products    linear, linears, dense, embed: dispatch on the type of the weight; Blocks
     layouts     fields: how the tensors of a weight are divided among devices
     prepared    prepare: the memory layout of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
@@ -22,6 +22,7 @@ from .products import (
     Blocks,
     Weight,
     by_blocks,
+    dense,
     embed,
     is_vector,
     linear,
@@ -44,6 +45,7 @@ __all__ = [
     "SEVERAL",
     "activate",
     "by_blocks",
+    "dense",
     "embed",
     "fields",
     "frequencies",

@@ -34,6 +34,7 @@ def route(
     scores: str = "softmax",
     choice_bias: Tensor | tuple[()] = (),
     groups: tuple[int, int] = (1, 1),
+    group_best: int = 2,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The k experts of each token and their weights, from router logits (*lead, X).
@@ -46,7 +47,8 @@ def route(
         scores: "softmax" over all experts, or "sigmoid" of each.
         choice_bias: (X,), added to the scores for the choice alone.
         groups: (n, m): experts are chosen within m of n groups, those with the greatest sums of
-            their two best scores.
+            their best scores.
+        group_best: how many scores of a group are summed: 2, of DeepSeek-V2 1.
         scale: factor of the weights.
 
     Returns:
@@ -66,7 +68,7 @@ def route(
         )
     wide = logits if logits.element_size() > 2 else logits.float()
     if scores != "softmax" or isinstance(choice_bias, Tensor) or groups[0] > 1:
-        share, expert = _choose(wide, k, normalized, scores, choice_bias, groups)
+        share, expert = _choose(wide, k, normalized, scores, choice_bias, (*groups, group_best))
         return share * scale, expert
     best, expert = wide.topk(k, -1)
     share = best.softmax(-1) if normalized else (best - wide.logsumexp(-1, keepdim=True)).exp()
@@ -79,15 +81,15 @@ def _choose(
     normalized: bool,
     scores: str,
     bias: Tensor | tuple[()],
-    groups: tuple[int, int],
+    groups: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor]:
     """`route` of scores that are chosen by others than their weights."""
     each = logits.sigmoid() if scores == "sigmoid" else logits.softmax(-1)
     choice = each + bias.to(each.dtype) if isinstance(bias, Tensor) else each
-    count, kept = groups
+    count, kept, summed = groups
     if count > 1:
         grouped = torch.unflatten(choice, -1, (count, -1))
-        best = grouped.topk(2, -1).values.sum(-1).topk(kept, -1).indices  # (*lead, m)
+        best = grouped.topk(summed, -1).values.sum(-1).topk(kept, -1).indices  # (*lead, m)
         numbers = torch.arange(count, device=best.device)
         out = (best.unsqueeze(-1) != numbers).all(-2).unsqueeze(-1)  # (*lead, n, 1)
         choice = grouped.masked_fill(out, -torch.inf).flatten(-2)

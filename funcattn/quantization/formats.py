@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import errors
-from ..layers import Weight, embed, is_vector, linear, prepare, rows_times
+from ..layers import Weight, dense, embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from . import packing
 from .fast import MAX_FAST_ROWS, routed
@@ -192,6 +192,10 @@ def _wide(scale: Tensor) -> torch.dtype:
 def times(weight: Weight, x: Tensor) -> Tensor:
     """The plain form: expand the matrix, then F.linear. Derivatives and vmap are those of this."""
     return F.linear(x, expand(weight).to(x.dtype))
+
+
+for _kind in RECORDS:
+    dense.register(_kind, lambda weight, columns, like: expand(weight).to(like.dtype))
 
 
 @linear.register(Codebook)

@@ -16,7 +16,7 @@ from ..tree.selection import chooses_none
 from .formats import expand, is_quantized
 from .schemes import Scheme, int8
 
-MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down)"
+MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down|q_down|kv_down)"
 ENDS = r"embedding|head"
 
 

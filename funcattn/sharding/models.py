@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import caches, tree
-from ..caches import Branch, Cache, Delta, KVCache
+from ..caches import Branch, Cache, Delta, KVCache, make
 from ..collectives import agree
 from ..core import errors
 from ..core.autograd import has_tangent, transforming
@@ -178,4 +178,5 @@ def _simulate(
 def _room(
     config: Config, n: int, size: int, *, kind: type = Cache, dtype: torch.dtype | None = None
 ) -> Tree:
-    return kind.empty(cache_layers(config), max(config.kv_heads, n), size, config.head_size, dtype)
+    K, *features = config.cached
+    return make(kind, cache_layers(config), max(K, n), size, features, dtype)

@@ -25,9 +25,13 @@ GENERAL: Table = {
     "choice_bias": (False,),
     "expert_groups": (1,),
     "groups_per_token": (1,),
+    "group_best": (2,),
     "routing_scale": (1.0,),
     "shared_size": (0,),
     "shared_gated": (False,),
+    "value_size": (None,),
+    "latent_size": (0,),
+    "query_latent_size": (0,),
 }
 # The fields supported by paths that run layer.py itself: compiled decoding, which reads the cache,
 # prepares the weights and caches code for a config; and smoothing, which moves factors between the

@@ -4,8 +4,9 @@ A model family is a setting of these fields, never a subclass: `checkpoints.fami
 from checkpoints.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from .. import layers
 from ..core import errors
@@ -74,6 +75,11 @@ class Config:
     window: int | None = None  # tokens each token attends to, itself included
     window_layers: tuple[bool, ...] = ()  # layers with the window
 
+    # Values of another size than keys, and multi-head latent attention (see transformer.latent).
+    value_size: int | None = None  # Dv, features of a value; None is head_size
+    latent_size: int = 0  # R: keys and values are made of R features a token; 0 is of the residual
+    query_latent_size: int = 0  # so are queries, of so many others; 0 is of the residual
+
     # Positions.
     # or "learned", a table (context, E) added to the embedding, or "none"
     positions: str = "rotary"
@@ -104,6 +110,7 @@ class Config:
     choice_bias: bool = False  # added to the scores for the choice of experts, not to their weights
     expert_groups: int = 1  # experts are chosen within the groups of greatest scores
     groups_per_token: int = 1
+    group_best: int = 2  # the score of a group is the sum of so many, its best
     routing_scale: float = 1.0  # factor of the weights of experts
     shared_size: int = 0  # F of an expert that every token takes; 0 is none
     shared_gated: bool = False  # its output times a sigmoid of one more row
@@ -175,6 +182,7 @@ class Config:
                     f"even, and at most head_size = {self.head_size}",
                     "Rotary angles turn pairs of features.",
                 )
+        self._check_latent(fail)
         if self.window is not None and self.window < 1:
             fail("window", "None or at least 1", "Each token sees itself.")
         if self.experts and not (
@@ -200,6 +208,8 @@ class Config:
                 f"groups_per_token = {kept} that hold experts_per_token = {self.experts_per_token}",
                 "Choose from fewer, larger groups.",
             )
+        if self.group_best not in (1, 2):
+            fail("group_best", "1 or 2", "Groups are ranked by their best score or their best two.")
         if self.late_head_norm and self.head_norm not in ("rms", "layer"):
             fail("late_head_norm", 'False without a head_norm of "rms" or "layer"', "Set both.")
         if self.norm_placement != "before" and (self.parallel or self.norm_bias):
@@ -214,6 +224,44 @@ class Config:
                 "False where blocks follow each other",
                 "Set parallel=True, or let each have its norm.",
             )
+
+    def _check_latent(self, fail: Callable[[str, str, str], NoReturn]) -> None:
+        for name, least in (("value_size", 1), ("latent_size", 0), ("query_latent_size", 0)):
+            size = getattr(self, name)
+            if not (name == "value_size" and size is None) and not errors.is_count(size, least):
+                fail(name, f"a number of features, {least} or more", "Sizes are whole numbers.")
+        if not self.latent_size:
+            if self.query_latent_size:
+                fail("query_latent_size", "0 without a latent_size", "Set both.")
+            return
+        if self.rotary_size is None or not 0 < self.rotary_size < self.head_size:
+            wanted = f"between 0 and head_size = {self.head_size} with a latent_size"
+            fail("rotary_size", wanted, "So many features of a key are the same in all heads.")
+        if self.kv_heads != self.heads:
+            wanted = f"heads = {self.heads} with a latent_size"
+            fail("kv_heads", wanted, "Each head makes its own keys and values of the latent.")
+        for name, neutral in (("head_norm", "none"), ("qkv_limit", None)):
+            if getattr(self, name) != neutral:
+                fail(name, f"{neutral!r} with a latent_size", "No family has both.")
+
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Features of a key, D, and of a value, Dv."""
+        return self.head_size, self.head_size if self.value_size is None else self.value_size
+
+    @property
+    def cached(self) -> tuple[int, int, int]:
+        """Heads, features of keys and features of values that a cache holds of a token in a layer.
+
+        Of latent attention it is one row, of the latent and the rotated part of the key.
+
+        Example:
+            >>> Config(heads=4, kv_heads=4, rotary_size=8, latent_size=32).cached
+            (1, 40, 0)
+        """
+        if self.latent_size:
+            return 1, self.latent_size + (self.rotary_size or 0), 0
+        return self.kv_heads, *self.head_sizes
 
     @property
     def scale(self) -> float:

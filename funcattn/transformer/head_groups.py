@@ -31,6 +31,7 @@ def can_split(config: Config, weights: Layer, past: Sequence[object]) -> bool:
     matrices = (weights.q, weights.k, weights.v, weights.o)
     return (
         config.kv_heads > 1
+        and not config.latent_size  # heads have the latents in common
         and config.head_norm != "rms_width"
         and not past
         and not collectives.bound()

@@ -21,7 +21,7 @@ from ..masks import Mask
 from ..records import is_absent
 from ..rematerialization import remat
 from ..taps import tap
-from . import head_groups, parallel
+from . import head_groups, latent, parallel
 from .config import Config, LayerSpec
 from .weights import Layer
 
@@ -125,14 +125,21 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What attention adds to the residual, and k, v (*lead, K, T, D) of the new tokens."""
     y = tap(f"{name}.attention.input", parallel.copy_to_region(y))
-    (H, K), D = parallel.heads(config), config.head_size
+    if config.latent_size:
+        of_tokens = context.rotation, context.mask, context.temperature
+        mixed, row = latent.attend(
+            config, spec, weights, y, *of_tokens, past, name=name, kernel=kernel
+        )
+        mixed = tap(f"{name}.attention.mixed", mixed)
+        return _affine(weights.o, weights.o_bias, mixed, ends=True), row, row[..., :0]
+    (H, K), (D, Dv) = parallel.heads(config), config.head_sizes
     q, k, v = _affines(
         (weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y
     )
     q = _heads(config, q, weights.q_norm, H, D)
     k = _heads(config, k, weights.k_norm, K, D)
     # torch.unflatten: torch.compile cannot trace the method under a default device.
-    v = torch.unflatten(v, -1, (K, D)).transpose(-2, -3)
+    v = torch.unflatten(v, -1, (K, Dv)).transpose(-2, -3)
     if config.qkv_limit is not None:
         q, k, v = (x.clamp(-config.qkv_limit, config.qkv_limit) for x in (q, k, v))
     if spec.rotary:
@@ -220,7 +227,8 @@ def _dense(config: Config, name: str, weights: FeedForward, y: Tensor) -> Tensor
 def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
     """The mixture of experts: each selected pair (token, expert) is one row of a product."""
     router, read = weights.router, y
-    if config.choice_bias and isinstance(router, Tensor) and y.element_size() < 4:
+    precise = config.choice_bias or config.latent_size > 0
+    if precise and isinstance(router, Tensor) and y.element_size() < 4:
         router, read = router.float(), y.float()  # as in the published models
     scores = tap(f"{name}.feed_forward.router", _affine(router, weights.router_bias, read))
     share, expert = layers.route(
@@ -230,6 +238,7 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
         scores=config.router_scores,
         choice_bias=weights.choice_bias,
         groups=(config.expert_groups, config.groups_per_token),
+        group_best=config.group_best,
         scale=config.routing_scale,
     )
     chosen = expert.flatten()

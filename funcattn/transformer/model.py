@@ -130,9 +130,8 @@ def decoder(
                 "Pass one such as torch.bfloat16.",
                 TypeError,
             )
-        return kind.empty(
-            lengths.cache_layers(config), parallel.heads(config)[1], size, config.head_size, dtype
-        )
+        heads, *features = parallel.cached(config)
+        return caches.make(kind, lengths.cache_layers(config), heads, size, features, dtype)
 
     @door
     def hidden(

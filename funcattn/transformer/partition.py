@@ -6,6 +6,7 @@
                                   psum a region
     embedding head                rows: shards of the vocabulary columns
     positions                     replicated                     columns
+    q_down kv_down                replicated, in a region        columns
     norms, routers, the rest      replicated                     replicated
 
 `sharding.tensor_parallel` and `fsdp` derive their specs from it; `parallel` derives the local
@@ -53,6 +54,9 @@ CUTS = {
     "q_norm": Cut(-2, region=True),
     "k_norm": Cut(-2, of_kv=True, region=True),
     **dict.fromkeys(("router", "router_bias", "choice_bias", "shared_router"), Cut(region=True)),
+    **dict.fromkeys(("q_down", "kv_down"), Cut(data=-1, region=True)),
+    **dict.fromkeys(("q_down_norm", "q_down_bias", "kv_down_norm"), Cut(region=True)),
+    "kv_down_bias": Cut(region=True),
     "head_bias": Cut(-1),
     **dict.fromkeys(
         ("attention_norm", "feed_forward_norm", "attention_after_norm", "feed_forward_after_norm"),
@@ -113,6 +117,14 @@ def division(
         None if axis is None or rank + axis < 0 else rank + axis for axis in (cut.tensor, cut.data)
     )
     few = config is not None and config.kv_heads < n and cut.of_kv and tensor is not None
-    block = config.head_size if config is not None and cut.by_head else 1
+    block = _block(config, name) if config is not None and cut.by_head else 1
     region = cut.region or tensor is not None
     return Division(None if few else tensor, data, block, few, region, cut.once)
+
+
+def _block(config: Config, name: str) -> int:
+    """Rows of one head: features of a query or key, or of a value."""
+    D, Dv = config.head_sizes
+    if name.startswith("v"):
+        return Dv
+    return D - (config.rotary_size or 0) if name == "k" and config.latent_size else D

@@ -48,6 +48,12 @@ class Layer(NamedTuple):
     shared_up: Weight = ABSENT  # (F, E)
     shared_down: Weight = ABSENT  # (E, F)
     shared_router: Weight = ABSENT  # (1, E)
+    q_down: Weight = ABSENT  # (Rq, E): q is (H D, Rq) behind it
+    q_down_norm: Weight = ABSENT  # (Rq,)
+    q_down_bias: Weight = ABSENT  # (Rq,)
+    kv_down: Weight = ABSENT  # (R + rotary_size, E): k is (H (D - rotary_size), R), v (H Dv, R)
+    kv_down_norm: Weight = ABSENT  # (R,)
+    kv_down_bias: Weight = ABSENT  # (R + rotary_size,)
 
 
 @record
@@ -90,12 +96,15 @@ def _layer(config: Config, experts: bool) -> Layer:
     }
     before, after = config.norm_placement != "after", config.norm_placement != "before"
     two, shared = not config.shared_norm, experts and config.shared_size > 0
+    Dv, R, Rq = config.head_sizes[1], config.latent_size, config.query_latent_size
+    turning = config.rotary_size or 0
+    biased = config.qkv_bias and not R
     return Layer(
         attention_norm=where(before, (E,)),
-        q=(H * D, E),
-        k=(K * D, E),
-        v=(K * D, E),
-        o=(E, H * D),
+        q=(H * D, Rq or E),
+        k=(H * (D - turning), R) if R else (K * D, E),
+        v=(K * Dv, R or E),
+        o=(E, H * Dv),
         feed_forward_norm=where(before and two, (E,)),
         gate=where(config.gated, (*many, F, E)),
         up=(*many, F, E),
@@ -107,9 +116,9 @@ def _layer(config: Config, experts: bool) -> Layer:
         q_norm=head_norm[config.head_norm](H),
         k_norm=head_norm[config.head_norm](K),
         sinks=where(config.sinks, (H,)),
-        q_bias=where(config.qkv_bias, (H * D,)),
-        k_bias=where(config.qkv_bias, (K * D,)),
-        v_bias=where(config.qkv_bias, (K * D,)),
+        q_bias=where(biased, (H * D,)),
+        k_bias=where(biased, (K * D,)),
+        v_bias=where(biased, (K * Dv,)),
         o_bias=where(config.output_bias, (E,)),
         gate_bias=where(config.feed_forward_bias and config.gated, (*many, F)),
         up_bias=where(config.feed_forward_bias, (*many, F)),
@@ -121,6 +130,12 @@ def _layer(config: Config, experts: bool) -> Layer:
         shared_up=where(shared, (config.shared_size, E)),
         shared_down=where(shared, (E, config.shared_size)),
         shared_router=where(shared and config.shared_gated, (1, E)),
+        q_down=where(Rq, (Rq, E)),
+        q_down_norm=where(Rq, (Rq,)),
+        q_down_bias=where(Rq and config.qkv_bias, (Rq,)),
+        kv_down=where(R, (R + turning, E)),
+        kv_down_norm=where(R, (R,)),
+        kv_down_bias=where(R and config.qkv_bias, (R + turning,)),
     )
 
 
