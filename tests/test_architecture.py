@@ -126,7 +126,8 @@ TESTED_BY = {
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
     "family_peers": "checkpoints.families: dense_variants falcon fused gemma gpt "
-    "gpt_variants granite granite_mixtures llama llama_variants mixture_variants mixtures olmo "
+    "gpt_variants granite granite_mixtures latent_layouts latent_variants llama llama_variants "
+    "mixture_variants mixtures olmo "
     "sigmoid_mixtures towers",
     "gguf_families": "checkpoints.families: architectures",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "

@@ -255,6 +255,53 @@ MORE = {
     ),
     "hyperclovax": ("hyperclovax", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
 }
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
+DIRECT = {**LATENT, "q_lora_rank": None}
+ROUTES = {"n_routed_experts": 8, "n_shared_experts": 2, **SIZED, **MOE}
+MORE |= {
+    "deepseek_v2": ("deepseek_v2", {**DIRECT, **ROUTES, "first_k_dense_replace": 1}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        {**LATENT, **ROUTES, **GROUPS, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            **ROUTES,
+            **GROUPS,
+            "first_k_dense_replace": 2,
+            **ROPE("yarn", **YARN, mscale=1.0, mscale_all_dim=0.7),
+        },
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {**LATENT, **ROUTES, "mlp_layer_types": ["dense", "sparse", "dense", "sparse"]},
+    ),
+    "sarvam_mla": ("sarvam_mla", {**DIRECT, **ROUTES}),
+    "youtu": ("youtu", {**LATENT, "attention_bias": True}),
+    "minicpm3": ("minicpm3", {**LATENT, "scale_depth": 1.4, "dim_model_base": 16}),
+    "minicpm3-longrope": (
+        "minicpm3",
+        {
+            **LATENT,
+            "max_position_embeddings": 64,
+            **ROPE(
+                "longrope",
+                short_factor=[1.0, 1.5],
+                long_factor=[1.0, 3.0],
+                original_max_position_embeddings=16,
+            ),
+        },
+    ),
+}
 MODELS |= MORE
 ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
 PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -377,6 +424,7 @@ SPELLED_AS_ANOTHER = {
     "falcon-serial": "starcoder2",
     "gpt_bigcode-heads": "gpt2",
     "opt": "gpt2",
+    "sarvam_mla": "deepseek_v3",
 }
 
 

@@ -27,7 +27,14 @@ GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 SPARSE = {"moe_intermediate_size": 24, "head_dim": 8}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1} | SPARSE
+LATENT = SMALL | {"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10}
+LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+ROUTED_LATENT = LATENT | {"n_routed_experts": 8, "num_experts_per_tok": 2} | {"n_shared_experts": 1}
+ROUTED_LATENT |= {"moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2}
+ROUTED_LATENT |= {"topk_group": 1}
 OTHERS = {
+    **dict.fromkeys(("youtu", "minicpm3"), LATENT | {"attention_bias": True}),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"), ROUTED_LATENT),
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     **dict.fromkeys(("gptj", "codegen"), GPT2 | {"rotary_dim": 4}),
@@ -56,7 +63,7 @@ OTHERS = {
 CONFIGS = {name: read_config({"model_type": name, **OTHERS.get(name, SMALL)}) for name in FAMILIES}
 CONFIGS["a bias of the head"] = fa.Config(vocabulary=64, head_bias=True, tied=False)
 # Those after them have no other weights than these together.
-FAST = {*list(FAMILIES)[:18], "qwen2_moe", "glm4_moe"}
+FAST = {*list(FAMILIES)[:18], "qwen2_moe", "glm4_moe", "youtu"}
 CONFIGS["cohere, norms of heads"] = read_config(
     {"model_type": "cohere", "use_qk_norm": True, "attention_bias": True, **SMALL}
 )

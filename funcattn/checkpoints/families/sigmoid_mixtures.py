@@ -32,7 +32,7 @@ from .tables import Family, Fields, Json, refuse
 CHOICE = {"layers.{}.choice_bias": LAYER + "mlp.gate.e_score_correction_bias"}
 
 
-def _read_groups(fields: Fields) -> dict[str, Json]:
+def read_groups(fields: Fields) -> dict[str, Json]:
     """The router of DeepSeek-V3."""
     return {
         "router_scores": "sigmoid",
@@ -43,7 +43,7 @@ def _read_groups(fields: Fields) -> dict[str, Json]:
     }
 
 
-def _write_groups(config: Config, experts: str, shared: str) -> dict[str, object]:
+def write_groups(config: Config, experts: str, shared: str) -> dict[str, object]:
     """The same, written; names of the numbers of experts differ."""
     dense = [i for i in range(config.layers) if not config.layer_spec(i).experts]
     return {
@@ -58,7 +58,8 @@ def _write_groups(config: Config, experts: str, shared: str) -> dict[str, object
     }
 
 
-def _dense_first(fields: Fields, layers: int, default: int) -> list[bool]:
+def dense_first(fields: Fields, layers: int, default: int) -> list[bool]:
+    """Which layers have experts: all but the first few, `default` where the file says nothing."""
     first = fields.get("first_k_dense_replace", default)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         refuse(fields.place("first_k_dense_replace"), "a number of layers", first)
@@ -77,12 +78,12 @@ def _read_glm4_moe(fields: Fields) -> dict[str, Json]:
         "qkv_bias": fields.flag("attention_bias", False),
         "head_norm": "rms" if fields.flag("use_qk_norm", False) else "none",
         **layers_with(
-            _dense_first(fields, sizes["layers"], 1), fields.whole("n_routed_experts", 128)
+            dense_first(fields, sizes["layers"], 1), fields.whole("n_routed_experts", 128)
         ),
         "experts_per_token": fields.whole("num_experts_per_tok", 8),
         "expert_size": size,
         "normalized_routing": fields.flag("norm_topk_prob", True),
-        **_read_groups(fields),
+        **read_groups(fields),
         "shared_size": size * fields.whole("n_shared_experts", 1),
     }
 
@@ -94,7 +95,7 @@ def _write_glm4_moe(config: Config) -> dict[str, object]:
         **write_common(config),
         **rope,
         "partial_rotary_factor": share,
-        **_write_groups(config, "n_routed_experts", "n_shared_experts"),
+        **write_groups(config, "n_routed_experts", "n_shared_experts"),
         "attention_bias": config.qkv_bias,
         "use_qk_norm": config.head_norm == "rms",
     }
@@ -110,11 +111,11 @@ def _read_dots1(fields: Fields) -> dict[str, Json]:
         **common,
         **read_windows(fields, window, layers, local),
         "head_norm": "rms",
-        **layers_with(_dense_first(fields, layers, 0), fields.whole("n_routed_experts")),
+        **layers_with(dense_first(fields, layers, 0), fields.whole("n_routed_experts")),
         "experts_per_token": fields.whole("num_experts_per_tok"),
         "expert_size": size,
         "normalized_routing": fields.flag("norm_topk_prob", False),
-        **_read_groups(fields),
+        **read_groups(fields),
         "shared_size": size * fields.whole("n_shared_experts"),
     }
 
@@ -124,7 +125,7 @@ def _write_dots1(config: Config) -> dict[str, object]:
     return {
         **write_common(config),
         **windows,
-        **_write_groups(config, "n_routed_experts", "n_shared_experts"),
+        **write_groups(config, "n_routed_experts", "n_shared_experts"),
     }
 
 
@@ -140,7 +141,7 @@ def _read_solar(fields: Fields) -> dict[str, Json]:
         "experts_per_token": fields.whole("num_experts_per_tok", 8),
         "expert_size": size,
         "normalized_routing": fields.flag("norm_topk_prob", True),
-        **_read_groups(fields),
+        **read_groups(fields),
         "shared_size": size * fields.whole("n_shared_experts", 1),
     }
 
@@ -150,7 +151,7 @@ def _write_solar(config: Config) -> dict[str, object]:
     del common["intermediate_size"]
     return {
         **common,
-        **_write_groups(config, "n_routed_experts", "n_shared_experts"),
+        **write_groups(config, "n_routed_experts", "n_shared_experts"),
         "attention_bias": config.qkv_bias,
         "first_k_dense_replace": None,
     }
@@ -166,7 +167,7 @@ def _read_exaone_moe(fields: Fields) -> dict[str, Json]:
     else:
         local = []
     windows = read_windows(fields, window, layers, local)
-    dense = _dense_first(fields, layers, 1)
+    dense = dense_first(fields, layers, 1)
     size = fields.whole("moe_intermediate_size", 1024)
     return {
         **common,
@@ -177,7 +178,7 @@ def _read_exaone_moe(fields: Fields) -> dict[str, Json]:
         "experts_per_token": fields.whole("num_experts_per_tok", 8),
         "expert_size": size,
         "normalized_routing": fields.flag("norm_topk_prob", True),
-        **_read_groups(fields),
+        **read_groups(fields),
         "routing_scale": fields.positive("routed_scaling_factor", 2.5),
         "shared_size": size * fields.whole("num_shared_experts", 1),
     }
@@ -191,7 +192,7 @@ def _write_exaone_moe(config: Config) -> dict[str, object]:
         **write_common(config),
         **windows,
         "sliding_window_pattern": 4,
-        **_write_groups(config, "num_experts", "num_shared_experts"),
+        **write_groups(config, "num_experts", "num_shared_experts"),
         "mlp_layer_types": write_sparse_layers(config),
     }
 

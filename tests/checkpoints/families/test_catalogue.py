@@ -19,6 +19,7 @@ GIVEN = {
     "granitemoehybrid": {"layer_types": ["full_attention"] * 32, "mamba_n_heads": 128},
     "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "glm4_moe": {"head_dim": 128},
+    "deepseek_v2": {"num_experts_per_tok": 6},
 }
 
 
@@ -39,7 +40,14 @@ def test_what_a_file_leaves_out_is_the_default_of_the_class(name):
 # What a class reads and no logits depend on, or what config_json.py checks for every family.
 ELSEWHERE = {
     *("pad_token_id", "use_cache", "output_attentions", "output_hidden_states", "num_labels"),
-    *("initializer_range", "_attn_implementation", "get_text_config", "to_dict", "dtype"),
+    *(
+        "initializer_range",
+        "embedding_initializer_range",
+        "_attn_implementation",
+        "get_text_config",
+        "to_dict",
+        "dtype",
+    ),
     *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "return_dict"),
     *("problem_type", "max_position_embeddings", "use_bidirectional_attention", "is_decoder"),
     *("add_cross_attention", "is_encoder_decoder", "reorder_and_upcast_attn"),
