@@ -494,6 +494,28 @@ TOWERS = {  # name -> text_config, vision_config, more
         {**EYES, "image_size": [16, 16], "patch_size": [8, 8]},
         {},
     ),
+    "kimi_k25": (
+        {"model_type": "deepseek_v3", **LATENT, **ROUTES, **GROUPS, "first_k_dense_replace": 1},
+        {**EYES, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 2},
+        {"projection_hidden_size": 16, "tie_word_embeddings": False},
+    ),
+    "deepseek_vl": ({"model_type": "llama"}, EYES, {}),
+    "deepseek_vl_hybrid": (
+        {"model_type": "llama"},
+        EYES,
+        {
+            "high_res_vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+                "output_channels": 16,
+                "mlp_dim": 16,
+                "global_attn_indexes": [0],
+            }
+        },
+    ),
 }
 
 
@@ -573,3 +595,18 @@ def test_a_router_with_a_bias_for_the_choice_is_computed_in_float32(originals):
         fa.decoder(config).hidden(params, tokens())
     assert seen["layers.1.feed_forward.router"] == torch.float32
     assert seen["layers.1.output"] == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "layer"), [("deepseek_v3", 61), ("glm4_moe", 92)])
+def test_layers_that_predict_a_second_token_are_left_out(originals, tmp_path, name, layer):
+    """Those behind the last of the published models; other layers too many are an error."""
+    _, folder = originals(name)
+    tensors = load_file(folder / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    more = {f"model.layers.{layer}.eh_proj.weight": torch.ones(2, 2)}
+    save_file({**tensors, **more}, tmp_path / "model.safetensors")
+    assert fa.tree.allclose(load(tmp_path).params, load(folder).params, atol=0, rtol=0)
+    more = {f"model.layers.{layer - 1}.eh_proj.weight": torch.ones(2, 2)}
+    save_file({**tensors, **more}, tmp_path / "model.safetensors")
+    with pytest.raises(fa.families.CheckpointError, match="eh_proj"):
+        load(tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import optree
 import pytest
@@ -10,8 +11,10 @@ from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcattn as fa
-from funcattn import caches
+from funcattn import caches, layers
 from funcattn.layers import RopeScaling
+from funcattn.quantization.calibration.layerwise import feeds_of
+from funcattn.records import record
 from funcattn.transformer import latent
 
 CONFIG = fa.Config(
@@ -288,6 +291,47 @@ def test_quantized_matrices_are_those_of_the_dequantized_tree(monkeypatch, schem
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=0, atol=2e-5)
     assert isinstance(small.layers[0].kv_down, tuple)
+
+
+@record
+class Spy(NamedTuple):
+    """A matrix that notes what it is multiplied by, under its own identity."""
+
+    matrix: torch.Tensor
+
+
+SEEN = {}
+
+
+@layers.linear.register
+def _(weight: Spy, x: torch.Tensor) -> torch.Tensor:
+    SEEN[id(weight)] = x
+    return layers.linear(weight.matrix, x)
+
+
+@pytest.mark.parametrize("config", [CONFIG, DIRECT], ids=["two latents", "one"])
+def test_calibration_takes_the_inputs_that_a_matrix_has(config):
+    """The tap that it listens at has the value that the matrix is multiplied by."""
+    model = fa.decoder(config)
+    params, heard = model.init(fa.key(0)), {}
+    first, feeds = params.layers[0], feeds_of(params.layers[0])
+    spies = {
+        name: Spy(getattr(first, name))
+        for names in feeds.values()
+        for name in names
+        if isinstance(getattr(first, name), torch.Tensor)
+    }
+    taken = {*spies} == {"q", "k", "v", "o", "kv_down", "gate", "up", "down"}
+    assert taken or {*spies} == {"q_down", "q", "k", "v", "o", "kv_down", "gate", "up", "down"}
+    params = params._replace(layers=(first._replace(**spies), *params.layers[1:]))
+    with fa.taps.listening(lambda name, x: heard.setdefault(name, x)):
+        model.hidden(params, TOKENS)
+    for tap, names in feeds.items():
+        for name in names:
+            assert torch.equal(SEEN[id(spies[name])], heard[f"layers.0.{tap}"]), name
+    text = fa.random.randint(fa.key(5), (60,), 0, 40)
+    small = fa.gptq(model, text, fa.int4(group=2))(model.init(fa.key(0)))
+    assert all(isinstance(getattr(small.layers[0], name), tuple) for name in spies)
 
 
 def test_settings_that_no_family_has_together_are_refused():

@@ -10,7 +10,6 @@ features at the end of each query and of the shared key.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,7 +25,7 @@ from .mixture_variants import (
     write_sparse_layers,
 )
 from .positions import read_rope, rope_object, write_rope
-from .sigmoid_mixtures import CHOICE, dense_first, read_groups, write_groups
+from .sigmoid_mixtures import CHOICE, but_layers, dense_first, read_groups, write_groups
 from .tables import Family, Fields, Json, positive, refuse
 
 ALL = "mscale_all_dim"
@@ -322,11 +321,6 @@ SIGMOID = {
 }
 
 
-def _unread(layer: int) -> re.Pattern[str]:
-    """The layer that predicts a second token, behind the last, and what follows from the config."""
-    return re.compile(rf"model\.layers\.({layer}\..+|\d+\.self_attn\.rotary_emb\.inv_freq)")
-
-
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
@@ -350,7 +344,7 @@ DEEPSEEK_V3, GLM4_MOE_LITE, SARVAM_MLA = (
         ROUTED,
         packs=(*TURNED, *EXPERTS),
         neutral=SIGMOID,
-        harmless=_unread(layer),
+        harmless=but_layers(layer),
         also=also,
     )
     for name, architecture, read, write, layer, also in (

@@ -5,6 +5,9 @@ exaone_moe hy_v3             the same behind norms of heads
 minimax_m2                   the router alone
 """
 
+import re
+from dataclasses import replace
+
 from ...transformer import Config
 from .conventions import (
     TENSORS,
@@ -30,6 +33,14 @@ from .positions import partial_heads, read_rope, write_rope
 from .tables import Family, Fields, Json, refuse
 
 CHOICE = {"layers.{}.choice_bias": LAYER + "mlp.gate.e_score_correction_bias"}
+
+
+def but_layers(*numbers: int) -> re.Pattern[str]:
+    """What of a file is not read: what follows from the config, and layers behind the last, which
+    predict a second token in published models with so many layers.
+    """
+    behind = "|".join(map(str, numbers))
+    return re.compile(rf"model\.layers\.(({behind})\..+|\d+\.self_attn\.rotary_emb\.inv_freq)")
 
 
 def read_groups(fields: Fields) -> dict[str, Json]:
@@ -267,6 +278,7 @@ GLM4_MOE, DOTS1, SOLAR_OPEN = (
         ("solar_open", "SolarOpenForCausalLM", _read_solar, _write_solar),
     )
 )
+GLM4_MOE = replace(GLM4_MOE, harmless=but_layers(46, 92))  # GLM-4.5-Air and GLM-4.5
 EXAONE_MOE = Family(
     "exaone_moe",
     "ExaoneMoeForCausalLM",

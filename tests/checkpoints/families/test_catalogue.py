@@ -37,6 +37,11 @@ def test_what_a_file_leaves_out_is_the_default_of_the_class(name):
     assert read_config(few) == read_config(whole)
 
 
+def test_a_name_without_a_class_is_that_of_another_family():
+    whole = settings("deepseek_v3")
+    assert read_config({**whole, "model_type": "kimi_k2"}) == read_config(whole)
+
+
 # What a class reads and no logits depend on, or what config_json.py checks for every family.
 ELSEWHERE = {
     *("pad_token_id", "use_cache", "output_attentions", "output_hidden_states", "num_labels"),
