@@ -15,6 +15,7 @@ from funcattn import caches, layers
 from funcattn.layers import RopeScaling
 from funcattn.quantization.calibration.layerwise import feeds_of
 from funcattn.records import record
+from funcattn.sharding import Grid, shard_map
 from funcattn.transformer import latent
 
 CONFIG = fa.Config(
@@ -332,6 +333,38 @@ def test_calibration_takes_the_inputs_that_a_matrix_has(config):
     text = fa.random.randint(fa.key(5), (60,), 0, 40)
     small = fa.gptq(model, text, fa.int4(group=2))(model.init(fa.key(0)))
     assert all(isinstance(getattr(small.layers[0], name), tuple) for name in spies)
+
+
+def test_tensor_parallel_and_rematerialized_layers_are_the_layers():
+    """Two devices have two heads each and the same rows; gradients of what makes the latents are
+    summed. remat of some positions computes attention of all heads at once.
+    """
+    loss = lambda model: lambda params: nll(model.extend(params, TOKENS)[0])
+    wanted, two = grad(loss(MODEL))(PARAMS), shard_map(MODEL, Grid(tensor=2))
+    for model in (two, fa.decoder(CONFIG, remat=True), fa.decoder(CONFIG, remat=8)):
+        for one, other in zip(
+            *map(fa.tree.leaves, (grad(loss(model))(PARAMS), wanted)), strict=True
+        ):
+            close(one, other)
+    past, logits = two.cache(30, dtype=torch.float64), []
+    for piece in TOKENS.split([20, 1, 3]):
+        more, past = two.apply(PARAMS, piece, past)
+        logits.append(more)
+    close(torch.cat(logits), whole(PARAMS))
+
+
+def test_adapted_and_compiled_models_are_those_merged_and_as_they_are():
+    params = fa.lora(2)(fa.key(0), fa.cast(torch.float32)(PARAMS))
+    tree = fa.tree.map_with_path(lambda at, x: x + 0.1 if at.endswith(".b") else x, params)
+    merged = fa.merge_lora(tree)
+    past = MODEL.apply(merged, TOKENS[:12], empty(dtype=torch.float32))[1]
+    step = lambda params, model=MODEL: model.extend(params, TOKENS[12:13], past)[0]
+    torch.testing.assert_close(step(tree), step(merged), rtol=0, atol=1e-5)
+    compiled = fa.compile(MODEL)
+    assert torch.equal(step(merged, compiled), step(merged))
+    assert "nothing compiled" in compiled.explain(merged)
+    smoothed = fa.smooth(MODEL, TOKENS, fa.int4(group=2))(merged)
+    torch.testing.assert_close(step(smoothed), step(merged), rtol=0, atol=1e-5)
 
 
 def test_settings_that_no_family_has_together_are_refused():
