@@ -129,7 +129,7 @@ TESTED_BY = {
     "gpt_variants granite granite_mixtures latent_layouts latent_variants llama llama_variants "
     "mixture_variants mixtures olmo "
     "sigmoid_mixtures towers",
-    "gguf_families": "checkpoints.families: architectures",
+    "gguf_families": "checkpoints.families: architectures latent_gguf",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "

@@ -15,10 +15,10 @@ and GGUF; one is written, Hugging Face.
 Leaves are named by path (`layers.0.q`), as in funcattn.tree.
 """
 
-from .architectures import GGUF
 from .architectures import TENSORS as GGUF_TENSORS
 from .catalogue import FAMILIES, family_of
 from .config_json import family_for, read_config, write_config
+from .latent_gguf import ARCHITECTURES as GGUF
 from .layouts import half_split, interleave
 from .llama import LLAMA
 from .metadata import LONG, SHORT, STRETCH, read_metadata

@@ -14,51 +14,9 @@ from .layouts import half_split, interleave
 from .llama_variants import LAYER
 from .tables import Pack
 
-
-def _keys_and_values() -> Pack:
-    """Keys and values that are made of the latent, head by head in one matrix."""
-
-    def parts(config: Config) -> list[int]:
-        D, Dv = config.head_sizes
-        return [D - (config.rotary_size or 0), Dv]
-
-    def unpack(config: Config, tensors: list[Tensor]) -> list[Tensor]:
-        heads = tensors[0].unflatten(0, (config.heads, -1)).split(parts(config), 1)
-        return [part.flatten(0, 1).contiguous() for part in heads]
-
-    def pack(config: Config, leaves: list[Tensor]) -> list[Tensor]:
-        heads = [leaf.unflatten(0, (config.heads, -1)) for leaf in leaves]
-        return [torch.cat(heads, 1).flatten(0, 1)]
-
-    names = (LAYER + "self_attn.kv_b_proj.weight",)
-    return Pack(("layers.{}.k", "layers.{}.v"), names, unpack, pack)
-
-
-def _neighbours(
-    path: str, name: str, block: Callable[[Config], int], applies: Callable[[Config], bool]
-) -> Pack:
-    """A leaf whose last rotary_size rows of each block turn in pairs of neighbours in the file."""
-
-    def reorder(order: Callable[[Tensor, int], Tensor], config: Config, x: Tensor) -> Tensor:
-        turning = config.rotary_size or 0
-        size = block(config)
-        rows = x.reshape(-1, size, *x.shape[1:])
-        plain, turned = rows.split([size - turning, turning], 1)
-        flat = turned.reshape(-1, 1, *turned.shape[2:]).flatten(0, 1)
-        flat = flat if flat.dim() > 1 else flat.unsqueeze(-1)
-        return torch.cat([plain, order(flat, turning).reshape(turned.shape)], 1).reshape(x.shape)
-
-    return Pack(
-        (path,),
-        (LAYER + name,),
-        lambda config, x: [reorder(half_split, config, x[0])],
-        lambda config, x: [reorder(interleave, config, x[0])],
-        lambda config, layer: applies(config),
-    )
-
-
+ATTENTION = LAYER + "self_attn."
 NAMES = {
-    f"layers.{{}}.{ours}": f"{LAYER}self_attn.{theirs}"
+    f"layers.{{}}.{ours}": ATTENTION + theirs
     for ours, theirs in (
         ("q_down", "q_a_proj.weight"),
         ("q_down_bias", "q_a_proj.bias"),
@@ -68,31 +26,60 @@ NAMES = {
         ("kv_down_norm", "kv_a_layernorm.weight"),
     )
 }
-_LOW = Pack(
-    ("layers.{}.q",),
-    (LAYER + "self_attn.q_b_proj.weight",),
-    lambda _, x: x,
-    lambda _, x: x,
-    lambda config, layer: bool(config.query_latent_size),
+
+
+def keys_and_values(name: str) -> Pack:
+    """Keys and values that are made of the latent, head by head in one matrix."""
+
+    def unpack(config: Config, tensors: list[Tensor]) -> list[Tensor]:
+        D, Dv = config.head_sizes
+        heads = tensors[0].unflatten(0, (config.heads, -1))
+        parts = heads.split([D - (config.rotary_size or 0), Dv], 1)
+        return [part.flatten(0, 1).contiguous() for part in parts]
+
+    def pack(config: Config, leaves: list[Tensor]) -> list[Tensor]:
+        heads = [leaf.unflatten(0, (config.heads, -1)) for leaf in leaves]
+        return [torch.cat(heads, 1).flatten(0, 1)]
+
+    return Pack(("layers.{}.k", "layers.{}.v"), (name,), unpack, pack)
+
+
+def low_rank(config: Config, layer: int) -> bool:
+    """True where queries are made of a latent of their own."""
+    return config.query_latent_size > 0
+
+
+def neighbours(path: str, name: str, *, low: bool = False) -> Pack:
+    """A leaf whose last rows, of each query or of the row of a token, turn in pairs of neighbours.
+
+    low: True for the name where queries are made of a latent of their own.
+    """
+
+    def reorder(order: Callable[[Tensor, int], Tensor], config: Config, x: Tensor) -> Tensor:
+        size = config.head_size if path.endswith("q") else config.cached[1]
+        turning = config.rotary_size or 0
+        plain, turned = x.unflatten(0, (-1, size)).split([size - turning, turning], 1)
+        turned = order(turned.flatten(0, 1), turning).view(turned.shape)
+        return torch.cat([plain, turned], 1).flatten(0, 1)
+
+    return Pack(
+        (path,),
+        (name,),
+        lambda config, x: [reorder(half_split, config, x[0])],
+        lambda config, x: [reorder(interleave, config, x[0])],
+        low_rank if low else lambda config, layer: True,
+    )
+
+
+_same = lambda config, x: x
+HALVES = (  # of families whose angles are on halves
+    keys_and_values(ATTENTION + "kv_b_proj.weight"),
+    Pack(("layers.{}.q",), (ATTENTION + "q_b_proj.weight",), _same, _same, low_rank),
 )
-_of_head, _of_row = (lambda config: config.head_size), (lambda config: config.cached[1])
-PLAIN_ANGLES = (_keys_and_values(), _LOW)
-TURNED = (
-    _keys_and_values(),
-    _neighbours(
-        "layers.{}.q",
-        "self_attn.q_b_proj.weight",
-        _of_head,
-        lambda config: bool(config.query_latent_size),
-    ),
-    _neighbours("layers.{}.q", "self_attn.q_proj.weight", _of_head, lambda config: True),
-    *(
-        _neighbours(
-            f"layers.{{}}.kv_down{ours}",
-            f"self_attn.kv_a_proj_with_mqa.{theirs}",
-            _of_row,
-            lambda config: True,
-        )
-        for ours, theirs in (("", "weight"), ("_bias", "bias"))
-    ),
+NEIGHBOURS = (
+    HALVES[0],
+    neighbours("layers.{}.q", ATTENTION + "q_b_proj.weight", low=True),
+    neighbours("layers.{}.q", ATTENTION + "q_proj.weight"),
+    neighbours("layers.{}.kv_down", ATTENTION + "kv_a_proj_with_mqa.weight"),
+    neighbours("layers.{}.kv_down_bias", ATTENTION + "kv_a_proj_with_mqa.bias"),
 )

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from ...transformer import Config
 from .conventions import TENSORS, read_activation, write_activation
-from .latent_layouts import NAMES, PLAIN_ANGLES, TURNED
+from .latent_layouts import HALVES, NAMES, NEIGHBOURS
 from .mixture_variants import (
     EXPERTS,
     SHARED,
@@ -327,7 +327,7 @@ DEEPSEEK_V2 = Family(
     _read_deepseek_v2,
     _write_deepseek_v2,
     {**SHARED, **NAMES},
-    packs=(*TURNED, *EXPERTS),
+    packs=(*NEIGHBOURS, *EXPERTS),
     neutral={
         "mlp_bias": (False,),
         "norm_topk_prob": (False,),
@@ -342,7 +342,7 @@ DEEPSEEK_V3, GLM4_MOE_LITE, SARVAM_MLA = (
         read,
         write,
         ROUTED,
-        packs=(*TURNED, *EXPERTS),
+        packs=(*NEIGHBOURS, *EXPERTS),
         neutral=SIGMOID,
         harmless=but_layers(layer),
         also=also,
@@ -368,7 +368,7 @@ YOUTU = Family(
     _read_youtu,
     _write_latent,
     {**TENSORS, **NAMES},
-    packs=TURNED,
+    packs=NEIGHBOURS,
     neutral={"rope_interleave": (True,)},
 )
 MINICPM3 = Family(
@@ -377,5 +377,5 @@ MINICPM3 = Family(
     _read_minicpm3,
     _write_minicpm3,
     {**TENSORS, **NAMES},
-    packs=PLAIN_ANGLES,
+    packs=HALVES,
 )

@@ -32,6 +32,7 @@ MOST_PARTS = 2**9  # each is an open file
 REMEDY = "Fetch the parts again, all of one model."
 # leaves that quantized products read
 MULTIPLIED = ("embedding", "head", "q", "k", "v", "o", "gate", "up", "down")
+MULTIPLIED += ("q_down", "kv_down")
 
 
 class Stored(NamedTuple):
@@ -123,7 +124,7 @@ def read_gguf(
         factors=None if short is None or long is None else (short, long),
         tensors=stored.keys(),
     )
-    family = families.GGUF[metadata["general.architecture"]]
+    family = families.GGUF[metadata["general.architecture"]].spelling(stored.keys())
     sources = families.locate_tensors(family, config)
     shapes = {name: entry.shape for name, (_, entry) in stored.items()}
     families.match(families.wanted(config, sources), shapes, path.name)
@@ -143,7 +144,8 @@ def read_gguf(
             return weight
         if family.offset and kind.endswith("norm"):
             weight = weight - family.offset
-        return weight.to(dtype or torch.float32)
+        # Rounded, the bias would choose other experts than the original, which keeps it in float32.
+        return weight.to(torch.float32 if kind == "choice_bias" else dtype or torch.float32)
 
     found = {}
     for source in sources:
