@@ -52,7 +52,7 @@ def save_lora(folder: str | os.PathLike[str], params: Tree, *, base: str = "") -
         CheckpointError: the folder cannot be written.
 
     Law: load_lora(save_lora(...)) is what was saved
-        (test_low_rank.py::test_an_adaptation_comes_back_bit_for_bit).
+        (test_adaptations.py::test_an_adaptation_comes_back_bit_for_bit).
     """
     found = {
         path: weight

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import randomness, tree
-from .core import errors
-from .core.doors import door
-from .layers import Weight, embed, linear
-from .records import is_absent, record
-from .tree import Tree, Where
+from .. import randomness, tree
+from ..core import errors
+from ..core.doors import door
+from ..layers import Weight, embed, linear
+from ..records import is_absent, record
+from ..tree import Tree, Where
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of attention and feed-forward
 
@@ -111,7 +111,7 @@ def lora(
         ValueError: nothing is chosen, or something that is no matrix, or a rank above a matrix's
             sizes.
 
-    Law: the function is unchanged (test_low_rank.py::test_an_adapted_model_is_the_same_function).
+    Law: the function is unchanged (test_adaptations.py::test_an_adapted_model_is_the_same_function).
     """
     if not isinstance(rank, int) or rank < 1:
         errors.fail(
@@ -159,7 +159,7 @@ def merge_lora(params: Tree) -> Tree:
         TypeError: a base that is no tensor, such as a quantized one.
 
     Law: it computes what the adapted one does
-        (test_low_rank.py::test_a_merged_model_is_the_same_function).
+        (test_adaptations.py::test_a_merged_model_is_the_same_function).
     """
 
     def merge(path: str, weight: Weight) -> Weight:
