@@ -79,21 +79,24 @@ def original(
             for path, name in found.items()
             if name is not None
         ]
-        return _original(sources, None, {})
+        return _original(sources, None, _shapes(params))
     if not isinstance(config, Config):
         got = f"a {type(config).__name__}"
         fail(function, "config", "a Config", got, "That of fa.load: loaded.config.", TypeError)
     found = _family(family, base)
     if found is not None:
-        return _named(config, found)
-    several = (_named(config, one) for one in families.families_for(config))
+        return _named(config, found, params)
+    several = (_named(config, one, params) for one in families.families_for(config))
     fits = (one for one in several if all(module_of(x, one.modules) in one.modules for x in named))
-    return next(fits, None) or _named(config, families.family_for(config))
+    return next(fits, None) or _named(config, families.family_for(config), params)
 
 
-def _named(config: Config, family: Family) -> Original:
-    sources = families.locate_tensors(family, config)
-    return _original(sources, config, families.shapes(config))
+def _named(config: Config, family: Family, params: Params) -> Original:
+    return _original(families.locate_tensors(family, config), config, _shapes(params))
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in families.leaves(params).items()}
 
 
 def _original(
@@ -104,6 +107,8 @@ def _original(
         name = source.names[0].removesuffix(".weight")
         leaves = {path.rpartition(".")[2] for path in source.paths}
         if len(source.names) > 1 or not leaves <= ADAPTED or name == source.names[0]:
+            continue
+        if any(len(shapes.get(path, ())) != 2 for path in source.paths):  # of experts
             continue
         if config is None or not source.is_changed:
             rows: tuple[Tensor | None, ...] | None = (None,) * len(source.paths)
@@ -118,12 +123,10 @@ def _rows(
     config: Config, source: Source, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Tensor, ...] | None:
     """The rows of a module that each leaf is, found by unpacking numbered rows; None where leaves
-    are no rows of it (experts).
+    are no rows of it.
     """
     sizes = [shapes[path] for path in source.paths]
-    if {len(size) for size in sizes} != {2}:
-        return None
-    out = sum(size[0] for size in sizes)
+    out = sum(rows for rows, *_ in sizes)
     columns = 2 if out != 2 else 3
     numbered = torch.arange(out * columns).reshape(out, columns)
     for probe in (numbered, numbered.mT):  # the file may hold the transpose
