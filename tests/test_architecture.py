@@ -139,7 +139,7 @@ TESTED_BY = {
     # A part of what this test is about.
     "checkpoints.families.config_json": "checkpoints.families: ignored",
     "checkpoints.hf.folder": "checkpoints: loading",
-    "checkpoints.hf.adapters": "checkpoints.hf: patterns peft_settings",
+    "checkpoints.hf.adapters": "checkpoints.hf: patterns peft_settings saved_adapters",
     "checkpoints.parts_index": "checkpoints: parts",
     "checkpoints.tokenizer.prompts": "checkpoints.tokenizer.sandbox: origins texts",
     "checkpoints.tokenizer.tokenizer": "checkpoints.tokenizer: library",

@@ -40,8 +40,9 @@ def load(
             hub (needs huggingface_hub).
         dtype: of all weights. None keeps those of a folder, and is float32 for GGUF, whose
             quantized blocks are dequantized. Quantized records of a folder are not changed.
-        keep_quantized: whether blocks of Q4_0, Q4_1 and Q8_0 of a .gguf file become quantized
-            records of the same bits (see funcattn.quantization).
+        keep_quantized: whether matrices in blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q3_K to Q6_K,
+            IQ4_NL, IQ4_XS and MXFP4 of a .gguf file become quantized records of the same bits (see
+            funcattn.quantization); experts do not.
 
     Returns:
         config, params (on the CPU; matrices (out, in), rotary features half-split) and tokenizer.

@@ -13,7 +13,18 @@ A new scheme is a record, its `dequantize`, and a value with `encode`: see docs/
 """
 
 from ..tree import Where, predicate
-from .formats import RECORDS, Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary, expand, is_quantized
+from .formats import (
+    RECORDS,
+    Codebook,
+    Fp8,
+    Int4,
+    Int8,
+    Int8Affine,
+    Int8Dynamic,
+    Ternary,
+    expand,
+    is_quantized,
+)
 from .reports import Report, report
 from .schemes import Scheme, fp8, int4, int8, nf4, ternary, w8a8
 from .transforms import dequantize, quantize
@@ -24,6 +35,7 @@ __all__ = [
     "Fp8",
     "Int4",
     "Int8",
+    "Int8Affine",
     "Int8Dynamic",
     "Report",
     "Scheme",

@@ -26,7 +26,16 @@ from .packed import (
     straight_through,
     times_codes,
 )
-from .tiles import DynamicTiles, Tiles, tile_int4, tile_int8, value
+from .tiles import (
+    DynamicTiles,
+    NarrowTiles,
+    Tiles,
+    tile_affine,
+    tile_int4,
+    tile_int8,
+    tile_narrow,
+    value,
+)
 
 MOST_IN_BFLOAT16 = 24  # rows up to which products of three bfloat16 digits beat expanding the codes
 
@@ -80,6 +89,20 @@ class Int4(NamedTuple):
 
 
 @record
+class Int8Affine(NamedTuple):
+    """w ~ codes * scale + zero: codes uint8 (N, K), scale and zero (N, G)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (N, K)."""
+        return tuple(self.codes.shape)
+
+
+@record
 class Codebook(NamedTuple):
     """w ~ levels[codes] * scale: codes uint8 (N, K / 2), two a byte, scale (N, G), levels (16,)."""
 
@@ -119,7 +142,7 @@ class Ternary(NamedTuple):
         return *self.codes.shape[:-1], 4 * self.codes.shape[-1]
 
 
-RECORDS = (Int8, Int8Dynamic, Int4, Codebook, Fp8, Ternary)
+RECORDS = (Int8, Int8Affine, Int8Dynamic, Int4, Codebook, Fp8, Ternary)
 
 
 @functools.singledispatch
@@ -150,6 +173,16 @@ def _(weight: Int4) -> Tensor:
         codes,
         packing.spread(weight.scale.to(codes.dtype), K),
     )
+
+
+@expand.register
+def _(weight: Int8Affine) -> Tensor:
+    codes = weight.codes.to(_wide(weight.scale))
+    zero, scale = (
+        packing.spread(part.to(codes.dtype), codes.shape[-1])
+        for part in (weight.zero, weight.scale)
+    )
+    return torch.addcmul(zero, codes, scale)
 
 
 @expand.register
@@ -255,8 +288,23 @@ def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor 
     return _through(_form_int4(Int4(codes, scale, zero), len(x)), x)
 
 
+@linear.register
+def _(weight: Int8Affine, x: Tensor) -> Tensor:
+    return routed(_plain_affine, _fast_affine, weight, x)
+
+
+def _plain_affine(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
+    return times(Int8Affine(codes, scale, zero), x)
+
+
+def _fast_affine(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | None:
+    return _through(tile_affine(codes, scale, zero, rows=len(x)), x)
+
+
 def _form_int8(weight: Int8, rows: int) -> Weight:
     """The fastest layout for `rows` vectors: tiles or torch's kernel; None for the matrix."""
+    if weight.codes.shape[-1] == 16 * weight.scale.shape[-1] > 16:
+        return tile_narrow(*weight, rows=rows)
     tiles = tile_int8(*weight, rows=rows)
     return pack_int8(*weight) if tiles is None and rows <= MAX_FAST_ROWS else tiles
 
@@ -278,7 +326,8 @@ def _form_dynamic(weight: Int8Dynamic, rows: int) -> Weight:
 def _through(form: Weight, x: Tensor) -> Tensor | None:
     if form is None or x.device.type != "cpu":
         return None
-    return value(form, x) if isinstance(form, (Tiles, DynamicTiles)) else linear(form, x)
+    in_tiles = isinstance(form, (Tiles, DynamicTiles, NarrowTiles))
+    return value(form, x) if in_tiles else linear(form, x)
 
 
 # Layouts for compiled decoding, which takes no derivatives.
@@ -290,6 +339,12 @@ def _(weight: Int8, rows: int) -> Weight:
     # One vector is products and sums (see linear) rather than torch's kernel.
     by_rows = isinstance(form, PackedInt8) and rows == 1
     return weight if form is None or by_rows else form
+
+
+@prepare.register
+def _(weight: Int8Affine, rows: int) -> Weight:
+    form = tile_affine(*weight, rows=rows)
+    return weight if form is None else form
 
 
 @prepare.register
@@ -305,6 +360,7 @@ def _(weight: Int8Dynamic, rows: int) -> Weight:
 
 
 @embed.register(Int8)
+@embed.register(Int8Affine)
 @embed.register(Int8Dynamic)
 @embed.register(Int4)
 @embed.register(Codebook)

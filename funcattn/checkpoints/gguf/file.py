@@ -23,8 +23,8 @@ from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
 from ..families.tables import Json
-from ..hf import compressed
 from ..regular_files import open_regular
+from . import blocks
 from .header import Entry, read_header
 
 PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
@@ -131,10 +131,10 @@ def read_gguf(
 
     def read(name: str, kind: str) -> Weight:
         data, entry = stored[name]
-        is_block = entry.type in compressed.BLOCKS and len(entry.shape) == 2
+        is_block = entry.type in blocks.KEPT and len(entry.shape) == 2
         if keep_quantized and is_block and kind in MULTIPLIED:
             rows, columns = entry.shape
-            return compressed.from_blocks(data, entry.start, rows, columns, entry.type)
+            return blocks.from_blocks(data, entry.start, rows, columns, entry.type)
         return read_tensor(data, entry)
 
     def finish(weight: Weight, kind: str) -> Weight:
