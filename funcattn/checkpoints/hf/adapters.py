@@ -26,8 +26,8 @@ from ...tree import Tree
 from ..families import CheckpointError
 from ..regular_files import check_regular, of_one_save, read_json
 from ..writing import written
-from .folder import DTYPES
 from .peft_settings import read_settings, target_names
+from .weights import DTYPES
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
