@@ -1,15 +1,16 @@
 """The weights of a folder in the Hugging Face layout: tensors of its files to Params.
 
-safetensors is read with the library of that name, which checks the header against the file; names
-and shapes are checked here, against those of the family.
+The library `safetensors` checks the header of a file against its size; names and shapes are checked
+here, against those of the family. Whole tensors are read, not mapped: a mapped page is resident
+beside its copy, and ends the process where the file is cut meanwhile.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +23,25 @@ from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
 from ..families.tables import Json
-from ..regular_files import REMEDY, check_regular
+from ..regular_files import REMEDY, check_regular, open_regular, parse_object
 from . import compressed, quantized, quantizers
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ALL_TYPES = {
+    **DTYPES,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "BOOL": torch.bool,
+}
 
 Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]  # path and shape of a leaf -> its shard
 
@@ -36,15 +52,51 @@ class Contents:
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
-    places: dict[str, tuple[Any, Path, str]] = field(default_factory=dict)
+    places: dict[str, tuple["OpenFile", str]] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 
     def read(self, name: str, rows: tuple[slice, ...] | None = None) -> Tensor:
-        """A tensor, or a slice of it, that is not mapped: the file may change."""
-        file, path, stored = self.places[name]
-        with _safetensors_errors(path):
-            found = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
-        return found.clone()
+        """A tensor, or a slice of it, in memory of its own."""
+        file, stored = self.places[name]
+        if rows is None:
+            return file.read(stored, ALL_TYPES[self.types[name]], self.shapes[name])
+        with _safetensors_errors(file.path):
+            return file.mapped.get_slice(stored)[rows].clone()
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file of safetensors: as its library opens it, its bytes, and where tensors are in it."""
+
+    path: Path
+    mapped: Any
+    bytes: BinaryIO
+    offsets: Mapping[str, tuple[int, int]]
+
+    def read(self, stored: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A whole tensor."""
+        found = torch.empty(shape, dtype=dtype, device="cpu")
+        begin, end = self.offsets[stored]
+        into = found.reshape(-1).view(torch.uint8).numpy() if found.numel() else b""
+        if end - begin != found.nbytes:
+            _refuse(f"{stored} in {self.path.name}", f"{found.nbytes} bytes", end - begin)
+        self.bytes.seek(begin)
+        if found.numel() and self.bytes.readinto(into) != found.nbytes:
+            _refuse(f"{stored} in {self.path.name}", f"{found.nbytes} bytes", "fewer")
+        return found
+
+
+def _open(path: Path, stack: ExitStack) -> OpenFile:
+    with _safetensors_errors(path):
+        mapped = safe_open(path, framework="pt")
+    file = stack.enter_context(open_regular(path))
+    length = int.from_bytes(file.read(8), "little")
+    header = parse_object(file.read(length).decode(), path.name)
+    places = {name: told["data_offsets"] for name, told in header.items() if name != "__metadata__"}
+    start = 8 + length
+    return OpenFile(
+        path, mapped, file, {name: (start + a, start + b) for name, (a, b) in places.items()}
+    )
 
 
 def names_in(files: list[Path]) -> list[str]:
@@ -57,24 +109,24 @@ def names_in(files: list[Path]) -> list[str]:
     return names
 
 
-def _contents(files: list[Path], wrapped: bool) -> Contents:
+def _contents(files: list[Path], wrapped: bool, stack: ExitStack) -> Contents:
     held = Contents()
     for path in files:
         check_regular(path)
+        file = _open(path, stack)
         with _safetensors_errors(path):
-            file = safe_open(path, framework="pt")
-            held.metadata |= file.metadata() or {}
-            for stored in file.keys():  # noqa: SIM118 (not a dict)
+            held.metadata |= file.mapped.metadata() or {}
+            for stored in file.mapped.keys():  # noqa: SIM118 (not a dict)
                 name = families.tower_name(stored) if wrapped else stored
                 if name is None:
                     continue
                 if name in held.shapes:
-                    other = held.places[name][1].name
+                    other = held.places[name][0].path.name
                     wanted = f"in one file only, and is in {other} too"
                     _refuse(f"{name} in {path.name}", wanted, "two of it")
-                part = file.get_slice(stored)
+                part = file.mapped.get_slice(stored)
                 held.shapes[name] = tuple(part.get_shape())
-                held.types[name], held.places[name] = part.get_dtype(), (file, path, stored)
+                held.types[name], held.places[name] = part.get_dtype(), (file, stored)
     return held
 
 
@@ -97,8 +149,22 @@ def read_weights(
         wrapped: True where names are those of a wrapper of the family.
         codes: quantization_config of another tool, or None.
     """
+    with ExitStack() as stack:
+        held = _contents(files, wrapped, stack)
+        return _read(folder, held, settings, config, dtype, kinds, cut, codes)
+
+
+def _read(
+    folder: Path,
+    held: Contents,
+    settings: Mapping[str, object],
+    config: Config,
+    dtype: torch.dtype | None,
+    kinds: Mapping[str, str],
+    cut: Cut | None,
+    codes: Json,
+) -> tuple[Params, str]:
     family = families.family_of(settings.get("model_type"), "model_type in config.json")
-    held = _contents(files, wrapped)
     types = held.types
     coded = quantized.find(codes, _entries(held))
     of_codes = set() if coded is None else coded.parts
@@ -197,10 +263,8 @@ def read_weights(
 
 def _entries(held: Contents) -> quantized.Tensors:
     entries = {
-        name: quantized.Entry(
-            shape, held.types[name], held.places[name][2], held.places[name][1].name
-        )
-        for name, shape in held.shapes.items()
+        name: quantized.Entry(held.shapes[name], held.types[name], stored, file.path.name)
+        for name, (file, stored) in held.places.items()
     }
     return quantized.Tensors(entries, held.metadata, held.read)
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .... import quantization
 from ....layers import Weight
 from ...families.tables import Json
 from . import codes
@@ -43,10 +44,13 @@ def _one(module: str, settings: Mapping[str, Json], tensors: Tensors) -> Stored:
         tensors.refuse(names[0], "of an even number of inputs", (K, words))
 
     def read(tensor: Read) -> Weight | Dense:
-        each = _in_order(tensor(names[0])).mT  # (N, K)
+        coded = codes.bytes_of(tensor(names[0])).unflatten(-1, (-1, 4))
         points = _in_order(tensor(names[1])).mT.contiguous()
-        pairs = each[:, ::2] | each[:, 1::2] << 4
-        return codes.four_bits(pairs.contiguous(), tensor(names[2]).mT.contiguous(), points)
+        scale = tensor(names[2]).mT.contiguous()
+        if size % 2:
+            each = _in_order(tensor(names[0])).mT
+            return codes.four_bits(codes.paired(each), scale, points)
+        return quantization.Int4(_halves(coded, size), scale, codes.zero_of(scale, points))
 
     return Stored(f"{module}.weight", (8 * words, K), tuple(names), read)
 
@@ -55,3 +59,18 @@ def _in_order(words: Tensor) -> Tensor:
     """Words (K, N / 8) as codes (K, N)."""
     found = codes.unpacked(codes.bytes_of(words), 4).unflatten(-1, (-1, 8))
     return found[..., torch.tensor(NIBBLES)].flatten(-2)
+
+
+def _halves(coded: Tensor, size: int) -> Tensor:
+    """The bytes of words (K, N / 8, 4) as codes of a record (N, K / 2), groups of `size` inputs.
+
+    Without codes one by one: a byte holds two outputs of one input, and the byte half a group of
+    inputs on holds the others of the record's bytes.
+    """
+    K, words, _ = coded.shape
+    found = coded.new_empty(words, 8, K // size, size // 2)
+    for i, plane in enumerate(coded.unbind(-1)):  # (K, N / 8)
+        first, second = plane.mT.contiguous().unflatten(-1, (-1, 2, size // 2)).unbind(-2)
+        found[:, NIBBLES.index(2 * i)] = (first & 15) | (second << 4)
+        found[:, NIBBLES.index(2 * i + 1)] = (first >> 4) | (second & 240)
+    return found.reshape(8 * words, K // 2)

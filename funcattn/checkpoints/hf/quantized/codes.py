@@ -59,10 +59,14 @@ def four_bits(pairs: Tensor, scale: Tensor, points: Tensor | int) -> Weight | De
     if K % (2 * G):
         codes = unpacked(pairs, 4).float() - packing.spread(_full(points, scale).float(), K)
         return Dense(codes * packing.spread(scale.float(), K), UNEVEN)
+    return quantization.Int4(by_halves(pairs, K // G), scale, zero_of(scale, points))
+
+
+def zero_of(scale: Tensor, points: Tensor | int) -> Tensor:
+    """-points scale, in the dtype of the scales where that is exact, else in float32."""
     wide = -(_full(points, scale).float() * scale.float())
     near = wide.to(scale.dtype)
-    zero = near if torch.equal(near.float(), wide) else wide
-    return quantization.Int4(by_halves(pairs, K // G), scale, zero)
+    return near if torch.equal(near.float(), wide) else wide
 
 
 def eight_bits(codes: Tensor, scale: Tensor, points: Tensor | int) -> Weight | Dense:
