@@ -138,7 +138,9 @@ TESTED_BY = {
     "checkpoints.tokenizer.templates": "checkpoints.tokenizer.sandbox: environment worker",
     # A part of what this test is about.
     "checkpoints.families.config_json": "checkpoints.families: ignored",
-    "checkpoints.hf.folder": "checkpoints: loading",
+    "checkpoints.hf.quantized.quantized": "checkpoints.hf.quantized: awq_files bitsandbytes "
+    "codes compressed_tensors float8 gptq_files hqq leaves methods mlx mxfp4 stored torchao",
+    "checkpoints.hf.folder": "checkpoints.hf: weights; checkpoints: loading",
     "checkpoints.hf.adapters": "checkpoints.hf: patterns peft_settings saved_adapters",
     "checkpoints.parts_index": "checkpoints: parts",
     "checkpoints.tokenizer.prompts": "checkpoints.tokenizer.sandbox: origins texts",

@@ -12,7 +12,8 @@ from ..quantization import is_quantized
 from ..transformer import Config, Params
 from .families import CheckpointError
 from .gguf.file import read_gguf
-from .hf.folder import DTYPES, read_folder
+from .hf.folder import read_folder
+from .hf.weights import DTYPES
 from .sources import locate
 from .tokenizer.gguf_metadata import from_metadata
 from .tokenizer.tokenizer import Tokenizer

@@ -21,13 +21,14 @@ from .formats import (
     Int8,
     Int8Affine,
     Int8Dynamic,
+    OrderedInt4,
     Ternary,
     expand,
     is_quantized,
 )
 from .reports import Report, report
 from .schemes import Scheme, fp8, int4, int8, nf4, ternary, w8a8
-from .transforms import dequantize, quantize
+from .transforms import dequantize, is_multiplied, quantize
 
 __all__ = [
     "RECORDS",
@@ -37,6 +38,7 @@ __all__ = [
     "Int8",
     "Int8Affine",
     "Int8Dynamic",
+    "OrderedInt4",
     "Report",
     "Scheme",
     "Ternary",
@@ -46,6 +48,7 @@ __all__ = [
     "fp8",
     "int4",
     "int8",
+    "is_multiplied",
     "is_quantized",
     "nf4",
     "predicate",

@@ -103,6 +103,37 @@ class Int8Affine(NamedTuple):
 
 
 @record
+class OrderedInt4(NamedTuple):
+    """Int4 of a matrix whose columns are in another order: w[:, order] ~ codes * scale + zero.
+
+    order int32 (K,): a group is of columns that need not be neighbours (GPTQ's act-order).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    order: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (N, K)."""
+        return self.in_order.shape
+
+    @property
+    def in_order(self) -> Int4:
+        """The record of w[:, order]."""
+        return Int4(self.codes, self.scale, self.zero)
+
+
+@record
+class Reordered(NamedTuple):
+    """A weight in a layout of a kernel, of inputs x[..., order]."""
+
+    weight: Weight
+    order: Tensor
+
+
+@record
 class Codebook(NamedTuple):
     """w ~ levels[codes] * scale: codes uint8 (N, K / 2), two a byte, scale (N, G), levels (16,)."""
 
@@ -142,7 +173,7 @@ class Ternary(NamedTuple):
         return *self.codes.shape[:-1], 4 * self.codes.shape[-1]
 
 
-RECORDS = (Int8, Int8Affine, Int8Dynamic, Int4, Codebook, Fp8, Ternary)
+RECORDS = (Int8, Int8Affine, Int8Dynamic, Int4, OrderedInt4, Codebook, Fp8, Ternary)
 
 
 @functools.singledispatch
@@ -186,12 +217,22 @@ def _(weight: Int8Affine) -> Tensor:
 
 
 @expand.register
+def _(weight: OrderedInt4) -> Tensor:
+    place = weight.order.argsort(-1).unsqueeze(-2)  # where each column is
+    return torch.take_along_dim(expand(weight.in_order), place, -1)
+
+
+@expand.register
 def _(weight: Codebook) -> Tensor:
     codes = packing.unpack(weight.codes, weight.scale.shape[-1], 4)
     wide = _wide(weight.scale)
-    return weight.levels.to(wide)[codes.long()] * packing.spread(
-        weight.scale.to(wide), codes.shape[-1]
+    levels = weight.levels.to(wide)
+    each = (
+        levels[codes.long()]
+        if levels.dim() == 1
+        else torch.take_along_dim(levels.unsqueeze(-2), codes.long(), -1)  # of experts
     )
+    return each * packing.spread(weight.scale.to(wide), codes.shape[-1])
 
 
 @expand.register
@@ -301,6 +342,16 @@ def _fast_affine(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tenso
     return _through(tile_affine(codes, scale, zero, rows=len(x)), x)
 
 
+@linear.register
+def _(weight: OrderedInt4, x: Tensor) -> Tensor:
+    return linear(weight.in_order, x[..., weight.order])
+
+
+@linear.register
+def _(weight: Reordered, x: Tensor) -> Tensor:
+    return linear(weight.weight, x[..., weight.order])
+
+
 def _form_int8(weight: Int8, rows: int) -> Weight:
     """The fastest layout for `rows` vectors: tiles or torch's kernel; None for the matrix."""
     if weight.codes.shape[-1] == 16 * weight.scale.shape[-1] > 16:
@@ -354,6 +405,12 @@ def _(weight: Int4, rows: int) -> Weight:
 
 
 @prepare.register
+def _(weight: OrderedInt4, rows: int) -> Weight:
+    form = _form_int4(weight.in_order, rows)
+    return weight if form is None else Reordered(form, weight.order)
+
+
+@prepare.register
 def _(weight: Int8Dynamic, rows: int) -> Weight:
     form = _form_dynamic(weight, rows)
     return weight if form is None else form
@@ -363,13 +420,14 @@ def _(weight: Int8Dynamic, rows: int) -> Weight:
 @embed.register(Int8Affine)
 @embed.register(Int8Dynamic)
 @embed.register(Int4)
+@embed.register(OrderedInt4)
 @embed.register(Codebook)
 @embed.register(Fp8)
 @embed.register(Ternary)
 def _(weight: Weight, ids: Tensor) -> Tensor:
     taken = ids.flatten()
     rows = [
-        field[taken] if name != "levels" else field
+        field if name in ("levels", "order") else field[taken]
         for name, field in zip(weight._fields, weight, strict=True)
     ]
     return expand(type(weight)(*rows)).reshape(*ids.shape, -1)

@@ -20,6 +20,16 @@ MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down|q_down|kv_down)"
 ENDS = r"embedding|head"
 
 
+def is_multiplied(path: str) -> bool:
+    """True for the path of a weight that layers only multiply or embed: it may be a record.
+
+    Example:
+        >>> is_multiplied("layers.0.q"), is_multiplied("layers.0.router")
+        (True, False)
+    """
+    return re.fullmatch(f"{MATRICES}|{ENDS}", path) is not None
+
+
 @door
 def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tree]:
     """A transform of params that replaces matrices by quantized records.

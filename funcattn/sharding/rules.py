@@ -116,8 +116,12 @@ def _quantized(weight: Weight, division: layers.layouts.Division) -> Tree:
     division = (*division, *(None,) * (weight.codes.dim() - len(division)))
 
     def one(name: str, field: Tensor) -> layers.layouts.Division:
-        if name == "levels":
-            return (None,) * field.dim()
+        if name == "order" and division[-1] is not None:
+            remedy = "Keep it whole by a rule with P() of its own, or fa.dequantize(params) first."
+            wanted = "cut along its rows alone: its inputs are in an order of their own"
+            errors.fail("shard", "a weight in act-order", wanted, f"P{division}", remedy)
+        if name in ("levels", "order"):
+            return *division[:-2], None
         return division[:-1] + (
             (None,) if name != "codes" and field.shape[-1] == 1 else division[-1:]
         )

@@ -28,8 +28,8 @@ from ..families import CheckpointError, Source
 from ..families.tables import Json
 from ..regular_files import check_regular, of_one_save, read_json
 from .adapter_modules import PREFIX, Module, Original, module_of, original
-from .folder import DTYPES
 from .peft_settings import PeftSettings, read_settings
+from .weights import DTYPES
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
