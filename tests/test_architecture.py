@@ -121,7 +121,7 @@ TESTED_BY = {
     "drafters": "decoding.speculative: drafters",
     "search": "decoding: beams",
     "serving": "decoding: batching",
-    "speculation": "decoding.speculative: acceptance rules",
+    "speculation": "decoding.speculative: acceptance regions rules",
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
