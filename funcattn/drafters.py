@@ -3,11 +3,22 @@
 from .decoding.speculative.drafters import (
     Draft,
     Drafter,
+    NodeReader,
     Sharing,
     function,
-    model,
     prompt_lookup,
-    skip,
 )
+from .decoding.speculative.model_drafters import model, skip
+from .decoding.speculative.tree_drafters import tree
 
-__all__ = ["Draft", "Drafter", "Sharing", "function", "model", "prompt_lookup", "skip"]
+__all__ = [
+    "Draft",
+    "Drafter",
+    "NodeReader",
+    "Sharing",
+    "function",
+    "model",
+    "prompt_lookup",
+    "skip",
+    "tree",
+]

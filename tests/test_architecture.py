@@ -118,7 +118,7 @@ TESTED_BY = {
     "vocabulary.vocabulary": "vocabulary: api functions likelihoods operators passes; transformer: "
     "likelihoods",
     "tree.tree": "tree: mapping nodes summaries",
-    "drafters": "decoding.speculative: drafters",
+    "drafters": "decoding.speculative: drafters model_drafters",
     "search": "decoding: beams",
     "serving": "decoding: batching",
     "speculation": "decoding.speculative: acceptance regions rules",

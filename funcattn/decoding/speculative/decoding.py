@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import progress, randomness, sampling, transformer
+from ... import progress, randomness, sampling, transformer, tree
 from ...caches import KVCache
 from ...core import errors
 from ...core.doors import door
@@ -29,7 +29,14 @@ from ..streams import Heard, Streamed, check_stop_strings, ends_of
 from .acceptance import Accepted
 from .drafters import Draft, Drafter
 from .rules import Rule, blockwise
-from .verification import accept_along, accept_greedy, log_probs_along_draft, select_state
+from .tree_rules import kinship
+from .verification import (
+    accept_along,
+    accept_along_tree,
+    accept_greedy,
+    log_probs_along_draft,
+    select_state,
+)
 
 
 @record
@@ -270,13 +277,25 @@ def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start
         # Without drafted tokens one decode step is enough.
         nothing = sampler.deterministic and errors.integer(draft.valid) == 0
         proposed = draft.tokens[:0] if nothing else draft.tokens
-        logits, delta = transformer.along(
-            model, params, torch.cat([text.last.reshape(1), proposed]), text.cache
-        )
-        check_numbers(request.verb, "the logits of a step", logits)
-        found, states = _accepted(
-            keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule
-        )
+        read = torch.cat([text.last.reshape(1), proposed])
+        if is_absent(draft.parent) or nothing:
+            logits, delta = transformer.along(model, params, read, text.cache)
+            check_numbers(request.verb, "the logits of a step", logits)
+            found, states = _accepted(
+                keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule
+            )
+        else:
+            logits, delta = transformer.along_tree(
+                *(model, params, read, text.cache),
+                above=kinship(draft.parent).above,
+                depth=drafter.length,
+            )
+            check_numbers(request.verb, "the logits of a step", logits)
+            found, rows, states = _accepted_of_tree(
+                *(keys[n - 1, 1], sampler, logits, draft, text.state.sampler, rule),
+                depth=drafter.length,
+            )
+            delta, proposed = transformer.rows_of_path(delta, rows), proposed[: drafter.length]
         assert text.left is not None  # rounds write different numbers of tokens
         kept = torch.minimum(until_stop(found.tokens, found.count + 1, stop), text.left)
         kept = torch.where(text.done, 0, kept)
@@ -314,6 +333,27 @@ def _accepted(
         else draft.probs.to(dtype)
     )
     return accept_along(key, along, probs, proposed, draft.valid, rule=rule), along.states
+
+
+def _accepted_of_tree(
+    key: Tensor,
+    sampler: Sampler,
+    logits: Tensor,
+    draft: Draft,
+    state: Tree,
+    rule: Rule,
+    *,
+    depth: int,
+) -> tuple[Accepted, Tensor, Tree]:
+    """Accept a path of a tree: its tokens, its rows of the delta (N + 1,), the states along it."""
+    assert not is_absent(draft.parent)
+    found, states = accept_along_tree(
+        *(key, sampler, logits, draft.tokens, draft.parent, draft.probs, draft.certain, state),
+        rule=rule,
+    )
+    rows = F.pad(found.path, (1, 0))[: depth + 1]
+    along = tree.map(lambda leaf: leaf.index_select(0, rows), states)
+    return Accepted(found.count, found.token, found.tokens[: depth + 1]), rows, along
 
 
 def no_rounds(prompt: Tensor) -> Stats:

@@ -92,10 +92,10 @@ def end_of_matching(chosen: Tensor, proposed: Tensor, parent: Tensor, relations:
         chosen: int64 (M + 1,), a token at each node. proposed, parent: of the tree.
     """
     same = (proposed == chosen.index_select(0, parent.clamp(min=0))) & (parent >= 0)
-    return _deepest(same, relations)
+    return deepest(same, relations)
 
 
-def _deepest(steps: Tensor, relations: Kinship) -> Tensor:
+def deepest(steps: Tensor, relations: Kinship) -> Tensor:
     """The deepest node of which every step from the root, bool (M,), is True."""
     above = relations.above
     blocked = (above[:, 1:] & ~steps).any(-1)
@@ -104,7 +104,33 @@ def _deepest(steps: Tensor, relations: Kinship) -> Tensor:
 
 def _first_child(threshold: Tensor, uniforms: Tensor, relations: Kinship) -> Tensor:
     passes = F.pad(uniforms < threshold, (1, 0))
-    return _deepest((passes & ~(relations.earlier & passes).any(-1))[1:], relations)
+    return deepest((passes & ~(relations.earlier & passes).any(-1))[1:], relations)
+
+
+def regions_of_chosen(
+    target: Tensor, proposed: Tensor, parent: Tensor, relations: Kinship
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`tokenwise` where all children were chosen without chance, at the cost of a few numbers.
+
+    Returns:
+        The thresholds float64 (M,), and a function from a node () to its correction (V,).
+    """
+    rows = target.index_select(0, parent.clamp(min=0))
+    p = rows.gather(-1, proposed.unsqueeze(-1)).squeeze(-1).double()
+    # A token that is drafted twice counts once.
+    earlier = relations.earlier[1:, 1:]
+    again = (earlier & (proposed.unsqueeze(-1) == proposed)).any(-1)
+    p = torch.where((parent < 0) | again, 0, p)
+    left = 1 - torch.where(earlier, p, 0).sum(-1)
+    vocabulary = torch.arange(target.shape[-1], device=target.device)
+
+    def correction(node: Tensor) -> Tensor:
+        row = target.index_select(0, node.reshape(1))[0]
+        children = torch.where(parent == node, proposed, -1)
+        taken = (vocabulary == children.unsqueeze(-1)).any(0)
+        return normalize(torch.where(taken, 0, row), row)
+
+    return divide(p, left, 0.0).clamp(max=1), correction
 
 
 def _first_child_pmf(threshold: Tensor, relations: Kinship) -> Tensor:

@@ -18,10 +18,18 @@ from ... import randomness
 from ...core import errors
 from ...core.doors import door
 from ...records import is_absent, record
+from . import tree_rules
 from .acceptance import check_probs, check_values, draw_row
 from .regions import Regions
 from .rules import Rule, tokenwise
-from .tree_rules import Kinship, TreeRule, end_of_matching, kinship, path_to
+from .tree_rules import (
+    Kinship,
+    TreeRule,
+    end_of_matching,
+    kinship,
+    path_to,
+    regions_of_chosen,
+)
 
 
 @record
@@ -80,10 +88,13 @@ def accept_tree(
     if is_absent(draft):
         _check("accept_tree", target, draft, proposed, parent, check)
         _rule_of("accept_tree", rule)
-        # Where no token was drawn, one drawn from the target is looked for among the children.
-        chosen = randomness.categorical(key, target.log())
-        chosen = torch.where(target.isnan().any(-1), -1, chosen)
-        return accept_chosen(chosen, proposed, parent)
+        relations = kinship(parent)
+        threshold, correction = regions_of_chosen(target, proposed, parent, relations)
+        for_uniforms, for_token = randomness.split(key).unbind()
+        uniforms = randomness.uniform(for_uniforms, (len(proposed),), torch.float64)
+        end = tree_rules.tokenwise.end(threshold, uniforms, relations)  # every rule is this one
+        token = draw_row(for_token, correction(end).unsqueeze(0), torch.zeros_like(end))
+        return _branched(end, token, proposed, relations)
     regions = _regions(
         "accept_tree", target, draft, proposed, parent, replacement, check, rule, certain
     )
@@ -95,11 +106,11 @@ def accept_tree(
 
 
 def accept_chosen(chosen: Tensor, proposed: Tensor, parent: Tensor) -> Branched:
-    """Accept the path whose tokens are those chosen at its nodes, by argmax or drawn.
+    """Accept the path whose tokens are those of the target, such as its argmax at each node.
 
     Args:
         chosen: int64 (M + 1,), the target's token at each node, whatever was drafted there.
-        proposed, parent: as in `accept_tree`, of a tree of tokens that were not drawn.
+        proposed, parent: as in `accept_tree`.
     """
     relations = kinship(parent)
     end = end_of_matching(chosen, proposed, parent, relations)

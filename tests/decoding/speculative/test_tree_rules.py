@@ -8,7 +8,12 @@ from drafted import SHAPES, WAYS, certain, drawn_from, proof, tables
 from torch.func import vmap
 
 import funcattn as fa
-from funcattn.decoding.speculative.tree_rules import end_of_matching, kinship, path_to
+from funcattn.decoding.speculative.tree_rules import (
+    end_of_matching,
+    kinship,
+    path_to,
+    regions_of_chosen,
+)
 from funcattn.speculation import accept_tree, blockwise, tokenwise, tree_pmf
 from funcattn.testing.laws import acceptances
 
@@ -177,6 +182,18 @@ def test_what_is_chosen_at_each_node_decides_the_path_of_a_tree_without_chance()
     assert float((law - acceptances.joint(target)).abs().sum() / 2) <= acceptances.EXACT
 
 
+@pytest.mark.parametrize("parent", [[0, 0, 1, 1, 3], [0, -1, 1, 0, 1]], ids=str)
+def test_chosen_children_by_a_few_numbers_are_those_of_the_rule(parent):
+    tokens, parent = torch.tensor([2, 0, 1, 2, 1]), torch.tensor(parent)
+    p = torch.stack([table.reshape(-1, 3)[0] for table in tables(3, 6)])
+    relations, flags = kinship(parent), torch.ones(5, dtype=torch.bool)
+    wanted = tokenwise.tree.regions(p, (), tokens, parent, flags, False)
+    threshold, correction = regions_of_chosen(p, tokens, parent, relations)
+    torch.testing.assert_close(threshold, wanted.threshold)
+    for node in range(6):
+        torch.testing.assert_close(correction(torch.tensor(node)), wanted.correction[node])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rule", "way"), PAIRS)
 def test_200_000_trials_have_the_law_of_the_target(rule, way):
@@ -210,7 +227,8 @@ def test_200_000_trials_have_the_law_of_the_target(rule, way):
         )
         q = torch.stack([root, below, *[root] * 3])
         done = accept_tree(
-            *(keys[2], p, q, torch.cat([first, second]), torch.tensor(parent)),
+            *(keys[2], p, () if way == "top" else q, torch.cat([first, second])),
+            torch.tensor(parent),
             certain=torch.tensor(certain(parent, way)),
             rule=RULES[rule],
             replacement=way == "independent",
