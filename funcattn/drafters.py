@@ -9,6 +9,7 @@ from .decoding.speculative.drafters import (
     prompt_lookup,
 )
 from .decoding.speculative.model_drafters import model, skip
+from .decoding.speculative.suffix_drafters import suffix
 from .decoding.speculative.tree_drafters import tree
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "model",
     "prompt_lookup",
     "skip",
+    "suffix",
     "tree",
 ]

@@ -131,17 +131,8 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
     """
     check_length("drafters.function", length)
 
-    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> LookupState:
-        return LookupState(
-            torch.cat([prompt, prompt.new_full((steps + length + 2,), -1)]), prompt_length
-        )
-
-    def propose(key: Tensor, last: Tensor, state: LookupState) -> tuple[Draft, LookupState]:
-        places = torch.arange(len(state.tokens), device=last.device)
-        text = torch.where(
-            places == state.length, last, torch.where(places < state.length, state.tokens, -1)
-        )
-        found = f(text, state.length + 1)
+    def draft(text: Tensor, n: Tensor) -> Draft:
+        found = f(text, n)
         if not isinstance(found, tuple) or len(found) != 2 or not all(_is_ids(x) for x in found):
             got = (
                 f"({', '.join(map(what_is, found))})"
@@ -163,7 +154,33 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
                 got,
                 "Pad the tokens.",
             )
-        return Draft(tokens, ABSENT, valid), LookupState(text, state.length)
+        return Draft(tokens, ABSENT, valid)
+
+    return of_text(draft, length)
+
+
+def of_text(
+    draft: Callable[[Tensor, Tensor], Draft], length: int, before: Tensor | None = None
+) -> Drafter:
+    """A drafter that reads the text alone: draft(text (S,), n ()) -> Draft of at most `length`.
+
+    Args:
+        before: int64 (R,), tokens in front of the prompt; they count in n.
+    """
+    start = 0 if before is None else len(before)
+
+    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> LookupState:
+        text = torch.cat([prompt, prompt.new_full((steps + length + 2,), -1)])
+        if before is not None:
+            text = torch.cat([before.to(prompt), text])
+        return LookupState(text, prompt_length + start)
+
+    def propose(key: Tensor, last: Tensor, state: LookupState) -> tuple[Draft, LookupState]:
+        places = torch.arange(len(state.tokens), device=last.device)
+        text = torch.where(
+            places == state.length, last, torch.where(places < state.length, state.tokens, -1)
+        )
+        return draft(text, state.length + 1), LookupState(text, state.length)
 
     def keep(tokens: Tensor, count: Tensor, state: LookupState) -> LookupState:
         places = torch.arange(len(state.tokens), device=tokens.device) - state.length - 1

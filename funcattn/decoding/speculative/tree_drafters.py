@@ -31,7 +31,7 @@ from ...records import ABSENT, is_absent, record
 from ...sampling import Sampler
 from ...tree import Tree
 from .drafters import Draft, Drafter, NodeReader, Sharing
-from .tree_rules import deepest, kinship, path_to
+from .tree_rules import deepest, kinship, most_probable, path_to
 from .verification import select_state
 
 CHILDREN = ("top", "drawn", "mixed")
@@ -231,14 +231,10 @@ def _grown(
     token, parent = torch.cat(tokens), torch.cat(parents)
     count = torch.full_like(last, shape.size)
     if shape.nodes:
-        best = torch.cat(scores).sort(descending=True, stable=True).indices[: shape.nodes]
-        kept = best.sort().values + 1
-        over = parent.index_select(0, kept - 1)
-        where = (kept == over.unsqueeze(-1)).long().argmax(-1) + 1
-        rows = F.pad(kept, (1, 0))
+        kept, over = most_probable(torch.cat(scores), parent, shape.nodes)
+        rows = F.pad(kept + 1, (1, 0))
         every = trees.map(lambda leaf: leaf.index_select(0, rows), every)
-        token = token.index_select(0, kept - 1)
-        return Draft(token, ABSENT, count, torch.where(over == 0, 0, where)), every
+        return Draft(token.index_select(0, kept), ABSENT, count, over), every
     if shape.children == "top":
         return Draft(token, ABSENT, count, parent), every
     inner = torch.cat(probs)

@@ -77,6 +77,25 @@ def kinship(parent: Tensor) -> Kinship:
     return Kinship(above > 0, same & (nodes < nodes.unsqueeze(-1)))
 
 
+def most_probable(score: Tensor, parent: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """The candidates of a tree with the greatest scores, and their parents among themselves.
+
+    Args:
+        score: (C,) of candidates 1 to C, none greater than that of its parent; equal ones keep
+            their order. parent: int64 (C,), numbers of candidates, each before its child; 0 is the
+            root.
+
+    Returns:
+        Indices int64 (nodes,) into the candidates, ascending, and parents int64 (nodes,), -1 where
+        the parent is not among them.
+    """
+    kept = score.sort(descending=True, stable=True).indices[:nodes].sort().values
+    over = parent.index_select(0, kept)
+    same = kept + 1 == over.unsqueeze(-1)
+    where = torch.where(same.any(-1), same.long().argmax(-1) + 1, -1)
+    return kept, torch.where(over == 0, 0, where)
+
+
 def path_to(end: Tensor, relations: Kinship) -> tuple[Tensor, Tensor]:
     """The nodes from the root's child to `end`, int64 (M,) padded with 0, and their number."""
     on = relations.above.index_select(0, end.reshape(1))[0][1:]
