@@ -8,6 +8,7 @@ from .decoding.speculative.drafters import (
     function,
     prompt_lookup,
 )
+from .decoding.speculative.heads import Head, HeadParams, head
 from .decoding.speculative.model_drafters import model, skip
 from .decoding.speculative.suffix_drafters import suffix
 from .decoding.speculative.tree_drafters import tree
@@ -15,9 +16,12 @@ from .decoding.speculative.tree_drafters import tree
 __all__ = [
     "Draft",
     "Drafter",
+    "Head",
+    "HeadParams",
     "NodeReader",
     "Sharing",
     "function",
+    "head",
     "model",
     "prompt_lookup",
     "skip",

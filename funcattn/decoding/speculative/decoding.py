@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import progress, randomness, sampling, transformer, tree
+from ... import progress, randomness, sampling, transformer
 from ...caches import KVCache
 from ...core import errors
 from ...core.doors import door
@@ -26,17 +26,11 @@ from ..detokenization import Detokenizer
 from ..loop import Choice, Chooser, Start, Text, begun, decode, prefill, until_stop
 from ..requests import Request, check_numbers
 from ..streams import Heard, Streamed, check_stop_strings, ends_of
-from .acceptance import Accepted
 from .drafters import Draft, Drafter
+from .features import Features
 from .rules import Rule, blockwise
 from .tree_rules import kinship
-from .verification import (
-    accept_along,
-    accept_along_tree,
-    accept_greedy,
-    log_probs_along_draft,
-    select_state,
-)
+from .verification import accepted, accepted_of_tree, select_state
 
 
 @record
@@ -227,22 +221,26 @@ def _begin(
     """Prefill with room for drafts, and the chooser of the rounds after it."""
     _check_drafter(request.verb, drafter)
     request.checked(key=key, drafter=drafter, rule=rule, **values)
-    start = prefill(
-        *(request.model, request.params, request.prompt, request.cache),
-        room=request.steps + drafter.length,
-        prompt_length=request.prompt_length,
-        chunk=request.chunk,
-    )
+    features = Features(request.verb, drafter.taps)
+    with features.listening():
+        start = prefill(
+            *(request.model, request.params, request.prompt, request.cache),
+            room=request.steps + drafter.length,
+            prompt_length=request.prompt_length,
+            chunk=request.chunk,
+        )
     _check_vocabulary(request.verb, drafter, start.logits)
-    return start, verifying(request, key, drafter, rule, start)
+    return start, verifying(request, key, drafter, rule, start, features)
 
 
-def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start: Start) -> Chooser:
+def verifying(
+    request: Request, key: Tensor, drafter: Drafter, rule: Rule, start: Start, features: Features
+) -> Chooser:
     """A chooser of several tokens a round: the accepted prefix of a draft, and one more.
 
     Args:
         request, key, drafter, rule: as in `speculate`.
-        start: the result of prefill.
+        start: the result of prefill. features: what the drafter's taps heard in it.
     """
     model, params, sampler, steps = request.model, request.params, request.sampler, request.steps
     prompt, stop = request.prompt, request.stop
@@ -262,7 +260,7 @@ def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start
         drafting = (
             shared.init(prompt, length, logits, start.cache)
             if shared
-            else drafter.init(prompt, length, steps)
+            else drafter.init(prompt, length, steps, *features.rows(len(prompt)))
         )
         return token, Drafting(state, drafting, no_rounds(prompt))
 
@@ -279,23 +277,27 @@ def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start
         proposed = draft.tokens[:0] if nothing else draft.tokens
         read = torch.cat([text.last.reshape(1), proposed])
         if is_absent(draft.parent) or nothing:
-            logits, delta = transformer.along(model, params, read, text.cache)
+            with features.listening():
+                logits, delta = transformer.along(model, params, read, text.cache)
+            seen = features.rows(len(read), drafter.length + 1)
             check_numbers(request.verb, "the logits of a step", logits)
-            found, states = _accepted(
+            found, states = accepted(
                 keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule
             )
         else:
-            logits, delta = transformer.along_tree(
-                *(model, params, read, text.cache),
-                above=kinship(draft.parent).above,
-                depth=drafter.length,
-            )
+            with features.listening():
+                logits, delta = transformer.along_tree(
+                    *(model, params, read, text.cache),
+                    above=kinship(draft.parent).above,
+                    depth=drafter.length,
+                )
             check_numbers(request.verb, "the logits of a step", logits)
-            found, rows, states = _accepted_of_tree(
+            found, rows, states = accepted_of_tree(
                 *(keys[n - 1, 1], sampler, logits, draft, text.state.sampler, rule),
                 depth=drafter.length,
             )
             delta, proposed = transformer.rows_of_path(delta, rows), proposed[: drafter.length]
+            seen = [x.index_select(0, rows) for x in features.rows(len(read))]
         assert text.left is not None  # rounds write different numbers of tokens
         kept = torch.minimum(until_stop(found.tokens, found.count + 1, stop), text.left)
         kept = torch.where(text.done, 0, kept)
@@ -305,55 +307,12 @@ def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start
 
         def settle(kept: Tensor, last: Tensor) -> Drafting:
             state = sampler.observe(last, select_state(states, (kept - 1).clamp(min=0)))
-            after = (shared or drafter).keep(tokens, kept, drafting)
+            after = (shared or drafter).keep(tokens, kept, drafting, *seen)
             return Drafting(state, after, _counted(text, draft, torch.minimum(found.count, kept)))
 
         return Choice(tokens, kept, torch.where(text.done, text.last, newest), delta, settle)
 
     return Chooser(first, follow, drafter.length)
-
-
-def _accepted(
-    key: Tensor,
-    sampler: Sampler,
-    logits: Tensor,
-    draft: Draft,
-    proposed: Tensor,
-    state: Tree,
-    rule: Rule,
-) -> tuple[Accepted, Tree]:
-    """Accept a draft (N,) by its logits (N + 1, V); also the sampler's states along the draft."""
-    if sampler.deterministic:
-        return accept_greedy(sampler, logits, proposed, draft.valid, state)
-    along = log_probs_along_draft(sampler, logits, proposed, state)
-    dtype = along.log_probs.dtype
-    probs = (
-        F.one_hot(proposed, logits.shape[-1]).to(dtype)
-        if is_absent(draft.probs)
-        else draft.probs.to(dtype)
-    )
-    return accept_along(key, along, probs, proposed, draft.valid, rule=rule), along.states
-
-
-def _accepted_of_tree(
-    key: Tensor,
-    sampler: Sampler,
-    logits: Tensor,
-    draft: Draft,
-    state: Tree,
-    rule: Rule,
-    *,
-    depth: int,
-) -> tuple[Accepted, Tensor, Tree]:
-    """Accept a path of a tree: its tokens, its rows of the delta (N + 1,), the states along it."""
-    assert not is_absent(draft.parent)
-    found, states = accept_along_tree(
-        *(key, sampler, logits, draft.tokens, draft.parent, draft.probs, draft.certain, state),
-        rule=rule,
-    )
-    rows = F.pad(found.path, (1, 0))[: depth + 1]
-    along = tree.map(lambda leaf: leaf.index_select(0, rows), states)
-    return Accepted(found.count, found.token, found.tokens[: depth + 1]), rows, along
 
 
 def no_rounds(prompt: Tensor) -> Stats:

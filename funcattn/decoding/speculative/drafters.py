@@ -56,16 +56,19 @@ class Drafter(NamedTuple):
         vocabulary: V, the number of token ids; None where it is unknown.
         sharing: for a model that drafts with the target's cache; None otherwise.
         reader: of one that `tree` can make trees of; None otherwise.
+        taps: of the target, which the drafter hears: then init and keep take one more argument,
+            their values (T, F) of the prompt, and (N + 1, F) of `last` and the N tokens.
         text: the repr, the call that made it.
     """
 
-    init: Callable[[Tensor, Tensor, int], Tree]
+    init: Callable[..., Tree]
     propose: Callable[[Tensor, Tensor, Tree], tuple[Draft, Tree]]
-    keep: Callable[[Tensor, Tensor, Tree], Tree]
+    keep: Callable[..., Tree]
     length: int
     vocabulary: int | None = None
     sharing: "Sharing | None" = None
     reader: "NodeReader | None" = None
+    taps: tuple[str, ...] = ()
     text: str = ""
     __call__ = uncalled
 
@@ -92,20 +95,23 @@ class NodeReader(NamedTuple):
 
     Args:
         model: that the drafter shares a cache with, by identity; None for none.
-        init: (prompt, prompt_length, steps) -> (logits (V,) after the prompt, state with room for
-            `steps` tokens more).
+        init: (prompt, prompt_length, steps, *features) -> (a row like logits (V,), state with room
+            for `steps` tokens more).
         share: (cache of the target) -> state.
         read: (last (), tokens (m,), parent (m,), state, since) -> (logits (m + 1 - since, V) of
             the nodes from `since` on, the state with what was read of all nodes).
-        keep: (rows int64 (N + 1,), count (), state) -> state, which has kept the first `count` of
-            these nodes of what it read last; node 0 is `last`.
+        keep: (rows int64 (N + 1,), tokens (N + 1,), count (), state, *features) -> state, which
+            has kept the first `count` of these nodes of what it read last; node 0 is `last`, and
+            tokens are those after it.
+        taps: as in Drafter; features are there where these are.
     """
 
     model: Model | None
-    init: Callable[[Tensor, Tensor, int], tuple[Tensor, Tree]]
+    init: Callable[..., tuple[Tensor, Tree]]
     share: Callable[[Tree], Tree]
     read: Callable[[Tensor, Tensor, Tensor, Tree, int], tuple[Tensor, Tree]]
-    keep: Callable[[Tensor, Tensor, Tree], Tree]
+    keep: Callable[..., Tree]
+    taps: tuple[str, ...] = ()
 
 
 @record

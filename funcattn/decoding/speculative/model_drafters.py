@@ -235,7 +235,9 @@ def _node_reader(model: Model, params: Tree, chunk: int) -> NodeReader:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits, NodeReaderState(state.cache, delta)
 
-    def keep(rows: Tensor, count: Tensor, state: NodeReaderState) -> NodeReaderState:
+    def keep(
+        rows: Tensor, tokens: Tensor, count: Tensor, state: NodeReaderState
+    ) -> NodeReaderState:
         assert not is_absent(state.read)
         kept = commit_owned(state.cache, transformer.rows_of_path(state.read, rows), count)
         return NodeReaderState(kept, ABSENT)

@@ -137,6 +137,13 @@ def tree(
         wanted, got = "a sampler that leaves several tokens", repr(sampler)
         remedy = "Leave it out, or pass such as fa.sampling.temperature(0.8)."
         errors.fail("drafters.tree", "sampler", wanted, got, remedy)
+    return of_reader(reader, shape, transform, drafter.vocabulary)
+
+
+def of_reader(
+    reader: NodeReader, shape: Shape, transform: Sampler, vocabulary: int | None
+) -> Drafter:
+    """A drafter of trees of this shape, by what reads their nodes and a sampler of logits."""
     length = len(shape.branching)
 
     def begun(
@@ -148,8 +155,8 @@ def tree(
         nothing = prompt.new_full((shape.size,), -1)
         return TreeState(cache, held, nothing, nothing, _repeated(state, shape.size + 1))
 
-    def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> TreeState:
-        logits, held = reader.init(prompt, prompt_length, steps + length + 1)
+    def init(prompt: Tensor, prompt_length: Tensor, steps: int, *features: Tensor) -> TreeState:
+        logits, held = reader.init(prompt, prompt_length, steps + length + 1, *features)
         return begun(prompt, prompt_length, logits, held, ABSENT)
 
     def share(prompt: Tensor, prompt_length: Tensor, logits: Tensor, cache: Tree) -> TreeState:
@@ -159,27 +166,36 @@ def tree(
         shared = is_absent(state.reader)
         held = reader.share(state.cache) if shared else state.reader
         root = transform.observe(last, select_state(state.states, torch.zeros_like(last)))
-        draft, states = _grown(key, shape, transform, last, root, reader, held)
+        draft, states, held = _grown(key, shape, transform, last, root, reader, held)
         assert not is_absent(draft.parent)
-        if not shared:  # the leaves are read too: the cache is complete where all are accepted
+        # The leaves are read too, so that the cache is complete where all are accepted; a head
+        # reads what is accepted with the target's features.
+        if not shared and not reader.taps:
             held = reader.read(last, draft.tokens, draft.parent, held, shape.size + 1)[1]
         after = TreeState(
             state.cache, ABSENT if shared else held, draft.tokens, draft.parent, states
         )
+        if set(shape.branching) == {1}:  # a chain
+            probs = ABSENT if is_absent(draft.probs) else draft.probs[:length]
+            draft = Draft(draft.tokens, probs, draft.valid)
         return draft, after
 
-    def keep(tokens: Tensor, count: Tensor, state: TreeState) -> TreeState:
+    def keep(tokens: Tensor, count: Tensor, state: TreeState, *features: Tensor) -> TreeState:
         relations = kinship(state.parent)
         depths = relations.above.long().sum(-1)[1:] - 1
         same = state.tokens == tokens.index_select(0, (depths - 1).clamp(0, length))
         end = deepest(same & (state.parent >= 0) & (depths < count), relations)
         rows = F.pad(path_to(end, relations)[0], (1, 0))[: length + 1]
-        held = ABSENT if is_absent(state.reader) else reader.keep(rows, count, state.reader)
+        held = (
+            ABSENT
+            if is_absent(state.reader)
+            else (reader.keep(rows, tokens, count, state.reader, *features))
+        )
         here = select_state(state.states, end)
         return state._replace(reader=held, states=_repeated(here, shape.size + 1))
 
     sharing = Sharing(reader.model, share, propose, keep) if reader.model is not None else None
-    return Drafter(init, propose, keep, length, drafter.vocabulary, sharing)
+    return Drafter(init, propose, keep, length, vocabulary, sharing, reader, reader.taps)
 
 
 def _grown(
@@ -190,8 +206,9 @@ def _grown(
     root: Tree,
     reader: NodeReader,
     held: Tree,
-) -> tuple[Draft, Tree]:
-    """A tree of this shape behind `last`, and the sampler's states at its nodes (M + 1, ...).
+) -> tuple[Draft, Tree, Tree]:
+    """A tree of this shape behind `last`, the sampler's states at its nodes (M + 1, ...), and the
+    reader's.
 
     Candidates are numbered from 1, in the order of their depths; those with children are read.
     """
@@ -204,7 +221,7 @@ def _grown(
     ids, score, here, since = last.new_zeros(1), torch.zeros(1, device=last.device), states[0], 0
     first = 0  # the number of the first candidate of a depth
     for depth, b in enumerate(shape.branching):
-        logits, _ = reader.read(last, *read, held, since)
+        logits, held = reader.read(last, *read, held, since)
         left, here = _update(sampler, logits, here)
         states[-1] = _put(states[-1], ids - first, here)
         found = _children(keys[depth], left, b, shape.children)
@@ -234,13 +251,13 @@ def _grown(
         kept, over = most_probable(torch.cat(scores), parent, shape.nodes)
         rows = F.pad(kept + 1, (1, 0))
         every = trees.map(lambda leaf: leaf.index_select(0, rows), every)
-        return Draft(token.index_select(0, kept), ABSENT, count, over), every
+        return Draft(token.index_select(0, kept), ABSENT, count, over), every, held
     if shape.children == "top":
-        return Draft(token, ABSENT, count, parent), every
+        return Draft(token, ABSENT, count, parent), every, held
     inner = torch.cat(probs)
     leaves = inner.new_full((), 1 / inner.shape[-1])
     drawn = torch.cat([inner, leaves.expand(shape.size + 1 - len(inner), inner.shape[-1])])
-    return Draft(token, drawn, count, parent, torch.cat(chosen)), every
+    return Draft(token, drawn, count, parent, torch.cat(chosen)), every, held
 
 
 class _Children(NamedTuple):

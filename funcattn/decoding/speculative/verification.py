@@ -10,6 +10,7 @@ To roll back is to select an earlier state of those that were computed.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import tree
@@ -19,6 +20,7 @@ from ...records import formerly, is_absent, record
 from ...sampling import Sampler, greedy, log_probs_with_state
 from ...tree import Tree
 from .acceptance import Accepted, accept
+from .drafters import Draft
 from .rules import Rule, blockwise
 from .trees import Branched, accept_chosen, accept_tree
 
@@ -224,6 +226,49 @@ def _along_nodes(
 
 def _everywhere(state: Tree, n: int) -> Tree:
     return tree.map(lambda leaf: leaf.expand(n, *leaf.shape), state)
+
+
+def accepted(
+    key: Tensor,
+    sampler: Sampler,
+    logits: Tensor,
+    draft: Draft,
+    proposed: Tensor,
+    state: Tree,
+    rule: Rule,
+) -> tuple[Accepted, Tree]:
+    """Accept a draft (N,) by its logits (N + 1, V); also the sampler's states along the draft."""
+    if sampler.deterministic:
+        return accept_greedy(sampler, logits, proposed, draft.valid, state)
+    along = log_probs_along_draft(sampler, logits, proposed, state)
+    dtype = along.log_probs.dtype
+    probs = (
+        F.one_hot(proposed, logits.shape[-1]).to(dtype)
+        if is_absent(draft.probs)
+        else draft.probs.to(dtype)
+    )
+    return accept_along(key, along, probs, proposed, draft.valid, rule=rule), along.states
+
+
+def accepted_of_tree(
+    key: Tensor,
+    sampler: Sampler,
+    logits: Tensor,
+    draft: Draft,
+    state: Tree,
+    rule: Rule,
+    *,
+    depth: int,
+) -> tuple[Accepted, Tensor, Tree]:
+    """Accept a path of a tree: its tokens, its rows of the delta (N + 1,), the states along it."""
+    assert not is_absent(draft.parent)
+    found, states = accept_along_tree(
+        *(key, sampler, logits, draft.tokens, draft.parent, draft.probs, draft.certain, state),
+        rule=rule,
+    )
+    rows = F.pad(found.path, (1, 0))[: depth + 1]
+    along = tree.map(lambda leaf: leaf.index_select(0, rows), states)
+    return Accepted(found.count, found.token, found.tokens[: depth + 1]), rows, along
 
 
 def select_state(states: Tree, count: Tensor) -> Tree:
