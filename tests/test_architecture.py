@@ -118,10 +118,10 @@ TESTED_BY = {
     "vocabulary.vocabulary": "vocabulary: api functions likelihoods operators passes; transformer: "
     "likelihoods",
     "tree.tree": "tree: mapping nodes summaries",
-    "drafters": "decoding.speculative: drafters",
+    "drafters": "decoding.speculative: drafters model_drafters",
     "search": "decoding: beams",
     "serving": "decoding: batching",
-    "speculation": "decoding.speculative: acceptance rules",
+    "speculation": "decoding.speculative: acceptance regions rules",
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",

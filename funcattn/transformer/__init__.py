@@ -32,7 +32,17 @@ from .lengths import cache_layers, continues, length_of, noted
 from .likelihoods import token_losses, vocabulary_size, weighted_loss
 from .model import decoder
 from .partition import DATA, TENSOR
-from .rereading import along, first_chunk, follower, one_by_one, places, renewed
+from .rereading import (
+    along,
+    along_tree,
+    first_chunk,
+    follower,
+    hidden_of_tree,
+    one_by_one,
+    places,
+    renewed,
+    rows_of_path,
+)
 from .weights import Layer, Params, initialize, shapes
 
 # Deprecated names.
@@ -51,6 +61,7 @@ __all__ = [
     "Params",
     "TENSOR",
     "along",
+    "along_tree",
     "begin",
     "block",
     "cache_layers",
@@ -63,6 +74,7 @@ __all__ = [
     "first_chunk",
     "follower",
     "head",
+    "hidden_of_tree",
     "initialize",
     "layer_context",
     "length_of",
@@ -75,6 +87,7 @@ __all__ = [
     "positions_of",
     "predict",
     "renewed",
+    "rows_of_path",
     "run_layers",
     "shapes",
     "token_losses",
