@@ -274,17 +274,74 @@ LATEST = {
         },
     ),
 }
-IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after"}
+TYPED = ("bert", "ernie", "megatron-bert", "roberta", "camembert", "xlm-roberta", "data2vec-text")
+SEEN = ("roberta-prelayernorm", "xlm-roberta-xl", "bert-generation")
+TRANSLATORS = (
+    "bart",
+    "plbart",
+    "mvp",
+    "trocr",
+    "marian",
+    "mbart",
+    "pegasus",
+    "blenderbot",
+    "whisper",
+)
+CHUNKED = {
+    "head_dim": 8,
+    "intermediate_size_mlp": 40,
+    "attention_chunk_size": 8,
+    "floor_scale": 6,
+    "attn_scale": 0.5,
+    **LOCALS,
+}
+LATEST |= {
+    "llama4": ("llama4_text", CHUNKED),
+    "llama4-dense": (
+        "llama4_text",
+        {
+            **CHUNKED,
+            "interleave_moe_layer_step": 2,
+            "attention_bias": True,
+            "use_qk_norm": False,
+            **ROPE("llama3", **LLAMA3),
+        },
+    ),
+    "openai-gpt": ("openai-gpt", {}),
+    "electra": ("electra", {"embedding_size": 32}),
+    **{name: (name, {}) for name in (*TYPED, *SEEN)},
+    **{name: (name, {"scale_embedding": True}) for name in TRANSLATORS},
+}
+IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after", "llama4", "bert", "mbart", "marian"}
 MODELS |= MORE | LATEST
 ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
 PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 PLACES = {"max_position_embeddings": 64}
 GPT = {**ENDS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 MPT = {**ENDS, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}
+DECODER = {**ENDS, **PLAIN, **PLACES, "intermediate_size": 48, "is_decoder": True}
+TRANSLATOR = {
+    **ENDS,
+    **PLACES,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "d_model": 32,
+    "decoder_layers": 3,
+    "encoder_layers": 3,  # so many the cache of transformers takes
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "is_encoder_decoder": False,
+}
 OWN = {  # that take the sizes by other names
     "gpt2": {"vocab_size": V},
     "bloom": {**ENDS, "hidden_size": 32, "n_layer": 3, "n_head": 4},
     **dict.fromkeys(("mpt", "dbrx"), MPT),
+    **dict.fromkeys((*TYPED, *SEEN, "electra"), DECODER),
+    **dict.fromkeys(TRANSLATORS, TRANSLATOR),
+    "whisper": {**TRANSLATOR, "max_target_positions": 64},
+    "openai-gpt": GPT,
     "falcon": {**ENDS, **PLAIN, **PLACES},
     "gptj": GPT,
     "codegen": GPT,
@@ -316,6 +373,7 @@ TOWERS = {  # name -> text_config, vision_config, more
     "llava_next": ({"model_type": "mistral", "sliding_window": None}, CLIP, {}),
     "idefics3": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
     "smolvlm": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
+    "llama4": ({"model_type": "llama4_text", **CHUNKED}, {**EYES, "vision_output_dim": 16}, {}),
     "internvl": (
         {"model_type": "qwen2"},
         {**EYES, "image_size": [16, 16], "patch_size": [8, 8]},

@@ -125,8 +125,8 @@ TESTED_BY = {
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
-    "family_peers": "checkpoints.families: dense_variants distances falcon fused gated gemma gpt "
-    "gpt_variants granite granite_mixtures llama llama_variants mixture_variants mixtures olmo "
+    "family_peers": "checkpoints.families: bart bert dense_variants distances falcon fused gated gemma gpt "
+    "gpt_variants granite granite_mixtures llama llama4 llama_variants mixture_variants mixtures olmo "
     "sigmoid_mixtures towers",
     "gguf_families": "checkpoints.families: architectures",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "

@@ -51,7 +51,9 @@ def originals(tmp_path_factory):
 
 
 def tokens(n=T, seed=0):
-    return fa.random.randint(fa.key(seed), (n,), 0, V)
+    """Without id 1, the padding of RoBERTa, to which it gives no position."""
+    ids = fa.random.randint(fa.key(seed), (n,), 0, V)
+    return torch.where(ids == 1, 3, ids)
 
 
 def theirs(model, ids):
@@ -66,6 +68,9 @@ def test_logits_are_those_of_the_original(originals, name):
     ours = fa.decoder(config)
     got = ours.logits(params, ours.hidden(params, tokens())[0])
     torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
+
+
+WITHOUT_CACHE = {"openai-gpt"}  # in the original
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -86,7 +91,7 @@ def test_decoding_step_by_step_is_that_of_the_original_beyond_window_and_scaling
     for piece in tokens().split([10, 10, *([1] * (T - 20))]):
         logits, past = ours.apply(params, piece, past)
         mine.append(logits)
-        if config.follows_length:
+        if config.follows_length or name in WITHOUT_CACHE:
             other.append(theirs(model, tokens()[: past.length])[-len(piece) :])
             continue
         with torch.no_grad():
@@ -126,6 +131,11 @@ SPELLED_AS_ANOTHER = {
     "gpt_bigcode-heads": "gpt2",
     "opt": "gpt2",
     "apertus1p5_text": "apertus",
+    **dict.fromkeys(("ernie", "electra", "roberta", "camembert", "xlm-roberta"), "bert"),
+    "data2vec-text": "bert",
+    "megatron-bert": "xlm-roberta-xl",
+    **dict.fromkeys(("plbart", "mvp", "trocr"), "bart"),
+    **dict.fromkeys(("pegasus", "blenderbot", "whisper"), "biogpt"),
 }
 
 
@@ -190,6 +200,8 @@ def test_the_text_of_a_model_of_images_is_that_of_the_original(name, tmp_path):
         config, params, _ = load(tmp_path)
     ours = fa.decoder(config)
     got = ours.logits(params, ours.hidden(params, tokens())[0])
+    # Llama 4 does not run but with images
+    model = model.language_model if name == "llama4" else model
     torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
     fa.save(tmp_path / "ours", config, params)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")

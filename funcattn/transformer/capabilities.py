@@ -31,6 +31,7 @@ GENERAL: Table = {
     "shared_gated": (False,),
     "late_temperature": (False,),
     "attention_gate": ("none",),
+    "gate_activation": ("sigmoid",),
     "chunked": (False,),
     "routed_inputs": (False,),
     "embedding_norm": (False,),

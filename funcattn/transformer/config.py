@@ -17,7 +17,8 @@ HEAD_NORMS = ("none", "rms", "rms_width", "layer", "unit")
 PLACEMENTS = ("before", "after", "around", "residual")
 SCORES = ("softmax", "sigmoid")
 POSITIONS = ("rotary", "learned", "alibi", "none")
-ATTENTION_GATES = ("none", "sigmoid", "softplus", "head_softplus")
+GATES = ("none", "width", "head")
+GATE_ACTIVATIONS = ("sigmoid", "softplus")
 
 
 class LayerSpec(NamedTuple):
@@ -74,9 +75,9 @@ class Config:
     attention_temperature: tuple[float, int] | None = None
     # True: positions count from 1, and only in layers that do not turn
     late_temperature: bool = False
-    # factor of what attention mixes, of the same input: "sigmoid" or "softplus" of each feature,
-    # or "head_softplus", one for each head
+    # Attention's output times an activation of its input: "width" each feature, "head" each head.
     attention_gate: str = "none"
+    gate_activation: str = "sigmoid"  # or "softplus"
     sinks: bool = False  # one learned logit per head whose value is 0
     window: int | None = None  # tokens each token attends to, itself included
     window_layers: tuple[bool, ...] = ()  # layers with the window
@@ -166,7 +167,8 @@ class Config:
             ("norm_placement", PLACEMENTS),
             ("positions", POSITIONS),
             ("router_scores", SCORES),
-            ("attention_gate", ATTENTION_GATES),
+            ("attention_gate", GATES),
+            ("gate_activation", GATE_ACTIVATIONS),
         ):
             if getattr(self, name) not in choices:
                 wanted = f"one of {', '.join(map(repr, choices))}"

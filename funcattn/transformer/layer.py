@@ -173,7 +173,7 @@ def _gate(config: Config, weights: Layer, y: Tensor, mixed: Tensor) -> Tensor:
     if config.attention_gate == "none":
         return mixed
     gate = torch.unflatten(layers.linear(weights.attention_gate, y), -1, (mixed.shape[-2], -1))
-    if config.attention_gate == "sigmoid":
+    if config.gate_activation == "sigmoid":
         return mixed * torch.sigmoid(gate)
     wide = gate if gate.element_size() > 2 else gate.float()
     return mixed * torch.nn.functional.softplus(wide).to(mixed.dtype)

@@ -107,7 +107,7 @@ def _layer(config: Config, number: int) -> Layer:
     }
     before, after = config.norm_placement != "after", config.norm_placement in ("after", "around")
     first = before and (number > 0 or config.first_norm)
-    gates = {"none": 0, "head_softplus": H}.get(config.attention_gate, H * D)
+    gates = {"none": 0, "head": H, "width": H * D}[config.attention_gate]
     two, shared = not config.shared_norm, experts and config.shared_size > 0
     return Layer(
         attention_norm=where(first, (E,)),

@@ -842,8 +842,8 @@ IDEAS = {
         "first_norm": False,
     },
     "norms of embedding and head": {"embedding_norm": True, "head_transform": True},
-    "a gate of features": {"attention_gate": "sigmoid"},
-    "a gate of heads": {"attention_gate": "head_softplus"},
+    "a gate of features": {"attention_gate": "width"},
+    "a gate of heads": {"attention_gate": "head", "gate_activation": "softplus"},
     "xielu": {"activation": "xielu", "gated": False},
     "unit heads": {
         "head_norm": "unit",

@@ -1,5 +1,7 @@
 """The families by name, in order: a Config is written as the first that can express it."""
 
+from .bart import BARTS
+from .bert import BERTS
 from .dense_variants import (
     ARCEE,
     CODEGEN,
@@ -17,7 +19,7 @@ from .fused import COHERE, COHERE2, PHI3, STABLELM, STARCODER2
 from .gated import AFMOE, APERTUS, APERTUS_TEXT
 from .gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
 from .gpt import GPT2, GPT_NEOX
-from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPT, XGLM
+from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPENAI_GPT, OPT, XGLM
 from .granite import GRANITE_SWA, HYPERCLOVAX
 from .granite_mixtures import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
 from .llama import (
@@ -32,6 +34,7 @@ from .llama import (
     QWEN3_VL,
     SMOLLM3,
 )
+from .llama4 import LLAMA4
 from .llama_variants import (
     CWM,
     ERNIE4_5,
@@ -67,7 +70,9 @@ FAMILIES = {
         *(GLM4_MOE, DOTS1, SOLAR_OPEN, EXAONE_MOE, HY_V3, MINIMAX_M2),
         *(PHI, GPTJ, CODEGEN, NEMOTRON, JAIS2, ARCEE, HUNYUAN_DENSE, HUNYUAN_MOE, MINISTRAL3),
         *(FALCON, GPT_BIGCODE, GPT_NEO, OPT, BIOGPT, XGLM),
-        *(AFMOE, APERTUS, APERTUS_TEXT, NANOCHAT, BLOOM, MPT, DBRX),
+        *(AFMOE, APERTUS, APERTUS_TEXT, NANOCHAT, BLOOM, MPT, DBRX, LLAMA4, OPENAI_GPT),
+        *BERTS,
+        *BARTS,
     )
 }
 

@@ -62,6 +62,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "llava_next": Wrapper("LlavaNextForConditionalGeneration", "llama"),
     "idefics3": Wrapper("Idefics3ForConditionalGeneration", "llama"),
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", "llama"),
+    "llama4": Wrapper("Llama4ForConditionalGeneration", "llama4_text"),
     "internvl": Wrapper("InternVLForConditionalGeneration", "qwen2", tied=True),
 }
 OF_IMAGES = frozenset(
