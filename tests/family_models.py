@@ -295,6 +295,12 @@ CHUNKED = {
     "attn_scale": 0.5,
     **LOCALS,
 }
+COMMAND = {"num_experts": 4, "head_dim": 8, "logit_scale": 0.25, **MOE, **LOCAL}
+SEES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+SEES |= {"num_attention_heads": 2, "crop_size": 28, "image_size": 28, "patch_size": 14}
+HEARS = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2}
+HEARS |= {"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "input_size": 16}
+HEARS |= {"nemo_conv_channels": 16}
 LATEST |= {
     "llama4": ("llama4_text", CHUNKED),
     "llama4-dense": (
@@ -308,11 +314,46 @@ LATEST |= {
         },
     ),
     "openai-gpt": ("openai-gpt", {}),
+    "aria_text": ("aria_text", {"moe_num_experts": 4, "moe_num_shared_experts": 1}),
+    "phimoe": (
+        "phimoe",
+        {**LOCALS, "router_jitter_noise": 0.2, "lm_head_bias": True, "attention_bias": True},
+    ),
+    "cohere2_moe": (
+        "cohere2_moe",
+        {
+            **COMMAND,
+            "num_shared_experts": 2,
+            "prefix_dense_intermediate_size": 40,
+            "first_k_dense_replace": 1,
+            "expert_selection_fn": "sigmoid",
+        },
+    ),
+    "cohere2_moe-sum": (
+        "cohere2_moe",
+        {
+            **COMMAND,
+            "num_shared_experts": 1,
+            "shared_expert_combination_strategy": "sum",
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "sarvam_moe": ("sarvam_moe", {**ROUTED, **GROUPS}),
+    "persimmon": ("persimmon", {}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {"intermediate_multiple_size": 2}),
+    "ctrl": ("ctrl", {"dff": 48}),
+    "modernbert-decoder": ("modernbert-decoder", {"local_attention": 16}),
+    "gpt-sw3": ("gpt-sw3", {}),
+    "phi4_multimodal": (
+        "phi4_multimodal",
+        {"original_max_position_embeddings": 64, "vision_config": SEES, "audio_config": HEARS},
+    ),
     "electra": ("electra", {"embedding_size": 32}),
     **{name: (name, {}) for name in (*TYPED, *SEEN)},
     **{name: (name, {"scale_embedding": True}) for name in TRANSLATORS},
 }
 IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after", "llama4", "bert", "mbart", "marian"}
+IDEAS |= {"phimoe", "persimmon", "modernbert-decoder", "cohere2_moe"}
 MODELS |= MORE | LATEST
 ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
 PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -341,7 +382,7 @@ OWN = {  # that take the sizes by other names
     **dict.fromkeys((*TYPED, *SEEN, "electra"), DECODER),
     **dict.fromkeys(TRANSLATORS, TRANSLATOR),
     "whisper": {**TRANSLATOR, "max_target_positions": 64},
-    "openai-gpt": GPT,
+    **dict.fromkeys(("openai-gpt", "ctrl", "gpt-sw3"), GPT),
     "falcon": {**ENDS, **PLAIN, **PLACES},
     "gptj": GPT,
     "codegen": GPT,

@@ -126,8 +126,8 @@ TESTED_BY = {
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
     "family_peers": "checkpoints.families: bart bert dense_variants distances falcon fused gated gemma gpt "
-    "gpt_variants granite granite_mixtures llama llama4 llama_variants mixture_variants mixtures olmo "
-    "sigmoid_mixtures towers",
+    "gpt_variants granite granite_mixtures layer_norms llama llama4 llama_variants mixture_variants mixtures olmo "
+    "router_variants sigmoid_mixtures towers",
     "gguf_families": "checkpoints.families: architectures",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",

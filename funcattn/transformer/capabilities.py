@@ -23,6 +23,7 @@ GENERAL: Table = {
     "qkv_limit": (None,),
     "attention_temperature": (None,),
     "router_scores": ("softmax",),
+    "router_margin": (0.0,),
     "choice_bias": (False,),
     "expert_groups": (1,),
     "groups_per_token": (1,),

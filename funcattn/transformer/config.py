@@ -13,9 +13,9 @@ from ..core.doors import made
 from ..layers import RopeScaling
 
 NORMS = ("rms", "layer")
-HEAD_NORMS = ("none", "rms", "rms_width", "layer", "unit")
+HEAD_NORMS = ("none", "rms", "rms_width", "layer", "layer_bias", "unit")
 PLACEMENTS = ("before", "after", "around", "residual")
-SCORES = ("softmax", "sigmoid")
+SCORES = ("softmax", "sigmoid", "sparsemixer")
 POSITIONS = ("rotary", "learned", "alibi", "none")
 GATES = ("none", "width", "head")
 GATE_ACTIVATIONS = ("sigmoid", "softplus")
@@ -64,8 +64,8 @@ class Config:
     qkv_bias: bool = False
     output_bias: bool = False
     # Norm of queries and keys before rotation: "rms" one weight (D,) for every head, "rms_width"
-    # over all heads together, "layer" a layer norm with weights (H, D), "unit" an RMS norm without
-    # weights in the layers that turn.
+    # over all heads together, "layer" a layer norm with weights (H, D), "layer_bias" one with
+    # weight and bias (D,), "unit" an RMS norm without weights in the layers that turn.
     head_norm: str = "none"
     late_head_norm: bool = False  # that norm, of each head, after rotation
     qkv_limit: float | None = None  # queries, keys and values are clamped to [-limit, limit]
@@ -112,7 +112,9 @@ class Config:
     expert_layers: tuple[bool, ...] = ()  # layers with experts; the others are dense
     normalized_routing: bool = True  # weights of the selected experts sum to one
     router_bias: bool = False
-    router_scores: str = "softmax"  # or "sigmoid", of each expert alone; see layers.route
+    # or "sigmoid", of each expert alone, or "sparsemixer"; see layers.route
+    router_scores: str = "softmax"
+    router_margin: float = 0.0  # of "sparsemixer": experts within twice that of the best share
     choice_bias: bool = False  # added to the scores for the choice of experts, not to their weights
     expert_groups: int = 1  # experts are chosen within the groups of greatest scores
     groups_per_token: int = 1

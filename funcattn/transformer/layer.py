@@ -126,8 +126,8 @@ def _attend(
     q, k, v = _affines(
         (weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y
     )
-    q = _heads(config, q, weights.q_norm, H, D)
-    k = _heads(config, k, weights.k_norm, K, D)
+    q = _heads(config, q, weights.q_norm, weights.q_norm_bias, H, D)
+    k = _heads(config, k, weights.k_norm, weights.k_norm_bias, K, D)
     # torch.unflatten: torch.compile cannot trace the method under a default device.
     v = torch.unflatten(v, -1, (K, D)).transpose(-2, -3)
     if config.qkv_limit is not None:
@@ -137,7 +137,7 @@ def _attend(
         q, k = layers.rotate(q, context.rotation), layers.rotate(k, context.rotation)
     if config.late_head_norm and (spec.rotary or config.head_norm != "unit"):
         q, k = (
-            _head_norm(config, x.transpose(-2, -3), norm).transpose(-2, -3)
+            _head_norm(config, x.transpose(-2, -3), norm, ()).transpose(-2, -3)
             for x, norm in ((q, weights.q_norm), (k, weights.k_norm))
         )
     if isinstance(context.temperature, Tensor):
@@ -179,21 +179,21 @@ def _gate(config: Config, weights: Layer, y: Tensor, mixed: Tensor) -> Tensor:
     return mixed * torch.nn.functional.softplus(wide).to(mixed.dtype)
 
 
-def _heads(config: Config, x: Tensor, norm: Weight, heads: int, D: int) -> Tensor:
+def _heads(config: Config, x: Tensor, norm: Weight, bias: Weight, heads: int, D: int) -> Tensor:
     """(*lead, T, heads D) to (*lead, heads, T, D), with the head norm of the config."""
     if config.head_norm == "rms_width":
         x = _norm(config, x, norm, ())
     x = torch.unflatten(x, -1, (heads, D))
-    x = x if config.late_head_norm else _head_norm(config, x, norm)
+    x = x if config.late_head_norm else _head_norm(config, x, norm, bias)
     return x.transpose(-2, -3)
 
 
-def _head_norm(config: Config, x: Tensor, norm: Weight) -> Tensor:
+def _head_norm(config: Config, x: Tensor, norm: Weight, bias: Weight) -> Tensor:
     """The norm of each head of (*lead, T, H, D)."""
     if config.head_norm == "rms":
         return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    if config.head_norm == "layer":
-        return layers.layer_norm(x, norm, epsilon=config.norm_epsilon)
+    if config.head_norm in ("layer", "layer_bias"):
+        return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
     if config.head_norm == "unit":
         return layers.rms_norm(x, x.new_ones(x.shape[-1]), epsilon=config.norm_epsilon)
     return x
@@ -251,6 +251,7 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
         choice_bias=weights.choice_bias,
         groups=(config.expert_groups, config.groups_per_token),
         scale=config.routing_scale,
+        margin=config.router_margin,
     )
     chosen = expert.flatten()
     rows = y.unsqueeze(-2).expand(*expert.shape, -1)

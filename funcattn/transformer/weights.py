@@ -49,6 +49,8 @@ class Layer(NamedTuple):
     shared_down: Weight = ABSENT  # (E, F)
     shared_router: Weight = ABSENT  # (1, E)
     attention_gate: Weight = ABSENT  # (H D, E), or (H, E)
+    q_norm_bias: Weight = ABSENT  # (D,)
+    k_norm_bias: Weight = ABSENT  # (D,)
     activation_weights: Weight = ABSENT  # (2,)
 
 
@@ -103,6 +105,7 @@ def _layer(config: Config, number: int) -> Layer:
         "rms": lambda n: (D,),
         "rms_width": lambda n: (n * D,),
         "layer": lambda n: (n, D),
+        "layer_bias": lambda n: (D,),
         "unit": lambda n: ABSENT,
     }
     before, after = config.norm_placement != "after", config.norm_placement in ("after", "around")
@@ -141,6 +144,8 @@ def _layer(config: Config, number: int) -> Layer:
         shared_down=where(shared, (E, config.shared_size)),
         shared_router=where(shared and config.shared_gated, (1, E)),
         attention_gate=where(gates, (gates, E)),
+        q_norm_bias=where(config.head_norm == "layer_bias", (D,)),
+        k_norm_bias=where(config.head_norm == "layer_bias", (D,)),
         activation_weights=where(config.activation == "xielu", (2,)),
     )
 

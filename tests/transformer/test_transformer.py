@@ -852,6 +852,14 @@ IDEAS = {
         "attention_temperature": (0.3, 4),
         "late_temperature": True,
     },
+    "norms of heads with a bias": {"head_norm": "layer_bias"},
+    "experts by one softmax after the other": {
+        "experts": 4,
+        "experts_per_token": 2,
+        "expert_size": 8,
+        "router_scores": "sparsemixer",
+        "router_margin": 0.2,
+    },
     "experts that read weighted inputs": {
         "experts": 4,
         "experts_per_token": 2,

@@ -30,6 +30,7 @@ GIVEN = {
     "granitemoehybrid": {"layer_types": ["full_attention"] * 32, "mamba_n_heads": 128},
     "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "glm4_moe": {"head_dim": 128},
+    "cohere2_moe": {"prefix_dense_intermediate_size": 64},
     **{family.name: {"is_decoder": True} for family in BERTS},
     "electra": {"is_decoder": True, "embedding_size": 256},
     **{family.name: {"is_encoder_decoder": False} for family in BARTS},
