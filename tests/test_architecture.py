@@ -125,10 +125,9 @@ TESTED_BY = {
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
-    "family_peers": "checkpoints.families: dense_variants falcon fused gemma gpt "
-    "gpt_variants granite granite_mixtures latent_layouts latent_variants llama llama_variants "
-    "mixture_variants mixtures olmo "
-    "sigmoid_mixtures towers",
+    "family_peers": "checkpoints.families: bart bert dense_variants distances falcon fused gated gemma gpt "
+    "gpt_variants granite granite_mixtures latent_layouts latent_variants layer_norms llama llama4 "
+    "llama_variants mixture_variants mixtures olmo router_variants sigmoid_mixtures towers",
     "gguf_families": "checkpoints.families: architectures latent_gguf",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",

@@ -27,7 +27,8 @@ COMPUTES = {  # field of Config -> the values that it computes
     **dict.fromkeys(("vocabulary", "width", "layers", "heads", "kv_heads", "head_size"), ANY),
     **dict.fromkeys(("feed_forward", "context", "tied", "embedding_scale"), ANY),
     **dict.fromkeys(("logit_scale", "logit_cap", "attention_scale", "norm_epsilon"), ANY),
-    **dict.fromkeys(("positions", "rotary_size", "rope_base", "rope_scaling"), ANY),
+    **dict.fromkeys(("rotary_size", "rope_base", "rope_scaling"), ANY),
+    "positions": capabilities.PLACES,
     # Fields of LayerSpec.
     **dict.fromkeys(("window", "window_layers", "rotary_layers", "local_rope_base"), ANY),
     "norm": ("rms",),

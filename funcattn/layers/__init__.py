@@ -6,13 +6,16 @@
     norms       rms_norm, layer_norm
     rotary      RopeScaling, frequencies, rope, rotate
     activations the activations of a feed-forward
+    alibi       a bias linear in the distance, as columns of queries and keys
     experts     route, linear_experts: mixture of experts with static shapes
 
 Matrices are (out, in), as torch and Hugging Face store them. A quantized weight is a record that
 registers its implementations.
 """
 
-from .activations import ACTIVATIONS, activate, gated
+from .activations import ACTIVATIONS, activate, gated, xielu
+from .alibi import COLUMNS as ALIBI_COLUMNS
+from .alibi import key_columns, query_columns, slopes
 from .experts import linear_experts, route
 from .layouts import fields
 from .norms import layer_norm, rms_norm
@@ -36,6 +39,7 @@ SEVERAL = MAX_UNROLLED_VECTORS  # Alias: the earlier name.
 
 __all__ = [
     "ACTIVATIONS",
+    "ALIBI_COLUMNS",
     "BLOCK",
     "Blocks",
     "RopeScaling",
@@ -51,15 +55,19 @@ __all__ = [
     "frequencies",
     "gated",
     "is_vector",
+    "key_columns",
     "layer_norm",
     "linear",
     "linear_experts",
     "linears",
     "prepare",
+    "query_columns",
     "rms_norm",
     "rope",
     "rotate",
     "route",
     "rows_times",
+    "slopes",
     "together",
+    "xielu",
 ]

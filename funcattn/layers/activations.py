@@ -27,6 +27,29 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](x)
 
 
+XIELU_SLOPE = 0.5  # at 0
+XIELU_LIMIT = -1e-6  # the exponent of small numbers
+
+
+def xielu(x: Tensor, weights: Tensor) -> Tensor:
+    """a x^2 + x / 2 where x > 0, else b (exp(x) - 1 - x) + x / 2.
+
+    a = softplus(weights[0]), b = 1 / 2 + softplus(weights[1]): the gradient grows with x, and
+    weights are learned in each layer.
+
+    Args:
+        x: floating.
+        weights: (2,).
+
+    Source: Huang and Schlag, Deriving activation functions using integration, arXiv:2411.13010.
+    """
+    a, b = F.softplus(weights).unbind(0)
+    b = b + XIELU_SLOPE
+    grown = a * x * x
+    decayed = b * (torch.expm1(x.clamp(max=XIELU_LIMIT)) - x)
+    return torch.where(x > 0, grown, decayed) + XIELU_SLOPE * x
+
+
 def gated(gate: Tensor, up: Tensor, activation: str = "silu", limit: float | None = None) -> Tensor:
     """activation(gate) * up: SwiGLU with "silu", GeGLU with "gelu" or "gelu_tanh", ReGLU with
     "relu".

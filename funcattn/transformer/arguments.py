@@ -46,6 +46,12 @@ def _check_past(cache: KVCache, config: Config) -> None:
             "Make it with the cache function of this model.",
         )
     caches.check_whole("decoder", cache)
+    rounded = (torch.int8, torch.uint8)
+    if config.positions == "alibi" and any(
+        leaf.dtype in rounded for leaf in tree.leaves(cache) if isinstance(leaf, Tensor)
+    ):
+        remedy = "Positions are columns of its keys: use fa.Cache or fa.Pages."
+        errors.fail("decoder", "cache", "one that rounds no keys, with ALiBi", "another", remedy)
 
 
 def _check_positions(positions: Tensor, T: int) -> None:

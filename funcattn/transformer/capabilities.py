@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
+from .. import layers
 from .config import Config
 
 ANY = ("any value",)  # of a field that the path supports in full, or that is computed outside it
@@ -22,6 +23,7 @@ GENERAL: Table = {
     "qkv_limit": (None,),
     "attention_temperature": (None,),
     "router_scores": ("softmax",),
+    "router_margin": (0.0,),
     "choice_bias": (False,),
     "expert_groups": (1,),
     "groups_per_token": (1,),
@@ -32,18 +34,33 @@ GENERAL: Table = {
     "value_size": (None,),
     "latent_size": (0,),
     "query_latent_size": (0,),
+    "late_temperature": (False,),
+    "attention_gate": ("none",),
+    "gate_activation": ("sigmoid",),
+    "chunked": (False,),
+    "routed_inputs": (False,),
+    "embedding_norm": (False,),
+    "first_norm": (True,),
+    "head_transform": (False,),
 }
+PLACEMENTS = ("before", "after", "around")
+NORMS_OF_HEADS = ("none", "rms", "rms_width", "layer")
+PLACES = ("rotary", "learned", "none")  # values of `positions`
 # The fields supported by paths that run layer.py itself: compiled decoding, which reads the cache,
 # prepares the weights and caches code for a config; and smoothing, which moves factors between the
 # weights of a layer.
 FIELDS: Table = {
     **dict.fromkeys(("vocabulary", "width", "layers", "heads", "kv_heads", "head_size"), ANY),
-    **dict.fromkeys(("feed_forward", "activation", "norm_epsilon", "context", "tied"), ANY),
-    **dict.fromkeys(("qkv_bias", "output_bias", "head_norm", "attention_scale"), ANY),
+    **dict.fromkeys(("feed_forward", "norm_epsilon", "context", "tied"), ANY),
+    "activation": tuple(layers.ACTIVATIONS),
+    "head_norm": NORMS_OF_HEADS,
+    "positions": PLACES,
+    **dict.fromkeys(("qkv_bias", "output_bias", "attention_scale"), ANY),
     **dict.fromkeys(("attention_cap", "sinks", "window", "window_layers"), ANY),
-    **dict.fromkeys(("positions", "rope_base", "rope_scaling", "rotary_size"), ANY),
+    **dict.fromkeys(("rope_base", "rope_scaling", "rotary_size"), ANY),
     **dict.fromkeys(("rotary_layers", "local_rope_base"), ANY),
-    **dict.fromkeys(("norm", "norm_bias", "norm_offset", "norm_placement"), ANY),
+    **dict.fromkeys(("norm", "norm_bias", "norm_offset"), ANY),
+    "norm_placement": PLACEMENTS,
     **dict.fromkeys(("parallel", "shared_norm", "residual_scale"), ANY),
     **dict.fromkeys(("gated", "feed_forward_bias", "activation_limit"), ANY),
     **dict.fromkeys(("experts", "experts_per_token", "expert_size", "expert_layers"), ANY),

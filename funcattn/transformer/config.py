@@ -14,10 +14,12 @@ from ..core.doors import made
 from ..layers import RopeScaling
 
 NORMS = ("rms", "layer")
-HEAD_NORMS = ("none", "rms", "rms_width", "layer")
-PLACEMENTS = ("before", "after", "around")
-SCORES = ("softmax", "sigmoid")
-POSITIONS = ("rotary", "learned", "none")
+HEAD_NORMS = ("none", "rms", "rms_width", "layer", "layer_bias", "unit")
+PLACEMENTS = ("before", "after", "around", "residual")
+SCORES = ("softmax", "sigmoid", "sparsemixer")
+POSITIONS = ("rotary", "learned", "alibi", "none")
+GATES = ("none", "width", "head")
+GATE_ACTIVATIONS = ("sigmoid", "softplus")
 
 
 class LayerSpec(NamedTuple):
@@ -51,7 +53,7 @@ class Config:
     kv_heads: int = 2  # K, key/value heads; H % K == 0
     head_size: int = 16  # D
     feed_forward: int = 128  # F
-    activation: str = "silu"  # of the feed-forward; see layers.ACTIVATIONS
+    activation: str = "silu"  # of the feed-forward: one of layers.ACTIVATIONS, or "xielu"
     norm_epsilon: float = 1e-5
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -63,17 +65,24 @@ class Config:
     qkv_bias: bool = False
     output_bias: bool = False
     # Norm of queries and keys before rotation: "rms" one weight (D,) for every head, "rms_width"
-    # over all heads together, "layer" a layer norm with weights (H, D).
+    # over all heads together, "layer" a layer norm with weights (H, D), "layer_bias" one with
+    # weight and bias (D,), "unit" an RMS norm without weights in the layers that turn.
     head_norm: str = "none"
-    late_head_norm: bool = False  # that norm, "rms" or "layer", after rotation
+    late_head_norm: bool = False  # that norm, of each head, after rotation
     qkv_limit: float | None = None  # queries, keys and values are clamped to [-limit, limit]
     attention_scale: float | None = None  # of logits; None is 1 / sqrt(D)
     attention_cap: float | None = None  # soft cap of logits
     # (b, n): queries at position t are multiplied by 1 + b log(1 + floor(t / n))
     attention_temperature: tuple[float, int] | None = None
+    # True: positions count from 1, and only in layers that do not turn
+    late_temperature: bool = False
+    # Attention's output times an activation of its input: "width" each feature, "head" each head.
+    attention_gate: str = "none"
+    gate_activation: str = "sigmoid"  # or "softplus"
     sinks: bool = False  # one learned logit per head whose value is 0
     window: int | None = None  # tokens each token attends to, itself included
     window_layers: tuple[bool, ...] = ()  # layers with the window
+    chunked: bool = False  # the window is a chunk of the text: tokens of a chunk see each other
 
     # Values of another size than keys, and multi-head latent attention (see transformer.latent).
     value_size: int | None = None  # Dv, features of a value; None is head_size
@@ -81,7 +90,7 @@ class Config:
     query_latent_size: int = 0  # so are queries, of so many others; 0 is of the residual
 
     # Positions.
-    # or "learned", a table (context, E) added to the embedding, or "none"
+    # or "learned", a table (context, E) added to the embedding, "alibi" (layers.alibi), or "none"
     positions: str = "rotary"
     rotary_size: int | None = None  # features of a head that are rotated; None is all
     rotary_layers: tuple[bool, ...] = ()  # layers with rotary embeddings
@@ -91,7 +100,10 @@ class Config:
     norm: str = "rms"  # or "layer"
     norm_bias: bool = False
     norm_offset: float = 0.0  # added to the weight; 1 in Gemma
-    norm_placement: str = "before"  # attention and feed-forward; "after" them; or "around": both
+    # before attention and feed-forward; "after" them; "around": both; or "residual": before them,
+    # x = norm(x), and what follows is added to that (a norm after the sum, by other names)
+    norm_placement: str = "before"
+    first_norm: bool = True  # False: none before the first attention
     parallel: bool = False  # attention and feed-forward read the same residual
     shared_norm: bool = False  # they also read the same norm of it; needs parallel
     residual_scale: float = 1.0  # factor of what attention and feed-forward add to the residual
@@ -106,7 +118,9 @@ class Config:
     expert_layers: tuple[bool, ...] = ()  # layers with experts; the others are dense
     normalized_routing: bool = True  # weights of the selected experts sum to one
     router_bias: bool = False
-    router_scores: str = "softmax"  # or "sigmoid", of each expert alone; see layers.route
+    # or "sigmoid", of each expert alone, or "sparsemixer"; see layers.route
+    router_scores: str = "softmax"
+    router_margin: float = 0.0  # of "sparsemixer": experts within twice that of the best share
     choice_bias: bool = False  # added to the scores for the choice of experts, not to their weights
     expert_groups: int = 1  # experts are chosen within the groups of greatest scores
     groups_per_token: int = 1
@@ -114,9 +128,12 @@ class Config:
     routing_scale: float = 1.0  # factor of the weights of experts
     shared_size: int = 0  # F of an expert that every token takes; 0 is none
     shared_gated: bool = False  # its output times a sigmoid of one more row
+    routed_inputs: bool = False  # weights of experts multiply what these read, not what they give
 
     # Embedding and head.
     embedding_scale: float = 1.0
+    embedding_norm: bool = False  # after positions are added
+    head_transform: bool = False  # the head reads norm(activation(W x + b)), with the last norm
     logit_scale: float = 1.0
     logit_cap: float | None = None  # soft cap
 
@@ -153,12 +170,14 @@ class Config:
                 "Each key head serves H / K query heads.",
             )
         for name, choices in (
-            ("activation", tuple(layers.ACTIVATIONS)),
+            ("activation", (*layers.ACTIVATIONS, "xielu")),
             ("norm", NORMS),
             ("head_norm", HEAD_NORMS),
             ("norm_placement", PLACEMENTS),
             ("positions", POSITIONS),
             ("router_scores", SCORES),
+            ("attention_gate", GATES),
+            ("gate_activation", GATE_ACTIVATIONS),
         ):
             if getattr(self, name) not in choices:
                 wanted = f"one of {', '.join(map(repr, choices))}"
@@ -210,12 +229,18 @@ class Config:
             )
         if self.group_best not in (1, 2):
             fail("group_best", "1 or 2", "Groups are ranked by their best score or their best two.")
-        if self.late_head_norm and self.head_norm not in ("rms", "layer"):
-            fail("late_head_norm", 'False without a head_norm of "rms" or "layer"', "Set both.")
-        if self.norm_placement != "before" and (self.parallel or self.norm_bias):
+        if self.late_head_norm and self.head_norm not in ("rms", "layer", "unit"):
+            wanted = 'False without a head_norm of "rms", "layer" or "unit"'
+            fail("late_head_norm", wanted, "Set both.")
+        if self.activation == "xielu" and (self.gated or self.experts):
+            fail("activation", "another where gated or of experts", "Set gated=False, experts=0.")
+        if self.chunked and self.window is None:
+            fail("chunked", "False without a window", "Say its size, window.")
+        biased = self.norm_bias and self.norm_placement != "residual"
+        if self.norm_placement != "before" and (self.parallel or biased):
             fail(
                 "norm_placement",
-                '"before" where blocks are parallel or norms have a bias',
+                '"before" where blocks are parallel or norms have a bias, or "residual"',
                 "No family has both.",
             )
         if self.shared_norm and not self.parallel:
@@ -261,7 +286,9 @@ class Config:
         """
         if self.latent_size:
             return 1, self.latent_size + (self.rotary_size or 0), 0
-        return self.kv_heads, *self.head_sizes
+        D, Dv = self.head_sizes
+        more = layers.ALIBI_COLUMNS if self.positions == "alibi" else 0
+        return self.kv_heads, D + more, Dv
 
     @property
     def scale(self) -> float:
@@ -299,6 +326,6 @@ class Config:
         )
 
     def limit(self) -> int | None:
-        """The greatest length of a text; None for dynamic rotary angles or without positions."""
+        """The greatest length of a text; None for dynamic angles, ALiBi or no positions at all."""
         follows: Any = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
-        return None if follows or self.positions == "none" else self.context
+        return None if follows or self.positions in ("alibi", "none") else self.context

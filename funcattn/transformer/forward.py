@@ -14,11 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import kernels, layers, masks, taps
-from ..caches import Delta
+from .. import caches, kernels, layers, masks, taps
+from ..caches import Delta, KVCache
 from ..collectives import bound
 from ..core import errors
 from ..core.doors import what_is
+from ..kernels import Part
 from ..layers import Rotation, Weight
 from ..masks import Mask
 from ..records import ABSENT, is_absent
@@ -98,20 +99,33 @@ def embed_tokens(config: Config, params: Params, tokens: Tensor, positions: Tens
     if config.embedding_scale != 1.0:
         # Rounded to the dtype of x first, as in the published models.
         x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)
-    if config.positions != "learned":
+    if config.positions == "learned":
+        table = parallel.vector("positions", params.positions, (config.context, config.width))
+        x = x + layers.embed(table, positions)
+    if not config.embedding_norm:
         return x
-    return x + layers.embed(
-        parallel.vector("positions", params.positions, (config.context, config.width)), positions
-    )
+    return _norm(config, params, "embedding_norm", x)
 
 
 def final_norm(config: Config, params: Params, x: Tensor) -> Tensor:
-    """The residual after the last layer, normalized: (*lead, T, E)."""
-    norm = parallel.vector("norm", params.norm, (config.width,))
+    """The residual after the last layer, normalized: (*lead, T, E); what the head reads."""
+    x = _norm(config, params, "norm", x)
+    if not config.head_transform:
+        return x
+    E = config.width
+    y = layers.linear(parallel.vector("transform", params.transform, (E, E)), x)
+    bias = parallel.vector("transform_bias", params.transform_bias, (E,))
+    y = layers.activate(y if is_absent(bias) else y + bias, config.activation)
+    return _norm(config, params, "transform_norm", y)
+
+
+def _norm(config: Config, params: Params, name: str, x: Tensor) -> Tensor:
+    """The norm of the leaves `name` and its bias."""
+    norm = parallel.vector(name, getattr(params, name), (config.width,))
     if config.norm == "rms":
         return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
     norm = norm + config.norm_offset if config.norm_offset else norm
-    bias = parallel.vector("norm_bias", params.norm_bias, (config.width,))
+    bias = parallel.vector(f"{name}_bias", getattr(params, f"{name}_bias"), (config.width,))
     return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
 
 
@@ -191,26 +205,51 @@ def layer_context(
     if mask is None and T > 1:
         # The offset is a tensor so that the mask is on the device of the positions.
         mask = masks.causal(T, offset=torch.zeros((), dtype=torch.int64, device=positions.device))
-    if spec.window is not None and mask is not None and not (in_order and spec.window >= T):
-        if in_order and isinstance(mask, Mask):
+    short = in_order and spec.window is not None and spec.window >= T and not config.chunked
+    if spec.window is not None and mask is not None and not short:
+        if in_order and isinstance(mask, Mask) and config.chunked:
+            first = (chunk_start(spec, positions) - positions[..., :1]).clamp(0, T)
+            near = Mask(first.unsqueeze(-1), torch.full_like(first, T).unsqueeze(-1))
+            mask = masks.intersection(mask, near)
+        elif in_order and isinstance(mask, Mask):
             near: Mask | Tensor = masks.window(
                 T, spec.window, offset=torch.zeros((), dtype=torch.int64, device=positions.device)
             )
             mask = masks.intersection(mask, near)
         else:  # given positions are in any order: the window is one of positions, not of rows
-            ahead = positions.unsqueeze(-1) - positions.unsqueeze(-2)
-            seen = mask.dense(T) if isinstance(mask, Mask) else mask
-            mask = (
-                seen & (ahead < spec.window).unsqueeze(-3)
-                if seen.dim() > 2
-                else seen & (ahead < spec.window)
+            first = (
+                chunk_start(spec, positions) if config.chunked else positions - (spec.window - 1)
             )
+            near_rows = positions.unsqueeze(-2) >= first.unsqueeze(-1)
+            seen = mask.dense(T) if isinstance(mask, Mask) else mask
+            mask = seen & (near_rows.unsqueeze(-3) if seen.dim() > 2 else near_rows)
     temperature: Tensor | tuple[()] = ()
-    if config.attention_temperature is not None:
+    if config.attention_temperature is not None and not (config.late_temperature and spec.rotary):
         factor, size = config.attention_temperature
-        warmth = 1 + factor * torch.log1p((positions // size).float())
+        warmth = 1 + factor * torch.log1p(((positions + config.late_temperature) // size).float())
         temperature = warmth.to(dtype)[..., None, :, None]
-    return LayerContext(rotation, mask, temperature)
+    columns: tuple[Tensor, Tensor] | tuple[()] = ()
+    if config.positions == "alibi":
+        slope = parallel.slopes(config, positions.device)
+        query = layers.query_columns(positions, slope, config.scale, dtype)
+        columns = query, layers.key_columns(positions, dtype)
+    return LayerContext(rotation, mask, temperature, columns)
+
+
+def seen(
+    config: Config, spec: LayerSpec, cache: KVCache, number: int, positions: Tensor
+) -> list[Part]:
+    """The cached keys and values of a layer that new tokens at `positions` (T,) attend to."""
+    if config.chunked and spec.window is not None:
+        # The last position of its chunk has the chunk as its window.
+        positions = chunk_start(spec, positions) + (spec.window - 1)
+    return caches.past(cache, number, positions, spec.window)
+
+
+def chunk_start(spec: LayerSpec, positions: Tensor) -> Tensor:
+    """The position that the chunk of each position begins at."""
+    assert spec.window is not None
+    return positions // spec.window * spec.window
 
 
 def _check_params(params: Params, config: Config) -> None:

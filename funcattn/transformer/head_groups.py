@@ -32,7 +32,9 @@ def can_split(config: Config, weights: Layer, past: Sequence[object]) -> bool:
     return (
         config.kv_heads > 1
         and not config.latent_size  # heads have the latents in common
-        and config.head_norm != "rms_width"
+        and config.head_norm in ("none", "rms", "layer")
+        and config.attention_gate == "none"
+        and config.positions != "alibi"
         and not past
         and not collectives.bound()
         and not taps.heard()

@@ -32,6 +32,7 @@ class LayerContext(NamedTuple):
     rotation: Rotation | tuple[()]
     mask: Mask | Tensor | None
     temperature: Tensor | tuple[()] = ()  # (*lead, 1, T, 1), a factor of queries
+    columns: tuple[Tensor, Tensor] | tuple[()] = ()  # of queries and keys, see layers.alibi
 
 
 def block(
@@ -68,6 +69,7 @@ def block(
         if is_absent(weights.attention_norm)
         else _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
     )
+    x = y if config.norm_placement == "residual" else x
     if rows and rows < y.shape[-2] and head_groups.can_split(config, weights, past):
         read = lambda config, weights, y, context: _attend(
             config, spec, weights, y, context, (), name, kernel
@@ -87,6 +89,7 @@ def block(
             if placed
             else x
         )
+    x = y if config.norm_placement == "residual" else x
     fed = _feed_forward(config, spec, weights, y, name, rows)
     if not is_absent(weights.feed_forward_after_norm):
         fed = _norm(config, fed, weights.feed_forward_after_norm, ())
@@ -140,8 +143,8 @@ def _attend(
     q, k, v = _affines(
         (weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y
     )
-    q = _heads(config, q, weights.q_norm, H, D)
-    k = _heads(config, k, weights.k_norm, K, D)
+    q = _heads(config, q, weights.q_norm, weights.q_norm_bias, H, D)
+    k = _heads(config, k, weights.k_norm, weights.k_norm_bias, K, D)
     # torch.unflatten: torch.compile cannot trace the method under a default device.
     v = torch.unflatten(v, -1, (K, Dv)).transpose(-2, -3)
     if config.qkv_limit is not None:
@@ -149,9 +152,9 @@ def _attend(
     if spec.rotary:
         assert isinstance(context.rotation, Rotation)
         q, k = layers.rotate(q, context.rotation), layers.rotate(k, context.rotation)
-    if config.late_head_norm:
+    if config.late_head_norm and (spec.rotary or config.head_norm != "unit"):
         q, k = (
-            _head_norm(config, x.transpose(-2, -3), norm).transpose(-2, -3)
+            _head_norm(config, x.transpose(-2, -3), norm, ()).transpose(-2, -3)
             for x, norm in ((q, weights.q_norm), (k, weights.k_norm))
         )
     if isinstance(context.temperature, Tensor):
@@ -161,6 +164,11 @@ def _attend(
         tap(f"{name}.attention.k", k),
         tap(f"{name}.attention.v", v),
     )
+    if context.columns:
+        q, k = (
+            torch.cat([x, more.expand(*x.shape[:-1], more.shape[-1])], -1)
+            for x, more in zip((q, k), context.columns, strict=True)
+        )
     if parallel.in_parts():
         out = parallel.attend(config, spec, q, k, v, context.mask, past, kernel)
     elif not past and config.attention_cap is None and not config.sinks:
@@ -171,25 +179,39 @@ def _attend(
         out = kernels.attend_parts(
             q, parts, scale=config.scale, cap=config.attention_cap, sinks=sinks, kernel=kernel
         )
-    mixed = tap(f"{name}.attention.mixed", out.transpose(-2, -3).flatten(-2))
+    mixed = _gate(config, weights, y, out.transpose(-2, -3)).flatten(-2)
+    mixed = tap(f"{name}.attention.mixed", mixed)
     return _affine(weights.o, weights.o_bias, mixed, ends=True), k, v
 
 
-def _heads(config: Config, x: Tensor, norm: Weight, heads: int, D: int) -> Tensor:
+def _gate(config: Config, weights: Layer, y: Tensor, mixed: Tensor) -> Tensor:
+    """What attention mixed, (*lead, T, H, D), times the gate of its input y."""
+    if config.attention_gate == "none":
+        return mixed
+    gate = torch.unflatten(layers.linear(weights.attention_gate, y), -1, (mixed.shape[-2], -1))
+    if config.gate_activation == "sigmoid":
+        return mixed * torch.sigmoid(gate)
+    wide = gate if gate.element_size() > 2 else gate.float()
+    return mixed * torch.nn.functional.softplus(wide).to(mixed.dtype)
+
+
+def _heads(config: Config, x: Tensor, norm: Weight, bias: Weight, heads: int, D: int) -> Tensor:
     """(*lead, T, heads D) to (*lead, heads, T, D), with the head norm of the config."""
     if config.head_norm == "rms_width":
         x = _norm(config, x, norm, ())
     x = torch.unflatten(x, -1, (heads, D))
-    x = x if config.late_head_norm else _head_norm(config, x, norm)
+    x = x if config.late_head_norm else _head_norm(config, x, norm, bias)
     return x.transpose(-2, -3)
 
 
-def _head_norm(config: Config, x: Tensor, norm: Weight) -> Tensor:
+def _head_norm(config: Config, x: Tensor, norm: Weight, bias: Weight) -> Tensor:
     """The norm of each head of (*lead, T, H, D)."""
     if config.head_norm == "rms":
         return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    if config.head_norm == "layer":
-        return layers.layer_norm(x, norm, epsilon=config.norm_epsilon)
+    if config.head_norm in ("layer", "layer_bias"):
+        return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
+    if config.head_norm == "unit":
+        return layers.rms_norm(x, x.new_ones(x.shape[-1]), epsilon=config.norm_epsilon)
     return x
 
 
@@ -215,12 +237,15 @@ class FeedForward(NamedTuple):
     gate_bias: Weight
     up_bias: Weight
     down_bias: Weight
+    activation_weights: Weight
 
 
 def _dense(config: Config, name: str, weights: FeedForward, y: Tensor) -> Tensor:
     if config.gated:
         gate, up = _affines((weights.gate, weights.up), (weights.gate_bias, weights.up_bias), y)
         inner = layers.gated(gate, up, config.activation, config.activation_limit)
+    elif isinstance(weights.activation_weights, Tensor):
+        inner = layers.xielu(_affine(weights.up, weights.up_bias, y), weights.activation_weights)
     else:
         inner = layers.activate(_affine(weights.up, weights.up_bias, y), config.activation)
     return _affine(
@@ -244,9 +269,14 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
         groups=(config.expert_groups, config.groups_per_token),
         group_best=config.group_best,
         scale=config.routing_scale,
+        margin=config.router_margin,
     )
     chosen = expert.flatten()
-    rows = y.unsqueeze(-2).expand(*expert.shape, -1).flatten(0, -2)
+    rows = y.unsqueeze(-2).expand(*expert.shape, -1)
+    if config.routed_inputs:
+        rows = rows * share.to(y.dtype).unsqueeze(-1)
+        share = torch.ones_like(share)
+    rows = rows.flatten(0, -2)
 
     def affine(weight: Weight, bias: Weight, x: Tensor) -> Tensor:
         out = layers.linear_experts(weight, x, chosen)

@@ -19,7 +19,7 @@ test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,22 @@ Run = Callable[
 ]
 # (tokens, cache, places, mask, in_order, length) -> (x, delta): the forward pass with the rotary
 # angles of a text of that length; places are the positions of the tokens.
+
+
+class CacheKind(Protocol):
+    """What makes empty caches: a type of cache, or a value such as `caches.pages()`."""
+
+    def empty(
+        self,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        /,
+    ) -> KVCache:
+        """A cache with room for `size` tokens."""
+        ...
 
 
 class Text(NamedTuple):

@@ -26,7 +26,7 @@ from ..records import ABSENT, is_absent
 from . import lengths, parallel
 from .arguments import check_mask, positions_of
 from .config import Config, LayerSpec
-from .forward import RunLayer, forward_pass, lm_head, predict, run_layers
+from .forward import RunLayer, forward_pass, lm_head, predict, run_layers, seen
 from .layer import LayerContext, block
 from .weights import Layer, Params, initialize
 
@@ -179,11 +179,7 @@ def decoder(
         def run(
             number: int, spec: LayerSpec, weights: Layer, x: Tensor, context: LayerContext
         ) -> tuple[Tensor, Tensor, Tensor]:
-            past = (
-                ()
-                if is_absent(cache)
-                else tuple(caches.past(cache, number, positions, spec.window))
-            )
+            past = () if is_absent(cache) else tuple(seen(config, spec, cache, number, positions))
             layer = functools.partial(
                 _run, number, config, spec, name=f"layers.{number}", kernel=kernel, rows=rows
             )

@@ -82,6 +82,13 @@ def cached(config: Config) -> tuple[int, int, int]:
     return (K if config.latent_size else heads(config)[1]), D, Dv
 
 
+def slopes(config: Config, device: torch.device) -> Tensor:
+    """The slopes (H,) of ALiBi of this device's query heads, float32."""
+    every = torch.tensor(layers.slopes(config.heads), dtype=torch.float32, device=device)
+    n = axis_size(TENSOR)
+    return every if n == 1 else every.unflatten(0, (n, -1))[axis_index(TENSOR).to(device)]
+
+
 def layer(config: Config, number: int, weights: Layer) -> Layer:
     """The weights of a layer as this device uses them.
 

@@ -44,6 +44,12 @@ WHOLE = Cut()
 CUTS = {
     **dict.fromkeys(("embedding", "head"), Cut(-2, -1)),
     "positions": Cut(data=-1),
+    "attention_gate": Cut(-2, -1),
+    "activation_weights": Cut(region=True),
+    **dict.fromkeys(("q_norm_bias", "k_norm_bias"), Cut(region=True)),
+    **dict.fromkeys(("embedding_norm", "embedding_norm_bias"), WHOLE),
+    **dict.fromkeys(("transform", "transform_bias"), WHOLE),
+    **dict.fromkeys(("transform_norm", "transform_norm_bias"), WHOLE),
     "q": Cut(-2, -1, by_head=True),
     **dict.fromkeys(("k", "v"), Cut(-2, -1, by_head=True, of_kv=True)),
     **dict.fromkeys(("o", "down", "shared_down"), Cut(-1, -2)),

@@ -54,6 +54,10 @@ class Layer(NamedTuple):
     kv_down: Weight = ABSENT  # (R + rotary_size, E): k is (H (D - rotary_size), R), v (H Dv, R)
     kv_down_norm: Weight = ABSENT  # (R,)
     kv_down_bias: Weight = ABSENT  # (R + rotary_size,)
+    attention_gate: Weight = ABSENT  # (H D, E), or (H, E)
+    q_norm_bias: Weight = ABSENT  # (D,)
+    k_norm_bias: Weight = ABSENT  # (D,)
+    activation_weights: Weight = ABSENT  # (2,)
 
 
 @record
@@ -67,23 +71,37 @@ class Params(NamedTuple):
     positions: Weight = ABSENT  # (context, E), learned positions
     norm_bias: Weight = ABSENT  # (E,)
     head_bias: Weight = ABSENT  # (V,)
+    embedding_norm: Weight = ABSENT  # (E,)
+    embedding_norm_bias: Weight = ABSENT  # (E,)
+    transform: Weight = ABSENT  # (E, E), between the last norm and the head
+    transform_bias: Weight = ABSENT  # (E,)
+    transform_norm: Weight = ABSENT  # (E,)
+    transform_norm_bias: Weight = ABSENT  # (E,)
 
 
 def shapes(config: Config) -> Params:
     """The shape of every weight, as a tree of tuples of ints."""
     E, V = config.width, config.vocabulary
+    where = lambda condition, shape: shape if condition else ABSENT
     return Params(
         embedding=(V, E),
-        layers=tuple(_layer(config, config.layer_spec(i).experts) for i in range(config.layers)),
+        layers=tuple(_layer(config, i) for i in range(config.layers)),
         norm=(E,),
         head=ABSENT if config.tied else (V, E),
         positions=(config.context, E) if config.positions == "learned" else ABSENT,
         norm_bias=(E,) if config.norm_bias else ABSENT,
         head_bias=(V,) if config.head_bias else ABSENT,
+        embedding_norm=where(config.embedding_norm, (E,)),
+        embedding_norm_bias=where(config.embedding_norm and config.norm_bias, (E,)),
+        transform=where(config.head_transform, (E, E)),
+        transform_bias=where(config.head_transform and config.norm_bias, (E,)),
+        transform_norm=where(config.head_transform, (E,)),
+        transform_norm_bias=where(config.head_transform and config.norm_bias, (E,)),
     )
 
 
-def _layer(config: Config, experts: bool) -> Layer:
+def _layer(config: Config, number: int) -> Layer:
+    experts = config.layer_spec(number).experts
     E, D, H, K = config.width, config.head_size, config.heads, config.kv_heads
     F = config.expert_size if experts else config.feed_forward
     many = (config.experts,) if experts else ()
@@ -93,14 +111,18 @@ def _layer(config: Config, experts: bool) -> Layer:
         "rms": lambda n: (D,),
         "rms_width": lambda n: (n * D,),
         "layer": lambda n: (n, D),
+        "layer_bias": lambda n: (D,),
+        "unit": lambda n: ABSENT,
     }
-    before, after = config.norm_placement != "after", config.norm_placement != "before"
+    before, after = config.norm_placement != "after", config.norm_placement in ("after", "around")
+    first = before and (number > 0 or config.first_norm)
+    gates = {"none": 0, "head": H, "width": H * D}[config.attention_gate]
     two, shared = not config.shared_norm, experts and config.shared_size > 0
     Dv, R, Rq = config.head_sizes[1], config.latent_size, config.query_latent_size
     turning = config.rotary_size or 0
     biased = config.qkv_bias and not R
     return Layer(
-        attention_norm=where(before, (E,)),
+        attention_norm=where(first, (E,)),
         q=(H * D, Rq or E),
         k=(H * (D - turning), R) if R else (K * D, E),
         v=(K * Dv, R or E),
@@ -109,7 +131,7 @@ def _layer(config: Config, experts: bool) -> Layer:
         gate=where(config.gated, (*many, F, E)),
         up=(*many, F, E),
         down=(*many, E, F),
-        attention_norm_bias=where(config.norm_bias, (E,)),
+        attention_norm_bias=where(first and config.norm_bias, (E,)),
         feed_forward_norm_bias=where(config.norm_bias and two, (E,)),
         attention_after_norm=where(after, (E,)),
         feed_forward_after_norm=where(after, (E,)),
@@ -136,6 +158,10 @@ def _layer(config: Config, experts: bool) -> Layer:
         kv_down=where(R, (R + turning, E)),
         kv_down_norm=where(R, (R,)),
         kv_down_bias=where(R and config.qkv_bias, (R + turning,)),
+        attention_gate=where(gates, (gates, E)),
+        q_norm_bias=where(config.head_norm == "layer_bias", (D,)),
+        k_norm_bias=where(config.head_norm == "layer_bias", (D,)),
+        activation_weights=where(config.activation == "xielu", (2,)),
     )
 
 
@@ -157,6 +183,8 @@ def initialize(key: Tensor, config: Config) -> Params:
             return torch.full(shape, 1.0 - config.norm_offset, device=key.device)
         if name.endswith("bias") or name == "sinks":
             return torch.zeros(shape, device=key.device)
+        if name == "activation_weights":  # slopes of 0.8, as published
+            return torch.tensor([0.8, 0.3], device=key.device).expm1().log()
         return randomness.normal(key, shape) * residual.get(name, 0.02)
 
     def fields(key: Tensor, record: Layer) -> list[Weight]:
@@ -166,14 +194,17 @@ def initialize(key: Tensor, config: Config) -> Params:
             for i, (name, shape) in enumerate(zip(record._fields, record, strict=True))
         ]
 
-    of_embedding, of_head, of_layers, of_positions = randomness.split(key, 4).unbind(0)
-    each = randomness.split(of_layers, config.layers)
-    return Params(
-        embedding=draw(of_embedding, "embedding", wanted.embedding),
-        layers=tuple(Layer(*fields(each[i], layer)) for i, layer in enumerate(wanted.layers)),
-        norm=draw(key, "norm", wanted.norm),
-        head=draw(of_head, "head", wanted.head),
-        positions=draw(of_positions, "positions", wanted.positions),
-        norm_bias=draw(key, "norm_bias", wanted.norm_bias),
-        head_bias=draw(key, "head_bias", wanted.head_bias),
+    ends = zip(
+        ("embedding", "head", "layers", "positions", "transform"),
+        randomness.split(key, 5).unbind(0),
+        strict=True,
     )
+    keys = dict(ends)
+    each = randomness.split(keys["layers"], config.layers)
+    layers = tuple(Layer(*fields(each[i], layer)) for i, layer in enumerate(wanted.layers))
+    rest = {
+        name: draw(keys.get(name, key), name, getattr(wanted, name))
+        for name in Params._fields
+        if name != "layers"
+    }
+    return Params(layers=layers, **rest)

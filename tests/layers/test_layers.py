@@ -262,3 +262,17 @@ def test_a_matrix_by_blocks_is_the_matrix(lead):
         for key, shape in zip(fa.split(fa.key(0)), ((48, 7), (*lead, 7)), strict=True)
     )
     torch.testing.assert_close(fa.layers.linear(fa.layers.by_blocks(weight), x), x @ weight.mT)
+
+
+@pytest.mark.parametrize("x", [-3.0, -1e-3, 0.0, 0.7, 4.0])
+def test_xielu_is_its_equation_and_smooth_at_zero(x):
+    weights = torch.tensor([0.2, -0.4], dtype=torch.float64)
+    a, b = (math.log1p(math.exp(w)) for w in weights.tolist())
+    wanted = a * x * x + x / 2 if x > 0 else (math.expm1(x) - x) * (b + 0.5) + x / 2
+    at = torch.tensor(x, dtype=torch.float64)
+    # the exponent is clamped at -1e-6
+    torch.testing.assert_close(layers.xielu(at, weights).item(), wanted, atol=2e-6, rtol=0)
+    slope = 2 * a * x + 0.5 if x > 0 else (math.exp(x) - 1) * (b + 0.5) + 0.5
+    got = grad(layers.xielu)(at, weights).item()
+    # in that interval its derivative lacks the exponential, which is b there
+    assert got == pytest.approx(slope, abs=2e-6) or -1e-6 <= x <= 0

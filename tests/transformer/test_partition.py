@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from family_models import of_family
 
 import funcattn as fa
 from funcattn import tree
@@ -23,47 +24,13 @@ SMALL = {
     "num_attention_heads": 4,
 }
 SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
-GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
-SPARSE = {"moe_intermediate_size": 24, "head_dim": 8}
-ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1} | SPARSE
-LATENT = SMALL | {"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10}
-LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
-ROUTED_LATENT = LATENT | {"n_routed_experts": 8, "num_experts_per_tok": 2} | {"n_shared_experts": 1}
-ROUTED_LATENT |= {"moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2}
-ROUTED_LATENT |= {"topk_group": 1}
-OTHERS = {
-    **dict.fromkeys(("youtu", "minicpm3"), LATENT | {"attention_bias": True}),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"), ROUTED_LATENT),
-    "gpt2": GPT2,
-    "gpt_bigcode": GPT2,
-    **dict.fromkeys(("gptj", "codegen"), GPT2 | {"rotary_dim": 4}),
-    "hunyuan_v1_moe": SMALL | EXPERTS | {"moe_topk": 2},
-    "gpt_neo": {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
-    | {"attention_types": [[["global", "local"], 1]]},
-    "opt": SMALL | {"ffn_dim": 48},
-    "xglm": {"vocab_size": 64, "d_model": 32, "num_layers": 2, "attention_heads": 4}
-    | {"ffn_dim": 48},
-    "mixtral": SMALL | EXPERTS,
-    "qwen3_moe": SMALL | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [1]},
-    "gpt_oss": SMALL | EXPERTS,
-    **dict.fromkeys(("olmoe", "flex_olmo", "granitemoe", "granitemoe_swa"), SMALL | EXPERTS),
-    "granitemoeshared": SMALL | EXPERTS | {"shared_intermediate_size": 16},
-    "granitemoehybrid": SMALL
-    | EXPERTS
-    | {"shared_intermediate_size": 16, "layer_types": ["full_attention"] * 2},
-    **dict.fromkeys(("mellum", "hy_v3"), SMALL | EXPERTS | SPARSE),
-    "qwen2_moe": SMALL | EXPERTS | SPARSE | {"shared_expert_intermediate_size": 16},
-    "ernie4_5_moe": SMALL | {"moe_num_experts": 4, "moe_k": 2} | SPARSE,
-    **dict.fromkeys(("glm4_moe", "dots1", "solar_open"), SMALL | ROUTED),
-    "exaone_moe": SMALL | EXPERTS | SPARSE,
-    "minimax_m2": SMALL | EXPERTS,
-    "qwen3_vl_moe_text": SMALL | EXPERTS | {"moe_intermediate_size": 24},
+CONFIGS = {
+    name: read_config({"model_type": name, **of_family(name), "vocab_size": 64})
+    for name in FAMILIES
 }
-CONFIGS = {name: read_config({"model_type": name, **OTHERS.get(name, SMALL)}) for name in FAMILIES}
 CONFIGS["a bias of the head"] = fa.Config(vocabulary=64, head_bias=True, tied=False)
 # Those after them have no other weights than these together.
-FAST = {*list(FAMILIES)[:18], "qwen2_moe", "glm4_moe", "youtu"}
+FAST = {*list(FAMILIES)[:18], "qwen2_moe", "glm4_moe", "youtu", "afmoe", "apertus"}
 CONFIGS["cohere, norms of heads"] = read_config(
     {"model_type": "cohere", "use_qk_norm": True, "attention_bias": True, **SMALL}
 )

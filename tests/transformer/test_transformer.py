@@ -812,7 +812,7 @@ CHOICES = {
     "norm": "batch",
     "head_norm": "l2",
     "norm_placement": "inside",
-    "positions": "alibi",
+    "positions": "sines",
     "activation": "swish",
 }
 
@@ -862,3 +862,88 @@ CHOICES = {
 def test_a_config_that_says_nothing_is_an_error_with_its_remedy(fields, message):
     with pytest.raises(ValueError, match=message):
         fa.Config(**fields)
+
+
+# Ideas of families: each read in steps is what it is as a whole, in a batch and along a direction.
+
+IDEAS = {
+    "alibi": {"positions": "alibi"},
+    "chunks": {"window": 5, "chunked": True, "window_layers": (True, False)},
+    "norms of the residual": {
+        "norm_placement": "residual",
+        "norm": "layer",
+        "norm_bias": True,
+        "first_norm": False,
+    },
+    "norms of embedding and head": {"embedding_norm": True, "head_transform": True},
+    "a gate of features": {"attention_gate": "width"},
+    "a gate of heads": {"attention_gate": "head", "gate_activation": "softplus"},
+    "xielu": {"activation": "xielu", "gated": False},
+    "unit heads": {
+        "head_norm": "unit",
+        "late_head_norm": True,
+        "rotary_layers": (True, False),
+        "attention_temperature": (0.3, 4),
+        "late_temperature": True,
+    },
+    "norms of heads with a bias": {"head_norm": "layer_bias"},
+    "experts by one softmax after the other": {
+        "experts": 4,
+        "experts_per_token": 2,
+        "expert_size": 8,
+        "router_scores": "sparsemixer",
+        "router_margin": 0.2,
+    },
+    "experts that read weighted inputs": {
+        "experts": 4,
+        "experts_per_token": 2,
+        "expert_size": 8,
+        "routed_inputs": True,
+    },
+}
+
+
+@pytest.mark.parametrize("more", IDEAS.values(), ids=IDEAS)
+def test_an_idea_composes_and_steps_equal_the_whole(more):
+    config = dataclasses.replace(CONFIG, **more)
+    model, params = fa.decoder(config), weights_of(config)
+    tokens = TOKENS[:14]
+    whole = model.extend(params, tokens)[0]
+    past, steps = model.cache(14, dtype=torch.float64), []
+    for piece in tokens.split([6, 3, *[1] * 5]):
+        logits, past = model.apply(params, piece, past)
+        steps.append(logits)
+    close(torch.cat(steps), whole)
+
+    def later(tokens):
+        past = model.apply(params, tokens[:9], model.cache(14, dtype=torch.float64))[1]
+        return model.apply(params, tokens[9:], past)[0]
+
+    batch = torch.stack([tokens, tokens.flip(0)])
+    close(vmap(later)(batch)[0], whole[9:])
+    loss = lambda params, tokens: model.extend(params, tokens)[0].square().mean()
+    each = vmap(grad(loss), (None, 0))(params, batch)
+    one = grad(loss)(params, batch[1])
+    assert fa.tree.allclose(fa.tree.map(lambda g: g[1], each), one, atol=1e-9, rtol=1e-7)
+    direction = fa.tree.map(torch.ones_like, params)
+    moved = jvp(lambda p: loss(p, batch[1]), (params,), (direction,))[1]
+    close(moved, sum(g.sum() for g in fa.tree.leaves(one)), rtol=1e-8)
+
+
+def test_tokens_of_a_chunk_see_each_other_alone():
+    """As with a mask that says so, also where positions are given."""
+    config = dataclasses.replace(CONFIG, window=5, chunked=True)
+    model, params = fa.decoder(config), weights_of(config)
+    row = torch.arange(14)
+    seen = (row.unsqueeze(1) >= row) & (row.unsqueeze(1) // 5 == row // 5)
+    plain = fa.decoder(dataclasses.replace(CONFIG))
+    want = plain.extend(params, TOKENS[:14], mask=seen)[0]
+    close(model.extend(params, TOKENS[:14])[0], want)
+    close(model.extend(params, TOKENS[:14], positions=row)[0], want)
+
+
+def test_a_cache_that_rounds_keys_is_refused_with_alibi():
+    model = fa.decoder(dataclasses.replace(CONFIG, positions="alibi"))
+    cache = model.cache(8, kind=fa.QuantizedCache)
+    with pytest.raises(ValueError, match="cache should be one that rounds no keys, with ALiBi"):
+        model.extend(model.init(fa.key(0)), TOKENS[:2], cache)

@@ -1,5 +1,7 @@
 """The families by name, in order: a Config is written as the first that can express it."""
 
+from .bart import BARTS
+from .bert import BERTS
 from .dense_variants import (
     ARCEE,
     CODEGEN,
@@ -11,11 +13,13 @@ from .dense_variants import (
     NEMOTRON,
     PHI,
 )
+from .distances import BLOOM, DBRX, MPT, NANOCHAT
 from .falcon import FALCON
-from .fused import COHERE, COHERE2, PHI3, STABLELM, STARCODER2
+from .fused import COHERE, COHERE2, PHI3, PHI4_MULTIMODAL, STABLELM, STARCODER2
+from .gated import AFMOE, APERTUS, APERTUS_TEXT
 from .gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
-from .gpt import GPT2, GPT_NEOX
-from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPT, XGLM
+from .gpt import GPT2, GPT_NEOX, GPT_SW3
+from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPENAI_GPT, OPT, XGLM
 from .granite import GRANITE_SWA, HYPERCLOVAX
 from .granite_mixtures import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
 from .latent_variants import (
@@ -26,6 +30,7 @@ from .latent_variants import (
     SARVAM_MLA,
     YOUTU,
 )
+from .layer_norms import CTRL, GPT_NEOX_JAPANESE, MODERNBERT, PERSIMMON
 from .llama import (
     GRANITE,
     LLAMA,
@@ -38,6 +43,7 @@ from .llama import (
     QWEN3_VL,
     SMOLLM3,
 )
+from .llama4 import LLAMA4
 from .llama_variants import (
     CWM,
     ERNIE4_5,
@@ -54,6 +60,7 @@ from .llama_variants import (
 from .mixture_variants import ERNIE4_5_MOE, FLEX_OLMO, MELLUM, OLMOE, QWEN2_MOE
 from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_VL_MOE
 from .olmo import OLMO, OLMO3
+from .router_variants import ARIA, COHERE2_MOE, PHIMOE, SARVAM_MOE
 from .sigmoid_mixtures import DOTS1, EXAONE_MOE, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
 from .tables import Family, refuse
 
@@ -74,6 +81,11 @@ FAMILIES = {
         *(PHI, GPTJ, CODEGEN, NEMOTRON, JAIS2, ARCEE, HUNYUAN_DENSE, HUNYUAN_MOE, MINISTRAL3),
         *(DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, SARVAM_MLA, YOUTU, MINICPM3),
         *(FALCON, GPT_BIGCODE, GPT_NEO, OPT, BIOGPT, XGLM),
+        *(AFMOE, APERTUS, APERTUS_TEXT, NANOCHAT, BLOOM, MPT, DBRX, LLAMA4, OPENAI_GPT),
+        *(ARIA, PHIMOE, COHERE2_MOE, SARVAM_MOE),
+        *(PERSIMMON, GPT_NEOX_JAPANESE, CTRL, MODERNBERT, GPT_SW3, PHI4_MULTIMODAL),
+        *BERTS,
+        *BARTS,
     )
 }
 ALIASES = {"kimi_k2": "deepseek_v3"}  # names in files whose classes are those of another

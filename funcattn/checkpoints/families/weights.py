@@ -85,7 +85,10 @@ def locate_tensors(family: Spelling, config: Config) -> list[Source]:
         paths = tuple(other.format(number) for other in pack.paths)
         experts = range(shape[0]) if "{expert}" in pack.names[0] else (0,)
         names = tuple(
-            name.replace("{}", str(number)).replace("{expert}", str(i))
+            name.replace("{}", str(number))
+            .replace("{before}", str(number - 1))
+            .replace("{last}", str(config.layers - 1))
+            .replace("{expert}", str(i))
             for name in pack.names
             for i in experts
         )
@@ -97,7 +100,7 @@ def locate_tensors(family: Spelling, config: Config) -> list[Source]:
 def in_layout(
     config: Config, from_: Sequence[Source], found: Mapping[str, tuple[int, ...]]
 ) -> list[Source]:
-    """Sources with the other layout of their pack where the shapes in a file are those of it.
+    """Sources with another layout of their pack where the shapes in a file are those of it.
 
     Args:
         found: name -> shape in the file.
@@ -107,10 +110,12 @@ def in_layout(
         return all(found.get(name) == size for name, size in wanted(config, [source]).items())
 
     def chosen(source: Source) -> Source:
-        if source.pack.other is None or fits(source):
-            return source
-        other = replace(source, pack=source.pack.other)
-        return other if fits(other) else source
+        other = source
+        while not fits(other):
+            if other.pack.other is None:
+                return source
+            other = replace(other, pack=other.pack.other)
+        return other
 
     return [chosen(source) for source in from_]
 
@@ -199,6 +204,9 @@ def pack(config: Config, to: Sequence[Source], leaves: Mapping[str, Weight]) -> 
     return found
 
 
+LAST = ("head", "head_bias")  # of the computation
+
+
 def leaves(params: Params) -> dict[str, Weight]:
     """Path -> leaf, in the order of the computation. What is absent is left out."""
     found = {"embedding": params.embedding, "positions": params.positions}
@@ -206,8 +214,8 @@ def leaves(params: Params) -> dict[str, Weight]:
         found |= {
             f"layers.{number}.{name}": leaf for name, leaf in zip(Layer._fields, layer, strict=True)
         }
-    found |= {"norm": params.norm, "norm_bias": params.norm_bias}
-    found |= {"head": params.head, "head_bias": params.head_bias}
+    ends = (name for name in Params._fields if name not in (*found, "layers"))
+    found |= {name: getattr(params, name) for name in sorted(ends, key=LAST.__contains__)}
     return {path: leaf for path, leaf in found.items() if not is_absent(leaf)}
 
 
