@@ -75,25 +75,28 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def numbers(config: fa.Config, factor: float) -> fa.Params:
+def numbers(shapes: fa.tree.Tree, factor: float) -> fa.tree.Tree:
     """Weights made in place: a peak while making them would hide one that comes later."""
 
     def fill(shape: tuple[int, ...]) -> torch.Tensor:
         x = torch.arange(math.prod(shape), dtype=torch.float32).mul_(factor).sin_()
         return x.mul_(0.04).view(shape) if len(shape) > 1 else x.mul_(0.1).add_(1)
 
-    is_shape = lambda x: type(x) is tuple and bool(x) and all(type(n) is int for n in x)
-    return fa.tree.map(fill, transformer.shapes(config), is_leaf=is_shape)
+    return fa.tree.map(fill, shapes, is_leaf=is_shape)
+
+
+def is_shape(x: object) -> bool:
+    return type(x) is tuple and bool(x) and all(type(n) is int for n in x)
 
 
 def curvature(config: fa.Config, T: int, which: str) -> tuple[int, int, bool]:
     """The resident memory with the weights alone, their bytes, and whether all is finite."""
-    model, params = fa.decoder(config, remat=ROWS), numbers(config, 0.7)
+    model, params = fa.decoder(config, remat=ROWS), numbers(transformer.shapes(config), 0.7)
     held = resident()
     tokens = torch.arange(T + 1) * 7919 % config.vocabulary
     chosen = lambda path, _: which == "all" or path == "layers.0.attention_norm"
     some, rest = fa.tree.partition(params, chosen)
-    along = fa.tree.partition(numbers(config, 0.9), chosen)[0]
+    along = numbers(fa.tree.map(lambda x: tuple(x.shape), some), 0.9)
     slope = grad(lambda some: fa.loss(model, fa.tree.combine(some, rest), tokens))
     found = jvp(slope, (some,), (along,))[1]
     weights = sum(x.numel() * x.element_size() for x in fa.tree.leaves(params))

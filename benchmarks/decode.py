@@ -33,6 +33,7 @@ from _cuda import milliseconds, read_ceiling, require
 from _timing import Timing, interleave
 
 import funcattn as fa
+from funcattn.cli import memory_limit
 
 WARMUP = 4  # tokens
 # not the embedding, whose dtype is that of the activations
@@ -160,10 +161,7 @@ def token_by_token(
                 token = peer(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
             yield int(token)
 
-    width = 8192
-    # written: untouched zeros share one page
-    rows = torch.ones(fa.tree.nbytes(params) // (4 * width), width)
-    x = torch.ones(width)
+    size = fa.tree.nbytes(params)
     written: dict[str, list[int]] = {}
     turn = lambda name, tokens: lambda: written.setdefault(name, []).append(next(tokens))
     candidates = {
@@ -174,7 +172,7 @@ def token_by_token(
             "compiled int8", ours(fa.quantize(fa.int8)(params), compiled)
         ),
         "fa.stream by rows": turn("by rows", ours(fa.tree.map(torch.Tensor.contiguous, params))),
-        "memory-read limit": lambda: torch.mv(rows, x),
+        **memory_limit.reads(size),
     }
     begun = time.perf_counter()
     next(ours(params, fa.compile(model)))
@@ -185,11 +183,8 @@ def token_by_token(
         written["transformers"] == written["fa.stream"] == written["by rows"] == written["compiled"]
     )
     speeds(timings, 1)
-    bandwidth = rows.numel() * 4 / timings["memory-read limit"].wall
-    print(
-        f"GEMV reads {bandwidth / 1e9:.1f} GB/s; the weights are "
-        f"{fa.tree.nbytes(params) / 1e6:.0f} MB"
-    )
+    bandwidth = memory_limit.bandwidth(size, {name: t.wall for name, t in timings.items()})
+    print(f"memory reads {bandwidth / 1e9:.1f} GB/s; the weights are {size / 1e6:.0f} MB")
 
 
 def llama_cpp(threads: int) -> None:

@@ -6,8 +6,8 @@ same file?
 SmolLM2-135M, batch one, behind a chat of 44 tokens, compiled and eager; "blocks" are those of the
 GGUF file as they are. Candidates take turns of 8 tokens: were they to change at every token, each
 would find the caches filled by the others, and a model that reads a fifth of the bytes would pay
-most for it. MBU is the bytes of the weights over the time, as a share of the bandwidth at which one
-matrix-vector product reads float32. Then a step of 5 tokens beside one of 1, as where drafts are
+most for it. MBU is the bytes of the weights over the time, as a share of the bandwidth of
+the fastest plain pass over float32. Then a step of 5 tokens beside one of 1, as where drafts are
 verified. llama.cpp, where xllamacpp is installed, decodes the file by its own clock, before and
 after. Where other programs take the processor, CPU time says more than wall time: both are printed.
 """
@@ -22,6 +22,7 @@ from _timing import interleave
 
 import funcattn as fa
 from funcattn.checkpoints.sources import locate
+from funcattn.cli import memory_limit
 from funcattn.quantization import tiles
 
 MESSAGES = [
@@ -59,20 +60,19 @@ def main() -> None:
         for _ in range(TURN):
             next(tokens)
 
-    width = 8192
-    rows, x = torch.ones(fa.tree.nbytes(params) // (4 * width), width), torch.ones(width)
+    whole = fa.tree.nbytes(params)
     candidates = {}
     for how, made in (("compiled", compiled), ("eager", model)):
         for name, tree in trees.items():
             candidates[f"{name} {how}"] = functools.partial(turn, written(tree, made))
-    candidates["memory"] = lambda: torch.mv(rows, x)
+    candidates |= memory_limit.reads(whole)
     llama_cpp(options.threads)
     timings = interleave(candidates, repeats=options.turns, warmup=WARMUP)
     llama_cpp(options.threads)
-    bandwidth = rows.numel() * 4 / timings["memory"].wall
+    bandwidth = memory_limit.bandwidth(whole, {name: t.wall for name, t in timings.items()})
     print(f"\nmemory: {bandwidth / 1e9:.1f} GB/s")
     for name, timing in timings.items():
-        if name != "memory":
+        if not name.startswith("reading"):
             tree, how = name.split()
             size, base = fa.tree.nbytes(trees[tree]), timings[f"float32 {how}"]
             each = timing.wall / TURN

@@ -67,7 +67,7 @@ from .compilation import compile
 from .decoding import Streamed, generate, stream
 from .evaluation import patch, patched, perplexity, score, score_continuation, trace
 from .kernels import attend, attention, attention_weights, explain, merge
-from .low_rank import lora, merge_lora
+from .low_rank import choose_lora, lora, merge_lora, stack_lora
 from .masks import Mask
 from .models import Model
 from .quantization import dequantize, fp8, int4, int8, nf4, quantize, ternary, w8a8
@@ -130,6 +130,7 @@ __all__ = [
     "beam_search",
     "best_of",
     "cast",
+    "choose_lora",
     "commit",
     "compile",
     "cross_entropy",
@@ -165,6 +166,7 @@ __all__ = [
     "speculate",
     "split",
     "spmd",
+    "stack_lora",
     "stream",
     "to",
     "trace",

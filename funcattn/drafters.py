@@ -3,11 +3,28 @@
 from .decoding.speculative.drafters import (
     Draft,
     Drafter,
+    NodeReader,
     Sharing,
     function,
-    model,
     prompt_lookup,
-    skip,
 )
+from .decoding.speculative.heads import Head, HeadParams, head
+from .decoding.speculative.model_drafters import model, skip
+from .decoding.speculative.suffix_drafters import suffix
+from .decoding.speculative.tree_drafters import tree
 
-__all__ = ["Draft", "Drafter", "Sharing", "function", "model", "prompt_lookup", "skip"]
+__all__ = [
+    "Draft",
+    "Drafter",
+    "Head",
+    "HeadParams",
+    "NodeReader",
+    "Sharing",
+    "function",
+    "head",
+    "model",
+    "prompt_lookup",
+    "skip",
+    "suffix",
+    "tree",
+]

@@ -2,7 +2,9 @@
 
     rules           tokenwise, blockwise: which of the drafted tokens stay, of the uniforms
     acceptance      accept, acceptance_pmf: one row, static shapes, branch-free
-    trees           accept_tree, accept_among: a tree of drafts, drawn without replacement or with
+    trees           accept_tree, accept_among: a tree of drafts, drawn without replacement or with,
+                    or chosen without chance
+    tree_rules      the same rules for trees: TreeRule
     verification    log_probs_along_draft, accept_along, accept_greedy, select_state: samplers with
                     a state along a draft
     decoding        speculate, stream: generate with drafts
@@ -15,8 +17,10 @@ from. `sampling.log_probs` gives the logarithm of both.
 
 from .decoding.speculative.acceptance import Accepted, accept, acceptance_pmf
 from .decoding.speculative.decoding import Piece, Speculated, Stats, speculate, stream
-from .decoding.speculative.rules import Regions, Rule, blockwise, tokenwise
+from .decoding.speculative.regions import Regions
+from .decoding.speculative.rules import Rule, blockwise, tokenwise
 from .decoding.speculative.transcripts import Marks, Span, Transcript, transcript
+from .decoding.speculative.tree_rules import TreeRule
 from .decoding.speculative.trees import Branched, accept_among, accept_tree, tree_pmf
 from .decoding.speculative.verification import (
     AlongDraft,
@@ -41,6 +45,7 @@ __all__ = [
     "Speculated",
     "Stats",
     "Transcript",
+    "TreeRule",
     "accept",
     "accept_along",
     "accept_greedy",

@@ -374,7 +374,135 @@ LATEST |= {
         {**PARTS, "hybrid_override_pattern": "M-M*", "use_bias": True, "mlp_bias": True},
     ),
 }
-IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after", "lfm2_moe", "qwen3_next", "olmo_hybrid"}
+TYPED = ("bert", "ernie", "megatron-bert", "roberta", "camembert", "xlm-roberta", "data2vec-text")
+SEEN = ("roberta-prelayernorm", "xlm-roberta-xl", "bert-generation")
+TRANSLATORS = (
+    "bart",
+    "plbart",
+    "mvp",
+    "trocr",
+    "marian",
+    "mbart",
+    "pegasus",
+    "blenderbot",
+    "whisper",
+)
+CHUNKED = {
+    "head_dim": 8,
+    "intermediate_size_mlp": 40,
+    "attention_chunk_size": 8,
+    "floor_scale": 6,
+    "attn_scale": 0.5,
+    **LOCALS,
+}
+COMMAND = {"num_experts": 4, "head_dim": 8, "logit_scale": 0.25, **MOE, **LOCAL}
+SEES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+SEES |= {"num_attention_heads": 2, "crop_size": 28, "image_size": 28, "patch_size": 14}
+HEARS = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2}
+HEARS |= {"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "input_size": 16}
+HEARS |= {"nemo_conv_channels": 16}
+LATEST |= {
+    "llama4": ("llama4_text", CHUNKED),
+    "llama4-dense": (
+        "llama4_text",
+        {
+            **CHUNKED,
+            "interleave_moe_layer_step": 2,
+            "attention_bias": True,
+            "use_qk_norm": False,
+            **ROPE("llama3", **LLAMA3),
+        },
+    ),
+    "openai-gpt": ("openai-gpt", {}),
+    "aria_text": ("aria_text", {"moe_num_experts": 4, "moe_num_shared_experts": 1}),
+    "phimoe": (
+        "phimoe",
+        {**LOCALS, "router_jitter_noise": 0.2, "lm_head_bias": True, "attention_bias": True},
+    ),
+    "cohere2_moe": (
+        "cohere2_moe",
+        {
+            **COMMAND,
+            "num_shared_experts": 2,
+            "prefix_dense_intermediate_size": 40,
+            "first_k_dense_replace": 1,
+            "expert_selection_fn": "sigmoid",
+        },
+    ),
+    "cohere2_moe-sum": (
+        "cohere2_moe",
+        {
+            **COMMAND,
+            "num_shared_experts": 1,
+            "shared_expert_combination_strategy": "sum",
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "sarvam_moe": ("sarvam_moe", {**ROUTED, **GROUPS}),
+    "persimmon": ("persimmon", {}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {"intermediate_multiple_size": 2}),
+    "ctrl": ("ctrl", {"dff": 48}),
+    "modernbert-decoder": ("modernbert-decoder", {"local_attention": 16}),
+    "gpt-sw3": ("gpt-sw3", {}),
+    "phi4_multimodal": (
+        "phi4_multimodal",
+        {"original_max_position_embeddings": 64, "vision_config": SEES, "audio_config": HEARS},
+    ),
+    "electra": ("electra", {"embedding_size": 32}),
+    **{name: (name, {}) for name in (*TYPED, *SEEN)},
+    **{name: (name, {"scale_embedding": True}) for name in TRANSLATORS},
+}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
+DIRECT = {**LATENT, "q_lora_rank": None}
+ROUTES = {"n_routed_experts": 8, "n_shared_experts": 2, **SIZED, **MOE}
+LATEST |= {
+    "deepseek_v2": ("deepseek_v2", {**DIRECT, **ROUTES, "first_k_dense_replace": 1}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        {**LATENT, **ROUTES, **GROUPS, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            **ROUTES,
+            **GROUPS,
+            "first_k_dense_replace": 2,
+            **ROPE("yarn", **YARN, mscale=1.0, mscale_all_dim=0.7),
+        },
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {**LATENT, **ROUTES, "mlp_layer_types": ["dense", "sparse", "dense", "sparse"]},
+    ),
+    "sarvam_mla": ("sarvam_mla", {**DIRECT, **ROUTES}),
+    "youtu": ("youtu", {**LATENT, "attention_bias": True}),
+    "minicpm3": ("minicpm3", {**LATENT, "scale_depth": 1.4, "dim_model_base": 16}),
+    "minicpm3-longrope": (
+        "minicpm3",
+        {
+            **LATENT,
+            "max_position_embeddings": 64,
+            **ROPE(
+                "longrope",
+                short_factor=[1.0, 1.5],
+                long_factor=[1.0, 3.0],
+                original_max_position_embeddings=16,
+            ),
+        },
+    ),
+}
+IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after", "llama4", "bert", "mbart", "marian"}
+IDEAS |= {"phimoe", "persimmon", "modernbert-decoder", "cohere2_moe"}
+IDEAS |= {"deepseek_v2-groups", "deepseek_v3", "minicpm3-longrope"}
+IDEAS |= {"lfm2_moe", "qwen3_next", "olmo_hybrid"}
 IDEAS |= {"falcon_h1", "nemotron_h"}
 MODELS |= MORE | LATEST
 ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
@@ -382,10 +510,29 @@ PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 PLACES = {"max_position_embeddings": 64}
 GPT = {**ENDS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 MPT = {**ENDS, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}
+DECODER = {**ENDS, **PLAIN, **PLACES, "intermediate_size": 48, "is_decoder": True}
+TRANSLATOR = {
+    **ENDS,
+    **PLACES,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "d_model": 32,
+    "decoder_layers": 3,
+    "encoder_layers": 3,  # so many the cache of transformers takes
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "is_encoder_decoder": False,
+}
 OWN = {  # that take the sizes by other names
     "gpt2": {"vocab_size": V},
     "bloom": {**ENDS, "hidden_size": 32, "n_layer": 3, "n_head": 4},
     **dict.fromkeys(("mpt", "dbrx"), MPT),
+    **dict.fromkeys((*TYPED, *SEEN, "electra"), DECODER),
+    **dict.fromkeys(TRANSLATORS, TRANSLATOR),
+    "whisper": {**TRANSLATOR, "max_target_positions": 64},
+    **dict.fromkeys(("openai-gpt", "ctrl", "gpt-sw3"), GPT),
     "falcon": {**ENDS, **PLAIN, **PLACES},
     "gptj": GPT,
     "codegen": GPT,
@@ -420,10 +567,33 @@ TOWERS = {  # name -> text_config, vision_config, more
     "llava_next": ({"model_type": "mistral", "sliding_window": None}, CLIP, {}),
     "idefics3": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
     "smolvlm": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
+    "llama4": ({"model_type": "llama4_text", **CHUNKED}, {**EYES, "vision_output_dim": 16}, {}),
     "internvl": (
         {"model_type": "qwen2"},
         {**EYES, "image_size": [16, 16], "patch_size": [8, 8]},
         {},
+    ),
+    "kimi_k25": (
+        {"model_type": "deepseek_v3", **LATENT, **ROUTES, **GROUPS, "first_k_dense_replace": 1},
+        {**EYES, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 2},
+        {"projection_hidden_size": 16, "tie_word_embeddings": False},
+    ),
+    "deepseek_vl": ({"model_type": "llama"}, EYES, {}),
+    "deepseek_vl_hybrid": (
+        {"model_type": "llama"},
+        EYES,
+        {
+            "high_res_vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+                "output_channels": 16,
+                "mlp_dim": 16,
+                "global_attn_indexes": [0],
+            }
+        },
     ),
 }
 

@@ -94,7 +94,7 @@ UNMIRRORED = {"__init__", "__main__"}  # which say what is in other modules
 # modules without a file of their own: a test of their room, or of what calls them, holds their laws
 TESTED_BY = {
     # The room is tested through its face, in whose words the laws are.
-    "caches.caches": "caches: branch dense rows",
+    "caches.caches": "caches: branch dense making rows",
     "cli.cli": "cli: arguments chatting commands evaluating generating inspecting machine sessions "
     "templating",
     "collectives.collectives": "collectives: bindings groups operations verbs",
@@ -115,21 +115,22 @@ TESTED_BY = {
     "testing.testing": "testing: agreement dense strategies transforms; "
     "testing.laws: acceptances comparisons kernels pasts samplers texts trees",
     "training.training": "training: losses",
-    "transformer.transformer": "transformer: arguments config forward layer model weights",
+    "transformer.transformer": "transformer: arguments config forward head_groups layer model weights",
     "vocabulary.vocabulary": "vocabulary: api functions likelihoods operators passes; transformer: "
     "likelihoods",
     "tree.tree": "tree: mapping nodes summaries",
-    "drafters": "decoding.speculative: drafters",
+    "drafters": "decoding.speculative: drafters model_drafters",
     "search": "decoding: beams",
     "serving": "decoding: batching",
-    "speculation": "decoding.speculative: acceptance rules",
+    "speculation": "decoding.speculative: acceptance regions rules",
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
-    "family_peers": "checkpoints.families: delta_nets dense_variants distances falcon fused gated "
-    "gemma gpt gpt_variants granite granite_mixtures llama llama_variants mambas mixture_variants "
-    "mixtures nemotron_hybrids olmo short_convolutions sigmoid_mixtures towers",
-    "gguf_families": "checkpoints.families: architectures",
+    "family_peers": "checkpoints.families: bart bert delta_nets dense_variants distances falcon fused gated gemma gpt "
+    "gpt_variants granite granite_mixtures latent_layouts latent_variants layer_norms llama llama4 "
+    "llama_variants mambas mixture_variants mixtures nemotron_hybrids olmo router_variants short_convolutions "
+    "sigmoid_mixtures towers",
+    "gguf_families": "checkpoints.families: architectures latent_gguf",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "
@@ -138,8 +139,10 @@ TESTED_BY = {
     "checkpoints.tokenizer.templates": "checkpoints.tokenizer.sandbox: environment worker",
     # A part of what this test is about.
     "checkpoints.families.config_json": "checkpoints.families: ignored",
-    "checkpoints.hf.folder": "checkpoints: loading",
-    "checkpoints.hf.adapters": "checkpoints.hf: patterns peft_settings",
+    "checkpoints.hf.quantized.quantized": "checkpoints.hf.quantized: awq_files bitsandbytes "
+    "codes compressed_tensors float8 gptq_files hqq leaves methods mlx mxfp4 stored torchao",
+    "checkpoints.hf.folder": "checkpoints.hf: weights; checkpoints: loading",
+    "checkpoints.hf.adapters": "checkpoints.hf: patterns peft_settings saved_adapters",
     "checkpoints.parts_index": "checkpoints: parts",
     "checkpoints.tokenizer.prompts": "checkpoints.tokenizer.sandbox: origins texts",
     "checkpoints.tokenizer.tokenizer": "checkpoints.tokenizer: library",

@@ -387,7 +387,63 @@ SCALE_FIELDS = {
 GPT2 = {"vocab_size": V, "n_embd": E2, "n_layer": 3, "n_head": H2, "n_positions": 64}
 
 # name -> architecture in the file, model type and fields of the original, fields of the file
+LATENT = {
+    "num_key_value_heads": H2,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
+LATENT_FIELDS = {
+    "attention.kv_lora_rank": 32,
+    "rope.dimension_count": 4,
+    "leading_dense_block_count": 1,
+    "expert_count": 8,
+    "expert_used_count": 2,
+    "expert_feed_forward_length": 16,
+    "expert_shared_count": 2,
+    "expert_group_count": 4,
+    "expert_group_used_count": 2,
+    "expert_weights_scale": 1.5,
+}
 OTHERS = {
+    "deepseek2": (
+        "deepseek2",
+        "deepseek_v3",
+        {**LATENT, "q_lora_rank": 32, **ROPE(**YARN, mscale=0.7, mscale_all_dim=0.7)},
+        {
+            **LATENT_FIELDS,
+            **YARN_FIELDS,
+            "rope.scaling.yarn_log_multiplier": 0.1 * 0.7,
+            "attention.head_count_kv": 1,
+            "attention.q_lora_rank": 32,
+            "attention.key_length": 36,
+            "attention.value_length": 32,
+            "attention.key_length_mla": 12,
+            "attention.value_length_mla": 8,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+        },
+    ),
+    "deepseek2-older": (
+        "deepseek2",
+        "deepseek_v2",
+        {**LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+        {
+            **LATENT_FIELDS,
+            "attention.head_count_kv": H2,
+            "attention.key_length": 12,
+            "attention.value_length": 8,
+        },
+    ),
     "llama-biases": ("llama", "llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "llama-yarn": ("llama", "llama", ROPE(**YARN), YARN_FIELDS),
     "mixtral": (
@@ -542,12 +598,13 @@ TURNED = ("llama", "granite", "granitemoe", "smollm3")  # the classes after Llam
 def little(name):
     _, kind, more, _ = OTHERS[name]
     own = {} if kind == "gpt2" else LITTLE
-    fields = {key: value for key, value in {**own, **more}.items() if value is not None}
+    given = lambda key, value: value is not None or key == "q_lora_rank"
+    fields = {key: value for key, value in {**own, **more}.items() if given(key, value)}
     config = AutoConfig.for_model(kind, **fields, attn_implementation="eager")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (*model.parameters(), *(x for _, x in corrections(model))):
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
 
@@ -563,6 +620,10 @@ def as_converted(architecture, config, name, weight):
         return [(name, turn(weight, K2))]
     if architecture == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
         return [(name, weight.T)]
+    if name.endswith("kv_b_proj.weight") and config.model_type == "deepseek_v3":
+        heads, block = weight.reshape(H2, 8 + 8, 32), name.split(".")[2]
+        parts = {"k": heads[:, :8].swapaxes(1, 2), "v": heads[:, 8:]}
+        return [(f"blk.{block}.attn_{side}_b.weight", part) for side, part in parts.items()]
     if "query_key_value" in name:  # head by head -> all of q, all of k, all of v
         heads = weight.reshape(H2, 3, D2, *weight.shape[1:])
         return [
@@ -593,6 +654,13 @@ def as_converted(architecture, config, name, weight):
     if name.endswith("self_attn.sinks"):
         return [(f"{name}.weight", weight)]
     return [(name, weight)]
+
+
+def corrections(model):
+    """What routers add for the choice of experts, by the names that the converter gives them."""
+    bias = "correction_bias"
+    found = [(name, x) for name, x in model.named_buffers() if name.endswith(bias)]
+    return [(name.replace(bias, "correction.bias"), x) for name, x in found]
 
 
 def write_other(path, name, model, kind="F32"):
@@ -633,7 +701,7 @@ def write_other(path, name, model, kind="F32"):
     number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(number, layers)
     heads = {}  # the layer norms of each head, which stablelm's converter joins
-    for original_name, parameter in model.named_parameters():
+    for original_name, parameter in [*model.named_parameters(), *corrections(model)]:
         weight = parameter.detach().cpu().numpy()
         if ".norms." in original_name:
             heads.setdefault(original_name.partition(".norms.")[0] + ".weight", []).append(weight)
@@ -672,7 +740,9 @@ def test_logits_of_the_other_architectures_are_those_of_the_original(tmp_path, n
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
-@pytest.mark.parametrize("name", ["phi3", "gpt2", "gptneox", "command-r", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["phi3", "gpt2", "gptneox", "command-r", "mixtral", "gpt-oss", "deepseek2-older"]
+)
 def test_blocks_that_are_kept_are_the_dequantized_weights(tmp_path, name, kind):
     """Fused, turned and stacked tensors too."""
     path = write_other(tmp_path / "a.gguf", name, little(name), kind)
@@ -684,6 +754,28 @@ def test_blocks_that_are_kept_are_the_dequantized_weights(tmp_path, name, kind):
     ):
         torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=1e-7, msg=place)
     agree(logits_here(kept), logits_here(plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("deepseek2", "attention.key_length", 12),
+        ("deepseek2", "attention.head_count_kv", 2),
+        ("deepseek2", "expert_gating_func", 3),
+        ("deepseek2-older", "rope.dimension_count", 12),
+        ("deepseek2-older", "nextn_predict_layers", 1),
+    ],
+)
+def test_sizes_of_latents_that_contradict_each_other_are_refused(name, key, value):
+    architecture, _, _, fields = OTHERS[name]
+    common = {"context_length": 64, "embedding_length": E2, "block_count": 4}
+    common |= {"feed_forward_length": F2, "attention.head_count": H2}
+    common |= {"attention.layer_norm_rms_epsilon": 1e-6}
+    told = {f"{architecture}.{at}": x for at, x in {**common, **fields}.items()}
+    metadata = {"general.architecture": architecture, **told}
+    assert fa.families.read_metadata(metadata, V, True).latent_size == 32
+    with pytest.raises(CheckpointError, match=key.replace("rope.dimension_count", "rotary_size")):
+        fa.families.read_metadata({**metadata, f"{architecture}.{key}": value}, V, True)
 
 
 def test_every_architecture_has_an_original():

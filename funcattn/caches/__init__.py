@@ -23,6 +23,7 @@ later logits into NaN.
     sharded            ShardedCache: rows divided among devices
     static             Memory: keys and values of another sequence, read only
     delta              what a step adds
+    making             make: an empty cache of any kind
     display            a cache as one line of text, and as a bar in HTML
 """
 
@@ -31,6 +32,7 @@ from .branch import Branch, flatten, fork, fork_many, rows_of
 from .delta import joined
 from .dense import Cache
 from .hybrid import Hybrid
+from .making import make
 from .paged import Pages, pages
 from .protocol import (
     DONATED,
@@ -94,6 +96,7 @@ __all__ = [
     "grow",
     "joined",
     "keeps_all",
+    "make",
     "pages",
     "past",
     "display",

@@ -42,11 +42,18 @@ class Cache(NamedTuple):
 
     @classmethod
     def empty(
-        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+        cls,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        value_size: int | None = None,
     ) -> "Cache":
         """An empty cache with room for `size` tokens, on torch's default device."""
-        rows = torch.zeros(layers, heads, size + 1, head_size, dtype=dtype)
-        return cls(rows, torch.zeros_like(rows), torch.zeros((), dtype=torch.int64))
+        features = head_size, head_size if value_size is None else value_size
+        k, v = (torch.zeros(layers, heads, size + 1, D, dtype=dtype) for D in features)
+        return cls(k, v, torch.zeros((), dtype=torch.int64))
 
 
 @capacity.register

@@ -49,10 +49,16 @@ class Pages(NamedTuple):
 
     @classmethod
     def empty(
-        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+        cls,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        value_size: int | None = None,
     ) -> "Pages":
         """Room for `size` tokens, rounded up to blocks of 64; `pages` sets another block size."""
-        return pages().empty(layers, heads, size, head_size, dtype)
+        return pages().empty(layers, heads, size, head_size, dtype, value_size)
 
 
 @made
@@ -82,12 +88,20 @@ class pages:  # a value that is called like a function: model.cache(size, kind=p
             )
 
     def empty(
-        self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+        self,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        value_size: int | None = None,
     ) -> Pages:
         """Room for `size` tokens, rounded up to whole blocks, on torch's default device."""
         n = max(1, -(-size // self.block))
-        unwritten = torch.zeros((), dtype=dtype).expand(layers, heads, self.block, head_size)
-        return Pages((unwritten,) * n, (unwritten,) * n, torch.zeros((), dtype=torch.int64))
+        zero = torch.zeros((), dtype=dtype)
+        unwritten = lambda D: (zero.expand(layers, heads, self.block, D),) * n
+        values = head_size if value_size is None else value_size
+        return Pages(unwritten(head_size), unwritten(values), torch.zeros((), dtype=torch.int64))
 
 
 @capacity.register
@@ -139,7 +153,7 @@ def _(cache: Pages) -> Delta:
 @fork.register
 def _(cache: Pages, delta: Delta, size: int) -> Branch:
     """A tail of pages whose row 0 starts a block: the last block of the prefix is not copied."""
-    L, K, D = sizes(cache)
+    L, K, _ = sizes(cache)
     room = lambda x: (
         (x.new_zeros(()).expand(L, K, _block(cache), x.shape[-1]),)
         * max(1, -(-size // _block(cache)))

@@ -73,10 +73,16 @@ class QuantizedCache(NamedTuple):
 
     @classmethod
     def empty(
-        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+        cls,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        value_size: int | None = None,
     ) -> "QuantizedCache":
         """Room for `size` tokens at least, 8 bits in blocks of 32; `quantized` sets others."""
-        return quantized().empty(layers, heads, size, head_size, dtype)
+        return quantized().empty(layers, heads, size, head_size, dtype, value_size)
 
 
 @made
@@ -112,27 +118,29 @@ class quantized:
                 )
 
     def empty(
-        self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+        self,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        value_size: int | None = None,
     ) -> QuantizedCache:
         """Room for `size` tokens at least, in whole blocks, on torch's default device."""
-        if self.bits == 4 and head_size % 2:
-            errors.fail("quantized", "head_size", "even for 4 bits", head_size, "Use bits=8.")
-        R, zero = self.block, torch.zeros((), dtype=dtype)
-        codes = torch.zeros((), dtype=torch.uint8).expand(
-            layers, heads, R, head_size if self.bits == 8 else head_size // 2
-        )
-        n = max(1, -(-(size - self.recent) // R))
-        blocks = lambda *group: (
-            (QuantizedBlock(codes, *[zero.expand(layers, heads, *group)] * 2),) * n
-        )
-        tail = torch.zeros(layers, heads, self.recent + R, head_size, dtype=dtype)
-        return QuantizedCache(
-            blocks(1, head_size),
-            blocks(R, 1),
-            tail,
-            tail.clone(),
-            torch.zeros((), dtype=torch.int64),
-        )
+        R, n = self.block, max(1, -(-(size - self.recent) // self.block))
+        of = lambda dtype, *shape: torch.zeros((), dtype=dtype).expand(layers, heads, *shape)
+
+        def side(name: str, D: int, *group: int) -> tuple[tuple[QuantizedBlock, ...], Tensor]:
+            if self.bits == 4 and D % 2:
+                errors.fail("quantized", name, "even for 4 bits", D, "Use bits=8.")
+            codes = of(torch.uint8, R, D if self.bits == 8 else D // 2)
+            block = QuantizedBlock(codes, *[of(dtype, *group)] * 2)
+            return (block,) * n, torch.zeros(layers, heads, self.recent + R, D, dtype=dtype)
+
+        values = head_size if value_size is None else value_size
+        k, tail_k = side("head_size", head_size, 1, head_size)
+        v, tail_v = side("value_size", values, R, min(values, 1))
+        return QuantizedCache(k, v, tail_k, tail_v, torch.zeros((), dtype=torch.int64))
 
 
 def encode(x: Tensor, dim: int, bits: int) -> QuantizedBlock:
@@ -146,6 +154,8 @@ def encode(x: Tensor, dim: int, bits: int) -> QuantizedBlock:
     Law: decoding is within half a scale of x, and encoding what was decoded changes nothing but
         rounding (test_quantized_blocks.py).
     """
+    if not x.shape[-1]:  # nothing to encode, and no group of which to take a minimum
+        return QuantizedBlock(x.to(torch.uint8), x, x)
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     levels = 2**bits - 1
     scale = (

@@ -50,12 +50,19 @@ class ShardedCache(NamedTuple):
 
     @classmethod
     def empty(
-        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+        cls,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        value_size: int | None = None,
     ) -> "ShardedCache":
         """Room for `size` tokens over all devices: ceil(size / n) rows on each of n."""
         room = -(-size // axis_size(CONTEXT))
         return cls(
-            Cache.empty(layers, heads, room, head_size, dtype), torch.zeros((), dtype=torch.int64)
+            Cache.empty(layers, heads, room, head_size, dtype, value_size),
+            torch.zeros((), dtype=torch.int64),
         )
 
     @classmethod

@@ -58,10 +58,16 @@ class Ring(NamedTuple):
 
     @classmethod
     def empty(
-        cls, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+        cls,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        value_size: int | None = None,
     ) -> "Ring":
         """A window of `size` tokens beside the query's; `ring` sets window and sinks by name."""
-        return ring(window=size + 1).empty(layers, heads, size, head_size, dtype)
+        return ring(window=size + 1).empty(layers, heads, size, head_size, dtype, value_size)
 
 
 @made
@@ -95,11 +101,18 @@ class ring:  # a value that is called like a function: model.cache(size, kind=ri
                 )
 
     def empty(
-        self, layers: int, heads: int, size: int, head_size: int, dtype: torch.dtype | None = None
+        self,
+        layers: int,
+        heads: int,
+        size: int,
+        head_size: int,
+        dtype: torch.dtype | None = None,
+        value_size: int | None = None,
     ) -> Ring:
         """An empty ring on torch's default device; `size` has no effect."""
-        zeros = lambda n: torch.zeros(layers, heads, n, head_size, dtype=dtype)
-        rows = [zeros(n) for n in (self.sinks, self.window - 1, self.tail) for _ in "kv"]
+        features = head_size, head_size if value_size is None else value_size
+        zeros = lambda n, D: torch.zeros(layers, heads, n, D, dtype=dtype)
+        rows = [zeros(n, D) for n in (self.sinks, self.window - 1, self.tail) for D in features]
         return Ring(*[*rows, *torch.zeros(2, dtype=torch.int64).unbind()])
 
 

@@ -14,7 +14,8 @@ CheckpointError with what was expected, what was found, and a remedy.
 """
 
 from .families import CheckpointError
-from .hf.adapters import load_lora, save_lora
+from .hf.adapters import load_lora
+from .hf.saved_adapters import save_lora
 from .hf.saving import save
 from .loading import Loaded, load
 from .parts import load_parts, load_sharded, save_parts

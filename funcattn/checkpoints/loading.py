@@ -12,7 +12,8 @@ from ..quantization import is_quantized
 from ..transformer import Config, Params
 from .families import CheckpointError
 from .gguf.file import read_gguf
-from .hf.folder import DTYPES, read_folder
+from .hf.folder import read_folder
+from .hf.weights import DTYPES
 from .sources import locate
 from .tokenizer.gguf_metadata import from_metadata
 from .tokenizer.tokenizer import Tokenizer
@@ -40,8 +41,9 @@ def load(
             hub (needs huggingface_hub).
         dtype: of all weights. None keeps those of a folder, and is float32 for GGUF, whose
             quantized blocks are dequantized. Quantized records of a folder are not changed.
-        keep_quantized: whether blocks of Q4_0, Q4_1 and Q8_0 of a .gguf file become quantized
-            records of the same bits (see funcattn.quantization).
+        keep_quantized: whether matrices in blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q3_K to Q6_K,
+            IQ4_NL, IQ4_XS and MXFP4 of a .gguf file become quantized records of the same bits (see
+            funcattn.quantization); experts do not.
 
     Returns:
         config, params (on the CPU; matrices (out, in), rotary features half-split) and tokenizer.

@@ -21,7 +21,8 @@ from ..core.errors import fail
 from ..sharding.mesh import Rules, axes_of, bounds
 from ..tree import Tree
 from .families import CheckpointError
-from .hf.folder import Cut, read_folder
+from .hf.folder import read_folder
+from .hf.weights import Cut
 from .loading import Loaded, by_columns, load
 from .sources import locate
 from .writing import UNCHANGED, reason_of

@@ -3,7 +3,7 @@ memory.
 
 Candidates alternate token by token, so that other load of the machine affects all alike; results
 are medians. Model bandwidth utilization (MBU) is the bytes that a token needs, weights and cache,
-divided by its time, as a fraction of the bandwidth of one matrix-vector product of as many bytes.
+divided by its time, as a fraction of the bandwidth of the fastest plain pass over as many bytes.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import funcattn as fa
 
 from .. import quantization, tree
 from ..core import atomic
+from . import memory_limit
 from .sessions import load
 from .terminal import say, working
 
@@ -126,23 +127,19 @@ def measure(
                 next(pieces)
             first[name] = time.perf_counter() - begun
             candidates[name] = pieces.__next__
-    width = 8192
-    rows = torch.ones(
-        max(1, tree.nbytes(params) // (params.norm.element_size() * width)),
-        width,
-        dtype=params.norm.dtype,
-    )
-    vector = torch.ones(width, dtype=rows.dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in ("limit", *candidates)}
+    size = tree.nbytes(params)
+    calls = {**memory_limit.reads(size), **candidates}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     with working("Taking turns"):
         for turn in range(WARMUP + options.tokens):
-            for name, call in (("limit", lambda: torch.mv(rows, vector)), *candidates.items()):
+            for name, call in calls.items():
                 begun = time.perf_counter()
                 call()
                 if turn >= WARMUP:
                     seconds[name].append(time.perf_counter() - begun)
-    bandwidth = rows.numel() * rows.element_size() / median(seconds["limit"])
-    remembered = 2 * config.layers * config.kv_heads * config.head_size * params.norm.element_size()
+    bandwidth = memory_limit.bandwidth(size, {name: median(s) for name, s in seconds.items()})
+    heads, *features = config.cached
+    remembered = config.layers * heads * sum(features) * params.norm.element_size()
     past = remembered * (options.context + options.tokens / 2)
     found = []
     for name in candidates:
@@ -160,7 +157,7 @@ def measure(
     return {
         **head,
         **lengths,
-        "gemv_bytes_per_second": bandwidth,
+        "read_bytes_per_second": bandwidth,
         "peak_memory_bytes": _peak(),
         "candidates": found,
     }
@@ -204,7 +201,7 @@ def table(figures: dict[str, Any]) -> str:
         for row in cells
     ]
     limit = (
-        f"one matrix-vector product reads {figures['gemv_bytes_per_second'] / 1e9:.1f} GB/s with "
+        f"memory reads {figures['read_bytes_per_second'] / 1e9:.1f} GB/s with "
         f"{figures['threads']} thread(s)"
     )
     return "\n".join(
@@ -218,7 +215,7 @@ def plot(figures: dict[str, Any], file: Path) -> None:
         import matplotlib.figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib.") from error
-    rows, bandwidth = figures["candidates"], figures["gemv_bytes_per_second"]
+    rows, bandwidth = figures["candidates"], figures["read_bytes_per_second"]
     axes = (
         figure := matplotlib.figure.Figure(figsize=(7, 0.6 * len(rows) + 1.2), layout="constrained")
     ).subplots()

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     chosen = fitted(options, config, chosen, ids, optimizer, frozen)
     adapted = tree.combine(chosen, frozen)
     place = Path(options.out) / ADAPTER
-    fa.save_lora(place, adapted, base=options.model)
+    fa.save_lora(place, adapted, base=options.model, config=config)
     say(f"The adaptation is in {place}, as PEFT writes it.")
     if options.merge:
         whole = Path(options.out) / MODEL

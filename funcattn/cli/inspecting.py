@@ -35,10 +35,12 @@ def run(options: argparse.Namespace) -> None:
             session.model.cache(0, dtype=dtype)
         )
     name = str(dtype).removeprefix("torch.")
-    print(
-        f"\ncache, {name} keys and values of {config.layers} layers x {config.kv_heads} heads x "
-        f"{config.head_size}"
-    )
+    heads, key, value = config.cached
+    rows = f"{heads} heads x {key}" if key == value else f"{heads} heads x {key} and {value}"
+    rows = f"keys and values of {config.layers} layers x {rows}"
+    if config.latent_size:
+        rows = f"latents of {config.layers} layers x {key}"
+    print(f"\ncache, {name} {rows}")
     for tokens in (1000, config.context):
         print(f"  {f'{tokens} tokens':<14} {tokens * per_token / 2**20:.1f} MiB")
     if tokenizer is None:

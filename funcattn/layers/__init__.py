@@ -1,6 +1,6 @@
 """The layers of a decoder as functions of a weight and an activation.
 
-    products    linear, linears, embed: dispatch on the type of the weight; Blocks
+    products    linear, linears, dense, embed: dispatch on the type of the weight; Blocks
     layouts     fields: how the tensors of a weight are divided among devices
     prepared    prepare: the memory layout of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
@@ -33,6 +33,7 @@ from .products import (
     Blocks,
     Weight,
     by_blocks,
+    dense,
     embed,
     is_vector,
     linear,
@@ -72,6 +73,7 @@ __all__ = [
     "by_blocks",
     "convolve",
     "delta_net",
+    "dense",
     "embed",
     "fields",
     "frequencies",

@@ -34,7 +34,9 @@ def route(
     scores: str = "softmax",
     choice_bias: Tensor | tuple[()] = (),
     groups: tuple[int, int] = (1, 1),
+    group_best: int = 2,
     scale: float = 1.0,
+    margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The k experts of each token and their weights, from router logits (*lead, X).
 
@@ -43,18 +45,22 @@ def route(
         k: experts per token.
         normalized: True renormalizes the k weights to sum to one; False keeps their scores among
             all X.
-        scores: "softmax" over all experts, or "sigmoid" of each.
+        scores: "softmax" over all experts, "sigmoid" of each, or "sparsemixer": a softmax of the
+            first over all, and of the next over those not yet chosen, both without experts further
+            from the best than 2 margin, relative to the greater of them.
         choice_bias: (X,), added to the scores for the choice alone.
         groups: (n, m): experts are chosen within m of n groups, those with the greatest sums of
-            their two best scores.
+            their best scores.
+        group_best: how many scores of a group are summed: 2, of DeepSeek-V2 1.
         scale: factor of the weights.
+        margin: of "sparsemixer".
 
     Returns:
         weights (*lead, k), in the dtype of the scores, and experts (*lead, k), int64, the largest
         first.
 
     Source: Shazeer et al., arXiv:1701.06538, section 2.1; DeepSeek-AI, DeepSeek-V3,
-        arXiv:2412.19437, section 2.1.2.
+        arXiv:2412.19437, section 2.1.2; Liu et al., GRIN, arXiv:2409.12136.
     """
     if not 0 < k <= logits.shape[-1]:
         errors.fail(
@@ -65,12 +71,29 @@ def route(
             "Choose fewer experts for each token.",
         )
     wide = logits if logits.element_size() > 2 else logits.float()
+    if scores == "sparsemixer":
+        share, expert = _mix(wide, k, margin)
+        return share * scale, expert
     if scores != "softmax" or isinstance(choice_bias, Tensor) or groups[0] > 1:
-        share, expert = _choose(wide, k, normalized, scores, choice_bias, groups)
+        share, expert = _choose(wide, k, normalized, scores, choice_bias, (*groups, group_best))
         return share * scale, expert
     best, expert = wide.topk(k, -1)
     share = best.softmax(-1) if normalized else (best - wide.logsumexp(-1, keepdim=True)).exp()
     return share if scale == 1.0 else share * scale, expert
+
+
+def _mix(logits: Tensor, k: int, margin: float) -> tuple[Tensor, Tensor]:
+    """`route` by one softmax after the other."""
+    shares, experts, left = [], [], logits
+    for _ in range(k):
+        best, expert = left.max(-1, keepdim=True)
+        far = ((best - logits) / torch.maximum(logits.abs(), best)).detach() > 2 * margin
+        share = left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, expert)
+        left = left.masked_fill(
+            torch.arange(logits.shape[-1], device=logits.device) == expert, -torch.inf
+        )
+        shares, experts = [*shares, share], [*experts, expert]
+    return torch.cat(shares, -1), torch.cat(experts, -1)
 
 
 def _choose(
@@ -79,15 +102,15 @@ def _choose(
     normalized: bool,
     scores: str,
     bias: Tensor | tuple[()],
-    groups: tuple[int, int],
+    groups: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor]:
     """`route` of scores that are chosen by others than their weights."""
     each = logits.sigmoid() if scores == "sigmoid" else logits.softmax(-1)
     choice = each + bias.to(each.dtype) if isinstance(bias, Tensor) else each
-    count, kept = groups
+    count, kept, summed = groups
     if count > 1:
         grouped = torch.unflatten(choice, -1, (count, -1))
-        best = grouped.topk(2, -1).values.sum(-1).topk(kept, -1).indices  # (*lead, m)
+        best = grouped.topk(summed, -1).values.sum(-1).topk(kept, -1).indices  # (*lead, m)
         numbers = torch.arange(count, device=best.device)
         out = (best.unsqueeze(-1) != numbers).all(-2).unsqueeze(-1)  # (*lead, n, 1)
         choice = grouped.masked_fill(out, -torch.inf).flatten(-2)

@@ -122,6 +122,22 @@ def _(weight: Blocks, x: Tensor) -> Tensor:
 
 
 @functools.singledispatch
+def dense(weight: Weight, columns: int, like: Tensor) -> Tensor:
+    """The matrix (out, columns) of a weight, in the dtype of `like`: to multiply by its transpose.
+
+    A record that registers nothing is multiplied by the identity.
+
+    Law: the matrix of `linear`, with its derivatives (test_layers.py).
+    """
+    return linear(weight, torch.eye(columns, dtype=like.dtype, device=like.device)).mT
+
+
+@dense.register
+def _(weight: Tensor, columns: int, like: Tensor) -> Tensor:
+    return weight.to(like.dtype)
+
+
+@functools.singledispatch
 def embed(weight: Weight, ids: Tensor) -> Tensor:
     """Rows of a weight (V, E) at integer ids (*lead,), giving (*lead, E).
 

@@ -275,7 +275,7 @@ void add_beyond(const Matrix& w, const std::vector<Beyond>& beyond, const float*
     const uint8_t *const at = w.blocks + (row / 16 * B + b) * bytes_of(w.kind), *const after = at + codes_of(w.kind);
     const float* const v = x + t * K + 32 * b;
     double sum = 0, all = 0;
-    for (int j = 0; j < least(32, K - 32 * b); j++) {
+    for (int j = 0; j < least(columns_of(w.kind), K - 32 * b); j++) {
       const int byte = at[(is_eight ? j / 4 : j % 16 / 4) * 64 + lane * 4 + j % 4];
       const int code = is_eight ? byte : j < 16 ? byte & 15 : byte >> 4;
       sum += double(code - offset_of(w.kind)) * v[j];

@@ -12,15 +12,18 @@
 // floats here is rounded to what has fewer digits or overflows before the result does: a block whose largest number is beyond 2^-64 ..
 // 2^64 has no digits, and products.cpp multiplies it by itself.
 
-enum Kind { ROW8, HALF8, REAL8, CENTERED4, HALF4, REAL4, KINDS };
+// NARROW8 has blocks of 16 columns, with 16 bytes more that tell it apart; its vectors have 16 zeros behind each 16 numbers.
+enum Kind { ROW8, HALF8, REAL8, CENTERED4, HALF4, REAL4, AFFINE8, NARROW8, KINDS };
 
-constexpr int bits_of(int kind) { return kind >= CENTERED4 ? 4 : 8; }
-constexpr int codes_of(int kind) { return 16 * 32 * bits_of(kind) / 8; }
+constexpr int bits_of(int kind) { return kind >= CENTERED4 && kind <= REAL4 ? 4 : 8; }
+constexpr int columns_of(int kind) { return kind == NARROW8 ? 16 : 32; }
+constexpr int codes_of(int kind) { return 16 * columns_of(kind) * bits_of(kind) / 8; }
+constexpr bool has_zero(int kind) { return kind == HALF4 || kind == REAL4 || kind == AFFINE8; }
 constexpr int bytes_of(int kind) {
-  return codes_of(kind) + (kind == ROW8 ? 0 : kind == HALF8 || kind == CENTERED4 ? 32 : kind == HALF4 || kind == REAL8 ? 64 : 128);
+  return codes_of(kind) + (kind == ROW8 ? 0 : kind == HALF8 || kind == CENTERED4 ? 32 : kind == HALF4 || kind == REAL8 ? 64 : kind == NARROW8 ? 80 : 128);
 }
-constexpr bool has_zero(int kind) { return kind == HALF4 || kind == REAL4; }
-constexpr int offset_of(int kind) { return bits_of(kind) == 8 ? 128 : kind == CENTERED4 ? 8 : 0; }  // what code stands for 0
+// what code stands for 0
+constexpr int offset_of(int kind) { return has_zero(kind) ? 0 : kind == CENTERED4 ? 8 : 128; }
 
 #ifndef AHEAD
 #define AHEAD 8192
@@ -105,7 +108,7 @@ static inline void tile(const uint8_t* at, const Vectors& x, Real* to) {
       }
     } else {
       UNROLLED
-      for (int c = 0; c < 8; c++) {
+      for (int c = 0; c < columns_of(KIND) / 4; c++) {
         const Int codes = load(at + 64 * c);
         UNROLLED
         for (int t = 0; t < T; t++)
@@ -170,5 +173,6 @@ using Rows = void (*)(const uint8_t*, const float*, const Vectors&, int64_t, int
 using ToDigits = int64_t (*)(const float*, int64_t, int64_t, int8_t*, int32_t*, float*, float*);
 
 constexpr Rows rows_of[KINDS] = {
-    rows<ROW8, DIGITS>, rows<HALF8, DIGITS>, rows<REAL8, DIGITS>, rows<CENTERED4, DIGITS>, rows<HALF4, DIGITS>, rows<REAL4, DIGITS>};
+    rows<ROW8, DIGITS>, rows<HALF8, DIGITS>, rows<REAL8, DIGITS>, rows<CENTERED4, DIGITS>, rows<HALF4, DIGITS>, rows<REAL4, DIGITS>,
+    rows<AFFINE8, DIGITS>, rows<NARROW8, DIGITS>};
 constexpr ToDigits digits_of = to_digits<DIGITS>;

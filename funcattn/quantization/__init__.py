@@ -13,10 +13,22 @@ A new scheme is a record, its `dequantize`, and a value with `encode`: see docs/
 """
 
 from ..tree import Where, predicate
-from .formats import RECORDS, Codebook, Fp8, Int4, Int8, Int8Dynamic, Ternary, expand, is_quantized
+from .formats import (
+    RECORDS,
+    Codebook,
+    Fp8,
+    Int4,
+    Int8,
+    Int8Affine,
+    Int8Dynamic,
+    OrderedInt4,
+    Ternary,
+    expand,
+    is_quantized,
+)
 from .reports import Report, report
 from .schemes import Scheme, fp8, int4, int8, nf4, ternary, w8a8
-from .transforms import dequantize, quantize
+from .transforms import dequantize, is_multiplied, quantize
 
 __all__ = [
     "RECORDS",
@@ -24,7 +36,9 @@ __all__ = [
     "Fp8",
     "Int4",
     "Int8",
+    "Int8Affine",
     "Int8Dynamic",
+    "OrderedInt4",
     "Report",
     "Scheme",
     "Ternary",
@@ -34,6 +48,7 @@ __all__ = [
     "fp8",
     "int4",
     "int8",
+    "is_multiplied",
     "is_quantized",
     "nf4",
     "predicate",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import errors
-from ..layers import Weight, embed, is_vector, linear, prepare, rows_times
+from ..layers import Weight, dense, embed, is_vector, linear, prepare, rows_times
 from ..records import record
 from . import packing
 from .fast import MAX_FAST_ROWS, routed
@@ -26,7 +26,16 @@ from .packed import (
     straight_through,
     times_codes,
 )
-from .tiles import DynamicTiles, Tiles, tile_int4, tile_int8, value
+from .tiles import (
+    DynamicTiles,
+    NarrowTiles,
+    Tiles,
+    tile_affine,
+    tile_int4,
+    tile_int8,
+    tile_narrow,
+    value,
+)
 
 MOST_IN_BFLOAT16 = 24  # rows up to which products of three bfloat16 digits beat expanding the codes
 
@@ -80,6 +89,51 @@ class Int4(NamedTuple):
 
 
 @record
+class Int8Affine(NamedTuple):
+    """w ~ codes * scale + zero: codes uint8 (N, K), scale and zero (N, G)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (N, K)."""
+        return tuple(self.codes.shape)
+
+
+@record
+class OrderedInt4(NamedTuple):
+    """Int4 of a matrix whose columns are in another order: w[:, order] ~ codes * scale + zero.
+
+    order int32 (K,): a group is of columns that need not be neighbours (GPTQ's act-order).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    order: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (N, K)."""
+        return self.in_order.shape
+
+    @property
+    def in_order(self) -> Int4:
+        """The record of w[:, order]."""
+        return Int4(self.codes, self.scale, self.zero)
+
+
+@record
+class Reordered(NamedTuple):
+    """A weight in a layout of a kernel, of inputs x[..., order]."""
+
+    weight: Weight
+    order: Tensor
+
+
+@record
 class Codebook(NamedTuple):
     """w ~ levels[codes] * scale: codes uint8 (N, K / 2), two a byte, scale (N, G), levels (16,)."""
 
@@ -119,7 +173,7 @@ class Ternary(NamedTuple):
         return *self.codes.shape[:-1], 4 * self.codes.shape[-1]
 
 
-RECORDS = (Int8, Int8Dynamic, Int4, Codebook, Fp8, Ternary)
+RECORDS = (Int8, Int8Affine, Int8Dynamic, Int4, OrderedInt4, Codebook, Fp8, Ternary)
 
 
 @functools.singledispatch
@@ -153,12 +207,32 @@ def _(weight: Int4) -> Tensor:
 
 
 @expand.register
+def _(weight: Int8Affine) -> Tensor:
+    codes = weight.codes.to(_wide(weight.scale))
+    zero, scale = (
+        packing.spread(part.to(codes.dtype), codes.shape[-1])
+        for part in (weight.zero, weight.scale)
+    )
+    return torch.addcmul(zero, codes, scale)
+
+
+@expand.register
+def _(weight: OrderedInt4) -> Tensor:
+    place = weight.order.argsort(-1).unsqueeze(-2)  # where each column is
+    return torch.take_along_dim(expand(weight.in_order), place, -1)
+
+
+@expand.register
 def _(weight: Codebook) -> Tensor:
     codes = packing.unpack(weight.codes, weight.scale.shape[-1], 4)
     wide = _wide(weight.scale)
-    return weight.levels.to(wide)[codes.long()] * packing.spread(
-        weight.scale.to(wide), codes.shape[-1]
+    levels = weight.levels.to(wide)
+    each = (
+        levels[codes.long()]
+        if levels.dim() == 1
+        else torch.take_along_dim(levels.unsqueeze(-2), codes.long(), -1)  # of experts
     )
+    return each * packing.spread(weight.scale.to(wide), codes.shape[-1])
 
 
 @expand.register
@@ -192,6 +266,10 @@ def _wide(scale: Tensor) -> torch.dtype:
 def times(weight: Weight, x: Tensor) -> Tensor:
     """The plain form: expand the matrix, then F.linear. Derivatives and vmap are those of this."""
     return F.linear(x, expand(weight).to(x.dtype))
+
+
+for _kind in RECORDS:
+    dense.register(_kind, lambda weight, columns, like: expand(weight).to(like.dtype))
 
 
 @linear.register(Codebook)
@@ -251,8 +329,33 @@ def _fast_int4(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor 
     return _through(_form_int4(Int4(codes, scale, zero), len(x)), x)
 
 
+@linear.register
+def _(weight: Int8Affine, x: Tensor) -> Tensor:
+    return routed(_plain_affine, _fast_affine, weight, x)
+
+
+def _plain_affine(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
+    return times(Int8Affine(codes, scale, zero), x)
+
+
+def _fast_affine(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | None:
+    return _through(tile_affine(codes, scale, zero, rows=len(x)), x)
+
+
+@linear.register
+def _(weight: OrderedInt4, x: Tensor) -> Tensor:
+    return linear(weight.in_order, x[..., weight.order])
+
+
+@linear.register
+def _(weight: Reordered, x: Tensor) -> Tensor:
+    return linear(weight.weight, x[..., weight.order])
+
+
 def _form_int8(weight: Int8, rows: int) -> Weight:
     """The fastest layout for `rows` vectors: tiles or torch's kernel; None for the matrix."""
+    if weight.codes.shape[-1] == 16 * weight.scale.shape[-1] > 16:
+        return tile_narrow(*weight, rows=rows)
     tiles = tile_int8(*weight, rows=rows)
     return pack_int8(*weight) if tiles is None and rows <= MAX_FAST_ROWS else tiles
 
@@ -274,7 +377,8 @@ def _form_dynamic(weight: Int8Dynamic, rows: int) -> Weight:
 def _through(form: Weight, x: Tensor) -> Tensor | None:
     if form is None or x.device.type != "cpu":
         return None
-    return value(form, x) if isinstance(form, (Tiles, DynamicTiles)) else linear(form, x)
+    in_tiles = isinstance(form, (Tiles, DynamicTiles, NarrowTiles))
+    return value(form, x) if in_tiles else linear(form, x)
 
 
 # Layouts for compiled decoding, which takes no derivatives.
@@ -289,9 +393,21 @@ def _(weight: Int8, rows: int) -> Weight:
 
 
 @prepare.register
+def _(weight: Int8Affine, rows: int) -> Weight:
+    form = tile_affine(*weight, rows=rows)
+    return weight if form is None else form
+
+
+@prepare.register
 def _(weight: Int4, rows: int) -> Weight:
     form = _form_int4(weight, rows)
     return weight if form is None else form
+
+
+@prepare.register
+def _(weight: OrderedInt4, rows: int) -> Weight:
+    form = _form_int4(weight.in_order, rows)
+    return weight if form is None else Reordered(form, weight.order)
 
 
 @prepare.register
@@ -301,15 +417,17 @@ def _(weight: Int8Dynamic, rows: int) -> Weight:
 
 
 @embed.register(Int8)
+@embed.register(Int8Affine)
 @embed.register(Int8Dynamic)
 @embed.register(Int4)
+@embed.register(OrderedInt4)
 @embed.register(Codebook)
 @embed.register(Fp8)
 @embed.register(Ternary)
 def _(weight: Weight, ids: Tensor) -> Tensor:
     taken = ids.flatten()
     rows = [
-        field[taken] if name != "levels" else field
+        field if name in ("levels", "order") else field[taken]
         for name, field in zip(weight._fields, weight, strict=True)
     ]
     return expand(type(weight)(*rows)).reshape(*ids.shape, -1)

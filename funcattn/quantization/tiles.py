@@ -37,7 +37,10 @@ FORMS = {  # bytes of a block -> bits of a code, dtype of scales (None: per row)
     288: (4, torch.float16, False, 8),
     320: (4, torch.float16, True, 0),
     384: (4, torch.float32, True, 0),
+    640: (8, torch.float32, True, 0),
+    336: (8, torch.float32, False, 128),
 }
+NARROW = 336  # bytes of a block of 16 columns
 
 
 @record
@@ -66,6 +69,13 @@ class DynamicTiles(NamedTuple):
 
     tiles: Tiles
     scale: Tensor
+
+
+@record
+class NarrowTiles(NamedTuple):
+    """Tiles of blocks of 16 columns: the vectors have 16 zeros behind each 16 numbers."""
+
+    tiles: Tiles
 
 
 @native.once
@@ -135,6 +145,35 @@ def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> T
     return prepared_from([codes, scale, zero], make, "tiles")
 
 
+def tile_narrow(codes: Tensor, scale: Tensor, *, rows: int = 1) -> NarrowTiles | None:
+    """Tiles of int8 codes (N, K) in groups of 16 columns; None as above."""
+    if not _is_served(codes, rows, 8) or codes.shape[-1] != COLUMNS // 2 * scale.shape[-1]:
+        return None
+
+    def make() -> Tiles:
+        bytes_ = _blocks(codes.view(torch.uint8) ^ 128, 8, COLUMNS // 2)
+        after = _numbers(scale.float(), codes.shape[-1], COLUMNS // 2)
+        room = NARROW - bytes_.shape[-1] - after.shape[-1]
+        return Tiles(F.pad(torch.cat([bytes_, after], -1), (0, room)), _rows_of(len(codes)))
+
+    return NarrowTiles(prepared_from([codes, scale], make, "narrow tiles"))
+
+
+def tile_affine(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> Tiles | None:
+    """Tiles of uint8 codes (N, K) with zeros, in groups of whole blocks; None as above."""
+    if not _is_served(codes, rows, 8):
+        return None
+    K, G = codes.shape[-1], scale.shape[-1]
+    if K % G or K // G % COLUMNS:
+        return None
+
+    def make() -> Tiles:
+        after = [_numbers(part.float(), K) for part in (scale, zero)]
+        return Tiles(torch.cat([_blocks(codes, 8), *after], -1), _rows_of(len(codes)))
+
+    return prepared_from([codes, scale, zero], make, "tiles")
+
+
 def _is_served(codes: Tensor, rows: int, bits: int) -> bool:
     if type(codes) not in (Tensor, torch.nn.Parameter):  # fake tensors have no values
         return False
@@ -152,16 +191,16 @@ def _exact(scale: Tensor) -> Tensor:
     return scale if scale.dtype == torch.float16 else scale.float()
 
 
-def _blocks(codes: Tensor, bits: int) -> Tensor:
+def _blocks(codes: Tensor, bits: int, columns: int = COLUMNS) -> Tensor:
     """Codes (N, K) uint8 in the order of the operator.
 
     A 32-bit lane is a row, with 4 columns (of 4-bit codes, 4 more in the high nibbles).
     """
     N, K = codes.shape
-    padded = F.pad(codes, (0, -K % COLUMNS, 0, -N % ROWS))
+    padded = F.pad(codes, (0, -K % columns, 0, -N % ROWS))
     if bits == 8:
         return (
-            padded.view(-(-N // ROWS), ROWS, -(-K // COLUMNS), 8, 4)
+            padded.view(-(-N // ROWS), ROWS, -1, columns // 4, 4)
             .permute(0, 2, 3, 1, 4)
             .flatten(2)
             .contiguous()
@@ -172,25 +211,28 @@ def _blocks(codes: Tensor, bits: int) -> Tensor:
     )
 
 
-def _numbers(scale: Tensor, K: int) -> Tensor:
+def _numbers(scale: Tensor, K: int, columns: int = COLUMNS) -> Tensor:
     """Scales (N, G) as bytes for each block."""
     N, G = scale.shape
     each = F.pad(scale, (0, 0, 0, -N % ROWS)).view(-1, ROWS, G).mT
-    return each.repeat_interleave(K // COLUMNS // G, 1).contiguous().view(torch.uint8)
+    return each.repeat_interleave(K // columns // G, 1).contiguous().view(torch.uint8)
 
 
 def expand_tiles(blocks: Tensor, scale: Tensor | tuple[()], N: int, K: int) -> Tensor:
     """The matrix (N, K) in float32 of tiles."""
     bits, dtype, has_zero, offset = FORMS[blocks.shape[-1]]
-    size = ROWS * COLUMNS * bits // 8
+    narrow = blocks.shape[-1] == NARROW
+    size = ROWS * COLUMNS * bits // (16 if narrow else 8)
     codes = blocks[..., :size].unflatten(-1, (-1, ROWS, 4))  # tiles, blocks, 8 or 4, rows, 4
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], 2)
     codes = codes.permute(0, 3, 1, 2, 4).float() - offset  # tiles, rows, blocks, 8, 4
     if dtype is None:
         return codes.flatten(2).flatten(0, 1)[:N, :K] * scale
+    if narrow:  # zeros, as the vectors have
+        codes = F.pad(codes, (0, 0, 0, codes.shape[-2]))
     after = (
-        blocks[..., size:]
+        blocks[..., size : size + 4 * ROWS if narrow else None]
         .contiguous()
         .view(dtype)
         .unflatten(-1, (-1, ROWS))
@@ -206,8 +248,19 @@ def _(weight: Tiles, x: Tensor) -> Tensor:
     return products([weight], x)
 
 
+@linear.register
+def _(weight: NarrowTiles, x: Tensor) -> Tensor:
+    return products([weight.tiles], widened(x))
+
+
+def widened(x: Tensor) -> Tensor:
+    """x (*lead, K) with 16 zeros behind each 16 numbers, (*lead, 2 K)."""
+    half = COLUMNS // 2
+    return F.pad(x.unflatten(-1, (-1, half)), (0, half)).flatten(-2)
+
+
 def _several(weights: Sequence[Tiles], x: Tensor) -> tuple[Tensor, ...]:
-    return products(weights, x).split([weight.rows for weight in weights], -1)
+    return products(weights, x).split([one.rows for one in weights], -1)
 
 
 together[Tiles] = _several
@@ -249,8 +302,10 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
-def value(weight: Tiles | DynamicTiles, x: Tensor) -> Tensor:
+def value(weight: Tiles | DynamicTiles | NarrowTiles, x: Tensor) -> Tensor:
     """`linear` of x (n, K) outside of autograd and torch.func, without their dispatch."""
+    if isinstance(weight, NarrowTiles):
+        return value(weight.tiles, widened(x))
     if isinstance(weight, DynamicTiles):
         return value(weight.tiles, rounded(x, weight.scale.shape[-1])).to(x.dtype)
     with torch._C._AutoDispatchBelowAutograd():

@@ -16,8 +16,18 @@ from ..tree.selection import chooses_none
 from .formats import expand, is_quantized
 from .schemes import Scheme, int8
 
-MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down|mixer_in|mixer_gate|mixer_out)"
+MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down|q_down|kv_down|mixer_in|mixer_gate|mixer_out)"
 ENDS = r"embedding|head"
+
+
+def is_multiplied(path: str) -> bool:
+    """True for the path of a weight that layers only multiply or embed: it may be a record.
+
+    Example:
+        >>> is_multiplied("layers.0.q"), is_multiplied("layers.0.router")
+        (True, False)
+    """
+    return re.fullmatch(f"{MATRICES}|{ENDS}", path) is not None
 
 
 @door

@@ -182,7 +182,8 @@ def cost(
     )
     activation = here * config.width * nbytes
     add(TENSOR, "all_reduce", "forward", 2 * L, t, activation)
-    keys = 2 * here * max(1, config.kv_heads // t) * config.head_size * nbytes
+    sizes_of_head = sum(config.head_sizes)
+    keys = here * max(1, config.kv_heads // t) * sizes_of_head * nbytes
     if tokens > 1:
         add(CONTEXT, "permute", "forward", (c - 1) * 2 * L, c, keys / 2)
     else:
@@ -192,7 +193,7 @@ def cost(
             "forward",
             3 * L,
             c,
-            here * config.heads // t * (config.head_size + 2) * 4 / 3,
+            here * config.heads // t * (config.head_sizes[1] + 2) * 4 / 3,
         )
     per_leaf = _leaves(config)
     if sharded:
@@ -249,7 +250,7 @@ def cost(
     weights = (layer["matrices"] * L + ends) / t + layer["vectors"] * L
     operations = 2 * here * weights * (3 if training else 1)
     operations += (
-        4 * here * tokens / 2 * config.heads * config.head_size / t * L * (3 if training else 1)
+        2 * here * tokens / 2 * config.heads * sizes_of_head / t * L * (3 if training else 1)
     )
     kept = weights / (d if sharded else 1) * nbytes
     seconds = max(operations / flops, weights * nbytes / memory)

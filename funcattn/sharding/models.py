@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import caches, tree
-from ..caches import Branch, Cache, Delta, KVCache
+from ..caches import Branch, Cache, Delta, KVCache, make
 from ..collectives import agree
 from ..core import errors
 from ..core.autograd import has_tangent, transforming
@@ -29,7 +29,7 @@ from ..core.doors import door
 from ..masks import Mask
 from ..models import Model, Past, written
 from ..records import ABSENT, is_absent
-from ..transformer import TENSOR, Config, cache_layers, empty_cache
+from ..transformer import TENSOR, Config, cache_layers
 from ..tree import Tree
 from .devices import bind, refuse_transform, stacked
 from .mesh import Grid, Mesh, P, axes_of, is_spec
@@ -182,4 +182,5 @@ def _simulate(
 def _room(
     config: Config, n: int, size: int, *, kind: type = Cache, dtype: torch.dtype | None = None
 ) -> Tree:
-    return empty_cache(config, max(config.kv_heads, n), size, kind, dtype)
+    K, *features = config.cached
+    return make(kind, cache_layers(config), max(K, n), size, features, dtype)

@@ -16,7 +16,7 @@ from .. import layers, tree
 from ..core import errors
 from ..core.doors import door
 from ..layers import Weight
-from ..low_rank import Lora
+from ..low_rank import Lora, LoraStack
 from ..quantization import RECORDS
 from ..records import is_absent
 from ..transformer import DATA, TENSOR, Config, Layer, shapes
@@ -98,8 +98,17 @@ def _spec(cut: Division, rank: int, data: str | None) -> PartitionSpec:
 @layers.fields.register(Lora)
 def _(weight: Lora, division: layers.layouts.Division) -> Lora:
     rows, columns = (*division, None, None)[:2]
-    fields: Tree = (layers.fields(weight.base, division), (None, columns), (rows, None), ())
+    base, gain = layers.fields(weight.base, division), weight.gain
+    fields: Tree = (base, (None, columns), (rows, None), (), gain if is_absent(gain) else (rows,))
     return Lora(*fields)
+
+
+@layers.fields.register(LoraStack)
+def _(weight: LoraStack, division: layers.layouts.Division) -> LoraStack:
+    one: Lora = layers.fields(Lora(*weight), division)
+    a, b, gain = (None, *one.a), (None, *one.b), weight.gain
+    fields: Tree = (one.base, a, b, (None,), gain if is_absent(gain) else (None, *one.gain))
+    return LoraStack(*fields)
 
 
 def _quantized(weight: Weight, division: layers.layouts.Division) -> Tree:
@@ -107,8 +116,12 @@ def _quantized(weight: Weight, division: layers.layouts.Division) -> Tree:
     division = (*division, *(None,) * (weight.codes.dim() - len(division)))
 
     def one(name: str, field: Tensor) -> layers.layouts.Division:
-        if name == "levels":
-            return (None,) * field.dim()
+        if name == "order" and division[-1] is not None:
+            remedy = "Keep it whole by a rule with P() of its own, or fa.dequantize(params) first."
+            wanted = "cut along its rows alone: its inputs are in an order of their own"
+            errors.fail("shard", "a weight in act-order", wanted, f"P{division}", remedy)
+        if name in ("levels", "order"):
+            return *division[:-2], None
         return division[:-1] + (
             (None,) if name != "codes" and field.shape[-1] == 1 else division[-1:]
         )
@@ -219,7 +232,7 @@ def _within(spec: PartitionSpec, sizes: dict[str, int]) -> PartitionSpec:
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:
-    if isinstance(weight, Lora):
+    if isinstance(weight, (Lora, LoraStack)):
         return _shape(weight.base)
     return tuple(weight.shape)
 

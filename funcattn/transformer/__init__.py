@@ -30,11 +30,21 @@ from .forward import (
     run_layers,
 )
 from .layer import LayerContext, LayerDelta, block
-from .lengths import cache_layers, continues, empty_cache, length_of, noted
+from .lengths import cache_layers, continues, length_of, noted
 from .likelihoods import token_losses, vocabulary_size, weighted_loss
 from .model import decoder
 from .partition import DATA, TENSOR
-from .rereading import along, first_chunk, follower, one_by_one, places, renewed
+from .rereading import (
+    along,
+    along_tree,
+    first_chunk,
+    follower,
+    hidden_of_tree,
+    one_by_one,
+    places,
+    renewed,
+    rows_of_path,
+)
 from .weights import Layer, Params, initialize, shapes
 
 # Deprecated names.
@@ -54,19 +64,20 @@ __all__ = [
     "Params",
     "TENSOR",
     "along",
+    "along_tree",
     "begin",
     "block",
     "cache_layers",
     "continues",
     "decoder",
     "embed_tokens",
-    "empty_cache",
     "final_norm",
     "forward_pass",
     "finish",
     "first_chunk",
     "follower",
     "head",
+    "hidden_of_tree",
     "initialize",
     "layer_context",
     "length_of",
@@ -79,6 +90,7 @@ __all__ = [
     "positions_of",
     "predict",
     "renewed",
+    "rows_of_path",
     "run_layers",
     "shapes",
     "token_losses",

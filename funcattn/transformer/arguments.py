@@ -34,7 +34,7 @@ def positions_of(
 
 def _check_past(cache: KVCache, config: Config) -> None:
     wanted, got = (
-        (lengths.cache_layers(config), parallel.heads(config)[1], config.cached_size),
+        (lengths.cache_layers(config), *parallel.cached(config)[:2]),
         caches.sizes(cache),
     )
     if got != wanted:

@@ -5,8 +5,9 @@ from checkpoints.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from .. import layers
 from ..core import errors
@@ -15,11 +16,12 @@ from ..layers import RopeScaling
 from .mixers import ATTENTIVE, STATELESS, check_mixers, check_parts
 
 NORMS = ("rms", "layer")
-HEAD_NORMS = ("none", "rms", "rms_width", "layer", "unit")
+HEAD_NORMS = ("none", "rms", "rms_width", "layer", "layer_bias", "unit")
 PLACEMENTS = ("before", "after", "around", "residual")
-SCORES = ("softmax", "sigmoid")
+SCORES = ("softmax", "sigmoid", "sparsemixer")
 POSITIONS = ("rotary", "learned", "alibi", "none")
-ATTENTION_GATES = ("none", "sigmoid", "softplus", "head_sigmoid", "head_softplus")
+GATES = ("none", "width", "head")
+GATE_ACTIVATIONS = ("sigmoid", "softplus")
 
 
 class LayerSpec(NamedTuple):
@@ -77,8 +79,8 @@ class Config:
     qkv_bias: bool = False
     output_bias: bool = False
     # Norm of queries and keys before rotation: "rms" one weight (D,) for every head, "rms_width"
-    # over all heads together, "layer" a layer norm with weights (H, D), "unit" an RMS norm without
-    # weights in the layers that turn.
+    # over all heads together, "layer" a layer norm with weights (H, D), "layer_bias" one with
+    # weight and bias (D,), "unit" an RMS norm without weights in the layers that turn.
     head_norm: str = "none"
     late_head_norm: bool = False  # that norm, of each head, after rotation
     qkv_limit: float | None = None  # queries, keys and values are clamped to [-limit, limit]
@@ -88,13 +90,18 @@ class Config:
     attention_temperature: tuple[float, int] | None = None
     # True: positions count from 1, and only in layers that do not turn
     late_temperature: bool = False
-    # factor of what attention mixes, of the same input: "sigmoid" or "softplus" of each feature,
-    # or "head_sigmoid" or "head_softplus", one for each head
+    # Attention's output times an activation of its input: "width" each feature, "head" each head.
     attention_gate: str = "none"
+    gate_activation: str = "sigmoid"  # or "softplus"
     sinks: bool = False  # one learned logit per head whose value is 0
     window: int | None = None  # tokens each token attends to, itself included
     window_layers: tuple[bool, ...] = ()  # layers with the window
     chunked: bool = False  # the window is a chunk of the text: tokens of a chunk see each other
+
+    # Values of another size than keys, and multi-head latent attention (see transformer.latent).
+    value_size: int | None = None  # Dv, features of a value; None is head_size
+    latent_size: int = 0  # R: keys and values are made of R features a token; 0 is of the residual
+    query_latent_size: int = 0  # so are queries, of so many others; 0 is of the residual
 
     # Recurrent layers, by kind: see `recurrent`. Their state is cached in the place of rows.
     mixers: tuple[str, ...] = ()  # the kind of each layer, of MIXERS; () is attention in all
@@ -147,10 +154,13 @@ class Config:
     expert_layers: tuple[bool, ...] = ()  # layers with experts; the others are dense
     normalized_routing: bool = True  # weights of the selected experts sum to one
     router_bias: bool = False
-    router_scores: str = "softmax"  # or "sigmoid", of each expert alone; see layers.route
+    # or "sigmoid", of each expert alone, or "sparsemixer"; see layers.route
+    router_scores: str = "softmax"
+    router_margin: float = 0.0  # of "sparsemixer": experts within twice that of the best share
     choice_bias: bool = False  # added to the scores for the choice of experts, not to their weights
     expert_groups: int = 1  # experts are chosen within the groups of greatest scores
     groups_per_token: int = 1
+    group_best: int = 2  # the score of a group is the sum of so many, its best
     routing_scale: float = 1.0  # factor of the weights of experts
     shared_size: int = 0  # F of an expert that every token takes; 0 is none
     shared_gated: bool = False  # its output times a sigmoid of one more row
@@ -202,7 +212,8 @@ class Config:
             ("norm_placement", PLACEMENTS),
             ("positions", POSITIONS),
             ("router_scores", SCORES),
-            ("attention_gate", ATTENTION_GATES),
+            ("attention_gate", GATES),
+            ("gate_activation", GATE_ACTIVATIONS),
         ):
             if getattr(self, name) not in choices:
                 wanted = f"one of {', '.join(map(repr, choices))}"
@@ -229,6 +240,7 @@ class Config:
                     f"even, and at most head_size = {self.head_size}",
                     "Rotary angles turn pairs of features.",
                 )
+        self._check_latent(fail)
         if self.window is not None and self.window < 1:
             fail("window", "None or at least 1", "Each token sees itself.")
         if self.experts and not (
@@ -254,6 +266,8 @@ class Config:
                 f"groups_per_token = {kept} that hold experts_per_token = {self.experts_per_token}",
                 "Choose from fewer, larger groups.",
             )
+        if self.group_best not in (1, 2):
+            fail("group_best", "1 or 2", "Groups are ranked by their best score or their best two.")
         if self.late_head_norm and self.head_norm not in ("rms", "layer", "unit"):
             wanted = 'False without a head_norm of "rms", "layer" or "unit"'
             fail("late_head_norm", wanted, "Set both.")
@@ -275,6 +289,46 @@ class Config:
                 "Set parallel=True, or let each have its norm.",
             )
 
+    def _check_latent(self, fail: Callable[[str, str, str], NoReturn]) -> None:
+        for name, least in (("value_size", 1), ("latent_size", 0), ("query_latent_size", 0)):
+            size = getattr(self, name)
+            if not (name == "value_size" and size is None) and not errors.is_count(size, least):
+                fail(name, f"a number of features, {least} or more", "Sizes are whole numbers.")
+        if not self.latent_size:
+            if self.query_latent_size:
+                fail("query_latent_size", "0 without a latent_size", "Set both.")
+            return
+        if self.rotary_size is None or not 0 < self.rotary_size < self.head_size:
+            wanted = f"between 0 and head_size = {self.head_size} with a latent_size"
+            fail("rotary_size", wanted, "So many features of a key are the same in all heads.")
+        if self.kv_heads != self.heads:
+            wanted = f"heads = {self.heads} with a latent_size"
+            fail("kv_heads", wanted, "Each head makes its own keys and values of the latent.")
+        for name, neutral in (("head_norm", "none"), ("qkv_limit", None)):
+            if getattr(self, name) != neutral:
+                fail(name, f"{neutral!r} with a latent_size", "No family has both.")
+
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Features of a key, D, and of a value, Dv."""
+        return self.head_size, self.head_size if self.value_size is None else self.value_size
+
+    @property
+    def cached(self) -> tuple[int, int, int]:
+        """Heads, features of keys and features of values that a cache holds of a token in a layer.
+
+        Of latent attention it is one row, of the latent and the rotated part of the key.
+
+        Example:
+            >>> Config(heads=4, kv_heads=4, rotary_size=8, latent_size=32).cached
+            (1, 40, 0)
+        """
+        if self.latent_size:
+            return 1, self.latent_size + (self.rotary_size or 0), 0
+        D, Dv = self.head_sizes
+        more = layers.ALIBI_COLUMNS if self.positions == "alibi" else 0
+        return self.kv_heads, D + more, Dv
+
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The numbers of the layers with attention: those of the rows of a cache, in order."""
@@ -289,11 +343,6 @@ class Config:
     def scale(self) -> float:
         """The factor of attention logits."""
         return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
-
-    @property
-    def cached_size(self) -> int:
-        """Features of a key and of a value in a cache."""
-        return self.head_size + (layers.ALIBI_COLUMNS if self.positions == "alibi" else 0)
 
     def layer_spec(self, layer: int) -> LayerSpec:
         """The spec of a layer.

@@ -21,7 +21,7 @@ from ..masks import Mask
 from ..records import is_absent
 from ..rematerialization import remat
 from ..taps import tap
-from . import parallel, recurrent
+from . import head_groups, latent, parallel, recurrent
 from .config import Config, LayerSpec
 from .weights import Layer
 
@@ -55,6 +55,7 @@ def block(
     kernel: str | Kernel | None,
     rows: int = 0,
     state: State = (),
+    read: Tensor | None = None,
 ) -> tuple[Tensor, LayerDelta]:
     """One layer: the residual (*lead, T, E) after it, and what new tokens add to its cache.
 
@@ -66,16 +67,19 @@ def block(
         past: segments of the cached keys and values of this layer; none without a cache.
         name: of the layer, for taps: `layers.3`.
         kernel: of attention; None chooses.
-        rows: positions whose feed-forward is computed at a time, each block rematerialized; 0 is
-            all.
+        rows: positions whose feed-forward is computed at a time, each block rematerialized, as are
+            the groups of heads; 0 is all.
         state: that of a recurrent layer after the cached tokens; `()` without a cache.
+        read: (*lead, T, any width), what attention reads in the place of the norm of x.
     """
     y, attended, new = x, None, LayerDelta((), ())
     if spec.mixer != "none":
-        if not is_absent(weights.attention_norm):
+        if read is not None:
+            y = read
+        elif not is_absent(weights.attention_norm):
             y = _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
         x = y if config.norm_placement == "residual" else x
-        attended, new = _mix(config, spec, weights, y, context, past, state, name, kernel)
+        attended, new = _mix(config, spec, weights, y, context, past, state, name, kernel, rows)
         if not is_absent(weights.attention_after_norm):
             attended = _norm(config, attended, weights.attention_after_norm, ())
         attended = tap(f"{name}.attention.output", attended)
@@ -130,6 +134,7 @@ def _mix(
     state: State,
     name: str,
     kernel: str | Kernel | None,
+    rows: int,
 ) -> tuple[Tensor, LayerDelta]:
     """What attention, a recurrent layer or both of the same y add to the residual, and to the
     cache.
@@ -139,16 +144,17 @@ def _mix(
         return recurred[0], LayerDelta((), (), recurred[1])
     inward, _, outward = config.attention_factors or (1.0, 1.0, 1.0)
     y = layers.times(y, inward)
-    attended, new = _attend(config, spec, weights, y, context, past, name, kernel)
-    attended = layers.times(attended, outward)
-    return (
-        (attended, new)
-        if recurred is None
-        else (
-            recurred[0] + attended,
-            new._replace(steps=recurred[1]),
+    if rows and rows < y.shape[-2] and head_groups.can_split(config, weights, past):
+        apart = lambda config, weights, y, context: _attend(
+            config, spec, weights, y, context, (), name, kernel
         )
-    )
+        attended, k, v = head_groups.by_groups(apart, config, weights, y, context)
+    else:
+        attended, k, v = _attend(config, spec, weights, y, context, past, name, kernel)
+    attended = layers.times(attended, outward)
+    if recurred is None:
+        return attended, LayerDelta(k, v)
+    return recurred[0] + attended, LayerDelta(k, v, recurred[1])
 
 
 def _attend(
@@ -160,18 +166,25 @@ def _attend(
     past: Sequence[Part],
     name: str,
     kernel: str | Kernel | None,
-) -> tuple[Tensor, LayerDelta]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What attention adds to the residual, and k, v (*lead, K, T, D) of the new tokens."""
     y = tap(f"{name}.attention.input", parallel.copy_to_region(y))
-    (H, K), D = parallel.heads(config), config.head_size
+    if config.latent_size:
+        of_tokens = context.rotation, context.mask, context.temperature
+        mixed, row = latent.attend(
+            config, spec, weights, y, *of_tokens, past, name=name, kernel=kernel
+        )
+        mixed = tap(f"{name}.attention.mixed", mixed)
+        return _affine(weights.o, weights.o_bias, mixed, ends=True), row, row[..., :0]
+    (H, K), (D, Dv) = parallel.heads(config), config.head_sizes
     q, k, v = _affines(
         (weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y
     )
     k = layers.times(k, config.attention_factors[1]) if config.attention_factors else k
-    q = _heads(config, q, weights.q_norm, H, D)
-    k = _heads(config, k, weights.k_norm, K, D)
+    q = _heads(config, q, weights.q_norm, weights.q_norm_bias, H, D)
+    k = _heads(config, k, weights.k_norm, weights.k_norm_bias, K, D)
     # torch.unflatten: torch.compile cannot trace the method under a default device.
-    v = torch.unflatten(v, -1, (K, D)).transpose(-2, -3)
+    v = torch.unflatten(v, -1, (K, Dv)).transpose(-2, -3)
     if config.qkv_limit is not None:
         q, k, v = (x.clamp(-config.qkv_limit, config.qkv_limit) for x in (q, k, v))
     if spec.rotary:
@@ -179,7 +192,7 @@ def _attend(
         q, k = layers.rotate(q, context.rotation), layers.rotate(k, context.rotation)
     if config.late_head_norm and (spec.rotary or config.head_norm != "unit"):
         q, k = (
-            _head_norm(config, x.transpose(-2, -3), norm).transpose(-2, -3)
+            _head_norm(config, x.transpose(-2, -3), norm, ()).transpose(-2, -3)
             for x, norm in ((q, weights.q_norm), (k, weights.k_norm))
         )
     if isinstance(context.temperature, Tensor):
@@ -194,7 +207,6 @@ def _attend(
             torch.cat([x, more.expand(*x.shape[:-1], more.shape[-1])], -1)
             for x, more in zip((q, k), context.columns, strict=True)
         )
-        v = torch.nn.functional.pad(v, (0, context.columns[1].shape[-1]))
     if parallel.in_parts():
         out = parallel.attend(config, spec, q, k, v, context.mask, past, kernel)
     elif not past and config.attention_cap is None and not config.sinks:
@@ -205,9 +217,9 @@ def _attend(
         out = kernels.attend_parts(
             q, parts, scale=config.scale, cap=config.attention_cap, sinks=sinks, kernel=kernel
         )
-    mixed = _gate(config, weights, y, out[..., :D].transpose(-2, -3)).flatten(-2)
+    mixed = _gate(config, weights, y, out.transpose(-2, -3)).flatten(-2)
     mixed = tap(f"{name}.attention.mixed", mixed)
-    return _affine(weights.o, weights.o_bias, mixed, ends=True), LayerDelta(k, v)
+    return _affine(weights.o, weights.o_bias, mixed, ends=True), k, v
 
 
 def _gate(config: Config, weights: Layer, y: Tensor, mixed: Tensor) -> Tensor:
@@ -215,27 +227,27 @@ def _gate(config: Config, weights: Layer, y: Tensor, mixed: Tensor) -> Tensor:
     if config.attention_gate == "none":
         return mixed
     gate = torch.unflatten(layers.linear(weights.attention_gate, y), -1, (mixed.shape[-2], -1))
-    if config.attention_gate.endswith("sigmoid"):
+    if config.gate_activation == "sigmoid":
         return mixed * torch.sigmoid(gate)
     wide = gate if gate.element_size() > 2 else gate.float()
     return mixed * torch.nn.functional.softplus(wide).to(mixed.dtype)
 
 
-def _heads(config: Config, x: Tensor, norm: Weight, heads: int, D: int) -> Tensor:
+def _heads(config: Config, x: Tensor, norm: Weight, bias: Weight, heads: int, D: int) -> Tensor:
     """(*lead, T, heads D) to (*lead, heads, T, D), with the head norm of the config."""
     if config.head_norm == "rms_width":
         x = _norm(config, x, norm, ())
     x = torch.unflatten(x, -1, (heads, D))
-    x = x if config.late_head_norm else _head_norm(config, x, norm)
+    x = x if config.late_head_norm else _head_norm(config, x, norm, bias)
     return x.transpose(-2, -3)
 
 
-def _head_norm(config: Config, x: Tensor, norm: Weight) -> Tensor:
+def _head_norm(config: Config, x: Tensor, norm: Weight, bias: Weight) -> Tensor:
     """The norm of each head of (*lead, T, H, D)."""
     if config.head_norm == "rms":
         return layers.rms_norm(x, norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    if config.head_norm == "layer":
-        return layers.layer_norm(x, norm, epsilon=config.norm_epsilon)
+    if config.head_norm in ("layer", "layer_bias"):
+        return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
     if config.head_norm == "unit":
         return layers.rms_norm(x, x.new_ones(x.shape[-1]), epsilon=config.norm_epsilon)
     return x
@@ -283,7 +295,8 @@ def _dense(config: Config, name: str, weights: FeedForward, y: Tensor) -> Tensor
 def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
     """The mixture of experts: each selected pair (token, expert) is one row of a product."""
     router, read = weights.router, y
-    if config.choice_bias and isinstance(router, Tensor) and y.element_size() < 4:
+    precise = config.choice_bias or config.latent_size > 0
+    if precise and isinstance(router, Tensor) and y.element_size() < 4:
         router, read = router.float(), y.float()  # as in the published models
     scores = tap(f"{name}.feed_forward.router", _affine(router, weights.router_bias, read))
     share, expert = layers.route(
@@ -293,7 +306,9 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
         scores=config.router_scores,
         choice_bias=weights.choice_bias,
         groups=(config.expert_groups, config.groups_per_token),
+        group_best=config.group_best,
         scale=config.routing_scale,
+        margin=config.router_margin,
     )
     chosen = expert.flatten()
     rows = y.unsqueeze(-2).expand(*expert.shape, -1)

@@ -31,7 +31,7 @@ from ..core import errors
 from ..masks import Mask
 from ..models import Past
 from ..records import ABSENT, is_absent
-from . import parallel, recurrent
+from . import parallel
 from .config import Config
 
 BASE = 8  # of the digits of a token id
@@ -75,15 +75,7 @@ def cache_layers(config: Config) -> int:
     """Layers of a cache: those with attention, and those that store the text where it is needed."""
     if not config.follows_length:
         return len(config.attention_layers)
-    return config.layers + -(-(1 + _digits(config)) // (2 * config.head_size))
-
-
-def empty_cache(
-    config: Config, heads: int, size: int, kind: CacheKind, dtype: torch.dtype | None
-) -> KVCache:
-    """An empty cache of a kind, with room for `size` tokens and `heads` key/value heads."""
-    rows = kind.empty(cache_layers(config), heads, size, config.cached_size, dtype)
-    return recurrent.with_states(config, rows, dtype)
+    return config.layers + -(-(1 + _digits(config)) // sum(config.cached[1:]))
 
 
 def length_of(places: Tensor) -> Tensor:
@@ -144,16 +136,16 @@ def noted(config: Config, delta: Delta, tokens: Tensor, length: Tensor) -> Delta
     """The delta with layers that store its token ids, where angles follow the length."""
     if not config.follows_length:
         return delta
-    k, D = delta.k[0], config.head_size
+    k, (_, *features) = delta.k[0], config.cached
     powers = BASE ** torch.arange(_digits(config), device=tokens.device)
     beyond = (length > _context(config)).long()
     beyond = (beyond if beyond.dim() == tokens.dim() else beyond.unsqueeze(-1)).expand(tokens.shape)
     # (*lead, T, 1 + digits)
     row = torch.cat([beyond.unsqueeze(-1), tokens.unsqueeze(-1) // powers % BASE], -1)
     more = cache_layers(config) - config.layers
-    row = F.pad(row, (0, 2 * D * more - row.shape[-1])).to(k.dtype).unsqueeze(-3)
-    # each (*lead, K, T, D)
-    sides = torch.unflatten(row.expand(*k.shape[:-1], -1), -1, (2 * more, D)).unbind(-2)
+    row = F.pad(row, (0, sum(features) * more - row.shape[-1])).to(k.dtype).unsqueeze(-3)
+    # keys (*lead, K, T, D) and values (*lead, K, T, Dv) in turn
+    sides = row.expand(*k.shape[:-1], -1).split(features * more, -1)
     return Delta((*delta.k, *sides[::2]), (*delta.v, *sides[1::2]))
 
 

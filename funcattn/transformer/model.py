@@ -58,8 +58,8 @@ def decoder(
             chooses.
         remat: save only the input of each layer for the backward pass, and recompute the rest:
             less memory, more time. A number saves the inputs of some sqrt(layers) segments only,
-            and computes the feed-forward of so many positions at a time: the least memory, for one
-            more forward pass.
+            and computes attention by groups of heads and the feed-forward of so many positions at a
+            time: the least memory, for one more forward pass.
 
     Raises:
         ValueError: tokens outside the vocabulary; a sequence longer than `config.context`
@@ -132,7 +132,9 @@ def decoder(
                 "Pass one such as torch.bfloat16.",
                 TypeError,
             )
-        return lengths.empty_cache(config, parallel.heads(config)[1], size, kind, dtype)
+        heads, *features = parallel.cached(config)
+        rows = caches.make(kind, lengths.cache_layers(config), heads, size, features, dtype)
+        return recurrent.with_states(config, rows, dtype)
 
     @door
     def hidden(

@@ -76,6 +76,12 @@ def heads(config: Config) -> tuple[int, int]:
     return H // n, max(1, K // n)
 
 
+def cached(config: Config) -> tuple[int, int, int]:
+    """`Config.cached` of this device: latents are replicated."""
+    K, D, Dv = config.cached
+    return (K if config.latent_size else heads(config)[1]), D, Dv
+
+
 def slopes(config: Config, device: torch.device) -> Tensor:
     """The slopes (H,) of ALiBi of this device's query heads, float32."""
     every = torch.tensor(layers.slopes(config.heads), dtype=torch.float32, device=device)

@@ -7,6 +7,7 @@
     embedding head                rows: shards of the vocabulary columns
     positions                     replicated                     columns
     recurrent layers              replicated                     columns or rows
+    q_down kv_down                replicated, in a region        columns
     norms, routers, the rest      replicated                     replicated
 
 `sharding.tensor_parallel` and `fsdp` derive their specs from it; `parallel` derives the local
@@ -46,6 +47,7 @@ CUTS = {
     "positions": Cut(data=-1),
     "attention_gate": Cut(-2, -1),
     "activation_weights": Cut(region=True),
+    **dict.fromkeys(("q_norm_bias", "k_norm_bias"), Cut(region=True)),
     **dict.fromkeys(("embedding_norm", "embedding_norm_bias"), WHOLE),
     **dict.fromkeys(("transform", "transform_bias"), WHOLE),
     **dict.fromkeys(("transform_norm", "transform_norm_bias"), WHOLE),
@@ -59,6 +61,9 @@ CUTS = {
     "q_norm": Cut(-2, region=True),
     "k_norm": Cut(-2, of_kv=True, region=True),
     **dict.fromkeys(("router", "router_bias", "choice_bias", "shared_router"), Cut(region=True)),
+    **dict.fromkeys(("q_down", "kv_down"), Cut(data=-1, region=True)),
+    **dict.fromkeys(("q_down_norm", "q_down_bias", "kv_down_norm"), Cut(region=True)),
+    "kv_down_bias": Cut(region=True),
     "head_bias": Cut(-1),
     **dict.fromkeys(
         ("attention_norm", "feed_forward_norm", "attention_after_norm", "feed_forward_after_norm"),
@@ -125,6 +130,14 @@ def division(
         None if axis is None or rank + axis < 0 else rank + axis for axis in (cut.tensor, cut.data)
     )
     few = config is not None and config.kv_heads < n and cut.of_kv and tensor is not None
-    block = config.head_size if config is not None and cut.by_head else 1
+    block = _block(config, name) if config is not None and cut.by_head else 1
     region = cut.region or tensor is not None
     return Division(None if few else tensor, data, block, few, region, cut.once)
+
+
+def _block(config: Config, name: str) -> int:
+    """Rows of one head: features of a query or key, or of a value."""
+    D, Dv = config.head_sizes
+    if name.startswith("v"):
+        return Dv
+    return D - (config.rotary_size or 0) if name == "k" and config.latent_size else D

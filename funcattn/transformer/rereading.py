@@ -91,6 +91,60 @@ def along(model: Model, params: Tree, tokens: Tensor, cache: KVCache) -> tuple[T
     return torch.stack([logits[-1] for logits, _ in each]), each[-1][1]
 
 
+def hidden_of_tree(
+    model: Model, params: Tree, tokens: Tensor, cache: KVCache, *, above: Tensor
+) -> tuple[Tensor, Delta]:
+    """`model.hidden` of a tree of drafts: each node sees the cache, itself and the nodes above it.
+
+    Its position is its depth behind the cache.
+
+    Args:
+        tokens: int64 (M + 1,), node 0 is the last token of the text.
+        above: bool (M + 1, M + 1), [n, a] True where a is n or above it.
+    """
+    positions = cache.length + above.long().sum(-1) - 1
+    return model.hidden(params, tokens, cache, mask=above, positions=positions)
+
+
+def along_tree(
+    model: Model, params: Tree, tokens: Tensor, cache: KVCache, *, above: Tensor, depth: int
+) -> tuple[Tensor, Delta]:
+    """`along` for a tree: row n has the logits of the text that ends with the token of node n.
+
+    Raises:
+        TypeError: a cache that drops or encodes tokens within a draft of this depth.
+    """
+    all_near = isinstance(cache, Ring) and depth <= cache.k.shape[-2]
+    if not all_near and not caches.keeps_all(cache):
+        got = (
+            f"a {type(cache).__name__}, in which a token of a draft may not see another as it came"
+        )
+        remedy = "Draft a chain, which is read token by token there; or use a longer window."
+        errors.fail(
+            "speculate", "cache", f"one that keeps {depth + 1} tokens", got, remedy, TypeError
+        )
+    x, delta = hidden_of_tree(model, params, tokens, cache, above=above)
+    config = follower(model)
+    if config is None or config.rope_scaling is None:
+        return model.logits(params, x), delta
+    nodes = torch.arange(len(tokens), device=tokens.device)
+    rows = []
+    for n in range(len(tokens)):  # each text by itself, since its length sets its angles
+        on, count = above[n], above[n].long().sum()
+        order = torch.where(on, nodes, len(tokens)).sort().values[: depth + 1]
+        path = tokens.index_select(0, order.clamp(max=len(tokens) - 1))
+        here = cache.length + torch.minimum(nodes[: depth + 1], count - 1)
+        each, _ = model.hidden(params, path, cache, positions=here)
+        rows.append(each.index_select(0, (count - 1).reshape(1))[0])
+    return model.logits(params, torch.stack(rows)), delta
+
+
+def rows_of_path(delta: Delta, rows: Tensor) -> Delta:
+    """The rows int64 (N,) of a delta, in this order: those of a path through a tree."""
+    take = lambda sides: tuple(side.index_select(-2, rows) for side in sides)
+    return Delta(take(delta.k), take(delta.v))
+
+
 def renewed(model: Model, params: Tree, cache: KVCache) -> KVCache:
     """The cache, its rows recomputed if they have the angles of another length than its own.
 

@@ -48,7 +48,15 @@ class Layer(NamedTuple):
     shared_up: Weight = ABSENT  # (F, E)
     shared_down: Weight = ABSENT  # (E, F)
     shared_router: Weight = ABSENT  # (1, E)
+    q_down: Weight = ABSENT  # (Rq, E): q is (H D, Rq) behind it
+    q_down_norm: Weight = ABSENT  # (Rq,)
+    q_down_bias: Weight = ABSENT  # (Rq,)
+    kv_down: Weight = ABSENT  # (R + rotary_size, E): k is (H (D - rotary_size), R), v (H Dv, R)
+    kv_down_norm: Weight = ABSENT  # (R,)
+    kv_down_bias: Weight = ABSENT  # (R + rotary_size,)
     attention_gate: Weight = ABSENT  # (H D, E), or (H, E)
+    q_norm_bias: Weight = ABSENT  # (D,)
+    k_norm_bias: Weight = ABSENT  # (D,)
     activation_weights: Weight = ABSENT  # (2,)
     # Of a recurrent layer; C features are convolved, Hv heads have a state.
     mixer_in: Weight = ABSENT  # (C, E), what is convolved, of short convolutions (3 C, E)
@@ -120,6 +128,7 @@ def _layer(config: Config, number: int) -> Layer:
         "rms": lambda n: (D,),
         "rms_width": lambda n: (n * D,),
         "layer": lambda n: (n, D),
+        "layer_bias": lambda n: (D,),
         "unit": lambda n: ABSENT,
     }
     placement = config.norm_placement
@@ -128,14 +137,18 @@ def _layer(config: Config, number: int) -> Layer:
     before, after = placement != "after", placement in ("after", "around")
     mixes, feeds = spec.mixer != "none", spec.feeds
     first = before and (number > 0 or config.first_norm) and mixes
-    gates = H if config.attention_gate.startswith("head") else H * D
+    gates = {"none": 0, "head": H, "width": H * D}[config.attention_gate] if attends else 0
     two, shared = not config.shared_norm, experts and config.shared_size > 0
+    Dv = config.head_sizes[1]
+    R, Rq = (config.latent_size, config.query_latent_size) if attends else (0, 0)
+    turning = config.rotary_size or 0
+    biased = attends and config.qkv_bias and not R
     return Layer(
         attention_norm=where(first, (E,)),
-        q=where(attends, (H * D, E)),
-        k=where(attends, (K * D, E)),
-        v=where(attends, (K * D, E)),
-        o=where(attends, (E, H * D)),
+        q=where(attends, (H * D, Rq or E)),
+        k=where(attends, (H * (D - turning), R) if R else (K * D, E)),
+        v=where(attends, (K * Dv, R or E)),
+        o=where(attends, (E, H * Dv)),
         feed_forward_norm=where(before and two and feeds, (E,)),
         gate=where(config.gated and feeds, (*many, F, E)),
         up=where(feeds, (*many, F, E)),
@@ -147,9 +160,9 @@ def _layer(config: Config, number: int) -> Layer:
         q_norm=where(attends, head_norm[config.head_norm](H)),
         k_norm=where(attends, head_norm[config.head_norm](K)),
         sinks=where(attends and config.sinks, (H,)),
-        q_bias=where(attends and config.qkv_bias, (H * D,)),
-        k_bias=where(attends and config.qkv_bias, (K * D,)),
-        v_bias=where(attends and config.qkv_bias, (K * D,)),
+        q_bias=where(biased, (H * D,)),
+        k_bias=where(biased, (K * D,)),
+        v_bias=where(biased, (K * Dv,)),
         o_bias=where(attends and config.output_bias, (E,)),
         gate_bias=where(config.feed_forward_bias and config.gated and feeds, (*many, F)),
         up_bias=where(config.feed_forward_bias and feeds, (*many, F)),
@@ -161,7 +174,15 @@ def _layer(config: Config, number: int) -> Layer:
         shared_up=where(shared, (config.shared_size, E)),
         shared_down=where(shared, (E, config.shared_size)),
         shared_router=where(shared and config.shared_gated, (1, E)),
-        attention_gate=where(attends and config.attention_gate != "none", (gates, E)),
+        q_down=where(Rq, (Rq, E)),
+        q_down_norm=where(Rq, (Rq,)),
+        q_down_bias=where(Rq and config.qkv_bias, (Rq,)),
+        kv_down=where(R, (R + turning, E)),
+        kv_down_norm=where(R, (R,)),
+        kv_down_bias=where(R and config.qkv_bias, (R + turning,)),
+        attention_gate=where(gates, (gates, E)),
+        q_norm_bias=where(attends and config.head_norm == "layer_bias", (D,)),
+        k_norm_bias=where(attends and config.head_norm == "layer_bias", (D,)),
         activation_weights=where(config.activation == "xielu" and feeds, (2,)),
         **_mixer(config, spec),
     )

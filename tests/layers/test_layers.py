@@ -170,6 +170,25 @@ def test_linear_and_embed_take_a_tensor_or_the_record_of_a_user():
         assert torch.equal(layers.embed(weight, ids), W[ids])
 
 
+@pytest.mark.parametrize("scheme", [None, fa.int8, fa.int4(group=2), fa.nf4(group=2), fa.fp8])
+def test_a_dense_matrix_is_that_of_the_product(scheme):
+    """Of a tensor, a quantized record, an adaptation of one, and a record that only multiplies."""
+    x = fa.random.normal(fa.key(1), (3, 8))
+    plain = {"q": fa.random.normal(fa.key(0), (6, 8))}
+    weight = plain["q"] if scheme is None else fa.quantize(scheme, "q")(plain)["q"]
+    adapted = fa.lora(2, "q")(fa.key(2), {"q": weight})["q"]._replace(b=torch.ones(6, 2))
+    for one in (weight, adapted, Doubled(plain["q"] / 2)):
+        dense = layers.dense(one, 8, x)
+        assert dense.dtype == x.dtype
+        torch.testing.assert_close(x @ dense.mT, layers.linear(one, x), rtol=0, atol=1e-5)
+    assert layers.dense(adapted, 8, x.double()).dtype == torch.float64
+    ways = [
+        grad(lambda scale, f=f: f(adapted._replace(scale=scale)).square().sum())(adapted.scale)
+        for f in (lambda w: x @ layers.dense(w, 8, x).mT, lambda w: layers.linear(w, x))
+    ]
+    torch.testing.assert_close(*ways, rtol=1e-5, atol=0)
+
+
 def test_several_weights_times_the_same_vectors_are_each_of_them(monkeypatch):
     several, x, calls = (
         [normal(0, 5, 3), Doubled(normal(1, 4, 3)), normal(2, 2, 3)],

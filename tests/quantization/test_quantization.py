@@ -743,3 +743,10 @@ def test_a_scheme_called_without_settings_is_the_scheme(name):
         torch.equal(a, b)
         for a, b in zip(fa.tree.leaves(by_value), fa.tree.leaves(by_call), strict=True)
     )
+
+
+def test_experts_have_levels_of_their_own():
+    experts = fa.random.normal(fa.key(0), (3, 8, 64))
+    made = fa.quantize(fa.nf4, "gate")({"gate": experts})["gate"]
+    each = [fa.quantize(fa.nf4, "gate")({"gate": one})["gate"] for one in experts]
+    assert torch.equal(expand(made), torch.stack([expand(one) for one in each]))

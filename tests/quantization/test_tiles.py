@@ -10,8 +10,15 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 
 import funcattn as fa
 from funcattn.layers import linear, linears
-from funcattn.quantization import Int4, Int8, expand, packed, tiles
-from funcattn.quantization.tiles import expand_tiles, products, tile_int4, tile_int8
+from funcattn.quantization import Int4, Int8, Int8Affine, expand, packed, packing, tiles
+from funcattn.quantization.tiles import (
+    expand_tiles,
+    products,
+    tile_affine,
+    tile_int4,
+    tile_int8,
+    tile_narrow,
+)
 from funcattn.testing import strategies
 
 needs_operator = pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing())
@@ -25,6 +32,8 @@ SCHEMES = {
     "int4, float32 scales": lambda w: fa.tree.cast(torch.float32)(fa.int4.encode(w)),
     "int8": fa.int8,
     "int8, groups of 32": fa.int8(group=32),
+    "int8, groups of 16": lambda w: fa.tree.cast(torch.float32)(fa.int8(group=16).encode(w)),
+    "int8 with zeros": lambda w: affine(w),
     "int8, float32 scales": lambda w: fa.tree.cast(torch.float32)(fa.int8(group=64).encode(w)),
 }
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -39,11 +48,27 @@ def encode(scheme, w):
     return scheme.encode(w) if hasattr(scheme, "encode") else scheme(w)
 
 
+def affine(w):
+    """8-bit codes with zeros, whose products with scales are exact."""
+    codes, scale, zero = packing.affine(w, 32, 256)
+    return Int8Affine(codes, scale.half().float(), zero.half().float())
+
+
 def tile(record):
-    return tile_int4(*record) if isinstance(record, Int4) else tile_int8(*record)
+    if isinstance(record, Int4):
+        return tile_int4(*record)
+    if isinstance(record, Int8Affine):
+        return tile_affine(*record)
+    if record.codes.shape[-1] == 16 * record.scale.shape[-1]:
+        return tile_narrow(*record)
+    return tile_int8(*record)
 
 
 def whole(weight, K):
+    if isinstance(weight, tiles.NarrowTiles):
+        twice = expand_tiles(*weight.tiles, weight.tiles.rows, 2 * K).unflatten(-1, (-1, 2, 16))
+        assert not twice[..., 1, :].any()
+        return twice[..., 0, :].flatten(-2)
     return expand_tiles(*weight, weight.rows, K)
 
 
@@ -75,8 +100,9 @@ def allowed(record, x):
     dense = expand(record).double().abs()
     scale = fa.quantization.packing.spread(record.scale.double().abs(), K)
     parts = (
-        15 * scale + fa.quantization.packing.spread(record.zero.double().abs(), K)
-        if isinstance(record, Int4)
+        (15 if isinstance(record, Int4) else 255) * scale
+        + fa.quantization.packing.spread(record.zero.double().abs(), K)
+        if isinstance(record, (Int4, Int8Affine))
         else dense
     )
     return 2 * EPS * coarse @ dense.mT + (8 + K / 32) * EPS * (wide @ parts.mT) + 2.0**-149
@@ -154,7 +180,7 @@ def test_a_product_of_any_scale_is_as_near_as_that_of_floats(
         alone = torch.cat([linear(tiled, row[None]) for row in x])
         assert torch.equal(alone, linear(tiled, x)), "a vector beside others is one alone"
         several = torch.cat([linear(tiled, x)] * 2, -1)
-        assert torch.equal(products([tiled, tiled], x), several)
+        assert torch.equal(torch.cat(linears([tiled, tiled], x), -1), several)
 
 
 @each_instruction

@@ -102,7 +102,7 @@ FAMILIES = {
     | {"convolution_bias": True},
     "qwen3-next": {"mixers": ("gated_delta", "attention"), "convolution_size": 4}
     | {"state_heads": 2, "state_key_heads": 1, "state_key_size": 4, "state_value_size": 6}
-    | {"attention_gate": "sigmoid"},
+    | {"attention_gate": "width"},
 }
 
 

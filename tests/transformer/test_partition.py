@@ -30,7 +30,8 @@ CONFIGS = {
 }
 CONFIGS["a bias of the head"] = fa.Config(vocabulary=64, head_bias=True, tied=False)
 # Those after them have no other weights than these together.
-FAST = {*list(FAMILIES)[:18], "qwen2_moe", "glm4_moe", "afmoe", "apertus", "lfm2", "qwen3_next"}
+FAST = {*list(FAMILIES)[:18], "qwen2_moe", "glm4_moe", "youtu", "afmoe", "apertus"}
+FAST |= {"lfm2", "qwen3_next"}
 CONFIGS["cohere, norms of heads"] = read_config(
     {"model_type": "cohere", "use_qk_norm": True, "attention_bias": True, **SMALL}
 )

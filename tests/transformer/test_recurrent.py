@@ -42,7 +42,7 @@ CONFIGS = {
         state_value_size=3,
         negative_eigenvalues=True,
         mixer_norm_placement="around",
-        attention_gate="sigmoid",
+        attention_gate="width",
     ),
     "state_space": config("state_space", convolution_bias=True, mixer_bias=True, **SPACE),
     "beside": config(
@@ -358,30 +358,19 @@ def test_matrices_of_recurrent_layers_are_quantized_and_fitted(made):
     model, params = made
     params = fa.cast(torch.float32)(params)
     tokens = fa.random.randint(fa.key(4), (200,), 0, 40)
-    plain = fa.quantize(fa.int4(group=2))(params)
-    fitted = fa.gptq(model, tokens, fa.int4(group=2))(params)
+    plain, wanted = fa.quantize(fa.int4(group=4))(params), model.extend(params, tokens)[0]
+    fitted = fa.gptq(model, tokens, fa.int4(group=4))(params)
     names = {path for path, _ in tree.items(params) if path.endswith(("mixer_in", "mixer_out"))}
     assert len(names) == 2 * len(model.config.recurrent_layers)
     for tree_ in (plain, fitted):
         records = {path.removesuffix(".codes") for path, _ in tree.items(tree_) if "codes" in path}
         assert names <= records
-
-    # What is fitted is the product with what the layer reads, in groups that leave an error to fit.
-    rows = {}
-
-    def listen(name, x):
-        rows.setdefault(name, x)
-        return x
-
-    with fa.taps.listening(listen):
-        wanted = model.extend(params, tokens)[0]
-    scheme, x = fa.int4(group=16), rows["layers.0.mixer.input"]
-    moved = lambda p: fa.dequantize(p).layers[0].mixer_in - params.layers[0].mixer_in
-    error = lambda p: (x @ moved(p).mT).square().sum()
-    where = r".*\.mixer_in"
-    assert error(fa.gptq(model, tokens, scheme, where)(params)) < 0.95 * error(
-        fa.quantize(scheme, where)(params)
-    )
+    heard = {}
+    with fa.taps.listening(lambda name, x: heard.setdefault(name, x)):
+        model.extend(params, tokens)
+    x, weight = heard["layers.0.mixer.input"], params.layers[0].mixer_in
+    error = lambda p: (fa.layers.linear(p.layers[0].mixer_in, x) - x @ weight.mT).square().mean()
+    assert error(fitted) < error(plain)
     adapted = fa.lora(2, r".*\.mixer_in")(fa.key(5), params)
     close(model.extend(adapted, tokens)[0], wanted, rtol=1e-4, atol=1e-4)
 
@@ -474,7 +463,7 @@ def test_a_config_says_what_recurrent_layers_need():
             dataclasses.replace(SMALL, **fields)
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "head_sigmoid"])
+@pytest.mark.parametrize("gate", ["width", "head"])
 def test_an_attention_gate_multiplies_the_output_of_its_heads(gate):
     """Gates of zero rows are a factor of one half, which o can have instead."""
     plain = fa.decoder(dataclasses.replace(SMALL, layers=1))

@@ -17,6 +17,7 @@ import funcattn as fa
 from funcattn import caches, masks, transformer
 from funcattn.caches import Branch, Cache
 from funcattn.layers import RopeScaling
+from funcattn.transformer import head_groups
 
 CONFIG = fa.Config(
     vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, head_size=4, feed_forward=24
@@ -594,6 +595,12 @@ def weights_of(config):
     )
 
 
+def agree(got, wanted):
+    """Within 1e-11 of the greatest: sums of heads, taken in another order, cancel in some places."""
+    scale = wanted.abs().max().clamp(min=1e-300)
+    close(got / scale, wanted / scale, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("remat", [True, 3])
 @pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["plain", "mixed"])
 def test_a_decoder_that_rematerializes_has_the_same_derivatives(config, remat):
@@ -611,10 +618,7 @@ def test_a_decoder_that_rematerializes_has_the_same_derivatives(config, remat):
         lambda model: vmap(lambda tokens: grad(loss(model, tokens))(params))(TOKENS.reshape(2, 20)),
     ]
     for rule in rules:
-        for got, wanted in zip(
-            fa.tree.leaves(rule(again)), fa.tree.leaves(rule(plain)), strict=True
-        ):
-            close(got, wanted, rtol=1e-8, atol=1e-9)
+        fa.tree.map(agree, rule(again), rule(plain))
     past = plain.apply(params, TOKENS[:7], plain.cache(20, dtype=torch.float64))[1]
     f = lambda model: (
         lambda k, v: model.extend(params, TOKENS[7:12], Cache(k, v, past.length))[0].sin().sum()
@@ -623,6 +627,36 @@ def test_a_decoder_that_rematerializes_has_the_same_derivatives(config, remat):
         grad(f(again), (0, 1))(past.k, past.v), grad(f(plain), (0, 1))(past.k, past.v), strict=True
     ):
         close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "different",
+    [
+        {"qkv_bias": True, "output_bias": True, "head_norm": "layer", "sinks": True},
+        {"head_norm": "rms", "late_head_norm": True, "attention_cap": 3.0, "kv_heads": 4},
+    ],
+    ids=["biases", "caps"],
+)
+def test_heads_in_groups_are_heads_at_once(different):
+    """Keys and values too, and a derivative of second order by all weights."""
+    config = dataclasses.replace(CONFIG, **different)
+    plain, again, params = fa.decoder(config), fa.decoder(config, remat=8), weights_of(config)
+    calls = []
+
+    def split(*args):
+        calls.append(args)
+        return by_groups(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        by_groups = head_groups.by_groups
+        patch.setattr(head_groups, "by_groups", split)
+        found = again.hidden(params, TOKENS[:12])
+        assert len(calls) == config.layers
+    fa.tree.map(close, found, plain.hidden(params, TOKENS[:12]))
+    along = fa.tree.map(torch.cos, params)
+    loss = lambda model: lambda params: fa.loss(model, params, TOKENS[:13])
+    rule = lambda model: jvp(grad(loss(model)), (params,), (along,))
+    fa.tree.map(agree, rule(again), rule(plain))
 
 
 def test_segments_save_a_root_of_the_layers(monkeypatch):
@@ -842,8 +876,8 @@ IDEAS = {
         "first_norm": False,
     },
     "norms of embedding and head": {"embedding_norm": True, "head_transform": True},
-    "a gate of features": {"attention_gate": "sigmoid"},
-    "a gate of heads": {"attention_gate": "head_softplus"},
+    "a gate of features": {"attention_gate": "width"},
+    "a gate of heads": {"attention_gate": "head", "gate_activation": "softplus"},
     "xielu": {"activation": "xielu", "gated": False},
     "unit heads": {
         "head_norm": "unit",
@@ -851,6 +885,14 @@ IDEAS = {
         "rotary_layers": (True, False),
         "attention_temperature": (0.3, 4),
         "late_temperature": True,
+    },
+    "norms of heads with a bias": {"head_norm": "layer_bias"},
+    "experts by one softmax after the other": {
+        "experts": 4,
+        "experts_per_token": 2,
+        "expert_size": 8,
+        "router_scores": "sparsemixer",
+        "router_margin": 0.2,
     },
     "experts that read weighted inputs": {
         "experts": 4,

@@ -15,16 +15,17 @@ and GGUF; one is written, Hugging Face.
 Leaves are named by path (`layers.0.q`), as in funcattn.tree.
 """
 
-from .architectures import GGUF
 from .architectures import TENSORS as GGUF_TENSORS
 from .catalogue import FAMILIES, family_of
-from .config_json import family_for, read_config, write_config
+from .config_json import families_for, family_for, read_config, write_config
+from .latent_gguf import ARCHITECTURES as GGUF
 from .layouts import half_split, interleave
 from .llama import LLAMA
 from .metadata import LONG, SHORT, STRETCH, read_metadata
 from .tables import CheckpointError, Family
 from .towers import tower_name, tower_settings, untied
 from .weights import (
+    PLAIN,
     Source,
     assemble,
     in_layout,
@@ -46,10 +47,12 @@ __all__ = [
     "GGUF_TENSORS",
     "LLAMA",
     "LONG",
+    "PLAIN",
     "SHORT",
     "STRETCH",
     "Source",
     "assemble",
+    "families_for",
     "family_for",
     "family_of",
     "half_split",

@@ -94,6 +94,8 @@ class Gguf:
     epsilon: the field of the norms' epsilon.
     partial: whether a part of each head may turn.
     truncated: whether the bounds of yarn's ramp are whole numbers.
+    prepare: (fields) -> what Config has, read before the sizes, whose fields it may replace.
+    other: a tensor, and how files that have it are spelled.
     """
 
     read: Read = lambda fields, sizes, tensors: {}
@@ -105,6 +107,12 @@ class Gguf:
     epsilon: str = RMS
     partial: bool = False
     truncated: bool = True
+    prepare: Callable[[Fields], dict[str, Json]] = lambda fields: {}
+    other: "tuple[str, Gguf] | None" = None
+
+    def spelling(self, tensors: Collection[str]) -> "Gguf":
+        """The spelling of a file with these tensors."""
+        return self if self.other is None or self.other[0] not in tensors else self.other[1]
 
 
 TURNED = ("q", "k", "q_bias", "k_bias")

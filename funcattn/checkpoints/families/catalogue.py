@@ -1,5 +1,7 @@
 """The families by name, in order: a Config is written as the first that can express it."""
 
+from .bart import BARTS
+from .bert import BERTS
 from .delta_nets import OLMO_HYBRID, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from .dense_variants import (
     ARCEE,
@@ -14,13 +16,22 @@ from .dense_variants import (
 )
 from .distances import BLOOM, DBRX, MPT, NANOCHAT
 from .falcon import FALCON
-from .fused import COHERE, COHERE2, PHI3, STABLELM, STARCODER2
+from .fused import COHERE, COHERE2, PHI3, PHI4_MULTIMODAL, STABLELM, STARCODER2
 from .gated import AFMOE, APERTUS, APERTUS_TEXT
 from .gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
-from .gpt import GPT2, GPT_NEOX
-from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPT, XGLM
+from .gpt import GPT2, GPT_NEOX, GPT_SW3
+from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPENAI_GPT, OPT, XGLM
 from .granite import GRANITE_SWA, HYPERCLOVAX
 from .granite_mixtures import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
+from .latent_variants import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GLM4_MOE_LITE,
+    MINICPM3,
+    SARVAM_MLA,
+    YOUTU,
+)
+from .layer_norms import CTRL, GPT_NEOX_JAPANESE, MODERNBERT, PERSIMMON
 from .llama import (
     GRANITE,
     LLAMA,
@@ -33,6 +44,7 @@ from .llama import (
     QWEN3_VL,
     SMOLLM3,
 )
+from .llama4 import LLAMA4
 from .llama_variants import (
     CWM,
     ERNIE4_5,
@@ -51,6 +63,7 @@ from .mixture_variants import ERNIE4_5_MOE, FLEX_OLMO, MELLUM, OLMOE, QWEN2_MOE
 from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_VL_MOE
 from .nemotron_hybrids import NEMOTRON_H
 from .olmo import OLMO, OLMO3
+from .router_variants import ARIA, COHERE2_MOE, PHIMOE, SARVAM_MOE
 from .short_convolutions import LFM2, LFM2_MOE
 from .sigmoid_mixtures import DOTS1, EXAONE_MOE, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
 from .tables import Family, refuse
@@ -70,16 +83,23 @@ FAMILIES = {
         *(GRANITEMOE, GRANITEMOESHARED, GRANITEMOE_SWA, GRANITEMOEHYBRID),
         *(GLM4_MOE, DOTS1, SOLAR_OPEN, EXAONE_MOE, HY_V3, MINIMAX_M2),
         *(PHI, GPTJ, CODEGEN, NEMOTRON, JAIS2, ARCEE, HUNYUAN_DENSE, HUNYUAN_MOE, MINISTRAL3),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, SARVAM_MLA, YOUTU, MINICPM3),
         *(BAMBA, FALCON_H1, NEMOTRON_H),
         *(FALCON, GPT_BIGCODE, GPT_NEO, OPT, BIOGPT, XGLM),
-        *(AFMOE, APERTUS, APERTUS_TEXT, NANOCHAT, BLOOM, MPT, DBRX),
+        *(AFMOE, APERTUS, APERTUS_TEXT, NANOCHAT, BLOOM, MPT, DBRX, LLAMA4, OPENAI_GPT),
+        *(ARIA, PHIMOE, COHERE2_MOE, SARVAM_MOE),
+        *(PERSIMMON, GPT_NEOX_JAPANESE, CTRL, MODERNBERT, GPT_SW3, PHI4_MULTIMODAL),
         *(LFM2, LFM2_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, OLMO_HYBRID),
+        *BERTS,
+        *BARTS,
     )
 }
+ALIASES = {"kimi_k2": "deepseek_v3"}  # names in files whose classes are those of another
 
 
 def family_of(name: object, where: str) -> Family:
     """The family of a name in a file; `where` is the field, for the error."""
-    if not isinstance(name, str) or name not in FAMILIES:
+    found = FAMILIES.get(ALIASES.get(name, name)) if isinstance(name, str) else None
+    if found is None:
         refuse(where, f"one of {', '.join(FAMILIES)}", name)
-    return FAMILIES[name]
+    return found

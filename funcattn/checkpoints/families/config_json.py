@@ -1,6 +1,6 @@
 """config.json, as Hugging Face writes it, to Config and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ...core.errors import fail
 from ...transformer import Config
@@ -57,19 +57,14 @@ def family_for(config: Config) -> Family:
     return _written(config)[0]
 
 
+def families_for(config: Config) -> Iterator[Family]:
+    """All families that can express a Config, the first first."""
+    return (family for family, _ in _expressions(config))
+
+
 def _written(config: Config) -> tuple[Family, dict[str, Json]]:
-    for family in FAMILIES.values():
-        try:
-            values = {
-                "architectures": [family.architecture],
-                "model_type": family.name,
-                **NO_IDS,
-                **family.write(config),
-            }
-            if read_config(values) == config:
-                return family, values
-        except CheckpointError:
-            continue
+    for found in _expressions(config):
+        return found
     remedy = (
         "Other programs would compute it wrongly: change what no published family has, or keep the "
         "tree with torch.save."
@@ -82,3 +77,18 @@ def _written(config: Config) -> tuple[Family, dict[str, Json]]:
         remedy,
         CheckpointError,
     )
+
+
+def _expressions(config: Config) -> Iterator[tuple[Family, dict[str, Json]]]:
+    for family in FAMILIES.values():
+        try:
+            values = {
+                "architectures": [family.architecture],
+                "model_type": family.name,
+                **NO_IDS,
+                **family.write(config),
+            }
+            if read_config(values) == config:
+                yield family, values
+        except CheckpointError:
+            continue

@@ -125,7 +125,7 @@ def _read_qwen(fields: Fields, kv_heads: int) -> dict[str, Json]:
         "norm_offset": 1.0,
         "tied": fields.flag("tie_word_embeddings", False),
         "head_norm": "rms",
-        "attention_gate": "sigmoid",
+        "attention_gate": "width",
         "mixers": _read_mixers(fields, layers, _every(every, layers)),
         **{
             ours: fields.whole(name, usual)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...transformer import Config
 from .conventions import read_activation, write_activation
+from .fused import rows_of_heads
 from .gpt import LAYER_NORM, PARTS, of_layers
 from .ignored import IGNORED
 from .layouts import fused, implied, of_groups, ones
@@ -251,10 +252,6 @@ def _rows_of_experts(leaf: str, name: str) -> Pack:
     )
 
 
-def _heads(config: Config) -> list[int]:
-    return [n * config.head_size for n in (config.heads, config.kv_heads, config.kv_heads)]
-
-
 QKV = [f"layers.{{}}.{leaf}" for leaf in "qkv"]
 NANOCHAT = Family(
     "nanochat",
@@ -330,7 +327,7 @@ MPT = Family(
         "layers.{}.up": MPT_BLOCK + "ffn.up_proj.weight",
         "layers.{}.down": MPT_BLOCK + "ffn.down_proj.weight",
     },
-    packs=(fused(QKV, MPT_BLOCK + "attn.Wqkv.weight", _heads),),
+    packs=(fused(QKV, MPT_BLOCK + "attn.Wqkv.weight", rows_of_heads),),
     neutral={"logit_scale": (), "no_bias": (True,)},
     prefix="transformer.",
 )
@@ -349,7 +346,7 @@ DBRX = Family(
         "layers.{}.router": MPT_BLOCK + "ffn.router.layer.weight",
     },
     packs=(
-        fused(QKV, MPT_BLOCK + "norm_attn_norm.attn.Wqkv.weight", _heads),
+        fused(QKV, MPT_BLOCK + "norm_attn_norm.attn.Wqkv.weight", rows_of_heads),
         *(
             _rows_of_experts(ours, f"{MPT_BLOCK}ffn.experts.mlp.{theirs}")
             for ours, theirs in (("gate", "w1"), ("up", "v1"), ("down", "w2"))

@@ -8,6 +8,9 @@ stablelm     layer norms, part of each head turns
 starcoder2   a plain feed-forward, biases, a window
 """
 
+import re
+from dataclasses import replace
+
 from ...transformer import Config
 from .conventions import (
     TENSORS,
@@ -26,7 +29,8 @@ from .tables import Family, Fields, Json
 LAYER = "model.layers.{}."
 
 
-def _heads(config: Config) -> list[int]:
+def rows_of_heads(config: Config) -> list[int]:
+    """Rows of q, k and v."""
     return [n * config.head_size for n in (config.heads, config.kv_heads, config.kv_heads)]
 
 
@@ -45,6 +49,16 @@ def _read_phi3(fields: Fields) -> dict[str, Json]:
     }
 
 
+def _read_phi4_multimodal(fields: Fields) -> dict[str, Json]:
+    """Its text; that of images and sound, and their LoRA, are left out."""
+    if fields.get("num_key_value_heads") is None and not fields.says("num_key_value_heads"):
+        fields.values = {**fields.values, "num_key_value_heads": 8}
+    fields.values = {"max_position_embeddings": 131072, **fields.values}
+    for name in ("vision_config", "audio_config"):
+        fields.get(name)
+    return _read_phi3(fields)
+
+
 def _write_phi3(config: Config) -> dict[str, object]:
     scaling = config.rope_scaling
     return {
@@ -58,7 +72,8 @@ def _write_phi3(config: Config) -> dict[str, object]:
     }
 
 
-def _read_cohere(fields: Fields, base: float = 500000.0) -> dict[str, Json]:
+def read_cohere(fields: Fields, base: float = 500000.0) -> dict[str, Json]:
+    """The fields of Cohere; `base` where the file says none."""
     sizes = read_sizes(fields, context=8192)
     biased = fields.flag("attention_bias", False)
     return {
@@ -91,7 +106,7 @@ def _write_cohere(config: Config) -> dict[str, object]:
 
 
 def _read_cohere2(fields: Fields) -> dict[str, Json]:
-    found = _read_cohere(fields, base=10000.0)
+    found = read_cohere(fields, base=10000.0)
     layers, every = found["layers"], fields.whole("sliding_window_pattern", 4)
     local = [bool((i + 1) % every) for i in range(layers)]
     windows = read_windows(fields, fields.whole("sliding_window", 4096), layers, local)
@@ -177,7 +192,9 @@ PHI3 = Family(
     TENSORS,
     packs=(
         fused(
-            [f"layers.{{}}.{leaf}" for leaf in "qkv"], LAYER + "self_attn.qkv_proj.weight", _heads
+            [f"layers.{{}}.{leaf}" for leaf in "qkv"],
+            LAYER + "self_attn.qkv_proj.weight",
+            rows_of_heads,
         ),
         fused(
             [f"layers.{{}}.{leaf}" for leaf in ("gate", "up")],
@@ -186,10 +203,17 @@ PHI3 = Family(
         ),
     ),
 )
+PHI4_MULTIMODAL = replace(
+    PHI3,
+    name="phi4_multimodal",
+    architecture="Phi4MultimodalForCausalLM",
+    read=_read_phi4_multimodal,
+    harmless=re.compile(r"model\.embed_tokens_extend\..*"),
+)
 COHERE = Family(
     "cohere",
     "CohereForCausalLM",
-    _read_cohere,
+    read_cohere,
     _write_cohere,
     TENSORS,
     packs=tuple(

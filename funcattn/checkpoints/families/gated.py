@@ -30,7 +30,7 @@ def _read_afmoe(fields: Fields) -> dict[str, Json]:
         "rotary_layers": turning_where_local(windows, layers),
         "norm_placement": "around",
         "head_norm": "rms",
-        "attention_gate": "sigmoid",
+        "attention_gate": "width",
         "embedding_scale": common["width"] ** 0.5 if fields.flag("mup_enabled", False) else 1.0,
         **layers_with([i >= first for i in range(layers)], fields.whole("num_experts", 64)),
         "experts_per_token": fields.whole("num_experts_per_tok", 6),

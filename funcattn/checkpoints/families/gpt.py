@@ -5,6 +5,7 @@ runs attention and feed-forward side by side, each behind a norm of its own.
 """
 
 import re
+from dataclasses import replace
 
 from ...transformer import Config
 from .conventions import read_activation, read_sizes, write_activation, write_sizes
@@ -153,6 +154,7 @@ GPT2 = Family(
     harmless=re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"),
     prefix="transformer.",
 )
+GPT_SW3 = replace(GPT2, name="gpt-sw3")
 GPT_NEOX = Family(
     "gpt_neox",
     "GPTNeoXForCausalLM",

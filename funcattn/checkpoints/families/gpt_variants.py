@@ -1,6 +1,7 @@
 """Families beside GPT-2 and GPT-NeoX: layer norms with biases, a plain feed-forward.
 
 gpt_bigcode       GPT-2 with one key head and matrices as (out, in)
+openai-gpt        GPT-2 with norms after the sum
 gpt_neo           attention that is not scaled, windows in every second layer
 opt biogpt xglm   positions behind two rows that are not used; in xglm a table of sines
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...transformer import Config
+from .bert import after_the_sum
 from .conventions import read_activation, write_activation
 from .gpt import GPT2, LAYER_NORM, PARTS, of_layers
 from .layouts import implied, of_groups, sliced
@@ -19,6 +21,22 @@ from .tables import Family, Fields, Json, refuse
 
 BLOCK = "transformer.h.{}."
 NORM_EPSILON = 1e-5  # of torch.nn.LayerNorm
+
+
+def _read_openai(fields: Fields) -> dict[str, Json]:
+    act = fields.get("afn", "gelu")
+    named = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
+    if act not in named:
+        refuse(fields.place("afn"), " or ".join(named), act)
+    fields.values = {"n_positions": 512, **fields.values, "activation_function": named[act]}
+    return {**GPT2.read(fields), "norm_placement": "residual", "first_norm": False}
+
+
+def _write_openai(config: Config) -> dict[str, object]:
+    found = GPT2.write(config)
+    names = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
+    del found["n_inner"], found["activation_function"], found["scale_attn_weights"]
+    return {**found, "afn": names.get(config.activation)}
 
 
 def _read_bigcode(fields: Fields) -> dict[str, Json]:
@@ -253,6 +271,20 @@ GPT_NEO = Family(
         ),
     },
     harmless=re.compile(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)"),
+    prefix="transformer.",
+)
+OPENAI_GPT = Family(
+    "openai-gpt",
+    "OpenAIGPTLMHeadModel",
+    _read_openai,
+    _write_openai,
+    {
+        **GPT2.tensors,
+        "embedding": "transformer.tokens_embed.weight",
+        "positions": "transformer.positions_embed.weight",
+    },
+    packs=(*GPT2.packs, *after_the_sum("", BLOCK + "ln_1", BLOCK + "ln_2")),
+    harmless=re.compile(r"(transformer\.)?(h\.\d+\.attn\.bias|position_ids)"),
     prefix="transformer.",
 )
 OPT = Family(

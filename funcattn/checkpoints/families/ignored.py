@@ -193,6 +193,7 @@ IGNORED = frozenset(
         "unsloth_version",
         "transformers.js_config",
         "trained_dtype",
+        *("embedding_initializer_range", "ep_size", "seq_aux", "aux_loss_alpha"),
         "datasets",
         "license",
         "language",

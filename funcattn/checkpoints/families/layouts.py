@@ -71,6 +71,12 @@ def halves(name: str, *, turned: bool = False) -> Pack:
     return pack(lambda x: x, pack(lambda x: x.mT, None) if turned else None)
 
 
+def turned(pack: Pack) -> Pack:
+    """The other layout of a pack, of a family whose files have no other; in layers with experts."""
+    assert pack.other is not None
+    return replace(pack.other, applies=_has_experts)
+
+
 def stacked(path: str, name: str, *, experts: bool = True) -> Pack:
     """One leaf (X, ...) stored as one tensor per expert (or head); the name has `{expert}`. Dense
     layers are stored as they are.
@@ -131,6 +137,13 @@ def renamed(path: str, name: str, where: Callable[[Config], bool]) -> Pack:
     """A leaf that has another name where the config is of a kind."""
     as_it_is = lambda _, x: x
     return Pack((path,), (name,), as_it_is, as_it_is, lambda config, layer: where(config))
+
+
+def placed(path: str, name: str, where: Callable[[Config, int], bool]) -> Pack:
+    """A leaf that has another name in some layers; in the name, `{before}` is the number of the
+    layer before, `{last}` that of the last.
+    """
+    return replace(renamed(path, name, lambda _: True), applies=where)
 
 
 def reshaped(path: str, name: str, shape: Callable[[Config], tuple[int, ...]]) -> Pack:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ... import layers
 from ...layers import RopeScaling
 from ...transformer import Config
-from .architectures import GGUF, Gguf
+from .architectures import Gguf
+from .latent_gguf import ARCHITECTURES
 from .tables import Fields, Json, check_neutral, configure, refuse
 
 STRETCH = "rope_freqs.weight"  # a GGUF tensor: what each rotary frequency is divided by
@@ -96,9 +97,9 @@ def read_metadata(
             have are those that are there.
     """
     name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in GGUF:
-        refuse("general.architecture", f"one of {', '.join(GGUF)}", name)
-    family, prefix = GGUF[name], f"{name}."
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        refuse("general.architecture", f"one of {', '.join(ARCHITECTURES)}", name)
+    family, prefix = ARCHITECTURES[name], f"{name}."
     values = {
         key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
     }
@@ -107,6 +108,7 @@ def read_metadata(
         if not isinstance(value, kinds):
             refuse(prefix + key, "one value for all layers", "an array")
     fields = Fields(values, prefix + "{}")
+    ahead = family.prepare(fields)
     sizes = {**_read_sizes(fields), "rope_base": fields.positive("rope.freq_base", family.base)}
     rotary = _read_rotary_size(fields, sizes["head_size"], family.partial)
     sizes["rope_scaling"] = _read_scaling(fields, sizes["context"], family, factors)
@@ -123,6 +125,7 @@ def read_metadata(
         rotary_size=rotary,
         norm_epsilon=epsilon,
         tied=tied,
+        **ahead,
         **more,
     )
     return config if stretch is None else _stretched(config, stretch)

@@ -5,6 +5,9 @@ exaone_moe hy_v3             the same behind norms of heads
 minimax_m2                   the router alone
 """
 
+import re
+from dataclasses import replace
+
 from ...transformer import Config
 from .conventions import (
     TENSORS,
@@ -32,7 +35,15 @@ from .tables import Family, Fields, Json, refuse
 CHOICE = {"layers.{}.choice_bias": LAYER + "mlp.gate.e_score_correction_bias"}
 
 
-def _read_groups(fields: Fields) -> dict[str, Json]:
+def but_layers(*numbers: int) -> re.Pattern[str]:
+    """What of a file is not read: what follows from the config, and layers behind the last, which
+    predict a second token in published models with so many layers.
+    """
+    behind = "|".join(map(str, numbers))
+    return re.compile(rf"model\.layers\.(({behind})\..+|\d+\.self_attn\.rotary_emb\.inv_freq)")
+
+
+def read_groups(fields: Fields) -> dict[str, Json]:
     """The router of DeepSeek-V3."""
     return {
         "router_scores": "sigmoid",
@@ -43,7 +54,7 @@ def _read_groups(fields: Fields) -> dict[str, Json]:
     }
 
 
-def _write_groups(config: Config, experts: str, shared: str) -> dict[str, object]:
+def write_groups(config: Config, experts: str, shared: str) -> dict[str, object]:
     """The same, written; names of the numbers of experts differ."""
     dense = [i for i in range(config.layers) if not config.layer_spec(i).experts]
     return {
@@ -58,7 +69,8 @@ def _write_groups(config: Config, experts: str, shared: str) -> dict[str, object
     }
 
 
-def _dense_first(fields: Fields, layers: int, default: int) -> list[bool]:
+def dense_first(fields: Fields, layers: int, default: int) -> list[bool]:
+    """Which layers have experts: all but the first few, `default` where the file says nothing."""
     first = fields.get("first_k_dense_replace", default)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         refuse(fields.place("first_k_dense_replace"), "a number of layers", first)
@@ -77,12 +89,12 @@ def _read_glm4_moe(fields: Fields) -> dict[str, Json]:
         "qkv_bias": fields.flag("attention_bias", False),
         "head_norm": "rms" if fields.flag("use_qk_norm", False) else "none",
         **layers_with(
-            _dense_first(fields, sizes["layers"], 1), fields.whole("n_routed_experts", 128)
+            dense_first(fields, sizes["layers"], 1), fields.whole("n_routed_experts", 128)
         ),
         "experts_per_token": fields.whole("num_experts_per_tok", 8),
         "expert_size": size,
         "normalized_routing": fields.flag("norm_topk_prob", True),
-        **_read_groups(fields),
+        **read_groups(fields),
         "shared_size": size * fields.whole("n_shared_experts", 1),
     }
 
@@ -94,7 +106,7 @@ def _write_glm4_moe(config: Config) -> dict[str, object]:
         **write_common(config),
         **rope,
         "partial_rotary_factor": share,
-        **_write_groups(config, "n_routed_experts", "n_shared_experts"),
+        **write_groups(config, "n_routed_experts", "n_shared_experts"),
         "attention_bias": config.qkv_bias,
         "use_qk_norm": config.head_norm == "rms",
     }
@@ -110,11 +122,11 @@ def _read_dots1(fields: Fields) -> dict[str, Json]:
         **common,
         **read_windows(fields, window, layers, local),
         "head_norm": "rms",
-        **layers_with(_dense_first(fields, layers, 0), fields.whole("n_routed_experts")),
+        **layers_with(dense_first(fields, layers, 0), fields.whole("n_routed_experts")),
         "experts_per_token": fields.whole("num_experts_per_tok"),
         "expert_size": size,
         "normalized_routing": fields.flag("norm_topk_prob", False),
-        **_read_groups(fields),
+        **read_groups(fields),
         "shared_size": size * fields.whole("n_shared_experts"),
     }
 
@@ -124,7 +136,7 @@ def _write_dots1(config: Config) -> dict[str, object]:
     return {
         **write_common(config),
         **windows,
-        **_write_groups(config, "n_routed_experts", "n_shared_experts"),
+        **write_groups(config, "n_routed_experts", "n_shared_experts"),
     }
 
 
@@ -140,7 +152,7 @@ def _read_solar(fields: Fields) -> dict[str, Json]:
         "experts_per_token": fields.whole("num_experts_per_tok", 8),
         "expert_size": size,
         "normalized_routing": fields.flag("norm_topk_prob", True),
-        **_read_groups(fields),
+        **read_groups(fields),
         "shared_size": size * fields.whole("n_shared_experts", 1),
     }
 
@@ -150,7 +162,7 @@ def _write_solar(config: Config) -> dict[str, object]:
     del common["intermediate_size"]
     return {
         **common,
-        **_write_groups(config, "n_routed_experts", "n_shared_experts"),
+        **write_groups(config, "n_routed_experts", "n_shared_experts"),
         "attention_bias": config.qkv_bias,
         "first_k_dense_replace": None,
     }
@@ -166,7 +178,7 @@ def _read_exaone_moe(fields: Fields) -> dict[str, Json]:
     else:
         local = []
     windows = read_windows(fields, window, layers, local)
-    dense = _dense_first(fields, layers, 1)
+    dense = dense_first(fields, layers, 1)
     size = fields.whole("moe_intermediate_size", 1024)
     return {
         **common,
@@ -177,7 +189,7 @@ def _read_exaone_moe(fields: Fields) -> dict[str, Json]:
         "experts_per_token": fields.whole("num_experts_per_tok", 8),
         "expert_size": size,
         "normalized_routing": fields.flag("norm_topk_prob", True),
-        **_read_groups(fields),
+        **read_groups(fields),
         "routing_scale": fields.positive("routed_scaling_factor", 2.5),
         "shared_size": size * fields.whole("num_shared_experts", 1),
     }
@@ -191,7 +203,7 @@ def _write_exaone_moe(config: Config) -> dict[str, object]:
         **write_common(config),
         **windows,
         "sliding_window_pattern": 4,
-        **_write_groups(config, "num_experts", "num_shared_experts"),
+        **write_groups(config, "num_experts", "num_shared_experts"),
         "mlp_layer_types": write_sparse_layers(config),
     }
 
@@ -266,6 +278,7 @@ GLM4_MOE, DOTS1, SOLAR_OPEN = (
         ("solar_open", "SolarOpenForCausalLM", _read_solar, _write_solar),
     )
 )
+GLM4_MOE = replace(GLM4_MOE, harmless=but_layers(46, 92))  # GLM-4.5-Air and GLM-4.5
 EXAONE_MOE = Family(
     "exaone_moe",
     "ExaoneMoeForCausalLM",

@@ -256,8 +256,22 @@ def positive(value: object, where: str) -> float:
     return float(value)
 
 
+OF_EXPERTS = frozenset(
+    [
+        *("experts", "experts_per_token", "expert_size", "expert_layers", "normalized_routing"),
+        *("router_bias", "router_scores", "choice_bias", "expert_groups", "groups_per_token"),
+        *("group_best", "routing_scale", "shared_size", "shared_gated"),
+    ]
+)
+
+
 def configure(**values: Json) -> Config:
-    """A Config, or CheckpointError where its fields are inconsistent."""
+    """A Config, or CheckpointError where its fields are inconsistent.
+
+    Of a model without experts, what a file says of their router is left out.
+    """
+    if values.get("experts") == 0:
+        values = {name: value for name, value in values.items() if name not in OF_EXPERTS}
     if values["layers"] > DEEPEST:
         refuse("the number of layers", f"at most {DEEPEST}", values["layers"])
     try:

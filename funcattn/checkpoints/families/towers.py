@@ -23,6 +23,13 @@ SIZES: Mapping[str, Mapping[str, int]] = {  # text family -> sizes where its con
     "llama": LLAMA_SIZES,
     "mistral": {**LLAMA_SIZES, "intermediate_size": 14336},
     "qwen2": {**LLAMA_SIZES, "vocab_size": 151936, "intermediate_size": 22016},
+    "deepseek_v3": {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+    },
     "gemma3_text": {
         "vocab_size": 262208,
         "hidden_size": 2304,
@@ -64,7 +71,11 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "llava_next": Wrapper("LlavaNextForConditionalGeneration", "llama"),
     "idefics3": Wrapper("Idefics3ForConditionalGeneration", "llama"),
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", "llama"),
+    "llama4": Wrapper("Llama4ForConditionalGeneration", "llama4_text"),
     "internvl": Wrapper("InternVLForConditionalGeneration", "qwen2", tied=True),
+    "kimi_k25": Wrapper("Kimi_K25ForConditionalGeneration", "deepseek_v3", tied=True),
+    "deepseek_vl": Wrapper("DeepseekVLForConditionalGeneration", "llama", tied=True),
+    "deepseek_vl_hybrid": Wrapper("DeepseekVLHybridForConditionalGeneration", "llama", tied=True),
 }
 OF_IMAGES = frozenset(
     [
@@ -73,13 +84,15 @@ OF_IMAGES = frozenset(
         *("eoi_token_index", "mm_tokens_per_image", "projector_hidden_act", "vision_feature_layer"),
         *("vision_feature_select_strategy", "multimodal_projector_bias", "spatial_merge_size"),
         *("image_seq_length", "image_grid_pinpoints", "use_image_newline_parameter"),
-        *("downsample_ratio", "scale_factor", "ignore_index"),
+        *("downsample_ratio", "scale_factor", "ignore_index", "high_res_vision_config"),
+        *("projection_hidden_size", "projection_layer_norm_eps"),
     ]
 )
 TEXT = re.compile(r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?P<name>.+)")
 IMAGES = re.compile(
     r"(?:model\.)?"
-    r"(?:visual|vision_tower|vision_model|multi_modal_projector|connector|image_newline)(?:\..+|$)"
+    r"(?:visual|vision_tower|vision_model|multi_modal_projector|mm_projector|connector|aligner"
+    r"|image_newline|high_res_vision_\w+)(?:\..+|$)"
 )
 
 
@@ -129,7 +142,9 @@ def tower_name(name: str) -> str | None:
     found = TEXT.fullmatch(name)
     if found is None:
         return name
-    return found["name"] if found["name"].startswith("lm_head.") else f"model.{found['name']}"
+    # transformers 5.24 writes the layers of kimi_k25 as blocks; the published files have layers.
+    inner = re.sub(r"^blocks\.", "layers.", found["name"])
+    return inner if inner.startswith("lm_head.") else f"model.{inner}"
 
 
 def untied(values: Mapping[str, Json], names: Iterable[str]) -> Mapping[str, Json]:

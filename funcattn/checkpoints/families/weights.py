@@ -85,7 +85,10 @@ def locate_tensors(family: Spelling, config: Config) -> list[Source]:
         paths = tuple(other.format(number) for other in pack.paths)
         experts = range(shape[0]) if "{expert}" in pack.names[0] else (0,)
         names = tuple(
-            name.replace("{}", str(number)).replace("{expert}", str(i))
+            name.replace("{}", str(number))
+            .replace("{before}", str(number - 1))
+            .replace("{last}", str(config.layers - 1))
+            .replace("{expert}", str(i))
             for name in pack.names
             for i in experts
         )
@@ -97,7 +100,7 @@ def locate_tensors(family: Spelling, config: Config) -> list[Source]:
 def in_layout(
     config: Config, from_: Sequence[Source], found: Mapping[str, tuple[int, ...]]
 ) -> list[Source]:
-    """Sources with the other layout of their pack where the shapes in a file are those of it.
+    """Sources with another layout of their pack where the shapes in a file are those of it.
 
     Args:
         found: name -> shape in the file.
@@ -107,10 +110,12 @@ def in_layout(
         return all(found.get(name) == size for name, size in wanted(config, [source]).items())
 
     def chosen(source: Source) -> Source:
-        if source.pack.other is None or fits(source):
-            return source
-        other = replace(source, pack=source.pack.other)
-        return other if fits(other) else source
+        other = source
+        while not fits(other):
+            if other.pack.other is None:
+                return source
+            other = replace(other, pack=other.pack.other)
+        return other
 
     return [chosen(source) for source in from_]
 

@@ -1,3 +1,3 @@
-"""GGUF files: `header` reads the header, `file` the tensors, `metadata` the typed fields of the
-header.
+"""GGUF files: `header` reads the header, `file` the tensors, `blocks` those that stay quantized,
+`metadata` the typed fields of the header.
 """

@@ -23,8 +23,8 @@ from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
 from ..families.tables import Json
-from ..hf import compressed
 from ..regular_files import open_regular
+from . import blocks
 from .header import Entry, read_header
 
 PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
@@ -32,6 +32,7 @@ MOST_PARTS = 2**9  # each is an open file
 REMEDY = "Fetch the parts again, all of one model."
 # leaves that quantized products read
 MULTIPLIED = ("embedding", "head", "q", "k", "v", "o", "gate", "up", "down")
+MULTIPLIED += ("q_down", "kv_down")
 
 
 class Stored(NamedTuple):
@@ -123,17 +124,17 @@ def read_gguf(
         factors=None if short is None or long is None else (short, long),
         tensors=stored.keys(),
     )
-    family = families.GGUF[metadata["general.architecture"]]
+    family = families.GGUF[metadata["general.architecture"]].spelling(stored.keys())
     sources = families.locate_tensors(family, config)
     shapes = {name: entry.shape for name, (_, entry) in stored.items()}
     families.match(families.wanted(config, sources), shapes, path.name)
 
     def read(name: str, kind: str) -> Weight:
         data, entry = stored[name]
-        is_block = entry.type in compressed.BLOCKS and len(entry.shape) == 2
+        is_block = entry.type in blocks.KEPT and len(entry.shape) == 2
         if keep_quantized and is_block and kind in MULTIPLIED:
             rows, columns = entry.shape
-            return compressed.from_blocks(data, entry.start, rows, columns, entry.type)
+            return blocks.from_blocks(data, entry.start, rows, columns, entry.type)
         return read_tensor(data, entry)
 
     def finish(weight: Weight, kind: str) -> Weight:
@@ -143,7 +144,8 @@ def read_gguf(
             return weight
         if family.offset and kind.endswith("norm"):
             weight = weight - family.offset
-        return weight.to(dtype or torch.float32)
+        # Rounded, the bias would choose other experts than the original, which keeps it in float32.
+        return weight.to(torch.float32 if kind == "choice_bias" else dtype or torch.float32)
 
     found = {}
     for source in sources:

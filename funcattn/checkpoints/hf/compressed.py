@@ -30,6 +30,7 @@ CODES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+FIELDS = {*CODES, "I32"}  # types of what is in a record: an order is of integers
 BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # type -> bytes of a block of 32 numbers
 SIZE = 32
 REMEDY = "The file is damaged, or was written by another version: fetch it again."

@@ -4,28 +4,21 @@ Nothing is unpickled: pytorch_model.bin and the like are refused. safetensors is
 library of that name, which checks the header against the file; names and shapes are checked here.
 """
 
-import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from ... import tree
 from ...core.errors import fail, printable
-from ...layers import Weight
 from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
 from ..regular_files import (
     LARGE,
     REMEDY,
-    check_regular,
     of_one_save,
     read_bytes,
     read_json,
@@ -33,17 +26,13 @@ from ..regular_files import (
 )
 from ..tokenizer import declared, gpt2_files, sentencepiece_model
 from ..tokenizer.tokenizer import Tokenizer, from_files
-from . import compressed, quantizers
+from . import compressed, quantized
+from .weights import Cut, names_in, read_weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 
 # Reading.
-
-
-Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]  # path and shape of a leaf -> its shard
 
 
 def read_folder(
@@ -66,15 +55,26 @@ def _read_folder(
     folder: Path, dtype: torch.dtype | None, cut: Callable[[Config], Cut] | None
 ) -> tuple[Config, Params, Tokenizer | None]:
     found = read_json(folder / "config.json")
+    kinds = compressed.kinds_in(found)
+    codes = quantized.take_settings(found)
     tower = families.tower_settings(found)
     wrapped, settings = tower is not found, dict(tower)
-    kinds = compressed.kinds_in(settings)
+    inner = quantized.take_settings(settings)
+    codes = inner if codes is None else codes
     families.read_config(settings)  # what it refuses comes before what the files lack
-    if cut is not None and kinds:
-        _refuse("the weights", "plain where they are read in parts", "compressed ones")
+    if cut is not None and (kinds or codes):
+        remedy = "Load it whole, and shard it: fa.shard(mesh)(fa.load(folder).params)."
+        fail(
+            "load_sharded",
+            f"weights of {folder}",
+            "floats, of which each process reads its own",
+            "quantized ones",
+            remedy,
+            CheckpointError,
+        )
     files = _weight_files(folder)
     if wrapped:
-        settings = dict(families.untied(settings, _names(files)))
+        settings = dict(families.untied(settings, names_in(files)))
         told = (
             f"load: {folder} is a {found['model_type']}, of which the text is read, as a "
             f"{settings['model_type']}: what encodes images is left out."
@@ -82,11 +82,12 @@ def _read_folder(
         warnings.warn(printable(told), UserWarning, stacklevel=6)  # at the call of load
     config = families.read_config(settings)
     wanted = None if cut is None else cut(config)
-    return (
-        config,
-        _read_weights(folder, files, settings, config, dtype, kinds, wanted, wrapped),
-        _read_tokenizer(folder, settings),
+    params, told = read_weights(
+        folder, files, settings, config, dtype, kinds, wanted, wrapped, codes
     )
+    if told:
+        warnings.warn(told, UserWarning, stacklevel=6)  # at the call of load
+    return config, params, _read_tokenizer(folder, settings)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -122,140 +123,6 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     told = f"load: {folder} should hold {WEIGHTS} or {INDEX}, has neither. Fetch the folder again."
     raise FileNotFoundError(printable(told))
-
-
-def _names(files: list[Path]) -> list[str]:
-    """The names of all tensors."""
-    names: list[str] = []
-    for path in files:
-        check_regular(path)
-        with _safetensors_errors(path):
-            names += safe_open(path, framework="pt").keys()
-    return names
-
-
-def _read_weights(
-    folder: Path,
-    files: list[Path],
-    settings: Mapping[str, object],
-    config: Config,
-    dtype: torch.dtype | None,
-    kinds: Mapping[str, str],
-    cut: Cut | None,
-    wrapped: bool,
-) -> Params:
-    family = families.family_of(settings.get("model_type"), "model_type in config.json")
-    found: dict[str, tuple[int, ...]] = {}
-    where: dict[str, Any] = {}
-    parts = {
-        stored for name, kind in kinds.items() for stored in compressed.fields(name, kind).values()
-    }
-    types: dict[str, str] = {}
-    for path in files:
-        check_regular(path)
-        with _safetensors_errors(path):
-            file = safe_open(path, framework="pt")
-            for stored in file.keys():  # noqa: SIM118 (not a dict)
-                name = families.tower_name(stored) if wrapped else stored
-                if name is None:
-                    continue
-                name = family.name_of(name)
-                part = file.get_slice(stored)
-                if name in found:
-                    _refuse(
-                        f"{name} in {path.name}",
-                        f"in one file only, and is in {where[name][1].name} too",
-                        "two of it",
-                    )
-                found[name], where[name], types[name] = (
-                    tuple(part.get_shape()),
-                    (file, path, stored),
-                    part.get_dtype(),
-                )
-    ours = {name for name in parts & types.keys() if types[name] in {*compressed.CODES, *DTYPES}}
-    foreign = {
-        name: found[name]
-        for name in found
-        if name not in ours and not family.harmless.fullmatch(name)
-    }
-    _check_types(folder, foreign, types)
-    dtypes = {DTYPES[types[name]] for name in foreign}
-    dtype = dtype or _one_dtype(settings, dtypes)
-
-    # By name: slices of tensors that have the layout of the leaf.
-    plain: dict[str, tuple[slice, ...]] = {}
-    precise: set[str] = set()  # what keeps its dtype where another is narrower
-
-    def tensor(name: str, dtype: torch.dtype | None = None) -> Tensor:
-        file, path, stored = where[name]
-        with _safetensors_errors(path):
-            mapped = (
-                file.get_slice(stored)[plain[name]] if name in plain else file.get_tensor(stored)
-            )
-        kind = dtype or mapped.dtype
-        if name in precise:
-            kind = torch.promote_types(kind, mapped.dtype)
-        return mapped.to(kind, copy=True)  # a copy: the mapped file may change
-
-    def read(name: str) -> Weight:
-        return records[name] if name in records else tensor(name, dtype)
-
-    # Written as a model without a head.
-    if found and not any(name.startswith(family.prefix) for name in found):
-        whole = lambda name: name if name == family.tensors["head"] else family.prefix + name
-        found, where = (
-            {whole(name): value for name, value in table.items()} for table in (found, where)
-        )
-    records = {}
-    for name, kind in kinds.items():
-        for stored in compressed.fields(name, kind).values():
-            if stored not in found:
-                _refuse(
-                    f"tensors of {folder}",
-                    f"those of config.json, {stored} among them",
-                    "none of this name",
-                )
-        records[name] = compressed.read_record(name, kind, tensor)
-        for stored in compressed.fields(name, kind).values():
-            del found[stored]
-        found[name] = records[name].shape
-    head, embedding = family.tensors["head"], family.tensors["embedding"]
-    if config.tied and found.get(head, ()) == found.get(embedding):  # some files have both
-        if not torch.equal(read(head), read(embedding)):
-            _refuse(
-                f"{head} of {folder}",
-                f"the same as {embedding}, since config.json ties them",
-                "other numbers",
-            )
-        del found[head]
-    stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
-    held = families.in_layout(config, families.locate_tensors(family, config), stored)
-    # Rounded, it would choose other experts than the original, which keeps it in float32.
-    precise |= {source.names[0] for source in held if source.paths[0].endswith(".choice_bias")}
-    families.match(families.wanted(config, held), stored, str(folder))
-    if cut is None:
-        return families.unpack(config, held, read)
-    shapes = families.shapes(config)
-    plain |= {
-        source.names[0]: cut(source.paths[0], shapes[source.paths[0]])
-        for source in held
-        if not source.is_changed
-    }
-    params = families.unpack(config, held, read)
-    turned = {path for source in held if source.is_changed for path in source.paths}
-    return tree.map_with_path(
-        lambda path, x: x[cut(path, shapes[path])].clone() if path in turned else x, params
-    )
-
-
-def _one_dtype(settings: Mapping[str, object], dtypes: set[torch.dtype]) -> torch.dtype | None:
-    """The dtype for several: that of config.json, else their promotion; None where all agree."""
-    if len(dtypes) < 2:
-        return None
-    said = {str(kind).removeprefix("torch."): kind for kind in dtypes}.get(
-        str(settings.get("dtype", settings.get("torch_dtype")))
-    )
-    return said or functools.reduce(torch.promote_types, dtypes)
 
 
 def _read_tokenizer(folder: Path, settings: Mapping[str, object]) -> Tokenizer | None:
@@ -318,50 +185,6 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, object]) -> Tokenizer |
 def _is_there(path: Path) -> bool:
     """True where the folder has an entry of this name, also a broken link: then reading fails."""
     return os.path.lexists(path)
-
-
-def _check_types(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]
-) -> None:
-    """Fail where tensors are not floating; the error names the quantization method, if known."""
-    if quantized := quantizers.method_of(shapes, types):
-        method, shown = quantized
-        remedy = (
-            "Dequantize them with the tool that made them, and save the model again; or load one "
-            "that was not quantized."
-        )
-        got = f"those of {method}: {shown} {types[shown]} {shapes[shown]}"
-        fail(
-            "load",
-            f"weights of {folder}",
-            "floats, as config.json says",
-            got,
-            remedy,
-            CheckpointError,
-        )
-    for name in shapes:
-        if types[name] not in DTYPES:
-            remedy = (
-                "Numbers that are no floats are codes, of a tool that config.json does not name: "
-                "save the model again by it."
-            )
-            fail(
-                "load",
-                f"the type of {name} in {folder}",
-                f"one of {', '.join(DTYPES)}",
-                types[name],
-                remedy,
-                CheckpointError,
-            )
-
-
-@contextmanager
-def _safetensors_errors(path: Path) -> Iterator[None]:
-    """Raise errors of the `safetensors` library as CheckpointError."""
-    try:
-        yield
-    except SafetensorError as error:
-        _refuse(path.name, "safetensors", f"an error: {str(error)[:200]}")
 
 
 def _refuse(what: str, wanted: str, got: object) -> NoReturn:

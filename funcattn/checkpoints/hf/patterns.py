@@ -14,8 +14,8 @@ from collections.abc import Sequence
 TIMEOUT_SECONDS = 5.0
 PROGRAM = """
 import json, re, sys
-pattern, names = json.load(sys.stdin)
-json.dump([name for name in names if re.fullmatch(pattern, name)], sys.stdout)
+patterns, names = json.load(sys.stdin)
+json.dump([[name for name in names if re.fullmatch(p, name)] for p in patterns], sys.stdout)
 """
 
 
@@ -33,13 +33,38 @@ def full_matches(pattern: str, names: Sequence[str], seconds: float = TIMEOUT_SE
         >>> full_matches(r".*\\.[qv]_proj", ["layers.0.q_proj", "layers.0.k_proj"])
         ['layers.0.q_proj']
     """
+    return _matches([pattern], names, seconds)[0]
+
+
+def first_matches(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Name -> the first of the patterns that matches it, or the end of it behind a point.
+
+    It is how PEFT reads rank_pattern and alpha_pattern.
+
+    Raises:
+        PatternError: one is no regular expression, or they take too long.
+
+    Example:
+        >>> first_matches(["k_proj", "[qk]_proj"], ["layers.0.q_proj", "layers.0.o_proj"])
+        {'layers.0.q_proj': '[qk]_proj'}
+    """
+    if not patterns:
+        return {}
+    whole = [rf"(.*\.)?({pattern})" for pattern in patterns]
+    found: dict[str, str] = {}
+    for pattern, matched in zip(patterns, _matches(whole, names, TIMEOUT_SECONDS), strict=True):
+        found = dict.fromkeys(matched, pattern) | found
+    return found
+
+
+def _matches(patterns: Sequence[str], names: Sequence[str], seconds: float) -> list[list[str]]:
     executable = multiprocessing.spawn.get_executable()
     if not executable or getattr(sys, "frozen", False):
         raise PatternError("a program without a Python interpreter, which matches patterns")
     try:
         done = subprocess.run(
             [os.fspath(executable), "-I", "-S", "-c", PROGRAM],
-            input=json.dumps([pattern, list(names)]).encode(),
+            input=json.dumps([list(patterns), list(names)]).encode(),
             capture_output=True,
             timeout=seconds,
             check=False,

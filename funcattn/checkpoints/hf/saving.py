@@ -24,7 +24,8 @@ from ..families import CheckpointError
 from ..tokenizer.tokenizer import Tokenizer
 from ..writing import written
 from . import compressed
-from .folder import DTYPES, INDEX, WEIGHTS
+from .folder import INDEX, WEIGHTS
+from .weights import DTYPES
 
 WRITTEN = {
     "config.json",

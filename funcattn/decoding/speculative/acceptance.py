@@ -15,7 +15,8 @@ from ... import randomness
 from ...core import errors
 from ...core.doors import door
 from ...records import record
-from .rules import Rule, at, blockwise
+from .regions import at
+from .rules import Rule, blockwise
 
 
 @record

@@ -26,10 +26,11 @@ from ..detokenization import Detokenizer
 from ..loop import Choice, Chooser, Start, Text, begun, decode, prefill, until_stop
 from ..requests import Request, check_numbers
 from ..streams import Heard, Streamed, check_stop_strings, ends_of
-from .acceptance import Accepted
 from .drafters import Draft, Drafter
+from .features import Features
 from .rules import Rule, blockwise
-from .verification import accept_along, accept_greedy, log_probs_along_draft, select_state
+from .tree_rules import kinship
+from .verification import accepted, accepted_of_tree, select_state
 
 
 @record
@@ -220,22 +221,26 @@ def _begin(
     """Prefill with room for drafts, and the chooser of the rounds after it."""
     _check_drafter(request.verb, drafter)
     request.checked(key=key, drafter=drafter, rule=rule, **values)
-    start = prefill(
-        *(request.model, request.params, request.prompt, request.cache),
-        room=request.steps + drafter.length,
-        prompt_length=request.prompt_length,
-        chunk=request.chunk,
-    )
+    features = Features(request.verb, drafter.taps)
+    with features.listening():
+        start = prefill(
+            *(request.model, request.params, request.prompt, request.cache),
+            room=request.steps + drafter.length,
+            prompt_length=request.prompt_length,
+            chunk=request.chunk,
+        )
     _check_vocabulary(request.verb, drafter, start.logits)
-    return start, verifying(request, key, drafter, rule, start)
+    return start, verifying(request, key, drafter, rule, start, features)
 
 
-def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start: Start) -> Chooser:
+def verifying(
+    request: Request, key: Tensor, drafter: Drafter, rule: Rule, start: Start, features: Features
+) -> Chooser:
     """A chooser of several tokens a round: the accepted prefix of a draft, and one more.
 
     Args:
         request, key, drafter, rule: as in `speculate`.
-        start: the result of prefill.
+        start: the result of prefill. features: what the drafter's taps heard in it.
     """
     model, params, sampler, steps = request.model, request.params, request.sampler, request.steps
     prompt, stop = request.prompt, request.stop
@@ -255,7 +260,7 @@ def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start
         drafting = (
             shared.init(prompt, length, logits, start.cache)
             if shared
-            else drafter.init(prompt, length, steps)
+            else drafter.init(prompt, length, steps, *features.rows(len(prompt)))
         )
         return token, Drafting(state, drafting, no_rounds(prompt))
 
@@ -270,13 +275,29 @@ def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start
         # Without drafted tokens one decode step is enough.
         nothing = sampler.deterministic and errors.integer(draft.valid) == 0
         proposed = draft.tokens[:0] if nothing else draft.tokens
-        logits, delta = transformer.along(
-            model, params, torch.cat([text.last.reshape(1), proposed]), text.cache
-        )
-        check_numbers(request.verb, "the logits of a step", logits)
-        found, states = _accepted(
-            keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule
-        )
+        read = torch.cat([text.last.reshape(1), proposed])
+        if is_absent(draft.parent) or nothing:
+            with features.listening():
+                logits, delta = transformer.along(model, params, read, text.cache)
+            seen = features.rows(len(read), drafter.length + 1)
+            check_numbers(request.verb, "the logits of a step", logits)
+            found, states = accepted(
+                keys[n - 1, 1], sampler, logits, draft, proposed, text.state.sampler, rule
+            )
+        else:
+            with features.listening():
+                logits, delta = transformer.along_tree(
+                    *(model, params, read, text.cache),
+                    above=kinship(draft.parent).above,
+                    depth=drafter.length,
+                )
+            check_numbers(request.verb, "the logits of a step", logits)
+            found, rows, states = accepted_of_tree(
+                *(keys[n - 1, 1], sampler, logits, draft, text.state.sampler, rule),
+                depth=drafter.length,
+            )
+            delta, proposed = transformer.rows_of_path(delta, rows), proposed[: drafter.length]
+            seen = [x.index_select(0, rows) for x in features.rows(len(read))]
         assert text.left is not None  # rounds write different numbers of tokens
         kept = torch.minimum(until_stop(found.tokens, found.count + 1, stop), text.left)
         kept = torch.where(text.done, 0, kept)
@@ -286,34 +307,12 @@ def verifying(request: Request, key: Tensor, drafter: Drafter, rule: Rule, start
 
         def settle(kept: Tensor, last: Tensor) -> Drafting:
             state = sampler.observe(last, select_state(states, (kept - 1).clamp(min=0)))
-            after = (shared or drafter).keep(tokens, kept, drafting)
+            after = (shared or drafter).keep(tokens, kept, drafting, *seen)
             return Drafting(state, after, _counted(text, draft, torch.minimum(found.count, kept)))
 
         return Choice(tokens, kept, torch.where(text.done, text.last, newest), delta, settle)
 
     return Chooser(first, follow, drafter.length)
-
-
-def _accepted(
-    key: Tensor,
-    sampler: Sampler,
-    logits: Tensor,
-    draft: Draft,
-    proposed: Tensor,
-    state: Tree,
-    rule: Rule,
-) -> tuple[Accepted, Tree]:
-    """Accept a draft (N,) by its logits (N + 1, V); also the sampler's states along the draft."""
-    if sampler.deterministic:
-        return accept_greedy(sampler, logits, proposed, draft.valid, state)
-    along = log_probs_along_draft(sampler, logits, proposed, state)
-    dtype = along.log_probs.dtype
-    probs = (
-        F.one_hot(proposed, logits.shape[-1]).to(dtype)
-        if is_absent(draft.probs)
-        else draft.probs.to(dtype)
-    )
-    return accept_along(key, along, probs, proposed, draft.valid, rule=rule), along.states
 
 
 def no_rounds(prompt: Tensor) -> Stats:

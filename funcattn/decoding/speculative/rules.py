@@ -29,19 +29,10 @@ import torch
 from torch import Tensor
 
 from ...core.doors import uncalled
-from ...records import record
-
-
-@record
-class Regions(NamedTuple):
-    """Thresholds of acceptance, and the distribution of the token that follows.
-
-    threshold: (N,), h; token i passes its test where u_i < h_i.
-    correction: (N + 1, V), row n the probabilities of the token after the first n of the draft.
-    """
-
-    threshold: Tensor
-    correction: Tensor
+from ...records import ABSENT
+from . import tree_rules
+from .regions import Regions, at, divide, normalize
+from .tree_rules import TreeRule
 
 
 class Rule(NamedTuple):
@@ -50,30 +41,14 @@ class Rule(NamedTuple):
     regions: (target (N + 1, V), draft (N, V), proposed (N,), valid ()) -> Regions
     count: (threshold (N,), uniforms (N,)) -> int64 ()
     pmf: threshold (N,) -> (N + 1,), the probability of each count
+    tree: the rule for trees of drafts; () where there is none
     """
 
     regions: Callable[[Tensor, Tensor, Tensor, Tensor], Regions]
     count: Callable[[Tensor, Tensor], Tensor]
     pmf: Callable[[Tensor], Tensor]
+    tree: TreeRule | tuple[()] = ABSENT
     __call__ = uncalled
-
-
-def divide(a: Tensor, b: Tensor, otherwise: Tensor | float) -> Tensor:
-    """a / b where b > 0, else `otherwise`; derivatives are finite."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1), otherwise)
-
-
-def normalize(mass: Tensor, otherwise: Tensor) -> Tensor:
-    """Non-negative rows (*lead, V) normalized to sum to one.
-
-    Rows that sum to 0 become those of `otherwise`; they are never drawn from.
-    """
-    return divide(mass, mass.sum(-1, keepdim=True), otherwise)
-
-
-def at(probs: Tensor, tokens: Tensor) -> Tensor:
-    """The probability of one token in each row: (N, V), (N,) -> (N,)."""
-    return probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def until_refused(threshold: Tensor, uniforms: Tensor) -> Tensor:
@@ -134,5 +109,5 @@ def _blockwise(target: Tensor, draft: Tensor, proposed: Tensor, valid: Tensor) -
     return Regions(h[1:], torch.cat([correction, target[N:]]))
 
 
-tokenwise = Rule(_tokenwise, until_refused, until_refused_pmf)
-blockwise = Rule(_blockwise, last_passed, last_passed_pmf)
+tokenwise = Rule(_tokenwise, until_refused, until_refused_pmf, tree_rules.tokenwise)
+blockwise = Rule(_blockwise, last_passed, last_passed_pmf, tree_rules.blockwise)

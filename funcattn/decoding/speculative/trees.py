@@ -1,17 +1,12 @@
-"""Acceptance of a tree of drafts: candidates at each node are tried in turn.
+"""Acceptance of a tree of drafts: a path from its root is kept, and one more token drawn.
 
-At a node with target p, its children x_1, x_2, ... are drawn from q without replacement (q
-renormalized without the earlier ones):
+Node 0 is the text so far, node n the drafted token n - 1; `parent` names an earlier node. A star is
+multi-draft verification. A parent of -1 marks a missing token, so ragged trees have one shape. The
+rules, and their sources, are in `tree_rules`.
 
-    accept x_k with probability min(1, p(x_k) / q(x_k))
-    otherwise p <- (p - q)+ normalized, q <- q without x_k, normalized
-
-If all children are rejected, the next token is drawn from the p that remains. Node 0 is the text so
-far, node n the drafted token n - 1; `parent` names an earlier node. A chain is `tokenwise`; a star
-is multi-draft verification. A parent of -1 marks a missing token, so ragged trees have one shape.
-
-Sources: Jeon et al., Recursive speculative decoding, arXiv:2402.14160 (without replacement); Miao
-et al., SpecInfer, arXiv:2305.09781 (with it).
+What the rule must be told is how the children of a node came about: drawn from `draft` without
+replacement or with, or chosen without chance (`certain`, or `draft=()`), as the top k of a drafter
+are. A child that was chosen and is judged as if it had been drawn changes the law of the text.
 """
 
 from typing import NamedTuple
@@ -22,9 +17,19 @@ from torch import Tensor
 from ... import randomness
 from ...core import errors
 from ...core.doors import door
-from ...records import record
+from ...records import is_absent, record
+from . import tree_rules
 from .acceptance import check_probs, check_values, draw_row
-from .rules import Regions, divide, normalize
+from .regions import Regions
+from .rules import Rule, tokenwise
+from .tree_rules import (
+    Kinship,
+    TreeRule,
+    end_of_matching,
+    kinship,
+    path_to,
+    regions_of_chosen,
+)
 
 
 @record
@@ -47,24 +52,32 @@ class Branched(NamedTuple):
 def accept_tree(
     key: Tensor,
     target: Tensor,
-    draft: Tensor,
+    draft: Tensor | tuple[()],
     proposed: Tensor,
     parent: Tensor,
     *,
+    certain: Tensor | None = None,
     replacement: bool = False,
+    rule: Rule = tokenwise,
     check: bool = True,
 ) -> Branched:
     """Accept a path from the root of a tree and draw one more token, distributed as the target.
 
     Args:
         key: int64 (2,), randomness for all of it.
-        target, draft: (M + 1, V), float32 or float64: at each node, the target's probabilities of
-            the next token, and those that the node's children were drawn from (any at a leaf).
+        target: (M + 1, V), float32 or float64: at each node, the target's probabilities of the next
+            token.
+        draft: (M + 1, V), at each node the probabilities that its children were drawn from (any at
+            a leaf); () where all were chosen without chance: the top k of a drafter, n-grams.
         proposed: int64 (M,), the token of node 1, 2, ..., M; children of one node in the order in
             which they were drawn.
         parent: int64 (M,), the parent of each node: of node n one of 0, ..., n - 1, or -1 where
             there is no token.
+        certain: bool (M,), True at the tokens that were chosen without chance; behind a sibling
+            that was drawn from all tokens but these, acceptance is the most that is possible. None
+            is none.
         replacement: whether candidates were drawn independently, and may be equal.
+        rule: `tokenwise`, or `blockwise`, which decides from the leaves to the root.
         check: validate values where they can be read.
 
     Raises:
@@ -72,11 +85,40 @@ def accept_tree(
 
     Law: distributed as the target exactly, by enumeration (test_trees.py).
     """
-    regions = _regions("accept_tree", target, draft, proposed, parent, replacement, check)
+    if is_absent(draft):
+        _check("accept_tree", target, draft, proposed, parent, check)
+        _rule_of("accept_tree", rule)
+        relations = kinship(parent)
+        threshold, correction = regions_of_chosen(target, proposed, parent, relations)
+        for_uniforms, for_token = randomness.split(key).unbind()
+        uniforms = randomness.uniform(for_uniforms, (len(proposed),), torch.float64)
+        end = tree_rules.tokenwise.end(threshold, uniforms, relations)  # every rule is this one
+        token = draw_row(for_token, correction(end).unsqueeze(0), torch.zeros_like(end))
+        return _branched(end, token, proposed, relations)
+    regions = _regions(
+        "accept_tree", target, draft, proposed, parent, replacement, check, rule, certain
+    )
     for_uniforms, for_token = randomness.split(key).unbind()
     uniforms = randomness.uniform(for_uniforms, (len(proposed),), torch.float64)
-    node, path, count = walk(regions.threshold.double(), uniforms, parent)
-    token = draw_row(for_token, regions.correction, node)
+    relations = kinship(parent)
+    end = _rule_of("accept_tree", rule).end(regions.threshold.double(), uniforms, relations)
+    return _branched(end, draw_row(for_token, regions.correction, end), proposed, relations)
+
+
+def accept_chosen(chosen: Tensor, proposed: Tensor, parent: Tensor) -> Branched:
+    """Accept the path whose tokens are those of the target, such as its argmax at each node.
+
+    Args:
+        chosen: int64 (M + 1,), the target's token at each node, whatever was drafted there.
+        proposed, parent: as in `accept_tree`.
+    """
+    relations = kinship(parent)
+    end = end_of_matching(chosen, proposed, parent, relations)
+    return _branched(end, chosen.index_select(0, end.reshape(1))[0], proposed, relations)
+
+
+def _branched(end: Tensor, token: Tensor, proposed: Tensor, relations: Kinship) -> Branched:
+    path, count = path_to(end, relations)
     places = torch.arange(len(proposed) + 1, device=proposed.device)
     written = proposed.index_select(0, (torch.cat([path, path[:1]]) - 1).clamp(min=0))
     tokens = torch.where(places < count, written, torch.where(places == count, token, -1))
@@ -87,10 +129,12 @@ def accept_tree(
 def accept_among(
     key: Tensor,
     target: Tensor,
-    draft: Tensor,
+    draft: Tensor | tuple[()],
     proposed: Tensor,
     *,
+    certain: Tensor | None = None,
     replacement: bool = False,
+    rule: Rule = tokenwise,
     check: bool = True,
 ) -> Branched:
     """Accept one of M candidates for one token, or draw another: a tree of depth one.
@@ -100,9 +144,9 @@ def accept_among(
     Args:
         key: int64 (2,), randomness for all of it.
         target: (V,), the target's probabilities at this position.
-        draft: (V,), the probabilities that the M candidates were drawn from.
+        draft: (V,), the probabilities that the M candidates were drawn from; () for chosen ones.
         proposed: int64 (M,), the candidates in the order in which they were drawn.
-        replacement, check: as in `accept_tree`.
+        certain, replacement, rule, check: as in `accept_tree`.
 
     Returns:
         Branched, with `token` the token of this position whether it was drafted or not, and
@@ -123,10 +167,12 @@ def accept_among(
     done = accept_tree(
         key,
         rows(target),
-        rows(draft),
+        draft if is_absent(draft) else rows(draft),
         proposed,
         torch.zeros_like(proposed),
+        certain=certain,
         replacement=replacement,
+        rule=rule,
         check=check,
     )
     token = done.tokens[0]
@@ -138,70 +184,60 @@ def accept_among(
 @door
 def tree_pmf(
     target: Tensor,
-    draft: Tensor,
+    draft: Tensor | tuple[()],
     proposed: Tensor,
     parent: Tensor,
     *,
+    certain: Tensor | None = None,
     replacement: bool = False,
+    rule: Rule = tokenwise,
     check: bool = True,
 ) -> Tensor:
     """The probability (M + 1,) that the path ends at each node, given the tree.
 
     Exact and differentiable. Args as in `accept_tree`.
     """
-    threshold = _regions("tree_pmf", target, draft, proposed, parent, replacement, check).threshold
-    nodes = torch.arange(len(proposed) + 1, device=proposed.device)
-    ends = (nodes == 0).to(threshold.dtype)
-    for n, h in enumerate(threshold.unbind(), 1):
-        above = nodes == parent[n - 1]
-        moved = torch.where(above, ends, 0).sum() * h
-        ends = ends - torch.where(above, moved, 0) + torch.where(nodes == n, moved, 0)
-    return ends
-
-
-def walk(threshold: Tensor, uniforms: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The last node of the path for uniforms (M,), the path (M,) padded with 0, and its length."""
-    node, count = torch.zeros_like(parent[0]), torch.zeros_like(parent[0])
-    path, places = torch.zeros_like(parent), torch.arange(len(parent), device=parent.device)
-    for n in range(1, len(parent) + 1):
-        moves = (parent[n - 1] == node) & (uniforms[n - 1] < threshold[n - 1])
-        path = torch.where(moves & (places == count), n, path)
-        node, count = torch.where(moves, n, node), count + moves
-    return node, path, count
+    threshold = _regions(
+        "tree_pmf", target, draft, proposed, parent, replacement, check, rule, certain
+    ).threshold
+    return _rule_of("tree_pmf", rule).pmf(threshold, kinship(parent))
 
 
 def _regions(
     function: str,
     target: Tensor,
-    draft: Tensor,
+    draft: Tensor | tuple[()],
     proposed: Tensor,
     parent: Tensor,
     replacement: bool,
     check: bool,
+    rule: Rule = tokenwise,
+    certain: Tensor | None = None,
 ) -> Regions:
     _check(function, target, draft, proposed, parent, check)
-    M = len(proposed)
-    nodes, vocabulary = (
-        torch.arange(M + 1, device=target.device),
-        torch.arange(target.shape[-1], device=target.device),
-    )
-    p_all, q_all, thresholds = target, draft, []
-    for n in range(M):
-        here, x = parent[n].clamp(min=0).reshape(1), proposed[n].reshape(1)
-        p, q = p_all.index_select(0, here)[0], q_all.index_select(0, here)[0]
-        px, qx = p.gather(0, x)[0], q.gather(0, x)[0]
-        tried = (parent[n] >= 0) & (qx > 0)  # a token of probability 0 changes nothing
-        thresholds.append(torch.where(tried, divide(px, qx, 0.0).clamp(max=1), 0))
-        row = ((nodes == here) & tried).unsqueeze(-1)
-        p_all = torch.where(row, normalize((p - q).clamp(min=0), p), p_all)
-        if not replacement:
-            rest = torch.where(vocabulary == x, 0, q)
-            q_all = torch.where(row, normalize(rest, rest), q_all)
-    return Regions(torch.stack(thresholds), p_all)
+    if certain is None:
+        certain = torch.zeros_like(proposed, dtype=torch.bool)
+    elif certain.shape != proposed.shape or certain.dtype != torch.bool:
+        got = f"{certain.dtype} {errors.shape(certain)}"
+        remedy = "Say of each token whether it was chosen without chance."
+        errors.fail(function, "certain", f"bool (M,) with M = {len(proposed)}", got, remedy)
+    return _rule_of(function, rule).regions(target, draft, proposed, parent, certain, replacement)
+
+
+def _rule_of(function: str, rule: Rule) -> TreeRule:
+    if is_absent(rule.tree):
+        remedy = "Pass blockwise or tokenwise, or give yours a TreeRule: rule._replace(tree=...)."
+        errors.fail(function, "rule", "one with a rule for trees", "one without", remedy, TypeError)
+    return rule.tree
 
 
 def _check(
-    function: str, target: Tensor, draft: Tensor, proposed: Tensor, parent: Tensor, check: bool
+    function: str,
+    target: Tensor,
+    draft: Tensor | tuple[()],
+    proposed: Tensor,
+    parent: Tensor,
+    check: bool,
 ) -> None:
     if proposed.dim() != 1:
         errors.fail(
@@ -217,7 +253,8 @@ def _check(
             "With nothing drafted, draw from the target.",
         )
     check_probs(function, "target", target, (M + 1, V), "(N + 1, V)", M)
-    check_probs(function, "draft", draft, (M + 1, V), "(N + 1, V)", M)
+    if not is_absent(draft):
+        check_probs(function, "draft", draft, (M + 1, V), "(N + 1, V)", M)
     if parent.shape != proposed.shape:
         errors.fail(
             function,
@@ -245,6 +282,6 @@ def _check(
         )
     if check:
         for argument, probs in (("target", target), ("draft", draft)):
-            check_values(
-                function, argument, probs, torch.ones_like(probs[..., 0], dtype=torch.bool)
-            )
+            if not is_absent(probs):
+                counts = torch.ones_like(probs[..., 0], dtype=torch.bool)
+                check_values(function, argument, probs, counts)

@@ -10,16 +10,19 @@ To roll back is to select an earlier state of those that were computed.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import tree
 from ...core import errors
 from ...core.doors import door
-from ...records import formerly, record
+from ...records import formerly, is_absent, record
 from ...sampling import Sampler, greedy, log_probs_with_state
 from ...tree import Tree
 from .acceptance import Accepted, accept
+from .drafters import Draft
 from .rules import Rule, blockwise
+from .trees import Branched, accept_chosen, accept_tree
 
 
 @formerly(laws="log_probs")
@@ -146,6 +149,126 @@ def accept_along(
         torch.arange(N + 1, device=token.device) == found.count, token, found.tokens
     )
     return Accepted(found.count, token, tokens)
+
+
+def accept_along_tree(
+    key: Tensor,
+    sampler: Sampler,
+    logits: Tensor,
+    proposed: Tensor,
+    parent: Tensor,
+    probs: Tensor | tuple[()],
+    certain: Tensor | tuple[()],
+    state: Tree,
+    *,
+    rule: Rule = blockwise,
+) -> tuple[Branched, Tree]:
+    """`accept_tree` by logits and a sampler, whose state at each node has observed its path.
+
+    Args:
+        key: int64 (2,), randomness for all of it.
+        logits: (M + 1, V), the model's at each node.
+        proposed, parent: int64 (M,), of the tree.
+        probs, certain: of the draft, as in `accept_tree`.
+        state: the sampler's, at the root.
+
+    Returns:
+        Branched, whose token is -1 where the sampler allows none, and the sampler's states,
+        leaves (M + 1, ...), each ready to observe the next token.
+    """
+    if sampler is greedy:
+        chosen, states = logits.argmax(-1), _everywhere(state, len(logits))
+        return accept_chosen(chosen, proposed, parent), states
+    rows, states = _along_nodes(sampler, logits, proposed, parent, state)
+    drawable = rows.amax(-1).isfinite()
+    if sampler.deterministic:
+        picked = torch.where(drawable, rows.argmax(-1), -1)
+        return accept_chosen(picked, proposed, parent), states
+    target = torch.where(drawable.unsqueeze(-1), rows.softmax(-1), 1 / rows.shape[-1])
+    draft, judged = probs, None
+    if not is_absent(probs):
+        # Where the drafter's sampler allowed no token, what stands there was drawn from nothing.
+        lost = ~probs.isfinite().all(-1)
+        draft = torch.where(lost.unsqueeze(-1), 0, probs).to(target.dtype)
+        judged = lost.index_select(0, parent.clamp(min=0)) | (
+            torch.zeros_like(lost[1:]) if is_absent(certain) else certain
+        )
+    found = accept_tree(
+        *(key, target, draft, proposed, parent), certain=judged, rule=rule, check=False
+    )
+    last = found.path.index_select(0, (found.count - 1).clamp(min=0).reshape(1))[0]
+    end = torch.where(found.count > 0, last, 0)
+    token = torch.where(drawable.index_select(0, end.reshape(1))[0], found.token, -1)
+    places = torch.arange(len(found.tokens), device=token.device)
+    tokens = torch.where(places == found.count, token, found.tokens)
+    return Branched(found.count, found.path, token, tokens), states
+
+
+def _along_nodes(
+    sampler: Sampler, logits: Tensor, proposed: Tensor, parent: Tensor, state: Tree
+) -> tuple[Tensor, Tree]:
+    """The sampler's logits (M + 1, V) and its states at the nodes, each once."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if not tree.leaves(state):
+        update = lambda row: sampler.update(row, state)[0]
+        return torch.func.vmap(update)(logits), state
+    rows, states = [], []
+    for n, row in enumerate(logits.unbind()):
+        if n:
+            before = tree.map(lambda *leaves: torch.stack(leaves), *states)
+            above = select_state(before, parent[n - 1].clamp(min=0))
+            state = sampler.observe(proposed[n - 1], above)
+        left, state = sampler.update(row, state)
+        rows.append(left)
+        states.append(state)
+    return torch.stack(rows), tree.map(lambda *leaves: torch.stack(leaves), *states)
+
+
+def _everywhere(state: Tree, n: int) -> Tree:
+    return tree.map(lambda leaf: leaf.expand(n, *leaf.shape), state)
+
+
+def accepted(
+    key: Tensor,
+    sampler: Sampler,
+    logits: Tensor,
+    draft: Draft,
+    proposed: Tensor,
+    state: Tree,
+    rule: Rule,
+) -> tuple[Accepted, Tree]:
+    """Accept a draft (N,) by its logits (N + 1, V); also the sampler's states along the draft."""
+    if sampler.deterministic:
+        return accept_greedy(sampler, logits, proposed, draft.valid, state)
+    along = log_probs_along_draft(sampler, logits, proposed, state)
+    dtype = along.log_probs.dtype
+    probs = (
+        F.one_hot(proposed, logits.shape[-1]).to(dtype)
+        if is_absent(draft.probs)
+        else draft.probs.to(dtype)
+    )
+    return accept_along(key, along, probs, proposed, draft.valid, rule=rule), along.states
+
+
+def accepted_of_tree(
+    key: Tensor,
+    sampler: Sampler,
+    logits: Tensor,
+    draft: Draft,
+    state: Tree,
+    rule: Rule,
+    *,
+    depth: int,
+) -> tuple[Accepted, Tensor, Tree]:
+    """Accept a path of a tree: its tokens, its rows of the delta (N + 1,), the states along it."""
+    assert not is_absent(draft.parent)
+    found, states = accept_along_tree(
+        *(key, sampler, logits, draft.tokens, draft.parent, draft.probs, draft.certain, state),
+        rule=rule,
+    )
+    rows = F.pad(found.path, (1, 0))[: depth + 1]
+    along = tree.map(lambda leaf: leaf.index_select(0, rows), states)
+    return Accepted(found.count, found.token, found.tokens[: depth + 1]), rows, along
 
 
 def select_state(states: Tree, count: Tensor) -> Tree:

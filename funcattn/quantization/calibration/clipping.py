@@ -24,7 +24,7 @@ from ...models import Model
 from ...transformer import Layer, Params
 from ...tree import Tree
 from .. import Scheme, expand, is_quantized, packing
-from .layerwise import FEEDS, Feeds, Progress, decoder_of, walk
+from .layerwise import Feeds, Progress, decoder_of, feeds_of, walk
 from .smoothquant import smooth
 
 CLIPS = tuple(1 - 0.05 * i for i in range(11))  # of the range of a group: 1 to 0.5
@@ -164,11 +164,12 @@ def _layer(layer: Layer, plan: Layer, feeds: Feeds, scheme: Clippable) -> Layer:
     def gather(tap: str, rows: Tensor) -> None:
         sums[tap] = sums.get(tap, 0) + rows.double().square().sum(0)
 
-    feeds({tap for tap, names in FEEDS.items() if chosen & {*names}}, gather)
+    read = feeds_of(layer)
+    feeds({tap for tap, names in read.items() if chosen & {*names}}, gather)
     found = {
         name: best_clip(scheme, getattr(layer, name), sums[tap])
         for tap in sums
-        for name in FEEDS[tap]
+        for name in read[tap]
         if name in chosen
     }
     return plan._replace(**found)

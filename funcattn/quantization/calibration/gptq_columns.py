@@ -26,7 +26,7 @@ from ...models import Model
 from ...transformer import Layer, Params
 from ...tree import Tree
 from .. import Int4, Int8, Int8Dynamic, Scheme, is_quantized, packing
-from .layerwise import BY_EXPERT, FEEDS, Feeds, decoder_of, walk
+from .layerwise import BY_EXPERT, Feeds, decoder_of, feeds_of, walk
 
 BLOCK = 128  # columns between two updates of all that follow
 
@@ -108,7 +108,7 @@ def _layer(layer: Layer, plan: Layer, feeds: Feeds, damping: float) -> Layer:
         if is_quantized(getattr(plan, name)) and not is_quantized(getattr(layer, name))
     }
     of_experts = {name for name in chosen if getattr(layer, name).dim() > 2}
-    taps = {tap: [*chosen & {*names} - of_experts] for tap, names in FEEDS.items()}
+    taps = {tap: [*chosen & {*names} - of_experts] for tap, names in feeds_of(layer).items()}
     heard = {name: [*of_experts & {*names}] for name, names in BY_EXPERT.items()}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}

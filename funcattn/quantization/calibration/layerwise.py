@@ -11,15 +11,25 @@ from ...core import errors
 from ...layers import Weight
 from ...models import Model, config_of, told
 from ...progress import track
+from ...records import is_absent
 from ...transformer import Config, Layer, LayerContext, LayerDelta, LayerSpec, Params
 
 FEEDS = {  # a tap of a layer -> the matrices that its value is multiplied by
     "attention.input": ("q", "k", "v"),
     "attention.mixed": ("o",),
-    "mixer.input": ("mixer_in", "mixer_gate"),
-    "mixer.mixed": ("mixer_out",),
     "feed_forward.input": ("gate", "up"),
     "feed_forward.inner": ("down",),
+}
+OF_MIXERS = {  # of a recurrent layer, beside attention or not
+    **FEEDS,
+    "mixer.input": ("mixer_in", "mixer_gate"),
+    "mixer.mixed": ("mixer_out",),
+}
+OF_LATENTS = {  # of a layer with latent attention
+    **FEEDS,
+    "attention.input": ("q_down", "kv_down"),
+    "attention.query_latent": ("q",),
+    "attention.latent": ("k", "v"),
 }
 BY_EXPERT = {  # a matrix of experts whose input rows are recorded -> the matrices they multiply
     "up": ("gate", "up"),
@@ -30,6 +40,17 @@ WINDOW = 512  # tokens that are read at once
 Gather: TypeAlias = Callable[[str, Tensor], None]  # (tap, rows (n, K)), or (name.expert, rows)
 Feeds: TypeAlias = Callable[[set[str], Gather], None]  # calls gather with the inputs at those taps
 Progress: TypeAlias = Callable[[int, int], None]  # (layers done, of all)
+
+
+def feeds_of(layer: Layer) -> dict[str, tuple[str, ...]]:
+    """A tap of the layer -> the matrices that its value is multiplied by."""
+    if not is_absent(layer.mixer_in):
+        return OF_MIXERS
+    if is_absent(layer.kv_down):
+        return FEEDS
+    if is_absent(layer.q_down):  # queries are made of the input itself
+        return {**OF_LATENTS, "attention.input": ("q", "kv_down"), "attention.query_latent": ()}
+    return OF_LATENTS
 
 
 def decoder_of(function: str, model: Model, tokens: Tensor) -> Config:

@@ -7,19 +7,35 @@ import pytest
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from funcattn.checkpoints.families.bart import BARTS
+from funcattn.checkpoints.families.bert import BERTS
 from funcattn.checkpoints.families.tables import Fields
 from funcattn.families import FAMILIES, read_config
 
 # The fields that a file must have, by their names.
 NEEDED = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
 NEEDED += ["intermediate_size", "n_embd", "n_layer", "n_head", "d_model", "num_layers"]
-NEEDED += ["num_heads", "attention_heads", "ffn_dim", "n_heads", "n_layers"]
+NEEDED += [
+    "decoder_layers",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "num_heads",
+    "attention_heads",
+    "ffn_dim",
+    "n_heads",
+    "n_layers",
+]
 # Without them a class has no default that makes a decoder of attention.
 GIVEN = {
     "granitemoehybrid": {"layer_types": ["full_attention"] * 32, "mamba_n_heads": 128},
     "bamba": {"attn_layer_indices": [1]},
     "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "glm4_moe": {"head_dim": 128},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "cohere2_moe": {"prefix_dense_intermediate_size": 64},
+    **{family.name: {"is_decoder": True} for family in BERTS},
+    "electra": {"is_decoder": True, "embedding_size": 256},
+    **{family.name: {"is_encoder_decoder": False} for family in BARTS},
 }
 
 
@@ -37,13 +53,26 @@ def test_what_a_file_leaves_out_is_the_default_of_the_class(name):
     assert read_config(few) == read_config(whole)
 
 
+def test_a_name_without_a_class_is_that_of_another_family():
+    whole = settings("deepseek_v3")
+    assert read_config({**whole, "model_type": "kimi_k2"}) == read_config(whole)
+
+
 # What a class reads and no logits depend on, or what config_json.py checks for every family.
 ELSEWHERE = {
     *("pad_token_id", "use_cache", "output_attentions", "output_hidden_states", "num_labels"),
-    *("initializer_range", "_attn_implementation", "get_text_config", "to_dict", "dtype"),
+    *(
+        "initializer_range",
+        "embedding_initializer_range",
+        "_attn_implementation",
+        "get_text_config",
+        "to_dict",
+        "dtype",
+    ),
     *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "return_dict"),
     *("problem_type", "max_position_embeddings", "use_bidirectional_attention", "is_decoder"),
     *("add_cross_attention", "is_encoder_decoder", "reorder_and_upcast_attn"),
+    *("chunk_size_feed_forward", "decoder_start_token_id", "eos_token_id", "id2label"),
     *("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "init_std"),
 }
 OTHERS = {

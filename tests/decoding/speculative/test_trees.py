@@ -2,109 +2,36 @@
 replacement and with.
 """
 
-import itertools
-
 import pytest
 import torch
+from drafted import SHAPES, proof, tables
 from torch.func import grad, vmap
 
 import funcattn as fa
 from funcattn.decoding.speculative import trees as module
+from funcattn.decoding.speculative.tree_rules import kinship, path_to
 from funcattn.speculation import Regions, accept, accept_among, accept_tree, tokenwise, tree_pmf
 from funcattn.testing.laws import acceptances
 
-V = 3
-# parents of nodes 1, 2, ...: a chain, a star, two pairs, a bush, one with a missing token
-SHAPES = {
-    "chain": [0, 1],
-    "star": [0, 0, 0],
-    "pairs": [0, 0, 1, 1],
-    "bush": [0, 0, 1, 2],
-    "ragged": [0, -1, 1, 0],
-}
 
-
-def tables(seed, n, zeros=False):
-    out = []
-    for depth, key in enumerate(fa.split(fa.key(seed), n)):
-        law = (2 * fa.random.normal(key, (V,) * (depth + 1), torch.float64)).softmax(-1)
-        if zeros:
-            law = torch.where(law < law.amax(-1, keepdim=True) / 4, 0, law)
-            law = law / law.sum(-1, keepdim=True)
-        out.append(law)
-    return out
-
-
-def texts(parent, tokens):
-    """The text at each node, () at the root."""
-    found = [()]
-    for n, above in enumerate(parent):
-        found.append((*found[above], tokens[n]) if above >= 0 else ())
-    return found
-
-
-def chance(parent, tokens, laws, replacement):
-    """The probability of drawing this tree, children in order."""
-    probability, left = 1.0, list(laws)
-    for n, above in enumerate(parent):
-        # no token, or none left to draw: whatever stands there
-        if above < 0 or left[above].sum() == 0:
-            probability /= V
-            continue
-        probability *= float(left[above][tokens[n]])
-        if not replacement and probability > 0:
-            rest = left[above].clone()
-            rest[tokens[n]] = 0
-            left[above] = rest / rest.sum() if rest.sum() > 0 else rest
-    return probability
-
-
-def law_of_what_is_written(parent, target, draft, replacement, regions, pmf):
-    """(V,) * 3: enumerate trees, where each ends and what follows, and complete with the target."""
-    total = torch.zeros(V, V, V, dtype=torch.float64)
-    kept = 0.0
-    for tokens in itertools.product(range(V), repeat=len(parent)):
-        nodes = texts(parent, tokens)
-        p = torch.stack([target[len(text)][text] for text in nodes])
-        q = torch.stack([draft[len(text)][text] for text in nodes])
-        probability = chance(parent, tokens, q, replacement)
-        if probability == 0:
-            continue
-        found = regions(p, q, torch.tensor(tokens), torch.tensor(parent))
-        ends = pmf(p, q, torch.tensor(tokens), torch.tensor(parent))
-        for node, text in enumerate(nodes):
-            kept += probability * float(ends[node]) * len(text)
-            mass = probability * ends[node] * found.correction[node]
-            for law in (target[n] for n in range(len(text) + 1, 3)):
-                mass = mass.unsqueeze(-1) * (law[text] if text else law)
-            total[text] += mass
-    return total, kept
-
-
-def proof(parent, target, draft, replacement=False, spoil=lambda regions, p, q: regions):
-    regions = lambda p, q, d, above: spoil(
-        module._regions("test", p, q, d, above, replacement, True), p, q
-    )
-    pmf = lambda p, q, d, above: tree_pmf(p, q, d, above, replacement=replacement)
-    got, kept = law_of_what_is_written(parent, target, draft, replacement, regions, pmf)
-    return float((got - acceptances.joint(target)).abs().sum() / 2), kept
-
-
-@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("way", ["without", "independent"])
 @pytest.mark.parametrize("zeros", ["none", "target", "draft", "both"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_written_has_the_law_of_the_target(shape, zeros, replacement):
+def test_what_is_written_has_the_law_of_the_target(shape, zeros, way):
     target, draft = (
         tables(1, 3, zeros in ("target", "both")),
         tables(2, 3, zeros in ("draft", "both")),
     )
-    assert proof(SHAPES[shape], target, draft, replacement)[0] <= acceptances.EXACT
-    assert proof(SHAPES[shape], target, target, replacement)[0] <= acceptances.EXACT
+    assert proof(SHAPES[shape], target, draft, way)[0] <= acceptances.EXACT
+    assert proof(SHAPES[shape], target, target, way)[0] <= acceptances.EXACT
 
 
 def test_more_candidates_keep_more_and_none_twice_is_better():
     target, draft = tables(1, 3), tables(2, 3)
-    kept = {(m, r): proof([0] * m, target, draft, r)[1] for m in (1, 2, 3) for r in (False, True)}
+    ways = {False: "without", True: "independent"}
+    kept = {
+        (m, r): proof([0] * m, target, draft, way)[1] for m in (1, 2, 3) for r, way in ways.items()
+    }
     assert kept[1, False] == pytest.approx(kept[1, True])
     assert kept[1, False] < kept[2, True] < kept[2, False] < kept[3, False]
     # all three tokens were drawn: one of them is the target's
@@ -121,10 +48,7 @@ def test_a_seeded_mistake_is_seen():
             > 1e-3
         )
     # candidates that were drawn without replacement, taken for independent ones
-    regions = lambda p, q, d, above: module._regions("test", p, q, d, above, True, True)
-    pmf = lambda p, q, d, above: tree_pmf(p, q, d, above, replacement=True)
-    got, _ = law_of_what_is_written([0, 0], target, draft, False, regions, pmf)
-    assert float((got - acceptances.joint(target)).abs().sum() / 2) > 1e-3
+    assert proof([0, 0], target, draft, "without", judged="independent")[0] > 1e-3
 
 
 def some_tree(seed, parent=(0, 0, 1, 1, 2, 4), size=6):
@@ -159,9 +83,12 @@ def test_a_walk_takes_the_first_child_that_passes_at_its_threshold():
     parent = torch.tensor([0, 0, 1, 2])
     h = torch.tensor([0.5, 0.5, 0.5, 0.0], dtype=torch.float64)
     below = torch.nextafter(h, torch.zeros_like(h))
-    ends = lambda u: tuple(
-        int(x) for x in (module.walk(h, u, parent)[0], module.walk(h, u, parent)[2])
-    )
+    relations = kinship(parent)
+
+    def ends(u):
+        end = tokenwise.tree.end(h, u, relations)
+        return int(end), int(path_to(end, relations)[1])
+
     assert ends(below) == (3, 2)
     # u = h = 0 does not pass
     assert ends(torch.stack([h[0], below[1], below[2], below[3]])) == (2, 1)

@@ -1,6 +1,7 @@
 """Low-rank adaptation: a trained update of low rank beside a frozen weight.
 
     W x   becomes   W x + scale b (a x)        a (r, in), b (out, r), r much smaller than either
+    DoRA  is        gain (W x + scale b (a x))       gain (out,): magnitude / |row of W + scale b a|
 
 An adapted weight is a record registered with `layers.linear` and `layers.embed`; the decoder is
 unchanged. The base goes through `linear` too: it may be a tensor, a quantized record, or another
@@ -10,7 +11,8 @@ adaptation.
     trained, frozen = tree.partition(params, is_trained)
     grad(lambda trained: loss(tree.combine(trained, frozen)))(trained)
 
-Source: Hu et al., LoRA: low-rank adaptation of large language models, arXiv:2106.09685.
+Source: Hu et al., LoRA: low-rank adaptation of large language models, arXiv:2106.09685; Liu et
+    al., DoRA: weight-decomposed low-rank adaptation, arXiv:2402.09353.
 """
 
 import math
@@ -22,27 +24,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import randomness, tree
-from .core import errors
-from .core.doors import door
-from .layers import Weight, embed, linear
-from .records import is_absent, record
-from .tree import Tree, Where
+from .. import randomness, tree
+from ..core import errors
+from ..core.doors import door
+from ..layers import Weight, dense, embed, linear
+from ..records import ABSENT, is_absent, record
+from ..tree import Tree, Where
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of attention and feed-forward
 
 
 @record
 class Lora(NamedTuple):
-    """A weight and what is added to it: base + scale b a.
+    """A weight and what is added to it: base + scale b a, its rows times gain.
 
-    base: (out, in), any weight; a: (r, in); b: (out, r); scale: (), alpha / r.
+    base: (out, in), any weight; a: (r, in); b: (out, r); scale: (), alpha / r; gain: (out,), of
+    DoRA, else (). The gain is DoRA's magnitude over the norms of the rows as they are when it is
+    made, so a product costs what one without it does.
     """
 
     base: Weight
     a: Tensor
     b: Tensor
     scale: Tensor
+    gain: Weight = ABSENT
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +61,15 @@ def _(weight: Lora, x: Tensor) -> Tensor:
     added = F.linear(F.linear(x.to(wide), weight.a.to(wide)), weight.b.to(wide)) * weight.scale.to(
         wide
     )
+    if not is_absent(weight.gain):
+        return ((y + added) * weight.gain.to(wide)).to(y.dtype)
     return (y + added).to(y.dtype)
+
+
+@dense.register
+def _(weight: Lora, columns: int, like: Tensor) -> Tensor:
+    added = (weight.b @ weight.a) * weight.scale
+    return dense(weight.base, columns, like) + added.to(like.dtype)
 
 
 @embed.register
@@ -64,6 +77,8 @@ def _(weight: Lora, ids: Tensor) -> Tensor:
     rows = embed(weight.base, ids)
     wide = _widest(rows, weight)
     added = F.embedding(ids, weight.b.to(wide)) @ weight.a.to(wide) * weight.scale.to(wide)
+    if not is_absent(weight.gain):
+        return ((rows + added) * weight.gain.to(wide)[ids].unsqueeze(-1)).to(rows.dtype)
     return (rows + added).to(rows.dtype)
 
 
@@ -80,8 +95,8 @@ def is_adapted(node: object) -> bool:
 
 
 def is_trained(path: str, leaf: object) -> bool:
-    """True for the leaves a and b of adaptations: the predicate of `partition` for trained and
-    frozen leaves.
+    """True for the leaves a, b and gain of adaptations: the predicate of `partition` for trained
+    and frozen leaves.
 
     Example:
         >>> from funcattn import randomness
@@ -89,7 +104,7 @@ def is_trained(path: str, leaf: object) -> bool:
         >>> tree.paths(tree.partition(params, is_trained)[0])
         ['q.a', 'q.b']
     """
-    return path.rpartition(".")[2] in ("a", "b")
+    return path.rpartition(".")[2] in ("a", "b", "gain")
 
 
 @door
@@ -111,7 +126,8 @@ def lora(
         ValueError: nothing is chosen, or something that is no matrix, or a rank above a matrix's
             sizes.
 
-    Law: the function is unchanged (test_low_rank.py::test_an_adapted_model_is_the_same_function).
+    Law: the function is unchanged
+        (test_adaptations.py::test_an_adapted_model_is_the_same_function).
     """
     if not isinstance(rank, int) or rank < 1:
         errors.fail(
@@ -128,7 +144,7 @@ def lora(
     @door(name="lora(rank)")
     def adapt(key: Tensor, params: Tree) -> Tree:
         chosen = [
-            path for path, weight in tree.items(params, is_leaf=_is_weight) if choose(path, weight)
+            path for path, weight in tree.items(params, is_leaf=is_weight) if choose(path, weight)
         ]
         if not chosen:
             errors.fail(
@@ -143,14 +159,14 @@ def lora(
         def adapted(path: str, weight: Weight) -> Weight:
             return _begin(keys[path], path, weight, rank, scale) if path in keys else weight
 
-        return tree.map_with_path(adapted, params, is_leaf=_is_weight)
+        return tree.map_with_path(adapted, params, is_leaf=is_weight)
 
     return adapt
 
 
 @door
 def merge_lora(params: Tree) -> Tree:
-    """The same function with plain weights: base + scale b a.
+    """The same function with plain weights: base + scale b a, its rows times the gain of DoRA.
 
     Args:
         params: a tree with leaves that `lora` adapted; the others are shared.
@@ -159,7 +175,7 @@ def merge_lora(params: Tree) -> Tree:
         TypeError: a base that is no tensor, such as a quantized one.
 
     Law: it computes what the adapted one does
-        (test_low_rank.py::test_a_merged_model_is_the_same_function).
+        (test_adaptations.py::test_a_merged_model_is_the_same_function).
     """
 
     def merge(path: str, weight: Weight) -> Weight:
@@ -176,10 +192,25 @@ def merge_lora(params: Tree) -> Tree:
                 remedy,
                 TypeError,
             )
-        wide = _widest(base, weight)
-        return (base + weight.scale.to(wide) * weight.b.to(wide) @ weight.a.to(wide)).to(base.dtype)
+        return adapted_matrix(base, weight).to(base.dtype)
 
     return tree.map_with_path(merge, params, is_leaf=is_adapted)
+
+
+def adapted_matrix(base: Tensor, weight: Lora) -> Tensor:
+    """The matrix (out, in) of an adaptation of a base: rounded once, in the widest dtype."""
+    wide = _widest(base, weight)
+    matrix = base + weight.scale.to(wide) * weight.b.to(wide) @ weight.a.to(wide)
+    return matrix if is_absent(weight.gain) else matrix * weight.gain.to(wide).unsqueeze(-1)
+
+
+def row_norms(weight: Lora) -> Tensor:
+    """The norms (out,) of the rows of base + scale b a, in float32 at least."""
+    base = weight.base
+    if not isinstance(base, Tensor):  # each column of the matrix is what a unit vector gives
+        base = linear(base, torch.eye(weight.a.shape[1], device=weight.a.device)).mT
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return torch.linalg.vector_norm(adapted_matrix(base.to(wide), weight._replace(gain=())), dim=-1)
 
 
 @door
@@ -190,7 +221,7 @@ def without_lora(params: Tree) -> Tree:
     )
 
 
-def _is_weight(node: object) -> bool:
+def is_weight(node: object) -> bool:
     """A record that layers.linear knows: its own path is the weight's."""
     return optree.is_namedtuple(node) and linear.dispatch(type(node)) is not linear.dispatch(object)
 

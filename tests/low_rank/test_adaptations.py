@@ -300,11 +300,14 @@ def cut(folder):
     [
         (lambda folder: None, "load_lora: the files of"),
         (cut, "load_lora: the files of"),
-        (broken({"r": 3}), "should be lora_A (3, 8) and lora_B (8, 3), got (2, 8) and (8, 2)"),
-        (broken({"use_dora": True}), "load_lora: use_dora of"),
-        (broken({"bias": "all"}), "load_lora: the kind of"),
+        (
+            broken({"r": 3}),
+            "should be lora_A (3, 12) and lora_B (8, 3), got lora_A (2, 12) and lora_B (8, 2)",
+        ),
+        (broken({"use_dora": True}), "lora_magnitude_vector (8,), got one is absent"),
+        (broken({"bias": "some"}), "load_lora: the kind of"),
         (broken({"peft_type": "IA3"}), "load_lora: the kind of"),
-        (broken({"alpha_pattern": {"q_proj": 3}}), "load_lora: alpha_pattern of"),
+        (broken({"alpha_pattern": {"q_proj": None}}), "load_lora: alpha_pattern of"),
     ],
     ids=["nothing", "cut", "rank", "dora", "bias", "kind", "pattern"],
 )

@@ -1,0 +1,29 @@
+"""How fast a machine reads memory: the fastest of a few plain passes over as many bytes.
+
+A matrix-vector product of a BLAS is no limit: on some processors it reads at six tenths of what a
+sum does, and a decoder would seem to be faster than memory.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+WIDTH = 8192
+
+
+def reads(count: int) -> dict[str, Callable[[], Tensor]]:
+    """Passes over one tensor of about `count` bytes, to be timed beside what is measured."""
+    rows = torch.ones(max(1, count // (4 * WIDTH)), WIDTH)
+    x = torch.ones(WIDTH)
+    return {
+        "reading: sum": lambda: rows.sum(),
+        "reading: maximum": lambda: rows.amax(),
+        "reading: matrix times vector": lambda: torch.mv(rows, x),
+    }
+
+
+def bandwidth(count: int, seconds: Mapping[str, float]) -> float:
+    """Bytes per second of the fastest of `reads(count)`, from the seconds of each by name."""
+    held = max(1, count // (4 * WIDTH)) * 4 * WIDTH
+    return held / min(took for name, took in seconds.items() if name.startswith("reading: "))

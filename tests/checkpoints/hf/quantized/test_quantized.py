@@ -1,0 +1,399 @@
+"""Checkpoints that other tools quantized: codes and scales as they are, matrices as the format means
+them, logits of the dequantized model, and clear errors.
+"""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from coded import CASES, Coded, gptq, mxfp4_linear, of_gptq, of_groups, pack_quantized
+from safetensors.torch import load_file, save_file
+from samples import CONFIG, params
+
+import funcattn as fa
+from funcattn import sharding
+from funcattn.checkpoints import CheckpointError
+from funcattn.checkpoints.hf.folder import read_folder
+from funcattn.quantization import Int4, Int8, OrderedInt4, expand, is_quantized, packing
+
+LEAVES = {
+    **{leaf: f"self_attn.{leaf}_proj" for leaf in "qkvo"},
+    **{leaf: f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down")},
+}
+
+
+def module(leaf, layer=0):
+    return f"model.layers.{layer}.{LEAVES[leaf]}"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The tensors and config.json of a small model in bfloat16."""
+    folder = tmp_path_factory.mktemp("plain") / "m"
+    fa.save(folder, CONFIG, fa.cast(torch.bfloat16)(params()))
+    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+
+def write(folder, plain, coded, settings, names=module, **changes):
+    """A folder whose matrices of the first layer are in codes."""
+    tensors, config = dict(plain[0]), {**plain[1], **changes}
+    metadata = {"format": "pt"}
+    for leaf, made in coded.items():
+        del tensors[f"{names(leaf)}.weight"]
+        tensors |= {f"{names(leaf)}.{end}": x.contiguous() for end, x in made.tensors.items()}
+        if settings.get("quant_method") == "torchao":
+            kinds = {
+                torch.float8_e4m3fn: "Float8Tensor",
+                torch.int8: "IntxUnpackedToInt8Tensor"
+                if "_weight_zero_point" in made.tensors
+                else "Int8Tensor",
+            }
+            kind = kinds[made.tensors["_weight_qdata"].dtype]
+            metadata[f"{names(leaf)}.weight"] = json.dumps({"_type": kind, "_data": {}})
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    field = "quantization" if "quant_method" not in settings else "quantization_config"
+    (folder / "config.json").write_text(json.dumps({**config, field: settings}))
+    return folder
+
+
+def made_of(case, leaves=LEAVES, seed=0):
+    make, settings = CASES[case]
+    rng, sizes = np.random.default_rng(seed), params().layers[0]
+    return {leaf: make(rng, *getattr(sizes, leaf).shape) for leaf in leaves}, settings
+
+
+def load(folder):
+    """What is loaded, and what was warned of."""
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        loaded = fa.load(folder)
+    return loaded, " ".join(str(warning.message) for warning in met)
+
+
+def codes_of(record):
+    """The codes of a record as numbers (N, K)."""
+    if record.codes.dtype == torch.uint8:
+        return packing.unpack(record.codes, record.scale.shape[-1], 4).long()
+    return record.codes.double()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_and_scales_are_those_of_the_file(tmp_path, plain, case):
+    coded, settings = made_of(case)
+    (config, found, _), told = load(write(tmp_path / "m", plain, coded, settings))
+    assert config == CONFIG
+    for leaf, made in coded.items():
+        got, want = getattr(found.layers[0], leaf), torch.from_numpy(made.matrix)
+        assert (made.codes is not None) == is_quantized(got), leaf
+        if made.codes is None:
+            assert torch.equal(got, want.float().bfloat16())
+            assert f"{module(leaf)}.weight" in told or "more" in told
+            continue
+        # one rounding where the format has two
+        assert torch.allclose(expand(got).double(), want, rtol=2**-23, atol=2**-26)
+        assert torch.equal(codes_of(got).double(), torch.from_numpy(made.codes).double())
+        if made.scale is not None:
+            assert torch.equal(got.scale.double(), torch.from_numpy(made.scale).double())
+    assert not is_quantized(found.layers[1].q)
+    if all(made.codes is not None for made in coded.values()) and "int8" not in case:
+        assert not told
+
+
+@pytest.mark.parametrize("case", ["gptq", "gptq in act-order", "bitsandbytes nf4", "fp8", "mlx"])
+def test_logits_are_those_of_the_dequantized_model(tmp_path, plain, case):
+    coded, settings = made_of(case)
+    (config, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
+    model, tokens = fa.decoder(config), torch.arange(12) % 7
+    found = fa.tree.map(lambda x: x.float() if x.is_floating_point() and x.dim() < 2 else x, found)
+    wide, floats = fa.cast(torch.float32)(found), fa.dequantize(found)
+    floats = fa.cast(torch.float32)(floats)
+    want, got = (model.logits(p, model.hidden(p, tokens)[0]) for p in (floats, wide))
+    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+
+
+def test_an_order_of_inputs_is_kept_and_multiplied(tmp_path, plain):
+    coded, settings = made_of("gptq in act-order")
+    (_, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
+    weight = found.layers[0].down
+    assert isinstance(weight, OrderedInt4)
+    x, matrix = fa.random.normal(fa.key(0), (3, weight.shape[-1])), expand(weight)
+    f = lambda x: fa.layers.linear(weight, x)
+    # sums of 96 products in float32
+    near = lambda got, want: torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+    assert near(f(x), x @ matrix.mT)
+    assert near(torch.func.vmap(f)(x), x @ matrix.mT)
+    grad = torch.func.grad(lambda x: f(x).square().sum())(x)
+    assert near(grad, 2 * (x @ matrix.mT) @ matrix)
+    assert torch.equal(fa.layers.embed(weight, torch.tensor([2, 0])), expand(weight)[[2, 0]])
+    fa.save(tmp_path / "again", CONFIG, found)
+    again = fa.load(tmp_path / "again").params.layers[0].down
+    assert all(torch.equal(a, b) for a, b in zip(again, weight, strict=True))
+
+
+def test_an_order_of_inputs_is_not_cut(tmp_path, plain):
+    coded, settings = made_of("gptq in act-order")
+    (_, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
+    mesh, rules = sharding.Grid(tensor=2), sharding.tensor_parallel(CONFIG)
+    with pytest.raises(ValueError, match="act-order"):
+        sharding.specs(found, mesh, rules)
+    kept = sharding.specs(found, mesh, [(r".*\.o|.*\.down", sharding.P()), *rules])
+    assert kept.layers[0].q.order == sharding.P(None)
+
+
+def test_a_bias_of_zeros_that_a_tool_added_is_left_out(tmp_path, plain):
+    coded, settings = made_of("gptq", "q")
+    coded["q"].tensors["bias"] = torch.zeros(64, dtype=torch.float16)
+    load(write(tmp_path / "m", plain, coded, settings))
+    coded["q"].tensors["bias"][3] = 1
+    with pytest.raises(CheckpointError, match=r"unknown: .*q_proj.bias"):
+        load(write(tmp_path / "m", plain, coded, settings))
+
+
+def test_patterns_and_names_choose_the_settings_of_a_module(tmp_path, plain):
+    rng = np.random.default_rng(0)
+    q, k = gptq(rng, 64, 64), gptq(rng, 32, 64, bits=8, symmetric=True, group=64)
+    rules = {"-:.*o_proj": {}, r"+:.*\.k_proj": {"bits": 8, "group_size": 64}}
+    folder = write(tmp_path / "a", plain, {"q": q, "k": k}, of_gptq(dynamic=rules))
+    (_, found, _), _ = load(folder)
+    assert isinstance(found.layers[0].k, Int8)
+    assert isinstance(found.layers[0].q, Int4)
+    q, k = pack_quantized(rng, 64, 64), pack_quantized(rng, 32, 64, bits=8, group=None)
+    settings = of_groups("pack-quantized", num_bits=4, group_size=32, strategy="group")
+    eight = {"targets": ["re:.*k_proj"], "weights": {"num_bits": 8, "strategy": "channel"}}
+    settings["config_groups"]["group_1"] = eight
+    (_, found, _), _ = load(write(tmp_path / "b", plain, {"q": q, "k": k}, settings))
+    assert isinstance(found.layers[0].k, Int8)
+    assert isinstance(found.layers[0].q, Int4)
+
+
+def test_rounded_activations_are_said(tmp_path, plain):
+    coded, settings = made_of("int-quantized")
+    settings = json.loads(json.dumps(settings))
+    settings["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+    _, told = load(write(tmp_path / "m", plain, coded, settings))
+    assert "activations are not rounded" in told
+
+
+# Fused and split by expert.
+
+SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 128}
+GPT_OSS = {
+    **SIZES,
+    "model_type": "gpt_oss",
+    "intermediate_size": 32,
+    "head_dim": 16,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "layer_types": ["full_attention"],
+    "sliding_window": 4,
+    "rope_scaling": None,
+}
+
+
+def test_rows_of_fused_matrices_stay_in_codes(tmp_path):
+    settings = {
+        **SIZES,
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "intermediate_size": 96,
+        "original_max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "quantization_config": of_gptq(),
+    }
+    rng = np.random.default_rng(1)
+    sizes = {"self_attn.qkv_proj": (128, 64), "self_attn.o_proj": (64, 64)}
+    sizes |= {"mlp.gate_up_proj": (192, 64), "mlp.down_proj": (64, 96)}
+    coded = {
+        name: gptq(rng, *size, order=name.endswith("qkv_proj")) for name, size in sizes.items()
+    }
+    tensors = {
+        f"model.layers.0.{name}.{end}": x
+        for name, made in coded.items()
+        for end, x in made.tensors.items()
+    }
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"model.layers.0.{name}.weight"] = torch.ones(64)
+    tensors["model.norm.weight"] = torch.ones(64)
+    tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = torch.randn(300, 64)
+    tensors["lm_head.weight"] = torch.randn(300, 64)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (config, found, _), told = load(tmp_path)
+    layer = found.layers[0]
+    assert not told
+    assert isinstance(layer.k, OrderedInt4)
+    assert isinstance(layer.up, Int4)
+    qkv = torch.cat([expand(leaf) for leaf in (layer.q, layer.k, layer.v)])
+    assert torch.equal(qkv.double(), torch.from_numpy(coded["self_attn.qkv_proj"].matrix))
+    gate_up = torch.cat([expand(layer.gate), expand(layer.up)])
+    assert torch.equal(gate_up.double(), torch.from_numpy(coded["mlp.gate_up_proj"].matrix))
+    assert config.heads == 4
+
+
+def test_experts_of_gpt_oss_stay_in_codes(tmp_path):
+    config = fa.families.read_config(GPT_OSS)
+    fa.save(tmp_path / "m", config, fa.decoder(config).init(fa.key(0)))
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    rng, want = np.random.default_rng(0), {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        X, K, N = tensors.pop(name).shape
+        each = [mxfp4_linear(rng, N, K) for _ in range(X)]
+        blocks = torch.stack([one.tensors["weight_packed"] for one in each])
+        tensors[f"{name}_blocks"] = blocks.unflatten(-1, (-1, 16))
+        tensors[f"{name}_scales"] = torch.stack([one.tensors["weight_scale"] for one in each])
+        want[name] = torch.from_numpy(np.stack([one.matrix for one in each]))
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    settings = json.loads((tmp_path / "m" / "config.json").read_text())
+    settings["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+    }
+    (tmp_path / "m" / "config.json").write_text(json.dumps(settings))
+    (_, found, _), told = load(tmp_path / "m")
+    layer = found.layers[0]
+    assert not told
+    assert is_quantized(layer.gate)
+    assert is_quantized(layer.down)
+    gate_up = want["model.layers.0.mlp.experts.gate_up_proj"]
+    assert torch.equal(expand(layer.gate).double(), gate_up[:, ::2])
+    assert torch.equal(expand(layer.up).double(), gate_up[:, 1::2])
+    assert torch.equal(expand(layer.down).double(), want["model.layers.0.mlp.experts.down_proj"])
+    model, tokens = fa.decoder(config), torch.arange(6)
+    got, plain = (
+        model.logits(p, model.hidden(p, tokens)[0]) for p in (found, fa.dequantize(found))
+    )
+    assert torch.allclose(got, plain, atol=1e-5 * float(plain.abs().max()))
+
+
+# Errors.
+
+
+def spoiled(case, change, leaves="q"):
+    coded, settings = made_of(case, leaves)
+    settings = json.loads(json.dumps(settings))
+    tensors = dict(coded["q"].tensors)
+    change(tensors, settings)
+    return {"q": Coded(tensors, None)}, settings
+
+
+def drop(name):
+    return lambda tensors, settings: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors, settings: settings.update({name: value})
+
+
+def cut(name, axis=0):
+    def change(tensors, settings):
+        tensors[name] = tensors[name].narrow(axis, 0, tensors[name].shape[axis] - 1)
+
+    return change
+
+
+def weights(**values):
+    def change(tensors, settings):
+        settings["config_groups"]["group_0"]["weights"].update(values)
+
+    return change
+
+
+def group(**values):
+    return lambda tensors, settings: settings["config_groups"]["group_0"].update(values)
+
+
+def filled(name, value):
+    return lambda tensors, settings: tensors[name].fill_(value)
+
+
+FAULTS = {
+    "unknown method": ("gptq", put("quant_method", "aqlm"), "quant_method.*gptq, awq.*'aqlm'"),
+    "no method": ("hqq", put("quant_method", None), "quant_method"),
+    "bits": ("gptq", put("bits", 3), r"bits .*2 or 4 or 8, got 3"),
+    "group": ("gptq", put("group_size", 48), "group_size .*divisor of the 64 columns"),
+    "other group": ("gptq", put("group_size", 16), r"scales in .*of shape \(4, 64\)"),
+    "group of nothing": ("gptq", put("group_size", 0), "group_size"),
+    "layout": ("gptq", put("checkpoint_format", "marlin"), "checkpoint_format .*'marlin'"),
+    "no scales": ("gptq", drop("scales"), r"scales should be there"),
+    "no zeros": ("gptq", drop("qzeros"), r"qzeros should be there"),
+    "cut off": ("gptq", cut("scales"), r"scales in model.safetensors .*\(2, 64\), got \(1, 64\)"),
+    "cut columns": ("gptq", cut("qweight", 1), "qweight"),
+    "order": ("gptq", filled("g_idx", 9), "g_idx"),
+    "pattern": ("gptq", put("dynamic", {"+:(": {}}), "dynamic"),
+    "rules": ("gptq", put("dynamic", {"+:a": 2}), "dynamic"),
+    "layout of awq": ("awq", put("version", "gemv"), "version .*'gemm', got 'gemv'"),
+    "bits of awq": ("awq", put("bits", 8), "bits"),
+    "rows of awq": ("awq", cut("qzeros"), "qzeros"),
+    "format": ("pack-quantized", put("format", "marlin-24"), "format .*got 'marlin-24'"),
+    "dense": ("pack-quantized", put("format", None), "format"),
+    "groups": ("pack-quantized", put("config_groups", None), "config_groups"),
+    "targets": ("pack-quantized", group(targets=["re:.*k_proj"]), "targets .*with model.*q_proj"),
+    "names": ("pack-quantized", group(targets="Linear"), "targets"),
+    "ignored": ("pack-quantized", put("ignore", [module("q")]), "ignore"),
+    "6 bits": ("pack-quantized", weights(num_bits=6), "num_bits"),
+    "other columns": ("pack-quantized", weights(group_size=16), "weight_scale"),
+    "strategy": ("pack-quantized", weights(strategy="head"), "strategy"),
+    "shape": ("pack-quantized", filled("weight_shape", 9), "weight_shape"),
+    "zeros": ("pack-quantized", weights(symmetric=False), "weight_zero_point"),
+    "float scale": ("float-quantized", drop("weight_scale"), "weight_scale"),
+    "transform": ("pack-quantized", put("transform_config", {"a": {}}), "transform_config"),
+    "block": ("fp8", put("weight_block_size", [32]), "weight_block_size"),
+    "other block": ("fp8", put("weight_block_size", [16, 32]), r"weight_scale_inv .*\(4, 2\)"),
+    "no scale": ("fp8", drop("weight_scale_inv"), "weight_scale_inv should be there"),
+    "no state": (
+        "bitsandbytes nf4",
+        drop("weight.quant_state.bitsandbytes__nf4"),
+        "quant_state",
+    ),
+    "state": (
+        "bitsandbytes nf4",
+        filled("weight.quant_state.bitsandbytes__nf4", 0),
+        "quant_state.* JSON",
+    ),
+    "absmax": ("bitsandbytes nf4", cut("weight.absmax"), "absmax"),
+    "nested": ("bitsandbytes nf4", drop("weight.nested_quant_map"), "nested_quant_map"),
+    "bytes": ("bitsandbytes nf4", cut("weight"), "weight in"),
+    "SCB": ("bitsandbytes int8", drop("SCB"), "SCB"),
+    "tiles": ("bitsandbytes int8", filled("weight_format", 1), "weight_format"),
+    "biases": ("mlx", drop("biases"), "biases"),
+    "mode": ("mlx", put("mode", "nvfp4"), "mode"),
+    "packing": ("hqq", filled("packing", 65), "packing"),
+    "axis": ("hqq", filled("axis", 2), "W_q"),
+    "as floats": ("hqq", filled("view_as_float", 1), "view_as_float"),
+    "codes": ("torchao", put("quant_method", "awq"), "awq"),
+    "nothing": ("gptq", put("quant_method", "hqq"), "hqq"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_as_the_format_says_is_refused(tmp_path, plain, fault):
+    case, change, words = FAULTS[fault]
+    coded, settings = spoiled(case, change)
+    with pytest.raises(CheckpointError, match=rf"(?s)load: .*{words}"):
+        load(write(tmp_path / "m", plain, coded, settings))
+
+
+def test_a_matrix_twice_is_refused(tmp_path, plain):
+    coded, settings = made_of("gptq", "q")
+    coded["q"].tensors["weight"] = torch.zeros(64, 64)
+    with pytest.raises(CheckpointError, match="each matrix once"):
+        load(write(tmp_path / "m", plain, coded, settings))
+
+
+def test_other_sizes_than_the_config_says_are_refused(tmp_path, plain):
+    rng = np.random.default_rng(0)
+    with pytest.raises(CheckpointError, match=r"of another shape: .*q_proj.weight"):
+        load(write(tmp_path / "m", plain, {"q": gptq(rng, 32, 64)}, of_gptq()))
+
+
+def test_parts_of_quantized_weights_are_refused(tmp_path, plain):
+    coded, settings = made_of("gptq")
+    folder = write(tmp_path / "m", plain, coded, settings)
+    with pytest.raises(CheckpointError, match=r"load_sharded: .*fa.shard"):
+        read_folder(folder, None, lambda config: lambda path, shape: ())
