@@ -54,7 +54,7 @@ class Layer(NamedTuple):
     kv_down: Weight = ABSENT  # (R + rotary_size, E): k is (H (D - rotary_size), R), v (H Dv, R)
     kv_down_norm: Weight = ABSENT  # (R,)
     kv_down_bias: Weight = ABSENT  # (R + rotary_size,)
-    attention_gate: Weight = ABSENT  # (H D, E), or (H, E)
+    attention_gate: Weight = ABSENT  # (H Dv, E), or (H, E)
     q_norm_bias: Weight = ABSENT  # (D,)
     k_norm_bias: Weight = ABSENT  # (D,)
     activation_weights: Weight = ABSENT  # (2,)
@@ -116,9 +116,9 @@ def _layer(config: Config, number: int) -> Layer:
     }
     before, after = config.norm_placement != "after", config.norm_placement in ("after", "around")
     first = before and (number > 0 or config.first_norm)
-    gates = {"none": 0, "head": H, "width": H * D}[config.attention_gate]
     two, shared = not config.shared_norm, experts and config.shared_size > 0
     Dv, R, Rq = config.head_sizes[1], config.latent_size, config.query_latent_size
+    gates = {"none": 0, "head": H, "width": H * Dv}[config.attention_gate]
     turning = config.rotary_size or 0
     biased = config.qkv_bias and not R
     return Layer(

@@ -395,6 +395,8 @@ def test_settings_that_no_family_has_together_are_refused():
         ({"rotary_size": None}, "rotary_size should be between 0 and head_size = 12"),
         ({"rotary_size": 12}, "rotary_size should be between 0 and head_size = 12"),
         ({"head_norm": "rms"}, "head_norm should be 'none' with a latent_size"),
+        ({"attention_gate": "head"}, "attention_gate should be 'none' with a latent_size"),
+        ({"positions": "alibi"}, "positions should be other than 'alibi' with a latent_size"),
         ({"qkv_limit": 1.0}, "qkv_limit should be None with a latent_size"),
         ({"latent_size": 0}, "query_latent_size should be 0 without a latent_size"),
         ({"latent_size": -1}, "latent_size should be a number of features, 0 or more"),
@@ -406,7 +408,15 @@ def test_settings_that_no_family_has_together_are_refused():
 
 def test_values_of_another_size_without_latents():
     """Steps are the whole, and a device takes whole heads of them."""
-    config = fa.Config(vocabulary=40, width=16, layers=2, heads=4, head_size=8, value_size=6)
+    config = fa.Config(
+        vocabulary=40,
+        width=16,
+        layers=2,
+        heads=4,
+        head_size=8,
+        value_size=6,
+        attention_gate="width",
+    )
     model = fa.decoder(config)
     params = fa.cast(torch.float64)(model.init(fa.key(0)))
     past, logits = empty(model=model), []
