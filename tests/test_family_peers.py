@@ -205,7 +205,14 @@ def wrapper(name, folder):
     return model
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    "name",
+    # llama in the latter, as in llava
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith("deepseek_vl"))
+        for name in TOWERS
+    ],
+)
 def test_the_text_of_a_model_of_images_is_that_of_the_original(name, tmp_path):
     """And, saved, a model of text alone with equal logits."""
     model = wrapper(name, tmp_path)

@@ -74,7 +74,8 @@ def several(
 def _part(past: Rows, layer: int, spec: LayerSpec, positions: Tensor) -> Part:
     k, v = past.k[layer], past.v[layer]
     remembered = (torch.arange(k.shape[-2], device=k.device) < past.length).unsqueeze(-1)
-    v = torch.where(remembered, v, 0)  # 0 * NaN would be NaN
+    # 0 * NaN would be NaN. Of latent attention the keys are the values too.
+    k, v = (k, torch.where(remembered, v, 0)) if v.shape[-1] else (torch.where(remembered, k, 0), v)
     stop = past.length.reshape(1, 1).expand(len(positions), 1)
     start = torch.zeros_like(stop)
     if spec.window is not None:

@@ -19,6 +19,7 @@ from ..core.fingerprints import Fingerprint, is_differentiated
 from ..kernels import Kernel, check_remembered, dispatch
 from ..layers import Weight
 from ..models import Code, Past
+from ..records import is_absent
 from ..transformer import Config, Layer, LayerSpec, Params
 from ..tree import Tree
 from . import fused
@@ -283,7 +284,10 @@ def _prepared(config: Config, params: Params, T: int, fingerprint: Fingerprint) 
 
 
 def _forms(layer: Layer, T: int) -> dict[str, object]:
-    forms = {name: layers.prepare(getattr(layer, name), T) for name in fused.MATRICES}
+    names = fused.MATRICES
+    if not is_absent(layer.kv_down):  # k and v are matrices in one way of attention, factors in one
+        names = ("q_down", "q", "kv_down", "o", "gate", "up", "down")
+    forms = {name: layers.prepare(getattr(layer, name), T) for name in names}
     return {name: form for name, form in forms.items() if form is not getattr(layer, name)}
 
 

@@ -54,9 +54,9 @@ GENERAL: Table = {
 PLACEMENTS = ("before", "after", "around")
 NORMS_OF_HEADS = ("none", "rms", "rms_width", "layer")
 PLACES = ("rotary", "learned", "none")  # values of `positions`
+LATENT = ("value_size", "latent_size", "query_latent_size")
 # The fields supported by paths that run layer.py itself: compiled decoding, which reads the cache,
-# prepares the weights and caches code for a config; and smoothing, which moves factors between the
-# weights of a layer.
+# prepares the weights and caches code for a config.
 FIELDS: Table = {
     **dict.fromkeys(("vocabulary", "width", "layers", "heads", "kv_heads", "head_size"), ANY),
     **dict.fromkeys(("feed_forward", "norm_epsilon", "context", "tied"), ANY),
@@ -75,7 +75,10 @@ FIELDS: Table = {
     **dict.fromkeys(("normalized_routing", "router_bias"), ANY),
     **dict.fromkeys(("embedding_scale", "logit_scale", "logit_cap"), ANY),
     **GENERAL,
+    **dict.fromkeys(LATENT, ANY),
 }
+# Those of smoothing, which moves factors between the weights of a layer.
+SMOOTHED: Table = {**FIELDS, **{name: GENERAL[name] for name in LATENT}}
 OF_LAYERS: Table = {
     **dict.fromkeys(("window", "rotary", "local", "experts"), ANY),
     "mixer": ("attention",),

@@ -304,7 +304,14 @@ class Config:
         if self.kv_heads != self.heads:
             wanted = f"heads = {self.heads} with a latent_size"
             fail("kv_heads", wanted, "Each head makes its own keys and values of the latent.")
-        for name, neutral in (("head_norm", "none"), ("qkv_limit", None)):
+        if self.positions == "alibi":
+            wanted = "other than 'alibi' with a latent_size"
+            fail("positions", wanted, "The rows of a latent have no columns of positions.")
+        for name, neutral in (
+            ("head_norm", "none"),
+            ("qkv_limit", None),
+            ("attention_gate", "none"),
+        ):
             if getattr(self, name) != neutral:
                 fail(name, f"{neutral!r} with a latent_size", "No family has both.")
 

@@ -54,7 +54,7 @@ class Layer(NamedTuple):
     kv_down: Weight = ABSENT  # (R + rotary_size, E): k is (H (D - rotary_size), R), v (H Dv, R)
     kv_down_norm: Weight = ABSENT  # (R,)
     kv_down_bias: Weight = ABSENT  # (R + rotary_size,)
-    attention_gate: Weight = ABSENT  # (H D, E), or (H, E)
+    attention_gate: Weight = ABSENT  # (H Dv, E), or (H, E)
     q_norm_bias: Weight = ABSENT  # (D,)
     k_norm_bias: Weight = ABSENT  # (D,)
     activation_weights: Weight = ABSENT  # (2,)
@@ -137,9 +137,9 @@ def _layer(config: Config, number: int) -> Layer:
     before, after = placement != "after", placement in ("after", "around")
     mixes, feeds = spec.mixer != "none", spec.feeds
     first = before and (number > 0 or config.first_norm) and mixes
-    gates = {"none": 0, "head": H, "width": H * D}[config.attention_gate] if attends else 0
     two, shared = not config.shared_norm, experts and config.shared_size > 0
     Dv = config.head_sizes[1]
+    gates = {"none": 0, "head": H, "width": H * Dv}[config.attention_gate] if attends else 0
     R, Rq = (config.latent_size, config.query_latent_size) if attends else (0, 0)
     turning = config.rotary_size or 0
     biased = attends and config.qkv_bias and not R

@@ -15,7 +15,7 @@ from funcattn import caches, layers
 from funcattn.layers import RopeScaling
 from funcattn.quantization.calibration.layerwise import feeds_of
 from funcattn.records import record
-from funcattn.sharding import Grid, shard_map
+from funcattn.sharding import Grid, shard_map, specs, tensor_parallel
 from funcattn.transformer import latent
 
 CONFIG = fa.Config(
@@ -337,14 +337,14 @@ def test_calibration_takes_the_inputs_that_a_matrix_has(config):
 
 def test_tensor_parallel_and_rematerialized_layers_are_the_layers():
     """Two devices have two heads each and the same rows; gradients of what makes the latents are
-    summed. remat of some positions computes attention of all heads at once.
+    summed, so that they are equal. remat of some positions computes attention of all heads at once.
     """
     loss = lambda model: lambda params: nll(model.extend(params, TOKENS)[0])
-    wanted, two = grad(loss(MODEL))(PARAMS), shard_map(MODEL, Grid(tensor=2))
-    for model in (two, fa.decoder(CONFIG, remat=True), fa.decoder(CONFIG, remat=8)):
-        for one, other in zip(
-            *map(fa.tree.leaves, (grad(loss(model))(PARAMS), wanted)), strict=True
-        ):
+    wanted, mesh = grad(loss(MODEL))(PARAMS), Grid(tensor=2)
+    two, cuts = shard_map(MODEL, mesh), specs(PARAMS, mesh, tensor_parallel(CONFIG))
+    ways = [grad(loss(fa.decoder(CONFIG, remat=rows))) for rows in (True, 8)]
+    for way in (shard_map(grad(loss(MODEL)), mesh, (cuts,), cuts), *ways):
+        for one, other in zip(*map(fa.tree.leaves, (way(PARAMS), wanted)), strict=True):
             close(one, other)
     past, logits = two.cache(30, dtype=torch.float64), []
     for piece in TOKENS.split([20, 1, 3]):
@@ -353,18 +353,40 @@ def test_tensor_parallel_and_rematerialized_layers_are_the_layers():
     close(torch.cat(logits), whole(PARAMS))
 
 
-def test_adapted_and_compiled_models_are_those_merged_and_as_they_are():
+def test_adapted_and_smoothed_models_are_those_merged():
     params = fa.lora(2)(fa.key(0), fa.cast(torch.float32)(PARAMS))
     tree = fa.tree.map_with_path(lambda at, x: x + 0.1 if at.endswith(".b") else x, params)
     merged = fa.merge_lora(tree)
     past = MODEL.apply(merged, TOKENS[:12], empty(dtype=torch.float32))[1]
-    step = lambda params, model=MODEL: model.extend(params, TOKENS[12:13], past)[0]
-    torch.testing.assert_close(step(tree), step(merged), rtol=0, atol=1e-5)
-    compiled = fa.compile(MODEL)
-    assert torch.equal(step(merged, compiled), step(merged))
-    assert "nothing compiled" in compiled.explain(merged)
+    step = lambda params: MODEL.extend(params, TOKENS[12:13], past)[0]
     smoothed = fa.smooth(MODEL, TOKENS, fa.int4(group=2))(merged)
-    torch.testing.assert_close(step(smoothed), step(merged), rtol=0, atol=1e-5)
+    for other in (tree, smoothed):
+        torch.testing.assert_close(step(other), step(merged), rtol=0, atol=1e-5)
+
+
+FORMS = [("eager", None, (1,)), ("eager", fa.int8, (1, 3)), ("inductor", fa.int8, (1, 3))]
+
+
+@pytest.mark.slow  # to trace a form takes seconds
+@pytest.mark.parametrize(("backend", "scheme", "sizes"), FORMS)
+def test_compiled_steps_are_those_of_the_model(backend, scheme, sizes):
+    """Behind rows beyond the length that are NaN; by the keys, which are the values too."""
+    params = fa.cast(torch.float32)(PARAMS)
+    params = params if scheme is None else fa.quantize(scheme)(params)
+    past = MODEL.apply(params, TOKENS[:12], empty(200, dtype=torch.float32))[1]
+    beyond = (torch.arange(past.k.shape[-2]) >= 12).unsqueeze(-1)
+    spoilt = past._replace(k=past.k.masked_fill(beyond, torch.nan))
+    fast = fa.compile(MODEL, backend=backend)
+    for n in sizes:
+        got, wanted = (
+            model.apply(params, TOKENS[12 : 12 + n], behind)[0]
+            for model, behind in ((fast, spoilt), (MODEL, past))
+        )
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    told = fast.explain(params)
+    assert "calls of compiled code" in told
+    assert "not the operator" in told
+    assert fast.code
 
 
 def test_settings_that_no_family_has_together_are_refused():
@@ -373,6 +395,8 @@ def test_settings_that_no_family_has_together_are_refused():
         ({"rotary_size": None}, "rotary_size should be between 0 and head_size = 12"),
         ({"rotary_size": 12}, "rotary_size should be between 0 and head_size = 12"),
         ({"head_norm": "rms"}, "head_norm should be 'none' with a latent_size"),
+        ({"attention_gate": "head"}, "attention_gate should be 'none' with a latent_size"),
+        ({"positions": "alibi"}, "positions should be other than 'alibi' with a latent_size"),
         ({"qkv_limit": 1.0}, "qkv_limit should be None with a latent_size"),
         ({"latent_size": 0}, "query_latent_size should be 0 without a latent_size"),
         ({"latent_size": -1}, "latent_size should be a number of features, 0 or more"),
@@ -384,7 +408,15 @@ def test_settings_that_no_family_has_together_are_refused():
 
 def test_values_of_another_size_without_latents():
     """Steps are the whole, and a device takes whole heads of them."""
-    config = fa.Config(vocabulary=40, width=16, layers=2, heads=4, head_size=8, value_size=6)
+    config = fa.Config(
+        vocabulary=40,
+        width=16,
+        layers=2,
+        heads=4,
+        head_size=8,
+        value_size=6,
+        attention_gate="width",
+    )
     model = fa.decoder(config)
     params = fa.cast(torch.float64)(model.init(fa.key(0)))
     past, logits = empty(model=model), []

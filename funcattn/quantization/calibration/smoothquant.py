@@ -24,7 +24,7 @@ from ... import layers, quantization
 from ...core.doors import door
 from ...models import Model
 from ...records import is_absent
-from ...transformer import Config, Layer, LayerSpec, Params, why_not
+from ...transformer import Config, Layer, LayerSpec, Params, capabilities, why_not
 from ...tree import Tree
 from .. import Scheme, is_quantized
 from .layerwise import Feeds, Progress, decoder_of, walk
@@ -99,7 +99,7 @@ def smooth(
 
 def sites(config: Config, spec: LayerSpec, layer: Layer) -> Iterator[Site]:
     """The sites of a layer where scaling changes no output; none for unsupported configs."""
-    if why_not(config):
+    if why_not(config, capabilities.SMOOTHED):
         return
     together = config.shared_norm
     if not (together and spec.experts):
