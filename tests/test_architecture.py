@@ -103,7 +103,8 @@ TESTED_BY = {
     "evaluation.pictures": "evaluation: drawing",
     "kernels.kernels": "kernels: products reference sdpa",
     "layers.layers": "layers: activations products",
-    "quantization.quantization": "quantization: formats packed reports schemes transforms",
+    "quantization.quantization": "quantization: formats multiplying packed reports schemes "
+    "transforms",
     "quantization.calibration.calibration": "quantization.calibration: clipping gptq_columns "
     "layerwise smoothquant",
     "randomness.randomness": "randomness: draws keys",
