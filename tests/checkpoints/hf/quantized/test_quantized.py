@@ -16,7 +16,7 @@ import funcattn as fa
 from funcattn import sharding
 from funcattn.checkpoints import CheckpointError
 from funcattn.checkpoints.hf.folder import read_folder
-from funcattn.quantization import Int4, Int8, OrderedInt4, expand, is_quantized, packing
+from funcattn.quantization import Int4, Int8, Int8Affine, OrderedInt4, expand, is_quantized, packing
 
 LEAVES = {
     **{leaf: f"self_attn.{leaf}_proj" for leaf in "qkvo"},
@@ -75,7 +75,7 @@ def load(folder):
 
 def codes_of(record):
     """The codes of a record as numbers (N, K)."""
-    if record.codes.dtype == torch.uint8:
+    if record.codes.dtype == torch.uint8 and not isinstance(record, Int8Affine):
         return packing.unpack(record.codes, record.scale.shape[-1], 4).long()
     return record.codes.double()
 
