@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers import Weight, dense, embed, is_vector, linear, prepare, rows_times
+from ..core.autograd import is_jit_traced, is_recorded
+from ..layers import (
+    Weight,
+    dense,
+    embed,
+    is_vector,
+    linear,
+    linear_experts,
+    prepare,
+    rows_times,
+)
 from ..records import record
 from .fast import MAX_FAST_ROWS, routed
 from .formats import (
@@ -225,3 +235,24 @@ def _(weight: Weight, ids: Tensor) -> Tensor:
         for name, field in zip(weight._fields, weight, strict=True)
     ]
     return expand(type(weight)(*rows)).reshape(*ids.shape, -1)
+
+
+def _of_experts(weight: Weight, x: Tensor, expert: Tensor) -> Tensor:
+    """Products by experts, one after the other where values are concrete: the matrix of an expert
+    without tokens is not expanded. Otherwise all tokens times all matrices.
+    """
+    tensors = (*weight, x, expert)
+    concrete = all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors)
+    traced = torch.compiler.is_compiling() or is_jit_traced()
+    if traced or not concrete or is_recorded(*tensors):
+        return linear_experts.dispatch(object)(weight, x, expert)
+    product = times if not isinstance(weight, Int8Dynamic) else lambda w, x: _plain_dynamic(*w, x)
+    out = x.new_empty(len(x), weight.shape[-2])
+    for number in expert.unique().tolist():
+        rows = (expert == number).nonzero().squeeze(-1)
+        out[rows] = product(type(weight)(*(field[number] for field in weight)), x[rows])
+    return out
+
+
+for _kind in RECORDS:
+    linear_experts.register(_kind, _of_experts)

@@ -79,14 +79,14 @@ def _read_folder(
             f"load: {folder} is a {found['model_type']}, of which the text is read, as a "
             f"{settings['model_type']}: what encodes images is left out."
         )
-        warnings.warn(printable(told), UserWarning, stacklevel=6)  # at the call of load
+        warnings.warn(printable(told), UserWarning, stacklevel=7)  # at the call of load
     config = families.read_config(settings)
     wanted = None if cut is None else cut(config)
     params, told = read_weights(
         folder, files, settings, config, dtype, kinds, wanted, wrapped, codes
     )
     if told:
-        warnings.warn(told, UserWarning, stacklevel=6)  # at the call of load
+        warnings.warn(told, UserWarning, stacklevel=7)  # at the call of load
     return config, params, _read_tokenizer(folder, settings)
 
 

@@ -16,6 +16,7 @@ import funcattn as fa
 from funcattn import sharding
 from funcattn.checkpoints import CheckpointError
 from funcattn.checkpoints.hf.folder import read_folder
+from funcattn.cli import main
 from funcattn.quantization import Int4, Int8, Int8Affine, OrderedInt4, expand, is_quantized, packing
 
 LEAVES = {
@@ -70,6 +71,7 @@ def load(folder):
     with warnings.catch_warnings(record=True) as met:
         warnings.simplefilter("always")
         loaded = fa.load(folder)
+    assert all(warning.filename == __file__ for warning in met)  # at the call of load
     return loaded, " ".join(str(warning.message) for warning in met)
 
 
@@ -167,6 +169,13 @@ def test_patterns_and_names_choose_the_settings_of_a_module(tmp_path, plain):
     (_, found, _), _ = load(write(tmp_path / "b", plain, {"q": q, "k": k}, settings))
     assert isinstance(found.layers[0].k, Int8)
     assert isinstance(found.layers[0].q, Int4)
+
+
+@pytest.mark.filterwarnings("ignore:.*dequantized")
+def test_inspect_shows_what_is_in_codes(tmp_path, plain, capsys):
+    coded, settings = made_of("gptq", "qk")
+    main(["inspect", "--model", str(write(tmp_path / "m", plain, coded, settings))])
+    assert "in codes: 2 matrices as Int4" in capsys.readouterr().out
 
 
 def test_rounded_activations_are_said(tmp_path, plain):
