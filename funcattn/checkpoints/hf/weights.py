@@ -287,8 +287,8 @@ def _check_types(
     if shown := quantizers.method_of(shapes, types):
         method, name = shown
         remedy = (
-            "Dequantize them with the tool that made them, and save the model again; or load one "
-            "that was not quantized."
+            "Say what they are, fa.load(folder, quantization=...), as quantization_config of "
+            "config.json would; or load a model that was not quantized."
         )
         got = f"those of {method}: {name} {types[name]} {shapes[name]}"
         fail(

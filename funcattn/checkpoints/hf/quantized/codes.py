@@ -141,8 +141,8 @@ def scaled_by_blocks(codes: Tensor, scale: Tensor, rows: int, columns: int) -> W
     rounded up: a record has a scale for each row.
     """
     (N, K), floating = codes.shape[-2:], codes.is_floating_point()
-    by_row = scale.repeat_interleave(rows, -2)[..., :N, :].contiguous()
+    by_row = scale[..., torch.arange(N) // rows, :]
     if K % columns and scale.shape[-1] > 1:
-        each = by_row.float().repeat_interleave(columns, -1)[..., :K]
+        each = by_row.float()[..., torch.arange(K) // columns]
         return Dense(codes.float() * each, "its last block of columns is cut off")
     return (quantization.Fp8 if floating else quantization.Int8)(codes, by_row)
