@@ -57,8 +57,8 @@ def gptq(rng, N, K, bits=4, group=32, version="gptq", order=False, symmetric=Fal
         "scales": torch.from_numpy(scale),
         "g_idx": torch.from_numpy(of.astype(np.int32)),
     }
-    kept = bits == 4 or (symmetric and not order)
-    arranged = codes[np.argsort(of, kind="stable")].T - (128 if bits == 8 else 0)
+    kept = bits == 4 or not order
+    arranged = codes[np.argsort(of, kind="stable")].T - (128 if bits == 8 and symmetric else 0)
     return Coded(tensors, matrix.T, arranged if kept and not uneven else None, scale.T)
 
 
@@ -95,7 +95,7 @@ def pack_quantized(rng, N, K, bits=4, group=32, symmetric=True, order=False):
     if order:
         tensors["weight_g_idx"] = torch.from_numpy(of.astype(np.int32))
     exact = tensors["weight_scale"].double().numpy()
-    kept = codes[:, np.argsort(of, kind="stable")] + (half if bits == 4 else 0)
+    kept = codes[:, np.argsort(of, kind="stable")] + (half if bits == 4 or not symmetric else 0)
     return Coded(tensors, (codes - points[:, of]) * exact[:, of], kept, exact)
 
 
@@ -108,8 +108,9 @@ def int_quantized(rng, N, K, group=None, shifted=False):
     if shifted:
         tensors["weight_zero_point"] = torch.from_numpy(points).to(torch.int8)
     spread = lambda x: np.repeat(x, K // G, 1)
-    kept = codes - spread(points)
-    return Coded(tensors, kept * spread(scale.double().numpy()), kept, scale.double().numpy())
+    matrix = (codes - spread(points)) * spread(scale.double().numpy())
+    kept = codes + 128 if shifted else codes  # from 0 where there is a zero point
+    return Coded(tensors, matrix, kept, scale.double().numpy())
 
 
 def float8(rng, N, K, block=None, name="weight_scale_inv", one=False, kind=torch.float8_e4m3fn):
@@ -195,7 +196,7 @@ def mlx(rng, N, K, bits=4, group=32):
         "biases": torch.from_numpy(bias),
     }
     spread = lambda x: np.repeat(x.astype(np.float64), group, 1)
-    return Coded(tensors, codes * spread(scale) + spread(bias), codes if bits < 8 else None, scale)
+    return Coded(tensors, codes * spread(scale) + spread(bias), codes, scale)
 
 
 def hqq(rng, N, K, bits=4, axis=1, group=32):
@@ -222,7 +223,7 @@ def hqq(rng, N, K, bits=4, axis=1, group=32):
         "stores_quant_config": torch.tensor(1, dtype=torch.uint8),
     }
     matrix = (codes - zero.astype(np.float64)) * scale.astype(np.float64)
-    kept = codes.reshape(N, K) if axis and bits < 8 else None
+    kept = codes.reshape(N, K) if axis else None
     return Coded(tensors, matrix.reshape(N, K), kept, scale.reshape(N, -1) if axis else 0)
 
 
@@ -282,6 +283,10 @@ CASES = {  # name -> (a matrix, settings)
         partial(pack_quantized, bits=8, group=None),
         of_groups("pack-quantized", num_bits=8, strategy="channel"),
     ),
+    "pack-quantized 8 bits with zeros": (
+        partial(pack_quantized, bits=8, symmetric=False),
+        of_groups("pack-quantized", **{**GROUPS, "num_bits": 8, "symmetric": False}),
+    ),
     "int-quantized": (int_quantized, of_groups("int-quantized", num_bits=8, strategy="channel")),
     "int-quantized with zeros": (
         partial(int_quantized, group=32, shifted=True),
@@ -329,6 +334,7 @@ CASES = {  # name -> (a matrix, settings)
     "mlx 8 bits": (partial(mlx, bits=8), {"bits": 8, "group_size": 32}),
     "hqq": (hqq, {"quant_method": "hqq"}),
     "hqq 2 bits": (partial(hqq, bits=2), {"quant_method": "hqq"}),
+    "hqq 8 bits": (partial(hqq, bits=8), {"quant_method": "hqq"}),
     "hqq of outputs": (partial(hqq, axis=0), {"quant_method": "hqq"}),
     "torchao": (torchao, {"quant_method": "torchao"}),
     "torchao float8": (partial(torchao, kind="Float8Tensor"), {"quant_method": "torchao"}),

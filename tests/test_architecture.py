@@ -104,7 +104,8 @@ TESTED_BY = {
     "kernels.kernels": "kernels: products reference sdpa",
     "layers.layers": "layers: activations products",
     "layers.scans": "layers: gated_linear delta_rule state_spaces",
-    "quantization.quantization": "quantization: formats packed reports schemes transforms",
+    "quantization.quantization": "quantization: formats multiplying packed reports schemes "
+    "transforms",
     "quantization.calibration.calibration": "quantization.calibration: clipping gptq_columns "
     "layerwise smoothquant",
     "randomness.randomness": "randomness: draws keys",

@@ -1,6 +1,7 @@
 """Loading a model from a file, a folder, a package or the hub."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     keep_quantized: bool = False,
+    quantization: Mapping[str, object] | None = None,
 ) -> Loaded:
     """Load a model.
 
@@ -44,6 +46,8 @@ def load(
         keep_quantized: whether matrices in blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q3_K to Q6_K,
             IQ4_NL, IQ4_XS and MXFP4 of a .gguf file become quantized records of the same bits (see
             funcattn.quantization); experts do not.
+        quantization: quantization_config of a quantized folder whose config.json has none, or
+            another; such as {"quant_method": "gptq", "bits": 4, "group_size": 128}.
 
     Returns:
         config, params (on the CPU; matrices (out, in), rotary features half-split) and tokenizer.
@@ -80,13 +84,22 @@ def load(
             remedy,
             TypeError,
         )
+    if quantization is not None and not isinstance(quantization, Mapping):
+        wanted, got = "None or a mapping", f"a {type(quantization).__name__}"
+        remedy = 'Such as {"quant_method": "gptq", "bits": 4, "group_size": 128}.'
+        fail("load", "quantization", wanted, got, remedy, TypeError)
     with progress.waiting(f"loading {path_or_name}"):
-        return _read(locate(os.fspath(path_or_name)), dtype, keep_quantized)
+        return _read(locate(os.fspath(path_or_name)), dtype, keep_quantized, quantization)
 
 
-def _read(path: Path, dtype: torch.dtype | None, keep_quantized: bool) -> Loaded:
+def _read(
+    path: Path,
+    dtype: torch.dtype | None,
+    keep_quantized: bool,
+    quantization: Mapping[str, object] | None,
+) -> Loaded:
     if path.is_dir():
-        config, params, tokenizer = read_folder(path, dtype)
+        config, params, tokenizer = read_folder(path, dtype, quantization=quantization)
         return Loaded(config, by_columns(params), tokenizer)
     if path.suffix != ".gguf":
         remedy = (
@@ -101,6 +114,9 @@ def _read(path: Path, dtype: torch.dtype | None, keep_quantized: bool) -> Loaded
             remedy,
             CheckpointError,
         )
+    if quantization is not None:
+        remedy = "A .gguf file says what its blocks are; keep_quantized=True keeps them."
+        fail("load", "quantization", f"None for {path.name}", quantization, remedy)
     config, params, metadata = read_gguf(path, dtype, keep_quantized=keep_quantized)
     return Loaded(config, by_columns(params), from_metadata(metadata))
 

@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+from collections import Counter
 
 import torch
 
 from .. import tree
 from ..core.errors import printable
+from ..quantization import is_quantized
 from . import machine
 from .sessions import load
 
@@ -30,6 +32,13 @@ def run(options: argparse.Namespace) -> None:
     print("\nparams")
     for line in str(tree.summary(session.params)).splitlines():
         print(f"  {line}")
+    kinds = Counter(
+        type(leaf).__name__
+        for leaf in tree.leaves(session.params, is_leaf=is_quantized)
+        if is_quantized(leaf)
+    )
+    for kind, count in kinds.items():
+        print(f"  in codes: {count} {'matrix' if count == 1 else 'matrices'} as {kind}")
     with torch.device("meta"):  # sizes without memory
         per_token = tree.nbytes(session.model.cache(1, dtype=dtype)) - tree.nbytes(
             session.model.cache(0, dtype=dtype)

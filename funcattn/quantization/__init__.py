@@ -1,7 +1,8 @@
 """Quantization as a transform of params: `fa.quantize(fa.int4(group=32))(params)`; same decoder.
 
     schemes       int8, int4, w8a8, nf4, fp8, ternary: frozen values that encode a matrix
-    formats       the records, their matrices (`expand`), linear and embed of each
+    formats       the records and their matrices (`expand`)
+    multiplying   linear and embed of each
     packing       numbers to codes and scales, codes to bytes
     fast          products with the value of a fast kernel and the derivatives of the plain form
     packed tiles  weights in the layouts of torch's integer kernels and of the C++ operator
@@ -13,6 +14,7 @@ A new scheme is a record, its `dequantize`, and a value with `encode`: see docs/
 """
 
 from ..tree import Where, predicate
+from . import multiplying as multiplying  # registers linear, embed and prepare
 from .formats import (
     RECORDS,
     Codebook,

@@ -18,6 +18,7 @@ from .schemes import Scheme, int8
 
 MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down|q_down|kv_down|mixer_in|mixer_gate|mixer_out)"
 ENDS = r"embedding|head"
+LEFT = r"(.*\.)?(shared_(gate|up|down)|attention_gate)"  # not chosen by default
 
 
 def is_multiplied(path: str) -> bool:
@@ -27,7 +28,7 @@ def is_multiplied(path: str) -> bool:
         >>> is_multiplied("layers.0.q"), is_multiplied("layers.0.router")
         (True, False)
     """
-    return re.fullmatch(f"{MATRICES}|{ENDS}", path) is not None
+    return re.fullmatch(f"{MATRICES}|{ENDS}|{LEFT}", path) is not None
 
 
 @door

@@ -253,7 +253,7 @@ def test_many_rows_of_large_numbers_are_that_of_the_matrix(dtype, rows, narrow, 
     """By whichever product the processor asks for; the sum of codes times x alone would be beyond
     float16.
     """
-    monkeypatch.setattr("funcattn.quantization.formats.bfloat16_is_fast", lambda: narrow)
+    monkeypatch.setattr("funcattn.quantization.multiplying.bfloat16_is_fast", lambda: narrow)
     for scheme in (fa.int8, fa.int8(group=16)):
         weight, x = scheme.encode(matrix(1, 24, 64)), (300 * matrix(2, rows, 64)).to(dtype)
         assert (x.double().abs() @ weight.codes.double().abs().mT).amax() > torch.finfo(

@@ -36,7 +36,11 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_folder(
-    folder: Path, dtype: torch.dtype | None = None, cut: Callable[[Config], Cut] | None = None
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    cut: Callable[[Config], Cut] | None = None,
+    *,
+    quantization: Mapping[str, object] | None = None,
 ) -> tuple[Config, Params, Tokenizer | None]:
     """Config, weights and tokenizer of a folder.
 
@@ -46,13 +50,17 @@ def read_folder(
         dtype: of the weights; None keeps those of the files.
         cut: config -> the slices of each leaf to read. Only these are read, except from tensors
             with another layout than the leaf.
+        quantization: quantization_config in the place of that of config.json.
     """
-    read = lambda: _read_folder(folder, dtype, cut)
+    read = lambda: _read_folder(folder, dtype, cut, quantization)
     return of_one_save(folder, ("config.json", "tokenizer.json"), read)
 
 
 def _read_folder(
-    folder: Path, dtype: torch.dtype | None, cut: Callable[[Config], Cut] | None
+    folder: Path,
+    dtype: torch.dtype | None,
+    cut: Callable[[Config], Cut] | None,
+    quantization: Mapping[str, object] | None,
 ) -> tuple[Config, Params, Tokenizer | None]:
     found = read_json(folder / "config.json")
     kinds = compressed.kinds_in(found)
@@ -61,6 +69,7 @@ def _read_folder(
     wrapped, settings = tower is not found, dict(tower)
     inner = quantized.take_settings(settings)
     codes = inner if codes is None else codes
+    codes = codes if quantization is None else dict(quantization)
     families.read_config(settings)  # what it refuses comes before what the files lack
     if cut is not None and (kinds or codes):
         remedy = "Load it whole, and shard it: fa.shard(mesh)(fa.load(folder).params)."
@@ -79,14 +88,14 @@ def _read_folder(
             f"load: {folder} is a {found['model_type']}, of which the text is read, as a "
             f"{settings['model_type']}: what encodes images is left out."
         )
-        warnings.warn(printable(told), UserWarning, stacklevel=6)  # at the call of load
+        warnings.warn(printable(told), UserWarning, stacklevel=7)  # at the call of load
     config = families.read_config(settings)
     wanted = None if cut is None else cut(config)
     params, told = read_weights(
         folder, files, settings, config, dtype, kinds, wanted, wrapped, codes
     )
     if told:
-        warnings.warn(told, UserWarning, stacklevel=6)  # at the call of load
+        warnings.warn(told, UserWarning, stacklevel=7)  # at the call of load
     return config, params, _read_tokenizer(folder, settings)
 
 

@@ -1,7 +1,7 @@
 """The quantization method of a file, recognized by names and types of its tensors.
 
-config.json of such a file has a `quantization_config`, which is an error; where it is missing, the
-tensors still show the method.
+config.json of such a file has a `quantization_config` (see `quantized`). Where it is missing, the
+tensors still show the method, which the error names: nothing is read by a guess.
 
 Source: the modules that each tool substitutes for linear layers, as of transformers 5
 (integrations/) and the tools themselves.

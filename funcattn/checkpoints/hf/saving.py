@@ -23,7 +23,7 @@ from .. import families
 from ..families import CheckpointError
 from ..tokenizer.tokenizer import Tokenizer
 from ..writing import written
-from . import compressed
+from . import compressed, quantized
 from .folder import INDEX, WEIGHTS
 from .weights import DTYPES
 
@@ -43,6 +43,7 @@ def save(
     params: Params,
     tokenizer: Tokenizer | None = None,
     *,
+    format: str | None = None,
     shard_size: int = 5 * 2**30,
 ) -> None:
     """Write a model in the Hugging Face layout, for transformers, vLLM and llama.cpp's converter.
@@ -55,17 +56,24 @@ def save(
         folder: a new one, or one that `save` wrote, which is replaced. One with any other file is
             an error.
         config, params: of one model; weights are floating tensors, each saved in its dtype, or
-            quantized records of this library, which only it can read (config.json says so, and
-            other readers reject it).
+            quantized records.
         tokenizer: None writes no tokenizer files.
+        format: of records. None is that of this library, which has all and which only it reads
+            (config.json says so, and other readers reject it); "compressed-tensors" and "gptq" are
+            read by transformers and vLLM, with the same codes and scales. They have no zero points
+            that are not whole numbers of scales: quantize by fa.int4(symmetric=True). Embedding
+            and head are then written as floats.
         shard_size: bytes of weights above which they are written to several files.
 
     Raises:
         CheckpointError: the folder cannot be written, or has other files.
-        ValueError, TypeError: params do not fit the config, or are not all floating tensors.
+        ValueError, TypeError: params do not fit the config, are not all floating tensors or
+            records, or have records that the format has not.
 
     Law: load(save(...)) is what was saved, bit for bit
         (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
+    Law: in the formats of others the codes are the same, as their own readers find
+        (test_writing.py::test_what_is_written_is_read_with_the_same_codes).
     Law: a kill leaves the old or the new
         (test_atomic.py::test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new).
     """
@@ -73,12 +81,24 @@ def save(
         got = f"a {type(config).__name__} and a {type(params).__name__}"
         remedy = "The order is folder, config, params, tokenizer."
         fail("save", "config, params", "a Config and its Params", got, remedy, TypeError)
+    if format is not None and format not in quantized.WRITTEN:
+        wanted = f"None or one of {', '.join(map(repr, quantized.WRITTEN))}"
+        fail("save", "format", wanted, repr(format), "None is this library's own.")
     settings = families.write_config(config)
-    tensors, kinds = compressed.flatten_records(_named(config, params))
+    named = _named(config, params)
     settings["dtype"] = str(getattr(params.embedding, "dtype", params.norm.dtype)).removeprefix(
         "torch."
     )
-    settings = compressed.settings(settings, kinds)
+    if format is None:
+        tensors, kinds = compressed.flatten_records(named)
+        settings = compressed.settings(settings, kinds)
+    else:
+        family = families.family_for(config)
+        ends = [family.tensors[end] for end in ("embedding", "head") if end in family.tensors]
+        dtype: torch.dtype = params.norm.dtype
+        tensors, said = quantized.flatten_as(format, named, dict.fromkeys(ends, dtype))
+        settings |= {"dtype": str(dtype).removeprefix("torch.")}
+        settings |= {"quantization_config": said} if said else {}
     files = {} if tokenizer is None else tokenizer.files()
     if tokenizer is not None and tokenizer.stop:
         settings["eos_token_id"] = list(tokenizer.stop)

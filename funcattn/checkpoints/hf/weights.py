@@ -9,8 +9,9 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,14 +71,14 @@ class OpenFile:
 
     path: Path
     mapped: Any
-    bytes: BinaryIO
+    bytes: BufferedReader
     offsets: Mapping[str, tuple[int, int]]
 
     def read(self, stored: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """A whole tensor."""
         found = torch.empty(shape, dtype=dtype, device="cpu")
         begin, end = self.offsets[stored]
-        into = found.reshape(-1).view(torch.uint8).numpy() if found.numel() else b""
+        into: Any = found.reshape(-1).view(torch.uint8).numpy() if found.numel() else b""
         if end - begin != found.nbytes:
             _refuse(f"{stored} in {self.path.name}", f"{found.nbytes} bytes", end - begin)
         self.bytes.seek(begin)
@@ -89,7 +90,7 @@ class OpenFile:
 def _open(path: Path, stack: ExitStack) -> OpenFile:
     with _safetensors_errors(path):
         mapped = safe_open(path, framework="pt")
-    file = stack.enter_context(open_regular(path))
+    file = cast(BufferedReader, stack.enter_context(open_regular(path)))
     length = int.from_bytes(file.read(8), "little")
     header = parse_object(file.read(length).decode(), path.name)
     places = {name: told["data_offsets"] for name, told in header.items() if name != "__metadata__"}
@@ -290,8 +291,8 @@ def _check_types(
     if shown := quantizers.method_of(shapes, types):
         method, name = shown
         remedy = (
-            "Dequantize them with the tool that made them, and save the model again; or load one "
-            "that was not quantized."
+            "Say what they are, fa.load(folder, quantization=...), as quantization_config of "
+            "config.json would; or load a model that was not quantized."
         )
         got = f"those of {method}: {name} {types[name]} {shapes[name]}"
         fail(

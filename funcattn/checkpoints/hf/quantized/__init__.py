@@ -14,13 +14,17 @@ float32 and rounded once to the dtype of the model. One warning tells which.
 
 from .methods import METHODS, Quantized, find, matrix, method_in, take_settings
 from .stored import Entry, Tensors
+from .writing import METHODS as WRITTEN
+from .writing import flatten_as
 
 __all__ = [
     "METHODS",
     "Entry",
     "Quantized",
     "Tensors",
+    "WRITTEN",
     "find",
+    "flatten_as",
     "matrix",
     "method_in",
     "take_settings",

@@ -16,6 +16,8 @@ import json
 import math
 from collections.abc import Mapping
 
+import torch
+
 from .... import quantization
 from ....layers import Weight
 from ...families.tables import Json
@@ -86,14 +88,14 @@ def _four_bits(module: str, kind: str, tensors: Tensors) -> Stored:
     def read(tensor: Read) -> Weight | Dense:
         scale = tensor(names["absmax"])
         if is_nested:
-            blocks = tensor(names["nested_absmax"]).repeat_interleave(said["nested_blocksize"])
-            scale = tensor(names["nested_quant_map"])[scale.long()] * blocks[:count]
+            of_blocks = tensor(names["nested_absmax"])[torch.arange(count) // said[NUMBERS[1]]]
+            scale = tensor(names["nested_quant_map"])[scale.long()] * of_blocks
             scale = scale + said["nested_offset"]
         bytes_ = tensor(weight).flatten()
         pairs, levels = (bytes_ >> 4) | (bytes_ << 4), tensor(names["quant_map"])
         if K % block:
             numbers = levels[codes.unpacked(pairs, 4).long()]
-            by = scale.repeat_interleave(block)[: N * K]
+            by = scale[torch.arange(N * K) // block]
             return Dense((numbers * by).reshape(N, K), "its blocks do not end with its rows")
         return codes.of_levels(pairs.reshape(N, K // 2), scale.reshape(N, -1), levels)
 

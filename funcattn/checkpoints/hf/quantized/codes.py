@@ -14,7 +14,6 @@ from .stored import Dense
 
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # bits -> a word of codes that are 1
 UNEVEN = "its groups have an odd number of columns"
-NO_ZERO = "records of 8 bits have no zero point"
 NO_ORDER = "records of 8 bits have no order of inputs"
 IRREGULAR = "its groups of inputs differ in size"
 
@@ -69,18 +68,22 @@ def zero_of(scale: Tensor, points: Tensor | int) -> Tensor:
     return near if torch.equal(near.float(), wide) else wide
 
 
-def eight_bits(codes: Tensor, scale: Tensor, points: Tensor | int) -> Weight | Dense:
-    """w = (code - point) scale of codes (*lead, K) in bytes, scale and points (*lead, G)."""
-    K = codes.shape[-1]
-    points = _full(points, scale)
-    if codes.dtype == torch.uint8 and bool((points == 128).all()):
-        return quantization.Int8((codes ^ 128).view(torch.int8), scale)
-    points = packing.spread(points.short(), K)
-    centered = codes.short() - points
-    low, high = centered.aminmax()
-    if low < -128 or high > 127:
-        return Dense(centered.float() * packing.spread(scale.float(), K), NO_ZERO)
-    return quantization.Int8(centered.to(torch.int8), scale)
+def eight_bits(codes: Tensor, scale: Tensor, points: Tensor | int) -> Weight:
+    """w = (code - point) scale of codes (*lead, K) in bytes, signed or not, scale and points
+    (*lead, G).
+
+    Law: exact where scales have at most 16 bits and points are integers, as of `four_bits`.
+    """
+    points = _full(points, scale).float()
+    if codes.dtype == torch.uint8:
+        if bool((points == 128).all()):
+            return quantization.Int8((codes ^ 128).view(torch.int8), scale)
+        return quantization.Int8Affine(codes, scale, zero_of(scale, points))
+    if not points.any():
+        return quantization.Int8(codes, scale)
+    return quantization.Int8Affine(
+        codes.view(torch.uint8) ^ 128, scale, zero_of(scale, points + 128)
+    )
 
 
 def _full(points: Tensor | int, scale: Tensor) -> Tensor:
@@ -138,8 +141,8 @@ def scaled_by_blocks(codes: Tensor, scale: Tensor, rows: int, columns: int) -> W
     rounded up: a record has a scale for each row.
     """
     (N, K), floating = codes.shape[-2:], codes.is_floating_point()
-    by_row = scale.repeat_interleave(rows, -2)[..., :N, :].contiguous()
+    by_row = scale[..., torch.arange(N) // rows, :]
     if K % columns and scale.shape[-1] > 1:
-        each = by_row.float().repeat_interleave(columns, -1)[..., :K]
+        each = by_row.float()[..., torch.arange(K) // columns]
         return Dense(codes.float() * each, "its last block of columns is cut off")
     return (quantization.Fp8 if floating else quantization.Int8)(codes, by_row)

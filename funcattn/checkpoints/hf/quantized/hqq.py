@@ -17,7 +17,6 @@ from .... import quantization
 from ....layers import Weight
 from ....quantization import packing
 from ...families.tables import Json
-from . import codes
 from .stored import CONVERT, FLOATS, Dense, Read, Stored, Tensors, wrong
 
 PACKINGS = {"8bit_u8": 8, "4bit_u8": 4, "2bit_u8": 2}
@@ -69,17 +68,17 @@ def _one(module: str, tensors: Tensors) -> Stored:
         coded = tensor(name("W_q"))
         each = torch.cat([coded >> shift & (2**bits - 1) for shift in range(8 - bits, -1, -bits)])
         scale, zero = tensor(name("scale")), tensor(name("zero"))
-        if axis and K % C == 0 and C % 2 == 0 and bits < 8:
-            return _record(each, scale, zero, N)
+        if axis and K % C == 0 and (bits == 8 or C % 2 == 0):
+            return _record(each, scale, zero, N, bits)
         matrix = (each.float() - zero.float()) * scale.float()
-        why = codes.NO_ZERO if bits == 8 else "its groups are not of neighbouring inputs"
-        return Dense(matrix.reshape(N, K), why)
+        return Dense(matrix.reshape(N, K), "its groups are not of neighbouring inputs")
 
     return Stored(name("weight"), (N, K), tuple(map(name, parts)), read)
 
 
-def _record(each: Tensor, scale: Tensor, zero: Tensor, N: int) -> Weight:
-    """Int4 of codes (N G, group), whose zero is that of the format times the scale."""
-    coded = packing.pack(each.reshape(N, -1), each.shape[-1], 4)
-    shift = -(zero.float() * scale.float())
-    return quantization.Int4(coded, scale.reshape(N, -1), shift.reshape(N, -1))
+def _record(each: Tensor, scale: Tensor, zero: Tensor, N: int, bits: int) -> Weight:
+    """The record of codes (N G, group), whose zero is that of the format times the scale."""
+    by, shift = scale.reshape(N, -1), -(zero.float() * scale.float()).reshape(N, -1)
+    if bits == 8:
+        return quantization.Int8Affine(each.reshape(N, -1), by, shift)
+    return quantization.Int4(packing.pack(each.reshape(N, -1), each.shape[-1], 4), by, shift)

@@ -43,11 +43,12 @@ def _one(module: str, settings: Mapping[str, Json], tensors: Tensors) -> Stored:
 
     def read(tensor: Read) -> Weight | Dense:
         coded, scale, zero = codes.bytes_of(tensor(names[0])), tensor(names[1]), tensor(names[2])
-        if bits == 8 or K % (2 * G):
+        if bits == 8:
+            return quantization.Int8Affine(coded, scale, zero)
+        if K % (2 * G):
             each = codes.unpacked(coded, bits).float()
-            wide = (packing.spread(x.float(), K) for x in (zero, scale))
-            matrix = torch.addcmul(next(wide), each, next(wide))
-            return Dense(matrix, codes.NO_ZERO if bits == 8 else codes.UNEVEN)
+            by, shift = (packing.spread(x.float(), K) for x in (scale, zero))
+            return Dense(torch.addcmul(shift, each, by), codes.UNEVEN)
         pairs = coded if bits == 4 else codes.paired(codes.unpacked(coded, bits))
         return quantization.Int4(codes.by_halves(pairs, K // G), scale, zero)
 

@@ -16,7 +16,8 @@ import funcattn as fa
 from funcattn import sharding
 from funcattn.checkpoints import CheckpointError
 from funcattn.checkpoints.hf.folder import read_folder
-from funcattn.quantization import Int4, Int8, OrderedInt4, expand, is_quantized, packing
+from funcattn.cli import main
+from funcattn.quantization import Int4, Int8, Int8Affine, OrderedInt4, expand, is_quantized, packing
 
 LEAVES = {
     **{leaf: f"self_attn.{leaf}_proj" for leaf in "qkvo"},
@@ -70,12 +71,13 @@ def load(folder):
     with warnings.catch_warnings(record=True) as met:
         warnings.simplefilter("always")
         loaded = fa.load(folder)
+    assert all(warning.filename == __file__ for warning in met)  # at the call of load
     return loaded, " ".join(str(warning.message) for warning in met)
 
 
 def codes_of(record):
     """The codes of a record as numbers (N, K)."""
-    if record.codes.dtype == torch.uint8:
+    if record.codes.dtype == torch.uint8 and not isinstance(record, Int8Affine):
         return packing.unpack(record.codes, record.scale.shape[-1], 4).long()
     return record.codes.double()
 
@@ -169,12 +171,43 @@ def test_patterns_and_names_choose_the_settings_of_a_module(tmp_path, plain):
     assert isinstance(found.layers[0].q, Int4)
 
 
+def test_a_keyword_says_what_config_json_does_not(tmp_path, plain):
+    coded, settings = made_of("gptq", "q")
+    folder = write(tmp_path / "m", plain, coded, settings)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"those of gptq: .*fa.load\(folder, quantization="):
+        fa.load(folder)
+    assert isinstance(fa.load(folder, quantization=settings).params.layers[0].q, Int4)
+    with pytest.raises(CheckpointError, match="quant_method"):
+        fa.load(folder, quantization={"quant_method": "exl2"})
+    with pytest.raises(TypeError, match="load: quantization should be None or a mapping"):
+        fa.load(folder, quantization="gptq")
+
+
+@pytest.mark.filterwarnings("ignore:.*dequantized")
+def test_inspect_shows_what_is_in_codes(tmp_path, plain, capsys):
+    coded, settings = made_of("gptq", "qk")
+    main(["inspect", "--model", str(write(tmp_path / "m", plain, coded, settings))])
+    assert "in codes: 2 matrices as Int4" in capsys.readouterr().out
+
+
 def test_rounded_activations_are_said(tmp_path, plain):
     coded, settings = made_of("int-quantized")
     settings = json.loads(json.dumps(settings))
     settings["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
     _, told = load(write(tmp_path / "m", plain, coded, settings))
     assert "activations are not rounded" in told
+
+
+def test_sizes_that_a_file_claims_allocate_nothing(tmp_path, plain):
+    """A block that is larger than the matrix is one block."""
+    coded, settings = made_of("fp8 whole", "q")
+    tensors = {**coded["q"].tensors, "weight_scale_inv": torch.ones(1, 1)}
+    coded, settings = {"q": Coded(tensors, None)}, {**settings, "weight_block_size": [2**40, 2**40]}
+    (_, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
+    assert torch.equal(expand(found.layers[0].q), tensors["weight"].float())
 
 
 # Fused and split by expert.
