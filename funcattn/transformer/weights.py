@@ -199,7 +199,7 @@ def initialize(key: Tensor, config: Config) -> Params:
         randomness.split(key, 5).unbind(0),
         strict=True,
     )
-    keys = dict(ends)
+    keys: dict[str, Tensor] = dict(ends)
     each = randomness.split(keys["layers"], config.layers)
     layers = tuple(Layer(*fields(each[i], layer)) for i, layer in enumerate(wanted.layers))
     rest = {

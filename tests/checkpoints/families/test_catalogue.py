@@ -38,6 +38,7 @@ GIVEN = {
     "cohere2_moe": {"prefix_dense_intermediate_size": 64},
     **{family.name: {"is_decoder": True} for family in BERTS},
     "electra": {"is_decoder": True, "embedding_size": 256},
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
     **{family.name: {"is_encoder_decoder": False} for family in BARTS},
 }
 
@@ -75,7 +76,13 @@ ELSEWHERE = {
     *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "return_dict"),
     *("problem_type", "max_position_embeddings", "use_bidirectional_attention", "is_decoder"),
     *("add_cross_attention", "is_encoder_decoder", "reorder_and_upcast_attn"),
-    *("chunk_size_feed_forward", "decoder_start_token_id", "eos_token_id", "id2label"),
+    *(
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "id2label",
+    ),
     *("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "init_std"),
 }
 OTHERS = {
