@@ -449,6 +449,9 @@ LATEST |= {
         {"original_max_position_embeddings": 64, "vision_config": SEES, "audio_config": HEARS},
     ),
     "electra": ("electra", {"embedding_size": 32}),
+    "big_bird": ("big_bird", {"attention_type": "original_full"}),
+    "bigbird_pegasus": ("bigbird_pegasus", {}),
+    "bigbird_pegasus-biases": ("bigbird_pegasus", {"use_bias": True}),
     **{name: (name, {}) for name in (*TYPED, *SEEN)},
     **{name: (name, {"scale_embedding": True}) for name in TRANSLATORS},
 }
@@ -499,8 +502,7 @@ LATEST |= {
         },
     ),
 }
-IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after", "llama4", "bert", "mbart", "marian"}
-IDEAS |= {"phimoe", "persimmon", "modernbert-decoder", "cohere2_moe"}
+IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after", "llama4", "bert", "phimoe"}
 IDEAS |= {"deepseek_v2-groups", "deepseek_v3", "minicpm3-longrope"}
 IDEAS |= {"lfm2_moe", "qwen3_next", "olmo_hybrid"}
 IDEAS |= {"falcon_h1", "nemotron_h"}
@@ -529,8 +531,8 @@ OWN = {  # that take the sizes by other names
     "gpt2": {"vocab_size": V},
     "bloom": {**ENDS, "hidden_size": 32, "n_layer": 3, "n_head": 4},
     **dict.fromkeys(("mpt", "dbrx"), MPT),
-    **dict.fromkeys((*TYPED, *SEEN, "electra"), DECODER),
-    **dict.fromkeys(TRANSLATORS, TRANSLATOR),
+    **dict.fromkeys((*TYPED, *SEEN, "electra", "big_bird"), DECODER),
+    **dict.fromkeys((*TRANSLATORS, "bigbird_pegasus"), TRANSLATOR),
     "whisper": {**TRANSLATOR, "max_target_positions": 64},
     **dict.fromkeys(("openai-gpt", "ctrl", "gpt-sw3"), GPT),
     "falcon": {**ENDS, **PLAIN, **PLACES},
@@ -550,6 +552,9 @@ CLIP = {**EYES, "model_type": "clip_vision_model"}
 MROPE = ROPE("default", mrope_section=[1, 1, 2])
 SPARSE = {"num_experts": 4, "moe_intermediate_size": 24, **MOE}
 EVERY = {"full_attention_interval": 2, "head_dim": 16}
+SEES_TEXT = {"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1, "mlp_dim": 16}
+SEES_TEXT |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8, "window_size": 2}
+SEES_TEXT |= {"global_attn_indexes": [0]}
 TOWERS = {  # name -> text_config, vision_config, more
     "gemma3": ({"head_dim": 16, **LOCAL}, EYES, {"mm_tokens_per_image": 4}),
     "mistral3": ({"model_type": "mistral", "head_dim": 8}, {**EYES, "model_type": "pixtral"}, {}),
@@ -567,6 +572,7 @@ TOWERS = {  # name -> text_config, vision_config, more
     "llava_next": ({"model_type": "mistral", "sliding_window": None}, CLIP, {}),
     "idefics3": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
     "smolvlm": ({"model_type": "llama"}, EYES, {"scale_factor": 1}),
+    "got_ocr2": ({"model_type": "qwen2"}, SEES_TEXT, {"image_seq_length": 4}),
     "llama4": ({"model_type": "llama4_text", **CHUNKED}, {**EYES, "vision_output_dim": 16}, {}),
     "internvl": (
         {"model_type": "qwen2"},

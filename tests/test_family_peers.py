@@ -146,9 +146,11 @@ SPELLED_AS_ANOTHER = {
     "phi4_multimodal": "llama",
     **dict.fromkeys(("ernie", "electra", "roberta", "camembert", "xlm-roberta"), "bert"),
     "data2vec-text": "bert",
+    "big_bird": "bert",
     "megatron-bert": "xlm-roberta-xl",
     **dict.fromkeys(("plbart", "mvp", "trocr"), "bart"),
     **dict.fromkeys(("pegasus", "blenderbot", "whisper"), "biogpt"),
+    "bigbird_pegasus-biases": "biogpt",
 }
 
 

@@ -3,7 +3,8 @@
 bart plbart mvp trocr      norms after the sum, one of the embedding; positions from the third row
 marian                     norms after the sum; a table of sines
 mbart                      norms before, one of the embedding too; positions from the third row
-pegasus blenderbot whisper norms before
+pegasus blenderbot whisper bigbird_pegasus    norms before; biases of attention where it says so in
+                           the last
 
 What only the whole model uses, cross-attention above all, is left out.
 """
@@ -98,6 +99,16 @@ def _read_blenderbot(fields: Fields) -> dict[str, Json]:
     return _read(fields, default=128)
 
 
+def _read_bigbird(fields: Fields) -> dict[str, Json]:
+    fields.values = {"activation_function": "gelu_new", **fields.values}
+    for name in ("attention_type", "block_size", "num_random_blocks"):  # of its encoder
+        fields.get(name)
+    biased = fields.flag("use_bias", False)
+    found = _read(fields, default=4096, scaled=True)
+    # its class ties nothing, whatever is said
+    return {**found, "qkv_bias": biased, "output_bias": biased, "tied": False}
+
+
 def _read_whisper(fields: Fields) -> dict[str, Json]:
     # its decoder does not scale, whatever is said
     return {**_read(fields, "max_target_positions", 448), "embedding_scale": 1.0}
@@ -108,9 +119,11 @@ def _zeros(config: Config, x: Tensor, path: str) -> Tensor:
     return x.new_zeros(x.shape[0])
 
 
-def _writer(context: str) -> Callable[[Config], dict[str, object]]:
+def _writer(name: str, context: str) -> Callable[[Config], dict[str, object]]:
     def write(config: Config) -> dict[str, object]:
+        own = {"use_bias": config.output_bias} if name == "bigbird_pegasus" else {}
         return {
+            **own,
             **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
             context: config.context,
             "activation_function": write_activation(config),
@@ -169,7 +182,7 @@ def _of_bart(
         name,
         architecture,
         read,
-        _writer(context),
+        _writer(name, context),
         tensors,
         packs=tuple(packs),
         harmless=re.compile(r"model\.decoder\.layers\.\d+\.encoder_attn(_layer_norm)?\..*"),
@@ -195,6 +208,12 @@ BARTS = (
         "mbart", "MBartForCausalLM", _read_mbart, norms="layer_norm", first=EMBEDDING, behind=BEHIND
     ),
     _of_bart("pegasus", "PegasusForCausalLM", _read, norms="layer_norm"),
+    _of_bart(
+        "bigbird_pegasus",
+        "BigBirdPegasusForCausalLM",
+        _read_bigbird,
+        norms=EMBEDDING,
+    ),
     _of_bart("blenderbot", "BlenderbotForCausalLM", _read_blenderbot, norms="layer_norm"),
     _of_bart(
         "whisper",

@@ -1,6 +1,6 @@
 """Decoders of the layout of BERT: `is_decoder`, without cross-attention.
 
-bert bert-generation ernie electra                   norms after the sum
+bert bert-generation ernie electra big_bird          norms after the sum
 roberta camembert xlm-roberta data2vec-text          the same, positions from the third row
 roberta-prelayernorm xlm-roberta-xl megatron-bert    norms before
 
@@ -89,6 +89,16 @@ def _read_ernie(fields: Fields) -> dict[str, Json]:
     return _read_after(fields)
 
 
+def _read_big_bird(fields: Fields) -> dict[str, Json]:
+    fields.values = {"hidden_act": "gelu_new", **fields.values}
+    if fields.get("attention_type", "block_sparse") != "original_full":
+        got = fields.get("attention_type", "block_sparse")
+        refuse(fields.place("attention_type"), "original_full, as in a decoder", got)
+    for name in ("block_size", "num_random_blocks"):
+        fields.get(name)
+    return {**_read(fields, rows=4096), "norm_placement": "residual"}
+
+
 def _read_electra(fields: Fields) -> dict[str, Json]:
     found = _of_gelu(_read_after(fields), fields)
     fields.get("summary_last_dropout")
@@ -113,6 +123,7 @@ def _read_xl(fields: Fields) -> dict[str, Json]:
 def _writer(name: str, types: bool, pad: int) -> Callable[[Config], dict[str, object]]:
     def write(config: Config) -> dict[str, object]:
         own = {"embedding_size": config.width} if name == "electra" else {}
+        own |= {"attention_type": "original_full"} if name == "big_bird" else {}
         return {
             **own,
             **({"type_vocab_size": 1} if types else {}),
@@ -254,6 +265,14 @@ BERT_GENERATION = _of_bert(
 ERNIE = _of_bert(
     "ernie", "ErnieForCausalLM", _read_ernie, "ernie.", BERT_HEAD, neutral={"use_task_id": (False,)}
 )
+BIG_BIRD = _of_bert(
+    "big_bird",
+    "BigBirdForCausalLM",
+    _read_big_bird,
+    "bert.",
+    BERT_HEAD,
+    neutral={"use_bias": (True,), "rescale_embeddings": (False,)},
+)
 ELECTRA = _of_bert(
     "electra",
     "ElectraForCausalLM",
@@ -312,6 +331,6 @@ MEGATRON_BERT = _of_bert(
     norms={"layers.{}.attention_norm": "attention.ln", "layers.{}.feed_forward_norm": "ln"},
 )
 BERTS = (
-    *(BERT, BERT_GENERATION, ERNIE, ELECTRA, ROBERTA, CAMEMBERT, XLM_ROBERTA, DATA2VEC),
+    *(BERT, BERT_GENERATION, ERNIE, ELECTRA, BIG_BIRD, ROBERTA, CAMEMBERT, XLM_ROBERTA, DATA2VEC),
     *(PRELAYERNORM, XLM_ROBERTA_XL, MEGATRON_BERT),
 )

@@ -71,6 +71,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "llava_next": Wrapper("LlavaNextForConditionalGeneration", "llama"),
     "idefics3": Wrapper("Idefics3ForConditionalGeneration", "llama"),
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", "llama"),
+    "got_ocr2": Wrapper("GotOcr2ForConditionalGeneration", "qwen2", tied=True),
     "llama4": Wrapper("Llama4ForConditionalGeneration", "llama4_text"),
     "internvl": Wrapper("InternVLForConditionalGeneration", "qwen2", tied=True),
     "kimi_k25": Wrapper("Kimi_K25ForConditionalGeneration", "deepseek_v3", tied=True),

@@ -104,13 +104,15 @@ def _read_file(path: Path) -> tuple[dict[str, Json], dict[str, Stored]]:
     return metadata, {name: Stored(data, entry) for name, entry in tensors.items()}
 
 
-def read_gguf(
-    path: Path, dtype: torch.dtype | None = None, *, keep_quantized: bool = False
-) -> tuple[Config, Params, dict[str, Json]]:
-    """Config, weights (dequantized or as records, q and k half-split) and metadata of a GGUF
-    model.
+def read_layout(
+    path: Path, metadata: dict[str, Json], stored: dict[str, Stored]
+) -> tuple[Config, list[families.Source]]:
+    """The Config of a GGUF model and where its leaves are; factors of angles are taken out of
+    `stored`.
+
+    Raises:
+        CheckpointError: a field that Config cannot say, or tensors that are not those of it.
     """
-    metadata, stored = read_parts(path)
     names = families.GGUF_TENSORS
     take = lambda name: read_tensor(*stored.pop(name)) if name in stored else None
     stretch, short, long = map(take, (families.STRETCH, families.SHORT, families.LONG))
@@ -128,6 +130,18 @@ def read_gguf(
     sources = families.locate_tensors(family, config)
     shapes = {name: entry.shape for name, (_, entry) in stored.items()}
     families.match(families.wanted(config, sources), shapes, path.name)
+    return config, sources
+
+
+def read_gguf(
+    path: Path, dtype: torch.dtype | None = None, *, keep_quantized: bool = False
+) -> tuple[Config, Params, dict[str, Json]]:
+    """Config, weights (dequantized or as records, q and k half-split) and metadata of a GGUF
+    model.
+    """
+    metadata, stored = read_parts(path)
+    config, sources = read_layout(path, metadata, stored)
+    family = families.GGUF[metadata["general.architecture"]]
 
     def read(name: str, kind: str) -> Weight:
         data, entry = stored[name]

@@ -81,7 +81,7 @@ def _read_folder(
             remedy,
             CheckpointError,
         )
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if wrapped:
         settings = dict(families.untied(settings, names_in(files)))
         told = (
@@ -99,7 +99,7 @@ def _read_folder(
     return config, params, _read_tokenizer(folder, settings)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a folder: one file, or the shards that the index names."""
     if _is_there(folder / WEIGHTS):
         return [folder / WEIGHTS]

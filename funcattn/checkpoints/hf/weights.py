@@ -110,9 +110,10 @@ def names_in(files: list[Path]) -> list[str]:
     return names
 
 
-def _contents(
+def contents(
     files: list[Path], family: families.Family, wrapped: bool, stack: ExitStack
 ) -> Contents:
+    """The tensors of files by the names of the family; those of no text are left out."""
     held = Contents()
     for path in files:
         check_regular(path)
@@ -155,7 +156,7 @@ def read_weights(
     """
     with ExitStack() as stack:
         family = families.family_of(settings.get("model_type"), "model_type in config.json")
-        held = _contents(files, family, wrapped, stack)
+        held = contents(files, family, wrapped, stack)
         return _read(folder, held, settings, config, dtype, kinds, cut, codes)
 
 
@@ -171,7 +172,7 @@ def _read(
 ) -> tuple[Params, str]:
     family = families.family_of(settings.get("model_type"), "model_type in config.json")
     types = held.types
-    coded = quantized.find(codes, _entries(held))
+    coded = quantized.find(codes, entries(held))
     of_codes = set() if coded is None else coded.parts
     parts = {
         stored for name, kind in kinds.items() for stored in compressed.fields(name, kind).values()
@@ -184,7 +185,7 @@ def _read(
         for name, shape in held.shapes.items()
         if name not in ours | of_codes and not family.harmless.fullmatch(name)
     }
-    _check_types(folder, foreign, types)
+    check_types(folder, foreign, types)
     dtypes = {DTYPES[types[name]] for name in foreign}
     of_floats = next(iter(dtypes), torch.float32)
     dtype = dtype or _one_dtype(settings, dtypes)
@@ -266,7 +267,8 @@ def _read(
     return tree.map_with_path(shard, params), ""
 
 
-def _entries(held: Contents) -> quantized.Tensors:
+def entries(held: Contents) -> quantized.Tensors:
+    """The same as what methods of quantization look at."""
     entries = {
         name: quantized.Entry(held.shapes[name], held.types[name], stored, file.path.name)
         for name, (file, stored) in held.places.items()
@@ -284,7 +286,7 @@ def _one_dtype(settings: Mapping[str, object], dtypes: set[torch.dtype]) -> torc
     return said or functools.reduce(torch.promote_types, dtypes)
 
 
-def _check_types(
+def check_types(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]
 ) -> None:
     """Fail where tensors are not floating; the error names the quantization method, if known."""

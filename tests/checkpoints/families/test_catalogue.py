@@ -2,14 +2,18 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from funcattn.checkpoints.families.bart import BARTS
 from funcattn.checkpoints.families.bert import BERTS
+from funcattn.checkpoints.families.catalogue import ALIASES
 from funcattn.checkpoints.families.tables import Fields
+from funcattn.checkpoints.families.towers import WRAPPERS
 from funcattn.families import FAMILIES, read_config
 
 # The fields that a file must have, by their names.
@@ -35,6 +39,7 @@ GIVEN = {
     "cohere2_moe": {"prefix_dense_intermediate_size": 64},
     **{family.name: {"is_decoder": True} for family in BERTS},
     "electra": {"is_decoder": True, "embedding_size": 256},
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
     **{family.name: {"is_encoder_decoder": False} for family in BARTS},
 }
 
@@ -72,7 +77,13 @@ ELSEWHERE = {
     *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "return_dict"),
     *("problem_type", "max_position_embeddings", "use_bidirectional_attention", "is_decoder"),
     *("add_cross_attention", "is_encoder_decoder", "reorder_and_upcast_attn"),
-    *("chunk_size_feed_forward", "decoder_start_token_id", "eos_token_id", "id2label"),
+    *(
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "id2label",
+    ),
     *("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "init_std"),
 }
 OTHERS = {
@@ -99,3 +110,24 @@ def test_every_field_that_a_class_reads_is_read(name):
     left = {x for x in asked - known if "drop" not in x and not x.endswith(("pdrop", "layerdrop"))}
     of_mamba = {x for x in left if x.startswith(("mamba_", "summary_", "time_step"))}
     assert left - of_mamba == set()
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "families.md"
+
+
+def test_the_page_lists_the_tables_that_there_are():
+    """Each family and each wrapper once, and as equal in the run exactly those of transformers."""
+    text = PAGE.read_text()
+    which, rest = text.split("## Which")[1].split("Rotary scalings:")
+    rows = [line.split("|")[1] for line in which.splitlines() if line.startswith("| `")]
+    of_images = which.split("Of models that take images too")[1]
+    listed = [name for cell in (*rows[1:], of_images) for name in re.findall(r"`([^`]+)`", cell)]
+    beside = {"granitemoe", "cohere2", "olmoe"}  # named in words of others too
+    assert {x for x in listed if listed.count(x) > 1} <= beside
+    assert set(listed) == FAMILIES.keys() | WRAPPERS.keys() | ALIASES.keys()
+    run = rest.split("<!-- by benchmarks/families.py -->")[1].split("<!-- end -->")[0]
+    equal, refused = run.split("| refused for")
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert set(re.findall(r"`([^`]+)` \d", equal)) == names & (FAMILIES.keys() | WRAPPERS.keys())
+    assert set(re.findall(r"`([^`]+)`", refused)) == names - FAMILIES.keys() - WRAPPERS.keys()
+    assert "Wrong:" not in run
