@@ -29,6 +29,9 @@ STORED = {  # leaves of a layer, each a weight and perhaps a bias
     "up": "ffn_up",
     "down": "ffn_down",
     "router": "ffn_gate_inp",
+    "shared_gate": "ffn_gate_shexp",
+    "shared_up": "ffn_up_shexp",
+    "shared_down": "ffn_down_shexp",
 }
 TENSORS = {
     "embedding": "token_embd.weight",
@@ -60,6 +63,15 @@ def _experts(leaf: str, kind: str) -> Pack:
 
 EXPERTS = tuple(
     _experts(leaf, kind) for leaf in ("gate", "up", "down") for kind in ("weight", "bias")
+)
+
+
+# the row that gates the shared expert, which converters squeeze
+SHARED_ROUTER = Pack(
+    ("layers.{}.shared_router",),
+    ("blk.{}.ffn_gate_inp_shexp.weight",),
+    lambda config, tensors: [tensors[0].reshape(1, -1)],
+    lambda config, leaves: [leaves[0].reshape(-1)],
 )
 
 
@@ -275,6 +287,20 @@ def _gpt_oss(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -
     }
 
 
+def _qwen2moe(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -> dict[str, Json]:
+    """Weights of experts are those of the softmax of all, as llama.cpp has it."""
+    return {
+        **_read_experts(fields, sizes, normalized=False),
+        "qkv_bias": True,
+        "shared_size": fields.whole("expert_shared_feed_forward_length", sizes["feed_forward"]),
+        "shared_gated": True,
+    }
+
+
+def _glm4(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -> dict[str, Json]:
+    return {**_read_biases(tensors), "norm_placement": "around"}
+
+
 LAYER_NORM = {"norm": "layer", "norm_bias": True}
 PLAIN = {"gated": False, "qkv_bias": True, "output_bias": True, "feed_forward_bias": True}
 
@@ -346,6 +372,7 @@ GGUF = {
     "granite": Gguf(_granite, rotated=TURNED),
     "granitemoe": Gguf(_granite, packs=EXPERTS, rotated=TURNED),
     "qwen2": Gguf(lambda fields, sizes, tensors: {"qkv_bias": True}),
+    "qwen2moe": Gguf(_qwen2moe, packs=(*EXPERTS, SHARED_ROUTER)),
     "qwen3": Gguf(lambda fields, sizes, tensors: {"head_norm": "rms"}),
     "qwen3moe": Gguf(
         lambda fields, sizes, tensors: {"head_norm": "rms", **_read_experts(fields, sizes)},
@@ -368,6 +395,7 @@ GGUF = {
         packs=(*_qkv("weight"), _GATE_UP),
         partial=True,
     ),
+    "glm4": Gguf(_glm4, packs=(_GATE_UP,), rotated=TURNED, partial=True),
     "gpt-oss": Gguf(_gpt_oss, BETWEEN, EXPERTS, base=150000.0, truncated=False),
     "command-r": Gguf(
         _command_r, rotated=(*TURNED, "q_norm", "k_norm"), base=500000.0, epsilon=LAYER
