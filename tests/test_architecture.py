@@ -143,7 +143,7 @@ TESTED_BY = {
     "checkpoints.hf.adapters": "checkpoints.hf: patterns peft_settings saved_adapters",
     "checkpoints.parts_index": "checkpoints: parts",
     "checkpoints.tokenizer.prompts": "checkpoints.tokenizer.sandbox: origins texts",
-    "checkpoints.tokenizer.tokenizer": "checkpoints.tokenizer: library",
+    "checkpoints.tokenizer.tokenizer": "checkpoints.tokenizer: library other_files",
     "checkpoints.gguf.gguf_file": "checkpoints.gguf: header",
     "checkpoints.tokenizer.gguf_metadata": "checkpoints.gguf: metadata",
     "cli.terminal": "core: errors",
