@@ -36,11 +36,11 @@ LONGEST = 2**9  # bytes of a token, which is cut at every byte; 128 are the most
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
-def _letters() -> list[str]:
-    """The letter of each byte in the vocabulary of a byte-level tokenizer."""
+def _letters() -> dict[int, int]:
+    """The letter of each byte in the vocabulary of a byte-level tokenizer, for str.translate."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = {byte: 256 + n for n, byte in enumerate(x for x in range(256) if x not in shown)}
-    return [chr(hidden.get(byte, byte)) for byte in range(256)]
+    return {byte: hidden.get(byte, byte) for byte in range(256)}
 
 
 LETTERS = _letters()
@@ -162,7 +162,7 @@ def _merges(tokens: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _spelled(token: bytes) -> str:
-    return "".join([LETTERS[byte] for byte in token])
+    return token.decode("latin-1").translate(LETTERS)
 
 
 def _bytes(text: object, name: str) -> bytes:

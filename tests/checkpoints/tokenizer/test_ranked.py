@@ -29,6 +29,7 @@ WORDS += [
     b"aaa",
     b"aaaa",
 ]
+WORDS += [b"zqz"]  # of no two tokens: only a piece that is all of it is this token
 TOKENS = [bytes([n]) for n in range(256)] + WORDS
 TEXTS = [
     "abc the abc's 12345 aaaaaaa",
@@ -36,6 +37,7 @@ TEXTS = [
     " a  ab    abc\n\n\n漢字漢 é\r\n",
     "ABCabcThe THE's\t12 3/4...\n\nx",
     "xthebcbc  ",
+    "zqz zqzq azqz",
 ]
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
 CONFIG = fa.families.read_config(
@@ -63,7 +65,8 @@ def by_ranks(text, pattern, first=0):
     cut.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     ids = []
     for piece, _ in cut.pre_tokenizer.pre_tokenize_str(text):
-        parts = [bytes([byte]) for byte in piece.encode()]
+        whole = piece.encode()
+        parts = [whole] if whole in ranks else [bytes([byte]) for byte in whole]
         while len(parts) > 1:
             joins = [ranks.get(a + b, 10**9) for a, b in itertools.pairwise(parts)]
             if min(joins) == 10**9:
