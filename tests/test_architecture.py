@@ -128,7 +128,7 @@ TESTED_BY = {
     "family_peers": "checkpoints.families: bart bert dense_variants distances falcon fused gated gemma gpt "
     "gpt_variants granite granite_mixtures latent_layouts latent_variants layer_norms llama llama4 "
     "llama_variants mixture_variants mixtures olmo router_variants sigmoid_mixtures towers",
-    "gguf_families": "checkpoints.families: architectures latent_gguf",
+    "gguf_families": "checkpoints.families: architectures gguf_tensors latent_gguf",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "
