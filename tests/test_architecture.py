@@ -131,7 +131,7 @@ TESTED_BY = {
     "gpt_variants granite granite_mixtures latent_layouts latent_variants layer_norms llama llama4 "
     "llama_variants mambas mixture_variants mixtures nemotron_hybrids olmo router_variants short_convolutions "
     "sigmoid_mixtures towers",
-    "gguf_families": "checkpoints.families: architectures latent_gguf",
+    "gguf_families": "checkpoints.families: architectures gguf_tensors latent_gguf",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "
@@ -146,7 +146,7 @@ TESTED_BY = {
     "checkpoints.hf.adapters": "checkpoints.hf: patterns peft_settings saved_adapters",
     "checkpoints.parts_index": "checkpoints: parts",
     "checkpoints.tokenizer.prompts": "checkpoints.tokenizer.sandbox: origins texts",
-    "checkpoints.tokenizer.tokenizer": "checkpoints.tokenizer: library",
+    "checkpoints.tokenizer.tokenizer": "checkpoints.tokenizer: library other_files",
     "checkpoints.gguf.gguf_file": "checkpoints.gguf: header",
     "checkpoints.tokenizer.gguf_metadata": "checkpoints.gguf: metadata",
     "cli.terminal": "core: errors",

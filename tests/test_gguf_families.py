@@ -483,6 +483,28 @@ OTHERS = {
             **KEYS(12),
         },
     ),
+    "qwen2moe": (
+        "qwen2moe",
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            **ROPE(rope_type="default"),
+        },
+        {
+            **EXPERT_FIELDS,
+            "expert_feed_forward_length": 24,
+            "expert_shared_feed_forward_length": 40,
+        },
+    ),
+    "glm4": (
+        "glm4",
+        "glm4",
+        {"head_dim": 12, "attention_bias": True, **ROPE(rope_type="default")},
+        {**KEYS(12), "rope.dimension_count": 6},
+    ),
     "gpt-oss": (
         "gpt-oss",
         "gpt_oss",
@@ -651,6 +673,8 @@ def as_converted(architecture, config, name, weight):
         ]
     if name.endswith("experts.down_proj"):
         return [(f"{name}.weight", weight)]
+    if name.endswith("shared_expert_gate.weight"):
+        return [(name, weight.squeeze(0))]
     if name.endswith("self_attn.sinks"):
         return [(f"{name}.weight", weight)]
     return [(name, weight)]

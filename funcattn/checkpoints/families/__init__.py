@@ -10,14 +10,14 @@ and GGUF; one is written, Hugging Face.
     llama llama_variants granite olmo gemma fused falcon gpt gpt_variants mixtures
                   the families, by similarity
     conventions layouts                                               common to several families
-    config_json towers weights metadata architectures                 reading and writing
+    config_json towers weights metadata architectures gguf_tensors    reading and writing
 
 Leaves are named by path (`layers.0.q`), as in funcattn.tree.
 """
 
-from .architectures import TENSORS as GGUF_TENSORS
 from .catalogue import FAMILIES, family_of
 from .config_json import families_for, family_for, read_config, write_config
+from .gguf_tensors import TENSORS as GGUF_TENSORS
 from .latent_gguf import ARCHITECTURES as GGUF
 from .layouts import half_split, interleave
 from .llama import LLAMA

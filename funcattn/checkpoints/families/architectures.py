@@ -13,71 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .layouts import fused
+from .gguf_tensors import BETWEEN, EXPERTS, GATE_UP, SHARED_ROUTER, TENSORS, qkv
 from .tables import Fields, Json, Pack, refuse
 
 RMS, LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
-BLOCK = "blk.{}."
-STORED = {  # leaves of a layer, each a weight and perhaps a bias
-    "attention_norm": "attn_norm",
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "feed_forward_norm": "ffn_norm",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-    "router": "ffn_gate_inp",
-}
-TENSORS = {
-    "embedding": "token_embd.weight",
-    "positions": "position_embd.weight",
-    "norm": "output_norm.weight",
-    "norm_bias": "output_norm.bias",
-    "head": "output.weight",
-    **{f"layers.{{}}.{leaf}": f"{BLOCK}{name}.weight" for leaf, name in STORED.items()},
-    **{f"layers.{{}}.{leaf}_bias": f"{BLOCK}{name}.bias" for leaf, name in STORED.items()},
-    "layers.{}.q_norm": "blk.{}.attn_q_norm.weight",
-    "layers.{}.k_norm": "blk.{}.attn_k_norm.weight",
-    "layers.{}.sinks": "blk.{}.attn_sinks.weight",
-    "layers.{}.attention_after_norm": "blk.{}.post_attention_norm.weight",
-    "layers.{}.feed_forward_after_norm": "blk.{}.post_ffw_norm.weight",
-}
-# the norm between attention and feed-forward, by the name of the norm after attention
-BETWEEN = {**TENSORS, "layers.{}.feed_forward_norm": "blk.{}.post_attention_norm.weight"}
-
-
-def _experts(leaf: str, kind: str) -> Pack:
-    """Weights or biases of all experts in one tensor, as here."""
-    bias = "_bias" if kind == "bias" else ""
-    same = lambda config, tensors: tensors
-    applies = lambda config, layer: config.layer_spec(layer).experts
-    return Pack(
-        (f"layers.{{}}.{leaf}{bias}",), (f"blk.{{}}.ffn_{leaf}_exps.{kind}",), same, same, applies
-    )
-
-
-EXPERTS = tuple(
-    _experts(leaf, kind) for leaf in ("gate", "up", "down") for kind in ("weight", "bias")
-)
-
-
-def _qkv(*kinds: str) -> tuple[Pack, ...]:
-    """q, k and v one under the other in one tensor."""
-    sizes = lambda config: [
-        n * config.head_size for n in (config.heads, config.kv_heads, config.kv_heads)
-    ]
-    suffix = {"weight": "", "bias": "_bias"}
-    return tuple(
-        fused(
-            [f"layers.{{}}.{leaf}{suffix[kind]}" for leaf in "qkv"],
-            f"blk.{{}}.attn_qkv.{kind}",
-            sizes,
-        )
-        for kind in kinds
-    )
-
 
 Read = Callable[[Fields, dict[str, Json], Collection[str]], dict[str, Json]]
 
@@ -275,6 +214,20 @@ def _gpt_oss(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -
     }
 
 
+def _qwen2moe(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -> dict[str, Json]:
+    """Weights of experts are those of the softmax of all, as llama.cpp has it."""
+    return {
+        **_read_experts(fields, sizes, normalized=False),
+        "qkv_bias": True,
+        "shared_size": fields.whole("expert_shared_feed_forward_length", sizes["feed_forward"]),
+        "shared_gated": True,
+    }
+
+
+def _glm4(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -> dict[str, Json]:
+    return {**_read_biases(tensors), "norm_placement": "around"}
+
+
 LAYER_NORM = {"norm": "layer", "norm_bias": True}
 PLAIN = {"gated": False, "qkv_bias": True, "output_bias": True, "feed_forward_bias": True}
 
@@ -335,17 +288,13 @@ def _cohere2(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -
     }
 
 
-_GATE_UP = fused(
-    ["layers.{}.gate", "layers.{}.up"],
-    "blk.{}.ffn_up.weight",
-    lambda config: [config.feed_forward] * 2,
-)
 GGUF = {
     "llama": Gguf(_llama, packs=EXPERTS, rotated=TURNED),
     "smollm3": Gguf(_smollm3, rotated=TURNED, base=2e6),
     "granite": Gguf(_granite, rotated=TURNED),
     "granitemoe": Gguf(_granite, packs=EXPERTS, rotated=TURNED),
     "qwen2": Gguf(lambda fields, sizes, tensors: {"qkv_bias": True}),
+    "qwen2moe": Gguf(_qwen2moe, packs=(*EXPERTS, SHARED_ROUTER)),
     "qwen3": Gguf(lambda fields, sizes, tensors: {"head_norm": "rms"}),
     "qwen3moe": Gguf(
         lambda fields, sizes, tensors: {"head_norm": "rms", **_read_experts(fields, sizes)},
@@ -365,9 +314,10 @@ GGUF = {
     "gemma3": Gguf(_gemma3, offset=1.0, base=1e6),
     "phi3": Gguf(
         lambda fields, sizes, tensors: {"window": _read_window(fields)},
-        packs=(*_qkv("weight"), _GATE_UP),
+        packs=(*qkv("weight"), GATE_UP),
         partial=True,
     ),
+    "glm4": Gguf(_glm4, packs=(GATE_UP,), rotated=TURNED, partial=True),
     "gpt-oss": Gguf(_gpt_oss, BETWEEN, EXPERTS, base=150000.0, truncated=False),
     "command-r": Gguf(
         _command_r, rotated=(*TURNED, "q_norm", "k_norm"), base=500000.0, epsilon=LAYER
@@ -375,6 +325,6 @@ GGUF = {
     "cohere2": Gguf(_cohere2, rotated=TURNED, epsilon=LAYER),
     "stablelm": Gguf(_stablelm, epsilon=LAYER, partial=True),
     "starcoder2": Gguf(_starcoder2, epsilon=LAYER),
-    "gpt2": Gguf(_gpt2, packs=_qkv("weight", "bias"), epsilon=LAYER),
-    "gptneox": Gguf(_gptneox, packs=_qkv("weight", "bias"), epsilon=LAYER, partial=True),
+    "gpt2": Gguf(_gpt2, packs=qkv("weight", "bias"), epsilon=LAYER),
+    "gptneox": Gguf(_gptneox, packs=qkv("weight", "bias"), epsilon=LAYER, partial=True),
 }

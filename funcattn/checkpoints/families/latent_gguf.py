@@ -15,7 +15,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from ...transformer import Config
-from .architectures import EXPERTS, GGUF, TENSORS, Gguf
+from .architectures import GGUF, Gguf
+from .gguf_tensors import EXPERTS, TENSORS
 from .latent_layouts import keys_and_values, neighbours
 from .tables import Fields, Json, Pack, refuse
 

@@ -32,7 +32,7 @@ MOST_PARTS = 2**9  # each is an open file
 REMEDY = "Fetch the parts again, all of one model."
 # leaves that quantized products read
 MULTIPLIED = ("embedding", "head", "q", "k", "v", "o", "gate", "up", "down")
-MULTIPLIED += ("q_down", "kv_down")
+MULTIPLIED += ("q_down", "kv_down", "shared_gate", "shared_up", "shared_down")
 
 
 class Stored(NamedTuple):
@@ -153,7 +153,7 @@ def read_gguf(
 
     def finish(weight: Weight, kind: str) -> Weight:
         if kind in family.rotated:
-            weight = _by_fields(lambda x: _half_split(x, kind, config.head_size), weight)
+            weight = _by_fields(lambda x: _half_split(x, kind, config), weight)
         if is_quantized(weight):
             return weight
         if family.offset and kind.endswith("norm"):
@@ -182,6 +182,6 @@ def _by_fields(f: Callable[[Tensor], Tensor], weight: Weight) -> Weight:
     return tree.map(f, weight) if is_quantized(weight) else f(weight)
 
 
-def _half_split(weight: Tensor, kind: str, head_size: int) -> Tensor:
+def _half_split(weight: Tensor, kind: str, config: Config) -> Tensor:
     rows = weight.flatten() if kind.endswith("norm") else weight
-    return families.half_split(rows, head_size).reshape(weight.shape)
+    return families.half_split(rows, config.head_size, config.rotary_size).reshape(weight.shape)

@@ -104,9 +104,10 @@ def _original(
 ) -> Original:
     modules = {}
     for source in sources:
-        name = source.names[0].removesuffix(".weight")
+        stored = source.names[0]
+        name = stored.removesuffix(".weight")
         leaves = {path.rpartition(".")[2] for path in source.paths}
-        if len(source.names) > 1 or not leaves <= ADAPTED or name == source.names[0]:
+        if len(source.names) > 1 or not leaves <= ADAPTED or name == stored:
             continue
         if any(len(shapes.get(path, ())) != 2 for path in source.paths):  # of experts
             continue

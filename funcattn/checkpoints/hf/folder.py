@@ -20,11 +20,10 @@ from ..regular_files import (
     LARGE,
     REMEDY,
     of_one_save,
-    read_bytes,
     read_json,
     read_text,
 )
-from ..tokenizer import declared, gpt2_files, sentencepiece_model
+from ..tokenizer import declared, other_files
 from ..tokenizer.tokenizer import Tokenizer, from_files
 from . import compressed, quantized
 from .weights import Cut, names_in, read_weights
@@ -144,20 +143,10 @@ def _read_tokenizer(folder: Path, settings: Mapping[str, object]) -> Tokenizer |
     beside = optional.get("tokenizer_config.json", {})
     if has:
         text = read_text(folder / "tokenizer.json", LARGE)
-    elif gpt2_files.is_gpt2(folder, settings.get("model_type"), beside):
-        text, beside = (
-            gpt2_files.as_tokenizer_json(folder, beside),
-            gpt2_files.with_roles(beside, optional),
-        )
-    elif others[0] == sentencepiece_model.FILE and isinstance(
-        made := sentencepiece_model.as_tokenizer_json(
-            read_bytes(folder / others[0], LARGE), beside
-        ),
-        tuple,
+    elif made := other_files.as_tokenizer_json(
+        folder, settings.get("model_type"), beside, optional
     ):
-        text, roles = made
-        named = {**optional.get("special_tokens_map.json", {}), **beside}
-        beside = {**{name: text for name, text in roles.items() if name not in named}, **beside}
+        text, beside = made
     else:
         wanted, got = "tokenizer.json", f"{others[0]}, {declared.OTHERS[others[0]]}"
         remedy = (

@@ -1,10 +1,12 @@
-"""vocab.json and merges.txt of a GPT-2: the ids and texts of transformers for the same folder."""
+"""vocab.json and merges.txt of GPT-2 and Qwen 2: the ids and texts of transformers for the same
+folder.
+"""
 
 import json
 
 import pytest
 from tokenizers import pre_tokenizers
-from transformers import GPT2Tokenizer
+from transformers import AutoTokenizer, GPT2Tokenizer
 
 import funcattn as fa
 from funcattn.checkpoints import CheckpointError
@@ -67,6 +69,39 @@ def test_ids_and_texts_are_those_of_transformers(folder, case):
     assert set(found.special_tokens) == set(peer.all_special_ids)
 
 
+QWEN_TEXTS = [*TEXTS, "cafe\u0301 I'LL  12\r\n x", "  \n\n ab's", "\u6f22\u5b57 12ab", "..\n\n!"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Qwen2Tokenizer", {}), ("CodeGenTokenizer", {}), ("GPT2Tokenizer", {"pad_token": "<|x|>"})],
+    ids=["Qwen2", "CodeGen", "GPT-2"],
+)
+def test_a_class_of_other_families_is_read_as_transformers_reads_it(folder, name, said):
+    table = {
+        str(len(VOCABULARY) + n): {
+            "content": text,
+            "special": True,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+        }
+        for n, text in enumerate(["<|im_start|>", "<|im_end|>", "<|x|>"])
+    }
+    settings = {"tokenizer_class": name, "added_tokens_decoder": table, "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **said}))
+    found, peer = fa.load(folder).tokenizer, AutoTokenizer.from_pretrained(folder)
+    for text in [*QWEN_TEXTS, "<|im_start|>user\nab<|im_end|>"]:
+        ids = found.encode(text, special=True)
+        assert ids == peer(text, add_special_tokens=False)["input_ids"]
+        assert found.decode(ids, skip_special=False) == peer.decode(
+            ids, clean_up_tokenization_spaces=False
+        )
+    for role in ("eos_token", "pad_token", "bos_token"):
+        assert found.roles.get(role) == getattr(peer, role), role
+
+
 def test_plain_text_spells_no_special_token(folder):
     tokenizer = fa.load(folder).tokenizer
     ids = tokenizer.encode(TEXTS[0])
@@ -83,7 +118,7 @@ def test_merges_of_lines_that_end_as_in_windows_are_the_same(folder):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"tokenizer_class": "Qwen2Tokenizer"}, {"add_bos_token": True}], ids=str
+    "settings", [{"tokenizer_class": "CLIPTokenizer"}, {"add_bos_token": True}], ids=str
 )
 def test_another_tokenizer_of_such_files_is_told_of(folder, settings):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
