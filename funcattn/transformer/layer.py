@@ -46,7 +46,7 @@ def block(
     name: str,
     kernel: str | Kernel | None,
     rows: int = 0,
-    read: Tensor | None = None,
+    attention_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: the residual (*lead, T, E) after it, and k, v (*lead, K, T, D) of the new tokens.
 
@@ -60,11 +60,11 @@ def block(
         kernel: of attention; None chooses.
         rows: positions whose feed-forward is computed at a time, each block rematerialized, as are
             the groups of heads; 0 is all.
-        read: (*lead, T, any width), what attention reads in the place of the norm of x.
+        attention_input: (*lead, T, any width), read in the place of the norm of x.
     """
     y = (
-        read
-        if read is not None
+        attention_input
+        if attention_input is not None
         else x
         if is_absent(weights.attention_norm)
         else _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
