@@ -55,7 +55,7 @@ def block(
     kernel: str | Kernel | None,
     rows: int = 0,
     state: State = (),
-    read: Tensor | None = None,
+    attention_input: Tensor | None = None,
 ) -> tuple[Tensor, LayerDelta]:
     """One layer: the residual (*lead, T, E) after it, and what new tokens add to its cache.
 
@@ -70,12 +70,12 @@ def block(
         rows: positions whose feed-forward is computed at a time, each block rematerialized, as are
             the groups of heads; 0 is all.
         state: that of a recurrent layer after the cached tokens; `()` without a cache.
-        read: (*lead, T, any width), what attention reads in the place of the norm of x.
+        attention_input: (*lead, T, any width), read in the place of the norm of x.
     """
     y, attended, new = x, None, LayerDelta((), ())
     if spec.mixer != "none":
-        if read is not None:
-            y = read
+        if attention_input is not None:
+            y = attention_input
         elif not is_absent(weights.attention_norm):
             y = _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
         x = y if config.norm_placement == "residual" else x
