@@ -52,14 +52,14 @@ def by_groups(
     K = config.kv_heads
     one = replace(config, heads=config.heads // K, kv_heads=1, output_bias=False)
     group = remat(functools.partial(attend, one))
-    out: Tensor | None = None
-    keys, values = [], []
-    for some in _groups(config, weights):
+    first, *others = _groups(config, weights)
+    out, *kept = group(first, y, context)
+    keys, values = ([part] for part in kept)
+    for some in others:
         more, k, v = group(some, y, context)
-        out = more if out is None else out + more
+        out = out + more
         keys.append(k)
         values.append(v)
-    assert out is not None
     if not is_absent(weights.o_bias):
         out = out + weights.o_bias
     return out, torch.cat(keys, -3), torch.cat(values, -3)
