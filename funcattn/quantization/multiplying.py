@@ -246,11 +246,14 @@ def _of_experts(weight: Weight, x: Tensor, expert: Tensor) -> Tensor:
     traced = torch.compiler.is_compiling() or is_jit_traced()
     if traced or not concrete or is_recorded(*tensors):
         return linear_experts.dispatch(object)(weight, x, expert)
-    product = times if not isinstance(weight, Int8Dynamic) else lambda w, x: _plain_dynamic(w[0], w[1], x)
     out = x.new_empty(len(x), weight.shape[-2])
     for number in expert.unique().tolist():
         rows = (expert == number).nonzero().squeeze(-1)
-        out[rows] = product(type(weight)(*(field[number] for field in weight)), x[rows])
+        one = type(weight)(*(field[number] for field in weight))
+        if isinstance(one, Int8Dynamic):
+            out[rows] = _plain_dynamic(one.codes, one.scale, x[rows])
+        else:
+            out[rows] = times(one, x[rows])
     return out
 
 

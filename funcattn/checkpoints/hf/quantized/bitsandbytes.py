@@ -20,7 +20,7 @@ import torch
 
 from .... import quantization
 from ....layers import Weight
-from ...families.tables import Json
+from ...families.tables import LARGEST, Json
 from . import codes
 from .stored import Dense, Read, Stored, Tensors, wrong
 
@@ -108,7 +108,7 @@ def _state(tensors: Tensors, name: str, is_nested: bool) -> dict[str, Json]:
         found = json.loads(bytes(tensors.read(name).tolist()).decode())
     except (ValueError, RecursionError) as error:
         tensors.refuse(name, "JSON", f"an error: {str(error)[:100]}")
-    is_size = lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0
+    is_size = lambda value: type(value) is int and 0 < value <= LARGEST
     sizes = found.get("shape") if isinstance(found, dict) else None
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(map(is_size, sizes)):
         tensors.refuse(name, "an object with the shape of a matrix", repr(found)[:200])

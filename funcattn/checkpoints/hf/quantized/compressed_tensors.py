@@ -53,7 +53,8 @@ def find(settings: Mapping[str, Json], tensors: Tensors) -> list[Stored]:
     said(settings, "format", FORMATS, None)
     said(settings, "quantization_status", ["compressed", "frozen"], "compressed")
     for field in ("sparsity_config", "transform_config"):
-        if settings.get(field) and settings[field].get("format", "") != "dense":
+        given = settings.get(field)
+        if given and not (isinstance(given, dict) and given.get("format") == "dense"):
             wrong(f"{field} in {SETTINGS}", "absent", repr(settings[field])[:200], CONVERT)
     coded = [
         module
@@ -61,7 +62,10 @@ def find(settings: Mapping[str, Json], tensors: Tensors) -> list[Stored]:
         if tensors.found[module + PLAIN].type in ("I8", *float8.EIGHT)
     ]
     modules = [*tensors.ending(PACKED), *coded]
-    for name in settings.get("ignore") or []:
+    ignored = settings.get("ignore") or []
+    if not isinstance(ignored, list):
+        wrong(f"ignore in {SETTINGS}", "a list of names", repr(ignored)[:200])
+    for name in ignored:
         if name in modules:
             wrong(f"ignore in {SETTINGS}", f"without {name}, which has codes", "it in there")
     schemes = _schemes(settings, modules)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from ....layers import Weight
-from ...families.tables import Json
+from ...families.tables import LARGEST, Json
 from . import codes
 from .stored import FLOATS, SETTINGS, Dense, Read, Stored, Tensors, wrong
 
@@ -38,7 +38,7 @@ def is_block(block: Json) -> bool:
     return (
         isinstance(block, list)
         and len(block) == 2
-        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in block)
+        and all(type(size) is int and 0 < size <= LARGEST for size in block)
     )
 
 

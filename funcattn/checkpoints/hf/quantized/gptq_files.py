@@ -18,6 +18,7 @@ from ....layers import Weight
 from ...families.tables import Json
 from . import codes
 from .stored import (
+    CONVERT,
     FLOATS,
     MAX_PATTERNS,
     SETTINGS,
@@ -32,9 +33,14 @@ from .stored import (
     wrong,
 )
 
+CHANGES = ("rotation", "adapter", "is_marlin_format")  # what changes the product or the layout
+
 
 def find(settings: Mapping[str, Json], tensors: Tensors) -> list[Stored]:
     """The matrices of a file of GPTQ."""
+    for field in CHANGES:
+        if settings.get(field):
+            wrong(f"{field} in {SETTINGS}", "absent", repr(settings[field])[:200], CONVERT)
     said(settings, "pack_dtype", ["int32"], "int32")
     said(settings, "format", ["gptq", "gptq_v2"], "gptq")
     modules = tensors.ending(".qweight")

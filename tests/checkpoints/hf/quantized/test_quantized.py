@@ -16,6 +16,7 @@ import funcattn as fa
 from funcattn import sharding
 from funcattn.checkpoints import CheckpointError
 from funcattn.checkpoints.hf.folder import read_folder
+from funcattn.checkpoints.hf.quantized import Entry, Tensors, find
 from funcattn.cli import main
 from funcattn.quantization import Int4, Int8, Int8Affine, OrderedInt4, expand, is_quantized, packing
 
@@ -205,9 +206,58 @@ def test_sizes_that_a_file_claims_allocate_nothing(tmp_path, plain):
     """A block that is larger than the matrix is one block."""
     coded, settings = made_of("fp8 whole", "q")
     tensors = {**coded["q"].tensors, "weight_scale_inv": torch.ones(1, 1)}
-    coded, settings = {"q": Coded(tensors, None)}, {**settings, "weight_block_size": [2**40, 2**40]}
+    coded, settings = (
+        {"q": Coded(tensors, None)},
+        {**settings, "weight_block_size": [2**31 - 1, 2**31 - 1]},
+    )
     (_, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
     assert torch.equal(expand(found.layers[0].q), tensors["weight"].float())
+
+
+TYPES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint32: "U32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+VALUES = (None, True, -1, 0, 10**30, 0.5, "x", [], ["x"], [1, 2], {}, {"x": 1}, [{}], "re:(")
+
+
+def places(value, at=()):
+    """The paths of all fields in a JSON value."""
+    inner = value.items() if isinstance(value, dict) else []
+    return [(*at, key) for key, _ in inner] + [
+        path for key, one in inner for path in places(one, (*at, key))
+    ]
+
+
+@pytest.mark.parametrize(
+    "case", ["gptq", "awq", "nvfp4", "pack-quantized", "float-quantized by blocks", "fp8", "mlx"]
+)
+def test_any_value_of_a_setting_is_read_or_refused(case):
+    made, settings = made_of(case, "q")
+    tensors = {f"m.q_proj.{end}": x.contiguous() for end, x in made["q"].tensors.items()}
+    entries = {n: Entry(tuple(x.shape), TYPES[x.dtype], n, "f") for n, x in tensors.items()}
+    refused = 0
+    for path in places(settings):
+        for value in VALUES:
+            changed = json.loads(json.dumps(settings))
+            inner = changed
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            try:
+                found = find(changed, Tensors(entries, {}, tensors.__getitem__))
+                for stored in found.matrices.values():
+                    stored.read(lambda name: tensors[name].clone())
+            except CheckpointError:
+                refused += 1
+    assert refused > len(VALUES)
 
 
 # Fused and split by expert.
@@ -349,6 +399,7 @@ FAULTS = {
     "unknown method": ("gptq", put("quant_method", "aqlm"), "quant_method.*gptq, awq.*'aqlm'"),
     "no method": ("hqq", put("quant_method", None), "quant_method"),
     "bits": ("gptq", put("bits", 3), r"bits .*2 or 4 or 8, got 3"),
+    "rotated": ("gptq", put("rotation", "hadamard"), "rotation .*absent"),
     "group": ("gptq", put("group_size", 48), "group_size .*divisor of the 64 columns"),
     "other group": ("gptq", put("group_size", 16), r"scales in .*of shape \(4, 64\)"),
     "group of nothing": ("gptq", put("group_size", 0), "group_size"),
