@@ -1,5 +1,6 @@
 """Drafts for `fa.speculate`: by a model, by the text itself, or by a function of yours."""
 
+from .checkpoints.heads import load_head
 from .decoding.speculative.drafters import (
     Draft,
     Drafter,
@@ -12,6 +13,7 @@ from .decoding.speculative.heads import Head, HeadParams, head
 from .decoding.speculative.model_drafters import model, skip
 from .decoding.speculative.suffix_drafters import suffix
 from .decoding.speculative.tree_drafters import tree
+from .training.heads import train_head
 
 __all__ = [
     "Draft",
@@ -22,9 +24,11 @@ __all__ = [
     "Sharing",
     "function",
     "head",
+    "load_head",
     "model",
     "prompt_lookup",
     "skip",
     "suffix",
+    "train_head",
     "tree",
 ]

@@ -59,6 +59,7 @@ WITHIN = {  # neighbours on one floor
     "quantization": {"models"},
     "interop": {"evaluation", "checkpoints"},
     "training": {"checkpoints"},
+    "drafters": {"checkpoints", "training"},  # whose face it is too
     "families": {"checkpoints"},  # whose face it is
     "__main__": {"cli"},
 }

@@ -107,7 +107,8 @@ def hidden(
     """
     config, T = head.config, tokens.shape[-1]
     before = 0 if is_absent(cache) else cache.length
-    at = before + torch.arange(T, device=tokens.device) if positions is None else positions
+    places = (before + torch.arange(T, device=tokens.device)).expand(tokens.shape)
+    at = places if positions is None else positions
     norm = functools.partial(
         layers.rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset
     )
@@ -126,7 +127,10 @@ def hidden(
         past = () if is_absent(cache) else caches.past(cache, number, at, spec.window)
         name = f"draft.layers.{number}"
         return transformer.block(
-            *(config, spec, weights, x, context, tuple(past)), name=name, kernel=None, read=read
+            *(config, spec, weights, x, context, tuple(past)),
+            name=name,
+            kernel=None,
+            read=read,
         )
 
     specs = [config.layer_spec(i) for i in range(config.layers)]
