@@ -58,8 +58,12 @@ def several(
     x: Tensor,
     positions: Tensor,
     pasts: Sequence[Rows],
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Some consecutive layers: the residual, and k, v (layers, K, T, D) of the new tokens."""
+    """Some consecutive layers: the residual, and k, v (layers, K, T, D) of the new tokens.
+
+    mask: bool (T, T), among the new tokens, those of a tree of drafts; None is causal.
+    """
 
     def run(
         number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext
@@ -67,7 +71,9 @@ def several(
         parts = [_part(past, number, spec, positions) for past in pasts]
         return transformer.block(config, spec, layer, x, context, parts, name="", kernel=kernel)
 
-    x, delta = transformer.run_layers(config, specs, weights, x, positions, run)
+    x, delta = transformer.run_layers(
+        config, specs, weights, x, positions, run, mask=mask, in_order=mask is None
+    )
     return x, torch.stack(delta.k), torch.stack(delta.v)
 
 

@@ -18,8 +18,8 @@ layers. Three things make it fast:
 - All other operations of a layer are fused around them.
 
 Under torch.func the original model runs: every transform works and is exact. So it does where
-compiled code gains nothing: a long prompt (bound by the same matrix products), a given mask, or a
-cache that is not dense.
+compiled code gains nothing: a long prompt (bound by the same matrix products), a given mask other
+than that of a tree of drafts, or a cache that is not dense.
 
 Source: Ansel et al., PyTorch 2, ASPLOS 2024.
 """
@@ -138,10 +138,14 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
         mask: Mask | Tensor | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Delta]:
-        forms = stack.forms(params, tokens, cache) if mask is None and positions is None else None
+        # A step, or that of a tree of drafts, whose mask and positions are given.
+        tree = mask if isinstance(mask, Tensor) and mask.shape == tokens.shape * 2 else None
+        among = tree is not None and positions is not None and tree.dtype == torch.bool
+        plain = mask is None and positions is None
+        forms = stack.forms(params, tokens, cache) if plain or among else None
         if forms is None:
             return model.hidden(params, tokens, cache, mask=mask, positions=positions)
-        return stack.hidden(params, tokens, cache, forms)
+        return stack.hidden(params, tokens, cache, forms, tree, positions)
 
     @door
     @functools.wraps(model.logits)

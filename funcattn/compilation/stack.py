@@ -109,11 +109,17 @@ class Stack:
         return f"{len(stack)} layers: {calls}; not the operator funcattn::layers: {why}"
 
     def hidden(
-        self, params: Params, tokens: Tensor, cache: Past, forms: "_Prepared"
+        self,
+        params: Params,
+        tokens: Tensor,
+        cache: Past,
+        forms: "_Prepared",
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Delta]:
         """`Model.hidden` of a few tokens behind a dense cache."""
         config, parts = self.config, dense_parts(cast(KVCache, cache))
-        positions = transformer.positions_of(config, tokens, cache)
+        positions = transformer.positions_of(config, tokens, cache, positions)
 
         def through(x: Tensor) -> tuple[Tensor, Delta]:
             for part in parts:
@@ -121,11 +127,12 @@ class Stack:
                     check_remembered(part.k, x.dtype)
             if (
                 forms.fused is not None
+                and mask is None
                 and dispatch.forced(self.kernel) is None
                 and fused.serves(x, parts)
             ):
                 return fused.run(config, forms.fused, params.layers, x, positions, parts)
-            return self._compiled(params, x, positions, rows(parts), forms)
+            return self._compiled(params, x, positions, rows(parts), forms, mask)
 
         x, delta = transformer.forward_pass(config, params, tokens, positions, through)
         return x, transformer.noted(config, delta, tokens, transformer.length_of(positions))
@@ -137,12 +144,14 @@ class Stack:
         positions: Tensor,
         pasts: Sequence[Rows],
         forms: "_Prepared",
+        mask: Tensor | None,
     ) -> tuple[Tensor, Delta]:
         """Run the layers by compiled functions of a few layers each."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
         # What is forced is part of the form: the code was traced with it, and has no guard on it.
-        shapes = *(past.k.shape for past in pasts), x.dtype, dispatch.forced(self.kernel)
+        kernel = dispatch.forced(self.kernel)
+        shapes = *(past.k.shape for past in pasts), x.dtype, kernel, mask is None
         if shapes not in forms.runs:
             forms.runs[shapes] = [
                 self.function(
@@ -158,7 +167,7 @@ class Stack:
             here = tuple(past.of(part) for past in pasts)
             with torch._C._AutoDispatchBelowAutograd():
                 x, k, v = run(
-                    self.config, self.specs[part], self.kernel, weights, x, positions, here
+                    self.config, self.specs[part], self.kernel, weights, x, positions, here, mask
                 )
             keys += k.unbind(0)
             values += v.unbind(0)

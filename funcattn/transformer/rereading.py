@@ -102,6 +102,8 @@ def hidden_of_tree(
         tokens: int64 (M + 1,), node 0 is the last token of the text.
         above: bool (M + 1, M + 1), [n, a] True where a is n or above it.
     """
+    if len(tokens) == 1:  # the plain step, which compiled models take in one call
+        return model.hidden(params, tokens, cache)
     positions = cache.length + above.long().sum(-1) - 1
     return model.hidden(params, tokens, cache, mask=above, positions=positions)
 

@@ -170,6 +170,19 @@ def test_every_kind_of_past_that_keeps_a_draft_takes_a_tree(kind, window):
     )
 
 
+@pytest.mark.slow
+def test_a_compiled_model_reads_a_tree_in_a_compiled_step():
+    model, params = some(dataclasses.replace(SMALL, window=4, window_layers=(True, False)))
+    fast = fa.compile(model, backend="eager")
+    drafter = drafters.suffix(nodes=4, length=3)
+    got, _ = speculate(fa.key(0), fast, params, drafter, PROMPT, steps=6)
+    wanted, _ = speculate(fa.key(0), model, params, drafter, PROMPT, steps=6)
+    assert fa.tree.allclose(got, wanted)
+    assert int(got.stats.accepted) > 0
+    # the step of the root and four nodes was compiled with its mask
+    assert any(not shapes[-1] for shapes in fast.stack.held[5].runs)
+
+
 def test_a_past_that_forgets_within_a_draft_is_refused():
     model, params = some()
     drafter = drafters.tree(drafters.model(fa.decoder(SMALL), params), branching=(2, 1, 1))
