@@ -18,6 +18,7 @@ from ... import randomness
 from ...core import errors
 from ...core.doors import door
 from ...records import is_absent, record
+from ...tree import INTEGERS
 from . import tree_rules
 from .acceptance import check_probs, check_values, draw_row
 from .regions import Regions
@@ -255,6 +256,9 @@ def _check(
     check_probs(function, "target", target, (M + 1, V), "(N + 1, V)", M)
     if not is_absent(draft):
         check_probs(function, "draft", draft, (M + 1, V), "(N + 1, V)", M)
+    for argument, ids in (("proposed", proposed), ("parent", parent)):
+        if ids.dtype not in INTEGERS:
+            errors.fail(function, argument, "int64 (M,)", ids.dtype, "Pass ids.long().", TypeError)
     if parent.shape != proposed.shape:
         errors.fail(
             function,

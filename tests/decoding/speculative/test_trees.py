@@ -182,6 +182,7 @@ TREE = some_tree(6)
         ({"proposed": TREE[2][:0]}, ValueError, "M at least 1"),
         ({"parent": torch.tensor([0, 0, 3, 1, 2, 4])}, ValueError, "an earlier node, or -1"),
         ({"parent": torch.tensor([0, 0])}, ValueError, r"\(M,\) with M = 6"),
+        ({"parent": TREE[3].double()}, TypeError, r"parent should be int64 \(M,\)"),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(change, kind, message):
