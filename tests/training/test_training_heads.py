@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from trained_heads import LAYER, PROMPT, TAPS, plainly, some_head, target
 
 import funcattn as fa
 from funcattn import drafters
 from funcattn.speculation import speculate
+from funcattn.training.heads import head_loss
 
 CONFIG = fa.Config(vocabulary=12, width=16, layers=3, heads=2, head_size=8, feed_forward=32)
 
@@ -38,6 +40,24 @@ def test_training_lowers_the_loss_and_raises_the_acceptance():
     again = train(1, start=(head, trained), optimizer=optimizer)
     assert not fa.tree.allclose(again[1].layers, trained.layers)
     assert again[1].embedding is params.embedding
+
+
+def test_the_loss_is_that_of_the_tokens_two_places_ahead():
+    model, params = target()
+    _, whole = some_head("eagle3")
+    whole = whole._replace(embedding=params.embedding, head=params.embedding)
+    head = drafters.Head("eagle3", LAYER, TAPS)
+    batch = torch.stack([PROMPT, PROMPT.flip(0)])
+    got = head_loss(head, params, whole)(model, whole._replace(embedding=(), head=()), batch)
+    wanted = []
+    for text in batch:
+        heard = {}
+        with fa.taps.listening(lambda name, x, heard=heard: heard.setdefault(name, x)):
+            model.hidden(params, text)
+        features = torch.cat([heard[name] for name in TAPS], -1)[:-2]
+        logits, _ = plainly(head, whole, text[1:-1], features)
+        wanted.append(torch.nn.functional.cross_entropy(logits, text[2:]))
+    torch.testing.assert_close(got, torch.stack(wanted).mean())
 
 
 def test_all_weights_of_a_head_are_trained_but_those_of_the_target():

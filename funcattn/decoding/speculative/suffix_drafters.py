@@ -108,7 +108,7 @@ def _trie(text: Tensor, n: Tensor, ends: Tensor, weight: Tensor, nodes: int, dep
     for j in range(depth):
         token = text.index_select(0, (ends + j).clamp(max=len(text) - 1))
         there = ends + j < n
-        alike = alike & (token == token.unsqueeze(-1)) & there & there.unsqueeze(-1)
+        alike = alike & (token == token.unsqueeze(-1)) & there
         first = alike.long().argmax(-1)
         own = there & (first == here) & (weight > 0)
         tokens.append(token)

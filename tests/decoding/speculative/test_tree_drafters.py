@@ -89,6 +89,41 @@ def test_a_tree_keeps_more_than_its_first_branch():
     assert rounds["grown"] < rounds["chain"]
 
 
+@pytest.mark.parametrize("name", ["a shape with a past of its own", "mixed"])
+def test_a_draft_depends_on_the_text_alone(name):
+    """Whatever was drafted before: what was kept is observed once, and the rest never."""
+    model, params = some()
+    drafter = each(model, params)[name]
+    n, last, text = torch.tensor(len(PROMPT)), torch.tensor(7), PROMPT
+    state = drafter.init(PROMPT, n, 12)
+    for count in (1, 2, 3, 1):
+        draft, state = drafter.propose(fa.key(1), last, state)
+        text = torch.cat([text, last.reshape(1)])
+        fresh = drafter.init(text[:-1], torch.tensor(len(text) - 1), 12)
+        wanted, _ = drafter.propose(fa.key(1), last, fresh)
+        assert draft.tokens.tolist() == wanted.tokens.tolist()
+        child = draft.parent.tolist().index(1) if 1 in draft.parent.tolist() else 0
+        path = [int(draft.tokens[0]), int(draft.tokens[child]), 5]
+        written = torch.tensor(path)[: drafter.length + 1]
+        state = drafter.keep(written, torch.tensor(count), state)
+        text = torch.cat([text, written[: count - 1]])
+        last = written[count - 1]
+
+
+def test_of_mixed_children_one_is_drawn_from_the_rest():
+    model, params = some()
+    drafter = each(model, params)["mixed"]
+    state = drafter.init(PROMPT, torch.tensor(len(PROMPT)), 4)
+    for key in fa.split(fa.key(0), 5):
+        draft, _ = drafter.propose(key, torch.tensor(7), state)
+        assert draft.certain.tolist() == [False, True, True, False, False, False]
+        assert len(set(draft.tokens[:3].tolist())) == 3
+        root = draft.probs[0]
+        assert root[draft.tokens[1:3]].tolist() == [0, 0]
+        assert float(root[draft.tokens[0]]) > 0
+        torch.testing.assert_close(root.sum(), torch.ones((), dtype=root.dtype))
+
+
 def test_the_grown_nodes_are_the_most_probable_of_those_that_grow():
     model, params = some()
     drafter = drafters.tree(drafters.model(fa.decoder(SMALL), params), nodes=7, depth=2, width=3)
