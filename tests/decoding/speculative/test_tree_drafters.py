@@ -96,7 +96,7 @@ def test_a_draft_depends_on_the_text_alone(children):
     add = lambda token, counts: counts + torch.nn.functional.one_hot(token, 24)
     counted = sampling.Sampler(
         lambda V: torch.zeros(V, dtype=torch.int64),
-        lambda logits, counts: (logits - 2.0 * counts, counts),
+        lambda logits, counts: (logits + 3.0 * counts, counts),
         add,
         observe_prompt=lambda tokens, length, counts: (
             counts + tokens[: int(length)].bincount(minlength=24)
