@@ -89,11 +89,25 @@ def test_a_tree_keeps_more_than_its_first_branch():
     assert rounds["grown"] < rounds["chain"]
 
 
-@pytest.mark.parametrize("name", ["a shape with a past of its own", "mixed"])
-def test_a_draft_depends_on_the_text_alone(name):
+@pytest.mark.parametrize("children", ["top", "mixed"])
+def test_a_draft_depends_on_the_text_alone(children):
     """Whatever was drafted before: what was kept is observed once, and the rest never."""
     model, params = some()
-    drafter = each(model, params)[name]
+    add = lambda token, counts: counts + torch.nn.functional.one_hot(token, 24)
+    counted = sampling.Sampler(
+        lambda V: torch.zeros(V, dtype=torch.int64),
+        lambda logits, counts: (logits + 3.0 * counts, counts),
+        add,
+        observe_prompt=lambda tokens, length, counts: (
+            counts + tokens[: int(length)].bincount(minlength=24)
+        ),
+    )
+    drafter = drafters.tree(
+        drafters.model(fa.decoder(SMALL), params),
+        branching=(2, 2),
+        children=children,
+        sampler=counted,
+    )
     n, last, text = torch.tensor(len(PROMPT)), torch.tensor(7), PROMPT
     state = drafter.init(PROMPT, n, 12)
     for count in (1, 2, 3, 1):
@@ -108,6 +122,26 @@ def test_a_draft_depends_on_the_text_alone(name):
         state = drafter.keep(written, torch.tensor(count), state)
         text = torch.cat([text, written[: count - 1]])
         last = written[count - 1]
+
+
+def test_a_sampler_is_updated_once_at_each_node_of_the_path():
+    model, params = some()
+    counting = sampling.Sampler(
+        lambda V: torch.zeros((), dtype=torch.int64),
+        lambda logits, n: (logits, n + 1),
+        lambda token, n: n,
+    )
+    drafter = drafters.tree(
+        drafters.model(fa.decoder(SMALL), params), branching=(2, 2, 1), sampler=counting
+    )
+    state = drafter.init(PROMPT, torch.tensor(len(PROMPT)), 12)
+    draft, state = drafter.propose(fa.key(0), torch.tensor(7), state)
+    first, second = draft.tokens[1], draft.tokens[4]
+    assert int(draft.parent[4]) == 2
+    for count in (1, 2, 3):
+        written = torch.stack([first, second, first, first])
+        after = drafter.keep(written, torch.tensor(count), state)
+        assert int(after.states[0]) == count
 
 
 def test_of_mixed_children_one_is_drawn_from_the_rest():
