@@ -439,6 +439,25 @@ LATEST |= {
         },
     ),
     "sarvam_moe": ("sarvam_moe", {**ROUTED, **GROUPS}),
+    "laguna": (
+        "laguna",
+        {
+            **SHARED,
+            **SWA,
+            "head_dim": 8,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e5,
+                    "partial_rotary_factor": 0.5,
+                    **YARN,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "moe_routed_scaling_factor": 1.5,
+        },
+    ),
+    "laguna-features": ("laguna", {**SHARED, "head_dim": 8, "gating": "per-element"}),
     "persimmon": ("persimmon", {}),
     "gpt_neox_japanese": ("gpt_neox_japanese", {"intermediate_multiple_size": 2}),
     "ctrl": ("ctrl", {"dff": 48}),

@@ -46,6 +46,7 @@ GENERAL: Table = {
     "attention_gate": ("none",),
     "gate_activation": ("sigmoid",),
     "chunked": (False,),
+    "local_rotary_size": (None,),
     "routed_inputs": (False,),
     "embedding_norm": (False,),
     "first_norm": (True,),

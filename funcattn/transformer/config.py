@@ -131,6 +131,7 @@ class Config:
     rotary_size: int | None = None  # features of a head that are rotated; None is all
     rotary_layers: tuple[bool, ...] = ()  # layers with rotary embeddings
     local_rope_base: float | None = None  # base in layers with a window, if another; never scaled
+    local_rotary_size: int | None = None  # rotary_size of those layers, if another
 
     # Norms and the residual.
     norm: str = "rms"  # or "layer"
@@ -241,6 +242,12 @@ class Config:
                     "Rotary angles turn pairs of features.",
                 )
         self._check_latent(fail)
+        near = self.local_rotary_size
+        if near is not None and (
+            self.local_rope_base is None or near % 2 or not 0 < near <= self.head_size
+        ):
+            wanted = f"even, at most head_size = {self.head_size}, with a local_rope_base"
+            fail("local_rotary_size", wanted, "Rotary angles turn pairs of features.")
         if self.window is not None and self.window < 1:
             fail("window", "None or at least 1", "Each token sees itself.")
         if self.experts and not (
@@ -311,6 +318,7 @@ class Config:
             ("head_norm", "none"),
             ("qkv_limit", None),
             ("attention_gate", "none"),
+            ("local_rotary_size", None),
         ):
             if getattr(self, name) != neutral:
                 fail(name, f"{neutral!r} with a latent_size", "No family has both.")

@@ -189,7 +189,8 @@ def layer_context(
         assert base is not None
         if scaling is not None and scaling.follows_length:
             length = lengths.length_of(positions) if length is None else length
-        size = config.rotary_size or config.head_size
+        size = (config.local_rotary_size if spec.local else None) or config.rotary_size
+        size = size or config.head_size
         inv_freq = layers.frequencies(
             size, base=base, scaling=scaling, length=length, device=positions.device
         )

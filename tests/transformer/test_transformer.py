@@ -878,6 +878,13 @@ IDEAS = {
     "norms of embedding and head": {"embedding_norm": True, "head_transform": True},
     "a gate of features": {"attention_gate": "width"},
     "a gate of heads": {"attention_gate": "head", "gate_activation": "softplus"},
+    "a part of each head turns in far layers": {
+        "window": 5,
+        "window_layers": (True, False),
+        "rotary_size": 2,
+        "local_rope_base": 100.0,
+        "local_rotary_size": 4,
+    },
     "xielu": {"activation": "xielu", "gated": False},
     "unit heads": {
         "head_norm": "unit",

@@ -90,5 +90,5 @@ def _expressions(config: Config) -> Iterator[tuple[Family, dict[str, Json]]]:
             }
             if read_config(values) == config:
                 yield family, values
-        except CheckpointError:
+        except ValueError:  # CheckpointError, or of a Config that a family makes on the way
             continue

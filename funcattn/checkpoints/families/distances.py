@@ -60,7 +60,7 @@ def _read_bloom(fields: Fields) -> dict[str, Json]:
         ("n_head", "num_attention_heads"),
     ):
         value = found.get(name, found.get(alias))
-        if found.get(alias, value) != value:
+        if alias in found and found[alias] != value:
             refuse(fields.place(alias), f"absent, or what {name} is", found[alias])
         fields.values = {**fields.values, name: value}
         fields.get(alias)

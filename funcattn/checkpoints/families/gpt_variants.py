@@ -24,11 +24,9 @@ NORM_EPSILON = 1e-5  # of torch.nn.LayerNorm
 
 
 def _read_openai(fields: Fields) -> dict[str, Json]:
-    act = fields.get("afn", "gelu")
     named = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
-    if act not in named:
-        refuse(fields.place("afn"), " or ".join(named), act)
-    fields.values = {"n_positions": 512, **fields.values, "activation_function": named[act]}
+    act = fields.choice("afn", named, "gelu")
+    fields.values = {"n_positions": 512, **fields.values, "activation_function": act}
     return {**GPT2.read(fields), "norm_placement": "residual", "first_norm": False}
 
 

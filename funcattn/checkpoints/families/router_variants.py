@@ -27,6 +27,7 @@ from .mixtures import MIXTRAL
 from .sigmoid_mixtures import GLM4_MOE
 from .tables import Family, Fields, Json, Pack, refuse
 
+COMBINED = "shared_expert_combination_strategy"
 ROUTER = {"layers.{}.router": LAYER + "mlp.gate.weight"}
 
 
@@ -114,12 +115,9 @@ def _read_cohere2_moe(fields: Fields) -> dict[str, Json]:
         fields.choice("expert_selection_fn", {x: x for x in ("softmax", "sigmoid")}, "softmax"),
         fields.get("num_shared_experts", 0),
     )
-    shared = shared and fields.whole("num_shared_experts", 0)
-    means = {"average": 0.5, "sum": 1.0}
-    factor = means.get(fields.get("shared_expert_combination_strategy", "average"))
-    if factor is None:
-        got = fields.get("shared_expert_combination_strategy")
-        refuse(fields.place("shared_expert_combination_strategy"), "average or sum", got)
+    shared = shared if shared == 0 else fields.whole("num_shared_experts", 0)
+    means = {x: x for x in ("average", "sum")}
+    factor = 0.5 if fields.choice(COMBINED, means, "average") == "average" else 1.0
     epsilon = fields.positive("rms_norm_eps", None)
     return {
         **found,

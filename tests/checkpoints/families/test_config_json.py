@@ -2,6 +2,7 @@
 transformers, or an error that names it.
 """
 
+import contextlib
 import json
 import re
 import warnings
@@ -9,9 +10,11 @@ import warnings
 import pytest
 import torch
 import transformers
+from family_models import LATEST, settings
 from samples import load
 
 import funcattn as fa
+from funcattn.checkpoints.families.tables import Fields
 from funcattn.families import CheckpointError
 
 SIZES = {
@@ -461,3 +464,20 @@ def test_rotary_parameters_of_another_kind_are_refused_by_name(rope, originals, 
     folder, settings = originals("gemma3_text")
     (folder / "config.json").write_text(json.dumps({**settings, "rope_parameters": rope}))
     assert "rope_parameters" in ours(folder)
+
+
+ODD = ([], [1], {}, {"a": 1}, "x", -1, 0, True, False, float("inf"), float("nan"), 3.5, 10**30)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "llama4")) for name in LATEST]
+)
+def test_a_field_of_another_kind_is_a_checkpoint_error_or_none(name):
+    """Never an error of Python's own."""
+    whole = {"model_type": LATEST[name][0], **settings(name)}
+    fields = Fields(whole)
+    fa.families.FAMILIES[whole["model_type"]].read(fields)
+    for field in (*whole, *fields.seen):
+        for value in ODD:
+            with contextlib.suppress(CheckpointError):
+                fa.families.read_config({**whole, field: value})
