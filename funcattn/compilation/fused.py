@@ -1,4 +1,4 @@
-"""All layers as one call of a C++ operator, for weights in tiles.
+"""All layers as one call of a C++ operator, for weights in tiles: float32, 8 or 4 bits.
 
 A decode step of a small model is thirty layers of thirteen calls each, in which a quantized product
 takes a few microseconds: the overhead between calls exceeds the calls. The operator runs what most
@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import collectives, transformer
+from .. import collectives, layers, transformer
 from ..caches import Cache, Delta
 from ..layers import Rotation, Weight
-from ..quantization.tiles import Tiles, has_row_scale, missing
+from ..quantization.tiles import Tiles, has_row_scale, missing, tile_floats
 from ..records import is_absent
 from ..transformer import ANY, Config, Layer, capabilities
 
@@ -75,7 +75,7 @@ class Weights(NamedTuple):
 def why_not(config: Config, stack: Sequence[Layer]) -> str:
     """Why the operator does not run these layers, or "" where it does.
 
-    stack: layers whose matrices are in the form of `layers.prepare`.
+    stack: layers whose matrices are in the form of `layers.prepare`, or float32.
     """
     if why := transformer.why_not(config, COMPUTES, OF_LAYERS):
         return why
@@ -87,13 +87,13 @@ def why_not(config: Config, stack: Sequence[Layer]) -> str:
         )
     for i, layer in enumerate(stack):
         for name in MATRICES:
-            if not isinstance(getattr(layer, name), Tiles):
+            if not isinstance(getattr(layer, name), Tiles) and not can_tile(getattr(layer, name)):
                 return (
                     missing()
-                    or f"it multiplies matrices of 8 or 4 bits, and layers.{i}.{name} is "
+                    or f"it multiplies matrices of float32, 8 or 4 bits, and layers.{i}.{name} is "
                     f"{_told(getattr(layer, name))}"
                 )
-            if getattr(layer, name).rows != getattr(stack[0], name).rows:
+            if _rows(getattr(layer, name)) != _rows(getattr(stack[0], name)):
                 return (
                     f"it knows layers of the same sizes, and layers.{i}.{name} has other rows than "
                     "that of the first"
@@ -110,6 +110,28 @@ def why_not(config: Config, stack: Sequence[Layer]) -> str:
         ):
             return f"it knows norms with weights of float32, and those of layers.{i} are others"
     return ""
+
+
+def can_tile(weight: Weight) -> bool:
+    """True for a matrix that `tile_floats` takes."""
+    return (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and weight.dim() == 2
+        and not missing()
+    )
+
+
+def prepare(weight: Weight, rows: int) -> Weight:
+    """`layers.prepare`, with float32 matrices in tiles."""
+    if can_tile(weight) and (tiles := tile_floats(weight, rows=rows)) is not None:
+        return tiles
+    return layers.prepare(weight, rows)
+
+
+def _rows(weight: Weight) -> int:
+    return weight.shape[0] if isinstance(weight, Tensor) else weight.rows
 
 
 def _told(weight: Weight) -> str:

@@ -19,6 +19,7 @@ from ..core.fingerprints import Fingerprint, is_differentiated
 from ..kernels import Kernel, check_remembered, dispatch
 from ..layers import Weight
 from ..models import Code, Past
+from ..quantization.tiles import Tiles
 from ..records import is_absent
 from ..transformer import Config, Layer, LayerSpec, Params
 from ..tree import Tree
@@ -96,7 +97,7 @@ class Stack:
                 f"{self.config.layers} layers: as the model itself runs them, nothing compiled: "
                 f"{self.why_not}"
             )
-        stack = [layer._replace(**_forms(layer, 1)) for layer in params.layers]
+        _, stack = _stack(self.config, params, 1)
         kernel = dispatch.forced(self.kernel)
         why = (
             fused.why_not(self.config, stack)
@@ -175,7 +176,12 @@ class Stack:
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         """`Model.logits` of one or a few vectors, by the weight of the head."""
-        weight = layers.prepare(weight, 1 if x.dim() == 1 else len(x))
+        rows = 1 if x.dim() == 1 else len(x)
+        prepare = fused.prepare if x.dtype == torch.float32 else layers.prepare
+        weight = prepare(weight, rows)
+        if isinstance(weight, Tiles):  # one call of an operator: nothing to compile
+            with torch._C._AutoDispatchBelowAutograd():
+                return transformer.predict(self.config, weight, x)
         run = self.function(
             ("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict
         )
@@ -286,17 +292,29 @@ class _Prepared(NamedTuple):
 
 def _prepared(config: Config, params: Params, T: int, fingerprint: Fingerprint) -> _Prepared:
     """Matrices in the form that products with T vectors need."""
-    prepared = [_forms(layer, T) for layer in params.layers]
-    stack = [layer._replace(**form) for layer, form in zip(params.layers, prepared, strict=True)]
+    prepared, stack = _stack(config, params, T)
     operator = None if fused.why_not(config, stack) else fused.weights(stack)
     return _Prepared(fingerprint, tuple(prepared), tuple(map(_kind_of, stack)), {}, operator)
 
 
-def _forms(layer: Layer, T: int) -> dict[str, object]:
+def _stack(config: Config, params: Params, T: int) -> tuple[list[dict[str, object]], list[Layer]]:
+    """The prepared matrices of each layer, and the layers with these."""
+    make = fused.prepare if not fused.why_not(config, _tiled(params, T)) else layers.prepare
+    forms = [_forms(layer, T, make) for layer in params.layers]
+    return forms, [layer._replace(**f) for layer, f in zip(params.layers, forms, strict=True)]
+
+
+def _tiled(params: Params, T: int) -> list[Layer]:
+    """The layers with quantized matrices prepared, and tensors as they are."""
+    keep = lambda weight, T: weight if isinstance(weight, Tensor) else layers.prepare(weight, T)
+    return [layer._replace(**_forms(layer, T, keep)) for layer in params.layers]
+
+
+def _forms(layer: Layer, T: int, make: Callable[[Weight, int], Weight]) -> dict[str, object]:
     names = fused.MATRICES
     if not is_absent(layer.kv_down):  # k and v are matrices in one way of attention, factors in one
         names = ("q_down", "q", "kv_down", "o", "gate", "up", "down")
-    forms = {name: layers.prepare(getattr(layer, name), T) for name in names}
+    forms = {name: make(getattr(layer, name), T) for name in names}
     return {name: form for name, form in forms.items() if form is not getattr(layer, name)}
 
 

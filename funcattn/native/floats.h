@@ -81,4 +81,57 @@ static void attend(const float* q, const Past* parts, const int64_t* seen, int64
   }
 }
 
-constexpr Floats floats = {norm, gated, attend};
+// The first K columns of a tile of floats times T vectors; the chains of sums hide the latency of a multiplication.
+template <int T>
+static inline void tile_of_floats(const float* at, const float* x, int64_t K, Real* to) {
+  constexpr int CHAINS = T == 1 ? 4 : T == 2 ? 2 : 1;
+  Real sums[CHAINS][T];
+  UNROLLED
+  for (int c = 0; c < CHAINS; c++)
+    UNROLLED
+    for (int t = 0; t < T; t++) sums[c][t] = zero_real();
+  int64_t k = 0;
+  for (; k + CHAINS <= K; k += CHAINS) {
+    __builtin_prefetch(at + 16 * k + AHEAD / 4);
+    UNROLLED
+    for (int c = 0; c < CHAINS; c++) {
+      const Real column = load_real((const uint8_t*)(at + 16 * (k + c)));
+      UNROLLED
+      for (int t = 0; t < T; t++) sums[c][t] = fma(column, broadcast(x[t * K + k + c]), sums[c][t]);
+    }
+  }
+  for (; k < K; k++)
+    for (int t = 0; t < T; t++) sums[0][t] = fma(load_real((const uint8_t*)(at + 16 * k)), broadcast(x[t * K + k]), sums[0][t]);
+  UNROLLED
+  for (int t = 0; t < T; t++) {
+    to[t] = sums[0][t];
+    for (int c = 1; c < CHAINS; c++) to[t] = plus(to[t], sums[c][t]);
+  }
+}
+
+// Rows 16 begin .. 16 end of a matrix in tiles of floats (K, 16) times T vectors; see `rows` in products.h.
+static void float_rows(const float* w, const float* x, int64_t T, int64_t K, int64_t N, int64_t begin, int64_t end, float* y, int64_t step) {
+  constexpr int MANY = 2 * MOST;  // without digits there is a register a sum
+  for (int64_t n = begin; n < end; n++) {
+    const float* const at = w + 16 * n * K;
+    const int count = least(16, N - 16 * n);
+    for (int64_t t = 0, left = (T + MANY - 1) / MANY; t < T; left--) {  // parts of like sizes
+      Real out[MANY];
+      const int many = int((T - t + left - 1) / left);
+      const float* const part = x + t * K;
+      switch (many) {
+        case 1: tile_of_floats<1>(at, part, K, out); break;
+        case 2: tile_of_floats<2>(at, part, K, out); break;
+        case 3: tile_of_floats<3>(at, part, K, out); break;
+        case 4: tile_of_floats<4>(at, part, K, out); break;
+        case 5: tile_of_floats<MANY < 5 ? MANY : 5>(at, part, K, out); break;
+        case 6: tile_of_floats<MANY < 6 ? MANY : 6>(at, part, K, out); break;
+        case 7: tile_of_floats<MANY < 7 ? MANY : 7>(at, part, K, out); break;
+        default: tile_of_floats<MANY>(at, part, K, out);
+      }
+      for (int i = 0; i < many; i++, t++) store_some(y + t * step + 16 * n, out[i], count);
+    }
+  }
+}
+
+constexpr Floats floats = {norm, gated, attend, float_rows};

@@ -8,8 +8,10 @@
 
 using Tensors = std::vector<torch::stable::Tensor>;
 
+constexpr int FLOATS = -1;  // a kind: tiles of floats (K, 16)
+
 struct Matrix {
-  const uint8_t* blocks;
+  const void* blocks;
   const float* scale;  // one a row, or null
   int kind;
   int64_t rows, tiles, bytes;
@@ -25,9 +27,10 @@ struct Floats {
   void (*norm)(const float* x, const float* weight, int64_t E, float epsilon, float* y);
   void (*gated)(const float* gate, const float* up, int64_t F, float* y);
   void (*attend)(const float* q, const Past* parts, const int64_t* seen, int64_t count, int64_t D, float scale, float* room, float* y);
+  void (*rows)(const float* w, const float* x, int64_t T, int64_t K, int64_t N, int64_t begin, int64_t end, float* y, int64_t step);
 };
 
-// The matrices that blocks (tiles, blocks of K, bytes) and scales hold, checked; K is the length of their rows.
+// The matrices that blocks, (tiles, blocks of K, bytes) or floats (tiles, K, 16), and scales hold, checked; K is the length of their rows.
 std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& K);
 
 // Several matrices times the same T vectors x (T, K): y (T, step), the results of a vector behind each other.

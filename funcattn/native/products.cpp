@@ -218,10 +218,16 @@ std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const
   size_t taken = 0;
   for (size_t i = 0; i < blocks.size(); i++) {
     const Tensor& w = blocks[i];
+    const bool of_floats = w.scalar_type() == torch::headeronly::ScalarType::Float;
+    STD_TORCH_CHECK(rows[i] >= 0 && w.dim() == 3 && w.size(0) == (rows[i] + 15) / 16, "funcattn::products: rows should be as many as the tiles have");
+    if (of_floats) {
+      STD_TORCH_CHECK(w.is_contiguous() && w.size(1) == K[i] && w.size(2) == 16, "funcattn::products: floats should be contiguous (tiles, K, 16)");
+      all.push_back({w.data_ptr(), nullptr, FLOATS, rows[i], w.size(0), 4 * w.numel()});
+      continue;
+    }
     STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && w.scalar_type() == torch::headeronly::ScalarType::Byte && w.size(1) == (K[i] + 31) / 32,
                     "funcattn::products: blocks should be contiguous uint8 (tiles, blocks of K, bytes)");
-    STD_TORCH_CHECK(rows[i] >= 0 && w.size(0) == (rows[i] + 15) / 16, "funcattn::products: rows should be as many as the tiles have");
-    Matrix one = {(const uint8_t*)w.data_ptr(), nullptr, kind_of(w.size(2)), rows[i], w.size(0), w.numel()};
+    Matrix one = {w.data_ptr(), nullptr, kind_of(w.size(2)), rows[i], w.size(0), w.numel()};
     if (one.kind == avx2::ROW8) {
       STD_TORCH_CHECK(taken < scales.size(), "funcattn::products: a scale for each row");
       const Tensor& s = scales[taken++];
@@ -272,7 +278,7 @@ void add_beyond(const Matrix& w, const std::vector<Beyond>& beyond, const float*
   const auto number = [&](const uint8_t* at, int i) { return is_half ? half_of(at + 2 * i) : real_of(at + 4 * i); };
   const auto product = [&](int64_t t, int64_t b, int64_t row) {
     const int64_t lane = row % 16;
-    const uint8_t *const at = w.blocks + (row / 16 * B + b) * bytes_of(w.kind), *const after = at + codes_of(w.kind);
+    const uint8_t *const at = (const uint8_t*)w.blocks + (row / 16 * B + b) * bytes_of(w.kind), *const after = at + codes_of(w.kind);
     const float* const v = x + t * K + 32 * b;
     double sum = 0, all = 0;
     for (int j = 0; j < least(columns_of(w.kind), K - 32 * b); j++) {
@@ -306,15 +312,16 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
   }
   if (T == 0 || first[count] == 0) return;
 
+  const bool has_codes = std::any_of(which, which + count, [](const Matrix& w) { return w.kind != FLOATS; });
   std::unique_ptr<char[]> room;
-  const int64_t many = T * B;
+  const int64_t many = has_codes ? T * B : 0;
   int8_t* const digits = (int8_t*)aligned(room, size_t(many * (32 * DIGITS + 4 * DIGITS + 8)));
   int32_t* const sums = (int32_t*)(digits + many * 32 * DIGITS);
   float* const unit = (float*)(sums + many * DIGITS);
   float* const total = unit + many;
   const auto digits_of = chosen == AVX512 ? avx512::digits_of : avx2::digits_of;
   std::vector<Beyond> beyond;
-  for (int64_t t = 0; t < T; t++)
+  for (int64_t t = 0; has_codes && t < T; t++)
     if (digits_of(x + t * K, K, B, digits + 32 * DIGITS * t * B, sums + DIGITS * t * B, unit + t * B, total + t * B))
       for (int64_t b = 0; b < B; b++)
         if (is_beyond(most_of(x + t * K + 32 * b, least(32, K - 32 * b)))) beyond.push_back({t, b});
@@ -325,10 +332,15 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
       const int64_t high = (end < tiles[i + 1] ? end : tiles[i + 1]) - tiles[i];
       if (low >= high) continue;
       const Matrix& w = which[i];
+      if (w.kind == FLOATS) {
+        floats().rows((const float*)w.blocks, x, T, K, w.rows, low, high, y + first[i], step);
+        continue;
+      }
+      const uint8_t* const codes = (const uint8_t*)w.blocks;
       if (chosen == AVX512)
-        avx512::rows_of[w.kind](w.blocks, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
+        avx512::rows_of[w.kind](codes, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
       else
-        avx2::rows_of[w.kind](w.blocks, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
+        avx2::rows_of[w.kind](codes, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
       if (!beyond.empty()) add_beyond(w, beyond, x, K, low, high, y + first[i], step);
     }
   };

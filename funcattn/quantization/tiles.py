@@ -1,4 +1,4 @@
-"""8- and 4-bit matrices in tiles, the layout of the C++ operator (`funcattn.native`).
+"""Matrices in tiles for the C++ operators (`funcattn.native`): float32, and of 8 and 4 bits.
 
     y = sum over blocks of 32 columns   scale * (codes @ digits) * unit + zero * total
 
@@ -7,7 +7,7 @@ bits with a unit for each block, so codes times digits are integers and their su
 has an error of at most 2^-23 of the largest of its block. (A block whose largest is beyond 2^-64 ..
 2^64 is multiplied without digits.) So the product is as accurate as one of floats, whatever the
 dtype and size of the vector. A tile is 16 rows, a block of it 16 rows and 32 columns: codes,
-scales, zero points.
+scales, zero points. A tile of floats is its 16 rows, column by column.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,9 @@ from .packed import followed, rounded, straight_through
 
 ROWS, COLUMNS = 16, 32  # of a block
 FEWEST = 1  # rows from which it is faster on every processor
+MOST_FLOATS = 16  # rows from which a library's product of floats is faster
 AVX512 = 2  # the operator's number of this instruction set
+FLOATS = 16  # the last axis of blocks of floats, (N / 16, K, 16) in float32
 FORMS = {  # bytes of a block -> bits of a code, dtype of scales (None: per row), zeros, code of 0
     512: (8, None, False, 128),
     544: (8, torch.float16, False, 128),
@@ -45,7 +47,8 @@ NARROW = 336  # bytes of a block of 16 columns
 
 @record
 class Tiles(NamedTuple):
-    """blocks uint8 (N / 16, K / 32, bytes), rounded up; scale float32 (N, 1) if there is one a row.
+    """blocks uint8 (N / 16, K / 32, bytes), rounded up, or float32 (N / 16, K, 16); scale float32
+    (N, 1) if there is one a row.
 
     Otherwise scale is (), or (N, 0) where N is no multiple of 16: without a tensor compiled code
     has one guard fewer.
@@ -96,6 +99,8 @@ def most_rows(bits: int) -> int:
 
     With AVX-512 VNNI always, by 2 to 3 at 512 rows; AVX2 has no int8 product without overflow.
     """
+    if bits == 32:
+        return MOST_FLOATS
     return 2**31 if native.instructions() == AVX512 else {4: 8, 8: FEWEST}[bits]
 
 
@@ -174,6 +179,21 @@ def tile_affine(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) ->
     return prepared_from([codes, scale, zero], make, "tiles")
 
 
+def tile_floats(weight: Tensor, *, rows: int = 1) -> Tiles | None:
+    """Tiles of a float32 matrix (N, K); None without the operator, and for more rows.
+
+    Law: as `tile_int8`.
+    """
+    if weight.dtype != torch.float32 or not _is_served(weight, rows, 32):
+        return None
+
+    def make() -> Tiles:
+        padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % ROWS))
+        return Tiles(padded.unflatten(0, (-1, ROWS)).mT.contiguous(), _rows_of(len(weight)))
+
+    return prepared_from([weight], make, "tiles")
+
+
 def _is_served(codes: Tensor, rows: int, bits: int) -> bool:
     if type(codes) not in (Tensor, torch.nn.Parameter):  # fake tensors have no values
         return False
@@ -220,6 +240,8 @@ def _numbers(scale: Tensor, K: int, columns: int = COLUMNS) -> Tensor:
 
 def expand_tiles(blocks: Tensor, scale: Tensor | tuple[()], N: int, K: int) -> Tensor:
     """The matrix (N, K) in float32 of tiles."""
+    if blocks.dtype == torch.float32:
+        return blocks.mT.flatten(0, 1)[:N]
     bits, dtype, has_zero, offset = FORMS[blocks.shape[-1]]
     narrow = blocks.shape[-1] == NARROW
     size = ROWS * COLUMNS * bits // (16 if narrow else 8)
@@ -329,7 +351,7 @@ _library = torch.library.Library("funcattn", "FRAGMENT")
 
 def has_row_scale(blocks: Tensor) -> bool:
     """True for blocks without scales: the matrix has one scale a row, stored separately."""
-    return FORMS[blocks.shape[-1]][1] is None
+    return blocks.shape[-1] != FLOATS and FORMS[blocks.shape[-1]][1] is None
 
 
 def _plain(

@@ -30,6 +30,8 @@ CONFIG = fa.Config(
     context=600,
 )
 MODELS = {
+    "float32": ({}, None),
+    "float32, odd sizes": ({"positions": "learned", "width": 40, "feed_forward": 37}, None),
     "int8": ({}, fa.int8),
     "int4": ({}, fa.int4),
     "int4, symmetric": ({"kv_heads": 4}, fa.int4(symmetric=True)),
@@ -78,7 +80,8 @@ def quantized(config, scheme, seed=0):
     vary = lambda w: (
         w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape)) if w.dim() == 1 else 6 * w
     )
-    return fa.quantize(scheme)(fa.tree.map(vary, fa.decoder(config).init(fa.key(seed))))
+    params = fa.tree.map(vary, fa.decoder(config).init(fa.key(seed)))
+    return params if scheme is None else fa.quantize(scheme)(params)
 
 
 def exact(config, params, tokens, past):
@@ -285,14 +288,15 @@ def test_what_it_does_not_know_runs_as_compiled_code(calls, changes):
 
 def test_so_do_other_dtypes_and_matrices(calls):
     params, model = quantized(CONFIG, fa.int8), fa.decoder(CONFIG)
-    fast, plain = fa.compile(model, backend="eager"), fa.dequantize(params)
-    assert "layers.0.q is a matrix of torch.float32" in fast.explain(plain)
+    fast = fa.compile(model, backend="eager")
+    plain = fa.cast(torch.bfloat16)(fa.dequantize(params))
+    assert "layers.0.q is a matrix of torch.bfloat16" in fast.explain(plain)
     first = params.layers[0]
     some = params._replace(layers=(first._replace(down=plain.layers[0].down), *params.layers[1:]))
     assert "layers.0.down" in fast.explain(some)
     wide = fa.cast(torch.float64)(params)
     assert "norms with weights of float32" in fast.explain(wide)
-    for tree, dtype in ((plain, torch.float32), (some, torch.float32), (wide, torch.float64)):
+    for tree, dtype in ((plain, torch.bfloat16), (some, torch.float32), (wide, torch.float64)):
         past = model.apply(tree, ids(5, 1), model.cache(12, dtype=dtype))[1]
         torch.testing.assert_close(
             fast.extend(tree, ids(2), past)[0],

@@ -15,6 +15,7 @@ from funcattn.quantization.tiles import (
     expand_tiles,
     products,
     tile_affine,
+    tile_floats,
     tile_int4,
     tile_int8,
     tile_narrow,
@@ -113,6 +114,27 @@ def test_tiles_hold_the_matrix_bit_for_bit(scheme):
     for N, K in ((16, 64), (33, 64), (7, 128), (40, 192)):
         record = encode(scheme, matrix(1, N, K))
         assert torch.equal(whole(tile(record), K), expand(record))
+
+
+def test_tiles_of_floats_hold_the_matrix():
+    for N, K in ((16, 64), (33, 7), (5, 1)):
+        weight = matrix(1, N, K)
+        assert torch.equal(whole(tile_floats(weight), K), weight)
+    assert tile_floats(weight.double()) is None
+    assert tile_floats(weight, rows=17) is None
+
+
+@each_instruction
+def test_products_of_floats_are_as_near_as_a_sum_is(instructions, with_instructions):
+    """By the bound of a sum in any order, K eps |x| |w|; every number of vectors in one pass."""
+    with_instructions(instructions)
+    for N, K in ((33, 65), (16, 3), (7, 576)):
+        weight = matrix(1, N, K)
+        for T in range(1, 17):
+            x = matrix(2, T, K)
+            found, exact = linear(tile_floats(weight), x), x.double() @ weight.double().mT
+            allowed = K * EPS * (x.double().abs() @ weight.double().abs().mT)
+            assert ((found - exact).abs() <= allowed).all()
 
 
 def test_rows_of_any_length_have_one_scale():
