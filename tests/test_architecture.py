@@ -106,7 +106,7 @@ TESTED_BY = {
     "layers.layers": "layers: activations products",
     "layers.scans": "layers: gated_linear delta_rule state_spaces",
     "quantization.quantization": "quantization: formats multiplying packed reports schemes "
-    "transforms",
+    "tiling transforms",
     "quantization.calibration.calibration": "quantization.calibration: clipping gptq_columns "
     "layerwise smoothquant",
     "randomness.randomness": "randomness: draws keys",

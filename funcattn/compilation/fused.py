@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import collectives, layers, transformer
 from ..caches import Cache, Delta
 from ..layers import Rotation, Weight
-from ..quantization.tiles import Tiles, has_row_scale, missing, tile_floats
+from ..quantization.tiles import Tiles, has_row_scale, missing
+from ..quantization.tiling import tile_floats
 from ..records import is_absent
 from ..transformer import ANY, Config, Layer, capabilities
 

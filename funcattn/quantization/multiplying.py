@@ -45,16 +45,8 @@ from .packed import (
     straight_through,
     times_codes,
 )
-from .tiles import (
-    DynamicTiles,
-    NarrowTiles,
-    Tiles,
-    tile_affine,
-    tile_int4,
-    tile_int8,
-    tile_narrow,
-    value,
-)
+from .tiles import DynamicTiles, NarrowTiles, Tiles, value
+from .tiling import tile_affine, tile_int4, tile_int8, tile_narrow
 
 MOST_IN_BFLOAT16 = 24  # rows up to which products of three bfloat16 digits beat expanding the codes
 

@@ -11,15 +11,8 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 import funcattn as fa
 from funcattn.layers import linear, linears
 from funcattn.quantization import Int4, Int8, Int8Affine, expand, packed, packing, tiles
-from funcattn.quantization.tiles import (
-    expand_tiles,
-    products,
-    tile_affine,
-    tile_floats,
-    tile_int4,
-    tile_int8,
-    tile_narrow,
-)
+from funcattn.quantization.tiles import expand_tiles, products
+from funcattn.quantization.tiling import tile_affine, tile_floats, tile_int4, tile_int8, tile_narrow
 from funcattn.testing import strategies
 
 needs_operator = pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing())
