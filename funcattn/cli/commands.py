@@ -114,8 +114,9 @@ def parser() -> Parser:
     )
     add(
         "--compile",
-        action="store_true",
-        help="wait some seconds for a compiler, then decode at the speed of memory",
+        action=argparse.BooleanOptionalAction,
+        help="decode at the speed of memory, where some models wait for a compiler first; "
+        "by default where nothing is to be compiled",
     )
     add(
         "--steps",

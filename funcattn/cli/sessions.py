@@ -47,12 +47,10 @@ def load(
             f"{options.model} has no tokenizer.json. Put the one of this model beside its weights."
         )
     model = fa.decoder(config)
-    return Session(
-        config,
-        params,
-        tokenizer,
-        fa.compile(model) if getattr(options, "compile", False) else model,
-    )
+    fast, wanted = fa.compile(model), getattr(options, "compile", False)
+    if wanted is None:  # not said
+        wanted = mesh is None and fast.is_operator(params)
+    return Session(config, params, tokenizer, fast if wanted else model)
 
 
 def key_of(options: argparse.Namespace) -> Tensor:

@@ -9,6 +9,8 @@ layers. Three things make it fast:
 - The cache is read up to the next power of two of its length, not to its capacity: one graph serves
   all lengths of a bucket, and the cost of a step follows the length. A step returns a delta, and
   writes nothing; the decoding loop, which owns the cache, writes those few rows in place.
+- Most models run as one C++ operator from the first layer to the last (see `fused`), for weights in
+  float32, 8 and 4 bits; what follows is for the others.
 - A matrix-vector product is written as products and sums, which the compiler turns into loops over
   the rows of the matrix. They read memory at the full rate of the machine, faster than the library
   routine. They need matrices stored by rows; `fa.load` stores them by columns, as the routine
@@ -67,6 +69,10 @@ class Compiled(Model):
         _tail(cache).length.fill_(caches.DONATED)
         return proposed, after
 
+    def is_operator(self, params: Params) -> bool:
+        """True where a step of these weights is one operator, and nothing waits for a compiler."""
+        return "hidden" not in self.replaced and self.stack.is_operator(params)
+
     @door
     def explain(self, params: Params) -> str:
         """How the layers of a step run with these weights, and why no faster path does."""
@@ -82,9 +88,11 @@ class Compiled(Model):
 def compile(model: Model, *, depth: int | None = None, backend: str = "inductor") -> Compiled:
     """The same functions, with decode steps compiled.
 
-    The first step of each form (number of new tokens, bucket of lengths) compiles for some ten
-    seconds and needs a C++ compiler; another process finds the code in torch's cache. Compiled code
-    is stored with the decoder: compiling the decoder again is free, and the code is freed with it.
+    On the CPU the layers of Llama and its like, in float32 or quantized, are one C++ operator, and
+    nothing is compiled (`is_operator`). Of other models the first step of each form (number of new
+    tokens, bucket of lengths) compiles for some ten seconds and needs a C++ compiler; another
+    process finds the code in torch's cache. Compiled code is stored with the decoder: compiling the
+    decoder again is free, and the code is freed with it.
 
     Args:
         model: from `fa.decoder`, or a wrapper of such (candidates, a replaced function, shard_map):

@@ -90,6 +90,14 @@ class Stack:
         n, config = collectives.axis_size(transformer.TENSOR), self.config
         return config.kv_heads < n or (n > 1 and bool(config.experts) and config.feed_forward_bias)
 
+    def is_operator(self, params: Params) -> bool:
+        """True where a step of these weights is one operator, and nothing waits for a compiler."""
+        return (
+            not self.why_not
+            and dispatch.forced(self.kernel) is None
+            and not fused.why_not(self.config, _tiled(params, 1))
+        )
+
     def explain(self, params: Params) -> str:
         """How the layers of a step run with these weights, and why not as the C++ operator."""
         if self.why_not:

@@ -181,7 +181,13 @@ def test_several_samples_read_their_prompt_once(run, read, folder):
 @pytest.mark.parametrize("drafts", ["int8", "lookup"])
 def test_drafts_change_the_speed_and_not_the_text(run, monkeypatch, drafts):
     monkeypatch.setattr(fa, "compile", lambda model: model)  # the compiler has tests of its own
-    options = ("--greedy", "--steps", "12", "The old keeper of the light by the sea")
+    options = (
+        "--greedy",
+        "--no-compile",
+        "--steps",
+        "12",
+        "The old keeper of the light by the sea",
+    )
     plain, drafted = (
         run("generate", *options),
         run("generate", "--speculate", drafts, "--draft-length", "2", *options),
@@ -417,7 +423,7 @@ def test_accepted_drafts_are_coloured_on_a_terminal_that_wants_it(
 
     def written(screen):
         monkeypatch.setattr(sys, "stdout", screen)
-        drafts = ["--speculate", "lookup", "--greedy", "--steps", "24"]
+        drafts = ["--speculate", "lookup", "--greedy", "--no-compile", "--steps", "24"]
         assert cli.main(["generate", "--model", str(folder), *drafts, "The sea, the sea, the"]) == 0
         return screen.getvalue()
 
