@@ -6,6 +6,7 @@ cache from turn to turn: it reads only tokens that are not in it, and undoing a 
 """
 
 import sys
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def parser() -> Parser:
     )
     add(
         "--compile",
-        action=argparse.BooleanOptionalAction,
+        action=BooleanOptionalAction,
         help="decode at the speed of memory, where some models wait for a compiler first; "
         "by default where nothing is to be compiled",
     )

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import collectives, layers, transformer
 from ..caches import Cache, Delta
 from ..layers import Rotation, Weight
-from ..quantization.tiles import Tiles, has_row_scale, missing
+from ..quantization import tiles
+from ..quantization.tiles import Tiles, has_row_scale
 from ..quantization.tiling import tile_floats
 from ..records import is_absent
 from ..transformer import ANY, Config, Layer, capabilities
@@ -90,7 +91,7 @@ def why_not(config: Config, stack: Sequence[Layer]) -> str:
         for name in MATRICES:
             if not isinstance(getattr(layer, name), Tiles) and not can_tile(getattr(layer, name)):
                 return (
-                    missing()
+                    tiles.missing()
                     or f"it multiplies matrices of float32, 8 or 4 bits, and layers.{i}.{name} is "
                     f"{_told(getattr(layer, name))}"
                 )
@@ -120,14 +121,14 @@ def can_tile(weight: Weight) -> bool:
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and weight.dim() == 2
-        and not missing()
+        and not tiles.missing()
     )
 
 
 def prepare(weight: Weight, rows: int) -> Weight:
     """`layers.prepare`, with float32 matrices in tiles."""
-    if can_tile(weight) and (tiles := tile_floats(weight, rows=rows)) is not None:
-        return tiles
+    if can_tile(weight) and (tiled := tile_floats(weight, rows=rows)) is not None:
+        return tiled
     return layers.prepare(weight, rows)
 
 
@@ -145,9 +146,9 @@ def _told(weight: Weight) -> str:
 
 def weights(stack: Sequence[Layer]) -> Weights:
     """The matrices of layers that the operator runs."""
-    tiles = [getattr(layer, name) for layer in stack for name in MATRICES]
-    scales = [weight.scale for weight in tiles if has_row_scale(weight.blocks)]
-    return Weights([weight.blocks for weight in tiles], scales, [weight.rows for weight in tiles])
+    all_ = [getattr(layer, name) for layer in stack for name in MATRICES]
+    scales = [weight.scale for weight in all_ if has_row_scale(weight.blocks)]
+    return Weights([weight.blocks for weight in all_], scales, [weight.rows for weight in all_])
 
 
 def serves(x: Tensor, parts: Sequence[Cache]) -> bool:

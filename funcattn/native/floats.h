@@ -1,5 +1,7 @@
 // What stands between the products of a layer, on floats: norms, gates, attention over rows. Included as products.h is.
 
+constexpr int QUERIES = MOST;  // that share what is loaded of keys and values
+
 // x / sqrt(mean x^2 + epsilon) * weight
 static void norm(const float* x, const float* weight, int64_t E, float epsilon, float* y) {
   Real squares = zero_real();
@@ -37,47 +39,131 @@ static void gated(const float* gate, const float* up, int64_t F, float* y) {
   }
 }
 
-// One query over the first seen[i] rows of each part: y = softmax(scale q . k) v. D is a multiple of 16. `room` has a place for each
-// row, and 15 more.
-static void attend(const float* q, const Past* parts, const int64_t* seen, int64_t count, int64_t D, float scale, float* room, float* y) {
-  int64_t many = 0;
+// Logits of one query with n <= 16 rows of keys, each `step` numbers behind the one before.
+static inline Real logits_of(const float* q, const float* k, int64_t step, int n, int64_t D) {
+  Real dots[16];
+  UNROLLED
+  for (int j = 0; j < 16; j++) dots[j] = zero_real();
+  if (n == 16) {
+    for (int64_t d = 0; d < D; d += 16) {
+      const Real part = load_real((const uint8_t*)(q + d));
+      _Pragma("GCC unroll 16")
+      for (int j = 0; j < 16; j++) dots[j] = fma(part, load_real((const uint8_t*)(k + j * step + d)), dots[j]);
+    }
+  } else {
+    for (int j = 0; j < n; j++)
+      for (int64_t d = 0; d < D; d += 16) dots[j] = fma(load_real((const uint8_t*)(q + d)), load_real((const uint8_t*)(k + j * step + d)), dots[j]);
+  }
+  return sums_of(dots);
+}
+
+// In place: numbers to exp(number - greatest); gives one over their sum, NaN where a number is. There is room for 15 more.
+static inline Real to_shares(float* x, int64_t count) {
   float most = -__builtin_inff();
   bool is_number = true;
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t s = 0; s < seen[i]; s++) {
-      const float* const k = parts[i].k + s * parts[i].k_step;
-      Real dot = zero_real();
-      for (int64_t d = 0; d < D; d += 16) dot = fma(load_real((const uint8_t*)(q + d)), load_real((const uint8_t*)(k + d)), dot);
-      const float logit = sum_of(dot) * scale;
-      is_number = is_number && logit == logit;
-      most = logit > most ? logit : most;
-      room[many++] = logit;
+  int64_t s = 0;
+  if (count >= 16) {
+    Real greatest = load_real((const uint8_t*)x);
+    for (; s + 16 <= count; s += 16) {
+      const Real v = load_real((const uint8_t*)(x + s));
+      greatest = greater(greatest, v);
+      is_number = is_number && !has_nan(v);
     }
-  if (!is_number) most = __builtin_nanf("");
-  Real mass = zero_real();
-  for (int64_t s = 0; s < many; s += 16) {
-    const int n = least(16, many - s);
-    const Real share = exponential(bounded(plus(load_some(room + s, n), broadcast(-most))));
-    store_some(room + s, share, n);
-    mass = plus(mass, load_some(room + s, n));  // lanes beyond n are 0
+    float each[16];
+    store_some(each, greatest, 16);
+    for (int j = 0; j < 16; j++) most = each[j] > most ? each[j] : most;
   }
-  const Real by = broadcast(1.0f / sum_of(mass));
+  for (; s < count; s++) {
+    is_number = is_number && x[s] == x[s];
+    most = x[s] > most ? x[s] : most;
+  }
+  const Real down = broadcast(is_number ? -most : __builtin_nanf(""));
+  Real mass = zero_real();
+  for (s = 0; s < count; s += 16) {
+    const int n = least(16, count - s);
+    const Real share = exponential(bounded(plus(load_some(x + s, n), down)));
+    store_some(x + s, share, n);
+    mass = plus(mass, n == 16 ? share : load_some(x + s, n));  // lanes beyond n are 0
+  }
+  return broadcast(1.0f / sum_of(mass));
+}
+
+// sums[i] += shares of query i times `rows` rows of values, 16 features each.
+template <int Q>
+static inline void mix(float* const* share, const float* v, int64_t step, int64_t rows, int lanes, Real (*sums)[4]) {
+  if (lanes == 4) {
+    Real now[Q][4];
+    UNROLLED
+    for (int i = 0; i < Q; i++)
+      for (int c = 0; c < 4; c++) now[i][c] = sums[i][c];
+    for (int64_t s = 0; s < rows; s++, v += step) {
+      Real part[4];
+      UNROLLED
+      for (int c = 0; c < 4; c++) part[c] = load_real((const uint8_t*)(v + 16 * c));
+      UNROLLED
+      for (int i = 0; i < Q; i++) {
+        const Real p = broadcast(share[i][s]);
+        UNROLLED
+        for (int c = 0; c < 4; c++) now[i][c] = fma(p, part[c], now[i][c]);
+      }
+    }
+    UNROLLED
+    for (int i = 0; i < Q; i++)
+      for (int c = 0; c < 4; c++) sums[i][c] = now[i][c];
+  } else {
+    for (int64_t s = 0; s < rows; s++, v += step)
+      for (int i = 0; i < Q; i++)
+        for (int c = 0; c < lanes; c++) sums[i][c] = fma(broadcast(share[i][s]), load_real((const uint8_t*)(v + 16 * c)), sums[i][c]);
+  }
+}
+
+// Q <= QUERIES queries of one key head: y[i] = softmax(scale q[i] . k) v over the first seen[p] rows of each part; of the last part
+// query i sees own[i]. D is a multiple of 16. `room` has for each query a place for every row, and 15 more, `room_step` apart.
+static void attend(const Query* queries, int64_t Q, const Past* parts, const int64_t* seen, int64_t count, int64_t D, float scale, float* room, int64_t room_step) {
+  float* share[QUERIES];
+  Real by[QUERIES];
+  int64_t first = 0;
+  for (int64_t p = 0; p < count; p++) {
+    const bool last = p + 1 == count;
+    int64_t most = seen[p];
+    for (int64_t i = 0; last && i < Q; i++) most = queries[i].own > most || !i ? queries[i].own : most;
+    for (int64_t s = 0; s < most; s += 16)
+      for (int64_t i = 0; i < Q; i++) {
+        const int n = least(16, (last ? queries[i].own : most) - s);
+        if (n <= 0) continue;
+        const Real dots = logits_of(queries[i].q, parts[p].k + s * parts[p].k_step, parts[p].k_step, n, D);
+        store_some(room + i * room_step + first + s, times(dots, broadcast(scale)), n);
+      }
+    first += last ? 0 : seen[p];
+  }
+  for (int64_t i = 0; i < Q; i++) {
+    share[i] = room + i * room_step;
+    by[i] = to_shares(share[i], first + queries[i].own);
+  }
   for (int64_t d = 0; d < D; d += 64) {
     const int lanes = least(4, (D - d) / 16);
-    Real sums[4] = {zero_real(), zero_real(), zero_real(), zero_real()};
-    const float* share = room;
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t s = 0; s < seen[i]; s++) {
-        const float* const v = parts[i].v + s * parts[i].v_step + d;
-        const Real p = broadcast(*share++);
-        if (lanes == 4) {
-          UNROLLED
-          for (int c = 0; c < 4; c++) sums[c] = fma(p, load_real((const uint8_t*)(v + 16 * c)), sums[c]);
-        } else {
-          for (int c = 0; c < lanes; c++) sums[c] = fma(p, load_real((const uint8_t*)(v + 16 * c)), sums[c]);
+    Real sums[QUERIES][4];
+    for (int64_t i = 0; i < Q; i++)
+      for (int c = 0; c < 4; c++) sums[i][c] = zero_real();
+    int64_t begin = 0;
+    for (int64_t p = 0; p < count; p++) {
+      const float* const v = parts[p].v + d;
+      float* from[QUERIES];
+      for (int64_t i = 0; i < Q; i++) from[i] = share[i] + begin;
+      if (p + 1 == count) {
+        for (int64_t i = 0; i < Q; i++) mix<1>(from + i, v, parts[p].v_step, queries[i].own, lanes, sums + i);
+      } else {
+        if constexpr (QUERIES == 4) {
+          if (Q == 4) mix<4>(from, v, parts[p].v_step, seen[p], lanes, sums);
+          if (Q == 3) mix<3>(from, v, parts[p].v_step, seen[p], lanes, sums);
         }
+        if (Q == 2) mix<2>(from, v, parts[p].v_step, seen[p], lanes, sums);
+        if (Q == 1) mix<1>(from, v, parts[p].v_step, seen[p], lanes, sums);
       }
-    for (int c = 0; c < lanes; c++) store_some(y + d + 16 * c, times(sums[c], by), 16);
+      begin += seen[p];
+    }
+    for (int64_t i = 0; i < Q; i++)
+      for (int c = 0; c < lanes; c++) store_some(queries[i].y + d + 16 * c, times(sums[i][c], by[i]), 16);
   }
 }
 
@@ -134,4 +220,4 @@ static void float_rows(const float* w, const float* x, int64_t T, int64_t K, int
   }
 }
 
-constexpr Floats floats = {norm, gated, attend, float_rows};
+constexpr Floats floats = {norm, gated, attend, float_rows, QUERIES};

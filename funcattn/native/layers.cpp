@@ -5,6 +5,7 @@
 //
 // What a layer may have besides (biases, windows, caps, norms of heads, experts) it does not know: who calls it asks first.
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -99,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
       std::vector<Past> pasts(parts + 1);
       std::vector<int64_t> seen(lengths);
       seen.push_back(0);
-      std::vector<float> room(remembered + 15);
+      const int64_t room_step = (remembered + 31) / 16 * 16;
+      std::vector<float> room(use.queries * room_step);
       for (int64_t h = begin; h < end; h++) {
         for (int64_t p = 0; p < parts; p++) {
           const Tensor &a = keys[p], &b = values[p];
@@ -107,12 +109,12 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
                       (const float*)b.data_ptr() + l * b.stride(0) + h * b.stride(1), a.stride(2), b.stride(2)};
         }
         pasts[parts] = {k + h * T * D, v + h * T * D, D, D};
-        for (int64_t t = 0; t < T; t++) {
-          seen[parts] = t + 1;
+        std::vector<Query> queries;
+        for (int64_t t = 0; t < T; t++)
           for (int64_t g = h * G; g < (h + 1) * G; g++)
-            use.attend(heads.data() + t * all_heads + g * D, pasts.data(), seen.data(), parts + 1, D, float(scale), room.data(),
-                       mixed.data() + t * N + g * D);
-        }
+            queries.push_back({heads.data() + t * all_heads + g * D, mixed.data() + t * N + g * D, t + 1});
+        for (int64_t i = 0, many = int64_t(queries.size()); i < many; i += use.queries)
+          use.attend(queries.data() + i, std::min(int64_t(use.queries), many - i), pasts.data(), seen.data(), parts + 1, D, float(scale), room.data(), room_step);
       }
     };
     torch::stable::parallel_for(0, K, 1 + 65536 / (remembered * D * G * T), attend);

@@ -23,11 +23,19 @@ struct Past {
   int64_t k_step, v_step;
 };
 
+// A query, where its result goes, and how many rows of the last part it sees.
+struct Query {
+  const float* q;
+  float* y;
+  int64_t own;
+};
+
 struct Floats {
   void (*norm)(const float* x, const float* weight, int64_t E, float epsilon, float* y);
   void (*gated)(const float* gate, const float* up, int64_t F, float* y);
-  void (*attend)(const float* q, const Past* parts, const int64_t* seen, int64_t count, int64_t D, float scale, float* room, float* y);
+  void (*attend)(const Query* queries, int64_t Q, const Past* parts, const int64_t* seen, int64_t count, int64_t D, float scale, float* room, int64_t room_step);
   void (*rows)(const float* w, const float* x, int64_t T, int64_t K, int64_t N, int64_t begin, int64_t end, float* y, int64_t step);
+  int queries;  // of one call of attend, at most
 };
 
 // The matrices that blocks, (tiles, blocks of K, bytes) or floats (tiles, K, 16), and scales hold, checked; K is the length of their rows.

@@ -70,6 +70,25 @@ static inline void round_all(const float* v, int32_t* to) {
 static inline Real plus(Real a, Real b) { return _mm512_add_ps(a, b); }
 static inline Real over(Real a, Real b) { return _mm512_div_ps(a, b); }
 static inline float sum_of(Real a) { return _mm512_reduce_add_ps(a); }
+static inline Real greater(Real a, Real b) { return _mm512_max_ps(a, b); }
+static inline bool has_nan(Real a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+// The sums over the lanes of 16 vectors.
+static inline Real sums_of(const Real* v) {
+  Real fours[4];
+  UNROLLED
+  for (int i = 0; i < 4; i++) {
+    Real pairs[2];
+    UNROLLED
+    for (int j = 0; j < 2; j++) {
+      const Real a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+      pairs[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    const __m512d a = _mm512_castps_pd(pairs[0]), b = _mm512_castps_pd(pairs[1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto halves = [](Real a, Real b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
+  return halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
+}
 static inline Real bounded(Real a) { return _mm512_min_ps(broadcast(105.0f), _mm512_max_ps(broadcast(-105.0f), a)); }  // NaN stays
 static inline Real whole_part(Real a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Real times_power(Real a, Real n) { return _mm512_scalef_ps(a, n); }
@@ -145,6 +164,15 @@ static inline float sum_of(Real r) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+static inline Real greater(Real a, Real b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
+static inline bool has_nan(Real r) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(r.a, r.a, _CMP_UNORD_Q)) || _mm256_movemask_ps(_mm256_cmp_ps(r.b, r.b, _CMP_UNORD_Q));
+}
+static inline Real sums_of(const Real* v) {
+  float sums[16];
+  for (int j = 0; j < 16; j++) sums[j] = sum_of(v[j]);
+  return load_real((const uint8_t*)sums);
 }
 static inline __m256 within(__m256 a) { return _mm256_min_ps(_mm256_set1_ps(105.0f), _mm256_max_ps(_mm256_set1_ps(-105.0f), a)); }
 static inline Real bounded(Real a) { return {within(a.a), within(a.b)}; }  // NaN stays

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..core.tensor_cache import prepared_from
 from ..records import ABSENT
-from . import packing
-from .tiles import COLUMNS, FEWEST, NARROW, ROWS, NarrowTiles, Tiles, missing, most_rows
+from . import packing, tiles
+from .tiles import COLUMNS, FEWEST, NARROW, ROWS, NarrowTiles, Tiles, most_rows
 
 
 def tile_int8(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
@@ -97,7 +97,7 @@ def tile_affine(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) ->
 def tile_floats(weight: Tensor, *, rows: int = 1) -> Tiles | None:
     """Tiles of a float32 matrix (N, K); None without the operator, and for more rows.
 
-    Law: as `tile_int8`.
+    Law: the tiles hold the matrix (test_tiles.py::test_tiles_of_floats_hold_the_matrix).
     """
     if weight.dtype != torch.float32 or not _is_served(weight, rows, 32):
         return None
@@ -112,7 +112,7 @@ def tile_floats(weight: Tensor, *, rows: int = 1) -> Tiles | None:
 def _is_served(codes: Tensor, rows: int, bits: int) -> bool:
     if type(codes) not in (Tensor, torch.nn.Parameter):  # fake tensors have no values
         return False
-    if codes.dim() != 2 or codes.device.type != "cpu" or not codes.numel() or missing():
+    if codes.dim() != 2 or codes.device.type != "cpu" or not codes.numel() or tiles.missing():
         return False
     return rows <= FEWEST or rows <= most_rows(bits)
 

@@ -27,7 +27,7 @@ def qkv(T=20):
     return fa.random.normal(fa.key(0), (3, 2, T, 8), torch.float64)
 
 
-@pytest.mark.parametrize("how", ["kernel=", "use"])
+@pytest.mark.parametrize("how", [pytest.param("kernel=", marks=pytest.mark.slow), "use"])
 def test_a_kernel_of_ones_own_runs_inside_a_decoder(how):
     """Whole, behind a past, generating, compiled and differentiated: it is called, and the numbers
     are those of the library.

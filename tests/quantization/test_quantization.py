@@ -438,7 +438,16 @@ def test_a_sampled_text_comes_from_a_quantized_model():
     assert tokens.shape == (len(TOKENS) + 5,) or tokens.shape == (5,)
 
 
-@each_scheme
+QUICK = ("int8 in groups", "int4", "w8a8")  # to compile; the others are slow
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(scheme, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name, scheme in SCHEMES.items()
+    ],
+)
 def test_a_compiled_model_of_records_is_the_model(scheme):
     """The graphs alone; the fast kernels are the same, but int8 meets one vector in float32."""
     params, fast = fa.quantize(scheme)(weights()), fa.compile(MODEL, backend="eager")

@@ -457,8 +457,8 @@ def test_every_nesting_to_depth_three_is_exact(f, small_blocks):
     [
         None,
         masks.causal(5, offset=1),
-        masks.window(5, 2) | masks.sinks(5, 1),
-        torch.arange(6) % 3 > 0,
+        pytest.param(masks.window(5, 2) | masks.sinks(5, 1), marks=pytest.mark.slow),
+        pytest.param(torch.arange(6) % 3 > 0, marks=pytest.mark.slow),
     ],
 )
 def test_every_nesting_of_the_native_kernel_is_exact_in_float32(mask):

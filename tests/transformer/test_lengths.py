@@ -225,7 +225,8 @@ def test_a_mask_and_the_place_in_a_tree_of_drafts_hold_in_a_text_that_is_read_ag
     close(model.extend(params, X[30:31], after)[0], whole(model, params, text)[-1:])
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dynamic", marks=pytest.mark.slow), "longrope"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_compiled_sharded_and_captured_steps_read_the_whole_text(kind):
     model, params = model_of(kind)
     quick = fa.compile(model, backend="eager")

@@ -539,12 +539,12 @@ def test_compiled_code_takes_the_step_in_one_graph():
         (
             lambda: fa.Config(late_head_norm=True),
             ValueError,
-            'late_head_norm should be False without a head_norm of "rms" or "layer", got True',
+            'late_head_norm should be False without a head_norm of "rms", "layer" or "unit", got True',
         ),
         (
             lambda: fa.Config(router_scores="tanh"),
             ValueError,
-            "router_scores should be one of 'softmax', 'sigmoid', got 'tanh'",
+            "router_scores should be one of 'softmax', 'sigmoid', 'sparsemixer', got 'tanh'",
         ),
         (
             lambda: fa.decoder(fa.Config(head_bias=True)).logits(

@@ -105,24 +105,31 @@ def in_layout(
     Args:
         found: name -> shape in the file.
     """
+    needed = shapes(config)
 
     def fits(source: Source) -> bool:
-        return all(found.get(name) == size for name, size in wanted(config, [source]).items())
+        names = _wanted(config, [source], needed)
+        return all(found.get(name) == size for name, size in names.items())
 
     def chosen(source: Source) -> Source:
         other = source
-        while not fits(other):
-            if other.pack.other is None:
-                return source
+        while other.pack.other is not None:
+            if fits(other):
+                return other
             other = replace(other, pack=other.pack.other)
-        return other
+        return other if other is source or fits(other) else source
 
     return [chosen(source) for source in from_]
 
 
 def wanted(config: Config, from_: Sequence[Source]) -> dict[str, tuple[int, ...]]:
     """Name -> the shape that the file must have."""
-    needed = shapes(config)
+    return _wanted(config, from_, shapes(config))
+
+
+def _wanted(
+    config: Config, from_: Sequence[Source], needed: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     found = {}
     for source in from_:
         tensors = source.pack.pack(

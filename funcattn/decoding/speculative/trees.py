@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import randomness
 from ...core import errors
-from ...core.doors import door
+from ...core.doors import door, what_is
 from ...records import is_absent, record
 from ...tree import INTEGERS
 from . import tree_rules
@@ -240,6 +240,10 @@ def _check(
     parent: Tensor,
     check: bool,
 ) -> None:
+    if not isinstance(draft, Tensor) and not is_absent(draft):
+        wanted = "(M + 1, V), or () where all tokens were chosen"
+        remedy = "Stack the distributions of the nodes."
+        errors.fail(function, "draft", wanted, what_is(draft), remedy, TypeError)
     if proposed.dim() != 1:
         errors.fail(
             function, "proposed", "(M,)", errors.shape(proposed), "Map over many rows with vmap."

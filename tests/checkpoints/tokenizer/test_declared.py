@@ -180,7 +180,7 @@ def test_templates_whose_names_are_no_names_are_none(folder):
     assert fa.load(folder).tokenizer.template == "w"
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "vocab.txt", "tekken.json"])
+@pytest.mark.parametrize("name", ["vocab.json", "vocab.txt"])
 def test_a_tokenizer_in_another_layout_is_told_of(folder, name):
     (folder / "tokenizer.json").unlink()
     with warnings.catch_warnings():

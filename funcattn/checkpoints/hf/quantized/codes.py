@@ -52,7 +52,7 @@ def four_bits(pairs: Tensor, scale: Tensor, points: Tensor | int) -> Weight | De
     """w = (code - point) scale of codes in pairs (*lead, K / 2), scale and points (*lead, G).
 
     Law: exact where scales have at most 16 bits, else within a unit in the last place of 15
-        scales (test_codes.py::test_a_record_is_what_its_codes_mean).
+        scales (test_quantized.py::test_codes_and_scales_are_those_of_the_file).
     """
     K, G = 2 * pairs.shape[-1], scale.shape[-1]
     if K % (2 * G):
@@ -72,7 +72,8 @@ def eight_bits(codes: Tensor, scale: Tensor, points: Tensor | int) -> Weight:
     """w = (code - point) scale of codes (*lead, K) in bytes, signed or not, scale and points
     (*lead, G).
 
-    Law: exact where scales have at most 16 bits and points are integers, as of `four_bits`.
+    Law: exact where scales have at most 16 bits and points are integers, as of `four_bits`
+        (test_quantized.py::test_codes_and_scales_are_those_of_the_file).
     """
     points = _full(points, scale).float()
     if codes.dtype == torch.uint8:
