@@ -266,38 +266,21 @@ def sliced(rank, n, folder):
     """Each process reads its own part of a folder: the same as sharding the whole, and no byte of
     the others.
     """
-    from funcattn.checkpoints.hf import folder as folders
+    from funcattn.checkpoints.hf import weights
 
     read = []
-    original = folders.safe_open
+    original = weights.Contents.read
 
-    class Counted:
-        def __init__(self, *args, **options):
-            self.file = original(*args, **options)
+    def counted(self, name, rows=None):
+        found = original(self, name, rows)
+        read.append(found.nbytes)
+        return found
 
-        def keys(self):
-            return self.file.keys()
-
-        def get_tensor(self, name):
-            read.append(self.file.get_tensor(name).nbytes)
-            return self.file.get_tensor(name)
-
-        def get_slice(self, name):
-            return Sliced(self.file.get_slice(name))
-
-    class Sliced:
-        def __init__(self, part):
-            self.part, self.get_dtype, self.get_shape = part, part.get_dtype, part.get_shape
-
-        def __getitem__(self, where):
-            read.append(self.part[where].nbytes)
-            return self.part[where]
-
-    folders.safe_open = Counted
+    weights.Contents.read = counted
     mesh = mesh_of(tensor=n)
     config, held, tokenizer = fa.checkpoints.load_sharded(folder, mesh)
     total, mine = sum(read), tree.nbytes(sharding.to_local(held))
-    folders.safe_open = original
+    weights.Contents.read = original
     params = fa.load(folder).params
     whole = fa.shard(mesh, tensor_parallel(config, size=n))(params)
     same = all(

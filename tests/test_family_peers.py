@@ -149,8 +149,9 @@ SPELLED_AS_ANOTHER = {
     "big_bird": "bert",
     "megatron-bert": "xlm-roberta-xl",
     **dict.fromkeys(("plbart", "mvp", "trocr"), "bart"),
-    **dict.fromkeys(("pegasus", "blenderbot", "whisper"), "biogpt"),
+    **dict.fromkeys(("pegasus", "blenderbot"), "biogpt"),
     "bigbird_pegasus-biases": "biogpt",
+    "whisper": "gpt2",
 }
 
 
