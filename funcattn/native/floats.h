@@ -178,9 +178,9 @@ static inline void tile_of_floats(const float* at, const float* x, int64_t K, Re
     for (int t = 0; t < T; t++) sums[c][t] = zero_real();
   int64_t k = 0;
   for (; k + CHAINS <= K; k += CHAINS) {
-    __builtin_prefetch(at + 16 * k + AHEAD / 4);
     UNROLLED
     for (int c = 0; c < CHAINS; c++) {
+      __builtin_prefetch(at + 16 * (k + c) + AHEAD / 4);
       const Real column = load_real((const uint8_t*)(at + 16 * (k + c)));
       UNROLLED
       for (int t = 0; t < T; t++) sums[c][t] = fma(column, broadcast(x[t * K + k + c]), sums[c][t]);
