@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 import time
-import urllib.request
 from pathlib import Path
 
 from tornado.websocket import websocket_connect
@@ -28,7 +27,7 @@ OPTIONS = (
 
 
 class Browser:
-    """One tab. Use it in a `with`; what the console and the network complain of is in
+    """One tab at a time. Use it in a `with`; what the console and the network complain of is in
     `complaints`.
     """
 
@@ -38,26 +37,42 @@ class Browser:
             [CHROMIUM, *OPTIONS, *port], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self.loop, self.numbers, self.complaints = asyncio.new_event_loop(), itertools.count(1), []
+        self.sockets, self.visitor = [], None
         try:
-            address = self._address(folder / "DevToolsActivePort")
-            self.socket = self._wait(lambda: websocket_connect(address, max_message_size=2**28))
-            for domain in ("Page", "Runtime", "Log", "Network"):
-                self.send(f"{domain}.enable")
+            self.host, path = self._address(folder / "DevToolsActivePort")
+            self._connect(path)
         except BaseException:
             self.__exit__()
             raise
 
-    def _address(self, file: Path) -> str:
+    def _address(self, file: Path) -> tuple[str, str]:
         for _ in range(600):
-            if file.exists() and (port := file.read_text().split("\n")[0]):
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=20) as answer:
-                    return next(
-                        tab["webSocketDebuggerUrl"]
-                        for tab in json.load(answer)
-                        if tab["type"] == "page"
-                    )
+            if file.exists() and "/devtools" in (said := file.read_text()):
+                lines = said.split("\n")
+                return f"ws://127.0.0.1:{lines[0]}", lines[1]
             time.sleep(0.1)
         raise TimeoutError("chromium did not start")
+
+    def _connect(self, path: str) -> None:
+        """What is sent from here on goes to the browser, or to this tab of it."""
+        connect = lambda: websocket_connect(self.host + path, max_message_size=2**28)
+        self.sockets.append(self._wait(connect))
+
+    def _visit(self) -> None:
+        """A tab of a visitor who was never here, in the place of the one before: what a page stores
+        is written behind its end, so that clearing it can come too early.
+        """
+        while len(self.sockets) > 1:
+            self.sockets.pop().close()
+        if self.visitor:
+            self.send("Target.disposeBrowserContext", browserContextId=self.visitor)
+        self.visitor = self.send("Target.createBrowserContext")["browserContextId"]
+        tab = self.send("Target.createTarget", url="about:blank", browserContextId=self.visitor)[
+            "targetId"
+        ]
+        self._connect(f"/devtools/page/{tab}")
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
 
     def _wait(self, begin):
         async def within():
@@ -69,12 +84,12 @@ class Browser:
         """One command, and its result; what happens meanwhile is heard."""
         number = next(self.numbers)
         self._wait(
-            lambda: self.socket.write_message(
+            lambda: self.sockets[-1].write_message(
                 json.dumps({"id": number, "method": method, "params": options})
             )
         )
         while True:
-            message = json.loads(self._wait(self.socket.read_message))
+            message = json.loads(self._wait(self.sockets[-1].read_message))
             self._hear(message)
             if message.get("id") == number:
                 assert "error" not in message, message
@@ -109,9 +124,7 @@ class Browser:
 
     def open(self, address: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Go to an address, with a window of this size, and wait until it is loaded."""
-        # the page before would hear of the change, and remember it
-        self.send("Page.navigate", url="about:blank")
-        self.until("location.href === 'about:blank'")
+        self._visit()
         self.complaints.clear()
         self.send(
             "Emulation.setDeviceMetricsOverride",
@@ -124,10 +137,6 @@ class Browser:
             "Emulation.setEmulatedMedia",
             features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
         )
-        # a visitor who was never here: no color scheme is remembered
-        if address.startswith("http"):
-            origin = "/".join(address.split("/")[:3])
-            self.send("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
         self.send("Page.navigate", url=address)
         self.until(
             f"location.href.startsWith({json.dumps(address)}) && document.readyState === 'complete'"
@@ -147,8 +156,9 @@ class Browser:
         return self
 
     def __exit__(self, *_) -> None:
-        if hasattr(self, "socket"):
-            self.socket.close()
+        if self.sockets:
+            for socket in self.sockets:
+                socket.close()
             self.loop.run_until_complete(asyncio.sleep(0.1))
         self.process.terminate()
         self.process.wait(30)
