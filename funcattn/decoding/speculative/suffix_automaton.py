@@ -18,7 +18,7 @@ Computer Science 40 (1985); Oliaro et al., SuffixDecoding, arXiv:2411.04975 (dra
 
 import heapq
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -82,10 +82,11 @@ class Numbers:
     """The tensors of an automaton as arrays of Python numbers, which it shares with them."""
 
     def __init__(self, states: Tensor, edges: Tensor, table: Tensor, sizes: Tensor) -> None:
-        rows = lambda x: [memoryview(row.numpy()) for row in x]
+        array = lambda x: memoryview(cast(bytes, x.numpy()))
+        rows = lambda x: [array(row) for row in x]
         self.link, self.longest, self.ends, self.newest, self.first = rows(states)
         self.origin, self.token, self.to, self.next = rows(edges)
-        self.table, self.sizes = memoryview(table.numpy()), memoryview(sizes.numpy())
+        self.table, self.sizes = array(table), array(sizes)
         self.mask = len(self.table) - 1
 
     def slot(self, state: int, token: int) -> int:
@@ -118,6 +119,7 @@ class Numbers:
             e = self.next[e]
 
     def new_state(self, longest: int) -> int:
+        """A state without ends and transitions."""
         v = self.sizes[0]
         self.sizes[0] = v + 1
         self.longest[v] = longest
