@@ -220,11 +220,14 @@ def _begin(
 ) -> tuple[Start, Chooser]:
     """Prefill with room for drafts, and the chooser of the rounds after it."""
     _check_drafter(request.verb, drafter)
+    if not isinstance(rule, Rule):
+        remedy = "Pass fa.speculation.blockwise or tokenwise, or one of your own."
+        errors.fail(request.verb, "rule", "a Rule", repr(rule), remedy, TypeError)
     request.checked(key=key, drafter=drafter, rule=rule, **values)
-    features = Features(request.verb, drafter.taps)
+    features = Features(request.verb, drafter.taps, request.model)
     with features.listening():
         start = prefill(
-            *(request.model, request.params, request.prompt, request.cache),
+            *(features.model, request.params, request.prompt, request.cache),
             room=request.steps + drafter.length,
             prompt_length=request.prompt_length,
             chunk=request.chunk,
@@ -242,10 +245,12 @@ def verifying(
         request, key, drafter, rule: as in `speculate`.
         start: the result of prefill. features: what the drafter's taps heard in it.
     """
-    model, params, sampler, steps = request.model, request.params, request.sampler, request.steps
+    model, params, sampler, steps = features.model, request.params, request.sampler, request.steps
     prompt, stop = request.prompt, request.stop
     shared = (
-        drafter.sharing if drafter.sharing is not None and drafter.sharing.model is model else None
+        drafter.sharing
+        if drafter.sharing is not None and drafter.sharing.model is request.model
+        else None
     )
     keys = randomness.split(key, (steps + 1, 2))
 
@@ -272,11 +277,13 @@ def verifying(
 
     def follow(n: int, text: Text) -> Choice:
         draft, drafting = propose(n, text)
-        # Without drafted tokens one decode step is enough.
-        nothing = sampler.deterministic and errors.integer(draft.valid) == 0
-        proposed = draft.tokens[:0] if nothing else draft.tokens
+        # Tokens that do not count are not read, where their number is known.
+        valid = errors.integer(draft.valid)
+        proposed = draft.tokens
+        if is_absent(draft.parent) or valid == 0:
+            proposed = proposed[:valid]
         read = torch.cat([text.last.reshape(1), proposed])
-        if is_absent(draft.parent) or nothing:
+        if is_absent(draft.parent) or not len(proposed):
             with features.listening():
                 logits, delta = transformer.along(model, params, read, text.cache)
             seen = features.rows(len(read), drafter.length + 1)
@@ -344,7 +351,10 @@ def _check_drafter(verb: str, drafter: Drafter) -> None:
 
 def _check_vocabulary(verb: str, drafter: Drafter, logits: Tensor) -> None:
     if drafter.vocabulary not in (None, logits.shape[-1]):
-        remedy = "Draft with a model of the same tokenizer."
+        remedy = (
+            "Draft with a model of the same tokenizer; of one that differs in padding alone, "
+            f"with fa.drafters.model(..., vocabulary={logits.shape[-1]})."
+        )
         errors.fail(
             verb,
             "drafter",

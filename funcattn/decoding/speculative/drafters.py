@@ -160,7 +160,11 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
                 got,
                 "Pad the tokens.",
             )
-        return Draft(tokens, ABSENT, valid)
+        if errors.is_true((valid < 0) | (valid > length)):
+            wanted, remedy = f"valid from 0 to N = {length}", "It counts the drafted tokens."
+            got = errors.peek(valid)
+            errors.fail("drafters.function", "what f returns", wanted, got, remedy)
+        return Draft(tokens, ABSENT, valid.clamp(0, length))
 
     return of_text(draft, length)
 

@@ -129,7 +129,10 @@ def tree(
     reader = getattr(drafter, "reader", None)
     if reader is None:
         got = repr(drafter) if isinstance(drafter, Drafter) else f"a {type(drafter).__name__}"
-        remedy = "Such as fa.drafters.model; of a text fa.drafters.suffix drafts trees."
+        remedy = (
+            "Such as fa.drafters.model of a model without recurrent layers, whose states read "
+            "tokens in one order; of a text fa.drafters.suffix drafts trees."
+        )
         wanted = "one that has distributions"
         errors.fail("drafters.tree", "drafter", wanted, got, remedy, TypeError)
     transform = sampling.chain() if sampler is None else sampler
