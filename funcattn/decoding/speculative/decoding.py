@@ -282,6 +282,9 @@ def verifying(
         proposed = draft.tokens
         if is_absent(draft.parent) or valid == 0:
             proposed = proposed[:valid]
+        elif valid is not None:
+            draft = _without_end(draft)
+            proposed = draft.tokens
         read = torch.cat([text.last.reshape(1), proposed])
         if is_absent(draft.parent) or not len(proposed):
             with features.listening():
@@ -304,6 +307,7 @@ def verifying(
                 depth=drafter.length,
             )
             delta, proposed = transformer.rows_of_path(delta, rows), proposed[: drafter.length]
+            rows = F.pad(rows, (0, drafter.length + 1 - len(rows)))
             seen = [x.index_select(0, rows) for x in features.rows(len(read))]
         assert text.left is not None  # rounds write different numbers of tokens
         kept = torch.minimum(until_stop(found.tokens, found.count + 1, stop), text.left)
@@ -320,6 +324,17 @@ def verifying(
         return Choice(tokens, kept, torch.where(text.done, text.last, newest), delta, settle)
 
     return Chooser(first, follow, drafter.length)
+
+
+def _without_end(draft: Draft) -> Draft:
+    """A tree without the missing nodes at its end, to a few sizes: each is compiled once."""
+    assert not is_absent(draft.parent)
+    there = (draft.parent >= 0).nonzero()
+    last = 1 + int(there.max()) if len(there) else 0
+    M = min(len(draft.tokens), (1 << last.bit_length()) - 1)
+    probs = draft.probs if is_absent(draft.probs) else draft.probs[: M + 1]
+    certain = draft.certain if is_absent(draft.certain) else draft.certain[:M]
+    return Draft(draft.tokens[:M], probs, draft.valid, draft.parent[:M], certain)
 
 
 def no_rounds(prompt: Tensor) -> Stats:

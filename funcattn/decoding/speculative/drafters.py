@@ -240,6 +240,13 @@ def _is_ids(x: object) -> bool:
     return isinstance(x, Tensor) and x.dtype in tree.INTEGERS
 
 
+def check_confidence(function: str, confidence: float) -> None:
+    """Fail where a probability at which drafts stop is none."""
+    if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
+        remedy = "0.5 is usual; 0 never stops."
+        errors.fail(function, "confidence", "from 0 to 1", repr(confidence), remedy)
+
+
 def check_length(function: str, length: int) -> None:
     """Fail where the length of a draft is not an int, at least 1."""
     if not errors.is_count(length, 1):

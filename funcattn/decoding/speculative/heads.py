@@ -31,7 +31,7 @@ from ...records import ABSENT, is_absent, record
 from ...sampling import Sampler
 from ...transformer import Config, Layer, LayerContext, LayerSpec
 from ..loop import commit_owned
-from .drafters import Drafter, NodeReader, check_length
+from .drafters import Drafter, NodeReader, check_confidence, check_length
 from .tree_drafters import Shape, of_reader
 from .tree_rules import kinship
 
@@ -175,17 +175,25 @@ _Head = Head
 @door(name="drafters.head")
 @printed
 def head(
-    head: Head, params: HeadParams, *, length: int = 4, sampler: Sampler | None = None
+    head: Head,
+    params: HeadParams,
+    *,
+    length: int = 4,
+    sampler: Sampler | None = None,
+    confidence: float = 0.0,
 ) -> Drafter:
     """Draft with a trained head, such as EAGLE-3: a chain; `drafters.tree` makes trees of it.
 
-    The head hears the target at `head.taps`, so a compiled target takes its eager steps.
+    The head hears the target at `head.taps`, so a compiled target takes its eager steps; not where
+    that is what its `hidden` returns ("mtp").
 
     Args:
         head, params: from `load_head` or `train_head`.
         length: N, how many tokens to draft.
         sampler: a transform of the head's logits from which drafts are drawn; None takes the most
             probable token.
+        confidence: the draft ends behind the token at which its probability falls below it; 0
+            never stops.
 
     Raises:
         ValueError: the target has no such taps.
@@ -198,7 +206,8 @@ def head(
         got = f"a {type(head).__name__} and a {type(params).__name__}"
         remedy = "Both are of load_head or train_head."
         errors.fail("drafters.head", "head, params", "a Head, HeadParams", got, remedy, TypeError)
-    shape = Shape((1,) * length, 0, 0, "top" if sampler is None else "drawn")
+    check_confidence("drafters.head", confidence)
+    shape = Shape((1,) * length, 0, 0, "top" if sampler is None else "drawn", confidence)
     transform = sampling.chain() if sampler is None else sampler
     return of_reader(_reader(head, params), shape, transform, head.config.vocabulary)
 

@@ -17,7 +17,7 @@ from ...records import ABSENT, is_absent, record
 from ...sampling import Sampler
 from ...tree import Tree
 from ..loop import commit_owned, prefill
-from .drafters import Draft, Drafter, NodeReader, Sharing, check_length
+from .drafters import Draft, Drafter, NodeReader, Sharing, check_confidence, check_length
 from .tree_rules import kinship
 from .verification import select_state
 
@@ -71,9 +71,7 @@ def model(
         (test_model_drafters.py).
     """
     check_length("drafters.model", length)
-    if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
-        remedy = "0.5 is usual; 0 never stops."
-        errors.fail("drafters.model", "confidence", "from 0 to 1", repr(confidence), remedy)
+    check_confidence("drafters.model", confidence)
     if vocabulary is not None:
         model = _padded(model, vocabulary)
     if not errors.is_count(chunk, 1):

@@ -1,6 +1,8 @@
 """Trees of drafts from the distributions of a drafter: of one shape, or grown by probability.
 
     branching=(3, 2, 1)     3 children of the root, 2 of each of these, 1 of each of these
+    branching=(2, 2, 2), width=1     children of the most probable node of each depth alone: the
+                            chain of first choices, and beside each of these the second one
     nodes=12, depth=4       at each depth the most probable nodes get children; of all nodes the 12
                             with the greatest product of probabilities are verified
 
@@ -30,7 +32,7 @@ from ...core.doors import door, printed
 from ...records import ABSENT, is_absent, record
 from ...sampling import Sampler
 from ...tree import Tree
-from .drafters import Draft, Drafter, NodeReader, Sharing
+from .drafters import Draft, Drafter, NodeReader, Sharing, check_confidence
 from .tree_rules import deepest, kinship, most_probable, path_to
 from .verification import select_state
 
@@ -57,13 +59,15 @@ class Shape(NamedTuple):
     """How a tree is made: children of each node by depth, and what is kept.
 
     branching: children of a node at each depth. width: how many nodes of a depth get children; 0 is
-    all. nodes: M, how many are kept; 0 is all. children: one of CHILDREN.
+    all. nodes: M, how many are kept; 0 is all. children: one of CHILDREN. confidence: the tree ends
+    behind a depth where no path that could go on has this probability.
     """
 
     branching: tuple[int, ...]
     width: int
     nodes: int
     children: str
+    confidence: float = 0.0
 
     @property
     def size(self) -> int:
@@ -72,7 +76,7 @@ class Shape(NamedTuple):
             return self.nodes
         total, each = 0, 1
         for b in self.branching:
-            each *= b
+            each = b * (min(each, self.width) if self.width else each)
             total += each
         return total
 
@@ -85,9 +89,10 @@ def tree(
     branching: Sequence[int] | None = None,
     nodes: int | None = None,
     depth: int = 4,
-    width: int = 4,
+    width: int | None = None,
     children: str = "top",
     sampler: Sampler | None = None,
+    confidence: float = 0.0,
 ) -> Drafter:
     """Draft a tree from the distributions of a drafter, verified in one forward pass.
 
@@ -102,15 +107,19 @@ def tree(
         nodes: how many nodes to verify, in place of `branching`: the tree is grown to `depth`,
             where the `width` most probable nodes of each depth get `width` children each, and the
             best `nodes` of all are kept.
-        depth, width: of a tree that is grown.
+        depth: of a tree that is grown.
+        width: how many nodes of a depth get children, the most probable ones. None is all of a
+            tree with `branching`, and 4 of one that is grown, with as many children each.
         children: "top", the most probable tokens, chosen without chance; "drawn", without
             replacement; "mixed", one drawn from all but the most probable tokens, then these.
         sampler: a transform of the drafter's logits, such as a temperature; the target's own is a
             good choice for "drawn" and "mixed". None leaves them as they are.
+        confidence: a tree with `branching` ends behind the depth at which no path that could go on
+            has at least this probability; 0 never stops.
 
     Raises:
         ValueError: neither or both of branching and nodes; a shape without nodes; more nodes than
-            grow; children drawn in a tree that is grown.
+            grow; children drawn in a tree that is grown, or whose tokens decide which get children.
         TypeError: a drafter without distributions (prompt_lookup, function).
 
     Example:
@@ -125,7 +134,7 @@ def tree(
 
     Law: distributed as generate, and equal to it under greedy (test_tree_drafters.py).
     """
-    shape = _shape(branching, nodes, depth, width, children)
+    shape = _shape(branching, nodes, depth, width, children, confidence)
     reader = getattr(drafter, "reader", None)
     if reader is None:
         got = repr(drafter) if isinstance(drafter, Drafter) else f"a {type(drafter).__name__}"
@@ -223,6 +232,7 @@ def _grown(
     # them among the nodes that are read.
     ids, score, here, since = last.new_zeros(1), torch.zeros(1, device=last.device), states[0], 0
     first = 0  # the number of the first candidate of a depth
+    goes_on = torch.ones_like(last, dtype=torch.bool)
     for depth, b in enumerate(shape.branching):
         logits, held = reader.read(last, *read, held, since)
         left, here = _update(sampler, logits, here)
@@ -231,7 +241,7 @@ def _grown(
         first = 1 + sum(len(x) for x in tokens)
         over = torch.arange(len(ids), device=last.device).repeat_interleave(b)
         tokens.append(found.tokens)
-        parents.append(ids.index_select(0, over))
+        parents.append(torch.where(goes_on, ids.index_select(0, over), -1))
         scores.append(score.index_select(0, over) + found.score)
         below = trees.map(lambda leaf, over=over: leaf.index_select(0, over), here)
         states.append(_observe(sampler, found.tokens, below))
@@ -246,10 +256,17 @@ def _grown(
         )
         since = len(read[0]) - len(among) + 1
         ids, score = first + among, scores[-1].index_select(0, among)
+        if shape.confidence:
+            goes_on = goes_on & (score.amax(-1).exp() >= shape.confidence)
+            if errors.value(goes_on) is not None and not goes_on:
+                break
         here = trees.map(lambda leaf, among=among: leaf.index_select(0, among), states[-1])
-    every = trees.map(lambda *leaves: torch.cat(leaves), *states)
     token, parent = torch.cat(tokens), torch.cat(parents)
-    count = torch.full_like(last, shape.size)
+    missing = shape.size - len(token) if not shape.nodes else 0
+    states.append(_repeated(trees.map(lambda leaf: leaf[0], states[0]), missing))
+    every = trees.map(lambda *leaves: torch.cat(leaves), *states)
+    token, parent = F.pad(token, (0, missing)), F.pad(parent, (0, missing), value=-1)
+    count = (parent >= 0).sum() if shape.confidence else torch.full_like(last, shape.size)
     if shape.nodes:
         kept, over = most_probable(torch.cat(scores), parent, shape.nodes)
         rows = F.pad(kept + 1, (1, 0))
@@ -260,7 +277,8 @@ def _grown(
     inner = torch.cat(probs)
     leaves = inner.new_full((), 1 / inner.shape[-1])
     drawn = torch.cat([inner, leaves.expand(shape.size + 1 - len(inner), inner.shape[-1])])
-    return Draft(token, drawn, count, parent, torch.cat(chosen)), every, held
+    certain = F.pad(torch.cat(chosen), (0, missing))
+    return Draft(token, drawn, count, parent, certain), every, held
 
 
 class _Children(NamedTuple):
@@ -324,9 +342,17 @@ def _repeated(state: Tree, n: int) -> Tree:
 
 
 def _shape(
-    branching: Sequence[int] | None, nodes: int | None, depth: int, width: int, children: str
+    branching: Sequence[int] | None,
+    nodes: int | None,
+    depth: int,
+    width: int | None,
+    children: str,
+    confidence: float,
 ) -> Shape:
     fail = partial(errors.fail, "drafters.tree")
+    check_confidence("drafters.tree", confidence)
+    if width is not None and not errors.is_count(width, 1):
+        fail("width", "an int, at least 1", repr(width), "None is usual.")
     if (branching is None) == (nodes is None):
         got = "neither" if nodes is None else "both"
         fail("branching", "given, or nodes", got, "Such as branching=(3, 2, 1), or nodes=12.")
@@ -336,8 +362,15 @@ def _shape(
         if not len(branching) or not all(errors.is_count(b, 1) for b in branching):
             wanted = "numbers of children, at least 1 each"
             fail("branching", wanted, repr(branching), "Such as (3, 2, 1).")
-        return Shape(tuple(branching), 0, 0, children)
-    for name, n in (("nodes", nodes), ("depth", depth), ("width", width)):
+        if children != "top" and (width is not None or confidence):
+            remedy = "Leave out width and confidence, or children."
+            fail("children", "top where tokens decide which get children", repr(children), remedy)
+        return Shape(tuple(branching), width or 0, 0, children, confidence)
+    if confidence:
+        remedy = "Give branching; a tree that is grown keeps the most probable nodes as it is."
+        fail("confidence", "0 in a tree that is grown", confidence, remedy)
+    width = 4 if width is None else width
+    for name, n in (("nodes", nodes), ("depth", depth)):
         if not errors.is_count(n, 1):
             fail(name, "an int, at least 1", repr(n), "nodes=12, depth=4, width=4 is usual.")
     if children != "top":
