@@ -17,7 +17,7 @@ from ...records import ABSENT, is_absent, record
 from ...sampling import Sampler
 from ...tree import Tree
 from ..loop import commit_owned, prefill
-from .drafters import Draft, Drafter, NodeReader, Sharing, check_confidence, check_length
+from .drafters import Draft, Drafter, NodeReader, Sharing, check_length, check_probability
 from .tree_rules import kinship
 from .verification import select_state
 
@@ -71,7 +71,7 @@ def model(
         (test_model_drafters.py).
     """
     check_length("drafters.model", length)
-    check_confidence("drafters.model", confidence)
+    check_probability("drafters.model", "confidence", confidence)
     if vocabulary is not None:
         model = _padded(model, vocabulary)
     if not errors.is_count(chunk, 1):
@@ -249,11 +249,13 @@ def skip(
 class NodeReaderState(NamedTuple):
     """The state of a model that reads trees: its cache before `last`, and the rows of the nodes.
 
-    read: the delta of node 0 and all nodes read, () before the first.
+    read: the delta of node 0 and all nodes read, () before the first. ahead: the cache with the
+    nodes of a path, () where they are none.
     """
 
     cache: KVCache
-    read: Delta | tuple[()]
+    read: Delta | tuple[()] = ABSENT
+    ahead: KVCache | tuple[()] = ABSENT
 
 
 def _node_reader(model: Model, params: Tree, chunk: int) -> NodeReader:
@@ -261,11 +263,20 @@ def _node_reader(model: Model, params: Tree, chunk: int) -> NodeReader:
         start = prefill(
             model, params, prompt, ABSENT, room=steps, prompt_length=prompt_length, chunk=chunk
         )
-        return start.logits, NodeReaderState(start.cache, ABSENT)
+        return start.logits, NodeReaderState(start.cache)
 
     def read(
-        last: Tensor, tokens: Tensor, parent: Tensor, state: NodeReaderState, since: int
+        last: Tensor, tokens: Tensor, parent: Tensor, state: NodeReaderState, since: int, path: bool
     ) -> tuple[Tensor, NodeReaderState]:
+        if path:  # a text, of which only the new nodes are read
+            before = state.cache if is_absent(state.ahead) else state.ahead
+            new = torch.cat([last.reshape(1), tokens])[since:]
+            x, delta = model.hidden(params, new, before)
+            # Rows beyond the length of a cache may be overwritten.
+            add = commit_owned if _is_dense(before) else caches.commit
+            logits = model.logits(params, x)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            return logits, NodeReaderState(state.cache, ahead=add(before, delta, len(new)))
         x, delta = transformer.hidden_of_tree(
             *(model, params, torch.cat([last.reshape(1), tokens]), state.cache),
             above=kinship(parent).above,
@@ -279,9 +290,9 @@ def _node_reader(model: Model, params: Tree, chunk: int) -> NodeReader:
     ) -> NodeReaderState:
         assert not is_absent(state.read)
         kept = commit_owned(state.cache, transformer.rows_of_path(state.read, rows), count)
-        return NodeReaderState(kept, ABSENT)
+        return NodeReaderState(kept)
 
-    return NodeReader(model, init, lambda cache: NodeReaderState(cache, ABSENT), read, keep)
+    return NodeReader(model, init, NodeReaderState, read, keep)
 
 
 def _padded(model: Model, V: int) -> Model:

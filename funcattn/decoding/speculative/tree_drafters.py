@@ -18,7 +18,6 @@ multi-draft speculative decoding, arXiv:2502.18779 (one child drawn behind the c
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,11 +31,10 @@ from ...core.doors import door, printed
 from ...records import ABSENT, is_absent, record
 from ...sampling import Sampler
 from ...tree import Tree
-from .drafters import Draft, Drafter, NodeReader, Sharing, check_confidence
+from .drafters import Draft, Drafter, NodeReader, Sharing
 from .tree_rules import deepest, kinship, most_probable, path_to
+from .tree_shapes import Shape, shape_of
 from .verification import select_state
-
-CHILDREN = ("top", "drawn", "mixed")
 
 
 @record
@@ -55,32 +53,6 @@ class TreeState(NamedTuple):
     states: Tree
 
 
-class Shape(NamedTuple):
-    """How a tree is made: children of each node by depth, and what is kept.
-
-    branching: children of a node at each depth. width: how many nodes of a depth get children; 0 is
-    all. nodes: M, how many are kept; 0 is all. children: one of CHILDREN. confidence: the tree ends
-    behind a depth where no path that could go on has this probability.
-    """
-
-    branching: tuple[int, ...]
-    width: int
-    nodes: int
-    children: str
-    confidence: float = 0.0
-
-    @property
-    def size(self) -> int:
-        """M, the number of tokens of a tree."""
-        if self.nodes:
-            return self.nodes
-        total, each = 0, 1
-        for b in self.branching:
-            each = b * (min(each, self.width) if self.width else each)
-            total += each
-        return total
-
-
 @door(name="drafters.tree")
 @printed
 def tree(
@@ -93,6 +65,7 @@ def tree(
     children: str = "top",
     sampler: Sampler | None = None,
     confidence: float = 0.0,
+    least: float = 0.0,
 ) -> Drafter:
     """Draft a tree from the distributions of a drafter, verified in one forward pass.
 
@@ -116,6 +89,8 @@ def tree(
             good choice for "drawn" and "mixed". None leaves them as they are.
         confidence: a tree with `branching` ends behind the depth at which no path that could go on
             has at least this probability; 0 never stops.
+        least: of a tree with `width`: nodes that get no children are left out where their path is
+            less probable. So second choices are verified where the first one is not sure.
 
     Raises:
         ValueError: neither or both of branching and nodes; a shape without nodes; more nodes than
@@ -134,7 +109,7 @@ def tree(
 
     Law: distributed as generate, and equal to it under greedy (test_tree_drafters.py).
     """
-    shape = _shape(branching, nodes, depth, width, children, confidence)
+    shape = shape_of(branching, nodes, depth, width, children, confidence, least)
     reader = getattr(drafter, "reader", None)
     if reader is None:
         got = repr(drafter) if isinstance(drafter, Drafter) else f"a {type(drafter).__name__}"
@@ -183,7 +158,7 @@ def of_reader(
         # The leaves are read too, so that the cache is complete where all are accepted; a head
         # reads what is accepted with the target's features.
         if not shared and not reader.taps:
-            held = reader.read(last, draft.tokens, draft.parent, held, shape.size + 1)[1]
+            held = reader.read(last, draft.tokens, draft.parent, held, shape.size + 1, False)[1]
         after = TreeState(
             state.cache, ABSENT if shared else held, draft.tokens, draft.parent, states
         )
@@ -234,7 +209,7 @@ def _grown(
     first = 0  # the number of the first candidate of a depth
     goes_on = torch.ones_like(last, dtype=torch.bool)
     for depth, b in enumerate(shape.branching):
-        logits, held = reader.read(last, *read, held, since)
+        logits, held = reader.read(last, *read, held, since, shape.width == 1)
         left, here = _update(sampler, logits, here)
         states[-1] = _put(states[-1], ids - first, here)
         found = _children(keys[depth], left, b, shape.children)
@@ -250,6 +225,10 @@ def _grown(
         among = torch.arange(len(over), device=last.device)
         if shape.width:
             among = scores[-1].topk(min(shape.width, len(over))).indices
+        if shape.least:
+            stays = torch.zeros_like(found.certain).index_fill(0, among, True)
+            stays = stays | (scores[-1].exp() >= shape.least)
+            parents[-1] = torch.where(stays, parents[-1], -1)
         read = (
             torch.cat([read[0], found.tokens.index_select(0, among)]),
             torch.cat([read[1], since + over.index_select(0, among)]),
@@ -266,7 +245,17 @@ def _grown(
     states.append(_repeated(trees.map(lambda leaf: leaf[0], states[0]), missing))
     every = trees.map(lambda *leaves: torch.cat(leaves), *states)
     token, parent = F.pad(token, (0, missing)), F.pad(parent, (0, missing), value=-1)
-    count = (parent >= 0).sum() if shape.confidence else torch.full_like(last, shape.size)
+    count = torch.full_like(last, shape.size)
+    if shape.confidence or shape.least:
+        count = (parent >= 0).sum()
+    if shape.least:  # what is left out is at the end, where it is not read
+        order = (parent < 0).long().sort(stable=True).indices
+        number = F.pad(order.sort().indices + 1, (1, 0))  # the new number of each node
+        above = number.index_select(0, parent.index_select(0, order).clamp(min=0))
+        parent = torch.where(parent.index_select(0, order) < 0, -1, above)
+        token = token.index_select(0, order)
+        rows = F.pad(order + 1, (1, 0))
+        every = trees.map(lambda leaf: leaf.index_select(0, rows), every)
     if shape.nodes:
         kept, over = most_probable(torch.cat(scores), parent, shape.nodes)
         rows = F.pad(kept + 1, (1, 0))
@@ -339,46 +328,3 @@ def _put(rows: Tree, at: Tensor, new: Tree) -> Tree:
 
 def _repeated(state: Tree, n: int) -> Tree:
     return trees.map(lambda leaf: leaf.expand(n, *leaf.shape), state)
-
-
-def _shape(
-    branching: Sequence[int] | None,
-    nodes: int | None,
-    depth: int,
-    width: int | None,
-    children: str,
-    confidence: float,
-) -> Shape:
-    fail = partial(errors.fail, "drafters.tree")
-    check_confidence("drafters.tree", confidence)
-    if width is not None and not errors.is_count(width, 1):
-        fail("width", "an int, at least 1", repr(width), "None is usual.")
-    if (branching is None) == (nodes is None):
-        got = "neither" if nodes is None else "both"
-        fail("branching", "given, or nodes", got, "Such as branching=(3, 2, 1), or nodes=12.")
-    if children not in CHILDREN:
-        fail("children", f"one of {', '.join(CHILDREN)}", repr(children), "top is usual.")
-    if branching is not None:
-        if not len(branching) or not all(errors.is_count(b, 1) for b in branching):
-            wanted = "numbers of children, at least 1 each"
-            fail("branching", wanted, repr(branching), "Such as (3, 2, 1).")
-        if children != "top" and (width is not None or confidence):
-            remedy = "Leave out width and confidence, or children."
-            fail("children", "top where tokens decide which get children", repr(children), remedy)
-        return Shape(tuple(branching), width or 0, 0, children, confidence)
-    if confidence:
-        remedy = "Give branching; a tree that is grown keeps the most probable nodes as it is."
-        fail("confidence", "0 in a tree that is grown", confidence, remedy)
-    width = 4 if width is None else width
-    for name, n in (("nodes", nodes), ("depth", depth)):
-        if not errors.is_count(n, 1):
-            fail(name, "an int, at least 1", repr(n), "nodes=12, depth=4, width=4 is usual.")
-    if children != "top":
-        remedy = "Give a shape, or leave children out: a drawn tree may not be pruned."
-        fail("children", "top in a tree that is grown", repr(children), remedy)
-    assert nodes is not None
-    most = width + (depth - 1) * width * width
-    if nodes > most:
-        wanted = f"at most the {most} that grow with depth {depth} and width {width}"
-        fail("nodes", wanted, nodes, "Let more grow, or keep fewer.")
-    return Shape((width,) * depth, width, nodes, children)

@@ -48,7 +48,9 @@ def each(model, params, share=0.2):
         ),
         "mixed": drafters.tree(other, branching=(3, 1), children="mixed", sampler=PENALTIES),
         "without a layer": drafters.tree(drafters.skip(model, params, [1]), branching=(4, 2)),
-        "a spine": drafters.tree(worse, branching=(3, 2, 2, 2), width=1, confidence=0.9),
+        "a spine": drafters.tree(
+            worse, branching=(3, 2, 2, 2), width=1, confidence=0.9, least=0.02
+        ),
         "a spine with a past of its own": drafters.tree(
             other, branching=(2, 2, 1, 1), width=1, confidence=0.7
         ),
@@ -97,6 +99,36 @@ def test_a_spine_is_the_chain_of_first_choices_and_their_siblings():
         assert draft.parent.tolist() == [*parent[:count], *[-1] * (9 - count)]
         spine = [draft.tokens.tolist()[i] for i in (0, 2, 5, 7)]
         assert spine[:depth] == first[:depth]
+
+
+def test_improbable_siblings_are_left_out():
+    """The tree is that without `least`, with every other node in its order."""
+    model, params = some()
+    worse = drafters.model(fa.decoder(SMALL), noisy(params, 1.0))
+    n, last = torch.tensor(len(PROMPT)), torch.tensor(7)
+
+    def paths(**options):
+        drafter = drafters.tree(worse, branching=(3, 3, 2), width=1, **options)
+        draft, _ = drafter.propose(fa.key(0), last, drafter.init(PROMPT, n, 8))
+        found = [()]
+        for token, above in zip(draft.tokens.tolist(), draft.parent.tolist(), strict=True):
+            if above >= 0:
+                found.append((*found[above], token))
+        assert int(draft.valid) == len(found) - 1
+        return found[1:]
+
+    def chance(path):
+        text = torch.cat([PROMPT, torch.tensor([7, *path])])
+        rows = model.extend(noisy(params, 1.0), text, ())[0][len(PROMPT) :].log_softmax(-1)
+        return math.exp(sum(float(row[token]) for row, token in zip(rows, path, strict=False)))
+
+    whole, lengths = paths(), set()
+    spine = [whole[0], whole[3], whole[6]]
+    for least in (1e-9, *(chance(path) + 1e-12 for path in whole[1:3]), 0.5):
+        wanted = [path for path in whole if path in spine or chance(path) >= least]
+        assert paths(least=least) == wanted
+        lengths.add(len(wanted))
+    assert len(lengths) > 2
 
 
 def test_rows_whose_trees_end_early_are_single_ones():
@@ -343,7 +375,7 @@ def _check_law(name, rule, trials):
     drafter = {
         "a shape": drafters.tree(worse, branching=(2, 1)),
         "grown": drafters.tree(worse, nodes=4, depth=2, width=2),
-        "a spine": drafters.tree(worse, branching=(2, 2), width=1, confidence=0.4),
+        "a spine": drafters.tree(worse, branching=(2, 2), width=1, confidence=0.4, least=0.2),
         "drawn": drafters.tree(worse, branching=(2, 1), children="drawn", sampler=sampler),
         "mixed": drafters.tree(worse, branching=(2, 2), children="mixed", sampler=sampler),
     }[name]
@@ -370,31 +402,3 @@ def test_a_stream_of_a_tree_ends_in_the_middle_of_a_path():
         pieces = list(stream(fa.key(0), model, params, drafter, PROMPT, steps=20, stop=stop))
         assert pieces[-1].tokens == wanted[-1].tokens
         assert int(pieces[-1].cache.length) == int(wanted[-1].cache.length)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "branching should be given, or nodes, got neither"),
-        ({"branching": (2,), "nodes": 3}, "branching should be given, or nodes, got both"),
-        ({"branching": ()}, "branching should be numbers of children"),
-        ({"branching": (2, 0)}, "branching should be numbers of children"),
-        ({"nodes": 100, "depth": 2, "width": 3}, "nodes should be at most the 12 that grow"),
-        ({"nodes": 4, "children": "drawn"}, "children should be top in a tree that is grown"),
-        ({"branching": (2,), "children": "best"}, "children should be one of top, drawn, mixed"),
-        ({"branching": (2,), "sampler": sampling.greedy}, "sampler should be a sampler that"),
-        ({"branching": (2,), "width": 0}, "width should be an int, at least 1"),
-        ({"branching": (2,), "confidence": 2}, "confidence should be from 0 to 1"),
-        ({"nodes": 4, "confidence": 0.5}, "confidence should be 0 in a tree that is grown"),
-        (
-            {"branching": (2,), "width": 1, "children": "drawn"},
-            "children should be top where tokens decide",
-        ),
-    ],
-)
-def test_bad_input_is_an_error_with_its_remedy(options, message):
-    model, params = some()
-    with pytest.raises(ValueError, match="drafters.tree: " + message):
-        drafters.tree(drafters.model(model, params), **options)
-    with pytest.raises(TypeError, match=r"drafters\.tree: drafter should be one that has"):
-        drafters.tree(drafters.prompt_lookup(), branching=(2,))
