@@ -1,6 +1,7 @@
 """Drafts for `fa.speculate`: by a model, by the text itself, or by a function of yours."""
 
 from .checkpoints.heads import load_head
+from .checkpoints.saved_heads import save_head
 from .decoding.speculative.drafters import (
     Draft,
     Drafter,
@@ -27,6 +28,7 @@ __all__ = [
     "load_head",
     "model",
     "prompt_lookup",
+    "save_head",
     "skip",
     "suffix",
     "train_head",

@@ -121,7 +121,7 @@ TESTED_BY = {
     "vocabulary.vocabulary": "vocabulary: api functions likelihoods operators passes; transformer: "
     "likelihoods",
     "tree.tree": "tree: mapping nodes summaries",
-    "drafters": "decoding.speculative: drafters model_drafters",
+    "drafters": "decoding.speculative: drafters",
     "search": "decoding: beams",
     "serving": "decoding: batching",
     "speculation": "decoding.speculative: acceptance regions rules",

@@ -61,6 +61,14 @@ def test_a_function_that_gives_another_size_is_an_error():
         )
 
 
+@pytest.mark.parametrize("valid", [-1, 4])
+def test_a_function_that_counts_beyond_its_draft_is_an_error(valid):
+    drafter = drafters.function(lambda text, n: (text[:3], torch.tensor(valid)), length=3)
+    state = drafter.init(torch.tensor([1, 2, 3]), torch.tensor(3), 4)
+    with pytest.raises(ValueError, match=f"valid from 0 to N = 3, got {valid}"):
+        drafter.propose(fa.key(0), torch.tensor(1), state)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_knows_the_tokens_of_its_head(tied):
     config = fa.Config(vocabulary=24, layers=1, tied=tied)

@@ -114,8 +114,13 @@ def along_tree(
     """`along` for a tree: row n has the logits of the text that ends with the token of node n.
 
     Raises:
-        TypeError: a cache that drops or encodes tokens within a draft of this depth.
+        TypeError: a cache that drops or encodes tokens within a draft of this depth, or has
+            recurrent states.
     """
+    if caches.states(cache):
+        remedy = "Draft a chain: by fa.drafters.model, or prompt_lookup."
+        got, wanted = "a tree", "one of chains behind recurrent states, which read in one order"
+        errors.fail("speculate", "drafter", wanted, got, remedy, TypeError)
     all_near = isinstance(cache, Ring) and depth <= cache.k.shape[-2]
     if not all_near and not caches.keeps_all(cache):
         got = (

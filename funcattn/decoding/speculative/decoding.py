@@ -220,11 +220,14 @@ def _begin(
 ) -> tuple[Start, Chooser]:
     """Prefill with room for drafts, and the chooser of the rounds after it."""
     _check_drafter(request.verb, drafter)
+    if not isinstance(rule, Rule):
+        remedy = "Pass fa.speculation.blockwise or tokenwise, or one of your own."
+        errors.fail(request.verb, "rule", "a Rule", repr(rule), remedy, TypeError)
     request.checked(key=key, drafter=drafter, rule=rule, **values)
-    features = Features(request.verb, drafter.taps)
+    features = Features(request.verb, drafter.taps, request.model)
     with features.listening():
         start = prefill(
-            *(request.model, request.params, request.prompt, request.cache),
+            *(features.model, request.params, request.prompt, request.cache),
             room=request.steps + drafter.length,
             prompt_length=request.prompt_length,
             chunk=request.chunk,
@@ -242,10 +245,12 @@ def verifying(
         request, key, drafter, rule: as in `speculate`.
         start: the result of prefill. features: what the drafter's taps heard in it.
     """
-    model, params, sampler, steps = request.model, request.params, request.sampler, request.steps
+    model, params, sampler, steps = features.model, request.params, request.sampler, request.steps
     prompt, stop = request.prompt, request.stop
     shared = (
-        drafter.sharing if drafter.sharing is not None and drafter.sharing.model is model else None
+        drafter.sharing
+        if drafter.sharing is not None and drafter.sharing.model is request.model
+        else None
     )
     keys = randomness.split(key, (steps + 1, 2))
 
@@ -272,11 +277,16 @@ def verifying(
 
     def follow(n: int, text: Text) -> Choice:
         draft, drafting = propose(n, text)
-        # Without drafted tokens one decode step is enough.
-        nothing = sampler.deterministic and errors.integer(draft.valid) == 0
-        proposed = draft.tokens[:0] if nothing else draft.tokens
+        # Tokens that do not count are not read, where their number is known.
+        valid = errors.integer(draft.valid)
+        proposed = draft.tokens
+        if is_absent(draft.parent) or valid == 0:
+            proposed = proposed[:valid]
+        elif valid is not None:
+            draft = _without_end(draft)
+            proposed = draft.tokens
         read = torch.cat([text.last.reshape(1), proposed])
-        if is_absent(draft.parent) or nothing:
+        if is_absent(draft.parent) or not len(proposed):
             with features.listening():
                 logits, delta = transformer.along(model, params, read, text.cache)
             seen = features.rows(len(read), drafter.length + 1)
@@ -297,6 +307,7 @@ def verifying(
                 depth=drafter.length,
             )
             delta, proposed = transformer.rows_of_path(delta, rows), proposed[: drafter.length]
+            rows = F.pad(rows, (0, drafter.length + 1 - len(rows)))
             seen = [x.index_select(0, rows) for x in features.rows(len(read))]
         assert text.left is not None  # rounds write different numbers of tokens
         kept = torch.minimum(until_stop(found.tokens, found.count + 1, stop), text.left)
@@ -313,6 +324,17 @@ def verifying(
         return Choice(tokens, kept, torch.where(text.done, text.last, newest), delta, settle)
 
     return Chooser(first, follow, drafter.length)
+
+
+def _without_end(draft: Draft) -> Draft:
+    """A tree without the missing nodes at its end, to a few sizes: each is compiled once."""
+    assert not is_absent(draft.parent)
+    there = (draft.parent >= 0).nonzero()
+    last = 1 + int(there.max()) if len(there) else 0
+    M = min(len(draft.tokens), (1 << last.bit_length()) - 1)
+    probs = draft.probs if is_absent(draft.probs) else draft.probs[: M + 1]
+    certain = draft.certain if is_absent(draft.certain) else draft.certain[:M]
+    return Draft(draft.tokens[:M], probs, draft.valid, draft.parent[:M], certain)
 
 
 def no_rounds(prompt: Tensor) -> Stats:
@@ -344,7 +366,10 @@ def _check_drafter(verb: str, drafter: Drafter) -> None:
 
 def _check_vocabulary(verb: str, drafter: Drafter, logits: Tensor) -> None:
     if drafter.vocabulary not in (None, logits.shape[-1]):
-        remedy = "Draft with a model of the same tokenizer."
+        remedy = (
+            "Draft with a model of the same tokenizer; of one that differs in padding alone, "
+            f"with fa.drafters.model(..., vocabulary={logits.shape[-1]})."
+        )
         errors.fail(
             verb,
             "drafter",

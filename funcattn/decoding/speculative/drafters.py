@@ -98,8 +98,9 @@ class NodeReader(NamedTuple):
         init: (prompt, prompt_length, steps, *features) -> (a row like logits (V,), state with room
             for `steps` tokens more).
         share: (cache of the target) -> state.
-        read: (last (), tokens (m,), parent (m,), state, since) -> (logits (m + 1 - since, V) of
-            the nodes from `since` on, the state with what was read of all nodes).
+        read: (last (), tokens (m,), parent (m,), state, since, path) -> (logits (m + 1 - since, V)
+            of the nodes from `since` on, the state with what was read of all nodes); path says
+            that each node is below the one before, and that all before `since` were read.
         keep: (rows int64 (N + 1,), tokens (N + 1,), count (), state, *features) -> state, which
             has kept the first `count` of these nodes of what it read last; node 0 is `last`, and
             tokens are those after it.
@@ -109,7 +110,7 @@ class NodeReader(NamedTuple):
     model: Model | None
     init: Callable[..., tuple[Tensor, Tree]]
     share: Callable[[Tree], Tree]
-    read: Callable[[Tensor, Tensor, Tensor, Tree, int], tuple[Tensor, Tree]]
+    read: Callable[[Tensor, Tensor, Tensor, Tree, int, bool], tuple[Tensor, Tree]]
     keep: Callable[..., Tree]
     taps: tuple[str, ...] = ()
 
@@ -160,7 +161,11 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
                 got,
                 "Pad the tokens.",
             )
-        return Draft(tokens, ABSENT, valid)
+        if errors.is_true((valid < 0) | (valid > length)):
+            wanted, remedy = f"valid from 0 to N = {length}", "It counts the drafted tokens."
+            got = errors.peek(valid)
+            errors.fail("drafters.function", "what f returns", wanted, got, remedy)
+        return Draft(tokens, ABSENT, valid.clamp(0, length))
 
     return of_text(draft, length)
 
@@ -234,6 +239,13 @@ def prompt_lookup(*, length: int = 4, ngram: int = 3) -> Drafter:
 
 def _is_ids(x: object) -> bool:
     return isinstance(x, Tensor) and x.dtype in tree.INTEGERS
+
+
+def check_probability(function: str, argument: str, p: float) -> None:
+    """Fail where a probability at which drafts stop is none."""
+    if not isinstance(p, int | float) or not 0 <= p <= 1:
+        remedy = "0.4 is usual; 0 leaves nothing out."
+        errors.fail(function, argument, "from 0 to 1", repr(p), remedy)
 
 
 def check_length(function: str, length: int) -> None:

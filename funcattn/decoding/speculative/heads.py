@@ -31,9 +31,10 @@ from ...records import ABSENT, is_absent, record
 from ...sampling import Sampler
 from ...transformer import Config, Layer, LayerContext, LayerSpec
 from ..loop import commit_owned
-from .drafters import Drafter, NodeReader, check_length
-from .tree_drafters import Shape, of_reader
+from .drafters import Drafter, NodeReader, check_length, check_probability
+from .tree_drafters import of_reader
 from .tree_rules import kinship
+from .tree_shapes import Shape
 
 KINDS = ("eagle3", "mtp")
 
@@ -175,17 +176,25 @@ _Head = Head
 @door(name="drafters.head")
 @printed
 def head(
-    head: Head, params: HeadParams, *, length: int = 4, sampler: Sampler | None = None
+    head: Head,
+    params: HeadParams,
+    *,
+    length: int = 4,
+    sampler: Sampler | None = None,
+    confidence: float = 0.0,
 ) -> Drafter:
     """Draft with a trained head, such as EAGLE-3: a chain; `drafters.tree` makes trees of it.
 
-    The head hears the target at `head.taps`, so a compiled target takes its eager steps.
+    The head hears the target at `head.taps`, so a compiled target takes its eager steps; not where
+    that is what its `hidden` returns ("mtp").
 
     Args:
         head, params: from `load_head` or `train_head`.
         length: N, how many tokens to draft.
         sampler: a transform of the head's logits from which drafts are drawn; None takes the most
             probable token.
+        confidence: the draft ends behind the token at which its probability falls below it; 0
+            never stops.
 
     Raises:
         ValueError: the target has no such taps.
@@ -198,7 +207,8 @@ def head(
         got = f"a {type(head).__name__} and a {type(params).__name__}"
         remedy = "Both are of load_head or train_head."
         errors.fail("drafters.head", "head, params", "a Head, HeadParams", got, remedy, TypeError)
-    shape = Shape((1,) * length, 0, 0, "top" if sampler is None else "drawn")
+    check_probability("drafters.head", "confidence", confidence)
+    shape = Shape((1,) * length, 0, 0, "top" if sampler is None else "drawn", confidence)
     transform = sampling.chain() if sampler is None else sampler
     return of_reader(_reader(head, params), shape, transform, head.config.vocabulary)
 
@@ -223,7 +233,7 @@ def _reader(head: Head, params: HeadParams) -> NodeReader:
         return row, HeadState(cache, pending, torch.zeros_like(n))
 
     def read(
-        last: Tensor, tokens: Tensor, parent: Tensor, state: HeadState, since: int
+        last: Tensor, tokens: Tensor, parent: Tensor, state: HeadState, since: int, path: bool
     ) -> tuple[Tensor, HeadState]:
         carry = carried(head, params, state.pending.unsqueeze(0))
         if len(tokens):

@@ -2,21 +2,22 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import caches, collectives, randomness, sampling, transformer, tree
 from ...caches import Branch, Cache, Delta, Hybrid, KVCache
 from ...core import errors
 from ...core.doors import door, printed
-from ...models import Model, at_core, config_of, told
+from ...models import Model, Past, at_core, config_of, told
 from ...records import ABSENT, is_absent, record
 from ...sampling import Sampler
 from ...tree import Tree
 from ..loop import commit_owned, prefill
-from .drafters import Draft, Drafter, NodeReader, Sharing, check_length
+from .drafters import Draft, Drafter, NodeReader, Sharing, check_length, check_probability
 from .tree_rules import kinship
 from .verification import select_state
 
@@ -45,6 +46,8 @@ def model(
     length: int = 4,
     sampler: Sampler = sampling.greedy,
     chunk: int = 512,
+    confidence: float = 0.0,
+    vocabulary: int | None = None,
 ) -> Drafter:
     """Draft with a model, token by token: a smaller one, or the target with cheaper weights.
 
@@ -58,8 +61,19 @@ def model(
         sampler: how drafts are drawn; where the target is sampled, that same sampler is a good
             choice.
         chunk: as in `fa.generate`.
+        confidence: the draft ends behind a token to which the drafter gives a probability below
+            it (the model itself under a deterministic sampler). Long drafts then stop where they
+            would be rejected; 0 never stops.
+        vocabulary: V of the target, for a drafter whose vocabulary has other padding: its logits
+            are cut or filled by -inf to V, and ids that it lacks are read as token 0.
+
+    Law: distributed as generate, and equal to it under greedy, with every option
+        (test_model_drafters.py).
     """
     check_length("drafters.model", length)
+    check_probability("drafters.model", "confidence", confidence)
+    if vocabulary is not None:
+        model = _padded(model, vocabulary)
     if not errors.is_count(chunk, 1):
         errors.fail(
             "drafters.model",
@@ -99,6 +113,7 @@ def model(
         key: Tensor, last: Tensor, state: ModelDrafterState, whole: bool
     ) -> tuple[Draft, ModelDrafterState]:
         cache, token, tokens, probs, states, deltas = state.cache, last, [], [], [], []
+        goes_on, valid = torch.ones_like(last, dtype=torch.bool), torch.zeros_like(last)
         dense = _is_dense(cache)
         owned = not whole and dense  # rows beyond the cache's length may be overwritten
         now = sampler.observe(last, select_state(state.states, torch.zeros_like(last)))
@@ -110,7 +125,8 @@ def model(
                 # A cache that the first commit has copied is written in place from then on.
                 ours = dense and (n > 0 or owned)
                 cache = commit_owned(cache, delta, 1) if ours else caches.commit(cache, delta, 1)
-            left, now = sampler.update(logits_of(x), now)
+            logits = logits_of(x)
+            left, now = sampler.update(logits, now)
             states.append(now)
             token = (
                 left.argmax(-1) if sampler.deterministic else randomness.categorical(keys[n], left)
@@ -119,17 +135,25 @@ def model(
             if not sampler.deterministic:
                 probs.append(left.softmax(-1))
             now = sampler.observe(token, now)
+            valid = valid + goes_on.long()
+            if confidence:
+                # A deterministic sampler leaves one token, whatever the model finds.
+                own = logits if sampler.deterministic else left
+                sure = own.log_softmax(-1).gather(-1, token.reshape(1))[0].exp() >= confidence
+                goes_on = goes_on & sure
+                if errors.value(goes_on) is not None and not goes_on:
+                    break
         if whole:  # the last token is read too: the cache is complete where all are accepted
             x, delta = model.hidden(params, token.reshape(1), cache)
             deltas.append(delta)
             cache = commit_owned(cache, delta, 1) if dense else caches.commit(cache, delta, 1)
             now = sampler.update(logits_of(x), now)[1] if tree.leaves(now) else now
-        states = tree.map(lambda *leaves: torch.stack(leaves), *states, now)
-        draft = Draft(
-            torch.stack(tokens),
-            torch.stack(probs) if probs else ABSENT,
-            torch.full_like(last, length),
-        )
+        missing = length - len(tokens)
+        states += [now] * (1 + missing)
+        tokens += [torch.zeros_like(last)] * missing
+        probs += probs[-1:] * missing
+        states = tree.map(lambda *leaves: torch.stack(leaves), *states)
+        draft = Draft(torch.stack(tokens), torch.stack(probs) if probs else ABSENT, valid)
         if whole and caches.states(cache):  # states cannot be shortened: `keep` commits again
             return draft, state._replace(states=states, draft=caches.joined(deltas))
         return draft, ModelDrafterState(cache, state.certain, states)
@@ -158,8 +182,10 @@ def model(
     sharing = Sharing(
         model, share, lambda key, last, state: read(key, last, state, False), keep_states
     )
-    reader = _node_reader(model, params, chunk)
-    return Drafter(init, propose, keep, length, _vocabulary(model, params), sharing, reader)
+    recurs = isinstance(model.config, transformer.Config) and model.config.recurrent_layers
+    reader = None if recurs else _node_reader(model, params, chunk)
+    tokens = _vocabulary(model, params) if vocabulary is None else vocabulary
+    return Drafter(init, propose, keep, length, tokens, sharing, reader)
 
 
 _model = model
@@ -175,6 +201,7 @@ def skip(
     length: int = 4,
     sampler: Sampler = sampling.greedy,
     chunk: int = 512,
+    confidence: float = 0.0,
 ) -> Drafter:
     """Draft with the target model without some of its layers, with a cache of its own.
 
@@ -182,7 +209,7 @@ def skip(
         model, params: from `fa.decoder`, or compiled: then the draft is compiled alike. A replaced
             logits function is the draft's too.
         layers: which to leave out, 0 to L - 1; leaving out middle layers costs least acceptance.
-        length, sampler, chunk: as in `model`.
+        length, sampler, chunk, confidence: as in `model`.
 
     Source: Zhang et al., Draft and verify: lossless acceleration by self-speculative decoding,
         arXiv:2309.08168.
@@ -213,18 +240,22 @@ def skip(
     smaller = dataclasses.replace(config, layers=len(left), **fewer)
     draft = at_core(model, lambda core: core.made.again(smaller) if core.made else core)
     weights = params._replace(layers=tuple(params.layers[i] for i in left))
-    return _model(draft, weights, length=length, sampler=sampler, chunk=chunk)
+    return _model(
+        draft, weights, length=length, sampler=sampler, chunk=chunk, confidence=confidence
+    )
 
 
 @record
 class NodeReaderState(NamedTuple):
     """The state of a model that reads trees: its cache before `last`, and the rows of the nodes.
 
-    read: the delta of node 0 and all nodes read, () before the first.
+    read: the delta of node 0 and all nodes read, () before the first. ahead: the cache with the
+    nodes of a path, () where they are none.
     """
 
     cache: KVCache
-    read: Delta | tuple[()]
+    read: Delta | tuple[()] = ABSENT
+    ahead: KVCache | tuple[()] = ABSENT
 
 
 def _node_reader(model: Model, params: Tree, chunk: int) -> NodeReader:
@@ -232,11 +263,20 @@ def _node_reader(model: Model, params: Tree, chunk: int) -> NodeReader:
         start = prefill(
             model, params, prompt, ABSENT, room=steps, prompt_length=prompt_length, chunk=chunk
         )
-        return start.logits, NodeReaderState(start.cache, ABSENT)
+        return start.logits, NodeReaderState(start.cache)
 
     def read(
-        last: Tensor, tokens: Tensor, parent: Tensor, state: NodeReaderState, since: int
+        last: Tensor, tokens: Tensor, parent: Tensor, state: NodeReaderState, since: int, path: bool
     ) -> tuple[Tensor, NodeReaderState]:
+        if path:  # a text, of which only the new nodes are read
+            before = state.cache if is_absent(state.ahead) else state.ahead
+            new = torch.cat([last.reshape(1), tokens])[since:]
+            x, delta = model.hidden(params, new, before)
+            # Rows beyond the length of a cache may be overwritten.
+            add = commit_owned if _is_dense(before) else caches.commit
+            logits = model.logits(params, x)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            return logits, NodeReaderState(state.cache, ahead=add(before, delta, len(new)))
         x, delta = transformer.hidden_of_tree(
             *(model, params, torch.cat([last.reshape(1), tokens]), state.cache),
             above=kinship(parent).above,
@@ -250,9 +290,26 @@ def _node_reader(model: Model, params: Tree, chunk: int) -> NodeReader:
     ) -> NodeReaderState:
         assert not is_absent(state.read)
         kept = commit_owned(state.cache, transformer.rows_of_path(state.read, rows), count)
-        return NodeReaderState(kept, ABSENT)
+        return NodeReaderState(kept)
 
-    return NodeReader(model, init, lambda cache: NodeReaderState(cache, ABSENT), read, keep)
+    return NodeReader(model, init, NodeReaderState, read, keep)
+
+
+def _padded(model: Model, V: int) -> Model:
+    """The model with V tokens: its logits cut or filled by -inf, ids that it lacks read as 0."""
+    if not errors.is_count(V, 1):
+        remedy = "Pass that of the target: model.config.vocabulary."
+        errors.fail("drafters.model", "vocabulary", "an int, at least 1", repr(V), remedy)
+    known = model.config.vocabulary if isinstance(model.config, transformer.Config) else V
+
+    def hidden(params: Tree, tokens: Tensor, cache: Past = ABSENT, **given: Any) -> Any:
+        return model.hidden(params, torch.where(tokens < known, tokens, 0), cache, **given)
+
+    def logits(params: Tree, x: Tensor) -> Tensor:
+        own = model.logits(params, x)
+        return F.pad(own, (0, V - own.shape[-1]), value=-torch.inf)
+
+    return model if known == V else model._replace(hidden=hidden, logits=logits)
 
 
 def _vocabulary(model: object, params: Tree) -> int | None:

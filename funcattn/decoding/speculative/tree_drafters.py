@@ -1,6 +1,8 @@
 """Trees of drafts from the distributions of a drafter: of one shape, or grown by probability.
 
     branching=(3, 2, 1)     3 children of the root, 2 of each of these, 1 of each of these
+    branching=(2, 2, 2), width=1     children of the most probable node of each depth alone: the
+                            chain of first choices, and beside each of these the second one
     nodes=12, depth=4       at each depth the most probable nodes get children; of all nodes the 12
                             with the greatest product of probabilities are verified
 
@@ -16,7 +18,6 @@ multi-draft speculative decoding, arXiv:2502.18779 (one child drawn behind the c
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,8 @@ from ...sampling import Sampler
 from ...tree import Tree
 from .drafters import Draft, Drafter, NodeReader, Sharing
 from .tree_rules import deepest, kinship, most_probable, path_to
+from .tree_shapes import Shape, shape_of
 from .verification import select_state
-
-CHILDREN = ("top", "drawn", "mixed")
 
 
 @record
@@ -53,30 +53,6 @@ class TreeState(NamedTuple):
     states: Tree
 
 
-class Shape(NamedTuple):
-    """How a tree is made: children of each node by depth, and what is kept.
-
-    branching: children of a node at each depth. width: how many nodes of a depth get children; 0 is
-    all. nodes: M, how many are kept; 0 is all. children: one of CHILDREN.
-    """
-
-    branching: tuple[int, ...]
-    width: int
-    nodes: int
-    children: str
-
-    @property
-    def size(self) -> int:
-        """M, the number of tokens of a tree."""
-        if self.nodes:
-            return self.nodes
-        total, each = 0, 1
-        for b in self.branching:
-            each *= b
-            total += each
-        return total
-
-
 @door(name="drafters.tree")
 @printed
 def tree(
@@ -85,9 +61,11 @@ def tree(
     branching: Sequence[int] | None = None,
     nodes: int | None = None,
     depth: int = 4,
-    width: int = 4,
+    width: int | None = None,
     children: str = "top",
     sampler: Sampler | None = None,
+    confidence: float = 0.0,
+    least: float = 0.0,
 ) -> Drafter:
     """Draft a tree from the distributions of a drafter, verified in one forward pass.
 
@@ -102,15 +80,21 @@ def tree(
         nodes: how many nodes to verify, in place of `branching`: the tree is grown to `depth`,
             where the `width` most probable nodes of each depth get `width` children each, and the
             best `nodes` of all are kept.
-        depth, width: of a tree that is grown.
+        depth: of a tree that is grown.
+        width: how many nodes of a depth get children, the most probable ones. None is all of a
+            tree with `branching`, and 4 of one that is grown, with as many children each.
         children: "top", the most probable tokens, chosen without chance; "drawn", without
             replacement; "mixed", one drawn from all but the most probable tokens, then these.
         sampler: a transform of the drafter's logits, such as a temperature; the target's own is a
             good choice for "drawn" and "mixed". None leaves them as they are.
+        confidence: a tree with `branching` ends behind the depth at which no path that could go on
+            has at least this probability; 0 never stops.
+        least: of a tree with `width`: nodes that get no children are left out where their path is
+            less probable. So second choices are verified where the first one is not sure.
 
     Raises:
         ValueError: neither or both of branching and nodes; a shape without nodes; more nodes than
-            grow; children drawn in a tree that is grown.
+            grow; children drawn in a tree that is grown, or whose tokens decide which get children.
         TypeError: a drafter without distributions (prompt_lookup, function).
 
     Example:
@@ -125,11 +109,14 @@ def tree(
 
     Law: distributed as generate, and equal to it under greedy (test_tree_drafters.py).
     """
-    shape = _shape(branching, nodes, depth, width, children)
+    shape = shape_of(branching, nodes, depth, width, children, confidence, least)
     reader = getattr(drafter, "reader", None)
     if reader is None:
         got = repr(drafter) if isinstance(drafter, Drafter) else f"a {type(drafter).__name__}"
-        remedy = "Such as fa.drafters.model; of a text fa.drafters.suffix drafts trees."
+        remedy = (
+            "Such as fa.drafters.model of a model without recurrent layers, whose states read "
+            "tokens in one order; of a text fa.drafters.suffix drafts trees."
+        )
         wanted = "one that has distributions"
         errors.fail("drafters.tree", "drafter", wanted, got, remedy, TypeError)
     transform = sampling.chain() if sampler is None else sampler
@@ -171,7 +158,7 @@ def of_reader(
         # The leaves are read too, so that the cache is complete where all are accepted; a head
         # reads what is accepted with the target's features.
         if not shared and not reader.taps:
-            held = reader.read(last, draft.tokens, draft.parent, held, shape.size + 1)[1]
+            held = reader.read(last, draft.tokens, draft.parent, held, shape.size + 1, False)[1]
         after = TreeState(
             state.cache, ABSENT if shared else held, draft.tokens, draft.parent, states
         )
@@ -220,15 +207,16 @@ def _grown(
     # them among the nodes that are read.
     ids, score, here, since = last.new_zeros(1), torch.zeros(1, device=last.device), states[0], 0
     first = 0  # the number of the first candidate of a depth
+    goes_on = torch.ones_like(last, dtype=torch.bool)
     for depth, b in enumerate(shape.branching):
-        logits, held = reader.read(last, *read, held, since)
+        logits, held = reader.read(last, *read, held, since, shape.width == 1)
         left, here = _update(sampler, logits, here)
         states[-1] = _put(states[-1], ids - first, here)
         found = _children(keys[depth], left, b, shape.children)
         first = 1 + sum(len(x) for x in tokens)
         over = torch.arange(len(ids), device=last.device).repeat_interleave(b)
         tokens.append(found.tokens)
-        parents.append(ids.index_select(0, over))
+        parents.append(torch.where(goes_on, ids.index_select(0, over), -1))
         scores.append(score.index_select(0, over) + found.score)
         below = trees.map(lambda leaf, over=over: leaf.index_select(0, over), here)
         states.append(_observe(sampler, found.tokens, below))
@@ -237,16 +225,37 @@ def _grown(
         among = torch.arange(len(over), device=last.device)
         if shape.width:
             among = scores[-1].topk(min(shape.width, len(over))).indices
+        if shape.least:
+            stays = torch.zeros_like(found.certain).index_fill(0, among, True)
+            stays = stays | (scores[-1].exp() >= shape.least)
+            parents[-1] = torch.where(stays, parents[-1], -1)
         read = (
             torch.cat([read[0], found.tokens.index_select(0, among)]),
             torch.cat([read[1], since + over.index_select(0, among)]),
         )
         since = len(read[0]) - len(among) + 1
         ids, score = first + among, scores[-1].index_select(0, among)
+        if shape.confidence:
+            goes_on = goes_on & (score.amax(-1).exp() >= shape.confidence)
+            if errors.value(goes_on) is not None and not goes_on:
+                break
         here = trees.map(lambda leaf, among=among: leaf.index_select(0, among), states[-1])
-    every = trees.map(lambda *leaves: torch.cat(leaves), *states)
     token, parent = torch.cat(tokens), torch.cat(parents)
+    missing = shape.size - len(token) if not shape.nodes else 0
+    states.append(_repeated(trees.map(lambda leaf: leaf[0], states[0]), missing))
+    every = trees.map(lambda *leaves: torch.cat(leaves), *states)
+    token, parent = F.pad(token, (0, missing)), F.pad(parent, (0, missing), value=-1)
     count = torch.full_like(last, shape.size)
+    if shape.confidence or shape.least:
+        count = (parent >= 0).sum()
+    if shape.least:  # what is left out is at the end, where it is not read
+        order = (parent < 0).long().sort(stable=True).indices
+        number = F.pad(order.sort().indices + 1, (1, 0))  # the new number of each node
+        above = number.index_select(0, parent.index_select(0, order).clamp(min=0))
+        parent = torch.where(parent.index_select(0, order) < 0, -1, above)
+        token = token.index_select(0, order)
+        rows = F.pad(order + 1, (1, 0))
+        every = trees.map(lambda leaf: leaf.index_select(0, rows), every)
     if shape.nodes:
         kept, over = most_probable(torch.cat(scores), parent, shape.nodes)
         rows = F.pad(kept + 1, (1, 0))
@@ -257,7 +266,8 @@ def _grown(
     inner = torch.cat(probs)
     leaves = inner.new_full((), 1 / inner.shape[-1])
     drawn = torch.cat([inner, leaves.expand(shape.size + 1 - len(inner), inner.shape[-1])])
-    return Draft(token, drawn, count, parent, torch.cat(chosen)), every, held
+    certain = F.pad(torch.cat(chosen), (0, missing))
+    return Draft(token, drawn, count, parent, certain), every, held
 
 
 class _Children(NamedTuple):
@@ -318,31 +328,3 @@ def _put(rows: Tree, at: Tensor, new: Tree) -> Tree:
 
 def _repeated(state: Tree, n: int) -> Tree:
     return trees.map(lambda leaf: leaf.expand(n, *leaf.shape), state)
-
-
-def _shape(
-    branching: Sequence[int] | None, nodes: int | None, depth: int, width: int, children: str
-) -> Shape:
-    fail = partial(errors.fail, "drafters.tree")
-    if (branching is None) == (nodes is None):
-        got = "neither" if nodes is None else "both"
-        fail("branching", "given, or nodes", got, "Such as branching=(3, 2, 1), or nodes=12.")
-    if children not in CHILDREN:
-        fail("children", f"one of {', '.join(CHILDREN)}", repr(children), "top is usual.")
-    if branching is not None:
-        if not len(branching) or not all(errors.is_count(b, 1) for b in branching):
-            wanted = "numbers of children, at least 1 each"
-            fail("branching", wanted, repr(branching), "Such as (3, 2, 1).")
-        return Shape(tuple(branching), 0, 0, children)
-    for name, n in (("nodes", nodes), ("depth", depth), ("width", width)):
-        if not errors.is_count(n, 1):
-            fail(name, "an int, at least 1", repr(n), "nodes=12, depth=4, width=4 is usual.")
-    if children != "top":
-        remedy = "Give a shape, or leave children out: a drawn tree may not be pruned."
-        fail("children", "top in a tree that is grown", repr(children), remedy)
-    assert nodes is not None
-    most = width + (depth - 1) * width * width
-    if nodes > most:
-        wanted = f"at most the {most} that grow with depth {depth} and width {width}"
-        fail("nodes", wanted, nodes, "Let more grow, or keep fewer.")
-    return Shape((width,) * depth, width, nodes, children)

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import tree
+from ... import randomness, tree
 from ...core import errors
 from ...core.doors import door
 from ...records import formerly, is_absent, record
 from ...sampling import Sampler, greedy, log_probs_with_state
 from ...tree import Tree
-from .acceptance import Accepted, accept
+from .acceptance import Accepted, accept, draw_row
 from .drafters import Draft
 from .rules import Rule, blockwise
 from .trees import Branched, accept_chosen, accept_tree
@@ -242,10 +242,16 @@ def accepted(
         return accept_greedy(sampler, logits, proposed, draft.valid, state)
     along = log_probs_along_draft(sampler, logits, proposed, state)
     dtype = along.log_probs.dtype
+    if not len(proposed):  # drawn with the key of the token that follows an accepted draft
+        drawable = along.log_probs.amax(-1, keepdim=True).isfinite()
+        target = torch.where(drawable, along.log_probs.exp(), torch.nan)
+        nothing = torch.zeros_like(draft.valid)
+        token = draw_row(randomness.split(key)[1], target, nothing)
+        return Accepted(nothing, token, token.reshape(1)), along.states
     probs = (
         F.one_hot(proposed, logits.shape[-1]).to(dtype)
         if is_absent(draft.probs)
-        else draft.probs.to(dtype)
+        else draft.probs[: len(proposed)].to(dtype)
     )
     return accept_along(key, along, probs, proposed, draft.valid, rule=rule), along.states
 

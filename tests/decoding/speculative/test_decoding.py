@@ -343,6 +343,12 @@ def test_statistics_tell_the_speedup_from_what_the_parts_cost():
             "speculate: drafter should be one of fa.drafters, got a Params",
         ),
         (
+            lambda m, p: speculate(
+                fa.key(0), m, p, drafters.prompt_lookup(), PROMPT, steps=3, rule="blockwise"
+            ),
+            "speculate: rule should be a Rule, got 'blockwise'",
+        ),
+        (
             lambda m, p: speculate(fa.key(0), p, m, drafters.prompt_lookup(), PROMPT, steps=3),
             "speculate: model should be from fa.decoder",
         ),

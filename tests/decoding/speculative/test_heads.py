@@ -67,7 +67,8 @@ def test_a_draft_is_what_the_head_says_of_the_whole_text(name):
 )
 def test_under_greedy_the_tokens_are_those_of_generate(name, branching):
     model, weights = target()
-    drafter = drafters.head(*some_head(**HEADS[name]), length=3)
+    confidence = 0.4 if name == "eagle3" else 0.0
+    drafter = drafters.head(*some_head(**HEADS[name]), length=3, confidence=confidence)
     drafter = drafter if branching is None else drafters.tree(drafter, branching=branching)
     prompts, lengths = torch.stack([PROMPT, PROMPT.flip(0)]), torch.tensor([8, 3])
     one = lambda p, n: speculate(fa.key(0), model, weights, drafter, p, steps=7, prompt_length=n)[0]

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.func import vmap
 
 import funcattn as fa
@@ -24,7 +26,7 @@ def look(text, before=None, **options):
 
 
 def by_hand(text, nodes, length, longest):
-    """The same by dictionaries, over all places."""
+    """The same by dictionaries, over all places; nothing goes through a token -1."""
     n, weights = len(text), {}
     match = lambda e: next(
         (k for k in range(min(longest, e)) if text[e - 1 - k] != text[n - 1 - k]), min(longest, e)
@@ -33,7 +35,7 @@ def by_hand(text, nodes, length, longest):
     most = max(matches.values())
     for e, m in matches.items():
         for j in range(length if m else 0):
-            if e + j < n:
+            if e + j < n and -1 not in text[e : e + j + 1]:
                 path = tuple(text[e : e + j + 1])
                 weights[path] = weights.get(path, 0) + 2.0 ** (m - most)
     return weights, sorted(weights.values(), reverse=True)[:nodes]
@@ -50,14 +52,27 @@ def test_the_most_frequent_continuations_of_the_longest_match_are_drafted():
 
 
 @pytest.mark.parametrize("longest", [1, 3, 16])
-def test_the_draft_is_that_of_a_count_by_hand(longest):
-    for seed in range(8):
-        text = fa.random.randint(fa.key(seed), (30,), 0, 3).tolist()
-        paths = look(text, nodes=10, length=4, longest=longest, places=64)
-        weights, best = by_hand(text, 10, 4, longest)
-        assert len(set(paths)) == len(paths) == len(best)
-        assert sorted((weights[path] for path in paths), reverse=True) == pytest.approx(best)
-        assert all(path[:-1] in paths or len(path) == 1 for path in paths)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(text=st.lists(st.integers(0, 2), min_size=2, max_size=30), extra=st.booleans())
+def test_the_draft_is_that_of_a_count_by_hand(longest, text, extra):
+    before = [*text[::-1], 1] if extra else []
+    paths = look(text, before or None, nodes=10, length=4, longest=longest)
+    weights, best = by_hand([*before, -1, *text] if before else text, 10, 4, longest)
+    assert len(set(paths)) == len(paths) == len(best)
+    assert [weights[path] for path in paths] == best
+    assert all(path[:-1] in paths or len(path) == 1 for path in paths)
+
+
+def test_a_chain_follows_the_most_frequent_token():
+    drafter = drafters.suffix(length=4, chain=True)
+    state = drafter.init(torch.tensor(TEXT[:-1]), torch.tensor(len(TEXT) - 1), 8)
+    draft, _ = drafter.propose(fa.key(0), torch.tensor(TEXT[-1]), state)
+    assert draft.parent == ()
+    # 8 twice; then 6 after the newest of the two
+    assert (draft.tokens.tolist(), int(draft.valid)) == ([8, 6, 2, 3], 4)
+    text = torch.tensor([1, 2, 3])
+    draft, _ = drafter.propose(fa.key(0), torch.tensor(9), drafter.init(text, torch.tensor(3), 8))
+    assert int(draft.valid) == 0
 
 
 def test_under_greedy_the_tokens_are_those_of_generate_and_few_rounds_are_needed():
@@ -66,7 +81,11 @@ def test_under_greedy_the_tokens_are_those_of_generate_and_few_rounds_are_needed
     params = fa.cast(torch.float64)(fa.tree.map(lambda w: 3 * w, model.init(fa.key(0))))
     prompts = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 0, 0]])
     lengths = torch.tensor([8, 6])
-    for drafter in (drafters.suffix(nodes=6, length=4), drafters.suffix(nodes=5, longest=2)):
+    for drafter in (
+        drafters.suffix(nodes=6, length=4),
+        drafters.suffix(nodes=5, longest=2),
+        drafters.suffix(length=3, chain=True),
+    ):
         one = lambda p, n, d=drafter: speculate(
             fa.key(0), model, params, d, p, steps=24, prompt_length=n
         )[0]
@@ -84,7 +103,7 @@ def test_under_greedy_the_tokens_are_those_of_generate_and_few_rounds_are_needed
     [
         ({"nodes": 0}, "nodes should be an int, at least 1"),
         ({"longest": 1.5}, "longest should be an int"),
-        ({"nodes": 9, "places": 2, "length": 4}, r"nodes should be at most places \* length = 8"),
+        ({"length": -1}, "length should be an int, at least 1"),
         ({"text": torch.zeros(2, 2)}, r"text should be int64 \(R,\)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -47,6 +48,12 @@ def each(model, params, share=0.2):
         ),
         "mixed": drafters.tree(other, branching=(3, 1), children="mixed", sampler=PENALTIES),
         "without a layer": drafters.tree(drafters.skip(model, params, [1]), branching=(4, 2)),
+        "a spine": drafters.tree(
+            worse, branching=(3, 2, 2, 2), width=1, confidence=0.9, least=0.02
+        ),
+        "a spine with a past of its own": drafters.tree(
+            other, branching=(2, 2, 1, 1), width=1, confidence=0.7
+        ),
     }
 
 
@@ -70,6 +77,74 @@ def test_under_greedy_the_tokens_are_those_of_generate(name):
     # a token a round, and those accepted; the last may be cut
     assert int(got.stats.rounds) + int(got.stats.accepted) in (13, 14)
     assert int(got.stats.accepted) > 0
+
+
+def test_a_spine_is_the_chain_of_first_choices_and_their_siblings():
+    model, params = some()
+    chain = drafters.model(fa.decoder(SMALL), noisy(params, 1.0), length=4)
+    n, last = torch.tensor(len(PROMPT)), torch.tensor(7)
+    first = chain.propose(fa.key(0), last, chain.init(PROMPT, n, 8))[0].tokens.tolist()
+    text, path = torch.cat([PROMPT, torch.tensor([7])]), []
+    for token in first:
+        row = model.extend(noisy(params, 1.0), text, ())[0][-1].log_softmax(-1)
+        path.append(float(row[token]) + (path[-1] if path else 0))
+        text = torch.cat([text, torch.tensor([token])])
+    for stop in (0.0, *(min(1.0, math.exp(p) + 1e-9) for p in path)):
+        drafter = drafters.tree(chain, branching=(2, 3, 2, 2), width=1, confidence=stop)
+        draft, _ = drafter.propose(fa.key(0), last, drafter.init(PROMPT, n, 8))
+        depth = next((i for i, p in enumerate(path, 1) if math.exp(p) < stop), 4)
+        count = [0, 2, 5, 7, 9][depth]
+        parent = [0, 0, 1, 1, 1, 3, 3, 6, 6]
+        assert int(draft.valid) == count
+        assert draft.parent.tolist() == [*parent[:count], *[-1] * (9 - count)]
+        spine = [draft.tokens.tolist()[i] for i in (0, 2, 5, 7)]
+        assert spine[:depth] == first[:depth]
+
+
+def test_improbable_siblings_are_left_out():
+    """The tree is that without `least`, with every other node in its order."""
+    model, params = some()
+    worse = drafters.model(fa.decoder(SMALL), noisy(params, 1.0))
+    n, last = torch.tensor(len(PROMPT)), torch.tensor(7)
+
+    def paths(**options):
+        drafter = drafters.tree(worse, branching=(3, 3, 2), width=1, **options)
+        draft, _ = drafter.propose(fa.key(0), last, drafter.init(PROMPT, n, 8))
+        found = [()]
+        for token, above in zip(draft.tokens.tolist(), draft.parent.tolist(), strict=True):
+            if above >= 0:
+                found.append((*found[above], token))
+        assert int(draft.valid) == len(found) - 1
+        return found[1:]
+
+    def chance(path):
+        text = torch.cat([PROMPT, torch.tensor([7, *path])])
+        rows = model.extend(noisy(params, 1.0), text, ())[0][len(PROMPT) :].log_softmax(-1)
+        return math.exp(sum(float(row[token]) for row, token in zip(rows, path, strict=False)))
+
+    whole, lengths = paths(), set()
+    spine = [whole[0], whole[3], whole[6]]
+    for least in (1e-9, *(chance(path) + 1e-12 for path in whole[1:3]), 0.5):
+        wanted = [path for path in whole if path in spine or chance(path) >= least]
+        assert paths(least=least) == wanted
+        lengths.add(len(wanted))
+    assert len(lengths) > 2
+
+
+def test_rows_whose_trees_end_early_are_single_ones():
+    model, params = some()
+    prompts, lengths = torch.stack([PROMPT, PROMPT.flip(0)]), torch.tensor([11, 4])
+    one = lambda prompt, n: speculate(
+        *(fa.key(0), model, params, each(model, params, 1.0)["a spine"], prompt),
+        steps=9,
+        prompt_length=n,
+        sampler=sampling.temperature(0.7),
+    )[0]
+    rows = vmap(one)(prompts, lengths)
+    for i in range(2):
+        whole = one(prompts[i][: lengths[i]], lengths[i])
+        assert rows.tokens[i].tolist() == whole.tokens.tolist()
+        assert [int(x[i]) for x in rows.stats] == [int(x) for x in whole.stats]
 
 
 def test_a_tree_keeps_more_than_its_first_branch():
@@ -274,7 +349,7 @@ def exact(model, params, sampler, prompt, n):
     return law
 
 
-LAWS = ("a shape", "grown", "drawn", "mixed")
+LAWS = ("a shape", "grown", "drawn", "mixed", "a spine")
 
 
 @pytest.mark.slow
@@ -284,7 +359,10 @@ def test_200_000_texts_have_the_law_of_the_model(name, rule):
     _check_law(name, rule, 200_000)
 
 
-@pytest.mark.parametrize(("name", "rule"), [("mixed", "blockwise"), slow("grown", "tokenwise")])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("mixed", "blockwise"), slow("a spine", "blockwise"), slow("grown", "tokenwise")],
+)
 def test_sampled_texts_have_the_law_of_the_model(name, rule):
     _check_law(name, rule, 2000)
 
@@ -297,6 +375,7 @@ def _check_law(name, rule, trials):
     drafter = {
         "a shape": drafters.tree(worse, branching=(2, 1)),
         "grown": drafters.tree(worse, nodes=4, depth=2, width=2),
+        "a spine": drafters.tree(worse, branching=(2, 2), width=1, confidence=0.4, least=0.2),
         "drawn": drafters.tree(worse, branching=(2, 1), children="drawn", sampler=sampler),
         "mixed": drafters.tree(worse, branching=(2, 2), children="mixed", sampler=sampler),
     }[name]
@@ -323,24 +402,3 @@ def test_a_stream_of_a_tree_ends_in_the_middle_of_a_path():
         pieces = list(stream(fa.key(0), model, params, drafter, PROMPT, steps=20, stop=stop))
         assert pieces[-1].tokens == wanted[-1].tokens
         assert int(pieces[-1].cache.length) == int(wanted[-1].cache.length)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "branching should be given, or nodes, got neither"),
-        ({"branching": (2,), "nodes": 3}, "branching should be given, or nodes, got both"),
-        ({"branching": ()}, "branching should be numbers of children"),
-        ({"branching": (2, 0)}, "branching should be numbers of children"),
-        ({"nodes": 100, "depth": 2, "width": 3}, "nodes should be at most the 12 that grow"),
-        ({"nodes": 4, "children": "drawn"}, "children should be top in a tree that is grown"),
-        ({"branching": (2,), "children": "best"}, "children should be one of top, drawn, mixed"),
-        ({"branching": (2,), "sampler": sampling.greedy}, "sampler should be a sampler that"),
-    ],
-)
-def test_bad_input_is_an_error_with_its_remedy(options, message):
-    model, params = some()
-    with pytest.raises(ValueError, match="drafters.tree: " + message):
-        drafters.tree(drafters.model(model, params), **options)
-    with pytest.raises(TypeError, match=r"drafters\.tree: drafter should be one that has"):
-        drafters.tree(drafters.prompt_lookup(), branching=(2,))
