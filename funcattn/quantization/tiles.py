@@ -275,9 +275,8 @@ def _mapped(
     of_blocks, of_scales, _, of_x = in_dims
     if of_x is not None and all(d is None for d in (*of_blocks, *of_scales)):
         x = x.movedim(of_x, 0)
-        return torch.ops.funcattn.products(blocks, scales, rows, x.flatten(0, 1)).unflatten(
-            0, x.shape[:2]
-        ), 0
+        flat = x.flatten(0, 1).contiguous()
+        return torch.ops.funcattn.products(blocks, scales, rows, flat).unflatten(0, x.shape[:2]), 0
     one = lambda t, d, n: (t if d is None else t.select(d, n)).contiguous()
     many = lambda tensors, dims, n: [one(t, d, n) for t, d in zip(tensors, dims, strict=True)]
     call = lambda n: torch.ops.funcattn.products(
