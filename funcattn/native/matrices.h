@@ -17,25 +17,13 @@ struct Matrix {
   int64_t rows, tiles, bytes;
 };
 
-// Some rows of what is remembered of one head.
-struct Past {
-  const float *k, *v;
-  int64_t k_step, v_step;
-};
-
-// A query, where its result goes, and how many rows of the last part it sees.
-struct Query {
-  const float* q;
-  float* y;
-  int64_t own;
-};
-
 struct Floats {
   void (*norm)(const float* x, const float* weight, int64_t E, float epsilon, float* y);
   void (*gated)(const float* gate, const float* up, int64_t F, float* y);
-  void (*attend)(const Query* queries, int64_t Q, const Past* parts, const int64_t* seen, int64_t count, int64_t D, float scale, float* room, int64_t room_step);
+  void (*score)(const float* const* q, float* const* to, int64_t Q, const float* k, int64_t step, int64_t rows, int64_t D, float scale);
+  float (*to_shares)(float* x, int64_t count);
+  void (*mix)(const float* const* share, float* const* y, int64_t Q, const float* v, int64_t step, int64_t rows, int64_t D);
   void (*rows)(const float* w, const float* x, int64_t T, int64_t K, int64_t N, int64_t begin, int64_t end, float* y, int64_t step);
-  int queries;  // of one call of attend, at most
 };
 
 // The matrices that blocks, (tiles, blocks of K, bytes) or floats (tiles, K, 16), and scales hold, checked; K is the length of their rows.

@@ -385,7 +385,7 @@ STABLE_TORCH_LIBRARY(funcattn, m) {
       "(Tensor, Tensor, Tensor, Tensor, bool)");
   m.def(
       "layers(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor[] norms, Tensor x, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, "
-      "int[] lengths, int heads, int kv_heads, float scale, float epsilon) -> (Tensor, Tensor, Tensor)");
+      "Tensor[] lengths, Tensor? among, int heads, int kv_heads, float scale, float epsilon) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("products", TORCH_BOX(&products)); }
