@@ -16,7 +16,7 @@ later logits into NaN.
     rows               reading and writing rows
     dense              Cache: one tensor of keys and one of values, preallocated
     paged              Pages: blocks, shared by forks
-    quantized_blocks   QuantizedCache: 8 or 4 bits
+    quantized_blocks   QuantizedCache: 8 or 4 bits; codes their arithmetic
     sliding_window     Ring: a sliding window and attention sinks, constant memory
     branch             Branch: a tail behind a prefix; fork, flatten
     hybrid             Hybrid: rows of attention and the states of recurrent layers
@@ -29,6 +29,7 @@ later logits into NaN.
 
 from . import display, rows
 from .branch import Branch, flatten, fork, fork_many, rows_of
+from .codes import QuantizedBlock
 from .delta import joined
 from .dense import Cache
 from .hybrid import Hybrid
@@ -57,7 +58,7 @@ from .protocol import (
 )
 from .protocol import KVCache as KVCache  # types, no verbs of a kind
 from .protocol import Past as Past
-from .quantized_blocks import QuantizedBlock, QuantizedCache, quantized
+from .quantized_blocks import QuantizedCache, quantized
 from .rows import bucket
 from .sharded import CONTEXT, ShardedCache
 from .sliding_window import Ring, ring

@@ -1,32 +1,43 @@
-"""`QuantizedCache`: older rows quantized to 8 or 4 bits, recent rows in full precision.
+"""`QuantizedCache`: older rows in codes of 8 or 4 bits, first and recent rows in full precision.
 
-    x ~ low + scale * code    code in 0 .. 2^bits - 1, low the minimum and scale the step of a group
+    first `sinks` rows | blocks of R coded rows | tail: `recent` rows and what fills a block
 
-A group is one channel of a block for keys, one token for values: some channels of keys are large
-for every token, those of values are not. New rows go to a tail in full precision; when it holds a
-whole block beside the `recent` rows, that block is quantized once, and never again: so the error
-of a row does not grow with the text. |x - (low + scale * code)| <= scale / 2.
+New rows go to a tail in full precision; when it holds a whole block beside the `recent` rows, that
+block is coded once (`codes`), and never again: so the error of a row does not grow with the text.
+The first tokens stay as they came: models attend to them wherever they have nothing to look for
+(attention sinks), and their keys are so unlike all others that they would spoil the groups.
 
 Derivatives go through the tail, `scale` and `low`, and the query. A code is an integer and has
 none: rows that are differentiated cannot be quantized, and a commit that would do so raises
 TypeError.
 
 Source: Liu et al., KIVI: A tuning-free asymmetric 2bit quantization for KV cache, arXiv:2402.02750,
-section 3.
+section 3; Hooper et al., KVQuant, arXiv:2401.18079, section 3.5, for the first tokens.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..core import errors
-from ..core.autograd import differentiated
+from ..core.autograd import differentiated, has_tangent, transforming
 from ..core.doors import made
-from ..kernels import Part
+from ..kernels import CodedSegment, Part, coded
 from ..records import record
 from . import display, rows
+from .codes import (
+    QuantizedBlock,
+    bits_of,
+    decode_keys,
+    decode_values,
+    encode_keys,
+    encode_values,
+)
 from .protocol import (
     Admitted,
     Delta,
@@ -43,22 +54,13 @@ from .protocol import (
     write,
 )
 
-
-@record
-class QuantizedBlock(NamedTuple):
-    """R quantized rows (L, K, R, D): codes uint8 (L, K, R, D), or (L, K, R, D / 2) for 4 bits.
-
-    With 4 bits a byte holds the codes of features i (low bits) and i + D / 2 (high bits).
-    """
-
-    codes: Tensor
-    scale: Tensor  # (L, K, 1, D) for keys, (L, K, R, 1) for values
-    low: Tensor  # as scale, same shape
+_REQUIRES_GRAD = attrgetter("requires_grad")
+MAX_QUERIES = 16  # of one call of the operator; more are bound by products, which floats have
 
 
 @record
 class QuantizedCache(NamedTuple):
-    """n quantized blocks of R rows, and a tail (L, K, C, D) of later rows in full precision.
+    """n coded blocks of R rows, between the first rows and a tail (L, K, C, D) in full precision.
 
     C = recent + R; at least the last C - R rows stay in full precision. Roll back by keeping the
     older cache; `with_length` raises, since quantized rows cannot be restored.
@@ -68,6 +70,8 @@ class QuantizedCache(NamedTuple):
     v: tuple[QuantizedBlock, ...]
     tail_k: Tensor
     tail_v: Tensor
+    first_k: Tensor  # (L, K, sinks, D), the first rows of the text
+    first_v: Tensor
     length: Tensor  # int64 ()
     __str__, _repr_html_ = display.line, display.bar
 
@@ -81,7 +85,7 @@ class QuantizedCache(NamedTuple):
         dtype: torch.dtype | None = None,
         value_size: int | None = None,
     ) -> "QuantizedCache":
-        """Room for `size` tokens at least, 8 bits in blocks of 32; `quantized` sets others."""
+        """Room for `size` tokens at least, 8 bits in blocks of 64; `quantized` sets others."""
         return quantized().empty(layers, heads, size, head_size, dtype, value_size)
 
 
@@ -89,25 +93,32 @@ class QuantizedCache(NamedTuple):
 @dataclass(frozen=True)
 # a value that is called like a function: model.cache(size, kind=quantized(bits=4))
 class quantized:
-    """A kind for `model.cache`: a `QuantizedCache` with `recent` rows left unquantized.
+    """A kind for `model.cache`: a `QuantizedCache`, whose first and last rows are not coded.
+
+    Args:
+        bits: of a code, 8 or 4.
+        block: rows that are coded at once, R; a multiple of 32 is coded best and read fastest.
+        recent: how many of the last rows, at least, are in full precision.
+        sinks: how many of the first rows are.
 
     Example:
         >>> import funcattn as fa
-        >>> cache = fa.decoder(fa.Config()).cache(100, kind=quantized(bits=4))
-        >>> cache.k[0].codes.shape, cache.tail_k.shape
-        (torch.Size([2, 2, 32, 8]), torch.Size([2, 2, 64, 16]))
+        >>> cache = fa.decoder(fa.Config()).cache(200, kind=quantized(bits=4))
+        >>> cache.k[0].codes.shape, cache.tail_k.shape, cache.first_k.shape
+        (torch.Size([2, 2, 16, 32]), torch.Size([2, 2, 192, 16]), torch.Size([2, 2, 4, 16]))
     """
 
     bits: int = 8
-    block: int = 32
-    recent: int = 32
+    block: int = 64
+    recent: int = 128
+    sinks: int = 4
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             errors.fail(
                 "quantized", "bits", "8 or 4", self.bits, "Two codes of 4 bits share a byte."
             )
-        for name, least in (("block", 1), ("recent", 0)):
+        for name, least in (("block", 1), ("recent", 0), ("sinks", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 errors.fail(
                     "quantized",
@@ -127,59 +138,23 @@ class quantized:
         value_size: int | None = None,
     ) -> QuantizedCache:
         """Room for `size` tokens at least, in whole blocks, on torch's default device."""
-        R, n = self.block, max(1, -(-(size - self.recent) // self.block))
-        of = lambda dtype, *shape: torch.zeros((), dtype=dtype).expand(layers, heads, *shape)
+        R, n = self.block, max(1, -(-(size - self.recent - self.sinks) // self.block))
+        unwritten = lambda x: x.new_zeros(()).expand(layers, heads, *x.shape)
 
-        def side(name: str, D: int, *group: int) -> tuple[tuple[QuantizedBlock, ...], Tensor]:
-            if self.bits == 4 and D % 2:
-                errors.fail("quantized", name, "even for 4 bits", D, "Use bits=8.")
-            codes = of(torch.uint8, R, D if self.bits == 8 else D // 2)
-            block = QuantizedBlock(codes, *[of(dtype, *group)] * 2)
-            return (block,) * n, torch.zeros(layers, heads, self.recent + R, D, dtype=dtype)
+        def side(D: int, code: Callable[[Tensor, int], QuantizedBlock]) -> tuple[Any, ...]:
+            block = QuantizedBlock(*map(unwritten, code(torch.zeros(R, D, dtype=dtype), self.bits)))
+            rows = lambda n: torch.zeros(layers, heads, n, D, dtype=dtype)
+            return (block,) * n, rows(self.recent + R), rows(self.sinks)
 
-        values = head_size if value_size is None else value_size
-        k, tail_k = side("head_size", head_size, 1, head_size)
-        v, tail_v = side("value_size", values, R, min(values, 1))
-        return QuantizedCache(k, v, tail_k, tail_v, torch.zeros((), dtype=torch.int64))
-
-
-def encode(x: Tensor, dim: int, bits: int) -> QuantizedBlock:
-    """Quantize rows (..., R, D) to 8 or 4 bits, with one scale for each group along dim.
-
-    Args:
-        x: floating (..., R, D); D is even for 4 bits.
-        dim: the axis over which minimum and step are taken: -2 for keys, -1 for values.
-        bits: 8 or 4.
-
-    Law: decoding is within half a scale of x, and encoding what was decoded changes nothing but
-        rounding (test_quantized_blocks.py).
-    """
-    if not x.shape[-1]:  # nothing to encode, and no group of which to take a minimum
-        return QuantizedBlock(x.to(torch.uint8), x, x)
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    levels = 2**bits - 1
-    scale = (
-        (high.float() - low.float() if x.dtype.itemsize < 4 else high - low).div(levels).to(x.dtype)
-    )
-    step = torch.where(scale == 0, 1, scale)
-    codes = ((_wide(x) - _wide(low)) / _wide(step)).round().clamp(0, levels).to(torch.uint8)
-    if bits == 4:
-        half = x.shape[-1] // 2
-        codes = codes[..., :half] | (codes[..., half:] << 4)
-    return QuantizedBlock(codes, scale, low)
-
-
-def decode(coded: QuantizedBlock, D: int) -> Tensor:
-    """Dequantize to rows (..., R, D), in the dtype of the scale."""
-    codes = coded.codes
-    if codes.shape[-1] != D:
-        codes = torch.cat([codes & 15, codes >> 4], -1)
-    return (codes.to(_wide(coded.scale).dtype) * coded.scale + coded.low).to(coded.scale.dtype)
+        k, tail_k, first_k = side(head_size, encode_keys)
+        v, tail_v, first_v = side(head_size if value_size is None else value_size, encode_values)
+        length = torch.zeros((), dtype=torch.int64)
+        return QuantizedCache(k, v, tail_k, tail_v, first_k, first_v, length)
 
 
 @capacity.register
 def _(cache: QuantizedCache) -> int:
-    return len(cache.k) * _block(cache) + cache.tail_k.shape[-2] - 1
+    return _sinks(cache) + len(cache.k) * _block(cache) + cache.tail_k.shape[-2] - 1
 
 
 @sizes.register
@@ -190,22 +165,26 @@ def _(cache: QuantizedCache) -> tuple[int, int, int]:
 @past.register
 def _(
     cache: QuantizedCache, layer: int, positions: Tensor, window: int | None = None
-) -> list[Part]:
+) -> list[Part | CodedSegment]:
     R, n = _block(cache), len(cache.k)
     known = errors.integer(cache.length)
     length = cache.length if known is None else known
-    coded = _coded_blocks(cache, length)
-    held = rows.bounds(coded, n)[1]
+    parts = rows.read(cache.first_k[layer], cache.first_v[layer], positions, window, stop=length)
+    positions, length = positions - _sinks(cache), length - _sinks(cache)
+    full = _coded_blocks(cache, cache.length if known is None else known)
+    held = rows.bounds(full, n)[1]
     first = min(rows.first_seen(positions, window)[0] // R, held)
-    parts = []
+    if known is not None and held > first:
+        codes = _as_codes(cache, layer, positions - first * R, window, first, held)
+        if codes is not None:
+            parts.append(codes)
+            first = held
     for start, stop in rows.runs([block.codes for block in cache.k[first:held]]):
         begin, end = first + start, first + stop
-        k, v = (
-            _together(side[begin:end], layer, tail)
-            for side, tail in ((cache.k, cache.tail_k), (cache.v, cache.tail_v))
-        )
-        parts += rows.read(k, v, positions - begin * R, window, stop=(coded - begin) * R)
-    at = coded * R
+        k = _together(cache.k[begin:end], layer, decode_keys, R)
+        v = _together(cache.v[begin:end], layer, decode_values, cache.tail_v.shape[-1])
+        parts += rows.read(k, v, positions - begin * R, window, stop=(full - begin) * R)
+    at = full * R
     return parts + rows.read(
         cache.tail_k[layer], cache.tail_v[layer], positions - at, window, stop=length - at
     )
@@ -217,8 +196,8 @@ def _(cache: QuantizedCache, more: int) -> QuantizedCache:
         unwritten = QuantizedBlock(*[x.new_zeros(()).expand(x.shape) for x in blocks[0]])
         return blocks + (unwritten,) * -(-more // _block(cache))
 
-    return QuantizedCache(
-        room(cache.k), room(cache.v), cache.tail_k.clone(), cache.tail_v.clone(), cache.length
+    return cache._replace(
+        k=room(cache.k), v=room(cache.v), tail_k=cache.tail_k.clone(), tail_v=cache.tail_v.clone()
     )
 
 
@@ -245,31 +224,44 @@ def _(cache: QuantizedCache, length: Tensor) -> NoReturn:
 @write.register
 def _(cache: QuantizedCache, delta: Delta, n: int | Tensor, donate: bool) -> QuantizedCache:
     new = admit(cache, delta, n, (cache.tail_k, cache.tail_v))
+    if errors.integer(new.before) is None or new.before < _sinks(cache):
+        first_k, first_v = (
+            rows.written(first, more, new.before, new.count)
+            for first, more in ((cache.first_k, new.k), (cache.first_v, new.v))
+        )
+        cache = cache._replace(first_k=first_k, first_v=first_v)
     if not new.known:
         return _write_masked(cache, new)
     R = _block(cache)
     was, now = _coded_blocks(cache, new.before), _coded_blocks(cache, new.before + new.count)
-    held, pairs = new.before - was * R, ((cache.tail_k, new.k), (cache.tail_v, new.v))
+    begin = max(new.before - _sinks(cache), 0)  # in the rows behind the first ones
+    count = max(new.before + new.count - _sinks(cache), 0) - begin
+    skipped, held = new.count - count, begin - was * R
+    pairs = tuple(
+        (tail, more[..., skipped : new.count, :])
+        for tail, more in ((cache.tail_k, new.k), (cache.tail_v, new.v))
+    )
     if was == now:
         if donate and not any(x.requires_grad for pair in pairs for x in pair):
             for tail, more in pairs:
-                tail[..., held : held + new.count, :] = more[..., : new.count, :]
+                tail[..., held : held + count, :] = more
             return cache._replace(length=new.after)
-        k, v = (rows.written(tail, more, held, new.count) for tail, more in pairs)
+        k, v = (rows.written(tail, more, held, count) for tail, more in pairs)
         return cache._replace(tail_k=k, tail_v=v, length=new.after)
     _check_constant(cache, new)
-    k, v = (torch.cat([tail[..., :held, :], more[..., : new.count, :]], -2) for tail, more in pairs)
+    k, v = (torch.cat([tail[..., :held, :], more], -2) for tail, more in pairs)
     block = lambda x, i: x[..., (i - was) * R : (i - was + 1) * R, :]
-    coded = range(was, now)
+    coded, (of_keys, of_values) = range(was, now), _bits(cache)
     rest = lambda x, tail: rows.written(
         torch.zeros_like(tail), x[..., (now - was) * R :, :], 0, x.shape[-2] - (now - was) * R
     )
-    return QuantizedCache(
-        cache.k[:was] + tuple(encode(block(k, i), -2, _bits(cache)) for i in coded) + cache.k[now:],
-        cache.v[:was] + tuple(encode(block(v, i), -1, _bits(cache)) for i in coded) + cache.v[now:],
-        rest(k, cache.tail_k),
-        rest(v, cache.tail_v),
-        new.after,
+    blocks = lambda side, made: side[:was] + tuple(made) + side[now:]
+    return cache._replace(
+        k=blocks(cache.k, (encode_keys(block(k, i), of_keys) for i in coded)),
+        v=blocks(cache.v, (encode_values(block(v, i), of_values) for i in coded)),
+        tail_k=rest(k, cache.tail_k),
+        tail_v=rest(v, cache.tail_v),
+        length=new.after,
     )
 
 
@@ -280,32 +272,37 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
     """
     R, C, T, n = _block(cache), cache.tail_k.shape[-2], new.k.shape[-2], len(cache.k)
     was, now = _coded_blocks(cache, new.before), _coded_blocks(cache, new.before + new.count)
-    held = (new.before - was * R).clamp(0, C)
+    at = new.before - _sinks(cache) - was * R  # negative while the first rows are written
+    held = at.clamp(0, C)
     pairs = ((cache.tail_k, new.k), (cache.tail_v, new.v))
     some = errors.peek(now > was)
     if some is not None and not bool(some.any()):
-        k, v = (rows.written(tail, more, held, new.count) for tail, more in pairs)
+        k, v = (rows.written(tail, more, at, new.count) for tail, more in pairs)
         return cache._replace(tail_k=k, tail_v=v, length=new.after)
     _check_constant(cache, new)
 
     def take(tail: Tensor, more: Tensor, begin: int | Tensor, count: int) -> Tensor:
         """`count` rows from `begin` of tail and new rows; any beyond the last are unobserved."""
         row = begin + torch.arange(count, device=more.device)
-        source = torch.where(row < held, row, row - held + C).clamp(max=C + T - 1)
+        source = torch.where(row < held, row, row - at + C).clamp(max=C + T - 1)
         return torch.cat([tail, more], -2).index_select(-2, source)
 
     sides = [list(cache.k), list(cache.v)]
     least, most = rows.bounds(was, n)[0], rows.bounds(now, n)[1]
     for j in range((R - 1 + T) // R):  # the most blocks that T tokens can fill
-        for blocks, pair, dim in zip(sides, pairs, (-2, -1), strict=True):
-            coded = encode(take(*pair, j * R, R), dim, _bits(cache))
+        for blocks, pair, code, bits in zip(
+            sides, pairs, (encode_keys, encode_values), _bits(cache), strict=True
+        ):
+            coded = code(take(*pair, j * R, R), bits)
             for i in range(least, most):
                 hit = (was + j == i) & (i < now)
                 blocks[i] = QuantizedBlock(
                     *[torch.where(hit, x, y) for x, y in zip(coded, blocks[i], strict=True)]
                 )
     k, v = (take(*pair, (now - was) * R, C) for pair in pairs)
-    return QuantizedCache(tuple(sides[0]), tuple(sides[1]), k, v, new.after)
+    return cache._replace(
+        k=tuple(sides[0]), v=tuple(sides[1]), tail_k=k, tail_v=v, length=new.after
+    )
 
 
 def _check_constant(cache: QuantizedCache, new: Admitted) -> None:
@@ -319,26 +316,70 @@ def _check_constant(cache: QuantizedCache, new: Admitted) -> None:
 
 
 def _coded_blocks(cache: QuantizedCache, length: Any) -> Any:
-    """How many blocks are quantized at this length: an int, or a tensor where the length is one."""
-    coded = (length - (cache.tail_k.shape[-2] - _block(cache))) // _block(cache)
+    """How many blocks are coded at this length: an int, or a tensor where the length is one."""
+    R = _block(cache)
+    coded = (length - _sinks(cache) - (cache.tail_k.shape[-2] - R)) // R
     return max(coded, 0) if isinstance(coded, int) else coded.clamp(0, len(cache.k))
 
 
-def _together(blocks: tuple[QuantizedBlock, ...], layer: int, like: Tensor) -> Tensor:
-    """The dequantized rows (K, n R, D) of n neighbouring blocks in one layer."""
+def _together(
+    blocks: Sequence[QuantizedBlock],
+    layer: int,
+    decode: Callable[[QuantizedBlock, int], Tensor],
+    size: int,
+) -> Tensor:
+    """The rows (K, n R, D) that n neighbouring blocks stand for in one layer."""
     stacked = QuantizedBlock(
         *[torch.stack([x[layer] for x in leaf], -3) for leaf in zip(*blocks, strict=True)]
     )
-    return decode(stacked, like.shape[-1]).flatten(-3, -2)
+    return decode(stacked, size).flatten(-3, -2)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype.itemsize >= 4 else x.float()
+def _as_codes(
+    cache: QuantizedCache,
+    layer: int,
+    positions: Tensor,
+    window: int | None,
+    first: int,
+    last: int,
+) -> CodedSegment | None:
+    """Blocks first .. last of one layer, in which token t has position positions[t].
+
+    None where the operator does not read them: many tokens, autograd, transforms, compilers.
+    """
+    if torch.compiler.is_compiling() or transforming() or len(positions) > MAX_QUERIES:
+        return None
+    R, D, tail = _block(cache), cache.tail_v.shape[-1], cache.tail_k
+    if coded.why_not(tail.shape[-1], D, R, tail.dtype, tail.device) or positions.is_meta:
+        return None
+    k, v = cache.k[first:last], cache.v[first:last]
+    codes = list(chain.from_iterable(chain.from_iterable(zip(k, v, strict=True))))
+    if (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, codes))) or has_tangent(codes):
+        return None
+
+    def decode() -> tuple[Tensor, Tensor, Any]:
+        keys = _together(k, layer, decode_keys, R)
+        values = _together(v, layer, decode_values, D)
+        found = rows.read(keys, values, positions, window, stop=len(k) * R)
+        return tuple(found[0]) if found else (keys[:, :0], values[:, :0], ())
+
+    n = len(k) * R
+    begins = [0] * len(positions)
+    if window is not None:
+        begins = (positions - (window - 1)).clamp(0, n).tolist()
+    seen = [(begin, n) for begin in begins]
+    return CodedSegment(codes, layer, R, _bits(cache)[0], seen, decode)
 
 
 def _block(cache: QuantizedCache) -> int:
-    return cache.k[0].codes.shape[-2]
+    return cache.v[0].codes.shape[-2]
 
 
-def _bits(cache: QuantizedCache) -> int:
-    return 8 if cache.k[0].codes.shape[-1] == cache.tail_k.shape[-1] else 4
+def _sinks(cache: QuantizedCache) -> int:
+    return cache.first_k.shape[-2]
+
+
+def _bits(cache: QuantizedCache) -> tuple[int, int]:
+    """Of keys and of values."""
+    k, v = cache.k[0].codes, cache.v[0].codes
+    return bits_of(k, _block(cache)), bits_of(v, cache.tail_v.shape[-1])

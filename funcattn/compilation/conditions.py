@@ -2,24 +2,32 @@
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch._C import (
+    _functorch,  # pyright: ignore[reportAttributeAccessIssue]
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
 
-from .. import collectives, taps, transformer
+from .. import collectives, taps, transformer, tree
 from ..caches import Branch, Cache
-from ..core.autograd import is_recorded, transforming
+from ..core.autograd import differentiated, is_recorded, mapped_rows, transforming
 from ..kernels import dispatch
 from ..models import Past
 
 MAX_STEP_TOKENS = 16  # in a compiled step; longer ones are bound by the library's matrix products
+MAX_OPERATOR_TOKENS = 64  # of a text in a step of the operator of layers, such as a tree of drafts
 
 
-def is_undisturbed() -> bool:
+def is_undisturbed(*, mapped: bool = False) -> bool:
     """True outside torch.func, torch.compile, taps, dispatch modes and autocast.
 
     And where no kernel is forced, and no mesh is simulated or has a "data" axis.
+
+    Args:
+        mapped: True for within vmap, and no other transform of torch.func, instead of outside.
     """
     if (
-        transforming()
+        (not mapped_rows() if mapped else transforming())
         or torch.compiler.is_compiling()
         or taps.heard()
         or dispatch.current() is not None
@@ -37,12 +45,24 @@ def is_plain(*trees: object) -> bool:
     return is_undisturbed() and not is_recorded(*trees)
 
 
+def is_plainly_mapped(*trees: object) -> bool:
+    """`is_undisturbed` but for vmap, and none of these tensors is differentiated."""
+    return is_undisturbed(mapped=True) and not any(
+        isinstance(leaf, Tensor) and differentiated(leaf) for leaf in tree.leaves(trees)
+    )
+
+
+def is_mapped(x: Tensor) -> bool:
+    """True for a tensor of a level of torch.func, such as one with a value for each row."""
+    return _functorch.is_functorch_wrapped_tensor(x)
+
+
 def is_step(tokens: Tensor, cache: Past) -> bool:
-    """True for 1 to MAX_STEP_TOKENS tokens (T,), not on "meta", behind a dense cache."""
+    """True for 1 to MAX_OPERATOR_TOKENS tokens (T,), not on "meta", behind a dense cache."""
     return (
         isinstance(tokens, Tensor)
         and tokens.dim() == 1
-        and 0 < len(tokens) <= MAX_STEP_TOKENS
+        and 0 < len(tokens) <= MAX_OPERATOR_TOKENS
         and not tokens.is_meta
         and is_dense(cache)
     )

@@ -20,6 +20,7 @@ from ..quantization.tiles import Tiles, has_row_scale
 from ..quantization.tiling import tile_floats
 from ..records import is_absent
 from ..transformer import ANY, Config, Layer, capabilities
+from . import mapped
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the operator's arguments
 WEIGHTS = (*MATRICES, "attention_norm", "feed_forward_norm")  # the weights of a layer that it reads
@@ -151,9 +152,9 @@ def weights(stack: Sequence[Layer]) -> Weights:
     return Weights([weight.blocks for weight in all_], scales, [weight.rows for weight in all_])
 
 
-def serves(x: Tensor, parts: Sequence[Cache]) -> bool:
-    """True for a contiguous float32 residual and cache on the CPU, neither sharded over a mesh."""
-    if x.dtype != torch.float32 or collectives.axis_size(transformer.TENSOR) > 1:
+def serves(parts: Sequence[Cache]) -> bool:
+    """True for a float32 cache on the CPU, not sharded over a mesh."""
+    if collectives.axis_size(transformer.TENSOR) > 1:
         return False
     together = lambda rows: (
         rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.stride(-1) == 1
@@ -168,13 +169,18 @@ def run(
     x: Tensor,
     positions: Tensor,
     parts: Sequence[Cache],
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Delta]:
-    """The residual (T, E) after all layers, and keys and values (K, T, D) of each."""
+    """The residual (T, E) after all layers, and keys and values (K, T, D) of each.
+
+    mask: bool (T, T), what the new tokens see of each other, as in a tree; None is causal. All see
+    the past. Under vmap it is one call for all rows, and a past that is not mapped is read once.
+    """
     rotation = transformer.layer_context(
         config, config.layer_spec(0), positions, None, x.dtype, True
     ).rotation
     turns = rotation if isinstance(rotation, Rotation) else [x[:, :0]] * 2
-    cos, sin = (part.reshape(len(x), -1).contiguous() for part in turns)
+    cos, sin = (part.reshape(1, len(x), -1).contiguous() for part in turns)
     norms = [
         norm.contiguous()
         for layer in stack
@@ -182,13 +188,21 @@ def run(
     ]
     L = config.layers  # a cache may have more, which store token ids (transformer.lengths)
     keys, values, lengths = (
-        [part.k[:L] for part in parts],
-        [part.v[:L] for part in parts],
-        [int(part.length) for part in parts],
+        [part.k[None, :L] for part in parts],
+        [part.v[None, :L] for part in parts],
+        [_length(part) for part in parts],
     )
+    among = None if mask is None else mask[None].contiguous()
     sizes = config.heads, config.kv_heads, config.scale, config.norm_epsilon
+    mapped.register()
     with torch._C._AutoDispatchBelowAutograd():  # no derivatives are taken here
         x, k, v = torch.ops.funcattn.layers.default(
-            *matrices, norms, x.contiguous(), cos, sin, keys, values, lengths, *sizes
+            *(*matrices, norms, x[None].contiguous(), cos, sin),
+            *(keys, values, lengths, among, *sizes),
         )
-    return x, Delta(k.unbind(0), v.unbind(0))
+    return x[0], Delta(k[0].unbind(0), v[0].unbind(0))
+
+
+def _length(part: Cache) -> Tensor:
+    """int64 (1,), within the rows: that of an overflow under vmap, whose logits are NaN, too."""
+    return part.length.reshape(1).long().clamp(0, part.k.shape[-2])

@@ -33,17 +33,17 @@ from typing import NoReturn, cast
 import torch
 from torch import Tensor
 
-from .. import caches, layers, transformer
+from .. import caches, transformer, tree
 from ..caches import Branch, Cache, Delta, KVCache
 from ..core import errors
-from ..core.autograd import has_tangent, transforming
+from ..core.autograd import has_tangent, mapped_rows, transforming
 from ..core.doors import door
 from ..masks import Mask
 from ..models import Made, Model, Past, at_core, told, written
 from ..records import ABSENT
 from ..transformer import Params
 from ..tree import Tree
-from .conditions import is_dense, is_plain
+from .conditions import MAX_OPERATOR_TOKENS, is_dense, is_mapped, is_plain, is_plainly_mapped
 from .stack import Stack
 
 
@@ -147,13 +147,13 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Delta]:
         # A step, or that of a tree of drafts, whose mask and positions are given.
-        tree = mask if isinstance(mask, Tensor) and mask.shape == tokens.shape * 2 else None
-        among = tree is not None and positions is not None and tree.dtype == torch.bool
+        square = mask if isinstance(mask, Tensor) and mask.shape == tokens.shape * 2 else None
+        among = square is not None and positions is not None and square.dtype == torch.bool
         plain = mask is None and positions is None
         forms = stack.forms(params, tokens, cache) if plain or among else None
         if forms is None:
             return model.hidden(params, tokens, cache, mask=mask, positions=positions)
-        return stack.hidden(params, tokens, cache, forms, tree, positions)
+        return stack.hidden(params, tokens, cache, forms, square, positions)
 
     @door
     @functools.wraps(model.logits)
@@ -162,14 +162,14 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
             return model.logits(params, hidden)  # which raises
         if hidden.dim() == 2 and len(hidden) == 1:  # one vector, whose code is compiled
             return logits(params, hidden[0])[None]
-        if hidden.dim() > 2 or (
-            hidden.dim() > 1 and not 0 < len(hidden) <= layers.MAX_UNROLLED_VECTORS
-        ):
+        if hidden.dim() > 2 or (hidden.dim() > 1 and not 0 < len(hidden) <= MAX_OPERATOR_TOKENS):
             return model.logits(params, hidden)
         weight = transformer.lm_head(params)
-        if stack.why_not or not is_plain(weight, hidden):
+        mapped = bool(mapped_rows()) and not any(map(is_mapped, tree.leaves(weight)))
+        if stack.why_not or not (is_plainly_mapped if mapped else is_plain)(weight, hidden):
             return model.logits(params, hidden)
-        return stack.logits(weight, hidden)
+        found = stack.logits(weight, hidden)
+        return model.logits(params, hidden) if found is None else found
 
     def again(other: Model) -> Model:
         """Compile another model alike, at most its layers deep; a compiled one is unchanged."""

@@ -11,26 +11,28 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame  # pyright: ignore[reportMissingModuleSource]
 
-from .. import collectives, layers, progress, transformer, tree
+from .. import caches, collectives, layers, progress, transformer, tree
 from ..caches import Delta, KVCache
 from ..core import errors
-from ..core.autograd import has_tangent
+from ..core.autograd import has_tangent, mapped_rows
 from ..core.fingerprints import Fingerprint, is_differentiated
 from ..kernels import Kernel, check_remembered, dispatch
 from ..layers import Weight
 from ..models import Code, Past
+from ..quantization import tiles
 from ..quantization.tiles import Tiles
 from ..records import is_absent
 from ..transformer import Config, Layer, LayerSpec, Params
 from ..tree import Tree
 from . import fused
 from .compiled import Rows, dense_parts, rows, several
-from .conditions import is_plain, is_step
+from .conditions import MAX_STEP_TOKENS, is_mapped, is_plain, is_plainly_mapped, is_step
 
 # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 MAX_COMPILED_LAYERS = 5
 
 _number = itertools.count()  # numbers the compiled functions of this process
+_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # a token id
 
 
 class Stack:
@@ -59,27 +61,35 @@ class Stack:
 
         Cached while the tensors are the same and unmodified, and no longer than these live.
         """
-        if (
-            self.why_not
-            or self._differs_by_device()
-            or not is_step(tokens, cache)
-            or not is_plain(cache)
+        if self.why_not or self._differs_by_device() or not is_step(tokens, cache):
+            return None
+        many = mapped_rows()
+        if not (is_plainly_mapped(cache) if many else is_plain(cache)):
+            return None
+        if (many and self.config.follows_length) or not transformer.continues(
+            self.config, cast(KVCache, cache), len(tokens)
         ):
             return None
-        if not transformer.continues(self.config, cast(KVCache, cache), len(tokens)):
+        T, held = len(tokens) * max(many, 1), self.held
+        alone = many or len(tokens) > MAX_STEP_TOKENS  # the operator runs it, or nothing
+        if alone and (T > tiles.MOST_FLOATS or not self._is_served(cast(KVCache, cache))):
             return None
-        T, held = len(tokens), self.held
+        T = T if T <= MAX_STEP_TOKENS else caches.bucket(T)  # alike to the operator
         forms = held.get(T)
         found = None if forms is None else forms.fingerprint.leaves(params)
-        if (
-            torch.is_grad_enabled()
-            and is_differentiated(tree.leaves(params) if found is None else found)
-        ) or has_tangent(params):
+        leaves = tree.leaves(params) if found is None else found
+        if (torch.is_grad_enabled() and is_differentiated(leaves)) or has_tangent(params):
             return None
         if forms is None or found is None:
+            if many and any(map(is_mapped, leaves)):
+                return None
             gone = lambda: held.pop(T, None)  # no reference to self, so that the model can be freed
             forms = held[T] = _prepared(self.config, params, T, Fingerprint(params, gone))
-        return forms
+        return None if alone and forms.fused is None else forms
+
+    def _is_served(self, cache: KVCache) -> bool:
+        """True where the operator reads this dense cache, and no kernel is forced."""
+        return dispatch.forced(self.kernel) is None and fused.serves(dense_parts(cache))
 
     def _differs_by_device(self) -> bool:
         """True where a device of "tensor" uses other weights than its shard.
@@ -131,19 +141,16 @@ class Stack:
         positions = transformer.positions_of(config, tokens, cache, positions)
 
         def through(x: Tensor) -> tuple[Tensor, Delta]:
-            for part in parts:
+            for part in () if mapped_rows() else parts:
                 if int(part.length):
                     check_remembered(part.k, x.dtype)
-            if (
-                forms.fused is not None
-                and mask is None
-                and dispatch.forced(self.kernel) is None
-                and fused.serves(x, parts)
-            ):
-                return fused.run(config, forms.fused, params.layers, x, positions, parts)
+            if forms.fused is not None and self._is_served(cast(KVCache, cache)):
+                return fused.run(config, forms.fused, params.layers, x, positions, parts, mask)
             return self._compiled(params, x, positions, rows(parts), forms, mask)
 
         x, delta = transformer.forward_pass(config, params, tokens, positions, through)
+        if mapped_rows():
+            x = torch.where(caches.overflowed(cast(KVCache, cache)), float("nan"), x)
         return x, transformer.noted(config, delta, tokens, transformer.length_of(positions))
 
     def _compiled(
@@ -182,14 +189,20 @@ class Stack:
             values += v.unbind(0)
         return x, Delta(tuple(keys), tuple(values))
 
-    def logits(self, weight: Weight, x: Tensor) -> Tensor:
-        """`Model.logits` of one or a few vectors, by the weight of the head."""
-        rows = 1 if x.dim() == 1 else len(x)
+    def logits(self, weight: Weight, x: Tensor) -> Tensor | None:
+        """`Model.logits` of some vectors, by the weight of the head.
+
+        None under vmap, and for more than MAX_UNROLLED_VECTORS, where this is not in tiles.
+        """
+        many = mapped_rows()
+        rows = max(many, 1) * (1 if x.dim() == 1 else len(x))
         prepare = fused.prepare if x.dtype == torch.float32 else layers.prepare
         weight = prepare(weight, rows)
         if isinstance(weight, Tiles):  # one call of an operator: nothing to compile
             with torch._C._AutoDispatchBelowAutograd():
                 return transformer.predict(self.config, weight, x)
+        if many or rows > layers.MAX_UNROLLED_VECTORS:
+            return None
         run = self.function(
             ("head", _kind_of(weight), tuple(x.shape), x.dtype), transformer.predict
         )
@@ -302,6 +315,8 @@ def _prepared(config: Config, params: Params, T: int, fingerprint: Fingerprint) 
     """Matrices in the form that products with T vectors need."""
     prepared, stack = _stack(config, params, T)
     operator = None if fused.why_not(config, stack) else fused.weights(stack)
+    if operator and layers.embed(params.embedding, _FIRST).dtype != torch.float32:
+        operator = None
     return _Prepared(fingerprint, tuple(prepared), tuple(map(_kind_of, stack)), {}, operator)
 
 

@@ -10,6 +10,7 @@ fixes it.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, Protocol, TypeGuard, TypeVar
@@ -106,6 +107,20 @@ def transforming() -> bool:
     whole process, which says nothing about the tensors of this thread: see `has_tangent`.
     """
     return _functorch.peek_interpreter_stack() is not None
+
+
+def mapped_rows() -> int:
+    """How many rows vmap maps over, at all levels together, in this thread; 0 in other transforms.
+
+    0 too outside of torch.func, and in torch.compile.
+    """
+    levels = _functorch.get_interpreter_stack() or ()
+    if torch.compiler.is_compiling() or not levels:
+        return 0
+    is_vmap = [level.key() == _functorch.TransformType.Vmap for level in levels]
+    if not all(is_vmap):
+        return 0
+    return math.prod(_functorch.CVmapInterpreterPtr(level).batchSize() for level in levels)
 
 
 def is_jit_traced() -> bool:

@@ -22,6 +22,7 @@ dtype of sums.
 
 from .api import attend, attention, attention_weights, explain
 from .closed import flops as flops
+from .coded import CodedSegment
 from .dispatch import Explanation, use
 from .merging import (
     KVSegment,
@@ -42,6 +43,7 @@ Part = KVSegment
 attend_parts = attend_segments
 
 __all__ = [
+    "CodedSegment",
     "attend",
     "attention",
     "attention_weights",

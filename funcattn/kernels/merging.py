@@ -17,7 +17,7 @@ from ..core.autograd import is_recorded
 from ..core.doors import door
 from ..masks import Mask
 from ..records import ABSENT, Attended, is_absent
-from . import dispatch, reference, score_mod, unseen
+from . import coded, dispatch, reference, score_mod, unseen
 from .api import _run, attend
 from .arguments import no_autocast, request
 from .backends import aten, native, torch_blocks
@@ -162,9 +162,16 @@ def attend_segments(
         kernel: None chooses; a name or a `Kernel` forces one, except with a cap, which no kernel
             computes.
     """
+    forced = dispatch.giving_lse(kernel)
+    if any(isinstance(segment, coded.CodedSegment) for segment in segments):
+        if q.shape[-2] <= FEW and forced is None and cap is None and sinks is None:
+            with no_autocast(q):
+                found = coded.attend(q, segments, scale)
+            if found is not None:
+                return found
+        segments = [KVSegment(*segment) for segment in segments]
     for segment in segments:
         check_remembered(segment.k, q.dtype)
-    forced = dispatch.giving_lse(kernel)
     if q.shape[-2] <= FEW and forced is None:
         with no_autocast(q):
             if cap is None and not isinstance(scale, Tensor) and _is_plain_step(q, segments):

@@ -4,6 +4,7 @@ building    load: compile, cache, register with torch; or the reason why not
 products.h  the arithmetic of products; floats.h that of the operations between them
 products.cpp  vector instructions (AVX2, AVX-512 VNNI), and funcattn::products: matrices times a
               few vectors
+coded.cpp   funcattn::coded_attend: attention over a past in codes; codes.h its arithmetic
 layers.cpp  funcattn::layers: all layers of a decoder for a few tokens; matrices.h is common
 attention   attention.cpp: funcattn::native_attend and native_attend_jvp; forward.h their
               arithmetic on the products and the exponential of gemm.h; vectors.h the vectors

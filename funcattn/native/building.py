@@ -51,8 +51,10 @@ SOURCES = tuple(
     for name in (
         "products.cpp",
         "layers.cpp",
+        "coded.cpp",
         "products.h",
         "floats.h",
+        "codes.h",
         "matrices.h",
         "targets.h",
         "attention/attention.cpp",

@@ -1,6 +1,7 @@
 // What stands between the products of a layer, on floats: norms, gates, attention over rows. Included as products.h is.
 
-constexpr int QUERIES = MOST;  // that share what is loaded of keys and values
+constexpr int QUERIES = MOST;  // that share what is loaded of values
+constexpr int64_t NEAR = 64;    // rows of values that a cache holds
 
 // x / sqrt(mean x^2 + epsilon) * weight
 static void norm(const float* x, const float* weight, int64_t E, float epsilon, float* y) {
@@ -57,8 +58,17 @@ static inline Real logits_of(const float* q, const float* k, int64_t step, int n
   return sums_of(dots);
 }
 
-// In place: numbers to exp(number - greatest); gives one over their sum, NaN where a number is. There is room for 15 more.
-static inline Real to_shares(float* x, int64_t count) {
+// Logits of Q queries with some rows of keys, each `step` numbers behind the one before; D is a multiple of 16.
+static void score(const float* const* q, float* const* to, int64_t Q, const float* k, int64_t step, int64_t rows, int64_t D, float scale) {
+  for (int64_t s = 0; s < rows; s += 16) {
+    const int n = least(16, rows - s);
+    for (int64_t i = 0; i < Q; i++) store_some(to[i] + s, times(logits_of(q[i], k + s * step, step, n, D), broadcast(scale)), n);
+  }
+}
+
+// In place: numbers to exp(number - greatest); gives one over their sum, NaN where a number is, and 0 of no numbers.
+static float to_shares(float* x, int64_t count) {
+  if (!count) return 0.0f;
   float most = -__builtin_inff();
   bool is_number = true;
   int64_t s = 0;
@@ -85,18 +95,19 @@ static inline Real to_shares(float* x, int64_t count) {
     store_some(x + s, share, n);
     mass = plus(mass, n == 16 ? share : load_some(x + s, n));  // lanes beyond n are 0
   }
-  return broadcast(1.0f / sum_of(mass));
+  return 1.0f / sum_of(mass);
 }
 
-// sums[i] += shares of query i times `rows` rows of values, 16 features each.
+// y[i] += shares of query i times `rows` rows of values, of which the first 16 `lanes` features are taken.
 template <int Q>
-static inline void mix(float* const* share, const float* v, int64_t step, int64_t rows, int lanes, Real (*sums)[4]) {
+static inline void mix_some(const float* const* share, float* const* y, const float* v, int64_t step, int64_t rows, int64_t begin, int64_t d, int lanes) {
+  v += begin * step + d;
   if (lanes == 4) {
     Real now[Q][4];
     UNROLLED
     for (int i = 0; i < Q; i++)
-      for (int c = 0; c < 4; c++) now[i][c] = sums[i][c];
-    for (int64_t s = 0; s < rows; s++, v += step) {
+      for (int c = 0; c < 4; c++) now[i][c] = load_real((const uint8_t*)(y[i] + d + 16 * c));
+    for (int64_t s = begin; s < begin + rows; s++, v += step) {
       Real part[4];
       UNROLLED
       for (int c = 0; c < 4; c++) part[c] = load_real((const uint8_t*)(v + 16 * c));
@@ -109,61 +120,32 @@ static inline void mix(float* const* share, const float* v, int64_t step, int64_
     }
     UNROLLED
     for (int i = 0; i < Q; i++)
-      for (int c = 0; c < 4; c++) sums[i][c] = now[i][c];
+      for (int c = 0; c < 4; c++) store_some(y[i] + d + 16 * c, now[i][c], 16);
   } else {
-    for (int64_t s = 0; s < rows; s++, v += step)
-      for (int i = 0; i < Q; i++)
-        for (int c = 0; c < lanes; c++) sums[i][c] = fma(broadcast(share[i][s]), load_real((const uint8_t*)(v + 16 * c)), sums[i][c]);
+    for (int i = 0; i < Q; i++)
+      for (int c = 0; c < lanes; c++) {
+        float* const to = y[i] + d + 16 * c;
+        Real now = load_real((const uint8_t*)to);
+        for (int64_t s = 0; s < rows; s++) now = fma(broadcast(share[i][begin + s]), load_real((const uint8_t*)(v + s * step + 16 * c)), now);
+        store_some(to, now, 16);
+      }
   }
 }
 
-// Q <= QUERIES queries of one key head: y[i] = softmax(scale q[i] . k) v over the first seen[p] rows of each part; of the last part
-// query i sees own[i]. D is a multiple of 16. `room` has for each query a place for every row, and 15 more, `room_step` apart.
-static void attend(const Query* queries, int64_t Q, const Past* parts, const int64_t* seen, int64_t count, int64_t D, float scale, float* room, int64_t room_step) {
-  float* share[QUERIES];
-  Real by[QUERIES];
-  int64_t first = 0;
-  for (int64_t p = 0; p < count; p++) {
-    const bool last = p + 1 == count;
-    int64_t most = seen[p];
-    for (int64_t i = 0; last && i < Q; i++) most = queries[i].own > most || !i ? queries[i].own : most;
-    for (int64_t s = 0; s < most; s += 16)
-      for (int64_t i = 0; i < Q; i++) {
-        const int n = least(16, (last ? queries[i].own : most) - s);
-        if (n <= 0) continue;
-        const Real dots = logits_of(queries[i].q, parts[p].k + s * parts[p].k_step, parts[p].k_step, n, D);
-        store_some(room + i * room_step + first + s, times(dots, broadcast(scale)), n);
+// y[i] (D,) += shares of query i times some rows of values, for Q queries; rows stay near while all of these read them.
+static void mix(const float* const* share, float* const* y, int64_t Q, const float* v, int64_t step, int64_t rows, int64_t D) {
+  for (int64_t s = 0; s < rows; s += NEAR) {
+    const int64_t some = least(NEAR, rows - s);
+    for (int64_t d = 0; d < D; d += 64) {
+      const int lanes = least(4, (D - d) / 16);
+      int64_t i = 0;
+      for (; i + QUERIES <= Q; i += QUERIES) mix_some<QUERIES>(share + i, y + i, v, step, some, s, d, lanes);
+      if constexpr (QUERIES == 4) {
+        if (Q - i == 3) mix_some<3>(share + i, y + i, v, step, some, s, d, lanes);
+        if (Q - i == 2) mix_some<2>(share + i, y + i, v, step, some, s, d, lanes);
       }
-    first += last ? 0 : seen[p];
-  }
-  for (int64_t i = 0; i < Q; i++) {
-    share[i] = room + i * room_step;
-    by[i] = to_shares(share[i], first + queries[i].own);
-  }
-  for (int64_t d = 0; d < D; d += 64) {
-    const int lanes = least(4, (D - d) / 16);
-    Real sums[QUERIES][4];
-    for (int64_t i = 0; i < Q; i++)
-      for (int c = 0; c < 4; c++) sums[i][c] = zero_real();
-    int64_t begin = 0;
-    for (int64_t p = 0; p < count; p++) {
-      const float* const v = parts[p].v + d;
-      float* from[QUERIES];
-      for (int64_t i = 0; i < Q; i++) from[i] = share[i] + begin;
-      if (p + 1 == count) {
-        for (int64_t i = 0; i < Q; i++) mix<1>(from + i, v, parts[p].v_step, queries[i].own, lanes, sums + i);
-      } else {
-        if constexpr (QUERIES == 4) {
-          if (Q == 4) mix<4>(from, v, parts[p].v_step, seen[p], lanes, sums);
-          if (Q == 3) mix<3>(from, v, parts[p].v_step, seen[p], lanes, sums);
-        }
-        if (Q == 2) mix<2>(from, v, parts[p].v_step, seen[p], lanes, sums);
-        if (Q == 1) mix<1>(from, v, parts[p].v_step, seen[p], lanes, sums);
-      }
-      begin += seen[p];
+      if (Q - i == 1) mix_some<1>(share + i, y + i, v, step, some, s, d, lanes);
     }
-    for (int64_t i = 0; i < Q; i++)
-      for (int c = 0; c < lanes; c++) store_some(queries[i].y + d + 16 * c, times(sums[i][c], by[i]), 16);
   }
 }
 
@@ -220,4 +202,4 @@ static void float_rows(const float* w, const float* x, int64_t T, int64_t K, int
   }
 }
 
-constexpr Floats floats = {norm, gated, attend, float_rows, QUERIES};
+constexpr Floats floats = {norm, gated, score, to_shares, mix, float_rows};

@@ -1,11 +1,14 @@
 // The operator funcattn::layers, for the CPU: the layers of a decoder behind each other, where between the products of a step of a few
-// tokens there is so little to compute that calling it takes longer.
+// tokens there is so little to compute that calling it takes longer. The rows may be of several texts: a matrix is read once for all of
+// them, and so is a past that they share.
 //
 //     x = x + o (attention(rotated q, k, v of norm(x)))        x = x + down (silu(gate) * up of norm(x))
 //
 // What a layer may have besides (biases, windows, caps, norms of heads, experts) it does not know: who calls it asks first.
 
 #include <algorithm>
+#include <memory>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -36,17 +39,112 @@ void add(const float* more, int64_t n, float* x) {
   for (int64_t i = 0; i < n; i++) x[i] += more[i];
 }
 
-// For each layer the matrices q, k, v, o, gate, up, down and the norms before attention and feed-forward; x (T, E); cos and sin
-// (T, R) of the new tokens; keys and values (layers, kv_heads, S, D) of each part of the past, of which the first `lengths` count.
-// Gives x behind the layers, and keys and values (layers, kv_heads, T, D) of the new tokens.
+// Rows of a text: keys and values of one head.
+struct Rows {
+  const float *k, *v;
+  int64_t k_step, v_step, count;
+};
+
+// Some of the past of B texts: keys and values of (P, layers, kv_heads, S, D), of which B / P texts behind each other share one.
+struct Part {
+  const Tensor &keys, &values;
+  const int64_t* lengths;
+  int64_t sharing;  // B / P, and as many texts as share a length
+
+  Rows of(int64_t text, int64_t layer, int64_t head) const {
+    const auto at = [&](const Tensor& x) {
+      return (const float*)x.data_ptr() + text / sharing * x.stride(0) + layer * x.stride(1) + head * x.stride(2);
+    };
+    return {at(keys), at(values), keys.stride(3), values.stride(3), lengths[text / sharing]};
+  }
+};
+
+constexpr int64_t QUERIES = 32;  // that are done together, and read what they share once
+
+// y[i] = attention of query i; `queries` of one head, of the texts behind each other, T * G each.
+struct Attention {
+  const std::vector<Part>& parts;
+  const bool* among;  // (B or 1, T, T), or null: what each new token sees of the new ones
+  int64_t among_step, T, G, D;
+  float scale;
+
+  // Queries first .. first + count of a head; `news` gives a text's new rows. room has a place for every row of a text, `step` apart.
+  template <class News>
+  void run(const float* const* q, float* const* y, int64_t first, int64_t count, int64_t layer, int64_t head, const News& news, float* room, int64_t step) const {
+    const Floats& use = floats();
+    float* to[QUERIES];
+    for (int64_t i = 0; i < count; i++) {
+      to[i] = room + i * step;
+      std::fill(y[i], y[i] + D, 0.0f);
+    }
+    each_run(first, count, layer, head, [&](int64_t i, int64_t many, const Rows& rows) {
+      use.score(q + i, to + i, many, rows.k, rows.k_step, rows.count, D, scale);
+      for (int64_t j = i; j < i + many; j++) to[j] += rows.count;
+    });
+    float by[QUERIES];
+    for (int64_t i = 0; i < count; i++) {
+      const Rows rows = news((first + i) / (T * G));
+      const int64_t t = (first + i) / G % T;
+      if (!among) {
+        use.score(q + i, to + i, 1, rows.k, rows.k_step, t + 1, D, scale);
+        to[i] += t + 1;
+      }
+      for (int64_t s = 0; among && s < T; s++)
+        if (sees(first + i, t, s)) use.score(q + i, to + i, 1, rows.k + s * rows.k_step, rows.k_step, 1, D, scale), to[i]++;
+      float* const begin = room + i * step;
+      by[i] = use.to_shares(begin, to[i] - begin);
+      to[i] = begin;
+    }
+    each_run(first, count, layer, head, [&](int64_t i, int64_t many, const Rows& rows) {
+      use.mix(to + i, y + i, many, rows.v, rows.v_step, rows.count, D);
+      for (int64_t j = i; j < i + many; j++) to[j] += rows.count;
+    });
+    for (int64_t i = 0; i < count; i++) {
+      const Rows rows = news((first + i) / (T * G));
+      const int64_t t = (first + i) / G % T;
+      if (!among) use.mix(to + i, y + i, 1, rows.v, rows.v_step, t + 1, D);
+      for (int64_t s = 0; among && s < T; s++)
+        if (sees(first + i, t, s)) {
+          use.mix(to + i, y + i, 1, rows.v + s * rows.v_step, rows.v_step, 1, D);
+          to[i]++;
+        }
+      for (int64_t d = 0; d < D; d++) y[i][d] *= by[i];
+    }
+  }
+
+  bool sees(int64_t query, int64_t t, int64_t s) const { return among[query / (T * G) * among_step + t * T + s]; }
+
+  // f(first, count, rows) of queries that read the same rows, part by part.
+  template <class F>
+  void each_run(int64_t first, int64_t count, int64_t layer, int64_t head, const F& f) const {
+    for (const Part& part : parts)
+      for (int64_t i = 0, many; i < count; i += many) {
+        const int64_t text = (first + i) / (T * G), alike = part.sharing * T * G;
+        many = std::min(count - i, alike - (first + i) % alike);
+        f(i, many, part.of(text, layer, head));
+      }
+  }
+};
+
+// f(first, last) of some of N rows at a time, where there is enough of them to wake threads for.
+template <class F>
+void by_rows(int64_t N, int64_t size, const F& f) {
+  torch::stable::parallel_for(0, N, 1 + 32768 / size, f);
+}
+
+// For each layer the matrices q, k, v, o, gate, up, down and the norms before attention and feed-forward; x (B, T, E) of the T new
+// tokens of B texts; cos and sin (B or 1, T, R) of these; keys and values (P, layers, kv_heads, S, D) of each part of the past, of
+// which the first `lengths` (P,) count, and which B / P texts behind each other have in common; among, bool (B or 1, T, T), what the
+// new tokens see of each other, or all before them. Gives x behind the layers, and keys and values (B, layers, kv_heads, T, D) of the
+// new tokens.
 std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::vector<int64_t> rows, Tensors norms, Tensor x, Tensor cos,
-                                          Tensor sin, Tensors keys, Tensors values, std::vector<int64_t> lengths, int64_t H, int64_t K,
-                                          double scale, double epsilon) {
-  const int64_t L = int64_t(norms.size()) / 2, parts = int64_t(keys.size());
-  WANTED(x.dim() == 2 && x.numel() > 0 && x.is_contiguous() && is_float(x), "x should be contiguous float32 (T, E), not empty");
+                                          Tensor sin, Tensors keys, Tensors values, Tensors lengths, std::optional<Tensor> among, int64_t H,
+                                          int64_t K, double scale, double epsilon) {
+  const int64_t L = int64_t(norms.size()) / 2;
+  WANTED(x.dim() == 3 && x.numel() > 0 && x.is_contiguous() && is_float(x), "x should be contiguous float32 (B, T, E), not empty");
   WANTED(L > 0 && int64_t(norms.size()) == 2 * L && int64_t(rows.size()) == 7 * L, "seven matrices and two norms for each layer");
   WANTED(H > 0 && K > 0 && H % K == 0, "heads of a multiple of 16 features, H a multiple of K");
-  const int64_t T = x.size(0), E = x.size(1), N = rows[0], D = N / H, F = rows[4], R = cos.size(-1), G = H / K;
+  const int64_t B = x.size(0), T = x.size(1), E = x.size(2), BT = B * T, N = rows[0], D = N / H, F = rows[4], R = cos.size(-1), G = H / K;
   WANTED(D > 0 && N == H * D && D % 16 == 0, "heads of a multiple of 16 features, H a multiple of K");
   std::vector<int64_t> columns;
   for (int64_t l = 0; l < L; l++) {
@@ -56,75 +154,94 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
   }
   for (const Tensor& w : norms) WANTED(w.dim() == 1 && w.size(0) == E && w.is_contiguous() && is_float(w), "norms should be contiguous float32 (E,)");
   for (const Tensor& w : {cos, sin})
-    WANTED(w.dim() == 2 && w.size(0) == T && w.size(1) == R && R % 2 == 0 && R <= D && w.is_contiguous() && is_float(w),
-           "cos and sin should be contiguous float32 (T, R)");
-  WANTED(values.size() == keys.size() && lengths.size() == keys.size(), "keys, values and a length for each part of the past");
-  int64_t remembered = T;
-  for (int64_t p = 0; p < parts; p++) {
+    WANTED(w.dim() == 3 && (w.size(0) == B || w.size(0) == 1) && w.size(0) == cos.size(0) && w.size(1) == T && w.size(2) == R && R % 2 == 0 &&
+               R <= D && w.is_contiguous() && is_float(w),
+           "cos and sin should be contiguous float32 (B or 1, T, R)");
+  const int64_t turn = cos.size(0) == 1 ? 0 : T * R;
+  WANTED(values.size() == keys.size() && lengths.size() == keys.size(), "keys, values and lengths for each part of the past");
+  std::vector<Part> parts;
+  std::vector<int64_t> held(B, T);  // rows that a text has
+  for (size_t p = 0; p < keys.size(); p++) {
+    const int64_t P = keys[p].size(0);
     for (const Tensor& w : {keys[p], values[p]})
-      WANTED(w.dim() == 4 && w.size(0) == L && w.size(1) == K && w.size(3) == D && w.stride(3) == 1 && is_float(w),
-             "keys and values should be float32 (layers, kv_heads, S, D)");
-    WANTED(0 <= lengths[p] && lengths[p] <= keys[p].size(2) && lengths[p] <= values[p].size(2), "lengths should be within the past");
-    remembered += lengths[p];
+      WANTED(w.dim() == 5 && P > 0 && B % P == 0 && w.size(0) == P && w.size(1) == L && w.size(2) == K && w.size(4) == D && w.stride(4) == 1 && is_float(w),
+             "keys and values should be float32 (P, layers, kv_heads, S, D), B a multiple of P");
+    WANTED(lengths[p].dim() == 1 && lengths[p].size(0) == P && lengths[p].is_contiguous() && lengths[p].scalar_type() == torch::headeronly::ScalarType::Long,
+           "a length for each part of the past, contiguous int64 (P,)");
+    parts.push_back({keys[p], values[p], (const int64_t*)lengths[p].data_ptr(), B / P});
+    for (int64_t b = 0; b < B; b++) {
+      const int64_t length = parts.back().lengths[b * P / B];
+      WANTED(0 <= length && length <= keys[p].size(3) && length <= values[p].size(3), "lengths should be within the past");
+      held[b] += length;
+    }
   }
+  if (among)
+    WANTED(among->dim() == 3 && (among->size(0) == B || among->size(0) == 1) && among->size(1) == T && among->size(2) == T && among->is_contiguous() &&
+               among->scalar_type() == torch::headeronly::ScalarType::Bool,
+           "among should be contiguous bool (B or 1, T, T)");
   const std::vector<Matrix> all = matrices(blocks, scales, rows, columns);
   const Floats& use = floats();
+  const bool* const shown = among ? (const bool*)among->data_ptr() : nullptr;
+  const Attention attention = {parts, shown, among && among->size(0) == B ? T * T : 0, T, G, D, float(scale)};
+  const int64_t most = *std::max_element(held.begin(), held.end());
 
-  const Tensor out = torch::stable::new_empty(x, {T, E});
-  const Tensor new_k = torch::stable::new_empty(x, {L, K, T, D}), new_v = torch::stable::new_empty(x, {L, K, T, D});
+  const Tensor out = torch::stable::new_empty(x, {B, T, E});
+  const Tensor new_k = torch::stable::new_empty(x, {B, L, K, T, D}), new_v = torch::stable::new_empty(x, {B, L, K, T, D});
   float* const residual = (float*)out.data_ptr();
   const float* const given = (const float*)x.data_ptr();
-  std::copy(given, given + T * E, residual);
+  std::copy(given, given + BT * E, residual);
   const int64_t all_heads = N + 2 * K * D;
-  std::vector<float> normed(T * E), heads(T * all_heads), mixed(T * N), halves(T * 2 * F), inner(T * F), more(T * E);
+  std::vector<float> normed(BT * E), heads(BT * all_heads), mixed(BT * N), halves(BT * 2 * F), inner(BT * F), more(BT * E);
   const float *const cosines = (const float*)cos.data_ptr(), *const sines = (const float*)sin.data_ptr();
 
   for (int64_t l = 0; l < L; l++) {
     const Matrix* const w = all.data() + 7 * l;
     const auto norm = [&](const Tensor& weight) {
-      for (int64_t t = 0; t < T; t++) use.norm(residual + t * E, (const float*)weight.data_ptr(), E, float(epsilon), normed.data() + t * E);
+      by_rows(BT, E, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) use.norm(residual + i * E, (const float*)weight.data_ptr(), E, float(epsilon), normed.data() + i * E);
+      });
     };
     norm(norms[2 * l]);
-    multiply(w, 3, normed.data(), T, E, heads.data(), all_heads);
-    float* const k = (float*)new_k.data_ptr() + l * K * T * D;
-    float* const v = (float*)new_v.data_ptr() + l * K * T * D;
-    for (int64_t t = 0; t < T; t++) {
-      float* const row = heads.data() + t * all_heads;
-      for (int64_t h = 0; h < H + K; h++) rotate(row + h * D, cosines + t * R, sines + t * R, R);
-      for (int64_t h = 0; h < K; h++) {
-        std::copy(row + N + h * D, row + N + (h + 1) * D, k + (h * T + t) * D);
-        std::copy(row + N + (K + h) * D, row + N + (K + h + 1) * D, v + (h * T + t) * D);
-      }
-    }
-    const auto attend = [&](int64_t begin, int64_t end) {
-      std::vector<Past> pasts(parts + 1);
-      std::vector<int64_t> seen(lengths);
-      seen.push_back(0);
-      const int64_t room_step = (remembered + 31) / 16 * 16;
-      std::vector<float> room(use.queries * room_step);
-      for (int64_t h = begin; h < end; h++) {
-        for (int64_t p = 0; p < parts; p++) {
-          const Tensor &a = keys[p], &b = values[p];
-          pasts[p] = {(const float*)a.data_ptr() + l * a.stride(0) + h * a.stride(1),
-                      (const float*)b.data_ptr() + l * b.stride(0) + h * b.stride(1), a.stride(2), b.stride(2)};
+    multiply(w, 3, normed.data(), BT, E, heads.data(), all_heads);
+    const auto place = [&](const Tensor& of, int64_t b, int64_t h) { return (float*)of.data_ptr() + ((b * L + l) * K + h) * T * D; };
+    by_rows(BT, all_heads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t b = i / T, t = i % T;
+        float* const row = heads.data() + i * all_heads;
+        for (int64_t h = 0; h < H + K; h++) rotate(row + h * D, cosines + b * turn + t * R, sines + b * turn + t * R, R);
+        for (int64_t h = 0; h < K; h++) {
+          std::copy(row + N + h * D, row + N + (h + 1) * D, place(new_k, b, h) + t * D);
+          std::copy(row + N + (K + h) * D, row + N + (K + h + 1) * D, place(new_v, b, h) + t * D);
         }
-        pasts[parts] = {k + h * T * D, v + h * T * D, D, D};
-        std::vector<Query> queries;
-        for (int64_t t = 0; t < T; t++)
-          for (int64_t g = h * G; g < (h + 1) * G; g++)
-            queries.push_back({heads.data() + t * all_heads + g * D, mixed.data() + t * N + g * D, t + 1});
-        for (int64_t i = 0, many = int64_t(queries.size()); i < many; i += use.queries)
-          use.attend(queries.data() + i, std::min(int64_t(use.queries), many - i), pasts.data(), seen.data(), parts + 1, D, float(scale), room.data(), room_step);
+      }
+    });
+    const int64_t queries = BT * G, groups = (queries + QUERIES - 1) / QUERIES;  // of a head
+    const auto attend = [&](int64_t begin, int64_t end) {
+      const int64_t step = (most + 31) / 16 * 16;
+      const std::unique_ptr<float[]> room(new float[QUERIES * step]);
+      for (int64_t task = begin; task < end; task++) {
+        const int64_t h = task / groups, first = task % groups * QUERIES, count = std::min(QUERIES, queries - first);
+        const float* q[QUERIES];
+        float* y[QUERIES];
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t row = (first + i) / G, head = h * G + (first + i) % G;
+          q[i] = heads.data() + row * all_heads + head * D;
+          y[i] = mixed.data() + row * N + head * D;
+        }
+        const auto news = [&](int64_t b) { return Rows{place(new_k, b, h), place(new_v, b, h), D, D, T}; };
+        attention.run(q, y, first, count, l, h, news, room.get(), step);
       }
     };
-    torch::stable::parallel_for(0, K, 1 + 65536 / (remembered * D * G * T), attend);
-    multiply(w + 3, 1, mixed.data(), T, N, more.data(), E);
-    add(more.data(), T * E, residual);
+    torch::stable::parallel_for(0, K * groups, 1 + 65536 / (most * D * std::min(queries, QUERIES)), attend);
+    multiply(w + 3, 1, mixed.data(), BT, N, more.data(), E);
+    add(more.data(), BT * E, residual);
     norm(norms[2 * l + 1]);
-    multiply(w + 4, 2, normed.data(), T, E, halves.data(), 2 * F);
-    for (int64_t t = 0; t < T; t++) use.gated(halves.data() + t * 2 * F, halves.data() + t * 2 * F + F, F, inner.data() + t * F);
-    multiply(w + 6, 1, inner.data(), T, F, more.data(), E);
-    add(more.data(), T * E, residual);
+    multiply(w + 4, 2, normed.data(), BT, E, halves.data(), 2 * F);
+    by_rows(BT, 4 * F, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) use.gated(halves.data() + i * 2 * F, halves.data() + i * 2 * F + F, F, inner.data() + i * F);
+    });
+    multiply(w + 6, 1, inner.data(), BT, F, more.data(), E);
+    add(more.data(), BT * E, residual);
   }
   return {out, new_k, new_v};
 }

@@ -17,25 +17,13 @@ struct Matrix {
   int64_t rows, tiles, bytes;
 };
 
-// Some rows of what is remembered of one head.
-struct Past {
-  const float *k, *v;
-  int64_t k_step, v_step;
-};
-
-// A query, where its result goes, and how many rows of the last part it sees.
-struct Query {
-  const float* q;
-  float* y;
-  int64_t own;
-};
-
 struct Floats {
   void (*norm)(const float* x, const float* weight, int64_t E, float epsilon, float* y);
   void (*gated)(const float* gate, const float* up, int64_t F, float* y);
-  void (*attend)(const Query* queries, int64_t Q, const Past* parts, const int64_t* seen, int64_t count, int64_t D, float scale, float* room, int64_t room_step);
+  void (*score)(const float* const* q, float* const* to, int64_t Q, const float* k, int64_t step, int64_t rows, int64_t D, float scale);
+  float (*to_shares)(float* x, int64_t count);
+  void (*mix)(const float* const* share, float* const* y, int64_t Q, const float* v, int64_t step, int64_t rows, int64_t D);
   void (*rows)(const float* w, const float* x, int64_t T, int64_t K, int64_t N, int64_t begin, int64_t end, float* y, int64_t step);
-  int queries;  // of one call of attend, at most
 };
 
 // The matrices that blocks, (tiles, blocks of K, bytes) or floats (tiles, K, 16), and scales hold, checked; K is the length of their rows.
@@ -51,3 +39,39 @@ int instructions_that_run();
 
 // Of the instructions that run.
 const Floats& floats();
+
+// R rows of one head in codes; see codes.h. Keys: codes (D, R), scale and low (R / 32, D). Values: codes (R, D), scale and low
+// (D / features, R).
+struct CodedBlock {
+  const uint8_t *k, *v;
+  const float *k_scale, *k_low, *v_scale, *v_low;
+};
+
+struct Coded {
+  const CodedBlock* blocks;
+  int64_t rows, bits, features, rotation;
+};
+
+// A query, where its result goes, and which rows it sees: from, to of the codes, then of each part.
+struct CodedQuery {
+  const float* q;
+  float* y;
+  const int64_t* seen;
+};
+
+struct Coding {
+  // `room` has for each query a place for every row, and 15 more, `room_step` apart; `scratch` 2 D + max(D, rows) floats a query.
+  void (*attend)(const CodedQuery* queries, int64_t Q, const Coded& coded, const Past* parts, int64_t count, int64_t D, float scale, float* room,
+                 int64_t room_step, float* scratch);
+  int queries;  // of one call, at most
+};
+
+const Coding& coding();
+
+// One layer of a past in codes, checked: codes, scale and low of keys, then of values (layers, K, ..), of each block.
+struct CodedPast {
+  CodedPast(const Tensors& codes, int64_t layer, int64_t rows, int64_t bits, int64_t D);
+  Coded of(int64_t head, CodedBlock* blocks) const;  // blocks: room for `count`
+  int64_t count, rows, bits, D, features, rotation, heads = 0;
+  std::vector<const char*> at;
+};

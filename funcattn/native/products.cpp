@@ -94,6 +94,7 @@ static inline Real whole_part(Real a) { return _mm512_roundscale_ps(a, _MM_FROUN
 static inline Real times_power(Real a, Real n) { return _mm512_scalef_ps(a, n); }
 #include "products.h"
 #include "floats.h"
+#include "codes.h"
 }  // namespace avx512
 END_TARGET
 
@@ -187,6 +188,7 @@ static inline __m256 scaled(__m256 a, __m256 n) {
 static inline Real times_power(Real a, Real n) { return {scaled(a.a, n.a), scaled(a.b, n.b)}; }
 #include "products.h"
 #include "floats.h"
+#include "codes.h"
 }  // namespace avx2
 END_TARGET
 
@@ -236,6 +238,8 @@ Tensor products(Tensors blocks, Tensors scales, std::vector<int64_t> rows, Tenso
 }  // namespace
 
 int instructions_that_run() { return chosen; }
+
+const Coding& coding() { return chosen == AVX512 ? avx512::coding : avx2::coding; }
 
 const Floats& floats() { return chosen == AVX512 ? avx512::floats : avx2::floats; }
 
@@ -385,7 +389,7 @@ STABLE_TORCH_LIBRARY(funcattn, m) {
       "(Tensor, Tensor, Tensor, Tensor, bool)");
   m.def(
       "layers(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor[] norms, Tensor x, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, "
-      "int[] lengths, int heads, int kv_heads, float scale, float epsilon) -> (Tensor, Tensor, Tensor)");
+      "Tensor[] lengths, Tensor? among, int heads, int kv_heads, float scale, float epsilon) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("products", TORCH_BOX(&products)); }

@@ -400,20 +400,21 @@ def arguments(**changes):
     ]
     blocks, scales, rows = fused.weights(stack)
     norms = [norm for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
-    past = torch.zeros(2, 2, 5, 16)
+    past = torch.zeros(1, 2, 2, 5, 16)
     given = {
         "blocks": blocks,
         "scales": scales,
         "rows": rows,
         "norms": norms,
-        "x": torch.zeros(2, 64),
+        "x": torch.zeros(1, 2, 64),
     }
     given |= {
-        "cos": torch.ones(2, 16),
-        "sin": torch.zeros(2, 16),
+        "cos": torch.ones(1, 2, 16),
+        "sin": torch.zeros(1, 2, 16),
         "keys": [past],
         "values": [past],
-        "lengths": [4],
+        "lengths": [torch.tensor([4])],
+        "among": None,
     }
     given |= {"heads": 4, "kv_heads": 2, "scale": 1.0, "epsilon": 1e-5}
     return given | {name: change(given[name]) for name, change in changes.items()}
@@ -421,7 +422,7 @@ def arguments(**changes):
 
 BAD = {
     "x of another dtype": ({"x": lambda x: x.double()}, "x should be"),
-    "no tokens": (dict.fromkeys(("x", "cos", "sin"), lambda x: x[:0]), "x should be"),
+    "no tokens": (dict.fromkeys(("x", "cos", "sin"), lambda x: x[:, :0]), "x should be"),
     "x by columns": ({"x": lambda x: x.mT.contiguous().mT}, "x should be"),
     "a norm too few": ({"norms": lambda x: x[:-1]}, "two norms for each layer"),
     "a short norm": ({"norms": lambda x: [x[0][:5], *x[1:]]}, "norms should be"),
@@ -430,11 +431,11 @@ BAD = {
     "no heads": ({"heads": lambda x: 0}, "heads of a multiple"),
     "other rows": ({"rows": lambda x: [*x[:-1], 40]}, "layers of the same sizes"),
     "a matrix of other columns": ({"blocks": lambda x: [x[6], *x[1:]]}, "blocks should be"),
-    "angles of other tokens": ({"cos": lambda x: x[:1]}, "cos and sin should be"),
-    "a past of other heads": ({"keys": lambda x: [x[0][:, :1]]}, "keys and values should be"),
-    "a length beyond": ({"lengths": lambda x: [6]}, "within the past"),
-    "a negative length": ({"lengths": lambda x: [-1]}, "within the past"),
-    "no length": ({"lengths": lambda x: []}, "a length for each part"),
+    "angles of other tokens": ({"cos": lambda x: x[:, :1]}, "cos and sin should be"),
+    "a past of other heads": ({"keys": lambda x: [x[0][:, :, :1]]}, "keys and values should be"),
+    "a length beyond": ({"lengths": lambda x: [x[0] + 2]}, "within the past"),
+    "a negative length": ({"lengths": lambda x: [x[0] - 5]}, "within the past"),
+    "no length": ({"lengths": lambda x: []}, "lengths for each part"),
 }
 
 
@@ -442,7 +443,7 @@ BAD = {
 def test_the_operator_refuses_what_does_not_fit(changes, message):
     run = lambda **given: torch.ops.funcattn.layers(*given.values())
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-        assert run(**arguments())[0].shape == (2, 64)
+        assert run(**arguments())[0].shape == (1, 2, 64)
         with pytest.raises(RuntimeError, match=message):
             run(**arguments(**changes))
 

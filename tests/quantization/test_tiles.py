@@ -419,6 +419,14 @@ def test_nothing_times_nothing():
     )
 
 
+def test_vectors_may_be_mapped_along_any_axis():
+    """Also where each is contiguous, and all together are not."""
+    tiles, x = tile_floats(matrix(0, 20, 64)), matrix(1, 3, 5, 64)
+    wanted = linear(tiles, x)
+    assert torch.equal(vmap(lambda row: linear(tiles, row), 1, 1)(x), wanted)
+    assert torch.equal(vmap(lambda row: linear(tiles, row))(x[:, :1]), wanted[:, :1])
+
+
 @pytest.mark.parametrize("group", [32, 64, None])
 def test_tiles_of_8_bit_activations_multiply_what_these_are_rounded_to(group):
     """Several at once too, of one size of group and of two; under every transform of what is
