@@ -51,6 +51,8 @@ SOURCES = tuple(
     for name in (
         "products.cpp",
         "layers.cpp",
+        "dense.cpp",
+        "dense.h",
         "products.h",
         "floats.h",
         "matrices.h",
