@@ -3,6 +3,7 @@
 import torch
 
 from .. import kernels, native
+from ..layers import dense_products
 from ..quantization import tiles
 from .terminal import shown
 
@@ -29,6 +30,7 @@ def show() -> None:
     else:
         origin = "of the installed wheel" if native.packaged() else "compiled on this machine"
         print(f"  {INSTRUCTIONS[native.instructions()]}, {origin}")
+        print(f"  {dense_products.explain()}")
 
     for device in ["cpu", *(f"cuda:{i}" for i in range(len(gpus)))]:
         for dtype in (torch.float32, torch.bfloat16):

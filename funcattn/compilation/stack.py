@@ -17,7 +17,7 @@ from ..core import errors
 from ..core.autograd import has_tangent, mapped_rows
 from ..core.fingerprints import Fingerprint, is_differentiated
 from ..kernels import Kernel, check_remembered, dispatch
-from ..layers import Weight
+from ..layers import Weight, dense_products
 from ..models import Code, Past
 from ..quantization import tiles
 from ..quantization.tiles import Tiles
@@ -122,10 +122,11 @@ class Stack:
             if kernel is None
             else f"the kernel {kernel.name!r} is forced"
         )
+        many = dense_products.explain()
         if not why:
-            return f"{len(stack)} layers: one call of the operator funcattn::layers"
+            return f"{len(stack)} layers: one call of the operator funcattn::layers; {many}"
         calls = f"{len(self.parts)} calls of compiled code, {self.depth} layers each"
-        return f"{len(stack)} layers: {calls}; not the operator funcattn::layers: {why}"
+        return f"{len(stack)} layers: {calls}; not the operator funcattn::layers: {why}; {many}"
 
     def hidden(
         self,

@@ -1,6 +1,7 @@
 """The layers of a decoder as functions of a weight and an activation.
 
     products    linear, linears, dense, embed: dispatch on the type of the weight; Blocks
+    dense_products   products of float32 with many vectors, by the faster library
     layouts     fields: how the tensors of a weight are divided among devices
     prepared    prepare: the memory layout of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm

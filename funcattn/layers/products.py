@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core import errors
 from ..kernels.products import computed
 from ..records import record
+from .dense_products import multiply
 
 # A matrix or vector of a decoder: a tensor, a DTensor, a record that registered with `linear`
 # (quantized, with a low-rank update, in blocks), or `()` where a config lacks it.
@@ -49,7 +50,8 @@ def _(weight: Tensor, x: Tensor) -> Tensor:
         and weight.is_contiguous()
     ):
         return rows_times(weight, x)
-    return F.linear(x, weight)
+    y = multiply(weight, x)
+    return F.linear(x, weight) if y is None else y
 
 
 # Types with one call for several products, by type.

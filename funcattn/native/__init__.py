@@ -6,6 +6,7 @@ products.cpp  vector instructions (AVX2, AVX-512 VNNI), and funcattn::products: 
               few vectors
 coded.cpp   funcattn::coded_attend: attention over a past in codes; codes.h its arithmetic
 layers.cpp  funcattn::layers: all layers of a decoder for a few tokens; matrices.h is common
+dense.cpp   funcattn::linear: a matrix of floats times many vectors
 attention   attention.cpp: funcattn::native_attend and native_attend_jvp; forward.h their
               arithmetic on the products and the exponential of gemm.h; vectors.h the vectors
               of each processor

@@ -52,6 +52,8 @@ SOURCES = tuple(
         "products.cpp",
         "layers.cpp",
         "coded.cpp",
+        "dense.cpp",
+        "dense.h",
         "products.h",
         "floats.h",
         "codes.h",
