@@ -49,6 +49,16 @@ REASONS = {
     "a compiler that fails": ({"CXX": "false"}, "fails"),
     "nowhere to write": ({"FUNCATTN_CACHE": "/proc/funcattn"}, "cannot be written"),
 }
+
+ABSENT = "asks for none", "no AVX2", "it is written for Linux", "no C++ compiler"
+
+
+def test_the_sources_compile():
+    """Or something is absent: tests of the operators are skipped where there is no library."""
+    reason = building.load()
+    assert not reason or any(part in reason for part in ABSENT), reason
+
+
 SLOW = "a compiler that fails", "nowhere to write"  # as the two before, in a process of their own
 
 
