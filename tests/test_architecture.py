@@ -20,16 +20,15 @@ PACKAGE = ROOT / "funcattn"
 # A room imports only from floors below its own. A folder is one room; its files import each other
 # in any order without a circle.
 FLOORS = [
-    {"records", "core", "tree", "randomness", "progress"},
+    {"records", "core", "tree", "native", "randomness", "progress"},
     {
         "masks",
-        "native",
         "collectives",
         "rematerialization",
         "taps",
         "curvature",
     },
-    {"kernels", "native"},
+    {"kernels"},
     {"layers"},
     {"caches", "models", "sampling", "quantization", "vocabulary"},
     {"transformer", "low_rank"},
@@ -51,7 +50,8 @@ FLOORS = [
 WITHIN = {  # neighbours on one floor
     "core": {"records"},
     "tree": {"records", "core"},
-    "randomness": {"records", "core", "tree"},
+    "native": {"core"},
+    "randomness": {"records", "core", "tree", "native"},
     "progress": {"core"},
     "rematerialization": {"collectives"},
     "models": {"caches"},

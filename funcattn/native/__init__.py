@@ -7,12 +7,13 @@ products.cpp  vector instructions (AVX2, AVX-512 VNNI), and funcattn::products: 
 coded.cpp   funcattn::coded_attend: attention over a past in codes; codes.h its arithmetic
 layers.cpp  funcattn::layers: all layers of a decoder for a few tokens; matrices.h is common
 dense.cpp   funcattn::linear: a matrix of floats times many vectors
+words.cpp   funcattn::words: random words, by the cipher of cipher.h
 attention   attention.cpp: funcattn::native_attend and native_attend_jvp; forward.h their
               arithmetic on the products and the exponential of gemm.h; vectors.h the vectors
               of each processor
 targets.h   regions of code for instructions that the processor is asked for at run time
 """
 
-from .building import instructions, load, model_name, once, packaged
+from .building import instructions, is_loaded, load, model_name, once, packaged
 
-__all__ = ["instructions", "load", "model_name", "once", "packaged"]
+__all__ = ["instructions", "is_loaded", "load", "model_name", "once", "packaged"]

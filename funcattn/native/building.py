@@ -38,9 +38,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, wraps
+from functools import cache, update_wrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -54,6 +54,8 @@ SOURCES = tuple(
         "coded.cpp",
         "dense.cpp",
         "dense.h",
+        "words.cpp",
+        "cipher.h",
         "products.h",
         "floats.h",
         "codes.h",
@@ -83,19 +85,20 @@ class Missing(Exception):
     """The reason why there is no operator, as a sentence."""
 
 
-def once(f: Callable[[], R]) -> Callable[[], R]:
+class once(Generic[R]):
     """f, run by the first thread that calls it; other threads wait for its result."""
-    lock, found = threading.RLock(), []
 
-    @wraps(f)
-    def run() -> R:
-        if not found:
-            with lock:
-                if not found:
-                    found.append(f())
-        return found[0]
+    def __init__(self, f: Callable[[], R]) -> None:
+        self.f, self.lock = f, threading.RLock()
+        self.found: list[R] = []
+        update_wrapper(self, f)
 
-    return run
+    def __call__(self) -> R:
+        if not self.found:
+            with self.lock:
+                if not self.found:
+                    self.found.append(self.f())
+        return self.found[0]
 
 
 @once
@@ -116,6 +119,11 @@ def load() -> str:
         return f"the library cannot be loaded: {error}"
     except (RuntimeError, AttributeError) as error:  # from torch, for another library
         return f"the library is none of this operator: {' '.join(str(error).split())[:200]}"
+
+
+def is_loaded() -> bool:
+    """True where `load` has run in this process, and the operators run: nothing is built."""
+    return load.found == [""]
 
 
 @cache

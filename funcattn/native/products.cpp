@@ -383,6 +383,7 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
 STABLE_TORCH_LIBRARY(funcattn, m) {
   m.def("products(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor x) -> Tensor");
   m.def("instructions(int wanted) -> int");
+  m.def("words(Tensor keys, int first, int n) -> (Tensor, Tensor)");
   m.def("native_attend(Tensor q, Tensor k, Tensor v, Tensor[] mask, Tensor? bias, float scale) -> (Tensor, Tensor, bool)");
   m.def(
       "native_attend_jvp(Tensor q, Tensor k, Tensor v, Tensor? dq, Tensor? dk, Tensor? dv, Tensor[] mask, float scale) -> "

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import native
 from ..core import errors
+from ..core.autograd import VmapInfo, is_jit_traced, mapped_rows
 
 PARITY = 0x1BD11BDA  # the key schedule's constant
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # alternate every four rounds
@@ -68,6 +70,41 @@ def encipher_in_memory(key: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def words(
+    key: Tensor, first: int, n: int, cipher: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The words (n,) of the counters first, first + 1, ..., int32.
+
+    By the operator funcattn::words where that is loaded already, also under vmap; nothing is built
+    for it.
+
+    Law: both ways have the same bits
+        (test_threefry.py::test_the_operator_has_the_bits_of_the_cipher).
+    """
+    known = errors.peek(key) is not None and not is_jit_traced()
+    runs = known and (errors.is_plain(key) or mapped_rows() > 0)
+    if runs and key.device.type == "cpu" and native.is_loaded():
+        _register()
+        x, y = torch.ops.funcattn.words(key.reshape(1, 2).contiguous(), first, n)
+        return x[0], y[0]
+    return cipher(key, torch.arange(first, first + n, dtype=torch.int32, device=key.device))
+
+
+@native.once
+def _register() -> None:
+    torch.library.register_vmap("funcattn::words", _mapped)
+
+
+def _mapped(
+    info: VmapInfo, in_dims: tuple[int | None, ...], keys: Tensor, first: int, n: int
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """vmap of funcattn::words: more keys."""
+    assert in_dims[0] is not None
+    rows = keys.movedim(in_dims[0], 0)
+    x, y = torch.ops.funcattn.words(rows.flatten(0, 1).contiguous(), first, n)
+    return (x.unflatten(0, rows.shape[:2]), y.unflatten(0, rows.shape[:2])), (0, 0)
+
+
 def drawn(key: Tensor, shape: tuple[int, ...], made: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """made(*words) of the two int32 words of each element: encrypted counters in this shape.
 
@@ -82,14 +119,11 @@ def drawn(key: Tensor, shape: tuple[int, ...], made: Callable[[Tensor, Tensor], 
     """
     n = math.prod(shape)
     if n <= PART or key.device.type != "cpu" or not errors.is_plain(key):
-        return made(
-            *encipher(key, torch.arange(n, dtype=torch.int32, device=key.device).reshape(shape))
-        )
+        return made(*(word.reshape(shape) for word in words(key, 0, n, encipher)))
     whole, part = None, PART * torch.get_num_threads()
-    words = encipher_in_memory if part == PART else encipher
+    cipher = encipher_in_memory if part == PART else encipher
     for begin in range(0, n, part):
-        counts = torch.arange(begin, min(n, begin + part), dtype=torch.int32, device=key.device)
-        some = made(*words(key, counts))
+        some = made(*words(key, begin, min(part, n - begin), cipher))
         if whole is None:
             whole = some.new_empty(n)
         whole[begin : begin + part] = some

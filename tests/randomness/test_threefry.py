@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import funcattn as fa
+from funcattn import native
 from funcattn.randomness import threefry
 
 DRAWS = {
@@ -38,6 +39,37 @@ def test_a_large_draw_is_that_of_its_parts(name, monkeypatch):
         assert (parts.dtype, parts.shape) == (whole.dtype, whole.shape)
         assert torch.equal(parts, whole)
         assert torch.equal(mapped[1], whole)
+
+
+@pytest.mark.cpu("the operator funcattn::words is for the CPU")
+@pytest.mark.parametrize("name", DRAWS)
+def test_the_operator_has_the_bits_of_the_cipher(name, monkeypatch):
+    """Alone and mapped, once and twice, in one part and several, with both sets of instructions."""
+    if reason := native.load():
+        pytest.skip(reason)
+    draw, keys = DRAWS[name], fa.split(fa.key(3), (2, 3))
+    each = lambda shape: [draw(key, shape) for key in keys.flatten(0, 1)]
+    for shape in ((), (0,), (7,), (3, 1700)):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "is_loaded", lambda: False)
+            wanted = each(shape)
+        for instructions in (1, 2):
+            try:
+                torch.ops.funcattn.instructions(instructions)
+                mapped = torch.vmap(torch.vmap(lambda key, shape=shape: draw(key, shape)))(keys)
+                assert torch.equal(mapped.flatten(0, 1), torch.stack(wanted))
+                assert all(map(torch.equal, each(shape), wanted))
+            finally:
+                torch.ops.funcattn.instructions(-1)
+    last = torch.tensor([2**32 - 1, 2**31])  # words that are negative as int32
+    x, y = torch.ops.funcattn.words(last[None], 5, 40)
+    assert list(
+        map(
+            torch.equal,
+            threefry.encipher(last, torch.arange(5, 45, dtype=torch.int32)),
+            (x[0], y[0]),
+        )
+    ) == [True, True]
 
 
 @pytest.mark.cpu("parts are made on the CPU alone")
