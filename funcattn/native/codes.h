@@ -173,37 +173,29 @@ static void attend_some_coded(const CodedQuery* queries, const Coded& c, const P
     c.bits == 4 ? coded_logits<Q, 4>(c, first, last, q, D, share, w) : coded_logits<Q, 8>(c, first, last, q, D, share, w);
     for (int i = 0; i < Q; i++) hide(i, 0, first * c.rows, last * c.rows, 0);
   }
-  Real by[Q];
+  float by[Q];
   for (int i = 0; i < Q; i++) by[i] = to_shares(share[i], total);
   if (last > first) {
     c.bits == 4 ? coded_values<Q, 4>(c, first, last, share, D, sums, w) : coded_values<Q, 8>(c, first, last, share, D, sums, w);
     for (int i = 0; i < Q; i++) rotate(sums[i], D, c.rotation);
   }
-  for (int64_t d = 0; d < D; d += 64) {
-    const int lanes = least(4, (D - d) / 16);
-    Real now[Q][4];
-    for (int i = 0; i < Q; i++)
-      for (int l = 0; l < lanes; l++) now[i][l] = load_real((const uint8_t*)(sums[i] + d + 16 * l));
-    int64_t at = last > first ? (last - first) * c.rows : 0;
-    for (int64_t p = 0; p < count; p++) {
-      const int64_t begin = least_of(2 * p + 2), end = most_of(2 * p + 3);
-      const float* const v = parts[p].v + d;
-      bool alike = true;
-      for (int i = 0; i < Q; i++) alike = alike && queries[i].seen[2 * p + 2] == begin && queries[i].seen[2 * p + 3] == end;
-      float* from[Q];
-      for (int i = 0; i < Q; i++) from[i] = share[i] + at;
-      if (alike && end > begin)
-        mix<Q>(from, v + begin * parts[p].v_step, parts[p].v_step, end - begin, lanes, now);
-      for (int i = 0; i < Q && !alike; i++) {  // each its own rows, since a value that is not seen may be NaN
-        const int64_t own = queries[i].seen[2 * p + 2], rows = queries[i].seen[2 * p + 3] - own;
-        float* some = from[i] + own - begin;
-        if (rows > 0) mix<1>(&some, v + own * parts[p].v_step, parts[p].v_step, rows, lanes, now + i);
-      }
-      at += end > begin ? end - begin : 0;
+  int64_t at = last > first ? (last - first) * c.rows : 0;
+  for (int64_t p = 0; p < count; p++) {
+    const int64_t begin = least_of(2 * p + 2), end = most_of(2 * p + 3), step = parts[p].v_step;
+    bool alike = true;
+    for (int i = 0; i < Q; i++) alike = alike && queries[i].seen[2 * p + 2] == begin && queries[i].seen[2 * p + 3] == end;
+    float* from[Q];
+    for (int i = 0; i < Q; i++) from[i] = share[i] + at;
+    if (alike) mix(from, sums, Q, parts[p].v + begin * step, step, end - begin, D);
+    for (int i = 0; i < Q && !alike; i++) {  // each its own rows, since a value that is not seen may be NaN
+      const int64_t own = queries[i].seen[2 * p + 2];
+      float* const some = from[i] + own - begin;
+      mix(&some, sums + i, 1, parts[p].v + own * step, step, queries[i].seen[2 * p + 3] - own, D);
     }
-    for (int i = 0; i < Q; i++)
-      for (int l = 0; l < lanes; l++) store_some(queries[i].y + d + 16 * l, times(now[i][l], by[i]), 16);
+    at += end > begin ? end - begin : 0;
   }
+  for (int i = 0; i < Q; i++)
+    for (int64_t d = 0; d < D; d++) queries[i].y[d] = sums[i][d] * by[i];
 }
 
 // Q <= QUERIES queries of one key head, over the rows that each sees of the codes and of `count` parts in floats.

@@ -39,10 +39,9 @@ void add(const float* more, int64_t n, float* x) {
   for (int64_t i = 0; i < n; i++) x[i] += more[i];
 }
 
-// Rows of a text: keys and values of one head.
-struct Rows {
-  const float *k, *v;
-  int64_t k_step, v_step, count;
+// The first `count` rows of a text, of one head.
+struct Rows : Past {
+  int64_t count;
 };
 
 // Some of the past of B texts: keys and values of (P, layers, kv_heads, S, D), of which B / P texts behind each other share one.
@@ -55,7 +54,7 @@ struct Part {
     const auto at = [&](const Tensor& x) {
       return (const float*)x.data_ptr() + text / sharing * x.stride(0) + layer * x.stride(1) + head * x.stride(2);
     };
-    return {at(keys), at(values), keys.stride(3), values.stride(3), lengths[text / sharing]};
+    return {{at(keys), at(values), keys.stride(3), values.stride(3)}, lengths[text / sharing]};
   }
 };
 
@@ -228,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
           q[i] = heads.data() + row * all_heads + head * D;
           y[i] = mixed.data() + row * N + head * D;
         }
-        const auto news = [&](int64_t b) { return Rows{place(new_k, b, h), place(new_v, b, h), D, D, T}; };
+        const auto news = [&](int64_t b) { return Rows{{place(new_k, b, h), place(new_v, b, h), D, D}, T}; };
         attention.run(q, y, first, count, l, h, news, room.get(), step);
       }
     };

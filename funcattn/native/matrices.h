@@ -40,6 +40,12 @@ int instructions_that_run();
 // Of the instructions that run.
 const Floats& floats();
 
+// Some rows of what is remembered of one head.
+struct Past {
+  const float *k, *v;
+  int64_t k_step, v_step;
+};
+
 // R rows of one head in codes; see codes.h. Keys: codes (D, R), scale and low (R / 32, D). Values: codes (R, D), scale and low
 // (D / features, R).
 struct CodedBlock {
