@@ -150,6 +150,7 @@ TESTED_BY = {
     "checkpoints.tokenizer.tokenizer": "checkpoints.tokenizer: library other_files",
     "checkpoints.gguf.gguf_file": "checkpoints.gguf: header",
     "checkpoints.tokenizer.gguf_metadata": "checkpoints.gguf: metadata",
+    "caches.quantized_blocks": "caches: coded_rows",
     "cli.terminal": "core: errors",
     "collectives.agreement": "collectives: fingerprint",
     "core.atomic": "checkpoints: writing",

@@ -58,7 +58,7 @@ from .protocol import (
 )
 from .protocol import KVCache as KVCache  # types, no verbs of a kind
 from .protocol import Past as Past
-from .quantized_blocks import QuantizedCache, quantized
+from .quantized_blocks import QuantizedCache, quantized, rows_and_codes, why_not_coded
 from .rows import bucket
 from .sharded import CONTEXT, ShardedCache
 from .sliding_window import Ring, ring
@@ -106,9 +106,11 @@ __all__ = [
     "reset_counts",
     "ring",
     "rows",
+    "rows_and_codes",
     "rows_of",
     "sizes",
     "states",
+    "why_not_coded",
     "with_length",
     "write",
 ]

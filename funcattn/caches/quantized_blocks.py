@@ -15,29 +15,21 @@ Source: Liu et al., KIVI: A tuning-free asymmetric 2bit quantization for KV cach
 section 3; Hooper et al., KVQuant, arXiv:2401.18079, section 3.5, for the first tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
-from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..core import errors
-from ..core.autograd import differentiated, has_tangent, transforming
+from ..core.autograd import differentiated
 from ..core.doors import made
 from ..kernels import CodedSegment, Part, coded
 from ..records import record
-from . import display, rows
-from .codes import (
-    QuantizedBlock,
-    bits_of,
-    decode_keys,
-    decode_values,
-    encode_keys,
-    encode_values,
-)
+from . import coded_rows, display, rows
+from .codes import QuantizedBlock, bits_of, encode_keys, encode_values
+from .dense import Cache
 from .protocol import (
     Admitted,
     Delta,
@@ -53,9 +45,6 @@ from .protocol import (
     with_length,
     write,
 )
-
-_REQUIRES_GRAD = attrgetter("requires_grad")
-MAX_QUERIES = 16  # of one call of the operator; more are bound by products, which floats have
 
 
 @record
@@ -174,15 +163,16 @@ def _(
     full = _coded_blocks(cache, cache.length if known is None else known)
     held = rows.bounds(full, n)[1]
     first = min(rows.first_seen(positions, window)[0] // R, held)
-    if known is not None and held > first:
-        codes = _as_codes(cache, layer, positions - first * R, window, first, held)
+    D, bits = cache.tail_v.shape[-1], _bits(cache)[0]
+    if known is not None and held > first and not why_not_coded(cache):
+        some = cache.k[first:held], cache.v[first:held]
+        codes = coded_rows.segment(*some, layer, positions - first * R, window, R, D, bits)
         if codes is not None:
             parts.append(codes)
             first = held
     for start, stop in rows.runs([block.codes for block in cache.k[first:held]]):
         begin, end = first + start, first + stop
-        k = _together(cache.k[begin:end], layer, decode_keys, R)
-        v = _together(cache.v[begin:end], layer, decode_values, cache.tail_v.shape[-1])
+        k, v = coded_rows.decoded(cache.k[begin:end], cache.v[begin:end], layer, R, D)
         parts += rows.read(k, v, positions - begin * R, window, stop=(full - begin) * R)
     at = full * R
     return parts + rows.read(
@@ -322,53 +312,24 @@ def _coded_blocks(cache: QuantizedCache, length: Any) -> Any:
     return max(coded, 0) if isinstance(coded, int) else coded.clamp(0, len(cache.k))
 
 
-def _together(
-    blocks: Sequence[QuantizedBlock],
-    layer: int,
-    decode: Callable[[QuantizedBlock, int], Tensor],
-    size: int,
-) -> Tensor:
-    """The rows (K, n R, D) that n neighbouring blocks stand for in one layer."""
-    stacked = QuantizedBlock(
-        *[torch.stack([x[layer] for x in leaf], -3) for leaf in zip(*blocks, strict=True)]
-    )
-    return decode(stacked, size).flatten(-3, -2)
+def why_not_coded(cache: QuantizedCache) -> str:
+    """Why operators do not read the codes of this cache, or ""."""
+    k, v = cache.tail_k, cache.tail_v
+    return coded.why_not(k.shape[-1], v.shape[-1], _block(cache), k.dtype, k.device)
 
 
-def _as_codes(
-    cache: QuantizedCache,
-    layer: int,
-    positions: Tensor,
-    window: int | None,
-    first: int,
-    last: int,
-) -> CodedSegment | None:
-    """Blocks first .. last of one layer, in which token t has position positions[t].
-
-    None where the operator does not read them: many tokens, autograd, transforms, compilers.
+def rows_and_codes(cache: QuantizedCache) -> tuple[list[Cache], list[Tensor], int, int]:
+    """The rows in full precision, first and last, as dense caches; the codes between them, as
+    operators take them, rows of a block, and bits. The length is concrete.
     """
-    if torch.compiler.is_compiling() or transforming() or len(positions) > MAX_QUERIES:
-        return None
-    R, D, tail = _block(cache), cache.tail_v.shape[-1], cache.tail_k
-    if coded.why_not(tail.shape[-1], D, R, tail.dtype, tail.device) or positions.is_meta:
-        return None
-    k, v = cache.k[first:last], cache.v[first:last]
-    codes = list(chain.from_iterable(chain.from_iterable(zip(k, v, strict=True))))
-    if (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, codes))) or has_tangent(codes):
-        return None
-
-    def decode() -> tuple[Tensor, Tensor, Any]:
-        keys = _together(k, layer, decode_keys, R)
-        values = _together(v, layer, decode_values, D)
-        found = rows.read(keys, values, positions, window, stop=len(k) * R)
-        return tuple(found[0]) if found else (keys[:, :0], values[:, :0], ())
-
-    n = len(k) * R
-    begins = [0] * len(positions)
-    if window is not None:
-        begins = (positions - (window - 1)).clamp(0, n).tolist()
-    seen = [(begin, n) for begin in begins]
-    return CodedSegment(codes, layer, R, _bits(cache)[0], seen, decode)
+    length, R = int(cache.length), _block(cache)
+    full = _coded_blocks(cache, length)
+    first, last = cache.length.clamp(max=_sinks(cache)), cache.length - _sinks(cache) - full * R
+    dense = [
+        Cache(cache.first_k, cache.first_v, first),
+        Cache(cache.tail_k, cache.tail_v, last.clamp(min=0)),
+    ]
+    return dense, coded_rows.tensors(cache.k[:full], cache.v[:full]), R, _bits(cache)[0]
 
 
 def _block(cache: QuantizedCache) -> int:

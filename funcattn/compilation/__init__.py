@@ -6,6 +6,7 @@ stack       the layers of a step as a few calls of compiled functions or of the 
 compiled    the function that is compiled: some layers of a step
 fused       the C++ operator that runs all layers, and which configs it computes
 mapped      its rows under vmap: several texts in one call
+pasts       a past as it takes it: dense rows, and codes
 """
 
 from .model import Compiled, compile

@@ -1,13 +1,13 @@
 """The compiled function: some layers of a decode step, over cached rows of a bucket size."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import caches, transformer
-from ..caches import Branch, Cache, KVCache
+from ..caches import Cache
 from ..kernels import Kernel, Part
 from ..masks import Mask
 from ..transformer import Config, Layer, LayerContext, LayerDelta, LayerSpec
@@ -41,13 +41,6 @@ def rows(flat: Sequence[Cache]) -> list[Rows]:
             found.append(Rows(part.k[..., :S, :], part.v[..., :S, :], part.length, offset))
         offset = offset + part.length
     return found
-
-
-def dense_parts(cache: KVCache) -> list[Cache]:
-    """The `Cache`s that a dense cache consists of, in order."""
-    if isinstance(cache, Branch):
-        return [*dense_parts(cache.prefix), *dense_parts(cache.tail)]
-    return [cast(Cache, cache)]
 
 
 def several(

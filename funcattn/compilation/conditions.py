@@ -8,8 +8,8 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 
-from .. import collectives, taps, transformer, tree
-from ..caches import Branch, Cache
+from .. import caches, collectives, taps, transformer, tree
+from ..caches import Branch, Cache, QuantizedCache
 from ..core.autograd import differentiated, is_recorded, mapped_rows, transforming
 from ..kernels import dispatch
 from ..models import Past
@@ -58,13 +58,16 @@ def is_mapped(x: Tensor) -> bool:
 
 
 def is_step(tokens: Tensor, cache: Past) -> bool:
-    """True for 1 to MAX_OPERATOR_TOKENS tokens (T,), not on "meta", behind a dense cache."""
+    """True for 1 to MAX_OPERATOR_TOKENS tokens (T,), not on "meta".
+
+    And a dense cache, or one in codes that operators read.
+    """
     return (
         isinstance(tokens, Tensor)
         and tokens.dim() == 1
         and 0 < len(tokens) <= MAX_OPERATOR_TOKENS
         and not tokens.is_meta
-        and is_dense(cache)
+        and (is_dense(cache) or is_coded(cache))
     )
 
 
@@ -73,3 +76,10 @@ def is_dense(cache: Past) -> bool:
     return type(cache) is Cache or (
         type(cache) is Branch and is_dense(cache.prefix) and is_dense(cache.tail)
     )
+
+
+def is_coded(cache: Past) -> bool:
+    """True for a QuantizedCache that operators read, and for a Branch of one and dense caches."""
+    if type(cache) is Branch:
+        return is_coded(cache.prefix) and is_dense(cache.tail)
+    return type(cache) is QuantizedCache and not caches.why_not_coded(cache)

@@ -21,6 +21,7 @@ from ..quantization.tiling import tile_floats
 from ..records import is_absent
 from ..transformer import ANY, Config, Layer, capabilities
 from . import mapped
+from .pasts import NO_CODES, Codes
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the operator's arguments
 WEIGHTS = (*MATRICES, "attention_norm", "feed_forward_norm")  # the weights of a layer that it reads
@@ -170,6 +171,7 @@ def run(
     positions: Tensor,
     parts: Sequence[Cache],
     mask: Tensor | None = None,
+    codes: Codes = NO_CODES,
 ) -> tuple[Tensor, Delta]:
     """The residual (T, E) after all layers, and keys and values (K, T, D) of each.
 
@@ -198,7 +200,7 @@ def run(
     with torch._C._AutoDispatchBelowAutograd():  # no derivatives are taken here
         x, k, v = torch.ops.funcattn.layers.default(
             *(*matrices, norms, x[None].contiguous(), cos, sin),
-            *(keys, values, lengths, among, *sizes),
+            *(keys, values, lengths, among, *sizes, *codes),
         )
     return x[0], Delta(k[0].unbind(0), v[0].unbind(0))
 

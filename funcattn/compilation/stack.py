@@ -25,8 +25,9 @@ from ..records import is_absent
 from ..transformer import Config, Layer, LayerSpec, Params
 from ..tree import Tree
 from . import fused
-from .compiled import Rows, dense_parts, rows, several
-from .conditions import MAX_STEP_TOKENS, is_mapped, is_plain, is_plainly_mapped, is_step
+from .compiled import Rows, rows, several
+from .conditions import MAX_STEP_TOKENS, is_dense, is_mapped, is_plain, is_plainly_mapped, is_step
+from .pasts import parts_of
 
 # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 MAX_COMPILED_LAYERS = 5
@@ -71,7 +72,10 @@ class Stack:
         ):
             return None
         T, held = len(tokens) * max(many, 1), self.held
-        alone = many or len(tokens) > MAX_STEP_TOKENS  # the operator runs it, or nothing
+        in_codes = not is_dense(cache)
+        if many and in_codes:
+            return None
+        alone = many or in_codes or len(tokens) > MAX_STEP_TOKENS  # the operator runs it, or none
         if alone and (T > tiles.MOST_FLOATS or not self._is_served(cast(KVCache, cache))):
             return None
         T = T if T <= MAX_STEP_TOKENS else caches.bucket(T)  # alike to the operator
@@ -89,7 +93,7 @@ class Stack:
 
     def _is_served(self, cache: KVCache) -> bool:
         """True where the operator reads this dense cache, and no kernel is forced."""
-        return dispatch.forced(self.kernel) is None and fused.serves(dense_parts(cache))
+        return dispatch.forced(self.kernel) is None and fused.serves(parts_of(cache)[0])
 
     def _differs_by_device(self) -> bool:
         """True where a device of "tensor" uses other weights than its shard.
@@ -137,8 +141,8 @@ class Stack:
         mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Delta]:
-        """`Model.hidden` of a few tokens behind a dense cache."""
-        config, parts = self.config, dense_parts(cast(KVCache, cache))
+        """`Model.hidden` of a few tokens behind a dense cache, or one in codes."""
+        config, (parts, codes) = self.config, parts_of(cast(KVCache, cache))
         positions = transformer.positions_of(config, tokens, cache, positions)
 
         def through(x: Tensor) -> tuple[Tensor, Delta]:
@@ -146,7 +150,9 @@ class Stack:
                 if int(part.length):
                     check_remembered(part.k, x.dtype)
             if forms.fused is not None and self._is_served(cast(KVCache, cache)):
-                return fused.run(config, forms.fused, params.layers, x, positions, parts, mask)
+                return fused.run(
+                    config, forms.fused, params.layers, x, positions, parts, mask, codes
+                )
             return self._compiled(params, x, positions, rows(parts), forms, mask)
 
         x, delta = transformer.forward_pass(config, params, tokens, positions, through)

@@ -22,6 +22,7 @@ from .backends.masking import is_finite
 from .closed import operators
 
 LANES = 32  # rows of a block, and features, that the operator reads at once
+MOST_FEATURES = 512  # of a head, as in native/matrices.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +72,10 @@ def why_not(D: int, Dv: int, rows: int, dtype: torch.dtype, device: torch.device
     """Why the operator does not read blocks of such rows, or ""."""
     if dtype != torch.float32 or device.type != "cpu":
         return f"it reads scales of float32 on the CPU, and these are {dtype} on {device.type}"
-    if Dv != D or D % LANES or rows % LANES or not D:
+    if Dv != D or D % LANES or rows % LANES or not 0 < D <= MOST_FEATURES:
         return (
-            f"it knows blocks of {LANES} rows or a multiple, and as many features; these have "
-            f"{rows} rows, {D} features of keys and {Dv} of values"
+            f"it knows blocks of a multiple of {LANES} rows, and of {LANES} to {MOST_FEATURES} "
+            f"features; these have {rows} rows, {D} features of keys and {Dv} of values"
         )
     return native.load()
 

@@ -66,6 +66,7 @@ struct Attention {
   const bool* among;  // (B or 1, T, T), or null: what each new token sees of the new ones
   int64_t among_step, T, G, D;
   float scale;
+  const CodedPast* coded;  // before the parts, of all texts alike; or null
 
   // Queries first .. first + count of a head; `news` gives a text's new rows. room has a place for every row of a text, `step` apart.
   template <class News>
@@ -75,6 +76,20 @@ struct Attention {
     for (int64_t i = 0; i < count; i++) {
       to[i] = room + i * step;
       std::fill(y[i], y[i] + D, 0.0f);
+    }
+    std::vector<CodedBlock> blocks(coded ? coded->count : 0);
+    const Coded codes = coded ? coded->of(layer, head, blocks.data()) : Coded{};
+    const int64_t in_codes = coded ? coded->count * coded->rows : 0;
+    if (coded) {
+      std::vector<float> turned(count * D);
+      const float* rotated[QUERIES];
+      for (int64_t i = 0; i < count; i++) {
+        rotated[i] = turned.data() + i * D;
+        std::copy(q[i], q[i] + D, turned.data() + i * D);
+        coding().rotate(turned.data() + i * D, D, coded->rotation);
+      }
+      coding().score(codes, 0, coded->count, rotated, to, count, D, scale);
+      for (int64_t i = 0; i < count; i++) to[i] += in_codes;
     }
     each_run(first, count, layer, head, [&](int64_t i, int64_t many, const Rows& rows) {
       use.score(q + i, to + i, many, rows.k, rows.k_step, rows.count, D, scale);
@@ -93,6 +108,13 @@ struct Attention {
       float* const begin = room + i * step;
       by[i] = use.to_shares(begin, to[i] - begin);
       to[i] = begin;
+    }
+    if (coded) {
+      coding().mix(codes, 0, coded->count, to, y, count, D);
+      for (int64_t i = 0; i < count; i++) {
+        coding().rotate(y[i], D, coded->rotation);
+        to[i] += in_codes;
+      }
     }
     each_run(first, count, layer, head, [&](int64_t i, int64_t many, const Rows& rows) {
       use.mix(to + i, y + i, many, rows.v, rows.v_step, rows.count, D);
@@ -134,11 +156,11 @@ void by_rows(int64_t N, int64_t size, const F& f) {
 // For each layer the matrices q, k, v, o, gate, up, down and the norms before attention and feed-forward; x (B, T, E) of the T new
 // tokens of B texts; cos and sin (B or 1, T, R) of these; keys and values (P, layers, kv_heads, S, D) of each part of the past, of
 // which the first `lengths` (P,) count, and which B / P texts behind each other have in common; among, bool (B or 1, T, T), what the
-// new tokens see of each other, or all before them. Gives x behind the layers, and keys and values (B, layers, kv_heads, T, D) of the
-// new tokens.
+// new tokens see of each other, or all before them; codes, of which all texts see all rows, as CodedPast takes them. Gives x behind the
+// layers, and keys and values (B, layers, kv_heads, T, D) of the new tokens.
 std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::vector<int64_t> rows, Tensors norms, Tensor x, Tensor cos,
                                           Tensor sin, Tensors keys, Tensors values, Tensors lengths, std::optional<Tensor> among, int64_t H,
-                                          int64_t K, double scale, double epsilon) {
+                                          int64_t K, double scale, double epsilon, Tensors codes, int64_t coded_rows, int64_t bits) {
   const int64_t L = int64_t(norms.size()) / 2;
   WANTED(x.dim() == 3 && x.numel() > 0 && x.is_contiguous() && is_float(x), "x should be contiguous float32 (B, T, E), not empty");
   WANTED(L > 0 && int64_t(norms.size()) == 2 * L && int64_t(rows.size()) == 7 * L, "seven matrices and two norms for each layer");
@@ -159,7 +181,9 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
   const int64_t turn = cos.size(0) == 1 ? 0 : T * R;
   WANTED(values.size() == keys.size() && lengths.size() == keys.size(), "keys, values and lengths for each part of the past");
   std::vector<Part> parts;
-  std::vector<int64_t> held(B, T);  // rows that a text has
+  std::unique_ptr<const CodedPast> coded(codes.empty() ? nullptr : new CodedPast(codes, coded_rows, bits, D));
+  WANTED(!coded || (coded->layers >= L && coded->heads == K), "codes should be of as many layers and heads");
+  std::vector<int64_t> held(B, T + (coded ? coded->count * coded->rows : 0));  // rows that a text has
   for (size_t p = 0; p < keys.size(); p++) {
     const int64_t P = keys[p].size(0);
     for (const Tensor& w : {keys[p], values[p]})
@@ -181,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
   const std::vector<Matrix> all = matrices(blocks, scales, rows, columns);
   const Floats& use = floats();
   const bool* const shown = among ? (const bool*)among->data_ptr() : nullptr;
-  const Attention attention = {parts, shown, among && among->size(0) == B ? T * T : 0, T, G, D, float(scale)};
+  const Attention attention = {parts, shown, among && among->size(0) == B ? T * T : 0, T, G, D, float(scale), coded.get()};
   const int64_t most = *std::max_element(held.begin(), held.end());
 
   const Tensor out = torch::stable::new_empty(x, {B, T, E});

@@ -58,26 +58,21 @@ struct Coded {
   int64_t rows, bits, features, rotation;
 };
 
-// A query, where its result goes, and which rows it sees: from, to of the codes, then of each part.
-struct CodedQuery {
-  const float* q;
-  float* y;
-  const int64_t* seen;
-};
+constexpr int64_t MOST_FEATURES = 512;  // of a head in codes
 
+// As score and mix of Floats, of the rows of blocks first .. last: queries are rotated before, and what is mixed behind.
 struct Coding {
-  // `room` has for each query a place for every row, and 15 more, `room_step` apart; `scratch` 2 D + max(D, rows) floats a query.
-  void (*attend)(const CodedQuery* queries, int64_t Q, const Coded& coded, const Past* parts, int64_t count, int64_t D, float scale, float* room,
-                 int64_t room_step, float* scratch);
-  int queries;  // of one call, at most
+  void (*score)(const Coded& coded, int64_t first, int64_t last, const float* const* q, float* const* to, int64_t Q, int64_t D, float scale);
+  void (*mix)(const Coded& coded, int64_t first, int64_t last, const float* const* share, float* const* y, int64_t Q, int64_t D);
+  void (*rotate)(float* x, int64_t D, int64_t n);
 };
 
 const Coding& coding();
 
-// One layer of a past in codes, checked: codes, scale and low of keys, then of values (layers, K, ..), of each block.
+// A past in codes, checked: of each block codes, scale and low of keys, then of values, (layers, K, ..).
 struct CodedPast {
-  CodedPast(const Tensors& codes, int64_t layer, int64_t rows, int64_t bits, int64_t D);
-  Coded of(int64_t head, CodedBlock* blocks) const;  // blocks: room for `count`
-  int64_t count, rows, bits, D, features, rotation, heads = 0;
+  CodedPast(const Tensors& codes, int64_t rows, int64_t bits, int64_t D);
+  Coded of(int64_t layer, int64_t head, CodedBlock* blocks) const;  // blocks: room for `count`
+  int64_t count, rows, bits, D, features, rotation, layers = 0, heads = 0;
   std::vector<const char*> at;
 };

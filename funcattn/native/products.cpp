@@ -390,7 +390,8 @@ STABLE_TORCH_LIBRARY(funcattn, m) {
       "(Tensor, Tensor, Tensor, Tensor, bool)");
   m.def(
       "layers(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor[] norms, Tensor x, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, "
-      "Tensor[] lengths, Tensor? among, int heads, int kv_heads, float scale, float epsilon) -> (Tensor, Tensor, Tensor)");
+      "Tensor[] lengths, Tensor? among, int heads, int kv_heads, float scale, float epsilon, Tensor[] codes, int coded_rows, int bits) -> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("products", TORCH_BOX(&products)); }

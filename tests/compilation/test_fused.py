@@ -417,6 +417,7 @@ def arguments(**changes):
         "among": None,
     }
     given |= {"heads": 4, "kv_heads": 2, "scale": 1.0, "epsilon": 1e-5}
+    given |= {"codes": [], "coded_rows": 0, "bits": 0}
     return given | {name: change(given[name]) for name, change in changes.items()}
 
 
@@ -435,6 +436,7 @@ BAD = {
     "a past of other heads": ({"keys": lambda x: [x[0][:, :, :1]]}, "keys and values should be"),
     "a length beyond": ({"lengths": lambda x: [x[0] + 2]}, "within the past"),
     "a negative length": ({"lengths": lambda x: [x[0] - 5]}, "within the past"),
+    "codes of no blocks": ({"codes": lambda x: [torch.zeros(1)]}, "codes, scale and low"),
     "no length": ({"lengths": lambda x: []}, "lengths for each part"),
 }
 

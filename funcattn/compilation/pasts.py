@@ -1,0 +1,30 @@
+"""A past as the operator of layers takes it: dense rows in order, and codes before them."""
+
+from typing import NamedTuple, cast
+
+from torch import Tensor
+
+from .. import caches
+from ..caches import Branch, Cache, KVCache, QuantizedCache
+
+
+class Codes(NamedTuple):
+    """Codes of a past for the operator: tensors of all blocks, rows of a block, bits of a code."""
+
+    tensors: list[Tensor]
+    rows: int
+    bits: int
+
+
+NO_CODES = Codes([], 0, 0)
+
+
+def parts_of(cache: KVCache) -> tuple[list[Cache], Codes]:
+    """The `Cache`s that a dense or coded cache consists of, in order, and its codes."""
+    if isinstance(cache, Branch):
+        before, codes = parts_of(cache.prefix)
+        return before + parts_of(cache.tail)[0], codes
+    if isinstance(cache, QuantizedCache):
+        dense, *codes = caches.rows_and_codes(cache)
+        return dense, Codes(*codes)
+    return [cast(Cache, cache)], NO_CODES
