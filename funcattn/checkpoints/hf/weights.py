@@ -247,7 +247,8 @@ def _read(
             )
         del found[head]
     stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
-    sources = families.in_layout(config, families.locate_tensors(family, config), stored)
+    sources = compressed.by_leaves(families.locate_tensors(family, config), kinds)
+    sources = families.in_layout(config, sources, stored)
     # Rounded, it would choose other experts than the original, which keeps it in float32.
     precise |= {source.names[0] for source in sources if source.paths[0].endswith(".choice_bias")}
     wanted = families.wanted(config, sources)
