@@ -122,7 +122,7 @@ def configs(name: str) -> list[Config]:
 
 def _words(name: str, value: object) -> str:
     """The idea of a field with this value; "" where another field says it."""
-    if name == "mixers":
+    if name == "mixers" and isinstance(value, tuple):
         kinds = sorted({MIXERS.get(kind, f"`{kind}`") for kind in value if kind != "attention"})
         return f"{' and '.join(kinds)} in layers"
     known = WORDS.get(name, f"`{name}`")
