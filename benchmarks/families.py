@@ -1,11 +1,12 @@
 """Every name that transformers has for decoders: equal to the original, refused, or wrong?
 
-Usage: python benchmarks/families.py [--write] [NAME ...]
+Usage: python benchmarks/families.py [--write] [--table] [NAME ...]
 
 Of each name that is read, the tiny models of tests/family_models.py are made by transformers, read,
 and run whole and step by step. Of every other name the config.json of its class at its defaults must
-be refused, by a CheckpointError. `--write` puts the result into docs/families.md; without names, all
-are run. Takes some minutes on one core.
+be refused, by a CheckpointError. `--write` puts the result into docs/families.md, and makes the
+table of families there anew (family_table.py); `--table` does the latter alone, without a run, with
+the differences that the page has. Without names, all are run: some minutes on one core.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 import transformers
 from family_models import MODELS, TEXT, TOWERS, T, V, settings
+from family_table import equal_in, with_table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
@@ -157,7 +159,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="names to run; all by default")
     parser.add_argument("--write", action="store_true", help="write the result to the page")
+    parser.add_argument("--table", action="store_true", help="write the table alone")
     options = parser.parse_args()
+    if options.table:
+        text = PAGE.read_text()
+        PAGE.write_text(with_table(text, equal_in(text)))
+        return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -171,7 +178,8 @@ def main():
     print("\n" + text)
     if options.write:
         before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+        text = f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+        PAGE.write_text(with_table(text, equal_in(text)))
     sys.exit(any(what in ("wrong", "raw error") for what, _ in found.values()))
 
 
