@@ -5,15 +5,14 @@ from checkpoints.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from .. import layers
 from ..core import errors
 from ..core.doors import made
 from ..layers import RopeScaling
-from .mixers import ATTENTIVE, STATELESS, check_mixers, check_parts
+from .mixers import ATTENTIVE, STATELESS, check_latent, check_mixers, check_parts
 
 NORMS = ("rms", "layer")
 HEAD_NORMS = ("none", "rms", "rms_width", "layer", "layer_bias", "unit")
@@ -241,7 +240,7 @@ class Config:
                     f"even, and at most head_size = {self.head_size}",
                     "Rotary angles turn pairs of features.",
                 )
-        self._check_latent(fail)
+        check_latent(self)
         near = self.local_rotary_size
         if near is not None and (
             self.local_rope_base is None or near % 2 or not 0 < near <= self.head_size
@@ -295,33 +294,6 @@ class Config:
                 "False where blocks follow each other",
                 "Set parallel=True, or let each have its norm.",
             )
-
-    def _check_latent(self, fail: Callable[[str, str, str], NoReturn]) -> None:
-        for name, least in (("value_size", 1), ("latent_size", 0), ("query_latent_size", 0)):
-            size = getattr(self, name)
-            if not (name == "value_size" and size is None) and not errors.is_count(size, least):
-                fail(name, f"a number of features, {least} or more", "Sizes are whole numbers.")
-        if not self.latent_size:
-            if self.query_latent_size:
-                fail("query_latent_size", "0 without a latent_size", "Set both.")
-            return
-        if self.rotary_size is None or not 0 < self.rotary_size < self.head_size:
-            wanted = f"between 0 and head_size = {self.head_size} with a latent_size"
-            fail("rotary_size", wanted, "So many features of a key are the same in all heads.")
-        if self.kv_heads != self.heads:
-            wanted = f"heads = {self.heads} with a latent_size"
-            fail("kv_heads", wanted, "Each head makes its own keys and values of the latent.")
-        if self.positions == "alibi":
-            wanted = "other than 'alibi' with a latent_size"
-            fail("positions", wanted, "The rows of a latent have no columns of positions.")
-        for name, neutral in (
-            ("head_norm", "none"),
-            ("qkv_limit", None),
-            ("attention_gate", "none"),
-            ("local_rotary_size", None),
-        ):
-            if getattr(self, name) != neutral:
-                fail(name, f"{neutral!r} with a latent_size", "No family has both.")
 
     @property
     def head_sizes(self) -> tuple[int, int]:
