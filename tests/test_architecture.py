@@ -117,7 +117,7 @@ TESTED_BY = {
     "testing.testing": "testing: agreement dense strategies transforms; "
     "testing.laws: acceptances comparisons kernels pasts samplers texts trees",
     "training.training": "training: losses",
-    "transformer.transformer": "transformer: arguments config forward head_groups layer model weights",
+    "transformer.transformer": "transformer: affine arguments config feed_forward forward head_groups layer model weights",
     "vocabulary.vocabulary": "vocabulary: api functions likelihoods operators passes; transformer: "
     "likelihoods",
     "tree.tree": "tree: mapping nodes summaries",
