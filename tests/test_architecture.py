@@ -117,6 +117,7 @@ TESTED_BY = {
     "testing.testing": "testing: agreement dense strategies transforms; "
     "testing.laws: acceptances comparisons kernels pasts samplers texts trees",
     "training.training": "training: losses",
+    "transformer.layer_inputs": "transformer: streams layer_sizes layer_spec; caches: grouped",
     "transformer.transformer": "transformer: affine arguments config feed_forward forward head_groups layer model weights",
     "vocabulary.vocabulary": "vocabulary: api functions likelihoods operators passes; transformer: "
     "likelihoods",

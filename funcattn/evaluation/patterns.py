@@ -66,5 +66,9 @@ def attention_pattern(model: Model, params: Tree, tokens: Tensor, layer: int) ->
     segment = kernels.KVSegment(k, identity, () if mask is None else mask)
     sinks = params.layers[layer].sinks if config.sinks else None
     return kernels.attend_segments(
-        q, [segment], scale=config.scale, cap=config.attention_cap, sinks=sinks
+        q,
+        [segment],
+        scale=transformer.of_layer(config, spec).scale,
+        cap=config.attention_cap,
+        sinks=sinks,
     )

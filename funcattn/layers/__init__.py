@@ -19,7 +19,7 @@ Matrices are (out, in), as torch and Hugging Face store them. A quantized weight
 registers its implementations.
 """
 
-from .activations import ACTIVATIONS, activate, gated, times, xielu
+from .activations import ACTIVATIONS, activate, gated, sparse, times, xielu
 from .alibi import COLUMNS as ALIBI_COLUMNS
 from .alibi import key_columns, query_columns, slopes
 from .delta_rule import gated_delta, gated_delta_states
@@ -99,6 +99,7 @@ __all__ = [
     "rows_from",
     "rows_times",
     "slopes",
+    "sparse",
     "space_net",
     "state_after",
     "state_space",

@@ -12,6 +12,7 @@ from .config import Config
 
 
 def norm_of(config: Config, x: Tensor, weight: Tensor, bias: Weight) -> Tensor:
+    """The norm of the config, with a weight and perhaps a bias."""
     if config.norm == "rms":
         return layers.rms_norm(x, weight, epsilon=config.norm_epsilon, offset=config.norm_offset)
     weight = weight + config.norm_offset if config.norm_offset else weight
@@ -25,5 +26,6 @@ def affine(weight: Weight, bias: Weight, x: Tensor, *, ends: bool = False) -> Te
 
 
 def affines(weights: Sequence[Weight], biases: Sequence[Weight], x: Tensor) -> tuple[Tensor, ...]:
+    """`affine` of several weights and one x."""
     each = zip(layers.linears(weights, x), biases, strict=True)
     return tuple(y if is_absent(bias) else y + bias for y, bias in each)

@@ -51,6 +51,20 @@ GENERAL: Table = {
     "embedding_norm": (False,),
     "first_norm": (True,),
     "head_transform": (False,),
+    "local_head_size": (None,),
+    "local_kv_heads": (None,),
+    "shared_layers": (0,),
+    "value_norm": (False,),
+    "key_values": (False,),
+    "feed_forward_sizes": ((),),
+    "sparsities": ((),),
+    "experts_apart": (False,),
+    "layer_embedding_size": (0,),
+    "layer_vocabulary": ANY,  # of a layer_embedding_size alone
+    "layer_scale": (False,),
+    "streams": (0,),
+    **dict.fromkeys(("active_stream", "stream_scale"), ANY),  # of streams alone
+    "laurel_size": (0,),
 }
 PLACEMENTS = ("before", "after", "around")
 NORMS_OF_HEADS = ("none", "rms", "rms_width", "layer")
@@ -84,6 +98,8 @@ OF_LAYERS: Table = {
     **dict.fromkeys(("window", "rotary", "local", "experts"), ANY),
     "mixer": ("attention",),
     "feeds": (True,),
+    "keys_of": (None,),
+    "sparsity": (0.0,),
 }
 
 

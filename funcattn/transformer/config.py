@@ -4,15 +4,18 @@ A model family is a setting of these fields, never a subclass: `checkpoints.fami
 from checkpoints.
 """
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import layers
 from ..core import errors
 from ..core.doors import made
 from ..layers import RopeScaling
-from .mixers import ATTENTIVE, STATELESS, check_latent, check_mixers, check_parts
+from .layer_sizes import check_sizes
+from .layer_spec import LayerSpec, groups_of, near_of, spec_of
+from .mixers import check_latent, check_mixers, check_parts
 
 NORMS = ("rms", "layer")
 HEAD_NORMS = ("none", "rms", "rms_width", "layer", "layer_bias", "unit")
@@ -21,27 +24,6 @@ SCORES = ("softmax", "sigmoid", "sparsemixer")
 POSITIONS = ("rotary", "learned", "alibi", "none")
 GATES = ("none", "width", "head")
 GATE_ACTIVATIONS = ("sigmoid", "softplus")
-
-
-class LayerSpec(NamedTuple):
-    """The fields that differ between layers. Layers with equal specs are one pure function."""
-
-    window: int | None  # tokens each token attends to, itself included; None is all before it
-    rotary: bool
-    local: bool  # True: its rotary base is Config.local_rope_base
-    experts: bool
-    mixer: str = "attention"  # of MIXERS
-    feeds: bool = True  # False: without a feed-forward
-
-    @property
-    def attends(self) -> bool:
-        """True where the layer has attention, whose keys and values are cached."""
-        return self.mixer in ATTENTIVE
-
-    @property
-    def recurs(self) -> bool:
-        """True where the layer has a recurrent state."""
-        return self.mixer not in STATELESS
 
 
 Kind = LayerSpec  # its deprecated name
@@ -101,6 +83,23 @@ class Config:
     value_size: int | None = None  # Dv, features of a value; None is head_size
     latent_size: int = 0  # R: keys and values are made of R features a token; 0 is of the residual
     query_latent_size: int = 0  # so are queries, of so many others; 0 is of the residual
+
+    # Layers of other sizes, or that have more than attention and a feed-forward (Gemma 3n and 4).
+    local_head_size: int | None = None  # D of layers with a window, if another
+    local_kv_heads: int | None = None  # K of these
+    shared_layers: int = 0  # so many, the last, read the keys of the last before them of their kind
+    value_norm: bool = False  # an RMS norm of the values of each head, without weights
+    key_values: bool = False  # in layers without a window values are made by the matrix of keys
+    feed_forward_sizes: tuple[int, ...] = ()  # F of each layer; () is feed_forward
+    sparsities: tuple[float, ...] = ()  # share of the gate's features that are zero; see layers
+    experts_apart: bool = False  # see `apart`: experts and the shared one have norms of their own
+    layer_embedding_size: int = 0  # P, features of a token that each layer reads: `layer_inputs`
+    layer_vocabulary: int = 0  # rows of their table; ids beyond it read the first
+    layer_scale: bool = False  # the residual after a layer, times a weight
+    streams: int = 0  # A, residuals beside each other, of which layers read one: `streams`
+    active_stream: int = 0
+    stream_scale: bool = False  # what the others read of it is scaled, feature by feature
+    laurel_size: int = 0  # features of a low-rank residual beside attention: `streams`
 
     # Recurrent layers, by kind: see `recurrent`. Their state is cached in the place of rows.
     mixers: tuple[str, ...] = ()  # the kind of each layer, of MIXERS; () is attention in all
@@ -241,6 +240,7 @@ class Config:
                     "Rotary angles turn pairs of features.",
                 )
         check_latent(self)
+        check_sizes(self)
         near = self.local_rotary_size
         if near is not None and (
             self.local_rope_base is None or near % 2 or not 0 < near <= self.head_size
@@ -318,8 +318,24 @@ class Config:
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """The numbers of the layers with attention: those of the rows of a cache, in order."""
-        return tuple(i for i in range(self.layers) if self.layer_spec(i).attends)
+        """The numbers of the layers whose keys and values are cached, in the order of its rows."""
+        return tuple(i for group in self.cache_groups for i in group)
+
+    @property
+    def cache_groups(self) -> tuple[tuple[int, ...], ...]:
+        """These layers, one group for each size of keys: those with a window come first.
+
+        Example:
+            >>> config = Config(window=8, window_layers=(False, True), local_head_size=8)
+            >>> config.cache_groups, Config().cache_groups
+            (((1,), (0,)), ((0, 1),))
+        """
+        return groups_of(self)
+
+    @functools.cached_property
+    def near(self) -> "Config":
+        """The config of the layers with a window, where these have heads of other sizes."""
+        return near_of(self)
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
@@ -338,18 +354,7 @@ class Config:
             >>> Config(window=8, window_layers=(True, False)).layer_spec(1).window is None
             True
         """
-        has = lambda layers: not layers or layers[layer]
-        mixer = self.mixers[layer] if self.mixers else "attention"
-        attends, feeds = mixer in ATTENTIVE, has(self.feed_forward_layers)
-        local = attends and self.window is not None and has(self.window_layers)
-        return LayerSpec(
-            window=self.window if local else None,
-            rotary=attends and self.positions == "rotary" and has(self.rotary_layers),
-            local=local and self.local_rope_base is not None,
-            experts=bool(self.experts) and has(self.expert_layers) and feeds,
-            mixer=mixer,
-            feeds=feeds,
-        )
+        return spec_of(self, layer)
 
     kind = layer_spec  # its deprecated name
 

@@ -1,4 +1,7 @@
-"""The feed-forward of a layer: dense, or a mixture of experts."""
+"""The feed-forward of a layer: dense, or a mixture of experts, or both with norms of their own.
+
+apart       norm(dense(norm(x))) + norm(experts(norm(x))), chosen by softmax(router s x / |x|)
+"""
 
 import functools
 from typing import NamedTuple
@@ -12,7 +15,7 @@ from ..records import is_absent
 from ..rematerialization import remat
 from ..taps import tap
 from . import parallel
-from .affine import affine, affines
+from .affine import affine, affines, norm_of
 from .config import Config, LayerSpec
 from .weights import Layer
 
@@ -20,13 +23,16 @@ from .weights import Layer
 def feed_forward(
     config: Config, spec: LayerSpec, weights: Layer, y: Tensor, name: str, rows: int
 ) -> Tensor:
+    """What the feed-forward of a layer makes of its input y (*lead, T, E); so many rows at a time,
+    each block rematerialized, where rows is not 0.
+    """
     y = tap(f"{name}.feed_forward.input", parallel.copy_to_region(y))
     if spec.experts:
-        return _choose(config, weights, y, name)
+        return parallel.reduce_from_region(_choose(config, weights, y, y, name))
     some = FeedForward(*(getattr(weights, field) for field in FeedForward._fields))
     if not rows or y.shape[-2] <= rows or taps.heard():
-        return _dense(config, name, some, y)
-    dense = remat(functools.partial(_dense, config, name))
+        return _dense(config, spec, name, some, y)
+    dense = remat(functools.partial(_dense, config, spec, name))
     return torch.cat([dense(some, part) for part in y.split(rows, -2)], -2)
 
 
@@ -42,11 +48,27 @@ class FeedForward(NamedTuple):
     activation_weights: Weight
 
 
-def _dense(config: Config, name: str, weights: FeedForward, y: Tensor) -> Tensor:
+def apart(config: Config, weights: Layer, x: Tensor, name: str) -> Tensor:
+    """What a dense feed-forward (the shared expert) and experts make of the residual x, each
+    between norms of its own. The router reads x of mean square one, times a weight and E^-1/2.
+    """
+    one = layers.rms_norm(x, x.new_ones(x.shape[-1]), epsilon=config.norm_epsilon)
+    read = parallel.copy_to_region(one) * weights.router_scale * config.width**-0.5
+    y = parallel.copy_to_region(norm_of(config, x, weights.shared_norm, ()))
+    dense = parallel.reduce_from_region(_shared(config, weights, y))
+    y = norm_of(config, x, weights.feed_forward_norm, weights.feed_forward_norm_bias)
+    y = tap(f"{name}.feed_forward.input", parallel.copy_to_region(y))
+    chosen = parallel.reduce_from_region(_choose(config, weights, y, read, name))
+    dense = norm_of(config, dense, weights.shared_after_norm, ())
+    return dense + norm_of(config, chosen, weights.expert_after_norm, ())
+
+
+def _dense(config: Config, spec: LayerSpec, name: str, weights: FeedForward, y: Tensor) -> Tensor:
     of_gate, outward = config.feed_forward_factors or (1.0, 1.0)
     if config.gated:
         gate, up = affines((weights.gate, weights.up), (weights.gate_bias, weights.up_bias), y)
         gate = layers.times(gate, of_gate)
+        gate = layers.sparse(gate, spec.sparsity) if spec.sparsity else gate
         inner = layers.gated(gate, up, config.activation, config.activation_limit)
     elif isinstance(weights.activation_weights, Tensor):
         inner = layers.xielu(affine(weights.up, weights.up_bias, y), weights.activation_weights)
@@ -56,12 +78,14 @@ def _dense(config: Config, name: str, weights: FeedForward, y: Tensor) -> Tensor
     return layers.times(affine(weights.down, weights.down_bias, inner, ends=True), outward)
 
 
-def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
-    """The mixture of experts: each selected pair (token, expert) is one row of a product."""
-    router, read = weights.router, y
+def _choose(config: Config, weights: Layer, y: Tensor, read: Tensor, name: str) -> Tensor:
+    """The mixture of experts of y, chosen by what the router reads: each selected pair (token,
+    expert) is one row of a product. Over "tensor" it is a partial sum.
+    """
+    router = weights.router
     precise = config.choice_bias or config.latent_size > 0
     if precise and isinstance(router, Tensor) and y.element_size() < 4:
-        router, read = router.float(), y.float()  # as in the published models
+        router, read = router.float(), read.float()  # as in the published models
     scores = tap(f"{name}.feed_forward.router", affine(router, weights.router_bias, read))
     share, expert = layers.route(
         scores,
@@ -74,6 +98,8 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
         scale=config.routing_scale,
         margin=config.router_margin,
     )
+    if isinstance(weights.expert_scale, Tensor):
+        share = share * weights.expert_scale[expert]
     chosen = expert.flatten()
     rows = y.unsqueeze(-2).expand(*expert.shape, -1)
     if config.routed_inputs:
@@ -93,9 +119,9 @@ def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
         inner = layers.activate(up, config.activation)
     out = torch.unflatten(by_expert(weights.down, weights.down_bias, inner), 0, expert.shape)
     mixed = (out * share.to(out.dtype).unsqueeze(-1)).sum(-2)
-    if config.shared_size:
+    if config.shared_size and not config.experts_apart:
         mixed = mixed + _shared(config, weights, y)
-    return parallel.reduce_from_region(mixed)
+    return mixed
 
 
 def _shared(config: Config, weights: Layer, y: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from ..layers import Rotation, State, Steps, Weight
 from ..masks import Mask
 from ..records import is_absent
 from ..taps import tap
-from . import head_groups, latent, parallel, recurrent
+from . import head_groups, latent, layer_inputs, parallel, recurrent, streams
 from .affine import affine, affines, norm_of
 from .config import Config, LayerSpec
-from .feed_forward import feed_forward
+from .feed_forward import apart, feed_forward
+from .layer_spec import of_layer
 from .weights import Layer
 
 
@@ -33,6 +34,9 @@ class LayerContext(NamedTuple):
     mask: Mask | Tensor | None
     temperature: Tensor | tuple[()] = ()  # (*lead, 1, T, 1), a factor of queries
     columns: tuple[Tensor, Tensor] | tuple[()] = ()  # of queries and keys, see layers.alibi
+    # Of one layer alone: what it reads of each token, and new keys and values of another layer.
+    inputs: Tensor | tuple[()] = ()  # (*lead, T, P)
+    lent: tuple[Tensor, Tensor] | tuple[()] = ()
 
 
 class LayerDelta(NamedTuple):
@@ -72,6 +76,34 @@ def block(
         state: that of a recurrent layer after the cached tokens; `()` without a cache.
         attention_input: (*lead, T, any width), read in the place of the norm of x.
     """
+    config, before = of_layer(config, spec), ()
+    if config.streams:
+        before = streams.predict(config, weights, x)
+        x = before.select(-3, config.active_stream)
+    parts = (context, past, name, kernel, rows, state, attention_input)
+    x, new = _parts(config, spec, weights, x, *parts)
+    if isinstance(before, Tensor):
+        x = streams.correct(config, weights, before, x, context.inputs)
+    elif isinstance(context.inputs, Tensor):
+        x = x + layer_inputs.added(config, weights, x, context.inputs)
+    x = x * weights.layer_scale if isinstance(weights.layer_scale, Tensor) else x
+    return tap(f"{name}.output", x), new
+
+
+def _parts(
+    config: Config,
+    spec: LayerSpec,
+    weights: Layer,
+    x: Tensor,
+    context: LayerContext,
+    past: Sequence[Part],
+    name: str,
+    kernel: str | Kernel | None,
+    rows: int,
+    state: State,
+    attention_input: Tensor | None,
+) -> tuple[Tensor, LayerDelta]:
+    """The residual behind attention and feed-forward."""
     y, attended, new = x, None, LayerDelta((), ())
     if spec.mixer != "none":
         if attention_input is not None:
@@ -84,8 +116,9 @@ def block(
             attended = norm_of(config, attended, weights.attention_after_norm, ())
         attended = tap(f"{name}.attention.output", attended)
         x = x if config.parallel else _add(config, x, attended)
+        x = streams.laurel(config, weights, x, y) if config.laurel_size else x
     if not spec.feeds:
-        return tap(f"{name}.output", x), new
+        return x, new
     if not config.shared_norm:
         placed = not is_absent(weights.feed_forward_norm)
         y = (
@@ -94,12 +127,15 @@ def block(
             else x
         )
     x = y if config.norm_placement == "residual" else x
-    fed = feed_forward(config, spec, weights, y, name, rows)
+    if spec.experts and config.experts_apart:
+        fed = apart(config, weights, x, name)
+    else:
+        fed = feed_forward(config, spec, weights, y, name, rows)
     if not is_absent(weights.feed_forward_after_norm):
         fed = norm_of(config, fed, weights.feed_forward_after_norm, ())
     fed = tap(f"{name}.feed_forward.output", fed)
     fed = fed if attended is None or not config.parallel else attended + fed
-    return tap(f"{name}.output", _add(config, x, fed)), new
+    return _add(config, x, fed), new
 
 
 def _add(config: Config, x: Tensor, more: Tensor) -> Tensor:
@@ -135,7 +171,7 @@ def _mix(
         attended, k, v = _attend(config, spec, weights, y, context, past, name, kernel)
     attended = layers.times(attended, outward)
     if recurred is None:
-        return attended, LayerDelta(k, v)
+        return attended, LayerDelta(k, v) if spec.caches else LayerDelta((), ())
     return recurred[0] + attended, LayerDelta(k, v, recurred[1])
 
 
@@ -159,19 +195,26 @@ def _attend(
         mixed = tap(f"{name}.attention.mixed", mixed)
         return affine(weights.o, weights.o_bias, mixed, ends=True), row, row[..., :0]
     (H, K), (D, Dv) = parallel.heads(config), config.head_sizes
-    q, k, v = affines(
-        (weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y
-    )
-    k = layers.times(k, config.attention_factors[1]) if config.attention_factors else k
+    if context.lent:
+        q, k, v = *affines((weights.q,), (weights.q_bias,), y), *context.lent
+    else:
+        own = ("q", "k") if is_absent(weights.v) else ("q", "k", "v")
+        made = affines(
+            [getattr(weights, x) for x in own], [getattr(weights, f"{x}_bias") for x in own], y
+        )
+        q, k, v = *made[:2], made[-1]
+        k = layers.times(k, config.attention_factors[1]) if config.attention_factors else k
+        k = _heads(config, k, weights.k_norm, weights.k_norm_bias, K, D)
+        # torch.unflatten: torch.compile cannot trace the method under a default device.
+        v = torch.unflatten(v, -1, (K, Dv)).transpose(-2, -3)
+        v = _unit(config, v) if config.value_norm else v
     q = _heads(config, q, weights.q_norm, weights.q_norm_bias, H, D)
-    k = _heads(config, k, weights.k_norm, weights.k_norm_bias, K, D)
-    # torch.unflatten: torch.compile cannot trace the method under a default device.
-    v = torch.unflatten(v, -1, (K, Dv)).transpose(-2, -3)
     if config.qkv_limit is not None:
         q, k, v = (x.clamp(-config.qkv_limit, config.qkv_limit) for x in (q, k, v))
     if spec.rotary:
         assert isinstance(context.rotation, Rotation)
-        q, k = layers.rotate(q, context.rotation), layers.rotate(k, context.rotation)
+        q = layers.rotate(q, context.rotation)
+        k = k if context.lent else layers.rotate(k, context.rotation)
     if config.late_head_norm and (spec.rotary or config.head_norm != "unit"):
         q, k = (
             _head_norm(config, x.transpose(-2, -3), norm, ()).transpose(-2, -3)
@@ -231,5 +274,9 @@ def _head_norm(config: Config, x: Tensor, norm: Weight, bias: Weight) -> Tensor:
     if config.head_norm in ("layer", "layer_bias"):
         return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
     if config.head_norm == "unit":
-        return layers.rms_norm(x, x.new_ones(x.shape[-1]), epsilon=config.norm_epsilon)
+        return _unit(config, x)
     return x
+
+
+def _unit(config: Config, x: Tensor) -> Tensor:
+    return layers.rms_norm(x, x.new_ones(x.shape[-1]), epsilon=config.norm_epsilon)

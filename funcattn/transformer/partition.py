@@ -45,6 +45,15 @@ WHOLE = Cut()
 CUTS = {
     **dict.fromkeys(("embedding", "head"), Cut(-2, -1)),
     "positions": Cut(data=-1),
+    # What is beside attention and the feed-forward is computed on every device of "tensor".
+    **dict.fromkeys(("layer_embedding", "layer_projection", "input_gate"), Cut(data=-1)),
+    **dict.fromkeys(("laurel_down", "streams_in", "streams_out"), Cut(data=-1)),
+    **dict.fromkeys(("input_out", "laurel_up"), Cut(data=-2)),
+    **dict.fromkeys(("layer_scale", "input_norm", "laurel_norm", "layer_projection_norm"), WHOLE),
+    **dict.fromkeys(("stream_router", "stream_norm", "stream_predict"), WHOLE),
+    **dict.fromkeys(("stream_correct", "stream_scale"), WHOLE),
+    **dict.fromkeys(("router_scale", "expert_scale"), Cut(region=True)),
+    **dict.fromkeys(("expert_after_norm", "shared_norm", "shared_after_norm"), WHOLE),
     "attention_gate": Cut(-2, -1),
     "activation_weights": Cut(region=True),
     **dict.fromkeys(("q_norm_bias", "k_norm_bias"), Cut(region=True)),
