@@ -129,7 +129,7 @@ TESTED_BY = {
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
-    "family_peers": "checkpoints.families: bart bert delta_nets dense_variants distances falcon fused gated gemma gpt "
+    "family_peers": "checkpoints.families: bart bert delta_nets dense_variants distances falcon fused gated gemma gemma4 gpt "
     "gpt_variants granite granite_mixtures laguna latent_layouts latent_variants layer_norms llama llama4 "
     "llama_variants mambas mixture_variants mixtures nemotron_hybrids olmo router_variants short_convolutions "
     "sigmoid_mixtures towers",

@@ -240,7 +240,12 @@ def _read(
                 "other numbers",
             )
         del found[head]
-    stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
+    unused = family.unused(config)
+    stored = {
+        name: shape
+        for name, shape in found.items()
+        if not family.harmless.fullmatch(name) and name not in unused
+    }
     sources = families.in_layout(config, families.locate_tensors(family, config), stored)
     # Rounded, it would choose other experts than the original, which keeps it in float32.
     precise |= {source.names[0] for source in sources if source.paths[0].endswith(".choice_bias")}
