@@ -92,10 +92,10 @@ def _tail(delta: Delta, size: int) -> Cache | Grouped | Hybrid:
     made: list[Cache] = []
     for _, some in itertools.groupby(zip(delta.k, delta.v, strict=True), alike):
         (k, v), *more = some
-        sides = (x.new_zeros(1 + len(more), x.shape[-3], size + 1, x.shape[-1]) for x in (k, v))
-        made.append(Cache(*sides, torch.zeros((), dtype=torch.int64, device=k.device)))
-    rows = made[0] if len(made) == 1 else Grouped(tuple(made))
-    return Hybrid(rows, tuple(steps.before for steps in delta.steps)) if delta.steps else rows
+        rows = [x.new_zeros(1 + len(more), x.shape[-3], size + 1, x.shape[-1]) for x in (k, v)]
+        made.append(Cache(rows[0], rows[1], torch.zeros((), dtype=torch.int64, device=k.device)))
+    whole = made[0] if len(made) == 1 else Grouped(tuple(made))
+    return Hybrid(whole, tuple(steps.before for steps in delta.steps)) if delta.steps else whole
 
 
 @door

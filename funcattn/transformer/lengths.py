@@ -91,9 +91,13 @@ def cache_sizes(
     """
     held = cached or (lambda config: config.cached)
     if not has_sizes(config):
-        return [(cache_layers(config), *held(config))]
-    of = lambda number: of_layer(config, config.layer_spec(number))
-    return [(len(group), *held(of(group[0]))) for group in config.cache_groups]
+        heads, D, Dv = held(config)
+        return [(cache_layers(config), heads, D, Dv)]
+    found: list[tuple[int, int, int, int]] = []
+    for group in config.cache_groups:
+        heads, D, Dv = held(of_layer(config, config.layer_spec(group[0])))
+        found.append((len(group), heads, D, Dv))
+    return found
 
 
 def empty(

@@ -109,7 +109,7 @@ def _read_gemma3n(fields: Fields) -> dict[str, Json]:
     fields.values = {**fields.values, "intermediate_size": each[0]}
     common = _read_common(fields, 32768, 2, 5, 512)
     layers = common["layers"]
-    sizes = each * layers if len(each) == 1 else each
+    sizes: list[Json] = each * layers if len(each) == 1 else each
     if len(sizes) != layers or not all(type(size) is int and size > 0 for size in sizes):
         refuse(fields.place("intermediate_size"), f"sizes of {layers} layers", given)
     pattern = fields.items("activation_sparsity_pattern")
