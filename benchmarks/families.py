@@ -47,7 +47,6 @@ IDEAS = {  # of names that are not read: what Config cannot say
     "inkling_text hrm_text",
     "drafters that read keys and values of another model": "gemma4_assistant "
     "gemma4_unified_assistant",
-    "heads or rotated features by layer": "laguna mimo_v2_flash",
     "attention of another form": "beam blt diffllama doge dory jetmoe prophetnet reformer "
     "transfo-xl xlm xlnet zaya",
     "another router or activation": "flint kolibri1 minimax_m3_vl_text",

@@ -576,6 +576,32 @@ LATEST |= {
             },
         },
     ),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        {
+            "n_routed_experts": 8,
+            "head_dim": 16,
+            **SIZED,
+            **MOE,
+            **GROUPS,
+            **LOCAL,
+            "num_key_value_heads": 1,
+            "v_head_dim": 12,
+            "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 5e4,
+                    "partial_rotary_factor": 0.5,
+                },
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.25,
+                },
+            },
+        },
+    ),
     "gemma4_unified": (
         "gemma4_unified_text",
         {**{name: WIDE[name] for name in WIDE if "input" not in name}, **FAR},

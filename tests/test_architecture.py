@@ -131,7 +131,7 @@ TESTED_BY = {
     "metadata positions tables weights",
     "family_peers": "checkpoints.families: bart bert delta_nets dense_variants distances falcon fused gated gemma gemma4 gpt "
     "gpt_variants granite granite_mixtures laguna latent_layouts latent_variants layer_norms llama llama4 "
-    "llama_variants mambas mixture_variants mixtures nemotron_hybrids olmo router_variants short_convolutions "
+    "llama_variants mambas mimo mixture_variants mixtures nemotron_hybrids olmo router_variants short_convolutions "
     "sigmoid_mixtures towers",
     "gguf_families": "checkpoints.families: architectures gguf_tensors latent_gguf",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "

@@ -53,6 +53,7 @@ GENERAL: Table = {
     "head_transform": (False,),
     "local_head_size": (None,),
     "local_kv_heads": (None,),
+    "local_sinks": (False,),
     "shared_layers": (0,),
     "value_norm": (False,),
     "key_values": (False,),

@@ -14,7 +14,7 @@ from ..core import errors
 from ..core.doors import made
 from ..layers import RopeScaling
 from .layer_sizes import check_sizes
-from .layer_spec import LayerSpec, groups_of, near_of, spec_of
+from .layer_spec import LayerSpec, far_of, groups_of, near_of, spec_of
 from .mixers import check_latent, check_mixers, check_parts
 
 NORMS = ("rms", "layer")
@@ -87,6 +87,7 @@ class Config:
     # Layers of other sizes, or that have more than attention and a feed-forward (Gemma 3n and 4).
     local_head_size: int | None = None  # D of layers with a window, if another
     local_kv_heads: int | None = None  # K of these
+    local_sinks: bool = False  # sinks in these layers alone
     shared_layers: int = 0  # so many, the last, read the keys of the last before them of their kind
     value_norm: bool = False  # an RMS norm of the values of each head, without weights
     key_values: bool = False  # in layers without a window values are made by the matrix of keys
@@ -334,8 +335,13 @@ class Config:
 
     @functools.cached_property
     def near(self) -> "Config":
-        """The config of the layers with a window, where these have heads of other sizes."""
+        """The config of the layers with a window, where these have other heads, or sinks."""
         return near_of(self)
+
+    @functools.cached_property
+    def far(self) -> "Config":
+        """The config of the others."""
+        return far_of(self)
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:

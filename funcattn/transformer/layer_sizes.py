@@ -16,9 +16,9 @@ def check_sizes(config: Any) -> None:
         errors.fail("Config", name, wanted, repr(getattr(config, name)), remedy)
 
     _check_counts(config, fail)
-    for name in ("local_head_size", "local_kv_heads"):
-        if getattr(config, name) is not None and config.window is None:
-            fail(name, "None without a window", "It is of the layers with a window.")
+    for name in ("local_head_size", "local_kv_heads", "local_sinks"):
+        if getattr(config, name) not in (None, False) and config.window is None:
+            fail(name, "unset without a window", "It is of the layers with a window.")
     near = config.local_rotary_size or config.rotary_size or 0
     D = config.local_head_size
     if D is not None and config.positions == "rotary" and (D % 2 or near > D):
@@ -51,12 +51,18 @@ def check_sizes(config: Any) -> None:
         if getattr(config, name) and (config.parallel or config.mixers or config.norm != "rms"):
             wanted = "0 or False with parallel blocks, recurrent layers or layer norms"
             fail(name, wanted, "No family has both.")
-    for name in ("value_norm", "key_values", "local_head_size", "local_kv_heads"):
+    for name in ("value_norm", "key_values", "local_head_size", "local_kv_heads", "local_sinks"):
         if getattr(config, name) not in (None, False) and (
-            config.latent_size or config.value_size or config.follows_length
+            config.latent_size or config.follows_length
         ):
-            wanted = "unset with latents, values of another size or angles that follow the length"
+            wanted = "unset with latents or angles that follow the length"
             fail(name, wanted, "No family has both.")
+    if config.key_values and config.value_size not in (None, config.head_size):
+        fail("key_values", "False with values of another size", "They are made like keys.")
+    if config.local_head_size is not None and config.value_size is not None:
+        fail("local_head_size", "None with a value_size", "No family has both.")
+    if config.local_sinks and not config.sinks:
+        fail("local_sinks", "False without sinks", "Set both.")
 
 
 def _check_counts(config: Any, fail: Callable[[str, str, str], NoReturn]) -> None:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from .mixers import ATTENTIVE, STATELESS
 
+LIKE = {"local_head_size": None, "local_kv_heads": None, "local_sinks": False}  # all layers
+
 
 class LayerSpec(NamedTuple):
     """The fields that differ between layers. Layers with equal specs are one pure function."""
@@ -61,7 +63,7 @@ def spec_of(config: Any, number: int) -> LayerSpec:
 
 
 def of_layer(config: Any, spec: LayerSpec) -> Any:
-    """The config of the sizes of a layer: that of its heads, if it has a window and others.
+    """The config of the sizes of a layer: that of its heads, where windows have others.
 
     Example:
         >>> from .config import Config
@@ -69,7 +71,9 @@ def of_layer(config: Any, spec: LayerSpec) -> Any:
         >>> [of_layer(config, config.layer_spec(i)).head_size for i in range(2)]
         [8, 32]
     """
-    return config.near if spec.window is not None and has_sizes(config) else config
+    if not has_sizes(config) and not config.local_sinks:
+        return config
+    return config.far if spec.window is None else config.near
 
 
 def has_sizes(config: Any) -> bool:
@@ -85,7 +89,12 @@ def near_of(config: Any) -> Any:
         "head_size": config.local_head_size or config.head_size,
         "kv_heads": config.local_kv_heads or config.kv_heads,
     }
-    return replace(config, local_head_size=None, local_kv_heads=None, **sizes)
+    return replace(config, **{**LIKE, **sizes})
+
+
+def far_of(config: Any) -> Any:
+    """`Config.far`."""
+    return replace(config, **{**LIKE, "sinks": config.sinks and not config.local_sinks})
 
 
 def groups_of(config: Any) -> tuple[tuple[int, ...], ...]:

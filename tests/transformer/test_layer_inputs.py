@@ -48,6 +48,8 @@ SIZES = fa.Config(
     key_values=True,
     layer_scale=True,
     local_rope_base=100.0,
+    sinks=True,
+    local_sinks=True,
     rope_scaling=fa.layers.RopeScaling("proportional", share=0.5),
 )
 APART = fa.Config(
@@ -262,7 +264,8 @@ def test_what_is_read_of_a_layer_is_what_it_mixes(config):
 def test_the_sizes_of_a_layer_are_those_of_its_kind():
     near, far = (layer_spec.of_layer(SIZES, SIZES.layer_spec(i)) for i in (0, 1))
     assert (near.head_size, near.kv_heads, far.head_size, far.kv_heads) == (4, 1, 8, 2)
-    assert far is SIZES
+    alike = {"local_head_size": None, "local_kv_heads": None, "local_sinks": False}
+    assert far == dataclasses.replace(SIZES, sinks=False, **alike)
     assert near == layer_spec.of_layer(SIZES, SIZES.layer_spec(2))
 
 
@@ -300,7 +303,7 @@ def test_streams_begin_with_the_magnitude_of_the_first():
         ("layer_vocabulary", 0, "layer_vocabulary should be above 0"),
         ("experts_apart", True, "experts_apart should be False without"),
         ("norm", "layer", "should be 0 or False with parallel blocks"),
-        ("window", None, "None without a window"),
+        ("window", None, "unset without a window"),
     ],
 )
 def test_sizes_that_fit_no_layer_are_errors(field, given, message):

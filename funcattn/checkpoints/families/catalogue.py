@@ -61,6 +61,7 @@ from .llama_variants import (
     SEED_OSS,
 )
 from .mambas import BAMBA, FALCON_H1
+from .mimo import MIMO
 from .mixture_variants import ERNIE4_5_MOE, FLEX_OLMO, MELLUM, OLMOE, QWEN2_MOE
 from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_VL_MOE
 from .nemotron_hybrids import NEMOTRON_H
@@ -92,7 +93,7 @@ FAMILIES = {
         *(ARIA, PHIMOE, COHERE2_MOE, SARVAM_MOE, LAGUNA),
         *(PERSIMMON, GPT_NEOX_JAPANESE, CTRL, MODERNBERT, GPT_SW3, PHI4_MULTIMODAL),
         *(LFM2, LFM2_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, OLMO_HYBRID),
-        *(GEMMA3N, GEMMA4, GEMMA4_UNIFIED),
+        *(GEMMA3N, GEMMA4, GEMMA4_UNIFIED, MIMO),
         *BERTS,
         *BARTS,
     )
