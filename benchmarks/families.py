@@ -41,7 +41,7 @@ IDEAS = {  # of names that are not read: what Config cannot say
     "short convolutions": "lfm2 lfm2_moe lfm3",
     "a gated delta net": "olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text "
     "qwen3_next qwen4_exp qwen4_exp_text",
-    "other linear attention": "bailing_hybrid kimi_linear lara_mini minimax",
+    "other linear attention": "bailing_hybrid lara_mini minimax",
     "state spaces": "bamba falcon_h1 falcon_mamba jamba mamba mamba2 nemotron_h zamba zamba2",
     "other recurrences": "recurrent_gemma rwkv xlstm inkling2_loop_text inkling2_text "
     "inkling_text hrm_text",

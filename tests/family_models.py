@@ -613,6 +613,23 @@ IDEAS |= {"deepseek_v2-groups", "deepseek_v3", "minicpm3-longrope"}
 IDEAS |= {"lfm2_moe", "qwen3_next", "olmo_hybrid"}
 IDEAS |= {"falcon_h1", "nemotron_h"}
 MODELS |= MORE | LATEST
+MODELS["kimi_linear"] = (
+    "kimi_linear",
+    {
+        **{name: x for name, x in DIRECT.items() if name != "head_dim"},
+        **SIZED,
+        **MOE,
+        "num_key_value_heads": 4,
+        "num_local_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 2,
+        "linear_head_dim": 6,
+        "linear_num_heads": 3,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+)
+LATEST["kimi_linear"] = MODELS["kimi_linear"]
 ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
 PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 PLACES = {"max_position_embeddings": 64}

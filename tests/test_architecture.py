@@ -130,7 +130,7 @@ TESTED_BY = {
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
     "family_peers": "checkpoints.families: bart bert delta_nets dense_variants distances falcon fused gated gemma gemma4 gpt "
-    "gpt_variants granite granite_mixtures laguna latent_layouts latent_variants layer_norms llama llama4 "
+    "gpt_variants granite granite_mixtures kimi laguna latent_layouts latent_variants layer_norms llama llama4 "
     "llama_variants mambas mimo mixture_variants mixtures nemotron_hybrids olmo router_variants short_convolutions "
     "sigmoid_mixtures towers",
     "gguf_families": "checkpoints.families: architectures gguf_tensors latent_gguf",

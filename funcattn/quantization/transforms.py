@@ -19,8 +19,8 @@ from .schemes import Scheme, int8
 MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down|q_down|kv_down|mixer_in|mixer_gate|mixer_out)"
 ENDS = r"embedding|head|layer_embedding"
 # not chosen by default
-LEFT = r"(.*\.)?(shared_(gate|up|down)|attention_gate|input_(gate|out)|laurel_(up|down))"
-LEFT += r"|layer_projection|streams_(in|out)"
+LEFT = r"(.*\.)?(shared_(gate|up|down)|attention_gate|input_(gate|out)|laurel_(up|down)"
+LEFT += r"|mixer_(gate|rate)_down)|layer_projection|streams_(in|out)"
 
 
 def is_multiplied(path: str) -> bool:

@@ -37,6 +37,7 @@ GENERAL: Table = {
     **dict.fromkeys(("state_key_size", "state_value_size", "negative_eigenvalues"), ANY),
     **dict.fromkeys(("mixer_norm_epsilon", "mixer_norm_placement", "mixer_norm"), ANY),
     **dict.fromkeys(("mixer_bias", "mixer_output_bias", "step_limit"), ANY),
+    **dict.fromkeys(("mixer_rank", "feature_decay", "mixer_gate_activation"), ANY),
     **dict.fromkeys(("mixer_factors", "attention_factors", "feed_forward_factors"), ((),)),
     "feed_forward_layers": ((),),
     "value_size": (None,),

@@ -116,6 +116,9 @@ class Config:
     mixer_bias: bool = False  # of what a state space makes of its input
     mixer_output_bias: bool = False
     mixer_norm: str = "gated"  # of a state space's gated output, or "before_gate", or "none"
+    mixer_rank: int = 0  # features that a delta net's gate and rates are made of; 0 is of its input
+    feature_decay: bool = False  # a delta net's memory decays by features of its keys, not by heads
+    mixer_gate_activation: str = "silu"  # of a delta net's output, or "sigmoid"
     step_limit: tuple[float, float] = (0.0, math.inf)  # of the steps of a state space
     # Factors of a state space's input, gate, x, keys, queries, steps and output; of attention's
     # input, keys and output; of a feed-forward's gate and output. () is one throughout.

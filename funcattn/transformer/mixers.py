@@ -18,6 +18,7 @@ MIXERS = (
 ATTENTIVE = ("attention", "state_space_and_attention")  # whose keys and values are cached
 STATELESS = ("attention", "none")
 SCANS = ("gated_delta", "state_space", "state_space_and_attention")
+OF_NETS = ("silu", "sigmoid")  # activations of the gate of a delta net
 NORMS = ("gated", "before_gate", "none")  # of a state space
 PLACEMENTS = ("before", "after", "around")  # of norms in a recurrent layer
 
@@ -49,6 +50,10 @@ def check_mixers(config: Any) -> None:
                 f"a divisor of state_heads = {config.state_heads}",
                 "Each key head serves as many value heads.",
             )
+    if config.mixer_gate_activation not in OF_NETS:
+        fail("mixer_gate_activation", f"one of {', '.join(OF_NETS)}", "Choose one of these.")
+    if not errors.is_count(config.mixer_rank, 0):
+        fail("mixer_rank", "0 or more", "Sizes are whole numbers.")
     if config.mixer_norm not in NORMS:
         fail("mixer_norm", f"one of {', '.join(NORMS)}", "Choose one of these.")
     if config.mixer_norm_placement not in (None, *PLACEMENTS):

@@ -84,6 +84,7 @@ CUTS = {
     **dict.fromkeys(("norm", "norm_bias"), WHOLE),
     # Recurrent layers are computed on every device of "tensor", outside of a region.
     **dict.fromkeys(("mixer_in", "mixer_gate", "mixer_beta", "mixer_rate"), Cut(data=-1)),
+    **dict.fromkeys(("mixer_gate_down", "mixer_rate_down"), Cut(data=-1)),
     "mixer_out": Cut(data=-2),
     **dict.fromkeys(("mixer_in_bias", "mixer_out_bias", "mixer_norm"), WHOLE),
     **dict.fromkeys(("convolution", "convolution_bias", "log_rate", "rate_bias"), WHOLE),

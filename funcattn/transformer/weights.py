@@ -76,6 +76,8 @@ class Layer(NamedTuple):
     mixer_skip: Weight = ABSENT  # (Hv,), factor of x beside a state space
     mixer_gate_bias: Weight = ABSENT  # (Hv Dv,)
     mixer_rate_bias: Weight = ABSENT  # (Hv,), of mixer_rate
+    mixer_gate_down: Weight = ABSENT  # (R, E): mixer_gate is (Hv Dv, R) behind it
+    mixer_rate_down: Weight = ABSENT  # (R, E): mixer_rate is (Hv, R), or (Hv Dk, R)
     # Beside attention and the feed-forward.
     layer_scale: Weight = ABSENT  # (1,), of the residual after the layer
     input_gate: Weight = ABSENT  # (P, E), of the features that the layer reads of each token
@@ -253,9 +255,11 @@ def _mixer(config: Config, spec: LayerSpec) -> dict[str, Tree]:
         Hv, Hk = config.state_heads, config.state_key_heads
         Dk, Dv = config.state_key_size, config.state_value_size
         C = 2 * Hk * Dk + Hv * Dv
-        shapes = {"mixer_in": (C, E), "mixer_gate": (Hv * Dv, E), "mixer_out": (E, Hv * Dv)}
-        shapes |= dict.fromkeys(("mixer_beta", "mixer_rate"), (Hv, E))
-        shapes |= dict.fromkeys(("log_rate", "rate_bias"), (Hv,))
+        R, rates = config.mixer_rank, Hv * (Dk if config.feature_decay else 1)
+        shapes = {"mixer_in": (C, E), "mixer_gate": (Hv * Dv, R or E), "mixer_out": (E, Hv * Dv)}
+        shapes |= {"mixer_beta": (Hv, E), "mixer_rate": (rates, R or E)}
+        shapes |= dict.fromkeys(("mixer_gate_down", "mixer_rate_down"), (R, E)) if R else {}
+        shapes |= {"log_rate": (Hv,), "rate_bias": (rates,)}
         return {**shapes, "convolution": (C, W), "mixer_norm": (Dv,)}
     return _state_space(config) if spec.mixer.startswith("state_space") else {}
 

@@ -24,6 +24,7 @@ from .gpt import GPT2, GPT_NEOX, GPT_SW3
 from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPENAI_GPT, OPT, XGLM
 from .granite import GRANITE_SWA, HYPERCLOVAX
 from .granite_mixtures import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
+from .kimi import KIMI_LINEAR
 from .laguna import LAGUNA
 from .latent_variants import (
     DEEPSEEK_V2,
@@ -93,7 +94,7 @@ FAMILIES = {
         *(ARIA, PHIMOE, COHERE2_MOE, SARVAM_MOE, LAGUNA),
         *(PERSIMMON, GPT_NEOX_JAPANESE, CTRL, MODERNBERT, GPT_SW3, PHI4_MULTIMODAL),
         *(LFM2, LFM2_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, OLMO_HYBRID),
-        *(GEMMA3N, GEMMA4, GEMMA4_UNIFIED, MIMO),
+        *(GEMMA3N, GEMMA4, GEMMA4_UNIFIED, MIMO, KIMI_LINEAR),
         *BERTS,
         *BARTS,
     )

@@ -44,6 +44,8 @@ Progress: TypeAlias = Callable[[int, int], None]  # (layers done, of all)
 
 def feeds_of(layer: Layer) -> dict[str, tuple[str, ...]]:
     """A tap of the layer -> the matrices that its value is multiplied by."""
+    if not is_absent(layer.mixer_gate_down):  # of low rank: the gate reads no tap
+        return {**OF_MIXERS, "mixer.input": ("mixer_in", "mixer_gate_down", "mixer_rate_down")}
     if not is_absent(layer.mixer_in):
         return OF_MIXERS
     if is_absent(layer.kv_down):
